@@ -1,0 +1,34 @@
+# Each target does all its own set-up: python3, make and pip are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: install demo test check real bench clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	ln -sfn .. .venv/mmaudit
+	touch $@
+
+demo: $(READY)
+	$(BIN)/mmaudit demo
+
+test: $(READY)
+	$(BIN)/pytest -n 2
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p mmaudit.audit -p mmaudit.rebalance -p mmaudit.train -p mmaudit.cli
+	$(BIN)/mypy tests benchmarks
+	$(BIN)/lint-imports
+
+# The real data sets are not part of the project: DATA names the folder that holds them.
+real: $(READY)
+	$(BIN)/python benchmarks/real.py $(DATA)
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

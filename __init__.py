@@ -1,0 +1,61 @@
+"""mmaudit: which samples does one modality carry alone, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .audit.dataset import Dataset, open_dataset
+    from .audit.errors import MmauditError
+    from .audit.mixture import Mixture, fit_mixture
+    from .audit.score import ScoreTable, read_scores
+    from .cli.config import RunConfig
+    from .cli.stages import demo, finetune, report, score, split
+    from .rebalance.manifest import Manifest, read_manifest
+
+__version__ = "0.1.0"
+
+# Where each public name lives. They are imported when first asked for: torch and scikit-learn take seconds.
+_HOMES = {
+    "Dataset": "audit.dataset",
+    "open_dataset": "audit.dataset",
+    "MmauditError": "audit.errors",
+    "Mixture": "audit.mixture",
+    "fit_mixture": "audit.mixture",
+    "ScoreTable": "audit.score",
+    "read_scores": "audit.score",
+    "Manifest": "rebalance.manifest",
+    "read_manifest": "rebalance.manifest",
+    "RunConfig": "cli.config",
+    "score": "cli.stages",
+    "split": "cli.stages",
+    "finetune": "cli.stages",
+    "report": "cli.stages",
+    "demo": "cli.stages",
+}
+
+__all__ = [
+    "Dataset",
+    "Manifest",
+    "Mixture",
+    "MmauditError",
+    "RunConfig",
+    "ScoreTable",
+    "__version__",
+    "demo",
+    "finetune",
+    "fit_mixture",
+    "open_dataset",
+    "read_manifest",
+    "read_scores",
+    "report",
+    "score",
+    "split",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

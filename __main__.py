@@ -1,0 +1,5 @@
+"""`python -m mmaudit` is `mmaudit`."""
+
+from .cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""Which samples does one modality carry alone?"""

@@ -1,0 +1,56 @@
+"""What can go wrong, as one tree.
+
+MmauditError            one line for the user, exit 2
+├── ConfigError         an option, a key or a value that does not exist
+├── DatasetError        the data cannot be read as a dataset
+├── ScoreError          the table of scores is not one, or cannot be made
+├── MixtureError        there is nothing a mixture could be fitted to
+├── ManifestError       a manifest is malformed, or its source has changed
+├── RunError            the run folder is in the way
+└── GateError           a gate failed; exit 3
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MmauditError(Exception):
+    """The user's to mend. The message tells what, where, what was found, and the mend."""
+
+
+class ConfigError(MmauditError):
+    """An option, a key or a value that does not exist."""
+
+
+class DatasetError(MmauditError):
+    """The data cannot be read as a dataset."""
+
+
+class ScoreError(MmauditError):
+    """The table of scores is malformed, or cannot be made from these samples."""
+
+
+class MixtureError(MmauditError):
+    """There is nothing a mixture could be fitted to."""
+
+
+class ManifestError(MmauditError):
+    """A manifest is malformed, or its source has changed."""
+
+
+class RunError(MmauditError):
+    """The run folder is in the way: made from other data, or incomplete."""
+
+
+class GateError(MmauditError):
+    """The work was done and the result does not pass a gate."""
+
+
+def choices(wrong: str, right: Iterable[str]) -> str:
+    """Name the nearest of the right names first, then all of them, for the end of a message."""
+    names = list(right)
+    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+    listed = ", ".join(names) if names else "none"
+    return f"did you mean {near[0]}? (there are: {listed})" if near else f"there are: {listed}"

@@ -1,0 +1,143 @@
+"""A modality: which column holds it, and what kind of thing stands there?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .errors import ConfigError, DatasetError, choices
+
+KINDS = ("audio", "image", "video", "features", "text")
+
+_EXTENSIONS = {
+    "audio": {".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac"},
+    "image": {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"},
+    "video": {".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".flv", ".m4v"},
+}
+_PATH_SUFFIXES = ("_file_name", "_filepath", "_file", "_path", "_filename")
+_TEXT_NAMES = {"text", "caption", "sentence", "transcript", "title", "review", "utterance", "question", "tweet"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modality:
+    """One modality of a dataset. `length` is the number of entries of a feature vector, None for all other kinds."""
+
+    name: str
+    column: str
+    kind: str
+    length: int | None = None
+
+    def __str__(self) -> str:
+        """Write it as `--modality` takes it."""
+        return f"{self.name}={self.column}:{self.kind}"
+
+
+def kind_of_path(path: str) -> str | None:
+    """Give the kind of medium that a file name's extension stands for: audio, image, video, or None."""
+    extension = PurePosixPath(path.lower()).suffix
+    return next((kind for kind, known in _EXTENSIONS.items() if extension in known), None)
+
+
+def is_vector(type_: pa.DataType) -> bool:
+    """Tell whether a column of this type holds one vector of numbers a row."""
+    if not (pa.types.is_fixed_size_list(type_) or pa.types.is_list(type_) or pa.types.is_large_list(type_)):
+        return False
+    return bool(pa.types.is_floating(type_.value_type) or pa.types.is_integer(type_.value_type))
+
+
+def is_text(type_: pa.DataType) -> bool:
+    """Tell whether a column of this type holds strings."""
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
+
+
+def holds_bytes(type_: pa.DataType) -> bool:
+    """Tell whether a column of this type holds media themselves: bytes, or a struct with a field `bytes`."""
+    if pa.types.is_struct(type_):
+        return bool(type_.get_field_index("bytes") >= 0)
+    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+
+
+def infer_modalities(head: pa.Table, *, taken: Sequence[str]) -> list[Modality]:
+    """Read the modalities off the columns of a dataset's first rows; a video column gives `audio` and `visual`.
+
+    `taken` names columns that are something else: id, label, group, split.
+    """
+    found: list[Modality] = []
+    for field in head.schema:
+        if field.name in taken:
+            continue
+        kind = _infer_kind(head[field.name], field)
+        if kind == "video":
+            stem = _stem(field.name, default="")
+            prefix = f"{stem}_" if stem and stem not in ("video", "clip") else ""
+            found.append(Modality(name=f"{prefix}audio", column=field.name, kind="audio"))
+            found.append(Modality(name=f"{prefix}visual", column=field.name, kind="video"))
+        elif kind is not None:
+            found.append(Modality(name=_stem(field.name, default=kind), column=field.name, kind=kind))
+    return found
+
+
+def parse_modality(text: str, head: pa.Table) -> Modality:
+    """Read `NAME=COLUMN[:KIND]` against a dataset's first rows; ConfigError where a part of it does not exist."""
+    name, equals, rest = text.partition("=")
+    column, _, kind = rest.partition(":")
+    if not (name and equals and column):
+        raise ConfigError(f"--modality {text}: not of the form NAME=COLUMN[:KIND], such as audio=wav_path:audio")
+    if column not in head.column_names:
+        raise ConfigError(f"--modality {text}: no column {column!r}; {choices(column, head.column_names)}")
+    if kind and kind not in KINDS:
+        raise ConfigError(f"--modality {text}: no kind {kind!r}; {choices(kind, KINDS)}")
+    inferred = _infer_kind(head[column], head.schema.field(column), eager=True)
+    if not kind and inferred is None:
+        raise ConfigError(f"--modality {text}: cannot tell what {column!r} holds; write {name}={column}:KIND")
+    if not kind:
+        kind = "audio" if inferred == "video" and name in ("audio", "sound") else str(inferred)
+    _check_kind(text, kind, head.schema.field(column).type)
+    return Modality(name=name, column=column, kind=kind)
+
+
+def check_modalities(modalities: Sequence[Modality], column_names: Sequence[str]) -> None:
+    """Refuse fewer than two modalities, and two of one name."""
+    names = [modality.name for modality in modalities]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"two modalities are called {repeated[0]!r}: name each with --modality NAME=COLUMN[:KIND]")
+    if len(modalities) < 2:
+        found = f"only one modality, {modalities[0]}," if modalities else "no modality"
+        raise DatasetError(
+            f"found {found} among the columns {', '.join(column_names)}; a discrepancy needs two: "
+            "name them with --modality NAME=COLUMN[:KIND]"
+        )
+
+
+def _check_kind(text: str, kind: str, type_: pa.DataType) -> None:
+    fits: bool = {"features": is_vector(type_), "text": is_text(type_)}.get(kind, is_text(type_) or holds_bytes(type_))
+    if not fits:
+        raise ConfigError(f"--modality {text}: a column of type {type_} cannot be read as {kind}")
+
+
+def _infer_kind(column: pa.ChunkedArray, field: pa.Field, *, eager: bool = False) -> str | None:
+    """Guess a column's kind; `eager` takes strings that are no paths for text, whatever the column's name."""
+    if is_vector(field.type):
+        return "features"
+    if not is_text(field.type):
+        return None
+    values = pc.drop_null(column).to_pylist()
+    kinds = {kind_of_path(value) for value in values}
+    if len(kinds) == 1 and None not in kinds:
+        return kinds.pop()
+    if kinds and (eager or field.name.lower() in _TEXT_NAMES):
+        return "text" if None in kinds else None
+    return None
+
+
+def _stem(column: str, *, default: str) -> str:
+    """`image_file_name` is about `image`; `file_name` and `path` about nothing in particular."""
+    for suffix in _PATH_SUFFIXES:
+        if column.endswith(suffix) and len(column) > len(suffix):
+            return column[: -len(suffix)]
+    return default if column in ("file_name", "path", "file", "filename", "filepath") else column

@@ -1,0 +1,162 @@
+"""Who is in a dataset: ids, labels, splits and groups, without any medium opened"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from .dataset import Dataset
+from .errors import DatasetError
+from .hashing import hash_rank
+
+log = logging.getLogger("mmaudit")
+
+SPLITS = ("train", "validation", "test")
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation"), "test"),
+}
+NO_LABEL = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """The n samples of a dataset, in its own order. Strings are numpy object arrays of shape (n,).
+
+    `label` is int32 in [0, k), or -1 where the source has none; `class_names` (k,) are sorted by the source's label.
+    `split` holds train, validation, test; `group` is None where the source has no groups.
+    `paths` has the source's columns of file names.
+    """
+
+    sample_id: NDArray[np.object_]
+    label: NDArray[np.int32]
+    class_names: tuple[str, ...]
+    split: NDArray[np.object_]
+    group: NDArray[np.object_] | None
+    paths: pa.Table
+
+    def __post_init__(self) -> None:
+        repeated = [name for name, count in Counter(self.sample_id).items() if count > 1]
+        if repeated:
+            raise DatasetError(
+                f"{len(repeated)} ids stand more than once ({', '.join(repeated[:3])}): "
+                "ids must be unique; name another column with --id"
+            )
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+
+def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Samples:
+    """Read ids, labels, splits and groups. A dataset without a split gets a test split cut, and that is said."""
+    columns = dataset.columns
+    ids: list[str] = []
+    tables = []
+    for shard in dataset.shards:
+        rows = dataset.read(shard, modalities=False)
+        ids += dataset.sample_ids(rows, shard)
+        tables.append(rows)
+    rows = pa.concat_tables(tables)
+    _check_ids(rows, columns.id)
+    label, class_names = _encode_labels(
+        rows[columns.label].to_pylist(), rows[columns.label_name].to_pylist() if columns.label_name else None
+    )
+    sample_id = np.array(ids, dtype=object)
+    group = np.array([str(value) for value in rows[columns.group].to_pylist()], object) if columns.group else None
+    split = (
+        _read_split(rows[columns.split].to_pylist(), column=columns.split)
+        if columns.split
+        else _cut_test(sample_id, label, group, seed=seed, fraction=test_fraction)
+    )
+    paths = rows.select(dataset.path_columns)
+    return Samples(sample_id=sample_id, label=label, class_names=class_names, split=split, group=group, paths=paths)
+
+
+def spread(keys: NDArray[np.uint64], label: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Place each row at (rank + 1/2) / size, in (0, 1), of its class ordered by key: even within every class."""
+    place = np.empty(len(label))
+    order = np.lexsort((keys, label))
+    sorted_label = label[order]
+    starts = np.flatnonzero(np.r_[True, sorted_label[1:] != sorted_label[:-1]])
+    sizes = np.diff(np.r_[starts, len(label)])
+    place[order] = (np.arange(len(label)) - np.repeat(starts, sizes) + 0.5) / np.repeat(sizes, sizes)
+    return place
+
+
+def cut(
+    sample_id: NDArray[np.object_],
+    label: NDArray[np.int32],
+    group: NDArray[np.object_] | None,
+    *,
+    fraction: float,
+    seed: int,
+    purpose: str,
+) -> NDArray[np.bool_]:
+    """Draw `fraction` of the rows by hash(seed, group or id): whole groups, or else the same share of every class."""
+    if group is None:
+        return spread(hash_rank(sample_id, seed=seed, purpose=purpose), label) < fraction
+    names, sizes = np.unique(group.astype(str), return_counts=True)
+    order = np.argsort(hash_rank(names.tolist(), seed=seed, purpose=purpose), kind="stable")
+    before = np.cumsum(sizes[order]) - sizes[order] / 2  # a group goes where its middle falls
+    drawn = order[before < fraction * sizes.sum()]
+    if len(drawn) == 0 and len(names) > 1:
+        drawn = order[:1]
+    return np.isin(group.astype(str), names[drawn])
+
+
+def _check_ids(rows: pa.Table, column: str | None) -> None:
+    if column and rows[column].null_count:
+        raise DatasetError(f"column {column!r} has {rows[column].null_count} rows without an id: give each row one")
+
+
+def _encode_labels(
+    values: Sequence[object], names: Sequence[object] | None
+) -> tuple[NDArray[np.int32], tuple[str, ...]]:
+    """Number the labels from 0 in their own order: numbers as numbers, all else as strings."""
+    if any(isinstance(value, (list, dict)) for value in values):
+        raise DatasetError("the labels are lists: a class label is an integer or a string; name it with --label")
+    present = {value for value in values if value is not None}
+    if any(isinstance(value, float) and not value.is_integer() for value in present):
+        raise DatasetError("the labels are fractions: a class label is an integer or a string; name it with --label")
+    text = {value: str(int(value)) if isinstance(value, float) else str(value) for value in present}
+    try:
+        ordered = sorted(present, key=lambda value: int(text[value]))
+    except ValueError:
+        ordered = sorted(present, key=lambda value: text[value])
+    number = {value: index for index, value in enumerate(ordered)}
+    label = np.array([NO_LABEL if value is None else number[value] for value in values], dtype=np.int32)
+    class_names = [text[value] for value in ordered]
+    if names is not None:
+        named = {index: str(name) for index, name in zip(label.tolist(), names, strict=True) if name is not None}
+        class_names = [named.get(index, class_names[index]) for index in range(len(class_names))]
+    return label, tuple(class_names)
+
+
+def _read_split(values: Sequence[object], *, column: str) -> NDArray[np.object_]:
+    unknown = sorted({str(value) for value in values if str(value).lower() not in _SPLIT_NAMES})
+    if unknown:
+        raise DatasetError(
+            f"column {column!r} holds {', '.join(unknown[:3])}; a split is train, validation or test: "
+            "rename them, or pass --split none to have a test split cut"
+        )
+    return np.array([_SPLIT_NAMES[str(value).lower()] for value in values], dtype=object)
+
+
+def _cut_test(
+    sample_id: NDArray[np.object_],
+    label: NDArray[np.int32],
+    group: NDArray[np.object_] | None,
+    *,
+    seed: int,
+    fraction: float,
+) -> NDArray[np.object_]:
+    drawn = cut(sample_id, label, group, fraction=fraction, seed=seed, purpose="test split")
+    log.info("no split column: %d of %d samples are held out as test", drawn.sum(), len(drawn))
+    return np.where(drawn, "test", "train").astype(object)

@@ -1,0 +1,236 @@
+"""The score table: one row a sample, read and written as scores.parquet"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from .errors import ConfigError, ScoreError, choices
+from .measures import Floats, discrepancy, dominant, gap
+from .parquet import read_parquet, write_parquet
+
+SCHEMA_VERSION = 1
+
+# What stands in scores.parquet, as {name: (range, direction)}; it goes into the file's metadata and the README.
+RANGES = {
+    "confidence_M": ("[0, 1]", "probability of the true class by a probe that never saw the sample or its group"),
+    "prediction_M": ("[0, k)", "the class that probe names"),
+    "loss_M": ("[0, 27.7]", "-log confidence_M"),
+    "discrepancy": ("[-1, 1]", "+1: the first modality alone carries the sample, -1: the second, 0: both or neither"),
+    "discrepancy_M": ("[-1, 1]", "more than two modalities: confidence_M minus the mean of the others"),
+    "discrepancy_sd": ("[0, 1]", "standard deviation over repeats; null after one"),
+    "gap": ("[0, 1]", "largest minus least confidence; 0 = balanced"),
+    "similarity": ("[-1, 1]", "cosine of the modalities' class probabilities; 1 = they say the same"),
+    "balance": ("[-1, 1]", "BSS measure, high = balanced"),
+    "p_balanced": ("[0, 1]", "posterior of the gap mixture's balanced component, or its fallback rule"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreTable:
+    """The scores of n samples by m modalities. Strings are numpy object arrays; what is not known is None.
+
+    confidence (n, m) is the ground of all others. discrepancy_sd is (n, 1), or (n, m) where m > 2. `paths` are the
+    source's columns of file names, `provenance` is what stands in the file's metadata.
+    """
+
+    sample_id: NDArray[np.object_]
+    label: NDArray[np.int32]
+    label_name: NDArray[np.object_]
+    modalities: tuple[str, ...]
+    confidence: Floats
+    split: NDArray[np.object_] | None = None
+    group: NDArray[np.object_] | None = None
+    fold: NDArray[np.int16] | None = None
+    prediction: NDArray[np.int32] | None = None
+    loss: Floats | None = None
+    discrepancy_sd: Floats | None = None
+    similarity: Floats | None = None
+    balance: Floats | None = None
+    p_balanced: Floats | None = None
+    content: NDArray[np.object_] | None = None
+    paths: pa.Table | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.sample_id)
+        if n == 0:
+            raise ScoreError("the score table holds no rows")
+        if len(set(self.sample_id)) < n:
+            raise ScoreError(
+                f"{n - len(set(self.sample_id))} ids stand more than once in the score table: ids are unique"
+            )
+        if self.confidence.shape != (n, len(self.modalities)) or len(self.modalities) < 2:
+            raise ScoreError(
+                f"{len(self.modalities)} columns confidence_M for {n} rows; a discrepancy needs two or more"
+            )
+        _check_range("confidence", self.confidence, 0, 1)
+        for name, low in (("similarity", -1), ("balance", -1), ("p_balanced", 0)):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), low, 1)
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+    @property
+    def gap(self) -> Floats:
+        """Modality gap (n,) in [0, 1]; 0 = balanced."""
+        return gap(self.confidence)
+
+    def discrepancy(self, between: str | None = None) -> Floats:
+        """Signed discrepancy (n,) in [-1, 1]: `A:B` is c^A - c^B, `A` is A against the mean of the others.
+
+        None is the first against the second of two modalities; of more, the one named by `default_between`.
+        """
+        first, _, second = (between or self.default_between()).partition(":")
+        for name in [first, second] if second else [first]:
+            if name not in self.modalities:
+                raise ConfigError(f"--between {between}: no modality {name!r}; {choices(name, self.modalities)}")
+        if second:
+            pair = [self.modalities.index(first), self.modalities.index(second)]
+            return discrepancy(self.confidence[:, pair])
+        if len(self.modalities) == 2:
+            return self.discrepancy(f"{first}:{next(name for name in self.modalities if name != first)}")
+        return np.asarray(discrepancy(self.confidence)[:, self.modalities.index(first)])
+
+    def default_between(self) -> str:
+        """Give `A:B` for two modalities; of more the most confident one, which is set against the rest."""
+        if len(self.modalities) == 2:
+            return ":".join(self.modalities)
+        return self.modalities[int(self.confidence.mean(axis=0).argmax())]
+
+    def to_arrow(self) -> pa.Table:
+        """Give the columns of scores.parquet."""
+        columns: dict[str, pa.Array] = {
+            "sample_id": pa.array(self.sample_id, pa.string()),
+            "label": pa.array(self.label, pa.int32()),
+            "label_name": pa.array(self.label_name, pa.string()),
+            "split": _array(self.split, pa.string(), len(self)),
+            "group": _array(self.group, pa.string(), len(self)),
+            "fold": _array(self.fold, pa.int16(), len(self)),
+        }
+        for column, name in enumerate(self.modalities):
+            columns[f"confidence_{name}"] = pa.array(self.confidence[:, column])
+            for kind, values in (("prediction", self.prediction), ("loss", self.loss)):
+                if values is not None:
+                    columns[f"{kind}_{name}"] = pa.array(values[:, column])
+        columns |= self._discrepancy_columns()
+        best = dominant(self.confidence)
+        columns["gap"] = pa.array(self.gap)
+        columns["dominant"] = pa.array([self.modalities[index] if index >= 0 else None for index in best], pa.string())
+        for name in ("similarity", "balance", "p_balanced"):
+            columns[name] = _array(getattr(self, name), pa.float32(), len(self))
+        columns["content"] = _array(self.content, pa.string(), len(self))
+        if self.paths is not None:
+            for name in self.paths.column_names:
+                columns.setdefault(name, self.paths[name].combine_chunks())
+        return pa.table(columns)
+
+    def _discrepancy_columns(self) -> dict[str, pa.Array]:
+        values = discrepancy(self.confidence).reshape(len(self), -1)
+        ends = [""] if values.shape[1] == 1 else [f"_{name}" for name in self.modalities]
+        columns = {f"discrepancy{end}": pa.array(values[:, index]) for index, end in enumerate(ends)}
+        spread = self.discrepancy_sd
+        for index, end in enumerate(ends):
+            column = None if spread is None else spread[:, index]
+            columns[f"discrepancy_sd{end}"] = _array(column, pa.float32(), len(self))
+        return columns
+
+
+def write_scores(scores: ScoreTable, path: Path) -> None:
+    """Write scores.parquet, whole or not at all."""
+    write_parquet(scores.to_arrow(), path, provenance=scores.provenance)
+
+
+def read_scores(path: str | Path) -> ScoreTable:
+    """Read a score table: ours, or anybody's with sample_id, a label and two or more columns confidence_M.
+
+    Raises ScoreError for missing columns, repeated ids, and values that are null or out of range.
+    """
+    table, provenance = read_parquet(Path(path), error=ScoreError)
+    names = table.column_names
+    modalities = tuple(name.removeprefix("confidence_") for name in names if name.startswith("confidence_"))
+    if "sample_id" not in names or not {"label", "label_name"} & set(names) or len(modalities) < 2:
+        raise ScoreError(
+            f"{path} is no score table: it needs sample_id, label (or label_name) and two or more confidence_M; "
+            f"it has {', '.join(names)}"
+        )
+    label, label_name = _labels(table)
+    ends = [""] if len(modalities) == 2 else [f"_{name}" for name in modalities]
+    return ScoreTable(
+        sample_id=_required(_strings(table, "sample_id")),
+        label=label,
+        label_name=label_name,
+        modalities=modalities,
+        confidence=_required(_stack(table, [f"confidence_{name}" for name in modalities], np.float32)),
+        split=_strings(table, "split"),
+        group=_strings(table, "group"),
+        fold=_numbers(table, "fold", np.int16),
+        prediction=_stack(table, [f"prediction_{name}" for name in modalities], np.int32),
+        loss=_stack(table, [f"loss_{name}" for name in modalities], np.float32),
+        discrepancy_sd=_stack(table, [f"discrepancy_sd{end}" for end in ends], np.float32),
+        similarity=_numbers(table, "similarity", np.float32),
+        balance=_numbers(table, "balance", np.float32),
+        p_balanced=_numbers(table, "p_balanced", np.float32),
+        content=_strings(table, "content"),
+        paths=table.select(list(provenance.get("paths", []))),
+        provenance=provenance,
+    )
+
+
+def _check_range(name: str, values: NDArray[np.generic], low: float, high: float) -> None:
+    numbers = np.asarray(values, dtype=np.float64)
+    wrong = ~((numbers >= low - 1e-6) & (numbers <= high + 1e-6))  # also catches NaN
+    if wrong.any():
+        found = f"{int(wrong.sum())} values of {name} are null or outside [{low}, {high}]"
+        raise ScoreError(f"{found}: rescore, or mend the table")
+
+
+def _labels(table: pa.Table) -> tuple[NDArray[np.int32], NDArray[np.object_]]:
+    """Read label and label_name, either from the other where one is missing."""
+    for name in ("label", "label_name"):
+        if name in table.column_names and table[name].null_count:
+            raise ScoreError(f"column {name} holds {table[name].null_count} nulls: every scored sample has a label")
+    names = _strings(table, "label_name")
+    if "label" not in table.column_names:
+        assert names is not None
+        return np.unique(names.astype(str), return_inverse=True)[1].astype(np.int32), names
+    label: NDArray[np.int32] = np.array(table["label"].to_numpy(), dtype=np.int32)
+    return label, np.array([str(value) for value in label], dtype=object) if names is None else names
+
+
+def _array(values: Any, type_: pa.DataType, length: int) -> pa.Array:
+    return pa.nulls(length, type_) if values is None else pa.array(values, type_)
+
+
+def _strings(table: pa.Table, name: str) -> NDArray[np.object_] | None:
+    """Read a column as strings; None where it is not there or null throughout."""
+    if name not in table.column_names or table[name].null_count == len(table):
+        return None
+    return np.array([None if value is None else str(value) for value in table[name].to_pylist()], dtype=object)
+
+
+def _numbers(table: pa.Table, name: str, dtype: type[np.generic]) -> NDArray[Any] | None:
+    """Read a column as numbers, nulls as NaN; None where it is not there or null throughout."""
+    if name not in table.column_names or table[name].null_count == len(table):
+        return None
+    return np.array(table[name].to_numpy(), dtype=dtype)
+
+
+def _stack(table: pa.Table, names: Sequence[str], dtype: type[np.generic]) -> NDArray[Any] | None:
+    columns = [_numbers(table, name, dtype) for name in names]
+    return (
+        None if any(column is None for column in columns) else np.stack([c for c in columns if c is not None], axis=1)
+    )
+
+
+def _required(values: NDArray[Any] | None) -> NDArray[Any]:
+    if values is None:
+        raise ScoreError("sample_id or a column confidence_M is null throughout: rescore, or mend the table")
+    return values

@@ -1,0 +1,201 @@
+"""Scoring: from a dataset and its features to the score table, the mixture, and what was left out"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from . import measures
+from .dataset import Dataset
+from .errors import ScoreError
+from .features import EncodeTask, Status, load_matrix, read_status
+from .folds import assign_folds, in_one_fold
+from .hashing import digest, hash_rank
+from .mixture import Mixture, MixtureConfig, fit_mixture
+from .probe import Crossing, ProbeConfig, cross_fit
+from .quality import Quarantined, Reason
+from .samples import NO_LABEL, Samples
+from .score import ScoreTable
+from .workers import Progress
+
+_INNER = 1_000_003  # added to the seed for the inner deal, far from any repeat's seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """All that scoring found. Input = scored + quarantined samples, always."""
+
+    scores: ScoreTable
+    mixture: Mixture
+    quarantined: tuple[Quarantined, ...]
+    fingerprint: str
+    fused: NDArray[np.int32]  # (n,) the class that the probes name together
+
+
+def fingerprint(samples: Samples, content: NDArray[np.object_]) -> str:
+    """Fingerprint ids, labels, splits, groups and content: the same whatever the row order or the file format."""
+    rows = zip(
+        samples.sample_id,
+        samples.label,
+        samples.split,
+        samples.group if samples.group is not None else [""] * len(samples),
+        content,
+        strict=True,
+    )
+    return digest(*sorted("\0".join(map(str, row)).encode() for row in rows))
+
+
+def audit_dataset(
+    dataset: Dataset,
+    samples: Samples,
+    tasks: Sequence[EncodeTask],
+    *,
+    probe: ProbeConfig,
+    mixture: MixtureConfig,
+    seed: int,
+    device: str,
+    progress: Progress,
+) -> Audit:
+    """Score every usable sample of a dataset whose features are in the cache.
+
+    With `probe.learn_from = "train"` no probe learns from a test sample, and what is chosen by the scores later is
+    never chosen by a test label; with "all" each probe has a quarter more to learn from on a usual split.
+    """
+    statuses = [read_status(tasks, modality, samples.sample_id) for modality in dataset.modalities]
+    rows, left_out = _usable_rows(samples, statuses)
+    rows, crossings, rare = _cross(samples, rows, probe, seed=seed)
+    classes, inverse = np.unique(samples.label[rows], return_inverse=True)
+    label = inverse.astype(np.int32)
+    if len(classes) < 2:
+        raise ScoreError(f"only one class is left to score ({samples.class_names[classes[0]]!r}): a probe needs two")
+    rounds: list[list[measures.Floats]] = []  # by modality, then by repeat
+    for status in statuses:
+        matrix = load_matrix(tasks, status, rows)
+        rounds.append([])
+        for crossing in crossings:
+            found = cross_fit(matrix, label, crossing, num_classes=len(classes), config=probe, device=device)
+            rounds[-1].append(found)
+            progress("probe", sum(map(len, rounds)), len(statuses) * len(crossings))
+    scores = _score_table(dataset, samples, rows, rounds, label, classes, crossings[0])
+    fitted = fit_mixture(scores.gap[samples.split[rows] != "test"], config=mixture, seed=seed)
+    return Audit(
+        scores=replace(scores, p_balanced=fitted.posterior(scores.gap), content=_row_content(statuses)[rows]),
+        mixture=fitted,
+        quarantined=tuple(left_out + rare),
+        fingerprint=fingerprint(samples, _row_content(statuses)),
+        fused=classes[measures.fuse([_mean(each) for each in rounds]).argmax(axis=1)].astype(np.int32),
+    )
+
+
+def _row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
+    """Give one digest for each row (n,) over all its modalities."""
+    parts = zip(*(status.content for status in statuses), strict=True)
+    return np.array([digest("".join(row).encode()) for row in parts], dtype=object)
+
+
+def _usable_rows(samples: Samples, statuses: Sequence[Status]) -> tuple[NDArray[np.intp], list[Quarantined]]:
+    """Give the rows that the label and every modality allow to score, and why each other one is left out."""
+    left_out = [
+        Quarantined(sample_id=samples.sample_id[row], modality=status.modality.name, reason=reason, detail=detail)
+        for status in statuses
+        for row, reason, detail in status.problem
+    ]
+    unlabelled = samples.label == NO_LABEL
+    left_out += [
+        Quarantined(sample_id=name, modality=None, reason=Reason.NO_LABEL, detail="the label is null")
+        for name in samples.sample_id[unlabelled]
+    ]
+    rows = np.flatnonzero(~unlabelled & np.logical_and.reduce([status.usable for status in statuses]))
+    if len(rows) == 0:
+        raise ScoreError(f"no sample is usable in every modality; the first problem: {left_out[0]}")
+    return rows, left_out
+
+
+def _cross(
+    samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int
+) -> tuple[NDArray[np.intp], list[Crossing], list[Quarantined]]:
+    """Deal the rows into folds, once a repeat, leaving out classes that one fold holds alone in any of them."""
+    left_out: list[Quarantined] = []
+    while True:
+        crossings = [_crossing(samples, rows, config, seed=seed + repeat) for repeat in range(config.repeats)]
+        label = samples.label[rows]
+        rare = np.logical_or.reduce([in_one_fold(label, crossing.fold, crossing.fits) for crossing in crossings])
+        if not rare.any():
+            return rows, crossings, left_out
+        left_out += [_rare(samples, rows, row) for row in rows[rare]]
+        rows = rows[~rare]
+        if len(rows) == 0:
+            raise ScoreError(f"no class can be cross-fitted; the first: {left_out[0].detail}")
+
+
+def _rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
+    peers = rows[samples.label[rows] == samples.label[row]]
+    detail = f"class {samples.class_names[samples.label[row]]!r} has {len(peers)} usable samples"
+    if samples.group is not None and len(peers):
+        detail += f", of {len(set(samples.group[peers]))} groups"
+    return Quarantined(
+        sample_id=samples.sample_id[row], modality=None, reason=Reason.RARE_CLASS, detail=f"{detail}, all in one fold"
+    )
+
+
+def _crossing(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int) -> Crossing:
+    fits = (samples.split[rows] != "test") | (config.learn_from == "all")
+    if not fits.any():
+        raise ScoreError("every usable sample is a test sample: a probe has nothing to learn from; pass --split none")
+    group = None if samples.group is None else samples.group[rows]
+    deals = [
+        assign_folds(samples.sample_id[rows], samples.label[rows], group, fits, num_folds=config.folds, seed=each)
+        for each in (seed, seed + _INNER)
+    ]
+    key = hash_rank(samples.sample_id[rows], seed=seed, purpose="strength rows")
+    return Crossing(fold=deals[0], inner=deals[1], fits=fits, key=key)
+
+
+def _score_table(
+    dataset: Dataset,
+    samples: Samples,
+    rows: NDArray[np.intp],
+    rounds: Sequence[Sequence[measures.Floats]],
+    label: NDArray[np.int32],
+    classes: NDArray[np.int32],
+    crossing: Crossing,
+) -> ScoreTable:
+    probabilities = [_mean(each) for each in rounds]
+    confidence = measures.confidence(probabilities, label)
+    loss = measures.cross_entropy(confidence)
+    fused = measures.confidence([measures.fuse(probabilities)], label)
+    similarity = measures.similarity(probabilities)
+    total = measures.cross_entropy(fused)[:, 0] + loss.sum(axis=1)
+    return ScoreTable(
+        sample_id=samples.sample_id[rows],
+        label=samples.label[rows],
+        label_name=np.array(samples.class_names, dtype=object)[samples.label[rows]],
+        modalities=tuple(modality.name for modality in dataset.modalities),
+        confidence=confidence,
+        split=samples.split[rows],
+        group=None if samples.group is None else samples.group[rows],
+        fold=crossing.fold,
+        prediction=np.stack([classes[each.argmax(axis=1)] for each in probabilities], axis=1).astype(np.int32),
+        loss=loss,
+        discrepancy_sd=_spread(rounds, label),
+        similarity=similarity,
+        balance=measures.balance(similarity, total, fits=crossing.fits),
+        paths=samples.paths.take(pa.array(rows)),
+    )
+
+
+def _spread(rounds: Sequence[Sequence[measures.Floats]], label: NDArray[np.int32]) -> measures.Floats | None:
+    """Standard deviation of the discrepancy over repeats, (n, 1) or (n, m); None after one."""
+    repeats = len(rounds[0])
+    if repeats == 1:
+        return None
+    each = [measures.discrepancy(measures.confidence([r[repeat] for r in rounds], label)) for repeat in range(repeats)]
+    return np.asarray(np.std(np.stack(each), axis=0, ddof=1, dtype=np.float32)).reshape(len(label), -1)
+
+
+def _mean(rounds: Sequence[measures.Floats]) -> measures.Floats:
+    return np.asarray(np.mean(np.stack(rounds), axis=0, dtype=np.float32))

@@ -1,0 +1,63 @@
+"""Many shards, all cores: how is one function run over a list of tasks, and stopped at Ctrl-C?"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Protocol, TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class Progress(Protocol):
+    """Who is told how far a stage has come."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Take note that `done` of `total` steps of a stage are done."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def default_workers() -> int:
+    """Give the number of processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], *, num_workers: int) -> Iterator[Result]:
+    """Yield work(task) for each task, in order, from `num_workers` processes; 0, or a single task: in this process.
+
+    Ctrl-C drops the tasks that have not begun and leaves at once. A script that calls this with workers needs
+    the usual `if __name__ == "__main__":`.
+    """
+    if num_workers < 1 or len(tasks) < 2:
+        yield from map(work, tasks)
+        return
+    # A forked copy of a process with running threads (torch has some) may hang; a fork server has none.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([work.__module__])  # torch is imported once, not by each worker
+    strangers = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context, initializer=_prepare_worker)
+    try:
+        yield from pool.map(work, tasks)
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - strangers:
+            worker.terminate()
+        raise
+
+
+def _prepare_worker() -> None:
+    # Ctrl-C reaches every process of the terminal; the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)  # the workers are the parallelism

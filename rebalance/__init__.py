@@ -1,0 +1,1 @@
+"""Which samples, how many, in what order?"""

@@ -1,0 +1,229 @@
+"""Laws of the hand-made vectors: what they must not see, and what they must."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfTransformer
+
+from mmaudit.audit.descriptors import (
+    apply_idf,
+    image_statistics,
+    log_mel,
+    sound_statistics,
+    text_counts,
+    video_statistics,
+)
+from mmaudit.audit.media import MediaConfig
+from mmaudit.audit.quality import Reason, UnusableError
+
+CONFIG = MediaConfig()
+
+
+def noise(count: int = 8_000, seed: int = 0) -> NDArray[np.float32]:
+    return (np.random.default_rng(seed).standard_normal(count) * 0.1).astype(np.float32)
+
+
+def picture(height: int = 64, width: int = 64, seed: int = 0) -> NDArray[np.uint8]:
+    """Smooth blobs, so that there are gradients in every direction."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.indices((height, width))
+    waves = [
+        np.sin(rows * a / height + columns * b / width + c)[..., None] * rng.uniform(20, 40, 3)
+        for a, b, c in rng.uniform(-9, 9, (4, 3))
+    ]
+    return np.asarray(np.clip(128 + np.sum(waves, axis=0), 0, 255), dtype=np.uint8)
+
+
+def clip(num_frames: int = 16) -> NDArray[np.uint8]:
+    return np.stack([np.roll(picture(), 3 * index, axis=1) for index in range(num_frames)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 40_000), rate=st.sampled_from([8_000, 16_000, 44_100]), mel_bins=st.sampled_from([8, 40, 96])
+)
+def test_sound_of_any_duration_has_one_length(count: int, rate: int, mel_bins: int) -> None:
+    vector = sound_statistics(noise(count), MediaConfig(sample_rate=rate, mel_bins=mel_bins))
+    assert vector.shape == (220,)
+    assert vector.dtype == np.float32
+    assert np.isfinite(vector).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(1, 150), width=st.integers(1, 150), num_frames=st.integers(1, 20))
+def test_pictures_of_any_size_have_one_length(height: int, width: int, num_frames: int) -> None:
+    image = picture(height, width)
+    for vector, length in (
+        (image_statistics(image, CONFIG), 480),
+        (video_statistics(np.repeat(image[None], num_frames, axis=0), CONFIG), 764),
+    ):
+        assert vector.shape == (length,)
+        assert vector.dtype == np.float32
+        assert np.isfinite(vector).all()
+
+
+def test_what_is_read_stays_as_it_was_and_gives_the_same_again() -> None:
+    cases: list[tuple[Any, Any]] = [
+        (sound_statistics, noise()),
+        (image_statistics, picture()),
+        (video_statistics, clip()),
+    ]
+    for describe, given_ in cases:
+        before = given_.copy()
+        np.testing.assert_array_equal(describe(given_, CONFIG), describe(given_, CONFIG))
+        np.testing.assert_array_equal(given_, before)
+
+
+def test_gain_changes_the_level_alone() -> None:
+    change = (sound_statistics(noise() * 8, CONFIG) - sound_statistics(noise(), CONFIG)).reshape(11, 20)
+    level = 2 * np.log(8) * np.sqrt(CONFIG.mel_bins)  # log power, through an orthonormal cosine transform
+    expected = np.zeros((11, 20))
+    expected[[0, *range(3, 11)], 0] = level  # the mean, and the means of the eight parts; no spread, no shape
+    np.testing.assert_allclose(change, expected, atol=2e-3)
+
+
+def test_a_tone_stands_in_its_band() -> None:
+    times = np.arange(16_000) / 16_000
+    peaks = []
+    for hertz in (200, 1_000, 4_000):
+        bands = log_mel(np.sin(2 * np.pi * hertz * times).astype(np.float32), CONFIG)
+        assert bands.shape[0] == CONFIG.mel_bins
+        assert bands.shape[1] == pytest.approx(100, abs=2)
+        peaks.append(int(bands.mean(1).argmax()))
+    mel = 2595 * np.log10(1 + np.array([200, 1_000, 4_000]) / 700)
+    low, high = 2595 * np.log10(1 + np.array([20, 8_000]) / 700)
+    np.testing.assert_allclose(peaks, (mel - low) / (high - low) * 41 - 1, atol=0.6)
+
+
+def test_silence_around_the_sound_is_not_heard() -> None:
+    early, late = (sound_statistics(np.pad(noise(), pad), CONFIG) for pad in ((1_600, 9_600), (4_800, 800)))
+    np.testing.assert_allclose(early, late, atol=1e-3)  # whole frames of 160 samples: the grid of frames stays
+
+
+def test_order_in_time_is_heard_and_seen() -> None:
+    rising = noise() * np.linspace(0.1, 1, 8_000, dtype=np.float32)
+    forth, back = (sound_statistics(wave, CONFIG).reshape(11, 20) for wave in (rising, rising[::-1]))
+    np.testing.assert_allclose(forth[0], back[0], atol=0.35)
+    np.testing.assert_allclose(forth[3:, 0], back[:2:-1, 0], atol=1.5)
+    assert np.all(np.diff(forth[3:, 0]) > 0)
+    forth, back = (video_statistics(frames, CONFIG)[:700].reshape(5, 140) for frames in (clip(), clip()[::-1]))
+    np.testing.assert_allclose(forth[::2], back[::2], atol=1e-5)  # even cosines
+    np.testing.assert_allclose(forth[1::2], -back[1::2], atol=1e-5)  # odd ones
+    assert np.abs(forth[1::2]).max() > 0.01
+
+
+def histogram(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return image_statistics(image, CONFIG)[:432].reshape(6, 6, 12)
+
+
+def test_a_mirrored_picture_mirrors_cells_and_directions() -> None:
+    directions = np.arange(12)
+    left_right = histogram(picture()[:, ::-1])
+    np.testing.assert_allclose(left_right, histogram(picture())[:, ::-1][..., (6 - directions) % 12], atol=1e-4)
+    upside_down = histogram(picture()[::-1])
+    np.testing.assert_allclose(upside_down, histogram(picture())[::-1][..., -directions % 12], atol=1e-4)
+
+
+def test_a_turned_picture_turns_the_directions() -> None:
+    turned = histogram(np.rot90(picture()))  # to the left: what pointed right points up, three of twelve steps back
+    np.testing.assert_allclose(turned, np.roll(np.rot90(histogram(picture())), -3, axis=2), atol=1e-4)
+
+
+def test_a_negative_turns_every_gradient_round() -> None:
+    np.testing.assert_allclose(histogram(255 - picture()), np.roll(histogram(picture()), 6, axis=2), atol=1e-4)
+
+
+def test_a_ramp_has_one_direction_and_light_leaves_it_alone() -> None:
+    ramp = np.repeat(np.tile(np.arange(64, dtype=np.uint8) * 2, (64, 1))[..., None], 3, axis=2)
+    inner = histogram(ramp)[1:-1, 1:-1]
+    assert (inner.argmax(axis=2) == 0).all()
+    np.testing.assert_allclose(inner[..., 6], 0, atol=1e-6)
+    np.testing.assert_allclose(histogram(ramp + 100), histogram(ramp), atol=1e-5)
+    np.testing.assert_allclose(histogram(ramp // 2 * 3)[1:-1, 1:-1, 0], inner[..., 0], atol=0.05)
+
+
+def test_colours_stand_in_their_cells() -> None:
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    image[:16, 48:, 0] = 255
+    red, green, blue = image_statistics(image, CONFIG)[432:].reshape(3, 4, 4)
+    assert red.argmax() == 3  # the right one of the upper row
+    assert red.max() > 0.7  # the hat reaches a little into the neighbours
+    assert green.max() == blue.max() == 0
+
+
+def test_motion_is_where_and_when_it_moves() -> None:
+    frames = np.repeat(picture()[None], 16, axis=0)
+    assert video_statistics(frames, CONFIG)[700:].max() == 0
+    frames[12:, :16, :16] = 255 - frames[12:, :16, :16]
+    motion = video_statistics(frames, CONFIG)[700:].reshape(4, 4, 4)
+    assert motion.argmax() in {2 * 16, 3 * 16}  # the upper left cell, in the third part or the fourth
+    assert motion[:2].max() == 0
+    assert motion[:, 2:, 2:].max() == 0
+
+
+@given(text=st.text())
+def test_case_and_space_do_not_count(text: str) -> None:
+    try:
+        counts = text_counts(text, CONFIG)
+    except UnusableError as error:
+        assert error.reason is Reason.EMPTY  # noqa: PT017
+        return
+    assert counts.shape == (1024,)
+    assert (counts >= 0).all()
+    np.testing.assert_array_equal(text_counts(f" {text.casefold()}\n!", CONFIG), counts)
+
+
+def test_words_count_in_any_script() -> None:
+    def same(one: str, other: str) -> bool:
+        return bool((text_counts(one, CONFIG) == text_counts(other, CONFIG)).all())
+
+    assert same("GROSSE Straße, Ärger!", "große STRASSE ärger")
+    assert same("Жёлтый ДОМ", "жёлтый дом")
+    assert same("cafe\u0301", "caf\u00e9")
+    assert same("\uff28\uff45\uff4c\uff4c\uff4f", "hello")
+    assert not same("dog bites man", "man bites dog")
+    assert (text_counts("हिन्दी", CONFIG) > 0).sum() == 1  # its vowel signs do not part it
+    assert (text_counts("我爱你", CONFIG) > 0).sum() == 5  # three words, two pairs
+    assert text_counts("no no no no", CONFIG).max() == pytest.approx(1 + np.log(4))
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "?! ... --"])
+def test_text_without_words_is_empty(text: str) -> None:
+    with pytest.raises(UnusableError, match=f"no words in {len(text)} characters") as caught:
+        text_counts(text, CONFIG)
+    assert caught.value.reason is Reason.EMPTY
+
+
+def test_text_counts_do_not_hang_on_the_process() -> None:
+    program = (
+        "from mmaudit.audit.descriptors import text_counts; from mmaudit.audit.media import MediaConfig;"
+        "print(text_counts('The quick brown fox', MediaConfig()).nonzero()[0].tolist())"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert outputs == {f"{text_counts('The quick brown fox', CONFIG).nonzero()[0].tolist()}\n".encode()}
+
+
+def test_idf_is_that_of_sklearn() -> None:
+    texts = ["a cat sat", "a dog sat there", "a dog", "birds fly over a cat"]
+    counts = np.stack([text_counts(text, CONFIG) for text in texts])
+    expected = TfidfTransformer(norm="l2", smooth_idf=True).fit_transform(counts).toarray()
+    np.testing.assert_allclose(apply_idf(counts), expected, atol=1e-6)
+    assert apply_idf(np.zeros((2, 8), dtype=np.float32)).tolist() == np.zeros((2, 8)).tolist()
+    np.testing.assert_allclose(apply_idf(counts[::-1]), apply_idf(counts)[::-1])

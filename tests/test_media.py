@@ -1,0 +1,358 @@
+"""Laws of decoding: what was written comes back, and every broken file says in which way it is broken."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import wave as wave_module
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.media import MediaConfig, decode_audio, decode_frames, decode_image, has_sound
+from mmaudit.audit.quality import Reason, UnusableError
+
+CONFIG = MediaConfig()
+
+
+def sine(rate: int = 8_000, *, seconds: float = 0.5, hertz: float = 440.0, peak: float = 0.5) -> NDArray[np.float64]:
+    return peak * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def write_wav(wave: NDArray[np.float64], rate: int = 8_000, *, channels: int = 1) -> bytes:
+    file = io.BytesIO()
+    with wave_module.open(file, "wb") as writer:
+        writer.setnchannels(channels)
+        writer.setsampwidth(2)
+        writer.setframerate(rate)
+        writer.writeframes(np.round(wave * 32767).astype("<i2").tobytes())
+    return file.getvalue()
+
+
+def write_float_wav(wave: NDArray[np.float64], rate: int = 8_000) -> bytes:
+    samples = wave.astype("<f4").tobytes()
+    chunks = b"fmt " + struct.pack("<IHHIIHH", 16, 3, 1, rate, 4 * rate, 4, 32)
+    chunks += b"data" + struct.pack("<I", len(samples)) + samples
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+
+
+def write_picture(pixels: NDArray[Any], kind: str = "png", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_media(
+    kind: str,
+    *,
+    sound: str | None = None,
+    picture: str | None = None,
+    wave: NDArray[np.float64] | None = None,
+    frames: NDArray[np.uint8] | None = None,
+    options: dict[str, str] | None = None,
+) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind, options=options or {}) as container:
+        picture_stream: Any = container.add_stream(picture, rate=25) if picture else None
+        sound_stream: Any = container.add_stream(sound, rate=48_000, layout="mono") if sound else None
+        if picture_stream is not None:
+            shown = moving() if frames is None else frames
+            picture_stream.height, picture_stream.width = shown.shape[1:3]
+            picture_stream.pix_fmt = "yuv420p"
+            for pixels in shown:
+                container.mux(picture_stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(picture_stream.encode(None))
+        if sound_stream is not None:
+            heard = sine(48_000) if wave is None else wave
+            for start in range(0, len(heard), 960):  # opus takes no other size
+                samples = np.round(np.pad(heard, (0, 960))[None, start : start + 960] * 32767).astype(np.int16)
+                frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+                frame.rate, frame.pts, frame.time_base = 48_000, start, Fraction(1, 48_000)
+                resampler = av.AudioResampler(sound_stream.codec_context.format, "mono", 48_000)
+                for part in resampler.resample(frame):
+                    container.mux(sound_stream.encode(part))
+            container.mux(sound_stream.encode(None))
+    return file.getvalue()
+
+
+def moving(count: int = 20) -> NDArray[np.uint8]:
+    """Dark frames (count, 48, 64, 3) through which a bright bar goes from left to right."""
+    frames = np.full((count, 48, 64, 3), 20, dtype=np.uint8)
+    for index in range(count):
+        frames[index, :, index * 2 : index * 2 + 20] = 230
+    return frames
+
+
+def checker(height: int = 40, width: int = 60) -> NDArray[np.uint8]:
+    rows, columns = np.indices((height, width))
+    return np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) % 2 * 99], axis=-1).astype(np.uint8)
+
+
+def strongest_hertz(wave: NDArray[np.float32], rate: int) -> float:
+    return float(np.argmax(np.abs(np.fft.rfft(wave * np.hanning(len(wave))))) * rate / len(wave))
+
+
+@lru_cache(maxsize=1)
+def samples() -> dict[str, tuple[Any, bytes]]:
+    """One good file of each kind, with the function that reads it."""
+    return {
+        "wav": (decode_audio, write_wav(sine())),
+        "mp3": (decode_audio, write_media("mp3", sound="libmp3lame")),
+        "flac": (decode_audio, write_media("flac", sound="flac")),
+        "ogg": (decode_audio, write_media("ogg", sound="libopus")),
+        "mp4 sound": (decode_audio, write_media("mp4", sound="aac", picture="mpeg4")),
+        "webm sound": (decode_audio, write_media("webm", sound="libopus", picture="libvpx")),
+        "mkv sound": (decode_audio, write_media("matroska", sound="flac", picture="mpeg4")),
+        "png": (decode_image, write_picture(checker())),
+        "jpeg": (decode_image, write_picture(checker(), "jpeg")),
+        "gif": (decode_image, write_picture(checker(), "gif")),
+        "webp": (decode_image, write_picture(checker(), "webp")),
+        "tiff": (decode_image, write_picture(checker(), "tiff")),
+        "mp4": (decode_frames, write_media("mp4", sound="aac", picture="libx264")),
+        "webm": (decode_frames, write_media("webm", picture="libvpx")),
+        "avi": (decode_frames, write_media("avi", picture="mpeg4")),
+    }
+
+
+KINDS = list(samples())
+
+
+def reason_for(read: Any, data: bytes) -> Reason:
+    with pytest.raises(UnusableError) as caught:
+        read(data, CONFIG)
+    assert 0 < len(caught.value.detail) < 200
+    assert "0x" not in caught.value.detail, "an address in memory differs from run to run"
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_read_the_same_twice_and_says_nothing(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    read, data = samples()[kind]
+    first, second = read(data, CONFIG), read(data, CONFIG)
+    np.testing.assert_array_equal(first, second)
+    expected = {decode_audio: (np.float32, 1), decode_image: (np.uint8, 3), decode_frames: (np.uint8, 4)}
+    assert (first.dtype, first.ndim) == expected[read]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if samples()[kind][0] is decode_audio])
+def test_a_sine_keeps_length_pitch_and_amplitude(kind: str) -> None:
+    wave = decode_audio(samples()[kind][1], CONFIG)
+    assert len(wave) == pytest.approx(8_000, abs=1_200)  # codecs pad to whole blocks
+    middle = wave[2_000:6_000]
+    assert strongest_hertz(middle, 16_000) == pytest.approx(440, abs=4)
+    assert np.abs(middle).max() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000])
+def test_resampling_gives_what_sampling_at_the_goal_would_have(rate: int) -> None:
+    wave = decode_audio(write_wav(sine(rate), rate), CONFIG)
+    assert len(wave) == int(np.ceil(round(rate / 2) * 16_000 / rate))
+    inner = slice(400, 7_500)  # the filter sees silence beyond both ends
+    np.testing.assert_allclose(wave[inner], sine(16_000)[inner], atol=3e-3)
+
+
+def test_odd_rates_are_read_in_time_and_absurd_ones_refused() -> None:
+    wave = decode_audio(write_wav(sine(15_991), 15_991), CONFIG)
+    assert strongest_hertz(wave, 16_000) == pytest.approx(440, abs=4)
+    assert reason_for(decode_audio, write_wav(sine(), 3)) is Reason.CORRUPT
+
+
+def test_gain_is_gain() -> None:
+    quiet, loud = (decode_audio(write_wav(sine(peak=peak)), CONFIG) for peak in (0.2, 0.8))
+    np.testing.assert_allclose(loud, 4 * quiet, atol=3e-4)  # rounding to 16 bits
+
+
+def test_channels_are_averaged() -> None:
+    left = sine()
+    stereo = np.stack([left, np.zeros_like(left)], axis=1)
+    mono = decode_audio(write_wav(left / 2), CONFIG)
+    np.testing.assert_allclose(decode_audio(write_wav(stereo, channels=2), CONFIG), mono, atol=1e-4)
+
+
+def test_sound_stays_within_one_and_max_seconds() -> None:
+    wave = decode_audio(write_float_wav(sine(seconds=2, peak=3.0)), MediaConfig(max_seconds=0.7))
+    assert len(wave) == 11_200
+    assert np.abs(wave).max() == 1
+
+
+def test_streamed_wav_of_unknown_length_is_whole() -> None:
+    data = bytearray(write_wav(sine()))
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
+    np.testing.assert_array_equal(decode_audio(bytes(data), CONFIG), decode_audio(write_wav(sine()), CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("wav", 0.6), ("flac", 0.6), ("mp4 sound", 0.6), ("png", 0.6), ("jpeg", 0.6)]
+)
+def test_a_file_cut_off_is_truncated(kind: str, kept: float) -> None:
+    read, data = samples()[kind]
+    assert reason_for(read, data[: int(len(data) * kept)]) is Reason.TRUNCATED
+
+
+@pytest.mark.parametrize("options", [{}, {"movflags": "+frag_keyframe+empty_moov"}])
+def test_a_video_cut_off_is_truncated_wherever_its_index_stands(options: dict[str, str]) -> None:
+    data = write_media("mp4", picture="libx264", frames=moving(), options=options)
+    for kept in (0.5, 0.8, 0.95):
+        assert reason_for(decode_frames, data[: int(len(data) * kept)]) is Reason.TRUNCATED
+
+
+@pytest.mark.parametrize("read", [decode_audio, decode_image, decode_frames])
+def test_nothing_is_empty_and_garbage_is_corrupt(read: Any) -> None:
+    assert reason_for(read, b"") is Reason.EMPTY
+    assert reason_for(read, b"no media at all, only words " * 40) is Reason.CORRUPT
+    assert reason_for(read, bytes(2_000)) is Reason.CORRUPT
+
+
+def test_a_playlist_opens_no_other_file(tmp_path: Any) -> None:
+    secret = tmp_path / "secret.wav"
+    secret.write_bytes(write_wav(sine()))
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret.as_uri()}\n#EXT-X-ENDLIST\n"
+    assert reason_for(decode_audio, playlist.encode()) is Reason.CORRUPT
+    assert reason_for(decode_audio, f"ffconcat version 1.0\nfile {secret.name}\n".encode()) is Reason.CORRUPT
+
+
+def test_sound_without_samples_signal_or_finite_numbers() -> None:
+    assert reason_for(decode_audio, write_wav(np.zeros(0))) is Reason.EMPTY
+    assert reason_for(decode_audio, write_wav(np.zeros(8_000))) is Reason.SILENT
+    assert reason_for(decode_audio, write_float_wav(sine(peak=5e-5))) is Reason.SILENT
+    assert reason_for(decode_audio, write_float_wav(np.array([0.5, np.nan, 0.1]))) is Reason.NOT_FINITE
+
+
+def test_a_track_that_is_not_there() -> None:
+    dumb = write_media("mp4", picture="mpeg4")
+    assert reason_for(decode_audio, dumb) is Reason.NO_TRACK
+    assert reason_for(decode_frames, write_wav(sine())) is Reason.NO_TRACK
+    assert not has_sound(dumb)
+    assert has_sound(samples()["mp4"][1])
+
+
+def test_one_colour_is_constant() -> None:
+    grey = np.full((32, 32, 3), 77, dtype=np.uint8)
+    assert reason_for(decode_image, write_picture(grey)) is Reason.CONSTANT
+    assert reason_for(decode_image, write_picture(grey, "jpeg")) is Reason.CONSTANT
+    black = write_media("mp4", picture="libx264", frames=np.zeros((10, 48, 64, 3), dtype=np.uint8))
+    assert reason_for(decode_frames, black) is Reason.CONSTANT
+    flicker = np.zeros((10, 48, 64, 3), dtype=np.uint8)
+    flicker[::2] = 255
+    assert decode_frames(write_media("avi", picture="mpeg4", frames=flicker), CONFIG).std() > 50
+
+
+def test_picture_modes_show_the_same() -> None:
+    grey = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    palette = io.BytesIO()
+    Image.fromarray(grey).convert("P").save(palette, "png")
+    forms = [
+        write_picture(grey),
+        write_picture(expected),
+        write_picture(grey.astype(np.uint16) * 256),
+        write_picture(grey.astype(np.int32) * 256, "tiff"),
+        write_picture(grey.astype(np.float32) / 255, "tiff"),
+        write_picture(np.dstack([expected, np.full((64, 64), 255, dtype=np.uint8)])),
+        palette.getvalue(),
+    ]
+    for form in forms:
+        np.testing.assert_allclose(decode_image(form, CONFIG), expected, atol=1)
+
+
+def test_transparency_shows_white_whatever_lies_under_it() -> None:
+    pixels = np.zeros((64, 64, 4), dtype=np.uint8)
+    pixels[:, :32, 3] = 255
+    picture = decode_image(write_picture(pixels), CONFIG)
+    assert (picture[:, :32] == 0).all()
+    assert (picture[:, 32:] == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_the_picture_upright(orientation: int) -> None:
+    lying = Image.fromarray(checker(64, 64))
+    turn = Image.Transpose  # what the camera did to the picture: the inverse of what is to be done
+    inverses = [None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM]
+    inverses += [turn.TRANSPOSE, turn.ROTATE_90, turn.TRANSVERSE, turn.ROTATE_270]
+    inverse = inverses[orientation - 1]
+    stored = lying if inverse is None else lying.transpose(inverse)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    stored.save(file, "png", exif=exif)
+    np.testing.assert_array_equal(decode_image(file.getvalue(), CONFIG), checker(64, 64))
+
+
+def test_a_broken_exif_does_not_cost_the_picture() -> None:
+    data = write_picture(checker(), "jpeg", exif=b"Exif\0\0MM nonsense")
+    np.testing.assert_array_equal(decode_image(data, CONFIG), decode_image(write_picture(checker(), "jpeg"), CONFIG))
+
+
+def test_a_large_jpeg_shows_what_a_small_one_shows() -> None:
+    small, large = (
+        decode_image(write_picture(np.kron(checker(8, 8), np.ones((k, k, 1), np.uint8)), "jpeg", quality=95), CONFIG)
+        for k in (16, 200)
+    )
+    assert np.abs(small.astype(int) - large).mean() < 6
+
+
+@pytest.mark.parametrize("num_frames", [1, 4, 20, 50])
+def test_frames_are_the_middles_of_equal_parts(num_frames: int) -> None:
+    config = MediaConfig(num_frames=num_frames, frame_size=64)
+    data = write_media("mp4", picture="libx264", frames=moving(20))
+    frames = decode_frames(data, config)
+    assert frames.shape == (num_frames, 64, 64, 3)
+    columns = np.arange(64)
+    places = [(frame[32, :, 0] > 125) @ columns / (frame[32, :, 0] > 125).sum() for frame in frames]
+    expected = [2 * int((part + 0.5) * 20 / num_frames) + 9.5 for part in range(num_frames)]
+    np.testing.assert_allclose(places, expected, atol=0.6)
+
+
+def test_frames_stop_at_max_seconds() -> None:
+    data = write_media("matroska", picture="mpeg4", frames=moving(20))  # 0.8 s, and no count of frames in the file
+    frames = decode_frames(data, MediaConfig(max_seconds=0.2, num_frames=5))
+    first = decode_frames(write_media("matroska", picture="mpeg4", frames=moving(5)), MediaConfig(num_frames=5))
+    assert np.abs(frames.astype(int) - first).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("sample_rate", 10), ("max_seconds", 0.0), ("max_seconds", float("nan")), ("num_frames", 0)]
+)
+def test_a_config_that_fits_no_sample_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is .*; set it to"):
+        MediaConfig(**{name: value})
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.binary(min_size=1, max_size=400), head=st.sampled_from(["", *KINDS]))
+def test_arbitrary_bytes_never_break_out(data: bytes, head: str) -> None:
+    data = (samples()[head][1][:16] if head else b"") + data
+    for read in (decode_audio, decode_image, decode_frames):
+        with pytest.raises(UnusableError):
+            read(data, CONFIG)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    kind=st.sampled_from(KINDS),
+    places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    near_start=st.booleans(),
+    kept=st.floats(0, 1),
+)
+def test_mutated_files_are_read_or_unusable(
+    kind: str, places: list[tuple[float, int]], near_start: bool, kept: float
+) -> None:
+    read, data = samples()[kind]
+    mutated = bytearray(data)
+    for place, value in places:
+        mutated[int(place * (min(200, len(data)) if near_start else len(data)))] = value
+    with contextlib.suppress(UnusableError):
+        decoded = read(bytes(mutated[: int(kept * len(data))] if kept < 0.5 else mutated), CONFIG)
+        assert np.isfinite(decoded).all()
+        assert decoded.size > 0

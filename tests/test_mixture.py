@@ -1,0 +1,250 @@
+"""Laws of the mixture on the gap: what is bimodal, what is not, and a posterior that never rises."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.mixture import GaussianMixture
+
+from mmaudit.audit.errors import ConfigError, MixtureError
+from mmaudit.audit.mixture import Component, Mixture, MixtureConfig, fit_counts, fit_mixture, histogram
+
+CONFIG = MixtureConfig()
+NUM_SAMPLES = 20_000
+GRID = np.linspace(0.0, 1.0, 2001)
+NOT_BIMODAL = ("normal", "half-normal", "uniform", "two widths")
+BIMODAL = ("saturated", "spike", "bimodal")
+
+
+def shape(name: str, seed: int = 0) -> NDArray[np.float64]:
+    rng = np.random.default_rng(seed)
+    first = rng.random(NUM_SAMPLES) < 0.5
+    normal = rng.standard_normal(NUM_SAMPLES)
+    drawn = {
+        "normal": 0.5 + 0.15 * normal,
+        "half-normal": np.abs(0.25 * normal),
+        "uniform": rng.random(NUM_SAMPLES),
+        "saturated": rng.beta(0.3, 0.3, NUM_SAMPLES),
+        "spike": np.where(first, np.abs(0.02 * normal), rng.beta(2, 3, NUM_SAMPLES)),
+        "bimodal": np.where(first, 0.2 + 0.06 * normal, 0.75 + 0.08 * normal),
+        "two widths": np.where(first, 0.5 + 0.03 * normal, 0.5 + 0.2 * normal),
+    }
+    return drawn[name].clip(0.0, 1.0)
+
+
+def pair(*numbers: tuple[float, float, float]) -> Mixture:
+    low, high = (Component(weight=w, mean=m, sd=s) for w, m, s in numbers)
+    return Mixture(num_samples=100, threshold=0.2, reasons=(), dip=0.1, dip_p=0.001, components=(low, high))
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> Mixture:
+    weight = draw(st.floats(0.01, 0.99))
+    low, high = sorted([draw(st.floats(0, 1)), draw(st.floats(0, 1))])
+    sds = st.floats(0.01, 0.6)
+    return pair((weight, low, draw(sds)), (1 - weight, high, draw(sds)))
+
+
+@pytest.mark.parametrize("name", NOT_BIMODAL)
+def test_one_group_is_not_called_two(name: str) -> None:
+    mixture = fit_mixture(shape(name), config=CONFIG, seed=0)
+    assert not mixture.bimodal
+    assert mixture.rule == "threshold"
+    assert mixture.dip < 0.007
+    assert mixture.dip_p > 0.1
+    assert mixture.reasons[0].startswith("dip 0.00")
+    assert np.array_equal(mixture.posterior(GRID), (GRID <= 0.2).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", BIMODAL)
+def test_two_groups_are_found(name: str) -> None:
+    gap = shape(name)
+    mixture = fit_mixture(gap, config=CONFIG, seed=0)
+    assert mixture.bimodal
+    assert mixture.rule == "posterior"
+    assert mixture.reasons == ()
+    assert mixture.dip_p == pytest.approx(0.001)
+    balanced = mixture.posterior(gap) >= 0.5
+    assert gap[balanced].max() < gap[~balanced].min()
+    assert 0.2 < balanced.mean() < 0.7
+
+
+def test_plain_criteria_would_be_fooled() -> None:
+    """Why the dip is asked: BIC and Ashman's D both call a uniform gap bimodal, and BIC a half-normal one."""
+    uniform = fit_mixture(shape("uniform"), config=CONFIG, seed=0)
+    half = fit_mixture(shape("half-normal"), config=CONFIG, seed=0)
+    assert uniform.bic_one is not None
+    assert uniform.bic_two is not None
+    assert uniform.ashman_d is not None
+    assert half.bic_one is not None
+    assert half.bic_two is not None
+    assert uniform.bic_two < uniform.bic_one
+    assert uniform.ashman_d > 3.0
+    assert half.bic_two < half.bic_one
+
+
+def test_known_groups_are_recovered() -> None:
+    mixture = fit_mixture(shape("bimodal"), config=CONFIG, seed=0)
+    assert mixture.components is not None
+    found = [(c.weight, c.mean, c.sd) for c in mixture.components]
+    assert np.allclose(found, [(0.5, 0.2, 0.06), (0.5, 0.75, 0.08)], atol=0.01)
+    assert mixture.ashman_d == pytest.approx(np.sqrt(2) * 0.55 / np.hypot(0.06, 0.08), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["normal", "half-normal", "uniform", "spike", "bimodal"])
+def test_plain_fit_is_as_good_as_sklearn(name: str) -> None:
+    """Not the saturated shape and not the two widths: there the plain fit has several optima, and the seed chooses."""
+    gap = shape(name)
+    ours = fit_mixture(gap, config=replace(CONFIG, min_sd=1e-3, min_sd_ratio=0.0, max_sd_ratio=1e9), seed=0)
+    theirs = GaussianMixture(2, reg_covar=1e-6, tol=1e-6, max_iter=500, random_state=0).fit(gap[:, None])
+    assert ours.components is not None
+    assert ours.log_likelihood is not None
+    assert ours.log_likelihood > theirs.score(gap[:, None]) - 1e-4
+    if name in BIMODAL:  # the others have flat likelihoods: equally good, with other components
+        assert np.allclose([c.mean for c in ours.components], np.sort(theirs.means_[:, 0]), atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", ["saturated", "spike", "two widths"])
+def test_no_needle_takes_an_end(name: str, seed: int) -> None:
+    """The plain fit calls gaps up to 0.96 of the saturated shape balanced, or none above 0.05, by the seed."""
+    mixture = fit_mixture(shape(name, seed), config=CONFIG, seed=0)
+    assert mixture.components is not None
+    low, high = mixture.components
+    assert 0.1 - 1e-9 <= low.sd / high.sd <= 1.0 + 1e-9
+    assert 0.05 < GRID[mixture.posterior(GRID) >= 0.5].max() < 0.6
+
+
+def test_bic_equals_sklearn() -> None:
+    gap = shape("bimodal")
+    ours = fit_mixture(gap, config=CONFIG, seed=0)
+    one, two = (GaussianMixture(k, tol=1e-8, random_state=0).fit(gap[:, None]).bic(gap[:, None]) for k in (1, 2))
+    assert ours.bic_one == pytest.approx(one, rel=1e-3)
+    assert ours.bic_two == pytest.approx(two, rel=1e-3)
+
+
+@settings(deadline=None)
+@given(mixtures(), st.lists(st.floats(0, 1), min_size=2, max_size=50))
+def test_posterior_never_rises(mixture: Mixture, gaps: list[float]) -> None:
+    p = mixture.posterior(np.sort(np.concatenate([gaps, GRID])))
+    assert p.dtype == np.float32
+    assert p.min() >= 0.0
+    assert p.max() <= 1.0
+    assert (np.diff(p) <= 0).all()
+
+
+@settings(deadline=None)
+@given(mixtures())
+def test_posterior_is_bayes_made_monotone(mixture: Mixture) -> None:
+    """Bayes up to the turning point of its logit, which is a parabola; beyond, level."""
+    assert mixture.components is not None
+    low, high = mixture.components
+    logit = np.clip(low.log_density(GRID) - high.log_density(GRID), -50, 50)
+    bayes = 1.0 / (1.0 + np.exp(-logit))
+    level = np.maximum.accumulate(bayes[::-1])[::-1] if low.sd <= high.sd else np.minimum.accumulate(bayes)
+    found = mixture.posterior(GRID)
+    assert np.allclose(found, level, atol=2e-3)  # the turn lies between two points of the grid
+    assert np.allclose(found[bayes == level], bayes[bayes == level], atol=1e-4)
+
+
+def test_wide_balanced_component_does_not_win_again() -> None:
+    mixture = pair((0.5, 0.3, 0.3), (0.5, 0.5, 0.05))
+    balanced, imbalanced = mixture.density(GRID)
+    assert balanced[-1] > imbalanced[-1]  # plain Bayes calls the largest gaps balanced
+    assert mixture.posterior(GRID)[-1] < 0.5
+
+
+def test_narrow_balanced_component_reaches_down_to_zero() -> None:
+    mixture = pair((0.5, 0.2, 0.02), (0.5, 0.5, 0.3))
+    balanced, imbalanced = mixture.density(GRID)
+    assert balanced[0] < imbalanced[0]  # plain Bayes calls the smallest gaps imbalanced
+    assert mixture.posterior(GRID)[0] > 0.5
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=200), st.integers(0, 5))
+def test_the_order_of_rows_does_not_matter(gaps: list[float], seed: int) -> None:
+    gap = np.array(gaps)
+    there = np.random.default_rng(seed).permutation(gap)
+    assert fit_mixture(gap, config=CONFIG, seed=1) == fit_mixture(there, config=CONFIG, seed=1)
+
+
+@given(st.lists(st.floats(0, 1), max_size=50), st.lists(st.floats(0, 1), max_size=50))
+def test_histograms_of_shards_add_up(one: list[float], other: list[float]) -> None:
+    whole = histogram(np.array(one + other), num_bins=64)
+    assert np.array_equal(histogram(np.array(one), num_bins=64) + histogram(np.array(other), num_bins=64), whole)
+    assert whole.sum() == len(one) + len(other)
+
+
+def test_merged_shards_give_the_same_mixture() -> None:
+    gap = shape("spike").astype(np.float32)
+    merged = sum((histogram(part, num_bins=4096) for part in np.array_split(gap, 7)), np.zeros(4096, dtype=np.int64))
+    assert fit_counts(merged, config=CONFIG, seed=3) == fit_mixture(gap, config=CONFIG, seed=3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), min_size=1, max_size=60))
+def test_json_round_trip_is_equality(gaps: list[float]) -> None:
+    mixture = fit_mixture(np.array(gaps), config=CONFIG, seed=0)
+    there = json.loads(json.dumps(mixture.to_json(), allow_nan=False))
+    assert Mixture.from_json(there) == mixture
+    assert there["bimodal"] == mixture.bimodal
+    assert there["rule"] == mixture.rule
+
+
+def test_fully_saturated_gaps_are_two_groups() -> None:
+    mixture = fit_mixture(np.repeat([0.0, 1.0], [60, 40]), config=CONFIG, seed=0)
+    assert mixture.bimodal
+    assert mixture.posterior(np.array([0.0, 0.4, 0.6, 1.0])).round().tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("gaps", "reason"), [([0.3] * 50, "constant: 0.300"), ([0.1, 0.9], "2 samples"), ([1], "1 samp")]
+)
+def test_score_can_finish_where_nothing_can_be_fitted(gaps: list[float], reason: str) -> None:
+    mixture = fit_mixture(np.array(gaps), config=CONFIG, seed=0)
+    assert mixture.components is None
+    assert reason in mixture.reasons[0]
+    assert mixture.posterior(np.array([0.2, 0.21])).tolist() == [1.0, 0.0]
+    assert not mixture.density(GRID).any()
+
+
+@pytest.mark.parametrize("gap", [[0.1, np.nan], [np.inf, 0.1], [0.1, -0.01], [0.1, 1.01], [[0.1]]])
+def test_refuses_what_is_no_gap(gap: list[float]) -> None:
+    mixture = pair((0.5, 0.2, 0.1), (0.5, 0.8, 0.1))
+    for use in (lambda g: fit_mixture(g, config=CONFIG, seed=0), mixture.posterior):
+        with pytest.raises(MixtureError, match="the gap must"):
+            use(np.array(gap))
+
+
+def test_refuses_nothing_at_all() -> None:
+    with pytest.raises(MixtureError, match="no sample was scored"):
+        fit_mixture(np.array([]), config=CONFIG, seed=0)
+
+
+@pytest.mark.parametrize("broken", [{}, {"components": [{"weight": 1.0}]}])
+def test_refuses_another_json(broken: dict[str, object]) -> None:
+    found = {**fit_mixture(shape("spike"), config=CONFIG, seed=0).to_json(), **broken} if broken else {}
+    with pytest.raises(MixtureError, match="rescore"):
+        Mixture.from_json(found)
+
+
+@pytest.mark.parametrize(
+    "field", ["num_bins", "max_steps", "min_samples", "dip_rows", "tolerance", "min_sd", "dip_level"]
+)
+def test_refuses_a_config_of_zeros(field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        replace(CONFIG, **{field: 0})
+
+
+def test_a_tail_is_not_a_group() -> None:
+    rng = np.random.default_rng(0)
+    gap = np.concatenate([np.abs(rng.normal(0.1, 0.05, 9_700)), rng.normal(0.8, 0.02, 300)])
+    mixture = fit_mixture(gap, config=CONFIG, seed=0)
+    assert mixture.reasons == ("the smaller component weighs 0.030, less than 0.05",)
