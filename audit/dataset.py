@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,9 +98,10 @@ class Dataset:
         """Give the ids of a shard's rows: the id column, else the first path column, else the row's number."""
         if self.columns.id:
             return [str(value) for value in rows[self.columns.id].to_pylist()]
-        if self.path_columns:
-            return [str(value) for value in rows[self.path_columns[0]].to_pylist()]
-        return [f"row-{number:09d}" for number in range(shard.first, shard.first + rows.num_rows)]
+        names = rows[self.path_columns[0]].to_pylist() if self.path_columns else [None] * rows.num_rows
+        numbers = range(shard.first, shard.first + rows.num_rows)
+        # A row whose path is null is quarantined, and must be told from the next one there.
+        return [f"row-{number:09d}" if name is None else name for name, number in zip(names, numbers, strict=True)]
 
     def load(self, cell: Any, modality: Modality) -> Any:
         """Give what a cell stands for: the bytes of a medium, a text, or a vector; UnusableError when it is not there.
@@ -118,7 +120,10 @@ class Dataset:
 
     def _read_file(self, name: str) -> bytes:
         root = self.root.resolve()
-        path = (root / name).resolve()
+        try:
+            path = (root / name).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL in the name
+            raise UnusableError(Reason.MISSING, f"no file {name!r}: {error}") from error
         if not self.allow_outside and ("://" in name or not path.is_relative_to(root)):
             raise DatasetError(
                 f"{self.source}: {name!r} leads outside {self.root}; "
@@ -172,7 +177,7 @@ def _plan(paths: list[Path], config: DataConfig) -> tuple[pa.Table, list[Shard]]
             if not head.schema.equals(heads[0].schema):
                 raise DatasetError(f"{path} has other columns than {paths[0]}")
         if any(not _is_light(type_) for type_ in heads[0].schema.types):
-            return heads[0], row_group_shards(paths)
+            return next((head for head in heads if head.num_rows), heads[0]), row_group_shards(paths)
     rows = pa.concat_tables([read_rows(path) for path in paths])
     return rows.slice(0, _HEAD_ROWS), memory_shards(rows, shard_rows=config.shard_rows)
 
@@ -183,7 +188,7 @@ def _parquet_head(path: Path) -> pa.Table:
             batches: Iterator[pa.RecordBatch] = file.iter_batches(batch_size=_HEAD_ROWS)
             first = next(batches, None)
             return pa.Table.from_batches([first] if first is not None else [], schema=file.schema_arrow)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise DatasetError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
@@ -192,6 +197,9 @@ def _is_light(type_: pa.DataType) -> bool:
 
 
 def _find_columns(head: pa.Table, config: DataConfig) -> Columns:
+    repeated = [name for name, count in Counter(head.column_names).items() if count > 1]
+    if repeated:
+        raise DatasetError(f"more than one column is called {repeated[0]!r}: rename all but one")
     found = {role: _find_column(head, role, getattr(config, role, None)) for role in _ROLE_NAMES}
     label = found["label"]
     if label is None:

@@ -54,7 +54,7 @@ def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Vector |
 def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> Encoded:
     """Check a column of feature vectors row by row, a million a few seconds: they are read as they are."""
     cells = column.combine_chunks()
-    cells = cells.cast(pa.large_list(pa.float32()))
+    cells = cells.cast(pa.large_list(pa.float32()), safe=False)  # whole numbers past 2^24 are rounded
     flat = cells.values.to_numpy(zero_copy_only=False)  # nulls inside a vector become NaN
     offsets = cells.offsets.to_numpy()
     valid = cells.is_valid().to_numpy(zero_copy_only=False)

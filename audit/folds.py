@@ -42,9 +42,8 @@ def assign_folds(
 def in_one_fold(label: NDArray[np.int32], fold: NDArray[np.int16], fits: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Tell for each sample whether its class cannot be cross-fitted: (n,) bool.
 
-    `fits` (n,) are the samples that probes may learn from; they are dealt evenly among themselves. With groups, a whole
-    group is in one fold; there are as many folds as groups where there are fewer groups.
-    than two folds: some probe would score a class it has never seen.
+    So it is with a class whose samples that `fits` lie in less than two folds: some probe would score a class it has
+    never seen.
     """
     seen = np.zeros((int(label.max()) + 1, int(fold.max()) + 1), dtype=bool)
     seen[label[fits], fold[fits]] = True

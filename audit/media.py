@@ -33,12 +33,10 @@ STREAMED_SIZE = 0x7FFFF000  # RIFF sizes from here on mean "unknown": written to
 
 # By name, because playlists (hls, concat) would open other files and addresses.
 CONTAINERS = "wav,w64,aiff,au,caf,mp3,aac,amr,flac,ogg,mov,matroska,avi,mpeg,mpegts,flv,asf"
-
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else broken tiffs print through logging's last resort
 
 # From 17.0 on PyAV scales frames in threads it starts anew for each: 14 frames of 128 x 96 take 14 ms, in one 0.3 ms.
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
-
 _LIMITS = {"sample_rate": (2_000, 192_000), "max_seconds": (0.01, 3_600), "mel_bins": (8, 128)}
 
 
@@ -56,10 +54,10 @@ class MediaConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no sample could be brought to."""
-        for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
-            low, high = _LIMITS.get(name, (1, 4_096))
+        for field in fields(self):
+            (low, high), value = _LIMITS.get(field.name, (1, 4_096)), getattr(self, field.name)
             if not low <= value <= high:
-                raise ConfigError(f"{name} is {value}; set it to {low} .. {high}")
+                raise ConfigError(f"{field.name} is {value}; set it to {low} .. {high}")
 
 
 def decode_audio(data: bytes, config: MediaConfig) -> NDArray[np.float32]:
@@ -69,9 +67,9 @@ def decode_audio(data: bytes, config: MediaConfig) -> NDArray[np.float32]:
     """
     with _reading(data):
         wave, rate = _native_wave(data, config.max_seconds)
-        if not np.isfinite(wave).all():
-            raise UnusableError(Reason.NOT_FINITE, f"{int((~np.isfinite(wave)).sum())} samples are not finite")
         peak = float(np.abs(wave).max())
+        if not math.isfinite(peak):
+            raise UnusableError(Reason.NOT_FINITE, f"{int((~np.isfinite(wave)).sum())} samples are not finite")
         if peak < SILENT_PEAK:
             raise UnusableError(Reason.SILENT, f"peak {peak:.1g} of 1 in {len(wave) / rate:.2f} s")
         return _resampled(wave, rate, config.sample_rate)[: max(1, round(config.max_seconds * config.sample_rate))]
@@ -131,8 +129,8 @@ def _reading(data: bytes) -> Iterator[None]:
         # PyAV raises EOFError; Pillow has no class of its own for a file cut off, only this word in every such message.
         ended = isinstance(error, EOFError) or "truncated" in str(error).lower()
         words = (getattr(error, "strerror", None) or str(error)).split(" <")[0]  # Pillow names an address in memory
-        reason = Reason.TRUNCATED if ended else Reason.CORRUPT
-        raise UnusableError(reason, f"{len(data)} bytes, {type(error).__name__}: {words}") from error
+        detail = f"{len(data)} bytes, {type(error).__name__}: {words}"
+        raise UnusableError(Reason.TRUNCATED if ended else Reason.CORRUPT, detail) from error
 
 
 def _wav_end(data: bytes) -> int:
@@ -214,7 +212,7 @@ def _native_wave(data: bytes, max_seconds: float) -> tuple[NDArray[np.float32], 
 
 def _mono(frame: Any) -> NDArray[np.float32]:
     """Samples (t,) of one decoded frame, whole numbers scaled so that full scale is 1."""
-    if frame.format.is_planar and frame.layout.nb_channels >= 8:  # PyAV up to 18.1 looks for a plane too many: segfault
+    if frame.format.is_planar and frame.layout.nb_channels >= 8:  # PyAV 18.1 reads a plane too many: segfault
         frame = av.AudioResampler(frame.format.packed, frame.layout, frame.sample_rate).resample(frame)[0]
     raw = frame.to_ndarray()
     channels = raw if frame.format.is_planar else raw.reshape(-1, frame.layout.nb_channels).T

@@ -19,6 +19,7 @@ _EXTENSIONS = {
     "video": {".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".flv", ".m4v"},
 }
 _PATH_SUFFIXES = ("_file_name", "_filepath", "_file", "_path", "_filename")
+_NAMING = "name each with --modality NAME=COLUMN[:KIND]"
 _TEXT_NAMES = {"text", "caption", "sentence", "transcript", "title", "review", "utterance", "question", "tweet"}
 
 
@@ -101,11 +102,14 @@ def parse_modality(text: str, head: pa.Table) -> Modality:
 
 
 def check_modalities(modalities: Sequence[Modality], column_names: Sequence[str]) -> None:
-    """Refuse fewer than two modalities, and two of one name."""
+    """Refuse fewer than two modalities, two of one name, and names that could not stand in a path."""
     names = [modality.name for modality in modalities]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ConfigError(f"two modalities are called {repeated[0]!r}: name each with --modality NAME=COLUMN[:KIND]")
+        raise ConfigError(f"two modalities are called {repeated[0]!r}; {_NAMING}")
+    if odd := next((name for name in names if set(name) & set("/\\:=")), None):
+        # The name stands in paths of the cache and in `--between A:B`.
+        raise ConfigError(f"a modality is called {odd!r}; its name may hold none of / \\ : = ; {_NAMING}")
     if len(modalities) < 2:
         found = f"only one modality, {modalities[0]}," if modalities else "no modality"
         raise DatasetError(

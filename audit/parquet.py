@@ -36,9 +36,19 @@ def read_parquet(path: Path, *, error: type[MmauditError]) -> tuple[pa.Table, di
     return table, dict(json.loads(text))
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write a JSON file whole or not at all."""
+def write_text(text: str, path: Path) -> None:
+    """Write a text file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import ConfigError, choices
-from .logistic import Logistic, fit_logistic
+from .logistic import Design, fit_design, make_design, mean_loss
 
 _CHOICE_TOLERANCE = 1e-4  # settles the order of losses that differ in the third digit; a third of the steps
 
@@ -61,69 +62,86 @@ class Crossing:
 def cross_fit(
     matrix: NDArray[np.float32],
     label: NDArray[np.int32],
-    crossing: Crossing,
+    crossings: Sequence[Crossing],
     *,
     num_classes: int,
     config: ProbeConfig,
     device: str = "cpu",
 ) -> NDArray[np.float32]:
-    """Give out-of-fold class probabilities (n, k), rows summing to 1, from features (n, d) and labels (n,) in [0, k).
+    """Give out-of-fold class probabilities (r, n, k), rows summing to 1, one (n, k) for each of r rounds.
 
-    A row outside `crossing.fits` (a test sample) is scored by the probe of its fold and learned from by none.
+    matrix (n, d) are features, label (n,) in [0, k). A row outside a round's `fits` is scored by the probe of its fold
+    and learned from by none. All probes of all rounds are fitted at once.
     """
     x = torch.from_numpy(np.array(matrix, dtype=np.float32)).to(device)
+    design = make_design(x)
     y = torch.from_numpy(label.astype(np.int64)).to(device)
-    fold = torch.from_numpy(crossing.fold.astype(np.int64)).to(device)
-    mask = torch.stack([fold != index for index in range(crossing.num_folds)], dim=1)
-    mask &= torch.from_numpy(crossing.fits).to(device)[:, None]
-    strength = _choose_strength(x, y, mask, crossing, num_classes=num_classes, config=config)
-    probe = _fit(x, y, mask, strength, num_classes=num_classes, config=config)
-    return np.asarray(probe.logits(x, fold).softmax(dim=1).cpu().numpy())
-
-
-def _fit(x: Tensor, y: Tensor, mask: Tensor, strength: Tensor, *, num_classes: int, config: ProbeConfig) -> Logistic:
-    return fit_logistic(
-        x,
+    mask = torch.cat([_masks(crossing, device) for crossing in crossings], dim=1)
+    inner = [torch.from_numpy(crossing.inner == 0).to(device)[:, None] for crossing in crossings]
+    aside = torch.cat([rows.expand(-1, c.num_folds) for rows, c in zip(inner, crossings, strict=True)], dim=1) & mask
+    rows = torch.from_numpy(_some_rows(crossings[0], config.choice_rows)).to(device)
+    strength, start = _choose_strength(
+        design.take(rows), y[rows], mask[rows], aside[rows], num_classes=num_classes, config=config
+    )
+    theta, _ = fit_design(
+        design,
         y,
         mask=mask,
         strength=strength,
-        num_classes=num_classes,
+        start=start,
         max_steps=config.max_steps,
         tolerance=config.tolerance,
     )
+    ends = np.cumsum([crossing.num_folds for crossing in crossings])
+    rounds = []
+    for crossing, end in zip(crossings, ends, strict=True):
+        which = torch.from_numpy(crossing.fold.astype(np.int64) + end - crossing.num_folds).to(device)
+        rounds.append(design.logits(theta, which).softmax(dim=1).cpu().numpy())
+    return np.stack(rounds)
+
+
+def _masks(crossing: Crossing, device: str) -> Tensor:
+    """Rows that each fold's probe learns from, (n, f)."""
+    folds = np.arange(crossing.num_folds)
+    return torch.from_numpy((crossing.fold[:, None] != folds) & crossing.fits[:, None]).to(device)
 
 
 def _choose_strength(
-    x: Tensor, y: Tensor, mask: Tensor, crossing: Crossing, *, num_classes: int, config: ProbeConfig
-) -> Tensor:
-    """Give each fold's probe (f,) the strength with the least loss on a fifth of the rows it may learn from."""
-    candidates = torch.tensor(config.strengths, dtype=x.dtype, device=x.device)
-    num_folds = mask.shape[1]
-    rows = torch.from_numpy(_some_rows(crossing, config.choice_rows)).to(x.device)
-    x, y, mask = x[rows], y[rows], mask[rows]
-    aside = torch.from_numpy(crossing.inner == 0).to(x.device)[rows][:, None] & mask
-    learn = mask & ~aside
-    if len(candidates) == 1 or not (aside.any(dim=0) & learn.any(dim=0)).all():
-        return candidates[len(candidates) // 2].expand(num_folds)
-    pairs = len(candidates)
-    probe = _fit(
-        x,
-        y,
-        learn.repeat_interleave(pairs, dim=1),
-        candidates.repeat(num_folds),
-        num_classes=num_classes,
-        config=replace(config, tolerance=_CHOICE_TOLERANCE),
-    )
-    losses = torch.full((num_folds, pairs), torch.inf)
-    for fold in range(num_folds):
-        held = aside[:, fold]
-        for pair in range(pairs):
-            index = fold * pairs + pair
-            logits = x[held] @ probe.weight[index] + probe.bias[index]
-            losses[fold, pair] = torch.nn.functional.cross_entropy(logits, y[held])
-    return candidates[losses.argmin(dim=1).to(x.device)]
+    design: Design, label: Tensor, mask: Tensor, aside: Tensor, *, num_classes: int, config: ProbeConfig
+) -> tuple[Tensor, Tensor]:
+    """Give each of p probes the strength with the least loss on rows set `aside` (n, p) of its own, (p,), and weights.
+
+    From the strongest to the weakest, each fit starting where the last one ended; a probe whose loss rises stops there.
+    """
+    p, learn = mask.shape[1], mask & ~aside
+    path = sorted(config.strengths, reverse=True)
+    strength = design.rows.new_full((p,), path[len(path) // 2])
+    theta = design.rows.new_zeros(p, design.rows.shape[1] + 1, num_classes)
+    if len(path) == 1 or not bool((aside.any(dim=0) & learn.any(dim=0)).all()):
+        return strength, theta
+    least = torch.full_like(strength, torch.inf)
+    chosen = theta.clone()
+    going = torch.arange(p, device=theta.device)
+    for candidate in path:
+        theta[going], _ = fit_design(
+            design,
+            label,
+            mask=learn[:, going],
+            strength=torch.full_like(strength[going], candidate),
+            start=theta[going],
+            max_steps=config.max_steps,
+            tolerance=_CHOICE_TOLERANCE,
+        )
+        loss = mean_loss(design, label, mask=aside[:, going], theta=theta[going])
+        better = loss < least[going]
+        going, loss = going[better], loss[better]
+        if len(going) == 0:
+            break
+        least[going], strength[going], chosen[going] = loss, candidate, theta[going]
+    return strength, chosen
 
 
 def _some_rows(crossing: Crossing, most: int) -> NDArray[np.intp]:
+    """Rows on which strengths are chosen: those that probes learn from, or the first `most` of them by key."""
     rows = np.flatnonzero(crossing.fits)
     return rows if len(rows) <= most else np.sort(rows[np.argsort(crossing.key[rows], kind="stable")[:most]])

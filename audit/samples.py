@@ -79,6 +79,12 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
     return Samples(sample_id=sample_id, label=label, class_names=class_names, split=split, group=group, paths=paths)
 
 
+def read_ids(dataset: Dataset) -> NDArray[np.object_]:
+    """Read the ids alone, (n,), in the dataset's own order."""
+    ids = [dataset.sample_ids(dataset.read(shard, modalities=False), shard) for shard in dataset.shards]
+    return np.array([name for part in ids for name in part], dtype=object)
+
+
 def spread(keys: NDArray[np.uint64], label: NDArray[np.int32]) -> NDArray[np.float64]:
     """Place each row at (rank + 1/2) / size, in (0, 1), of its class ordered by key: even within every class."""
     place = np.empty(len(label))
@@ -99,16 +105,18 @@ def cut(
     seed: int,
     purpose: str,
 ) -> NDArray[np.bool_]:
-    """Draw `fraction` of the rows by hash(seed, group or id): whole groups, or else the same share of every class."""
+    """Draw `fraction` of the rows, one at least, by hash(seed, group or id): whole groups, or else alike of every class."""
     if group is None:
-        return spread(hash_rank(sample_id, seed=seed, purpose=purpose), label) < fraction
+        keys = hash_rank(sample_id, seed=seed, purpose=purpose)
+        first = np.lexsort((keys, spread(keys, label)))[: max(1, round(fraction * len(label)))]
+        drawn = np.zeros(len(label), dtype=bool)
+        drawn[first] = True
+        return drawn
     names, sizes = np.unique(group.astype(str), return_counts=True)
     order = np.argsort(hash_rank(names.tolist(), seed=seed, purpose=purpose), kind="stable")
     before = np.cumsum(sizes[order]) - sizes[order] / 2  # a group goes where its middle falls
-    drawn = order[before < fraction * sizes.sum()]
-    if len(drawn) == 0 and len(names) > 1:
-        drawn = order[:1]
-    return np.isin(group.astype(str), names[drawn])
+    chosen = order[: max(1, int((before < fraction * sizes.sum()).sum()))]
+    return np.isin(group.astype(str), names[chosen])
 
 
 def _check_ids(rows: pa.Table, column: str | None) -> None:
@@ -122,12 +130,13 @@ def _encode_labels(
     """Number the labels from 0 in their own order: numbers as numbers, all else as strings."""
     if any(isinstance(value, (list, dict)) for value in values):
         raise DatasetError("the labels are lists: a class label is an integer or a string; name it with --label")
+    values = [None if value != value else value for value in values]  # NaN is what pandas writes for none
     present = {value for value in values if value is not None}
     if any(isinstance(value, float) and not value.is_integer() for value in present):
         raise DatasetError("the labels are fractions: a class label is an integer or a string; name it with --label")
     text = {value: str(int(value)) if isinstance(value, float) else str(value) for value in present}
     try:
-        ordered = sorted(present, key=lambda value: int(text[value]))
+        ordered = sorted(present, key=lambda value: (int(text[value]), text[value]))  # 01 and 1 are two classes
     except ValueError:
         ordered = sorted(present, key=lambda value: text[value])
     number = {value: index for index, value in enumerate(ordered)}

@@ -24,7 +24,7 @@ RANGES = {
     "loss_M": ("[0, 27.7]", "-log confidence_M"),
     "discrepancy": ("[-1, 1]", "+1: the first modality alone carries the sample, -1: the second, 0: both or neither"),
     "discrepancy_M": ("[-1, 1]", "more than two modalities: confidence_M minus the mean of the others"),
-    "discrepancy_sd": ("[0, 1]", "standard deviation over repeats; null after one"),
+    "discrepancy_sd": ("[0, 1.42]", "standard deviation over repeats; null after one"),
     "gap": ("[0, 1]", "largest minus least confidence; 0 = balanced"),
     "similarity": ("[-1, 1]", "cosine of the modalities' class probabilities; 1 = they say the same"),
     "balance": ("[-1, 1]", "BSS measure, high = balanced"),
@@ -145,7 +145,8 @@ class ScoreTable:
 
 def write_scores(scores: ScoreTable, path: Path) -> None:
     """Write scores.parquet, whole or not at all."""
-    write_parquet(scores.to_arrow(), path, provenance=scores.provenance)
+    paths = [] if scores.paths is None else scores.paths.column_names
+    write_parquet(scores.to_arrow(), path, provenance={**scores.provenance, "paths": paths})
 
 
 def read_scores(path: str | Path) -> ScoreTable:
@@ -154,6 +155,7 @@ def read_scores(path: str | Path) -> ScoreTable:
     Raises ScoreError for missing columns, repeated ids, and values that are null or out of range.
     """
     table, provenance = read_parquet(Path(path), error=ScoreError)
+    paths = provenance.pop("paths", [])
     names = table.column_names
     modalities = tuple(name.removeprefix("confidence_") for name in names if name.startswith("confidence_"))
     if "sample_id" not in names or not {"label", "label_name"} & set(names) or len(modalities) < 2:
@@ -179,7 +181,7 @@ def read_scores(path: str | Path) -> ScoreTable:
         balance=_numbers(table, "balance", np.float32),
         p_balanced=_numbers(table, "p_balanced", np.float32),
         content=_strings(table, "content"),
-        paths=table.select(list(provenance.get("paths", []))),
+        paths=table.select(paths) if paths else None,
         provenance=provenance,
     )
 
@@ -198,11 +200,15 @@ def _labels(table: pa.Table) -> tuple[NDArray[np.int32], NDArray[np.object_]]:
         if name in table.column_names and table[name].null_count:
             raise ScoreError(f"column {name} holds {table[name].null_count} nulls: every scored sample has a label")
     names = _strings(table, "label_name")
-    if "label" not in table.column_names:
-        assert names is not None
+    if "label" not in table.column_names or not _is_number(table["label"].type):
+        names = _required(_strings(table, "label") if names is None else names)
         return np.unique(names.astype(str), return_inverse=True)[1].astype(np.int32), names
-    label: NDArray[np.int32] = np.array(table["label"].to_numpy(), dtype=np.int32)
+    label = _required(_numbers(table, "label", np.int32))
     return label, np.array([str(value) for value in label], dtype=object) if names is None else names
+
+
+def _is_number(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_))
 
 
 def _array(values: Any, type_: pa.DataType, length: int) -> pa.Array:
@@ -220,7 +226,13 @@ def _numbers(table: pa.Table, name: str, dtype: type[np.generic]) -> NDArray[Any
     """Read a column as numbers, nulls as NaN; None where it is not there or null throughout."""
     if name not in table.column_names or table[name].null_count == len(table):
         return None
-    return np.array(table[name].to_numpy(), dtype=dtype)
+    try:
+        column = table[name].cast(pa.from_numpy_dtype(dtype))  # a fraction is no label, and a word no number
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as cause:
+        raise ScoreError(f"column {name} does not hold what it should: {str(cause).splitlines()[0]}") from cause
+    if column.null_count and pa.types.is_integer(column.type):
+        raise ScoreError(f"column {name} holds {column.null_count} nulls: fill all of it or none")
+    return np.array(column.to_numpy(), dtype=dtype)
 
 
 def _stack(table: pa.Table, names: Sequence[str], dtype: type[np.generic]) -> NDArray[Any] | None:
@@ -231,6 +243,6 @@ def _stack(table: pa.Table, names: Sequence[str], dtype: type[np.generic]) -> ND
 
 
 def _required(values: NDArray[Any] | None) -> NDArray[Any]:
-    if values is None:
-        raise ScoreError("sample_id or a column confidence_M is null throughout: rescore, or mend the table")
+    if values is None or (values.dtype == object and None in values.tolist()):
+        raise ScoreError("sample_id, a label or a column confidence_M is null: rescore, or mend the table")
     return values

@@ -36,22 +36,42 @@ class Audit:
     fused: NDArray[np.int32]  # (n,) the class that the probes name together
 
 
-def fingerprint(samples: Samples, content: NDArray[np.object_]) -> str:
-    """Fingerprint ids, labels, splits, groups and content: the same whatever the row order or the file format."""
-    rows = zip(
-        samples.sample_id,
-        samples.label,
-        samples.split,
-        samples.group if samples.group is not None else [""] * len(samples),
-        content,
-        strict=True,
-    )
-    return digest(*sorted("\0".join(map(str, row)).encode() for row in rows))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stock:
+    """What a dataset is made of: its samples, and how each fared in each modality."""
+
+    samples: Samples
+    statuses: tuple[Status, ...]
+
+    @property
+    def content(self) -> NDArray[np.object_]:
+        """One digest for each sample (n,) over all its modalities."""
+        return row_content(self.statuses)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of ids, labels, splits, groups and content, whatever the row order or the file format."""
+        samples = self.samples
+        names = np.array([*samples.class_names, ""], dtype=object)[samples.label]  # NO_LABEL is the last
+        group = samples.group if samples.group is not None else np.full(len(samples), "", dtype=object)
+        rows = zip(samples.sample_id, names, samples.split, group, self.content, strict=True)
+        return digest(*sorted("\0".join(row).encode() for row in rows))
+
+
+def row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
+    """Give one digest for each sample (n,) over all its modalities."""
+    parts = zip(*(status.content for status in statuses), strict=True)
+    return np.array([digest("".join(row).encode()) for row in parts], dtype=object)
+
+
+def take_stock(dataset: Dataset, samples: Samples, tasks: Sequence[EncodeTask]) -> Stock:
+    """Read from the cache what every sample of an encoded dataset is made of."""
+    statuses = tuple(read_status(tasks, modality, samples.sample_id) for modality in dataset.modalities)
+    return Stock(samples=samples, statuses=statuses)
 
 
 def audit_dataset(
-    dataset: Dataset,
-    samples: Samples,
+    stock: Stock,
     tasks: Sequence[EncodeTask],
     *,
     probe: ProbeConfig,
@@ -60,41 +80,33 @@ def audit_dataset(
     device: str,
     progress: Progress,
 ) -> Audit:
-    """Score every usable sample of a dataset whose features are in the cache.
+    """Score every usable sample of an encoded dataset.
 
     With `probe.learn_from = "train"` no probe learns from a test sample, and what is chosen by the scores later is
     never chosen by a test label; with "all" each probe has a quarter more to learn from on a usual split.
     """
-    statuses = [read_status(tasks, modality, samples.sample_id) for modality in dataset.modalities]
+    samples, statuses = stock.samples, stock.statuses
     rows, left_out = _usable_rows(samples, statuses)
     rows, crossings, rare = _cross(samples, rows, probe, seed=seed)
     classes, inverse = np.unique(samples.label[rows], return_inverse=True)
     label = inverse.astype(np.int32)
     if len(classes) < 2:
         raise ScoreError(f"only one class is left to score ({samples.class_names[classes[0]]!r}): a probe needs two")
-    rounds: list[list[measures.Floats]] = []  # by modality, then by repeat
+    rounds: list[measures.Floats] = []  # by modality: (repeats, n, k)
     for status in statuses:
         matrix = load_matrix(tasks, status, rows)
-        rounds.append([])
-        for crossing in crossings:
-            found = cross_fit(matrix, label, crossing, num_classes=len(classes), config=probe, device=device)
-            rounds[-1].append(found)
-            progress("probe", sum(map(len, rounds)), len(statuses) * len(crossings))
-    scores = _score_table(dataset, samples, rows, rounds, label, classes, crossings[0])
+        found = cross_fit(matrix, label, crossings, num_classes=len(classes), config=probe, device=device)
+        rounds.append(found)
+        progress("probe", len(rounds), len(statuses))
+    scores = _score_table(stock, rows, rounds, label, classes, crossings[0])
     fitted = fit_mixture(scores.gap[samples.split[rows] != "test"], config=mixture, seed=seed)
     return Audit(
-        scores=replace(scores, p_balanced=fitted.posterior(scores.gap), content=_row_content(statuses)[rows]),
+        scores=replace(scores, p_balanced=fitted.posterior(scores.gap), content=stock.content[rows]),
         mixture=fitted,
         quarantined=tuple(left_out + rare),
-        fingerprint=fingerprint(samples, _row_content(statuses)),
-        fused=classes[measures.fuse([_mean(each) for each in rounds]).argmax(axis=1)].astype(np.int32),
+        fingerprint=stock.fingerprint,
+        fused=classes[measures.fuse([each.mean(axis=0) for each in rounds]).argmax(axis=1)].astype(np.int32),
     )
-
-
-def _row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
-    """Give one digest for each row (n,) over all its modalities."""
-    parts = zip(*(status.content for status in statuses), strict=True)
-    return np.array([digest("".join(row).encode()) for row in parts], dtype=object)
 
 
 def _usable_rows(samples: Samples, statuses: Sequence[Status]) -> tuple[NDArray[np.intp], list[Quarantined]]:
@@ -143,9 +155,10 @@ def _rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
 
 
 def _crossing(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int) -> Crossing:
-    fits = (samples.split[rows] != "test") | (config.learn_from == "all")
-    if not fits.any():
+    train = samples.split[rows] != "test"
+    if not train.any():  # the mixture is never fitted to test samples either
         raise ScoreError("every usable sample is a test sample: a probe has nothing to learn from; pass --split none")
+    fits = train | (config.learn_from == "all")
     group = None if samples.group is None else samples.group[rows]
     deals = [
         assign_folds(samples.sample_id[rows], samples.label[rows], group, fits, num_folds=config.folds, seed=each)
@@ -156,15 +169,15 @@ def _crossing(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, 
 
 
 def _score_table(
-    dataset: Dataset,
-    samples: Samples,
+    stock: Stock,
     rows: NDArray[np.intp],
-    rounds: Sequence[Sequence[measures.Floats]],
+    rounds: Sequence[measures.Floats],
     label: NDArray[np.int32],
     classes: NDArray[np.int32],
     crossing: Crossing,
 ) -> ScoreTable:
-    probabilities = [_mean(each) for each in rounds]
+    samples = stock.samples
+    probabilities = [each.mean(axis=0) for each in rounds]
     confidence = measures.confidence(probabilities, label)
     loss = measures.cross_entropy(confidence)
     fused = measures.confidence([measures.fuse(probabilities)], label)
@@ -174,7 +187,7 @@ def _score_table(
         sample_id=samples.sample_id[rows],
         label=samples.label[rows],
         label_name=np.array(samples.class_names, dtype=object)[samples.label[rows]],
-        modalities=tuple(modality.name for modality in dataset.modalities),
+        modalities=tuple(status.modality.name for status in stock.statuses),
         confidence=confidence,
         split=samples.split[rows],
         group=None if samples.group is None else samples.group[rows],
@@ -188,14 +201,10 @@ def _score_table(
     )
 
 
-def _spread(rounds: Sequence[Sequence[measures.Floats]], label: NDArray[np.int32]) -> measures.Floats | None:
+def _spread(rounds: Sequence[measures.Floats], label: NDArray[np.int32]) -> measures.Floats | None:
     """Standard deviation of the discrepancy over repeats, (n, 1) or (n, m); None after one."""
     repeats = len(rounds[0])
     if repeats == 1:
         return None
     each = [measures.discrepancy(measures.confidence([r[repeat] for r in rounds], label)) for repeat in range(repeats)]
     return np.asarray(np.std(np.stack(each), axis=0, ddof=1, dtype=np.float32)).reshape(len(label), -1)
-
-
-def _mean(rounds: Sequence[measures.Floats]) -> measures.Floats:
-    return np.asarray(np.mean(np.stack(rounds), axis=0, dtype=np.float32))

@@ -62,7 +62,7 @@ def read_rows(path: Path) -> pa.Table:
         if path.suffix == ".csv":
             return _read_csv(path)
         if path.suffix == ".jsonl":
-            return pa.json.read_json(path)
+            return _read_jsonl(path)
         return pq.read_table(path)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
@@ -76,7 +76,8 @@ def row_group_shards(paths: list[Path]) -> list[Shard]:
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
-                shards.append(Shard(index=len(shards), first=first, num_rows=rows, path=str(path), row_group=group))
+                if rows:  # Spark writes files without any
+                    shards.append(Shard(index=len(shards), first=first, num_rows=rows, path=str(path), row_group=group))
                 first += rows
     return shards
 
@@ -111,3 +112,13 @@ def _read_csv(path: Path) -> pa.Table:
         column_types={name: pa.string() for name in names}, strings_can_be_null=True, null_values=[""]
     )
     return pyarrow.csv.read_csv(path, convert_options=options, parse_options=_CSV_QUOTING)
+
+
+def _read_jsonl(path: Path) -> pa.Table:
+    rows = pyarrow.json.read_json(path)
+    dates = [pa.field(field.name, pa.string()) for field in rows.schema if pa.types.is_temporal(field.type)]
+    if not dates:
+        return rows
+    # JSON has no dates: Arrow takes strings like 2020-01-01 for some, and the id would no longer be what was written.
+    as_written = pyarrow.json.ParseOptions(explicit_schema=pa.schema(dates))
+    return pyarrow.json.read_json(path, parse_options=as_written).select(rows.column_names)

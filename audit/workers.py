@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Protocol, TypeVar
@@ -47,12 +48,15 @@ def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], *, num_work
     strangers = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context, initializer=_prepare_worker)
     try:
-        yield from pool.map(work, tasks)
+        futures = deque(pool.submit(work, task) for task in tasks)
+        while futures:
+            yield futures.popleft().result()
         pool.shutdown()
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # Nothing is cancelled (as pool.map would): the pool's thread fails on cancelled tasks of workers that died.
         for worker in set(multiprocessing.active_children()) - strangers:
             worker.terminate()
+        pool.shutdown(wait=False)
         raise
 
 

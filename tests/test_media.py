@@ -57,6 +57,7 @@ def write_media(
     *,
     sound: str | None = None,
     picture: str | None = None,
+    layout: str = "mono",
     wave: NDArray[np.float64] | None = None,
     frames: NDArray[np.uint8] | None = None,
     options: dict[str, str] | None = None,
@@ -64,7 +65,7 @@ def write_media(
     file = io.BytesIO()
     with av.open(file, "w", format=kind, options=options or {}) as container:
         picture_stream: Any = container.add_stream(picture, rate=25) if picture else None
-        sound_stream: Any = container.add_stream(sound, rate=48_000, layout="mono") if sound else None
+        sound_stream: Any = container.add_stream(sound, rate=48_000, layout=layout) if sound else None
         if picture_stream is not None:
             shown = moving() if frames is None else frames
             picture_stream.height, picture_stream.width = shown.shape[1:3]
@@ -78,7 +79,7 @@ def write_media(
                 samples = np.round(np.pad(heard, (0, 960))[None, start : start + 960] * 32767).astype(np.int16)
                 frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
                 frame.rate, frame.pts, frame.time_base = 48_000, start, Fraction(1, 48_000)
-                resampler = av.AudioResampler(sound_stream.codec_context.format, "mono", 48_000)
+                resampler = av.AudioResampler(sound_stream.codec_context.format, layout, 48_000)
                 for part in resampler.resample(frame):
                     container.mux(sound_stream.encode(part))
             container.mux(sound_stream.encode(None))
@@ -178,6 +179,13 @@ def test_channels_are_averaged() -> None:
     stereo = np.stack([left, np.zeros_like(left)], axis=1)
     mono = decode_audio(write_wav(left / 2), CONFIG)
     np.testing.assert_allclose(decode_audio(write_wav(stereo, channels=2), CONFIG), mono, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["stereo", "5.1", "7.1"])
+def test_surround_sound_is_averaged_without_a_crash(layout: str) -> None:
+    data = write_media("mp4", sound="aac", layout=layout)  # 7.1 is where PyAV's own to_ndarray ends the process
+    wave = decode_audio(data, CONFIG)
+    assert strongest_hertz(wave[2_000:6_000], 16_000) == pytest.approx(440, abs=4)
 
 
 def test_sound_stays_within_one_and_max_seconds() -> None:

@@ -1,0 +1,133 @@
+"""What people see on the terminal: bars while it works, a few lines when it is done"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..audit.workers import Progress
+
+_QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+def say(line: str) -> None:
+    """Print one line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def configure_logging() -> None:
+    """Send what the stages say aloud to stderr, as plain lines."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("mmaudit")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Give a progress that draws bars on a terminal, and elsewhere a line now and then."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks or bars.tasks[tasks[stage]].finished:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+class _Lines:
+    """Progress as a line every ten seconds, and none for what is quicker."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= _QUIET_SECONDS:
+            self._last = now
+            say(f"{stage}: {done} of {total}")
+
+
+def tell_score(record: dict[str, Any]) -> None:
+    """Tell what was scored and how good the probes are."""
+    counts = record["counts"]
+    print(
+        f"scored {counts['scored']} of {counts['input']} samples, {counts['quarantined']} quarantined; "
+        f"{record['classes']} classes, {record['folds']} folds"
+        + (f" over {record['groups']} groups" if record["groups"] else "")
+    )
+    for name, found in record["accuracy"].items():
+        if name == "chance":
+            print(f"  {name:>10}  {found['accuracy']:.3f}  the most common class")
+        else:
+            interval = f"[{found['accuracy_low']:.3f}, {found['accuracy_high']:.3f}]"
+            print(f"  {name:>10}  {found['accuracy']:.3f}  out of fold, 95% {interval}")
+    print(f"  gap mixture: {record['verdict']}")
+    print(f"report: {record['report']}")
+
+
+def tell_split(summary: dict[str, Any]) -> None:
+    """Tell what was kept, and for the balanced split what other tolerances would keep."""
+    print(f"{summary['name']}: kept {summary['kept']} of {summary['scored']} samples ({summary['between']})")
+    if "curve" in summary:
+        before, after = summary["before"], summary["after"]
+        print(f"  distance to uniform {before['distance']:.3f} before, {after['distance']:.3f} after")
+        print(f"  share with D > 0    {before['positive']:.3f} before, {after['positive']:.3f} after")
+        if summary["empty_bins"]:
+            print(f"  bins without any sample: {', '.join(map(str, summary['empty_bins']))}; uniform over the others")
+        kept = ", ".join(f"{point['tolerance']:g}: {point['size']}" for point in summary["curve"])
+        print(f"  a tolerance would keep  {kept}")
+    print(f"manifest: {summary['file']}")
+
+
+def tell_finetune(metrics: dict[str, Any]) -> None:
+    """Tell accuracy on the test split, overall and by subset."""
+    counts, chance = metrics["counts"], metrics["chance"]
+    print(
+        f"trained on {counts['train']}, selected on {counts['validation']}, tested on {counts['test']} samples; "
+        f"best epoch {metrics['best_epoch']}; chance {chance['majority']:.3f}"
+    )
+    branches = list(metrics["test"]["all"]["branches"])
+    print(f"  {'accuracy':>24} {'n':>6} " + " ".join(f"{name:>10.10}" for name in branches))
+    for subset, found in metrics["test"].items():
+        cells = [f"{found['branches'][name]['accuracy']:>10.3f}" if found["n"] else f"{'-':>10}" for name in branches]
+        print(f"  {subset:>24} {found['n']:>6} " + " ".join(cells))
+    fused = metrics["test"]["all"]["branches"]["fused"]
+    print(f"  fused: MAP {fused['map']:.3f}, macro-F1 {fused['macro_f1']:.3f}")
+    if metrics["test_labels_in_scores"]:
+        print(
+            "note: the probes behind this manifest learned from test samples too, so test labels had a part in "
+            "choosing what to train on; for a clean comparison score with --learn-from train"
+        )
+
+
+def tell_report(result: dict[str, Any]) -> None:
+    """Tell where the report is."""
+    print(f"report: {result['report']}")
+
+
+def tell_demo(result: dict[str, Any]) -> None:
+    """Tell how well the planted truth was recovered."""
+    recovery = result["recovery"]
+    print(
+        f"planted against estimated discrepancy: Spearman {recovery['spearman']:.3f} "
+        f"[{recovery['interval'][0]:.3f}, {recovery['interval'][1]:.3f}] on {recovery['num_samples']} samples"
+    )
+    print(f"balanced split: {result['kept']} samples, distance to uniform {result['distance']:.3f}")
+    print(f"report: {result['report']}")

@@ -1,0 +1,63 @@
+"""An interval: how far can a share or a mean be trusted, where samples of one group stand or fall together?
+
+All are of 95%. Without groups every sample counts for itself, and a share has Wilson's interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+from ..audit.score import ScoreTable
+from ..train.evaluate import wilson
+
+Array = NDArray[Any]
+Groups = NDArray[np.int64] | None  # the number of each sample's group, (n,); None where every sample is its own
+
+
+def group_codes(scores: ScoreTable) -> Groups:
+    """Number the groups (n,); None where the data have none."""
+    if scores.group is None:
+        return None
+    codes = pa.array(scores.group, pa.string()).dictionary_encode(null_encoding="encode").indices
+    return np.asarray(codes, dtype=np.int64)
+
+
+def mean(values: Array, groups: Groups, *, low: float = -1, high: float = 1) -> dict[str, float]:
+    """Give the mean of values (n,) in [low, high], its interval from the sums over groups and Student's t.
+
+    One group alone says nothing about others: its interval is all of [low, high].
+    """
+    centre = float(values.mean())
+    sums = values - centre if groups is None else np.bincount(groups, weights=values - centre)
+    if len(sums) < 2:
+        return {"mean": centre, "low": low, "high": high}
+    error = np.sqrt((sums @ sums) * len(sums) / (len(sums) - 1)) / len(values)
+    half = float(stdtrit(len(sums) - 1, 0.975) * error)
+    return {"mean": centre, "low": max(low, centre - half), "high": min(high, centre + half)}
+
+
+def share(rows: NDArray[np.bool_], groups: Groups) -> dict[str, float]:
+    """Give the count and the share of rows (n,): with Wilson's interval, or that of the groups where it is wider."""
+    count = int(rows.sum())
+    low, high = wilson(count, len(rows))
+    if groups is not None:
+        grouped = mean(rows.astype(np.float64), groups, low=0, high=1)
+        low, high = min(low, grouped["low"]), max(high, grouped["high"])
+    return {"n": count, "share": count / len(rows), "low": low, "high": high}
+
+
+def difference(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Give the difference of two accuracies with Newcombe's interval (1998, method 10), as if independent.
+
+    Both are of the same samples, so that the true interval is narrower.
+    """
+    found = one["accuracy"] - other["accuracy"]
+    down = np.hypot(one["accuracy"] - one["accuracy_low"], other["accuracy_high"] - other["accuracy"])
+    up = np.hypot(one["accuracy_high"] - one["accuracy"], other["accuracy"] - other["accuracy_low"])
+    return {"difference": found, "low": float(found - down), "high": float(found + up)}

@@ -1,0 +1,304 @@
+"""The commands: one for each arrow from data to report, each a thin call of the public function of its name"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+# Heavy packages (torch, scikit-learn, pyarrow) are imported inside the commands: --help answers in a blink.
+
+app = typer.Typer(
+    name="mmaudit",
+    help="Audit multimodal datasets for modality imbalance, sample by sample, and rebalance them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+OK, BUG, BAD_INPUT, GATE_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+RunOption = Annotated[str, typer.Option("--run", help="The run folder.")]
+ConfigOption = Annotated[str | None, typer.Option("--config", help="A TOML file with any of the settings.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting, such as probe.folds=10. Repeatable."),
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="The seed of everything. [default: 0]")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--num-workers", min=0, help="Processes that decode media; 0: none. [default: all processors]"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose errors become one line and an exit code."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        from ..audit.errors import GateError, MmauditError
+        from .console import say
+
+        try:
+            function(*args, **kwargs)
+        except GateError as error:
+            say(f"gate failed: {error}")
+            raise typer.Exit(GATE_FAILED) from None
+        except MmauditError as error:
+            say(f"error: {error}")
+            raise typer.Exit(BAD_INPUT) from None
+        except KeyboardInterrupt:
+            say("interrupted; run the same command again to go on from here")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return app.command()(guarded)
+
+
+@command
+def demo(
+    folder: Annotated[str, typer.Argument(metavar="[DIR]", help="Where to write it.")] = "mmaudit-demo",
+    num_samples: Annotated[
+        int | None,
+        typer.Option("--num-samples", min=100, help="Fewer samples for a quick look. [default: all 1797]"),
+    ] = None,
+    seed: SeedOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Plant a dataset whose imbalance is known, run the whole line on it, and report what was recovered."""
+    from .console import progress_bars, tell_demo
+    from .stages import demo as run_demo
+
+    with progress_bars() as progress:
+        result = run_demo(folder, num_samples=num_samples, seed=seed or 0, progress=progress)
+    _finish(result, json_, tell_demo)
+
+
+@command
+def score(
+    data: Annotated[str, typer.Argument(help="A folder with metadata.csv, .jsonl or .parquet, or a file of rows.")],
+    run: RunOption = "mmaudit-run",
+    modality: Annotated[
+        list[str] | None,
+        typer.Option("--modality", metavar="NAME=COLUMN[:KIND]", help="Read these modalities. Repeatable."),
+    ] = None,
+    label: Annotated[str | None, typer.Option("--label", help="The column of labels.")] = None,
+    id_: Annotated[str | None, typer.Option("--id", help="The column of ids.")] = None,
+    group: Annotated[
+        str | None,
+        typer.Option("--group", help="Samples that share this column's value never score each other."),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="The column of splits; none: leave it alone, cut a test split."),
+    ] = None,
+    learn_from: Annotated[
+        str | None,
+        typer.Option("--learn-from", help="Splits that probes learn from: all, or train for all but test."),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option("--repeats", help="Rounds of cross-fitting. [default: 3]"),
+    ] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Let paths lead outside the metadata's folder.")
+    ] = False,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    num_workers: WorkersOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Train a probe on each modality and score every sample out of fold."""
+    from dataclasses import replace
+
+    from .config import override
+    from .console import progress_bars, tell_score
+    from .stages import report as write_report
+    from .stages import score as run_score
+
+    settings = _config(config, set_, seed)
+    data_config = override(
+        settings.data,
+        modality=tuple(modality) if modality else None,
+        label=label,
+        id=id_,
+        group=group,
+        split=split,
+        allow_outside=True if allow_outside else None,
+    )
+    probe = override(settings.probe, learn_from=learn_from, repeats=repeats)
+    settings = replace(settings, data=data_config, probe=probe)
+    with progress_bars() as progress:
+        record = run_score(
+            data,
+            run=run,
+            config=settings,
+            device=device,
+            num_workers=num_workers,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    page = write_report(run=run)
+    _finish({**record, "report": str(page)}, json_, tell_score)
+
+
+@command
+def split(
+    run: RunOption = "mmaudit-run",
+    balanced: Annotated[bool, typer.Option("--balanced", help="Uniformly distributed discrepancy.")] = False,
+    subset: Annotated[
+        str | None,
+        typer.Option("--subset", metavar="NAME", help="MODALITY-preferred, or balanced[:T] for |D| <= T."),
+    ] = None,
+    dominated: Annotated[
+        str | None,
+        typer.Option("--dominated", metavar="MODALITY:T", help="Samples with discrepancy above T."),
+    ] = None,
+    gmm: Annotated[
+        str | None,
+        typer.Option("--gmm", metavar="SIDE", help="balanced or imbalanced, by the gap mixture."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", help="Distance to uniform allowed; 0: exact. [default: 0.05]"),
+    ] = None,
+    size: Annotated[int | None, typer.Option("--size", help="Keep so many samples instead.")] = None,
+    bins: Annotated[int | None, typer.Option("--bins", help="Bins over [-1, 1]. [default: 20]")] = None,
+    between: Annotated[
+        str | None,
+        typer.Option("--between", metavar="A[:B]", help="Which discrepancy: A against B, or A against the rest."),
+    ] = None,
+    scores: Annotated[
+        str | None,
+        typer.Option("--scores", help="Anybody's score table in place of the run's."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The manifest's name.")] = None,
+    seed: SeedOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Write a manifest of a subset, and the rows it drops with the reason."""
+    from dataclasses import replace
+
+    from .config import override
+    from .console import tell_split
+    from .stages import split as run_split
+
+    settings = _config(config, set_, seed)
+    chosen = override(settings.split, tolerance=tolerance, size=size, bins=bins)
+    _, summary = run_split(
+        run=run,
+        scores=scores,
+        config=replace(settings, split=chosen),
+        balanced=balanced,
+        subset=subset,
+        dominated=dominated,
+        gmm=gmm,
+        between=between,
+        name=name,
+    )
+    _finish(summary, json_, tell_split)
+
+
+@command
+def finetune(
+    manifest: Annotated[str, typer.Option("--manifest", "-m", help="A manifest's file, or its name in the run.")],
+    run: RunOption = "mmaudit-run",
+    data: Annotated[str | None, typer.Option("--data", help="The data, if they moved.")] = None,
+    fusion: Annotated[str | None, typer.Option("--fusion", help="concat or late. [default: concat]")] = None,
+    sampling: Annotated[
+        str | None,
+        typer.Option("--sampling", help="uniform, or bss-h for the balance curriculum. [default: uniform]"),
+    ] = None,
+    keep_posterior: Annotated[
+        float | None,
+        typer.Option("--keep-posterior", help="Train on samples with P(balanced) of at least this."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="[default: 60]")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="[default: 64]")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="[default: 0.001]")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The name of this fine-tuning.")] = None,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    num_workers: WorkersOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Train a fusion network on a manifest and test it, overall and by subset."""
+    from dataclasses import replace
+
+    from .config import override
+    from .console import progress_bars, tell_finetune
+    from .stages import finetune as run_finetune
+
+    settings = _config(config, set_, seed)
+    chosen = override(
+        settings.finetune,
+        fusion=fusion,
+        sampling=sampling,
+        keep_posterior=keep_posterior,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+    )
+    with progress_bars() as progress:
+        metrics = run_finetune(
+            manifest,
+            run=run,
+            data=data,
+            config=replace(settings, finetune=chosen),
+            name=name,
+            device=device,
+            num_workers=num_workers,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _finish(metrics, json_, tell_finetune)
+
+
+@command
+def report(run: RunOption = "mmaudit-run", json_: JsonOption = False) -> None:
+    """Write report.html, report.json and the figures from what the run folder holds."""
+    from .console import tell_report
+    from .stages import report as write_report
+
+    page = write_report(run=run)
+    _finish({"report": str(page)}, json_, tell_report)
+
+
+def main() -> None:
+    """Run the command line."""
+    from .console import configure_logging
+
+    configure_logging()
+    app()
+
+
+def _config(path: str | None, settings: list[str] | None, seed: int | None) -> RunConfig:
+    from .config import load_config, override
+
+    return override(load_config(path, settings or []), seed=seed)
+
+
+def _finish(result: dict[str, Any], as_json: bool, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Print the result as JSON on stdout, or tell it in words."""
+    if as_json:
+        json.dump(result, sys.stdout, indent=2, allow_nan=False)
+        sys.stdout.write("\n")
+    else:
+        tell(result)

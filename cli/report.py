@@ -1,0 +1,131 @@
+"""The report: what did the audit find, on one page that needs nothing else?
+
+Three steps, each from the one before: the run's files -> numbers (report.json) -> figures -> page.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from ..audit.errors import RunError
+from ..audit.mixture import Mixture
+from ..audit.parquet import read_json, read_parquet, write_json, write_text
+from .examples import class_numbers, sample_lists
+from .findings import (
+    Numbers,
+    accuracies,
+    agreement,
+    discrepancies,
+    facts,
+    gaps,
+    maps,
+    quarantined,
+    standing_out,
+)
+from .outcomes import MOST_DETAILED, finetune_numbers, manifest_numbers
+from .run import Run
+from .verdict import interval, percent, verdict
+
+_TEMPLATE = "report.html.jinja"
+
+
+def write_report(run: Run) -> Path:
+    """Write report.html, report.json and figures/*.png from what the run folder holds, and give the page's path.
+
+    The same run gives the same bytes. Nothing is written before all of it is made, and the page comes last.
+    Raises RunError where nothing has been scored.
+    """
+    from .figures import draw
+
+    numbers = report_numbers(run)
+    figures = draw(numbers)
+    page = render(numbers, figures)
+    for name, image in figures.items():
+        _write_bytes(image, run.figures / f"{name}.png")
+    for path in run.figures.glob("*.png"):
+        if path.stem not in figures:
+            path.unlink()  # of a manifest or fine-tuning that is gone
+    write_json(numbers, run.report_file.with_suffix(".json"))
+    write_text(page, run.report_file)
+    return run.report_file
+
+
+def report_numbers(run: Run) -> Numbers:
+    """Give the content of report.json: every number that the page shows and the figures draw."""
+    record, scores = run.record(), run.scores()
+    mixture = Mixture.from_json(read_json(run.mixture_file))
+    quarantine, _ = read_parquet(run.quarantine_file, error=RunError)
+    numbers = {
+        "schema": "mmaudit.report/1",
+        "facts": facts(record, scores),
+        "accuracy": accuracies(record, scores.modalities),
+        "agreement": agreement(scores),
+        "discrepancy": discrepancies(scores),
+        "none_ahead": standing_out(scores),
+        "gap": gaps(scores, mixture),
+        "maps": maps(scores),
+        "classes": class_numbers(scores),
+        "samples": sample_lists(scores),
+        "quarantine": quarantined(quarantine),
+        "manifests": [manifest_numbers(path, fingerprint=record["fingerprint"]) for path in run.manifests()],
+        "finetunes": [finetune_numbers(folder) for folder in run.finetunes()],
+        "recovery": read_json(run.recovery_file) if run.recovery_file.exists() else None,
+        "most_detailed": MOST_DETAILED,
+    }
+    return {**numbers, "verdict": verdict(numbers)}
+
+
+def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
+    """Give the page. Names and labels are the user's data and not to be trusted: everything is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from .canvas import palette
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "percent": percent,
+        "interval": interval,
+        "accuracy": _accuracy,
+        "signed": _signed,
+        "thousands": _thousands,
+    }
+    modalities = [modality["name"] for modality in numbers["facts"]["modalities"]]
+    images = {name: _image(image) for name, image in figures.items()}
+    page = environment.get_template(_TEMPLATE).render(**numbers, images=images, colours=palette(modalities))
+    return page + "\n"
+
+
+def _image(png: bytes) -> dict[str, Any]:
+    """Give what the page needs of a figure: its bytes in base64, and its size on the page, half that of the file."""
+    width, height = struct.unpack(">II", png[16:24])
+    return {"data": base64.b64encode(png).decode(), "width": width // 2, "height": height // 2}
+
+
+def _accuracy(found: dict[str, Any]) -> str:
+    """Write an accuracy with its interval, in percent."""
+    low, high = 100 * found["accuracy_low"], 100 * found["accuracy_high"]
+    return f"{100 * found['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    """Write a number with its sign, and a minus as long as the plus."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
+
+
+def _thousands(value: int) -> str:
+    return f"{value:,}"
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)

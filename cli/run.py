@@ -1,0 +1,140 @@
+"""The run folder: where does each file lie, and what is done already?"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..audit.errors import RunError, choices
+from ..audit.parquet import read_json, write_json
+from ..audit.score import ScoreTable, read_scores
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A folder whose files are complete if they exist: each is written under a temporary name and renamed last."""
+
+    folder: Path
+
+    @property
+    def record_file(self) -> Path:
+        """run.json, written last by score: config, versions, fingerprint, counts, seconds."""
+        return self.folder / "run.json"
+
+    @property
+    def scores_file(self) -> Path:
+        """One row a scored sample."""
+        return self.folder / "scores.parquet"
+
+    @property
+    def quarantine_file(self) -> Path:
+        """One row for each reason not to score a sample."""
+        return self.folder / "quarantine.parquet"
+
+    @property
+    def mixture_file(self) -> Path:
+        """The gap mixture and its verdict."""
+        return self.folder / "mixture.json"
+
+    @property
+    def recovery_file(self) -> Path:
+        """How well planted truth was recovered: the demo's alone."""
+        return self.folder / "recovery.json"
+
+    @property
+    def features(self) -> Path:
+        """The feature cache; it survives --overwrite, because it knows what it was made from."""
+        return self.folder / "features"
+
+    @property
+    def figures(self) -> Path:
+        """The report's figures, as PNG files."""
+        return self.folder / "figures"
+
+    @property
+    def report_file(self) -> Path:
+        """The report, one self-contained page; report.json beside it has its numbers."""
+        return self.folder / "report.html"
+
+    def manifest(self, name: str) -> Path:
+        """Give the file of a manifest by name."""
+        return self.folder / "manifests" / f"{name}.parquet"
+
+    def manifests(self) -> list[Path]:
+        """List the manifests there are, by name."""
+        found = (self.folder / "manifests").glob("*.parquet")
+        return sorted(path for path in found if not path.name.endswith(".dropped.parquet") and path.name[0] != ".")
+
+    def finetune(self, name: str) -> Path:
+        """Give the folder of a fine-tuning by name."""
+        return self.folder / "finetune" / name
+
+    def finetunes(self) -> list[Path]:
+        """List the folders of finished fine-tunings, by name."""
+        return sorted(path.parent for path in (self.folder / "finetune").glob("*/metrics.json"))
+
+    def is_scored(self) -> bool:
+        """Tell whether score has finished here."""
+        return self.record_file.exists()
+
+    def record(self) -> dict[str, Any]:
+        """Read run.json. Raises RunError where nothing has been scored."""
+        if not self.is_scored():
+            raise RunError(
+                f"{self.folder} holds no finished run; make one with: mmaudit score DATA --run {self.folder}"
+            )
+        return read_json(self.record_file)
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Write run.json."""
+        write_json(record, self.record_file)
+
+    def scores(self) -> ScoreTable:
+        """Read the score table. Raises RunError where nothing has been scored."""
+        self.record()
+        return read_scores(self.scores_file)
+
+    def check_place(self) -> None:
+        """Refuse a folder that holds something else than a run. A new or empty one is fine."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunError(f"{self.folder} is a file; name a folder with --run")
+        if not self.folder.exists() or self.is_scored():
+            return
+        strangers = [path.name for path in self.folder.iterdir() if path.name not in _OWN and path.name[0] != "."]
+        if strangers:
+            raise RunError(f"{self.folder} holds {sorted(strangers)[0]} and is no run; name another folder with --run")
+
+    def clear(self) -> None:
+        """Remove the scores and all that was made from them, run.json first; the feature cache stays."""
+        for name in _OWN[:-1]:
+            path = self.folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def find_manifest(self, name: str) -> Path:
+        """Give the file of a manifest, named by its path or by its name in this run."""
+        if Path(name).is_file():
+            return Path(name)
+        if self.manifest(name).is_file():
+            return self.manifest(name)
+        known = [path.stem for path in self.manifests()]
+        raise RunError(f"no manifest {name}; {choices(name, known)}; make one with: mmaudit split --balanced")
+
+
+_OWN = (
+    "run.json",
+    "scores.parquet",
+    "quarantine.parquet",
+    "mixture.json",
+    "recovery.json",
+    "report.html",
+    "report.json",
+    "figures",
+    "manifests",
+    "finetune",
+    "features",
+)

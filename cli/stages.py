@@ -1,0 +1,391 @@
+"""The stages: what does each command do to the run folder?
+
+Each public function is what the command of its name calls, and what a notebook calls.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..audit.dataset import DataConfig, Dataset, open_dataset
+from ..audit.encode import preprocessing
+from ..audit.errors import ConfigError, ManifestError, RunError
+from ..audit.features import encode_dataset
+from ..audit.media import MediaConfig
+from ..audit.mixture import Mixture
+from ..audit.parquet import read_json, write_json, write_parquet, write_text
+from ..audit.quality import quarantine_table
+from ..audit.samples import Samples, read_samples
+from ..audit.score import RANGES, ScoreTable, read_scores, write_scores
+from ..audit.scoring import Audit, audit_dataset, take_stock
+from ..audit.workers import Progress, default_workers, silent
+from ..rebalance.balanced import balanced_split
+from ..rebalance.manifest import Manifest, Selection, make_manifest, read_dropped, read_manifest, write_manifest
+from ..rebalance.subsets import by_mixture, parse_dominated, parse_subset
+from ..train.evaluate import wilson
+from ..train.examples import load_examples
+from ..train.finetune import finetune_on
+from .config import RunConfig, build, plain, to_toml
+from .run import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger("mmaudit")
+
+_LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillow")  # those that numbers depend on
+
+
+def score(
+    data: str | Path,
+    *,
+    run: str | Path = "mmaudit-run",
+    config: RunConfig | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Score every sample of `data` into the run folder and give run.json's content.
+
+    A finished run of the same data and config is left as it is; features already encoded are used again. Raises
+    RunError for a run of other data or config, unless `overwrite`; DatasetError, ConfigError, ScoreError as they come.
+    """
+    config = config or RunConfig()
+    place, seconds = Run(Path(run)), dict[str, float]()
+    device = pick_device(device)
+    dataset = open_dataset(data, config.data)
+    place.check_place()
+    done = place.record() if place.is_scored() and not overwrite else None
+    if done is not None:
+        _check_config(place, done, config)
+    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+    with _timed(seconds, "encode"):
+        workers = default_workers() if num_workers is None else num_workers
+        tasks = encode_dataset(dataset, place.features, media=config.media, num_workers=workers, progress=progress)
+    stock = take_stock(dataset, samples, tasks)
+    if done is not None:
+        if done["fingerprint"] != stock.fingerprint:
+            raise RunError(
+                f"{place.folder} was made from other data (fingerprint {done['fingerprint'][:8]}, "
+                f"here {stock.fingerprint[:8]}); name another folder with --run, or pass --overwrite"
+            )
+        log.info("%s is already scored from these data with this config: nothing to do", place.folder)
+        return done
+    if overwrite:
+        place.clear()
+    with _timed(seconds, "probe"):
+        audit = audit_dataset(
+            stock, tasks, probe=config.probe, mixture=config.mixture, seed=config.seed, device=device, progress=progress
+        )
+    record = _record(dataset, samples, audit, config, seconds)
+    _write_audit(place, audit, record)
+    return record
+
+
+def split(
+    *,
+    run: str | Path = "mmaudit-run",
+    scores: str | Path | None = None,
+    config: RunConfig | None = None,
+    balanced: bool = False,
+    subset: str | None = None,
+    dominated: str | None = None,
+    gmm: str | None = None,
+    between: str | None = None,
+    name: str | None = None,
+) -> tuple[Manifest, dict[str, Any]]:
+    """Write one manifest, and its dropped rows beside it, from the run's scores or from anybody's table `scores`.
+
+    Exactly one of balanced, subset (`audio-preferred`, `balanced:0.2`), dominated (`visual:0.2`) and gmm
+    (`balanced`, `imbalanced`) says which. Gives the manifest and a summary: file, counts, and for the balanced split
+    its uniformity and what other tolerances would keep.
+    """
+    config = config or RunConfig()
+    place = Run(Path(run))
+    if sum([balanced, subset is not None, dominated is not None, gmm is not None]) != 1:
+        raise ConfigError("say which samples: exactly one of --balanced, --subset, --dominated and --gmm")
+    table = read_scores(scores) if scores is not None else place.scores()
+    summary: dict[str, Any] = {}
+    if balanced:
+        found = balanced_split(table, config.split, seed=config.seed, between=between)
+        selection = found.selection
+        if between is None and len(table.modalities) > 2:
+            log.info(
+                "of %d modalities, %s is the pair with the largest balanced split; choose another with --between",
+                len(table.modalities),
+                selection.between,
+            )
+        summary = {
+            "before": asdict(found.uniformity_before),
+            "after": asdict(found.uniformity_after),
+            "empty_bins": found.empty_bins,
+            "curve": [asdict(point) for point in found.curve],
+        }
+    else:
+        selection = _select(table, subset=subset, dominated=dominated, gmm=gmm, between=between)
+    manifest, dropped = make_manifest(table, selection)
+    path = place.manifest(name or selection.name)
+    write_manifest(manifest, dropped, path)
+    kept = {"kept": len(manifest), "dropped": len(dropped), "scored": len(table)}
+    return manifest, {"file": str(path), "name": path.stem, "between": selection.between, **kept, **summary}
+
+
+def finetune(
+    manifest: str | Path,
+    *,
+    run: str | Path = "mmaudit-run",
+    data: str | Path | None = None,
+    config: RunConfig | None = None,
+    name: str | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Fine-tune a fusion network on a manifest, by file or by its name in the run, and give metrics.json's content.
+
+    The data are the manifest's source, or `data` if they moved. A finished fine-tuning of the same settings is left as
+    it is, an interrupted one goes on. Raises ManifestError where the source has changed since.
+    """
+    config = config or RunConfig()
+    place = Run(Path(run))
+    path = place.find_manifest(str(manifest))
+    found = read_manifest(path)
+    folder = place.finetune(name or _finetune_name(path.stem, config))
+    settings = {**plain(config), "manifest": path.stem}
+    if (folder / "metrics.json").exists() and not overwrite:
+        return _finished(folder, settings, found)
+    dataset, media = _source_of(found, data)
+    workers = default_workers() if num_workers is None else num_workers
+    tasks = encode_dataset(dataset, place.features, media=media, num_workers=workers, progress=progress)
+    dropped = read_dropped(path)
+    if dropped is None:
+        log.info("no dropped rows beside %s: test figures are on the manifest's own test samples alone", path.name)
+    examples = load_examples(
+        found, dropped, dataset, tasks, validation_fraction=config.finetune.validation_fraction, seed=config.seed
+    )
+    result = finetune_on(
+        examples,
+        folder,
+        config=config.finetune,
+        sampling=config.sampling,
+        between=str(found.provenance.get("between", ":".join(examples.modalities[:2]))),
+        seed=config.seed,
+        device=pick_device(device),
+        progress=progress,
+    )
+    metrics = {
+        "manifest": path.stem,
+        "manifest_digest": found.digest(),
+        "test_labels_in_scores": _saw_test_labels(found),
+        "config": settings,
+        **result.metrics,
+    }
+    _write_finetune(folder, config, result.history, metrics)
+    return metrics
+
+
+def report(*, run: str | Path = "mmaudit-run") -> Path:
+    """Write report.html, report.json and figures/*.png from what the run folder holds, and give the page's path."""
+    from .report import write_report
+
+    return write_report(Run(Path(run)))
+
+
+def demo(
+    folder: str | Path = "mmaudit-demo",
+    *,
+    num_samples: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write the planted set into `folder`, run the whole line on it in folder/run, and give what was recovered.
+
+    No probe learns from a test sample here, so that the fine-tunings compare cleanly.
+    """
+    from .keypad import KeypadConfig, recovery, write_keypad
+
+    place = Run(Path(folder) / "run")
+    config = RunConfig(seed=seed)
+    config = replace(config, probe=replace(config.probe, learn_from="train"))
+    data = write_keypad(Path(folder), config=KeypadConfig(num_samples=num_samples), seed=seed)
+    score(data, run=place.folder, config=config, progress=progress)
+    found = asdict(recovery(Path(folder) / "truth.parquet", place.scores()))
+    write_json({**found, "interval": list(found["interval"])}, place.recovery_file)
+    _, summary = split(run=place.folder, config=config, balanced=True)
+    split(run=place.folder, config=config, gmm="balanced")
+    for sampling in ("uniform", "bss-h"):
+        chosen = replace(config, finetune=replace(config.finetune, sampling=sampling))
+        finetune("balanced", run=place.folder, config=chosen, progress=progress)
+    page = report(run=place.folder)
+    distance = summary["after"]["distance"]
+    return {"recovery": found, "kept": summary["kept"], "distance": distance, "report": str(page)}
+
+
+def pick_device(name: str) -> str:
+    """Resolve `auto` to cuda where there is one; ConfigError for a device that is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not (name.split(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise ConfigError(f"--device {name}: not there; there are: auto, cpu" + ", cuda" * torch.cuda.is_available())
+    return name
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[stage] = round(time.monotonic() - start, 3)
+
+
+def _check_config(place: Run, done: dict[str, Any], config: RunConfig) -> None:
+    """Refuse to go on in a run of another config, naming the first key that differs."""
+    differing = [
+        f"{section}.{key} is {done['config'][section].get(key)!r} there and {value!r} here"
+        for section, content in config.scoring().items()
+        if isinstance(content, dict)
+        for key, value in content.items()
+        if done["config"][section].get(key) != value
+    ]
+    if done["config"]["seed"] != config.seed:
+        differing.insert(0, f"seed is {done['config']['seed']} there and {config.seed} here")
+    if differing:
+        raise RunError(f"{place.folder} is another run: {differing[0]}; name another with --run, or pass --overwrite")
+
+
+def _record(
+    dataset: Dataset, samples: Samples, audit: Audit, config: RunConfig, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Give the content of run.json."""
+    out = len({row.sample_id for row in audit.quarantined})
+    return {
+        "schema": "mmaudit.run/1",
+        "version": version("mmaudit"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
+        "source": _absolute(dataset.source),
+        "fingerprint": audit.fingerprint,
+        "seed": config.seed,
+        "config": config.scoring(),
+        "modalities": [
+            {**asdict(modality), "preprocessing": preprocessing(modality, config.media)}
+            for modality in dataset.modalities
+        ],
+        "columns": asdict(dataset.columns),
+        "counts": {"input": len(samples), "scored": len(audit.scores), "quarantined": out},
+        "classes": len(set(audit.scores.label.tolist())),
+        "groups": None if audit.scores.group is None else len(set(audit.scores.group.tolist())),
+        "folds": int(audit.scores.fold.max()) + 1 if audit.scores.fold is not None else None,
+        "accuracy": _accuracies(audit),
+        "verdict": _verdict(audit.mixture),
+        "seconds": seconds,
+    }
+
+
+def _accuracies(audit: Audit) -> dict[str, dict[str, float]]:
+    """Out-of-fold accuracy and loss of each probe, and of all together, with Wilson's 95% interval."""
+    scores = audit.scores
+    assert scores.prediction is not None
+    assert scores.loss is not None
+    named = {name: scores.prediction[:, index] for index, name in enumerate(scores.modalities)}
+    found = {}
+    for name, predicted in {**named, "fused": audit.fused}.items():
+        right = predicted == scores.label
+        low, high = wilson(int(right.sum()), len(right))
+        found[name] = {"accuracy": float(right.mean()), "accuracy_low": low, "accuracy_high": high}
+    for index, name in enumerate(scores.modalities):
+        found[name]["loss"] = float(scores.loss[:, index].mean())
+    majority = np.bincount(scores.label).max() / len(scores)
+    found["chance"] = {"accuracy": float(majority)}  # always the most common class
+    return found
+
+
+def _verdict(mixture: Mixture) -> str:
+    if mixture.bimodal:
+        return "bimodal; p_balanced is its posterior"
+    return f"not bimodal ({'; '.join(mixture.reasons)}); p_balanced is the rule gap <= {mixture.threshold:g}"
+
+
+def _write_audit(place: Run, audit: Audit, record: dict[str, Any]) -> None:
+    """Write the files of a score, run.json last: a run that has it is whole."""
+    about = {key: record[key] for key in ("version", "source", "fingerprint", "config", "modalities", "columns")}
+    paths = audit.scores.paths
+    ranges = {name: {"range": span, "meaning": meaning} for name, (span, meaning) in RANGES.items()}
+    provenance = {"schema": "mmaudit.scores/1", **about, "ranges": ranges, "paths": paths.column_names if paths else []}
+    write_scores(replace(audit.scores, provenance=provenance), place.scores_file)
+    write_parquet(quarantine_table(audit.quarantined), place.quarantine_file, provenance=about)
+    write_json(dict(audit.mixture.to_json()), place.mixture_file)
+    place.write_record(record)
+
+
+def _select(
+    table: ScoreTable, *, subset: str | None, dominated: str | None, gmm: str | None, between: str | None
+) -> Selection:
+    if subset is not None:
+        return parse_subset(table, subset, between=between)
+    if dominated is not None:
+        return parse_dominated(table, dominated, between=between)
+    return by_mixture(table, str(gmm), between=between)
+
+
+def _source_of(manifest: Manifest, data: str | Path | None) -> tuple[Dataset, MediaConfig]:
+    """Open the data a manifest was made from, in the way they were read then."""
+    about = manifest.provenance.get("scores", {})
+    if "source" not in about:
+        raise ManifestError("the manifest does not say which data it was made from: it was not made by mmaudit score")
+    source = str(data) if data is not None else about["source"]
+    columns, options = about["columns"], about["config"]["data"]
+    named = [f"{m['name']}={m['column']}:{m['kind']}" for m in about["modalities"]]
+    options = {key: value for key, value in options.items() if value is not None} | {"modality": named}
+    options |= {role: columns[role] for role in ("id", "label") if columns[role]}
+    try:
+        dataset = open_dataset(source, build(DataConfig, options, where="data."))
+    except Exception as error:
+        raise ManifestError(f"the manifest's source cannot be opened: {error}; if it moved, pass --data") from error
+    return dataset, build(MediaConfig, dict(about["config"]["media"]), where="media.")
+
+
+def _saw_test_labels(manifest: Manifest) -> bool:
+    """Tell whether the probes whose scores chose these samples also learned from test samples."""
+    config = manifest.provenance.get("scores", {}).get("config", {})
+    return bool(config.get("probe", {}).get("learn_from") != "train")
+
+
+def _finetune_name(manifest: str, config: RunConfig) -> str:
+    filtered = config.finetune.keep_posterior
+    end = "" if filtered is None else f"-p{filtered:g}"
+    return f"{manifest}-{config.finetune.fusion}-{config.finetune.sampling}{end}"
+
+
+def _finished(folder: Path, settings: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    metrics = read_json(folder / "metrics.json")
+    if metrics["config"] != settings or metrics["manifest_digest"] != manifest.digest():
+        raise RunError(f"{folder} holds a fine-tuning of other settings: give this one a --name, or pass --overwrite")
+    log.info("%s is already finished with these settings: nothing to do", folder)
+    return metrics
+
+
+def _write_finetune(
+    folder: Path, config: RunConfig, history: Sequence[dict[str, float]], metrics: dict[str, Any]
+) -> None:
+    """Write history, config and, last, metrics.json: a fine-tuning that has it is finished."""
+    write_text("".join(json.dumps(record) + "\n" for record in history), folder / "history.jsonl")
+    write_text(to_toml(config), folder / "config.toml")
+    write_json(metrics, folder / "metrics.json")
+
+
+def _absolute(source: str) -> str:
+    return str(Path(source).absolute())

@@ -1,0 +1,131 @@
+"""The verdict: what do the numbers of a report say, in sentences that claim no more than their intervals allow?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Found = Mapping[str, Any]
+
+STRONG = 0.2  # difference of two shares from which a lean is called strong ...
+SLIGHT = 0.05  # ... and below which it is called slight, however certain; both are ours
+
+
+def verdict(numbers: Found) -> dict[str, Any]:
+    """Give one headline, the sentences beneath it, and the doubts that a reader must know."""
+    several = len(numbers["discrepancy"]) > 1
+    return {
+        "headline": _headline_of_many(numbers) if several else _headline(numbers["discrepancy"][0]),
+        "sentences": [_shares_of_many(numbers) if several else _shares(numbers), _gain(numbers), _bimodal(numbers)],
+        "doubts": [*_weak_probes(numbers), *_groups(numbers), *_test_labels(numbers)],
+    }
+
+
+def percent(value: float) -> str:
+    """Write a share: 0.361 as 36%; one decimal where it is near an end."""
+    return f"{100 * value:.1f}%" if 0 < value < 0.0995 or 0.9905 < value < 1 else f"{100 * value:.0f}%"
+
+
+def interval(found: Found) -> str:
+    """Write a share with its interval."""
+    return f"{percent(found['share'])} [{percent(found['low'])}, {percent(found['high'])}]"
+
+
+def _headline(found: Found) -> str:
+    """Say which of two modalities carries more samples, if the interval of the difference leaves out 0."""
+    lean, right, left = found["lean"], found["right"], found["left"]
+    if lean["low"] <= 0 <= lean["high"]:
+        return f"No clear lean between {right} and {left}"
+    ahead, behind = (right, left) if lean["mean"] > 0 else (left, right)
+    size = abs(lean["mean"])
+    how = " strongly" if size > STRONG else " slightly" if size < SLIGHT else ""
+    return f"The set leans{how} towards {ahead}, away from {behind}"
+
+
+def _shares(numbers: Found) -> str:
+    found, within = numbers["discrepancy"][0], numbers["facts"]["within"]
+    return (
+        f"Of the samples, {interval(found['share_right'])} are carried by {found['right']} alone or nearly so (its "
+        f"probe gives the true class at least {within:g} more than the other one), {interval(found['share_left'])} by "
+        f"{found['left']}. On the remaining {interval(found['share_level'])} the two are about level: both sure, or "
+        f"neither."
+    )
+
+
+def _headline_of_many(numbers: Found) -> str:
+    ahead = max(numbers["discrepancy"], key=lambda found: found["share_right"]["share"])
+    behind = max(numbers["discrepancy"], key=lambda found: found["share_left"]["share"])
+    if ahead["share_right"]["share"] < SLIGHT:
+        return f"None of {len(numbers['discrepancy'])} modalities stands out on more than a few samples"
+    return f"Of {len(numbers['discrepancy'])} modalities, {ahead['right']} stands out most often" + (
+        f"; {behind['right']} falls behind most often" if behind["right"] != ahead["right"] else ""
+    )
+
+
+def _shares_of_many(numbers: Found) -> str:
+    within = numbers["facts"]["within"]
+    ahead = max(numbers["discrepancy"], key=lambda found: found["share_right"]["share"])
+    behind = max(numbers["discrepancy"], key=lambda found: found["share_left"]["share"])
+    return (
+        f"On {interval(ahead['share_right'])} of the samples, {ahead['right']} gives the true class at least "
+        f"{within:g} more than the others do on average; on {interval(behind['share_left'])}, {behind['right']} gives it at least "
+        f"{within:g} less. On {interval(numbers['none_ahead'])} no modality is that far ahead."
+    )
+
+
+def _gain(numbers: Found) -> str:
+    gain, best = numbers["accuracy"]["gain"], numbers["accuracy"]["best"]
+    points = f"{100 * gain['difference']:+.1f} points [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
+    if gain["low"] > 0:
+        return f"Using all modalities together gains {points} of accuracy over {best} alone, the best single one."
+    if gain["high"] < 0:
+        return f"Using all modalities together loses {points} of accuracy against {best} alone, the best single one."
+    return f"That all modalities together beat {best} alone, the best single one, is not shown: {points} of accuracy."
+
+
+def _bimodal(numbers: Found) -> str:
+    gap = numbers["gap"]
+    balanced = gap["share_balanced"]
+    count = "" if balanced is None else f"; by it {interval(balanced)} of the samples are balanced"
+    if gap["bimodal"]:
+        return f"The modality gap is bimodal (Ashman's D {gap['ashman_d']:.2f}, dip p {gap['dip_p']:.3f}), so that the \
+mixture's posterior says which samples are balanced{count}."
+    return (
+        f"The modality gap is not bimodal: {'; '.join(gap['reasons'])}. So there are no two groups to be told apart, "
+        f"and a plain rule is used instead of a posterior: balanced is a gap of at most {gap['threshold']:g}{count}."
+    )
+
+
+def _weak_probes(numbers: Found) -> list[str]:
+    """Name the probes that are not shown to be better than always naming the most common class."""
+    chance = numbers["accuracy"]["chance"]
+    weak = [
+        each["name"]
+        for each in numbers["accuracy"]["probes"]
+        if each["accuracy_low"] <= chance and each["name"] != "fused"
+    ]
+    return [
+        f"The probe on {name} is not shown to be better than chance ({percent(chance)}): either {name} says nothing "
+        f"about these labels, or the probe cannot read it. Its discrepancies say little."
+        for name in weak
+    ]
+
+
+def _groups(numbers: Found) -> list[str]:
+    facts = numbers["facts"]
+    if facts["groups"] is None:
+        return []
+    return [
+        f"The samples belong to {facts['groups']} groups ({facts['group_column']}), and no probe scored a group it had "
+        f"learned from. The shares' intervals allow for the groups; those of the accuracies count samples, and are "
+        f"rather too narrow."
+    ]
+
+
+def _test_labels(numbers: Found) -> list[str]:
+    if numbers["facts"]["learn_from"] == "train":
+        return []
+    return [
+        "The probes learned from the labels of test samples too (never of the sample they score). For a clean "
+        "comparison of trainings on these manifests, score with --learn-from train."
+    ]

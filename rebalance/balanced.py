@@ -1,0 +1,230 @@
+"""The balanced split: how many samples can be kept so that the discrepancy is uniformly distributed?
+
+The dataset of Xia et al., arXiv 2302.10912, was filtered to a uniform discrepancy; how was not published. The builder
+is mmaudit's: bins over [-1, 1], one level L that every bin is cut to, and within a bin the classes share evenly.
+Letters: b bins, k classes; `counts` (b, k) are samples by bin and class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..audit.errors import ConfigError
+from ..audit.hashing import hash_rank
+from ..audit.score import ScoreTable
+from .manifest import Selection
+
+Counts = NDArray[np.int64]
+CURVE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # tolerances whose sizes are always told
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BalancedConfig:
+    """How the balanced split is built. `size` overrides `tolerance`."""
+
+    bins: int = 20
+    tolerance: float = 0.05  # total-variation distance to uniform over the bins that hold samples
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bins < 2:
+            raise ConfigError(f"split.bins is {self.bins}; a distribution needs at least 2")
+        if not 0 <= self.tolerance <= 1:
+            raise ConfigError(f"split.tolerance is {self.tolerance}; a total-variation distance lies in [0, 1]")
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"split.size is {self.size}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One trade of size against uniformity: the largest set within a tolerance, and the distance it has."""
+
+    tolerance: float
+    size: int
+    distance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uniformity:
+    """How uniform a discrepancy is, over the bins that hold samples in the scored set.
+
+    distance: total variation to uniform, [0, 1], 0 = uniform. ks: largest difference between the distribution
+    functions over [-1, 1]. positive: share of samples with D > 0.
+    """
+
+    distance: float
+    ks: float
+    positive: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BalancedSplit:
+    """What was kept, what there was, and what other tolerances would keep."""
+
+    selection: Selection
+    before: Counts  # (b, k)
+    after: Counts
+    uniformity_before: Uniformity
+    uniformity_after: Uniformity
+    curve: tuple[Point, ...]
+
+    @property
+    def empty_bins(self) -> list[int]:
+        """Bins that no scored sample falls into; uniformity is over the others."""
+        return np.flatnonzero(self.before.sum(axis=1) == 0).tolist()
+
+
+def balanced_split(
+    scores: ScoreTable, config: BalancedConfig, *, seed: int, between: str | None = None
+) -> BalancedSplit:
+    """Choose the largest set whose discrepancy is uniform within the tolerance, or one of the size asked for.
+
+    `between` is as in ScoreTable.discrepancy; None is the one pair of two modalities, and of more the pair of which
+    most samples can be kept.
+    """
+    chosen = between or largest_pair(scores, config)
+    values = scores.discrepancy(chosen)
+    bins = bin_of(values, num_bins=config.bins)
+    before = count(bins, scores.label, num_bins=config.bins)
+    quota = _quota(before.sum(axis=1), config)
+    taken = share_among_classes(before, quota)
+    place = _place_in_cell(scores.sample_id, bins, scores.label, seed=seed)
+    places = taken[bins, scores.label]
+    keep = place < places
+    selection = Selection(
+        name="balanced",
+        between=chosen,
+        keep=keep,
+        reason="bin-full",
+        score=place.astype(np.float64),  # place of the sample in its (bin, class) cell by hash(seed, id)
+        threshold=places.astype(np.float64),  # places that cell has
+        bin=bins,
+        rule={"kind": "balanced", "seed": seed, **asdict(config)},
+    )
+    return BalancedSplit(
+        selection=selection,
+        before=before,
+        after=taken,
+        uniformity_before=_uniformity(values, before, before),
+        uniformity_after=_uniformity(values[keep], taken, before),
+        curve=size_curve(before.sum(axis=1), CURVE),
+    )
+
+
+def largest_pair(scores: ScoreTable, config: BalancedConfig) -> str:
+    """Give the pair `A:B` of modalities whose balanced split is the largest; the first of equals."""
+    sizes = {}
+    for first, second in combinations(scores.modalities, 2):
+        bins = bin_of(scores.discrepancy(f"{first}:{second}"), num_bins=config.bins)
+        available = np.bincount(bins, minlength=config.bins)
+        sizes[f"{first}:{second}"] = size_curve(available, (config.tolerance,))[0].size
+    return max(sizes, key=lambda pair: sizes[pair])
+
+
+def bin_of(discrepancy: NDArray[np.float32], *, num_bins: int) -> NDArray[np.int16]:
+    """Give the bin (n,) of each discrepancy among `num_bins` equal ones over [-1, 1]; +1 is in the last."""
+    return np.clip((discrepancy.astype(np.float64) + 1) / 2 * num_bins, 0, num_bins - 1).astype(np.int16)
+
+
+def count(bins: NDArray[np.int16], label: NDArray[np.int32], *, num_bins: int) -> Counts:
+    """Count samples by bin and class, (b, k)."""
+    num_classes = int(label.max()) + 1
+    cells = np.bincount(bins.astype(np.int64) * num_classes + label, minlength=num_bins * num_classes)
+    return cells.reshape(num_bins, num_classes)
+
+
+def distance_to_uniform(kept: Counts, *, available: Counts) -> float:
+    """Total-variation distance of bin counts (b,) to uniform over the bins in which anything is available."""
+    filled = available > 0
+    share = kept[filled] / max(int(kept.sum()), 1)
+    return float(np.abs(share - 1 / filled.sum()).sum() / 2)
+
+
+def size_curve(available: Counts, tolerances: tuple[float, ...]) -> tuple[Point, ...]:
+    """Give the largest set within each tolerance, from the samples available in each bin (b,)."""
+    points = []
+    for tolerance in tolerances:
+        kept = np.minimum(available, largest_level(available, tolerance=tolerance))
+        distance = distance_to_uniform(kept, available=available)
+        points.append(Point(tolerance=tolerance, size=int(kept.sum()), distance=distance))
+    return tuple(points)
+
+
+def largest_level(available: Counts, *, tolerance: float) -> int:
+    """Give the largest level L at which cutting every bin (b,) to L stays within the tolerance of uniform.
+
+    The distance never falls as L grows: the bins still growing hold more than their share each, and gain on the
+    others. So the level is found by halving.
+    """
+    low, high = 1, int(available.max())
+    while low < high:
+        level = (low + high + 1) // 2
+        if distance_to_uniform(np.minimum(available, level), available=available) <= tolerance + 1e-12:
+            low = level
+        else:
+            high = level - 1
+    return low
+
+
+def water_fill(capacity: Counts, total: int, order: NDArray[np.intp]) -> Counts:
+    """Share `total` among vessels (v,) as evenly as their capacity allows; what is left over goes one each in `order`.
+
+    Where total exceeds all capacity, everything is full.
+    """
+    total = min(total, int(capacity.sum()))
+    levels = np.sort(capacity)
+    # With the i smallest vessels full, the others stand level at (total - sum of the full) / (v - i).
+    full = np.concatenate([[0], np.cumsum(levels)[:-1]])
+    level = (total - full) // np.arange(len(levels), 0, -1)
+    first = int(np.argmax(level < levels)) if (level < levels).any() else len(levels)
+    height = int(level[first]) if first < len(levels) else int(levels[-1])
+    filled = np.minimum(capacity, height)
+    open_ = order[capacity[order] > height][: total - int(filled.sum())]
+    filled[open_] += 1
+    return filled
+
+
+def share_among_classes(before: Counts, quota: Counts) -> Counts:
+    """Share each bin's quota (b,) among its classes, (b, k); single leftovers go to the classes kept least so far."""
+    taken = np.zeros_like(before)
+    for row in np.argsort(before.sum(axis=1), kind="stable"):  # scarce bins first: they leave least choice
+        taken[row] = water_fill(before[row], int(quota[row]), np.argsort(taken.sum(axis=0), kind="stable"))
+    return taken
+
+
+def _quota(available: Counts, config: BalancedConfig) -> Counts:
+    """Give what each bin (b,) may keep."""
+    if config.size is None:
+        return np.minimum(available, largest_level(available, tolerance=config.tolerance))
+    if config.size > available.sum():
+        raise ConfigError(f"--size {config.size}: there are {available.sum()} scored samples")
+    return water_fill(available, config.size, np.argsort(-available, kind="stable"))
+
+
+def _place_in_cell(
+    sample_id: NDArray[np.object_], bins: NDArray[np.int16], label: NDArray[np.int32], *, seed: int
+) -> NDArray[np.int64]:
+    """Number the samples of each (bin, class) cell from 0 by hash(seed, id), (n,): row order plays no part."""
+    order = np.lexsort((hash_rank(sample_id, seed=seed, purpose="balanced split"), label, bins))
+    cell = bins[order].astype(np.int64) * (int(label.max()) + 1) + label[order]
+    starts = np.flatnonzero(np.r_[True, cell[1:] != cell[:-1]])
+    sizes = np.diff(np.r_[starts, len(cell)])
+    place = np.empty(len(cell), dtype=np.int64)
+    place[order] = np.arange(len(cell)) - np.repeat(starts, sizes)
+    return place
+
+
+def _uniformity(values: NDArray[np.float32], kept: Counts, before: Counts) -> Uniformity:
+    ordered = np.sort(values.astype(np.float64))
+    expected = (ordered + 1) / 2
+    n = len(ordered)
+    ks = max(float((np.arange(1, n + 1) / n - expected).max()), float((expected - np.arange(n) / n).max()))
+    return Uniformity(
+        distance=distance_to_uniform(kept.sum(axis=1), available=before.sum(axis=1)),
+        ks=ks,
+        positive=float((values > 0).mean()),
+    )

@@ -1,0 +1,128 @@
+"""Small data for all tests: clips as real wav and png files, planted Gaussians as feature vectors, one short film."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import wave
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+torch.set_num_threads(1)  # xdist's workers are the parallelism
+
+RATE = 8_000
+
+
+@pytest.fixture(scope="session")
+def clip_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 clips of a quarter second and 16 x 16 pixels, in three classes that pitch and colour both tell; read only."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(24):
+        label = number % 3
+        (folder / f"{number}.wav").write_bytes(tone(300 * (label + 1) + 40 * rng.random()))
+        (folder / f"{number}.png").write_bytes(picture(label, rng))
+        rows.append([f"{number:03d}", f"{number}.wav", f"{number}.png", f"class-{label}", f"speaker-{number // 3}"])
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "audio_file_name", "image_file_name", "label", "speaker"], *rows])
+    return folder
+
+
+@pytest.fixture
+def clips(clip_source: Path, tmp_path: Path) -> Path:
+    """A copy of the clips, to be spoiled."""
+    return Path(shutil.copytree(clip_source, tmp_path / "clips"))
+
+
+@pytest.fixture(scope="session")
+def film() -> Callable[[bool], bytes]:
+    """Write an mp4 of ten frames, with sound or without."""
+    return write_film
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Callable[..., Path]:
+    """Write a Parquet file of planted Gaussian features: see `plant`."""
+
+    def write(name: str = "planted.parquet", **options: Any) -> Path:
+        pq.write_table(plant(**options), tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def plant(
+    *, num_samples: int = 90, num_classes: int = 3, modalities: tuple[str, ...] = ("audio", "visual"), seed: int = 0
+) -> pa.Table:
+    """Give rows of unit Gaussians around class means; each sample is clear in some of its modalities and not in others.
+
+    Columns: id, label, split, one of vectors for each modality.
+    """
+    rng = np.random.default_rng(seed)
+    label = np.arange(num_samples) % num_classes
+    columns = {
+        "id": [f"s{number:04d}" for number in range(num_samples)],
+        "label": label,
+        "split": ["test" if draw < 0.2 else "train" for draw in rng.random(num_samples)],
+    }
+    for name in modalities:
+        clear = 3.0 * rng.random(num_samples)[:, None]
+        columns[name] = vectors(clear * np.eye(num_classes)[label] + rng.standard_normal((num_samples, num_classes)))
+    return pa.table(columns)
+
+
+def vectors(matrix: NDArray[np.floating[Any]]) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel(), pa.float32()), matrix.shape[1])
+
+
+def tone(hertz: float) -> bytes:
+    samples = 0.5 * np.sin(2 * np.pi * hertz * np.arange(RATE // 4) / RATE)
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(1)
+        writer.setsampwidth(2)
+        writer.setframerate(RATE)
+        writer.writeframes((samples * 32767).astype("<i2").tobytes())
+    return file.getvalue()
+
+
+def picture(label: int, rng: np.random.Generator) -> bytes:
+    pixels = rng.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+    pixels[:, :, label] += 150
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def write_film(sound: bool) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        sight: Any = container.add_stream("mpeg4", rate=10)
+        sight.width, sight.height, sight.pix_fmt = 32, 32, "yuv420p"
+        heard: Any = container.add_stream("aac", rate=RATE, layout="mono") if sound else None
+        for index in range(10):
+            pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+            pixels[:, 3 * index : 3 * index + 4] = 255
+            container.mux(sight.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(sight.encode(None))
+        if heard is not None:
+            samples = (0.5 * np.sin(np.arange(RATE // 1024 * 1024) / 3)).astype(np.float32)[None]
+            for start in range(0, samples.shape[1], 1024):
+                frame = av.AudioFrame.from_ndarray(samples[:, start : start + 1024], format="fltp", layout="mono")
+                frame.rate, frame.pts, frame.time_base = RATE, start, Fraction(1, RATE)
+                container.mux(heard.encode(frame))
+            container.mux(heard.encode(None))
+    return file.getvalue()

@@ -1,0 +1,36 @@
+"""Laws of the tree of errors: the drawing on top is the tree, and a wrong name finds its neighbour."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from mmaudit.audit import errors
+
+KINDS = errors.MmauditError.__subclasses__()
+
+
+def test_the_drawing_is_the_tree() -> None:
+    assert errors.__doc__ is not None
+    drawn = {line.split()[1] for line in errors.__doc__.splitlines() if line.startswith(("├", "└"))}
+    assert drawn == {kind.__name__ for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_error_is_the_users_and_comes_back_from_a_worker(kind: type[errors.MmauditError]) -> None:
+    assert kind.__mro__[1] is errors.MmauditError
+    there = pickle.loads(pickle.dumps(kind("what, where, the mend")))
+    assert (type(there), str(there)) == (kind, "what, where, the mend")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "words"),
+    [
+        ("lable", ["id", "label"], "did you mean label? (there are: id, label)"),
+        ("xyz", ["id", "label"], "there are: id, label"),
+        ("xyz", [], "there are: none"),
+    ],
+)
+def test_a_wrong_name_lists_the_right_ones(wrong: str, right: list[str], words: str) -> None:
+    assert errors.choices(wrong, iter(right)) == words

@@ -1,0 +1,270 @@
+"""Laws of the cache: nothing is encoded twice, nothing changed is kept, and a file that is there is whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfTransformer
+
+from mmaudit.audit import encode, features
+from mmaudit.audit.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.descriptors import text_counts
+from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.features import EncodeTask, encode_dataset, encode_shard, load_matrix, read_arrow, read_status
+from mmaudit.audit.media import MediaConfig
+from mmaudit.audit.quality import Reason
+from mmaudit.audit.samples import read_ids
+from mmaudit.audit.workers import silent
+
+MEDIA = MediaConfig(image_size=16)
+SHARDS = DataConfig(shard_rows=5)
+
+
+def fill(dataset: Dataset, cache: Path, *, num_workers: int = 0, media: MediaConfig = MEDIA) -> list[EncodeTask]:
+    return encode_dataset(dataset, cache, media=media, num_workers=num_workers, progress=silent)
+
+
+def computed(dataset: Dataset, cache: Path, media: MediaConfig = MEDIA) -> int:
+    """Encode what is missing and count the vectors that were computed."""
+    bare = replace(dataset, shards=())
+    return sum(
+        encode_shard(EncodeTask(dataset=bare, shard=shard, media=media, folder=cache)) for shard in dataset.shards
+    )
+
+
+def matrices(dataset: Dataset, tasks: list[EncodeTask]) -> list[NDArray[np.float32]]:
+    statuses = [read_status(tasks, modality, read_ids(dataset)) for modality in dataset.modalities]
+    rows = np.flatnonzero(np.logical_and.reduce([status.usable for status in statuses]))
+    return [load_matrix(tasks, status, rows) for status in statuses]
+
+
+def files(cache: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
+
+
+def test_the_second_time_nothing_is_computed(clip_source: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(clip_source, SHARDS)
+    assert computed(dataset, tmp_path) == 48
+    before = files(tmp_path)
+    assert len(before) == 10  # five shards of two modalities
+    assert computed(dataset, tmp_path) == 0
+    assert files(tmp_path) == before
+
+
+def test_changed_content_is_computed_again_and_nothing_else(clips: Path, tmp_path: Path) -> None:
+    dataset, cache = open_dataset(clips, SHARDS), tmp_path / "cache"
+    before = matrices(dataset, fill(dataset, cache))
+    shutil.copy(clips / "1.wav", clips / "6.wav")  # of another shard
+    assert computed(dataset, cache) == 1
+    after = matrices(dataset, fill(dataset, cache))
+    np.testing.assert_array_equal(after[0][6], before[0][1])
+    others = np.arange(24) != 6
+    np.testing.assert_array_equal(after[0][others], before[0][others])
+    np.testing.assert_array_equal(after[1], before[1])
+
+
+def test_files_of_one_content_are_one(clips: Path, tmp_path: Path) -> None:
+    """A file touched, or renamed within its shard, is the same file."""
+    dataset, cache = open_dataset(clips, SHARDS), tmp_path / "cache"
+    fill(dataset, cache)
+    (clips / "0.png").write_bytes((clips / "0.png").read_bytes())
+    (clips / "0.png").rename(clips / "zero.png")
+    metadata = clips / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace(",0.png,", ",zero.png,"))
+    assert computed(open_dataset(clips, SHARDS), cache) == 0
+
+
+def test_a_row_more_is_one_row_more(clips: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    fill(open_dataset(clips), cache)
+    shutil.copy(clips / "0.wav", clips / "new.wav")
+    (clips / "new.png").write_bytes((clips / "0.png").read_bytes() + b"\0")
+    with (clips / "metadata.csv").open("a") as file:
+        file.write("new,new.wav,new.png,class-0,speaker-0\n")
+    dataset = open_dataset(clips)
+    assert computed(dataset, cache) == 1  # the sound is known by its content, the picture is not
+    assert [len(matrix) for matrix in matrices(dataset, fill(dataset, cache))] == [25, 25]
+
+
+def test_other_preprocessing_is_another_cache(clip_source: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(clip_source)
+    assert computed(dataset, tmp_path) == 48
+    assert computed(dataset, tmp_path, MediaConfig(image_size=8)) == 48
+    assert computed(dataset, tmp_path) == 0
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_workers_give_the_same_bytes(clip_source: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(clip_source, DataConfig(shard_rows=12))
+    seen: list[tuple[str, int, int]] = []
+    encode_dataset(dataset, tmp_path / "two", media=MEDIA, num_workers=2, progress=lambda *step: seen.append(step))
+    assert seen == [("encode", 1, 2), ("encode", 2, 2)]
+    fill(dataset, tmp_path / "none")
+    assert files(tmp_path / "two") == files(tmp_path / "none")
+
+
+def test_killed_half_way_only_whole_files_are_left(
+    clip_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(clip_source, SHARDS)
+    calls = 0
+    cell = encode.encode_cell
+
+    def killed(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 17:
+            raise KeyboardInterrupt
+        return cell(*arguments)
+
+    monkeypatch.setattr(features, "encode_cell", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fill(dataset, tmp_path / "killed")
+    left = files(tmp_path / "killed")
+    assert len(left) == 3
+    monkeypatch.undo()
+    assert computed(dataset, tmp_path / "killed") == 48 - 15
+    fill(dataset, tmp_path / "whole")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert left.items() <= files(tmp_path / "whole").items()
+
+
+def test_a_write_that_fails_leaves_no_file(clip_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError("no space left on device")
+
+    dataset = open_dataset(clip_source)
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        fill(dataset, tmp_path)
+    assert list(tmp_path.rglob("*.arrow")) == []
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
+def test_a_damaged_file_is_named(clip_source: Path, tmp_path: Path, kept: float) -> None:
+    dataset = open_dataset(clip_source)
+    task = fill(dataset, tmp_path)[0]
+    path = task.file(dataset.modalities[0])
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(DatasetError, match=r"000000\.arrow is damaged .*: delete it, and it is made anew"):
+        fill(dataset, tmp_path)
+    path.unlink()
+    assert computed(dataset, tmp_path) == 24
+
+
+def test_what_is_wrong_with_media_is_told_row_by_row(clips: Path, tmp_path: Path) -> None:
+    sound, sight = (clips / "0.wav").read_bytes(), (clips / "0.png").read_bytes()
+    (clips / "0.wav").unlink()
+    (clips / "1.wav").write_bytes(b"no sound at all")
+    (clips / "2.wav").write_bytes(sound[:44] + bytes(len(sound) - 44))
+    (clips / "3.wav").write_bytes(b"")
+    (clips / "4.wav").write_bytes(sound[: len(sound) // 2])
+    (clips / "5.wav").write_bytes(sight)
+    (clips / "1.png").write_bytes(sound)
+    (clips / "6.png").write_bytes(sight[: len(sight) // 2])
+    metadata = clips / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace(",7.png,", ",,"))
+    dataset = open_dataset(clips, SHARDS)
+    tasks = fill(dataset, tmp_path)
+    audio, image = (read_status(tasks, modality, read_ids(dataset)) for modality in dataset.modalities)
+    assert [(row, reason) for row, reason, _ in audio.problem] == [
+        (0, Reason.MISSING),
+        (1, Reason.CORRUPT),
+        (2, Reason.SILENT),
+        (3, Reason.EMPTY),
+        (4, Reason.TRUNCATED),
+        (5, Reason.CORRUPT),
+    ]
+    assert [(row, reason) for row, reason, _ in image.problem] == [
+        (1, Reason.CORRUPT),
+        (6, Reason.TRUNCATED),
+        (7, Reason.MISSING),
+    ]
+    assert np.flatnonzero(~audio.usable).tolist() == [0, 1, 2, 3, 4, 5]
+    assert [len(matrix) for matrix in matrices(dataset, tasks)] == [16, 16]
+    assert computed(dataset, tmp_path) == 0  # what is broken is not tried again
+
+
+def test_matrices_are_of_the_rows_asked_for_in_their_order(clips: Path, tmp_path: Path) -> None:
+    """Unusable rows lie between; a row's vector is its own all the same."""
+    clean = open_dataset(clips, SHARDS)
+    whole = matrices(clean, fill(clean, tmp_path / "one"))[0]
+    (clips / "4.wav").unlink()
+    (clips / "11.wav").unlink()
+    dataset = open_dataset(clips, SHARDS)
+    tasks = fill(dataset, tmp_path / "two")
+    status = read_status(tasks, dataset.modalities[0], read_ids(dataset))
+    rows = np.array([23, 5, 0, 12])
+    np.testing.assert_array_equal(load_matrix(tasks, status, rows), whole[rows])
+
+
+def test_what_is_wrong_with_vectors_is_told_row_by_row(tmp_path: Path) -> None:
+    odd = pa.array([[1.0, 2.0], [float("nan"), 1.0], None, [1.0], [0.0, 0.0]], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"label": [0] * 5, "u": odd, "v": [[1.0]] * 5}), tmp_path / "d.parquet", row_group_size=2)
+    dataset = open_dataset(tmp_path / "d.parquet")
+    tasks = fill(dataset, tmp_path / "cache")
+    status = read_status(tasks, dataset.modalities[0], read_ids(dataset))
+    assert [(row, reason) for row, reason, _ in status.problem] == [
+        (1, Reason.NOT_FINITE),
+        (2, Reason.MISSING),
+        (3, Reason.WRONG_LENGTH),
+    ]
+    np.testing.assert_array_equal(load_matrix(tasks, status, np.array([0, 4])), np.float32([[1, 2], [0, 0]]))
+    assert computed(dataset, tmp_path / "cache") == 0
+
+
+def test_a_film_gives_two_vectors(tmp_path: Path, film: Callable[[bool], bytes]) -> None:
+    (tmp_path / "a.mp4").write_bytes(film(True))
+    (tmp_path / "b.mp4").write_bytes(film(False))
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.mp4,0\nb.mp4,1\n")
+    dataset = open_dataset(tmp_path)
+    tasks = fill(dataset, tmp_path / "cache")
+    audio, visual = (read_status(tasks, modality, read_ids(dataset)) for modality in dataset.modalities)
+    assert [(row, reason) for row, reason, _ in audio.problem] == [(1, Reason.NO_TRACK)]
+    assert visual.usable.all()
+
+
+def test_words_are_weighed_over_the_usable_rows(tmp_path: Path) -> None:
+    texts = ["a dog", "a cat", "...", "a dog and a cat"]
+    rows = [{"text": text, "label": 0, "v": [1.0]} for text in texts]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet", row_group_size=2)
+    dataset = open_dataset(tmp_path / "d.parquet")
+    assert [modality.kind for modality in dataset.modalities] == ["text", "features"]
+    counts = np.stack([text_counts(text, MEDIA) for text in texts if text != "..."])
+    found, _ = matrices(dataset, fill(dataset, tmp_path / "cache"))
+    np.testing.assert_allclose(found, TfidfTransformer().fit_transform(counts).toarray(), atol=1e-6)
+
+
+def test_nothing_usable_is_refused(clips: Path, tmp_path: Path) -> None:
+    for path in clips.glob("*.wav"):
+        path.unlink()
+    dataset = open_dataset(clips)
+    tasks = fill(dataset, tmp_path / "cache")
+    with pytest.raises(DatasetError, match=r"no sample has a usable audio; the first: missing, no file 0\.wav"):
+        read_status(tasks, dataset.modalities[0], read_ids(dataset))
+
+
+def test_data_that_changed_meanwhile_are_refused(clip_source: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(clip_source)
+    tasks = fill(dataset, tmp_path)
+    with pytest.raises(DatasetError, match="the data changed while they were read"):
+        read_status(tasks, dataset.modalities[0], read_ids(dataset)[::-1])
+
+
+def test_a_file_survives_that_it_is_read_while_it_is_replaced(clip_source: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(clip_source)
+    path = fill(dataset, tmp_path)[0].file(dataset.modalities[0])
+    before = read_arrow(path)
+    features.write_arrow(before.slice(0, 1), path)
+    assert before.num_rows == 24
+    assert before["vector"][23].is_valid
+    assert read_arrow(path).num_rows == 1

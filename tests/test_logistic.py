@@ -1,0 +1,210 @@
+"""Laws of the batched regressions: each is scikit-learn's, whatever its neighbours, and nothing makes it NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from mmaudit.audit import logistic
+from mmaudit.audit.logistic import Logistic, fit_design, fit_logistic, make_design
+
+Floats = NDArray[np.float64]
+STRENGTHS = (1e-3, 1e-2, 0.3)
+
+
+def planted(num_rows: int, num_features: int, num_classes: int, *, seed: int = 0) -> tuple[Floats, NDArray[np.int64]]:
+    """Correlated features of unequal scale and offset, with classes that overlap."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, num_classes, num_rows)
+    means = 1.5 * rng.standard_normal((num_classes, num_features)) / np.sqrt(num_features / 4)
+    mixing = np.eye(num_features) + 0.3 * rng.standard_normal((num_features, num_features)) / np.sqrt(num_features)
+    x = (means[label] + rng.standard_normal((num_rows, num_features))) @ mixing
+    return x * np.geomspace(0.01, 100, num_features) + np.linspace(-5, 5, num_features), label
+
+
+def fit(
+    x: Floats,
+    label: NDArray[np.int64],
+    *,
+    mask: NDArray[np.bool_] | None = None,
+    strength: tuple[float, ...] = (1e-2,),
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = 1e-15,
+) -> Logistic:
+    everyone = np.ones((len(x), len(strength)), dtype=bool)
+    return fit_logistic(
+        torch.tensor(x, dtype=dtype),
+        torch.tensor(label),
+        mask=torch.tensor(everyone if mask is None else mask),
+        strength=torch.tensor(strength, dtype=dtype),
+        num_classes=int(label.max()) + 1,
+        max_steps=2_000,
+        tolerance=tolerance,
+    )
+
+
+def shares(found: Logistic, x: Floats, which: int = 0) -> Floats:
+    """Probabilities (n, k) under one of the regressions."""
+    rows = torch.tensor(x, dtype=found.weight.dtype)
+    logits: Tensor = rows @ found.weight[which] + found.bias[which]
+    return np.asarray(logits.softmax(dim=1).numpy(), dtype=np.float64)
+
+
+def sklearns(x: Floats, label: NDArray[np.int64], *, rows: NDArray[np.bool_], strength: float) -> Floats:
+    model: Any = make_pipeline(
+        StandardScaler(), LogisticRegression(C=1 / (strength * rows.sum()), tol=1e-10, max_iter=50_000)
+    )
+    return np.asarray(model.fit(x[rows], label[rows]).predict_proba(x))
+
+
+@pytest.mark.parametrize(("num_rows", "num_features"), [(300, 6), (60, 90), (200, 1)])
+def test_masks_and_strengths_at_once_are_sklearns_one_by_one(num_rows: int, num_features: int) -> None:
+    """Among them more features than rows."""
+    x, label = planted(num_rows, num_features, 4)
+    part = np.arange(num_rows) % 3
+    pairs = [(part != fold, strength) for fold in range(3) for strength in STRENGTHS]
+    found = fit(
+        x, label, mask=np.stack([rows for rows, _ in pairs], axis=1), strength=tuple(strength for _, strength in pairs)
+    )
+    for index, (rows, strength) in enumerate(pairs):
+        expected = sklearns(x, label, rows=rows, strength=strength)
+        np.testing.assert_allclose(shares(found, x, index), expected, atol=1e-4)
+
+
+def test_two_classes_are_sklearns() -> None:
+    """With two columns of weights each carries half of sklearn's one, under half the penalty: the strength doubles."""
+    x, label = planted(200, 5, 2)
+    everyone = np.ones(200, dtype=bool)
+    expected = sklearns(x, label, rows=everyone, strength=1e-2)
+    np.testing.assert_allclose(shares(fit(x, label, strength=(2e-2,)), x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-4), (torch.float32, 5e-3)])
+def test_neighbours_do_not_matter(dtype: torch.dtype, close: float) -> None:
+    x, label = planted(240, 8, 3)
+    mask = np.stack([np.arange(240) % 4 != fold for fold in range(4)], axis=1)
+    strength = (1e-4, 1e-2, 1e-1, 1.0)
+    together = fit(x, label, mask=mask, strength=strength, dtype=dtype, tolerance=1e-9)
+    for index in range(4):
+        alone = fit(x, label, mask=mask[:, [index]], strength=strength[index : index + 1], dtype=dtype, tolerance=1e-9)
+        np.testing.assert_allclose(shares(together, x, index), shares(alone, x), atol=close)
+
+
+def test_rows_outside_the_mask_are_not_learned_from() -> None:
+    x, label = planted(120, 5, 3)
+    mask = (np.arange(120) % 4 != 0)[:, None]
+    rng = np.random.default_rng(1)
+    other = np.where(mask[:, 0], label, rng.integers(0, 3, 120))
+    one, two = fit(x, label, mask=mask), fit(x, other, mask=mask)
+    assert torch.equal(one.weight, two.weight)
+    assert torch.equal(one.bias, two.bias)
+    moved = np.where(mask, x, x + x.std(axis=0) * rng.standard_normal(x.shape))
+    np.testing.assert_allclose(shares(fit(moved, label, mask=mask), x), shares(one, x), atol=1e-4)
+
+
+def test_above_the_limit_of_whitening_nothing_changes_but_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, label = planted(150, 12, 3)
+    mask = np.stack([np.arange(150) % 2 == fold for fold in range(2)], axis=1)
+    whitened = fit(x, label, mask=mask, strength=(1e-3, 1e-1))
+    monkeypatch.setattr(logistic, "_WHITEN_UP_TO", 11)
+    plain = fit(x, label, mask=mask, strength=(1e-3, 1e-1))
+    for index in range(2):
+        np.testing.assert_allclose(shares(plain, x, index), shares(whitened, x, index), atol=1e-4)
+
+
+def test_chunks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, label = planted(1_000, 4, 3)
+    whole = fit(x, label)
+    monkeypatch.setattr(logistic, "_LOGITS_AT_ONCE", 1)  # the least chunk has 256 rows
+    np.testing.assert_allclose(shares(fit(x, label), x), shares(whole, x), atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_float32_is_close_to_float64(offset: float) -> None:
+    x, label = planted(400, 10, 3)
+    x = x / x.std(axis=0) + offset
+    found = [shares(fit(x, label, dtype=dtype, tolerance=1e-8), x) for dtype in (torch.float32, torch.float64)]
+    np.testing.assert_allclose(found[0], found[1], atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e6])
+def test_constant_features_change_nothing(value: float, dtype: torch.dtype) -> None:
+    """0.1 is the case in point: rounding spreads it by 1e-8, in units of which weights swamp all other features."""
+    x, label = planted(301, 4, 3)
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    mask = (np.arange(301) % 5 != 0)[:, None]
+    without = fit(x, label, mask=mask, dtype=dtype, tolerance=1e-8)
+    found = fit(np.c_[x, np.full(301, value)], label, mask=mask, dtype=dtype, tolerance=1e-8)
+    assert found.weight[0, -1].tolist() == [0, 0, 0]
+    np.testing.assert_allclose(shares(found, np.c_[x, np.full(301, value)]), shares(without, x), atol=3e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_feature_constant_within_a_mask_counts_for_nothing(dtype: torch.dtype) -> None:
+    """Whatever it is elsewhere: nothing was learned about it."""
+    x, label = planted(200, 4, 3)
+    mask = (np.arange(200) % 4 != 0)[:, None]
+    rare = np.where(mask[:, 0], 7.3, 1e4 * np.arange(200))
+    without = shares(fit(x, label, mask=mask, dtype=dtype, tolerance=1e-8), x)
+    found = shares(fit(np.c_[x, rare], label, mask=mask, dtype=dtype, tolerance=1e-8), np.c_[x, rare])
+    np.testing.assert_allclose(found, without, atol=3e-3)
+
+
+@pytest.mark.parametrize("outlier", [1e3, 1e5, 1e10, 1e20])
+@pytest.mark.parametrize(("dtype", "tolerance", "close"), [(torch.float64, 1e-15, 1e-4), (torch.float32, 1e-6, 2e-2)])
+def test_an_outlier_outside_the_mask_changes_nothing(
+    outlier: float, dtype: torch.dtype, tolerance: float, close: float
+) -> None:
+    """One wild row of another fold must not take the features from all who never saw it."""
+    x, label = planted(200, 4, 3)
+    mask = (np.arange(200) != 17)[:, None]
+    before = shares(fit(x, label, mask=mask, dtype=dtype, tolerance=tolerance), x)
+    wild = x.copy()
+    wild[17] = outlier
+    after = shares(fit(wild, label, mask=mask, dtype=dtype, tolerance=tolerance), x)
+    np.testing.assert_allclose(after, before, atol=close)
+
+
+def test_a_class_absent_from_a_mask_is_given_next_to_nothing() -> None:
+    x, label = planted(200, 4, 4)
+    mask = np.stack([label != 2, np.ones(200, dtype=bool)], axis=1)
+    found = fit(x, label, mask=mask, strength=(1e-2, 1e-2), tolerance=1e-9)
+    first = shares(found, x)
+    assert np.isfinite(first).all()
+    assert first[:, 2].max() < 1e-4
+    others = np.delete(first, 2, axis=1)
+    np.testing.assert_allclose(others, sklearns(x, label, rows=label != 2, strength=1e-2), atol=1e-3)
+    np.testing.assert_allclose(shares(found, x, 1).sum(axis=1), 1)
+
+
+def test_perfectly_separable_classes_stay_finite() -> None:
+    label = np.arange(40) % 2
+    x = np.c_[label * 2.0 - 1, np.zeros(40)]
+    found = shares(fit(x, label, strength=(1e-12,), dtype=torch.float32), x)
+    assert np.isfinite(found).all()
+    assert found[np.arange(40), label].min() > 0.999
+
+
+def test_units_do_not_matter() -> None:
+    x, label = planted(200, 6, 3)
+    moved = x * np.geomspace(1e-3, 1e3, 6) - 17
+    np.testing.assert_allclose(shares(fit(moved, label), moved), shares(fit(x, label), x), atol=1e-6)
+
+
+def test_every_row_is_scored_by_its_own_regression() -> None:
+    x, _ = planted(50, 3, 3)
+    rng = np.random.default_rng(0)
+    design = make_design(torch.tensor(x))
+    theta, which = torch.tensor(rng.standard_normal((4, 4, 3))), rng.integers(0, 4, 50)
+    raw = design.on_raw_features(theta, num_steps=0)
+    expected = np.einsum("nd,ndk->nk", x, raw.weight.numpy()[which]) + raw.bias.numpy()[which]
+    np.testing.assert_allclose(design.logits(theta, torch.tensor(which)).numpy(), expected, atol=1e-9)

@@ -1,0 +1,177 @@
+"""Laws of the scores: what swapping modalities does to each, and the formulas by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import log_loss
+from sklearn.metrics.pairwise import cosine_similarity
+
+from mmaudit.audit import measures
+from mmaudit.audit.measures import Floats
+
+# Exactly 0 and 1 are what a saturated softmax gives in float32.
+SHARES = st.one_of(st.sampled_from([0.0, 1.0, 0.5, 1e-30]), st.floats(0, 1, width=32))
+
+
+def confidences(num_modalities: int | None = None) -> st.SearchStrategy[Floats]:
+    """Arrays (n, m) of anything in [0, 1]."""
+    widths = st.integers(2, 6) if num_modalities is None else st.just(num_modalities)
+    return widths.flatmap(
+        lambda m: st.lists(st.lists(SHARES, min_size=m, max_size=m), min_size=1, max_size=12).map(
+            lambda rows: np.array(rows, dtype=np.float32)
+        )
+    )
+
+
+@st.composite
+def probabilities(draw: st.DrawFn) -> list[Floats]:
+    """Draw m arrays (n, k), each row a distribution as float32 softmax makes them, one-hot rows among them."""
+    m, n, k = draw(st.integers(2, 4)), draw(st.integers(1, 6)), draw(st.integers(2, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    logits = draw(st.sampled_from([0.1, 3.0, 1e3])) * rng.standard_normal((m, n, k))
+    powers = np.exp(logits - logits.max(axis=2, keepdims=True))
+    return list((powers / powers.sum(axis=2, keepdims=True)).astype(np.float32))
+
+
+@given(confidences(2))
+def test_swapping_two_modalities_negates_the_discrepancy_and_leaves_the_gap(confidence: Floats) -> None:
+    swapped = confidence[:, ::-1]
+    np.testing.assert_array_equal(measures.discrepancy(swapped), -measures.discrepancy(confidence))
+    np.testing.assert_array_equal(measures.gap(swapped), measures.gap(confidence))
+    np.testing.assert_array_equal(measures.gap(confidence), np.abs(measures.discrepancy(confidence)))
+
+
+@given(probabilities())
+def test_the_order_of_modalities_leaves_similarity_fusion_and_balance(each: list[Floats]) -> None:
+    back = each[::-1]
+    np.testing.assert_allclose(measures.similarity(back), measures.similarity(each), atol=1e-6)
+    np.testing.assert_allclose(measures.fuse(back), measures.fuse(each), atol=1e-5)
+    np.testing.assert_allclose(balance_of(back), balance_of(each), atol=1e-4)
+
+
+@given(confidences())
+def test_discrepancy_and_gap_stay_in_range(confidence: Floats) -> None:
+    found = measures.discrepancy(confidence)
+    assert np.abs(found).max() <= 1
+    assert found.dtype == np.float32
+    gap = measures.gap(confidence)
+    assert gap.min() >= 0
+    assert gap.max() <= 1
+    if confidence.shape[1] > 2:
+        assert found.shape == confidence.shape
+        np.testing.assert_allclose(found.sum(axis=1), 0, atol=1e-5)
+
+
+def test_discrepancy_of_three_by_hand() -> None:
+    confidence = np.array([[0.9, 0.3, 0.1], [0.0, 1.0, 1.0], [0.4, 0.4, 0.4]], dtype=np.float32)
+    expected = [[0.7, -0.2, -0.5], [-1.0, 0.5, 0.5], [0, 0, 0]]
+    np.testing.assert_allclose(measures.discrepancy(confidence), expected, atol=1e-6)
+    np.testing.assert_allclose(measures.gap(confidence), [0.8, 1.0, 0.0], atol=1e-6)
+
+
+def test_dominant_is_the_largest_or_nobody() -> None:
+    confidence = np.array([[0.9, 0.3, 0.1], [0.2, 0.7, 0.7], [0.1, 0.1, 0.6], [0, 0, 0]], dtype=np.float32)
+    assert measures.dominant(confidence).tolist() == [0, -1, 2, -1]
+
+
+def test_confidence_is_the_probability_of_the_true_class() -> None:
+    audio = np.array([[0.2, 0.8], [0.6, 0.4]], dtype=np.float32)
+    visual = np.array([[0.5, 0.5], [0.1, 0.9]], dtype=np.float32)
+    label = np.array([1, 0], dtype=np.int32)
+    np.testing.assert_array_equal(
+        measures.confidence([audio, visual], label), np.array([[0.8, 0.5], [0.6, 0.1]], np.float32)
+    )
+
+
+@given(probabilities())
+def test_similarity_is_sklearns_cosine_averaged_over_pairs(each: list[Floats]) -> None:
+    pairs = [(a, b) for index, a in enumerate(each) for b in each[index + 1 :]]
+    expected = np.mean([np.diag(cosine_similarity(a, b)) for a, b in pairs], axis=0)
+    found = measures.similarity(each)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found.min() >= 0
+    assert found.max() <= 1
+
+
+@given(probabilities())
+def test_what_says_the_same_is_similar(each: list[Floats]) -> None:
+    np.testing.assert_allclose(measures.similarity([each[0]] * len(each)), 1, atol=1e-6)
+
+
+def test_what_says_the_opposite_is_not() -> None:
+    sure = np.array([[1.0, 0.0]], dtype=np.float32)
+    assert measures.similarity([sure, sure[:, ::-1]]).tolist() == [0]
+
+
+@given(probabilities())
+def test_fusion_is_a_distribution_and_the_geometric_mean(each: list[Floats]) -> None:
+    fused = measures.fuse(each)
+    assert fused.dtype == np.float32
+    assert fused.min() >= 0
+    np.testing.assert_allclose(fused.sum(axis=1), 1, atol=1e-5)
+    product = np.prod(np.maximum(np.stack(each).astype(np.float64), measures.LEAST), axis=0) ** (1 / len(each))
+    np.testing.assert_allclose(fused, product / product.sum(axis=1, keepdims=True), atol=1e-4)
+
+
+@given(confidences())
+def test_loss_is_finite_and_falls_with_confidence(confidence: Floats) -> None:
+    loss = measures.cross_entropy(confidence)
+    assert np.isfinite(loss).all()
+    assert loss.min() >= 0
+    assert loss.max() <= 27.7
+    order = np.argsort(confidence.ravel())
+    assert (np.diff(loss.ravel()[order]) <= 0).all()
+
+
+def test_loss_is_sklearns() -> None:
+    shares = np.array([[0.2, 0.8], [0.6, 0.4], [1.0, 0.0]], dtype=np.float32)
+    label = np.array([1, 0, 0], dtype=np.int32)
+    ours = measures.cross_entropy(measures.confidence([shares, shares], label))
+    assert ours[:, 0].mean() == pytest.approx(log_loss(label, shares), rel=1e-6)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1, width=32), st.floats(0, 50, width=32), st.booleans()), min_size=1, max_size=30)
+)
+def test_balance_is_in_range_and_its_range_is_that_of_the_training_samples(
+    rows: list[tuple[float, float, bool]],
+) -> None:
+    columns = list(zip(*rows, strict=True))
+    similarity, loss = np.array(columns[0], dtype=np.float32), np.array(columns[1], dtype=np.float32)
+    fits = np.array(columns[2])
+    fits[0] = True  # a set without a training sample is refused before
+    balance = measures.balance(similarity, loss, fits=fits)
+    assert np.isfinite(balance).all()
+    assert np.abs(balance).max() <= 1
+    similarity[~fits], loss[~fits] = 7.0, -7.0  # test samples do not move the others' scores
+    np.testing.assert_array_equal(measures.balance(similarity, loss, fits=fits)[fits], balance[fits])
+
+
+def test_balance_by_hand() -> None:
+    similarity = np.array([0.2, 1.0, 0.6, 0.0], dtype=np.float32)
+    loss = np.array([4.0, 0.0, 1.0, 9.0], dtype=np.float32)
+    fits = np.array([True, True, True, False])
+    np.testing.assert_allclose(measures.balance(similarity, loss, fits=fits), [-1, 1, 0.25, -1], atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 27.6])
+def test_equal_values_everywhere_are_zero_and_not_nan(value: float) -> None:
+    values = np.full(5, value, dtype=np.float32)
+    fits = np.array([True, True, False, True, False])
+    assert measures.minmax(values, fits=fits).tolist() == [0] * 5
+    assert measures.balance(values, values, fits=fits).tolist() == [0] * 5
+
+
+def balance_of(each: Sequence[Floats]) -> Floats:
+    label = np.zeros(len(each[0]), dtype=np.int32)
+    loss = measures.cross_entropy(measures.confidence(each, label)).sum(axis=1)
+    loss = loss + measures.cross_entropy(measures.confidence([measures.fuse(each)], label))[:, 0]
+    # A fixed range: where all rows are equal, rounding alone would decide about 0 or 1.
+    similarity = np.r_[measures.similarity(each), np.float32([0, 1])]
+    fits = np.ones(len(similarity), dtype=bool)
+    return measures.balance(similarity, np.r_[loss, np.float32([0, 200])], fits=fits)

@@ -1,0 +1,208 @@
+"""Laws of the probes: out of fold is out of fold, and what they say is close to the truth where it is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.folds import assign_folds
+from mmaudit.audit.hashing import hash_rank
+from mmaudit.audit.probe import Crossing, ProbeConfig, cross_fit
+
+Floats = NDArray[np.float32]
+CONFIG = ProbeConfig()
+
+
+def cross(label: NDArray[np.int32], *, fits: NDArray[np.bool_] | None = None, seed: int = 0) -> Crossing:
+    ids = np.array([f"s{number}" for number in range(len(label))], dtype=object)
+    fits = np.ones(len(label), dtype=bool) if fits is None else fits
+    fold, inner = (assign_folds(ids, label, None, fits, num_folds=5, seed=each) for each in (seed, seed + 99))
+    return Crossing(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=seed, purpose="rows"))
+
+
+def gaussians(num_rows: int, num_classes: int, num_features: int, *, seed: int) -> tuple[Floats, NDArray[np.int32]]:
+    rng = np.random.default_rng(seed)
+    label = (np.arange(num_rows) % num_classes).astype(np.int32)
+    means = 3.0 * rng.standard_normal((num_classes, num_features)) / np.sqrt(num_features)
+    return (means[label] + rng.standard_normal((num_rows, num_features))).astype(np.float32), label
+
+
+def score(x: Floats, label: NDArray[np.int32], crossing: Crossing, config: ProbeConfig = CONFIG) -> Floats:
+    return cross_fit(x, label, [crossing], num_classes=int(label.max()) + 1, config=config)[0]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[Floats, NDArray[np.int32], Crossing, Floats]:
+    x, label = gaussians(150, 3, 8, seed=0)
+    crossing = cross(label)
+    return x, label, crossing, score(x, label, crossing)
+
+
+Drawn = tuple[Floats, NDArray[np.int32], Crossing, Floats]
+
+
+def test_probabilities_are_distributions(drawn: Drawn) -> None:
+    found = drawn[3]
+    assert found.dtype == np.float32
+    assert found.shape == (150, 3)
+    assert found.min() >= 0
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("fold", range(5))
+def test_a_fold_is_scored_without_its_labels(drawn: Drawn, fold: int) -> None:
+    """All labels of a fold are turned: its own rows are scored as before, all others are not.
+
+    But for rounding: probes are fitted together, and how many are still in the product changes its last bit.
+    """
+    x, label, crossing, before = drawn
+    turned = np.where(crossing.fold == fold, (label + 1) % 3, label).astype(np.int32)
+    after = score(x, turned, crossing)
+    held = crossing.fold == fold
+    np.testing.assert_allclose(after[held], before[held], atol=1e-5)
+    assert np.abs(after - before)[~held].max(axis=1).min() > 1e-5
+    assert np.abs(after - before)[~held].max() > 0.1
+
+
+@pytest.mark.parametrize("wild", [1.0, 1e3, 1e6])
+def test_a_fold_is_scored_without_its_other_rows(drawn: Drawn, wild: float) -> None:
+    """Neither do the features of a fold's other rows reach its probe, be they as wild as they may."""
+    x, label, crossing, before = drawn
+    row, *others = np.flatnonzero(crossing.fold == 2)
+    moved = x.copy()
+    moved[others[:5]] += wild * np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32)
+    np.testing.assert_allclose(score(moved, label, crossing)[row], before[row], atol=5e-3)
+
+
+def test_test_rows_are_learned_from_by_nobody() -> None:
+    x, label = gaussians(150, 3, 6, seed=2)
+    fits = np.arange(150) % 7 != 0
+    crossing = cross(label, fits=fits)
+    turned = np.where(fits, label, (label + 1) % 3).astype(np.int32)
+    np.testing.assert_array_equal(score(x, turned, crossing), score(x, label, crossing))
+    assert not np.array_equal(score(x, turned, cross(label)), score(x, label, cross(label)))
+
+
+def test_noise_is_learned_by_heart_in_sample_only() -> None:
+    rng = np.random.default_rng(3)
+    x, label = rng.standard_normal((120, 60)).astype(np.float32), (np.arange(120) % 2).astype(np.int32)
+    crossing = cross(label)
+    weak = ProbeConfig(strengths=(1e-5,))
+    model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=1e5 / 120, max_iter=5_000))
+    in_sample = float(model.fit(x, label).score(x, label))
+    out_of_fold = float((score(x, label, crossing, weak).argmax(axis=1) == label).mean())
+    assert in_sample > 0.95
+    assert abs(out_of_fold - 0.5) < 0.15  # three standard deviations of a coin thrown 120 times
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-2])
+def test_one_strength_is_sklearns_cross_validation(strength: float) -> None:
+    x, label = gaussians(600, 5, 12, seed=4)
+    crossing = cross(label)
+    # 480 rows in each training part
+    model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (strength * 480), tol=1e-8, max_iter=10_000))
+    theirs = cross_val_predict(model, x, label, cv=PredefinedSplit(crossing.fold), method="predict_proba")
+    ours = score(x, label, crossing, ProbeConfig(strengths=(strength,), tolerance=1e-9))
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
+    assert (ours.argmax(axis=1) == theirs.argmax(axis=1)).mean() > 0.995
+
+
+def test_a_good_strength_is_chosen() -> None:
+    """Wide noise wants a strong penalty, a clear signal a weak one: the choice is near the best of all in hindsight."""
+    for x, label in (gaussians(200, 2, 150, seed=5), gaussians(400, 3, 4, seed=6)):
+        crossing = cross(label)
+        losses = {
+            strength: log_loss(score(x, label, crossing, replace(CONFIG, strengths=(strength,))), label)
+            for strength in CONFIG.strengths
+        }
+        chosen = log_loss(score(x, label, crossing), label)
+        assert chosen < min(losses.values()) + 0.2 * (max(losses.values()) - min(losses.values()))
+
+
+def test_discrepancy_is_recovered_where_the_posterior_is_known() -> None:
+    """Two modalities of unit Gaussians around known means, the noise of each row its own: Bayes gives the truth.
+
+    Per-row clarity is a feature the posterior sees only through x, so the truth is p(y | x) of the mixture itself.
+    """
+    rng = np.random.default_rng(7)
+    label = (np.arange(4_000) % 3).astype(np.int32)
+    crossing = cross(label)
+    truth, found = [], []
+    for spread in (1.5, 2.0):
+        means = spread * np.eye(3, 5)
+        x = means[label] + rng.standard_normal((4_000, 5))
+        logits = x @ means.T - (means**2).sum(axis=1) / 2
+        posterior = np.exp(logits - logits.max(axis=1, keepdims=True))
+        truth.append((posterior / posterior.sum(axis=1, keepdims=True))[np.arange(4_000), label])
+        found.append(score(x.astype(np.float32), label, crossing)[np.arange(4_000), label])
+    correlation = spearmanr(truth[0] - truth[1], found[0] - found[1]).statistic
+    assert correlation > 0.98
+    assert np.abs((truth[0] - truth[1]) - (found[0] - found[1])).mean() < 0.03
+
+
+def test_two_runs_are_bit_equal(drawn: Drawn) -> None:
+    x, label, crossing, before = drawn
+    np.testing.assert_array_equal(score(x, label, crossing), before)
+
+
+def test_rounds_at_once_are_rounds_one_by_one(drawn: Drawn) -> None:
+    x, label, first, _ = drawn
+    second = cross(label, seed=1)
+    together = cross_fit(x, label, [first, second], num_classes=3, config=CONFIG)
+    assert together.shape == (2, 150, 3)
+    for crossing, found in zip((first, second), together, strict=True):
+        np.testing.assert_allclose(found, score(x, label, crossing), atol=2e-3)
+
+
+def test_arguments_are_left_as_they_were(drawn: Drawn) -> None:
+    x, label, crossing, _ = drawn
+    copies = x.copy(), label.copy(), crossing.fold.copy()
+    x.setflags(write=False)  # as a memory map is
+    score(x, label, crossing)
+    for given, copy in zip((x, label, crossing.fold), copies, strict=True):
+        np.testing.assert_array_equal(given, copy)
+
+
+def test_few_rows_choose_the_strength_when_there_are_many(drawn: Drawn) -> None:
+    x, label, crossing, before = drawn
+    few = score(x, label, crossing, replace(CONFIG, choice_rows=30))
+    np.testing.assert_array_equal(score(x, label, crossing, replace(CONFIG, choice_rows=150)), before)
+    assert (few.argmax(axis=1) == before.argmax(axis=1)).mean() > 0.9
+
+
+def test_nothing_to_choose_on_takes_the_middle(drawn: Drawn) -> None:
+    x, label, crossing, _ = drawn
+    no_choice = replace(crossing, inner=np.ones_like(crossing.inner))
+    middle = replace(CONFIG, strengths=CONFIG.strengths[3:4])
+    np.testing.assert_array_equal(score(x, label, no_choice), score(x, label, crossing, middle))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"folds": 1}, r"probe\.folds is 1; it must be at least 2"),
+        ({"repeats": 0}, r"probe\.repeats is 0; it must be at least 1"),
+        ({"max_steps": 0}, r"probe\.max_steps"),
+        ({"choice_rows": 0}, r"probe\.choice_rows"),
+        ({"strengths": ()}, r"probe\.strengths is \[\]"),
+        ({"strengths": (0.1, 0.0)}, r"probe\.strengths"),
+        ({"learn_from": "tain"}, "did you mean train"),
+    ],
+)
+def test_a_wrong_config_is_refused(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ProbeConfig(**wrong)
+
+
+def log_loss(shares: Floats, label: NDArray[np.int32]) -> float:
+    return float(-np.log(shares[np.arange(len(label)), label]).mean())

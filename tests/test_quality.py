@@ -1,0 +1,34 @@
+"""Laws of the quarantine: a reason survives a worker and the table, one row for each."""
+
+from __future__ import annotations
+
+import pickle
+
+import pyarrow as pa
+import pytest
+
+from mmaudit.audit.quality import Quarantined, Reason, UnusableError, quarantine_table
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_a_problem_comes_back_from_a_worker(reason: Reason) -> None:
+    there = pickle.loads(pickle.dumps(UnusableError(reason, "some detail")))
+    assert (there.reason, there.detail, str(there)) == (reason, "some detail", f"{reason.value}: some detail")
+
+
+def test_a_sample_may_stand_in_the_table_twice() -> None:
+    rows = [
+        Quarantined(sample_id="a", modality="audio", reason=Reason.SILENT, detail="peak 0"),
+        Quarantined(sample_id="a", modality=None, reason=Reason.NO_LABEL, detail="the label is null"),
+    ]
+    assert quarantine_table(iter(rows)).to_pylist() == [
+        {"sample_id": "a", "modality": "audio", "reason": "silent", "detail": "peak 0"},
+        {"sample_id": "a", "modality": None, "reason": "no-label", "detail": "the label is null"},
+    ]
+
+
+def test_an_empty_table_has_the_same_columns() -> None:
+    empty = quarantine_table([])
+    assert empty.num_rows == 0
+    assert empty.schema.names == ["sample_id", "modality", "reason", "detail"]
+    assert set(empty.schema.types) == {pa.string()}

@@ -1,0 +1,183 @@
+"""Laws of the samples: ids are unique, labels keep their order, and a test split is cut evenly and by id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from mmaudit.audit.dataset import DataConfig, open_dataset
+from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.samples import NO_LABEL, Samples, cut, read_ids, read_samples, spread
+
+Read = Callable[..., Samples]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """Write columns beside two of vectors, and read the samples."""
+
+    def write_and_read(config: DataConfig | None = None, *, seed: int = 0, **columns: Any) -> Samples:
+        num_rows = len(next(iter(columns.values())))
+        table = pa.table({**columns, "u": [[0.5]] * num_rows, "v": [[0.5]] * num_rows})
+        pq.write_table(table, tmp_path / "d.parquet", row_group_size=3)
+        return read_samples(open_dataset(tmp_path / "d.parquet", config), seed=seed, test_fraction=0.2)
+
+    return write_and_read
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "numbers"),
+    [
+        ([10, 2, 2, 1], ("1", "2", "10"), [2, 1, 1, 0]),
+        (["10", "2", "-1"], ("-1", "2", "10"), [2, 1, 0]),
+        (["dog", "cat", "10"], ("10", "cat", "dog"), [2, 1, 0]),
+        ([3.0, 1.0, 10.0], ("1", "3", "10"), [1, 0, 2]),
+        ([3.0, float("nan"), None], ("3",), [0, NO_LABEL, NO_LABEL]),
+        ([True, False], ("False", "True"), [1, 0]),
+        (["b", None, "a"], ("a", "b"), [1, NO_LABEL, 0]),
+        (["1", "01", "001"], ("001", "01", "1"), [2, 1, 0]),
+        ([0, 2**40], ("0", str(2**40)), [0, 1]),
+    ],
+)
+def test_labels_keep_their_own_order(
+    read: Read, labels: list[object], names: tuple[str, ...], numbers: list[int]
+) -> None:
+    samples = read(label=labels)
+    assert samples.class_names == names
+    assert samples.label.tolist() == numbers
+    assert samples.label.dtype == np.int32
+
+
+def test_classes_are_called_as_the_source_calls_them(read: Read) -> None:
+    samples = read(label=[2, 1, 5, None], label_name=["two", "one", None, "none"])
+    assert samples.class_names == ("one", "two", "5")
+    assert samples.label.tolist() == [1, 0, 2, NO_LABEL]
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"), [([0.5, 1.0], "fractions"), ([[1], [2]], "lists"), ([{"a": 1}, {"a": 2}], "lists")]
+)
+def test_what_is_no_class_is_refused(read: Read, labels: list[object], words: str) -> None:
+    with pytest.raises(DatasetError, match=f"the labels are {words}: .* name it with --label"):
+        read(DataConfig(modality=("u=u", "v=v")), label=labels)
+
+
+def test_repeated_ids_are_refused(read: Read) -> None:
+    with pytest.raises(DatasetError, match=r"2 ids stand more than once \(a, b\): ids must be unique; .* --id"):
+        read(id=["a", "b", "a", "b", "c"], label=[0, 1, 0, 1, 0])
+
+
+def test_a_null_id_is_refused(read: Read) -> None:
+    with pytest.raises(DatasetError, match="column 'id' has 1 rows without an id"):
+        read(id=["a", None], label=[0, 1])
+
+
+def test_ids_are_strings_and_read_alone_are_the_same(tmp_path: Path, read: Read) -> None:
+    samples = read(id=[7, 8, 10, 9], label=[0, 1, 0, 1])
+    assert samples.sample_id.tolist() == ["7", "8", "10", "9"]
+    assert read_ids(open_dataset(tmp_path / "d.parquet")).tolist() == samples.sample_id.tolist()
+
+
+def test_splits_have_three_names(read: Read) -> None:
+    known = {
+        "train": ["train", "Training", "TRN"],
+        "validation": ["val", "valid", "dev", "Development", "validation"],
+        "test": ["test", "tst", "EVAL", "evaluation", "testing"],
+    }
+    given = [name for names in known.values() for name in names]
+    expected = [split for split, names in known.items() for _ in names]
+    assert read(label=[0] * len(given), split=given).split.tolist() == expected
+
+
+@pytest.mark.parametrize("odd", ["holdout", None])
+def test_an_unknown_split_is_refused_and_can_be_left_alone(read: Read, odd: str | None) -> None:
+    columns = {"label": [0, 1] * 5, "split": ["train"] * 9 + [odd]}
+    with pytest.raises(DatasetError, match=f"column 'split' holds {odd}; a split is train, validation or test"):
+        read(**columns)
+    assert read(DataConfig(split="none"), **columns).split.tolist().count("test") == 2
+
+
+def test_groups_are_strings(read: Read) -> None:
+    assert read(label=[0, 1], group=[3, 4]).group == pytest.approx(np.array(["3", "4"], dtype=object))
+    assert read(label=[0, 1]).group is None
+
+
+def test_columns_of_file_names_are_passed_through(clip_source: Path) -> None:
+    samples = read_samples(open_dataset(clip_source, DataConfig(shard_rows=7)), seed=0, test_fraction=0.2)
+    assert len(samples) == 24
+    assert samples.paths.column_names == ["audio_file_name", "image_file_name"]
+    assert samples.paths["audio_file_name"].to_pylist() == [f"{number}.wav" for number in range(24)]
+
+
+def named(count: int) -> NDArray[np.object_]:
+    return np.array([f"s{number}" for number in range(count)], dtype=object)
+
+
+LABELS = st.lists(st.integers(0, 3), min_size=1, max_size=80).map(lambda labels: np.array(labels, dtype=np.int32))
+
+
+@settings(deadline=None)
+@given(LABELS, st.floats(0.05, 0.95), st.integers(0, 5))
+def test_every_class_gives_its_share(label: NDArray[np.int32], fraction: float, seed: int) -> None:
+    drawn = cut(named(len(label)), label, None, fraction=fraction, seed=seed, purpose="p")
+    for one in np.unique(label):
+        assert abs(drawn[label == one].sum() - fraction * (label == one).sum()) <= 0.5 + 1e-9
+
+
+@settings(deadline=None)
+@given(LABELS, st.lists(st.integers(0, 6), min_size=80, max_size=80), st.floats(0.05, 0.95), st.integers(0, 5))
+def test_whole_groups_are_drawn_whatever_the_order(
+    label: NDArray[np.int32], numbers: list[int], fraction: float, seed: int
+) -> None:
+    group = np.array([f"g{number}" for number in numbers[: len(label)]], dtype=object)
+    order = np.random.default_rng(seed).permutation(len(label))
+    for each in (None, group):
+        drawn = cut(named(len(label)), label, each, fraction=fraction, seed=seed, purpose="p")
+        moved = None if each is None else each[order]
+        again = cut(named(len(label))[order], label[order], moved, fraction=fraction, seed=seed, purpose="p")
+        np.testing.assert_array_equal(again, drawn[order])
+    assert all(len(set(drawn[group == one].tolist())) == 1 for one in set(group))
+    largest = max(np.unique(group.astype(str), return_counts=True)[1])
+    if len(set(group)) > 1:
+        assert drawn.any()
+        assert abs(drawn.sum() - fraction * len(label)) <= largest
+
+
+def test_seed_and_purpose_draw_others() -> None:
+    label = np.zeros(200, dtype=np.int32)
+    one, two, three = (
+        cut(named(200), label, None, fraction=0.5, seed=seed, purpose=purpose)
+        for seed, purpose in ((0, "a"), (1, "a"), (0, "b"))
+    )
+    assert 60 < (one & two).sum() + (~one & ~two).sum() < 140
+    assert 60 < (one & three).sum() + (~one & ~three).sum() < 140
+
+
+@given(LABELS)
+def test_spread_is_even_within_every_class(label: NDArray[np.int32]) -> None:
+    keys = np.random.default_rng(0).permutation(len(label)).astype(np.uint64)
+    place = spread(keys, label)
+    for one in np.unique(label):
+        count = int((label == one).sum())
+        np.testing.assert_allclose(np.sort(place[label == one]), (np.arange(count) + 0.5) / count)
+        assert (np.argsort(place[label == one]) == np.argsort(keys[label == one])).all()
+
+
+def test_a_test_split_is_cut_where_there_is_none(read: Read) -> None:
+    samples = read(label=[number % 3 for number in range(60)])
+    assert set(samples.split.tolist()) == {"train", "test"}
+    assert [int(((samples.split == "test") & (samples.label == one)).sum()) for one in range(3)] == [4, 4, 4]
+    groups = [f"g{number // 6}" for number in range(60)]
+    grouped = read(label=[number % 3 for number in range(60)], group=groups)
+    assert grouped.group is not None
+    assert (grouped.split == "test").sum() == 12
+    assert len(set(grouped.group[grouped.split == "test"].tolist())) == 2

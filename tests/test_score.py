@@ -1,0 +1,222 @@
+"""Laws of the score table: write then read is equality, anybody's table is one, and a wrong one says why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmaudit.audit.errors import ConfigError, ScoreError
+from mmaudit.audit.score import RANGES, ScoreTable, read_scores, write_scores
+
+NAMES = ("audio", "visual", "text")
+
+
+def strings(*values: str | None) -> Any:
+    return np.array(values, dtype=object)
+
+
+def scores(num_modalities: int = 2, *, num_rows: int = 6, seed: int = 0) -> ScoreTable:
+    """A table in which every field is filled."""
+    rng = np.random.default_rng(seed)
+    numbers = range(num_rows)
+    m = num_modalities
+
+    def shares(*shape: int) -> Any:
+        return rng.random(shape).astype(np.float32)
+
+    return ScoreTable(
+        sample_id=strings(*(f"s{number}" for number in numbers)),
+        label=np.arange(num_rows, dtype=np.int32) % 3,
+        label_name=strings(*(f"class {number % 3}" for number in numbers)),
+        modalities=NAMES[:m],
+        confidence=shares(num_rows, m),
+        split=strings(*("test" if number % 4 == 0 else "train" for number in numbers)),
+        group=strings(*(f"g{number // 2}" for number in numbers)),
+        fold=np.arange(num_rows, dtype=np.int16) % 5,
+        prediction=rng.integers(0, 3, (num_rows, m), dtype=np.int32),
+        loss=shares(num_rows, m),
+        discrepancy_sd=shares(num_rows, 1 if m == 2 else m),
+        similarity=shares(num_rows),
+        balance=2 * shares(num_rows) - 1,
+        p_balanced=shares(num_rows),
+        content=strings(*(f"{number:032x}" for number in numbers)),
+        paths=pa.table({"audio_file_name": [f"{number}.wav" for number in numbers]}),
+        provenance={"seed": 3, "config": {"folds": 5}},
+    )
+
+
+def foreign(path: Path, **columns: Any) -> Path:
+    """Write somebody's own table; a column given as None is left out."""
+    least = {"sample_id": ["a", "b"], "label": [0, 1], "confidence_x": [0.9, 0.2], "confidence_y": [0.5, 0.6]}
+    pq.write_table(pa.table({name: kept for name, kept in {**least, **columns}.items() if kept is not None}), path)
+    return path
+
+
+def assert_equal(one: ScoreTable, other: ScoreTable) -> None:
+    for each in fields(ScoreTable):
+        mine, theirs = getattr(one, each.name), getattr(other, each.name)
+        if isinstance(mine, np.ndarray):
+            assert mine.dtype == theirs.dtype, each.name
+            np.testing.assert_array_equal(mine, theirs, err_msg=each.name)
+        else:
+            assert mine == theirs, each.name
+
+
+LEAST = {"sample_id", "label", "label_name", "modalities", "confidence", "provenance"}
+EMPTY: dict[str, Any] = {each.name: None for each in fields(ScoreTable) if each.name not in LEAST}
+
+
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("rest", [{}, EMPTY, {"group": None}, {"discrepancy_sd": None}])
+def test_write_then_read_is_equality(tmp_path: Path, m: int, rest: dict[str, Any]) -> None:
+    whole = replace(scores(m), **rest)
+    write_scores(whole, tmp_path / "scores.parquet")
+    assert_equal(read_scores(tmp_path / "scores.parquet"), whole)
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_the_columns_are_the_documented_ones(m: int) -> None:
+    each = {f"{kind}_{name}": type_ for name in NAMES[:m]
+            for kind, type_ in (("confidence", "float"), ("prediction", "int32"), ("loss", "float"))}  # fmt: skip
+    ends = [""] if m == 2 else [f"_{name}" for name in NAMES]
+    expected = {
+        "sample_id": "string", "label": "int32", "label_name": "string", "split": "string", "group": "string",
+        "fold": "int16", **each,
+        **{f"discrepancy{end}": "float" for end in ends}, **{f"discrepancy_sd{end}": "float" for end in ends},
+        "gap": "float", "dominant": "string", "similarity": "float", "balance": "float", "p_balanced": "float",
+        "content": "string", "audio_file_name": "string",
+    }  # fmt: skip
+    schema = scores(m).to_arrow().schema
+    assert {field.name: str(field.type) for field in schema} == expected
+    unknown = replace(scores(m), **{**EMPTY, "prediction": scores(m).prediction, "loss": scores(m).loss})
+    types = {field.name: str(field.type) for field in unknown.to_arrow().schema}
+    assert types == {name: type_ for name, type_ in expected.items() if name != "audio_file_name"}
+
+
+def test_every_number_has_a_range_and_a_direction() -> None:
+    numbers = set(RANGES)
+    for m in (2, 3):
+        for name in (field.name for field in scores(m).to_arrow().schema if str(field.type) in ("float",)):
+            general = name
+            for modality in NAMES:
+                general = general.replace(f"_{modality}", "_M")
+            assert {general, general.removesuffix("_M")} & numbers, name
+
+
+def test_the_columns_follow_from_the_confidence() -> None:
+    table = replace(
+        scores(num_rows=3), confidence=np.array([[0.9, 0.2], [0.1, 0.5], [0.3, 0.3]], dtype=np.float32)
+    ).to_arrow()
+    np.testing.assert_allclose(table["discrepancy"], [0.7, -0.4, 0.0], atol=1e-6)
+    np.testing.assert_allclose(table["gap"], [0.7, 0.4, 0.0], atol=1e-6)
+    assert table["dominant"].to_pylist() == ["audio", "visual", None]
+
+
+def test_discrepancy_is_between_whom_one_says() -> None:
+    two, three = scores(2), scores(3)
+    c = three.confidence
+    np.testing.assert_array_equal(two.discrepancy(), two.discrepancy("audio:visual"))
+    np.testing.assert_array_equal(two.discrepancy("visual"), -two.discrepancy())
+    np.testing.assert_array_equal(three.discrepancy("text:audio"), c[:, 2] - c[:, 0])
+    np.testing.assert_allclose(three.discrepancy("visual"), c[:, 1] - (c[:, 0] + c[:, 2]) / 2, atol=1e-6)
+    strongest = replace(three, confidence=np.clip(c + np.float32([0, 0.9, 0]), 0, 1))
+    assert strongest.default_between() == "visual"
+    np.testing.assert_array_equal(strongest.discrepancy(), strongest.discrepancy("visual"))
+    for wrong in ("visuel", "audio:visuel", "visuel:audio"):
+        with pytest.raises(ConfigError, match=rf"--between {wrong}: no modality 'visuel'; did you mean visual\?"):
+            three.discrepancy(wrong)
+
+
+def test_anybodys_table_is_read(tmp_path: Path) -> None:
+    table = read_scores(foreign(tmp_path / "t.parquet"))
+    assert table.modalities == ("x", "y")
+    assert table.sample_id.tolist() == ["a", "b"]
+    assert (table.label.tolist(), table.label_name.tolist()) == ([0, 1], ["0", "1"])
+    np.testing.assert_allclose(table.discrepancy(), [0.4, -0.4], atol=1e-6)
+    assert table.provenance == {}
+    assert all(getattr(table, name) is None for name in EMPTY)
+
+
+@pytest.mark.parametrize(
+    ("columns", "label", "names"),
+    [
+        ({"label": None, "label_name": ["dog", "cat"]}, [1, 0], ["dog", "cat"]),
+        ({"label": ["dog", "cat"]}, [1, 0], ["dog", "cat"]),
+        ({"label": [7.0, 3.0]}, [7, 3], ["7", "3"]),
+        ({"label": [1, 0], "label_name": ["dog", "cat"]}, [1, 0], ["dog", "cat"]),
+    ],
+)
+def test_labels_are_numbers_or_names(
+    tmp_path: Path, columns: dict[str, Any], label: list[int], names: list[str]
+) -> None:
+    table = read_scores(foreign(tmp_path / "t.parquet", **columns))
+    assert (table.label.tolist(), table.label_name.tolist()) == (label, names)
+
+
+def test_whole_numbers_are_ids_too(tmp_path: Path) -> None:
+    assert read_scores(foreign(tmp_path / "t.parquet", sample_id=[10, 2])).sample_id.tolist() == ["10", "2"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"sample_id": None}, "is no score table: it needs sample_id, .*; it has label, confidence_x"),
+        ({"label": None}, "is no score table"),
+        ({"confidence_y": None}, "is no score table"),
+        ({"sample_id": ["a", "a"]}, "1 ids stand more than once"),
+        ({"sample_id": ["a", None]}, "sample_id, a label or a column confidence_M is null"),
+        ({"sample_id": pa.nulls(2)}, "sample_id, a label or a column confidence_M is null"),
+        ({"label": [0, None]}, "column label holds 1 nulls"),
+        ({"label_name": ["a", None]}, "column label_name holds 1 nulls"),
+        ({"label": [0.5, 1.0]}, "column label does not hold what it should"),
+        ({"confidence_x": [None, 0.5]}, "1 values of confidence are null or outside"),
+        ({"confidence_x": [1.01, 0.5]}, r"1 values of confidence are null or outside \[0, 1\]: rescore"),
+        ({"confidence_x": [-0.1, float("nan")]}, "2 values of confidence"),
+        ({"confidence_x": ["much", "0.5"]}, "column confidence_x does not hold what it should"),
+        ({"confidence_x": pa.nulls(2, pa.float32())}, "a column confidence_M is null"),
+        ({"similarity": [0.0, 1.5]}, r"1 values of similarity are null or outside \[-1, 1\]"),
+        ({"balance": [None, 0.5]}, "1 values of balance"),
+        ({"p_balanced": [-0.5, 0.5]}, r"outside \[0, 1\]"),
+        ({"fold": [0, None]}, "column fold holds 1 nulls"),
+    ],
+)
+def test_a_wrong_table_says_why(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
+    with pytest.raises(ScoreError, match=words):
+        read_scores(foreign(tmp_path / "t.parquet", **columns))
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ScoreError, match="no such file"):
+        read_scores(tmp_path / "none.parquet")
+    (tmp_path / "odd.parquet").write_text("id")
+    with pytest.raises(ScoreError, match="cannot be read as Parquet"):
+        read_scores(str(tmp_path / "odd.parquet"))
+
+
+def test_a_table_checks_its_own_birth() -> None:
+    with pytest.raises(ScoreError, match="holds no rows"):
+        scores(num_rows=0)
+    with pytest.raises(ScoreError, match="a discrepancy needs two or more"):
+        replace(scores(), modalities=("audio",), confidence=scores().confidence[:, :1])
+    with pytest.raises(ScoreError, match="3 columns confidence_M for 6 rows"):
+        replace(scores(), modalities=NAMES)
+
+
+def test_others_open_it(tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    write_scores(scores(3), path)
+    frame = pd.read_parquet(path)
+    assert frame.columns.tolist() == scores(3).to_arrow().column_names
+    opened = datasets.load_dataset("parquet", data_files=str(path), cache_dir=str(tmp_path / "hf"), split="train")
+    assert opened.num_rows == 6
+    assert opened["sample_id"][:2] == ["s0", "s1"]
+    assert json.loads(pq.read_schema(path).metadata[b"mmaudit"])["seed"] == 3

@@ -1,0 +1,127 @@
+"""Laws of files of rows: the same rows in csv, jsonl and Parquet are the same, and a broken file says what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.tables import METADATA_NAMES, find_tables, memory_shards, read_rows, row_group_shards
+
+ROWS = [
+    {"id": "007", "label": "1", "text": 'She said "no",\nand left'},
+    {"id": "08", "label": "2", "text": "ünïcode 狗"},
+    {"id": "2020-01-01", "label": "2", "text": "12:30:00"},
+]
+CSV = '\ufeffid,label,text\n007,1,"She said ""no"",\nand left"\n08,2,ünïcode 狗\n2020-01-01,2,12:30:00\n'
+JSONL = (
+    '{"id": "007", "label": "1", "text": "She said \\"no\\",\\nand left"}\n'
+    '{"id": "08", "label": "2", "text": "ünïcode 狗"}\n'
+    '{"id": "2020-01-01", "label": "2", "text": "12:30:00"}\n'
+)
+
+
+def written(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_three_formats_give_the_same_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "m.parquet")
+    for path in (written(tmp_path / "m.csv", CSV), written(tmp_path / "m.jsonl", JSONL), tmp_path / "m.parquet"):
+        assert read_rows(path).to_pylist() == ROWS
+
+
+def test_strings_of_jsonl_that_look_like_dates_stay_strings(tmp_path: Path) -> None:
+    path = written(tmp_path / "m.jsonl", '{"n": 1, "id": "2020-01-01", "at": "2020-01-01 10:00:00"}\n')
+    rows = read_rows(path)
+    assert rows.column_names == ["n", "id", "at"]
+    assert rows.to_pylist() == [{"n": 1, "id": "2020-01-01", "at": "2020-01-01 10:00:00"}]
+
+
+def test_empty_cells_of_csv_are_null_and_words_are_not(tmp_path: Path) -> None:
+    rows = read_rows(written(tmp_path / "m.csv", 'id,label,text\na,NA,""\nb,null,\nc,nan,x\n'))
+    assert rows["label"].to_pylist() == ["NA", "null", "nan"]
+    assert rows["text"].to_pylist() == [None, None, "x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("m.csv", b""),
+        ("m.csv", b"id,label\n1\n"),
+        ("m.csv", "id,label\n1,é\n".encode("latin1")),
+        ("m.csv", "idé,label\n1,2\n".encode("latin1")),
+        ("m.csv", "id,label\n1,2\n".encode("utf-16")),
+        ("m.jsonl", b""),
+        ("m.jsonl", b'[{"id": 1}]\n'),
+        ("m.jsonl", b'{"id": 1}\n{"id": "a"}\n'),
+        ("m.jsonl", b'{"id": 1'),
+        ("m.parquet", b"PAR1 and no more"),
+        ("m.parquet", b""),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    path = written(tmp_path / name, content)
+    with pytest.raises(DatasetError) as caught:
+        read_rows(path)
+    assert str(caught.value).startswith(f"{path} cannot be read: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", METADATA_NAMES)
+def test_a_folder_is_its_metadata_file(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path / name, "x")
+    assert find_tables(str(tmp_path)) == (tmp_path, [path])
+    assert find_tables(str(path)) == (tmp_path, [path])
+
+
+def test_a_glob_is_its_files_in_order(tmp_path: Path) -> None:
+    paths = [written(tmp_path / f"part-{number}.parquet", "x") for number in (2, 0, 1)]
+    assert find_tables(f"{tmp_path}/part-*.parquet") == (tmp_path, sorted(paths))
+
+
+def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no such folder or file"):
+        find_tables(str(tmp_path / "none"))
+    with pytest.raises(DatasetError, match="no such folder or file"):
+        find_tables(str(tmp_path / "*.parquet"))
+    with pytest.raises(DatasetError, match=r"holds none of metadata\.csv, .*: write one with a column file_name"):
+        find_tables(str(tmp_path))
+    with pytest.raises(DatasetError, match=r"neither a folder nor a \.parquet, \.csv or \.jsonl file"):
+        find_tables(str(written(tmp_path / "m.xlsx", "x")))
+    written(tmp_path / "metadata.csv", "x")
+    with pytest.raises(DatasetError, match=r"matches metadata\.csv; a glob may name \.parquet files only"):
+        find_tables(f"{tmp_path}/meta*")
+    written(tmp_path / "metadata.jsonl", "x")
+    with pytest.raises(DatasetError, match=r"both metadata\.csv and metadata\.jsonl: name the file you mean"):
+        find_tables(str(tmp_path))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 30), st.integers(1, 12))
+def test_shards_in_memory_are_the_rows_cut(num_rows: int, shard_rows: int) -> None:
+    rows = pa.table({"id": list(range(num_rows)), "other": [None] * num_rows})
+    shards = memory_shards(rows, shard_rows=shard_rows)
+    assert [value for shard in shards for value in shard.read(["id"])["id"].to_pylist()] == list(range(num_rows))
+    assert [shard.index for shard in shards] == list(range(len(shards)))
+    assert [shard.first for shard in shards] == list(range(0, num_rows, shard_rows))
+    assert all(0 < shard.num_rows <= shard_rows for shard in shards)
+    assert all(shard.read(["other"]).column_names == ["other"] for shard in shards)
+
+
+def test_shards_of_parquet_are_its_row_groups_and_empty_ones_are_none(tmp_path: Path) -> None:
+    rows = pa.table({"id": list(range(7)), "x": [0.5] * 7})
+    pq.write_table(rows.slice(0, 0), tmp_path / "a.parquet")
+    pq.write_table(rows.slice(0, 5), tmp_path / "b.parquet", row_group_size=2)
+    pq.write_table(rows.slice(5), tmp_path / "c.parquet")
+    shards = row_group_shards([tmp_path / name for name in ("a.parquet", "b.parquet", "c.parquet")])
+    assert [shard.read(["id"])["id"].to_pylist() for shard in shards] == [[0, 1], [2, 3], [4], [5, 6]]
+    assert [(shard.index, shard.first, shard.num_rows) for shard in shards] == [
+        (0, 0, 2), (1, 2, 2), (2, 4, 1), (3, 5, 2)
+    ]  # fmt: skip

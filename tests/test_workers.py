@@ -1,0 +1,111 @@
+"""Laws of workers: results in order, errors as they were, and nobody left behind."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+
+from mmaudit.audit.workers import default_workers, run_tasks, silent
+
+# Workers import what they run, so it stands in the standard library: this file is no module for them.
+
+
+def left_behind(patience_seconds: float = 5.0) -> list[str]:
+    """Names of processes that are still running after a while."""
+    end = time.monotonic() + patience_seconds
+    while multiprocessing.active_children() and time.monotonic() < end:
+        time.sleep(0.02)
+    return [process.name for process in multiprocessing.active_children()]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 9])
+def test_results_come_in_order(num_workers: int) -> None:
+    tasks = [2.0, 9.0, 4.0, 1.0, 0.0]
+    assert list(run_tasks(math.sqrt, tasks, num_workers=num_workers)) == [math.sqrt(task) for task in tasks]
+    assert left_behind() == []
+
+
+def test_the_slowest_first_changes_no_order() -> None:
+    work: Callable[[float], None] = time.sleep
+    assert list(run_tasks(work, [0.3, 0.0, 0.0], num_workers=2)) == [None] * 3
+
+
+@pytest.mark.parametrize("tasks", [[], [4.0]])
+def test_a_single_task_stays_in_this_process(tasks: list[float]) -> None:
+    assert list(run_tasks(lambda task: (os.getpid(), task), tasks, num_workers=4)) == [
+        (os.getpid(), task) for task in tasks
+    ]
+
+
+def test_without_workers_nothing_runs_ahead() -> None:
+    done: list[int] = []
+    results = run_tasks(done.append, [1, 2, 3], num_workers=0)
+    assert done == []
+    next(results)
+    assert done == [1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_is_raised_where_its_result_would_stand(num_workers: int) -> None:
+    results = run_tasks(math.sqrt, [4.0, -1.0, 9.0, 16.0], num_workers=num_workers)
+    assert next(results) == 2.0
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        next(results)
+    assert left_behind() == []
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, GeneratorExit])
+def test_an_interrupt_leaves_at_once_and_nobody_behind(stop: type[BaseException]) -> None:
+    """Five minutes of sleep are queued; the first result is there at once."""
+    work: Callable[[float], None] = time.sleep
+    results = run_tasks(work, [0.0] + [60.0] * 5, num_workers=2)
+    next(results)
+    start = time.monotonic()
+    if stop is GeneratorExit:
+        results.close()  # type: ignore[attr-defined]
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            results.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
+    assert left_behind() == []
+    assert time.monotonic() - start < 5
+
+
+def test_an_interrupted_consumer_leaves_nobody_behind() -> None:
+    def consume() -> None:
+        work: Callable[[float], None] = time.sleep
+        for _ in run_tasks(work, [0.0] + [60.0] * 5, num_workers=2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        consume()
+    assert left_behind() == []
+
+
+def test_other_children_are_left_alone() -> None:
+    stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    stranger.start()
+    try:
+        work: Callable[[float], None] = time.sleep
+        results = run_tasks(work, [0.0, 60.0], num_workers=2)
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+        time.sleep(0.2)
+        assert stranger.is_alive()
+    finally:
+        stranger.terminate()
+        stranger.join()
+        stranger.close()
+
+
+def test_there_is_a_processor() -> None:
+    assert 1 <= default_workers() <= (os.cpu_count() or 1)
+
+
+def test_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    silent("encode", 1, 2)
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,134 @@
+"""Examples: the vectors, labels and splits that a manifest trains and tests on"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ..audit.dataset import Dataset
+from ..audit.errors import ManifestError
+from ..audit.features import EncodeTask, Status, load_matrix, read_status
+from ..audit.samples import cut, read_ids
+from ..audit.scoring import row_content
+from ..rebalance.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """n samples, those of the manifest first, then the test samples it left out: arrays of shape (n,).
+
+    inputs: m matrices (n, d_j). label: int64 in [0, k), numbering `class_names`. split: train, validation, test.
+    rank: 0 = most balanced, -1 outside the manifest. `chosen` tells the manifest's own samples.
+    """
+
+    sample_id: NDArray[np.object_]
+    inputs: tuple[NDArray[np.float32], ...]
+    modalities: tuple[str, ...]
+    label: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    split: NDArray[np.object_]
+    rank: NDArray[np.int64]
+    weight: NDArray[np.float32]
+    discrepancy: NDArray[np.float64]
+    p_balanced: NDArray[np.float64]
+    chosen: NDArray[np.bool_]
+
+    def rows(self, split: str) -> NDArray[np.intp]:
+        """Give the rows of one split."""
+        return np.flatnonzero(self.split == split)
+
+
+def load_examples(
+    manifest: Manifest,
+    dropped: pa.Table | None,
+    dataset: Dataset,
+    tasks: Sequence[EncodeTask],
+    *,
+    validation_fraction: float,
+    seed: int,
+) -> Examples:
+    """Join a manifest, and the test rows dropped from it, with the features of its source, by id.
+
+    Every figure then stands on the same test set, whatever a manifest keeps. Without a validation split one is cut
+    from train by hash(seed, group or id). Raises ManifestError where the source has changed.
+    """
+    table, chosen = _with_dropped_test(manifest.table, dropped)
+    ids = np.array(table["sample_id"].to_pylist(), dtype=object)
+    all_ids = read_ids(dataset)
+    statuses = [read_status(tasks, modality, all_ids) for modality in dataset.modalities]
+    rows = _find_rows(ids, all_ids)
+    _check_content(ids, np.array(table["content"].to_pylist(), dtype=object), row_content(statuses)[rows])
+    _check_usable(ids, rows, statuses)
+    codes, label = np.unique(table["label"].to_numpy(), return_inverse=True)
+    names = dict(zip(table["label"].to_pylist(), table["label_name"].to_pylist(), strict=True))
+    split = _with_validation(table, ids, label.astype(np.int32), fraction=validation_fraction, seed=seed)
+    return Examples(
+        sample_id=ids,
+        inputs=tuple(load_matrix(tasks, status, rows) for status in statuses),
+        modalities=tuple(modality.name for modality in dataset.modalities),
+        label=label.astype(np.int64),
+        class_names=tuple(str(names[code]) for code in codes.tolist()),
+        split=split,
+        rank=np.where(chosen, table["rank"].to_pandas().fillna(-1), -1).astype(np.int64),
+        weight=np.array(table["weight"].to_pandas().fillna(1.0), dtype=np.float32),
+        discrepancy=np.array(table["discrepancy"].to_pandas(), dtype=np.float64),
+        p_balanced=np.array(table["p_balanced"].to_pandas(), dtype=np.float64),
+        chosen=chosen,
+    )
+
+
+def _with_dropped_test(kept: pa.Table, dropped: pa.Table | None) -> tuple[pa.Table, NDArray[np.bool_]]:
+    if dropped is None:
+        return kept, np.ones(len(kept), dtype=bool)
+    names = [name for name in kept.column_names if name in dropped.column_names]
+    test = dropped.filter(pa.compute.equal(dropped["split"], "test"))
+    table = pa.concat_tables([kept, test.select(names)], promote_options="default")
+    return table, np.arange(len(table)) < len(kept)
+
+
+def _find_rows(ids: NDArray[np.object_], all_ids: NDArray[np.object_]) -> NDArray[np.intp]:
+    number = {name: row for row, name in enumerate(all_ids)}
+    lost = [name for name in ids if name not in number]
+    if lost:
+        raise ManifestError(
+            f"{len(lost)} of {len(ids)} samples of the manifest are not in its source (the first: {lost[0]}); "
+            "rescore with mmaudit score, or say where the data are with --data"
+        )
+    return np.array([number[name] for name in ids], dtype=np.intp)
+
+
+def _check_content(ids: NDArray[np.object_], then: NDArray[np.object_], now: NDArray[np.object_]) -> None:
+    changed = [name for name, old, new in zip(ids, then, now, strict=True) if old is not None and old != new]
+    if changed:
+        raise ManifestError(
+            f"{len(changed)} of {len(ids)} samples have changed since the manifest was made (the first: {changed[0]}); "
+            "rescore with mmaudit score and split again"
+        )
+
+
+def _check_usable(ids: NDArray[np.object_], rows: NDArray[np.intp], statuses: Sequence[Status]) -> None:
+    for status in statuses:
+        bad = ids[~status.usable[rows]]
+        if len(bad):
+            raise ManifestError(f"{len(bad)} samples of the manifest have no usable {status.modality.name}: {bad[0]}")
+
+
+def _with_validation(
+    table: pa.Table, ids: NDArray[np.object_], label: NDArray[np.int32], *, fraction: float, seed: int
+) -> NDArray[np.object_]:
+    split = np.array(table["split"].to_pylist(), dtype=object)
+    unknown = {str(name) for name in split} - {"train", "validation", "test"}
+    if unknown:
+        raise ManifestError(f"column split of the manifest holds {sorted(unknown)[0]!r}: train, validation or test")
+    if "validation" in split:
+        return split
+    train = np.flatnonzero(split == "train")
+    groups = table["group"].to_pylist() if "group" in table.column_names else [None]
+    group = None if None in groups else np.array(groups, dtype=object)[train]
+    drawn = cut(ids[train], label[train], group, fraction=fraction, seed=seed, purpose="validation split")
+    split[train[drawn]] = "validation"
+    return split
