@@ -85,7 +85,7 @@ def minmax(values: Floats, *, fits: NDArray[np.bool_]) -> Floats:
     low, high = values[fits].min(), values[fits].max()
     if high <= low:
         return np.zeros_like(values)
-    return np.asarray(np.clip((values - low) / (high - low), 0, 1))
+    return np.asarray((np.clip(values, low, high) - low) / (high - low))
 
 
 def _cosine(a: Floats, b: Floats) -> Floats:

@@ -105,7 +105,7 @@ def cut(
     seed: int,
     purpose: str,
 ) -> NDArray[np.bool_]:
-    """Draw `fraction` of the rows, one at least, by hash(seed, group or id): whole groups, or else alike of every class."""
+    """Draw `fraction` of the rows, one at least, by hash(seed, group or id): whole groups, or alike of every class."""
     if group is None:
         keys = hash_rank(sample_id, seed=seed, purpose=purpose)
         first = np.lexsort((keys, spread(keys, label)))[: max(1, round(fraction * len(label)))]

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -65,16 +66,18 @@ def png(figure: Figure) -> bytes:
     """Write a figure as PNG of 256 colours, a third of the size of all, without the version of what made it."""
     from PIL import Image
 
-    file, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-    image = Image.open(file).convert("RGB")
-    white = np.asarray(image).min(axis=2) == 255  # would come out as 250 or so, a grey box on the page
-    image = image.quantize(255, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    figure.set_dpi(DPI)
+    drawing: Any = FigureCanvasAgg(figure)  # matplotlib gives it no types
+    drawing.draw()
+    pixels = np.asarray(drawing.buffer_rgba())[:, :, :3]
+    image = Image.fromarray(pixels).quantize(255, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    white = pixels.min(axis=2) == 255  # would come out as 250 or so, a grey box on the page
+    places = np.where(white, 255, np.asarray(image)).astype(np.uint8)
     shades = (image.getpalette() or [])[: 3 * 255]
-    image = Image.fromarray(np.where(white, 255, np.asarray(image)).astype(np.uint8), mode="P")
+    image, file = Image.frombytes("P", image.size, places.tobytes()), io.BytesIO()
     image.putpalette(shades + [255] * (3 * 256 - len(shades)))
-    image.save(small, "png", optimize=True)
-    return small.getvalue()
+    image.save(file, "png", optimize=True)
+    return file.getvalue()
 
 
 def draw_sides(axes: Axes, found: Numbers, colours: Palette, *, counts: Sequence[float]) -> None:

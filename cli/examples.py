@@ -23,23 +23,16 @@ MOST_SIDES = 6  # modalities whose samples are listed
 
 
 def class_numbers(scores: ScoreTable) -> Numbers:
-    """Describe the most lopsided classes: counts by split, mean confidences and discrepancies, and their histogram.
-
-    Most lopsided are those whose mean discrepancy is farthest from 0, counted from the near end of its interval, so
-    that a class of two samples does not come before one of a thousand. All classes are shown where there is room.
-    """
-    values, codes = scores.label.astype(np.int64), np.unique(scores.label, return_inverse=True)[1]
-    k = int(codes.max()) + 1
-    size = np.bincount(codes, minlength=k)
-    signed = discrepancy(scores.confidence).reshape(len(values), -1).astype(np.float64)
+    """Describe the classes, of many the most lopsided: counts by split, mean confidences, discrepancies."""
+    codes = np.unique(scores.label, return_inverse=True)[1]
+    size = np.bincount(codes)
+    signed = discrepancy(scores.confidence).reshape(len(scores), -1).astype(np.float64)
     means = _by_class(signed, codes, size)
     within = np.sqrt(((signed - means[codes]) ** 2).mean(axis=0))
-    certain = (np.abs(means) - 1.96 * within / np.sqrt(size)[:, None]).max(axis=1)
-    shown = np.sort(np.lexsort((np.arange(k), -certain))[:MOST_CLASSES])
-    shown = shown[np.lexsort((-means[shown].max(axis=1), means[shown].argmax(axis=1)))]
+    shown = _most_lopsided(means, 1.96 * within / np.sqrt(size)[:, None])
     return {
-        "num_classes": k,
-        "left_out": k - len(shown),
+        "num_classes": len(size),
+        "left_out": len(size) - len(shown),
         "names": [side[1] for side in sides(scores)],
         "edges": np.linspace(-1, 1, CLASS_BINS + 1).round(4).tolist(),
         "splits": _split_names(scores),
@@ -66,6 +59,24 @@ def sample_lists(scores: ScoreTable) -> list[Numbers]:
 def _by_class(values: Array, codes: Array, size: Array) -> Array:
     """Give the mean of each column of values (n, c) by class, (k, c)."""
     return np.stack([np.bincount(codes, weights=column, minlength=len(size)) / size for column in values.T], axis=1)
+
+
+def _most_lopsided(means: Array, error: Array) -> Array:
+    """Give the classes to show, in order, from means and half intervals (k, c): for c = 1 as many of either side.
+
+    They are those farthest from 0, counted from the near end of the interval, so that a class of two samples does not
+    come before one of a thousand.
+    """
+    k = len(means)
+    if means.shape[1] > 1:
+        shown = np.argsort(-(np.abs(means) - error).max(axis=1), kind="stable")[:MOST_CLASSES]
+        best = means[shown].argmax(axis=1)
+        return np.asarray(shown[np.lexsort((shown, -means[shown].max(axis=1), best))])
+    right = np.argsort(-(means - error)[:, 0], kind="stable")
+    left = np.argsort((means + error)[:, 0], kind="stable")
+    half = MOST_CLASSES // 2
+    shown = np.arange(k) if k <= MOST_CLASSES else np.r_[right[:half], left[~np.isin(left, right[:half])][:half]]
+    return np.asarray(shown[np.lexsort((shown, -means[shown, 0]))])
 
 
 def _split_names(scores: ScoreTable) -> list[str]:
@@ -123,7 +134,7 @@ def _highest(scores: ScoreTable, key: Array, rows: Array, most: int) -> list[int
 
 def _class_names(scores: ScoreTable) -> dict[int, str]:
     labels, first = np.unique(scores.label, return_index=True)
-    return {int(label): short(scores.label_name[row], 80) for label, row in zip(labels, first, strict=True)}
+    return {int(label): short(scores.label_name[row], 32) for label, row in zip(labels, first, strict=True)}
 
 
 def _sample(scores: ScoreTable, row: int, names: dict[int, str], signed: float) -> Numbers:

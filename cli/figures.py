@@ -5,6 +5,8 @@ Every figure is drawn from report.json's numbers alone, and the same numbers giv
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from .canvas import INK, LEVEL, PALE, SOFT, WIDTH, Palette, canvas, draw_sides, palette, png, side_colour
 from .findings import Numbers, short
+from .verdict import percent, signed
 
 
 def draw(numbers: Numbers) -> dict[str, bytes]:
@@ -48,7 +51,7 @@ def _discrepancy(found: list[Numbers], colours: Palette) -> Figure:
     panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, each in zip(panels, found, strict=False):
         draw_sides(axes, each, colours, counts=each["counts"])
-        shares = f"{_percent(each['share_left'])} behind, {_percent(each['share_right'])} ahead"
+        shares = f"{percent(each['share_left']['share'])} behind, {percent(each['share_right']['share'])} ahead"
         axes.set_title(f"{short(each['right'], 20)}: {shares}", color=colours[each["right"]])
     for axes in panels[len(found) :]:
         axes.set_visible(False)
@@ -60,7 +63,7 @@ def _discrepancy(found: list[Numbers], colours: Palette) -> Figure:
 def _name_sides(axes: Axes, found: Numbers, colours: Palette) -> None:
     """Write above a histogram which side is whose, and its share."""
     axes.set_ylim(0, 1.28 * max(*found["counts"], 1))
-    level, right, left = (_percent(found[f"share_{side}"]) for side in ("level", "right", "left"))
+    level, right, left = (percent(found[f"share_{side}"]["share"]) for side in ("level", "right", "left"))
     for place, name, text in (
         (-0.6, found["left"], f"← {short(found['left'], 24)} alone: {left}"),
         (0.0, None, f"about level: {level}"),
@@ -69,10 +72,6 @@ def _name_sides(axes: Axes, found: Numbers, colours: Palette) -> None:
         shade = colours.get(name, INK) if name is not None else SOFT
         box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
         axes.text(place, 0.97, text, color=shade, ha="center", va="top", transform=axes.get_xaxis_transform(), bbox=box)
-
-
-def _percent(found: Numbers) -> str:
-    return f"{100 * found['share']:.0f}%"
 
 
 def _classes(found: Numbers, colours: Palette) -> Figure:
@@ -103,8 +102,7 @@ def _class_histograms(axes: Axes, found: Numbers, colours: Palette) -> None:
     axes.set_xticks(np.linspace(0, len(edges) - 1, 5) - 0.5, ["−1", "−0.5", "0", "0.5", "1"])
     axes.set_xlabel(f"discrepancy: {first} minus {second}        (at the right end: mean of the class)")
     for place, row in enumerate(found["rows"]):
-        text = f"{row['discrepancy'][0]:+.2f}".replace("-", "−")
-        axes.text(len(edges) - 1.3, place, text, va="center", fontsize=8, color=INK)
+        axes.text(len(edges) - 1.3, place, signed(row["discrepancy"][0]), va="center", fontsize=8, color=INK)
 
 
 def _depth(counts: NDArray[Any], *, most: NDArray[Any]) -> NDArray[np.float64]:
@@ -122,13 +120,13 @@ def _class_means(axes: Axes, found: Numbers, colours: Palette) -> None:
     axes.set_xticks(range(len(found["names"])), [short(name, 14) for name in found["names"]])
     axes.xaxis.tick_top()
     for place, value in np.ndenumerate(means):
-        text = f"{value:+.2f}".replace("-", "−")
+        text = signed(float(value))
         axes.text(place[1], place[0], text, ha="center", va="center", fontsize=8, color=INK)
 
 
 def _gap(found: Numbers) -> Figure:
     """Draw the histogram of the gap, the mixture's two components and their sum over it, and the border."""
-    figure = Figure(figsize=(WIDTH, 3.3))
+    figure = Figure(figsize=(WIDTH, 3.6))
     axes = figure.subplots()
     edges, fitted, counts = np.array(found["edges"]), np.array(found["fitted"]), np.array(found["counts"])
     axes.bar(edges[:-1], fitted, width=np.diff(edges), align="edge", color=PALE, edgecolor="white", linewidth=0.4)
@@ -136,10 +134,10 @@ def _gap(found: Numbers) -> Figure:
         axes.stairs(counts, edges, color=SOFT, linewidth=0.8, label="with test samples")
     _components(axes, found)
     what = "posterior ≥ 0.5" if found["bimodal"] else f"rule: gap ≤ {found['threshold']:g}"
-    axes.axvspan(0, found["border"], color="#eceade", zorder=0, label=f"balanced ({what})")
+    axes.axvspan(0, found["border"], color="#eceade", zorder=0, label=f"counted as balanced ({what})")
     axes.set(xlim=(0, 1), ylim=(0, 1.15 * max(int(counts.max()), 1)), xlabel="modality gap", ylabel="samples")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.legend(loc="upper right")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure
 
 
@@ -147,19 +145,18 @@ def _components(axes: Axes, found: Numbers) -> None:
     if found["components"] is None:
         return
     low, high = np.array(found["curve_balanced"]), np.array(found["curve_imbalanced"])
-    supported = found["bimodal"]
-    shade, end = (INK, "") if supported else (SOFT, " (fitted, not supported)")
-    axes.plot(found["grid"], low, color=shade, linewidth=1.2, linestyle="--", label="balanced component" + end)
-    axes.plot(found["grid"], high, color=shade, linewidth=1.2, linestyle=":", label="imbalanced component" + end)
-    axes.plot(found["grid"], low + high, color=shade, linewidth=1.6, label="sum of the two")
+    shade, end = (INK, "") if found["bimodal"] else (SOFT, " (fitted, not supported)")
+    axes.plot(found["grid"], low + high, color=LEVEL, linewidth=3, label="sum of the components")
+    axes.plot(found["grid"], low, color=shade, linewidth=1.2, linestyle="--", label="balanced" + end)
+    axes.plot(found["grid"], high, color=shade, linewidth=1.2, linestyle=":", label="imbalanced" + end)
 
 
 def _maps(found: list[Numbers], colours: Palette) -> Figure:
     """Draw the confidences of each pair of modalities against each other."""
     columns = min(len(found), 3)
     rows = -(-len(found) // columns)
-    side = 4.6 if len(found) == 1 else WIDTH / 3 + 0.15
-    figure = Figure(figsize=(min(WIDTH, columns * side), rows * side))
+    size = (5.3, 4.5) if len(found) == 1 else (WIDTH * columns / 3, (WIDTH / 3 + 0.15) * rows)
+    figure = Figure(figsize=size)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, each in zip(panels, found, strict=False):
         _map(axes, each, colours, named=len(found) == 1)
@@ -174,7 +171,9 @@ def _map(axes: Axes, found: Numbers, colours: Palette, *, named: bool) -> None:
     axes.imshow(depth, origin="lower", extent=(0, 1, 0, 1), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
     for shift in (-0.2, 0.2):
         line = [max(0.0, -shift), min(1.0, 1 - shift)]
-        axes.plot(line, [value + shift for value in line], color=SOFT, linewidth=0.8, linestyle="--")
+        shifted = [value + shift for value in line]
+        axes.plot(line, shifted, color="white", linewidth=2)  # to be seen on light and on dark
+        axes.plot(line, shifted, color=INK, linewidth=0.8, linestyle="--")
     axes.set_xlabel(f"confidence of {short(found['x'], 24)}", color=colours[found["x"]])
     axes.set_ylabel(f"confidence of {short(found['y'], 24)}", color=colours[found["y"]])
     axes.set_xticks([0, 0.5, 1])
@@ -269,7 +268,8 @@ def _course(axes: Axes, found: Numbers) -> None:
         values = np.array(history[key], dtype=np.float64)  # None becomes NaN, and is not drawn
         if np.isfinite(values).any():
             axes.plot(history["epoch"], values, color=shade, linewidth=1.4, label=name)
-    axes.axvline(found["best_epoch"], color=INK, linewidth=1.2, label="kept")
+    axes.axvline(found["best_epoch"], color=SOFT, linewidth=1, linestyle="--", zorder=0.5, label="kept")
+    axes.set_ylim(bottom=0)
     axes.set(xlabel="epoch", ylabel="loss")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.legend(loc="upper right", frameon=True, framealpha=1, edgecolor="none")

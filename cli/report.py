@@ -28,7 +28,7 @@ from .findings import (
 )
 from .outcomes import MOST_DETAILED, finetune_numbers, manifest_numbers
 from .run import Run
-from .verdict import interval, percent, verdict
+from .verdict import interval, percent, signed, verdict
 
 _TEMPLATE = "report.html.jinja"
 
@@ -93,7 +93,7 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
         "percent": percent,
         "interval": interval,
         "accuracy": _accuracy,
-        "signed": _signed,
+        "signed": signed,
         "thousands": _thousands,
     }
     modalities = [modality["name"] for modality in numbers["facts"]["modalities"]]
@@ -112,11 +112,6 @@ def _accuracy(found: dict[str, Any]) -> str:
     """Write an accuracy with its interval, in percent."""
     low, high = 100 * found["accuracy_low"], 100 * found["accuracy_high"]
     return f"{100 * found['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _signed(value: float, digits: int = 2) -> str:
-    """Write a number with its sign, and a minus as long as the plus."""
-    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def _thousands(value: int) -> str:

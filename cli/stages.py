@@ -20,7 +20,7 @@ import numpy as np
 
 from ..audit.dataset import DataConfig, Dataset, open_dataset
 from ..audit.encode import preprocessing
-from ..audit.errors import ConfigError, ManifestError, RunError
+from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError
 from ..audit.features import encode_dataset
 from ..audit.media import MediaConfig
 from ..audit.mixture import Mixture
@@ -353,7 +353,7 @@ def _source_of(manifest: Manifest, data: str | Path | None) -> tuple[Dataset, Me
     options |= {role: columns[role] for role in ("id", "label") if columns[role]}
     try:
         dataset = open_dataset(source, build(DataConfig, options, where="data."))
-    except Exception as error:
+    except MmauditError as error:
         raise ManifestError(f"the manifest's source cannot be opened: {error}; if it moved, pass --data") from error
     return dataset, build(MediaConfig, dict(about["config"]["media"]), where="media.")
 

@@ -9,6 +9,7 @@ Found = Mapping[str, Any]
 
 STRONG = 0.2  # difference of two shares from which a lean is called strong ...
 SLIGHT = 0.05  # ... and below which it is called slight, however certain; both are ours
+MANY = 0.02  # share of quarantined samples from which the verdict says so
 
 
 def verdict(numbers: Found) -> dict[str, Any]:
@@ -17,18 +18,28 @@ def verdict(numbers: Found) -> dict[str, Any]:
     return {
         "headline": _headline_of_many(numbers) if several else _headline(numbers["discrepancy"][0]),
         "sentences": [_shares_of_many(numbers) if several else _shares(numbers), _gain(numbers), _bimodal(numbers)],
-        "doubts": [*_weak_probes(numbers), *_groups(numbers), *_test_labels(numbers)],
+        "doubts": [*_left_out(numbers), *_weak_probes(numbers), *_groups(numbers), *_test_labels(numbers)],
     }
 
 
 def percent(value: float) -> str:
-    """Write a share: 0.361 as 36%; one decimal where it is near an end."""
-    return f"{100 * value:.1f}%" if 0 < value < 0.0995 or 0.9905 < value < 1 else f"{100 * value:.0f}%"
+    """Write a share: 0.361 as 36%; with a decimal near an end, and an end only where it is reached."""
+    if 1e-9 < value < 0.0005:
+        return "<0.1%"
+    if 0.9995 < value < 1 - 1e-9:
+        return ">99.9%"
+    near = 0.0005 <= value < 0.0995 or 0.9905 < value <= 0.9995
+    return f"{100 * value:.{1 if near else 0}f}%"
 
 
 def interval(found: Found) -> str:
     """Write a share with its interval."""
     return f"{percent(found['share'])} [{percent(found['low'])}, {percent(found['high'])}]"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """Write a number with its sign, and a minus as long as the plus."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def _headline(found: Found) -> str:
@@ -53,29 +64,41 @@ def _shares(numbers: Found) -> str:
 
 
 def _headline_of_many(numbers: Found) -> str:
-    ahead = max(numbers["discrepancy"], key=lambda found: found["share_right"]["share"])
-    behind = max(numbers["discrepancy"], key=lambda found: found["share_left"]["share"])
-    if ahead["share_right"]["share"] < SLIGHT:
-        return f"None of {len(numbers['discrepancy'])} modalities stands out on more than a few samples"
-    return f"Of {len(numbers['discrepancy'])} modalities, {ahead['right']} stands out most often" + (
-        f"; {behind['right']} falls behind most often" if behind["right"] != ahead["right"] else ""
-    )
+    several = len(numbers["discrepancy"])
+    ahead, behind = _foremost(numbers, "share_right"), _foremost(numbers, "share_left")
+    if ahead[0]["share_right"]["share"] < SLIGHT:
+        return f"None of {several} modalities stands out on more than a few samples"
+    names = [found["right"] for found in ahead]
+    if len(names) == several:
+        return f"No clear order among {several} modalities"
+    told = f"Of {several} modalities, {_listed(names)} {'stands' if len(names) == 1 else 'stand'} out most often"
+    return f"{told}; {behind[0]['right']} falls behind most often" if len(behind) == 1 else told
+
+
+def _foremost(numbers: Found, key: str) -> list[Found]:
+    """Give the modality with the largest share, first, and those whose intervals reach into its own."""
+    ranked = sorted(numbers["discrepancy"], key=lambda found: -found[key]["share"])
+    return [found for found in ranked if found[key]["high"] >= ranked[0][key]["low"]]
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def _shares_of_many(numbers: Found) -> str:
     within = numbers["facts"]["within"]
-    ahead = max(numbers["discrepancy"], key=lambda found: found["share_right"]["share"])
-    behind = max(numbers["discrepancy"], key=lambda found: found["share_left"]["share"])
+    ahead, behind = (_foremost(numbers, key)[0] for key in ("share_right", "share_left"))
     return (
         f"On {interval(ahead['share_right'])} of the samples, {ahead['right']} gives the true class at least "
-        f"{within:g} more than the others do on average; on {interval(behind['share_left'])}, {behind['right']} gives it at least "
-        f"{within:g} less. On {interval(numbers['none_ahead'])} no modality is that far ahead."
+        f"{within:g} more than the others do on average. On {interval(behind['share_left'])}, {behind['right']} gives "
+        f"it at least {within:g} less. On {interval(numbers['none_ahead'])} no modality is that far ahead."
     )
 
 
 def _gain(numbers: Found) -> str:
     gain, best = numbers["accuracy"]["gain"], numbers["accuracy"]["best"]
-    points = f"{100 * gain['difference']:+.1f} points [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
+    points, low, high = (signed(100 * gain[key], 1) for key in ("difference", "low", "high"))
+    points = f"{points} points [{low}, {high}]"
     if gain["low"] > 0:
         return f"Using all modalities together gains {points} of accuracy over {best} alone, the best single one."
     if gain["high"] < 0:
@@ -88,12 +111,26 @@ def _bimodal(numbers: Found) -> str:
     balanced = gap["share_balanced"]
     count = "" if balanced is None else f"; by it {interval(balanced)} of the samples are balanced"
     if gap["bimodal"]:
-        return f"The modality gap is bimodal (Ashman's D {gap['ashman_d']:.2f}, dip p {gap['dip_p']:.3f}), so that the \
-mixture's posterior says which samples are balanced{count}."
-    return (
-        f"The modality gap is not bimodal: {'; '.join(gap['reasons'])}. So there are no two groups to be told apart, "
-        f"and a plain rule is used instead of a posterior: balanced is a gap of at most {gap['threshold']:g}{count}."
-    )
+        return (
+            f"The modality gap is bimodal (Ashman's D {gap['ashman_d']:.2f}, dip p {gap['dip_p']:.3f}), so that the "
+            f"mixture's posterior says which samples are balanced{count}."
+        )
+    rule = f"a plain rule is used instead of a posterior: balanced is a gap of at most {gap['threshold']:g}{count}."
+    reasons = "; ".join(gap["reasons"])
+    if gap["components"] is None:
+        return f"No mixture could be fitted to the modality gap: {reasons}. So {rule}"
+    return f"The modality gap is not bimodal: {reasons}. There are no two groups to be told apart, and {rule}"
+
+
+def _left_out(numbers: Found) -> list[str]:
+    """Warn where what could not be scored may tell another story than what could."""
+    counts = numbers["facts"]["counts"]
+    if counts["quarantined"] <= MANY * counts["input"]:
+        return []
+    return [
+        f"{counts['quarantined']:,} of {counts['input']:,} samples could not be scored and are quarantined. All that "
+        f"is said here is about the other {counts['scored']:,}."
+    ]
 
 
 def _weak_probes(numbers: Found) -> list[str]:

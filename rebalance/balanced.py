@@ -89,11 +89,12 @@ def balanced_split(
     chosen = between or largest_pair(scores, config)
     values = scores.discrepancy(chosen)
     bins = bin_of(values, num_bins=config.bins)
-    before = count(bins, scores.label, num_bins=config.bins)
+    label = np.unique(scores.label, return_inverse=True)[1].astype(np.int32)  # anybody's numbers, -1 and 10^6 too
+    before = count(bins, label, num_bins=config.bins)
     quota = _quota(before.sum(axis=1), config)
     taken = share_among_classes(before, quota)
-    place = _place_in_cell(scores.sample_id, bins, scores.label, seed=seed)
-    places = taken[bins, scores.label]
+    place = _place_in_cell(scores.sample_id, bins, label, seed=seed)
+    places = taken[bins, label]
     keep = place < places
     selection = Selection(
         name="balanced",

@@ -14,6 +14,8 @@ def root_pacing(epoch: int, *, start: float, grow_epochs: int) -> float:
     lambda(t) = min(1, sqrt(t (1 - lambda0^2) / T_grow + lambda0^2)): BSS-H, arXiv 2501.01470, with lambda0 = 0.1 and
     T_grow = 40 there.
     """
+    if epoch >= grow_epochs:
+        return 1.0  # the root may round to just below, and the floor would then leave a sample out
     return min(1.0, math.sqrt(epoch * (1 - start**2) / grow_epochs + start**2))
 
 

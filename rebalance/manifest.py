@@ -87,8 +87,8 @@ class Manifest:
         return len(self.table)
 
     def digest(self) -> str:
-        """Fingerprint what training depends on: ids, splits, order, weights and content."""
-        columns = [self.table[name].to_pylist() for name in ("sample_id", "split", "rank", "weight", "content")]
+        """Fingerprint what training and its figures depend on: all columns but the names."""
+        columns = [self.table[name].to_pylist() for name in _REQUIRED if name not in ("label_name", "subset")]
         return digest(repr(columns).encode())
 
     def strings(self, name: str) -> NDArray[np.object_]:

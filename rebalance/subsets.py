@@ -32,15 +32,17 @@ def preferred(scores: ScoreTable, modality: str, *, threshold: float = 0.0, betw
         raise ConfigError(f"no modality {modality!r} to prefer; {choices(modality, known)}")
     if not 0 <= threshold < 1:
         raise ConfigError(f"the threshold of a dominated subset is {threshold}; it lies in [0, 1)")
-    values = scores.discrepancy(known[modality])
+    values = scores.discrepancy(known[modality]).astype(np.float64)  # as evaluation compares, and as is recorded
     name = f"{modality}-preferred" if threshold == 0 else f"{modality}-dominated-{threshold:g}"
     return _above(name, known[modality], values, threshold, keep=values > threshold, reason="discrepancy-too-low")
 
 
 def within(scores: ScoreTable, *, threshold: float = BALANCED_WITHIN, between: str | None = None) -> Selection:
     """Select the samples with |D| <= T: nearly equal confidence on both sides. mmaudit's own class."""
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"the threshold of the balanced subset is {threshold}; it lies in [0, 1]")
     chosen = between or scores.default_between()
-    values = np.abs(scores.discrepancy(chosen))
+    values = np.abs(scores.discrepancy(chosen).astype(np.float64))
     name = f"balanced-within-{threshold:g}"
     return _above(name, chosen, values, threshold, keep=values <= threshold, reason="discrepancy-too-large")
 
@@ -65,7 +67,10 @@ def parse_subset(scores: ScoreTable, text: str, *, between: str | None = None) -
         raise ConfigError(f"--subset {text}: no such subset; {choices(name, names)}")
     if name == "balanced":
         return within(scores, threshold=_number("--subset", text, value or str(BALANCED_WITHIN)), between=between)
-    return preferred(scores, name.removesuffix("-preferred"), between=between)
+    modality = name.removesuffix("-preferred")
+    if value:
+        raise ConfigError(f"--subset {text}: {name} takes no threshold; that is --dominated {modality}:{value}")
+    return preferred(scores, modality, between=between)
 
 
 def parse_dominated(scores: ScoreTable, text: str, *, between: str | None = None) -> Selection:

@@ -74,8 +74,10 @@ def test_names_of_labels_go_with_their_label(tmp_path: Path) -> None:
 @pytest.mark.parametrize("role", ["id", "label", "group", "split"])
 def test_a_role_without_its_column_names_the_nearest(tmp_path: Path, role: str) -> None:
     data = folder(tmp_path / "d", CSV.replace("label", "lable"))
+    wrong: dict[str, Any] = {"label": "lable", role: "labl"}
+    config = DataConfig(**wrong)
     with pytest.raises(ConfigError, match=rf"--{role} labl: no such column; did you mean lable\?"):
-        open_dataset(data, DataConfig(**{"label": "lable", role: "labl"}))
+        open_dataset(data, config)
 
 
 def test_no_label_is_refused(tmp_path: Path) -> None:

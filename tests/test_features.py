@@ -218,7 +218,9 @@ def test_what_is_wrong_with_vectors_is_told_row_by_row(tmp_path: Path) -> None:
         (2, Reason.MISSING),
         (3, Reason.WRONG_LENGTH),
     ]
-    np.testing.assert_array_equal(load_matrix(tasks, status, np.array([0, 4])), np.float32([[1, 2], [0, 0]]))
+    np.testing.assert_array_equal(
+        load_matrix(tasks, status, np.array([0, 4])), np.array([[1, 2], [0, 0]], dtype=np.float32)
+    )
     assert computed(dataset, tmp_path / "cache") == 0
 
 

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from mmaudit.audit import logistic
-from mmaudit.audit.logistic import Logistic, fit_design, fit_logistic, make_design
+from mmaudit.audit.logistic import Logistic, fit_logistic, make_design
 
 Floats = NDArray[np.float64]
 STRENGTHS = (1e-3, 1e-2, 0.3)
@@ -160,7 +160,7 @@ def test_a_feature_constant_within_a_mask_counts_for_nothing(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("outlier", [1e3, 1e5, 1e10, 1e20])
-@pytest.mark.parametrize(("dtype", "tolerance", "close"), [(torch.float64, 1e-15, 1e-4), (torch.float32, 1e-6, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance", "close"), [(torch.float64, 1e-15, 1e-4), (torch.float32, 1e-9, 1e-2)])
 def test_an_outlier_outside_the_mask_changes_nothing(
     outlier: float, dtype: torch.dtype, tolerance: float, close: float
 ) -> None:

@@ -69,7 +69,7 @@ def test_discrepancy_and_gap_stay_in_range(confidence: Floats) -> None:
 
 def test_discrepancy_of_three_by_hand() -> None:
     confidence = np.array([[0.9, 0.3, 0.1], [0.0, 1.0, 1.0], [0.4, 0.4, 0.4]], dtype=np.float32)
-    expected = [[0.7, -0.2, -0.5], [-1.0, 0.5, 0.5], [0, 0, 0]]
+    expected = np.array([[0.7, -0.2, -0.5], [-1.0, 0.5, 0.5], [0, 0, 0]])
     np.testing.assert_allclose(measures.discrepancy(confidence), expected, atol=1e-6)
     np.testing.assert_allclose(measures.gap(confidence), [0.8, 1.0, 0.0], atol=1e-6)
 
@@ -84,7 +84,7 @@ def test_confidence_is_the_probability_of_the_true_class() -> None:
     visual = np.array([[0.5, 0.5], [0.1, 0.9]], dtype=np.float32)
     label = np.array([1, 0], dtype=np.int32)
     np.testing.assert_array_equal(
-        measures.confidence([audio, visual], label), np.array([[0.8, 0.5], [0.6, 0.1]], np.float32)
+        measures.confidence([audio, visual], label), np.array([[0.8, 0.5], [0.6, 0.1]], dtype=np.float32)
     )
 
 
@@ -172,6 +172,6 @@ def balance_of(each: Sequence[Floats]) -> Floats:
     loss = measures.cross_entropy(measures.confidence(each, label)).sum(axis=1)
     loss = loss + measures.cross_entropy(measures.confidence([measures.fuse(each)], label))[:, 0]
     # A fixed range: where all rows are equal, rounding alone would decide about 0 or 1.
-    similarity = np.r_[measures.similarity(each), np.float32([0, 1])]
+    similarity = np.r_[measures.similarity(each), np.array([0, 1], dtype=np.float32)]
     fits = np.ones(len(similarity), dtype=bool)
-    return measures.balance(similarity, np.r_[loss, np.float32([0, 200])], fits=fits)
+    return measures.balance(similarity, np.r_[loss, np.array([0, 200], dtype=np.float32)], fits=fits)

@@ -38,7 +38,8 @@ def gaussians(num_rows: int, num_classes: int, num_features: int, *, seed: int) 
 
 
 def score(x: Floats, label: NDArray[np.int32], crossing: Crossing, config: ProbeConfig = CONFIG) -> Floats:
-    return cross_fit(x, label, [crossing], num_classes=int(label.max()) + 1, config=config)[0]
+    rounds = cross_fit(x, label, [crossing], num_classes=int(label.max()) + 1, config=config)
+    return np.asarray(rounds[0])
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +78,14 @@ def test_a_fold_is_scored_without_its_labels(drawn: Drawn, fold: int) -> None:
 @pytest.mark.parametrize("wild", [1.0, 1e3, 1e6])
 def test_a_fold_is_scored_without_its_other_rows(drawn: Drawn, wild: float) -> None:
     """Neither do the features of a fold's other rows reach its probe, be they as wild as they may."""
-    x, label, crossing, before = drawn
+    x, label, crossing, _ = drawn
+    exact = replace(CONFIG, strengths=(1e-2,), tolerance=1e-9)  # where a fit stops does depend on the others
     row, *others = np.flatnonzero(crossing.fold == 2)
     moved = x.copy()
     moved[others[:5]] += wild * np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32)
-    np.testing.assert_allclose(score(moved, label, crossing)[row], before[row], atol=5e-3)
+    np.testing.assert_allclose(
+        score(moved, label, crossing, exact)[row], score(x, label, crossing, exact)[row], atol=5e-3
+    )
 
 
 def test_test_rows_are_learned_from_by_nobody() -> None:

@@ -128,9 +128,18 @@ LABELS = st.lists(st.integers(0, 3), min_size=1, max_size=80).map(lambda labels:
 @settings(deadline=None)
 @given(LABELS, st.floats(0.05, 0.95), st.integers(0, 5))
 def test_every_class_gives_its_share(label: NDArray[np.int32], fraction: float, seed: int) -> None:
+    """The whole is right to the row; a class is off by its own half row and those of the others at most."""
     drawn = cut(named(len(label)), label, None, fraction=fraction, seed=seed, purpose="p")
-    for one in np.unique(label):
-        assert abs(drawn[label == one].sum() - fraction * (label == one).sum()) <= 0.5 + 1e-9
+    assert drawn.sum() == max(1, round(fraction * len(label)))
+    classes = np.unique(label)
+    for one in classes:
+        assert abs(drawn[label == one].sum() - fraction * (label == one).sum()) <= (1 + len(classes)) / 2
+
+
+def test_equal_classes_give_equal_shares() -> None:
+    label = np.repeat(np.arange(4, dtype=np.int32), 25)
+    drawn = cut(named(100), label, None, fraction=0.2, seed=0, purpose="p")
+    assert np.bincount(label[drawn]).tolist() == [5, 5, 5, 5]
 
 
 @settings(deadline=None)

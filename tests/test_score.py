@@ -128,7 +128,7 @@ def test_discrepancy_is_between_whom_one_says() -> None:
     np.testing.assert_array_equal(two.discrepancy("visual"), -two.discrepancy())
     np.testing.assert_array_equal(three.discrepancy("text:audio"), c[:, 2] - c[:, 0])
     np.testing.assert_allclose(three.discrepancy("visual"), c[:, 1] - (c[:, 0] + c[:, 2]) / 2, atol=1e-6)
-    strongest = replace(three, confidence=np.clip(c + np.float32([0, 0.9, 0]), 0, 1))
+    strongest = replace(three, confidence=np.clip(c + np.array([0, 0.9, 0], dtype=np.float32), 0, 1))
     assert strongest.default_between() == "visual"
     np.testing.assert_array_equal(strongest.discrepancy(), strongest.discrepancy("visual"))
     for wrong in ("visuel", "audio:visuel", "visuel:audio"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -53,8 +54,8 @@ class FinetuneConfig:
         for name in ("dropout", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"finetune.{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        if self.lr <= 0 or self.weight_decay < 0:
-            raise ConfigError("finetune.lr must be above 0 and finetune.weight_decay not below")
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
+            raise ConfigError("finetune.lr must be a number above 0, and finetune.weight_decay one not below")
         if self.keep_posterior is not None and not 0 <= self.keep_posterior <= 1:
             raise ConfigError(f"--keep-posterior {self.keep_posterior}: a probability lies in [0, 1]")
 
@@ -207,10 +208,11 @@ def _identity(
 ) -> str:
     """Fingerprint all that decides about the weights, so that a state of something else is never gone on from."""
     ids = ["\0".join(examples.sample_id[rows]) for rows in (train, validation)]
-    vectors = [matrix[np.r_[train, validation]].tobytes() for matrix in examples.inputs]
-    settings = repr((asdict(config), asdict(sampling), seed))
-    ranks = examples.rank[train].tobytes() + examples.weight[train].tobytes() + examples.label[train].tobytes()
-    return digest(settings.encode(), *(text.encode() for text in ids), ranks, *vectors)
+    both = np.r_[train, validation]
+    arrays: list[NDArray[Any]] = [examples.rank[train], examples.weight[train], examples.label[both]]
+    arrays += [matrix[both] for matrix in examples.inputs]
+    settings = repr((asdict(config), asdict(sampling), examples.class_names, seed))
+    return digest(settings.encode(), *(text.encode() for text in ids), *(array.tobytes() for array in arrays))
 
 
 def _resume(path: Path, identity: str, *, device: str) -> dict[str, Any] | None:

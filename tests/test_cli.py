@@ -1,0 +1,286 @@
+"""The command line: every bad input gets one line, its mend and its exit code, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+from mmaudit.cli.keypad import KeypadConfig, write_keypad
+from mmaudit.cli.main import app
+
+QUICK = ["--repeats", "1", "--num-workers", "0"]
+
+
+def mmaudit(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def said(result: Result) -> str:
+    """Everything on the terminal as one line, however it was wrapped."""
+    return re.sub(r"[\s│]+", " ", result.output)
+
+
+@pytest.fixture(scope="module")
+def keypad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_keypad(tmp_path_factory.mktemp("keypad"), config=KeypadConfig(num_samples=120), seed=0)
+
+
+@pytest.fixture(scope="module")
+def scored(keypad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a balanced manifest, not to be written into."""
+    run = tmp_path_factory.mktemp("scored") / "run"
+    assert mmaudit("score", keypad, "--run", run, *QUICK).exit_code == 0
+    assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
+    return run
+
+
+@pytest.fixture
+def data(keypad: Path, tmp_path: Path) -> Path:
+    """A dataset of one's own to damage."""
+    return Path(shutil.copytree(keypad, tmp_path / "data"))
+
+
+def edit_metadata(data: Path, *, drop: str | None = None, rows: dict[int, dict[str, str]] | None = None) -> None:
+    with (data / "metadata.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    for index, change in (rows or {}).items():
+        table[index].update(change)
+    names = [name for name in table[0] if name != drop]
+    with (data / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def write_features(path: Path, *, num_rows: int = 60, bad: dict[int, list[float]] | None = None) -> Path:
+    rng = np.random.default_rng(0)
+    label = np.arange(num_rows) % 3
+    vectors = [(rng.standard_normal(4) + label[row]).tolist() for row in range(num_rows)]
+    for row, vector in (bad or {}).items():
+        vectors[row] = vector
+    columns = {
+        "id": pa.array([f"s{row}" for row in range(num_rows)]),
+        "label": pa.array(label),
+        "sound": pa.array(vectors, pa.list_(pa.float32())),
+        "sight": pa.array([rng.standard_normal(3).tolist() for _ in range(num_rows)], pa.list_(pa.float32())),
+    }
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["score", "nowhere"], "no such folder or file: nowhere"),
+        (["score", "DATA", "--label", "lable"], "--label lable: no such column; did you mean label?"),
+        (["score", "DATA", "--group", "speaker"], "--group speaker: no such column"),
+        (
+            ["score", "DATA", "--modality", "a=audio_file_nam"],
+            "no column 'audio_file_nam'; did you mean audio_file",
+        ),
+        (["score", "DATA", "--modality", "a=audio_file_name:sond"], "no kind 'sond'"),
+        (["score", "DATA", "--modality", "audio_file_name"], "not of the form NAME=COLUMN[:KIND]"),
+        (["score", "DATA", "--modality", "audio=audio_file_name"], "only one modality, audio=audio_file_name:audio"),
+        (["score", "DATA", "--set", "probe.fold=3"], "no config key probe.fold; did you mean folds?"),
+        (["score", "DATA", "--set", "probe.folds=1"], "probe.folds is 1; it must be at least 2"),
+        (["score", "DATA", "--config", "absent.toml"], "no such config file: absent.toml"),
+        (["score", "DATA", "--learn-from", "trian"], "probe.learn_from is 'trian'; did you mean train?"),
+        (["score", "DATA", "--device", "gpu"], "--device gpu: not there; there are: auto, cpu"),
+        (["split", "--balanced", "--run", "nowhere"], "nowhere holds no finished run; make one with: mmaudit score"),
+        (["split", "--run", "SCORED"], "exactly one of --balanced, --subset, --dominated and --gmm"),
+        (["split", "--run", "SCORED", "--subset", "audio-prefered"], "did you mean audio-preferred?"),
+        (["split", "--run", "SCORED", "--dominated", "image"], "not of the form MODALITY:T"),
+        (["split", "--run", "SCORED", "--gmm", "balancd"], "did you mean balanced?"),
+        (
+            ["split", "--run", "SCORED", "--balanced", "--between", "audio:imag"],
+            "no modality 'imag'; did you mean",
+        ),
+        (["split", "--run", "SCORED", "--balanced", "--size", "100000"], "--size 100000: there are 120 scored samples"),
+        (["split", "--run", "SCORED", "--balanced", "--tolerance", "2"], "a total-variation distance lies in [0, 1]"),
+        (["split", "--run", "SCORED", "--balanced", "--scores", "absent.parquet"], "no such file: absent.parquet"),
+        (["finetune", "--run", "SCORED", "--manifest", "balancd"], "no manifest balancd; did you mean balanced?"),
+        (["finetune", "--run", "SCORED", "--manifest", "balanced", "--sampling", "bss"], "did you mean bss-h?"),
+        (
+            ["finetune", "--run", "SCORED", "--manifest", "balanced", "--keep-posterior", "2"],
+            "a probability lies in [0, 1]",
+        ),
+        (["report", "--run", "nowhere"], "nowhere holds no finished run"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(words: list[str], line: str, keypad: Path, scored: Path) -> None:
+    before = sorted(path for path in scored.rglob("*"))
+    result = mmaudit(*(str(keypad) if word == "DATA" else str(scored) if word == "SCORED" else word for word in words))
+    assert result.exit_code == 2
+    assert line in said(result)
+    assert "Traceback" not in result.output
+    assert sorted(path for path in scored.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["scor"], "Did you mean 'score'?"),
+        (["score", "x", "--grop", "y"], "No such option: --grop"),
+        (["split", "--balancd"], "--balanced"),
+        (["score"], "Missing argument"),
+    ],
+)
+def test_a_wrong_word_names_the_right_one(words: list[str], line: str) -> None:
+    result = mmaudit(*words)
+    assert result.exit_code == 2
+    assert line in said(result)
+
+
+def test_no_label_column(data: Path, tmp_path: Path) -> None:
+    edit_metadata(data, drop="label")
+    result = mmaudit("score", data, "--run", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "no label column among id, audio_file_name, image_file_name" in said(result)
+    assert not (tmp_path / "run").exists()
+
+
+def test_duplicate_ids(data: Path, tmp_path: Path) -> None:
+    with (data / "metadata.csv").open(newline="") as file:
+        first = next(csv.DictReader(file))["id"]
+    edit_metadata(data, rows={1: {"id": first}})
+    result = mmaudit("score", data, "--run", tmp_path / "run")
+    assert result.exit_code == 2
+    assert f"1 ids stand more than once ({first})" in said(result)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_damaged_media_are_quarantined_with_their_reason(data: Path, tmp_path: Path) -> None:
+    with (data / "metadata.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    sound = [data / row["audio_file_name"] for row in rows]
+    sight = [data / row["image_file_name"] for row in rows]
+    sound[0].unlink()
+    sound[1].write_bytes(sound[1].read_bytes()[: sound[1].stat().st_size // 2])
+    sound[2].write_bytes(b"")
+    header = sound[3].read_bytes()[:44]
+    sound[3].write_bytes(header + bytes(sound[3].stat().st_size - 44))
+    sight[4].write_bytes(b"no picture")
+    sight[5].write_bytes(sight[5].read_bytes()[:-40])
+    edit_metadata(data, rows={6: {"label": "seen once"}, 7: {"image_file_name": ""}, 8: {"label": ""}})
+    run = tmp_path / "run"
+    result = mmaudit("score", data, "--run", run, *QUICK, "--json")
+    assert result.exit_code == 0
+    counts = json.loads(result.stdout)["counts"]
+    assert counts["input"] == 120 == counts["scored"] + counts["quarantined"]
+    quarantine = pq.read_table(run / "quarantine.parquet").to_pylist()
+    found = {row["sample_id"]: (row["modality"], row["reason"]) for row in quarantine}
+    expected = [
+        ("audio", "missing"),
+        ("audio", "truncated"),
+        ("audio", "empty"),
+        ("audio", "silent"),
+        ("image", "corrupt"),
+        ("image", "truncated"),
+        (None, "rare-class"),
+        ("image", "missing"),
+        (None, "no-label"),
+    ]
+    assert found == dict(zip((row["id"] for row in rows), expected, strict=False))
+    assert counts["quarantined"] == len(expected)
+    assert all(row["detail"] for row in quarantine)
+
+
+def test_bad_vectors_are_quarantined_with_their_reason(tmp_path: Path) -> None:
+    data = write_features(tmp_path / "set.parquet", bad={3: [1.0, float("nan"), 0.0, 0.0], 7: [1.0, 2.0]})
+    run = tmp_path / "run"
+    assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
+    found = {row["sample_id"]: row["reason"] for row in pq.read_table(run / "quarantine.parquet").to_pylist()}
+    assert found == {"s3": "not-finite", "s7": "wrong-length"}
+    assert len(pq.read_table(run / "scores.parquet")) == 58
+
+
+def test_a_finished_run_is_left_alone(keypad: Path, scored: Path) -> None:
+    stamp = (scored / "scores.parquet").stat().st_mtime_ns
+    result = mmaudit("score", keypad, "--run", scored, *QUICK)
+    assert result.exit_code == 0
+    assert (scored / "scores.parquet").stat().st_mtime_ns == stamp
+
+
+def test_a_run_of_another_config_is_refused(keypad: Path, scored: Path) -> None:
+    result = mmaudit("score", keypad, "--run", scored, *QUICK, "--seed", "7")
+    assert result.exit_code == 2
+    assert "seed is 0 there and 7 here; name another with --run, or pass --overwrite" in said(result)
+
+
+def test_a_run_of_other_data_is_refused_until_overwritten(data: Path, scored: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(scored, tmp_path / "run"))
+    edit_metadata(data, rows={0: {"label": "9"}, 1: {"label": "9"}})
+    result = mmaudit("score", data, "--run", run, *QUICK)
+    assert result.exit_code == 2
+    assert "was made from other data" in said(result)
+    assert mmaudit("score", data, "--run", run, *QUICK, "--overwrite").exit_code == 0
+    assert not (run / "manifests").exists()  # what was made from the old scores is gone with them
+
+
+def test_a_folder_of_something_else_is_no_run(keypad: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    result = mmaudit("score", keypad, "--run", tmp_path, *QUICK)
+    assert result.exit_code == 2
+    assert "holds thesis.tex and is no run" in said(result)
+
+
+def test_a_changed_source_is_refused(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
+    assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
+    kept = pq.read_table(run / "manifests" / "balanced.parquet")["audio_file_name"].to_pylist()
+    shutil.copy(data / kept[1], data / kept[0])
+    result = mmaudit("finetune", "--manifest", "balanced", "--run", run, "--epochs", "1")
+    assert result.exit_code == 2
+    assert "samples have changed since the manifest was made" in said(result)
+    shutil.move(data, tmp_path / "moved")
+    gone = mmaudit("finetune", "--manifest", "balanced", "--run", run, "--epochs", "1")
+    assert gone.exit_code == 2
+    assert "no such folder or file" in said(gone)
+    assert "pass --data" in said(gone)
+    assert not (run / "finetune").exists()
+
+
+def test_moved_data_are_found_with_data(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
+    assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
+    moved = shutil.move(data, tmp_path / "moved")
+    words = ["--manifest", "balanced", "--run", run, "--epochs", "2", "--data", moved, "--json"]
+    result = mmaudit("finetune", *words)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["test"]["all"]["n"] > 0
+
+
+def test_a_foreign_score_table_can_be_split(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    table = {
+        "sample_id": [f"s{row}" for row in range(200)],
+        "label": rng.integers(0, 4, 200).tolist(),
+        "confidence_text": rng.random(200, dtype=np.float32),
+        "confidence_image": rng.random(200, dtype=np.float32),
+    }
+    pq.write_table(pa.table(table), tmp_path / "theirs.parquet")
+    words = ["--scores", tmp_path / "theirs.parquet", "--balanced", "--run", tmp_path / "run", "--json"]
+    result = mmaudit("split", *words)
+    assert result.exit_code == 0
+    summary = json.loads(result.stdout)
+    assert summary["kept"] + summary["dropped"] == 200
+    assert summary["after"]["distance"] <= 0.05
+
+
+def test_what_split_prints_is_what_it_kept(scored: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(scored, tmp_path / "run"))
+    result = mmaudit("split", "--balanced", "--run", run)
+    kept = len(pq.read_table(run / "manifests" / "balanced.parquet"))
+    assert f"balanced: kept {kept} of 120 samples (audio:image)" in said(result)
+    assert "a tolerance would keep 0: " in said(result)

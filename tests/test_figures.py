@@ -1,0 +1,107 @@
+"""The figures: drawn from numbers alone, the same bytes whatever the user's settings, every label drawable."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from mmaudit.audit.mixture import MixtureConfig, fit_mixture
+from mmaudit.audit.score import ScoreTable
+from mmaudit.cli.canvas import COLOURS, DPI, INK, WIDTH, palette
+from mmaudit.cli.examples import class_numbers
+from mmaudit.cli.figures import draw
+from mmaudit.cli.findings import discrepancies, gaps, maps
+
+
+def numbers_of(
+    confidence: np.ndarray[Any, Any], *, names: tuple[str, ...], labels: tuple[str, ...] = ("a", "b", "c")
+) -> dict[str, Any]:
+    """The part of report.json that figures are drawn from."""
+    n = len(confidence)
+    codes = (np.arange(n) % len(labels)).astype(np.int32)
+    scores = ScoreTable(
+        sample_id=np.array([f"s{row}" for row in range(n)], dtype=object),
+        label=codes,
+        label_name=np.array(labels, dtype=object)[codes],
+        modalities=names,
+        confidence=confidence.astype(np.float32),
+    )
+    mixture = fit_mixture(scores.gap, config=MixtureConfig(), seed=0)
+    return {
+        "facts": {"modalities": [{"name": name} for name in names]},
+        "discrepancy": discrepancies(scores),
+        "classes": class_numbers(scores),
+        "gap": gaps(scores, mixture),
+        "maps": maps(scores),
+        "manifests": [],
+        "finetunes": [],
+        "most_detailed": 8,
+    }
+
+
+def uniform(m: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).random((90, m))
+
+
+def pixels(image: bytes) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+
+
+def share_of(colour: str, image: np.ndarray[Any, Any]) -> float:
+    """The share of pixels that are nearly of this colour."""
+    wanted = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)])
+    return float((np.abs(image.astype(int) - wanted).max(axis=2) < 12).mean())
+
+
+def test_png_without_texts_or_dates_and_white_behind() -> None:
+    figures = draw(numbers_of(uniform(2), names=("audio", "visual")))
+    assert set(figures) == {"discrepancy", "classes", "gap", "maps"}
+    for content in figures.values():
+        image = Image.open(io.BytesIO(content))
+        assert image.format == "PNG"
+        assert image.info.keys() <= {"transparency"}
+        assert len(content) < 100_000
+        assert tuple(pixels(content)[0, 0]) == (255, 255, 255)
+    assert Image.open(io.BytesIO(figures["gap"])).width == round(WIDTH * DPI)
+
+
+def test_bytes_do_not_depend_on_the_users_settings() -> None:
+    numbers = numbers_of(uniform(2), names=("audio", "visual"))
+    once = draw(numbers)
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "lines.linewidth": 9}):
+        assert draw(numbers) == once
+        assert matplotlib.rcParams["font.size"] == 30  # and they are left as they were
+
+
+def test_bars_stand_on_their_side_in_their_colour() -> None:
+    right = draw(numbers_of(np.tile([0.9, 0.1], (90, 1)), names=("audio", "visual")))["discrepancy"]
+    left = draw(numbers_of(np.tile([0.1, 0.9], (90, 1)), names=("audio", "visual")))["discrepancy"]
+    level = draw(numbers_of(np.tile([0.5, 0.5], (90, 1)), names=("audio", "visual")))["discrepancy"]
+    first, second = COLOURS[:2]
+    half = pixels(right).shape[1] // 2
+    assert share_of(first, pixels(right)[:, half:]) > 5 * share_of(second, pixels(right)[:, half:])
+    assert share_of(second, pixels(left)[:, :half]) > 5 * share_of(first, pixels(left)[:, :half])
+    assert share_of(first, pixels(level)) + share_of(second, pixels(level)) < 0.01
+
+
+def test_any_label_can_be_drawn() -> None:
+    labels = ("$\\frac{$", "<b>", "\n\t\x00", "数字", "x" * 500, "مرحبا")
+    assert draw(numbers_of(uniform(2), names=("audio", "$\\frac{$"), labels=labels))["classes"]
+
+
+def test_many_modalities() -> None:
+    figures = draw(numbers_of(uniform(10), names=tuple(f"m{index}" for index in range(10))))
+    assert all(len(content) < 200_000 for content in figures.values())
+
+
+def test_modalities_keep_their_colour() -> None:
+    names = [f"m{index}" for index in range(10)]
+    colours = palette(names)
+    assert len({colours[name] for name in names[:8]}) == 8
+    assert colours["m8"] == colours["m0"]
+    assert colours["fused"] == INK
+    assert palette(names[:2]) == {name: colours[name] for name in ("m0", "m1", "fused")}

@@ -1,0 +1,163 @@
+"""The whole line, on the planted set: what is killed goes on, what is repeated repeats, what was planted is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+
+import mmaudit
+from mmaudit.cli.keypad import KeypadConfig, write_keypad
+
+SCORE = ["--num-workers", "0", "--repeats", "1", "--set", "data.shard_rows=8"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_keypad(tmp_path_factory.mktemp("keypad"), config=KeypadConfig(num_samples=200), seed=0)
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "mmaudit", *map(str, words)]
+
+
+def run(*words: str | Path) -> str:
+    """Run a command to its end and give its stdout."""
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=one_thread(), check=True)
+    return done.stdout
+
+
+def one_thread() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def stop_when(words: list[str], *, ready: Any, with_signal: int) -> int:
+    """Start a command, send it a signal as soon as `ready()` holds, and give its exit code."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread())
+    try:
+        deadline = time.monotonic() + 120
+        while not ready():
+            assert process.poll() is None, "the command ended before it could be stopped"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(with_signal)
+        return process.wait(timeout=60)
+    finally:
+        process.kill()
+
+
+def test_score_interrupted_and_run_again_is_as_if_never_interrupted(data: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("score", data, "--run", whole, *SCORE)
+
+    def shards() -> list[Path]:
+        return sorted(broken.glob("features/*/[0-9]*.arrow"))
+
+    code = stop_when(
+        command("score", data, "--run", broken, *SCORE), ready=lambda: len(shards()) >= 6, with_signal=signal.SIGINT
+    )
+    assert code == 130
+    assert not (broken / "run.json").exists()
+    assert not (broken / "scores.parquet").exists()
+    stamps = {path: path.stat().st_mtime_ns for path in shards()}
+    assert 6 <= len(stamps) < 50
+    run("score", data, "--run", broken, *SCORE)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps  # what was encoded is not encoded again
+    for name in ("scores.parquet", "quarantine.parquet", "mixture.json"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_finetune_killed_and_run_again_is_as_if_never_killed(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run("score", data, "--run", folder, *SCORE)
+    run("split", "--balanced", "--tolerance", "0.2", "--run", folder)
+    words = ["finetune", "--manifest", "balanced", "--run", folder, "--epochs", "400", "--sampling", "bss-h"]
+    run(*words, "--name", "whole")
+    state = folder / "finetune" / "broken" / "state" / "last.pt"
+    code = stop_when(command(*words, "--name", "broken"), ready=state.exists, with_signal=signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not (folder / "finetune" / "broken" / "metrics.json").exists()
+    run(*words, "--name", "broken")
+    whole, broken = folder / "finetune" / "whole", folder / "finetune" / "broken"
+    for name in ("model.safetensors", "history.jsonl", "config.toml"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The demo as its users run it, all 1,797 samples."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, json.loads(run("demo", folder, "--json"))
+
+
+@pytest.mark.slow
+def test_the_demo_recovers_what_was_planted(planted: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = planted
+    truth = pd.read_parquet(folder / "truth.parquet").set_index("sample_id")
+    scores = pd.read_parquet(folder / "run" / "scores.parquet").set_index("sample_id")
+    both = scores.join(truth, rsuffix="_planted")
+    spearman = both["discrepancy"].corr(both["discrepancy_planted"], method="spearman")
+    assert spearman >= 0.8
+    assert result["recovery"]["spearman"] == pytest.approx(spearman, abs=1e-6)
+    kept = pd.read_parquet(folder / "run" / "manifests" / "balanced.parquet")
+    share = np.bincount(kept["bin"].astype(int), minlength=20) / len(kept)
+    assert np.abs(share - 1 / 20).sum() / 2 <= 0.05
+    assert len(kept) >= 500
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_the_files_that_the_readme_names(planted: tuple[Path, dict[str, Any]]) -> None:
+    folder = planted[0] / "run"
+    names = ["run.json", "scores.parquet", "quarantine.parquet", "mixture.json", "report.html", "report.json"]
+    assert all((folder / name).stat().st_size > 0 for name in names)
+    assert (folder / "report.html").stat().st_size < 2_000_000
+    record = json.loads((folder / "run.json").read_text())
+    assert record["counts"]["input"] == record["counts"]["scored"] + record["counts"]["quarantined"] == 1797
+    for finetuned in (folder / "finetune").iterdir():
+        present = {path.name for path in finetuned.iterdir()}
+        assert present >= {"history.jsonl", "metrics.json", "model.safetensors", "config.toml"}
+        metrics = json.loads((finetuned / "metrics.json").read_text())
+        assert metrics["test"]["all"]["branches"]["fused"]["accuracy"] > 5 * metrics["chance"]["majority"]
+        assert not metrics["test_labels_in_scores"]
+    assert not [path for path in folder.rglob(".*") if path.is_file()]  # no temporary file was left
+
+
+@pytest.mark.slow
+def test_manifests_open_in_the_tools_people_have(planted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    path = planted[0] / "run" / "manifests" / "balanced.parquet"
+    rows = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path))
+    frame = pd.read_parquet(path)
+    assert rows["sample_id"][:] == frame["sample_id"].tolist()
+    assert (planted[0] / "data" / frame["audio_file_name"][0]).is_file()
+    dropped = pq.read_table(path.with_name("balanced.dropped.parquet"))
+    assert len(dropped) + len(frame) == 1797
+    assert dropped["reason"].null_count == 0
+
+
+def test_probes_that_learn_from_train_owe_nothing_to_test_labels(data: Path, tmp_path: Path) -> None:
+    """Scramble the labels of the test samples: the scores of the others stay, to the byte."""
+    frame = pd.read_csv(data / "metadata.csv")
+    frame["split"] = np.where(np.arange(len(frame)) % 4 == 0, "test", "train")
+    found = []
+    for name in ("true", "scrambled"):
+        if name == "scrambled":
+            test = frame["split"] == "test"
+            frame.loc[test, "label"] = (frame.loc[test, "label"] + 1) % 10
+        frame.to_csv(data / f"{name}.csv", index=False)
+        config = mmaudit.RunConfig(probe=mmaudit.audit.probe.ProbeConfig(learn_from="train", repeats=1))
+        mmaudit.score(data / f"{name}.csv", run=tmp_path / name, config=config, num_workers=0)
+        scores = pd.read_parquet(tmp_path / name / "scores.parquet")
+        found.append(scores[scores["split"] == "train"].reset_index(drop=True))
+    columns = ["confidence_audio", "confidence_image", "discrepancy", "balance", "p_balanced"]
+    pd.testing.assert_frame_equal(found[0][columns], found[1][columns])

@@ -1,0 +1,400 @@
+"""The report: one page that needs nothing else, and whose numbers are those of the files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmaudit.audit.errors import RunError
+from mmaudit.audit.measures import cross_entropy, discrepancy
+from mmaudit.audit.mixture import MixtureConfig, fit_mixture
+from mmaudit.audit.parquet import read_json, write_json, write_parquet, write_text
+from mmaudit.audit.quality import Quarantined, Reason, quarantine_table
+from mmaudit.audit.score import ScoreTable, write_scores
+from mmaudit.cli.report import report_numbers, write_report
+from mmaudit.cli.run import Run
+from mmaudit.rebalance.balanced import BalancedConfig, balanced_split
+from mmaudit.rebalance.manifest import dropped_path, make_manifest, read_dropped, read_manifest, write_manifest
+from mmaudit.rebalance.subsets import preferred
+from mmaudit.train.evaluate import evaluate, subsets
+
+EVIL = "<script>alert(1)</script>\"'&$x^2$ {{ 7 * 7 }}"
+
+
+def planted(
+    *,
+    num_samples: int = 120,
+    num_classes: int = 3,
+    modalities: tuple[str, ...] = ("audio", "visual"),
+    label: Callable[[int], str] = "class-{}".format,
+    groups: int | None = None,
+    seed: int = 0,
+) -> ScoreTable:
+    """Scores whose confidences are uniform; the sample's class is its number modulo the classes."""
+    rng = np.random.default_rng(seed)
+    codes = (np.arange(num_samples) % num_classes).astype(np.int32)
+    confidence = rng.random((num_samples, len(modalities)), dtype=np.float32)
+    names = [f"s{row:05d}" for row in range(num_samples)]
+    return ScoreTable(
+        sample_id=np.array(names, dtype=object),
+        label=codes,
+        label_name=np.array([label(int(code)) for code in codes], dtype=object),
+        modalities=modalities,
+        confidence=confidence,
+        split=np.array(["test" if row % 5 == 0 else "train" for row in range(num_samples)], dtype=object),
+        group=None if groups is None else np.array([f"g{row % groups}" for row in range(num_samples)], dtype=object),
+        fold=(np.arange(num_samples) % 5).astype(np.int16),
+        prediction=np.where(confidence > 0.5, codes[:, None], (codes[:, None] + 1) % num_classes).astype(np.int32),
+        loss=cross_entropy(confidence),
+        balance=rng.uniform(-1, 1, num_samples).astype(np.float32),
+        paths=pa.table({"audio_path": [f"audio/{name}.wav" for name in names]}),
+    )
+
+
+def run_of(
+    folder: Path, scores: ScoreTable, *, quarantined: tuple[Quarantined, ...] = (), source: str = "data.parquet"
+) -> Run:
+    """Write what `mmaudit score` leaves for these scores."""
+    run = Run(folder)
+    fits = slice(None) if scores.split is None else scores.split != "test"
+    mixture = fit_mixture(scores.gap[fits], config=MixtureConfig(), seed=0)
+    accuracy = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "loss": 1.0}
+    write_scores(scores, run.scores_file)
+    write_parquet(quarantine_table(quarantined), run.quarantine_file, provenance={})
+    write_json(dict(mixture.to_json()), run.mixture_file)
+    out = len({row.sample_id for row in quarantined})
+    run.write_record(
+        {
+            "version": "0.1.0",
+            "source": source,
+            "fingerprint": "f" * 32,
+            "seed": 0,
+            "config": {"probe": {"repeats": 1, "learn_from": "all"}},
+            "modalities": [
+                {"name": name, "kind": "features", "column": name, "length": 4} for name in scores.modalities
+            ],
+            "columns": {"group": None if scores.group is None else "speaker"},
+            "counts": {"input": len(scores) + out, "scored": len(scores), "quarantined": out},
+            "classes": len(set(scores.label.tolist())),
+            "groups": None if scores.group is None else len(set(scores.group)),
+            "folds": 5,
+            "accuracy": {name: accuracy for name in (*scores.modalities, "fused")} | {"chance": {"accuracy": 0.3}},
+            "seconds": {"probe": 1.0},
+        }
+    )
+    return run
+
+
+def split(run: Run, *, bins: int = 10) -> None:
+    """Write a balanced manifest and one by a threshold."""
+    scores = run.scores()
+    balanced = balanced_split(scores, BalancedConfig(bins=bins), seed=0).selection
+    for selection in (balanced, preferred(scores, scores.modalities[0])):
+        write_manifest(*make_manifest(scores, selection), run.manifest(selection.name))
+
+
+def finetune(run: Run, name: str = "balanced-concat") -> None:
+    """Write what a fine-tuning leaves: the measurements of probabilities drawn at random, with a loss that diverged."""
+    scores, rng = run.scores(), np.random.default_rng(1)
+    first, second = scores.modalities[:2]
+    probabilities = {
+        branch: rng.dirichlet(np.ones(3), len(scores)).astype(np.float32) for branch in (first, second, "fused")
+    }
+    members = subsets(scores.discrepancy(), first=first, second=second) | {"in-manifest": np.zeros(len(scores), bool)}
+    history = [{"epoch": epoch, "train_loss": 1 / epoch, "validation_loss": 2 / epoch} for epoch in (1, 2, 3)]
+    history.append({"epoch": 4, "train_loss": float("nan"), "validation_loss": float("inf")})
+    write_text("".join(json.dumps(line) + "\n" for line in history), run.finetune(name) / "history.jsonl")
+    metrics = {
+        "manifest": "balanced",
+        "test_labels_in_scores": True,
+        "config": {"seed": 0, "finetune": {"fusion": "concat", "sampling": "uniform"}},
+        "counts": {"train": 40, "validation": 5, "test": len(scores)},
+        "best_epoch": 2,
+        "chance": {"majority": 0.34, "uniform": 0.33},
+        "seconds": 1.5,
+        "test": evaluate(probabilities, scores.label, members),
+    }
+    write_json(metrics, run.finetune(name) / "metrics.json")
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def words(path: Path) -> str:
+    return re.sub(r"\s+", " ", Page(path).text)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Run:
+    """A run with all that a report can show, to be changed."""
+    return full_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run with its report, to be read only."""
+    run = full_run(tmp_path_factory.mktemp("reported"))
+    assert write_report(run) == run.report_file
+    return run
+
+
+def full_run(folder: Path) -> Run:
+    lost = Quarantined(sample_id="lost", modality="audio", reason=Reason.MISSING, detail="no file a/b.wav")
+    run = run_of(folder / "run", planted(groups=12), quarantined=(lost,))
+    split(run)
+    finetune(run)
+    write_json({"spearman": 0.9, "interval": [0.88, 0.92], "right_signs": 0.95, "num_samples": 120}, run.recovery_file)
+    return run
+
+
+def test_page_asks_for_nothing_outside(reported: Run) -> None:
+    page = Page(reported.report_file)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "a", "base", "form"}
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == len(list(reported.figures.glob("*.png"))) == 6
+    assert all(str(image["src"]).startswith("data:image/png;base64,") for image in images)
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on") or name == "href"]
+    assert "url(" not in reported.report_file.read_text()
+    assert "@import" not in reported.report_file.read_text()
+
+
+def test_page_after_score_alone_has_no_later_sections(tmp_path: Path) -> None:
+    run = run_of(tmp_path, planted())
+    text = words(write_report(run))
+    assert "Modality discrepancy" in text
+    assert "Every sample could be scored." in text
+    assert "Fine-tunings" not in text
+    assert "Manifests" not in text
+    assert not (run.figures / "manifest-balanced.png").exists()
+
+
+def test_page_shows_all_that_there_is(reported: Run) -> None:
+    text = words(reported.report_file)
+    for part in ("Manifests", "bin-full", "Fine-tunings", "Recovery", "0.900 [0.880, 0.920]", "no file a/b.wav"):
+        assert part in text
+    assert "learned from test labels too" in text
+    assert "12 groups (speaker)" in text
+
+
+def test_needs_a_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no finished run"):
+        write_report(Run(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_same_run_same_bytes(full: Run) -> None:
+    def written() -> dict[str, bytes]:
+        write_report(full)
+        files = [full.report_file, full.report_file.with_suffix(".json"), *full.figures.iterdir()]
+        return {path.name: path.read_bytes() for path in files}
+
+    once = written()
+    record = full.record()
+    full.write_record({**record, "seconds": {"probe": 99.0}})  # the same run on a busy day
+    assert written() == once
+
+
+def test_figures_of_what_is_gone_are_removed(full: Run) -> None:
+    full.figures.mkdir()
+    (full.figures / "manifest-gone.png").write_bytes(b"")
+    full.manifest("balanced").unlink()
+    write_report(full)
+    assert sorted(path.stem for path in full.figures.iterdir()) == [
+        "classes",
+        "discrepancy",
+        "finetune-balanced-concat",
+        "gap",
+        "maps",
+    ]
+
+
+def test_histograms_are_those_of_the_score_table(reported: Run) -> None:
+    numbers = json.loads(reported.report_file.with_suffix(".json").read_text())
+    scores = reported.scores()
+    signed, gap = scores.confidence[:, 0] - scores.confidence[:, 1], np.ptp(scores.confidence, axis=1)
+    found = numbers["discrepancy"][0]
+    assert found["counts"] == np.histogram(signed.astype(float), bins=40, range=(-1, 1))[0].tolist()
+    assert found["share_right"]["n"] == int((signed > 0.2).sum())
+    assert found["share_left"]["n"] == int((signed < -0.2).sum())
+    assert found["mean"]["mean"] == pytest.approx(signed.mean(), abs=1e-6)
+    assert numbers["gap"]["counts"] == np.histogram(gap.astype(float), bins=50, range=(0, 1))[0].tolist()
+    assert sum(numbers["gap"]["fitted"]) == int((scores.split != "test").sum()) if scores.split is not None else False
+    assert sum(map(sum, numbers["maps"][0]["counts"])) == len(scores)
+    assert sum(sum(row["counts"]) for row in numbers["classes"]["rows"]) == len(scores)
+    assert sum(row["n"] for row in numbers["agreement"]) == len(scores)
+
+
+def test_map_has_rows_of_the_second_modality(tmp_path: Path) -> None:
+    scores = planted(num_samples=50)
+    scores.confidence[:] = [0.95, 0.05]
+    counts = np.array(report_numbers(run_of(tmp_path, scores))["maps"][0]["counts"])
+    assert counts[0, -1] == 50  # y, the second, is low; x, the first, is high
+
+
+def test_manifest_is_measured_from_its_files(reported: Run) -> None:
+    found = next(each for each in report_numbers(reported)["manifests"] if each["name"] == "balanced")
+    path = reported.manifest("balanced")
+    kept, dropped = read_manifest(path), read_dropped(path)
+    assert dropped is not None
+    after = np.histogram(kept.numbers("discrepancy"), bins=10, range=(-1, 1))[0]
+    before = after + np.histogram(np.array(dropped["discrepancy"], dtype=float), bins=10, range=(-1, 1))[0]
+    assert found["balance"]["after"] == after.tolist()
+    assert found["balance"]["before"] == before.tolist()
+    filled = before > 0
+    distance = np.abs(after[filled] / after.sum() - 1 / filled.sum()).sum() / 2
+    assert found["balance"]["distance_after"] == pytest.approx(distance)
+    assert found["kept"] + found["dropped"] == len(reported.scores())
+    assert found["balance"]["curve"][-1]["size"] >= found["kept"]
+
+
+def test_without_dropped_rows_and_without_test_samples(full: Run) -> None:
+    dropped_path(full.manifest("balanced")).unlink()
+    metrics = read_json(full.finetune("balanced-concat") / "metrics.json")
+    write_json({**metrics, "test": {"all": {"n": 0}}}, full.finetune("balanced-concat") / "metrics.json")
+    assert "unknown" in words(write_report(full))
+    assert not (full.figures / "manifest-balanced.png").exists()
+
+
+def test_manifest_of_other_data_is_marked(full: Run) -> None:
+    scores = replace(planted(), provenance={"fingerprint": full.record()["fingerprint"]})
+    write_manifest(*make_manifest(scores, preferred(scores, "audio")), full.manifest("same"))
+    found = {each["name"]: each["of_this_run"] for each in report_numbers(full)["manifests"]}
+    assert found == {"audio-preferred": False, "balanced": False, "same": True}
+
+
+def test_lopsided_lists_are_sorted_and_ties_go_by_id(tmp_path: Path) -> None:
+    scores = planted(num_samples=60)
+    scores.confidence[:30] = [1.0, 0.0]
+    lists = {each["side"]: each["rows"] for each in report_numbers(run_of(tmp_path, scores))["samples"]}
+    assert [row["sample_id"] for row in lists["audio"]] == [f"s{row:05d}" for row in range(20)]
+    assert lists["audio"][0]["paths"] == ["audio/s00000.wav"]
+    left = [row["discrepancy"] for row in lists["visual"]]
+    assert left == sorted(left)
+    assert max(left) < 0
+
+
+def test_user_text_is_escaped(tmp_path: Path) -> None:
+    bad = Quarantined(sample_id=EVIL, modality="audio", reason=Reason.CORRUPT, detail=EVIL)
+    scores = planted(label=lambda code: f"{EVIL}{code}")
+    scores.sample_id[0] = EVIL
+    scores.confidence[0] = [1, 0]
+    run = run_of(tmp_path, scores, quarantined=(bad,), source=f"/data/{EVIL}")
+    split(run)
+    page = Page(write_report(run))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count("<script>alert(1)</script>") > 5
+    assert "{{ 7 * 7 }}" in page.text
+
+
+def test_not_bimodal_is_said_with_reasons_and_rule(tmp_path: Path) -> None:
+    text = words(write_report(run_of(tmp_path, planted(num_samples=300))))
+    assert "The gap is not bimodal" in text
+    assert "p of the dip" in text
+    assert "a gap of at most 0.2" in text
+
+
+def test_bimodal_is_said(tmp_path: Path) -> None:
+    scores, rng = planted(num_samples=600), np.random.default_rng(0)
+    near = rng.random(600) < 0.5
+    scores.confidence[:, 0] = 0.97
+    scores.confidence[:, 1] = np.where(near, 0.95, 0.25) + 0.01 * rng.standard_normal(600)
+    run = run_of(tmp_path, scores)
+    text = words(write_report(run))
+    assert "The gap is bimodal" in text
+    assert "not bimodal" not in text
+    assert 0.05 < report_numbers(run)["gap"]["border"] < 0.7
+
+
+def test_constant_gap_draws_without_components(tmp_path: Path) -> None:
+    scores = planted()
+    scores.confidence[:] = 0.5
+    text = words(write_report(run_of(tmp_path, scores)))
+    assert "No mixture could be fitted: the gap is constant" in text
+    assert "No clear lean between audio and visual" in text
+
+
+def test_few_samples_left(tmp_path: Path) -> None:
+    lost = tuple(
+        Quarantined(sample_id=f"q{row}", modality=name, reason=Reason.CORRUPT, detail="bad")
+        for row in range(50)
+        for name in ("audio", "visual")
+    )
+    run = run_of(tmp_path, planted(num_samples=4, num_classes=2), quarantined=lost)
+    text = words(write_report(run))
+    assert "50 of 54 samples could not be scored" in text
+    assert "3 samples are too few" in text
+    assert [row["count"] for row in report_numbers(run)["quarantine"]] == [50, 50]
+
+
+@pytest.mark.parametrize("num_classes", [2, 300])
+def test_classes_shown_and_left_out_are_all(tmp_path: Path, num_classes: int) -> None:
+    run = run_of(tmp_path, planted(num_samples=3000, num_classes=num_classes, label="a class of long name {}".format))
+    page = write_report(run)
+    found = report_numbers(run)["classes"]
+    assert len(found["rows"]) + found["left_out"] == num_classes
+    assert page.stat().st_size < 2_000_000
+    if found["left_out"]:
+        assert f"{found['left_out']} are left out" in words(page)
+
+
+def test_more_than_two_modalities(tmp_path: Path) -> None:
+    scores = planted(modalities=("audio", "visual", "text"), num_samples=400)
+    scores.confidence[:, 2] = 1
+    run = run_of(tmp_path, scores)
+    split(run)
+    numbers = report_numbers(run)
+    expected = discrepancy(scores.confidence)
+    assert [found["right"] for found in numbers["discrepancy"]] == ["audio", "visual", "text"]
+    assert [sum(found["counts"]) for found in numbers["discrepancy"]] == [400, 400, 400]
+    assert numbers["none_ahead"]["n"] == int((expected <= 0.2).all(axis=1).sum())
+    assert len(numbers["maps"]) == 3
+    assert "text stands out most often" in words(write_report(run))
+
+
+def test_groups_widen_intervals(tmp_path: Path) -> None:
+    scores = planted(num_samples=200, groups=8)
+    assert scores.group is not None
+    scores.confidence[:] = np.where(scores.group == "g0", 0.9, 0.1)[:, None] * [1.0, 0.5]  # all depends on the group
+    alone = {**{name: getattr(scores, name) for name in ScoreTable.__slots__}, "group": None}
+    wide = report_numbers(run_of(tmp_path / "a", scores))["discrepancy"][0]["share_right"]
+    narrow = report_numbers(run_of(tmp_path / "b", ScoreTable(**alone)))["discrepancy"][0]["share_right"]
+    assert wide["low"] < narrow["low"] < narrow["share"] == wide["share"] < narrow["high"] < wide["high"]
+
+
+def test_numbers_do_not_depend_on_row_order(tmp_path: Path) -> None:
+    scores = planted(num_samples=200, groups=10)
+    order = np.random.default_rng(3).permutation(200)
+    columns: dict[str, Any] = {}
+    for name in ScoreTable.__slots__:
+        value = getattr(scores, name)
+        rows = value.take(order) if isinstance(value, pa.Table) else value
+        columns[name] = rows[order] if isinstance(value, np.ndarray) else rows
+    one, other = (
+        json.dumps(report_numbers(run_of(tmp_path / name, table)), default=str)
+        for name, table in (("a", scores), ("b", ScoreTable(**columns)))
+    )
+    numbers = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+    assert numbers.sub("", one) == numbers.sub("", other)
+    assert np.allclose([float(x) for x in numbers.findall(one)], [float(x) for x in numbers.findall(other)], atol=1e-9)
