@@ -28,7 +28,7 @@ from .findings import (
 )
 from .outcomes import MOST_DETAILED, finetune_numbers, manifest_numbers
 from .run import Run
-from .verdict import interval, percent, signed, verdict
+from .verdict import interval, percent, signed, small, verdict
 
 _TEMPLATE = "report.html.jinja"
 
@@ -94,6 +94,7 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
         "interval": interval,
         "accuracy": _accuracy,
         "signed": signed,
+        "small": small,
         "thousands": _thousands,
     }
     modalities = [modality["name"] for modality in numbers["facts"]["modalities"]]

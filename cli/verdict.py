@@ -42,6 +42,11 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
+def small(p: float) -> str:
+    """Write a p value; none below 0.001 is tabled."""
+    return "≤ 0.001" if p <= 0.001 else f"{p:.3f}"
+
+
 def _headline(found: Found) -> str:
     """Say which of two modalities carries more samples, if the interval of the difference leaves out 0."""
     lean, right, left = found["lean"], found["right"], found["left"]
@@ -112,7 +117,7 @@ def _bimodal(numbers: Found) -> str:
     count = "" if balanced is None else f"; by it {interval(balanced)} of the samples are balanced"
     if gap["bimodal"]:
         return (
-            f"The modality gap is bimodal (Ashman's D {gap['ashman_d']:.2f}, dip p {gap['dip_p']:.3f}), so that the "
+            f"The modality gap is bimodal (Ashman's D {gap['ashman_d']:.2f}, p of the dip {small(gap['dip_p'])}), so that the "
             f"mixture's posterior says which samples are balanced{count}."
         )
     rule = f"a plain rule is used instead of a posterior: balanced is a gap of at most {gap['threshold']:g}{count}."

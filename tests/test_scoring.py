@@ -164,6 +164,19 @@ def test_a_class_of_one_group_is_rare(planted: Planted, tmp_path: Path) -> None:
     assert found.quarantined[0].detail == f"class '8' has {len(mine)} usable samples, of 1 groups, all in one fold"
 
 
+def test_a_class_that_becomes_rare_when_others_leave_is_left_out_too(planted: Planted, tmp_path: Path) -> None:
+    """The rest is dealt anew, and the new deal may put another class into one fold: seed 1097 is such a case."""
+    rng = np.random.default_rng(1097)
+    columns = rows_of(planted(num_samples=60))
+    columns["group"] = [f"g{number}" for number in rng.integers(0, 6, 60)]
+    for index, row in enumerate(rng.choice(60, 8, replace=False)):
+        columns["label"][row] = 3 + index // 2  # four classes of two samples
+    found = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache")
+    left_out = [each.sample_id for each in found.quarantined]
+    assert len(set(left_out)) == len(left_out) == 4
+    assert sorted([*left_out, *found.scores.sample_id]) == sorted(columns["id"])
+
+
 def test_a_class_of_the_test_split_is_rare_to_probes_of_the_train_split(planted: Planted, tmp_path: Path) -> None:
     columns = rows_of(planted())
     for row in (4, 5, 6, 7):

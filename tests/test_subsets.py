@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -116,32 +118,32 @@ def test_evaluation_cuts_the_same_subsets(confidence: Floats) -> None:
     assert found[within(scores).name].tolist() == within(scores).keep.tolist()
 
 
-@settings(deadline=None)
-@given(confidences(2), st.sampled_from(["low", "large", "posterior-low", "posterior-high"]), st.data())
+# By reason: how its selection is made, and what is true of score and threshold of whoever it drops.
+RULES: dict[str, tuple[Callable[[ScoreTable], Selection], Callable[[float, float], bool]]] = {
+    "discrepancy-too-low": (lambda scores: preferred(scores, "visual", threshold=0.2), operator.le),
+    "discrepancy-too-large": (lambda scores: within(scores, threshold=0.2), operator.gt),
+    "posterior-too-low": (lambda scores: by_mixture(scores, "balanced"), operator.lt),
+    "posterior-too-high": (lambda scores: by_mixture(scores, "imbalanced"), operator.ge),
+}
+
+
+@pytest.mark.parametrize("reason", RULES)
+@settings(deadline=None, max_examples=40)
+@given(confidences(2), st.data())
 def test_the_dropped_are_on_the_wrong_side_of_their_threshold(
-    confidence: Floats, rule: str, data: st.DataObject
+    reason: str, confidence: Floats, data: st.DataObject
 ) -> None:
-    posterior = np.array(data.draw(st.lists(CONFIDENCE, min_size=len(confidence), max_size=len(confidence))))
-    scores = table(confidence, p_balanced=posterior.astype(np.float32))
-    selection: Selection = {
-        "low": lambda: preferred(scores, "visual", threshold=0.2),
-        "large": lambda: within(scores, threshold=0.2),
-        "posterior-low": lambda: by_mixture(scores, "balanced"),
-        "posterior-high": lambda: by_mixture(scores, "imbalanced"),
-    }[rule]()
+    posterior = data.draw(st.lists(CONFIDENCE, min_size=len(confidence), max_size=len(confidence)))
+    scores = table(confidence, p_balanced=np.array(posterior, np.float32))
+    select, is_wrong = RULES[reason]
+    selection = select(scores)
     if not selection.keep.any():
         with pytest.raises(ManifestError, match=f"{selection.name}: none of the {len(scores)} scored samples"):
             make_manifest(scores, selection)
         return
     dropped = make_manifest(scores, selection)[1].to_pylist()
     assert [row["sample_id"] for row in dropped] == scores.sample_id[~selection.keep].tolist()
-    wrong = {
-        "discrepancy-too-low": lambda row: row["score"] <= row["threshold"],
-        "discrepancy-too-large": lambda row: row["score"] > row["threshold"],
-        "posterior-too-low": lambda row: row["score"] < row["threshold"],
-        "posterior-too-high": lambda row: row["score"] >= row["threshold"],
-    }
-    assert all(row["reason"].endswith(rule) and wrong[row["reason"]](row) for row in dropped)
+    assert all(row["reason"] == reason and is_wrong(row["score"], row["threshold"]) for row in dropped)
 
 
 def test_the_mixture_parts_by_its_posterior() -> None:

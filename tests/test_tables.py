@@ -50,6 +50,15 @@ def test_empty_cells_of_csv_are_null_and_words_are_not(tmp_path: Path) -> None:
     assert rows["text"].to_pylist() == [None, None, "x"]
 
 
+def test_a_line_break_in_a_cell_breaks_no_row_of_a_long_csv(tmp_path: Path) -> None:
+    """Longer than the megabyte that is parsed at once."""
+    text = "\n".join(["a line of thirty characters..."] * 20)
+    rows = "".join(f'{number},"{text}"\n' for number in range(4_000))
+    found = read_rows(written(tmp_path / "m.csv", f"id,text\n{rows}"))
+    assert found["id"].to_pylist() == [str(number) for number in range(4_000)]
+    assert set(found["text"].to_pylist()) == {text}
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -71,4 +71,5 @@ def wilson(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, 
     centre = share + z * z / (2 * trials)
     half = z * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, float((centre - half) / scale)), min(1.0, float((centre + half) / scale))
+    low, high = float((centre - half) / scale), float((centre + half) / scale)
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding may part the ends 0 and 1 from the share
