@@ -53,10 +53,16 @@ def in_one_fold(label: NDArray[np.int32], fold: NDArray[np.int16], fits: NDArray
 def _deal(
     keys: NDArray[np.uint64], label: NDArray[np.int32], fits: NDArray[np.bool_], *, num_folds: int
 ) -> NDArray[np.int16]:
-    """Deal each class in turn, like cards: the next class goes on where the last one stopped."""
+    """Deal each class in turn, like cards: the next class goes on where the last one stopped.
+
+    Within a class those that probes learn from come first, and they alone count for where it stopped: whoever else is
+    there changes nothing among them.
+    """
     order = np.lexsort((keys, ~fits, label))
+    size, learning = np.bincount(label), np.bincount(label[fits], minlength=int(label.max()) + 1)
+    place = np.arange(len(label)) - (np.cumsum(size) - size)[label[order]]
     fold = np.empty(len(label), dtype=np.int16)
-    fold[order] = np.arange(len(label)) % num_folds
+    fold[order] = ((np.cumsum(learning) - learning)[label[order]] + place) % num_folds
     return fold
 
 

@@ -52,6 +52,8 @@ def is_vector(type_: pa.DataType) -> bool:
 
 def is_text(type_: pa.DataType) -> bool:
     """Tell whether a column of this type holds strings."""
+    if pa.types.is_dictionary(type_):
+        return is_text(type_.value_type)
     return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 

@@ -69,7 +69,7 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
         rows[columns.label].to_pylist(), rows[columns.label_name].to_pylist() if columns.label_name else None
     )
     sample_id = np.array(ids, dtype=object)
-    group = np.array([str(value) for value in rows[columns.group].to_pylist()], object) if columns.group else None
+    group = _read_group(rows[columns.group].to_pylist(), sample_id) if columns.group else None
     split = (
         _read_split(rows[columns.split].to_pylist(), column=columns.split)
         if columns.split
@@ -115,8 +115,15 @@ def cut(
     names, sizes = np.unique(group.astype(str), return_counts=True)
     order = np.argsort(hash_rank(names.tolist(), seed=seed, purpose=purpose), kind="stable")
     before = np.cumsum(sizes[order]) - sizes[order] / 2  # a group goes where its middle falls
-    chosen = order[: max(1, int((before < fraction * sizes.sum()).sum()))]
+    number = max(1, int((before < fraction * sizes.sum()).sum()))
+    chosen = order[: min(number, len(names) - 1)]  # one group at least is left
     return np.isin(group.astype(str), names[chosen])
+
+
+def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDArray[np.object_]:
+    """Give the groups as strings; a sample whose group is null is a group of its own."""
+    named = [name if value is None else str(value) for value, name in zip(values, sample_id, strict=True)]
+    return np.array(named, dtype=object)
 
 
 def _check_ids(rows: pa.Table, column: str | None) -> None:

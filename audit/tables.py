@@ -15,6 +15,7 @@ from .errors import DatasetError
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _CSV_QUOTING = pyarrow.csv.ParseOptions(newlines_in_values=True)
+_BLOCK = 1 << 26  # bytes; a row must fit into a block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,19 +107,21 @@ def _metadata_of(folder: Path) -> Path:
 
 def _read_csv(path: Path) -> pa.Table:
     # A reader that stops after the first block gives the header; types are then fixed before anything is parsed.
-    with pyarrow.csv.open_csv(path, parse_options=_CSV_QUOTING) as reader:
+    reading = pyarrow.csv.ReadOptions(block_size=_BLOCK)
+    with pyarrow.csv.open_csv(path, read_options=reading, parse_options=_CSV_QUOTING) as reader:
         names = list(reader.schema.names)
     options = pyarrow.csv.ConvertOptions(
         column_types={name: pa.string() for name in names}, strings_can_be_null=True, null_values=[""]
     )
-    return pyarrow.csv.read_csv(path, convert_options=options, parse_options=_CSV_QUOTING)
+    return pyarrow.csv.read_csv(path, read_options=reading, convert_options=options, parse_options=_CSV_QUOTING)
 
 
 def _read_jsonl(path: Path) -> pa.Table:
-    rows = pyarrow.json.read_json(path)
+    reading = pyarrow.json.ReadOptions(block_size=_BLOCK)
+    rows = pyarrow.json.read_json(path, read_options=reading)
     dates = [pa.field(field.name, pa.string()) for field in rows.schema if pa.types.is_temporal(field.type)]
     if not dates:
         return rows
     # JSON has no dates: Arrow takes strings like 2020-01-01 for some, and the id would no longer be what was written.
     as_written = pyarrow.json.ParseOptions(explicit_schema=pa.schema(dates))
-    return pyarrow.json.read_json(path, parse_options=as_written).select(rows.column_names)
+    return pyarrow.json.read_json(path, read_options=reading, parse_options=as_written).select(rows.column_names)

@@ -44,7 +44,7 @@ def signed(value: float, digits: int = 2) -> str:
 
 def small(p: float) -> str:
     """Write a p value; none below 0.001 is tabled."""
-    return "≤ 0.001" if p <= 0.001 else f"{p:.3f}"
+    return "≤ 0.001" if p < 0.0015 else f"{p:.3f}"
 
 
 def _headline(found: Found) -> str:
@@ -117,8 +117,8 @@ def _bimodal(numbers: Found) -> str:
     count = "" if balanced is None else f"; by it {interval(balanced)} of the samples are balanced"
     if gap["bimodal"]:
         return (
-            f"The modality gap is bimodal (Ashman's D {gap['ashman_d']:.2f}, p of the dip {small(gap['dip_p'])}), so that the "
-            f"mixture's posterior says which samples are balanced{count}."
+            f"The modality gap is bimodal (Ashman's D {gap['ashman_d']:.2f}, p of the dip {small(gap['dip_p'])}), so that "
+            f"the mixture's posterior says which samples are balanced{count}."
         )
     rule = f"a plain rule is used instead of a posterior: balanced is a gap of at most {gap['threshold']:g}{count}."
     reasons = "; ".join(gap["reasons"])

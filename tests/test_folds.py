@@ -47,11 +47,25 @@ def test_every_class_and_its_training_samples_are_dealt_evenly(
     fits = np.array(data.draw(st.lists(st.booleans(), min_size=len(label), max_size=len(label))))
     fold = assign_folds(named(len(label)), label, None, fits, num_folds=num_folds, seed=0)
     assert fold.dtype == np.int16
-    parts = [everyone(len(label))]
+    parts = [fits]
     parts += [(label == one) & some for one in np.unique(label) for some in (everyone(len(label)), fits, ~fits)]
     for part in parts:
         counts = np.bincount(fold[part], minlength=num_folds)
         assert counts.max() - counts.min() <= 1
+
+
+@settings(deadline=None)
+@given(LABELS, st.data(), st.integers(2, 7))
+def test_test_samples_change_nothing_among_the_others(
+    label: NDArray[np.int32], data: st.DataObject, num_folds: int
+) -> None:
+    fits = np.array(data.draw(st.lists(st.booleans(), min_size=len(label), max_size=len(label))))
+    if fits.sum() < 2:
+        return
+    ids = named(len(label))
+    fold = assign_folds(ids, label, None, fits, num_folds=num_folds, seed=0)
+    alone = assign_folds(ids[fits], label[fits], None, everyone(int(fits.sum())), num_folds=num_folds, seed=0)
+    np.testing.assert_array_equal(fold[fits], alone)
 
 
 def test_seeds_deal_differently() -> None:
