@@ -117,8 +117,8 @@ def _bimodal(numbers: Found) -> str:
     count = "" if balanced is None else f"; by it {interval(balanced)} of the samples are balanced"
     if gap["bimodal"]:
         return (
-            f"The modality gap is bimodal (Ashman's D {gap['ashman_d']:.2f}, p of the dip {small(gap['dip_p'])}), so that "
-            f"the mixture's posterior says which samples are balanced{count}."
+            f"The modality gap is bimodal (Ashman's D {gap['ashman_d']:.2f}, p of the dip {small(gap['dip_p'])}), so "
+            f"that the mixture's posterior says which samples are balanced{count}."
         )
     rule = f"a plain rule is used instead of a posterior: balanced is a gap of at most {gap['threshold']:g}{count}."
     reasons = "; ".join(gap["reasons"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
@@ -39,7 +40,7 @@ Counts = NDArray[np.int64]
 # Discrepancies measured on RAVDESS, 1,440 samples in 20 bins (docs: 20 samples are exactly uniform).
 RAVDESS = np.array([4, 7, 18, 33, 45, 62, 79, 98, 164, 206, 172, 140, 132, 91, 70, 53, 33, 23, 9, 1])
 
-SHAPES = {
+SHAPES: dict[str, Callable[[np.random.Generator, int], NDArray[np.float64]]] = {
     "flat": lambda rng, n: rng.uniform(-1, 1, n),
     "skewed": lambda rng, n: 2 * rng.beta(2, 8, n) - 1,
     "saturated": lambda rng, n: 2 * rng.beta(0.2, 0.2, n) - 1,
@@ -114,7 +115,7 @@ def test_what_the_files_hold_is_uniform_and_whole(
     assert split.before.sum(axis=1).tolist() == (held + left).tolist()
     assert split.empty_bins == [index for index, here in enumerate(held + left) if here == 0]
     assert set(dropped["reason"].to_pylist()) <= {"bin-full"}
-    assert all(score >= least for score, least in zip(*(dropped[c].to_pylist() for c in ("score", "threshold"))))
+    assert all(row["score"] >= row["threshold"] for row in dropped.to_pylist())
 
 
 @settings(deadline=None)
@@ -132,7 +133,7 @@ def test_the_level_is_the_largest_there_is(available: Counts, tolerance: float) 
 @settings(deadline=None, max_examples=60)
 @given(AVAILABLE, st.sampled_from([0.0, 0.01, 0.03, 0.05, 0.1, 0.2, 0.37]))
 def test_no_other_choice_keeps_as_many_as_the_next_level_would(available: Counts, tolerance: float) -> None:
-    """An exact search over all counts, not levels alone, ends below the next level: what cutting loses is a remainder."""
+    """An exact search over all counts, not levels alone, ends below the next level: only a remainder is lost."""
     filled = available[available > 0]
     assume(len(filled))
     level = largest_level(available, tolerance=tolerance)
@@ -158,7 +159,7 @@ def best_size(available: Counts, tolerance: float) -> int:
         integrality=np.r_[np.ones(bins), np.zeros(bins)],
     )
     assert found.success
-    return round(-found.fun)
+    return round(-float(found.fun))
 
 
 @settings(deadline=None)
@@ -327,9 +328,7 @@ def test_of_more_modalities_the_pair_with_the_largest_split_is_taken(m: int, see
     scores = replace(table_of(np.zeros(60), np.zeros(60, int)), modalities=names, confidence=confidence)
     config = BalancedConfig(bins=6, tolerance=tolerance)
     sizes = {
-        f"{first}:{second}": balanced_split(
-            scores, config, seed=0, between=f"{first}:{second}"
-        ).selection.keep.sum()
+        f"{first}:{second}": balanced_split(scores, config, seed=0, between=f"{first}:{second}").selection.keep.sum()
         for first, second in combinations(names, 2)
     }
     chosen = largest_pair(scores, config)

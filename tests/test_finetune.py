@@ -147,37 +147,41 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, epochs: int
     assert untimed(resumed) == untimed(whole)
 
 
-OTHERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "lr": lambda now: {**now, "config": replace(now["config"], lr=2e-2)},
-    "epochs": lambda now: {**now, "config": replace(now["config"], epochs=6)},
-    "sampler": lambda now: {**now, "config": replace(now["config"], sampling="bss-h")},
+Settings = dict[str, Any]  # the arguments of tune that decide about the weights
+
+
+def with_config(**options: Any) -> Callable[[Settings], Settings]:
+    return lambda now: {**now, "config": replace(now["config"], **options)}
+
+
+def with_changed(split: str, name: str) -> Callable[[Settings], Settings]:
+    return lambda now: {**now, "examples": changed(now["examples"], split, name)}
+
+
+OTHERS: dict[str, Callable[[Settings], Settings]] = {
+    "lr": with_config(lr=2e-2),
+    "epochs": with_config(epochs=6),
+    "sampler": with_config(sampling="bss-h"),
     "pacing": lambda now: {**now, "sampling": SamplingConfig(pacing_start=0.9, pacing_epochs=4)},
     "seed": lambda now: {**now, "seed": 1},
     "classes": lambda now: {**now, "examples": replace(now["examples"], class_names=("a", "b", "c", "d", "e"))},
-    **{
-        f"{split} {name}": lambda now, split=split, name=name: {
-            **now,
-            "examples": changed(now["examples"], split, name),
-        }
-        for split, name in [
-            ("train", "inputs"),
-            ("train", "label"),
-            ("train", "rank"),
-            ("train", "weight"),
-            ("validation", "inputs"),
-            ("validation", "label"),
-        ]
-    },
+    "train vector": with_changed("train", "inputs"),
+    "train label": with_changed("train", "label"),
+    "train rank": with_changed("train", "rank"),
+    "train weight": with_changed("train", "weight"),
+    "validation vector": with_changed("validation", "inputs"),
+    "validation label": with_changed("validation", "label"),
 }
 
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_the_state_of_something_else_is_not_gone_on_from(tmp_path: Path, what: str) -> None:
-    now = {"examples": examples_of(), "config": QUICK, "sampling": SamplingConfig(pacing_epochs=4), "seed": 0}
+    now: Settings = {"examples": examples_of(), "config": QUICK, "sampling": SamplingConfig(), "seed": 0}
     with pytest.raises(KeyboardInterrupt):
         tune(**now, folder=tmp_path / "old", progress=stop_after(3))
-    other = OTHERS[what](now)
-    found = tune(**other, folder=tmp_path / "old")
+    other, seen = OTHERS[what](now), list[int]()
+    found = tune(**other, folder=tmp_path / "old", progress=lambda stage, done, total: seen.append(done))
+    assert seen == list(range(1, other["config"].epochs + 1))
     expected = tune(**other, folder=tmp_path / "new")
     assert found.history == expected.history
     assert weights(tmp_path / "old") == weights(tmp_path / "new")
@@ -187,7 +191,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     tune(examples_of(), tmp_path)
     state = tmp_path / "state" / "last.pt"
     state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(RunError, match="last.pt is damaged"):
+    with pytest.raises(RunError, match=r"last\.pt is damaged"):
         tune(examples_of(), tmp_path)
 
 
@@ -328,7 +332,7 @@ def test_an_empty_split_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_filter_that_leaves_nobody_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="leaves no train samples: .*--keep-posterior"):
+    with pytest.raises(ManifestError, match=r"leaves no train samples: .*--keep-posterior"):
         tune(examples_of(), tmp_path, replace(QUICK, keep_posterior=1.0))
 
 

@@ -87,5 +87,5 @@ def test_a_share_lies_in_its_range(start: float) -> None:
 
 
 def test_pacing_takes_an_epoch() -> None:
-    with pytest.raises(ConfigError, match="sampling.pacing_epochs is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match=r"sampling\.pacing_epochs is 0; it must be at least 1"):
         SamplingConfig(pacing_epochs=0)

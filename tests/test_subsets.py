@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_between_names_both_sides(confidence: Floats) -> None:
     first, second = (preferred(scores, name, between="visual:text").keep for name in ("visual", "text"))
     assert first.tolist() == (confidence[:, 1] > confidence[:, 2]).tolist()
     assert second.tolist() == (confidence[:, 2] > confidence[:, 1]).tolist()
-    with pytest.raises(ConfigError, match="no modality 'audio' to prefer; .*visual, text"):
+    with pytest.raises(ConfigError, match=r"no modality 'audio' to prefer; .*visual, text"):
         preferred(scores, "audio", between="visual:text")
 
 
@@ -82,9 +83,9 @@ def test_the_dominated_nest_by_threshold(confidence: Floats, thresholds: list[fl
     scores = table(confidence)
     for name in ("audio", "visual"):
         kept = [preferred(scores, name, threshold=threshold).keep for threshold in [0.0, *sorted(thresholds)]]
-        assert all((small <= large).all() for large, small in zip(kept, kept[1:], strict=False))
+        assert all((small <= large).all() for large, small in pairwise(kept))
     inner = [within(scores, threshold=threshold).keep for threshold in sorted(thresholds)]
-    assert all((small <= large).all() for small, large in zip(inner, inner[1:], strict=False))
+    assert all((small <= large).all() for small, large in pairwise(inner))
 
 
 @given(confidences(2), st.sampled_from([0.2, 0.4, 0.3]))
@@ -92,7 +93,7 @@ def test_within_and_the_dominated_are_a_partition(confidence: Floats, threshold:
     scores = table(confidence)
     parts = [within(scores, threshold=threshold)]
     parts += [preferred(scores, name, threshold=threshold) for name in ("audio", "visual")]
-    assert sum(part.keep.astype(int) for part in parts).tolist() == [1] * len(scores)
+    assert np.sum([part.keep for part in parts], axis=0).tolist() == [1] * len(scores)
 
 
 @given(confidences(2))

@@ -1,0 +1,224 @@
+"""Laws of the config: what is written is read again, and a wrong key or value names the right ones."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmaudit.audit.dataset import DataConfig
+from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.probe import ProbeConfig
+from mmaudit.cli.config import RunConfig, build, load_config, override, plain, to_toml
+from mmaudit.rebalance.balanced import BalancedConfig
+from mmaudit.train.finetune import FinetuneConfig
+from mmaudit.train.fusion import FUSIONS
+from mmaudit.train.sampling import SAMPLERS, SamplingConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TEXT = st.text(max_size=8)
+POSITIVE = st.floats(1e-9, 1e9)
+CONFIGS = st.builds(
+    RunConfig,
+    seed=st.integers(-(2**31), 2**31),
+    data=st.builds(
+        DataConfig,
+        modality=st.lists(TEXT, max_size=3).map(tuple),
+        id=st.none() | TEXT,
+        group=st.none() | st.just("none"),
+        allow_outside=st.booleans(),
+        test_fraction=st.floats(0.01, 0.99),
+    ),
+    probe=st.builds(ProbeConfig, folds=st.integers(2, 99), strengths=st.lists(POSITIVE, min_size=1).map(tuple)),
+    split=st.builds(
+        BalancedConfig,
+        bins=st.integers(2, 99),
+        tolerance=st.floats(0, 1),
+        size=st.none() | st.integers(1, 99),
+    ),
+    finetune=st.builds(
+        FinetuneConfig,
+        fusion=st.sampled_from(FUSIONS),
+        sampling=st.sampled_from(sorted(SAMPLERS)),
+        lr=POSITIVE,
+        keep_posterior=st.none() | st.floats(0, 1),
+    ),
+    sampling=st.builds(SamplingConfig, pacing_start=st.floats(0.01, 1)),
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CONFIGS)
+def test_write_then_read_is_equality(tmp_path: Path, config: RunConfig) -> None:
+    (tmp_path / "c.toml").write_text(to_toml(config), encoding="utf-8")
+    assert load_config(tmp_path / "c.toml") == config
+
+
+@given(CONFIGS)
+def test_a_config_is_what_its_settings_say(config: RunConfig) -> None:
+    """Every key, one by one, can be set as TOML has it: `--set SECTION.KEY=VALUE`."""
+    written = tomllib.loads(to_toml(config))
+    given_settings = [f"seed={written.pop('seed')}"]
+    for section, content in written.items():
+        given_settings += [f"{section}.{key}={toml_of(value)}" for key, value in content.items()]
+    assert load_config(None, given_settings) == config
+
+
+def toml_of(value: Any) -> str:
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
+
+
+def test_nothing_told_is_the_default() -> None:
+    assert load_config() == RunConfig()
+
+
+def test_every_key_of_every_stage_is_written_or_has_no_value() -> None:
+    written = tomllib.loads(to_toml(RunConfig()))
+    for section in fields(RunConfig):
+        value = getattr(RunConfig(), section.name)
+        if is_dataclass(value):
+            keys = {field.name for field in fields(value) if getattr(value, field.name) is not None}
+            assert set(written[section.name]) == keys
+        else:
+            assert written[section.name] == value
+
+
+def test_a_key_without_a_value_has_none_by_default_too() -> None:
+    """TOML has no null: a None that was not the default could not be written."""
+    sections = [getattr(RunConfig(), field.name) for field in fields(RunConfig)]
+    hints = [field for section in sections if is_dataclass(section) for field in fields(section)]
+    optional = [field for field in hints if "None" in str(field.type)]
+    assert optional
+    assert all(field.default is None for field in optional)
+
+
+def test_a_file_and_settings_over_it(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("seed = 3\n[probe]\nfolds = 7\nrepeats = 2\n[finetune]\nlr = 1\n")
+    config = load_config(tmp_path / "c.toml", ["probe.folds=4", "probe.folds=5", "split.tolerance=0"])
+    expected = RunConfig(
+        seed=3,
+        probe=ProbeConfig(folds=5, repeats=2),
+        split=BalancedConfig(tolerance=0.0),
+        finetune=FinetuneConfig(lr=1.0),
+    )
+    assert config == expected
+    assert type(config.finetune.lr) is type(config.split.tolerance) is float  # 1 is a number too
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("data.label=emotion", "emotion"),
+        ("data.label='emotion'", "emotion"),
+        ('data.label="two words"', "two words"),
+        ("data.label=two words", "two words"),
+        ("data.label=a=b", "a=b"),
+        ("data.label=", ""),
+        (" data.label =x", "x"),
+    ],
+)
+def test_a_bare_word_is_a_string(setting: str, value: str) -> None:
+    assert load_config(None, [setting]).data.label == value
+
+
+def test_a_list_is_a_tuple() -> None:
+    config = load_config(None, ["data.modality=['a=x', 'b=y:audio']", "probe.strengths=[1, 0.5]"])
+    assert config.data.modality == ("a=x", "b=y:audio")
+    assert config.probe.strengths == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("prob.folds=3", r"no config key prob; did you mean probe\? \(there are: seed, data,"),
+        ("probe.fold=3", r"no config key probe.fold; did you mean folds\?"),
+        ("probe.folds.x=3", "config key probe.folds is .*; it must be of type int"),
+        ("sede=3", r"no config key sede; did you mean seed\?"),
+        ("zzz=3", "no config key zzz; there are: seed, data"),
+        ("=3", "no config key ; there are"),
+        ("probe.folds", "--set probe.folds: not of the form SECTION.KEY=VALUE, such as probe.folds=10"),
+        ("probe=3", "config key probe is a section; set probe.KEY"),
+        ("probe.folds=many", "config key probe.folds is 'many'; it must be of type int"),
+        ("probe.folds=3.0", "config key probe.folds is 3.0; it must be of type int"),
+        ("probe.folds=true", "config key probe.folds is True; it must be of type int"),
+        ("finetune.lr=true", "config key finetune.lr is True; it must be of type float"),
+        ("finetune.lr='1'", "config key finetune.lr is '1'; it must be of type float"),
+        ("data.allow_outside=1", "config key data.allow_outside is 1; it must be of type bool"),
+        ("data.id=7", "config key data.id is 7; it must be of type str"),
+        ("split.size=all", "config key split.size is 'all'; it must be of type int"),
+        ("data.modality=a=x", "config key data.modality is 'a=x'; it must be a list"),
+        ("data.modality=[1]", "config key data.modality is 1; it must be of type str"),
+        ("probe.strengths=['a']", "config key probe.strengths is 'a'; it must be of type float"),
+        ("probe.folds=1", "probe.folds is 1; it must be at least 2"),
+        ("finetune.fusion=lat", r"--fusion lat: did you mean late\?"),
+    ],
+)
+def test_a_wrong_setting_is_refused(setting: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(None, [setting])
+
+
+@pytest.mark.parametrize("first", ["seed=1", "seed='x'"])
+def test_a_value_is_no_section(first: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set seed\.x=2: seed is not a section"):
+        load_config(None, [first, "seed.x=2"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"seed = ", "c.toml is not TOML: "),
+        (b"\xff\xfe", "c.toml is not TOML: "),
+        (b"[probe]\nfols = 3", r"no config key probe.fols; did you mean folds\?"),
+        (b"probe = 3", "config key probe is a section"),
+        (b"[[probe]]\nfolds = 3", "config key probe is a section"),
+        (b"[probe.folds]\nx = 3", "config key probe.folds is .* of type int"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "c.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        load_config(tmp_path / "c.toml")
+
+
+def test_a_file_must_be_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ConfigError, match="no such config file: "):
+            load_config(path)
+
+
+def test_options_override_what_they_name() -> None:
+    config = FinetuneConfig(epochs=9, lr=0.5)
+    assert override(config, epochs=3, lr=None, dropout=0.0) == replace(config, epochs=3, dropout=0.0)
+    assert override(config) == config
+    with pytest.raises(ConfigError, match=r"finetune\.epochs is 0"):  # 0 is told, not left out
+        override(config, epochs=0)
+
+
+def test_plain_is_what_json_has() -> None:
+    config = RunConfig(data=DataConfig(modality=("a", "b")))
+    content = plain(config)
+    assert content["data"]["modality"] == ["a", "b"]
+    assert content["probe"]["strengths"] == list(config.probe.strengths)
+    assert content["split"]["size"] is None
+    assert content.keys() == asdict(config).keys()
+    assert build(DataConfig, {k: v for k, v in content["data"].items() if v is not None}, where="") == config.data
+
+
+def test_scores_depend_on_their_own_sections_alone() -> None:
+    config = RunConfig()
+    assert config.scoring().keys() == {"seed", "data", "media", "probe", "mixture"}
+    other = replace(config, split=BalancedConfig(bins=3), finetune=FinetuneConfig(epochs=1))
+    assert other.scoring() == config.scoring()
+    assert replace(config, seed=1).scoring() != config.scoring()
+    assert replace(config, probe=ProbeConfig(folds=3)).scoring() != config.scoring()

@@ -1,0 +1,151 @@
+"""Laws of the run folder: what is not a run is not touched, and what features cost is never thrown away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmaudit.audit.errors import RunError
+from mmaudit.audit.score import ScoreTable, write_scores
+from mmaudit.cli.run import Run
+
+MADE = [
+    "run.json",
+    "scores.parquet",
+    "quarantine.parquet",
+    "mixture.json",
+    "recovery.json",
+    "report.html",
+    "report.json",
+    "figures/gap.png",
+    "manifests/balanced.parquet",
+    "manifests/balanced.dropped.parquet",
+    "finetune/balanced-concat-uniform/metrics.json",
+    "finetune/balanced-concat-uniform/state/last.pt",
+]
+FEATURES = ["features/audio-0123/000000.arrow", "features/visual-0123/000000.arrow"]
+
+
+def fill(folder: Path, names: list[str]) -> Run:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return Run(folder)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_names_are_those_of_the_design(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    found = [run.record_file, run.scores_file, run.quarantine_file, run.mixture_file, run.recovery_file]
+    found += [run.report_file, run.report_file.with_suffix(".json"), run.figures / "gap.png"]
+    found += [run.manifest("balanced"), run.manifest("balanced.dropped")]
+    found += [run.finetune("balanced-concat-uniform") / name for name in ("metrics.json", "state/last.pt")]
+    assert [str(path.relative_to(tmp_path)) for path in found] == MADE
+    assert run.features == tmp_path / "features"
+
+
+@pytest.mark.parametrize(
+    "names", [None, [], FEATURES, MADE + FEATURES, MADE[1:3], [".DS_Store"], ["run.json", "notes.txt"]]
+)
+def test_a_place_for_a_run(tmp_path: Path, names: list[str] | None) -> None:
+    folder = tmp_path / "run"
+    if names is not None:
+        folder.mkdir()
+        fill(folder, names)
+    Run(folder).check_place()
+    assert folder.exists() == (names is not None)
+    assert names is None or files(folder) == sorted(names)
+
+
+def test_no_place_for_a_run(tmp_path: Path) -> None:
+    fill(tmp_path, ["zebra.jpg", "cat.jpg", *FEATURES])
+    with pytest.raises(RunError, match=r"holds cat\.jpg and is no run; name another folder with --run"):
+        Run(tmp_path).check_place()
+    with pytest.raises(RunError, match=r"cat\.jpg is a file; name a folder with --run"):
+        Run(tmp_path / "cat.jpg").check_place()
+
+
+def test_clear_takes_all_that_was_made_and_leaves_the_rest(tmp_path: Path) -> None:
+    run = fill(tmp_path, [*MADE, *FEATURES, "notes.txt"])
+    run.clear()
+    assert files(tmp_path) == sorted([*FEATURES, "notes.txt"])
+    assert not run.is_scored()
+    run.clear()  # an interrupted clearing can be done again
+    assert files(tmp_path) == sorted([*FEATURES, "notes.txt"])
+
+
+def test_an_interrupted_clearing_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fill(tmp_path, [*MADE, *FEATURES])
+    removed: list[str] = []
+    unlink = Path.unlink
+
+    def stop_after_one(path: Path, missing_ok: bool = False) -> None:
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        run.clear()
+    assert removed == ["run.json"]
+    assert not run.is_scored()
+
+
+def test_the_record_is_what_was_written(tmp_path: Path) -> None:
+    run = Run(tmp_path / "deep" / "run")
+    assert not run.is_scored()
+    run.write_record({"seed": 3, "counts": {"input": 2}})
+    assert run.is_scored()
+    assert run.record() == {"seed": 3, "counts": {"input": 2}}
+
+
+def test_scores_are_those_of_a_finished_run(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    scores = ScoreTable(
+        sample_id=np.array(["a", "b"], dtype=object),
+        label=np.array([0, 1], np.int32),
+        label_name=np.array(["x", "y"], dtype=object),
+        modalities=("audio", "visual"),
+        confidence=np.array([[0.25, 0.5], [1, 0]], np.float32),
+    )
+    write_scores(scores, run.scores_file)
+    words = f"{tmp_path} holds no finished run; make one with: mmaudit score DATA --run {tmp_path}"
+    for ask in (run.record, run.scores):
+        with pytest.raises(RunError) as caught:
+            ask()
+        assert str(caught.value) == words
+    run.write_record({})
+    assert run.scores().to_arrow().equals(scores.to_arrow())
+
+
+def test_manifests_are_listed_without_their_dropped_rows(tmp_path: Path) -> None:
+    names = ["b.parquet", "b.dropped.parquet", "a.parquet", "notes.txt", ".c.parquet"]
+    run = fill(tmp_path, [f"manifests/{name}" for name in names])
+    assert [path.name for path in run.manifests()] == ["a.parquet", "b.parquet"]
+    assert Run(tmp_path / "none").manifests() == []
+
+
+def test_unfinished_fine_tunings_are_not_listed(tmp_path: Path) -> None:
+    run = fill(tmp_path, ["finetune/b/metrics.json", "finetune/a/metrics.json", "finetune/c/state/last.pt"])
+    assert run.finetunes() == [run.finetune("a"), run.finetune("b")]
+
+
+def test_a_manifest_is_found_by_name_and_by_path(tmp_path: Path) -> None:
+    run = fill(tmp_path / "run", ["manifests/balanced.parquet", "manifests/gmm-balanced.parquet"])
+    elsewhere = tmp_path / "my.parquet"
+    elsewhere.write_text("")
+    assert run.find_manifest("balanced") == run.manifest("balanced")
+    assert run.find_manifest(str(elsewhere)) == elsewhere
+    assert run.find_manifest(str(run.manifest("gmm-balanced"))) == run.manifest("gmm-balanced")
+    with pytest.raises(
+        RunError, match=r"no manifest balancd; did you mean balanced\? .*balanced, gmm-balanced\); .*split --balanced"
+    ):
+        run.find_manifest("balancd")
+    with pytest.raises(RunError, match="no manifest balanced; there are: none; make one with"):
+        Run(tmp_path / "none").find_manifest("balanced")
