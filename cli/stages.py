@@ -7,44 +7,35 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..audit.dataset import DataConfig, Dataset, open_dataset
-from ..audit.encode import preprocessing
-from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError
+from ..audit.dataset import open_dataset
+from ..audit.errors import ConfigError, RunError
 from ..audit.features import encode_dataset
-from ..audit.media import MediaConfig
-from ..audit.mixture import Mixture
 from ..audit.parquet import read_json, write_json, write_parquet, write_text
 from ..audit.quality import quarantine_table
-from ..audit.samples import Samples, read_samples
-from ..audit.score import RANGES, ScoreTable, read_scores, write_scores
+from ..audit.samples import read_samples
+from ..audit.score import ScoreTable, read_scores, write_scores
 from ..audit.scoring import Audit, audit_dataset, take_stock
 from ..audit.workers import Progress, default_workers, silent
 from ..rebalance.balanced import balanced_split
 from ..rebalance.manifest import Manifest, Selection, make_manifest, read_dropped, read_manifest, write_manifest
 from ..rebalance.subsets import by_mixture, parse_dominated, parse_subset
-from ..train.evaluate import wilson
 from ..train.examples import load_examples
 from ..train.finetune import finetune_on
-from .config import RunConfig, build, plain, to_toml
+from .config import RunConfig, plain, to_toml
+from .provenance import check_config, record_of, saw_test_labels, score_provenance, source_of
 from .run import Run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 log = logging.getLogger("mmaudit")
-
-_LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillow")  # those that numbers depend on
 
 
 def score(
@@ -69,7 +60,7 @@ def score(
     place.check_place()
     done = place.record() if place.is_scored() and not overwrite else None
     if done is not None:
-        _check_config(place, done, config)
+        check_config(place, done, config)
     samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
     with _timed(seconds, "encode"):
         workers = default_workers() if num_workers is None else num_workers
@@ -89,7 +80,7 @@ def score(
         audit = audit_dataset(
             stock, tasks, probe=config.probe, mixture=config.mixture, seed=config.seed, device=device, progress=progress
         )
-    record = _record(dataset, samples, audit, config, seconds)
+    record = record_of(dataset, samples, audit, config, seconds)
     _write_audit(place, audit, record)
     return record
 
@@ -167,7 +158,7 @@ def finetune(
     settings = {**plain(config), "manifest": path.stem}
     if (folder / "metrics.json").exists() and not overwrite:
         return _finished(folder, settings, found)
-    dataset, media = _source_of(found, data)
+    dataset, media = source_of(found, data)
     workers = default_workers() if num_workers is None else num_workers
     tasks = encode_dataset(dataset, place.features, media=media, num_workers=workers, progress=progress)
     dropped = read_dropped(path)
@@ -189,7 +180,7 @@ def finetune(
     metrics = {
         "manifest": path.stem,
         "manifest_digest": found.digest(),
-        "test_labels_in_scores": _saw_test_labels(found),
+        "test_labels_in_scores": saw_test_labels(found),
         "config": settings,
         **result.metrics,
     }
@@ -252,81 +243,11 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.monotonic() - start, 3)
 
 
-def _check_config(place: Run, done: dict[str, Any], config: RunConfig) -> None:
-    """Refuse to go on in a run of another config, naming the first key that differs."""
-    differing = [
-        f"{section}.{key} is {done['config'][section].get(key)!r} there and {value!r} here"
-        for section, content in config.scoring().items()
-        if isinstance(content, dict)
-        for key, value in content.items()
-        if done["config"][section].get(key) != value
-    ]
-    if done["config"]["seed"] != config.seed:
-        differing.insert(0, f"seed is {done['config']['seed']} there and {config.seed} here")
-    if differing:
-        raise RunError(f"{place.folder} is another run: {differing[0]}; name another with --run, or pass --overwrite")
-
-
-def _record(
-    dataset: Dataset, samples: Samples, audit: Audit, config: RunConfig, seconds: dict[str, float]
-) -> dict[str, Any]:
-    """Give the content of run.json."""
-    out = len({row.sample_id for row in audit.quarantined})
-    return {
-        "schema": "mmaudit.run/1",
-        "version": version("mmaudit"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
-        "source": _absolute(dataset.source),
-        "fingerprint": audit.fingerprint,
-        "seed": config.seed,
-        "config": config.scoring(),
-        "modalities": [
-            {**asdict(modality), "preprocessing": preprocessing(modality, config.media)}
-            for modality in dataset.modalities
-        ],
-        "columns": asdict(dataset.columns),
-        "counts": {"input": len(samples), "scored": len(audit.scores), "quarantined": out},
-        "classes": len(set(audit.scores.label.tolist())),
-        "groups": None if audit.scores.group is None else len(set(audit.scores.group.tolist())),
-        "folds": int(audit.scores.fold.max()) + 1 if audit.scores.fold is not None else None,
-        "accuracy": _accuracies(audit),
-        "verdict": _verdict(audit.mixture),
-        "seconds": seconds,
-    }
-
-
-def _accuracies(audit: Audit) -> dict[str, dict[str, float]]:
-    """Out-of-fold accuracy and loss of each probe, and of all together, with Wilson's 95% interval."""
-    scores = audit.scores
-    assert scores.prediction is not None
-    assert scores.loss is not None
-    named = {name: scores.prediction[:, index] for index, name in enumerate(scores.modalities)}
-    found = {}
-    for name, predicted in {**named, "fused": audit.fused}.items():
-        right = predicted == scores.label
-        low, high = wilson(int(right.sum()), len(right))
-        found[name] = {"accuracy": float(right.mean()), "accuracy_low": low, "accuracy_high": high}
-    for index, name in enumerate(scores.modalities):
-        found[name]["loss"] = float(scores.loss[:, index].mean())
-    majority = np.bincount(scores.label).max() / len(scores)
-    found["chance"] = {"accuracy": float(majority)}  # always the most common class
-    return found
-
-
-def _verdict(mixture: Mixture) -> str:
-    if mixture.bimodal:
-        return "bimodal; p_balanced is its posterior"
-    return f"not bimodal ({'; '.join(mixture.reasons)}); p_balanced is the rule gap <= {mixture.threshold:g}"
-
-
 def _write_audit(place: Run, audit: Audit, record: dict[str, Any]) -> None:
     """Write the files of a score, run.json last: a run that has it is whole."""
-    about = {key: record[key] for key in ("version", "source", "fingerprint", "config", "modalities", "columns")}
-    paths = audit.scores.paths
-    ranges = {name: {"range": span, "meaning": meaning} for name, (span, meaning) in RANGES.items()}
-    provenance = {"schema": "mmaudit.scores/1", **about, "ranges": ranges, "paths": paths.column_names if paths else []}
+    provenance = score_provenance(record)
     write_scores(replace(audit.scores, provenance=provenance), place.scores_file)
-    write_parquet(quarantine_table(audit.quarantined), place.quarantine_file, provenance=about)
+    write_parquet(quarantine_table(audit.quarantined), place.quarantine_file, provenance=provenance)
     write_json(dict(audit.mixture.to_json()), place.mixture_file)
     place.write_record(record)
 
@@ -339,29 +260,6 @@ def _select(
     if dominated is not None:
         return parse_dominated(table, dominated, between=between)
     return by_mixture(table, str(gmm), between=between)
-
-
-def _source_of(manifest: Manifest, data: str | Path | None) -> tuple[Dataset, MediaConfig]:
-    """Open the data a manifest was made from, in the way they were read then."""
-    about = manifest.provenance.get("scores", {})
-    if "source" not in about:
-        raise ManifestError("the manifest does not say which data it was made from: it was not made by mmaudit score")
-    source = str(data) if data is not None else about["source"]
-    columns, options = about["columns"], about["config"]["data"]
-    named = [f"{m['name']}={m['column']}:{m['kind']}" for m in about["modalities"]]
-    options = {key: value for key, value in options.items() if value is not None} | {"modality": named}
-    options |= {role: columns[role] for role in ("id", "label") if columns[role]}
-    try:
-        dataset = open_dataset(source, build(DataConfig, options, where="data."))
-    except MmauditError as error:
-        raise ManifestError(f"the manifest's source cannot be opened: {error}; if it moved, pass --data") from error
-    return dataset, build(MediaConfig, dict(about["config"]["media"]), where="media.")
-
-
-def _saw_test_labels(manifest: Manifest) -> bool:
-    """Tell whether the probes whose scores chose these samples also learned from test samples."""
-    config = manifest.provenance.get("scores", {}).get("config", {})
-    return bool(config.get("probe", {}).get("learn_from") != "train")
 
 
 def _finetune_name(manifest: str, config: RunConfig) -> str:
@@ -385,7 +283,3 @@ def _write_finetune(
     write_text("".join(json.dumps(record) + "\n" for record in history), folder / "history.jsonl")
     write_text(to_toml(config), folder / "config.toml")
     write_json(metrics, folder / "metrics.json")
-
-
-def _absolute(source: str) -> str:
-    return str(Path(source).absolute())

@@ -255,8 +255,8 @@ def test_moved_data_are_found_with_data(data: Path, tmp_path: Path) -> None:
     assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
     assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
     moved = shutil.move(data, tmp_path / "moved")
-    words = ["--manifest", "balanced", "--run", run, "--epochs", "2", "--data", moved, "--json"]
-    result = mmaudit("finetune", *words)
+    given = ["--manifest", "balanced", "--run", str(run), "--data", str(moved)]
+    result = mmaudit("finetune", *given, "--epochs", "2", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["test"]["all"]["n"] > 0
 
@@ -270,8 +270,8 @@ def test_a_foreign_score_table_can_be_split(tmp_path: Path) -> None:
         "confidence_image": rng.random(200, dtype=np.float32),
     }
     pq.write_table(pa.table(table), tmp_path / "theirs.parquet")
-    words = ["--scores", tmp_path / "theirs.parquet", "--balanced", "--run", tmp_path / "run", "--json"]
-    result = mmaudit("split", *words)
+    scores, run = tmp_path / "theirs.parquet", tmp_path / "run"
+    result = mmaudit("split", "--balanced", "--scores", scores, "--run", run, "--json")
     assert result.exit_code == 0
     summary = json.loads(result.stdout)
     assert summary["kept"] + summary["dropped"] == 200

@@ -83,7 +83,17 @@ def test_finetune_killed_and_run_again_is_as_if_never_killed(data: Path, tmp_pat
     folder = tmp_path / "run"
     run("score", data, "--run", folder, *SCORE)
     run("split", "--balanced", "--tolerance", "0.2", "--run", folder)
-    words = ["finetune", "--manifest", "balanced", "--run", folder, "--epochs", "400", "--sampling", "bss-h"]
+    words: list[str | Path] = [
+        "finetune",
+        "--manifest",
+        "balanced",
+        "--run",
+        folder,
+        "--epochs",
+        "400",
+        "--sampling",
+        "bss-h",
+    ]
     run(*words, "--name", "whole")
     state = folder / "finetune" / "broken" / "state" / "last.pt"
     code = stop_when(command(*words, "--name", "broken"), ready=state.exists, with_signal=signal.SIGKILL)

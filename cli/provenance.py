@@ -1,0 +1,127 @@
+"""Provenance: what was a run made from, and how is the same data opened again?"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..audit.dataset import DataConfig, Dataset, open_dataset
+from ..audit.encode import preprocessing
+from ..audit.errors import ManifestError, MmauditError, RunError
+from ..audit.media import MediaConfig
+from ..audit.mixture import Mixture
+from ..audit.samples import Samples
+from ..audit.score import RANGES
+from ..audit.scoring import Audit
+from ..rebalance.manifest import Manifest
+from ..train.evaluate import wilson
+from .config import RunConfig, build
+from .run import Run
+
+_LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillow")  # those that numbers depend on
+
+
+def check_config(place: Run, done: dict[str, Any], config: RunConfig) -> None:
+    """Refuse to go on in a run of another config, naming the first key that differs."""
+    differing = [
+        f"{section}.{key} is {done['config'][section].get(key)!r} there and {value!r} here"
+        for section, content in config.scoring().items()
+        if isinstance(content, dict)
+        for key, value in content.items()
+        if done["config"][section].get(key) != value
+    ]
+    if done["config"]["seed"] != config.seed:
+        differing.insert(0, f"seed is {done['config']['seed']} there and {config.seed} here")
+    if differing:
+        raise RunError(f"{place.folder} is another run: {differing[0]}; name another with --run, or pass --overwrite")
+
+
+def record_of(
+    dataset: Dataset, samples: Samples, audit: Audit, config: RunConfig, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Give the content of run.json."""
+    out = len({row.sample_id for row in audit.quarantined})
+    return {
+        "schema": "mmaudit.run/1",
+        "version": version("mmaudit"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
+        "source": _absolute(dataset.source),
+        "fingerprint": audit.fingerprint,
+        "seed": config.seed,
+        "config": config.scoring(),
+        "modalities": [
+            {**asdict(modality), "preprocessing": preprocessing(modality, config.media)}
+            for modality in dataset.modalities
+        ],
+        "columns": asdict(dataset.columns),
+        "counts": {"input": len(samples), "scored": len(audit.scores), "quarantined": out},
+        "classes": len(set(audit.scores.label.tolist())),
+        "groups": None if audit.scores.group is None else len(set(audit.scores.group.tolist())),
+        "folds": int(audit.scores.fold.max()) + 1 if audit.scores.fold is not None else None,
+        "accuracy": _accuracies(audit),
+        "verdict": _verdict(audit.mixture),
+        "seconds": seconds,
+    }
+
+
+def score_provenance(record: dict[str, Any]) -> dict[str, Any]:
+    """Give what the score table carries of run.json in its metadata: nothing that differs from run to run."""
+    about = {key: record[key] for key in ("version", "source", "fingerprint", "config", "modalities", "columns")}
+    ranges = {name: {"range": span, "meaning": meaning} for name, (span, meaning) in RANGES.items()}
+    return {"schema": "mmaudit.scores/1", **about, "ranges": ranges}
+
+
+def source_of(manifest: Manifest, data: str | Path | None) -> tuple[Dataset, MediaConfig]:
+    """Open the data a manifest was made from, in the way they were read then."""
+    about = manifest.provenance.get("scores", {})
+    if "source" not in about:
+        raise ManifestError("the manifest does not say which data it was made from: it was not made by mmaudit score")
+    source = str(data) if data is not None else about["source"]
+    columns, options = about["columns"], about["config"]["data"]
+    named = [f"{m['name']}={m['column']}:{m['kind']}" for m in about["modalities"]]
+    options = {key: value for key, value in options.items() if value is not None} | {"modality": named}
+    options |= {role: columns[role] for role in ("id", "label") if columns[role]}
+    try:
+        dataset = open_dataset(source, build(DataConfig, options, where="data."))
+    except MmauditError as error:
+        raise ManifestError(f"the manifest's source cannot be opened: {error}; if it moved, pass --data") from error
+    return dataset, build(MediaConfig, dict(about["config"]["media"]), where="media.")
+
+
+def saw_test_labels(manifest: Manifest) -> bool:
+    """Tell whether the probes whose scores chose these samples also learned from test samples."""
+    config = manifest.provenance.get("scores", {}).get("config", {})
+    return bool(config.get("probe", {}).get("learn_from") != "train")
+
+
+def _accuracies(audit: Audit) -> dict[str, dict[str, float]]:
+    """Out-of-fold accuracy and loss of each probe, and of all together, with Wilson's 95% interval."""
+    scores = audit.scores
+    assert scores.prediction is not None
+    assert scores.loss is not None
+    named = {name: scores.prediction[:, index] for index, name in enumerate(scores.modalities)}
+    found = {}
+    for name, predicted in {**named, "fused": audit.fused}.items():
+        right = predicted == scores.label
+        low, high = wilson(int(right.sum()), len(right))
+        found[name] = {"accuracy": float(right.mean()), "accuracy_low": low, "accuracy_high": high}
+    for index, name in enumerate(scores.modalities):
+        found[name]["loss"] = float(scores.loss[:, index].mean())
+    majority = np.bincount(scores.label).max() / len(scores)
+    found["chance"] = {"accuracy": float(majority)}  # always the most common class
+    return found
+
+
+def _verdict(mixture: Mixture) -> str:
+    if mixture.bimodal:
+        return "bimodal; p_balanced is its posterior"
+    return f"not bimodal ({'; '.join(mixture.reasons)}); p_balanced is the rule gap <= {mixture.threshold:g}"
+
+
+def _absolute(source: str) -> str:
+    return str(Path(source).absolute())
