@@ -68,7 +68,10 @@ def encode_dataset(
     bare = replace(dataset, shards=())
     tasks = [EncodeTask(dataset=bare, shard=shard, media=media, folder=folder) for shard in dataset.shards]
     opens_media = any(modality.kind not in ("features", "text") for modality in dataset.modalities)
-    for done, _ in enumerate(run_tasks(encode_shard, tasks, num_workers=num_workers if opens_media else 0), start=1):
+    all_cached = all(task.file(modality).exists() for task in tasks for modality in dataset.modalities)
+    if all_cached or not opens_media:
+        num_workers = 0  # only contents are compared, which is quicker than starting processes
+    for done, _ in enumerate(run_tasks(encode_shard, tasks, num_workers=num_workers), start=1):
         progress("encode", done, len(tasks))
     return tasks
 
