@@ -24,12 +24,11 @@ from scipy.signal import resample_poly
 
 from .errors import ConfigError
 from .quality import Reason, UnusableError
+from .truncation import MIN_HELD, shortfall
 
 SILENT_PEAK = 1e-4  # -80 dBFS: three steps of 16-bit sound, above dither, below any recording
 CONSTANT_SPREAD = 2  # levels of 255 between darkest and brightest: what a lossy codec makes of one colour
-MIN_HELD = 0.99  # of what the header promises; less is truncated
 MAX_BAD_PACKETS = 0.1  # of all, and one in any case: players skip a few (tags behind an mp3)
-STREAMED_SIZE = 0x7FFFF000  # RIFF sizes from here on mean "unknown": written to a pipe by sox (this) or ffmpeg (-1)
 
 # By name, because playlists (hls, concat) would open other files and addresses.
 CONTAINERS = "wav,w64,aiff,au,caf,mp3,aac,amr,flac,ogg,mov,matroska,avi,mpeg,mpegts,flv,asf"
@@ -119,9 +118,8 @@ def _reading(data: bytes) -> Iterator[None]:
     if not data:
         raise UnusableError(Reason.EMPTY, "0 bytes")
     try:
-        promised = max(_wav_end(data), _mp4_end(data))
-        if len(data) < MIN_HELD * promised:
-            raise UnusableError(Reason.TRUNCATED, f"the header promises {promised} bytes, the file holds {len(data)}")
+        if missing := shortfall(data):
+            raise UnusableError(Reason.TRUNCATED, missing)
         yield
     except UnusableError:
         raise
@@ -131,30 +129,6 @@ def _reading(data: bytes) -> Iterator[None]:
         words = (getattr(error, "strerror", None) or str(error)).split(" <")[0]  # Pillow names an address in memory
         detail = f"{len(data)} bytes, {type(error).__name__}: {words}"
         raise UnusableError(Reason.TRUNCATED if ended else Reason.CORRUPT, detail) from error
-
-
-def _wav_end(data: bytes) -> int:
-    """Where the chunk with the samples should end, 0 if unknown."""
-    at = 12 if data[:4] == b"RIFF" and data[8:12] == b"WAVE" else len(data)
-    while at + 8 <= len(data):
-        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
-        at += 8 + size
-        if name == b"data":
-            return 0 if size >= STREAMED_SIZE else at
-        at += size % 2  # chunks begin at even places
-    return at
-
-
-def _mp4_end(data: bytes) -> int:
-    """Where the last box should end, 0 if unknown."""
-    at = 0 if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") else len(data)
-    while at + 8 <= len(data):
-        wide = data[at : at + 4] == b"\0\0\0\1"  # the size stands in 64 bits behind the name
-        size = int.from_bytes(data[at + 8 : at + 16] if wide else data[at : at + 4], "big")
-        if size < 8:  # 0: the box goes to the end of the file, whatever that is
-            return 0
-        at += size
-    return at
 
 
 def _container(data: bytes) -> Any:

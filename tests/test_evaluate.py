@@ -70,7 +70,7 @@ def test_wilson_is_scipy_s(trials: int, data: st.DataObject) -> None:
 
 
 def test_subsets_by_hand() -> None:
-    found = subsets(np.array([-1, -0.4, -0.3, -0.1, 0, 0.1, 0.3, 0.5]), first="audio", second="visual")
+    found = subsets(np.array([-1, -0.4, -0.3, -0.2, 0, 0.2, 0.3, 0.5]), first="audio", second="visual")
     assert {name: np.flatnonzero(rows).tolist() for name, rows in found.items()} == {
         "all": [0, 1, 2, 3, 4, 5, 6, 7],
         "audio-preferred": [5, 6, 7],

@@ -246,8 +246,9 @@ def test_the_epoch_kept_is_the_best_on_validation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_model_file_alone_gives_the_figures_again(tmp_path: Path, fusion: str) -> None:
-    examples = examples_of(noise=1.0)
-    metrics = tune(examples, tmp_path, replace(QUICK, fusion=fusion)).metrics
+    examples = examples_of(noise=3.0)
+    metrics = tune(examples, tmp_path, replace(QUICK, fusion=fusion, epochs=12, hidden=32, lr=3e-2)).metrics
+    assert metrics["best_epoch"] < 12  # the last weights are others
     net, about = rebuild(tmp_path)
     assert about["modalities"] == ["audio", "visual"]
     assert about["classes"] == ["a", "b", "c", "d"]
@@ -256,6 +257,18 @@ def test_the_model_file_alone_gives_the_figures_again(tmp_path: Path, fusion: st
     for name, logits in zip(("fused", "audio", "visual"), (outputs.fused, *outputs.unimodal), strict=True):
         assert branches[name] == pytest.approx(measure(logits.softmax(dim=1).numpy(), label.numpy()))
     assert metrics["num_parameters"] == sum(parameter.numel() for parameter in net.parameters())
+
+
+def test_a_sample_of_no_weight_teaches_nothing(tmp_path: Path) -> None:
+    examples = examples_of()
+    label, weight = examples.label.copy(), examples.weight.copy()
+    spoiled = examples.rows("train")[:10]
+    label[spoiled] = (label[spoiled] + 1) % 4
+    weight[spoiled] = 0
+    tune(replace(examples, weight=weight), tmp_path / "a")
+    tune(replace(examples, weight=weight, label=label), tmp_path / "b")
+    tune(replace(examples, label=label), tmp_path / "c")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
 def test_standardisation_is_the_training_samples_alone(tmp_path: Path) -> None:

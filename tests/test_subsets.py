@@ -147,6 +147,12 @@ def test_the_dropped_are_on_the_wrong_side_of_their_threshold(
     assert all(row["reason"] == reason and is_wrong(row["score"], row["threshold"]) for row in dropped)
 
 
+def test_the_threshold_itself_is_within() -> None:
+    scores = table([[0.5, 0.25], [0.25, 0.5], [0.5, 0.2]])
+    assert within(scores, threshold=0.25).keep.tolist() == [True, True, False]
+    assert preferred(scores, "audio", threshold=0.25).keep.tolist() == [False, False, True]
+
+
 def test_the_mixture_parts_by_its_posterior() -> None:
     posterior = np.array([0, 0.49, 0.5, 0.51, 1], np.float32)
     scores = table([[0.5, 0.5]] * 5, p_balanced=posterior)
