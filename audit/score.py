@@ -92,6 +92,8 @@ class ScoreTable:
         for name in [first, second] if second else [first]:
             if name not in self.modalities:
                 raise ConfigError(f"--between {between}: no modality {name!r}; {choices(name, self.modalities)}")
+        if first == second:
+            raise ConfigError(f"--between {between}: a modality has no discrepancy with itself; name two, or one alone")
         if second:
             pair = [self.modalities.index(first), self.modalities.index(second)]
             return discrepancy(self.confidence[:, pair])

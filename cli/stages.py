@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -158,6 +159,8 @@ def finetune(
     settings = {**plain(config), "manifest": path.stem}
     if (folder / "metrics.json").exists() and not overwrite:
         return _finished(folder, settings, found)
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
     dataset, media = source_of(found, data)
     workers = default_workers() if num_workers is None else num_workers
     tasks = encode_dataset(dataset, place.features, media=media, num_workers=workers, progress=progress)

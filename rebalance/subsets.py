@@ -19,6 +19,8 @@ def sides(scores: ScoreTable, between: str | None) -> dict[str, str]:
     if between is None:
         return {name: _against_the_rest(scores, name) for name in scores.modalities}
     first, _, second = between.partition(":")
+    if not second and len(scores.modalities) == 2:
+        return sides(scores, None)
     return {first: between, second: f"{second}:{first}"} if second else {first: between}
 
 

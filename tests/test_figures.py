@@ -11,10 +11,10 @@ from PIL import Image
 
 from mmaudit.audit.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.score import ScoreTable
-from mmaudit.cli.canvas import COLOURS, DPI, INK, WIDTH, palette
-from mmaudit.cli.examples import class_numbers
-from mmaudit.cli.figures import draw
-from mmaudit.cli.findings import discrepancies, gaps, maps
+from mmaudit.cli.report.canvas import COLOURS, DPI, INK, WIDTH, palette
+from mmaudit.cli.report.examples import class_numbers
+from mmaudit.cli.report.figures import draw
+from mmaudit.cli.report.findings import discrepancies, gaps, maps
 
 
 def numbers_of(

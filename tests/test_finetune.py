@@ -103,6 +103,15 @@ def test_what_is_planted_is_learnt(tmp_path: Path, fusion: str, sampling: str) -
         assert 0.3 < found[name] < 0.75
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; test_what_is_planted_is_learnt is its CPU twin")
+@pytest.mark.parametrize("sampling", SAMPLERS)
+def test_what_is_planted_is_learnt_in_bf16_on_a_gpu(tmp_path: Path, sampling: str) -> None:
+    config = replace(QUICK, epochs=25, hidden=16, sampling=sampling)
+    metrics = tune(examples_of(240), tmp_path, config, device="cuda").metrics
+    assert metrics["test"]["all"]["branches"]["fused"]["accuracy"] > 0.9
+
+
 def test_noise_is_not_learnt(tmp_path: Path) -> None:
     examples = examples_of(400)
     shuffled = replace(examples, label=np.random.default_rng(1).permutation(examples.label))

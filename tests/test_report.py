@@ -22,7 +22,7 @@ from mmaudit.audit.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.parquet import read_json, write_json, write_parquet, write_text
 from mmaudit.audit.quality import Quarantined, Reason, quarantine_table
 from mmaudit.audit.score import ScoreTable, write_scores
-from mmaudit.cli.report import report_numbers, write_report
+from mmaudit.cli.report.page import report_numbers, write_report
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.balanced import BalancedConfig, balanced_split
 from mmaudit.rebalance.manifest import dropped_path, make_manifest, read_dropped, read_manifest, write_manifest
@@ -168,7 +168,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     blank = io.BytesIO()
     Image.new("RGB", (2, 2)).save(blank, "png")
     figures = dict.fromkeys(("discrepancy", "classes", "gap", "maps"), blank.getvalue())
-    monkeypatch.setattr("mmaudit.cli.figures.draw", lambda numbers: figures)
+    monkeypatch.setattr("mmaudit.cli.report.figures.draw", lambda numbers: figures)
 
 
 def full_run(folder: Path) -> Run:

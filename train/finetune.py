@@ -42,7 +42,7 @@ class FinetuneConfig:
     weight_decay: float = 1e-2
     hidden: int = 128
     dropout: float = 0.3
-    validation_fraction: float = 0.1  # of the training samples, where the source has no validation split
+    validation_fraction: float = 0.1  # of the training samples, one at least, where the source has no validation split
 
     def __post_init__(self) -> None:
         for name, known in (("fusion", FUSIONS), ("sampling", SAMPLERS)):

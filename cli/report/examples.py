@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.measures import discrepancy
-from ..audit.score import ScoreTable
-from ..rebalance.balanced import bin_of
+from ...audit.measures import discrepancy
+from ...audit.score import ScoreTable
+from ...rebalance.balanced import bin_of
 from .findings import Numbers, finite, short, sides
 
 Array = NDArray[Any]

@@ -11,9 +11,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from ..audit.errors import RunError
-from ..audit.mixture import Mixture
-from ..audit.parquet import read_json, read_parquet, write_json, write_text
+from ...audit.errors import RunError
+from ...audit.mixture import Mixture
+from ...audit.parquet import read_json, read_parquet, write_json, write_text
+from ..run import Run
 from .examples import class_numbers, sample_lists
 from .findings import (
     Numbers,
@@ -27,7 +28,6 @@ from .findings import (
     standing_out,
 )
 from .outcomes import MOST_DETAILED, finetune_numbers, manifest_numbers
-from .run import Run
 from .verdict import interval, percent, signed, small, verdict
 
 _TEMPLATE = "report.html.jinja"

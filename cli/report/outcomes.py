@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..audit.parquet import read_json
-from ..rebalance.balanced import CURVE, BalancedConfig, bin_of, distance_to_uniform, size_curve
-from ..rebalance.manifest import Manifest, read_dropped, read_manifest
+from ...audit.parquet import read_json
+from ...rebalance.balanced import CURVE, BalancedConfig, bin_of, distance_to_uniform, size_curve
+from ...rebalance.manifest import Manifest, read_dropped, read_manifest
 from .findings import Numbers, finite, short
 
 Array = NDArray[Any]

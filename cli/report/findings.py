@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..audit.measures import discrepancy as all_discrepancies
-from ..audit.mixture import Mixture
-from ..audit.score import ScoreTable
-from ..rebalance.balanced import bin_of
-from ..rebalance.subsets import BALANCED_WITHIN
+from ...audit.measures import discrepancy as all_discrepancies
+from ...audit.mixture import Mixture
+from ...audit.score import ScoreTable
+from ...rebalance.balanced import bin_of
+from ...rebalance.subsets import BALANCED_WITHIN
 from .intervals import Groups, difference, group_codes, mean, share
 
 Numbers = dict[str, Any]

@@ -13,8 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from ..audit.score import ScoreTable
-from ..train.evaluate import wilson
+from ...audit.score import ScoreTable
+from ...train.evaluate import wilson
 
 Array = NDArray[Any]
 Groups = NDArray[np.int64] | None  # the number of each sample's group, (n,); None where every sample is its own

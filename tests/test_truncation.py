@@ -1,0 +1,328 @@
+"""Laws of truncation: a file cut off says so, a whole one never does, whoever wrote it and whatever hangs on it."""
+
+from __future__ import annotations
+
+import io
+import struct
+from fractions import Fraction
+from functools import cache
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmaudit.audit.media import MediaConfig, decode_audio, decode_frames, decode_image
+from mmaudit.audit.quality import Reason, UnusableError
+from mmaudit.audit.truncation import shortfall
+
+SECONDS = 2
+QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+class Pipe(io.RawIOBase):
+    """Takes bytes and cannot go back to fill in sizes."""
+
+    def __init__(self) -> None:
+        self.written = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        self.written += data
+        return len(data)
+
+
+class Recipe(NamedTuple):
+    container: str
+    sound: str | None = None
+    picture: str | None = None
+    options: dict[str, str] = {}  # noqa: RUF012 (never changed)
+    exact: bool = False  # the header says the size in bytes, and of nothing less than the whole file
+
+
+RECIPES = {
+    "wav": Recipe("wav", "pcm_s16le", exact=True),
+    "flac": Recipe("flac", "flac"),
+    "mp3": Recipe("mp3", "libmp3lame", exact=True),
+    "mp3 without id3": Recipe("mp3", "libmp3lame", options={"id3v2_version": "0"}, exact=True),
+    "opus": Recipe("ogg", "libopus"),
+    "vorbis": Recipe("ogg", "vorbis"),
+    "ogg flac": Recipe("ogg", "flac"),
+    "webm sound": Recipe("webm", "libopus", exact=True),
+    "webm vp8": Recipe("webm", "libopus", "libvpx", exact=True),
+    "webm vp9": Recipe("webm", picture="libvpx-vp9", exact=True),
+    "mkv": Recipe("matroska", "flac", "mpeg4", exact=True),
+    "avi": Recipe("avi", "libmp3lame", "mpeg4", exact=True),
+    "avi mjpeg": Recipe("avi", picture="mjpeg", exact=True),
+    "mp4": Recipe("mp4", "aac", "libx264"),
+    "mp4 index first": Recipe("mp4", "aac", "mpeg4", {"moov_size": "9000"}),
+    "mp4 in fragments": Recipe("mp4", "aac", "libx264", {"movflags": "+frag_keyframe+empty_moov"}),
+}
+KINDS = [*RECIPES, "webp"]
+
+
+def encode(recipe: Recipe, file: Any) -> None:
+    """Two seconds of noise and of a picture that moves."""
+    rng = np.random.default_rng(0)
+    with av.open(file, "w", format=recipe.container, options=recipe.options) as container:
+        picture: Any = container.add_stream(recipe.picture, rate=10) if recipe.picture else None
+        sound: Any = container.add_stream(recipe.sound, rate=48_000, layout="stereo") if recipe.sound else None
+        if picture is not None:
+            picture.width, picture.height = 64, 48
+            picture.pix_fmt = "yuvj420p" if recipe.picture == "mjpeg" else "yuv420p"
+            for index in range(10 * SECONDS):
+                pixels = np.roll(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8), index, axis=1)
+                container.mux(picture.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(picture.encode(None))
+        if sound is not None:
+            sound.codec_context.options = {"strict": "experimental"}  # vorbis
+            resampler = av.AudioResampler(sound.codec_context.format, "stereo", 48_000)
+            for start in range(0, SECONDS * 48_000, 960):  # opus takes no other size
+                noise = rng.integers(-9_000, 9_000, (1, 2 * 960), dtype=np.int16)
+                frame = av.AudioFrame.from_ndarray(noise, format="s16", layout="stereo")
+                frame.rate, frame.pts, frame.time_base = 48_000, start, Fraction(1, 48_000)
+                for part in resampler.resample(frame):
+                    container.mux(sound.encode(part))
+            container.mux(sound.encode(None))
+
+
+@cache
+def sample(kind: str) -> bytes:
+    file = io.BytesIO()
+    if kind == "webp":
+        pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file, "webp", lossless=True)
+    else:
+        encode(RECIPES[kind], file)
+    return file.getvalue()
+
+
+def streamed(kind: str) -> bytes:
+    pipe = Pipe()
+    encode(RECIPES[kind], pipe)
+    return bytes(pipe.written)
+
+
+def readers(kind: str) -> list[Any]:
+    if kind == "webp":
+        return [decode_image]
+    return [decode_audio] * bool(RECIPES[kind].sound) + [decode_frames] * bool(RECIPES[kind].picture)
+
+
+def reason_for(read: Any, data: bytes, config: MediaConfig) -> Reason:
+    with pytest.raises(UnusableError) as caught:
+        read(data, config)
+    assert 0 < len(caught.value.detail) < 200
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("max_seconds", [0.1, 10])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_cut_off_is_truncated_and_a_whole_one_is_read(kind: str, max_seconds: float) -> None:
+    """However little of it is asked for."""
+    data, config = sample(kind), MediaConfig(max_seconds=max_seconds)
+    for read in readers(kind):
+        assert read(data, config).size > 0
+        for kept in (0.3, 0.6, 0.95):
+            assert reason_for(read, data[: int(kept * len(data))], config) is Reason.TRUNCATED, kept
+
+
+@QUICK
+@given(kind=st.sampled_from(KINDS), kept=st.floats(0.3, 0.95))
+def test_it_does_not_matter_where_it_is_cut(kind: str, kept: float) -> None:
+    data = sample(kind)
+    cut = int(kept * len(data))
+    assume(data[cut : cut + 4] != b"OggS")  # nothing is said about a cut between two pages
+    assert shortfall(data[:cut])
+    assert not shortfall(data)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, recipe in RECIPES.items() if recipe.exact])
+def test_the_promise_is_the_size_of_the_file(kind: str) -> None:
+    data = sample(kind)
+    held = len(data) // 3
+    assert shortfall(data[:held]) == f"the header promises {len(data)} bytes, the file holds {held}"
+
+
+@QUICK
+@given(kind=st.sampled_from(KINDS), junk=st.binary(max_size=300))
+@example(kind="mp4", junk=b"words that are no box of a film")
+@example(kind="mp3", junk=b"TAG" + bytes(125))  # ID3v1
+@example(kind="mp3", junk=b"APETAGEX" + bytes(200) + b"TAG" + bytes(125))
+@example(kind="flac", junk=b"\xff\xf8" * 100)
+@example(kind="opus", junk=b"O")
+@example(kind="wav", junk=b"LIST\xff\xff\0\0")
+def test_junk_behind_a_file_is_no_promise(kind: str, junk: bytes) -> None:
+    assert not shortfall(sample(kind) + junk)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RECIPES if kind not in ("mp4", "mp4 index first")])
+def test_what_was_written_to_a_pipe_is_whole(kind: str) -> None:
+    data = streamed(kind)
+    assert not shortfall(data)
+    for read in readers(kind):
+        assert read(data, MediaConfig()).size > 0
+
+
+@pytest.mark.parametrize("kind", ["mkv", "webm vp8", "mp3", "wav", "avi"])
+def test_a_stream_of_unknown_size_cannot_tell(kind: str) -> None:
+    """The promise of sizes nobody filled in: cut or not, they say nothing."""
+    data = streamed(kind)
+    assert not shortfall(data[: len(data) // 2])
+
+
+@given(size=st.one_of(st.just(0), st.integers(0x7FFFF000, 0xFFFFFFFF)), kind=st.sampled_from(["wav", "avi"]))
+def test_riff_sizes_that_mean_unknown(size: int, kind: str) -> None:
+    data = bytearray(sample(kind))
+    data[4:8] = struct.pack("<I", size)
+    if kind == "wav":
+        at = data.index(b"data") + 4
+        data[at : at + 4] = struct.pack("<I", size)
+    assert not shortfall(bytes(data))
+
+
+@given(error=st.integers(-100, 16), kind=st.sampled_from(["avi", "avi mjpeg", "webp"]))
+def test_riff_sizes_off_by_padding_or_by_the_header_itself(error: int, kind: str) -> None:
+    data = bytearray(sample(kind))
+    data[4:8] = struct.pack("<I", len(data) - 8 + error)
+    assert not shortfall(bytes(data))
+
+
+@given(size=st.integers(0, 40), padded=st.booleans(), parts=st.integers(1, 3))
+def test_chunks_of_odd_size_with_and_without_padding(size: int, padded: bool, parts: int) -> None:
+    """Before the samples of a wav, and between the RIFF chunks of a long avi."""
+    odd = struct.pack("<I", size) + b"x" * size + b"\0" * (size % 2 and padded)
+    wav = sample("wav")[:12] + (b"LIST" + odd) * parts + sample("wav")[12:]
+    avi = (b"RIFF" + odd) * parts
+    assert not shortfall(wav)
+    assert shortfall(wav[: len(wav) // 2]).startswith(f"the header promises {len(wav)} ")
+    assert not shortfall(avi)
+
+
+def test_the_last_of_several_riff_chunks_counts() -> None:
+    long = sample("avi") + b"RIFF" + struct.pack("<I", 40_004) + b"AVIX" + bytes(40_000)
+    assert not shortfall(long)
+    assert shortfall(long[:-20_000]) == f"the header promises {len(long)} bytes, the file holds {len(long) - 20_000}"
+
+
+@given(parts=st.integers(1, 300), kept=st.floats(0.02, 0.98))
+def test_a_film_in_fragments_is_cut_in_its_last_one(parts: int, kept: float) -> None:
+    """However little of the whole film that is."""
+    fragment = struct.pack(">I", 100) + b"moof" + bytes(92) + struct.pack(">I", 5_000) + b"mdat" + bytes(4_992)
+    film = sample("mp4 in fragments")[:36] + fragment * parts
+    assert not shortfall(film)
+    assert shortfall(film[: len(film) - int(kept * 5_000)])
+
+
+def id3v2(size: int, *, footer: bool = False) -> bytes:
+    sizes = bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0))
+    head = bytes([4, 0, 0x10 if footer else 0]) + sizes
+    return b"ID3" + head + bytes(size) + (b"3DI" + head if footer else b"")
+
+
+@QUICK
+@given(
+    sizes=st.lists(st.integers(0, 60_000), max_size=3),
+    footer=st.booleans(),
+    zeros=st.integers(0, 1_500),
+    kept=st.just(0.6),
+)
+@pytest.mark.parametrize("kind", ["mp3 without id3", "flac"])
+def test_id3_tags_in_front_are_no_sound(kind: str, sizes: list[int], footer: bool, zeros: int, kept: float) -> None:
+    sound = sample(kind)
+    tags = b"".join(id3v2(size, footer=footer) for size in sizes) + bytes(zeros if kind != "flac" else 0)
+    assert not shortfall(tags + sound)
+    assert shortfall(tags + sound[: int(kept * len(sound))])
+
+
+def test_an_mp3_that_counts_its_tags_in_is_whole() -> None:
+    sound = bytearray(sample("mp3 without id3"))
+    at = sound.index(b"Info") + 12
+    sound[at : at + 4] = struct.pack(">I", len(sound) + 50_010)
+    data = id3v2(50_000) + bytes(sound)
+    assert not shortfall(data)
+    assert shortfall(data[: int(0.95 * len(data))])
+
+
+def mp3_header(name: bytes, fields: bytes, *, version: int = 0xFB, side_info: int = 32, size: int = 9_000) -> bytes:
+    """An mp3 of `size` bytes, as far as its first frame and the header in it go."""
+    return (bytes([0xFF, version, 0x90, 0x64]) + bytes(side_info) + name + fields).ljust(size, b"\x55")
+
+
+@pytest.mark.parametrize(
+    ("version", "side_info"), [(0xFB, 32), (0xFA, 32), (0xFB, 17), (0xF3, 17), (0xF3, 9), (0xE3, 9)]
+)
+@pytest.mark.parametrize("name", [b"Xing", b"Info"])
+def test_xing_headers_of_every_version(name: bytes, version: int, side_info: int) -> None:
+    def shortfall_of(fields: bytes) -> str:
+        return shortfall(mp3_header(name, fields, version=version, side_info=side_info))
+
+    assert shortfall_of(struct.pack(">III", 3, 500, 20_000)) == "the header promises 20000 bytes, the file holds 9000"
+    assert shortfall_of(struct.pack(">II", 2, 20_000)) == "the header promises 20000 bytes, the file holds 9000"
+    assert not shortfall_of(struct.pack(">III", 3, 500, 9_000))
+    assert not shortfall_of(struct.pack(">III", 3, 0, 0))  # never filled in
+    assert not shortfall_of(struct.pack(">II", 1, 500))  # frames alone
+    assert not shortfall_of(struct.pack(">I", 0))
+
+
+def test_vbri_headers() -> None:
+    whole, cut = (struct.pack(">HHHII", 1, 0, 75, size, 500) for size in (9_000, 20_000))
+    assert not shortfall(mp3_header(b"VBRI", whole))
+    assert shortfall(mp3_header(b"VBRI", cut)) == "the header promises 20000 bytes, the file holds 9000"
+
+
+def test_an_mp3_without_such_a_header_cannot_tell() -> None:
+    file = io.BytesIO()
+    encode(Recipe("mp3", "libmp3lame", options={"write_xing": "0"}), file)
+    data = file.getvalue()
+    assert not shortfall(data)
+    assert not shortfall(data[: len(data) // 2])
+
+
+@QUICK
+@given(kinds=st.lists(st.sampled_from(["opus", "vorbis", "ogg flac"]), min_size=1, max_size=3), kept=st.floats(0, 1))
+def test_chained_ogg_streams_are_whole_and_their_last_page_counts(kinds: list[str], kept: float) -> None:
+    chain = b"".join(sample(kind) for kind in kinds)
+    assert not shortfall(chain)
+    last = chain.rindex(b"OggS")
+    cut = last + 1 + int(kept * (len(chain) - last - 2))
+    if cut - last > 3 or not chain[chain.rindex(b"OggS", 0, last) + 5] & 4:
+        assert shortfall(chain[:cut])
+
+
+def page(*lacing: int, flags: int = 0) -> bytes:
+    return b"OggS\0" + bytes([flags]) + bytes(20) + bytes([len(lacing), *lacing]) + bytes(sum(lacing))
+
+
+@given(lacing=st.lists(st.integers(0, 255), max_size=255), flags=st.sampled_from([0, 1, 4, 5]))
+def test_an_ogg_stream_without_its_end_flag_is_whole_unless_a_packet_goes_on(lacing: list[int], flags: int) -> None:
+    """Android's recorder sets no such flag."""
+    data = page(19, flags=2) + page(*lacing, flags=flags)
+    assert bool(shortfall(data)) == (not flags & 4 and lacing[-1:] == [255])
+    assert shortfall(data[:-1])
+
+
+def element(name: str, body: bytes, *, length: int = 8) -> bytes:
+    return bytes.fromhex(name) + (len(body) | 1 << 7 * length).to_bytes(length, "big") + body
+
+
+@given(length=st.integers(2, 8), size=st.integers(500, 9_000), parts=st.integers(1, 3), unknown=st.booleans())
+def test_sizes_of_matroska_in_every_length(length: int, size: int, parts: int, unknown: bool) -> None:
+    head, body = element("1a45dfa3", bytes(30), length=1), bytes(size)
+    data = (head + element("18538067", body, length=length)) * parts
+    if unknown:
+        data += head + bytes.fromhex("18538067") + ((1 << 7 * length + 1) - 1).to_bytes(length, "big") + body
+    assert not shortfall(data)
+    assert bool(shortfall(data[: -size // 2])) == (not unknown)
+
+
+@QUICK
+@given(kind=st.sampled_from(KINDS), length=st.integers(0, 200), data=st.binary(max_size=300))
+def test_nothing_is_raised_for_garbage(kind: str, length: int, data: bytes) -> None:
+    assert isinstance(shortfall(data), str)
+    assert isinstance(shortfall(sample(kind)[:length] + data), str)
