@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test check real bench clean
+.PHONY: install demo test check real clean
 
 install: $(READY)
 

@@ -152,6 +152,7 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     taken = [name for name in (columns.id, columns.label, columns.label_name, columns.group, columns.split) if name]
     named = [parse_modality(text, head) for text in config.modality]
     modalities = named or infer_modalities(head, taken=taken)
+    _check_folders(paths, head, modalities)
     dataset = Dataset(
         source=str(data),
         root=root,
@@ -167,6 +168,17 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     dataset = replace(dataset, modalities=tuple(_with_length(dataset, modality) for modality in dataset.modalities))
     log.info("modalities: %s", ", ".join(str(modality) for modality in dataset.modalities))
     return dataset
+
+
+def _check_folders(paths: Sequence[Path], head: pa.Table, modalities: Sequence[Modality]) -> None:
+    """Refuse files of several folders that name media: their paths could be relative to one of them only."""
+    named = [m.column for m in modalities if m.kind != "text" and is_text(head.schema.field(m.column).type)]
+    folders = sorted({str(path.parent) for path in paths})
+    if named and len(folders) > 1:
+        raise DatasetError(
+            f"the files lie in {len(folders)} folders ({folders[0]}, {folders[1]}), and the paths in {named[0]!r} are "
+            "relative to one: write one metadata file above them"
+        )
 
 
 def _plan(paths: list[Path], config: DataConfig) -> tuple[pa.Table, list[Shard]]:

@@ -6,8 +6,7 @@ MmauditError            one line for the user, exit 2
 ├── ScoreError          the table of scores is not one, or cannot be made
 ├── MixtureError        there is nothing a mixture could be fitted to
 ├── ManifestError       a manifest is malformed, or its source has changed
-├── RunError            the run folder is in the way
-└── GateError           a gate failed; exit 3
+└── RunError            the run folder is in the way
 """
 
 from __future__ import annotations
@@ -42,10 +41,6 @@ class ManifestError(MmauditError):
 
 class RunError(MmauditError):
     """The run folder is in the way: made from other data, or incomplete."""
-
-
-class GateError(MmauditError):
-    """The work was done and the result does not pass a gate."""
 
 
 def choices(wrong: str, right: Iterable[str]) -> str:

@@ -135,7 +135,7 @@ def write_arrow(table: pa.Table, path: Path) -> None:
 
 def _encode_modality(task: EncodeTask, modality: Modality, cells: pa.ChunkedArray, ids: list[str]) -> int:
     path = task.file(modality)
-    known = read_arrow(path) if path.exists() else None
+    known = _read_known(path)
     if modality.kind == "features":
         encoded, computed = encode_vectors(cells, modality), len(ids)
     else:
@@ -144,6 +144,14 @@ def _encode_modality(task: EncodeTask, modality: Modality, cells: pa.ChunkedArra
         return 0
     write_arrow(_to_table(ids, encoded), path)
     return computed
+
+
+def _read_known(path: Path) -> pa.Table | None:
+    """Read what a shard's file holds already; a damaged one, as a power cut leaves it, is made anew."""
+    try:
+        return read_arrow(path) if path.exists() else None
+    except DatasetError:
+        return None
 
 
 def _encode_cells(

@@ -17,11 +17,13 @@ def assign_folds(
     *,
     num_folds: int,
     seed: int,
+    purpose: str = "fold",
 ) -> NDArray[np.int16]:
     """Deal n samples into folds: a function of hash(seed, group or id), stratified by class. Shape (n,), in [0, f).
 
     `fits` (n,) are the samples that probes may learn from; they are dealt evenly among themselves. With groups, a whole
-    group is in one fold; there are as many folds as groups where there are fewer groups.
+    group is in one fold; there are as many folds as groups where there are fewer groups. `purpose` tells one deal from
+    another of the same seed.
     Raises ScoreError for fewer than two groups or samples.
     """
     if group is None:
@@ -29,14 +31,20 @@ def assign_folds(
             raise ScoreError(
                 f"{len(sample_id)} usable samples cannot be cross-fitted: a probe needs others to learn from"
             )
-        return _deal(hash_rank(sample_id, seed=seed, purpose="fold"), label, fits, num_folds=num_folds)
+        return _deal(hash_rank(sample_id, seed=seed, purpose=purpose), label, fits, num_folds=num_folds)
     names, member = np.unique(group.astype(str), return_inverse=True)
-    if len(names) < 2:
-        raise ScoreError("all usable samples are of one group: a probe must not see the group it scores; drop --group")
-    counts = np.zeros((len(names), int(label.max()) + 1))
-    np.add.at(counts, (member, label), 1)
-    order = np.lexsort((hash_rank(names.tolist(), seed=seed, purpose="fold"), -counts.sum(axis=1)))
-    return _place_groups(counts, order, num_folds=min(num_folds, len(names)))[member]
+    keys = hash_rank(names.tolist(), seed=seed, purpose=purpose)
+    fold = np.zeros(len(names), dtype=np.int16)
+    # Groups that probes learn from are placed by those rows alone.
+    learned = np.isin(np.arange(len(names)), member[fits])
+    if learned.sum() < 2:
+        raise ScoreError("probes may learn from one group only: they must not see the group they score; drop --group")
+    num_folds = min(num_folds, int(learned.sum()))
+    for groups, rows in ((learned, fits), (~learned, ~fits)):
+        counts = np.zeros((len(names), int(label.max()) + 1))
+        np.add.at(counts, (member[rows], label[rows]), 1)
+        fold[groups] = _place_groups(counts[groups], keys[groups], num_folds=num_folds)
+    return fold[member]
 
 
 def in_one_fold(label: NDArray[np.int32], fold: NDArray[np.int16], fits: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -66,12 +74,13 @@ def _deal(
     return fold
 
 
-def _place_groups(counts: NDArray[np.float64], order: NDArray[np.intp], *, num_folds: int) -> NDArray[np.int16]:
-    """Place groups, the largest first, where the classes then lie most evenly over the folds.
+def _place_groups(counts: NDArray[np.float64], keys: NDArray[np.uint64], *, num_folds: int) -> NDArray[np.int16]:
+    """Place groups, the largest first and by key among equals, where the classes then lie most evenly over the folds.
 
     `counts` (g, k) are samples by group and class. A greedy rule, the one of scikit-learn's StratifiedGroupKFold
     with a sum of squares for the spread, and the emptiest fold where that ties.
     """
+    order = np.lexsort((keys, -counts.sum(axis=1)))
     share = 1.0 / np.maximum(counts.sum(axis=0), 1)
     held = np.zeros((num_folds, counts.shape[1]))
     fold = np.empty(len(counts), dtype=np.int16)

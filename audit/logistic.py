@@ -77,7 +77,8 @@ def make_design(x: Tensor) -> Design:
     standard = ((x - centre) / scale).clamp(-_FARTHEST, _FARTHEST)
     if x.shape[1] > _WHITEN_UP_TO:
         return Design(rows=standard, centre=centre, scale=scale, basis=None, curvature=torch.ones_like(centre))
-    values, basis = torch.linalg.eigh(standard.T @ standard / len(x))
+    # In float32 the decomposition fails to converge where hundreds of features are constant, as hashed words are.
+    values, basis = (found.to(x.dtype) for found in torch.linalg.eigh((standard.T @ standard / len(x)).double()))
     return Design(rows=standard @ basis, centre=centre, scale=scale, basis=basis, curvature=values.clamp_min(0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -19,6 +20,7 @@ _EXTENSIONS = {
     "video": {".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".flv", ".m4v"},
 }
 _PATH_SUFFIXES = ("_file_name", "_filepath", "_file", "_path", "_filename")
+RESERVED = ("all", "chance", "fused", "rest")
 _NAMING = "name each with --modality NAME=COLUMN[:KIND]"
 _TEXT_NAMES = {"text", "caption", "sentence", "transcript", "title", "review", "utterance", "question", "tweet"}
 
@@ -109,6 +111,8 @@ def check_modalities(modalities: Sequence[Modality], column_names: Sequence[str]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ConfigError(f"two modalities are called {repeated[0]!r}; {_NAMING}")
+    if taken := next((name for name in names if name in RESERVED), None):
+        raise ConfigError(f"a modality is called {taken!r}, which the reports call something else; {_NAMING}")
     if odd := next((name for name in names if set(name) & set("/\\:=")), None):
         # The name stands in paths of the cache and in `--between A:B`.
         raise ConfigError(f"a modality is called {odd!r}; its name may hold none of / \\ : = ; {_NAMING}")
@@ -133,12 +137,11 @@ def _infer_kind(column: pa.ChunkedArray, field: pa.Field, *, eager: bool = False
     if not is_text(field.type):
         return None
     values = pc.drop_null(column).to_pylist()
-    kinds = {kind_of_path(value) for value in values}
-    if len(kinds) == 1 and None not in kinds:
-        return kinds.pop()
-    if kinds and (eager or field.name.lower() in _TEXT_NAMES):
-        return "text" if None in kinds else None
-    return None
+    kinds = Counter(kind_of_path(value) for value in values)
+    kind, most = next(iter(kinds.most_common(1)), (None, 0))
+    if kind is not None and most > len(values) / 2:
+        return kind  # odd ones among them are quarantined, each with its reason
+    return "text" if values and kind is None and (eager or field.name.lower() in _TEXT_NAMES) else None
 
 
 def _stem(column: str, *, default: str) -> str:

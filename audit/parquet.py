@@ -49,6 +49,9 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file."""
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+def read_json(path: Path, *, error: type[MmauditError]) -> dict[str, Any]:
+    """Read a JSON file; what cannot be read raises `error`."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as cause:
+        raise error(f"{path} cannot be read: {cause}; it was not written by mmaudit, or is damaged") from cause

@@ -55,7 +55,7 @@ class Samples:
 
 
 def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Samples:
-    """Read ids, labels, splits and groups. A dataset without a split gets a test split cut, and that is said."""
+    """Read ids, labels, splits and groups; without a split a test split is cut by hash(seed, group or id)."""
     columns = dataset.columns
     ids: list[str] = []
     tables = []
@@ -77,12 +77,6 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
     )
     paths = rows.select(dataset.path_columns)
     return Samples(sample_id=sample_id, label=label, class_names=class_names, split=split, group=group, paths=paths)
-
-
-def read_ids(dataset: Dataset) -> NDArray[np.object_]:
-    """Read the ids alone, (n,), in the dataset's own order."""
-    ids = [dataset.sample_ids(dataset.read(shard, modalities=False), shard) for shard in dataset.shards]
-    return np.array([name for part in ids for name in part], dtype=object)
 
 
 def spread(keys: NDArray[np.uint64], label: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -174,5 +168,4 @@ def _cut_test(
     fraction: float,
 ) -> NDArray[np.object_]:
     drawn = cut(sample_id, label, group, fraction=fraction, seed=seed, purpose="test split")
-    log.info("no split column: %d of %d samples are held out as test", drawn.sum(), len(drawn))
     return np.where(drawn, "test", "train").astype(object)

@@ -83,6 +83,12 @@ class ScoreTable:
         """Modality gap (n,) in [0, 1]; 0 = balanced."""
         return gap(self.confidence)
 
+    @property
+    def not_test(self) -> NDArray[np.bool_]:
+        """The rows (n,) that may choose something: all but the test split; all where there is no other split."""
+        chooses = np.ones(len(self), dtype=bool) if self.split is None else self.split != "test"
+        return chooses if chooses.any() else ~chooses
+
     def discrepancy(self, between: str | None = None) -> Floats:
         """Signed discrepancy (n,) in [-1, 1]: `A:B` is c^A - c^B, `A` is A against the mean of the others.
 
@@ -105,7 +111,7 @@ class ScoreTable:
         """Give `A:B` for two modalities; of more the most confident one, which is set against the rest."""
         if len(self.modalities) == 2:
             return ":".join(self.modalities)
-        return self.modalities[int(self.confidence.mean(axis=0).argmax())]
+        return self.modalities[int(self.confidence[self.not_test].mean(axis=0).argmax())]
 
     def to_arrow(self) -> pa.Table:
         """Give the columns of scores.parquet."""
@@ -157,7 +163,7 @@ def read_scores(path: str | Path) -> ScoreTable:
     Raises ScoreError for missing columns, repeated ids, and values that are null or out of range.
     """
     table, provenance = read_parquet(Path(path), error=ScoreError)
-    paths = provenance.pop("paths", [])
+    named = [name for name in provenance.pop("paths", []) if name in table.column_names]
     names = table.column_names
     modalities = tuple(name.removeprefix("confidence_") for name in names if name.startswith("confidence_"))
     if "sample_id" not in names or not {"label", "label_name"} & set(names) or len(modalities) < 2:
@@ -183,7 +189,7 @@ def read_scores(path: str | Path) -> ScoreTable:
         balance=_numbers(table, "balance", np.float32),
         p_balanced=_numbers(table, "p_balanced", np.float32),
         content=_strings(table, "content"),
-        paths=table.select(paths) if paths else None,
+        paths=table.select(named) if named else None,
         provenance=provenance,
     )
 

@@ -22,8 +22,6 @@ from .samples import NO_LABEL, Samples
 from .score import ScoreTable
 from .workers import Progress
 
-_INNER = 1_000_003  # added to the seed for the inner deal, far from any repeat's seed
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
@@ -133,7 +131,7 @@ def _cross(
     """Deal the rows into folds, once a repeat, leaving out classes that one fold holds alone in any of them."""
     left_out: list[Quarantined] = []
     while True:
-        crossings = [_crossing(samples, rows, config, seed=seed + repeat) for repeat in range(config.repeats)]
+        crossings = [_crossing(samples, rows, config, seed=seed, repeat=repeat) for repeat in range(config.repeats)]
         label = samples.label[rows]
         rare = np.logical_or.reduce([in_one_fold(label, crossing.fold, crossing.fits) for crossing in crossings])
         if not rare.any():
@@ -154,17 +152,18 @@ def _rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
     )
 
 
-def _crossing(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int) -> Crossing:
+def _crossing(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int, repeat: int) -> Crossing:
     train = samples.split[rows] != "test"
     if not train.any():  # the mixture is never fitted to test samples either
         raise ScoreError("every usable sample is a test sample: a probe has nothing to learn from; pass --split none")
     fits = train | (config.learn_from == "all")
     group = None if samples.group is None else samples.group[rows]
+    ids, label = samples.sample_id[rows], samples.label[rows]
     deals = [
-        assign_folds(samples.sample_id[rows], samples.label[rows], group, fits, num_folds=config.folds, seed=each)
-        for each in (seed, seed + _INNER)
+        assign_folds(ids, label, group, fits, num_folds=config.folds, seed=seed, purpose=f"{purpose} {repeat}")
+        for purpose in ("fold", "inner fold")
     ]
-    key = hash_rank(samples.sample_id[rows], seed=seed, purpose="strength rows")
+    key = hash_rank(ids, seed=seed, purpose="strength rows")
     return Crossing(fold=deals[0], inner=deals[1], fits=fits, key=key)
 
 
@@ -196,7 +195,7 @@ def _score_table(
         loss=loss,
         discrepancy_sd=_spread(rounds, label),
         similarity=similarity,
-        balance=measures.balance(similarity, total, fits=crossing.fits),
+        balance=measures.balance(similarity, total, fits=samples.split[rows] != "test"),
         paths=samples.paths.take(pa.array(rows)),
     )
 

@@ -65,7 +65,7 @@ def read_rows(path: Path) -> pa.Table:
         if path.suffix == ".jsonl":
             return _read_jsonl(path)
         return pq.read_table(path)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 

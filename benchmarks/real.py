@@ -84,7 +84,7 @@ def measure(case: Case, folder: Path, scratch: Path) -> tuple[str, bool]:
         and all(probes[name] < bound for name, bound in case.below.items())
         and len(probes) - 1 == case.num_modalities
         and tested["accuracy_low"] > 2 * chance
-        and metrics["test"]["in-manifest"] is not None
+        and all(metrics["test"][name]["n"] > 0 for name in ("in-manifest", "balanced-within-0.2"))
     )
     cells = [
         ", ".join(f"{name} {value:.3f}" for name, value in probes.items()),

@@ -40,6 +40,10 @@ class RunConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"the seed is {self.seed}; it must be at least 0")
+
     def scoring(self) -> dict[str, Any]:
         """Give the part that scores depend on, as plain values: what run.json holds and a rerun must match."""
         config = plain(self)
@@ -73,7 +77,7 @@ def build(type_: type[Config], content: dict[str, Any], *, where: str, settings:
     values = {}
     for key, value in content.items():
         if key not in hints:
-            raise ConfigError(f"no config key {where}{key}; {choices(key, hints)}")
+            raise ConfigError(f"no config key {where}{key}; {choices(where + key, [where + name for name in hints])}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise ConfigError(f"config key {where}{key} is a section; set {where}{key}.KEY")
@@ -94,15 +98,17 @@ def _plain_value(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def to_toml(config: Any) -> str:
-    """Write a config as TOML; keys without a value are left out."""
+def to_toml(content: dict[str, Any]) -> str:
+    """Write nested plain values, as `plain` gives them, as TOML; keys without a value are left out."""
     import tomli_w
 
-    def drop_none(content: dict[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in content.items() if value is not None}
-        return {key: drop_none(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    return tomli_w.dumps(without_none(content))
 
-    return tomli_w.dumps(drop_none(plain(config)))
+
+def without_none(content: dict[str, Any]) -> dict[str, Any]:
+    """Leave out keys without a value, at every depth."""
+    kept = {key: value for key, value in content.items() if value is not None}
+    return {key: without_none(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _apply(content: dict[str, Any], setting: str) -> None:

@@ -72,6 +72,8 @@ def tell_score(record: dict[str, Any]) -> None:
         f"{record['classes']} classes, {record['folds']} folds"
         + (f" over {record['groups']} groups" if record["groups"] else "")
     )
+    for reason, number in record["quarantine"].items():
+        print(f"  quarantined: {number} x {reason}")
     for name, found in record["accuracy"].items():
         if name == "chance":
             print(f"  {name:>10}  {found['accuracy']:.3f}  the most common class")
@@ -88,6 +90,9 @@ def tell_split(summary: dict[str, Any]) -> None:
     if "curve" in summary:
         before, after = summary["before"], summary["after"]
         print(f"  distance to uniform {before['distance']:.3f} before, {after['distance']:.3f} after")
+        if len(summary["distances"]) > 1:
+            parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["distances"].items())
+            print(f"  each split on its own  {parts}")
         print(f"  share with D > 0    {before['positive']:.3f} before, {after['positive']:.3f} after")
         if summary["empty_bins"]:
             print(f"  bins without any sample: {', '.join(map(str, summary['empty_bins']))}; uniform over the others")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-OK, BUG, BAD_INPUT, GATE_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+BAD_INPUT, INTERRUPTED = 2, 130  # 0 is done, 1 a bug of ours: a traceback
 
 RunOption = Annotated[str, typer.Option("--run", help="The run folder.")]
 ConfigOption = Annotated[str | None, typer.Option("--config", help="A TOML file with any of the settings.")]
@@ -47,14 +48,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        from ..audit.errors import GateError, MmauditError
+        from ..audit.errors import MmauditError
         from .console import say
 
         try:
             function(*args, **kwargs)
-        except GateError as error:
-            say(f"gate failed: {error}")
-            raise typer.Exit(GATE_FAILED) from None
         except MmauditError as error:
             say(f"error: {error}")
             raise typer.Exit(BAD_INPUT) from None
@@ -126,7 +124,7 @@ def score(
 
     from .config import override
     from .console import progress_bars, tell_score
-    from .stages import report as write_report
+    from .run import Run
     from .stages import score as run_score
 
     settings = _config(config, set_, seed)
@@ -151,8 +149,7 @@ def score(
             overwrite=overwrite,
             progress=progress,
         )
-    page = write_report(run=run)
-    _finish({**record, "report": str(page)}, json_, tell_score)
+    _finish({**record, "report": str(Run(Path(run)).report_file)}, json_, tell_score)
 
 
 @command

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..audit.dataset import DataConfig, Dataset, open_dataset
+from .. import __version__
+from ..audit.dataset import Dataset, open_dataset
 from ..audit.encode import preprocessing
 from ..audit.errors import ManifestError, MmauditError, RunError
-from ..audit.media import MediaConfig
 from ..audit.mixture import Mixture
-from ..audit.samples import Samples
 from ..audit.score import RANGES
 from ..audit.scoring import Audit
 from ..rebalance.manifest import Manifest
 from ..train.evaluate import wilson
-from .config import RunConfig, build
+from .config import RunConfig, build, without_none
 from .run import Run
 
 _LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillow")  # those that numbers depend on
 
 
-def check_config(place: Run, done: dict[str, Any], config: RunConfig) -> None:
+def check_config(place: Run, done: dict[str, Any], dataset: Dataset, config: RunConfig) -> None:
     """Refuse to go on in a run of another config, naming the first key that differs."""
     differing = [
         f"{section}.{key} is {done['config'][section].get(key)!r} there and {value!r} here"
@@ -35,31 +35,29 @@ def check_config(place: Run, done: dict[str, Any], config: RunConfig) -> None:
         for key, value in content.items()
         if done["config"][section].get(key) != value
     ]
+    if done["modalities"] != (modalities := _modalities(dataset, config)):
+        differing.append(f"the modalities are {_names(done['modalities'])} there and {_names(modalities)} here")
     if done["config"]["seed"] != config.seed:
         differing.insert(0, f"seed is {done['config']['seed']} there and {config.seed} here")
     if differing:
         raise RunError(f"{place.folder} is another run: {differing[0]}; name another with --run, or pass --overwrite")
 
 
-def record_of(
-    dataset: Dataset, samples: Samples, audit: Audit, config: RunConfig, seconds: dict[str, float]
-) -> dict[str, Any]:
+def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dict[str, float]) -> dict[str, Any]:
     """Give the content of run.json."""
     out = len({row.sample_id for row in audit.quarantined})
     return {
         "schema": "mmaudit.run/1",
-        "version": version("mmaudit"),
+        "version": __version__,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
         "source": _absolute(dataset.source),
         "fingerprint": audit.fingerprint,
         "seed": config.seed,
         "config": config.scoring(),
-        "modalities": [
-            {**asdict(modality), "preprocessing": preprocessing(modality, config.media)}
-            for modality in dataset.modalities
-        ],
+        "modalities": _modalities(dataset, config),
         "columns": asdict(dataset.columns),
-        "counts": {"input": len(samples), "scored": len(audit.scores), "quarantined": out},
+        "counts": {"input": dataset.num_rows, "scored": len(audit.scores), "quarantined": out},
+        "quarantine": dict(Counter(row.reason.value for row in audit.quarantined).most_common()),
         "classes": len(set(audit.scores.label.tolist())),
         "groups": None if audit.scores.group is None else len(set(audit.scores.group.tolist())),
         "folds": int(audit.scores.fold.max()) + 1 if audit.scores.fold is not None else None,
@@ -76,27 +74,37 @@ def score_provenance(record: dict[str, Any]) -> dict[str, Any]:
     return {"schema": "mmaudit.scores/1", **about, "ranges": ranges}
 
 
-def source_of(manifest: Manifest, data: str | Path | None) -> tuple[Dataset, MediaConfig]:
-    """Open the data a manifest was made from, in the way they were read then."""
+def source_of(manifest: Manifest, data: str | Path | None) -> tuple[Dataset, RunConfig]:
+    """Open the data a manifest was made from as they were read then, and give the config of that score."""
     about = manifest.provenance.get("scores", {})
     if "source" not in about:
-        raise ManifestError("the manifest does not say which data it was made from: it was not made by mmaudit score")
+        raise ManifestError(
+            "the manifest does not say which data it was made from, so its scores were not mmaudit's; "
+            "score the data with mmaudit score, and split that run"
+        )
+    named = tuple(f"{m['name']}={m['column']}:{m['kind']}" for m in about["modalities"])
+    made = build(RunConfig, without_none(about["config"]), where="")
     source = str(data) if data is not None else about["source"]
-    columns, options = about["columns"], about["config"]["data"]
-    named = [f"{m['name']}={m['column']}:{m['kind']}" for m in about["modalities"]]
-    options = {key: value for key, value in options.items() if value is not None} | {"modality": named}
-    options |= {role: columns[role] for role in ("id", "label") if columns[role]}
     try:
-        dataset = open_dataset(source, build(DataConfig, options, where="data."))
+        dataset = open_dataset(source, replace(made.data, modality=named))
     except MmauditError as error:
         raise ManifestError(f"the manifest's source cannot be opened: {error}; if it moved, pass --data") from error
-    return dataset, build(MediaConfig, dict(about["config"]["media"]), where="media.")
+    return dataset, made
 
 
 def saw_test_labels(manifest: Manifest) -> bool:
     """Tell whether the probes whose scores chose these samples also learned from test samples."""
     config = manifest.provenance.get("scores", {}).get("config", {})
     return bool(config.get("probe", {}).get("learn_from") != "train")
+
+
+def _modalities(dataset: Dataset, config: RunConfig) -> list[dict[str, Any]]:
+    return [{**asdict(each), "preprocessing": preprocessing(each, config.media)} for each in dataset.modalities]
+
+
+def _names(modalities: list[dict[str, Any]]) -> str:
+    """Name modalities as --modality takes them, and the start of their preprocessing's fingerprint."""
+    return ", ".join(f"{m['name']}={m['column']}:{m['kind']} ({m['preprocessing'][:6]})" for m in modalities)
 
 
 def _accuracies(audit: Audit) -> dict[str, dict[str, float]]:

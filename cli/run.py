@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..audit.errors import RunError, choices
+from ..audit.errors import ConfigError, RunError, choices
 from ..audit.parquet import read_json, write_json
 from ..audit.score import ScoreTable, read_scores
 
@@ -60,7 +60,7 @@ class Run:
 
     def manifest(self, name: str) -> Path:
         """Give the file of a manifest by name."""
-        return self.folder / "manifests" / f"{name}.parquet"
+        return self.folder / "manifests" / f"{_checked(name)}.parquet"
 
     def manifests(self) -> list[Path]:
         """List the manifests there are, by name."""
@@ -69,7 +69,7 @@ class Run:
 
     def finetune(self, name: str) -> Path:
         """Give the folder of a fine-tuning by name."""
-        return self.folder / "finetune" / name
+        return self.folder / "finetune" / _checked(name)
 
     def finetunes(self) -> list[Path]:
         """List the folders of finished fine-tunings, by name."""
@@ -85,7 +85,7 @@ class Run:
             raise RunError(
                 f"{self.folder} holds no finished run; make one with: mmaudit score DATA --run {self.folder}"
             )
-        return read_json(self.record_file)
+        return read_json(self.record_file, error=RunError)
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Write run.json."""
@@ -107,7 +107,7 @@ class Run:
             raise RunError(f"{self.folder} holds {sorted(strangers)[0]} and is no run; name another folder with --run")
 
     def clear(self) -> None:
-        """Remove the scores and all that was made from them, run.json first; the feature cache stays."""
+        """Remove the scores and all that was made from them; the feature cache stays."""
         for name in _OWN[:-1]:
             path = self.folder / name
             if path.is_dir():
@@ -119,22 +119,31 @@ class Run:
         """Give the file of a manifest, named by its path or by its name in this run."""
         if Path(name).is_file():
             return Path(name)
-        if self.manifest(name).is_file():
-            return self.manifest(name)
         known = [path.stem for path in self.manifests()]
+        if name in known:
+            return self.manifest(name)
         raise RunError(f"no manifest {name}; {choices(name, known)}; make one with: mmaudit split --balanced")
 
 
+def _checked(name: str) -> str:
+    """Refuse a name that would lead out of the run, be hidden, or be taken for dropped rows."""
+    if not name or name[0] == "." or name.endswith(".dropped") or set(name) & set("/\\"):
+        raise ConfigError(f"--name {name!r}: a name holds no / or \\, and neither begins with . nor ends in .dropped")
+    return name
+
+
+# In the order in which they are removed: what was made from the scores goes before them, so that a broken removal
+# never leaves it beside other scores.
 _OWN = (
+    "finetune",
+    "manifests",
+    "report.html",
+    "report.json",
+    "figures",
+    "recovery.json",
     "run.json",
     "scores.parquet",
     "quarantine.parquet",
     "mixture.json",
-    "recovery.json",
-    "report.html",
-    "report.json",
-    "figures",
-    "manifests",
-    "finetune",
     "features",
 )

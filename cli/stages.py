@@ -49,7 +49,7 @@ def score(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Score every sample of `data` into the run folder and give run.json's content.
+    """Score every sample of `data` into the run folder, write the report, and give run.json's content.
 
     A finished run of the same data and config is left as it is; features already encoded are used again. Raises
     RunError for a run of other data or config, unless `overwrite`; DatasetError, ConfigError, ScoreError as they come.
@@ -61,8 +61,11 @@ def score(
     place.check_place()
     done = place.record() if place.is_scored() and not overwrite else None
     if done is not None:
-        check_config(place, done, config)
+        check_config(place, done, dataset, config)
     samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+    if dataset.columns.split is None:
+        held = int((samples.split == "test").sum())
+        log.info("no split column: %d of %d samples are held out as test", held, len(samples))
     with _timed(seconds, "encode"):
         workers = default_workers() if num_workers is None else num_workers
         tasks = encode_dataset(dataset, place.features, media=config.media, num_workers=workers, progress=progress)
@@ -75,14 +78,15 @@ def score(
             )
         log.info("%s is already scored from these data with this config: nothing to do", place.folder)
         return done
-    if overwrite:
-        place.clear()
     with _timed(seconds, "probe"):
         audit = audit_dataset(
             stock, tasks, probe=config.probe, mixture=config.mixture, seed=config.seed, device=device, progress=progress
         )
-    record = record_of(dataset, samples, audit, config, seconds)
+    record = record_of(dataset, audit, config, seconds=seconds)
+    if overwrite:
+        place.clear()  # only now: a score that fails leaves the old run as it is
     _write_audit(place, audit, record)
+    report(run=place.folder)
     return record
 
 
@@ -122,6 +126,7 @@ def split(
         summary = {
             "before": asdict(found.uniformity_before),
             "after": asdict(found.uniformity_after),
+            "distances": found.distances,
             "empty_bins": found.empty_bins,
             "curve": [asdict(point) for point in found.curve],
         }
@@ -156,19 +161,27 @@ def finetune(
     path = place.find_manifest(str(manifest))
     found = read_manifest(path)
     folder = place.finetune(name or _finetune_name(path.stem, config))
-    settings = {**plain(config), "manifest": path.stem}
+    settings = {name: plain(config)[name] for name in ("seed", "finetune", "sampling")} | {"manifest": path.stem}
     if (folder / "metrics.json").exists() and not overwrite:
         return _finished(folder, settings, found)
     if overwrite and folder.exists():
+        (folder / "metrics.json").unlink(missing_ok=True)  # first of all: without it nothing here is finished
         shutil.rmtree(folder)
-    dataset, media = source_of(found, data)
+    dataset, made = source_of(found, data)
     workers = default_workers() if num_workers is None else num_workers
-    tasks = encode_dataset(dataset, place.features, media=media, num_workers=workers, progress=progress)
-    dropped = read_dropped(path)
+    tasks = encode_dataset(dataset, place.features, media=made.media, num_workers=workers, progress=progress)
+    samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
+    dropped = read_dropped(path, found)
     if dropped is None:
         log.info("no dropped rows beside %s: test figures are on the manifest's own test samples alone", path.name)
     examples = load_examples(
-        found, dropped, dataset, tasks, validation_fraction=config.finetune.validation_fraction, seed=config.seed
+        found,
+        dropped,
+        samples=samples,
+        statuses=take_stock(dataset, samples, tasks).statuses,
+        tasks=tasks,
+        validation_fraction=config.finetune.validation_fraction,
+        seed=config.seed,
     )
     result = finetune_on(
         examples,
@@ -185,9 +198,10 @@ def finetune(
         "manifest_digest": found.digest(),
         "test_labels_in_scores": saw_test_labels(found),
         "config": settings,
+        "made_from": found.provenance,
         **result.metrics,
     }
-    _write_finetune(folder, config, result.history, metrics)
+    _write_finetune(folder, settings, result.history, metrics)
     return metrics
 
 
@@ -272,7 +286,7 @@ def _finetune_name(manifest: str, config: RunConfig) -> str:
 
 
 def _finished(folder: Path, settings: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
-    metrics = read_json(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json", error=RunError)
     if metrics["config"] != settings or metrics["manifest_digest"] != manifest.digest():
         raise RunError(f"{folder} holds a fine-tuning of other settings: give this one a --name, or pass --overwrite")
     log.info("%s is already finished with these settings: nothing to do", folder)
@@ -280,9 +294,9 @@ def _finished(folder: Path, settings: dict[str, Any], manifest: Manifest) -> dic
 
 
 def _write_finetune(
-    folder: Path, config: RunConfig, history: Sequence[dict[str, float]], metrics: dict[str, Any]
+    folder: Path, settings: dict[str, Any], history: Sequence[dict[str, float]], metrics: dict[str, Any]
 ) -> None:
     """Write history, config and, last, metrics.json: a fine-tuning that has it is finished."""
     write_text("".join(json.dumps(record) + "\n" for record in history), folder / "history.jsonl")
-    write_text(to_toml(config), folder / "config.toml")
+    write_text(to_toml({name: value for name, value in settings.items() if name != "manifest"}), folder / "config.toml")
     write_json(metrics, folder / "metrics.json")

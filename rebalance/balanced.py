@@ -1,12 +1,14 @@
 """The balanced split: how many samples can be kept so that the discrepancy is uniformly distributed?
 
 The dataset of Xia et al., arXiv 2302.10912, was filtered to a uniform discrepancy; how was not published. The builder
-is mmaudit's: bins over [-1, 1], one level L that every bin is cut to, and within a bin the classes share evenly.
+is mmaudit's: bins over [-1, 1], one level L that every bin is cut to, and within a bin the classes share evenly. Each
+split (train, validation, test) is balanced on its own: what test samples are like has no part in choosing the others.
 Letters: b bins, k classes; `counts` (b, k) are samples by bin and class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
@@ -70,6 +72,7 @@ class BalancedSplit:
     after: Counts
     uniformity_before: Uniformity
     uniformity_after: Uniformity
+    distances: dict[str, float]  # by split: to uniform over the bins that the split itself fills
     curve: tuple[Point, ...]
 
     @property
@@ -90,12 +93,18 @@ def balanced_split(
     values = scores.discrepancy(chosen)
     bins = bin_of(values, num_bins=config.bins)
     label = np.unique(scores.label, return_inverse=True)[1].astype(np.int32)  # anybody's numbers, -1 and 10^6 too
-    before = count(bins, label, num_bins=config.bins)
-    quota = _quota(before.sum(axis=1), config)
-    taken = share_among_classes(before, quota)
-    place = _place_in_cell(scores.sample_id, bins, label, seed=seed)
-    places = taken[bins, label]
+    shape = (config.bins, int(label.max()) + 1)
+    parts = splits_of(scores)
+    sizes = _sizes(parts, config.size)
+    place, places = np.zeros(len(scores), dtype=np.int64), np.zeros(len(scores), dtype=np.int64)
+    for name, part in parts.items():
+        available = count(bins[part], label[part], shape=shape)
+        taken = share_among_classes(available, _quota(available.sum(axis=1), config, size=sizes[name]))
+        place[part] = _place_in_cell(scores.sample_id[part], bins[part], label[part], seed=seed)
+        places[part] = taken[bins[part], label[part]]
     keep = place < places
+    before, after = count(bins, label, shape=shape), count(bins[keep], label[keep], shape=shape)
+    by_split = [np.bincount(bins[part], minlength=config.bins) for part in parts.values()]
     selection = Selection(
         name="balanced",
         between=chosen,
@@ -109,20 +118,31 @@ def balanced_split(
     return BalancedSplit(
         selection=selection,
         before=before,
-        after=taken,
+        after=after,
         uniformity_before=_uniformity(values, before, before),
-        uniformity_after=_uniformity(values[keep], taken, before),
-        curve=size_curve(before.sum(axis=1), CURVE),
+        uniformity_after=_uniformity(values[keep], after, before),
+        distances={
+            name: distance_to_uniform(np.bincount(bins[part & keep], minlength=config.bins), available=available)
+            for (name, part), available in zip(parts.items(), by_split, strict=True)
+        },
+        curve=size_curve(by_split, CURVE),
     )
 
 
+def splits_of(scores: ScoreTable) -> dict[str, NDArray[np.bool_]]:
+    """Give the rows (n,) of each split there is; all rows as one where the table has no splits."""
+    if scores.split is None:
+        return {"all": np.ones(len(scores), dtype=bool)}
+    return {str(name): scores.split == name for name in sorted(set(scores.split), key=str)}
+
+
 def largest_pair(scores: ScoreTable, config: BalancedConfig) -> str:
-    """Give the pair `A:B` of modalities whose balanced split is the largest; the first of equals."""
+    """Give the pair `A:B` of modalities of which most samples can be kept, test samples not counted."""
+    counted = scores.not_test
     sizes = {}
     for first, second in combinations(scores.modalities, 2):
-        bins = bin_of(scores.discrepancy(f"{first}:{second}"), num_bins=config.bins)
-        available = np.bincount(bins, minlength=config.bins)
-        sizes[f"{first}:{second}"] = size_curve(available, (config.tolerance,))[0].size
+        bins = bin_of(scores.discrepancy(f"{first}:{second}")[counted], num_bins=config.bins)
+        sizes[f"{first}:{second}"] = size_curve([np.bincount(bins, minlength=config.bins)], (config.tolerance,))[0].size
     return max(sizes, key=lambda pair: sizes[pair])
 
 
@@ -131,11 +151,10 @@ def bin_of(discrepancy: NDArray[np.float32], *, num_bins: int) -> NDArray[np.int
     return np.clip((discrepancy.astype(np.float64) + 1) / 2 * num_bins, 0, num_bins - 1).astype(np.int16)
 
 
-def count(bins: NDArray[np.int16], label: NDArray[np.int32], *, num_bins: int) -> Counts:
-    """Count samples by bin and class, (b, k)."""
-    num_classes = int(label.max()) + 1
-    cells = np.bincount(bins.astype(np.int64) * num_classes + label, minlength=num_bins * num_classes)
-    return cells.reshape(num_bins, num_classes)
+def count(bins: NDArray[np.int16], label: NDArray[np.int32], *, shape: tuple[int, int]) -> Counts:
+    """Count samples by bin and class, of shape (b, k)."""
+    cells = np.bincount(bins.astype(np.int64) * shape[1] + label, minlength=shape[0] * shape[1])
+    return cells.reshape(shape)
 
 
 def distance_to_uniform(kept: Counts, *, available: Counts) -> float:
@@ -145,12 +164,13 @@ def distance_to_uniform(kept: Counts, *, available: Counts) -> float:
     return float(np.abs(share - 1 / filled.sum()).sum() / 2)
 
 
-def size_curve(available: Counts, tolerances: tuple[float, ...]) -> tuple[Point, ...]:
-    """Give the largest set within each tolerance, from the samples available in each bin (b,)."""
+def size_curve(available: Sequence[Counts], tolerances: tuple[float, ...]) -> tuple[Point, ...]:
+    """Give the largest set within each tolerance, from the samples available in each bin (b,) of each split."""
     points = []
     for tolerance in tolerances:
-        kept = np.minimum(available, largest_level(available, tolerance=tolerance))
-        distance = distance_to_uniform(kept, available=available)
+        each = [np.minimum(counts, largest_level(counts, tolerance=tolerance)) for counts in available]
+        kept = np.sum(each, axis=0)
+        distance = distance_to_uniform(kept, available=np.sum(available, axis=0))
         points.append(Point(tolerance=tolerance, size=int(kept.sum()), distance=distance))
     return tuple(points)
 
@@ -197,13 +217,24 @@ def share_among_classes(before: Counts, quota: Counts) -> Counts:
     return taken
 
 
-def _quota(available: Counts, config: BalancedConfig) -> Counts:
-    """Give what each bin (b,) may keep."""
-    if config.size is None:
+def _sizes(parts: Mapping[str, NDArray[np.bool_]], size: int | None) -> dict[str, int | None]:
+    """Share a size among the splits in proportion to theirs; what rounding leaves goes to the largest."""
+    if size is None:
+        return dict.fromkeys(parts)
+    counts = {name: int(part.sum()) for name, part in parts.items()}
+    total = sum(counts.values())
+    if size > total:
+        raise ConfigError(f"--size {size}: there are {total} scored samples")
+    sizes: dict[str, int | None] = {name: size * number // total for name, number in counts.items()}
+    largest = max(counts, key=lambda name: counts[name])
+    return {**sizes, largest: size - sum(size * number // total for name, number in counts.items() if name != largest)}
+
+
+def _quota(available: Counts, config: BalancedConfig, *, size: int | None) -> Counts:
+    """Give what each bin (b,) of a split may keep."""
+    if size is None:
         return np.minimum(available, largest_level(available, tolerance=config.tolerance))
-    if config.size > available.sum():
-        raise ConfigError(f"--size {config.size}: there are {available.sum()} scored samples")
-    return water_fill(available, config.size, np.argsort(-available, kind="stable"))
+    return water_fill(available, size, np.argsort(-available, kind="stable"))
 
 
 def _place_in_cell(

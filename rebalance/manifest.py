@@ -118,8 +118,9 @@ def make_manifest(scores: ScoreTable, selection: Selection) -> tuple[Manifest, p
 
 
 def write_manifest(manifest: Manifest, dropped: pa.Table, path: Path) -> None:
-    """Write NAME.dropped.parquet, then NAME.parquet: a manifest that exists has its dropped rows beside it."""
-    write_parquet(dropped, dropped_path(path), provenance=manifest.provenance)
+    """Write NAME.dropped.parquet, which says whose rows they are, then NAME.parquet."""
+    provenance = {**manifest.provenance, "dropped_from": manifest.digest()}
+    write_parquet(dropped, dropped_path(path), provenance=provenance)
     write_parquet(manifest.table, path, provenance=manifest.provenance)
 
 
@@ -129,10 +130,18 @@ def read_manifest(path: str | Path) -> Manifest:
     return Manifest(table=table, provenance=provenance)
 
 
-def read_dropped(path: Path) -> pa.Table | None:
-    """Read the rows that a manifest left out; None where the file does not lie beside it."""
+def read_dropped(path: Path, manifest: Manifest) -> pa.Table | None:
+    """Read the rows that the manifest in `path` left out; None where the file does not lie beside it.
+
+    Raises ManifestError for the rows of another manifest, as a split that was killed half-way leaves them.
+    """
     beside = dropped_path(path)
-    return read_parquet(beside, error=ManifestError)[0] if beside.exists() else None
+    if not beside.exists():
+        return None
+    table, provenance = read_parquet(beside, error=ManifestError)
+    if provenance.get("dropped_from", manifest.digest()) != manifest.digest():
+        raise ManifestError(f"{beside} holds the rows dropped from another manifest: run mmaudit split again")
+    return table
 
 
 def dropped_path(path: Path) -> Path:

@@ -102,7 +102,9 @@ def split_of(scores: ScoreTable, keep: Any = None) -> tuple[Manifest, pa.Table]:
 
 def load(source: Source, manifest: Manifest, dropped: pa.Table | None, **options: Any) -> Examples:
     settings = {"validation_fraction": 0.2, "seed": 0, **options}
-    return load_examples(manifest, dropped, source.dataset, source.tasks, **settings)
+    samples = read_samples(source.dataset, seed=0, test_fraction=0.2)
+    statuses = take_stock(source.dataset, samples, source.tasks).statuses
+    return load_examples(manifest, dropped, samples=samples, statuses=statuses, tasks=source.tasks, **settings)
 
 
 def ids(examples: Examples, split: str) -> set[str]:

@@ -22,11 +22,15 @@ from mmaudit.audit.errors import DatasetError
 from mmaudit.audit.features import EncodeTask, encode_dataset, encode_shard, load_matrix, read_arrow, read_status
 from mmaudit.audit.media import MediaConfig
 from mmaudit.audit.quality import Reason
-from mmaudit.audit.samples import read_ids
+from mmaudit.audit.samples import read_samples
 from mmaudit.audit.workers import silent
 
 MEDIA = MediaConfig(image_size=16)
 SHARDS = DataConfig(shard_rows=5)
+
+
+def read_ids(dataset: Dataset) -> NDArray[np.object_]:
+    return read_samples(dataset, seed=0, test_fraction=0.5).sample_id
 
 
 def fill(dataset: Dataset, cache: Path, *, num_workers: int = 0, media: MediaConfig = MEDIA) -> list[EncodeTask]:

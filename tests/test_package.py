@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,18 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_runs_the_demo_outside_the_checkout(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    ours = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "mmaudit-*")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=ours)
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path / "dist"),
+        str(source),
+    ]
     subprocess.run(build, capture_output=True, check=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     site = tmp_path / "site"

@@ -277,7 +277,7 @@ def test_manifest_is_measured_from_its_files(reported: Run) -> None:
 
 def test_without_dropped_rows_and_without_test_samples(full: Run) -> None:
     dropped_path(full.manifest("balanced")).unlink()
-    metrics = read_json(full.finetune("balanced-concat") / "metrics.json")
+    metrics = read_json(full.finetune("balanced-concat") / "metrics.json", error=RunError)
     write_json({**metrics, "test": {"all": {"n": 0}}}, full.finetune("balanced-concat") / "metrics.json")
     assert "unknown" in words(write_report(full))
     assert not (full.figures / "manifest-balanced.png").exists()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.dataset import DataConfig, open_dataset
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.samples import NO_LABEL, Samples, cut, read_ids, read_samples, spread
+from mmaudit.audit.samples import NO_LABEL, Samples, cut, read_samples, spread
 
 Read = Callable[..., Samples]
 
@@ -84,7 +84,6 @@ def test_a_null_id_is_refused(read: Read) -> None:
 def test_ids_are_strings_and_read_alone_are_the_same(tmp_path: Path, read: Read) -> None:
     samples = read(id=[7, 8, 10, 9], label=[0, 1, 0, 1])
     assert samples.sample_id.tolist() == ["7", "8", "10", "9"]
-    assert read_ids(open_dataset(tmp_path / "d.parquet")).tolist() == samples.sample_id.tolist()
 
 
 def test_splits_have_three_names(read: Read) -> None:

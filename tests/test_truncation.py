@@ -17,9 +17,10 @@ from PIL import Image
 
 from mmaudit.audit.media import MediaConfig, decode_audio, decode_frames, decode_image
 from mmaudit.audit.quality import Reason, UnusableError
-from mmaudit.audit.truncation import shortfall
+from mmaudit.audit.truncation import EBML, MP4_BOXES, SEGMENT, shortfall
 
 SECONDS = 2
+NAMES = [b"OggS", b"RIFF", EBML, SEGMENT, *MP4_BOXES]  # hypothesis tries what it finds in the source
 QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -158,6 +159,7 @@ def test_the_promise_is_the_size_of_the_file(kind: str) -> None:
 @example(kind="opus", junk=b"O")
 @example(kind="wav", junk=b"LIST\xff\xff\0\0")
 def test_junk_behind_a_file_is_no_promise(kind: str, junk: bytes) -> None:
+    assume(not any(name in junk for name in NAMES))
     assert not shortfall(sample(kind) + junk)
 
 
@@ -188,9 +190,9 @@ def test_riff_sizes_that_mean_unknown(size: int, kind: str) -> None:
 
 @given(error=st.integers(-100, 16), kind=st.sampled_from(["avi", "avi mjpeg", "webp"]))
 def test_riff_sizes_off_by_padding_or_by_the_header_itself(error: int, kind: str) -> None:
-    data = bytearray(sample(kind))
-    data[4:8] = struct.pack("<I", len(data) - 8 + error)
-    assert not shortfall(bytes(data))
+    for data in (sample(kind), sample(kind)[:100]):
+        size = struct.pack("<I", max(0, len(data) - 8 + error))
+        assert not shortfall(data[:4] + size + data[8:])
 
 
 @given(size=st.integers(0, 40), padded=st.booleans(), parts=st.integers(1, 3))
@@ -226,18 +228,15 @@ def id3v2(size: int, *, footer: bool = False) -> bytes:
 
 
 @QUICK
-@given(
-    sizes=st.lists(st.integers(0, 60_000), max_size=3),
-    footer=st.booleans(),
-    zeros=st.integers(0, 1_500),
-    kept=st.just(0.6),
-)
+@given(sizes=st.lists(st.integers(0, 60_000), max_size=3), footer=st.booleans(), zeros=st.integers(0, 1_500))
 @pytest.mark.parametrize("kind", ["mp3 without id3", "flac"])
-def test_id3_tags_in_front_are_no_sound(kind: str, sizes: list[int], footer: bool, zeros: int, kept: float) -> None:
+def test_id3_tags_in_front_are_no_sound(kind: str, sizes: list[int], footer: bool, zeros: int) -> None:
     sound = sample(kind)
     tags = b"".join(id3v2(size, footer=footer) for size in sizes) + bytes(zeros if kind != "flac" else 0)
     assert not shortfall(tags + sound)
-    assert shortfall(tags + sound[: int(kept * len(sound))])
+    cut = int(0.6 * len(sound))
+    assume(abs(len(tags) + cut - len(sound)) > 16)  # else a whole file whose tags are counted in looks the same
+    assert shortfall(tags + sound[:cut])
 
 
 def test_an_mp3_that_counts_its_tags_in_is_whole() -> None:
@@ -295,10 +294,48 @@ def test_chained_ogg_streams_are_whole_and_their_last_page_counts(kinds: list[st
         assert shortfall(chain[:cut])
 
 
+def flac_header(number: int, *, variable: bool, codes: int) -> bytes:
+    """Of one frame, its CRC-8 by long division."""
+    odd = bytes({6: 1, 7: 2}.get(codes >> 4, 0) + {12: 1, 13: 2, 14: 2}.get(codes & 15, 0))
+    header = bytes([0xFF, 0xF8 | variable, codes, 0x18]) + chr(number).encode("utf-8", "surrogatepass") + odd
+    rest = int.from_bytes(header, "big") << 8
+    while rest.bit_length() > 8:
+        rest ^= 0x107 << rest.bit_length() - 9
+    return header + bytes([rest])
+
+
+@QUICK
+@given(
+    number=st.integers(0, 0x10FFFF),
+    variable=st.booleans(),
+    codes=st.integers(0, 255),
+    lures=st.integers(0, 15),
+    picture=st.binary(max_size=50),
+)
+def test_the_last_frame_of_a_flac_tells_how_far_it_goes(
+    number: int, variable: bool, codes: int, lures: int, picture: bytes
+) -> None:
+    """Numbers count samples or frames, here of 4096 samples; what only looks like a frame is passed over."""
+    held = number + 4096 if variable else 4096 * (number + 1)
+    frames = flac_header(0, variable=variable, codes=codes) + bytes(40)
+    frames += flac_header(number, variable=variable, codes=codes) + bytes(40) + (b"\xff\xf8\xc9\x18" + bytes(9)) * lures
+    for promised, found in (
+        (held, ""),
+        (0, ""),
+        (2 * held, f"{2 * held} samples, the last frame ends with number {held}"),
+    ):
+        info = struct.pack(">HH6xQ16x", 4096, 4096, 48_000 << 44 | 1 << 41 | 15 << 36 | promised)
+        head = b"fLaC\0" + len(info).to_bytes(3, "big") + info + b"\x86" + len(picture).to_bytes(3, "big") + picture
+        assert shortfall(head + frames).endswith(found)
+        assert bool(shortfall(head + frames)) == bool(found)
+
+
 def page(*lacing: int, flags: int = 0) -> bytes:
     return b"OggS\0" + bytes([flags]) + bytes(20) + bytes([len(lacing), *lacing]) + bytes(sum(lacing))
 
 
+@example(lacing=[255], flags=0)
+@example(lacing=[3, 255], flags=4)
 @given(lacing=st.lists(st.integers(0, 255), max_size=255), flags=st.sampled_from([0, 1, 4, 5]))
 def test_an_ogg_stream_without_its_end_flag_is_whole_unless_a_packet_goes_on(lacing: list[int], flags: int) -> None:
     """Android's recorder sets no such flag."""

@@ -9,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..audit.dataset import Dataset
 from ..audit.errors import ManifestError
-from ..audit.features import EncodeTask, Status, load_matrix, read_status
-from ..audit.samples import cut, read_ids
+from ..audit.features import EncodeTask, Status, load_matrix
+from ..audit.samples import Samples, cut
 from ..audit.scoring import row_content
 from ..rebalance.manifest import Manifest
 
@@ -45,9 +44,10 @@ class Examples:
 def load_examples(
     manifest: Manifest,
     dropped: pa.Table | None,
-    dataset: Dataset,
-    tasks: Sequence[EncodeTask],
     *,
+    samples: Samples,
+    statuses: Sequence[Status],
+    tasks: Sequence[EncodeTask],
     validation_fraction: float,
     seed: int,
 ) -> Examples:
@@ -58,20 +58,24 @@ def load_examples(
     """
     table, chosen = _with_dropped_test(manifest.table, dropped)
     ids = np.array(table["sample_id"].to_pylist(), dtype=object)
-    all_ids = read_ids(dataset)
-    statuses = [read_status(tasks, modality, all_ids) for modality in dataset.modalities]
-    rows = _find_rows(ids, all_ids)
-    _check_content(ids, np.array(table["content"].to_pylist(), dtype=object), row_content(statuses)[rows])
+    rows = _find_rows(ids, samples.sample_id)
+    names = np.array(samples.class_names, dtype=object)[samples.label[rows]]
+    for what, column, now in (
+        ("content", "content", row_content(statuses)[rows]),
+        ("label", "label_name", names),
+        ("split", "split", samples.split[rows]),
+    ):
+        _check_same(what, ids, np.array(table[column].to_pylist(), dtype=object), now)
     _check_usable(ids, rows, statuses)
     codes, label = np.unique(table["label"].to_numpy(), return_inverse=True)
-    names = dict(zip(table["label"].to_pylist(), table["label_name"].to_pylist(), strict=True))
+    class_names = dict(zip(table["label"].to_pylist(), table["label_name"].to_pylist(), strict=True))
     split = _with_validation(table, ids, label.astype(np.int32), fraction=validation_fraction, seed=seed)
     return Examples(
         sample_id=ids,
         inputs=tuple(load_matrix(tasks, status, rows) for status in statuses),
-        modalities=tuple(modality.name for modality in dataset.modalities),
+        modalities=tuple(status.modality.name for status in statuses),
         label=label.astype(np.int64),
-        class_names=tuple(str(names[code]) for code in codes.tolist()),
+        class_names=tuple(str(class_names[code]) for code in codes.tolist()),
         split=split,
         rank=np.where(chosen, table["rank"].to_pandas().fillna(-1), -1).astype(np.int64),
         weight=np.array(table["weight"].to_pandas().fillna(1.0), dtype=np.float32),
@@ -85,6 +89,9 @@ def _with_dropped_test(kept: pa.Table, dropped: pa.Table | None) -> tuple[pa.Tab
     if dropped is None:
         return kept, np.ones(len(kept), dtype=bool)
     names = [name for name in kept.column_names if name in dropped.column_names]
+    both = set(kept["sample_id"].to_pylist()) & set(dropped["sample_id"].to_pylist())
+    if both:
+        raise ManifestError(f"{len(both)} samples are both kept and dropped ({min(both)}): run mmaudit split again")
     test = dropped.filter(pa.compute.equal(dropped["split"], "test"))
     table = pa.concat_tables([kept, test.select(names)], promote_options="default")
     return table, np.arange(len(table)) < len(kept)
@@ -101,12 +108,12 @@ def _find_rows(ids: NDArray[np.object_], all_ids: NDArray[np.object_]) -> NDArra
     return np.array([number[name] for name in ids], dtype=np.intp)
 
 
-def _check_content(ids: NDArray[np.object_], then: NDArray[np.object_], now: NDArray[np.object_]) -> None:
+def _check_same(what: str, ids: NDArray[np.object_], then: NDArray[np.object_], now: NDArray[np.object_]) -> None:
     changed = [name for name, old, new in zip(ids, then, now, strict=True) if old is not None and old != new]
     if changed:
         raise ManifestError(
-            f"{len(changed)} of {len(ids)} samples have changed since the manifest was made (the first: {changed[0]}); "
-            "rescore with mmaudit score and split again"
+            f"{len(changed)} of {len(ids)} samples have changed their {what} since the manifest was made "
+            f"(the first: {changed[0]}); rescore with mmaudit score and split again"
         )
 
 

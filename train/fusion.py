@@ -42,7 +42,8 @@ class FusionNet(nn.Module):
         for index, rows in enumerate(inputs):
             scale = rows.std(dim=0, unbiased=False)
             self.get_buffer(f"mean_{index}").copy_(rows.mean(dim=0))
-            self.get_buffer(f"scale_{index}").copy_(torch.where(scale > 1e-6, scale, 1.0))
+            rounding = 1e-6 * rows.abs().amax(dim=0)
+            self.get_buffer(f"scale_{index}").copy_(torch.where(scale > rounding, scale, 1.0))
 
     def forward(self, inputs: Sequence[Tensor]) -> Outputs:
         """Give the logits of a batch of m tensors (b, d_j)."""

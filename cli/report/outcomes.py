@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ...audit.errors import RunError
 from ...audit.parquet import read_json
 from ...rebalance.balanced import CURVE, BalancedConfig, bin_of, distance_to_uniform, size_curve
 from ...rebalance.manifest import Manifest, read_dropped, read_manifest
+from ..run import Run
 from .findings import Numbers, finite, short
 
 Array = NDArray[Any]
@@ -24,7 +26,8 @@ MOST_DETAILED = 8  # manifests, and fine-tunings, with a figure of their own; th
 
 def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
     """Describe one manifest from its two files; `fingerprint` is that of the run's own data."""
-    manifest, dropped = read_manifest(path), read_dropped(path)
+    manifest = read_manifest(path)
+    dropped = read_dropped(path, manifest)
     about = manifest.provenance
     balanced = about.get("rule", {}).get("kind") == "balanced" and dropped is not None
     return {
@@ -40,15 +43,20 @@ def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
     }
 
 
-def finetune_numbers(folder: Path) -> Numbers:
-    """Describe one finished fine-tuning from its metrics.json and history.jsonl."""
-    metrics = read_json(folder / "metrics.json")
+def finetune_numbers(folder: Path, run: Run) -> Numbers:
+    """Describe one finished fine-tuning from its metrics.json and history.jsonl.
+
+    `current` tells whether the manifest of that name in the run is still the one that was trained on.
+    """
+    metrics = read_json(folder / "metrics.json", error=RunError)
+    manifest = run.manifest(metrics["manifest"])
     settings = metrics["config"].get("finetune", {})
     found = metrics["test"]["all"].get("branches", {})
     branches = sorted(found, key=lambda name: (name == "fused", name))
     return {
         "name": folder.name,
         "manifest": metrics["manifest"],
+        "current": not manifest.exists() or read_manifest(manifest).digest() == metrics["manifest_digest"],
         "test_labels_in_scores": metrics["test_labels_in_scores"],
         "settings": {key: settings.get(key) for key in ("fusion", "sampling", "epochs", "keep_posterior")},
         "seed": metrics["config"].get("seed"),
@@ -73,6 +81,8 @@ def _balance(manifest: Manifest, dropped: pa.Table) -> Numbers:
     kept = manifest.numbers("discrepancy")
     everything = np.concatenate([kept, np.array(dropped["discrepancy"], dtype=np.float64)])
     after, before = (_bins(values, num_bins) for values in (kept, everything))
+    splits = np.array(manifest.table["split"].to_pylist() + dropped["split"].to_pylist(), dtype=object)
+    by_split = [_bins(everything[splits == name], num_bins) for name in sorted(set(splits), key=str)]
     return {
         "edges": np.linspace(-1, 1, num_bins + 1).round(6).tolist(),
         "before": before.tolist(),
@@ -86,7 +96,7 @@ def _balance(manifest: Manifest, dropped: pa.Table) -> Numbers:
         "empty_bins": int((before == 0).sum()),
         "curve": [
             {"tolerance": point.tolerance, "size": point.size, "distance": point.distance}
-            for point in size_curve(before, CURVE)
+            for point in size_curve(by_split, CURVE)
         ],
         **_shortest(manifest, dropped),
     }

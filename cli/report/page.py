@@ -57,7 +57,7 @@ def write_report(run: Run) -> Path:
 def report_numbers(run: Run) -> Numbers:
     """Give the content of report.json: every number that the page shows and the figures draw."""
     record, scores = run.record(), run.scores()
-    mixture = Mixture.from_json(read_json(run.mixture_file))
+    mixture = Mixture.from_json(read_json(run.mixture_file, error=RunError))
     quarantine, _ = read_parquet(run.quarantine_file, error=RunError)
     numbers = {
         "schema": "mmaudit.report/1",
@@ -72,8 +72,8 @@ def report_numbers(run: Run) -> Numbers:
         "samples": sample_lists(scores),
         "quarantine": quarantined(quarantine),
         "manifests": [manifest_numbers(path, fingerprint=record["fingerprint"]) for path in run.manifests()],
-        "finetunes": [finetune_numbers(folder) for folder in run.finetunes()],
-        "recovery": read_json(run.recovery_file) if run.recovery_file.exists() else None,
+        "finetunes": [finetune_numbers(folder, run) for folder in run.finetunes()],
+        "recovery": read_json(run.recovery_file, error=RunError) if run.recovery_file.exists() else None,
         "most_detailed": MOST_DETAILED,
     }
     return {**numbers, "verdict": verdict(numbers)}
