@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from .dataset import Dataset
 from .encode import ENCODERS, Encoded, Vector, encode_cell, encode_vectors, preprocessing
 from .errors import DatasetError
+from .files import whole
 from .hashing import digest
 from .media import MediaConfig
 from .modality import Modality
@@ -126,11 +126,8 @@ def read_arrow(path: Path) -> pa.Table:
 
 def write_arrow(table: pa.Table, path: Path) -> None:
     """Write an Arrow file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    temporary.replace(path)
+    with whole(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+        file.write_table(table)
 
 
 def _encode_modality(task: EncodeTask, modality: Modality, cells: pa.ChunkedArray, ids: list[str]) -> int:

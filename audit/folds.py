@@ -33,6 +33,8 @@ def assign_folds(
             )
         return _deal(hash_rank(sample_id, seed=seed, purpose=purpose), label, fits, num_folds=num_folds)
     names, member = np.unique(group.astype(str), return_inverse=True)
+    if len(names) < 2:
+        raise ScoreError("all usable samples are of one group: a probe must not see the group it scores; drop --group")
     keys = hash_rank(names.tolist(), seed=seed, purpose=purpose)
     fold = np.zeros(len(names), dtype=np.int16)
     # Groups that probes learn from are placed by those rows alone.

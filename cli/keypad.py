@@ -7,7 +7,6 @@ Each sample draws how good its sound and its sight are; the difference is the di
 from __future__ import annotations
 
 import math
-import os
 import wave
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -230,15 +229,14 @@ def _write_tables(folder: Path, rows: list[Row], label: NDArray[np.int64], *, pr
     """Write truth.parquet, then metadata.csv, each whole or not at all."""
     import pyarrow as pa
 
+    from ..audit.files import write_text
     from ..audit.parquet import write_parquet
 
     write_parquet(pa.Table.from_pylist(rows), folder / "truth.parquet", provenance=provenance)
     lines = ["id,audio_file_name,image_file_name,label"]
     for row, digit in zip(rows, label, strict=True):
         lines.append("{0},audio/{0}.wav,image/{0}.png,{1}".format(row["sample_id"], digit))
-    temporary = folder / "data" / f".metadata.csv.{os.getpid()}"
-    temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    temporary.replace(folder / "data" / "metadata.csv")
+    write_text("\n".join([*lines, ""]), folder / "data" / "metadata.csv")
 
 
 def _interval(spearman: float, num_samples: int) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.errors import ConfigError, RunError, choices
-from ..audit.parquet import read_json, write_json
+from ..audit.files import read_json, write_json
 from ..audit.score import ScoreTable, read_scores
 
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from ..audit.dataset import open_dataset
 from ..audit.errors import ConfigError, RunError
 from ..audit.features import encode_dataset
-from ..audit.parquet import read_json, write_json, write_parquet, write_text
+from ..audit.files import read_json, write_json, write_text
+from ..audit.parquet import write_parquet
 from ..audit.quality import quarantine_table
 from ..audit.samples import read_samples
 from ..audit.score import ScoreTable, read_scores, write_scores

@@ -102,7 +102,8 @@ def test_what_the_files_hold_is_uniform_and_whole(
 ) -> None:
     split = balanced_split(scores, BalancedConfig(bins=num_bins, tolerance=tolerance), seed=1)
     write_manifest(*make_manifest(scores, split.selection), tmp_path / "m.parquet")
-    kept, dropped = read_manifest(tmp_path / "m.parquet").table, read_dropped(tmp_path / "m.parquet")
+    manifest = read_manifest(tmp_path / "m.parquet")
+    kept, dropped = manifest.table, read_dropped(tmp_path / "m.parquet", manifest)
     assert dropped is not None
     ids = kept["sample_id"].to_pylist() + dropped["sample_id"].to_pylist()
     assert sorted(ids) == sorted(scores.sample_id)
@@ -191,12 +192,12 @@ def test_a_size_beyond_the_table_is_refused(size: int) -> None:
 @settings(deadline=None)
 @given(AVAILABLE.filter(np.any))
 def test_more_tolerance_never_keeps_fewer(available: Counts) -> None:
-    points = size_curve(available, CURVE)
+    points = size_curve([available], CURVE)
     assert [point.tolerance for point in points] == sorted(CURVE)
     assert [point.size for point in points] == sorted(point.size for point in points)
     assert [point.distance for point in points] == sorted(point.distance for point in points)
     assert all(point.distance <= point.tolerance + 1e-9 for point in points)
-    assert size_curve(available, (1.0,))[0].size == available.sum()
+    assert size_curve([available], (1.0,))[0].size == available.sum()
 
 
 def test_the_curve_names_the_split_that_is_made() -> None:
@@ -207,8 +208,40 @@ def test_the_curve_names_the_split_that_is_made() -> None:
         assert split.uniformity_after.distance == point.distance
 
 
+@pytest.mark.parametrize("num_modalities", [2, 3])
+def test_test_samples_have_no_part_in_choosing_the_others(num_modalities: int) -> None:
+    rng = np.random.default_rng(0)
+    n = 400
+    split = np.where(np.arange(n) % 4 == 0, "test", "train").astype(object)
+    confidence = rng.beta(0.6, 0.6, (n, num_modalities)).astype(np.float32)
+    label = rng.integers(0, 5, n).astype(np.int32)
+    kept = []
+    for changed in (False, True):
+        test = (split == "test") & changed
+        scores = ScoreTable(
+            sample_id=np.array([f"s{row}" for row in range(n)], dtype=object),
+            label=np.where(test, 0, label).astype(np.int32),
+            label_name=np.array([str(row) for row in np.where(test, 0, label)], dtype=object),
+            modalities=tuple("abc"[:num_modalities]),
+            confidence=np.where(test[:, None], 1 - confidence[:, ::-1], confidence),
+            split=split,
+        )
+        found = balanced_split(scores, BalancedConfig(), seed=0).selection
+        kept.append((found.between, found.keep[split == "train"].tolist()))
+    assert kept[0] == kept[1]
+
+
+def test_each_split_is_uniform_on_its_own() -> None:
+    rng = np.random.default_rng(0)
+    scores = table_of(2 * rng.beta(2, 5, 900) - 1, rng.integers(0, 3, 900))
+    scores = replace(scores, split=rng.choice(["train", "validation", "test"], 900).astype(object))
+    found = balanced_split(scores, BalancedConfig(bins=10), seed=0)
+    assert set(found.distances) == {"train", "validation", "test"}
+    assert max(found.distances.values()) <= 0.05
+
+
 def test_ravdess_is_traded_as_measured() -> None:
-    exact, five, ten = size_curve(RAVDESS, (0.0, 0.05, 0.1))
+    exact, five, ten = size_curve([RAVDESS], (0.0, 0.05, 0.1))
     assert RAVDESS.sum() == 1_440
     assert exact.size == 20
     assert five.size == pytest.approx(95, abs=10)

@@ -90,7 +90,7 @@ def write_features(path: Path, *, num_rows: int = 60, bad: dict[int, list[float]
         (["score", "DATA", "--modality", "a=audio_file_name:sond"], "no kind 'sond'"),
         (["score", "DATA", "--modality", "audio_file_name"], "not of the form NAME=COLUMN[:KIND]"),
         (["score", "DATA", "--modality", "audio=audio_file_name"], "only one modality, audio=audio_file_name:audio"),
-        (["score", "DATA", "--set", "probe.fold=3"], "no config key probe.fold; did you mean folds?"),
+        (["score", "DATA", "--set", "probe.fold=3"], "no config key probe.fold; did you mean probe.folds?"),
         (["score", "DATA", "--set", "probe.folds=1"], "probe.folds is 1; it must be at least 2"),
         (["score", "DATA", "--config", "absent.toml"], "no such config file: absent.toml"),
         (["score", "DATA", "--learn-from", "trian"], "probe.learn_from is 'trian'; did you mean train?"),
@@ -241,7 +241,7 @@ def test_a_changed_source_is_refused(data: Path, tmp_path: Path) -> None:
     shutil.copy(data / kept[1], data / kept[0])
     result = mmaudit("finetune", "--manifest", "balanced", "--run", run, "--epochs", "1")
     assert result.exit_code == 2
-    assert "samples have changed since the manifest was made" in said(result)
+    assert "have changed their content since the manifest was made" in said(result)
     shutil.move(data, tmp_path / "moved")
     gone = mmaudit("finetune", "--manifest", "balanced", "--run", run, "--epochs", "1")
     assert gone.exit_code == 2
@@ -284,3 +284,63 @@ def test_what_split_prints_is_what_it_kept(scored: Path, tmp_path: Path) -> None
     kept = len(pq.read_table(run / "manifests" / "balanced.parquet"))
     assert f"balanced: kept {kept} of 120 samples (audio:image)" in said(result)
     assert "a tolerance would keep 0: " in said(result)
+
+
+def test_files_of_several_folders_cannot_share_relative_paths(keypad: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        table = pa.table({"id": [f"{name}{row}" for row in range(4)], "label": [0, 1, 0, 1]})
+        for column, end in (("sound_file_name", "wav"), ("sight_file_name", "png")):
+            table = table.append_column(column, pa.array([f"{row}.{end}" for row in range(4)]))
+        pq.write_table(table, tmp_path / name / "metadata.parquet")
+    result = mmaudit("score", tmp_path / "*" / "metadata.parquet", "--run", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "the files lie in 2 folders" in said(result)
+
+
+@pytest.mark.parametrize("name", ["fused", "chance", "rest", "all"])
+def test_a_modality_may_not_take_a_word_of_the_reports(keypad: Path, tmp_path: Path, name: str) -> None:
+    words = ["--modality", f"{name}=audio_file_name", "--modality", "image=image_file_name"]
+    result = mmaudit("score", keypad, "--run", tmp_path / "run", *words)
+    assert result.exit_code == 2
+    assert f"a modality is called '{name}'" in said(result)
+
+
+def test_captions_of_few_words_are_scored(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    label = np.arange(200) % 4
+    words = np.array(["red", "green", "blue", "black"])
+    told = np.where(rng.random(200) < 0.8, words[label], rng.choice(words, 200))
+    table = {
+        "id": [f"s{row}" for row in range(200)],
+        "label": label,
+        "caption": [f"a {word} ball on grass" for word in told],
+        "sight": pa.array((rng.standard_normal((200, 3)) + label[:, None]).tolist(), pa.list_(pa.float32())),
+    }
+    pq.write_table(pa.table(table), tmp_path / "captions.parquet")
+    result = mmaudit("score", tmp_path / "captions.parquet", "--run", tmp_path / "run", *QUICK, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["accuracy"]["caption"]["accuracy"] > 0.7
+
+
+def test_a_failed_overwrite_leaves_the_old_run(data: Path, scored: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(scored, tmp_path / "run"))
+    with (data / "metadata.csv").open(newline="") as file:
+        size = len(list(csv.DictReader(file)))
+    edit_metadata(data, rows={row: {"label": f"alone {row}"} for row in range(size)})
+    assert mmaudit("score", data, "--run", run, *QUICK, "--overwrite").exit_code == 2
+    assert (run / "scores.parquet").read_bytes() == (scored / "scores.parquet").read_bytes()
+    assert (run / "manifests" / "balanced.parquet").exists()
+
+
+def test_changed_labels_are_noticed_by_finetune(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
+    assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
+    kept = pq.read_table(run / "manifests" / "balanced.parquet")["sample_id"].to_pylist()
+    with (data / "metadata.csv").open(newline="") as file:
+        rows = {row["id"]: number for number, row in enumerate(csv.DictReader(file))}
+    edit_metadata(data, rows={rows[kept[0]]: {"label": "9"}, rows[kept[1]]: {"label": "8"}})
+    result = mmaudit("finetune", "--manifest", "balanced", "--run", run, "--epochs", "1")
+    assert result.exit_code == 2
+    assert "have changed their label since the manifest was made" in said(result)

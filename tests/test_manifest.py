@@ -162,7 +162,7 @@ def test_write_then_read_is_equality(tmp_path: Path) -> None:
     manifest, dropped = made()
     write_manifest(manifest, dropped, tmp_path / "deep" / "m.parquet")
     again = read_manifest(tmp_path / "deep" / "m.parquet")
-    left = read_dropped(tmp_path / "deep" / "m.parquet")
+    left = read_dropped(tmp_path / "deep" / "m.parquet", again)
     assert again.table.equals(manifest.table)
     assert again.provenance == manifest.provenance
     assert again.digest() == manifest.digest()
@@ -255,7 +255,15 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
 def test_the_dropped_rows_may_not_be_there(tmp_path: Path) -> None:
     write_manifest(*made(), tmp_path / "m.parquet")
     dropped_path(tmp_path / "m.parquet").unlink()
-    assert read_dropped(tmp_path / "m.parquet") is None
+    assert read_dropped(tmp_path / "m.parquet", made()[0]) is None
+
+
+def test_dropped_rows_of_another_manifest_are_refused(tmp_path: Path) -> None:
+    manifest, dropped = made()
+    write_manifest(manifest, dropped, tmp_path / "m.parquet")
+    other = replace(manifest, table=manifest.table.slice(1))
+    with pytest.raises(ManifestError, match=r"m\.dropped\.parquet holds the rows dropped from another manifest"):
+        read_dropped(tmp_path / "m.parquet", other)
 
 
 def test_a_failed_write_leaves_the_old_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmaudit.audit.errors import ManifestError, ScoreError
-from mmaudit.audit.parquet import KEY, read_parquet, write_json, write_parquet
+from mmaudit.audit.files import write_json
+from mmaudit.audit.parquet import KEY, read_parquet, write_parquet
 
 TABLE = pa.table({"id": ["a", "b"], "value": [1.0, None]})
 

