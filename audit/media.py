@@ -31,7 +31,7 @@ CONSTANT_SPREAD = 2  # levels of 255 between darkest and brightest: what a lossy
 MAX_BAD_PACKETS = 0.1  # of all, and one in any case: players skip a few (tags behind an mp3)
 
 # By name, because playlists (hls, concat) would open other files and addresses.
-PICTURES = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # Pillow would run Ghostscript on an EPS
+PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # Pillow would run Ghostscript on an EPS
 Image.init()  # with a choice of formats Pillow loads no further plug-ins by itself
 CONTAINERS = "wav,w64,aiff,au,caf,mp3,aac,amr,flac,ogg,mov,matroska,avi,mpeg,mpegts,flv,asf"
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else broken tiffs print through logging's last resort

@@ -17,7 +17,6 @@ from .hashing import hash_rank
 
 log = logging.getLogger("mmaudit")
 
-SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),

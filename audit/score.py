@@ -26,7 +26,7 @@ RANGES = {
     "discrepancy_M": ("[-1, 1]", "more than two modalities: confidence_M minus the mean of the others"),
     "discrepancy_sd": ("[0, 1.42]", "standard deviation over repeats; null after one"),
     "gap": ("[0, 1]", "largest minus least confidence; 0 = balanced"),
-    "similarity": ("[-1, 1]", "cosine of the modalities' class probabilities; 1 = they say the same"),
+    "similarity": ("[0, 1]", "cosine of the modalities' class probabilities; 1 = they say the same"),
     "balance": ("[-1, 1]", "BSS measure, high = balanced"),
     "p_balanced": ("[0, 1]", "posterior of the gap mixture's balanced component, or its fallback rule"),
 }

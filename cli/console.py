@@ -92,7 +92,7 @@ def tell_split(summary: dict[str, Any]) -> None:
         print(f"  distance to uniform {before['distance']:.3f} before, {after['distance']:.3f} after")
         if len(summary["distances"]) > 1:
             parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["distances"].items())
-            print(f"  each split on its own  {parts}")
+            print(f"  each split, for which the tolerance holds on its own: {parts}")
         print(f"  share with D > 0    {before['positive']:.3f} before, {after['positive']:.3f} after")
         if summary["empty_bins"]:
             print(f"  bins without any sample: {', '.join(map(str, summary['empty_bins']))}; uniform over the others")

@@ -16,7 +16,7 @@ from ..audit.dataset import Dataset, open_dataset
 from ..audit.encode import preprocessing
 from ..audit.errors import ManifestError, MmauditError, RunError
 from ..audit.mixture import Mixture
-from ..audit.score import RANGES
+from ..audit.score import RANGES, SCHEMA_VERSION
 from ..audit.scoring import Audit
 from ..rebalance.manifest import Manifest
 from ..train.evaluate import wilson
@@ -71,7 +71,7 @@ def score_provenance(record: dict[str, Any]) -> dict[str, Any]:
     """Give what the score table carries of run.json in its metadata: nothing that differs from run to run."""
     about = {key: record[key] for key in ("version", "source", "fingerprint", "config", "modalities", "columns")}
     ranges = {name: {"range": span, "meaning": meaning} for name, (span, meaning) in RANGES.items()}
-    return {"schema": "mmaudit.scores/1", **about, "ranges": ranges}
+    return {"schema": f"mmaudit.scores/{SCHEMA_VERSION}", **about, "ranges": ranges}
 
 
 def source_of(manifest: Manifest, data: str | Path | None) -> tuple[Dataset, RunConfig]:
