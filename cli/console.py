@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..audit.workers import Progress
 
+_EVEN = (0.4, 0.6)  # share of samples with D > 0 in a split that may be called balanced without a warning
 _QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -87,6 +88,8 @@ def tell_score(record: dict[str, Any]) -> None:
 def tell_split(summary: dict[str, Any]) -> None:
     """Tell what was kept, and for the balanced split what other tolerances would keep."""
     print(f"{summary['name']}: kept {summary['kept']} of {summary['scored']} samples ({summary['between']})")
+    if "verdict" in summary:
+        print(f"  the gap is {summary['verdict']}")
     if "curve" in summary:
         before, after = summary["before"], summary["after"]
         print(f"  distance to uniform {before['distance']:.3f} before, {after['distance']:.3f} after")
@@ -96,6 +99,8 @@ def tell_split(summary: dict[str, Any]) -> None:
         print(f"  share with D > 0    {before['positive']:.3f} before, {after['positive']:.3f} after")
         if summary["empty_bins"]:
             print(f"  bins without any sample: {', '.join(map(str, summary['empty_bins']))}; uniform over the others")
+        if not _EVEN[0] <= after["positive"] <= _EVEN[1]:
+            print("  warning: uniform only over the bins that hold samples; one side has too few to make the two even")
         kept = ", ".join(f"{point['tolerance']:g}: {point['size']}" for point in summary["curve"])
         print(f"  a tolerance would keep  {kept}")
     print(f"manifest: {summary['file']}")
@@ -108,13 +113,14 @@ def tell_finetune(metrics: dict[str, Any]) -> None:
         f"trained on {counts['train']}, selected on {counts['validation']}, tested on {counts['test']} samples; "
         f"best epoch {metrics['best_epoch']}; chance {chance['majority']:.3f}"
     )
-    branches = list(metrics["test"]["all"]["branches"])
+    branches = sorted(metrics["test"]["all"]["branches"], key=lambda name: (name == "fused", name))
     print(f"  {'accuracy':>24} {'n':>6} " + " ".join(f"{name:>10.10}" for name in branches))
-    for subset, found in metrics["test"].items():
+    for subset, found in sorted(metrics["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
         cells = [f"{found['branches'][name]['accuracy']:>10.3f}" if found["n"] else f"{'-':>10}" for name in branches]
         print(f"  {subset:>24} {found['n']:>6} " + " ".join(cells))
     fused = metrics["test"]["all"]["branches"]["fused"]
-    print(f"  fused: MAP {fused['map']:.3f}, macro-F1 {fused['macro_f1']:.3f}")
+    interval = f"[{fused['accuracy_low']:.3f}, {fused['accuracy_high']:.3f}]"
+    print(f"  fused: 95% {interval}, MAP {fused['map']:.3f}, macro-F1 {fused['macro_f1']:.3f}")
     if metrics["test_labels_in_scores"]:
         print(
             "note: the probes behind this manifest learned from test samples too, so test labels had a part in "

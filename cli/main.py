@@ -40,7 +40,9 @@ WorkersOption = Annotated[
     typer.Option("--num-workers", min=0, help="Processes that decode media; 0: none. [default: all processors]"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there; score also removes what was made from it.")
+]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -102,7 +104,7 @@ def score(
     ] = None,
     learn_from: Annotated[
         str | None,
-        typer.Option("--learn-from", help="Splits that probes learn from: all, or train for all but test."),
+        typer.Option("--learn-from", help="all, or train to keep test labels out. [default: all]"),
     ] = None,
     repeats: Annotated[
         int | None,
@@ -166,7 +168,9 @@ def split(
     ] = None,
     gmm: Annotated[
         str | None,
-        typer.Option("--gmm", metavar="SIDE", help="balanced or imbalanced, by the gap mixture."),
+        typer.Option(
+            "--gmm", metavar="SIDE", help="balanced or imbalanced, by the gap mixture or the rule in its place."
+        ),
     ] = None,
     tolerance: Annotated[
         float | None,
@@ -225,9 +229,9 @@ def finetune(
         float | None,
         typer.Option("--keep-posterior", help="Train on samples with P(balanced) of at least this."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="[default: 60]")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="[default: 64]")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="[default: 0.001]")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the samples. [default: 60]")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Samples a step. [default: 64]")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of AdamW. [default: 0.001]")] = None,
     name: Annotated[str | None, typer.Option("--name", help="The name of this fine-tuning.")] = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",

@@ -122,6 +122,8 @@ class Run:
         known = [path.stem for path in self.manifests()]
         if name in known:
             return self.manifest(name)
+        if not known:
+            raise RunError(f"no manifest {name}: {self.folder} has none yet; make one with: mmaudit split --balanced")
         raise RunError(f"no manifest {name}; {choices(name, known)}; make one with: mmaudit split --balanced")
 
 

@@ -85,6 +85,9 @@ def score(
         )
     record = record_of(dataset, audit, config, seconds=seconds)
     if overwrite:
+        lost = len(place.manifests()), len(place.finetunes())
+        if any(lost):
+            log.info("%d manifests and %d fine-tunings of the old scores are removed with them", *lost)
         place.clear()  # only now: a score that fails leaves the old run as it is
     _write_audit(place, audit, record)
     report(run=place.folder)
@@ -133,6 +136,8 @@ def split(
         }
     else:
         selection = _select(table, subset=subset, dominated=dominated, gmm=gmm, between=between)
+        if gmm is not None and scores is None:
+            summary = {"verdict": place.record()["verdict"]}
     manifest, dropped = make_manifest(table, selection)
     path = place.manifest(name or selection.name)
     write_manifest(manifest, dropped, path)

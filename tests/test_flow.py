@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,3 +173,16 @@ def test_probes_that_learn_from_train_owe_nothing_to_test_labels(data: Path, tmp
         found.append(scores[scores["split"] == "train"].reset_index(drop=True))
     columns = ["confidence_audio", "confidence_image", "discrepancy", "balance", "p_balanced"]
     pd.testing.assert_frame_equal(found[0][columns], found[1][columns])
+
+
+def test_the_python_of_the_readme_runs(data: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    frame = pd.read_csv(data / "metadata.csv")
+    frame.assign(speaker=[f"speaker {row % 12}" for row in range(len(frame))]).to_csv(data / "spoken.csv", index=False)
+    (tmp_path / "example.py").write_text(code.replace('"DATA"', repr(str(data / "spoken.csv"))), encoding="utf-8")
+    subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=one_thread(), capture_output=True, check=True)
+    record = json.loads((tmp_path / "my-run" / "run.json").read_text())
+    assert record["groups"] == 12
+    assert record["config"]["probe"]["learn_from"] == "train"
+    assert (tmp_path / "my-run" / "finetune" / "balanced-concat-uniform" / "metrics.json").exists()
