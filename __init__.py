@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from .audit.mixture import Mixture, fit_mixture
     from .audit.score import ScoreTable, read_scores
     from .cli.config import RunConfig
-    from .cli.stages import demo, finetune, report, score, split
+    from .cli.demo import demo
+    from .cli.stages import finetune, report, score, split
     from .rebalance.manifest import Manifest, read_manifest
 
 __version__ = "0.1.0"
@@ -32,7 +33,7 @@ _HOMES = {
     "split": "cli.stages",
     "finetune": "cli.stages",
     "report": "cli.stages",
-    "demo": "cli.stages",
+    "demo": "cli.demo",
 }
 
 __all__ = [

@@ -77,7 +77,7 @@ def demo(
 ) -> None:
     """Plant a dataset whose imbalance is known, run the whole line on it, and report what was recovered."""
     from .console import progress_bars, tell_demo
-    from .stages import demo as run_demo
+    from .demo import demo as run_demo
 
     with progress_bars() as progress:
         result = run_demo(folder, num_samples=num_samples, seed=seed or 0, progress=progress)

@@ -28,7 +28,7 @@ from ..audit.workers import Progress, default_workers, silent
 from ..rebalance.balanced import balanced_split
 from ..rebalance.manifest import Manifest, Selection, make_manifest, read_dropped, read_manifest, write_manifest
 from ..rebalance.subsets import by_mixture, parse_dominated, parse_subset
-from ..train.examples import load_examples
+from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
 from .config import RunConfig, plain, to_toml
 from .provenance import check_config, record_of, saw_test_labels, score_provenance, source_of
@@ -173,22 +173,8 @@ def finetune(
     if overwrite and folder.exists():
         (folder / "metrics.json").unlink(missing_ok=True)  # first of all: without it nothing here is finished
         shutil.rmtree(folder)
-    dataset, made = source_of(found, data)
     workers = default_workers() if num_workers is None else num_workers
-    tasks = encode_dataset(dataset, place.features, media=made.media, num_workers=workers, progress=progress)
-    samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
-    dropped = read_dropped(path, found)
-    if dropped is None:
-        log.info("no dropped rows beside %s: test figures are on the manifest's own test samples alone", path.name)
-    examples = load_examples(
-        found,
-        dropped,
-        samples=samples,
-        statuses=take_stock(dataset, samples, tasks).statuses,
-        tasks=tasks,
-        validation_fraction=config.finetune.validation_fraction,
-        seed=config.seed,
-    )
+    examples = _examples_of(found, path, place, data, config, num_workers=workers, progress=progress)
     result = finetune_on(
         examples,
         folder,
@@ -216,36 +202,6 @@ def report(*, run: str | Path = "mmaudit-run") -> Path:
     from .report import write_report
 
     return write_report(Run(Path(run)))
-
-
-def demo(
-    folder: str | Path = "mmaudit-demo",
-    *,
-    num_samples: int | None = None,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Write the planted set into `folder`, run the whole line on it in folder/run, and give what was recovered.
-
-    No probe learns from a test sample here, so that the fine-tunings compare cleanly.
-    """
-    from .keypad import KeypadConfig, recovery, write_keypad
-
-    place = Run(Path(folder) / "run")
-    config = RunConfig(seed=seed)
-    config = replace(config, probe=replace(config.probe, learn_from="train"))
-    data = write_keypad(Path(folder), config=KeypadConfig(num_samples=num_samples), seed=seed)
-    score(data, run=place.folder, config=config, progress=progress)
-    found = asdict(recovery(Path(folder) / "truth.parquet", place.scores()))
-    write_json({**found, "interval": list(found["interval"])}, place.recovery_file)
-    _, summary = split(run=place.folder, config=config, balanced=True)
-    split(run=place.folder, config=config, gmm="balanced")
-    for sampling in ("uniform", "bss-h"):
-        chosen = replace(config, finetune=replace(config.finetune, sampling=sampling))
-        finetune("balanced", run=place.folder, config=chosen, progress=progress)
-    page = report(run=place.folder)
-    distance = summary["after"]["distance"]
-    return {"recovery": found, "kept": summary["kept"], "distance": distance, "report": str(page)}
 
 
 def pick_device(name: str) -> str:
@@ -283,6 +239,34 @@ def _select(
     if dominated is not None:
         return parse_dominated(table, dominated, between=between)
     return by_mixture(table, str(gmm), between=between)
+
+
+def _examples_of(
+    manifest: Manifest,
+    path: Path,
+    place: Run,
+    data: str | Path | None,
+    config: RunConfig,
+    *,
+    num_workers: int,
+    progress: Progress,
+) -> Examples:
+    """Open and encode a manifest's source, and give what it trains and tests on."""
+    dataset, made = source_of(manifest, data)
+    tasks = encode_dataset(dataset, place.features, media=made.media, num_workers=num_workers, progress=progress)
+    samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
+    dropped = read_dropped(path, manifest)
+    if dropped is None:
+        log.info("no dropped rows beside %s: test figures are on the manifest's own test samples alone", path.name)
+    return load_examples(
+        manifest,
+        dropped,
+        samples=samples,
+        statuses=take_stock(dataset, samples, tasks).statuses,
+        tasks=tasks,
+        validation_fraction=config.finetune.validation_fraction,
+        seed=config.seed,
+    )
 
 
 def _finetune_name(manifest: str, config: RunConfig) -> str:
