@@ -13,9 +13,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .encode import check_encoder
 from .errors import ConfigError, DatasetError, choices
 from .media import has_sound
-from .modality import Modality, check_modalities, holds_bytes, infer_modalities, is_text, parse_modality
+from .modality import (
+    Modality,
+    check_modalities,
+    choose_encoders,
+    holds_bytes,
+    infer_modalities,
+    is_text,
+    parse_modality,
+)
 from .quality import Reason, UnusableError
 from .tables import Shard, find_tables, memory_shards, read_rows, row_group_shards
 
@@ -37,6 +46,8 @@ class DataConfig:
     """Which columns are what. None: found by name; `split = "none"` or `group = "none"`: leave that column alone."""
 
     modality: tuple[str, ...] = ()
+    encoder: tuple[str, ...] = ()  # MODALITY=ENCODER for each that is not read by the default statistics
+    task: str = "classification"  # what a label is: see target.py
     id: str | None = None
     label: str | None = None
     group: str | None = None
@@ -165,7 +176,10 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     if not named:
         dataset = replace(dataset, modalities=tuple(_with_sound(dataset, head)))
     check_modalities(dataset.modalities, head.column_names)
-    dataset = replace(dataset, modalities=tuple(_with_length(dataset, modality) for modality in dataset.modalities))
+    modalities = choose_encoders([_with_length(dataset, modality) for modality in dataset.modalities], config.encoder)
+    for modality in modalities:
+        check_encoder(modality)
+    dataset = replace(dataset, modalities=tuple(modalities))
     log.info("modalities: %s", ", ".join(str(modality) for modality in dataset.modalities))
     return dataset
 

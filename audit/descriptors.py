@@ -90,9 +90,10 @@ def video_statistics(frames: NDArray[np.uint8], config: MediaConfig) -> Vector:
 
 
 def text_counts(text: str, config: MediaConfig) -> Vector:
-    """Hashed words and pairs of neighbours (config.text_buckets,): 1 + log(count), 0 where there are none.
+    """Hashed words and pairs of neighbours (config.text_buckets,): 1 + log(count), 0 where there are none; length 1.
 
-    The hash is CRC-32 of UTF-8, the same in every process (Python's own is salted). Feed the rows to `apply_idf`.
+    The hash is CRC-32 of UTF-8, the same in every process (Python's own is salted). Rare words are not given more
+    weight: the probe counts every feature in units of its own spread, and a row then depends on no other row.
     """
     words = _words(text)
     if not words:
@@ -101,18 +102,8 @@ def text_counts(text: str, config: MediaConfig) -> Vector:
     counts = np.zeros(config.text_buckets, dtype=np.float32)
     for term, count in terms.items():
         counts[zlib.crc32(term.encode("utf-8", "surrogatepass")) % config.text_buckets] += count
-    return np.asarray(np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0), dtype=np.float32)
-
-
-def apply_idf(counts: Vector) -> Vector:
-    """Weigh (n, d) counts by rarity, log((1 + n) / (1 + rows with the word)) + 1, and give rows the length 1.
-
-    As sklearn's TfidfTransformer does with smooth_idf. Needs the whole set; uses no labels.
-    """
-    document_counts = (counts > 0).sum(0)
-    weighed = counts * (np.log((1 + len(counts)) / (1 + document_counts)) + 1)
-    lengths = np.linalg.norm(weighed, axis=1, keepdims=True)
-    return np.asarray(weighed / np.where(lengths > 0, lengths, 1), dtype=np.float32)
+    weights = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0)
+    return np.asarray(weights / np.linalg.norm(weights), dtype=np.float32)
 
 
 def _words(text: str) -> list[str]:

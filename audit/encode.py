@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .descriptors import apply_idf, image_statistics, sound_statistics, text_counts, video_statistics
+from .descriptors import image_statistics, sound_statistics, text_counts, video_statistics
+from .errors import ConfigError, choices
 from .hashing import digest
 from .media import MediaConfig, decode_audio, decode_frames, decode_image
 from .modality import Modality
@@ -23,13 +24,12 @@ Vector = NDArray[np.float32]
 class Encoder:
     """How a kind becomes a vector. `version` goes up whenever the same input would give another vector.
 
-    `encode` takes what Dataset.load gives; `finish` sees the whole (n, d) matrix once, for what one row cannot know.
+    `encode` takes what Dataset.load gives. A vector depends on its own sample alone.
     """
 
     name: str
     version: int
     encode: Callable[[Any, MediaConfig], Vector]
-    finish: Callable[[Vector], Vector] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,14 @@ class Encoded:
     content: list[str]
     vector: list[Vector | None]
     problem: list[UnusableError | None]
+
+
+def check_encoder(modality: Modality) -> None:
+    """Refuse an encoder that is not there, or cannot read this kind of modality."""
+    if modality.encoder != "statistics":
+        raise ConfigError(
+            f"--encoder {modality.name}={modality.encoder}: no such encoder; {choices(modality.encoder, ('statistics',))}"
+        )
 
 
 def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Vector | UnusableError:
@@ -101,5 +109,5 @@ ENCODERS: dict[str, Encoder] = {
     "audio": Encoder(name="sound-statistics", version=1, encode=_encode_sound),
     "image": Encoder(name="image-statistics", version=1, encode=_encode_image),
     "video": Encoder(name="video-statistics", version=1, encode=_encode_video),
-    "text": Encoder(name="text-counts", version=1, encode=text_counts, finish=apply_idf),
+    "text": Encoder(name="text-counts", version=2, encode=text_counts),
 }

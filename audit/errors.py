@@ -6,7 +6,8 @@ MmauditError            one line for the user, exit 2
 ├── ScoreError          the table of scores is not one, or cannot be made
 ├── MixtureError        there is nothing a mixture could be fitted to
 ├── ManifestError       a manifest is malformed, or its source has changed
-└── RunError            the run folder is in the way
+├── RunError            the run folder is in the way
+└── GateError           a check that was asked for has failed, exit 3
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class ManifestError(MmauditError):
 
 class RunError(MmauditError):
     """The run folder is in the way: made from other data, or incomplete."""
+
+
+class GateError(MmauditError):
+    """A check that was asked for has failed: the data leak."""
 
 
 def choices(wrong: str, right: Iterable[str]) -> str:

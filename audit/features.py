@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .dataset import Dataset
-from .encode import ENCODERS, Encoded, Vector, encode_cell, encode_vectors, preprocessing
+from .encode import Encoded, Vector, encode_cell, encode_vectors, preprocessing
 from .errors import DatasetError
 from .files import whole
 from .hashing import digest
@@ -102,17 +102,6 @@ def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDAr
         content=np.array(table["content"].to_pylist(), dtype=object),
         problem=tuple((int(row), Reason(reason[row]), detail[row]) for row in np.flatnonzero(~usable)),
     )
-
-
-def load_matrix(tasks: Sequence[EncodeTask], status: Status, rows: NDArray[np.intp]) -> Vector:
-    """Load one modality's vectors (r, d) float32 of these usable rows of the dataset."""
-    columns = [read_arrow(task.file(status.modality))["vector"] for task in tasks]
-    # flatten leaves the unusable rows out: they are null
-    flat = np.concatenate([chunk.flatten().to_numpy() for column in columns for chunk in column.chunks])
-    matrix = flat.reshape(int(status.usable.sum()), -1)
-    matrix = matrix[(np.cumsum(status.usable) - 1)[rows]]
-    encoder = ENCODERS.get(status.modality.kind)
-    return encoder.finish(matrix) if encoder and encoder.finish else matrix
 
 
 def read_arrow(path: Path) -> pa.Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from .errors import ConfigError, DatasetError, choices
 
-KINDS = ("audio", "image", "video", "features", "text")
+KINDS = ("audio", "image", "video", "frames", "features", "text")
 
 _EXTENSIONS = {
     "audio": {".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac"},
@@ -27,12 +27,16 @@ _TEXT_NAMES = {"text", "caption", "sentence", "transcript", "title", "review", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Modality:
-    """One modality of a dataset. `length` is the number of entries of a feature vector, None for all other kinds."""
+    """One modality of a dataset. `length` is the number of entries of a feature vector, None for all other kinds.
+
+    `encoder` says what makes vectors of it: see encode.py. Kind `frames` is a folder of pictures, or a list of such.
+    """
 
     name: str
     column: str
     kind: str
     length: int | None = None
+    encoder: str = "statistics"
 
     def __str__(self) -> str:
         """Write it as `--modality` takes it."""
@@ -103,6 +107,20 @@ def parse_modality(text: str, head: pa.Table) -> Modality:
         kind = "audio" if inferred == "video" and name in ("audio", "sound") else str(inferred)
     _check_kind(text, kind, head.schema.field(column).type)
     return Modality(name=name, column=column, kind=kind)
+
+
+def choose_encoders(modalities: Sequence[Modality], chosen: Sequence[str]) -> list[Modality]:
+    """Set the encoders named by `NAME=ENCODER`; ConfigError for a modality that is not there."""
+    names = [modality.name for modality in modalities]
+    encoders = {}
+    for text in chosen:
+        name, equals, encoder = text.partition("=")
+        if not (name and equals and encoder):
+            raise ConfigError(f"--encoder {text}: not of the form MODALITY=ENCODER, such as audio=resnet18")
+        if name not in names:
+            raise ConfigError(f"--encoder {text}: no modality {name!r}; {choices(name, names)}")
+        encoders[name] = encoder
+    return [replace(modality, encoder=encoders.get(modality.name, modality.encoder)) for modality in modalities]
 
 
 def check_modalities(modalities: Sequence[Modality], column_names: Sequence[str]) -> None:

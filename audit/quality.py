@@ -18,10 +18,14 @@ class Reason(str, Enum):
     TRUNCATED = "truncated"  # the header promises clearly more than the bytes hold
     NO_TRACK = "no-track"  # a video without the sound or picture that is asked for
     SILENT = "silent"  # sound without any signal
+    CLIPPED = "clipped"  # sound that stands at full scale for much of its time
+    STILL = "still-frames"  # a video in which nothing moves
     CONSTANT = "constant"  # a picture of one colour
     NOT_FINITE = "not-finite"  # a vector with NaN or infinity
     WRONG_LENGTH = "wrong-length"  # a vector of another length than the others
+    DUPLICATE = "duplicate"  # the same content in every modality as a sample that is kept
     NO_LABEL = "no-label"  # the label is null
+    UNKNOWN_LABEL = "unknown-label"  # a label that is not in the dataset's own list of classes
     RARE_CLASS = "rare-class"  # a class that cannot be cross-fitted: all its samples fall into one fold
 
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from . import measures
 from .dataset import Dataset
 from .errors import ScoreError
-from .features import EncodeTask, Status, load_matrix, read_status
+from .features import EncodeTask, Status, read_status
 from .folds import assign_folds, in_one_fold
 from .hashing import digest, hash_rank
+from .matrix import FeatureMatrix
 from .mixture import Mixture, MixtureConfig, fit_mixture
 from .probe import Crossing, ProbeConfig, cross_fit
 from .quality import Quarantined, Reason
@@ -92,7 +93,7 @@ def audit_dataset(
         raise ScoreError(f"only one class is left to score ({samples.class_names[classes[0]]!r}): a probe needs two")
     rounds: list[measures.Floats] = []  # by modality: (repeats, n, k)
     for status in statuses:
-        matrix = load_matrix(tasks, status, rows)
+        matrix = FeatureMatrix.of(tasks, status, rows).read_all()
         found = cross_fit(matrix, label, crossings, num_classes=len(classes), config=probe, device=device)
         rounds.append(found)
         progress("probe", len(rounds), len(statuses))

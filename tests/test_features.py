@@ -19,7 +19,8 @@ from mmaudit.audit import encode, features
 from mmaudit.audit.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.descriptors import text_counts
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.features import EncodeTask, encode_dataset, encode_shard, load_matrix, read_arrow, read_status
+from mmaudit.audit.features import EncodeTask, encode_dataset, encode_shard, read_arrow, read_status
+from mmaudit.audit.matrix import FeatureMatrix
 from mmaudit.audit.media import MediaConfig
 from mmaudit.audit.quality import Reason
 from mmaudit.audit.samples import read_samples
@@ -48,7 +49,7 @@ def computed(dataset: Dataset, cache: Path, media: MediaConfig = MEDIA) -> int:
 def matrices(dataset: Dataset, tasks: list[EncodeTask]) -> list[NDArray[np.float32]]:
     statuses = [read_status(tasks, modality, read_ids(dataset)) for modality in dataset.modalities]
     rows = np.flatnonzero(np.logical_and.reduce([status.usable for status in statuses]))
-    return [load_matrix(tasks, status, rows) for status in statuses]
+    return [FeatureMatrix.of(tasks, status, rows).read_all() for status in statuses]
 
 
 def files(cache: Path) -> dict[str, bytes]:
@@ -208,7 +209,7 @@ def test_matrices_are_of_the_rows_asked_for_in_their_order(clips: Path, tmp_path
     tasks = fill(dataset, tmp_path / "two")
     status = read_status(tasks, dataset.modalities[0], read_ids(dataset))
     rows = np.array([23, 5, 0, 12])
-    np.testing.assert_array_equal(load_matrix(tasks, status, rows), whole[rows])
+    np.testing.assert_array_equal(FeatureMatrix.of(tasks, status, rows).read_all(), whole[rows])
 
 
 def test_what_is_wrong_with_vectors_is_told_row_by_row(tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_what_is_wrong_with_vectors_is_told_row_by_row(tmp_path: Path) -> None:
         (3, Reason.WRONG_LENGTH),
     ]
     np.testing.assert_array_equal(
-        load_matrix(tasks, status, np.array([0, 4])), np.array([[1, 2], [0, 0]], dtype=np.float32)
+        FeatureMatrix.of(tasks, status, np.array([0, 4])).read_all(), np.array([[1, 2], [0, 0]], dtype=np.float32)
     )
     assert computed(dataset, tmp_path / "cache") == 0
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
-from ..audit.features import EncodeTask, Status, load_matrix
+from ..audit.features import EncodeTask, Status
+from ..audit.matrix import FeatureMatrix
 from ..audit.samples import Samples, cut
 from ..audit.scoring import row_content
 from ..rebalance.manifest import Manifest
@@ -72,7 +73,7 @@ def load_examples(
     split = _with_validation(table, ids, label.astype(np.int32), fraction=validation_fraction, seed=seed)
     return Examples(
         sample_id=ids,
-        inputs=tuple(load_matrix(tasks, status, rows) for status in statuses),
+        inputs=tuple(FeatureMatrix.of(tasks, status, rows).read_all() for status in statuses),
         modalities=tuple(status.modality.name for status in statuses),
         label=label.astype(np.int64),
         class_names=tuple(str(class_names[code]) for code in codes.tolist()),
