@@ -1,0 +1,123 @@
+"""Laws of the check by class: groups within classes are told from classes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from mmaudit.audit.class_check import ClassCheck, fit_by_class
+from mmaudit.audit.errors import MixtureError
+from mmaudit.audit.mixture import MixtureConfig, fit_mixture
+
+CONFIG = MixtureConfig()
+NUM_SAMPLES = 20_000
+
+
+def planted(kind: str, *, num_classes: int, size: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Gaps and labels: two groups in every class, the same two as one group to a class, or a small second group."""
+    rng = np.random.default_rng(0)
+    label = np.repeat(np.arange(num_classes), size)
+    share = {"within": 0.5, "classes": 0.0, "lopsided": 0.8}[kind]
+    first = label % 2 == 0 if kind == "classes" else rng.random(len(label)) < share
+    normal = rng.standard_normal(len(label))
+    gap = np.where(first, 0.2 + 0.06 * normal, 0.75 + 0.08 * normal).clip(0.0, 1.0)
+    order = rng.permutation(len(label))
+    return gap[order], label[order]
+
+
+def test_two_groups_in_every_class_hold() -> None:
+    gap, label = planted("within", num_classes=8, size=200)
+    check = fit_by_class(gap, label, config=CONFIG, seed=0)
+    assert check.bimodal == check.tested == tuple(range(8))
+    assert check.share_tested == check.share_bimodal == 1.0
+    assert check.eta_squared is not None
+    assert check.eta_squared < 0.02
+    assert check.verdict.startswith("holds within classes: the gap is bimodal in 8 of 8 classes tested, and classes ")
+
+
+def test_one_group_to_a_class_is_class_structure() -> None:
+    gap, label = planted("classes", num_classes=8, size=200)
+    assert fit_mixture(gap, config=CONFIG, seed=0).bimodal
+    check = fit_by_class(gap, label, config=CONFIG, seed=0)
+    assert check.bimodal == ()
+    assert check.share_bimodal == 0.0
+    assert check.eta_squared is not None
+    assert check.eta_squared > 0.95
+    assert check.verdict == (
+        "is class structure: the gap is bimodal in 0 of 8 classes tested, and classes explain "
+        f"{check.eta_squared:.0%} of the variance of p_balanced"
+    )
+
+
+def test_small_second_groups_are_undecided() -> None:
+    """Too few samples a class to see a fifth of them as a group; but the classes do not explain p_balanced."""
+    gap, label = planted("lopsided", num_classes=12, size=60)
+    check = fit_by_class(gap, label, config=CONFIG, seed=0)
+    assert check.verdict.startswith("undecided: ")
+    assert check.share_bimodal is not None
+    assert check.share_bimodal < 0.5
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "size", "reason"),
+    [
+        (40, 49, "of 40 classes 0 have 50 samples; two are needed, and the largest has 49"),
+        (1, 500, "there is one class only"),
+    ],
+)
+def test_too_little_is_not_tested(num_classes: int, size: int, reason: str) -> None:
+    gap, label = planted("within", num_classes=num_classes, size=size)
+    check = fit_by_class(gap, label, config=CONFIG, seed=0)
+    assert check.verdict == f"not tested: {reason}"
+    assert check.tested == check.bimodal == ()
+    assert check.eta_squared is None
+    assert check.share_bimodal is None
+
+
+def test_two_large_classes_do_not_speak_for_a_hundred_small_ones() -> None:
+    gap, label = planted("within", num_classes=100, size=20)
+    label = np.where(label < 10, label % 2, label)
+    check = fit_by_class(gap, label, config=CONFIG, seed=0)
+    assert check.verdict == "not tested: of 92 classes 2 have 50 samples, with 10% of all samples"
+
+
+def test_one_group_altogether_is_not_tested() -> None:
+    gap = np.random.default_rng(0).random(NUM_SAMPLES)
+    check = fit_by_class(gap, np.arange(NUM_SAMPLES) % 3, config=CONFIG, seed=0)
+    assert check.verdict.startswith("not tested: the gap as a whole is not bimodal (dip 0.00")
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from(["within", "classes", "lopsided"]), st.integers(0, 5), st.integers(-3, 3))
+def test_order_and_names_of_classes_do_not_matter(kind: str, seed: int, shift: int) -> None:
+    gap, label = planted(kind, num_classes=4, size=60)
+    there = np.random.default_rng(seed).permutation(len(gap))
+    one = fit_by_class(gap, label, config=CONFIG, seed=0)
+    other = fit_by_class(gap[there], label[there] + shift, config=CONFIG, seed=0)
+    assert other == replace(
+        one, tested=tuple(k + shift for k in one.tested), bimodal=tuple(k + shift for k in one.bimodal)
+    )
+
+
+@pytest.mark.parametrize(("kind", "size"), [("within", 60), ("classes", 60), ("within", 20)])
+def test_class_check_round_trip_is_equality(kind: str, size: int) -> None:
+    gap, label = planted(kind, num_classes=4, size=size)
+    check = fit_by_class(gap, label, config=CONFIG, seed=0)
+    assert ClassCheck.from_json(json.loads(json.dumps(check.to_json(), allow_nan=False))) == check
+
+
+@pytest.mark.parametrize("found", [{}, {"verdict": "holds"}])
+def test_refuses_another_class_check(found: dict[str, object]) -> None:
+    with pytest.raises(MixtureError, match=r"not a class check.*rescore"):
+        ClassCheck.from_json(found)
+
+
+def test_refuses_labels_of_other_rows() -> None:
+    with pytest.raises(MixtureError, match=r"one label per gap is needed: found \(3,\) labels and \(20000,\) gaps"):
+        fit_by_class(np.random.default_rng(0).random(NUM_SAMPLES), np.arange(3), config=CONFIG, seed=0)
