@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .audit.score import ScoreTable, read_scores
     from .cli.config import RunConfig
     from .cli.demo import demo
-    from .cli.stages import finetune, report, score, split
+    from .cli.stages import check, finetune, ingest, report, score, split
     from .rebalance.manifest import Manifest, read_manifest
 
 __version__ = "0.1.0"
@@ -29,6 +29,8 @@ _HOMES = {
     "Manifest": "rebalance.manifest",
     "read_manifest": "rebalance.manifest",
     "RunConfig": "cli.config",
+    "ingest": "cli.stages",
+    "check": "cli.stages",
     "score": "cli.stages",
     "split": "cli.stages",
     "finetune": "cli.stages",
@@ -44,9 +46,11 @@ __all__ = [
     "RunConfig",
     "ScoreTable",
     "__version__",
+    "check",
     "demo",
     "finetune",
     "fit_mixture",
+    "ingest",
     "open_dataset",
     "read_manifest",
     "read_scores",

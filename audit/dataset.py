@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from .cells import holds_pictures, load_cell
+from .columns import Columns, find_columns
 from .encode import check_encoder
 from .errors import ConfigError, DatasetError, choices
 from .media import has_sound
-from .modality import (
-    Modality,
-    check_modalities,
-    choose_encoders,
-    holds_bytes,
-    infer_modalities,
-    is_text,
-    parse_modality,
-)
-from .quality import Reason, UnusableError
-from .tables import Shard, find_tables, memory_shards, read_rows, row_group_shards
+from .modality import Modality, check_modalities, choose_encoders, infer_modalities, is_text, parse_modality
+from .quality import UnusableError
+from .sources import plan_source
+from .tables import Plan, Shard
+from .target import TASKS
 
 log = logging.getLogger("mmaudit")
 
-_HEAD_ROWS = 64  # rows from which kinds are inferred
 _SOUND_TRIALS = 8  # clips that are opened to see whether a video column has sound
-_ROLE_NAMES = {
-    "id": ("sample_id", "id", "uid", "key", "clip_id", "video_id"),
-    "label": ("label", "class", "category", "target", "y", "label_name"),
-    "label_name": ("label_name", "class_name"),
-    "group": ("group",),
-    "split": ("split",),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,26 +39,21 @@ class DataConfig:
     label: str | None = None
     group: str | None = None
     split: str | None = None
+    classes: tuple[str, ...] = ()  # all there are; a label outside is quarantined. (): the source's own list, if any
     allow_outside: bool = False
+    keep_duplicates: bool = False  # score samples that are the same as another in every modality
     shard_rows: int = 256  # rows of a list of media that are encoded, and lost by Ctrl-C, at once
     test_fraction: float = 0.2  # of a dataset that comes without a split
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ConfigError(f"data.task is {self.task!r}; {choices(self.task, TASKS)}")
+        if repeated := [name for name in self.classes if self.classes.count(name) > 1]:
+            raise ConfigError(f"data.classes names {repeated[0]!r} more than once")
         if self.shard_rows < 1:
             raise ConfigError(f"data.shard_rows is {self.shard_rows}; it must be at least 1")
         if not 0 < self.test_fraction < 1:
             raise ConfigError(f"data.test_fraction is {self.test_fraction}; it must lie between 0 and 1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Columns:
-    """The column for each role; `label` is always there, the others may be None."""
-
-    id: str | None
-    label: str
-    label_name: str | None
-    group: str | None
-    split: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +67,8 @@ class Dataset:
     schema: pa.Schema
     shards: tuple[Shard, ...] = field(repr=False)
     allow_outside: bool = False
+    task: str = "classification"
+    classes: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -99,8 +83,7 @@ class Dataset:
 
     def read(self, shard: Shard, *, modalities: bool = True) -> pa.Table:
         """Read a shard's rows: the role columns, and those of the modalities unless `modalities` is False."""
-        roles = [self.columns.id, self.columns.label, self.columns.label_name, self.columns.group, self.columns.split]
-        wanted = {name for name in roles if name} | set(self.path_columns)
+        wanted = set(self.columns.taken) | set(self.path_columns)
         if modalities:
             wanted |= {modality.column for modality in self.modalities}
         return shard.read([name for name in self.schema.names if name in wanted])
@@ -115,67 +98,47 @@ class Dataset:
         return [f"row-{number:09d}" if name is None else name for name, number in zip(names, numbers, strict=True)]
 
     def load(self, cell: Any, modality: Modality) -> Any:
-        """Give what a cell stands for: the bytes of a medium, a text, or a vector; UnusableError when it is not there.
+        """Give what a cell stands for: the bytes of a medium, a text, a vector, or the pictures of folders of frames.
 
-        Raises DatasetError for a path that leads outside the dataset's folder, unless that is allowed.
+        Frames are tuple[tuple[bytes, ...], ...]: folders, each its pictures in order. UnusableError when it is not
+        there; DatasetError for a path that leads outside the dataset's folder, unless that is allowed.
         """
-        if cell is None:
-            raise UnusableError(Reason.MISSING, f"{modality.column} is null")
-        if modality.kind in ("features", "text"):
-            return cell
-        if isinstance(cell, dict):
-            cell = cell["bytes"] if cell["bytes"] is not None else cell.get("path")
-        if isinstance(cell, bytes):
-            return cell
-        return self._read_file(str(cell))
-
-    def _read_file(self, name: str) -> bytes:
-        root = self.root.resolve()
         try:
-            path = (root / name).resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL in the name
-            raise UnusableError(Reason.MISSING, f"no file {name!r}: {error}") from error
-        if not self.allow_outside and ("://" in name or not path.is_relative_to(root)):
-            raise DatasetError(
-                f"{self.source}: {name!r} leads outside {self.root}; "
-                "make paths relative to the metadata, or pass --allow-outside"
-            )
-        try:
-            return path.read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise UnusableError(Reason.MISSING, f"no file {name}") from error
-        except OSError as error:
-            raise UnusableError(Reason.CORRUPT, f"{name}: {error.strerror}") from error
+            return load_cell(cell, modality, root=self.root, allow_outside=self.allow_outside)
+        except DatasetError as error:
+            raise DatasetError(f"{self.source}: {error}") from error
 
 
 def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
-    """Open a folder with a metadata file, a csv, jsonl or Parquet file, or a glob of Parquet files.
+    """Open any source of samples.
 
-    Modalities are inferred from the columns and said aloud, unless `config.modality` names them.
-    Raises DatasetError where the data are not a dataset, ConfigError where the config names what is not there.
+    A folder with a metadata file, or one in each of its folders of splits; csv, jsonl or Parquet, a file or a glob;
+    a folder that `datasets` saved; a name on the hub; ROOT[/split]/class/file; WebDataset tars. Modalities are inferred
+    from the columns and said aloud, unless `config.modality` names them. Raises DatasetError where the data are not a
+    dataset, ConfigError where the config names what is not there.
     """
     config = config or DataConfig()
-    root, paths = find_tables(str(data))
-    head, shards = _plan(paths, config)
-    if not shards or not head.num_rows:
+    plan = plan_source(str(data), shard_rows=config.shard_rows, allow_outside=config.allow_outside)
+    if not plan.shards or not plan.head.num_rows:
         raise DatasetError(f"{data} holds no rows")
-    columns = _find_columns(head, config)
-    taken = [name for name in (columns.id, columns.label, columns.label_name, columns.group, columns.split) if name]
-    named = [parse_modality(text, head) for text in config.modality]
-    modalities = named or infer_modalities(head, taken=taken)
-    _check_folders(paths, head, modalities)
+    roles = {"id": config.id, "label": config.label, "group": config.group, "split": config.split}
+    columns = find_columns(plan.head.column_names, roles)
+    modalities = _find_modalities(plan, columns, config)
+    _check_folders(plan, modalities)
     dataset = Dataset(
         source=str(data),
-        root=root,
+        root=plan.root,
         modalities=tuple(modalities),
         columns=columns,
-        schema=head.schema,
-        shards=tuple(shards),
+        schema=plan.head.schema,
+        shards=plan.shards,
         allow_outside=config.allow_outside,
+        task=config.task,
+        classes=config.classes,
     )
-    if not named:
-        dataset = replace(dataset, modalities=tuple(_with_sound(dataset, head)))
-    check_modalities(dataset.modalities, head.column_names)
+    if not config.modality:
+        dataset = replace(dataset, modalities=tuple(_with_sound(dataset, plan.head)))
+    check_modalities(dataset.modalities, plan.head.column_names)
     modalities = choose_encoders([_with_length(dataset, modality) for modality in dataset.modalities], config.encoder)
     for modality in modalities:
         check_encoder(modality)
@@ -184,68 +147,21 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
     return dataset
 
 
-def _check_folders(paths: Sequence[Path], head: pa.Table, modalities: Sequence[Modality]) -> None:
+def _find_modalities(plan: Plan, columns: Columns, config: DataConfig) -> list[Modality]:
+    pictured = partial(holds_pictures, root=plan.root)
+    if config.modality:
+        return [parse_modality(text, plan.head, holds_pictures=pictured) for text in config.modality]
+    return infer_modalities(plan.head, taken=columns.taken, holds_pictures=pictured)
+
+
+def _check_folders(plan: Plan, modalities: Sequence[Modality]) -> None:
     """Refuse files of several folders that name media: their paths could be relative to one of them only."""
-    named = [m.column for m in modalities if m.kind != "text" and is_text(head.schema.field(m.column).type)]
-    folders = sorted({str(path.parent) for path in paths})
-    if named and len(folders) > 1:
+    named = [m.column for m in modalities if m.kind != "text" and is_text(plan.head.schema.field(m.column).type)]
+    if named and len(plan.folders) > 1:
         raise DatasetError(
-            f"the files lie in {len(folders)} folders ({folders[0]}, {folders[1]}), and the paths in {named[0]!r} are "
-            "relative to one: write one metadata file above them"
+            f"the files lie in {len(plan.folders)} folders ({plan.folders[0]}, {plan.folders[1]}), and the paths in "
+            f"{named[0]!r} are relative to one: write one metadata file above them"
         )
-
-
-def _plan(paths: list[Path], config: DataConfig) -> tuple[pa.Table, list[Shard]]:
-    """Give the first rows and the shards. A Parquet file that holds more than names stays on disk."""
-    if all(path.suffix == ".parquet" for path in paths):
-        heads = [_parquet_head(path) for path in paths]
-        for path, head in zip(paths, heads, strict=True):
-            if not head.schema.equals(heads[0].schema):
-                raise DatasetError(f"{path} has other columns than {paths[0]}")
-        if any(not _is_light(type_) for type_ in heads[0].schema.types):
-            return next((head for head in heads if head.num_rows), heads[0]), row_group_shards(paths)
-    rows = pa.concat_tables([read_rows(path) for path in paths])
-    return rows.slice(0, _HEAD_ROWS), memory_shards(rows, shard_rows=config.shard_rows)
-
-
-def _parquet_head(path: Path) -> pa.Table:
-    try:
-        with pq.ParquetFile(path) as file:
-            batches: Iterator[pa.RecordBatch] = file.iter_batches(batch_size=_HEAD_ROWS)
-            first = next(batches, None)
-            return pa.Table.from_batches([first] if first is not None else [], schema=file.schema_arrow)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DatasetError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _is_light(type_: pa.DataType) -> bool:
-    return not (pa.types.is_nested(type_) or holds_bytes(type_))
-
-
-def _find_columns(head: pa.Table, config: DataConfig) -> Columns:
-    repeated = [name for name, count in Counter(head.column_names).items() if count > 1]
-    if repeated:
-        raise DatasetError(f"more than one column is called {repeated[0]!r}: rename all but one")
-    found = {role: _find_column(head, role, getattr(config, role, None)) for role in _ROLE_NAMES}
-    label = found["label"]
-    if label is None:
-        raise DatasetError(
-            f"no label column among {', '.join(head.column_names)}: name it with --label COLUMN, or call it label"
-        )
-    if label == "label_name" or config.label not in (None, "label"):
-        found["label_name"] = None  # names of some other label
-    return Columns(
-        id=found["id"], label=label, label_name=found["label_name"], group=found["group"], split=found["split"]
-    )
-
-
-def _find_column(head: pa.Table, role: str, named: str | None) -> str | None:
-    names: Sequence[str] = head.column_names
-    if named == "none" and role in ("group", "split"):
-        return None
-    if named is not None and named not in names:
-        raise ConfigError(f"--{role} {named}: no such column; {choices(named, names)}")
-    return named or next((name for name in _ROLE_NAMES[role] if name in names), None)
 
 
 def _with_sound(dataset: Dataset, head: pa.Table) -> list[Modality]:

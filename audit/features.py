@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +13,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from .cache import Found, Known, check_lengths, column_of, content_of, encoded_table, gather, lengths_of, problems_of
+from .cache import read_arrow as read_arrow
+from .cache import write_arrow as write_arrow
 from .dataset import Dataset
-from .encode import Encoded, Vector, encode_cell, encode_vectors, preprocessing
+from .encode import encode_cell, encode_vectors, is_pretrained, preprocessing
 from .errors import DatasetError
-from .files import whole
 from .hashing import digest
 from .media import MediaConfig
 from .modality import Modality
+from .pretrained import Inputs, encode_inputs, open_model
 from .quality import Reason, UnusableError
 from .tables import Shard
-from .workers import Progress, run_tasks
+from .workers import Progress, ahead, run_tasks
 
-_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("content", pa.string()),  # digest of the input
-        ("reason", pa.string()),  # null where usable
-        ("detail", pa.string()),
-        ("vector", pa.large_list(pa.float32())),  # null where not
-    ]
-)
+_CHANGED = "the data changed while they were read: run the command again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,144 +49,201 @@ class EncodeTask:
 class Status:
     """How n samples fared in one modality: usable (n,), content (n,) digests of the input, and what was wrong.
 
-    `problem` is (row, reason, detail) of each unusable sample.
+    `content` are bytes (dtype S32), `problem` is (row, reason, detail) of each unusable sample.
     """
 
     modality: Modality
     usable: NDArray[np.bool_]
-    content: NDArray[np.object_]
+    content: NDArray[np.bytes_]
     problem: tuple[tuple[int, Reason, str], ...]
 
 
 def encode_dataset(
-    dataset: Dataset, folder: Path, *, media: MediaConfig, num_workers: int, progress: Progress
+    dataset: Dataset, folder: Path, *, media: MediaConfig, num_workers: int, progress: Progress, device: str = "cpu"
 ) -> list[EncodeTask]:
-    """Encode by shard what the cache in `folder` does not hold yet, in `num_workers` processes (0: in this one)."""
+    """Encode by shard what the cache in `folder` does not hold yet, in `num_workers` processes (0: in this one).
+
+    A pretrained network runs in this process, on `device`; as many threads decode for it ahead.
+    """
     bare = replace(dataset, shards=())
     tasks = [EncodeTask(dataset=bare, shard=shard, media=media, folder=folder) for shard in dataset.shards]
-    opens_media = any(modality.kind not in ("features", "text") for modality in dataset.modalities)
-    all_cached = all(task.file(modality).exists() for task in tasks for modality in dataset.modalities)
-    if all_cached or not opens_media:
-        num_workers = 0  # only contents are compared, which is quicker than starting processes
-    for done, _ in enumerate(run_tasks(encode_shard, tasks, num_workers=num_workers), start=1):
-        progress("encode", done, len(tasks))
+    models = [modality for modality in dataset.modalities if is_pretrained(modality)]
+    rest = [modality for modality in dataset.modalities if not is_pretrained(modality)]
+    opens_media = any(modality.kind not in ("features", "text") for modality in rest)
+    all_cached = all(task.file(modality).exists() for task in tasks for modality in rest)
+    processes = 0 if all_cached or not opens_media else num_workers  # comparing contents is quicker than starting them
+    steps = [run_tasks(_encode_rest, tasks, num_workers=processes)] if rest else []
+    steps += [_run_model(tasks, modality, num_threads=num_workers, device=device) for modality in models]
+    for done, _ in enumerate(chain.from_iterable(steps), start=1):
+        progress("encode", done, len(steps) * len(tasks))
     return tasks
 
 
-def encode_shard(task: EncodeTask) -> int:
+def encode_shard(task: EncodeTask, *, device: str = "cpu") -> int:
     """Encode every modality of a shard into its file and give the number of vectors computed: 0 if all were there.
 
     A row whose content the file holds already is not encoded again.
     """
-    rows = task.dataset.read(task.shard)
-    ids = task.dataset.sample_ids(rows, task.shard)
-    return sum(_encode_modality(task, modality, rows[modality.column], ids) for modality in task.dataset.modalities)
+    models = [modality for modality in task.dataset.modalities if is_pretrained(modality)]
+    by_model = [sum(_run_model([task], modality, num_threads=0, device=device)) for modality in models]
+    return _encode_rest(task) + sum(by_model)
 
 
 def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDArray[np.object_]) -> Status:
-    """Read from the cache how these samples, the whole dataset in its own order, fared in one modality."""
-    tables = [read_arrow(task.file(modality)).drop_columns("vector") for task in tasks]
-    table = pa.concat_tables(tables)
-    if table["sample_id"].to_pylist() != sample_id.tolist():
-        raise DatasetError("the data changed while they were read: run the command again")
-    reason, detail = table["reason"].to_pylist(), table["detail"].to_pylist()
-    usable = np.array([entry is None for entry in reason])
+    """Read from the cache how these samples, the whole dataset in its own order, fared in one modality.
+
+    A million samples take 33 MB. Raises DatasetError where none is usable, or the vectors are not of one length.
+    """
+    num_rows = len(sample_id)
+    usable, content = np.zeros(num_rows, dtype=bool), np.zeros(num_rows, dtype="S32")
+    problem: list[tuple[int, Reason, str]] = []
+    lengths: set[int] = set()
+    start = 0
+    for task in tasks:
+        table = read_arrow(task.file(modality))
+        rows = slice(start, start + table.num_rows)
+        if not column_of(table, "sample_id").equals(pa.array(sample_id[rows], pa.string())):
+            raise DatasetError(_CHANGED)
+        usable[rows] = column_of(table, "reason").is_null().to_numpy(zero_copy_only=False)
+        content[rows] = content_of(table)
+        problem += [(start + row, reason, detail) for row, reason, detail in problems_of(table)]
+        lengths |= lengths_of(table)
+        start = rows.stop
+    if start != num_rows:
+        raise DatasetError(_CHANGED)
     if not usable.any():
-        raise DatasetError(f"no sample has a usable {modality.name}; the first: {reason[0]}, {detail[0]}")
-    return Status(
-        modality=modality,
-        usable=usable,
-        content=np.array(table["content"].to_pylist(), dtype=object),
-        problem=tuple((int(row), Reason(reason[row]), detail[row]) for row in np.flatnonzero(~usable)),
-    )
+        first = problem[0]
+        raise DatasetError(f"no sample has a usable {modality.name}; the first: {first[1].value}, {first[2]}")
+    check_lengths(lengths, f"{modality.name}: {modality.encoder}")
+    return Status(modality=modality, usable=usable, content=content, problem=tuple(problem))
 
 
-def read_arrow(path: Path) -> pa.Table:
-    """Map an Arrow file into memory; DatasetError where it is damaged."""
-    try:
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
-    except pa.ArrowInvalid as error:
-        raise DatasetError(f"{path} is damaged ({error}): delete it, and it is made anew") from error
-
-
-def write_arrow(table: pa.Table, path: Path) -> None:
-    """Write an Arrow file whole or not at all."""
-    with whole(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
-        file.write_table(table)
-
-
-def _encode_modality(task: EncodeTask, modality: Modality, cells: pa.ChunkedArray, ids: list[str]) -> int:
-    path = task.file(modality)
-    known = _read_known(path)
-    if modality.kind == "features":
-        encoded, computed = encode_vectors(cells, modality), len(ids)
-    else:
-        encoded, computed = _encode_cells(task, modality, cells, reuse=_reusable(known))
-    if known is not None and known["sample_id"].to_pylist() == ids and known["content"].to_pylist() == encoded.content:
-        return 0
-    write_arrow(_to_table(ids, encoded), path)
+def _encode_rest(task: EncodeTask) -> int:
+    """Encode all but what a pretrained network reads; a file that several modalities share is read once."""
+    rows = task.dataset.read(task.shard)
+    ids = task.dataset.sample_ids(rows, task.shard)
+    shared: dict[tuple[str, str], list[Modality]] = {}
+    for modality in task.dataset.modalities:
+        if not is_pretrained(modality):
+            form = "file" if modality.kind in ("audio", "image", "video") else modality.kind
+            shared.setdefault((modality.column, form), []).append(modality)
+    computed = 0
+    for (column, form), modalities in shared.items():
+        if form == "features":
+            computed += sum(_encode_vectors(task, modality, rows[column], ids) for modality in modalities)
+        else:
+            computed += _encode_cells(task, modalities, rows[column], ids)
     return computed
 
 
-def _read_known(path: Path) -> pa.Table | None:
-    """Read what a shard's file holds already; a damaged one, as a power cut leaves it, is made anew."""
-    try:
-        return read_arrow(path) if path.exists() else None
-    except DatasetError:
-        return None
+def _encode_vectors(task: EncodeTask, modality: Modality, cells: pa.ChunkedArray, ids: Sequence[str]) -> int:
+    encoded = encode_vectors(cells, modality)
+    path = task.file(modality)
+    if Known.of(path).is_current(ids, encoded.content):
+        return 0
+    write_arrow(encoded_table(ids, encoded), path)
+    return len(ids)
 
 
-def _encode_cells(
-    task: EncodeTask, modality: Modality, cells: pa.ChunkedArray, *, reuse: dict[str, Vector | UnusableError]
-) -> tuple[Encoded, int]:
-    content: list[str] = []
-    results: list[Vector | UnusableError] = []
+def _encode_cells(task: EncodeTask, modalities: Sequence[Modality], cells: pa.ChunkedArray, ids: Sequence[str]) -> int:
+    known = [Known.of(task.file(modality)) for modality in modalities]
+    content: list[bytes] = []
+    found: list[list[Found]] = [[] for _ in modalities]
     computed = 0
-    for loaded, digest_ in _load(task, modality, cells):
-        content.append(digest_)
-        if digest_ in reuse:
-            results.append(reuse[digest_])
-        else:
-            results.append(encode_cell(loaded, modality, task.media))
-            computed += 1
-    vector = [None if isinstance(result, UnusableError) else result for result in results]
-    problem = [result if isinstance(result, UnusableError) else None for result in results]
-    return Encoded(content=content, vector=vector, problem=problem), computed
-
-
-def _load(task: EncodeTask, modality: Modality, cells: pa.ChunkedArray) -> Iterator[tuple[Any, str]]:
-    """Yield what each cell stands for, or the UnusableError in its place, and the digest of its content."""
     for cell in cells:
-        try:
-            loaded = task.dataset.load(cell.as_py(), modality)
-        except UnusableError as error:
-            yield error, digest(str(error).encode())
+        loaded, digest_ = _load(task, modalities[0], cell)
+        content.append(digest_)
+        for modality, there, results in zip(modalities, known, found, strict=True):
+            result = there.find(digest_)
+            if result is None:
+                result = encode_cell(loaded, modality, task.media)
+                computed += 1
+            results.append(result)
+    for modality, there, results in zip(modalities, known, found, strict=True):
+        _keep(task, modality, there, ids, content, results)
+    return computed
+
+
+def _keep(
+    task: EncodeTask,
+    modality: Modality,
+    known: Known,
+    ids: Sequence[str],
+    content: Sequence[bytes],
+    found: Sequence[Found],
+) -> None:
+    """Write a shard's file, unless the one that is there holds just this."""
+    encoded = gather(content, found, encoder=f"{modality.name}: {modality.encoder}")
+    if not known.is_current(ids, encoded.content):
+        write_arrow(encoded_table(ids, encoded), task.file(modality))
+
+
+def _load(task: EncodeTask, modality: Modality, cell: pa.Scalar) -> tuple[Any, bytes]:
+    """Give what a cell stands for, or the UnusableError in its place, and the digest of its content."""
+    try:
+        loaded = task.dataset.load(cell.as_py(), modality)
+    except UnusableError as error:
+        return error, digest(str(error).encode()).encode()
+    return loaded, _content(loaded).encode()
+
+
+def _content(loaded: str | bytes | Sequence[Sequence[bytes]]) -> str:
+    if isinstance(loaded, str):
+        return digest(loaded.encode("utf-8", "surrogatepass"))
+    if isinstance(loaded, bytes):
+        return digest(loaded)
+    return digest(*(digest(*folder).encode() for folder in loaded))
+
+
+def _run_model(tasks: Sequence[EncodeTask], modality: Modality, *, num_threads: int, device: str) -> Iterator[int]:
+    """Encode a modality by a pretrained network, shard by shard; yields how many vectors of each were computed.
+
+    Threads read, decode and prepare the next samples, those of the shards to come as well, while the network runs.
+    """
+    shards: deque[tuple[EncodeTask, Known, list[str]]] = deque()
+
+    def cells() -> Iterator[tuple[EncodeTask, Known, pa.Scalar]]:
+        for task in tasks:
+            rows = task.dataset.read(task.shard)
+            known = Known.of(task.file(modality))
+            shards.append((task, known, task.dataset.sample_ids(rows, task.shard)))
+            for cell in rows[modality.column]:
+                yield task, known, cell
+
+    def prepare(item: tuple[EncodeTask, Known, pa.Scalar]) -> tuple[bytes, Found | Inputs]:
+        task, known, cell = item
+        loaded, content = _load(task, modality, cell)
+        found: Found | Inputs | None = known.find(content)
+        if found is None and isinstance(loaded, UnusableError):
+            found = loaded
+        elif found is None:
+            try:
+                found = open_model(modality.encoder[3:], modality.kind, device).prepare(loaded, task.media)
+            except UnusableError as error:
+                found = error
+        return content, found
+
+    prepared = ahead(prepare, cells(), num_threads=num_threads)
+    for task in tasks:
+        content: list[bytes] = []
+        found: dict[int, Found] = {}
+        new = _new_inputs(prepared, task.shard.num_rows, content, found)
+        computed = 0
+        for row, vector in encode_inputs(modality.encoder[3:], modality.kind, new, media=task.media, device=device):
+            found[row] = vector
+            computed += 1
+        _, known, ids = shards.popleft()
+        _keep(task, modality, known, ids, content, [found[row] for row in range(len(content))])
+        yield computed
+
+
+def _new_inputs(
+    prepared: Iterator[tuple[bytes, Found | Inputs]], num_rows: int, content: list[bytes], found: dict[int, Found]
+) -> Iterator[tuple[int, Inputs]]:
+    """Yield what the network has to encode of a shard, by row; note the content of every row, and what is known."""
+    for row, (digest_, result) in enumerate(islice(prepared, num_rows)):
+        content.append(digest_)
+        if isinstance(result, dict):
+            yield row, result
         else:
-            yield loaded, digest(loaded.encode() if isinstance(loaded, str) else loaded)
-
-
-def _reusable(known: pa.Table | None) -> dict[str, Vector | UnusableError]:
-    """Give what a shard's file knows, by content."""
-    if known is None:
-        return {}
-    rows = zip(known["content"], known["reason"], known["detail"], known["vector"], strict=True)
-    return {
-        content.as_py(): (
-            vector.values.to_numpy() if vector.is_valid else UnusableError(Reason(reason.as_py()), detail.as_py())
-        )
-        for content, reason, detail, vector in rows
-    }
-
-
-def _to_table(ids: list[str], encoded: Encoded) -> pa.Table:
-    lengths = [0 if vector is None else len(vector) for vector in encoded.vector]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    usable = [vector for vector in encoded.vector if vector is not None]
-    values = np.concatenate(usable) if usable else np.zeros(0, np.float32)
-    vector = pa.LargeListArray.from_arrays(
-        offsets, pa.array(values, pa.float32()), mask=pa.array([vector is None for vector in encoded.vector])
-    )
-    reason = [problem.reason.value if problem else None for problem in encoded.problem]
-    detail = [problem.detail if problem else None for problem in encoded.problem]
-    return pa.table([ids, encoded.content, reason, detail, vector], schema=_SCHEMA)
+            found[row] = result

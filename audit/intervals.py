@@ -5,7 +5,6 @@ All are of 95%. Without groups every sample counts for itself, and a share has W
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,18 +12,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from ...audit.score import ScoreTable
-from ...train.evaluate import wilson
-
 Array = NDArray[Any]
 Groups = NDArray[np.int64] | None  # the number of each sample's group, (n,); None where every sample is its own
 
 
-def group_codes(scores: ScoreTable) -> Groups:
+def group_codes(group: NDArray[np.object_] | None) -> Groups:
     """Number the groups (n,); None where the data have none."""
-    if scores.group is None:
+    if group is None:
         return None
-    codes = pa.array(scores.group, pa.string()).dictionary_encode(null_encoding="encode").indices
+    codes = pa.array(group, pa.string()).dictionary_encode(null_encoding="encode").indices
     return np.asarray(codes, dtype=np.int64)
 
 
@@ -52,12 +48,11 @@ def share(rows: NDArray[np.bool_], groups: Groups) -> dict[str, float]:
     return {"n": count, "share": count / len(rows), "low": low, "high": high}
 
 
-def difference(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """Give the difference of two accuracies with Newcombe's interval (1998, method 10), as if independent.
-
-    Both are of the same samples, so that the true interval is narrower.
-    """
-    found = one["accuracy"] - other["accuracy"]
-    down = np.hypot(one["accuracy"] - one["accuracy_low"], other["accuracy_high"] - other["accuracy"])
-    up = np.hypot(one["accuracy_high"] - one["accuracy"], other["accuracy"] - other["accuracy_low"])
-    return {"difference": found, "low": float(found - down), "high": float(found + up)}
+def wilson(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share, 95% by default (Wilson 1927)."""
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    half = z * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    low, high = float((centre - half) / scale), float((centre + half) / scale)
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding may part the ends 0 and 1 from the share

@@ -2,146 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from .crossing import Crossing, set_lesson
 from .errors import ConfigError, choices
-from .logistic import Design, fit_design, make_design, mean_loss
+from .linear import fit_linear
+from .matrix import Inputs, Rows
+from .mlp import fit_mlp
+from .target import Target
 
-_CHOICE_TOLERANCE = 1e-4  # settles the order of losses that differ in the third digit; a third of the steps
+__all__ = ["KINDS", "Crossing", "Probe", "ProbeConfig", "fit_probe"]
+
+KINDS = ("linear", "mlp")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeConfig:
     """How the cross-fitted probes are trained. All constants are mmaudit's defaults."""
 
+    kind: str = "linear"  # "linear", or "mlp" with one hidden layer
     folds: int = 5
     repeats: int = 3  # rounds of cross-fitting with other folds; probabilities are averaged over them
     learn_from: str = "all"  # splits that probes learn from: "all", or "train" for all but the test split
-    # What a strength means stands in logistic.py: 1 / (C n) in scikit-learn's terms.
+    fused: bool = True  # fit a probe of all modalities together as well: for what each adds, and Shapley values
+    control: bool = True  # fit a probe of each modality to shuffled labels as well, which must be at chance
+    most_rows: int = 200_000  # rows that all probes together learn from; all rows are scored
+    # What a strength means stands in glm.py: 1 / (C n) in scikit-learn's terms.
     strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-    choice_rows: int = 20_000  # rows on which the strength is chosen; the probe itself learns from all
+    choice_rows: int = 8_000  # rows on which the strength is chosen; the probe itself learns from most_rows
     max_steps: int = 300
-    tolerance: float = 1e-6
+    tolerance: float = 1e-4  # a fit ends when two steps running lower its loss by less, relatively
+    precision: str = "auto"  # of matrix products: "float32", "bfloat16", or the latter where the machine has it
+    hidden: int = 64  # of an mlp, as all that follow
+    epochs: int = 40
+    lr: float = 3e-3
+    dropout: float = 0.2
+    batch_size: int = 256
+    decays: tuple[float, ...] = (1e-2, 1.0)  # weight decays that are tried, each probe choosing its own
 
     def __post_init__(self) -> None:
-        if self.learn_from not in ("all", "train"):
-            raise ConfigError(f"probe.learn_from is {self.learn_from!r}; {choices(self.learn_from, ('all', 'train'))}")
-        for name in ("folds", "repeats", "choice_rows", "max_steps"):
+        for name, right in (("learn_from", ("all", "train")), ("precision", PRECISIONS)):
+            if getattr(self, name) not in right:
+                raise ConfigError(f"probe.{name} is {getattr(self, name)!r}; {choices(getattr(self, name), right)}")
+        for name in ("folds", "repeats", "most_rows", "choice_rows", "max_steps", "hidden", "epochs", "batch_size"):
             least = 2 if name == "folds" else 1
             if getattr(self, name) < least:
                 raise ConfigError(f"probe.{name} is {getattr(self, name)}; it must be at least {least}")
-        if not self.strengths or min(self.strengths) <= 0:
-            raise ConfigError(f"probe.strengths is {list(self.strengths)}; give one or more, all above 0")
+        for name in ("strengths", "decays"):
+            if not getattr(self, name) or min(getattr(self, name)) <= 0:
+                raise ConfigError(f"probe.{name} is {list(getattr(self, name))}; give one or more, all above 0")
+        for name in ("tolerance", "lr"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"probe.{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"probe.dropout is {self.dropout}; it must be at least 0 and below 1")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Crossing:
-    """Who learns from whom in one round of cross-fitting: arrays of shape (n,).
+class Probe(Protocol):
+    """A cross-fitted probe of one modality: each row is asked of the one that never saw it, r rounds of it.
 
-    The probe of fold j learns from the rows that `fits` and are not in fold j, and scores the rows of fold j.
-    `inner` deals the same rows once more, so that each probe can choose its strength on rows it then sets aside.
+    Outputs are raw: logits of classes or labels, or the number itself.
     """
 
-    fold: NDArray[np.int16]
-    inner: NDArray[np.int16]
-    fits: NDArray[np.bool_]
-    key: NDArray[np.uint64]  # hash of the id: which rows stand for all when there are many
+    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
+        """Ask about these rows: (r, b, k). `inputs`: the same rows elsewhere, as with a modality masked."""
 
-    @property
-    def num_folds(self) -> int:
-        """Folds that there really are."""
-        return int(self.fold.max()) + 1
+    def logits_by_epoch(self, rows: Rows) -> NDArray[np.float32]:
+        """Ask the first round's probes as they were on the way, at e moments of training: (e, b, k)."""
 
 
-def cross_fit(
-    matrix: NDArray[np.float32],
-    label: NDArray[np.int32],
+def fit_probe(
+    inputs: Inputs,
+    target: Target,
     crossings: Sequence[Crossing],
     *,
-    num_classes: int,
     config: ProbeConfig,
     device: str = "cpu",
-) -> NDArray[np.float32]:
-    """Give out-of-fold class probabilities (r, n, k), rows summing to 1, one (n, k) for each of r rounds.
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Probe:
+    """Fit the probes of all folds of all rounds at once. What is NaN counts as the feature's centre.
 
-    matrix (n, d) are features, label (n,) in [0, k). A row outside a round's `fits` is scored by the probe of its fold
-    and learned from by none. All probes of all rounds are fitted at once.
+    A row outside a round's `fits` is learned from by none of its probes, and neither is what `most_rows` leaves out.
+    Raises ConfigError for a kind of probe that does not exist.
     """
-    x = torch.from_numpy(np.array(matrix, dtype=np.float32)).to(device)
-    design = make_design(x)
-    y = torch.from_numpy(label.astype(np.int64)).to(device)
-    mask = torch.cat([_masks(crossing, device) for crossing in crossings], dim=1)
-    inner = [torch.from_numpy(crossing.inner == 0).to(device)[:, None] for crossing in crossings]
-    aside = torch.cat([rows.expand(-1, c.num_folds) for rows, c in zip(inner, crossings, strict=True)], dim=1) & mask
-    rows = torch.from_numpy(_some_rows(crossings[0], config.choice_rows)).to(device)
-    strength, start = _choose_strength(
-        design.take(rows), y[rows], mask[rows], aside[rows], num_classes=num_classes, config=config
-    )
-    theta, _ = fit_design(
-        design,
-        y,
-        mask=mask,
-        strength=strength,
-        start=start,
-        max_steps=config.max_steps,
-        tolerance=config.tolerance,
-    )
-    ends = np.cumsum([crossing.num_folds for crossing in crossings])
-    rounds = []
-    for crossing, end in zip(crossings, ends, strict=True):
-        which = torch.from_numpy(crossing.fold.astype(np.int64) + end - crossing.num_folds).to(device)
-        rounds.append(design.logits(theta, which).softmax(dim=1).cpu().numpy())
-    return np.stack(rounds)
-
-
-def _masks(crossing: Crossing, device: str) -> Tensor:
-    """Rows that each fold's probe learns from, (n, f)."""
-    folds = np.arange(crossing.num_folds)
-    return torch.from_numpy((crossing.fold[:, None] != folds) & crossing.fits[:, None]).to(device)
-
-
-def _choose_strength(
-    design: Design, label: Tensor, mask: Tensor, aside: Tensor, *, num_classes: int, config: ProbeConfig
-) -> tuple[Tensor, Tensor]:
-    """Give each of p probes the strength with the least loss on rows set `aside` (n, p) of its own, (p,), and weights.
-
-    From the strongest to the weakest, each fit starting where the last one ended; a probe whose loss rises stops there.
-    """
-    p, learn = mask.shape[1], mask & ~aside
-    path = sorted(config.strengths, reverse=True)
-    strength = design.rows.new_full((p,), path[len(path) // 2])
-    theta = design.rows.new_zeros(p, design.rows.shape[1] + 1, num_classes)
-    if len(path) == 1 or not bool((aside.any(dim=0) & learn.any(dim=0)).all()):
-        return strength, theta
-    least = torch.full_like(strength, torch.inf)
-    chosen = theta.clone()
-    going = torch.arange(p, device=theta.device)
-    for candidate in path:
-        theta[going], _ = fit_design(
-            design,
-            label,
-            mask=learn[:, going],
-            strength=torch.full_like(strength[going], candidate),
-            start=theta[going],
-            max_steps=config.max_steps,
-            tolerance=_CHOICE_TOLERANCE,
-        )
-        loss = mean_loss(design, label, mask=aside[:, going], theta=theta[going])
-        better = loss < least[going]
-        going, loss = going[better], loss[better]
-        if len(going) == 0:
-            break
-        least[going], strength[going], chosen[going] = loss, candidate, theta[going]
-    return strength, chosen
-
-
-def _some_rows(crossing: Crossing, most: int) -> NDArray[np.intp]:
-    """Rows on which strengths are chosen: those that probes learn from, or the first `most` of them by key."""
-    rows = np.flatnonzero(crossing.fits)
-    return rows if len(rows) <= most else np.sort(rows[np.argsort(crossing.key[rows], kind="stable")[:most]])
+    if config.kind not in KINDS:
+        raise ConfigError(f"probe.kind is {config.kind!r}; {choices(config.kind, KINDS)}")
+    lesson = set_lesson(crossings, most_rows=config.most_rows)
+    fit = fit_mlp if config.kind == "mlp" else fit_linear
+    probe: Probe = fit(inputs, target, crossings, lesson, config=config, device=device)
+    progress("probe", 1, 1)
+    return probe

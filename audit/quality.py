@@ -22,6 +22,7 @@ class Reason(str, Enum):
     STILL = "still-frames"  # a video in which nothing moves
     CONSTANT = "constant"  # a picture of one colour
     NOT_FINITE = "not-finite"  # a vector with NaN or infinity
+    FAILED = "encoder-failed"  # the user's own encoder raised an error
     WRONG_LENGTH = "wrong-length"  # a vector of another length than the others
     DUPLICATE = "duplicate"  # the same content in every modality as a sample that is kept
     NO_LABEL = "no-label"  # the label is null

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,26 +11,28 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .dataset import Dataset
+from .declared import declared_classes
 from .errors import DatasetError
 from .hashing import hash_rank
-
-log = logging.getLogger("mmaudit")
-
-_SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training", "trn"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),
-    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation"), "test"),
-}
-NO_LABEL = -1
+from .labels import NO_LABEL as NO_LABEL  # who asks for samples asks for these, too
+from .labels import UNKNOWN_LABEL as UNKNOWN_LABEL
+from .labels import Labels, read_classes, read_label_sets, read_numbers
+from .split_names import SPLIT_NAMES
+from .target import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
     """The n samples of a dataset, in its own order. Strings are numpy object arrays of shape (n,).
 
-    `label` is int32 in [0, k), or -1 where the source has none; `class_names` (k,) are sorted by the source's label.
+    `label` is int32 in [0, c), NO_LABEL where the source has none, or UNKNOWN_LABEL where it is not among the source's
+    own classes: `unknown` has (row, label) of these. `class_names` (c,) are sorted by the source's label.
     `split` holds train, validation, test; `group` is None where the source has no groups.
     `paths` has the source's columns of file names.
+
+    By `task`: classification has k = c `outputs`, the classes, and no `values`. multilabel has `values` (n, k) of 0
+    and 1, and regression (n, 1) as they are; both NaN where `label` is negative. There the classes are strata: sets of
+    labels, or tenths by rank.
     """
 
     sample_id: NDArray[np.object_]
@@ -40,6 +41,10 @@ class Samples:
     split: NDArray[np.object_]
     group: NDArray[np.object_] | None
     paths: pa.Table
+    task: str = "classification"
+    values: NDArray[np.float32] | None = None
+    outputs: tuple[str, ...] = ()
+    unknown: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
         repeated = [name for name, count in Counter(self.sample_id).items() if count > 1]
@@ -51,6 +56,11 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.sample_id)
+
+    @property
+    def target(self) -> Target:
+        """What the samples are to be recognised as; rows without a label must be taken out before it is learned."""
+        return Target(task=self.task, label=self.label, num_outputs=len(self.outputs), values=self.values)
 
 
 def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Samples:
@@ -64,18 +74,26 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
         tables.append(rows)
     rows = pa.concat_tables(tables)
     _check_ids(rows, columns.id)
-    label, class_names = _encode_labels(
-        rows[columns.label].to_pylist(), rows[columns.label_name].to_pylist() if columns.label_name else None
-    )
+    labels = _read_labels(dataset, rows)
     sample_id = np.array(ids, dtype=object)
     group = _read_group(rows[columns.group].to_pylist(), sample_id) if columns.group else None
     split = (
         _read_split(rows[columns.split].to_pylist(), column=columns.split)
         if columns.split
-        else _cut_test(sample_id, label, group, seed=seed, fraction=test_fraction)
+        else _cut_test(sample_id, labels.label, group, seed=seed, fraction=test_fraction)
     )
-    paths = rows.select(dataset.path_columns)
-    return Samples(sample_id=sample_id, label=label, class_names=class_names, split=split, group=group, paths=paths)
+    return Samples(
+        sample_id=sample_id,
+        label=labels.label,
+        class_names=labels.names,
+        split=split,
+        group=group,
+        paths=rows.select(dataset.path_columns),
+        task=dataset.task,
+        values=labels.values,
+        outputs=labels.outputs,
+        unknown=labels.unknown,
+    )
 
 
 def spread(keys: NDArray[np.uint64], label: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -124,38 +142,26 @@ def _check_ids(rows: pa.Table, column: str | None) -> None:
         raise DatasetError(f"column {column!r} has {rows[column].null_count} rows without an id: give each row one")
 
 
-def _encode_labels(
-    values: Sequence[object], names: Sequence[object] | None
-) -> tuple[NDArray[np.int32], tuple[str, ...]]:
-    """Number the labels from 0 in their own order: numbers as numbers, all else as strings."""
-    if any(isinstance(value, (list, dict)) for value in values):
-        raise DatasetError("the labels are lists: a class label is an integer or a string; name it with --label")
-    values = [None if value != value else value for value in values]  # NaN is what pandas writes for none
-    present = {value for value in values if value is not None}
-    if any(isinstance(value, float) and not value.is_integer() for value in present):
-        raise DatasetError("the labels are fractions: a class label is an integer or a string; name it with --label")
-    text = {value: str(int(value)) if isinstance(value, float) else str(value) for value in present}
-    try:
-        ordered = sorted(present, key=lambda value: (int(text[value]), text[value]))  # 01 and 1 are two classes
-    except ValueError:
-        ordered = sorted(present, key=lambda value: text[value])
-    number = {value: index for index, value in enumerate(ordered)}
-    label = np.array([NO_LABEL if value is None else number[value] for value in values], dtype=np.int32)
-    class_names = [text[value] for value in ordered]
-    if names is not None:
-        named = {index: str(name) for index, name in zip(label.tolist(), names, strict=True) if name is not None}
-        class_names = [named.get(index, class_names[index]) for index in range(len(class_names))]
-    return label, tuple(class_names)
+def _read_labels(dataset: Dataset, rows: pa.Table) -> Labels:
+    column = dataset.columns.label
+    cells = rows[column].to_pylist()
+    if dataset.task == "regression":
+        return read_numbers(cells, name=column)
+    declared = declared_classes(dataset.schema, column)
+    if dataset.task == "multilabel":
+        return read_label_sets(cells, declared=declared, classes=dataset.classes)
+    names = rows[dataset.columns.label_name].to_pylist() if dataset.columns.label_name else None
+    return read_classes(cells, names, declared=declared, classes=dataset.classes)
 
 
 def _read_split(values: Sequence[object], *, column: str) -> NDArray[np.object_]:
-    unknown = sorted({str(value) for value in values if str(value).lower() not in _SPLIT_NAMES})
+    unknown = sorted({str(value) for value in values if str(value).lower() not in SPLIT_NAMES})
     if unknown:
         raise DatasetError(
             f"column {column!r} holds {', '.join(unknown[:3])}; a split is train, validation or test: "
             "rename them, or pass --split none to have a test split cut"
         )
-    return np.array([_SPLIT_NAMES[str(value).lower()] for value in values], dtype=object)
+    return np.array([SPLIT_NAMES[str(value).lower()] for value in values], dtype=object)
 
 
 def _cut_test(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import ConfigError, ScoreError, choices
 from .measures import Floats, discrepancy, dominant, gap
+from .modality import RESERVED
 from .parquet import read_parquet, write_parquet
 
 SCHEMA_VERSION = 1
@@ -20,24 +21,45 @@ SCHEMA_VERSION = 1
 # What stands in scores.parquet, as {name: (range, direction)}; it goes into the file's metadata and the README.
 RANGES = {
     "confidence_M": ("[0, 1]", "probability of the true class by a probe that never saw the sample or its group"),
-    "prediction_M": ("[0, k)", "the class that probe names"),
+    "prediction_M": ("[0, k)", "the class that probe names; the number, of a regression; null of several labels"),
     "loss_M": ("[0, 27.7]", "-log confidence_M"),
+    "entropy_M": ("[0, log k]", "of the probe's class probabilities, in nats; 0 = sure, rightly or not"),
+    "margin_M": ("[0, 1]", "between the two likeliest classes; 0 = undecided; null of a regression"),
+    "training_confidence_M": ("[0, 1]", "mean confidence over the probe's training, out of fold; high = easy"),
+    "training_variability_M": ("[0, 0.5]", "standard deviation of the same; high = ambiguous"),
+    "shapley_M": ("[1 - m, m]", "what modality M adds to being right: SMV's Shapley value phi on the fused probe"),
     "discrepancy": ("[-1, 1]", "+1: the first modality alone carries the sample, -1: the second, 0: both or neither"),
     "discrepancy_M": ("[-1, 1]", "more than two modalities: confidence_M minus the mean of the others"),
     "discrepancy_sd": ("[0, 1.42]", "standard deviation over repeats; null after one"),
     "gap": ("[0, 1]", "largest minus least confidence; 0 = balanced"),
     "similarity": ("[0, 1]", "cosine of the modalities' class probabilities; 1 = they say the same"),
+    "confidence_fused": ("[0, 1]", "probability of the true class by all modalities together, out of fold"),
+    "prediction_fused": ("[0, k)", "the class they name together"),
+    "loss_fused": ("[0, 27.7]", "-log confidence_fused"),
     "balance": ("[-1, 1]", "BSS measure, high = balanced"),
     "p_balanced": ("[0, 1]", "posterior of the gap mixture's balanced component, or its fallback rule"),
 }
+
+
+# Columns beside confidence of which there is one for each modality.
+BY_MODALITY = (
+    "prediction",
+    "loss",
+    "entropy",
+    "margin",
+    "training_confidence",
+    "training_variability",
+    "shapley",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreTable:
     """The scores of n samples by m modalities. Strings are numpy object arrays; what is not known is None.
 
-    confidence (n, m) is the ground of all others. discrepancy_sd is (n, 1), or (n, m) where m > 2. `paths` are the
-    source's columns of file names, `provenance` is what stands in the file's metadata.
+    confidence (n, m) is the ground of all others, NaN where a sample lacks a modality; each has two at least.
+    discrepancy_sd is (n, 1), or (n, m) where m > 2; what is by modality is (n, m). `paths` are the source's columns of
+    file names, `provenance` is what stands in the file's metadata.
     """
 
     sample_id: NDArray[np.object_]
@@ -48,8 +70,16 @@ class ScoreTable:
     split: NDArray[np.object_] | None = None
     group: NDArray[np.object_] | None = None
     fold: NDArray[np.int16] | None = None
-    prediction: NDArray[np.int32] | None = None
+    prediction: NDArray[np.int32] | Floats | None = None  # -1, or NaN, where the modality is missing
     loss: Floats | None = None
+    entropy: Floats | None = None
+    margin: Floats | None = None
+    training_confidence: Floats | None = None
+    training_variability: Floats | None = None
+    shapley: Floats | None = None
+    confidence_fused: Floats | None = None
+    prediction_fused: NDArray[np.int32] | Floats | None = None
+    loss_fused: Floats | None = None
     discrepancy_sd: Floats | None = None
     similarity: Floats | None = None
     balance: Floats | None = None
@@ -70,13 +100,25 @@ class ScoreTable:
             raise ScoreError(
                 f"{len(self.modalities)} columns confidence_M for {n} rows; a discrepancy needs two or more"
             )
-        _check_range("confidence", self.confidence, 0, 1)
+        present = ~np.isnan(self.confidence)
+        if (present.sum(axis=1) < 2).any():
+            row = int(np.argmax(present.sum(axis=1) < 2))
+            raise ScoreError(
+                f"{int((present.sum(axis=1) < 2).sum())} samples have fewer than two values of confidence "
+                f"(the first: {self.sample_id[row]}): a discrepancy needs two; rescore, or mend the table"
+            )
+        _check_range("confidence", self.confidence[present], 0, 1)
         for name, low in (("similarity", -1), ("balance", -1), ("p_balanced", 0)):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low, 1)
 
     def __len__(self) -> int:
         return len(self.sample_id)
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """Which modalities (n, m) each sample has."""
+        return ~np.isnan(self.confidence)
 
     @property
     def gap(self) -> Floats:
@@ -111,7 +153,7 @@ class ScoreTable:
         """Give `A:B` for two modalities; of more the most confident one, which is set against the rest."""
         if len(self.modalities) == 2:
             return ":".join(self.modalities)
-        return self.modalities[int(self.confidence[self.not_test].mean(axis=0).argmax())]
+        return self.modalities[int(np.nanmean(self.confidence[self.not_test], axis=0).argmax())]
 
     def to_arrow(self) -> pa.Table:
         """Give the columns of scores.parquet."""
@@ -124,10 +166,12 @@ class ScoreTable:
             "fold": _array(self.fold, pa.int16(), len(self)),
         }
         for column, name in enumerate(self.modalities):
-            columns[f"confidence_{name}"] = pa.array(self.confidence[:, column])
-            for kind, values in (("prediction", self.prediction), ("loss", self.loss)):
-                if values is not None:
-                    columns[f"{kind}_{name}"] = pa.array(values[:, column])
+            for kind in ("confidence", *BY_MODALITY):
+                if (values := getattr(self, kind)) is not None:
+                    columns[f"{kind}_{name}"] = _nullable(values[:, column])
+        for kind in ("confidence", "prediction", "loss"):
+            if (values := getattr(self, f"{kind}_fused")) is not None:
+                columns[f"{kind}_fused"] = _nullable(values)
         columns |= self._discrepancy_columns()
         best = dominant(self.confidence)
         columns["gap"] = pa.array(self.gap)
@@ -143,11 +187,11 @@ class ScoreTable:
     def _discrepancy_columns(self) -> dict[str, pa.Array]:
         values = discrepancy(self.confidence).reshape(len(self), -1)
         ends = [""] if values.shape[1] == 1 else [f"_{name}" for name in self.modalities]
-        columns = {f"discrepancy{end}": pa.array(values[:, index]) for index, end in enumerate(ends)}
+        columns = {f"discrepancy{end}": _nullable(values[:, index]) for index, end in enumerate(ends)}
         spread = self.discrepancy_sd
         for index, end in enumerate(ends):
             column = None if spread is None else spread[:, index]
-            columns[f"discrepancy_sd{end}"] = _array(column, pa.float32(), len(self))
+            columns[f"discrepancy_sd{end}"] = pa.nulls(len(self), pa.float32()) if column is None else _nullable(column)
         return columns
 
 
@@ -165,7 +209,8 @@ def read_scores(path: str | Path) -> ScoreTable:
     table, provenance = read_parquet(Path(path), error=ScoreError)
     named = [name for name in provenance.pop("paths", []) if name in table.column_names]
     names = table.column_names
-    modalities = tuple(name.removeprefix("confidence_") for name in names if name.startswith("confidence_"))
+    scored = [name.removeprefix("confidence_") for name in names if name.startswith("confidence_")]
+    modalities = tuple(name for name in scored if name not in RESERVED)
     if "sample_id" not in names or not {"label", "label_name"} & set(names) or len(modalities) < 2:
         raise ScoreError(
             f"{path} is no score table: it needs sample_id, label (or label_name) and two or more confidence_M; "
@@ -182,8 +227,15 @@ def read_scores(path: str | Path) -> ScoreTable:
         split=_strings(table, "split"),
         group=_strings(table, "group"),
         fold=_numbers(table, "fold", np.int16),
-        prediction=_stack(table, [f"prediction_{name}" for name in modalities], np.int32),
-        loss=_stack(table, [f"loss_{name}" for name in modalities], np.float32),
+        prediction=_predictions(table, modalities),
+        confidence_fused=_numbers(table, "confidence_fused", np.float32),
+        prediction_fused=_prediction(table, "prediction_fused"),
+        loss_fused=_numbers(table, "loss_fused", np.float32),
+        **{
+            kind: _stack(table, [f"{kind}_{name}" for name in modalities], np.float32)
+            for kind in BY_MODALITY
+            if kind != "prediction"
+        },
         discrepancy_sd=_stack(table, [f"discrepancy_sd{end}" for end in ends], np.float32),
         similarity=_numbers(table, "similarity", np.float32),
         balance=_numbers(table, "balance", np.float32),
@@ -241,6 +293,28 @@ def _numbers(table: pa.Table, name: str, dtype: type[np.generic]) -> NDArray[Any
     if column.null_count and pa.types.is_integer(column.type):
         raise ScoreError(f"column {name} holds {column.null_count} nulls: fill all of it or none")
     return np.array(column.to_numpy(), dtype=dtype)
+
+
+def _predictions(table: pa.Table, modalities: Sequence[str]) -> NDArray[Any] | None:
+    columns = [_prediction(table, f"prediction_{name}") for name in modalities]
+    if any(column is None for column in columns):
+        return None
+    return np.stack([column for column in columns if column is not None], axis=1)
+
+
+def _prediction(table: pa.Table, name: str) -> NDArray[Any] | None:
+    """Read classes, null as -1, or the numbers of a regression, null as NaN."""
+    if name not in table.column_names or table[name].null_count == len(table):
+        return None
+    if pa.types.is_floating(table[name].type):
+        return _numbers(table, name, np.float32)
+    return np.array(table[name].cast(pa.int32()).fill_null(-1).to_numpy(), dtype=np.int32)
+
+
+def _nullable(values: NDArray[Any]) -> pa.Array:
+    """Give a column in which what is missing, NaN or a class of -1, is null."""
+    missing = np.isnan(values) if values.dtype.kind == "f" else values < 0
+    return pa.array(values, mask=missing) if missing.any() else pa.array(values)
 
 
 def _stack(table: pa.Table, names: Sequence[str], dtype: type[np.generic]) -> NDArray[Any] | None:

@@ -1,26 +1,36 @@
-"""Scoring: from a dataset and its features to the score table, the mixture, and what was left out"""
+"""Scoring: from a dataset and its features to the score table, the mixture, the ledger, and what was left out"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from . import measures
-from .dataset import Dataset
+from .answers import Answers, ask
+from .class_check import ClassCheck, fit_by_class
+from .encode import input_shape, is_network
 from .errors import ScoreError
-from .features import EncodeTask, Status, read_status
-from .folds import assign_folds, in_one_fold
-from .hashing import digest, hash_rank
-from .matrix import FeatureMatrix
+from .features import EncodeTask
+from .ledger import Ledger, keep_books
+from .matrix import FeatureMatrix, Inputs, Rows
+from .media import MediaConfig
 from .mixture import Mixture, MixtureConfig, fit_mixture
-from .probe import Crossing, ProbeConfig, cross_fit
-from .quality import Quarantined, Reason
-from .samples import NO_LABEL, Samples
+from .modality import Modality
+from .network_probe import NetworkConfig, fit_network
+from .panel import Panel, seat_member, seat_together
+from .probe import Crossing, Probe, ProbeConfig, fit_probe
+from .quality import Quarantined
+from .rounds import plan_rounds
+from .samples import Samples
 from .score import ScoreTable
+from .stock import Stock, sort_out
+from .target import Target
 from .workers import Progress
 
 
@@ -30,43 +40,10 @@ class Audit:
 
     scores: ScoreTable
     mixture: Mixture
+    class_check: ClassCheck
+    ledger: Ledger
     quarantined: tuple[Quarantined, ...]
     fingerprint: str
-    fused: NDArray[np.int32]  # (n,) the class that the probes name together
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stock:
-    """What a dataset is made of: its samples, and how each fared in each modality."""
-
-    samples: Samples
-    statuses: tuple[Status, ...]
-
-    @property
-    def content(self) -> NDArray[np.object_]:
-        """One digest for each sample (n,) over all its modalities."""
-        return row_content(self.statuses)
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of ids, labels, splits, groups and content, whatever the row order or the file format."""
-        samples = self.samples
-        names = np.array([*samples.class_names, ""], dtype=object)[samples.label]  # NO_LABEL is the last
-        group = samples.group if samples.group is not None else np.full(len(samples), "", dtype=object)
-        rows = zip(samples.sample_id, names, samples.split, group, self.content, strict=True)
-        return digest(*sorted("\0".join(row).encode() for row in rows))
-
-
-def row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
-    """Give one digest for each sample (n,) over all its modalities."""
-    parts = zip(*(status.content for status in statuses), strict=True)
-    return np.array([digest("".join(row).encode()) for row in parts], dtype=object)
-
-
-def take_stock(dataset: Dataset, samples: Samples, tasks: Sequence[EncodeTask]) -> Stock:
-    """Read from the cache what every sample of an encoded dataset is made of."""
-    statuses = tuple(read_status(tasks, modality, samples.sample_id) for modality in dataset.modalities)
-    return Stock(samples=samples, statuses=statuses)
 
 
 def audit_dataset(
@@ -74,137 +51,182 @@ def audit_dataset(
     tasks: Sequence[EncodeTask],
     *,
     probe: ProbeConfig,
+    networks: Networks,
     mixture: MixtureConfig,
     seed: int,
     device: str,
     progress: Progress,
+    keep_duplicates: bool = False,
 ) -> Audit:
     """Score every usable sample of an encoded dataset.
 
     With `probe.learn_from = "train"` no probe learns from a test sample, and what is chosen by the scores later is
     never chosen by a test label; with "all" each probe has a quarter more to learn from on a usual split.
     """
-    samples, statuses = stock.samples, stock.statuses
-    rows, left_out = _usable_rows(samples, statuses)
-    rows, crossings, rare = _cross(samples, rows, probe, seed=seed)
-    classes, inverse = np.unique(samples.label[rows], return_inverse=True)
-    label = inverse.astype(np.int32)
-    if len(classes) < 2:
-        raise ScoreError(f"only one class is left to score ({samples.class_names[classes[0]]!r}): a probe needs two")
-    rounds: list[measures.Floats] = []  # by modality: (repeats, n, k)
-    for status in statuses:
-        matrix = FeatureMatrix.of(tasks, status, rows).read_all()
-        found = cross_fit(matrix, label, crossings, num_classes=len(classes), config=probe, device=device)
-        rounds.append(found)
-        progress("probe", len(rounds), len(statuses))
-    scores = _score_table(stock, rows, rounds, label, classes, crossings[0])
-    fitted = fit_mixture(scores.gap[samples.split[rows] != "test"], config=mixture, seed=seed)
+    rows, left_out = sort_out(stock, keep_duplicates=keep_duplicates)
+    rows, crossings, rare = plan_rounds(stock.samples, rows, probe, seed=seed)
+    target, classes = _target(stock.samples, rows)
+    inputs = [FeatureMatrix.of(tasks, status, rows) for status in stock.statuses]
+    total = _num_fits([status.modality for status in stock.statuses], probe)
+    fit = _Fits(probe, networks, seed=seed, device=device, progress=progress, total=total)
+    panel = _seat(inputs, target, crossings, fit=fit)
+    answers = ask(panel, seed=seed, progress=progress)
+    sample_id, group = stock.samples.sample_id[rows], stock.samples.group
+    ledger = keep_books(
+        panel,
+        answers,
+        crossings,
+        fit=fit,
+        controls=probe.control,
+        sample_id=sample_id,
+        group=None if group is None else group[rows],
+        seed=seed,
+    )
+    scores = _score_table(stock, rows, answers, target=target, classes=classes, fold=crossings[0].fold)
+    chooses = stock.samples.split[rows] != "test"
+    fitted = fit_mixture(scores.gap[chooses], config=mixture, seed=seed)
     return Audit(
-        scores=replace(scores, p_balanced=fitted.posterior(scores.gap), content=stock.content[rows]),
+        scores=replace(scores, p_balanced=fitted.posterior(scores.gap)),
         mixture=fitted,
+        class_check=fit_by_class(scores.gap[chooses], scores.label[chooses], config=mixture, seed=seed),
+        ledger=ledger,
         quarantined=tuple(left_out + rare),
         fingerprint=stock.fingerprint,
-        fused=classes[measures.fuse([each.mean(axis=0) for each in rounds]).argmax(axis=1)].astype(np.int32),
     )
 
 
-def _usable_rows(samples: Samples, statuses: Sequence[Status]) -> tuple[NDArray[np.intp], list[Quarantined]]:
-    """Give the rows that the label and every modality allow to score, and why each other one is left out."""
-    left_out = [
-        Quarantined(sample_id=samples.sample_id[row], modality=status.modality.name, reason=reason, detail=detail)
-        for status in statuses
-        for row, reason, detail in status.problem
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Networks:
+    """How networks are trained where a modality is read by one; `folder` keeps what finished folds said."""
+
+    config: NetworkConfig
+    media: MediaConfig
+    folder: Path
+
+
+class _Fits:
+    """Fits probes, by features or as networks, and tells how many of them are done."""
+
+    def __init__(
+        self, config: ProbeConfig, networks: Networks, *, seed: int, device: str, progress: Progress, total: int
+    ) -> None:
+        self.config, self.networks, self.seed, self.device = config, networks, seed, device
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, inputs: Inputs, target: Target, crossings: Sequence[Crossing]) -> Probe:
+        if isinstance(inputs, FeatureMatrix) and is_network(inputs.status.modality):
+            found = self._train(inputs, target, crossings)
+        else:
+            found = fit_probe(inputs, target, crossings, config=self.config, device=self.device)
+        self.done += 1
+        self.progress("probe", min(self.done, self.total), self.total)
+        return found
+
+    def _train(self, inputs: FeatureMatrix, target: Target, crossings: Sequence[Crossing]) -> Probe:
+        modality = inputs.status.modality
+        return fit_network(
+            inputs,
+            input_shape(modality, self.networks.media),
+            target,
+            crossings,
+            config=self.networks.config,
+            seed=self.seed,
+            device=self.device,
+            progress=lambda stage, done, total: self.progress(f"{stage} {modality.name}", done, total),
+            folder=self.networks.folder,
+        )
+
+
+def _seat(inputs: Sequence[FeatureMatrix], target: Target, crossings: Sequence[Crossing], *, fit: _Fits) -> Panel:
+    """Seat a member for each modality, and one for all together unless a network reads one of them."""
+    members = [
+        seat_member(
+            each.status.modality.name,
+            each,
+            target,
+            crossings,
+            present=each.present,
+            fit=fit,
+        )
+        for each in inputs
     ]
-    unlabelled = samples.label == NO_LABEL
-    left_out += [
-        Quarantined(sample_id=name, modality=None, reason=Reason.NO_LABEL, detail="the label is null")
-        for name in samples.sample_id[unlabelled]
-    ]
-    rows = np.flatnonzero(~unlabelled & np.logical_and.reduce([status.usable for status in statuses]))
-    if len(rows) == 0:
-        raise ScoreError(f"no sample is usable in every modality; the first problem: {left_out[0]}")
-    return rows, left_out
+    alone = any(is_network(each.status.modality) for each in inputs)
+    fused = None if alone or not fit.config.fused else seat_together("fused", members, target, crossings, fit=fit)
+    return Panel(members=tuple(members), fused=fused, target=target)
 
 
-def _cross(
-    samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int
-) -> tuple[NDArray[np.intp], list[Crossing], list[Quarantined]]:
-    """Deal the rows into folds, once a repeat, leaving out classes that one fold holds alone in any of them."""
-    left_out: list[Quarantined] = []
-    while True:
-        crossings = [_crossing(samples, rows, config, seed=seed, repeat=repeat) for repeat in range(config.repeats)]
-        label = samples.label[rows]
-        rare = np.logical_or.reduce([in_one_fold(label, crossing.fold, crossing.fits) for crossing in crossings])
-        if not rare.any():
-            return rows, crossings, left_out
-        left_out += [_rare(samples, rows, row) for row in rows[rare]]
-        rows = rows[~rare]
-        if len(rows) == 0:
-            raise ScoreError(f"no class can be cross-fitted; the first: {left_out[0].detail}")
+def _num_fits(modalities: Sequence[Modality], config: ProbeConfig) -> int:
+    """Each modality; its control; all together; and, of more than two, all but one. Networks stand alone."""
+    vectors = sum(not is_network(modality) for modality in modalities)
+    together = config.fused and vectors == len(modalities)
+    apart = vectors if vectors > 2 else 0
+    return len(modalities) + vectors * config.control + (1 + apart) * together
 
 
-def _rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
-    peers = rows[samples.label[rows] == samples.label[row]]
-    detail = f"class {samples.class_names[samples.label[row]]!r} has {len(peers)} usable samples"
-    if samples.group is not None and len(peers):
-        detail += f", of {len(set(samples.group[peers]))} groups"
-    return Quarantined(
-        sample_id=samples.sample_id[row], modality=None, reason=Reason.RARE_CLASS, detail=f"{detail}, all in one fold"
-    )
-
-
-def _crossing(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int, repeat: int) -> Crossing:
-    train = samples.split[rows] != "test"
-    if not train.any():  # the mixture is never fitted to test samples either
-        raise ScoreError("every usable sample is a test sample: a probe has nothing to learn from; pass --split none")
-    fits = train | (config.learn_from == "all")
-    group = None if samples.group is None else samples.group[rows]
-    ids, label = samples.sample_id[rows], samples.label[rows]
-    deals = [
-        assign_folds(ids, label, group, fits, num_folds=config.folds, seed=seed, purpose=f"{purpose} {repeat}")
-        for purpose in ("fold", "inner fold")
-    ]
-    key = hash_rank(ids, seed=seed, purpose="strength rows")
-    return Crossing(fold=deals[0], inner=deals[1], fits=fits, key=key)
+def _target(samples: Samples, rows: Rows) -> tuple[Target, NDArray[np.int32]]:
+    """Give the targets of the rows that are scored, and the source's number of each class among them."""
+    if samples.task != "classification":
+        values = None if samples.values is None else samples.values[rows]
+        num_outputs = len(samples.outputs)
+        found = Target(task=samples.task, label=samples.label[rows], num_outputs=num_outputs, values=values)
+        return found, np.arange(num_outputs, dtype=np.int32)
+    classes, label = np.unique(samples.label[rows], return_inverse=True)
+    if len(classes) < 2:
+        raise ScoreError(f"only one class is left to score ({samples.class_names[classes[0]]!r}): a probe needs two")
+    found = Target(task=samples.task, label=label.astype(np.int32), num_outputs=len(classes))
+    return found, classes.astype(np.int32)
 
 
 def _score_table(
     stock: Stock,
-    rows: NDArray[np.intp],
-    rounds: Sequence[measures.Floats],
-    label: NDArray[np.int32],
+    rows: Rows,
+    answers: Answers,
+    *,
+    target: Target,
     classes: NDArray[np.int32],
-    crossing: Crossing,
+    fold: NDArray[np.int16],
 ) -> ScoreTable:
     samples = stock.samples
-    probabilities = [each.mean(axis=0) for each in rounds]
-    confidence = measures.confidence(probabilities, label)
-    loss = measures.cross_entropy(confidence)
-    fused = measures.confidence([measures.fuse(probabilities)], label)
-    similarity = measures.similarity(probabilities)
-    total = measures.cross_entropy(fused)[:, 0] + loss.sum(axis=1)
+    loss, fused_loss = measures.cross_entropy(answers.confidence), measures.cross_entropy(answers.fused_confidence)
+    # Of a sample that lacks modalities, the mean loss of those it has stands for the others.
+    total = fused_loss + loss.shape[1] * np.nanmean(loss, axis=1)
+    named = partial(_named, task=target.task, classes=classes)
     return ScoreTable(
         sample_id=samples.sample_id[rows],
         label=samples.label[rows],
         label_name=np.array(samples.class_names, dtype=object)[samples.label[rows]],
         modalities=tuple(status.modality.name for status in stock.statuses),
-        confidence=confidence,
+        confidence=answers.confidence,
         split=samples.split[rows],
         group=None if samples.group is None else samples.group[rows],
-        fold=crossing.fold,
-        prediction=np.stack([classes[each.argmax(axis=1)] for each in probabilities], axis=1).astype(np.int32),
+        fold=fold,
+        prediction=named(answers.predicted),
         loss=loss,
-        discrepancy_sd=_spread(rounds, label),
-        similarity=similarity,
-        balance=measures.balance(similarity, total, fits=samples.split[rows] != "test"),
+        entropy=answers.entropy,
+        margin=_or_none(answers.margin),
+        training_confidence=_or_none(answers.training_confidence),
+        training_variability=_or_none(answers.training_variability),
+        shapley=_or_none(answers.shapley),
+        confidence_fused=answers.fused_confidence,
+        prediction_fused=named(answers.fused_predicted),
+        loss_fused=fused_loss,
+        discrepancy_sd=_or_none(answers.spread),
+        similarity=answers.similarity,
+        balance=measures.balance(answers.similarity, total, fits=samples.split[rows] != "test"),
+        content=stock.content[rows],
         paths=samples.paths.take(pa.array(rows)),
     )
 
 
-def _spread(rounds: Sequence[measures.Floats], label: NDArray[np.int32]) -> measures.Floats | None:
-    """Standard deviation of the discrepancy over repeats, (n, 1) or (n, m); None after one."""
-    repeats = len(rounds[0])
-    if repeats == 1:
-        return None
-    each = [measures.discrepancy(measures.confidence([r[repeat] for r in rounds], label)) for repeat in range(repeats)]
-    return np.asarray(np.std(np.stack(each), axis=0, ddof=1, dtype=np.float32)).reshape(len(label), -1)
+def _or_none(values: measures.Floats) -> measures.Floats | None:
+    return None if np.isnan(values).all() else values
+
+
+def _named(
+    predicted: measures.Floats, *, task: str, classes: NDArray[np.int32]
+) -> NDArray[np.int32] | measures.Floats | None:
+    """Give predictions in the source's numbers of classes, -1 where missing; numbers as they are; None of labels."""
+    if task != "classification":
+        return None if task == "multilabel" else predicted
+    missing = np.isnan(predicted)
+    return np.where(missing, -1, classes[np.where(missing, 0, predicted).astype(np.intp)]).astype(np.int32)

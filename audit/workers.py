@@ -1,4 +1,4 @@
-"""Many shards, all cores: how is one function run over a list of tasks, and stopped at Ctrl-C?"""
+"""Many tasks, all cores: how is one function run over them, and stopped at Ctrl-C?"""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+_AHEAD = 4  # tasks for each thread: decoded films take megabytes
 
 
 class Progress(Protocol):
@@ -58,6 +60,27 @@ def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], *, num_work
             worker.terminate()
         pool.shutdown(wait=False)
         raise
+
+
+def ahead(work: Callable[[Task], Result], tasks: Iterable[Task], *, num_threads: int) -> Iterator[Result]:
+    """Yield work(task) for each task, in order; threads do the next ones meanwhile. 0: nothing is done ahead.
+
+    Tasks are taken one by one, never more than four to a thread before they are wanted.
+    """
+    if num_threads < 1:
+        yield from map(work, tasks)
+        return
+    pool = ThreadPoolExecutor(num_threads)
+    window: deque[Future[Result]] = deque()
+    try:
+        for task in tasks:
+            window.append(pool.submit(work, task))
+            if len(window) >= _AHEAD * num_threads:
+                yield window.popleft().result()
+        while window:
+            yield window.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _prepare_worker() -> None:

@@ -74,11 +74,11 @@ def demo(scratch: Path) -> tuple[str, bool]:
 def measure(case: Case, folder: Path, scratch: Path) -> tuple[str, bool]:
     started = time.monotonic()
     run = ["--run", str(scratch / case.name.replace(" ", "-"))]
-    accuracy = mmaudit("score", str(folder / case.data), *case.words, *run)["accuracy"]
+    ledger = mmaudit("score", str(folder / case.data), *case.words, *run)["ledger"]
     split = mmaudit("split", "--balanced", *run)
     metrics = mmaudit("finetune", "--manifest", "balanced", *run)
     tested, chance = metrics["test"]["all"]["branches"]["fused"], metrics["chance"]["majority"]
-    probes = {name: found["accuracy"] for name, found in accuracy.items() if name != "chance"}
+    probes = {found["name"]: found["value"] for found in ledger["standings"]}
     holds = (
         all(probes[name] >= bound for name, bound in case.at_least.items())
         and all(probes[name] < bound for name, bound in case.below.items())

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 from ..audit.dataset import DataConfig
 from ..audit.errors import ConfigError, choices
+from ..audit.leakage import LeakageConfig
 from ..audit.media import MediaConfig
 from ..audit.mixture import MixtureConfig
+from ..audit.networks import NetworkConfig
 from ..audit.probe import ProbeConfig
 from ..rebalance.balanced import BalancedConfig
 from ..train.finetune import FinetuneConfig
@@ -35,7 +37,9 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     media: MediaConfig = field(default_factory=MediaConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    leakage: LeakageConfig = field(default_factory=LeakageConfig)
     split: BalancedConfig = field(default_factory=BalancedConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -47,7 +51,7 @@ class RunConfig:
     def scoring(self) -> dict[str, Any]:
         """Give the part that scores depend on, as plain values: what run.json holds and a rerun must match."""
         config = plain(self)
-        return {name: config[name] for name in ("seed", "data", "media", "probe", "mixture")}
+        return {name: config[name] for name in ("seed", "data", "media", "probe", "network", "mixture")}
 
 
 def load_config(path: str | Path | None = None, settings: typing.Sequence[str] = ()) -> RunConfig:

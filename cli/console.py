@@ -75,14 +75,44 @@ def tell_score(record: dict[str, Any]) -> None:
     )
     for reason, number in record["quarantine"].items():
         print(f"  quarantined: {number} x {reason}")
-    for name, found in record["accuracy"].items():
-        if name == "chance":
-            print(f"  {name:>10}  {found['accuracy']:.3f}  the most common class")
-        else:
-            interval = f"[{found['accuracy_low']:.3f}, {found['accuracy_high']:.3f}]"
-            print(f"  {name:>10}  {found['accuracy']:.3f}  out of fold, 95% {interval}")
+    ledger = record["ledger"]
+    for found in ledger["standings"]:
+        name, metric = found["name"], ledger["metric"]
+        print(
+            f"  {name:>10}  {found['value']:.3f}  {metric} out of fold, 95% [{found['low']:.3f}, {found['high']:.3f}]"
+        )
+    print(f"  {'chance':>10}  {ledger['chance']:.3f}")
+    for found in ledger["controls"]:
+        if found["leaks"]:
+            print(
+                f"  warning: a probe of {found['name']} on shuffled labels reaches {found['value']:.3f}, above chance "
+                f"({found['chance']:.3f}): something tells the labels that should not"
+            )
     print(f"  gap mixture: {record['verdict']}")
     print(f"report: {record['report']}")
+
+
+def tell_check(found: dict[str, Any]) -> None:
+    """Tell what would be read, what is unusable, and what leaks."""
+    print(f"{found['source']}: {found['usable']} of {found['input']} samples can be scored")
+    for modality in found["modalities"]:
+        print(f"  modality {modality}")
+    for reason, number in found["quarantine"].items():
+        print(f"  unusable: {number} x {reason}")
+    for note in found["leakage"]["notes"]:
+        print(f"  note: {note}")
+    for finding in found["leakage"]["findings"]:
+        print(f"  LEAK: {finding['message']}")
+    if not found["leakage"]["leaks"]:
+        print("no leak found")
+
+
+def tell_ingest(found: dict[str, Any]) -> None:
+    """Tell how many clips are there."""
+    print(found["message"])
+    for note in found["notes"]:
+        print(f"  note: {note}")
+    print(f"metadata: {found['path']}")
 
 
 def tell_split(summary: dict[str, Any]) -> None:

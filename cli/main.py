@@ -25,8 +25,35 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-BAD_INPUT, INTERRUPTED = 2, 130  # 0 is done, 1 a bug of ours: a traceback
+BAD_INPUT, GATE_FAILED, INTERRUPTED = 2, 3, 130  # 0 is done, 1 a bug of ours: a traceback
 
+DataArgument = Annotated[
+    str,
+    typer.Argument(help="A folder, a file or glob of rows, a saved dataset, tars, or a name on the Hugging Face hub."),
+]
+ModalityOption = Annotated[
+    list[str] | None,
+    typer.Option("--modality", metavar="NAME=COLUMN[:KIND]", help="Read these modalities. Repeatable."),
+]
+EncoderOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--encoder",
+        metavar="NAME=ENCODER",
+        help="statistics, resnet18, hf:MODEL or package.module:function. Repeatable.",
+    ),
+]
+LabelOption = Annotated[str | None, typer.Option("--label", help="The column of labels.")]
+IdOption = Annotated[str | None, typer.Option("--id", help="The column of ids.")]
+GroupOption = Annotated[
+    str | None,
+    typer.Option("--group", help="Samples that share this column's value never score each other."),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", help="The column of splits; none: leave it alone, cut a test split."),
+]
+OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Let paths lead outside the metadata's folder.")]
 RunOption = Annotated[str, typer.Option("--run", help="The run folder.")]
 ConfigOption = Annotated[str | None, typer.Option("--config", help="A TOML file with any of the settings.")]
 SetOption = Annotated[
@@ -50,11 +77,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        from ..audit.errors import MmauditError
+        from ..audit.errors import GateError, MmauditError
         from .console import say
 
         try:
             function(*args, **kwargs)
+        except GateError as error:
+            say(f"failed: {error}")
+            raise typer.Exit(GATE_FAILED) from None
         except MmauditError as error:
             say(f"error: {error}")
             raise typer.Exit(BAD_INPUT) from None
@@ -85,23 +115,95 @@ def demo(
 
 
 @command
-def score(
-    data: Annotated[str, typer.Argument(help="A folder with metadata.csv, .jsonl or .parquet, or a file of rows.")],
-    run: RunOption = "mmaudit-run",
-    modality: Annotated[
+def ingest(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="cremad, ave, kinetics-sounds, vggsound, ucf101, mosei, image-text or ogm-ge.",
+        ),
+    ],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The download, as it unpacks.")],
+    list_: Annotated[
         list[str] | None,
-        typer.Option("--modality", metavar="NAME=COLUMN[:KIND]", help="Read these modalities. Repeatable."),
+        typer.Option("--list", help="A list of clips or splits, where the download has another. Repeatable."),
     ] = None,
-    label: Annotated[str | None, typer.Option("--label", help="The column of labels.")] = None,
-    id_: Annotated[str | None, typer.Option("--id", help="The column of ids.")] = None,
-    group: Annotated[
+    out: Annotated[
+        str | None, typer.Option("--out", help="The table to write. [default: DIR/metadata.parquet]")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Turn an official download into metadata.parquet, and say which clips are missing."""
+    from .console import tell_ingest
+    from .stages import ingest as run_ingest
+
+    _finish(run_ingest(name, folder, lists=list_ or [], out=out), json_, tell_ingest)
+
+
+@command
+def check(
+    data: DataArgument,
+    run: RunOption = "mmaudit-run",
+    modality: ModalityOption = None,
+    encoder: EncoderOption = None,
+    label: LabelOption = None,
+    id_: IdOption = None,
+    group: GroupOption = None,
+    split: SplitOption = None,
+    allow_outside: OutsideOption = False,
+    device: DeviceOption = "auto",
+    num_workers: WorkersOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Say what would be read, what is unusable and what train and test share; exit 3 if they share anything."""
+    from dataclasses import replace
+
+    from ..audit.errors import GateError
+    from .config import override
+    from .console import progress_bars, tell_check
+    from .stages import check as run_check
+
+    settings = _config(config, set_, None)
+    data_config = override(
+        settings.data,
+        modality=tuple(modality) if modality else None,
+        encoder=tuple(encoder) if encoder else None,
+        label=label,
+        id=id_,
+        group=group,
+        split=split,
+        allow_outside=True if allow_outside else None,
+    )
+    with progress_bars() as progress:
+        found = run_check(
+            data,
+            run=run,
+            config=replace(settings, data=data_config),
+            device=device,
+            num_workers=num_workers,
+            progress=progress,
+        )
+    _finish(found, json_, tell_check)
+    if found["leakage"]["leaks"]:
+        raise GateError(f"train and test are not apart: {len(found['leakage']['findings'])} leaks; see above")
+
+
+@command
+def score(
+    data: DataArgument,
+    run: RunOption = "mmaudit-run",
+    modality: ModalityOption = None,
+    encoder: EncoderOption = None,
+    task: Annotated[
         str | None,
-        typer.Option("--group", help="Samples that share this column's value never score each other."),
+        typer.Option("--task", help="classification, multilabel or regression. [default: classification]"),
     ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option("--split", help="The column of splits; none: leave it alone, cut a test split."),
-    ] = None,
+    label: LabelOption = None,
+    id_: IdOption = None,
+    group: GroupOption = None,
+    split: SplitOption = None,
     learn_from: Annotated[
         str | None,
         typer.Option("--learn-from", help="all, or train to keep test labels out. [default: all]"),
@@ -110,9 +212,7 @@ def score(
         int | None,
         typer.Option("--repeats", help="Rounds of cross-fitting. [default: 3]"),
     ] = None,
-    allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Let paths lead outside the metadata's folder.")
-    ] = False,
+    allow_outside: OutsideOption = False,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     num_workers: WorkersOption = None,
@@ -133,6 +233,8 @@ def score(
     data_config = override(
         settings.data,
         modality=tuple(modality) if modality else None,
+        encoder=tuple(encoder) if encoder else None,
+        task=task,
         label=label,
         id=id_,
         group=group,

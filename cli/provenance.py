@@ -9,17 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .. import __version__
 from ..audit.dataset import Dataset, open_dataset
 from ..audit.encode import preprocessing
 from ..audit.errors import ManifestError, MmauditError, RunError
+from ..audit.hub_datasets import looks_like_hub_name
 from ..audit.mixture import Mixture
 from ..audit.score import RANGES, SCHEMA_VERSION
 from ..audit.scoring import Audit
 from ..rebalance.manifest import Manifest
-from ..train.evaluate import wilson
 from .config import RunConfig, build, without_none
 from .run import Run
 
@@ -61,8 +59,9 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
         "classes": len(set(audit.scores.label.tolist())),
         "groups": None if audit.scores.group is None else len(set(audit.scores.group.tolist())),
         "folds": int(audit.scores.fold.max()) + 1 if audit.scores.fold is not None else None,
-        "accuracy": _accuracies(audit),
+        "ledger": audit.ledger.to_json(),
         "verdict": _verdict(audit.mixture),
+        "class_check": audit.class_check.to_json(),
         "seconds": seconds,
     }
 
@@ -107,24 +106,6 @@ def _names(modalities: list[dict[str, Any]]) -> str:
     return ", ".join(f"{m['name']}={m['column']}:{m['kind']} ({m['preprocessing'][:6]})" for m in modalities)
 
 
-def _accuracies(audit: Audit) -> dict[str, dict[str, float]]:
-    """Out-of-fold accuracy and loss of each probe, and of all together, with Wilson's 95% interval."""
-    scores = audit.scores
-    assert scores.prediction is not None
-    assert scores.loss is not None
-    named = {name: scores.prediction[:, index] for index, name in enumerate(scores.modalities)}
-    found = {}
-    for name, predicted in {**named, "fused": audit.fused}.items():
-        right = predicted == scores.label
-        low, high = wilson(int(right.sum()), len(right))
-        found[name] = {"accuracy": float(right.mean()), "accuracy_low": low, "accuracy_high": high}
-    for index, name in enumerate(scores.modalities):
-        found[name]["loss"] = float(scores.loss[:, index].mean())
-    majority = np.bincount(scores.label).max() / len(scores)
-    found["chance"] = {"accuracy": float(majority)}  # always the most common class
-    return found
-
-
 def _verdict(mixture: Mixture) -> str:
     if mixture.bimodal:
         return "bimodal; p_balanced is its posterior"
@@ -132,4 +113,6 @@ def _verdict(mixture: Mixture) -> str:
 
 
 def _absolute(source: str) -> str:
-    return str(Path(source).absolute())
+    """Name a source so that it is found from anywhere: a dataset of the hub has its name already."""
+    on_disk = Path(source).exists() or not looks_like_hub_name(source)
+    return str(Path(source).absolute()) if on_disk else source

@@ -9,21 +9,28 @@ import json
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..audit.dataset import open_dataset
+import numpy as np
+from numpy.typing import NDArray
+
+from ..audit.dataset import Dataset, open_dataset
 from ..audit.errors import ConfigError, RunError
 from ..audit.features import encode_dataset
 from ..audit.files import read_json, write_json, write_text
+from ..audit.ingest import ingest as ingest_download
+from ..audit.leakage import Material, find_leakage, group_columns
 from ..audit.parquet import write_parquet
 from ..audit.quality import quarantine_table
 from ..audit.samples import read_samples
 from ..audit.score import ScoreTable, read_scores, write_scores
-from ..audit.scoring import Audit, audit_dataset, take_stock
+from ..audit.scoring import Audit, Networks, audit_dataset
+from ..audit.stock import sort_out, take_stock
 from ..audit.workers import Progress, default_workers, silent
 from ..rebalance.balanced import balanced_split
 from ..rebalance.manifest import Manifest, Selection, make_manifest, read_dropped, read_manifest, write_manifest
@@ -38,6 +45,63 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 log = logging.getLogger("mmaudit")
+
+
+def ingest(
+    name: str, folder: str | Path, *, lists: Sequence[str | Path] = (), out: str | Path | None = None
+) -> dict[str, Any]:
+    """Turn an official download into metadata.parquet, and tell what was listed and what is there.
+
+    Raises ConfigError for an unknown name, DatasetError where the folder is not that download.
+    """
+    found = ingest_download(name, folder, lists=lists, out=out)
+    return {**asdict(found), "path": str(found.path), "message": found.message}
+
+
+def check(
+    data: str | Path,
+    *,
+    run: str | Path = "mmaudit-run",
+    config: RunConfig | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Tell what would be read of `data`, what is unusable, and what its splits share; nothing is trained.
+
+    What is encoded for it stays in the run's feature cache, where `score` finds it. Without a split column, the split
+    that `score` would cut is looked at.
+    """
+    config = config or RunConfig()
+    place = Run(Path(run))
+    dataset = open_dataset(data, config.data)
+    place.check_place()
+    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+    workers = default_workers() if num_workers is None else num_workers
+    tasks = encode_dataset(
+        dataset, place.features, media=config.media, num_workers=workers, device=pick_device(device), progress=progress
+    )
+    stock = take_stock(dataset, samples, tasks)
+    rows, left_out = sort_out(stock, keep_duplicates=config.data.keep_duplicates)
+    columns = group_columns(dataset.schema.names)
+    if dataset.columns.group and dataset.columns.group not in columns:
+        columns = [dataset.columns.group, *columns]
+    leakage = find_leakage(
+        samples,
+        [Material.of(status, tasks) for status in stock.statuses],
+        groups={name: _column(dataset, name) for name in columns},
+        config=config.leakage,
+        seed=config.seed,
+        progress=progress,
+    )
+    return {
+        "source": str(data),
+        "input": len(samples),
+        "usable": len(rows),
+        "modalities": [str(modality) for modality in dataset.modalities],
+        "quarantine": dict(Counter(row.reason.value for row in left_out).most_common()),
+        "leakage": leakage.to_json(),
+    }
 
 
 def score(
@@ -69,7 +133,9 @@ def score(
         log.info("no split column: %d of %d samples are held out as test", held, len(samples))
     with _timed(seconds, "encode"):
         workers = default_workers() if num_workers is None else num_workers
-        tasks = encode_dataset(dataset, place.features, media=config.media, num_workers=workers, progress=progress)
+        tasks = encode_dataset(
+            dataset, place.features, media=config.media, num_workers=workers, device=device, progress=progress
+        )
     stock = take_stock(dataset, samples, tasks)
     if done is not None:
         if done["fingerprint"] != stock.fingerprint:
@@ -81,7 +147,15 @@ def score(
         return done
     with _timed(seconds, "probe"):
         audit = audit_dataset(
-            stock, tasks, probe=config.probe, mixture=config.mixture, seed=config.seed, device=device, progress=progress
+            stock,
+            tasks,
+            probe=config.probe,
+            networks=Networks(config=config.network, media=config.media, folder=place.features / "networks"),
+            mixture=config.mixture,
+            seed=config.seed,
+            device=device,
+            progress=progress,
+            keep_duplicates=config.data.keep_duplicates,
         )
     record = record_of(dataset, audit, config, seconds=seconds)
     if overwrite:
@@ -213,6 +287,12 @@ def pick_device(name: str) -> str:
     if name != "cpu" and not (name.split(":")[0] == "cuda" and torch.cuda.is_available()):
         raise ConfigError(f"--device {name}: not there; there are: auto, cpu" + ", cuda" * torch.cuda.is_available())
     return name
+
+
+def _column(dataset: Dataset, name: str) -> NDArray[np.object_]:
+    """Read a whole column as strings (n,), null as None."""
+    cells = [cell for shard in dataset.shards for cell in shard.read([name])[name].to_pylist()]
+    return np.array([None if cell is None else str(cell) for cell in cells], dtype=object)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.errors import ConfigError
+from ..audit.errors import ConfigError, ScoreError
 from ..audit.hashing import hash_rank
 from ..audit.score import ScoreTable
 from .manifest import Selection
@@ -91,10 +91,13 @@ def balanced_split(
     """
     chosen = between or largest_pair(scores, config)
     values = scores.discrepancy(chosen)
-    bins = bin_of(values, num_bins=config.bins)
+    present = ~np.isnan(values)  # both modalities are there
+    if not present.any():
+        raise ScoreError(f"no sample has a discrepancy between {chosen}: a modality is missing in every one")
+    bins = bin_of(np.where(present, values, 0), num_bins=config.bins)
     label = np.unique(scores.label, return_inverse=True)[1].astype(np.int32)  # anybody's numbers, -1 and 10^6 too
     shape = (config.bins, int(label.max()) + 1)
-    parts = splits_of(scores)
+    parts = {name: part & present for name, part in splits_of(scores).items() if (part & present).any()}
     sizes = _sizes(parts, config.size)
     place, places = np.zeros(len(scores), dtype=np.int64), np.zeros(len(scores), dtype=np.int64)
     for name, part in parts.items():
@@ -103,23 +106,24 @@ def balanced_split(
         place[part] = _place_in_cell(scores.sample_id[part], bins[part], label[part], seed=seed)
         places[part] = taken[bins[part], label[part]]
     keep = place < places
-    before, after = count(bins, label, shape=shape), count(bins[keep], label[keep], shape=shape)
+    before = count(bins[present], label[present], shape=shape)
+    after = count(bins[keep], label[keep], shape=shape)
     by_split = [np.bincount(bins[part], minlength=config.bins) for part in parts.values()]
     selection = Selection(
         name="balanced",
         between=chosen,
         keep=keep,
         reason="bin-full",
-        score=place.astype(np.float64),  # place of the sample in its (bin, class) cell by hash(seed, id)
+        score=np.where(present, place, np.nan),  # place of the sample in its (bin, class) cell by hash(seed, id)
         threshold=places.astype(np.float64),  # places that cell has
-        bin=bins,
+        bin=np.where(present, bins, -1).astype(np.int16),
         rule={"kind": "balanced", "seed": seed, **asdict(config)},
     )
     return BalancedSplit(
         selection=selection,
         before=before,
         after=after,
-        uniformity_before=_uniformity(values, before, before),
+        uniformity_before=_uniformity(values[present], before, before),
         uniformity_after=_uniformity(values[keep], after, before),
         distances={
             name: distance_to_uniform(np.bincount(bins[part & keep], minlength=config.bins), available=available)
@@ -141,7 +145,10 @@ def largest_pair(scores: ScoreTable, config: BalancedConfig) -> str:
     counted = scores.not_test
     sizes = {}
     for first, second in combinations(scores.modalities, 2):
-        bins = bin_of(scores.discrepancy(f"{first}:{second}")[counted], num_bins=config.bins)
+        values = scores.discrepancy(f"{first}:{second}")[counted]
+        bins = bin_of(values[~np.isnan(values)], num_bins=config.bins)
+        if len(bins) == 0:
+            continue
         sizes[f"{first}:{second}"] = size_curve([np.bincount(bins, minlength=config.bins)], (config.tolerance,))[0].size
     return max(sizes, key=lambda pair: sizes[pair])
 

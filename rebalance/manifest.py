@@ -49,7 +49,8 @@ _REQUIRED = tuple(_COLUMNS)
 class Selection:
     """A choice among the n rows of a score table. Arrays have shape (n,).
 
-    `reason` says in one word why the others were dropped: their `score` was on the wrong side of `threshold`.
+    `reason` says in one word why the others were dropped: their `score` was on the wrong side of `threshold`. A score
+    of NaN is that of a sample without a modality that the choice is about; it is never kept.
     `rule` is what the choice can be repeated from.
     """
 
@@ -59,7 +60,7 @@ class Selection:
     reason: str
     score: NDArray[np.floating[Any]]
     threshold: NDArray[np.floating[Any]]
-    bin: NDArray[np.int16] | None = None
+    bin: NDArray[np.int16] | None = None  # -1 where a modality is missing
     rule: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -111,8 +112,9 @@ def make_manifest(scores: ScoreTable, selection: Selection) -> tuple[Manifest, p
     kept = everything.filter(pa.array(selection.keep)).set_column(6, "rank", pa.array(_ranks(scores, selection.keep)))
     dropped = everything.filter(pa.array(~selection.keep)).drop_columns(["rank", "weight"])
     out = ~selection.keep
-    dropped = dropped.append_column("reason", pa.array([selection.reason] * int(out.sum()), pa.string()))
-    dropped = dropped.append_column("score", pa.array(selection.score[out], pa.float64()))
+    reason = np.where(np.isnan(selection.score[out]), "missing-modality", selection.reason)
+    dropped = dropped.append_column("reason", pa.array(reason.tolist(), pa.string()))
+    dropped = dropped.append_column("score", pa.array(selection.score[out], pa.float64(), from_pandas=True))
     dropped = dropped.append_column("threshold", pa.array(selection.threshold[out], pa.float64()))
     return Manifest(table=kept, provenance=_provenance(scores, selection)), dropped
 
@@ -157,7 +159,7 @@ def _all_rows(scores: ScoreTable, selection: Selection) -> pa.Table:
         "label_name": scores.label_name,
         "split": scores.split,
         "subset": np.full(n, selection.name, dtype=object),
-        "bin": selection.bin,
+        "bin": None if selection.bin is None else pa.array(selection.bin, mask=selection.bin < 0),
         "rank": np.zeros(n, dtype=np.int32),
         "weight": np.ones(n, dtype=np.float32),
         "discrepancy": scores.discrepancy(selection.between),
@@ -167,7 +169,7 @@ def _all_rows(scores: ScoreTable, selection: Selection) -> pa.Table:
         "content": scores.content,
     }
     arrays = {
-        name: pa.nulls(n, type_) if columns[name] is None else pa.array(columns[name], type_)
+        name: pa.nulls(n, type_) if columns[name] is None else pa.array(columns[name], type_, from_pandas=True)
         for name, type_ in _COLUMNS.items()
     }
     if scores.paths is not None:

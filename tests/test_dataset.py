@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmaudit.audit.dataset import Columns, DataConfig, Dataset, open_dataset
+from mmaudit.audit.columns import Columns
+from mmaudit.audit.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.errors import ConfigError, DatasetError
 from mmaudit.audit.modality import Modality
 from mmaudit.audit.quality import Reason, UnusableError
@@ -263,6 +265,42 @@ def test_bytes_are_what_they_are(tmp_path: Path) -> None:
     assert [dataset.load(cell, sound) for cell in cells["sound"]] == [b"one", b""]
     assert dataset.load(cells["raw"][0], raw) == b"two"
     assert reason_for(dataset, cells["raw"][1]) is Reason.MISSING
+
+
+def test_bytes_say_what_they_are(tmp_path: Path, clip_source: Path, film: Callable[[bool], bytes]) -> None:
+    sound, sight = ([(clip_source / f"{n}.{suffix}").read_bytes() for n in (0, 1)] for suffix in ("wav", "png"))
+    held = [{"bytes": data, "path": None} for data in sight]
+    dataset = open_dataset(table(tmp_path / "d.parquet", label=[0, 1], heard=sound, seen=held))
+    assert modalities(dataset) == ["heard=heard:audio", "seen=seen:image"]
+    assert "heard" not in dataset.read(dataset.shards[0], modalities=False).column_names
+    films = open_dataset(table(tmp_path / "f.parquet", label=[0, 1], clip=[film(True), film(True)]))
+    assert modalities(films) == ["audio=clip:audio", "visual=clip:video"]
+    seen = open_dataset(table(tmp_path / "g.parquet", label=[0, 1], audio=sound, clip=[film(True), film(True)]))
+    assert modalities(seen) == ["audio=audio:audio", "visual=clip:video"]
+
+
+def test_folders_of_pictures_are_frames(tmp_path: Path) -> None:
+    lines = [
+        {"label": n, "seen": f"seen/{n}", "flow_frames": [f"u/{n}", f"v/{n}"], "audio": f"{n}.wav"} for n in (0, 1)
+    ]
+    data = folder(tmp_path / "d", "".join(json.dumps(line) + "\n" for line in lines), "metadata.jsonl")
+    for name in ("seen/0", "seen/1", "u/0", "v/0"):
+        (data / name).mkdir(parents=True)
+        (data / name / "1.png").write_bytes(name.encode())
+    dataset = open_dataset(data)
+    assert modalities(dataset) == ["seen=seen:frames", "flow=flow_frames:frames", "audio=audio:audio"]
+    rows = dataset.read(dataset.shards[0]).to_pylist()
+    assert dataset.load(rows[0]["flow_frames"], dataset.modalities[1]) == ((b"u/0",), (b"v/0",))
+    assert dataset.load(rows[1]["seen"], dataset.modalities[0]) == ((b"seen/1",),)
+    with pytest.raises(UnusableError, match="no folder u/1"):
+        dataset.load(rows[1]["flow_frames"], dataset.modalities[1])
+
+
+def test_a_wrong_task_or_list_of_classes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.task is 'multilable'; did you mean multilabel\?"):
+        DataConfig(task="multilable")
+    with pytest.raises(ConfigError, match=r"data\.classes names 'a' more than once"):
+        DataConfig(classes=("a", "b", "a"))
 
 
 @pytest.mark.parametrize(

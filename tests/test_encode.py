@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmaudit.audit import encode
-from mmaudit.audit.encode import ENCODERS, encode_cell, encode_vectors, preprocessing
+from mmaudit.audit.descriptors import video_statistics
+from mmaudit.audit.encode import (
+    ENCODERS,
+    NETWORK_INPUTS,
+    Encoded,
+    check_encoder,
+    encode_cell,
+    encode_vectors,
+    input_shape,
+    preprocessing,
+)
+from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.hashing import digest
-from mmaudit.audit.media import MediaConfig
+from mmaudit.audit.media import MediaConfig, decode_audio, decode_folders, decode_frames, decode_image
 from mmaudit.audit.modality import KINDS, Modality
 from mmaudit.audit.quality import Reason, UnusableError
+from mmaudit.audit.spectrogram import network_spectrogram
 
 MEDIA = MediaConfig()
 TYPES = [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int64())]
@@ -25,6 +39,11 @@ ROWS = [[1.0, 2.0, 3.0], None, [1.0, 2.0], [], [4.0, None, 6.0], [7.0, 8.0, 9.0]
 
 def vectors(length: int) -> Modality:
     return Modality(name="v", column="col", kind="features", length=length)
+
+
+def rows_of(found: Encoded) -> list[list[float] | None]:
+    vectors = iter(found.vector.tolist())
+    return [next(vectors) if usable else None for usable in found.usable]
 
 
 def test_every_kind_has_an_encoder() -> None:
@@ -36,38 +55,42 @@ def test_vectors_are_taken_as_they_are_and_checked_one_by_one(type_: pa.DataType
     whole = pa.array(ROWS, type_)
     for column in (pa.chunked_array([whole]), pa.chunked_array([whole.slice(0, 2), whole.slice(2)])):
         found = encode_vectors(column, vectors(3))
-        assert [None if row is None else row.tolist() for row in found.vector] == [[1, 2, 3]] + [None] * 4 + [[7, 8, 9]]
-        assert {row.dtype for row in found.vector if row is not None} == {np.dtype(np.float32)}
-        reasons = [problem and problem.reason for problem in found.problem]
+        assert rows_of(found) == [[1, 2, 3]] + [None] * 4 + [[7, 8, 9]]
+        assert found.vector.dtype == np.float32
         wrong = Reason.WRONG_LENGTH
-        assert reasons == [None, Reason.MISSING, wrong, wrong, Reason.NOT_FINITE, None]
+        reasons = {row: problem.reason for row, problem in found.problem.items()}
+        assert reasons == {1: Reason.MISSING, 2: wrong, 3: wrong, 4: Reason.NOT_FINITE}
         assert str(found.problem[2]) == "wrong-length: 2 numbers; most rows have 3"
         assert str(found.problem[4]) == "not-finite: 1 of 3 numbers are not finite"
 
 
-def test_vectors_of_fixed_length_may_be_null() -> None:
-    found = encode_vectors(pa.chunked_array([pa.array([[1, 2], None, [3, 4]], pa.list_(pa.float32(), 2))]), vectors(2))
-    assert [None if row is None else row.tolist() for row in found.vector] == [[1, 2], None, [3, 4]]
+def test_vectors_of_fixed_length_may_be_null_and_columns_be_cut() -> None:
+    whole = pa.array([[9, 9], [1, 2], None, [3, 4], [8, 8]], pa.list_(pa.float32(), 2))
+    found = encode_vectors(pa.chunked_array([whole.slice(1, 3)]), vectors(2))
+    assert rows_of(found) == [[1, 2], None, [3, 4]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
 def test_what_float32_cannot_hold_is_not_finite(value: float) -> None:
     found = encode_vectors(pa.chunked_array([pa.array([[value, 1.0]], pa.list_(pa.float64()))]), vectors(2))
-    assert [problem and problem.reason for problem in found.problem] == [Reason.NOT_FINITE]
+    assert [problem.reason for problem in found.problem.values()] == [Reason.NOT_FINITE]
 
 
 def test_whole_numbers_past_float32_are_rounded() -> None:
     column = pa.chunked_array([pa.array([[2**24 + 1, 2**53 + 1]], pa.list_(pa.int64()))])
-    (row,) = encode_vectors(column, vectors(2)).vector
-    assert row is not None
-    assert row.tolist() == [2.0**24, 2.0**53]
+    assert rows_of(encode_vectors(column, vectors(2))) == [[2.0**24, 2.0**53]]
 
 
-@given(st.lists(st.lists(st.floats(width=32), min_size=1, max_size=3), min_size=1, max_size=8))
-def test_content_is_the_vectors_own(rows: list[list[float]]) -> None:
-    found = encode_vectors(pa.chunked_array([pa.array(rows, pa.list_(pa.float32()))]), vectors(2))
-    assert found.content == [digest(np.array(row, dtype=np.float32).tobytes()) for row in rows]
-    assert [vector is None for vector in found.vector] == [problem is not None for problem in found.problem]
+@given(st.lists(st.none() | st.lists(st.floats(width=32), max_size=3), max_size=8))
+def test_content_and_verdict_are_the_vectors_own(rows: list[list[float] | None]) -> None:
+    column = pa.chunked_array([pa.array(rows, pa.list_(pa.float32()))])
+    found = encode_vectors(column, vectors(2))
+    digests = [digest(np.array(row or [], dtype=np.float32).tobytes()) for row in rows]
+    assert found.content.tolist() == [each.encode() for each in digests]
+    good = [row is not None and len(row) == 2 and bool(np.isfinite(row).all()) for row in rows]
+    assert found.usable.tolist() == good
+    assert sorted(found.problem) == [row for row, fine in enumerate(good) if not fine]
+    assert rows_of(found) == [row if fine else None for row, fine in zip(rows, good, strict=True)]
 
 
 def test_a_cell_is_encoded_or_says_why_not() -> None:
@@ -85,7 +108,7 @@ def test_a_cell_is_encoded_or_says_why_not() -> None:
     assert broken.reason is Reason.CORRUPT
 
 
-@pytest.mark.parametrize("kind", ["audio", "image", "video", "text"])
+@pytest.mark.parametrize("kind", ["audio", "image", "video", "frames", "text"])
 def test_all_that_decides_about_a_vector_is_in_its_fingerprint(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     modality = Modality(name="m", column="c", kind=kind)
     found = {preprocessing(modality, MEDIA)}
@@ -102,3 +125,78 @@ def test_kinds_and_lengths_are_told_apart() -> None:
     kinds = [Modality(name="m", column="c", kind=kind) for kind in ENCODERS] + [vectors(2), vectors(3)]
     assert len({preprocessing(modality, MEDIA) for modality in kinds}) == len(kinds)
     assert preprocessing(vectors(2), MEDIA) == preprocessing(vectors(2), MediaConfig(image_size=8))
+
+
+def test_encoders_are_told_apart() -> None:
+    found = {
+        preprocessing(Modality(name="m", column="c", kind=kind, encoder=encoder), MEDIA)
+        for kind in NETWORK_INPUTS
+        for encoder in ("statistics", "resnet18", "os.path:basename")
+    }
+    assert len(found) == 3 * len(NETWORK_INPUTS)
+
+
+@pytest.fixture
+def loaded(clip_source: Path, film: Callable[[bool], bytes]) -> dict[str, Any]:
+    pictures = tuple((clip_source / f"{number}.png").read_bytes() for number in range(5))
+    return {
+        "audio": (clip_source / "0.wav").read_bytes(),
+        "image": pictures[0],
+        "video": film(True),
+        "frames": (pictures,),
+        "text": "one two",
+    }
+
+
+@pytest.mark.parametrize("media", [MEDIA, MediaConfig(network_seconds=0.15, network_size=20, sample_rate=11_025)])
+@pytest.mark.parametrize("kind", NETWORK_INPUTS)
+def test_a_network_is_given_what_its_shape_says(kind: str, media: MediaConfig, loaded: dict[str, Any]) -> None:
+    modality = Modality(name="m", column="c", kind=kind, encoder="resnet18")
+    found = encode_cell(loaded[kind], modality, media)
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == (np.float32 if kind == "audio" else np.uint8)
+    unflattened = found.reshape(input_shape(modality, media))
+    frames = replace(media, num_frames=media.network_frames, frame_size=media.network_size)
+    expected: dict[str, Callable[[Any], Any]] = {
+        "audio": lambda data: network_spectrogram(decode_audio(data, media), media),
+        "image": lambda data: decode_image(data, replace(media, image_size=media.network_size)),
+        "video": lambda data: decode_frames(data, frames),
+        "frames": lambda data: decode_folders(data, frames),
+    }
+    np.testing.assert_array_equal(unflattened, expected[kind](loaded[kind]))
+
+
+def test_pictures_in_folders_are_measured_as_a_film_is(clip_source: Path) -> None:
+    pictures = tuple((clip_source / f"{number}.png").read_bytes() for number in range(6))
+    frames = Modality(name="f", column="c", kind="frames")
+    found = encode_cell((pictures,), frames, MEDIA)
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_array_equal(found, video_statistics(decode_folders((pictures,), MEDIA), MEDIA))
+    back = encode_cell((pictures[::-1],), frames, MEDIA)
+    assert isinstance(back, np.ndarray)
+    assert not np.array_equal(found, back)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "kind", "message"),
+    [
+        (
+            "statistic",
+            "audio",
+            r"no such encoder; did you mean statistics\? \(there are: statistics, resnet18, hf:MODEL",
+        ),
+        ("resnet18:", "audio", r"no such encoder"),
+        ("resnet18", "text", r".*does not read text; there are: audio, image, video, frames"),
+        ("resnet18", "features", r"vectors are read as they are; the only encoder of kind features is statistics"),
+        ("hf:a/b", "features", r"vectors are read as they are"),
+        ("os.path:join", "features", r"vectors are read as they are"),
+    ],
+)
+def test_an_encoder_that_is_not_there_or_does_not_fit_is_refused(encoder: str, kind: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--encoder m={encoder}: {message}"):
+        check_encoder(Modality(name="m", column="c", kind=kind, encoder=encoder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_read_every_kind(kind: str) -> None:
+    check_encoder(Modality(name="m", column="c", kind=kind))

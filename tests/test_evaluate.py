@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
-from mmaudit.train.evaluate import evaluate, measure, subsets, wilson
+from mmaudit.audit.intervals import wilson
+from mmaudit.train.evaluate import evaluate, measure, subsets
 
 
 def answers(n: int, k: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 import pyarrow as pa
 import pytest
 
 from mmaudit.audit.errors import ConfigError, DatasetError
-from mmaudit.audit.modality import Modality, check_modalities, holds_bytes, infer_modalities, kind_of_path
+from mmaudit.audit.modality import (
+    Modality,
+    check_modalities,
+    holds_bytes,
+    holds_files,
+    holds_folders,
+    infer_modalities,
+    kind_of_path,
+)
 from mmaudit.audit.modality import parse_modality as parse
 
 HEAD = pa.table(
@@ -17,6 +27,8 @@ HEAD = pa.table(
         "words": ["two words", "one.Two"],
         "vector": [[1.0, 2.0], [3.0, 4.0]],
         "raw": [b"RIFF", b"RIFF"],
+        "heard": [b"fLaC", b"OggS"],
+        "folders": [["u/a", "v/a"], ["u/b", "v/b"]],
         "picture": [{"bytes": b"x", "path": "x.png"}] * 2,
         "age": [3, 4],
     }
@@ -66,6 +78,76 @@ def test_columns_tell_the_modalities(columns: dict[str, list[object]], expected:
 
 
 @pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"sound": [{"bytes": b"?", "path": "a.wav"}]}, ["sound=sound:audio"]),
+        ({"sound": [{"bytes": b"fLaC", "path": None}, None]}, ["sound=sound:audio"]),
+        ({"raw": [b"\xff\xd8\xff", b"?", b"GIF89a"]}, ["raw=raw:image"]),
+        ({"raw": [b"\xff\xd8\xff", b"?"]}, []),
+        ({"raw": [b"", None]}, []),
+        ({"clip": [{"bytes": b"FLV\1", "path": None}]}, ["audio=clip:audio", "visual=clip:video"]),
+        (
+            {"wav": [b"?"], "left.png": [b"?"], "mp4": [b"?"]},
+            ["audio=wav:audio", "left=left.png:image", "visual=mp4:video"],
+        ),
+        (
+            {"txt": ["a dog"], "caption.txt": ["a cat"], "note.txt": ["x"]},
+            ["text=txt:text", "caption=caption.txt:text"],
+        ),
+        ({"a": [{"text": "x"}], "b": [{"bytes": None, "path": "a.png"}]}, ["b=b:image"]),
+    ],
+)
+def test_media_that_are_held_tell_what_they_are(columns: dict[str, list[object]], expected: list[str]) -> None:
+    assert inferred(**columns) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"AudioWAV": ["a.wav"], "VideoFlash": ["a.flv"]}, ["AudioWAV=AudioWAV:audio", "visual=VideoFlash:video"]),
+        ({"face_path": ["a.mp4"], "audio_path": ["a.wav"]}, ["visual=face_path:video", "audio=audio_path:audio"]),
+        (
+            {"a_path": ["a.mp4"], "b_path": ["b.mp4"], "audio": ["a.wav"]},
+            ["a_visual=a_path:video", "b_visual=b_path:video", "audio=audio:audio"],
+        ),
+        (
+            {"visual": ["a.png"], "face": ["a.mp4"], "audio": ["a.wav"]},
+            ["visual=visual:image", "face_visual=face:video", "audio=audio:audio"],
+        ),
+    ],
+)
+def test_a_film_beside_its_sound_is_seen_only(
+    columns: dict[str, list[object]], expected: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mmaudit")
+    assert inferred(**columns) == expected
+    assert "the sight alone is read, since" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"flow_frames": [["u/a", "v/a"], None]}, ["flow=flow_frames:frames"]),
+        ({"rgb_frames": ["a", "b"]}, ["rgb=rgb_frames:frames"]),
+        ({"num_frames": ["120", "80.0"]}, []),
+        ({"seen": ["in/a", "in/b"], "other": ["x", "y"]}, ["seen=seen:frames"]),
+        ({"seen": [["in/a", "in/b"]]}, ["seen=seen:frames"]),
+        ({"kind": ["in/a", "in/a"]}, []),
+        ({"x_frames": ["a.mp4", "b.mp4"]}, ["x_frames_audio=x_frames:audio", "x_frames_visual=x_frames:video"]),
+        ({"x_frames": [[0.5], [0.25]]}, ["x_frames=x_frames:features"]),
+    ],
+)
+def test_folders_of_pictures_are_frames(columns: dict[str, list[object]], expected: list[str]) -> None:
+    found = infer_modalities(pa.table(columns), taken=[], holds_pictures=lambda folder: folder.startswith("in/"))
+    assert [str(modality) for modality in found] == expected
+
+
+def test_what_names_files() -> None:
+    named = [field.name for field in HEAD.schema if holds_files(HEAD, field)]
+    assert named == ["file_name", "clip"]
+
+
+@pytest.mark.parametrize(
     ("text", "kind"),
     [
         ("a=file_name", "audio"),
@@ -77,6 +159,10 @@ def test_columns_tell_the_modalities(columns: dict[str, list[object]], expected:
         ("a=raw:audio", "audio"),
         ("a=picture:image", "image"),
         ("a=mixed:image", "image"),
+        ("a=picture", "image"),
+        ("a=heard", "audio"),
+        ("a=words:frames", "frames"),
+        ("a=folders:frames", "frames"),
     ],
 )
 def test_what_the_option_says(text: str, kind: str) -> None:
@@ -102,6 +188,9 @@ def test_what_the_option_says(text: str, kind: str) -> None:
         ("a=vector:audio", "double> cannot be read as audio"),
         ("a=raw:text", "of type binary cannot be read as text"),
         ("a=words:features", "of type string cannot be read as features"),
+        ("a=vector:frames", "double> cannot be read as frames"),
+        ("a=raw:frames", "of type binary cannot be read as frames"),
+        ("a=folders", "cannot tell what 'folders' holds"),
     ],
 )
 def test_what_the_option_may_not_say(text: str, words: str) -> None:
@@ -137,3 +226,9 @@ def test_what_holds_media_themselves() -> None:
     held = [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])]
     assert all(map(holds_bytes, held))
     assert not any(map(holds_bytes, [pa.string(), pa.struct([("path", pa.string())]), pa.list_(pa.int8())]))
+
+
+def test_what_may_name_folders() -> None:
+    named = [pa.string(), pa.list_(pa.string()), pa.large_list(pa.large_string())]
+    assert all(map(holds_folders, named))
+    assert not any(map(holds_folders, [pa.binary(), pa.list_(pa.int8()), pa.list_(pa.list_(pa.string()))]))

@@ -16,10 +16,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from mmaudit.audit.class_check import fit_by_class
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.files import read_json, write_json, write_text
+from mmaudit.audit.ledger import Control, Gain, Ledger, Standing
 from mmaudit.audit.measures import cross_entropy, discrepancy
 from mmaudit.audit.mixture import MixtureConfig, fit_mixture
+from mmaudit.audit.panel import Calibration
 from mmaudit.audit.parquet import write_parquet
 from mmaudit.audit.quality import Quarantined, Reason, quarantine_table
 from mmaudit.audit.score import ScoreTable, write_scores
@@ -63,6 +66,30 @@ def planted(
     )
 
 
+def ledger(names: tuple[str, ...], *, leaking: str | None = None) -> Ledger:
+    """Books in which every probe stands at 0.5, and one on shuffled labels may be above chance."""
+    calibration = Calibration(num_rows=90, temperature=1.3, ece_before=0.12, ece_after=0.034)
+    standings = [
+        Standing(name=name, value=0.5, low=0.4, high=0.6, loss=1.0, calibration=calibration)
+        for name in (*names, "fused")
+    ]
+    gains = [Gain(name=name, gain=0.1, low=0.05, high=0.15) for name in names]
+    controls = [
+        Control(name=name, num_rows=90, value=0.45 if name == leaking else 0.3, low=low, high=0.5, chance=0.33)
+        for name in names
+        for low in [0.4 if name == leaking else 0.2]
+    ]
+    return Ledger(
+        metric="accuracy",
+        chance=0.3,
+        fused_by="probe",
+        standings=tuple(standings),
+        over_best=gains[0],
+        gains=tuple(gains),
+        controls=tuple(controls),
+    )
+
+
 def run_of(
     folder: Path, scores: ScoreTable, *, quarantined: tuple[Quarantined, ...] = (), source: str = "data.parquet"
 ) -> Run:
@@ -70,7 +97,7 @@ def run_of(
     run = Run(folder)
     fits = slice(None) if scores.split is None else scores.split != "test"
     mixture = fit_mixture(scores.gap[fits], config=MixtureConfig(), seed=0)
-    accuracy = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "loss": 1.0}
+    check = fit_by_class(scores.gap[fits], scores.label[fits], config=MixtureConfig(), seed=0)
     write_scores(scores, run.scores_file)
     write_parquet(quarantine_table(quarantined), run.quarantine_file, provenance={})
     write_json(dict(mixture.to_json()), run.mixture_file)
@@ -81,7 +108,7 @@ def run_of(
             "source": source,
             "fingerprint": "f" * 32,
             "seed": 0,
-            "config": {"probe": {"repeats": 1, "learn_from": "all"}},
+            "config": {"probe": {"repeats": 1, "learn_from": "all"}, "data": {"task": "classification"}},
             "modalities": [
                 {"name": name, "kind": "features", "column": name, "length": 4} for name in scores.modalities
             ],
@@ -90,7 +117,8 @@ def run_of(
             "classes": len(set(scores.label.tolist())),
             "groups": None if scores.group is None else len(set(scores.group)),
             "folds": 5,
-            "accuracy": {name: accuracy for name in (*scores.modalities, "fused")} | {"chance": {"accuracy": 0.3}},
+            "ledger": ledger(scores.modalities).to_json(),
+            "class_check": check.to_json(),
             "seconds": {"probe": 1.0},
         }
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.dataset import DataConfig, open_dataset
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.samples import NO_LABEL, Samples, cut, read_samples, spread
+from mmaudit.audit.samples import NO_LABEL, UNKNOWN_LABEL, Samples, cut, read_samples, spread
 
 Read = Callable[..., Samples]
 
@@ -189,3 +190,44 @@ def test_a_test_split_is_cut_where_there_is_none(read: Read) -> None:
     assert grouped.group is not None
     assert (grouped.split == "test").sum() == 12
     assert len(set(grouped.group[grouped.split == "test"].tolist())) == 2
+
+
+def test_a_class_is_its_own_output(read: Read) -> None:
+    samples = read(DataConfig(classes=("b", "a")), label=["a", "b", "c", None])
+    assert (samples.task, samples.values, samples.outputs) == ("classification", None, ("b", "a"))
+    assert samples.label.tolist() == [1, 0, UNKNOWN_LABEL, NO_LABEL]
+    assert samples.unknown == ((2, "c"),)
+    assert (samples.target.task, samples.target.num_outputs, len(samples.target)) == ("classification", 2, 4)
+
+
+def test_names_in_the_schema_are_the_classes(tmp_path: Path) -> None:
+    features = datasets.Features({"label": datasets.ClassLabel(names=["zebra", "ape"])})
+    rows = pa.table({"label": [1, 0, -1]}, schema=features.arrow_schema)
+    for name in ("u", "v"):
+        rows = rows.append_column(name, pa.array([[0.5]] * 3))
+    pq.write_table(rows, tmp_path / "d.parquet")
+    samples = read_samples(open_dataset(tmp_path / "d.parquet"), seed=0, test_fraction=0.2)
+    assert samples.class_names == ("zebra", "ape")
+    assert samples.label.tolist() == [1, 0, UNKNOWN_LABEL]
+    assert samples.unknown == ((2, "-1"),)
+
+
+@pytest.mark.parametrize("labels", [[["a", "b"], ["b"], None, []], ["a|b", "b", None, ";"]])
+def test_label_sets(read: Read, labels: list[object]) -> None:
+    config = DataConfig(task="multilabel", modality=("u=u", "v=v"))
+    samples = read(config, label=labels)
+    assert (samples.task, samples.outputs) == ("multilabel", ("a", "b"))
+    assert samples.values is not None
+    assert samples.values[[0, 1, 3]].tolist() == [[1, 1], [0, 1], [0, 0]]
+    assert samples.label.tolist() == [0, 0, NO_LABEL, 0]
+    assert samples.class_names == ("other",)
+    assert samples.target.num_outputs == 2
+
+
+def test_numbers(read: Read) -> None:
+    samples = read(DataConfig(task="regression"), label=[number / 10 for number in range(20)])
+    assert (samples.task, samples.outputs, len(samples.class_names)) == ("regression", ("label",), 10)
+    assert samples.values is not None
+    assert samples.values[:, 0] == pytest.approx(np.arange(20) / 10)
+    assert samples.label.tolist() == [number // 2 for number in range(20)]
+    assert (samples.split == "test").sum() == 4

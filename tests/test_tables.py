@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.tables import METADATA_NAMES, find_tables, memory_shards, read_rows, row_group_shards
+from mmaudit.audit.tables import (
+    METADATA_NAMES,
+    concat_rows,
+    find_parquets,
+    find_tables,
+    memory_shards,
+    plan_tables,
+    read_rows,
+    read_tables,
+    splits_of,
+)
 
 ROWS = [
     {"id": "007", "label": "1", "text": 'She said "no",\nand left'},
@@ -102,12 +113,14 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
         find_tables(str(tmp_path / "*.parquet"))
     with pytest.raises(DatasetError, match=r"holds none of metadata\.csv, .*: write one with a column file_name"):
         find_tables(str(tmp_path))
-    with pytest.raises(DatasetError, match=r"neither a folder nor a \.parquet, \.csv or \.jsonl file"):
+    with pytest.raises(DatasetError, match=r"neither a folder nor a \.parquet, \.csv, \.jsonl or \.tar file"):
         find_tables(str(written(tmp_path / "m.xlsx", "x")))
     written(tmp_path / "metadata.csv", "x")
-    with pytest.raises(DatasetError, match=r"matches metadata\.csv; a glob may name \.parquet files only"):
-        find_tables(f"{tmp_path}/meta*")
     written(tmp_path / "metadata.jsonl", "x")
+    with pytest.raises(DatasetError, match=r"matches metadata\.jsonl; a glob may name files of one format only"):
+        find_tables(f"{tmp_path}/meta*")
+    with pytest.raises(DatasetError, match=r"matches m\.xlsx; a glob may name files of one format only"):
+        find_tables(f"{tmp_path}/*.xlsx")
     with pytest.raises(DatasetError, match=r"both metadata\.csv and metadata\.jsonl: name the file you mean"):
         find_tables(str(tmp_path))
 
@@ -124,13 +137,56 @@ def test_shards_in_memory_are_the_rows_cut(num_rows: int, shard_rows: int) -> No
     assert all(shard.read(["other"]).column_names == ["other"] for shard in shards)
 
 
-def test_shards_of_parquet_are_its_row_groups_and_empty_ones_are_none(tmp_path: Path) -> None:
-    rows = pa.table({"id": list(range(7)), "x": [0.5] * 7})
-    pq.write_table(rows.slice(0, 0), tmp_path / "a.parquet")
-    pq.write_table(rows.slice(0, 5), tmp_path / "b.parquet", row_group_size=2)
-    pq.write_table(rows.slice(5), tmp_path / "c.parquet")
-    shards = row_group_shards([tmp_path / name for name in ("a.parquet", "b.parquet", "c.parquet")])
-    assert [shard.read(["id"])["id"].to_pylist() for shard in shards] == [[0, 1], [2, 3], [4], [5, 6]]
-    assert [(shard.index, shard.first, shard.num_rows) for shard in shards] == [
-        (0, 0, 2), (1, 2, 2), (2, 4, 1), (3, 5, 2)
+def test_files_of_one_format_are_read_one_after_another(tmp_path: Path) -> None:
+    one, two = '{"id": "a", "n": 1, "x": null}\n', '{"id": "b", "n": 2, "x": "word"}\n'
+    paths = [written(tmp_path / "1.jsonl", one), written(tmp_path / "2.jsonl", two)]
+    assert find_tables(f"{tmp_path}/*.jsonl") == (tmp_path, paths)
+    assert read_tables(paths).to_pylist() == [{"id": "a", "n": 1, "x": None}, {"id": "b", "n": 2, "x": "word"}]
+    halves = [written(tmp_path / "1.csv", "id,n\na,1\n"), written(tmp_path / "2.csv", "id,n\nb,2\n")]
+    plan = plan_tables(tmp_path, halves, shard_rows=1)
+    assert [shard.read(["id"])["id"].to_pylist() for shard in plan.shards] == [["a"], ["b"]]
+    assert plan.folders == (tmp_path,)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "two"),
+    [("n.csv", "id,n\na,1\n", "id,m\nb,2\n"), ("n.jsonl", '{"id": "a"}\n', '{"id": "a", "m": 2}\n')],
+)
+def test_files_of_other_columns_are_refused(tmp_path: Path, name: str, one: str, two: str) -> None:
+    paths = [written(tmp_path / f"1{name}", one), written(tmp_path / f"2{name}", two)]
+    with pytest.raises(DatasetError, match=f"2{name} has other columns than .*1{name}"):
+        plan_tables(tmp_path, paths, shard_rows=9)
+
+
+def test_parts_are_joined_by_column() -> None:
+    parts = [pa.table({"a": [1], "b": ["x"]}), pa.table({"c": [0.5], "a": [2.5]})]
+    assert concat_rows(parts, whence="here").to_pylist() == [
+        {"a": 1.0, "b": "x", "c": None}, {"a": 2.5, "b": None, "c": 0.5}
     ]  # fmt: skip
+    with pytest.raises(DatasetError, match=r"^here: the parts have columns of different types: "):
+        concat_rows([parts[0], pa.table({"a": ["word"]})], whence="here")
+
+
+def test_a_folder_of_parquet_has_its_splits_in_the_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mmaudit")
+    light, heavy = pa.table({"id": ["a"]}), pa.table({"id": ["a"], "x": [[0.5]]})
+    for rows in (light, heavy):
+        for name in ("train-0", "test-0"):
+            pq.write_table(rows, tmp_path / f"{name}.parquet")
+        paths = find_parquets(tmp_path)
+        assert splits_of(paths) == ["test", "train"]
+        plan = plan_tables(tmp_path, paths, shard_rows=1, splits=splits_of(paths))
+        assert plan.head.column_names == [*rows.column_names, "split"]
+        assert [shard.read(["split", "id"]).to_pylist() for shard in plan.shards] == [
+            [{"split": "test", "id": "a"}], [{"split": "train", "id": "a"}]
+        ]  # fmt: skip
+    assert "split by the names of the files: 1 test, 1 train" in caplog.text
+    pq.write_table(light, tmp_path / "other.parquet")
+    assert splits_of(find_parquets(tmp_path)) == [None, None, None]
+
+
+def test_a_split_in_the_rows_comes_before_that_of_the_name(tmp_path: Path) -> None:
+    for rows in (pa.table({"split": ["dev"]}), pa.table({"split": ["dev"], "x": [[0.5]]})):
+        pq.write_table(rows, tmp_path / "train.parquet")
+        plan = plan_tables(tmp_path, find_parquets(tmp_path), shard_rows=1, splits=["train"])
+        assert plan.shards[0].read(["split"])["split"].to_pylist() == ["dev"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from mmaudit.audit.workers import default_workers, run_tasks, silent
+from mmaudit.audit.workers import ahead, default_workers, run_tasks, silent
 
 # Workers import what they run, so it stands in the standard library: this file is no module for them.
 
@@ -100,6 +101,39 @@ def test_other_children_are_left_alone() -> None:
         stranger.terminate()
         stranger.join()
         stranger.close()
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_threads_give_results_in_order(num_threads: int) -> None:
+    tasks = [2.0, 9.0, 4.0] * 9
+    assert list(ahead(math.sqrt, tasks, num_threads=num_threads)) == [math.sqrt(task) for task in tasks]
+    results = ahead(math.sqrt, [4.0, -1.0, 9.0], num_threads=num_threads)
+    assert next(results) == 2.0
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        next(results)
+
+
+def test_threads_work_ahead_of_who_takes_the_results_but_not_far() -> None:
+    taken: list[int] = []
+    both_at_work = threading.Barrier(2, timeout=20)
+
+    def tasks() -> Iterator[int]:
+        for task in range(100):
+            taken.append(task)
+            yield task
+
+    def work(task: int) -> int:
+        if task < 2:
+            both_at_work.wait()  # passes only if two threads are in here at once
+        return task
+
+    results = ahead(work, tasks(), num_threads=2)
+    assert next(results) == 0
+    assert len(taken) == 8
+    assert next(results) == 1
+    assert len(taken) == 9
+    results.close()  # type: ignore[attr-defined]
+    assert len(taken) == 9
 
 
 def test_there_is_a_processor() -> None:

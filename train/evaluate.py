@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, f1_score
 
+from ..audit.intervals import wilson
+
 Scores = NDArray[np.float32]
 DOMINATED = (0.2, 0.4)  # thresholds of Xia et al., arXiv 2302.10912, besides 0
 
@@ -63,13 +65,3 @@ def measure(probability: Scores, label: NDArray[np.integer[Any]]) -> dict[str, f
         "map": float(np.mean(precisions)),
         "macro_f1": float(f1),
     }
-
-
-def wilson(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95% by default (Wilson 1927)."""
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    half = z * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    low, high = float((centre - half) / scale), float((centre + half) / scale)
-    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding may part the ends 0 and 1 from the share

@@ -13,7 +13,7 @@ from ..audit.errors import ManifestError
 from ..audit.features import EncodeTask, Status
 from ..audit.matrix import FeatureMatrix
 from ..audit.samples import Samples, cut
-from ..audit.scoring import row_content
+from ..audit.stock import left_empty, row_content
 from ..rebalance.manifest import Manifest
 
 
@@ -21,7 +21,7 @@ from ..rebalance.manifest import Manifest
 class Examples:
     """n samples, those of the manifest first, then the test samples it left out: arrays of shape (n,).
 
-    inputs: m matrices (n, d_j). label: int64 in [0, k), numbering `class_names`. split: train, validation, test.
+    inputs: m matrices (n, d_j), NaN where a modality is missing. label: int64 in [0, k), numbering `class_names`. split: train, validation, test.
     rank: 0 = most balanced, -1 outside the manifest. `chosen` tells the manifest's own samples.
     """
 
@@ -120,7 +120,7 @@ def _check_same(what: str, ids: NDArray[np.object_], then: NDArray[np.object_], 
 
 def _check_usable(ids: NDArray[np.object_], rows: NDArray[np.intp], statuses: Sequence[Status]) -> None:
     for status in statuses:
-        bad = ids[~status.usable[rows]]
+        bad = ids[~(status.usable | left_empty(status))[rows]]
         if len(bad):
             raise ManifestError(f"{len(bad)} samples of the manifest have no usable {status.modality.name}: {bad[0]}")
 

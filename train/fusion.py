@@ -21,6 +21,7 @@ class Outputs(NamedTuple):
 class FusionNet(nn.Module):
     """m feature vectors in, class logits out; the vectors are standardised by the training rows' mean and scale.
 
+    A missing modality, NaN throughout, is taken for the mean of the training rows.
     concat: one linear classifier W, b over the joined features; branch j alone is W_j f_j + b / m, as OGM-GE reads it.
     late: a classifier on each branch; fused is their mean.
     """
@@ -39,7 +40,8 @@ class FusionNet(nn.Module):
 
     def standardise_by(self, inputs: Sequence[Tensor]) -> None:
         """Take mean and scale from training rows, m tensors (n, d_j); a constant feature keeps scale 1."""
-        for index, rows in enumerate(inputs):
+        for index, some in enumerate(inputs):
+            rows = some[~some.isnan().any(dim=1)]
             scale = rows.std(dim=0, unbiased=False)
             self.get_buffer(f"mean_{index}").copy_(rows.mean(dim=0))
             rounding = 1e-6 * rows.abs().amax(dim=0)
@@ -50,7 +52,7 @@ class FusionNet(nn.Module):
         logits = []
         for index, (rows, encoder, head) in enumerate(zip(inputs, self.encoders, self.heads, strict=True)):
             standard = (rows - self.get_buffer(f"mean_{index}")) / self.get_buffer(f"scale_{index}")
-            logits.append(head(encoder(standard)))
+            logits.append(head(encoder(standard.nan_to_num(nan=0.0))))
         unimodal = torch.stack(logits)
         if self.bias is None:
             return Outputs(unimodal.mean(dim=0), unimodal)

@@ -28,7 +28,7 @@ def class_numbers(scores: ScoreTable) -> Numbers:
     size = np.bincount(codes)
     signed = discrepancy(scores.confidence).reshape(len(scores), -1).astype(np.float64)
     means = _by_class(signed, codes, size)
-    within = np.sqrt(((signed - means[codes]) ** 2).mean(axis=0))
+    within = np.sqrt(np.nanmean((signed - means[codes]) ** 2, axis=0))
     shown = _most_lopsided(means, 1.96 * within / np.sqrt(size)[:, None])
     return {
         "num_classes": len(size),
@@ -57,8 +57,11 @@ def sample_lists(scores: ScoreTable) -> list[Numbers]:
 
 
 def _by_class(values: Array, codes: Array, size: Array) -> Array:
-    """Give the mean of each column of values (n, c) by class, (k, c)."""
-    return np.stack([np.bincount(codes, weights=column, minlength=len(size)) / size for column in values.T], axis=1)
+    """Give the mean of each column of values (n, c) by class, (k, c); NaN counts for nothing, and 0 where all is."""
+    there = ~np.isnan(values)
+    held = [np.bincount(codes, weights=column, minlength=len(size)) for column in there.T]
+    sums = [np.bincount(codes, weights=column, minlength=len(size)) for column in np.where(there, values, 0).T]
+    return np.stack([total / np.maximum(count, 1) for total, count in zip(sums, held, strict=True)], axis=1)
 
 
 def _most_lopsided(means: Array, error: Array) -> Array:
@@ -112,7 +115,7 @@ def _class_rows(scores: ScoreTable, shown: Array, codes: Array, size: Array, mea
 
 
 def _class_histogram(scores: ScoreTable, codes: Array, num_classes: int) -> Array:
-    bins = bin_of(scores.discrepancy(), num_bins=CLASS_BINS).astype(np.int64)
+    bins = bin_of(scores.discrepancy(), num_bins=CLASS_BINS).astype(np.int64)  # of two modalities none is missing
     cells = np.bincount(codes * CLASS_BINS + bins, minlength=num_classes * CLASS_BINS)
     return cells.reshape(num_classes, CLASS_BINS)
 
@@ -139,15 +142,22 @@ def _class_names(scores: ScoreTable) -> dict[int, str]:
 
 def _sample(scores: ScoreTable, row: int, names: dict[int, str], signed: float) -> Numbers:
     paths = [] if scores.paths is None else [scores.paths[name][row].as_py() for name in scores.paths.column_names]
-    predicted = None if scores.prediction is None else [names.get(int(c), str(c)) for c in scores.prediction[row]]
+    predicted = None if scores.prediction is None else [_predicted(value, names) for value in scores.prediction[row]]
     return {
         "sample_id": short(scores.sample_id[row]),
         "paths": [short(path) for path in dict.fromkeys(paths) if path is not None],
         "label": names[int(scores.label[row])],
         "split": None if scores.split is None else short(scores.split[row], 20),
-        "confidence": [float(value) for value in scores.confidence[row]],
+        "confidence": [finite(value) for value in scores.confidence[row]],
         "predicted": predicted,
         "discrepancy": signed,
-        "gap": float(np.ptp(scores.confidence[row])),
+        "gap": float(scores.gap[row]),
         "balance": None if scores.balance is None else finite(scores.balance[row]),
     }
+
+
+def _predicted(value: Any, names: dict[int, str]) -> str | None:
+    """Name what a probe named: a class, or a number; None where it has nothing to go by."""
+    if isinstance(value, np.floating):
+        return None if np.isnan(value) else f"{value:.3g}"
+    return None if value < 0 else names.get(int(value), str(value))

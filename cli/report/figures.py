@@ -30,6 +30,8 @@ def draw(numbers: Numbers) -> dict[str, bytes]:
             "gap": _gap(numbers["gap"]),
             "maps": _maps(numbers["maps"], colours),
         }
+        if numbers["training"]:
+            figures["training"] = _training(numbers["training"], colours)
         balanced = [found for found in numbers["manifests"] if found["balance"] is not None]
         figures |= {f"manifest-{found['name']}": _manifest(found, colours) for found in balanced[:most]}
         figures |= {f"finetune-{found['name']}": _finetune(found, colours) for found in numbers["finetunes"][:most]}
@@ -180,6 +182,34 @@ def _map(axes: Axes, found: Numbers, colours: Palette, *, named: bool) -> None:
     axes.set_yticks([0, 0.5, 1])
     if named:
         _name_corners(axes, found, colours)
+
+
+def _training(found: list[Numbers], colours: Palette) -> Figure:
+    """Draw mean confidence over training against its standard deviation, a panel for each modality."""
+    columns = min(len(found), 3)
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(WIDTH * columns / 3 if columns > 1 else 4, (WIDTH / 3 + 0.15) * rows))
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes, each in zip(panels, found, strict=False):
+        counts = np.array(each["counts"])
+        depth = _depth(counts, most=counts.max())
+        axes.imshow(
+            depth,
+            origin="lower",
+            extent=(0, 0.5, 0, 1),
+            aspect=0.5,
+            cmap="Greys",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
+        axes.axvline(each["border"], color=INK, linewidth=0.8, linestyle="--")
+        axes.set_title(short(each["name"], 24), color=colours[each["name"]])
+    for axes in panels[len(found) :]:
+        axes.set_visible(False)
+    figure.supxlabel("standard deviation over training", fontsize=9, color=INK)
+    figure.supylabel("mean confidence", fontsize=9, color=INK)
+    return figure
 
 
 def _name_corners(axes: Axes, found: Numbers, colours: Palette) -> None:

@@ -5,7 +5,7 @@ Each function takes the score table and gives plain values for report.json; figu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ...audit.intervals import Groups, group_codes, mean, share
 from ...audit.measures import discrepancy as all_discrepancies
 from ...audit.mixture import Mixture
 from ...audit.score import ScoreTable
 from ...rebalance.balanced import bin_of
 from ...rebalance.subsets import BALANCED_WITHIN
-from .intervals import Groups, difference, group_codes, mean, share
 
 Numbers = dict[str, Any]
 Array = NDArray[Any]
@@ -26,6 +26,8 @@ Array = NDArray[Any]
 DISCREPANCY_BINS = 40  # of 0.05: the border of 0.2 lies between two of them
 GAP_BINS = 50
 MAP_BINS = (10, 25)  # few samples in many cells are noise: about 10 a cell, between these
+TRAINING_BINS = (20, 20)  # of confidence and of variability
+AMBIGUOUS = 0.1  # variability from which a sample counts as ambiguous; ours
 GRID = 401  # points at which the mixture's densities are drawn
 MOST_PAIRS = 6  # modality maps
 MOST_EXAMPLES = 3  # quarantined samples named for each reason
@@ -48,8 +50,9 @@ def facts(record: Mapping[str, Any], scores: ScoreTable) -> Numbers:
         "folds": record["folds"],
         "repeats": probe["repeats"],
         "learn_from": probe["learn_from"],
+        "task": record["config"]["data"]["task"],
         "modalities": [
-            {key: modality.get(key) for key in ("name", "kind", "column", "length")}
+            {key: modality.get(key) for key in ("name", "kind", "column", "length", "encoder")}
             for modality in record["modalities"]
         ],
         "within": BALANCED_WITHIN,
@@ -57,25 +60,70 @@ def facts(record: Mapping[str, Any], scores: ScoreTable) -> Numbers:
     }
 
 
-def accuracies(record: Mapping[str, Any], modalities: Iterable[str]) -> Numbers:
-    """Give each probe's accuracy out of fold, that of all fused, and what fusing gains over the best probe alone."""
-    found = record["accuracy"]
-    names = [*modalities, "fused"]
-    best = max(names[:-1], key=lambda name: found[name]["accuracy"])
-    return {
-        "probes": [{"name": name, **found[name]} for name in names],
-        "chance": found["chance"]["accuracy"],
-        "best": best,
-        "gain": difference(found["fused"], found[best]),
-    }
+def books(record: Mapping[str, Any]) -> Numbers:
+    """Give the ledger: each probe's standing out of fold, what each modality adds, and the controls."""
+    found = record["ledger"]
+    calibrated = [each["calibration"] for each in found["standings"] if each["calibration"]]
+    return {**found, "calibrated": any(each["ece_before"] is not None for each in calibrated)}
+
+
+def training(scores: ScoreTable) -> list[Numbers] | None:
+    """Give, by modality, the 2-D histogram of confidence and variability over training, and where samples stand.
+
+    counts[row][column]: rows are bins of confidence, columns bins of variability. Easy, ambiguous and hard to learn are
+    the regions of dataset cartography (Swayamdipta et al., 2020); their borders here are mmaudit's.
+    """
+    if scores.training_confidence is None or scores.training_variability is None:
+        return None
+    groups, found = group_codes(scores.group), []
+    for index, name in enumerate(scores.modalities):
+        sure, moved = scores.training_confidence[:, index], scores.training_variability[:, index]
+        there = ~np.isnan(sure)
+        sure, moved = sure[there], moved[there]
+        part = None if groups is None else groups[there]
+        counts, _, _ = np.histogram2d(sure, moved, bins=TRAINING_BINS, range=((0, 1), (0, 0.5)))
+        ambiguous = moved > AMBIGUOUS
+        found.append(
+            {
+                "name": name,
+                "counts": counts.astype(int).tolist(),
+                "easy": share(~ambiguous & (sure > 0.5), part),
+                "ambiguous": share(ambiguous, part),
+                "hard": share(~ambiguous & (sure <= 0.5), part),
+                "border": AMBIGUOUS,
+            }
+        )
+    return found
+
+
+def values(scores: ScoreTable) -> list[Numbers] | None:
+    """Give the mean Shapley value of each modality and the share of samples that it misleads (phi below 0)."""
+    if scores.shapley is None:
+        return None
+    groups, m = group_codes(scores.group), len(scores.modalities)
+    found = []
+    for index, name in enumerate(scores.modalities):
+        phi = scores.shapley[:, index]
+        there = ~np.isnan(phi)
+        part = None if groups is None else groups[there]
+        phi = phi[there].astype(np.float64)
+        found.append(
+            {
+                "name": name,
+                "mean": mean(phi, part, low=1 - m, high=m),
+                "carries": share(phi > 1, part),
+                "misleads": share(phi < 0, part),
+            }
+        )
+    return found
 
 
 def agreement(scores: ScoreTable) -> list[Numbers] | None:
     """Count the samples by which probes name the true class: all, one alone, some, none."""
-    if scores.prediction is None:
-        return None
+    if scores.prediction is None or scores.prediction.dtype.kind == "f":
+        return None  # numbers are not right or wrong
     right = scores.prediction == scores.label[:, None]
-    num_right, groups = right.sum(axis=1), group_codes(scores)
+    num_right, groups = right.sum(axis=1), group_codes(scores.group)
     m = len(scores.modalities)
     kinds = {"both" if m == 2 else f"all {m}": num_right == m}
     kinds |= {f"only {name}": right[:, index] & (num_right == 1) for index, name in enumerate(scores.modalities)}
@@ -87,7 +135,7 @@ def agreement(scores: ScoreTable) -> list[Numbers] | None:
 
 def discrepancies(scores: ScoreTable) -> list[Numbers]:
     """Give the histogram of each discrepancy: one of two modalities, else each modality against the rest."""
-    groups = group_codes(scores)
+    groups = group_codes(scores.group)
     return [
         _discrepancy(scores.discrepancy(between), groups, between=between, right=right, left=left)
         for between, right, left in sides(scores)
@@ -106,11 +154,11 @@ def standing_out(scores: ScoreTable) -> Numbers | None:
     """Of more than two modalities: give the share of samples in which none is ahead of the others, or None."""
     if len(scores.modalities) == 2:
         return None
-    highest = all_discrepancies(scores.confidence).max(axis=1)
-    return share(np.asarray(highest <= BALANCED_WITHIN), group_codes(scores))
+    highest = np.fmax.reduce(all_discrepancies(scores.confidence), axis=1)
+    return share(np.asarray(highest <= BALANCED_WITHIN), group_codes(scores.group))
 
 
-def gaps(scores: ScoreTable, mixture: Mixture) -> Numbers:
+def gaps(scores: ScoreTable, mixture: Mixture, *, class_check: str) -> Numbers:
     """Give the histogram of the gap, the mixture's densities scaled to it, and the verdict with its numbers.
 
     The mixture is fitted without test samples, so their histogram `fitted` is what the densities belong to.
@@ -121,7 +169,7 @@ def gaps(scores: ScoreTable, mixture: Mixture) -> Numbers:
     low, high = mixture.density(grid) * int(fits.sum()) / GAP_BINS
     drawn = mixture.components is not None
     verdict = mixture.to_json()
-    balanced = None if scores.p_balanced is None else share(scores.p_balanced >= 0.5, group_codes(scores))
+    balanced = None if scores.p_balanced is None else share(scores.p_balanced >= 0.5, group_codes(scores.group))
     return {
         "edges": np.linspace(0, 1, GAP_BINS + 1).tolist(),
         "counts": _bins(values, GAP_BINS),
@@ -131,6 +179,7 @@ def gaps(scores: ScoreTable, mixture: Mixture) -> Numbers:
         "curve_imbalanced": high.tolist() if drawn else None,
         "border": _border(mixture),
         "share_balanced": balanced,
+        "class_check": class_check,
         **{key: verdict[key] for key in ("bimodal", "rule", "reasons", "threshold", "dip", "dip_p")},
         **{key: verdict[key] for key in ("ashman_d", "bic_one", "bic_two", "components", "num_samples")},
     }
@@ -141,15 +190,20 @@ def maps(scores: ScoreTable) -> list[Numbers]:
 
     counts[row][column]: rows are bins of y, columns are bins of x.
     """
+    both = {
+        (a, b): scores.present[:, a] & scores.present[:, b] for a, b in combinations(range(len(scores.modalities)), 2)
+    }
     pairs = [
-        (float(np.abs(scores.confidence[:, a] - scores.confidence[:, b]).mean()), a, b)
-        for a, b in combinations(range(len(scores.modalities)), 2)
+        (float(np.abs(scores.confidence[rows, a] - scores.confidence[rows, b]).mean()), a, b)
+        for (a, b), rows in both.items()
+        if rows.any()
     ]
     num_bins = int(np.clip(np.sqrt(len(scores) / 10), *MAP_BINS))
-    bins = np.clip((scores.confidence * num_bins).astype(np.int64), 0, num_bins - 1)
+    bins = np.clip((np.nan_to_num(scores.confidence) * num_bins).astype(np.int64), 0, num_bins - 1)
     found = []
     for distance, a, b in sorted(pairs, key=lambda pair: -pair[0])[:MOST_PAIRS]:
-        cells = np.bincount(bins[:, b] * num_bins + bins[:, a], minlength=num_bins**2)
+        rows = both[a, b]
+        cells = np.bincount(bins[rows, b] * num_bins + bins[rows, a], minlength=num_bins**2)
         counts = cells.reshape(num_bins, num_bins).tolist()
         found.append(
             {"x": scores.modalities[a], "y": scores.modalities[b], "mean_distance": distance, "counts": counts}
@@ -184,7 +238,9 @@ def short(text: object, most: int = MOST_TEXT) -> str:
     return line if len(line) <= most else f"{line[: most // 3]}…{line[most // 3 + 1 - most :]}"
 
 
-def _discrepancy(values: Array, groups: Groups, *, between: str, right: str, left: str) -> Numbers:
+def _discrepancy(everyone: Array, groups: Groups, *, between: str, right: str, left: str) -> Numbers:
+    there = ~np.isnan(everyone)
+    values, groups = everyone[there], None if groups is None else groups[there]
     ahead, behind = values > BALANCED_WITHIN, values < -BALANCED_WITHIN
     counts = np.bincount(bin_of(values, num_bins=DISCREPANCY_BINS), minlength=DISCREPANCY_BINS)
     return {

@@ -18,14 +18,16 @@ from ..run import Run
 from .examples import class_numbers, sample_lists
 from .findings import (
     Numbers,
-    accuracies,
     agreement,
+    books,
     discrepancies,
     facts,
     gaps,
     maps,
     quarantined,
     standing_out,
+    training,
+    values,
 )
 from .outcomes import MOST_DETAILED, finetune_numbers, manifest_numbers
 from .verdict import interval, percent, signed, small, verdict
@@ -63,11 +65,13 @@ def report_numbers(run: Run) -> Numbers:
     numbers = {
         "schema": "mmaudit.report/1",
         "facts": facts(record, scores),
-        "accuracy": accuracies(record, scores.modalities),
+        "ledger": books(record),
         "agreement": agreement(scores),
         "discrepancy": discrepancies(scores),
         "none_ahead": standing_out(scores),
-        "gap": gaps(scores, mixture),
+        "gap": gaps(scores, mixture, class_check=record["class_check"]["verdict"]),
+        "training": training(scores),
+        "values": values(scores),
         "maps": maps(scores),
         "classes": class_numbers(scores),
         "samples": sample_lists(scores),
@@ -94,6 +98,8 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
         "percent": percent,
         "interval": interval,
         "accuracy": _accuracy,
+        "standing": _standing,
+        "gain": _gain,
         "signed": signed,
         "small": small,
         "thousands": _thousands,
@@ -114,6 +120,20 @@ def _accuracy(found: dict[str, Any]) -> str:
     """Write an accuracy with its interval, in percent."""
     low, high = 100 * found["accuracy_low"], 100 * found["accuracy_high"]
     return f"{100 * found['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _standing(found: dict[str, Any], metric: str) -> str:
+    """Write a probe's standing with its interval: a share in percent, R^2 as it is."""
+    scale, digits = (1, 2) if metric == "R^2" else (100, 1)
+    value, low, high = (f"{scale * found[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _gain(found: dict[str, Any], metric: str) -> str:
+    """Write what something adds, with its interval: a share in points, R^2 as it is."""
+    scale, digits = (1, 2) if metric == "R^2" else (100, 1)
+    value, low, high = (signed(scale * found[key], digits) for key in ("gain", "low", "high"))
+    return f"{value}{'' if metric == 'R^2' else ' points'} [{low}, {high}]"
 
 
 def _thousands(value: int) -> str:

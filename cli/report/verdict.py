@@ -18,7 +18,13 @@ def verdict(numbers: Found) -> dict[str, Any]:
     return {
         "headline": _headline_of_many(numbers) if several else _headline(numbers["discrepancy"][0]),
         "sentences": [_shares_of_many(numbers) if several else _shares(numbers), _gain(numbers), _bimodal(numbers)],
-        "doubts": [*_left_out(numbers), *_weak_probes(numbers), *_groups(numbers), *_test_labels(numbers)],
+        "doubts": [
+            *_leaks(numbers),
+            *_left_out(numbers),
+            *_weak_probes(numbers),
+            *_groups(numbers),
+            *_test_labels(numbers),
+        ],
     }
 
 
@@ -101,14 +107,16 @@ def _shares_of_many(numbers: Found) -> str:
 
 
 def _gain(numbers: Found) -> str:
-    gain, best = numbers["accuracy"]["gain"], numbers["accuracy"]["best"]
-    points, low, high = (signed(100 * gain[key], 1) for key in ("difference", "low", "high"))
-    points = f"{points} points [{low}, {high}]"
+    ledger = numbers["ledger"]
+    gain, what = ledger["over_best"], ledger["metric"]
+    best, scale = gain["name"], (1, "") if what == "R^2" else (100, " points")
+    points, low, high = (signed(scale[0] * gain[key], 1 if scale[0] == 100 else 2) for key in ("gain", "low", "high"))
+    points = f"{points}{scale[1]} [{low}, {high}]"
     if gain["low"] > 0:
-        return f"Using all modalities together gains {points} of accuracy over {best} alone, the best single one."
+        return f"Using all modalities together gains {points} of {what} over {best} alone, the best single one."
     if gain["high"] < 0:
-        return f"Using all modalities together loses {points} of accuracy against {best} alone, the best single one."
-    return f"That all modalities together beat {best} alone, the best single one, is not shown: {points} of accuracy."
+        return f"Using all modalities together loses {points} of {what} against {best} alone, the best single one."
+    return f"That all modalities together beat {best} alone, the best single one, is not shown: {points} of {what}."
 
 
 def _bimodal(numbers: Found) -> str:
@@ -118,7 +126,8 @@ def _bimodal(numbers: Found) -> str:
     if gap["bimodal"]:
         return (
             f"The modality gap is bimodal (Ashman's D {gap['ashman_d']:.2f}, p of the dip {small(gap['dip_p'])}), so "
-            f"that the mixture's posterior says which samples are balanced{count}."
+            f"that the mixture's posterior says which samples are balanced{count}. Checked within classes, it "
+            f"{gap['class_check']}."
         )
     rule = f"a plain rule is used instead of a posterior: balanced is a gap of at most {gap['threshold']:g}{count}."
     reasons = "; ".join(gap["reasons"])
@@ -140,16 +149,24 @@ def _left_out(numbers: Found) -> list[str]:
 
 def _weak_probes(numbers: Found) -> list[str]:
     """Name the probes that are not shown to be better than always naming the most common class."""
-    chance = numbers["accuracy"]["chance"]
-    weak = [
-        each["name"]
-        for each in numbers["accuracy"]["probes"]
-        if each["accuracy_low"] <= chance and each["name"] != "fused"
-    ]
+    ledger = numbers["ledger"]
+    chance = percent(ledger["chance"]) if ledger["metric"] != "R^2" else "R^2 of 0"
+    weak = [each["name"] for each in ledger["standings"] if each["low"] <= ledger["chance"] and each["name"] != "fused"]
     return [
-        f"The probe on {name} is not shown to be better than chance ({percent(chance)}): either {name} says nothing "
+        f"The probe on {name} is not shown to be better than chance ({chance}): either {name} says nothing "
         f"about these labels, or the probe cannot read it. Its discrepancies say little."
         for name in weak
+    ]
+
+
+def _leaks(numbers: Found) -> list[str]:
+    """Warn where a probe on shuffled labels is above chance: it must have been told them some other way."""
+    return [
+        f"LEAK: a probe on {each['name']} that learned shuffled labels is right on {percent(each['value'])} of samples "
+        f"it never saw, above chance ({percent(each['chance'])}). Something else than the samples tells the labels: "
+        f"do not trust the scores."
+        for each in numbers["ledger"]["controls"]
+        if each["leaks"]
     ]
 
 
@@ -159,8 +176,7 @@ def _groups(numbers: Found) -> list[str]:
         return []
     return [
         f"The samples belong to {facts['groups']} groups ({facts['group_column']}), and no probe scored a group it had "
-        f"learned from. The shares' intervals allow for the groups; those of the accuracies count samples, and are "
-        f"rather too narrow."
+        f"learned from. The intervals allow for the groups."
     ]
 
 

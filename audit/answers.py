@@ -1,0 +1,153 @@
+"""Answers: what does the panel say of every sample, a piece of the dataset at a time?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import measures
+from .matrix import Rows, chunks
+from .measures import Floats
+from .panel import Member, Panel
+from .readings import Reading, fuse_readings
+from .target import Target
+from .workers import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What the panel says of b samples: (b, m) by modality, NaN where missing; (b,) of all together.
+
+    `spread` is the standard deviation of the discrepancy over the rounds, (b, 1) or (b, m). `right` is what the metric
+    of the task is the mean of: see Reading.
+    """
+
+    confidence: Floats
+    spread: Floats
+    entropy: Floats
+    margin: Floats
+    predicted: Floats
+    right: Floats
+    training_confidence: Floats
+    training_variability: Floats
+    shapley: Floats
+    similarity: Floats
+    fused_confidence: Floats
+    fused_predicted: Floats
+    fused_right: Floats
+
+
+def ask(panel: Panel, *, seed: int, progress: Progress) -> Answers:
+    """Ask about all n samples: the probabilities of all classes are never held for all of them."""
+    n = len(panel.target)
+    widest = max((member.inputs for member in panel.members), key=lambda inputs: inputs.num_features)
+    parts = []
+    for rows in chunks(widest, np.arange(n)):
+        parts.append(_ask_about(panel, rows, seed=seed))
+        progress("score", int(rows[-1]) + 1, n)
+    return Answers(
+        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Answers)}
+    )
+
+
+def right_of(member: Member, target: Target) -> Floats:
+    """Give what all n samples, asked of one member alone, add to the metric; NaN where it has no answer."""
+    parts = [_read(member, rows, target.take(rows), least_scale=1.0).right for rows in chunks(member.inputs)]
+    return np.concatenate(parts)
+
+
+def _ask_about(panel: Panel, rows: Rows, *, seed: int) -> Answers:
+    target = panel.target.take(rows)
+    readings = [_read(member, rows, target, least_scale=panel.least_scale) for member in panel.members]
+    by_round = np.stack([reading.by_round for reading in readings], axis=2)  # (r, b, m)
+    training = [_train(member, rows, target, least_scale=panel.least_scale) for member in panel.members]
+    if panel.fused is None:
+        fused = fuse_readings(readings, target, least_scale=panel.least_scale)
+    else:
+        fused = panel.fused.read(rows, target, least_scale=panel.least_scale)
+    return Answers(
+        confidence=_by_modality(readings, "confidence"),
+        spread=_spread(by_round),
+        entropy=_by_modality(readings, "entropy"),
+        margin=_by_modality(readings, "margin"),
+        predicted=_by_modality(readings, "predicted"),
+        right=_by_modality(readings, "right"),
+        training_confidence=np.stack([each.mean(axis=0) for each in training], axis=1),
+        training_variability=np.stack([each.std(axis=0) for each in training], axis=1),
+        shapley=_shapley(panel, rows, target, fused, seed=seed),
+        similarity=_similarity(readings),
+        fused_confidence=fused.confidence,
+        fused_predicted=fused.predicted,
+        fused_right=fused.right,
+    )
+
+
+def _read(member: Member, rows: Rows, target: Target, *, least_scale: float) -> Reading:
+    """Ask a member about the samples that have its modality; NaN for the others."""
+    there = member.present[rows]
+    found = member.read(rows[there], target.take(np.flatnonzero(there)), least_scale=least_scale)
+    if there.all():
+        return found
+    return replace(
+        found,
+        by_round=_spread_out(found.by_round.T, there).T,
+        **{
+            name: _spread_out(values, there)
+            for name in ("confidence", "probability", "entropy", "margin", "predicted", "right", "deviation")
+            if (values := getattr(found, name)) is not None
+        },
+    )
+
+
+def _train(member: Member, rows: Rows, target: Target, *, least_scale: float) -> Floats:
+    """Give the confidence (e, b) over the epochs of a member's training, NaN where its modality is missing."""
+    there = member.present[rows]
+    found = member.read_epochs(rows[there], target.take(np.flatnonzero(there)), least_scale=least_scale)
+    return _spread_out(found.T, there).T
+
+
+def _spread_out(values: Floats, there: NDArray[np.bool_]) -> Floats:
+    """Put values (a, ...) of the samples that are `there` (b,) into their places among NaN: (b, ...)."""
+    out = np.full((len(there), *values.shape[1:]), np.nan, np.float32)
+    out[there] = values
+    return out
+
+
+def _by_modality(readings: Sequence[Reading], name: str) -> Floats:
+    return np.stack([getattr(reading, name) for reading in readings], axis=1).astype(np.float32)
+
+
+def _spread(by_round: Floats) -> Floats:
+    """Standard deviation of the discrepancy over rounds (r, b, m): (b, 1) or (b, m), NaN after one."""
+    each = np.stack([measures.discrepancy(one) for one in by_round])
+    if len(each) == 1:
+        return np.full(each[0].shape, np.nan, np.float32).reshape(by_round.shape[1], -1)
+    return np.asarray(np.std(each, axis=0, ddof=1, dtype=np.float32)).reshape(by_round.shape[1], -1)
+
+
+def _similarity(readings: Sequence[Reading]) -> Floats:
+    deviations = [reading.deviation for reading in readings if reading.deviation is not None]
+    if deviations:
+        return measures.overlap([reading.probability[:, 0] for reading in readings], deviations)
+    return measures.similarity([reading.probability for reading in readings])
+
+
+def _shapley(panel: Panel, rows: Rows, target: Target, fused: Reading, *, seed: int) -> Floats:
+    """Shapley values (b, m) on the fused probe, which hears the modalities of a set alone; NaN without it."""
+    m, probe = len(panel.members), panel.fused
+    if probe is None or target.task == "regression":
+        return np.full((len(rows), m), np.nan, np.float32)
+
+    def value(chosen: frozenset[int]) -> Floats:
+        """SMV's value: the number of modalities in the set where they name the target, else 0."""
+        if len(chosen) == m:
+            return np.asarray(m * fused.right, dtype=np.float32)
+        inputs = panel.joint.mask(frozenset(range(m)) - chosen)
+        return np.asarray(len(chosen) * probe.read(rows, target, inputs=inputs).right, dtype=np.float32)
+
+    found = measures.shapley(value, m, seed=seed)
+    there = np.stack([member.present[rows] for member in panel.members], axis=1)
+    return np.where(there, found, np.nan).astype(np.float32)

@@ -1,0 +1,215 @@
+"""The ledger: how much does each modality know of the whole dataset, what does it add, and is any of it a leak?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .answers import Answers, right_of
+from .hashing import hash_rank
+from .intervals import Groups, group_codes, mean, share
+from .matrix import MatrixInputs
+from .measures import Floats, cross_entropy
+from .network_probe import NetworkProbe
+from .panel import Calibration, Fit, Member, Panel, seat_together
+from .probe import Crossing
+from .readings import read_logits
+from .target import Target
+
+CONTROL_ROWS = 10_000  # by hash of the id: an accuracy on them has an interval of 0.01
+METRICS = {"classification": "accuracy", "multilabel": "label accuracy", "regression": "R^2"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How good one probe is out of fold, with a 95% interval; `metric` of the ledger says in what."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    loss: float
+    calibration: Calibration | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """What a modality adds: the fused value minus that without it, on the same samples, with a 95% interval."""
+
+    name: str
+    gain: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A probe on shuffled labels. It must be at chance: above, something other than the samples told it the labels."""
+
+    name: str
+    num_rows: int
+    value: float
+    low: float
+    high: float
+    chance: float
+
+    @property
+    def leaks(self) -> bool:
+        """Whether even the lower end of the interval, of 99.9%, is above chance."""
+        return bool(self.low > self.chance)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """The dataset's books: every modality and all of them together ("fused"), what each adds, and the controls.
+
+    chance: what naming the most common class, or labels, or the mean, would reach. fused_by says what "fused" is.
+    """
+
+    metric: str
+    chance: float
+    fused_by: str
+    standings: tuple[Standing, ...]
+    over_best: Gain  # what all together add to the best single one, which it names
+    gains: tuple[Gain, ...]
+    controls: tuple[Control, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, for run.json."""
+        controls = [{**asdict(control), "leaks": control.leaks} for control in self.controls]
+        return {**asdict(self), "controls": controls}
+
+
+def keep_books(
+    panel: Panel,
+    answers: Answers,
+    crossings: Sequence[Crossing],
+    *,
+    fit: Fit,
+    controls: bool,
+    sample_id: NDArray[np.object_],
+    group: NDArray[np.object_] | None,
+    seed: int,
+) -> Ledger:
+    """Keep the books of what a panel answered about n samples.
+
+    `controls` fits a probe of each modality to shuffled labels as well, but no network, which would double the work.
+    Without a fused probe, what a modality adds is known of two modalities alone.
+    """
+    target, groups = panel.target, group_codes(group)
+    right = to_metric(answers.right, target)
+    standings = [
+        _stand(member, right[:, index], answers.confidence[:, index], groups)
+        for index, member in enumerate(panel.members)
+    ]
+    best = max(range(len(standings)), key=lambda index: standings[index].value)
+    fused = to_metric(answers.fused_right, target)
+    together = _interval(fused, groups)
+    loss = float(cross_entropy(answers.fused_confidence).mean())
+    calibration = None if panel.fused is None else panel.fused.calibration
+    return Ledger(
+        metric=METRICS[target.task],
+        chance=chance_of(target),
+        fused_by="mean of log probabilities" if panel.fused is None else "probe",
+        standings=(*standings, Standing(name="fused", **together, loss=loss, calibration=calibration)),
+        over_best=_gain(standings[best].name, fused, right[:, best], groups),
+        gains=_gains(panel, fused, right, crossings, groups, fit=fit),
+        controls=tuple(
+            _control(member, target, crossings[0], fit=fit, sample_id=sample_id, seed=seed)
+            for member in panel.members
+            if controls and not isinstance(member.probe, NetworkProbe)
+        ),
+    )
+
+
+def chance_of(target: Target) -> float:
+    """Give what the most common class, or label decisions, reach; 0 for the R^2 of the mean."""
+    if target.task == "classification":
+        return float(np.bincount(target.label).max() / len(target))
+    if target.task == "multilabel":
+        assert target.values is not None
+        rate = target.values.mean(axis=0)
+        return float(np.maximum(rate, 1 - rate).mean())
+    return 0.0
+
+
+def to_metric(right: Floats, target: Target) -> Floats:
+    """Give what each sample adds to the metric: of a regression 1 - error^2 / variance, whose mean is R^2."""
+    if target.task != "regression":
+        return right
+    assert target.values is not None
+    return np.asarray(1 + right / max(float(target.values.var()), 1e-12), dtype=np.float32)
+
+
+def _stand(member: Member, right: Floats, confidence: Floats, groups: Groups) -> Standing:
+    here = ~np.isnan(right)
+    found = _interval(right[here], None if groups is None else groups[here])
+    loss = float(cross_entropy(confidence[here]).mean())
+    return Standing(name=member.name, **found, loss=loss, calibration=member.calibration)
+
+
+def _interval(right: Floats, groups: Groups) -> dict[str, float]:
+    """Give the mean of what samples add to a metric, and its interval: that of a share where all are 0 or 1."""
+    if np.isin(right, (0, 1)).all():
+        found = share(right > 0.5, groups)
+        return {"value": found["share"], "low": found["low"], "high": found["high"]}
+    found = mean(right.astype(np.float64), groups, low=-np.inf, high=1)
+    return {"value": found["mean"], "low": found["low"], "high": found["high"]}
+
+
+def _gains(
+    panel: Panel, fused: Floats, right: Floats, crossings: Sequence[Crossing], groups: Groups, *, fit: Fit
+) -> tuple[Gain, ...]:
+    """Give what each modality adds to the others: of two the other's own probe stands for "without"."""
+    if len(panel.members) > 2 and panel.fused is None:
+        return ()
+    gains = []
+    for index, member in enumerate(panel.members):
+        others = [other for place, other in enumerate(panel.members) if place != index]
+        if len(others) == 1:
+            without = right[:, 1 - index]
+        else:
+            seated = seat_together("others", others, panel.target, crossings, fit=fit)
+            without = to_metric(right_of(seated, panel.target), panel.target)
+        gains.append(_gain(member.name, fused, without, groups))
+    return tuple(gains)
+
+
+def _gain(name: str, fused: Floats, without: Floats, groups: Groups) -> Gain:
+    """Compare two probes on the same samples, which makes the interval narrower than that of either."""
+    here = ~np.isnan(without)
+    part = None if groups is None else groups[here]
+    found = mean((fused - without)[here].astype(np.float64), part, low=-np.inf, high=np.inf)
+    return Gain(name=name, gain=found["mean"], low=found["low"], high=found["high"])
+
+
+def _control(
+    member: Member, target: Target, crossing: Crossing, *, fit: Fit, sample_id: NDArray[np.object_], seed: int
+) -> Control:
+    """Fit probes to shuffled labels, on some of the rows that probes learn from, and see what they know out of fold."""
+    rows = np.flatnonzero(crossing.fits & member.present)
+    rows = np.sort(rows[np.argsort(crossing.key[rows], kind="stable")[:CONTROL_ROWS]])
+    order = np.argsort(hash_rank(sample_id[rows], seed=seed, purpose="shuffled labels"), kind="stable")
+    # Labels move along the order of a hash by one place more than half its length: nobody keeps their own.
+    shuffled = np.empty(len(rows), dtype=np.intp)
+    shuffled[order] = rows[np.roll(order, len(rows) // 2 + 1)]
+    truth = target.take(shuffled)
+    part = Crossing(
+        fold=crossing.fold[rows], inner=crossing.inner[rows], fits=np.ones(len(rows), bool), key=crossing.key[rows]
+    )
+    logits = fit(MatrixInputs(matrix=member.inputs.read(rows)), truth, [part]).logits(np.arange(len(rows)))
+    right = to_metric(read_logits(logits, np.ones(len(rows), np.float32), truth).right, truth)
+    deviation = float(right.std(ddof=1)) / np.sqrt(len(rows))
+    value = float(right.mean())
+    return Control(
+        name=member.name,
+        num_rows=len(rows),
+        value=value,
+        low=float(value - 3.29 * deviation),
+        high=float(value + 3.29 * deviation),
+        chance=chance_of(truth),
+    )

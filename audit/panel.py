@@ -1,0 +1,132 @@
+"""The panel: the probes of all modalities, fitted and calibrated, ready to be asked about any sample"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+
+from .calibration import expected_calibration_error, fit_temperature
+from .crossing import Crossing, first_rows
+from .matrix import Inputs, JointInputs, Rows
+from .measures import Floats
+from .probe import Probe
+from .readings import Reading, read_logits
+from .target import Target
+
+CALIBRATION_ROWS = 20_000  # by hash of the id; one number a probe is not worth more
+
+Fit = Callable[[Inputs, Target, Sequence[Crossing]], Probe]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """How calibrated a member is on `num_rows` out-of-fold rows, before and after.
+
+    temperature: the mean over its probes; of a regression, the residuals' standard deviation. ece in [0, 1], 0 = the
+    confidence in the predicted class is right on average; None of a regression. loss: mean -log confidence.
+    """
+
+    num_rows: int
+    temperature: float
+    ece_before: float | None
+    ece_after: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """The cross-fitted probes of one modality, or of all together.
+
+    present (n,): the samples that have the modality. scale (n,): the temperature of each, or the standard deviation of
+    residuals, fitted to the mean of the rounds on samples of other folds of the first round.
+    """
+
+    name: str
+    inputs: Inputs
+    present: NDArray[np.bool_]
+    probe: Probe
+    scale: Floats
+    calibration: Calibration
+
+    @property
+    def least_scale(self) -> float:
+        """The mean of its scales, to be compared among modalities."""
+        return float(self.scale.mean())
+
+    def read(self, rows: Rows, target: Target, *, least_scale: float = 1.0, inputs: Inputs | None = None) -> Reading:
+        """Ask about these samples, whose targets are given; `inputs`: the same samples with something masked."""
+        logits = self.probe.logits(rows, inputs=inputs)
+        return read_logits(logits, self.scale[rows], target, least_scale=least_scale)
+
+    def read_epochs(self, rows: Rows, target: Target, *, least_scale: float = 1.0) -> Floats:
+        """Give the confidence (e, b) in the target after each recorded epoch of training, in the first round."""
+        logits = self.probe.logits_by_epoch(rows)
+        return read_logits(logits, self.scale[rows], target, least_scale=least_scale).by_round
+
+
+def seat_member(
+    name: str,
+    inputs: Inputs,
+    target: Target,
+    crossings: Sequence[Crossing],
+    *,
+    present: NDArray[np.bool_],
+    fit: Fit,
+) -> Member:
+    """Fit a modality's probes on the samples that have it, and calibrate them on their own out-of-fold outputs."""
+    mine = [replace(crossing, fits=crossing.fits & present) for crossing in crossings]
+    probe = fit(inputs, target, mine)
+    first = mine[0]
+    rows = first_rows(np.flatnonzero(first.fits), first.key, most=CALIBRATION_ROWS)
+    logits, truth = probe.logits(rows), target.take(rows)
+    mean = log_softmax(logits, axis=2).mean(axis=0) if target.task == "classification" else logits.mean(axis=0)
+    everyone = np.ones(len(rows), dtype=bool)
+    by_fold = fit_temperature(mean[None], truth, first.fold[None, rows], everyone)[0].astype(np.float32)
+    missing = first.num_folds - len(by_fold)  # folds that hold no row to calibrate on
+    scale = np.append(by_fold, np.full(missing, by_fold.mean(), np.float32))[first.fold]
+    found = Calibration(num_rows=len(rows), temperature=float(by_fold.mean()), ece_before=None, ece_after=None)
+    if target.task != "regression":
+        before, after = (
+            _error(read_logits(logits, each, truth).probability, truth)
+            for each in (np.ones(len(rows), np.float32), scale[rows])
+        )
+        found = replace(found, ece_before=before, ece_after=after)
+    return Member(name=name, inputs=inputs, present=present, probe=probe, scale=scale, calibration=found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """The members of m modalities, and the one of all together; None where modalities cannot be set side by side."""
+
+    members: tuple[Member, ...]
+    fused: Member | None
+    target: Target
+
+    @property
+    def least_scale(self) -> float:
+        """The smallest residual of a regression's modalities: the unit of their likelihoods."""
+        return min(member.least_scale for member in self.members)
+
+    @property
+    def joint(self) -> JointInputs:
+        """The inputs of all modalities side by side."""
+        return JointInputs(parts=tuple(member.inputs for member in self.members))
+
+
+def seat_together(
+    name: str, members: Sequence[Member], target: Target, crossings: Sequence[Crossing], *, fit: Fit
+) -> Member:
+    """Fit and calibrate probes of several modalities side by side; every sample has some of them."""
+    joint = JointInputs(parts=tuple(member.inputs for member in members))
+    present = np.logical_or.reduce([member.present for member in members])
+    return seat_member(name, joint, target, crossings, present=present, fit=fit)
+
+
+def _error(probability: Floats, target: Target) -> float:
+    if target.task == "classification":
+        return expected_calibration_error(probability, target.label)
+    assert target.values is not None
+    return expected_calibration_error(probability, target.values.astype(np.int32))

@@ -1,0 +1,124 @@
+"""Stock: what is every sample made of, and which of them can be scored?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dataset import Dataset
+from .errors import ScoreError
+from .features import EncodeTask, Status, read_status
+from .hashing import digest
+from .quality import Quarantined, Reason
+from .samples import Samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stock:
+    """What a dataset is made of: its samples, and how each fared in each modality."""
+
+    samples: Samples
+    statuses: tuple[Status, ...]
+
+    @property
+    def content(self) -> NDArray[np.object_]:
+        """One digest for each sample (n,) over all its modalities."""
+        return row_content(self.statuses)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of ids, labels, splits, groups and content, whatever the row order or the file format."""
+        samples = self.samples
+        names = np.array([*samples.class_names, "", ""], dtype=object)[samples.label]  # those without a label are last
+        group = samples.group if samples.group is not None else np.full(len(samples), "", dtype=object)
+        rows = zip(samples.sample_id, names, samples.split, group, self.content, strict=True)
+        return digest(*sorted("\0".join(row).encode() for row in rows))
+
+
+def take_stock(dataset: Dataset, samples: Samples, tasks: Sequence[EncodeTask]) -> Stock:
+    """Read from the cache what every sample of an encoded dataset is made of."""
+    statuses = tuple(read_status(tasks, modality, samples.sample_id) for modality in dataset.modalities)
+    return Stock(samples=samples, statuses=statuses)
+
+
+def row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
+    """Give one digest for each sample (n,) over all its modalities."""
+    parts = zip(*(status.content.tolist() for status in statuses), strict=True)
+    return np.array([digest(b"".join(row)) for row in parts], dtype=object)
+
+
+def left_empty(status: Status) -> NDArray[np.bool_]:
+    """Tell which samples (n,) the source itself gives nothing for in this modality: their cell is null."""
+    empty = np.zeros(len(status.usable), dtype=bool)
+    null = f"{status.modality.column} is null"
+    empty[[row for row, reason, detail in status.problem if reason is Reason.MISSING and detail == null]] = True
+    return empty
+
+
+def sort_out(stock: Stock, *, keep_duplicates: bool) -> tuple[NDArray[np.intp], list[Quarantined]]:
+    """Give the rows that can be scored, and why each other one is left out.
+
+    A sample is scored if it has a label and two usable modalities at least, and none that is there but broken: only
+    what the source itself leaves out, as a null, counts as missing. Of samples with the same content in every modality
+    the one with the least id is kept.
+    """
+    samples, statuses = stock.samples, stock.statuses
+    missing = np.stack([left_empty(status) for status in statuses], axis=1)
+    usable = np.stack([status.usable for status in statuses], axis=1)
+    enough = (usable | missing).all(axis=1) & (usable.sum(axis=1) >= 2)
+    left_out = [
+        Quarantined(sample_id=samples.sample_id[row], modality=status.modality.name, reason=reason, detail=detail)
+        for status in statuses
+        for row, reason, detail in status.problem
+        if not enough[row]
+    ]
+    left_out += _without_label(samples)
+    rows = np.flatnonzero((samples.label >= 0) & enough)
+    if not keep_duplicates:
+        rows, copies = _without_copies(stock, rows)
+        left_out += copies
+    if len(rows) == 0:
+        raise ScoreError(f"no sample is usable in every modality; the first problem: {left_out[0]}")
+    return rows, left_out
+
+
+def _without_label(samples: Samples) -> list[Quarantined]:
+    """Say of each sample without a usable label whether it has none, or one that does not exist."""
+    unknown = dict(samples.unknown)
+    return [
+        Quarantined(
+            sample_id=samples.sample_id[row],
+            modality=None,
+            reason=Reason.UNKNOWN_LABEL if row in unknown else Reason.NO_LABEL,
+            detail=f"{unknown[row]!r} is not among the classes" if row in unknown else "the label is null",
+        )
+        for row in np.flatnonzero(samples.label < 0).tolist()
+    ]
+
+
+def _without_copies(stock: Stock, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], list[Quarantined]]:
+    """Leave out all but one of the rows whose content is the same in every modality."""
+    samples, content = stock.samples, stock.content[rows]
+    order = np.lexsort((samples.sample_id[rows].astype(str), content.astype(str)))
+    again = np.r_[False, content[order][1:] == content[order][:-1]]
+    if not again.any():
+        return rows, []
+    first = order[np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))]
+    copies = []
+    for place in np.flatnonzero(again):
+        row, kept = rows[order[place]], rows[first[place]]
+        also = "" if samples.label[row] == samples.label[kept] else ", which has another label"
+        copies.append(
+            Quarantined(
+                sample_id=samples.sample_id[row],
+                modality=None,
+                reason=Reason.DUPLICATE,
+                detail=f"the same content as {samples.sample_id[kept]}{also}",
+            )
+        )
+    keep = np.ones(len(rows), dtype=bool)
+    keep[order[again]] = False
+    return rows[keep], copies

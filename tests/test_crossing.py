@@ -1,0 +1,55 @@
+"""Laws of crossings: no probe sees what it must not, and every row is asked of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmaudit.audit.crossing import Crossing, ask_own, first_rows, set_lesson
+
+
+def draw(num_rows: int, *, seed: int, num_folds: int = 4) -> Crossing:
+    rng = np.random.default_rng(seed)
+    return Crossing(
+        fold=rng.integers(0, num_folds, num_rows).astype(np.int16),
+        inner=rng.integers(0, num_folds, num_rows).astype(np.int16),
+        fits=np.arange(num_rows) % 6 != 0,
+        key=rng.permutation(num_rows).astype(np.uint64),
+    )
+
+
+CROSSINGS = (draw(90, seed=0), draw(90, seed=1, num_folds=3))
+
+
+def test_a_probe_never_learns_from_its_fold_or_from_what_does_not_fit() -> None:
+    lesson = set_lesson(CROSSINGS, most_rows=1_000)
+    assert sorted(lesson.rows) == [row for row in range(90) if row % 6]
+    assert lesson.learn.shape == (75, 7)
+    for probe, (crossing, fold) in enumerate((c, fold) for c in CROSSINGS for fold in range(c.num_folds)):
+        np.testing.assert_array_equal(lesson.learn[:, probe], crossing.fold[lesson.rows] != fold)
+        expected = lesson.learn[:, probe] & (crossing.inner[lesson.rows] == 0)
+        np.testing.assert_array_equal(lesson.aside[:, probe], expected)
+    assert lesson.can_choose
+
+
+def test_the_most_rows_are_the_first_by_key() -> None:
+    lesson = set_lesson(CROSSINGS, most_rows=20)
+    key = CROSSINGS[0].key
+    left_out = [row for row in range(90) if row % 6 and row not in lesson.rows]
+    assert len(lesson.rows) == 20
+    assert key[lesson.rows].max() < key[left_out].min()
+    np.testing.assert_array_equal(np.sort(lesson.rows), first_rows(np.arange(90)[CROSSINGS[0].fits], key, most=20))
+
+
+def test_without_rows_aside_there_is_no_choice() -> None:
+    lesson = set_lesson(CROSSINGS, most_rows=1_000)
+    assert not lesson.take(np.flatnonzero(~lesson.aside.any(axis=1))).can_choose
+
+
+@pytest.mark.parametrize("rows", [np.arange(90), np.array([7, 3, 3, 88]), np.array([], dtype=np.intp)])
+def test_each_row_is_asked_of_the_probe_that_never_saw_it(rows: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:
+    found = ask_own(CROSSINGS, rows, lambda probe, mine: torch.stack([torch.full_like(mine, probe), mine], dim=1))
+    np.testing.assert_array_equal(found[0, :, 0], CROSSINGS[0].fold[rows])
+    np.testing.assert_array_equal(found[1, :, 0], CROSSINGS[1].fold[rows] + 4)
+    np.testing.assert_array_equal(found[:, :, 1], np.tile(np.arange(len(rows)), (2, 1)))

@@ -1,0 +1,64 @@
+"""Laws of declared features: what `datasets` writes of its columns is read back from the schema alone."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pytest
+from datasets import Audio, ClassLabel, Features, Image, List, Value, Video
+
+from mmaudit.audit.declared import declared_classes, declared_kind
+
+FEATURES = Features(
+    {
+        "sound": Audio(sampling_rate=16_000, decode=False),
+        "sight": Image(),
+        "film": Video(),
+        "label": ClassLabel(names=["cat", "dog"]),
+        "labels": List(ClassLabel(names=["a", "b", "c"])),
+        "text": Value("string"),
+    }
+)
+
+
+def test_what_datasets_writes() -> None:
+    schema = FEATURES.arrow_schema
+    assert [declared_kind(schema, name) for name in FEATURES] == ["audio", "image", "video", None, None, None]
+    assert declared_classes(schema, "label") == ("cat", "dog")
+    assert declared_classes(schema, "labels") == ("a", "b", "c")
+    assert declared_classes(schema, "text") == ()
+    assert declared_classes(schema, "none") == ()
+
+
+def schema_saying(features: object) -> pa.Schema:
+    return pa.schema([("x", pa.int64())], metadata={"huggingface": json.dumps({"info": {"features": features}})})
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"_type": "Sequence", "feature": {"_type": "ClassLabel", "names": ["a"]}},
+        [{"_type": "ClassLabel", "names": ["a"]}],
+        {"_type": "ClassLabel", "names": ["a"]},
+    ],
+)
+def test_what_older_versions_wrote(entry: object) -> None:
+    assert declared_classes(schema_saying({"x": entry}), "x") == ("a",)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        pa.schema([("x", pa.int64())]),
+        pa.schema([("x", pa.int64())], metadata={"huggingface": "{no json"}),
+        pa.schema([("x", pa.int64())], metadata={"huggingface": "[1]"}),
+        schema_saying([]),
+        schema_saying({"x": 3}),
+        schema_saying({"x": []}),
+        schema_saying({"x": {"_type": "ClassLabel", "num_classes": 3}}),
+    ],
+)
+def test_what_says_nothing(schema: pa.Schema) -> None:
+    assert declared_kind(schema, "x") is None
+    assert declared_classes(schema, "x") == ()

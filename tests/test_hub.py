@@ -1,0 +1,55 @@
+"""Laws of a model's place: a folder is known by its content, a model of the hub by its commit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.hub import find_folder, folder_version
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def model(folder: Path, *, weights: bytes = b"weights") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_a_folder_is_known_by_its_content_alone(tmp_path: Path) -> None:
+    one, same, other = model(tmp_path / "one"), model(tmp_path / "same"), model(tmp_path / "other", weights=b"weightz")
+    (same / "README.md").write_text("no part of the model")
+    os.utime(same / "config.json", (0, 0))
+    assert folder_version(one) == folder_version(same)
+    assert folder_version(one) != folder_version(other)
+    before = folder_version(one)
+    (one / "config.json").write_text("{ }")
+    assert folder_version(one) != before
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "models--owner--name"
+    folder = model(cache / "snapshots" / COMMIT)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("owner/name", f"owner/name@{COMMIT}", "owner/name@main"):
+        for whole in (False, True):
+            assert find_folder(name, whole=whole) == folder
+    assert folder_version(folder) == COMMIT
+    with pytest.raises(ConfigError, match="no folder 'owner/name@v2' here, and no such model from the hub"):
+        find_folder("owner/name@v2", whole=False)
+
+
+def test_a_folder_that_is_named_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model(tmp_path / "owner" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert find_folder("owner/name", whole=True) == Path("owner/name")
+    (tmp_path / "owner" / "name" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"folder owner/name holds no config\.json"):
+        find_folder("owner/name", whole=True)

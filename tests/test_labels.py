@@ -1,0 +1,178 @@
+"""Laws of labels: every cell is a class, a set or a number of its own column, or told apart as none or unknown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.labels import NO_LABEL, UNKNOWN_LABEL, Labels, read_classes, read_label_sets, read_numbers
+
+
+def classes_of(
+    cells: Sequence[object],
+    names: Sequence[object] | None = None,
+    *,
+    declared: Sequence[str] = (),
+    classes: Sequence[str] = (),
+) -> Labels:
+    return read_classes(cells, names, declared=declared, classes=classes)
+
+
+def sets_of(cells: Sequence[object], *, declared: Sequence[str] = (), classes: Sequence[str] = ()) -> Labels:
+    return read_label_sets(cells, declared=declared, classes=classes)
+
+
+def test_declared_classes_keep_their_numbers_and_what_lies_outside_is_unknown() -> None:
+    found = classes_of([1, 0, -1, 7, None, 1], declared=("zebra", "ape", "none seen"))
+    assert found.names == found.outputs == ("zebra", "ape", "none seen")
+    assert found.label.tolist() == [1, 0, UNKNOWN_LABEL, UNKNOWN_LABEL, NO_LABEL, 1]
+    assert found.unknown == ((2, "-1"), (3, "7"))
+    assert found.values is None
+    assert classes_of([0, 1], ["other", "names"], declared=("zebra", "ape")).names == ("zebra", "ape")
+
+
+@pytest.mark.parametrize(
+    ("cells", "classes", "label"),
+    [
+        (["dog", "cat", "cow", None], ("dog", "cat"), [0, 1, UNKNOWN_LABEL, NO_LABEL]),
+        ([2, 1.0, -1, math.nan], ("1", "2"), [1, 0, UNKNOWN_LABEL, NO_LABEL]),
+        (["", "a"], ("a",), [UNKNOWN_LABEL, 0]),
+    ],
+)
+def test_classes_that_are_named_are_all_there_are(
+    cells: list[object], classes: tuple[str, ...], label: list[int]
+) -> None:
+    found = classes_of(cells, classes=classes)
+    assert (found.names, found.label.tolist()) == (classes, label)
+
+
+def test_declared_classes_may_be_named_by_word_or_number() -> None:
+    for classes in (("ape", "cow"), ("1", "2"), ("ape", "2")):
+        found = classes_of([0, 1, 2], declared=("zebra", "ape", "cow"), classes=classes)
+        assert (found.names, found.label.tolist()) == (("ape", "cow"), [UNKNOWN_LABEL, 0, 1])
+    with pytest.raises(DatasetError, match="names 'dog'; the source has the classes zebra, ape"):
+        classes_of([0], declared=("zebra", "ape"), classes=("dog",))
+
+
+def test_names_of_a_column_go_with_their_class() -> None:
+    assert classes_of([2, 1, 9], ["two", None, "odd"], classes=("1", "2")).names == ("1", "two")
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [([[1], [2]], "are lists: .* name it with --label, or pass --task multilabel"), ([0.5], "--task regression")],
+)
+def test_what_is_no_class_names_its_task(cells: list[object], words: str) -> None:
+    with pytest.raises(DatasetError, match=words):
+        classes_of(cells)
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [["b", "a"], ["a"], [], None],
+        ["b|a", "a", [], None],
+        ["b ; a", " a", ",", None],
+        ["a,b", "a", "", math.nan],
+        [["a", "b"], "a", [], [None]],
+    ],
+)
+def test_sets_of_labels_in_every_spelling(cells: list[object]) -> None:
+    found = sets_of(cells)
+    assert found.outputs == ("a", "b")
+    assert found.values is not None
+    assert found.values.dtype == np.float32
+    np.testing.assert_array_equal(found.values, [[1, 1], [1, 0], [0, 0], [math.nan, math.nan]])
+    assert found.label.tolist()[3] == NO_LABEL
+    assert min(found.label.tolist()[:3]) >= 0
+
+
+def test_common_sets_are_strata_and_rare_ones_are_one() -> None:
+    cells: list[object] = [["a"]] * 12 + [["b", "a"]] * 10 + [[]] * 10 + [["b"]] * 9 + [["c"], None]
+    found = sets_of(cells)
+    assert found.names == ("(none)", "a", "a|b", "other")
+    assert found.label.tolist() == [1] * 12 + [2] * 10 + [0] * 10 + [3] * 10 + [NO_LABEL]
+
+
+def test_sets_with_a_label_that_is_none_of_the_classes_are_unknown() -> None:
+    found = sets_of([[0, 2], [1], [0, 5]], declared=("x", "y", "z"))
+    assert found.outputs == ("x", "y", "z")
+    assert found.unknown == ((2, "5"),)
+    assert found.label.tolist()[2] == UNKNOWN_LABEL
+    assert found.values is not None
+    assert found.values[:2].tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert np.isnan(found.values[2]).all()
+    assert sets_of([["y", "z"], ["x"]], classes=("x", "y")).unknown == ((0, "z"),)
+
+
+def test_vectors_of_0_and_1_are_sets() -> None:
+    found = sets_of([[0, 1, 1], [0, 0, 0], None, [1, 0, 0]])
+    assert found.outputs == ("0", "1", "2")
+    assert found.values is not None
+    np.testing.assert_array_equal(found.values[[0, 1, 3]], [[0, 1, 1], [0, 0, 0], [1, 0, 0]])
+    assert sets_of([[0, 1, 1]], classes=("x", "y", "z")).outputs == ("x", "y", "z")
+    with pytest.raises(DatasetError, match="vectors of 3 places, and there are 2 classes"):
+        sets_of([[0, 1, 1]], classes=("x", "y"))
+    with pytest.raises(DatasetError, match="a list of labels names one twice"):
+        sets_of([["a", "a"], ["b"]])
+
+
+@pytest.mark.parametrize("cells", [[None], [[], []], [""]])
+def test_no_label_in_any_set_is_refused(cells: list[object]) -> None:
+    with pytest.raises(DatasetError, match="no sample has any label"):
+        sets_of(cells)
+
+
+@given(st.lists(st.sets(st.sampled_from("abcd")).map(sorted), min_size=1, max_size=60))
+def test_a_set_is_its_ones(sets: list[list[str]]) -> None:
+    if any(sets):
+        found = sets_of(sets)
+        assert found.values is not None
+        assert [[found.outputs[column] for column in np.flatnonzero(row)] for row in found.values] == sets
+        for stratum, name in enumerate(found.names):
+            members = [labels for labels, one in zip(sets, found.label, strict=True) if one == stratum]
+            assert members
+            assert name == "other" or members == [members[0]] * len(members)
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6), st.integers(-50, 50)), min_size=1, max_size=80))
+def test_tenths_are_in_order_and_numbers_stay_as_they_are(cells: list[float | int | None]) -> None:
+    if all(cell is None for cell in cells):
+        return
+    found = read_numbers(cells, name="score")
+    assert found.values is not None
+    assert found.values.shape == (len(cells), 1)
+    has = np.array([cell is not None for cell in cells])
+    np.testing.assert_array_equal(found.values[has, 0], np.array([c for c in cells if c is not None], dtype=np.float32))
+    assert np.isnan(found.values[~has]).all()
+    assert (found.label[~has] == NO_LABEL).all()
+    order = np.argsort(np.array([c for c in cells if c is not None], dtype=float), kind="stable")
+    assert (np.diff(found.label[has][order]) >= 0).all()
+    assert 1 <= len(found.names) <= 10
+    assert found.label.max() < len(found.names)
+    assert found.outputs == ("score",)
+
+
+def test_tenths_are_of_one_size_where_no_value_repeats() -> None:
+    found = read_numbers([str(number) for number in range(100)], name="y")
+    assert np.bincount(found.label).tolist() == [10] * 10
+    assert found.names[0] == "[0, 9.9)"
+    assert found.names[-1] == "[89.1, 99]"
+    assert read_numbers([3, 3, 3], name="y").names == ("[3, 3]",)
+
+
+@pytest.mark.parametrize("cell", ["word", math.inf, [1.0], "inf"])
+def test_what_is_no_number_is_refused(cell: object) -> None:
+    with pytest.raises(DatasetError, match=r"column 'y' holds .*, which is no number: pass --task classification, or"):
+        read_numbers([1.0, cell], name="y")
+
+
+def test_no_number_at_all_is_refused() -> None:
+    with pytest.raises(DatasetError, match="no sample has a number in column 'y'"):
+        read_numbers([None, math.nan, " "], name="y")

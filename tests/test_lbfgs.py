@@ -1,0 +1,75 @@
+"""Laws of the minimiser: it finds minima, each as if alone, and shows the way it went."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmaudit.audit.lbfgs import Problem, minimise
+
+
+class Bowls:
+    """Quadratic losses around their own centres, of unequal curvature: (x - c)' D (x - c) / 2 + 1."""
+
+    rounding = 1e-15
+
+    def __init__(self, centre: Tensor, curvature: Tensor) -> None:
+        self.centre, self.curvature = centre, curvature
+        self.asked = 0
+
+    def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        self.asked += 1
+        gradient = self.curvature * (theta - self.centre)
+        return ((theta - self.centre) * gradient).sum(dim=(1, 2)) / 2 + 1, gradient
+
+    def precondition(self, gradient: Tensor) -> Tensor:
+        return gradient / 30
+
+    def take(self, which: Tensor) -> Problem:
+        return Bowls(self.centre[which], self.curvature[which])
+
+
+def bowls() -> Bowls:
+    draw = torch.Generator().manual_seed(0)
+    centre = torch.randn(3, 8, 2, generator=draw, dtype=torch.float64)
+    return Bowls(centre, 1 + 99 * torch.rand(3, 8, 2, generator=draw, dtype=torch.float64))
+
+
+def test_minima_are_found() -> None:
+    problem = bowls()
+    found = minimise(problem, torch.zeros_like(problem.centre), max_steps=300, tolerance=1e-14, patience=2)
+    torch.testing.assert_close(found.theta, problem.centre, atol=1e-5, rtol=0)
+    assert found.num_steps < 100
+
+
+def test_who_starts_at_the_minimum_leaves_and_the_others_go_on() -> None:
+    problem = bowls()
+    start = torch.zeros_like(problem.centre)
+    start[1] = problem.centre[1]
+    found = minimise(problem, start, max_steps=300, tolerance=1e-14, patience=2)
+    torch.testing.assert_close(found.theta, problem.centre, atol=1e-5, rtol=0)
+    assert torch.equal(found.theta[1], problem.centre[1])
+
+
+def test_snapshots_are_the_way_by_powers_of_two_and_the_end() -> None:
+    problem = bowls()
+    start = torch.zeros_like(problem.centre)
+    found = minimise(problem, start, max_steps=11, tolerance=0.0, patience=100)
+    assert found.num_steps == 11
+    assert len(found.snapshots) == 5  # 1, 2, 4, 8, 11
+    assert torch.equal(found.snapshots[-1], found.theta)
+    losses = [float(problem.loss_and_gradient(theta)[0].sum()) for theta in (start, *found.snapshots)]
+    assert losses == sorted(losses, reverse=True)
+    for steps, snapshot in zip((1, 2, 4, 8), found.snapshots, strict=False):
+        alone = minimise(problem, start, max_steps=steps, tolerance=0.0, patience=100)
+        assert torch.equal(alone.theta, snapshot)
+
+
+def test_the_length_of_a_step_is_halved_until_it_helps() -> None:
+    """A first guess 100 times too flat: the full step would raise the loss."""
+    problem = bowls()
+    problem.precondition = lambda gradient: gradient  # type: ignore[method-assign]
+    before = problem.loss_and_gradient(torch.zeros_like(problem.centre))[0]
+    found = minimise(problem, torch.zeros_like(problem.centre), max_steps=1, tolerance=0.0, patience=1)
+    assert (problem.loss_and_gradient(found.theta)[0] < before).all()
+    assert problem.asked > 4

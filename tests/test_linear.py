@@ -1,0 +1,139 @@
+"""Laws of the linear probe: scikit-learn's models out of fold, for every task, in any precision, and the way there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.special import expit, log_softmax, softmax
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from mmaudit.audit.crossing import Crossing, set_lesson
+from mmaudit.audit.linear import LinearProbe, fit_linear
+from mmaudit.audit.matrix import MatrixInputs
+from mmaudit.audit.probe import ProbeConfig
+from mmaudit.audit.target import Target
+
+Floats = NDArray[np.floating[Any]]
+NUM_ROWS, NUM_CLASSES = 900, 4
+ROWS = np.arange(NUM_ROWS)
+CONFIG = ProbeConfig(strengths=(1e-2,), tolerance=1e-9, precision="float32")
+
+
+def planted() -> tuple[Floats, NDArray[np.int32]]:
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, NUM_CLASSES, NUM_ROWS).astype(np.int32)
+    x = rng.standard_normal((NUM_CLASSES, 10))[label] + rng.standard_normal((NUM_ROWS, 10))
+    return (x * np.geomspace(0.1, 10, 10) + 5).astype(np.float32), label
+
+
+def crossing(seed: int = 0) -> Crossing:
+    rng = np.random.default_rng(seed)
+    fold, inner = (rng.permutation(NUM_ROWS) % 3 for _ in range(2))
+    key = np.random.default_rng(9).permutation(NUM_ROWS).astype(np.uint64)
+    return Crossing(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=np.ones(NUM_ROWS, bool), key=key)
+
+
+def target(label: NDArray[np.int32], task: str) -> Target:
+    values = {
+        "classification": None,
+        "multilabel": np.stack([label == 0, label % 2 == 0], axis=1).astype(np.float32),
+        "regression": (1_000 + 50.0 * label[:, None]).astype(np.float32),
+    }[task]
+    num_outputs = NUM_CLASSES if values is None else values.shape[1]
+    return Target(task=task, label=label, num_outputs=num_outputs, values=values)
+
+
+def fit(x: NDArray[Any], what: Target, config: ProbeConfig = CONFIG, *, rounds: int = 1) -> LinearProbe:
+    crossings = [crossing(seed) for seed in range(rounds)]
+    lesson = set_lesson(crossings, most_rows=config.most_rows)
+    return fit_linear(MatrixInputs(matrix=x), what, crossings, lesson, config=config, device="cpu")
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+def test_out_of_fold_it_is_sklearn(task: str) -> None:
+    x, label = planted()
+    what = target(label, task)
+    probe = fit(x, what, rounds=2)
+    found = probe.logits(ROWS)
+    for seed in range(2):
+        for fold in range(3):
+            own = crossing(seed).fold == fold
+            learn, size = ~own, int((~own).sum())
+            if what.values is None:
+                model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=100 / size, tol=1e-8, max_iter=5_000))
+                expected = model.fit(x[learn], label[learn]).predict_proba(x[own])
+                np.testing.assert_allclose(softmax(found[seed, own], axis=1), expected, atol=2e-3)
+            elif task == "multilabel":
+                for column, values in enumerate(what.values.T):
+                    model = make_pipeline(StandardScaler(), LogisticRegression(C=100 / size, tol=1e-8, max_iter=5_000))
+                    expected = model.fit(x[learn], values[learn]).predict_proba(x[own])[:, 1]
+                    np.testing.assert_allclose(expit(found[seed, own, column]), expected, atol=2e-3)
+            else:
+                model = make_pipeline(StandardScaler(), Ridge(alpha=1e-2 * size))
+                expected = model.fit(x[learn], what.values[learn, 0]).predict(x[own])
+                np.testing.assert_allclose(found[seed, own, 0], expected, atol=0.05)
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+def test_bfloat16_is_float32_but_for_rounding(task: str) -> None:
+    """Mean losses within 1e-3 (of the variance, for a number), though they need not stop at the same step."""
+    x, label = planted()
+    what = target(label, task)
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        raw = fit(x, what, replace(CONFIG, precision=precision)).logits(ROWS)[0].astype(np.float64)
+        if what.values is None:
+            losses.append(-log_softmax(raw, axis=1)[ROWS, label].mean())
+        elif task == "multilabel":
+            losses.append((np.logaddexp(0, raw) - what.values * raw).mean())
+        else:
+            losses.append(np.square(raw - what.values).mean() / what.values.var())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_the_way_begins_at_nothing_and_ends_at_the_probe() -> None:
+    x, label = planted()
+    probe = fit(x, target(label, "classification"), rounds=2)
+    by_epoch = probe.logits_by_epoch(ROWS)
+    np.testing.assert_array_equal(by_epoch[-1], probe.logits(ROWS)[0])
+    losses = [-log_softmax(raw.astype(np.float64), axis=1)[ROWS, label].mean() for raw in by_epoch]
+    assert 3 <= len(losses) <= 8
+    assert np.log(NUM_CLASSES) > losses[0] > losses[-1]
+
+
+def test_bytes_are_numbers() -> None:
+    x, label = planted()
+    pixels = np.clip(x * 8 + 60, 0, 255).astype(np.uint8)
+    what = target(label, "classification")
+    found = fit(pixels, what).logits(ROWS)
+    np.testing.assert_allclose(found, fit(pixels.astype(np.float32), what).logits(ROWS), atol=1e-5)
+
+
+def test_what_is_missing_is_the_centre_of_what_is_not() -> None:
+    x, label = planted()
+    holes, filled = x.copy(), x.copy()
+    gone = np.random.default_rng(5).random(NUM_ROWS) < 0.3
+    holes[gone, 3:] = np.nan
+    probe = fit(holes, target(label, "classification"))
+    filled[gone, 3:] = probe.units.centre[3:].numpy()
+    found = probe.logits(ROWS)
+    assert np.isfinite(found).all()
+    filled_too = probe.logits(ROWS, inputs=MatrixInputs(matrix=filled))
+    np.testing.assert_allclose(found, filled_too, atol=1e-5)
+    assert (found[0, ~gone].argmax(axis=1) == label[~gone]).mean() > (
+        found[0, gone].argmax(axis=1) == label[gone]
+    ).mean()
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_two_runs_are_bit_equal(task: str) -> None:
+    x, label = planted()
+    config = replace(CONFIG, strengths=ProbeConfig().strengths, precision="bfloat16")
+    found = [fit(x, target(label, task), config).logits(ROWS) for _ in range(2)]
+    np.testing.assert_array_equal(found[0], found[1])

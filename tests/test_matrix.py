@@ -1,0 +1,82 @@
+"""Laws of matrices on disk: any rows, in any order, are those of the whole; what is missing is NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmaudit.audit.dataset import open_dataset
+from mmaudit.audit.features import encode_dataset, read_status
+from mmaudit.audit.matrix import FeatureMatrix, JointInputs, MatrixInputs, chunks
+from mmaudit.audit.media import MediaConfig
+from mmaudit.audit.samples import read_samples
+from mmaudit.audit.workers import silent
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[[list[list[float] | None]], FeatureMatrix]:
+    """Open the modality `audio` of rows that have these vectors, four rows a shard."""
+
+    def open_(vectors: list[list[float] | None]) -> FeatureMatrix:
+        n = len(vectors)
+        table = pa.table(
+            {
+                "id": [str(row) for row in range(n)],
+                "label": [row % 2 for row in range(n)],
+                "audio": pa.array(vectors, pa.list_(pa.float32())),
+                "visual": pa.array([[0.0, 1.0]] * n, pa.list_(pa.float32())),
+            }
+        )
+        pq.write_table(table, tmp_path / "d.parquet", row_group_size=4)
+        dataset = open_dataset(tmp_path / "d.parquet")
+        tasks = encode_dataset(dataset, tmp_path / "f", media=MediaConfig(), num_workers=0, progress=silent)
+        ids = read_samples(dataset, seed=0, test_fraction=0.2).sample_id
+        return FeatureMatrix.of(tasks, read_status(tasks, dataset.modalities[0], ids), np.arange(n))
+
+    return open_
+
+
+def test_rows_are_those_of_the_whole(opened: Callable[..., FeatureMatrix]) -> None:
+    whole = RNG.standard_normal((19, 3)).astype(np.float32)
+    matrix = opened(whole.tolist())
+    assert (matrix.num_rows, matrix.num_features) == whole.shape
+    np.testing.assert_array_equal(matrix.read_all(), whole)
+    for _ in range(10):
+        rows = RNG.integers(0, 19, 7)
+        np.testing.assert_array_equal(matrix.read(rows), whole[rows])
+    assert matrix.read(np.zeros(0, np.intp)).shape == (0, 3)
+
+
+def test_what_is_missing_is_nan(opened: Callable[..., FeatureMatrix]) -> None:
+    whole: list[list[float] | None] = [[float(row), 1.0] for row in range(11)]
+    whole[0] = whole[6] = None
+    matrix = opened(whole)
+    np.testing.assert_array_equal(matrix.present, [row not in (0, 6) for row in range(11)])
+    found = matrix.read(np.array([6, 7, 0, 10]))
+    np.testing.assert_array_equal(found, np.array([[np.nan] * 2, [7, 1], [np.nan] * 2, [10, 1]], np.float32))
+
+
+def test_joint_inputs_stand_side_by_side_and_masked_ones_are_missing() -> None:
+    one, other = RNG.standard_normal((2, 5, 3)).astype(np.float32)
+    joint = JointInputs(parts=(MatrixInputs(matrix=one), MatrixInputs(matrix=other)))
+    rows = np.array([4, 0])
+    np.testing.assert_array_equal(joint.read(rows), np.hstack([one, other])[rows])
+    assert joint.num_features == 6
+    masked = joint.mask(frozenset({0})).read(rows)
+    assert np.isnan(masked[:, :3]).all()
+    np.testing.assert_array_equal(masked[:, 3:], other[rows])
+
+
+def test_chunks_cover_all_rows_in_order_and_keep_to_their_size() -> None:
+    inputs = MatrixInputs(matrix=np.zeros((5_000, 8), np.float32))
+    parts = list(chunks(inputs, most_bytes=4 * 8 * 300))
+    assert [len(part) for part in parts[:-1]] == [300] * (len(parts) - 1)
+    np.testing.assert_array_equal(np.concatenate(parts), np.arange(5_000))
+    assert list(chunks(inputs, np.zeros(0, np.intp))) == []

@@ -1,0 +1,96 @@
+"""Laws of the MLP probe: it finds what no straight line does, nothing where nothing is, and the same twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mmaudit.audit.matrix import MatrixInputs
+from mmaudit.audit.probe import Crossing, ProbeConfig, fit_probe
+from mmaudit.audit.target import Target
+
+Floats = NDArray[np.float32]
+CONFIG = ProbeConfig(kind="mlp", hidden=32, epochs=25, lr=1e-2, batch_size=64)
+NUM_ROWS = 600
+ROWS = np.arange(NUM_ROWS)
+
+
+def crossing(seed: int = 0) -> Crossing:
+    rng = np.random.default_rng(seed)
+    fold, inner = (rng.permutation(NUM_ROWS) % 3 for _ in range(2))
+    key = np.random.default_rng(9).permutation(NUM_ROWS).astype(np.uint64)
+    return Crossing(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=np.ones(NUM_ROWS, bool), key=key)
+
+
+def exclusive_or() -> tuple[Floats, NDArray[np.int32]]:
+    x = np.random.default_rng(1).standard_normal((NUM_ROWS, 5)).astype(np.float32)
+    return x * np.float32(30) - 7, (x[:, 0] * x[:, 1] > 0).astype(np.int32)
+
+
+def target(label: NDArray[np.int32], task: str = "classification") -> Target:
+    values = {
+        "classification": None,
+        "multilabel": np.stack([label, 1 - label], axis=1).astype(np.float32),
+        "regression": (1_000 + 50 * label[:, None]).astype(np.float32),
+    }[task]
+    num_outputs = 2 if values is None else values.shape[1]
+    return Target(task=task, label=label, num_outputs=num_outputs, values=values)
+
+
+def asked(x: Floats, what: Target, config: ProbeConfig = CONFIG, *, rounds: int = 1) -> Floats:
+    crossings = [crossing(seed) for seed in range(rounds)]
+    return fit_probe(MatrixInputs(matrix=x), what, crossings, config=config).logits(ROWS)
+
+
+def test_it_finds_what_no_straight_line_does() -> None:
+    x, label = exclusive_or()
+    bent, straight = (asked(x, target(label), replace(CONFIG, kind=kind))[0] for kind in ("mlp", "linear"))
+    assert (bent.argmax(axis=1) == label).mean() > 0.85
+    assert (straight.argmax(axis=1) == label).mean() < 0.6
+
+
+def test_labels_and_numbers_as_well() -> None:
+    x, label = exclusive_or()
+    several = asked(x, target(label, "multilabel"))[0]
+    assert ((several[:, 0] > 0) == label).mean() > 0.85
+    assert ((several[:, 1] > 0) == 1 - label).mean() > 0.85
+    number = asked(x, target(label, "regression"))[0, :, 0]
+    assert np.corrcoef(number, label)[0, 1] > 0.7
+    assert abs(number.mean() - (1_000 + 50 * label.mean())) < 5  # in the units of the target
+
+
+def test_where_nothing_is_it_finds_nothing() -> None:
+    x, label = exclusive_or()
+    shuffled = np.random.default_rng(2).permutation(label)
+    found = asked(x, target(shuffled))[0]
+    assert abs((found.argmax(axis=1) == shuffled).mean() - 0.5) < 0.08  # four standard deviations
+
+
+def test_twice_is_the_same_and_neighbours_do_not_matter() -> None:
+    x, label = exclusive_or()
+    few = replace(CONFIG, epochs=4)
+    alone, again, together = (asked(x, target(label), few, rounds=rounds) for rounds in (1, 1, 2))
+    np.testing.assert_array_equal(alone, again)
+    np.testing.assert_allclose(together[0], alone[0], atol=2e-3)
+
+
+@pytest.mark.parametrize("fold", [0, 2])
+def test_a_fold_is_scored_without_its_labels(fold: int) -> None:
+    x, label = exclusive_or()
+    few, own = replace(CONFIG, epochs=4), crossing().fold == fold
+    turned = np.where(own, 1 - label, label).astype(np.int32)
+    before, after = (asked(x, target(each), few)[0] for each in (label, turned))
+    np.testing.assert_allclose(after[own], before[own], atol=1e-5)
+    assert np.abs(after - before)[~own].max() > 1e-3
+
+
+def test_each_probe_stops_where_its_rows_aside_say() -> None:
+    """Noise is learned by heart if nothing stops it: out of fold, the best epoch is less sure than the last."""
+    rng = np.random.default_rng(3)
+    x, label = rng.standard_normal((NUM_ROWS, 40)).astype(np.float32), rng.integers(0, 2, NUM_ROWS).astype(np.int32)
+    probe = fit_probe(MatrixInputs(matrix=x), target(label), [crossing()], config=replace(CONFIG, decays=(1e-2,)))
+    stopped, last = probe.logits(ROWS)[0], probe.logits_by_epoch(ROWS)[-1]
+    assert np.abs(stopped).mean() < 0.7 * np.abs(last).mean()

@@ -1,0 +1,390 @@
+"""Laws of the networks as probes: no fold is scored by a network that saw it, and an interrupted training goes on."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mmaudit.audit.crossing import Crossing
+from mmaudit.audit.errors import ConfigError, DatasetError, ScoreError
+from mmaudit.audit.folds import assign_folds
+from mmaudit.audit.hashing import hash_rank
+from mmaudit.audit.matrix import Inputs, MatrixInputs
+from mmaudit.audit.network_probe import NetworkConfig, fit_network
+from mmaudit.audit.probe import Probe
+from mmaudit.audit.target import Target
+from mmaudit.audit.workers import Progress, silent
+
+SOUND, PICTURE, FRAMES = (16, 12), (8, 8, 3), (2, 8, 8, 3)
+QUICK = NetworkConfig(epochs=2, batch_size=16, lr=0.05, least_crop=0.6, width=1 / 16)
+THOROUGH = replace(QUICK, epochs=6, batch_size=8, lr=0.01, lr_step=4)
+ROWS = np.arange(72)
+
+Bytes = NDArray[Any]
+
+
+def planted(
+    shape: tuple[int, ...], *, num_rows: int = 72, dtype: Any = np.uint8, seed: int = 0
+) -> tuple[Bytes, Target]:
+    """Noise of levels 0 to 99, with one of three bands, or colours, 100 above the others: that is the class."""
+    rng = np.random.default_rng(seed)
+    label = (np.arange(num_rows) % 3).astype(np.int32)
+    levels = rng.integers(0, 100, (num_rows, *shape))
+    for row, each in enumerate(label):
+        where = slice(5 * each, 5 * each + 5) if len(shape) == 2 else (..., each)
+        levels[row][where] += 100
+    rows = levels.reshape(num_rows, -1).astype(dtype)
+    return rows, Target(task="classification", label=label, num_outputs=3)
+
+
+def cross(
+    label: NDArray[np.int32], *, group: list[str] | None = None, fits: NDArray[np.bool_] | None = None, seed: int = 0
+) -> Crossing:
+    ids = np.array([f"s{number:03d}" for number in range(len(label))], dtype=object)
+    fits = np.ones(len(label), dtype=bool) if fits is None else fits
+    groups = None if group is None else np.array(group, dtype=object)
+    fold, inner = (assign_folds(ids, label, groups, fits, num_folds=3, seed=each) for each in (seed, seed + 99))
+    return Crossing(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=seed, purpose="rows"))
+
+
+def fit(
+    rows: Bytes | Inputs,
+    target: Target,
+    *crossings: Crossing,
+    shape: tuple[int, ...] = PICTURE,
+    config: NetworkConfig = QUICK,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
+    folder: Path | None = None,
+) -> Probe:
+    inputs = MatrixInputs(matrix=rows) if isinstance(rows, np.ndarray) else rows
+    crossings = crossings or (cross(target.label),)
+    return fit_network(
+        inputs, shape, target, crossings, config=config, seed=seed, device=device, progress=progress, folder=folder
+    )
+
+
+def accuracy(probe: Probe, target: Target) -> float:
+    found = probe.logits(np.arange(len(target)))
+    return float((found.mean(axis=0).argmax(axis=1) == target.label).mean())
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[Bytes, Target, Probe]:
+    """Pictures with two rounds of probes."""
+    rows, target = planted(PICTURE)
+    return rows, target, fit(rows, target, cross(target.label), cross(target.label, seed=1))
+
+
+Fitted = tuple[Bytes, Target, Probe]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(SOUND, np.float32), (PICTURE, np.uint8), (PICTURE, np.float32), (FRAMES, np.uint8)]
+)
+def test_what_is_planted_is_found_out_of_fold(shape: tuple[int, ...], dtype: Any) -> None:
+    rows, target = planted(shape, dtype=dtype)
+    probe = fit(rows, target, shape=shape, config=THOROUGH)
+    assert accuracy(probe, target) > 0.8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; the test above is its CPU twin")
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(SOUND, np.float32), (PICTURE, np.uint8), (PICTURE, np.float32), (FRAMES, np.uint8)]
+)
+def test_what_is_planted_is_found_in_bfloat16_on_a_gpu(shape: tuple[int, ...], dtype: Any) -> None:
+    rows, target = planted(shape, dtype=dtype)
+    probe = fit(rows, target, shape=shape, config=THOROUGH, device="cuda")
+    assert accuracy(probe, target) > 0.8
+
+
+def test_bfloat16_finds_it_as_well(fitted: Fitted) -> None:
+    rows, target, exact = fitted
+    assert accuracy(fit(rows, target, config=replace(THOROUGH, precision="bfloat16")), target) > 0.8
+    rounded = fit(rows, target, config=replace(QUICK, precision="bfloat16"))
+    assert not np.array_equal(rounded.logits(ROWS)[0], exact.logits(ROWS)[0])
+
+
+def test_several_labels_and_numbers_are_found() -> None:
+    rows, target = planted(PICTURE)
+    values = np.stack([target.label != 2, target.label != 0], axis=1).astype(np.float32)
+    several = replace(target, task="multilabel", num_outputs=2, values=values)
+    found = fit(rows, several, config=THOROUGH).logits(ROWS)[0]
+    assert ((found > 0) == (values > 0)).mean() > 0.8
+    number = (5000 + 100 * target.label[:, None]).astype(np.float32)
+    regression = replace(target, task="regression", num_outputs=1, values=number)
+    found = fit(rows, regression, config=THOROUGH).logits(ROWS)[0]
+    assert ((found - number) ** 2).mean() < 0.5 * number.var()
+
+
+def test_what_is_learned_by_heart_helps_only_where_a_copy_is_in_another_fold() -> None:
+    """Patches of random classes, each three times: out of fold there is nothing to know, but for the copies."""
+    rng = np.random.default_rng(0)
+    patches = rng.integers(0, 255, (16, 2, 2, 3)).astype(np.uint8)
+    rows = patches.repeat(4, axis=1).repeat(4, axis=2).reshape(16, 192).repeat(3, axis=0)
+    label = (rng.permutation(16) % 2).astype(np.int32).repeat(3)
+    target = Target(task="classification", label=label, num_outputs=2)
+    config = replace(QUICK, epochs=15, lr=0.02, lr_step=9, least_crop=1.0, flip=False, width=1 / 8)
+    together = cross(label, group=[f"g{row // 3}" for row in range(48)])
+    apart = replace(together, fold=(together.fold + np.arange(48) % 3).astype(np.int16) % 3)
+    assert accuracy(fit(rows, target, apart, config=config), target) > 0.85
+    assert accuracy(fit(rows, target, together, config=config), target) < 0.75  # of 16 pictures: chance 0.5, sd 0.125
+
+
+def test_a_fold_is_scored_without_its_labels_and_without_its_other_rows(fitted: Fitted) -> None:
+    rows, target, before = fitted
+    crossing = cross(target.label)
+    held = crossing.fold == 1
+    turned = replace(target, label=np.where(held, (target.label + 1) % 3, target.label).astype(np.int32))
+    other = rows.copy()
+    spoiled, *_ = np.flatnonzero(held)
+    other[spoiled] = 255 - other[spoiled]
+    found = fit(other, turned, crossing).logits(ROWS)[0]
+    same = held & (spoiled != ROWS)
+    np.testing.assert_array_equal(found[same], before.logits(ROWS)[0][same])
+    assert (np.abs(found - before.logits(ROWS)[0])[~same].max(axis=1) > 0).all()
+
+
+def test_rows_that_do_not_fit_or_are_missing_teach_nothing() -> None:
+    rows, target = planted(PICTURE, dtype=np.float32)
+    fits = np.arange(72) % 5 != 0
+    missing = np.isin(ROWS, [1, 2, 7])
+    rows[missing] = np.nan
+    crossing = cross(target.label, fits=fits)
+    turned = replace(target, label=np.where(fits & ~missing, target.label, (target.label + 1) % 3).astype(np.int32))
+    found = fit(rows, target, crossing).logits(ROWS)[0]
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found, fit(rows, turned, crossing).logits(ROWS)[0])
+    told = fit(rows, target, replace(crossing, fits=fits & ~missing)).logits(ROWS)[0]
+    np.testing.assert_array_equal(found, told)
+
+
+def test_rounds_have_folds_of_their_own_and_epochs_end_with_the_logits(fitted: Fitted) -> None:
+    _, target, probe = fitted
+    logits, by_epoch = probe.logits(ROWS), probe.logits_by_epoch(ROWS)
+    assert logits.dtype == by_epoch.dtype == np.float32
+    assert logits.shape == (2, 72, 3)
+    assert by_epoch.shape == (2, 72, 3)
+    assert not np.array_equal(logits[0], logits[1])
+    np.testing.assert_array_equal(by_epoch[-1], logits[0])
+    some = np.array([70, 3, 3])
+    np.testing.assert_array_equal(probe.logits(some), logits[:, some])
+    np.testing.assert_array_equal(probe.logits_by_epoch(some), by_epoch[:, some])
+    own = np.eye(3)[target.label]
+    margin = [((each - each.mean(axis=1, keepdims=True)) * own).sum(axis=1).mean() for each in by_epoch]
+    assert margin[0] < margin[-1]
+
+
+def test_an_epoch_that_is_chosen_is_one_of_those_there_were() -> None:
+    rows, target = planted(PICTURE)
+    crossing = cross(target.label)
+    probe = fit(rows, target, crossing, config=replace(QUICK, choose_epoch=True, lr=0.3, epochs=5))
+    same = (probe.logits_by_epoch(ROWS) == probe.logits(ROWS)).all(axis=2)
+    chosen = {fold: set(np.flatnonzero(same[:, crossing.fold == fold].all(axis=1)).tolist()) for fold in range(3)}
+    assert all(chosen.values())
+    assert any(4 not in epochs for epochs in chosen.values())  # at this rate, the last is not always the best
+
+
+def test_rows_set_aside_choose_and_teach_nothing_else() -> None:
+    rows, target = planted(PICTURE)
+    crossing = cross(target.label)
+    aside = crossing.inner == 0
+    turned = replace(target, label=np.where(aside, (target.label + 1) % 3, target.label).astype(np.int32))
+    found = [fit(rows, each, crossing, config=replace(QUICK, choose_epoch=True)) for each in (target, turned)]
+    np.testing.assert_array_equal(found[0].logits_by_epoch(ROWS), found[1].logits_by_epoch(ROWS))
+    nobody = replace(crossing, inner=np.ones(72, np.int16))
+    plain = fit(rows, target, nobody)
+    np.testing.assert_array_equal(
+        fit(rows, target, nobody, config=replace(QUICK, choose_epoch=True)).logits(ROWS), plain.logits(ROWS)
+    )
+
+
+def test_a_seed_gives_the_same_bytes_whatever_chance_does_elsewhere(fitted: Fitted) -> None:
+    rows, target, first = fitted
+
+    def disturb(stage: str, done: int, total: int) -> None:
+        torch.rand(done)
+        np.random.default_rng().random()
+
+    torch.manual_seed(77)
+    again = fit(rows, target, progress=disturb)
+    np.testing.assert_array_equal(again.logits(ROWS)[0], first.logits(ROWS)[0])
+    assert not np.array_equal(fit(rows, target, seed=1).logits(ROWS)[0], first.logits(ROWS)[0])
+
+
+def test_shuffling_the_rows_shuffles_the_logits(fitted: Fitted) -> None:
+    rows, target, first = fitted
+    order = np.random.default_rng(3).permutation(72)
+    crossing = cross(target.label)
+    moved = Crossing(**{name: getattr(crossing, name)[order] for name in ("fold", "inner", "fits", "key")})
+    found = fit(rows[order], target.take(order), moved).logits(ROWS)[0]
+    np.testing.assert_array_equal(found, first.logits(ROWS)[0][order])
+
+
+@dataclass
+class Watched:
+    """Inputs that take note of how they are read."""
+
+    matrix: Bytes
+    batches: list[frozenset[int]] = field(default_factory=list)
+    threads: set[int] = field(default_factory=set)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.matrix)
+
+    @property
+    def num_features(self) -> int:
+        return int(self.matrix.shape[1])
+
+    def read(self, rows: NDArray[np.intp]) -> Bytes:
+        self.batches.append(frozenset(rows.tolist()))
+        self.threads.add(threading.get_ident())
+        found = self.matrix[rows]
+        found.setflags(write=False)
+        return found
+
+
+def test_rows_are_read_a_batch_at_a_time_and_not_by_the_thread_that_trains() -> None:
+    rows, target = planted(PICTURE)
+    watched, crossing = Watched(matrix=rows), cross(target.label)
+    fit(watched, target, crossing)
+    assert max(map(len, watched.batches)) == QUICK.batch_size
+    assert threading.get_ident() not in watched.threads
+    after_survey = watched.batches[5:]
+    lessons = [batch for batch in after_survey if len({crossing.fold[row] for row in batch}) > 1]
+    assert len(set(lessons)) == len(lessons) == 3 * 3 * QUICK.epochs  # each epoch has batches of its own
+    times = np.bincount([row for batch in lessons for row in batch])
+    np.testing.assert_array_equal(times, 2 * QUICK.epochs)  # in both networks that may
+
+
+def test_each_network_starts_from_weights_of_its_own() -> None:
+    rows, target = planted(PICTURE)
+    crossing = cross(target.label)
+    still = replace(QUICK, epochs=1, batch_size=64, lr=1e-12, least_crop=1.0, flip=False)
+    found = fit(rows, target, crossing, crossing, config=still).logits(ROWS)
+    assert np.abs(found[1] - found[0]).max(axis=1).min() > 1e-3
+
+
+def test_the_rate_falls_and_pictures_alone_are_varied(fitted: Fitted) -> None:
+    rows, target, before = fitted
+    slower = fit(rows, target, config=replace(QUICK, lr_step=1)).logits_by_epoch(ROWS)
+    np.testing.assert_array_equal(slower[0], before.logits_by_epoch(ROWS)[0])
+    assert not np.array_equal(slower[1], before.logits_by_epoch(ROWS)[1])
+    for shape in (SOUND, PICTURE):
+        rows, target = planted(shape)
+        one, other = (
+            fit(rows, target, shape=shape, config=replace(QUICK, epochs=1, least_crop=least_crop)).logits(ROWS)
+            for least_crop in (0.5, 1.0)
+        )
+        assert np.array_equal(one, other) == (shape == SOUND)
+
+
+class StopError(Exception):
+    """The user has pressed Ctrl-C."""
+
+
+def stop_after(steps: int) -> Progress:
+    def stop(stage: str, done: int, total: int) -> None:
+        if done > steps:
+            raise StopError
+
+    return stop
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bytes(fitted: Fitted, tmp_path: Path) -> None:
+    rows, target, whole = fitted
+    crossings = cross(target.label), cross(target.label, seed=1)
+    with pytest.raises(StopError):
+        fit(rows, target, *crossings, folder=tmp_path, progress=stop_after(4 * QUICK.epochs + 1))
+    left = sorted(tmp_path.iterdir())
+    assert len(left) == 4
+    assert all(path.suffix == ".npy" and not path.name.startswith(".") for path in left)
+    steps: list[tuple[str, int, int]] = []
+    resumed = fit(rows, target, *crossings, folder=tmp_path, progress=lambda *step: steps.append(step))
+    assert steps == [("probe", done, 12) for done in (2, 4, 6, 8, 9, 10, 11, 12)]
+    np.testing.assert_array_equal(resumed.logits(ROWS), whole.logits(ROWS))
+    np.testing.assert_array_equal(resumed.logits_by_epoch(ROWS), whole.logits_by_epoch(ROWS))
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_what_is_there_is_read_only_for_the_same_inputs_and_settings(tmp_path: Path) -> None:
+    rows, target = planted(PICTURE)
+    quick = replace(QUICK, epochs=1)
+    first = fit(rows, target, config=quick, folder=tmp_path)
+    files = set(tmp_path.iterdir())
+    touched = rows.copy()
+    touched[5, 5] += 1
+    relabelled = replace(target, label=target.label[::-1].copy())
+    others: list[dict[str, Any]] = [
+        {"config": replace(quick, lr=0.04)},
+        {"seed": 1},
+        {"rows": touched},
+        {"target": relabelled},
+        {"crossing": cross(target.label, seed=5)},
+    ]
+    for other in others:
+        given = {"rows": rows, "target": target, "crossing": cross(target.label), "config": quick, "seed": 0, **other}
+        found = fit(
+            *(given[name] for name in ("rows", "target", "crossing")),
+            config=given["config"],
+            seed=given["seed"],
+            folder=tmp_path,
+        )
+        new = set(tmp_path.iterdir()) - files
+        assert len(new) == 3
+        files |= new
+        assert not np.array_equal(found.logits(ROWS), first.logits(ROWS))
+    fit(rows, target, cross(target.label), cross(target.label, seed=9), config=quick, folder=tmp_path)  # a round more
+    assert len(set(tmp_path.iterdir()) - files) == 3
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    rows, target = planted(PICTURE)
+    quick = replace(QUICK, epochs=1)
+    fit(rows, target, config=quick, folder=tmp_path)
+    path = min(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DatasetError, match=rf"{path.name} is damaged .*: delete it, and its network is trained anew"):
+        fit(rows, target, config=quick, folder=tmp_path)
+
+
+def test_masked_inputs_are_refused(fitted: Fitted) -> None:
+    rows, _, probe = fitted
+    with pytest.raises(ConfigError, match=r"cannot be asked about masked inputs: set probe\.fused = false"):
+        probe.logits(ROWS, inputs=MatrixInputs(matrix=rows))
+
+
+def test_a_training_that_diverges_says_so() -> None:
+    rows, target = planted(PICTURE)
+    with pytest.raises(ScoreError, match=r"round 0, fold 0 diverges in epoch 1: its loss is .*; lower network\.lr"):
+        fit(rows, target, config=replace(QUICK, lr=1e30))
+
+
+def test_too_few_rows_are_refused() -> None:
+    rows, target = planted(PICTURE)
+    crossing = cross(target.label, fits=ROWS < 1)
+    with pytest.raises(ScoreError, match=r"fold \d leaves a network \d rows to learn from, .*\(probe\.folds\)"):
+        fit(rows, target, crossing)
+
+
+def test_rows_of_another_shape_are_refused() -> None:
+    rows, target = planted(PICTURE)
+    with pytest.raises(ConfigError, match=r"shape \(7, 10\) have 70 numbers, but a row has 192"):
+        fit(rows, target, shape=(7, 10))
+
+
+def test_without_transformers_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    rows, target = planted(PICTURE)
+    with pytest.raises(ConfigError, match=r'pip install "mmaudit\[hf\]"'):
+        fit(rows, target)

@@ -1,0 +1,343 @@
+"""Laws of pretrained encoders: what comes out is the model's own answer, whatever the batch, the cache or the order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers as typed
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmaudit.audit import pretrained
+from mmaudit.audit.dataset import DataConfig, open_dataset
+from mmaudit.audit.encode import check_encoder, encode_cell, preprocessing
+from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.features import encode_dataset, encode_shard, read_arrow, read_status
+from mmaudit.audit.matrix import FeatureMatrix
+from mmaudit.audit.media import MediaConfig, decode_audio
+from mmaudit.audit.modality import Modality
+from mmaudit.audit.picture import read_picture
+from mmaudit.audit.pretrained import encode_inputs, model_version, open_model
+from mmaudit.audit.quality import Reason, UnusableError
+from mmaudit.audit.samples import read_samples
+from mmaudit.audit.video import read_frames
+from mmaudit.audit.workers import silent
+
+transformers: Any = typed  # half of it has no types
+MEDIA = MediaConfig(num_frames=4)
+TINY: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+PICTURE: dict[str, Any] = {**TINY, "image_size": 32, "patch_size": 16}
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat", "and", "bird"]
+SQUARE: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models with random weights, each in a folder as `save_pretrained` leaves it."""
+    folder = tmp_path_factory.mktemp("models")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(WORDS))
+    towers = {"text_config": {**TINY, "vocab_size": 50}, "vision_config": PICTURE, "projection_dim": 8}
+    speech = {**TINY, "conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (5, 4), "num_conv_pos_embeddings": 4}
+    made: dict[str, tuple[Any, Any]] = {
+        "ast": (
+            transformers.ASTModel(transformers.ASTConfig(**TINY, max_length=64, num_mel_bins=32)),
+            transformers.ASTFeatureExtractor(num_mel_bins=32, max_length=64),
+        ),
+        "wav2vec2": (
+            transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**speech, num_conv_pos_embedding_groups=2)),
+            transformers.Wav2Vec2FeatureExtractor(),
+        ),
+        "clip": (
+            transformers.CLIPModel(transformers.CLIPConfig(**towers)),
+            transformers.CLIPImageProcessor(**SQUARE),
+        ),
+        "dinov2": (
+            transformers.Dinov2Model(transformers.Dinov2Config(**PICTURE)),
+            transformers.ViTImageProcessor(size={"height": 32, "width": 32}),
+        ),
+        "videomae": (
+            transformers.VideoMAEModel(transformers.VideoMAEConfig(**PICTURE, num_frames=6)),
+            transformers.VideoMAEImageProcessor(**SQUARE),
+        ),
+        "bert": (
+            transformers.BertModel(transformers.BertConfig(**TINY, vocab_size=len(WORDS), max_position_embeddings=8)),
+            transformers.BertTokenizer(str(vocabulary)),
+        ),
+        "classifier": (
+            transformers.ViTForImageClassification(transformers.ViTConfig(**PICTURE)),
+            transformers.ViTImageProcessor(size={"height": 32, "width": 32}),
+        ),
+    }
+    for name, (model, processor) in made.items():
+        torch.manual_seed(0)
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    made["bert"][1].save_pretrained(folder / "clip")
+    return folder
+
+
+KINDS = {
+    "ast": ("audio",),
+    "wav2vec2": ("audio",),
+    "clip": ("image", "video", "frames", "text"),
+    "dinov2": ("image", "video", "frames"),
+    "classifier": ("image", "video", "frames"),
+    "videomae": ("video", "frames"),
+    "bert": ("text",),
+}
+CASES = [(name, kind) for name, kinds in KINDS.items() for kind in kinds]
+DIMENSIONS = {"clip": 8}
+
+
+def modality(models: Path, name: str, kind: str) -> Modality:
+    return Modality(name="m", column="c", kind=kind, encoder=f"hf:{models / name}")
+
+
+@pytest.fixture
+def inputs(clip_source: Path, film: Callable[[bool], bytes]) -> dict[str, list[Any]]:
+    """Three samples of each kind."""
+    pictures = [(clip_source / f"{number}.png").read_bytes() for number in range(9)]
+    return {
+        "audio": [(clip_source / f"{number}.wav").read_bytes() for number in range(3)],
+        "image": pictures[:3],
+        "video": [film(False)] * 3,
+        "frames": [(tuple(pictures[:4]),), (tuple(pictures[2:8]),), (tuple(pictures[:3]), tuple(pictures[4:7]))],
+        "text": ["a dog", "a bird and a cat and a dog and a bird", "cat"],
+    }
+
+
+def vector(models: Path, name: str, kind: str, loaded: Any) -> NDArray[np.float32]:
+    found = encode_cell(loaded, modality(models, name, kind), MEDIA)
+    assert isinstance(found, np.ndarray)
+    return found
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_vector_is_the_same_twice_and_in_any_batch(
+    models: Path, inputs: dict[str, list[Any]], name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = np.stack([vector(models, name, kind, loaded) for loaded in inputs[kind]])
+    assert alone.shape == (3, DIMENSIONS.get(name, 16))
+    assert alone.dtype == np.float32
+    assert np.isfinite(alone).all()
+    again = [vector(models, name, kind, loaded) for loaded in inputs[kind]]
+    np.testing.assert_array_equal(alone, again)
+    model = open_model(str(models / name), kind)
+    prepared = list(enumerate(model.prepare(loaded, MEDIA) for loaded in inputs[kind]))
+    for at_once in (1, 2, 64):
+        monkeypatch.setattr(pretrained, "INPUTS_AT_ONCE", at_once)
+        rows = dict(encode_inputs(str(models / name), kind, prepared, media=MEDIA, device="cpu"))
+        np.testing.assert_allclose(np.stack([rows[row] for row in range(3)]), alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_sounds_equal_a_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
+    wave = decode_audio(inputs["audio"][0], MEDIA)
+    for name, pooled in (("ast", True), ("wav2vec2", False)):
+        model: Any = transformers.AutoModel.from_pretrained(models / name).eval()
+        processor = transformers.AutoFeatureExtractor.from_pretrained(models / name)
+        found = model(**processor(wave, sampling_rate=16_000, return_tensors="pt"))
+        expected = found.pooler_output if pooled else found.last_hidden_state.mean(1)
+        np.testing.assert_allclose(vector(models, name, "audio", inputs["audio"][0]), expected[0], atol=1e-6)
+
+
+@torch.no_grad()
+def test_pictures_and_clips_equal_a_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
+    picture = Image.fromarray(read_picture(inputs["image"][0], size=None))
+    frames = {
+        count: [
+            Image.fromarray(frame)
+            for frame in read_frames(inputs["video"][0], num_frames=count, size=None, max_seconds=10)
+        ]
+        for count in (4, 6)
+    }
+    for name in ("clip", "dinov2", "videomae"):
+        model: Any = transformers.AutoModel.from_pretrained(models / name).eval()
+        processor = transformers.AutoImageProcessor.from_pretrained(models / name)
+        if name == "videomae":
+            found = model(**processor([frames[6]], return_tensors="pt")).last_hidden_state.mean(1)
+            np.testing.assert_allclose(vector(models, name, "video", inputs["video"][0]), found[0], atol=1e-6)
+            continue
+        forward = model.get_image_features if name == "clip" else model
+        one = forward(**processor([picture], return_tensors="pt")).pooler_output[0]
+        np.testing.assert_allclose(vector(models, name, "image", inputs["image"][0]), one, atol=1e-6)
+        mean = forward(**processor(frames[4], return_tensors="pt")).pooler_output.mean(0)
+        np.testing.assert_allclose(vector(models, name, "video", inputs["video"][0]), mean, atol=1e-6)
+
+
+@torch.no_grad()
+def test_texts_equal_a_direct_forward_pass_and_are_cut_to_what_the_model_takes(models: Path) -> None:
+    model: Any = transformers.AutoModel.from_pretrained(models / "bert").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "bert")
+    expected = model(**tokenizer("a dog and a cat", return_tensors="pt")).pooler_output[0]
+    np.testing.assert_allclose(vector(models, "bert", "text", "a dog and a cat"), expected, atol=1e-6)
+    long = vector(models, "bert", "text", "a dog and a cat and " * 9)
+    np.testing.assert_allclose(long, vector(models, "bert", "text", "a dog and a cat and a bird"), atol=1e-6)
+
+
+def test_a_pooler_that_the_weights_lack_is_not_used(models: Path, inputs: dict[str, list[Any]]) -> None:
+    model: Any = transformers.AutoModel.from_pretrained(models / "classifier", add_pooling_layer=False).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(models / "classifier")
+    picture = Image.fromarray(read_picture(inputs["image"][0], size=None))
+    with torch.no_grad():
+        expected = model(**processor([picture], return_tensors="pt")).last_hidden_state.mean(1)[0]
+    np.testing.assert_allclose(vector(models, "classifier", "image", inputs["image"][0]), expected, atol=1e-6)
+
+
+def test_what_is_unusable_says_why(models: Path, inputs: dict[str, list[Any]]) -> None:
+    cases = [("ast", "audio", b""), ("dinov2", "image", b"no picture"), ("clip", "video", inputs["audio"][0])]
+    reasons = [encode_cell(loaded, modality(models, name, kind), MEDIA) for name, kind, loaded in cases]
+    reasons.append(encode_cell("?!", modality(models, "bert", "text"), MEDIA))
+    assert [each.reason if isinstance(each, UnusableError) else None for each in reasons] == [
+        Reason.EMPTY,
+        Reason.CORRUPT,
+        Reason.NO_TRACK,
+        Reason.EMPTY,
+    ]
+
+
+def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path, tmp_path: Path) -> None:
+    (clips / "7.wav").write_bytes(b"no sound")
+    encoders = (f"audio=hf:{models / 'wav2vec2'}", f"image=hf:{models / 'dinov2'}")
+    dataset = open_dataset(clips, DataConfig(shard_rows=10, encoder=encoders))
+    seen: list[tuple[str, int, int]] = []
+    whole = {
+        threads: encode_dataset(
+            dataset,
+            tmp_path / str(threads),
+            media=MEDIA,
+            num_workers=threads,
+            progress=silent if threads else lambda *step: seen.append(step),
+        )
+        for threads in (0, 3)
+    }
+    assert seen == [("encode", done, 6) for done in range(1, 7)]
+    assert [encode_shard(task) for task in whole[0]] == [0, 0, 0]
+    ids = read_samples(dataset, seed=0, test_fraction=0.5).sample_id
+    for each in dataset.modalities:
+        matrices = []
+        for tasks in whole.values():
+            status = read_status(tasks, each, ids)
+            assert status.usable.sum() == (23 if each.name == "audio" else 24)
+            matrices.append(FeatureMatrix.of(tasks, status, np.flatnonzero(status.usable)).read_all())
+        np.testing.assert_array_equal(matrices[0], matrices[1])
+        assert matrices[0].shape[1] == 16
+    path = whole[0][1].file(dataset.modalities[0])
+    path.unlink()
+    (clips / "23.wav").write_bytes((clips / "7.png").read_bytes())
+    assert [encode_shard(task) for task in whole[0]] == [0, 10, 0]  # what is broken costs no forward pass
+    assert read_arrow(whole[0][2].file(dataset.modalities[0]))["reason"].to_pylist() == [None] * 3 + ["corrupt"]
+
+
+def test_what_is_cached_needs_no_model(
+    clip_source: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(clip_source, DataConfig(encoder=(f"image=hf:{models / 'dinov2'}",)))
+    encode_dataset(dataset, tmp_path, media=MEDIA, num_workers=0, progress=silent)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr(pretrained, "_open_model", fail)
+    encode_dataset(dataset, tmp_path, media=MEDIA, num_workers=2, progress=silent)
+
+
+def test_other_weights_or_another_model_is_another_cache(models: Path, tmp_path: Path) -> None:
+    versions = [model_version(str(models / name)) for name in KINDS]
+    assert len(set(versions)) == len(versions)
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    for file in (models / "dinov2").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    assert model_version(str(folder)) == model_version(str(models / "dinov2"))
+    here = Modality(name="m", column="c", kind="image", encoder=f"hf:{folder}")
+    before = preprocessing(here, MEDIA)
+    assert preprocessing(here, replace(MEDIA, num_frames=2)) != before
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert preprocessing(here, MEDIA) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reads"),
+    [("ast", "image", "audio"), ("dinov2", "text", "image and video and frames"), ("bert", "audio", "text")],
+)
+def test_a_model_of_another_kind_is_refused(models: Path, name: str, kind: str, reads: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--encoder m=hf:.*{name} is a model .*reads {reads}, not {kind}"):
+        check_encoder(modality(models, name, kind))
+
+
+def test_a_folder_that_is_no_model_is_refused(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        check_encoder(modality(tmp_path, "", "image"))
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        check_encoder(modality(tmp_path, "", "image"))
+    (tmp_path / "config.json").write_bytes((models / "dinov2" / "config.json").read_bytes())
+    check_encoder(modality(tmp_path, "", "image"))
+    with pytest.raises(ConfigError, match=r"cannot be loaded"):
+        open_model(str(tmp_path), "image")
+
+
+def test_a_model_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"no folder 'nobody/nothing' here, and no such model from the hub: "):
+        check_encoder(Modality(name="m", column="c", kind="image", encoder="hf:nobody/nothing"))
+    with pytest.raises(ConfigError, match=r"no folder 'a:b' here, and no such model from the hub: "):
+        check_encoder(Modality(name="m", column="c", kind="image", encoder="hf:a:b"))
+
+
+def test_without_transformers_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for encoder in ("hf:a/b", "resnet18"):
+        with pytest.raises(ConfigError, match=rf'--encoder m={encoder}: .*pip install "mmaudit\[hf\]"'):
+            check_encoder(Modality(name="m", column="c", kind="image", encoder=encoder))
+
+
+def test_weights_that_are_not_there_are_said_aloud_and_drawn_alike(
+    models: Path, inputs: dict[str, list[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    found = []
+    for place in ("one", "two"):
+        folder = tmp_path / place
+        folder.mkdir()
+        for file in (models / "dinov2").iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        weights = load_file(folder / "model.safetensors")
+        del weights["layernorm.weight"], weights["embeddings.patch_embeddings.projection.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with caplog.at_level(logging.WARNING, logger="mmaudit"):
+            found.append(vector(tmp_path, place, "image", inputs["image"][0]))
+        assert "lack 2 weights" in caplog.text
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_a_dataset_of_texts_and_vectors(models: Path, tmp_path: Path) -> None:
+    texts = ["a dog", "...", "a cat and a bird"]
+    pq.write_table(pa.table({"text": texts, "label": [0, 1, 0], "v": [[1.0]] * 3}), tmp_path / "d.parquet")
+    dataset = open_dataset(tmp_path / "d.parquet", DataConfig(encoder=(f"text=hf:{models / 'bert'}",)))
+    tasks = encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=1, progress=silent)
+    status = read_status(tasks, dataset.modalities[0], read_samples(dataset, seed=0, test_fraction=0.5).sample_id)
+    assert status.usable.tolist() == [True, False, True]
+    found = FeatureMatrix.of(tasks, status, np.array([0, 2])).read_all()
+    expected = [vector(models, "bert", "text", texts[row]) for row in (0, 2)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)

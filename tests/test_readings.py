@@ -1,0 +1,105 @@
+"""Laws of readings: likelihoods in [0, 1], equal to references, whatever the task."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.special import softmax
+from scipy.stats import entropy, norm
+from sklearn.metrics import r2_score
+
+from mmaudit.audit.readings import fuse_readings, read_logits
+from mmaudit.audit.target import Target
+
+LOGITS = arrays(np.float32, (2, 6, 3), elements=st.floats(-20, 20, width=32))
+
+
+def classes() -> Target:
+    return Target(task="classification", label=np.array([0, 1, 2, 0, 1, 2], np.int32), num_outputs=3)
+
+
+def labels() -> Target:
+    values = np.array([[0, 0, 1], [1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 1]], np.float32)
+    return Target(task="multilabel", label=np.zeros(6, np.int32), num_outputs=3, values=values)
+
+
+def numbers() -> Target:
+    values = np.array([[0.0], [1.0], [2.0], [-1.0], [5.0], [0.5]], np.float32)
+    return Target(task="regression", label=np.zeros(6, np.int32), num_outputs=1, values=values)
+
+
+@given(LOGITS, st.floats(0.2, 5))
+def test_confidence_of_a_class_is_the_softmax_at_its_temperature(logits: np.ndarray, temperature: float) -> None:
+    found = read_logits(logits, np.full((2, 6), temperature, np.float32), classes())
+    expected = softmax(logits.astype(np.float64) / temperature, axis=2)
+    rows = np.arange(6)
+    np.testing.assert_allclose(found.confidence, expected[:, rows, classes().label], atol=1e-5)
+    mean = expected.mean(axis=0)
+    np.testing.assert_allclose(found.probability, mean, atol=1e-5)
+    np.testing.assert_allclose(found.entropy, entropy(mean, axis=1), atol=1e-4)
+    ordered = np.sort(mean, axis=1)
+    np.testing.assert_allclose(found.margin, ordered[:, -1] - ordered[:, -2], atol=1e-5)
+    np.testing.assert_array_equal(found.right, found.predicted == classes().label)
+
+
+@given(LOGITS)
+def test_several_labels_are_as_likely_as_their_geometric_mean(logits: np.ndarray) -> None:
+    target = labels()
+    assert target.values is not None
+    found = read_logits(logits, np.ones((2, 6), np.float32), target)
+    probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    each = np.where(target.values > 0, probability, 1 - probability)
+    np.testing.assert_allclose(found.confidence, each.prod(axis=2) ** (1 / 3), atol=1e-5)
+    assert ((found.confidence >= 0) & (found.confidence <= 1)).all()
+    mean = probability.mean(axis=0)
+    assume(np.abs(mean - 0.5).min() > 1e-6)  # rounding decides what stands on the edge
+    decided = mean > 0.5
+    np.testing.assert_allclose(found.right, (decided == (target.values > 0.5)).mean(axis=1), atol=1e-6)
+    assert np.isnan(found.predicted).all()
+
+
+def test_more_labels_do_not_make_a_sample_less_likely() -> None:
+    """A probe that is 0.9 sure of every label is 0.9 confident, of three labels and of thirty."""
+    sure = np.log(9).astype(np.float32)
+    for k in (3, 30):
+        values = np.zeros((1, k), np.float32)
+        target = Target(task="multilabel", label=np.zeros(1, np.int32), num_outputs=k, values=values)
+        found = read_logits(np.full((1, 1, k), -sure, np.float32), np.ones((1, 1), np.float32), target)
+        assert found.mean_confidence[0] == pytest.approx(0.9, abs=1e-5)
+
+
+def test_a_number_is_as_likely_as_its_gaussian_says_in_the_units_of_the_best_modality() -> None:
+    target = numbers()
+    assert target.values is not None
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (2, 6, 1)).astype(np.float32)
+    for deviation in (0.5, 1.0, 3.0):
+        found = read_logits(logits, np.full((2, 6), deviation, np.float32), target, least_scale=0.5)
+        density = norm.pdf(target.values[:, 0], loc=logits[:, :, 0], scale=deviation)
+        np.testing.assert_allclose(found.confidence, density / norm.pdf(0, scale=0.5), atol=1e-5)
+        np.testing.assert_allclose(found.entropy, norm.entropy(scale=deviation), atol=1e-5)
+        right = 1 + found.right / target.values.var()
+        assert right.mean() == pytest.approx(r2_score(target.values[:, 0], logits[:, :, 0].mean(axis=0)), abs=1e-5)
+
+
+@pytest.mark.parametrize("target", [classes(), labels(), numbers()], ids=lambda target: target.task)
+def test_fusing_what_says_the_same_changes_nothing_but_a_number_s_precision(target: Target) -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 1, (1, 6, target.num_outputs)).astype(np.float32)
+    one = read_logits(logits, np.ones((1, 6), np.float32), target)
+    both = fuse_readings([one, one], target)
+    np.testing.assert_allclose(both.probability, one.probability, atol=1e-5)
+    if both.deviation is not None:
+        np.testing.assert_allclose(both.deviation, np.sqrt(0.5), atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [classes(), labels(), numbers()], ids=lambda target: target.task)
+def test_a_missing_modality_has_no_say(target: Target) -> None:
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 1, (2, 1, 6, target.num_outputs)).astype(np.float32)
+    ones = np.ones((1, 6), np.float32)
+    here, gone = (read_logits(each, ones, target) for each in (logits[0], np.full_like(logits[1], np.nan)))
+    np.testing.assert_allclose(fuse_readings([here, gone], target).probability, here.probability, atol=1e-5)

@@ -1,0 +1,116 @@
+"""Laws of sound: the short way reads what the long way reads, and what is cut off at full scale is found."""
+
+from __future__ import annotations
+
+import io
+import struct
+import wave as wave_module
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.signal import resample_poly
+
+from mmaudit.audit import sound
+from mmaudit.audit.media import MediaConfig, decode_audio
+from mmaudit.audit.quality import Reason, UnusableError
+from mmaudit.audit.sound import clipped_share, native_wave, resampled
+
+RATE = 8_000
+
+
+def write_wav(samples: NDArray[Any], *, channels: int = 1, width: int = 2) -> bytes:
+    file = io.BytesIO()
+    with wave_module.open(file, "wb") as writer:
+        writer.setnchannels(channels)
+        writer.setsampwidth(width)
+        writer.setframerate(RATE)
+        writer.writeframes(samples.tobytes())
+    return file.getvalue()
+
+
+def sine(hertz: float, *, peak: float = 1.0, seconds: float = 1.0) -> NDArray[np.float64]:
+    return peak * np.sin(2 * np.pi * hertz * np.arange(round(seconds * RATE)) / RATE)
+
+
+def limited(share: float) -> NDArray[np.float64]:
+    """A sine of 101 Hz of which this share of the time stands at full scale."""
+    return np.asarray(np.clip(sine(101) / np.cos(np.pi / 2 * share), -1, 1))
+
+
+@given(
+    values=st.lists(st.integers(-32_768, 32_767), min_size=24, max_size=200),
+    channels=st.integers(1, 3),
+    seconds=st.sampled_from([0.001, 0.01, 10.0]),
+    chunk=st.booleans(),
+    lost=st.integers(0, 8),
+)
+def test_plain_files_are_read_as_pyav_reads_them(
+    values: list[int], channels: int, seconds: float, chunk: bool, lost: int
+) -> None:
+    data = write_wav(np.array(values[: len(values) // 6 * 6], dtype=np.int16), channels=channels)
+    if chunk:  # of another name, and of an odd length, before the samples
+        data = data[:36] + b"junk" + struct.pack("<I", 3) + b"abc\0" + data[36:]
+    data = data[: len(data) - lost]
+    expected, rate = sound._decoded_wave(data, seconds)
+    found, found_rate = native_wave(data, seconds)
+    assert found_rate == rate
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+
+
+def test_other_widths_go_the_long_way() -> None:
+    wide = write_wav((sine(440) * 2**30).astype("<i4"), width=4)
+    narrow = write_wav((sine(440) * 127 + 128).astype(np.uint8), width=1)
+    np.testing.assert_allclose(native_wave(wide, 10)[0], sine(440, peak=0.5), atol=1e-6)
+    np.testing.assert_allclose(native_wave(narrow, 10)[0], sine(440), atol=0.02)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100])
+def test_the_filter_is_scipys_own(rate: int) -> None:
+    noise = (0.1 * np.random.default_rng(0).standard_normal(4_000)).astype(np.float32)
+    up, down = {8_000: (2, 1), 22_050: (320, 441), 44_100: (160, 441)}[rate]
+    np.testing.assert_allclose(resampled(noise, rate, 16_000), resample_poly(noise, up, down), atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_the_share_of_time_at_full_scale_is_found(share: float) -> None:
+    assert clipped_share(limited(share).astype(np.float32)) == pytest.approx(share, abs=0.05)
+
+
+@pytest.mark.parametrize("peak", [0.5, 0.98, 1.0])
+@pytest.mark.parametrize("hertz", [50, 440, 2_000])
+def test_a_tone_that_only_reaches_full_scale_is_not_clipped(hertz: float, peak: float) -> None:
+    wave = np.round(sine(hertz + 0.37, peak=peak) * 32_767) / 32_768
+    assert clipped_share(wave.astype(np.float32)) < 0.02
+
+
+@pytest.mark.parametrize(("peak", "share"), [(0.98, 0.0), (1.0, 1.0), (2.0, 1.0)])
+def test_a_square_wave_is_clipped_where_it_stands_at_full_scale(peak: float, share: float) -> None:
+    assert clipped_share((peak * np.sign(sine(101) + 1e-9)).astype(np.float32)) == share
+
+
+def test_two_samples_at_the_peak_are_no_run() -> None:
+    wave = np.tile(np.array([1, 1, 0.2, -1, -1, -0.2], dtype=np.float32), 100)
+    assert clipped_share(wave) == 0
+    assert clipped_share(np.repeat(wave, 2)) == pytest.approx(2 / 3)
+    assert clipped_share(np.tile(np.array([1, -1, 1, -1], dtype=np.float32), 100)) == 0  # both scales, by turns
+
+
+def test_sound_is_unusable_beyond_the_share_that_is_allowed() -> None:
+    samples = np.round(limited(0.3) * 32_767).astype(np.int16)
+    share = clipped_share(native_wave(write_wav(samples), 10)[0])
+    for allowed, fine in ((share - 0.001, False), (share + 0.001, True), (1.0, True)):
+        config = MediaConfig(max_clipped=allowed)
+        if fine:
+            assert len(decode_audio(write_wav(samples), config)) == 2 * RATE
+        else:
+            with pytest.raises(UnusableError, match=r"\d+% of 1\.00 s stand at the peak 1\.00") as caught:
+                decode_audio(write_wav(samples), config)
+            assert caught.value.reason is Reason.CLIPPED
+    low, high = (np.round(limited(each) * 32_767).astype(np.int16) for each in (0.06, 0.14))
+    assert len(decode_audio(write_wav(low), MediaConfig()))  # a tenth is allowed
+    with pytest.raises(UnusableError, match="clipped"):
+        decode_audio(write_wav(high), MediaConfig())

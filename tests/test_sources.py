@@ -1,0 +1,285 @@
+"""One law: the same clips are the same samples, whatever kind of source they come as."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets.table import InMemoryTable
+
+from mmaudit.audit.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.samples import read_samples
+
+CLASSES = ["class-0", "class-1", "class-2"]
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "sound": datasets.Audio(decode=False),
+        "sight": datasets.Image(decode=False),
+        "label": datasets.ClassLabel(names=CLASSES),
+    }
+)
+NUMBERS = {"train": range(18), "test": range(18, 24)}
+
+
+def clip(source: Path, number: int) -> tuple[bytes, bytes]:
+    return (source / f"{number}.wav").read_bytes(), (source / f"{number}.png").read_bytes()
+
+
+def embedded(source: Path, numbers: range) -> pa.Table:
+    """Rows as `datasets` holds them: structs of bytes and path."""
+    found = [clip(source, number) for number in numbers]
+    columns = {
+        "id": [f"{number:03d}" for number in numbers],
+        "sound": [{"bytes": sound, "path": None} for sound, _ in found],
+        "sight": [{"bytes": sight, "path": None} for _, sight in found],
+        "label": [number % 3 for number in numbers],
+    }
+    return pa.table(columns, schema=FEATURES.arrow_schema)
+
+
+def hub_parts(source: Path) -> datasets.DatasetDict:
+    tables = {split: embedded(source, numbers) for split, numbers in NUMBERS.items()}
+    return datasets.DatasetDict({split: datasets.Dataset(InMemoryTable(rows)) for split, rows in tables.items()})
+
+
+def write_saved(source: Path, folder: Path) -> Path:
+    hub_parts(source).save_to_disk(folder, num_shards={"train": 3, "test": 1})
+    return folder
+
+
+def write_parquet(source: Path, folder: Path) -> Path:
+    rows = [
+        table.append_column("split", [[split] * len(table)])
+        for split, numbers in NUMBERS.items()
+        for table in [embedded(source, numbers)]
+    ]
+    folder.mkdir()
+    pq.write_table(pa.concat_tables(rows), folder / "d.parquet", row_group_size=7)
+    return folder / "d.parquet"
+
+
+def write_raw_parquet(source: Path, folder: Path) -> Path:
+    """Columns of bytes without any word of what they are."""
+    path = write_parquet(source, folder)
+    rows = pq.read_table(path)
+    for name in ("sound", "sight"):
+        cells = pa.array([cell["bytes"] for cell in rows[name].to_pylist()], pa.large_binary())
+        rows = rows.set_column(rows.schema.get_field_index(name), name, cells)
+    names = pa.array([CLASSES[label] for label in rows["label"].to_pylist()])
+    rows = rows.set_column(rows.schema.get_field_index("label"), "label", names).replace_schema_metadata(None)
+    pq.write_table(rows, path)
+    return path
+
+
+def write_hub_folder(source: Path, folder: Path) -> Path:
+    """As the hub's own files lie in a folder."""
+    (folder / "data").mkdir(parents=True)
+    for split, numbers in NUMBERS.items():
+        pq.write_table(embedded(source, numbers), folder / "data" / f"{split}-00000-of-00001.parquet")
+    (folder / "README.md").write_text("a card")
+    return folder
+
+
+def place_of(split: str, number: int, modality: str) -> dict[str, str]:
+    name, label = f"{number:03d}", f"class-{number % 3}"
+    suffix = {"audio": "wav", "image": "png"}[modality]
+    return {
+        "together": f"{split}/{label}/{name}.{suffix}",
+        "by modality": f"{modality}/{split}/{label}/{name}.{suffix}",
+        "by split": f"{split}/{modality}/{label}/{name}.{suffix}",
+    }
+
+
+def write_layout(source: Path, folder: Path, how: str) -> Path:
+    for split, numbers in NUMBERS.items():
+        for number in numbers:
+            for modality, data in zip(("audio", "image"), clip(source, number), strict=True):
+                path = folder / place_of(split, number, modality)[how]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+    return folder
+
+
+def write_split_tables(source: Path, folder: Path) -> Path:
+    for split, numbers in NUMBERS.items():
+        (folder / split).mkdir(parents=True)
+        lines = ["id,audio_file_name,image_file_name,label"]
+        for number in numbers:
+            for suffix in ("wav", "png"):
+                shutil.copy(source / f"{number}.{suffix}", folder / split)
+            lines.append(f"{number:03d},{number}.wav,./{number}.png,class-{number % 3}")
+        (folder / split / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_tars(source: Path, folder: Path, label: str) -> Path:
+    folder.mkdir()
+    for split, numbers in NUMBERS.items():
+        for part, some in enumerate((numbers[:5], numbers[5:])):
+            with tarfile.open(folder / f"{split}-{part:03d}.tar", "w") as archive:
+                for number in some:
+                    sound, sight = clip(source, number)
+                    about = {"label": f"class-{number % 3}", "id": f"{number:03d}"}
+                    told = {"json": json.dumps(about).encode(), "cls": str(number % 3).encode()}
+                    for name, data in {"wav": sound, "png": sight, label: told[label]}.items():
+                        member = tarfile.TarInfo(f"./{number:03d}.{name}")
+                        member.size = len(data)
+                        archive.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def samples_of(data: Path | str, config: DataConfig | None = None) -> set[tuple[object, ...]]:
+    """(number, label, split, sound, sight) of every sample, through shards that were sent to another process."""
+    dataset = open_dataset(data, config)
+    assert [modality.kind for modality in dataset.modalities] == ["audio", "image"]
+    samples = read_samples(dataset, seed=0, test_fraction=0.2)
+    names = [samples.class_names[label] for label in samples.label]
+    cells = [row for shard in dataset.shards for row in media_of(dataset, pickle.loads(pickle.dumps(shard)))]
+    numbers = [name[-3:] for name in samples.sample_id]
+    return set(zip(numbers, names, samples.split, *zip(*cells, strict=True), strict=True))
+
+
+def media_of(dataset: Dataset, shard: Any) -> list[list[bytes]]:
+    rows = dataset.read(shard)
+    return [[dataset.load(cells[m.column], m) for m in dataset.modalities] for cells in rows.to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def expected(clip_source: Path) -> set[tuple[object, ...]]:
+    return {
+        (f"{number:03d}", f"class-{number % 3}", split, *clip(clip_source, number))
+        for split, numbers in NUMBERS.items()
+        for number in numbers
+    }
+
+
+WRITERS: dict[str, Callable[[Path, Path], Path | str]] = {
+    "saved": write_saved,
+    "parquet": write_parquet,
+    "bytes alone": write_raw_parquet,
+    "folder of the hub": write_hub_folder,
+    "together": lambda source, folder: write_layout(source, folder, "together"),
+    "by modality": lambda source, folder: write_layout(source, folder, "by modality"),
+    "by split": lambda source, folder: write_layout(source, folder, "by split"),
+    "split tables": write_split_tables,
+    "tars": lambda source, folder: write_tars(source, folder, "json"),
+    "glob of tars": lambda source, folder: f"{write_tars(source, folder, 'json')}/*.tar",
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_same_clips_are_the_same_samples(
+    clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]], kind: str
+) -> None:
+    data = WRITERS[kind](clip_source, tmp_path / "data")
+    assert samples_of(data, DataConfig(shard_rows=4)) == expected
+
+
+def test_labels_of_tars_as_numbers(clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]]) -> None:
+    data = write_tars(clip_source, tmp_path / "data", "cls")
+    assert samples_of(data) == {(number, f"{str(label)[-1]}", *rest) for number, label, *rest in expected}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
+    """Put something in the place of datasets.load_dataset, and note what it is asked for."""
+
+    def put(answer: Any) -> list[Any]:
+        asked: list[Any] = []
+
+        def load(*arguments: Any) -> Any:
+            asked.append(arguments)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        return asked
+
+    return put
+
+
+def test_the_hub_gives_the_same_samples(
+    clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]], hub: Callable[[Any], list[Any]]
+) -> None:
+    parts = hub_parts(clip_source)
+    asked = hub(parts)
+    assert samples_of("user/clips") == expected
+    assert samples_of("clips:small") == expected
+    assert asked == [("user/clips", None), ("clips", "small")]
+    parts.save_to_disk(tmp_path / "saved")
+    hub(datasets.load_from_disk(tmp_path / "saved"))
+    assert samples_of("user/clips", DataConfig(shard_rows=5)) == expected
+
+
+@pytest.mark.parametrize("from_disk", [True, False])
+def test_the_hub_gives_the_rows_that_were_selected(
+    clip_source: Path,
+    tmp_path: Path,
+    expected: set[tuple[object, ...]],
+    hub: Callable[[Any], list[Any]],
+    from_disk: bool,
+) -> None:
+    parts = hub_parts(clip_source)
+    if from_disk:
+        parts.save_to_disk(tmp_path / "saved")
+        parts = datasets.load_from_disk(tmp_path / "saved")
+    kept = {"train": [17, 3, 4], "test": [5, 0]}
+    hub(datasets.DatasetDict({split: part.select(kept[split]) for split, part in parts.items()}))
+    numbers = {"017", "003", "004", "023", "018"}
+    assert samples_of("user/clips") == {sample for sample in expected if sample[0] in numbers}
+    dataset = open_dataset("user/clips")
+    assert read_samples(dataset, seed=0, test_fraction=0.2).sample_id.tolist() == ["017", "003", "004", "023", "018"]
+
+
+def test_what_the_hub_does_not_have_is_one_line(hub: Callable[[Any], list[Any]]) -> None:
+    hub(ConnectionError("Couldn't reach 'user/none' on the Hub\nmore"))
+    with pytest.raises(DatasetError) as caught:
+        open_dataset("user/none")
+    assert str(caught.value) == (
+        "no such folder or file: user/none; nor can the dataset be loaded from the hub "
+        "(ConnectionError: Couldn't reach 'user/none' on the Hub): "
+        "check the name (user/name, or user/name:config), or download it and name the folder"
+    )
+
+
+@pytest.mark.parametrize(
+    "data", ["/none/such", "./none", "none.parquet", "a/b/c", "../none", "none*", "a b", "none.tar"]
+)
+def test_what_is_no_name_of_the_hub_is_not_asked_for(hub: Callable[[Any], list[Any]], data: str) -> None:
+    asked = hub(AssertionError("asked"))
+    with pytest.raises(DatasetError, match="no such folder or file"):
+        open_dataset(data)
+    assert asked == []
+
+
+def test_without_a_network_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        DatasetError, match=r"no such folder or file: nowhere; nor .* what is cached is read with HF_HUB_"
+    ):
+        open_dataset("nowhere")
+
+
+def test_an_existing_folder_is_not_taken_for_a_name(
+    clip_source: Path, monkeypatch: pytest.MonkeyPatch, hub: Callable[[Any], list[Any]]
+) -> None:
+    asked = hub(AssertionError("asked"))
+    monkeypatch.chdir(clip_source.parent)
+    assert open_dataset(clip_source.name).num_rows == 24
+    assert asked == []

@@ -1,0 +1,82 @@
+"""Laws of the choice of strength: no row of a probe's fold has a part in it, and it is near the best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mmaudit.audit.answer import Answer
+from mmaudit.audit.crossing import Crossing, set_lesson
+from mmaudit.audit.design import read_design
+from mmaudit.audit.matrix import MatrixInputs
+from mmaudit.audit.probe import ProbeConfig
+from mmaudit.audit.strength import choose_strength
+from mmaudit.audit.target import Target
+
+NUM_ROWS = 400
+CONFIG = ProbeConfig()
+Label = NDArray[np.int32]
+
+
+def crossing() -> Crossing:
+    rng = np.random.default_rng(0)
+    fold, inner = (rng.permutation(NUM_ROWS) % 4 for _ in range(2))
+    key = rng.permutation(NUM_ROWS).astype(np.uint64)
+    return Crossing(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=np.ones(NUM_ROWS, bool), key=key)
+
+
+def chosen(x: NDArray[Any], label: Label, crossed: Crossing, config: ProbeConfig = CONFIG) -> NDArray[np.float32]:
+    lesson = set_lesson([crossed], most_rows=config.most_rows)
+    design = read_design(MatrixInputs(matrix=x), lesson.rows, products=torch.float32)
+    target = Target(task="classification", label=label, num_outputs=2)
+    answer = Answer.of(target, lesson.rows, design.curvature)
+    return np.asarray(choose_strength(design, answer, lesson, key=crossed.key, config=config))
+
+
+def signal(num_features: int, *, clarity: float) -> tuple[NDArray[np.float32], Label]:
+    rng = np.random.default_rng(1)
+    label = rng.integers(0, 2, NUM_ROWS).astype(np.int32)
+    x = rng.standard_normal((NUM_ROWS, num_features))
+    x[:, 0] += clarity * label
+    return x.astype(np.float32), label
+
+
+def test_noise_wants_a_strong_one_and_a_clear_signal_a_weak_one() -> None:
+    noise, clear = chosen(*signal(100, clarity=0.2), crossing()), chosen(*signal(3, clarity=3.0), crossing())
+    assert noise.min() > 10 * clear.max()
+    for found in (noise, clear):
+        assert found.min() >= 0.5 * min(CONFIG.strengths)
+        assert found.max() <= max(CONFIG.strengths)
+
+
+@pytest.mark.parametrize("fold", range(4))
+def test_no_label_of_a_fold_has_a_part_in_its_choice(fold: int) -> None:
+    x, label = signal(20, clarity=2.5)
+    crossed = crossing()
+    turned = np.where(crossed.fold == fold, 1 - label, label).astype(np.int32)
+    before, after = (chosen(x, each, crossed) for each in (label, turned))
+    assert after[fold] == pytest.approx(before[fold], rel=1e-2)
+    assert np.abs(np.log(np.delete(after, fold) / np.delete(before, fold))).min() > 0.1
+
+
+def test_it_is_carried_over_as_the_variance_of_a_prior() -> None:
+    """What is chosen on 200 rows, 3/4 of which each probe sees, is halved beside the mean over 400."""
+    x, label = signal(30, clarity=1.0)
+    crossed = crossing()
+    few = np.sort(np.argsort(crossed.key)[:200])
+    part = Crossing(fold=crossed.fold[few], inner=crossed.inner[few], fits=crossed.fits[few], key=crossed.key[few])
+    config = ProbeConfig(choice_rows=200)
+    alone, carried = chosen(x[few], label[few], part, config), chosen(x, label, crossed, config)
+    np.testing.assert_allclose(carried / alone, 0.5, rtol=0.25)  # folds of 200 rows are only nearly even
+
+
+def test_nothing_to_choose_by_takes_the_middle() -> None:
+    x, label = signal(3, clarity=1.0)
+    crossed = crossing()
+    nobody = Crossing(fold=crossed.fold, inner=np.ones_like(crossed.inner), fits=crossed.fits, key=crossed.key)
+    middle = sorted(CONFIG.strengths, reverse=True)[len(CONFIG.strengths) // 2]
+    np.testing.assert_allclose(chosen(x, label, nobody), middle)

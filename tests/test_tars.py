@@ -1,0 +1,269 @@
+"""Laws of tars: samples are the members of one key, a read touches its own columns only, and damage is named."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import logging
+import pickle
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmaudit.audit import tars
+from mmaudit.audit.dataset import DataConfig, open_dataset
+from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.modality import Modality
+from mmaudit.audit.samples import read_samples
+from mmaudit.audit.tables import Plan
+from mmaudit.audit.tars import find_tars, plan_tars
+
+Members = Sequence[tuple[str, bytes]]
+
+
+def pack(path: Path, members: Members, *, format_: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format_) as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def npy(array: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(array))
+    return file.getvalue()
+
+
+def rows(plan: Plan) -> list[dict[str, Any]]:
+    shards = [pickle.loads(pickle.dumps(shard)) for shard in plan.shards]
+    return [row for shard in shards for row in shard.read(plan.head.column_names).to_pylist()]
+
+
+def test_members_are_read_by_what_they_are_called(tmp_path: Path) -> None:
+    members = [
+        ("./a/1.left.PNG", b"sight"),
+        ("a/1.txt", b"a dog\n"),
+        ("a/1.cls", b" 3\n"),
+        ("a/1.json", json.dumps({"who": "x", "age": 4, "tags": ["u"], "deep": {"no": 1}, "__key__": "z"}).encode()),
+        ("a/1.npy", npy([1.5, 2.0])),
+        ("a/2.cls", b"-1"),
+        ("a/2.left.png", b""),
+        ("a/.hidden", b"x"),
+        ("README", b"x"),
+    ]
+    assert rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=1)) == [
+        {"__key__": "a/1", "age": 4, "cls": 3, "tags": ["u"], "txt": "a dog\n", "who": "x",
+         "left.png": b"sight", "npy": [1.5, 2.0]},
+        {"__key__": "a/2", "age": None, "cls": -1, "tags": None, "txt": None, "who": None,
+         "left.png": b"", "npy": None},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("format_", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(["wav", "png", "mp4"]), st.binary(max_size=1_500), min_size=1), min_size=1
+    ),
+    st.integers(1, 5),
+)
+def test_every_member_is_found_again(
+    tmp_path: Path, format_: int, samples: list[dict[str, bytes]], shard_rows: int
+) -> None:
+    folder = "ö" * (4 if format_ == tarfile.USTAR_FORMAT else 150)
+    members = [
+        (f"{folder}/{number}.{name}", data) for number, sample in enumerate(samples) for name, data in sample.items()
+    ]
+    plan = plan_tars([pack(tmp_path / "x.tar", members, format_=format_)], shard_rows=shard_rows)
+    names = {name for sample in samples for name in sample}
+    assert rows(plan) == [
+        {"__key__": f"{folder}/{number}", **{name: sample.get(name) for name in names}}
+        for number, sample in enumerate(samples)
+    ]
+    assert all(shard.num_rows <= shard_rows for shard in plan.shards)
+    assert [shard.first for shard in plan.shards] == list(range(0, len(samples), shard_rows))
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [(f"{number}.{name}", b"x" * 2_000) for number in range(3) for name in ("png", "wav")]
+    [shard] = plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9).shards
+    counted = []
+
+    class Counting(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            counted.append(size)
+            data: bytes = super().read(size)
+            return data
+
+    monkeypatch.setattr(builtins, "open", lambda path, mode: Counting(path, mode))
+    assert shard.read(["__key__"])["__key__"].to_pylist() == ["0", "1", "2"]
+    assert counted == []
+    assert shard.read(["wav"])["wav"].to_pylist() == [b"x" * 2_000] * 3
+    assert counted == [2_000] * 3
+
+
+def test_shards_hold_no_more_media_than_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "_SHARD_BYTES", 250)
+    members = [(f"{number}.wav", b"x" * size) for number, size in enumerate((100, 100, 100, 900, 1, 1))]
+    plan = plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9)
+    assert [shard.num_rows for shard in plan.shards] == [2, 1, 1, 2]
+
+
+def clips(*keys: str) -> Members:
+    return [(f"{key}.{name}", b"x") for key in keys for name in ("wav", "png", "cls")]
+
+
+def test_tars_are_found(tmp_path: Path) -> None:
+    paths = [pack(tmp_path / name, clips(name)) for name in ("b.tar", "a.tar", "val/c.tar", "other/d.tar")]
+    assert find_tars(str(tmp_path)) == [paths[1], paths[0], paths[2]]
+    assert find_tars(str(paths[0])) == [paths[0]]
+    assert find_tars(f"{tmp_path}/*.tar") == [paths[1], paths[0]]
+    assert find_tars(f"{tmp_path}/*") == []
+    assert find_tars(f"{tmp_path}/none.tar") == []
+    (tmp_path / "e.tar.gz").write_bytes(b"x")
+    with pytest.raises(DatasetError, match=r"e\.tar\.gz is compressed, .*: unpack it"):
+        find_tars(str(tmp_path / "e.tar.gz"))
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train-000.tar", "train_1.tar", "val-0.tar", "test.tar"], ["train", "train", "val", "test"]),
+        (["train/0.tar", "val/0.tar"], ["train", "val"]),
+        (["train-000.tar", "other.tar"], None),
+        (["trainers.tar", "a.tar"], None),
+    ],
+)
+def test_splits_are_read_off_the_names_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str], splits: list[str] | None
+) -> None:
+    caplog.set_level(logging.INFO, "mmaudit")
+    paths = [pack(tmp_path / "d" / name, clips(f"k{number}")) for number, name in enumerate(names)]
+    found = [row.get("split") for row in rows(plan_tars(paths, shard_rows=9))]
+    expected = {"train": "train", "val": "validation", "test": "test"}
+    assert found == ([None] * len(names) if splits is None else [expected[split] for split in splits])
+    assert ("split by the names of the tars" in caplog.text) == (splits is not None)
+
+
+def test_a_split_of_their_own_is_kept(tmp_path: Path) -> None:
+    members = [*clips("a"), ("a.json", b'{"split": "test"}')]
+    assert rows(plan_tars([pack(tmp_path / "train.tar", members)], shard_rows=9))[0]["split"] == "test"
+
+
+def test_tars_of_other_columns_are_joined(tmp_path: Path) -> None:
+    one = pack(tmp_path / "1.tar", [("a.wav", b"1"), ("a.json", b'{"n": 1}')])
+    two = pack(tmp_path / "2.tar", [("b.png", b"2"), ("b.json", b'{"n": 2.5, "word": "x"}')])
+    assert rows(plan_tars([one, two], shard_rows=9)) == [
+        {"__key__": "a", "n": 1.0, "word": None, "wav": b"1", "png": None},
+        {"__key__": "b", "n": 2.5, "word": "x", "wav": None, "png": b"2"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([], r"cannot be read|holds no sample"),
+        ([("README", b"x")], r"holds no sample: its members should be called KEY\.EXTENSION"),
+        (
+            [*clips("a", "b"), ("a.txt", b"x")],
+            "the key a comes again in .*x.tar, after .*x.tar: the members of a sample",
+        ),
+        ([("a.wav", b"x"), ("a.WAV", b"x")], r"a\.WAV stands twice"),
+        ([("a.json", b"{no")], r"x\.tar, a\.json cannot be read"),
+        ([("a.json", b"[1]")], r"a\.json cannot be read: it is no object"),
+        ([("a.txt", b"\xff\xfe\x00")], r"a\.txt cannot be read"),
+        ([("a.json", b'{"wav": 1}'), ("a.wav", b"x")], r"a\.wav stands twice, or \.json has a field of this name"),
+        ([("a.wav", b"x"), ("a.json", b'{"wav": 1}')], r"a\.json has a field 'wav' beside a member"),
+        ([("a.wav", b"x"), ("b.json", b'{"wav": 1}')], r"'wav' is both a kind of member and a field"),
+    ],
+)
+def test_what_is_no_sample_is_refused(tmp_path: Path, members: Members, words: str) -> None:
+    with pytest.raises(DatasetError, match=words):
+        plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9)
+
+
+def test_a_key_in_two_tars_is_refused(tmp_path: Path) -> None:
+    paths = [pack(tmp_path / name, clips("0001")) for name in ("1.tar", "2.tar")]
+    with pytest.raises(DatasetError, match=r"the key 0001 comes again in .*2\.tar, after .*1\.tar"):
+        plan_tars(paths, shard_rows=9)
+
+
+@pytest.mark.parametrize("array", [[[1.0, 2.0]], 3.0, ["word"]])
+def test_what_is_no_vector_is_refused(tmp_path: Path, array: Any) -> None:
+    path = pack(tmp_path / "x.tar", [("a.npy", npy(array))])
+    with pytest.raises(DatasetError, match=r"a\.npy is of shape .*; features are one row of numbers"):
+        plan_tars([path], shard_rows=9)
+
+
+def test_pickles_are_never_opened(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DatasetError, match=r"a\.npy cannot be read: .*allow_pickle=False"):
+        plan_tars([pack(tmp_path / "x.tar", [("a.npy", file.getvalue())])], shard_rows=9)
+
+
+def test_a_link_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        member = tarfile.TarInfo("a.wav")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(member)
+    with pytest.raises(DatasetError, match=r"a\.wav is a link or has holes: pack the files themselves"):
+        plan_tars([tmp_path / "x.tar"], shard_rows=9)
+
+
+def test_a_tar_cut_anywhere_is_whole_members_or_refused(tmp_path: Path) -> None:
+    """At a member's end nothing tells that more should follow; before it the damage is named."""
+    content = pack(tmp_path / "whole.tar", [("a.wav", b"x" * 700), ("b.wav", b"y" * 10)]).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(b"")
+    for end in (0, 100, 512, 900, 1_300, 1_536, 1_800, 2_048, 2_050, 2_100, 2_560, 3_000):
+        (tmp_path / "cut.tar").write_bytes(content[:end])
+        if end in (1_536, 2_560, 3_000):
+            assert len(rows(plan_tars([tmp_path / "cut.tar"], shard_rows=9))) == (1 if end < 2_000 else 2)
+        else:
+            with pytest.raises(DatasetError, match=r"cut\.tar.*(truncated|header at byte \d+ cannot be read)"):
+                plan_tars([tmp_path / "cut.tar"], shard_rows=9)
+
+
+def test_a_damaged_header_in_the_middle_is_no_quiet_end(tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.tar", clips("a", "b", "c"))
+    content = bytearray(path.read_bytes())
+    content[3 * 1_024 + 148] ^= 0xFF  # in the checksum of the fourth member
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"x\.tar: the header at byte 3072 cannot be read"):
+        plan_tars([path], shard_rows=9)
+
+
+def test_a_tar_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.tar", [("a.wav", b"x" * 5_000)])
+    [shard] = plan_tars([path], shard_rows=9).shards
+    path.write_bytes(path.read_bytes()[:1_000])
+    with pytest.raises(DatasetError, match="has become shorter since it was opened"):
+        shard.read(["wav"])
+
+
+def test_modalities_of_tars_are_called_by_what_they_are(tmp_path: Path) -> None:
+    members = [*clips("a"), ("a.caption.txt", b"a dog"), ("a.face.jpg", b"x")]
+    dataset = open_dataset(pack(tmp_path / "x.tar", members))
+    assert [str(each) for each in dataset.modalities] == [
+        "caption=caption.txt:text", "audio=wav:audio", "face=face.jpg:image", "image=png:image"
+    ]  # fmt: skip
+    named = open_dataset(tmp_path / "x.tar", DataConfig(modality=("a=wav", "i=png:image")))
+    assert read_samples(named, seed=0, test_fraction=0.5).sample_id.tolist() == ["a"]
+    vectors = open_dataset(pack(tmp_path / "v.tar", [*clips("a"), ("a.sound.npy", npy([0.5, 1.0]))]))
+    assert vectors.modalities[-1] == Modality(name="sound", column="sound.npy", kind="features", length=2)
+
+
+def test_only_numbers_written_as_such_are_numbers(tmp_path: Path) -> None:
+    members = [("a.cls", b"1"), ("a.json", b'{"id": "007"}'), ("b.cls", b"01"), ("b.json", b'{"id": "8"}')]
+    found = rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9))
+    assert [(row["cls"], row["id"]) for row in found] == [("1", "007"), ("01", "8")]

@@ -1,0 +1,129 @@
+"""Laws of film: a clip in which nothing moves is found, and one in which little moves is left alone."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmaudit.audit.media import MediaConfig, decode_folders, decode_frames
+from mmaudit.audit.quality import Reason, UnusableError
+from mmaudit.audit.video import middles, read_frames
+
+MEDIA = MediaConfig()
+
+
+def scene(count: int, *, step: int = 0, light: int = 0) -> NDArray[np.uint8]:
+    """A smooth picture (count, 64, 64, 3), moved by `step` pixels and made lighter by `light` levels at each frame."""
+    coarse = np.random.default_rng(0).integers(40, 160, (12, 12, 3), dtype=np.uint8)
+    wide = np.asarray(Image.fromarray(coarse).resize((64 + 64, 64), Image.Resampling.BICUBIC))
+    shifted = [wide[:, step * index : step * index + 64] + np.uint8(light * index) for index in range(count)]
+    return np.stack(shifted)
+
+
+def film(frames: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=25, options={"crf": "10"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def is_still(data: bytes, media: MediaConfig = MEDIA) -> bool:
+    try:
+        decode_frames(data, media)
+    except UnusableError as error:
+        return error.reason is Reason.STILL and "of 255 levels" in error.detail
+    return False
+
+
+def test_one_picture_for_a_second_is_still() -> None:
+    assert is_still(film(scene(25)))
+    assert not is_still(film(scene(25, step=1)))
+
+
+def test_a_short_clip_and_a_single_frame_are_not_still() -> None:
+    assert not is_still(film(scene(13)))  # from the first frame to the last 0.48 s
+    assert is_still(film(scene(14)))  # 0.52
+    assert not is_still(film(scene(1)))
+    assert not is_still(film(scene(25)), MediaConfig(num_frames=1))
+
+
+def test_a_change_of_few_levels_is_no_motion() -> None:
+    small, large = scene(25), scene(25)
+    small[12:] += 5
+    large[12:] += 16
+    assert is_still(film(small))
+    assert not is_still(film(large))
+
+
+def test_the_last_frame_alone_may_move() -> None:
+    frames = scene(32)
+    frames[-2:, 20:40, 20:40] = 255
+    assert not is_still(film(frames))
+
+
+@given(count=st.integers(1, 300), parts=st.integers(1, 40))
+def test_middles_lie_in_equal_parts(count: int, parts: int) -> None:
+    found = middles(count, parts)
+    assert len(found) == parts
+    assert found == sorted(found)
+    assert all(part * count / parts - 1 < place < (part + 1) * count / parts for part, place in enumerate(found))
+    assert 0 <= found[0] <= found[-1] < count
+
+
+def test_frames_of_the_films_own_size() -> None:
+    frames = np.repeat(scene(10, step=2), 2, axis=2)
+    found = read_frames(film(frames), num_frames=10, size=None, max_seconds=10)
+    assert found.shape == (10, 64, 128, 3)
+    assert np.abs(found.astype(int) - frames).mean() < 6
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("num_frames", [1, 4, 9])
+def test_a_folder_shows_its_pictures_evenly(num_frames: int) -> None:
+    frames = scene(9, step=4)
+    folder = tuple(png(pixels) for pixels in frames)
+    found = decode_folders((folder,), MediaConfig(num_frames=num_frames))
+    np.testing.assert_array_equal(found, frames[middles(9, num_frames)])
+
+
+def test_folders_side_by_side_are_colours() -> None:
+    grey = [frames.mean(axis=-1).round().astype(np.uint8) for frames in (scene(4, step=4), scene(4, step=7))]
+    folders = [tuple(png(pixels) for pixels in frames) for frames in grey]
+    two = decode_folders(tuple(folders), MediaConfig(num_frames=4))
+    np.testing.assert_array_equal(two, np.stack([*grey, np.full_like(grey[0], 128)], axis=-1))
+    three = decode_folders((*folders, folders[0][:2]), MediaConfig(num_frames=4))
+    np.testing.assert_array_equal(three[..., 2], grey[0][[0, 0, 1, 1]])
+
+
+def test_what_is_wrong_with_a_folder_is_told() -> None:
+    good = tuple(png(pixels) for pixels in scene(3, step=4))
+    cases: list[tuple[Any, Reason]] = [
+        (((),), Reason.EMPTY),
+        ((good, ()), Reason.EMPTY),
+        ((), Reason.CORRUPT),
+        ((good,) * 4, Reason.CORRUPT),
+        (((good[0], b"no picture"),), Reason.CORRUPT),
+        (((good[0], good[1][:200]),), Reason.TRUNCATED),
+        (((png(np.full((9, 9, 3), 7, np.uint8)),),), Reason.CONSTANT),
+    ]
+    for folders, reason in cases:
+        with pytest.raises(UnusableError) as caught:
+            decode_folders(folders, MEDIA)
+        assert caught.value.reason is reason
