@@ -16,7 +16,7 @@ from torch import Tensor
 from .matrix import Inputs, Rows, chunks
 
 _FARTHEST = 1e2  # units from the centre; what lies beyond counts as there (at 1e3, wild rows stop fits 0.02 short)
-_ROWS_FOR_UNITS = 2_000
+_ROWS_FOR_UNITS = 1_000
 _ROWS_FOR_AXES = 8_000  # only the way to the solution depends on the axes; more rows do not save a step
 _AXES_UP_TO = 2_048  # features; above, an eigendecomposition costs more than the steps it saves
 _BYTES_AT_ONCE = 4 << 20  # standardised while it is in the cache
@@ -124,9 +124,20 @@ def _axes(some: Tensor, num_rows: int) -> tuple[Tensor | None, Tensor]:
     """Find the axes of the covariance of some standardised rows (s, d) that stand for `num_rows`."""
     if some.shape[1] > _AXES_UP_TO:
         return None, torch.ones_like(some[0])
-    # In float32 the decomposition fails to converge where hundreds of features are constant, as hashed words are.
-    values, basis = (found.to(some.dtype) for found in torch.linalg.eigh((some.T @ some / len(some)).double()))
+    values, basis = _decompose(some.T @ some / len(some))
     values = values.clamp_min(0)
     if len(some) < num_rows:  # a sample makes the least variances too small, by the mean one times d / s at most
         values = values + values.mean() * some.shape[1] / len(some)
     return basis, values
+
+
+def _decompose(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Give eigenvalues and eigenvectors; in float64, at twice the time, where float32 fails to converge.
+
+    So it does where hundreds of features are constant, as hashed words are.
+    """
+    try:
+        values, basis = torch.linalg.eigh(covariance)
+    except torch.linalg.LinAlgError:
+        values, basis = (found.to(covariance.dtype) for found in torch.linalg.eigh(covariance.double()))
+    return values, basis

@@ -55,7 +55,9 @@ class MatrixInputs:
         return int(self.matrix.shape[1])
 
     def read(self, rows: Rows) -> NDArray[Any]:
-        """Read these rows, in this order: (len(rows), d)."""
+        """Read these rows, in this order: (len(rows), d). Rows that follow each other are not copied."""
+        if len(rows) and (np.diff(rows) == 1).all():
+            return self.matrix[rows[0] : rows[-1] + 1]
         return np.asarray(self.matrix[rows])
 
 
