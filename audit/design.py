@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy.linalg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -132,12 +133,13 @@ def _axes(some: Tensor, num_rows: int) -> tuple[Tensor | None, Tensor]:
 
 
 def _decompose(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Give eigenvalues and eigenvectors; in float64, at twice the time, where float32 fails to converge.
+    """Give eigenvalues and eigenvectors; by scipy's slower, surer driver where torch's fails to converge.
 
-    So it does where hundreds of features are constant, as hashed words are.
+    So it does, in float64 as well, where hundreds of features are constant, as hashed words are.
     """
     try:
         values, basis = torch.linalg.eigh(covariance)
     except torch.linalg.LinAlgError:
-        values, basis = (found.to(covariance.dtype) for found in torch.linalg.eigh(covariance.double()))
+        found = scipy.linalg.eigh(covariance.double().cpu().numpy(), driver="evr")
+        values, basis = (torch.from_numpy(each).to(covariance) for each in found)
     return values, basis

@@ -217,7 +217,7 @@ def test_plain_is_what_json_has() -> None:
 
 def test_scores_depend_on_their_own_sections_alone() -> None:
     config = RunConfig()
-    assert config.scoring().keys() == {"seed", "data", "media", "probe", "mixture"}
+    assert config.scoring().keys() == {"seed", "data", "media", "probe", "network", "mixture"}
     other = replace(config, split=BalancedConfig(bins=3), finetune=FinetuneConfig(epochs=1))
     assert other.scoring() == config.scoring()
     assert replace(config, seed=1).scoring() != config.scoring()

@@ -14,7 +14,7 @@ from mmaudit.audit.score import ScoreTable
 from mmaudit.cli.report.canvas import COLOURS, DPI, INK, WIDTH, palette
 from mmaudit.cli.report.examples import class_numbers
 from mmaudit.cli.report.figures import draw
-from mmaudit.cli.report.findings import discrepancies, gaps, maps
+from mmaudit.cli.report.findings import discrepancies, gaps, maps, training
 
 
 def numbers_of(
@@ -29,13 +29,16 @@ def numbers_of(
         label_name=np.array(labels, dtype=object)[codes],
         modalities=names,
         confidence=confidence.astype(np.float32),
+        training_confidence=confidence.astype(np.float32),
+        training_variability=(confidence / 2).astype(np.float32),
     )
     mixture = fit_mixture(scores.gap, config=MixtureConfig(), seed=0)
     return {
         "facts": {"modalities": [{"name": name} for name in names]},
         "discrepancy": discrepancies(scores),
         "classes": class_numbers(scores),
-        "gap": gaps(scores, mixture),
+        "gap": gaps(scores, mixture, class_check="not tested: a drawing"),
+        "training": training(scores),
         "maps": maps(scores),
         "manifests": [],
         "finetunes": [],

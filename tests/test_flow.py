@@ -158,7 +158,10 @@ def test_manifests_open_in_the_tools_people_have(planted: tuple[Path, dict[str, 
 
 
 def test_probes_that_learn_from_train_owe_nothing_to_test_labels(data: Path, tmp_path: Path) -> None:
-    """Scramble the labels of the test samples: the scores of the others stay, to the byte."""
+    """Scramble the labels of the test samples: the scores of the others stay, but for rounding.
+
+    Rows are multiplied in blocks, and how many of them stand in a block depends on who else is there.
+    """
     frame = pd.read_csv(data / "metadata.csv")
     frame["split"] = np.where(np.arange(len(frame)) % 4 == 0, "test", "train")
     found = []
@@ -172,7 +175,7 @@ def test_probes_that_learn_from_train_owe_nothing_to_test_labels(data: Path, tmp
         scores = pd.read_parquet(tmp_path / name / "scores.parquet")
         found.append(scores[scores["split"] == "train"].reset_index(drop=True))
     columns = ["confidence_audio", "confidence_image", "discrepancy", "balance", "p_balanced"]
-    pd.testing.assert_frame_equal(found[0][columns], found[1][columns])
+    pd.testing.assert_frame_equal(found[0][columns], found[1][columns], atol=1e-5, rtol=0)
 
 
 def test_the_python_of_the_readme_runs(data: Path, tmp_path: Path) -> None:
