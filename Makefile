@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test check real clean
+.PHONY: install demo test check bench real clean
 
 install: $(READY)
 
@@ -25,6 +25,13 @@ check: $(READY)
 	$(BIN)/mypy -p mmaudit.audit -p mmaudit.rebalance -p mmaudit.train -p mmaudit.cli
 	$(BIN)/mypy tests benchmarks
 	$(BIN)/lint-imports
+
+# Half an hour on a quiet machine; see benchmarks/README.md.
+bench: $(READY)
+	$(BIN)/python benchmarks/probe.py
+	$(BIN)/python benchmarks/mixture.py
+	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/memory.py
 
 # The real data sets are not part of the project: DATA names the folder that holds them.
 real: $(READY)

@@ -187,7 +187,7 @@ def check(
         )
     _finish(found, json_, tell_check)
     if found["leakage"]["leaks"]:
-        raise GateError(f"train and test are not apart: {len(found['leakage']['findings'])} leaks; see above")
+        raise GateError(f"train and test are not apart: see the {len(found['leakage']['findings'])} above")
 
 
 @command

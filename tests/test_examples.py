@@ -18,7 +18,7 @@ from mmaudit.audit.features import EncodeTask, encode_dataset
 from mmaudit.audit.media import MediaConfig
 from mmaudit.audit.samples import read_samples
 from mmaudit.audit.score import ScoreTable
-from mmaudit.audit.scoring import take_stock
+from mmaudit.audit.stock import take_stock
 from mmaudit.audit.workers import silent
 from mmaudit.rebalance.manifest import Manifest, Selection, make_manifest
 from mmaudit.train.examples import Examples, load_examples

@@ -62,7 +62,7 @@ def share_of(colour: str, image: np.ndarray[Any, Any]) -> float:
 
 def test_png_without_texts_or_dates_and_white_behind() -> None:
     figures = draw(numbers_of(uniform(2), names=("audio", "visual")))
-    assert set(figures) == {"discrepancy", "classes", "gap", "maps"}
+    assert set(figures) == {"discrepancy", "classes", "gap", "maps", "training"}
     for content in figures.values():
         image = Image.open(io.BytesIO(content))
         assert image.format == "PNG"

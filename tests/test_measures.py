@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
+from math import factorial
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.integrate import trapezoid
+from scipy.stats import norm
 from sklearn.metrics import log_loss
 from sklearn.metrics.pairwise import cosine_similarity
 
@@ -175,3 +179,124 @@ def balance_of(each: Sequence[Floats]) -> Floats:
     similarity = np.r_[measures.similarity(each), np.array([0, 1], dtype=np.float32)]
     fits = np.ones(len(similarity), dtype=bool)
     return measures.balance(similarity, np.r_[loss, np.array([0, 200], dtype=np.float32)], fits=fits)
+
+
+def one_missing(confidence: Floats, column: int) -> Floats:
+    held = confidence.copy()
+    held[:, column] = np.nan
+    return held
+
+
+@given(confidences().filter(lambda confidence: confidence.shape[1] > 2), st.integers(0, 5))
+def test_a_missing_modality_is_as_if_it_had_never_been_asked(confidence: Floats, place: int) -> None:
+    column = place % confidence.shape[1]
+    others = np.delete(np.arange(confidence.shape[1]), column)
+    held = one_missing(confidence, column)
+    found = measures.discrepancy(held)
+    assert np.isnan(found[:, column]).all()
+    expected = measures.discrepancy(confidence[:, others])
+    if len(others) == 2:
+        expected = np.stack([expected, -expected], axis=1)
+    np.testing.assert_allclose(found[:, others], expected, atol=1e-6)
+    np.testing.assert_array_equal(measures.gap(held), measures.gap(confidence[:, others]))
+    best = measures.dominant(confidence[:, others])
+    np.testing.assert_array_equal(measures.dominant(held), np.where(best < 0, -1, others[best]))
+    loss = measures.cross_entropy(held)
+    np.testing.assert_array_equal(loss[:, others], measures.cross_entropy(confidence[:, others]))
+    assert np.isnan(loss[:, column]).all()
+
+
+@given(probabilities())
+def test_a_missing_modality_has_no_say_in_similarity_and_fusion(each: list[Floats]) -> None:
+    several = [*each, each[0][::-1]]  # three at least
+    missing = [*several, np.full_like(each[0], np.nan)]
+    np.testing.assert_allclose(measures.similarity(missing), measures.similarity(several), atol=1e-6)
+    np.testing.assert_allclose(measures.fuse(missing), measures.fuse(several), atol=1e-6)
+
+
+@given(st.lists(st.tuples(st.floats(-3, 3), st.floats(0.2, 3)), min_size=2, max_size=3))
+def test_overlap_is_the_integral_of_the_root_of_both_densities(gaussians: list[tuple[float, float]]) -> None:
+    grid = np.linspace(-30, 30, 20_001)
+    pairs = [
+        trapezoid(np.sqrt(norm.pdf(grid, *one) * norm.pdf(grid, *other)), grid)
+        for one, other in combinations(gaussians, 2)
+    ]
+    means, deviations = ([np.array([row[i]], np.float32) for row in gaussians] for i in (0, 1))
+    np.testing.assert_allclose(measures.overlap(means, deviations), np.mean(pairs), atol=1e-4)
+    gone = np.array([np.nan], np.float32)
+    np.testing.assert_allclose(measures.overlap([*means, gone], [*deviations, gone]), np.mean(pairs), atol=1e-4)
+
+
+def games(m: int, seed: int, num_rows: int = 5) -> dict[frozenset[int], Floats]:
+    """Give any value (n,) for each set of modalities; that of none is nought."""
+    rng = np.random.default_rng(seed)
+    sets = [frozenset(each) for size in range(m + 1) for each in combinations(range(m), size)]
+    return {each: rng.integers(-9, 9, num_rows).astype(np.float32) * bool(each) for each in sets}
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 6])
+def test_shapley_values_are_those_of_the_formula(m: int) -> None:
+    value = games(m, seed=m)
+    found = measures.shapley(lambda chosen: value[chosen], m)
+    for j in range(m):
+        expected = sum(
+            factorial(len(each)) * factorial(m - len(each) - 1) / factorial(m) * (value[each | {j}] - value[each])
+            for each in value
+            if j not in each
+        )
+        np.testing.assert_allclose(found[:, j], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("m", [2, 3, 7, 9])
+def test_shapley_values_share_out_the_value_of_all(m: int) -> None:
+    """Sampled orders, beyond six modalities, keep that; so they do that a modality without any effect gets nothing."""
+    value = games(m, seed=m)
+    found = measures.shapley(lambda chosen: value[chosen], m, seed=3)
+    np.testing.assert_allclose(found.sum(axis=1), value[frozenset(range(m))], atol=1e-4)
+    idle = measures.shapley(lambda chosen: value[chosen - {0}], m, seed=3)
+    np.testing.assert_array_equal(idle[:, 0], 0)
+    assert np.abs(idle[:, 1:]).max() > 0
+
+
+def test_sampled_orders_are_near_all_of_them_and_follow_the_seed() -> None:
+    """A modality's worth here is its own and a bonus for each pair: all orders would give worth + half the bonuses."""
+    rng = np.random.default_rng(0)
+    worth, bonus = rng.random(7), rng.random((7, 7))
+    bonus = (bonus + bonus.T) * (1 - np.eye(7)) / 2
+
+    def value(chosen: frozenset[int]) -> Floats:
+        some = sorted(chosen)
+        return np.array([worth[some].sum() + bonus[np.ix_(some, some)].sum() / 2], np.float32)
+
+    one, two = (measures.shapley(value, 7, seed=seed) for seed in (0, 1))
+    np.testing.assert_allclose(one[0], worth + bonus.sum(axis=1) / 2, atol=0.3)
+    np.testing.assert_array_equal(measures.shapley(value, 7, seed=0), one)
+    assert np.isfinite(two).all()
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_modalities_that_can_be_swapped_are_worth_the_same(m: int) -> None:
+    value = games(m, seed=m)
+    swap = {0: 1, 1: 0}
+    even = {each: value[each] + value[frozenset(swap.get(j, j) for j in each)] for each in value}
+    found = measures.shapley(lambda chosen: even[chosen], m)
+    np.testing.assert_allclose(found[:, 0], found[:, 1], atol=1e-5)
+
+
+RIGHT = [
+    # alone, the first; alone, the second; together -> phi = (V1 + V12 - V2) / 2 with V = how many where they are right
+    ((1, 1, 1), (1.0, 1.0)),
+    ((0, 0, 1), (1.0, 1.0)),
+    ((1, 0, 1), (1.5, 0.5)),
+    ((0, 1, 1), (0.5, 1.5)),
+    ((1, 1, 0), (0.0, 0.0)),
+    ((1, 0, 0), (0.5, -0.5)),
+    ((0, 0, 0), (0.0, 0.0)),
+]
+
+
+@pytest.mark.parametrize(("right", "expected"), RIGHT)
+def test_shapley_values_of_two_by_hand(right: tuple[int, int, int], expected: tuple[float, float]) -> None:
+    table = {frozenset({0}): right[0], frozenset({1}): right[1], frozenset({0, 1}): 2 * right[2]}
+    found = measures.shapley(lambda chosen: np.array([table[chosen]], np.float32), 2)
+    np.testing.assert_array_equal(found, [expected])

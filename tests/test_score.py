@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmaudit.audit.errors import ConfigError, ScoreError
-from mmaudit.audit.score import RANGES, ScoreTable, read_scores, write_scores
+from mmaudit.audit.score import BY_MODALITY, RANGES, ScoreTable, read_scores, write_scores
 
 NAMES = ("audio", "visual", "text")
 
@@ -44,6 +44,14 @@ def scores(num_modalities: int = 2, *, num_rows: int = 6, seed: int = 0) -> Scor
         fold=np.arange(num_rows, dtype=np.int16) % 5,
         prediction=rng.integers(0, 3, (num_rows, m), dtype=np.int32),
         loss=shares(num_rows, m),
+        entropy=shares(num_rows, m),
+        margin=shares(num_rows, m),
+        training_confidence=shares(num_rows, m),
+        training_variability=shares(num_rows, m) / 2,
+        shapley=2 * shares(num_rows, m) - 1,
+        confidence_fused=shares(num_rows),
+        prediction_fused=rng.integers(0, 3, num_rows, dtype=np.int32),
+        loss_fused=shares(num_rows),
         discrepancy_sd=shares(num_rows, 1 if m == 2 else m),
         similarity=shares(num_rows),
         balance=2 * shares(num_rows) - 1,
@@ -52,6 +60,19 @@ def scores(num_modalities: int = 2, *, num_rows: int = 6, seed: int = 0) -> Scor
         paths=pa.table({"audio_file_name": [f"{number}.wav" for number in numbers]}),
         provenance={"seed": 3, "config": {"folds": 5}},
     )
+
+
+def holed(table: ScoreTable) -> ScoreTable:
+    """Give the same table with the last modality missing in every third row, and another one in the row after."""
+    n, m = table.confidence.shape
+    missing = np.zeros((n, m), dtype=bool)
+    missing[::3, -1] = missing[1::3, 0] = True
+    values = {
+        kind: np.where(missing, np.float32(np.nan), getattr(table, kind))
+        for kind in ("confidence", "discrepancy_sd", *BY_MODALITY)
+        if kind != "prediction"
+    }
+    return replace(table, prediction=np.where(missing, np.int32(-1), table.prediction), **values)
 
 
 def foreign(path: Path, **columns: Any) -> Path:
@@ -83,10 +104,42 @@ def test_write_then_read_is_equality(tmp_path: Path, m: int, rest: dict[str, Any
     assert_equal(read_scores(tmp_path / "scores.parquet"), whole)
 
 
+def test_what_is_missing_is_null_on_disk_and_nan_or_no_class_when_read(tmp_path: Path) -> None:
+    whole = holed(scores(3, num_rows=12))
+    write_scores(whole, tmp_path / "scores.parquet")
+    assert_equal(read_scores(tmp_path / "scores.parquet"), whole)
+    table = pq.read_table(tmp_path / "scores.parquet")
+    for kind in ("confidence", *BY_MODALITY, "discrepancy", "discrepancy_sd"):
+        for column, name in enumerate(NAMES):
+            nulls = table[f"{kind}_{name}"].is_null().to_pylist()
+            assert nulls == (~whole.present[:, column]).tolist(), f"{kind}_{name}"
+    assert table["gap"].null_count == 0
+    assert not any(np.isnan(table[name].drop_null().to_numpy()).any() for name in table.column_names
+                   if pa.types.is_floating(table[name].type))  # fmt: skip
+
+
+def test_numbers_are_predictions_too(tmp_path: Path) -> None:
+    whole = holed(scores(3))
+    predicted = np.where(whole.present, 2.5 * np.ones((6, 3), np.float32), np.float32(np.nan))
+    regression = replace(whole, prediction=predicted, prediction_fused=np.full(6, -1.5, np.float32))
+    write_scores(regression, tmp_path / "scores.parquet")
+    assert_equal(read_scores(tmp_path / "scores.parquet"), regression)
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_all_together_are_no_modality(tmp_path: Path, m: int) -> None:
+    write_scores(scores(m), tmp_path / "scores.parquet")
+    assert read_scores(tmp_path / "scores.parquet").modalities == NAMES[:m]
+    with_fused = foreign(tmp_path / "t.parquet", confidence_y=None, confidence_fused=[0.5, 0.6])
+    with pytest.raises(ScoreError, match="is no score table: it needs sample_id"):
+        read_scores(with_fused)
+
+
 @pytest.mark.parametrize("m", [2, 3])
 def test_the_columns_are_the_documented_ones(m: int) -> None:
-    each = {f"{kind}_{name}": type_ for name in NAMES[:m]
-            for kind, type_ in (("confidence", "float"), ("prediction", "int32"), ("loss", "float"))}  # fmt: skip
+    each = {f"{kind}_{name}": "int32" if kind == "prediction" else "float"
+            for name in NAMES[:m] for kind in ("confidence", *BY_MODALITY)}  # fmt: skip
+    each |= {"confidence_fused": "float", "prediction_fused": "int32", "loss_fused": "float"}
     ends = [""] if m == 2 else [f"_{name}" for name in NAMES]
     expected = {
         "sample_id": "string", "label": "int32", "label_name": "string", "split": "string", "group": "string",
@@ -97,15 +150,16 @@ def test_the_columns_are_the_documented_ones(m: int) -> None:
     }  # fmt: skip
     schema = scores(m).to_arrow().schema
     assert {field.name: str(field.type) for field in schema} == expected
-    unknown = replace(scores(m), **{**EMPTY, "prediction": scores(m).prediction, "loss": scores(m).loss})
-    types = {field.name: str(field.type) for field in unknown.to_arrow().schema}
-    assert types == {name: type_ for name, type_ in expected.items() if name != "audio_file_name"}
+    types = {field.name: str(field.type) for field in replace(scores(m), **EMPTY).to_arrow().schema}
+    known = {*each, "audio_file_name"} - {f"confidence_{name}" for name in NAMES}
+    assert types == {name: type_ for name, type_ in expected.items() if name not in known}
 
 
 def test_every_number_has_a_range_and_a_direction() -> None:
     numbers = set(RANGES)
+    assert {f"{kind}_M" for kind in BY_MODALITY} <= numbers
     for m in (2, 3):
-        for name in (field.name for field in scores(m).to_arrow().schema if str(field.type) in ("float",)):
+        for name in (field.name for field in scores(m).to_arrow().schema if str(field.type) == "float"):
             general = name
             for modality in NAMES:
                 general = general.replace(f"_{modality}", "_M")
@@ -146,6 +200,14 @@ def test_anybodys_table_is_read(tmp_path: Path) -> None:
     assert all(getattr(table, name) is None for name in EMPTY)
 
 
+def test_anybodys_table_of_three_may_lack_some(tmp_path: Path) -> None:
+    table = read_scores(foreign(tmp_path / "t.parquet", confidence_z=[None, 0.7]))
+    np.testing.assert_array_equal(table.present, [[True, True, False], [True, True, True]])
+    np.testing.assert_allclose(table.gap, [0.4, 0.5], atol=1e-6)
+    np.testing.assert_allclose(table.discrepancy("x:z"), [np.nan, -0.5], atol=1e-6)
+    np.testing.assert_allclose(table.discrepancy("x"), [0.4, 0.2 - 0.65], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("columns", "label", "names"),
     [
@@ -178,9 +240,14 @@ def test_whole_numbers_are_ids_too(tmp_path: Path) -> None:
         ({"label": [0, None]}, "column label holds 1 nulls"),
         ({"label_name": ["a", None]}, "column label_name holds 1 nulls"),
         ({"label": [0.5, 1.0]}, "column label does not hold what it should"),
-        ({"confidence_x": [None, 0.5]}, "1 values of confidence are null or outside"),
+        (
+            {"confidence_x": [None, 0.5]},
+            r"1 samples have fewer than two values of confidence \(the first: a\): a discrepancy needs two; rescore",
+        ),
         ({"confidence_x": [1.01, 0.5]}, r"1 values of confidence are null or outside \[0, 1\]: rescore"),
-        ({"confidence_x": [-0.1, float("nan")]}, "2 values of confidence"),
+        ({"confidence_x": [0.1, float("nan")]}, r"1 samples have fewer than two values .* \(the first: b\)"),
+        ({"confidence_x": [None, 0.5], "confidence_z": [None, 0.1]}, r"1 samples have .* \(the first: a\)"),
+        ({"confidence_x": [-0.1, 0.5], "confidence_z": [None, 1.5]}, "2 values of confidence are null or outside"),
         ({"confidence_x": ["much", "0.5"]}, "column confidence_x does not hold what it should"),
         ({"confidence_x": pa.nulls(2, pa.float32())}, "a column confidence_M is null"),
         ({"similarity": [0.0, 1.5]}, r"1 values of similarity are null or outside \[-1, 1\]"),

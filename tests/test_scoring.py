@@ -1,8 +1,7 @@
-"""Laws of scoring: nothing is lost, order and format do not matter, and no probe sees what it scores."""
+"""Laws of scoring: nothing is lost, order does not matter, and no probe sees what it scores or what is missing."""
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,22 +12,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.special import softmax
 from scipy.stats import spearmanr
 
 from mmaudit.audit.dataset import DataConfig, open_dataset
 from mmaudit.audit.errors import ScoreError
-from mmaudit.audit.features import Status, encode_dataset
+from mmaudit.audit.features import encode_dataset
 from mmaudit.audit.media import MediaConfig
 from mmaudit.audit.mixture import MixtureConfig
-from mmaudit.audit.modality import Modality
+from mmaudit.audit.network_probe import NetworkConfig
 from mmaudit.audit.probe import ProbeConfig
 from mmaudit.audit.quality import Reason
-from mmaudit.audit.samples import NO_LABEL, Samples, read_samples
-from mmaudit.audit.scoring import Audit, Stock, audit_dataset, take_stock
+from mmaudit.audit.samples import read_samples
+from mmaudit.audit.score import BY_MODALITY, ScoreTable
+from mmaudit.audit.scoring import Audit, Networks, audit_dataset
+from mmaudit.audit.stock import take_stock
 from mmaudit.audit.workers import silent
 
 # One strength and one repeat where the law does not ask for more: most tests are about who is scored, not how well.
-QUICK = ProbeConfig(folds=3, repeats=1, strengths=(1e-2,))
+QUICK = ProbeConfig(folds=3, repeats=1, strengths=(1e-2,), fused=False, control=False)
+WHOLE = replace(QUICK, repeats=2, fused=True, control=True)
+EXACT = replace(WHOLE, tolerance=1e-9)  # where the last digits count, and not where a fit stops
 
 
 def audit(
@@ -38,7 +42,9 @@ def audit(
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
     media = MediaConfig(image_size=16)
     tasks = encode_dataset(dataset, cache, media=media, num_workers=0, progress=silent)
-    options: dict[str, Any] = {"mixture": MixtureConfig(), "seed": 0, "device": "cpu", "progress": silent, **rest}
+    networks = Networks(config=NetworkConfig(), media=media, folder=cache / "networks")
+    given: dict[str, Any] = {"networks": networks, "mixture": MixtureConfig(), "seed": 0, "device": "cpu"}
+    options = {**given, "progress": silent, **rest}
     return audit_dataset(take_stock(dataset, samples, tasks), tasks, probe=probe, **options)
 
 
@@ -67,7 +73,7 @@ def test_clips_of_one_telling_feature_are_known(clip_source: Path, tmp_path: Pat
         clip_source,
         tmp_path,
         config=DataConfig(group="speaker"),
-        probe=replace(QUICK, repeats=2),
+        probe=WHOLE,
         progress=lambda *step: seen.append(step),
     )
     scores = found.scores
@@ -77,11 +83,15 @@ def test_clips_of_one_telling_feature_are_known(clip_source: Path, tmp_path: Pat
     assert scores.confidence.min() > 1 / 3
     assert scores.prediction is not None
     assert (scores.prediction == scores.label[:, None]).all()
-    assert (found.fused == scores.label).all()
+    assert scores.prediction_fused is not None
+    assert (scores.prediction_fused == scores.label).all()
     assert scores.label_name.tolist()[:3] == ["class-0", "class-1", "class-2"]
     assert scores.paths is not None
     assert scores.paths["image_file_name"].to_pylist()[:2] == ["0.png", "1.png"]
-    assert seen == [("probe", step, 2) for step in (1, 2)]
+    assert seen[:3] == [("probe", step, 5) for step in (1, 2, 3)]  # both, then both together
+    assert seen[3] == ("score", 24, 24)
+    assert seen[4:] == [("probe", step, 5) for step in (4, 5)]  # the controls
+    assert not any(control.leaks for control in found.ledger.controls)
 
 
 def test_planted_clarity_is_recovered(tmp_path: Path) -> None:
@@ -140,29 +150,6 @@ def test_input_is_scored_plus_quarantined(planted: Planted, tmp_path: Path, seed
         assert each.detail
 
 
-def test_a_class_left_with_one_sample_is_rare(planted: Planted, tmp_path: Path) -> None:
-    columns = rows_of(planted())
-    columns["label"][0] = columns["label"][1] = 9
-    columns["audio"][1] = None
-    found = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache")
-    assert [(each.sample_id, each.reason, each.detail) for each in found.quarantined] == [
-        ("s0001", Reason.MISSING, "audio is null"),
-        ("s0000", Reason.RARE_CLASS, "class '9' has 1 usable samples, all in one fold"),
-    ]
-    assert sorted(set(found.scores.label.tolist())) == [0, 1, 2]
-
-
-def test_a_class_of_one_group_is_rare(planted: Planted, tmp_path: Path) -> None:
-    columns = rows_of(planted())
-    columns["group"] = [f"g{number // 3 % 6}" for number in range(90)]
-    mine = [row for row, group in enumerate(columns["group"]) if group == "g0" and columns["label"][row] == 2]
-    for row in mine:
-        columns["label"][row] = 8
-    found = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache")
-    assert {each.sample_id for each in found.quarantined} == {columns["id"][row] for row in mine}
-    assert found.quarantined[0].detail == f"class '8' has {len(mine)} usable samples, of 1 groups, all in one fold"
-
-
 def test_a_class_that_becomes_rare_when_others_leave_is_left_out_too(planted: Planted, tmp_path: Path) -> None:
     """The rest is dealt anew, and the new deal may put another class into one fold: seed 1097 is such a case."""
     rng = np.random.default_rng(1097)
@@ -187,13 +174,24 @@ def test_a_class_of_the_test_split_is_rare_to_probes_of_the_train_split(planted:
     assert {each.sample_id for each in train.quarantined} == {columns["id"][row] for row in (4, 5, 6, 7)}
 
 
-def test_a_group_is_in_one_fold(planted: Planted, tmp_path: Path) -> None:
-    columns = rows_of(planted())
-    columns["group"] = [f"g{number % 11}" for number in range(90)]
-    scores = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache").scores
-    assert scores.group is not None
-    assert scores.fold is not None
-    assert all(len(set(scores.fold[scores.group == one].tolist())) == 1 for one in set(scores.group))
+def test_test_labels_move_no_training_row_when_probes_learn_from_train(planted: Planted, tmp_path: Path) -> None:
+    """Neither by probes, alone or together, nor by temperatures, Shapley values, balance or the mixture."""
+    columns = rows_of(planted(num_samples=120))
+    train = replace(WHOLE, learn_from="train")
+    before = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "one", probe=train)
+    turned = {**columns, "label": list(columns["label"])}
+    for row, split in enumerate(columns["split"]):
+        if split == "test":
+            turned["label"][row] = (columns["label"][row] + 1) % 3
+    after = audit(rewrite(tmp_path / "d.parquet", turned), tmp_path / "two", probe=train)
+    learned = pa.array(before.scores.split != "test")
+    one, two = (found.scores.to_arrow().filter(learned) for found in (before, after))
+    assert "shapley_audio" in one.column_names
+    assert one.equals(two)
+    assert after.mixture == before.mixture
+    assert after.ledger.controls == before.ledger.controls
+    everyone = audit(rewrite(tmp_path / "d.parquet", turned), tmp_path / "two", probe=WHOLE).scores.to_arrow()
+    assert not everyone.filter(learned)["confidence_audio"].equals(one["confidence_audio"])
 
 
 def test_test_samples_teach_nobody_when_probes_learn_from_train(planted: Planted, tmp_path: Path) -> None:
@@ -216,8 +214,8 @@ def test_shuffling_rows_shuffles_the_result(planted: Planted, tmp_path: Path) ->
     columns = rows_of(planted())
     columns["audio"][3] = columns["label"][8] = None
     order = np.random.default_rng(0).permutation(90).tolist()
-    one = audit(rewrite(tmp_path / "one.parquet", columns), tmp_path / "one", probe=ProbeConfig(repeats=2))
-    two = audit(rewrite(tmp_path / "two.parquet", columns, order), tmp_path / "two", probe=ProbeConfig(repeats=2))
+    one = audit(rewrite(tmp_path / "one.parquet", columns), tmp_path / "one", probe=EXACT)
+    two = audit(rewrite(tmp_path / "two.parquet", columns, order), tmp_path / "two", probe=EXACT)
     assert two.fingerprint == one.fingerprint
     assert sorted(map(str, two.quarantined)) == sorted(map(str, one.quarantined))
     assert two.scores.sample_id.tolist() != one.scores.sample_id.tolist()
@@ -226,9 +224,10 @@ def test_shuffling_rows_shuffles_the_result(planted: Planted, tmp_path: Path) ->
     for name, row in ours.items():
         for column, value in row.items():
             if isinstance(value, float):
-                # Sums in another order, stopped at a tolerance of 1e-6 of the loss.
-                assert theirs[name][column] == pytest.approx(value, abs=5e-3), column
-            elif column not in ("dominant",) and not column.startswith("prediction"):
+                # Sums in another order; of training, a fit that stops a step later tells of one moment more.
+                near = 3e-2 if column.startswith("training") else 5e-3
+                assert theirs[name][column] == pytest.approx(value, abs=near), column
+            elif column != "dominant" and not column.startswith("prediction"):
                 assert theirs[name][column] == value, column
 
 
@@ -236,7 +235,7 @@ def test_two_runs_are_bit_equal(planted: Planted, tmp_path: Path) -> None:
     data = planted()
     one, two = (audit(data, tmp_path / name, probe=ProbeConfig(repeats=2)) for name in ("one", "two"))
     assert one.scores.to_arrow().equals(two.scores.to_arrow())
-    assert one.mixture == two.mixture
+    assert (one.mixture, one.ledger, one.class_check) == (two.mixture, two.ledger, two.class_check)
     other = audit(data, tmp_path / "one", seed=1)
     assert other.scores.fold is not None
     assert one.scores.fold is not None
@@ -244,93 +243,14 @@ def test_two_runs_are_bit_equal(planted: Planted, tmp_path: Path) -> None:
     assert other.fingerprint == one.fingerprint
 
 
-def test_the_format_of_the_metadata_does_not_matter(clips: Path, tmp_path: Path) -> None:
-    with (clips / "metadata.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    rows[5]["label"] = rows[7]["label"] = ""
-    written = [{name: value or None for name, value in row.items()} for row in rows]
-    (clips / "metadata.csv").unlink()
-    audits = []
-    for number, name in enumerate(("metadata.csv", "metadata.jsonl", "metadata.parquet")):
-        table = pa.Table.from_pylist(written[::-1] if number else written)
-        if name.endswith("parquet"):
-            pq.write_table(table, clips / name)
-        else:
-            table.to_pandas().to_csv(clips / name, index=False) if name.endswith("csv") else table.to_pandas().to_json(
-                clips / name, orient="records", lines=True
-            )
-        config = DataConfig(group="speaker", shard_rows=256 if number else 7)
-        audits.append(audit(clips, tmp_path / str(number), config=config))
-        (clips / name).unlink()
-    assert len({each.fingerprint for each in audits}) == 1
-    contents = [dict(zip(each.scores.sample_id, each.scores.content, strict=True)) for each in audits]  # type: ignore[arg-type]
-    assert contents[0] == contents[1] == contents[2]
-    assert [len(each.scores) for each in audits] == [22] * 3
-
-
-def stock(**changes: list[Any]) -> Stock:
-    """Four samples of two classes; `changes` puts other values in a field."""
-    fields = {
-        "sample_id": ["s0", "s1", "s2", "s3"],
-        "split": ["train"] * 4,
-        "group": ["g0", "g1", "g2", "g3"],
-        "content": ["c0", "c1", "c2", "c3"],
-    }
-    strings = {name: np.array(values, dtype=object) for name, values in {**fields, **changes}.items() if name in fields}
-    samples = Samples(
-        sample_id=strings["sample_id"],
-        label=np.array(changes.get("label", [0, 1, 0, 1]), dtype=np.int32),
-        class_names=tuple(changes.get("class_names", ["x", "y"])),
-        split=strings["split"],
-        group=None if changes.get("group", True) is None else strings["group"],
-        paths=pa.table({}),
-    )
-    modality = Modality(name="m", column="m", kind="audio")
-    usable = np.ones(4, dtype=bool)
-    return Stock(
-        samples=samples,
-        statuses=(Status(modality=modality, usable=usable, content=strings["content"], problem=()),),
-    )
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"sample_id": ["s0", "s1", "s2", "other"]},
-        {"label": [0, 1, 1, 1]},
-        {"label": [0, 1, 0, NO_LABEL]},
-        {"class_names": ["x", "z"]},
-        {"split": ["train", "train", "test", "train"]},
-        {"group": ["g0", "g1", "g2", "g0"]},
-        {"content": ["c0", "c1", "c2", "other"]},
-        {"content": ["c1", "c0", "c2", "c3"]},
-    ],
-)
-def test_every_change_changes_the_fingerprint(change: dict[str, list[Any]]) -> None:
-    assert stock().fingerprint == stock().fingerprint
-    assert stock(**change).fingerprint != stock().fingerprint
-
-
 def test_one_class_alone_is_refused(planted: Planted, tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match=r"only one class is left to score \('0'\): a probe needs two"):
         audit(planted(num_classes=1), tmp_path / "cache")
 
 
-def test_classes_all_too_rare_are_refused(planted: Planted, tmp_path: Path) -> None:
-    with pytest.raises(ScoreError, match="no class can be cross-fitted; the first: class '0' has 1 usable samples"):
-        audit(planted(num_samples=4, num_classes=4), tmp_path / "cache")
-
-
 def test_a_sample_alone_is_refused(planted: Planted, tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match="1 usable samples cannot be cross-fitted"):
         audit(planted(num_samples=1, num_classes=1), tmp_path / "cache")
-
-
-def test_one_group_is_refused(planted: Planted, tmp_path: Path) -> None:
-    columns = rows_of(planted())
-    columns["group"] = ["g"] * 90
-    with pytest.raises(ScoreError, match="all usable samples are of one group"):
-        audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache")
 
 
 def test_nothing_usable_in_both_is_refused(planted: Planted, tmp_path: Path) -> None:
@@ -366,23 +286,15 @@ def test_more_than_two_modalities(planted: Planted, tmp_path: Path, m: int) -> N
     np.testing.assert_allclose(total, 0, atol=1e-5)
 
 
-def test_repeats_are_averaged_and_their_spread_is_told(planted: Planted, tmp_path: Path) -> None:
+def test_the_spread_over_repeats_is_told(planted: Planted, tmp_path: Path) -> None:
     data = planted()
     first = audit(data, tmp_path / "cache").scores
     both = audit(data, tmp_path / "cache", probe=replace(QUICK, repeats=2)).scores
     assert first.discrepancy_sd is None
     np.testing.assert_array_equal(first.fold, both.fold)  # that of the first round
-    # Two rounds a and b: the mean m is known and so is a; then b = 2 m - a, and the standard deviation |a - m| sqrt 2.
-    a, m = first.discrepancy(), both.discrepancy()
     assert both.discrepancy_sd is not None
-    np.testing.assert_allclose(both.discrepancy_sd[:, 0], np.sqrt(2) * np.abs(a - m), atol=1e-4)
+    assert both.discrepancy_sd.shape == (90, 1)
     assert 0 < both.discrepancy_sd.mean() < 0.5
-
-
-def test_neighbouring_seeds_share_no_round(planted: Planted, tmp_path: Path) -> None:
-    data = planted()
-    rounds = [audit(data, tmp_path / "cache", seed=seed).scores.fold for seed in (5, 6)]
-    assert np.mean(np.asarray(rounds[0]) == np.asarray(rounds[1])) < 0.5
 
 
 def test_the_columns_fit_together(planted: Planted, tmp_path: Path) -> None:
@@ -397,7 +309,8 @@ def test_the_columns_fit_together(planted: Planted, tmp_path: Path) -> None:
     assert scores.p_balanced is not None
     np.testing.assert_array_equal(scores.p_balanced, found.mixture.posterior(scores.gap))
     assert found.mixture.num_samples == int(np.sum(scores.split != "test"))
-    assert set(found.fused.tolist()) <= set(scores.label.tolist())
+    assert scores.prediction_fused is not None
+    assert set(scores.prediction_fused.tolist()) <= set(scores.label.tolist())
 
 
 def test_numbers_of_classes_are_those_of_the_source(planted: Planted, tmp_path: Path) -> None:
@@ -408,6 +321,217 @@ def test_numbers_of_classes_are_those_of_the_source(planted: Planted, tmp_path: 
     assert found.scores.prediction is not None
     assert set(found.scores.label.tolist()) == {1, 2, 3}
     assert set(found.scores.prediction.ravel().tolist()) <= {1, 2, 3}
-    assert set(found.fused.tolist()) <= {1, 2, 3}
-    assert (found.fused == found.scores.label).mean() > 0.5
+    assert found.scores.prediction_fused is not None
+    assert set(found.scores.prediction_fused.tolist()) <= {1, 2, 3}
+    assert (found.scores.prediction_fused == found.scores.label).mean() > 0.5
     assert set(found.scores.label_name) == {"0", "1", "2"}
+
+
+THREE = ("a", "b", "c")
+
+
+def holed(columns: dict[str, list[Any]], names: Sequence[str] = THREE, *, every: int = 4) -> dict[str, list[Any]]:
+    """Leave out one modality of every fourth sample, another one each time."""
+    found = {name: list(values) for name, values in columns.items()}
+    for number, row in enumerate(range(0, len(columns["id"]), every)):
+        found[names[number % len(names)]][row] = None
+    return found
+
+
+def test_what_is_missing_is_null_and_the_others_are_set_against_each_other(planted: Planted, tmp_path: Path) -> None:
+    columns = holed(rows_of(planted(modalities=THREE)))
+    found = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache", probe=WHOLE)
+    assert found.quarantined == ()
+    rows = by_id(found)
+    kinds = ("confidence", *BY_MODALITY, "discrepancy", "discrepancy_sd")
+    for number, name in enumerate(columns["id"]):
+        row = rows[name]
+        has = [modality for modality in THREE if columns[modality][number] is not None]
+        assert len(has) == (2 if number % 4 == 0 else 3)
+        for modality in THREE:
+            nulls = {kind for kind in kinds if row[f"{kind}_{modality}"] is None}
+            assert nulls == (set() if modality in has else set(kinds)), (name, modality)
+        c = {modality: row[f"confidence_{modality}"] for modality in has}
+        for modality in has:
+            others = np.mean([c[other] for other in has if other != modality])
+            assert row[f"discrepancy_{modality}"] == pytest.approx(c[modality] - others, abs=1e-6)
+        assert row["gap"] == pytest.approx(max(c.values()) - min(c.values()), abs=1e-6)
+        assert row["dominant"] in has
+        for column in ("similarity", "balance", "p_balanced", "confidence_fused", "prediction_fused", "loss_fused"):
+            assert row[column] is not None
+
+
+def test_what_is_missing_elsewhere_changes_nothing(planted: Planted, tmp_path: Path) -> None:
+    """Modality c is there in every row: what is said of it is the same, bit by bit, whoever lacks a or b."""
+    columns = rows_of(planted(modalities=THREE))
+    whole = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "one", probe=WHOLE)
+    less = audit(rewrite(tmp_path / "d.parquet", holed(columns, ("a", "b"))), tmp_path / "two", probe=WHOLE)
+    one, two = whole.scores.to_arrow(), less.scores.to_arrow()
+    for kind in ("confidence", "prediction", "loss", "entropy", "margin", "training_confidence"):
+        assert one[f"{kind}_c"].equals(two[f"{kind}_c"]), kind
+        assert not one[f"{kind}_a"].equals(two[f"{kind}_a"]), kind
+    complete = less.scores.present.all(axis=1)
+    assert spearmanr(whole.scores.confidence[complete, 0], less.scores.confidence[complete, 0]).statistic > 0.9
+    assert less.ledger.standings[2] == whole.ledger.standings[2]
+
+
+def test_a_probe_does_not_learn_from_rows_that_lack_its_modality(tmp_path: Path) -> None:
+    """Numbers are dealt into folds by their tenths: moved within one, they change what is learned and nothing else."""
+    columns, y = numbers_planted(200, names=THREE)
+    columns = holed(columns, ("a",))
+    config = DataConfig(task="regression")
+    moved = {**columns, "label": list(columns["label"])}
+    ranks = y.argsort().argsort()
+    for row in range(0, 200, 4):
+        if 2 < ranks[row] % 20 < 17:  # well inside its tenth, whose bounds stay where they are
+            moved["label"][row] = float(np.sort(y)[ranks[row] // 20 * 20 + 10] + 1e-3 * row / 200)
+    assert moved["label"] != columns["label"]
+    one, two = (
+        audit(rewrite(tmp_path / "d.parquet", each), tmp_path / name, config=config, probe=WHOLE).scores.to_arrow()
+        for name, each in (("one", columns), ("two", moved))
+    )
+    assert one["fold"].equals(two["fold"])
+    for kind in ("prediction", "entropy"):  # confidence is in units of the best modality, which may have moved
+        assert one[f"{kind}_a"].equals(two[f"{kind}_a"])
+        assert not one[f"{kind}_b"].equals(two[f"{kind}_b"])
+
+
+def numbers_planted(n: int, *, names: Sequence[str] = ("told", "noise")) -> tuple[dict[str, list[Any]], Any]:
+    """Numbers that the first modality tells up to an error of a fifth; the last is noise."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(5, 2, n)
+    columns: dict[str, list[Any]] = {"id": [f"s{row:03d}" for row in range(n)], "label": y.tolist()}
+    for name in names:
+        clear = 0.0 if name == names[-1] else 1.0
+        columns[name] = (clear * y[:, None] + 0.4 * rng.standard_normal((n, 3))).tolist()
+    return columns, y
+
+
+def test_numbers_are_told_by_what_tells_them(tmp_path: Path) -> None:
+    columns, y = numbers_planted(300)
+    data = rewrite(tmp_path / "d.parquet", columns)
+    found = audit(data, tmp_path / "cache", config=DataConfig(task="regression"), probe=WHOLE)
+    assert (found.ledger.metric, found.ledger.chance) == ("R^2", 0)
+    told, noise, fused = found.ledger.standings
+    assert told.value > 0.95
+    assert -0.1 < noise.value < 0.05
+    assert fused.value > 0.95
+    gain, none = found.ledger.gains
+    assert gain.low > 0.5
+    assert none.high < 0.02
+    assert not any(control.leaks for control in found.ledger.controls)
+    scores = found.scores
+    assert scores.prediction is not None
+    assert scores.entropy is not None
+    assert (scores.margin, scores.shapley) == (None, None)
+    # Of a Gaussian the entropy is log(sigma sqrt(2 pi e)): it tells the sigma that each confidence was made with.
+    sigma = np.exp(scores.entropy.astype(np.float64)) / np.sqrt(2 * np.pi * np.e)
+    least = sigma.mean(axis=0).min()
+    error = y[:, None] - scores.prediction
+    expected = np.minimum(1, least / sigma * np.exp(-np.square(error) / (2 * sigma**2)))
+    np.testing.assert_allclose(scores.confidence, expected, atol=1e-4)
+    assert sigma[:, 0].mean() == pytest.approx(error[:, 0].std(), rel=0.05)
+    assert scores.discrepancy().mean() > 0.3
+
+
+def test_several_labels_are_told_by_what_tells_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    has = rng.random((300, 3)) < 0.5
+    columns: dict[str, list[Any]] = {
+        "id": [f"s{row:03d}" for row in range(300)],
+        "label": [[name for name, one in zip(("cat", "dog", "owl"), row, strict=True) if one] for row in has],
+        "told": (3.0 * has + 0.5 * rng.standard_normal((300, 3))).tolist(),
+        "noise": rng.standard_normal((300, 3)).tolist(),
+    }
+    data = rewrite(tmp_path / "d.parquet", columns)
+    found = audit(data, tmp_path / "cache", config=DataConfig(task="multilabel"), probe=WHOLE)
+    assert found.quarantined == ()  # who has none of the labels has a set of labels
+    assert found.ledger.metric == "label accuracy"
+    told, noise, fused = found.ledger.standings
+    assert told.value > 0.98
+    assert fused.value > 0.98
+    assert noise.low <= found.ledger.chance
+    assert abs(noise.value - 0.5) < 0.06
+    assert not any(control.leaks for control in found.ledger.controls)
+    scores = found.scores
+    assert (scores.prediction, scores.prediction_fused) == (None, None)
+    assert scores.confidence[:, 0].mean() > 0.9
+    assert scores.confidence[:, 1].mean() == pytest.approx(0.5, abs=0.05)  # the mean over labels, not their product
+    assert scores.shapley is not None
+    np.testing.assert_allclose(scores.shapley[:, 0].mean(), 1.25, atol=0.1)  # (V1 + V12 - V2) / 2 = (1 + 2 - 1/2) / 2
+    np.testing.assert_allclose(scores.shapley[:, 1].mean(), 0.75, atol=0.1)
+
+
+def spans(scores: ScoreTable, k: int) -> dict[str, tuple[float, float]]:
+    """Give the range of each column by modality, as score.py documents it."""
+    m = len(scores.modalities)
+    return {
+        "confidence": (0, 1),
+        "loss": (0, 27.7),
+        "entropy": (0, float(np.log(k)) + 1e-6),
+        "margin": (0, 1),
+        "training_confidence": (0, 1),
+        "training_variability": (0, 0.5),
+        "shapley": (1 - m, m),
+        "discrepancy_sd": (0, 1.42),
+        "confidence_fused": (0, 1),
+        "loss_fused": (0, 27.7),
+        "similarity": (0, 1),
+        "balance": (-1, 1),
+        "p_balanced": (0, 1),
+    }
+
+
+@pytest.mark.parametrize("names", [THREE[:2], THREE])
+def test_every_score_is_in_its_range(planted: Planted, tmp_path: Path, names: tuple[str, ...]) -> None:
+    columns = rows_of(planted(modalities=names))
+    if len(names) > 2:
+        columns = holed(columns)
+    scores = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache", probe=WHOLE).scores
+    for name, (low, high) in spans(scores, 3).items():
+        values = getattr(scores, name)
+        assert low <= np.nanmin(values) <= np.nanmax(values) <= high, name
+        assert np.nanmin(values) < np.nanmax(values), name
+    assert scores.shapley is not None
+    assert scores.prediction_fused is not None
+    if len(names) == 2:
+        right = scores.prediction_fused == scores.label
+        np.testing.assert_allclose(scores.shapley.sum(axis=1), 2.0 * right, atol=1e-5)
+
+
+def test_discrepancy_is_recovered_where_the_posterior_is_known(tmp_path: Path) -> None:
+    """Bayes gives the truth: p(label | x) of the mixture that each modality is drawn from."""
+    rng = np.random.default_rng(7)
+    label = np.arange(4_000) % 3
+    columns: dict[str, list[Any]] = {"id": [f"s{row:04d}" for row in range(4_000)], "label": label.tolist()}
+    truth = []
+    for name, spread in (("a", 1.5), ("b", 2.0)):
+        means = spread * np.eye(3, 8)
+        x = means[label] + rng.standard_normal((4_000, 8))
+        posterior = softmax(x @ means.T - (means**2).sum(axis=1) / 2, axis=1)
+        truth.append(posterior[np.arange(4_000), label])
+        columns[name] = x.tolist()
+    probe = ProbeConfig(repeats=1, fused=False, control=False)
+    found = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache", probe=probe).scores
+    assert spearmanr(found.discrepancy(), truth[0] - truth[1]).statistic > 0.95
+    np.testing.assert_allclose(found.confidence.mean(axis=0), np.mean(truth, axis=1), atol=0.02)
+
+
+def test_what_a_probe_has_seen_it_knows_by_heart(tmp_path: Path) -> None:
+    """Noise of 120 samples and 80 features, each sample told twice: so it is in sample, and it must not be."""
+    rng = np.random.default_rng(0)
+    features = {name: rng.standard_normal((120, 80)) for name in ("a", "b")}
+    columns: dict[str, list[Any]] = {
+        "id": [f"s{row:03d}" for row in range(240)],
+        "label": [row % 120 % 2 for row in range(240)],
+        **{name: [*each.tolist(), *each.tolist()] for name, each in features.items()},
+    }
+    data, weak = rewrite(tmp_path / "d.parquet", columns), replace(QUICK, strengths=(1e-4,), folds=5)
+    out_of_fold = audit(data, tmp_path / "cache", probe=weak)
+    by_heart = audit(data, tmp_path / "cache", probe=weak, keep_duplicates=True)
+    assert [each.reason for each in out_of_fold.quarantined] == [Reason.DUPLICATE] * 120
+    assert (len(out_of_fold.scores), len(by_heart.scores)) == (120, 240)
+    assert out_of_fold.scores.confidence.mean() == pytest.approx(0.5, abs=0.05)
+    assert by_heart.scores.confidence.mean() > 0.62  # the fifth whose twin is in the same fold lowers the temperature
+    assert by_heart.scores.prediction is not None
+    assert (by_heart.scores.prediction == by_heart.scores.label[:, None]).mean() > 0.8

@@ -1,0 +1,245 @@
+"""Laws of the answers: what is missing stays missing, and Shapley values are those of what the fused probe says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.special import log_softmax, softmax
+from scipy.stats import norm
+
+from mmaudit.audit import measures
+from mmaudit.audit.answers import Answers, ask, right_of
+from mmaudit.audit.matrix import Inputs, JointInputs, MatrixInputs, Rows
+from mmaudit.audit.panel import Calibration, Member, Panel
+from mmaudit.audit.probe import Probe
+from mmaudit.audit.target import Target
+from mmaudit.audit.workers import silent
+
+Floats = NDArray[np.float32]
+N, K, ROUNDS = 40, 3, 2
+FREE = Calibration(num_rows=N, temperature=1.0, ece_before=None, ece_after=None)
+RNG = np.random.default_rng(0)
+LABEL = (np.arange(N) % K).astype(np.int32)
+CLASSES = Target(task="classification", label=LABEL, num_outputs=K)
+NUMBERS = Target(task="regression", label=LABEL, num_outputs=1, values=RNG.normal(0, 1, (N, 1)).astype(np.float32))
+LABELS = Target(task="multilabel", label=LABEL, num_outputs=K, values=(RNG.random((N, K)) < 0.5).astype(np.float32))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """A probe that says what it is told to: by_round (r, n, k), by_epoch (e, n, k)."""
+
+    by_round: Floats
+    by_epoch: Floats
+
+    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
+        return self.by_round[:, rows]
+
+    def logits_by_epoch(self, rows: Rows) -> Floats:
+        return self.by_epoch[:, rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hears:
+    """A fused probe that is right (n,) or not by which modalities it hears."""
+
+    right: Mapping[frozenset[int], NDArray[np.bool_]]
+    label: NDArray[np.int32]
+    num_outputs: int
+
+    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
+        masked = inputs.masked if isinstance(inputs, JointInputs) else frozenset()
+        everyone = max(self.right, key=len)
+        named = np.where(self.right[everyone - masked], self.label, (self.label + 1) % self.num_outputs)
+        return np.asarray(3 * np.eye(self.num_outputs, dtype=np.float32)[named][None, rows])
+
+    def logits_by_epoch(self, rows: Rows) -> Floats:
+        raise AssertionError("nobody asks how the fused probe was trained")
+
+
+def member(
+    name: str, probe: Probe, *, present: NDArray[np.bool_] | None = None, scale: float = 1.0, width: int = 1
+) -> Member:
+    return Member(
+        name=name,
+        inputs=MatrixInputs(matrix=np.zeros((N, width), np.float32)),
+        present=np.ones(N, bool) if present is None else present,
+        probe=probe,
+        scale=np.full(N, scale, np.float32),
+        calibration=FREE,
+    )
+
+
+def told(seed: int, k: int = K) -> Told:
+    rng = np.random.default_rng(seed)
+    draw = rng.normal(0, 2, (ROUNDS + 4, N, k)).astype(np.float32)
+    return Told(by_round=draw[:ROUNDS], by_epoch=draw[ROUNDS:])
+
+
+def panel_of(m: int, target: Target = CLASSES, *, present: Any = None, **rest: Any) -> Panel:
+    present = np.ones((N, m), bool) if present is None else present
+    members = [
+        member(str(j), told(j, target.num_outputs), present=present[:, j], scale=1.0 + 0.5 * j) for j in range(m)
+    ]
+    return Panel(members=tuple(members), target=target, **{"fused": None, **rest})
+
+
+def answers_of(panel: Panel, seed: int = 0) -> Answers:
+    return ask(panel, seed=seed, progress=silent)
+
+
+def some_missing(m: int) -> NDArray[np.bool_]:
+    """Row by row another modality is missing, and in some none."""
+    return np.stack([np.arange(N) % (m + 1) != j for j in range(m)], axis=1)
+
+
+@pytest.mark.parametrize("target", [CLASSES, LABELS, NUMBERS], ids=lambda target: target.task)
+def test_what_is_missing_is_nan_and_the_rest_is_as_if_it_were_there(target: Target) -> None:
+    present = some_missing(3)
+    whole, holed = answers_of(panel_of(3, target)), answers_of(panel_of(3, target, present=present))
+    complete = present.all(axis=1)
+    for field in fields(Answers):
+        one, other = getattr(whole, field.name), getattr(holed, field.name)
+        assert one.shape == other.shape, field.name
+        np.testing.assert_array_equal(other[complete], one[complete], err_msg=field.name)
+        if one.ndim == 1:
+            assert np.isnan(one).all() == np.isnan(other).any(), field.name
+        elif field.name != "spread":  # which is by the modalities there are
+            np.testing.assert_array_equal(other, np.where(present, one, np.nan), err_msg=field.name)
+    np.testing.assert_array_equal(np.isnan(holed.spread), ~present)
+
+
+def test_confidence_is_of_the_mean_and_spread_of_the_rounds() -> None:
+    panel = panel_of(2)
+    found = answers_of(panel)
+    by_round = []
+    for each in panel.members:
+        probe = each.probe
+        assert isinstance(probe, Told)
+        logs = log_softmax(probe.by_round.astype(np.float64), axis=2)
+        mean = softmax(logs.mean(axis=0) / each.scale[0], axis=1)
+        np.testing.assert_allclose(found.confidence[:, int(each.name)], mean[np.arange(N), LABEL], atol=1e-5)
+        by_round.append(softmax(logs / each.scale[0], axis=2)[:, np.arange(N), LABEL])
+        epochs = softmax(probe.by_epoch.astype(np.float64) / each.scale[0], axis=2)[:, np.arange(N), LABEL]
+        np.testing.assert_allclose(found.training_confidence[:, int(each.name)], epochs.mean(axis=0), atol=1e-5)
+        np.testing.assert_allclose(found.training_variability[:, int(each.name)], epochs.std(axis=0), atol=1e-5)
+    discrepancy = by_round[0] - by_round[1]
+    np.testing.assert_allclose(found.spread[:, 0], discrepancy.std(axis=0, ddof=1), atol=1e-5)
+    assert found.spread.shape == (N, 1)
+
+
+def test_after_one_round_there_is_no_spread() -> None:
+    members = tuple(
+        member(name, Told(by_round=told(seed).by_round[:1], by_epoch=told(seed).by_epoch))
+        for seed, name in enumerate(("a", "b"))
+    )
+    found = answers_of(Panel(members=members, fused=None, target=CLASSES))
+    assert found.spread.shape == (N, 1)
+    assert np.isnan(found.spread).all()
+
+
+def test_without_a_fused_probe_the_modalities_are_fused_and_have_no_shapley_values() -> None:
+    panel = panel_of(2)
+    found = answers_of(panel)
+    shares = [each.read(np.arange(N), CLASSES).probability for each in panel.members]
+    fused = measures.fuse(shares)
+    np.testing.assert_allclose(found.fused_confidence, fused[np.arange(N), LABEL], atol=1e-5)
+    np.testing.assert_array_equal(found.fused_predicted, fused.argmax(axis=1))
+    np.testing.assert_array_equal(found.fused_right, fused.argmax(axis=1) == LABEL)
+    np.testing.assert_allclose(found.similarity, measures.similarity(shares), atol=1e-6)
+    assert np.isnan(found.shapley).all()
+
+
+def test_numbers_are_as_likely_as_the_best_modality_s_gaussian_allows() -> None:
+    panel = panel_of(2, NUMBERS)
+    found = answers_of(panel)
+    assert NUMBERS.values is not None
+    for index, each in enumerate(panel.members):
+        probe, sigma = each.probe, float(each.scale[0])
+        assert isinstance(probe, Told)
+        mean = probe.by_round.mean(axis=0)[:, 0]
+        density = norm.pdf(NUMBERS.values[:, 0], loc=mean, scale=sigma)
+        np.testing.assert_allclose(found.confidence[:, index], density / norm.pdf(0, scale=1.0), atol=1e-5)
+        np.testing.assert_allclose(found.predicted[:, index], mean, atol=1e-6)
+    assert np.isnan(found.margin).all()
+    assert np.isnan(found.shapley).all()
+
+
+def test_one_member_is_asked_as_all_are() -> None:
+    present = some_missing(3)
+    panel = panel_of(3, present=present)
+    found = answers_of(panel).right
+    for index, each in enumerate(panel.members):
+        np.testing.assert_array_equal(right_of(each, CLASSES), found[:, index])
+
+
+def game(m: int, *, seed: int) -> dict[frozenset[int], NDArray[np.bool_]]:
+    rng = np.random.default_rng(seed)
+    sets = [frozenset(j for j in range(m) if number >> j & 1) for number in range(1, 2**m)]
+    return {each: rng.random(N) < 0.5 for each in sets}
+
+
+def shapley_of(right: Mapping[frozenset[int], NDArray[np.bool_]], *, present: Any = None, seed: int = 0) -> Floats:
+    m = len(max(right, key=len))
+    probe = Hears(right=right, label=LABEL, num_outputs=K)
+    return answers_of(panel_of(m, present=present, fused=member("fused", probe, width=m)), seed).shapley
+
+
+def test_shapley_values_of_two_modalities_are_smvs() -> None:
+    """phi^1 = (V1 - 0 + V12 - V2) / 2, where V is the number of modalities if they name the class, else 0."""
+    right = game(2, seed=0)
+    first, second, both = (right[frozenset(each)].astype(float) for each in ({0}, {1}, {0, 1}))
+    found = shapley_of(right)
+    np.testing.assert_allclose(found[:, 0], (first + 2 * both - second) / 2, atol=1e-6)
+    np.testing.assert_allclose(found[:, 1], (second + 2 * both - first) / 2, atol=1e-6)
+    assert len({tuple(row) for row in found.tolist()}) > 4  # of eight cases
+
+
+@pytest.mark.parametrize("m", [2, 3, 5, 7])
+def test_shapley_values_share_out_what_all_are_worth(m: int) -> None:
+    right = game(m, seed=m)
+    found = shapley_of(right)
+    np.testing.assert_allclose(found.sum(axis=1), m * right[frozenset(range(m))], atol=1e-4)
+    if m <= 6:  # of all orders; in sampled ones a modality may come last more often
+        assert found.max() <= (m + 1) / 2 + 1e-5
+        assert found.min() >= -(m - 1) / 2 - 1e-5
+
+
+def test_sampled_orders_follow_the_seed() -> None:
+    right = game(7, seed=1)
+    one, again, other = (shapley_of(right, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0.01
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_modalities_that_each_suffice_are_worth_one(m: int) -> None:
+    right = {each: np.ones(N, bool) for each in game(m, seed=0)}
+    np.testing.assert_allclose(shapley_of(right), 1, atol=1e-6)
+
+
+def test_a_modality_that_the_others_need_is_worth_more_than_one_and_theirs_less() -> None:
+    right = {each: np.full(N, 0 in each) for each in game(3, seed=0)}
+    found = shapley_of(right)
+    assert found[:, 0].min() > 1 > found[:, 1:].max()
+    np.testing.assert_allclose(found[:, 1], found[:, 2], atol=1e-6)
+
+
+def test_missing_modalities_take_no_part_in_the_shapley_game() -> None:
+    """What two of three modalities are worth is shared out between those two: a third that is not there has no part."""
+    present = np.ones((N, 3), bool)
+    present[::2, 2] = False
+    right = game(3, seed=4)
+    for each in [each for each in right if 2 in each]:  # without the third, hearing it or not is the same
+        alone = right.get(each - {2}, np.zeros(N, bool))
+        right[each] = np.where(present[:, 2], right[each], alone)
+    found = shapley_of(right, present=present)
+    np.testing.assert_array_equal(np.isnan(found), ~present)
+    two = shapley_of({each: values for each, values in right.items() if 2 not in each})
+    np.testing.assert_allclose(found[1::2], shapley_of(right)[1::2], atol=1e-6)
+    np.testing.assert_allclose(found[::2, :2], two[::2], atol=1e-6)

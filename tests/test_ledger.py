@@ -1,0 +1,320 @@
+"""Laws of the ledger: figures are those of scikit-learn, a leak is seen, and a gain has its interval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.dummy import DummyClassifier
+from sklearn.metrics import accuracy_score, r2_score
+
+from mmaudit.audit.answers import Answers, ask
+from mmaudit.audit.crossing import Crossing
+from mmaudit.audit.folds import assign_folds
+from mmaudit.audit.hashing import hash_rank
+from mmaudit.audit.ledger import Ledger, chance_of, keep_books, to_metric
+from mmaudit.audit.matrix import Inputs, MatrixInputs, Rows
+from mmaudit.audit.network_probe import NetworkProbe
+from mmaudit.audit.panel import Calibration, Fit, Member, Panel, seat_member, seat_together
+from mmaudit.audit.probe import Probe, ProbeConfig, fit_probe
+from mmaudit.audit.target import Target
+from mmaudit.audit.workers import silent
+
+Floats = NDArray[np.float32]
+N, K = 900, 3
+FREE = Calibration(num_rows=N, temperature=1.0, ece_before=None, ece_after=None)
+IDS = np.array([f"s{row:04d}" for row in range(N)], dtype=object)
+LABEL = (np.arange(N) % K).astype(np.int32)
+CLASSES = Target(task="classification", label=LABEL, num_outputs=K)
+HONEST: Fit = partial(fit_probe, config=ProbeConfig(strengths=(1e-2,)))
+
+
+def cross(target: Target) -> Crossing:
+    everyone = np.ones(len(target), dtype=bool)
+    ids = IDS[: len(target)]
+    fold, inner = (
+        assign_folds(ids, target.label, None, everyone, num_folds=5, seed=0, purpose=purpose) for purpose in ("f", "i")
+    )
+    return Crossing(fold=fold, inner=inner, fits=everyone, key=hash_rank(ids, seed=0, purpose="key"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """A probe that says what it is told to: by_round (r, n, k)."""
+
+    by_round: Floats
+
+    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
+        return self.by_round[:, rows]
+
+    def logits_by_epoch(self, rows: Rows) -> Floats:
+        return self.by_round[:, rows]
+
+
+def peek(inputs: Inputs, target: Target, crossings: Sequence[Crossing]) -> Probe:
+    """Fit nothing and look the answers up: what a probe would say that sees the rows it is asked about."""
+    if target.values is not None:
+        return Told(by_round=(target.values - 0.5 * (target.task == "multilabel"))[None])
+    return Told(by_round=np.eye(target.num_outputs, dtype=np.float32)[target.label][None])
+
+
+def seated(target: Target, *said: Floats, scale: float = 1.0) -> Panel:
+    """Give a panel whose members say this, (n, k) each."""
+    members = tuple(
+        Member(
+            name=f"m{index}",
+            inputs=MatrixInputs(matrix=np.zeros((len(target), 2), np.float32)),
+            present=np.ones(len(target), bool),
+            probe=Told(by_round=each[None]),
+            scale=np.full(len(target), scale, np.float32),
+            calibration=FREE,
+        )
+        for index, each in enumerate(said)
+    )
+    return Panel(members=members, fused=None, target=target)
+
+
+def planted(*strengths: float, rows: int = N, seed: int = 0) -> tuple[Panel, list[Crossing]]:
+    """Fit a panel to Gaussian features around class means this far out, with a fused probe."""
+    rng = np.random.default_rng(seed)
+    target = CLASSES.take(np.arange(rows))
+    crossing = cross(target)
+    means = np.eye(K)[target.label]
+    members = [
+        seat_member(
+            f"m{index}",
+            MatrixInputs(matrix=(strength * means + rng.standard_normal((rows, K))).astype(np.float32)),
+            target,
+            [crossing],
+            present=np.ones(rows, bool),
+            fit=HONEST,
+        )
+        for index, strength in enumerate(strengths)
+    ]
+    fused = seat_together("fused", members, target, [crossing], fit=HONEST)
+    return Panel(members=tuple(members), fused=fused, target=target), [crossing]
+
+
+def books(
+    panel: Panel, crossings: Sequence[Crossing] | None = None, *, answers: Answers | None = None, **changes: Any
+) -> Ledger:
+    n = len(panel.target)
+    options: dict[str, Any] = {
+        "fit": HONEST,
+        "controls": False,
+        "sample_id": IDS[:n],
+        "group": None,
+        "seed": 0,
+        **changes,
+    }
+    answers = ask(panel, seed=0, progress=silent) if answers is None else answers
+    return keep_books(panel, answers, [cross(panel.target)] if crossings is None else crossings, **options)
+
+
+def guesses(share: float, *, seed: int) -> Floats:
+    """Give logits (n, k) that name the true class this often, and else the next."""
+    right = np.random.default_rng(seed).random(N) < share
+    return 2 * np.eye(K, dtype=np.float32)[np.where(right, LABEL, (LABEL + 1) % K)]
+
+
+def numbers(seed: int = 0) -> Target:
+    values = np.random.default_rng(seed).normal(3, 2, (N, 1)).astype(np.float32)
+    return Target(task="regression", label=np.zeros(N, np.int32), num_outputs=1, values=values)
+
+
+def several(seed: int = 0) -> Target:
+    values = (np.random.default_rng(seed).random((N, 3)) < [0.1, 0.5, 0.8]).astype(np.float32)
+    return Target(task="multilabel", label=np.zeros(N, np.int32), num_outputs=3, values=values)
+
+
+def test_standings_of_classes_are_accuracies() -> None:
+    panel = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1))
+    found = books(panel)
+    assert found.metric == "accuracy"
+    assert found.fused_by == "mean of log probabilities"
+    assert [standing.name for standing in found.standings] == ["m0", "m1", "fused"]
+    for member, standing in zip(panel.members, found.standings, strict=False):
+        said = member.probe.logits(np.arange(N))[0]
+        assert standing.value == pytest.approx(accuracy_score(LABEL, said.argmax(axis=1)), abs=1e-6)
+        assert standing.low < standing.value < standing.high
+        shares = np.exp(said) / np.exp(said).sum(axis=1, keepdims=True)
+        assert standing.loss == pytest.approx(-np.log(shares[np.arange(N), LABEL]).mean(), rel=1e-4)
+    assert found.over_best.name == "m0"
+
+
+def test_standings_of_labels_are_shares_of_right_decisions() -> None:
+    target = several()
+    assert target.values is not None
+    said = np.random.default_rng(1).normal(0, 1, (N, 3)).astype(np.float32) + target.values
+    found = books(seated(target, said, -said))
+    assert found.metric == "label accuracy"
+    expected = accuracy_score(target.values.ravel(), (said > 0).ravel())
+    assert found.standings[0].value == pytest.approx(expected, abs=1e-6)
+    assert found.standings[1].value == pytest.approx(1 - expected, abs=1e-6)
+
+
+def test_standings_of_numbers_are_r2() -> None:
+    target = numbers()
+    assert target.values is not None
+    rng = np.random.default_rng(1)
+    said = [(target.values + rng.normal(0, sigma, (N, 1))).astype(np.float32) for sigma in (0.5, 4.0)]
+    found = books(seated(target, *said))
+    assert (found.metric, found.chance) == ("R^2", 0)
+    for one, standing in zip(said, found.standings, strict=False):
+        assert standing.value == pytest.approx(r2_score(target.values, one), abs=1e-4)
+    assert found.standings[0].value > 0.9
+    assert found.standings[1].value < -1  # worse than the mean
+
+
+def test_a_member_stands_on_the_samples_that_have_it() -> None:
+    panel = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1), guesses(0.6, seed=2))
+    here = LABEL != 0
+    panel = replace(panel, members=(replace(panel.members[0], present=here), *panel.members[1:]))
+    found = books(panel).standings[0]
+    said = guesses(0.8, seed=0).argmax(axis=1)
+    assert found.value == pytest.approx(accuracy_score(LABEL[here], said[here]), abs=1e-6)
+    assert np.isfinite([found.low, found.high, found.loss]).all()
+
+
+def test_chance_is_what_naming_the_commonest_reaches() -> None:
+    rng = np.random.default_rng(0)
+    label = rng.choice(4, 200, p=[0.1, 0.2, 0.6, 0.1]).astype(np.int32)
+    target = Target(task="classification", label=label, num_outputs=4)
+    dummy = DummyClassifier(strategy="most_frequent").fit(label[:, None], label)
+    assert chance_of(target) == pytest.approx(dummy.score(label[:, None], label))
+    labels = several()
+    assert labels.values is not None
+    often = labels.values.mean(axis=0) > 0.5
+    assert chance_of(labels) == pytest.approx((labels.values == often).mean(), abs=1e-6)
+    ones = numbers()
+    assert ones.values is not None
+    squares = -np.square(ones.values - ones.values.mean())[:, 0]
+    assert to_metric(squares, ones).mean() == pytest.approx(chance_of(ones), abs=1e-4)
+
+
+@pytest.mark.parametrize("target", [CLASSES, several(), numbers()], ids=lambda target: target.task)
+def test_labels_that_leak_are_seen(target: Target) -> None:
+    """What is asked to learn shuffled labels and knows them out of fold has been told."""
+    said = np.zeros((N, target.num_outputs), np.float32)
+    for control in books(seated(target, said, said), fit=peek, controls=True).controls:
+        assert control.num_rows == N
+        assert control.value == pytest.approx(1.0, abs=1e-5)
+        assert control.leaks
+
+
+@pytest.mark.parametrize("target", [CLASSES, several(), numbers()], ids=lambda target: target.task)
+def test_shuffled_labels_of_clean_data_are_at_chance(target: Target) -> None:
+    """The features tell the true labels well, and the shuffled ones not at all."""
+    rng = np.random.default_rng(2)
+    truth = np.eye(K)[LABEL] if target.values is None else target.values
+    panel = seated(target, *(np.zeros((N, target.num_outputs), np.float32),) * 2)
+    clear = MatrixInputs(matrix=(3 * truth + 0.3 * rng.standard_normal(truth.shape)).astype(np.float32))
+    panel = replace(panel, members=tuple(replace(member, inputs=clear) for member in panel.members))
+    found = books(panel, controls=True)
+    assert [control.name for control in found.controls] == ["m0", "m1"]
+    for control in found.controls:
+        assert not control.leaks
+        assert control.low <= control.chance
+        assert abs(control.value - control.chance) < 0.06
+    assert books(panel).controls == ()
+
+
+def test_nobody_keeps_their_own_label_in_the_control_and_none_is_lost() -> None:
+    values = np.arange(N, dtype=np.float32)[:, None]
+    target = Target(task="regression", label=np.zeros(N, np.int32), num_outputs=1, values=values)
+    rows = MatrixInputs(matrix=values)
+    seen: list[tuple[Floats, Floats]] = []
+
+    def note(inputs: Inputs, told: Target, crossings: Sequence[Crossing]) -> Probe:
+        assert told.values is not None
+        seen.append((inputs.read(np.arange(inputs.num_rows))[:, 0], told.values[:, 0]))
+        return peek(inputs, told, crossings)
+
+    panel = seated(target, values, values)
+    present = np.arange(N) % 3 != 0
+    first, second = (replace(member, inputs=rows) for member in panel.members)
+    panel = replace(panel, members=(replace(first, present=present), second))
+    crossing = replace(cross(target), fits=np.arange(N) % 5 != 0)
+    books(panel, [crossing], fit=note, controls=True)
+    own, told = seen[0]
+    learned = np.flatnonzero(present & crossing.fits)
+    np.testing.assert_array_equal(own, learned)
+    assert sorted(told.tolist()) == learned.tolist()
+    assert (own != told).all()
+    assert abs(np.corrcoef(own, told)[0, 1]) < 0.15
+
+
+def test_networks_have_no_control() -> None:
+    said = guesses(0.8, seed=0)
+    panel = seated(CLASSES, said, said)
+    network = NetworkProbe(by_round=said[None], by_epoch=said[None])
+    panel = replace(panel, members=(panel.members[0], replace(panel.members[1], probe=network)))
+    assert [control.name for control in books(panel, fit=peek, controls=True).controls] == ["m0"]
+
+
+def test_of_two_a_needed_modality_gains_and_a_useless_one_does_not() -> None:
+    panel, crossings = planted(1.5, 0.0)
+    found = books(panel, crossings)
+    needed, useless = found.gains
+    assert (needed.name, useless.name) == ("m0", "m1")
+    assert found.fused_by == "probe"
+    assert needed.low > 0.2
+    assert useless.low <= 0 <= useless.high
+    assert found.over_best.name == "m0"
+    assert found.over_best.low <= 0 <= found.over_best.high
+    assert (useless.gain, useless.low, useless.high) == (
+        found.over_best.gain,
+        found.over_best.low,
+        found.over_best.high,
+    )
+
+
+def test_of_three_what_each_adds_is_told_by_a_probe_of_the_others() -> None:
+    panel, crossings = planted(1.5, 0.0, 1.5)
+    found = books(panel, crossings)
+    assert [gain.name for gain in found.gains] == ["m0", "m1", "m2"]
+    first, useless, third = found.gains
+    assert first.low > 0.02
+    assert third.low > 0.02
+    assert useless.low <= 0 <= useless.high
+    assert found.over_best.low > 0
+    assert books(replace(panel, fused=None), crossings).gains == ()  # the mean of log probabilities is no probe
+
+
+def test_a_gain_is_paired() -> None:
+    """Of two probes that are right about nearly the same samples the difference is known better than either."""
+    panel = seated(CLASSES, guesses(0.6, seed=0), guesses(0.5, seed=1))
+    answers = ask(panel, seed=0, progress=silent)
+    right = answers.right[:, 0].copy()
+    right[np.flatnonzero(right == 0)[:20]] = 1
+    found = books(panel, answers=replace(answers, fused_right=right))
+    assert found.over_best.gain == pytest.approx(20 / N, abs=1e-6)
+    best = found.standings[0]
+    assert found.over_best.high - found.over_best.low < (best.high - best.low) / 3
+    assert found.over_best.low > 0
+
+
+def test_samples_that_stand_or_fall_together_are_fewer_than_they_look() -> None:
+    group = np.array([f"g{row // 18}" for row in range(N)], dtype=object)
+    right = (np.random.default_rng(0).random(50) < 0.7)[np.arange(N) // 18]
+    said = 2 * np.eye(K, dtype=np.float32)[np.where(right, LABEL, (LABEL + 1) % K)]
+    panel = seated(CLASSES, said, guesses(0.5, seed=1))
+    alone, together = books(panel), books(panel, group=group)
+    for one, other in ((alone.standings[0], together.standings[0]), (alone.gains[1], together.gains[1])):
+        assert other.high - other.low > 2 * (one.high - one.low)
+    assert alone.standings[0].value == together.standings[0].value
+
+
+def test_the_books_are_plain_values() -> None:
+    panel = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1))
+    found = books(panel, fit=peek, controls=True)
+    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert [control["leaks"] for control in told["controls"]] == [True, True]
+    assert told["standings"][0]["value"] == pytest.approx(found.standings[0].value)
+    assert {"metric", "chance", "fused_by", "standings", "over_best", "gains", "controls"} == set(told)

@@ -1,0 +1,223 @@
+"""Laws of the panel: members are calibrated out of fold, and on no label of the fold they are asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mmaudit.audit.crossing import Crossing
+from mmaudit.audit.matrix import Inputs, MatrixInputs, Rows
+from mmaudit.audit.panel import CALIBRATION_ROWS, Fit, Member, Panel, seat_member, seat_together
+from mmaudit.audit.probe import Probe
+from mmaudit.audit.target import Target
+
+Floats = NDArray[np.float32]
+N, FOLDS = 600, 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """A probe that says what it is told to: by_round (r, n, k)."""
+
+    by_round: Floats
+
+    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
+        return self.by_round[:, rows]
+
+    def logits_by_epoch(self, rows: Rows) -> Floats:
+        return self.by_round[:1, rows] * np.array([0.5, 1], np.float32)[:, None, None]
+
+
+def says(by_round: Floats) -> Fit:
+    def fit(inputs: Inputs, target: Target, crossings: Sequence[Crossing]) -> Probe:
+        return Told(by_round=by_round)
+
+    return fit
+
+
+def cross(n: int = N, *, fits: NDArray[np.bool_] | None = None, seed: int = 0) -> Crossing:
+    rng = np.random.default_rng(seed)
+    return Crossing(
+        fold=rng.permutation(np.arange(n) % FOLDS).astype(np.int16),
+        inner=rng.permutation(np.arange(n) % FOLDS).astype(np.int16),
+        fits=np.ones(n, bool) if fits is None else fits,
+        key=rng.permutation(n).astype(np.uint64),
+    )
+
+
+CROSSINGS = (cross(seed=0), cross(seed=1))
+NOTHING = MatrixInputs(matrix=np.zeros((N, 2), np.float32))
+
+
+def drawn(task: str, *, seed: int = 0) -> tuple[Target, Floats]:
+    """Give outputs (2, n, k) that are right about themselves, and targets drawn as they say."""
+    rng = np.random.default_rng(seed)
+    k = {"classification": 3, "multilabel": 4, "regression": 1}[task]
+    logits = rng.normal(0, 1.5, (N, k))
+    both = np.stack([logits, logits]).astype(np.float32)
+    if task == "classification":
+        label = (logits + rng.gumbel(size=(N, k))).argmax(axis=1).astype(np.int32)
+        return Target(task=task, label=label, num_outputs=k), both
+    noise = rng.logistic(size=(N, k))
+    values = (logits + noise > 0) if task == "multilabel" else logits + rng.normal(0, 2.0, (N, k))
+    return Target(task=task, label=np.zeros(N, np.int32), num_outputs=k, values=values.astype(np.float32)), both
+
+
+def seat(target: Target, logits: Floats, **changes: Any) -> Member:
+    options: dict[str, Any] = {"crossings": CROSSINGS, "present": np.ones(N, bool), "fit": says(logits), **changes}
+    crossings = options.pop("crossings")
+    return seat_member("audio", NOTHING, target, crossings, **options)
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+@pytest.mark.parametrize("sharpness", [0.25, 1.0, 4.0])
+def test_what_is_said_too_surely_or_not_surely_enough_is_set_right(task: str, sharpness: float) -> None:
+    target, logits = drawn(task)
+    member = seat(target, sharpness * logits)
+    found = member.calibration
+    assert found.num_rows == N
+    assert found.temperature == pytest.approx(sharpness, rel=0.2)
+    np.testing.assert_allclose(member.scale, sharpness, rtol=0.25)
+    assert found.ece_before is not None
+    assert found.ece_after is not None
+    assert found.ece_after <= found.ece_before + 0.01  # of 600 rows, which differ between folds
+    if sharpness != 1:
+        assert found.ece_after < found.ece_before / 2
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_no_label_of_a_fold_has_a_part_in_its_own_scale(task: str, fold: int) -> None:
+    target, logits = drawn(task)
+    mine = CROSSINGS[0].fold == fold
+    if target.values is None:
+        other = replace(target, label=np.where(mine, (target.label + 1) % 3, target.label).astype(np.int32))
+    else:
+        moved = 1 - target.values if task == "multilabel" else target.values + 9
+        other = replace(target, values=np.where(mine[:, None], moved, target.values))
+    before, after = (seat(each, logits).scale for each in (target, other))
+    assert len(set(before[mine])) == 1
+    np.testing.assert_array_equal(after[mine], before[mine])
+    assert (np.abs(after - before)[~mine] > 0.01).all()
+
+
+def test_a_regression_is_scaled_by_its_residuals() -> None:
+    target, logits = drawn("regression")
+    member = seat(target, logits)
+    assert target.values is not None
+    error = (target.values - logits[0])[:, 0]
+    for fold in range(FOLDS):
+        mine = CROSSINGS[0].fold == fold
+        expected = np.sqrt(np.square(error[~mine].astype(np.float64)).mean())
+        np.testing.assert_allclose(member.scale[mine], expected, rtol=1e-5)
+    assert member.calibration.temperature == pytest.approx(2.0, abs=0.2)
+    assert (member.calibration.ece_before, member.calibration.ece_after) == (None, None)
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+def test_rows_without_the_modality_neither_teach_nor_calibrate(task: str) -> None:
+    target, logits = drawn(task)
+    present, fits = np.arange(N) % 4 != 0, np.arange(N) % 3 != 0
+    taught = []
+
+    def fit(inputs: Inputs, told: Target, crossings: Sequence[Crossing]) -> Probe:
+        taught.extend([crossing.fits for crossing in crossings])
+        return Told(by_round=logits)
+
+    crossings = [replace(crossing, fits=fits) for crossing in CROSSINGS]
+    before = seat(target, logits, crossings=crossings, present=present, fit=fit)
+    assert len(taught) == 2
+    for found in taught:
+        np.testing.assert_array_equal(found, fits & present)
+    assert before.calibration.num_rows == int((fits & present).sum())
+    unseen = ~(fits & present)
+    turned = np.where(unseen, (target.label + 1) % 3, target.label).astype(np.int32)
+    values = None if target.values is None else np.where(unseen[:, None], 5 - target.values, target.values)
+    wild = logits.copy()
+    wild[:, unseen] = np.nan
+    after = seat(replace(target, label=turned, values=values), wild, crossings=crossings, present=present)
+    np.testing.assert_array_equal(after.scale, before.scale)
+    assert after.calibration == before.calibration
+    assert np.isfinite(after.scale).all()
+    assert after.scale.shape == (N,)
+
+
+def test_the_mean_of_the_rounds_is_what_is_calibrated() -> None:
+    """One round is right, the other says nothing: their mean is half as sharp as it should be."""
+    target, logits = drawn("classification")
+    logits[1] = 0
+    assert seat(target, logits).calibration.temperature == pytest.approx(0.5, rel=0.2)
+
+
+def test_a_fold_without_rows_to_calibrate_on_has_the_mean_of_the_others() -> None:
+    target, logits = drawn("classification")
+    last = CROSSINGS[0].fold == FOLDS - 1
+    member = seat(target, logits, crossings=[replace(CROSSINGS[0], fits=~last)])
+    others = [float(member.scale[CROSSINGS[0].fold == fold][0]) for fold in range(FOLDS - 1)]
+    np.testing.assert_allclose(member.scale[last], np.mean(others), rtol=1e-5)
+
+
+def test_of_many_rows_some_are_enough_to_calibrate_on() -> None:
+    n = CALIBRATION_ROWS + 5_000
+    crossing = cross(n)
+    label = (np.arange(n) % 2).astype(np.int32)
+    logits = np.random.default_rng(0).normal(0, 1, (1, n, 2)).astype(np.float32)
+    target = Target(task="classification", label=label, num_outputs=2)
+    options: dict[str, Any] = {"present": np.ones(n, bool), "fit": says(logits)}
+    before = seat_member("audio", NOTHING, target, [crossing], **options)
+    assert before.calibration.num_rows == CALIBRATION_ROWS
+    late = np.argsort(crossing.key)[CALIBRATION_ROWS:]
+    turned = label.copy()
+    turned[late] = 1 - label[late]
+    after = seat_member("audio", NOTHING, replace(target, label=turned), [crossing], **options)
+    np.testing.assert_array_equal(after.scale, before.scale)
+
+
+def test_a_member_reads_at_its_own_scale() -> None:
+    target, logits = drawn("classification")
+    member = seat(target, 4 * logits)
+    rows = np.array([599, 3, 3])
+    found = member.read(rows, target.take(rows))
+    scaled = 4 * logits[0, rows].astype(np.float64) / member.scale[rows][:, None]
+    expected = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found.probability, expected, atol=1e-5)
+    by_epoch = member.read_epochs(rows, target.take(rows))
+    assert by_epoch.shape == (2, 3)
+    np.testing.assert_allclose(by_epoch[1], found.by_round[0], atol=1e-6)
+    assert not np.allclose(by_epoch[0], by_epoch[1])
+
+
+def test_together_they_stand_side_by_side_and_hear_who_has_any() -> None:
+    target, logits = drawn("classification")
+    rng = np.random.default_rng(0)
+    parts = [MatrixInputs(matrix=rng.random((N, d)).astype(np.float32)) for d in (2, 3)]
+    here = [np.arange(N) % 3 != 0, np.arange(N) % 3 != 1]
+    members = [
+        seat_member(name, part, target, CROSSINGS, present=present, fit=says(logits))
+        for name, part, present in zip(("a", "b"), parts, here, strict=True)
+    ]
+    heard: list[Inputs] = []
+
+    def fit(inputs: Inputs, told: Target, crossings: Sequence[Crossing]) -> Probe:
+        heard.append(inputs)
+        return Told(by_round=logits)
+
+    fused = seat_together("fused", members, target, CROSSINGS, fit=fit)
+    assert fused.present.all()
+    rows = np.arange(N)
+    np.testing.assert_array_equal(heard[0].read(rows), np.hstack([part.matrix for part in parts]))
+    panel = Panel(members=tuple(members), fused=fused, target=target)
+    np.testing.assert_array_equal(panel.joint.read(rows), heard[0].read(rows))
+
+
+def test_the_least_scale_is_that_of_the_best_member() -> None:
+    target, logits = drawn("regression")
+    good, bad = seat(target, logits), seat(target, logits + 3)
+    panel = Panel(members=(bad, good), fused=None, target=target)
+    assert panel.least_scale == pytest.approx(float(good.scale.mean()))
+    assert panel.least_scale < bad.least_scale

@@ -1,0 +1,152 @@
+"""Laws of the rounds: a class that one fold holds alone leaves, a group stays together, and no two rounds are alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmaudit.audit.errors import ScoreError
+from mmaudit.audit.probe import ProbeConfig
+from mmaudit.audit.quality import Reason
+from mmaudit.audit.rounds import plan_rounds
+from mmaudit.audit.samples import Samples
+
+CONFIG = ProbeConfig(folds=5, repeats=3)
+
+
+def samples_of(label: Any, *, group: Any = None, split: Any = None, ids: Any = None, **rest: Any) -> Samples:
+    label = np.asarray(label, dtype=np.int32)
+    n = len(label)
+    return Samples(
+        sample_id=np.array([f"s{row}" for row in range(n)] if ids is None else ids, dtype=object),
+        label=label,
+        class_names=tuple(f"class {number}" for number in range(int(label.max()) + 1)),
+        split=np.array(["train"] * n if split is None else split, dtype=object),
+        group=None if group is None else np.array(group, dtype=object),
+        paths=pa.table({}),
+        **rest,
+    )
+
+
+def every(samples: Samples) -> Any:
+    return np.arange(len(samples))
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> Samples:
+    """Samples of classes large and small, in groups or not, some of them test samples."""
+    n = draw(st.integers(8, 60))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    label = np.minimum(rng.poisson(1.0, n), 5)
+    group = [f"g{number}" for number in rng.integers(0, draw(st.integers(4, 12)), n)] if draw(st.booleans()) else None
+    split = np.where(rng.random(n) < draw(st.sampled_from([0.0, 0.3])), "test", "train")
+    split[:4] = "train"
+    return samples_of(label, group=group, split=split)
+
+
+@settings(deadline=None)
+@given(crowds(), st.sampled_from(["all", "train"]), st.integers(0, 99))
+def test_who_stays_is_crossfitted_in_every_round_and_the_rest_is_rare(
+    samples: Samples, learn_from: str, seed: int
+) -> None:
+    config = replace(CONFIG, learn_from=learn_from)
+    try:
+        rows, crossings, left_out = plan_rounds(samples, every(samples), config, seed=seed)
+    except ScoreError:
+        return  # too few groups, or no class large enough: said elsewhere
+    names = {each.sample_id for each in left_out}
+    assert names | set(samples.sample_id[rows]) == set(samples.sample_id)
+    assert len(names) + len(rows) == len(samples)
+    assert {each.reason for each in left_out} <= {Reason.RARE_CLASS}
+    assert {samples.label[samples.sample_id == name][0] for name in names}.isdisjoint(samples.label[rows])
+    for crossing in crossings:
+        assert len(crossing.fold) == len(rows)
+        np.testing.assert_array_equal(crossing.fits, (samples.split[rows] != "test") | (learn_from == "all"))
+        for one in set(samples.label[rows].tolist()):
+            mine = (samples.label[rows] == one) & crossing.fits
+            assert len(set(crossing.fold[mine].tolist())) > 1
+        if samples.group is not None:
+            for deal in (crossing.fold, crossing.inner):
+                pairs = set(zip(samples.group[rows], deal.tolist(), strict=True))
+                assert len(pairs) == len({name for name, _ in pairs})
+
+
+def test_rounds_and_seeds_differ() -> None:
+    """Five folds by chance agree on a fifth of the rows."""
+    samples = samples_of(np.arange(400) % 2)
+    _, crossings, _ = plan_rounds(samples, every(samples), CONFIG, seed=5)
+    _, others, _ = plan_rounds(samples, every(samples), CONFIG, seed=6)
+    deals = [deal for each in [*crossings, *others] for deal in (each.fold, each.inner)]
+    for place, one in enumerate(deals):
+        for other in deals[:place]:
+            assert (one == other).mean() < 0.4
+    _, again, _ = plan_rounds(samples, every(samples), replace(CONFIG, repeats=1), seed=5)
+    np.testing.assert_array_equal(again[0].fold, crossings[0].fold)  # a repeat more does not change those before
+
+
+def test_rounds_follow_the_ids_and_not_the_rows() -> None:
+    samples = samples_of(np.arange(80) % 3)
+    order = np.random.default_rng(0).permutation(80)
+    moved = samples_of(samples.label[order], ids=samples.sample_id[order])
+    _, (one, *_), _ = plan_rounds(samples, every(samples), CONFIG, seed=0)
+    _, (two, *_), _ = plan_rounds(moved, every(moved), CONFIG, seed=0)
+    for name in ("fold", "inner", "key"):
+        np.testing.assert_array_equal(getattr(two, name), getattr(one, name)[order])
+
+
+def test_what_test_samples_are_changes_nothing_among_the_others() -> None:
+    split = np.where(np.arange(80) % 4 == 0, "test", "train")
+    label = np.arange(80) % 3
+    config = replace(CONFIG, learn_from="train")
+    found = []
+    for each in (label, np.where(split == "test", 0, label)):
+        samples = samples_of(each, split=split)
+        _, crossings, _ = plan_rounds(samples, every(samples), config, seed=0)
+        found.append([(one.fold[split == "train"].tolist(), one.inner[split == "train"].tolist()) for one in crossings])
+    assert found[0] == found[1]
+
+
+def test_a_rare_class_is_told_with_its_number() -> None:
+    samples = samples_of([0, 1] * 10 + [2])
+    rows, _, left_out = plan_rounds(samples, every(samples), CONFIG, seed=0)
+    assert rows.tolist() == list(range(20))
+    assert [(each.sample_id, each.modality, each.reason, each.detail) for each in left_out] == [
+        ("s20", None, Reason.RARE_CLASS, "class 'class 2' has 1 usable samples, all in one fold")
+    ]
+    grouped = samples_of([0, 1] * 10 + [2, 2, 2], group=[f"g{row // 2 % 5}" for row in range(20)] + ["g0"] * 3)
+    _, _, left_out = plan_rounds(grouped, every(grouped), CONFIG, seed=0)
+    assert {each.detail for each in left_out} == {"class 'class 2' has 3 usable samples, of 1 groups, all in one fold"}
+    assert len(left_out) == 3
+
+
+def test_only_the_rows_that_are_given_count() -> None:
+    samples = samples_of([0, 1] * 10 + [2, 2])
+    rows, _, left_out = plan_rounds(samples, np.arange(21), CONFIG, seed=0)
+    assert rows.tolist() == list(range(20))
+    assert [each.sample_id for each in left_out] == ["s20"]
+
+
+def test_strata_of_a_regression_are_never_too_rare() -> None:
+    label = np.array([0, 1] * 10 + [2])
+    samples = samples_of(label, task="regression", values=label[:, None].astype(np.float32), outputs=("y",))
+    rows, _, left_out = plan_rounds(samples, every(samples), CONFIG, seed=0)
+    assert (len(rows), left_out) == (21, [])
+
+
+def test_what_cannot_be_crossed_is_refused() -> None:
+    tests = samples_of([0, 1] * 5, split=["test"] * 10)
+    for learn_from in ("all", "train"):
+        with pytest.raises(ScoreError, match=r"every usable sample is a test sample: .* pass --split none"):
+            plan_rounds(tests, every(tests), replace(CONFIG, learn_from=learn_from), seed=0)
+    alone = samples_of([0, 1, 2, 3])
+    with pytest.raises(ScoreError, match="no class can be cross-fitted; the first: class 'class 0' has 1 usable"):
+        plan_rounds(alone, every(alone), CONFIG, seed=0)
+    together = samples_of([0, 1] * 5, group=["g"] * 10)
+    with pytest.raises(ScoreError, match="all usable samples are of one group"):
+        plan_rounds(together, every(together), CONFIG, seed=0)

@@ -1,0 +1,283 @@
+"""Laws of the stock: who can be scored, why others cannot, and a fingerprint of what the data are, not how they lie."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmaudit.audit.dataset import DataConfig, open_dataset
+from mmaudit.audit.errors import ScoreError
+from mmaudit.audit.features import Status, encode_dataset
+from mmaudit.audit.media import MediaConfig
+from mmaudit.audit.modality import Modality
+from mmaudit.audit.quality import Quarantined, Reason
+from mmaudit.audit.samples import NO_LABEL, UNKNOWN_LABEL, Samples, read_samples
+from mmaudit.audit.stock import Stock, left_empty, sort_out, take_stock
+from mmaudit.audit.workers import silent
+
+BROKEN = "!"  # a cell that is there and cannot be read; None is a null
+NAMES = ("a", "b", "c")
+
+
+def status_of(name: str, cells: Sequence[str | None]) -> Status:
+    problems: list[tuple[int, Reason, str]] = []
+    for row, cell in enumerate(cells):
+        if cell is None:
+            problems.append((row, Reason.MISSING, f"{name} is null"))
+        elif cell == BROKEN:
+            problems.append((row, Reason.CORRUPT, "cannot be decoded"))
+    return Status(
+        modality=Modality(name=name, column=name, kind="audio"),
+        usable=np.array([cell not in (None, BROKEN) for cell in cells]),
+        content=np.array([(cell or "").encode() for cell in cells], dtype="S32"),
+        problem=tuple(problems),
+    )
+
+
+def samples_of(num_rows: int, **changes: Any) -> Samples:
+    fields = {
+        "sample_id": [f"s{row}" for row in range(num_rows)],
+        "split": ["train"] * num_rows,
+        "group": [f"g{row}" for row in range(num_rows)],
+    }
+    strings = {name: np.array(changes.get(name, values), dtype=object) for name, values in fields.items()}
+    return Samples(
+        sample_id=strings["sample_id"],
+        label=np.array(changes.get("label", np.arange(num_rows) % 2), dtype=np.int32),
+        class_names=tuple(changes.get("class_names", ["x", "y"])),
+        split=strings["split"],
+        group=strings["group"] if changes.get("grouped", True) else None,
+        paths=pa.table({}),
+        unknown=changes.get("unknown", ()),
+    )
+
+
+def stock_of(*cells: Sequence[str | None], **changes: Any) -> Stock:
+    """Give a stock of modalities a, b, ... whose samples hold these cells; `changes` are fields of the samples."""
+    statuses = tuple(status_of(name, column) for name, column in zip(NAMES, cells, strict=False))
+    return Stock(samples=samples_of(len(cells[0]), **changes), statuses=statuses)
+
+
+def reasons(left_out: Sequence[Quarantined]) -> list[tuple[str, str | None, Reason, str]]:
+    return [(each.sample_id, each.modality, each.reason, each.detail) for each in left_out]
+
+
+def test_of_equal_content_the_least_id_is_kept() -> None:
+    stock = stock_of("xyxx", "xyxx", sample_id=["s9", "s1", "s3", "s10"], label=[0, 1, 0, 1])
+    rows, left_out = sort_out(stock, keep_duplicates=False)
+    assert stock.samples.sample_id[rows].tolist() == ["s1", "s10"]
+    assert sorted(reasons(left_out)) == [
+        ("s3", None, Reason.DUPLICATE, "the same content as s10, which has another label"),
+        ("s9", None, Reason.DUPLICATE, "the same content as s10, which has another label"),
+    ]
+    alike, copies = sort_out(stock_of("xyxx", "xyxx", label=[0, 1, 0, 0]), keep_duplicates=False)
+    assert alike.tolist() == [0, 1]
+    assert {each.detail for each in copies} == {"the same content as s0"}
+    assert sort_out(stock, keep_duplicates=True)[0].tolist() == [0, 1, 2, 3]
+    assert sort_out(stock, keep_duplicates=True)[1] == []
+
+
+def test_equal_content_in_one_modality_alone_is_no_duplicate() -> None:
+    rows, left_out = sort_out(stock_of("xxxx", "abcd"), keep_duplicates=False)
+    assert (rows.tolist(), left_out) == ([0, 1, 2, 3], [])
+
+
+def test_a_copy_of_what_cannot_be_scored_is_scored() -> None:
+    """The least id has no label: the other is then no duplicate of anything that is kept."""
+    rows, left_out = sort_out(stock_of("xxy", "xxy", label=[NO_LABEL, 1, 0]), keep_duplicates=False)
+    assert rows.tolist() == [1, 2]
+    assert reasons(left_out) == [("s0", None, Reason.NO_LABEL, "the label is null")]
+
+
+def test_a_null_of_three_is_scored_and_of_two_is_missing() -> None:
+    three = stock_of(["p", None, "r"], "xyz", "uvw")
+    rows, left_out = sort_out(three, keep_duplicates=False)
+    assert (rows.tolist(), left_out) == ([0, 1, 2], [])
+    assert left_empty(three.statuses[0]).tolist() == [False, True, False]
+    rows, left_out = sort_out(stock_of(["p", None, "r"], "xyz"), keep_duplicates=False)
+    assert rows.tolist() == [0, 2]
+    assert reasons(left_out) == [("s1", "a", Reason.MISSING, "a is null")]
+
+
+def test_two_nulls_of_three_are_too_many() -> None:
+    rows, left_out = sort_out(stock_of(["p", None], ["x", None], "uv"), keep_duplicates=False)
+    assert rows.tolist() == [0]
+    assert [(each.sample_id, each.modality) for each in left_out] == [("s1", "a"), ("s1", "b")]
+
+
+def test_a_broken_file_leaves_the_sample_out_whatever_the_rest() -> None:
+    stock = stock_of(["p", "q", BROKEN], ["x", BROKEN, None], "uvw")
+    rows, left_out = sort_out(stock, keep_duplicates=False)
+    assert rows.tolist() == [0]
+    assert [(each.sample_id, each.modality, each.reason) for each in left_out] == [
+        ("s2", "a", Reason.CORRUPT),
+        ("s1", "b", Reason.CORRUPT),
+        ("s2", "b", Reason.MISSING),
+    ]
+
+
+def test_a_file_that_is_not_there_is_broken_and_not_left_empty() -> None:
+    stock = stock_of("pq", "xy", "uv")
+    lost = (1, Reason.MISSING, "q.wav does not exist")
+    status = Status(
+        modality=stock.statuses[0].modality,
+        usable=np.array([True, False]),
+        content=stock.statuses[0].content,
+        problem=(lost,),
+    )
+    assert not left_empty(status).any()
+    stock = Stock(samples=stock.samples, statuses=(status, *stock.statuses[1:]))
+    rows, left_out = sort_out(stock, keep_duplicates=False)
+    assert rows.tolist() == [0]
+    assert [each.detail for each in left_out] == ["q.wav does not exist"]
+
+
+def test_a_label_that_is_no_class_is_told_from_none() -> None:
+    stock = stock_of("pqr", "xyz", label=[0, NO_LABEL, UNKNOWN_LABEL], unknown=((2, "zebra"),))
+    rows, left_out = sort_out(stock, keep_duplicates=False)
+    assert rows.tolist() == [0]
+    assert reasons(left_out) == [
+        ("s1", None, Reason.NO_LABEL, "the label is null"),
+        ("s2", None, Reason.UNKNOWN_LABEL, "'zebra' is not among the classes"),
+    ]
+
+
+def test_nothing_to_score_is_refused_with_the_first_reason() -> None:
+    with pytest.raises(ScoreError, match=r"no sample is usable in every modality; the first problem: .*a is null"):
+        sort_out(stock_of([None, None], "xy"), keep_duplicates=False)
+
+
+CELL = st.sampled_from(["x", "y", None, BROKEN])
+ROW = st.tuples(CELL, CELL, CELL, st.sampled_from([0, 1, NO_LABEL, UNKNOWN_LABEL]))
+
+
+@settings(deadline=None)
+@given(st.lists(ROW, min_size=1, max_size=24), st.booleans(), st.permutations(range(24)))
+def test_input_is_scored_plus_left_out_whatever_the_order(
+    rows: list[tuple[Any, ...]], keep_duplicates: bool, order: list[int]
+) -> None:
+    """Of three modalities: none broken, two there, a label, and the least id of those with the same cells."""
+    can = {
+        f"s{row}": cells[:3]
+        for row, cells in enumerate(rows)
+        if BROKEN not in cells and sum(cell is not None for cell in cells[:3]) >= 2 and cells[3] >= 0
+    }
+    expected = {
+        name
+        for name, cells in can.items()
+        if keep_duplicates or name == min(other for other, theirs in can.items() if theirs == cells)
+    }
+    found = []
+    for places in (range(len(rows)), [place for place in order if place < len(rows)]):
+        moved = [rows[place] for place in places]
+        stock = stock_of(
+            *(list(column) for column in list(zip(*moved, strict=True))[:3]),
+            sample_id=[f"s{place}" for place in places],
+            label=[cells[3] for cells in moved],
+            unknown=tuple((row, "odd") for row, cells in enumerate(moved) if cells[3] == UNKNOWN_LABEL),
+        )
+        if not expected:
+            with pytest.raises(ScoreError, match="no sample is usable"):
+                sort_out(stock, keep_duplicates=keep_duplicates)
+            continue
+        kept, left_out = sort_out(stock, keep_duplicates=keep_duplicates)
+        assert set(stock.samples.sample_id[kept]) == expected
+        assert {each.sample_id for each in left_out} == {f"s{row}" for row in range(len(rows))} - expected
+        found.append(sorted(map(str, left_out)))
+    assert found == found[:1] * len(found)
+
+
+def test_the_fingerprint_does_not_depend_on_row_order() -> None:
+    one = stock_of("pqrs", "wxyz", label=[0, 1, 1, NO_LABEL])
+    two = stock_of(
+        "srqp",
+        "zyxw",
+        sample_id=["s3", "s2", "s1", "s0"],
+        group=["g3", "g2", "g1", "g0"],
+        label=[NO_LABEL, 1, 1, 0],
+    )
+    assert one.fingerprint == two.fingerprint
+    assert one.content.tolist() == two.content.tolist()[::-1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample_id": ["s0", "s1", "s2", "other"]},
+        {"label": [0, 1, 1, 1]},
+        {"label": [0, 1, 0, NO_LABEL]},
+        {"class_names": ["x", "z"]},
+        {"split": ["train", "train", "test", "train"]},
+        {"group": ["g0", "g1", "g2", "g0"]},
+        {"grouped": False},
+    ],
+)
+def test_every_change_changes_the_fingerprint(change: dict[str, Any]) -> None:
+    before = stock_of("pqrs", "wxyz").fingerprint
+    assert stock_of("pqrs", "wxyz").fingerprint == before
+    assert stock_of("pqrs", "wxyz", **change).fingerprint != before
+
+
+@pytest.mark.parametrize("cells", [("pqrt", "wxyz"), ("qprs", "wxyz"), ("wxyz", "pqrs"), ("pqrs",)])
+def test_other_content_is_another_fingerprint(cells: tuple[str, ...]) -> None:
+    assert stock_of(*cells).fingerprint != stock_of("pqrs", "wxyz").fingerprint
+
+
+def read_stock(data: Path, cache: Path, config: DataConfig) -> Stock:
+    dataset = open_dataset(data, config)
+    tasks = encode_dataset(dataset, cache, media=MediaConfig(image_size=16), num_workers=0, progress=silent)
+    return take_stock(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
+
+
+def test_the_format_of_the_metadata_does_not_matter(clips: Path, tmp_path: Path) -> None:
+    with (clips / "metadata.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rows[5]["label"] = rows[7]["label"] = ""
+    written = [{name: value or None for name, value in row.items()} for row in rows]
+    (clips / "metadata.csv").unlink()
+    stocks = []
+    for number, name in enumerate(("metadata.csv", "metadata.jsonl", "metadata.parquet")):
+        table = pa.Table.from_pylist(written[::-1] if number else written)
+        if name.endswith("parquet"):
+            pq.write_table(table, clips / name)
+        elif name.endswith("csv"):
+            table.to_pandas().to_csv(clips / name, index=False)
+        else:
+            table.to_pandas().to_json(clips / name, orient="records", lines=True)
+        config = DataConfig(group="speaker", shard_rows=256 if number else 7)
+        stocks.append(read_stock(clips, tmp_path / str(number), config))
+        (clips / name).unlink()
+    assert len({stock.fingerprint for stock in stocks}) == 1
+    contents = [dict(zip(stock.samples.sample_id, stock.content, strict=True)) for stock in stocks]
+    assert contents[0] == contents[1] == contents[2]
+    assert [len(sort_out(stock, keep_duplicates=False)[0]) for stock in stocks] == [22] * 3
+
+
+def test_nulls_on_disk_are_missing_and_classes_say_what_is_known(tmp_path: Path) -> None:
+    columns: dict[str, Any] = {
+        "id": [f"s{row}" for row in range(6)],
+        "label": ["x", "y", "x", "zebra", None, "y"],
+        **{name: np.random.default_rng(0).random((6, 2)).tolist() for name in NAMES},
+    }
+    columns["a"][1] = columns["a"][2] = columns["b"][2] = None
+    columns["c"][5] = [float("nan"), 0.0]
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet", row_group_size=4)
+    stock = read_stock(tmp_path / "d.parquet", tmp_path / "cache", DataConfig(classes=("x", "y")))
+    rows, left_out = sort_out(stock, keep_duplicates=False)
+    assert stock.samples.sample_id[rows].tolist() == ["s0", "s1"]
+    assert {(each.sample_id, each.modality, each.reason) for each in left_out} == {
+        ("s2", "a", Reason.MISSING),
+        ("s2", "b", Reason.MISSING),
+        ("s3", None, Reason.UNKNOWN_LABEL),
+        ("s4", None, Reason.NO_LABEL),
+        ("s5", "c", Reason.NOT_FINITE),
+    }
