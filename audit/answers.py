@@ -22,7 +22,8 @@ class Answers:
     """What the panel says of b samples: (b, m) by modality, NaN where missing; (b,) of all together.
 
     `spread` is the standard deviation of the discrepancy over the rounds, (b, 1) or (b, m). `right` is what the metric
-    of the task is the mean of: see Reading.
+    of the task is the mean of: see Reading. `fused` is the fusion of the modalities' probabilities, `without` (b, m)
+    the same without each of them, `joint` the probe of all features side by side, NaN where there is none.
     """
 
     confidence: Floats
@@ -38,6 +39,9 @@ class Answers:
     fused_confidence: Floats
     fused_predicted: Floats
     fused_right: Floats
+    without_right: Floats
+    joint_confidence: Floats
+    joint_right: Floats
 
 
 def ask(panel: Panel, *, seed: int, progress: Progress) -> Answers:
@@ -53,21 +57,14 @@ def ask(panel: Panel, *, seed: int, progress: Progress) -> Answers:
     )
 
 
-def right_of(member: Member, target: Target) -> Floats:
-    """Give what all n samples, asked of one member alone, add to the metric; NaN where it has no answer."""
-    parts = [_read(member, rows, target.take(rows), least_scale=1.0).right for rows in chunks(member.inputs)]
-    return np.concatenate(parts)
-
-
 def _ask_about(panel: Panel, rows: Rows, *, seed: int) -> Answers:
     target = panel.target.take(rows)
     readings = [_read(member, rows, target, least_scale=panel.least_scale) for member in panel.members]
     by_round = np.stack([reading.by_round for reading in readings], axis=2)  # (r, b, m)
     training = [_train(member, rows, target, least_scale=panel.least_scale) for member in panel.members]
-    if panel.fused is None:
-        fused = fuse_readings(readings, target, least_scale=panel.least_scale)
-    else:
-        fused = panel.fused.read(rows, target, least_scale=panel.least_scale)
+    fused = fuse_readings(readings, target, least_scale=panel.least_scale)
+    joint = None if panel.joint is None else panel.joint.read(rows, target, least_scale=panel.least_scale)
+    nothing = np.full(len(rows), np.nan, np.float32)
     return Answers(
         confidence=_by_modality(readings, "confidence"),
         spread=_spread(by_round),
@@ -77,11 +74,14 @@ def _ask_about(panel: Panel, rows: Rows, *, seed: int) -> Answers:
         right=_by_modality(readings, "right"),
         training_confidence=np.stack([each.mean(axis=0) for each in training], axis=1),
         training_variability=np.stack([each.std(axis=0) for each in training], axis=1),
-        shapley=_shapley(panel, rows, target, fused, seed=seed),
+        shapley=_shapley(panel, rows, target, joint, seed=seed),
         similarity=_similarity(readings),
         fused_confidence=fused.confidence,
         fused_predicted=fused.predicted,
         fused_right=fused.right,
+        without_right=_without(readings, target, least_scale=panel.least_scale),
+        joint_confidence=nothing if joint is None else joint.confidence,
+        joint_right=nothing if joint is None else joint.right,
     )
 
 
@@ -135,18 +135,28 @@ def _similarity(readings: Sequence[Reading]) -> Floats:
     return measures.similarity([reading.probability for reading in readings])
 
 
-def _shapley(panel: Panel, rows: Rows, target: Target, fused: Reading, *, seed: int) -> Floats:
-    """Shapley values (b, m) on the fused probe, which hears the modalities of a set alone; NaN without it."""
-    m, probe = len(panel.members), panel.fused
-    if probe is None or target.task == "regression":
+def _without(readings: Sequence[Reading], target: Target, *, least_scale: float) -> Floats:
+    """Give what the fusion of all modalities but one adds to the metric, (b, m): NaN where that one is missing."""
+    found = []
+    for index, left_out in enumerate(readings):
+        others = [reading for place, reading in enumerate(readings) if place != index]
+        right = others[0].right if len(others) == 1 else fuse_readings(others, target, least_scale=least_scale).right
+        found.append(np.where(np.isnan(left_out.right), np.nan, right))
+    return np.stack(found, axis=1).astype(np.float32)
+
+
+def _shapley(panel: Panel, rows: Rows, target: Target, together: Reading | None, *, seed: int) -> Floats:
+    """Shapley values (b, m) on the joint probe, which hears the modalities of a set alone; NaN without it."""
+    m, joint = len(panel.members), panel.joint
+    if joint is None or together is None or target.task == "regression":
         return np.full((len(rows), m), np.nan, np.float32)
 
     def value(chosen: frozenset[int]) -> Floats:
         """SMV's value: the number of modalities in the set where they name the target, else 0."""
         if len(chosen) == m:
-            return np.asarray(m * fused.right, dtype=np.float32)
-        inputs = panel.joint.mask(frozenset(range(m)) - chosen)
-        return np.asarray(len(chosen) * probe.read(rows, target, inputs=inputs).right, dtype=np.float32)
+            return np.asarray(m * together.right, dtype=np.float32)
+        inputs = panel.side_by_side.mask(frozenset(range(m)) - chosen)
+        return np.asarray(len(chosen) * joint.read(rows, target, inputs=inputs).right, dtype=np.float32)
 
     found = measures.shapley(value, m, seed=seed)
     there = np.stack([member.present[rows] for member in panel.members], axis=1)

@@ -139,7 +139,7 @@ def _decompose(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, basis = torch.linalg.eigh(covariance)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError is one
         found = scipy.linalg.eigh(covariance.double().cpu().numpy(), driver="evr")
         values, basis = (torch.from_numpy(each).to(covariance) for each in found)
     return values, basis

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .answers import Answers, right_of
+from .answers import Answers
 from .hashing import hash_rank
 from .intervals import Groups, group_codes, mean, share
 from .matrix import MatrixInputs
 from .measures import Floats, cross_entropy
 from .network_probe import NetworkProbe
-from .panel import Calibration, Fit, Member, Panel, seat_together
+from .panel import Calibration, Fit, Member, Panel
 from .probe import Crossing
 from .readings import read_logits
 from .target import Target
@@ -65,14 +64,14 @@ class Control:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """The dataset's books: every modality and all of them together ("fused"), what each adds, and the controls.
+    """The dataset's books: every modality and all of them together, what each adds, and the controls.
 
-    chance: what naming the most common class, or labels, or the mean, would reach. fused_by says what "fused" is.
+    chance: what naming the most common class, or labels, or the mean, would reach. Of all together there is "fused",
+    the fusion of the probabilities, from which the gains are taken, and "joint", a probe of all features side by side.
     """
 
     metric: str
     chance: float
-    fused_by: str
     standings: tuple[Standing, ...]
     over_best: Gain  # what all together add to the best single one, which it names
     gains: tuple[Gain, ...]
@@ -87,7 +86,7 @@ class Ledger:
 def keep_books(
     panel: Panel,
     answers: Answers,
-    crossings: Sequence[Crossing],
+    crossing: Crossing,
     *,
     fit: Fit,
     controls: bool,
@@ -98,28 +97,27 @@ def keep_books(
     """Keep the books of what a panel answered about n samples.
 
     `controls` fits a probe of each modality to shuffled labels as well, but no network, which would double the work.
-    Without a fused probe, what a modality adds is known of two modalities alone.
     """
     target, groups = panel.target, group_codes(group)
-    right = to_metric(answers.right, target)
-    standings = [
-        _stand(member, right[:, index], answers.confidence[:, index], groups)
+    right, fused = to_metric(answers.right, target), to_metric(answers.fused_right, target)
+    without = to_metric(answers.without_right, target)
+    alone = [
+        _stand(member.name, right[:, index], answers.confidence[:, index], groups, member.calibration)
         for index, member in enumerate(panel.members)
     ]
-    best = max(range(len(standings)), key=lambda index: standings[index].value)
-    fused = to_metric(answers.fused_right, target)
-    together = _interval(fused, groups)
-    loss = float(cross_entropy(answers.fused_confidence).mean())
-    calibration = None if panel.fused is None else panel.fused.calibration
+    together = [_stand("fused", fused, answers.fused_confidence, groups, None)]
+    if panel.joint is not None:
+        joint = to_metric(answers.joint_right, target)
+        together.append(_stand("joint", joint, answers.joint_confidence, groups, panel.joint.calibration))
+    best = max(range(len(alone)), key=lambda index: alone[index].value)
     return Ledger(
         metric=METRICS[target.task],
         chance=chance_of(target),
-        fused_by="mean of log probabilities" if panel.fused is None else "probe",
-        standings=(*standings, Standing(name="fused", **together, loss=loss, calibration=calibration)),
-        over_best=_gain(standings[best].name, fused, right[:, best], groups),
-        gains=_gains(panel, fused, right, crossings, groups, fit=fit),
+        standings=(*alone, *together),
+        over_best=_gain(alone[best].name, fused, right[:, best], groups),
+        gains=tuple(_gain(member.name, fused, without[:, index], groups) for index, member in enumerate(panel.members)),
         controls=tuple(
-            _control(member, target, crossings[0], fit=fit, sample_id=sample_id, seed=seed)
+            _control(member, target, crossing, fit=fit, sample_id=sample_id, seed=seed)
             for member in panel.members
             if controls and not isinstance(member.probe, NetworkProbe)
         ),
@@ -145,11 +143,10 @@ def to_metric(right: Floats, target: Target) -> Floats:
     return np.asarray(1 + right / max(float(target.values.var()), 1e-12), dtype=np.float32)
 
 
-def _stand(member: Member, right: Floats, confidence: Floats, groups: Groups) -> Standing:
+def _stand(name: str, right: Floats, confidence: Floats, groups: Groups, calibration: Calibration | None) -> Standing:
     here = ~np.isnan(right)
     found = _interval(right[here], None if groups is None else groups[here])
-    loss = float(cross_entropy(confidence[here]).mean())
-    return Standing(name=member.name, **found, loss=loss, calibration=member.calibration)
+    return Standing(name=name, **found, loss=float(cross_entropy(confidence[here]).mean()), calibration=calibration)
 
 
 def _interval(right: Floats, groups: Groups) -> dict[str, float]:
@@ -159,24 +156,6 @@ def _interval(right: Floats, groups: Groups) -> dict[str, float]:
         return {"value": found["share"], "low": found["low"], "high": found["high"]}
     found = mean(right.astype(np.float64), groups, low=-np.inf, high=1)
     return {"value": found["mean"], "low": found["low"], "high": found["high"]}
-
-
-def _gains(
-    panel: Panel, fused: Floats, right: Floats, crossings: Sequence[Crossing], groups: Groups, *, fit: Fit
-) -> tuple[Gain, ...]:
-    """Give what each modality adds to the others: of two the other's own probe stands for "without"."""
-    if len(panel.members) > 2 and panel.fused is None:
-        return ()
-    gains = []
-    for index, member in enumerate(panel.members):
-        others = [other for place, other in enumerate(panel.members) if place != index]
-        if len(others) == 1:
-            without = right[:, 1 - index]
-        else:
-            seated = seat_together("others", others, panel.target, crossings, fit=fit)
-            without = to_metric(right_of(seated, panel.target), panel.target)
-        gains.append(_gain(member.name, fused, without, groups))
-    return tuple(gains)
 
 
 def _gain(name: str, fused: Floats, without: Floats, groups: Groups) -> Gain:

@@ -29,7 +29,7 @@ _PATH_SUFFIXES = ("_file_name", "_filepath", "_file", "_path", "_filename")
 _FRAMES_SUFFIX = "_frames"
 _MEMBER_EXTENSIONS = {".npy", ".txt"}.union(*_EXTENSIONS.values())
 _MEDIA_TRIALS = 8  # cells that are looked into to see what they hold
-RESERVED = ("all", "chance", "fused", "rest")
+RESERVED = ("all", "chance", "fused", "joint", "rest")
 _NAMING = "name each with --modality NAME=COLUMN[:KIND]"
 _TEXT_NAMES = {"text", "txt", "caption", "sentence", "transcript", "title", "review", "utterance", "question", "tweet"}
 

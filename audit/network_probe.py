@@ -54,7 +54,7 @@ class NetworkProbe:
     def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
         """Give what was said of these rows in each round: (r, b, k). The networks are gone: no `inputs`."""
         if inputs is not None:
-            raise ConfigError("a probe that is a network cannot be asked about masked inputs: set probe.fused = false")
+            raise ConfigError("a probe that is a network cannot be asked about masked inputs: set probe.joint = false")
         return self.by_round[:, rows]
 
     def logits_by_epoch(self, rows: Rows) -> NDArray[np.float32]:

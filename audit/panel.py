@@ -99,10 +99,10 @@ def seat_member(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """The members of m modalities, and the one of all together; None where modalities cannot be set side by side."""
+    """The members of m modalities, and the one of all features side by side: None if not wanted, or not possible."""
 
     members: tuple[Member, ...]
-    fused: Member | None
+    joint: Member | None
     target: Target
 
     @property
@@ -111,18 +111,16 @@ class Panel:
         return min(member.least_scale for member in self.members)
 
     @property
-    def joint(self) -> JointInputs:
+    def side_by_side(self) -> JointInputs:
         """The inputs of all modalities side by side."""
         return JointInputs(parts=tuple(member.inputs for member in self.members))
 
 
-def seat_together(
-    name: str, members: Sequence[Member], target: Target, crossings: Sequence[Crossing], *, fit: Fit
-) -> Member:
-    """Fit and calibrate probes of several modalities side by side; every sample has some of them."""
-    joint = JointInputs(parts=tuple(member.inputs for member in members))
+def seat_joint(members: Sequence[Member], target: Target, crossings: Sequence[Crossing], *, fit: Fit) -> Member:
+    """Fit and calibrate probes of all modalities side by side; every sample has some of them."""
+    inputs = JointInputs(parts=tuple(member.inputs for member in members))
     present = np.logical_or.reduce([member.present for member in members])
-    return seat_member(name, joint, target, crossings, present=present, fit=fit)
+    return seat_member("joint", inputs, target, crossings, present=present, fit=fit)
 
 
 def _error(probability: Floats, target: Target) -> float:

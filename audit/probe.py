@@ -30,7 +30,7 @@ class ProbeConfig:
     folds: int = 5
     repeats: int = 3  # rounds of cross-fitting with other folds; probabilities are averaged over them
     learn_from: str = "all"  # splits that probes learn from: "all", or "train" for all but the test split
-    fused: bool = True  # fit a probe of all modalities together as well: for what each adds, and Shapley values
+    joint: bool = True  # fit a probe of all modalities' features side by side as well: for the Shapley values
     control: bool = True  # fit a probe of each modality to shuffled labels as well, which must be at chance
     most_rows: int = 200_000  # rows that all probes together learn from; all rows are scored
     # What a strength means stands in glm.py: 1 / (C n) in scikit-learn's terms.

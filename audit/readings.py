@@ -62,7 +62,7 @@ def _likelihood(logits: Floats, scale: Floats, target: Target, least_scale: floa
         log_likelihood = log_expit(np.where(target.values > 0.5, scaled, -scaled)).mean(axis=1)
     else:
         log_likelihood = np.log(least_scale / scale) - ((logits - target.values)[:, 0] / scale) ** 2 / 2
-    return np.exp(np.minimum(log_likelihood, 0)).astype(np.float32)
+    return np.asarray(np.exp(np.minimum(log_likelihood, 0)), dtype=np.float32)
 
 
 def _read_classes(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_round: Floats) -> Reading:

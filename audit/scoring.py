@@ -23,7 +23,7 @@ from .media import MediaConfig
 from .mixture import Mixture, MixtureConfig, fit_mixture
 from .modality import Modality
 from .network_probe import NetworkConfig, fit_network
-from .panel import Panel, seat_member, seat_together
+from .panel import Panel, seat_joint, seat_member
 from .probe import Crossing, Probe, ProbeConfig, fit_probe
 from .quality import Quarantined
 from .rounds import plan_rounds
@@ -75,7 +75,7 @@ def audit_dataset(
     ledger = keep_books(
         panel,
         answers,
-        crossings,
+        crossings[0],
         fit=fit,
         controls=probe.control,
         sample_id=sample_id,
@@ -151,16 +151,14 @@ def _seat(inputs: Sequence[FeatureMatrix], target: Target, crossings: Sequence[C
         for each in inputs
     ]
     alone = any(is_network(each.status.modality) for each in inputs)
-    fused = None if alone or not fit.config.fused else seat_together("fused", members, target, crossings, fit=fit)
-    return Panel(members=tuple(members), fused=fused, target=target)
+    joint = None if alone or not fit.config.joint else seat_joint(members, target, crossings, fit=fit)
+    return Panel(members=tuple(members), joint=joint, target=target)
 
 
 def _num_fits(modalities: Sequence[Modality], config: ProbeConfig) -> int:
-    """Each modality; its control; all together; and, of more than two, all but one. Networks stand alone."""
+    """Each modality; all side by side, unless one is read by a network; and a control of each that is not."""
     vectors = sum(not is_network(modality) for modality in modalities)
-    together = config.fused and vectors == len(modalities)
-    apart = vectors if vectors > 2 else 0
-    return len(modalities) + vectors * config.control + (1 + apart) * together
+    return len(modalities) + vectors * config.control + (config.joint and vectors == len(modalities))
 
 
 def _target(samples: Samples, rows: Rows) -> tuple[Target, NDArray[np.int32]]:

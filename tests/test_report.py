@@ -71,7 +71,7 @@ def ledger(names: tuple[str, ...], *, leaking: str | None = None) -> Ledger:
     calibration = Calibration(num_rows=90, temperature=1.3, ece_before=0.12, ece_after=0.034)
     standings = [
         Standing(name=name, value=0.5, low=0.4, high=0.6, loss=1.0, calibration=calibration)
-        for name in (*names, "fused")
+        for name in (*names, "fused", "joint")
     ]
     gains = [Gain(name=name, gain=0.1, low=0.05, high=0.15) for name in names]
     controls = [
@@ -82,7 +82,6 @@ def ledger(names: tuple[str, ...], *, leaking: str | None = None) -> Ledger:
     return Ledger(
         metric="accuracy",
         chance=0.3,
-        fused_by="probe",
         standings=tuple(standings),
         over_best=gains[0],
         gains=tuple(gains),

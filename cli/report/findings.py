@@ -179,7 +179,7 @@ def gaps(scores: ScoreTable, mixture: Mixture, *, class_check: str) -> Numbers:
         "curve_imbalanced": high.tolist() if drawn else None,
         "border": _border(mixture),
         "share_balanced": balanced,
-        "class_check": class_check,
+        "class_check": class_check[:1].upper() + class_check[1:],
         **{key: verdict[key] for key in ("bimodal", "rule", "reasons", "threshold", "dip", "dip_p")},
         **{key: verdict[key] for key in ("ashman_d", "bic_one", "bic_two", "components", "num_samples")},
     }

@@ -127,7 +127,7 @@ def _bimodal(numbers: Found) -> str:
         return (
             f"The modality gap is bimodal (Ashman's D {gap['ashman_d']:.2f}, p of the dip {small(gap['dip_p'])}), so "
             f"that the mixture's posterior says which samples are balanced{count}. Is it only "
-            f"the classes? {gap['class_check'].capitalize()}."
+            f"the classes? {gap['class_check']}."
         )
     rule = f"a plain rule is used instead of a posterior: balanced is a gap of at most {gap['threshold']:g}{count}."
     reasons = "; ".join(gap["reasons"])
