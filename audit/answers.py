@@ -151,13 +151,15 @@ def _shapley(panel: Panel, rows: Rows, target: Target, together: Reading | None,
     if joint is None or together is None or target.task == "regression":
         return np.full((len(rows), m), np.nan, np.float32)
 
+    there = np.stack([member.present[rows] for member in panel.members], axis=1)
+
     def value(chosen: frozenset[int]) -> Floats:
-        """SMV's value: the number of modalities in the set where they name the target, else 0."""
+        """SMV's value: how many of these modalities the sample has, where they name the target, else 0."""
+        count = there[:, sorted(chosen)].sum(axis=1)
         if len(chosen) == m:
-            return np.asarray(m * together.right, dtype=np.float32)
+            return np.asarray(count * together.right, dtype=np.float32)
         inputs = panel.side_by_side.mask(frozenset(range(m)) - chosen)
-        return np.asarray(len(chosen) * joint.read(rows, target, inputs=inputs).right, dtype=np.float32)
+        return np.asarray(count * joint.read(rows, target, inputs=inputs).right, dtype=np.float32)
 
     found = measures.shapley(value, m, seed=seed)
-    there = np.stack([member.present[rows] for member in panel.members], axis=1)
     return np.where(there, found, np.nan).astype(np.float32)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
 from .calibration import expected_calibration_error, fit_temperature
 from .crossing import Crossing, first_rows
@@ -82,9 +81,8 @@ def seat_member(
     first = mine[0]
     rows = first_rows(np.flatnonzero(first.fits), first.key, most=CALIBRATION_ROWS)
     logits, truth = probe.logits(rows), target.take(rows)
-    mean = log_softmax(logits, axis=2).mean(axis=0) if target.task == "classification" else logits.mean(axis=0)
     everyone = np.ones(len(rows), dtype=bool)
-    by_fold = fit_temperature(mean[None], truth, first.fold[None, rows], everyone)[0].astype(np.float32)
+    by_fold = fit_temperature(logits.mean(axis=0)[None], truth, first.fold[None, rows], everyone)[0].astype(np.float32)
     missing = first.num_folds - len(by_fold)  # folds that hold no row to calibrate on
     scale = np.append(by_fold, np.full(missing, by_fold.mean(), np.float32))[first.fold]
     found = Calibration(num_rows=len(rows), temperature=float(by_fold.mean()), ece_before=None, ece_after=None)

@@ -43,11 +43,8 @@ def read_logits(logits: Floats, scale: Floats, target: Target, *, least_scale: f
     of the true value under a Gaussian around the prediction, in units of the highest density that the best modality
     reaches; `least_scale` is that modality's standard deviation. The latter two forms are mmaudit's.
     """
-    mean, each = logits.mean(axis=0), logits
-    if target.task == "classification":
-        each = log_softmax(logits, axis=2)  # a round that is surer by a constant has no more say
-        mean = each.mean(axis=0)
-    by_round = np.stack([_likelihood(one, scale, target, least_scale) for one in each])
+    mean = logits.mean(axis=0)
+    by_round = np.stack([_likelihood(one, scale, target, least_scale) for one in logits])
     confidence = _likelihood(mean, scale, target, least_scale)
     reads = {"classification": _read_classes, "multilabel": _read_labels, "regression": _read_values}
     return reads[target.task](mean, scale, target, confidence, by_round)

@@ -1,9 +1,9 @@
-"""Laws of the answers: what is missing stays missing, and Shapley values are those of what the fused probe says."""
+"""Laws of the answers: what is missing stays missing, and Shapley values are those of what the joint probe says."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 
 from mmaudit.audit import measures
-from mmaudit.audit.answers import Answers, ask, right_of
+from mmaudit.audit.answers import Answers, ask
 from mmaudit.audit.matrix import Inputs, JointInputs, MatrixInputs, Rows
 from mmaudit.audit.panel import Calibration, Member, Panel
 from mmaudit.audit.probe import Probe
@@ -46,7 +46,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hears:
-    """A fused probe that is right (n,) or not by which modalities it hears."""
+    """A joint probe that is right (n,) or not by which modalities it hears."""
 
     right: Mapping[frozenset[int], NDArray[np.bool_]]
     label: NDArray[np.int32]
@@ -59,7 +59,7 @@ class Hears:
         return np.asarray(3 * np.eye(self.num_outputs, dtype=np.float32)[named][None, rows])
 
     def logits_by_epoch(self, rows: Rows) -> Floats:
-        raise AssertionError("nobody asks how the fused probe was trained")
+        raise AssertionError("nobody asks how the joint probe was trained")
 
 
 def member(
@@ -86,7 +86,7 @@ def panel_of(m: int, target: Target = CLASSES, *, present: Any = None, **rest: A
     members = [
         member(str(j), told(j, target.num_outputs), present=present[:, j], scale=1.0 + 0.5 * j) for j in range(m)
     ]
-    return Panel(members=tuple(members), target=target, **{"fused": None, **rest})
+    return Panel(members=tuple(members), target=target, **{"joint": None, **rest})
 
 
 def answers_of(panel: Panel, seed: int = 0) -> Answers:
@@ -109,7 +109,7 @@ def test_what_is_missing_is_nan_and_the_rest_is_as_if_it_were_there(target: Targ
         np.testing.assert_array_equal(other[complete], one[complete], err_msg=field.name)
         if one.ndim == 1:
             assert np.isnan(one).all() == np.isnan(other).any(), field.name
-        elif field.name != "spread":  # which is by the modalities there are
+        elif field.name not in ("spread", "without_right"):  # which are by the modalities there are
             np.testing.assert_array_equal(other, np.where(present, one, np.nan), err_msg=field.name)
     np.testing.assert_array_equal(np.isnan(holed.spread), ~present)
 
@@ -138,12 +138,12 @@ def test_after_one_round_there_is_no_spread() -> None:
         member(name, Told(by_round=told(seed).by_round[:1], by_epoch=told(seed).by_epoch))
         for seed, name in enumerate(("a", "b"))
     )
-    found = answers_of(Panel(members=members, fused=None, target=CLASSES))
+    found = answers_of(Panel(members=members, joint=None, target=CLASSES))
     assert found.spread.shape == (N, 1)
     assert np.isnan(found.spread).all()
 
 
-def test_without_a_fused_probe_the_modalities_are_fused_and_have_no_shapley_values() -> None:
+def test_without_a_joint_probe_the_modalities_are_fused_and_have_no_shapley_values() -> None:
     panel = panel_of(2)
     found = answers_of(panel)
     shares = [each.read(np.arange(N), CLASSES).probability for each in panel.members]
@@ -170,12 +170,15 @@ def test_numbers_are_as_likely_as_the_best_modality_s_gaussian_allows() -> None:
     assert np.isnan(found.shapley).all()
 
 
-def test_one_member_is_asked_as_all_are() -> None:
+def test_without_one_modality_the_others_are_fused() -> None:
     present = some_missing(3)
     panel = panel_of(3, present=present)
-    found = answers_of(panel).right
-    for index, each in enumerate(panel.members):
-        np.testing.assert_array_equal(right_of(each, CLASSES), found[:, index])
+    found = answers_of(panel)
+    for index in range(3):
+        others = replace(panel, members=tuple(each for place, each in enumerate(panel.members) if place != index))
+        left, here = answers_of(others).fused_right, present[:, index]
+        np.testing.assert_array_equal(found.without_right[here, index], left[here])
+        assert np.isnan(found.without_right[~here, index]).all()
 
 
 def game(m: int, *, seed: int) -> dict[frozenset[int], NDArray[np.bool_]]:
@@ -187,7 +190,7 @@ def game(m: int, *, seed: int) -> dict[frozenset[int], NDArray[np.bool_]]:
 def shapley_of(right: Mapping[frozenset[int], NDArray[np.bool_]], *, present: Any = None, seed: int = 0) -> Floats:
     m = len(max(right, key=len))
     probe = Hears(right=right, label=LABEL, num_outputs=K)
-    return answers_of(panel_of(m, present=present, fused=member("fused", probe, width=m)), seed).shapley
+    return answers_of(panel_of(m, present=present, joint=member("joint", probe, width=m)), seed).shapley
 
 
 def test_shapley_values_of_two_modalities_are_smvs() -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.stats import kstest
 
-from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.errors import ConfigError, ScoreError
 from mmaudit.audit.score import ScoreTable
 from mmaudit.rebalance.balanced import (
     CURVE,
@@ -367,6 +367,51 @@ def test_of_more_modalities_the_pair_with_the_largest_split_is_taken(m: int, see
     chosen = largest_pair(scores, config)
     assert chosen == next(pair for pair in sizes if sizes[pair] == max(sizes.values()))
     assert balanced_split(scores, config, seed=0).selection.between == chosen
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), TOLERANCE, st.sampled_from([None, 5]))
+def test_who_lacks_one_of_the_pair_is_left_out_and_changes_nothing_else(
+    seed: int, tolerance: float, size: int | None
+) -> None:
+    rng = np.random.default_rng(seed)
+    confidence = rng.random((60, 3)).astype(np.float32)
+    missing = rng.integers(0, 6, 60)  # 0, 1, 2: that one
+    confidence[np.arange(60)[missing < 3], missing[missing < 3]] = np.nan
+    scores = replace(
+        table_of(np.zeros(60), rng.integers(0, 3, 60)), modalities=("audio", "visual", "text"), confidence=confidence
+    )
+    config, here = BalancedConfig(bins=6, tolerance=tolerance, size=size), missing > 1
+    split = balanced_split(scores, config, seed=0, between="audio:visual")
+    fewer = replace(
+        scores,
+        sample_id=scores.sample_id[here],
+        label=scores.label[here],
+        label_name=scores.label_name[here],
+        confidence=confidence[here],
+    )
+    alone = balanced_split(fewer, config, seed=0, between="audio:visual")
+    assert kept_ids(scores, split) == kept_ids(fewer, alone)
+    assert (split.uniformity_before, split.uniformity_after) == (alone.uniformity_before, alone.uniformity_after)
+    assert split.curve == alone.curve
+    manifest, dropped = make_manifest(scores, split.selection)
+    assert manifest.table["discrepancy"].null_count == 0
+    rows = {row["sample_id"]: row for row in dropped.to_pylist()}
+    for name in scores.sample_id[~here]:
+        row = rows[name]
+        assert row["reason"] == "missing-modality"
+        assert [row[column] for column in ("score", "bin", "discrepancy")] == [None] * 3
+    assert {row["reason"] for name, row in rows.items() if name in fewer.sample_id} <= {"bin-full"}
+
+
+def test_a_pair_that_nobody_has_is_refused() -> None:
+    confidence = np.array([[0.1, np.nan, 0.5], [np.nan, 0.5, 0.1]], np.float32)
+    scores = replace(
+        table_of(np.zeros(2), np.zeros(2, int)), modalities=("audio", "visual", "text"), confidence=confidence
+    )
+    with pytest.raises(ScoreError, match="no sample has a discrepancy between audio:visual"):
+        balanced_split(scores, BalancedConfig(), seed=0, between="audio:visual")
+    assert balanced_split(scores, BalancedConfig(), seed=0).selection.between == "audio:text"
 
 
 @pytest.mark.parametrize(

@@ -229,11 +229,28 @@ def test_a_lost_sample_is_named(write: Write) -> None:
 
 def test_a_sample_that_cannot_be_used_is_named(write: Write) -> None:
     columns = columns_of()
-    columns["visual"][7] = None
+    columns["visual"][7] = [float("nan"), 1.0]
     source = write(columns)
     manifest, dropped = split_of(scores_of(source))
     with pytest.raises(ManifestError, match="1 samples of the manifest have no usable visual: s007"):
         load(source, manifest, dropped)
+
+
+def test_a_modality_that_the_source_leaves_out_is_nan(write: Write) -> None:
+    columns = columns_of()
+    for row in (7, 8, 30):
+        columns["visual"][row] = None
+    columns["audio"][25] = None
+    source = write(columns)
+    examples = load(source, *split_of(scores_of(source)))
+    place = {name: row for row, name in enumerate(examples.sample_id)}
+    assert {"s007", "s008", "s025", "s030"} <= place.keys()
+    for matrix, column in zip(examples.inputs, ("audio", "visual"), strict=True):
+        assert matrix.dtype == np.float32
+        for name, row in place.items():
+            told = columns[column][int(name[1:])]
+            expected = np.full(matrix.shape[1], np.nan) if told is None else told
+            np.testing.assert_array_equal(matrix[row], np.float32(expected))
 
 
 @pytest.mark.parametrize("grouped", [False, True])

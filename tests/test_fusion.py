@@ -97,6 +97,29 @@ def test_standardisation_is_that_of_the_rows_given() -> None:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_missing_modality_is_taken_for_the_mean_of_those_it_was_trained_on(fusion: str) -> None:
+    net, inputs = net_and_batch(fusion)
+    holed = [rows.clone() for rows in inputs]
+    holed[0][3] = holed[2][5] = torch.nan
+    net.standardise_by(holed)
+    state = net.state_dict()
+    there = [torch.cat([inputs[0][:3], inputs[0][4:]]), inputs[1], torch.cat([inputs[2][:5], inputs[2][6:]])]
+    for index, rows in enumerate(there):
+        torch.testing.assert_close(state[f"mean_{index}"], rows.mean(dim=0))
+        torch.testing.assert_close(state[f"scale_{index}"], rows.std(dim=0, unbiased=False))
+    filled = [rows.clone() for rows in inputs]
+    filled[0][3], filled[2][5] = there[0].mean(dim=0), there[2].mean(dim=0)
+    found, expected = net(holed), net(filled)
+    torch.testing.assert_close(found.fused, expected.fused, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.unimodal, expected.unimodal, rtol=1e-4, atol=1e-5)
+    assert (found.fused[3] - net(inputs).fused[3]).abs().max() > 0.01
+    torch.autograd.backward(net.loss(found, torch.arange(11) % 6, torch.ones(11)))
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_scale_and_shift_of_a_modality_change_nothing(fusion: str) -> None:
     net, inputs = net_and_batch(fusion)
     before = net(inputs)

@@ -21,7 +21,7 @@ from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.ledger import Ledger, chance_of, keep_books, to_metric
 from mmaudit.audit.matrix import Inputs, MatrixInputs, Rows
 from mmaudit.audit.network_probe import NetworkProbe
-from mmaudit.audit.panel import Calibration, Fit, Member, Panel, seat_member, seat_together
+from mmaudit.audit.panel import Calibration, Fit, Member, Panel, seat_joint, seat_member
 from mmaudit.audit.probe import Probe, ProbeConfig, fit_probe
 from mmaudit.audit.target import Target
 from mmaudit.audit.workers import silent
@@ -77,11 +77,11 @@ def seated(target: Target, *said: Floats, scale: float = 1.0) -> Panel:
         )
         for index, each in enumerate(said)
     )
-    return Panel(members=members, fused=None, target=target)
+    return Panel(members=members, joint=None, target=target)
 
 
-def planted(*strengths: float, rows: int = N, seed: int = 0) -> tuple[Panel, list[Crossing]]:
-    """Fit a panel to Gaussian features around class means this far out, with a fused probe."""
+def planted(*strengths: float, rows: int = N, seed: int = 0) -> tuple[Panel, Crossing]:
+    """Fit a panel to Gaussian features around class means this far out, with a joint probe."""
     rng = np.random.default_rng(seed)
     target = CLASSES.take(np.arange(rows))
     crossing = cross(target)
@@ -97,13 +97,11 @@ def planted(*strengths: float, rows: int = N, seed: int = 0) -> tuple[Panel, lis
         )
         for index, strength in enumerate(strengths)
     ]
-    fused = seat_together("fused", members, target, [crossing], fit=HONEST)
-    return Panel(members=tuple(members), fused=fused, target=target), [crossing]
+    joint = seat_joint(members, target, [crossing], fit=HONEST)
+    return Panel(members=tuple(members), joint=joint, target=target), crossing
 
 
-def books(
-    panel: Panel, crossings: Sequence[Crossing] | None = None, *, answers: Answers | None = None, **changes: Any
-) -> Ledger:
+def books(panel: Panel, crossing: Crossing | None = None, *, answers: Answers | None = None, **changes: Any) -> Ledger:
     n = len(panel.target)
     options: dict[str, Any] = {
         "fit": HONEST,
@@ -114,7 +112,7 @@ def books(
         **changes,
     }
     answers = ask(panel, seed=0, progress=silent) if answers is None else answers
-    return keep_books(panel, answers, [cross(panel.target)] if crossings is None else crossings, **options)
+    return keep_books(panel, answers, cross(panel.target) if crossing is None else crossing, **options)
 
 
 def guesses(share: float, *, seed: int) -> Floats:
@@ -137,7 +135,6 @@ def test_standings_of_classes_are_accuracies() -> None:
     panel = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1))
     found = books(panel)
     assert found.metric == "accuracy"
-    assert found.fused_by == "mean of log probabilities"
     assert [standing.name for standing in found.standings] == ["m0", "m1", "fused"]
     for member, standing in zip(panel.members, found.standings, strict=False):
         said = member.probe.logits(np.arange(N))[0]
@@ -241,7 +238,7 @@ def test_nobody_keeps_their_own_label_in_the_control_and_none_is_lost() -> None:
     first, second = (replace(member, inputs=rows) for member in panel.members)
     panel = replace(panel, members=(replace(first, present=present), second))
     crossing = replace(cross(target), fits=np.arange(N) % 5 != 0)
-    books(panel, [crossing], fit=note, controls=True)
+    books(panel, crossing, fit=note, controls=True)
     own, told = seen[0]
     learned = np.flatnonzero(present & crossing.fits)
     np.testing.assert_array_equal(own, learned)
@@ -259,11 +256,12 @@ def test_networks_have_no_control() -> None:
 
 
 def test_of_two_a_needed_modality_gains_and_a_useless_one_does_not() -> None:
-    panel, crossings = planted(1.5, 0.0)
-    found = books(panel, crossings)
+    panel, crossing = planted(1.5, 0.0)
+    found = books(panel, crossing)
     needed, useless = found.gains
     assert (needed.name, useless.name) == ("m0", "m1")
-    assert found.fused_by == "probe"
+    assert [standing.name for standing in found.standings] == ["m0", "m1", "fused", "joint"]
+    assert found.standings[-1].value > 0.5
     assert needed.low > 0.2
     assert useless.low <= 0 <= useless.high
     assert found.over_best.name == "m0"
@@ -275,16 +273,16 @@ def test_of_two_a_needed_modality_gains_and_a_useless_one_does_not() -> None:
     )
 
 
-def test_of_three_what_each_adds_is_told_by_a_probe_of_the_others() -> None:
-    panel, crossings = planted(1.5, 0.0, 1.5)
-    found = books(panel, crossings)
+def test_of_three_what_each_adds_is_told_by_fusing_the_others() -> None:
+    panel, crossing = planted(1.5, 0.0, 1.5)
+    found = books(panel, crossing)
     assert [gain.name for gain in found.gains] == ["m0", "m1", "m2"]
     first, useless, third = found.gains
     assert first.low > 0.02
     assert third.low > 0.02
     assert useless.low <= 0 <= useless.high
     assert found.over_best.low > 0
-    assert books(replace(panel, fused=None), crossings).gains == ()  # the mean of log probabilities is no probe
+    assert books(replace(panel, joint=None), crossing).gains == found.gains  # they are of the fusion
 
 
 def test_a_gain_is_paired() -> None:
@@ -317,4 +315,4 @@ def test_the_books_are_plain_values() -> None:
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert [control["leaks"] for control in told["controls"]] == [True, True]
     assert told["standings"][0]["value"] == pytest.approx(found.standings[0].value)
-    assert {"metric", "chance", "fused_by", "standings", "over_best", "gains", "controls"} == set(told)
+    assert {"metric", "chance", "standings", "over_best", "gains", "controls"} == set(told)

@@ -116,6 +116,27 @@ def test_values_are_those_of_the_scores() -> None:
             assert (entry["reason"], entry["score"], entry["threshold"]) == ("out", number / 40, 0.5)
 
 
+def test_a_missing_modality_is_a_reason_of_its_own(tmp_path: Path) -> None:
+    confidence = np.random.default_rng(0).random((40, 3)).astype(np.float32)
+    lacks = np.arange(40) % 6 == 0  # a part of those that are dropped
+    confidence[lacks, 1] = np.nan
+    scores = scores_of(modalities=("audio", "visual", "text"), confidence=confidence)
+    score = np.where(lacks, np.nan, 0.25)
+    bins = np.where(lacks, -1, 3).astype(np.int16)
+    manifest, dropped = make_manifest(scores, select(np.arange(40) % 3 > 0, score=score, bin=bins))
+    write_manifest(manifest, dropped, tmp_path / "m.parquet")
+    read = read_dropped(tmp_path / "m.parquet", read_manifest(tmp_path / "m.parquet"))
+    assert read is not None
+    rows = read.to_pylist()
+    assert len(rows) == 14
+    for row in rows:
+        gone = row["sample_id"] in scores.sample_id[lacks]
+        assert row["reason"] == ("missing-modality" if gone else "out")
+        assert (row["score"], row["bin"]) == ((None, None) if gone else (0.25, 3))
+        assert (row["discrepancy"] is None) == gone
+        assert row["gap"] is not None
+
+
 @settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=60).filter(any), st.integers(0, 99))
 def test_kept_and_dropped_are_the_scored(keep: list[bool], seed: int) -> None:

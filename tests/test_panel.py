@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.crossing import Crossing
 from mmaudit.audit.matrix import Inputs, MatrixInputs, Rows
-from mmaudit.audit.panel import CALIBRATION_ROWS, Fit, Member, Panel, seat_member, seat_together
-from mmaudit.audit.probe import Probe
+from mmaudit.audit.panel import CALIBRATION_ROWS, Fit, Member, Panel, seat_joint, seat_member
+from mmaudit.audit.probe import Probe, ProbeConfig, fit_probe
 from mmaudit.audit.target import Target
 
 Floats = NDArray[np.float32]
@@ -147,6 +148,26 @@ def test_rows_without_the_modality_neither_teach_nor_calibrate(task: str) -> Non
     assert after.scale.shape == (N,)
 
 
+def test_a_real_probe_does_not_learn_from_rows_without_the_modality() -> None:
+    """Whatever their labels and features are, nothing that is said of the others changes, to the last bit."""
+    rng = np.random.default_rng(0)
+    target, _ = drawn("classification")
+    x = (np.eye(3)[target.label] + rng.standard_normal((N, 3))).astype(np.float32)
+    present = np.arange(N) % 4 != 0
+    turned = replace(target, label=np.where(present, target.label, (target.label + 1) % 3).astype(np.int32))
+    fit: Fit = partial(fit_probe, config=ProbeConfig(strengths=(1e-2,)))
+    found = []
+    for told, gone in ((target, np.nan), (turned, 7.0)):
+        inputs = MatrixInputs(matrix=np.where(present[:, None], x, np.float32(gone)))
+        member = seat_member("audio", inputs, told, CROSSINGS, present=present, fit=fit)
+        rows = np.flatnonzero(present)
+        found.append(member.read(rows, told.take(rows)).confidence)
+        everyone = seat_member("audio", inputs, told, CROSSINGS, present=np.ones(N, bool), fit=fit)
+        found.append(everyone.read(rows, told.take(rows)).confidence)
+    np.testing.assert_array_equal(found[0], found[2])
+    assert np.abs(found[1] - found[3]).max() > 0.01
+
+
 def test_the_mean_of_the_rounds_is_what_is_calibrated() -> None:
     """One round is right, the other says nothing: their mean is half as sharp as it should be."""
     target, logits = drawn("classification")
@@ -207,17 +228,17 @@ def test_together_they_stand_side_by_side_and_hear_who_has_any() -> None:
         heard.append(inputs)
         return Told(by_round=logits)
 
-    fused = seat_together("fused", members, target, CROSSINGS, fit=fit)
-    assert fused.present.all()
+    joint = seat_joint(members, target, CROSSINGS, fit=fit)
+    assert joint.present.all()
     rows = np.arange(N)
     np.testing.assert_array_equal(heard[0].read(rows), np.hstack([part.matrix for part in parts]))
-    panel = Panel(members=tuple(members), fused=fused, target=target)
-    np.testing.assert_array_equal(panel.joint.read(rows), heard[0].read(rows))
+    panel = Panel(members=tuple(members), joint=joint, target=target)
+    np.testing.assert_array_equal(panel.side_by_side.read(rows), heard[0].read(rows))
 
 
 def test_the_least_scale_is_that_of_the_best_member() -> None:
     target, logits = drawn("regression")
     good, bad = seat(target, logits), seat(target, logits + 3)
-    panel = Panel(members=(bad, good), fused=None, target=target)
+    panel = Panel(members=(bad, good), joint=None, target=target)
     assert panel.least_scale == pytest.approx(float(good.scale.mean()))
     assert panel.least_scale < bad.least_scale

@@ -67,11 +67,12 @@ def holed(table: ScoreTable) -> ScoreTable:
     n, m = table.confidence.shape
     missing = np.zeros((n, m), dtype=bool)
     missing[::3, -1] = missing[1::3, 0] = True
-    values = {
+    values: dict[str, Any] = {
         kind: np.where(missing, np.float32(np.nan), getattr(table, kind))
         for kind in ("confidence", "discrepancy_sd", *BY_MODALITY)
         if kind != "prediction"
     }
+    assert table.prediction is not None
     return replace(table, prediction=np.where(missing, np.int32(-1), table.prediction), **values)
 
 

@@ -30,8 +30,8 @@ from mmaudit.audit.stock import take_stock
 from mmaudit.audit.workers import silent
 
 # One strength and one repeat where the law does not ask for more: most tests are about who is scored, not how well.
-QUICK = ProbeConfig(folds=3, repeats=1, strengths=(1e-2,), fused=False, control=False)
-WHOLE = replace(QUICK, repeats=2, fused=True, control=True)
+QUICK = ProbeConfig(folds=3, repeats=1, strengths=(1e-2,), joint=False, control=False)
+WHOLE = replace(QUICK, repeats=2, joint=True, control=True)
 EXACT = replace(WHOLE, tolerance=1e-9)  # where the last digits count, and not where a fit stops
 
 
@@ -412,7 +412,7 @@ def test_numbers_are_told_by_what_tells_them(tmp_path: Path) -> None:
     data = rewrite(tmp_path / "d.parquet", columns)
     found = audit(data, tmp_path / "cache", config=DataConfig(task="regression"), probe=WHOLE)
     assert (found.ledger.metric, found.ledger.chance) == ("R^2", 0)
-    told, noise, fused = found.ledger.standings
+    told, noise, fused, _ = found.ledger.standings
     assert told.value > 0.95
     assert -0.1 < noise.value < 0.05
     assert fused.value > 0.95
@@ -447,7 +447,7 @@ def test_several_labels_are_told_by_what_tells_them(tmp_path: Path) -> None:
     found = audit(data, tmp_path / "cache", config=DataConfig(task="multilabel"), probe=WHOLE)
     assert found.quarantined == ()  # who has none of the labels has a set of labels
     assert found.ledger.metric == "label accuracy"
-    told, noise, fused = found.ledger.standings
+    told, noise, fused, _ = found.ledger.standings
     assert told.value > 0.98
     assert fused.value > 0.98
     assert noise.low <= found.ledger.chance
@@ -511,7 +511,7 @@ def test_discrepancy_is_recovered_where_the_posterior_is_known(tmp_path: Path) -
         posterior = softmax(x @ means.T - (means**2).sum(axis=1) / 2, axis=1)
         truth.append(posterior[np.arange(4_000), label])
         columns[name] = x.tolist()
-    probe = ProbeConfig(repeats=1, fused=False, control=False)
+    probe = ProbeConfig(repeats=1, joint=False, control=False)
     found = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache", probe=probe).scores
     assert spearmanr(found.discrepancy(), truth[0] - truth[1]).statistic > 0.95
     np.testing.assert_allclose(found.confidence.mean(axis=0), np.mean(truth, axis=1), atol=0.02)

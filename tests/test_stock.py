@@ -38,7 +38,7 @@ def status_of(name: str, cells: Sequence[str | None]) -> Status:
     return Status(
         modality=Modality(name=name, column=name, kind="audio"),
         usable=np.array([cell not in (None, BROKEN) for cell in cells]),
-        content=np.array([(cell or "").encode() for cell in cells], dtype="S32"),
+        content=np.array([(cell or "null").ljust(32, ".") for cell in cells], dtype="S32"),  # digests are of one length
         problem=tuple(problems),
     )
 

@@ -78,6 +78,39 @@ def test_between_names_both_sides(confidence: Floats) -> None:
         preferred(scores, "audio", between="visual:text")
 
 
+@given(confidences(3), st.lists(st.sampled_from([None, 0, 1, 2]), min_size=30, max_size=30))
+def test_who_lacks_the_modality_is_never_kept_and_others_are_as_without_it(
+    confidence: Floats, missing: list[int | None]
+) -> None:
+    """Of three, a sample without one is a sample of two; without the one that is asked for it is out."""
+    holed = confidence.copy()
+    for row, gone in enumerate(missing[: len(holed)]):
+        if gone is not None:
+            holed[row, gone] = np.nan
+    scores = table(holed)
+    for index, name in enumerate(NAMES):
+        expected = []
+        for row in holed.astype(np.float64):
+            others = np.delete(row, index)
+            expected.append(bool(row[index] > np.mean(others[~np.isnan(others)])))
+        keep = preferred(scores, name).keep
+        others = np.delete(holed.astype(np.float64), index, axis=1)
+        clear = ~(np.abs(holed[:, index] - np.nanmean(others, axis=1)) < 1e-6)
+        assert keep[clear].tolist() == np.array(expected)[clear].tolist()
+    for selection, pair in (
+        (preferred(scores, "audio"), [0]),
+        (preferred(scores, "text", threshold=0.2, between="text:audio"), [2, 0]),
+        (within(scores, threshold=0.9, between="audio:visual"), [0, 1]),
+    ):
+        lacks = np.isnan(holed[:, pair]).any(axis=1)
+        assert not (selection.keep & lacks).any()
+        if selection.keep.any():
+            rows = make_manifest(scores, selection)[1].to_pylist()
+            told = {row["sample_id"] for row in rows if row["reason"] == "missing-modality"}
+            assert told == set(scores.sample_id[lacks])
+            assert all((row["score"] is None) == (row["sample_id"] in told) for row in rows)
+
+
 @given(confidences(2), st.lists(st.floats(0, 0.99), min_size=2, max_size=5))
 def test_the_dominated_nest_by_threshold(confidence: Floats, thresholds: list[float]) -> None:
     scores = table(confidence)

@@ -110,7 +110,7 @@ def values(scores: ScoreTable) -> list[Numbers] | None:
         found.append(
             {
                 "name": name,
-                "mean": mean(phi, part, low=1 - m, high=m),
+                "mean": mean(phi, part, low=(1 - m) / 2, high=(1 + m) / 2),
                 "carries": share(phi > 1, part),
                 "misleads": share(phi < 0, part),
             }
