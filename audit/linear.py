@@ -14,6 +14,7 @@ from torch import Tensor
 from .answer import Answer
 from .crossing import Crossing, Lesson, ask_own
 from .design import Design, Units, read_design
+from .gaussian import MOST_FEATURES, MOST_ROWS, mix_in_gaussian
 from .glm import fit_glm
 from .lbfgs import Minimum
 from .matrix import Inputs, Rows
@@ -82,15 +83,26 @@ def fit_linear(
     answer = Answer.of(target, lesson.rows, design.curvature)
     strength = choose_strength(design, answer, lesson, key=crossings[0].key, config=config)
     found = _fit(design, answer, lesson, strength, config)
+    theta = found.theta
+    if _wants_gaussian(design, answer, lesson, config):
+        theta = mix_in_gaussian(
+            design,
+            answer.found,
+            lesson,
+            crossings,
+            theta=theta,
+            strength=strength,
+            max_steps=config.max_steps,
+        )
     first = crossings[0].num_folds
     return LinearProbe(
         inputs=inputs,
         crossings=tuple(crossings),
         units=design.units,
-        theta=_in_units(found.theta, answer),
+        theta=_in_units(theta, answer),
         strength=strength,
         num_steps=found.num_steps,
-        snapshots=tuple(_in_units(theta[:first], answer) for theta in found.snapshots),
+        snapshots=tuple(_in_units(moment[:first], answer) for moment in (*found.snapshots[:-1], theta)),
     )
 
 
@@ -109,6 +121,13 @@ def _fit(design: Design, answer: Answer, lesson: Lesson, strength: Tensor, confi
         tolerance=max(config.tolerance, _COARSE if coarse else 0.0),
         patience=1 if coarse else 2,
     )
+
+
+def _wants_gaussian(design: Design, answer: Answer, lesson: Lesson, config: ProbeConfig) -> bool:
+    """Tell whether rows are few enough, and there are some to choose by; a strength that is given is to stand alone."""
+    small = len(lesson.rows) <= MOST_ROWS and design.rows.shape[1] <= MOST_FEATURES
+    chooses = len(config.strengths) > 1 and lesson.can_choose
+    return config.gaussian and answer.task == "classification" and small and chooses
 
 
 def _asker(theta: Tensor, z: Tensor) -> Callable[[int, Tensor], Tensor]:

@@ -35,6 +35,7 @@ class ProbeConfig:
     most_rows: int = 200_000  # rows that all probes together learn from; all rows are scored
     # What a strength means stands in glm.py: 1 / (C n) in scikit-learn's terms.
     strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    gaussian: bool = True  # of few rows, mix a Gaussian model of the classes into the logistic one: see gaussian.py
     choice_rows: int = 8_000  # rows on which the strength is chosen; the probe itself learns from most_rows
     max_steps: int = 300
     tolerance: float = 1e-4  # a fit ends when two steps running lower its loss by less, relatively

@@ -1,0 +1,106 @@
+"""Laws of the Gaussian part: it is scikit-learn's shrunk covariance, it helps where rows are few, and sees no fold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+from sklearn.covariance import ledoit_wolf
+from torch.nn import functional
+
+from mmaudit.audit.gaussian import MOST_ROWS, fit_gaussian
+from mmaudit.audit.matrix import MatrixInputs
+from mmaudit.audit.probe import Crossing, ProbeConfig, fit_probe
+from mmaudit.audit.target import Target
+
+K = 4
+
+
+def planted(n: int, d: int, *, seed: int = 0, heavy: bool = False) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Classes around means of their own, of one covariance that is far from round; `heavy`: with wild tails."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, K, n).astype(np.int32)
+    rotation, _ = np.linalg.qr(rng.standard_normal((d, d)))
+    noise = rng.standard_t(1.5, (n, d)).clip(-50, 50) if heavy else rng.standard_normal((n, d))
+    x = rng.standard_normal((K, d))[label] * 0.4 + noise * np.linspace(0.5, 2, d) @ rotation
+    return x.astype(np.float32), label
+
+
+def crossing(n: int, *, seed: int = 0) -> Crossing:
+    rng = np.random.default_rng(seed)
+    return Crossing(
+        fold=rng.integers(0, 3, n).astype(np.int16),
+        inner=rng.integers(0, 3, n).astype(np.int16),
+        fits=np.ones(n, dtype=bool),
+        key=rng.permutation(n).astype(np.uint64),
+    )
+
+
+def logits(x: NDArray[np.float32], label: NDArray[np.int32], **options: object) -> NDArray[np.float32]:
+    config = ProbeConfig(**{"precision": "float32", **options})  # type: ignore[arg-type]
+    target = Target(task="classification", label=label, num_outputs=K)
+    probe = fit_probe(MatrixInputs(matrix=x), target, [crossing(len(x))], config=config)
+    return probe.logits(np.arange(len(x)))[0]
+
+
+def loss(raw: NDArray[np.float32], label: NDArray[np.int32]) -> float:
+    return float(-log_softmax(raw, axis=1)[np.arange(len(label)), label].mean())
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 30), (400, 20), (30, 50)])
+def test_the_covariance_is_shrunk_as_sklearn_s(n: int, d: int) -> None:
+    x, label = planted(n, d)
+    z, y = torch.from_numpy(x).double(), torch.from_numpy(label.astype(np.int64))
+    learn = torch.arange(n) % 5 != 0
+    seen, one_hot = z[learn], functional.one_hot(y[learn], K).double()
+    theta = fit_gaussian(
+        z, y, learn=learn, count=one_hot.sum(dim=0), total=one_hot.T @ seen, square=seen.T @ seen
+    ).numpy()
+    rows = learn.numpy()
+    means = np.stack([x[rows & (label == k)].mean(axis=0) for k in range(K)]).astype(np.float64)
+    covariance, _ = ledoit_wolf(x[rows].astype(np.float64) - means[label[rows]], assume_centered=True)
+    weight = np.linalg.solve(covariance, means.T)
+    share = np.bincount(label[rows], minlength=K) / rows.sum()
+    bias = np.log(share) - (means.T * weight).sum(axis=0) / 2
+    np.testing.assert_allclose(theta[:-1], weight, rtol=2e-3, atol=2e-3 * np.abs(weight).max())
+    np.testing.assert_allclose(theta[-1], bias, rtol=2e-3, atol=1e-3 * np.abs(bias).max())
+
+
+def test_of_few_rows_it_lowers_the_loss() -> None:
+    gains = []
+    for seed in range(4):
+        x, label = planted(240, 40, seed=seed)
+        gains.append(loss(logits(x, label, gaussian=False), label) - loss(logits(x, label), label))
+    assert np.mean(gains) > 0.01
+
+
+def test_where_classes_are_no_gaussians_it_is_left_out_or_does_little_harm() -> None:
+    worse = []
+    for seed in range(4):
+        x, label = planted(240, 20, seed=seed, heavy=True)
+        worse.append(loss(logits(x, label), label) - loss(logits(x, label, gaussian=False), label))
+    assert np.mean(worse) < 0.02
+
+
+def test_labels_of_a_fold_have_no_part_in_its_own_answers() -> None:
+    x, label = planted(240, 10)
+    mine = crossing(240).fold == 1
+    other = label.copy()
+    other[mine] = (other[mine] + 1) % K
+    one, two = logits(x, label), logits(x, other)
+    np.testing.assert_allclose(one[mine], two[mine], atol=2e-3)
+    assert np.abs(one[~mine] - two[~mine]).max() > 0.1
+
+
+@pytest.mark.parametrize("options", [{"strengths": (1e-2,)}, {"gaussian": False}])
+def test_a_given_strength_or_a_wish_leaves_it_out(options: dict[str, object]) -> None:
+    x, label = planted(240, 10)
+    np.testing.assert_array_equal(logits(x, label, **options), logits(x, label, **{**options, "gaussian": False}))
+    assert np.abs(logits(x, label) - logits(x, label, **{**options, "gaussian": False})).max() > 1e-3
+
+
+def test_many_rows_do_without() -> None:
+    x, label = planted(MOST_ROWS + 10, 3)
+    np.testing.assert_array_equal(logits(x, label), logits(x, label, gaussian=False))
