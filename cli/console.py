@@ -68,9 +68,10 @@ class _Lines:
 def tell_score(record: dict[str, Any]) -> None:
     """Tell what was scored and how good the probes are."""
     counts = record["counts"]
+    strata = "classes" if record["config"]["data"]["task"] == "classification" else "strata"
     print(
         f"scored {counts['scored']} of {counts['input']} samples, {counts['quarantined']} quarantined; "
-        f"{record['classes']} classes, {record['folds']} folds"
+        f"{record['classes']} {strata}, {record['folds']} folds"
         + (f" over {record['groups']} groups" if record["groups"] else "")
     )
     for reason, number in record["quarantine"].items():

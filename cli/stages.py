@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..audit.dataset import Dataset, open_dataset
+from ..audit.encode import is_network
 from ..audit.errors import ConfigError, RunError
 from ..audit.features import encode_dataset
 from ..audit.files import read_json, write_json, write_text
@@ -333,6 +334,7 @@ def _examples_of(
 ) -> Examples:
     """Open and encode a manifest's source, and give what it trains and tests on."""
     dataset, made = source_of(manifest, data)
+    _check_trainable(dataset, made)
     tasks = encode_dataset(dataset, place.features, media=made.media, num_workers=num_workers, progress=progress)
     samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
     dropped = read_dropped(path, manifest)
@@ -347,6 +349,18 @@ def _examples_of(
         validation_fraction=config.finetune.validation_fraction,
         seed=config.seed,
     )
+
+
+def _check_trainable(dataset: Dataset, made: RunConfig) -> None:
+    """Refuse what fine-tuning cannot learn from yet."""
+    if made.data.task != "classification":
+        raise ConfigError(f"finetune trains classifiers, and this manifest's task is {made.data.task}")
+    networks = [modality.name for modality in dataset.modalities if is_network(modality)]
+    if networks:
+        raise ConfigError(
+            f"finetune trains on feature vectors, and {networks[0]} was read by a network of its own; "
+            f"score with another encoder, such as --encoder {networks[0]}=statistics, and split again"
+        )
 
 
 def _finetune_name(manifest: str, config: RunConfig) -> str:
