@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .audit.dataset import Dataset, open_dataset
     from .audit.errors import MmauditError
-    from .audit.mixture import Mixture, fit_mixture
+    from .audit.gap.mixture import Mixture, fit_mixture
     from .audit.score import ScoreTable, read_scores
+    from .audit.source.dataset import Dataset, open_dataset
     from .cli.config import RunConfig
     from .cli.demo import demo
     from .cli.stages import check, finetune, ingest, report, score, split
@@ -19,11 +19,11 @@ __version__ = "0.1.0"
 
 # Where each public name lives. They are imported when first asked for: torch and scikit-learn take seconds.
 _HOMES = {
-    "Dataset": "audit.dataset",
-    "open_dataset": "audit.dataset",
+    "Dataset": "audit.source.dataset",
+    "open_dataset": "audit.source.dataset",
     "MmauditError": "audit.errors",
-    "Mixture": "audit.mixture",
-    "fit_mixture": "audit.mixture",
+    "Mixture": "audit.gap.mixture",
+    "fit_mixture": "audit.gap.mixture",
     "ScoreTable": "audit.score",
     "read_scores": "audit.score",
     "Manifest": "rebalance.manifest",

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import measures
-from .matrix import Rows, chunks
+from .encoding.matrix import Rows, chunks
 from .measures import Floats
 from .panel import Member, Panel
+from .probing.target import Target
 from .readings import Reading, fuse_readings
-from .target import Target
 from .workers import Progress
 
 

@@ -15,13 +15,13 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
+from .encoding.features import EncodeTask, Status
+from .encoding.matrix import FeatureMatrix, Inputs, Rows
 from .errors import ConfigError
-from .features import EncodeTask, Status
 from .hashing import hash_rank
-from .matrix import FeatureMatrix, Inputs, Rows
-from .modality import kind_of_path
 from .neighbours import LEAST_FEATURES, Links, near_links
-from .samples import Samples
+from .source.modality import kind_of_path
+from .source.samples import Samples
 from .workers import Progress, silent
 
 GROUP_NAMES = (

@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .answers import Answers
+from .encoding.matrix import MatrixInputs
 from .hashing import hash_rank
 from .intervals import Groups, group_codes, mean, share
-from .matrix import MatrixInputs
 from .measures import Floats, cross_entropy
-from .network_probe import NetworkProbe
 from .panel import Calibration, Fit, Member, Panel
-from .probe import Crossing
+from .probing.network_probe import NetworkProbe
+from .probing.probe import Crossing
+from .probing.target import Target
 from .readings import read_logits
-from .target import Target
 
 CONTROL_ROWS = 10_000  # by hash of the id: an accuracy on them has an interval of 0.01
 METRICS = {"classification": "accuracy", "multilabel": "label accuracy", "regression": "R^2"}

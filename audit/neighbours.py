@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import beta
 
-from .matrix import Inputs, Rows, chunks
+from .encoding.matrix import Inputs, Rows, chunks
 
 LEAST_FEATURES = 8  # vectors of fewer numbers come close, or equal, by chance
 PROJECTED = 64  # features that wider vectors are projected to: distances keep to 9% (Johnson and Lindenstrauss, 1984)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .calibration import expected_calibration_error, fit_temperature
-from .crossing import Crossing, first_rows
-from .matrix import Inputs, JointInputs, Rows
+from .encoding.matrix import Inputs, JointInputs, Rows
 from .measures import Floats
-from .probe import Probe
+from .probing.calibration import expected_calibration_error, fit_temperature
+from .probing.crossing import Crossing, first_rows
+from .probing.probe import Probe
+from .probing.target import Target
 from .readings import Reading, read_logits
-from .target import Target
 
 CALIBRATION_ROWS = 20_000  # by hash of the id; one number a probe is not worth more
 

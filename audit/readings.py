@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import expit, log_expit, log_softmax, softmax
 
 from .measures import LEAST, Floats, fuse
-from .target import Target
+from .probing.target import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ScoreError
-from .folds import assign_folds, in_one_fold
 from .hashing import hash_rank
-from .probe import Crossing, ProbeConfig
+from .probing.folds import assign_folds, in_one_fold
+from .probing.probe import Crossing, ProbeConfig
 from .quality import Quarantined, Reason
-from .samples import Samples
+from .source.samples import Samples
 
 
 def plan_rounds(

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from .errors import ConfigError, ScoreError, choices
 from .measures import Floats, discrepancy, dominant, gap
-from .modality import RESERVED
 from .parquet import read_parquet, write_parquet
+from .source.modality import RESERVED
 
 SCHEMA_VERSION = 1
 

@@ -13,24 +13,24 @@ from numpy.typing import NDArray
 
 from . import measures
 from .answers import Answers, ask
-from .class_check import ClassCheck, fit_by_class
-from .encode import input_shape, is_network
+from .encoding.encoders import input_shape, is_network
+from .encoding.features import EncodeTask
+from .encoding.matrix import FeatureMatrix, Inputs, Rows
 from .errors import ScoreError
-from .features import EncodeTask
+from .gap.class_check import ClassCheck, fit_by_class
+from .gap.mixture import Mixture, MixtureConfig, fit_mixture
 from .ledger import Ledger, keep_books
-from .matrix import FeatureMatrix, Inputs, Rows
-from .media import MediaConfig
-from .mixture import Mixture, MixtureConfig, fit_mixture
-from .modality import Modality
-from .network_probe import NetworkConfig, fit_network
+from .media.decode import MediaConfig
 from .panel import Panel, seat_joint, seat_member
-from .probe import Crossing, Probe, ProbeConfig, fit_probe
+from .probing.network_probe import NetworkConfig, fit_network
+from .probing.probe import Crossing, Probe, ProbeConfig, fit_probe
+from .probing.target import Target
 from .quality import Quarantined
 from .rounds import plan_rounds
-from .samples import Samples
 from .score import ScoreTable
+from .source.modality import Modality
+from .source.samples import Samples
 from .stock import Stock, sort_out
-from .target import Target
 from .workers import Progress
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset import Dataset
+from .encoding.features import EncodeTask, Status, read_status
 from .errors import ScoreError
-from .features import EncodeTask, Status, read_status
 from .hashing import digest
 from .quality import Quarantined, Reason
-from .samples import Samples
+from .source.dataset import Dataset
+from .source.samples import Samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,10 +25,10 @@ import av
 import numpy as np
 from PIL import Image
 
-from mmaudit.audit.dataset import DataConfig, Dataset, open_dataset
-from mmaudit.audit.features import EncodeTask, encode_dataset
-from mmaudit.audit.media import MediaConfig
-from mmaudit.audit.modality import Modality
+from mmaudit.audit.encoding.features import EncodeTask, encode_dataset
+from mmaudit.audit.media.decode import MediaConfig
+from mmaudit.audit.source.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.source.modality import Modality
 from mmaudit.audit.workers import default_workers, run_tasks, silent
 
 BOUND = 1.3  # times decoding alone

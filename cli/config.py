@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..audit.dataset import DataConfig
 from ..audit.errors import ConfigError, choices
+from ..audit.gap.mixture import MixtureConfig
 from ..audit.leakage import LeakageConfig
-from ..audit.media import MediaConfig
-from ..audit.mixture import MixtureConfig
-from ..audit.networks import NetworkConfig
-from ..audit.probe import ProbeConfig
+from ..audit.media.decode import MediaConfig
+from ..audit.probing.networks import NetworkConfig
+from ..audit.probing.probe import ProbeConfig
+from ..audit.source.dataset import DataConfig
 from ..rebalance.balanced import BalancedConfig
 from ..train.finetune import FinetuneConfig
 from ..train.sampling import SamplingConfig

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..audit.dataset import Dataset, open_dataset
-from ..audit.encode import preprocessing
+from ..audit.encoding.encoders import preprocessing
 from ..audit.errors import ManifestError, MmauditError, RunError
-from ..audit.hub_datasets import looks_like_hub_name
-from ..audit.mixture import Mixture
+from ..audit.gap.mixture import Mixture
 from ..audit.score import RANGES, SCHEMA_VERSION
 from ..audit.scoring import Audit
+from ..audit.source.dataset import Dataset, open_dataset
+from ..audit.source.hub import looks_like_hub_name
 from ..rebalance.manifest import Manifest
 from .config import RunConfig, build, without_none
 from .run import Run

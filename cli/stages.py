@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.dataset import Dataset, open_dataset
-from ..audit.encode import is_network
+from ..audit.encoding.encoders import is_network
+from ..audit.encoding.features import encode_dataset
 from ..audit.errors import ConfigError, RunError
-from ..audit.features import encode_dataset
 from ..audit.files import read_json, write_json, write_text
 from ..audit.ingest import ingest as ingest_download
 from ..audit.leakage import Material, find_leakage, group_columns
 from ..audit.parquet import write_parquet
 from ..audit.quality import quarantine_table
-from ..audit.samples import read_samples
 from ..audit.score import ScoreTable, read_scores, write_scores
 from ..audit.scoring import Audit, Networks, audit_dataset
+from ..audit.source.dataset import Dataset, open_dataset
+from ..audit.source.samples import read_samples
 from ..audit.stock import sort_out, take_stock
 from ..audit.workers import Progress, default_workers, silent
 from ..rebalance.balanced import balanced_split

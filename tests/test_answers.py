@@ -14,10 +14,10 @@ from scipy.stats import norm
 
 from mmaudit.audit import measures
 from mmaudit.audit.answers import Answers, ask
-from mmaudit.audit.matrix import Inputs, JointInputs, MatrixInputs, Rows
+from mmaudit.audit.encoding.matrix import Inputs, JointInputs, MatrixInputs, Rows
 from mmaudit.audit.panel import Calibration, Member, Panel
-from mmaudit.audit.probe import Probe
-from mmaudit.audit.target import Target
+from mmaudit.audit.probing.probe import Probe
+from mmaudit.audit.probing.target import Target
 from mmaudit.audit.workers import silent
 
 Floats = NDArray[np.float32]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.cache import (
+from mmaudit.audit.encoding.cache import (
     Found,
     Known,
     content_of,

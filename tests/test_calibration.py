@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
-from mmaudit.audit.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood
-from mmaudit.audit.target import Target
+from mmaudit.audit.probing.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood
+from mmaudit.audit.probing.target import Target
 
 Floats = NDArray[np.float64]
 NUM_ROWS = 8_000

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mmaudit.audit.cells import holds_pictures, load_cell
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.modality import Modality
 from mmaudit.audit.quality import Reason, UnusableError
+from mmaudit.audit.source.cells import holds_pictures, load_cell
+from mmaudit.audit.source.modality import Modality
 
 FLOW = Modality(name="flow", column="flow_frames", kind="frames")
 

@@ -12,9 +12,9 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.dataset import DataConfig
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.probe import ProbeConfig
+from mmaudit.audit.probing.probe import ProbeConfig
+from mmaudit.audit.source.dataset import DataConfig
 from mmaudit.cli.config import RunConfig, build, load_config, override, plain, to_toml
 from mmaudit.rebalance.balanced import BalancedConfig
 from mmaudit.train.finetune import FinetuneConfig

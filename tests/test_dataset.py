@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmaudit.audit.columns import Columns
-from mmaudit.audit.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.errors import ConfigError, DatasetError
-from mmaudit.audit.modality import Modality
 from mmaudit.audit.quality import Reason, UnusableError
+from mmaudit.audit.source.columns import Columns
+from mmaudit.audit.source.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.source.modality import Modality
 
 CSV = "audio_file_name,image_file_name,label\na.wav,a.png,cat\nb.wav,b.png,dog\n"
 

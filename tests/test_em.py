@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from mmaudit.audit import em
-from mmaudit.audit.em import Bounds, Component, MonotoneLogit, Pair, fit_pair, posterior
 from mmaudit.audit.errors import MixtureError
+from mmaudit.audit.gap import em
+from mmaudit.audit.gap.em import Bounds, Component, MonotoneLogit, Pair, fit_pair, posterior
 
 Floats = NDArray[np.float64]
 

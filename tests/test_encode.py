@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmaudit.audit import encode
-from mmaudit.audit.descriptors import video_statistics
-from mmaudit.audit.encode import (
+from mmaudit.audit.encoding import encoders as encode
+from mmaudit.audit.encoding.encoders import (
     ENCODERS,
     NETWORK_INPUTS,
     Encoded,
@@ -27,10 +26,11 @@ from mmaudit.audit.encode import (
 )
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.hashing import digest
-from mmaudit.audit.media import MediaConfig, decode_audio, decode_folders, decode_frames, decode_image
-from mmaudit.audit.modality import KINDS, Modality
+from mmaudit.audit.media.decode import MediaConfig, decode_audio, decode_folders, decode_frames, decode_image
+from mmaudit.audit.media.descriptors import video_statistics
+from mmaudit.audit.media.spectrogram import network_spectrogram
 from mmaudit.audit.quality import Reason, UnusableError
-from mmaudit.audit.spectrogram import network_spectrogram
+from mmaudit.audit.source.modality import KINDS, Modality
 
 MEDIA = MediaConfig()
 TYPES = [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int64())]

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmaudit.audit.dataset import Dataset, open_dataset
+from mmaudit.audit.encoding.features import EncodeTask, encode_dataset
 from mmaudit.audit.errors import ManifestError
-from mmaudit.audit.features import EncodeTask, encode_dataset
-from mmaudit.audit.media import MediaConfig
-from mmaudit.audit.samples import read_samples
+from mmaudit.audit.media.decode import MediaConfig
 from mmaudit.audit.score import ScoreTable
+from mmaudit.audit.source.dataset import Dataset, open_dataset
+from mmaudit.audit.source.samples import read_samples
 from mmaudit.audit.stock import take_stock
 from mmaudit.audit.workers import silent
 from mmaudit.rebalance.manifest import Manifest, Selection, make_manifest

@@ -14,15 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from mmaudit.audit import encode, features
-from mmaudit.audit.dataset import DataConfig, Dataset, open_dataset
-from mmaudit.audit.descriptors import text_counts
+from mmaudit.audit.encoding import encoders as encode
+from mmaudit.audit.encoding import features
+from mmaudit.audit.encoding.features import EncodeTask, encode_dataset, encode_shard, read_arrow, read_status
+from mmaudit.audit.encoding.matrix import FeatureMatrix
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.features import EncodeTask, encode_dataset, encode_shard, read_arrow, read_status
-from mmaudit.audit.matrix import FeatureMatrix
-from mmaudit.audit.media import MediaConfig
+from mmaudit.audit.media.decode import MediaConfig
+from mmaudit.audit.media.descriptors import text_counts
 from mmaudit.audit.quality import Reason
-from mmaudit.audit.samples import read_samples
+from mmaudit.audit.source.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.source.samples import read_samples
 from mmaudit.audit.workers import silent
 
 MEDIA = MediaConfig(image_size=16)

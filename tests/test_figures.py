@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from mmaudit.audit.mixture import MixtureConfig, fit_mixture
+from mmaudit.audit.gap.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.score import ScoreTable
 from mmaudit.cli.report.canvas import COLOURS, DPI, INK, WIDTH, palette
 from mmaudit.cli.report.examples import class_numbers

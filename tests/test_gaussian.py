@@ -10,10 +10,10 @@ from scipy.special import log_softmax
 from sklearn.covariance import ledoit_wolf
 from torch.nn import functional
 
-from mmaudit.audit.gaussian import MOST_ROWS, fit_gaussian
-from mmaudit.audit.matrix import MatrixInputs
-from mmaudit.audit.probe import Crossing, ProbeConfig, fit_probe
-from mmaudit.audit.target import Target
+from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.probing.gaussian import MOST_ROWS, fit_gaussian
+from mmaudit.audit.probing.probe import Crossing, ProbeConfig, fit_probe
+from mmaudit.audit.probing.target import Target
 
 K = 4
 
@@ -42,7 +42,7 @@ def logits(x: NDArray[np.float32], label: NDArray[np.int32], **options: object) 
     config = ProbeConfig(**{"precision": "float32", **options})  # type: ignore[arg-type]
     target = Target(task="classification", label=label, num_outputs=K)
     probe = fit_probe(MatrixInputs(matrix=x), target, [crossing(len(x))], config=config)
-    return probe.logits(np.arange(len(x)))[0]
+    return np.asarray(probe.logits(np.arange(len(x)))[0])
 
 
 def loss(raw: NDArray[np.float32], label: NDArray[np.int32]) -> float:

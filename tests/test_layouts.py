@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mmaudit.audit.dataset import DataConfig, open_dataset
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.layouts import find_split_tables, plan_layout, plan_split_tables
-from mmaudit.audit.tables import Plan
+from mmaudit.audit.source.dataset import DataConfig, open_dataset
+from mmaudit.audit.source.layouts import find_split_tables, plan_layout, plan_split_tables
+from mmaudit.audit.source.tables import Plan
 
 
 def lay(root: Path, *paths: str) -> Path:

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmaudit.audit.dataset import open_dataset
+from mmaudit.audit.encoding.features import encode_dataset, read_status
+from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.features import encode_dataset, read_status
 from mmaudit.audit.leakage import (
     GROUP_NAMES,
     Finding,
@@ -26,9 +26,9 @@ from mmaudit.audit.leakage import (
     find_leakage,
     group_columns,
 )
-from mmaudit.audit.matrix import MatrixInputs
-from mmaudit.audit.media import MediaConfig
-from mmaudit.audit.samples import Samples, read_samples
+from mmaudit.audit.media.decode import MediaConfig
+from mmaudit.audit.source.dataset import open_dataset
+from mmaudit.audit.source.samples import Samples, read_samples
 from mmaudit.audit.workers import silent
 
 Objects = NDArray[np.object_]

@@ -15,15 +15,15 @@ from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, r2_score
 
 from mmaudit.audit.answers import Answers, ask
-from mmaudit.audit.crossing import Crossing
-from mmaudit.audit.folds import assign_folds
+from mmaudit.audit.encoding.matrix import Inputs, MatrixInputs, Rows
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.ledger import Ledger, chance_of, keep_books, to_metric
-from mmaudit.audit.matrix import Inputs, MatrixInputs, Rows
-from mmaudit.audit.network_probe import NetworkProbe
 from mmaudit.audit.panel import Calibration, Fit, Member, Panel, seat_joint, seat_member
-from mmaudit.audit.probe import Probe, ProbeConfig, fit_probe
-from mmaudit.audit.target import Target
+from mmaudit.audit.probing.crossing import Crossing
+from mmaudit.audit.probing.folds import assign_folds
+from mmaudit.audit.probing.network_probe import NetworkProbe
+from mmaudit.audit.probing.probe import Probe, ProbeConfig, fit_probe
+from mmaudit.audit.probing.target import Target
 from mmaudit.audit.workers import silent
 
 Floats = NDArray[np.float32]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.media import MediaConfig, decode_audio, decode_frames, decode_image, has_sound
+from mmaudit.audit.media.decode import MediaConfig, decode_audio, decode_frames, decode_image, has_sound
 from mmaudit.audit.quality import Reason, UnusableError
 
 CONFIG = MediaConfig()

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.mixture import GaussianMixture
 
-from mmaudit.audit import em
 from mmaudit.audit.errors import ConfigError, MixtureError
-from mmaudit.audit.mixture import (
+from mmaudit.audit.gap import em
+from mmaudit.audit.gap.mixture import (
     Component,
     Mixture,
     MixtureConfig,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmaudit.audit.matrix import MatrixInputs
-from mmaudit.audit.probe import Crossing, ProbeConfig, fit_probe
-from mmaudit.audit.target import Target
+from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.probing.probe import Crossing, ProbeConfig, fit_probe
+from mmaudit.audit.probing.target import Target
 
 Floats = NDArray[np.float32]
 CONFIG = ProbeConfig(kind="mlp", hidden=32, epochs=25, lr=1e-2, batch_size=64)

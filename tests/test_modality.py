@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from mmaudit.audit.errors import ConfigError, DatasetError
-from mmaudit.audit.modality import (
+from mmaudit.audit.source.modality import (
     Modality,
     check_modalities,
     holds_bytes,
@@ -17,7 +17,7 @@ from mmaudit.audit.modality import (
     infer_modalities,
     kind_of_path,
 )
-from mmaudit.audit.modality import parse_modality as parse
+from mmaudit.audit.source.modality import parse_modality as parse
 
 HEAD = pa.table(
     {

@@ -12,14 +12,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmaudit.audit.crossing import Crossing
+from mmaudit.audit.encoding.matrix import Inputs, MatrixInputs
 from mmaudit.audit.errors import ConfigError, DatasetError, ScoreError
-from mmaudit.audit.folds import assign_folds
 from mmaudit.audit.hashing import hash_rank
-from mmaudit.audit.matrix import Inputs, MatrixInputs
-from mmaudit.audit.network_probe import NetworkConfig, fit_network
-from mmaudit.audit.probe import Probe
-from mmaudit.audit.target import Target
+from mmaudit.audit.probing.crossing import Crossing
+from mmaudit.audit.probing.folds import assign_folds
+from mmaudit.audit.probing.network_probe import NetworkConfig, fit_network
+from mmaudit.audit.probing.probe import Probe
+from mmaudit.audit.probing.target import Target
 from mmaudit.audit.workers import Progress, silent
 
 SOUND, PICTURE, FRAMES = (16, 12), (8, 8, 3), (2, 8, 8, 3)
@@ -360,7 +360,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 def test_masked_inputs_are_refused(fitted: Fitted) -> None:
     rows, _, probe = fitted
-    with pytest.raises(ConfigError, match=r"cannot be asked about masked inputs: set probe\.fused = false"):
+    with pytest.raises(ConfigError, match=r"cannot be asked about masked inputs: set probe\.joint = false"):
         probe.logits(ROWS, inputs=MatrixInputs(matrix=rows))
 
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss
 
+from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.matrix import MatrixInputs
-from mmaudit.audit.networks import (
+from mmaudit.audit.probing.networks import (
     Network,
     NetworkConfig,
     Truth,
@@ -24,7 +24,7 @@ from mmaudit.audit.networks import (
     to_pictures,
     vary,
 )
-from mmaudit.audit.target import Target
+from mmaudit.audit.probing.target import Target
 
 SOUND, PICTURE, FRAMES = (8, 12), (9, 8, 3), (2, 9, 8, 3)
 RNG = np.random.default_rng(0)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmaudit.audit.crossing import Crossing
-from mmaudit.audit.matrix import Inputs, MatrixInputs, Rows
+from mmaudit.audit.encoding.matrix import Inputs, MatrixInputs, Rows
 from mmaudit.audit.panel import CALIBRATION_ROWS, Fit, Member, Panel, seat_joint, seat_member
-from mmaudit.audit.probe import Probe, ProbeConfig, fit_probe
-from mmaudit.audit.target import Target
+from mmaudit.audit.probing.crossing import Crossing
+from mmaudit.audit.probing.probe import Probe, ProbeConfig, fit_probe
+from mmaudit.audit.probing.target import Target
 
 Floats = NDArray[np.float32]
 N, FOLDS = 600, 5

@@ -15,12 +15,12 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mmaudit.audit.encoding.matrix import JointInputs, MatrixInputs
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.folds import assign_folds
 from mmaudit.audit.hashing import hash_rank
-from mmaudit.audit.matrix import JointInputs, MatrixInputs
-from mmaudit.audit.probe import Crossing, ProbeConfig, fit_probe
-from mmaudit.audit.target import Target
+from mmaudit.audit.probing.folds import assign_folds
+from mmaudit.audit.probing.probe import Crossing, ProbeConfig, fit_probe
+from mmaudit.audit.probing.target import Target
 
 Floats = NDArray[np.float32]
 CONFIG = ProbeConfig()

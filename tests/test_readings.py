@@ -11,8 +11,8 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import entropy, norm
 from sklearn.metrics import r2_score
 
+from mmaudit.audit.probing.target import Target
 from mmaudit.audit.readings import fuse_readings, read_logits
-from mmaudit.audit.target import Target
 
 LOGITS = arrays(np.float32, (2, 6, 3), elements=st.floats(-20, 20, width=32))
 

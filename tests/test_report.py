@@ -16,12 +16,12 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from mmaudit.audit.class_check import fit_by_class
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.files import read_json, write_json, write_text
+from mmaudit.audit.gap.class_check import fit_by_class
+from mmaudit.audit.gap.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.ledger import Control, Gain, Ledger, Standing
 from mmaudit.audit.measures import cross_entropy, discrepancy
-from mmaudit.audit.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.panel import Calibration
 from mmaudit.audit.parquet import write_parquet
 from mmaudit.audit.quality import Quarantined, Reason, quarantine_table

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.audit.probe import ProbeConfig
+from mmaudit.audit.probing.probe import ProbeConfig
 from mmaudit.audit.quality import Reason
 from mmaudit.audit.rounds import plan_rounds
-from mmaudit.audit.samples import Samples
+from mmaudit.audit.source.samples import Samples
 
 CONFIG = ProbeConfig(folds=5, repeats=3)
 

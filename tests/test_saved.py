@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.saved import Part, is_saved, plan_parts, plan_saved
+from mmaudit.audit.source.saved import Part, is_saved, plan_parts, plan_saved
 
 
 def write_arrow(

@@ -15,17 +15,17 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import spearmanr
 
-from mmaudit.audit.dataset import DataConfig, open_dataset
+from mmaudit.audit.encoding.features import encode_dataset
 from mmaudit.audit.errors import ScoreError
-from mmaudit.audit.features import encode_dataset
-from mmaudit.audit.media import MediaConfig
-from mmaudit.audit.mixture import MixtureConfig
-from mmaudit.audit.network_probe import NetworkConfig
-from mmaudit.audit.probe import ProbeConfig
+from mmaudit.audit.gap.mixture import MixtureConfig
+from mmaudit.audit.media.decode import MediaConfig
+from mmaudit.audit.probing.network_probe import NetworkConfig
+from mmaudit.audit.probing.probe import ProbeConfig
 from mmaudit.audit.quality import Reason
-from mmaudit.audit.samples import read_samples
 from mmaudit.audit.score import BY_MODALITY, ScoreTable
 from mmaudit.audit.scoring import Audit, Networks, audit_dataset
+from mmaudit.audit.source.dataset import DataConfig, open_dataset
+from mmaudit.audit.source.samples import read_samples
 from mmaudit.audit.stock import take_stock
 from mmaudit.audit.workers import silent
 
@@ -472,7 +472,7 @@ def spans(scores: ScoreTable, k: int) -> dict[str, tuple[float, float]]:
         "margin": (0, 1),
         "training_confidence": (0, 1),
         "training_variability": (0, 0.5),
-        "shapley": (1 - m, m),
+        "shapley": ((1 - m) / 2, (1 + m) / 2),
         "discrepancy_sd": (0, 1.42),
         "confidence_fused": (0, 1),
         "loss_fused": (0, 27.7),
@@ -493,10 +493,10 @@ def test_every_score_is_in_its_range(planted: Planted, tmp_path: Path, names: tu
         assert low <= np.nanmin(values) <= np.nanmax(values) <= high, name
         assert np.nanmin(values) < np.nanmax(values), name
     assert scores.shapley is not None
-    assert scores.prediction_fused is not None
-    if len(names) == 2:
-        right = scores.prediction_fused == scores.label
-        np.testing.assert_allclose(scores.shapley.sum(axis=1), 2.0 * right, atol=1e-5)
+    if len(names) == 2:  # the sum is 2 where the joint probe is right, else 0
+        total = scores.shapley.sum(axis=1)
+        np.testing.assert_allclose(total * (total - 2), 0, atol=1e-5)
+        assert {0, 2} == set(np.round(total).tolist())
 
 
 def test_discrepancy_is_recovered_where_the_posterior_is_known(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.dataset import DataConfig, open_dataset
+from mmaudit.audit.encoding.features import Status, encode_dataset
 from mmaudit.audit.errors import ScoreError
-from mmaudit.audit.features import Status, encode_dataset
-from mmaudit.audit.media import MediaConfig
-from mmaudit.audit.modality import Modality
+from mmaudit.audit.media.decode import MediaConfig
 from mmaudit.audit.quality import Quarantined, Reason
-from mmaudit.audit.samples import NO_LABEL, UNKNOWN_LABEL, Samples, read_samples
+from mmaudit.audit.source.dataset import DataConfig, open_dataset
+from mmaudit.audit.source.modality import Modality
+from mmaudit.audit.source.samples import NO_LABEL, UNKNOWN_LABEL, Samples, read_samples
 from mmaudit.audit.stock import Stock, left_empty, sort_out, take_stock
 from mmaudit.audit.workers import silent
 

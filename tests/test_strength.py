@@ -9,13 +9,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmaudit.audit.answer import Answer
-from mmaudit.audit.crossing import Crossing, set_lesson
-from mmaudit.audit.design import read_design
-from mmaudit.audit.matrix import MatrixInputs
-from mmaudit.audit.probe import ProbeConfig
-from mmaudit.audit.strength import choose_strength
-from mmaudit.audit.target import Target
+from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.probing.aim import Answer
+from mmaudit.audit.probing.crossing import Crossing, set_lesson
+from mmaudit.audit.probing.design import read_design
+from mmaudit.audit.probing.probe import ProbeConfig
+from mmaudit.audit.probing.strength import choose_strength
+from mmaudit.audit.probing.target import Target
 
 NUM_ROWS = 400
 CONFIG = ProbeConfig()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.tables import (
+from mmaudit.audit.source.tables import (
     METADATA_NAMES,
     concat_rows,
     find_parquets,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmaudit.audit.target import TASKS, Target
+from mmaudit.audit.probing.target import TASKS, Target
 
 RNG = np.random.default_rng(0)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..audit.encoding.features import EncodeTask, Status
+from ..audit.encoding.matrix import FeatureMatrix
 from ..audit.errors import ManifestError
-from ..audit.features import EncodeTask, Status
-from ..audit.matrix import FeatureMatrix
-from ..audit.samples import Samples, cut
+from ..audit.source.samples import Samples, cut
 from ..audit.stock import left_empty, row_content
 from ..rebalance.manifest import Manifest
 
@@ -21,7 +21,8 @@ from ..rebalance.manifest import Manifest
 class Examples:
     """n samples, those of the manifest first, then the test samples it left out: arrays of shape (n,).
 
-    inputs: m matrices (n, d_j), NaN where a modality is missing. label: int64 in [0, k), numbering `class_names`. split: train, validation, test.
+    inputs: m matrices (n, d_j), NaN where a modality is missing. label: int64 in [0, k), numbering `class_names`.
+    split: train, validation, test.
     rank: 0 = most balanced, -1 outside the manifest. `chosen` tells the manifest's own samples.
     """
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ..errors import ConfigError, DatasetError, choices
 from ..parquet import write_parquet
-from ..tables import METADATA_NAMES
+from ..source.tables import METADATA_NAMES
 from .adapters import ADAPTERS
 from .clips import PATH_SUFFIXES, Cell, Listing
 from .tree import absence, absence_of_frames

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from ..errors import DatasetError
-from ..modality import kind_of_path
+from ..source.modality import kind_of_path
 
 _POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024  # a pointer of Git LFS is about 130 bytes

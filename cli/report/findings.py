@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ...audit.gap.mixture import Mixture
 from ...audit.intervals import Groups, group_codes, mean, share
 from ...audit.measures import discrepancy as all_discrepancies
-from ...audit.mixture import Mixture
 from ...audit.score import ScoreTable
 from ...rebalance.balanced import bin_of
 from ...rebalance.subsets import BALANCED_WITHIN

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...audit.errors import RunError
 from ...audit.files import read_json, whole, write_json, write_text
-from ...audit.mixture import Mixture
+from ...audit.gap.mixture import Mixture
 from ...audit.parquet import read_parquet
 from ..run import Run
 from .examples import class_numbers, sample_lists

@@ -1,0 +1,1 @@
+"""One modality of one sample as a feature vector, encoded once"""

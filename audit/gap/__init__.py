@@ -1,0 +1,1 @@
+"""The gap: is it bimodal, and which samples are balanced?"""

@@ -1,0 +1,1 @@
+"""Bytes in, sound, pictures and frames out"""

@@ -1,0 +1,69 @@
+"""Files of sound and film: how are they opened, and under which reason does one fail?"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import av
+
+from ..quality import Reason, UnusableError
+from .truncation import shortfall
+
+MAX_BAD_PACKETS = 0.1  # of all, and one in any case: players skip a few (tags behind an mp3)
+
+# By name, because playlists (hls, concat) would open other files and addresses.
+CONTAINERS = "wav,w64,aiff,au,caf,mp3,aac,amr,flac,ogg,mov,matroska,avi,mpeg,mpegts,flv,asf"
+
+
+@contextmanager
+def reading(data: bytes) -> Iterator[None]:
+    """Give every failure of a decoder its reason: for arbitrary bytes they raise almost anything."""
+    if not data:
+        raise UnusableError(Reason.EMPTY, "0 bytes")
+    try:
+        if missing := shortfall(data):
+            raise UnusableError(Reason.TRUNCATED, missing)
+        yield
+    except UnusableError:
+        raise
+    except Exception as error:
+        # PyAV raises EOFError; Pillow has no class of its own for a file cut off, only this word in every such message.
+        ended = isinstance(error, EOFError) or "truncated" in str(error).lower()
+        words = (getattr(error, "strerror", None) or str(error)).split(" <")[0]  # Pillow names an address in memory
+        detail = f"{len(data)} bytes, {type(error).__name__}: {words}"
+        raise UnusableError(Reason.TRUNCATED if ended else Reason.CORRUPT, detail) from error
+
+
+def open_container(data: bytes) -> Any:
+    """Open a file of sound or film that stands in memory."""
+    return av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS}, metadata_errors="replace")
+
+
+def track(container: Any, kind: str) -> Any:
+    """Give the first stream of a kind, audio or video; UnusableError if there is none that could be decoded."""
+    streams = getattr(container.streams, kind)
+    if not streams:
+        found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise UnusableError(Reason.NO_TRACK, f"no {kind} stream, only: {found}")
+    if streams[0].codec_context is None:
+        raise UnusableError(Reason.CORRUPT, f"the {kind} stream is of an unknown codec")
+    streams[0].codec_context.thread_count = 1  # samples are what is worked on side by side
+    return streams[0]
+
+
+def decoded(packets: Any, stream: Any) -> Iterator[Any]:
+    """Frames in the order they are shown; a few packets may be undecodable, as in any player."""
+    good = bad = 0
+    for packet in packets:
+        try:
+            frames = stream.codec_context.decode(packet)
+        except av.FFmpegError:
+            bad += 1
+            continue
+        good += 1
+        yield from frames
+    if bad > max(1, MAX_BAD_PACKETS * (good + bad)):
+        raise UnusableError(Reason.CORRUPT, f"{bad} of {good + bad} packets cannot be decoded")

@@ -1,0 +1,139 @@
+"""Sound: which samples does a file hold, at its own rate and at ours?"""
+
+from __future__ import annotations
+
+import math
+import struct
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from scipy.signal import firwin, resample_poly
+
+from ..quality import Reason, UnusableError
+from .containers import decoded, open_container, track
+from .truncation import MIN_HELD, STREAMED_SIZE
+
+SILENT_PEAK = 1e-4  # -80 dBFS: three steps of 16-bit sound, above dither, below any recording
+FULL_SCALE = 0.99  # a peak from here on may be where a converter or an editor cut the sound off
+LEAST_RUN = 3  # samples in a row at the peak: a wave that only touches full scale has one or two
+_SAMPLE_TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
+STEP = 1 / 32_768  # of 16-bit sound; two samples this close are the same
+
+
+def native_wave(data: bytes, max_seconds: float) -> tuple[NDArray[np.float32], int]:
+    """Mono sound (t,) at the file's own rate, and that rate in Hz."""
+    return _plain_wave(data, max_seconds) or _decoded_wave(data, max_seconds)
+
+
+def _decoded_wave(data: bytes, max_seconds: float) -> tuple[NDArray[np.float32], int]:
+    parts: list[NDArray[Any]] = []
+    held, rate, wanted = 0, 0, math.inf
+    with open_container(data) as container:
+        stream = track(container, "audio")
+        for frame in decoded(container.demux(stream), stream):
+            rate = rate or frame.sample_rate
+            if frame.sample_rate != rate:
+                raise UnusableError(Reason.CORRUPT, f"the rate changes from {rate} to {frame.sample_rate} Hz")
+            parts.append(_channels(frame))
+            held, wanted = held + parts[-1].shape[1], max(1, math.ceil(max_seconds * rate))
+            if held >= wanted:
+                break
+        # Where sizes tell nothing, flac alone states its duration, in samples; that of others is an estimate.
+        promised = (stream.duration or 0) if container.format.name == "flac" else 0
+        if held < min(wanted, MIN_HELD * promised):
+            raise UnusableError(Reason.TRUNCATED, f"the header promises {promised} samples, {held} can be decoded")
+    if not held:
+        raise UnusableError(Reason.EMPTY, f"no sample can be decoded from {len(data)} bytes")
+    return _mono(parts)[: int(min(wanted, held))], rate
+
+
+def _plain_wave(data: bytes, max_seconds: float) -> tuple[NDArray[np.float32], int] | None:
+    """Read the commonest wav, whole numbers of 16 bits, as PyAV would; None for any other file.
+
+    PyAV takes 1.1 ms to open, probe and read half a second of sound, this 0.03.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return None
+    channels = rate = 0
+    at = 12
+    while at + 8 <= len(data):
+        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if name == b"fmt ":
+            code, channels, rate, _, block, bits = struct.unpack("<HHIIHH", data[at + 8 : at + 24].ljust(16, b"\0"))
+            if code != 1 or bits != 16 or not channels or block != 2 * channels or not rate:
+                return None
+        if name == b"data":
+            break
+        at += 8 + size + size % 2
+    held = min(size, len(data) - at - 8) // (2 * channels) if channels and at + 8 <= len(data) else 0
+    if not held or size >= STREAMED_SIZE:
+        return None
+    count = int(min(held, max(1, math.ceil(max_seconds * rate))))
+    samples = np.frombuffer(data, "<i2", count * channels, at + 8).reshape(count, channels)
+    return np.asarray(samples.mean(axis=1, dtype=np.float32) / 32_768), rate
+
+
+def _channels(frame: Any) -> NDArray[Any]:
+    """Samples (c, t) of one decoded frame, as they are; to_ndarray takes 10 microseconds more, 130 times a clip."""
+    channels = frame.layout.nb_channels
+    if frame.format.is_planar and channels >= 8:  # PyAV 18.1 reads a plane too many: segfault
+        frame = av.AudioResampler(frame.format.packed, frame.layout, frame.sample_rate).resample(frame)[0]
+    type_ = _SAMPLE_TYPES[frame.format.packed.name]
+    if not frame.format.is_planar:
+        return np.frombuffer(frame.planes[0], type_, frame.samples * channels).reshape(-1, channels).T
+    if channels == 1:
+        return np.frombuffer(frame.planes[0], type_, frame.samples)[None]
+    return np.stack([np.frombuffer(plane, type_, frame.samples) for plane in frame.planes])
+
+
+def _mono(parts: list[NDArray[Any]]) -> NDArray[np.float32]:
+    """Mean (t,) of the channels of all frames (c, t), whole numbers scaled so that full scale is 1."""
+    if len({(part.dtype, len(part)) for part in parts}) > 1:  # channels come or go within the file
+        return np.concatenate([_mono([part]) for part in parts])
+    raw = np.concatenate(parts, axis=1)
+    if raw.dtype == np.uint8:
+        raw = (raw.astype(np.float32) - 128) / 128
+    elif raw.dtype.kind == "i":
+        raw = raw.astype(np.float32) / -float(np.iinfo(raw.dtype).min)
+    return np.asarray(raw[0] if len(raw) == 1 else raw.mean(axis=0), dtype=np.float32)
+
+
+def resampled(wave: NDArray[np.float32], rate: int, goal: int) -> NDArray[np.float32]:
+    """Polyphase, ceil(t * goal / rate) samples; PyAV's resampler costs 0.9 ms to set up, this 0.2 ms in all.
+
+    Ratios are exact for the usual rates; odd ones are rounded (a part in a million) lest the filter gets millions long.
+    """
+    if not 1_000 <= rate <= 1_000_000:
+        raise UnusableError(Reason.CORRUPT, f"the header states {rate} Hz")
+    ratio = Fraction(goal, rate).limit_denominator(1_000)
+    if ratio != 1:
+        up, down = ratio.numerator, ratio.denominator
+        wave = resample_poly(wave, up, down, window=_low_pass(max(up, down)))
+    return np.clip(wave, -1, 1).astype(np.float32, copy=False)
+
+
+@lru_cache(maxsize=8)
+def _low_pass(steps: int) -> NDArray[np.float32]:
+    """The filter that resample_poly designs anew at every call: from 44.1 to 16 kHz that takes 5 ms of 7."""
+    return np.asarray(firwin(20 * steps + 1, 1 / steps, window=("kaiser", 5.0)), dtype=np.float32)
+
+
+def clipped_share(wave: NDArray[np.float32]) -> float:
+    """Share of the samples (t,), 0 .. 1, in runs of three or more that stand at full scale. The rule is ours.
+
+    Full scale is the clip's own peak of 0.99 or more, upwards or downwards; a sine that just reaches it, of 100 Hz at
+    8 kHz, has a share of 0; cut off at half its height, of two thirds.
+    """
+    size = np.abs(wave)
+    peak = float(size.max())
+    if peak < FULL_SCALE:
+        return 0.0
+    full = np.where(size >= peak - STEP, np.sign(wave), 0)
+    starts = np.flatnonzero(np.r_[True, full[1:] != full[:-1]])
+    lengths = np.diff(np.r_[starts, len(full)])
+    long = (lengths >= LEAST_RUN) & (full[starts] != 0)
+    return float(lengths[long].sum() / len(wave))

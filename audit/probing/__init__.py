@@ -1,0 +1,1 @@
+"""A probe: how sure is one modality alone?"""

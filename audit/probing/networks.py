@@ -1,0 +1,233 @@
+"""Networks: what is trained from scratch on sound, pictures or frames, what does it see, and what is its aim?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..encoding.matrix import Inputs, Rows
+from ..encoding.pretrained import require_transformers
+from ..errors import ConfigError, choices
+from ..hashing import digest
+from ..workers import ahead
+from .target import Target
+
+SIZES = (64, 128, 256, 512)  # feature maps of a ResNet-18's four stages, of two blocks each
+PRECISIONS = ("auto", "float32", "bfloat16")
+MOST_EPOCHS_KEPT = 8  # whose logits are kept: training dynamics want the mean and spread over some
+READERS = 2  # threads that read ahead of a network
+RATIO = 4 / 3  # of a crop's sides at most, as RandomResizedCrop has it
+
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig:
+    """How networks are trained as probes.
+
+    epochs, batch_size, lr, lr_step and weight_decay are BSS's, for its two ResNet-18 from scratch (OGM-GE's code has
+    lr 1e-3 and 100 epochs, and else the same); the crops and mirrored pictures are OGM-GE's. What follows is ours.
+    """
+
+    epochs: int = 120
+    batch_size: int = 64
+    lr: float = 1e-2
+    lr_step: int = 70  # epochs after which the rate falls to a tenth
+    weight_decay: float = 1e-4
+    least_crop: float = 0.08  # of a picture's area, in training; 1: it is never cropped. Sound is left as it is
+    flip: bool = True  # mirror one picture in two, in training; not where left and right tell classes apart
+    width: float = 1.0  # 1: a ResNet-18
+    # Off: all folds train for as long, on all their rows, as in the papers but for their look at the test set. On: the
+    # epoch with the least loss on a fifth of the training rows, set aside, at the price of not learning from them.
+    choose_epoch: bool = False
+    precision: str = "auto"  # "float32", "bfloat16" where it will do, or the latter on CUDA alone
+
+    def __post_init__(self) -> None:
+        # A batch of one has no variance for BatchNorm; from four up, even batches have two rows at least.
+        for name, least in (("epochs", 1), ("batch_size", 4), ("lr_step", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"network.{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("lr", "width"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"network.{name} is {getattr(self, name)}; it must be above 0")
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"network.weight_decay is {self.weight_decay}; it must be at least 0")
+        if not 0 < self.least_crop <= 1:
+            raise ConfigError(f"network.least_crop is {self.least_crop}; it must be above 0 and at most 1")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"network.precision is {self.precision!r}; {choices(self.precision, PRECISIONS)}")
+
+    @property
+    def epochs_kept(self) -> tuple[int, ...]:
+        """The epochs, from 1, whose logits are kept: all, or eight spread evenly, the last among them."""
+        spread = np.linspace(1, self.epochs, min(self.epochs, MOST_EPOCHS_KEPT))
+        return tuple(np.round(spread).astype(int).tolist())
+
+
+class Network(nn.Module):
+    """A ResNet-18 and a linear head: pictures (b, f, c, h, w) in, of levels or log power, raw outputs (b, k) out.
+
+    The features of a sample's f frames are averaged, as in OGM-GE's code. Channels are standardised; NaN, of
+    a modality that is missing, is taken for the mean.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, trunk: nn.Module, *, num_channels: int, num_features: int, num_outputs: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(num_features, num_outputs)
+        self.register_buffer("mean", torch.zeros(num_channels, 1, 1))
+        self.register_buffer("scale", torch.ones(num_channels, 1, 1))
+
+    def standardise_by(self, mean: Floats, scale: Floats) -> None:
+        """Take the mean and the standard deviation of each channel (c,); a constant channel keeps scale 1."""
+        scale = np.where(scale > 1e-6 * np.abs(mean), scale, 1.0)  # less is rounding
+        self.mean.copy_(torch.from_numpy(mean)[:, None, None])
+        self.scale.copy_(torch.from_numpy(scale)[:, None, None])
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Give the raw outputs (b, k) of a batch of pictures (b, f, c, h, w)."""
+        standard = ((pictures.float() - self.mean) / self.scale).nan_to_num(nan=0.0)
+        frames = standard.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        features = self.trunk(frames).pooler_output.flatten(1).float()
+        with torch.autocast(frames.device.type, enabled=False):  # bfloat16 would leave logits of two or three digits
+            outputs: Tensor = self.head(features.view(*pictures.shape[:2], -1).mean(dim=1))
+        return outputs
+
+
+def build_network(shape: tuple[int, ...], *, num_outputs: int, width: float, seed: int) -> Network:
+    """Give a ResNet-18 of fresh weights, `width` times as wide, for inputs of a shape of `encode.input_shape`.
+
+    Raises ConfigError without transformers, whose ResNet it is: 11,176,512 weights at width 1 with three channels.
+    """
+    require_transformers()
+    from transformers import ResNetConfig, ResNetModel
+
+    sizes = [max(1, round(width * size)) for size in SIZES]
+    num_channels = 1 if len(shape) == 2 else shape[-1]
+    config = ResNetConfig(
+        num_channels=num_channels, embedding_size=sizes[0], hidden_sizes=sizes, depths=[2] * 4, layer_type="basic"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        trunk = ResNetModel(config)  # draws as torchvision does: normal, by what a filter sends out
+        return Network(trunk, num_channels=num_channels, num_features=sizes[-1], num_outputs=num_outputs)
+
+
+def to_pictures(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """See rows (b, d) of inputs (mel, t), (h, w, c) or (f, h, w, c) as pictures (b, f, c, h, w), without a copy."""
+    if len(shape) == 2:
+        return rows.view(len(rows), 1, 1, *shape)
+    return rows.view(len(rows), -1, *shape[-3:]).permute(0, 1, 4, 2, 3)
+
+
+def check_shape(shape: tuple[int, ...], num_features: int) -> None:
+    """Refuse a shape that no network here reads, or that does not hold the features of a row."""
+    if len(shape) not in (2, 3, 4):
+        raise ConfigError(f"a network reads (mel, t), (h, w, 3) or (f, h, w, 3), not inputs of shape {shape}")
+    if math.prod(shape) != num_features:
+        raise ConfigError(
+            f"inputs of shape {shape} have {math.prod(shape)} numbers, but a row has {num_features}: they were "
+            "encoded with other media settings; encode them anew"
+        )
+
+
+def vary(pictures: Tensor, rng: np.random.Generator, *, least_area: float, flip: bool) -> Tensor:
+    """Crop each picture (b, f, c, h, w) at random, to its size again, and mirror one in two: float32.
+
+    A crop has between `least_area` and 1 of the picture's area, and sides of ratio 3 / 4 to 4 / 3 relative to its own:
+    torchvision's RandomResizedCrop, as in the papers, but that a side too long is cut to fit and not drawn again. Each
+    frame has a crop of its own, as in OGM-GE's code.
+    """
+    frames = pictures.flatten(0, 1).float()
+    draws = rng.random((len(frames), 5))
+    area = least_area + (1 - least_area) * draws[:, 0]
+    width = np.clip(np.sqrt(area * RATIO ** (2 * draws[:, 1] - 1)), area, 1)
+    sides = np.stack([width, area / width], axis=1)
+    theta = np.zeros((len(frames), 2, 3))
+    theta[:, 0, 0] = sides[:, 0] * np.where(flip & (draws[:, 4] < 0.5), -1, 1)
+    theta[:, 1, 1] = sides[:, 1]
+    theta[:, :, 2] = (1 - sides) * (2 * draws[:, 2:4] - 1)
+    grid = nn.functional.affine_grid(torch.from_numpy(theta).to(frames), list(frames.shape), align_corners=False)
+    found = nn.functional.grid_sample(frames, grid, padding_mode="border", align_corners=False)
+    return found.view(pictures.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What was seen of n rows before any training: mean and mean square of each channel (n, c), and all in a digest."""
+
+    mean: NDArray[np.float64]
+    square: NDArray[np.float64]
+    content: str
+
+    @property
+    def there(self) -> NDArray[np.bool_]:
+        """Tell for each row (n,) whether it has this modality."""
+        return np.asarray(~np.isnan(self.mean).any(axis=1))
+
+    def levels(self, rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Give the mean and the standard deviation of each channel (c,) over some rows."""
+        mean = self.mean[rows].mean(axis=0)
+        return mean, np.sqrt(np.maximum(self.square[rows].mean(axis=0) - mean**2, 0))
+
+
+def survey_inputs(inputs: Inputs, shape: tuple[int, ...], *, batch_size: int) -> Survey:
+    """Read all rows once, `batch_size` at a time."""
+
+    def look(rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
+        found = np.require(inputs.read(rows), requirements=("C", "W"))
+        pictures = to_pictures(torch.from_numpy(found), shape).float()
+        square, mean = (each.double().numpy() for each in torch.var_mean(pictures, dim=(1, 3, 4), correction=0))
+        return mean, square + mean**2, digest(str(found.dtype).encode(), found.tobytes())
+
+    parts = list(ahead(look, cut(np.arange(inputs.num_rows), batch_size), num_threads=READERS))
+    mean, square = (np.concatenate([part[place] for part in parts]) for place in (0, 1))
+    return Survey(mean=mean, square=square, content=digest(*(part[2].encode() for part in parts)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truth:
+    """What the rows (n,) are to be recognised as, on the device; numbers are standardised by the training rows."""
+
+    found: Tensor
+    task: str
+    centre: float
+    scale: float
+
+    @classmethod
+    def of(cls, target: Target, learn: Rows, device: str) -> Truth:
+        """Bring a target to the device."""
+        if target.values is None:
+            found = torch.from_numpy(target.label.astype(np.int64)).to(device)
+            return cls(found=found, task=target.task, centre=0.0, scale=1.0)
+        centre, scale = 0.0, 1.0
+        if target.task == "regression":
+            centre = float(target.values[learn].mean(dtype=np.float64))
+            scale = float(target.values[learn].std(dtype=np.float64)) or 1.0
+        found = torch.from_numpy(((target.values - centre) / scale).astype(np.float32)).to(device)
+        return cls(found=found, task=target.task, centre=centre, scale=scale)
+
+    def loss(self, outputs: Tensor, rows: Tensor) -> Tensor:
+        """Mean cross entropy, binary cross entropy over labels, or squared error, of raw outputs (b, k)."""
+        if self.task == "classification":
+            return nn.functional.cross_entropy(outputs, self.found[rows])
+        if self.task == "multilabel":
+            return nn.functional.binary_cross_entropy_with_logits(outputs, self.found[rows])
+        return nn.functional.mse_loss(outputs, self.found[rows])
+
+    def in_units(self, outputs: Tensor) -> NDArray[np.float32]:
+        """Give outputs in the units of the target."""
+        return np.asarray((outputs * self.scale + self.centre).cpu().numpy(), dtype=np.float32)
+
+
+def cut(rows: Rows, size: int) -> list[Rows]:
+    """Cut rows into runs of `size`."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
