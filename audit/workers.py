@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
+from threadpoolctl import threadpool_limits
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -86,5 +88,9 @@ def ahead(work: Callable[[Task], Result], tasks: Iterable[Task], *, num_threads:
 def _prepare_worker() -> None:
     # Ctrl-C reaches every process of the terminal; the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The workers are the parallelism: with two threads for products in each of two, a film took 38 ms instead of 17.
+    for library in ("OMP", "OPENBLAS", "MKL"):  # those that are not loaded yet
+        os.environ[f"{library}_NUM_THREADS"] = "1"
+    threadpool_limits(limits=1)
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # the workers are the parallelism
+        sys.modules["torch"].set_num_threads(1)

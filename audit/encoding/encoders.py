@@ -242,9 +242,9 @@ _DECODERS: dict[str, Callable[[Any, MediaConfig], Any]] = {
     "frames": decode_folders,
 }
 ENCODERS: dict[str, Encoder] = {
-    "audio": Encoder(name="sound-statistics", version=1, encode=_encode_sound),
+    "audio": Encoder(name="sound-statistics", version=2, encode=_encode_sound),
     "image": Encoder(name="image-statistics", version=1, encode=_encode_image),
-    "video": Encoder(name="video-statistics", version=1, encode=_encode_video),
+    "video": Encoder(name="video-statistics", version=2, encode=_encode_video),
     "frames": Encoder(name="frames-statistics", version=1, encode=_encode_folders),
     "text": Encoder(name="text-counts", version=2, encode=text_counts),
 }

@@ -57,9 +57,10 @@ def track(container: Any, kind: str) -> Any:
 def decoded(packets: Any, stream: Any) -> Iterator[Any]:
     """Frames in the order they are shown; a few packets may be undecodable, as in any player."""
     good = bad = 0
+    decode = stream.codec_context.decode
     for packet in packets:
         try:
-            frames = stream.codec_context.decode(packet)
+            frames = decode(packet)
         except av.FFmpegError:
             bad += 1
             continue

