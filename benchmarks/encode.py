@@ -3,11 +3,11 @@
 Run with: python benchmarks/encode.py [DATA ..] [--workers N]
 
 Each DATA is a dataset of media; without any, clips are made as long and large as in the datasets of the field: 10 s
-of 340 x 256 as in VGGSound and AVE, 3 s of 480 x 360 as in CREMA-D, with sound; sounds of 3 s with pictures. Told beside
-the bound are films of mpeg4, which decodes in half the time of h264, and of 1 s of 128 x 96, where opening a file takes
-longer than decoding it. Both sides run in the same processes over the same shards and in turns, and the best of each
-counts. Decoding alone opens every file once with PyAV and decodes its sound and its pictures: it scales, resamples,
-measures and writes nothing.
+of 340 x 256 as in VGGSound and AVE, 3 s of 480 x 360 as in CREMA-D, with sound; sounds of 3 s with pictures. Told
+beside the bound are films of mpeg4, which decodes in half the time of h264, and of 1 s of 128 x 96, where opening a
+file takes longer than decoding it. Both sides run in the same processes over the same shards and in turns, and the
+best of each counts. Decoding alone opens every file once with PyAV and decodes its sound and its pictures: it scales,
+resamples, measures and writes nothing.
 """
 
 from __future__ import annotations
