@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmaudit.audit.encoding.matrix import MatrixInputs
-from mmaudit.audit.probing.aim import Answer
+from mmaudit.audit.probing.aim import Aim
 from mmaudit.audit.probing.crossing import Crossing, set_lesson
 from mmaudit.audit.probing.design import read_design
 from mmaudit.audit.probing.probe import ProbeConfig
@@ -33,7 +33,7 @@ def chosen(x: NDArray[Any], label: Label, crossed: Crossing, config: ProbeConfig
     lesson = set_lesson([crossed], most_rows=config.most_rows)
     design = read_design(MatrixInputs(matrix=x), lesson.rows, products=torch.float32)
     target = Target(task="classification", label=label, num_outputs=2)
-    answer = Answer.of(target, lesson.rows, design.curvature)
+    answer = Aim.of(target, lesson.rows, design.curvature)
     return np.asarray(choose_strength(design, answer, lesson, key=crossed.key, config=config))
 
 

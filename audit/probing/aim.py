@@ -1,4 +1,4 @@
-"""Answers: what a model is fitted to, in units of its own"""
+"""The aim: what a model is fitted to, in units of its own"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .target import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Aim:
     """The target of some rows as the models see it: label (n,) or values (n, k), these in units of their own."""
 
     found: Tensor
@@ -23,7 +23,7 @@ class Answer:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, target: Target, rows: Rows, like: Tensor) -> Answer:
+    def of(cls, target: Target, rows: Rows, like: Tensor) -> Aim:
         """Take the target of rows. A number is standardised; a fit of other units is the same but for them."""
         if target.values is None:
             found = torch.from_numpy(target.label[rows].astype(np.int64)).to(like.device)

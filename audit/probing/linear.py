@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..encoding.matrix import Inputs, Rows
-from .aim import Answer
+from .aim import Aim
 from .crossing import Crossing, Lesson, ask_own
 from .design import Design, Units, read_design
 from .gaussian import MOST_FEATURES, MOST_ROWS, mix_in_gaussian
@@ -80,7 +80,7 @@ def fit_linear(
     """
     products = products_of(config.precision, device, size=len(lesson.rows) * inputs.num_features)
     design = read_design(inputs, lesson.rows, products=products, device=device)
-    answer = Answer.of(target, lesson.rows, design.curvature)
+    answer = Aim.of(target, lesson.rows, design.curvature)
     strength = choose_strength(design, answer, lesson, key=crossings[0].key, config=config)
     found = _fit(design, answer, lesson, strength, config)
     theta = found.theta
@@ -106,7 +106,7 @@ def fit_linear(
     )
 
 
-def _fit(design: Design, answer: Answer, lesson: Lesson, strength: Tensor, config: ProbeConfig) -> Minimum:
+def _fit(design: Design, answer: Aim, lesson: Lesson, strength: Tensor, config: ProbeConfig) -> Minimum:
     """Fit every probe from nothing, so that the way there can be told."""
     learn = torch.from_numpy(lesson.learn).to(strength.device)
     coarse = design.rows.dtype == torch.bfloat16
@@ -123,7 +123,7 @@ def _fit(design: Design, answer: Answer, lesson: Lesson, strength: Tensor, confi
     )
 
 
-def _wants_gaussian(design: Design, answer: Answer, lesson: Lesson, config: ProbeConfig) -> bool:
+def _wants_gaussian(design: Design, answer: Aim, lesson: Lesson, config: ProbeConfig) -> bool:
     """Tell whether rows are few enough, and there are some to choose by; a strength that is given is to stand alone."""
     small = len(lesson.rows) <= MOST_ROWS and design.rows.shape[1] <= MOST_FEATURES
     chooses = len(config.strengths) > 1 and lesson.can_choose
@@ -146,7 +146,7 @@ def products_of(precision: str, device: str, *, size: int) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
 
 
-def _in_units(theta: Tensor, answer: Answer) -> Tensor:
+def _in_units(theta: Tensor, answer: Aim) -> Tensor:
     """Give models (p, d + 1, k) whose outputs are in the units of the target."""
     moved = theta * answer.scale
     moved[:, -1] += answer.centre

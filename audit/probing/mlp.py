@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..encoding.matrix import Inputs, Rows
-from .aim import Answer
+from .aim import Aim
 from .crossing import Crossing, Lesson, ask_own
 from .design import Design, Units, read_design
 from .glm import loss_and_residual
@@ -63,7 +63,7 @@ class MlpProbe:
     inputs: Inputs
     crossings: tuple[Crossing, ...]
     units: Units
-    answer: Answer
+    answer: Aim
     nets: Nets
     num_epochs: Tensor  # (p,) epochs after which each stopped
     snapshots: tuple[Nets, ...]
@@ -107,7 +107,7 @@ def fit_mlp(
     products = products_of(config.precision, device, size=len(lesson.rows) * inputs.num_features)
     design = read_design(inputs, lesson.rows, products=products, device=device, with_axes=False)
     design.rows.clamp_(-_FARTHEST, _FARTHEST)
-    answer = Answer.of(target, lesson.rows, design.curvature)
+    answer = Aim.of(target, lesson.rows, design.curvature)
     trained = _train(design, answer, lesson, seed=_seed(crossings[0]), config=config)
     p, num_first = lesson.learn.shape[1], crossings[0].num_folds
     of_first = trained.decay[:num_first] * p + torch.arange(num_first, device=trained.decay.device)
@@ -132,7 +132,7 @@ class _Trained:
     snapshots: tuple[Nets, ...]
 
 
-def _train(design: Design, answer: Answer, lesson: Lesson, *, seed: int, config: ProbeConfig) -> _Trained:
+def _train(design: Design, answer: Aim, lesson: Lesson, *, seed: int, config: ProbeConfig) -> _Trained:
     device, decays, p = design.rows.device, sorted(config.decays), lesson.learn.shape[1]
     chooses = lesson.can_choose
     learn = torch.from_numpy(lesson.learn & ~lesson.aside if chooses else lesson.learn).to(device)
@@ -171,7 +171,7 @@ def _one_epoch(
     nets: Nets,
     optimiser: torch.optim.Optimizer,
     design: Design,
-    answer: Answer,
+    answer: Aim,
     learn: Tensor,
     *,
     shrink: Tensor,
@@ -199,7 +199,7 @@ def _one_epoch(
 
 
 @torch.no_grad()
-def _mean_loss(nets: Nets, design: Design, answer: Answer, mask: Tensor) -> Tensor:
+def _mean_loss(nets: Nets, design: Design, answer: Aim, mask: Tensor) -> Tensor:
     """Give the mean loss (q,) of each network over its probe's rows in the mask (n, p)."""
     copies = len(nets.first) // mask.shape[1]
     total = nets.first.new_zeros(len(nets.first))
@@ -209,7 +209,7 @@ def _mean_loss(nets: Nets, design: Design, answer: Answer, mask: Tensor) -> Tens
     return total / mask.sum(dim=0).repeat(copies)
 
 
-def _start(design: Design, answer: Answer, *, num: int, hidden: int, draw: torch.Generator) -> Nets:
+def _start(design: Design, answer: Aim, *, num: int, hidden: int, draw: torch.Generator) -> Nets:
     """Give `num` networks that start alike: He's normal weights, and a second layer that says next to nothing."""
     d, k = design.rows.shape[1], answer.num_outputs
     first, second = torch.zeros(d + 1, hidden), torch.zeros(hidden + 1, k)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .aim import Answer
+from .aim import Aim
 from .crossing import Lesson, first_rows
 from .design import Design
 from .glm import fit_glm, mean_loss
@@ -22,7 +22,7 @@ _MAX_STEPS = 8  # from the last strength's weights; what a fit still lacks then 
 
 
 def choose_strength(
-    design: Design, answer: Answer, lesson: Lesson, *, key: NDArray[np.uint64], config: ProbeConfig
+    design: Design, answer: Aim, lesson: Lesson, *, key: NDArray[np.uint64], config: ProbeConfig
 ) -> Tensor:
     """Give each of p probes the strength with the least loss on rows set aside of its own, (p,).
 
@@ -48,7 +48,7 @@ def choose_strength(
 Part = tuple[Design, Tensor, Tensor]
 
 
-def _part(design: Design, answer: Answer, chosen: NDArray[np.bool_], mask: NDArray[np.bool_]) -> Part:
+def _part(design: Design, answer: Aim, chosen: NDArray[np.bool_], mask: NDArray[np.bool_]) -> Part:
     """Give the rows among the chosen that the mask (s, p) has any use for: design, answer and mask."""
     some = mask.any(axis=1)
     rows = torch.from_numpy(np.flatnonzero(chosen)[some]).to(design.rows.device)
