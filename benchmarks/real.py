@@ -1,8 +1,8 @@
 """The table of real data sets: does the whole line hold on them? `make real DATA=FOLDER`
 
-FOLDER holds av-digits/, av-digits-graded/, grid-digits/, ravdess/ravdess.parquet and mfeat/mfeat.parquet. Each set is scored, split and
-fine-tuned by the commands as they are typed; the figures are printed as a Markdown table, and a bound that is missed
-makes the exit code 1.
+FOLDER holds av-digits/, av-digits-graded/, grid-digits/, ravdess/ravdess.parquet and mfeat/mfeat.parquet. Each set is
+scored, split and fine-tuned by the commands as they are typed; the figures are printed as a Markdown table, and a bound
+that is missed makes the exit code 1.
 """
 
 from __future__ import annotations
