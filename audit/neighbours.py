@@ -37,7 +37,7 @@ def near_links(
     """
     projections = _projections(inputs, known[:REFERENCE_ROWS], seed=seed)
     if not projections:
-        return f"fewer than {LEAST_FEATURES} of {inputs.num_features} features vary"
+        return f"too few of its {inputs.num_features} features vary; {LEAST_FEATURES} are needed"
     links: Links = {}
     limits = []
     for projection in projections:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def tell_score(record: dict[str, Any]) -> None:
     )
     for reason, number in record["quarantine"].items():
         print(f"  quarantined: {number} x {reason}")
+    if record["quarantine"]:
+        print(f"  each with its modality and its reason in {Path(record['report']).parent / 'quarantine.parquet'}")
     ledger = record["ledger"]
     for found in ledger["standings"]:
         name, metric = found["name"], ledger["metric"]
@@ -98,8 +101,10 @@ def tell_check(found: dict[str, Any]) -> None:
     print(f"{found['source']}: {found['usable']} of {found['input']} samples can be scored")
     for modality in found["modalities"]:
         print(f"  modality {modality}")
-    for reason, number in found["quarantine"].items():
-        print(f"  unusable: {number} x {reason}")
+    for each in found["unusable"]:
+        print(
+            f"  unusable: {each['count']} x {each['reason']}, {each['modality'] or 'sample'}: such as {each['example']}"
+        )
     for note in found["leakage"]["notes"]:
         print(f"  note: {note}")
     for finding in found["leakage"]["findings"]:

@@ -43,6 +43,10 @@ EncoderOption = Annotated[
         help="statistics, resnet18, hf:MODEL or package.module:function. Repeatable.",
     ),
 ]
+TaskOption = Annotated[
+    str | None,
+    typer.Option("--task", help="classification, multilabel or regression. [default: classification]"),
+]
 LabelOption = Annotated[str | None, typer.Option("--label", help="The column of labels.")]
 IdOption = Annotated[str | None, typer.Option("--id", help="The column of ids.")]
 GroupOption = Annotated[
@@ -146,6 +150,7 @@ def check(
     run: RunOption = "mmaudit-run",
     modality: ModalityOption = None,
     encoder: EncoderOption = None,
+    task: TaskOption = None,
     label: LabelOption = None,
     id_: IdOption = None,
     group: GroupOption = None,
@@ -170,6 +175,7 @@ def check(
         settings.data,
         modality=tuple(modality) if modality else None,
         encoder=tuple(encoder) if encoder else None,
+        task=task,
         label=label,
         id=id_,
         group=group,
@@ -196,10 +202,7 @@ def score(
     run: RunOption = "mmaudit-run",
     modality: ModalityOption = None,
     encoder: EncoderOption = None,
-    task: Annotated[
-        str | None,
-        typer.Option("--task", help="classification, multilabel or regression. [default: classification]"),
-    ] = None,
+    task: TaskOption = None,
     label: LabelOption = None,
     id_: IdOption = None,
     group: GroupOption = None,

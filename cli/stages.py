@@ -9,7 +9,6 @@ import json
 import logging
 import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ from ..audit.files import read_json, write_json, write_text
 from ..audit.ingest import ingest as ingest_download
 from ..audit.leakage import Material, find_leakage, group_columns
 from ..audit.parquet import write_parquet
-from ..audit.quality import quarantine_table
+from ..audit.quality import Quarantined, quarantine_table
 from ..audit.score import ScoreTable, read_scores, write_scores
 from ..audit.scoring import Audit, Networks, audit_dataset
 from ..audit.source.dataset import Dataset, open_dataset
@@ -84,7 +83,8 @@ def check(
     )
     stock = take_stock(dataset, samples, tasks)
     rows, left_out = sort_out(stock, keep_duplicates=config.data.keep_duplicates)
-    columns = group_columns(dataset.schema.names)
+    taken = {modality.column for modality in dataset.modalities} | {dataset.columns.id, dataset.columns.label}
+    columns = group_columns([name for name in dataset.schema.names if name not in taken])
     if dataset.columns.group and dataset.columns.group not in columns:
         columns = [dataset.columns.group, *columns]
     leakage = find_leakage(
@@ -100,7 +100,7 @@ def check(
         "input": len(samples),
         "usable": len(rows),
         "modalities": [str(modality) for modality in dataset.modalities],
-        "quarantine": dict(Counter(row.reason.value for row in left_out).most_common()),
+        "unusable": _by_reason(left_out),
         "leakage": leakage.to_json(),
     }
 
@@ -288,6 +288,22 @@ def pick_device(name: str) -> str:
     if name != "cpu" and not (name.split(":")[0] == "cuda" and torch.cuda.is_available()):
         raise ConfigError(f"--device {name}: not there; there are: auto, cpu" + ", cuda" * torch.cuda.is_available())
     return name
+
+
+def _by_reason(left_out: Sequence[Quarantined]) -> list[dict[str, Any]]:
+    """Count unusable samples by reason and modality, the most frequent first, with an example of each."""
+    cells: dict[tuple[str, str | None], list[Quarantined]] = {}
+    for row in left_out:
+        cells.setdefault((row.reason.value, row.modality), []).append(row)
+    return [
+        {
+            "reason": reason,
+            "modality": modality,
+            "count": len(rows),
+            "example": f"{rows[0].sample_id} ({rows[0].detail})",
+        }
+        for (reason, modality), rows in sorted(cells.items(), key=lambda cell: -len(cell[1]))
+    ]
 
 
 def _column(dataset: Dataset, name: str) -> NDArray[np.object_]:

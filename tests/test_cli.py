@@ -345,3 +345,126 @@ def test_changed_labels_are_noticed_by_finetune(data: Path, tmp_path: Path) -> N
     result = mmaudit("finetune", "--manifest", "balanced", "--run", run, "--epochs", "1")
     assert result.exit_code == 2
     assert "have changed their label since the manifest was made" in said(result)
+
+
+def write_table(path: Path, **columns: list[object]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def drawn(n: int, *, seed: int) -> list[object]:
+    return list(np.random.default_rng(seed).standard_normal((n, 9)).tolist())
+
+
+def test_a_common_list_leaks_every_actor_and_the_gate_fails(tmp_path: Path) -> None:
+    """A list of the shape of CREMA-D's common one: clips of 91 actors, drawn into train and test at random."""
+    rng = np.random.default_rng(0)
+    actors = rng.permutation(np.repeat(np.arange(1001, 1092), 30))
+    n = len(actors)
+    table = write_table(
+        tmp_path / "list.parquet",
+        id=[f"{actor}_{row:05d}" for row, actor in enumerate(actors)],
+        label=[row % 6 for row in range(n)],
+        actor=actors.tolist(),
+        split=["test" if row % 4 == 0 else "train" for row in range(n)],
+        audio=drawn(n, seed=1),
+        visual=drawn(n, seed=2),
+    )
+    result = mmaudit("check", table, "--run", tmp_path / "run")
+    assert result.exit_code == 3
+    assert "91 of 91 test actors also in train" in said(result)
+    found = json.loads(mmaudit("check", table, "--run", tmp_path / "run", "--json").stdout)
+    assert [each["what"] for each in found["leakage"]["findings"]] == ["groups"]
+
+
+def test_clean_splits_pass_and_what_is_unusable_is_told(tmp_path: Path) -> None:
+    audio = drawn(60, seed=1)
+    audio[7] = None
+    table = write_table(
+        tmp_path / "clean.parquet",
+        id=[f"s{row}" for row in range(60)],
+        label=[row % 3 for row in range(60)],
+        actor=[row % 20 for row in range(60)],
+        split=["test" if row % 20 < 5 else "train" for row in range(60)],
+        audio=audio,
+        visual=drawn(60, seed=2),
+    )
+    result = mmaudit("check", table, "--run", tmp_path / "run")
+    assert result.exit_code == 0
+    assert "59 of 60 samples can be scored" in said(result)
+    assert "unusable: 1 x missing, audio: such as s7 (audio is null)" in said(result)
+    assert "no leak found" in said(result)
+
+
+def test_a_download_is_taken_in_and_what_is_missing_is_told(tmp_path: Path) -> None:
+    for folder, ending in (("AudioWAV", "wav"), ("VideoFlash", "flv")):
+        (tmp_path / folder).mkdir()
+        for actor in (1001, 1002):
+            (tmp_path / folder / f"{actor}_DFA_ANG_XX.{ending}").write_bytes(b"something")
+    (tmp_path / "VideoFlash" / "1002_DFA_ANG_XX.flv").unlink()
+    result = mmaudit("ingest", "cremad", tmp_path)
+    assert result.exit_code == 0
+    assert "you have 1 of 7,442" in said(result)
+    assert pq.read_table(tmp_path / "metadata.parquet")["id"].to_pylist() == ["1001_DFA_ANG_XX", "1002_DFA_ANG_XX"]
+    wrong = mmaudit("ingest", "cremda", tmp_path)
+    assert wrong.exit_code == 2
+    assert "did you mean cremad?" in said(wrong)
+
+
+def test_a_modality_may_be_missing_the_whole_line_long(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    columns: dict[str, list[object]] = {"id": [f"s{row:03d}" for row in range(90)], "label": [r % 3 for r in range(90)]}
+    for name in ("a", "b", "c"):
+        clear = (2 * np.eye(3)[np.arange(90) % 3] + rng.standard_normal((90, 3))).tolist()
+        columns[name] = [None if name == "a" and row % 5 == 0 else clear[row] for row in range(90)]
+    run = tmp_path / "run"
+    result = mmaudit("score", write_table(tmp_path / "d.parquet", **columns), "--run", run, *QUICK)
+    assert result.exit_code == 0
+    assert "scored 90 of 90 samples" in said(result)
+    scores = pq.read_table(run / "scores.parquet")
+    assert scores["confidence_a"].null_count == 18
+    assert scores["gap"].null_count == 0
+    split = mmaudit("split", "--balanced", "--between", "a:b", "--tolerance", "0.4", "--run", run)
+    assert split.exit_code == 0
+    dropped = pq.read_table(run / "manifests" / "balanced.dropped.parquet")
+    assert dropped["reason"].to_pylist().count("missing-modality") == 18
+    gmm = mmaudit("split", "--subset", "balanced:0.9", "--between", "b:c", "--name", "all", "--run", run)
+    assert gmm.exit_code == 0
+    trained = mmaudit("finetune", "--manifest", "all", "--epochs", "2", "--run", run, "--num-workers", "0")
+    assert trained.exit_code == 0
+
+
+def test_numbers_are_scored_and_not_trained_on(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(80)
+    table = write_table(
+        tmp_path / "d.parquet",
+        id=[f"s{row}" for row in range(80)],
+        label=values.tolist(),
+        a=(values[:, None] + 0.3 * rng.standard_normal((80, 2))).tolist(),
+        b=rng.standard_normal((80, 2)).tolist(),
+    )
+    run = tmp_path / "run"
+    refused = mmaudit("score", table, "--run", run, *QUICK)
+    assert (refused.exit_code, "--task regression" in said(refused)) == (2, True)
+    result = mmaudit("score", table, "--task", "regression", "--run", run, *QUICK)
+    assert "R^2 out of fold" in said(result)
+    assert mmaudit("split", "--subset", "balanced:0.9", "--run", run).exit_code == 0
+    trained = mmaudit("finetune", "--manifest", "balanced-within-0.9", "--run", run)
+    assert (trained.exit_code, "finetune trains classifiers" in said(trained)) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "mend"),
+    [
+        (["--task", "regresion"], "did you mean regression?"),
+        (["--encoder", "image=resnet19"], "did you mean resnet18?"),
+        (["--encoder", "sight=resnet18"], "no modality 'sight'"),
+        (["--encoder", "image"], "not of the form MODALITY=ENCODER"),
+        (["--set", "probe.kind=mpl"], "did you mean mlp?"),
+    ],
+)
+def test_wrong_choices_name_the_right_ones(keypad: Path, tmp_path: Path, words: list[str], mend: str) -> None:
+    result = mmaudit("score", keypad, "--run", tmp_path / "run", *words, *QUICK)
+    assert result.exit_code == 2
+    assert mend in said(result)

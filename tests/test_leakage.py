@@ -334,8 +334,11 @@ def test_a_place_where_much_of_train_lies_is_a_cluster() -> None:
 @pytest.mark.parametrize(
     ("matrix", "words"),
     [
-        (np.random.default_rng(0).standard_normal((300, 7)), "fewer than 8 of 7 features vary"),
-        (np.repeat(np.random.default_rng(0).standard_normal((300, 1)), 7, 1) @ np.eye(7, 20), "fewer than 8 of 20"),
+        (np.random.default_rng(0).standard_normal((300, 7)), "too few of its 7 features vary; 8 are needed"),
+        (
+            np.repeat(np.random.default_rng(0).standard_normal((300, 1)), 7, 1) @ np.eye(7, 20),
+            "too few of its 20 features",
+        ),
         (np.random.default_rng(0).integers(0, 2, (300, 8)), "many vectors are equal"),
         (np.random.default_rng(0).standard_normal((12, 20)), "9 samples are too few"),
     ],

@@ -440,3 +440,15 @@ def test_numbers_do_not_depend_on_row_order(tmp_path: Path) -> None:
     numbers = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
     assert numbers.sub("", one) == numbers.sub("", other)
     assert np.allclose([float(x) for x in numbers.findall(one)], [float(x) for x in numbers.findall(other)], atol=1e-9)
+
+
+def test_samples_without_a_modality_are_told(tmp_path: Path) -> None:
+    scores = planted(num_samples=60, modalities=("audio", "visual", "text"))
+    holes = scores.confidence.copy()
+    holes[::4, 0] = np.nan  # among them the most balanced of all
+    balance = np.where(np.arange(60) == 4, 1.0, 0.0).astype(np.float32)
+    page = write_report(run_of(tmp_path, replace(scores, confidence=holes, balance=balance, loss=None)))
+    listed = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["samples"][-1]["rows"]
+    assert listed[0]["sample_id"] == "s00004"
+    assert listed[0]["confidence"][0] is None
+    assert "missing" in words(page)

@@ -150,7 +150,7 @@ def _sample(scores: ScoreTable, row: int, names: dict[int, str], signed: float) 
         "split": None if scores.split is None else short(scores.split[row], 20),
         "confidence": [finite(value) for value in scores.confidence[row]],
         "predicted": predicted,
-        "discrepancy": signed,
+        "discrepancy": finite(signed),  # of a balanced sample one of the pair may be missing
         "gap": float(scores.gap[row]),
         "balance": None if scores.balance is None else finite(scores.balance[row]),
     }
