@@ -17,9 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.signal import resample_poly
 
 from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.media.containers import open_container
 from mmaudit.audit.media.decode import MediaConfig, decode_audio, decode_frames, decode_image, has_sound
+from mmaudit.audit.media.sound import resampled
+from mmaudit.audit.media.video import middles
 from mmaudit.audit.quality import Reason, UnusableError
 
 CONFIG = MediaConfig()
@@ -61,10 +65,11 @@ def write_media(
     wave: NDArray[np.float64] | None = None,
     frames: NDArray[np.uint8] | None = None,
     options: dict[str, str] | None = None,
+    coding: dict[str, str] | None = None,
 ) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format=kind, options=options or {}) as container:
-        picture_stream: Any = container.add_stream(picture, rate=25) if picture else None
+        picture_stream: Any = container.add_stream(picture, rate=25, options=coding or {}) if picture else None
         sound_stream: Any = container.add_stream(sound, rate=48_000, layout=layout) if sound else None
         if picture_stream is not None:
             shown = moving() if frames is None else frames
@@ -305,6 +310,88 @@ def test_frames_are_the_middles_of_equal_parts(num_frames: int) -> None:
     places = [(frame[32, :, 0] > 125) @ columns / (frame[32, :, 0] > 125).sum() for frame in frames]
     expected = [2 * int((part + 0.5) * 20 / num_frames) + 9.5 for part in range(num_frames)]
     np.testing.assert_allclose(places, expected, atol=0.6)
+
+
+def grainy(count: int = 40) -> NDArray[np.uint8]:
+    """The moving bar under noise, of which coders leave something different in each frame."""
+    noise = np.random.default_rng(0).integers(0, 25, (count, 48, 64, 3), dtype=np.uint8)
+    return moving(count) % 200 + noise
+
+
+def all_frames(data: bytes, *, size: int) -> list[NDArray[np.uint8]]:
+    """Every frame that PyAV gives of a film, opened and decoded as it does by itself."""
+    container: Any
+    with av.open(io.BytesIO(data)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        return [
+            frame.reformat(width=size, height=size, format="rgb24", interpolation="AREA").to_ndarray()
+            for frame in container.decode(video=0)
+        ]
+
+
+FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
+CODINGS: dict[str, tuple[str, str, dict[str, str], dict[str, str]]] = {
+    "usual": ("mp4", "libx264", {}, {}),
+    "no frame before its time": ("mp4", "libx264", {"bf": "0"}, {}),
+    "many frames none is made from": ("mp4", "libx264", {"bf": "8", "x264-params": "b-pyramid=none:b-adapt=0"}, {}),
+    "frames made from frames before their time": ("mp4", "libx264", {"bf": "5", "x264-params": "b-pyramid=normal"}, {}),
+    "open groups": ("mp4", "libx264", {"x264-params": "open-gop=1:keyint=9:bframes=3"}, {}),
+    "fragments": ("mp4", "libx264", {"bf": "4"}, FRAGMENTS),
+    "matroska": ("matroska", "libx264", {}, {}),
+    "transport stream": ("mpegts", "libx264", {}, {}),
+    "mpeg4": ("mp4", "mpeg4", {"bf": "2"}, {}),
+}
+
+
+@pytest.mark.parametrize("num_frames", [1, 7, 16, 40])
+@pytest.mark.parametrize("coding", CODINGS)
+def test_frames_are_those_of_whoever_decodes_all(coding: str, num_frames: int) -> None:
+    """What is not probed, and not decoded, changes no bit of what is shown."""
+    kind, codec, of_codec, of_file = CODINGS[coding]
+    data = write_media(kind, picture=codec, sound="aac", frames=grainy(), coding=of_codec, options=of_file)
+    every = all_frames(data, size=32)
+    assert len(every) == 40
+    expected = np.stack([every[index] for index in middles(40, num_frames)])
+    np.testing.assert_array_equal(decode_frames(data, MediaConfig(num_frames=num_frames, frame_size=32)), expected)
+
+
+def test_what_a_film_in_fragments_does_not_say_at_its_head_is_found_out() -> None:
+    data = write_media("mp4", picture="libx264", options=FRAGMENTS)
+    with open_container(data) as container:
+        assert container.streams.video[0].pix_fmt == "yuv420p"
+
+
+@pytest.mark.parametrize("lost", [1, 2, 20, 39])
+def test_of_a_film_that_misses_a_frame_the_others_are_counted(lost: int) -> None:
+    whole = write_media("mp4", picture="libx264", frames=grainy(), coding={"bf": "3"})
+    container: Any
+    with av.open(io.BytesIO(whole)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        start, size = [(packet.pos, packet.size) for packet in packets][lost]
+    data = whole[:start] + bytes(size) + whole[start + size :]
+    every: list[NDArray[np.uint8]] = []
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for packet in [*container.demux(stream)]:
+            with contextlib.suppress(av.FFmpegError):
+                every += [
+                    frame.reformat(32, 32, "rgb24", interpolation="AREA").to_ndarray() for frame in packet.decode()
+                ]
+    assert len(every) < 40
+    expected = np.stack([every[min(index, len(every) - 1)] for index in range(40)])
+    np.testing.assert_array_equal(decode_frames(data, MediaConfig(num_frames=40, frame_size=32)), expected)
+
+
+@given(
+    length=st.integers(1, 3_000),
+    ratio=st.sampled_from([(160, 441), (320, 441), (1, 3), (1, 6), (1, 12), (2, 1), (1, 2), (8, 1), (999, 1000)]),
+)
+def test_another_rate_is_scipys_own_at_any_length(length: int, ratio: tuple[int, int]) -> None:
+    up, down = ratio
+    noise = (0.1 * np.random.default_rng(length).standard_normal(length)).astype(np.float32)
+    expected = resample_poly(noise.astype(np.float64), up, down)
+    np.testing.assert_allclose(resampled(noise, 1_000 * down, 1_000 * up), expected, atol=1e-6)
 
 
 def test_frames_stop_at_max_seconds() -> None:

@@ -242,15 +242,15 @@ _DECODERS: dict[str, Callable[[Any, MediaConfig], Any]] = {
     "frames": decode_folders,
 }
 ENCODERS: dict[str, Encoder] = {
-    "audio": Encoder(name="sound-statistics", version=2, encode=_encode_sound),
+    "audio": Encoder(name="sound-statistics", version=3, encode=_encode_sound),
     "image": Encoder(name="image-statistics", version=1, encode=_encode_image),
-    "video": Encoder(name="video-statistics", version=2, encode=_encode_video),
+    "video": Encoder(name="video-statistics", version=3, encode=_encode_video),
     "frames": Encoder(name="frames-statistics", version=1, encode=_encode_folders),
     "text": Encoder(name="text-counts", version=2, encode=text_counts),
 }
 NETWORK_INPUTS: dict[str, Encoder] = {
-    "audio": Encoder(name="network-sound", version=1, encode=_network_sound),
+    "audio": Encoder(name="network-sound", version=2, encode=_network_sound),
     "image": Encoder(name="network-image", version=1, encode=_network_image),
-    "video": Encoder(name="network-video", version=1, encode=_network_video),
+    "video": Encoder(name="network-video", version=2, encode=_network_video),
     "frames": Encoder(name="network-frames", version=1, encode=_network_folders),
 }

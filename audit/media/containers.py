@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import av
 
 from ..quality import Reason, UnusableError
-from .truncation import shortfall
+from .truncation import MP4_BOXES, shortfall
 
 MAX_BAD_PACKETS = 0.1  # of all, and one in any case: players skip a few (tags behind an mp3)
 
 # By name, because playlists (hls, concat) would open other files and addresses.
 CONTAINERS = "wav,w64,aiff,au,caf,mp3,aac,amr,flac,ogg,mov,matroska,avi,mpeg,mpegts,flv,asf"
+
+# An mp4 says at its head what FFmpeg would find out of others by decoding their first pictures: with it, opening a film
+# of 480 x 360 takes 4 ms, without it 0.5.
+_UNPROBED = {"skip_frame": "all", "probesize": "2048", "analyzeduration": "1", "fpsprobesize": "0"}
 
 
 @contextmanager
@@ -39,7 +43,18 @@ def reading(data: bytes) -> Iterator[None]:
 
 def open_container(data: bytes) -> Any:
     """Open a file of sound or film that stands in memory."""
-    return av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS}, metadata_errors="replace")
+    if data[4:8] in MP4_BOXES:
+        with suppress(av.FFmpegError):
+            container = _open(data, _UNPROBED)
+            # A film in fragments counts no samples at its head, and does not say there how late its frames come.
+            if all(stream.frames for stream in container.streams):
+                return container
+            container.close()
+    return _open(data, {})
+
+
+def _open(data: bytes, options: dict[str, str]) -> Any:
+    return av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS, **options}, metadata_errors="replace")
 
 
 def track(container: Any, kind: str) -> Any:
