@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .audit.source.dataset import Dataset, open_dataset
     from .cli.config import RunConfig
     from .cli.demo import demo
-    from .cli.stages import check, finetune, ingest, report, score, split
+    from .cli.manifests import card, diff, export, order, replay, split, verify
+    from .cli.stages import check, finetune, ingest, report, score
     from .rebalance.manifest import Manifest, read_manifest
 
 __version__ = "0.1.0"
@@ -32,7 +33,13 @@ _HOMES = {
     "ingest": "cli.stages",
     "check": "cli.stages",
     "score": "cli.stages",
-    "split": "cli.stages",
+    "split": "cli.manifests",
+    "verify": "cli.manifests",
+    "diff": "cli.manifests",
+    "replay": "cli.manifests",
+    "card": "cli.manifests",
+    "export": "cli.manifests",
+    "order": "cli.manifests",
     "finetune": "cli.stages",
     "report": "cli.stages",
     "demo": "cli.demo",
@@ -46,17 +53,23 @@ __all__ = [
     "RunConfig",
     "ScoreTable",
     "__version__",
+    "card",
     "check",
     "demo",
+    "diff",
+    "export",
     "finetune",
     "fit_mixture",
     "ingest",
     "open_dataset",
+    "order",
     "read_manifest",
     "read_scores",
+    "replay",
     "report",
     "score",
     "split",
+    "verify",
 ]
 
 

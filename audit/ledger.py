@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .answers import Answers
-from .encoding.matrix import MatrixInputs
+from .encoding.matrix import FeatureMatrix, Inputs, MatrixInputs, Rows
 from .hashing import hash_rank
 from .intervals import Groups, group_codes, mean, share
 from .measures import Floats, cross_entropy
 from .panel import Calibration, Fit, Member, Panel
+from .probing.crossing import Crossing, first_rows
 from .probing.network_probe import NetworkProbe
-from .probing.probe import Crossing
 from .probing.target import Target
 from .readings import read_logits
 
@@ -96,7 +96,8 @@ def keep_books(
 ) -> Ledger:
     """Keep the books of what a panel answered about n samples.
 
-    `controls` fits a probe of each modality to shuffled labels as well, but no network, which would double the work.
+    `controls` fits a probe of each modality to shuffled labels as well. For a network that is two, of half the rows
+    each, for as many epochs: of r rounds of f folds, 1 / (r (f - 1)) of the work more, a twelfth by default.
     """
     target, groups = panel.target, group_codes(group)
     right, fused = to_metric(answers.right, target), to_metric(answers.fused_right, target)
@@ -119,7 +120,7 @@ def keep_books(
         controls=tuple(
             _control(member, target, crossing, fit=fit, sample_id=sample_id, seed=seed)
             for member in panel.members
-            if controls and not isinstance(member.probe, NetworkProbe)
+            if controls
         ),
     )
 
@@ -170,17 +171,15 @@ def _control(
     member: Member, target: Target, crossing: Crossing, *, fit: Fit, sample_id: NDArray[np.object_], seed: int
 ) -> Control:
     """Fit probes to shuffled labels, on some of the rows that probes learn from, and see what they know out of fold."""
-    rows = np.flatnonzero(crossing.fits & member.present)
-    rows = np.sort(rows[np.argsort(crossing.key[rows], kind="stable")[:CONTROL_ROWS]])
+    rows = first_rows(np.flatnonzero(crossing.fits & member.present), crossing.key, most=CONTROL_ROWS)
     order = np.argsort(hash_rank(sample_id[rows], seed=seed, purpose="shuffled labels"), kind="stable")
     # Labels move along the order of a hash by one place more than half its length: nobody keeps their own.
     shuffled = np.empty(len(rows), dtype=np.intp)
     shuffled[order] = rows[np.roll(order, len(rows) // 2 + 1)]
     truth = target.take(shuffled)
-    part = Crossing(
-        fold=crossing.fold[rows], inner=crossing.inner[rows], fits=np.ones(len(rows), bool), key=crossing.key[rows]
-    )
-    logits = fit(MatrixInputs(matrix=member.inputs.read(rows)), truth, [part]).logits(np.arange(len(rows)))
+    fold = _halves(crossing.key[rows]) if isinstance(member.probe, NetworkProbe) else crossing.fold[rows]
+    part = Crossing(fold=fold, inner=crossing.inner[rows], fits=np.ones(len(rows), bool), key=crossing.key[rows])
+    logits = fit(_take(member, rows), truth, [part]).logits(np.arange(len(rows)))
     right = to_metric(read_logits(logits, np.ones(len(rows), np.float32), truth).right, truth)
     deviation = float(right.std(ddof=1)) / np.sqrt(len(rows))
     value = float(right.mean())
@@ -192,3 +191,16 @@ def _control(
         high=float(value + 3.29 * deviation),
         chance=chance_of(truth),
     )
+
+
+def _halves(key: NDArray[np.uint64]) -> NDArray[np.int16]:
+    """Deal rows into two folds by their keys: groups need not stay together where labels do not go with them."""
+    return (np.argsort(np.argsort(key, kind="stable")) % 2).astype(np.int16)
+
+
+def _take(member: Member, rows: Rows) -> Inputs:
+    """Give some rows of a member's inputs, in memory, but for those of a network, of 0.1 MB each: 1 GB together."""
+    inputs = member.inputs
+    if isinstance(member.probe, NetworkProbe) and isinstance(inputs, FeatureMatrix):
+        return replace(inputs, row=inputs.row[rows])
+    return MatrixInputs(matrix=inputs.read(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,5 +31,12 @@ def read_parquet(path: Path, *, error: type[MmauditError]) -> tuple[pa.Table, di
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as cause:
         raise error(f"{path} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
-    text = (table.schema.metadata or {}).get(KEY, b"{}")
-    return table, dict(json.loads(text))
+    return table, parse_provenance(table.schema.metadata or {}, error=error, where=str(path))
+
+
+def parse_provenance(metadata: Mapping[bytes, bytes], *, error: type[MmauditError], where: str) -> dict[str, Any]:
+    """Give what stands under our key in the metadata of a file; {} where there is none."""
+    try:
+        return dict(json.loads(metadata.get(KEY, b"{}")))
+    except (ValueError, TypeError) as cause:
+        raise error(f"{where}: its metadata under the key mmaudit are damaged: {cause}") from cause

@@ -142,18 +142,7 @@ class ScoreTable:
 
         None is the first against the second of two modalities; of more, the one named by `default_between`.
         """
-        first, _, second = (between or self.default_between()).partition(":")
-        for name in [first, second] if second else [first]:
-            if name not in self.modalities:
-                raise ConfigError(f"--between {between}: no modality {name!r}; {choices(name, self.modalities)}")
-        if first == second:
-            raise ConfigError(f"--between {between}: a modality has no discrepancy with itself; name two, or one alone")
-        if second:
-            pair = [self.modalities.index(first), self.modalities.index(second)]
-            return discrepancy(self.confidence[:, pair])
-        if len(self.modalities) == 2:
-            return self.discrepancy(f"{first}:{next(name for name in self.modalities if name != first)}")
-        return np.asarray(discrepancy(self.confidence)[:, self.modalities.index(first)])
+        return discrepancy_between(self.confidence, self.modalities, between or self.default_between())
 
     def default_between(self) -> str:
         """Give `A:B` for two modalities; of more the most confident one, which is set against the rest."""
@@ -201,6 +190,36 @@ class ScoreTable:
         return columns
 
 
+def discrepancy_between(confidence: Floats, modalities: Sequence[str], between: str) -> Floats:
+    """Signed discrepancy (n,) in [-1, 1] of confidence (n, m): `A:B` is c^A - c^B, `A` is A against the others' mean.
+
+    Raises ConfigError for a modality that does not exist.
+    """
+    first, _, second = between.partition(":")
+    for name in [first, second] if second else [first]:
+        if name not in modalities:
+            raise ConfigError(f"--between {between}: no modality {name!r}; {choices(name, modalities)}")
+    if first == second:
+        raise ConfigError(f"--between {between}: a modality has no discrepancy with itself; name two, or one alone")
+    if not second and len(modalities) == 2:
+        second = next(name for name in modalities if name != first)
+    if second:
+        return discrepancy(confidence[:, [modalities.index(first), modalities.index(second)]])
+    return np.asarray(discrepancy(confidence)[:, modalities.index(first)])
+
+
+def score_modalities(names: Sequence[str], *, where: str) -> tuple[str, ...]:
+    """Give the modalities of a score table with these columns; ScoreError where it is none."""
+    scored = [name.removeprefix("confidence_") for name in names if name.startswith("confidence_")]
+    modalities = tuple(name for name in scored if name not in RESERVED)
+    if "sample_id" not in names or not {"label", "label_name"} & set(names) or len(modalities) < 2:
+        raise ScoreError(
+            f"{where} is no score table: it needs sample_id, label (or label_name) and two or more confidence_M; "
+            f"it has {', '.join(names)}"
+        )
+    return modalities
+
+
 def write_scores(scores: ScoreTable, path: Path) -> None:
     """Write scores.parquet, whole or not at all."""
     paths = [] if scores.paths is None else scores.paths.column_names
@@ -215,13 +234,7 @@ def read_scores(path: str | Path) -> ScoreTable:
     table, provenance = read_parquet(Path(path), error=ScoreError)
     named = [name for name in provenance.pop("paths", []) if name in table.column_names]
     names = table.column_names
-    scored = [name.removeprefix("confidence_") for name in names if name.startswith("confidence_")]
-    modalities = tuple(name for name in scored if name not in RESERVED)
-    if "sample_id" not in names or not {"label", "label_name"} & set(names) or len(modalities) < 2:
-        raise ScoreError(
-            f"{path} is no score table: it needs sample_id, label (or label_name) and two or more confidence_M; "
-            f"it has {', '.join(names)}"
-        )
+    modalities = score_modalities(names, where=str(path))
     label, label_name = _labels(table)
     ends = [""] if len(modalities) == 2 else [f"_{name}" for name in modalities]
     return ScoreTable(

@@ -156,9 +156,9 @@ def _seat(inputs: Sequence[FeatureMatrix], target: Target, crossings: Sequence[C
 
 
 def _num_fits(modalities: Sequence[Modality], config: ProbeConfig) -> int:
-    """Each modality; all side by side, unless one is read by a network; and a control of each that is not."""
-    vectors = sum(not is_network(modality) for modality in modalities)
-    return len(modalities) + vectors * config.control + (config.joint and vectors == len(modalities))
+    """Each modality, and a control of each; and all side by side, unless a network reads one of them."""
+    alone = any(is_network(modality) for modality in modalities)
+    return len(modalities) * (1 + config.control) + (config.joint and not alone)
 
 
 def _target(samples: Samples, rows: Rows) -> tuple[Target, NDArray[np.int32]]:

@@ -31,11 +31,15 @@ class Stock:
     @property
     def fingerprint(self) -> str:
         """Fingerprint of ids, labels, splits, groups and content, whatever the row order or the file format."""
-        samples = self.samples
-        names = np.array([*samples.class_names, "", ""], dtype=object)[samples.label]  # those without a label are last
-        group = samples.group if samples.group is not None else np.full(len(samples), "", dtype=object)
-        rows = zip(samples.sample_id, names, samples.split, group, self.content, strict=True)
-        return digest(*sorted("\0".join(row).encode() for row in rows))
+        return fingerprint_of(self.samples, self.content)
+
+
+def fingerprint_of(samples: Samples, content: NDArray[np.object_]) -> str:
+    """Fingerprint samples and what each is made of, (n,), as Stock.content gives it."""
+    names = np.array([*samples.class_names, "", ""], dtype=object)[samples.label]  # those without a label are last
+    group = samples.group if samples.group is not None else np.full(len(samples), "", dtype=object)
+    rows = zip(samples.sample_id, names, samples.split, group, content, strict=True)
+    return digest(*sorted("\0".join(row).encode() for row in rows))
 
 
 def take_stock(dataset: Dataset, samples: Samples, tasks: Sequence[EncodeTask]) -> Stock:
@@ -93,10 +97,16 @@ def _without_label(samples: Samples) -> list[Quarantined]:
             sample_id=samples.sample_id[row],
             modality=None,
             reason=Reason.UNKNOWN_LABEL if row in unknown else Reason.NO_LABEL,
-            detail=f"{unknown[row]!r} is not among the classes" if row in unknown else "the label is null",
+            detail=_what_label(unknown.get(row), classes=bool(samples.class_names)),
         )
         for row in np.flatnonzero(samples.label < 0).tolist()
     ]
+
+
+def _what_label(found: str | None, *, classes: bool) -> str:
+    if found is None:
+        return "the label is null"
+    return f"{found!r} is not among the classes" if classes else f"{found} is not a finite number"
 
 
 def _without_copies(stock: Stock, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], list[Quarantined]]:

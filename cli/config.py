@@ -18,6 +18,7 @@ from ..audit.probing.networks import NetworkConfig
 from ..audit.probing.probe import ProbeConfig
 from ..audit.source.dataset import DataConfig
 from ..rebalance.balanced import BalancedConfig
+from ..rebalance.curriculum import OrderConfig
 from ..train.finetune import FinetuneConfig
 from ..train.sampling import SamplingConfig
 
@@ -41,6 +42,8 @@ class RunConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     leakage: LeakageConfig = field(default_factory=LeakageConfig)
     split: BalancedConfig = field(default_factory=BalancedConfig)
+    posterior: float = 0.5  # P(balanced) from which a sample is on the balanced side of the mixture
+    order: OrderConfig = field(default_factory=OrderConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..audit.workers import Progress
+    from .manifests import Epoch
 
 _EVEN = (0.4, 0.6)  # share of samples with D > 0 in a split that may be called balanced without a warning
 _QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -35,8 +37,16 @@ def configure_logging() -> None:
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
     """Give a progress that draws bars on a terminal, and elsewhere a line now and then."""
+    from .interrupts import raise_if_seen
+
     if not sys.stderr.isatty():
-        yield _Lines()
+        lines = _Lines()
+
+        def tell(stage: str, done: int, total: int) -> None:
+            raise_if_seen()
+            lines(stage, done, total)
+
+        yield tell
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -46,6 +56,7 @@ def progress_bars() -> Iterator[Progress]:
         tasks: dict[str, Any] = {}
 
         def progress(stage: str, done: int, total: int) -> None:
+            raise_if_seen()
             if stage not in tasks or bars.tasks[tasks[stage]].finished:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
@@ -122,24 +133,86 @@ def tell_ingest(found: dict[str, Any]) -> None:
 
 
 def tell_split(summary: dict[str, Any]) -> None:
-    """Tell what was kept, and for the balanced split what other tolerances would keep."""
-    print(f"{summary['name']}: kept {summary['kept']} of {summary['scored']} samples ({summary['between']})")
+    """Tell what was kept, how uniform it is, what is short, and for the balanced split what tolerances would keep."""
+    would = "" if summary["file"] else "would keep " if summary["kept"] else ""
+    print(
+        f"{summary['name']}: {would or 'kept '}{summary['kept']} of {summary['scored']} samples ({summary['between']})"
+    )
     if "verdict" in summary:
         print(f"  the gap is {summary['verdict']}")
+    if summary["reasons"]:
+        print(f"  dropped: {', '.join(f'{number} {reason}' for reason, number in summary['reasons'].items())}")
+    before, after = summary["before"], summary["after"]
+    print(f"  distance to uniform {before['distance']:.3f} before, {after['distance']:.3f} after")
+    print(f"  KS to uniform       {before['ks']:.3f} before, {after['ks']:.3f} after")
+    print(f"  share with D > 0    {before['positive']:.3f} before, {after['positive']:.3f} after")
     if "curve" in summary:
-        before, after = summary["before"], summary["after"]
-        print(f"  distance to uniform {before['distance']:.3f} before, {after['distance']:.3f} after")
-        if len(summary["distances"]) > 1:
-            parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["distances"].items())
-            print(f"  each split, for which the tolerance holds on its own: {parts}")
-        print(f"  share with D > 0    {before['positive']:.3f} before, {after['positive']:.3f} after")
-        if summary["empty_bins"]:
-            print(f"  bins without any sample: {', '.join(map(str, summary['empty_bins']))}; uniform over the others")
-        if not _EVEN[0] <= after["positive"] <= _EVEN[1]:
-            print("  warning: uniform only over the bins that hold samples; one side has too few to make the two even")
-        kept = ", ".join(f"{point['tolerance']:g}: {point['size']}" for point in summary["curve"])
-        print(f"  a tolerance would keep  {kept}")
-    print(f"manifest: {summary['file']}")
+        _tell_balance(summary)
+    print(f"manifest: {summary['file'] or 'none: a dry run'}")
+
+
+def _tell_balance(summary: dict[str, Any]) -> None:
+    after = summary["after"]
+    if len(summary["distances"]) > 1:
+        parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["distances"].items())
+        print(f"  each split, for which the tolerance holds on its own: {parts}")
+    if round(summary["effective_size"]) < summary["kept"]:
+        print(f"  effective sample size, with the weights: {summary['effective_size']:.0f} of {summary['kept']}")
+    worst = ", ".join(f"{each['name']} {each['distance_after']:.2f}" for each in summary["least_uniform_classes"])
+    print(f"  classes farthest from uniform: {worst}")
+    if summary["empty_bins"]:
+        print(f"  bins without any sample: {', '.join(map(str, summary['empty_bins']))}; uniform over the others")
+    for each in summary["shortages"][:3]:
+        place = f"bin {each['bin']} [{each['low']:.2f}, {each['high']:.2f})"
+        print(
+            f"  short: class {each['class']} has {each['has']} samples in {place}; an even share is {each['even']:.0f}"
+        )
+    if not _EVEN[0] <= after["positive"] <= _EVEN[1]:
+        print("  warning: uniform only over the bins that hold samples; one side has too few to make the two even")
+    kept = ", ".join(f"{point['tolerance']:g}: {point['size']}" for point in summary["curve"])
+    print(f"  a tolerance would keep  {kept}")
+
+
+def tell_order(found: dict[str, Any]) -> None:
+    """Tell how much of the training samples an epoch sees."""
+    print(f"epoch {found['epoch']}: {found['samples']} of {found['total']} training samples ({found['share']:.1%})")
+    print(f"  the first: {', '.join(map(str, found['first']))}")
+
+
+def dump_order(epoch: Epoch) -> None:
+    """Print every step and id of an epoch as CSV."""
+    rows = csv.writer(sys.stdout, lineterminator="\n")
+    rows.writerow(["step", "sample_id"])
+    for step, ids in epoch.steps():
+        rows.writerows([step, name] for name in ids)
+
+
+def tell_verify(found: dict[str, Any]) -> None:
+    """Tell each check in a line."""
+    for line in found["lines"]:
+        print(line)
+
+
+def tell_diff(found: dict[str, Any]) -> None:
+    """Tell what differs."""
+    for line in found["lines"]:
+        print(line)
+
+
+def tell_replay(found: dict[str, Any]) -> None:
+    """Tell whether a manifest made again is the same."""
+    same = "the same, byte by byte" if found["identical"] else f"NOT the same: {', '.join(found['differ'])}"
+    print(f"{found['file']} made again from {found['scores']} is {same}")
+
+
+def tell_export(found: dict[str, Any]) -> None:
+    """Tell what was written."""
+    print(f"{found['rows']} samples as {found['format']}")
+    for key, value in found.items():
+        if key not in ("rows", "format", "files"):
+            print(f"  {key.replace('_', ' ')}: {value}")
+    files = found["files"]
+    print(f"files: {', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''}")
 
 
 def tell_finetune(metrics: dict[str, Any]) -> None:

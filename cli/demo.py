@@ -10,8 +10,9 @@ from ..audit.files import write_json
 from ..audit.workers import Progress, silent
 from .config import RunConfig
 from .keypad import KeypadConfig, recovery, write_keypad
+from .manifests import split
 from .run import Run
-from .stages import finetune, report, score, split
+from .stages import finetune, report, score
 
 
 def demo(
@@ -32,7 +33,7 @@ def demo(
     score(data, run=place.folder, config=config, progress=progress)
     found = asdict(recovery(Path(folder) / "truth.parquet", place.scores()))
     write_json({**found, "interval": list(found["interval"])}, place.recovery_file)
-    _, summary = split(run=place.folder, config=config, balanced=True)
+    summary = split(run=place.folder, config=config, balanced=True)
     split(run=place.folder, config=config, gmm="balanced")
     for sampling in ("uniform", "bss-h"):
         chosen = replace(config, finetune=replace(config.finetune, sampling=sampling))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -73,9 +74,9 @@ def score_provenance(record: dict[str, Any]) -> dict[str, Any]:
     return {"schema": f"mmaudit.scores/{SCHEMA_VERSION}", **about, "ranges": ranges}
 
 
-def source_of(manifest: Manifest, data: str | Path | None) -> tuple[Dataset, RunConfig]:
+def source_of(provenance: Mapping[str, Any], data: str | Path | None) -> tuple[Dataset, RunConfig]:
     """Open the data a manifest was made from as they were read then, and give the config of that score."""
-    about = manifest.provenance.get("scores", {})
+    about = provenance.get("scores", {})
     if "source" not in about:
         raise ManifestError(
             "the manifest does not say which data it was made from, so its scores were not mmaudit's; "

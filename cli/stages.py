@@ -26,15 +26,13 @@ from ..audit.ingest import ingest as ingest_download
 from ..audit.leakage import Material, find_leakage, group_columns
 from ..audit.parquet import write_parquet
 from ..audit.quality import Quarantined, quarantine_table
-from ..audit.score import ScoreTable, read_scores, write_scores
+from ..audit.score import write_scores
 from ..audit.scoring import Audit, Networks, audit_dataset
 from ..audit.source.dataset import Dataset, open_dataset
 from ..audit.source.samples import read_samples
 from ..audit.stock import sort_out, take_stock
 from ..audit.workers import Progress, default_workers, silent
-from ..rebalance.balanced import balanced_split
-from ..rebalance.manifest import Manifest, Selection, make_manifest, read_dropped, read_manifest, write_manifest
-from ..rebalance.subsets import by_mixture, parse_dominated, parse_subset
+from ..rebalance.manifest import Manifest, read_dropped, read_manifest
 from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
 from .config import RunConfig, plain, to_toml
@@ -169,57 +167,6 @@ def score(
     return record
 
 
-def split(
-    *,
-    run: str | Path = "mmaudit-run",
-    scores: str | Path | None = None,
-    config: RunConfig | None = None,
-    balanced: bool = False,
-    subset: str | None = None,
-    dominated: str | None = None,
-    gmm: str | None = None,
-    between: str | None = None,
-    name: str | None = None,
-) -> tuple[Manifest, dict[str, Any]]:
-    """Write one manifest, and its dropped rows beside it, from the run's scores or from anybody's table `scores`.
-
-    Exactly one of balanced, subset (`audio-preferred`, `balanced:0.2`), dominated (`visual:0.2`) and gmm
-    (`balanced`, `imbalanced`) says which. Gives the manifest and a summary: file, counts, and for the balanced split
-    its uniformity and what other tolerances would keep.
-    """
-    config = config or RunConfig()
-    place = Run(Path(run))
-    if sum([balanced, subset is not None, dominated is not None, gmm is not None]) != 1:
-        raise ConfigError("say which samples: exactly one of --balanced, --subset, --dominated and --gmm")
-    table = read_scores(scores) if scores is not None else place.scores()
-    summary: dict[str, Any] = {}
-    if balanced:
-        found = balanced_split(table, config.split, seed=config.seed, between=between)
-        selection = found.selection
-        if between is None and len(table.modalities) > 2:
-            log.info(
-                "of %d modalities, %s is the pair with the largest balanced split; choose another with --between",
-                len(table.modalities),
-                selection.between,
-            )
-        summary = {
-            "before": asdict(found.uniformity_before),
-            "after": asdict(found.uniformity_after),
-            "distances": found.distances,
-            "empty_bins": found.empty_bins,
-            "curve": [asdict(point) for point in found.curve],
-        }
-    else:
-        selection = _select(table, subset=subset, dominated=dominated, gmm=gmm, between=between)
-        if gmm is not None and scores is None:
-            summary = {"verdict": place.record()["verdict"]}
-    manifest, dropped = make_manifest(table, selection)
-    path = place.manifest(name or selection.name)
-    write_manifest(manifest, dropped, path)
-    kept = {"kept": len(manifest), "dropped": len(dropped), "scored": len(table)}
-    return manifest, {"file": str(path), "name": path.stem, "between": selection.between, **kept, **summary}
-
-
 def finetune(
     manifest: str | Path,
     *,
@@ -328,16 +275,6 @@ def _write_audit(place: Run, audit: Audit, record: dict[str, Any]) -> None:
     place.write_record(record)
 
 
-def _select(
-    table: ScoreTable, *, subset: str | None, dominated: str | None, gmm: str | None, between: str | None
-) -> Selection:
-    if subset is not None:
-        return parse_subset(table, subset, between=between)
-    if dominated is not None:
-        return parse_dominated(table, dominated, between=between)
-    return by_mixture(table, str(gmm), between=between)
-
-
 def _examples_of(
     manifest: Manifest,
     path: Path,
@@ -349,7 +286,7 @@ def _examples_of(
     progress: Progress,
 ) -> Examples:
     """Open and encode a manifest's source, and give what it trains and tests on."""
-    dataset, made = source_of(manifest, data)
+    dataset, made = source_of(manifest.provenance, data)
     _check_trainable(dataset, made)
     tasks = encode_dataset(dataset, place.features, media=made.media, num_workers=num_workers, progress=progress)
     samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)

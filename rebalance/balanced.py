@@ -3,267 +3,241 @@
 The dataset of Xia et al., arXiv 2302.10912, was filtered to a uniform discrepancy; how was not published. The builder
 is mmaudit's: bins over [-1, 1], one level L that every bin is cut to, and within a bin the classes share evenly. Each
 split (train, validation, test) is balanced on its own: what test samples are like has no part in choosing the others.
-Letters: b bins, k classes; `counts` (b, k) are samples by bin and class.
+Letters: s splits, b bins, k classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.errors import ConfigError, ScoreError
-from ..audit.hashing import hash_rank
-from ..audit.score import ScoreTable
-from .manifest import Selection
+from ..audit.errors import ConfigError, ScoreError, choices
+from .choice import Told
+from .levels import (
+    CURVE,
+    Counts,
+    Point,
+    best_bins,
+    bin_of,
+    even_weights,
+    largest_level,
+    share_among_classes,
+    shared,
+    size_curve,
+    water_fill,
+)
+from .shards import Rows, ScoreShards
 
-Counts = NDArray[np.int64]
-CURVE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # tolerances whose sizes are always told
+AUTO = 0  # bins: as many as the data bear
+TOLERANCE = 0.05  # mmaudit's default
+METHODS = ("dropping", "weight")
+_FINE = 4_096  # bins of the histogram that the number of bins is chosen by
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BalancedConfig:
-    """How the balanced split is built. `size` overrides `tolerance`."""
+    """How the balanced split is built. With a size, or weights, a tolerance is a gate: see `allowed`."""
 
-    bins: int = 20
-    tolerance: float = 0.05  # total-variation distance to uniform over the bins that hold samples
+    bins: int = 20  # over [-1, 1]; of each confidence over [0, 1], with `grid`; 0: by the rule of Freedman & Diaconis
+    tolerance: float | None = None  # total-variation distance to uniform over the bins that hold samples: 0.05
     size: int | None = None
+    by: str = "dropping"  # or "weight": keep all samples, with weights that make the discrepancy uniform
+    most_weight: float = 10.0  # that a sample may have, where the mean is 1: mmaudit's default
+    grid: bool = False  # uniform over both confidences, in place of their difference
+    per_class: bool = False  # every class uniform by itself
 
     def __post_init__(self) -> None:
-        if self.bins < 2:
-            raise ConfigError(f"split.bins is {self.bins}; a distribution needs at least 2")
-        if not 0 <= self.tolerance <= 1:
+        if self.bins != AUTO and self.bins < 2:
+            raise ConfigError(f"split.bins is {self.bins}; a distribution needs at least 2, and 0 lets the data choose")
+        if self.tolerance is not None and not 0 <= self.tolerance <= 1:
             raise ConfigError(f"split.tolerance is {self.tolerance}; a total-variation distance lies in [0, 1]")
         if self.size is not None and self.size < 1:
             raise ConfigError(f"split.size is {self.size}; it must be at least 1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One trade of size against uniformity: the largest set within a tolerance, and the distance it has."""
-
-    tolerance: float
-    size: int
-    distance: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Uniformity:
-    """How uniform a discrepancy is, over the bins that hold samples in the scored set.
-
-    distance: total variation to uniform, [0, 1], 0 = uniform. ks: largest difference between the distribution
-    functions over [-1, 1]. positive: share of samples with D > 0.
-    """
-
-    distance: float
-    ks: float
-    positive: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BalancedSplit:
-    """What was kept, what there was, and what other tolerances would keep."""
-
-    selection: Selection
-    before: Counts  # (b, k)
-    after: Counts
-    uniformity_before: Uniformity
-    uniformity_after: Uniformity
-    distances: dict[str, float]  # by split: to uniform over the bins that the split itself fills
-    curve: tuple[Point, ...]
+        if self.by not in METHODS:
+            raise ConfigError(f"split.by is {self.by!r}; {choices(self.by, METHODS)}")
+        if self.most_weight < 1:
+            raise ConfigError(f"split.most_weight is {self.most_weight}; it must be at least 1, the mean")
+        if self.by == "weight" and (self.size is not None or self.per_class):
+            raise ConfigError("split.by is 'weight', which keeps all samples: leave out the size and per_class")
+        if self.per_class and self.size is not None:
+            raise ConfigError("split.per_class takes a tolerance, not a size")
 
     @property
-    def empty_bins(self) -> list[int]:
-        """Bins that no scored sample falls into; uniformity is over the others."""
-        return np.flatnonzero(self.before.sum(axis=1) == 0).tolist()
+    def allowed(self) -> float:
+        """The distance up to which samples are kept."""
+        return TOLERANCE if self.tolerance is None else self.tolerance
 
 
-def balanced_split(
-    scores: ScoreTable, config: BalancedConfig, *, seed: int, between: str | None = None
-) -> BalancedSplit:
-    """Choose the largest set whose discrepancy is uniform within the tolerance, or one of the size asked for.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balanced:
+    """The rule: cells are split by bin by class, each cut to its share of the level."""
+
+    config: BalancedConfig
+    between: str
+    num_bins: int  # along each axis
+    splits: tuple[str, ...]
+    num_classes: int
+    class_names: tuple[str, ...]
+    weight: NDArray[np.float32]  # (s, b), by weight; all 1 otherwise
+    name: str = "balanced"
+    by_score: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(s, b, k)."""
+        return len(self.splits), self.num_bins ** (2 if self.config.grid else 1), self.num_classes
+
+    @property
+    def num_cells(self) -> int:
+        """Cells there are."""
+        return int(np.prod(self.shape))
+
+    @property
+    def reason(self) -> str:
+        """Why others are dropped."""
+        return "bin-full"
+
+    def bins(self, rows: Rows) -> NDArray[np.int32]:
+        """Give the bin of each row, (n,); -1 where a modality is missing. Of a grid: row by row of the first's bins."""
+        values = rows.discrepancy(self.between)
+        present = ~np.isnan(values) & (rows.barred == 0)
+        if self.config.grid:
+            first, second = (rows.confidence[:, rows.modalities.index(name)] for name in self.between.split(":"))
+            places = [bin_of(2 * np.nan_to_num(each) - 1, num_bins=self.num_bins) for each in (first, second)]
+            found = places[0].astype(np.int32) * self.num_bins + places[1]
+        else:
+            found = bin_of(np.where(present, values, 0), num_bins=self.num_bins).astype(np.int32)
+        return np.where(present, found, -1).astype(np.int32)
+
+    def cells(self, rows: Rows) -> NDArray[np.int32]:
+        """Give the cell of each row, (n,); -1 where a modality is missing."""
+        bins = self.bins(rows)
+        _, num_bins, num_classes = self.shape
+        found = (rows.split.astype(np.int64) * num_bins + bins) * num_classes + rows.label
+        return np.where(bins < 0, -1, found).astype(np.int32)
+
+    def quotas(self, counts: Counts) -> Counts:
+        """Give how many of each cell to keep: the balanced split of each split on its own."""
+        available = counts.reshape(self.shape)
+        if self.config.by == "weight":
+            return counts
+        sizes = _sizes(available.sum(axis=(1, 2)), self.config.size, self.splits)
+        found = [self._quotas_of(part, size) for part, size in zip(available, sizes, strict=True)]
+        return np.stack(found).reshape(-1)
+
+    def _quotas_of(self, available: Counts, size: int | None) -> Counts:
+        """Give how many to keep of each bin and class, (b, k), of one split."""
+        if not available.any():
+            return available
+        if self.config.per_class:
+            levels = [largest_level(column, tolerance=self.config.allowed) for column in available.T if column.any()]
+            taken = np.zeros_like(available)
+            taken[:, available.any(axis=0)] = np.minimum(available[:, available.any(axis=0)], levels)
+            return taken
+        by_bin = available.sum(axis=1)
+        if size is None:
+            quota = np.minimum(by_bin, largest_level(by_bin, tolerance=self.config.allowed))
+        else:
+            quota = water_fill(by_bin, size, np.argsort(-by_bin, kind="stable"))
+        return share_among_classes(available, quota)
+
+    def order(self, rows: Rows) -> NDArray[np.uint64]:
+        """Choose by hash."""
+        return rows.key
+
+    def tell(self, rows: Rows, cell: NDArray[np.int32], chance: Told) -> Told:
+        """Give the bin and the weight; score is the hash of a row, threshold the last hash that its cell keeps."""
+        bins = np.where(cell < 0, -1, cell // self.num_classes % self.shape[1]).astype(np.int16)
+        weight = np.where(bins < 0, 0, self.weight[rows.split, bins]).astype(np.float32)
+        return Told(score=chance.score, threshold=chance.threshold, bin=bins, weight=weight)
+
+    def curve(self, counts: Counts) -> tuple[Point, ...]:
+        """Give what other tolerances would keep: the largest set within each, and the distance it has."""
+        return size_curve([part.sum(axis=1) for part in counts.reshape(self.shape) if part.any()], CURVE)
+
+
+def plan_balanced(shards: ScoreShards, config: BalancedConfig, *, between: str | None = None) -> Balanced:
+    """Make the rule of a balanced split of these scores.
 
     `between` is as in ScoreTable.discrepancy; None is the one pair of two modalities, and of more the pair of which
-    most samples can be kept.
+    most samples can be kept. Raises ScoreError where no sample has such a discrepancy.
     """
-    chosen = between or largest_pair(scores, config)
-    values = scores.discrepancy(chosen)
-    present = ~np.isnan(values)  # both modalities are there
-    if not present.any():
-        raise ScoreError(f"no sample has a discrepancy between {chosen}: a modality is missing in every one")
-    bins = bin_of(np.where(present, values, 0), num_bins=config.bins)
-    label = np.unique(scores.label, return_inverse=True)[1].astype(np.int32)  # anybody's numbers, -1 and 10^6 too
-    shape = (config.bins, int(label.max()) + 1)
-    parts = {name: part & present for name, part in splits_of(scores).items() if (part & present).any()}
-    sizes = _sizes(parts, config.size)
-    place, places = np.zeros(len(scores), dtype=np.int64), np.zeros(len(scores), dtype=np.int64)
-    for name, part in parts.items():
-        available = count(bins[part], label[part], shape=shape)
-        taken = share_among_classes(available, _quota(available.sum(axis=1), config, size=sizes[name]))
-        place[part] = _place_in_cell(scores.sample_id[part], bins[part], label[part], seed=seed)
-        places[part] = taken[bins[part], label[part]]
-    keep = place < places
-    before = count(bins[present], label[present], shape=shape)
-    after = count(bins[keep], label[keep], shape=shape)
-    by_split = [np.bincount(bins[part], minlength=config.bins) for part in parts.values()]
-    selection = Selection(
-        name="balanced",
-        between=chosen,
-        keep=keep,
-        reason="bin-full",
-        score=np.where(present, place, np.nan),  # place of the sample in its (bin, class) cell by hash(seed, id)
-        threshold=places.astype(np.float64),  # places that cell has
-        bin=np.where(present, bins, -1).astype(np.int16),
-        rule={"kind": "balanced", "seed": seed, **asdict(config)},
+    if between is None:
+        between = ":".join(shards.modalities) if len(shards.modalities) == 2 else largest_pair(shards, config)
+    if config.grid and ":" not in between:
+        if len(shards.modalities) > 2:
+            raise ConfigError(f"--between {between}: a grid has two confidences; name two modalities, A:B")
+        between = f"{between}:{next(name for name in shards.modalities if name != between)}"
+    num_bins = config.bins if config.bins != AUTO else _chosen_bins(shards, between)
+    rule = Balanced(
+        config=config,
+        between=between,
+        num_bins=num_bins,
+        splits=shards.splits,
+        num_classes=len(shards.classes),
+        class_names=shards.class_names,
+        weight=np.ones((len(shards.splits), num_bins ** (2 if config.grid else 1)), dtype=np.float32),
     )
-    return BalancedSplit(
-        selection=selection,
-        before=before,
-        after=after,
-        uniformity_before=_uniformity(values[present], before, before),
-        uniformity_after=_uniformity(values[keep], after, before),
-        distances={
-            name: distance_to_uniform(np.bincount(bins[part & keep], minlength=config.bins), available=available)
-            for (name, part), available in zip(parts.items(), by_split, strict=True)
-        },
-        curve=size_curve(by_split, CURVE),
-    )
+    if rule.num_cells > np.iinfo(np.int32).max // 8:
+        raise ConfigError(f"{rule.num_cells} cells of split, bin and class are too many; take fewer bins")
+    if config.by != "weight":
+        return rule
+    return _weighted(rule, shards)
 
 
-def splits_of(scores: ScoreTable) -> dict[str, NDArray[np.bool_]]:
-    """Give the rows (n,) of each split there is; all rows as one where the table has no splits."""
-    if scores.split is None:
-        return {"all": np.ones(len(scores), dtype=bool)}
-    return {str(name): scores.split == name for name in sorted(set(scores.split), key=str)}
-
-
-def largest_pair(scores: ScoreTable, config: BalancedConfig) -> str:
+def largest_pair(shards: ScoreShards, config: BalancedConfig) -> str:
     """Give the pair `A:B` of modalities of which most samples can be kept, test samples not counted."""
-    counted = scores.not_test
-    sizes = {}
-    for first, second in combinations(scores.modalities, 2):
-        values = scores.discrepancy(f"{first}:{second}")[counted]
-        bins = bin_of(values[~np.isnan(values)], num_bins=config.bins)
-        if len(bins) == 0:
-            continue
-        sizes[f"{first}:{second}"] = size_curve([np.bincount(bins, minlength=config.bins)], (config.tolerance,))[0].size
+    pairs = [f"{first}:{second}" for first, second in combinations(shards.modalities, 2)]
+    num_bins = 20 if config.bins == AUTO else config.bins
+    counts = _histograms(shards, pairs, num_bins=num_bins)
+    sizes = {
+        pair: size_curve([each], (config.allowed,))[0].size
+        for pair, each in zip(pairs, counts, strict=True)
+        if each.any()
+    }
+    if not sizes:
+        raise ScoreError("no sample has two modalities to tell apart: a discrepancy needs both in one sample")
     return max(sizes, key=lambda pair: sizes[pair])
 
 
-def bin_of(discrepancy: NDArray[np.float32], *, num_bins: int) -> NDArray[np.int16]:
-    """Give the bin (n,) of each discrepancy among `num_bins` equal ones over [-1, 1]; +1 is in the last."""
-    return np.clip((discrepancy.astype(np.float64) + 1) / 2 * num_bins, 0, num_bins - 1).astype(np.int16)
+def _chosen_bins(shards: ScoreShards, between: str) -> int:
+    counts = _histograms(shards, [between], num_bins=_FINE)[0]
+    return best_bins((np.arange(_FINE) + 0.5) * 2 / _FINE - 1, counts)
 
 
-def count(bins: NDArray[np.int16], label: NDArray[np.int32], *, shape: tuple[int, int]) -> Counts:
-    """Count samples by bin and class, of shape (b, k)."""
-    cells = np.bincount(bins.astype(np.int64) * shape[1] + label, minlength=shape[0] * shape[1])
-    return cells.reshape(shape)
+def _histograms(shards: ScoreShards, between: Sequence[str], *, num_bins: int) -> list[Counts]:
+    """Count the discrepancies outside the test split by bin, (b,), for each of these."""
+    counts = [np.zeros(num_bins, dtype=np.int64) for _ in between]
+    for rows in shards.rows():
+        chooses = shards.chooses(rows)
+        for place, each in enumerate(between):
+            values = rows.discrepancy(each)[chooses]
+            bins = bin_of(values[~np.isnan(values)], num_bins=num_bins)
+            counts[place] += np.bincount(bins, minlength=num_bins)
+    return counts
 
 
-def distance_to_uniform(kept: Counts, *, available: Counts) -> float:
-    """Total-variation distance of bin counts (b,) to uniform over the bins in which anything is available."""
-    filled = available > 0
-    share = kept[filled] / max(int(kept.sum()), 1)
-    return float(np.abs(share - 1 / filled.sum()).sum() / 2)
+def _weighted(rule: Balanced, shards: ScoreShards) -> Balanced:
+    num_splits, num_bins, _ = rule.shape
+    counts = np.zeros((num_splits, num_bins), dtype=np.int64)
+    for rows in shards.rows():
+        bins = rule.bins(rows)
+        there = bins >= 0
+        found = np.bincount(rows.split[there] * num_bins + bins[there], minlength=counts.size)
+        counts += found.reshape(counts.shape)
+    weight = [even_weights(part, most=rule.config.most_weight) for part in counts]
+    return replace(rule, weight=np.stack(weight).astype(np.float32))
 
 
-def size_curve(available: Sequence[Counts], tolerances: tuple[float, ...]) -> tuple[Point, ...]:
-    """Give the largest set within each tolerance, from the samples available in each bin (b,) of each split."""
-    points = []
-    for tolerance in tolerances:
-        each = [np.minimum(counts, largest_level(counts, tolerance=tolerance)) for counts in available]
-        kept = np.sum(each, axis=0)
-        distance = distance_to_uniform(kept, available=np.sum(available, axis=0))
-        points.append(Point(tolerance=tolerance, size=int(kept.sum()), distance=distance))
-    return tuple(points)
-
-
-def largest_level(available: Counts, *, tolerance: float) -> int:
-    """Give the largest level L at which cutting every bin (b,) to L stays within the tolerance of uniform.
-
-    The distance never falls as L grows: the bins still growing hold more than their share each, and gain on the
-    others. So the level is found by halving.
-    """
-    low, high = 1, int(available.max())
-    while low < high:
-        level = (low + high + 1) // 2
-        if distance_to_uniform(np.minimum(available, level), available=available) <= tolerance + 1e-12:
-            low = level
-        else:
-            high = level - 1
-    return low
-
-
-def water_fill(capacity: Counts, total: int, order: NDArray[np.intp]) -> Counts:
-    """Share `total` among vessels (v,) as evenly as their capacity allows; what is left over goes one each in `order`.
-
-    Where total exceeds all capacity, everything is full.
-    """
-    total = min(total, int(capacity.sum()))
-    levels = np.sort(capacity)
-    # With the i smallest vessels full, the others stand level at (total - sum of the full) / (v - i).
-    full = np.concatenate([[0], np.cumsum(levels)[:-1]])
-    level = (total - full) // np.arange(len(levels), 0, -1)
-    first = int(np.argmax(level < levels)) if (level < levels).any() else len(levels)
-    height = int(level[first]) if first < len(levels) else int(levels[-1])
-    filled = np.minimum(capacity, height)
-    open_ = order[capacity[order] > height][: total - int(filled.sum())]
-    filled[open_] += 1
-    return filled
-
-
-def share_among_classes(before: Counts, quota: Counts) -> Counts:
-    """Share each bin's quota (b,) among its classes, (b, k); single leftovers go to the classes kept least so far."""
-    taken = np.zeros_like(before)
-    for row in np.argsort(before.sum(axis=1), kind="stable"):  # scarce bins first: they leave least choice
-        taken[row] = water_fill(before[row], int(quota[row]), np.argsort(taken.sum(axis=0), kind="stable"))
-    return taken
-
-
-def _sizes(parts: Mapping[str, NDArray[np.bool_]], size: int | None) -> dict[str, int | None]:
-    """Share a size among the splits in proportion to theirs; what rounding leaves goes to the largest."""
+def _sizes(counts: Counts, size: int | None, splits: Sequence[str]) -> list[int | None]:
+    """Share a size among the splits (s,) in proportion to theirs."""
     if size is None:
-        return dict.fromkeys(parts)
-    counts = {name: int(part.sum()) for name, part in parts.items()}
-    total = sum(counts.values())
+        return [None] * len(splits)
+    total = int(counts.sum())
     if size > total:
-        raise ConfigError(f"--size {size}: there are {total} scored samples")
-    sizes: dict[str, int | None] = {name: size * number // total for name, number in counts.items()}
-    largest = max(counts, key=lambda name: counts[name])
-    return {**sizes, largest: size - sum(size * number // total for name, number in counts.items() if name != largest)}
-
-
-def _quota(available: Counts, config: BalancedConfig, *, size: int | None) -> Counts:
-    """Give what each bin (b,) of a split may keep."""
-    if size is None:
-        return np.minimum(available, largest_level(available, tolerance=config.tolerance))
-    return water_fill(available, size, np.argsort(-available, kind="stable"))
-
-
-def _place_in_cell(
-    sample_id: NDArray[np.object_], bins: NDArray[np.int16], label: NDArray[np.int32], *, seed: int
-) -> NDArray[np.int64]:
-    """Number the samples of each (bin, class) cell from 0 by hash(seed, id), (n,): row order plays no part."""
-    order = np.lexsort((hash_rank(sample_id, seed=seed, purpose="balanced split"), label, bins))
-    cell = bins[order].astype(np.int64) * (int(label.max()) + 1) + label[order]
-    starts = np.flatnonzero(np.r_[True, cell[1:] != cell[:-1]])
-    sizes = np.diff(np.r_[starts, len(cell)])
-    place = np.empty(len(cell), dtype=np.int64)
-    place[order] = np.arange(len(cell)) - np.repeat(starts, sizes)
-    return place
-
-
-def _uniformity(values: NDArray[np.float32], kept: Counts, before: Counts) -> Uniformity:
-    ordered = np.sort(values.astype(np.float64))
-    expected = (ordered + 1) / 2
-    n = len(ordered)
-    ks = max(float((np.arange(1, n + 1) / n - expected).max()), float((expected - np.arange(n) / n).max()))
-    return Uniformity(
-        distance=distance_to_uniform(kept.sum(axis=1), available=before.sum(axis=1)),
-        ks=ks,
-        positive=float((values > 0).mean()),
-    )
+        raise ConfigError(f"--size {size} cannot be had: the largest is {total}, all samples that may be kept")
+    return [int(each) for each in shared(size, counts)]

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
-from ..audit.hashing import digest
-from ..audit.parquet import read_parquet, write_parquet
-from ..audit.score import ScoreTable
+from ..audit.hashing import hash_ids
+from ..audit.parquet import KEY, parse_provenance, read_parquet
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+ROWS_KEY = "mmaudit.rows"  # in the file's own metadata, which are written last: how many rows, and their digest
+GROUP_ROWS = 131_072  # rows of a row group, and of a step of the digest
 
 RANGES = {
     "bin": ("[0, bins)", "bin of the discrepancy over [-1, 1]; null where the subset was not made by bins"),
-    "rank": ("[0, n)", "0 = most balanced of this manifest, by the balance score"),
+    "rank": ("[0, n)", "kept samples that are more balanced, by the balance score; equals share a rank"),
     "weight": ("> 0", "weight in the loss; 1 unless the subset was made by weights"),
     "discrepancy": ("[-1, 1]", "that of provenance.between: +1 its first modality alone, -1 the other side"),
     "gap": ("[0, 1]", "largest minus least confidence; 0 = balanced"),
+    "balance": ("[-1, 1]", "as in the score table, high = balanced; null where that has none"),
     "p_balanced": ("[0, 1]", "as in the score table; null where that has none"),
 }
 
-_COLUMNS: dict[str, pa.DataType] = {
+COLUMNS: dict[str, pa.DataType] = {
     "sample_id": pa.string(),
     "label": pa.int32(),
     "label_name": pa.string(),
@@ -38,59 +43,42 @@ _COLUMNS: dict[str, pa.DataType] = {
     "weight": pa.float32(),
     "discrepancy": pa.float32(),
     "gap": pa.float32(),
+    "balance": pa.float32(),
     "p_balanced": pa.float32(),
     "group": pa.string(),
     "content": pa.string(),
 }
-_REQUIRED = tuple(_COLUMNS)
+DROPPED_COLUMNS = {
+    **{name: type_ for name, type_ in COLUMNS.items() if name not in ("rank", "weight")},
+    "reason": pa.string(),
+    "score": pa.float64(),
+    "threshold": pa.float64(),
+}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """A choice among the n rows of a score table. Arrays have shape (n,).
-
-    `reason` says in one word why the others were dropped: their `score` was on the wrong side of `threshold`. A score
-    of NaN is that of a sample without a modality that the choice is about; it is never kept.
-    `rule` is what the choice can be repeated from.
-    """
-
-    name: str
-    between: str
-    keep: NDArray[np.bool_]
-    reason: str
-    score: NDArray[np.floating[Any]]
-    threshold: NDArray[np.floating[Any]]
-    bin: NDArray[np.int16] | None = None  # -1 where a modality is missing
-    rule: Mapping[str, Any] = field(default_factory=dict)
+REPEATING = ("label_name", "split", "subset", "group", "reason")  # few different values each: stored as codes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The rows of a manifest as an Arrow table with the columns of _COLUMNS, plus the source's path columns."""
+    """The rows of a manifest as an Arrow table with the columns of COLUMNS, plus the source's path columns."""
 
     table: pa.Table
     provenance: dict[str, Any]
 
     def __post_init__(self) -> None:
-        missing = [name for name in _REQUIRED if name not in self.table.column_names]
-        if missing:
-            raise ManifestError(
-                f"not a manifest: it lacks {', '.join(missing)}; make one with: mmaudit split --balanced"
-            )
+        check_columns(self.table.schema, where="the table")
         nulls = [name for name in ("sample_id", "label", "rank") if self.table[name].null_count]
         if nulls:
             raise ManifestError(f"column {nulls[0]} of the manifest holds nulls: make it anew with mmaudit split")
-        repeated = len(self) - len(set(self.table["sample_id"].to_pylist()))
-        if repeated:
-            raise ManifestError(f"{repeated} ids stand more than once in the manifest: make it anew with mmaudit split")
+        _check_unique(self.table["sample_id"])
 
     def __len__(self) -> int:
         return len(self.table)
 
     def digest(self) -> str:
-        """Fingerprint what training and its figures depend on: all columns but the names."""
-        columns = [self.table[name].to_pylist() for name in _REQUIRED if name not in ("label_name", "subset")]
-        return digest(repr(columns).encode())
+        """Fingerprint the rows: every column, in their order."""
+        return digest_of(self.table)
 
     def strings(self, name: str) -> NDArray[np.object_]:
         """Give a column of strings, (n,), null as None."""
@@ -101,29 +89,15 @@ class Manifest:
         return np.array(self.table[name].to_pandas(), dtype=np.float64)
 
 
-def make_manifest(scores: ScoreTable, selection: Selection) -> tuple[Manifest, pa.Table]:
-    """Give the manifest of a selection, and the table of dropped rows with reason, score and threshold.
-
-    Kept + dropped = scored. Raises ManifestError if nothing is kept.
-    """
-    if not selection.keep.any():
-        raise ManifestError(f"{selection.name}: none of the {len(scores)} scored samples qualifies; widen the rule")
-    everything = _all_rows(scores, selection)
-    kept = everything.filter(pa.array(selection.keep)).set_column(6, "rank", pa.array(_ranks(scores, selection.keep)))
-    dropped = everything.filter(pa.array(~selection.keep)).drop_columns(["rank", "weight"])
-    out = ~selection.keep
-    reason = np.where(np.isnan(selection.score[out]), "missing-modality", selection.reason)
-    dropped = dropped.append_column("reason", pa.array(reason.tolist(), pa.string()))
-    dropped = dropped.append_column("score", pa.array(selection.score[out], pa.float64(), from_pandas=True))
-    dropped = dropped.append_column("threshold", pa.array(selection.threshold[out], pa.float64()))
-    return Manifest(table=kept, provenance=_provenance(scores, selection)), dropped
-
-
-def write_manifest(manifest: Manifest, dropped: pa.Table, path: Path) -> None:
-    """Write NAME.dropped.parquet, which says whose rows they are, then NAME.parquet."""
-    provenance = {**manifest.provenance, "dropped_from": manifest.digest()}
-    write_parquet(dropped, dropped_path(path), provenance=provenance)
-    write_parquet(manifest.table, path, provenance=manifest.provenance)
+def _check_unique(ids: pa.ChunkedArray) -> None:
+    """Raise ManifestError for ids that stand twice; only those whose hashes do are compared."""
+    keys = hash_ids(ids.combine_chunks(), seed=0, purpose="unique")
+    found, number = np.unique(keys, return_counts=True)
+    if (number == 1).all():
+        return
+    same = ids.filter(pa.array(np.isin(keys, found[number > 1]))).to_pylist()
+    if repeated := len(same) - len(set(same)):
+        raise ManifestError(f"{repeated} ids stand more than once in the manifest: make it anew with mmaudit split")
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -140,8 +114,8 @@ def read_dropped(path: Path, manifest: Manifest) -> pa.Table | None:
     beside = dropped_path(path)
     if not beside.exists():
         return None
-    table, provenance = read_parquet(beside, error=ManifestError)
-    if provenance.get("dropped_from", manifest.digest()) != manifest.digest():
+    table, _ = read_parquet(beside, error=ManifestError)
+    if rows_of(beside).get("dropped_from") != manifest.digest():
         raise ManifestError(f"{beside} holds the rows dropped from another manifest: run mmaudit split again")
     return table
 
@@ -151,49 +125,115 @@ def dropped_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.dropped.parquet")
 
 
-def _all_rows(scores: ScoreTable, selection: Selection) -> pa.Table:
-    n = len(scores)
-    columns: dict[str, Any] = {
-        "sample_id": scores.sample_id,
-        "label": scores.label,
-        "label_name": scores.label_name,
-        "split": scores.split,
-        "subset": np.full(n, selection.name, dtype=object),
-        "bin": None if selection.bin is None else pa.array(selection.bin, mask=selection.bin < 0),
-        "rank": np.zeros(n, dtype=np.int32),
-        "weight": np.ones(n, dtype=np.float32),
-        "discrepancy": scores.discrepancy(selection.between),
-        "gap": scores.gap,
-        "p_balanced": scores.p_balanced,
-        "group": scores.group,
-        "content": scores.content,
-    }
-    arrays = {
-        name: pa.nulls(n, type_) if columns[name] is None else pa.array(columns[name], type_, from_pandas=True)
-        for name, type_ in _COLUMNS.items()
-    }
-    if scores.paths is not None:
-        arrays |= {
-            name: scores.paths[name].combine_chunks() for name in scores.paths.column_names if name not in arrays
-        }
-    return pa.table(arrays)
+def provenance_of(path: Path) -> dict[str, Any]:
+    """Read what a manifest was made from, without its rows."""
+    return parse_provenance(_schema(path).metadata or {}, error=ManifestError, where=str(path))
 
 
-def _ranks(scores: ScoreTable, keep: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Rank the kept rows, 0 = most balanced: by balance score, or by the gap where the table has none; ties by id."""
-    badness = scores.gap if scores.balance is None else -scores.balance
-    order = np.lexsort((scores.sample_id[keep].astype(str), badness[keep]))
-    rank = np.empty(len(order), dtype=np.int32)
-    rank[order] = np.arange(len(order), dtype=np.int32)
-    return rank
+def rows_of(path: Path) -> dict[str, Any]:
+    """Read what a file of ours says of its rows: rows, digest; of dropped ones also dropped_from. {} if nothing."""
+    _schema(path)
+    text = (pq.read_metadata(path).metadata or {}).get(ROWS_KEY.encode(), b"{}")
+    return parse_provenance({KEY: text}, error=ManifestError, where=str(path))
 
 
-def _provenance(scores: ScoreTable, selection: Selection) -> dict[str, Any]:
-    return {
-        "schema": f"mmaudit.manifest/{SCHEMA_VERSION}",
-        "subset": selection.name,
-        "between": selection.between,
-        "rule": dict(selection.rule),
-        "ranges": {name: {"range": span, "meaning": meaning} for name, (span, meaning) in RANGES.items()},
-        "scores": {key: value for key, value in scores.provenance.items() if key not in ("ranges", "schema")},
-    }
+def batches_of(path: Path, *, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Read a manifest, or its dropped rows, a batch at a time; ManifestError where that cannot be done."""
+    _schema(path)
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        for batch in file.iter_batches(GROUP_ROWS, columns=columns):
+            yield pa.Table.from_batches([batch])
+
+
+def check_columns(schema: pa.Schema, *, where: str) -> None:
+    """Raise ManifestError for a table that lacks any column of a manifest."""
+    missing = [name for name in COLUMNS if name not in schema.names]
+    if missing:
+        raise ManifestError(
+            f"{where} is not a manifest: it lacks {', '.join(missing)}; make one with: mmaudit split --balanced"
+        )
+
+
+def _schema(path: Path) -> pa.Schema:
+    if not path.is_file():
+        raise ManifestError(f"no such file: {path}")
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as cause:
+        raise ManifestError(f"{path} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
+
+
+class RowDigest:
+    """A fingerprint of rows in their order, of each column's name and values, whatever batches they come in."""
+
+    def __init__(self) -> None:
+        self._whole = hashlib.sha256()  # processors have instructions for it: twice as quick as blake2b
+
+    def add(self, table: pa.Table) -> None:
+        """Add the next GROUP_ROWS rows, or the last ones."""
+        for name in sorted(table.column_names):
+            column = table[name].combine_chunks()
+            if name in REPEATING and not pa.types.is_dictionary(column.type):
+                column = column.dictionary_encode()
+            self._whole.update(f"{name}\0{len(column)}\0".encode())
+            self._whole.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+            for block in _values(column):
+                self._whole.update(block)
+
+    def hexdigest(self) -> str:
+        """Give it in 32 hexadecimal digits."""
+        return self._whole.hexdigest()[:32]
+
+
+def digest_of(table: pa.Table) -> str:
+    """Fingerprint the rows of a table."""
+    found = RowDigest()
+    for group in regrouped([table]):
+        found.add(group)
+    return found.hexdigest()
+
+
+def regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Cut tables anew, into ones of GROUP_ROWS rows and a last one."""
+    held: list[pa.Table] = []
+    number = 0
+    for table in tables:
+        held.append(table)
+        number += len(table)
+        while number >= GROUP_ROWS:
+            whole = pa.concat_tables(held)
+            yield whole.slice(0, GROUP_ROWS)
+            held = [whole.slice(GROUP_ROWS)]
+            number -= GROUP_ROWS
+    if number:
+        yield pa.concat_tables(held)
+
+
+def _values(column: pa.Array) -> Iterator[bytes]:
+    """Give the values of a column as bytes that depend on nothing else; a null as 0, or as an empty text."""
+    if pa.types.is_dictionary(column.type):
+        yield from _coded(column)
+    elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        yield np.ascontiguousarray(column.fill_null(0).to_numpy(zero_copy_only=False)).tobytes()
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        _, offsets, data = column.fill_null("").cast(pa.large_string()).buffers()
+        ends = np.frombuffer(offsets, np.int64, len(column) + 1, 8 * column.offset)
+        yield np.diff(ends).astype(np.int32).tobytes()
+        if data is not None:
+            yield memoryview(data)[ends[0] : ends[-1]].tobytes()
+    else:
+        yield json.dumps(column.to_pylist(), default=str).encode()
+
+
+def _coded(column: pa.DictionaryArray) -> Iterator[bytes]:
+    """Give the values that occur, sorted, and the place of each row's among them; a null has the first."""
+    codes = column.indices.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    names = column.dictionary.to_pylist()
+    used = np.flatnonzero(np.bincount(codes[valid], minlength=len(names))).tolist()
+    among = sorted({names[code] for code in used})
+    number = {name: place for place, name in enumerate(among)}
+    place = np.zeros(max(len(names), 1), dtype=np.int32)
+    place[used] = [number[names[code]] for code in used]
+    yield json.dumps(among).encode()
+    yield np.where(valid, place[codes], 0).astype(np.int32).tobytes()

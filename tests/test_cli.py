@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
+from mmaudit.audit.errors import ConfigError
+from mmaudit.cli.config import RunConfig
 from mmaudit.cli.keypad import KeypadConfig, write_keypad
 from mmaudit.cli.main import app
 
@@ -468,3 +471,30 @@ def test_wrong_choices_name_the_right_ones(keypad: Path, tmp_path: Path, words: 
     result = mmaudit("score", keypad, "--run", tmp_path / "run", *words, *QUICK)
     assert result.exit_code == 2
     assert mend in said(result)
+
+
+def test_check_and_score_read_data_by_the_same_options(
+    keypad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is given comes before the settings, and what is not leaves them alone."""
+    seen: list[RunConfig] = []
+
+    def stop(data: str, *, config: RunConfig, **rest: object) -> None:
+        seen.append(config)
+        raise ConfigError("seen")
+
+    given = {"task": "multilabel", "label": "y", "id": "name", "group": "who", "split": "none"}
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    lists = ["--modality", "a=x", "--modality", "b=z", "--encoder", "a=resnet18", "--allow-outside"]
+    settings = ["--set", "data.label='l'", "--set", "data.encoder=['b=resnet18']", "--set", "data.allow_outside=true"]
+    for name in ("check", "score"):
+        monkeypatch.setattr(f"mmaudit.cli.stages.{name}", stop)
+        for options in (["--set", "data.label='l'", *words, *lists], settings, []):
+            assert said(mmaudit(name, keypad, *options)).strip() == "error: seen"
+    checked, scored = seen[:3], seen[3:]
+    assert [each.data for each in checked] == [each.data for each in scored]
+    first, second, third = (each.data for each in checked)
+    assert {name: getattr(first, name) for name in given} == given
+    assert (first.modality, first.encoder, first.allow_outside) == (("a=x", "b=z"), ("a=resnet18",), True)
+    assert second == replace(third, label="l", encoder=("b=resnet18",), allow_outside=True)
+    assert third == RunConfig().data

@@ -1,18 +1,77 @@
-"""Laws of the curriculum: pacing by the published formula, and orders that depend on seed and epoch alone."""
+"""Laws of the curriculum: pacing by published formulas, and orders that depend on ids, seed and epoch alone."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.stats import chisquare
 
-from mmaudit.rebalance.curriculum import most_balanced, root_pacing, shuffled
+from mmaudit.audit.errors import ConfigError, ManifestError
+from mmaudit.audit.hashing import splitmix64
+from mmaudit.rebalance.curriculum import (
+    ORDERS,
+    PACINGS,
+    OrderConfig,
+    batch_of,
+    id_key,
+    num_steps,
+    order_of,
+    root_pacing,
+    step_pacing,
+)
 
 START = st.floats(0.01, 1)
 GROW = st.integers(1, 200)
+CONFIGS = st.builds(
+    OrderConfig,
+    order=st.sampled_from(sorted(ORDERS)),
+    pacing=st.sampled_from(sorted(PACINGS)),
+    start=START,
+    grow_epochs=st.integers(1, 30),
+    steps=st.integers(1, 9),
+    draw=st.sampled_from(["order", "replacement"]),
+    weight=st.sampled_from(["linear", "softmax"]),
+)
+# Few scores, so that many samples share a rank.
+BALANCE = st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0]), min_size=1, max_size=60)
+PURE = [
+    OrderConfig(order=order, draw=draw, weight=weight, start=0.5)
+    for order, draw, weight in [
+        ("curriculum", "order", "linear"),
+        ("anti-curriculum", "order", "linear"),
+        ("shuffled", "order", "linear"),
+        ("weighted", "order", "linear"),
+        ("weighted", "order", "softmax"),
+        ("weighted", "replacement", "linear"),
+        ("weighted", "replacement", "softmax"),
+    ]
+]
+
+
+def columns_of(balance: list[float], *, first_id: int = 0) -> dict[str, Any]:
+    """Give rank, balance and key of a manifest; equal scores share a rank."""
+    scores = np.array(balance)
+    rank = (scores[:, None] < scores).sum(axis=1).astype(np.int32)
+    return {"rank": rank, "balance": scores, "key": id_key(f"s{first_id + row}" for row in range(len(scores)))}
+
+
+def paced_rows(columns: dict[str, Any], config: OrderConfig, epoch: int) -> set[int]:
+    """Pick the rows of a curriculum the slow way: sort by rank and key, and cut."""
+    side = 1 if config.order == "curriculum" else -1
+    by_rank = sorted(range(len(columns["key"])), key=lambda row: (side * columns["rank"][row], columns["key"][row]))
+    return set(by_rank[: max(1, math.floor(len(by_rank) * config.share(epoch)))])
+
+
+# --- pacing
 
 
 @pytest.mark.parametrize(
@@ -24,42 +83,309 @@ def test_the_paper_s_pacing(epoch: int, share: float) -> None:
     assert root_pacing(epoch, start=0.1, grow_epochs=40) == pytest.approx(share, rel=1e-12)
 
 
-def test_the_first_epoch_of_the_paper_sees_a_fifth() -> None:
-    assert root_pacing(1, start=0.1, grow_epochs=40) == pytest.approx(0.1864, abs=1e-4)
+def test_an_order_by_default_is_paced_as_in_the_paper() -> None:
+    assert OrderConfig().share(1) == pytest.approx(0.1864, abs=1e-4)
+    assert [OrderConfig().share(epoch) for epoch in range(1, 60)] == [
+        root_pacing(epoch, start=0.1, grow_epochs=40) for epoch in range(1, 60)
+    ]
 
 
-@given(START, GROW)
-def test_pacing_grows_and_ends_at_everything(start: float, grow_epochs: int) -> None:
-    shares = [root_pacing(epoch, start=start, grow_epochs=grow_epochs) for epoch in range(grow_epochs + 3)]
+@pytest.mark.parametrize(
+    ("pacing", "shares"),
+    # At t = 1, 5, 10, 15 and 19 of T = 20, from lambda0 = 0.04, by the published formulas with a calculator.
+    [
+        ("linear", [0.088, 0.28, 0.52, 0.76, 0.952]),
+        ("geometric", [0.0469848, 0.0894427, 0.2, 0.4472136, 0.8513399]),
+        ("exponential", [0.0400283, 0.0404873, 0.0464250, 0.1187616, 0.6222523]),
+        ("step", [0.04, 0.232, 0.424, 0.616, 0.808]),
+    ],
+)
+def test_the_other_pacings_by_hand(pacing: str, shares: list[float]) -> None:
+    config = OrderConfig(pacing=pacing, start=0.04, grow_epochs=20)
+    assert [config.share(epoch) for epoch in (1, 5, 10, 15, 19)] == pytest.approx(shares, rel=1e-5)
+
+
+@pytest.mark.parametrize("pacing", PACINGS)
+@given(START, GROW, st.integers(1, 250))
+def test_pacing_grows_and_ends_at_everything(pacing: str, start: float, grow_epochs: int, steps: int) -> None:
+    config = OrderConfig(pacing=pacing, start=start, grow_epochs=grow_epochs, steps=steps)
+    shares = [config.share(epoch) for epoch in range(grow_epochs + 3)]
     assert shares == sorted(shares)
     assert shares[0] == pytest.approx(start)
     assert shares[grow_epochs:] == [1.0, 1.0, 1.0]  # exactly: 0.9999 of n samples would be n - 1
+    assert 0 < shares[0] <= shares[-2]
 
 
-@given(START, GROW, st.integers(1, 100))
-def test_at_the_end_of_pacing_every_row_is_seen(start: float, grow_epochs: int, n: int) -> None:
-    rank = np.random.default_rng(n).permutation(n)
-    rows = most_balanced(rank, root_pacing(grow_epochs, start=start, grow_epochs=grow_epochs))
-    assert sorted(rows) == list(range(n))
+@given(START, st.integers(1, 20), st.integers(1, 10))
+def test_the_staircase_has_equal_rises(start: float, width: int, steps: int) -> None:
+    shares = [step_pacing(t, start=start, grow_epochs=width * steps, steps=steps) for t in range(width * steps + 1)]
+    rises = [after - before for before, after in pairwise(shares)]
+    assert rises == pytest.approx(([0] * (width - 1) + [(1 - start) / steps]) * steps, abs=1e-12)
 
 
-@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60, unique=True), st.floats(0.001, 1))
-def test_the_most_balanced_share_has_the_least_ranks(rank: list[int], share: float) -> None:
-    rows = most_balanced(np.array(rank), share)
-    assert len(rows) == max(1, math.floor(len(rank) * share))
-    assert [rank[row] for row in rows] == sorted(rank)[: len(rows)]
+# --- which samples
 
 
-@given(st.lists(st.integers(0, 10**6), max_size=60, unique=True), st.integers(0, 99), st.integers(1, 99))
-def test_an_order_is_a_permutation_and_pure(rows: list[int], seed: int, epoch: int) -> None:
-    given_rows = np.array(rows, dtype=np.intp)
-    order = shuffled(given_rows, seed=seed, epoch=epoch)
-    assert sorted(order) == sorted(rows)
-    assert given_rows.tolist() == rows
-    assert shuffled(given_rows, seed=seed, epoch=epoch).tolist() == order.tolist()
+@given(BALANCE, CONFIGS, st.integers(0, 99), st.integers(1, 40))
+def test_an_epoch_sees_whom_it_should(balance: list[float], config: OrderConfig, seed: int, epoch: int) -> None:
+    columns = columns_of(balance)
+    before = {name: column.tolist() for name, column in columns.items()}
+    order = order_of(**columns, config=config, seed=seed, epoch=epoch)
+    assert order.dtype == np.int64
+    assert {name: column.tolist() for name, column in columns.items()} == before
+    everyone = set(range(len(balance)))
+    if config.order.endswith("curriculum"):
+        assert set(order.tolist()) == paced_rows(columns, config, epoch)
+    elif config.order == "weighted" and config.draw == "replacement":
+        assert len(order) == len(balance)
+        assert set(order.tolist()) <= everyone
+        return
+    else:
+        assert set(order.tolist()) == everyone
+    assert len(set(order.tolist())) == len(order)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    rows = np.arange(50)
-    orders = {tuple(shuffled(rows, seed=seed, epoch=epoch)) for seed in range(12) for epoch in range(1, 13)}
-    assert len(orders) == 144  # seed 1, epoch 12 is not seed 12, epoch 1, nor 112
+@given(BALANCE, CONFIGS, st.integers(1, 40), st.randoms(use_true_random=False))
+def test_the_order_is_one_of_ids_not_of_rows(balance: list[float], config: OrderConfig, epoch: int, rnd: Any) -> None:
+    columns = columns_of(balance)
+    moved = list(range(len(balance)))
+    rnd.shuffle(moved)
+    order = order_of(**columns, config=config, seed=3, epoch=epoch)
+    again = order_of(**{name: column[moved] for name, column in columns.items()}, config=config, seed=3, epoch=epoch)
+    assert np.array(moved)[again].tolist() == order.tolist()
+
+
+@pytest.mark.parametrize("config", PURE)
+def test_row_order_does_not_matter_where_words_nearly_tie(config: OrderConfig) -> None:
+    # 2^17 rows leave 46 bits for the word, and keys that differ in their lowest bits alone do not fit in.
+    n = 2**17
+    key = np.arange(n, dtype=np.uint64)
+    rank, balance = np.zeros(n, np.int32), np.full(n, 0.3, np.float32)
+    moved = np.random.default_rng(0).permutation(n)
+    order = order_of(rank=rank, balance=balance, key=key, config=config, seed=0, epoch=1)
+    again = order_of(rank=rank, balance=balance, key=key[moved], config=config, seed=0, epoch=1)
+    assert (moved[again] == order).all()
+
+
+@given(BALANCE, st.sampled_from(sorted(PACINGS)), st.sampled_from(["curriculum", "anti-curriculum"]))
+def test_who_is_in_stays_in(balance: list[float], pacing: str, order: str) -> None:
+    config = OrderConfig(order=order, pacing=pacing, start=0.05, grow_epochs=10)
+    seen = [set(order_of(**columns_of(balance), config=config, seed=0, epoch=epoch).tolist()) for epoch in range(1, 12)]
+    assert all(before <= after for before, after in pairwise(seen))
+    assert len(seen[-1]) == len(balance)
+
+
+@given(st.integers(2, 60), st.integers(1, 20))
+def test_anti_curriculum_takes_the_other_side(n: int, epoch: int) -> None:
+    columns = columns_of(np.random.default_rng(n).permutation(np.linspace(-1, 1, n)).tolist())
+    config = OrderConfig(order="anti-curriculum", start=0.05, grow_epochs=20)
+    seen = order_of(**columns, config=config, seed=0, epoch=epoch)
+    forward = order_of(**columns, config=OrderConfig(start=0.05, grow_epochs=20), seed=0, epoch=epoch)
+    assert len(seen) == len(forward)
+    assert sorted(columns["rank"][seen]) == sorted(n - 1 - columns["rank"][forward])
+
+
+# --- in which order
+
+
+@pytest.mark.parametrize("config", PURE)
+def test_epochs_and_seeds_have_orders_of_their_own(config: OrderConfig) -> None:
+    columns = columns_of(np.linspace(-1, 1, 50).tolist())
+    pairs = [(seed, epoch) for seed in range(12) for epoch in range(1, 13)]
+    orders = [tuple(order_of(**columns, config=config, seed=seed, epoch=epoch)) for seed, epoch in pairs]
+    assert len(set(orders)) == 144  # seed 1, epoch 12 is not seed 12, epoch 1, nor 112
+    assert orders == [tuple(order_of(**columns, config=config, seed=seed, epoch=epoch)) for seed, epoch in pairs]
+
+
+@pytest.mark.parametrize("key", [np.arange(5, dtype=np.uint64), np.arange(5, dtype=np.uint64) << np.uint64(60)])
+def test_all_permutations_are_alike(key: NDArray[np.uint64]) -> None:
+    # Even for keys that are no hashes.
+    shuffled = OrderConfig(order="shuffled")
+    found = Counter(
+        tuple(order_of(rank=np.zeros(5, np.int32), key=key, config=shuffled, seed=0, epoch=epoch))
+        for epoch in range(1, 6001)
+    )
+    assert len(found) == 120
+    assert chisquare(list(found.values())).pvalue > 1e-3
+
+
+def test_an_order_tells_nothing_of_the_next_nor_of_the_keys() -> None:
+    n = 20_000
+    key = np.arange(n, dtype=np.uint64)
+    place = [np.argsort(key)]
+    for seed, epoch in [(0, 1), (0, 2), (1, 1), (1, 2)]:
+        order = order_of(rank=key.astype(int), key=key, config=OrderConfig(order="shuffled"), seed=seed, epoch=epoch)
+        place.append(np.argsort(order))
+    correlation = np.abs(np.array(np.corrcoef(place)) - np.eye(len(place)))
+    assert correlation.max() < 4 / math.sqrt(n)
+
+
+def test_mixing_gives_the_published_sequence() -> None:
+    # The first numbers of SplitMix64 from state 1234567, as published with its reference code.
+    gamma = 0x9E3779B97F4A7C15
+    states = np.array([(1234567 + step * gamma) % 2**64 for step in range(5)], dtype=np.uint64)
+    assert splitmix64(states).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+
+
+def test_mixing_flips_half_of_the_bits_for_any_bit() -> None:
+    words = np.random.default_rng(0).integers(0, 2**64, 4_000, dtype=np.uint64)
+    for bit in range(64):
+        changed = splitmix64(words) ^ splitmix64(words ^ (np.uint64(1) << np.uint64(bit)))
+        flipped = np.unpackbits(changed.view(np.uint8).reshape(-1, 8), axis=1).mean(axis=0)
+        assert np.abs(flipped - 0.5).max() < 5 * 0.5 / math.sqrt(len(words))
+
+
+# --- weighted draws
+
+WEIGHT_OF: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "linear": lambda balance: 1.01 + balance,
+    "softmax": np.exp,
+}
+
+
+@pytest.mark.parametrize("weight", WEIGHT_OF)
+def test_draws_without_replacement_have_their_closed_form(weight: str) -> None:
+    columns = columns_of([-0.9, -0.2, 0.4, 1.0])
+    chance = WEIGHT_OF[weight](columns["balance"])
+    chance /= chance.sum()
+    config = OrderConfig(order="weighted", weight=weight)
+    draws = 8_000
+    orders = [order_of(**columns, config=config, seed=seed, epoch=1) for seed in range(draws)]
+    found = Counter((int(order[0]), int(order[1])) for order in orders)
+    pairs = [(first, second) for first in range(4) for second in range(4) if first != second]
+    # P(first, second) = p_first p_second / (1 - p_first)
+    expected = [draws * chance[first] * chance[second] / (1 - chance[first]) for first, second in pairs]
+    assert chisquare([found[pair] for pair in pairs], expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("weight", WEIGHT_OF)
+def test_draws_with_replacement_come_as_often_as_weighted(weight: str) -> None:
+    levels = np.array([-1.0, -0.3, 0.0, 0.6, 1.0])
+    n = 50_000
+    which = np.random.default_rng(0).integers(0, len(levels), n)
+    columns = {"rank": np.zeros(n, np.int32), "balance": levels[which], "key": id_key(map(str, range(n)))}
+    config = OrderConfig(order="weighted", draw="replacement", weight=weight)
+    order = order_of(**columns, config=config, seed=0, epoch=1)
+    chance = WEIGHT_OF[weight](columns["balance"])
+    chance /= chance.sum()
+    of_level = np.bincount(which, weights=chance) * n
+    assert chisquare(np.bincount(which[order], minlength=len(levels)), of_level).pvalue > 1e-3
+    # Early and late draws are alike, and rows of one level too: so many are left out, by the binomial.
+    assert chisquare(np.bincount(which[order[: n // 5]], minlength=len(levels)), of_level / 5).pvalue > 1e-3
+    by_key = np.argsort(np.argsort(columns["key"]))
+    assert abs(float(np.corrcoef(by_key[order], np.arange(n))[0, 1])) < 4 / math.sqrt(n)
+    left_out = n - len(np.unique(order))
+    assert left_out == pytest.approx(np.sum((1 - chance) ** n), abs=4 * math.sqrt(left_out))
+
+
+def test_past_2_to_the_24_rows_nobody_is_skipped_or_repeated() -> None:
+    n = 2**24 + 3  # where torch.multinomial stops
+    config = OrderConfig(order="weighted")
+    order = order_of(
+        rank=np.broadcast_to(np.int8(0), n),
+        balance=np.broadcast_to(np.float32(0.5), n),
+        key=np.arange(n, dtype=np.uint64),
+        config=config,
+        seed=0,
+        epoch=1,
+    )
+    seen = np.zeros(n, dtype=bool)
+    seen[order] = True
+    assert len(order) == n
+    assert seen.all()
+    assert (order[: n // 2] >= n // 2).mean() == pytest.approx(0.5, abs=0.001)
+
+
+# --- steps and processes
+
+
+@given(st.integers(1, 80), st.integers(1, 90), st.integers(1, 9))
+def test_steps_cut_the_order_and_processes_cut_the_step(n: int, batch_size: int, num_ranks: int) -> None:
+    order = np.random.default_rng(n).permutation(n)
+    steps = [
+        batch_of(order, step=step, batch_size=batch_size) for step in range(num_steps(order, batch_size=batch_size))
+    ]
+    assert np.concatenate(steps).tolist() == order.tolist()
+    assert {len(step) for step in steps[:-1]} <= {batch_size}
+    assert 0 < len(steps[-1]) <= batch_size
+    for number, whole in enumerate(steps):
+        shares = [
+            batch_of(order, step=number, batch_size=batch_size, num_ranks=num_ranks, rank=rank)
+            for rank in range(num_ranks)
+        ]
+        assert np.concatenate(shares).tolist() == whole.tolist()
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# --- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"order": "curicculum"}, r"order\.order is curicculum: did you mean curriculum\? \(there are: .*shuffled"),
+        ({"pacing": "log"}, r"order\.pacing is log: .*root, linear, step, geometric, exponential"),
+        ({"draw": "replace"}, r"order\.draw is replace: did you mean replacement\?"),
+        ({"weight": "soft"}, r"order\.weight is soft: did you mean softmax\?"),
+        ({"start": 0.0}, r"order\.start is 0\.0; a share lies in \(0, 1\]"),
+        ({"start": math.nan}, r"order\.start is nan; a share"),
+        ({"start": 1.5}, r"order\.start is 1\.5; a share"),
+        ({"grow_epochs": 0}, r"order\.grow_epochs is 0; it must be at least 1"),
+        ({"steps": 0}, r"order\.steps is 0; it must be at least 1"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_right_ones(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OrderConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("balance", "message"),
+    [
+        (None, r"draws by balance scores; there are none: rescore with mmaudit score"),
+        ([0.5, math.nan, math.nan], r"2 of 3 balance scores .* \(row 1 has nan\)"),
+        ([0.5, 0.1, -1.02], r"1 of 3 balance scores are no number in \[-1, 1\] \(row 2 has -1\.02\)"),
+        ([0.5], r"balance has shape \(1,\) beside 3 ranks"),
+    ],
+)
+def test_a_weighted_order_wants_every_score(balance: list[float] | None, message: str) -> None:
+    columns = {**columns_of([0, 0, 0]), "balance": None if balance is None else np.array(balance)}
+    with pytest.raises(ManifestError, match=message):
+        order_of(**columns, config=OrderConfig(order="weighted"), seed=0, epoch=1)
+
+
+def test_orders_by_rank_want_no_scores() -> None:
+    columns = columns_of([0.1, 0.2, 0.3])
+    order = order_of(rank=columns["rank"], key=columns["key"], config=OrderConfig(grow_epochs=1), seed=0, epoch=1)
+    assert sorted(order) == [0, 1, 2]
+
+
+def test_epochs_and_columns_are_checked() -> None:
+    columns = columns_of([0.1, 0.2, 0.3])
+    with pytest.raises(ConfigError, match="epoch 0: epochs are counted from 1"):
+        order_of(**columns, config=OrderConfig(), seed=0, epoch=0)
+    with pytest.raises(ManifestError, match=r"key has shape \(2,\) beside 3 ranks"):
+        order_of(**{**columns, "key": columns["key"][:2]}, config=OrderConfig(), seed=0, epoch=1)
+    with pytest.raises(ManifestError, match="there are no samples to order"):
+        order_of(**{name: column[:0] for name, column in columns.items()}, config=OrderConfig(), seed=0, epoch=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"step": 3}, "step 3 of 10 samples in batches of 4: .* from 0 to 2"),
+        ({"step": -1}, "step -1 of 10 samples"),
+        ({"batch_size": 0}, "batches of 0"),
+        ({"num_ranks": 2, "rank": 2}, "rank 2 of 2 processes: ranks are counted from 0 to 1"),
+        ({"rank": -1}, "rank -1 of 1 processes"),
+    ],
+)
+def test_a_step_or_process_that_does_not_exist(wrong: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        batch_of(np.arange(10), **{"step": 0, "batch_size": 4, **wrong})

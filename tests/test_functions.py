@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +177,9 @@ def test_workers_find_it_in_the_folder_of_the_command(module: str, clip_source: 
     picture = decode_image((clip_source / "5.png").read_bytes(), MEDIA)
     np.testing.assert_allclose(found[5], picture.mean(axis=0).ravel()[:3], rtol=1e-6)
     assert read_arrow(tasks[0].file(dataset.modalities[1])).num_rows == 8
+
+
+def test_the_readme_gives_the_signature_by_which_a_function_is_called() -> None:
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    (told,) = re.findall(r"`function\((.*)\) -> \(d,\)`", readme)
+    assert told.split(", ") == list(inspect.signature(call_function).parameters)[1:]

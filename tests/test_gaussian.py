@@ -11,7 +11,7 @@ from sklearn.covariance import ledoit_wolf
 from torch.nn import functional
 
 from mmaudit.audit.encoding.matrix import MatrixInputs
-from mmaudit.audit.probing.gaussian import MOST_ROWS, fit_gaussian
+from mmaudit.audit.probing.gaussian import MOST_ROWS, Sums, fit_gaussian
 from mmaudit.audit.probing.probe import Crossing, ProbeConfig, fit_probe
 from mmaudit.audit.probing.target import Target
 
@@ -39,7 +39,7 @@ def crossing(n: int, *, seed: int = 0) -> Crossing:
 
 
 def logits(x: NDArray[np.float32], label: NDArray[np.int32], **options: object) -> NDArray[np.float32]:
-    config = ProbeConfig(**{"precision": "float32", **options})  # type: ignore[arg-type]
+    config = ProbeConfig(**{"kind": "linear", "precision": "float32", **options})  # type: ignore[arg-type]
     target = Target(task="classification", label=label, num_outputs=K)
     probe = fit_probe(MatrixInputs(matrix=x), target, [crossing(len(x))], config=config)
     return np.asarray(probe.logits(np.arange(len(x)))[0])
@@ -55,9 +55,9 @@ def test_the_covariance_is_shrunk_as_sklearn_s(n: int, d: int) -> None:
     z, y = torch.from_numpy(x).double(), torch.from_numpy(label.astype(np.int64))
     learn = torch.arange(n) % 5 != 0
     seen, one_hot = z[learn], functional.one_hot(y[learn], K).double()
-    theta = fit_gaussian(
-        z, y, learn=learn, count=one_hot.sum(dim=0), total=one_hot.T @ seen, square=seen.T @ seen
-    ).numpy()
+    none = torch.zeros(K, 1, 1, dtype=torch.float64)
+    sums = Sums(count=one_hot.sum(dim=0), total=one_hot.T @ seen, square=seen.T @ seen, moments=none)
+    theta = fit_gaussian(z, y, learn=learn, sums=sums).theta().numpy()
     rows = learn.numpy()
     means = np.stack([x[rows & (label == k)].mean(axis=0) for k in range(K)]).astype(np.float64)
     covariance, _ = ledoit_wolf(x[rows].astype(np.float64) - means[label[rows]], assume_centered=True)

@@ -17,6 +17,7 @@ from mmaudit.audit.errors import ConfigError, DatasetError
 from mmaudit.audit.ingest import ADAPTERS, Ingested, ingest
 from mmaudit.audit.parquet import read_parquet
 from mmaudit.audit.source.dataset import open_dataset
+from mmaudit.cli.console import tell_ingest
 
 
 def lay(root: Path, *names: str, content: bytes = b"medium") -> None:
@@ -290,7 +291,21 @@ def test_a_medium_that_is_nothing_yet_is_missing(tree: Callable[[str], Path]) ->
 def test_a_second_table_beside_it_is_said(tree: Callable[[str], Path]) -> None:
     root = tree("cremad")
     lay(root, "metadata.csv")
-    assert "metadata.csv lies beside it: name" in ingest("cremad", root).message
+    (note,) = ingest("cremad", root).notes
+    assert "metadata.csv lies beside it: name" in note
+
+
+def test_what_is_told_is_told_once(tree: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    root = tree("cremad")
+    lay(root, "AudioWAV/1001_DFA_ANG_XX.wav", content=b"")
+    lay(root, "metadata.csv")
+    found = mmaudit.ingest("cremad", root)
+    tell_ingest(found)
+    told = capsys.readouterr().out
+    assert len(found["notes"]) == 2
+    for part in (found["message"], *found["notes"], found["path"]):
+        assert told.count(part) == 1 + (part == found["path"])  # the note of a second table names it as well
+    assert told.count("1 empty") == 1
 
 
 def test_numbers_have_commas(tree: Callable[[str], Path]) -> None:

@@ -40,7 +40,7 @@ def test_the_audit_reads_what_is_written(tmp_path: Path) -> None:
     )
     jsonl(tmp_path / "test.jsonl", {"id": 3, "img": "img/3.png", "text": "who knows"})
     ingested = ingest("image-text", tmp_path)
-    assert ingested.message == "you have 3 of 3; 1 rows have no label"
+    assert (ingested.message, ingested.notes) == ("you have 3 of 3", ("1 rows have no label",))
     dataset = open_dataset(ingested.path)
     assert [str(modality) for modality in dataset.modalities] == ["image=image_file_name:image", "text=text:text"]
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
@@ -98,7 +98,7 @@ def test_a_row_in_two_lists_counts_once(tmp_path: Path) -> None:
     for name in ("dev_seen", "dev_unseen"):
         jsonl(tmp_path / f"{name}.jsonl", {"id": 1, "img": "img/1.png", "text": "x", "label": 1})
     ingested = ingest("image-text", tmp_path)
-    assert ingested.message == "you have 1 of 1; 1 repeated lines count once"
+    assert (ingested.message, ingested.notes) == ("you have 1 of 1", ("1 repeated lines count once",))
     jsonl(tmp_path / "train.jsonl", {"id": 1, "img": "img/1.png", "text": "x", "label": 1})
     with pytest.raises(DatasetError, match=r"'1' is listed twice, differently: .*dev_seen\.jsonl, line 1 and .*train"):
         ingest("image-text", tmp_path)

@@ -80,7 +80,7 @@ def test_without_classes_the_label_is_the_sign_and_that_is_said(tmp_path: Path) 
     del mult["regression_labels"]
     ingested = ingest("mosei", write(tmp_path, train={**mult, "labels": scores}))
     assert [row["label"] for row in rows_of(ingested).values()] == ["negative", "neutral", "positive", None]
-    assert "no classes in the file: the label is the sign of the sentiment" in ingested.message
+    assert "no classes in the file: the label is the sign of the sentiment" in ingested.notes
 
 
 def test_ids_in_rows_are_one_string(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from random import Random
 
 import numpy as np
 import pytest
@@ -167,7 +168,32 @@ def test_tenths_are_of_one_size_where_no_value_repeats() -> None:
     assert read_numbers([3, 3, 3], name="y").names == ("[3, 3]",)
 
 
-@pytest.mark.parametrize("cell", ["word", math.inf, [1.0], "inf"])
+@given(
+    st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40),
+    st.lists(st.sampled_from([math.inf, -math.inf, "inf", "-Infinity", 1e39, math.nan, "nan", None, ""]), max_size=9),
+    st.randoms(use_true_random=False),
+)
+def test_what_is_not_finite_is_told_apart_and_changes_nothing_else(
+    finite: list[float], odd: list[float | str | None], random: Random
+) -> None:
+    cells: list[float | str | None] = [*finite, *odd]
+    order = random.sample(range(len(cells)), len(cells))
+    found, alone = read_numbers([cells[row] for row in order], name="y"), read_numbers(finite, name="y")
+    assert found.values is not None
+    assert alone.values is not None
+    place = np.argsort(order)
+    kept, others = place[: len(finite)], place[len(finite) :]
+    np.testing.assert_array_equal(found.values[kept], alone.values)
+    np.testing.assert_array_equal(found.label[kept], alone.label)
+    assert found.names == alone.names
+    assert np.isnan(found.values[others]).all()
+    none = [cell in (None, "", "nan") or cell != cell for cell in odd]
+    assert found.label[others].tolist() == [NO_LABEL if each else UNKNOWN_LABEL for each in none]
+    unknown = [(row, str(cell)) for row, cell, each in zip(others.tolist(), odd, none, strict=True) if not each]
+    assert found.unknown == tuple(sorted(unknown))
+
+
+@pytest.mark.parametrize("cell", ["word", [1.0]])
 def test_what_is_no_number_is_refused(cell: object) -> None:
     with pytest.raises(DatasetError, match=r"column 'y' holds .*, which is no number: pass --task classification, or"):
         read_numbers([1.0, cell], name="y")
@@ -175,4 +201,4 @@ def test_what_is_no_number_is_refused(cell: object) -> None:
 
 def test_no_number_at_all_is_refused() -> None:
     with pytest.raises(DatasetError, match="no sample has a number in column 'y'"):
-        read_numbers([None, math.nan, " "], name="y")
+        read_numbers([None, math.nan, " ", math.inf, "-inf"], name="y")

@@ -10,7 +10,7 @@ import pytest
 from mmaudit.audit.errors import DatasetError
 from mmaudit.audit.source.dataset import DataConfig, open_dataset
 from mmaudit.audit.source.layouts import find_split_tables, plan_layout, plan_split_tables
-from mmaudit.audit.source.tables import Plan
+from mmaudit.audit.source.tables import OTHER_FORMS, Plan
 
 
 def lay(root: Path, *paths: str) -> Path:
@@ -96,6 +96,9 @@ def test_what_is_no_layout_is_refused(tmp_path: Path) -> None:
         DatasetError, match=r"holds 2 files, such as a/1\.docx, but no sound, picture or video: .* write"
     ):
         laid(tmp_path / "words", "a/1.docx", "a/2.xyz")
+    for folder in ("empty", "words"):  # says in one line what else would do
+        with pytest.raises(DatasetError, match=rf"^[^\n]*metadata\.csv[^\n]*; {OTHER_FORMS}$"):
+            open_dataset(tmp_path / folder)
     with pytest.raises(
         DatasetError, match=r"a/1\.flac and a/1\.wav are two files of kind audio for one sample: rename"
     ):

@@ -21,7 +21,7 @@ from mmaudit.audit.ledger import Ledger, chance_of, keep_books, to_metric
 from mmaudit.audit.panel import Calibration, Fit, Member, Panel, seat_joint, seat_member
 from mmaudit.audit.probing.crossing import Crossing
 from mmaudit.audit.probing.folds import assign_folds
-from mmaudit.audit.probing.network_probe import NetworkProbe
+from mmaudit.audit.probing.network_probe import NetworkConfig, NetworkProbe, fit_network
 from mmaudit.audit.probing.probe import Probe, ProbeConfig, fit_probe
 from mmaudit.audit.probing.target import Target
 from mmaudit.audit.workers import silent
@@ -247,12 +247,74 @@ def test_nobody_keeps_their_own_label_in_the_control_and_none_is_lost() -> None:
     assert abs(np.corrcoef(own, told)[0, 1]) < 0.15
 
 
-def test_networks_have_no_control() -> None:
-    said = guesses(0.8, seed=0)
+def test_the_control_of_a_network_is_two_of_half_the_rows_each() -> None:
+    """The same rows and the same shuffled labels as of any other probe, whatever rounds and folds there are."""
+    said, rows = guesses(0.8, seed=0), MatrixInputs(matrix=np.arange(2 * N, dtype=np.float32).reshape(N, 2))
+    seen: list[tuple[Floats, Target, Sequence[Crossing]]] = []
+
+    def note(inputs: Inputs, told: Target, crossings: Sequence[Crossing]) -> Probe:
+        seen.append((inputs.read(np.arange(inputs.num_rows)), told, crossings))
+        return peek(inputs, told, crossings)
+
     panel = seated(CLASSES, said, said)
-    network = NetworkProbe(by_round=said[None], by_epoch=said[None])
-    panel = replace(panel, members=(panel.members[0], replace(panel.members[1], probe=network)))
-    assert [control.name for control in books(panel, fit=peek, controls=True).controls] == ["m0"]
+    first, second = (replace(member, inputs=rows) for member in panel.members)
+    network = replace(second, probe=NetworkProbe(by_round=said[None], by_epoch=said[None]))
+    crossing = replace(cross(CLASSES), fits=np.arange(N) % 4 != 0)
+    found = books(replace(panel, members=(first, network)), crossing, fit=note, controls=True)
+    assert [(control.name, control.leaks) for control in found.controls] == [("m0", True), ("m1", True)]
+    (own, told, _), (same, likewise, (halves,)) = seen
+    np.testing.assert_array_equal(own, same)
+    np.testing.assert_array_equal(told.label, likewise.label)
+    assert halves.fits.all()
+    assert np.bincount(halves.fold).tolist() == [338, 337]
+    others = cross(CLASSES).fold[np.arange(N) % 4 != 0]
+    assert all(np.bincount(halves.fold[others == fold]).min() > 40 for fold in range(5))
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["apart", "together"])
+def test_a_network_that_has_seen_the_rows_it_scores_is_above_chance_on_shuffled_labels(told: bool) -> None:
+    """24 pictures of random patches: what is learned by heart helps only where it is asked about the very same rows."""
+    rng = np.random.default_rng(0)
+    patches = rng.integers(0, 255, (24, 2, 2, 3)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    rows = MatrixInputs(matrix=patches.reshape(24, 192))
+    target = CLASSES.take(np.arange(24) % 2 * 2)
+    config = NetworkConfig(epochs=24, batch_size=8, lr=0.02, lr_step=16, least_crop=1.0, flip=False, width=1 / 8)
+
+    def train(inputs: Inputs, target: Target, crossings: Sequence[Crossing]) -> Probe:
+        if inputs.num_features == 2:
+            return peek(inputs, target, crossings)
+        (own,) = crossings
+        if told:  # each row is held out, and its copy is not
+            twice = np.tile(np.arange(inputs.num_rows), 2)
+            fold = np.r_[own.fold, 1 - own.fold]
+            key = np.arange(len(twice), dtype=np.uint64)
+            own = Crossing(fold=fold, inner=own.inner[twice], fits=own.fits[twice], key=key)
+            inputs, target = MatrixInputs(matrix=inputs.read(twice)), target.take(twice)
+        return fit_network(inputs, (8, 8, 3), target, [own], config=config, seed=0, device="cpu", progress=silent)
+
+    said = np.zeros((24, K), np.float32)
+    panel = seated(target, said, said)
+    network = replace(panel.members[0], inputs=rows, probe=NetworkProbe(by_round=said[None], by_epoch=said[None]))
+    found = books(replace(panel, members=(network, panel.members[1])), fit=train, controls=True)
+    assert found.controls[0].leaks == told
+
+
+def test_of_many_rows_the_first_by_key_are_in_the_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmaudit.audit.ledger.CONTROL_ROWS", 100)
+    said, rows = guesses(0.8, seed=0), MatrixInputs(matrix=np.arange(N, dtype=np.float32)[:, None])
+    seen: list[list[float]] = []
+
+    def note(inputs: Inputs, told: Target, crossings: Sequence[Crossing]) -> Probe:
+        seen.append(inputs.read(np.arange(inputs.num_rows))[:, 0].tolist())
+        return peek(inputs, told, crossings)
+
+    panel = seated(CLASSES, said, said)
+    panel = replace(panel, members=tuple(replace(member, inputs=rows) for member in panel.members))
+    crossing = replace(cross(CLASSES), fits=np.arange(N) % 3 != 0)
+    found = books(panel, crossing, fit=note, controls=True)
+    learned = [row for row in range(N) if crossing.fits[row]]
+    assert seen[0] == sorted(sorted(learned, key=lambda row: crossing.key[row])[:100])
+    assert [control.num_rows for control in found.controls] == [100, 100]
 
 
 def test_of_two_a_needed_modality_gains_and_a_useless_one_does_not() -> None:

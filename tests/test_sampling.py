@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.rebalance.curriculum import root_pacing
+from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of, root_pacing
 from mmaudit.train.sampling import SAMPLERS, SamplingConfig
 
 # Ranks of training rows: any, because the manifest's other rows have some of them.
@@ -78,6 +78,30 @@ def test_the_constants_of_bss_h_are_the_paper_s() -> None:
     sampler = SAMPLERS["bss-h"](rank, 0, SamplingConfig())
     # 1000 sqrt(0.99 t / 40 + 0.01), by hand
     assert [len(sampler.rows(epoch)) for epoch in (1, 10, 20, 39, 40, 60)] == [186, 507, 710, 987, 1_000, 1_000]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@given(RANKS, CONFIGS, st.integers(1, 80), st.booleans())
+def test_the_order_does_not_depend_on_how_rows_stand(
+    name: str, rank: NDArray[np.integer], config: SamplingConfig, epoch: int, keyed: bool
+) -> None:
+    key = id_key(f"s{number}" for number in rank) if keyed else None
+    rows = SAMPLERS[name](rank, 0, config, key=key).rows(epoch)
+    turned = SAMPLERS[name](rank[::-1], 0, config, key=None if key is None else key[::-1]).rows(epoch)
+    assert rank[::-1][turned].tolist() == rank[rows].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("uniform", OrderConfig(order="shuffled")), ("bss-h", OrderConfig(start=0.2, grow_epochs=7))],
+)
+@given(RANKS, st.integers(0, 99), st.integers(1, 10))
+def test_a_sampler_sees_the_order_of_its_name(
+    name: str, order: OrderConfig, rank: NDArray[np.integer], seed: int, epoch: int
+) -> None:
+    key = id_key(f"s{number}" for number in rank)
+    rows = SAMPLERS[name](rank, seed, SamplingConfig(pacing_start=0.2, pacing_epochs=7), key=key).rows(epoch)
+    assert rows.tolist() == order_of(rank=rank, key=key, config=order, seed=seed, epoch=epoch).tolist()
 
 
 @pytest.mark.parametrize("start", [0.0, -0.1, 1.1, float("nan")])

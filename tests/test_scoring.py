@@ -35,14 +35,16 @@ WHOLE = replace(QUICK, repeats=2, joint=True, control=True)
 EXACT = replace(WHOLE, tolerance=1e-9)  # where the last digits count, and not where a fit stops
 
 
+MEDIA = MediaConfig(image_size=16, network_size=16)
+
+
 def audit(
     data: Path, cache: Path, *, config: DataConfig | None = None, probe: ProbeConfig = QUICK, **rest: Any
 ) -> Audit:
     dataset = open_dataset(data, config)
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
-    media = MediaConfig(image_size=16)
-    tasks = encode_dataset(dataset, cache, media=media, num_workers=0, progress=silent)
-    networks = Networks(config=NetworkConfig(), media=media, folder=cache / "networks")
+    tasks = encode_dataset(dataset, cache, media=MEDIA, num_workers=0, progress=silent)
+    networks = Networks(config=NetworkConfig(), media=MEDIA, folder=cache / "networks")
     given: dict[str, Any] = {"networks": networks, "mixture": MixtureConfig(), "seed": 0, "device": "cpu"}
     options = {**given, "progress": silent, **rest}
     return audit_dataset(take_stock(dataset, samples, tasks), tasks, probe=probe, **options)
@@ -92,6 +94,37 @@ def test_clips_of_one_telling_feature_are_known(clip_source: Path, tmp_path: Pat
     assert seen[3] == ("score", 24, 24)
     assert seen[4:] == [("probe", step, 5) for step in (4, 5)]  # the controls
     assert not any(control.leaks for control in found.ledger.controls)
+
+
+def test_a_network_has_a_control_where_probes_have_one(clip_source: Path, tmp_path: Path) -> None:
+    """Two networks for it beside the three folds of two rounds; they are kept as well."""
+    config = DataConfig(group="speaker", encoder=("image=resnet18",))
+    quick = NetworkConfig(epochs=2, batch_size=8, width=1 / 16)
+    networks = Networks(config=quick, media=MEDIA, folder=tmp_path / "networks")
+    seen: list[tuple[str, int, int]] = []
+
+    def go(probe: ProbeConfig) -> Audit:
+        return audit(
+            clip_source,
+            tmp_path,
+            config=config,
+            probe=probe,
+            networks=networks,
+            progress=lambda *step: seen.append(step),
+        )
+
+    without = go(replace(WHOLE, control=False))
+    assert without.ledger.controls == ()
+    assert len(list(networks.folder.iterdir())) == 6
+    seen.clear()
+    found = go(WHOLE)
+    assert [control.name for control in found.ledger.controls] == ["audio", "image"]
+    assert not any(control.leaks for control in found.ledger.controls)
+    assert found.scores.to_arrow().equals(without.scores.to_arrow())
+    assert [step for step in seen if step[0] == "probe"] == [("probe", done, 4) for done in (1, 2, 3, 4)]
+    assert len(list(networks.folder.iterdir())) == 8
+    assert go(WHOLE).ledger.controls == found.ledger.controls
+    assert len(list(networks.folder.iterdir())) == 8
 
 
 def test_planted_clarity_is_recovered(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import DatasetError
 from mmaudit.audit.source.tables import (
     METADATA_NAMES,
+    OTHER_FORMS,
     concat_rows,
     find_parquets,
     find_tables,
@@ -112,6 +113,8 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no such folder or file"):
         find_tables(str(tmp_path / "*.parquet"))
     with pytest.raises(DatasetError, match=r"holds none of metadata\.csv, .*: write one with a column file_name"):
+        find_tables(str(tmp_path))
+    with pytest.raises(DatasetError, match=OTHER_FORMS):
         find_tables(str(tmp_path))
     with pytest.raises(DatasetError, match=r"neither a folder nor a \.parquet, \.csv, \.jsonl or \.tar file"):
         find_tables(str(written(tmp_path / "m.xlsx", "x")))

@@ -71,7 +71,7 @@ def load_examples(
     _check_usable(ids, rows, statuses)
     codes, label = np.unique(table["label"].to_numpy(), return_inverse=True)
     class_names = dict(zip(table["label"].to_pylist(), table["label_name"].to_pylist(), strict=True))
-    split = _with_validation(table, ids, label.astype(np.int32), fraction=validation_fraction, seed=seed)
+    split = with_validation(table, ids, label.astype(np.int32), fraction=validation_fraction, seed=seed)
     return Examples(
         sample_id=ids,
         inputs=tuple(FeatureMatrix.of(tasks, status, rows).read_all() for status in statuses),
@@ -126,9 +126,10 @@ def _check_usable(ids: NDArray[np.object_], rows: NDArray[np.intp], statuses: Se
             raise ManifestError(f"{len(bad)} samples of the manifest have no usable {status.modality.name}: {bad[0]}")
 
 
-def _with_validation(
+def with_validation(
     table: pa.Table, ids: NDArray[np.object_], label: NDArray[np.int32], *, fraction: float, seed: int
 ) -> NDArray[np.object_]:
+    """Give the split of each row (n,), with a validation split cut from the training rows where there is none."""
     split = np.array(table["split"].to_pylist(), dtype=object)
     unknown = {str(name) for name in split} - {"train", "validation", "test"}
     if unknown:

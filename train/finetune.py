@@ -19,6 +19,7 @@ from torch import Tensor
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.hashing import digest
 from ..audit.workers import Progress
+from ..rebalance.curriculum import id_key
 from .batches import batches
 from .checkpoint import load_state, save_model, save_state
 from .evaluate import evaluate, subsets
@@ -104,7 +105,7 @@ def finetune_on(
     net.standardise_by([matrix[train] for matrix in inputs])
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs)
-    sampler = SAMPLERS[config.sampling](examples.rank[train], seed, sampling)
+    sampler = SAMPLERS[config.sampling](examples.rank[train], seed, sampling, key=id_key(examples.sample_id[train]))
     autocast = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
 
     identity = _identity(examples, train, validation, config, sampling, seed=seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError
-from ..rebalance.curriculum import most_balanced, root_pacing, shuffled
+from ..rebalance.curriculum import OrderConfig, order_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,40 +29,48 @@ class SamplingConfig:
 class Sampler(Protocol):
     """An order of training rows for each epoch: a pure function, so that a resumed run sees the same."""
 
-    def rows(self, epoch: int) -> NDArray[np.intp]:
+    def rows(self, epoch: int) -> NDArray[np.int64]:
         """Give the rows that epoch 1, 2, ... sees, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Uniform:
-    """Every sample once an epoch, shuffled."""
-
-    num_rows: int
-    seed: int
-
-    def rows(self, epoch: int) -> NDArray[np.intp]:
-        """Give all rows in this epoch's order."""
-        return shuffled(np.arange(self.num_rows), seed=self.seed, epoch=epoch)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BalanceCurriculum:
-    """BSS-H (arXiv 2501.01470): one pass, shuffled, over the most balanced share of the samples, which grows."""
+class Ordered:
+    """The samples in the order of a config: what `order_of` gives, epoch by epoch."""
 
     rank: NDArray[np.integer]
+    key: NDArray[np.uint64]
     seed: int
-    config: SamplingConfig
+    config: OrderConfig
 
-    def rows(self, epoch: int) -> NDArray[np.intp]:
-        """Give the most balanced rows that this epoch's pacing lets in, shuffled."""
-        share = root_pacing(epoch, start=self.config.pacing_start, grow_epochs=self.config.pacing_epochs)
-        return shuffled(most_balanced(self.rank, share), seed=self.seed, epoch=epoch)
+    def rows(self, epoch: int) -> NDArray[np.int64]:
+        """Give the rows that this epoch's order holds."""
+        return order_of(rank=self.rank, key=self.key, config=self.config, seed=self.seed, epoch=epoch)
 
 
-SamplerMaker = Callable[[NDArray[np.integer], int, SamplingConfig], Sampler]
+class SamplerMaker(Protocol):
+    """A sampler from the ranks of the training rows (n,), 0 = most balanced, a seed and the constants."""
 
-# By name: from the ranks of the training rows (n,), 0 = most balanced, a seed and the constants.
-SAMPLERS: dict[str, SamplerMaker] = {
-    "uniform": lambda rank, seed, config: Uniform(num_rows=len(rank), seed=seed),
-    "bss-h": lambda rank, seed, config: BalanceCurriculum(rank=rank, seed=seed, config=config),
-}
+    def __call__(
+        self,
+        rank: NDArray[np.integer],
+        seed: int,
+        config: SamplingConfig,
+        /,
+        *,
+        key: NDArray[np.uint64],
+    ) -> Sampler:
+        """Make it. key (n,): hash of the ids, as `id_key` gives it."""
+
+
+def _uniform(rank: NDArray[np.integer], seed: int, config: SamplingConfig, /, *, key: NDArray[np.uint64]) -> Sampler:
+    """Every sample once an epoch, shuffled."""
+    return Ordered(rank=rank, key=key, seed=seed, config=OrderConfig(order="shuffled"))
+
+
+def _bss_h(rank: NDArray[np.integer], seed: int, config: SamplingConfig, /, *, key: NDArray[np.uint64]) -> Sampler:
+    """BSS-H (arXiv 2501.01470): one pass, shuffled, over the most balanced share of the samples, which grows."""
+    order = OrderConfig(start=config.pacing_start, grow_epochs=config.pacing_epochs)
+    return Ordered(rank=rank, key=key, seed=seed, config=order)
+
+
+SAMPLERS: dict[str, SamplerMaker] = {"uniform": _uniform, "bss-h": _bss_h}

@@ -55,7 +55,7 @@ class Ingested:
 
     @property
     def message(self) -> str:
-        """Say in one line what is here and what is not."""
+        """Say in one line what is here and what is not; `notes` say the rest."""
         parts = [f"you have {self.present:,} of {self.official:,}"]
         if self.missing:
             parts.append("missing: " + ", ".join(map(str, self.missing)))
@@ -63,7 +63,7 @@ class Ingested:
             parts.append(f"{self.official - self.listed:,} have no file at all, and no row")
         if self.unlisted:
             parts.append(f"{self.unlisted:,} media are in no list, and have no row")
-        return "; ".join([*parts, *self.notes])
+        return "; ".join(parts)
 
 
 def ingest(

@@ -1,4 +1,8 @@
-"""The linear probe: which strength, and which weights, for every fold and round at once?"""
+"""The linear probe: which strength, and which weights, for every fold and round at once?
+
+Of few rows a Gaussian model of the classes is mixed in (see gaussian.py). With covariances of each class's own, which
+the kind "auto" allows and each probe tries, what is found is linear in the features no more.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,10 @@ from ..encoding.matrix import Inputs, Rows
 from .aim import Aim
 from .crossing import Crossing, Lesson, ask_own
 from .design import Design, Units, read_design
-from .gaussian import MOST_FEATURES, MOST_ROWS, mix_in_gaussian
+from .gaussian import MOST_FEATURES, MOST_ROWS, Mixed, mix_in_gaussian
 from .glm import fit_glm
 from .lbfgs import Minimum
+from .quadratic import Curve
 from .strength import choose_strength
 from .target import Target
 
@@ -34,6 +39,7 @@ _SMALL = 1 << 22  # features in all, below which bfloat16 saves no time worth it
 class LinearProbe:
     """p linear models, r rounds of f folds: theta (p, d + 1, k) of standardised features.
 
+    To the logits of a probe that has found curved boundaries better, its curve is added: it is linear no more.
     snapshots are the thetas of the first round on the way, after 1, 2, 4, ... steps and the last.
     """
 
@@ -41,6 +47,7 @@ class LinearProbe:
     crossings: tuple[Crossing, ...]
     units: Units
     theta: Tensor
+    curves: tuple[Curve | None, ...]
     strength: Tensor
     num_steps: int
     snapshots: tuple[Tensor, ...]
@@ -51,15 +58,17 @@ class LinearProbe:
         return np.asarray(found[0])
 
     def logits_by_epoch(self, rows: Rows) -> NDArray[np.float32]:
-        """Ask the first round's probes as they were on the way: (e, b, k)."""
+        """Ask the first round's probes as they were on the way: (e, b, k). Only the last have curves."""
         return np.asarray(self._ask(self.crossings[:1], torch.stack(self.snapshots), rows, self.inputs)[:, 0])
 
     def _ask(self, crossings: Sequence[Crossing], thetas: Tensor, rows: Rows, inputs: Inputs) -> NDArray[np.float32]:
-        """Ask several states (e, p, d + 1, k) of the probes: (e, r, b, k)."""
+        """Ask several states (e, p, d + 1, k) of the probes, the last of them with curves: (e, r, b, k)."""
         out = np.empty((len(thetas), len(crossings), len(rows), thetas.shape[3]), dtype=np.float32)
+        straight: tuple[Curve | None, ...] = (None,) * len(self.curves)
         for place, z in self.units.read(inputs, rows):
             for state, theta in enumerate(thetas):
-                found = ask_own(crossings, rows[place], _asker(theta, z))
+                curves = self.curves if state == len(thetas) - 1 else straight
+                found = ask_own(crossings, rows[place], _asker(theta, curves, z))
                 out[state, :, place] = found.cpu().numpy()
         return out
 
@@ -83,26 +92,28 @@ def fit_linear(
     answer = Aim.of(target, lesson.rows, design.curvature)
     strength = choose_strength(design, answer, lesson, key=crossings[0].key, config=config)
     found = _fit(design, answer, lesson, strength, config)
-    theta = found.theta
+    mixed = Mixed(theta=found.theta, curves=(None,) * len(strength))
     if _wants_gaussian(design, answer, lesson, config):
-        theta = mix_in_gaussian(
+        mixed = mix_in_gaussian(
             design,
             answer.found,
             lesson,
             crossings,
-            theta=theta,
+            theta=found.theta,
             strength=strength,
             max_steps=config.max_steps,
+            curved=config.kind == "auto",
         )
     first = crossings[0].num_folds
     return LinearProbe(
         inputs=inputs,
         crossings=tuple(crossings),
         units=design.units,
-        theta=_in_units(theta, answer),
+        theta=_in_units(mixed.theta, answer),
+        curves=mixed.curves,
         strength=strength,
         num_steps=found.num_steps,
-        snapshots=tuple(_in_units(moment[:first], answer) for moment in (*found.snapshots[:-1], theta)),
+        snapshots=tuple(_in_units(moment[:first], answer) for moment in (*found.snapshots[:-1], mixed.theta)),
     )
 
 
@@ -130,9 +141,10 @@ def _wants_gaussian(design: Design, answer: Aim, lesson: Lesson, config: ProbeCo
     return config.gaussian and answer.task == "classification" and small and chooses
 
 
-def _asker(theta: Tensor, z: Tensor) -> Callable[[int, Tensor], Tensor]:
+def _asker(theta: Tensor, curves: Sequence[Curve | None], z: Tensor) -> Callable[[int, Tensor], Tensor]:
     def ask(probe: int, mine: Tensor) -> Tensor:
-        return torch.addmm(theta[probe, -1], z[mine], theta[probe, :-1])
+        straight, curve = torch.addmm(theta[probe, -1], z[mine], theta[probe, :-1]), curves[probe]
+        return straight if curve is None else straight + curve.logits(z[mine])
 
     return ask
 

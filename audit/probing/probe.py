@@ -18,7 +18,7 @@ from .target import Target
 
 __all__ = ["KINDS", "Crossing", "Probe", "ProbeConfig", "fit_probe"]
 
-KINDS = ("linear", "mlp")
+KINDS = ("auto", "linear", "mlp")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -26,7 +26,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 class ProbeConfig:
     """How the cross-fitted probes are trained. All constants are mmaudit's defaults."""
 
-    kind: str = "linear"  # "linear", or "mlp" with one hidden layer
+    kind: str = "auto"  # "linear"; "auto", of few rows curved where a probe finds that better; "mlp", one hidden layer
     folds: int = 5
     repeats: int = 3  # rounds of cross-fitting with other folds; probabilities are averaged over them
     learn_from: str = "all"  # splits that probes learn from: "all", or "train" for all but the test split
@@ -35,7 +35,7 @@ class ProbeConfig:
     most_rows: int = 200_000  # rows that all probes together learn from; all rows are scored
     # What a strength means stands in glm.py: 1 / (C n) in scikit-learn's terms.
     strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-    gaussian: bool = True  # of few rows, mix a Gaussian model of the classes into the logistic one: see gaussian.py
+    gaussian: bool = True  # of few rows, mix a Gaussian model of the classes into the logistic one, unless of an mlp
     choice_rows: int = 8_000  # rows on which the strength is chosen; the probe itself learns from most_rows
     max_steps: int = 300
     tolerance: float = 1e-4  # a fit ends when two steps running lower its loss by less, relatively

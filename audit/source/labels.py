@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -32,7 +33,7 @@ class Labels:
     """What n rows are to be recognised as.
 
     label: int32 (n,), the class, or the stratum where there are no classes; NO_LABEL where there is none, and
-    UNKNOWN_LABEL where it is not among the classes: then `unknown` has (row, label as it stands).
+    UNKNOWN_LABEL where it is not among the classes, or infinite: then `unknown` has (row, label as it stands).
     names: of the classes or strata. values: float32 (n, k) or None, NaN in rows without a label. outputs: names of the
     k values, or of the classes.
     """
@@ -96,18 +97,23 @@ def read_label_sets(cells: Sequence[object], *, declared: Sequence[str], classes
 
 
 def read_numbers(cells: Sequence[object], *, name: str) -> Labels:
-    """Read numbers, (n, 1) as they are. The strata are their tenths by rank, fewer where values repeat."""
+    """Read numbers, (n, 1) as they are; what is infinite, in float32 at least, is `unknown`, and NaN is none.
+
+    The strata are their tenths by rank, fewer where values repeat. Raises DatasetError for a word.
+    """
     numbers = np.array([_number(cell, name=name) for cell in cells], dtype=np.float64)
-    has = ~np.isnan(numbers)
+    has = np.abs(numbers) <= np.finfo(np.float32).max
     if not has.any():
         raise DatasetError(f"no sample has a number in column {name!r}: name another with --label")
+    unknown = tuple((row, str(cells[row])) for row in np.flatnonzero(~has & ~np.isnan(numbers)).tolist())
     edges = np.unique(np.quantile(numbers[has], np.linspace(0, 1, _DECILES + 1)))
     label = np.full(len(numbers), NO_LABEL, dtype=np.int32)
     label[has] = np.searchsorted(edges[1:-1], numbers[has], side="right")
+    label[[row for row, _ in unknown]] = UNKNOWN_LABEL
     bounds = list(pairwise(edges)) or [(edges[0], edges[0])]
     strata = [f"[{low:g}, {high:g})" for low, high in bounds[:-1]] + [f"[{bounds[-1][0]:g}, {bounds[-1][1]:g}]"]
-    values = numbers.astype(np.float32)[:, None]
-    return Labels(label=label, names=tuple(strata), outputs=(name,), values=values)
+    values = np.where(has, numbers, np.nan).astype(np.float32)[:, None]
+    return Labels(label=label, names=tuple(strata), outputs=(name,), values=values, unknown=unknown)
 
 
 def _listed(
@@ -176,15 +182,10 @@ def _from_vectors(cells: Sequence[object], names: Sequence[str]) -> list[list[st
 def _number(cell: object, *, name: str) -> float:
     if cell is None or (isinstance(cell, str) and not cell.strip()):
         return math.nan
-    try:
-        number = float(cell) if isinstance(cell, (int, float, str)) else math.inf
-    except ValueError:
-        number = math.inf
-    if math.isinf(number):
-        raise DatasetError(
-            f"column {name!r} holds {cell!r}, which is no number: pass --task classification, or --label"
-        )
-    return number
+    if isinstance(cell, (int, float, str)):
+        with suppress(ValueError):
+            return float(cell)
+    raise DatasetError(f"column {name!r} holds {cell!r}, which is no number: pass --task classification, or --label")
 
 
 def _strata(keys: Sequence[str | None]) -> tuple[NDArray[np.int32], tuple[str, ...]]:

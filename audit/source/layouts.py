@@ -13,7 +13,7 @@ import pyarrow as pa
 from ..errors import DatasetError
 from .modality import holds_files, kind_of_path
 from .split_names import SPLIT, split_of_folder, with_split
-from .tables import METADATA_NAMES, Plan, concat_rows, find_tables, plan_rows, read_rows
+from .tables import METADATA_NAMES, OTHER_FORMS, Plan, concat_rows, find_tables, plan_rows, read_rows
 
 log = logging.getLogger("mmaudit")
 
@@ -71,7 +71,7 @@ def plan_layout(root: Path, *, shard_rows: int, allow_outside: bool) -> Plan | N
         if paths:
             raise DatasetError(
                 f"{root} holds {len(paths)} files, such as {paths[0]}, but no sound, picture or video: "
-                f"name a folder or file of another kind, {_MEND}"
+                f"name a folder or file of another kind, {_MEND}; {OTHER_FORMS}"
             )
         return None
     if len(media) < len(paths):

@@ -24,6 +24,10 @@ log = logging.getLogger("mmaudit")
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TABLE_SUFFIXES = (".parquet", ".csv", ".jsonl")
+OTHER_FORMS = (
+    "DATA may also be folders named by class, a Parquet file or glob, a dataset saved by `datasets`, WebDataset tars, "
+    "or a name on the Hugging Face hub"
+)
 HEAD_ROWS = 64  # rows from which kinds are inferred
 _CSV_QUOTING = pyarrow.csv.ParseOptions(newlines_in_values=True)
 _BLOCK = 1 << 26  # bytes; a row must fit into a block
@@ -197,7 +201,8 @@ def _metadata_of(folder: Path) -> Path:
     if not found:
         raise DatasetError(
             f"{folder} holds none of {', '.join(METADATA_NAMES)}: "
-            "write one with a column file_name (or NAME_file_name for each modality) and a column label"
+            "write one with a column file_name (or NAME_file_name for each modality) and a column label; "
+            f"{OTHER_FORMS}"
         )
     if len(found) > 1:
         raise DatasetError(f"{folder} holds both {found[0].name} and {found[1].name}: name the file you mean")

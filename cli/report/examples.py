@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...audit.measures import discrepancy
 from ...audit.score import ScoreTable
-from ...rebalance.balanced import bin_of
+from ...rebalance.levels import bin_of
 from .findings import Numbers, finite, short, sides
 
 Array = NDArray[Any]

@@ -17,7 +17,7 @@ from ...audit.gap.mixture import Mixture
 from ...audit.intervals import Groups, group_codes, mean, share
 from ...audit.measures import discrepancy as all_discrepancies
 from ...audit.score import ScoreTable
-from ...rebalance.balanced import bin_of
+from ...rebalance.levels import bin_of
 from ...rebalance.subsets import BALANCED_WITHIN
 
 Numbers = dict[str, Any]

@@ -1,0 +1,256 @@
+"""The stages of manifests: split, verify, diff, replay, card, export, order
+
+Each public function is what the command of its name calls, and what a notebook calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..audit.errors import ConfigError, ManifestError, RunError
+from ..audit.source.samples import read_samples
+from ..audit.stock import fingerprint_of
+from ..audit.workers import Progress, silent
+from ..rebalance.card import card as write_card
+from ..rebalance.curriculum import batch_of, id_key, num_steps, order_of
+from ..rebalance.diff import diff as compare
+from ..rebalance.export import export as write_export
+from ..rebalance.manifest import Manifest, dropped_path, provenance_of, read_manifest
+from ..rebalance.recipe import Recipe, Split, make_split, recipe_of
+from ..rebalance.shards import ScoreShards, open_scores
+from ..rebalance.verify import contents_of
+from ..rebalance.verify import verify as check_manifest
+from ..train.examples import with_validation
+from .config import RunConfig
+from .provenance import source_of
+from .run import Run
+
+log = logging.getLogger("mmaudit")
+
+
+def split(
+    *,
+    run: str | Path = "mmaudit-run",
+    scores: str | Path | Sequence[str | Path] | None = None,
+    config: RunConfig | None = None,
+    balanced: bool = False,
+    subset: str | None = None,
+    dominated: str | None = None,
+    gmm: str | None = None,
+    like: str | None = None,
+    intersect: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    resplit: str | None = None,
+    between: str | None = None,
+    name: str | None = None,
+    dry: bool = False,
+) -> dict[str, Any]:
+    """Write one manifest, and its dropped rows beside it, from the run's scores or from anybody's table `scores`.
+
+    At most one of balanced, subset (`audio-preferred`, `balanced:0.2`, `most-balanced:20%`, `random:500`), dominated
+    (`visual:0.2`) and gmm (`balanced`, `imbalanced`) says which; like, intersect and exclude name manifests, by file or
+    by name in the run. `scores` may be a folder or glob of shards, of any size. Gives a summary: file, counts, and how
+    uniform the discrepancy is before and after. `dry` writes nothing.
+    """
+    config = config or RunConfig()
+    place = Run(Path(run))
+    recipe = Recipe(
+        seed=config.seed,
+        balanced=config.split if balanced else None,
+        subset=subset,
+        dominated=dominated,
+        gmm=gmm,
+        posterior=config.posterior,
+        between=between,
+        like=None if like is None else str(place.find_manifest(like)),
+        intersect=tuple(str(place.find_manifest(each)) for each in intersect),
+        exclude=tuple(str(place.find_manifest(each)) for each in exclude),
+        resplit=resplit,
+    )
+    if scores is None:
+        place.record()
+        scores = place.scores_file
+    shards = open_scores(scores, seed=config.seed)
+    named = scores if isinstance(scores, (str, Path)) else None
+    made = make_split(shards, recipe, place.manifest, scratch=place.folder, name=name, scores=named, dry=dry)
+    if balanced and between is None and len(shards.modalities) > 2:
+        log.info(
+            "of %d modalities, %s is the pair with the largest balanced split; choose another with --between",
+            len(shards.modalities),
+            made.numbers["between"],
+        )
+    verdict = {"verdict": place.record()["verdict"]} if gmm is not None and place.is_scored() else {}
+    return {**_summary(made), **verdict}
+
+
+def verify(
+    manifest: str | Path,
+    *,
+    run: str | Path = "mmaudit-run",
+    data: str | Path | None = None,
+    media: bool = True,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Check a manifest, by file or by its name in the run: schema, ids, digest, ranges, dropped rows, media.
+
+    The media of its source, or of `data` if they moved, are hashed unless `media` is False. Gives the checks, whether
+    all `held`, and the same in `lines`. Raises ManifestError where there is no manifest, or its source is gone.
+    """
+    path = Run(Path(run)).find_manifest(str(manifest))
+    contents, fingerprint = None, None
+    if media and (data is not None or "source" in provenance_of(path).get("scores", {})):
+        dataset, made = source_of(provenance_of(path), data)
+        samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
+        contents = {}
+        for number, each in enumerate(contents_of(dataset), start=1):
+            contents[each.sample_id] = each
+            progress("hash", number, len(samples))
+        found = [contents[name].content for name in samples.sample_id]
+        fingerprint = fingerprint_of(samples, np.array(found, dtype=object))
+    checked = check_manifest(path, contents=contents, fingerprint=fingerprint)
+    return {"file": str(path), **checked.to_dict(), "lines": checked.lines()}
+
+
+def diff(first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run") -> dict[str, Any]:
+    """Tell two manifests apart, each by file or by its name in the run; in plain values, and in `lines`."""
+    place = Run(Path(run))
+    found = compare(place.find_manifest(str(first)), place.find_manifest(str(second)))
+    return {**found.to_dict(), "lines": found.lines()}
+
+
+def card(manifest: str | Path, *, run: str | Path = "mmaudit-run") -> str:
+    """Give the section of a dataset card on a manifest, as Markdown."""
+    return write_card(Run(Path(run)).find_manifest(str(manifest)))
+
+
+def export(
+    manifest: str | Path,
+    *,
+    out: str | Path,
+    format: str,
+    run: str | Path = "mmaudit-run",
+    data: str | Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a manifest as csv, jsonl, npy, ogm, webdataset or datasets to `out`; gives the files and counts.
+
+    `data` is the source, if it moved. Raises ConfigError for what a format cannot hold, RunError where `out` exists.
+    """
+    path = Run(Path(run)).find_manifest(str(manifest))
+    dataset = None if data is None else source_of(provenance_of(path), data)[0]
+    return write_export(path, Path(out), format=format, dataset=dataset, overwrite=overwrite)
+
+
+def replay(
+    manifest: str | Path, *, run: str | Path = "mmaudit-run", scores: str | Path | None = None
+) -> dict[str, Any]:
+    """Make a manifest again from its score table and its recipe, and compare the files byte by byte.
+
+    `scores` is the table, if it moved. Gives what was made and whether it is `identical`.
+    """
+    path = Run(Path(run)).find_manifest(str(manifest))
+    record = provenance_of(path).get("rule", {})
+    recipe = recipe_of(record, folder=path.parent)
+    table = Path(scores) if scores is not None else path.parent / str(record["scores"])
+    if not (table.exists() or scores is not None):
+        raise ManifestError(f"the score table {table} that the manifest was made from is gone; name it with --scores")
+    shards = open_scores(table, seed=recipe.seed)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mmaudit-replay-") as scratch:
+        # Made where the manifest lies: files that it was made from are named from there.
+        made = _again(shards, recipe, path, Path(scratch), scores=path.parent / str(record["scores"]))
+        differ = [
+            old.name
+            for old, new in ((path, made), (dropped_path(path), dropped_path(made)))
+            if not old.exists() or old.read_bytes() != new.read_bytes()
+        ]
+    return {"file": str(path), "scores": str(table), "identical": not differ, "differ": differ}
+
+
+def _again(shards: ScoreShards, recipe: Recipe, path: Path, scratch: Path, *, scores: Path) -> Path:
+    """Write the manifest of a recipe into a folder beside the one that it is compared with."""
+    made = make_split(
+        shards,
+        recipe,
+        lambda name: scratch / f"{name}.parquet",
+        scratch=scratch,
+        name=provenance_of(path)["subset"],
+        scores=scores,
+        beside=path.parent,
+    )
+    if made.path is None:
+        raise RunError(f"{path} was not made again")
+    return made.path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epoch:
+    """What an epoch of a manifest sees: ids (n',) in order, `share` of all `total` training samples, in steps."""
+
+    ids: np.ndarray[Any, Any]
+    share: float
+    total: int
+    batch_size: int
+
+    def steps(self) -> Iterator[tuple[int, list[str]]]:
+        """Give each step's number, from 0, and its ids."""
+        rows = np.arange(len(self.ids))
+        for step in range(num_steps(rows, batch_size=self.batch_size)):
+            yield step, self.ids[batch_of(rows, step=step, batch_size=self.batch_size)].tolist()
+
+
+def order(
+    manifest: str | Path, *, run: str | Path = "mmaudit-run", epoch: int, config: RunConfig | None = None
+) -> Epoch:
+    """Give the training samples of a manifest in the order in which an epoch (1, 2, ...) of fine-tuning sees them."""
+    config = config or RunConfig()
+    if epoch < 1:
+        raise ConfigError(f"--epoch {epoch}: epochs are counted from 1")
+    found = read_manifest(Run(Path(run)).find_manifest(str(manifest)))
+    rows = _training_rows(found, config)
+    ids = found.table["sample_id"].take(rows)
+    chosen = order_of(
+        rank=found.table["rank"].to_numpy()[rows],
+        balance=None if config.order.order != "weighted" else found.numbers("balance")[rows],
+        key=id_key(ids),
+        config=config.order,
+        seed=config.seed,
+        epoch=epoch,
+    )
+    return Epoch(
+        ids=np.asarray(ids.take(chosen).to_pylist(), dtype=object),
+        share=len(chosen) / len(rows),
+        total=len(rows),
+        batch_size=config.finetune.batch_size,
+    )
+
+
+def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.dtype[np.intp]]:
+    """Give the rows that fine-tuning trains on: without those it validates on, and what keep_posterior leaves out."""
+    split = with_validation(
+        manifest.table,
+        manifest.strings("sample_id"),
+        np.asarray(manifest.numbers("label"), dtype=np.int32),
+        fraction=config.finetune.validation_fraction,
+        seed=config.seed,
+    )
+    train = split == "train"
+    if config.finetune.keep_posterior is not None:
+        train &= manifest.numbers("p_balanced") >= config.finetune.keep_posterior
+    if not train.any():
+        raise ManifestError("no row of the manifest is of the training split: there is nothing to order")
+    return np.flatnonzero(train)
+
+
+def _summary(made: Split) -> dict[str, Any]:
+    numbers = {
+        key: value for key, value in made.numbers.items() if key not in ("classes", "counts_before", "counts_after")
+    }
+    worst = sorted(made.numbers["classes"], key=lambda found: -found["distance_after"])[:5]
+    return {"file": None if made.path is None else str(made.path), **numbers, "least_uniform_classes": worst}

@@ -1,0 +1,423 @@
+"""Export: how does a manifest leave the house, as csv, jsonl, ids, OGM lists, WebDataset tars or a saved Dataset?"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TextIO
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.lib.format import open_memmap
+
+from ..audit.errors import ConfigError, ManifestError, RunError, choices
+from ..audit.files import whole
+from ..audit.hashing import digest
+from ..audit.quality import UnusableError
+from ..audit.source.cells import load_cell
+from ..audit.source.dataset import Dataset
+from ..audit.source.modality import Modality
+from ..audit.source.split_names import SPLIT_NAMES
+from .manifest import COLUMNS, batches_of, check_columns, provenance_of, rows_of
+from .shards import NO_SPLIT
+
+SAMPLES_PER_SHARD = 1_000  # of a tar
+_LONGEST_KEY = 180  # of the 255 bytes that a name may have, with room for modality and extension
+_OGM_FILES = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}  # by those names its readers look
+_FILE_SUFFIXES = ("_file_name", "_filename", "_filepath", "_file", "_path", "_frames")
+_NAMELESS = ("file_name", "path", "file", "filename", "filepath")
+_OURS = {  # what an export of a folder writes, and may write over
+    "ogm": re.compile(r"(train|val|test|stat)\.csv"),
+    "webdataset": re.compile(r"\w+-\d{6}\.tar"),
+    "datasets": re.compile(r"dataset_dict\.json|state\.json|dataset_info\.json|data-\d{5}-of-\d{5}\.arrow|\w+"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What is to be written. `root` is None where the source of the media cannot be told."""
+
+    manifest: Path
+    schema: pa.Schema  # without metadata
+    paths: tuple[str, ...]
+    provenance: dict[str, Any]
+    root: Path | None
+    allow_outside: bool
+    samples_per_shard: int
+    skip_missing: bool
+    clip: str | None
+
+
+def export(
+    manifest: Path,
+    out: Path,
+    *,
+    format: str,
+    dataset: Dataset | None = None,
+    root: Path | None = None,
+    overwrite: bool = False,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    skip_missing: bool = False,
+    clip: str | None = None,
+) -> dict[str, Any]:
+    """Write a manifest in one of FORMATS to a file or a folder, whole or not at all, and give format, files and rows.
+
+    csv and jsonl have all columns; npy the sample ids, (n,) unicode, in the order of the manifest; ogm a folder of
+    CLIP,LABEL lists by split; webdataset a folder of tars by split with the media; datasets a folder of save_to_disk.
+    Media are looked for in `dataset`'s folder, else in `root`, else in the folder of the manifest's source;
+    `skip_missing` leaves out, and counts, those that are not there. `clip` names the column that an OGM list calls
+    clips by: the name of its file, without the extension; None is the first path column. The same manifest gives the
+    same bytes. Raises ConfigError for what the format cannot hold, RunError where `out` exists.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"--format {format}: no such format; {choices(format, FORMATS)}")
+    if samples_per_shard < 1:
+        raise ConfigError(f"{samples_per_shard} samples per shard; there must be at least 1")
+    manifest, out = Path(manifest), Path(out)
+    provenance = provenance_of(manifest)
+    first = next(batches_of(manifest), None)
+    if first is None:
+        raise ManifestError(f"{manifest} holds no rows: make it anew with mmaudit split")
+    check_columns(first.schema, where=str(manifest))
+    _check_place(out, manifest, format=format, overwrite=overwrite)
+    job = _Job(
+        manifest=manifest,
+        schema=first.schema.remove_metadata(),
+        paths=tuple(name for name in first.schema.names if name not in COLUMNS),
+        provenance=provenance,
+        root=dataset.root if dataset is not None else root if root is not None else _root_of(provenance),
+        allow_outside=_allows_outside(provenance) if dataset is None else dataset.allow_outside,
+        samples_per_shard=samples_per_shard,
+        skip_missing=skip_missing,
+        clip=clip,
+    )
+    with (_whole_folder if format in _OURS else whole)(out) as temporary:
+        more = _WRITERS[format](job, temporary)
+    files = sorted(str(each) for each in out.rglob("*") if each.is_file()) if out.is_dir() else [str(out)]
+    return {"format": format, "files": files, "rows": pq.read_metadata(manifest).num_rows, **more}
+
+
+def key_of(sample_id: str) -> str:
+    """Give the WebDataset key of an id: percent-encoded, dots too, so that no two ids share one.
+
+    One that is longer than a file name may be is cut and ends in %% and a digest.
+    """
+    key = quote(sample_id, safe="").replace(".", "%2E") or "%"
+    return key if len(key) <= _LONGEST_KEY else f"{key[: _LONGEST_KEY - 34]}%%{digest(sample_id.encode())}"
+
+
+def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> None:
+    """Refuse to write over anything, unless told to; and then over an export of this format only."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise RunError(f"{out} exists: name another with --out, or pass --overwrite")
+    if out.resolve() == manifest.resolve():
+        raise ConfigError(f"{out} is the manifest itself: name another file with --out")
+    if out.is_dir() != (format in _OURS):
+        raise RunError(f"{out} is a {'folder' if out.is_dir() else 'file'}, and no export as {format}: name another")
+    odd = [each.name for each in out.iterdir() if not _OURS[format].fullmatch(each.name)] if out.is_dir() else []
+    saved = format != "datasets" or any((out / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if odd or (not saved and any(out.iterdir())):
+        raise RunError(f"{out} holds {min(odd, default='other things')}, and is no export as {format}: name another")
+
+
+@contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path` to fill; it takes the name, and the place of an older one, at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}{end}") for end in ("", ".old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            path.replace(old)
+        temporary.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _root_of(provenance: dict[str, Any]) -> Path | None:
+    """Give the folder that the source's paths start from; None where the source is not on this disk."""
+    source = provenance.get("scores", {}).get("source")
+    if source is None:
+        return None
+    found = [Path(source)] if Path(source).exists() else [Path(each) for each in sorted(glob.glob(source))]
+    return next((each if each.is_dir() else each.parent for each in found), None)
+
+
+def _allows_outside(provenance: dict[str, Any]) -> bool:
+    return bool(provenance.get("scores", {}).get("config", {}).get("data", {}).get("allow_outside"))
+
+
+def _write_csv(job: _Job, path: Path) -> dict[str, Any]:
+    """Write a header and the rows; strings stand in quotes, a null is empty without them."""
+    with pa.csv.CSVWriter(path, job.schema) as writer:
+        for table in batches_of(job.manifest):
+            writer.write_table(table.cast(job.schema))
+    return {}
+
+
+def _write_jsonl(job: _Job, path: Path) -> dict[str, Any]:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in _rows(job):
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    return {}
+
+
+def _write_npy(job: _Job, path: Path) -> dict[str, Any]:
+    """Write the ids as fixed-width unicode, which needs no pickle; a first pass finds the width."""
+    width = count = 0
+    for table in batches_of(job.manifest, columns=["sample_id"]):
+        ids = table["sample_id"]
+        width = max(width, pc.max(pc.utf8_length(ids)).as_py() or 0)
+        count += len(ids)
+        if (cut := pc.filter(ids, pc.ends_with(ids, pattern="\0"))).length():
+            raise ConfigError(f"sample {cut[0].as_py()!r} ends in a NUL, which numpy cuts off: export as jsonl")
+    held = open_memmap(path, mode="w+", dtype=np.dtype(f"<U{max(1, width)}"), shape=(count,))
+    first = 0
+    for table in batches_of(job.manifest, columns=["sample_id"]):
+        held[first : first + len(table)] = table["sample_id"].to_pylist()
+        first += len(table)
+    held.flush()
+    return {}
+
+
+def _write_ogm(job: _Job, folder: Path) -> dict[str, Any]:
+    """Write train.csv, val.csv and test.csv of CLIP,LABEL without a header, and stat.csv, which lists the classes.
+
+    A clip is called by its file, as the OGM code joins AudioWAV/ and Image-01-FPS/ with it; an id where it has none.
+    """
+    if job.clip is not None and job.clip not in job.schema.names:
+        raise ConfigError(f"no column {job.clip!r} to name clips by; {choices(job.clip, ('sample_id', *job.paths))}")
+    named = job.paths if job.clip is None else (job.clip,)
+    classes: set[str] = set()
+    seen: set[str] = set()
+    with ExitStack() as stack:
+        files: dict[str, TextIO] = {}
+        for row in _rows(job, "sample_id", "label", "label_name", "split", *named):
+            name = _OGM_FILES.get(SPLIT_NAMES.get(str(row["split"]).lower(), ""))
+            if name is None:
+                raise ConfigError(
+                    f"sample {row['sample_id']!r} is of split {row['split']!r}; OGM lists are of train, validation and "
+                    "test: export as csv, or score data that have these splits"
+                )
+            if name not in files:
+                files[name] = stack.enter_context((folder / name).open("w", encoding="utf-8", newline=""))
+            clip, label = _clip(row, named), str(row["label"] if row["label_name"] is None else row["label_name"])
+            _check_ogm(row["sample_id"], clip, label, twice=f"{clip}\0{label}" in seen)
+            seen.add(f"{clip}\0{label}")
+            classes.add(label)
+            csv.writer(files[name], lineterminator="\n").writerow([clip, label])
+    with (folder / "stat.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([name] for name in sorted(classes))
+    return {}
+
+
+def _clip(row: dict[str, Any], named: tuple[str, ...]) -> str:
+    path = next((row[name] for name in named if name != "sample_id" and row[name] is not None), None)
+    return str(row["sample_id"]) if path is None else PurePosixPath(str(path)).stem
+
+
+def _check_ogm(sample_id: str, clip: str, label: str, *, twice: bool) -> None:
+    for what, text in (("clip", clip), ("class", label)):
+        if text != text.strip() or len(text.splitlines()) != 1 or "\0" in text:
+            raise ConfigError(f"sample {sample_id!r}: an OGM list cannot hold the {what} {text!r}; export as csv")
+    if "/" in clip:
+        raise ConfigError(f"sample {sample_id!r}: the clip {clip!r} is no name of a file; name a column of files")
+    if twice:
+        raise ConfigError(
+            f"sample {sample_id!r}: another is called {clip!r} and of class {label!r}, too; "
+            "name a column whose files have names of their own, or sample_id"
+        )
+
+
+def _write_webdataset(job: _Job, folder: Path) -> dict[str, Any]:
+    """Write SPLIT-000000.tar, ...: of each sample KEY.json, and KEY.NAME.EXT for each path column.
+
+    The .json has the row without nulls, and under `files` the paths that the media had, which no longer hold.
+    """
+    if not job.paths:
+        raise ConfigError(
+            f"{job.manifest} names no files: its media are vectors, texts or bytes within the source, and a WebDataset "
+            "would hold rows alone; export as jsonl or datasets"
+        )
+    if job.root is None:
+        raise ManifestError(
+            f"{job.manifest}: the folder of its media is not known, or not there; if it moved, pass --data"
+        )
+    modalities = {name: _modality_of(name, job) for name in job.paths}
+    read = {each.get("column") for each in job.provenance.get("scores", {}).get("modalities", [])}
+    skipped = 0
+    with ExitStack() as stack:
+        tars: dict[str, _Tars] = {}
+        for row in _rows(job):
+            split = _file_name(row["split"])
+            if split not in tars:
+                tars[split] = _Tars(folder, split, job.samples_per_shard)
+                stack.callback(tars[split].close)
+            members, lost = _members(row, modalities, job)
+            skipped += lost
+            tars[split].add(key_of(row["sample_id"]), members)
+    return {"skipped": skipped, "left_out": sorted(read - {*job.paths, None})}
+
+
+def _modality_of(column: str, job: _Job) -> Modality:
+    """Name a column's member by the one modality read from it, else by the column; `kind` is only not of frames."""
+    those = [each for each in job.provenance.get("scores", {}).get("modalities", []) if each.get("column") == column]
+    if any(each.get("kind") == "frames" for each in those):
+        raise ConfigError(
+            f"{column} names folders of frames, and a sample of a WebDataset holds files: export as jsonl, or ogm"
+        )
+    stem = next((column.removesuffix(end) for end in _FILE_SUFFIXES if column.endswith(end)), column)
+    if len(those) > 1 and column in _NAMELESS:
+        stem = "video"  # both sound and sight are read from it, and called audio and visual again
+    name = str(those[0]["name"]) if len(those) == 1 else stem or column
+    return Modality(name=re.sub(r"[^a-z0-9_-]", "_", name.lower()), column=column, kind="audio")
+
+
+def _members(row: dict[str, Any], modalities: dict[str, Modality], job: _Job) -> tuple[dict[str, bytes], int]:
+    """Give the members of a sample by what follows the key's dot, and how many media were not there."""
+    found: dict[str, bytes] = {}
+    lost = 0
+    for column, modality in modalities.items():
+        if row[column] is None:
+            continue
+        extension = re.sub(r"[^a-z0-9]", "", PurePosixPath(row[column]).suffix.lower()) or "bin"
+        name = f"{modality.name}.{extension}"
+        if name in found or name in row:  # two columns of one name, or a field of the .json
+            name = f"{modality.name}_{list(modalities).index(column)}.{extension}"
+        try:
+            assert job.root is not None
+            found[name] = load_cell(row[column], modality, root=job.root, allow_outside=job.allow_outside)
+        except UnusableError as error:
+            if not job.skip_missing:
+                raise ManifestError(
+                    f"sample {row['sample_id']!r}: {column} {row[column]!r} cannot be read in {job.root} ({error}); "
+                    "bring the file back, pass --data if the data moved, or --skip-missing"
+                ) from error
+            lost += 1
+    about = {name: value for name, value in row.items() if value is not None and name not in modalities}
+    files = {name: row[name] for name in modalities if row[name] is not None}
+    text = json.dumps({**about, "files": files}, ensure_ascii=False, allow_nan=False, sort_keys=True)
+    return {"json": text.encode(), **found}, lost
+
+
+class _Tars:
+    """The tars of one split, each of as many samples; headers hold nothing of this machine or hour."""
+
+    def __init__(self, folder: Path, split: str, most: int) -> None:
+        self._folder, self._split, self._most = folder, split, most
+        self._tar: tarfile.TarFile | None = None
+        self._samples = 0
+
+    def add(self, key: str, members: dict[str, bytes]) -> None:
+        """Add a sample."""
+        if self._samples % self._most == 0:
+            self.close()
+            path = self._folder / f"{self._split}-{self._samples // self._most:06d}.tar"
+            self._tar = tarfile.TarFile(path, "w", format=tarfile.PAX_FORMAT)
+        assert self._tar is not None
+        for name in sorted(members):
+            header = tarfile.TarInfo(f"{key}.{name}")  # mtime, uid and gid are 0, the owner's names empty
+            header.size = len(members[name])
+            self._tar.addfile(header, io.BytesIO(members[name]))
+        self._samples += 1
+
+    def close(self) -> None:
+        """End the last tar."""
+        if self._tar is not None:
+            self._tar.close()
+            self._tar = None
+
+
+def _write_datasets(job: _Job, folder: Path) -> dict[str, Any]:
+    """Write what Dataset.save_to_disk does, a DatasetDict where there are several splits, from Arrow files on disk."""
+    import datasets
+
+    mark = str(rows_of(job.manifest).get("digest", "")) or digest(job.manifest.read_bytes())
+    shown = not datasets.are_progress_bars_disabled()
+    scratch = folder.with_name(f"{folder.name}.arrow")
+    try:
+        parts = _arrow_by_split(job, scratch)
+        found = {
+            split: datasets.Dataset(
+                datasets.table.MemoryMappedTable.from_file(str(path)),
+                info=datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(job.schema)),
+                fingerprint=digest(mark.encode(), split.encode())[:16],  # that of `datasets` itself differs by run
+            )
+            for split, path in parts.items()
+        }
+        datasets.disable_progress_bars()
+        whole_set = datasets.DatasetDict(found) if len(found) > 1 else next(iter(found.values()))
+        whole_set.save_to_disk(str(folder))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {}
+
+
+def _arrow_by_split(job: _Job, folder: Path) -> dict[str, Path]:
+    """Write an Arrow stream of the rows of each split, in their order."""
+    folder.mkdir()
+    with ExitStack() as stack:
+        writers: dict[str, Any] = {}
+        for table in batches_of(job.manifest):
+            for split in pc.unique(table["split"]).to_pylist():
+                name = _file_name(split)
+                if name not in writers:
+                    writers[name] = stack.enter_context(pa.ipc.new_stream(str(folder / f"{name}.arrow"), job.schema))
+                mask = pc.is_null(table["split"]) if split is None else pc.equal(table["split"], split)
+                writers[name].write_table(table.filter(mask).cast(job.schema))
+    return {name: folder / f"{name}.arrow" for name in sorted(writers)}
+
+
+def _file_name(split: str | None) -> str:
+    """Give what a split's files are called."""
+    if split is None:
+        return NO_SPLIT
+    if not re.fullmatch(r"\w+", split):
+        raise ConfigError(f"split {split!r} can name no file: a split is letters, digits and _; rename it, or use csv")
+    return split
+
+
+def _rows(job: _Job, *columns: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows as plain values; a float32 by its shortest digits, what is no finite number as None."""
+    names = list(dict.fromkeys(columns or job.schema.names))
+    for table in batches_of(job.manifest, columns=names):
+        yield from pa.table({name: _shortest(table[name]) for name in names}).to_pylist()
+
+
+def _shortest(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if not pa.types.is_floating(column.type):
+        return column
+    finite = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
+    return finite if column.type == pa.float64() else finite.cast(pa.string()).cast(pa.float64())
+
+
+_WRITERS: dict[str, Callable[[_Job, Path], dict[str, Any]]] = {
+    "csv": _write_csv,
+    "jsonl": _write_jsonl,
+    "npy": _write_npy,
+    "ogm": _write_ogm,
+    "webdataset": _write_webdataset,
+    "datasets": _write_datasets,
+}
+FORMATS = tuple(_WRITERS)

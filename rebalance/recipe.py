@@ -1,0 +1,225 @@
+"""Recipe: all that decides a split, beside the scores, so that it can be made again"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..audit.errors import ConfigError, GateError, ManifestError
+from ..audit.files import write_json
+from .balanced import Balanced, BalancedConfig, plan_balanced
+from .choice import Rule, choose
+from .levels import Counts
+from .manifest import batches_of, provenance_of, rows_of
+from .resplit import parse_shares, resplit
+from .shards import Members, ScoreShards, keys_of, same_dataset
+from .split import write_split
+from .subsets import by_mixture, everything, parse_dominated, parse_subset
+
+_FILES = ("like", "intersect", "exclude")  # what names other manifests
+_BINS = 20  # of the report of subsets that are not made by bins
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One kind of samples (balanced, subset, dominated or gmm; none of them: all), and what else decides.
+
+    like, intersect and exclude name manifests by their files.
+    """
+
+    seed: int = 0
+    balanced: BalancedConfig | None = None
+    subset: str | None = None  # as `parse_subset` reads it
+    dominated: str | None = None  # MODALITY:T
+    gmm: str | None = None  # balanced or imbalanced
+    posterior: float = 0.5  # of `gmm`
+    between: str | None = None
+    like: str | None = None
+    intersect: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    resplit: str | None = None  # 80/8/12
+
+    def __post_init__(self) -> None:
+        kinds = [self.balanced is not None, self.subset is not None, self.dominated is not None, self.gmm is not None]
+        if sum(kinds) > 1 or (sum(kinds) == 0 and not (self.intersect or self.exclude or self.resplit)):
+            raise ConfigError(
+                "say which samples: exactly one of --balanced, --subset, --dominated and --gmm, "
+                "or --intersect, --exclude or --resplit alone"
+            )
+        if self.like is not None and (self.subset or "").partition(":")[0] != "random":
+            raise ConfigError("--like goes with --subset random: as many samples of each class as that manifest has")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """What came of a recipe: the file, unless it was a trial, and Tally.numbers with what else is to be told."""
+
+    path: Path | None
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def make_split(
+    shards: ScoreShards,
+    recipe: Recipe,
+    place: Callable[[str], Path],
+    *,
+    scratch: Path,
+    name: str | None = None,
+    scores: str | Path | None = None,
+    beside: Path | None = None,
+    dry: bool = False,
+) -> Split:
+    """Choose by a recipe and write the manifest where `place` says for its name, with NAME.balance.json beside it.
+
+    `scores` is the file that the manifest says it was made from; it and other manifests are named as they are found from
+    the manifest's folder, or from `beside`. A dry run writes nothing.
+    Raises GateError where a size, or weights, are farther from uniform than the tolerance given with them.
+    """
+    rule_name, members = "all", []
+    for inside, files in ((True, recipe.intersect), (False, recipe.exclude)):
+        for file in files:
+            members.append(_members(shards, Path(file), inside=inside))
+            rule_name = _joined(rule_name, members[-1])
+    shards = replace(shards, members=tuple(members))
+    if recipe.resplit is not None:
+        between = recipe.between or shards.default_between()
+        shards = resplit(shards, parse_shares(recipe.resplit), between=between, scratch=scratch)
+        rule_name = "resplit" if rule_name == "all" else rule_name
+    _check_found(shards)
+    rule = _rule(shards, recipe, name=rule_name)
+    choice = choose(shards, rule, scratch=scratch)
+    name = name or (rule.name if rule.name == rule_name else "-".join([rule.name, *map(_suffix, members)]))
+    extra: dict[str, Any] = {"name": name}
+    if isinstance(rule, Balanced):
+        extra |= {"curve": [asdict(point) for point in rule.curve(choice.counts)], "grid": rule.config.grid}
+    num_bins = rule.num_bins if isinstance(rule, Balanced) else _BINS
+    path = place(name)
+    record = _record(recipe, folder=beside or path.parent, scores=scores)
+    if not dry and isinstance(rule, Balanced) and _gated(rule.config):
+        trial = write_split(choice, None, name=name, recipe=record, num_bins=num_bins)
+        _check_gate(rule, trial, extra["curve"])
+    numbers = write_split(choice, None if dry else path, name=name, recipe=record, num_bins=num_bins) | extra
+    if not dry:
+        write_json({**numbers, "recipe": record, "digest": rows_of(path)["digest"]}, balance_path(path))
+    return Split(path=None if dry else path, numbers=numbers)
+
+
+def balance_path(path: Path) -> Path:
+    """Name the file of numbers that belongs to a manifest."""
+    return path.with_name(f"{path.stem}.balance.json")
+
+
+def recipe_of(record: dict[str, Any], *, folder: Path) -> Recipe:
+    """Give the recipe that a manifest in `folder` records; ManifestError where it records none."""
+    if "seed" not in record or "scores" not in record:
+        raise ManifestError("the manifest does not say how it was made: it was not written by this mmaudit split")
+    values = {each.name: record[each.name] for each in fields(Recipe) if each.name in record}
+    if values.get("balanced") is not None:
+        values["balanced"] = BalancedConfig(**values["balanced"])
+    for name in ("intersect", "exclude"):
+        values[name] = tuple(str(folder / each) for each in values.get(name, ()))
+    if values.get("like") is not None:
+        values["like"] = str(folder / values["like"])
+    return Recipe(**values)
+
+
+def _rule(shards: ScoreShards, recipe: Recipe, *, name: str) -> Rule:
+    between = recipe.between
+    if recipe.balanced is not None:
+        return plan_balanced(shards, recipe.balanced, between=between)
+    if recipe.subset is not None:
+        like = None if recipe.like is None else (Path(recipe.like).stem, _count_like(shards, Path(recipe.like)))
+        return parse_subset(shards, recipe.subset, between=between, like=like)
+    if recipe.dominated is not None:
+        return parse_dominated(shards.modalities, recipe.dominated, between=between)
+    chosen = between or shards.default_between()
+    if recipe.gmm is not None:
+        return by_mixture(shards, recipe.gmm, between=chosen, posterior=recipe.posterior)
+    return everything(chosen, name=name)
+
+
+def _members(shards: ScoreShards, path: Path, *, inside: bool) -> Members:
+    """Read the ids of a manifest as keys: 8 bytes a row."""
+    same_dataset(shards.provenance, provenance_of(path).get("scores", {}), name=str(path))
+    keys = [keys_of(batch["sample_id"], seed=shards.seed) for batch in batches_of(path, columns=["sample_id"])]
+    return Members(name=path.stem, keys=np.sort(np.concatenate(keys)), inside=inside)
+
+
+def _check_found(shards: ScoreShards) -> None:
+    """Raise ManifestError for a manifest that names samples which these scores do not have."""
+    if not shards.members:
+        return
+    found = [0] * len(shards.members)
+    for rows in shards.rows():
+        for number, members in enumerate(shards.members):
+            found[number] += int((members.admits(rows.key) == members.inside).sum())
+    for members, number in zip(shards.members, found, strict=True):
+        if number < len(members.keys):
+            raise ManifestError(
+                f"{len(members.keys) - number} of the {len(members.keys)} samples of {members.name} are not among "
+                "these scores: it was made from others"
+            )
+
+
+def _count_like(shards: ScoreShards, path: Path) -> Counts:
+    """Count a manifest's samples by split and class, (s * k,)."""
+    same_dataset(shards.provenance, provenance_of(path).get("scores", {}), name=str(path))
+    members = _members(shards, path, inside=True)
+    like = replace(shards, members=(members,))
+    _check_found(like)
+    k = len(shards.classes)
+    counts = np.zeros(len(shards.splits) * k, dtype=np.int64)
+    for rows in like.rows():
+        kept = rows.barred == 0
+        counts += np.bincount(rows.split[kept].astype(np.int64) * k + rows.label[kept], minlength=len(counts))
+    return counts
+
+
+def _joined(name: str, members: Members) -> str:
+    if name == "all":
+        return members.name if members.inside else f"all{_suffix(members)}"
+    return f"{name}-and-{members.name}" if members.inside else f"{name}{_suffix(members)}"
+
+
+def _suffix(members: Members) -> str:
+    return f"in-{members.name}" if members.inside else f"-without-{members.name}"
+
+
+def _gated(config: BalancedConfig) -> bool:
+    return config.tolerance is not None and (config.size is not None or config.by == "weight")
+
+
+def _check_gate(rule: Balanced, numbers: dict[str, Any], curve: list[dict[str, Any]]) -> None:
+    """Raise GateError where a tolerance is not reached by the size, or the weights, that were asked for."""
+    reached = max(numbers["distances"].values())
+    if reached <= rule.config.allowed + 1e-9:
+        return
+    if rule.config.by == "weight":
+        mend = (
+            f"the best that weights up to {rule.config.most_weight:g} reach is {reached:.4f}; raise split.most_weight"
+        )
+    else:
+        within = max((each["size"] for each in curve if each["distance"] <= rule.config.allowed), default=0)
+        mend = f"{rule.config.size} samples reach {reached:.4f} at best; within it there are about {within}"
+    raise GateError(f"a distance to uniform of {rule.config.allowed:g} cannot be reached: {mend}; nothing was written")
+
+
+def _record(recipe: Recipe, *, folder: Path, scores: str | Path | None) -> dict[str, Any]:
+    """Give the recipe as plain values, without what was not said; files relative to the manifest's folder."""
+    found = {name: value for name, value in asdict(recipe).items() if value not in (None, ())}
+    files = {name: [found[name]] if name == "like" else list(found[name]) for name in _FILES if name in found}
+    digests: dict[str, Any] = {}
+    for name, named in files.items():
+        there = [_relative(each, folder) for each in named]
+        found[name] = there[0] if name == "like" else there
+        digests |= {each: rows_of(Path(file)).get("digest") for each, file in zip(there, named, strict=True)}
+    return {**found, "scores": None if scores is None else _relative(scores, folder), "inputs": digests}
+
+
+def _relative(path: str | Path, folder: Path) -> str:
+    return Path(os.path.relpath(Path(path).absolute(), folder.absolute())).as_posix()

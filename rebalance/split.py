@@ -1,0 +1,189 @@
+"""Split: write what a choice keeps to NAME.parquet, what it drops to NAME.dropped.parquet, and tell how even that is"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ..audit.files import whole
+from ..audit.parquet import KEY
+from .choice import Choice, Decision
+from .manifest import (
+    COLUMNS,
+    DROPPED_COLUMNS,
+    GROUP_ROWS,
+    RANGES,
+    REPEATING,
+    ROWS_KEY,
+    SCHEMA_VERSION,
+    RowDigest,
+    dropped_path,
+)
+from .shards import Rows, ScoreShards
+from .tally import Tally
+
+_MOST_WAITING = 2  # batches that a thread may be behind
+
+
+def write_split(
+    choice: Choice, path: Path | None, *, name: str, recipe: dict[str, Any], num_bins: int = 20
+) -> dict[str, Any]:
+    """Make the second pass: write the manifest and its dropped rows, and give Tally.numbers.
+
+    With no path nothing is written: the numbers are what would be. The same scores and recipe give the same bytes.
+    """
+    shards = choice.shards
+    tally = Tally(shards, between=choice.rule.between, num_bins=num_bins)
+    provenance = _provenance(choice, name=name, recipe=recipe)
+    with ExitStack() as stack:
+        kept = dropped = None
+        if path is not None:
+            kept = stack.enter_context(_writing(path, _schema(shards, COLUMNS), provenance))
+            dropped = stack.enter_context(_writing(dropped_path(path), _schema(shards, DROPPED_COLUMNS), provenance))
+        for rows in shards.rows():
+            decision = choice.decide(rows)
+            tally.add(rows, decision, choice.reasons)
+            if kept is not None and dropped is not None:
+                columns = _columns(rows, decision, shards, choice, name=name)
+                kept.add(columns, decision.keep)
+                dropped.add(columns, ~decision.keep)
+        if kept is not None and dropped is not None:
+            dropped.about["dropped_from"] = kept.finish()
+    return tally.numbers()
+
+
+class _Sink:
+    """A Parquet file in row groups of a fixed size, written by a thread, with a digest of its rows in its metadata."""
+
+    def __init__(self, path: Path, schema: pa.Schema, provenance: dict[str, Any]) -> None:
+        # Columns of few values are handed over as codes; that they are plain strings is what is stored.
+        coded = {name: pa.dictionary(pa.int32(), pa.string()) for name in schema.names if name in REPEATING}
+        fields = [pa.field(field.name, coded.get(field.name, field.type)) for field in schema]
+        self._schema = pa.schema(fields)
+        self._provenance = provenance
+        self._writer = pq.ParquetWriter(
+            path, self._schema, compression="zstd", use_dictionary=[*coded, "threshold"], store_schema=False
+        )
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+        self.about: dict[str, Any] = {}
+        self._digest = RowDigest()
+        self._held: list[pa.Table] = []
+        self._number = self._rows = 0
+
+    def __enter__(self) -> _Sink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+                said = {KEY.decode(): self._provenance, ROWS_KEY: self.about}
+                self._writer.add_key_value_metadata(
+                    {key: json.dumps(each, sort_keys=True) for key, each in said.items()}
+                )
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            self._writer.close()
+
+    def add(self, columns: dict[str, Any], which: NDArray[np.bool_]) -> None:
+        """Add the rows (n,) that `which` says of these columns; they are written later, but not much."""
+        self._waiting.append(self._thread.submit(self._take, columns, which))
+        while len(self._waiting) > _MOST_WAITING:
+            self._waiting.popleft().result()
+
+    def finish(self) -> str:
+        """Write all that was added, and give the digest of all rows."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        if self._number:
+            self._write(pa.concat_tables(self._held))
+        self._held, self._number = [], 0
+        self.about |= {"rows": self._rows, "digest": self._digest.hexdigest()}
+        return self._digest.hexdigest()
+
+    def _take(self, columns: dict[str, Any], which: NDArray[np.bool_]) -> None:
+        rows = pa.array(np.flatnonzero(which))
+        some = [columns[field.name].take(rows).cast(field.type) for field in self._schema]
+        self._held.append(pa.table(some, schema=self._schema))
+        self._number += len(rows)
+        while self._number >= GROUP_ROWS:
+            together = pa.concat_tables(self._held)
+            self._write(together.slice(0, GROUP_ROWS))
+            self._held = [together.slice(GROUP_ROWS)]
+            self._number -= GROUP_ROWS
+
+    def _write(self, table: pa.Table) -> None:
+        table = table.unify_dictionaries().combine_chunks()
+        self._digest.add(table)
+        self._writer.write_table(table, row_group_size=GROUP_ROWS)
+        self._rows += len(table)
+
+
+@contextmanager
+def _writing(path: Path, schema: pa.Schema, provenance: dict[str, Any]) -> Iterator[_Sink]:
+    """Write a file whole or not at all."""
+    with whole(path) as temporary, _Sink(temporary, schema, provenance) as sink:
+        yield sink
+
+
+def _schema(shards: ScoreShards, columns: dict[str, pa.DataType]) -> pa.Schema:
+    own = [pa.field(name, type_) for name, type_ in columns.items()]
+    return pa.schema(own + [pa.field(name, pa.string()) for name in shards.paths if name not in columns])
+
+
+def _columns(
+    rows: Rows, decision: Decision, shards: ScoreShards, choice: Choice, *, name: str
+) -> dict[str, pa.Array | pa.ChunkedArray]:
+    """Give every column of a manifest and of dropped rows; what the scores do not have is null."""
+    told, table, n = decision.told, rows.table, len(rows)
+    codes = pa.array(rows.label)
+    numeric = pa.types.is_integer(shards.classes.type)
+    found: dict[str, pa.Array | pa.ChunkedArray] = {
+        "label": shards.classes.cast(pa.int32()).take(codes) if numeric else codes,
+        "label_name": table["label_name"] if "label_name" in table.column_names else _named(codes, shards.class_names),
+        "subset": _named(pa.array(np.zeros(n, dtype=np.int8)), (name,)),
+        "bin": None if told.bin is None else pa.array(told.bin, mask=told.bin < 0),
+        "rank": pa.array(decision.rank),
+        "weight": pa.array(np.ones(n, dtype=np.float32) if told.weight is None else told.weight),
+        "discrepancy": pa.array(decision.discrepancy, from_pandas=True),
+        "gap": pa.array(rows.gap),
+        "reason": _named(pa.array(decision.reason), choice.reasons),
+        "score": pa.array(told.score, from_pandas=True),
+        "threshold": pa.array(told.threshold),
+    }
+    if shards.assign is not None:
+        found["split"] = _named(pa.array(rows.split), shards.splits)
+    for column in (*COLUMNS, *shards.paths):
+        if found.get(column) is None:
+            found[column] = table[column] if column in table.column_names else pa.nulls(n)
+    return found
+
+
+def _named(codes: pa.Array, names: tuple[str, ...]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(codes, pa.array(list(names), pa.string()))
+
+
+def _provenance(choice: Choice, *, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    scores = choice.shards.provenance
+    return {
+        "schema": f"mmaudit.manifest/{SCHEMA_VERSION}",
+        "subset": name,
+        "between": choice.rule.between,
+        "rule": recipe,
+        "ranges": {name: {"range": span, "meaning": meaning} for name, (span, meaning) in RANGES.items()},
+        "scores": {key: value for key, value in scores.items() if key not in ("ranges", "schema")},
+    }

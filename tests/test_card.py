@@ -1,0 +1,211 @@
+"""Laws of a card: its numbers are those of the manifest, any name stands in it as it is, and nothing is said unseen."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmaudit.audit.errors import ManifestError
+from mmaudit.audit.score import ScoreTable
+from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
+from mmaudit.rebalance.card import MOST_SHORTAGES, card, escaped
+from mmaudit.rebalance.choice import choose
+from mmaudit.rebalance.manifest import dropped_path, rows_of
+from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.split import write_split
+
+PROVENANCE = {
+    "version": "9.8.7",
+    "fingerprint": "f00d",
+    "source": "data",
+    "config": {"seed": 5, "probe": {"kind": "auto", "folds": 4, "repeats": 2, "learn_from": "all", "lr": 0.1}},
+    "modalities": [{"name": "audio", "column": "a", "kind": "audio", "encoder": "resnet18"}],
+}
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30)
+
+
+def make(
+    folder: Path, classes: tuple[str, ...] = ("rain", "dog", "guitar"), n: int = 300
+) -> tuple[Path, dict[str, Any]]:
+    rng = np.random.default_rng(1)
+    label = (np.arange(n) % len(classes)).astype(np.int32)
+    table = ScoreTable(
+        sample_id=np.array([f"s{number}" for number in range(n)], dtype=object),
+        label=label,
+        label_name=np.array(classes, dtype=object)[label],
+        modalities=("audio", "visual"),
+        confidence=rng.beta(2, 2, (n, 2)).astype(np.float32),
+        split=np.array([("train", "test")[number % 4 == 0] for number in range(n)], dtype=object),
+        provenance=PROVENANCE,
+    )
+    shards = open_scores(table, seed=5)
+    rule = plan_balanced(shards, BalancedConfig(bins=10, tolerance=0.1))
+    choice = choose(shards, rule, scratch=folder / "scratch")
+    recipe = {"balanced": {"bins": 10, "tolerance": 0.1}, "seed": 5}
+    path = folder / "even.parquet"
+    numbers = write_split(choice, path, name="even", recipe=recipe, num_bins=10)
+    curve = [{"tolerance": 0.0, "size": 20, "distance": 0.0}, {"tolerance": 0.1, "size": 120, "distance": 0.09}]
+    return path, {**numbers, "name": "even", "recipe": recipe, "curve": curve}
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Read the Markdown tables as lists of rows of cells, without the line of dashes."""
+    found, rows = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif rows:
+            found.append([row for row in rows if not set("".join(row)) <= set("-:")])
+            rows = []
+    return found
+
+
+def test_numbers_are_those_of_the_tally(tmp_path: Path) -> None:
+    path, numbers = make(tmp_path)
+    text = card(path, balance=numbers)
+    measures, bins, curve = tables(text)
+    told = {row[0]: row[1:] for row in measures[1:]}
+    assert told["samples"] == [str(numbers["scored"]), str(numbers["kept"])]
+    for place, when in enumerate(("before", "after")):
+        assert float(told["total-variation distance to uniform (0 = even)"][place]) == round(
+            numbers[when]["distance"], 3
+        )
+        assert float(told["Kolmogorov-Smirnov distance to uniform (0 = even)"][place]) == round(numbers[when]["ks"], 3)
+        positive = float(told["share that prefers audio"][place].removesuffix(" %"))
+        assert positive == pytest.approx(100 * numbers[when]["positive"], abs=0.051)
+    assert [int(row[1]) for row in bins[1:]] == numbers["counts_before"]
+    assert [int(row[2]) for row in bins[1:]] == numbers["counts_after"]
+    assert bins[1][0] == "-1.00 to -0.80"
+    assert bins[-1][0] == "+0.80 to +1.00"
+    bars = [len(row[3]) for row in bins[1:]]
+    assert sorted(bars) == [bars[place] for place in np.argsort(numbers["counts_after"], kind="stable")]
+    assert all((bar > 0) == (count > 0) for bar, count in zip(bars, numbers["counts_after"], strict=True))
+    assert curve[1:] == [["0", "20", "0.000"], ["0.1", "120", "0.090"]]
+
+
+def test_the_worst_class_and_the_worst_shortages_are_told(tmp_path: Path) -> None:
+    path, numbers = make(tmp_path)
+    text = card(path, balance=numbers)
+    worst = max(numbers["classes"], key=lambda each: float(each["distance_after"]))
+    assert f"Of 3 classes, **{worst['name']}** is the least even: distance {worst['distance_after']:.3f}" in text
+    lines = [line for line in text.splitlines() if "where an even share is" in line]
+    assert 0 < len(lines) == min(MOST_SHORTAGES, len(numbers["shortages"]))
+    assert lines[0].startswith(f"- {numbers['shortages'][0]['class']} has {numbers['shortages'][0]['has']} samples")
+
+
+def test_how_it_was_made_is_told(tmp_path: Path) -> None:
+    path, numbers = make(tmp_path)
+    text = card(path, balance=numbers)
+    about = rows_of(path)
+    for line in (
+        "- mmaudit: `9.8.7`",
+        "- rule: `balanced.bins=10, balanced.tolerance=0.1, seed=5`",
+        "- seed: `5`",
+        "- probes: `kind=auto, folds=4, repeats=2, learn_from=all`",
+        "- encoders: `audio=resnet18`",
+        "- dataset fingerprint: `f00d`",
+        "- schema: `mmaudit.manifest/2`",
+        f"- row digest: `{about['digest']}`",
+    ):
+        assert line in text.splitlines()
+    assert "The probes learned from all splits, the test split too" in text
+    assert "arXiv 2302.10912" in text
+
+
+def test_what_was_dropped_is_counted_where_it_lies_beside(tmp_path: Path) -> None:
+    path, numbers = make(tmp_path)
+    (reason, count), = numbers["reasons"].items()  # fmt: skip
+    assert f"Dropped: {count} `{reason}`. Each stands in `even.dropped.parquet`" in card(path, balance=numbers)
+    other, _ = make(tmp_path / "other", n=200)
+    shutil.copy(dropped_path(other), dropped_path(path))
+    with pytest.raises(ManifestError, match="holds the rows dropped from another manifest: run mmaudit split again"):
+        card(path, balance=numbers)
+    dropped_path(path).unlink()
+    assert "Dropped" not in card(path, balance=numbers)
+
+
+def test_numbers_that_lie_beside_are_found(tmp_path: Path) -> None:
+    path, numbers = make(tmp_path)
+    without = card(path)
+    assert tables(without) == []
+    assert "No numbers of its balance lie beside it" in without
+    assert "### How it was made" in without
+    (tmp_path / "even.balance.json").write_text(json.dumps(numbers), encoding="utf-8")
+    assert card(path) == card(path, balance=numbers)
+    assert "No numbers" not in card(path)
+
+
+def test_numbers_of_another_manifest_are_refused(tmp_path: Path) -> None:
+    path, numbers = make(tmp_path)
+    with pytest.raises(ManifestError, match="run mmaudit split again"):
+        card(path, balance={**numbers, "kept": numbers["kept"] + 1})
+    with pytest.raises(ManifestError, match="run mmaudit split again"):
+        card(path, balance={**numbers, "digest": "another"})
+    assert card(path, balance={**numbers, "digest": rows_of(path)["digest"]}) == card(path, balance=numbers)
+    with pytest.raises(ManifestError, match="lack after, classes: make them anew with mmaudit split"):
+        card(path, balance={name: value for name, value in numbers.items() if name not in ("after", "classes")})
+    with pytest.raises(ManifestError, match="no such file"):
+        card(tmp_path / "none.parquet")
+
+
+def test_what_it_says_about_loading_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, numbers = make(tmp_path)
+    text = card(path, balance=numbers)
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    loads = [line for line in code.splitlines() if "pd" in line]  # `datasets` would keep a copy in a cache at home
+    exec("\n".join(loads), names)
+    assert isinstance(names["frame"], pd.DataFrame)
+    assert len(names["frame"]) == numbers["kept"]
+    assert 'load_dataset("parquet", data_files="even.parquet")' in code
+    assert "mmaudit verify even.parquet " in text
+    assert "mmaudit replay 'my set.parquet' " in card(path, balance=numbers, file_name="my set.parquet")
+
+
+def test_a_card_begins_with_its_section_and_has_no_front_matter(tmp_path: Path) -> None:
+    path, numbers = make(tmp_path)
+    lines = card(path, balance=numbers).splitlines()
+    assert lines[0] == "## Modality balance"
+    assert [line for line in lines if line.startswith("## ")] == ["## Modality balance"]
+    assert "---" not in lines
+    assert f"{numbers['kept']} of {numbers['scored']} scored samples" in lines[2]
+    assert "between **audio** and **visual**" in lines[2]
+
+
+def test_weights_tell_the_effective_size(tmp_path: Path) -> None:
+    path, numbers = make(tmp_path)
+    assert "effective size" not in card(path, balance={**numbers, "effective_size": float(numbers["kept"])})
+    told = {row[0]: row[2] for row in tables(card(path, balance={**numbers, "effective_size": 12.4}))[0]}
+    assert told["effective size, by weights"] == "12"
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(texts, min_size=2, max_size=4, unique=True), texts)
+def test_any_names_leave_the_tables_and_fences_whole(tmp_path: Path, classes: list[str], file_name: str) -> None:
+    path, numbers = make(tmp_path, tuple(classes), n=80)
+    numbers["distances"] = {**numbers["distances"], "a|b": 0.5}
+    text = card(path, balance=numbers, file_name=file_name)
+    plain = card(path, balance={**numbers, "classes": [{**each, "name": "x"} for each in numbers["classes"]]})
+    assert [[len(row) for row in table] for table in tables(text)] == [
+        [len(row) for row in table] for table in tables(plain)
+    ]
+    assert len([line for line in text.split("\n") if line.startswith("```")]) == 6
+    assert r"a\|b" in text
+
+
+@given(texts)
+def test_escaped_names_read_as_they_are(name: str) -> None:
+    text = escaped(name)
+    assert len(text.splitlines()) <= 1
+    assert not re.search(r"(?<!\\)(?:\\\\)*[|<*`_]", text)
+    assert re.sub(r"\\(.)", r"\1", text) == " ".join(name.split())

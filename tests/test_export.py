@@ -1,0 +1,440 @@
+"""Laws of exports: what was written is read back by its readers and ours, whole or not at all, the same each time."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError, RunError
+from mmaudit.audit.ingest.ingested import ingest
+from mmaudit.audit.score import ScoreTable
+from mmaudit.audit.source.dataset import DataConfig, open_dataset
+from mmaudit.audit.source.samples import read_samples
+from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
+from mmaudit.rebalance.choice import choose
+from mmaudit.rebalance.export import FORMATS, export, key_of
+from mmaudit.rebalance.manifest import batches_of
+from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.split import write_split
+
+FOLDERS = ("ogm", "webdataset", "datasets")
+NUMBER = 24
+names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40)
+odd_names = st.one_of(
+    names, st.sampled_from(["a.b", "a/b.wav", "ä,ö", 'q"uo"te', "li\nne", "re\rturn", "..", "%2E", " x "])
+)
+many_names = st.lists(odd_names, min_size=2, max_size=6, unique=True)
+relaxed = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+Make = Callable[..., Path]
+
+
+def make(folder: Path, ids: list[str] | None = None, **more: Any) -> Path:
+    """Make a manifest of all of these samples, with media folder/data/a/0.wav and folder/data/0.png."""
+    n = NUMBER if ids is None else len(ids)
+    rng = np.random.default_rng(0)
+    columns: dict[str, Any] = {
+        "sample_id": np.array(ids or [f"s{number}" for number in range(n)], dtype=object),
+        "label": np.arange(n, dtype=np.int32) % 3,
+        "label_name": np.array([f"class {number % 3}" for number in range(n)], dtype=object),
+        "modalities": ("audio", "visual"),
+        "confidence": rng.random((n, 2)).astype(np.float32),
+        "split": np.array([("test", "validation", "train")[min(number % 5, 2)] for number in range(n)], dtype=object),
+        "balance": rng.uniform(-1, 1, n).astype(np.float32),
+        "paths": pa.table(
+            {
+                "sound_file_name": [f"a/{number}.wav" for number in range(n)],
+                "image_file_name": [f"{number}.PNG" for number in range(n)],
+            }
+        ),
+        "provenance": {
+            "source": str(folder / "data"),
+            "modalities": [
+                {"name": "audio", "column": "sound_file_name", "kind": "audio"},
+                {"name": "visual", "column": "image_file_name", "kind": "image"},
+            ],
+        },
+    }
+    table = ScoreTable(**{**columns, **more})
+    shards = open_scores(table, seed=0)
+    choice = choose(shards, plan_balanced(shards, BalancedConfig(tolerance=1.0)), scratch=folder / "scratch")
+    write_split(choice, folder / "m.parquet", name="balanced", recipe={})
+    return folder / "m.parquet"
+
+
+def lay_media(folder: Path, n: int = NUMBER) -> None:
+    (folder / "data" / "a").mkdir(parents=True)
+    for number in range(n):
+        (folder / "data" / "a" / f"{number}.wav").write_bytes(b"sound %d" % number)
+        (folder / "data" / f"{number}.PNG").write_bytes(b"sight %d" % number)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    lay_media(tmp_path)
+    return make(tmp_path)
+
+
+def rows_of(path: Path) -> pa.Table:
+    return pq.read_table(path).replace_schema_metadata(None)
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {each.relative_to(path).as_posix(): each.read_bytes() for each in path.rglob("*") if each.is_file()}
+
+
+def as_manifest(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    return pa.table({field.name: pa.array(columns[field.name]).cast(field.type) for field in schema}, schema=schema)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_the_same_manifest_gives_the_same_bytes_and_says_what_was_written(
+    manifest: Path, tmp_path: Path, format_: str
+) -> None:
+    first = export(manifest, tmp_path / "one" / "out", format=format_)
+    export(manifest, tmp_path / "two" / "out", format=format_)
+    found = tree(tmp_path / "one" / "out")
+    assert found == tree(tmp_path / "two" / "out")
+    assert first["files"] == sorted(str(tmp_path / "one" / "out" / name).rstrip("/") for name in found)
+    assert (first["rows"], first["format"]) == (NUMBER, format_)
+    assert [each.name for each in (tmp_path / "one").iterdir()] == ["out"]  # nothing temporary is left
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_what_exists_is_written_over_only_if_told_so(manifest: Path, tmp_path: Path, format_: str) -> None:
+    out = tmp_path / "out"
+    export(manifest, out, format=format_)
+    before = tree(out)
+    with pytest.raises(RunError, match="out exists: name another with --out, or pass --overwrite"):
+        export(manifest, out, format=format_)
+    other = make(tmp_path / "other", [f"t{number}" for number in range(9)], provenance={})
+    export(other, out, format=format_, root=tmp_path / "data", overwrite=True)
+    fresh = tmp_path / "fresh"
+    export(other, fresh, format=format_, root=tmp_path / "data")
+    assert tree(out) == tree(fresh) != before
+
+
+@pytest.mark.parametrize("format_", FOLDERS)
+def test_a_folder_of_other_things_is_never_written_over(manifest: Path, tmp_path: Path, format_: str) -> None:
+    with pytest.raises(RunError, match="and is no export as"):
+        export(manifest, tmp_path / "data", format=format_, overwrite=True)
+    with pytest.raises(RunError, match=r"0\.PNG is a file, and no export"):
+        export(manifest, tmp_path / "data" / "0.PNG", format=format_, overwrite=True)
+    assert (tmp_path / "data" / "a" / "0.wav").read_bytes() == b"sound 0"
+
+
+def test_bad_orders_are_refused(manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--format cvs: no such format; did you mean csv\? \(there are: csv, jsonl"):
+        export(manifest, tmp_path / "x", format="cvs")
+    with pytest.raises(ConfigError, match="is the manifest itself"):
+        export(manifest, manifest, format="csv", overwrite=True)
+    with pytest.raises(ConfigError, match="0 samples per shard"):
+        export(manifest, tmp_path / "x", format="webdataset", samples_per_shard=0)
+    with pytest.raises(ManifestError, match="no such file"):
+        export(tmp_path / "none.parquet", tmp_path / "x", format="csv")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "no.parquet")
+    with pytest.raises(ManifestError, match="is not a manifest: it lacks sample_id"):
+        export(tmp_path / "no.parquet", tmp_path / "x", format="csv")
+
+
+@relaxed
+@given(many_names)
+def test_csv_and_jsonl_are_read_back_as_they_were(tmp_path: Path, ids: list[str]) -> None:
+    manifest = make(tmp_path, ids, label_name=np.array(ids, dtype=object), label=np.arange(len(ids), dtype=np.int32))
+    there = rows_of(manifest)
+    export(manifest, tmp_path / "m.csv", format="csv", overwrite=True)
+    with (tmp_path / "m.csv").open(encoding="utf-8", newline="") as file:
+        header, *lines = csv.reader(file)
+    columns = {
+        name: [value or None for value in column] for name, column in zip(header, zip(*lines, strict=True), strict=True)
+    }
+    assert header == there.column_names
+    assert as_manifest(columns, there.schema).equals(there)
+    export(manifest, tmp_path / "m.jsonl", format="jsonl", overwrite=True)
+    records = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert all(list(record) == there.column_names for record in records)
+    assert as_manifest({name: [each[name] for each in records] for name in there.column_names}, there.schema).equals(
+        there
+    )
+
+
+def test_floats_are_written_by_their_shortest_digits(tmp_path: Path) -> None:
+    manifest = make(tmp_path, ["a", "b"], confidence=np.array([[0.1, 0], [0.7, 0]], dtype=np.float32))
+    export(manifest, tmp_path / "m.jsonl", format="jsonl")
+    assert {json.loads(line)["gap"] for line in (tmp_path / "m.jsonl").read_text().splitlines()} == {0.1, 0.7}
+    export(manifest, tmp_path / "m.csv", format="csv")
+    frame = pd.read_csv(tmp_path / "m.csv")
+    assert frame["gap"].astype("float32").tolist() == rows_of(manifest)["gap"].to_pylist()
+
+
+@relaxed
+@given(many_names)
+def test_ids_are_an_array_without_pickle_in_the_order_of_the_manifest(tmp_path: Path, ids: list[str]) -> None:
+    manifest = make(tmp_path, ids)
+    export(manifest, tmp_path / "uid", format="npy", overwrite=True)
+    found = np.load(tmp_path / "uid", allow_pickle=False)
+    assert found.dtype.kind == "U"
+    assert found.tolist() == rows_of(manifest)["sample_id"].to_pylist()
+
+
+def test_an_id_that_numpy_would_cut_is_refused(tmp_path: Path) -> None:
+    manifest = make(tmp_path, ["a", "b\0"])
+    with pytest.raises(ConfigError, match="ends in a NUL, which numpy cuts off"):
+        export(manifest, tmp_path / "uid.npy", format="npy")
+    assert not (tmp_path / "uid.npy").exists()
+
+
+def test_ogm_lists_are_read_back_by_the_adapter(tmp_path: Path) -> None:
+    manifest = make(tmp_path)
+    lists = export(manifest, tmp_path / "download", format="ogm")
+    assert [Path(each).name for each in lists["files"]] == ["stat.csv", "test.csv", "train.csv", "val.csv"]
+    for number in range(NUMBER):  # clips are called by their files
+        (tmp_path / "download" / "Image-01-FPS" / str(number)).mkdir(parents=True)
+        (tmp_path / "download" / "Image-01-FPS" / str(number) / "1.png").write_bytes(b"x")
+        (tmp_path / "download" / "AudioWAV").mkdir(exist_ok=True)
+        (tmp_path / "download" / "AudioWAV" / f"{number}.wav").write_bytes(b"x")
+    done = ingest("ogm-ge", tmp_path / "download")
+    assert (done.listed, done.present) == (NUMBER, NUMBER)
+    there, found = rows_of(manifest), pq.read_table(done.path)
+    wanted = zip(
+        there["sample_id"].to_pylist(), there["label_name"].to_pylist(), there["split"].to_pylist(), strict=True
+    )
+    assert {(f"s{each['id']}", each["label"], each["split"]) for each in found.to_pylist()} == set(wanted)
+
+
+@relaxed
+@given(many_names)
+def test_ogm_lists_hold_any_name_or_refuse_it(tmp_path: Path, ids: list[str]) -> None:
+    manifest = make(tmp_path, ids, label_name=np.array(ids, dtype=object), label=np.arange(len(ids), dtype=np.int32))
+    bad = any(each != each.strip() or len(each.splitlines()) != 1 or "/" in each for each in ids)
+    if bad:
+        with pytest.raises(ConfigError, match=r"OGM list cannot hold|is no name of a file"):
+            export(manifest, tmp_path / "lists", format="ogm", clip="sample_id", overwrite=True)
+        return
+    export(manifest, tmp_path / "lists", format="ogm", clip="sample_id", overwrite=True)
+    lines = []
+    for name in ("train", "val", "test"):
+        if (path := tmp_path / "lists" / f"{name}.csv").exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                lines += list(csv.reader(file))
+    assert sorted(lines) == sorted([each, each] for each in ids)
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "message"),
+    [
+        ({"split": np.array(["fold1"] * NUMBER, dtype=object)}, {}, "is of split 'fold1'; OGM lists are of train"),
+        ({"split": None}, {}, "is of split None"),
+        ({}, {"clip": "sound"}, "no column 'sound' to name clips by; did you mean"),
+        (
+            {"paths": pa.table({"wav": ["x.wav"] * NUMBER}), "label": np.zeros(NUMBER, dtype=np.int32),
+             "label_name": np.array(["c"] * NUMBER, dtype=object)},
+            {},
+            "another is called 'x' and of class 'c', too",
+        ),
+    ],
+)  # fmt: skip
+def test_what_ogm_lists_cannot_say_is_refused(
+    tmp_path: Path, more: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export(make(tmp_path, **more), tmp_path / "lists", format="ogm", **options)
+    assert not (tmp_path / "lists").exists()
+
+
+def test_tars_are_read_back_by_our_own_reader(manifest: Path, tmp_path: Path) -> None:
+    out = export(manifest, tmp_path / "tars", format="webdataset", samples_per_shard=5)
+    assert (out["skipped"], out["left_out"]) == (0, [])
+    assert {Path(each).name for each in out["files"]} >= {"train-000000.tar", "train-000001.tar", "test-000000.tar"}
+    dataset = open_dataset(tmp_path / "tars")
+    assert {modality.name: modality.kind for modality in dataset.modalities} == {"audio": "audio", "visual": "image"}
+    samples, there = read_samples(dataset, seed=0, test_fraction=0.2), rows_of(manifest).to_pylist()
+    assert dict(zip(samples.sample_id, samples.split, strict=True)) == {row["sample_id"]: row["split"] for row in there}
+    assert samples.class_names == ("class 0", "class 1", "class 2")
+    media = {}
+    for shard in dataset.shards:
+        rows = dataset.read(shard)
+        for name, row in zip(dataset.sample_ids(rows, shard), rows.to_pylist(), strict=True):
+            media[name] = tuple(row[modality.column] for modality in dataset.modalities)
+    numbers = {row["sample_id"]: int(row["sample_id"][1:]) for row in there}
+    assert media == {name: (b"sound %d" % each, b"sight %d" % each) for name, each in numbers.items()}
+
+
+def test_headers_of_tars_tell_nothing_of_the_machine(manifest: Path, tmp_path: Path) -> None:
+    out = export(manifest, tmp_path / "tars", format="webdataset", samples_per_shard=5)
+    seen = 0
+    for path in out["files"]:
+        with tarfile.open(path) as archive:
+            assert 0 < len(archive.getnames()) <= 3 * 5
+            for member in archive:
+                assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+                seen += 1
+    assert seen == 3 * NUMBER
+
+
+@relaxed
+@given(many_names)
+def test_any_ids_have_keys_and_stand_in_the_json(tmp_path: Path, ids: list[str]) -> None:
+    if not (tmp_path / "data").exists():
+        lay_media(tmp_path, 6)
+    manifest = make(tmp_path, ids)
+    export(manifest, tmp_path / "tars", format="webdataset", overwrite=True)
+    dataset = open_dataset(tmp_path / "tars")
+    found = read_samples(dataset, seed=0, test_fraction=0.2)
+    assert sorted(found.sample_id) == sorted(ids)
+    there = {row["sample_id"]: row for row in rows_of(manifest).to_pylist()}
+    for path in (tmp_path / "tars").glob("*.tar"):
+        with tarfile.open(path) as archive:
+            texts = [json.loads(archive.extractfile(each).read()) for each in archive if each.name.endswith(".json")]  # type: ignore[union-attr]
+        for content in texts:
+            row = there.pop(content["sample_id"])
+            files = content.pop("files")
+            assert files == {name: row.pop(name) for name in list(row) if name.endswith("_file_name")}
+            assert set(content) == {name for name, value in row.items() if value is not None}
+            assert np.float32(content["gap"]) == np.float32(row["gap"])
+    assert not there
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=300), st.text(st.characters(exclude_categories=["Cs"]))
+)
+def test_keys_are_names_of_files_and_tell_ids_apart(one: str, other: str) -> None:
+    key = key_of(one)
+    assert 0 < len(key) <= 180
+    assert not set(key) & set("./\\ \n\0")
+    assert key.isascii()
+    if len(key) < 140 and one:
+        assert unquote(key) == one
+    assume(one != other)
+    assert key != key_of(other)
+    assert key_of("x" * 300 + one) != key_of("x" * 300 + other)
+
+
+def test_media_that_are_gone_are_named(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "a" / "7.wav").unlink()
+    with pytest.raises(ManifestError, match=r"sample 's7': sound_file_name 'a/7\.wav' cannot be read in .*--data"):
+        export(manifest, tmp_path / "tars", format="webdataset")
+    assert not (tmp_path / "tars").exists()
+    out = export(manifest, tmp_path / "tars", format="webdataset", skip_missing=True)
+    assert (out["skipped"], out["rows"]) == (1, NUMBER)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(ManifestError, match="the folder of its media is not known, or not there; if it moved"):
+        export(manifest, tmp_path / "again", format="webdataset")
+    moved = export(manifest, tmp_path / "again", format="webdataset", root=tmp_path / "moved", skip_missing=True)
+    assert tree(tmp_path / "again") == tree(tmp_path / "tars")
+    assert moved["skipped"] == 1
+
+
+def test_paths_that_lead_outside_are_refused(tmp_path: Path) -> None:
+    lay_media(tmp_path)
+    (tmp_path / "secret.wav").write_bytes(b"x")
+    manifest = make(tmp_path, paths=pa.table({"wav": ["../secret.wav"] * NUMBER}))
+    with pytest.raises(DatasetError, match="leads outside"):
+        export(manifest, tmp_path / "tars", format="webdataset")
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        ({"paths": None}, ConfigError, "names no files: its media are vectors, texts or bytes"),
+        ({"split": np.array(["a/b"] * NUMBER, dtype=object)}, ConfigError, "split 'a/b' can name no file"),
+    ],
+)
+def test_what_tars_cannot_hold_is_refused(
+    tmp_path: Path, more: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    lay_media(tmp_path)
+    with pytest.raises(error, match=message):
+        export(make(tmp_path, **more), tmp_path / "tars", format="webdataset")
+
+
+def test_frames_are_refused_and_other_modalities_named(tmp_path: Path) -> None:
+    lay_media(tmp_path)
+    audio = {"name": "audio", "column": "sound_file_name", "kind": "audio"}
+    about = {"source": str(tmp_path / "data"), "modalities": [audio, {"name": "t", "column": "text", "kind": "text"}]}
+    out = export(make(tmp_path, provenance=about), tmp_path / "tars", format="webdataset")
+    assert out["left_out"] == ["text"]
+    about["modalities"] = [audio, {"name": "visual", "column": "image_file_name", "kind": "frames"}]
+    with pytest.raises(ConfigError, match="image_file_name names folders of frames"):
+        export(make(tmp_path, provenance=about), tmp_path / "others", format="webdataset")
+
+
+def test_the_opened_dataset_says_where_the_media_are(clips: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(clips, DataConfig(id="id"))
+    paths = pa.table({name: [f"{n}.{end}" for n in range(24)] for name, end in
+                      (("audio_file_name", "wav"), ("image_file_name", "png"))})  # fmt: skip
+    manifest = make(tmp_path, paths=paths, provenance={})
+    export(manifest, tmp_path / "tars", format="webdataset", dataset=dataset)
+    found = open_dataset(tmp_path / "tars")
+    assert {(each.name, each.kind) for each in found.modalities} == {("audio", "audio"), ("image", "image")}
+
+
+@pytest.mark.parametrize("column", ["file_name", "clip_file_name"])
+def test_a_film_of_two_modalities_stands_in_the_tar_once(
+    tmp_path: Path, film: Callable[[bool], bytes], column: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.mp4").write_bytes(film(True))
+    kinds = {"audio": "audio", "visual": "video"}
+    read = [{"name": name, "column": column, "kind": kind} for name, kind in kinds.items()]
+    about = {"source": str(tmp_path / "data"), "modalities": read}
+    manifest = make(tmp_path, paths=pa.table({column: ["x.mp4"] * NUMBER}), provenance=about)
+    out = export(manifest, tmp_path / "tars", format="webdataset")
+    with tarfile.open(out["files"][0]) as archive:
+        assert {name.partition(".")[2] for name in archive.getnames()} in ({"json", "video.mp4"}, {"json", "clip.mp4"})
+    assert {each.name: each.kind for each in open_dataset(tmp_path / "tars").modalities} == kinds
+
+
+@pytest.mark.parametrize("splits", [("train",), ("train", "test"), None])
+def test_saved_rows_are_read_back_by_datasets_and_by_us(tmp_path: Path, splits: tuple[str, ...] | None) -> None:
+    import datasets
+
+    split = None if splits is None else np.array([splits[n % len(splits)] for n in range(NUMBER)], dtype=object)
+    manifest = make(tmp_path, split=split)
+    export(manifest, tmp_path / "saved", format="datasets")
+    loaded = datasets.load_from_disk(str(tmp_path / "saved"))
+    there = rows_of(manifest).to_pylist()
+    if splits is not None and len(splits) > 1:
+        assert set(loaded) == set(splits)
+        for name in splits:
+            assert loaded[name].to_list() == [row for row in there if row["split"] == name]
+    else:
+        assert loaded.to_list() == there
+    dataset = open_dataset(tmp_path / "saved", DataConfig(split=None if splits else "none"))
+    ids = [name for shard in dataset.shards for name in dataset.sample_ids(dataset.read(shard), shard)]
+    assert sorted(ids) == sorted(row["sample_id"] for row in there)
+
+
+def test_a_large_manifest_passes_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmaudit.rebalance import export as module
+
+    manifest = make(tmp_path)
+    whole_tables = {format_: tmp_path / f"one.{format_}" for format_ in ("csv", "jsonl", "npy", "ogm")}
+    for format_, out in whole_tables.items():
+        export(manifest, out, format=format_)
+
+    def in_fives(path: Path, *, columns: list[str] | None = None) -> Any:
+        for table in batches_of(path, columns=columns):
+            for first in range(0, len(table), 5):
+                yield table.slice(first, 5)
+
+    monkeypatch.setattr(module, "batches_of", in_fives)
+    for format_, out in whole_tables.items():
+        export(manifest, tmp_path / "again" / format_, format=format_)
+        assert tree(tmp_path / "again" / format_) == tree(out)
+    export(manifest, tmp_path / "saved", format="datasets")
+    assert rows_of(manifest).num_rows == open_dataset(tmp_path / "saved").num_rows
