@@ -26,12 +26,14 @@ check: $(READY)
 	$(BIN)/mypy tests benchmarks
 	$(BIN)/lint-imports
 
-# Half an hour on a quiet machine; see benchmarks/README.md.
+# Half an hour on a quiet machine, and 12 GB on disk; see benchmarks/README.md.
 bench: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/mixture.py
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/balanced.py
 
 # The real data sets are not part of the project: DATA names the folder that holds them.
 real: $(READY)

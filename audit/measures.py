@@ -6,6 +6,7 @@ Letters: n samples, m modalities, k classes. `confidence` c (n, m) is each modal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import combinations, permutations
 
 import numpy as np
@@ -40,7 +41,8 @@ def gap(confidence: Floats) -> Floats:
 
     The gap is that of Liu et al., arXiv 2510.21797; that it is absolute is mmaudit's reading.
     """
-    return np.asarray(np.fmax.reduce(confidence, axis=1) - np.fmin.reduce(confidence, axis=1))
+    columns = list(confidence.T)  # by columns: along rows of two, numpy is twenty times as slow
+    return np.asarray(reduce(np.fmax, columns) - reduce(np.fmin, columns))
 
 
 def dominant(confidence: Floats) -> NDArray[np.int8]:

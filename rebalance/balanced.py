@@ -35,6 +35,7 @@ from .shards import Rows, ScoreShards
 AUTO = 0  # bins: as many as the data bear
 TOLERANCE = 0.05  # mmaudit's default
 METHODS = ("dropping", "weight")
+_MOST_BINS = np.iinfo(np.int16).max
 _FINE = 4_096  # bins of the histogram that the number of bins is chosen by
 
 
@@ -122,6 +123,8 @@ class Balanced:
 
     def quotas(self, counts: Counts) -> Counts:
         """Give how many of each cell to keep: the balanced split of each split on its own."""
+        if not counts.any():
+            raise ScoreError(f"no sample that may be kept has a discrepancy between {self.between}: name another pair")
         available = counts.reshape(self.shape)
         if self.config.by == "weight":
             return counts
@@ -173,6 +176,11 @@ def plan_balanced(shards: ScoreShards, config: BalancedConfig, *, between: str |
             raise ConfigError(f"--between {between}: a grid has two confidences; name two modalities, A:B")
         between = f"{between}:{next(name for name in shards.modalities if name != between)}"
     num_bins = config.bins if config.bins != AUTO else _chosen_bins(shards, between)
+    total = num_bins ** (2 if config.grid else 1)
+    if total > _MOST_BINS:
+        raise ConfigError(
+            f"split.bins: {total} bins are too many, a manifest numbers {_MOST_BINS:,} at most; take fewer"
+        )
     rule = Balanced(
         config=config,
         between=between,
@@ -180,7 +188,7 @@ def plan_balanced(shards: ScoreShards, config: BalancedConfig, *, between: str |
         splits=shards.splits,
         num_classes=len(shards.classes),
         class_names=shards.class_names,
-        weight=np.ones((len(shards.splits), num_bins ** (2 if config.grid else 1)), dtype=np.float32),
+        weight=np.ones((len(shards.splits), total), dtype=np.float32),
     )
     if rule.num_cells > np.iinfo(np.int32).max // 8:
         raise ConfigError(f"{rule.num_cells} cells of split, bin and class are too many; take fewer bins")

@@ -7,6 +7,7 @@ the other compares.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ _HALF, _UNIT = np.uint64(32), np.float64(2.0**-32)
 class Told:
     """What a rule says of each row (n,): a dropped one was on the wrong side of `threshold` with its `score`.
 
-    bin: -1 where there is none; weight: that of the loss.
+    Both are NaN of a row that was ruled out before. bin: -1 where there is none; weight: that of the loss.
     """
 
     score: NDArray[np.float64]
@@ -110,10 +111,16 @@ class Choice:
         key = self.rule.order(rows) if self.rule.by_score else rows.key
         some, last = self.quota[cell] > 0, self.last[cell]
         keep = (cell >= 0) & (rows.barred == 0) & some & (key <= last)
-        reason = np.where(rows.barred > 0, rows.barred + 1, np.where(cell < 0, 1, 0)).astype(np.int8)
+        reason = (cell < 0).astype(np.int8)
+        if self.shards.members:
+            reason = np.where(rows.barred > 0, rows.barred + 1, reason).astype(np.int8)
         # 32 bits of a hash say enough, and take half the space.
-        chance = Told(score=(key >> _HALF) * _UNIT, threshold=np.where(some, (last >> _HALF) * _UNIT, 0.0))
-        rank = self.starts[badness(rows)].astype(np.int32)
+        score, threshold = (key >> _HALF) * _UNIT, np.where(self.quota > 0, (self.last >> _HALF) * _UNIT, 0.0)[cell]
+        if reason.any():  # those had no part in it
+            score[reason > 0] = threshold[reason > 0] = np.nan
+        chance = Told(score=score, threshold=threshold)
+        rank = np.zeros(len(rows), dtype=np.int32)
+        rank[keep] = self.starts[badness(rows)[keep]]
         return Decision(
             keep=keep,
             discrepancy=rows.discrepancy(self.rule.between),
@@ -140,12 +147,13 @@ def choose(shards: ScoreShards, rule: Rule, *, scratch: Path) -> Choice:
             ids.add(rows.key, cell, bad)
             if rule.by_score:
                 order.add(rule.order(rows), cell, bad)
-        check_unique(shards, ids.repeated())
+        repeated = stack.enter_context(ThreadPoolExecutor(1)).submit(ids.repeated)  # while this thread sorts as well
         quota = np.minimum(rule.quotas(counts), counts)
         if not quota.any():
             raise ManifestError(f"{rule.name}: none of the {shards.num_rows} scored samples qualifies; widen the rule")
         last = order.last_keys(quota)
         starts = _rank_starts(order, quota, last)
+        check_unique(shards, repeated.result())
     return Choice(shards=shards, rule=rule, counts=counts, quota=quota, last=last, starts=starts)
 
 
@@ -154,7 +162,7 @@ def badness(rows: Rows) -> NDArray[np.uint32]:
     balance = rows.numbers("balance")
     low = rows.gap if balance is None else (1 - balance) / 2
     steps = low * np.float32(_RANKS - 1)
-    return np.where(steps >= 0, np.minimum(steps, _RANKS - 1), _RANKS - 1).astype(np.uint32)  # NaN: the last
+    return np.where(np.isnan(steps), _RANKS - 1, np.clip(steps, 0, _RANKS - 1)).astype(np.uint32)
 
 
 def check_unique(shards: ScoreShards, repeated: NDArray[np.uint64]) -> None:

@@ -175,8 +175,11 @@ class RowDigest:
             column = table[name].combine_chunks()
             if name in REPEATING and not pa.types.is_dictionary(column.type):
                 column = column.dictionary_encode()
-            self._whole.update(f"{name}\0{len(column)}\0".encode())
-            self._whole.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+            self._whole.update(f"{name}\0{len(column)}\0{column.null_count}\0".encode())
+            if column.null_count == len(column):
+                continue
+            if column.null_count:
+                self._whole.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
             for block in _values(column):
                 self._whole.update(block)
 
@@ -209,31 +212,35 @@ def regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held)
 
 
-def _values(column: pa.Array) -> Iterator[bytes]:
+def _values(column: pa.Array) -> Iterator[bytes | memoryview]:
     """Give the values of a column as bytes that depend on nothing else; a null as 0, or as an empty text."""
     if pa.types.is_dictionary(column.type):
         yield from _coded(column)
     elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        yield np.ascontiguousarray(column.fill_null(0).to_numpy(zero_copy_only=False)).tobytes()
+        filled = column.fill_null(0) if column.null_count else column
+        yield np.ascontiguousarray(filled.to_numpy(zero_copy_only=False)).data.cast("B")
     elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        _, offsets, data = column.fill_null("").cast(pa.large_string()).buffers()
-        ends = np.frombuffer(offsets, np.int64, len(column) + 1, 8 * column.offset)
-        yield np.diff(ends).astype(np.int32).tobytes()
+        filled = column.fill_null("") if column.null_count else column
+        _, offsets, data = filled.buffers()
+        wide = pa.types.is_large_string(filled.type)
+        ends = np.frombuffer(offsets, np.int64 if wide else np.int32)[filled.offset :][: len(filled) + 1]
+        yield np.diff(ends).astype(np.int32).data.cast("B")
         if data is not None:
-            yield memoryview(data)[ends[0] : ends[-1]].tobytes()
+            yield memoryview(data)[ends[0] : ends[-1]]
     else:
         yield json.dumps(column.to_pylist(), default=str).encode()
 
 
-def _coded(column: pa.DictionaryArray) -> Iterator[bytes]:
+def _coded(column: pa.DictionaryArray) -> Iterator[bytes | memoryview]:
     """Give the values that occur, sorted, and the place of each row's among them; a null has the first."""
-    codes = column.indices.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
     names = column.dictionary.to_pylist()
-    used = np.flatnonzero(np.bincount(codes[valid], minlength=len(names))).tolist()
+    codes = column.indices.to_numpy(zero_copy_only=False) if not column.null_count else None
+    if codes is None:
+        codes = column.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)
+    used = np.flatnonzero(np.bincount(codes, minlength=len(names))[: len(names)]).tolist()
     among = sorted({names[code] for code in used})
     number = {name: place for place, name in enumerate(among)}
-    place = np.zeros(max(len(names), 1), dtype=np.int32)
+    place = np.zeros(len(names) + 1, dtype=np.min_scalar_type(len(among)))
     place[used] = [number[names[code]] for code in used]
-    yield json.dumps(among).encode()
-    yield np.where(valid, place[codes], 0).astype(np.int32).tobytes()
+    yield json.dumps(among, default=str).encode()
+    yield place[codes].data.cast("B")

@@ -76,8 +76,8 @@ def make_split(
 ) -> Split:
     """Choose by a recipe and write the manifest where `place` says for its name, with NAME.balance.json beside it.
 
-    `scores` is the file that the manifest says it was made from; it and other manifests are named as they are found from
-    the manifest's folder, or from `beside`. A dry run writes nothing.
+    `scores` is the file that the manifest says it was made from; it and other manifests are named as they are found
+    from the manifest's folder, or from `beside`. A dry run writes nothing.
     Raises GateError where a size, or weights, are farther from uniform than the tolerance given with them.
     """
     rule_name, members = "all", []

@@ -10,7 +10,9 @@ import glob
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -27,8 +29,12 @@ from ..audit.parquet import parse_provenance
 from ..audit.score import ScoreTable, discrepancy_between, score_modalities
 
 BATCH_ROWS = 131_072
+_MOST_LABELS = 1 << 16
 NO_SPLIT = "all"  # what the only split is called where there are none
-_RANGES = {"similarity": -1.0, "balance": -1.0, "p_balanced": 0.0}  # the least of each; the largest is 1
+_RANGES = {"balance": -1.0, "p_balanced": 0.0}  # the least of each; the largest is 1
+_ONLY_WRITTEN = ("label_name", "content")
+_CODED = ("split", "label_name")  # what few values repeat in
+_USED = ("sample_id", "label", "split", "group", *_ONLY_WRITTEN, *_RANGES)
 _SLACK = 1e-6
 
 Part: TypeAlias = "Path | pa.Table"
@@ -101,23 +107,30 @@ class ScoreShards:
     classes: pa.Array
     class_names: tuple[str, ...]
     splits: tuple[str, ...]
+    coded: tuple[str, ...]  # columns of which label and split, and the names here, say all
     paths: tuple[str, ...]
     provenance: dict[str, Any]
     seed: int
     members: tuple[Members, ...] = ()  # the manifests that rows must, or must not, be in
     assign: Callable[[Rows], NDArray[np.int16]] | None = None  # other splits than the table's, as places in `splits`
 
-    def rows(self) -> Iterator[Rows]:
+    def rows(self, *, whole: bool = False) -> Iterator[Rows]:
         """Read all rows once, in their order, while others are being worked on.
 
+        Only columns that decide something are read; `whole`: all that a manifest has, of rows that were read before.
         Raises ScoreError for values that are null or out of range; the first of them is named.
         """
-        return prefetched(self._rows())
+        return prefetched(self._rows(whole=whole))
 
-    def _rows(self) -> Iterator[Rows]:
+    def _rows(self, *, whole: bool) -> Iterator[Rows]:
+        needless = {"label_name"} & set(self.coded) if whole else {*self.paths, *_ONLY_WRITTEN}
+        columns = [name for name in self.columns if name not in needless]
+        if "label" not in columns:
+            columns.append("label_name")
         for part in self.parts:
-            for table in _batches(part, self.columns):
-                _check(table, self.modalities, part)
+            for table in _batches(part, dict.fromkeys(columns), dictionary=_CODED):
+                if not whole:
+                    _check(table, self.modalities, part)
                 key = keys_of(table["sample_id"], seed=self.seed)
                 rows = Rows(
                     table=table,
@@ -160,6 +173,8 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
     """
     parts: list[Part] = [source.to_arrow()] if isinstance(source, ScoreTable) else _files(source)
     schemas = [_schema(part) for part in parts]
+    for part, schema in zip(parts, schemas, strict=True):
+        _check_schema(schema, part)
     columns = tuple(schemas[0].names)
     for part, schema in zip(parts, schemas, strict=True):
         if set(schema.names) != set(columns):
@@ -178,7 +193,12 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
     return ScoreShards(
         parts=_in_order(parts),
         modalities=modalities,
-        columns=tuple(name for name in columns if name not in found.empty),
+        columns=tuple(
+            name
+            for name in columns
+            if name not in found.empty and (name in _USED or name in paths or name.startswith("confidence_"))
+        ),
+        coded=tuple(each for each, known in (("label_name", found.named), ("split", found.all_split)) if known),
         num_rows=found.num_rows,
         classes=found.classes,
         class_names=found.class_names,
@@ -191,10 +211,13 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
 
 def keys_of(ids: pa.ChunkedArray, *, seed: int) -> NDArray[np.uint64]:
     """Give hash(seed, id) of each row, (n,): the chance by which rows are chosen."""
-    return hash_ids(_plain(ids.combine_chunks()), seed=seed, purpose="split")
+    try:
+        return hash_ids(_plain(ids.combine_chunks()), seed=seed, purpose="split")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as cause:
+        raise ScoreError(f"column sample_id does not hold text: {str(cause).splitlines()[0]}") from cause
 
 
-def prefetched(items: Iterable[Item], *, depth: int = 2) -> Iterator[Item]:
+def prefetched(items: Iterable[Item], *, depth: int = 1) -> Iterator[Item]:
     """Let a thread work ahead by a few items: reading then goes on while what was read is worked on."""
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -255,16 +278,27 @@ def _schema(part: Part) -> pa.Schema:
         raise ScoreError(f"{part} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
 
 
-def _batches(part: Part, columns: Sequence[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.Table]:
+def _check_schema(schema: pa.Schema, part: Part) -> None:
+    where = part if isinstance(part, Path) else "the score table"
+    for name in schema.names:
+        if len(places := schema.get_all_field_indices(name)) > 1:
+            raise ScoreError(f"{where} has {len(places)} columns {name}: name each once")
+        type_ = schema.field(name).type
+        if name in ("sample_id", "label", "label_name", "split") and pa.types.is_nested(type_):
+            raise ScoreError(f"{where}: column {name} holds {type_}; it takes one text or number a row")
+
+
+def _batches(part: Part, columns: Iterable[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.Table]:
     """Read a part in batches; of a file no more than that is held."""
+    names = list(columns)
     if isinstance(part, pa.Table):
         for first in range(0, len(part), BATCH_ROWS):
-            yield part.select(list(columns)).slice(first, BATCH_ROWS)
+            yield part.select(names).slice(first, BATCH_ROWS)
         return
     try:
-        with pq.ParquetFile(part, pre_buffer=False, read_dictionary=list(dictionary)) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
-                yield pa.Table.from_batches([batch]).select(list(columns))
+        with pq.ParquetFile(part, pre_buffer=False, read_dictionary=[one for one in dictionary if one in names]) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=names):
+                yield pa.Table.from_batches([batch]).select(names)
     except (pa.ArrowInvalid, OSError) as cause:
         raise ScoreError(f"{part} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
 
@@ -276,54 +310,93 @@ class _Survey:
     class_names: tuple[str, ...]
     splits: tuple[str, ...]
     empty: frozenset[str]  # columns of numbers that are null throughout
+    named: bool  # each class has one name
+    all_split: bool  # each row has a split
 
 
 def _survey(parts: Sequence[Part], columns: Sequence[str]) -> _Survey:
-    """Count the rows, and find which labels and splits there are."""
+    """Count the rows, and find which labels and splits there are: two parts at a time."""
     names = [name for name in ("label", "label_name", "split") if name in columns]
-    empty = {name for name in _RANGES if name in columns}
-    number = 0
-    called: dict[Any, str] = {}
-    splits: set[str | None] = set()
-    for part in parts:
-        empty -= _not_empty(part, empty)
-        for table in _batches(part, names, dictionary=names):
-            number += len(table)
-            if "split" in names:
-                splits |= set(pc.unique(_plain(table["split"])).to_pylist())
-            for label, name in _pairs(table):
-                called[label] = min(called.get(label, name), name)
-    classes = sorted(called)
+    with ThreadPoolExecutor(2) as threads:
+        looked = list(threads.map(partial(_look, names=names), parts))
+    called: dict[Any, set[str]] = {}
+    for label, name in sorted({pair for pairs, _, _ in looked for pair in pairs}, key=str):
+        called.setdefault(label, set()).add(name)
+    splits = {each for _, found, _ in looked for each in found}
+    numbers = {name for name in _RANGES if name in columns}
+    classes = _sorted(called)
     return _Survey(
-        num_rows=number,
+        num_rows=sum(number for _, _, number in looked),
         classes=pa.array(classes),
-        class_names=tuple(called[one] for one in classes),
-        splits=tuple(sorted(NO_SPLIT if one is None else str(one) for one in splits)) or (NO_SPLIT,),
-        empty=frozenset(empty),
+        class_names=tuple(min(called[one]) for one in classes),
+        splits=tuple(sorted({NO_SPLIT if one is None else str(one) for one in splits})) or (NO_SPLIT,),
+        empty=frozenset(numbers - {name for part in parts for name in _not_empty(part, numbers)}),
+        named=all(len(each) == 1 and "" not in each for each in called.values()),
+        all_split=None not in splits,
     )
+
+
+def _look(part: Part, *, names: Sequence[str]) -> tuple[set[tuple[Any, str]], set[str | None], int]:
+    """Give the labels of a part with their names, its splits, and its number of rows."""
+    pairs: set[tuple[Any, str]] = set()
+    splits: set[str | None] = set()
+    number = 0
+    for table in _batches(part, names, dictionary=names):
+        number += len(table)
+        _no_nulls(table, [_label_column(table)], part)
+        if "split" in names:
+            splits |= set(pc.unique(table["split"]).to_pylist())
+        pairs |= set(_pairs(table))
+    return pairs, splits, number
+
+
+def _sorted(labels: Iterable[Any]) -> list[Any]:
+    """Sort labels; ScoreError for those of two kinds, and for numbers that a manifest has no room for."""
+    kinds = sorted({type(one).__name__ for one in labels})
+    if len(kinds) > 1:
+        raise ScoreError(f"column label is {' in one shard and '.join(kinds)} in another: write all labels alike")
+    found = sorted(labels)
+    if kinds == ["int"] and (wrong := [one for one in (found[0], found[-1]) if not -(2**31) <= one < 2**31]):
+        raise ScoreError(f"label {wrong[0]} has more than 32 bits: number the classes anew, or give label_name alone")
+    return found
 
 
 def _pairs(table: pa.Table) -> list[tuple[Any, str]]:
     """Give each label of a table with each name it has."""
-    pairs = pa.table({"label": _label(table), "name": _label_name(table)})
-    found = pairs.group_by(["label", "name"], use_threads=False).aggregate([])
-    return list(zip(found["label"].to_pylist(), found["name"].to_pylist(), strict=True))
+    label, name = (_coded(column) for column in (_label(table), table[_name_column(table)]))
+    codes = label.indices.to_numpy().astype(np.int64) * (len(name.dictionary) + 1)
+    codes += name.indices.fill_null(len(name.dictionary)).to_numpy()
+    labels, names = label.dictionary.to_pylist(), [*map(str, name.dictionary.to_pylist()), ""]
+    return [
+        (labels[code // len(names)], names[code % len(names)]) for code in np.flatnonzero(np.bincount(codes)).tolist()
+    ]
+
+
+def _coded(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    """Give a column as codes of the values it has."""
+    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    return coded.unify_dictionaries().combine_chunks()
 
 
 def _not_empty(part: Part, names: set[str]) -> set[str]:
-    """Tell which of these columns hold anything; by the statistics of a file, and if it has none they do."""
+    """Tell which of these columns hold anything; by the statistics of a file, and if it has none by what they hold."""
     if isinstance(part, pa.Table):
         return {name for name in names if part[name].null_count < len(part)}
     about = pq.read_metadata(part)
-    found = set()
+    found: set[str] = set()
+    unknown: set[str] = set()
     for group in range(about.num_row_groups):
         rows = about.row_group(group)
         for column in range(rows.num_columns):
             chunk = rows.column(column)
             if chunk.path_in_schema in names:
                 known = chunk.statistics is not None and chunk.statistics.has_null_count
-                if not known or chunk.statistics.null_count < rows.num_rows:
+                if not known:
+                    unknown.add(chunk.path_in_schema)
+                elif chunk.statistics.null_count < rows.num_rows:
                     found.add(chunk.path_in_schema)
+    for table in _batches(part, unknown - found) if unknown - found else ():
+        found |= {name for name in table.column_names if table[name].null_count < len(table)}
     return found
 
 
@@ -342,9 +415,7 @@ def _in_order(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 def _check(table: pa.Table, modalities: Sequence[str], part: Part) -> None:
     where = part if isinstance(part, Path) else "the score table"
-    for name in ("sample_id", "label" if "label" in table.column_names else "label_name"):
-        if table[name].null_count:
-            raise ScoreError(f"{where}: column {name} holds nulls; every scored sample has an id and a label")
+    _no_nulls(table, ["sample_id", _label_column(table)], part)
     there = np.zeros(len(table), dtype=np.int16)
     for name in modalities:
         there += _check_range(table, f"confidence_{name}", 0.0, where)
@@ -355,6 +426,17 @@ def _check(table: pa.Table, modalities: Sequence[str], part: Part) -> None:
     for name, low in _RANGES.items():
         if name in table.column_names:
             _check_range(table, name, low, where)
+
+
+def _no_nulls(table: pa.Table, names: Sequence[str], part: Part) -> None:
+    where = part if isinstance(part, Path) else "the score table"
+    for name in names:
+        if table[name].null_count:
+            raise ScoreError(f"{where}: column {name} holds nulls; every scored sample has an id and a label")
+
+
+def _label_column(table: pa.Table) -> str:
+    return "label" if "label" in table.column_names else "label_name"
 
 
 def _check_range(table: pa.Table, name: str, low: float, where: object) -> NDArray[np.bool_]:
@@ -392,12 +474,21 @@ def _label(table: pa.Table) -> Any:
     return label
 
 
-def _label_name(table: pa.Table) -> Any:
-    name = "label_name" if "label_name" in table.column_names else "label"
-    return pc.fill_null(_plain(table[name]).cast(pa.string()), "")
+def _name_column(table: pa.Table) -> str:
+    return "label_name" if "label_name" in table.column_names else "label"
 
 
 def _places(column: pa.ChunkedArray, among: pa.Array, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
+    if (
+        pa.types.is_integer(among.type)
+        and len(among)
+        and (least := among[0].as_py()) >= 0
+        and ((size := among[-1].as_py() - least + 1) <= _MOST_LABELS)
+    ):
+        table = np.zeros(size, dtype=dtype)  # a table of small numbers is ten times as quick
+        table[among.to_numpy() - least] = np.arange(len(among))
+        return np.asarray(table[column.to_numpy() - least])
+    column = _plain(column)
     found = pc.index_in(column, value_set=among.cast(column.type))
     return np.asarray(found.to_numpy().astype(dtype))
 
@@ -405,8 +496,11 @@ def _places(column: pa.ChunkedArray, among: pa.Array, dtype: type[np.signedinteg
 def _splits(table: pa.Table, splits: Sequence[str]) -> NDArray[np.int16]:
     if "split" not in table.column_names:
         return np.zeros(len(table), dtype=np.int16)
-    named = pc.fill_null(_plain(table["split"]).cast(pa.string()), NO_SPLIT)
-    return _places(named, pa.array(list(splits), pa.string()), np.int16)
+    coded = _coded(table["split"])
+    among = {name: place for place, name in enumerate(splits)}
+    names = [NO_SPLIT if each is None else str(each) for each in coded.dictionary.to_pylist()]
+    place = np.array([*(among[name] for name in names), among.get(NO_SPLIT, 0)], np.int16)
+    return np.asarray(place[coded.indices.fill_null(len(place) - 1).to_numpy()])
 
 
 def _floats(table: pa.Table, name: str) -> Floats:

@@ -26,12 +26,13 @@ class Spill:
         self._bits = min(max(0, (num_rows // _ROWS_A_PART).bit_length()), _MOST_PARTS.bit_length() - 1)
         self._held: list[NDArray[np.void]] = []
         self._scratch = None
-        self._files = []
+        self._files: list[Path] = []  # opened for each writing: a process may hold as few as 256 open
         if self._bits:
             folder.mkdir(parents=True, exist_ok=True)
             self._scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".mmaudit-")
-            names = [Path(self._scratch.name) / f"{number}" for number in range(1 << self._bits)]
-            self._files = [name.open("w+b") for name in names]
+            self._files = [Path(self._scratch.name) / f"{number}" for number in range(1 << self._bits)]
+            for file in self._files:
+                file.touch()
 
     def __enter__(self) -> Spill:
         return self
@@ -39,8 +40,6 @@ class Spill:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for file in self._files:
-            file.close()
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -56,7 +55,8 @@ class Spill:
         ends = np.cumsum(np.bincount(part, minlength=len(self._files)))
         for file, first, end in zip(self._files, np.r_[0, ends[:-1]], ends, strict=True):
             if end > first:
-                file.write(records[first:end].tobytes())
+                with file.open("ab") as part_file:
+                    part_file.write(records[first:end].tobytes())
 
     def parts(self) -> Iterator[NDArray[np.void]]:
         """Give all records in parts: every key of one is less than every key of the next."""
@@ -64,17 +64,7 @@ class Spill:
             yield np.concatenate(self._held) if self._held else np.empty(0, dtype=RECORD)
             return
         for file in self._files:
-            file.flush()
-            file.seek(0)
             yield np.fromfile(file, dtype=RECORD)
-            file.seek(0, 2)
-
-    def count(self, num_cells: int) -> NDArray[np.int64]:
-        """Count the records of each cell, (c,)."""
-        total = np.zeros(num_cells, dtype=np.int64)
-        for part in self.parts():
-            total += np.bincount(part["cell"][part["cell"] >= 0], minlength=num_cells)
-        return total
 
     def repeated(self) -> NDArray[np.uint64]:
         """Give the keys that stand more than once."""

@@ -12,24 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .choice import Decision
-from .levels import bin_of, distance_to_uniform
+from .levels import distance_to_uniform
 from .shards import Rows, ScoreShards
 
-_MOST_FINE = 4_096  # the step in which KS is taken: it is right to 1 / 4,096
-_MOST_CELLS = 1 << 22
+_MOST_FINE = 1_024  # bins in whose steps KS is taken, which is right to 0.001 then
+_MOST_CELLS = 1 << 18  # of all counts together: what stays in the cache is added to ten times as quickly
 MOST_SHORTAGES = 20
 
 
 class Tally:
-    """Counts of a discrepancy among all rows and the kept ones; the kept ones weigh what their manifest says."""
+    """Counts of a discrepancy among all rows and the kept ones; the kept ones weigh what their manifest says.
+
+    They are held by split, class, bin, and fine bins within each bin: (s, k, b, f / b).
+    """
 
     def __init__(self, shards: ScoreShards, *, between: str, num_bins: int) -> None:
         self.between, self.num_bins, self.shards = between, num_bins, shards
-        k = len(shards.classes)
-        fine = min(_MOST_FINE, max(num_bins, 1 << max(4, (_MOST_CELLS // k).bit_length() - 1)))
-        self._fine = [np.zeros((k, fine)) for _ in range(2)]
-        self._bins = [np.zeros((len(shards.splits), num_bins, k)) for _ in range(2)]
-        self._positive = [np.zeros(k) for _ in range(2)]
+        cells = len(shards.splits) * len(shards.classes) * num_bins
+        within = max(1, min(_MOST_FINE // num_bins, _MOST_CELLS // cells))
+        self._held = [np.zeros((len(shards.splits), len(shards.classes), num_bins, within)) for _ in range(2)]
+        self._positive = [0.0, 0.0]
         self._squares = 0.0  # sum of squared weights of the kept
         self.kept = self.dropped = 0
         self.reasons: dict[str, int] = {}
@@ -37,48 +39,47 @@ class Tally:
     def add(self, rows: Rows, decision: Decision, reasons: tuple[str, ...]) -> None:
         """Count some rows."""
         keep, values, weight = decision.keep, decision.discrepancy, decision.told.weight
-        kept = int(keep.sum())
+        kept = int(np.count_nonzero(keep))
         self.kept += kept
         self.dropped += len(rows) - kept
-        self._squares += kept if weight is None else float((weight[keep].astype(np.float64) ** 2).sum())
-        for reason, number in zip(
-            reasons, np.bincount(decision.reason[~keep], minlength=len(reasons)).tolist(), strict=True
-        ):
-            if number:
-                self.reasons[reason] = self.reasons.get(reason, 0) + number
+        self._count_reasons(decision.reason[~keep] if decision.reason.any() else None, len(rows) - kept, reasons)
         there = ~np.isnan(values)
+        cell = self._cells(rows, np.where(there, values, 0).astype(np.float64))
         if not there.all():
-            rows_there = np.flatnonzero(there)
-            values, keep = values[rows_there], keep[rows_there]
-            label, split = rows.label[rows_there], rows.split[rows_there]
-            weight = None if weight is None else weight[rows_there]
+            cell, values, keep = cell[there], values[there], keep[there]
+            weight = None if weight is None else weight[there]
+        size = self._held[0].size
+        both = np.bincount(cell * 2 + keep, minlength=2 * size).reshape((*self._held[0].shape, 2))
+        self._held[0] += both.sum(axis=-1)
+        self._positive[0] += np.count_nonzero(values > 0)
+        if weight is None or (weight == 1).all():
+            self._held[1] += both[..., 1]
+            self._positive[1] += np.count_nonzero((values > 0) & keep)
+            self._squares += int(both[..., 1].sum())
         else:
-            label, split = rows.label, rows.split
-        k, fine = self._fine[0].shape
-        place = label.astype(np.int32)
-        self._count(self._fine, place * fine + bin_of(values, num_bins=fine), keep, weight)
-        bins = bin_of(values, num_bins=self.num_bins)
-        self._count(self._bins, (split.astype(np.int32) * self.num_bins + bins) * k + place, keep, weight)
-        up = np.flatnonzero(values > 0)
-        self._count(self._positive, place[up], keep[up], None if weight is None else weight[up])
+            mass = weight[keep].astype(np.float64)
+            found = np.bincount(cell[keep], weights=mass, minlength=size)
+            self._held[1] += found.reshape(self._held[1].shape)
+            self._positive[1] += float(mass[values[keep] > 0].sum())
+            self._squares += float((mass**2).sum())
 
-    @staticmethod
-    def _count(
-        held: list[NDArray[np.float64]],
-        cell: NDArray[np.int32],
-        keep: NDArray[np.bool_],
-        weight: NDArray[np.float32] | None,
-    ) -> None:
-        """Add to what is held by cell: all rows, and the kept ones by their weight."""
-        size = held[0].size
-        both = np.bincount(cell * 2 + keep, minlength=2 * size).reshape(size, 2)
-        held[0].reshape(-1)[:] += both.sum(axis=1)
-        kept = both[:, 1] if weight is None else np.bincount(cell[keep], weights=weight[keep], minlength=size)
-        held[1].reshape(-1)[:] += kept
+    def _cells(self, rows: Rows, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Give the place of each row among what is held, (n,)."""
+        _, k, b, within = self._held[0].shape
+        place = (values + 1) / 2 * b
+        bins = np.clip(place, 0, b - 1).astype(np.int64)  # as bin_of has them
+        fine = np.clip((place - bins) * within, 0, within - 1).astype(np.int64)
+        return np.asarray(((rows.split.astype(np.int64) * k + rows.label) * b + bins) * within + fine)
+
+    def _count_reasons(self, reason: NDArray[np.int8] | None, number: int, reasons: tuple[str, ...]) -> None:
+        counts = [number] if reason is None else np.bincount(reason, minlength=len(reasons)).tolist()
+        for name, found in zip(reasons, counts, strict=False):
+            if found:
+                self.reasons[name] = self.reasons.get(name, 0) + found
 
     def numbers(self) -> dict[str, Any]:
         """Give all that is to be told of the split, as plain values."""
-        before, after = (counts.sum(axis=0) for counts in self._bins)  # (b, k)
+        before, after = (held.sum(axis=(0, 3)).T for held in self._held)  # (b, k)
         total = float(after.sum())
         return {
             "between": self.between,
@@ -99,24 +100,26 @@ class Tally:
         }
 
     def _uniformity(self, place: int) -> dict[str, float]:
-        counts = self._bins[place].sum(axis=(0, 2))
-        mass = float(counts.sum())
+        by_bin = self._held[place].sum(axis=(0, 1, 3))
+        mass = float(by_bin.sum())
         return {
-            "distance": distance_to_uniform(counts, available=self._bins[0].sum(axis=(0, 2))),
-            "ks": _ks(self._fine[place].sum(axis=0)),
-            "positive": float(self._positive[place].sum()) / mass if mass else 0.0,
+            "distance": distance_to_uniform(by_bin, available=self._held[0].sum(axis=(0, 1, 3))),
+            "ks": _ks(self._held[place].sum(axis=(0, 1)).reshape(-1)),
+            "positive": float(self._positive[place] / mass) if mass else 0.0,
         }
 
     def _by_split(self) -> dict[str, float]:
         """Give the distance to uniform of each split, over the bins that the split itself fills."""
+        before, after = (held.sum(axis=(1, 3)) for held in self._held)  # (s, b)
         return {
-            name: distance_to_uniform(after.sum(axis=1), available=before.sum(axis=1))
-            for name, before, after in zip(self.shards.splits, self._bins[0], self._bins[1], strict=True)
-            if before.any()
+            name: distance_to_uniform(after[place], available=before[place])
+            for place, name in enumerate(self.shards.splits)
+            if before[place].any()
         }
 
     def _by_class(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> list[dict[str, Any]]:
         found = []
+        fine = [held.sum(axis=0).reshape(len(self.shards.classes), -1) for held in self._held]
         for place, name in enumerate(self.shards.class_names):
             there = before[:, place]
             found.append(
@@ -126,8 +129,8 @@ class Tally:
                     "after": float(after[:, place].sum()),
                     "distance_before": distance_to_uniform(there, available=there),
                     "distance_after": distance_to_uniform(after[:, place], available=there),
-                    "ks_before": _ks(self._fine[0][place]),
-                    "ks_after": _ks(self._fine[1][place]),
+                    "ks_before": _ks(fine[0][place]),
+                    "ks_after": _ks(fine[1][place]),
                     "empty_bins": int((there == 0).sum()),
                 }
             )
@@ -136,7 +139,8 @@ class Tally:
     def _shortages(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> list[dict[str, Any]]:
         """Give the bins and classes that have least of what an even share of their bin would be, the worst first."""
         wanted = after.sum(axis=1, keepdims=True) / max(1, int(before.any(axis=0).sum()))
-        lacking = np.where(before.sum(axis=1, keepdims=True) > 0, wanted - before, 0)
+        there = before.any(axis=1, keepdims=True) & before.any(axis=0)  # a class without any is short of no bin
+        lacking = np.where(there, wanted - before, 0)
         worst = np.argsort(-lacking, axis=None, kind="stable")[:MOST_SHORTAGES]
         bins, classes = np.unravel_index(worst, lacking.shape)
         width = 2 / self.num_bins

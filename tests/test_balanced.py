@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations
 from math import floor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -20,25 +22,14 @@ from scipy.stats import kstest
 
 from mmaudit.audit.errors import ConfigError, ScoreError
 from mmaudit.audit.score import ScoreTable
-from mmaudit.rebalance.balanced import (
-    CURVE,
-    BalancedConfig,
-    BalancedSplit,
-    balanced_split,
-    bin_of,
-    distance_to_uniform,
-    largest_level,
-    largest_pair,
-    share_among_classes,
-    size_curve,
-    water_fill,
-)
-from mmaudit.rebalance.manifest import make_manifest, read_dropped, read_manifest, write_manifest
+from mmaudit.rebalance.balanced import AUTO, Balanced, BalancedConfig, largest_pair, plan_balanced
+from mmaudit.rebalance.choice import Choice, choose
+from mmaudit.rebalance.levels import Point, best_bins
+from mmaudit.rebalance.manifest import read_dropped, read_manifest
+from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.split import write_split
 
 Counts = NDArray[np.int64]
-
-# Discrepancies measured on RAVDESS, 1,440 samples in 20 bins (docs: 20 samples are exactly uniform).
-RAVDESS = np.array([4, 7, 18, 33, 45, 62, 79, 98, 164, 206, 172, 140, 132, 91, 70, 53, 33, 23, 9, 1])
 
 SHAPES: dict[str, Callable[[np.random.Generator, int], NDArray[np.float64]]] = {
     "flat": lambda rng, n: rng.uniform(-1, 1, n),
@@ -48,6 +39,9 @@ SHAPES: dict[str, Callable[[np.random.Generator, int], NDArray[np.float64]]] = {
     "constant": lambda rng, n: np.full(n, 0.25),
     "one bin": lambda rng, n: rng.uniform(0.001, 0.009, n),
 }
+TOLERANCE = st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0])
+BINS = st.sampled_from([2, 3, 7, 20])
+KS_STEP = 0.001  # the reported one is taken at the edges of about a thousand fine bins
 
 
 def table_of(values: NDArray[np.floating[Any]], label: NDArray[np.integer[Any]]) -> ScoreTable:
@@ -61,21 +55,74 @@ def table_of(values: NDArray[np.floating[Any]], label: NDArray[np.integer[Any]])
     )
 
 
+def drawn(n: int, *, seed: int, num_modalities: int = 2, splits: tuple[str, ...] = ()) -> ScoreTable:
+    """Give n samples of any confidence, of three classes."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 3, n)
+    return replace(
+        table_of(np.zeros(n), label),
+        modalities=("audio", "visual", "text", "depth")[:num_modalities],
+        confidence=rng.beta(*rng.uniform(0.3, 3, (2, num_modalities)), (n, num_modalities)).astype(np.float32),
+        split=rng.choice(splits, n).astype(object) if splits else None,
+    )
+
+
 @st.composite
 def tables(draw: st.DrawFn) -> ScoreTable:
     n, classes = draw(st.integers(1, 150)), draw(st.integers(1, 5))
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     values = SHAPES[draw(st.sampled_from(sorted(SHAPES)))](rng, n)
-    return table_of(values, rng.integers(0, classes, n) if draw(st.booleans()) else np.minimum(rng.poisson(0.4, n), 4))
+    found = table_of(values, rng.integers(0, classes, n) if draw(st.booleans()) else np.minimum(rng.poisson(0.4, n), 4))
+    names = draw(st.sampled_from([None, ("train",), ("train", "validation", "test")]))
+    return found if names is None else replace(found, split=rng.choice(names, n).astype(object))
 
 
-TOLERANCE = st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0])
-BINS = st.sampled_from([2, 3, 7, 20])
-AVAILABLE = st.lists(st.integers(0, 12), min_size=2, max_size=6).map(np.array)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """A balanced split as it is told: before and after are (s, b, k); files only where they were asked for."""
+
+    rule: Balanced
+    choice: Choice
+    numbers: dict[str, Any]
+    kept_ids: set[str]
+    kept: pa.Table | None = None
+    dropped: pa.Table | None = None
+
+    @property
+    def before(self) -> Counts:
+        return self.choice.counts.reshape(self.rule.shape)
+
+    @property
+    def after(self) -> Counts:
+        return self.choice.quota.reshape(self.rule.shape)
+
+    @property
+    def curve(self) -> tuple[Point, ...]:
+        return self.rule.curve(self.choice.counts)
 
 
-def cut_to(available: Counts, level: int) -> Counts:
-    return np.minimum(available, level)
+def split_of(
+    source: ScoreTable | Path, config: BalancedConfig, *, seed: int = 0, between: str | None = None, files: bool = False
+) -> Split:
+    shards = open_scores(source, seed=seed)
+    rule = plan_balanced(shards, config, between=between)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "m.parquet"
+        choice = choose(shards, rule, scratch=Path(folder))
+        numbers = write_split(choice, path if files else None, name="balanced", recipe={}, num_bins=rule.num_bins)
+        kept = read_manifest(path) if files else None
+        dropped = read_dropped(path, kept) if kept else None
+    ids: set[str] = set()
+    for rows in shards.rows():
+        ids |= set(rows.table["sample_id"].filter(pa.array(choice.decide(rows).keep)).to_pylist())
+    return Split(
+        rule=rule,
+        choice=choice,
+        numbers=numbers,
+        kept_ids=ids,
+        kept=kept.table if kept else None,
+        dropped=dropped,
+    )
 
 
 def slow_distance(kept: Counts, available: Counts) -> Fraction:
@@ -84,68 +131,60 @@ def slow_distance(kept: Counts, available: Counts) -> Fraction:
     return sum((abs(Fraction(one, sum(filled)) - Fraction(1, len(filled))) for one in filled), Fraction(0)) / 2
 
 
-def bins_of(table: Any, num_bins: int) -> Counts:
-    """Count the discrepancies of an Arrow table by bin, in rational numbers."""
-    values = [Fraction(value) for value in table["discrepancy"].to_pylist()]
-    numbers = [min(num_bins - 1, floor((value + 1) / 2 * num_bins)) for value in values]
-    return np.bincount(numbers, minlength=num_bins)
-
-
-def kept_ids(scores: ScoreTable, split: BalancedSplit) -> set[str]:
-    return set(scores.sample_id[split.selection.keep])
-
-
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tables(), TOLERANCE, BINS)
-def test_what_the_files_hold_is_uniform_and_whole(
-    tmp_path: Path, scores: ScoreTable, tolerance: float, num_bins: int
-) -> None:
-    split = balanced_split(scores, BalancedConfig(bins=num_bins, tolerance=tolerance), seed=1)
-    write_manifest(*make_manifest(scores, split.selection), tmp_path / "m.parquet")
-    manifest = read_manifest(tmp_path / "m.parquet")
-    kept, dropped = manifest.table, read_dropped(tmp_path / "m.parquet", manifest)
-    assert dropped is not None
-    ids = kept["sample_id"].to_pylist() + dropped["sample_id"].to_pylist()
-    assert sorted(ids) == sorted(scores.sample_id)
-    held, left = bins_of(kept, num_bins), bins_of(dropped, num_bins)
-    assert np.bincount(kept["bin"].to_pylist(), minlength=num_bins).tolist() == held.tolist()
-    distance = slow_distance(held, held + left)
-    assert split.uniformity_after.distance == pytest.approx(float(distance), abs=1e-12)
-    assert float(distance) <= tolerance + 1e-9
-    assert split.after.sum(axis=1).tolist() == held.tolist()
-    assert split.before.sum(axis=1).tolist() == (held + left).tolist()
-    assert split.empty_bins == [index for index, here in enumerate(held + left) if here == 0]
-    assert set(dropped["reason"].to_pylist()) <= {"bin-full"}
-    assert all(row["score"] >= row["threshold"] for row in dropped.to_pylist())
-
-
-@settings(deadline=None)
-@given(AVAILABLE, st.sampled_from([0.0, 0.01, 0.03, 0.05, 0.1, 0.2, 0.37, 1.0]))
-def test_the_level_is_the_largest_there_is(available: Counts, tolerance: float) -> None:
-    assume(available.any())
-    fitting = [
-        level
-        for level in range(1, int(available.max()) + 1)
-        if slow_distance(cut_to(available, level), available) <= Fraction(str(tolerance))
-    ]
-    assert largest_level(available, tolerance=tolerance) == max(fitting)
+def bins_of(values: list[float], num_bins: int) -> list[int]:
+    """Give the bin of each discrepancy, in rational numbers."""
+    return [min(num_bins - 1, floor((Fraction(value) + 1) / 2 * num_bins)) for value in values]
 
 
 @settings(deadline=None, max_examples=60)
-@given(AVAILABLE, st.sampled_from([0.0, 0.01, 0.03, 0.05, 0.1, 0.2, 0.37]))
-def test_no_other_choice_keeps_as_many_as_the_next_level_would(available: Counts, tolerance: float) -> None:
-    """An exact search over all counts, not levels alone, ends below the next level: only a remainder is lost."""
-    filled = available[available > 0]
-    assume(len(filled))
-    level = largest_level(available, tolerance=tolerance)
-    best = best_size(filled, tolerance)
-    assert cut_to(available, level).sum() <= best
-    if level < available.max():
-        assert best < cut_to(available, level + 1).sum()
+@given(tables(), TOLERANCE, BINS, st.booleans())
+def test_what_the_files_hold_is_uniform_and_whole(
+    scores: ScoreTable, tolerance: float, num_bins: int, per_class: bool
+) -> None:
+    config = BalancedConfig(bins=num_bins, tolerance=tolerance, per_class=per_class)
+    split = split_of(scores, config, seed=1, files=True)
+    kept, dropped, numbers = split.kept, split.dropped, split.numbers
+    assert kept is not None
+    assert dropped is not None
+    ids = kept["sample_id"].to_pylist() + dropped["sample_id"].to_pylist()
+    assert sorted(ids) == sorted(scores.sample_id)
+    assert set(kept["sample_id"].to_pylist()) == split.kept_ids
+    assert (numbers["kept"], numbers["dropped"], numbers["scored"]) == (len(kept), len(dropped), len(scores))
+    places = bins_of(kept["discrepancy"].to_pylist(), num_bins)
+    assert kept["bin"].to_pylist() == places
+    held = np.bincount(places, minlength=num_bins)
+    left = np.bincount(bins_of(dropped["discrepancy"].to_pylist(), num_bins), minlength=num_bins)
+    assert numbers["after"]["distance"] == pytest.approx(float(slow_distance(held, held + left)), abs=1e-12)
+    assert numbers["before"]["distance"] == pytest.approx(float(slow_distance(held + left, held + left)), abs=1e-12)
+    assert (numbers["counts_after"], numbers["counts_before"]) == (held.tolist(), (held + left).tolist())
+    assert numbers["empty_bins"] == np.flatnonzero(held + left == 0).tolist()
+    assert numbers["reasons"] == ({"bin-full": len(dropped)} if len(dropped) else {})
+    assert set(dropped["reason"].to_pylist()) <= {"bin-full"}
+    assert all(0 <= row["threshold"] <= row["score"] <= 1 for row in dropped.to_pylist())
+    assert set(kept["weight"].to_pylist()) == {1.0}
+
+
+@settings(deadline=None, max_examples=40)
+@given(tables(), TOLERANCE, BINS)
+def test_the_tolerance_holds_in_each_split(scores: ScoreTable, tolerance: float, num_bins: int) -> None:
+    split = split_of(scores, BalancedConfig(bins=num_bins, tolerance=tolerance))
+    assert set(split.numbers["distances"]) == set(split.rule.splits)
+    for name, before, after in zip(split.rule.splits, split.before.sum(axis=2), split.after.sum(axis=2), strict=True):
+        distance = float(slow_distance(after, before))
+        assert split.numbers["distances"][name] == pytest.approx(distance, abs=1e-12)
+        assert distance <= tolerance + 1e-9
+    if len(split.rule.splits) == 1:
+        assert split.numbers["after"]["distance"] <= tolerance + 1e-9
+
+
+def largest_cut(available: Counts, tolerance: float) -> Counts:
+    """Give the largest set of bins cut to one level within the tolerance, by trying all levels."""
+    cuts = [np.minimum(available, level) for level in range(1, int(available.max()) + 1)]
+    return max((cut for cut in cuts if slow_distance(cut, available) <= Fraction(str(tolerance))), key=np.sum)
 
 
 def best_size(available: Counts, tolerance: float) -> int:
-    """Give the size of the largest set within the tolerance, by integer programming.
+    """Give the size of the largest set at all within the tolerance, by integer programming.
 
     Unknowns are b counts x and b bounds d >= |b x - N|, with N the sum of x and the sum of d at most 2 b tolerance N.
     """
@@ -163,139 +202,166 @@ def best_size(available: Counts, tolerance: float) -> int:
     return round(-float(found.fun))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 40),
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.01, 0.05, 0.2, 0.37]),
+    st.sampled_from(["plain", "per class", "grid"]),
+)
+def test_no_larger_set_is_within_the_tolerance(n: int, seed: int, tolerance: float, kind: str) -> None:
+    """None cut to a level is as large; of any shape at all none is as large as the next level would be."""
+    scores = drawn(n, seed=seed, splits=("train", "test"))
+    config = BalancedConfig(
+        bins=2 if kind == "grid" else 4, tolerance=tolerance, per_class=kind == "per class", grid=kind == "grid"
+    )
+    split = split_of(scores, config)
+    for before, after in zip(split.before, split.after, strict=True):
+        apart = (before.T, after.T) if kind == "per class" else (before.sum(axis=1)[None], after.sum(axis=1)[None])
+        for available, kept in zip(*apart, strict=True):
+            if not available.any():
+                assert not kept.any()
+                continue
+            assert kept.tolist() == largest_cut(available, tolerance).tolist()
+            best = best_size(available[available > 0], tolerance)
+            assert kept.sum() <= best
+            assert (kept == available).all() or best < np.minimum(available, kept.max() + 1).sum()
+
+
+@settings(deadline=None, max_examples=40)
 @given(tables())
 def test_tolerance_zero_is_exactly_uniform_over_the_filled_bins(scores: ScoreTable) -> None:
-    split = balanced_split(scores, BalancedConfig(tolerance=0), seed=0)
-    before, after = split.before.sum(axis=1), split.after.sum(axis=1)
-    assert set(after[before > 0].tolist()) == {before[before > 0].min()}
-    assert split.uniformity_after.distance == pytest.approx(0, abs=1e-12)
+    split = split_of(scores, BalancedConfig(tolerance=0))
+    for before, after in zip(split.before.sum(axis=2), split.after.sum(axis=2), strict=True):
+        assert set(after[before > 0].tolist()) == {before[before > 0].min()}
+    assert set(split.numbers["distances"].values()) == {0.0}
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(tables(), st.data())
 def test_the_size_asked_for_is_exact(scores: ScoreTable, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, len(scores)))
-    split = balanced_split(scores, BalancedConfig(size=size), seed=0)
-    before, after = split.before.sum(axis=1), split.after.sum(axis=1)
-    assert split.selection.keep.sum() == size
-    assert (after[after < before] >= after.max() - 1).all()
+    split = split_of(scores, BalancedConfig(size=size))
+    assert split.numbers["kept"] == len(split.kept_ids) == size
+    for before, after in zip(split.before.sum(axis=2), split.after.sum(axis=2), strict=True):
+        assert (after[after < before] >= after.max() - 1).all()
+        assert abs(after.sum() - size * before.sum() / len(scores)) < 1
 
 
 @pytest.mark.parametrize("size", [11, 1_000])
 def test_a_size_beyond_the_table_is_refused(size: int) -> None:
     scores = table_of(np.linspace(-1, 1, 10), np.zeros(10, int))
-    with pytest.raises(ConfigError, match=f"--size {size}: there are 10 scored samples"):
-        balanced_split(scores, BalancedConfig(size=size), seed=0)
+    with pytest.raises(ConfigError, match=f"--size {size} cannot be had: the largest is 10, all samples"):
+        split_of(scores, BalancedConfig(size=size))
 
 
-@settings(deadline=None)
-@given(AVAILABLE.filter(np.any))
-def test_more_tolerance_never_keeps_fewer(available: Counts) -> None:
-    points = size_curve([available], CURVE)
-    assert [point.tolerance for point in points] == sorted(CURVE)
-    assert [point.size for point in points] == sorted(point.size for point in points)
-    assert [point.distance for point in points] == sorted(point.distance for point in points)
-    assert all(point.distance <= point.tolerance + 1e-9 for point in points)
-    assert size_curve([available], (1.0,))[0].size == available.sum()
+@settings(deadline=None, max_examples=40)
+@given(tables(), BINS, st.sampled_from([1.0, 1.5, 4.0, 1000.0]), st.booleans())
+def test_weights_keep_all_and_make_the_mass_uniform(scores: ScoreTable, num_bins: int, most: float, grid: bool) -> None:
+    split = split_of(scores, BalancedConfig(bins=num_bins, by="weight", most_weight=most, grid=grid), files=True)
+    kept = split.kept
+    assert kept is not None
+    assert len(kept) == len(scores)
+    weight = np.array(kept["weight"].to_pylist())
+    assert weight.max() <= most
+    assert weight.min() > 0
+    assert split.numbers["effective_size"] == pytest.approx(weight.sum() ** 2 / (weight**2).sum())
+    names = np.array(["all" if one is None else one for one in kept["split"].to_pylist()])
+    for name in np.unique(names):
+        here, bins = names == name, np.array(kept["bin"].to_pylist())
+        mass = np.array([weight[here & (bins == one)].sum() for one in np.unique(bins[here])])
+        cap = np.isclose([weight[here & (bins == one)].max() for one in np.unique(bins[here])], most)
+        even = here.sum() / len(mass)
+        assert mass[~cap] == pytest.approx(np.full((~cap).sum(), even), rel=1e-5)
+        assert (mass <= even * (1 + 1e-5)).all()
+        if most == 1000:
+            assert weight[here].mean() == pytest.approx(1, rel=1e-5)
+            assert grid or split.numbers["distances"][name] == pytest.approx(0, abs=1e-6)
+    if not grid:
+        assert split.numbers["counts_after"] == pytest.approx(
+            [weight[np.array(kept["bin"].to_pylist()) == one].sum() for one in range(num_bins)], rel=1e-5
+        )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 120), st.integers(0, 10**6), TOLERANCE)
+def test_a_grid_is_uniform_over_both_confidences(n: int, seed: int, tolerance: float) -> None:
+    scores = drawn(n, seed=seed)
+    split = split_of(scores, BalancedConfig(bins=3, tolerance=tolerance, grid=True), files=True)
+    kept = split.kept
+    assert kept is not None
+    cell = np.minimum((scores.confidence.astype(np.float64) * 3).astype(int), 2) @ [3, 1]
+    known = dict(zip(scores.sample_id, cell.tolist(), strict=True))
+    assert kept["bin"].to_pylist() == [known[one] for one in kept["sample_id"].to_pylist()]
+    held, before = (np.bincount(each, minlength=9) for each in (kept["bin"].to_pylist(), cell))
+    assert held.tolist() == largest_cut(before, tolerance).tolist()
+
+
+def test_a_grid_needs_two_confidences_and_takes_the_other_of_two() -> None:
+    assert split_of(drawn(20, seed=0), BalancedConfig(grid=True), between="visual").rule.between == "visual:audio"
+    with pytest.raises(ConfigError, match="--between text: a grid has two confidences; name two modalities, A:B"):
+        split_of(drawn(20, seed=0, num_modalities=3), BalancedConfig(grid=True), between="text")
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.3, 1.0])
+def test_as_many_bins_as_the_samples_outside_test_bear(spread: float) -> None:
+    rng = np.random.default_rng(0)
+    values = np.clip(rng.normal(0.1, spread, 600), -1, 1)
+    test = np.arange(600) % 3 == 0
+    values[test] = rng.uniform(-1, 1, test.sum())
+    scores = replace(table_of(values, np.zeros(600, int)), split=np.where(test, "test", "train").astype(object))
+    counts, edges = np.histogram(values[~test], bins=4_096, range=(-1, 1))
+    split = split_of(scores, BalancedConfig(bins=AUTO))
+    assert split.rule.num_bins == pytest.approx(best_bins((edges[1:] + edges[:-1]) / 2, counts), abs=1)
+    assert split.numbers["bins"] == split.rule.num_bins
 
 
 def test_the_curve_names_the_split_that_is_made() -> None:
     scores = table_of(2 * np.random.default_rng(0).beta(2, 5, 400) - 1, np.zeros(400, int))
-    for point in balanced_split(scores, BalancedConfig(), seed=0).curve:
-        split = balanced_split(scores, BalancedConfig(tolerance=point.tolerance), seed=0)
-        assert split.selection.keep.sum() == point.size
-        assert split.uniformity_after.distance == point.distance
+    for point in split_of(scores, BalancedConfig()).curve:
+        split = split_of(scores, BalancedConfig(tolerance=point.tolerance))
+        assert split.numbers["kept"] == point.size
+        assert split.numbers["after"]["distance"] == pytest.approx(point.distance, abs=1e-12)
 
 
 @pytest.mark.parametrize("num_modalities", [2, 3])
 def test_test_samples_have_no_part_in_choosing_the_others(num_modalities: int) -> None:
     rng = np.random.default_rng(0)
     n = 400
-    split = np.where(np.arange(n) % 4 == 0, "test", "train").astype(object)
-    confidence = rng.beta(0.6, 0.6, (n, num_modalities)).astype(np.float32)
-    label = rng.integers(0, 5, n).astype(np.int32)
-    kept = []
-    for changed in (False, True):
-        test = (split == "test") & changed
-        scores = ScoreTable(
-            sample_id=np.array([f"s{row}" for row in range(n)], dtype=object),
-            label=np.where(test, 0, label).astype(np.int32),
-            label_name=np.array([str(row) for row in np.where(test, 0, label)], dtype=object),
-            modalities=tuple("abc"[:num_modalities]),
-            confidence=np.where(test[:, None], 1 - confidence[:, ::-1], confidence),
-            split=split,
-        )
-        found = balanced_split(scores, BalancedConfig(), seed=0).selection
-        kept.append((found.between, found.keep[split == "train"].tolist()))
-    assert kept[0] == kept[1]
+    test = np.arange(n) % 4 == 0
+    scores = replace(
+        drawn(n, seed=1, num_modalities=num_modalities), split=np.where(test, "test", "train").astype(object)
+    )
+    spoiled = np.where(test[:, None], scores.confidence[:, ::-1] ** 2, scores.confidence)
+    label = np.where(test, 0, rng.integers(0, 3, n)).astype(np.int32)
+    scores = replace(scores, label=label, label_name=np.array([str(one) for one in label], dtype=object))
+    found = [split_of(each, BalancedConfig()) for each in (scores, replace(scores, confidence=spoiled))]
+    others = set(scores.sample_id[~test])
+    assert found[0].rule.between == found[1].rule.between
+    assert found[0].kept_ids & others == found[1].kept_ids & others
+    assert found[0].kept_ids != found[1].kept_ids
 
 
-def test_each_split_is_uniform_on_its_own() -> None:
-    rng = np.random.default_rng(0)
-    scores = table_of(2 * rng.beta(2, 5, 900) - 1, rng.integers(0, 3, 900))
-    scores = replace(scores, split=rng.choice(["train", "validation", "test"], 900).astype(object))
-    found = balanced_split(scores, BalancedConfig(bins=10), seed=0)
-    assert set(found.distances) == {"train", "validation", "test"}
-    assert max(found.distances.values()) <= 0.05
-
-
-def test_ravdess_is_traded_as_measured() -> None:
-    exact, five, ten = size_curve([RAVDESS], (0.0, 0.05, 0.1))
-    assert RAVDESS.sum() == 1_440
-    assert exact.size == 20
-    assert five.size == pytest.approx(95, abs=10)
-    assert ten.size == pytest.approx(200, abs=20)
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 80), st.randoms(use_true_random=False))
-def test_water_is_filled_as_by_single_drops(sizes: list[int], total: int, random: Any) -> None:
-    order = random.sample(range(len(sizes)), len(sizes))
-    drops, left = [0] * len(sizes), min(total, sum(sizes))
-    while left:
-        for vessel in order:
-            if left and drops[vessel] < sizes[vessel]:
-                drops[vessel] += 1
-                left -= 1
-    filled = water_fill(np.array(sizes), total, np.array(order))
-    # Drops go round by round: in the last round too they go to those of `order` that are still open.
-    assert filled.tolist() == drops
-
-
-@settings(deadline=None)
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6), st.floats(0, 1))
-def test_a_bin_is_shared_by_its_classes_as_evenly_as_they_allow(b: int, k: int, seed: int, share: float) -> None:
-    rng = np.random.default_rng(seed)
-    before = rng.integers(0, 10, (b, k))
-    quota = np.floor(before.sum(axis=1) * share).astype(np.int64)
-    taken = share_among_classes(before, quota)
-    assert taken.sum(axis=1).tolist() == quota.tolist()
-    assert (taken <= before).all()
-    for here, there in zip(taken, before, strict=True):
-        assert (here[here < there] >= here.max() - 1).all()
-
-
-def test_single_leftovers_do_not_all_go_to_one_class() -> None:
-    taken = share_among_classes(np.full((9, 3), 5), np.full(9, 4))
-    assert taken.sum(axis=0).tolist() == [12, 12, 12]
-
-
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(tables(), st.integers(0, 99))
 def test_row_order_does_not_matter(scores: ScoreTable, seed: int) -> None:
     order = np.random.default_rng(seed).permutation(len(scores))
     columns = ("sample_id", "label", "label_name", "confidence")
-    moved = replace(scores, **{name: getattr(scores, name)[order] for name in columns})
-    split, again = (balanced_split(each, BalancedConfig(), seed=seed) for each in (scores, moved))
-    assert kept_ids(moved, again) == kept_ids(scores, split)
+    moved = replace(
+        scores,
+        **{name: getattr(scores, name)[order] for name in columns},
+        split=None if scores.split is None else scores.split[order],
+    )
+    one, other = (split_of(each, BalancedConfig(), seed=seed) for each in (scores, moved))
+    assert one.kept_ids == other.kept_ids
+    assert one.numbers == other.numbers
 
 
 def test_another_seed_keeps_others_and_as_many() -> None:
     scores = table_of(np.repeat([-0.5, 0.5], [200, 20]), np.arange(220) % 2)
-    splits = [balanced_split(scores, BalancedConfig(tolerance=0), seed=seed) for seed in range(2)]
+    splits = [split_of(scores, BalancedConfig(tolerance=0), seed=seed) for seed in range(2)]
     assert splits[0].after.tolist() == splits[1].after.tolist()
-    first, second = (kept_ids(scores, split) for split in splits)
+    first, second = (split.kept_ids for split in splits)
     full, scarce = set(scores.sample_id[:200]), set(scores.sample_id[200:])
     assert first & scarce == second & scarce == scarce
     assert len(first & second & full) < 10  # 20 of 200 each: 2 in common are expected
@@ -303,105 +369,111 @@ def test_another_seed_keeps_others_and_as_many() -> None:
 
 def test_every_sample_of_a_cell_is_as_likely() -> None:
     scores = table_of(np.repeat([-0.5, 0.5], [12, 3]), np.zeros(15, int))
-    drawn = np.zeros(12)
-    for seed in range(400):
-        drawn += balanced_split(scores, BalancedConfig(tolerance=0), seed=seed).selection.keep[:12]
-    assert drawn.sum() == 1_200
-    assert (((drawn - 100) ** 2) / 75).sum() < 40  # about chi squared, 11 degrees of freedom: p = 4e-5
-
-
-@settings(deadline=None)
-@given(tables())
-def test_classes_may_have_any_numbers(scores: ScoreTable) -> None:
-    renumbered = replace(scores, label=(scores.label * 500_000_000 - 7).astype(np.int32))
-    split, again = (balanced_split(each, BalancedConfig(), seed=0) for each in (scores, renumbered))
-    assert kept_ids(renumbered, again) == kept_ids(scores, split)
-
-
-@pytest.mark.parametrize("num_bins", [2, 5, 20])
-def test_the_ends_and_the_middle_have_their_bins(num_bins: int) -> None:
-    found = bin_of(np.array([-1, 0, 1], np.float32), num_bins=num_bins)
-    assert found.tolist() == [0, num_bins // 2, num_bins - 1]
-
-
-@given(st.floats(-1, 1, width=32), st.integers(2, 50))
-def test_bins_are_equal(value: float, num_bins: int) -> None:
-    assume(value == 0 or abs(value) > 1e-6)  # 1 + value is then exact
-    expected = min(num_bins - 1, floor((Fraction(value) + 1) / 2 * num_bins))
-    assert bin_of(np.array([value], np.float32), num_bins=num_bins).tolist() == [expected]
-
-
-@settings(deadline=None)
-@given(tables())
-def test_uniformity_is_that_of_scipy(scores: ScoreTable) -> None:
-    split = balanced_split(scores, BalancedConfig(), seed=0)
-    values = scores.discrepancy()
-    for found, rows in (
-        (split.uniformity_before, np.ones(len(values), bool)),
-        (split.uniformity_after, split.selection.keep),
-    ):
-        expected = kstest(values[rows].astype(np.float64), "uniform", args=(-1, 2)).statistic
-        assert found.ks == pytest.approx(expected, abs=1e-9)
-        assert found.positive == pytest.approx(np.mean(values[rows] > 0))
-
-
-def test_distance_is_over_the_filled_bins_alone() -> None:
-    available = np.array([0, 5, 5, 0])
-    assert distance_to_uniform(np.array([0, 2, 2, 0]), available=available) == 0
-    assert distance_to_uniform(np.array([0, 3, 1, 0]), available=available) == 0.25
-    assert distance_to_uniform(np.array([0, 4, 0, 0]), available=available) == 0.5
+    place = {name: number for number, name in enumerate(scores.sample_id)}
+    times = np.zeros(15)
+    for seed in range(200):
+        times[[place[name] for name in split_of(scores, BalancedConfig(tolerance=0), seed=seed).kept_ids]] += 1
+    assert times[12:].tolist() == [200] * 3
+    assert times[:12].sum() == 600
+    assert (((times[:12] - 50) ** 2) / 37.5).sum() < 40  # about chi squared, 11 degrees of freedom: p = 4e-5
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(3, 4), st.integers(0, 10**6), TOLERANCE)
-def test_of_more_modalities_the_pair_with_the_largest_split_is_taken(m: int, seed: int, tolerance: float) -> None:
-    rng = np.random.default_rng(seed)
-    names = ("audio", "visual", "text", "depth")[:m]
-    confidence = rng.beta(rng.uniform(0.3, 5, m), rng.uniform(0.3, 5, m), (60, m)).astype(np.float32)
-    scores = replace(table_of(np.zeros(60), np.zeros(60, int)), modalities=names, confidence=confidence)
-    config = BalancedConfig(bins=6, tolerance=tolerance)
-    sizes = {
-        f"{first}:{second}": balanced_split(scores, config, seed=0, between=f"{first}:{second}").selection.keep.sum()
-        for first, second in combinations(names, 2)
-    }
-    chosen = largest_pair(scores, config)
-    assert chosen == next(pair for pair in sizes if sizes[pair] == max(sizes.values()))
-    assert balanced_split(scores, config, seed=0).selection.between == chosen
+@given(tables())
+def test_classes_may_have_any_numbers(scores: ScoreTable) -> None:
+    renumbered = replace(scores, label=(scores.label * 500_000_000 - 7).astype(np.int32))
+    one, other = (split_of(each, BalancedConfig(), files=True) for each in (scores, renumbered))
+    assert one.kept_ids == other.kept_ids
+    assert one.numbers == other.numbers
+    assert other.kept is not None
+    names = {f"class {label}": label * 500_000_000 - 7 for label in range(5)}
+    assert other.kept["label"].to_pylist() == [names[name] for name in other.kept["label_name"].to_pylist()]
 
 
 @settings(deadline=None, max_examples=40)
+@given(tables(), BINS)
+def test_uniformity_is_that_of_scipy_overall_and_in_each_class(scores: ScoreTable, num_bins: int) -> None:
+    split = split_of(scores, BalancedConfig(bins=num_bins, tolerance=0.1))
+    values = scores.discrepancy().astype(np.float64)
+    keep = np.array([name in split.kept_ids for name in scores.sample_id])
+    for found, rows in ((split.numbers["before"], np.ones(len(values), bool)), (split.numbers["after"], keep)):
+        assert found["ks"] == pytest.approx(ks_of(values[rows]), abs=KS_STEP)
+        assert found["positive"] == pytest.approx(np.mean(values[rows] > 0))
+    places = np.array(bins_of(values.tolist(), num_bins))
+    assert [one["name"] for one in split.numbers["classes"]] == sorted(set(scores.label_name))
+    for one in split.numbers["classes"]:
+        here = scores.label_name == one["name"]
+        assert (one["before"], one["after"]) == (here.sum(), (here & keep).sum())
+        assert one["ks_before"] == pytest.approx(ks_of(values[here]), abs=KS_STEP)
+        assert one["ks_after"] == pytest.approx(ks_of(values[here & keep]), abs=KS_STEP)
+        before, after = (np.bincount(places[rows], minlength=num_bins) for rows in (here, here & keep))
+        assert one["distance_before"] == pytest.approx(float(slow_distance(before, before)), abs=1e-12)
+        if after.any():
+            assert one["distance_after"] == pytest.approx(float(slow_distance(after, before)), abs=1e-12)
+        assert one["empty_bins"] == (before == 0).sum()
+
+
+def ks_of(values: NDArray[np.float64]) -> float:
+    return float(kstest(values, "uniform", args=(-1, 2)).statistic) if len(values) else 0.0
+
+
+def test_a_class_of_one_sample_and_an_empty_bin_are_told() -> None:
+    values = np.array([-0.9, -0.8, -0.1, -0.2, 0.9, 0.8])
+    split = split_of(table_of(values, np.array([0, 0, 0, 0, 0, 7])), BalancedConfig(bins=4, tolerance=0))
+    assert split.numbers["empty_bins"] == [2]
+    assert split.numbers["kept"] == 6
+    alone = split.numbers["classes"][1]
+    assert (alone["name"], alone["before"], alone["after"], alone["empty_bins"]) == ("class 7", 1, 1.0, 3)
+    short = {(one["class"], one["bin"]): (one["has"], one["even"]) for one in split.numbers["shortages"]}
+    assert short == {("class 7", 0): (0, 1.0), ("class 7", 1): (0, 1.0)}
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(3, 4), st.integers(0, 10**6), TOLERANCE)
+def test_of_more_modalities_the_pair_with_the_largest_split_is_taken(m: int, seed: int, tolerance: float) -> None:
+    scores = drawn(60, seed=seed, num_modalities=m)
+    config = BalancedConfig(bins=6, tolerance=tolerance)
+    sizes = {
+        f"{first}:{second}": split_of(scores, config, between=f"{first}:{second}").numbers["kept"]
+        for first, second in combinations(scores.modalities, 2)
+    }
+    chosen = largest_pair(open_scores(scores, seed=0), config)
+    assert chosen == next(pair for pair in sizes if sizes[pair] == max(sizes.values()))
+    assert split_of(scores, config).rule.between == chosen
+
+
+def some_of(scores: ScoreTable, here: NDArray[np.bool_]) -> ScoreTable:
+    names = ("sample_id", "label", "label_name", "confidence")
+    return replace(scores, **{name: getattr(scores, name)[here] for name in names})
+
+
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), TOLERANCE, st.sampled_from([None, 5]))
 def test_who_lacks_one_of_the_pair_is_left_out_and_changes_nothing_else(
     seed: int, tolerance: float, size: int | None
 ) -> None:
-    rng = np.random.default_rng(seed)
-    confidence = rng.random((60, 3)).astype(np.float32)
-    missing = rng.integers(0, 6, 60)  # 0, 1, 2: that one
-    confidence[np.arange(60)[missing < 3], missing[missing < 3]] = np.nan
-    scores = replace(
-        table_of(np.zeros(60), rng.integers(0, 3, 60)), modalities=("audio", "visual", "text"), confidence=confidence
-    )
-    config, here = BalancedConfig(bins=6, tolerance=tolerance, size=size), missing > 1
-    split = balanced_split(scores, config, seed=0, between="audio:visual")
-    fewer = replace(
-        scores,
-        sample_id=scores.sample_id[here],
-        label=scores.label[here],
-        label_name=scores.label_name[here],
-        confidence=confidence[here],
-    )
-    alone = balanced_split(fewer, config, seed=0, between="audio:visual")
-    assert kept_ids(scores, split) == kept_ids(fewer, alone)
-    assert (split.uniformity_before, split.uniformity_after) == (alone.uniformity_before, alone.uniformity_after)
+    scores = drawn(60, seed=seed, num_modalities=3)
+    missing = np.random.default_rng(seed).integers(0, 6, 60)  # 0, 1, 2: that one
+    holed = scores.confidence.copy()
+    holed[np.arange(60)[missing < 3], missing[missing < 3]] = np.nan
+    scores, here = replace(scores, confidence=holed), missing > 1
+    config = BalancedConfig(bins=6, tolerance=tolerance, size=size)
+    split = split_of(scores, config, between="audio:visual", files=True)
+    alone = split_of(some_of(scores, here), config, between="audio:visual")
+    assert split.kept_ids == alone.kept_ids
+    for name in ("before", "after", "distances", "shortages", "counts_before", "counts_after"):
+        assert split.numbers[name] == alone.numbers[name]
     assert split.curve == alone.curve
-    manifest, dropped = make_manifest(scores, split.selection)
-    assert manifest.table["discrepancy"].null_count == 0
-    rows = {row["sample_id"]: row for row in dropped.to_pylist()}
+    assert split.numbers["reasons"].get("missing-modality", 0) == (~here).sum()
+    assert split.kept is not None
+    assert split.dropped is not None
+    assert split.kept["discrepancy"].null_count == 0
+    rows = {row["sample_id"]: row for row in split.dropped.to_pylist()}
     for name in scores.sample_id[~here]:
-        row = rows[name]
-        assert row["reason"] == "missing-modality"
-        assert [row[column] for column in ("score", "bin", "discrepancy")] == [None] * 3
-    assert {row["reason"] for name, row in rows.items() if name in fewer.sample_id} <= {"bin-full"}
+        assert rows[name]["reason"] == "missing-modality"
+        assert [rows[name][column] for column in ("score", "threshold", "bin", "discrepancy")] == [None] * 4
+    there = set(scores.sample_id[here])
+    assert {row["reason"] for name, row in rows.items() if name in there} <= {"bin-full"}
 
 
 def test_a_pair_that_nobody_has_is_refused() -> None:
@@ -409,19 +481,42 @@ def test_a_pair_that_nobody_has_is_refused() -> None:
     scores = replace(
         table_of(np.zeros(2), np.zeros(2, int)), modalities=("audio", "visual", "text"), confidence=confidence
     )
-    with pytest.raises(ScoreError, match="no sample has a discrepancy between audio:visual"):
-        balanced_split(scores, BalancedConfig(), seed=0, between="audio:visual")
-    assert balanced_split(scores, BalancedConfig(), seed=0).selection.between == "audio:text"
+    for config in (BalancedConfig(), BalancedConfig(size=1), BalancedConfig(by="weight"), BalancedConfig(bins=AUTO)):
+        with pytest.raises(ScoreError, match="no sample that may be kept has a discrepancy between audio:visual"):
+            split_of(scores, config, between="audio:visual")
+    assert split_of(scores, BalancedConfig()).rule.between == "audio:text"
+
+
+def test_one_modality_is_set_against_the_mean_of_the_others() -> None:
+    scores = drawn(80, seed=3, num_modalities=3)
+    split = split_of(scores, BalancedConfig(bins=5, tolerance=0.1), between="text", files=True)
+    assert split.kept is not None
+    value = dict(zip(scores.sample_id, scores.discrepancy("text").tolist(), strict=True))
+    assert split.kept["discrepancy"].to_pylist() == [value[name] for name in split.kept["sample_id"].to_pylist()]
+    with pytest.raises(ConfigError, match="--between smell: no modality 'smell'"):
+        split_of(scores, BalancedConfig(), between="smell")
+
+
+@pytest.mark.parametrize(("bins", "grid"), [(40_000, False), (182, True), (10**6, True)])
+def test_more_bins_than_a_manifest_can_number_are_refused(bins: int, grid: bool) -> None:
+    with pytest.raises(ConfigError, match=rf"split.bins: {bins**2 if grid else bins} bins .* 32,767 at most"):
+        split_of(drawn(9, seed=0), BalancedConfig(bins=bins, grid=grid))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"bins": 1}, "split.bins is 1; a distribution needs at least 2"),
+        ({"bins": -1}, "split.bins is -1; a distribution needs at least 2"),
         ({"tolerance": -0.1}, "split.tolerance is -0.1; .* lies in"),
         ({"tolerance": 1.1}, "split.tolerance is 1.1; .* lies in"),
         ({"tolerance": float("nan")}, "split.tolerance is nan"),
         ({"size": 0}, "split.size is 0; it must be at least 1"),
+        ({"by": "weigth"}, "split.by is 'weigth'; did you mean weight"),
+        ({"most_weight": 0.5}, "split.most_weight is 0.5; it must be at least 1"),
+        ({"by": "weight", "size": 3}, "keeps all samples: leave out the size"),
+        ({"by": "weight", "per_class": True}, "keeps all samples: leave out the size and per_class"),
+        ({"per_class": True, "size": 3}, "split.per_class takes a tolerance, not a size"),
     ],
 )
 def test_wrong_settings_are_refused(options: dict[str, Any], words: str) -> None:

@@ -11,10 +11,11 @@ from PIL import Image
 
 from mmaudit.audit.gap.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.score import ScoreTable
-from mmaudit.cli.report.canvas import COLOURS, DPI, INK, WIDTH, palette
+from mmaudit.cli.report.canvas import COLOURS, DPI, INK, WIDTH, canvas, palette, png
 from mmaudit.cli.report.examples import class_numbers
 from mmaudit.cli.report.figures import draw
 from mmaudit.cli.report.findings import discrepancies, gaps, maps, training
+from mmaudit.cli.report.manifest_figure import draw_manifest
 
 
 def numbers_of(
@@ -44,6 +45,28 @@ def numbers_of(
         "finetunes": [],
         "most_detailed": 8,
     }
+
+
+def manifest_of(after: list[float], *, between: str = "audio:visual", sizes: tuple[int, ...] = ()) -> dict[str, Any]:
+    """The part of report.json on one manifest of 90 samples over 10 bins; with sizes, it was made uniform."""
+    made = {"grid": False, "weighted": False}
+    curve = [{"tolerance": step / 10, "distance": step / 10, "size": size} for step, size in enumerate(sizes)]
+    balance = {
+        "made": made if sizes else None,
+        "edges": np.linspace(-1, 1, 11).tolist(),
+        "before": [9] * 10,
+        "after": after,
+        "distance_after": 0.1,
+        "effective_size": sum(after),
+        "curve": curve,
+    }
+    return {"name": "one", "between": between, "kept": round(sum(after)), "balance": balance}
+
+
+def drawn(found: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """The pixels of a manifest's figure."""
+    with canvas():
+        return pixels(png(draw_manifest(found, palette(("audio", "visual")))))
 
 
 def uniform(m: int) -> np.ndarray[Any, Any]:
@@ -106,3 +129,25 @@ def test_modalities_keep_their_colour() -> None:
     assert colours["m8"] == colours["m0"]
     assert colours["fused"] == INK
     assert palette(names[:2]) == {name: colours[name] for name in ("m0", "m1", "fused")}
+
+
+def test_kept_samples_are_drawn_on_their_side() -> None:
+    first, second = COLOURS[:2]
+    right, left = ([0.0] * 5 + [9.0] * 5, [9.0] * 5 + [0.0] * 5)
+    assert share_of(first, drawn(manifest_of(right))) > 0.1
+    assert share_of(second, drawn(manifest_of(right))) == 0
+    assert share_of(second, drawn(manifest_of(left))) > 0.1
+    assert share_of(second, drawn(manifest_of(left, between="audio"))) == 0  # the others have no colour of their own
+
+
+def test_only_what_was_made_uniform_has_a_curve() -> None:
+    subset, balanced = (drawn(manifest_of([4.0] * 10, sizes=sizes)) for sizes in ((), (10, 40, 90)))
+    first = COLOURS[0]
+    wide, narrow = (share_of(first, image) for image in (subset, balanced))
+    assert narrow < 0.8 * wide  # the curve stands beside it
+    assert share_of(first, balanced[:, -balanced.shape[1] // 4 :]) == 0
+
+
+def test_any_manifest_can_be_drawn() -> None:
+    assert drawn(manifest_of([0.0] * 10)).any()
+    assert drawn(manifest_of([4.0] * 10, between="<b>$\\frac{$:" + "x" * 200, sizes=(0, 2, 3_000_000))).any()

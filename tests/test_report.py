@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from scipy.stats import kstest
 
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.files import read_json, write_json, write_text
@@ -28,9 +30,11 @@ from mmaudit.audit.quality import Quarantined, Reason, quarantine_table
 from mmaudit.audit.score import ScoreTable, write_scores
 from mmaudit.cli.report.page import report_numbers, write_report
 from mmaudit.cli.run import Run
-from mmaudit.rebalance.balanced import BalancedConfig, balanced_split
-from mmaudit.rebalance.manifest import dropped_path, make_manifest, read_dropped, read_manifest, write_manifest
-from mmaudit.rebalance.subsets import preferred
+from mmaudit.rebalance.balanced import BalancedConfig
+from mmaudit.rebalance.levels import CURVE
+from mmaudit.rebalance.manifest import dropped_path, read_dropped, read_manifest
+from mmaudit.rebalance.recipe import Recipe, balance_path, make_split
+from mmaudit.rebalance.shards import open_scores
 from mmaudit.train.evaluate import evaluate, subsets
 
 EVIL = "<script>alert(1)</script>\"'&$x^2$ {{ 7 * 7 }}"
@@ -124,12 +128,24 @@ def run_of(
     return run
 
 
-def split(run: Run, *, bins: int = 10) -> None:
+def split(run: Run, config: BalancedConfig | None = None, *, name: str | None = None) -> None:
     """Write a balanced manifest and one by a threshold."""
-    scores = run.scores()
-    balanced = balanced_split(scores, BalancedConfig(bins=bins), seed=0).selection
-    for selection in (balanced, preferred(scores, scores.modalities[0])):
-        write_manifest(*make_manifest(scores, selection), run.manifest(selection.name))
+    first = run.scores().modalities[0]
+    cut(run, Recipe(balanced=config or BalancedConfig(bins=10)), name=name)
+    cut(run, Recipe(dominated=f"{first}:0.2"))
+
+
+def cut(run: Run, recipe: Recipe, *, name: str | None = None, scores: Path | None = None) -> Path:
+    """Write one manifest by a recipe."""
+    shards = open_scores(scores or run.scores_file, seed=0)
+    made = make_split(shards, recipe, run.manifest, scratch=run.folder, name=name)
+    assert made.path is not None
+    return made.path
+
+
+def manifest_of(run: Run, name: str) -> dict[str, Any]:
+    """What report.json says of one manifest."""
+    return next(each for each in report_numbers(run)["manifests"] if each["name"] == name)
 
 
 def finetune(run: Run, name: str = "balanced-concat") -> None:
@@ -191,13 +207,22 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+def blank() -> bytes:
+    """A figure with nothing on it."""
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "png")
+    return file.getvalue()
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blank figures, where a test is about the words around them."""
-    blank = io.BytesIO()
-    Image.new("RGB", (2, 2)).save(blank, "png")
-    figures = dict.fromkeys(("discrepancy", "classes", "gap", "maps"), blank.getvalue())
-    monkeypatch.setattr("mmaudit.cli.report.figures.draw", lambda numbers: figures)
+
+    def draw(numbers: dict[str, Any]) -> dict[str, bytes]:
+        manifests = [f"manifest-{each['name']}" for each in numbers["manifests"] if each["balance"]]
+        return dict.fromkeys(("discrepancy", "classes", "gap", "maps", *manifests), blank())
+
+    monkeypatch.setattr("mmaudit.cli.report.figures.draw", draw)
 
 
 def full_run(folder: Path) -> Run:
@@ -213,7 +238,7 @@ def test_page_asks_for_nothing_outside(reported: Run) -> None:
     page = Page(reported.report_file)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "a", "base", "form"}
     images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == len(list(reported.figures.glob("*.png"))) == 6
+    assert len(images) == len(list(reported.figures.glob("*.png"))) == 7
     assert all(str(image["src"]).startswith("data:image/png;base64,") for image in images)
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on") or name == "href"]
     assert "url(" not in reported.report_file.read_text()
@@ -262,7 +287,8 @@ def test_figures_of_what_is_gone_are_removed(full: Run) -> None:
     full.figures.mkdir()
     (full.figures / "manifest-gone.png").write_bytes(b"")
     write_report(full)
-    assert {path.stem for path in full.figures.iterdir()} == {"classes", "discrepancy", "gap", "maps"}
+    left = {path.stem for path in full.figures.iterdir()}
+    assert left == {"classes", "discrepancy", "gap", "maps", "manifest-balanced", "manifest-audio-dominated-0.2"}
 
 
 def test_histograms_are_those_of_the_score_table(reported: Run) -> None:
@@ -288,36 +314,168 @@ def test_map_has_rows_of_the_second_modality(tmp_path: Path) -> None:
     assert counts[0, -1] == 50  # y, the second, is low; x, the first, is high
 
 
-def test_manifest_is_measured_from_its_files(reported: Run) -> None:
-    found = next(each for each in report_numbers(reported)["manifests"] if each["name"] == "balanced")
-    path = reported.manifest("balanced")
+@pytest.mark.parametrize("name", ["balanced", "audio-dominated-0.2"])
+def test_manifest_is_measured_as_its_files_say(reported: Run, name: str) -> None:
+    found = manifest_of(reported, name)
+    balance, path = found["balance"], reported.manifest(name)
     kept = read_manifest(path)
     dropped = read_dropped(path, kept)
     assert dropped is not None
-    after = np.histogram(kept.numbers("discrepancy"), bins=10, range=(-1, 1))[0]
-    before = after + np.histogram(np.array(dropped["discrepancy"], dtype=float), bins=10, range=(-1, 1))[0]
-    assert found["balance"]["after"] == after.tolist()
-    assert found["balance"]["before"] == before.tolist()
-    filled = before > 0
-    distance = np.abs(after[filled] / after.sum() - 1 / filled.sum()).sum() / 2
-    assert found["balance"]["distance_after"] == pytest.approx(distance)
-    assert found["kept"] + found["dropped"] == len(reported.scores())
-    assert found["balance"]["curve"][-1]["size"] >= found["kept"]
+    after, gone = kept.numbers("discrepancy"), np.array(dropped["discrepancy"], dtype=float)
+    everything, edges = np.concatenate([after, gone]), balance["edges"]
+    assert balance["after"] == np.histogram(after, bins=edges)[0].tolist()
+    assert balance["before"] == np.histogram(everything, bins=edges)[0].tolist()
+    filled = np.array(balance["before"]) > 0
+    distance = np.abs(np.array(balance["after"])[filled] / len(after) - 1 / filled.sum()).sum() / 2
+    assert balance["distance_after"] == pytest.approx(distance)
+    for when, values in (("before", everything), ("after", after)):
+        assert balance[f"ks_{when}"] == pytest.approx(kstest(values, "uniform", (-1, 2)).statistic, abs=0.002)
+        assert balance[f"positive_{when}"] == pytest.approx((values > 0).mean())
+    assert (found["kept"], found["dropped"]) == (len(after), len(gone))
+    assert found["kept_gap"] == pytest.approx(kept.numbers("gap").mean())
+    assert [row["n"] for row in found["reasons"]] == [len(gone)]
+    assert found["reasons"][0]["gap"] == pytest.approx(np.mean(dropped["gap"]))
+    assert {row["split"]: row["kept"] for row in balance["distances"]} == found["splits"]
 
 
-def test_without_dropped_rows_and_without_test_samples(full: Run) -> None:
+def test_what_a_larger_tolerance_would_buy_is_on_the_curve(reported: Run) -> None:
+    found = manifest_of(reported, "balanced")
+    curve = {point["tolerance"]: point["size"] for point in found["balance"]["curve"]}
+    assert tuple(curve) == CURVE
+    assert curve[0.05] == found["kept"]
+    more = found["balance"]["more"]
+    assert more["size"] == min(size for size in curve.values() if size > found["kept"])
+    said = f"A tolerance of {more['tolerance']:g} would keep {more['size']} samples in place of {found['kept']}"
+    assert said in words(reported.report_file)
+
+
+def test_subset_has_its_histograms_and_no_part_of_what_was_made_uniform(reported: Run) -> None:
+    balance = manifest_of(reported, "audio-dominated-0.2")["balance"]
+    assert len(balance["before"]) == len(balance["after"]) == 20
+    assert (balance["made"], balance["curve"], balance["classes"], balance["shortages"]) == (None, [], None, [])
+    assert (reported.figures / "manifest-audio-dominated-0.2.png").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_numbers_of_no_manifest_or_another_are_not_told(full: Run) -> None:
+    told = manifest_of(full, "balanced")
+    beside, other = (balance_path(full.manifest(name)) for name in ("balanced", "audio-dominated-0.2"))
+    beside.unlink()
+    assert "is not told of balanced: it has no balance.json beside it." in words(write_report(full))
+    beside.write_bytes(other.read_bytes())
+    assert "is not told of balanced: it has a balance.json of another manifest" in words(write_report(full))
+    found = manifest_of(full, "balanced")
+    assert (found["untold"], found["balance"]) == ("another", None)
+    assert {**found, "untold": None, "balance": told["balance"]} == told  # the plain counts are the files' own
+    other.unlink()
+    beside.unlink()
+    assert "is not told of audio-dominated-0.2, balanced: have no balance.json beside them." in words(
+        write_report(full)
+    )
     dropped_path(full.manifest("balanced")).unlink()
+    assert manifest_of(full, "balanced")["dropped"] is None
+    assert "unknown" in words(write_report(full))
+    assert not list(full.figures.glob("manifest-*.png"))
+
+
+def test_dropped_rows_of_another_manifest_are_not_counted(full: Run) -> None:
+    one, other = (dropped_path(full.manifest(name)) for name in ("balanced", "audio-dominated-0.2"))
+    one.write_bytes(other.read_bytes())
+    balance_path(full.manifest("balanced")).unlink()
+    found = manifest_of(full, "balanced")
+    assert (found["dropped"], found["reasons"]) == (None, [])
+
+
+def test_without_test_samples(full: Run) -> None:
     metrics = read_json(full.finetune("balanced-concat") / "metrics.json", error=RunError)
     write_json({**metrics, "test": {"all": {"n": 0}}}, full.finetune("balanced-concat") / "metrics.json")
-    assert "unknown" in words(write_report(full))
-    assert not (full.figures / "manifest-balanced.png").exists()
+    assert "Fine-tunings" in words(write_report(full))
+
+
+def test_finetune_knows_its_manifest(full: Run) -> None:
+    file = full.finetune("balanced-concat") / "metrics.json"
+    metrics = read_json(file, error=RunError)
+    path = full.manifest("balanced")
+    assert not report_numbers(full)["finetunes"][0]["current"]
+    write_json({**metrics, "manifest_digest": read_manifest(path).digest()}, file)
+    assert report_numbers(full)["finetunes"][0]["current"]
+    rows = pq.read_table(path)
+    pq.write_table(rows.replace_schema_metadata({b"mmaudit": b"{}"}), path)  # by somebody else, with no word of rows
+    assert report_numbers(full)["finetunes"][0]["current"]
+    pq.write_table(rows.slice(1), path)  # which keeps what the file says of its rows
+    assert not report_numbers(full)["finetunes"][0]["current"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_shortage_is_said(tmp_path: Path) -> None:
+    scores = planted(num_samples=600)
+    scores.confidence[:] = np.random.default_rng(0).random((600, 1)) < 0.5  # D = 0 ...
+    right = np.arange(600) < 300
+    scores.confidence[right] = [0.95, 0.1]  # ... or 0.85
+    rare = np.flatnonzero(right & (scores.label == 2))
+    scores.confidence[rare[3:]] = [0.4, 0.4]
+    run = run_of(tmp_path, replace(scores, split=None))
+    split(run)
+    found = manifest_of(run, "balanced")["balance"]["shortages"][0]
+    assert (found["class"], found["bin"], found["has"]) == ("class-2", 9, 3)
+    text = words(write_report(run))
+    assert f"class class-2 has 3 samples in bin 9, [0.8, 1]; an even share is {found['even']:.0f}." in text
+    assert "8 hold no sample, before already: [−1, 0), [0.2, 0.8)." in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_each_way_of_making_uniform_is_said(tmp_path: Path) -> None:
+    run = run_of(tmp_path, planted(num_samples=300))
+    ways = {
+        "grid": (
+            BalancedConfig(grid=True, bins=3),
+            "Uniform was made the grid of 3 × 3 bins of the confidences of audio",
+        ),
+        "weighted": (BalancedConfig(by="weight", bins=10), "samples that weigh the same (Kish's effective size)"),
+        "sized": (BalancedConfig(size=40, bins=5), "Asked for were 40 samples"),
+        "perclass": (BalancedConfig(per_class=True, bins=5), "in each class by itself"),
+    }
+    for name, (config, _) in ways.items():
+        cut(run, Recipe(balanced=config), name=name)
+    text = words(write_report(run))
+    assert [name for name, (_, said) in ways.items() if said not in text] == []
+    assert manifest_of(run, "weighted")["balance"]["effective_size"] < 300
+    assert manifest_of(run, "sized")["balance"]["effective_size"] == 40
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_classes_that_keep_nothing_come_first_and_have_no_distance(tmp_path: Path) -> None:
+    run = run_of(tmp_path, replace(planted(num_samples=90, num_classes=5), split=None))
+    cut(run, Recipe(balanced=BalancedConfig(bins=4, size=3)))
+    kept = set(read_manifest(run.manifest("balanced")).strings("label_name"))
+    classes = manifest_of(run, "balanced")["balance"]["classes"]
+    lost = 5 - len(kept)
+    assert (classes["number"], classes["lost"]) == (5, lost)
+    assert {row["name"] for row in classes["worst"][lost:]} == kept
+    assert [row["distance_after"] for row in classes["worst"][:lost]] == [None] * lost
+    distances = [row["distance_after"] for row in classes["worst"][lost:]]
+    assert distances == sorted(distances, reverse=True)
+    moved = [row["distance_after"] - row["distance_before"] for row in classes["worst"][lost:]]
+    assert (classes["nearer"], classes["farther"]) == (sum(x < 0 for x in moved), sum(x > 0 for x in moved))
+    assert f"of {lost} nothing is kept" in words(write_report(run))
+
+
+def test_of_many_manifests_those_made_uniform_are_shown(full: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmaudit.cli.report.figures.png", lambda figure: blank())
+    for number in range(9):
+        cut(full, Recipe(subset=f"random:{20 + number}"), name=f"a{number}")
+    text = words(write_report(full))
+    assert "Of 11 manifests, 8 are shown in full" in text
+    assert len(list(full.figures.glob("manifest-*.png"))) == 8
+    assert (full.figures / "manifest-balanced.png").exists()
 
 
 def test_manifest_of_other_data_is_marked(full: Run) -> None:
     scores = replace(planted(), provenance={"fingerprint": full.record()["fingerprint"]})
-    write_manifest(*make_manifest(scores, preferred(scores, "audio")), full.manifest("same"))
+    write_scores(scores, full.folder / "other.parquet")
+    cut(full, Recipe(subset="audio-preferred"), name="same", scores=full.folder / "other.parquet")
     found = {each["name"]: each["of_this_run"] for each in report_numbers(full)["manifests"]}
-    assert found == {"audio-preferred": False, "balanced": False, "same": True}
+    assert found == {"audio-dominated-0.2": False, "balanced": False, "same": True}
 
 
 def test_lopsided_lists_are_sorted_and_ties_go_by_id(tmp_path: Path) -> None:
@@ -452,3 +610,16 @@ def test_samples_without_a_modality_are_told(tmp_path: Path) -> None:
     assert listed[0]["sample_id"] == "s00004"
     assert listed[0]["confidence"][0] is None
     assert "missing" in words(page)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_samples_without_the_discrepancy_are_told(tmp_path: Path) -> None:
+    scores = planted(num_samples=60, modalities=("audio", "visual", "text"))
+    holes = scores.confidence.copy()
+    holes[::4, 0] = np.nan
+    run = run_of(tmp_path, replace(scores, confidence=holes, balance=None, loss=None))
+    cut(run, Recipe(balanced=BalancedConfig(bins=4), between="audio:visual"))
+    found = manifest_of(run, "balanced")
+    assert sum(found["balance"]["before"]) == 45
+    assert next(row["n"] for row in found["reasons"] if row["name"] == "missing-modality") == 15
+    assert "15 samples lack audio or visual" in words(write_report(run))

@@ -11,11 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from .canvas import INK, LEVEL, PALE, SOFT, WIDTH, Palette, canvas, draw_sides, palette, png, side_colour
 from .findings import Numbers, short
+from .manifest_figure import draw_manifest
 from .verdict import percent, signed
 
 
@@ -32,8 +33,9 @@ def draw(numbers: Numbers) -> dict[str, bytes]:
         }
         if numbers["training"]:
             figures["training"] = _training(numbers["training"], colours)
-        balanced = [found for found in numbers["manifests"] if found["balance"] is not None]
-        figures |= {f"manifest-{found['name']}": _manifest(found, colours) for found in balanced[:most]}
+        told = [found for found in numbers["manifests"] if found["balance"] is not None]
+        told.sort(key=lambda found: found["balance"]["made"] is None)  # of many, first those that were made uniform
+        figures |= {f"manifest-{found['name']}": draw_manifest(found, colours) for found in told[:most]}
         figures |= {f"finetune-{found['name']}": _finetune(found, colours) for found in numbers["finetunes"][:most]}
         return {name: png(figure) for name, figure in figures.items()}
 
@@ -220,45 +222,6 @@ def _name_corners(axes: Axes, found: Numbers, colours: Palette) -> None:
         (1.03, 0.03, "bottom", f"{short(found['x'], 20)} alone", colours[found["x"]]),
     ):
         axes.text(x, y, text, va=up, color=shade)
-
-
-def _manifest(found: Numbers, colours: Palette) -> Figure:
-    """Draw the discrepancy before and after a balanced split, and what other tolerances would keep."""
-    balance = found["balance"]
-    figure = Figure(figsize=(WIDTH, 3.1))
-    left, right = figure.subplots(1, 2, width_ratios=(5, 3))
-    first, _, second = found["between"].partition(":")
-    before, after = (_shares(balance[key]) for key in ("before", "after"))
-    side = {"edges": balance["edges"], "right": first, "left": second or "the others"}
-    draw_sides(left, side, colours, counts=after.tolist())
-    left.stairs(before, side["edges"], color=INK, linewidth=1.1, label=f"before ({sum(balance['before']):,})")
-    left.axhline(1 / max(int((before > 0).sum()), 1), color=INK, linewidth=0.9, linestyle="--", label="exactly uniform")
-    left.bar(0, 0, color=LEVEL, label=f"after ({found['kept']:,}), in the sides' colours")
-    left.set_ylim(0, 1.1 * max(before.max(), after.max()))
-    left.set(xlabel=f"discrepancy: {first} minus {side['left']}", ylabel="share of the set")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3)
-    _curve(right, balance, kept=found["kept"])
-    return figure
-
-
-def _shares(counts: list[int]) -> NDArray[np.float64]:
-    return np.array(counts, dtype=np.float64) / max(sum(counts), 1)
-
-
-def _curve(axes: Axes, balance: Numbers, *, kept: int) -> None:
-    tolerances = [point["tolerance"] for point in balance["curve"]]
-    sizes = [point["size"] for point in balance["curve"]]
-    axes.plot(tolerances, sizes, color=SOFT, linewidth=1.2, marker="o", markersize=3)
-    axes.plot([balance["distance_after"]], [kept], color=INK, marker="D", markersize=6, linestyle="", label="kept")
-    if max(sizes) > 20 * max(min(sizes), 1):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_minor_locator(NullLocator())
-    else:
-        axes.set_ylim(0, 1.08 * max(sizes))
-    axes.set(xlabel="distance to uniform allowed", ylabel="samples kept")
-    axes.legend(loc="lower right")
 
 
 def _finetune(found: Numbers, colours: Palette) -> Figure:

@@ -3,43 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ...audit.errors import RunError
 from ...audit.files import read_json
-from ...rebalance.balanced import CURVE, BalancedConfig, bin_of, distance_to_uniform, size_curve
-from ...rebalance.manifest import Manifest, read_dropped, read_manifest
+from ...rebalance.manifest import RowDigest, batches_of, dropped_path, provenance_of, regrouped, rows_of
+from ...rebalance.recipe import balance_path
+from ...rebalance.shards import NO_SPLIT
 from ..run import Run
 from .findings import Numbers, finite, short
+from .uniformity import uniformity
 
-Array = NDArray[Any]
-
-MOST_CLASSES = 12  # of a manifest, the shortest first
 MOST_DETAILED = 8  # manifests, and fine-tunings, with a figure of their own; the others have their line in the table
 
 
 def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
-    """Describe one manifest from its two files; `fingerprint` is that of the run's own data."""
-    manifest = read_manifest(path)
-    dropped = read_dropped(path, manifest)
-    about = manifest.provenance
-    balanced = about.get("rule", {}).get("kind") == "balanced" and dropped is not None
+    """Describe one manifest from its files, a batch at a time; `fingerprint` is that of the run's own data.
+
+    `balance` is None where NAME.balance.json does not lie beside it, or is another manifest's: `untold` says which.
+    """
+    about = provenance_of(path)
+    numbers, untold = _numbers_of(path)
+    kept = _tally(path, by="split")
+    dropped = _tally(dropped_path(path), by="reason") if _belongs(dropped_path(path), path) else None
+    reasons = numbers["reasons"] if numbers else {row["name"]: row["n"] for row in dropped or ()}
+    splits = {row["name"]: row["n"] for row in kept}
     return {
         "name": path.stem,
         "subset": short(about.get("subset", path.stem)),
         "between": short(about.get("between", "")),
-        "kept": len(manifest),
-        "dropped": None if dropped is None else len(dropped),
-        "reasons": {} if dropped is None else _counts(dropped["reason"]),
-        "splits": _counts(manifest.table["split"]),
+        "kept": sum(row["n"] for row in kept),
+        "kept_gap": _mean_gap(kept),
+        "dropped": numbers["dropped"] if numbers else None if dropped is None else sum(row["n"] for row in dropped),
+        "reasons": [
+            {"name": name, "n": count, "gap": _mean_gap([row for row in dropped or () if row["name"] == name])}
+            for name, count in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))
+        ],
+        "splits": splits,
         "of_this_run": about.get("scores", {}).get("fingerprint") == fingerprint,
-        "balance": _balance(manifest, dropped) if balanced and dropped is not None else None,
+        "untold": untold,
+        "balance": uniformity(numbers, splits) if numbers else None,
     }
 
 
@@ -56,7 +65,7 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
     return {
         "name": folder.name,
         "manifest": metrics["manifest"],
-        "current": not manifest.exists() or read_manifest(manifest).digest() == metrics["manifest_digest"],
+        "current": not manifest.exists() or _digest(manifest) == metrics["manifest_digest"],
         "test_labels_in_scores": metrics["test_labels_in_scores"],
         "settings": {key: settings.get(key) for key in ("fusion", "sampling", "epochs", "keep_posterior")},
         "seed": metrics["config"].get("seed"),
@@ -69,55 +78,61 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
     }
 
 
-def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    """Count the values of a column of strings, the most frequent first."""
-    found = {str(each["values"] or "none"): int(each["counts"]) for each in column.value_counts().to_pylist()}
-    return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
+def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:
+    """Read the numbers beside a manifest, or say why there are none."""
+    beside = balance_path(path)
+    if not beside.exists():
+        return None, "missing"
+    numbers = read_json(beside, error=RunError)
+    return (numbers, None) if numbers.get("digest") == _digest(path) else (None, "another")
 
 
-def _balance(manifest: Manifest, dropped: pa.Table) -> Numbers:
-    """Compare the kept samples with all that could be kept, from the files alone."""
-    num_bins = int(manifest.provenance["rule"].get("bins", BalancedConfig().bins))
-    kept = manifest.numbers("discrepancy")
-    everything = np.concatenate([kept, np.array(dropped["discrepancy"], dtype=np.float64)])
-    after, before = (_bins(values, num_bins) for values in (kept, everything))
-    splits = np.array(manifest.table["split"].to_pylist() + dropped["split"].to_pylist(), dtype=object)
-    by_split = [_bins(everything[splits == name], num_bins) for name in sorted(set(splits), key=str)]
-    return {
-        "edges": np.linspace(-1, 1, num_bins + 1).round(6).tolist(),
-        "before": before.tolist(),
-        "after": after.tolist(),
-        "tolerance": manifest.provenance["rule"].get("tolerance"),
-        "size": manifest.provenance["rule"].get("size"),
-        "distance_before": distance_to_uniform(before, available=before),
-        "distance_after": distance_to_uniform(after, available=before),
-        "positive_before": float((everything > 0).mean()),
-        "positive_after": float((kept > 0).mean()),
-        "empty_bins": int((before == 0).sum()),
-        "curve": [
-            {"tolerance": point.tolerance, "size": point.size, "distance": point.distance}
-            for point in size_curve(by_split, CURVE)
-        ],
-        **_shortest(manifest, dropped),
-    }
+def _digest(path: Path) -> str:
+    """Give Manifest.digest() of a file: as it is written there, unless it was written by something else."""
+    told = rows_of(path)
+    if told.get("rows") == pq.read_metadata(path).num_rows:
+        return str(told["digest"])
+    found = RowDigest()
+    for group in regrouped(batches_of(path)):
+        found.add(group)
+    return found.hexdigest()
 
 
-def _bins(values: Array, num_bins: int) -> NDArray[np.int64]:
-    return np.bincount(bin_of(values.astype(np.float32), num_bins=num_bins), minlength=num_bins)
+def _belongs(dropped: Path, path: Path) -> bool:
+    """Tell whether these are the rows that this manifest left out: a split that was killed leaves another's."""
+    return dropped.exists() and rows_of(dropped).get("dropped_from") == _digest(path)
 
 
-def _shortest(manifest: Manifest, dropped: pa.Table) -> Numbers:
-    """Give the classes of which the fewest samples are kept, and how many classes there are and lose all."""
-    kept, lost = _counts(manifest.table["label_name"]), _counts(dropped["label_name"])
-    names = sorted({*kept, *lost}, key=lambda name: (kept.get(name, 0), name))
-    return {
-        "num_classes": len(names),
-        "classes_lost": sum(name not in kept for name in names),
-        "classes": [
-            {"name": short(name, 80), "kept": kept.get(name, 0), "of": kept.get(name, 0) + lost.get(name, 0)}
-            for name in names[:MOST_CLASSES]
-        ],
-    }
+def _tally(path: Path, *, by: str) -> list[Numbers]:
+    """Count the rows by a column of strings, and sum their gaps; the most frequent first."""
+    parts = [
+        batch.group_by(by).aggregate([("gap", "sum"), ("gap", "count"), ([], "count_all")]) for batch in _gaps(path, by)
+    ]
+    if not parts:
+        return []
+    every = pa.concat_tables(parts).group_by(by)
+    summed = every.aggregate([(name, "sum") for name in ("gap_sum", "gap_count", "count_all")])
+    rows = [
+        {
+            "name": str(row[by] or NO_SPLIT),
+            "n": row["count_all_sum"],
+            "gap": row["gap_sum_sum"],
+            "of": row["gap_count_sum"],
+        }
+        for row in summed.to_pylist()
+    ]
+    return sorted(rows, key=lambda row: (-row["n"], row["name"]))
+
+
+def _gaps(path: Path, by: str) -> Iterator[pa.Table]:
+    for batch in batches_of(path, columns=[by, "gap"]):
+        yield pa.table({by: batch[by].cast(pa.string()), "gap": pc.cast(batch["gap"], pa.float64())})
+
+
+def _mean_gap(rows: list[Numbers]) -> float | None:
+    """Give the mean modality gap of counted rows; None where none has one."""
+    number = sum(row["of"] for row in rows)
+    return sum(row["gap"] or 0.0 for row in rows) / number if number else None
 
 
 def _place(subset: str) -> tuple[int, str]:

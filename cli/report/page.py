@@ -103,6 +103,8 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
         "signed": signed,
         "small": small,
         "thousands": _thousands,
+        "amount": _amount,
+        "edge": _edge,
     }
     modalities = [modality["name"] for modality in numbers["facts"]["modalities"]]
     images = {name: _image(image) for name, image in figures.items()}
@@ -138,3 +140,13 @@ def _gain(found: dict[str, Any], metric: str) -> str:
 
 def _thousands(value: int) -> str:
     return f"{value:,}"
+
+
+def _amount(value: float) -> str:
+    """Write a count that need not be whole: below 10 with a decimal."""
+    return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
+
+
+def _edge(value: float) -> str:
+    """Write the edge of a bin: no more digits than it has, four at most, and a minus as long as a plus."""
+    return f"{round(value, 4) + 0.0:g}".replace("-", "−")

@@ -1,0 +1,200 @@
+"""Is the balanced split no slower than polars, and does its memory stay what it is? Exit code 1 if it misses a bound.
+
+Run with: python benchmarks/balanced.py [--rows N] [--large N] [--folder DIR]; it needs the extra "bench"
+A score table of N rows in shards is made first, in DIR. Both then read and check it, count 20 bins by 30 classes by 3
+splits, choose by the rank of a hash in each cell, and write the kept and the dropped rows with the same columns; each
+in a process of its own, in turn, three times. Polars ranks in memory; ours is to stay under 500 MB, and to take at most
+11 times as long, with the same memory, for ten times the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROWS_A_SHARD = 1_000_000
+MOST_RATIO = 1.0  # of our time to polars'
+MOST_MEGABYTES = 500
+MOST_GROWTH, MOST_MEMORY_GROWTH = 11.0, 1.10
+NUM_PAIRS = 3
+
+
+def make_scores(folder: Path, num_rows: int) -> Path:
+    """Write a score table whose discrepancy is far from uniform, shard by shard."""
+    made = folder / f"scores-{num_rows}"
+    if made.is_dir():
+        return made
+    part = folder / f".scores-{num_rows}"
+    part.mkdir(parents=True, exist_ok=True)
+    names = pa.array([f"class {number:02d}" for number in range(30)])
+    splits = pa.array(["train", "validation", "test"])
+    for first in range(0, num_rows, ROWS_A_SHARD):
+        rng = np.random.default_rng(first)
+        n = min(ROWS_A_SHARD, num_rows - first)
+        label = rng.integers(0, 30, n).astype(np.int32)
+        columns = {
+            "sample_id": pa.array([f"clip_{number:09d}" for number in range(first, first + n)]),
+            "label": label,
+            "label_name": names.take(pa.array(label)),
+            "split": splits.take(pa.array(rng.choice(3, n, p=[0.8, 0.1, 0.1]))),
+            "confidence_audio": rng.beta(0.7, 0.5, n).astype(np.float32),
+            "confidence_visual": rng.beta(0.5, 0.7, n).astype(np.float32),
+            "balance": rng.uniform(-1, 1, n).astype(np.float32),
+            "p_balanced": rng.uniform(0, 1, n).astype(np.float32),
+        }
+        pq.write_table(pa.table(columns), part / f"part-{first // ROWS_A_SHARD:05d}.parquet", compression="zstd")
+    part.rename(made)
+    return made
+
+
+def ours(scores: Path, out: Path) -> dict[str, Any]:
+    from mmaudit.rebalance.balanced import BalancedConfig
+    from mmaudit.rebalance.recipe import Recipe, make_split
+    from mmaudit.rebalance.shards import open_scores
+
+    shards = open_scores(scores, seed=0)
+    found = make_split(
+        shards, Recipe(balanced=BalancedConfig()), lambda name: out / f"{name}.parquet", scratch=out, scores=scores
+    )
+    return {"kept": found.numbers["kept"]}
+
+
+def polars(scores: Path, out: Path) -> dict[str, Any]:
+    """Do the same with polars' streaming engine: the quotas from the same counts, ranks of a hash within each cell.
+
+    The rows are checked as ours are, in the quickest way found: ranges, and that no hash of an id stands twice.
+    """
+    import polars as pl  # type: ignore[import-not-found, unused-ignore]
+
+    from mmaudit.rebalance.levels import largest_level, share_among_classes
+
+    rows = (
+        pl.scan_parquet(scores / "*.parquet")
+        .with_columns(discrepancy=pl.col("confidence_audio") - pl.col("confidence_visual"))
+        .with_columns(
+            bin=((pl.col("discrepancy").cast(pl.Float64) + 1) * 10).floor().clip(0, 19).cast(pl.Int16),
+            gap=pl.col("discrepancy").abs(),
+            key=pl.col("sample_id").hash(0),
+        )
+    )
+    spans = {"confidence_audio": 0, "confidence_visual": 0, "p_balanced": 0, "balance": -1}
+    checks = [pl.col(name).is_between(low, 1).all() for name, low in spans.items()]
+    checked = rows.select(*checks, pl.col("key").n_unique().alias("ids"), pl.len().alias("rows"))
+    found = checked.collect(engine="streaming").row(0, named=True)
+    if found["ids"] != found["rows"] or not all(found[name] for name in spans):
+        raise ValueError(f"the score table is not one: {found}")
+    cell = ["split", "bin", "label"]
+    counts = rows.group_by(cell).len().collect(engine="streaming")
+    names = counts["split"].unique().sort().to_list()
+    table = np.zeros((len(names), 20, 30), dtype=np.int64)
+    place = [names.index(name) for name in counts["split"]]
+    table[place, counts["bin"].to_numpy(), counts["label"].to_numpy()] = counts["len"].to_numpy()
+    quotas = []
+    for part in table:
+        by_bin = part.sum(axis=1)
+        quotas.append(share_among_classes(part, np.minimum(by_bin, largest_level(by_bin, tolerance=0.05))))
+    quota = np.stack(quotas)[place, counts["bin"].to_numpy(), counts["label"].to_numpy()]
+    quotas_of = counts.select(cell).with_columns(threshold=pl.Series(quota.astype(np.float64)))
+    placed = rows.join(quotas_of.lazy(), on=cell).with_columns(
+        place=pl.col("key").rank("ordinal").over(cell),
+        score=(pl.col("key") // 2**32).cast(pl.Float64) * 2.0**-32,
+        subset=pl.lit("balanced"),
+        group=pl.lit(None, dtype=pl.String),
+        content=pl.lit(None, dtype=pl.String),
+        weight=pl.lit(1.0, dtype=pl.Float32),
+    )
+    shared = [
+        "sample_id",
+        "label",
+        "label_name",
+        "split",
+        "subset",
+        "bin",
+        "discrepancy",
+        "gap",
+        "balance",
+        "p_balanced",
+    ]
+    kept = (
+        placed.filter(pl.col("place") <= pl.col("threshold"))
+        .with_columns(rank=pl.col("balance").rank("min", descending=True).cast(pl.Int32) - 1)
+        .select(*shared, "rank", "weight", "group", "content")
+    )
+    dropped = placed.filter(pl.col("place") > pl.col("threshold")).select(
+        *shared, "group", "content", pl.lit("bin-full").alias("reason"), "score", "threshold"
+    )
+    files = [out / "kept.parquet", out / "dropped.parquet"]
+    sinks = [each.sink_parquet(file, lazy=True) for each, file in zip((kept, dropped), files, strict=True)]
+    pl.collect_all(sinks, engine="streaming")
+    return {"kept": pq.read_metadata(files[0]).num_rows}
+
+
+def measured(name: str, scores: Path) -> dict[str, Any]:
+    """Do it in a process of its own: seconds without the start of Python, megabytes at the peak, rows kept."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--do", name, "--folder", str(scores)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return dict(json.loads(done.stdout))
+
+
+def do(name: str, scores: Path) -> None:
+    import resource
+
+    with tempfile.TemporaryDirectory(dir=scores.parent) as out:
+        started = time.perf_counter()
+        found = {"ours": ours, "polars": polars}[name](scores, Path(out))
+        seconds = time.perf_counter() - started
+    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({**found, "seconds": seconds, "megabytes": megabytes}))
+
+
+def main(folder: Path, num_rows: int, num_large: int) -> int:
+    scores = make_scores(folder, num_rows)
+    pairs = [(measured("ours", scores), measured("polars", scores)) for _ in range(NUM_PAIRS)]
+    for mine, theirs in pairs:
+        print(
+            f"{num_rows:,} rows: ours {mine['seconds']:.2f} s, {mine['megabytes']:.0f} MB, kept {mine['kept']:,}; "
+            f"polars {theirs['seconds']:.2f} s, {theirs['megabytes']:.0f} MB, kept {theirs['kept']:,}",
+            flush=True,
+        )
+    ratio = statistics.median(mine["seconds"] / theirs["seconds"] for mine, theirs in pairs)
+    seconds = statistics.median(mine["seconds"] for mine, _ in pairs)
+    megabytes = max(mine["megabytes"] for mine, _ in pairs)
+    missed = [f"{ratio:.2f} times as long as polars"] * (ratio > MOST_RATIO)
+    missed += [f"{megabytes:.0f} MB"] * (megabytes > MOST_MEGABYTES)
+    print(f"ratio {ratio:.2f}, peak {megabytes:.0f} MB")
+    if num_large:
+        large = measured("ours", make_scores(folder, num_large))
+        growth, memory = large["seconds"] / seconds, large["megabytes"] / megabytes
+        print(
+            f"{num_large:,} rows: {large['seconds']:.1f} s, {growth:.1f} times as long; "
+            f"{large['megabytes']:.0f} MB, {memory:.2f} times as much"
+        )
+        missed += [f"{growth:.1f} times as long"] * (growth > MOST_GROWTH * num_large / num_rows / 10)
+        missed += [f"{memory:.2f} times the memory"] * (memory > MOST_MEMORY_GROWTH)
+    print(f"missed: {', '.join(missed)}" if missed else "every bound holds")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--rows", type=int, default=10_000_000)
+    options.add_argument("--large", type=int, default=100_000_000, help="0 leaves it out")
+    options.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mmaudit-bench")
+    options.add_argument("--do", choices=["ours", "polars"])
+    given = options.parse_args()
+    if given.do:
+        do(given.do, given.folder)
+    else:
+        sys.exit(main(given.folder, given.rows, given.large))
