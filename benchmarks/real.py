@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -27,6 +29,7 @@ class Case:
     at_least: dict[str, float]
     below: dict[str, float]
     num_modalities: int = 2
+    planted: tuple[str, str, float] | None = None  # two columns: Spearman of the discrepancy with rank - rank, at least
 
 
 CASES = (
@@ -53,6 +56,7 @@ CASES = (
         words=("--modality", "audio=audio", "--modality", "image=image"),
         at_least={"audio": 0.725, "image": 0.809},
         below={},
+        planted=("snr_db", "image_energy", 0.455),
     ),
     Case(name="mfeat", data="mfeat/mfeat.parquet", at_least={}, below={}, num_modalities=6),
 )
@@ -93,13 +97,25 @@ def measure(case: Case, folder: Path, scratch: Path) -> tuple[str, bool]:
         and tested["accuracy_low"] > 2 * chance
         and all(metrics["test"][name]["n"] > 0 for name in ("in-manifest", "balanced-within-0.2"))
     )
+    told = ", ".join(f"{name} {value:.3f}" for name, value in probes.items())
+    if case.planted is not None:
+        found = recovered(folder / case.data, Path(run[1]) / "scores.parquet", *case.planted[:2])
+        told, holds = f"{told}; Spearman {found:.3f}", holds and found >= case.planted[2]
     cells = [
-        ", ".join(f"{name} {value:.3f}" for name, value in probes.items()),
+        told,
         f"{split['kept']} of {split['scored']} ({split['between']}), distance {split['after']['distance']:.3f}",
         f"{tested['accuracy']:.3f} ({chance:.3f}), n = {metrics['test']['all']['n']}",
         f"{time.monotonic() - started:.0f}",
     ]
     return " | ".join(cells), holds
+
+
+def recovered(data: Path, scores: Path, first: str, second: str) -> float:
+    """Give Spearman's correlation of the discrepancy with the difference of two columns' ranks."""
+    truth = pd.read_parquet(data, columns=["id", first, second]).set_index("id")
+    found = pd.read_parquet(scores, columns=["sample_id", "discrepancy"]).set_index("sample_id")
+    truth = truth.loc[found.index]
+    return float(found["discrepancy"].corr(truth[first].rank() - truth[second].rank(), method="spearman"))
 
 
 def mmaudit(*words: str) -> dict[str, Any]:

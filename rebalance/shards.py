@@ -296,7 +296,8 @@ def _batches(part: Part, columns: Iterable[str], *, dictionary: Sequence[str] = 
             yield part.select(names).slice(first, BATCH_ROWS)
         return
     try:
-        with pq.ParquetFile(part, pre_buffer=False, read_dictionary=[one for one in dictionary if one in names]) as file:
+        coded = [name for name in dictionary if name in names]
+        with pq.ParquetFile(part, pre_buffer=False, read_dictionary=coded) as file:
             for batch in file.iter_batches(BATCH_ROWS, columns=names):
                 yield pa.Table.from_batches([batch]).select(names)
     except (pa.ArrowInvalid, OSError) as cause:

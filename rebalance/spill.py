@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RECORD = np.dtype([("key", "<u8"), ("cell", "<i4"), ("badness", "<u4")])
-_ROWS_A_PART = 1 << 18  # 4 MB of records
+_ROWS_A_PART = 1 << 20  # 16 MB of records
 _MOST_PARTS = 1_024
 
 

@@ -34,6 +34,7 @@ from .manifest import (
 from .shards import Rows, ScoreShards
 from .tally import Tally
 
+_SEARCHED = ("label", "label_name", "split", "bin", "rank", "discrepancy", "gap", "balance", "p_balanced", "reason")
 _AT_ONCE = 16_384  # values that are encoded at once: a tenth quicker than 1,024
 _MOST_WAITING = 1  # batches that a thread may be behind
 
@@ -78,7 +79,8 @@ class _Sink:
             path,
             self._schema,
             compression="zstd",
-            use_dictionary=[*coded, "threshold"],
+            use_dictionary=[*coded, "label", "bin", "weight", "threshold"],
+            write_statistics=[name for name in schema.names if name in _SEARCHED],
             write_batch_size=_AT_ONCE,
             store_schema=False,
         )

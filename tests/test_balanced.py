@@ -58,11 +58,11 @@ def table_of(values: NDArray[np.floating[Any]], label: NDArray[np.integer[Any]])
 def drawn(n: int, *, seed: int, num_modalities: int = 2, splits: tuple[str, ...] = ()) -> ScoreTable:
     """Give n samples of any confidence, of three classes."""
     rng = np.random.default_rng(seed)
-    label = rng.integers(0, 3, n)
+    label, shape = rng.integers(0, 3, n), rng.uniform(0.3, 3, (2, num_modalities))
     return replace(
         table_of(np.zeros(n), label),
         modalities=("audio", "visual", "text", "depth")[:num_modalities],
-        confidence=rng.beta(*rng.uniform(0.3, 3, (2, num_modalities)), (n, num_modalities)).astype(np.float32),
+        confidence=rng.beta(shape[0], shape[1], (n, num_modalities)).astype(np.float32),
         split=rng.choice(splits, n).astype(object) if splits else None,
     )
 

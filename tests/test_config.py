@@ -45,7 +45,10 @@ CONFIGS = st.builds(
         bins=st.integers(2, 99),
         tolerance=st.floats(0, 1),
         size=st.none() | st.integers(1, 99),
+        most_weight=st.floats(1, 99),
+        grid=st.booleans(),
     ),
+    posterior=st.floats(0, 1),
     finetune=st.builds(
         FinetuneConfig,
         fusion=st.sampled_from(FUSIONS),
@@ -68,7 +71,7 @@ def test_write_then_read_is_equality(tmp_path: Path, config: RunConfig) -> None:
 def test_a_config_is_what_its_settings_say(config: RunConfig) -> None:
     """Every key, one by one, can be set as TOML has it: `--set SECTION.KEY=VALUE`."""
     written = tomllib.loads(to_toml(plain(config)))
-    given_settings = [f"seed={written.pop('seed')}"]
+    given_settings = [f"{key}={written.pop(key)}" for key in ("seed", "posterior")]
     for section, content in written.items():
         given_settings += [f"{section}.{key}={toml_of(value)}" for key, value in content.items()]
     assert load_config(None, given_settings) == config

@@ -20,7 +20,7 @@ from mmaudit.audit.source.dataset import Dataset, open_dataset
 from mmaudit.audit.source.samples import read_samples
 from mmaudit.audit.stock import take_stock
 from mmaudit.audit.workers import silent
-from mmaudit.rebalance.manifest import Manifest, Selection, make_manifest
+from mmaudit.rebalance.manifest import COLUMNS, DROPPED_COLUMNS, Manifest
 from mmaudit.train.examples import Examples, load_examples
 
 N = 60
@@ -93,11 +93,25 @@ def split_of(scores: ScoreTable, keep: Any = None) -> tuple[Manifest, pa.Table]:
     """Keep two of three samples, or the ones told."""
     n = len(scores)
     chosen = np.arange(n) % 3 > 0 if keep is None else np.asarray(keep)
-    nought = np.zeros(n)
-    return make_manifest(
-        scores,
-        Selection(name="m", between="audio:visual", keep=chosen, reason="out", score=nought, threshold=nought),
+    told: dict[str, Any] = {
+        "subset": ["m"] * n,
+        "bin": [None] * n,
+        "rank": np.argsort(np.argsort(np.where(chosen, scores.gap, 2))),
+        "weight": np.ones(n),
+        "discrepancy": scores.discrepancy(),
+        "reason": ["out"] * n,
+        "score": np.zeros(n),
+        "threshold": np.zeros(n),
+    }
+    scored = scores.to_arrow()
+    kept, dropped = (
+        pa.table(
+            {name: pa.array(told[name], type_) if name in told else scored[name] for name, type_ in columns.items()}
+        )
+        for columns in (COLUMNS, DROPPED_COLUMNS)
     )
+    left = dropped.filter(pa.array(~chosen))
+    return Manifest(table=kept.filter(pa.array(chosen)), provenance={}), left
 
 
 def load(source: Source, manifest: Manifest, dropped: pa.Table | None, **options: Any) -> Examples:

@@ -1,9 +1,9 @@
-"""Laws of a manifest: kept + dropped = scored, write then read is equality, and anybody's reader opens it."""
+"""Laws of a manifest: read it is as it was written, its digest tells any change, and anybody's reader opens it."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,288 +14,236 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ManifestError
-from mmaudit.audit.score import ScoreTable
+from mmaudit.rebalance import manifest
+from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
+from mmaudit.rebalance.choice import choose
 from mmaudit.rebalance.manifest import (
+    COLUMNS,
     RANGES,
+    REPEATING,
     Manifest,
-    Selection,
+    RowDigest,
+    batches_of,
+    check_columns,
+    digest_of,
     dropped_path,
-    make_manifest,
+    provenance_of,
     read_dropped,
     read_manifest,
-    write_manifest,
+    regrouped,
+    rows_of,
 )
-
-COLUMNS = {
-    "sample_id": "string",
-    "label": "int32",
-    "label_name": "string",
-    "split": "string",
-    "subset": "string",
-    "bin": "int16",
-    "rank": "int32",
-    "weight": "float",
-    "discrepancy": "float",
-    "gap": "float",
-    "p_balanced": "float",
-    "group": "string",
-    "content": "string",
-    "wav": "string",
-}
-PROVENANCE = {"source": "data", "config": {"seed": 0}, "ranges": {}, "schema": "mmaudit.scores/1"}
+from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.split import write_split
 
 
-def scores_of(n: int = 40, *, seed: int = 0, **more: Any) -> ScoreTable:
+def written(folder: Path, n: int = 40, *, seed: int = 0) -> Path:
+    """Split n scored samples into folder/m.parquet and what it drops."""
     rng = np.random.default_rng(seed)
-    columns: dict[str, Any] = {
-        "sample_id": np.array([f"s{number}" for number in rng.permutation(n)], dtype=object),
-        "label": np.arange(n, dtype=np.int32) % 3,
-        "label_name": np.array([f"class {number % 3}" for number in range(n)], dtype=object),
-        "modalities": ("audio", "visual"),
-        "confidence": rng.random((n, 2)).astype(np.float32),
-        "split": np.array(["test" if number % 5 == 0 else "train" for number in range(n)], dtype=object),
-        "group": np.array([f"g{number % 4}" for number in range(n)], dtype=object),
-        "balance": rng.uniform(-1, 1, n).astype(np.float32),
-        "p_balanced": rng.random(n).astype(np.float32),
-        "content": np.array([f"{number:032x}" for number in range(n)], dtype=object),
-        "paths": pa.table({"wav": [f"{number}.wav" for number in range(n)], "label": ["a path of that name"] * n}),
-        "provenance": PROVENANCE,
-    }
-    return ScoreTable(**{**columns, **more})
-
-
-def select(keep: NDArray[np.bool_], **more: Any) -> Selection:
-    n = len(keep)
-    options: dict[str, Any] = {
-        "name": "some",
-        "between": "audio:visual",
-        "keep": keep,
-        "reason": "out",
-        "score": np.arange(n) / n,
-        "threshold": np.full(n, 0.5),
-        "bin": (np.arange(n) % 7).astype(np.int16),
-        "rule": {"kind": "some", "seed": 3},
-    }
-    return Selection(**{**options, **more})
-
-
-def made(n: int = 40, **more: Any) -> tuple[Manifest, pa.Table]:
-    return make_manifest(scores_of(n, **more), select(np.arange(n) % 3 > 0))
-
-
-def test_columns_and_types() -> None:
-    manifest, dropped = made()
-    assert {field.name: str(field.type) for field in manifest.table.schema} == COLUMNS
-    left = {name: type_ for name, type_ in COLUMNS.items() if name not in ("rank", "weight")}
-    left |= {"reason": "string", "score": "double", "threshold": "double"}
-    assert {field.name: str(field.type) for field in dropped.schema} == left
-
-
-def test_values_are_those_of_the_scores() -> None:
-    scores = scores_of()
-    manifest, dropped = make_manifest(scores, select(np.arange(40) % 3 > 0))
-    row = {name: number for number, name in enumerate(scores.sample_id)}
-    discrepancy = scores.discrepancy()
-    assert scores.split is not None
-    assert scores.p_balanced is not None
-    for entry in manifest.table.to_pylist() + dropped.to_pylist():
-        number = row[entry["sample_id"]]
-        assert entry["label"] == scores.label[number]
-        assert entry["label_name"] == f"class {number % 3}"
-        assert entry["split"] == scores.split[number]
-        assert entry["discrepancy"] == discrepancy[number]
-        assert entry["gap"] == abs(discrepancy[number])
-        assert entry["p_balanced"] == scores.p_balanced[number]
-        assert (entry["bin"], entry["group"]) == (number % 7, f"g{number % 4}")
-        assert (entry["wav"], entry["content"]) == (f"{number}.wav", f"{number:032x}")
-        assert entry.get("weight", 1.0) == 1.0
-        if "reason" in entry:
-            assert (entry["reason"], entry["score"], entry["threshold"]) == ("out", number / 40, 0.5)
-
-
-def test_a_missing_modality_is_a_reason_of_its_own(tmp_path: Path) -> None:
-    confidence = np.random.default_rng(0).random((40, 3)).astype(np.float32)
-    lacks = np.arange(40) % 6 == 0  # a part of those that are dropped
-    confidence[lacks, 1] = np.nan
-    scores = scores_of(modalities=("audio", "visual", "text"), confidence=confidence)
-    score = np.where(lacks, np.nan, 0.25)
-    bins = np.where(lacks, -1, 3).astype(np.int16)
-    manifest, dropped = make_manifest(scores, select(np.arange(40) % 3 > 0, score=score, bin=bins))
-    write_manifest(manifest, dropped, tmp_path / "m.parquet")
-    read = read_dropped(tmp_path / "m.parquet", read_manifest(tmp_path / "m.parquet"))
-    assert read is not None
-    rows = read.to_pylist()
-    assert len(rows) == 14
-    for row in rows:
-        gone = row["sample_id"] in scores.sample_id[lacks]
-        assert row["reason"] == ("missing-modality" if gone else "out")
-        assert (row["score"], row["bin"]) == ((None, None) if gone else (0.25, 3))
-        assert (row["discrepancy"] is None) == gone
-        assert row["gap"] is not None
-
-
-@settings(deadline=None)
-@given(st.lists(st.booleans(), min_size=1, max_size=60).filter(any), st.integers(0, 99))
-def test_kept_and_dropped_are_the_scored(keep: list[bool], seed: int) -> None:
-    scores = scores_of(len(keep), seed=seed)
-    manifest, dropped = make_manifest(scores, select(np.array(keep)))
-    ids = [table["sample_id"].to_pylist() for table in (manifest.table, dropped)]
-    assert ids == [scores.sample_id[np.array(keep)].tolist(), scores.sample_id[~np.array(keep)].tolist()]
-    assert len(manifest) == sum(keep)
-
-
-@settings(deadline=None)
-@given(st.lists(st.sampled_from([-1.0, 0.0, 0.25, 1.0]), min_size=1, max_size=40), st.integers(0, 99))
-def test_rank_zero_is_the_most_balanced(balance: list[float], seed: int) -> None:
-    scores = scores_of(len(balance), seed=seed, balance=np.array(balance, np.float32))
-    manifest, _ = make_manifest(scores, select(np.ones(len(balance), bool)))
-    rank = manifest.numbers("rank").astype(int)
-    assert sorted(rank) == list(range(len(balance)))
-    ordered = [(-balance[row], scores.sample_id[row]) for row in np.argsort(rank)]
-    assert ordered == sorted(ordered)
-
-
-def test_without_a_balance_score_the_least_gap_is_the_most_balanced() -> None:
-    scores = scores_of(balance=None)
-    manifest, _ = make_manifest(scores, select(np.ones(40, bool)))
-    assert np.argsort(manifest.numbers("rank")).tolist() == np.argsort(scores.gap).tolist()
-
-
-def test_row_order_changes_no_row() -> None:
-    scores = scores_of()
-    order = np.random.default_rng(1).permutation(40)
-    fields = ("sample_id", "label", "label_name", "confidence", "split", "group", "balance", "p_balanced", "content")
-    moved: dict[str, Any] = {name: getattr(scores, name)[order] for name in fields}
-    assert scores.paths is not None
-    again = replace(scores, **moved, paths=scores.paths.take(pa.array(order)))
-    keep = scores.gap < 0.5
-    one, other = (
-        make_manifest(table, select(chosen, bin=None))[0].table.sort_by("sample_id")
-        for table, chosen in ((scores, keep), (again, keep[order]))
+    scores = pa.table(
+        {
+            "sample_id": [f"s{one}" for one in range(n)],
+            "label": np.arange(n) % 3,
+            "label_name": [f"class {one % 3}" for one in range(n)],
+            "split": ["test" if one % 5 == 0 else "train" for one in range(n)],
+            "group": [f"g{one % 4}" for one in range(n)],
+            "confidence_audio": rng.random(n).astype(np.float32),
+            "confidence_visual": rng.random(n).astype(np.float32),
+            "p_balanced": rng.random(n).astype(np.float32),
+            "content": [f"{one:032x}" for one in range(n)],
+        }
     )
-    assert one.equals(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(scores, folder / "scores.parquet")
+    shards = open_scores(folder / "scores.parquet", seed=0)
+    rule = plan_balanced(shards, BalancedConfig(bins=4))
+    write_split(choose(shards, rule, scratch=folder), folder / "m.parquet", name="even", recipe={"seed": 3})
+    return folder / "m.parquet"
 
 
-def test_write_then_read_is_equality(tmp_path: Path) -> None:
-    manifest, dropped = made()
-    write_manifest(manifest, dropped, tmp_path / "deep" / "m.parquet")
-    again = read_manifest(tmp_path / "deep" / "m.parquet")
-    left = read_dropped(tmp_path / "deep" / "m.parquet", again)
-    assert again.table.equals(manifest.table)
-    assert again.provenance == manifest.provenance
-    assert again.digest() == manifest.digest()
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    found = read_manifest(path)
+    left = read_dropped(path, found)
     assert left is not None
-    assert left.equals(dropped)
-    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["m.dropped.parquet", "m.parquet"]
+    assert len(found) + len(left) == 40
+    assert rows_of(path) == {"rows": len(found), "digest": found.digest()}
+    assert rows_of(dropped_path(path)) == {"rows": len(left), "digest": digest_of(left), "dropped_from": found.digest()}
+    assert provenance_of(path) == found.provenance
+    assert found.provenance["rule"] == {"seed": 3}
+    assert pa.concat_tables(batches_of(path)).equals(found.table.replace_schema_metadata(None))
+    assert [each.column_names for each in batches_of(path, columns=["sample_id"])] == [["sample_id"]]
+    assert set(RANGES) <= set(COLUMNS)
 
 
-def test_the_same_scores_give_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_manifest(*made(), tmp_path / f"{name}.parquet")
-    for file in ("{}.parquet", "{}.dropped.parquet"):
-        assert (tmp_path / file.format("a")).read_bytes() == (tmp_path / file.format("b")).read_bytes()
-
-
-def test_what_is_not_known_is_null_and_stays_so(tmp_path: Path) -> None:
-    unknown: dict[str, Any] = dict.fromkeys(("split", "group", "balance", "p_balanced", "content", "paths"))
-    manifest, dropped = make_manifest(scores_of(**unknown), select(np.arange(40) > 3, bin=None))
-    write_manifest(manifest, dropped, tmp_path / "m.parquet")
-    table = read_manifest(tmp_path / "m.parquet").table
-    assert {name: str(table[name].type) for name in table.column_names} == {
-        name: type_ for name, type_ in COLUMNS.items() if name != "wav"
-    }
-    nulls = [name for name in table.column_names if table[name].null_count]
-    assert nulls == ["split", "bin", "p_balanced", "group", "content"]
-    assert np.isnan(manifest.numbers("p_balanced")).all()
-    assert manifest.strings("split").tolist() == [None] * 36
+def test_strings_and_numbers_are_columns_with_what_is_missing(tmp_path: Path) -> None:
+    found = read_manifest(written(tmp_path))
+    assert found.strings("label_name").tolist() == found.table["label_name"].to_pylist()
+    assert found.numbers("rank").tolist() == found.table["rank"].to_pylist()
+    assert np.isnan(found.numbers("balance")).all()  # which the scores do not have
+    without = found.table.set_column(3, "split", pa.nulls(len(found), pa.string()))
+    assert replace(found, table=without).strings("split").tolist() == [None] * len(found)
 
 
 def test_pandas_and_datasets_read_it_as_it_is(tmp_path: Path) -> None:
     import datasets
 
-    manifest, dropped = made()
-    write_manifest(manifest, dropped, tmp_path / "m.parquet")
-    rows = manifest.table.to_pylist()
-    assert pd.read_parquet(tmp_path / "m.parquet").to_dict("records") == rows
-    loaded = datasets.load_dataset(
-        "parquet", data_files=str(tmp_path / "m.parquet"), split="train", cache_dir=str(tmp_path / "cache")
+    path = written(tmp_path)
+    rows = [{**row, "balance": 0.0} for row in read_manifest(path).table.to_pylist()]
+    frame = pd.read_parquet(path)
+    frame["balance"] = 0.0  # null throughout, which is NaN here and None there
+    assert frame.to_dict("records") == rows
+    loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert [{**row, "balance": 0.0} for row in loaded] == rows
+
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "label_name": st.none() | st.sampled_from(["", "a", "b", "ä"]),
+    "sample_id": st.none() | st.text(max_size=4),
+    "label": st.none() | st.integers(-3, 3),
+    "gap": st.none() | st.sampled_from([0.0, 0.5, 1.0]),
+    "extra": st.none() | st.booleans(),
+}
+TYPES = {
+    "label_name": pa.string(),
+    "sample_id": pa.string(),
+    "label": pa.int32(),
+    "gap": pa.float32(),
+    "extra": pa.bool_(),
+}
+
+
+def tables(least: int = 0) -> st.SearchStrategy[pa.Table]:
+    rows = st.lists(st.fixed_dictionaries(VALUES), min_size=least, max_size=14)
+    return rows.map(
+        lambda found: pa.table({name: pa.array([one[name] for one in found], TYPES[name]) for name in TYPES})
     )
-    assert list(loaded) == rows
 
 
-def test_the_file_says_where_it_comes_from(tmp_path: Path) -> None:
-    write_manifest(*made(), tmp_path / "m.parquet")
-    for path in (tmp_path / "m.parquet", tmp_path / "m.dropped.parquet"):
-        about = json.loads(pq.read_schema(path).metadata[b"mmaudit"])
-        assert about["schema"] == "mmaudit.manifest/1"
-        assert (about["subset"], about["between"]) == ("some", "audio:visual")
-        assert about["rule"] == {"kind": "some", "seed": 3}
-        assert about["scores"] == {"source": "data", "config": {"seed": 0}}
-        assert {name: (entry["range"], entry["meaning"]) for name, entry in about["ranges"].items()} == RANGES
-        assert set(RANGES) <= set(COLUMNS)
+@settings(deadline=None)
+@given(tables(), st.lists(st.integers(0, 14), max_size=4).map(sorted), st.booleans(), st.integers(1, 6))
+def test_the_digest_is_of_the_rows_not_of_how_they_lie(
+    table: pa.Table, cuts: list[int], coded: bool, group: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "GROUP_ROWS", group)
+        ends = [0, *(min(one, len(table)) for one in cuts), len(table)]
+        pieces = [table.slice(first, end - first) for first, end in pairwise(ends)]
+        assert [len(each) for each in regrouped(pieces)] == [len(each) for each in regrouped([table])]
+        found = RowDigest()
+        for each in regrouped(pieces):
+            if coded:  # a dictionary of more than occurs, in another order
+                many = pa.array(["z", *each["label_name"].to_pylist()], pa.string()).dictionary_encode().slice(1)
+                each = each.set_column(0, "label_name", many)
+            found.add(each.select(each.column_names[::-1]))
+        assert found.hexdigest() == digest_of(table)
 
 
-@pytest.mark.parametrize("column", ["sample_id", "label", "split", "rank", "weight", "content", "group", "p_balanced"])
-def test_the_digest_tells_all_that_training_depends_on(column: str) -> None:
-    manifest, _ = made()
-    values = manifest.table[column].to_pylist()
-    other: Any = "other" if isinstance(values[0], str) else values[0] + 1
-    index = manifest.table.column_names.index(column)
-    changed = manifest.table.set_column(
-        index, column, pa.array([other, *values[1:]], manifest.table.schema.field(column).type)
-    )
-    assert replace(manifest, table=changed).digest() != manifest.digest()
+@settings(deadline=None, max_examples=300)
+@given(tables(), tables())
+def test_the_digest_tells_any_two_tables_apart(one: pa.Table, other: pa.Table) -> None:
+    assert (digest_of(one) == digest_of(other)) == one.equals(other)
 
 
-def test_nothing_kept_is_refused() -> None:
-    with pytest.raises(ManifestError, match="some: none of the 40 scored samples qualifies; widen the rule"):
-        make_manifest(scores_of(), select(np.zeros(40, bool)))
+@settings(deadline=None)
+@given(tables(least=1), st.sampled_from(sorted(VALUES)), st.data())
+def test_the_digest_tells_one_changed_value(table: pa.Table, name: str, data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, len(table) - 1))
+    values = table[name].to_pylist()
+    other = data.draw(VALUES[name].filter(lambda one: one != values[place] or type(one) is not type(values[place])))
+    values[place] = other
+    changed = table.set_column(table.column_names.index(name), name, pa.array(values, TYPES[name]))
+    assert digest_of(changed) != digest_of(table)
+
+
+def test_the_digest_tells_order_names_and_where_texts_end() -> None:
+    table = pa.table({"a": ["ab", "c"], "b": ["x", "y"]})
+    others = [
+        table.take(pa.array([1, 0])),
+        table.rename_columns(["a", "c"]),
+        table.rename_columns(["b", "a"]),
+        pa.table({"a": ["a", "bc"], "b": ["x", "y"]}),
+        pa.table({"a": ["ab", "c"]}),
+    ]
+    digests = {digest_of(each) for each in [table, *others]}
+    assert len(digests) == 1 + len(others)
+    assert {len(each) for each in digests} == {32}
+
+
+@pytest.mark.parametrize("column", sorted(COLUMNS))
+def test_the_digest_tells_all_that_training_depends_on(tmp_path: Path, column: str) -> None:
+    found = read_manifest(written(tmp_path))
+    values = found.table[column].to_pylist()
+    other: Any = "other" if COLUMNS[column] == pa.string() else (values[0] or 0) + 1
+    index = found.table.column_names.index(column)
+    changed = found.table.set_column(index, column, pa.array([other, *values[1:]], COLUMNS[column]))
+    assert replace(found, table=changed).digest() != found.digest()
+    assert set(REPEATING) - {"reason"} <= set(COLUMNS)
+
+
+def test_tables_are_cut_anew_without_a_row_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "GROUP_ROWS", 4)
+    pieces = [pa.table({"a": np.arange(first, end)}) for first, end in pairwise([0, 1, 1, 9, 11])]
+    cut = list(regrouped(pieces))
+    assert [len(each) for each in cut] == [4, 4, 3]
+    assert pa.concat_tables(cut)["a"].to_pylist() == list(range(11))
+    assert list(regrouped([])) == []
 
 
 def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
-    table = made()[0].table
+    table = read_manifest(written(tmp_path)).table
     spoiled = {
-        "not a manifest: it lacks rank, content; make one with: mmaudit split": table.drop_columns(["rank", "content"]),
+        "is not a manifest: it lacks rank, content; make one with: mmaudit split": table.drop_columns(
+            ["rank", "content"]
+        ),
         "column label of the manifest holds nulls": table.set_column(1, "label", pa.nulls(len(table), pa.int32())),
+        "column sample_id of the manifest holds nulls": table.set_column(
+            0, "sample_id", pa.nulls(len(table), pa.string())
+        ),
         "2 ids stand more than once in the manifest": pa.concat_tables([table, table.slice(0, 2)]),
     }
     for words, content in spoiled.items():
         pq.write_table(content, tmp_path / "bad.parquet")
         with pytest.raises(ManifestError, match=words):
             read_manifest(tmp_path / "bad.parquet")
+    with pytest.raises(ManifestError, match="somewhere is not a manifest: it lacks sample_id"):
+        check_columns(pa.schema([]), where="somewhere")
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("sample_id,label\n")
-    with pytest.raises(ManifestError, match=r"text\.parquet cannot be read as Parquet"):
-        read_manifest(tmp_path / "text.parquet")
-    with pytest.raises(ManifestError, match=r"no such file: .*none\.parquet"):
-        read_manifest(tmp_path / "none.parquet")
+    for read in (read_manifest, provenance_of, rows_of, lambda path: list(batches_of(path))):
+        with pytest.raises(ManifestError, match=r"text\.parquet cannot be read as Parquet"):
+            read(tmp_path / "text.parquet")
+        with pytest.raises(ManifestError, match=r"no such file: .*none\.parquet"):
+            read(tmp_path / "none.parquet")
+
+
+def test_hashes_that_collide_are_no_repeated_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = read_manifest(written(tmp_path))
+    monkeypatch.setattr(manifest, "hash_ids", lambda ids, **_: np.zeros(len(ids), dtype=np.uint64))
+    assert len(Manifest(table=found.table, provenance={})) == len(found)
+    with pytest.raises(ManifestError, match="1 ids stand more than once"):
+        Manifest(table=pa.concat_tables([found.table, found.table.slice(0, 1)]), provenance={})
+
+
+def test_a_file_of_another_make_says_nothing_of_its_rows(tmp_path: Path) -> None:
+    pq.write_table(read_manifest(written(tmp_path)).table.replace_schema_metadata(None), tmp_path / "other.parquet")
+    assert rows_of(tmp_path / "other.parquet") == {}
+    assert provenance_of(tmp_path / "other.parquet") == {}
 
 
 def test_the_dropped_rows_may_not_be_there(tmp_path: Path) -> None:
-    write_manifest(*made(), tmp_path / "m.parquet")
-    dropped_path(tmp_path / "m.parquet").unlink()
-    assert read_dropped(tmp_path / "m.parquet", made()[0]) is None
+    path = written(tmp_path)
+    dropped_path(path).unlink()
+    assert read_dropped(path, read_manifest(path)) is None
 
 
 def test_dropped_rows_of_another_manifest_are_refused(tmp_path: Path) -> None:
-    manifest, dropped = made()
-    write_manifest(manifest, dropped, tmp_path / "m.parquet")
-    other = replace(manifest, table=manifest.table.slice(1))
+    path = written(tmp_path)
+    found = read_manifest(path)
+    other = replace(found, table=found.table.slice(1))
     with pytest.raises(ManifestError, match=r"m\.dropped\.parquet holds the rows dropped from another manifest"):
-        read_dropped(tmp_path / "m.parquet", other)
-
-
-def test_a_failed_write_leaves_the_old_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_manifest(*made(), tmp_path / "m.parquet")
-    before = (tmp_path / "m.parquet").read_bytes()
-
-    def fail(table: pa.Table, where: Path, **options: Any) -> None:
-        where.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(pq, "write_table", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_manifest(*made(10), tmp_path / "m.parquet")
-    assert (tmp_path / "m.parquet").read_bytes() == before
+        read_dropped(path, other)

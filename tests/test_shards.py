@@ -189,7 +189,7 @@ def test_a_column_that_is_null_throughout_is_as_none(tmp_path: Path, type_: pa.D
     assert "balance" not in found.columns
     some = table(start=N, balance=pa.array([None] * (N - 1) + [0.5], pa.float32()))
     both = open_scores(written(tmp_path / "b", nulls, some, **options), seed=0)
-    values = np.concatenate([rows.numbers("balance") for rows in both.rows()])  # type: ignore[misc]
+    values = np.concatenate([rows.numbers("balance") for rows in both.rows()])
     assert np.isnan(values[:-1]).all()
     assert values[-1] == 0.5
 

@@ -69,9 +69,7 @@ def test_all_records_come_back_in_parts_that_follow_each_other(
 
 @QUICK
 @given(st.integers(0, 90), st.integers(1, 5), st.integers(0, 10**6))
-def test_repeated_keys_are_those_of_numpy(
-    tmp_path: Path, where: str, n: int, num_cells: int, seed: int
-) -> None:
+def test_repeated_keys_are_those_of_numpy(tmp_path: Path, where: str, n: int, num_cells: int, seed: int) -> None:
     key, cell, badness = drawn(n, num_cells, seed)
     with filled((key, cell, badness), tmp_path) as held:
         names, times = np.unique(key, return_counts=True)
@@ -125,7 +123,7 @@ def test_scratch_space_is_told_beforehand(tmp_path: Path, where: str) -> None:
 
 
 def test_many_parts_take_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process may have 1,024 files open on most machines, 256 on some; at 10^8 rows there are 512 parts."""
+    """A process may have 1,024 files open on most machines, 256 on some; at 10^9 rows there are 1,024 parts."""
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(spill, "_ROWS_A_PART", 4)
     old = resource.getrlimit(resource.RLIMIT_NOFILE)

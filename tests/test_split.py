@@ -120,7 +120,8 @@ def test_the_bytes_are_the_same_however_the_scores_lie(
 
 
 def test_a_table_in_memory_gives_the_bytes_of_its_file(tmp_path: Path) -> None:
-    pq.write_table(table(80), tmp_path / "plain.parquet")
+    balance = np.random.default_rng(1).uniform(-1, 1, 80).astype(np.float32)  # a ScoreTable has it of all or of none
+    pq.write_table(table(80, balance=balance), tmp_path / "plain.parquet")
     scores = read_scores(tmp_path / "plain.parquet")
     write_scores(scores, tmp_path / "ours.parquet")
     split_to(tmp_path / "a" / "m.parquet", scores)

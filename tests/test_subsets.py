@@ -1,14 +1,17 @@
-"""Laws of the subsets: who prefers what is a partition, thresholds nest, and modalities can be swapped."""
+"""Laws of the subsets: who prefers what is a partition, thresholds nest, amounts are exact, and chance is chance."""
 
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,12 +19,28 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.audit.score import ScoreTable
-from mmaudit.rebalance.manifest import Selection, make_manifest
-from mmaudit.rebalance.subsets import by_mixture, parse_dominated, parse_subset, preferred, within
+from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
+from mmaudit.rebalance.choice import Rule, choose
+from mmaudit.rebalance.shards import ScoreShards, open_scores
+from mmaudit.rebalance.subsets import (
+    Threshold,
+    at_random,
+    by_mixture,
+    everything,
+    extreme,
+    parse_amount,
+    parse_dominated,
+    parse_subset,
+    preferred,
+    sides,
+    within,
+)
 from mmaudit.train.evaluate import subsets
 
 Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 NAMES = ("audio", "visual", "text")
+AV = "audio:visual"
 
 # Ties, thresholds and what float32 makes of them, besides any other confidence.
 CONFIDENCE = st.one_of(st.sampled_from([0.0, 0.2, 0.4, 0.5, 1.0]), st.floats(0, 1, width=32))
@@ -35,14 +54,54 @@ def confidences(m: int) -> st.SearchStrategy[Floats]:
 def table(confidence: Any, **more: Any) -> ScoreTable:
     values = np.array(confidence, dtype=np.float32)
     n = len(values)
+    label = more.pop("label", np.zeros(n, np.int32))
     return ScoreTable(
         sample_id=np.array([f"s{number}" for number in range(n)], dtype=object),
-        label=np.zeros(n, np.int32),
-        label_name=np.array(["a"] * n, dtype=object),
+        label=label,
+        label_name=np.array([f"class {one}" for one in label], dtype=object),
         modalities=NAMES[: values.shape[1]],
         confidence=values,
         **more,
     )
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What became of each row, and why."""
+
+    keep: Mask
+    reason: list[str]
+    score: NDArray[np.float64]
+    threshold: NDArray[np.float64]
+
+
+def decide(scores: ScoreTable, rule: Rule, *, seed: int = 0) -> Decided:
+    """Choose by a rule; where nothing qualifies, nothing is kept."""
+    choice = choose(open_scores(scores, seed=seed), rule, scratch=Path("unused"))
+    (rows,) = choice.shards.rows()
+    found = choice.decide(rows)
+    reasons = [choice.reasons[place] for place in found.reason]
+    return Decided(found.keep, reasons, found.told.score, found.told.threshold)
+
+
+def keep(scores: ScoreTable, rule: Rule, *, seed: int = 0) -> Mask:
+    try:
+        return decide(scores, rule, seed=seed).keep
+    except ManifestError as error:
+        assert "widen the rule" in str(error)
+        return np.zeros(len(scores), dtype=bool)
+
+
+def side(scores: ScoreTable, name: str, *, threshold: float = 0.0, between: str | None = None) -> Mask:
+    return keep(scores, preferred(scores.modalities, name, threshold=threshold, between=between))
+
+
+def shards(scores: ScoreTable, *, seed: int = 0) -> ScoreShards:
+    return open_scores(scores, seed=seed)
+
+
+def parsed(scores: ScoreTable, text: str) -> Mask:
+    return keep(scores, parse_subset(shards(scores), text, between=None))
 
 
 ONE = table([[0.9, 0.1]])
@@ -52,7 +111,7 @@ THREE = table([[0.9, 0.1, 0.5]])
 @given(confidences(2))
 def test_the_preferred_are_disjoint_and_ties_are_in_neither(confidence: Floats) -> None:
     scores = table(confidence)
-    audio, visual = (preferred(scores, name).keep for name in ("audio", "visual"))
+    audio, visual = (side(scores, name) for name in ("audio", "visual"))
     assert audio.tolist() == (confidence[:, 0] > confidence[:, 1]).tolist()
     assert visual.tolist() == (confidence[:, 1] > confidence[:, 0]).tolist()
     assert (~audio & ~visual).tolist() == (confidence[:, 0] == confidence[:, 1]).tolist()
@@ -65,17 +124,17 @@ def test_of_three_a_modality_is_against_the_mean_of_the_others(confidence: Float
         others = np.delete(confidence.astype(np.float64), index, axis=1).mean(axis=1)
         clear = np.abs(confidence[:, index] - others) > 1e-6
         expected = confidence[:, index] > others
-        assert preferred(scores, name).keep[clear].tolist() == expected[clear].tolist()
+        assert side(scores, name)[clear].tolist() == expected[clear].tolist()
 
 
 @given(confidences(3))
 def test_between_names_both_sides(confidence: Floats) -> None:
     scores = table(confidence)
-    first, second = (preferred(scores, name, between="visual:text").keep for name in ("visual", "text"))
+    first, second = (side(scores, name, between="visual:text") for name in ("visual", "text"))
     assert first.tolist() == (confidence[:, 1] > confidence[:, 2]).tolist()
     assert second.tolist() == (confidence[:, 2] > confidence[:, 1]).tolist()
     with pytest.raises(ConfigError, match=r"no modality 'audio' to prefer; .*visual, text"):
-        preferred(scores, "audio", between="visual:text")
+        preferred(NAMES, "audio", between="visual:text")
 
 
 @given(confidences(3), st.lists(st.sampled_from([None, 0, 1, 2]), min_size=30, max_size=30))
@@ -93,40 +152,40 @@ def test_who_lacks_the_modality_is_never_kept_and_others_are_as_without_it(
         for row in holed.astype(np.float64):
             others = np.delete(row, index)
             expected.append(bool(row[index] > np.mean(others[~np.isnan(others)])))
-        keep = preferred(scores, name).keep
+        found = side(scores, name)
         others = np.delete(holed.astype(np.float64), index, axis=1)
         clear = ~(np.abs(holed[:, index] - np.nanmean(others, axis=1)) < 1e-6)
-        assert keep[clear].tolist() == np.array(expected)[clear].tolist()
-    for selection, pair in (
-        (preferred(scores, "audio"), [0]),
-        (preferred(scores, "text", threshold=0.2, between="text:audio"), [2, 0]),
-        (within(scores, threshold=0.9, between="audio:visual"), [0, 1]),
+        assert found[clear].tolist() == np.array(expected)[clear].tolist()
+    for rule, pair in (
+        (preferred(NAMES, "audio"), [0]),
+        (preferred(NAMES, "text", threshold=0.2, between="text:audio"), [2, 0]),
+        (within("audio:visual", threshold=0.9), [0, 1]),
+        (everything("text:visual", name="all"), [1, 2]),
     ):
         lacks = np.isnan(holed[:, pair]).any(axis=1)
-        assert not (selection.keep & lacks).any()
-        if selection.keep.any():
-            rows = make_manifest(scores, selection)[1].to_pylist()
-            told = {row["sample_id"] for row in rows if row["reason"] == "missing-modality"}
-            assert told == set(scores.sample_id[lacks])
-            assert all((row["score"] is None) == (row["sample_id"] in told) for row in rows)
+        assert not (keep(scores, rule) & lacks).any()
+        if keep(scores, rule).any():
+            found = decide(scores, rule)
+            told = [reason == "missing-modality" for reason in found.reason]
+            assert told == lacks.tolist() == np.isnan(found.score).tolist()
 
 
 @given(confidences(2), st.lists(st.floats(0, 0.99), min_size=2, max_size=5))
 def test_the_dominated_nest_by_threshold(confidence: Floats, thresholds: list[float]) -> None:
     scores = table(confidence)
     for name in ("audio", "visual"):
-        kept = [preferred(scores, name, threshold=threshold).keep for threshold in [0.0, *sorted(thresholds)]]
+        kept = [side(scores, name, threshold=threshold) for threshold in [0.0, *sorted(thresholds)]]
         assert all((small <= large).all() for large, small in pairwise(kept))
-    inner = [within(scores, threshold=threshold).keep for threshold in sorted(thresholds)]
+    inner = [keep(scores, within(AV, threshold=threshold)) for threshold in sorted(thresholds)]
     assert all((small <= large).all() for small, large in pairwise(inner))
 
 
 @given(confidences(2), st.sampled_from([0.2, 0.4, 0.3]))
 def test_within_and_the_dominated_are_a_partition(confidence: Floats, threshold: float) -> None:
     scores = table(confidence)
-    parts = [within(scores, threshold=threshold)]
-    parts += [preferred(scores, name, threshold=threshold) for name in ("audio", "visual")]
-    assert np.sum([part.keep for part in parts], axis=0).tolist() == [1] * len(scores)
+    parts = [keep(scores, within(AV, threshold=threshold))]
+    parts += [side(scores, name, threshold=threshold) for name in ("audio", "visual")]
+    assert np.sum(parts, axis=0).tolist() == [1] * len(scores)
 
 
 @given(confidences(2))
@@ -134,10 +193,10 @@ def test_swapping_two_modalities_swaps_their_subsets(confidence: Floats) -> None
     scores = table(confidence)
     swapped = replace(scores, confidence=confidence[:, ::-1])
     for threshold in (0.0, 0.2):
-        one, other = (preferred(scores, name, threshold=threshold).keep for name in ("audio", "visual"))
-        assert preferred(swapped, "visual", threshold=threshold).keep.tolist() == one.tolist()
-        assert preferred(swapped, "audio", threshold=threshold).keep.tolist() == other.tolist()
-    assert within(swapped).keep.tolist() == within(scores).keep.tolist()
+        one, other = (side(scores, name, threshold=threshold) for name in ("audio", "visual"))
+        assert side(swapped, "visual", threshold=threshold).tolist() == one.tolist()
+        assert side(swapped, "audio", threshold=threshold).tolist() == other.tolist()
+    assert keep(swapped, within(AV)).tolist() == keep(scores, within(AV)).tolist()
 
 
 @given(confidences(2))
@@ -146,18 +205,18 @@ def test_evaluation_cuts_the_same_subsets(confidence: Floats) -> None:
     found = subsets(scores.discrepancy().astype(np.float64), first="audio", second="visual")
     for name in ("audio", "visual"):
         for threshold, called in ((0.0, "preferred"), (0.2, "dominated-0.2"), (0.4, "dominated-0.4")):
-            selection = preferred(scores, name, threshold=threshold)
-            assert selection.name == f"{name}-{called}"
-            assert found[selection.name].tolist() == selection.keep.tolist()
-    assert found[within(scores).name].tolist() == within(scores).keep.tolist()
+            rule = preferred(scores.modalities, name, threshold=threshold)
+            assert rule.name == f"{name}-{called}"
+            assert found[rule.name].tolist() == keep(scores, rule).tolist()
+    assert found[within(AV).name].tolist() == keep(scores, within(AV)).tolist()
 
 
-# By reason: how its selection is made, and what is true of score and threshold of whoever it drops.
-RULES: dict[str, tuple[Callable[[ScoreTable], Selection], Callable[[float, float], bool]]] = {
-    "discrepancy-too-low": (lambda scores: preferred(scores, "visual", threshold=0.2), operator.le),
-    "discrepancy-too-large": (lambda scores: within(scores, threshold=0.2), operator.gt),
-    "posterior-too-low": (lambda scores: by_mixture(scores, "balanced"), operator.lt),
-    "posterior-too-high": (lambda scores: by_mixture(scores, "imbalanced"), operator.ge),
+# By reason: how its rule is made, and what is true of score and threshold of whoever it drops.
+RULES: dict[str, tuple[Callable[[ScoreShards], Threshold], Callable[[float, float], bool]]] = {
+    "discrepancy-too-low": (lambda found: preferred(found.modalities, "visual", threshold=0.2), operator.le),
+    "discrepancy-too-large": (lambda found: within(AV, threshold=0.2), operator.gt),
+    "posterior-too-low": (lambda found: by_mixture(found, "balanced", between=AV), operator.lt),
+    "posterior-too-high": (lambda found: by_mixture(found, "imbalanced", between=AV), operator.ge),
 }
 
 
@@ -169,46 +228,282 @@ def test_the_dropped_are_on_the_wrong_side_of_their_threshold(
 ) -> None:
     posterior = data.draw(st.lists(CONFIDENCE, min_size=len(confidence), max_size=len(confidence)))
     scores = table(confidence, p_balanced=np.array(posterior, np.float32))
-    select, is_wrong = RULES[reason]
-    selection = select(scores)
-    if not selection.keep.any():
-        with pytest.raises(ManifestError, match=f"{selection.name}: none of the {len(scores)} scored samples"):
-            make_manifest(scores, selection)
+    make, is_wrong = RULES[reason]
+    rule = make(shards(scores))
+    if not keep(scores, rule).any():
+        with pytest.raises(ManifestError, match=f"{rule.name}: none of the {len(scores)} scored samples"):
+            decide(scores, rule)
         return
-    dropped = make_manifest(scores, selection)[1].to_pylist()
-    assert [row["sample_id"] for row in dropped] == scores.sample_id[~selection.keep].tolist()
-    assert all(row["reason"] == reason and is_wrong(row["score"], row["threshold"]) for row in dropped)
+    found = decide(scores, rule)
+    wrong = [is_wrong(one, limit) for one, limit in zip(found.score, found.threshold, strict=True)]
+    assert wrong == (~found.keep).tolist()
+    assert {found.reason[row] for row in np.flatnonzero(~found.keep)} <= {reason}
 
 
 def test_the_threshold_itself_is_within() -> None:
     scores = table([[0.5, 0.25], [0.25, 0.5], [0.5, 0.2]])
-    assert within(scores, threshold=0.25).keep.tolist() == [True, True, False]
-    assert preferred(scores, "audio", threshold=0.25).keep.tolist() == [False, False, True]
+    assert keep(scores, within(AV, threshold=0.25)).tolist() == [True, True, False]
+    assert side(scores, "audio", threshold=0.25).tolist() == [False, False, True]
+
+
+def mixed(scores: ScoreTable, which: str, *, posterior: float = 0.5) -> Mask:
+    return keep(scores, by_mixture(shards(scores), which, between=AV, posterior=posterior))
 
 
 def test_the_mixture_parts_by_its_posterior() -> None:
     posterior = np.array([0, 0.49, 0.5, 0.51, 1], np.float32)
     scores = table([[0.5, 0.5]] * 5, p_balanced=posterior)
-    assert by_mixture(scores, "balanced").keep.tolist() == [False, False, True, True, True]
-    assert by_mixture(scores, "imbalanced").keep.tolist() == [True, True, False, False, False]
-    assert by_mixture(scores, "balanced", posterior=0.75).keep.tolist() == [False] * 4 + [True]
+    assert mixed(scores, "balanced").tolist() == [False, False, True, True, True]
+    assert mixed(scores, "imbalanced").tolist() == [True, True, False, False, False]
+    assert mixed(scores, "balanced", posterior=0.75).tolist() == [False] * 4 + [True]
+
+
+@given(st.lists(st.none() | CONFIDENCE, min_size=1, max_size=30), st.floats(0.01, 1))
+def test_the_sides_of_the_mixture_part_those_that_have_a_posterior(
+    posterior: list[float | None], threshold: float
+) -> None:
+    values = np.array([np.nan if one is None else one for one in posterior], np.float32)
+    there = ~np.isnan(values)
+    if not there.any():
+        return
+    scores = table([[0.5, 0.5]] * len(values), p_balanced=np.where(there, values, 0))
+    found = open_scores(scores, seed=0)
+    holed = found.parts[0]
+    assert not isinstance(holed, Path)
+    place = holed.column_names.index("p_balanced")
+    column = pa.array(values, pa.float32(), from_pandas=True)
+    holes = replace(found, parts=(holed.set_column(place, "p_balanced", column),))
+    parts = []
+    for which in ("balanced", "imbalanced"):
+        rule = by_mixture(holes, which, between=AV, posterior=threshold)
+        (rows,) = holes.rows()
+        parts.append(rule.cells(rows))
+    kept = np.stack(parts) == 0
+    assert kept.sum(axis=0).tolist() == there.astype(int).tolist()
+    assert kept[0].tolist() == (values.astype(np.float64) >= threshold).tolist()
+    assert (np.stack(parts) == -1).all(axis=0).tolist() == (~there).tolist()
 
 
 def test_a_side_of_the_mixture_must_be_there() -> None:
+    told = shards(replace(ONE, p_balanced=np.ones(1, np.float32)))
     with pytest.raises(ConfigError, match=r"--gmm balancd: .* did you mean balanced\? .*imbalanced"):
-        by_mixture(replace(ONE, p_balanced=np.ones(1, np.float32)), "balancd")
+        by_mixture(told, "balancd", between=AV)
+    for posterior in (0.0, -0.5, 1.5, float("nan")):
+        with pytest.raises(ConfigError, match=r"the posterior of a mixture's subset is .*; it lies in \(0, 1\]"):
+            by_mixture(told, "balanced", between=AV, posterior=posterior)
     with pytest.raises(ManifestError, match="no p_balanced: rescore with mmaudit score"):
-        by_mixture(ONE, "balanced")
+        by_mixture(shards(ONE), "balanced", between=AV)
 
 
 def test_texts_name_subsets() -> None:
     scores = table([[0.9, 0.1], [0.6, 0.5], [0.1, 0.9], [0.1, 0.2]])
-    assert parse_subset(scores, "audio-preferred").keep.tolist() == [True, True, False, False]
-    assert parse_subset(scores, "visual-preferred").keep.tolist() == [False, False, True, True]
-    assert parse_subset(scores, "balanced").keep.tolist() == [False, True, False, True]
-    assert parse_subset(scores, "balanced:0.9").keep.all()
-    assert parse_dominated(scores, "visual:0.2").keep.tolist() == [False, False, True, False]
-    assert parse_dominated(scores, "visual:0").name == "visual-preferred"
+    assert parsed(scores, "audio-preferred").tolist() == [True, True, False, False]
+    assert parsed(scores, "visual-preferred").tolist() == [False, False, True, True]
+    assert parsed(scores, "balanced").tolist() == [False, True, False, True]
+    assert parsed(scores, "balanced:0.9").all()
+    assert keep(scores, parse_dominated(scores.modalities, "visual:0.2")).tolist() == [False, False, True, False]
+    assert parse_dominated(scores.modalities, "visual:0").name == "visual-preferred"
+
+
+def test_names() -> None:
+    found = shards(large(20))
+    texts = {
+        "audio-preferred": "audio-preferred",
+        "balanced": "balanced-within-0.2",
+        "balanced:0.35": "balanced-within-0.35",
+        "most-balanced:5": "most-balanced-5",
+        "least-balanced:20%": "least-balanced-20pc",
+        "random:12.5%": "random-12.5pc",
+    }
+    for text, name in texts.items():
+        assert parse_subset(found, text, between=None).name == name
+    like = (found.splits[0], np.ones(len(found.splits) * len(found.classes), np.int64))
+    assert parse_subset(found, "random", between=None, like=like).name == f"random-like-{like[0]}"
+
+
+def large(n: int, *, seed: int = 0, classes: int = 4) -> ScoreTable:
+    """Give n samples in uneven splits and classes, with balance scores among which many are equal."""
+    rng = np.random.default_rng(seed)
+    return table(
+        rng.random((n, 2)),
+        label=rng.binomial(classes - 1, 0.3, n).astype(np.int32),
+        split=rng.choice(np.array(["train", "validation", "test"], dtype=object), n, p=[0.7, 0.1, 0.2]),
+        balance=(rng.integers(-20, 21, n) / 20).astype(np.float32),
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 200), st.integers(0, 99), st.booleans(), st.data())
+def test_the_extremes_are_those_that_a_sort_finds(n: int, seed: int, most: bool, data: st.DataObject) -> None:
+    """Of each split in proportion, to one sample; among equals it is up to the hash, so scores are compared."""
+    scores = large(n, seed=seed)
+    amount = data.draw(st.integers(1, n))
+    which = "most-balanced" if most else "least-balanced"
+    kept = parsed(scores, f"{which}:{amount}")
+    assert kept.sum() == amount
+    assert scores.balance is not None
+    for name in set(scores.split if scores.split is not None else ()):
+        here = scores.split == name
+        number = int((kept & here).sum())
+        assert abs(number - amount * here.sum() / n) < 1
+        in_order = np.sort(scores.balance[here])
+        wanted = in_order[len(in_order) - number :] if most else in_order[:number]
+        assert np.sort(scores.balance[kept & here]).tolist() == wanted.tolist()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 200), st.integers(0, 99), st.floats(0.5, 100))
+def test_a_share_is_that_share_of_all(n: int, seed: int, percent: float) -> None:
+    scores = large(n, seed=seed)
+    amount = round(percent / 100 * n)
+    if amount == 0:
+        with pytest.raises(ManifestError, match="widen the rule"):
+            decide(scores, parse_subset(shards(scores), f"random:{percent}%", between=None))
+        return
+    for subset in ("most-balanced", "least-balanced", "random"):
+        assert parsed(scores, f"{subset}:{percent}%").sum() == amount
+
+
+def test_samples_without_a_balance_score_are_no_extremes() -> None:
+    scores = large(60)
+    found = shards(scores)
+    whole = found.parts[0]
+    assert not isinstance(whole, Path)
+    lacks = np.arange(60) % 4 == 0
+    column = pa.array(scores.balance, mask=lacks)
+    holed = replace(found, parts=(whole.set_column(whole.column_names.index("balance"), "balance", column),))
+    for which in ("most-balanced", "least-balanced"):
+        choice = choose(holed, extreme(holed, which, "100%", between=AV), scratch=Path("unused"))
+        (rows,) = holed.rows()
+        assert choice.decide(rows).keep.tolist() == (~lacks).tolist()
+
+
+def test_what_an_extreme_drops_says_why() -> None:
+    scores = large(100)
+    assert scores.balance is not None
+    for which, reason, wrong in (
+        ("most-balanced", "balance-too-low", np.less_equal),
+        ("least-balanced", "balance-too-high", np.greater_equal),
+    ):
+        found = decide(scores, extreme(shards(scores), which, "20%", between=AV))
+        out = ~found.keep
+        assert {found.reason[row] for row in np.flatnonzero(out)} == {reason}
+        np.testing.assert_allclose(found.score, scores.balance)
+        assert wrong(found.score[out], found.threshold[out] + (1e-6 if reason.endswith("low") else -1e-6)).all()
+
+
+def cells_of(scores: ScoreTable, kept: Mask) -> Counter[tuple[Any, int]]:
+    assert scores.split is not None
+    return Counter(zip(scores.split[kept].tolist(), scores.label[kept].tolist(), strict=True))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 200), st.integers(0, 99), st.data())
+def test_chance_draws_each_split_and_class_in_proportion(n: int, seed: int, data: st.DataObject) -> None:
+    scores = large(n, seed=seed)
+    amount = data.draw(st.integers(1, n))
+    kept = parsed(scores, f"random:{amount}")
+    assert kept.sum() == amount
+    there = cells_of(scores, np.ones(n, dtype=bool))
+    drawn = cells_of(scores, kept)
+    assert all(abs(drawn[cell] - amount * there[cell] / n) < 1 for cell in there)
+
+
+def like(scores: ScoreTable, wanted: Mask) -> tuple[str, NDArray[np.int64]]:
+    found = shards(scores)
+    counts = np.zeros(len(found.splits) * len(found.classes), dtype=np.int64)
+    for (split, label), number in cells_of(scores, wanted).items():
+        counts[found.splits.index(split) * len(found.classes) + found.classes.to_pylist().index(label)] = number
+    return "other", counts
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 200), st.integers(0, 99), st.data())
+def test_like_another_has_as_many_of_each_split_and_class(n: int, seed: int, data: st.DataObject) -> None:
+    scores = large(n, seed=seed)
+    wanted = np.random.default_rng(seed).random(n) < data.draw(st.floats(0.05, 1))
+    wanted[0] = True
+    kept = keep(scores, at_random(shards(scores), between=AV, like=like(scores, wanted)))
+    assert cells_of(scores, kept) == cells_of(scores, wanted)
+
+
+def test_chance_knows_nothing_of_what_balance_keeps() -> None:
+    """A control drawn by the hash that balances would share most of its samples with what it controls."""
+    scores = large(4_000, classes=2)
+    assert scores.split is not None
+    for seed in range(3):
+        found = shards(scores, seed=seed)
+        balanced = keep(scores, plan_balanced(found, BalancedConfig(tolerance=0.1)), seed=seed)
+        drawn = keep(scores, at_random(found, between=AV, like=like(scores, balanced)), seed=seed)
+        there = cells_of(scores, np.ones(len(scores), dtype=bool))
+        chosen = cells_of(scores, balanced)
+        share = {cell: chosen[cell] / there[cell] for cell in there}
+        expected = sum(there[cell] * share[cell] ** 2 for cell in there)
+        # Of a cell of n, k drawn twice share k k / n on average, with this variance (hypergeometric).
+        spread = sum(there[cell] * share[cell] ** 2 * (1 - share[cell]) ** 2 for cell in there) ** 0.5
+        assert 0.1 < expected / balanced.sum() < 0.9
+        assert abs((balanced & drawn).sum() - expected) < 4 * spread
+
+
+def test_another_seed_is_another_draw_and_the_same_the_same() -> None:
+    scores = large(400)
+    rule = parse_subset(shards(scores), "random:100", between=None)
+    one, again, other = (keep(scores, rule, seed=seed) for seed in (0, 0, 1))
+    assert one.tolist() == again.tolist()
+    assert 5 < (one & other).sum() < 50  # 25 expected
+
+
+def test_as_many_as_there_are_not_cannot_be_drawn() -> None:
+    scores = large(20)
+    with pytest.raises(ConfigError, match="21 samples cannot be had: the largest is 20"):
+        parsed(scores, "random:21")
+    with pytest.raises(ConfigError, match="21 samples cannot be had: the largest is 20"):
+        parsed(scores, "least-balanced:21")
+    name, counts = like(scores, np.ones(20, dtype=bool))
+    with pytest.raises(ManifestError, match="random-like-other: there are too few samples"):
+        decide(scores, at_random(shards(scores), between=AV, like=(name, counts + 1)))
+    with pytest.raises(ManifestError, match="--subset most-balanced: the score table has no balance: rescore"):
+        parse_subset(shards(ONE), "most-balanced:1", between=None)
+
+
+def test_the_sides_of_a_discrepancy() -> None:
+    assert sides(("audio", "visual"), None) == {"audio": "audio:visual", "visual": "visual:audio"}
+    assert sides(("audio", "visual"), "visual") == sides(("audio", "visual"), None)
+    assert sides(NAMES, None) == {name: name for name in NAMES}
+    assert sides(NAMES, "text:audio") == {"text": "text:audio", "audio": "audio:text"}
+    assert sides(NAMES, "text") == {"text": "text"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("random:", "random: say how many, as random:500 or random:20%, or as what, by --like MANIFEST"),
+        ("random", "random: say how many"),
+        ("random:few", "--subset random:few: 'few' is no number of samples, such as 500, and no share, such as 20%"),
+        ("random:0", "--subset random:0: 0 is nothing to keep"),
+        ("random:-3", "-3 is nothing to keep"),
+        ("random:0%", "0% is nothing to keep; give a number above 0, or a share up to 100%"),
+        ("random:101%", "101% is nothing to keep"),
+        ("random:nan%", "nan% is nothing to keep"),
+        ("random:1.5", "'1.5' is no number of samples"),
+        ("most-balanced:", "--subset most-balanced:: '' is no number of samples"),
+        ("least-balanced:x%", "--subset least-balanced:x%: 'x%' is no number of samples"),
+        ("most-balance:3", r"did you mean most-balanced\?"),
+    ],
+)
+def test_a_wrong_amount_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_subset(shards(large(20)), text, between=None)
+
+
+@given(st.text(max_size=6))
+def test_an_amount_is_positive_or_refused(text: str) -> None:
+    try:
+        amount = parse_amount("--subset", text)
+    except ConfigError:
+        return
+    assert (amount.number is None) != (amount.share is None)
+    assert (amount.number or 0) >= 1 or 0 < (amount.share or 0) <= 1
 
 
 @pytest.mark.parametrize(
@@ -227,7 +522,7 @@ def test_texts_name_subsets() -> None:
 )
 def test_a_wrong_subset_names_the_right_ones(scores: ScoreTable, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        parse_subset(scores, text)
+        parse_subset(shards(scores), text, between=None)
 
 
 @pytest.mark.parametrize(
@@ -244,9 +539,9 @@ def test_a_wrong_subset_names_the_right_ones(scores: ScoreTable, text: str, word
 )
 def test_a_wrong_domination_is_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        parse_dominated(ONE, text)
+        parse_dominated(ONE.modalities, text)
 
 
 def test_a_wrong_between_names_the_modalities() -> None:
     with pytest.raises(ConfigError, match=r"--between audio:visul: no modality 'visul'; did you mean visual\?"):
-        preferred(ONE, "audio", between="audio:visul")
+        keep(ONE, preferred(ONE.modalities, "audio", between="audio:visul"))
