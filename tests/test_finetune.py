@@ -20,7 +20,7 @@ from mmaudit.audit.workers import Progress, silent
 from mmaudit.rebalance.curriculum import root_pacing
 from mmaudit.train.evaluate import measure
 from mmaudit.train.examples import Examples
-from mmaudit.train.finetune import FinetuneConfig, Finetuned, finetune_on
+from mmaudit.train.finetune import LEAST_VALIDATION, FinetuneConfig, Finetuned, finetune_on
 from mmaudit.train.fusion import FUSIONS, FusionNet
 from mmaudit.train.sampling import SAMPLERS, SamplingConfig
 
@@ -251,6 +251,19 @@ def test_the_epoch_kept_is_the_best_on_validation(tmp_path: Path) -> None:
     assert accuracy == pytest.approx(best["validation_accuracy"])
     loss = torch.nn.functional.cross_entropy(outputs.fused, label).item()
     assert loss == pytest.approx(best["validation_loss"], rel=1e-5)
+
+
+def test_too_few_validation_samples_choose_no_epoch(tmp_path: Path) -> None:
+    """Of a few, one epoch is best by chance: at just enough the best is kept, at one fewer the last."""
+    kept = {}
+    for number in (LEAST_VALIDATION, LEAST_VALIDATION - 1):
+        examples = examples_of(4 * number, noise=3.0)
+        assert len(examples.rows("validation")) == number
+        result = tune(examples, tmp_path / str(number), replace(QUICK, epochs=12, hidden=32, lr=3e-2))
+        best = max(result.history, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
+        kept[number] = result.metrics["best_epoch"], best["epoch"]
+    assert kept[LEAST_VALIDATION][0] == kept[LEAST_VALIDATION][1] < 12
+    assert kept[LEAST_VALIDATION - 1][0] == 12 > kept[LEAST_VALIDATION - 1][1]
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

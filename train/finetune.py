@@ -29,6 +29,8 @@ from .sampling import SAMPLERS, SamplingConfig
 
 log = logging.getLogger("mmaudit")
 
+LEAST_VALIDATION = 20  # samples that may choose an epoch: two of them chose the first of 60, at chance
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneConfig:
@@ -82,7 +84,8 @@ def finetune_on(
 ) -> Finetuned:
     """Train on the manifest's training rows, select on validation, test once; go on where `folder`/state stops.
 
-    The epoch kept is the one with the highest fused validation accuracy, the least validation loss among equals.
+    The epoch kept is the one with the highest fused validation accuracy, the least validation loss among equals; the
+    last one where there are fewer than LEAST_VALIDATION samples to choose by.
     Raises ManifestError where a split is empty.
     """
     started = time.monotonic()
@@ -112,6 +115,9 @@ def finetune_on(
     state_file = folder / "state" / "last.pt"
     state = _resume(state_file, identity, device=device)
     history: list[dict[str, float]] = []
+    chooses = len(validation) >= LEAST_VALIDATION
+    if not chooses:
+        log.info("%d validation samples are too few to choose an epoch by: the last one is taken", len(validation))
     best = (-1.0, 0.0, 0)  # validation accuracy, minus validation loss, epoch
     best_weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     if state is not None:
@@ -147,7 +153,7 @@ def finetune_on(
                 "validation_accuracy": accuracy,
             }
         )
-        if (accuracy, -validation_loss) > best[:2]:
+        if not chooses or (accuracy, -validation_loss) > best[:2]:
             best = (accuracy, -validation_loss, epoch)
             best_weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         save_state(
