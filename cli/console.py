@@ -153,7 +153,10 @@ def tell_split(summary: dict[str, Any]) -> None:
 
 def _tell_balance(summary: dict[str, Any]) -> None:
     after = summary["after"]
-    if len(summary["distances"]) > 1:
+    if "grid_distances" in summary:
+        parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["grid_distances"].items())
+        print(f"  over the grid of both confidences, which is what was made even: {parts}")
+    elif len(summary["distances"]) > 1:
         parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["distances"].items())
         print(f"  each split, for which the tolerance holds on its own: {parts}")
     if round(summary["effective_size"]) < summary["kept"]:

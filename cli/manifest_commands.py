@@ -89,7 +89,7 @@ def split(
         float | None,
         typer.Option(
             "--tolerance",
-            help="Distance to uniform allowed; 0: exact. With --size or --by weight, exit 3 above it. \\[default: 0.05]",
+            help="Distance to uniform allowed; 0: exact. With --size or weights, exit 3 above it. \\[default: 0.05]",
             rich_help_panel=_HOW,
         ),
     ] = None,

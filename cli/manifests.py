@@ -9,11 +9,13 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..audit.contents import contents_of
 from ..audit.errors import ConfigError, ManifestError, RunError
 from ..audit.source.samples import read_samples
 from ..audit.stock import fingerprint_of
@@ -25,7 +27,6 @@ from ..rebalance.export import export as write_export
 from ..rebalance.manifest import Manifest, dropped_path, provenance_of, read_manifest
 from ..rebalance.recipe import Recipe, Split, make_split, recipe_of
 from ..rebalance.shards import ScoreShards, open_scores
-from ..rebalance.verify import contents_of
 from ..rebalance.verify import verify as check_manifest
 from ..train.examples import with_validation
 from .config import RunConfig
@@ -158,13 +159,16 @@ def replay(
     path = Run(Path(run)).find_manifest(str(manifest))
     record = provenance_of(path).get("rule", {})
     recipe = recipe_of(record, folder=path.parent)
-    table = Path(scores) if scores is not None else path.parent / str(record["scores"])
-    if not (table.exists() or scores is not None):
+    before = None if record["scores"] is None else path.parent / str(record["scores"])
+    table = before if scores is None else Path(scores)
+    if table is None:
+        raise ManifestError(f"{path} does not name the score tables that it was made from; name them with --scores")
+    if scores is None and not (table.exists() or glob(str(table))):
         raise ManifestError(f"the score table {table} that the manifest was made from is gone; name it with --scores")
     shards = open_scores(table, seed=recipe.seed)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mmaudit-replay-") as scratch:
         # Made where the manifest lies: files that it was made from are named from there.
-        made = _again(shards, recipe, path, Path(scratch), scores=path.parent / str(record["scores"]))
+        made = _again(shards, recipe, path, Path(scratch), scores=before)
         differ = [
             old.name
             for old, new in ((path, made), (dropped_path(path), dropped_path(made)))
@@ -173,7 +177,7 @@ def replay(
     return {"file": str(path), "scores": str(table), "identical": not differ, "differ": differ}
 
 
-def _again(shards: ScoreShards, recipe: Recipe, path: Path, scratch: Path, *, scores: Path) -> Path:
+def _again(shards: ScoreShards, recipe: Recipe, path: Path, scratch: Path, *, scores: Path | None) -> Path:
     """Write the manifest of a recipe into a folder beside the one that it is compared with."""
     made = make_split(
         shards,

@@ -23,6 +23,7 @@ from .levels import (
     Point,
     best_bins,
     bin_of,
+    distance_to_uniform,
     even_weights,
     largest_level,
     share_among_classes,
@@ -158,9 +159,18 @@ class Balanced:
         weight = np.where(bins < 0, 0, self.weight[rows.split, bins]).astype(np.float32)
         return Told(score=chance.score, threshold=chance.threshold, bin=bins, weight=weight)
 
-    def curve(self, counts: Counts) -> tuple[Point, ...]:
-        """Give what other tolerances would keep: the largest set within each, and the distance it has."""
-        return size_curve([part.sum(axis=1) for part in counts.reshape(self.shape) if part.any()], CURVE)
+    def curve(self, counts: Counts, tolerances: tuple[float, ...] = CURVE) -> tuple[Point, ...]:
+        """Give what these tolerances would keep: the largest set within each, and the distance it has."""
+        return size_curve([part.sum(axis=1) for part in counts.reshape(self.shape) if part.any()], tolerances)
+
+    def distances(self, counts: Counts, quota: Counts) -> dict[str, float]:
+        """Give the distance to uniform of each split, over the bins, or the cells of the grid, that it fills."""
+        there, kept = (each.reshape(self.shape).sum(axis=2) for each in (counts, quota))  # (s, b)
+        return {
+            name: distance_to_uniform(kept[place] * self.weight[place], available=there[place])
+            for place, name in enumerate(self.splits)
+            if there[place].any()
+        }
 
 
 def plan_balanced(shards: ScoreShards, config: BalancedConfig, *, between: str | None = None) -> Balanced:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import pyarrow.parquet as pq
 from ..audit.errors import ManifestError
 from ..audit.files import read_json
 from .manifest import batches_of, dropped_path, provenance_of, rows_of
+from .markdown import code_span, escaped, table_of
 
 MOST_SHORTAGES = 5  # that a card lists
 _BAR = 24  # characters of the longest bar
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 _PROBE = ("kind", "folds", "repeats", "learn_from")  # what decides most about a confidence
 _NEEDED = ("between", "kept", "scored", "before", "after", "bins", "counts_before", "counts_after", "classes")
 _PAPER = "Xia et al., Balanced Audiovisual Dataset for Imbalance Analysis, arXiv 2302.10912"
@@ -57,11 +56,6 @@ def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: st
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def escaped(text: object) -> str:
-    """Give a name as Markdown that reads as the name, on one line, in a table too."""
-    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
-
-
 def _check(balance: dict[str, Any], rows: int, digest: object, manifest: Path) -> None:
     missing = [key for key in _NEEDED if key not in balance]
     if missing:
@@ -81,7 +75,7 @@ def _opening(name: str, rows: int, between: str, balance: dict[str, Any] | None,
     first, second = _sides(between)
     told = f" Its modality discrepancy is taken between **{first}** and **{second}**." if first else ""
     lacking = "" if balance is not None else " No numbers of its balance lie beside it; `mmaudit split` writes them."
-    return f"{_code(name)} is {what}: {rows:,}{share} are kept.{told}{lacking}"
+    return f"{code_span(name)} is {what}: {rows:,}{share} are kept.{told}{lacking}"
 
 
 def _sides(between: str) -> tuple[str, str]:
@@ -109,7 +103,7 @@ def _before_after(balance: dict[str, Any], between: str) -> list[str]:
     effective = balance.get("effective_size")
     if effective is not None and abs(effective - balance["kept"]) > 0.5:
         rows.append(("effective size, by weights", "", f"{effective:,.0f}"))
-    return _table(("", "all scored", "kept"), rows)
+    return table_of(("", "all scored", "kept"), rows)
 
 
 def _histogram(balance: dict[str, Any], between: str) -> list[str]:
@@ -129,7 +123,7 @@ def _histogram(balance: dict[str, Any], between: str) -> list[str]:
         for place, (before, after) in enumerate(pairs)
     ]
     head = (f"discrepancy (-1 {second}, +1 {first})", "scored", "kept", "")
-    return _table(head, rows)
+    return table_of(head, rows)
 
 
 def _splits(balance: dict[str, Any]) -> list[str]:
@@ -174,7 +168,7 @@ def _curve(balance: dict[str, Any]) -> list[str]:
     if not points:
         return []
     rows = [(f"{each['tolerance']:g}", f"{each['size']:,}", _number(each["distance"])) for each in points]
-    return ["What other tolerances would keep:", "", *_table(("tolerance", "samples", "distance"), rows)]
+    return ["What other tolerances would keep:", "", *table_of(("tolerance", "samples", "distance"), rows)]
 
 
 def _dropped(manifest: Path, about: dict[str, Any]) -> list[str]:
@@ -190,8 +184,8 @@ def _dropped(manifest: Path, about: dict[str, Any]) -> list[str]:
             counts[str(pair["values"])] += int(pair["counts"])
     if not counts:
         return ["Nothing was dropped."]
-    each = ", ".join(f"{number:,} {_code(reason)}" for reason, number in sorted(counts.items()))
-    return [f"Dropped: {each}. Each stands in {_code(beside.name)} with its reason, score and threshold."]
+    each = ", ".join(f"{number:,} {code_span(reason)}" for reason, number in sorted(counts.items()))
+    return [f"Dropped: {each}. Each stands in {code_span(beside.name)} with its reason, score and threshold."]
 
 
 def _made(provenance: dict[str, Any], about: dict[str, Any], balance: dict[str, Any] | None) -> list[str]:
@@ -211,7 +205,7 @@ def _made(provenance: dict[str, Any], about: dict[str, Any], balance: dict[str, 
         ("rows", about.get("rows")),
         ("row digest", about.get("digest")),
     ]
-    told = [f"- {what}: {_code(value)}" for what, value in facts if value not in (None, "")]
+    told = [f"- {what}: {code_span(value)}" for what, value in facts if value not in (None, "")]
     return ["### How it was made", "", *told] if told else []
 
 
@@ -279,20 +273,6 @@ def _citation() -> list[str]:
         "}",
         "```",
     ]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Write a table; all columns but the first are of numbers, or bars."""
-    marks = ["---", *("---" if name == "" else "---:" for name in head[1:])]
-    return [f"| {' | '.join(cells)} |" for cells in (head, marks, *rows)]
-
-
-def _code(value: object) -> str:
-    """Give text as a code span, whatever backticks it holds."""
-    text = " ".join(str(value).split())
-    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") or not text else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def _quoted(name: str) -> str:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import csv
 import glob
-import io
 import json
 import os
 import re
 import shutil
-import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -27,39 +23,18 @@ from numpy.lib.format import open_memmap
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.files import whole
 from ..audit.hashing import digest
-from ..audit.quality import UnusableError
-from ..audit.source.cells import load_cell
 from ..audit.source.dataset import Dataset
-from ..audit.source.modality import Modality
 from ..audit.source.split_names import SPLIT_NAMES
+from .job import Job, plain_rows, split_name
 from .manifest import COLUMNS, batches_of, check_columns, provenance_of, rows_of
-from .shards import NO_SPLIT
+from .webdataset import SAMPLES_PER_SHARD, write_webdataset
 
-SAMPLES_PER_SHARD = 1_000  # of a tar
-_LONGEST_KEY = 180  # of the 255 bytes that a name may have, with room for modality and extension
 _OGM_FILES = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}  # by those names its readers look
-_FILE_SUFFIXES = ("_file_name", "_filename", "_filepath", "_file", "_path", "_frames")
-_NAMELESS = ("file_name", "path", "file", "filename", "filepath")
 _OURS = {  # what an export of a folder writes, and may write over
     "ogm": re.compile(r"(train|val|test|stat)\.csv"),
     "webdataset": re.compile(r"\w+-\d{6}\.tar"),
     "datasets": re.compile(r"dataset_dict\.json|state\.json|dataset_info\.json|data-\d{5}-of-\d{5}\.arrow|\w+"),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """What is to be written. `root` is None where the source of the media cannot be told."""
-
-    manifest: Path
-    schema: pa.Schema  # without metadata
-    paths: tuple[str, ...]
-    provenance: dict[str, Any]
-    root: Path | None
-    allow_outside: bool
-    samples_per_shard: int
-    skip_missing: bool
-    clip: str | None
 
 
 def export(
@@ -94,7 +69,7 @@ def export(
         raise ManifestError(f"{manifest} holds no rows: make it anew with mmaudit split")
     check_columns(first.schema, where=str(manifest))
     _check_place(out, manifest, format=format, overwrite=overwrite)
-    job = _Job(
+    job = Job(
         manifest=manifest,
         schema=first.schema.remove_metadata(),
         paths=tuple(name for name in first.schema.names if name not in COLUMNS),
@@ -109,15 +84,6 @@ def export(
         more = _WRITERS[format](job, temporary)
     files = sorted(str(each) for each in out.rglob("*") if each.is_file()) if out.is_dir() else [str(out)]
     return {"format": format, "files": files, "rows": pq.read_metadata(manifest).num_rows, **more}
-
-
-def key_of(sample_id: str) -> str:
-    """Give the WebDataset key of an id: percent-encoded, dots too, so that no two ids share one.
-
-    One that is longer than a file name may be is cut and ends in %% and a digest.
-    """
-    key = quote(sample_id, safe="").replace(".", "%2E") or "%"
-    return key if len(key) <= _LONGEST_KEY else f"{key[: _LONGEST_KEY - 34]}%%{digest(sample_id.encode())}"
 
 
 def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> None:
@@ -166,7 +132,7 @@ def _allows_outside(provenance: dict[str, Any]) -> bool:
     return bool(provenance.get("scores", {}).get("config", {}).get("data", {}).get("allow_outside"))
 
 
-def _write_csv(job: _Job, path: Path) -> dict[str, Any]:
+def _write_csv(job: Job, path: Path) -> dict[str, Any]:
     """Write a header and the rows; strings stand in quotes, a null is empty without them."""
     with pa.csv.CSVWriter(path, job.schema) as writer:
         for table in batches_of(job.manifest):
@@ -174,14 +140,14 @@ def _write_csv(job: _Job, path: Path) -> dict[str, Any]:
     return {}
 
 
-def _write_jsonl(job: _Job, path: Path) -> dict[str, Any]:
+def _write_jsonl(job: Job, path: Path) -> dict[str, Any]:
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        for row in _rows(job):
+        for row in plain_rows(job):
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     return {}
 
 
-def _write_npy(job: _Job, path: Path) -> dict[str, Any]:
+def _write_npy(job: Job, path: Path) -> dict[str, Any]:
     """Write the ids as fixed-width unicode, which needs no pickle; a first pass finds the width."""
     width = count = 0
     for table in batches_of(job.manifest, columns=["sample_id"]):
@@ -199,7 +165,7 @@ def _write_npy(job: _Job, path: Path) -> dict[str, Any]:
     return {}
 
 
-def _write_ogm(job: _Job, folder: Path) -> dict[str, Any]:
+def _write_ogm(job: Job, folder: Path) -> dict[str, Any]:
     """Write train.csv, val.csv and test.csv of CLIP,LABEL without a header, and stat.csv, which lists the classes.
 
     A clip is called by its file, as the OGM code joins AudioWAV/ and Image-01-FPS/ with it; an id where it has none.
@@ -211,7 +177,7 @@ def _write_ogm(job: _Job, folder: Path) -> dict[str, Any]:
     seen: set[str] = set()
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
-        for row in _rows(job, "sample_id", "label", "label_name", "split", *named):
+        for row in plain_rows(job, "sample_id", "label", "label_name", "split", *named):
             name = _OGM_FILES.get(SPLIT_NAMES.get(str(row["split"]).lower(), ""))
             if name is None:
                 raise ConfigError(
@@ -248,106 +214,7 @@ def _check_ogm(sample_id: str, clip: str, label: str, *, twice: bool) -> None:
         )
 
 
-def _write_webdataset(job: _Job, folder: Path) -> dict[str, Any]:
-    """Write SPLIT-000000.tar, ...: of each sample KEY.json, and KEY.NAME.EXT for each path column.
-
-    The .json has the row without nulls, and under `files` the paths that the media had, which no longer hold.
-    """
-    if not job.paths:
-        raise ConfigError(
-            f"{job.manifest} names no files: its media are vectors, texts or bytes within the source, and a WebDataset "
-            "would hold rows alone; export as jsonl or datasets"
-        )
-    if job.root is None:
-        raise ManifestError(
-            f"{job.manifest}: the folder of its media is not known, or not there; if it moved, pass --data"
-        )
-    modalities = {name: _modality_of(name, job) for name in job.paths}
-    read = {each.get("column") for each in job.provenance.get("scores", {}).get("modalities", [])}
-    skipped = 0
-    with ExitStack() as stack:
-        tars: dict[str, _Tars] = {}
-        for row in _rows(job):
-            split = _file_name(row["split"])
-            if split not in tars:
-                tars[split] = _Tars(folder, split, job.samples_per_shard)
-                stack.callback(tars[split].close)
-            members, lost = _members(row, modalities, job)
-            skipped += lost
-            tars[split].add(key_of(row["sample_id"]), members)
-    return {"skipped": skipped, "left_out": sorted(read - {*job.paths, None})}
-
-
-def _modality_of(column: str, job: _Job) -> Modality:
-    """Name a column's member by the one modality read from it, else by the column; `kind` is only not of frames."""
-    those = [each for each in job.provenance.get("scores", {}).get("modalities", []) if each.get("column") == column]
-    if any(each.get("kind") == "frames" for each in those):
-        raise ConfigError(
-            f"{column} names folders of frames, and a sample of a WebDataset holds files: export as jsonl, or ogm"
-        )
-    stem = next((column.removesuffix(end) for end in _FILE_SUFFIXES if column.endswith(end)), column)
-    if len(those) > 1 and column in _NAMELESS:
-        stem = "video"  # both sound and sight are read from it, and called audio and visual again
-    name = str(those[0]["name"]) if len(those) == 1 else stem or column
-    return Modality(name=re.sub(r"[^a-z0-9_-]", "_", name.lower()), column=column, kind="audio")
-
-
-def _members(row: dict[str, Any], modalities: dict[str, Modality], job: _Job) -> tuple[dict[str, bytes], int]:
-    """Give the members of a sample by what follows the key's dot, and how many media were not there."""
-    found: dict[str, bytes] = {}
-    lost = 0
-    for column, modality in modalities.items():
-        if row[column] is None:
-            continue
-        extension = re.sub(r"[^a-z0-9]", "", PurePosixPath(row[column]).suffix.lower()) or "bin"
-        name = f"{modality.name}.{extension}"
-        if name in found or name in row:  # two columns of one name, or a field of the .json
-            name = f"{modality.name}_{list(modalities).index(column)}.{extension}"
-        try:
-            assert job.root is not None
-            found[name] = load_cell(row[column], modality, root=job.root, allow_outside=job.allow_outside)
-        except UnusableError as error:
-            if not job.skip_missing:
-                raise ManifestError(
-                    f"sample {row['sample_id']!r}: {column} {row[column]!r} cannot be read in {job.root} ({error}); "
-                    "bring the file back, pass --data if the data moved, or --skip-missing"
-                ) from error
-            lost += 1
-    about = {name: value for name, value in row.items() if value is not None and name not in modalities}
-    files = {name: row[name] for name in modalities if row[name] is not None}
-    text = json.dumps({**about, "files": files}, ensure_ascii=False, allow_nan=False, sort_keys=True)
-    return {"json": text.encode(), **found}, lost
-
-
-class _Tars:
-    """The tars of one split, each of as many samples; headers hold nothing of this machine or hour."""
-
-    def __init__(self, folder: Path, split: str, most: int) -> None:
-        self._folder, self._split, self._most = folder, split, most
-        self._tar: tarfile.TarFile | None = None
-        self._samples = 0
-
-    def add(self, key: str, members: dict[str, bytes]) -> None:
-        """Add a sample."""
-        if self._samples % self._most == 0:
-            self.close()
-            path = self._folder / f"{self._split}-{self._samples // self._most:06d}.tar"
-            self._tar = tarfile.TarFile(path, "w", format=tarfile.PAX_FORMAT)
-        assert self._tar is not None
-        for name in sorted(members):
-            header = tarfile.TarInfo(f"{key}.{name}")  # mtime, uid and gid are 0, the owner's names empty
-            header.size = len(members[name])
-            self._tar.addfile(header, io.BytesIO(members[name]))
-        self._samples += 1
-
-    def close(self) -> None:
-        """End the last tar."""
-        if self._tar is not None:
-            self._tar.close()
-            self._tar = None
-
-
-def _write_datasets(job: _Job, folder: Path) -> dict[str, Any]:
+def _write_datasets(job: Job, folder: Path) -> dict[str, Any]:
     """Write what Dataset.save_to_disk does, a DatasetDict where there are several splits, from Arrow files on disk."""
     import datasets
 
@@ -374,14 +241,14 @@ def _write_datasets(job: _Job, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _arrow_by_split(job: _Job, folder: Path) -> dict[str, Path]:
+def _arrow_by_split(job: Job, folder: Path) -> dict[str, Path]:
     """Write an Arrow stream of the rows of each split, in their order."""
     folder.mkdir()
     with ExitStack() as stack:
         writers: dict[str, Any] = {}
         for table in batches_of(job.manifest):
             for split in pc.unique(table["split"]).to_pylist():
-                name = _file_name(split)
+                name = split_name(split)
                 if name not in writers:
                     writers[name] = stack.enter_context(pa.ipc.new_stream(str(folder / f"{name}.arrow"), job.schema))
                 mask = pc.is_null(table["split"]) if split is None else pc.equal(table["split"], split)
@@ -389,35 +256,12 @@ def _arrow_by_split(job: _Job, folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.arrow" for name in sorted(writers)}
 
 
-def _file_name(split: str | None) -> str:
-    """Give what a split's files are called."""
-    if split is None:
-        return NO_SPLIT
-    if not re.fullmatch(r"\w+", split):
-        raise ConfigError(f"split {split!r} can name no file: a split is letters, digits and _; rename it, or use csv")
-    return split
-
-
-def _rows(job: _Job, *columns: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows as plain values; a float32 by its shortest digits, what is no finite number as None."""
-    names = list(dict.fromkeys(columns or job.schema.names))
-    for table in batches_of(job.manifest, columns=names):
-        yield from pa.table({name: _shortest(table[name]) for name in names}).to_pylist()
-
-
-def _shortest(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if not pa.types.is_floating(column.type):
-        return column
-    finite = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
-    return finite if column.type == pa.float64() else finite.cast(pa.string()).cast(pa.float64())
-
-
-_WRITERS: dict[str, Callable[[_Job, Path], dict[str, Any]]] = {
+_WRITERS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
     "csv": _write_csv,
     "jsonl": _write_jsonl,
     "npy": _write_npy,
     "ogm": _write_ogm,
-    "webdataset": _write_webdataset,
+    "webdataset": write_webdataset,
     "datasets": _write_datasets,
 }
 FORMATS = tuple(_WRITERS)

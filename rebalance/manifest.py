@@ -140,9 +140,13 @@ def rows_of(path: Path) -> dict[str, Any]:
 def batches_of(path: Path, *, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Read a manifest, or its dropped rows, a batch at a time; ManifestError where that cannot be done."""
     _schema(path)
-    with pq.ParquetFile(path, pre_buffer=False) as file:
-        for batch in file.iter_batches(GROUP_ROWS, columns=columns):
-            yield pa.Table.from_batches([batch])
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(GROUP_ROWS, columns=columns):
+                batch.validate(full=True)  # what is no UTF-8 would else fail wherever it is made a str
+                yield pa.Table.from_batches([batch])
+    except (pa.ArrowException, OSError) as cause:
+        raise ManifestError(f"{path} is damaged: {str(cause).splitlines()[0]}") from cause
 
 
 def check_columns(schema: pa.Schema, *, where: str) -> None:
@@ -158,9 +162,11 @@ def _schema(path: Path) -> pa.Schema:
     if not path.is_file():
         raise ManifestError(f"no such file: {path}")
     try:
-        return pq.read_schema(path)
-    except (pa.ArrowInvalid, OSError) as cause:
+        schema = pq.read_schema(path)
+        _ = schema.names  # one that is no UTF-8 fails only when it is asked for
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as cause:
         raise ManifestError(f"{path} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
+    return schema
 
 
 class RowDigest:

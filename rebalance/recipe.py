@@ -13,7 +13,7 @@ import numpy as np
 from ..audit.errors import ConfigError, GateError, ManifestError
 from ..audit.files import write_json
 from .balanced import Balanced, BalancedConfig, plan_balanced
-from .choice import Rule, choose
+from .choice import Choice, Rule, choose
 from .levels import Counts
 from .manifest import batches_of, provenance_of, rows_of
 from .resplit import parse_shares, resplit
@@ -80,29 +80,30 @@ def make_split(
     from the manifest's folder, or from `beside`. A dry run writes nothing.
     Raises GateError where a size, or weights, are farther from uniform than the tolerance given with them.
     """
-    rule_name, members = "all", []
-    for inside, files in ((True, recipe.intersect), (False, recipe.exclude)):
-        for file in files:
-            members.append(_members(shards, Path(file), inside=inside))
-            rule_name = _joined(rule_name, members[-1])
+    members = [
+        _members(shards, Path(file), inside=inside)
+        for inside, files in ((True, recipe.intersect), (False, recipe.exclude))
+        for file in files
+    ]
     shards = replace(shards, members=tuple(members))
     if recipe.resplit is not None:
         between = recipe.between or shards.default_between()
         shards = resplit(shards, parse_shares(recipe.resplit), between=between, scratch=scratch)
-        rule_name = "resplit" if rule_name == "all" else rule_name
     _check_found(shards)
-    rule = _rule(shards, recipe, name=rule_name)
+    rule = _rule(shards, recipe, name="all" if recipe.resplit is None else "resplit")
     choice = choose(shards, rule, scratch=scratch)
-    name = name or (rule.name if rule.name == rule_name else "-".join([rule.name, *map(_suffix, members)]))
+    name = name or _named(rule.name, members)
     extra: dict[str, Any] = {"name": name}
     if isinstance(rule, Balanced):
+        if not dry:
+            _check_gate(rule, choice)
+        if rule.config.grid:
+            extra["grid_distances"] = rule.distances(choice.counts, choice.quota)
         extra |= {"curve": [asdict(point) for point in rule.curve(choice.counts)], "grid": rule.config.grid}
     num_bins = rule.num_bins if isinstance(rule, Balanced) else _BINS
     path = place(name)
+    _check_place(path, recipe)
     record = _record(recipe, folder=beside or path.parent, scores=scores)
-    if not dry and isinstance(rule, Balanced) and _gated(rule.config):
-        trial = write_split(choice, None, name=name, recipe=record, num_bins=num_bins)
-        _check_gate(rule, trial, extra["curve"])
     numbers = write_split(choice, None if dry else path, name=name, recipe=record, num_bins=num_bins) | extra
     if not dry:
         write_json({**numbers, "recipe": record, "digest": rows_of(path)["digest"]}, balance_path(path))
@@ -120,7 +121,10 @@ def recipe_of(record: dict[str, Any], *, folder: Path) -> Recipe:
         raise ManifestError("the manifest does not say how it was made: it was not written by this mmaudit split")
     values = {each.name: record[each.name] for each in fields(Recipe) if each.name in record}
     if values.get("balanced") is not None:
-        values["balanced"] = BalancedConfig(**values["balanced"])
+        try:
+            values["balanced"] = BalancedConfig(**values["balanced"])
+        except TypeError as error:
+            raise ManifestError(f"the manifest was made by another version of mmaudit split: {error}") from error
     for name in ("intersect", "exclude"):
         values[name] = tuple(str(folder / each) for each in values.get(name, ()))
     if values.get("like") is not None:
@@ -180,33 +184,36 @@ def _count_like(shards: ScoreShards, path: Path) -> Counts:
     return counts
 
 
-def _joined(name: str, members: Members) -> str:
-    if name == "all":
-        return members.name if members.inside else f"all{_suffix(members)}"
-    return f"{name}-and-{members.name}" if members.inside else f"{name}{_suffix(members)}"
+def _check_place(path: Path, recipe: Recipe) -> None:
+    """Raise ConfigError where a manifest would overwrite one that it is made from."""
+    named = [*recipe.intersect, *recipe.exclude, *([] if recipe.like is None else [recipe.like])]
+    if path.resolve() in [Path(each).resolve() for each in named]:
+        raise ConfigError(f"{path.stem} would overwrite the manifest that it is made from; give it another --name")
 
 
-def _suffix(members: Members) -> str:
-    return f"in-{members.name}" if members.inside else f"-without-{members.name}"
+def _named(name: str, members: list[Members]) -> str:
+    """Name a manifest by its kind of samples and the manifests that these are in, or are not: A-and-B-without-C."""
+    inside = [each.name for each in members if each.inside]
+    without = "".join(f"-without-{each.name}" for each in members if not each.inside)
+    if name == "all" and len(members) > 1 and inside:
+        return "-and-".join(inside) + without
+    return name + "".join(f"-in-{each}" for each in inside) + without
 
 
-def _gated(config: BalancedConfig) -> bool:
-    return config.tolerance is not None and (config.size is not None or config.by == "weight")
-
-
-def _check_gate(rule: Balanced, numbers: dict[str, Any], curve: list[dict[str, Any]]) -> None:
+def _check_gate(rule: Balanced, choice: Choice) -> None:
     """Raise GateError where a tolerance is not reached by the size, or the weights, that were asked for."""
-    reached = max(numbers["distances"].values())
-    if reached <= rule.config.allowed + 1e-9:
+    config = rule.config
+    if config.tolerance is None or (config.size is None and config.by != "weight"):
         return
-    if rule.config.by == "weight":
-        mend = (
-            f"the best that weights up to {rule.config.most_weight:g} reach is {reached:.4f}; raise split.most_weight"
-        )
+    reached = max(rule.distances(choice.counts, choice.quota).values())
+    if reached <= config.tolerance + 1e-9:
+        return
+    if config.by == "weight":
+        mend = f"the best that weights up to {config.most_weight:g} reach is {reached:.4f}; raise split.most_weight"
     else:
-        within = max((each["size"] for each in curve if each["distance"] <= rule.config.allowed), default=0)
-        mend = f"{rule.config.size} samples reach {reached:.4f} at best; within it there are about {within}"
-    raise GateError(f"a distance to uniform of {rule.config.allowed:g} cannot be reached: {mend}; nothing was written")
+        within = rule.curve(choice.counts, (config.tolerance,))[0].size
+        mend = f"{config.size} samples reach {reached:.4f} at best; within it there are {within}"
+    raise GateError(f"a distance to uniform of {config.tolerance:g} cannot be reached: {mend}; nothing was written")
 
 
 def _record(recipe: Recipe, *, folder: Path, scores: str | Path | None) -> dict[str, Any]:

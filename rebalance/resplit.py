@@ -82,6 +82,7 @@ def parse_shares(text: str) -> tuple[float, ...]:
 def resplit(shards: ScoreShards, shares: tuple[float, ...], *, between: str, scratch: Path) -> ScoreShards:
     """Give the scores with other splits: stratified by class and bin, and no group in two of them.
 
+    The shares are those of the rows that no manifest rules out.
     With groups the shares are held as nearly as whole groups allow, and memory grows with their number.
     """
     names = NAMES[len(shares)]
@@ -106,12 +107,25 @@ def _by_hash(shards: ScoreShards, shares: tuple[float, ...], between: str, scrat
     counts = np.zeros(cells.number, dtype=np.int64)
     with Spill(shards.num_rows, scratch) as spill:
         for rows in shards.rows():
-            cell = cells.of(rows)
+            free = rows.barred == 0
+            cell = cells.of(rows)[free]
             counts += np.bincount(cell, minlength=cells.number)
-            spill.add(_order(rows), cell, np.zeros(len(rows), dtype=np.uint32))
-        quotas = [_dealt(counts, share) for share in np.cumsum(shares)[:-1]]
+            spill.add(_order(rows)[free], cell, np.zeros(len(cell), dtype=np.uint32))
+        quotas = _quotas(counts, shares)
         last = [spill.last_keys(quota) for quota in quotas]
     return ByHash(cells=cells, last=np.stack(last), some=np.stack(quotas) > 0)
+
+
+def _quotas(counts: Counts, shares: tuple[float, ...]) -> list[Counts]:
+    """Give how many of each cell (c,) are in the splits up to each but the last.
+
+    Each split takes from what the ones before it left: dealt on their own, the ends of two could cross in a cell.
+    """
+    found, taken = [], np.zeros_like(counts)
+    for place, share in enumerate(shares[:-1]):
+        taken = taken + _dealt(counts - taken, share / sum(shares[place:]))
+        found.append(taken)
+    return found
 
 
 def _dealt(counts: Counts, share: float) -> Counts:
@@ -126,13 +140,16 @@ def _by_group(shards: ScoreShards, shares: tuple[float, ...], between: str) -> B
     for rows in shards.rows():
         found.append(np.unique(group_keys(rows, seed=shards.seed)))
     keys = np.unique(np.concatenate(found))
-    if len(keys) < len(shares):
-        raise ScoreError(f"{len(keys)} groups cannot be in {len(shares)} splits: no group may be in two")
     k = len(shards.classes)
     cells = Cells(between=between, num_bins=_BINS if len(keys) * k * (_BINS + 1) <= _MOST_CELLS else 2, num_classes=k)
     counts = np.zeros((len(keys), cells.number), dtype=np.int32)
     for rows in shards.rows():
-        np.add.at(counts, (np.searchsorted(keys, group_keys(rows, seed=shards.seed)), cells.of(rows)), 1)
+        free = rows.barred == 0
+        place = np.searchsorted(keys, group_keys(rows, seed=shards.seed)[free])
+        np.add.at(counts, (place, cells.of(rows)[free]), 1)
+    number = int(counts.any(axis=1).sum())
+    if number < len(shares):
+        raise ScoreError(f"{number} groups cannot be in {len(shares)} splits: no group may be in two")
     return ByGroup(seed=shards.seed, keys=keys, split=_place(counts, np.array(shares), keys))
 
 
@@ -145,7 +162,7 @@ def _place(counts: NDArray[np.int32], shares: NDArray[np.float64], keys: NDArray
     wanted = shares[:, None] * counts.sum(axis=0)  # (s, c)
     has, room = np.zeros_like(wanted), shares * size.sum()
     split = np.zeros(len(counts), dtype=np.int16)
-    order = np.lexsort((keys, -size))
+    order = np.lexsort((keys, -size))[: int((size > 0).sum())]
     for place, group in enumerate(order):
         lack = ((wanted - has) / np.maximum(wanted, 1e-9)) @ counts[group] / max(int(size[group]), 1)
         waiting = (has.sum(axis=1) == 0) & (len(order) - place <= int((has.sum(axis=1) == 0).sum()))

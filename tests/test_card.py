@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.score import ScoreTable
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.card import MOST_SHORTAGES, card, escaped
+from mmaudit.rebalance.card import MOST_SHORTAGES, card
 from mmaudit.rebalance.choice import choose
 from mmaudit.rebalance.manifest import dropped_path, rows_of
 from mmaudit.rebalance.shards import open_scores
@@ -201,11 +201,3 @@ def test_any_names_leave_the_tables_and_fences_whole(tmp_path: Path, classes: li
     ]
     assert len([line for line in text.split("\n") if line.startswith("```")]) == 6
     assert r"a\|b" in text
-
-
-@given(texts)
-def test_escaped_names_read_as_they_are(name: str) -> None:
-    text = escaped(name)
-    assert len(text.splitlines()) <= 1
-    assert not re.search(r"(?<!\\)(?:\\\\)*[|<*`_]", text)
-    assert re.sub(r"\\(.)", r"\1", text) == " ".join(name.split())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ManifestError, ScoreError
 from mmaudit.audit.hashing import hash_ids
-from mmaudit.rebalance import shards, spill
+from mmaudit.rebalance import parts, shards, spill
 from mmaudit.rebalance.choice import Choice, Told, choose
 from mmaudit.rebalance.shards import Members, Rows, ScoreShards, keys_of, open_scores
 
@@ -111,7 +111,7 @@ def test_each_cell_keeps_its_first_by_hash(
     if not expected:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "BATCH_ROWS", batch)
+        patch.setattr(parts, "BATCH_ROWS", batch)
         patch.setattr(spill, "_ROWS_A_PART", 4 if where == "disk" else 1 << 18)
         made = choose(found, rule, scratch=folder / "scratch")
         told = decided(made)
@@ -244,7 +244,7 @@ def test_nothing_kept_is_refused(tmp_path: Path) -> None:
 
 def test_the_scratch_folder_is_empty_after_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spill, "_ROWS_A_PART", 4)
-    monkeypatch.setattr(shards, "BATCH_ROWS", 10)
+    monkeypatch.setattr(parts, "BATCH_ROWS", 10)
     bad = np.where(np.arange(40) == 35, 2.0, 0.5).astype(np.float32)
     found = opened(tmp_path, table(40, seed=0, confidence_audio=bad))
     with pytest.raises(ScoreError, match="confidence_audio of sample s0035 is 2"):

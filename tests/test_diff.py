@@ -237,3 +237,14 @@ def test_ids_that_stand_twice_or_are_null_are_refused(tmp_path: Path) -> None:
     pq.write_table(table.set_column(0, "sample_id", nulls), bad)
     with pytest.raises(ManifestError, match=r"ids are null in .*bad\.parquet"):
         diff(good, bad)
+
+
+def test_what_is_damaged_is_told(tmp_path: Path) -> None:
+    good, bad = (split_of(tmp_path / f"{name}.parquet", seed=0, tolerance=0.0) for name in ("good", "bad"))
+    table = pq.read_table(bad)
+    binary = pa.array([b"\xff"] * len(table))
+    column = pa.Array.from_buffers(pa.string(), len(table), binary.buffers())
+    pq.write_table(table.set_column(table.column_names.index("group"), "group", column), bad)
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(ManifestError, match=r"bad\.parquet is damaged"):
+            diff(*pair)

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import csv
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError, RunError
+from mmaudit.audit.errors import ConfigError, ManifestError, RunError
 from mmaudit.audit.ingest.ingested import ingest
 from mmaudit.audit.score import ScoreTable
 from mmaudit.audit.source.dataset import DataConfig, open_dataset
-from mmaudit.audit.source.samples import read_samples
+from mmaudit.rebalance import export as export_file
+from mmaudit.rebalance import job
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.choice import choose
-from mmaudit.rebalance.export import FORMATS, export, key_of
+from mmaudit.rebalance.export import FORMATS, export
 from mmaudit.rebalance.manifest import batches_of
 from mmaudit.rebalance.shards import open_scores
 from mmaudit.rebalance.split import write_split
@@ -256,149 +255,6 @@ def test_what_ogm_lists_cannot_say_is_refused(
     assert not (tmp_path / "lists").exists()
 
 
-def test_tars_are_read_back_by_our_own_reader(manifest: Path, tmp_path: Path) -> None:
-    out = export(manifest, tmp_path / "tars", format="webdataset", samples_per_shard=5)
-    assert (out["skipped"], out["left_out"]) == (0, [])
-    assert {Path(each).name for each in out["files"]} >= {"train-000000.tar", "train-000001.tar", "test-000000.tar"}
-    dataset = open_dataset(tmp_path / "tars")
-    assert {modality.name: modality.kind for modality in dataset.modalities} == {"audio": "audio", "visual": "image"}
-    samples, there = read_samples(dataset, seed=0, test_fraction=0.2), rows_of(manifest).to_pylist()
-    assert dict(zip(samples.sample_id, samples.split, strict=True)) == {row["sample_id"]: row["split"] for row in there}
-    assert samples.class_names == ("class 0", "class 1", "class 2")
-    media = {}
-    for shard in dataset.shards:
-        rows = dataset.read(shard)
-        for name, row in zip(dataset.sample_ids(rows, shard), rows.to_pylist(), strict=True):
-            media[name] = tuple(row[modality.column] for modality in dataset.modalities)
-    numbers = {row["sample_id"]: int(row["sample_id"][1:]) for row in there}
-    assert media == {name: (b"sound %d" % each, b"sight %d" % each) for name, each in numbers.items()}
-
-
-def test_headers_of_tars_tell_nothing_of_the_machine(manifest: Path, tmp_path: Path) -> None:
-    out = export(manifest, tmp_path / "tars", format="webdataset", samples_per_shard=5)
-    seen = 0
-    for path in out["files"]:
-        with tarfile.open(path) as archive:
-            assert 0 < len(archive.getnames()) <= 3 * 5
-            for member in archive:
-                assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
-                seen += 1
-    assert seen == 3 * NUMBER
-
-
-@relaxed
-@given(many_names)
-def test_any_ids_have_keys_and_stand_in_the_json(tmp_path: Path, ids: list[str]) -> None:
-    if not (tmp_path / "data").exists():
-        lay_media(tmp_path, 6)
-    manifest = make(tmp_path, ids)
-    export(manifest, tmp_path / "tars", format="webdataset", overwrite=True)
-    dataset = open_dataset(tmp_path / "tars")
-    found = read_samples(dataset, seed=0, test_fraction=0.2)
-    assert sorted(found.sample_id) == sorted(ids)
-    there = {row["sample_id"]: row for row in rows_of(manifest).to_pylist()}
-    for path in (tmp_path / "tars").glob("*.tar"):
-        with tarfile.open(path) as archive:
-            texts = [json.loads(archive.extractfile(each).read()) for each in archive if each.name.endswith(".json")]  # type: ignore[union-attr]
-        for content in texts:
-            row = there.pop(content["sample_id"])
-            files = content.pop("files")
-            assert files == {name: row.pop(name) for name in list(row) if name.endswith("_file_name")}
-            assert set(content) == {name for name, value in row.items() if value is not None}
-            assert np.float32(content["gap"]) == np.float32(row["gap"])
-    assert not there
-
-
-@given(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=300), st.text(st.characters(exclude_categories=["Cs"]))
-)
-def test_keys_are_names_of_files_and_tell_ids_apart(one: str, other: str) -> None:
-    key = key_of(one)
-    assert 0 < len(key) <= 180
-    assert not set(key) & set("./\\ \n\0")
-    assert key.isascii()
-    if len(key) < 140 and one:
-        assert unquote(key) == one
-    assume(one != other)
-    assert key != key_of(other)
-    assert key_of("x" * 300 + one) != key_of("x" * 300 + other)
-
-
-def test_media_that_are_gone_are_named(manifest: Path, tmp_path: Path) -> None:
-    (tmp_path / "data" / "a" / "7.wav").unlink()
-    with pytest.raises(ManifestError, match=r"sample 's7': sound_file_name 'a/7\.wav' cannot be read in .*--data"):
-        export(manifest, tmp_path / "tars", format="webdataset")
-    assert not (tmp_path / "tars").exists()
-    out = export(manifest, tmp_path / "tars", format="webdataset", skip_missing=True)
-    assert (out["skipped"], out["rows"]) == (1, NUMBER)
-    (tmp_path / "data").rename(tmp_path / "moved")
-    with pytest.raises(ManifestError, match="the folder of its media is not known, or not there; if it moved"):
-        export(manifest, tmp_path / "again", format="webdataset")
-    moved = export(manifest, tmp_path / "again", format="webdataset", root=tmp_path / "moved", skip_missing=True)
-    assert tree(tmp_path / "again") == tree(tmp_path / "tars")
-    assert moved["skipped"] == 1
-
-
-def test_paths_that_lead_outside_are_refused(tmp_path: Path) -> None:
-    lay_media(tmp_path)
-    (tmp_path / "secret.wav").write_bytes(b"x")
-    manifest = make(tmp_path, paths=pa.table({"wav": ["../secret.wav"] * NUMBER}))
-    with pytest.raises(DatasetError, match="leads outside"):
-        export(manifest, tmp_path / "tars", format="webdataset")
-
-
-@pytest.mark.parametrize(
-    ("more", "error", "message"),
-    [
-        ({"paths": None}, ConfigError, "names no files: its media are vectors, texts or bytes"),
-        ({"split": np.array(["a/b"] * NUMBER, dtype=object)}, ConfigError, "split 'a/b' can name no file"),
-    ],
-)
-def test_what_tars_cannot_hold_is_refused(
-    tmp_path: Path, more: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    lay_media(tmp_path)
-    with pytest.raises(error, match=message):
-        export(make(tmp_path, **more), tmp_path / "tars", format="webdataset")
-
-
-def test_frames_are_refused_and_other_modalities_named(tmp_path: Path) -> None:
-    lay_media(tmp_path)
-    audio = {"name": "audio", "column": "sound_file_name", "kind": "audio"}
-    about = {"source": str(tmp_path / "data"), "modalities": [audio, {"name": "t", "column": "text", "kind": "text"}]}
-    out = export(make(tmp_path, provenance=about), tmp_path / "tars", format="webdataset")
-    assert out["left_out"] == ["text"]
-    about["modalities"] = [audio, {"name": "visual", "column": "image_file_name", "kind": "frames"}]
-    with pytest.raises(ConfigError, match="image_file_name names folders of frames"):
-        export(make(tmp_path, provenance=about), tmp_path / "others", format="webdataset")
-
-
-def test_the_opened_dataset_says_where_the_media_are(clips: Path, tmp_path: Path) -> None:
-    dataset = open_dataset(clips, DataConfig(id="id"))
-    paths = pa.table({name: [f"{n}.{end}" for n in range(24)] for name, end in
-                      (("audio_file_name", "wav"), ("image_file_name", "png"))})  # fmt: skip
-    manifest = make(tmp_path, paths=paths, provenance={})
-    export(manifest, tmp_path / "tars", format="webdataset", dataset=dataset)
-    found = open_dataset(tmp_path / "tars")
-    assert {(each.name, each.kind) for each in found.modalities} == {("audio", "audio"), ("image", "image")}
-
-
-@pytest.mark.parametrize("column", ["file_name", "clip_file_name"])
-def test_a_film_of_two_modalities_stands_in_the_tar_once(
-    tmp_path: Path, film: Callable[[bool], bytes], column: str
-) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "x.mp4").write_bytes(film(True))
-    kinds = {"audio": "audio", "visual": "video"}
-    read = [{"name": name, "column": column, "kind": kind} for name, kind in kinds.items()]
-    about = {"source": str(tmp_path / "data"), "modalities": read}
-    manifest = make(tmp_path, paths=pa.table({column: ["x.mp4"] * NUMBER}), provenance=about)
-    out = export(manifest, tmp_path / "tars", format="webdataset")
-    with tarfile.open(out["files"][0]) as archive:
-        assert {name.partition(".")[2] for name in archive.getnames()} in ({"json", "video.mp4"}, {"json", "clip.mp4"})
-    assert {each.name: each.kind for each in open_dataset(tmp_path / "tars").modalities} == kinds
-
-
 @pytest.mark.parametrize("splits", [("train",), ("train", "test"), None])
 def test_saved_rows_are_read_back_by_datasets_and_by_us(tmp_path: Path, splits: tuple[str, ...] | None) -> None:
     import datasets
@@ -420,8 +276,6 @@ def test_saved_rows_are_read_back_by_datasets_and_by_us(tmp_path: Path, splits: 
 
 
 def test_a_large_manifest_passes_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmaudit.rebalance import export as module
-
     manifest = make(tmp_path)
     whole_tables = {format_: tmp_path / f"one.{format_}" for format_ in ("csv", "jsonl", "npy", "ogm")}
     for format_, out in whole_tables.items():
@@ -432,7 +286,8 @@ def test_a_large_manifest_passes_in_batches(tmp_path: Path, monkeypatch: pytest.
             for first in range(0, len(table), 5):
                 yield table.slice(first, 5)
 
-    monkeypatch.setattr(module, "batches_of", in_fives)
+    for module in (export_file, job):
+        monkeypatch.setattr(module, "batches_of", in_fives)
     for format_, out in whole_tables.items():
         export(manifest, tmp_path / "again" / format_, format=format_)
         assert tree(tmp_path / "again" / format_) == tree(out)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mmaudit.audit.errors import ConfigError, ManifestError, RunError
 from mmaudit.audit.workers import Progress, silent
-from mmaudit.rebalance.curriculum import root_pacing
+from mmaudit.rebalance.pacing import root_pacing
 from mmaudit.train.evaluate import measure
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import LEAST_VALIDATION, FinetuneConfig, Finetuned, finetune_on

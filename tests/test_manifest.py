@@ -247,3 +247,46 @@ def test_dropped_rows_of_another_manifest_are_refused(tmp_path: Path) -> None:
     other = replace(found, table=found.table.slice(1))
     with pytest.raises(ManifestError, match=r"m\.dropped\.parquet holds the rows dropped from another manifest"):
         read_dropped(path, other)
+
+
+def no_utf8(values: list[bytes]) -> pa.Array:
+    """Give strings that are none."""
+    binary = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(values), binary.buffers())
+
+
+def test_texts_that_are_no_utf8_are_damage(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    table = pq.read_table(path)
+    place = table.column_names.index("group")
+    for column in (no_utf8([b"\xff"] * len(table)), no_utf8([b"\xff"] * len(table)).dictionary_encode()):
+        pq.write_table(table.set_column(place, "group", column), path)
+        with pytest.raises(ManifestError, match=r"is damaged: .*UTF8"):
+            list(batches_of(path))
+        assert sum(len(each) for each in batches_of(path, columns=["sample_id"])) == len(table)
+
+
+def test_a_name_of_a_column_that_is_no_utf8_is_damage(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    pq.write_table(pq.read_table(path), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"group", b"gr\xffup"))
+    for read in (provenance_of, rows_of, lambda one: list(batches_of(one))):
+        with pytest.raises(ManifestError, match="cannot be read as Parquet"):
+            read(path)
+
+
+def test_pages_that_are_spoiled_are_damage(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)
+    path.write_bytes(content)
+    with pytest.raises(ManifestError, match=r"is damaged: ."):
+        list(batches_of(path))
+
+
+def test_bytes_in_a_column_of_texts_have_a_digest() -> None:
+    def of(*values: bytes | None) -> str:
+        return digest_of(pa.table({"group": pa.array(values, pa.binary()), "sample_id": pa.array(values, pa.binary())}))
+
+    assert of(b"\xff", None, b"a") == of(b"\xff", None, b"a")
+    assert len({of(b"\xff", None, b"a"), of(None, b"\xff", b"a"), of(b"\xfe", None, b"a")}) == 3

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of, root_pacing
+from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
+from mmaudit.rebalance.pacing import root_pacing
 from mmaudit.train.sampling import SAMPLERS, SamplingConfig
 
 # Ranks of training rows: any, because the manifest's other rows have some of them.

@@ -1,10 +1,7 @@
-"""Laws of reading score tables: the same rows whatever the files, each fault named at the door, and reading ahead."""
+"""Laws of reading score tables: the same rows whatever the files, and each fault named at the door."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,8 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ConfigError, ManifestError, ScoreError
 from mmaudit.audit.hashing import hash_ids
 from mmaudit.audit.score import ScoreTable, read_scores, write_scores
-from mmaudit.rebalance import shards
-from mmaudit.rebalance.shards import Members, ScoreShards, keys_of, open_scores, prefetched, same_dataset
+from mmaudit.rebalance import parts
+from mmaudit.rebalance.shards import Members, ScoreShards, keys_of, open_scores, same_dataset
 
 N = 24
 
@@ -81,7 +78,7 @@ def test_rows_are_the_same_however_they_lie(
         pq.write_table(whole.slice(first, end - first), path, row_group_size=group)
     random.shuffle(names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "BATCH_ROWS", batch)
+        patch.setattr(parts, "BATCH_ROWS", batch)
         for source in (folder, names, str(folder / "*.parquet")):
             found = open_scores(source, seed=3)
             assert all_of(found) == expected
@@ -259,7 +256,7 @@ def test_a_little_more_than_one_is_rounding(tmp_path: Path) -> None:
 def test_the_first_fault_is_named_though_it_lies_in_a_later_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "BATCH_ROWS", 5)
+    monkeypatch.setattr(parts, "BATCH_ROWS", 5)
     written(tmp_path, table(confidence_audio=pa.array([0.5] * 17 + [2.0, 3.0] + [0.5] * 5, pa.float32())))
     with pytest.raises(ScoreError, match="confidence_audio of sample s017 is 2,"):
         all_of(open_scores(tmp_path, seed=0))
@@ -317,52 +314,3 @@ def test_provenances_of_two_datasets_are_told_apart() -> None:
     same_dataset({"fingerprint": "a"}, {}, name="m")
     with pytest.raises(ManifestError, match="m was made from another dataset than these scores"):
         same_dataset({"fingerprint": "a"}, {"fingerprint": "b"}, name="m")
-
-
-@given(st.lists(st.integers()), st.integers(1, 5))
-def test_what_is_read_ahead_keeps_its_order(items: list[int], depth: int) -> None:
-    assert list(prefetched(items, depth=depth)) == items
-
-
-def test_no_more_is_read_ahead_than_asked() -> None:
-    read: list[int] = []
-
-    def source() -> Iterator[int]:
-        for one in range(100):
-            read.append(one)
-            yield one
-
-    items = prefetched(source(), depth=2)
-    assert next(items) == 0
-    time.sleep(0.1)
-    assert len(read) <= 4  # the one given, two that wait, and one in hand
-    items.close()  # type: ignore[attr-defined]
-
-
-class Spoiled(Exception):
-    """What a source may raise."""
-
-
-def test_an_error_of_the_source_comes_after_what_was_read() -> None:
-    def source() -> Iterator[int]:
-        yield 1
-        yield 2
-        raise Spoiled("here")
-
-    items = prefetched(source())
-    assert [next(items), next(items)] == [1, 2]
-    with pytest.raises(Spoiled, match="here"):
-        next(items)
-
-
-@pytest.mark.parametrize("taken", [0, 1, 5])
-def test_the_thread_ends_when_nobody_reads_on(taken: int) -> None:
-    before = set(threading.enumerate())
-    items = prefetched(iter(range(10**9)))
-    for number in range(taken):
-        assert next(items) == number
-    items.close()  # type: ignore[attr-defined]
-    late = time.monotonic() + 5
-    while set(threading.enumerate()) - before and time.monotonic() < late:
-        time.sleep(0.01)
-    assert not set(threading.enumerate()) - before

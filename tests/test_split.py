@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ScoreError
 from mmaudit.audit.score import read_scores, write_scores
-from mmaudit.rebalance import manifest, shards, spill, split
+from mmaudit.rebalance import manifest, parts, spill, split
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.choice import choose
 from mmaudit.rebalance.manifest import (
@@ -104,7 +104,7 @@ def test_the_bytes_are_the_same_however_the_scores_lie(
         patch.setattr(split, "GROUP_ROWS", 50)
         patch.setattr(manifest, "GROUP_ROWS", 50)
         split_to(folder / "one" / "m.parquet", folder / "whole.parquet")
-        patch.setattr(shards, "BATCH_ROWS", batch)
+        patch.setattr(parts, "BATCH_ROWS", batch)
         patch.setattr(spill, "_ROWS_A_PART", part)
         split_to(folder / "other" / "m.parquet", names)
         assert sums(folder / "one" / "m.parquet") == sums(folder / "other" / "m.parquet")
@@ -262,7 +262,7 @@ def test_what_is_interrupted_leaves_the_old_files_and_no_others(
 
 def fail(patch: pytest.MonkeyPatch, when: str) -> type[BaseException]:
     """Make the second batch of rows, or of writing, fail."""
-    patch.setattr(shards, "BATCH_ROWS", 20)
+    patch.setattr(parts, "BATCH_ROWS", 20)
     patch.setattr(split, "GROUP_ROWS", 5)
     if when == "writer":
         write = pq.ParquetWriter.write_table

@@ -76,7 +76,7 @@ class Decided:
 
 
 def decide(scores: ScoreTable, rule: Rule, *, seed: int = 0) -> Decided:
-    """Choose by a rule; where nothing qualifies, nothing is kept."""
+    """Choose by a rule; ManifestError where nothing qualifies."""
     choice = choose(open_scores(scores, seed=seed), rule, scratch=Path("unused"))
     (rows,) = choice.shards.rows()
     found = choice.decide(rows)
@@ -85,11 +85,11 @@ def decide(scores: ScoreTable, rule: Rule, *, seed: int = 0) -> Decided:
 
 
 def keep(scores: ScoreTable, rule: Rule, *, seed: int = 0) -> Mask:
-    try:
-        return decide(scores, rule, seed=seed).keep
-    except ManifestError as error:
-        assert "widen the rule" in str(error)
-        return np.zeros(len(scores), dtype=bool)
+    """Tell who is kept. Of a threshold that is who is in its cell 0; the dropped below show that `decide` agrees."""
+    if isinstance(rule, Threshold):
+        (rows,) = open_scores(scores, seed=seed).rows()
+        return np.asarray(rule.cells(rows) == 0)
+    return decide(scores, rule, seed=seed).keep
 
 
 def side(scores: ScoreTable, name: str, *, threshold: float = 0.0, between: str | None = None) -> Mask:
@@ -108,6 +108,7 @@ ONE = table([[0.9, 0.1]])
 THREE = table([[0.9, 0.1, 0.5]])
 
 
+@settings(deadline=None, max_examples=30)
 @given(confidences(2))
 def test_the_preferred_are_disjoint_and_ties_are_in_neither(confidence: Floats) -> None:
     scores = table(confidence)
@@ -117,6 +118,7 @@ def test_the_preferred_are_disjoint_and_ties_are_in_neither(confidence: Floats) 
     assert (~audio & ~visual).tolist() == (confidence[:, 0] == confidence[:, 1]).tolist()
 
 
+@settings(deadline=None, max_examples=30)
 @given(confidences(3))
 def test_of_three_a_modality_is_against_the_mean_of_the_others(confidence: Floats) -> None:
     scores = table(confidence)
@@ -127,6 +129,7 @@ def test_of_three_a_modality_is_against_the_mean_of_the_others(confidence: Float
         assert side(scores, name)[clear].tolist() == expected[clear].tolist()
 
 
+@settings(deadline=None, max_examples=30)
 @given(confidences(3))
 def test_between_names_both_sides(confidence: Floats) -> None:
     scores = table(confidence)
@@ -137,6 +140,7 @@ def test_between_names_both_sides(confidence: Floats) -> None:
         preferred(NAMES, "audio", between="visual:text")
 
 
+@settings(deadline=None, max_examples=30)
 @given(confidences(3), st.lists(st.sampled_from([None, 0, 1, 2]), min_size=30, max_size=30))
 def test_who_lacks_the_modality_is_never_kept_and_others_are_as_without_it(
     confidence: Floats, missing: list[int | None]
@@ -165,11 +169,12 @@ def test_who_lacks_the_modality_is_never_kept_and_others_are_as_without_it(
         lacks = np.isnan(holed[:, pair]).any(axis=1)
         assert not (keep(scores, rule) & lacks).any()
         if keep(scores, rule).any():
-            found = decide(scores, rule)
-            told = [reason == "missing-modality" for reason in found.reason]
-            assert told == lacks.tolist() == np.isnan(found.score).tolist()
+            made = decide(scores, rule)
+            told = [reason == "missing-modality" for reason in made.reason]
+            assert told == lacks.tolist() == np.isnan(made.score).tolist()
 
 
+@settings(deadline=None, max_examples=30)
 @given(confidences(2), st.lists(st.floats(0, 0.99), min_size=2, max_size=5))
 def test_the_dominated_nest_by_threshold(confidence: Floats, thresholds: list[float]) -> None:
     scores = table(confidence)
@@ -180,6 +185,7 @@ def test_the_dominated_nest_by_threshold(confidence: Floats, thresholds: list[fl
     assert all((small <= large).all() for small, large in pairwise(inner))
 
 
+@settings(deadline=None, max_examples=30)
 @given(confidences(2), st.sampled_from([0.2, 0.4, 0.3]))
 def test_within_and_the_dominated_are_a_partition(confidence: Floats, threshold: float) -> None:
     scores = table(confidence)
@@ -188,6 +194,7 @@ def test_within_and_the_dominated_are_a_partition(confidence: Floats, threshold:
     assert np.sum(parts, axis=0).tolist() == [1] * len(scores)
 
 
+@settings(deadline=None, max_examples=30)
 @given(confidences(2))
 def test_swapping_two_modalities_swaps_their_subsets(confidence: Floats) -> None:
     scores = table(confidence)
@@ -199,6 +206,7 @@ def test_swapping_two_modalities_swaps_their_subsets(confidence: Floats) -> None
     assert keep(swapped, within(AV)).tolist() == keep(scores, within(AV)).tolist()
 
 
+@settings(deadline=None, max_examples=30)
 @given(confidences(2))
 def test_evaluation_cuts_the_same_subsets(confidence: Floats) -> None:
     scores = table(confidence)
@@ -221,7 +229,7 @@ RULES: dict[str, tuple[Callable[[ScoreShards], Threshold], Callable[[float, floa
 
 
 @pytest.mark.parametrize("reason", RULES)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(confidences(2), st.data())
 def test_the_dropped_are_on_the_wrong_side_of_their_threshold(
     reason: str, confidence: Floats, data: st.DataObject
@@ -258,6 +266,7 @@ def test_the_mixture_parts_by_its_posterior() -> None:
     assert mixed(scores, "balanced", posterior=0.75).tolist() == [False] * 4 + [True]
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.none() | CONFIDENCE, min_size=1, max_size=30), st.floats(0.01, 1))
 def test_the_sides_of_the_mixture_part_those_that_have_a_posterior(
     posterior: list[float | None], threshold: float

@@ -17,23 +17,20 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.encoding.features import encode_dataset
+from mmaudit.audit.contents import contents_of
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.files import write_json
-from mmaudit.audit.media.decode import MediaConfig
 from mmaudit.audit.parquet import KEY
 from mmaudit.audit.score import ScoreTable
 from mmaudit.audit.source.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.source.samples import read_samples
-from mmaudit.audit.stock import take_stock
-from mmaudit.audit.workers import silent
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.choice import choose
-from mmaudit.rebalance.manifest import RANGES, ROWS_KEY, digest_of, dropped_path, provenance_of, rows_of
+from mmaudit.rebalance.manifest import ROWS_KEY, digest_of, dropped_path, provenance_of, rows_of
 from mmaudit.rebalance.recipe import balance_path
 from mmaudit.rebalance.shards import open_scores
 from mmaudit.rebalance.split import write_split
-from mmaudit.rebalance.verify import BOUNDS, Verified, contents_of, verify
+from mmaudit.rebalance.verify import Verified, verify
 
 
 def scores_of(num_samples: int = 60, *, seed: int = 0, **more: Any) -> ScoreTable:
@@ -121,10 +118,6 @@ def test_what_was_written_holds(tmp_path: Path, config: dict[str, Any]) -> None:
     assert [check.name for check in found.checks if check.held is None] in (["complete", "media"], ["media"])
     json.dumps(found.to_dict(), allow_nan=False)
     assert len(found.lines()) == len(found.checks)
-
-
-def test_every_range_of_a_manifest_is_looked_at() -> None:
-    assert BOUNDS.keys() == RANGES.keys()
 
 
 @given(data=st.data())
@@ -351,28 +344,6 @@ def scored(dataset: Dataset, path: Path) -> Path:
         paths=samples.paths.combine_chunks(),
     )
     return write(path, table, by="weight")
-
-
-@pytest.mark.parametrize("threads", [0, 3])
-def test_contents_are_those_that_encoding_notes(clips: Path, tmp_path: Path, threads: int) -> None:
-    (clips / "4.wav").unlink()
-    dataset = open_clips(clips)
-    tasks = encode_dataset(dataset, tmp_path / "cache", media=MediaConfig(), num_workers=0, progress=silent)
-    stock = take_stock(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
-    found = list(contents_of(dataset, num_threads=threads))
-    assert [each.sample_id for each in found] == stock.samples.sample_id.tolist()
-    assert [each.content for each in found] == stock.content.tolist()
-    assert {each.sample_id: each.problem for each in found if each.problem} == {"004": "no file 4.wav"}
-    some = [each.sample_id for each in contents_of(dataset, only={"007", "011"})]
-    assert some == ["007", "011"]
-
-
-def test_contents_of_vectors_are_those_that_encoding_notes(planted: Callable[..., Path], tmp_path: Path) -> None:
-    dataset = open_dataset(planted(num_samples=30))
-    tasks = encode_dataset(dataset, tmp_path / "cache", media=MediaConfig(), num_workers=0, progress=silent)
-    stock = take_stock(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
-    assert [each.content for each in contents_of(dataset)] == stock.content.tolist()
-    assert [each.content for each in contents_of(dataset, only={"s0003"})] == [stock.content[3]]
 
 
 def test_media_that_have_changed_are_counted_and_named(clips: Path, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def _encode_cells(task: EncodeTask, modalities: Sequence[Modality], cells: pa.Ch
     found: list[list[Found]] = [[] for _ in modalities]
     computed = 0
     for cell in cells:
-        loaded, digest_ = _load(task, modalities[0], cell)
+        loaded, digest_ = load_cell_content(task.dataset, modalities[0], cell)
         content.append(digest_)
         for modality, there, results in zip(modalities, known, found, strict=True):
             result = there.find(digest_)
@@ -178,10 +178,10 @@ def _keep(
         write_arrow(encoded_table(ids, encoded), task.file(modality))
 
 
-def _load(task: EncodeTask, modality: Modality, cell: pa.Scalar) -> tuple[Any, bytes]:
+def load_cell_content(dataset: Dataset, modality: Modality, cell: pa.Scalar) -> tuple[Any, bytes]:
     """Give what a cell stands for, or the UnusableError in its place, and the digest of its content."""
     try:
-        loaded = task.dataset.load(cell.as_py(), modality)
+        loaded = dataset.load(cell.as_py(), modality)
     except UnusableError as error:
         return error, digest(str(error).encode()).encode()
     return loaded, _content(loaded).encode()
@@ -212,7 +212,7 @@ def _run_model(tasks: Sequence[EncodeTask], modality: Modality, *, num_threads: 
 
     def prepare(item: tuple[EncodeTask, Known, pa.Scalar]) -> tuple[bytes, Found | Inputs]:
         task, known, cell = item
-        loaded, content = _load(task, modality, cell)
+        loaded, content = load_cell_content(task.dataset, modality, cell)
         found: Found | Inputs | None = known.find(content)
         if found is None and isinstance(loaded, UnusableError):
             found = loaded

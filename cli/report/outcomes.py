@@ -15,7 +15,7 @@ from ...audit.errors import RunError
 from ...audit.files import read_json
 from ...rebalance.manifest import RowDigest, batches_of, dropped_path, provenance_of, regrouped, rows_of
 from ...rebalance.recipe import balance_path
-from ...rebalance.shards import NO_SPLIT
+from ...rebalance.score_columns import NO_SPLIT
 from ..run import Run
 from .findings import Numbers, finite, short
 from .uniformity import uniformity

@@ -1,0 +1,128 @@
+"""The parts of a score table: which files are there, what columns have they, and how are they read in batches?"""
+
+from __future__ import annotations
+
+import glob
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..audit.errors import ScoreError
+
+BATCH_ROWS = 131_072
+
+Part: TypeAlias = "Path | pa.Table"
+Item = TypeVar("Item")
+
+
+def files_of(source: str | Path | Sequence[str | Path]) -> list[Part]:
+    """Give the files that are named, each once; ScoreError where a name leads to none."""
+    named = [source] if isinstance(source, (str, Path)) else list(source)
+    found: list[Part] = []
+    for each in named:
+        path = Path(each)
+        if path.is_dir():
+            some = sorted(one for one in path.glob("*.parquet") if one.name[0] != ".")
+        else:
+            some = [path] if path.exists() else sorted(Path(one) for one in glob.glob(str(each), recursive=True))
+        if not some:
+            raise ScoreError(f"no score table {each}: name a Parquet file, a folder of them or a glob")
+        found += some
+    return list(dict.fromkeys(found))
+
+
+def schema_of(part: Part) -> pa.Schema:
+    """Read the schema of a part; ScoreError where it is no Parquet."""
+    if isinstance(part, pa.Table):
+        return part.schema
+    try:
+        return pq.read_schema(part)
+    except (pa.ArrowInvalid, OSError) as cause:
+        raise ScoreError(f"{part} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
+
+
+def name_of(part: Part) -> str:
+    """Say what an error calls a part."""
+    return str(part) if isinstance(part, Path) else "the score table"
+
+
+def check_schema(schema: pa.Schema, part: Part) -> None:
+    """Raise ScoreError for columns that stand twice, and for names or ids that are nested."""
+    where = name_of(part)
+    for name in schema.names:
+        if len(places := schema.get_all_field_indices(name)) > 1:
+            raise ScoreError(f"{where} has {len(places)} columns {name}: name each once")
+        type_ = schema.field(name).type
+        if name in ("sample_id", "label", "label_name", "split") and pa.types.is_nested(type_):
+            raise ScoreError(f"{where}: column {name} holds {type_}; it takes one text or number a row")
+
+
+def batches_of_part(part: Part, columns: Iterable[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.Table]:
+    """Read a part in batches; of a file no more than that is held."""
+    names = list(columns)
+    if isinstance(part, pa.Table):
+        for first in range(0, len(part), BATCH_ROWS):
+            yield part.select(names).slice(first, BATCH_ROWS)
+        return
+    try:
+        coded = [name for name in dictionary if name in names]
+        with pq.ParquetFile(part, pre_buffer=False, read_dictionary=coded) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=names):
+                yield pa.Table.from_batches([batch]).select(names)
+    except (pa.ArrowInvalid, OSError) as cause:
+        raise ScoreError(f"{part} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
+
+
+def in_order(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Order the parts by the first id of each, and leave out those without rows."""
+    first = {}
+    for place, part in enumerate(parts):
+        if isinstance(part, pa.Table):
+            return tuple(parts)
+        with pq.ParquetFile(part, pre_buffer=False) as file:
+            batch = next(file.iter_batches(1, columns=["sample_id"]), None)
+        if batch is not None and len(batch):
+            first[place] = str(batch.column(0)[0].as_py())
+    return tuple(parts[place] for place in sorted(first, key=lambda place: (first[place], str(parts[place]))))
+
+
+def prefetched(items: Iterable[Item], *, depth: int = 1) -> Iterator[Item]:
+    """Let a thread work ahead by a few items: reading then goes on while what was read is worked on."""
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def offer(entry: tuple[bool, Any]) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def work() -> None:
+        try:
+            for item in items:
+                offer((True, item))
+                if stopped.is_set():
+                    return
+            offer((False, None))
+        except BaseException as error:
+            offer((False, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            more, item = ready.get()
+            if more:
+                yield item
+            elif item is None:
+                return
+            else:
+                raise item
+    finally:
+        stopped.set()

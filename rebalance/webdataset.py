@@ -1,0 +1,132 @@
+"""WebDataset tars: how do the media of a manifest stand in them, sample by sample?"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+from ..audit.errors import ConfigError, ManifestError
+from ..audit.hashing import digest
+from ..audit.quality import UnusableError
+from ..audit.source.cells import load_cell
+from ..audit.source.modality import Modality
+from .job import Job, plain_rows, split_name
+
+SAMPLES_PER_SHARD = 1_000  # of a tar
+_LONGEST_KEY = 180  # of the 255 bytes that a name may have, with room for modality and extension
+_FILE_SUFFIXES = ("_file_name", "_filename", "_filepath", "_file", "_path", "_frames")
+_NAMELESS = ("file_name", "path", "file", "filename", "filepath")
+
+
+def write_webdataset(job: Job, folder: Path) -> dict[str, Any]:
+    """Write SPLIT-000000.tar, ...: of each sample KEY.json, and KEY.NAME.EXT for each path column.
+
+    The .json has the row without nulls, and under `files` the paths that the media had, which no longer hold.
+    """
+    if not job.paths:
+        raise ConfigError(
+            f"{job.manifest} names no files: its media are vectors, texts or bytes within the source, and a WebDataset "
+            "would hold rows alone; export as jsonl or datasets"
+        )
+    if job.root is None:
+        raise ManifestError(
+            f"{job.manifest}: the folder of its media is not known, or not there; if it moved, pass --data"
+        )
+    modalities = {name: _modality_of(name, job) for name in job.paths}
+    read = {each.get("column") for each in job.provenance.get("scores", {}).get("modalities", [])}
+    skipped = 0
+    with ExitStack() as stack:
+        tars: dict[str, _Tars] = {}
+        for row in plain_rows(job):
+            split = split_name(row["split"])
+            if split not in tars:
+                tars[split] = _Tars(folder, split, job.samples_per_shard)
+                stack.callback(tars[split].close)
+            members, lost = _members(row, modalities, job)
+            skipped += lost
+            tars[split].add(key_of(row["sample_id"]), members)
+    return {"skipped": skipped, "left_out": sorted(read - {*job.paths, None})}
+
+
+def key_of(sample_id: str) -> str:
+    """Give the WebDataset key of an id: percent-encoded, dots too, so that no two ids share one.
+
+    One that is longer than a file name may be is cut and ends in %% and a digest.
+    """
+    key = quote(sample_id, safe="").replace(".", "%2E") or "%"
+    return key if len(key) <= _LONGEST_KEY else f"{key[: _LONGEST_KEY - 34]}%%{digest(sample_id.encode())}"
+
+
+def _modality_of(column: str, job: Job) -> Modality:
+    """Name a column's member by the one modality read from it, else by the column; `kind` is only not of frames."""
+    those = [each for each in job.provenance.get("scores", {}).get("modalities", []) if each.get("column") == column]
+    if any(each.get("kind") == "frames" for each in those):
+        raise ConfigError(
+            f"{column} names folders of frames, and a sample of a WebDataset holds files: export as jsonl, or ogm"
+        )
+    stem = next((column.removesuffix(end) for end in _FILE_SUFFIXES if column.endswith(end)), column)
+    if len(those) > 1 and column in _NAMELESS:
+        stem = "video"  # both sound and sight are read from it, and called audio and visual again
+    name = str(those[0]["name"]) if len(those) == 1 else stem or column
+    return Modality(name=re.sub(r"[^a-z0-9_-]", "_", name.lower()), column=column, kind="audio")
+
+
+def _members(row: dict[str, Any], modalities: dict[str, Modality], job: Job) -> tuple[dict[str, bytes], int]:
+    """Give the members of a sample by what follows the key's dot, and how many media were not there."""
+    found: dict[str, bytes] = {}
+    lost = 0
+    for column, modality in modalities.items():
+        if row[column] is None:
+            continue
+        extension = re.sub(r"[^a-z0-9]", "", PurePosixPath(row[column]).suffix.lower()) or "bin"
+        name = f"{modality.name}.{extension}"
+        if name in found or name in row:  # two columns of one name, or a field of the .json
+            name = f"{modality.name}_{list(modalities).index(column)}.{extension}"
+        try:
+            assert job.root is not None
+            found[name] = load_cell(row[column], modality, root=job.root, allow_outside=job.allow_outside)
+        except UnusableError as error:
+            if not job.skip_missing:
+                raise ManifestError(
+                    f"sample {row['sample_id']!r}: {column} {row[column]!r} cannot be read in {job.root} ({error}); "
+                    "bring the file back, pass --data if the data moved, or --skip-missing"
+                ) from error
+            lost += 1
+    about = {name: value for name, value in row.items() if value is not None and name not in modalities}
+    files = {name: row[name] for name in modalities if row[name] is not None}
+    text = json.dumps({**about, "files": files}, ensure_ascii=False, allow_nan=False, sort_keys=True)
+    return {"json": text.encode(), **found}, lost
+
+
+class _Tars:
+    """The tars of one split, each of as many samples; headers hold nothing of this machine or hour."""
+
+    def __init__(self, folder: Path, split: str, most: int) -> None:
+        self._folder, self._split, self._most = folder, split, most
+        self._tar: tarfile.TarFile | None = None
+        self._samples = 0
+
+    def add(self, key: str, members: dict[str, bytes]) -> None:
+        """Add a sample."""
+        if self._samples % self._most == 0:
+            self.close()
+            path = self._folder / f"{self._split}-{self._samples // self._most:06d}.tar"
+            self._tar = tarfile.TarFile(path, "w", format=tarfile.PAX_FORMAT)
+        assert self._tar is not None
+        for name in sorted(members):
+            header = tarfile.TarInfo(f"{key}.{name}")  # mtime, uid and gid are 0, the owner's names empty
+            header.size = len(members[name])
+            self._tar.addfile(header, io.BytesIO(members[name]))
+        self._samples += 1
+
+    def close(self) -> None:
+        """End the last tar."""
+        if self._tar is not None:
+            self._tar.close()
+            self._tar = None

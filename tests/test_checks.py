@@ -1,0 +1,132 @@
+"""Laws of the checks of one file: every value within its bounds passes, and each other one is counted and named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmaudit.audit.errors import ManifestError
+from mmaudit.audit.parquet import KEY
+from mmaudit.rebalance.checks import BOUNDS, CheckedFile, named, section
+from mmaudit.rebalance.manifest import COLUMNS, RANGES, ROWS_KEY, SCHEMA_VERSION, digest_of
+from mmaudit.rebalance.spill import Spill
+
+N = 6
+PROVENANCE = {"schema": f"mmaudit.manifest/{SCHEMA_VERSION}", "rule": {"balanced": {"bins": 4}}}
+COLUMN: dict[str, list[Any]] = {
+    "sample_id": [f"s{row}" for row in range(N)],
+    "label": [row % 2 for row in range(N)],
+    "label_name": ["ab"[row % 2] for row in range(N)],
+    "split": ["train"] * N,
+    "subset": ["balanced"] * N,
+    "bin": [row % 4 for row in range(N)],
+    "rank": list(range(N)),
+    "weight": [1.0] * N,
+    "discrepancy": [0.0] * N,
+    "gap": [0.0] * N,
+    "balance": [None] * N,
+    "p_balanced": [0.5] * N,
+    "group": [None] * N,
+    "content": [None] * N,
+}
+
+
+def write(
+    path: Path, changed: dict[str, list[Any]] | None = None, *, columns: dict[str, pa.DataType] = COLUMNS
+) -> Path:
+    """Write a file whose metadata hold, whatever its values are."""
+    table = pa.table({name: pa.array({**COLUMN, **(changed or {})}[name], type_) for name, type_ in columns.items()})
+    about = {"rows": len(table), "digest": digest_of(table)}
+    pq.write_table(table.replace_schema_metadata({KEY: json.dumps(PROVENANCE), ROWS_KEY: json.dumps(about)}), path)
+    return path
+
+
+def checked(path: Path, provenance: dict[str, Any] = PROVENANCE) -> CheckedFile:
+    found = CheckedFile(path, COLUMNS, provenance)
+    with Spill(found.num_rows, path.parent) as ids:
+        found.read_all(ids, 0)
+    return found
+
+
+def failed(file: CheckedFile) -> Iterator[str]:
+    return (check.name for check in file.checks("") if not check.held)
+
+
+def test_every_range_of_a_manifest_is_looked_at() -> None:
+    assert BOUNDS.keys() == RANGES.keys()
+
+
+def test_a_file_that_holds_passes_every_check(tmp_path: Path) -> None:
+    found = checked(write(tmp_path / "m.parquet"))
+    assert [check.name for check in found.checks("x ")] == [
+        "x schema",
+        "x rows",
+        "x digest",
+        "x nulls",
+        "x ranges",
+    ]
+    assert all(check.held for check in found.checks(""))
+    assert (found.names, found.subsets) == ({0: {"a"}, 1: {"b"}}, {"balanced"})
+
+
+@given(st.lists(st.none() | st.floats(-3, 3, width=32), min_size=N, max_size=N), st.sampled_from(["gap", "balance"]))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_values_out_of_range_and_nulls_are_counted(tmp_path: Path, values: list[Any], name: str) -> None:
+    found = checked(write(tmp_path / "m.parquet", {name: values}))
+    low, high = BOUNDS[name]
+    beyond = [each for each in values if each is not None and not low - 2e-6 <= each <= high + 2e-6]
+    nulls = values.count(None) if name == "gap" else 0
+    assert found.beyond[name] == len(beyond)
+    assert found.nulls[name] == nulls
+    assert set(failed(found)) == {each for each, number in (("ranges", len(beyond)), ("nulls", nulls)) if number}
+
+
+@pytest.mark.parametrize(
+    ("rule", "beyond"), [({}, 0), ({"bins": 4}, 0), ({"bins": 3}, 1), ({"bins": 2, "grid": True}, 0), ({"bins": 0}, 0)]
+)
+def test_the_last_bin_is_the_rule_s(tmp_path: Path, rule: dict[str, Any], beyond: int) -> None:
+    found = checked(write(tmp_path / "m.parquet"), {**PROVENANCE, "rule": {"balanced": rule}})
+    assert found.beyond["bin"] == beyond
+
+
+def test_rows_and_digest_are_held_against_what_was_written(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.slice(1), path)
+    assert set(failed(checked(path))) == {"rows", "digest"} | {"ranges"}  # the last rank is past the last row
+    pq.write_table(table.replace_schema_metadata(None), path)
+    assert set(failed(checked(path))) == {"schema", "rows", "digest"}
+    pq.write_table(table.set_column(5, "bin", table["bin"].cast(pa.int64())), path)
+    assert set(failed(checked(path))) == {"schema"} | {"digest"}
+
+
+def test_a_column_that_is_not_there_ends_the_checks(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.parquet", columns={name: type_ for name, type_ in COLUMNS.items() if name != "gap"})
+    (check,) = CheckedFile(path, COLUMNS, PROVENANCE).checks("")
+    assert (check.held, check.detail) == (False, "m.parquet lacks gap: run mmaudit split again")
+
+
+def test_columns_that_no_manifest_has_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"sample_id": [1]}), path)
+    with pytest.raises(ManifestError, match="its sample_id is int64, not string"):
+        CheckedFile(path, COLUMNS, {})
+    pq.write_table(pa.table({"sample_id": ["a"], "gap": [[1]]}), path)
+    with pytest.raises(ManifestError, match="its gap is list<"):
+        CheckedFile(path, COLUMNS, {})
+
+
+def test_sections_and_ids_that_are_none_are_left_out() -> None:
+    assert section({"rule": {"a": 1}}, "rule") == {"a": 1}
+    assert section({"rule": "a"}, "rule") == section({}, "rule") == {}
+    assert named(pa.chunked_array([["a", None, "b"]])).to_pylist() == ["a", "b"]
+    assert np.isinf(BOUNDS["rank"][1])

@@ -1,0 +1,34 @@
+"""Laws of Markdown: what is written reads as the text it was, on one line, in a table too."""
+
+from __future__ import annotations
+
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmaudit.rebalance.markdown import code_span, escaped, table_of
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30)
+
+
+@given(texts)
+def test_escaped_names_read_as_they_are(name: str) -> None:
+    text = escaped(name)
+    assert len(text.splitlines()) <= 1
+    assert not re.search(r"(?<!\\)(?:\\\\)*[|<*`_]", text)
+    assert re.sub(r"\\(.)", r"\1", text) == " ".join(name.split())
+
+
+@given(st.text("` ab\n", max_size=12))
+def test_a_code_span_ends_only_where_it_ends(text: str) -> None:
+    written, told = code_span(text), " ".join(text.split())
+    (fence,) = re.findall("^`+", written)
+    inner = written[len(fence) :].removesuffix(fence)
+    assert fence not in re.findall("`+", inner)
+    assert inner.removeprefix(" ").removesuffix(" ") == told
+
+
+def test_a_table_has_its_numbers_on_the_right() -> None:
+    written = table_of(("what", "n", ""), [("a", "1", "x")])
+    assert written == ["| what | n |  |", "| --- | ---: | --- |", "| a | 1 | x |"]
