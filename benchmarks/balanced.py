@@ -67,13 +67,15 @@ def ours(scores: Path, out: Path) -> dict[str, Any]:
     found = make_split(
         shards, Recipe(balanced=BalancedConfig()), lambda name: out / f"{name}.parquet", scratch=out, scores=scores
     )
-    return {"kept": found.numbers["kept"]}
+    numbers = found.numbers
+    return {"kept": numbers["kept"], "ks": [numbers["before"]["ks"], numbers["after"]["ks"]]}
 
 
 def polars(scores: Path, out: Path) -> dict[str, Any]:
     """Do the same with polars' streaming engine: the quotas from the same counts, ranks of a hash within each cell.
 
-    The rows are checked as ours are, in the quickest way found: ranges, and that no hash of an id stands twice.
+    The rows are checked as ours are, in the quickest way found: ranges, and that no hash of an id stands twice. KS is
+    taken from fine histograms of every class, before and after, as ours is.
     """
     import polars as pl  # type: ignore[import-not-found, unused-ignore]
 
@@ -95,7 +97,9 @@ def polars(scores: Path, out: Path) -> dict[str, Any]:
     if found["ids"] != found["rows"] or not all(found[name] for name in spans):
         raise ValueError(f"the score table is not one: {found}")
     cell = ["split", "bin", "label"]
-    counts = rows.group_by(cell).len().collect(engine="streaming")
+    fine = ((pl.col("discrepancy").cast(pl.Float64) + 1) * 510).floor().clip(0, 1019).cast(pl.Int16).alias("fine")
+    before = rows.with_columns(fine).group_by(*cell, "fine").len().collect(engine="streaming")
+    counts = before.group_by(cell).agg(pl.col("len").sum())
     names = counts["split"].unique().sort().to_list()
     table = np.zeros((len(names), 20, 30), dtype=np.int64)
     place = [names.index(name) for name in counts["split"]]
@@ -137,7 +141,16 @@ def polars(scores: Path, out: Path) -> dict[str, Any]:
     files = [out / "kept.parquet", out / "dropped.parquet"]
     sinks = [each.sink_parquet(file, lazy=True) for each, file in zip((kept, dropped), files, strict=True)]
     pl.collect_all(sinks, engine="streaming")
-    return {"kept": pq.read_metadata(files[0]).num_rows}
+    # Read again: taken along with the others, it makes the engine rank twice.
+    after = pl.scan_parquet(files[0]).with_columns(fine).group_by(*cell, "fine").len().collect(engine="streaming")
+    ks = [_ks(each.group_by("fine").agg(pl.col("len").sum()).sort("fine")) for each in (before, after)]
+    return {"kept": pq.read_metadata(files[0]).num_rows, "ks": ks}
+
+
+def _ks(histogram: Any) -> float:
+    share = np.zeros(1_020)
+    share[histogram["fine"].to_numpy()] = histogram["len"].to_numpy() / histogram["len"].sum()
+    return float(np.abs(np.cumsum(share) - np.arange(1, 1_021) / 1_020).max())
 
 
 def measured(name: str, scores: Path) -> dict[str, Any]:

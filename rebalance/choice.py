@@ -140,7 +140,7 @@ def choose(shards: ScoreShards, rule: Rule, *, scratch: Path) -> Choice:
     with ExitStack() as stack:
         ids = stack.enter_context(Spill(shards.num_rows, scratch))
         order = stack.enter_context(Spill(shards.num_rows, scratch)) if rule.by_score else ids
-        for rows in shards.rows():
+        for rows in shards.rows(ordered=False):
             cell, bad = rule.cells(rows), badness(rows)
             cell = np.where(rows.barred > 0, -1, cell).astype(np.int32)
             counts += np.bincount(cell[cell >= 0], minlength=rule.num_cells)
@@ -151,10 +151,10 @@ def choose(shards: ScoreShards, rule: Rule, *, scratch: Path) -> Choice:
         quota = np.minimum(rule.quotas(counts), counts)
         if not quota.any():
             raise ManifestError(f"{rule.name}: none of the {shards.num_rows} scored samples qualifies; widen the rule")
-        last = order.last_keys(quota)
-        starts = _rank_starts(order, quota, last)
+        number = np.zeros(_RANKS, dtype=np.int64)
+        last = order.last_keys(quota, kept_badness=number)
         check_unique(shards, repeated.result())
-    return Choice(shards=shards, rule=rule, counts=counts, quota=quota, last=last, starts=starts)
+    return Choice(shards=shards, rule=rule, counts=counts, quota=quota, last=last, starts=np.cumsum(number) - number)
 
 
 def badness(rows: Rows) -> NDArray[np.uint32]:
@@ -180,13 +180,3 @@ def check_unique(shards: ScoreShards, repeated: NDArray[np.uint64]) -> None:
             f"{sum(seen[name] - 1 for name in twice)} ids stand more than once in the score table "
             f"(the first: {twice[0]}): ids are unique"
         )
-
-
-def _rank_starts(spill: Spill, quota: Counts, last: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Give the rank at which each step of badness starts among the kept rows."""
-    number = np.zeros(_RANKS, dtype=np.int64)
-    for part in spill.parts():
-        part = part[part["cell"] >= 0]
-        kept = (quota[part["cell"]] > 0) & (part["key"] <= last[part["cell"]])
-        number += np.bincount(part["badness"][kept], minlength=_RANKS)
-    return np.cumsum(number) - number

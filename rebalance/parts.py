@@ -91,9 +91,12 @@ def in_order(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(parts[place] for place in sorted(first, key=lambda place: (first[place], str(parts[place]))))
 
 
-def prefetched(items: Iterable[Item], *, depth: int = 1) -> Iterator[Item]:
-    """Let a thread work ahead by a few items: reading then goes on while what was read is worked on."""
-    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
+def prefetched(*sources: Iterable[Item], depth: int = 1) -> Iterator[Item]:
+    """Let a thread for each source work ahead: reading then goes on while what was read is worked on.
+
+    The items of one source come in its order; those of several as they are ready.
+    """
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth * len(sources))
     stopped = threading.Event()
 
     def offer(entry: tuple[bool, Any]) -> None:
@@ -104,7 +107,7 @@ def prefetched(items: Iterable[Item], *, depth: int = 1) -> Iterator[Item]:
                 continue
             return
 
-    def work() -> None:
+    def work(items: Iterable[Item]) -> None:
         try:
             for item in items:
                 offer((True, item))
@@ -114,14 +117,16 @@ def prefetched(items: Iterable[Item], *, depth: int = 1) -> Iterator[Item]:
         except BaseException as error:
             offer((False, error))
 
-    threading.Thread(target=work, daemon=True).start()
+    for source in sources:
+        threading.Thread(target=work, args=(source,), daemon=True).start()
+    going = len(sources)
     try:
-        while True:
+        while going:
             more, item = ready.get()
             if more:
                 yield item
             elif item is None:
-                return
+                going -= 1
             else:
                 raise item
     finally:

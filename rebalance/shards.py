@@ -104,20 +104,22 @@ class ScoreShards:
     members: tuple[Members, ...] = ()  # the manifests that rows must, or must not, be in
     assign: Callable[[Rows], NDArray[np.int16]] | None = None  # other splits than the table's, as places in `splits`
 
-    def rows(self, *, whole: bool = False) -> Iterator[Rows]:
-        """Read all rows once, in their order, while others are being worked on.
+    def rows(self, *, whole: bool = False, ordered: bool = True) -> Iterator[Rows]:
+        """Read all rows once, while others are being worked on; unless `ordered`, two parts at a time as they come.
 
         Only columns that decide something are read; `whole`: all that a manifest has, of rows that were read before.
         Raises ScoreError for values that are null or out of range; the first of them is named.
         """
-        return prefetched(self._rows(whole=whole))
+        if ordered or len(self.parts) == 1:
+            return prefetched(self._rows(self.parts, whole=whole))
+        return prefetched(self._rows(self.parts[::2], whole=whole), self._rows(self.parts[1::2], whole=whole))
 
-    def _rows(self, *, whole: bool) -> Iterator[Rows]:
+    def _rows(self, parts: Sequence[Part], *, whole: bool) -> Iterator[Rows]:
         needless = {"label_name"} & set(self.coded) if whole else {*self.paths, *_ONLY_WRITTEN}
         columns = [name for name in self.columns if name not in needless]
         if "label" not in columns:
             columns.append("label_name")
-        for part in self.parts:
+        for part in parts:
             for table in batches_of_part(part, dict.fromkeys(columns), dictionary=_CODED):
                 if not whole:
                     _check(table, self.modalities, part)

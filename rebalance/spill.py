@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 RECORD = np.dtype([("key", "<u8"), ("cell", "<i4"), ("badness", "<u4")])
 _ROWS_A_PART = 1 << 20  # 16 MB of records
+_LARGEST = np.uint64(2**64 - 1)
 _MOST_PARTS = 1_024
 
 
@@ -68,32 +69,44 @@ class Spill:
 
     def repeated(self) -> NDArray[np.uint64]:
         """Give the keys that stand more than once."""
-        found = []
-        for part in self.parts():
-            key = np.sort(part["key"])
-            found.append(np.unique(key[1:][key[1:] == key[:-1]]))
-        return np.concatenate(found)
+        return np.concatenate([_repeated(part["key"]) for part in self.parts()])
 
-    def last_keys(self, quota: NDArray[np.int64]) -> NDArray[np.uint64]:
+    def last_keys(
+        self, quota: NDArray[np.int64], *, kept_badness: NDArray[np.int64] | None = None
+    ) -> NDArray[np.uint64]:
         """Give the quota-th least key of each cell, (c,): those up to it are the cell's quota. 0 where that is 0.
 
-        A quota above what the cell has takes the largest key there is.
+        A quota above what the cell has takes the largest key there is. What the kept records' badness is, is counted
+        into `kept_badness` (r,).
         """
         num_cells = len(quota)
         left, last = quota.copy(), np.zeros(num_cells, dtype=np.uint64)
         for part in self.parts():
-            part = part[part["cell"] >= 0]
-            number = np.bincount(part["cell"], minlength=num_cells)
-            ends_here = (left > 0) & (number >= left)
-            some = part[ends_here[part["cell"]]]
+            if (part["cell"] < 0).any():
+                part = part[part["cell"] >= 0]
+            cell = part["cell"]
+            number = np.bincount(cell, minlength=num_cells)
+            ends_here, takes = (left > 0) & (number >= left), left > 0
+            some = part[ends_here[cell]]
             some = some[np.lexsort((some["key"], some["cell"]))]
             cells, first = np.unique(some["cell"], return_index=True)
             last[cells] = some["key"][first + left[cells] - 1]
             left = np.maximum(left - number, 0)
-        last[left > 0] = np.iinfo(np.uint64).max
+            if kept_badness is not None:
+                kept = takes[cell] & (part["key"] <= np.where(left > 0, _LARGEST, last)[cell])
+                kept_badness += np.bincount(part["badness"][kept], minlength=len(kept_badness))
+        last[left > 0] = _LARGEST
         return last
 
 
-def scratch_bytes(num_rows: int) -> int:
-    """Tell how many bytes of scratch space a spill of so many rows takes beside the manifest."""
-    return RECORD.itemsize * num_rows if num_rows >= _ROWS_A_PART else 0
+def _repeated(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Give the keys (n,) that stand more than once, each once: only those that share a slot of a table are sorted."""
+    slots = 1 << max(4, len(key).bit_length() + 3)
+    slot = (key & np.uint64(slots - 1)).astype(np.intp)
+    holder = np.empty(slots, dtype=np.uint32)
+    holder[slot] = np.arange(len(key), dtype=np.uint32)  # of several the last
+    there = holder[slot]
+    others = np.flatnonzero(there != np.arange(len(key), dtype=np.uint32))
+    lost = np.sort(key[others])
+    same = np.concatenate([lost[1:][lost[1:] == lost[:-1]], key[others][key[others] == key[there[others]]]])
+    return np.unique(same)

@@ -78,7 +78,7 @@ class _Sink:
         self._writer = pq.ParquetWriter(
             path,
             self._schema,
-            compression="zstd",
+            compression="lz4" if "reason" in schema.names else "zstd",  # dropped rows: a third quicker, a fifth larger
             use_dictionary=[*coded, "label", "bin", "weight", "threshold"],
             write_statistics=[name for name in schema.names if name in _SEARCHED],
             write_batch_size=_AT_ONCE,
@@ -154,6 +154,8 @@ def _in_order(column: pa.DictionaryArray) -> pa.DictionaryArray:
     used = np.flatnonzero(np.bincount(codes if null is None else codes[~null], minlength=len(column.dictionary)))
     names = column.dictionary.take(pa.array(used))
     order = pc.sort_indices(names)
+    if null is None and len(used) == len(column.dictionary) and (order.to_numpy() == np.arange(len(used))).all():
+        return column
     place = np.zeros(len(column.dictionary), dtype=np.int32)
     place[used[order.to_numpy()]] = np.arange(len(used))
     return pa.DictionaryArray.from_arrays(pa.array(place[codes], mask=null), names.take(order))

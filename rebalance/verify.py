@@ -20,14 +20,7 @@ from ..audit.errors import ManifestError
 from ..audit.files import read_json
 from ..audit.source.dataset import Dataset
 from .checks import Check, CheckedFile, named, section
-from .manifest import (
-    COLUMNS,
-    DROPPED_COLUMNS,
-    batches_of,
-    check_columns,
-    dropped_path,
-    provenance_of,
-)
+from .manifest import COLUMNS, DROPPED_COLUMNS, batches_of, check_columns, dropped_path, provenance_of
 from .recipe import balance_path
 from .shards import keys_of
 from .spill import Spill

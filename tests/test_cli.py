@@ -107,7 +107,10 @@ def write_features(path: Path, *, num_rows: int = 60, bad: dict[int, list[float]
             ["split", "--run", "SCORED", "--balanced", "--between", "audio:imag"],
             "no modality 'imag'; did you mean",
         ),
-        (["split", "--run", "SCORED", "--balanced", "--size", "100000"], "--size 100000 cannot be had: the largest is 120"),
+        (
+            ["split", "--run", "SCORED", "--balanced", "--size", "100000"],
+            "--size 100000 cannot be had: the largest is 120",
+        ),
         (["split", "--run", "SCORED", "--balanced", "--tolerance", "2"], "a total-variation distance lies in [0, 1]"),
         (["split", "--run", "SCORED", "--balanced", "--scores", "absent.parquet"], "no score table absent.parquet"),
         (["finetune", "--run", "SCORED", "--manifest", "balancd"], "no manifest balancd; did you mean balanced?"),
