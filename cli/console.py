@@ -158,7 +158,7 @@ def _tell_balance(summary: dict[str, Any]) -> None:
         print(f"  over the grid of both confidences, which is what was made even: {parts}")
     elif len(summary["distances"]) > 1:
         parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["distances"].items())
-        print(f"  each split, for which the tolerance holds on its own: {parts}")
+        print(f"  each split on its own: {parts}")
     if round(summary["effective_size"]) < summary["kept"]:
         print(f"  effective sample size, with the weights: {summary['effective_size']:.0f} of {summary['kept']}")
     worst = ", ".join(f"{each['name']} {each['distance_after']:.2f}" for each in summary["least_uniform_classes"])
@@ -212,8 +212,9 @@ def tell_export(found: dict[str, Any]) -> None:
     """Tell what was written."""
     print(f"{found['rows']} samples as {found['format']}")
     for key, value in found.items():
-        if key not in ("rows", "format", "files"):
-            print(f"  {key.replace('_', ' ')}: {value}")
+        if key not in ("rows", "format", "files") and value:
+            told = ", ".join(map(str, value)) if isinstance(value, list) else value
+        print(f"  {key.replace('_', ' ')}: {told}")
     files = found["files"]
     print(f"files: {', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''}")
 

@@ -89,7 +89,7 @@ def split(
         float | None,
         typer.Option(
             "--tolerance",
-            help="Distance to uniform allowed; 0: exact. With --size or weights, exit 3 above it. \\[default: 0.05]",
+            help="Distance to uniform allowed; 0: exact. Given with --size or weights: exit 3 above. \\[default: 0.05]",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -297,14 +297,20 @@ def export(
     out: Annotated[str, typer.Option("--out", help="The file or folder to write.", show_default=False)],
     run: RunOption = "mmaudit-run",
     data: DataOption = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out, and count, media that are not there.")
+    ] = False,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Write a manifest in another format, with the media of its samples where the format holds them."""
+    """Write a manifest in another format; webdataset holds the media as well, the others name their files."""
     from .console import tell_export
     from .manifests import export as run_export
 
-    finish(run_export(manifest, out=out, format=format_, run=run, data=data, overwrite=overwrite), json_, tell_export)
+    found = run_export(
+        manifest, out=out, format=format_, run=run, data=data, skip_missing=skip_missing, overwrite=overwrite
+    )
+    finish(found, json_, tell_export)
 
 
 def _bins(text: str | None) -> int | None:

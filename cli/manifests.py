@@ -138,15 +138,17 @@ def export(
     format: str,
     run: str | Path = "mmaudit-run",
     data: str | Path | None = None,
+    skip_missing: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a manifest as csv, jsonl, npy, ogm, webdataset or datasets to `out`; gives the files and counts.
 
-    `data` is the source, if it moved. Raises ConfigError for what a format cannot hold, RunError where `out` exists.
+    `data` is the source, if it moved; `skip_missing` leaves out media that are not there. Raises ConfigError for what
+    a format cannot hold, RunError where `out` exists.
     """
     path = Run(Path(run)).find_manifest(str(manifest))
     dataset = None if data is None else source_of(provenance_of(path), data)[0]
-    return write_export(path, Path(out), format=format, dataset=dataset, overwrite=overwrite)
+    return write_export(path, Path(out), format=format, dataset=dataset, skip_missing=skip_missing, overwrite=overwrite)
 
 
 def replay(

@@ -96,6 +96,8 @@ def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> 
         raise ConfigError(f"{out} is the manifest itself: name another file with --out")
     if out.is_dir() != (format in _OURS):
         raise RunError(f"{out} is a {'folder' if out.is_dir() else 'file'}, and no export as {format}: name another")
+    if out.suffix.lower() in (".parquet", ".arrow", ".html", ".toml"):
+        raise RunError(f"{out} is no {format} file: name another with --out")
     odd = [each.name for each in out.iterdir() if not _OURS[format].fullmatch(each.name)] if out.is_dir() else []
     saved = format != "datasets" or any((out / name).is_file() for name in ("dataset_dict.json", "state.json"))
     if odd or (not saved and any(out.iterdir())):

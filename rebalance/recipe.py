@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,6 +21,8 @@ from .resplit import parse_shares, resplit
 from .shards import Members, ScoreShards, keys_of, same_dataset
 from .split import write_split
 from .subsets import by_mixture, everything, parse_dominated, parse_subset
+
+log = logging.getLogger("mmaudit")
 
 _FILES = ("like", "intersect", "exclude")  # what names other manifests
 _BINS = 20  # of the report of subsets that are not made by bins
@@ -103,6 +106,8 @@ def make_split(
     num_bins = rule.num_bins if isinstance(rule, Balanced) else _BINS
     path = place(name)
     _check_place(path, recipe)
+    if path.exists() and not dry:
+        log.info("%s is replaced", path)
     record = _record(recipe, folder=beside or path.parent, scores=scores)
     numbers = write_split(choice, None if dry else path, name=name, recipe=record, num_bins=num_bins) | extra
     if not dry:
@@ -212,7 +217,8 @@ def _check_gate(rule: Balanced, choice: Choice) -> None:
         mend = f"the best that weights up to {config.most_weight:g} reach is {reached:.4f}; raise split.most_weight"
     else:
         within = rule.curve(choice.counts, (config.tolerance,))[0].size
-        mend = f"{config.size} samples reach {reached:.4f} at best; within it there are {within}"
+        shared = ", shared among the splits in proportion," if len(rule.splits) > 1 else ""
+        mend = f"{config.size} samples{shared} reach {reached:.4f}; without --size it is reached by {within}"
     raise GateError(f"a distance to uniform of {config.tolerance:g} cannot be reached: {mend}; nothing was written")
 
 

@@ -306,6 +306,22 @@ def test_dropped_validation_samples_stay_out(write: Write) -> None:
     assert ids(examples, "validation") <= set(manifest.strings("sample_id"))
 
 
+def test_a_manifest_with_splits_of_its_own_is_trained_on(write: Write) -> None:
+    """`split --resplit` cuts other splits than the source has: these are then the ones that count."""
+    source = write(columns_of())
+    manifest, dropped = split_of(scores_of(source))
+    split = ["test" if name == "train" else "train" for name in manifest.table["split"].to_pylist()]
+    place = manifest.table.column_names.index("split")
+    table = manifest.table.set_column(place, "split", pa.array(split, pa.string()))
+    with pytest.raises(ManifestError, match="have changed their split"):
+        load(source, replace(manifest, table=table), dropped)
+    provenance = {**manifest.provenance, "rule": {"resplit": "50/50"}}
+    examples = load(source, replace(manifest, table=table, provenance=provenance), dropped)
+    own = dict(zip(manifest.strings("sample_id"), split, strict=True))
+    assert all(name == "test" for one, name in own.items() if one in ids(examples, "test") & own.keys())
+    assert {one for one, name in own.items() if name == "test"} <= set(ids(examples, "test"))
+
+
 @pytest.mark.parametrize("odd", ["holdout", None])
 def test_an_unknown_split_is_refused(write: Write, odd: str | None) -> None:
     source = write(columns_of())

@@ -113,6 +113,14 @@ def test_the_same_manifest_gives_the_same_bytes_and_says_what_was_written(
     assert [each.name for each in (tmp_path / "one").iterdir()] == ["out"]  # nothing temporary is left
 
 
+def test_a_score_table_is_not_written_over(manifest: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.parquet"
+    scores.write_bytes(b"scores")
+    with pytest.raises(RunError, match=r"scores\.parquet is no csv file: name another with --out"):
+        export(manifest, scores, format="csv", overwrite=True)
+    assert scores.read_bytes() == b"scores"
+
+
 @pytest.mark.parametrize("format_", FORMATS)
 def test_what_exists_is_written_over_only_if_told_so(manifest: Path, tmp_path: Path, format_: str) -> None:
     out = tmp_path / "out"
