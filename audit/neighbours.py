@@ -1,5 +1,6 @@
 """Neighbours: which rows of features lie nearer to another than chance explains?
 
+scipy.stats and torch are imported where they are used: a config of leakage is read by every command.
 Letters: d features, p features after projection, k neighbours, q queries.
 """
 
@@ -8,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from scipy.stats import beta
 
 from .encoding.matrix import Inputs, Rows, chunks
 
@@ -97,6 +96,8 @@ def _near_ratio(cloud: Matrix, *, chance: float, most: float, k: int) -> tuple[f
     Where rows lie evenly in D dimensions, (d_1 / d_k)^D is Beta(1, k - 1) and (d_2 / d_k)^D is Beta(2, k - 2), however
     dense they lie. The second, which a single copy leaves alone, gives D of this cloud, and then the first the ratio.
     """
+    from scipy.stats import beta
+
     size = min(len(cloud), REFERENCE_ROWS)
     distance = _nearest(cloud[:size], cloud, k=k + 1)[0][:, 1:]  # the nearest is the row itself
     distance = distance[distance[:, -1] > 0]
@@ -115,6 +116,8 @@ def _nearest(queries: Matrix, rows: Matrix, *, k: int) -> tuple[Matrix, Rows]:
 
     Found by blocks of matrix products, then measured anew by differences: |a|^2 + |b|^2 - 2ab loses the near ones.
     """
+    import torch
+
     distance, place = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.intp)
     cloud = torch.from_numpy(rows)
     norm = cloud.square().sum(1)

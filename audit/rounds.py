@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from .errors import ScoreError
 from .hashing import hash_rank
+from .probing.config import ProbeConfig
 from .probing.folds import assign_folds, in_one_fold
-from .probing.probe import Crossing, ProbeConfig
+from .probing.probe import Crossing
 from .quality import Quarantined, Reason
 from .source.samples import Samples
 

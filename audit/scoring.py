@@ -22,8 +22,9 @@ from .gap.mixture import Mixture, MixtureConfig, fit_mixture
 from .ledger import Ledger, keep_books
 from .media.decode import MediaConfig
 from .panel import Panel, seat_joint, seat_member
+from .probing.config import ProbeConfig
 from .probing.network_probe import NetworkConfig, fit_network
-from .probing.probe import Crossing, Probe, ProbeConfig, fit_probe
+from .probing.probe import Crossing, Probe, fit_probe
 from .probing.target import Target
 from .quality import Quarantined
 from .rounds import plan_rounds

@@ -14,12 +14,11 @@ from ..audit.errors import ConfigError, choices
 from ..audit.gap.mixture import MixtureConfig
 from ..audit.leakage import LeakageConfig
 from ..audit.media.decode import MediaConfig
-from ..audit.probing.networks import NetworkConfig
-from ..audit.probing.probe import ProbeConfig
+from ..audit.probing.config import NetworkConfig, ProbeConfig
 from ..audit.source.dataset import DataConfig
 from ..rebalance.balanced import BalancedConfig
 from ..rebalance.curriculum import OrderConfig
-from ..train.finetune import FinetuneConfig
+from ..train.config import FinetuneConfig
 from ..train.sampling import SamplingConfig
 
 if sys.version_info >= (3, 11):

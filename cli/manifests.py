@@ -15,23 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from ..audit.contents import contents_of
 from ..audit.errors import ConfigError, ManifestError, RunError
-from ..audit.source.samples import read_samples
-from ..audit.stock import fingerprint_of
 from ..audit.workers import Progress, silent
 from ..rebalance.card import card as write_card
 from ..rebalance.curriculum import batch_of, id_key, num_steps, order_of
 from ..rebalance.diff import diff as compare
-from ..rebalance.export import export as write_export
 from ..rebalance.manifest import Manifest, dropped_path, provenance_of, read_manifest
 from ..rebalance.recipe import Recipe, Split, make_split, recipe_of
 from ..rebalance.shards import ScoreShards, open_scores
-from ..rebalance.verify import verify as check_manifest
-from ..train.examples import with_validation
 from .config import RunConfig
-from .provenance import source_of
 from .run import Run
+
+# What decodes or learns is imported where it is used: a split of 10^8 rows needs neither it nor its memory.
 
 log = logging.getLogger("mmaudit")
 
@@ -104,6 +99,12 @@ def verify(
     The media of its source, or of `data` if they moved, are hashed unless `media` is False. Gives the checks, whether
     all `held`, and the same in `lines`. Raises ManifestError where there is no manifest, or its source is gone.
     """
+    from ..audit.contents import contents_of
+    from ..audit.source.samples import read_samples
+    from ..audit.stock import fingerprint_of
+    from ..rebalance.verify import verify as check_manifest
+    from .provenance import source_of
+
     path = Run(Path(run)).find_manifest(str(manifest))
     contents, fingerprint = None, None
     if media and (data is not None or "source" in provenance_of(path).get("scores", {})):
@@ -146,6 +147,9 @@ def export(
     `data` is the source, if it moved; `skip_missing` leaves out media that are not there. Raises ConfigError for what
     a format cannot hold, RunError where `out` exists.
     """
+    from ..rebalance.export import export as write_export
+    from .provenance import source_of
+
     path = Run(Path(run)).find_manifest(str(manifest))
     dataset = None if data is None else source_of(provenance_of(path), data)[0]
     return write_export(path, Path(out), format=format, dataset=dataset, skip_missing=skip_missing, overwrite=overwrite)
@@ -239,6 +243,8 @@ def order(
 
 def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.dtype[np.intp]]:
     """Give the rows that fine-tuning trains on: without those it validates on, and what keep_posterior leaves out."""
+    from ..train.examples import with_validation
+
     split = with_validation(
         manifest.table,
         manifest.strings("sample_id"),

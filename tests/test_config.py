@@ -13,12 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.probing.probe import ProbeConfig
+from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.source.dataset import DataConfig
 from mmaudit.cli.config import RunConfig, build, load_config, override, plain, to_toml
 from mmaudit.rebalance.balanced import BalancedConfig
-from mmaudit.train.finetune import FinetuneConfig
-from mmaudit.train.fusion import FUSIONS
+from mmaudit.train.config import FUSIONS, FinetuneConfig
 from mmaudit.train.sampling import SAMPLERS, SamplingConfig
 
 if sys.version_info >= (3, 11):

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from mmaudit.audit.errors import ConfigError, ManifestError, RunError
 from mmaudit.audit.workers import Progress, silent
 from mmaudit.rebalance.pacing import root_pacing
+from mmaudit.train.config import FUSIONS, FinetuneConfig
 from mmaudit.train.evaluate import measure
 from mmaudit.train.examples import Examples
-from mmaudit.train.finetune import LEAST_VALIDATION, FinetuneConfig, Finetuned, finetune_on
-from mmaudit.train.fusion import FUSIONS, FusionNet
+from mmaudit.train.finetune import LEAST_VALIDATION, Finetuned, finetune_on
+from mmaudit.train.fusion import FusionNet
 from mmaudit.train.sampling import SAMPLERS, SamplingConfig
 
 torch.set_num_threads(1)

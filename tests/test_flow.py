@@ -19,7 +19,7 @@ import pytest
 from datasets import load_dataset
 
 import mmaudit
-from mmaudit.audit.probing.probe import ProbeConfig
+from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.cli.keypad import KeypadConfig, write_keypad
 
 SCORE = ["--num-workers", "0", "--repeats", "1", "--set", "data.shard_rows=8"]

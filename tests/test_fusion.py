@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmaudit.train.fusion import FUSIONS, FusionNet
+from mmaudit.train.config import FUSIONS
+from mmaudit.train.fusion import FusionNet
 
 torch.set_num_threads(1)
 

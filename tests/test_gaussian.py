@@ -11,8 +11,9 @@ from sklearn.covariance import ledoit_wolf
 from torch.nn import functional
 
 from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.probing.gaussian import MOST_ROWS, Sums, fit_gaussian
-from mmaudit.audit.probing.probe import Crossing, ProbeConfig, fit_probe
+from mmaudit.audit.probing.probe import Crossing, fit_probe
 from mmaudit.audit.probing.target import Target
 
 K = 4

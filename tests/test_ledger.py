@@ -19,10 +19,11 @@ from mmaudit.audit.encoding.matrix import Inputs, MatrixInputs, Rows
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.ledger import Ledger, chance_of, keep_books, to_metric
 from mmaudit.audit.panel import Calibration, Fit, Member, Panel, seat_joint, seat_member
+from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.probing.crossing import Crossing
 from mmaudit.audit.probing.folds import assign_folds
 from mmaudit.audit.probing.network_probe import NetworkConfig, NetworkProbe, fit_network
-from mmaudit.audit.probing.probe import Probe, ProbeConfig, fit_probe
+from mmaudit.audit.probing.probe import Probe, fit_probe
 from mmaudit.audit.probing.target import Target
 from mmaudit.audit.workers import silent
 

@@ -14,9 +14,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.probing.crossing import Crossing, set_lesson
 from mmaudit.audit.probing.linear import LinearProbe, fit_linear
-from mmaudit.audit.probing.probe import ProbeConfig
 from mmaudit.audit.probing.target import Target
 
 Floats = NDArray[np.floating[Any]]

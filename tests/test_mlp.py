@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from mmaudit.audit.encoding.matrix import MatrixInputs
-from mmaudit.audit.probing.probe import Crossing, ProbeConfig, fit_probe
+from mmaudit.audit.probing.config import ProbeConfig
+from mmaudit.audit.probing.probe import Crossing, fit_probe
 from mmaudit.audit.probing.target import Target
 
 Floats = NDArray[np.float32]

@@ -14,16 +14,8 @@ from sklearn.metrics import log_loss
 
 from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.probing.networks import (
-    Network,
-    NetworkConfig,
-    Truth,
-    build_network,
-    check_shape,
-    survey_inputs,
-    to_pictures,
-    vary,
-)
+from mmaudit.audit.probing.config import NetworkConfig
+from mmaudit.audit.probing.networks import Network, Truth, build_network, check_shape, survey_inputs, to_pictures, vary
 from mmaudit.audit.probing.target import Target
 
 SOUND, PICTURE, FRAMES = (8, 12), (9, 8, 3), (2, 9, 8, 3)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.encoding.matrix import Inputs, MatrixInputs, Rows
 from mmaudit.audit.panel import CALIBRATION_ROWS, Fit, Member, Panel, seat_joint, seat_member
+from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.probing.crossing import Crossing
-from mmaudit.audit.probing.probe import Probe, ProbeConfig, fit_probe
+from mmaudit.audit.probing.probe import Probe, fit_probe
 from mmaudit.audit.probing.target import Target
 
 Floats = NDArray[np.float32]

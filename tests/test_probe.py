@@ -18,8 +18,9 @@ from sklearn.preprocessing import StandardScaler
 from mmaudit.audit.encoding.matrix import JointInputs, MatrixInputs
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.hashing import hash_rank
+from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.probing.folds import assign_folds
-from mmaudit.audit.probing.probe import KINDS, Crossing, ProbeConfig, fit_probe
+from mmaudit.audit.probing.probe import KINDS, Crossing, fit_probe
 from mmaudit.audit.probing.target import Target
 
 Floats = NDArray[np.float32]

@@ -12,11 +12,11 @@ from scipy.special import log_softmax
 from scipy.stats import multivariate_t, spearmanr
 
 from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.probing.crossing import Crossing, set_lesson
 from mmaudit.audit.probing.design import read_design
 from mmaudit.audit.probing.gaussian import MOST_ROWS, Gaussian
 from mmaudit.audit.probing.linear import LinearProbe, fit_linear
-from mmaudit.audit.probing.probe import ProbeConfig
 from mmaudit.audit.probing.quadratic import Curve, Shape, fit_curve, shapes_of, sum_moments, widest_axes
 from mmaudit.audit.probing.target import Target
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.audit.probing.probe import ProbeConfig
+from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.quality import Reason
 from mmaudit.audit.rounds import plan_rounds
 from mmaudit.audit.source.samples import Samples

@@ -19,8 +19,8 @@ from mmaudit.audit.encoding.features import encode_dataset
 from mmaudit.audit.errors import ScoreError
 from mmaudit.audit.gap.mixture import MixtureConfig
 from mmaudit.audit.media.decode import MediaConfig
+from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.probing.network_probe import NetworkConfig
-from mmaudit.audit.probing.probe import ProbeConfig
 from mmaudit.audit.quality import Reason
 from mmaudit.audit.score import BY_MODALITY, ScoreTable
 from mmaudit.audit.scoring import Audit, Networks, audit_dataset

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.probing.aim import Aim
+from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.probing.crossing import Crossing, set_lesson
 from mmaudit.audit.probing.design import read_design
-from mmaudit.audit.probing.probe import ProbeConfig
 from mmaudit.audit.probing.strength import choose_strength
 from mmaudit.audit.probing.target import Target
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,51 +15,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..audit.errors import ConfigError, ManifestError, choices
+from ..audit.errors import ManifestError
 from ..audit.hashing import digest
 from ..audit.workers import Progress
 from ..rebalance.curriculum import id_key
 from .batches import batches
 from .checkpoint import load_state, save_model, save_state
+from .config import FinetuneConfig
 from .evaluate import evaluate, subsets
 from .examples import Examples
-from .fusion import FUSIONS, FusionNet
+from .fusion import FusionNet
 from .sampling import SAMPLERS, SamplingConfig
 
 log = logging.getLogger("mmaudit")
 
 LEAST_VALIDATION = 20  # samples that may choose an epoch: two of them chose the first of 60, at chance
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinetuneConfig:
-    """How a fusion network is trained on cached features. All constants are mmaudit's defaults."""
-
-    fusion: str = "concat"
-    sampling: str = "uniform"
-    keep_posterior: float | None = None  # train on samples with P(balanced) of at least this: GMM-filtered
-    epochs: int = 60
-    batch_size: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 1e-2
-    hidden: int = 128
-    dropout: float = 0.3
-    validation_fraction: float = 0.1  # of the training samples, one at least, where the source has no validation split
-
-    def __post_init__(self) -> None:
-        for name, known in (("fusion", FUSIONS), ("sampling", SAMPLERS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"--{name} {getattr(self, name)}: {choices(getattr(self, name), known)}")
-        for name in ("epochs", "batch_size", "hidden"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"finetune.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("dropout", "validation_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"finetune.{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
-            raise ConfigError("finetune.lr must be a number above 0, and finetune.weight_decay one not below")
-        if self.keep_posterior is not None and not 0 <= self.keep_posterior <= 1:
-            raise ConfigError(f"--keep-posterior {self.keep_posterior}: a probability lies in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-FUSIONS = ("concat", "late")
-
 
 class Outputs(NamedTuple):
     """Logits of one batch: fused (b, k), and unimodal (m, b, k), one for each branch alone."""

@@ -27,7 +27,7 @@ from .strength import choose_strength
 from .target import Target
 
 if TYPE_CHECKING:
-    from .probe import ProbeConfig
+    from .config import ProbeConfig
 
 _COARSE = (
     2e-3  # of bfloat16: a step that gains less is not worth its pass (at 5e-4 the loss out of fold is .004 better)

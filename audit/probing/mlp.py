@@ -22,7 +22,7 @@ from .linear import products_of
 from .target import Target
 
 if TYPE_CHECKING:
-    from .probe import ProbeConfig
+    from .config import ProbeConfig
 
 _FARTHEST = 10.0  # units from the centre; a straight line can bear 100, products of two layers cannot
 _MOST_SNAPSHOTS = 8

@@ -18,20 +18,9 @@ from ..errors import ConfigError, DatasetError, ScoreError
 from ..files import whole
 from ..hashing import digest, hash_rank
 from ..workers import Progress, ahead
+from .config import NetworkConfig
 from .crossing import Crossing
-from .networks import (
-    READERS,
-    Network,
-    NetworkConfig,
-    Survey,
-    Truth,
-    build_network,
-    check_shape,
-    cut,
-    survey_inputs,
-    to_pictures,
-    vary,
-)
+from .networks import READERS, Network, Survey, Truth, build_network, check_shape, cut, survey_inputs, to_pictures, vary
 from .target import Target
 
 if TYPE_CHECKING:

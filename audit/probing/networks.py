@@ -12,61 +12,16 @@ from torch import Tensor, nn
 
 from ..encoding.matrix import Inputs, Rows
 from ..encoding.pretrained import require_transformers
-from ..errors import ConfigError, choices
+from ..errors import ConfigError
 from ..hashing import digest
 from ..workers import ahead
 from .target import Target
 
 SIZES = (64, 128, 256, 512)  # feature maps of a ResNet-18's four stages, of two blocks each
-PRECISIONS = ("auto", "float32", "bfloat16")
-MOST_EPOCHS_KEPT = 8  # whose logits are kept: training dynamics want the mean and spread over some
 READERS = 2  # threads that read ahead of a network
 RATIO = 4 / 3  # of a crop's sides at most, as RandomResizedCrop has it
 
 Floats = NDArray[np.floating]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkConfig:
-    """How networks are trained as probes.
-
-    epochs, batch_size, lr, lr_step and weight_decay are BSS's, for its two ResNet-18 from scratch (OGM-GE's code has
-    lr 1e-3 and 100 epochs, and else the same); the crops and mirrored pictures are OGM-GE's. What follows is ours.
-    """
-
-    epochs: int = 120
-    batch_size: int = 64
-    lr: float = 1e-2
-    lr_step: int = 70  # epochs after which the rate falls to a tenth
-    weight_decay: float = 1e-4
-    least_crop: float = 0.08  # of a picture's area, in training; 1: it is never cropped. Sound is left as it is
-    flip: bool = True  # mirror one picture in two, in training; not where left and right tell classes apart
-    width: float = 1.0  # 1: a ResNet-18
-    # Off: all folds train for as long, on all their rows, as in the papers but for their look at the test set. On: the
-    # epoch with the least loss on a fifth of the training rows, set aside, at the price of not learning from them.
-    choose_epoch: bool = False
-    precision: str = "auto"  # "float32", "bfloat16" where it will do, or the latter on CUDA alone
-
-    def __post_init__(self) -> None:
-        # A batch of one has no variance for BatchNorm; from four up, even batches have two rows at least.
-        for name, least in (("epochs", 1), ("batch_size", 4), ("lr_step", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"network.{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("lr", "width"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"network.{name} is {getattr(self, name)}; it must be above 0")
-        if not self.weight_decay >= 0:
-            raise ConfigError(f"network.weight_decay is {self.weight_decay}; it must be at least 0")
-        if not 0 < self.least_crop <= 1:
-            raise ConfigError(f"network.least_crop is {self.least_crop}; it must be above 0 and at most 1")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"network.precision is {self.precision!r}; {choices(self.precision, PRECISIONS)}")
-
-    @property
-    def epochs_kept(self) -> tuple[int, ...]:
-        """The epochs, from 1, whose logits are kept: all, or eight spread evenly, the last among them."""
-        spread = np.linspace(1, self.epochs, min(self.epochs, MOST_EPOCHS_KEPT))
-        return tuple(np.round(spread).astype(int).tolist())
 
 
 class Network(nn.Module):

@@ -15,7 +15,7 @@ from .design import Design
 from .glm import fit_glm, mean_loss
 
 if TYPE_CHECKING:
-    from .probe import ProbeConfig
+    from .config import ProbeConfig
 
 _TOLERANCE = 1e-2  # a third of the steps of 1e-3, and the strengths chosen differ by a tenth
 _MAX_STEPS = 8  # from the last strength's weights; what a fit still lacks then does not change the order
