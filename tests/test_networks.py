@@ -66,7 +66,7 @@ def test_levels_do_not_matter_once_standardised() -> None:
     found = []
     for each in (rows, louder):
         net = network()
-        net.standardise_by(*survey_inputs(MatrixInputs(matrix=each), PICTURE, batch_size=6).levels(np.arange(20)))
+        net.trunk.standardise_by(*survey_inputs(MatrixInputs(matrix=each), PICTURE, batch_size=6).levels(np.arange(20)))
         found.append(net(to_pictures(torch.from_numpy(each), PICTURE)))
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
 
@@ -74,7 +74,7 @@ def test_levels_do_not_matter_once_standardised() -> None:
 @torch.no_grad()
 def test_what_is_missing_is_taken_for_the_mean() -> None:
     net = network()
-    net.standardise_by(np.array([5.0, 6.0, 7.0]), np.array([1.0, 0.0, 2.0]))
+    net.trunk.standardise_by(np.array([5.0, 6.0, 7.0]), np.array([1.0, 0.0, 2.0]))
     missing = to_pictures(torch.full((1, 216), float("nan")), PICTURE)
     mean = to_pictures(torch.tensor([5.0, 6.0, 7.0]).repeat(72)[None], PICTURE)
     assert torch.equal(net(missing), net(mean))

@@ -1,14 +1,101 @@
-"""Batches: which rows does each step see?"""
+"""Batches: which rows does each step see, in which modalities, and what is each worth?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from .world import World
+
+Rows = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 
-def batches(order: NDArray[np.intp], *, batch_size: int) -> Iterator[NDArray[np.intp]]:
-    """Cut an epoch's order into steps; the last one may be smaller, and no row is left out."""
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step sees, over all processes: rows (b,) of the training samples; a row may stand more than once.
+
+    present (b, m): whether a modality of a row is heard; None: all are. A row is learned from by the own losses of
+    those that are. fused (b,): whether the fused loss learns from a row; None: it does from all.
+    """
+
+    rows: Rows
+    present: Mask | None = None
+    fused: Mask | None = None
+
+    def share(self, world: World) -> Step:
+        """Give what this process has of it."""
+        mine = world.slice(len(self.rows))
+        return Step(
+            rows=self.rows[mine],
+            present=None if self.present is None else self.present[mine],
+            fused=None if self.fused is None else self.fused[mine],
+        )
+
+    def parts(self, weight: NDArray[np.float32], *, num_modalities: int) -> NDArray[np.float32]:
+        """Give the part (1 + m, b) that each row has in the mean loss: the fused one first, then each modality's own.
+
+        `weight` is that of all training samples (n,). Parts of the whole step sum to 1, or are 0 where nothing counts.
+        """
+        parts = np.repeat(weight[self.rows][None], 1 + num_modalities, axis=0)
+        if self.fused is not None:
+            parts[0] *= self.fused
+        if self.present is not None:
+            parts[1:] *= self.present.T
+        total = parts.sum(axis=1, keepdims=True, dtype=np.float64)
+        return (parts / np.where(total > 0, total, 1.0)).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """This process's share of a step on the device: b rows, m modalities.
+
+    rows (b,) among the training samples; inputs, m tensors (b, ...); label (b,); present (b, m) or None: all are.
+    part (1 + m, b): see Step.parts; over all processes each of its rows sums to 1.
+    """
+
+    rows: Tensor
+    inputs: tuple[Tensor, ...]
+    label: Tensor
+    present: Tensor | None
+    part: Tensor
+
+    def mean_fused(self, values: Tensor) -> Tensor:
+        """Give this process's share of the step's mean of values (b,) over what the fused loss learns from."""
+        return (values * self.part[0]).sum()
+
+    def mean_own(self, values: Tensor) -> Tensor:
+        """Give this process's shares (m,) of the step's means of values (m, b), each over what its modality hears."""
+        return (values * self.part[1:]).sum(dim=1)
+
+
+def cut_order(order: Rows, *, batch_size: int, after: int = 0) -> list[Step]:
+    """Cut an epoch's order into steps; the last may be smaller, and no row is left out. `after` steps are passed over."""
+    starts = range(after * batch_size, len(order), batch_size)
+    return [Step(rows=order[start : start + batch_size]) for start in starts]
+
+
+def to_batch(
+    step: Step,
+    inputs: tuple[Tensor, ...],
+    *,
+    label: Tensor,
+    weight: NDArray[np.float32],
+    world: World,
+) -> Batch:
+    """Bring this process's share of a step to the device of `label` (n,); `inputs` are there already."""
+    device, mine = label.device, step.share(world)
+    rows = torch.from_numpy(mine.rows).to(device, non_blocking=True)
+    part = step.parts(weight, num_modalities=len(inputs))[:, world.slice(len(step.rows))]
+    present = None if mine.present is None else torch.from_numpy(mine.present).to(device, non_blocking=True)
+    return Batch(
+        rows=rows,
+        inputs=inputs,
+        label=label[rows],
+        present=present,
+        part=torch.from_numpy(np.ascontiguousarray(part)).to(device, non_blocking=True),
+    )

@@ -225,7 +225,7 @@ def _new_network(course: Course, fold: Fold) -> Network:
         width=course.config.width,
         seed=course.chance("weights", fold),
     )
-    network.standardise_by(*course.survey.levels(fold.learn))
+    network.trunk.standardise_by(*course.survey.levels(fold.learn))
     moved: Network = network.to(course.device, memory_format=torch.channels_last)
     return moved
 

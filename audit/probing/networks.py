@@ -24,8 +24,8 @@ RATIO = 4 / 3  # of a crop's sides at most, as RandomResizedCrop has it
 Floats = NDArray[np.floating]
 
 
-class Network(nn.Module):
-    """A ResNet-18 and a linear head: pictures (b, f, c, h, w) in, of levels or log power, raw outputs (b, k) out.
+class Trunk(nn.Module):
+    """A ResNet-18 without a head: pictures (b, f, c, h, w) in, of levels or log power, features (b, d) out, float32.
 
     The features of a sample's f frames are averaged, as in OGM-GE's code. Channels are standardised; NaN, of
     a modality that is missing, is taken for the mean.
@@ -34,10 +34,10 @@ class Network(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, trunk: nn.Module, *, num_channels: int, num_features: int, num_outputs: int) -> None:
+    def __init__(self, resnet: nn.Module, *, num_channels: int, num_features: int) -> None:
         super().__init__()
-        self.trunk = trunk
-        self.head = nn.Linear(num_features, num_outputs)
+        self.resnet = resnet
+        self.num_features = num_features
         self.register_buffer("mean", torch.zeros(num_channels, 1, 1))
         self.register_buffer("scale", torch.ones(num_channels, 1, 1))
 
@@ -48,16 +48,30 @@ class Network(nn.Module):
         self.scale.copy_(torch.from_numpy(scale)[:, None, None])
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Give the raw outputs (b, k) of a batch of pictures (b, f, c, h, w)."""
+        """Give the features (b, d) of a batch of pictures (b, f, c, h, w)."""
         standard = ((pictures.float() - self.mean) / self.scale).nan_to_num(nan=0.0)
         frames = standard.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        features = self.trunk(frames).pooler_output.flatten(1).float()
-        with torch.autocast(frames.device.type, enabled=False):  # bfloat16 would leave logits of two or three digits
-            outputs: Tensor = self.head(features.view(*pictures.shape[:2], -1).mean(dim=1))
+        features = self.resnet(frames).pooler_output.flatten(1).float()
+        return features.view(*pictures.shape[:2], -1).mean(dim=1)
+
+
+class Network(nn.Module):
+    """A trunk and a linear head: pictures (b, f, c, h, w) in, raw outputs (b, k) out."""
+
+    def __init__(self, trunk: Trunk, *, num_outputs: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.num_features, num_outputs)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Give the raw outputs (b, k) of a batch of pictures (b, f, c, h, w)."""
+        features = self.trunk(pictures)
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 would leave logits of two or three digits
+            outputs: Tensor = self.head(features)
         return outputs
 
 
-def build_network(shape: tuple[int, ...], *, num_outputs: int, width: float, seed: int) -> Network:
+def build_trunk(shape: tuple[int, ...], *, width: float) -> Trunk:
     """Give a ResNet-18 of fresh weights, `width` times as wide, for inputs of a shape of `encode.input_shape`.
 
     Raises ConfigError without transformers, whose ResNet it is: 11,176,512 weights at width 1 with three channels.
@@ -70,10 +84,15 @@ def build_network(shape: tuple[int, ...], *, num_outputs: int, width: float, see
     config = ResNetConfig(
         num_channels=num_channels, embedding_size=sizes[0], hidden_sizes=sizes, depths=[2] * 4, layer_type="basic"
     )
+    resnet = ResNetModel(config)  # draws as torchvision does: normal, by what a filter sends out
+    return Trunk(resnet, num_channels=num_channels, num_features=sizes[-1])
+
+
+def build_network(shape: tuple[int, ...], *, num_outputs: int, width: float, seed: int) -> Network:
+    """Give a trunk and a head of fresh weights that the seed alone decides about."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = ResNetModel(config)  # draws as torchvision does: normal, by what a filter sends out
-        return Network(trunk, num_channels=num_channels, num_features=sizes[-1], num_outputs=num_outputs)
+        return Network(build_trunk(shape, width=width), num_outputs=num_outputs)
 
 
 def to_pictures(rows: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,123 @@
+"""A balancer: what do the loss and the gradients do for the modality that lags behind?"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..batches import Batch
+from ..lab import Lab
+from ..network import FusionNet, Outputs, cross_entropies
+from ..update import Update
+from .config import BALANCERS, BalancingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """How an epoch ended: mean cross entropy and accuracy on validation, the fused answer's and each modality's (m,)."""
+
+    loss: float
+    accuracy: float
+    own_loss: tuple[float, ...]
+    own_accuracy: tuple[float, ...]
+
+
+class Balancer(ABC):
+    """One method: a loss, and what is done to its gradients. Its state goes into checkpoints.
+
+    The order of calls: begin_epoch; for every step prepare and step; end_epoch. In all processes alike.
+    """
+
+    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
+        self.net, self.update, self.config, self.epochs = net, update, config, epochs
+        self.world = update.world
+
+    def begin_epoch(self, epoch: int, lab: Lab) -> None:
+        """Look at the model before epoch 1, 2, ..., if need be."""
+        self.epoch = epoch
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Change a batch before the network sees it."""
+        return batch
+
+    def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
+        """Learn from one batch, and give what the network said and this process's share of the loss, detached."""
+        with self.update.autocast():
+            outputs: Outputs = self.net(batch.inputs, batch.present)
+        loss = self.loss(outputs, batch)
+        self.update.backward(loss)
+        self.modulate(outputs, batch)
+        self.update.apply()
+        return outputs, loss.detach()
+
+    @abstractmethod
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Give this process's share of the step's mean loss."""
+
+    def modulate(self, outputs: Outputs, batch: Batch) -> None:
+        """Change the gradients, which are those of the whole step already, before they are applied."""
+
+    def end_epoch(self, epoch: int, found: Validation) -> None:
+        """Draw conclusions from the validation samples."""
+
+    def numbers(self) -> dict[str, float]:
+        """Give what is worth a column of history.jsonl, as it stands after an epoch."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what the next epochs depend on: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+
+    # What several methods share.
+
+    def fused_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Mean cross entropy of the fused answer, of this process's share; and heads of their own learn to listen.
+
+        Those get the cross entropy of features that are detached: so that each modality can be heard alone while
+        nothing but the fused answer moves the encoders.
+        """
+        each = functional.cross_entropy(outputs.fused.float(), batch.label, reduction="none")
+        loss = batch.mean_fused(each)
+        if self.net.has_own_heads:
+            logits = self.net.alone([f.detach() for f in outputs.features])
+            own = torch.stack(
+                [functional.cross_entropy(z.float(), batch.label, reduction="none") for z in logits]
+            )
+            loss = loss + batch.mean_own(own).sum()
+        return loss
+
+    def summed_losses(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Mean cross entropy of the fused answer plus that of every modality, of this process's share."""
+        fused, own = cross_entropies(outputs, batch.label)
+        return batch.mean_fused(fused) + batch.mean_own(own).sum()
+
+    def mean_confidence(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Give the step's mean probability of the true class (1 + m,), over all processes: the fused answer's first."""
+        confidence = outputs.confidence(batch.label)
+        mean = (confidence * batch.part).sum(dim=1)
+        self.world.sum_([mean])
+        return mean
+
+    def scale_gradients(self, coefficients: Sequence[float] | Tensor) -> None:
+        """Multiply the gradients of each modality's encoder by its coefficient (m,)."""
+        for encoder, coefficient in zip(self.net.encoders, coefficients, strict=True):
+            for parameter in encoder.parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= coefficient
+
+
+def build_balancer(name: str, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> Balancer:
+    """Make the balancer of that name, one of BALANCERS."""
+    module, _, found = BALANCERS[name].home.partition(":")
+    made: Balancer = getattr(import_module(f".{module}", __package__), found)(net, update, config, epochs=epochs)
+    return made

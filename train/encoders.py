@@ -1,0 +1,66 @@
+"""The encoders: how does one modality of a batch become features, standardised by the training rows?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..audit.probing.networks import build_trunk, to_pictures
+
+
+class VectorEncoder(nn.Module):
+    """Vectors (b, d) in, features (b, hidden) out. A missing one, NaN throughout, is taken for the training rows' mean."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int, *, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.num_features = hidden
+        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    def standardise_by(self, mean: Tensor, scale: Tensor, *, largest: Tensor) -> None:
+        """Take mean and standard deviation of each feature (d,); one that only rounding moves keeps scale 1."""
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(scale > 1e-6 * largest, scale, 1.0))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Give features of a batch."""
+        standard = (rows - self.mean) / self.scale
+        found: Tensor = self.layers(standard.nan_to_num(nan=0.0))
+        return found
+
+
+class PictureEncoder(nn.Module):
+    """Flattened inputs of a network (b, d), or pictures (b, f, c, h, w), in; ResNet-18 features (b, 512 width) out."""
+
+    def __init__(self, shape: tuple[int, ...], *, width: float, dropout: float) -> None:
+        super().__init__()
+        self.shape = shape
+        self.trunk = build_trunk(shape, width=width)
+        self.num_features = self.trunk.num_features
+        self.dropout = nn.Dropout(dropout)
+
+    def standardise_by(self, mean: Tensor, scale: Tensor) -> None:
+        """Take mean and standard deviation of each channel (c,)."""
+        self.trunk.standardise_by(np.asarray(mean.double().cpu()), np.asarray(scale.double().cpu()))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Give features of a batch."""
+        found: Tensor = self.dropout(self.trunk(rows if rows.ndim == 5 else to_pictures(rows, self.shape)))
+        return found
+
+
+Encoder = VectorEncoder | PictureEncoder
+
+
+def build_encoder(shape: Sequence[int], *, hidden: int, dropout: float, width: float) -> Encoder:
+    """Give the encoder for rows of a shape: (d,) vectors; (mel, t), (h, w, c) or (f, h, w, c) for a ResNet-18."""
+    if len(shape) == 1:
+        return VectorEncoder(shape[0], hidden=hidden, dropout=dropout)
+    return PictureEncoder(tuple(shape), width=width, dropout=dropout)

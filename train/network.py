@@ -1,0 +1,138 @@
+"""The network: one encoder a modality, one fused answer, and what each modality says alone"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .encoders import build_encoder
+from .fusion import FUSIONS
+
+
+class Outputs(NamedTuple):
+    """Of one batch: fused logits (b, k), unimodal logits (m, b, k), and the features f_j behind them, m of (b, d_j)."""
+
+    fused: Tensor
+    unimodal: Tensor
+    features: tuple[Tensor, ...]
+
+    def confidence(self, label: Tensor) -> Tensor:
+        """Give the probability of the true class (1 + m, b), detached: the fused answer's first."""
+        logits = torch.cat([self.fused.detach()[None], self.unimodal.detach()]).float()
+        at = label[None, :, None].expand(len(logits), -1, 1)
+        return logits.softmax(dim=2).gather(2, at).squeeze(2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint:
+    """All that decides about the shape of a network; stands in the metadata of its file.
+
+    shapes: of a row's input by modality, (d,) or that of a network's input.
+    """
+
+    modalities: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    classes: tuple[str, ...]
+    fusion: str = "concat"
+    own_heads: bool = False  # a head of its own for each modality, where the fusion has a say of each too
+    hidden: int = 128
+    dropout: float = 0.3
+    width: float = 1.0
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Blueprint:
+        """Read one back from plain values; KeyError or TypeError where something is missing."""
+        named = {name: found[name] for name in cls.__dataclass_fields__}
+        for name in ("modalities", "classes"):
+            named[name] = tuple(named[name])
+        return cls(**{**named, "shapes": tuple(tuple(shape) for shape in named["shapes"])})
+
+
+class FusionNet(nn.Module):
+    """m inputs in, class logits out, fused and of each modality alone."""
+
+    def __init__(self, plan: Blueprint) -> None:
+        super().__init__()
+        self.plan = plan
+        self.encoders = nn.ModuleList(
+            build_encoder(shape, hidden=plan.hidden, dropout=plan.dropout, width=plan.width) for shape in plan.shapes
+        )
+        sizes = [int(encoder.num_features) for encoder in self.encoders]  # type: ignore[arg-type]
+        self.fusion = FUSIONS[plan.fusion](sizes, num_classes=len(plan.classes), hidden=plan.hidden)
+        # A say of its own for each modality: heads beside a fusion that gives it none.
+        self.has_own_heads = plan.own_heads or not self.fusion.decomposes
+        own = sizes if self.has_own_heads else []
+        self.heads = nn.ModuleList(nn.Linear(size, len(plan.classes)) for size in own)
+        self._fixed: frozenset[int] = frozenset()
+
+    def fix_encoders(self, modalities: Sequence[int]) -> None:
+        """Keep some encoders as they are: no gradients, and eval mode always, so that no running mean moves either."""
+        self._fixed = frozenset(modalities)
+        for j in self._fixed:
+            self.encoders[j].requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FusionNet:
+        """Go into training mode, or out of it."""
+        super().train(mode)
+        for j in self._fixed:
+            self.encoders[j].eval()
+        return self
+
+    @property
+    def num_modalities(self) -> int:
+        """Count the modalities, m."""
+        return len(self.encoders)
+
+    def encode(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Give features f_j of m inputs (b, ...). Where `present` (b, m) says no, nothing is encoded: features of 0."""
+        if present is None:
+            return tuple(encoder(rows) for encoder, rows in zip(self.encoders, inputs, strict=True))
+        return tuple(
+            self._encode_some(index, rows, present[:, index].nonzero().squeeze(1)) for index, rows in enumerate(inputs)
+        )
+
+    def _encode_some(self, index: int, rows: Tensor, some: Tensor) -> Tensor:
+        encoder = self.encoders[index]
+        if len(some) == len(rows):
+            return encoder(rows)  # type: ignore[no-any-return]
+        if len(some) == 0:
+            return rows.new_zeros(len(rows), int(encoder.num_features), dtype=torch.float32)  # type: ignore[arg-type]
+        found = encoder(rows[some])
+        return found.new_zeros(len(rows), found.shape[1]).index_copy(0, some, found)
+
+    def answer(self, features: Sequence[Tensor]) -> Outputs:
+        """Give the logits that follow from features."""
+        return Outputs(self.fusion(features), self.alone(features), tuple(features))
+
+    def alone(self, features: Sequence[Tensor]) -> Tensor:
+        """Give the logits (m, b, k) of each modality alone."""
+        if not self.has_own_heads:
+            return self.fusion.alone(features)
+        return torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)])
+
+    def fused_of(self, features: Sequence[Tensor], heard: Sequence[bool]) -> Tensor:
+        """Give the fused logits (b, k) if only some modalities were there."""
+        return self.fusion([f if h else torch.zeros_like(f) for f, h in zip(features, heard, strict=True)])  # type: ignore[no-any-return]
+
+    def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> Outputs:
+        """Give the logits of a batch of m inputs."""
+        return self.answer(self.encode(inputs, present))
+
+    def parameters_of(self, modality: int) -> Iterator[nn.Parameter]:
+        """Give the trainable parameters that modality j alone uses: its encoder's, and those of a head of its own."""
+        yield from (each for each in self.encoders[modality].parameters() if each.requires_grad)
+        if self.has_own_heads:
+            yield from self.heads[modality].parameters()
+
+
+def cross_entropies(outputs: Outputs, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each sample's cross entropy, of the fused logits (b,) and of each modality's (m, b), in float32."""
+    fused = functional.cross_entropy(outputs.fused.float(), label, reduction="none")
+    m, b, k = outputs.unimodal.shape
+    own = functional.cross_entropy(outputs.unimodal.float().reshape(m * b, k), label.repeat(m), reduction="none")
+    return fused, own.view(m, b)

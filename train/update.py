@@ -1,0 +1,117 @@
+"""The update: how do losses become gradients over all processes, and gradients a step?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import OptimConfig
+from .network import FusionNet
+from .world import World
+
+
+class Update:
+    """The optimiser of a network, with what stands around it: precision, all processes, clipping, rates by modality.
+
+    A loss given to it is this process's share of the step's mean loss; gradients are sums over all processes, unscaled.
+    `generator` is reseeded for every step, alike in all processes: chance that must be the same everywhere comes from it.
+    """
+
+    def __init__(self, net: FusionNet, config: OptimConfig, *, device: str, world: World) -> None:
+        self.net, self.config, self.world = net, config, world
+        self.device_type = torch.device(device).type
+        self.generator = torch.Generator(device=device)
+        self.rate = [1.0] * net.num_modalities  # a method's factor on each modality's learning rate
+        self.frozen = [False] * net.num_modalities  # a method's choice
+        self._given = [config.factors().get(name, 1.0) for name in net.plan.modalities]
+        self.optimizer = self._build()
+        precision = config.precision
+        if precision == "auto":
+            precision = "bfloat16" if self.device_type == "cuda" else "float32"
+        self.dtype = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+        self._scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "float16")
+        self.grad_norm: Tensor | None = None
+
+    def _build(self) -> torch.optim.Optimizer:
+        mine: list[list[nn.Parameter]] = [list(self.net.parameters_of(j)) for j in range(self.net.num_modalities)]
+        taken = {id(parameter) for group in mine for parameter in group}
+        rest = [parameter for parameter in self.net.parameters() if id(parameter) not in taken]
+        groups = [{"params": group, "modality": index} for index, group in enumerate([*mine, rest])]
+        config = self.config
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(
+                groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True
+            )
+        return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+    def begin_epoch(self, epoch: int, *, epochs: int) -> float:
+        """Set the learning rates of epoch 1, 2, ... and give the common one."""
+        common = self.config.lr * self.config.share_of_rate(epoch, epochs=epochs)
+        for group in self.optimizer.param_groups:
+            j = group["modality"]
+            own = j < self.net.num_modalities
+            group["lr"] = common * (self._given[j] * self.rate[j] if own else 1.0)
+        return common
+
+    def begin_step(self, seed: int) -> None:
+        """Reseed all chance of a step: that of all processes alike, and that of each on its own (dropout)."""
+        self.generator.manual_seed(seed)
+        torch.manual_seed(seed + self.world.rank)
+
+    def autocast(self) -> Any:
+        """Compute in the precision wanted."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Replace all gradients by those of the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(self._scaler.scale(loss))
+        self._still()
+        if self._scaler.is_enabled():
+            self._scaler.unscale_(self.optimizer)
+        self.world.sum_([p.grad for p in self.net.parameters() if p.grad is not None])
+
+    def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Give the gradients of a loss by some parameters, 0 where it does not depend on one; the graph is kept."""
+        scaled = self._scaler.scale(loss)
+        found = torch.autograd.grad(scaled, parameters, retain_graph=True, allow_unused=True)
+        scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
+        whole = [
+            torch.zeros_like(p) if g is None else g / scale if scale != 1.0 else g
+            for p, g in zip(parameters, found, strict=True)
+        ]
+        self.world.sum_(whole)
+        return whole
+
+    def apply(self) -> None:
+        """Clip and take the step."""
+        if self.config.clip_norm > 0:
+            self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip_norm)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+
+    def _still(self) -> None:
+        """Take the gradients from frozen modalities: without one, a parameter is not moved, nor its weight decayed."""
+        for j, frozen in enumerate(self.frozen):
+            if frozen:
+                for parameter in self.net.parameters_of(j):
+                    parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what the next step depends on: tensors and plain values."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "rate": list(self.rate),
+            "frozen": list(self.frozen),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.rate, self.frozen = list(state["rate"]), list(state["frozen"])
