@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, average_precision_score, f1_score
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score
 
 from mmaudit.audit.intervals import wilson
-from mmaudit.train.evaluate import evaluate, measure, subsets
+from mmaudit.train.evaluate import evaluate, evaluate_branches, evaluate_classes, measure, measure_classes, subsets
 
 
 def answers(n: int, k: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -100,3 +101,88 @@ def test_every_branch_is_measured_on_every_subset() -> None:
     assert report["all"] == {"n": 60, "branches": {"fused": measure(fused, label), "audio": measure(audio, label)}}
     assert report["few"]["n"] == 12
     assert report["few"]["branches"]["audio"] == measure(audio[:12], label[:12])
+
+
+def test_calibration_by_hand() -> None:
+    """Bins (12/15, 13/15] and (14/15, 1], two samples each, one of them wrong."""
+    sure = np.array([0.85, 0.86, 0.95, 1.0])
+    found = measure(np.stack([sure, 1 - sure], axis=1).astype(np.float32), np.array([0, 1, 0, 1]))
+    assert found["ece"] == pytest.approx((abs(0.85 + 0.86 - 1) + abs(0.95 + 1.0 - 1)) / 4, abs=1e-6)
+    perfect = measure(np.eye(3, dtype=np.float32)[[0, 1, 2, 1]], np.array([0, 1, 2, 1]))
+    assert perfect["ece"] == 0
+    assert perfect["map"] == perfect["macro_f1"] == perfect["accuracy"] == 1
+
+
+def test_a_branch_that_says_its_true_chances_is_calibrated() -> None:
+    """And one that is surer than it should be is not: ECE is then what it is too sure by."""
+    rng = np.random.default_rng(0)
+    chance = rng.uniform(0.55, 0.95, 20_000)
+    label = (rng.random(20_000) > chance).astype(np.int64)
+    honest = measure(np.stack([chance, 1 - chance], axis=1).astype(np.float32), label)
+    boast = np.minimum(chance + 0.04, 1)
+    boasted = measure(np.stack([boast, 1 - boast], axis=1).astype(np.float32), label)
+    assert honest["ece"] < 0.02
+    assert boasted["ece"] == pytest.approx(0.04, abs=0.01)
+    assert boasted["accuracy"] == honest["accuracy"]
+
+
+@pytest.mark.parametrize(("n", "k", "seed"), [(200, 2, 0), (300, 5, 1), (90, 7, 2)])
+def test_figures_by_class_are_those_of_scikit_learn(n: int, k: int, seed: int) -> None:
+    probability, label = answers(n, k, seed)
+    found = measure_classes(probability, label)
+    predicted = probability.argmax(axis=1)
+    assert list(found) == list(range(k))
+    for name, expected in (
+        ("recall", recall_score(label, predicted, average=None)),
+        ("f1", f1_score(label, predicted, average=None)),
+        ("average_precision", average_precision_score(np.eye(k)[label], probability, average=None)),
+    ):
+        assert [each[name] for each in found.values()] == pytest.approx(expected.tolist())
+    for index, each in found.items():
+        rows = label == index
+        interval = binomtest(int((predicted[rows] == index).sum()), int(rows.sum())).proportion_ci(method="wilson")
+        assert (each["recall_low"], each["recall_high"]) == pytest.approx(tuple(interval), abs=1e-6)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(2, 6), st.integers(0, 999))
+def test_the_whole_is_made_of_its_classes(n: int, k: int, seed: int) -> None:
+    probability, label = answers(n, k, seed)
+    whole, classes = measure(probability, label), measure_classes(probability, label)
+    assert sorted(classes) == np.unique(label).tolist()
+    number = np.bincount(label)
+    assert whole["accuracy"] == pytest.approx(
+        sum(number[index] * each["recall"] for index, each in classes.items()) / n
+    )
+    assert whole["macro_f1"] == pytest.approx(np.mean([each["f1"] for each in classes.values()]))
+    assert whole["map"] == pytest.approx(np.mean([each["average_precision"] for each in classes.values()]))
+
+
+def test_every_branch_is_measured_on_every_class() -> None:
+    fused, label = answers(60, 3, 0)
+    audio, _ = answers(60, 4, 1)
+    fused = np.pad(fused, ((0, 0), (0, 1)))  # class 3 is never true, and audio names it now and then
+    assert (audio.argmax(axis=1) == 3).any()
+    report = evaluate_classes({"fused": fused, "audio": audio}, label, ["a", "b", "c", "d"])
+    assert [(name, found["n"]) for name, found in report.items()] == [
+        *zip("abc", np.bincount(label).tolist(), strict=True),
+        ("d", 0),
+    ]
+    assert report["d"] == {"n": 0}
+    assert report["b"]["branches"] == {
+        "fused": measure_classes(fused, label)[1],
+        "audio": measure_classes(audio, label)[1],
+    }
+
+
+def test_one_report_holds_subsets_and_classes() -> None:
+    fused, label = answers(60, 3, 0)
+    label[label == 2] = 0  # a class that does not occur, and a subset of nobody
+    members = {"all": np.ones(60, bool), "none": np.zeros(60, bool)}
+    names = ["a", "b", "c"]
+    report = evaluate_branches({"fused": fused}, label, members=members, class_names=names)
+    assert report == {
+        "test": evaluate({"fused": fused}, label, members),
+        "test_by_class": evaluate_classes({"fused": fused}, label, names),
+    }
+    assert json.loads(json.dumps(report, allow_nan=False)) == report

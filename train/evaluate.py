@@ -1,18 +1,19 @@
-"""Evaluation: how good is each branch, overall and on the samples that one modality carries?"""
+"""Evaluation: how good is each branch, overall, on the samples that one modality carries, and by class?"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import average_precision_score
 
 from ..audit.intervals import wilson
+from ..audit.probing.calibration import expected_calibration_error
 
 Scores = NDArray[np.float32]
+Labels = NDArray[np.integer[Any]]
 DOMINATED = (0.2, 0.4)  # thresholds of Xia et al., arXiv 2302.10912, besides 0
 
 
@@ -29,8 +30,25 @@ def subsets(discrepancy: NDArray[np.floating[Any]], *, first: str, second: str) 
     return found
 
 
+def evaluate_branches(
+    probabilities: Mapping[str, Scores],
+    label: Labels,
+    *,
+    members: Mapping[str, NDArray[np.bool_]],
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """Measure each branch's class probabilities (n, k) against label (n,): {test: by subset, test_by_class: by class}.
+
+    Both are {name: {n, branches: {branch: measurements}}}, without `branches` where n = 0.
+    """
+    return {
+        "test": evaluate(probabilities, label, members),
+        "test_by_class": evaluate_classes(probabilities, label, class_names),
+    }
+
+
 def evaluate(
-    probabilities: Mapping[str, Scores], label: NDArray[np.integer[Any]], members: Mapping[str, NDArray[np.bool_]]
+    probabilities: Mapping[str, Scores], label: Labels, members: Mapping[str, NDArray[np.bool_]]
 ) -> dict[str, Any]:
     """Measure each branch's class probabilities (n, k) against label (n,) on each subset: {subset: {n, branches}}.
 
@@ -46,22 +64,58 @@ def evaluate(
     return report
 
 
-def measure(probability: Scores, label: NDArray[np.integer[Any]]) -> dict[str, float]:
-    """ACC with its 95% Wilson interval, MAP (mean over classes of average precision) and macro-F1, all in [0, 1].
+def evaluate_classes(probabilities: Mapping[str, Scores], label: Labels, class_names: Sequence[str]) -> dict[str, Any]:
+    """Measure each branch on each of the k classes: {class: {n, branches}}, n counts the class's samples.
 
-    MAP and macro-F1 are over the classes that occur in `label`.
+    A class without samples has n = 0 and no measurements.
     """
-    predicted = probability.argmax(axis=1)
-    classes = np.unique(label)
-    precisions = [average_precision_score(label == index, probability[:, index]) for index in classes]
-    low, high = wilson(int((predicted == label).sum()), len(label))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a class that is never predicted has F1 = 0, and that is meant
-        f1 = f1_score(label, predicted, labels=classes, average="macro", zero_division=0)
+    by_branch = {branch: measure_classes(scores, label) for branch, scores in probabilities.items()}
+    number = np.bincount(label, minlength=len(class_names)).tolist()
+    report: dict[str, Any] = {}
+    for index, name in enumerate(class_names):
+        report[name] = {"n": number[index]}
+        if number[index]:
+            report[name]["branches"] = {branch: found[index] for branch, found in by_branch.items()}
+    return report
+
+
+def measure(probability: Scores, label: Labels) -> dict[str, float]:
+    """ACC with its 95% Wilson interval, MAP (mean over classes of average precision), macro-F1 and ECE, in [0, 1].
+
+    MAP and macro-F1 are over the classes that occur in `label`; a class that is never named has F1 = 0. ECE: 0 is best,
+    of the class named first, in 15 bins; see `expected_calibration_error`.
+    """
+    right = probability.argmax(axis=1) == label
+    classes = measure_classes(probability, label).values()
+    low, high = wilson(int(right.sum()), len(label))
     return {
-        "accuracy": float((predicted == label).mean()),
+        "accuracy": float(right.mean()),
         "accuracy_low": low,
         "accuracy_high": high,
-        "map": float(np.mean(precisions)),
-        "macro_f1": float(f1),
+        "map": float(np.mean([each["average_precision"] for each in classes])),
+        "macro_f1": float(np.mean([each["f1"] for each in classes])),
+        "ece": expected_calibration_error(probability, label),
     }
+
+
+def measure_classes(probability: Scores, label: Labels) -> dict[int, dict[str, float]]:
+    """Measure each class that occurs in `label`: recall with its 95% Wilson interval, F1, average precision.
+
+    Recall is the accuracy on the class's samples; F1 and average precision count what is taken for it elsewhere too.
+    """
+    num_classes = probability.shape[1]
+    named = probability.argmax(axis=1)
+    number, said, hit = (
+        np.bincount(each, minlength=num_classes).tolist() for each in (label, named, label[named == label])
+    )
+    found = {}
+    for index in np.unique(label).tolist():
+        low, high = wilson(hit[index], number[index])
+        found[index] = {
+            "recall": hit[index] / number[index],
+            "recall_low": low,
+            "recall_high": high,
+            "f1": 2 * hit[index] / (number[index] + said[index]),
+            "average_precision": float(average_precision_score(label == index, probability[:, index])),
+        }
+    return found
