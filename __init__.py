@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .cli.config import RunConfig
     from .cli.demo import demo
     from .cli.manifests import card, diff, export, order, replay, split, verify
-    from .cli.stages import check, finetune, ingest, report, score
+    from .cli.stages import check, ingest, report, score
+    from .cli.training import evaluate, finetune
     from .rebalance.manifest import Manifest, read_manifest
 
 __version__ = "0.1.0"
@@ -40,7 +41,8 @@ _HOMES = {
     "card": "cli.manifests",
     "export": "cli.manifests",
     "order": "cli.manifests",
-    "finetune": "cli.stages",
+    "finetune": "cli.training",
+    "evaluate": "cli.training",
     "report": "cli.stages",
     "demo": "cli.demo",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "check",
     "demo",
     "diff",
+    "evaluate",
     "export",
     "finetune",
     "fit_mixture",

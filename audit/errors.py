@@ -7,6 +7,7 @@ MmauditError            one line for the user, exit 2
 ├── MixtureError        there is nothing a mixture could be fitted to
 ├── ManifestError       a manifest is malformed, or its source has changed
 ├── RunError            the run folder is in the way
+├── TrainError          training cannot go on
 └── GateError           a check that was asked for has failed, exit 3
 """
 
@@ -42,6 +43,10 @@ class ManifestError(MmauditError):
 
 class RunError(MmauditError):
     """The run folder is in the way: made from other data, or incomplete."""
+
+
+class TrainError(MmauditError):
+    """Training cannot go on: its loss is no longer a number, or weights to begin with do not fit."""
 
 
 class GateError(MmauditError):

@@ -18,8 +18,9 @@ from ..audit.probing.config import NetworkConfig, ProbeConfig
 from ..audit.source.dataset import DataConfig
 from ..rebalance.balanced import BalancedConfig
 from ..rebalance.curriculum import OrderConfig
-from ..train.config import FinetuneConfig
-from ..train.sampling import SamplingConfig
+from ..train.balancing.config import BalancingConfig
+from ..train.config import AugmentConfig, FinetuneConfig, OptimConfig, TrainConfig
+from ..train.sampling.config import SamplingConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,7 +45,10 @@ class RunConfig:
     posterior: float = 0.5  # P(balanced) from which a sample is on the balanced side of the mixture
     order: OrderConfig = field(default_factory=OrderConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -54,6 +58,11 @@ class RunConfig:
         """Give the part that scores depend on, as plain values: what run.json holds and a rerun must match."""
         config = plain(self)
         return {name: config[name] for name in ("seed", "data", "media", "probe", "network", "mixture")}
+
+    def training(self) -> TrainConfig:
+        """Give the part that fine-tuning depends on, but for the seed."""
+        sections = {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__ if name != "width"}
+        return TrainConfig(**sections, width=self.network.width)
 
 
 def load_config(path: str | Path | None = None, settings: typing.Sequence[str] = ()) -> RunConfig:

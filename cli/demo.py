@@ -12,7 +12,8 @@ from .config import RunConfig
 from .keypad import KeypadConfig, recovery, write_keypad
 from .manifests import split
 from .run import Run
-from .stages import finetune, report, score
+from .stages import report, score
+from .training import finetune
 
 
 def demo(

@@ -225,7 +225,7 @@ def finetune(
 
     from .config import override
     from .console import progress_bars, tell_finetune
-    from .stages import finetune as run_finetune
+    from .training import finetune as run_finetune
 
     settings = settings_of(config, set_, seed)
     chosen = override(

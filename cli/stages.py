@@ -5,9 +5,7 @@ Each public function is what the command of its name calls, and what a notebook 
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -18,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.encoding.encoders import is_network
 from ..audit.encoding.features import encode_dataset
 from ..audit.errors import ConfigError, RunError
-from ..audit.files import read_json, write_json, write_text
+from ..audit.files import write_json
 from ..audit.ingest import ingest as ingest_download
 from ..audit.leakage import Material, find_leakage, group_columns
 from ..audit.parquet import write_parquet
@@ -32,11 +29,8 @@ from ..audit.source.dataset import Dataset, open_dataset
 from ..audit.source.samples import read_samples
 from ..audit.stock import sort_out, take_stock
 from ..audit.workers import Progress, default_workers, silent
-from ..rebalance.manifest import Manifest, read_dropped, read_manifest
-from ..train.examples import Examples, load_examples
-from ..train.finetune import finetune_on
-from .config import RunConfig, plain, to_toml
-from .provenance import check_config, record_of, saw_test_labels, score_provenance, source_of
+from .config import RunConfig
+from .provenance import check_config, record_of, score_provenance
 from .run import Run
 
 if TYPE_CHECKING:
@@ -167,58 +161,6 @@ def score(
     return record
 
 
-def finetune(
-    manifest: str | Path,
-    *,
-    run: str | Path = "mmaudit-run",
-    data: str | Path | None = None,
-    config: RunConfig | None = None,
-    name: str | None = None,
-    device: str = "auto",
-    num_workers: int | None = None,
-    overwrite: bool = False,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Fine-tune a fusion network on a manifest, by file or by its name in the run, and give metrics.json's content.
-
-    The data are the manifest's source, or `data` if they moved. A finished fine-tuning of the same settings is left as
-    it is, an interrupted one goes on. Raises ManifestError where the source has changed since.
-    """
-    config = config or RunConfig()
-    place = Run(Path(run))
-    path = place.find_manifest(str(manifest))
-    found = read_manifest(path)
-    folder = place.finetune(name or _finetune_name(path.stem, config))
-    settings = {name: plain(config)[name] for name in ("seed", "finetune", "sampling")} | {"manifest": path.stem}
-    if (folder / "metrics.json").exists() and not overwrite:
-        return _finished(folder, settings, found)
-    if overwrite and folder.exists():
-        (folder / "metrics.json").unlink(missing_ok=True)  # first of all: without it nothing here is finished
-        shutil.rmtree(folder)
-    workers = default_workers() if num_workers is None else num_workers
-    examples = _examples_of(found, path, place, data, config, num_workers=workers, progress=progress)
-    result = finetune_on(
-        examples,
-        folder,
-        config=config.finetune,
-        sampling=config.sampling,
-        between=str(found.provenance.get("between", ":".join(examples.modalities[:2]))),
-        seed=config.seed,
-        device=pick_device(device),
-        progress=progress,
-    )
-    metrics = {
-        "manifest": path.stem,
-        "manifest_digest": found.digest(),
-        "test_labels_in_scores": saw_test_labels(found),
-        "config": settings,
-        "made_from": found.provenance,
-        **result.metrics,
-    }
-    _write_finetune(folder, settings, result.history, metrics)
-    return metrics
-
-
 def report(*, run: str | Path = "mmaudit-run") -> Path:
     """Write report.html, report.json and figures/*.png from what the run folder holds, and give the page's path."""
     from .report import write_report
@@ -273,67 +215,3 @@ def _write_audit(place: Run, audit: Audit, record: dict[str, Any]) -> None:
     write_parquet(quarantine_table(audit.quarantined), place.quarantine_file, provenance=provenance)
     write_json(dict(audit.mixture.to_json()), place.mixture_file)
     place.write_record(record)
-
-
-def _examples_of(
-    manifest: Manifest,
-    path: Path,
-    place: Run,
-    data: str | Path | None,
-    config: RunConfig,
-    *,
-    num_workers: int,
-    progress: Progress,
-) -> Examples:
-    """Open and encode a manifest's source, and give what it trains and tests on."""
-    dataset, made = source_of(manifest.provenance, data)
-    _check_trainable(dataset, made)
-    tasks = encode_dataset(dataset, place.features, media=made.media, num_workers=num_workers, progress=progress)
-    samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
-    dropped = read_dropped(path, manifest)
-    if dropped is None:
-        log.info("no dropped rows beside %s: test figures are on the manifest's own test samples alone", path.name)
-    return load_examples(
-        manifest,
-        dropped,
-        samples=samples,
-        statuses=take_stock(dataset, samples, tasks).statuses,
-        tasks=tasks,
-        validation_fraction=config.finetune.validation_fraction,
-        seed=config.seed,
-    )
-
-
-def _check_trainable(dataset: Dataset, made: RunConfig) -> None:
-    """Refuse what fine-tuning cannot learn from yet."""
-    if made.data.task != "classification":
-        raise ConfigError(f"finetune trains classifiers, and this manifest's task is {made.data.task}")
-    networks = [modality.name for modality in dataset.modalities if is_network(modality)]
-    if networks:
-        raise ConfigError(
-            f"finetune trains on feature vectors, and {networks[0]} was read by a network of its own; "
-            f"score with another encoder, such as --encoder {networks[0]}=statistics, and split again"
-        )
-
-
-def _finetune_name(manifest: str, config: RunConfig) -> str:
-    filtered = config.finetune.keep_posterior
-    end = "" if filtered is None else f"-p{filtered:g}"
-    return f"{manifest}-{config.finetune.fusion}-{config.finetune.sampling}{end}"
-
-
-def _finished(folder: Path, settings: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
-    metrics = read_json(folder / "metrics.json", error=RunError)
-    if metrics["config"] != settings or metrics["manifest_digest"] != manifest.digest():
-        raise RunError(f"{folder} holds a fine-tuning of other settings: give this one a --name, or pass --overwrite")
-    log.info("%s is already finished with these settings: nothing to do", folder)
-    return metrics
-
-
-def _write_finetune(
-    folder: Path, settings: dict[str, Any], history: Sequence[dict[str, float]], metrics: dict[str, Any]
-) -> None:
-    """Write history, config and, last, metrics.json: a fine-tuning that has it is finished."""
-    write_text("".join(json.dumps(record) + "\n" for record in history), folder / "history.jsonl")
-    write_text(to_toml({name: value for name, value in settings.items() if name != "manifest"}), folder / "config.toml")
-    write_json(metrics, folder / "metrics.json")

@@ -55,7 +55,7 @@ class Batch:
     """This process's share of a step on the device: b rows, m modalities.
 
     rows (b,) among the training samples; inputs, m tensors (b, ...); label (b,); present (b, m) or None: all are.
-    part (1 + m, b): see Step.parts; over all processes each of its rows sums to 1.
+    part (1 + m, b): see Step.parts; over all processes each of its rows sums to 1. size: samples of the whole step.
     """
 
     rows: Tensor
@@ -63,6 +63,7 @@ class Batch:
     label: Tensor
     present: Tensor | None
     part: Tensor
+    size: int
 
     def mean_fused(self, values: Tensor) -> Tensor:
         """Give this process's share of the step's mean of values (b,) over what the fused loss learns from."""
@@ -74,7 +75,7 @@ class Batch:
 
 
 def cut_order(order: Rows, *, batch_size: int, after: int = 0) -> list[Step]:
-    """Cut an epoch's order into steps; the last may be smaller, and no row is left out. `after` steps are passed over."""
+    """Cut an epoch's order into steps, but for the first `after`; the last may be smaller, and no row is left out."""
     starts = range(after * batch_size, len(order), batch_size)
     return [Step(rows=order[start : start + batch_size]) for start in starts]
 
@@ -98,4 +99,5 @@ def to_batch(
         label=label[rows],
         present=present,
         part=torch.from_numpy(np.ascontiguousarray(part)).to(device, non_blocking=True),
+        size=len(step.rows),
     )

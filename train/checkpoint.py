@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..audit.errors import RunError
+from ..audit.errors import RunError, TrainError
 from ..audit.files import whole
+from .network import Blueprint, FusionNet
+
+log = logging.getLogger("mmaudit")
 
 
 def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -> None:
@@ -22,8 +27,53 @@ def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
-    """Read weights."""
-    return load_file(path)
+    """Read weights; RunError where the file is no safetensors file."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} cannot be read as weights: {error}") from error
+
+
+def read_blueprint(path: Path) -> Blueprint:
+    """Read which network a file's weights belong to; RunError where it is not one of mmaudit's."""
+    try:
+        with safe_open(path, "pt") as file:
+            return Blueprint.of(json.loads((file.metadata() or {})["mmaudit"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is not a model of mmaudit finetune: {error!r}") from error
+
+
+def warm_start(net: FusionNet, path: Path) -> None:
+    """Begin with the weights of another fine-tuning: every tensor of the same name and shape.
+
+    Modalities are matched by name; what has no counterpart, as heads for other classes, stays as it was drawn. Raises
+    TrainError where an encoder of the network has none.
+    """
+    old, weights = read_blueprint(path), load_model(path)
+    here = net.state_dict()
+    place = {
+        str(old.modalities.index(name)): str(j) for j, name in enumerate(net.plan.modalities) if name in old.modalities
+    }
+    same_classes, same_modalities = old.classes == net.plan.classes, old.modalities == net.plan.modalities
+    taken = {}
+    for name, tensor in weights.items():
+        kind, _, rest = name.partition(".")
+        number, _, leaf = rest.partition(".")
+        if kind in ("encoders", "heads"):
+            name = f"{kind}.{place.get(number, '-')}.{leaf}"
+        usable = kind == "encoders" or (same_classes and (kind == "heads" or same_modalities))
+        if usable and name in here and here[name].shape == tensor.shape:
+            taken[name] = tensor
+    lacking = [name for name in here if name.startswith("encoders.") and name not in taken]
+    if lacking:
+        modality = net.plan.modalities[int(lacking[0].split(".")[1])]
+        raise TrainError(
+            f"--init {path}: its weights do not fit the encoder of {modality} ({lacking[0]} is missing or of another "
+            f"shape); it was trained on {', '.join(old.modalities)} with hidden {old.hidden} and width {old.width:g}"
+        )
+    net.load_state_dict(taken, strict=False)
+    fresh = sorted({name.split(".")[0] for name in here if name not in taken})
+    log.info("begun with the weights of %s%s", path, f"; drawn anew: {', '.join(fresh)}" if fresh else "")
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:

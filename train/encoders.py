@@ -12,7 +12,7 @@ from ..audit.probing.networks import build_trunk, to_pictures
 
 
 class VectorEncoder(nn.Module):
-    """Vectors (b, d) in, features (b, hidden) out. A missing one, NaN throughout, is taken for the training rows' mean."""
+    """Vectors (b, d) in, features (b, hidden) out. A missing one, NaN throughout, counts as the training rows' mean."""
 
     mean: Tensor
     scale: Tensor

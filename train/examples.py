@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..audit.encoding.encoders import input_shape, is_network
 from ..audit.encoding.features import EncodeTask, Status
-from ..audit.encoding.matrix import FeatureMatrix
-from ..audit.errors import ManifestError
+from ..audit.encoding.matrix import FeatureMatrix, Inputs
+from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.source.samples import Samples, cut
 from ..audit.stock import left_empty, row_content
 from ..rebalance.manifest import Manifest
@@ -21,13 +22,17 @@ from ..rebalance.manifest import Manifest
 class Examples:
     """n samples, those of the manifest first, then the test samples it left out: arrays of shape (n,).
 
-    inputs: m matrices (n, d_j), NaN where a modality is missing. label: int64 in [0, k), numbering `class_names`.
-    split: train, validation, test.
-    rank: 0 = most balanced, -1 outside the manifest. `chosen` tells the manifest's own samples.
+    inputs: m matrices (n, d_j), NaN where a modality is missing; shapes: what a row of each is, (d_j,) for vectors, or
+    the shape of what a network reads. content: digests of what each sample is made of.
+    label: int64 in [0, k), numbering `class_names`. split: train, validation, test.
+    rank: 0 = most balanced, -1 outside the manifest. balance in [-1, 1] and p_balanced in [0, 1] may be NaN.
+    `chosen` tells the manifest's own samples.
     """
 
     sample_id: NDArray[np.object_]
-    inputs: tuple[NDArray[np.float32], ...]
+    inputs: tuple[Inputs, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    content: NDArray[np.object_]
     modalities: tuple[str, ...]
     label: NDArray[np.int64]
     class_names: tuple[str, ...]
@@ -35,12 +40,27 @@ class Examples:
     rank: NDArray[np.int64]
     weight: NDArray[np.float32]
     discrepancy: NDArray[np.float64]
+    balance: NDArray[np.float64]
     p_balanced: NDArray[np.float64]
     chosen: NDArray[np.bool_]
+
+    @property
+    def named(self) -> str:
+        """The modalities, for the end of a message."""
+        return f"the modalities are {', '.join(self.modalities)}"
 
     def rows(self, split: str) -> NDArray[np.intp]:
         """Give the rows of one split."""
         return np.flatnonzero(self.split == split)
+
+    def only(self, modality: str) -> Examples:
+        """Give the same samples in one modality alone. Raises ConfigError where there is no such one."""
+        if modality not in self.modalities:
+            raise ConfigError(f"--only {modality}: {choices(modality, self.modalities)}")
+        place = self.modalities.index(modality)
+        return replace(
+            self, inputs=(self.inputs[place],), shapes=(self.shapes[place],), modalities=(self.modalities[place],)
+        )
 
 
 def load_examples(
@@ -62,8 +82,9 @@ def load_examples(
     ids = np.array(table["sample_id"].to_pylist(), dtype=object)
     rows = _find_rows(ids, samples.sample_id)
     names = np.array(samples.class_names, dtype=object)[samples.label[rows]]
+    content = row_content(statuses)[rows]
     for what, column, now in (
-        ("content", "content", row_content(statuses)[rows]),
+        ("content", "content", content),
         ("label", "label_name", names),
         ("split", "split", samples.split[rows]),
     ):
@@ -72,11 +93,14 @@ def load_examples(
         _check_same(what, ids, np.array(table[column].to_pylist(), dtype=object), now)
     _check_usable(ids, rows, statuses)
     codes, label = np.unique(table["label"].to_numpy(), return_inverse=True)
+    inputs = [FeatureMatrix.of(tasks, status, rows) for status in statuses]
     class_names = dict(zip(table["label"].to_pylist(), table["label_name"].to_pylist(), strict=True))
     split = with_validation(table, ids, label.astype(np.int32), fraction=validation_fraction, seed=seed)
     return Examples(
         sample_id=ids,
-        inputs=tuple(FeatureMatrix.of(tasks, status, rows).read_all() for status in statuses),
+        inputs=tuple(inputs),
+        shapes=tuple(_shape_of(each, tasks) for each in inputs),
+        content=content,
         modalities=tuple(status.modality.name for status in statuses),
         label=label.astype(np.int64),
         class_names=tuple(str(class_names[code]) for code in codes.tolist()),
@@ -84,9 +108,15 @@ def load_examples(
         rank=np.where(chosen, table["rank"].to_pandas().fillna(-1), -1).astype(np.int64),
         weight=np.array(table["weight"].to_pandas().fillna(1.0), dtype=np.float32),
         discrepancy=np.array(table["discrepancy"].to_pandas(), dtype=np.float64),
+        balance=np.array(table["balance"].to_pandas(), dtype=np.float64),
         p_balanced=np.array(table["p_balanced"].to_pandas(), dtype=np.float64),
         chosen=chosen,
     )
+
+
+def _shape_of(matrix: FeatureMatrix, tasks: Sequence[EncodeTask]) -> tuple[int, ...]:
+    modality = matrix.status.modality
+    return input_shape(modality, tasks[0].media) if is_network(modality) else (matrix.num_features,)
 
 
 def _with_dropped_test(kept: pa.Table, dropped: pa.Table | None) -> tuple[pa.Table, NDArray[np.bool_]]:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..audit.errors import ManifestError
-from ..audit.hashing import digest
+from ..audit.errors import TrainError
+from ..audit.files import write_text
 from ..audit.workers import Progress
-from ..rebalance.curriculum import id_key
-from .batches import batches
-from .checkpoint import load_state, save_model, save_state
-from .config import FinetuneConfig
-from .evaluate import evaluate, subsets
+from .balancing.balancer import build_balancer
+from .checkpoint import save_model, save_state, warm_start
+from .config import FinetuneConfig, TrainConfig
+from .course import Reader, validate
+from .examine import examine
 from .examples import Examples
-from .fusion import FusionNet
-from .sampling import SAMPLERS, SamplingConfig
+from .network import FusionNet
+from .opening import blueprint_of, chance_of, identity_of, open_course, resume
+from .sampling.sampler import build_sampler
+from .tracking import open_trackers
+from .update import Update
+from .world import ALONE, World
 
 log = logging.getLogger("mmaudit")
 
@@ -44,189 +47,157 @@ def finetune_on(
     examples: Examples,
     folder: Path,
     *,
-    config: FinetuneConfig,
-    sampling: SamplingConfig,
+    config: TrainConfig,
     between: str,
     seed: int,
     device: str,
     progress: Progress,
+    world: World = ALONE,
+    init: Path | None = None,
 ) -> Finetuned:
     """Train on the manifest's training rows, select on validation, test once; go on where `folder`/state stops.
 
     The epoch kept is the one with the highest fused validation accuracy, the least validation loss among equals; the
-    last one where there are fewer than LEAST_VALIDATION samples to choose by.
-    Raises ManifestError where a split is empty.
+    last one where there are fewer than LEAST_VALIDATION samples to choose by. `init`: a model file to begin with.
+    Everything follows from examples, config and seed: the same bytes again on one machine, the same batches in any
+    number of processes, the same losses after an interruption at any step.
+    Raises ManifestError where a split is empty, TrainError where the loss is no longer a number.
     """
     started = time.monotonic()
-    train = _training_rows(examples, config)
-    validation, test = examples.rows("validation"), examples.rows("test")
-    for name, rows in (("train", train), ("validation", validation), ("test", test)):
-        if len(rows) == 0:
-            raise ManifestError(f"the manifest leaves no {name} samples: loosen its rule, or --keep-posterior")
+    settings = config.finetune
+    course = open_course(examples, config, seed=seed, device=device, world=world)
     torch.manual_seed(seed)
-    inputs = [torch.from_numpy(np.array(matrix)).to(device) for matrix in examples.inputs]
-    label = torch.from_numpy(examples.label).to(device)
-    weight = torch.from_numpy(examples.weight).to(device)
-    net = FusionNet(
-        dims=[matrix.shape[1] for matrix in inputs],
-        num_classes=len(examples.class_names),
-        hidden=config.hidden,
-        dropout=config.dropout,
-        fusion=config.fusion,
-    ).to(device)
-    net.standardise_by([matrix[train] for matrix in inputs])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs)
-    sampler = SAMPLERS[config.sampling](examples.rank[train], seed, sampling, key=id_key(examples.sample_id[train]))
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
+    net = FusionNet(blueprint_of(examples, config)).to(device)
+    if init is None:
+        course.standardise(net)
+    else:
+        warm_start(net, init)
+    net.fix_encoders([examples.modalities.index(name) for name in config.optim.freeze])
+    update = Update(net, config.optim, device=device, world=world)
+    balancer = build_balancer(settings.balancing, net, update, config.balancing, epochs=settings.epochs)
+    sampler = build_sampler(
+        settings.sampling,
+        course.pool,
+        config.sampling,
+        config.order,
+        batch_size=settings.batch_size,
+        seed=seed,
+        world=world,
+    )
+    averaged = _averaged(net, config.optim.ema)
+    tested = net if averaged is None else cast(FusionNet, averaged.module)
+    reader = Reader(course, net)
+    if settings.compile:
+        net.compile()
 
-    identity = _identity(examples, train, validation, config, sampling, seed=seed)
-    state_file = folder / "state" / "last.pt"
-    state = _resume(state_file, identity, device=device)
+    # Where we are: after `step` steps of epoch `epoch`. A state that was left behind is gone on from.
+    epoch, step = 1, 0
+    total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
     history: list[dict[str, float]] = []
-    chooses = len(validation) >= LEAST_VALIDATION
-    if not chooses:
-        log.info("%d validation samples are too few to choose an epoch by: the last one is taken", len(validation))
     best = (-1.0, 0.0, 0)  # validation accuracy, minus validation loss, epoch
-    best_weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    if state is not None:
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        history, best, best_weights = state["history"], state["best"], state["best_weights"]
-        log.info("resumed after epoch %d", len(history))
+    best_weights = {name: tensor.clone() for name, tensor in tested.state_dict().items()}
+    parts: dict[str, Any] = {"net": net, "update": update, "balancer": balancer, "sampler": sampler}
+    if averaged is not None:
+        parts["averaged"] = averaged
+    identity = identity_of(examples, course, init=init)
+    state_file = folder / "state" / "last.pt"
+    if (state := resume(state_file, identity, device=device)) is not None:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        epoch, step, seen, history = state["epoch"], state["step"], state["seen"], state["history"]
+        best, best_weights = state["best"], state["best_weights"]
+        total.fill_(state["total"] if world.is_first else 0.0)  # it is summed over the processes
+        log.info("resumed in epoch %d after %d steps", epoch, step)
 
-    for epoch in range(len(history) + 1, config.epochs + 1):
-        torch.manual_seed(int(digest(f"{seed} {epoch}".encode())[:12], 16))  # dropout, the same after a resume
-        net.train()
-        total, seen = 0.0, 0
-        for step in batches(train[sampler.rows(epoch)], batch_size=config.batch_size):
-            picked = torch.from_numpy(step).to(device)
-            with autocast:
-                outputs = net([matrix[picked] for matrix in inputs])
-                loss = net.loss(outputs, label[picked], weight[picked])
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            total, seen = total + loss.item() * len(step), seen + len(step)
-        lr = float(schedule.get_last_lr()[0])
-        schedule.step()
-        accuracy, validation_loss = _validate(net, inputs, label, validation)
-        history.append(
-            {
-                "epoch": epoch,
-                "samples": seen,
-                "lr": lr,
-                "train_loss": total / seen,
-                "validation_loss": validation_loss,
-                "validation_accuracy": accuracy,
-            }
-        )
-        if not chooses or (accuracy, -validation_loss) > best[:2]:
-            best = (accuracy, -validation_loss, epoch)
-            best_weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        save_state(
-            {
-                "identity": identity,
-                "net": net.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "history": history,
-                "best": best,
-                "best_weights": best_weights,
-            },
-            state_file,
-        )
-        progress("finetune", epoch, config.epochs)
+    def save(epoch: int, step: int) -> None:
+        world.sum_([whole := total.clone()])
+        if world.is_first:
+            place = {"identity": identity, "epoch": epoch, "step": step, "seen": seen, "total": float(whole)}
+            states = {name: part.state_dict() for name, part in parts.items()}
+            chosen = {"history": history, "best": best, "best_weights": best_weights}
+            save_state({**place, **states, **chosen}, state_file)
+
+    chooses = len(course.validation) >= LEAST_VALIDATION
+    if not chooses:
+        few = len(course.validation)
+        log.info("%d validation samples are too few to choose an epoch by: the last one is taken", few)
+    with ExitStack() as stack:
+        trackers = open_trackers(settings.report_to if world.is_first else (), folder, stack=stack)
+        while epoch <= settings.epochs and not _is_over(history, best, settings):
+            if step == 0:
+                sampler.begin_epoch(epoch, reader)
+                balancer.begin_epoch(epoch, reader)
+            lr = update.begin_epoch(epoch, epochs=settings.epochs)
+            net.train()
+            steps = sampler.steps(epoch, after=step)
+            for batch in course.batches(steps, epoch=epoch, first=step + 1, ahead=not sampler.adaptive):
+                step += 1
+                update.begin_step(course.chance("step", epoch, step))
+                batch = balancer.prepare(batch)
+                outputs, loss = balancer.step(batch)
+                sampler.observe(outputs, batch)
+                if averaged is not None:
+                    averaged.update_parameters(net)
+                total += loss * batch.size
+                seen += batch.size
+                if settings.save_steps and step % settings.save_steps == 0:
+                    save(epoch, step)
+            world.sum_([total])
+            _share_buffers(net, world)
+            train_loss = float(total) / max(seen, 1)
+            if not math.isfinite(train_loss):
+                raise TrainError(
+                    f"training has diverged: the loss of epoch {epoch} is {train_loss}; lower --lr, or clip gradients "
+                    "with --set optim.clip_norm=1"
+                )
+            found = validate(reader, net=tested)
+            balancer.end_epoch(epoch, found)
+            record = {"epoch": epoch, "steps": step, "samples": seen, "lr": lr, "train_loss": train_loss}
+            record |= {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
+            record |= {**balancer.numbers(), **sampler.numbers()}
+            history.append(record)
+            for tell in trackers:
+                tell(record)
+            if not chooses or (found.accuracy, -found.loss) > best[:2]:
+                best = (found.accuracy, -found.loss, epoch)
+                best_weights = {name: tensor.clone() for name, tensor in tested.state_dict().items()}
+            epoch, step, seen = epoch + 1, 0, 0
+            total.zero_()
+            save(epoch, step)
+            if world.is_first:
+                write_text("".join(json.dumps(each) + "\n" for each in history), folder / "history.jsonl")
+            progress("finetune", epoch - 1, settings.epochs)
 
     net.load_state_dict(best_weights)
-    about = {
-        "modalities": list(examples.modalities),
-        "dims": [matrix.shape[1] for matrix in inputs],
-        "classes": list(examples.class_names),
-        **asdict(config),
-    }
-    save_model(best_weights, folder / "model.safetensors", about=about)
-    members = _members(examples, test, between)
-    probabilities = _probabilities(net, [matrix[test] for matrix in inputs], examples.modalities)
+    if world.is_first:
+        save_model(best_weights, folder / "model.safetensors", about=asdict(net.plan))
     metrics = {
-        "counts": {"train": len(train), "validation": len(validation), "test": len(test)},
-        "chance": _chance(examples.label, train, test),
+        "counts": {name: len(getattr(course, name)) for name in ("train", "validation", "test")},
+        "chance": chance_of(examples.label, course),
         "best_epoch": best[2],
         "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
-        "samples_seen": int(sum(record["samples"] for record in history)),
+        "samples_seen": int(sum(each["samples"] for each in history)),
         "seconds": time.monotonic() - started,
-        "test": evaluate(probabilities, examples.label[test], members),
+        **examine(reader, course.test, examples, between=between, seed=seed),
     }
     return Finetuned(metrics=metrics, history=history)
 
 
-def _training_rows(examples: Examples, config: FinetuneConfig) -> NDArray[np.intp]:
-    train = examples.rows("train")
-    if config.keep_posterior is None:
-        return train
-    posterior = examples.p_balanced[train]
-    if np.isnan(posterior).any():
-        raise ManifestError("--keep-posterior: the manifest has no p_balanced; rescore with mmaudit score, split again")
-    kept = train[posterior >= config.keep_posterior]
-    log.info("P(balanced) >= %g keeps %d of %d training samples", config.keep_posterior, len(kept), len(train))
-    return kept
-
-
-def _identity(
-    examples: Examples,
-    train: NDArray[np.intp],
-    validation: NDArray[np.intp],
-    config: FinetuneConfig,
-    sampling: SamplingConfig,
-    *,
-    seed: int,
-) -> str:
-    """Fingerprint all that decides about the weights, so that a state of something else is never gone on from."""
-    ids = ["\0".join(examples.sample_id[rows]) for rows in (train, validation)]
-    both = np.r_[train, validation]
-    arrays: list[NDArray[Any]] = [examples.rank[train], examples.weight[train], examples.label[both]]
-    arrays += [matrix[both] for matrix in examples.inputs]
-    settings = repr((asdict(config), asdict(sampling), examples.class_names, seed))
-    return digest(settings.encode(), *(text.encode() for text in ids), *(array.tobytes() for array in arrays))
-
-
-def _resume(path: Path, identity: str, *, device: str) -> dict[str, Any] | None:
-    if not path.exists():
+def _averaged(net: FusionNet, decay: float) -> AveragedModel | None:
+    """Keep a running mean of the weights, and of the buffers; None without a decay."""
+    if not decay:
         return None
-    state = load_state(path, device=device)
-    if state["identity"] == identity:
-        return state
-    log.info("the state in %s is of other data or settings: starting anew", path.parent)
-    return None
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
 
 
-@torch.no_grad()
-def _validate(net: FusionNet, inputs: Sequence[Tensor], label: Tensor, rows: NDArray[np.intp]) -> tuple[float, float]:
-    """Give fused accuracy and mean cross entropy."""
-    net.eval()
-    picked = torch.from_numpy(rows).to(label.device)
-    fused = net([matrix[picked] for matrix in inputs]).fused
-    loss = torch.nn.functional.cross_entropy(fused, label[picked])
-    return float((fused.argmax(dim=1) == label[picked]).float().mean()), float(loss)
+def _is_over(history: list[dict[str, float]], best: tuple[float, float, int], settings: FinetuneConfig) -> bool:
+    """Tell whether training stops early: the best epoch is `patience` epochs ago."""
+    return bool(settings.patience) and len(history) - best[2] >= settings.patience
 
 
-@torch.no_grad()
-def _probabilities(net: FusionNet, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    """Give class probabilities (n, k) of the fused answer and of each branch alone."""
-    net.eval()
-    outputs = net(inputs)
-    branches = {"fused": outputs.fused, **dict(zip(names, outputs.unimodal, strict=True))}
-    return {name: logits.softmax(dim=1).cpu().numpy() for name, logits in branches.items()}
-
-
-def _members(examples: Examples, test: NDArray[np.intp], between: str) -> dict[str, NDArray[np.bool_]]:
-    first, _, second = between.partition(":")
-    members = subsets(examples.discrepancy[test], first=first, second=second or "rest")
-    return {**members, "in-manifest": examples.chosen[test]}
-
-
-def _chance(label: NDArray[np.int64], train: NDArray[np.intp], test: NDArray[np.intp]) -> dict[str, float]:
-    """Accuracy on test of guessing: each class alike, or always the most common class of train."""
-    counts = np.bincount(label[train])
-    return {"uniform": 1 / (int(label.max()) + 1), "majority": float((label[test] == counts.argmax()).mean())}
+def _share_buffers(net: FusionNet, world: World) -> None:
+    """Let all processes have the same running means: the mean of theirs."""
+    floats = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    world.sum_(floats)
+    for buffer in floats if world.size > 1 else ():
+        buffer /= world.size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Fusion(nn.Module, ABC):
-    """m features in, fused logits (b, k) out; and the logits (m, b, k) of each modality alone, if it has a say of its own.
+    """m features in, fused logits (b, k) out; and the logits (m, b, k) of each modality alone, if it gives them any.
 
     num_features: d_j of each modality; hidden: width of what the fusion adds.
     """
@@ -154,7 +155,7 @@ class Mmtm(Fusion):
         if self.training:
             with torch.no_grad():
                 self.mean.lerp_(torch.cat(fresh, dim=1).float().mean(dim=0), self.MOMENTUM)
-        usual = self.mean.split(self.num_features)
+        usual = self.usual()
         logits = [
             head(f * 2 * (mean.expand_as(f) if cut else now).sigmoid())
             for head, f, now, mean, cut in zip(self.heads, features, fresh, usual, self.cut, strict=True)
@@ -163,10 +164,14 @@ class Mmtm(Fusion):
 
     def alone(self, features: Sequence[Tensor]) -> Tensor:
         """Excite each by its usual excitation."""
-        usual = self.mean.split(self.num_features)
         return torch.stack(
-            [head(f * 2 * mean.sigmoid()) for head, f, mean in zip(self.heads, features, usual, strict=True)]
+            [head(f * 2 * mean.sigmoid()) for head, f, mean in zip(self.heads, features, self.usual(), strict=True)]
         )
+
+    def usual(self) -> list[Tensor]:
+        """Give the running mean of each modality's excitations, before the sigmoid: m of (d_j,)."""
+        ends = list(accumulate(self.num_features))
+        return [self.mean[end - size : end] for end, size in zip(ends, self.num_features, strict=True)]
 
 
 class Shared(Fusion):

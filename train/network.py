@@ -102,7 +102,7 @@ class FusionNet(nn.Module):
             return encoder(rows)  # type: ignore[no-any-return]
         if len(some) == 0:
             return rows.new_zeros(len(rows), int(encoder.num_features), dtype=torch.float32)  # type: ignore[arg-type]
-        found = encoder(rows[some])
+        found: Tensor = encoder(rows[some])
         return found.new_zeros(len(rows), found.shape[1]).index_copy(0, some, found)
 
     def answer(self, features: Sequence[Tensor]) -> Outputs:

@@ -17,8 +17,8 @@ from .world import World
 class Update:
     """The optimiser of a network, with what stands around it: precision, all processes, clipping, rates by modality.
 
-    A loss given to it is this process's share of the step's mean loss; gradients are sums over all processes, unscaled.
-    `generator` is reseeded for every step, alike in all processes: chance that must be the same everywhere comes from it.
+    A loss given to it is this process's share of the step's mean loss; gradients are sums over all processes,
+    unscaled. `generator` is reseeded for every step, alike everywhere: for chance that all processes must share.
     """
 
     def __init__(self, net: FusionNet, config: OptimConfig, *, device: str, world: World) -> None:
@@ -73,7 +73,7 @@ class Update:
         self._still()
         if self._scaler.is_enabled():
             self._scaler.unscale_(self.optimizer)
-        self.world.sum_([p.grad for p in self.net.parameters() if p.grad is not None])
+        self._share()
 
     def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Give the gradients of a loss by some parameters, 0 where it does not depend on one; the graph is kept."""
@@ -93,6 +93,17 @@ class Update:
             self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+
+    def _share(self) -> None:
+        """Add up the gradients of all processes. One that no process has stays None: the parameter is not moved."""
+        if self.world.size == 1:
+            return
+        every = [p for p in self.net.parameters() if p.requires_grad]
+        known = torch.tensor([p.grad is not None for p in every], dtype=torch.float32, device=every[0].device)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in every]
+        self.world.sum_([known, *grads])
+        for p, grad, some in zip(every, grads, known.tolist(), strict=True):
+            p.grad = grad if some else None
 
     def _still(self) -> None:
         """Take the gradients from frozen modalities: without one, a parameter is not moved, nor its weight decayed."""

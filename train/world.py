@@ -35,8 +35,10 @@ class World:
             some = [tensor for tensor in tensors if (tensor.device, tensor.dtype) == kind]
             flat = torch.cat([tensor.reshape(-1) for tensor in some])
             distributed.all_reduce(flat)
-            for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+            end = 0
+            for tensor in some:
+                start, end = end, end + tensor.numel()
+                tensor.copy_(flat[start:end].view_as(tensor))
 
     def gather(self, part: Tensor) -> Tensor:
         """Join what every process has along the last dimension, in the order of their ranks; all get the whole."""

@@ -52,7 +52,8 @@ class Trunk(nn.Module):
         standard = ((pictures.float() - self.mean) / self.scale).nan_to_num(nan=0.0)
         frames = standard.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         features = self.resnet(frames).pooler_output.flatten(1).float()
-        return features.view(*pictures.shape[:2], -1).mean(dim=1)
+        mean: Tensor = features.view(*pictures.shape[:2], -1).mean(dim=1)
+        return mean
 
 
 class Network(nn.Module):

@@ -21,7 +21,7 @@ from .config import BALANCERS, BalancingConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """How an epoch ended: mean cross entropy and accuracy on validation, the fused answer's and each modality's (m,)."""
+    """How an epoch ended on validation: mean cross entropy and accuracy, the fused answer's and each modality's."""
 
     loss: float
     accuracy: float
@@ -90,9 +90,7 @@ class Balancer(ABC):
         loss = batch.mean_fused(each)
         if self.net.has_own_heads:
             logits = self.net.alone([f.detach() for f in outputs.features])
-            own = torch.stack(
-                [functional.cross_entropy(z.float(), batch.label, reduction="none") for z in logits]
-            )
+            own = torch.stack([functional.cross_entropy(z.float(), batch.label, reduction="none") for z in logits])
             loss = loss + batch.mean_own(own).sum()
         return loss
 

@@ -56,6 +56,10 @@ class Sampler(ABC):
     ) -> None:
         self.pool, self.config, self.order = pool, config, order
         self.batch_size, self.seed, self.world = batch_size, seed, world
+        self.begin()
+
+    def begin(self) -> None:
+        """Check that the pool has what is drawn by (ManifestError), and make what is carried from step to step."""
 
     def begin_epoch(self, epoch: int, lab: Lab) -> None:
         """Look at the model before epoch 1, 2, ..., if need be."""

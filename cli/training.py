@@ -1,0 +1,232 @@
+"""The stages of training: what do finetune and evaluate do to the run folder?
+
+Each public function is what the command of its name calls, and what a notebook calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..audit.encoding.features import encode_dataset
+from ..audit.errors import ConfigError, RunError, choices
+from ..audit.files import read_json, write_json, write_text
+from ..audit.source.samples import read_samples
+from ..audit.stock import take_stock
+from ..audit.workers import Progress, default_workers, silent
+from ..rebalance.manifest import Manifest, read_dropped, read_manifest
+from ..train.config import TrainConfig
+from ..train.examine import examine_file
+from ..train.examples import Examples, load_examples
+from ..train.finetune import finetune_on
+from ..train.world import World, local_device, open_world
+from .config import RunConfig, build, plain, to_toml, without_none
+from .provenance import saw_test_labels, source_of
+from .run import Run
+from .stages import pick_device
+
+log = logging.getLogger("mmaudit")
+
+
+def finetune(
+    manifest: str | Path,
+    *,
+    run: str | Path = "mmaudit-run",
+    data: str | Path | None = None,
+    config: RunConfig | None = None,
+    name: str | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Fine-tune a fusion network on a manifest, by file or by its name in the run, and give metrics.json's content.
+
+    The data are the manifest's source, or `data` if they moved. A finished fine-tuning of the same settings is left as
+    it is, an interrupted one goes on. Under torchrun its processes train together, and the first one writes. Raises
+    ManifestError where the source has changed since, TrainError where training diverges.
+    """
+    config = config or RunConfig()
+    place = Run(Path(run))
+    path = place.find_manifest(str(manifest))
+    found = read_manifest(path)
+    folder = place.finetune(name or _finetune_name(path.stem, config))
+    settings = {**_settings(config), "manifest": path.stem}
+    if (folder / "metrics.json").exists() and not overwrite:
+        return _finished(folder, settings, found)
+    init = None if config.finetune.init is None else _find_model(place, config.finetune.init)
+    device = local_device(pick_device(device))
+    with open_world(device) as world:
+        if not world.is_first:
+            progress = silent
+        with _first_alone(world):
+            if world.is_first and overwrite and folder.exists():
+                (folder / "metrics.json").unlink(missing_ok=True)  # first of all: without it nothing is finished
+                shutil.rmtree(folder)
+            workers = default_workers() if num_workers is None else num_workers
+            examples = _examples_of(found, path, place, data, config, num_workers=workers, progress=progress)
+        only = config.finetune.only
+        result = finetune_on(
+            examples if only is None else examples.only(only),
+            folder,
+            config=config.training(),
+            between=_between(found, examples),
+            seed=config.seed,
+            device=device,
+            progress=progress,
+            world=world,
+            init=init,
+        )
+        metrics = {
+            "manifest": path.stem,
+            "manifest_digest": found.digest(),
+            "test_labels_in_scores": saw_test_labels(found),
+            "config": settings,
+            "made_from": found.provenance,
+            **result.metrics,
+        }
+        if world.is_first:
+            about = {key: value for key, value in settings.items() if key != "manifest"}
+            write_text(to_toml(about), folder / "config.toml")
+            write_json(metrics, folder / "metrics.json")  # last: a fine-tuning that has it is finished
+        world.wait()
+    return metrics
+
+
+def evaluate(
+    name: str,
+    *,
+    run: str | Path = "mmaudit-run",
+    manifest: str | Path | None = None,
+    data: str | Path | None = None,
+    split: str = "test",
+    device: str = "auto",
+    num_workers: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Test a finished fine-tuning of the run again, and in full, and write evaluation.json beside its metrics.json.
+
+    Measured are the fused answer and each modality alone: ACC, MAP, macro-F1 and ECE, overall, by subset and by class;
+    what each modality contributes; and what is right alone and wrong together. manifest: other samples than those it
+    was trained with; split: another than test. Raises RunError where there is no such fine-tuning, ManifestError where
+    its manifest or the data have changed.
+    """
+    place = Run(Path(run))
+    folder = _find_finetune(place, name)
+    metrics = read_json(folder / "metrics.json", error=RunError)
+    config = build(RunConfig, without_none({k: v for k, v in metrics["config"].items() if k != "manifest"}), where="")
+    path = place.find_manifest(str(metrics["manifest"] if manifest is None else manifest))
+    found = read_manifest(path)
+    if manifest is None and found.digest() != metrics["manifest_digest"]:
+        raise RunError(f"{path} has changed since {folder.name} was trained on it; name a manifest with --manifest")
+    workers = default_workers() if num_workers is None else num_workers
+    examples = _examples_of(found, path, place, data, config, num_workers=workers, progress=progress)
+    if config.finetune.only is not None:
+        examples = examples.only(config.finetune.only)
+    measured = examine_file(
+        folder / "model.safetensors",
+        examples,
+        split=split,
+        between=_between(found, examples),
+        config=config.training(),
+        seed=config.seed,
+        device=pick_device(device),
+    )
+    result = {"name": folder.name, "manifest": path.stem, "split": split, **measured}
+    write_json(result, folder / "evaluation.json")
+    return {**result, "file": str(folder / "evaluation.json")}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Give all that decides about a fine-tuning, as plain values by section."""
+    sections = [name for name in TrainConfig.__dataclass_fields__ if name != "width"]
+    return {name: plain(config)[name] for name in ("seed", *sections, "network")}
+
+
+def _between(manifest: Manifest, examples: Examples) -> str:
+    return str(manifest.provenance.get("between", ":".join(examples.modalities[:2])))
+
+
+@contextmanager
+def _first_alone(world: World) -> Iterator[None]:
+    """Let the first process go before the others: it encodes, they find what it left."""
+    if not world.is_first:
+        logging.getLogger("mmaudit").setLevel(logging.WARNING)
+        world.wait()
+    yield
+    if world.is_first:
+        world.wait()
+
+
+def _examples_of(
+    manifest: Manifest,
+    path: Path,
+    place: Run,
+    data: str | Path | None,
+    config: RunConfig,
+    *,
+    num_workers: int,
+    progress: Progress,
+) -> Examples:
+    """Open and encode a manifest's source, and give what it trains and tests on."""
+    dataset, made = source_of(manifest.provenance, data)
+    _check_trainable(made)
+    tasks = encode_dataset(dataset, place.features, media=made.media, num_workers=num_workers, progress=progress)
+    samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
+    dropped = read_dropped(path, manifest)
+    if dropped is None:
+        log.info("no dropped rows beside %s: test figures are on the manifest's own test samples alone", path.name)
+    return load_examples(
+        manifest,
+        dropped,
+        samples=samples,
+        statuses=take_stock(dataset, samples, tasks).statuses,
+        tasks=tasks,
+        validation_fraction=config.finetune.validation_fraction,
+        seed=config.seed,
+    )
+
+
+def _check_trainable(made: RunConfig) -> None:
+    """Refuse what fine-tuning cannot learn from."""
+    if made.data.task != "classification":
+        raise ConfigError(f"finetune trains classifiers, and this manifest's task is {made.data.task}")
+
+
+def _finetune_name(manifest: str, config: RunConfig) -> str:
+    chosen = config.finetune
+    parts = [manifest, chosen.fusion_used, chosen.sampling]
+    parts += [chosen.balancing] if chosen.balancing != "joint" else []
+    parts += [f"only-{chosen.only}"] if chosen.only else []
+    parts += [f"p{chosen.keep_posterior:g}"] if chosen.keep_posterior is not None else []
+    parts += [f"from-{Path(chosen.init).stem}"] if chosen.init else []
+    return "-".join(parts)
+
+
+def _find_finetune(place: Run, name: str) -> Path:
+    """Give the folder of a finished fine-tuning, named by its path or by its name in the run."""
+    known = [folder.name for folder in place.finetunes()]
+    if name in known:
+        return place.finetune(name)
+    if (Path(name) / "metrics.json").is_file():
+        return Path(name)
+    raise RunError(f"no finished fine-tuning {name} in {place.folder}; {choices(name, known)}")
+
+
+def _find_model(place: Run, name: str) -> Path:
+    """Give the weights that --init names: a fine-tuning of the run, a folder of one, or a file."""
+    if Path(name).is_file():
+        return Path(name)
+    return _find_finetune(place, name) / "model.safetensors"
+
+
+def _finished(folder: Path, settings: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    metrics = read_json(folder / "metrics.json", error=RunError)
+    if metrics["config"] != settings or metrics["manifest_digest"] != manifest.digest():
+        raise RunError(f"{folder} holds a fine-tuning of other settings: give this one a --name, or pass --overwrite")
+    log.info("%s is already finished with these settings: nothing to do", folder)
+    return metrics

@@ -1,0 +1,210 @@
+"""The course: what is fixed in one training, its samples above all, and how are they read?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..audit.hashing import digest
+from ..rebalance.curriculum import id_key
+from .augment import augment
+from .balancing.balancer import Validation
+from .batches import Batch, Step, to_batch
+from .config import TrainConfig
+from .encoders import PictureEncoder, VectorEncoder
+from .examples import Examples
+from .lab import Loss, Reading
+from .network import FusionNet, Outputs, cross_entropies
+from .sampling.sampler import Pool, build_sampler
+from .stores import READERS, Rows, Store
+from .update import Update
+from .world import World
+
+_READ_AT_ONCE = 1024  # vectors, in eval mode
+_MOST_SURVEYED = 4096  # pictures whose levels stand for all: known to 1% then
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """The samples of a training on their device, and the settings. Rows number the samples of `store`.
+
+    shapes: of a row's input by modality. label (n,) on the device, weight (n,). pool: what samplers draw from.
+    """
+
+    store: Store
+    shapes: tuple[tuple[int, ...], ...]
+    label: Tensor
+    weight: NDArray[np.float32]
+    train: Rows
+    validation: Rows
+    test: Rows
+    pool: Pool
+    config: TrainConfig
+    seed: int
+    device: str
+    world: World
+
+    @classmethod
+    def of(
+        cls,
+        examples: Examples,
+        store: Store,
+        *,
+        train: Rows,
+        config: TrainConfig,
+        seed: int,
+        device: str,
+        world: World,
+    ) -> Course:
+        """Plan a training on some of the training rows."""
+        pool = Pool(
+            key=id_key(examples.sample_id[train]),
+            rank=examples.rank[train],
+            balance=examples.balance[train],
+            p_balanced=examples.p_balanced[train],
+            label=examples.label[train],
+            num_classes=len(examples.class_names),
+            num_modalities=len(examples.modalities),
+        )
+        return cls(
+            store=store,
+            shapes=examples.shapes,
+            label=torch.from_numpy(examples.label).to(device),
+            weight=examples.weight,
+            train=train,
+            validation=examples.rows("validation"),
+            test=examples.rows("test"),
+            pool=pool,
+            config=config,
+            seed=seed,
+            device=device,
+            world=world,
+        )
+
+    def chance(self, *what: object) -> int:
+        """Give a seed, below 2^48, that depends on the course's and on what it is for, and on nothing else."""
+        return int(digest(" ".join(map(str, (self.seed, *what))).encode())[:12], 16)
+
+    def batches(self, steps: Iterable[Step], *, epoch: int, first: int = 1, ahead: bool = True) -> Iterator[Batch]:
+        """Bring an epoch's steps, of which the first has the number `first`, to the device: this process's shares."""
+        label, weight = self.label[torch.from_numpy(self.train).to(self.device)], self.weight[self.train]
+
+        def rows_of(step: Step) -> Rows:
+            return self.train[step.share(self.world).rows]
+
+        stream = self.store.stream(steps, rows_of, num_threads=READERS if ahead else 0)
+        for number, (step, inputs) in enumerate(stream, start=first):
+            batch = to_batch(step, inputs, label=label, weight=weight, world=self.world)
+            seed = self.chance("augment", epoch, number, self.world.rank)
+            yield augment(batch, self.shapes, self.config.augment, seed=seed)
+
+    def standardise(self, net: FusionNet) -> None:
+        """Let the encoders take mean and scale from the training rows; of pictures from some of them, evenly spread."""
+        for place, encoder in enumerate(net.encoders):
+            if isinstance(encoder, PictureEncoder):
+                some = self.train[:: -(-len(self.train) // _MOST_SURVEYED)]
+                encoder.standardise_by(*self._moments(place, some)[:2])
+            elif isinstance(encoder, VectorEncoder):
+                mean, scale, largest = self._moments(place, self.train)
+                encoder.standardise_by(mean, scale, largest=largest)
+
+    def _moments(self, place: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Give mean, standard deviation and largest size of each feature or channel (c,), over rows that have it."""
+        shape, held = self.shapes[place], self.store.held[place]
+        number, parts = 0, []
+        for start in range(0, len(rows), _READ_AT_ONCE):
+            some = rows[start : start + _READ_AT_ONCE]
+            if held is not None:
+                found = held.index_select(0, torch.from_numpy(some).to(held.device))
+            else:
+                found = torch.from_numpy(np.array(self.store.inputs[place].read(some)))
+            found = found[~found.isnan().any(dim=1)].double()
+            channels = 1 if len(shape) == 2 else shape[-1]
+            found = found.view(-1, channels) if len(shape) > 1 else found
+            if len(found):
+                number += len(found)
+                parts.append(torch.stack([found.sum(dim=0), found.square().sum(dim=0), found.abs().amax(dim=0)]))
+        total, square, largest = torch.stack(parts).unbind(dim=1)
+        mean = total.sum(dim=0) / number
+        scale = (square.sum(dim=0) / number - mean.square()).clamp_min(0).sqrt()
+        return mean.float(), scale.float(), largest.amax(dim=0).float()
+
+
+class Reader:
+    """The laboratory of a course: readings of the network in eval mode, each process a share."""
+
+    def __init__(self, course: Course, net: FusionNet) -> None:
+        self.course, self.net = course, net
+        self.num_train = len(course.train)
+
+    def read(self, what: Reading, *, rows: Rows | None = None, net: FusionNet | None = None) -> Tensor:
+        """See Lab.read."""
+        return self.read_samples(what, self.course.train if rows is None else self.course.train[rows], net=net)
+
+    def read_validation(self, what: Reading, *, net: FusionNet | None = None) -> Tensor:
+        """See Lab.read_validation."""
+        return self.read_samples(what, self.course.validation, net=net)
+
+    @torch.no_grad()
+    def read_samples(self, what: Reading, rows: Rows, *, net: FusionNet | None = None) -> Tensor:
+        """Read any samples, by their number in the store."""
+        course, reader = self.course, self.net if net is None else net
+        vectors = all(len(shape) == 1 for shape in course.shapes)
+        size = _READ_AT_ONCE if vectors else course.config.finetune.batch_size
+        mine = rows[course.world.slice(len(rows))]
+        cut = [mine[start : start + size] for start in range(0, len(mine), size)] or [mine]
+        training = reader.training
+        reader.eval()
+        found = []
+        for some, inputs in course.store.stream(cut, lambda part: part):
+            label = course.label[torch.from_numpy(some).to(course.device)]
+            found.append(what(reader(inputs), label).float())
+        reader.train(training)
+        return course.world.gather(torch.cat(found, dim=-1))
+
+    def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
+        """See Lab.train_copy. The copy begins with a fresh optimiser at the rate of a first epoch."""
+        course = self.course
+        net = copy.deepcopy(self.net)
+        update = Update(net, course.config.optim, device=course.device, world=course.world)
+        finetune = course.config.finetune
+        sampler = build_sampler(
+            "uniform",
+            course.pool,
+            course.config.sampling,
+            course.config.order,
+            batch_size=finetune.batch_size,
+            seed=course.chance("copy"),
+            world=course.world,
+        )
+        net.train()
+        for epoch in range(1, epochs + 1):
+            update.begin_epoch(epoch, epochs=finetune.epochs)
+            for number, batch in enumerate(course.batches(sampler.steps(epoch), epoch=epoch), start=1):
+                update.begin_step(course.chance("copy", epoch, number))
+                with update.autocast():
+                    outputs = net(batch.inputs, batch.present)
+                update.backward(loss(outputs, batch))
+                update.apply()
+        return net
+
+
+def validate(reader: Reader, *, net: FusionNet | None = None) -> Validation:
+    """Read the validation samples: mean cross entropy and accuracy of the fused answer and of each modality."""
+
+    def what(outputs: Outputs, label: Tensor) -> Tensor:
+        fused, own = cross_entropies(outputs, label)
+        right = torch.cat([outputs.fused[None], outputs.unimodal]).argmax(dim=2) == label
+        return torch.cat([fused[None], own, right.float()])
+
+    found = reader.read_validation(what, net=net).double().mean(dim=1).tolist()
+    num = len(found) // 2
+    return Validation(
+        loss=found[0], own_loss=tuple(found[1:num]), accuracy=found[num], own_accuracy=tuple(found[num + 1 :])
+    )

@@ -1,0 +1,56 @@
+"""Trackers: who else is told how training goes, if anybody asks for it?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..audit.errors import ConfigError
+
+Tell = Callable[[Mapping[str, float]], None]  # takes a record of the history: numbers by name, "epoch" among them
+
+
+def open_trackers(names: Sequence[str], folder: Path, *, stack: ExitStack) -> list[Tell]:
+    """Open what was asked for with --report-to; `stack` closes it. ConfigError where a package is not installed."""
+    return [_OPENERS[name](folder, stack) for name in names]
+
+
+def _load(module: str, *, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"--report-to {package}: {package} is not installed: pip install {package}") from error
+
+
+def _tensorboard(folder: Path, stack: ExitStack) -> Tell:
+    writer = _load("torch.utils.tensorboard", package="tensorboard").SummaryWriter(str(folder / "tensorboard"))
+    stack.callback(writer.close)
+
+    def tell(record: Mapping[str, float]) -> None:
+        for name, value in record.items():
+            writer.add_scalar(name, value, int(record["epoch"]))
+
+    return tell
+
+
+def _wandb(folder: Path, stack: ExitStack) -> Tell:
+    run = _load("wandb", package="wandb").init(project="mmaudit", name=folder.name, dir=str(folder))
+    stack.callback(run.finish)
+    return lambda record: run.log(dict(record), step=int(record["epoch"]))
+
+
+def _mlflow(folder: Path, stack: ExitStack) -> Tell:
+    mlflow = _load("mlflow", package="mlflow")
+    mlflow.start_run(run_name=folder.name)
+    stack.callback(mlflow.end_run)
+    return lambda record: mlflow.log_metrics(dict(record), step=int(record["epoch"]))
+
+
+_OPENERS: dict[str, Callable[[Path, ExitStack], Tell]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+}
