@@ -143,7 +143,7 @@ class OptimConfig:
                 found[name] = float(factor)
             except ValueError:
                 equals = ""
-            if not equals or not 0 <= found[name] < math.inf:
+            if not equals or not name or not 0 <= found[name] < math.inf:
                 raise ConfigError(f"optim.modality_lr {text}: not of the form NAME=FACTOR, such as audio=0.1")
         return found
 

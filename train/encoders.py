@@ -51,9 +51,18 @@ class PictureEncoder(nn.Module):
         self.trunk.standardise_by(np.asarray(mean.double().cpu()), np.asarray(scale.double().cpu()))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Give features of a batch."""
-        found: Tensor = self.dropout(self.trunk(rows if rows.ndim == 5 else to_pictures(rows, self.shape)))
+        """Give features of a batch. One picture alone, or none, has no spread: the running means stand for its own."""
+        pictures = rows if rows.ndim == 5 else to_pictures(rows, self.shape)
+        by_batch = self.trunk.training and pictures.shape[0] * pictures.shape[1] > 1
+        features = self.trunk(pictures) if by_batch == self.trunk.training else self._by_running_means(pictures)
+        found: Tensor = self.dropout(features)
         return found
+
+    def _by_running_means(self, pictures: Tensor) -> Tensor:
+        self.trunk.eval()
+        features: Tensor = self.trunk(pictures)
+        self.trunk.train()
+        return features
 
 
 Encoder = VectorEncoder | PictureEncoder

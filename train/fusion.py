@@ -98,7 +98,7 @@ class Gated(Fusion):
 
 
 class Film(Fusion):
-    """The first modality scales and shifts the others: h = sum_{j > 1} (gamma(f_1) * V_j f_j + beta(f_1)); W h + b.
+    """The first modality scales and shifts the others: h = beta(f_1) + sum_{j > 1} (1 + gamma(f_1)) * V_j f_j.
 
     Feature-wise linear modulation, Perez et al., arXiv 1709.07871, as OGM-GE's code has it for two modalities; the sum
     over more than one other is ours, and so is 1 + gamma, which begins near the identity.
@@ -152,7 +152,7 @@ class Mmtm(Fusion):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Excite, classify, add; in training, keep the running mean of the excitations."""
         fresh = self.excitations(features)
-        if self.training:
+        if self.training and len(features[0]):  # a process may have no row of a last step
             with torch.no_grad():
                 self.mean.lerp_(torch.cat(fresh, dim=1).float().mean(dim=0), self.MOMENTUM)
         usual = self.usual()

@@ -74,7 +74,7 @@ class FusionNet(nn.Module):
         """Keep some encoders as they are: no gradients, and eval mode always, so that no running mean moves either."""
         self._fixed = frozenset(modalities)
         for j in self._fixed:
-            self.encoders[j].requires_grad_(False)
+            self.encoders[j].requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> FusionNet:
         """Go into training mode, or out of it."""

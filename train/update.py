@@ -71,9 +71,9 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self._scaler.scale(loss))
         self._still()
+        self._share()  # before what is no number is looked for: all processes must find the same
         if self._scaler.is_enabled():
             self._scaler.unscale_(self.optimizer)
-        self._share()
 
     def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Give the gradients of a loss by some parameters, 0 where it does not depend on one; the graph is kept."""

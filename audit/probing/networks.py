@@ -52,7 +52,7 @@ class Trunk(nn.Module):
         standard = ((pictures.float() - self.mean) / self.scale).nan_to_num(nan=0.0)
         frames = standard.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         features = self.resnet(frames).pooler_output.flatten(1).float()
-        mean: Tensor = features.view(*pictures.shape[:2], -1).mean(dim=1)
+        mean: Tensor = features.view(*pictures.shape[:2], self.num_features).mean(dim=1)
         return mean
 
 
@@ -100,7 +100,7 @@ def to_pictures(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     """See rows (b, d) of inputs (mel, t), (h, w, c) or (f, h, w, c) as pictures (b, f, c, h, w), without a copy."""
     if len(shape) == 2:
         return rows.view(len(rows), 1, 1, *shape)
-    return rows.view(len(rows), -1, *shape[-3:]).permute(0, 1, 4, 2, 3)
+    return rows.view(len(rows), shape[0] if len(shape) == 4 else 1, *shape[-3:]).permute(0, 1, 4, 2, 3)
 
 
 def check_shape(shape: tuple[int, ...], num_features: int) -> None:
