@@ -241,6 +241,37 @@ def tell_finetune(metrics: dict[str, Any]) -> None:
         )
 
 
+def tell_evaluate(found: dict[str, Any]) -> None:
+    """Tell every measure by subset, accuracy by class, and what each modality contributes."""
+    print(f"{found['name']} on {found['n']} samples of split {found['split']} of {found['manifest']}")
+    measures = ("accuracy", "map", "macro_f1", "ece")
+    print(f"  {'':>24} {'n':>6} {'branch':>10} " + " ".join(f"{name:>9}" for name in measures))
+    for subset, each in sorted(found["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
+        for branch, values in sorted(each.get("branches", {}).items(), key=lambda pair: (pair[0] != "fused", pair[0])):
+            cells = " ".join(f"{values[name]:>9.3f}" for name in measures)
+            print(f"  {subset:>24} {each['n']:>6} {branch:>10.10} {cells}")
+    weakest = sorted(
+        ((each["branches"]["fused"]["recall"], name) for name, each in found["test_by_class"].items() if each["n"]),
+    )[:3]
+    print(f"  least recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")
+    _tell_contribution(found["contribution"])
+    print(f"all measures: {found['file']}")
+
+
+def _tell_contribution(found: dict[str, Any]) -> None:
+    shares = found["contribution"]
+    parts = ", ".join(
+        f"{name} {each['mean']:+.3f} [{each['low']:+.3f}, {each['high']:+.3f}]"
+        for name, each in shares["modalities"].items()
+    )
+    print(f"  accuracy {shares['all']:.3f} = {shares['nobody']:.3f} with nothing there, {parts}")
+    confusion = found["confusion"]
+    print(
+        f"  right with one alone and wrong together: {confusion['confused']['share']:.3f}; "
+        f"wrong with each alone and right together: {confusion['synergy']['share']:.3f}"
+    )
+
+
 def tell_report(result: dict[str, Any]) -> None:
     """Tell where the report is."""
     print(f"report: {result['report']}")

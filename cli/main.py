@@ -199,10 +199,33 @@ def finetune(
     manifest: Annotated[str, typer.Option("--manifest", "-m", help="A manifest's file, or its name in the run.")],
     run: RunOption = "mmaudit-run",
     data: Annotated[str | None, typer.Option("--data", help="The data, if they moved.")] = None,
-    fusion: Annotated[str | None, typer.Option("--fusion", help="concat or late. \\[default: concat]")] = None,
     sampling: Annotated[
         str | None,
-        typer.Option("--sampling", help="uniform, or bss-h for the balance curriculum. \\[default: uniform]"),
+        typer.Option(
+            "--sampling",
+            help="uniform, bss-h, anti-curriculum, bss-l, dus-h, dus-rl, smv, class-balanced or posterior. "
+            "\\[default: uniform]",
+        ),
+    ] = None,
+    balancing: Annotated[
+        str | None,
+        typer.Option(
+            "--balancing",
+            help="joint, sum, modality-dropout, gmm, ogm, ogm-ge, gblend, greedy, pmr, agm, mmpareto, mses, mslr or "
+            "mla. \\[default: joint]",
+        ),
+    ] = None,
+    fusion: Annotated[
+        str | None,
+        typer.Option(
+            "--fusion",
+            help="concat, late, gated, film, mmtm or shared. \\[default: concat, or what the balancing needs]",
+        ),
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Train one modality alone.")] = None,
+    init: Annotated[
+        str | None,
+        typer.Option("--init", help="Begin with another fine-tuning's weights: its name in the run, or a file."),
     ] = None,
     keep_posterior: Annotated[
         float | None,
@@ -210,8 +233,11 @@ def finetune(
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the samples. \\[default: 60]")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Samples a step. \\[default: 64]")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of AdamW. \\[default: 0.001]")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate. \\[default: 0.001]")] = None,
     name: Annotated[str | None, typer.Option("--name", help="The name of this fine-tuning.")] = None,
+    report_to: Annotated[
+        str | None, typer.Option("--report-to", help="tensorboard, wandb or mlflow; several with commas.")
+    ] = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     num_workers: WorkersOption = None,
@@ -220,7 +246,7 @@ def finetune(
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Train a fusion network on a manifest and test it, overall and by subset."""
+    """Train a network on a manifest and test it, overall and by subset. Works under torchrun as it stands."""
     from dataclasses import replace
 
     from .config import override
@@ -230,26 +256,62 @@ def finetune(
     settings = settings_of(config, set_, seed)
     chosen = override(
         settings.finetune,
-        fusion=fusion,
         sampling=sampling,
+        balancing=balancing,
+        fusion=fusion,
+        only=only,
+        init=init,
         keep_posterior=keep_posterior,
         epochs=epochs,
         batch_size=batch_size,
-        lr=lr,
+        report_to=None if report_to is None else tuple(report_to.split(",")),
     )
     with progress_bars() as progress:
         metrics = run_finetune(
             manifest,
             run=run,
             data=data,
-            config=replace(settings, finetune=chosen),
+            config=replace(settings, finetune=chosen, optim=override(settings.optim, lr=lr)),
             name=name,
             device=device,
             num_workers=num_workers,
             overwrite=overwrite,
             progress=progress,
         )
-    finish(metrics, json_, tell_finetune)
+    if os.environ.get("RANK", "0") == "0":
+        finish(metrics, json_, tell_finetune)
+
+
+@command
+def evaluate(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A finished fine-tuning: its name in the run.")],
+    run: RunOption = "mmaudit-run",
+    manifest: Annotated[
+        str | None,
+        typer.Option("--manifest", "-m", help="Test on another manifest's samples. \\[default: its own]"),
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="The data, if they moved.")] = None,
+    split: Annotated[str, typer.Option("--split", help="test, validation or train.")] = "test",
+    device: DeviceOption = "auto",
+    num_workers: WorkersOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Test a finished fine-tuning in full: by subset and class, and what each modality contributes."""
+    from .console import progress_bars, tell_evaluate
+    from .training import evaluate as run_evaluate
+
+    with progress_bars() as progress:
+        found = run_evaluate(
+            name,
+            run=run,
+            manifest=manifest,
+            data=data,
+            split=split,
+            device=device,
+            num_workers=num_workers,
+            progress=progress,
+        )
+    finish(found, json_, tell_evaluate)
 
 
 @command

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 
 from mmaudit.audit.encoding.features import EncodeTask, encode_dataset
-from mmaudit.audit.errors import ManifestError
+from mmaudit.audit.encoding.matrix import Inputs
+from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.audit.media.decode import MediaConfig
 from mmaudit.audit.score import ScoreTable
 from mmaudit.audit.source.dataset import Dataset, open_dataset
@@ -121,6 +123,10 @@ def load(source: Source, manifest: Manifest, dropped: pa.Table | None, **options
     return load_examples(manifest, dropped, samples=samples, statuses=statuses, tasks=source.tasks, **settings)
 
 
+def whole(inputs: Inputs) -> NDArray[Any]:
+    return np.asarray(inputs.read(np.arange(inputs.num_rows)))
+
+
 def ids(examples: Examples, split: str) -> set[str]:
     return set(examples.sample_id[examples.rows(split)])
 
@@ -129,7 +135,7 @@ def assert_equal(one: Examples, other: Examples) -> None:
     for field in fields(Examples):
         if field.name == "inputs":
             for a, b in zip(one.inputs, other.inputs, strict=True):
-                np.testing.assert_array_equal(a, b)
+                np.testing.assert_array_equal(whole(a), whole(b))
         else:
             np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
 
@@ -141,10 +147,12 @@ def test_rows_are_joined_by_id(write: Write) -> None:
     examples = load(source, manifest, dropped)
     assert examples.modalities == ("audio", "visual")
     assert len(examples.sample_id) == 40 + 4  # two of three, and the dropped among the twelve test samples
+    assert examples.shapes == ((4,), (2,))
+    audio, visual = (whole(each) for each in examples.inputs)
     for row, name in enumerate(examples.sample_id):
         number = int(name[1:])
-        np.testing.assert_array_equal(examples.inputs[0][row], np.float32(columns["audio"][number]))
-        np.testing.assert_array_equal(examples.inputs[1][row], np.float32(columns["visual"][number]))
+        np.testing.assert_array_equal(audio[row], np.float32(columns["audio"][number]))
+        np.testing.assert_array_equal(visual[row], np.float32(columns["visual"][number]))
         assert examples.class_names[examples.label[row]] == str(columns["label"][number])
         assert (examples.split[row] == "test") == (SPLITS[number] == "test")
 
@@ -230,7 +238,7 @@ def test_a_table_without_contents_is_not_checked(write: Write) -> None:
     manifest, dropped = split_of(scores_of(write(columns), content=None))
     columns["visual"][7] = [0.5, -0.5]
     examples = load(write(columns), manifest, dropped)
-    assert examples.inputs[1][examples.sample_id == "s007"].tolist() == [[0.5, -0.5]]
+    assert whole(examples.inputs[1])[examples.sample_id == "s007"].tolist() == [[0.5, -0.5]]
 
 
 def test_a_lost_sample_is_named(write: Write) -> None:
@@ -259,7 +267,7 @@ def test_a_modality_that_the_source_leaves_out_is_nan(write: Write) -> None:
     examples = load(source, *split_of(scores_of(source)))
     place = {name: row for row, name in enumerate(examples.sample_id)}
     assert {"s007", "s008", "s025", "s030"} <= place.keys()
-    for matrix, column in zip(examples.inputs, ("audio", "visual"), strict=True):
+    for matrix, column in zip(map(whole, examples.inputs), ("audio", "visual"), strict=True):
         assert matrix.dtype == np.float32
         for name, row in place.items():
             told = columns[column][int(name[1:])]
@@ -330,3 +338,13 @@ def test_an_unknown_split_is_refused(write: Write, odd: str | None) -> None:
     line = "have changed their split since the manifest was made" if odd else "holds 'None': train, validation or test"
     with pytest.raises(ManifestError, match=line):
         load(source, *split_of(replace(scores, split=split)))
+
+
+def test_one_modality_alone(write: Write) -> None:
+    source = write(columns_of())
+    examples = load(source, *split_of(scores_of(source)))
+    visual = examples.only("visual")
+    assert (visual.modalities, visual.shapes) == (("visual",), ((2,),))
+    np.testing.assert_array_equal(whole(visual.inputs[0]), whole(examples.inputs[1]))
+    with pytest.raises(ConfigError, match="--only vizual: did you mean visual"):
+        examples.only("vizual")

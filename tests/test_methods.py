@@ -1,0 +1,164 @@
+"""The contract of every sampler and every balancer, in all pairs that are admitted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import QUICK, examples_of, setting, stop_after, tune, untimed, weights
+
+from mmaudit.audit.errors import ConfigError
+from mmaudit.train import finetune
+from mmaudit.train.balancing.config import BALANCERS, BalancingConfig, GblendConfig, GmmConfig, MsesConfig
+from mmaudit.train.config import FinetuneConfig, TrainConfig
+from mmaudit.train.network import FusionNet
+from mmaudit.train.opening import blueprint_of
+from mmaudit.train.sampling.config import SAMPLERS, BssConfig, DusConfig, SamplingConfig, SmvConfig
+
+torch.set_num_threads(1)
+
+# Every method does what it is for within two epochs.
+ACTIVE = replace(
+    setting(QUICK, epochs=2),
+    balancing=BalancingConfig(
+        gmm=GmmConfig(warmup_epochs=1), gblend=GblendConfig(super_epoch=1), mses=MsesConfig(patience=1)
+    ),
+    sampling=SamplingConfig(
+        bss=BssConfig(every_epochs=1), smv=SmvConfig(every_epochs=1, warmup_epochs=1), dus=DusConfig(horizon=2)
+    ),
+)
+
+
+def admitted(sampling: str, balancing: str, **options: Any) -> bool:
+    try:
+        FinetuneConfig(sampling=sampling, balancing=balancing, **options)
+    except ConfigError:
+        return False
+    return True
+
+
+PAIRS = [(sampling, balancing) for sampling in SAMPLERS for balancing in BALANCERS if admitted(sampling, balancing)]
+
+
+def config_of(sampling: str, balancing: str, **options: Any) -> TrainConfig:
+    return setting(ACTIVE, sampling=sampling, balancing=balancing, **options)
+
+
+def test_most_pairs_are_admitted() -> None:
+    assert len(PAIRS) > 0.85 * len(SAMPLERS) * len(BALANCERS)
+    assert {name for name, _ in PAIRS} == set(SAMPLERS)
+    assert {name for _, name in PAIRS} == set(BALANCERS)
+
+
+@pytest.mark.parametrize(("sampling", "balancing"), PAIRS)
+def test_a_pair_trains_alike_again_and_after_an_interruption(tmp_path: Path, sampling: str, balancing: str) -> None:
+    config, examples = config_of(sampling, balancing), examples_of(80)
+    whole = tune(examples, tmp_path / "whole", config)
+    assert all(math.isfinite(value) for record in whole.history for value in record.values())
+    again = tune(examples, tmp_path / "again", config)
+    assert again.history == whole.history
+    with pytest.raises(KeyboardInterrupt):
+        tune(examples, tmp_path / "part", config, progress=stop_after(1))
+    resumed = tune(examples, tmp_path / "part", config)
+    assert resumed.history == whole.history
+    assert untimed(resumed) == untimed(again) == untimed(whole)
+    assert weights(tmp_path / "part") == weights(tmp_path / "again") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("sampling", "balancing"), PAIRS)
+def test_a_pair_moves_the_parameters_it_should_and_no_others(tmp_path: Path, sampling: str, balancing: str) -> None:
+    examples = examples_of(80)
+    config = config_of(sampling, balancing, freeze=("audio",), own_heads=balancing != "mla")
+    tune(examples, tmp_path, config)
+    torch.manual_seed(0)
+    before = FusionNet(blueprint_of(examples, config)).state_dict()
+    after = load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    fixed = {name for name in before if name.startswith("encoders.0.layers")}
+    assert still == fixed
+
+
+@pytest.mark.parametrize(("sampling", "balancing"), PAIRS)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_killed_within_an_epoch_goes_on_at_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: str, balancing: str, steps: int
+) -> None:
+    config, examples = config_of(sampling, balancing, save_steps=steps, batch_size=8), examples_of(80)
+    whole = tune(examples, tmp_path / "whole", config)
+    saved: list[Path] = []
+    save = finetune.save_state
+
+    def save_and_die(state: dict[str, Any], path: Path) -> None:
+        save(state, path)
+        saved.append(path)
+        if state["epoch"] == 2 and state["step"] >= 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "save_state", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        tune(examples, tmp_path / "part", config)
+    monkeypatch.setattr(finetune, "save_state", save)
+    resumed = tune(examples, tmp_path / "part", config)
+    assert resumed.history == whole.history
+    assert weights(tmp_path / "part") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("balancing", BALANCERS)
+def test_every_balancer_learns_what_is_planted(tmp_path: Path, balancing: str) -> None:
+    config = setting(QUICK, balancing=balancing, epochs=30, hidden=16)
+    found = tune(examples_of(240), tmp_path, config).metrics["test"]["all"]["branches"]
+    # MLA trains each modality alone: one bit each, and the surer one is right half the time or more.
+    assert found["fused"]["accuracy"] > (0.4 if balancing == "mla" else 0.9)
+
+
+@pytest.mark.parametrize("sampling", SAMPLERS)
+def test_every_sampler_learns_what_is_planted(tmp_path: Path, sampling: str) -> None:
+    config = setting(QUICK, sampling=sampling, balancing="sum", epochs=30, hidden=16)
+    found = tune(examples_of(240), tmp_path, config).metrics["test"]["all"]["branches"]
+    assert found["fused"]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("balancing", BALANCERS)
+def test_every_balancer_takes_three_modalities(tmp_path: Path, balancing: str) -> None:
+    config = config_of("uniform", balancing)
+    history = tune(examples_of(80, num_modalities=3), tmp_path, config).history
+    assert all(math.isfinite(record["train_loss"]) for record in history)
+
+
+@pytest.mark.parametrize("sampling", SAMPLERS)
+def test_every_sampler_takes_three_modalities(tmp_path: Path, sampling: str) -> None:
+    history = tune(examples_of(80, num_modalities=3), tmp_path, config_of(sampling, "sum")).history
+    assert all(math.isfinite(record["train_loss"]) for record in history)
+
+
+@pytest.mark.parametrize("balancing", ["joint", "sum"])
+def test_one_modality_alone_is_trained_by_the_same_loop(tmp_path: Path, balancing: str) -> None:
+    examples = examples_of(240).only("audio")
+    config = setting(QUICK, balancing=balancing, only="audio", epochs=25, hidden=16)
+    found = tune(examples, tmp_path, config).metrics["test"]["all"]["branches"]
+    assert set(found) == {"fused", "audio"}
+    assert 0.4 < found["fused"]["accuracy"] < 0.65  # one bit of two
+
+
+@pytest.mark.parametrize("balancing", sorted(set(BALANCERS) - {"joint", "sum"}))
+def test_a_balancer_between_modalities_refuses_one(tmp_path: Path, balancing: str) -> None:
+    with pytest.raises(ConfigError, match=f"--balancing {balancing} needs 2 modalities; the modalities are audio"):
+        tune(examples_of(80).only("audio"), tmp_path, config_of("uniform", balancing))
+
+
+@pytest.mark.parametrize("balancing", BALANCERS)
+def test_missing_modalities_and_weights_are_borne(tmp_path: Path, balancing: str) -> None:
+    examples = examples_of(80)
+    matrix = examples.inputs[0].read(np.arange(80)).copy()
+    matrix[::5] = np.nan
+    weight = np.linspace(0, 2, 80).astype(np.float32)
+    examples = replace(examples, inputs=(type(examples.inputs[1])(matrix=matrix), examples.inputs[1]), weight=weight)  # type: ignore[call-arg]
+    history = tune(examples, tmp_path, config_of("uniform", balancing)).history
+    assert all(math.isfinite(record["train_loss"]) for record in history)

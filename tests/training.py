@@ -1,0 +1,83 @@
+"""Small trainings for the tests: four classes of which each modality tells one bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.workers import Progress, silent
+from mmaudit.rebalance.curriculum import OrderConfig
+from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
+from mmaudit.train.examples import Examples
+from mmaudit.train.finetune import Finetuned, finetune_on
+
+QUICK = TrainConfig(
+    finetune=FinetuneConfig(epochs=5, batch_size=16, hidden=6),
+    optim=OptimConfig(lr=1e-2),
+    order=OrderConfig(grow_epochs=4),
+)
+
+
+def examples_of(n: int = 120, *, noise: float = 0.3, seed: int = 0, num_modalities: int = 2) -> Examples:
+    """Give four classes of which audio tells one bit and visual the other: neither modality alone knows the class."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 4, n)
+    bits = 2.0 * np.stack([label // 2, label % 2], axis=1) - 1
+    split = np.array([("train", "train", "validation", "test")[number % 4] for number in range(n)], dtype=object)
+    inputs = tuple(
+        MatrixInputs(matrix=(bits[:, [side % 2]] * np.ones(3) + noise * rng.standard_normal((n, 3))).astype(np.float32))
+        for side in range(num_modalities)
+    )
+    return Examples(
+        sample_id=np.array([f"s{number}" for number in range(n)], dtype=object),
+        inputs=inputs,
+        shapes=((3,),) * num_modalities,
+        content=np.array([f"c{number}" for number in range(n)], dtype=object),
+        modalities=("audio", "visual", "text", "touch")[:num_modalities],
+        label=label,
+        class_names=("a", "b", "c", "d"),
+        split=split,
+        rank=rng.permutation(n),
+        weight=np.ones(n, np.float32),
+        discrepancy=rng.uniform(-1, 1, n),
+        balance=rng.uniform(-1, 1, n),
+        p_balanced=rng.random(n),
+        chosen=np.arange(n) % 8 != 3,
+    )
+
+
+def setting(config: TrainConfig = QUICK, **options: Any) -> TrainConfig:
+    """Change settings by name, whichever of finetune and optim they stand in."""
+    of_finetune = {name: value for name, value in options.items() if name in FinetuneConfig.__dataclass_fields__}
+    of_optim = {name: value for name, value in options.items() if name not in of_finetune}
+    return replace(config, finetune=replace(config.finetune, **of_finetune), optim=replace(config.optim, **of_optim))
+
+
+def tune(examples: Examples, folder: Path, config: TrainConfig = QUICK, **options: Any) -> Finetuned:
+    """Train on the CPU in silence."""
+    settings: dict[str, Any] = {"between": "audio:visual", "seed": 0, "device": "cpu", "progress": silent}
+    return finetune_on(examples, folder, config=config, **{**settings, **options})
+
+
+def stop_after(epochs: int) -> Progress:
+    """Interrupt training after so many epochs."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if done == epochs:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def weights(folder: Path) -> bytes:
+    """Give the bytes of the model's file."""
+    return (folder / "model.safetensors").read_bytes()
+
+
+def untimed(found: Finetuned) -> dict[str, Any]:
+    """Give the metrics, but for the time that it took."""
+    return {name: value for name, value in found.metrics.items() if name != "seconds"}
