@@ -1,0 +1,133 @@
+"""Laws of the world: sums and joins are the same in every process, and shares one after another are the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import in_processes
+from torch import distributed
+
+from mmaudit.rebalance.curriculum import batch_of
+from mmaudit.train.world import ALONE, World, local_device, open_world
+
+torch.set_num_threads(1)
+
+# What each process holds follows from its rank alone, so that the sums are known here.
+SCRIPT = """
+import json, torch
+from mmaudit.train.world import open_world
+
+with open_world("cpu") as world:
+    r = world.rank
+    weight = torch.arange(6.0).view(2, 3) * (r + 1)
+    count = torch.tensor([r, 10 * r])
+    wide = torch.full((2, 1, 2, 3), float(r)).contiguous(memory_format=torch.channels_last)
+    halves = torch.tensor([0.5 * r], dtype=torch.float64)
+    scalar = torch.tensor(float(r))
+    world.sum_([weight, count, wide, halves, scalar])
+    world.sum_([])
+    rows = torch.arange(5)[world.slice(5)]
+    whole = torch.stack([rows, -rows])
+    few = torch.arange(2)[world.slice(2)]  # of three processes one has none
+    found = {
+        "rank": [world.rank, world.size, world.is_first],
+        "sums": [each.tolist() for each in (weight, count, wide, halves, scalar)],
+        "kinds": [str(each.dtype) for each in (weight, count, halves)],
+        "joined": world.gather(whole).tolist(),
+        "yes": world.gather(rows % 2 == 1).tolist(),
+        "few": world.gather(few.float()).tolist(),
+        "none": list(world.gather(torch.zeros(3, 0)).shape),
+        "uneven": world.gather(torch.full((r * r,), r)).tolist(),
+    }
+    world.wait()
+print(json.dumps({**found, "open": torch.distributed.is_initialized()}))
+"""
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def told(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = in_processes(SCRIPT, size=request.param)
+    return found
+
+
+def test_processes_know_who_they_are(told: list[dict[str, Any]]) -> None:
+    size = len(told)
+    assert [each["rank"] for each in told] == [[rank, size, rank == 0] for rank in range(size)]
+    assert not any(each["open"] for each in told)
+
+
+def test_sums_are_over_all_processes_and_alike_in_all(told: list[dict[str, Any]]) -> None:
+    total, size = sum(range(len(told))), len(told)
+    for each in told:
+        weight, count, wide, halves, scalar = each["sums"]
+        assert weight == (np.arange(6.0).reshape(2, 3) * (total + size)).tolist()
+        assert count == [total, 10 * total]
+        assert wide == np.full((2, 1, 2, 3), float(total)).tolist()
+        assert halves == [total / 2]
+        assert scalar == total
+        assert each["kinds"] == ["torch.float32", "torch.int64", "torch.float64"]
+
+
+def test_what_is_gathered_stands_in_the_order_of_the_ranks(told: list[dict[str, Any]]) -> None:
+    for each in told:
+        assert each["joined"] == [[0, 1, 2, 3, 4], [0, -1, -2, -3, -4]]
+        assert each["yes"] == [False, True, False, True, False]
+        assert each["few"] == [0.0, 1.0]
+        assert each["none"] == [3, 0]
+        assert each["uneven"] == [rank for rank in range(len(told)) for _ in range(rank * rank)]
+
+
+def test_alone_nothing_is_said_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with open_world("cpu") as world:
+        assert world == ALONE
+        assert (world.rank, world.size, world.is_first) == (0, 1, True)
+        one = torch.arange(3.0)
+        world.sum_([one])
+        world.wait()
+        assert one.tolist() == world.gather(one).tolist() == [0, 1, 2]
+        assert not distributed.is_initialized()
+
+
+@given(st.integers(0, 60), st.integers(1, 9))
+def test_shares_one_after_another_are_the_whole(number: int, size: int) -> None:
+    things = list(range(number))
+    shares = [things[World(rank=rank, size=size).slice(number)] for rank in range(size)]
+    assert [thing for share in shares for thing in share] == things
+    lengths = [len(share) for share in shares]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 9), st.data())
+def test_shares_are_the_cut_that_an_order_s_batches_have(
+    number: int, batch_size: int, size: int, data: st.DataObject
+) -> None:
+    order = np.random.default_rng(0).permutation(number)
+    step = data.draw(st.integers(0, (number - 1) // batch_size))
+    whole = batch_of(order, step=step, batch_size=batch_size)
+    for rank in range(size):
+        mine = batch_of(order, step=step, batch_size=batch_size, num_ranks=size, rank=rank)
+        assert mine.tolist() == whole[World(rank=rank, size=size).slice(len(whole))].tolist()
+
+
+@pytest.mark.parametrize(
+    ("device", "rank", "expected"),
+    [
+        ("cuda", "1", "cuda:1"),
+        ("cuda", None, "cuda"),
+        ("cuda:0", "1", "cuda:0"),
+        ("cpu", "1", "cpu"),
+    ],
+)
+def test_each_process_has_the_device_of_its_number(
+    device: str, rank: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert local_device(device) == expected
