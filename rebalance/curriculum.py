@@ -26,8 +26,6 @@ WEIGHTS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "softmax": np.exp,
 }
 
-DRAWS = ("order", "replacement")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderConfig:
@@ -74,18 +72,10 @@ class _Epoch:
     seed: int
     number: int
 
-    def hashed(self, key: Keys) -> Keys:
-        """Hash to another 64 bits for every seed and epoch: one to one, so that only equal keys stay equal."""
-        word = hash_rank([str(self.number)], seed=self.seed, purpose="order")[0]
-        hashed = np.empty_like(key)
-        for start in range(0, len(key), 2**15):  # within the cache: 2^24 keys in a third of the time
-            part = slice(start, start + 2**15)
-            hashed[part] = splitmix64(splitmix64(key[part] ^ word) ^ word)
-        return hashed
-
     def shuffled(self, rows: Rows) -> Rows:
         """Give rows in an order of this epoch's own."""
-        return rows[_sorted_rows(self.hashed(self.key[rows]), self.key[rows])]
+        key = self.key[rows]
+        return rows[_sorted_rows(_hashed(key, seed=self.seed, epoch=self.number), key)]
 
     def weight(self) -> NDArray[np.float64]:
         """Weights (n,) of the draws, above 0. Raises ManifestError where a score is missing or out of range."""
@@ -118,8 +108,7 @@ def order_of(
     Shuffles are made of whole numbers, and are alike on every machine; weighted draws are as alike as its logarithms.
     Raises ConfigError for an epoch before 1, ManifestError for columns that do not fit or lack what the order needs.
     """
-    if epoch < 1:
-        raise ConfigError(f"epoch {epoch}: epochs are counted from 1")
+    _check_epoch(epoch)
     for name, column in (("key", key), ("balance", balance)):
         if column is not None and column.shape != (len(rank),):
             raise ManifestError(
@@ -128,6 +117,25 @@ def order_of(
     if len(rank) == 0:
         raise ManifestError("there are no samples to order: the manifest is empty, or none of its rows is of the split")
     return ORDERS[config.order](_Epoch(rank=rank, balance=balance, key=key, config=config, seed=seed, number=epoch))
+
+
+def draw_rows(weight: NDArray[np.float64], *, key: Keys, draw: str, seed: int, epoch: int) -> Rows:
+    """Draw n of n rows for epoch 1, 2, ..., chances by weights (n,), which count up to a factor.
+
+    draw: "order", without replacement, so that all come and heavy ones rather early; "replacement", so that heavy ones
+    come rather often, and light ones perhaps not at all. key (n,): see `order_of`, of whose weighted order these are
+    the draws; what is drawn depends on ids, not on how rows stand. Raises ConfigError for an epoch before 1 or an
+    unknown draw, ManifestError for weights that are not above 0.
+    """
+    _check_epoch(epoch)
+    if draw not in DRAWS:
+        raise ConfigError(f"order.draw is {draw}: {choices(draw, DRAWS)}")
+    if key.shape != weight.shape or len(weight) == 0:
+        raise ManifestError(f"key has shape {key.shape} beside weights of shape {weight.shape}: take one manifest's")
+    wrong = np.flatnonzero(~((weight > 0) & np.isfinite(weight)))
+    if len(wrong):
+        raise ManifestError(f"{len(wrong)} weights are no number above 0 (row {wrong[0]} has {weight[wrong[0]]})")
+    return DRAWS[draw](weight, key, seed, epoch)
 
 
 def id_key(sample_id: Iterable[str]) -> Keys:
@@ -170,30 +178,45 @@ def _paced(now: _Epoch, rank: NDArray[np.integer]) -> Rows:
 
 
 def _weighted(now: _Epoch) -> Rows:
-    return _drawn_again(now) if now.config.draw == "replacement" else _drawn_once(now)
+    return DRAWS[now.config.draw](now.weight(), now.key, now.seed, now.number)
 
 
-def _drawn_once(now: _Epoch) -> Rows:
+def _drawn_once(weight: NDArray[np.float64], key: Keys, seed: int, epoch: int) -> Rows:
     """Draw without replacement, chances by weight: ascending E / w, E exponential (Efraimidis and Spirakis 2006).
 
     torch.multinomial would stop at 2^24 rows.
     """
-    waits = -np.log(_uniform(now.hashed(now.key))) / now.weight()
-    return _sorted_rows(waits.view(np.uint64), now.key)  # the bits of floats above 0 are in their order
+    waits = -np.log(_uniform(_hashed(key, seed=seed, epoch=epoch))) / weight
+    return _sorted_rows(waits.view(np.uint64), key)  # the bits of floats above 0 are in their order
 
 
-def _drawn_again(now: _Epoch) -> Rows:
+def _drawn_again(weight: NDArray[np.float64], key: Keys, seed: int, epoch: int) -> Rows:
     """Draw n rows with replacement, chances by weight: draw j turns chance j of the epoch over the sums up to a row.
 
     The chances are looked up in ascending order: one by one they took 25 s for 2^24 rows, all of it cache misses.
     """
-    by_key = _sorted_rows(now.key, now.key)
-    sums = np.cumsum(now.weight()[by_key])
-    chances = now.hashed(np.arange(len(by_key), dtype=np.uint64))
+    by_key = _sorted_rows(key, key)
+    sums = np.cumsum(weight[by_key])
+    chances = _hashed(np.arange(len(by_key), dtype=np.uint64), seed=seed, epoch=epoch)
     ascending = _sorted_rows(chances, chances)
     rows = np.empty_like(by_key)
     rows[ascending] = by_key[np.searchsorted(sums, _uniform(chances[ascending]) * sums[-1], side="right")]
     return rows
+
+
+def _hashed(key: Keys, *, seed: int, epoch: int) -> Keys:
+    """Hash to another 64 bits for every seed and epoch: one to one, so that only equal keys stay equal."""
+    word = hash_rank([str(epoch)], seed=seed, purpose="order")[0]
+    hashed = np.empty_like(key)
+    for start in range(0, len(key), 2**15):  # within the cache: 2^24 keys in a third of the time
+        part = slice(start, start + 2**15)
+        hashed[part] = splitmix64(splitmix64(key[part] ^ word) ^ word)
+    return hashed
+
+
+def _check_epoch(epoch: int) -> None:
+    if epoch < 1:
+        raise ConfigError(f"epoch {epoch}: epochs are counted from 1")
 
 
 def _uniform(words: Keys) -> NDArray[np.float64]:
@@ -225,4 +248,9 @@ ORDERS: dict[str, Callable[[_Epoch], Rows]] = {
     "anti-curriculum": lambda now: _paced(now, ~now.rank),  # -1 - rank: no overflow, and the same ties
     "shuffled": lambda now: now.shuffled(np.arange(len(now.rank))),
     "weighted": _weighted,
+}
+
+DRAWS: dict[str, Callable[[NDArray[np.float64], Keys, int, int], Rows]] = {  # see draw_rows
+    "order": _drawn_once,
+    "replacement": _drawn_again,
 }

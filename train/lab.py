@@ -20,9 +20,10 @@ Loss = Callable[[Outputs, Batch], Tensor]
 class Lab(Protocol):
     """Readings of the model, in eval mode and without augmentation, on training or validation samples.
 
-    Every process reads a share, and all get the whole.
+    Every process reads a share, and all get the whole. net: the model in training.
     """
 
+    net: FusionNet
     num_train: int
 
     def read(self, what: Reading, *, rows: Rows | None = None, net: FusionNet | None = None) -> Tensor:

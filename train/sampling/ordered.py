@@ -1,76 +1,59 @@
-"""The sampling axis: which samples, in which order, does an epoch see?"""
+"""Orders: which samples does an epoch pass over once, shuffled, by what the manifest knows of them?"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.errors import ConfigError
-from ..rebalance.curriculum import OrderConfig, order_of
+from ...rebalance.curriculum import order_of
+from ..batches import Rows, Step, cut_order
+from .sampler import Sampler
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingConfig:
-    """Constants of the samplers. Those of BSS-H are the paper's."""
+class Ordered(Sampler):
+    """An epoch is an order of rows, cut into batches."""
 
-    pacing_start: float = 0.1  # BSS-H: share of the samples at epoch 0
-    pacing_epochs: int = 40  # BSS-H: epoch from which every sample is seen
+    @abstractmethod
+    def rows(self, epoch: int) -> Rows:
+        """Give the rows (n',) that epoch 1, 2, ... sees, in order."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.pacing_start <= 1:
-            raise ConfigError(f"sampling.pacing_start is {self.pacing_start}; a share lies in (0, 1]")
-        if self.pacing_epochs < 1:
-            raise ConfigError(f"sampling.pacing_epochs is {self.pacing_epochs}; it must be at least 1")
+    def steps(self, epoch: int, *, after: int = 0) -> Iterator[Step]:
+        """Cut the order into steps of the batch size; the last may be smaller."""
+        return iter(cut_order(self.rows(epoch), batch_size=self.batch_size, after=after))
 
-
-class Sampler(Protocol):
-    """An order of training rows for each epoch: a pure function, so that a resumed run sees the same."""
-
-    def rows(self, epoch: int) -> NDArray[np.int64]:
-        """Give the rows that epoch 1, 2, ... sees, in order."""
+    def in_order(self, name: str, epoch: int, *, balance: NDArray[np.float64] | None = None) -> Rows:
+        """Give the rows of the order of that name, one of ORDERS: what `mmaudit order` shows. balance: see order_of."""
+        pool, config = self.pool, replace(self.order, order=name)
+        return order_of(rank=pool.rank, key=pool.key, balance=balance, config=config, seed=self.seed, epoch=epoch)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ordered:
-    """The samples in the order of a config: what `order_of` gives, epoch by epoch."""
-
-    rank: NDArray[np.integer]
-    key: NDArray[np.uint64]
-    seed: int
-    config: OrderConfig
-
-    def rows(self, epoch: int) -> NDArray[np.int64]:
-        """Give the rows that this epoch's order holds."""
-        return order_of(rank=self.rank, key=self.key, config=self.config, seed=self.seed, epoch=epoch)
-
-
-class SamplerMaker(Protocol):
-    """A sampler from the ranks of the training rows (n,), 0 = most balanced, a seed and the constants."""
-
-    def __call__(
-        self,
-        rank: NDArray[np.integer],
-        seed: int,
-        config: SamplingConfig,
-        /,
-        *,
-        key: NDArray[np.uint64],
-    ) -> Sampler:
-        """Make it. key (n,): hash of the ids, as `id_key` gives it."""
-
-
-def _uniform(rank: NDArray[np.integer], seed: int, config: SamplingConfig, /, *, key: NDArray[np.uint64]) -> Sampler:
+class Uniform(Ordered):
     """Every sample once an epoch, shuffled."""
-    return Ordered(rank=rank, key=key, seed=seed, config=OrderConfig(order="shuffled"))
+
+    def rows(self, epoch: int) -> Rows:
+        """Shuffle all rows."""
+        return self.in_order("shuffled", epoch)
 
 
-def _bss_h(rank: NDArray[np.integer], seed: int, config: SamplingConfig, /, *, key: NDArray[np.uint64]) -> Sampler:
-    """BSS-H (arXiv 2501.01470): one pass, shuffled, over the most balanced share of the samples, which grows."""
-    order = OrderConfig(start=config.pacing_start, grow_epochs=config.pacing_epochs)
-    return Ordered(rank=rank, key=key, seed=seed, config=order)
+class BssH(Ordered):
+    """BSS-H (arXiv 2501.01470): a pass over the most balanced share of the samples, which grows.
+
+    The share of epoch t is lambda(t) by `order.pacing`, `order.start` and `order.grow_epochs`, by default the paper's:
+    0.186 at t = 1, and all from t = 40 on.
+    """
+
+    def rows(self, epoch: int) -> Rows:
+        """Shuffle the most balanced floor(n lambda(epoch)) rows."""
+        return self.in_order("curriculum", epoch)
 
 
-SAMPLERS: dict[str, SamplerMaker] = {"uniform": _uniform, "bss-h": _bss_h}
+class AntiCurriculum(Ordered):
+    """The control of BSS-H: the least balanced share comes first. It should hurt."""
+
+    def rows(self, epoch: int) -> Rows:
+        """Shuffle the least balanced floor(n lambda(epoch)) rows."""
+        return self.in_order("anti-curriculum", epoch)

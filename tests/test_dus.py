@@ -1,0 +1,344 @@
+"""Laws of DUS: the running mean, the discrepancy and the quantities by hand, and who hears which rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.measures import discrepancy
+from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
+from mmaudit.train.batches import Batch, Step, to_batch
+from mmaudit.train.lab import Lab
+from mmaudit.train.network import Blueprint, FusionNet, Outputs
+from mmaudit.train.sampling.config import DusConfig, SamplingConfig
+from mmaudit.train.sampling.dus import Dus, DusH, DusRl, cumulative_discrepancy, lagging_quantities
+from mmaudit.train.sampling.sampler import Pool
+from mmaudit.train.world import ALONE, World
+
+torch.set_num_threads(1)
+
+N, B = 100, 16
+CONFIDENCES = st.lists(st.floats(0.01, 1), min_size=2, max_size=4)
+
+
+def sampler_of(
+    type_: type[Dus] = DusH, *, num_modalities: int = 2, world: World = ALONE, batch_size: int = B, **changes: Any
+) -> Dus:
+    none = np.full(N, np.nan)
+    pool = Pool(
+        key=id_key(f"s{row}" for row in range(N)),
+        rank=np.arange(N),
+        balance=none,
+        p_balanced=none,
+        label=np.zeros(N, np.int64),
+        num_classes=2,
+        num_modalities=num_modalities,
+    )
+    config = SamplingConfig(dus=DusConfig(**changes))
+    return type_(pool, config, OrderConfig(), batch_size=batch_size, seed=0, world=world)
+
+
+def lab_of(fusion: str = "concat", *, own_heads: bool = False) -> Lab:
+    plan = Blueprint(
+        modalities=("audio", "visual"),
+        shapes=((2,), (2,)),
+        classes=("x", "y"),
+        fusion=fusion,
+        own_heads=own_heads,
+        hidden=4,
+    )
+    return cast(Lab, SimpleNamespace(net=FusionNet(plan)))
+
+
+def answer(
+    step: Step, confidence: Sequence[float] | NDArray[np.float64], *, world: World = ALONE
+) -> tuple[Outputs, Batch]:
+    """Let the fused answer and each modality be as confident in class 0 of 2 as said: (1 + m,) or (1 + m, n)."""
+    c = np.asarray(confidence, dtype=np.float64)
+    m = len(c) - 1
+    c = np.broadcast_to(c.reshape(1 + m, -1), (1 + m, N))
+    inputs = tuple(torch.zeros(len(step.share(world).rows), 1) for _ in range(m))
+    label = torch.zeros(N, dtype=torch.int64)
+    batch = to_batch(step, inputs, label=label, weight=np.ones(N, np.float32), world=world)
+    logits = torch.from_numpy(np.stack([np.log(c), np.log1p(-c)], axis=2))[:, batch.rows]
+    return Outputs(logits[0], logits[1:], ()), batch
+
+
+def observe(sampler: Dus, confidence: Sequence[float]) -> None:
+    sampler.observe(*answer(Step(rows=np.arange(B)), confidence))
+
+
+def shuffled(sampler: Dus, *, epoch: int = 1) -> NDArray[np.int64]:
+    pool = sampler.pool
+    return order_of(rank=pool.rank, key=pool.key, config=OrderConfig(order="shuffled"), seed=0, epoch=epoch)
+
+
+def heard_by(step: Step, modality: int) -> list[int]:
+    rows = step.rows if step.present is None else step.rows[step.present[:, modality]]
+    return sorted(rows.tolist())
+
+
+# --- what is measured
+
+
+def test_the_cumulative_confidence_is_the_running_mean_from_the_start() -> None:
+    sampler = sampler_of()
+    told = [(0.5, 0.9, 0.1), (0.5, 0.6, 0.4), (0.8, 0.3, 0.1)]
+    for confidence in told:
+        observe(sampler, confidence)
+    assert sampler.confidence == pytest.approx([(0.9 + 0.6 + 0.3) / 3, (0.1 + 0.4 + 0.1) / 3])
+    assert sampler.fused == pytest.approx(0.6)
+    numbers = sampler.numbers()
+    assert numbers["cumulative_confidence_0"] == pytest.approx(0.6)
+    assert numbers["cumulative_discrepancy_0"] == pytest.approx(0.4)
+    assert numbers["cumulative_discrepancy_1"] == pytest.approx(-0.4)
+
+
+def test_each_step_counts_the_same_and_within_it_those_who_are_heard() -> None:
+    sampler = sampler_of()
+    each = np.full((3, N), 0.5)
+    each[1] = np.linspace(0.1, 0.9, N)
+    rows = np.array([0, 99, 50, 20])
+    present = np.array([[True, True], [True, True], [False, True], [True, False]])
+    step = Step(rows=rows, present=present, fused=present[:, 0] & present[:, 1])
+    sampler.observe(*answer(step, each))
+    assert sampler.confidence == pytest.approx([each[1, [0, 99, 20]].mean(), 0.5])
+
+
+def test_the_discrepancy_by_hand() -> None:
+    assert cumulative_discrepancy([0.7, 0.2]) == pytest.approx([0.5, -0.5])
+    assert cumulative_discrepancy([0.9, 0.3, 0.6]) == pytest.approx([0.45, -0.45, 0.0])
+
+
+@given(CONFIDENCES)
+def test_the_discrepancy_is_that_of_the_audit(confidence: list[float]) -> None:
+    found = cumulative_discrepancy(confidence)
+    audited = discrepancy(np.array([confidence], dtype=np.float32)).ravel()
+    assert found[: len(audited)] == pytest.approx(audited.tolist(), abs=1e-6)
+    assert sum(found) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_step_that_overflowed_says_nothing() -> None:
+    sampler = sampler_of()
+    observe(sampler, (0.5, 0.8, 0.2))
+    before = sampler.state_dict()
+    outputs, batch = answer(Step(rows=np.arange(B)), (0.5, 0.5, 0.5))
+    sampler.observe(outputs._replace(unimodal=outputs.unimodal * float("nan")), batch)
+    assert sampler.state_dict() == before
+
+
+@dataclass(frozen=True)
+class Second(World):
+    """The second of two processes; the first one has sent `other` already."""
+
+    other: tuple[float, ...] = ()
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            tensor += torch.tensor(self.other, dtype=tensor.dtype)
+
+
+def test_processes_observe_what_one_would() -> None:
+    each = np.random.default_rng(0).uniform(0.1, 0.9, (3, N))
+    present = np.random.default_rng(1).random((11, 2)) < 0.6
+    step = Step(rows=np.arange(11), present=present, fused=present[:, 0] & present[:, 1])
+    whole = sampler_of()
+    whole.observe(*answer(step, each))
+    outputs, batch = answer(step, each, world=World(rank=0, size=2))
+    sent = (outputs.confidence(batch.label) * batch.part).sum(dim=1)
+    second = sampler_of(world=Second(rank=1, size=2, other=tuple(sent.tolist())))
+    second.observe(*answer(step, each, world=World(rank=1, size=2)))
+    assert second.confidence == pytest.approx(whole.confidence)
+    assert second.fused == pytest.approx(whole.fused)
+    assert second.quantities == whole.quantities
+
+
+# --- how many
+
+
+@pytest.mark.parametrize(
+    ("confidence", "quantities"),
+    [
+        ([0.6, 0.4], [51, 77]),  # mean 0.5: 64 (1 - 0.2) = 51.2, 64 (1 + 0.2) = 76.8
+        ([0.9, 0.1], [16, 115]),  # 64 (1 - 0.8) = 12.8, not below 16; 64 * 1.8 = 115.2
+        ([0.51, 0.495], [64, 64]),  # 0.015 apart: in the dead zone
+        ([0.515, 0.485], [62, 66]),
+        ([0.9, 0.3, 0.3], [16, 90, 90]),  # mean 0.5: 64 * 0.2 = 12.8; 64 * 1.4 = 89.6
+        ([0.0, 0.0], [64, 64]),
+    ],
+)
+def test_quantities_by_hand(confidence: list[float], quantities: list[int]) -> None:
+    assert lagging_quantities(confidence, batch_size=64, config=DusConfig()) == quantities
+
+
+def test_quantities_with_other_constants_by_hand() -> None:
+    config = DusConfig(kappa=2.0, least=0.5, most=1.5, dead_zone=0.3)
+    assert lagging_quantities([0.6, 0.4], batch_size=10, config=config) == [10, 10]
+    assert lagging_quantities([0.75, 0.25], batch_size=10, config=config) == [5, 15]
+    assert lagging_quantities([0.7, 0.3], batch_size=1, config=DusConfig(least=0.01, most=1.0)) == [1, 1]
+
+
+@given(CONFIDENCES, st.integers(1, 300))
+def test_who_lags_is_given_no_less(confidence: list[float], batch_size: int) -> None:
+    config = DusConfig()
+    found = lagging_quantities(confidence, batch_size=batch_size, config=config)
+    by_confidence = [number for _, number in sorted(zip(confidence, found, strict=True), reverse=True)]
+    assert all(1 <= number <= 2 * batch_size for number in found)
+    assert all(number >= round(batch_size / 4) for number in found)
+    assert by_confidence == sorted(by_confidence)
+
+
+# --- who hears what
+
+
+def test_paired_steps_hear_the_first_rows_of_one_pass() -> None:
+    sampler = sampler_of()
+    order = shuffled(sampler)
+    steps = sampler.steps(1)
+    first = next(steps)
+    assert first.rows.tolist() == order[:B].tolist()
+    assert first.present is None
+    assert first.fused is None
+    observe(sampler, (0.5, 0.6, 0.4))  # 16 * 0.8 = 12.8, 16 * 1.2 = 19.2
+    second = next(steps)
+    after = order[B:]
+    assert sorted(second.rows.tolist()) == sorted(after[:19].tolist())
+    assert heard_by(second, 0) == sorted(after[:13].tolist())
+    assert heard_by(second, 1) == sorted(after[:19].tolist())
+    assert second.fused is not None
+    assert sorted(second.rows[second.fused].tolist()) == sorted(after[:13].tolist())
+    assert sorted(next(steps).rows.tolist()) == sorted(after[19:38].tolist())
+
+
+@pytest.mark.parametrize("confidence", [(0.5, 0.6, 0.4), (0.5, 0.1, 0.9), (0.5, 0.5, 0.5)])
+def test_an_epoch_of_pairs_passes_over_every_row_once(confidence: tuple[float, ...]) -> None:
+    sampler = sampler_of()
+    rows: list[int] = []
+    for step in sampler.steps(1):
+        rows += step.rows.tolist()
+        observe(sampler, confidence)
+    assert sorted(rows) == list(range(N))
+
+
+def test_the_last_step_gives_each_modality_what_is_left() -> None:
+    sampler = sampler_of(batch_size=48)
+    observe(sampler, (0.5, 0.8, 0.4))  # 48 (1 - 1/3) = 32, 48 (1 + 1/3) = 64
+    first, last = list(sampler.steps(1))
+    assert len(first.rows) == 64
+    assert len(last.rows) == 36
+    assert len(heard_by(last, 0)) == 32
+    assert len(heard_by(last, 1)) == 36
+    assert sampler.numbers()["samples_0"] == 32
+    assert sampler.numbers()["samples_1"] == 50
+
+
+def test_without_pairs_each_modality_passes_over_rows_of_its_own() -> None:
+    sampler = sampler_of(paired=False)
+    observe(sampler, (0.5, 0.6, 0.4))
+    steps = list(sampler.steps(1))
+    heard: list[list[int]] = [[], []]
+    for number, step in enumerate(steps):
+        assert step.present is not None
+        assert step.fused is not None
+        assert (step.present.sum(axis=1) == 1).all()
+        assert not step.fused.any()
+        for modality in range(2):
+            heard[modality] += step.rows[step.present[:, modality]].tolist()
+        if number < len(steps) - 1:
+            assert step.present.sum(axis=0).tolist() == [13, 19]
+    assert len(heard[1]) == N  # the lagging one's pass ends first
+    assert len(heard[0]) == 6 * 13
+    assert all(len(set(each)) == len(each) for each in heard)
+    assert heard[0] != heard[1][: len(heard[0])]
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@given(st.floats(0.1, 0.9), st.floats(0.1, 0.9), st.integers(2, 5))
+def test_processes_share_every_modality_evenly(paired: bool, audio: float, visual: float, size: int) -> None:
+    sampler = sampler_of(paired=paired, batch_size=30)
+    observe(sampler, (0.5, audio, visual))
+    step = next(sampler.steps(1))
+    present = np.ones((len(step.rows), 2), bool) if step.present is None else step.present
+    shares = [present[World(rank=rank, size=size).slice(len(present))].sum(axis=0) for rank in range(size)]
+    assert (np.ptp(shares, axis=0) <= 3).all()
+    assert np.min(shares) >= 1
+
+
+def test_without_pairs_only_a_sum_of_what_each_says_can_be_learned() -> None:
+    for lab in (lab_of("concat"), lab_of("late"), lab_of("shared")):
+        sampler_of(paired=False).begin_epoch(1, lab)
+    for lab, name in (
+        (lab_of("gated"), "gated;"),
+        (lab_of("mmtm"), "mmtm;"),
+        (lab_of("concat", own_heads=True), "concat beside each modality's own head;"),
+    ):
+        sampler_of().begin_epoch(1, lab)
+        with pytest.raises(ConfigError, match=f"nothing else teaches the classifier of --fusion {name}"):
+            sampler_of(paired=False).begin_epoch(1, lab)
+
+
+def test_columns_of_history_are_named_by_modality() -> None:
+    sampler = sampler_of()
+    sampler.begin_epoch(1, lab_of())
+    assert {name.rpartition("_")[2] for name in sampler.numbers()} == {"audio", "visual"}
+
+
+# --- the learned quantities
+
+
+def test_the_policy_chooses_multiples_of_the_batch_size() -> None:
+    sampler = sampler_of(DusRl)
+    assert sampler.quantities == [B, B]
+    seen = set()
+    for _ in range(60):
+        observe(sampler, (0.5, 0.6, 0.4))
+        seen |= set(sampler.quantities)
+    assert seen == {8, 12, 16, 20, 24}
+
+
+def test_least_and_most_bound_the_policy_too() -> None:
+    sampler = sampler_of(DusRl, least=0.75, most=1.25)
+    seen = set()
+    for _ in range(60):
+        observe(sampler, (0.5, 0.6, 0.4))
+        seen |= set(sampler.quantities)
+    assert seen == {12, 16, 20}
+
+
+@pytest.mark.parametrize("eta", [0.0, 2.0])
+def test_the_reward_by_hand(eta: float) -> None:
+    """|D| falls from 0.4 to 0.3, while the fused answer's cumulative confidence rises from 0.5 to 0.6."""
+    sampler = sampler_of(DusRl, eta=eta)
+    observe(sampler, (0.5, 0.8, 0.4))
+    assert sampler.numbers()["policy_reward"] == 0
+    observe(sampler, (0.7, 0.6, 0.4))  # s_hat = 0.7, 0.4
+    assert sampler.numbers()["policy_reward"] == pytest.approx(0.1 * (0.1 + eta * 0.1))
+
+
+def test_of_three_modalities_the_largest_discrepancy_counts() -> None:
+    sampler = sampler_of(DusRl, num_modalities=3, eta=0.0)
+    observe(sampler, (0.5, 0.9, 0.3, 0.3))  # D = 0.6, -0.3, -0.3
+    observe(sampler, (0.5, 0.3, 0.3, 0.3))  # s_hat = 0.6, 0.3, 0.3: D = 0.3, -0.15, -0.15
+    assert sampler.numbers()["policy_reward"] == pytest.approx(0.1 * 0.3)
+
+
+def test_the_policy_is_that_of_the_seed_in_all_processes() -> None:
+    drawn: list[tuple[int, ...]] = []
+    for world in (ALONE, World(rank=0, size=1)):
+        torch.manual_seed(len(drawn))
+        sampler = sampler_of(DusRl, world=world)
+        for _ in range(20):
+            observe(sampler, (0.5, 0.6, 0.4))
+            drawn.append(tuple(sampler.quantities))
+    assert drawn[:20] == drawn[20:]

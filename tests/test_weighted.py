@@ -1,0 +1,102 @@
+"""Laws of the weighted draws: chances by class and by posterior, to the letter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import chisquare
+
+from mmaudit.audit.errors import ConfigError, ManifestError
+from mmaudit.rebalance.curriculum import OrderConfig, draw_rows, id_key, order_of
+from mmaudit.train.sampling.config import SamplingConfig
+from mmaudit.train.sampling.sampler import Pool, Sampler, build_sampler
+from mmaudit.train.world import ALONE
+
+
+def sampler_of(name: str, *, order: OrderConfig | None = None, **columns: NDArray[Any]) -> Sampler:
+    n = len(next(iter(columns.values())))
+    filled: dict[str, NDArray[Any]] = {
+        "balance": np.full(n, np.nan),
+        "p_balanced": np.full(n, np.nan),
+        "label": np.zeros(n, np.int64),
+        **columns,
+    }
+    key = id_key(f"s{row}" for row in range(n))
+    pool = Pool(key=key, rank=np.zeros(n, np.int64), **filled, num_classes=4, num_modalities=2)
+    return build_sampler(name, pool, SamplingConfig(), order or OrderConfig(), batch_size=32, seed=1, world=ALONE)
+
+
+def rows_of(sampler: Sampler, epoch: int = 1) -> NDArray[np.int64]:
+    return np.concatenate([step.rows for step in sampler.steps(epoch)])
+
+
+def test_classes_are_drawn_alike_and_samples_alike_within_them() -> None:
+    label = np.repeat([0, 1, 3], [2_000, 300, 100])  # no sample of class 2
+    sampler = sampler_of("class-balanced", label=label)
+    drawn = np.concatenate([rows_of(sampler, epoch) for epoch in range(1, 11)])
+    assert len(drawn) == 10 * len(label)
+    assert chisquare(np.bincount(label[drawn])[[0, 1, 3]]).pvalue > 1e-3
+    assert chisquare(np.bincount(drawn, minlength=len(label))[-100:]).pvalue > 1e-3
+
+
+def test_a_balanced_set_is_drawn_uniformly() -> None:
+    drawn = rows_of(sampler_of("class-balanced", label=np.arange(4_000) % 4))
+    left_out = 4_000 - len(set(drawn.tolist()))
+    assert left_out == pytest.approx(4_000 / math.e, abs=4 * math.sqrt(4_000 / math.e))
+
+
+def test_posteriors_are_chances_of_draws_with_replacement() -> None:
+    p = np.repeat([0.0, 0.005, 0.25, 1.0], 500)
+    drawn = rows_of(sampler_of("posterior", order=OrderConfig(draw="replacement"), p_balanced=p))
+    assert len(drawn) == len(p)
+    chance = np.array([0.01, 0.01, 0.25, 1.0])
+    assert chisquare(np.bincount(drawn // 500, minlength=4), len(p) * chance / chance.sum()).pvalue > 1e-3
+
+
+def test_in_an_order_everybody_comes_and_the_likely_balanced_come_early() -> None:
+    p = np.repeat([0.0, 1.0], 500)
+    drawn = rows_of(sampler_of("posterior", p_balanced=p))
+    assert sorted(drawn.tolist()) == list(range(1_000))
+    # Efraimidis-Spirakis: P(the first is likely) = 1 / 1.01; half way down, few of the unlikely have come.
+    assert p[drawn[:250]].mean() > 0.95
+    assert p[drawn[-250:]].mean() == 0
+
+
+def test_a_posterior_of_zero_everywhere_draws_uniformly() -> None:
+    uniform = sampler_of("posterior", p_balanced=np.full(20, 0.5))
+    assert rows_of(sampler_of("posterior", p_balanced=np.zeros(20))).tolist() == rows_of(uniform).tolist()
+
+
+def test_a_manifest_without_posteriors_is_refused_with_the_mend() -> None:
+    with pytest.raises(ManifestError, match=r"1 of 3 training samples have none .*rescore with mmaudit score"):
+        sampler_of("posterior", p_balanced=np.array([0.2, np.nan, 0.3]))
+
+
+@pytest.mark.parametrize("draw", ["order", "replacement"])
+@pytest.mark.parametrize("weight", ["linear", "softmax"])
+def test_draws_by_balance_are_those_of_the_weighted_order(draw: str, weight: str) -> None:
+    balance, key = np.linspace(-1, 1, 100), id_key(map(str, range(100)))
+    weights = 1.01 + balance if weight == "linear" else np.exp(balance)
+    config = OrderConfig(order="weighted", draw=draw, weight=weight)
+    order = order_of(rank=np.zeros(100, np.int64), balance=balance, key=key, config=config, seed=5, epoch=2)
+    assert draw_rows(weights, key=key, draw=draw, seed=5, epoch=2).tolist() == order.tolist()
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
+def test_weights_are_numbers_above_0(wrong: float) -> None:
+    with pytest.raises(ManifestError, match=r"1 weights are no number above 0 \(row 1 has"):
+        draw_rows(np.array([1.0, wrong, 2.0]), key=id_key("abc"), draw="order", seed=0, epoch=1)
+
+
+def test_draws_are_checked_at_the_door() -> None:
+    weight, key = np.ones(3), id_key("abc")
+    with pytest.raises(ConfigError, match="did you mean replacement"):
+        draw_rows(weight, key=key, draw="replace", seed=0, epoch=1)
+    with pytest.raises(ConfigError, match="epochs are counted from 1"):
+        draw_rows(weight, key=key, draw="order", seed=0, epoch=0)
+    with pytest.raises(ManifestError, match="take one manifest's"):
+        draw_rows(weight, key=key[:2], draw="order", seed=0, epoch=1)
