@@ -1,0 +1,341 @@
+"""Laws of the update: a step is torch's own, whatever stands around it, and so in one process or two."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+from contextlib import redirect_stdout
+from typing import Any
+
+import pytest
+import torch
+from processes import in_processes
+from torch import Tensor, nn
+
+from mmaudit.train.config import OptimConfig
+from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
+from mmaudit.train.update import Update
+from mmaudit.train.world import ALONE
+
+torch.set_num_threads(1)
+
+PLAN = Blueprint(modalities=("audio", "visual"), shapes=((5,), (3,)), classes=tuple("abcd"), hidden=7, dropout=0.0)
+LABEL = torch.arange(11) % 4
+
+
+def net_of(**options: Any) -> FusionNet:
+    torch.manual_seed(0)
+    return FusionNet(Blueprint(**{**{name: getattr(PLAN, name) for name in PLAN.__slots__}, **options}))
+
+
+def update_of(net: FusionNet, **options: Any) -> Update:
+    settings: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.1, **options}
+    return Update(net, OptimConfig(**settings), device="cpu", world=ALONE)
+
+
+def some(step: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(11, 5, generator=generator), torch.randn(11, 3, generator=generator)]
+
+
+def loss_of(net: FusionNet, step: int = 0) -> Tensor:
+    fused, own = cross_entropies(net(some(step)), LABEL)
+    return fused.mean() + own.mean(dim=1).sum()
+
+
+def take_steps(update: Update, number: int = 3, *, first: int = 0) -> None:
+    for step in range(first, first + number):
+        update.begin_step(step)
+        with update.autocast():
+            loss = loss_of(update.net, step)
+        update.backward(loss)
+        update.apply()
+
+
+def plain(net: FusionNet, optimizer: torch.optim.Optimizer, *, clip_norm: float = 0.0) -> None:
+    for step in range(3):
+        loss = loss_of(net, step)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        if clip_norm:
+            nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
+        optimizer.step()
+
+
+def assert_equal(one: FusionNet, other: FusionNet) -> None:
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.3])
+def test_a_step_is_bit_for_bit_that_of_adamw(clip_norm: float) -> None:
+    net, other = net_of(), net_of()
+    take_steps(update_of(net, lr=3e-2, clip_norm=clip_norm))
+    plain(other, torch.optim.AdamW(other.parameters(), lr=3e-2, weight_decay=0.1), clip_norm=clip_norm)
+    assert_equal(net, other)
+    assert not torch.equal(net.get_parameter("fusion.bias"), net_of().get_parameter("fusion.bias"))
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.3])
+def test_a_step_is_bit_for_bit_that_of_sgd(clip_norm: float) -> None:
+    net, other = net_of(), net_of()
+    take_steps(update_of(net, optimizer="sgd", lr=3e-2, momentum=0.8, clip_norm=clip_norm))
+    optimizer = torch.optim.SGD(other.parameters(), lr=3e-2, momentum=0.8, weight_decay=0.1)
+    plain(other, optimizer, clip_norm=clip_norm)
+    assert_equal(net, other)
+
+
+def test_clipping_by_hand() -> None:
+    """All gradients together are brought to a length of 0.5, and SGD without momentum goes that far."""
+    net = net_of()
+    before = copy.deepcopy(net)
+    update = update_of(net, optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.5)
+    grads = update.gradients(loss_of(net), list(net.parameters()))
+    length = math.sqrt(sum(float(grad.square().sum()) for grad in grads))
+    take_steps(update, 1)
+    assert update.grad_norm is not None
+    assert update.grad_norm.item() == pytest.approx(length, rel=1e-5)
+    assert length > 1
+    for parameter, old, grad in zip(net.parameters(), before.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter, old - 0.1 * grad * 0.5 / length, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_below_the_norm_are_left_alone() -> None:
+    net, other = net_of(), net_of()
+    take_steps(update_of(net, clip_norm=1e6))
+    take_steps(update_of(other))
+    assert_equal(net, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        ({"schedule": "constant"}, [1, 1, 1, 1]),
+        ({"schedule": "cosine"}, [1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2]),
+        ({"schedule": "step", "lr_step": 2, "lr_fall": 0.1}, [1, 1, 0.1, 0.1]),
+        ({"schedule": "constant", "warmup_epochs": 2}, [1 / 3, 2 / 3, 1, 1]),
+    ],
+)
+def test_rates_by_epoch_and_modality(options: dict[str, Any], shares: list[float]) -> None:
+    """The common rate by the schedule; a modality's times its own factor and the method's; fusion's is the common."""
+    update = update_of(net_of(), lr=2e-3, modality_lr=("visual=0.5",), **options)
+    for epoch, share in enumerate(shares, start=1):
+        update.rate = [3.0, 10.0] if epoch > 1 else [1.0, 1.0]
+        assert update.begin_epoch(epoch, epochs=4) == pytest.approx(2e-3 * share)
+        rates = [group["lr"] for group in update.optimizer.param_groups]
+        factors = [3.0, 5.0, 1.0] if epoch > 1 else [1.0, 0.5, 1.0]
+        assert rates == pytest.approx([2e-3 * share * factor for factor in factors])
+
+
+@pytest.mark.parametrize("fusion", ["concat", "gated"])
+def test_every_parameter_moves_at_the_rate_of_its_modality(fusion: str) -> None:
+    net = net_of(fusion=fusion)
+    update = update_of(net, modality_lr=("audio=0.5",))
+    update.begin_epoch(1, epochs=4)
+    rate = {id(p): group["lr"] / 1e-3 for group in update.optimizer.param_groups for p in group["params"]}
+    expected = {id(p): 0.5 for p in net.parameters_of(0)}
+    assert rate == {id(p): expected.get(id(p), 1.0) for p in net.parameters()}
+    assert len(expected) == (6 if net.has_own_heads else 4)
+
+
+def test_a_rate_of_0_holds_a_modality_where_it_is() -> None:
+    net, before = net_of(), net_of()
+    update = update_of(net, modality_lr=("visual=0",))
+    update.begin_epoch(1, epochs=4)
+    take_steps(update)
+    moved = {name: not torch.equal(p, before.get_parameter(name)) for name, p in net.named_parameters()}
+    assert {name for name, m in moved.items() if not m} == {n for n in moved if n.startswith("encoders.1.")}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_frozen_modality_is_neither_moved_nor_decayed_nor_carried_on(optimizer: str) -> None:
+    """Not even by the momentum of the steps before; and thawed it moves again."""
+    net = net_of(own_heads=True)
+    update = update_of(net, optimizer=optimizer, lr=1e-2)
+    take_steps(update)
+    update.frozen = [False, True]
+    before = copy.deepcopy(net)
+    take_steps(update, first=3)
+    mine = {id(parameter) for parameter in net.parameters_of(1)}
+    assert len(mine) == 6
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter, before.get_parameter(name)) is (id(parameter) in mine), name
+    update.frozen = [False, False]
+    take_steps(update, 1, first=6)
+    assert all(not torch.equal(p, q) for p, q in zip(net.parameters_of(1), before.parameters_of(1), strict=True))
+
+
+def test_an_encoder_that_is_fixed_takes_no_part() -> None:
+    net, before = net_of(), net_of()
+    net.fix_encoders([0])
+    take_steps(update_of(net))
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter, before.get_parameter(name)) is name.startswith("encoders.0."), name
+
+
+def test_gradients_are_those_of_autograd_and_leave_no_trace() -> None:
+    net = net_of(own_heads=True)
+    update, every = update_of(net), list(net.parameters())
+    own = cross_entropies(net(some()), LABEL)[1]
+    found = update.gradients(own[0].mean(), every)
+    expected = torch.autograd.grad(own[0].mean(), every, retain_graph=True, allow_unused=True)
+    for grad, wanted, parameter in zip(found, expected, every, strict=True):
+        assert torch.equal(grad, torch.zeros_like(parameter) if wanted is None else wanted)
+    assert sum(wanted is None for wanted in expected) == 3  # the fused classifier has no part in it
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert update.gradients(own[1].mean(), [net.get_parameter("heads.1.bias")])[0].abs().max() > 0  # the graph is there
+
+
+def test_backward_replaces_what_was_there() -> None:
+    net = net_of()
+    update = update_of(net)
+    update.backward(loss_of(net, 0))
+    update.backward(loss_of(net, 1))
+    once = [parameter.grad for parameter in net.parameters()]
+    expected = update.gradients(loss_of(net, 1), list(net.parameters()))
+    assert all(grad is not None and torch.equal(grad, wanted) for grad, wanted in zip(once, expected, strict=True))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_half_precision_computes_in_it_and_learns_the_same(precision: str, dtype: torch.dtype) -> None:
+    net, other = net_of(), net_of()
+    half, full = (
+        update_of(each, precision=name, optimizer="sgd") for each, name in ((net, precision), (other, "auto"))
+    )
+    with half.autocast():
+        assert net.encode(some())[0].dtype == dtype
+        found = half.gradients(loss_of(net), list(net.parameters()))
+    with full.autocast():
+        assert other.encode(some())[0].dtype == torch.float32
+    expected = full.gradients(loss_of(other), list(other.parameters()))
+    for grad, wanted in zip(found, expected, strict=True):
+        assert grad.dtype == torch.float32
+        assert (grad - wanted).abs().max() < 0.05 * wanted.abs().max() + 1e-3  # unscaled, and rounded by 2^-8 at most
+    take_steps(half)
+    take_steps(full)
+    for one, two, start in zip(net.parameters(), other.parameters(), net_of().parameters(), strict=True):
+        assert one.dtype == torch.float32
+        assert (one - two).abs().max() < 0.1 * (two - start).abs().max() + 1e-5
+
+
+def test_a_step_of_float16_that_overflows_is_not_taken_and_the_next_is() -> None:
+    net, before = net_of(), net_of()
+    update = update_of(net, precision="float16", optimizer="sgd")
+    scale = update.state_dict()["scaler"]["scale"]
+    update.backward(loss_of(net) * 1e36)
+    update.apply()
+    assert_equal(net, before)
+    assert update.state_dict()["scaler"]["scale"] == scale / 2
+    take_steps(update, 1)
+    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters(), strict=True))
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd"}, {"precision": "float16"}])
+def test_a_state_goes_on_exactly(options: dict[str, Any]) -> None:
+    net = net_of()
+    update = update_of(net, **options)
+    update.rate, update.frozen = [0.5, 2.0], [False, False]
+    update.begin_epoch(1, epochs=4)
+    take_steps(update)
+    update.frozen = [True, False]
+    file = io.BytesIO()
+    torch.save({"net": net.state_dict(), "update": update.state_dict()}, file)
+    other = net_of()
+    resumed = update_of(other, **options)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    other.load_state_dict(state["net"])
+    resumed.load_state_dict(state["update"])
+    assert (resumed.rate, resumed.frozen) == ([0.5, 2.0], [True, False])
+    for each in (update, resumed):
+        each.begin_epoch(2, epochs=4)
+        take_steps(each, first=3)
+    assert_equal(net, other)
+
+
+def test_chance_follows_from_the_step_s_seed() -> None:
+    update = update_of(net_of(dropout=0.5))
+    drawn = []
+    for seed in (5, 6, 5):
+        update.begin_step(seed)
+        drawn.append([update.net(some()).fused.tolist(), torch.rand(3, generator=update.generator).tolist()])
+    assert drawn[0] == drawn[2]
+    assert drawn[0][0] != drawn[1][0]
+    assert drawn[0][1] != drawn[1][1]
+
+
+# Rows 0 to 10 over one process or two; visual is absent from all rows that the first of two has.
+SCRIPT = """
+import json, torch
+from mmaudit.train.config import OptimConfig
+from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
+from mmaudit.train.update import Update
+from mmaudit.train.world import open_world
+
+torch.set_num_threads(1)
+plan = Blueprint(modalities=("audio", "visual"), shapes=((5,), (3,)), classes=tuple("abcd"), hidden=7, dropout=0.0)
+with open_world("cpu") as world:
+    torch.manual_seed(0)
+    net = FusionNet(plan)
+    config = OptimConfig(schedule="constant", weight_decay=0.1, clip_norm=0.3, precision=PRECISION)
+    update = Update(net, config, device="cpu", world=world)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(11, 5, generator=generator), torch.randn(11, 3, generator=generator)]
+    present = torch.ones(11, 2, dtype=torch.bool)
+    present[:6, 1] = False
+    label, mine = torch.arange(11) % 4, world.slice(11)
+
+    def loss():
+        with update.autocast():
+            fused, own = cross_entropies(net([each[mine] for each in inputs], present[mine]), label[mine])
+        return fused.sum() / 11 + own[0].sum() / 11
+
+    asked = [g.double().norm().item() for g in update.gradients(loss(), list(net.parameters()))]
+    found, draws = [], []
+    for step in range(3):
+        update.begin_step(step)
+        draws.append([torch.rand(1).item(), torch.rand(1, generator=update.generator).item()])
+        update.frozen = [step == 2, False]
+        update.backward(loss() * (OVERFLOW if step == 1 and world.is_first else 1.0))
+        grads = [None if p.grad is None else p.grad.tolist() for p in net.parameters()]
+        update.apply()
+        found.append(grads)
+    weights = {name: p.tolist() for name, p in net.named_parameters()}
+    scale = update.state_dict()["scaler"].get("scale")
+print(json.dumps({"asked": asked, "grads": found[0], "none": [[g is None for g in each] for each in found],
+    "weights": weights, "draws": draws, "scale": scale}))
+"""
+
+
+def flat(nested: Any) -> list[float]:
+    return torch.tensor(nested).flatten().tolist() if nested is not None else []
+
+
+def test_two_processes_take_the_step_of_one() -> None:
+    """A process that has no row of a modality hears of its gradient all the same."""
+    script = SCRIPT.replace("PRECISION", '"float32"').replace("OVERFLOW", "1.0")
+    with redirect_stdout(io.StringIO()) as said:
+        exec(script, {})
+    alone = json.loads(said.getvalue())
+    first, second = in_processes(script, size=2)
+    assert first["weights"] == second["weights"]
+    assert first["none"] == second["none"] == alone["none"]
+    assert sum(alone["none"][2]) == 4  # of the frozen encoder
+    assert first["asked"] == pytest.approx(alone["asked"], rel=1e-5, abs=1e-7)
+    for two, one in zip(first["grads"], alone["grads"], strict=True):
+        assert flat(two) == pytest.approx(flat(one), rel=1e-4, abs=1e-6)
+    for name, values in alone["weights"].items():
+        assert flat(first["weights"][name]) == pytest.approx(flat(values), rel=1e-3, abs=1e-4)
+    assert first["draws"] != second["draws"]  # each process's own dropout ...
+    assert [draw[1] for draw in first["draws"]] == [draw[1] for draw in second["draws"]]  # ... and what all share
+
+
+def test_a_step_that_overflows_in_one_process_is_taken_in_none() -> None:
+    script = SCRIPT.replace("PRECISION", '"float16"').replace("OVERFLOW", "1e38")
+    first, second = in_processes(script, size=2)
+    assert first["weights"] == second["weights"]
+    assert first["scale"] == second["scale"] == 2**15
+    assert all(math.isfinite(value) for values in first["weights"].values() for value in flat(values))
