@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import in_processes
 from torch import distributed
@@ -94,6 +94,7 @@ def test_alone_nothing_is_said_and_nothing_changes(monkeypatch: pytest.MonkeyPat
         assert not distributed.is_initialized()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 9))
 def test_shares_one_after_another_are_the_whole(number: int, size: int) -> None:
     things = list(range(number))
@@ -103,6 +104,7 @@ def test_shares_one_after_another_are_the_whole(number: int, size: int) -> None:
     assert max(lengths) - min(lengths) <= 1
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 9), st.data())
 def test_shares_are_the_cut_that_an_order_s_batches_have(
     number: int, batch_size: int, size: int, data: st.DataObject
