@@ -50,6 +50,25 @@ def test_rows_are_seen_as_pictures_without_a_copy(shape: tuple[int, ...]) -> Non
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [SOUND, PICTURE, FRAMES])
+def test_no_rows_have_no_answers(shape: tuple[int, ...]) -> None:
+    assert network(shape)(to_pictures(some(shape, num=0), shape)).shape == (0, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [SOUND, PICTURE, FRAMES])
+def test_a_network_is_its_trunk_and_a_linear_head(shape: tuple[int, ...]) -> None:
+    """At a sixteenth of the width: 32 features, averaged over frames, never below 0 after the last ReLU."""
+    net, seen = network(shape), to_pictures(some(shape), shape)
+    features = net.trunk(seen)
+    assert features.shape == (5, net.trunk.num_features) == (5, 32)
+    assert features.dtype == torch.float32
+    assert (features >= 0).all()
+    assert (features > 0).any(dim=0).sum() > 16
+    torch.testing.assert_close(net(seen), features @ net.head.weight.T + net.head.bias, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_frames_are_averaged_whatever_their_order() -> None:
     seen = to_pictures(some(FRAMES), FRAMES)
     net = network(FRAMES)
