@@ -89,7 +89,8 @@ class Balancer(ABC):
         each = functional.cross_entropy(outputs.fused.float(), batch.label, reduction="none")
         loss = batch.mean_fused(each)
         if self.net.has_own_heads:
-            logits = self.net.alone([f.detach() for f in outputs.features])
+            with self.update.autocast():
+                logits = self.net.alone([f.detach() for f in outputs.features])
             own = torch.stack([functional.cross_entropy(z.float(), batch.label, reduction="none") for z in logits])
             loss = loss + batch.mean_own(own).sum()
         return loss
