@@ -1,0 +1,186 @@
+"""Laws of G-Blending: the paper's weights, what happens at their edges, when they are measured, what they weigh."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from mmaudit.train.balancing.config import BalancingConfig, GblendConfig
+from mmaudit.train.balancing.gblend import LEAST_OVERFIT, LEAST_WEIGHT, READ_ROWS, Gblend, blend_weights
+from mmaudit.train.batches import Batch, Step, to_batch
+from mmaudit.train.config import OptimConfig
+from mmaudit.train.lab import Loss, Reading, Rows
+from mmaudit.train.network import Blueprint, FusionNet, Outputs
+from mmaudit.train.update import Update
+from mmaudit.train.world import ALONE
+
+torch.set_num_threads(1)
+
+NUMBERS = st.lists(st.floats(-3, 3), min_size=3, max_size=3)
+
+
+def make(super_epoch: int = 2) -> Gblend:
+    torch.manual_seed(0)
+    net = FusionNet(
+        Blueprint(modalities=("audio", "visual"), shapes=((5,), (4,)), classes=("a", "b", "c"), hidden=6, dropout=0.0)
+    )
+    update = Update(net, OptimConfig(precision="float32"), device="cpu", world=ALONE)
+    config = BalancingConfig(gblend=GblendConfig(super_epoch=super_epoch, trial_epochs=3))
+    return Gblend(net, update, config, epochs=8)
+
+
+def draw(present: list[list[bool]] | None = None) -> Batch:
+    torch.manual_seed(1)
+    heard = None if present is None else np.array(present)
+    return to_batch(
+        Step(rows=np.arange(4), present=heard),
+        (torch.randn(4, 5), torch.randn(4, 4)),
+        label=torch.tensor([0, 1, 2, 1]),
+        weight=np.array([1, 2, 3, 2], dtype=np.float32),
+        world=ALONE,
+    )
+
+
+class Table:
+    """A laboratory in which copy k has losses that are written down: train and validation (k, 1 + m)."""
+
+    def __init__(self, train: list[list[float]], validation: list[list[float]], *, num_train: int = 10) -> None:
+        self.train, self.validation, self.num_train = train, validation, num_train
+        self.net = make().net
+        self.rows: list[Rows] = []
+        self.losses: list[float] = []
+        self.epochs: list[int] = []
+        self.copies: list[FusionNet] = []
+
+    def _row(self, table: list[list[float]], net: FusionNet | None) -> Tensor:
+        place = 0 if net is None else 1 + next(k for k, each in enumerate(self.copies) if each is net)
+        return torch.tensor(table[place])[:, None] + torch.tensor([-0.5, 0.5])  # two samples, of that mean
+
+    def read(self, what: Reading, *, rows: Rows | None = None, net: FusionNet | None = None) -> Tensor:
+        assert rows is not None
+        self.rows.append(rows)
+        return self._row(self.train, net)
+
+    def read_validation(self, what: Reading, *, net: FusionNet | None = None) -> Tensor:
+        return self._row(self.validation, net)
+
+    def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
+        balancer, batch = make(), draw()
+        self.losses.append(float(loss(balancer.net(batch.inputs), batch).detach()))
+        self.epochs.append(epochs)
+        self.copies.append(copy.deepcopy(balancer.net))
+        return self.copies[-1]
+
+
+# What each of the three copies gains in its own loss is on the diagonal; the rest must not matter.
+TRAIN = [[1.0, 1.1, 1.2], [0.2, 9, 9], [9, 0.9, 9], [9, 9, 0.7]]
+VALIDATION = [[1.0, 1.2, 1.3], [0.6, 9, 9], [9, 1.1, 9], [9, 9, 1.2]]
+GAIN = [0.4, 0.1, 0.1]
+OVERFIT = [0.4 - 0.0, 0.2 - 0.1, 0.5 - 0.1]
+
+
+def test_weights_are_the_published_ones() -> None:
+    weights = blend_weights([1.0, 0.5, 0.2], [0.5, 0.25, 0.4])
+    assert weights == pytest.approx(np.array([4, 8, 1.25]) / 13.25)
+
+
+def test_what_does_not_generalise_is_left_the_least_weight() -> None:
+    for bad in (-0.3, 0.0, float("nan"), float("-inf")):
+        weights = blend_weights([1.0, bad, 1.0], [0.5, 0.5, 0.5])
+        assert weights == pytest.approx(np.array([0.5, LEAST_WEIGHT, 0.5]) / (1 + LEAST_WEIGHT))
+
+
+def test_where_nothing_generalises_all_weigh_the_same() -> None:
+    assert blend_weights([-1.0, 0.0, float("nan")], [0.1, 0.2, 0.3]) == pytest.approx([1 / 3] * 3)
+
+
+def test_no_overfitting_counts_as_a_little() -> None:
+    floor = LEAST_OVERFIT * 0.5
+    expected = blend_weights([0.5, 0.4, 0.4], [floor, floor, 0.2])
+    assert blend_weights([0.5, 0.4, 0.4], [0.0, -7.0, 0.2]) == pytest.approx(expected)
+
+
+@given(NUMBERS, NUMBERS, st.floats(0.1, 10))
+def test_weights_sum_to_one_and_know_no_unit(gain: list[float], overfit: list[float], unit: float) -> None:
+    weights = blend_weights(gain, overfit)
+    assert weights.sum() == pytest.approx(1)
+    assert weights.min() > LEAST_WEIGHT / (1 + 3 * LEAST_WEIGHT) - 1e-9
+    if not any(0 < each < 1e-7 for each in gain):  # where the unit decides whether there is a gain at all
+        scaled = blend_weights([unit * each for each in gain], [unit * each for each in overfit])
+        assert scaled == pytest.approx(weights)
+
+
+def test_each_is_measured_on_a_copy_trained_for_it_alone() -> None:
+    balancer, lab = make(), Table(TRAIN, VALIDATION)
+    before = copy.deepcopy(balancer.net.state_dict())
+    balancer.begin_epoch(1, lab)
+    assert list(balancer.numbers()) == ["weight_fused", "weight_audio", "weight_visual"]
+    assert list(balancer.numbers().values()) == pytest.approx(blend_weights(GAIN, OVERFIT), rel=1e-5)
+    batch = draw()
+    outputs = balancer.net(batch.inputs)
+    logits = [outputs.fused, *outputs.unimodal]
+    assert lab.losses == pytest.approx([weighted(each, batch) for each in logits], rel=1e-5)
+    assert lab.epochs == [3, 3, 3]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in balancer.net.state_dict().items())
+
+
+def test_measures_once_in_a_super_epoch() -> None:
+    balancer, lab = make(super_epoch=3), Table(TRAIN, VALIDATION)
+    measured = []
+    for epoch in range(1, 8):
+        lab.copies.clear()
+        balancer.begin_epoch(epoch, lab)
+        measured.append(bool(lab.copies))
+    assert measured == [True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("num_train", [7, 10 * READ_ROWS])
+def test_reads_the_same_bounded_rows_every_time(num_train: int) -> None:
+    lab = Table(TRAIN, VALIDATION, num_train=num_train)
+    make().begin_epoch(1, lab)
+    assert len(np.unique(lab.rows[0])) == len(lab.rows[0]) == min(num_train, READ_ROWS)
+    assert lab.rows[0].max() < num_train
+    assert len(lab.rows) == 4
+    assert all(np.array_equal(rows, lab.rows[0]) for rows in lab.rows)
+
+
+def weighted(logits: Tensor, batch: Batch) -> float:
+    each = functional.cross_entropy(logits, batch.label, reduction="none")
+    weight = torch.tensor([1.0, 2.0, 3.0, 2.0])
+    return float((each * weight).sum().detach() / weight.sum())
+
+
+def test_the_loss_is_the_weighted_sum() -> None:
+    balancer, batch = make(), draw()
+    balancer.load_state_dict({"weights": torch.tensor([0.2, 0.7, 0.1])})
+    outputs: Outputs = balancer.net(batch.inputs)
+    logits = [outputs.fused, *outputs.unimodal]
+    expected = sum(w * weighted(each, batch) for w, each in zip((0.2, 0.7, 0.1), logits, strict=True))
+    assert float(balancer.loss(outputs, batch).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_absent_modality_teaches_its_encoder_nothing() -> None:
+    batch = draw([[True, False]] * 4)
+    balancer = make()
+    before = copy.deepcopy(balancer.net.state_dict())
+    _, loss = balancer.step(batch)
+    assert torch.isfinite(loss)
+    moved = {name for name, tensor in balancer.net.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(name.startswith("encoders.0") for name in moved)
+    assert not any(name.startswith("encoders.1") for name in moved)
+
+
+def test_a_state_is_gone_on_from() -> None:
+    balancer, other = make(), make()
+    balancer.begin_epoch(1, Table(TRAIN, VALIDATION))
+    state: dict[str, Any] = balancer.state_dict()
+    other.load_state_dict(state)
+    assert other.numbers() == balancer.numbers()
