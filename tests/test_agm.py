@@ -177,6 +177,14 @@ def test_the_exponent_has_a_ceiling() -> None:
     assert method.numbers()["coefficient_a"] == pytest.approx(math.exp(5.0), rel=1e-4)
 
 
+def test_probabilities_have_a_floor() -> None:
+    method, given = make(), batch()
+    method.net.fusion.heads[1].weight.data[:] = torch.eye(3, 8)  # type: ignore[index, union-attr]
+    wrong = 1e4 * torch.nn.functional.one_hot((given.label + 1) % 3, 8).float()
+    method.modulate(method.net.answer((torch.zeros(9, 8), wrong)), given)
+    assert method.state_dict()["mean"].tolist() == pytest.approx([math.log(3), -math.log(1e-8)], rel=1e-5)
+
+
 def test_a_modality_that_nobody_has_is_not_compared() -> None:
     method, given = make(), batch()
     part = given.part.clone()

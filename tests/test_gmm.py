@@ -129,10 +129,25 @@ def test_the_loss_by_hand() -> None:
     assert method.loss(said(STRONG, GAP, LABEL), given).item() == pytest.approx(wanted, rel=1e-4)
 
 
+def test_the_loss_by_hand_where_balanced_gaps_are_wide() -> None:
+    """P = 1 - g, mean 0.5: a gap of 0.1 is partly imbalanced, and not drawn up to the balanced mean."""
+    method = make(gmm=GmmConfig(warmup_epochs=0, lam_gap=0.0, lam_align=1.0))
+    known = {"posterior": 1 - torch.linspace(0, 1, 4097), "mean": 0.5, "variance": 0.04}
+    method.load_state_dict({"refit": {**known, "share": 0.0, "gap": 0.0, "bimodal": True}})
+    g, w = GAP.double().numpy(), PART.double().numpy()
+    own = -np.log(STRONG.double().numpy()) - np.log((STRONG - GAP).double().numpy())
+    align = (w * g * np.array([0, 0, 0.05, 0.3]) ** 2).sum() / (2 * 0.04) / (w * g).sum()
+    wanted = (w * ((2 - g) * -np.log(0.7) + own)).sum() + align
+    assert method.loss(said(STRONG, GAP, LABEL), batch()).item() == pytest.approx(wanted, rel=1e-4)
+
+
 def test_the_posterior_parts_the_two_groups() -> None:
     gamma = gammas()
     assert gamma[:2].min() > 0.99
     assert gamma[2:].max() < 0.01
+    known = refit(read_gaps(), device=CPU)
+    assert known.mean == pytest.approx(0.98 * 0.08, abs=0.01)
+    assert known.variance == pytest.approx(0.01)  # that of the component, 0.05 squared, would make alignment all
     assert make().numbers() == pytest.approx({"gmm_balanced": 0.6, "gmm_gap": 0.32, "gmm_bimodal": 1.0}, abs=0.03)
 
 

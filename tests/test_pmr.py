@@ -217,6 +217,10 @@ def test_a_class_that_was_not_read_has_no_prototype_and_no_loss() -> None:
     for found, old, mean in zip(method.state_dict()["prototypes"], before, class_means(method), strict=True):
         torch.testing.assert_close(found[2], mean[2])  # a class that is met for the first time has no past
         torch.testing.assert_close(found[:2], (old[:2] + mean[:2]) / 2)
+    last = [each[2].clone() for each in method.state_dict()["prototypes"]]
+    method.begin_epoch(3, Desk(method.net, tuple(each[known] for each in inputs()), label[known]))
+    for found, old in zip(method.state_dict()["prototypes"], last, strict=True):
+        assert torch.equal(found[2], old)  # and one that is not met again stays
 
 
 def test_no_more_is_read_than_prototypes_want() -> None:
@@ -243,6 +247,23 @@ def test_two_processes_are_one() -> None:
     for name, step in moved(two, batch(share=0.5)).items():
         torch.testing.assert_close(step, whole[name], atol=1e-6, rtol=1e-4)
     assert two.numbers() == pytest.approx(alone.numbers(), rel=1e-5)
+
+
+def test_scores_are_those_of_all_processes() -> None:
+    """The other process saw that the first modality lags."""
+
+    class Beside(World):
+        def sum_(self, tensors: Sequence[Tensor]) -> None:
+            for tensor in tensors:
+                if tensor.shape == (2,):
+                    tensor.add_(torch.tensor([0.0, 3.0]))
+
+    alone, beside = begun(), begun(world=Beside(size=2))
+    outputs = alone.net(batch().inputs)
+    for method in (alone, beside):
+        method.loss(outputs, batch())
+    assert alone.numbers()["lag_a"] == 0 < alone.numbers()["lag_v"]
+    assert beside.numbers() == {"lag_a": 1.0, "lag_v": 0.0}
 
 
 def test_a_resumed_run_goes_on_exactly() -> None:

@@ -90,11 +90,10 @@ def modality_gap(outputs: Outputs, label: Tensor) -> Tensor:
 
 
 class Gmm(Balancer):
-    """The adaptive loss in two stages. State: the epoch and what is known of the gap."""
+    """The adaptive loss in two stages. State: what is known of the gap."""
 
     def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
         super().__init__(net, update, config, epochs=epochs)
-        self.epoch = 0
         self._known: Refit | None = None  # None: in the warm-up
 
     def begin_epoch(self, epoch: int, lab: Lab) -> None:
@@ -141,9 +140,8 @@ class Gmm(Balancer):
 
     def state_dict(self) -> dict[str, Any]:
         """Give what the next step depends on."""
-        return {"epoch": self.epoch, "refit": None if self._known is None else asdict(self._known)}
+        return {"refit": None if self._known is None else asdict(self._known)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.epoch = state["epoch"]
         self._known = None if state["refit"] is None else Refit(**state["refit"])

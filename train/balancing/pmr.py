@@ -89,7 +89,7 @@ class Pmr(Balancer):
             [self._own(f, p, batch.label) for f, p in zip(outputs.features, self._prototypes, strict=True)]
         )
         known = self._seen[batch.label]
-        score = batch.mean_own((-each.detach()).exp() * known)
+        score = batch.mean_own((-each.detach()).exp())  # 0 where a class has no prototype
         self.world.sum_([score])
         self._weight = lag(score)
         return loss + self.config.pmr.alpha * (self._weight @ batch.mean_own(each.masked_fill(~known, 0.0)))
