@@ -278,3 +278,18 @@ def test_bfloat16_products_are_close_to_float64() -> None:
         assert abs(one.mean() - other.mean()) < 1e-3
         assert np.abs(one - other).mean() < 0.02
         assert np.quantile(np.abs(one - other), 0.99) < 0.1
+
+
+@pytest.mark.parametrize("columns", [1, 6, 1_200])
+def test_many_strengths_of_few_masks_are_as_if_each_had_its_own(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows come fold by fold, so that chunks end where folds do; a product takes some of the models or all."""
+    monkeypatch.setattr(glm, "_LEAST_CHUNK", 64)
+    monkeypatch.setattr(glm, "_COLUMNS_AT_ONCE", columns)
+    x, label = planted(300, 6, 3)
+    mask = np.stack([np.arange(300) // 100 != fold for fold in range(3)], axis=1)
+    strength = tuple(np.repeat(STRENGTHS, 3))
+    stacked, wide = (fit(x, label, mask=each, strength=strength) for each in (mask, np.tile(mask, (1, 3))))
+    for index in range(9):
+        np.testing.assert_allclose(shares(stacked, x, index), shares(wide, x, index), atol=1e-6)
+        expected = sklearns(x, label, rows=mask[:, index % 3], strength=strength[index])
+        np.testing.assert_allclose(shares(stacked, x, index), expected, atol=1e-4)

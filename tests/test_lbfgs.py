@@ -73,3 +73,20 @@ def test_the_length_of_a_step_is_halved_until_it_helps() -> None:
     found = minimise(problem, torch.zeros_like(problem.centre), max_steps=1, tolerance=0.0, patience=1)
     assert (problem.loss_and_gradient(found.theta)[0] < before).all()
     assert problem.asked > 4
+
+
+def test_whom_the_judge_sends_away_stays_where_it_was_and_the_others_go_on() -> None:
+    problem = bowls()
+    start = torch.zeros_like(problem.centre)
+    told: list[list[int]] = []
+
+    def judge(alive: Tensor, theta: Tensor) -> Tensor:
+        assert len(theta) == len(alive)
+        told.append(alive.tolist())
+        return alive != 1
+
+    found = minimise(problem, start, max_steps=300, tolerance=1e-14, patience=2, judge=judge)
+    one = minimise(problem, start, max_steps=1, tolerance=0.0, patience=2)
+    assert told[:2] == [[0, 1, 2], [0, 2]]
+    assert torch.equal(found.theta[1], one.theta[1])
+    torch.testing.assert_close(found.theta[[0, 2]], problem.centre[[0, 2]], atol=1e-5, rtol=0)

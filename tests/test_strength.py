@@ -14,6 +14,7 @@ from mmaudit.audit.probing.aim import Aim
 from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.probing.crossing import Crossing, set_lesson
 from mmaudit.audit.probing.design import read_design
+from mmaudit.audit.probing.glm import fit_glm, mean_loss
 from mmaudit.audit.probing.strength import choose_strength
 from mmaudit.audit.probing.target import Target
 
@@ -80,3 +81,47 @@ def test_nothing_to_choose_by_takes_the_middle() -> None:
     nobody = Crossing(fold=crossed.fold, inner=np.ones_like(crossed.inner), fits=crossed.fits, key=crossed.key)
     middle = sorted(CONFIG.strengths, reverse=True)[len(CONFIG.strengths) // 2]
     np.testing.assert_allclose(chosen(x, label, nobody), middle)
+
+
+def alone(x: NDArray[Any], label: Label, crossed: Crossing, path: list[float]) -> NDArray[np.float64]:
+    """Losses (s, p) on the rows set aside, of fits one by one, from nothing to the end."""
+    lesson = set_lesson([crossed], most_rows=len(x))
+    design = read_design(MatrixInputs(matrix=x), lesson.rows, products=torch.float32)
+    answer = torch.tensor(label[lesson.rows], dtype=torch.long)
+    losses = np.empty((len(path), lesson.learn.shape[1]))
+    for place, probe in np.ndindex(losses.shape):
+        seen, aside = (torch.tensor(each[:, [probe]]) for each in (lesson.learn & ~lesson.aside, lesson.aside))
+        found = fit_glm(
+            design,
+            answer,
+            task="classification",
+            learn=seen,
+            strength=torch.tensor(path[place : place + 1]),
+            start=torch.zeros(1, x.shape[1] + 1, 2),
+            max_steps=200,
+            tolerance=1e-6,
+        ).theta
+        whose = torch.zeros(1, dtype=torch.long)
+        losses[place, probe] = mean_loss(design, answer, task="classification", rows=aside, whose=whose, theta=found)
+    return losses
+
+
+@pytest.mark.parametrize(("num_features", "clarity"), [(3, 3.0), (20, 2.5), (40, 1.0), (100, 0.2)])
+def test_a_race_of_all_at_once_ends_near_the_best_of_fits_one_by_one(num_features: int, clarity: float) -> None:
+    x, label = signal(num_features, clarity=clarity)
+    crossed, path = crossing(), sorted(CONFIG.strengths, reverse=True)
+    losses = alone(x, label, crossed, path)
+    lesson = set_lesson([crossed], most_rows=len(x))
+    seen = (lesson.learn & ~lesson.aside).sum(axis=0) / lesson.learn.sum(axis=0)
+    found = chosen(x, label, crossed) / seen
+    for probe in range(4):
+        # From the strongest to the weakest, so that the places run against the logarithm.
+        at = np.interp(-np.log(found[probe]), -np.log(path), losses[:, probe])
+        assert at <= losses[:, probe].min() + 0.02
+
+
+def test_whoever_runs_beside_it_a_probe_chooses_the_same() -> None:
+    x, label = signal(20, clarity=2.5)
+    crossed = crossing()
+    few = ProbeConfig(strengths=CONFIG.strengths[2:])
+    np.testing.assert_allclose(chosen(x, label, crossed, few), chosen(x, label, crossed), rtol=0.05)

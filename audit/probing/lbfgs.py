@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,10 @@ _MEMORY = 10  # pairs of steps and gradient changes that are remembered
 _HALVINGS = 20
 _NEXT_TO_NOTHING = 1e-2  # a loss below which gains are no longer measured against it
 _MOST_SNAPSHOTS = 8
+
+
+# Told which losses are in the batch and their theta after a step, it tells which may go on.
+Judge = Callable[[Tensor, Tensor], Tensor]
 
 
 class Problem(Protocol):
@@ -51,10 +56,19 @@ class _Pair:
         return _Pair(self.step[which], self.change[which], self.conditioned[which], self.curvature[which])
 
 
-def minimise(problem: Problem, start: Tensor, *, max_steps: int, tolerance: float, patience: int) -> Minimum:
+def minimise(
+    problem: Problem,
+    start: Tensor,
+    *,
+    max_steps: int,
+    tolerance: float,
+    patience: int,
+    judge: Judge | None = None,
+) -> Minimum:
     """Lower p losses from `start` (p, a, b) by batched L-BFGS.
 
-    A loss leaves the batch when `patience` steps running lower it by less than `tolerance`, relatively.
+    A loss leaves the batch when `patience` steps running lower it by less than `tolerance`, relatively, or when the
+    judge, given the places (c,) of those in the batch and their theta (c, a, b), tells it to.
     """
     found, theta = start.clone(), start
     alive = torch.arange(len(start), device=start.device)
@@ -74,6 +88,8 @@ def minimise(problem: Problem, start: Tensor, *, max_steps: int, tolerance: floa
         theta, loss, gradient, conditioned = theta_next, loss_next, gradient_next, conditioned_next
         found[alive] = theta
         going = stalls < patience
+        if judge is not None:
+            going &= judge(alive, theta)
         last = step == max_steps or not bool(going.any())
         if last or step & (step - 1) == 0:
             snapshots = [*snapshots[: _MOST_SNAPSHOTS - 1], found.clone()]

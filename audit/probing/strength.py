@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +18,9 @@ from .glm import fit_glm, mean_loss
 if TYPE_CHECKING:
     from .config import ProbeConfig
 
-_TOLERANCE = 1e-2  # a third of the steps of 1e-3, and the strengths chosen differ by a tenth
-_MAX_STEPS = 8  # from the last strength's weights; what a fit still lacks then does not change the order
+_HOPE = 2.0  # steps like the last in which a weak strength must be able to make up for what it is behind
+_TOLERANCE = 4e-2  # what a fit still lacks then does not change the order; a tighter one hears noise in few rows
+_MAX_STEPS = 10
 
 
 def choose_strength(
@@ -35,7 +37,7 @@ def choose_strength(
     if len(path) == 1 or not few.can_choose:
         return design.curvature.new_full((lesson.learn.shape[1],), path[len(path) // 2])
     seen = few.learn & ~few.aside
-    strength = _follow(
+    strength = _race(
         _part(design, answer, chosen, seen),
         _part(design, answer, chosen, few.aside),
         path,
@@ -55,35 +57,60 @@ def _part(design: Design, answer: Aim, chosen: NDArray[np.bool_], mask: NDArray[
     return design.take(rows), answer.found[rows], torch.from_numpy(mask[some]).to(rows.device)
 
 
-def _follow(seen: Part, aside: Part, path: list[float], *, task: str, num_outputs: int) -> Tensor:
-    """Try strengths from the strongest to the weakest, all probes at once, and give the best of each: (p,).
+def _race(seen: Part, aside: Part, path: list[float], *, task: str, num_outputs: int) -> Tensor:
+    """Fit all probes under all strengths as one stacked parameter, and give the best strength of each: (p,).
 
-    Each fit starts where the last one ended; a probe whose loss rises stops there.
+    Model s * p + j is probe j under strength s, on the rows of probe j: whatever the strengths, one mask a probe.
     """
     design, answer, learn = seen
-    p = learn.shape[1]
-    losses = design.curvature.new_full((len(path), p), torch.inf)
-    theta = design.curvature.new_zeros(p, design.rows.shape[1] + 1, num_outputs)
-    going = torch.arange(p, device=theta.device)
-    for place, candidate in enumerate(path):
-        theta[going] = fit_glm(
-            design,
-            answer,
-            task=task,
-            learn=learn[:, going],
-            strength=losses.new_full((len(going),), candidate),
-            start=theta[going],
-            max_steps=_MAX_STEPS,
-            tolerance=_TOLERANCE,
-            patience=1,
-        ).theta
-        loss = mean_loss(aside[0], aside[1], task=task, rows=aside[2][:, going], theta=theta[going])
-        better = loss < losses[:, going].min(dim=0).values
-        losses[place, going] = loss
-        going = going[better]
-        if len(going) == 0:
-            break
-    return _least_between(losses, losses.new_tensor(path))
+    strengths = design.curvature.new_tensor(path)
+    race = _Race(aside=aside, task=task, losses=strengths.new_full((len(path), learn.shape[1]), torch.inf))
+    fit_glm(
+        design,
+        answer,
+        task=task,
+        learn=learn,
+        strength=strengths.repeat_interleave(learn.shape[1]),
+        start=strengths.new_zeros(race.losses.numel(), design.rows.shape[1] + 1, num_outputs),
+        max_steps=_MAX_STEPS,
+        tolerance=_TOLERANCE,
+        patience=1,
+        judge=race.judge,
+    )
+    return _least_between(race.losses, strengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Race:
+    """What is known so far: losses (s, p) on the rows set aside, strongest strength first; infinite once it is out."""
+
+    aside: Part
+    task: str
+    losses: Tensor
+
+    def judge(self, alive: Tensor, theta: Tensor) -> Tensor:
+        """Write down the losses of those that still run, and tell which of them stay.
+
+        A fit of a weak strength that is farther behind than it gains is out: what it does from here on is overfit. Who
+        is stronger than the best stays to its end, which is near, since rows aside speak for weak fits until they are
+        done; so does the next weaker one, for the parabola.
+        """
+        design, answer, rows = self.aside
+        place, probe = alive // rows.shape[1], alive % rows.shape[1]
+        loss = mean_loss(design, answer, task=self.task, rows=rows, whose=probe, theta=theta)
+        gain = self.losses[place, probe] - loss
+        self.losses[place, probe] = loss
+        best = _first_least(self.losses)
+        behind = loss - self.losses[best[probe], probe]
+        stays = (place <= best[probe] + 1) | (behind <= _HOPE * gain)
+        self.losses[place[~stays], probe[~stays]] = torch.inf
+        return stays
+
+
+def _first_least(losses: Tensor) -> Tensor:
+    """Give the place (p,) after which each probe's loss (s, p) rises for the first time."""
+    rises = losses[1:] >= losses[:-1]
+    return torch.cat([rises, torch.ones_like(rises[:1])]).int().argmax(dim=0)
 
 
 def _least_between(losses: Tensor, path: Tensor) -> Tensor:
@@ -91,8 +118,9 @@ def _least_between(losses: Tensor, path: Tensor) -> Tensor:
 
     In log strength; at an end of what was tried, the end. It lies no farther than half-way to a neighbour.
     """
-    best = losses.argmin(dim=0)
-    inside = ((best > 0) & (best < len(path) - 1)).nonzero().squeeze(1)
+    best = _first_least(losses)
+    weaker = losses.gather(0, (best + 1).clamp_max(len(path) - 1)[None])[0]
+    inside = ((best > 0) & (best < len(path) - 1) & weaker.isfinite()).nonzero().squeeze(1)
     middle = best[inside]
     x0, x1, x2 = (path.log()[middle + step] for step in (-1, 0, 1))
     y0, y1, y2 = (losses[middle + step, inside] for step in (-1, 0, 1))
