@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test check bench real clean
+.PHONY: install demo test check bench methods real clean
 
 install: $(READY)
 
@@ -34,10 +34,15 @@ bench: $(READY)
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/balanced.py
+	$(BIN)/python benchmarks/train.py
 
 # The real data sets are not part of the project: DATA names the folder that holds them.
 real: $(READY)
 	$(BIN)/python benchmarks/real.py $(DATA)
+
+# Every method of training on two of them, three seeds each: an hour.
+methods: $(READY)
+	$(BIN)/python benchmarks/methods.py $(DATA)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

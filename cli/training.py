@@ -93,7 +93,6 @@ def finetune(
             about = {key: value for key, value in settings.items() if key != "manifest"}
             write_text(to_toml(about), folder / "config.toml")
             write_json(metrics, folder / "metrics.json")  # last: a fine-tuning that has it is finished
-        world.wait()
     return metrics
 
 
@@ -139,6 +138,23 @@ def evaluate(
     result = {"name": folder.name, "manifest": path.stem, "split": split, **measured}
     write_json(result, folder / "evaluation.json")
     return {**result, "file": str(folder / "evaluation.json")}
+
+
+def read_examples(
+    manifest: str | Path,
+    *,
+    run: str | Path = "mmaudit-run",
+    data: str | Path | None = None,
+    config: RunConfig | None = None,
+    num_workers: int = 0,
+    progress: Progress = silent,
+) -> Examples:
+    """Give what a manifest, named by its file or its name in the run, trains and tests on."""
+    place = Run(Path(run))
+    path = place.find_manifest(str(manifest))
+    return _examples_of(
+        read_manifest(path), path, place, data, config or RunConfig(), num_workers=num_workers, progress=progress
+    )
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.source.dataset import DataConfig
 from mmaudit.cli.config import RunConfig, build, load_config, override, plain, to_toml
 from mmaudit.rebalance.balanced import BalancedConfig
-from mmaudit.train.config import FUSIONS, FinetuneConfig
-from mmaudit.train.sampling import SAMPLERS, SamplingConfig
+from mmaudit.train.balancing.config import BALANCERS, MSLR_MODES, BalancingConfig, MslrConfig
+from mmaudit.train.config import FinetuneConfig, OptimConfig
+from mmaudit.train.sampling.config import SAMPLERS, BssConfig, SamplingConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,12 +51,14 @@ CONFIGS = st.builds(
     posterior=st.floats(0, 1),
     finetune=st.builds(
         FinetuneConfig,
-        fusion=st.sampled_from(FUSIONS),
+        fusion=st.sampled_from(["auto", *BALANCERS["sum"].fusions]),
         sampling=st.sampled_from(sorted(SAMPLERS)),
-        lr=POSITIVE,
+        balancing=st.just("sum"),
         keep_posterior=st.none() | st.floats(0, 1),
     ),
-    sampling=st.builds(SamplingConfig, pacing_start=st.floats(0.01, 1)),
+    optim=st.builds(OptimConfig, lr=POSITIVE, modality_lr=st.sampled_from([(), ("audio=0.5",)])),
+    sampling=st.builds(SamplingConfig, bss=st.builds(BssConfig, beta=st.floats(0.01, 1))),
+    balancing=st.builds(BalancingConfig, mslr=st.builds(MslrConfig, mode=st.sampled_from(MSLR_MODES))),
 )
 
 
@@ -71,9 +74,16 @@ def test_a_config_is_what_its_settings_say(config: RunConfig) -> None:
     """Every key, one by one, can be set as TOML has it: `--set SECTION.KEY=VALUE`."""
     written = tomllib.loads(to_toml(plain(config)))
     given_settings = [f"{key}={written.pop(key)}" for key in ("seed", "posterior")]
-    for section, content in written.items():
-        given_settings += [f"{section}.{key}={toml_of(value)}" for key, value in content.items()]
-    assert load_config(None, given_settings) == config
+    assert load_config(None, [*given_settings, *settings_in(written)]) == config
+
+
+def settings_in(content: dict[str, Any], *, where: str = "") -> list[str]:
+    """Give `SECTION.KEY=VALUE` of all values, however deep."""
+    found = []
+    for key, value in content.items():
+        name = f"{where}{key}"
+        found += settings_in(value, where=f"{name}.") if isinstance(value, dict) else [f"{name}={toml_of(value)}"]
+    return found
 
 
 def toml_of(value: Any) -> str:
@@ -98,6 +108,9 @@ def test_every_key_of_every_stage_is_written_or_has_no_value() -> None:
 def test_a_key_without_a_value_has_none_by_default_too() -> None:
     """TOML has no null: a None that was not the default could not be written."""
     sections = [getattr(RunConfig(), field.name) for field in fields(RunConfig)]
+    sections += [
+        getattr(section, field.name) for section in sections if is_dataclass(section) for field in fields(section)
+    ]
     hints = [field for section in sections if is_dataclass(section) for field in fields(section)]
     optional = [field for field in hints if "None" in str(field.type)]
     assert optional
@@ -105,16 +118,16 @@ def test_a_key_without_a_value_has_none_by_default_too() -> None:
 
 
 def test_a_file_and_settings_over_it(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text("seed = 3\n[probe]\nfolds = 7\nrepeats = 2\n[finetune]\nlr = 1\n")
+    (tmp_path / "c.toml").write_text("seed = 3\n[probe]\nfolds = 7\nrepeats = 2\n[optim]\nlr = 1\n")
     config = load_config(tmp_path / "c.toml", ["probe.folds=4", "probe.folds=5", "split.tolerance=0"])
     expected = RunConfig(
         seed=3,
         probe=ProbeConfig(folds=5, repeats=2),
         split=BalancedConfig(tolerance=0.0),
-        finetune=FinetuneConfig(lr=1.0),
+        optim=OptimConfig(lr=1.0),
     )
     assert config == expected
-    assert type(config.finetune.lr) is type(config.split.tolerance) is float  # 1 is a number too
+    assert type(config.optim.lr) is type(config.split.tolerance) is float  # 1 is a number too
 
 
 @pytest.mark.parametrize(
@@ -153,8 +166,8 @@ def test_a_list_is_a_tuple() -> None:
         ("probe.folds=many", "config key probe.folds is 'many'; it must be of type int"),
         ("probe.folds=3.0", "config key probe.folds is 3.0; it must be of type int"),
         ("probe.folds=true", "config key probe.folds is True; it must be of type int"),
-        ("finetune.lr=true", "config key finetune.lr is True; it must be of type float"),
-        ("finetune.lr='1'", "config key finetune.lr is '1'; it must be of type float"),
+        ("optim.lr=true", "config key optim.lr is True; it must be of type float"),
+        ("optim.lr='1'", "config key optim.lr is '1'; it must be of type float"),
         ("data.allow_outside=1", "config key data.allow_outside is 1; it must be of type bool"),
         ("data.id=7", "config key data.id is 7; it must be of type str"),
         ("split.size=all", "config key split.size is 'all'; it must be of type int"),
@@ -200,8 +213,8 @@ def test_a_file_must_be_there(tmp_path: Path) -> None:
 
 
 def test_options_override_what_they_name() -> None:
-    config = FinetuneConfig(epochs=9, lr=0.5)
-    assert override(config, epochs=3, lr=None, dropout=0.0) == replace(config, epochs=3, dropout=0.0)
+    config = FinetuneConfig(epochs=9, hidden=5)
+    assert override(config, epochs=3, hidden=None, dropout=0.0) == replace(config, epochs=3, dropout=0.0)
     assert override(config) == config
     with pytest.raises(ConfigError, match=r"finetune\.epochs is 0"):  # 0 is told, not left out
         override(config, epochs=0)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training import QUICK, examples_of, setting, stop_after, tune, untimed, weights
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.train import finetune
+from mmaudit.train import checkpoint, finetune
 from mmaudit.train.balancing.config import BALANCERS, BalancingConfig, GblendConfig, GmmConfig, MsesConfig
 from mmaudit.train.config import FinetuneConfig, TrainConfig
 from mmaudit.train.network import FusionNet
@@ -93,7 +93,7 @@ def test_a_run_killed_within_an_epoch_goes_on_at_the_step(
     config, examples = config_of(sampling, balancing, save_steps=steps, batch_size=8), examples_of(80)
     whole = tune(examples, tmp_path / "whole", config)
     saved: list[Path] = []
-    save = finetune.save_state
+    save = checkpoint.save_state
 
     def save_and_die(state: dict[str, Any], path: Path) -> None:
         save(state, path)

@@ -111,6 +111,7 @@ def finetune_on(
 
     def save(epoch: int, step: int) -> None:
         world.sum_([whole := total.clone()])
+        _share_buffers(net, world)
         if world.is_first:
             place = {"identity": identity, "epoch": epoch, "step": step, "seen": seen, "total": float(whole)}
             states = {name: part.state_dict() for name, part in parts.items()}
@@ -143,7 +144,7 @@ def finetune_on(
                 if settings.save_steps and step % settings.save_steps == 0:
                     save(epoch, step)
             world.sum_([total])
-            _share_buffers(net, world)
+            _share_buffers(net, world)  # before anybody reads the network
             train_loss = float(total) / max(seen, 1)
             if not math.isfinite(train_loss):
                 raise TrainError(

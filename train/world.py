@@ -82,8 +82,10 @@ def open_world(device: str) -> Iterator[World]:
     if cuda:
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+    world = World(rank=distributed.get_rank(), size=size)
     try:
-        yield World(rank=distributed.get_rank(), size=size)
+        yield world
+        world.wait()  # one that is gone while another still talks to it brings that one down
     finally:
         distributed.destroy_process_group()
 

@@ -1,0 +1,151 @@
+"""Does every method learn on real data, and more than its own chance control? Exit code 1 if one does not
+
+Run with: make methods DATA=FOLDER, or python benchmarks/methods.py FOLDER [--seeds 3] [--only METHOD ...]
+ravdess (by actor) and av-digits-graded are scored with probes that never learn from test samples, and all their samples
+are kept in one manifest. Every sampler then trains beside the sum of losses and every balancer beside uniform sampling,
+with the same network, epochs and batches, over several seeds; and each modality alone. The chance control of a method
+is the same training on labels shuffled among all samples but the test ones. Prints a Markdown table of test accuracy,
+fused and of each branch, mean and standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+import mmaudit
+from mmaudit.audit.workers import silent
+from mmaudit.cli.config import RunConfig, load_config
+from mmaudit.cli.training import read_examples
+from mmaudit.train.balancing.config import BALANCERS
+from mmaudit.train.config import TrainConfig
+from mmaudit.train.examples import Examples
+from mmaudit.train.finetune import finetune_on
+from mmaudit.train.sampling.config import SAMPLERS
+
+# Schedules whose lengths are the papers' are brought to these trainings' 60 epochs.
+SETTINGS = [
+    "probe.learn_from=train",
+    "finetune.epochs=60",
+    "order.grow_epochs=20",
+    "balancing.ogm.last_epoch=60",
+    "balancing.pmr.last_epoch=60",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    name: str
+    data: str
+    modalities: tuple[str, ...]
+    group: str
+
+
+CASES = (
+    Case(
+        name="ravdess by actor",
+        data="ravdess/ravdess.parquet",
+        modalities=("audio=audio", "video=video"),
+        group="actor",
+    ),
+    Case(
+        name="av-digits-graded",
+        data="av-digits-graded/av-digits-graded.parquet",
+        modalities=("audio=audio", "image=image"),
+        group="speaker",
+    ),
+)
+
+
+def methods(modalities: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Give the settings of every training, by what it is called in the table."""
+    found: dict[str, dict[str, Any]] = {f"{name} alone": {"only": name} for name in modalities}
+    found |= {name: {"balancing": name} for name in BALANCERS}
+    found |= {name: {"sampling": name, "balancing": "sum"} for name in SAMPLERS if name != "uniform"}
+    return found | {"dus-rl, ppo": {"sampling": "dus-rl", "balancing": "sum"}}
+
+
+def settings_of(base: TrainConfig, name: str, chosen: dict[str, Any]) -> TrainConfig:
+    config = replace(base, finetune=replace(base.finetune, **chosen))
+    if name.endswith("ppo"):
+        dus = replace(config.sampling.dus, policy="ppo")
+        config = replace(config, sampling=replace(config.sampling, dus=dus))
+    return config
+
+
+def shuffled(examples: Examples, seed: int) -> Examples:
+    """Give the same samples with the labels of training and validation samples exchanged among themselves."""
+    label, rng = examples.label.copy(), np.random.default_rng(seed)
+    learnt = np.flatnonzero(examples.split != "test")
+    label[learnt] = label[rng.permutation(learnt)]
+    return replace(examples, label=label)
+
+
+def accuracies(examples: Examples, config: TrainConfig, seed: int, between: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        found = finetune_on(
+            examples, Path(folder), config=config, between=between, seed=seed, device="cpu", progress=silent
+        )
+    branches = found.metrics["test"]["all"]["branches"]
+    return {name: each["accuracy"] for name, each in branches.items()}
+
+
+def prepare(case: Case, data: Path, scratch: Path) -> tuple[Examples, TrainConfig]:
+    words = [f"data.modality={list(case.modalities)}".replace("'", '"'), f'data.group="{case.group}"']
+    config: RunConfig = load_config(settings=[*words, *SETTINGS])
+    run = scratch / case.name
+    mmaudit.score(str(data / case.data), run=run, config=config)
+    mmaudit.split(run=run, subset="most-balanced:100%", name="everything")
+    return read_examples("everything", run=run, config=config), config.training()
+
+
+def told(values: list[float]) -> str:
+    spread = stdev(values) if len(values) > 1 else 0.0
+    return f"{fmean(values):.3f} ± {spread:.3f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=None)
+    options = parser.parse_args()
+    logging.getLogger("mmaudit").setLevel(logging.WARNING)
+    missed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in CASES:
+            examples, base = prepare(case, options.data, Path(scratch))
+            names = examples.modalities
+            print(f"\n{case.name}: {(examples.split == 'test').sum()} test samples, {options.seeds} seeds\n")
+            print(f"| method | fused | {' | '.join(names)} | on shuffled labels | above it |")
+            print("|---|---|" + "---|" * len(names) + "---|---|")
+            for name, chosen in methods(names).items():
+                if options.only and name not in options.only:
+                    continue
+                config = settings_of(base, name, chosen)
+                some = examples.only(chosen["only"]) if "only" in chosen else examples
+                between = ":".join(names[:2])
+                seeds = range(options.seeds)
+                found = [accuracies(some, config, seed, between) for seed in seeds]
+                control = [accuracies(shuffled(some, seed), config, seed, between)["fused"] for seed in seeds]
+                above = min(each["fused"] for each in found) > max(control)
+                missed += not above
+                cells = [told([each[branch] for each in found]) if branch in found[0] else "-" for branch in names]
+                fused = told([each["fused"] for each in found])
+                print(
+                    f"| {name} | {fused} | {' | '.join(cells)} | {told(control)} | {'yes' if above else 'NO'} |",
+                    flush=True,
+                )
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""How much slower than a bare PyTorch loop is a training by mmaudit, method by method? --quick: a quarter of the rows
+
+Run with: python benchmarks/train.py [--quick] [SIZE:SAMPLING:BALANCING ...], such as large:bss-l:joint
+Two modalities of 1,024 features each, encoders of 512, batches of 256, 30 classes, AdamW: the bare loop is written by
+hand below, over tensors that are on the device already, with the same layers, loss and optimiser, and the same
+validation after every epoch. Ours is `finetune_on` whole: order, batches, losses, history, validation and a checkpoint
+every epoch. The features-only path is measured once more where there is little to compute, with the default network
+(512 features, 128 hidden, batches of 64). Both take turns; told is the median over rounds of the ratio of seconds for
+each encoded vector, so that samplers that see fewer samples, or more of one modality, are compared fairly.
+
+Prints a Markdown table; the exit code is 1 where a bound is missed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.rebalance.curriculum import OrderConfig
+from mmaudit.train.balancing.config import BalancingConfig, GmmConfig
+from mmaudit.train.config import FinetuneConfig, TrainConfig
+from mmaudit.train.examples import Examples
+from mmaudit.train.finetune import finetune_on
+
+NUM_CLASSES = 30
+ROUNDS = 5
+EPOCHS = 5  # of a round: one reading of the model by bss-l among them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is trained: n rows, d features a modality, encoders of `hidden`, batches."""
+
+    rows: int
+    features: int
+    hidden: int
+    batch: int
+
+
+LARGE = Size(rows=25_600, features=1024, hidden=512, batch=256)
+SMALL = Size(rows=25_600, features=512, hidden=128, batch=64)
+
+# sampling, balancing, most overhead; those without a bound are told.
+METHODS = (
+    ("uniform", "joint", 0.03),
+    ("bss-h", "joint", 0.03),
+    ("bss-l", "joint", 0.08),
+    ("dus-h", "sum", 0.05),
+    ("dus-rl", "sum", 0.05),
+    ("uniform", "gmm", 0.05),
+    ("uniform", "ogm-ge", 0.10),
+    ("smv", "joint", None),
+    ("uniform", "sum", None),
+    ("uniform", "modality-dropout", None),
+    ("uniform", "ogm", None),
+    ("uniform", "agm", None),
+    ("uniform", "pmr", None),
+    ("uniform", "greedy", None),
+    ("uniform", "mmpareto", None),
+    ("uniform", "mses", None),
+    ("uniform", "mslr", None),
+    ("uniform", "mla", None),
+    ("uniform", "gblend", None),
+)
+
+
+def draw(size: Size) -> Examples:
+    rng = np.random.default_rng(0)
+    n = size.rows + 1024
+    label = rng.integers(0, NUM_CLASSES, n)
+    inputs = []
+    for _ in range(2):
+        means = rng.standard_normal((NUM_CLASSES, size.features)).astype(np.float32) / 8
+        inputs.append(MatrixInputs(matrix=means[label] + rng.standard_normal((n, size.features), dtype=np.float32)))
+    split = np.array(["train"] * size.rows + ["validation"] * 512 + ["test"] * 512, dtype=object)
+    return Examples(
+        sample_id=np.array([f"s{number}" for number in range(n)], dtype=object),
+        inputs=tuple(inputs),
+        shapes=((size.features,),) * 2,
+        content=np.array([f"c{number}" for number in range(n)], dtype=object),
+        modalities=("audio", "visual"),
+        label=label,
+        class_names=tuple(str(number) for number in range(NUM_CLASSES)),
+        split=split,
+        rank=rng.permutation(n),
+        weight=np.ones(n, np.float32),
+        discrepancy=rng.uniform(-1, 1, n),
+        balance=rng.uniform(-1, 1, n),
+        p_balanced=rng.random(n),
+        chosen=np.ones(n, dtype=bool),
+    )
+
+
+class Bare(nn.Module):
+    """What somebody would write who needs nothing but this network."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(
+            nn.Sequential(nn.Linear(size.features, size.hidden), nn.LayerNorm(size.hidden), nn.ReLU(), nn.Dropout(0.3))
+            for _ in range(2)
+        )
+        self.head = nn.Linear(2 * size.hidden, NUM_CLASSES)
+
+    def forward(self, audio: Tensor, visual: Tensor) -> Tensor:
+        a, v = self.encoders[0](audio), self.encoders[1](visual)
+        logits: Tensor = self.head(torch.cat([a, v], dim=1))
+        return logits
+
+
+def bare(examples: Examples, size: Size, device: str) -> float:
+    """Give seconds for each encoded vector."""
+    torch.manual_seed(0)
+    audio, visual = (torch.from_numpy(each.read(np.arange(each.num_rows))).to(device) for each in examples.inputs)
+    label = torch.from_numpy(examples.label).to(device)
+    net = Bare(size).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
+    validation = torch.from_numpy(examples.rows("validation")).to(device)
+    times = []
+    for _ in range(EPOCHS + 1):
+        _wait(device)
+        started = time.perf_counter()
+        net.train()
+        total = torch.zeros((), device=device)
+        order = torch.randperm(size.rows, device=device)
+        for rows in order.split(size.batch):  # type: ignore[no-untyped-call]
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(net(audio[rows], visual[rows]), label[rows])
+            torch.autograd.backward(loss)
+            optimizer.step()
+            total += loss.detach()
+        net.eval()
+        with torch.no_grad():
+            float((net(audio[validation], visual[validation]).argmax(dim=1) == label[validation]).float().mean())
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return sum(times[1:]) / (EPOCHS * size.rows * 2)
+
+
+def ours(examples: Examples, size: Size, sampling: str, balancing: str, device: str) -> float:
+    """Give seconds for each encoded vector: of the epochs after the first, readings and checkpoints included."""
+    config = TrainConfig(
+        finetune=FinetuneConfig(
+            epochs=EPOCHS + 1, batch_size=size.batch, hidden=size.hidden, sampling=sampling, balancing=balancing
+        ),
+        order=OrderConfig(start=0.5, grow_epochs=4),
+        balancing=BalancingConfig(gmm=GmmConfig(warmup_epochs=0)),
+    )
+    ends: list[float] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        _wait(device)
+        ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = finetune_on(
+            examples,
+            Path(folder),
+            config=config,
+            between="audio:visual",
+            seed=0,
+            device=device,
+            progress=progress,
+        )
+    encoded = sum(record.get("encoded", 2 * record["samples"]) for record in found.history[1:])
+    return (ends[-1] - ends[0]) / encoded
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def main(words: list[str]) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    quick = "--quick" in words
+    named = [word for word in words if not word.startswith("-")]
+    print(f"{name}; {ROUNDS} rounds of {EPOCHS} epochs\n")
+    print("| size | sampling | balancing | bare, us a vector | overhead: median (least, most) | bound |")
+    print("|---|---|---|---|---|---|")
+    missed = False
+    rows = [("large", LARGE, *method) for method in METHODS] + [("small", SMALL, "uniform", "joint", 1 / 0.9 - 1)]
+    for label, whole, sampling, balancing, bound in rows:
+        if named and f"{label}:{sampling}:{balancing}" not in named:
+            continue
+        size = replace(whole, rows=whole.rows // 4) if quick else whole
+        examples = draw(size)
+        pairs = []
+        for _ in range(ROUNDS):
+            plain = bare(examples, size, device)
+            pairs.append((plain, ours(examples, size, sampling, balancing, device)))
+        ratios = sorted(mine / plain - 1 for plain, mine in pairs)
+        found = median(ratios)
+        missed |= bound is not None and found > bound
+        told = "-" if bound is None else f"{bound:.0%}"
+        print(
+            f"| {label} | {sampling} | {balancing} | {median(plain for plain, _ in pairs) * 1e6:.1f} "
+            f"| {found:+.1%} ({ratios[0]:+.1%}, {ratios[-1]:+.1%}) | {told} |",
+            flush=True,
+        )
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""Laws of several processes: they see the same batches as one, learn the same, and the command line is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import in_processes
+from safetensors.torch import load_file
+from training import setting
+
+from mmaudit.train.config import TrainConfig
+
+PAIRS = [
+    ("uniform", "joint"),
+    ("bss-l", "sum"),
+    ("dus-h", "sum"),
+    ("smv", "gmm"),
+    ("uniform", "ogm-ge"),
+    ("class-balanced", "mmpareto"),
+]
+
+# Says which rows each step of each epoch sees in this process, and what the history is in the end.
+SCRIPT = """
+import json, sys, tempfile
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_torchrun import PAIRS, config_of
+from training import examples_of, tune
+from mmaudit.train.course import Course
+from mmaudit.train.world import open_world
+
+seen, cut = [], Course.batches
+def batches(self, steps, **options):
+    for batch in cut(self, steps, **options):
+        seen.append(batch.rows.tolist())
+        yield batch
+Course.batches = batches
+found = []
+with open_world("cpu") as world:
+    for pair in PAIRS:
+        seen.clear()
+        with tempfile.TemporaryDirectory() as folder:
+            result = tune(examples_of(120), Path(folder), config_of(*pair), world=world)
+        found.append([list(seen), result.history, result.metrics["test"]["all"]])
+print(json.dumps(found))
+"""
+
+
+def config_of(sampling: str, balancing: str) -> TrainConfig:
+    """Without dropout, whose chance is each process's own."""
+    return setting(sampling=sampling, balancing=balancing, epochs=3, dropout=0.0, batch_size=18)
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[int, list[Any]]:
+    """What worlds of one, two and four processes say."""
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    return {size: in_processes(script, size=size) for size in (1, 2, 4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("pair", range(len(PAIRS)), ids=lambda number: "-".join(PAIRS[number]))
+def test_any_number_of_processes_sees_the_same_batches_and_learns_the_same(
+    told: dict[int, list[Any]], size: int, pair: int
+) -> None:
+    alone, shared = told[1][0][pair], [each[pair] for each in told[size]]
+    steps = [list(chain(*parts)) for parts in zip(*(rows for rows, _, _ in shared), strict=True)]
+    assert steps == alone[0]
+    assert any(len(rows) < size * len(alone[0][0]) for rows in alone[0])
+    for _, history, tested in shared:
+        assert history == shared[0][1]
+        assert tested == shared[0][2]
+        for record, expected in zip(history, alone[1], strict=True):
+            assert record == pytest.approx(expected, rel=2e-3, abs=2e-3)
+
+
+def run_torchrun(folder: Path, *words: str, size: int) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"]
+    address = ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "mmaudit"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *address, *words], cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_the_command_line_is_the_same_under_torchrun(planted: Callable[..., Path], tmp_path: Path) -> None:
+    data = planted(num_samples=300)
+    for words in (["score", str(data), "--repeats", "1"], ["split", "--subset", "most-balanced:100%", "--name", "all"]):
+        subprocess.run([sys.executable, "-m", "mmaudit", *words], cwd=tmp_path, check=True, capture_output=True)
+    tuning = ["finetune", "--manifest", "all", "--device", "cpu", "--epochs", "3", "--set", "finetune.dropout=0.0"]
+    alone = subprocess.run(
+        [sys.executable, "-m", "mmaudit", *tuning, "--name", "alone", "--json"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    together = run_torchrun(tmp_path, *tuning, "--name", "together", "--json", size=2)
+    assert together.returncode == 0, together.stderr
+    one, two = (json.loads(done.stdout) for done in (alone, together))  # said once, by the first process
+    assert two["test"]["all"] == one["test"]["all"]
+    models = [
+        load_file(tmp_path / "mmaudit-run" / "finetune" / name / "model.safetensors") for name in ("alone", "together")
+    ]
+    for name, tensor in models[0].items():
+        assert (tensor - models[1][name]).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_an_error_under_torchrun_is_said_and_ends_all_processes(tmp_path: Path) -> None:
+    done = run_torchrun(tmp_path, "finetune", "--manifest", "absent", size=2)
+    assert done.returncode != 0
+    assert "no manifest absent" in done.stderr
