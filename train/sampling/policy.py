@@ -44,10 +44,11 @@ class Policy:
         self.config, self.num_modalities = config, num_modalities
         self.generator = torch.Generator().manual_seed(seed)
         outputs = num_modalities * len(config.multipliers)
-        self._shapes = [(num_inputs, config.hidden), (config.hidden,), (config.hidden, outputs), (outputs,)]
-        sizes = [math.prod(shape) for shape in self._shapes]
-        self._ends = np.cumsum(sizes)[:-1]
+        shapes = [(num_inputs, config.hidden), (config.hidden,), (config.hidden, outputs), (outputs,)]
+        sizes = [math.prod(shape) for shape in shapes]
         self.weights = np.zeros(sum(sizes))
+        parts = np.split(self.weights, np.cumsum(sizes)[:-1])
+        self._layers = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]  # views
         first = sizes[0] + sizes[1]
         self.weights[:first] = (2 * self._uniform(first) - 1) / math.sqrt(num_inputs)
         self._moments = np.zeros((2, len(self.weights)))  # running means of gradients and of their squares
@@ -98,7 +99,7 @@ class Policy:
             slope = clipped_slope(np.exp(now - before), advantage, clip=self.config.clip)
         # The gradient of a log chance by its logits is 1[chosen] - p.
         by_logits = (slope[:, None, None] * (chosen - np.exp(log_chances))).reshape(len(choices), -1) / len(choices)
-        by_hidden = by_logits @ self._layers()[2].T * (hidden > 0)
+        by_hidden = by_logits @ self._layers[2].T * (hidden > 0)
         found = (states.T @ by_hidden, by_hidden.sum(axis=0), hidden.T @ by_logits, by_logits.sum(axis=0))
         self._step(np.concatenate([each.ravel() for each in found]))
 
@@ -113,16 +114,11 @@ class Policy:
 
     def _forward(self, states: Floats) -> tuple[Floats, Floats]:
         """Give hidden units (h, u) and logs of the chances (h, m, c) for states (h, i)."""
-        w, b, v, d = self._layers()
+        w, b, v, d = self._layers
         hidden = np.maximum(states @ w + b, 0)
         logits = (hidden @ v + d).reshape(len(states), self.num_modalities, -1)
         logits = logits - logits.max(axis=2, keepdims=True)
         return hidden, logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
-
-    def _layers(self) -> list[Floats]:
-        """Give views on the weights: of the first layer and of the last."""
-        parts = np.split(self.weights, self._ends)
-        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _uniform(self, number: int) -> Floats:
         """Draw numbers (number,) in [0, 1)."""
