@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...audit.hashing import hash_rank, splitmix64
+from ...audit.hashing import hash_rank
 from ...audit.measures import Floats, shapley
 from ...rebalance.curriculum import OrderConfig, order_of
 from ..batches import Rows, Step, cut_order
@@ -73,7 +73,7 @@ class Smv(Sampler):
                 word = hash_rank([f"{j} {number}"], seed=0, purpose="smv")
                 rows.append(some)
                 alone.append(np.full(len(some), j, dtype=np.int8))
-                key.append(splitmix64(self.pool.key[some] ^ word))
+                key.append(self.pool.key[some] ^ word)
         return np.concatenate(rows), np.concatenate(alone), np.concatenate(key)
 
     def numbers(self) -> dict[str, float]:
