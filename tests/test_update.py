@@ -73,7 +73,7 @@ def assert_equal(one: FusionNet, other: FusionNet) -> None:
 def test_a_step_is_bit_for_bit_that_of_adamw(clip_norm: float) -> None:
     net, other = net_of(), net_of()
     take_steps(update_of(net, lr=3e-2, clip_norm=clip_norm))
-    plain(other, torch.optim.AdamW(other.parameters(), lr=3e-2, weight_decay=0.1), clip_norm=clip_norm)
+    plain(other, torch.optim.AdamW(other.parameters(), lr=3e-2, weight_decay=0.1, fused=True), clip_norm=clip_norm)
     assert_equal(net, other)
     assert not torch.equal(net.get_parameter("fusion.bias"), net_of().get_parameter("fusion.bias"))
 
@@ -82,7 +82,7 @@ def test_a_step_is_bit_for_bit_that_of_adamw(clip_norm: float) -> None:
 def test_a_step_is_bit_for_bit_that_of_sgd(clip_norm: float) -> None:
     net, other = net_of(), net_of()
     take_steps(update_of(net, optimizer="sgd", lr=3e-2, momentum=0.8, clip_norm=clip_norm))
-    optimizer = torch.optim.SGD(other.parameters(), lr=3e-2, momentum=0.8, weight_decay=0.1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=3e-2, momentum=0.8, weight_decay=0.1, fused=True)
     plain(other, optimizer, clip_norm=clip_norm)
     assert_equal(net, other)
 

@@ -6,12 +6,13 @@ Letters: b samples, m modalities, k classes; features f_j (b, d_j). A modality t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class Fusion(nn.Module, ABC):
@@ -32,6 +33,10 @@ class Fusion(nn.Module, ABC):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Give the fused logits (b, k)."""
 
+    def both(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Give the fused logits and those of each modality alone: for a fusion where they share their work."""
+        return self(features), self.alone(features)
+
     def alone(self, features: Sequence[Tensor]) -> Tensor:
         """Give the logits (m, b, k) of each modality alone."""
         raise TypeError(f"{type(self).__name__} gives no modality a say of its own")
@@ -48,13 +53,18 @@ class Concat(Fusion):
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """W [f_1; ...; f_m] + b, which is the sum of its parts."""
-        return torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)]).sum(dim=0) + self.bias
+        """W [f_1; ...; f_m] + b, which is the sum of what each says."""
+        return self.alone(features).sum(dim=0)
+
+    def both(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Add what each says."""
+        alone = self.alone(features)
+        return alone.sum(dim=0), alone
 
     def alone(self, features: Sequence[Tensor]) -> Tensor:
         """Share the bias evenly."""
-        parts = torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)])
-        return parts + self.bias / len(parts)
+        share, heads = self.bias / len(self.heads), cast("Iterable[nn.Linear]", self.heads)
+        return torch.stack([functional.linear(f, head.weight, share) for head, f in zip(heads, features, strict=True)])
 
 
 class Late(Fusion):
@@ -69,6 +79,11 @@ class Late(Fusion):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Add what each says."""
         return self.alone(features).sum(dim=0)
+
+    def both(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Add what each says."""
+        alone = self.alone(features)
+        return alone.sum(dim=0), alone
 
     def alone(self, features: Sequence[Tensor]) -> Tensor:
         """Each classifier's logits."""

@@ -107,7 +107,9 @@ class FusionNet(nn.Module):
 
     def answer(self, features: Sequence[Tensor]) -> Outputs:
         """Give the logits that follow from features."""
-        return Outputs(self.fusion(features), self.alone(features), tuple(features))
+        if self.has_own_heads:
+            return Outputs(self.fusion(features), self.alone(features), tuple(features))
+        return Outputs(*self.fusion.both(features), tuple(features))
 
     def alone(self, features: Sequence[Tensor]) -> Tensor:
         """Give the logits (m, b, k) of each modality alone."""
