@@ -17,9 +17,12 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
 
@@ -31,7 +34,9 @@ from torch.nn import functional
 from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.rebalance.curriculum import OrderConfig
 from mmaudit.train.balancing.config import BalancingConfig, GmmConfig
+from mmaudit.train.batches import Batch, Step
 from mmaudit.train.config import FinetuneConfig, TrainConfig
+from mmaudit.train.course import Course
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import finetune_on
 
@@ -159,13 +164,21 @@ def ours(examples: Examples, size: Size, sampling: str, balancing: str, device: 
         order=OrderConfig(start=0.5, grow_epochs=4),
         balancing=BalancingConfig(gmm=GmmConfig(warmup_epochs=0)),
     )
-    ends: list[float] = []
+    ends, encoded = list[float](), [0]
 
     def progress(stage: str, done: int, total: int) -> None:
         _wait(device)
         ends.append(time.perf_counter())
+        encoded.append(0)
 
-    with tempfile.TemporaryDirectory() as folder:
+    batches = Course.batches
+
+    def counted(self: Course, steps: Iterable[Step], **options: Any) -> Iterator[Batch]:
+        for batch in batches(self, steps, **options):
+            encoded[-1] += 2 * len(batch.rows) if batch.present is None else int(batch.present.sum())
+            yield batch
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Course, "batches", counted):
         found = finetune_on(
             examples,
             Path(folder),
@@ -175,8 +188,8 @@ def ours(examples: Examples, size: Size, sampling: str, balancing: str, device: 
             device=device,
             progress=progress,
         )
-    encoded = sum(record.get("encoded", 2 * record["samples"]) for record in found.history[1:])
-    return (ends[-1] - ends[0]) / encoded
+    assert len(found.history) == EPOCHS + 1
+    return (ends[-1] - ends[0]) / sum(encoded[1:])
 
 
 def _wait(device: str) -> None:

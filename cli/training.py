@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ def read_examples(
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Give all that decides about a fine-tuning, as plain values by section."""
     sections = [name for name in TrainConfig.__dataclass_fields__ if name != "width"]
-    return {name: plain(config)[name] for name in ("seed", *sections, "network")}
+    resolved = replace(config, finetune=replace(config.finetune, fusion=config.finetune.fusion_used))
+    return {name: plain(resolved)[name] for name in ("seed", *sections, "network")}
 
 
 def _between(manifest: Manifest, examples: Examples) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mmaudit.audit.errors import RunError
+from mmaudit.audit.errors import RunError, TrainError
 from mmaudit.train import checkpoint
-from mmaudit.train.checkpoint import load_model, load_state, save_model, save_state
+from mmaudit.train.checkpoint import load_model, load_state, read_blueprint, save_model, save_state, warm_start
+from mmaudit.train.network import Blueprint, FusionNet
 
 WEIGHTS = {
     "weight": torch.arange(6.0).reshape(2, 3),
@@ -100,3 +102,77 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(OSError, match="disk full"):
             save()
         assert not path.exists()
+
+
+def net_of(
+    *, modalities: tuple[str, ...] = ("audio", "visual"), classes: tuple[str, ...] = ("x", "y", "z"), **options: Any
+) -> FusionNet:
+    sizes = {"audio": 3, "visual": 5, "text": 4}
+    shapes = tuple((sizes[name],) for name in modalities)
+    return FusionNet(Blueprint(modalities=modalities, shapes=shapes, classes=classes, **{"hidden": 6, **options}))
+
+
+def saved(net: FusionNet, path: Path) -> Path:
+    save_model(net.state_dict(), path, about=asdict(net.plan))
+    return path
+
+
+def same(one: FusionNet, other: FusionNet) -> set[str]:
+    """Name the parts of two networks that are alike, tensor by tensor."""
+    theirs = other.state_dict()
+    return {name for name, tensor in one.state_dict().items() if name in theirs and torch.equal(tensor, theirs[name])}
+
+
+def test_a_network_begins_with_another_s_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    old, new = net_of(), net_of()
+    old.encoders[0].mean.fill_(3.0)  # type: ignore[union-attr,operator]
+    warm_start(new, saved(old, tmp_path / "old"))
+    assert same(new, old) == set(new.state_dict())  # the standardisation too
+
+
+def test_modalities_are_matched_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    old = net_of(modalities=("text", "audio", "visual"), own_heads=True)
+    new = net_of(modalities=("visual", "audio"), own_heads=True)
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    warm_start(new, saved(old, tmp_path / "old"))
+    here, there = new.state_dict(), old.state_dict()
+    for j, k in ((0, 2), (1, 1)):
+        assert torch.equal(here[f"encoders.{j}.layers.0.weight"], there[f"encoders.{k}.layers.0.weight"])
+        assert torch.equal(here[f"heads.{j}.weight"], there[f"heads.{k}.weight"])
+    fused = [name for name in here if name.startswith("fusion")]
+    assert fused
+    assert all(torch.equal(here[name], before[name]) for name in fused)  # of other modalities: drawn anew
+
+
+def test_heads_of_other_classes_are_drawn_anew(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    old, new = net_of(), net_of(classes=("x", "y", "w"))
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    warm_start(new, saved(old, tmp_path / "old"))
+    kept = {name for name, tensor in new.state_dict().items() if torch.equal(tensor, before[name])}
+    assert {name for name in new.state_dict() if name.startswith("fusion")} <= kept
+    assert {name for name in new.state_dict() if name.startswith("encoders")} <= same(new, old)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hidden": 7}, r"do not fit the encoder of audio .*hidden 6"),
+        ({"modalities": ("audio", "text")}, "do not fit the encoder of text .*trained on audio, visual"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TrainError, match=words):
+        warm_start(net_of(**options), saved(net_of(), tmp_path / "old"))
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    save_model(WEIGHTS, tmp_path / "strange", about={"classes": ["a"]})
+    for name in ("text", "strange", "absent"):
+        with pytest.raises(RunError, match="is not a model of mmaudit finetune"):
+            read_blueprint(tmp_path / name)
+    with pytest.raises(RunError, match="cannot be read as weights"):
+        load_model(tmp_path / "text")

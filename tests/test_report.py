@@ -35,6 +35,7 @@ from mmaudit.rebalance.levels import CURVE
 from mmaudit.rebalance.manifest import dropped_path, read_dropped, read_manifest
 from mmaudit.rebalance.recipe import Recipe, balance_path, make_split
 from mmaudit.rebalance.shards import open_scores
+from mmaudit.train.contribution import measure_contribution
 from mmaudit.train.evaluate import evaluate, subsets
 
 EVIL = "<script>alert(1)</script>\"'&$x^2$ {{ 7 * 7 }}"
@@ -169,8 +170,17 @@ def finetune(run: Run, name: str = "balanced-concat") -> None:
         "chance": {"majority": 0.34, "uniform": 0.33},
         "seconds": 1.5,
         "test": evaluate(probabilities, scores.label, members),
+        "contribution": contribution_of(first, second, n=len(scores)),
     }
     write_json(metrics, run.finetune(name) / "metrics.json")
+
+
+def contribution_of(first: str, second: str, *, n: int) -> dict[str, Any]:
+    """Give what two modalities contribute: right for four in five together, and each for one of two halves."""
+    place = np.arange(n)
+    own = np.stack([place % 2 == 0, place % 2 == 1], axis=1)
+    right = {frozenset[int](): place < 0, frozenset({0}): own[:, 0], frozenset({1}): own[:, 1]}
+    return measure_contribution({**right, frozenset({0, 1}): place % 5 > 0}, own, (first, second))
 
 
 class Page(HTMLParser):
@@ -390,6 +400,17 @@ def test_without_test_samples(full: Run) -> None:
     metrics = read_json(full.finetune("balanced-concat") / "metrics.json", error=RunError)
     write_json({**metrics, "test": {"all": {"n": 0}}}, full.finetune("balanced-concat") / "metrics.json")
     assert "Fine-tunings" in words(write_report(full))
+
+
+def test_contribution_is_told_and_an_older_fine_tuning_has_none(full: Run) -> None:
+    told = "is there with nothing to go by; the rest is shared by Shapley value"
+    assert told in words(write_report(full))
+    # Two halves: v = 0, 1/2, 1/2, 4/5 of the samples, so that each modality's share is 2/5, give or take a row.
+    assert re.search(r"\+0\.(39|40|41)\d* \[", words(full.report_file))
+    file = full.finetune("balanced-concat") / "metrics.json"
+    metrics = read_json(file, error=RunError)
+    write_json({key: value for key, value in metrics.items() if key != "contribution"}, file)
+    assert told not in words(write_report(full))
 
 
 def test_finetune_knows_its_manifest(full: Run) -> None:

@@ -60,7 +60,7 @@ class GmmConfig:
     lam_gap: float = 1.0
     lam_align: float = 0.1
     stop_strong: bool = True  # no gradient of the gap through the stronger branch: it is not closed by spoiling that
-    fit_rows: int = 2_048  # training samples, by hash, that the mixture is refitted to before every epoch
+    fit_rows: int = 1_024  # training samples, by hash, that the mixture is refitted to before every epoch
 
     def __post_init__(self) -> None:
         _in_range("gmm", self, warmup_epochs=(0, 1e9), lam_gap=(0, 1e9), lam_align=(0, 1e9), fit_rows=(10, 1e12))

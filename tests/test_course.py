@@ -1,0 +1,124 @@
+"""Laws of the course: batches are the training rows, readings leave the model alone, and a copy is a copy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from training import QUICK, examples_of, setting
+
+from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.train.batches import Batch, Step
+from mmaudit.train.config import TrainConfig
+from mmaudit.train.course import Course, Reader, validate
+from mmaudit.train.examples import Examples
+from mmaudit.train.network import FusionNet, Outputs, cross_entropies
+from mmaudit.train.opening import blueprint_of, open_course
+from mmaudit.train.world import ALONE
+
+torch.set_num_threads(1)
+
+
+def opened(examples: Examples, config: TrainConfig = QUICK) -> tuple[Course, FusionNet]:
+    course = open_course(examples, config, seed=0, device="cpu", world=ALONE)
+    torch.manual_seed(0)
+    net = FusionNet(blueprint_of(examples, config))
+    course.standardise(net)
+    return course, net
+
+
+def confidence(outputs: Outputs, label: Tensor) -> Tensor:
+    return outputs.confidence(label)
+
+
+def whole_loss(outputs: Outputs, batch: Batch) -> Tensor:
+    return batch.mean_fused(cross_entropies(outputs, batch.label)[0])
+
+
+@pytest.mark.parametrize("resident_mib", [0, 10])
+def test_batches_are_the_training_rows_of_each_step(resident_mib: int) -> None:
+    examples = examples_of(40)
+    course, _ = opened(examples, setting(resident_mib=resident_mib))
+    steps = [Step(rows=np.array([2, 0, 2])), Step(rows=np.array([5]))]
+    for step, batch in zip(steps, course.batches(steps, epoch=1), strict=True):
+        rows = course.train[step.rows]
+        assert batch.label.tolist() == examples.label[rows].tolist()
+        assert batch.rows.tolist() == step.rows.tolist()
+        for found, inputs in zip(batch.inputs, examples.inputs, strict=True):
+            np.testing.assert_array_equal(found, inputs.read(rows))
+
+
+@pytest.mark.parametrize("resident_mib", [0, 10])
+def test_a_reading_is_in_eval_mode_and_leaves_the_model_as_it_was(resident_mib: int) -> None:
+    examples = examples_of(1500)
+    course, net = opened(examples, setting(resident_mib=resident_mib, dropout=0.5))
+    net.train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    reader = Reader(course, net)
+    first, again = reader.read(confidence), reader.read(confidence)
+    assert first.shape == (3, 750) == (3, reader.num_train)
+    assert torch.equal(first, again)  # no dropout
+    assert net.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    some = np.array([7, 3, 700])
+    torch.testing.assert_close(reader.read(confidence, rows=some), first[:, some])
+    assert reader.read_validation(confidence).shape == (3, 375)
+
+
+def test_validation_is_the_mean_over_its_samples() -> None:
+    examples = examples_of(200)
+    course, net = opened(examples)
+    found = validate(Reader(course, net))
+    net.eval()
+    rows = course.validation
+    with torch.no_grad():
+        outputs = net([torch.from_numpy(each.read(rows)) for each in examples.inputs])
+    label = torch.from_numpy(examples.label[rows])
+    fused, own = cross_entropies(outputs, label)
+    assert found.loss == pytest.approx(float(fused.mean()), rel=1e-5)
+    assert found.own_loss == pytest.approx(own.mean(dim=1).tolist(), rel=1e-5)
+    assert found.accuracy == pytest.approx(float((outputs.fused.argmax(dim=1) == label).float().mean()))
+    expected = (outputs.unimodal.argmax(dim=2) == label).float().mean(dim=1)
+    assert found.own_accuracy == pytest.approx(expected.tolist())
+
+
+def test_a_copy_is_trained_and_the_model_is_not() -> None:
+    course, net = opened(examples_of(400))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    reader = Reader(course, net)
+    copy, again = (reader.train_copy(whole_loss, epochs=3) for _ in range(2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    old, new = (reader.read(confidence, net=each)[0].mean() for each in (net, copy))
+    assert new > old + 0.1
+    assert all(torch.equal(p, q) for p, q in zip(copy.parameters(), again.parameters(), strict=True))
+
+
+def test_pictures_are_standardised_by_channel_and_rows_that_are_there() -> None:
+    """Frames of three channels, a spectrogram of one: means and deviations of the training rows."""
+    rng = np.random.default_rng(0)
+    frames = (rng.random((80, 2 * 4 * 4 * 3)) * 50 * np.tile([1, 2, 3], 32)).astype(np.float32)
+    sound = (3 * rng.standard_normal((80, 30)) - 7).astype(np.float32)
+    frames[::9] = np.nan
+    examples = replace(
+        examples_of(80),
+        inputs=(MatrixInputs(matrix=sound), MatrixInputs(matrix=frames)),
+        shapes=((5, 6), (2, 4, 4, 3)),
+    )
+    course, net = opened(examples, replace(QUICK, width=0.02))
+    train = course.train
+    state = net.state_dict()
+    there = frames[train][~np.isnan(frames[train]).any(axis=1)].reshape(-1, 3)
+    for place, rows in ((0, sound[train].reshape(-1, 1)), (1, there)):
+        np.testing.assert_allclose(state[f"encoders.{place}.trunk.mean"].flatten(), rows.mean(axis=0), rtol=1e-4)
+        np.testing.assert_allclose(state[f"encoders.{place}.trunk.scale"].flatten(), rows.std(axis=0), rtol=1e-4)
+
+
+def test_chance_differs_by_purpose_and_seed() -> None:
+    course, _ = opened(examples_of(40))
+    drawn = {course.chance("step", epoch, step) for epoch in range(5) for step in range(5)}
+    assert len(drawn) == 25
+    assert course.chance("step", 1, 1) == opened(examples_of(40))[0].chance("step", 1, 1)
+    assert replace(course, seed=1).chance("step", 1, 1) not in drawn

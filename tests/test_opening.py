@@ -1,0 +1,86 @@
+"""Laws of the opening: what a training begins with is checked at the door, and known again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training import QUICK, examples_of, setting
+
+from mmaudit.audit.errors import ConfigError
+from mmaudit.train.config import TrainConfig
+from mmaudit.train.examples import Examples
+from mmaudit.train.opening import blueprint_of, identity_of, open_course
+from mmaudit.train.world import ALONE, World
+
+torch.set_num_threads(1)
+
+
+def identity(examples: Examples, config: TrainConfig = QUICK, *, seed: int = 0, **options: Any) -> str:
+    world = options.pop("world", ALONE)
+    course = open_course(examples, config, seed=seed, device="cpu", world=world)
+    return identity_of(examples, course, init=options.pop("init", None))
+
+
+@pytest.mark.parametrize(
+    "same",
+    [{"report_to": ("wandb",)}, {"save_steps": 5}],
+)
+def test_who_is_told_and_how_often_is_saved_makes_no_other_training(same: dict[str, Any]) -> None:
+    assert identity(examples_of(), setting(**same)) == identity(examples_of())
+
+
+def test_the_number_of_processes_makes_no_other_training() -> None:
+    assert identity(examples_of(), world=World(rank=1, size=4)) == identity(examples_of())
+
+
+@pytest.mark.parametrize("name", ["content", "balance", "p_balanced", "weight", "rank"])
+def test_other_training_samples_make_another(name: str) -> None:
+    examples = examples_of()
+    values = getattr(examples, name).copy()
+    values[examples.rows("train")[0]] = "other" if name == "content" else 0.123
+    if name == "rank":
+        values[examples.rows("train")[0]] = 10**6
+    assert identity(replace(examples, **{name: values})) != identity(examples)
+
+
+def test_other_weights_to_begin_with_make_another(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode())
+    found = {identity(examples_of(), init=init) for init in (None, tmp_path / "a", tmp_path / "b")}
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"freeze": ("audo",)}, "no modality audo here; the modalities are audio, visual"),
+        ({"modality_lr": ("text=0.1",)}, "no modality text here; the modalities are audio, visual"),
+    ],
+)
+def test_a_modality_that_is_not_there_is_missed(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        open_course(examples_of(), setting(**options), seed=0, device="cpu", world=ALONE)
+
+
+def test_the_pool_is_of_the_training_rows() -> None:
+    examples = examples_of()
+    course = open_course(examples, QUICK, seed=0, device="cpu", world=ALONE)
+    train = examples.rows("train")
+    np.testing.assert_array_equal(course.train, train)
+    for name in ("rank", "balance", "p_balanced", "label"):
+        np.testing.assert_array_equal(getattr(course.pool, name), getattr(examples, name)[train])
+    assert (course.pool.num_classes, course.pool.num_modalities, len(course.pool)) == (4, 2, len(train))
+
+
+@pytest.mark.parametrize(
+    ("balancing", "fusion", "own_heads"),
+    [("joint", "concat", False), ("mmpareto", "concat", True), ("greedy", "mmtm", False), ("mla", "shared", False)],
+)
+def test_a_method_has_the_network_it_needs(balancing: str, fusion: str, own_heads: bool) -> None:
+    plan = blueprint_of(examples_of(), setting(balancing=balancing))
+    assert (plan.fusion, plan.own_heads) == (fusion, own_heads)

@@ -1,0 +1,67 @@
+"""Laws of the store: what is read does not depend on where it lies, and little of it lies anywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mmaudit.audit.encoding.matrix import MatrixInputs, Rows
+from mmaudit.train.stores import Store
+
+torch.set_num_threads(1)
+
+RNG = np.random.default_rng(0)
+WIDE = RNG.standard_normal((40, 100)).astype(np.float32)
+BYTES = RNG.integers(0, 256, (40, 12), dtype=np.uint8)
+
+
+class Counted(MatrixInputs):
+    """Inputs that note how many rows were read at once."""
+
+    __slots__ = ("most",)
+
+    def read(self, rows: Rows) -> NDArray[Any]:
+        object.__setattr__(self, "most", max(getattr(self, "most", 0), len(rows)))
+        return MatrixInputs.read(self, rows)
+
+
+@pytest.mark.parametrize("most_bytes", [0, 1_000, 1 << 20])
+def test_what_is_read_is_the_same_wherever_it_lies(most_bytes: int) -> None:
+    store = Store([MatrixInputs(matrix=WIDE), MatrixInputs(matrix=BYTES)], device="cpu", most_bytes=most_bytes)
+    assert [held is not None for held in store.held] == [most_bytes > 20_000, most_bytes >= 480]
+    assert store.is_resident == (most_bytes > 20_000)
+    cuts = [np.array(rows, dtype=np.int64) for rows in ([3, 1, 3], [39], [], [0, 5, 6, 7])]
+    for rows, (item, streamed) in zip(cuts, store.stream(cuts, lambda item: item), strict=True):
+        assert item is rows
+        for taken, flowing, whole in zip(store.take(rows), streamed, (WIDE, BYTES), strict=True):
+            np.testing.assert_array_equal(taken, whole[rows])
+            np.testing.assert_array_equal(flowing, whole[rows])
+            assert taken.dtype == flowing.dtype == torch.from_numpy(whole).dtype
+
+
+def test_what_does_not_fit_is_never_read_whole() -> None:
+    inputs = Counted(matrix=WIDE)
+    store = Store([inputs], device="cpu", most_bytes=100)
+    for _ in store.stream([np.arange(start, start + 4) for start in range(0, 40, 4)], lambda rows: rows):
+        pass
+    assert inputs.most == 4
+
+
+def test_nothing_is_read_ahead_if_it_is_not_wanted() -> None:
+    """A sampler that waits for what the network says must not be asked for its next step before."""
+    store = Store([MatrixInputs(matrix=WIDE)], device="cpu", most_bytes=0)
+    asked = []
+
+    def steps() -> Any:
+        for number in range(5):
+            asked.append(number)
+            yield np.array([number])
+
+    stream = store.stream(steps(), lambda rows: rows, num_threads=0)
+    for number in range(5):
+        next(stream)
+        assert asked == list(range(number + 1))

@@ -1,0 +1,278 @@
+"""Laws of finetune and evaluate: names, flows from one training to the next, and bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import plant
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from mmaudit.cli.main import app
+
+torch.set_num_threads(1)
+
+TUNE = ["finetune", "--manifest", "all", "--num-workers", "0", "--epochs", "3", "--set", "finetune.hidden=8"]
+
+
+def mmaudit(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def done(*words: str | Path) -> dict[str, Any]:
+    result = mmaudit(*words, "--json")
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout))
+
+
+def said(result: Result) -> str:
+    """Everything on the terminal as one line, however it was wrapped."""
+    return re.sub(r"[\s│]+", " ", result.output)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scored run with a manifest of everything and one fine-tuning, `plain`: read only."""
+    folder = tmp_path_factory.mktemp("training")
+    pq.write_table(plant(num_samples=240), folder / "data.parquet")
+    done("score", folder / "data.parquet", "--run", folder / "run", "--repeats", "1")
+    done("split", "--subset", "most-balanced:100%", "--name", "all", "--run", folder / "run")
+    done("split", "--subset", "audio-preferred", "--run", folder / "run")
+    done(*TUNE, "--run", folder / "run", "--name", "plain")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be written into."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "finetune" / name / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "all-concat-uniform"),
+        (["--balancing", "gmm", "--sampling", "bss-l"], "all-concat-bss-l-gmm"),
+        (["--balancing", "greedy"], "all-mmtm-uniform-greedy"),
+        (["--fusion", "gated"], "all-gated-uniform"),
+        (["--only", "audio"], "all-concat-uniform-only-audio"),
+        (["--keep-posterior", "0.5", "--init", "plain"], "all-concat-uniform-p0.5-from-plain"),
+    ],
+)
+def test_a_fine_tuning_is_called_by_what_it_is(run: Path, words: list[str], name: str) -> None:
+    metrics = done(*TUNE, *words, "--run", run)
+    assert (run / "finetune" / name / "metrics.json").exists()
+    assert metrics["config"]["finetune"]["fusion"] in name
+    assert "already finished" in said(mmaudit(*TUNE, *words, "--run", run)) or metrics == done(
+        *TUNE, *words, "--run", run
+    )
+
+
+def test_evaluate_gives_the_test_figures_again_and_more(run: Path) -> None:
+    metrics = json.loads((run / "finetune" / "plain" / "metrics.json").read_text())
+    found = done("evaluate", "plain", "--run", run)
+    assert found["test"] == metrics["test"]
+    assert found["contribution"] == metrics["contribution"]
+    assert found["n"] == metrics["counts"]["test"]
+    assert set(found["test_by_class"]) == {"0", "1", "2"}
+    written = json.loads((run / "finetune" / "plain" / "evaluation.json").read_text())
+    assert written == {key: value for key, value in found.items() if key != "file"}
+    told = said(mmaudit("evaluate", "plain", "--run", run))
+    for part in ("split test of all", "audio-preferred", "ece", "least recall", "right with one alone"):
+        assert part in told
+
+
+def test_evaluate_on_other_samples(run: Path) -> None:
+    rows = pd.read_parquet(run / "manifests" / "audio-preferred.parquet")
+    dropped = pd.read_parquet(run / "manifests" / "audio-preferred.dropped.parquet")
+    tests = (rows["split"] == "test").sum() + (dropped["split"] == "test").sum()
+    other = done("evaluate", "plain", "--run", run, "--manifest", "audio-preferred")
+    assert other["n"] == tests
+    assert other["manifest"] == "audio-preferred"
+    assert other["test"]["in-manifest"]["n"] == (rows["split"] == "test").sum()
+    train = done("evaluate", "plain", "--run", run, "--split", "train")
+    metrics = json.loads((run / "finetune" / "plain" / "metrics.json").read_text())
+    assert train["n"] == metrics["counts"]["train"]
+
+
+def test_a_training_begins_with_another_s_weights(run: Path) -> None:
+    words = [*TUNE, "--run", run, "--lr", "1e-9", "--set", "optim.weight_decay=0.0"]
+    done(*words, "--init", "plain", "--name", "second")
+    done(*words, "--name", "scratch")
+    first, second, scratch = (weights(run, name) for name in ("plain", "second", "scratch"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-5, rtol=0)
+    assert any((scratch[name] - tensor).abs().max() > 1e-4 for name, tensor in first.items())
+    done(*words, "--init", run / "finetune" / "plain" / "model.safetensors", "--name", "third")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in weights(run, "third").items())
+
+
+def test_one_modality_begins_a_training_of_two(run: Path) -> None:
+    """Unimodal pretraining, frozen: the audio encoder is the unimodal one, and the fused answer learns beside it."""
+    done(*TUNE, "--run", run, "--only", "audio", "--name", "audio")
+    refused = mmaudit(*TUNE, "--run", run, "--init", "audio", "--name", "both")
+    assert refused.exit_code == 2
+    assert "do not fit the encoder of visual" in said(refused)
+
+
+def test_a_frozen_encoder_stays(run: Path) -> None:
+    done(*TUNE, "--run", run, "--init", "plain", "--name", "frozen", "--set", 'optim.freeze=["audio"]')
+    first, second = weights(run, "plain"), weights(run, "frozen")
+    still = {name for name in first if torch.equal(first[name], second[name])}
+    assert {name for name in first if name.startswith("encoders.0.")} <= still
+    assert not {name for name in first if name.startswith("encoders.1.layers.0")} & still
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--balancing", "gbland"], "--balancing gbland: did you mean gblend?"),
+        (["--fusion", "gates"], "--fusion gates: did you mean gated?"),
+        (["--balancing", "greedy", "--fusion", "concat"], "it measures and cuts the cross-modal path"),
+        (["--balancing", "mla", "--fusion", "late"], "it trains one classifier that all modalities share"),
+        (["--sampling", "dus-h"], "--balancing joint has no loss of each modality's own to learn from them"),
+        (["--only", "audio", "--balancing", "gmm"], "--balancing gmm is between modalities"),
+        (["--only", "audoi"], "--only audoi: did you mean audio?"),
+        (["--init", "plan"], "no finished fine-tuning plan"),
+        (["--report-to", "tensorbord"], "--report-to tensorbord: did you mean tensorboard?"),
+        (["--set", "optim.schedule=linear"], "optim.schedule is linear"),
+        (["--set", "optim.modality_lr=['audio']"], "not of the form NAME=FACTOR"),
+        (["--set", "optim.freeze=['sound']"], "no modality sound here; the modalities are audio, visual"),
+        (["--set", "sampling.bss.beta=0.0"], "sampling.bss.beta is 0.0; it lies in (0, 1]"),
+        (["--set", "balancing.gmm.lam_gap=-1.0"], "balancing.gmm.lam_gap is -1.0"),
+        (["--set", "balancing.gmmm.lam_gap=1.0"], "no config key balancing.gmmm; did you mean balancing.gmm?"),
+        (["--lr", "1e6", "--set", "optim.optimizer=sgd"], "training has diverged: the loss of epoch"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run: Path, words: list[str], line: str) -> None:
+    result = mmaudit(*TUNE, "--run", run, "--name", "new", *words)
+    assert result.exit_code == 2
+    assert line in said(result)
+    assert "Traceback" not in result.output
+    assert not (run / "finetune" / "new" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["plan"], "no finished fine-tuning plan in"),
+        (["plain", "--split", "tset"], "no samples of split tset; did you mean test?"),
+        (["plain", "--manifest", "none"], "no manifest none"),
+        (["plain", "--device", "gpu"], "--device gpu: not there"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(made: Path, words: list[str], line: str) -> None:
+    result = mmaudit("evaluate", *words, "--run", made)
+    assert result.exit_code == 2
+    assert line in said(result)
+
+
+def test_evaluate_notices_what_has_changed(run: Path) -> None:
+    done("split", "--subset", "visual-preferred", "--name", "all", "--run", run)
+    result = mmaudit("evaluate", "plain", "--run", run)
+    assert result.exit_code == 2
+    assert "has changed since plain was trained on it; name a manifest with --manifest" in said(result)
+    model = run / "finetune" / "plain" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:100])
+    result = mmaudit("evaluate", "plain", "--run", run, "--manifest", "audio-preferred")
+    assert result.exit_code == 2
+    assert "is not a model of mmaudit finetune" in said(result)
+
+
+def test_networks_are_trained_end_to_end(clips: Path, tmp_path: Path) -> None:
+    """Sound and pictures through two small ResNets, a spectrogram masked and a picture cropped, then tested again."""
+    run = tmp_path / "run"
+    small = ["--set", "media.network_size=16", "--set", "network.width=0.02", "--set", "network.epochs=1"]
+    few = ["--set", "probe.folds=2", "--repeats", "1", "--num-workers", "0", "--set", "data.test_fraction=0.25"]
+    done("score", clips, "--run", run, "--encoder", "audio=resnet18", "--encoder", "image=resnet18", *small, *few)
+    done("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run)
+    words = ["finetune", "--manifest", "all", "--run", run, "--num-workers", "0", "--epochs", "2", "--batch-size", "8"]
+    words += ["--set", "network.width=0.02", "--balancing", "ogm-ge", "--sampling", "bss-l"]
+    held = done(*words, "--name", "held")
+    read = done(*words, "--name", "read", "--set", "finetune.resident_mib=0")
+    assert read["test"] == held["test"]
+    first, second = weights(run, "held"), weights(run, "read")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert any("resnet" in name for name in first)
+    assert done("evaluate", "held", "--run", run)["test"] == held["test"]
+    plain = done(*words, "--name", "plain", "--set", "augment.pictures=false", "--set", "augment.sound=false")
+    assert plain["test"]["all"]["n"] == held["test"]["all"]["n"]
+    third = weights(run, "plain")
+    assert any(not torch.equal(tensor, third[name]) for name, tensor in first.items())
+
+
+def test_settings_reach_the_training(run: Path) -> None:
+    """Each of them changes the weights, or what is left beside them."""
+    base = weights(run, "plain")
+    changes: dict[str, list[str]] = {
+        "sgd": ["--set", "optim.optimizer=sgd"],
+        "warm": ["--set", "optim.warmup_epochs=2"],
+        "step": ["--set", "optim.schedule=step", "--set", "optim.lr_step=1"],
+        "clip": ["--set", "optim.clip_norm=0.01"],
+        "ema": ["--set", "optim.ema=0.9"],
+        "slow": ["--set", 'optim.modality_lr=["audio=0.1"]'],
+        "half": ["--set", "optim.precision=bfloat16"],
+        "heads": ["--set", "finetune.own_heads=true"],
+    }
+    for name, words in changes.items():
+        done(*TUNE, "--run", run, "--name", name, *words)
+        other = weights(run, name)
+        assert other.keys() != base.keys() or any(not torch.equal(tensor, other[key]) for key, tensor in base.items())
+
+
+def test_training_stops_early(run: Path) -> None:
+    words = ["finetune", "--manifest", "all", "--num-workers", "0", "--run", run, "--epochs", "200", "--lr", "0.05"]
+    metrics = done(
+        *words, "--set", "finetune.patience=3", "--set", "finetune.validation_fraction=0.2", "--name", "early"
+    )
+    lines = (run / "finetune" / "early" / "history.jsonl").read_text().splitlines()
+    assert len(lines) == metrics["best_epoch"] + 3 < 200
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Note when a network is compiled, without waiting for a compiler."""
+    seen: list[bool] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen.append(True))
+    return seen
+
+
+def test_a_network_is_compiled_when_asked_for(run: Path, compiled: list[bool]) -> None:
+    done(*TUNE, "--run", run, "--name", "plainly")
+    assert compiled == []
+    done(*TUNE, "--run", run, "--name", "compiled", "--set", "finetune.compile=true")
+    assert compiled == [True]
+
+
+def test_history_has_a_line_an_epoch_and_what_the_method_did(run: Path) -> None:
+    done(*TUNE, "--run", run, "--balancing", "ogm", "--sampling", "bss-l", "--name", "told")
+    lines = (run / "finetune" / "told" / "history.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    common = {"epoch", "steps", "samples", "lr", "train_loss", "validation_loss", "validation_accuracy"}
+    assert all(set(record) > common for record in records)
+
+
+def test_the_data_may_have_moved(planted: Callable[..., Path], tmp_path: Path) -> None:
+    data = planted()
+    run = tmp_path / "run"
+    done("score", data, "--run", run, "--repeats", "1")
+    done("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run)
+    data.rename(tmp_path / "moved.parquet")
+    assert "if it moved, pass --data" in said(mmaudit(*TUNE, "--run", run))
+    first = done(*TUNE, "--run", run, "--data", tmp_path / "moved.parquet", "--name", "moved")
+    again = done("evaluate", "moved", "--run", run, "--data", tmp_path / "moved.parquet")
+    assert again["test"] == first["test"]
