@@ -126,7 +126,7 @@ def same(one: FusionNet, other: FusionNet) -> set[str]:
 def test_a_network_begins_with_another_s_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     old, new = net_of(), net_of()
-    old.encoders[0].mean.fill_(3.0)  # type: ignore[union-attr,operator]
+    old.encoders[0].mean.fill_(3.0)  # type: ignore[operator]
     warm_start(new, saved(old, tmp_path / "old"))
     assert same(new, old) == set(new.state_dict())  # the standardisation too
 

@@ -19,14 +19,14 @@ WIDE = RNG.standard_normal((40, 100)).astype(np.float32)
 BYTES = RNG.integers(0, 256, (40, 12), dtype=np.uint8)
 
 
-class Counted(MatrixInputs):
+class Counted:
     """Inputs that note how many rows were read at once."""
 
-    __slots__ = ("most",)
+    num_rows, num_features, most = 40, 100, 0
 
     def read(self, rows: Rows) -> NDArray[Any]:
-        object.__setattr__(self, "most", max(getattr(self, "most", 0), len(rows)))
-        return MatrixInputs.read(self, rows)
+        self.most = max(self.most, len(rows))
+        return MatrixInputs(matrix=WIDE).read(rows)
 
 
 @pytest.mark.parametrize("most_bytes", [0, 1_000, 1 << 20])
@@ -37,14 +37,15 @@ def test_what_is_read_is_the_same_wherever_it_lies(most_bytes: int) -> None:
     cuts = [np.array(rows, dtype=np.int64) for rows in ([3, 1, 3], [39], [], [0, 5, 6, 7])]
     for rows, (item, streamed) in zip(cuts, store.stream(cuts, lambda item: item), strict=True):
         assert item is rows
-        for taken, flowing, whole in zip(store.take(rows), streamed, (WIDE, BYTES), strict=True):
+        matrices: tuple[NDArray[Any], ...] = (WIDE, BYTES)
+        for taken, flowing, whole in zip(store.take(rows), streamed, matrices, strict=True):
             np.testing.assert_array_equal(taken, whole[rows])
             np.testing.assert_array_equal(flowing, whole[rows])
             assert taken.dtype == flowing.dtype == torch.from_numpy(whole).dtype
 
 
 def test_what_does_not_fit_is_never_read_whole() -> None:
-    inputs = Counted(matrix=WIDE)
+    inputs = Counted()
     store = Store([inputs], device="cpu", most_bytes=100)
     for _ in store.stream([np.arange(start, start + 4) for start in range(0, 40, 4)], lambda rows: rows):
         pass

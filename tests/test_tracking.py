@@ -38,7 +38,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     found = Told()
     writer = SimpleNamespace(add_scalar=found.scalar, close=found.close)
     run = SimpleNamespace(log=found.record, finish=found.close)
-    packages = {
+    packages: dict[str, dict[str, Any]] = {
         "torch.utils.tensorboard": {"SummaryWriter": lambda folder: writer},
         "wandb": {"init": lambda **options: run},
         "mlflow": {

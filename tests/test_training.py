@@ -109,7 +109,7 @@ def test_evaluate_on_other_samples(run: Path) -> None:
 
 
 def test_a_training_begins_with_another_s_weights(run: Path) -> None:
-    words = [*TUNE, "--run", run, "--lr", "1e-9", "--set", "optim.weight_decay=0.0"]
+    words: list[str | Path] = [*TUNE, "--run", run, "--lr", "1e-9", "--set", "optim.weight_decay=0.0"]
     done(*words, "--init", "plain", "--name", "second")
     done(*words, "--name", "scratch")
     first, second, scratch = (weights(run, name) for name in ("plain", "second", "scratch"))
@@ -199,7 +199,7 @@ def test_networks_are_trained_end_to_end(clips: Path, tmp_path: Path) -> None:
     few = ["--set", "probe.folds=2", "--repeats", "1", "--num-workers", "0", "--set", "data.test_fraction=0.25"]
     done("score", clips, "--run", run, "--encoder", "audio=resnet18", "--encoder", "image=resnet18", *small, *few)
     done("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run)
-    words = ["finetune", "--manifest", "all", "--run", run, "--num-workers", "0", "--epochs", "2", "--batch-size", "8"]
+    words: list[str | Path] = ["finetune", "--manifest", "all", "--run", run, "--num-workers", "0", "--epochs", "2", "--batch-size", "8"]
     words += ["--set", "network.width=0.02", "--balancing", "ogm-ge", "--sampling", "bss-l"]
     held = done(*words, "--name", "held")
     read = done(*words, "--name", "read", "--set", "finetune.resident_mib=0")
@@ -234,7 +234,7 @@ def test_settings_reach_the_training(run: Path) -> None:
 
 
 def test_training_stops_early(run: Path) -> None:
-    words = ["finetune", "--manifest", "all", "--num-workers", "0", "--run", run, "--epochs", "200", "--lr", "0.05"]
+    words: list[str | Path] = ["finetune", "--manifest", "all", "--num-workers", "0", "--run", run, "--epochs", "200", "--lr", "0.05"]
     metrics = done(
         *words, "--set", "finetune.patience=3", "--set", "finetune.validation_fraction=0.2", "--name", "early"
     )
