@@ -41,8 +41,8 @@ from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import finetune_on
 
 NUM_CLASSES = 30
-ROUNDS = 5
-EPOCHS = 5  # of a round: one reading of the model by bss-l among them
+ROUNDS = 3
+EPOCHS = 8  # of a round: one reading of the model by bss-l among them
 
 
 @dataclass(frozen=True, kw_only=True)

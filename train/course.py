@@ -114,6 +114,14 @@ class Course:
                 mean, scale, largest = self._moments(place, self.train)
                 encoder.standardise_by(mean, scale, largest=largest)
 
+    def hold_standard(self, net: FusionNet) -> None:
+        """Standardise the vectors on the device once and for all, where each step would do so anew: 4% of its time."""
+        for held, encoder in zip(self.store.held, net.encoders, strict=True):
+            if held is not None and isinstance(encoder, VectorEncoder):
+                for rows in held.split(_READ_AT_ONCE):  # type: ignore[no-untyped-call]
+                    rows.copy_(encoder.standard(rows))
+                encoder.reads_standard = True
+
     def _moments(self, place: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Give mean, standard deviation and largest size of each feature or channel (c,), over rows that have it."""
         shape, held = self.shapes[place], self.store.held[place]

@@ -20,6 +20,7 @@ class VectorEncoder(nn.Module):
     def __init__(self, dim: int, *, hidden: int, dropout: float) -> None:
         super().__init__()
         self.num_features = hidden
+        self.reads_standard = False  # whether rows come standardised, as those of a store that holds them so
         self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
@@ -29,10 +30,13 @@ class VectorEncoder(nn.Module):
         self.mean.copy_(mean)
         self.scale.copy_(torch.where(scale > 1e-6 * largest, scale, 1.0))
 
+    def standard(self, rows: Tensor) -> Tensor:
+        """Standardise rows; what is missing becomes 0, the mean."""
+        return ((rows - self.mean) / self.scale).nan_to_num(nan=0.0)
+
     def forward(self, rows: Tensor) -> Tensor:
         """Give features of a batch."""
-        standard = (rows - self.mean) / self.scale
-        found: Tensor = self.layers(standard.nan_to_num(nan=0.0))
+        found: Tensor = self.layers(rows if self.reads_standard else self.standard(rows))
         return found
 
 

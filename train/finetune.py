@@ -66,12 +66,14 @@ def finetune_on(
     started = time.monotonic()
     settings = config.finetune
     course = open_course(examples, config, seed=seed, device=device, world=world)
+    identity = identity_of(examples, course, init=init)
     torch.manual_seed(seed)
     net = FusionNet(blueprint_of(examples, config)).to(device)
     if init is None:
         course.standardise(net)
     else:
         warm_start(net, init)
+    course.hold_standard(net)
     net.fix_encoders([examples.modalities.index(name) for name in config.optim.freeze])
     update = Update(net, config.optim, device=device, world=world)
     balancer = build_balancer(settings.balancing, net, update, config.balancing, epochs=settings.epochs)
@@ -99,7 +101,6 @@ def finetune_on(
     parts: dict[str, Any] = {"net": net, "update": update, "balancer": balancer, "sampler": sampler}
     if averaged is not None:
         parts["averaged"] = averaged
-    identity = identity_of(examples, course, init=init)
     state_file = folder / "state" / "last.pt"
     if (state := resume(state_file, identity, device=device)) is not None:
         for name, part in parts.items():

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..batches import Batch
 from ..lab import Lab
-from ..network import FusionNet, Outputs, cross_entropies
+from ..network import FusionNet, Outputs
 from ..update import Update
 from .config import BALANCERS, BalancingConfig
 
@@ -97,8 +97,10 @@ class Balancer(ABC):
 
     def summed_losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Mean cross entropy of the fused answer plus that of every modality, of this process's share."""
-        fused, own = cross_entropies(outputs, batch.label)
-        return batch.mean_fused(fused) + batch.mean_own(own).sum()
+        logits = torch.cat([outputs.fused[None], outputs.unimodal]).float()
+        number, b, k = logits.shape
+        each = functional.cross_entropy(logits.view(number * b, k), batch.label.repeat(number), reduction="none")
+        return (each * batch.part.flatten()).sum()
 
     def mean_confidence(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Give the step's mean probability of the true class (1 + m,), over all processes: the fused answer's first."""
