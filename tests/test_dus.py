@@ -45,7 +45,7 @@ def sampler_of(
         num_classes=2,
         num_modalities=num_modalities,
     )
-    config = SamplingConfig(dus=DusConfig(**changes))
+    config = SamplingConfig(dus=DusConfig(**{"every_steps": 1, **changes}))
     return type_(pool, config, OrderConfig(), batch_size=batch_size, seed=0, world=world)
 
 
@@ -134,7 +134,7 @@ def test_a_step_that_overflowed_says_nothing() -> None:
     observe(sampler, (0.5, 0.8, 0.2))
     before = sampler.state_dict()
     outputs, batch = answer(Step(rows=np.arange(B)), (0.5, 0.5, 0.5))
-    sampler.observe(outputs._replace(unimodal=outputs.unimodal * float("nan")), batch)
+    sampler.observe(Outputs(outputs.fused, outputs.unimodal * float("nan"), outputs.features), batch)
     assert sampler.state_dict() == before
 
 
@@ -342,3 +342,21 @@ def test_the_policy_is_that_of_the_seed_in_all_processes() -> None:
             observe(sampler, (0.5, 0.6, 0.4))
             drawn.append(tuple(sampler.quantities))
     assert drawn[:20] == drawn[20:]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_policy_chooses_once_in_so_many_steps(every: int) -> None:
+    sampler = sampler_of(DusRl, every_steps=every)
+    calls: list[list[float]] = []
+
+    def act(state: list[float]) -> list[int]:
+        calls.append(state)
+        return [0, 4]
+
+    policy = SimpleNamespace(act=act, learn=lambda reward: None, baseline=0.0)
+    sampler.policy = cast(Any, policy)  # type: ignore[attr-defined]
+    outputs, batch = answer(Step(rows=np.arange(B)), (0.5, 0.5, 0.6))
+    for _ in range(7):
+        sampler.observe(outputs, batch)
+    assert len(calls) == {1: 7, 3: 3}[every]
+    assert sampler.heard == 7

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,27 @@ from .encoders import build_encoder
 from .fusion import FUSIONS
 
 
-class Outputs(NamedTuple):
+@dataclass(slots=True)
+class Outputs:
     """Of one batch: fused logits (b, k), unimodal logits (m, b, k), and the features f_j behind them, m of (b, d_j)."""
 
     fused: Tensor
     unimodal: Tensor
     features: tuple[Tensor, ...]
+    _cross_entropy: Tensor | None = None  # once asked for: the loss wants it, and so does who watches confidences
+
+    def cross_entropy(self, label: Tensor) -> Tensor:
+        """Give the cross entropy of each sample (1 + m, b), in float32: the fused answer's first."""
+        if self._cross_entropy is None:
+            logits = torch.cat([self.fused[None], self.unimodal]).float()
+            number, b, k = logits.shape
+            each = functional.cross_entropy(logits.view(number * b, k), label.repeat(number), reduction="none")
+            self._cross_entropy = each.view(number, b)
+        return self._cross_entropy
 
     def confidence(self, label: Tensor) -> Tensor:
         """Give the probability of the true class (1 + m, b), detached: the fused answer's first."""
-        logits = torch.cat([self.fused.detach()[None], self.unimodal.detach()]).float()
-        at = label[None, :, None].expand(len(logits), -1, 1)
-        return logits.softmax(dim=2).gather(2, at).squeeze(2)
+        return self.cross_entropy(label).detach().neg().exp()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +143,5 @@ class FusionNet(nn.Module):
 
 def cross_entropies(outputs: Outputs, label: Tensor) -> tuple[Tensor, Tensor]:
     """Give each sample's cross entropy, of the fused logits (b,) and of each modality's (m, b), in float32."""
-    fused = functional.cross_entropy(outputs.fused.float(), label, reduction="none")
-    m, b, k = outputs.unimodal.shape
-    own = functional.cross_entropy(outputs.unimodal.float().reshape(m * b, k), label.repeat(m), reduction="none")
-    return fused, own.view(m, b)
+    found = outputs.cross_entropy(label)
+    return found[0], found[1:]

@@ -97,10 +97,7 @@ class Balancer(ABC):
 
     def summed_losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Mean cross entropy of the fused answer plus that of every modality, of this process's share."""
-        logits = torch.cat([outputs.fused[None], outputs.unimodal]).float()
-        number, b, k = logits.shape
-        each = functional.cross_entropy(logits.view(number * b, k), batch.label.repeat(number), reduction="none")
-        return (each * batch.part.flatten()).sum()
+        return (outputs.cross_entropy(batch.label) * batch.part).sum()
 
     def mean_confidence(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Give the step's mean probability of the true class (1 + m,), over all processes: the fused answer's first."""

@@ -59,12 +59,13 @@ class DusConfig:
     most: float = 2.0
     paired: bool = True  # modalities share their samples as far as they go; otherwise each draws its own
     policy: str = "reinforce"  # of dus-rl, as all that follow; or ppo
+    every_steps: int = 4  # between two choices, and of each reward
     hidden: int = 64
     lr: float = 1e-3
     eta: float = 1.0  # weight of the change of the fused confidence in the reward
     baseline: float = 0.9  # decay of the running mean of rewards
     clip: float = 0.2  # of ppo
-    horizon: int = 16  # steps of ppo between two updates ...
+    horizon: int = 16  # choices of ppo between two updates ...
     passes: int = 4  # ... and passes over them
     multipliers: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -75,7 +76,7 @@ class DusConfig:
             raise ConfigError("sampling.dus: least lies in (0, 1], and most is at least 1")
         if not self.multipliers or min(self.multipliers) <= 0:
             raise ConfigError(f"sampling.dus.multipliers are {list(self.multipliers)}; give one or more, all above 0")
-        for name in ("hidden", "horizon", "passes"):
+        for name in ("hidden", "every_steps", "horizon", "passes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("kappa", "dead_zone", "eta"):
