@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
+from training import cut_to
 
 from mmaudit.train.balancing.config import BalancingConfig, GblendConfig
 from mmaudit.train.balancing.gblend import LEAST_OVERFIT, LEAST_WEIGHT, READ_ROWS, Gblend, blend_weights
@@ -42,7 +43,7 @@ def draw(present: list[list[bool]] | None = None) -> Batch:
     heard = None if present is None else np.array(present)
     return to_batch(
         Step(rows=np.arange(4), present=heard),
-        (torch.randn(4, 5), torch.randn(4, 4)),
+        cut_to(heard, (torch.randn(4, 5), torch.randn(4, 4))),
         label=torch.tensor([0, 1, 2, 1]),
         weight=np.array([1, 2, 3, 2], dtype=np.float32),
         world=ALONE,

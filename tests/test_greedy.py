@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from training import cut_to
 
 from mmaudit.train.balancing.config import BalancingConfig, GreedyConfig
 from mmaudit.train.balancing.greedy import Greedy, conditional_speeds, slowest
@@ -62,7 +63,7 @@ def draw(seed: int = 1, *, m: int = 2, present: list[list[bool]] | None = None) 
     heard = None if present is None else np.array(present)
     return to_batch(
         Step(rows=np.arange(6), present=heard),
-        tuple(torch.randn(6, d) for d in (5, 4, 3)[:m]),
+        cut_to(heard, tuple(torch.randn(6, d) for d in (5, 4, 3)[:m])),
         label=torch.tensor([0, 1, 2, 1, 0, 0]),
         weight=np.ones(6, dtype=np.float32),
         world=ALONE,

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
+from training import cut_to
 
 from mmaudit.train.balancing.config import BalancingConfig, MlaConfig
 from mmaudit.train.balancing.mla import Mla, absorb, forget
@@ -80,7 +81,7 @@ def draw(seed: int = 1, *, present: list[list[bool]] | None = None) -> Batch:
     heard = None if present is None else np.array(present)
     return to_batch(
         Step(rows=np.arange(6), present=heard),
-        tuple(torch.randn(6, d) for d in (5, 4, 3)),
+        cut_to(heard, tuple(torch.randn(6, d) for d in (5, 4, 3))),
         label=torch.tensor([0, 1, 2, 1, 0, 0]),
         weight=WEIGHT,
         world=ALONE,
@@ -212,17 +213,11 @@ def test_a_turn_learns_from_those_who_have_the_modality() -> None:
     moved = turns(balancer, draw(present=present))[1]  # the turn of one that nobody has
     assert not any(bool(change.any()) for change in moved.values())
     batch = draw(present=present)
-    changed = Batch(
-        rows=batch.rows,
-        inputs=(batch.inputs[0] * batch.present[:, :1], *batch.inputs[1:]),  # type: ignore[index]
-        label=batch.label,
-        present=batch.present,
-        part=batch.part,
-        size=batch.size,
-    )
+    assert len(batch.inputs[0]) == 3
     one, other = make(PLAIN), make(PLAIN)
     one.step(batch)
-    other.step(changed)
+    first = replace(draw(), part=batch.part, present=batch.present, inputs=cut_to(batch.present, draw().inputs))
+    other.step(first)
     assert all(torch.equal(p, weights(other.net)[name]) for name, p in weights(one.net).items())
 
 

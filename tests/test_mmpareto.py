@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from torch import Tensor
+from training import cut_to
 
 from mmaudit.train.balancing.config import BalancingConfig, MmParetoConfig
 from mmaudit.train.balancing.mmpareto import MmPareto, combine
@@ -65,7 +66,7 @@ def draw(present: list[list[bool]] | None = None, *, seed: int = 1) -> Batch:
     heard = None if present is None else np.array(present)
     return to_batch(
         Step(rows=np.arange(6), present=heard),
-        (torch.randn(6, 5), torch.randn(6, 4)),
+        cut_to(heard, (torch.randn(6, 5), torch.randn(6, 4))),
         label=torch.tensor([0, 1, 2, 1, 0, 0]),
         weight=np.array([1, 2, 3, 2, 1, 1], dtype=np.float32),
         world=ALONE,

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from training import cut_to
 
 from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import BalancingConfig, DropoutConfig
@@ -45,7 +46,7 @@ def batch(number: int, *, modalities: int = 2, present: Tensor | None = None, sh
         part[1:] *= present.T
     return Batch(
         rows=torch.arange(number),
-        inputs=tuple(torch.ones(number, 3) for _ in range(modalities)),
+        inputs=cut_to(present, [torch.ones(number, 3) for _ in range(modalities)]),
         label=torch.arange(number) % 2,
         present=present,
         part=share * part / part.sum(dim=1, keepdim=True).clamp(min=1.0),

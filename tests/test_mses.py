@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from training import cut_to
 
 from mmaudit.train.balancing.balancer import Validation
 from mmaudit.train.balancing.config import BalancingConfig, MsesConfig
@@ -45,7 +46,7 @@ def draw(present: list[list[bool]] | None = None) -> Batch:
     heard = None if present is None else np.array(present)
     return to_batch(
         Step(rows=np.arange(4), present=heard),
-        (torch.randn(4, 5), torch.randn(4, 4)),
+        cut_to(heard, (torch.randn(4, 5), torch.randn(4, 4))),
         label=torch.tensor([0, 1, 2, 1]),
         weight=np.array([1, 2, 3, 2], dtype=np.float32),
         world=ALONE,

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from training import cut_to
 
 from mmaudit.train.balancing.balancer import Validation
 from mmaudit.train.balancing.config import BalancingConfig, MslrConfig
@@ -142,9 +143,10 @@ def test_a_loss_of_0_stays_within_bounds() -> None:
 
 def test_learns_by_the_sum_of_all_losses() -> None:
     balancer = make("dynamic")
+    present = np.array([[True, True], [False, True], [True, False]])
     batch = to_batch(
-        Step(rows=np.arange(3), present=np.array([[True, True], [False, True], [True, False]])),
-        (torch.randn(3, 5), torch.randn(3, 4)),
+        Step(rows=np.arange(3), present=present),
+        cut_to(present, (torch.randn(3, 5), torch.randn(3, 4))),
         label=torch.tensor([0, 1, 2]),
         weight=np.ones(3, dtype=np.float32),
         world=ALONE,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.workers import Progress, silent
@@ -81,3 +84,11 @@ def weights(folder: Path) -> bytes:
 def untimed(found: Finetuned) -> dict[str, Any]:
     """Give the metrics, but for the time that it took."""
     return {name: value for name, value in found.metrics.items() if name != "seconds"}
+
+
+def cut_to(present: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Give of m inputs (b, ...) the rows that are present (b, m), or all of them where that is None."""
+    if present is None:
+        return tuple(inputs)
+    there = torch.as_tensor(np.asarray(present))
+    return tuple(x[there[:, j]] for j, x in enumerate(inputs))

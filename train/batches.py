@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,10 @@ class Step:
             fused=None if self.fused is None else self.fused[mine],
         )
 
+    def rows_of(self, modality: int) -> Rows:
+        """Give the rows (b_j,) that are heard in a modality."""
+        return self.rows if self.present is None else self.rows[self.present[:, modality]]
+
     def parts(self, weight: NDArray[np.float32], *, num_modalities: int) -> NDArray[np.float32]:
         """Give the part (1 + m, b) that each row has in the mean loss: the fused one first, then each modality's own.
 
@@ -54,7 +58,8 @@ class Step:
 class Batch:
     """This process's share of a step on the device: b rows, m modalities.
 
-    rows (b,) among the training samples; inputs, m tensors (b, ...); label (b,); present (b, m) or None: all are.
+    rows (b,) among the training samples; label (b,); present (b, m) or None: all are. inputs: m tensors (b_j, ...) of the
+    rows that are present, b_j <= b.
     part (1 + m, b): see Step.parts; over all processes each of its rows sums to 1. size: samples of the whole step.
     """
 
@@ -64,6 +69,12 @@ class Batch:
     present: Tensor | None
     part: Tensor
     size: int
+
+    def keep(self, present: Tensor) -> Batch:
+        """Give the same rows, present in some modalities (b, m) alone of those that they are present in."""
+        had = self.present
+        stays = [present[:, j] if had is None else present[had[:, j], j] for j in range(len(self.inputs))]
+        return replace(self, present=present, inputs=tuple(x[rows] for x, rows in zip(self.inputs, stays, strict=True)))
 
     def mean_fused(self, values: Tensor) -> Tensor:
         """Give this process's share of the step's mean of values (b,) over what the fused loss learns from."""

@@ -95,8 +95,9 @@ class Course:
         """Bring an epoch's steps, of which the first has the number `first`, to the device: this process's shares."""
         label, weight = self.label[torch.from_numpy(self.train).to(self.device)], self.weight[self.train]
 
-        def rows_of(step: Step) -> Rows:
-            return self.train[step.share(self.world).rows]
+        def rows_of(step: Step) -> list[Rows]:
+            mine = step.share(self.world)
+            return [self.train[mine.rows_of(j)] for j in range(len(self.shapes))]
 
         stream = self.store.stream(steps, rows_of, num_threads=READERS if ahead else 0)
         for number, (step, inputs) in enumerate(stream, start=first):
@@ -170,7 +171,7 @@ class Reader:
         training = reader.training
         reader.eval()
         found = []
-        for some, inputs in course.store.stream(cut, lambda part: part):
+        for some, inputs in course.store.stream(cut, lambda part: [part] * len(course.shapes)):
             label = course.label[torch.from_numpy(some).to(course.device)]
             found.append(what(reader(inputs), label).float())
         reader.train(training)

@@ -98,21 +98,25 @@ class FusionNet(nn.Module):
         return len(self.encoders)
 
     def encode(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Give features f_j of m inputs (b, ...). Where `present` (b, m) says no, nothing is encoded: features of 0."""
+        """Give features f_j (b, d_j) of m inputs.
+
+        Inputs have b rows; with `present` (b, m), b_j <= b of them, those that are present: the others have features of 0.
+        """
         if present is None:
             return tuple(encoder(rows) for encoder, rows in zip(self.encoders, inputs, strict=True))
         return tuple(
-            self._encode_some(index, rows, present[:, index].nonzero().squeeze(1)) for index, rows in enumerate(inputs)
+            self._encode_some(index, rows, present[:, index].nonzero().squeeze(1), size=len(present))
+            for index, rows in enumerate(inputs)
         )
 
-    def _encode_some(self, index: int, rows: Tensor, some: Tensor) -> Tensor:
+    def _encode_some(self, index: int, rows: Tensor, some: Tensor, *, size: int) -> Tensor:
         encoder = self.encoders[index]
-        if len(some) == len(rows):
-            return encoder(rows)  # type: ignore[no-any-return]
         if len(some) == 0:
-            return rows.new_zeros(len(rows), int(encoder.num_features), dtype=torch.float32)  # type: ignore[arg-type]
-        found: Tensor = encoder(rows[some])
-        return found.new_zeros(len(rows), found.shape[1]).index_copy(0, some, found)
+            return rows.new_zeros(size, int(encoder.num_features), dtype=torch.float32)  # type: ignore[arg-type]
+        found: Tensor = encoder(rows)
+        if len(some) == size:
+            return found
+        return found.new_zeros(size, found.shape[1]).index_copy(0, some, found)
 
     def answer(self, features: Sequence[Tensor]) -> Outputs:
         """Give the logits that follow from features."""
@@ -142,6 +146,11 @@ class FusionNet(nn.Module):
 
 
 def cross_entropies(outputs: Outputs, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each sample's cross entropy, of the fused logits (b,) and of each modality's (m, b), in float32."""
-    found = outputs.cross_entropy(label)
-    return found[0], found[1:]
+    """Give each sample's cross entropy, of the fused logits (b,) and of each modality's (m, b), in float32.
+
+    Apart, unlike those of `Outputs.cross_entropy`: no gradient of one, not even of 0, reaches what only the other uses.
+    """
+    fused = functional.cross_entropy(outputs.fused.float(), label, reduction="none")
+    m, b, k = outputs.unimodal.shape
+    own = functional.cross_entropy(outputs.unimodal.float().reshape(m * b, k), label.repeat(m), reduction="none")
+    return fused, own.view(m, b)

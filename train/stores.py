@@ -42,40 +42,41 @@ class Store:
         """Tell whether all inputs are on the device."""
         return all(each is not None for each in self.held)
 
-    def take(self, rows: Rows) -> tuple[Tensor, ...]:
-        """Give the inputs of some rows on the device, m tensors (b, d_j)."""
-        return self._to_device(rows, self._read(rows))
-
     def stream(
-        self, items: Iterable[Item], rows_of: Callable[[Item], Rows], *, num_threads: int = READERS
+        self, items: Iterable[Item], rows_of: Callable[[Item], Sequence[Rows]], *, num_threads: int = READERS
     ) -> Iterator[tuple[Item, tuple[Tensor, ...]]]:
-        """Give each item with the inputs of its rows; threads read what follows, unless all is on the device."""
+        """Give each item with its inputs on the device, m tensors (b_j, d_j): of the rows (b_j,) of each modality.
 
-        def read(item: Item) -> tuple[Item, list[Tensor | None]]:
-            return item, self._read(rows_of(item))
+        Threads read what follows, unless all is on the device.
+        """
 
-        for item, found in ahead(read, items, num_threads=0 if self.is_resident else num_threads):
-            yield item, self._to_device(rows_of(item), found)
+        def read(item: Item) -> tuple[Item, Sequence[Rows], list[Tensor | None]]:
+            rows = rows_of(item)
+            return item, rows, self._read(rows)
+
+        for item, rows, found in ahead(read, items, num_threads=0 if self.is_resident else num_threads):
+            yield item, self._to_device(rows, found)
 
     def _whole(self, inputs: Inputs) -> Tensor:
         parts = [_tensor(inputs.read(rows)) for rows in chunks(inputs)]
         return torch.cat(parts).to(self.device)
 
-    def _read(self, rows: Rows) -> list[Tensor | None]:
+    def _read(self, rows: Sequence[Rows]) -> list[Tensor | None]:
         """Read what is not on the device yet."""
         found = [
-            _tensor(each.read(rows)) if held is None else None
-            for each, held in zip(self.inputs, self.held, strict=True)
+            _tensor(each.read(some)) if held is None else None
+            for each, some, held in zip(self.inputs, rows, self.held, strict=True)
         ]
         if self.device.type == "cuda":
             return [None if each is None else each.pin_memory() for each in found]
         return found
 
-    def _to_device(self, rows: Rows, found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        where = torch.from_numpy(rows).to(self.device, non_blocking=True)
+    def _to_device(self, rows: Sequence[Rows], found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         return tuple(
-            held.index_select(0, where) if held is not None else _there(each).to(self.device, non_blocking=True)
-            for held, each in zip(self.held, found, strict=True)
+            _there(each).to(self.device, non_blocking=True)
+            if held is None
+            else held.index_select(0, torch.from_numpy(some).to(self.device, non_blocking=True))
+            for held, some, each in zip(self.held, rows, found, strict=True)
         )
 
 

@@ -37,7 +37,7 @@ class ModalityDropout(Balancer):
         total = own.sum(dim=1, keepdim=True)
         self.world.sum_([total])
         own = own / torch.where(total > 0, total, 1.0)
-        return replace(batch, present=present, part=torch.cat([batch.part[:1], own]))
+        return replace(batch.keep(present), part=torch.cat([batch.part[:1], own]))
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Give the mean cross entropy of the fused answer."""
