@@ -28,7 +28,7 @@ def batch_of(size: int = 7) -> Batch:
         inputs=inputs,
         label=torch.zeros(size, dtype=torch.int64),
         present=None,
-        part=torch.full((1 + len(SHAPES), size), 1 / size),
+        part=torch.full((1 + len(SHAPES), size), 1 / max(1, size)),
         size=size,
     )
 
@@ -47,6 +47,10 @@ def test_a_seed_gives_the_same_and_another_something_else() -> None:
     for one, two, three in zip(first[1:], again[1:], other[1:], strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
         assert not torch.equal(one.nan_to_num(9.0), three.nan_to_num(9.0))
+
+
+def test_a_process_may_have_no_row_of_a_step() -> None:
+    assert [len(each) for each in augment(batch_of(0), SHAPES, CONFIG, seed=3).inputs] == [0] * len(SHAPES)
 
 
 def test_what_is_switched_off_stays_as_it_is() -> None:

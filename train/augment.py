@@ -26,6 +26,8 @@ def augment(batch: Batch, shapes: Sequence[tuple[int, ...]], config: AugmentConf
 
 
 def _vary_one(rows: Tensor, shape: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator) -> Tensor:
+    if len(rows) == 0:  # as a process may have of a last step; affine_grid refuses it
+        return rows
     if len(shape) > 2 and config.pictures:
         return vary(to_pictures(rows, shape), rng, least_area=config.least_crop, flip=config.flip)
     if len(shape) == 2 and config.sound:
