@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,8 +60,8 @@ def finetune_on(
 
     The epoch kept is the one with the highest fused validation accuracy, the least validation loss among equals; the
     last one where there are fewer than LEAST_VALIDATION samples to choose by. `init`: a model file to begin with.
-    Everything follows from examples, config and seed: the same bytes again on one machine, the same batches in any
-    number of processes, the same losses after an interruption at any step.
+    Everything follows from examples, config and seed: the same batches in any number of processes, the same losses
+    after an interruption at any step, and on one machine's CPU the same bytes (CUDA convolutions add in no fixed order).
     Raises ManifestError where a split is empty, TrainError where the loss is no longer a number.
     """
     started = time.monotonic()
@@ -106,23 +107,29 @@ def finetune_on(
         for name, part in parts.items():
             part.load_state_dict(state[name])
         epoch, step, seen, history = state["epoch"], state["step"], state["seen"], state["history"]
-        best, best_weights = state["best"], state["best_weights"]
+        best = state["best"]
+        if state["best_weights"] is not None:
+            best_weights = state["best_weights"]
+        else:
+            best_weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         total.fill_(state["total"] if world.is_first else 0.0)  # it is summed over the processes
         log.info("resumed in epoch %d after %d steps", epoch, step)
 
     def save(epoch: int, step: int) -> None:
         world.sum_([whole := total.clone()])
-        _share_buffers(net, world)
+        _share_buffers((net, tested), world)
         if world.is_first:
             place = {"identity": identity, "epoch": epoch, "step": step, "seen": seen, "total": float(whole)}
             states = {name: part.state_dict() for name, part in parts.items()}
-            chosen = {"history": history, "best": best, "best_weights": best_weights}
+            # The weights as they are now may be the best, and are not written twice then.
+            weights = None if averaged is None and step == 0 and best[2] == epoch - 1 else best_weights
+            chosen = {"history": history, "best": best, "best_weights": weights}
             save_state({**place, **states, **chosen}, state_file)
 
     chooses = len(course.validation) >= LEAST_VALIDATION
     if not chooses:
         few = len(course.validation)
-        log.info("%d validation samples are too few to choose an epoch by: the last one is taken", few)
+        log.info("%d validation samples are too few to choose an epoch, or to stop by: the last one is taken", few)
     with ExitStack() as stack:
         trackers = open_trackers(settings.report_to if world.is_first else (), folder, stack=stack)
         while epoch <= settings.epochs and not _is_over(history, best, settings):
@@ -145,7 +152,7 @@ def finetune_on(
                 if settings.save_steps and step % settings.save_steps == 0:
                     save(epoch, step)
             world.sum_([total])
-            _share_buffers(net, world)  # before anybody reads the network
+            _share_buffers((net, tested), world)  # before anybody reads the network
             train_loss = float(total) / max(seen, 1)
             if not math.isfinite(train_loss):
                 raise TrainError(
@@ -197,9 +204,9 @@ def _is_over(history: list[dict[str, float]], best: tuple[float, float, int], se
     return bool(settings.patience) and len(history) - best[2] >= settings.patience
 
 
-def _share_buffers(net: FusionNet, world: World) -> None:
+def _share_buffers(nets: Iterable[FusionNet], world: World) -> None:
     """Let all processes have the same running means: the mean of theirs."""
-    floats = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    floats = [buffer for net in set(nets) for buffer in net.buffers() if buffer.is_floating_point()]
     world.sum_(floats)
     for buffer in floats if world.size > 1 else ():
         buffer /= world.size
