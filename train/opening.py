@@ -90,7 +90,7 @@ def identity_of(examples: Examples, course: Course, *, init: Path | None) -> str
     for name in ("report_to", "resident_mib", "save_steps"):
         del config["finetune"][name]
     weights = b"" if init is None else init.read_bytes()
-    settings = repr((config, examples.class_names, examples.shapes, course.seed))
+    settings = repr((config, examples.class_names, examples.modalities, examples.shapes, course.seed))
     told = (settings.encode(), content.encode(), *(text.encode() for text in ids))
     return digest(*told, *(np.ascontiguousarray(array).tobytes() for array in arrays), weights)
 

@@ -37,6 +37,7 @@ def _tensorboard(folder: Path, stack: ExitStack) -> Tell:
 
 
 def _wandb(folder: Path, stack: ExitStack) -> Tell:
+    folder.mkdir(parents=True, exist_ok=True)  # wandb would write elsewhere
     run = _load("wandb", package="wandb").init(project="mmaudit", name=folder.name, dir=str(folder))
     stack.callback(run.finish)
     return lambda record: run.log(dict(record), step=int(record["epoch"]))
