@@ -60,6 +60,8 @@ def finetune(
     if (folder / "metrics.json").exists() and not overwrite:
         return _finished(folder, settings, found)
     init = None if config.finetune.init is None else _find_model(place, config.finetune.init)
+    if overwrite and init is not None and folder.resolve() in init.resolve().parents:
+        raise ConfigError(f"--overwrite would delete {init}, which --init begins with: give this fine-tuning a --name")
     device = local_device(pick_device(device))
     with open_world(device) as world:
         if not world.is_first:

@@ -12,7 +12,7 @@ import pytest
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train import fusion
 from mmaudit.train.balancing.balancer import Balancer
-from mmaudit.train.balancing.config import BALANCERS
+from mmaudit.train.balancing.config import BALANCERS, BalancingConfig, MslrConfig
 from mmaudit.train.config import FUSIONS, AugmentConfig, FinetuneConfig, OptimConfig, TrainConfig
 from mmaudit.train.sampling.config import SAMPLERS
 from mmaudit.train.sampling.sampler import Sampler
@@ -180,6 +180,17 @@ def test_rates_of_modalities_are_read_by_name() -> None:
 def test_a_rate_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=f"optim.modality_lr {text}: not of the form NAME=FACTOR, such as audio=0.1"):
         OptimConfig(modality_lr=("visual=1", text))
+
+
+@pytest.mark.parametrize("mode", ["keep", "smooth"])
+def test_rates_of_modalities_that_are_kept_have_to_be_there(mode: str) -> None:
+    balancing = BalancingConfig(mslr=MslrConfig(mode=mode))
+    mslr, optim = FinetuneConfig(balancing="mslr"), OptimConfig(modality_lr=("audio=0.1",))
+    with pytest.raises(ConfigError, match=f"balancing.mslr.mode = {mode} begins with the rates of optim.modality_lr"):
+        TrainConfig(finetune=mslr, balancing=balancing)
+    TrainConfig(finetune=mslr, balancing=balancing, optim=optim)
+    TrainConfig(finetune=mslr)
+    TrainConfig(balancing=balancing)
 
 
 def shares(epochs: int, **options: Any) -> list[float]:

@@ -120,12 +120,19 @@ def test_a_training_begins_with_another_s_weights(run: Path) -> None:
     assert all(torch.equal(tensor, second[name]) for name, tensor in weights(run, "third").items())
 
 
-def test_one_modality_begins_a_training_of_two(run: Path) -> None:
-    """Unimodal pretraining, frozen: the audio encoder is the unimodal one, and the fused answer learns beside it."""
+def test_weights_of_one_modality_are_too_few_for_two(run: Path) -> None:
     done(*TUNE, "--run", run, "--only", "audio", "--name", "audio")
     refused = mmaudit(*TUNE, "--run", run, "--init", "audio", "--name", "both")
     assert refused.exit_code == 2
     assert "do not fit the encoder of visual" in said(refused)
+
+
+def test_what_a_training_begins_with_is_not_overwritten(run: Path) -> None:
+    before = weights(run, "plain")
+    refused = mmaudit(*TUNE, "--run", run, "--init", "plain", "--name", "plain", "--overwrite")
+    assert refused.exit_code == 2
+    assert "which --init begins with: give this fine-tuning a --name" in said(refused)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run, "plain").items())
 
 
 def test_a_frozen_encoder_stays(run: Path) -> None:
@@ -199,7 +206,19 @@ def test_networks_are_trained_end_to_end(clips: Path, tmp_path: Path) -> None:
     few = ["--set", "probe.folds=2", "--repeats", "1", "--num-workers", "0", "--set", "data.test_fraction=0.25"]
     done("score", clips, "--run", run, "--encoder", "audio=resnet18", "--encoder", "image=resnet18", *small, *few)
     done("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run)
-    words: list[str | Path] = ["finetune", "--manifest", "all", "--run", run, "--num-workers", "0", "--epochs", "2", "--batch-size", "8"]
+    words: list[str | Path] = [
+        "finetune",
+        "--manifest",
+        "all",
+        "--run",
+        run,
+        "--num-workers",
+        "0",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "8",
+    ]
     words += ["--set", "network.width=0.02", "--balancing", "ogm-ge", "--sampling", "bss-l"]
     held = done(*words, "--name", "held")
     read = done(*words, "--name", "read", "--set", "finetune.resident_mib=0")
@@ -234,7 +253,19 @@ def test_settings_reach_the_training(run: Path) -> None:
 
 
 def test_training_stops_early(run: Path) -> None:
-    words: list[str | Path] = ["finetune", "--manifest", "all", "--num-workers", "0", "--run", run, "--epochs", "200", "--lr", "0.05"]
+    words: list[str | Path] = [
+        "finetune",
+        "--manifest",
+        "all",
+        "--num-workers",
+        "0",
+        "--run",
+        run,
+        "--epochs",
+        "200",
+        "--lr",
+        "0.05",
+    ]
     metrics = done(
         *words, "--set", "finetune.patience=3", "--set", "finetune.validation_fraction=0.2", "--name", "early"
     )

@@ -196,3 +196,11 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     balancing: BalancingConfig = field(default_factory=BalancingConfig)
     width: float = 1.0  # of ResNet-18s, 1: whole
+
+    def __post_init__(self) -> None:
+        mode = self.balancing.mslr.mode
+        if self.finetune.balancing == "mslr" and mode != "dynamic" and not self.optim.modality_lr:
+            raise ConfigError(
+                f"balancing.mslr.mode = {mode} begins with the rates of optim.modality_lr, and there are none; give some "
+                "with --set 'optim.modality_lr=[\"audio=0.1\"]', or take the mode dynamic"
+            )
