@@ -335,7 +335,7 @@ def test_of_three_modalities_the_largest_discrepancy_counts() -> None:
 
 def test_the_policy_is_that_of_the_seed_in_all_processes() -> None:
     drawn: list[tuple[int, ...]] = []
-    for world in (ALONE, World(rank=0, size=1)):
+    for world in (ALONE, Second(rank=1, size=2, other=(0.0, 0.0, 0.0))):
         torch.manual_seed(len(drawn))
         sampler = sampler_of(DusRl, world=world)
         for _ in range(20):

@@ -101,7 +101,7 @@ def gammas(gap: Tensor = GAP) -> NDArray[np.float64]:
 
 
 def read_gaps() -> NDArray[np.float64]:
-    """What a method reads of `two_groups`, at 2,048 rows."""
+    """What a method reads of `two_groups`, at some of its rows."""
     lab = Planted(two_groups())
     make().begin_epoch(1, lab)
     return np.asarray(0.98 * two_groups()[lab.asked[0]])

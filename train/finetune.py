@@ -61,7 +61,7 @@ def finetune_on(
     The epoch kept is the one with the highest fused validation accuracy, the least validation loss among equals; the
     last one where there are fewer than LEAST_VALIDATION samples to choose by. `init`: a model file to begin with.
     Everything follows from examples, config and seed: the same batches in any number of processes, the same losses
-    after an interruption at any step, and on one machine's CPU the same bytes (CUDA convolutions add in no fixed order).
+    after an interruption at any step, and on one machine's CPU the same bytes (CUDA adds in no fixed order).
     Raises ManifestError where a split is empty, TrainError where the loss is no longer a number.
     """
     started = time.monotonic()

@@ -60,7 +60,7 @@ class GmmConfig:
     lam_gap: float = 1.0
     lam_align: float = 0.1
     stop_strong: bool = True  # no gradient of the gap through the stronger branch: it is not closed by spoiling that
-    fit_rows: int = 1_024  # training samples, by hash, that the mixture is refitted to before every epoch
+    fit_rows: int = 1_024  # training samples, always the same, that the mixture is refitted to before every epoch
 
     def __post_init__(self) -> None:
         _in_range("gmm", self, warmup_epochs=(0, 1e9), lam_gap=(0, 1e9), lam_align=(0, 1e9), fit_rows=(10, 1e12))
@@ -103,7 +103,7 @@ class GreedyConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PmrConfig:
-    """PMR (CVPR 2023)."""
+    """PMR (CVPR 2023). The momentum is its code's, the rest ours."""
 
     alpha: float = 1.0
     momentum: float = 0.5  # of the prototypes
@@ -115,7 +115,7 @@ class PmrConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgmConfig:
-    """AGM (ICCV 2023)."""
+    """AGM (ICCV 2023). The constant is ours."""
 
     alpha: float = 1.0
 
@@ -125,7 +125,7 @@ class AgmConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MmParetoConfig:
-    """MMPareto (ICML 2024)."""
+    """MMPareto (ICML 2024). The constant is its code's."""
 
     gamma: float = 1.5
 
@@ -160,7 +160,7 @@ class MslrConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlaConfig:
-    """MLA (CVPR 2024)."""
+    """MLA (CVPR 2024). The constant is ours."""
 
     ridge: float = 1e-3  # of the projection: how much of a direction that was seen is left
 

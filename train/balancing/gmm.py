@@ -14,7 +14,7 @@ nothing flows through the larger c, so that a gap is closed by the branch that l
 Ours too: the mixture is refitted before every epoch, to the gaps of `fit_rows` samples in eval mode, and gamma is read
 at the gap that a sample has in the step. To read all samples would cost a third of an epoch, and their gaps would be
 an epoch old at its end. Where the gap is not bimodal the audit's rule holds: balanced is a gap up to the threshold. A
-sample without one of its modalities has no gap: it has the ordinary loss.
+sample that a step hears in one modality alone has no gap: it has the ordinary loss. var_b is 0.01 at least.
 """
 
 from __future__ import annotations
