@@ -17,10 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
 torch.set_num_threads(1)  # xdist's workers are the parallelism
+
+settings.register_profile("patient", deadline=None)  # a first call may load half of torch, beside other jobs
+settings.load_profile("patient")
 
 RATE = 8_000
 

@@ -34,7 +34,12 @@ class Outputs:
 
     def confidence(self, label: Tensor) -> Tensor:
         """Give the probability of the true class (1 + m, b), detached: the fused answer's first."""
-        return self.cross_entropy(label).detach().neg().exp()
+        if self._cross_entropy is not None:
+            return self._cross_entropy.detach().neg().exp()
+        with torch.no_grad():
+            logits = torch.cat([self.fused[None], self.unimodal]).float()
+            at = label[None, :, None].expand(len(logits), -1, 1)
+            return logits.softmax(dim=2).gather(2, at).squeeze(2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
