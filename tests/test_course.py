@@ -11,6 +11,7 @@ from torch import Tensor
 from training import QUICK, examples_of, setting
 
 from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.errors import ManifestError
 from mmaudit.train.batches import Batch, Step
 from mmaudit.train.config import TrainConfig
 from mmaudit.train.course import Course, Reader, validate
@@ -114,6 +115,14 @@ def test_pictures_are_standardised_by_channel_and_rows_that_are_there() -> None:
     for place, rows in ((0, sound[train].reshape(-1, 1)), (1, there)):
         np.testing.assert_allclose(state[f"encoders.{place}.trunk.mean"].flatten(), rows.mean(axis=0), rtol=1e-4)
         np.testing.assert_allclose(state[f"encoders.{place}.trunk.scale"].flatten(), rows.std(axis=0), rtol=1e-4)
+
+
+def test_a_modality_that_no_training_sample_has_is_missed() -> None:
+    examples = examples_of(40)
+    matrix = examples.inputs[1].read(np.arange(40)).copy()
+    matrix[examples.split == "train"] = np.nan
+    with pytest.raises(ManifestError, match="none of 20 training samples has the modality visual: train without it"):
+        opened(replace(examples, inputs=(examples.inputs[0], MatrixInputs(matrix=matrix))))
 
 
 def test_chance_differs_by_purpose_and_seed() -> None:

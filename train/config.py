@@ -201,6 +201,6 @@ class TrainConfig:
         mode = self.balancing.mslr.mode
         if self.finetune.balancing == "mslr" and mode != "dynamic" and not self.optim.modality_lr:
             raise ConfigError(
-                f"balancing.mslr.mode = {mode} begins with the rates of optim.modality_lr, and there are none; give some "
-                "with --set 'optim.modality_lr=[\"audio=0.1\"]', or take the mode dynamic"
+                f"balancing.mslr.mode = {mode} begins with the rates of optim.modality_lr, and there are none; give "
+                "some with --set 'optim.modality_lr=[\"audio=0.1\"]', or take the mode dynamic"
             )

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..audit.errors import ManifestError
 from ..audit.hashing import digest
 from ..rebalance.curriculum import id_key
 from .augment import augment
@@ -106,13 +107,16 @@ class Course:
             yield augment(batch, self.shapes, self.config.augment, seed=seed)
 
     def standardise(self, net: FusionNet) -> None:
-        """Let the encoders take mean and scale from the training rows; of pictures from some of them, evenly spread."""
-        for place, encoder in enumerate(net.encoders):
+        """Let the encoders take mean and scale from the training rows; of pictures from some of them, evenly spread.
+
+        Raises ManifestError where none of them has a modality.
+        """
+        for place, (name, encoder) in enumerate(zip(net.plan.modalities, net.encoders, strict=True)):
             if isinstance(encoder, PictureEncoder):
                 some = self.train[:: -(-len(self.train) // _MOST_SURVEYED)]
-                encoder.standardise_by(*self._moments(place, some)[:2])
+                encoder.standardise_by(*self._moments(place, some, name=name)[:2])
             elif isinstance(encoder, VectorEncoder):
-                mean, scale, largest = self._moments(place, self.train)
+                mean, scale, largest = self._moments(place, self.train, name=name)
                 encoder.standardise_by(mean, scale, largest=largest)
 
     def hold_standard(self, net: FusionNet) -> None:
@@ -123,7 +127,7 @@ class Course:
                     rows.copy_(encoder.standard(rows))
                 encoder.reads_standard = True
 
-    def _moments(self, place: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def _moments(self, place: int, rows: Rows, *, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Give mean, standard deviation and largest size of each feature or channel (c,), over rows that have it."""
         shape, held = self.shapes[place], self.store.held[place]
         number, parts = 0, []
@@ -139,6 +143,11 @@ class Course:
             if len(found):
                 number += len(found)
                 parts.append(torch.stack([found.sum(dim=0), found.square().sum(dim=0), found.abs().amax(dim=0)]))
+        if not parts:
+            raise ManifestError(
+                f"none of {len(rows)} training samples has the modality {name}: train without it with --only, or on "
+                "another manifest"
+            )
         total, square, largest = torch.stack(parts).unbind(dim=1)
         mean = total.sum(dim=0) / number
         scale = (square.sum(dim=0) / number - mean.square()).clamp_min(0).sqrt()
