@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .encoders import PictureEncoder, VectorEncoder
 from .examples import Examples
 from .lab import Loss, Reading
-from .network import FusionNet, Outputs, cross_entropies
+from .network import FusionNet, Outputs
 from .sampling.sampler import Pool, build_sampler
 from .stores import READERS, Rows, Store
 from .update import Update
@@ -217,9 +217,8 @@ def validate(reader: Reader, *, net: FusionNet | None = None) -> Validation:
     """Read the validation samples: mean cross entropy and accuracy of the fused answer and of each modality."""
 
     def what(outputs: Outputs, label: Tensor) -> Tensor:
-        fused, own = cross_entropies(outputs, label)
         right = torch.cat([outputs.fused[None], outputs.unimodal]).argmax(dim=2) == label
-        return torch.cat([fused[None], own, right.float()])
+        return torch.cat([outputs.cross_entropy(label), right.float()])
 
     found = reader.read_validation(what, net=net).double().mean(dim=1).tolist()
     num = len(found) // 2

@@ -37,3 +37,9 @@ class Lab(Protocol):
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
         """Give a copy of the model, trained on by another loss over uniform batches; the model stays as it is."""
+
+
+def some_rows(lab: Lab, number: int) -> Rows:
+    """Choose training rows to read, ascending: all, or `number`; the same at every reading and in all processes."""
+    number = min(number, lab.num_train)
+    return np.sort(np.random.default_rng(0).choice(lab.num_train, number, replace=False, shuffle=False))

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..batches import Batch
-from ..lab import Lab, Rows
-from ..network import FusionNet, Outputs, cross_entropies
+from ..lab import Lab, Rows, some_rows
+from ..network import FusionNet, Outputs
 from ..update import Update
 from .balancer import Balancer
 from .config import BalancingConfig
@@ -44,15 +44,9 @@ def blend_weights(gain: Sequence[float], overfit: Sequence[float]) -> NDArray[np
     return np.asarray(weights / weights.sum())
 
 
-def _each(outputs: Outputs, label: Tensor) -> Tensor:
-    """Cross entropies (1 + m, b): the fused answer's first."""
-    fused, own = cross_entropies(outputs, label)
-    return torch.cat([fused[None], own])
-
-
 def _shares(outputs: Outputs, batch: Batch) -> Tensor:
     """This process's shares (1 + m,) of the step's mean cross entropies."""
-    return (_each(outputs, batch.label) * batch.part).sum(dim=1)
+    return (outputs.cross_entropy(batch.label) * batch.part).sum(dim=1)
 
 
 def _share(outputs: Outputs, batch: Batch, *, place: int) -> Tensor:
@@ -78,7 +72,7 @@ class Gblend(Balancer):
             self.weights = torch.as_tensor(self._measure(lab)).to(self.weights)
 
     def _measure(self, lab: Lab) -> NDArray[np.float64]:
-        rows = _some(lab.num_train)
+        rows = some_rows(lab, READ_ROWS)
         before = self._losses(lab, rows, None)
         gain, overfit = [], []
         for place, (train, validation) in enumerate(zip(*before, strict=True)):
@@ -90,7 +84,8 @@ class Gblend(Balancer):
 
     def _losses(self, lab: Lab, rows: Rows, net: FusionNet | None) -> tuple[list[float], list[float]]:
         """Mean losses (1 + m,) on training rows and on validation."""
-        found = (lab.read(_each, rows=rows, net=net), lab.read_validation(_each, net=net))
+        what = Outputs.cross_entropy
+        found = (lab.read(what, rows=rows, net=net), lab.read_validation(what, net=net))
         train, validation = (each.double().mean(dim=1).tolist() for each in found)
         return train, validation
 
@@ -110,10 +105,3 @@ class Gblend(Balancer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.weights = state["weights"].to(self.weights)
-
-
-def _some(num_train: int) -> Rows:
-    """Choose the rows that are read: all, or READ_ROWS of them, alike in every process and at every measurement."""
-    if num_train <= READ_ROWS:
-        return np.arange(num_train)
-    return np.sort(np.random.default_rng(0).choice(num_train, READ_ROWS, replace=False))

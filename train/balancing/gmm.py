@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...audit.gap.mixture import Mixture, MixtureConfig, fit_mixture
 from ..batches import Batch
-from ..lab import Lab
+from ..lab import Lab, some_rows
 from ..network import FusionNet, Outputs, cross_entropies
 from ..update import Update
 from .balancer import Balancer
@@ -101,9 +101,7 @@ class Gmm(Balancer):
         super().begin_epoch(epoch, lab)
         if epoch <= self.config.gmm.warmup_epochs:
             return
-        number = min(self.config.gmm.fit_rows, lab.num_train)
-        rows = np.sort(np.random.default_rng(0).choice(lab.num_train, number, replace=False, shuffle=False))
-        gap = lab.read(modality_gap, rows=rows).double().cpu().numpy()
+        gap = lab.read(modality_gap, rows=some_rows(lab, self.config.gmm.fit_rows)).double().cpu().numpy()
         self._known = refit(gap, device=self.update.generator.device)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:

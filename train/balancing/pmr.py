@@ -21,13 +21,12 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..batches import Batch
-from ..lab import Lab
+from ..lab import Lab, some_rows
 from ..network import FusionNet, Outputs
 from ..update import Update
 from .balancer import Balancer
@@ -68,9 +67,7 @@ class Pmr(Balancer):
         self._weight = torch.zeros_like(self._weight)
         if epoch > self.config.pmr.last_epoch:
             return
-        number = min(lab.num_train, max(_ROWS, _ROWS_A_CLASS * len(self._seen)))
-        rows = np.sort(np.random.default_rng(0).choice(lab.num_train, number, replace=False, shuffle=False))
-        found = lab.read(_features_and_label, rows=rows)
+        found = lab.read(_features_and_label, rows=some_rows(lab, max(_ROWS, _ROWS_A_CLASS * len(self._seen))))
         member = functional.one_hot(found[-1].long(), len(self._seen)).float().T  # (k, r); a product adds in one order
         count = member.sum(dim=1, keepdim=True)
         old, new = self._seen[:, None], count > 0
