@@ -4,8 +4,8 @@ Run with: make methods DATA=FOLDER, or python benchmarks/methods.py FOLDER [--se
 ravdess (by actor) and av-digits-graded are scored with probes that never learn from test samples, and all their samples
 are kept in one manifest. Every sampler then trains beside the sum of losses and every balancer beside uniform sampling,
 with the same network, epochs and batches, over several seeds; and each modality alone. The chance control of a method
-is the same training on labels shuffled among all samples but the test ones, with one seed. Prints a Markdown table of test accuracy,
-fused and of each branch, mean and standard deviation over seeds.
+is the same training, with one seed, on labels shuffled among all samples but the test ones. Prints a Markdown table of
+test accuracy, fused and of each branch, mean and standard deviation over seeds.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.encoding.features import encode_dataset
-from ..audit.errors import ConfigError, RunError, choices
+from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.files import read_json, write_json, write_text
 from ..audit.source.samples import read_samples
 from ..audit.stock import take_stock
@@ -114,8 +114,8 @@ def evaluate(
 
     Measured are the fused answer and each modality alone: ACC, MAP, macro-F1 and ECE, overall, by subset and by class;
     what each modality contributes; and what is right alone and wrong together. manifest: other samples than those it
-    was trained with; split: another than test. Raises RunError where there is no such fine-tuning, ManifestError where
-    its manifest or the data have changed.
+    was trained with, of which it tells if the network has learned from some; split: another than test. Raises RunError
+    where there is no such fine-tuning, ManifestError where its manifest or the data have changed.
     """
     place = Run(Path(run))
     folder = _find_finetune(place, name)
@@ -129,6 +129,8 @@ def evaluate(
     examples = _examples_of(found, path, place, data, config, num_workers=workers, progress=progress)
     if config.finetune.only is not None:
         examples = examples.only(config.finetune.only)
+    if manifest is not None and split != "train":
+        _tell_learned(place, metrics, set(examples.sample_id[examples.rows(split)]), split=split)
     measured = examine_file(
         folder / "model.safetensors",
         examples,
@@ -141,6 +143,23 @@ def evaluate(
     result = {"name": folder.name, "manifest": path.stem, "split": split, **measured}
     write_json(result, folder / "evaluation.json")
     return {**result, "file": str(folder / "evaluation.json")}
+
+
+def _tell_learned(place: Run, metrics: dict[str, Any], asked: set[str], *, split: str) -> None:
+    """Warn if samples of another manifest's split are ones that the network was trained or chosen by."""
+    try:
+        own = read_manifest(place.find_manifest(metrics["manifest"]))
+    except (RunError, ManifestError):
+        own = None
+    if own is None or own.digest() != metrics["manifest_digest"]:
+        log.warning(
+            "manifest %s is gone or changed: whether it trained on these samples is not known", metrics["manifest"]
+        )
+        return
+    splits = zip(own.table["sample_id"].to_pylist(), own.table["split"].to_pylist(), strict=True)
+    learned = asked & {name for name, each in splits if each != "test"}
+    if learned:
+        log.warning("%d of these %d samples of split %s were trained on, or chosen by", len(learned), len(asked), split)
 
 
 def read_examples(

@@ -108,6 +108,16 @@ def test_evaluate_on_other_samples(run: Path) -> None:
     assert train["n"] == metrics["counts"]["train"]
 
 
+def test_evaluate_tells_if_other_samples_were_trained_on(run: Path) -> None:
+    learned = "samples of split test were trained on"
+    assert learned not in said(mmaudit("evaluate", "plain", "--run", run, "--manifest", "audio-preferred"))
+    done("split", "--balanced", "--resplit", "50/10/40", "--name", "anew", "--run", run)
+    assert learned in said(mmaudit("evaluate", "plain", "--run", run, "--manifest", "anew"))
+    done("split", "--subset", "visual-preferred", "--name", "all", "--run", run)
+    told = said(mmaudit("evaluate", "plain", "--run", run, "--manifest", "anew"))
+    assert "manifest all is gone or changed" in told
+
+
 def test_a_training_begins_with_another_s_weights(run: Path) -> None:
     words: list[str | Path] = [*TUNE, "--run", run, "--lr", "1e-9", "--set", "optim.weight_decay=0.0"]
     done(*words, "--init", "plain", "--name", "second")
