@@ -146,6 +146,17 @@ def test_modalities_are_matched_by_name(tmp_path: Path) -> None:
     assert all(torch.equal(here[name], before[name]) for name in fused)  # of other modalities: drawn anew
 
 
+def test_a_modality_that_was_not_there_is_drawn_anew(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    old, new = net_of(modalities=("audio",)), net_of()
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    warm_start(new, saved(old, tmp_path / "old"))
+    here = new.state_dict()
+    changed = {name for name, tensor in here.items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in here if name.startswith("encoders.0.layers.0")}  # the others begin alike
+    assert {name for name in here if name.startswith("encoders.0.")} <= same(new, old)
+
+
 def test_heads_of_other_classes_are_drawn_anew(tmp_path: Path) -> None:
     torch.manual_seed(0)
     old, new = net_of(), net_of(classes=("x", "y", "w"))
@@ -160,7 +171,7 @@ def test_heads_of_other_classes_are_drawn_anew(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"hidden": 7}, r"do not fit the encoder of audio .*hidden 6"),
-        ({"modalities": ("audio", "text")}, "do not fit the encoder of text .*trained on audio, visual"),
+        ({"modalities": ("text",)}, "was trained on audio, visual, and none of them is trained here"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:

@@ -46,15 +46,15 @@ def read_blueprint(path: Path) -> Blueprint:
 def warm_start(net: FusionNet, path: Path) -> None:
     """Begin with the weights of another fine-tuning: every tensor of the same name and shape.
 
-    Modalities are matched by name; what has no counterpart, as heads for other classes, stays as it was drawn. Raises
-    TrainError where an encoder of the network has none.
+    Modalities are matched by name; what has no counterpart, as heads for other classes or a modality that was not
+    there, stays as it was drawn. Raises TrainError where no modality has one, or one of another shape.
     """
     old, weights = read_blueprint(path), load_model(path)
-    here = net.state_dict()
-    place = {
-        str(old.modalities.index(name)): str(j) for j, name in enumerate(net.plan.modalities) if name in old.modalities
-    }
-    same_classes, same_modalities = old.classes == net.plan.classes, old.modalities == net.plan.modalities
+    here, names = net.state_dict(), net.plan.modalities
+    place = {str(old.modalities.index(name)): str(names.index(name)) for name in names if name in old.modalities}
+    if not place:
+        raise TrainError(f"--init {path} was trained on {', '.join(old.modalities)}, and none of them is trained here")
+    same_classes, same_modalities = old.classes == net.plan.classes, old.modalities == names
     taken = {}
     for name, tensor in weights.items():
         kind, _, rest = name.partition(".")
@@ -64,16 +64,17 @@ def warm_start(net: FusionNet, path: Path) -> None:
         usable = kind == "encoders" or (same_classes and (kind == "heads" or same_modalities))
         if usable and name in here and here[name].shape == tensor.shape:
             taken[name] = tensor
-    lacking = [name for name in here if name.startswith("encoders.") and name not in taken]
+    wanted = tuple(f"encoders.{number}." for number in place.values())
+    lacking = [name for name in here if name.startswith(wanted) and name not in taken]
     if lacking:
-        modality = net.plan.modalities[int(lacking[0].split(".")[1])]
+        modality = names[int(lacking[0].split(".")[1])]
         raise TrainError(
             f"--init {path}: its weights do not fit the encoder of {modality} ({lacking[0]} is missing or of another "
             f"shape); it was trained on {', '.join(old.modalities)} with hidden {old.hidden} and width {old.width:g}"
         )
     net.load_state_dict(taken, strict=False)
     fresh = sorted({name.split(".")[0] for name in here if name not in taken})
-    log.info("begun with the weights of %s%s", path, f"; drawn anew: {', '.join(fresh)}" if fresh else "")
+    log.info("begun with the weights of %s%s", path, f"; drawn anew in part: {', '.join(fresh)}" if fresh else "")
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:

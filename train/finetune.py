@@ -70,9 +70,8 @@ def finetune_on(
     identity = identity_of(examples, course, init=init)
     torch.manual_seed(seed)
     net = FusionNet(blueprint_of(examples, config)).to(device)
-    if init is None:
-        course.standardise(net)
-    else:
+    course.standardise(net)
+    if init is not None:
         warm_start(net, init)
     course.hold_standard(net)
     net.fix_encoders([examples.modalities.index(name) for name in config.optim.freeze])
