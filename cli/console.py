@@ -244,6 +244,10 @@ def tell_finetune(metrics: dict[str, Any]) -> None:
 def tell_evaluate(found: dict[str, Any]) -> None:
     """Tell every measure by subset, accuracy by class, and what each modality contributes."""
     print(f"{found['name']} on {found['n']} samples of split {found['split']} of {found['manifest']}")
+    if found.get("learned_from", 0) is None:
+        print("  whether it was trained on some of them is not known: its own manifest is gone, or has changed")
+    elif found.get("learned_from"):
+        print(f"  {found['learned_from']} of them it was trained on, or chosen by: these figures are too good")
     measures = ("accuracy", "map", "macro_f1", "ece")
     print(f"  {'':>24} {'n':>6} {'branch':>10} " + " ".join(f"{name:>9}" for name in measures))
     for subset, each in sorted(found["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -114,8 +114,9 @@ def evaluate(
 
     Measured are the fused answer and each modality alone: ACC, MAP, macro-F1 and ECE, overall, by subset and by class;
     what each modality contributes; and what is right alone and wrong together. manifest: other samples than those it
-    was trained with, of which it tells if the network has learned from some; split: another than test. Raises RunError
-    where there is no such fine-tuning, ManifestError where its manifest or the data have changed.
+    was trained with; `learned_from` counts those that it was trained or chosen by nevertheless, None if that is not
+    known. split: another than test. Raises RunError where there is no such fine-tuning, ManifestError where its
+    manifest or the data have changed.
     """
     place = Run(Path(run))
     folder = _find_finetune(place, name)
@@ -129,8 +130,6 @@ def evaluate(
     examples = _examples_of(found, path, place, data, config, num_workers=workers, progress=progress)
     if config.finetune.only is not None:
         examples = examples.only(config.finetune.only)
-    if manifest is not None and split != "train":
-        _tell_learned(place, metrics, set(examples.sample_id[examples.rows(split)]), split=split)
     measured = examine_file(
         folder / "model.safetensors",
         examples,
@@ -141,25 +140,10 @@ def evaluate(
         device=pick_device(device),
     )
     result = {"name": folder.name, "manifest": path.stem, "split": split, **measured}
+    if manifest is not None:
+        result["learned_from"] = _count_learned(place, metrics, examples.sample_id[examples.rows(split)])
     write_json(result, folder / "evaluation.json")
     return {**result, "file": str(folder / "evaluation.json")}
-
-
-def _tell_learned(place: Run, metrics: dict[str, Any], asked: set[str], *, split: str) -> None:
-    """Warn if samples of another manifest's split are ones that the network was trained or chosen by."""
-    try:
-        own = read_manifest(place.find_manifest(metrics["manifest"]))
-    except (RunError, ManifestError):
-        own = None
-    if own is None or own.digest() != metrics["manifest_digest"]:
-        log.warning(
-            "manifest %s is gone or changed: whether it trained on these samples is not known", metrics["manifest"]
-        )
-        return
-    splits = zip(own.table["sample_id"].to_pylist(), own.table["split"].to_pylist(), strict=True)
-    learned = asked & {name for name, each in splits if each != "test"}
-    if learned:
-        log.warning("%d of these %d samples of split %s were trained on, or chosen by", len(learned), len(asked), split)
 
 
 def read_examples(
@@ -228,6 +212,18 @@ def _examples_of(
         validation_fraction=config.finetune.validation_fraction,
         seed=config.seed,
     )
+
+
+def _count_learned(place: Run, metrics: dict[str, Any], asked: Iterable[str]) -> int | None:
+    """Count the samples that a fine-tuning was trained or chosen by; None where its manifest is gone or has changed."""
+    try:
+        own = read_manifest(place.find_manifest(metrics["manifest"]))
+    except (RunError, ManifestError):
+        return None
+    if own.digest() != metrics["manifest_digest"]:
+        return None
+    splits = zip(own.table["sample_id"].to_pylist(), own.table["split"].to_pylist(), strict=True)
+    return len({name for name, split in splits if split != "test"}.intersection(asked))
 
 
 def _check_trainable(made: RunConfig) -> None:
