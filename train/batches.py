@@ -58,8 +58,8 @@ class Step:
 class Batch:
     """This process's share of a step on the device: b rows, m modalities.
 
-    rows (b,) among the training samples; label (b,); present (b, m) or None: all are. inputs: m tensors (b_j, ...) of the
-    rows that are present, b_j <= b.
+    rows (b,) among the training samples; label (b,); present (b, m) or None: all are. inputs: m tensors (b_j, ...) of
+    the rows that are present, b_j <= b.
     part (1 + m, b): see Step.parts; over all processes each of its rows sums to 1. size: samples of the whole step.
     """
 

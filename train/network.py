@@ -105,7 +105,7 @@ class FusionNet(nn.Module):
     def encode(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> tuple[Tensor, ...]:
         """Give features f_j (b, d_j) of m inputs.
 
-        Inputs have b rows; with `present` (b, m), b_j <= b of them, those that are present: the others have features of 0.
+        Inputs have b rows; with `present` (b, m), those b_j <= b that are present: the others have features of 0.
         """
         if present is None:
             return tuple(encoder(rows) for encoder, rows in zip(self.encoders, inputs, strict=True))
