@@ -35,6 +35,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/balanced.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/resnet.py
 
 # The real data sets are not part of the project: DATA names the folder that holds them.
 real: $(READY)

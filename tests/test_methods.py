@@ -125,6 +125,22 @@ def test_every_sampler_learns_what_is_planted(tmp_path: Path, sampling: str) -> 
     assert found["fused"]["accuracy"] > 0.9
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; the tests above are its CPU twins")
+@pytest.mark.parametrize(("sampling", "balancing"), PAIRS)
+def test_a_pair_trains_in_bf16_on_a_gpu_and_goes_on_after_an_interruption(
+    tmp_path: Path, sampling: str, balancing: str
+) -> None:
+    config, examples = config_of(sampling, balancing), examples_of(80)
+    whole = tune(examples, tmp_path / "whole", config, device="cuda")
+    assert all(math.isfinite(value) for record in whole.history for value in record.values())
+    with pytest.raises(KeyboardInterrupt):
+        tune(examples, tmp_path / "part", config, device="cuda", progress=stop_after(1))
+    resumed = tune(examples, tmp_path / "part", config, device="cuda")
+    for record, expected in zip(resumed.history, whole.history, strict=True):
+        assert record == pytest.approx(expected, rel=1e-2, abs=1e-2)
+
+
 @pytest.mark.parametrize("balancing", BALANCERS)
 def test_every_balancer_takes_three_modalities(tmp_path: Path, balancing: str) -> None:
     config = config_of("uniform", balancing)

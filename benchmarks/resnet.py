@@ -1,0 +1,115 @@
+"""How many pictures and spectrograms a second does a fine-tuning of two ResNet-18s learn from, of how many it could?
+
+Run with: python benchmarks/resnet.py [--quick]
+Audio-visual fine-tuning end to end from decoded tensors, which lie on the device: log-mel spectrograms and three frames
+a clip, crops, mirrored frames and masks included, in bfloat16 on CUDA (float32 elsewhere), uniform sampling, the fused
+loss and the adaptive one. The share of the peak is the GFLOP that a step's products take, by torch's own counter, over
+the best of some square products of the same dtype in the same run. It has no bound: it tells. --quick: tiny networks.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.train.balancing.config import BalancingConfig, GmmConfig
+from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
+from mmaudit.train.examples import Examples
+from mmaudit.train.finetune import finetune_on
+
+FRAMES, CLASSES, EPOCHS = 3, 30, 4
+
+
+def draw(num_clips: int, *, size: int, mel: tuple[int, int]) -> Examples:
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, CLASSES, num_clips)
+    frames = rng.integers(0, 256, (num_clips, FRAMES * size * size * 3), dtype=np.uint8)
+    sound = rng.standard_normal((num_clips, mel[0] * mel[1]), dtype=np.float32)
+    split = np.array(["train"] * (num_clips - 64) + ["validation"] * 32 + ["test"] * 32, dtype=object)
+    nothing: dict[str, Any] = {name: np.zeros(num_clips) for name in ("discrepancy", "balance", "p_balanced")}
+    return Examples(
+        sample_id=np.array([f"s{number}" for number in range(num_clips)], dtype=object),
+        inputs=(MatrixInputs(matrix=sound), MatrixInputs(matrix=frames)),
+        shapes=(mel, (FRAMES, size, size, 3)),
+        content=np.array([f"c{number}" for number in range(num_clips)], dtype=object),
+        modalities=("audio", "visual"),
+        label=label,
+        class_names=tuple(str(number) for number in range(CLASSES)),
+        split=split,
+        rank=np.arange(num_clips),
+        weight=np.ones(num_clips, np.float32),
+        chosen=np.ones(num_clips, dtype=bool),
+        **nothing,
+    )
+
+
+def train(examples: Examples, config: TrainConfig, device: str) -> float:
+    """Give the seconds of an epoch after the first, the median; 0 of one epoch alone."""
+    ends: list[float] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        finetune_on(
+            examples, Path(folder), config=config, between="audio:visual", seed=0, device=device, progress=progress
+        )
+    return float(np.median(np.diff(ends))) if len(ends) > 1 else 0.0
+
+
+def peak(device: str, dtype: torch.dtype, *, size: int) -> float:
+    """Most TFLOP/s of a square product."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    found = []
+    for _ in range(6):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        float((a @ b)[0, 0])
+        found.append(2 * size**3 / (time.perf_counter() - started) / 1e12)
+    return max(found)
+
+
+def main(quick: bool) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    most = peak(device, dtype, size=1024 if quick else 8192)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{name}, {dtype}: peak {most:.2f} TFLOP/s\n")
+    print("| batch | balancing | clips/s | pictures + spectrograms/s | GFLOP a clip | of peak |")
+    print("|---|---|---|---|---|---|")
+    size, mel, width = (32, (32, 25), 0.1) if quick else (224, (128, 200), 1.0)
+    for batch in (16,) if quick else (64, 128, 256):
+        examples = draw(2 * batch + 64 if quick else 8 * batch + 64, size=size, mel=mel)
+        for balancing in ("joint", "gmm"):
+            config = TrainConfig(
+                finetune=FinetuneConfig(epochs=EPOCHS, batch_size=batch, balancing=balancing),
+                optim=OptimConfig(optimizer="sgd", lr=1e-2, weight_decay=1e-4),
+                balancing=BalancingConfig(gmm=GmmConfig(warmup_epochs=0)),
+                width=width,
+            )
+            seconds = train(examples, config, device)
+            clips = len(examples.rows("train"))
+            once = TrainConfig(finetune=FinetuneConfig(epochs=1, batch_size=batch), width=width)
+            with FlopCounterMode(display=False) as counter:
+                train(examples, once, device)
+            gflop = counter.get_total_flops() / 1e9 / clips  # with the readings of validation and test samples
+            rate = clips / seconds
+            share = rate * gflop / 1e3 / most
+            row = f"{rate:.0f} | {rate * (FRAMES + 1):.0f} | {gflop:.2f} | {share:.0%}"
+            print(f"| {batch} | {balancing} | {row} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--quick" in sys.argv[1:]))
