@@ -39,6 +39,7 @@ def draw(num_clips: int, *, size: int, mel: tuple[int, int]) -> Examples:
         sample_id=np.array([f"s{number}" for number in range(num_clips)], dtype=object),
         inputs=(MatrixInputs(matrix=sound), MatrixInputs(matrix=frames)),
         shapes=(mel, (FRAMES, size, size, 3)),
+        present=np.ones((num_clips, 2), dtype=bool),
         content=np.array([f"c{number}" for number in range(num_clips)], dtype=object),
         modalities=("audio", "visual"),
         label=label,

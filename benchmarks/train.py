@@ -95,6 +95,7 @@ def draw(size: Size) -> Examples:
         sample_id=np.array([f"s{number}" for number in range(n)], dtype=object),
         inputs=tuple(inputs),
         shapes=((size.features,),) * 2,
+        present=np.ones((n, 2), dtype=bool),
         content=np.array([f"c{number}" for number in range(n)], dtype=object),
         modalities=("audio", "visual"),
         label=label,
@@ -132,7 +133,7 @@ def bare(examples: Examples, size: Size, device: str) -> float:
     audio, visual = (torch.from_numpy(each.read(np.arange(each.num_rows))).to(device) for each in examples.inputs)
     label = torch.from_numpy(examples.label).to(device)
     net = Bare(size).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
     validation = torch.from_numpy(examples.rows("validation")).to(device)
     times = []
     for _ in range(EPOCHS + 1):

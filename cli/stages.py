@@ -174,7 +174,9 @@ def pick_device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not (name.split(":")[0] == "cuda" and torch.cuda.is_available()):
+    kind, _, number = name.partition(":")
+    there = kind == "cuda" and torch.cuda.is_available() and (number or "0").isdecimal()
+    if name != "cpu" and not (there and int(number or 0) < torch.cuda.device_count()):
         raise ConfigError(f"--device {name}: not there; there are: auto, cpu" + ", cuda" * torch.cuda.is_available())
     return name
 

@@ -261,7 +261,15 @@ def _find_model(place: Run, name: str) -> Path:
 
 def _finished(folder: Path, settings: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     metrics = read_json(folder / "metrics.json", error=RunError)
-    if metrics["config"] != settings or metrics["manifest_digest"] != manifest.digest():
+    same = _deciding(metrics["config"]) == _deciding(settings)
+    if not same or metrics["manifest_digest"] != manifest.digest():
         raise RunError(f"{folder} holds a fine-tuning of other settings: give this one a --name, or pass --overwrite")
     log.info("%s is already finished with these settings: nothing to do", folder)
     return metrics
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what does not decide about the weights: who is told, and how often a state is left."""
+    told = ("report_to", "save_steps", "resident_mib")
+    chosen = {key: value for key, value in settings.get("finetune", {}).items() if key not in told}
+    return {**settings, "finetune": chosen}

@@ -18,6 +18,7 @@ from mmaudit.train.course import Course, Reader, validate
 from mmaudit.train.examples import Examples
 from mmaudit.train.network import FusionNet, Outputs, cross_entropies
 from mmaudit.train.opening import blueprint_of, open_course
+from mmaudit.train.stores import Store
 from mmaudit.train.world import ALONE
 
 torch.set_num_threads(1)
@@ -131,3 +132,42 @@ def test_chance_differs_by_purpose_and_seed() -> None:
     assert len(drawn) == 25
     assert course.chance("step", 1, 1) == opened(examples_of(40))[0].chance("step", 1, 1)
     assert replace(course, seed=1).chance("step", 1, 1) not in drawn
+
+
+def test_a_modality_that_a_sample_lacks_is_not_present_in_its_batch() -> None:
+    """Nor in a reading: what stands in its place changes nothing, and the fused answer is that of the others."""
+    whole = examples_of(60)
+    present = np.ones((60, 2), dtype=bool)
+    present[::3, 0] = False
+    found = []
+    for filler in (np.nan, 7.0):
+        matrix = whole.inputs[0].read(np.arange(60)).copy()
+        matrix[~present[:, 0]] = filler
+        examples = replace(whole, inputs=(MatrixInputs(matrix=matrix), whole.inputs[1]), present=present)
+        course, net = opened(whole)
+        course = replace(course, store=Store(examples.inputs, device="cpu", most_bytes=1 << 20), present=present)
+        rows = np.arange(len(course.train))
+        (batch,) = course.batches([Step(rows=rows)], epoch=1)
+        there = present[course.train]
+        assert batch.present is not None
+        assert batch.present.tolist() == there.tolist()
+        assert len(batch.inputs[0]) == there[:, 0].sum()
+        assert float(batch.part[1][~torch.from_numpy(there[:, 0])].abs().sum()) == 0
+        net.eval()
+        with torch.no_grad():
+            outputs = net(batch.inputs, batch.present)
+        assert (outputs.features[0][~torch.from_numpy(there[:, 0])] == 0).all()
+        read = Reader(course, net).read(confidence)
+        torch.testing.assert_close(read, outputs.confidence(batch.label), atol=1e-6, rtol=1e-5)
+        found.append(read)
+    assert torch.equal(found[0], found[1])
+
+
+def test_a_sample_without_any_modality_teaches_nothing() -> None:
+    step = Step(rows=np.array([0, 1, 1])).there(np.array([[True, False], [False, False]]))
+    assert step.present is not None
+    assert step.fused is not None
+    assert step.present.tolist() == [[True, False], [False, False], [False, False]]
+    assert step.fused.tolist() == [True, False, False]
+    everywhere = Step(rows=np.array([0]))
+    assert everywhere.there(np.ones((1, 2), dtype=bool)) is everywhere

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from training import QUICK, examples_of, setting, stop_after, tune, untimed, weights
 
+from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train import checkpoint, finetune
 from mmaudit.train.balancing.config import BALANCERS, BalancingConfig, GblendConfig, GmmConfig, MsesConfig
@@ -175,6 +176,9 @@ def test_missing_modalities_and_weights_are_borne(tmp_path: Path, balancing: str
     matrix = examples.inputs[0].read(np.arange(80)).copy()
     matrix[::5] = np.nan
     weight = np.linspace(0, 2, 80).astype(np.float32)
-    examples = replace(examples, inputs=(type(examples.inputs[1])(matrix=matrix), examples.inputs[1]), weight=weight)  # type: ignore[call-arg]
+    present = np.ones((80, 2), dtype=bool)
+    present[::5, 0] = False
+    inputs = (MatrixInputs(matrix=matrix), examples.inputs[1])
+    examples = replace(examples, inputs=inputs, present=present, weight=weight)
     history = tune(examples, tmp_path, config_of("uniform", balancing)).history
     assert all(math.isfinite(record["train_loss"]) for record in history)

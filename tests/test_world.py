@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from processes import in_processes
 from torch import distributed
 
+from mmaudit.audit.errors import ConfigError
 from mmaudit.rebalance.curriculum import batch_of
 from mmaudit.train.world import ALONE, World, local_device, open_world
 
@@ -117,19 +118,34 @@ def test_shares_are_the_cut_that_an_order_s_batches_have(
         assert mine.tolist() == whole[World(rank=rank, size=size).slice(len(whole))].tolist()
 
 
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine of two GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return monkeypatch
+
+
 @pytest.mark.parametrize(
     ("device", "rank", "expected"),
-    [
-        ("cuda", "1", "cuda:1"),
-        ("cuda", None, "cuda"),
-        ("cuda:0", "1", "cuda:0"),
-        ("cpu", "1", "cpu"),
-    ],
+    [("cuda", "1", "cuda:1"), ("cuda", None, "cuda"), ("cuda:0", None, "cuda:0"), ("cpu", "5", "cpu")],
 )
 def test_each_process_has_the_device_of_its_number(
-    device: str, rank: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+    device: str, rank: str | None, expected: str, two_gpus: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
+        two_gpus.setenv("LOCAL_RANK", rank)
     assert local_device(device) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "rank", "line"),
+    [
+        ("cuda:0", "1", "--device cuda:0 is one for all processes: under torchrun say --device cuda"),
+        ("cuda", "2", "process 2 has no GPU of its own: --nproc-per-node 2 at most"),
+    ],
+)
+def test_no_two_processes_share_a_gpu(device: str, rank: str, line: str, two_gpus: pytest.MonkeyPatch) -> None:
+    two_gpus.setenv("LOCAL_RANK", rank)
+    with pytest.raises(ConfigError, match=line):
+        local_device(device)

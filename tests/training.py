@@ -38,6 +38,7 @@ def examples_of(n: int = 120, *, noise: float = 0.3, seed: int = 0, num_modaliti
     return Examples(
         sample_id=np.array([f"s{number}" for number in range(n)], dtype=object),
         inputs=inputs,
+        present=np.ones((n, num_modalities), dtype=bool),
         shapes=((3,),) * num_modalities,
         content=np.array([f"c{number}" for number in range(n)], dtype=object),
         modalities=("audio", "visual", "text", "touch")[:num_modalities],

@@ -36,6 +36,15 @@ class Step:
             fused=None if self.fused is None else self.fused[mine],
         )
 
+    def there(self, present: Mask) -> Step:
+        """Give the same step where training samples have some modalities alone, (n, m); none: not learned from."""
+        mine = present[self.rows]
+        if mine.all():
+            return self
+        both = mine if self.present is None else mine & self.present
+        some: Mask = np.any(both, axis=1)
+        return Step(rows=self.rows, present=both, fused=some if self.fused is None else some & self.fused)
+
     def rows_of(self, modality: int) -> Rows:
         """Give the rows (b_j,) that are heard in a modality."""
         return self.rows if self.present is None else self.rows[self.present[:, modality]]

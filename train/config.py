@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..audit.errors import ConfigError, choices
 from ..rebalance.curriculum import OrderConfig
 from .balancing.config import BALANCERS, BalancingConfig
-from .sampling.config import ALONE, SAMPLERS, SamplingConfig
+from .sampling.config import ALONE, BETWEEN, SAMPLERS, SamplingConfig
 
 FUSIONS = ("concat", "late", "gated", "film", "mmtm", "shared")
 OPTIMIZERS = ("adamw", "sgd")
@@ -93,7 +93,7 @@ class FinetuneConfig:
                     f"--only {self.only} leaves one modality, and --balancing {self.balancing} is between modalities; "
                     "take --balancing joint"
                 )
-            if self.sampling in (*ALONE, "smv"):
+            if self.sampling in BETWEEN:
                 raise ConfigError(
                     f"--only {self.only} leaves one modality, and --sampling {self.sampling} chooses between modalities"
                 )

@@ -35,11 +35,13 @@ _MOST_SURVEYED = 4096  # pictures whose levels stand for all: known to 1% then
 class Course:
     """The samples of a training on their device, and the settings. Rows number the samples of `store`.
 
-    shapes: of a row's input by modality. label (n,) on the device, weight (n,). pool: what samplers draw from.
+    shapes: of a row's input by modality; present (n, m): whether a row has it. label (n,) on the device, weight (n,).
+    pool: what samplers draw from.
     """
 
     store: Store
     shapes: tuple[tuple[int, ...], ...]
+    present: NDArray[np.bool_]
     label: Tensor
     weight: NDArray[np.float32]
     train: Rows
@@ -76,6 +78,7 @@ class Course:
         return cls(
             store=store,
             shapes=examples.shapes,
+            present=examples.present,
             label=torch.from_numpy(examples.label).to(device),
             weight=examples.weight,
             train=train,
@@ -93,7 +96,13 @@ class Course:
         return int(digest(" ".join(map(str, (self.seed, *what))).encode())[:12], 16)
 
     def batches(self, steps: Iterable[Step], *, epoch: int, first: int = 1, ahead: bool = True) -> Iterator[Batch]:
-        """Bring an epoch's steps, of which the first has the number `first`, to the device: this process's shares."""
+        """Bring an epoch's steps, of which the first has the number `first`, to the device: this process's shares.
+
+        A modality that a sample does not have is not present in its batch, whatever the sampler says.
+        """
+        there = self.present[self.train]
+        if not there.all():
+            steps = (step.there(there) for step in steps)
         label, weight = self.label[torch.from_numpy(self.train).to(self.device)], self.weight[self.train]
 
         def rows_of(step: Step) -> list[Rows]:
@@ -175,14 +184,19 @@ class Reader:
         course, reader = self.course, self.net if net is None else net
         vectors = all(len(shape) == 1 for shape in course.shapes)
         size = _READ_AT_ONCE if vectors else course.config.finetune.batch_size
-        mine = rows[course.world.slice(len(rows))]
+        mine, whole = rows[course.world.slice(len(rows))], bool(course.present[rows].all())
+
+        def rows_of(part: Rows) -> list[Rows]:
+            return [part if whole else part[course.present[part, j]] for j in range(len(course.shapes))]
+
         cut = [mine[start : start + size] for start in range(0, len(mine), size)] or [mine]
         training = reader.training
         reader.eval()
         found = []
-        for some, inputs in course.store.stream(cut, lambda part: [part] * len(course.shapes)):
+        for some, inputs in course.store.stream(cut, rows_of):
             label = course.label[torch.from_numpy(some).to(course.device)]
-            found.append(what(reader(inputs), label).float())
+            there = None if whole else torch.from_numpy(course.present[some]).to(course.device)
+            found.append(what(reader(inputs, there), label).float())
         reader.train(training)
         return course.world.gather(torch.cat(found, dim=-1))
 

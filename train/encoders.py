@@ -12,7 +12,7 @@ from ..audit.probing.networks import build_trunk, to_pictures
 
 
 class VectorEncoder(nn.Module):
-    """Vectors (b, d) in, features (b, hidden) out. A missing one, NaN throughout, counts as the training rows' mean."""
+    """Vectors (b, d) in, features (b, hidden) out. NaN counts as the training rows' mean."""
 
     mean: Tensor
     scale: Tensor
@@ -31,7 +31,7 @@ class VectorEncoder(nn.Module):
         self.scale.copy_(torch.where(scale > 1e-6 * largest, scale, 1.0))
 
     def standard(self, rows: Tensor) -> Tensor:
-        """Standardise rows; what is missing becomes 0, the mean."""
+        """Standardise rows; NaN becomes 0, the mean."""
         return ((rows - self.mean) / self.scale).nan_to_num(nan=0.0)
 
     def forward(self, rows: Tensor) -> Tensor:

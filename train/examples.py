@@ -22,8 +22,9 @@ from ..rebalance.manifest import Manifest
 class Examples:
     """n samples, those of the manifest first, then the test samples it left out: arrays of shape (n,).
 
-    inputs: m matrices (n, d_j), NaN where a modality is missing; shapes: what a row of each is, (d_j,) for vectors, or
-    the shape of what a network reads. content: digests of what each sample is made of.
+    inputs: m matrices (n, d_j), NaN where a modality is missing; present (n, m): whether it is there. shapes: what a
+    row of each is, (d_j,) for vectors, or the shape of what a network reads. content: digests of what each sample is
+    made of.
     label: int64 in [0, k), numbering `class_names`. split: train, validation, test.
     rank: 0 = most balanced, -1 outside the manifest. balance in [-1, 1] and p_balanced in [0, 1] may be NaN.
     `chosen` tells the manifest's own samples.
@@ -31,6 +32,7 @@ class Examples:
 
     sample_id: NDArray[np.object_]
     inputs: tuple[Inputs, ...]
+    present: NDArray[np.bool_]
     shapes: tuple[tuple[int, ...], ...]
     content: NDArray[np.object_]
     modalities: tuple[str, ...]
@@ -59,7 +61,11 @@ class Examples:
             raise ConfigError(f"--only {modality}: {choices(modality, self.modalities)}")
         place = self.modalities.index(modality)
         return replace(
-            self, inputs=(self.inputs[place],), shapes=(self.shapes[place],), modalities=(self.modalities[place],)
+            self,
+            inputs=(self.inputs[place],),
+            present=self.present[:, [place]],
+            shapes=(self.shapes[place],),
+            modalities=(self.modalities[place],),
         )
 
 
@@ -99,6 +105,7 @@ def load_examples(
     return Examples(
         sample_id=ids,
         inputs=tuple(inputs),
+        present=np.stack([each.present for each in inputs], axis=1),
         shapes=tuple(_shape_of(each, tasks) for each in inputs),
         content=content,
         modalities=tuple(status.modality.name for status in statuses),

@@ -25,7 +25,7 @@ from .course import Reader, validate
 from .examine import examine
 from .examples import Examples
 from .network import FusionNet
-from .opening import blueprint_of, chance_of, identity_of, open_course, resume
+from .opening import agreed, blueprint_of, chance_of, identity_of, open_course, resume
 from .sampling.sampler import build_sampler
 from .tracking import open_trackers
 from .update import Update
@@ -102,7 +102,7 @@ def finetune_on(
     if averaged is not None:
         parts["averaged"] = averaged
     state_file = folder / "state" / "last.pt"
-    if (state := resume(state_file, identity, device=device)) is not None:
+    if (state := agreed(resume(state_file, identity, device=device), world, device=device)) is not None:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         epoch, step, seen, history = state["epoch"], state["step"], state["seen"], state["history"]

@@ -24,7 +24,7 @@ class Outputs:
     _cross_entropy: Tensor | None = None  # once asked for: the loss wants it, and so does who watches confidences
 
     def cross_entropy(self, label: Tensor) -> Tensor:
-        """Give the cross entropy of each sample (1 + m, b), in float32: the fused answer's first."""
+        """Give the cross entropy of each sample (1 + m, b), in float32, fused first: of one label alone."""
         if self._cross_entropy is None:
             logits = torch.cat([self.fused[None], self.unimodal]).float()
             number, b, k = logits.shape
@@ -124,20 +124,24 @@ class FusionNet(nn.Module):
         return found.new_zeros(size, found.shape[1]).index_copy(0, some, found)
 
     def answer(self, features: Sequence[Tensor]) -> Outputs:
-        """Give the logits that follow from features."""
-        if self.has_own_heads:
-            return Outputs(self.fusion(features), self.alone(features), tuple(features))
-        return Outputs(*self.fusion.both(features), tuple(features))
+        """Give the logits that follow from features, in float32: in half of it they would have two or three digits."""
+        features = tuple(f.float() for f in features)
+        with torch.autocast(features[0].device.type, enabled=False):
+            if self.has_own_heads:
+                return Outputs(self.fusion(features), self.alone(features), features)
+            return Outputs(*self.fusion.both(features), features)
 
     def alone(self, features: Sequence[Tensor]) -> Tensor:
-        """Give the logits (m, b, k) of each modality alone."""
-        if not self.has_own_heads:
-            return self.fusion.alone(features)
-        return torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)])
+        """Give the logits (m, b, k) of each modality alone, in float32."""
+        with torch.autocast(features[0].device.type, enabled=False):
+            if not self.has_own_heads:
+                return self.fusion.alone(features)
+            return torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)])
 
     def fused_of(self, features: Sequence[Tensor], heard: Sequence[bool]) -> Tensor:
-        """Give the fused logits (b, k) if only some modalities were there."""
-        return self.fusion([f if h else torch.zeros_like(f) for f, h in zip(features, heard, strict=True)])  # type: ignore[no-any-return]
+        """Give the fused logits (b, k) if only some modalities were there, in float32."""
+        with torch.autocast(features[0].device.type, enabled=False):
+            return self.fusion([f if h else torch.zeros_like(f) for f, h in zip(features, heard, strict=True)])  # type: ignore[no-any-return]
 
     def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> Outputs:
         """Give the logits of a batch of m inputs."""

@@ -19,6 +19,7 @@ from .config import FinetuneConfig, TrainConfig
 from .course import Course
 from .examples import Examples
 from .network import Blueprint
+from .sampling.config import BETWEEN
 from .stores import Store
 from .world import World
 
@@ -39,6 +40,10 @@ def open_course(examples: Examples, config: TrainConfig, *, seed: int, device: s
     unknown = sorted({*config.optim.freeze, *config.optim.factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]} here; {examples.named}")
+    if config.optim.freeze and config.finetune.init is None:
+        log.info("frozen encoders without --init: those of %s stay as they are drawn", ", ".join(config.optim.freeze))
+    if config.finetune.sampling in BETWEEN and len(examples.modalities) < 2:
+        raise ConfigError(f"--sampling {config.finetune.sampling} needs 2 modalities; {examples.named}")
     least = BALANCERS[config.finetune.balancing].least
     if len(examples.modalities) < least:
         raise ConfigError(f"--balancing {config.finetune.balancing} needs {least} modalities; {examples.named}")
@@ -103,6 +108,16 @@ def resume(path: Path, identity: str, *, device: str) -> dict[str, Any] | None:
     if state["identity"] == identity:
         return state
     log.info("the state in %s is of other data or settings: starting anew", path.parent)
+    return None
+
+
+def agreed(state: dict[str, Any] | None, world: World, *, device: str) -> dict[str, Any] | None:
+    """Give the state that all processes have, or None: on machines without a common disk, the first alone has one."""
+    place = [0, 0] if state is None else [state["epoch"], state["step"]]
+    told = world.gather(torch.tensor(place, dtype=torch.int64, device=device)[:, None])
+    if bool((told == told[:, :1]).all()):
+        return state
+    log.info("not all processes have the same state: starting anew; share the run folder among the machines")
     return None
 
 

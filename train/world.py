@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
+from ..audit.errors import ConfigError
+
 _PATIENCE = timedelta(hours=24)  # the first process may be encoding a whole dataset while the others wait
 
 
@@ -91,6 +93,15 @@ def open_world(device: str) -> Iterator[World]:
 
 
 def local_device(device: str) -> str:
-    """Give the device of this process: under torchrun, the CUDA device of its number on this machine."""
+    """Give the device of this process: under torchrun, the CUDA device of its number on this machine.
+
+    Raises ConfigError where several processes would share one.
+    """
     rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
+    if rank is None or not device.startswith("cuda"):
+        return device
+    if device != "cuda":
+        raise ConfigError(f"--device {device} is one for all processes: under torchrun say --device cuda, or auto")
+    if int(rank) >= (number := torch.cuda.device_count()):
+        raise ConfigError(f"process {rank} has no GPU of its own: --nproc-per-node {number} at most")
+    return f"cuda:{rank}"

@@ -19,6 +19,7 @@ SAMPLERS = {
     "posterior": "weighted:PosteriorWeighted",
 }
 ALONE = ("dus-h", "dus-rl")  # choose samples of one modality, which only losses of its own learn from
+BETWEEN = (*ALONE, "smv")  # choose between modalities, so that there must be two
 SCORE_SOURCES = ("manifest", "model")
 POLICIES = ("reinforce", "ppo")
 
