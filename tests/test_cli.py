@@ -114,7 +114,7 @@ def write_features(path: Path, *, num_rows: int = 60, bad: dict[int, list[float]
         (["split", "--run", "SCORED", "--balanced", "--tolerance", "2"], "a total-variation distance lies in [0, 1]"),
         (["split", "--run", "SCORED", "--balanced", "--scores", "absent.parquet"], "no score table absent.parquet"),
         (["finetune", "--run", "SCORED", "--manifest", "balancd"], "no manifest balancd; did you mean balanced?"),
-        (["finetune", "--run", "SCORED", "--manifest", "balanced", "--sampling", "bss"], "did you mean bss-h?"),
+        (["finetune", "--run", "SCORED", "--manifest", "balanced", "--sampling", "bssh"], "did you mean bss-h?"),
         (
             ["finetune", "--run", "SCORED", "--manifest", "balanced", "--keep-posterior", "2"],
             "a probability lies in [0, 1]",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from training import cut_to
 
 from mmaudit.rebalance.curriculum import OrderConfig, id_key
 from mmaudit.train.batches import Step, to_batch
@@ -83,7 +84,7 @@ class Studio:
         steps = []
         for step in sampler.steps(epoch, after=after):
             steps.append(step)
-            inputs = tuple(each[torch.from_numpy(step.rows)] for each in self.inputs)
+            inputs = cut_to(step.present, [each[torch.from_numpy(step.rows)] for each in self.inputs])
             batch = to_batch(step, inputs, label=self.label, weight=np.ones(N, np.float32), world=ALONE)
             sampler.observe(self.net(batch.inputs, batch.present), batch)
             if after + len(steps) == until:
