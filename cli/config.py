@@ -51,8 +51,8 @@ class RunConfig:
     balancing: BalancingConfig = field(default_factory=BalancingConfig)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"the seed is {self.seed}; it must be at least 0")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"the seed is {self.seed}; it must be at least 0, and below 2^63")
 
     def scoring(self) -> dict[str, Any]:
         """Give the part that scores depend on, as plain values: what run.json holds and a rerun must match."""

@@ -223,8 +223,8 @@ def tell_finetune(metrics: dict[str, Any]) -> None:
     """Tell accuracy on the test split, overall and by subset."""
     counts, chance = metrics["counts"], metrics["chance"]
     print(
-        f"trained on {counts['train']}, selected on {counts['validation']}, tested on {counts['test']} samples; "
-        f"best epoch {metrics['best_epoch']}; chance {chance['majority']:.3f}"
+        f"trained on {counts['train']}, validated on {counts['validation']}, tested on {counts['test']} samples; "
+        f"epoch kept: {metrics['best_epoch']}; chance {chance['majority']:.3f}"
     )
     branches = sorted(metrics["test"]["all"]["branches"], key=lambda name: (name == "fused", name))
     print(f"  {'accuracy':>24} {'n':>6} " + " ".join(f"{name:>10.10}" for name in branches))

@@ -127,6 +127,16 @@ class Run:
         raise RunError(f"no manifest {name}; {choices(name, known)}; make one with: mmaudit split --balanced")
 
 
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Read metrics.json of a finished fine-tuning; RunError where it is damaged."""
+    file = folder / "metrics.json"
+    found = read_json(file, error=RunError)
+    lacking = [key for key in ("manifest", "manifest_digest", "config", "counts", "test") if key not in found]
+    if lacking:
+        raise RunError(f"{file} is damaged, it has no {lacking[0]}: remove {folder}, or train it anew with --overwrite")
+    return found
+
+
 def _checked(name: str) -> str:
     """Refuse a name that would lead out of the run, be hidden, or be taken for dropped rows."""
     if not name or name[0] == "." or name.endswith(".dropped") or set(name) & set("/\\"):

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..audit.encoding.features import encode_dataset
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
-from ..audit.files import read_json, write_json, write_text
+from ..audit.files import write_json, write_text
 from ..audit.source.samples import read_samples
 from ..audit.stock import take_stock
 from ..audit.workers import Progress, default_workers, silent
@@ -24,10 +24,11 @@ from ..train.config import TrainConfig
 from ..train.examine import examine_file
 from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
+from ..train.tracking import check_trackers
 from ..train.world import World, local_device, open_world
 from .config import RunConfig, build, plain, to_toml, without_none
 from .provenance import saw_test_labels, source_of
-from .run import Run
+from .run import Run, read_metrics
 from .stages import pick_device
 
 log = logging.getLogger("mmaudit")
@@ -62,6 +63,7 @@ def finetune(
     init = None if config.finetune.init is None else _find_model(place, config.finetune.init)
     if overwrite and init is not None and folder.resolve() in init.resolve().parents:
         raise ConfigError(f"--overwrite would delete {init}, which --init begins with: give this fine-tuning a --name")
+    check_trackers(config.finetune.report_to)
     device = local_device(pick_device(device))
     with open_world(device) as world:
         if not world.is_first:
@@ -76,7 +78,7 @@ def finetune(
         result = finetune_on(
             examples if only is None else examples.only(only),
             folder,
-            config=config.training(),
+            config=_with_width(config, found).training(),
             between=_between(found, examples),
             seed=config.seed,
             device=device,
@@ -115,12 +117,13 @@ def evaluate(
     Measured are the fused answer and each modality alone: ACC, MAP, macro-F1 and ECE, overall, by subset and by class;
     what each modality contributes; and what is right alone and wrong together. manifest: other samples than those it
     was trained with; `learned_from` counts those that it was trained or chosen by nevertheless, None if that is not
-    known. split: another than test. Raises RunError where there is no such fine-tuning, ManifestError where its
+    known. split: another than test. What is not the test of its own manifest is written to evaluation-SPLIT.json, or
+    evaluation-SPLIT-MANIFEST.json. Raises RunError where there is no such fine-tuning, ManifestError where its
     manifest or the data have changed.
     """
     place = Run(Path(run))
     folder = _find_finetune(place, name)
-    metrics = read_json(folder / "metrics.json", error=RunError)
+    metrics = read_metrics(folder)
     config = build(RunConfig, without_none({k: v for k, v in metrics["config"].items() if k != "manifest"}), where="")
     path = place.find_manifest(str(metrics["manifest"] if manifest is None else manifest))
     found = read_manifest(path)
@@ -142,8 +145,10 @@ def evaluate(
     result = {"name": folder.name, "manifest": path.stem, "split": split, **measured}
     if manifest is not None:
         result["learned_from"] = _count_learned(place, metrics, examples.sample_id[examples.rows(split)])
-    write_json(result, folder / "evaluation.json")
-    return {**result, "file": str(folder / "evaluation.json")}
+    own = manifest is None and split == "test"
+    file = folder / ("-".join(["evaluation"] + ([] if own else [split]) + ([path.stem] if manifest else [])) + ".json")
+    write_json(result, file)
+    return {**result, "file": str(file)}
 
 
 def read_examples(
@@ -168,6 +173,13 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     sections = [name for name in TrainConfig.__dataclass_fields__ if name != "width"]
     resolved = replace(config, finetune=replace(config.finetune, fusion=config.finetune.fusion_used))
     return {name: plain(resolved)[name] for name in ("seed", *sections, "network")}
+
+
+def _with_width(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """Give ResNets the width that the scores' own had, unless another is asked for."""
+    scored = manifest.provenance.get("scores", {}).get("config", {}).get("network", {}).get("width", 1.0)
+    asked = config.network.width != RunConfig().network.width
+    return config if asked else replace(config, network=replace(config.network, width=float(scored)))
 
 
 def _between(manifest: Manifest, examples: Examples) -> str:
@@ -260,7 +272,7 @@ def _find_model(place: Run, name: str) -> Path:
 
 
 def _finished(folder: Path, settings: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
-    metrics = read_json(folder / "metrics.json", error=RunError)
+    metrics = read_metrics(folder)
     same = _deciding(metrics["config"]) == _deciding(settings)
     if not same or metrics["manifest_digest"] != manifest.digest():
         raise RunError(f"{folder} holds a fine-tuning of other settings: give this one a --name, or pass --overwrite")

@@ -20,9 +20,9 @@ from mmaudit.audit.errors import ManifestError, RunError
 from mmaudit.rebalance.curriculum import OrderConfig
 from mmaudit.rebalance.pacing import root_pacing
 from mmaudit.train.checkpoint import read_blueprint
+from mmaudit.train.config import LEAST_VALIDATION
 from mmaudit.train.evaluate import measure
 from mmaudit.train.examples import Examples
-from mmaudit.train.finetune import LEAST_VALIDATION
 from mmaudit.train.network import Blueprint, FusionNet
 
 torch.set_num_threads(1)

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import plant
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from mmaudit.cli.main import app
@@ -168,6 +169,10 @@ def test_a_frozen_encoder_stays(run: Path) -> None:
         (["--set", "optim.schedule=linear"], "optim.schedule is linear"),
         (["--set", "optim.modality_lr=['audio']"], "not of the form NAME=FACTOR"),
         (["--set", "optim.freeze=['sound']"], "no modality sound here; the modalities are audio, visual"),
+        (["--seed", "99999999999999999999"], "the seed is 99999999999999999999; it must be at least 0, and below 2^63"),
+        (["--set", "sampling.dus.kappa=inf"], "sampling.dus.kappa is inf; it must be a number not below 0"),
+        (["--set", "sampling.bss.alpha=inf"], "sampling.bss.alpha is inf"),
+        (["--report-to", "mlflow,wandb"], "mlflow is not installed: pip install mlflow"),
         (["--set", "sampling.bss.beta=0.0"], "sampling.bss.beta is 0.0; it lies in (0, 1]"),
         (["--set", "balancing.gmm.lam_gap=-1.0"], "balancing.gmm.lam_gap is -1.0"),
         (["--set", "balancing.gmmm.lam_gap=1.0"], "no config key balancing.gmmm; did you mean balancing.gmm?"),
@@ -229,13 +234,14 @@ def test_networks_are_trained_end_to_end(clips: Path, tmp_path: Path) -> None:
         "--batch-size",
         "8",
     ]
-    words += ["--set", "network.width=0.02", "--balancing", "ogm-ge", "--sampling", "bss-l"]
+    words += ["--balancing", "ogm-ge", "--sampling", "bss-l"]  # of the width of the scores' networks
     held = done(*words, "--name", "held")
     read = done(*words, "--name", "read", "--set", "finetune.resident_mib=0")
     assert read["test"] == held["test"]
     first, second = weights(run, "held"), weights(run, "read")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert any("resnet" in name for name in first)
+    assert held["num_parameters"] < 100_000
     assert done("evaluate", "held", "--run", run)["test"] == held["test"]
     plain = done(*words, "--name", "plain", "--set", "augment.pictures=false", "--set", "augment.sound=false")
     assert plain["test"]["all"]["n"] == held["test"]["all"]["n"]
@@ -317,3 +323,38 @@ def test_the_data_may_have_moved(planted: Callable[..., Path], tmp_path: Path) -
     first = done(*TUNE, "--run", run, "--data", tmp_path / "moved.parquet", "--name", "moved")
     again = done("evaluate", "moved", "--run", run, "--data", tmp_path / "moved.parquet")
     assert again["test"] == first["test"]
+
+
+def test_each_evaluation_has_a_file_of_its_own(run: Path) -> None:
+    folder = run / "finetune" / "plain"
+    whole = done("evaluate", "plain", "--run", run)
+    done("evaluate", "plain", "--run", run, "--split", "train")
+    done("evaluate", "plain", "--run", run, "--manifest", "audio-preferred")
+    names = {path.name for path in folder.glob("evaluation*.json")}
+    assert names == {"evaluation.json", "evaluation-train.json", "evaluation-test-audio-preferred.json"}
+    assert json.loads((folder / "evaluation.json").read_text())["n"] == whole["n"]
+
+
+def test_damaged_files_are_named(run: Path) -> None:
+    folder = run / "finetune" / "plain"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        about, names = file.metadata(), list(file.keys())
+        some = {name: file.get_tensor(name) for name in names[1:]}
+    save_file(some, folder / "model.safetensors", metadata=about)
+    result = mmaudit("evaluate", "plain", "--run", run)
+    assert result.exit_code == 2
+    assert "is damaged, its weights do not fit its own description" in said(result)
+    (folder / "metrics.json").write_text("{}")
+    for words in (["evaluate", "plain"], ["report"], [*TUNE, "--name", "plain"]):
+        result = mmaudit(*words, "--run", run)
+        assert result.exit_code == 2
+        assert "metrics.json is damaged, it has no manifest" in said(result)
+
+
+def test_a_state_of_somebody_else_is_not_gone_on_from(run: Path) -> None:
+    state = run / "finetune" / "other" / "state" / "last.pt"
+    state.parent.mkdir(parents=True)
+    torch.save({"a": 2}, state)
+    done(*TUNE, "--run", run, "--name", "other")
+    first, second = weights(run, "plain"), weights(run, "other")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

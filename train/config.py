@@ -14,6 +14,7 @@ FUSIONS = ("concat", "late", "gated", "film", "mmtm", "shared")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+LEAST_VALIDATION = 20  # samples that may choose an epoch: two of them chose the first of 60, at chance
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..audit.errors import ManifestError, choices
+from ..audit.errors import ManifestError, RunError, choices
 from .checkpoint import load_model, read_blueprint
 from .config import TrainConfig
 from .contribution import measure_contribution, right_of_sets, sets_to_ask
@@ -62,7 +62,10 @@ def examine_file(
     if len(rows) == 0:
         raise ManifestError(f"no samples of split {split}; {choices(split, sorted(set(examples.split)))}")
     net = FusionNet(plan)
-    net.load_state_dict(load_model(path))
+    try:
+        net.load_state_dict(load_model(path))
+    except RuntimeError as error:  # torch's, for tensors that are missing or of another shape
+        raise RunError(f"{path} is damaged, its weights do not fit its own description: train it anew") from error
     store = Store(examples.inputs, device=device, most_bytes=config.finetune.resident_mib << 20)
     course = Course.of(examples, store, train=rows, config=config, seed=seed, device=device, world=ALONE)
     found = examine(Reader(course, net.to(device)), rows, examples, between=between, seed=seed)

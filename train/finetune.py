@@ -20,7 +20,7 @@ from ..audit.files import write_text
 from ..audit.workers import Progress
 from .balancing.balancer import build_balancer
 from .checkpoint import save_model, save_state, warm_start
-from .config import FinetuneConfig, TrainConfig
+from .config import LEAST_VALIDATION, FinetuneConfig, TrainConfig
 from .course import Reader, validate
 from .examine import examine
 from .examples import Examples
@@ -32,8 +32,6 @@ from .update import Update
 from .world import ALONE, World
 
 log = logging.getLogger("mmaudit")
-
-LEAST_VALIDATION = 20  # samples that may choose an epoch: two of them chose the first of 60, at chance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,10 @@ def open_course(examples: Examples, config: TrainConfig, *, seed: int, device: s
     validation, test = examples.rows("validation"), examples.rows("test")
     for name, rows in (("train", train), ("validation", validation), ("test", test)):
         if len(rows) == 0:
-            raise ManifestError(f"the manifest leaves no {name} samples: loosen its rule, or --keep-posterior")
+            mend = "loosen its rule, or --keep-posterior"
+            if name == "test":
+                mend += "; where the data have none, mmaudit split --resplit 80/8/12 cuts some"
+            raise ManifestError(f"the manifest leaves no {name} samples: {mend}")
     unknown = sorted({*config.optim.freeze, *config.optim.factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]} here; {examples.named}")
@@ -105,7 +108,7 @@ def resume(path: Path, identity: str, *, device: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     state = load_state(path, device=device)
-    if state["identity"] == identity:
+    if state.get("identity") == identity:
         return state
     log.info("the state in %s is of other data or settings: starting anew", path.parent)
     return None

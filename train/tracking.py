@@ -18,6 +18,12 @@ def open_trackers(names: Sequence[str], folder: Path, *, stack: ExitStack) -> li
     return [_OPENERS[name](folder, stack) for name in names]
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker whose package is not installed: before anything is read or joined."""
+    for name in names:
+        _load(_MODULES[name], package=name)
+
+
 def _load(module: str, *, package: str) -> Any:
     try:
         return import_module(module)
@@ -26,7 +32,7 @@ def _load(module: str, *, package: str) -> Any:
 
 
 def _tensorboard(folder: Path, stack: ExitStack) -> Tell:
-    writer = _load("torch.utils.tensorboard", package="tensorboard").SummaryWriter(str(folder / "tensorboard"))
+    writer = _load(_MODULES["tensorboard"], package="tensorboard").SummaryWriter(str(folder / "tensorboard"))
     stack.callback(writer.close)
 
     def tell(record: Mapping[str, float]) -> None:
@@ -50,6 +56,7 @@ def _mlflow(folder: Path, stack: ExitStack) -> Tell:
     return lambda record: mlflow.log_metrics(dict(record), step=int(record["epoch"]))
 
 
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 _OPENERS: dict[str, Callable[[Path, ExitStack], Tell]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,

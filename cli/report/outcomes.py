@@ -16,10 +16,11 @@ from ...audit.files import read_json
 from ...rebalance.manifest import RowDigest, batches_of, dropped_path, provenance_of, regrouped, rows_of
 from ...rebalance.recipe import balance_path
 from ...rebalance.score_columns import NO_SPLIT
-from ..run import Run
+from ..run import Run, read_metrics
 from .findings import Numbers, finite, short
 from .uniformity import uniformity
 
+SETTINGS = ("fusion", "sampling", "balancing", "only", "init", "epochs", "keep_posterior")  # those that are told
 MOST_DETAILED = 8  # manifests, and fine-tunings, with a figure of their own; the others have their line in the table
 
 
@@ -57,7 +58,7 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
 
     `current` tells whether the manifest of that name in the run is still the one that was trained on.
     """
-    metrics = read_json(folder / "metrics.json", error=RunError)
+    metrics = read_metrics(folder)
     manifest = run.manifest(metrics["manifest"])
     settings = metrics["config"].get("finetune", {})
     found = metrics["test"]["all"].get("branches", {})
@@ -67,7 +68,7 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
         "manifest": metrics["manifest"],
         "current": not manifest.exists() or _digest(manifest) == metrics["manifest_digest"],
         "test_labels_in_scores": metrics["test_labels_in_scores"],
-        "settings": {key: settings.get(key) for key in ("fusion", "sampling", "balancing", "epochs", "keep_posterior")},
+        "settings": {key: settings.get(key) for key in SETTINGS},
         "seed": metrics["config"].get("seed"),
         "counts": metrics["counts"],
         "best_epoch": metrics["best_epoch"],

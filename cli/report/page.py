@@ -14,6 +14,7 @@ from ...audit.errors import RunError
 from ...audit.files import read_json, whole, write_json, write_text
 from ...audit.gap.mixture import Mixture
 from ...audit.parquet import read_parquet
+from ...train.config import LEAST_VALIDATION
 from ..run import Run
 from .examples import class_numbers, sample_lists
 from .findings import (
@@ -80,6 +81,7 @@ def report_numbers(run: Run) -> Numbers:
         "finetunes": [finetune_numbers(folder, run) for folder in run.finetunes()],
         "recovery": read_json(run.recovery_file, error=RunError) if run.recovery_file.exists() else None,
         "most_detailed": MOST_DETAILED,
+        "least_validation": LEAST_VALIDATION,
     }
     return {**numbers, "verdict": verdict(numbers)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from ...audit.errors import ConfigError, choices
@@ -46,7 +47,7 @@ class BssConfig:
             raise ConfigError(f"sampling.bss.every_epochs is {self.every_epochs}; it must be at least 1")
         if not 0 < self.beta <= 1:
             raise ConfigError(f"sampling.bss.beta is {self.beta}; it lies in (0, 1]")
-        if not self.alpha >= 0:
+        if not 0 <= self.alpha < math.inf:
             raise ConfigError(f"sampling.bss.alpha is {self.alpha}; it must be at least 0")
 
 
@@ -73,19 +74,19 @@ class DusConfig:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError(f"sampling.dus.policy is {self.policy}: {choices(self.policy, POLICIES)}")
-        if not 0 < self.least <= 1 <= self.most:
-            raise ConfigError("sampling.dus: least lies in (0, 1], and most is at least 1")
-        if not self.multipliers or min(self.multipliers) <= 0:
+        if not 0 < self.least <= 1 <= self.most < math.inf:
+            raise ConfigError("sampling.dus: least lies in (0, 1], and most is a number from 1 up")
+        if not self.multipliers or not all(0 < each < math.inf for each in self.multipliers):
             raise ConfigError(f"sampling.dus.multipliers are {list(self.multipliers)}; give one or more, all above 0")
         for name in ("hidden", "every_steps", "horizon", "passes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("kappa", "dead_zone", "eta"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be a number not below 0")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be a number above 0")
         if not 0 <= self.baseline < 1:
             raise ConfigError(f"sampling.dus.baseline is {self.baseline}; it lies in [0, 1)")
 
