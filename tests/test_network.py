@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from training import cut_to
 
 from mmaudit.train.config import FUSIONS
-from mmaudit.train.network import Blueprint, FusionNet, Outputs, cross_entropies
+from mmaudit.train.network import Blueprint, FusionNet, Outputs, cross_entropies, cross_entropy
 
 torch.set_num_threads(1)
 
@@ -208,3 +210,16 @@ def test_cross_entropies_are_minus_the_log_of_confidence() -> None:
     torch.testing.assert_close(torch.cat([fused[None], own]).detach(), -outputs.confidence(label).log())
     half = Outputs(outputs.fused.bfloat16(), outputs.unimodal.bfloat16(), outputs.features)
     assert [each.dtype for each in cross_entropies(half, label)] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("shape", [(11, 6), (3, 11, 6), (2, 3, 11, 6), (3, 0, 6)])
+def test_cross_entropy_is_that_of_torch(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    logits, label = 30 * torch.randn(shape, requires_grad=True), torch.arange(shape[-2]) % 6
+    found = cross_entropy(logits, label)
+    flat = logits.reshape(math.prod(shape[:-2]), *shape[-2:])
+    expected = torch.stack([functional.cross_entropy(each, label, reduction="none") for each in flat]).view(shape[:-1])
+    torch.testing.assert_close(found, expected)
+    weight = torch.rand(shape[:-1])
+    mine, theirs = (torch.autograd.grad((each * weight).sum(), logits)[0] for each in (found, expected))
+    torch.testing.assert_close(mine, theirs)

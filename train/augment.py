@@ -16,8 +16,6 @@ from .config import AugmentConfig
 
 def augment(batch: Batch, shapes: Sequence[tuple[int, ...]], config: AugmentConfig, *, seed: int) -> Batch:
     """Vary a batch: pictures and frames are cropped and mirrored, spectrograms masked, vectors left as they are."""
-    if all(len(shape) == 1 for shape in shapes):
-        return batch
     rng = np.random.default_rng(seed)
     return replace(
         batch,

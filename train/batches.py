@@ -29,6 +29,8 @@ class Step:
 
     def share(self, world: World) -> Step:
         """Give what this process has of it."""
+        if world.size == 1:
+            return self
         mine = world.slice(len(self.rows))
         return Step(
             rows=self.rows[mine],
@@ -54,7 +56,12 @@ class Step:
 
         `weight` is that of all training samples (n,). Parts of the whole step sum to 1, or are 0 where nothing counts.
         """
-        parts = np.repeat(weight[self.rows][None], 1 + num_modalities, axis=0)
+        whole = weight[self.rows]
+        if self.fused is None and self.present is None:
+            parts = np.empty((1 + num_modalities, len(whole)), np.float32)
+            parts[:] = whole / (whole.sum() or 1.0)
+            return parts
+        parts = np.repeat(whole[None], 1 + num_modalities, axis=0)
         if self.fused is not None:
             parts[0] *= self.fused
         if self.present is not None:
@@ -116,7 +123,7 @@ def to_batch(
     return Batch(
         rows=rows,
         inputs=inputs,
-        label=label[rows],
+        label=label.index_select(0, rows),
         present=present,
         part=torch.from_numpy(np.ascontiguousarray(part)).to(device, non_blocking=True),
         size=len(step.rows),

@@ -112,8 +112,10 @@ class Course:
         stream = self.store.stream(steps, rows_of, num_threads=READERS if ahead else 0)
         for number, (step, inputs) in enumerate(stream, start=first):
             batch = to_batch(step, inputs, label=label, weight=weight, world=self.world)
-            seed = self.chance("augment", epoch, number, self.world.rank)
-            yield augment(batch, self.shapes, self.config.augment, seed=seed)
+            if any(len(shape) > 1 for shape in self.shapes):
+                seed = self.chance("augment", epoch, number, self.world.rank)
+                batch = augment(batch, self.shapes, self.config.augment, seed=seed)
+            yield batch
 
     def standardise(self, net: FusionNet) -> None:
         """Let the encoders take mean and scale from the training rows; of pictures from some of them, evenly spread.

@@ -7,8 +7,33 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..audit.probing.networks import build_trunk, to_pictures
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) that on a CPU draws 16 bits for each value: a third of the time of torch's own.
+
+    There torch's, at 128 bits a value from one thread, takes 15% of a step of two encoders of 1024 x 512. The share is
+    rounded to a multiple of 2^-16, and what is kept is scaled by what is left of that.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+        self._dropped = min(round(share * 2**16), 2**16 - 1)  # of 2^16 numbers that are drawn alike
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Drop values of any shape, in training."""
+        if not self.training or self._dropped == 0:
+            return values
+        if values.device.type != "cpu" or torch.compiler.is_compiling():
+            return functional.dropout(values, self.share)
+        drawn = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        kept = drawn.view(torch.int16)[: values.numel()] >= self._dropped - 2**15
+        scale = 2**16 / (2**16 - self._dropped)
+        return values * kept.view(values.shape).to(values.dtype).mul_(scale)
 
 
 class VectorEncoder(nn.Module):
@@ -21,7 +46,7 @@ class VectorEncoder(nn.Module):
         super().__init__()
         self.num_features = hidden
         self.reads_standard = False  # whether rows come standardised, as those of a store that holds them so
-        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), Dropout(dropout))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
 
@@ -48,7 +73,7 @@ class PictureEncoder(nn.Module):
         self.shape = shape
         self.trunk = build_trunk(shape, width=width)
         self.num_features = self.trunk.num_features
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def standardise_by(self, mean: Tensor, scale: Tensor) -> None:
         """Take mean and standard deviation of each channel (c,)."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .encoders import build_encoder
 from .fusion import FUSIONS
@@ -26,10 +25,7 @@ class Outputs:
     def cross_entropy(self, label: Tensor) -> Tensor:
         """Give the cross entropy of each sample (1 + m, b), in float32, fused first: of one label alone."""
         if self._cross_entropy is None:
-            logits = torch.cat([self.fused[None], self.unimodal]).float()
-            number, b, k = logits.shape
-            each = functional.cross_entropy(logits.view(number * b, k), label.repeat(number), reduction="none")
-            self._cross_entropy = each.view(number, b)
+            self._cross_entropy = cross_entropy(torch.cat([self.fused[None], self.unimodal]), label)
         return self._cross_entropy
 
     def confidence(self, label: Tensor) -> Tensor:
@@ -154,12 +150,18 @@ class FusionNet(nn.Module):
             yield from self.heads[modality].parameters()
 
 
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Give the cross entropy (..., b) of each sample in float32, of logits (..., b, k) and one label (b,) for all.
+
+    By the log chances themselves: on a CPU, torch's own for each sample takes three times as long.
+    """
+    log_p = logits.float().log_softmax(dim=-1)
+    return -log_p.gather(-1, label.expand(logits.shape[:-1])[..., None]).squeeze(-1)
+
+
 def cross_entropies(outputs: Outputs, label: Tensor) -> tuple[Tensor, Tensor]:
     """Give each sample's cross entropy, of the fused logits (b,) and of each modality's (m, b), in float32.
 
     Apart, unlike those of `Outputs.cross_entropy`: no gradient of one, not even of 0, reaches what only the other uses.
     """
-    fused = functional.cross_entropy(outputs.fused.float(), label, reduction="none")
-    m, b, k = outputs.unimodal.shape
-    own = functional.cross_entropy(outputs.unimodal.float().reshape(m * b, k), label.repeat(m), reduction="none")
-    return fused, own.view(m, b)
+    return cross_entropy(outputs.fused, label), cross_entropy(outputs.unimodal, label)

@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..batches import Batch
-from ..network import FusionNet, Outputs
+from ..network import FusionNet, Outputs, cross_entropy
 from ..update import Update
 from .balancer import Balancer
 from .config import BalancingConfig
@@ -76,10 +75,8 @@ class Agm(Balancer):
     @torch.no_grad()
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
         """Slow what is further ahead than usual, hasten what is further behind."""
-        logits = self.responses(outputs)
-        m, b, k = logits.shape
-        each = functional.cross_entropy(logits.reshape(m * b, k), batch.label.repeat(m), reduction="none")
-        found = torch.stack([batch.mean_own(each.view(m, b).clamp(max=_MOST_SCORE)), batch.part[1:].sum(dim=1)])
+        each = cross_entropy(self.responses(outputs), batch.label)
+        found = torch.stack([batch.mean_own(each.clamp(max=_MOST_SCORE)), batch.part[1:].sum(dim=1)])
         self.world.sum_([found])
         score, known = found[0], found[1] > 0  # a modality that no sample of the step has is not compared
         known = known & (known.sum() > 1)

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..batches import Batch
 from ..lab import Lab
-from ..network import FusionNet, Outputs
+from ..network import FusionNet, Outputs, cross_entropy
 from ..update import Update
 from .config import BALANCERS, BalancingConfig
 
@@ -86,13 +84,11 @@ class Balancer(ABC):
         Those get the cross entropy of features that are detached: so that each modality can be heard alone while
         nothing but the fused answer moves the encoders.
         """
-        each = functional.cross_entropy(outputs.fused.float(), batch.label, reduction="none")
-        loss = batch.mean_fused(each)
+        loss = batch.mean_fused(cross_entropy(outputs.fused, batch.label))
         if self.net.has_own_heads:
             with self.update.autocast():
                 logits = self.net.alone([f.detach() for f in outputs.features])
-            own = torch.stack([functional.cross_entropy(z.float(), batch.label, reduction="none") for z in logits])
-            loss = loss + batch.mean_own(own).sum()
+            loss = loss + batch.mean_own(cross_entropy(logits, batch.label)).sum()
         return loss
 
     def summed_losses(self, outputs: Outputs, batch: Batch) -> Tensor:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..batches import Batch
 from ..fusion import Shared
-from ..network import FusionNet, Outputs, cross_entropies
+from ..network import FusionNet, Outputs, cross_entropies, cross_entropy
 from ..update import Update
 from .balancer import Balancer
 from .config import BalancingConfig
@@ -74,10 +73,10 @@ class Mla(Balancer):
             logits = self.fusion.head(brought)
             listened = self.net.heads[modality](feature.detach()) if self.net.has_own_heads else None
         part = batch.part[1 + modality]
-        loss = (functional.cross_entropy(logits.float(), batch.label, reduction="none") * part).sum()
+        loss = (cross_entropy(logits, batch.label) * part).sum()
         learned = loss
         if listened is not None:
-            learned = loss + (functional.cross_entropy(listened.float(), batch.label, reduction="none") * part).sum()
+            learned = loss + (cross_entropy(listened, batch.label) * part).sum()
         self.update.backward(learned)
         self._project(brought.detach().float(), part)
         self.update.apply()

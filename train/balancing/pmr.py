@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from ..batches import Batch
 from ..lab import Lab, some_rows
-from ..network import FusionNet, Outputs
+from ..network import FusionNet, Outputs, cross_entropy
 from ..update import Update
 from .balancer import Balancer
 from .config import BalancingConfig
@@ -94,7 +94,7 @@ class Pmr(Balancer):
     def _own(self, features: Tensor, prototypes: Tensor, label: Tensor) -> Tensor:
         """Give each sample's cross entropy (b,) by the prototypes of one modality."""
         logits = -distances(features.float(), prototypes)
-        return functional.cross_entropy(logits.masked_fill(~self._seen, -torch.inf), label, reduction="none")
+        return cross_entropy(logits.masked_fill(~self._seen, -torch.inf), label)
 
     def numbers(self) -> dict[str, float]:
         """Give the weights of the last step, by modality."""
