@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
-from training import cut_to
+from training import draw_batch
 
 from mmaudit.train.balancing.config import BalancingConfig, GblendConfig
 from mmaudit.train.balancing.gblend import LEAST_OVERFIT, LEAST_WEIGHT, READ_ROWS, Gblend, blend_weights
-from mmaudit.train.batches import Batch, Step, to_batch
+from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.lab import Loss, Reading, Rows
 from mmaudit.train.network import Blueprint, FusionNet, Outputs
@@ -39,15 +39,7 @@ def make(super_epoch: int = 2) -> Gblend:
 
 
 def draw(present: list[list[bool]] | None = None) -> Batch:
-    torch.manual_seed(1)
-    heard = None if present is None else np.array(present)
-    return to_batch(
-        Step(rows=np.arange(4), present=heard),
-        cut_to(heard, (torch.randn(4, 5), torch.randn(4, 4))),
-        label=torch.tensor([0, 1, 2, 1]),
-        weight=np.array([1, 2, 3, 2], dtype=np.float32),
-        world=ALONE,
-    )
+    return draw_batch([0, 1, 2, 1], weight=[1, 2, 3, 2], present=present)
 
 
 class Table:

@@ -6,16 +6,15 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from training import cut_to
+from training import draw_batch
 
 from mmaudit.train.balancing.config import BalancingConfig, GreedyConfig
 from mmaudit.train.balancing.greedy import Greedy, conditional_speeds, slowest
-from mmaudit.train.batches import Batch, Step, to_batch
+from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.fusion import Mmtm
 from mmaudit.train.network import Blueprint, FusionNet
@@ -59,15 +58,7 @@ def make(
 
 
 def draw(seed: int = 1, *, m: int = 2, present: list[list[bool]] | None = None) -> Batch:
-    torch.manual_seed(seed)
-    heard = None if present is None else np.array(present)
-    return to_batch(
-        Step(rows=np.arange(6), present=heard),
-        cut_to(heard, tuple(torch.randn(6, d) for d in (5, 4, 3)[:m])),
-        label=torch.tensor([0, 1, 2, 1, 0, 0]),
-        weight=np.ones(6, dtype=np.float32),
-        world=ALONE,
-    )
+    return draw_batch([0, 1, 2, 1, 0, 0], sizes=(5, 4, 3)[:m], present=present, seed=seed)
 
 
 def state(total: Tensor, *, ordinary: int = 0, slow: int = 0, left: int = 0) -> dict[str, object]:

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
-from training import cut_to
+from training import cut_to, draw_batch
 
 from mmaudit.train.balancing.config import BalancingConfig, MlaConfig
 from mmaudit.train.balancing.mla import Mla, absorb, forget
-from mmaudit.train.batches import Batch, Step, to_batch
+from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.fusion import Shared
 from mmaudit.train.network import Blueprint, FusionNet
@@ -77,15 +77,7 @@ def make(
 
 
 def draw(seed: int = 1, *, present: list[list[bool]] | None = None) -> Batch:
-    torch.manual_seed(seed)
-    heard = None if present is None else np.array(present)
-    return to_batch(
-        Step(rows=np.arange(6), present=heard),
-        cut_to(heard, tuple(torch.randn(6, d) for d in (5, 4, 3))),
-        label=torch.tensor([0, 1, 2, 1, 0, 0]),
-        weight=WEIGHT,
-        world=ALONE,
-    )
+    return draw_batch([0, 1, 2, 1, 0, 0], sizes=(5, 4, 3), weight=WEIGHT.tolist(), present=present, seed=seed)
 
 
 def turns(balancer: Mla, batch: Batch) -> list[dict[str, Tensor]]:

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from training import cut_to
+from training import draw_batch
 
 from mmaudit.train.balancing.config import BalancingConfig, MmParetoConfig
 from mmaudit.train.balancing.mmpareto import MmPareto, combine
-from mmaudit.train.batches import Batch, Step, to_batch
+from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
 from mmaudit.train.update import Update
@@ -62,15 +62,7 @@ def make(
 
 
 def draw(present: list[list[bool]] | None = None, *, seed: int = 1) -> Batch:
-    torch.manual_seed(seed)
-    heard = None if present is None else np.array(present)
-    return to_batch(
-        Step(rows=np.arange(6), present=heard),
-        cut_to(heard, (torch.randn(6, 5), torch.randn(6, 4))),
-        label=torch.tensor([0, 1, 2, 1, 0, 0]),
-        weight=np.array([1, 2, 3, 2, 1, 1], dtype=np.float32),
-        world=ALONE,
-    )
+    return draw_batch([0, 1, 2, 1, 0, 0], weight=[1, 2, 3, 2, 1, 1], present=present, seed=seed)
 
 
 def moves(balancer: MmPareto, batch: Batch) -> dict[str, Tensor]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training import cut_to
+from training import draw_batch
 
 from mmaudit.train.balancing.balancer import Validation
 from mmaudit.train.balancing.config import BalancingConfig, MsesConfig
 from mmaudit.train.balancing.mses import Mses
-from mmaudit.train.batches import Batch, Step, to_batch
+from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
 from mmaudit.train.update import Update
@@ -42,15 +41,7 @@ def make(*, patience: int = 2, own_heads: bool = False, freeze: tuple[int, ...] 
 
 
 def draw(present: list[list[bool]] | None = None) -> Batch:
-    torch.manual_seed(1)
-    heard = None if present is None else np.array(present)
-    return to_batch(
-        Step(rows=np.arange(4), present=heard),
-        cut_to(heard, (torch.randn(4, 5), torch.randn(4, 4))),
-        label=torch.tensor([0, 1, 2, 1]),
-        weight=np.array([1, 2, 3, 2], dtype=np.float32),
-        world=ALONE,
-    )
+    return draw_batch([0, 1, 2, 1], weight=[1, 2, 3, 2], present=present)
 
 
 def end(balancer: Mses, *losses: tuple[float, float]) -> list[tuple[bool, bool]]:

@@ -10,12 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from training import cut_to
+from training import draw_batch
 
 from mmaudit.train.balancing.balancer import Validation
 from mmaudit.train.balancing.config import BalancingConfig, MslrConfig
 from mmaudit.train.balancing.mslr import Mslr, dynamic_rates, smooth_rate
-from mmaudit.train.batches import Step, to_batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.lab import Loss, Reading, Rows
 from mmaudit.train.network import Blueprint, FusionNet, Outputs, cross_entropies
@@ -143,14 +142,7 @@ def test_a_loss_of_0_stays_within_bounds() -> None:
 
 def test_learns_by_the_sum_of_all_losses() -> None:
     balancer = make("dynamic")
-    present = np.array([[True, True], [False, True], [True, False]])
-    batch = to_batch(
-        Step(rows=np.arange(3), present=present),
-        cut_to(present, (torch.randn(3, 5), torch.randn(3, 4))),
-        label=torch.tensor([0, 1, 2]),
-        weight=np.ones(3, dtype=np.float32),
-        world=ALONE,
-    )
+    batch = draw_batch([0, 1, 2], present=[[True, True], [False, True], [True, False]])
     fused, own = cross_entropies(balancer.net(batch.inputs, batch.present), batch.label)
     expected = fused.mean() + own[0, [0, 2]].mean() + own[1, [0, 1]].mean()
     _, loss = balancer.step(batch)

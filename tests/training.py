@@ -14,9 +14,11 @@ from torch import Tensor
 from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.workers import Progress, silent
 from mmaudit.rebalance.curriculum import OrderConfig
+from mmaudit.train.batches import Batch, Step, to_batch
 from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import Finetuned, finetune_on
+from mmaudit.train.world import ALONE
 
 QUICK = TrainConfig(
     finetune=FinetuneConfig(epochs=5, batch_size=16, hidden=6),
@@ -93,3 +95,23 @@ def cut_to(present: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(inputs)
     there = torch.as_tensor(np.asarray(present))
     return tuple(x[there[:, j]] for j, x in enumerate(inputs))
+
+
+def draw_batch(
+    label: Sequence[int],
+    *,
+    sizes: Sequence[int] = (5, 4),
+    weight: Sequence[float] | None = None,
+    present: list[list[bool]] | None = None,
+    seed: int = 1,
+) -> Batch:
+    """Give a batch of normal vectors of m sizes with labels (b,); weights (b,) of 1; all present, or as (b, m) says."""
+    torch.manual_seed(seed)
+    b, heard = len(label), None if present is None else np.array(present)
+    return to_batch(
+        Step(rows=np.arange(b), present=heard),
+        cut_to(heard, [torch.randn(b, size) for size in sizes]),
+        label=torch.tensor(label),
+        weight=np.ones(b, np.float32) if weight is None else np.array(weight, dtype=np.float32),
+        world=ALONE,
+    )

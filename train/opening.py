@@ -43,6 +43,8 @@ def open_course(examples: Examples, config: TrainConfig, *, seed: int, device: s
     unknown = sorted({*config.optim.freeze, *config.optim.factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]} here; {examples.named}")
+    for each in config.out_of_reach() if world.is_first else ():
+        log.warning("%s", each)
     if config.optim.freeze and config.finetune.init is None:
         log.info("frozen encoders without --init: those of %s stay as they are drawn", ", ".join(config.optim.freeze))
     if config.finetune.sampling in BETWEEN and len(examples.modalities) < 2:

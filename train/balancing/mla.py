@@ -47,7 +47,8 @@ class Mla(Balancer):
 
     In a turn the gradient of the classifier's weight is projected off the mean features of earlier turns, the last
     turn's above all, which may be the last modality's in the step before. What is returned are the answers as they
-    were before the turns, and the mean of the turns' losses.
+    were before the turns, and the mean of the turns' losses. The paper's optimiser is SGD: what AdamW makes
+    of a projected gradient is not quite off what was seen.
     """
 
     def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:

@@ -21,6 +21,7 @@ SAMPLERS = {
 }
 ALONE = ("dus-h", "dus-rl")  # choose samples of one modality, which only losses of its own learn from
 BETWEEN = (*ALONE, "smv")  # choose between modalities, so that there must be two
+CURRICULA = ("bss-h", "anti-curriculum")  # begin with a share of the samples
 SCORE_SOURCES = ("manifest", "model")
 POLICIES = ("reinforce", "ppo")
 
