@@ -79,7 +79,7 @@ def test_a_modality_that_nobody_has_is_features_of_0() -> None:
     net, inputs = net_of(), some()
     present = torch.ones(11, 3, dtype=torch.bool)
     present[:, 2] = False
-    outputs = net(cut_to(present, inputs), present)
+    outputs = net(cut_to(present, inputs), present, each=False)
     assert torch.equal(outputs.features[2], torch.zeros(11, 7))
     assert torch.equal(outputs.fused, net.fused_of(net.encode(inputs), [True, True, False]))
 
@@ -90,8 +90,8 @@ def test_the_fused_answer_of_some_is_that_of_features_of_0(fusion: str) -> None:
     net, inputs = net_of(fusion=fusion).eval(), some()
     features = net.encode(inputs)
     present = torch.tensor([True, False, True]).expand(11, 3)
-    assert torch.equal(net.fused_of(features, [True, False, True]), net(inputs, present).fused)
-    assert torch.equal(net.fused_of(features, [True] * 3), net(inputs).fused)
+    assert torch.equal(net.fused_of(features, [True, False, True]), net(inputs, present, each=False).fused)
+    assert torch.equal(net.fused_of(features, [True] * 3), net(inputs, each=False).fused)
     nobody = net.fused_of(features, [False] * 3)
     torch.testing.assert_close(nobody, nobody[:1].expand(11, 6))
 
@@ -143,6 +143,20 @@ def test_each_modality_has_a_say_of_its_own(fusion: str, own_heads: bool) -> Non
     assert moved[0] == moved[2] == 0
     assert moved[1] > 0.01
     assert (changed.fused - outputs.fused).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("own_heads", [False, True])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_fused_answer_alone_is_the_same_answer(fusion: str, own_heads: bool) -> None:
+    net, inputs = net_of(fusion=fusion, own_heads=own_heads).eval(), some()
+    fused, whole = net(inputs, each=False), net(inputs)
+    torch.testing.assert_close(fused.fused, whole.fused, rtol=1e-4, atol=1e-5)
+    names = [name for name, _ in net.named_parameters() if not name.startswith("heads")]  # those only listen
+    one, other = (gradients(net, found.fused.square().sum()) for found in (fused, whole))
+    assert {name: one[name] is None for name in names} == {name: other[name] is None for name in names}
+    torch.testing.assert_close(*({name: each[name] for name in names} for each in (one, other)), rtol=1e-3, atol=1e-3)
+    with pytest.raises(RuntimeError, match="asked for its fused answer alone"):
+        _ = fused.unimodal
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -130,7 +130,7 @@ def test_outside_its_epochs_nothing_is_done(name: str, epoch: int) -> None:
     plain, method = make("joint"), make(name, ogm=OgmConfig(alpha=0.5, first_epoch=2, last_epoch=3))
     method.begin_epoch(epoch, NOBODY)
     for one, other in zip(moved(plain, batch()).values(), moved(method, batch()).values(), strict=True):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # joint adds up in another order
 
 
 def test_noise_has_the_deviation_of_the_gradient_before_it_was_damped() -> None:

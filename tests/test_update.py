@@ -129,6 +129,19 @@ def test_rates_by_epoch_and_modality(options: dict[str, Any], shares: list[float
         assert rates == pytest.approx([2e-3 * share * factor for factor in factors])
 
 
+@pytest.mark.parametrize("factors", [(), ("audio=0.5",)])
+def test_one_group_where_no_modality_has_a_rate_of_its_own(factors: tuple[str, ...]) -> None:
+    """It is the same update; a factor that is given takes the groups apart again."""
+    apart, together = net_of(), net_of()
+    config = OptimConfig(schedule="constant", modality_lr=factors)
+    for net, by_modality in ((apart, True), (together, False)):
+        update = Update(net, config, device="cpu", world=ALONE, by_modality=by_modality)
+        assert len(update.optimizer.param_groups) == (3 if by_modality or factors else 1)
+        update.begin_epoch(1, epochs=4)
+        take_steps(update)
+    assert_equal(apart, together)
+
+
 @pytest.mark.parametrize("fusion", ["concat", "gated"])
 def test_every_parameter_moves_at_the_rate_of_its_modality(fusion: str) -> None:
     net = net_of(fusion=fusion)

@@ -206,7 +206,7 @@ class Reader:
         """See Lab.train_copy. The copy begins with a fresh optimiser at the rate of a first epoch."""
         course = self.course
         net = copy.deepcopy(self.net)
-        update = Update(net, course.config.optim, device=course.device, world=course.world)
+        update = Update(net, course.config.optim, device=course.device, world=course.world, by_modality=False)
         finetune = course.config.finetune
         sampler = build_sampler(
             "uniform",

@@ -19,6 +19,7 @@ from ..audit.errors import TrainError
 from ..audit.files import write_text
 from ..audit.workers import Progress
 from .balancing.balancer import build_balancer
+from .balancing.config import BALANCERS
 from .checkpoint import save_model, save_state, warm_start
 from .config import LEAST_VALIDATION, FinetuneConfig, TrainConfig
 from .course import Reader, validate
@@ -73,7 +74,8 @@ def finetune_on(
         warm_start(net, init)
     course.hold_standard(net)
     net.fix_encoders([examples.modalities.index(name) for name in config.optim.freeze])
-    update = Update(net, config.optim, device=device, world=world)
+    by_modality = BALANCERS[settings.balancing].sets_rates
+    update = Update(net, config.optim, device=device, world=world, by_modality=by_modality)
     balancer = build_balancer(settings.balancing, net, update, config.balancing, epochs=settings.epochs)
     sampler = build_sampler(
         settings.sampling,

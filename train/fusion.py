@@ -34,12 +34,17 @@ class Fusion(nn.Module, ABC):
         """Give the fused logits (b, k)."""
 
     def both(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Give the fused logits and those of each modality alone: for a fusion where they share their work."""
+        """Give the fused logits and those of each modality alone: for a fusion where the former follow from these."""
         return self(features), self.alone(features)
 
     def alone(self, features: Sequence[Tensor]) -> Tensor:
         """Give the logits (m, b, k) of each modality alone."""
         raise TypeError(f"{type(self).__name__} gives no modality a say of its own")
+
+
+def _joined(heads: Iterable[nn.Linear]) -> Tensor:
+    """Give the weight (k, sum of d_j) of one classifier on the joined features: one product instead of m, and a sum."""
+    return torch.cat([head.weight for head in heads], dim=1)
 
 
 class Concat(Fusion):
@@ -53,8 +58,9 @@ class Concat(Fusion):
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """W [f_1; ...; f_m] + b, which is the sum of what each says."""
-        return self.alone(features).sum(dim=0)
+        """W [f_1; ...; f_m] + b."""
+        heads = cast("Iterable[nn.Linear]", self.heads)
+        return functional.linear(torch.cat(list(features), dim=1), _joined(heads), self.bias)
 
     def both(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Add what each says."""
@@ -77,8 +83,10 @@ class Late(Fusion):
         self.heads = nn.ModuleList(nn.Linear(d, num_classes) for d in num_features)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Add what each says."""
-        return self.alone(features).sum(dim=0)
+        """Add what each says: one classifier of all, whose bias is the sum of theirs."""
+        heads = list(cast("Iterable[nn.Linear]", self.heads))
+        bias = torch.stack([head.bias for head in heads]).sum(dim=0)
+        return functional.linear(torch.cat(list(features), dim=1), _joined(heads), bias)
 
     def both(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Add what each says."""

@@ -18,9 +18,16 @@ class Outputs:
     """Of one batch: fused logits (b, k), unimodal logits (m, b, k), and the features f_j behind them, m of (b, d_j)."""
 
     fused: Tensor
-    unimodal: Tensor
+    _unimodal: Tensor | None
     features: tuple[Tensor, ...]
     _cross_entropy: Tensor | None = None  # once asked for: the loss wants it, and so does who watches confidences
+
+    @property
+    def unimodal(self) -> Tensor:
+        """The unimodal logits; RuntimeError where the network was not asked for them."""
+        if self._unimodal is None:
+            raise RuntimeError("the network was asked for its fused answer alone: see Balancer.asks_each")
+        return self._unimodal
 
     def cross_entropy(self, label: Tensor) -> Tensor:
         """Give the cross entropy of each sample (1 + m, b), in float32, fused first: of one label alone."""
@@ -119,10 +126,15 @@ class FusionNet(nn.Module):
             return found
         return found.new_zeros(size, found.shape[1]).index_copy(0, some, found)
 
-    def answer(self, features: Sequence[Tensor]) -> Outputs:
-        """Give the logits that follow from features, in float32: in half of it they would have two or three digits."""
+    def answer(self, features: Sequence[Tensor], *, each: bool = True) -> Outputs:
+        """Give the logits that follow from features, in float32: in half of it they would have two or three digits.
+
+        each: those of each modality alone as well.
+        """
         features = tuple(f.float() for f in features)
         with torch.autocast(features[0].device.type, enabled=False):
+            if not each:
+                return Outputs(self.fusion(features), None, features)
             if self.has_own_heads:
                 return Outputs(self.fusion(features), self.alone(features), features)
             return Outputs(*self.fusion.both(features), features)
@@ -139,9 +151,9 @@ class FusionNet(nn.Module):
         with torch.autocast(features[0].device.type, enabled=False):
             return self.fusion([f if h else torch.zeros_like(f) for f, h in zip(features, heard, strict=True)])  # type: ignore[no-any-return]
 
-    def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None) -> Outputs:
-        """Give the logits of a batch of m inputs."""
-        return self.answer(self.encode(inputs, present))
+    def forward(self, inputs: Sequence[Tensor], present: Tensor | None = None, *, each: bool = True) -> Outputs:
+        """Give the logits of a batch of m inputs, see `encode` and `answer`."""
+        return self.answer(self.encode(inputs, present), each=each)
 
     def parameters_of(self, modality: int) -> Iterator[nn.Parameter]:
         """Give the trainable parameters that modality j alone uses: its encoder's, and those of a head of its own."""

@@ -60,6 +60,8 @@ def lead(score: Tensor, known: Tensor) -> Tensor:
 class Agm(Balancer):
     """Gradients by the lead of this step against the usual one. State: the mean scores (m,), over how many steps."""
 
+    asks_each = False
+
     def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
         super().__init__(net, update, config, epochs=epochs)
         device, m = update.generator.device, net.num_modalities

@@ -33,6 +33,8 @@ class Balancer(ABC):
     The order of calls: begin_epoch; for every step prepare and step; end_epoch. In all processes alike.
     """
 
+    asks_each = True  # whether steps ask the network for what each modality says alone, or for the fused answer only
+
     def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
         self.net, self.update, self.config, self.epochs = net, update, config, epochs
         self.world = update.world
@@ -48,7 +50,7 @@ class Balancer(ABC):
     def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Learn from one batch, and give what the network said and this process's share of the loss, detached."""
         with self.update.autocast():
-            outputs: Outputs = self.net(batch.inputs, batch.present)
+            outputs: Outputs = self.net(batch.inputs, batch.present, each=self.asks_each)
         loss = self.loss(outputs, batch)
         self.update.backward(loss)
         self.modulate(outputs, batch)

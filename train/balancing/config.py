@@ -15,7 +15,7 @@ class Method:
 
     fusions: those it works with, its usual one first. learns_alone: it has a loss of each modality's own, which learns
     from samples that only that modality has. least: modalities it needs. own_heads: its unimodal losses want heads
-    that the fused answer does not share.
+    that the fused answer does not share. sets_rates: it gives modalities learning rates of their own.
     """
 
     home: str
@@ -23,6 +23,7 @@ class Method:
     learns_alone: bool = False
     least: int = 2
     own_heads: bool = False
+    sets_rates: bool = False
 
 
 # Adding a method is one file and one line.
@@ -39,7 +40,7 @@ BALANCERS = {
     "agm": Method(home="agm:Agm"),
     "mmpareto": Method(home="mmpareto:MmPareto", learns_alone=True, own_heads=True),
     "mses": Method(home="mses:Mses", learns_alone=True),
-    "mslr": Method(home="mslr:Mslr", learns_alone=True),
+    "mslr": Method(home="mslr:Mslr", learns_alone=True, sets_rates=True),
     "mla": Method(home="mla:Mla", fusions=("shared",), learns_alone=True),
 }
 

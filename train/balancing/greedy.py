@@ -47,6 +47,8 @@ class Greedy(Balancer):
     `rest` + 1 does, so that the device is seldom waited for.
     """
 
+    asks_each = False
+
     def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
         super().__init__(net, update, config, epochs=epochs)
         assert isinstance(net.fusion, Mmtm)  # the config has seen to it

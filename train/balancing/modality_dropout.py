@@ -24,6 +24,8 @@ class ModalityDropout(Balancer):
     modality. The fused loss learns from every sample as before.
     """
 
+    asks_each = False
+
     def prepare(self, batch: Batch) -> Batch:
         """Drop some of what is present. The chance is this process's own, like dropout's."""
         present = batch.present
