@@ -40,6 +40,8 @@ SETTINGS = [
     "balancing.ogm.last_epoch=60",
     "balancing.pmr.last_epoch=60",
 ]
+PPO = "dus-rl, ppo"
+EARLY = "gmm from epoch 3"  # the epoch that is kept often lies in the usual warm-up of 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +73,17 @@ def methods(modalities: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {f"{name} alone": {"only": name} for name in modalities}
     found |= {name: {"balancing": name} for name in BALANCERS}
     found |= {name: {"sampling": name, "balancing": "sum"} for name in SAMPLERS if name != "uniform"}
-    return found | {"dus-rl, ppo": {"sampling": "dus-rl", "balancing": "sum"}}
+    return found | {PPO: {"sampling": "dus-rl", "balancing": "sum"}, EARLY: {"balancing": "gmm"}}
 
 
 def settings_of(base: TrainConfig, name: str, chosen: dict[str, Any]) -> TrainConfig:
     config = replace(base, finetune=replace(base.finetune, **chosen))
-    if name.endswith("ppo"):
+    if name == PPO:
         dus = replace(config.sampling.dus, policy="ppo")
-        config = replace(config, sampling=replace(config.sampling, dus=dus))
+        return replace(config, sampling=replace(config.sampling, dus=dus))
+    if name == EARLY:
+        gmm = replace(config.balancing.gmm, warmup_epochs=2)
+        return replace(config, balancing=replace(config.balancing, gmm=gmm))
     return config
 
 
