@@ -73,3 +73,13 @@ def test_a_package_that_is_not_there_is_missed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
     with ExitStack() as stack, pytest.raises(ConfigError, match=f"{name} is not installed: pip install {name}"):
         open_trackers([name], tmp_path, stack=stack)
+
+
+def test_a_tracker_that_cannot_begin_says_why(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: Any) -> None:
+        raise RuntimeError("no account:\nlog in first")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    with pytest.raises(ConfigError, match=r"^--report-to wandb: wandb cannot begin: no account: log in first$"):
+        tune(examples_of(), tmp_path, setting(report_to=("tensorboard", "wandb")))
+    assert told.closed == 1  # the one that had begun

@@ -14,8 +14,16 @@ Tell = Callable[[Mapping[str, float]], None]  # takes a record of the history: n
 
 
 def open_trackers(names: Sequence[str], folder: Path, *, stack: ExitStack) -> list[Tell]:
-    """Open what was asked for with --report-to; `stack` closes it. ConfigError where a package is not installed."""
-    return [_OPENERS[name](folder, stack) for name in names]
+    """Open what was asked for with --report-to; `stack` closes it. ConfigError where one is missing, or refuses."""
+    found = []
+    for name in names:
+        try:
+            found.append(_OPENERS[name](folder, stack))
+        except ConfigError:
+            raise
+        except Exception as error:  # whichever type theirs is: no account, no server, no place to write
+            raise ConfigError(f"--report-to {name}: {name} cannot begin: {' '.join(str(error).split())}") from error
+    return found
 
 
 def check_trackers(names: Sequence[str]) -> None:
