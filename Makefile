@@ -41,7 +41,7 @@ bench: $(READY)
 real: $(READY)
 	$(BIN)/python benchmarks/real.py $(DATA)
 
-# Every method of training on two of them, three seeds each: an hour.
+# Every method of training on two of them, three seeds each: a quarter of an hour.
 methods: $(READY)
 	$(BIN)/python benchmarks/methods.py $(DATA)
 

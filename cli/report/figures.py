@@ -239,7 +239,14 @@ def _finetune(found: Numbers, colours: Palette) -> Figure:
         ]
         shade = colours.get(branch, LEVEL)
         left.errorbar(
-            values, places, xerr=np.abs(errors), fmt="o", color=shade, markersize=4, linewidth=1, label=branch
+            values,
+            places,
+            xerr=np.abs(errors),
+            fmt="o",
+            color=shade,
+            markersize=4,
+            linewidth=1,
+            label=short(branch, 14),
         )
     left.axvline(found["chance"], color=SOFT, linewidth=0.8, linestyle="--", label="most common class")
     left.set_yticks(range(len(subsets)), [f"{short(subset['name'], 26)} ({subset['n']:,})" for subset in subsets])
@@ -248,9 +255,10 @@ def _finetune(found: Numbers, colours: Palette) -> Figure:
     handles, names = left.get_legend_handles_labels()
     order = [*range(1, len(names)), 0]  # matplotlib puts the line of chance first
     figure.legend(
-        [handles[place] for place in order], [names[place] for place in order], loc="outside upper left", ncols=6
+        [handles[place] for place in order], [names[place] for place in order], loc="outside upper left", ncols=4
     )
     _course(right, found)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
 
 
@@ -265,4 +273,3 @@ def _course(axes: Axes, found: Numbers) -> None:
     axes.set_ylim(bottom=0)
     axes.set(xlabel="epoch", ylabel="loss")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.legend(loc="upper right", frameon=True, framealpha=1, edgecolor="none")
