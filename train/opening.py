@@ -25,6 +25,8 @@ from .world import World
 
 log = logging.getLogger("mmaudit")
 
+_STATE = 2  # raised with what a state is made of: an older one is not gone on from
+
 
 def open_course(examples: Examples, config: TrainConfig, *, seed: int, device: str, world: World) -> Course:
     """Bring the samples to the device.
@@ -100,7 +102,7 @@ def identity_of(examples: Examples, course: Course, *, init: Path | None) -> str
     for name in ("report_to", "resident_mib", "save_steps"):
         del config["finetune"][name]
     weights = b"" if init is None else init.read_bytes()
-    settings = repr((config, examples.class_names, examples.modalities, examples.shapes, course.seed))
+    settings = repr((_STATE, config, examples.class_names, examples.modalities, examples.shapes, course.seed))
     told = (settings.encode(), content.encode(), *(text.encode() for text in ids))
     return digest(*told, *(np.ascontiguousarray(array).tobytes() for array in arrays), weights)
 
@@ -112,7 +114,7 @@ def resume(path: Path, identity: str, *, device: str) -> dict[str, Any] | None:
     state = load_state(path, device=device)
     if state.get("identity") == identity:
         return state
-    log.info("the state in %s is of other data or settings: starting anew", path.parent)
+    log.info("the state in %s is of other data, settings or version: starting anew", path.parent)
     return None
 
 
