@@ -246,7 +246,7 @@ def finetune(
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Train a network on a manifest and test it, overall and by subset. Works under torchrun as it stands."""
+    """Train a network on a manifest and test it, overall and by subset. Works under torchrun -m -- mmaudit."""
     from dataclasses import replace
 
     from .config import override

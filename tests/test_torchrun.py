@@ -122,7 +122,7 @@ def run_torchrun(folder: Path, *words: str, size: int) -> subprocess.CompletedPr
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"]
-    address = ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "mmaudit"]
+    address = ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "--", "mmaudit"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*launcher, *address, *words], cwd=folder, env=env, capture_output=True, text=True, check=False
@@ -142,7 +142,8 @@ def test_the_command_line_is_the_same_under_torchrun(planted: Callable[..., Path
         capture_output=True,
         text=True,
     )
-    together = run_torchrun(tmp_path, *tuning, "--name", "together", "--json", size=2)
+    # Without the -- before mmaudit, torchrun takes --run for an option of its own.
+    together = run_torchrun(tmp_path, *tuning, "--run", "mmaudit-run", "--name", "together", "--json", size=2)
     assert together.returncode == 0, together.stderr
     one, two = (json.loads(done.stdout) for done in (alone, together))  # said once, by the first process
     for branch, expected in one["test"]["all"]["branches"].items():
