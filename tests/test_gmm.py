@@ -162,7 +162,7 @@ def test_a_step_down_the_loss_shrinks_every_gap(stop_strong: bool) -> None:
         terms[lam] = gradient(make(gmm=config), outputs, given)
     step = terms[1.0] - terms[0.0]
     outputs = said(STRONG, GAP, LABEL)
-    after = modality_gap(replace(outputs, _unimodal=outputs.unimodal.detach() - 0.1 * step), LABEL)
+    after = modality_gap(Outputs(outputs.fused, outputs.unimodal.detach() - 0.1 * step, outputs.features), LABEL)
     assert bool((after < GAP - 1e-4).all())
 
 

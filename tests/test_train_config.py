@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from importlib import import_module
 from itertools import product
 from typing import Any
@@ -250,30 +249,7 @@ def test_every_sampler_has_a_home(name: str) -> None:
     assert not type_.__abstractmethods__
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"epochs": 10, "sampling": "bss-h"}, r"sees 51% .* last epoch, 10, and never the others; all from epoch 40"),
-        ({"epochs": 39, "sampling": "anti-curriculum"}, "sees 99% "),
-        ({"epochs": 10, "balancing": "gmm"}, "after epoch 10 .*warmup_epochs.*: until then it is sum"),
-        ({"epochs": 2, "balancing": "ogm", "ogm": OgmConfig(first_epoch=3)}, "in epoch 3 .*: it is joint"),
-        (
-            {"epochs": 9, "balancing": "ogm-ge", "ogm": OgmConfig(first_epoch=3, last_epoch=2)},
-            "ogm-ge begins in epoch 3",
-        ),
-        ({"epochs": 5, "optim": OptimConfig(warmup_epochs=5)}, r"rises until epoch 5"),
-        ({"epochs": 70, "optim": OptimConfig(schedule="step")}, "falls after epoch 70 .*constant"),
-    ],
-)
-def test_what_training_ends_too_soon_for_is_told(options: dict[str, Any], words: str) -> None:
-    optim, ogm = options.pop("optim", OptimConfig()), options.pop("ogm", OgmConfig())
-    balancing = BalancingConfig(ogm=ogm)
-    found = TrainConfig(finetune=FinetuneConfig(**options), optim=optim, balancing=balancing).out_of_reach()
-    assert len(found) == 1
-    assert re.search(f"^{options['epochs']} epochs are too few: .*{words}", found[0])
-    assert TrainConfig(finetune=FinetuneConfig(**{**options, "epochs": 71}), optim=optim).out_of_reach() == []
-
-
-def test_nothing_is_told_of_what_is_not_asked_for() -> None:
-    assert TrainConfig(finetune=FinetuneConfig(epochs=1)).out_of_reach() == []
-    assert TrainConfig(finetune=FinetuneConfig(sampling="bss-h", balancing="gmm")).out_of_reach() == []  # the defaults
+def test_an_end_before_the_beginning_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after the last_epoch, 50"):
+        OgmConfig(first_epoch=55)
+    assert OgmConfig(first_epoch=50).last_epoch == 50

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..audit.errors import ConfigError, choices
 from ..rebalance.curriculum import OrderConfig
 from .balancing.config import BALANCERS, BalancingConfig
-from .sampling.config import ALONE, BETWEEN, CURRICULA, SAMPLERS, SamplingConfig
+from .sampling.config import ALONE, BETWEEN, SAMPLERS, SamplingConfig
 
 FUSIONS = ("concat", "late", "gated", "film", "mmtm", "shared")
 OPTIMIZERS = ("adamw", "sgd")
@@ -205,27 +205,3 @@ class TrainConfig:
                 f"balancing.mslr.mode = {mode} begins with the rates of optim.modality_lr, and there are none; give "
                 "some with --set 'optim.modality_lr=[\"audio=0.1\"]', or take the mode dynamic"
             )
-
-    def out_of_reach(self) -> list[str]:
-        """Tell what these settings ask for and training ends too soon for: no error, and seldom what was meant."""
-        epochs, chosen, optim = self.finetune.epochs, self.finetune, self.optim
-        found = []
-        if chosen.sampling in CURRICULA and (share := self.order.share(epochs)) < 1:
-            found.append(
-                f"--sampling {chosen.sampling} sees {share:.0%} of the training samples in the last epoch, "
-                f"{epochs}, and never the others; all from epoch {self.order.grow_epochs} on (order.grow_epochs)"
-            )
-        if chosen.balancing == "gmm" and epochs <= (warm := self.balancing.gmm.warmup_epochs):
-            found.append(
-                f"the loss of gmm begins after epoch {warm} (balancing.gmm.warmup_epochs): until then it is sum"
-            )
-        ogm = self.balancing.ogm
-        if chosen.balancing in ("ogm", "ogm-ge") and min(epochs, ogm.last_epoch) < ogm.first_epoch:
-            found.append(
-                f"{chosen.balancing} begins in epoch {ogm.first_epoch} (balancing.ogm.first_epoch): it is joint"
-            )
-        if epochs <= optim.warmup_epochs:
-            found.append(f"the learning rate rises until epoch {optim.warmup_epochs} (optim.warmup_epochs)")
-        elif optim.schedule == "step" and epochs <= optim.lr_step:
-            found.append(f"the learning rate falls after epoch {optim.lr_step} (optim.lr_step): it is constant")
-        return [f"{epochs} epochs are too few: {each}" for each in found]

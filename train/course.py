@@ -104,6 +104,7 @@ class Course:
         if not there.all():
             steps = (step.there(there) for step in steps)
         label, weight = self.label[torch.from_numpy(self.train).to(self.device)], self.weight[self.train]
+        varies = any(len(shape) > 1 for shape in self.shapes)
 
         def rows_of(step: Step) -> list[Rows]:
             mine = step.share(self.world)
@@ -112,7 +113,7 @@ class Course:
         stream = self.store.stream(steps, rows_of, num_threads=READERS if ahead else 0)
         for number, (step, inputs) in enumerate(stream, start=first):
             batch = to_batch(step, inputs, label=label, weight=weight, world=self.world)
-            if any(len(shape) > 1 for shape in self.shapes):
+            if varies:
                 seed = self.chance("augment", epoch, number, self.world.rank)
                 batch = augment(batch, self.shapes, self.config.augment, seed=seed)
             yield batch

@@ -22,7 +22,7 @@ class Dropout(nn.Module):
     def __init__(self, share: float) -> None:
         super().__init__()
         self.share = share
-        self._dropped = min(round(share * 2**16), 2**16 - 1)  # of 2^16 numbers that are drawn alike
+        self._dropped = min(round(share * 2**16), 2**16 - 2)  # of 2^16 numbers that are drawn alike
 
     def forward(self, values: Tensor) -> Tensor:
         """Drop values of any shape, in training."""

@@ -61,7 +61,8 @@ def finetune_on(
     last one where there are fewer than LEAST_VALIDATION samples to choose by. `init`: a model file to begin with.
     Everything follows from examples, config and seed: the same batches in any number of processes, the same losses
     after an interruption at any step, and on one machine's CPU the same bytes (CUDA adds in no fixed order).
-    Raises ManifestError where a split is empty, TrainError where the loss is no longer a number.
+    Raises ManifestError where a split is empty, ConfigError where a modality or tracker that is named is not there,
+    TrainError where the loss is no longer a number.
     """
     started = time.monotonic()
     settings = config.finetune

@@ -34,7 +34,7 @@ class Fusion(nn.Module, ABC):
         """Give the fused logits (b, k)."""
 
     def both(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Give the fused logits and those of each modality alone: for a fusion where the former follow from these."""
+        """Give the fused logits and those of each modality alone; a fusion that adds up the latter has them once."""
         return self(features), self.alone(features)
 
     def alone(self, features: Sequence[Tensor]) -> Tensor:

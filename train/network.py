@@ -15,7 +15,10 @@ from .fusion import FUSIONS
 
 @dataclass(slots=True)
 class Outputs:
-    """Of one batch: fused logits (b, k), unimodal logits (m, b, k), and the features f_j behind them, m of (b, d_j)."""
+    """Of one batch: fused logits (b, k), unimodal logits (m, b, k), and the features f_j behind them, m of (b, d_j).
+
+    The unimodal logits are None where nobody asked for them.
+    """
 
     fused: Tensor
     _unimodal: Tensor | None

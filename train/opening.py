@@ -19,6 +19,7 @@ from .config import FinetuneConfig, TrainConfig
 from .course import Course
 from .examples import Examples
 from .network import Blueprint
+from .reach import out_of_reach
 from .sampling.config import BETWEEN
 from .stores import Store
 from .world import World
@@ -45,7 +46,7 @@ def open_course(examples: Examples, config: TrainConfig, *, seed: int, device: s
     unknown = sorted({*config.optim.freeze, *config.optim.factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]} here; {examples.named}")
-    for each in config.out_of_reach() if world.is_first else ():
+    for each in out_of_reach(config) if world.is_first else ():
         log.warning("%s", each)
     if config.optim.freeze and config.finetune.init is None:
         log.info("frozen encoders without --init: those of %s stay as they are drawn", ", ".join(config.optim.freeze))

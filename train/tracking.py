@@ -22,7 +22,8 @@ def open_trackers(names: Sequence[str], folder: Path, *, stack: ExitStack) -> li
         except ConfigError:
             raise
         except Exception as error:  # whichever type theirs is: no account, no server, no place to write
-            raise ConfigError(f"--report-to {name}: {name} cannot begin: {' '.join(str(error).split())}") from error
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"--report-to {name}: {name} cannot begin, mend that or leave it out: {why}") from error
     return found
 
 

@@ -59,6 +59,7 @@ class Update:
     def begin_epoch(self, epoch: int, *, epochs: int) -> float:
         """Set the learning rates of epoch 1, 2, ... and give the common one."""
         common = self.config.lr * self.config.share_of_rate(epoch, epochs=epochs)
+        assert len(self.optimizer.param_groups) > 1 or set(self.rate) == {1.0}, "a method that sets rates says so"
         for group in self.optimizer.param_groups:
             j = group["modality"]
             group["lr"] = common * (1.0 if j is None else self._given[j] * self.rate[j])

@@ -253,9 +253,10 @@ def _finetune(found: Numbers, colours: Palette) -> Figure:
     left.set(xlim=(0, 1), ylim=(len(subsets) - 0.4, -0.6), xlabel="accuracy on test samples")
     left.tick_params(axis="y", length=0)
     handles, names = left.get_legend_handles_labels()
+    columns = 4 if max(map(len, found["branches"])) <= 8 else 2  # the losses have their legend on the right
     order = [*range(1, len(names)), 0]  # matplotlib puts the line of chance first
     figure.legend(
-        [handles[place] for place in order], [names[place] for place in order], loc="outside upper left", ncols=4
+        [handles[place] for place in order], [names[place] for place in order], loc="outside upper left", ncols=columns
     )
     _course(right, found)
     figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=3)

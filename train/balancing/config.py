@@ -77,6 +77,11 @@ class OgmConfig:
 
     def __post_init__(self) -> None:
         _in_range("ogm", self, alpha=(0, 1e3), first_epoch=(1, 1e9), last_epoch=(1, 1e9))
+        if self.last_epoch < self.first_epoch:
+            raise ConfigError(
+                f"balancing.ogm.first_epoch is {self.first_epoch}, after the last_epoch, {self.last_epoch}: "
+                "nothing would be modulated"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
