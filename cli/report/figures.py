@@ -253,7 +253,7 @@ def _finetune(found: Numbers, colours: Palette) -> Figure:
     left.set(xlim=(0, 1), ylim=(len(subsets) - 0.4, -0.6), xlabel="accuracy on test samples")
     left.tick_params(axis="y", length=0)
     handles, names = left.get_legend_handles_labels()
-    columns = 4 if max(map(len, found["branches"])) <= 8 else 2  # the losses have their legend on the right
+    columns = 4 if max(map(len, found["branches"]), default=0) <= 8 else 2  # the losses have their legend on the right
     order = [*range(1, len(names)), 0]  # matplotlib puts the line of chance first
     figure.legend(
         [handles[place] for place in order], [names[place] for place in order], loc="outside upper left", ncols=columns

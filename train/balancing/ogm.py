@@ -30,6 +30,7 @@ from .balancer import Balancer
 from .config import BalancingConfig
 
 _SHIFTS = 1 << 20  # places of a window of noise: two windows are the same with a chance of one in a million
+_TIE = 1e-6  # a lead that rounding can give to one of several equals, where k would leap
 
 
 def mean_of_others(values: Tensor, known: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def damping(score: Tensor, *, alpha: float) -> Tensor:
     """
     others = mean_of_others(score, score > 0)
     ratio = score / torch.where(others > 0, others, torch.inf)
-    return torch.where(ratio > 1, 1.0 - (alpha * ratio).tanh(), 1.0)
+    return torch.where(ratio > 1 + _TIE, 1.0 - (alpha * ratio).tanh(), 1.0)
 
 
 class Ogm(Balancer):
