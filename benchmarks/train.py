@@ -7,10 +7,10 @@ checkpoint an epoch weighs four times as much.
 
 Two modalities of 1,024 features each, encoders of 512, batches of 256, 30 classes. The bare loop is written by hand
 below, over tensors that are on the device already, with the same layers, loss and optimiser, and the same validation
-after every epoch. Ours is `finetune_on` whole: order, batches, losses, history, validation and a checkpoint every epoch. The
-features-only path is measured once more where there is little to compute, with the default network (512 features, 128
-hidden, batches of 64). Both take turns; told is the median over rounds of the ratio of seconds for each encoded vector,
-so that samplers that see fewer samples, or more of one modality, are compared fairly.
+after every epoch. Ours is `finetune_on` whole: order, batches, losses, history, validation and a checkpoint every
+epoch. The features-only path is measured once more where there is little to compute, with the default network (512
+features, 128 hidden, batches of 64). Both take turns; told is the median over rounds of the ratio of seconds for each
+encoded vector, so that samplers that see fewer samples, or more of one modality, are compared fairly.
 
 Prints a Markdown table; the exit code is 1 where a bound is missed.
 """
