@@ -208,14 +208,14 @@ def tell_replay(found: dict[str, Any]) -> None:
     print(f"{found['file']} made again from {found['scores']} is {same}")
 
 
-def tell_export(found: dict[str, Any]) -> None:
-    """Tell what was written."""
-    print(f"{found['rows']} samples as {found['format']}")
-    for key, value in found.items():
+def tell_export(result: dict[str, Any]) -> None:
+    """Print what was written."""
+    print(f"{result['rows']} samples as {result['format']}")
+    for key, value in result.items():
         if key not in ("rows", "format", "files") and value:
-            told = ", ".join(map(str, value)) if isinstance(value, list) else value
-        print(f"  {key.replace('_', ' ')}: {told}")
-    files = found["files"]
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            print(f"  {key.replace('_', ' ')}: {text}")
+    files = result["files"]
     print(f"files: {', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''}")
 
 
