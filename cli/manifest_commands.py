@@ -274,18 +274,19 @@ def card(
     manifest: ManifestArgument,
     run: RunOption = "mmaudit-run",
     out: Annotated[str | None, typer.Option("--out", help="The file to write. \\[default: print it]")] = None,
+    json_: JsonOption = False,
 ) -> None:
     """Write a section for a dataset card: modality balance, how it was made, how to load it."""
     from pathlib import Path
 
     from ..audit.files import write_text
+    from .console import tell_card
     from .manifests import card as make_card
 
     text = make_card(manifest, run=run)
-    if out is None:
-        print(text)
-    else:
+    if out is not None:
         write_text(text, Path(out))
+    finish({"manifest": manifest, "file": out, "card": text}, json_, tell_card)
 
 
 @command

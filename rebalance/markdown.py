@@ -5,17 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from ..audit.printable import printable
+
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 
 
 def escaped(text: object) -> str:
     """Give a name as Markdown that reads as the name, on one line, in a table too."""
-    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
+    return _SPECIAL.sub(r"\\\1", _one_line(text))
+
+
+def _one_line(text: object) -> str:
+    return printable(" ".join(str(text).split()))
 
 
 def code_span(value: object) -> str:
     """Give text as a code span, whatever backticks it holds."""
-    text = " ".join(str(value).split())
+    text = _one_line(value)
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") or not text else ""
     return f"{fence}{pad}{text}{pad}{fence}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmaudit.audit.printable import printable
 from mmaudit.rebalance.markdown import code_span, escaped, table_of
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30)
@@ -17,7 +19,7 @@ def test_escaped_names_read_as_they_are(name: str) -> None:
     text = escaped(name)
     assert len(text.splitlines()) <= 1
     assert not re.search(r"(?<!\\)(?:\\\\)*[|<*`_]", text)
-    assert re.sub(r"\\(.)", r"\1", text) == " ".join(name.split())
+    assert re.sub(r"\\(.)", r"\1", text) == printable(" ".join(name.split()))
 
 
 @given(st.text("` ab\n", max_size=12))
@@ -27,6 +29,15 @@ def test_a_code_span_ends_only_where_it_ends(text: str) -> None:
     inner = written[len(fence) :].removesuffix(fence)
     assert fence not in re.findall("`+", inner)
     assert inner.removeprefix(" ").removesuffix(" ") == told
+
+
+@pytest.mark.parametrize("name", ["a|b", "`x`", "# head", "<script>", "$x$", "a\x1b[31mb", "\u202eb", "a\n- forged"])
+def test_a_name_stays_one_cell_of_a_table(name: str) -> None:
+    (row,) = table_of(("what", "n"), [(escaped(name), "1")])[2:]
+    assert len(row.splitlines()) == 1
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert not set(row) & set("\x1b\u202e")
+    assert "<script>" not in row
 
 
 def test_a_table_has_its_numbers_on_the_right() -> None:

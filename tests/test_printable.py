@@ -1,0 +1,60 @@
+"""Laws of printed text: nothing in a name steers a terminal, begins a line of its own, or turns the reading order."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmaudit.audit.printable import printable
+from mmaudit.cli.console import configure_logging, print_line, print_text, say
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\rname\nerror: forged\x9b31m\u202egnp.exe\u2028next\x00\ud800"
+
+
+@given(st.text(st.characters(exclude_categories=[])))
+def test_printable_text_is_one_line_without_controls(text: str) -> None:
+    line = printable(text)
+    assert len(line.splitlines()) <= 1
+    assert not {unicodedata.category(sign) for sign in line} & {"Cc", "Cs", "Zl", "Zp"}
+    assert not set(line) & set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+    line.encode("utf-8")
+
+
+@given(st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"])))
+def test_ordinary_text_of_any_script_is_printed_as_it_is(text: str) -> None:
+    assert printable(text) == text
+
+
+def test_controls_are_written_out() -> None:
+    assert printable("a\x1b[0m\n\x9b\u202eb") == "a\\x1b[0m\\n\\u009b\\u202eb"
+
+
+@pytest.fixture
+def _own_logging() -> object:
+    logger = logging.getLogger("mmaudit")
+    before = (logger.handlers, logger.level, logger.propagate)
+    yield
+    logger.handlers, level, logger.propagate = before
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_every_way_to_the_terminal_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
+    print_line(f"id {HOSTILE}")
+    say(f"id {HOSTILE}")
+    logging.getLogger("mmaudit").info("id %s", HOSTILE)
+    printed = capsys.readouterr()
+    for text, lines in ((printed.out, 1), (printed.err, 2)):
+        assert text.count("\n") == lines == len(text.splitlines())
+        assert "\x1b" not in text
+        assert "\\x1b[2J" in text
+
+
+def test_a_text_of_several_lines_keeps_them(capsys: pytest.CaptureFixture[str]) -> None:
+    print_text("one\n\ntwo \x1b[1m")
+    assert capsys.readouterr().out == "one\n\ntwo \\x1b[1m\n"
