@@ -75,7 +75,12 @@ def progress_bars() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:>8}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:>8}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
@@ -202,7 +207,9 @@ def _tell_balance(summary: dict[str, Any]) -> None:
 
 def tell_order(found: dict[str, Any]) -> None:
     """Tell how much of the training samples an epoch sees."""
-    print_line(f"epoch {found['epoch']}: {found['samples']} of {found['total']} training samples ({found['share']:.1%})")
+    print_line(
+        f"epoch {found['epoch']}: {found['samples']} of {found['total']} training samples ({found['share']:.1%})"
+    )
     print_line(f"  the first: {', '.join(map(str, found['first']))}")
 
 

@@ -1,0 +1,258 @@
+"""Every command ends well, in words and as JSON: exit code 0, nothing on stderr but progress, JSON that parses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmaudit.cli.main import main
+
+FORMATS = ("csv", "jsonl", "npy", "ogm", "webdataset", "datasets")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Finished]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """Run the command line as the program does: through main, with its logging."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    logger = logging.getLogger("mmaudit")
+    before = logger.handlers, logger.level, logger.propagate
+
+    def run(*words: str | Path) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["mmaudit", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        code = ended.value.code
+        return Finished(code if isinstance(code, int) else 0, printed.out, printed.err)
+
+    yield run
+    logger.handlers, level, logger.propagate = before
+    logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished demo of 120 samples: data, scores, two manifests, two fine-tunings, a report."""
+    from mmaudit.cli.demo import demo
+
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    demo(folder, num_samples=120)
+    return folder
+
+
+def succeed(command: Command, *words: str | Path) -> str:
+    """Return what a command printed; it must have succeeded, without a traceback or a warning."""
+    finished = command(*words)
+    assert finished.code == 0, finished.err
+    assert not re.search(r"Traceback|Warning|error:", finished.err), finished.err
+    return finished.out
+
+
+def strict_json(text: str) -> dict[str, Any]:
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = json.loads(text, parse_constant=refuse)
+    assert isinstance(found, dict)
+    return found
+
+
+def both(command: Command, words: list[str | Path], *, text: list[str], keys: list[str]) -> dict[str, Any]:
+    """Check a command's text and its JSON, and return the JSON."""
+    printed = succeed(command, *words)
+    for part in text:
+        assert part in printed, printed
+    assert not re.search(r"\{'|\x1b|\bnan\b", printed), printed
+    found = strict_json(succeed(command, *words, "--json"))
+    assert not [key for key in keys if key not in found], found
+    return found
+
+
+def test_demo(command: Command, demo_folder: Path) -> None:
+    found = both(
+        command,
+        ["demo", demo_folder, "--num-samples", "120"],
+        text=["Spearman", "balanced split: ", "report: "],
+        keys=["recovery", "kept", "distance", "report"],
+    )
+    assert Path(found["report"]).is_file()
+
+
+def test_check(command: Command, demo_folder: Path, tmp_path: Path) -> None:
+    found = both(
+        command,
+        ["check", demo_folder / "data", "--run", tmp_path / "run", "--num-workers", "0"],
+        text=["120 of 120 samples can be scored", "modality audio=", "no leak found"],
+        keys=["source", "input", "usable", "modalities", "unusable", "leakage"],
+    )
+    assert found["usable"] == 120
+
+
+def test_score(command: Command, demo_folder: Path) -> None:
+    found = both(
+        command,
+        ["score", demo_folder / "data", "--run", demo_folder / "run", "--learn-from", "train", "--num-workers", "0"],
+        text=["scored 120 of 120 samples, 0 quarantined", "chance", "gap mixture", "report: "],
+        keys=["counts", "ledger", "verdict", "report"],
+    )
+    assert found["counts"]["scored"] == 120
+
+
+def test_report(command: Command, demo_folder: Path) -> None:
+    found = both(command, ["report", "--run", demo_folder / "run"], text=["report: "], keys=["report"])
+    assert Path(found["report"]).is_file()
+
+
+def test_split(command: Command, demo_folder: Path) -> None:
+    found = both(
+        command,
+        ["split", "--balanced", "--run", demo_folder / "run"],
+        text=["of 120 samples", "distance to uniform", "manifest: "],
+        keys=["file", "kept", "before", "after", "curve"],
+    )
+    assert Path(found["file"]).is_file()
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_split_of_a_subset(command: Command, demo_folder: Path, dry: bool) -> None:
+    words = ["split", "--subset", "random:50%", "--run", demo_folder / "run", *(["--dry-run"] if dry else [])]
+    printed = succeed(command, *words)
+    assert ("would keep" in printed, "a dry run" in printed) == (dry, dry)
+    assert (strict_json(succeed(command, *words, "--json"))["file"] is None) == dry
+
+
+def test_finetune_and_evaluate(command: Command, demo_folder: Path) -> None:
+    run: list[str | Path] = ["--run", demo_folder / "run", "--num-workers", "0"]
+    trained = both(
+        command,
+        ["finetune", "--manifest", "balanced", "--epochs", "1", "--name", "short", *run],
+        text=["trained on ", "accuracy", "fused: 95% ", "epoch kept: "],
+        keys=["counts", "chance", "test", "best_epoch"],
+    )
+    evaluated = both(
+        command,
+        ["evaluate", "short", *run],
+        text=["short on ", "least recall: ", "right with one alone", "all measures: "],
+        keys=["name", "n", "split", "test", "test_by_class", "contribution", "file"],
+    )
+    assert Path(evaluated["file"]).is_file()
+    assert evaluated["n"] == trained["counts"]["test"]
+
+
+def test_order(command: Command, demo_folder: Path) -> None:
+    found = both(
+        command,
+        ["order", "balanced", "--epoch", "2", "--run", demo_folder / "run"],
+        text=["epoch 2: ", "training samples", "the first: keypad-"],
+        keys=["epoch", "samples", "total", "share", "first"],
+    )
+    dumped = succeed(command, "order", "balanced", "--epoch", "2", "--dump", "--run", demo_folder / "run").splitlines()
+    assert dumped[0] == "step,sample_id"
+    assert len(dumped) == 1 + found["samples"]
+    assert [line.split(",")[1] for line in dumped[1:6]] == found["first"]
+
+
+def test_verify(command: Command, demo_folder: Path) -> None:
+    found = both(
+        command, ["verify", "balanced", "--run", demo_folder / "run"], text=["ids"], keys=["file", "held", "lines"]
+    )
+    assert found["held"] is True
+
+
+def test_diff(command: Command, demo_folder: Path) -> None:
+    both(command, ["diff", "balanced", "gmm-balanced", "--run", demo_folder / "run"], text=["only"], keys=["lines"])
+
+
+def test_replay(command: Command, demo_folder: Path) -> None:
+    found = both(
+        command,
+        ["replay", "balanced", "--run", demo_folder / "run"],
+        text=["the same, byte by byte"],
+        keys=["file", "scores", "identical", "differ"],
+    )
+    assert found["identical"] is True
+
+
+def test_card(command: Command, demo_folder: Path, tmp_path: Path) -> None:
+    words: list[str | Path] = ["card", "balanced", "--run", demo_folder / "run"]
+    found = both(command, words, text=["## Modality balance", "### How to load it"], keys=["manifest", "file", "card"])
+    assert succeed(command, *words).strip() == found["card"].strip()
+    assert succeed(command, *words, "--out", tmp_path / "card.md") == f"card: {tmp_path / 'card.md'}\n"
+    assert (tmp_path / "card.md").read_text(encoding="utf-8") == found["card"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_export(command: Command, demo_folder: Path, tmp_path: Path, form: str) -> None:
+    words: list[str | Path] = ["export", "balanced", "--format", form, "--run", demo_folder / "run", "--overwrite"]
+    found = both(
+        command,
+        [*words, "--out", tmp_path / "out"],
+        text=[f"samples as {form}", "files: "],
+        keys=["format", "files", "rows"],
+    )
+    assert found["files"]
+    assert all(Path(name).stat().st_size for name in found["files"])
+
+
+def test_the_program_exports_in_a_process_of_its_own(demo_folder: Path, tmp_path: Path) -> None:
+    words = ["export", "balanced", "--format", "csv", "--run", demo_folder / "run", "--out", tmp_path / "out.csv"]
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "mmaudit", *map(str, words)],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines()[1] == f"files: {tmp_path / 'out.csv'}"
+
+
+def test_export_names_what_it_skipped(command: Command, demo_folder: Path, tmp_path: Path) -> None:
+    lost = next((demo_folder / "data" / "audio").glob("*.wav"))
+    manifest = strict_json(succeed(command, "split", "--subset", "random:100%", "--name", "whole", "--run",
+                                   demo_folder / "run", "--json"))["file"]  # fmt: skip
+    content = lost.read_bytes()
+    lost.unlink()
+    try:
+        printed = succeed(command, "export", manifest, "--format", "webdataset", "--out", tmp_path / "tars",
+                          "--skip-missing")  # fmt: skip
+    finally:
+        lost.write_bytes(content)
+    assert "  skipped: 1\n" in printed
+
+
+def test_ingest(command: Command, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    fields = {name: rng.standard_normal((4, 3, 2)) for name in ("text", "audio", "vision")}
+    np.savez(
+        tmp_path / "train.npz", id=np.array(["a$_$0", "a$_$1", "b$_$0", "c$_$0"]),
+        regression_labels=np.array([-1.0, 1.0, 0.0, math.pi]), **fields,
+    )  # fmt: skip
+    found = both(
+        command,
+        ["ingest", "mosei", tmp_path, "--out", tmp_path / "rows.parquet"],
+        text=["metadata: ", "note: no classes in the file"],
+        keys=["path", "message", "notes"],
+    )
+    assert Path(found["path"]).is_file()
