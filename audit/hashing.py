@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -60,10 +61,20 @@ def splitmix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return mixed
 
 
-def digest(*parts: bytes) -> str:
+class LargeBytes(Protocol):
+    """Bytes that are not in memory: their number, and those that stand for their content, block by block."""
+
+    def __len__(self) -> int: ...
+
+    def digested(self) -> Iterator[bytes]:
+        """Yield the bytes that are hashed."""
+
+
+def digest(*parts: bytes | LargeBytes) -> str:
     """Fingerprint some bytes in 32 hexadecimal digits; the cut between the parts counts."""
     whole = hashlib.blake2b(digest_size=16)
     for part in parts:
         whole.update(len(part).to_bytes(8, "little"))
-        whole.update(part)
+        for block in [part] if isinstance(part, bytes) else part.digested():
+            whole.update(block)
     return whole.hexdigest()

@@ -16,6 +16,7 @@ class Reason(str, Enum):
     EMPTY = "empty"  # zero bytes, zero samples, zero frames, no words
     CORRUPT = "corrupt"  # the bytes cannot be decoded
     TRUNCATED = "truncated"  # the header promises clearly more than the bytes hold
+    TOO_LARGE = "too-large"  # decoding would take more memory or time than the budgets of [media] allow
     NO_TRACK = "no-track"  # a video without the sound or picture that is asked for
     SILENT = "silent"  # sound without any signal
     CLIPPED = "clipped"  # sound that stands at full scale for much of its time

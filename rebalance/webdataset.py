@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import tarfile
@@ -13,6 +12,7 @@ from urllib.parse import quote
 
 from ..audit.errors import ConfigError, ManifestError
 from ..audit.hashing import digest
+from ..audit.media.media_file import Medium, stream_of
 from ..audit.quality import UnusableError
 from ..audit.source.cells import load_cell
 from ..audit.source.modality import Modality
@@ -77,9 +77,9 @@ def _modality_of(column: str, job: Job) -> Modality:
     return Modality(name=re.sub(r"[^a-z0-9_-]", "_", name.lower()), column=column, kind="audio")
 
 
-def _members(row: dict[str, Any], modalities: dict[str, Modality], job: Job) -> tuple[dict[str, bytes], int]:
+def _members(row: dict[str, Any], modalities: dict[str, Modality], job: Job) -> tuple[dict[str, Medium], int]:
     """Give the members of a sample by what follows the key's dot, and how many media were not there."""
-    found: dict[str, bytes] = {}
+    found: dict[str, Medium] = {}
     lost = 0
     for column, modality in modalities.items():
         if row[column] is None:
@@ -112,7 +112,7 @@ class _Tars:
         self._tar: tarfile.TarFile | None = None
         self._samples = 0
 
-    def add(self, key: str, members: dict[str, bytes]) -> None:
+    def add(self, key: str, members: dict[str, Medium]) -> None:
         """Add a sample."""
         if self._samples % self._most == 0:
             self.close()
@@ -122,7 +122,8 @@ class _Tars:
         for name in sorted(members):
             header = tarfile.TarInfo(f"{key}.{name}")  # mtime, uid and gid are 0, the owner's names empty
             header.size = len(members[name])
-            self._tar.addfile(header, io.BytesIO(members[name]))
+            with stream_of(members[name]) as file:
+                self._tar.addfile(header, file)
         self._samples += 1
 
     def close(self) -> None:

@@ -357,7 +357,7 @@ def test_frames_are_those_of_whoever_decodes_all(coding: str, num_frames: int) -
 
 def test_what_a_film_in_fragments_does_not_say_at_its_head_is_found_out() -> None:
     data = write_media("mp4", picture="libx264", options=FRAGMENTS)
-    with open_container(data) as container:
+    with open_container(data, CONFIG) as container:
         assert container.streams.video[0].pix_fmt == "yuv420p"
 
 

@@ -160,11 +160,11 @@ def test_sounds_equal_a_direct_forward_pass(models: Path, inputs: dict[str, list
 
 @torch.no_grad()
 def test_pictures_and_clips_equal_a_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
-    picture = Image.fromarray(read_picture(inputs["image"][0], size=None))
+    picture = Image.fromarray(read_picture(inputs["image"][0], size=None, config=MediaConfig()))
     frames = {
         count: [
             Image.fromarray(frame)
-            for frame in read_frames(inputs["video"][0], num_frames=count, size=None, max_seconds=10)
+            for frame in read_frames(inputs["video"][0], num_frames=count, size=None, config=MediaConfig())
         ]
         for count in (4, 6)
     }
@@ -195,7 +195,7 @@ def test_texts_equal_a_direct_forward_pass_and_are_cut_to_what_the_model_takes(m
 def test_a_pooler_that_the_weights_lack_is_not_used(models: Path, inputs: dict[str, list[Any]]) -> None:
     model: Any = transformers.AutoModel.from_pretrained(models / "classifier", add_pooling_layer=False).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(models / "classifier")
-    picture = Image.fromarray(read_picture(inputs["image"][0], size=None))
+    picture = Image.fromarray(read_picture(inputs["image"][0], size=None, config=MediaConfig()))
     with torch.no_grad():
         expected = model(**processor([picture], return_tensors="pt")).last_hidden_state.mean(1)[0]
     np.testing.assert_allclose(vector(models, "classifier", "image", inputs["image"][0]), expected, atol=1e-6)

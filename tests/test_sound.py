@@ -55,8 +55,8 @@ def test_plain_files_are_read_as_pyav_reads_them(
     if chunk:  # of another name, and of an odd length, before the samples
         data = data[:36] + b"junk" + struct.pack("<I", 3) + b"abc\0" + data[36:]
     data = data[: len(data) - lost]
-    expected, rate = sound._decoded_wave(data, seconds)
-    found, found_rate = native_wave(data, seconds)
+    expected, rate = sound._decoded_wave(data, MediaConfig(max_seconds=seconds))
+    found, found_rate = native_wave(data, MediaConfig(max_seconds=seconds))
     assert found_rate == rate
     np.testing.assert_allclose(found, expected, atol=1e-7)
 
@@ -64,8 +64,8 @@ def test_plain_files_are_read_as_pyav_reads_them(
 def test_other_widths_go_the_long_way() -> None:
     wide = write_wav((sine(440) * 2**30).astype("<i4"), width=4)
     narrow = write_wav((sine(440) * 127 + 128).astype(np.uint8), width=1)
-    np.testing.assert_allclose(native_wave(wide, 10)[0], sine(440, peak=0.5), atol=1e-6)
-    np.testing.assert_allclose(native_wave(narrow, 10)[0], sine(440), atol=0.02)
+    np.testing.assert_allclose(native_wave(wide, MediaConfig())[0], sine(440, peak=0.5), atol=1e-6)
+    np.testing.assert_allclose(native_wave(narrow, MediaConfig())[0], sine(440), atol=0.02)
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100])
@@ -101,7 +101,7 @@ def test_two_samples_at_the_peak_are_no_run() -> None:
 
 def test_sound_is_unusable_beyond_the_share_that_is_allowed() -> None:
     samples = np.round(limited(0.3) * 32_767).astype(np.int16)
-    share = clipped_share(native_wave(write_wav(samples), 10)[0])
+    share = clipped_share(native_wave(write_wav(samples), MediaConfig())[0])
     for allowed, fine in ((share - 0.001, False), (share + 0.001, True), (1.0, True)):
         config = MediaConfig(max_clipped=allowed)
         if fine:

@@ -84,7 +84,7 @@ def test_middles_lie_in_equal_parts(count: int, parts: int) -> None:
 
 def test_frames_of_the_films_own_size() -> None:
     frames = np.repeat(scene(10, step=2), 2, axis=2)
-    found = read_frames(film(frames), num_frames=10, size=None, max_seconds=10)
+    found = read_frames(film(frames), num_frames=10, size=None, config=MediaConfig())
     assert found.shape == (10, 64, 128, 3)
     assert np.abs(found.astype(int) - frames).mean() < 6
 

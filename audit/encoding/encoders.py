@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, choices
 from ..hashing import digest
-from ..media.decode import MediaConfig, decode_audio, decode_folders, decode_frames, decode_image
+from ..media.decode import Folders, MediaConfig, decode_audio, decode_folders, decode_frames, decode_image
 from ..media.descriptors import image_statistics, sound_statistics, text_counts, video_statistics
+from ..media.media_file import Medium
 from ..media.spectrogram import network_spectrogram, network_steps
 from ..quality import Reason, UnusableError
 from ..source.modality import Modality
@@ -185,39 +186,39 @@ def preprocessing(modality: Modality, media: MediaConfig) -> str:
     if modality.kind == "features":
         return digest(f"vector 2 {modality.length}".encode())[:16]
     encoder = encoder_of(modality)
-    about = (modality.kind, encoder.name, encoder.version, sorted(asdict(media).items()))
+    about = (modality.kind, encoder.name, encoder.version, media.to_fingerprint())
     return digest(repr(about).encode())[:16]
 
 
-def _encode_sound(data: bytes, media: MediaConfig) -> Vector:
+def _encode_sound(data: Medium, media: MediaConfig) -> Vector:
     return sound_statistics(decode_audio(data, media), media)
 
 
-def _encode_image(data: bytes, media: MediaConfig) -> Vector:
+def _encode_image(data: Medium, media: MediaConfig) -> Vector:
     return image_statistics(decode_image(data, media), media)
 
 
-def _encode_video(data: bytes, media: MediaConfig) -> Vector:
+def _encode_video(data: Medium, media: MediaConfig) -> Vector:
     return video_statistics(decode_frames(data, media), media)
 
 
-def _encode_folders(folders: tuple[tuple[bytes, ...], ...], media: MediaConfig) -> Vector:
+def _encode_folders(folders: Folders, media: MediaConfig) -> Vector:
     return video_statistics(decode_folders(folders, media), media)
 
 
-def _network_sound(data: bytes, media: MediaConfig) -> Vector:
+def _network_sound(data: Medium, media: MediaConfig) -> Vector:
     return network_spectrogram(decode_audio(data, media), media).ravel()
 
 
-def _network_image(data: bytes, media: MediaConfig) -> Vector:
+def _network_image(data: Medium, media: MediaConfig) -> Vector:
     return decode_image(data, replace(media, image_size=media.network_size)).ravel()
 
 
-def _network_video(data: bytes, media: MediaConfig) -> Vector:
+def _network_video(data: Medium, media: MediaConfig) -> Vector:
     return decode_frames(data, _for_network(media)).ravel()
 
 
-def _network_folders(folders: tuple[tuple[bytes, ...], ...], media: MediaConfig) -> Vector:
+def _network_folders(folders: Folders, media: MediaConfig) -> Vector:
     return decode_folders(folders, _for_network(media)).ravel()
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..errors import DatasetError
 from ..hashing import digest
 from ..media.decode import MediaConfig
+from ..media.media_file import MediaFile, Medium
 from ..quality import Reason, UnusableError
 from ..source.dataset import Dataset
 from ..source.modality import Modality
@@ -182,15 +183,15 @@ def load_cell_content(dataset: Dataset, modality: Modality, cell: pa.Scalar) -> 
     """Give what a cell stands for, or the UnusableError in its place, and the digest of its content."""
     try:
         loaded = dataset.load(cell.as_py(), modality)
+        return loaded, _content(loaded).encode()
     except UnusableError as error:
         return error, digest(str(error).encode()).encode()
-    return loaded, _content(loaded).encode()
 
 
-def _content(loaded: str | bytes | Sequence[Sequence[bytes]]) -> str:
+def _content(loaded: str | Medium | Sequence[Sequence[Medium]]) -> str:
     if isinstance(loaded, str):
         return digest(loaded.encode("utf-8", "surrogatepass"))
-    if isinstance(loaded, bytes):
+    if isinstance(loaded, (bytes, MediaFile)):
         return digest(loaded)
     return digest(*(digest(*folder).encode() for folder in loaded))
 

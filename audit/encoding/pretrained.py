@@ -70,7 +70,7 @@ class Pretrained:
             return _single(self.processor(wave, sampling_rate=rate, return_tensors="np"))
         if self.kind == "image":
             with reading(loaded):
-                picture = not_constant(read_picture(loaded, size=None))
+                picture = not_constant(read_picture(loaded, size=None, config=media))
             return _single(self.processor(images=[Image.fromarray(picture)], return_tensors="np"))
         frames = [Image.fromarray(frame) for frame in self._frames(loaded, media)]
         if self.num_frames:
@@ -99,7 +99,7 @@ class Pretrained:
         if self.kind == "frames":
             return decode_folders(loaded, replace(media, num_frames=num_frames, frame_size=_FOLDER_SIZE))
         with reading(loaded):
-            frames = read_frames(loaded, num_frames=num_frames, size=None, max_seconds=media.max_seconds)
+            frames = read_frames(loaded, num_frames=num_frames, size=None, config=media)
             return not_constant(frames)
 
     def _forward(self, inputs: dict[str, Any]) -> Any:

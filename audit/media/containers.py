@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import av
 
 from ..quality import Reason, UnusableError
+from .config import MediaConfig
+from .media_file import Medium, stream_of
 from .truncation import MP4_BOXES, shortfall
 
+MAX_STREAMS = 100  # of a file; FFmpeg's own limit is 1,000, and each is probed
 MAX_BAD_PACKETS = 0.1  # of all, and one in any case: players skip a few (tags behind an mp3)
 
 # By name, because playlists (hls, concat) would open other files and addresses.
@@ -23,7 +25,7 @@ _UNPROBED = {"skip_frame": "all", "probesize": "2048", "analyzeduration": "1", "
 
 
 @contextmanager
-def reading(data: bytes) -> Iterator[None]:
+def reading(data: Medium) -> Iterator[None]:
     """Give every failure of a decoder its reason: for arbitrary bytes they raise almost anything."""
     if not data:
         raise UnusableError(Reason.EMPTY, "0 bytes")
@@ -41,23 +43,38 @@ def reading(data: bytes) -> Iterator[None]:
         raise UnusableError(Reason.TRUNCATED if ended else Reason.CORRUPT, detail) from error
 
 
-def open_container(data: bytes) -> Any:
-    """Open a file of sound or film that stands in memory."""
-    if data[4:8] in MP4_BOXES:
-        with suppress(av.FFmpegError):
-            container = _open(data, _UNPROBED)
-            # A film in fragments counts no samples at its head, and does not say there how late its frames come.
-            if all(stream.frames for stream in container.streams):
-                return container
-            container.close()
-    return _open(data, {})
+@contextmanager
+def open_container(data: Medium, config: MediaConfig) -> Iterator[Any]:
+    """Open a file of sound or video."""
+    limits = {"max_streams": str(MAX_STREAMS), "max_pixels": str(config.max_frame_pixels)}
+    with stream_of(data) as file:
+        with _unprobed(file, limits) if data[4:8] in MP4_BOXES else nullcontext() as container:
+            if container is not None:
+                yield container
+                return
+        file.seek(0)
+        with _open(file, limits) as container:
+            yield container
 
 
-def _open(data: bytes, options: dict[str, str]) -> Any:
-    return av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS, **options}, metadata_errors="replace")
+@contextmanager
+def _unprobed(file: Any, limits: dict[str, str]) -> Iterator[Any]:
+    """Open an mp4 without probing; None where that does not tell enough."""
+    try:
+        container = _open(file, {**limits, **_UNPROBED})
+    except av.FFmpegError:
+        yield None
+        return
+    with container:
+        # A film in fragments counts no samples at its head, and does not say there how late its frames come.
+        yield container if all(stream.frames for stream in container.streams) else None
 
 
-def track(container: Any, kind: str) -> Any:
+def _open(file: Any, options: dict[str, str]) -> Any:
+    return av.open(file, options={"format_whitelist": CONTAINERS, **options}, metadata_errors="replace")
+
+
+def track(container: Any, kind: str, config: MediaConfig) -> Any:
     """Give the first stream of a kind, audio or video; UnusableError if there is none that could be decoded."""
     streams = getattr(container.streams, kind)
     if not streams:
@@ -65,8 +82,26 @@ def track(container: Any, kind: str) -> Any:
         raise UnusableError(Reason.NO_TRACK, f"no {kind} stream, only: {found}")
     if streams[0].codec_context is None:
         raise UnusableError(Reason.CORRUPT, f"the {kind} stream is of an unknown codec")
+    if kind == "video":
+        check_frame_size(streams[0].codec_context.width, streams[0].codec_context.height, config)
     streams[0].codec_context.thread_count = 1  # samples are what is worked on side by side
+    streams[0].codec_context.options = {"max_pixels": str(config.max_frame_pixels)}
     return streams[0]
+
+
+def counted(packets: Iterable[Any], config: MediaConfig) -> Iterator[Any]:
+    """Yield packets; UnusableError where there are more than the budget allows."""
+    for number, packet in enumerate(packets):
+        if number >= config.max_packets:
+            raise UnusableError(Reason.TOO_LARGE, f"more than {config.max_packets:,} packets (media.max_packets)")
+        yield packet
+
+
+def check_frame_size(width: int, height: int, config: MediaConfig) -> None:
+    """Raise UnusableError for frames of video larger than the budget allows."""
+    if width * height > config.max_frame_pixels:
+        limit = f"{config.max_frame_pixels:,} pixels (media.max_frame_pixels)"
+        raise UnusableError(Reason.TOO_LARGE, f"frames of {width:,} x {height:,}, at most {limit}")
 
 
 def decoded(packets: Any, stream: Any) -> Iterator[Any]:

@@ -7,6 +7,8 @@ a browser); ogg and films in fragments cut exactly between two parts. Not looked
 
 from __future__ import annotations
 
+from .media_file import Medium
+
 MIN_HELD = 0.99  # of what the header promises; less is truncated
 SLACK_BYTES = 16  # writers who count the header in, or a byte of padding that is not there
 STREAMED_SIZE = 0x7FFFF000  # RIFF sizes from here on mean "unknown": written to a pipe by sox (this) or ffmpeg (-1)
@@ -14,11 +16,12 @@ STREAMED_SIZE = 0x7FFFF000  # RIFF sizes from here on mean "unknown": written to
 # What follows a box of another name is not looked at: it may be words behind the film, and their size a whim.
 MP4_BOXES = frozenset(b"ftyp styp moov moof mdat mfra sidx ssix emsg prft meta uuid udta pdin wide free skip".split())
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+MAX_PARTS = 10_000  # chunks, boxes, segments or tags whose sizes are followed; of more nothing is said
 XING_SEARCH = 4096  # bytes behind the ID3v2 tags in which the first frame is looked for: some pad them with zeros
 FLAC_TRIALS = 16  # places in coded sound that look like the beginning of a frame: one in 65536
 
 
-def shortfall(data: bytes) -> str:
+def shortfall(data: Medium) -> str:
     """Say what is promised and what is there; "" if that is enough, or if the header does not tell."""
     if data.startswith(b"OggS"):
         return _ogg_shortfall(data)
@@ -28,59 +31,67 @@ def shortfall(data: bytes) -> str:
     return _lacking(data, promised, promised) or _flac_shortfall(data)
 
 
-def _lacking(data: bytes, promised: int, counted: int) -> str:
+def _lacking(data: Medium, promised: int, counted: int) -> str:
     """Whether clearly less is there than promised, by a header that counts so many of the bytes before its end."""
     if promised - len(data) <= max(SLACK_BYTES, (1 - MIN_HELD) * counted):
         return ""
     return f"the header promises {promised} bytes, the file holds {len(data)}"
 
 
-def _wav_end(data: bytes) -> int:
+def _wav_end(data: Medium) -> int:
     """Where the chunk with the samples should end, 0 if unknown."""
     at = 12 if data[:4] == b"RIFF" and data[8:12] == b"WAVE" else len(data)
-    while at + 8 <= len(data):
+    for _ in range(MAX_PARTS):
+        if at + 8 > len(data):
+            return at
         name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         at = _behind_chunk(data, at, size)
         if name == b"data":
             return 0 if size >= STREAMED_SIZE else at
-    return at
+    return 0
 
 
-def _riff_end(data: bytes) -> int:
+def _riff_end(data: Medium) -> int:
     """Where the last RIFF chunk of an avi (one a gigabyte) or webp should end, 0 if unknown."""
     at = 0
-    while data[at : at + 4] == b"RIFF" and data[8:12] != b"WAVE":
+    for _ in range(MAX_PARTS):
+        if data[at : at + 4] != b"RIFF" or data[8:12] == b"WAVE":
+            return at
         size = int.from_bytes(data[at + 4 : at + 8], "little")
         if size >= STREAMED_SIZE:
             return 0
         at = _behind_chunk(data, at, size)
-    return at
+    return 0
 
 
-def _behind_chunk(data: bytes, at: int, size: int) -> int:
+def _behind_chunk(data: Medium, at: int, size: int) -> int:
     """Chunks begin at even places, unless the writer forgot; no name begins with the zero that pads."""
     at += 8 + size
     return at + 1 if size % 2 and data[at : at + 1] == b"\0" else at
 
 
-def _mp4_shortfall(data: bytes) -> str:
+def _mp4_shortfall(data: Medium) -> str:
     """Whether the last box is whole: all of the file's sound and pictures, or a fragment of a long film."""
     at = size = 0
     name = b""
-    while data[at + 4 : at + 8] in MP4_BOXES:
+    for _ in range(MAX_PARTS):
+        if data[at + 4 : at + 8] not in MP4_BOXES:
+            return _lacking(data, at, size if name in (b"moof", b"mdat") else at)
         name = data[at + 4 : at + 8]
         wide = data[at : at + 4] == b"\0\0\0\1"  # the size stands in 64 bits behind the name
         size = int.from_bytes(data[at + 8 : at + 16] if wide else data[at : at + 4], "big")
         if size < 8:  # 0: the box goes to the end of the file, whatever that is
             return ""
         at += size
-    return _lacking(data, at, size if name in (b"moof", b"mdat") else at)
+    return ""
 
 
-def _matroska_end(data: bytes) -> int:
+def _matroska_end(data: Medium) -> int:
     """Where the last segment of an mkv or webm should end, 0 if unknown."""
     at = 0
-    while data[at : at + 4] in (EBML, SEGMENT):
+    for _ in range(MAX_PARTS):
+        if data[at : at + 4] not in (EBML, SEGMENT):
+            return at
         at += 4
         length = 9 - int.from_bytes(data[at : at + 1], "big").bit_length()  # of the size: zeros before the first one
         most = (1 << 7 * length) - 1  # means "unknown"
@@ -88,10 +99,10 @@ def _matroska_end(data: bytes) -> int:
         if length > 8 or size == most:
             return 0
         at += length + size
-    return at
+    return 0
 
 
-def _mp3_end(data: bytes) -> int:
+def _mp3_end(data: Medium) -> int:
     """Where the last frame should end by the Xing, Info or VBRI header in the first, 0 if unknown.
 
     Their count of bytes is read; the one of frames beside it says no more, and bytes only if all frames are walked.
@@ -105,7 +116,7 @@ def _mp3_end(data: bytes) -> int:
     return start
 
 
-def _end_of_frames(data: bytes, frame: int, at: int) -> int:
+def _end_of_frames(data: Medium, frame: int, at: int) -> int:
     if data[at : at + 4] == b"VBRI":
         field = at + 10
     else:
@@ -118,10 +129,12 @@ def _end_of_frames(data: bytes, frame: int, at: int) -> int:
     return 0 if size >= STREAMED_SIZE or tags_counted else frame + size
 
 
-def _behind_id3(data: bytes) -> int:
+def _behind_id3(data: Medium) -> int:
     """Where the ID3v2 tags before the sound end: 28 bits of size, seven in a byte."""
     at = 0
-    while data[at : at + 3] == b"ID3" and at + 10 <= len(data):
+    for _ in range(MAX_PARTS):
+        if data[at : at + 3] != b"ID3" or at + 10 > len(data):
+            break
         size = 0
         for byte in data[at + 6 : at + 10]:
             size = size << 7 | byte & 0x7F
@@ -129,13 +142,15 @@ def _behind_id3(data: bytes) -> int:
     return at
 
 
-def _ogg_shortfall(data: bytes) -> str:
+def _ogg_shortfall(data: Medium) -> str:
     """Whether the last page breaks off.
 
     It ought to bear the flag that ends the stream (RFC 3533), yet Android's recorder, Telegram on Android and MuseScore
     never set it. So its absence counts only where the last packet goes on in a page that is not there.
     """
     at = data.rfind(b"OggS")
+    if at < 0:
+        return ""  # in a large file, within no reach of its end
     header = data[at : at + 27].ljust(27, b"\xff")
     lacing = data[at + 27 : at + 27 + header[26]]
     end = at + 27 + header[26] + sum(lacing)
@@ -147,7 +162,7 @@ def _ogg_shortfall(data: bytes) -> str:
     return ""
 
 
-def _flac_shortfall(data: bytes) -> str:
+def _flac_shortfall(data: Medium) -> str:
     """Compare the number in the last frame's header with the count of samples in the first block.
 
     This finds a long file cut off; a short one, whose last frame may be the one cut, shows when it is decoded.
@@ -173,11 +188,13 @@ def _flac_shortfall(data: bytes) -> str:
     return ""
 
 
-def _flac_first_frame(data: bytes, at: int) -> int:
+def _flac_first_frame(data: Medium, at: int) -> int:
     """Where the blocks of metadata end; the end of the data if this is no flac."""
     last = data[at : at + 4] != b"fLaC"
     at = len(data) if last else at + 4
-    while not last and at + 4 <= len(data):
+    for _ in range(MAX_PARTS):
+        if last or at + 4 > len(data):
+            break
         last = data[at] >= 0x80
         at += 4 + int.from_bytes(data[at + 1 : at + 4], "big")
     return at

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..quality import Reason, UnusableError
-from .containers import decoded, open_container, track
+from .config import MediaConfig
+from .containers import counted, decoded, open_container, track
+from .media_file import Medium
 from .truncation import MIN_HELD
 
 STILL_SECONDS = 0.5  # a shorter clip may well show one picture
@@ -28,14 +30,14 @@ def middles(count: int, parts: int) -> list[int]:
     return [(2 * part + 1) * count // (2 * parts) for part in range(parts)]
 
 
-def read_frames(data: bytes, *, num_frames: int, size: int | None, max_seconds: float) -> NDArray[np.uint8]:
+def read_frames(data: Medium, *, num_frames: int, size: int | None, config: MediaConfig) -> NDArray[np.uint8]:
     """Frames (f, h, w, 3), RGB, squares of `size`, or of the film's own where that is None.
 
     The clip, or its first seconds, is cut into f equal parts and the frame in the middle of each is taken.
     """
-    with open_container(data) as container:
-        stream = track(container, "video")
-        packets = _video_packets(container, stream, max_seconds)
+    with open_container(data, config) as container:
+        stream = track(container, "video", config)
+        packets = _video_packets(container, stream, config)
         shown = sum(not packet.is_discard for packet in packets)
         wanted = middles(shown, num_frames)
         frames = _frames_by_time(packets, stream, set(wanted), size) or _frames_at(packets, stream, set(wanted), size)
@@ -67,23 +69,43 @@ def _seconds(packets: list[Any]) -> float:
     return float((max(times) - min(times)) * packets[0].time_base) if times else 0.0
 
 
-def _video_packets(container: Any, stream: Any, max_seconds: float) -> list[Any]:
+def _video_packets(container: Any, stream: Any, config: MediaConfig) -> list[Any]:
     """Undecoded packets of the first seconds: they are counted first, so that only the wanted frames are converted."""
     packets: list[Any] = []
-    end, length = math.inf, max_seconds / float(stream.time_base)
-    for packet in container.demux(stream):
+    end, length = math.inf, config.max_seconds / float(stream.time_base)
+    budget = _Budget(stream.codec_context.width * stream.codec_context.height, config)
+    for packet in counted(container.demux(stream), config):
         if not packet.size:
             continue
         if packet.pts is not None:
             end = min(end, packet.pts + length)
             if packet.pts >= end:
                 return packets
+        budget.add(packet.size)
         packets.append(packet)
     # An avi counts chunks that hold nothing, to show a frame for longer; one written to a pipe promises 2^30 frames.
     promised = 0 if container.format.name == "avi" else stream.frames
     if len(packets) < MIN_HELD * promised:
         raise UnusableError(Reason.TRUNCATED, f"the header promises {promised} frames, {len(packets)} are there")
     return packets
+
+
+class _Budget:
+    """What the coded frames of a clip may come to: bytes, and pixels when they are decoded."""
+
+    def __init__(self, frame_pixels: int, config: MediaConfig) -> None:
+        self._num_bytes = self._num_pixels = 0
+        self._frame_pixels, self._config = frame_pixels, config
+
+    def add(self, num_bytes: int) -> None:
+        """Count one coded frame; UnusableError where the budget is spent."""
+        self._num_bytes += num_bytes
+        self._num_pixels += self._frame_pixels
+        for name, spent in (("max_video_bytes", self._num_bytes), ("max_video_pixels", self._num_pixels)):
+            if spent > getattr(self._config, name):
+                what = "bytes of coded frames" if name == "max_video_bytes" else "pixels to decode"
+                limit = getattr(self._config, name)
+                raise UnusableError(Reason.TOO_LARGE, f"more than {limit:,} {what} (media.{name})")
 
 
 def _frames_by_time(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import DatasetError
+from ..media.media_file import MAX_IN_MEMORY, MediaFile, Medium
 from ..quality import Reason, UnusableError
+from ..regular_file import open_regular
 from .modality import Modality, kind_of_path
 
+MAX_FOLDER_ENTRIES = 100_000  # of a folder of frames: an hour at 25 a second has 90,000
 _DIGITS = re.compile(r"(\d+)")
 
 
 def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> Any:
-    """Give what a cell stands for: the bytes of a medium, a text, a vector, or of frames tuple[tuple[bytes, ...], ...].
+    """Return what a cell stands for: a medium, a text, a vector, or of frames tuple[tuple[Medium, ...], ...].
 
-    Frames are the pictures, in order, of one folder or of several. UnusableError when it is not there; DatasetError
-    for a path that leads outside `root`, unless that is allowed.
+    A medium is its bytes, or a MediaFile where it is large. Frames are the pictures, in order, of one folder or of
+    several. UnusableError when it is not there, or no regular file; DatasetError for a path that leads outside `root`,
+    unless that is allowed.
     """
     if cell is None:
         raise UnusableError(Reason.MISSING, f"{modality.column} is null")
@@ -43,7 +49,7 @@ def holds_pictures(folder: str, *, root: Path) -> bool:
         return False
 
 
-def _load_frames(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> tuple[tuple[bytes, ...], ...]:
+def _load_frames(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> tuple[tuple[Medium, ...], ...]:
     folders = [cell] if isinstance(cell, str) else list(cell)
     if not folders:
         raise UnusableError(Reason.MISSING, f"{modality.column} names no folder")
@@ -52,7 +58,7 @@ def _load_frames(cell: Any, modality: Modality, *, root: Path, allow_outside: bo
     return tuple(_load_folder(folder, root=root, allow_outside=allow_outside) for folder in folders)
 
 
-def _load_folder(name: str, *, root: Path, allow_outside: bool) -> tuple[bytes, ...]:
+def _load_folder(name: str, *, root: Path, allow_outside: bool) -> tuple[Medium, ...]:
     folder = _resolve(name, root=root, allow_outside=allow_outside)
     if not folder.is_dir():
         raise UnusableError(Reason.MISSING, f"no folder {name}")
@@ -63,13 +69,22 @@ def _load_folder(name: str, *, root: Path, allow_outside: bool) -> tuple[bytes, 
     if not pictures:
         raise UnusableError(Reason.EMPTY, f"no picture in the folder {name}")
     paths = [f"{name}/{picture}" for picture in pictures]
-    return tuple(_read(_resolve(path, root=root, allow_outside=allow_outside), path) for path in paths)
+    media: list[Medium] = []
+    room = MAX_IN_MEMORY  # of all pictures of a folder together: of many, a clip shows a few
+    for path in paths:
+        media.append(_read(_resolve(path, root=root, allow_outside=allow_outside), path, room=room))
+        room -= len(media[-1]) if isinstance(media[-1], bytes) else 0
+    return tuple(media)
 
 
 def _pictures(folder: Path) -> list[str]:
     """Name the pictures of a folder in order: by name, numbers as numbers, so that frame 10 comes after frame 9."""
-    names = [each.name for each in folder.iterdir() if kind_of_path(each.name) == "image"]
-    return sorted((name for name in names if not name.startswith(".")), key=_in_order)
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in islice(entries, MAX_FOLDER_ENTRIES + 1)]
+    if len(names) > MAX_FOLDER_ENTRIES:
+        raise UnusableError(Reason.TOO_LARGE, f"more than {MAX_FOLDER_ENTRIES:,} files in the folder {folder.name}")
+    pictures = [name for name in names if kind_of_path(name) == "image" and not name.startswith(".")]
+    return sorted(pictures, key=_in_order)
 
 
 def _in_order(name: str) -> tuple[list[tuple[int, str]], str]:
@@ -90,9 +105,12 @@ def _resolve(name: str, *, root: Path, allow_outside: bool) -> Path:
     return path
 
 
-def _read(path: Path, name: str) -> bytes:
+def _read(path: Path, name: str, *, room: int = MAX_IN_MEMORY) -> Medium:
+    """Read a regular file, or describe one larger than `room` bytes, to be read in ranges."""
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            return file.read(status.st_size) if status.st_size <= room else MediaFile.of(path, status)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UnusableError(Reason.MISSING, f"no file {name}") from error
     except OSError as error:

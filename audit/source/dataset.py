@@ -98,10 +98,11 @@ class Dataset:
         return [f"row-{number:09d}" if name is None else name for name, number in zip(names, numbers, strict=True)]
 
     def load(self, cell: Any, modality: Modality) -> Any:
-        """Give what a cell stands for: the bytes of a medium, a text, a vector, or the pictures of folders of frames.
+        """Give what a cell stands for: a medium, a text, a vector, or the pictures of folders of frames.
 
-        Frames are tuple[tuple[bytes, ...], ...]: folders, each its pictures in order. UnusableError when it is not
-        there; DatasetError for a path that leads outside the dataset's folder, unless that is allowed.
+        A medium is its bytes, or a MediaFile where it is large; frames are folders, each its pictures in order.
+        UnusableError when it is not there; DatasetError for a path that leads outside the dataset's folder, unless
+        that is allowed.
         """
         try:
             return load_cell(cell, modality, root=self.root, allow_outside=self.allow_outside)
