@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import MmauditError
-from .files import whole
+from .storage import atomic_write
 
 KEY = b"mmaudit"
 
@@ -19,7 +19,7 @@ KEY = b"mmaudit"
 def write_parquet(table: pa.Table, path: Path, *, provenance: dict[str, Any]) -> None:
     """Write a table whole or not at all; the same table gives the same bytes."""
     text = json.dumps(provenance, sort_keys=True)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         pq.write_table(table.replace_schema_metadata({KEY: text.encode()}), temporary, compression="zstd")
 
 

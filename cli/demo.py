@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..audit.files import write_json
+from ..audit.storage import write_json
 from ..audit.workers import Progress, silent
 from .config import RunConfig
 from .keypad import KeypadConfig, recovery, write_keypad

@@ -229,8 +229,8 @@ def _write_tables(folder: Path, rows: list[Row], label: NDArray[np.int64], *, pr
     """Write truth.parquet, then metadata.csv, each whole or not at all."""
     import pyarrow as pa
 
-    from ..audit.files import write_text
     from ..audit.parquet import write_parquet
+    from ..audit.storage import write_text
 
     write_parquet(pa.Table.from_pylist(rows), folder / "truth.parquet", provenance=provenance)
     lines = ["id,audio_file_name,image_file_name,label"]

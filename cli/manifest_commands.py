@@ -279,7 +279,7 @@ def card(
     """Write a section for a dataset card: modality balance, how it was made, how to load it."""
     from pathlib import Path
 
-    from ..audit.files import write_text
+    from ..audit.storage import write_text
     from .console import tell_card
     from .manifests import card as make_card
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.errors import ConfigError, RunError, choices
-from ..audit.files import read_json, write_json
 from ..audit.score import ScoreTable, read_scores
+from ..audit.storage import read_json, write_json
 
 
 @dataclass(frozen=True, slots=True)

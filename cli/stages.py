@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from ..audit.encoding.features import encode_dataset
 from ..audit.errors import ConfigError, RunError
-from ..audit.files import write_json
 from ..audit.ingest import ingest as ingest_download
 from ..audit.leakage import Material, find_leakage, group_columns
 from ..audit.parquet import write_parquet
@@ -28,6 +27,7 @@ from ..audit.scoring import Audit, Networks, audit_dataset
 from ..audit.source.dataset import Dataset, open_dataset
 from ..audit.source.samples import read_samples
 from ..audit.stock import sort_out, take_stock
+from ..audit.storage import write_json
 from ..audit.workers import Progress, default_workers, silent
 from .config import RunConfig
 from .provenance import check_config, record_of, score_provenance

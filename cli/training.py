@@ -15,9 +15,9 @@ from typing import Any
 
 from ..audit.encoding.features import encode_dataset
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
-from ..audit.files import write_json, write_text
 from ..audit.source.samples import read_samples
 from ..audit.stock import take_stock
+from ..audit.storage import write_json, write_text
 from ..audit.workers import Progress, default_workers, silent
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
 from ..train.config import TrainConfig

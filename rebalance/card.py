@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..audit.errors import ManifestError
-from ..audit.files import read_json
+from ..audit.storage import read_json
 from .manifest import batches_of, dropped_path, provenance_of, rows_of
 from .markdown import code_span, escaped, table_of
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import glob
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
@@ -18,13 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from numpy.lib.format import open_memmap
 
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
-from ..audit.files import whole
 from ..audit.hashing import digest
 from ..audit.source.dataset import Dataset
 from ..audit.source.split_names import SPLIT_NAMES
+from ..audit.storage import atomic_folder, atomic_write, scratch_folder
 from .job import Job, plain_rows, split_name
 from .manifest import COLUMNS, batches_of, check_columns, provenance_of, rows_of
 from .webdataset import SAMPLES_PER_SHARD, write_webdataset
@@ -80,7 +77,7 @@ def export(
         skip_missing=skip_missing,
         clip=clip,
     )
-    with (_whole_folder if format in _OURS else whole)(out) as temporary:
+    with (atomic_folder if format in _OURS else atomic_write)(out) as temporary:
         more = _WRITERS[format](job, temporary)
     files = sorted(str(each) for each in out.rglob("*") if each.is_file()) if out.is_dir() else [str(out)]
     return {"format": format, "files": files, "rows": pq.read_metadata(manifest).num_rows, **more}
@@ -102,23 +99,6 @@ def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> 
     saved = format != "datasets" or any((out / name).is_file() for name in ("dataset_dict.json", "state.json"))
     if odd or (not saved and any(out.iterdir())):
         raise RunError(f"{out} holds {min(odd, default='other things')}, and is no export as {format}: name another")
-
-
-@contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path` to fill; it takes the name, and the place of an older one, at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}{end}") for end in ("", ".old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _root_of(provenance: dict[str, Any]) -> Path | None:
@@ -158,12 +138,12 @@ def _write_npy(job: Job, path: Path) -> dict[str, Any]:
         count += len(ids)
         if (cut := pc.filter(ids, pc.ends_with(ids, pattern="\0"))).length():
             raise ConfigError(f"sample {cut[0].as_py()!r} ends in a NUL, which numpy cuts off: export as jsonl")
-    held = open_memmap(path, mode="w+", dtype=np.dtype(f"<U{max(1, width)}"), shape=(count,))
-    first = 0
-    for table in batches_of(job.manifest, columns=["sample_id"]):
-        held[first : first + len(table)] = table["sample_id"].to_pylist()
-        first += len(table)
-    held.flush()
+    dtype = np.dtype(f"<U{max(1, width)}")
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
+    with path.open("wb") as file:  # no memory map: on a full disk a write to one is a SIGBUS
+        np.lib.format.write_array_header_1_0(file, header)
+        for table in batches_of(job.manifest, columns=["sample_id"]):
+            file.write(np.array(table["sample_id"].to_pylist(), dtype=dtype).tobytes())
     return {}
 
 
@@ -222,30 +202,28 @@ def _write_datasets(job: Job, folder: Path) -> dict[str, Any]:
 
     mark = str(rows_of(job.manifest).get("digest", "")) or digest(job.manifest.read_bytes())
     shown = not datasets.are_progress_bars_disabled()
-    scratch = folder.with_name(f"{folder.name}.arrow")
     try:
-        parts = _arrow_by_split(job, scratch)
-        found = {
-            split: datasets.Dataset(
-                datasets.table.MemoryMappedTable.from_file(str(path)),
-                info=datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(job.schema)),
-                fingerprint=digest(mark.encode(), split.encode())[:16],  # that of `datasets` itself differs by run
-            )
-            for split, path in parts.items()
-        }
-        datasets.disable_progress_bars()
-        whole_set = datasets.DatasetDict(found) if len(found) > 1 else next(iter(found.values()))
-        whole_set.save_to_disk(str(folder))
+        with scratch_folder(folder.parent) as scratch:
+            parts = _arrow_by_split(job, scratch)
+            found = {
+                split: datasets.Dataset(
+                    datasets.table.MemoryMappedTable.from_file(str(path)),
+                    info=datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(job.schema)),
+                    fingerprint=digest(mark.encode(), split.encode())[:16],  # that of `datasets` itself differs by run
+                )
+                for split, path in parts.items()
+            }
+            datasets.disable_progress_bars()
+            whole_set = datasets.DatasetDict(found) if len(found) > 1 else next(iter(found.values()))
+            whole_set.save_to_disk(str(folder))
     finally:
         if shown:
             datasets.enable_progress_bars()
-        shutil.rmtree(scratch, ignore_errors=True)
     return {}
 
 
 def _arrow_by_split(job: Job, folder: Path) -> dict[str, Path]:
     """Write an Arrow stream of the rows of each split, in their order."""
-    folder.mkdir()
     with ExitStack() as stack:
         writers: dict[str, Any] = {}
         for table in batches_of(job.manifest):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..audit.errors import ConfigError, GateError, ManifestError
-from ..audit.files import write_json
+from ..audit.storage import write_json
 from .balanced import Balanced, BalancedConfig, plan_balanced
 from .choice import Choice, Rule, choose
 from .levels import Counts

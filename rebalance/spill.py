@@ -6,13 +6,15 @@ scratch files by the first bits of their key, so that files follow each other in
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..audit.storage import scratch_folder
 
 RECORD = np.dtype([("key", "<u8"), ("cell", "<i4"), ("badness", "<u4")])
 _ROWS_A_PART = 1 << 20  # 16 MB of records
@@ -26,12 +28,11 @@ class Spill:
     def __init__(self, num_rows: int, folder: Path) -> None:
         self._bits = min(max(0, (num_rows // _ROWS_A_PART).bit_length()), _MOST_PARTS.bit_length() - 1)
         self._held: list[NDArray[np.void]] = []
-        self._scratch = None
+        self._scratch = ExitStack()
         self._files: list[Path] = []  # opened for each writing: a process may hold as few as 256 open
         if self._bits:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".mmaudit-")
-            self._files = [Path(self._scratch.name) / f"{number}" for number in range(1 << self._bits)]
+            scratch = self._scratch.enter_context(scratch_folder(folder))
+            self._files = [scratch / f"{number}" for number in range(1 << self._bits)]
             for file in self._files:
                 file.touch()
 
@@ -41,8 +42,7 @@ class Spill:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        self._scratch.close()
 
     def add(self, key: NDArray[np.uint64], cell: NDArray[np.int32], badness: NDArray[np.uint32]) -> None:
         """Add some records, arrays (n,)."""

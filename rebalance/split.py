@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..audit.files import whole
 from ..audit.parquet import KEY
+from ..audit.storage import atomic_write
 from .choice import Choice, Decision
 from .manifest import (
     COLUMNS,
@@ -174,7 +174,7 @@ def _stored(column: Any, type_: pa.DataType, rows: pa.Array) -> Any:
 @contextmanager
 def _writing(path: Path, schema: pa.Schema, provenance: dict[str, Any]) -> Iterator[_Sink]:
     """Write a file whole or not at all."""
-    with whole(path) as temporary, _Sink(temporary, schema, provenance) as sink:
+    with atomic_write(path) as temporary, _Sink(temporary, schema, provenance) as sink:
         yield sink
 
 

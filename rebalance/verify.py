@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ..audit.contents import Content, contents_of
 from ..audit.errors import ManifestError
-from ..audit.files import read_json
 from ..audit.source.dataset import Dataset
+from ..audit.storage import read_json
 from .checks import Check, CheckedFile, named, section
 from .manifest import COLUMNS, DROPPED_COLUMNS, batches_of, check_columns, dropped_path, provenance_of
 from .recipe import balance_path

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmaudit.audit.errors import ManifestError, ScoreError
-from mmaudit.audit.files import write_json
 from mmaudit.audit.parquet import KEY, read_parquet, write_parquet
+from mmaudit.audit.storage import write_json
 
 TABLE = pa.table({"id": ["a", "b"], "value": [1.0, None]})
 

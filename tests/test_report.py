@@ -19,7 +19,6 @@ from PIL import Image
 from scipy.stats import kstest
 
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.files import read_json, write_json, write_text
 from mmaudit.audit.gap.class_check import fit_by_class
 from mmaudit.audit.gap.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.ledger import Control, Gain, Ledger, Standing
@@ -28,6 +27,7 @@ from mmaudit.audit.panel import Calibration
 from mmaudit.audit.parquet import write_parquet
 from mmaudit.audit.quality import Quarantined, Reason, quarantine_table
 from mmaudit.audit.score import ScoreTable, write_scores
+from mmaudit.audit.storage import read_json, write_json, write_text
 from mmaudit.cli.report.page import report_numbers, write_report
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.balanced import BalancedConfig

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from mmaudit.audit.contents import contents_of
 from mmaudit.audit.errors import ManifestError
-from mmaudit.audit.files import write_json
 from mmaudit.audit.parquet import KEY
 from mmaudit.audit.score import ScoreTable
 from mmaudit.audit.source.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.source.samples import read_samples
+from mmaudit.audit.storage import write_json
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.choice import choose
 from mmaudit.rebalance.manifest import ROWS_KEY, digest_of, dropped_path, provenance_of, rows_of

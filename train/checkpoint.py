@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..audit.errors import RunError, TrainError
-from ..audit.files import whole
+from ..audit.storage import atomic_write
 from .network import Blueprint, FusionNet
 
 log = logging.getLogger("mmaudit")
@@ -22,7 +22,7 @@ log = logging.getLogger("mmaudit")
 def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -> None:
     """Write weights as safetensors; `about` (what the network is) goes into the file's metadata under `mmaudit`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"mmaudit": json.dumps(about, sort_keys=True)})
 
 
@@ -79,7 +79,7 @@ def warm_start(net: FusionNet, path: Path) -> None:
 
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write what a run needs to go on: tensors and plain values only."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save(state, temporary)
 
 

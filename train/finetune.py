@@ -16,7 +16,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..audit.errors import TrainError
-from ..audit.files import write_text
+from ..audit.storage import write_text
 from ..audit.workers import Progress
 from .balancing.balancer import build_balancer
 from .balancing.config import BALANCERS

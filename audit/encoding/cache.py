@@ -11,8 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import DatasetError
-from ..files import whole
 from ..quality import Reason, UnusableError
+from ..storage import atomic_write
 from .encoders import Encoded, Vector
 
 Found = Vector | UnusableError
@@ -29,7 +29,11 @@ def read_arrow(path: Path) -> pa.Table:
 
 def write_arrow(table: pa.Table, path: Path) -> None:
     """Write an Arrow file whole or not at all."""
-    with whole(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+    with (
+        atomic_write(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as file,
+    ):
         file.write_table(table)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..encoding.matrix import Inputs, Rows
 from ..errors import ConfigError, DatasetError, ScoreError
-from ..files import whole
 from ..hashing import digest, hash_rank
+from ..storage import atomic_write
 from ..workers import Progress, ahead
 from .config import NetworkConfig
 from .crossing import Crossing
@@ -185,7 +185,7 @@ def _train_once(course: Course, fold: Fold, folder: Path | None, tick: Callable[
     path = folder / f"{fold.identity}-{fold.round}-{fold.fold}.npy"
     if not path.exists():
         found = _train(course, fold, tick)
-        with whole(path) as temporary, temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.save(file, found, allow_pickle=False)
         return found
     try:

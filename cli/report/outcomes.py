@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...audit.errors import RunError
-from ...audit.files import read_json
+from ...audit.storage import read_json
 from ...rebalance.manifest import RowDigest, batches_of, dropped_path, provenance_of, regrouped, rows_of
 from ...rebalance.recipe import balance_path
 from ...rebalance.score_columns import NO_SPLIT

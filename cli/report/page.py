@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ...audit.errors import RunError
-from ...audit.files import read_json, whole, write_json, write_text
 from ...audit.gap.mixture import Mixture
 from ...audit.parquet import read_parquet
+from ...audit.storage import atomic_write, read_json, write_json, write_text
 from ...train.config import LEAST_VALIDATION
 from ..run import Run
 from .examples import class_numbers, sample_lists
@@ -48,7 +48,7 @@ def write_report(run: Run) -> Path:
     figures = draw(numbers)
     page = render(numbers, figures)
     for name, image in figures.items():
-        with whole(run.figures / f"{name}.png") as temporary:
+        with atomic_write(run.figures / f"{name}.png") as temporary:
             temporary.write_bytes(image)
     for path in run.figures.glob("*.png"):
         if path.stem not in figures:

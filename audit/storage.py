@@ -1,0 +1,175 @@
+"""Files and folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import MmauditError
+from .processes import ProcessId, this_process
+
+_TEMPORARY = re.compile(r"\.mmaudit-(.+)-[0-9a-f]{8}\.tmp")
+_ABANDONED_SECONDS = 86_400  # of another machine's temporary file: nothing says whether its writer still runs
+_SWEEP_SECONDS = 1.0  # between two looks for leftovers in one folder: a cache of 10,000 files is not listed for each
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+_swept: dict[Path, float] = {}
+
+
+@contextmanager
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary file beside `path` to write; it takes the name at the end, and is removed if writing fails.
+
+    The bytes are on disk before the name is, unless `durable` is False: then a power cut may leave a damaged file
+    under the name, which only a cache that checks its files can bear.
+    """
+    with _named(path), temporary_path(path.parent) as temporary:
+        yield temporary
+        if durable:
+            _flush(temporary)
+        temporary.replace(path)
+        if durable:
+            _flush(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` to fill; it takes the name at the end, and replaces an older folder."""
+    with _named(path), scratch_folder(path.parent) as temporary:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _flush(Path(folder, name))
+            _flush(Path(folder))
+        replace_folder(temporary, path)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new hidden folder in `parent`, removed at the end; that of a killed process is removed by the next."""
+    with temporary_path(parent) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextmanager
+def temporary_path(parent: Path) -> Iterator[Path]:
+    """Yield a name in `parent` that no process of any machine shares; what has that name at the end is removed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    _sweep(parent)
+    temporary = parent / f".mmaudit-{this_process()}-{secrets.token_hex(4)}.tmp"
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; an older folder of that name is exchanged for it at once, and removed."""
+    if not path.exists():
+        new.replace(path)
+    elif not _exchange(new, path):
+        old = new.with_name(f"{new.name}.old")  # no leftover: for an instant it may be the only one
+        path.replace(old)
+        new.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
+    _flush(path.parent)
+    _remove(new)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files and folders whose writers have ended."""
+    with suppress(OSError):
+        names = os.listdir(folder)
+        for name in names:
+            match = _TEMPORARY.fullmatch(name)
+            if match is not None and _is_abandoned(folder / name, ProcessId.parse(match[1])):
+                _remove(folder / name)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file whole or not at all; names that are not UTF-8 have their bytes escaped."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", path)
+
+
+def read_json(path: Path, *, error: type[MmauditError]) -> dict[str, Any]:
+    """Read a JSON file; what cannot be read raises `error`."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as cause:
+        raise error(f"{path} cannot be read: {cause}; it was not written by mmaudit, or is damaged") from cause
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file that was to be written in errors that name its temporary file, or none."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None and error.errno in _WRITE_ERRORS
+        if unnamed or _TEMPORARY.search(os.fsdecode(error.filename or "")):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _sweep(folder: Path) -> None:
+    now = time.monotonic()
+    if now - _swept.get(folder, -_SWEEP_SECONDS) >= _SWEEP_SECONDS:
+        remove_leftovers(folder)
+        _swept[folder] = now
+
+
+def _is_abandoned(path: Path, writer: ProcessId | None) -> bool:
+    if writer is not None and writer.is_local():
+        return not writer.is_running()
+    return time.time() - path.lstat().st_mtime > _ABANDONED_SECONDS
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Write the bytes of a file, or the names of a folder, through to the disk."""
+    is_folder = path.is_dir()
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not is_folder:  # some file systems cannot flush a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names at once; False where the system or the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(first), os.fsencode(second)
+    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        return bool(libc.renamex_np(*names, 2) == 0)
+    if hasattr(libc, "renameat2"):
+        here = -100  # AT_FDCWD: relative names are those of the working folder
+        return bool(libc.renameat2(here, names[0], here, names[1], 2) == 0)
+    return False
