@@ -14,7 +14,8 @@ MmauditError            one line for the user, exit 2
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class MmauditError(Exception):
@@ -59,3 +60,19 @@ def choices(wrong: str, right: Iterable[str]) -> str:
     near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
     listed = ", ".join(names) if names else "none"
     return f"did you mean {near[0]}? (there are: {listed})" if near else f"there are: {listed}"
+
+
+@contextmanager
+def reading(file: object) -> Iterator[None]:
+    """Note on an error that is raised inside, unless it has one, which file was being read: see `file_of`."""
+    try:
+        yield
+    except Exception as error:
+        if file_of(error) is None:
+            error.mmaudit_file = str(file)  # type: ignore[attr-defined]
+        raise
+
+
+def file_of(error: BaseException) -> str | None:
+    """Return the file that was being read when an error was raised; None where no reader noted it."""
+    return getattr(error, "mmaudit_file", None)

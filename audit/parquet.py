@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import MmauditError
+from .errors import MmauditError, reading
 from .storage import atomic_write
 
 KEY = b"mmaudit"
@@ -28,7 +28,8 @@ def read_parquet(path: Path, *, error: type[MmauditError]) -> tuple[pa.Table, di
     if not path.is_file():
         raise error(f"no such file: {path}")
     try:
-        table = pq.read_table(path)
+        with reading(path):
+            table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as cause:
         raise error(f"{path} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
     return table, parse_provenance(table.schema.metadata or {}, error=error, where=str(path))

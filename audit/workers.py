@@ -6,12 +6,17 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from typing import Protocol, TypeVar
 
 from threadpoolctl import threadpool_limits
+
+from .errors import RunError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -57,11 +62,16 @@ def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], *, num_work
         while futures:
             yield futures.popleft().result()
         pool.shutdown()
-    except BaseException:
+    except BaseException as error:
         # Nothing is cancelled (as pool.map would): the pool's thread fails on cancelled tasks of workers that died.
         for worker in set(multiprocessing.active_children()) - strangers:
             worker.terminate()
         pool.shutdown(wait=False)
+        if isinstance(error, BrokenProcessPool):
+            raise RunError(
+                "a worker process was killed from outside, mostly because memory ran out: lower --num-workers, and run "
+                "the same command again"
+            ) from error
         raise
 
 
@@ -86,7 +96,20 @@ def ahead(work: Callable[[Task], Result], tasks: Iterable[Task], *, num_threads:
         pool.shutdown(cancel_futures=True)
 
 
+def end_with_parent() -> None:
+    """End this process when its parent has ended, also by SIGKILL: a worker would wait for its next task for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True, name="parent").start()
+
+
+def _end_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
 def _prepare_worker() -> None:
+    end_with_parent()
     # Ctrl-C reaches every process of the terminal; the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The workers are the parallelism: with two threads for products in each of two, a film took 38 ms instead of 17.

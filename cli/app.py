@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,15 +19,39 @@ if TYPE_CHECKING:
 
 # Heavy packages (torch, scikit-learn, pyarrow) are imported inside the commands: --help answers in a blink.
 
+_shows_traceback = False  # what --debug said
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; --debug may stand before or after the name of one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments, with every --debug first."""
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="mmaudit",
-    help="Audit multimodal datasets for modality imbalance, sample by sample, and rebalance them.",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-BAD_INPUT, GATE_FAILED, INTERRUPTED = 2, 3, 130  # 0 is done, 1 a bug of ours: a traceback
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="MMAUDIT_DEBUG", help="Print the traceback of any error.")
+    ] = False,
+) -> None:
+    """Audit multimodal datasets for modality imbalance, sample by sample, and rebalance them."""
+    global _shows_traceback
+    _shows_traceback = debug
+
 
 DataArgument = Annotated[
     str,
@@ -79,24 +107,67 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        from ..audit.errors import GateError, MmauditError
-        from .console import say
+        from .failures import begin_stage, describe
         from .interrupts import remembered
 
+        begin_stage("")
+        _escape_output()
         try:
             with remembered():
                 function(*args, **kwargs)
-        except GateError as error:
-            say(f"failed: {error}")
-            raise typer.Exit(GATE_FAILED) from None
-        except MmauditError as error:
-            say(f"error: {error}")
-            raise typer.Exit(BAD_INPUT) from None
-        except KeyboardInterrupt:
-            say("interrupted; run the same command again to go on from here")
-            raise typer.Exit(INTERRUPTED) from None
+                _flush_output()
+        except (typer.Exit, typer.Abort):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            failure = describe(error, command=function.__name__, parameters=kwargs)
+            _print_failure(error, failure.line)
+            raise typer.Exit(failure.code) from None
 
     return app.command()(guarded)
+
+
+def _escape_output() -> None:
+    """Let names that are not UTF-8 be printed with their bytes escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Name standard output in errors of printing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = "standard output"
+        raise
+
+
+def _flush_output() -> None:
+    """Write out what was printed, while errors can still be reported."""
+    if sys.stdout is None:
+        return
+    try:
+        with printing():
+            sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):  # what is left would be reported again at the end of Python
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _print_failure(error: BaseException, line: str | None) -> None:
+    """Print the line, and with --debug the traceback before it; a closed terminal is no matter."""
+    from .console import say
+
+    with suppress(OSError):
+        if _shows_traceback:
+            traceback.print_exception(error)
+        if line is not None:
+            say(line)
+    with suppress(OSError):
+        _flush_output()
 
 
 def settings_of(path: str | None, settings: list[str] | None, seed: int | None) -> RunConfig:
@@ -108,8 +179,8 @@ def settings_of(path: str | None, settings: list[str] | None, seed: int | None) 
 
 def finish(result: dict[str, Any], as_json: bool, tell: Callable[[dict[str, Any]], None]) -> None:
     """Print the result as JSON on stdout, or tell it in words."""
-    if as_json:
-        json.dump(result, sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
-    else:
-        tell(result)
+    with printing():
+        if as_json:
+            print(json.dumps(result, indent=2, allow_nan=False))
+        else:
+            tell(result)

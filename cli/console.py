@@ -56,11 +56,13 @@ def configure_logging() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    logging.raiseExceptions = False  # a terminal that is gone, or a full disk behind it, is no error of the command
 
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
     """Give a progress that draws bars on a terminal, and elsewhere a line now and then."""
+    from .failures import begin_stage
     from .interrupts import raise_if_seen
 
     if not sys.stderr.isatty():
@@ -68,6 +70,7 @@ def progress_bars() -> Iterator[Progress]:
 
         def tell(stage: str, done: int, total: int) -> None:
             raise_if_seen()
+            begin_stage(stage)
             lines(stage, done, total)
 
         yield tell
@@ -86,6 +89,7 @@ def progress_bars() -> Iterator[Progress]:
 
         def progress(stage: str, done: int, total: int) -> None:
             raise_if_seen()
+            begin_stage(stage)
             if stage not in tasks or bars.tasks[tasks[stage]].finished:
                 tasks[stage] = bars.add_task(printable(stage), total=total)
             bars.update(tasks[stage], completed=done, total=total)

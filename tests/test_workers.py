@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from mmaudit.audit.errors import RunError
 from mmaudit.audit.workers import ahead, default_workers, run_tasks, silent
 
 # Workers import what they run, so it stands in the standard library: this file is no module for them.
@@ -143,3 +149,47 @@ def test_there_is_a_processor() -> None:
 def test_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     silent("encode", 1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def running_in_session(leader: int) -> list[str]:
+    lines = subprocess.run(["ps", "-eo", "sess=,stat=,pid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=3) for line in lines.splitlines()]
+    return [row[2] for row in rows if row[0] == str(leader) and not row[1].startswith("Z")]
+
+
+@pytest.mark.parametrize("seconds", [None, 0.3])
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path, seconds: float | None) -> None:
+    """With SIGKILL, which leaves the parent no time to say so: while they work, and while they start."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import time; from mmaudit.audit.workers import run_tasks\n"
+        "if __name__ == '__main__':\n"
+        "    for _ in run_tasks(time.sleep, [0.0] + [60.0] * 4, num_workers=2): print('ready', flush=True)\n"
+    )
+    command = [sys.executable, str(script)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        assert parent.stdout is not None
+        if seconds is None:
+            assert parent.stdout.readline() == b"ready\n"
+            assert len(running_in_session(parent.pid)) > 3  # the fork server, its resource tracker, the workers
+        else:
+            time.sleep(seconds)
+        parent.kill()
+        parent.wait()
+        end = time.monotonic() + 5
+        while running_in_session(parent.pid) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert running_in_session(parent.pid) == []
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.communicate()
+
+
+def test_a_killed_worker_is_an_error_of_one_line() -> None:
+    work: Callable[[int], None] = signal.raise_signal
+    with pytest.raises(RunError, match=r"a worker process was killed .* lower --num-workers") as caught:
+        list(run_tasks(work, [signal.SIGKILL] * 4, num_workers=2))
+    assert "\n" not in str(caught.value)
+    assert left_behind() == []

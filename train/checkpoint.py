@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,13 @@ def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -
     """Write weights as safetensors; `about` (what the network is) goes into the file's metadata under `mmaudit`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"mmaudit": json.dumps(about, sort_keys=True)})
+        try:
+            save_file(tensors, temporary, metadata={"mmaudit": json.dumps(about, sort_keys=True)})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
@@ -79,8 +87,8 @@ def warm_start(net: FusionNet, path: Path) -> None:
 
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write what a run needs to go on: tensors and plain values only."""
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)  # to a path, it would hide why a write failed
 
 
 def load_state(path: Path, *, device: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..errors import DatasetError
+from ..errors import DatasetError, reading
 from ..hashing import digest
 from ..media.decode import MediaConfig
 from ..media.media_file import MediaFile, Medium
@@ -182,8 +182,11 @@ def _keep(
 def load_cell_content(dataset: Dataset, modality: Modality, cell: pa.Scalar) -> tuple[Any, bytes]:
     """Give what a cell stands for, or the UnusableError in its place, and the digest of its content."""
     try:
-        loaded = dataset.load(cell.as_py(), modality)
-        return loaded, _content(loaded).encode()
+        value = cell.as_py()
+        is_name = isinstance(value, str) and modality.kind != "text"
+        with reading(value if is_name else f"column {modality.column}"):
+            loaded = dataset.load(value, modality)
+            return loaded, _content(loaded).encode()
     except UnusableError as error:
         return error, digest(str(error).encode()).encode()
 

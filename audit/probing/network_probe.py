@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -185,8 +186,10 @@ def _train_once(course: Course, fold: Fold, folder: Path | None, tick: Callable[
     path = folder / f"{fold.identity}-{fold.round}-{fold.fold}.npy"
     if not path.exists():
         found = _train(course, fold, tick)
-        with atomic_write(path) as temporary, temporary.open("wb") as file:
-            np.save(file, found, allow_pickle=False)
+        content = io.BytesIO()  # to a file, numpy would hide why a write failed
+        np.save(content, found, allow_pickle=False)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content.getvalue())
         return found
     try:
         found = np.load(path, allow_pickle=False)

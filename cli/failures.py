@@ -1,0 +1,142 @@
+"""Failures: the line and the exit code in which an exception ends a command."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..audit.errors import GateError, MmauditError, file_of
+from .interrupts import last_signal
+
+BUG, BAD_INPUT, GATE_FAILED = 1, 2, 3
+
+# Of the machine rather than of a path: these are believed wherever in the chain of causes, and in whatever words.
+_RESOURCES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), or lower --num-workers",
+    errno.ENFILE: "close other programs, or lower --num-workers",
+    errno.EROFS: "name a folder that can be written",
+    errno.EIO: "check the disk",
+}
+_ADVICE = {
+    **{number: f"{mend}, and run the same command again" for number, mend in _RESOURCES.items()},
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.ENAMETOOLONG: "shorten the name",
+    errno.ENOTDIR: "one of the folders in this path is a file",
+}
+_NO_MEMORY = re.compile(r"not enough memory|out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+_INPUTS = ("data", "manifest", "scores", "first", "folder", "name", "config", "run")  # parameters that name a file
+
+_stage = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What to print, if anything, and the exit code."""
+
+    line: str | None
+    code: int
+
+
+def begin_stage(name: str) -> None:
+    """Remember the stage that runs, for the report of a bug; "" at the beginning of a command."""
+    global _stage
+    _stage = name
+
+
+def describe(error: BaseException, *, command: str, parameters: Mapping[str, Any]) -> Failure:
+    """Return how an exception of a command is reported: the user's errors with what to do, ours as a bug."""
+    file = file_of(error) or _input_of(parameters)
+    if isinstance(error, GateError):
+        return Failure(line=f"failed: {error}", code=GATE_FAILED)
+    if isinstance(error, MmauditError):
+        return Failure(line=f"error: {error}", code=BAD_INPUT)
+    if isinstance(error, KeyboardInterrupt):
+        number = last_signal() or signal.SIGINT
+        return Failure(line="interrupted; run the same command again to go on from here", code=128 + number)
+    if isinstance(error, BrokenPipeError):
+        return Failure(line=None, code=128 + signal.SIGPIPE)  # `| head` has read enough
+    reason = _users_reason(error, file)
+    if reason is not None:
+        return Failure(line=f"error: {reason}", code=BAD_INPUT)
+    stage = f"{command}, {_stage}" if _stage else command
+    where = f" on {file}" if file else ""
+    report = f"please report it with {file}" if file else "please report it with the command"
+    text = _one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+    return Failure(line=f"mmaudit failed in {stage}{where}: {text}; this is a bug, {report}", code=BUG)
+
+
+def _users_reason(error: BaseException, file: str | None) -> str | None:
+    """Return what the user can mend of an error that is not mmaudit's own; None where it is a bug."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return (
+            f"not enough memory ({_one_line(str(error)) or 'none is left'}): lower --num-workers or --batch-size, "
+            "close other programs, or use a machine with more"
+        )
+    if isinstance(error, UnicodeEncodeError) and error.reason.startswith("surrogates"):
+        return f"the name {_printable(error.object)} is not UTF-8: rename it"
+    if (system := _system_error(error)) is not None:
+        return _reason_of(system, file)
+    number = next((number for number in _RESOURCES if os.strerror(number) in str(error)), None)
+    if number is not None:
+        return f"{_on(file)}{os.strerror(number)}; {_ADVICE[number]}"
+    return None
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """Return the OSError that an error is, or was raised from; one that was merely being handled says nothing."""
+    if isinstance(error, OSError):
+        return error
+    for cause, is_named in _causes(error):
+        if isinstance(cause, OSError) and (is_named or cause.errno in _RESOURCES):
+            return cause
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
+    seen = {id(error)}
+    is_named = True
+    while True:
+        is_named = is_named and error.__cause__ is not None
+        following = error.__cause__ or error.__context__
+        if following is None or id(following) in seen:
+            return
+        seen.add(id(following))
+        yield following, is_named
+        error = following
+
+
+def _reason_of(error: OSError, file: str | None) -> str:
+    """Return path, reason and mend of an OSError."""
+    advice = f"; {_ADVICE[error.errno]}" if error.errno in _ADVICE else ""
+    if error.filename is not None:
+        name = _printable(os.fsdecode(error.filename) if not isinstance(error.filename, int) else str(error.filename))
+        return f"{name}: {error.strerror or type(error).__name__}{advice}"
+    text = _one_line(str(error)) or type(error).__name__
+    return f"{_on(file)}{re.sub(r'^.Errno [0-9]+. ', '', text)}{advice}"
+
+
+def _on(file: str | None) -> str:
+    return f"{file}: " if file else ""
+
+
+def _input_of(parameters: Mapping[str, Any]) -> str | None:
+    """Return the input that the command line names."""
+    named = (parameters.get(name) for name in _INPUTS)
+    return next((_printable(value) for value in named if isinstance(value, str)), None)
+
+
+def _printable(name: str) -> str:
+    return _one_line(name.encode("utf-8", "backslashreplace").decode())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
