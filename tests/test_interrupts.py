@@ -1,0 +1,120 @@
+"""Laws of interrupts: Ctrl-C and SIGTERM end a command with their code, and a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from mmaudit.cli.interrupts import last_signal, raise_if_seen, remembered
+
+_COMMAND = """
+import sys, time, types
+from mmaudit.cli.main import main
+
+def report(*, run):
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        if run == "swallowed":
+            return run
+        if run == "cleaning":
+            print("cleaning", flush=True)
+            time.sleep(60)
+        if run == "failing":
+            raise ValueError("a worker was stopped, too")
+        raise
+
+stages = types.ModuleType("mmaudit.cli.stages")  # the real one takes seconds to import
+stages.report = report
+sys.modules[stages.__name__] = stages
+main()
+"""
+
+
+def start(run: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _COMMAND, "report", "--run", run],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Commands that are killed at the end, whatever happens."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"{line}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("run", ["plain", "swallowed", "failing"])
+def test_a_signal_ends_the_command_with_its_code(
+    processes: list[subprocess.Popen[str]], number: signal.Signals, run: str
+) -> None:
+    processes.append(process := start(run))
+    wait_for(process, "ready")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert errors == "interrupted; run the same command again to go on from here\n"
+
+
+def test_a_second_signal_ends_the_command_at_once(processes: list[subprocess.Popen[str]]) -> None:
+    processes.append(process := start("cleaning"))
+    wait_for(process, "ready")
+    process.send_signal(signal.SIGTERM)
+    wait_for(process, "cleaning")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_handlers_are_those_of_before_afterwards() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupted() -> None:
+        with remembered():
+            with suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            raise_if_seen()
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert last_signal() == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    with remembered():
+        assert last_signal() is None
+
+
+def test_outside_the_main_thread_nothing_is_handled() -> None:
+    handlers: list[object] = []
+
+    def command() -> None:
+        with remembered():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
