@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from .audit.source.dataset import Dataset, open_dataset
     from .cli.config import RunConfig
     from .cli.demo import demo
-    from .cli.manifests import card, diff, export, order, replay, split, verify
+    from .cli.manifests import card, diff, export, order, replay, split
     from .cli.stages import check, ingest, report, score
     from .cli.training import evaluate, finetune
+    from .cli.verification import verify
     from .rebalance.manifest import Manifest, read_manifest
 
 __version__ = "0.1.0"
@@ -35,7 +36,7 @@ _HOMES = {
     "check": "cli.stages",
     "score": "cli.stages",
     "split": "cli.manifests",
-    "verify": "cli.manifests",
+    "verify": "cli.verification",
     "diff": "cli.manifests",
     "replay": "cli.manifests",
     "card": "cli.manifests",

@@ -83,6 +83,24 @@ SplitOption = Annotated[
     str | None,
     typer.Option("--split", help="The column of splits; none: leave it alone, cut a test split."),
 ]
+_OTHERS = "A manifest that you did not make on this machine"
+NamedEncoderOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--encoder",
+        metavar="NAME=ENCODER",
+        help="Run the code or model that it names. Repeatable.",
+        rich_help_panel=_OTHERS,
+    ),
+]
+NamedDataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="The data; also where your own have moved.", rich_help_panel=_OTHERS),
+]
+NamedOutsideOption = Annotated[
+    bool,
+    typer.Option("--allow-outside", help="Let paths lead outside the data's folder.", rich_help_panel=_OTHERS),
+]
 OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Let paths lead outside the metadata's folder.")]
 RunOption = Annotated[str, typer.Option("--run", help="The run folder.")]
 ConfigOption = Annotated[str | None, typer.Option("--config", help="A TOML file with any of the settings.")]

@@ -9,6 +9,8 @@ import typer
 from .app import (
     ConfigOption,
     JsonOption,
+    NamedDataOption,
+    NamedOutsideOption,
     OverwriteOption,
     RunOption,
     SeedOption,
@@ -23,7 +25,6 @@ ScoresOption = Annotated[
     str | None,
     typer.Option("--scores", help="Anybody's score table in place of the run's: a file, a folder or glob of shards."),
 ]
-DataOption = Annotated[str | None, typer.Option("--data", help="The data, if they moved.")]
 _WHICH, _HOW = "Which samples", "How"
 
 
@@ -221,17 +222,20 @@ def order(
 def verify(
     manifest: ManifestArgument,
     run: RunOption = "mmaudit-run",
-    data: DataOption = None,
+    data: NamedDataOption = None,
+    allow_outside: NamedOutsideOption = False,
     no_media: Annotated[bool, typer.Option("--no-media", help="Leave out the files that the manifest names.")] = False,
     json_: JsonOption = False,
 ) -> None:
     """Check that a manifest is what was written, and that its data are what was scored; exit 3 on drift."""
     from ..audit.errors import GateError
     from .console import progress_bars, tell_verify
-    from .manifests import verify as run_verify
+    from .verification import verify as run_verify
 
     with progress_bars() as progress:
-        found = run_verify(manifest, run=run, data=data, media=not no_media, progress=progress)
+        found = run_verify(
+            manifest, run=run, data=data, allow_outside=allow_outside, media=not no_media, progress=progress
+        )
     finish(found, json_, tell_verify)
     if not found["held"]:
         raise GateError(f"{found['file']} is not what was written, or its data have changed: see the checks above")
@@ -297,7 +301,8 @@ def export(
     ],
     out: Annotated[str, typer.Option("--out", help="The file or folder to write.", show_default=False)],
     run: RunOption = "mmaudit-run",
-    data: DataOption = None,
+    data: NamedDataOption = None,
+    allow_outside: NamedOutsideOption = False,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out, and count, media that are not there.")
     ] = False,
@@ -309,7 +314,14 @@ def export(
     from .manifests import export as run_export
 
     found = run_export(
-        manifest, out=out, format=format_, run=run, data=data, skip_missing=skip_missing, overwrite=overwrite
+        manifest,
+        out=out,
+        format=format_,
+        run=run,
+        data=data,
+        allow_outside=allow_outside,
+        skip_missing=skip_missing,
+        overwrite=overwrite,
     )
     finish(found, json_, tell_export)
 

@@ -1,4 +1,4 @@
-"""The stages of manifests: split, verify, diff, replay, card, export, order
+"""The stages of manifests: split, diff, replay, card, export, order; verify stands in verification.py.
 
 Each public function is what the command of its name calls, and what a notebook calls.
 """
@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from ..audit.errors import ConfigError, ManifestError, RunError
-from ..audit.workers import Progress, silent
 from ..rebalance.card import card as write_card
 from ..rebalance.curriculum import batch_of, id_key, num_steps, order_of
 from ..rebalance.diff import diff as compare
-from ..rebalance.manifest import Manifest, dropped_path, provenance_of, read_manifest
+from ..rebalance.manifest import Manifest, digests_of, dropped_path, provenance_of, read_manifest
 from ..rebalance.recipe import Recipe, Split, make_split, recipe_of
 from ..rebalance.shards import ScoreShards, open_scores
 from .config import RunConfig
 from .run import Run
+from .trust import home_of, origin_of, printable, sign_manifest
 
 # What decodes or learns is imported where it is used: a split of 10^8 rows needs neither it nor its memory.
 
@@ -76,6 +76,8 @@ def split(
     shards = open_scores(scores, seed=config.seed)
     named = scores if isinstance(scores, (str, Path)) else None
     made = make_split(shards, recipe, place.manifest, scratch=place.folder, name=name, scores=named, dry=dry)
+    if made.path is not None:
+        sign_manifest(made.path, run=place.folder, scores=None if named is None else Path(named))
     if balanced and between is None and len(shards.modalities) > 2:
         log.info(
             "of %d modalities, %s is the pair with the largest balanced split; choose another with --between",
@@ -84,40 +86,6 @@ def split(
         )
     verdict = {"verdict": place.record()["verdict"]} if gmm is not None and place.is_scored() else {}
     return {**_summary(made), **verdict}
-
-
-def verify(
-    manifest: str | Path,
-    *,
-    run: str | Path = "mmaudit-run",
-    data: str | Path | None = None,
-    media: bool = True,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Check a manifest, by file or by its name in the run: schema, ids, digest, ranges, dropped rows, media.
-
-    The media of its source, or of `data` if they moved, are hashed unless `media` is False. Gives the checks, whether
-    all `held`, and the same in `lines`. Raises ManifestError where there is no manifest, or its source is gone.
-    """
-    from ..audit.contents import contents_of
-    from ..audit.source.samples import read_samples
-    from ..audit.stock import fingerprint_of
-    from ..rebalance.verify import verify as check_manifest
-    from .provenance import source_of
-
-    path = Run(Path(run)).find_manifest(str(manifest))
-    contents, fingerprint = None, None
-    if media and (data is not None or "source" in provenance_of(path).get("scores", {})):
-        dataset, made = source_of(provenance_of(path), data)
-        samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
-        contents = {}
-        for number, each in enumerate(contents_of(dataset), start=1):
-            contents[each.sample_id] = each
-            progress("hash", number, len(samples))
-        found = [contents[name].content for name in samples.sample_id]
-        fingerprint = fingerprint_of(samples, np.array(found, dtype=object))
-    checked = check_manifest(path, contents=contents, fingerprint=fingerprint)
-    return {"file": str(path), **checked.to_dict(), "lines": checked.lines()}
 
 
 def diff(first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run") -> dict[str, Any]:
@@ -139,19 +107,30 @@ def export(
     format: str,
     run: str | Path = "mmaudit-run",
     data: str | Path | None = None,
+    allow_outside: bool = False,
     skip_missing: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a manifest as csv, jsonl, npy, ogm, webdataset or datasets to `out`; gives the files and counts.
+    """Write a manifest as csv, jsonl, npy, ogm, webdataset or datasets to `out`; returns the files and counts.
 
-    `data` is the source, if it moved; `skip_missing` leaves out media that are not there. Raises ConfigError for what
-    a format cannot hold, RunError where `out` exists.
+    Only webdataset opens media: those of the manifest's source, or of `data`. `data` and `allow_outside` (paths may
+    lead outside the data's folder) must be given for a manifest that was not made by this user on this machine.
+    `skip_missing` leaves out media that are not there.
+
+    Raises:
+        ConfigError: the format cannot hold it.
+        RunError: `out` exists.
+        ManifestError: there is no manifest, its source is gone, or nobody but the manifest names the source.
     """
     from ..rebalance.export import export as write_export
-    from .provenance import source_of
+    from ..rebalance.export import holds_media
+    from .provenance import Named, open_source
 
     path = Run(Path(run)).find_manifest(str(manifest))
-    dataset = None if data is None else source_of(provenance_of(path), data)[0]
+    dataset = None
+    if holds_media(path, format):
+        origin = origin_of(path, provenance_of(path), digests_of(path))
+        dataset, _ = open_source(origin, Named(data=data, allow_outside=allow_outside), encoders=False)
     return write_export(path, Path(out), format=format, dataset=dataset, skip_missing=skip_missing, overwrite=overwrite)
 
 
@@ -165,6 +144,9 @@ def replay(
     path = Run(Path(run)).find_manifest(str(manifest))
     record = provenance_of(path).get("rule", {})
     recipe = recipe_of(record, folder=path.parent)
+    outside = [file for file in (recipe.like, *recipe.intersect, *recipe.exclude) if file is not None]
+    outside += [] if scores is not None or record["scores"] is None else [str(path.parent / str(record["scores"]))]
+    _check_inside(path, outside)
     before = None if record["scores"] is None else path.parent / str(record["scores"])
     table = before if scores is None else Path(scores)
     if table is None:
@@ -181,6 +163,22 @@ def replay(
             if not old.exists() or old.read_bytes() != new.read_bytes()
         ]
     return {"file": str(path), "scores": str(table), "identical": not differ, "differ": differ}
+
+
+def _check_inside(path: Path, files: Sequence[str]) -> None:
+    """Raise ManifestError for files that a manifest of others itself names outside its run, or its folder."""
+    home = home_of(path)
+    named = [match for file in files for match in glob(file) or [file]]
+    outside = [file for file in named if not Path(file).resolve().is_relative_to(home)]
+    if not outside:
+        return
+    origin = origin_of(path, provenance_of(path), digests_of(path))
+    if not origin.is_own:
+        doubt = origin.doubt or "you did not make it on this machine"
+        raise ManifestError(
+            f"{path} does not decide what is opened, since {doubt}; it was made from {printable(outside[0])}: "
+            "name the scores with --scores, or put a manifest that it was made from beside it"
+        )
 
 
 def _again(shards: ScoreShards, recipe: Recipe, path: Path, scratch: Path, *, scores: Path | None) -> Path:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..audit.encoding.encoders import preprocessing
-from ..audit.errors import ManifestError, MmauditError, RunError
+from ..audit.encoding.encoders import IMPORT_NOTHING, encoder_location, preprocessing
+from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices
 from ..audit.gap.mixture import Mixture
 from ..audit.score import RANGES, SCHEMA_VERSION
 from ..audit.scoring import Audit
 from ..audit.source.dataset import Dataset, open_dataset
 from ..audit.source.hub import looks_like_hub_name
+from ..rebalance.checks import section
 from ..rebalance.manifest import Manifest
 from .config import RunConfig, build, without_none
 from .run import Run
+from .trust import Origin, printable, scores_section
 
 _LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillow")  # those that numbers depend on
 
@@ -55,6 +57,7 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
         "config": config.scoring(),
         "modalities": _modalities(dataset, config),
         "columns": asdict(dataset.columns),
+        "code": {modality.encoder: encoder_location(modality.encoder) for modality in dataset.modalities},
         "counts": {"input": dataset.num_rows, "scored": len(audit.scores), "quarantined": out},
         "quarantine": dict(Counter(row.reason.value for row in audit.quarantined).most_common()),
         "classes": len(set(audit.scores.label.tolist())),
@@ -68,28 +71,107 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
 
 
 def score_provenance(record: dict[str, Any]) -> dict[str, Any]:
-    """Give what the score table carries of run.json in its metadata: nothing that differs from run to run."""
-    about = {key: record[key] for key in ("version", "source", "fingerprint", "config", "modalities", "columns")}
+    """Return what the score table carries of run.json in its metadata: no path, and nothing that differs by run."""
     ranges = {name: {"range": span, "meaning": meaning} for name, (span, meaning) in RANGES.items()}
-    return {"schema": f"mmaudit.scores/{SCHEMA_VERSION}", **about, "ranges": ranges}
+    return {"schema": f"mmaudit.scores/{SCHEMA_VERSION}", **scores_section(record), "ranges": ranges}
 
 
-def source_of(provenance: Mapping[str, Any], data: str | Path | None) -> tuple[Dataset, RunConfig]:
-    """Open the data a manifest was made from as they were read then, and give the config of that score."""
-    about = provenance.get("scores", {})
-    if "source" not in about:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """What the user names for a manifest: its data, its encoders (MODALITY=NAME), and whether paths may lead outside.
+
+    A manifest that this user made on this machine needs none of it; all others need whatever they would open or run.
+    """
+
+    data: str | Path | None = None
+    encoder: Sequence[str] = ()
+    allow_outside: bool = False
+
+
+def open_source(origin: Origin, named: Named, *, encoders: bool = True) -> tuple[Dataset, RunConfig]:
+    """Open the data a manifest was made from as they were read then, and return the config of that score.
+
+    Without `encoders` none is looked up, and nothing is imported. Raises ManifestError for a manifest that this user
+    did not make on this machine, unless the data, and the encoders that are code or models, are named.
+    """
+    about = origin.scores
+    if "modalities" not in about or "config" not in about:
         raise ManifestError(
-            "the manifest does not say which data it was made from, so its scores were not mmaudit's; "
+            f"{origin.path} does not say how its data were read, so its scores were not mmaudit's; "
             "score the data with mmaudit score, and split that run"
         )
-    named = tuple(f"{m['name']}={m['column']}:{m['kind']}" for m in about["modalities"])
-    made = build(RunConfig, without_none(about["config"]), where="")
-    source = str(data) if data is not None else about["source"]
+    modalities = _scored_modalities(origin)
+    made = build(RunConfig, without_none(section(about, "config")), where="")
+    chosen = _chosen_encoders(origin, named) if encoders else ()
+    source = _named_source(origin, named)
+    config = replace(
+        made.data,
+        modality=tuple(f"{m['name']}={m['column']}:{m['kind']}" for m in modalities),
+        encoder=chosen,
+        allow_outside=named.allow_outside or (origin.record is not None and made.data.allow_outside),
+    )
     try:
-        dataset = open_dataset(source, replace(made.data, modality=named))
+        return open_dataset(source, config), made
     except MmauditError as error:
-        raise ManifestError(f"the manifest's source cannot be opened: {error}; if it moved, pass --data") from error
-    return dataset, made
+        mend = "" if named.data is not None else "; if it moved, pass --data"
+        raise ManifestError(f"the manifest's source cannot be opened: {error}{mend}") from error
+
+
+def _scored_modalities(origin: Origin) -> list[dict[str, str]]:
+    """Return name, column, kind and encoder of each modality that a manifest names."""
+    keys = ("name", "column", "kind", "encoder")
+    stated = origin.scores["modalities"]
+    if isinstance(stated, list) and all(isinstance(entry, dict) for entry in stated):
+        modalities = [{key: entry.get(key) for key in keys} for entry in stated]
+        if all(isinstance(value, str) for entry in modalities for value in entry.values()):
+            return modalities
+    raise ManifestError(f"{origin.path}: its metadata name no modalities that mmaudit score wrote: split the run again")
+
+
+def _named_source(origin: Origin, named: Named) -> str:
+    """Return the data to open: those named, or those that the signed record names."""
+    if named.data is not None:
+        return str(named.data)
+    if origin.record is not None:
+        return str(origin.record["source"])
+    source = f"its source was {origin.source}: " if origin.source else ""
+    raise ManifestError(
+        f"{origin.path} does not decide what is opened, since {origin.doubt}; "
+        f"{source}pass --data {origin.source or 'DATA'}"
+    )
+
+
+def _chosen_encoders(origin: Origin, named: Named) -> tuple[str, ...]:
+    """Return the encoders that the samples were scored with, as MODALITY=NAME; each must be trusted or named again."""
+    scored = {m["name"]: m["encoder"] for m in _scored_modalities(origin)}
+    again = dict(text.partition("=")[::2] for text in named.encoder)
+    for modality, encoder in again.items():
+        if modality not in scored:
+            raise ConfigError(f"--encoder {modality}={encoder}: no modality {modality!r}; {choices(modality, scored)}")
+        if encoder != scored[modality]:
+            raise ConfigError(
+                f"--encoder {modality}={encoder}: the samples were scored with {printable(scored[modality])}: "
+                "name that one, or score the data again"
+            )
+    doubts = {name: _doubt(encoder, origin) for name, encoder in scored.items() if name not in again}
+    refused = [f"{name}={printable(scored[name])}" for name, doubt in doubts.items() if doubt]
+    if refused:
+        doubt = next(filter(None, doubts.values()))
+        raise ManifestError(
+            f"{origin.path} does not decide what runs, since {doubt}; if you trust the encoders that it names, "
+            f"pass {' '.join(f'--encoder {each}' for each in refused)}"
+        )
+    return tuple(f"{name}={encoder}" for name, encoder in scored.items())
+
+
+def _doubt(encoder: str, origin: Origin) -> str:
+    """Return why an encoder that is code or a model must be named again; "" where it need not be."""
+    if encoder in IMPORT_NOTHING:
+        return ""
+    if origin.record is None:
+        return origin.doubt
+    then, now = origin.record["code"].get(encoder), encoder_location(encoder)
+    return "" if then == now else f"{encoder} was {then} when it was scored, and is {now} here"
 
 
 def saw_test_labels(manifest: Manifest) -> bool:

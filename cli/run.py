@@ -117,8 +117,10 @@ class Run:
 
     def find_manifest(self, name: str) -> Path:
         """Give the file of a manifest, named by its path or by its name in this run."""
-        if Path(name).is_file():
-            return Path(name)
+        return Path(name) if Path(name).is_file() else self.own_manifest(name)
+
+    def own_manifest(self, name: str) -> Path:
+        """Return the file of a manifest of this run by its name; RunError where there is none."""
         known = [path.stem for path in self.manifests()]
         if name in known:
             return self.manifest(name)

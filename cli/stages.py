@@ -32,6 +32,7 @@ from ..audit.workers import Progress, default_workers, silent
 from .config import RunConfig
 from .provenance import check_config, record_of, score_provenance
 from .run import Run
+from .trust import own_record, signed_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,6 +138,8 @@ def score(
                 f"here {stock.fingerprint[:8]}); name another folder with --run, or pass --overwrite"
             )
         log.info("%s is already scored from these data with this config: nothing to do", place.folder)
+        if doubt := own_record(place.folder)[1]:
+            log.info("its manifests do not decide what is opened or run: %s; --overwrite scores it anew", doubt)
         return done
     with _timed(seconds, "probe"):
         audit = audit_dataset(
@@ -216,4 +219,4 @@ def _write_audit(place: Run, audit: Audit, record: dict[str, Any]) -> None:
     write_scores(replace(audit.scores, provenance=provenance), place.scores_file)
     write_parquet(quarantine_table(audit.quarantined), place.quarantine_file, provenance=provenance)
     write_json(dict(audit.mixture.to_json()), place.mixture_file)
-    place.write_record(record)
+    place.write_record(signed_record(record, folder=place.folder, scores=place.scores_file))

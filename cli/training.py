@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +27,10 @@ from ..train.finetune import finetune_on
 from ..train.tracking import check_trackers
 from ..train.world import World, local_device, open_world
 from .config import RunConfig, build, plain, to_toml, without_none
-from .provenance import saw_test_labels, source_of
+from .provenance import Named, open_source, saw_test_labels
 from .run import Run, read_metrics
 from .stages import pick_device
+from .trust import origin_of
 
 log = logging.getLogger("mmaudit")
 
@@ -39,6 +40,8 @@ def finetune(
     *,
     run: str | Path = "mmaudit-run",
     data: str | Path | None = None,
+    encoder: Sequence[str] = (),
+    allow_outside: bool = False,
     config: RunConfig | None = None,
     name: str | None = None,
     device: str = "auto",
@@ -48,11 +51,14 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a fusion network on a manifest, by file or by its name in the run, and give metrics.json's content.
 
-    The data are the manifest's source, or `data` if they moved. A finished fine-tuning of the same settings is left as
-    it is, an interrupted one goes on. Under torchrun its processes train together, and the first one writes. Raises
-    ManifestError where the source has changed since, TrainError where training diverges.
+    The data are the manifest's source, or `data` if they moved. `data`, `encoder` (MODALITY=NAME of each that is code
+    or a model) and `allow_outside` must be given for a manifest that this user did not make on this machine. A finished
+    fine-tuning of the same settings is left as it is, an interrupted one goes on. Under torchrun its processes train
+    together, and the first one writes. Raises ManifestError where the source has changed since, TrainError where
+    training diverges.
     """
     config = config or RunConfig()
+    named = Named(data=data, encoder=encoder, allow_outside=allow_outside)
     place = Run(Path(run))
     path = place.find_manifest(str(manifest))
     found = read_manifest(path)
@@ -73,7 +79,7 @@ def finetune(
                 (folder / "metrics.json").unlink(missing_ok=True)  # first of all: without it nothing is finished
                 shutil.rmtree(folder)
             workers = default_workers() if num_workers is None else num_workers
-            examples = _examples_of(found, path, place, data, config, num_workers=workers, progress=progress)
+            examples = _examples_of(found, path, place, named, config, num_workers=workers, progress=progress)
         only = config.finetune.only
         result = finetune_on(
             examples if only is None else examples.only(only),
@@ -107,6 +113,8 @@ def evaluate(
     run: str | Path = "mmaudit-run",
     manifest: str | Path | None = None,
     data: str | Path | None = None,
+    encoder: Sequence[str] = (),
+    allow_outside: bool = False,
     split: str = "test",
     device: str = "auto",
     num_workers: int | None = None,
@@ -125,12 +133,13 @@ def evaluate(
     folder = _find_finetune(place, name)
     metrics = read_metrics(folder)
     config = build(RunConfig, without_none({k: v for k, v in metrics["config"].items() if k != "manifest"}), where="")
-    path = place.find_manifest(str(metrics["manifest"] if manifest is None else manifest))
+    path = place.find_manifest(str(manifest)) if manifest is not None else place.own_manifest(metrics["manifest"])
     found = read_manifest(path)
     if manifest is None and found.digest() != metrics["manifest_digest"]:
         raise RunError(f"{path} has changed since {folder.name} was trained on it; name a manifest with --manifest")
     workers = default_workers() if num_workers is None else num_workers
-    examples = _examples_of(found, path, place, data, config, num_workers=workers, progress=progress)
+    named = Named(data=data, encoder=encoder, allow_outside=allow_outside)
+    examples = _examples_of(found, path, place, named, config, num_workers=workers, progress=progress)
     if config.finetune.only is not None:
         examples = examples.only(config.finetune.only)
     measured = examine_file(
@@ -155,7 +164,7 @@ def read_examples(
     manifest: str | Path,
     *,
     run: str | Path = "mmaudit-run",
-    data: str | Path | None = None,
+    named: Named | None = None,
     config: RunConfig | None = None,
     num_workers: int = 0,
     progress: Progress = silent,
@@ -164,7 +173,13 @@ def read_examples(
     place = Run(Path(run))
     path = place.find_manifest(str(manifest))
     return _examples_of(
-        read_manifest(path), path, place, data, config or RunConfig(), num_workers=num_workers, progress=progress
+        read_manifest(path),
+        path,
+        place,
+        named or Named(),
+        config or RunConfig(),
+        num_workers=num_workers,
+        progress=progress,
     )
 
 
@@ -201,14 +216,15 @@ def _examples_of(
     manifest: Manifest,
     path: Path,
     place: Run,
-    data: str | Path | None,
+    named: Named,
     config: RunConfig,
     *,
     num_workers: int,
     progress: Progress,
 ) -> Examples:
     """Open and encode a manifest's source, and give what it trains and tests on."""
-    dataset, made = source_of(manifest.provenance, data)
+    origin = origin_of(path, manifest.provenance, manifest.digests)
+    dataset, made = open_source(origin, named)
     _check_trainable(made)
     tasks = encode_dataset(dataset, place.features, media=made.media, num_workers=num_workers, progress=progress)
     samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
@@ -229,7 +245,7 @@ def _examples_of(
 def _count_learned(place: Run, metrics: dict[str, Any], asked: Iterable[str]) -> int | None:
     """Count the samples that a fine-tuning was trained or chosen by; None where its manifest is gone or has changed."""
     try:
-        own = read_manifest(place.find_manifest(metrics["manifest"]))
+        own = read_manifest(place.own_manifest(metrics["manifest"]))
     except (RunError, ManifestError):
         return None
     if own.digest() != metrics["manifest_digest"]:

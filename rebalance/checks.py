@@ -13,7 +13,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..audit.errors import ManifestError
-from .manifest import SCHEMA_VERSION, RowDigest, batches_of, provenance_of, regrouped, rows_of
+from .manifest import (
+    SCHEMA_VERSION,
+    Digests,
+    RowDigest,
+    batches_of,
+    metadata_digest,
+    provenance_of,
+    regrouped,
+    rows_of,
+)
 from .parts import prefetched
 from .shards import keys_of
 from .spill import Spill
@@ -59,11 +68,17 @@ class CheckedFile:
             "rank": (0.0, max(self.num_rows - 1.0, 0.0)),
         }
         self.digest = RowDigest()
+        self.metadata = metadata_digest(self.schema.metadata or {})
         self.nulls: Counter[str] = Counter()
         self.beyond: Counter[str] = Counter()
         self.first: dict[str, str] = {}
         self.names: dict[Any, set[Any]] = {}
         self.subsets: set[Any] = set()
+
+    @property
+    def digests(self) -> Digests:
+        """The digests of what the file holds, once all is read."""
+        return Digests(rows=self.digest.hexdigest(), metadata=self.metadata)
 
     def read_all(self, ids: Spill, number: int) -> None:
         """Look at every row once."""
@@ -102,7 +117,6 @@ class CheckedFile:
         if self.missing:
             return [Check(name=f"{prefix}schema", held=False, detail=schema)]
         expected = f"{self.path.name} is mmaudit.manifest/{SCHEMA_VERSION}, {len(self.columns)} columns"
-        found = self.digest.hexdigest()
         nulls = ", ".join(f"{number:,} of {name}" for name, number in self.nulls.items())
         ranges = "; ".join(
             f"{number:,} of {name} outside {_span(*self.bounds[name])} (the first: {self.first[name]})"
@@ -111,7 +125,8 @@ class CheckedFile:
         return [
             Check(name=f"{prefix}schema", held=not schema, detail=schema or expected),
             _stated(f"{prefix}rows", self.about.get("rows"), self.num_rows),
-            _stated(f"{prefix}digest", self.about.get("digest"), found),
+            _stated(f"{prefix}digest", self.about.get("digest"), self.digests.rows, what="rows"),
+            _stated(f"{prefix}metadata", self.about.get("metadata"), self.digests.metadata, what="metadata"),
             Check(name=f"{prefix}nulls", held=not nulls, detail=nulls or "none where a value must be"),
             Check(name=f"{prefix}ranges", held=not ranges, detail=ranges or "every value lies within its range"),
         ]
@@ -129,12 +144,14 @@ class CheckedFile:
         return ", ".join(f"{name} is {type_}, not {right}" for name, (type_, right) in types.items() if type_ != right)
 
 
-def _stated(name: str, stated: object, found: object) -> Check:
+def _stated(name: str, stated: object, found: object, *, what: str = "") -> Check:
+    """Compare what a file states of itself with what is there; `what` has changed where they differ."""
     if stated is None:
         detail = f"the metadata do not state it; found {found}: another tool has written the file since"
         return Check(name=name, held=False, detail=detail)
     same = stated == found
-    return Check(name=name, held=same, detail=str(found) if same else f"{stated} when written, {found} now")
+    changed = f"{what} changed: " if what else ""
+    return Check(name=name, held=same, detail=str(found) if same else f"{changed}{stated} when written, {found} now")
 
 
 def _num_bins(provenance: dict[str, Any]) -> float:

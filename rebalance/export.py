@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import json
 import re
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from ..audit.source.dataset import Dataset
 from ..audit.source.split_names import SPLIT_NAMES
 from ..audit.storage import atomic_folder, atomic_write, scratch_folder
 from .job import Job, plain_rows, split_name
-from .manifest import COLUMNS, batches_of, check_columns, provenance_of, rows_of
+from .manifest import COLUMNS, batches_of, check_columns, provenance_of, read_schema, rows_of
 from .webdataset import SAMPLES_PER_SHARD, write_webdataset
 
 _OGM_FILES = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}  # by those names its readers look
@@ -50,7 +49,7 @@ def export(
 
     csv and jsonl have all columns; npy the sample ids, (n,) unicode, in the order of the manifest; ogm a folder of
     CLIP,LABEL lists by split; webdataset a folder of tars by split with the media; datasets a folder of save_to_disk.
-    Media are looked for in `dataset`'s folder, else in `root`, else in the folder of the manifest's source;
+    Media are looked for in `dataset`'s folder, else in `root`, and nowhere that the manifest itself names;
     `skip_missing` leaves out, and counts, those that are not there. `clip` names the column that an OGM list calls
     clips by: the name of its file, without the extension; None is the first path column. The same manifest gives the
     same bytes. Raises ConfigError for what the format cannot hold, RunError where `out` exists.
@@ -71,8 +70,8 @@ def export(
         schema=first.schema.remove_metadata(),
         paths=tuple(name for name in first.schema.names if name not in COLUMNS),
         provenance=provenance,
-        root=dataset.root if dataset is not None else root if root is not None else _root_of(provenance),
-        allow_outside=_allows_outside(provenance) if dataset is None else dataset.allow_outside,
+        root=root if dataset is None else dataset.root,
+        allow_outside=dataset is not None and dataset.allow_outside,
         samples_per_shard=samples_per_shard,
         skip_missing=skip_missing,
         clip=clip,
@@ -81,6 +80,11 @@ def export(
         more = _WRITERS[format](job, temporary)
     files = sorted(str(each) for each in out.rglob("*") if each.is_file()) if out.is_dir() else [str(out)]
     return {"format": format, "files": files, "rows": pq.read_metadata(manifest).num_rows, **more}
+
+
+def holds_media(manifest: Path, format: str) -> bool:
+    """Return whether an export in this format holds the media that a manifest names, so that these are opened."""
+    return format == "webdataset" and any(name not in COLUMNS for name in read_schema(manifest).names)
 
 
 def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> None:
@@ -99,19 +103,6 @@ def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> 
     saved = format != "datasets" or any((out / name).is_file() for name in ("dataset_dict.json", "state.json"))
     if odd or (not saved and any(out.iterdir())):
         raise RunError(f"{out} holds {min(odd, default='other things')}, and is no export as {format}: name another")
-
-
-def _root_of(provenance: dict[str, Any]) -> Path | None:
-    """Give the folder that the source's paths start from; None where the source is not on this disk."""
-    source = provenance.get("scores", {}).get("source")
-    if source is None:
-        return None
-    found = [Path(source)] if Path(source).exists() else [Path(each) for each in sorted(glob.glob(source))]
-    return next((each if each.is_dir() else each.parent for each in found), None)
-
-
-def _allows_outside(provenance: dict[str, Any]) -> bool:
-    return bool(provenance.get("scores", {}).get("config", {}).get("data", {}).get("allow_outside"))
 
 
 def _write_csv(job: Job, path: Path) -> dict[str, Any]:

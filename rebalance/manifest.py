@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
-from ..audit.hashing import hash_ids
+from ..audit.hashing import digest, hash_ids
 from ..audit.parquet import KEY, parse_provenance, read_parquet
 
-SCHEMA_VERSION = 2
-ROWS_KEY = "mmaudit.rows"  # in the file's own metadata, which are written last: how many rows, and their digest
+SCHEMA_VERSION = 3
+ROWS_KEY = "mmaudit.rows"  # in the file's own metadata, which are written last: how many rows, and both digests
+_NOT_DIGESTED = (ROWS_KEY.encode(), b"ARROW:schema")  # the digests themselves, and Arrow's copy of the columns' types
 GROUP_ROWS = 131_072  # rows of a row group, and of a step of the digest
 
 RANGES = {
@@ -60,6 +62,14 @@ REPEATING = ("label_name", "split", "subset", "group", "reason")  # few differen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Digests:
+    """Fingerprints of a manifest's rows and of its metadata, 32 hexadecimal digits each."""
+
+    rows: str
+    metadata: str
+
+
+@dataclass(frozen=True, kw_only=True)  # without slots: its digests are computed once
 class Manifest:
     """The rows of a manifest as an Arrow table with the columns of COLUMNS, plus the source's path columns."""
 
@@ -78,7 +88,12 @@ class Manifest:
 
     def digest(self) -> str:
         """Fingerprint the rows: every column, in their order."""
-        return digest_of(self.table)
+        return self.digests.rows
+
+    @cached_property
+    def digests(self) -> Digests:
+        """Fingerprints of the rows and of the metadata."""
+        return Digests(rows=digest_of(self.table), metadata=metadata_digest(self.table.schema.metadata or {}))
 
     def strings(self, name: str) -> NDArray[np.object_]:
         """Give a column of strings, (n,), null as None."""
@@ -103,7 +118,15 @@ def _check_unique(ids: pa.ChunkedArray) -> None:
 def read_manifest(path: str | Path) -> Manifest:
     """Read a manifest; ManifestError where it is not one."""
     table, provenance = read_parquet(Path(path), error=ManifestError)
+    _check_version(provenance, where=str(path))
     return Manifest(table=table, provenance=provenance)
+
+
+def _check_version(provenance: Mapping[str, Any], *, where: str) -> None:
+    """Raise ManifestError for a manifest of another version; metadata that another tool removed state none."""
+    stated, right = provenance.get("schema", ""), f"mmaudit.manifest/{SCHEMA_VERSION}"
+    if str(stated).startswith("mmaudit.manifest/") and stated != right:
+        raise ManifestError(f"{where} is {str(stated)[:40]}, and this mmaudit reads {right}: run mmaudit split again")
 
 
 def read_dropped(path: Path, manifest: Manifest) -> pa.Table | None:
@@ -127,19 +150,19 @@ def dropped_path(path: Path) -> Path:
 
 def provenance_of(path: Path) -> dict[str, Any]:
     """Read what a manifest was made from, without its rows."""
-    return parse_provenance(_schema(path).metadata or {}, error=ManifestError, where=str(path))
+    return parse_provenance(read_schema(path).metadata or {}, error=ManifestError, where=str(path))
 
 
 def rows_of(path: Path) -> dict[str, Any]:
-    """Read what a file of ours says of its rows: rows, digest; of dropped ones also dropped_from. {} if nothing."""
-    _schema(path)
+    """Read what a file states of itself: rows, digest, metadata; dropped rows also dropped_from. {} if nothing."""
+    read_schema(path)
     text = (pq.read_metadata(path).metadata or {}).get(ROWS_KEY.encode(), b"{}")
     return parse_provenance({KEY: text}, error=ManifestError, where=str(path))
 
 
 def batches_of(path: Path, *, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Read a manifest, or its dropped rows, a batch at a time; ManifestError where that cannot be done."""
-    _schema(path)
+    read_schema(path)
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             for batch in file.iter_batches(GROUP_ROWS, columns=columns):
@@ -158,7 +181,8 @@ def check_columns(schema: pa.Schema, *, where: str) -> None:
         )
 
 
-def _schema(path: Path) -> pa.Schema:
+def read_schema(path: Path) -> pa.Schema:
+    """Read the columns and metadata of a Parquet file; ManifestError where it is none."""
     if not path.is_file():
         raise ManifestError(f"no such file: {path}")
     try:
@@ -200,6 +224,20 @@ def digest_of(table: pa.Table) -> str:
     for group in regrouped([table]):
         found.add(group)
     return found.hexdigest()
+
+
+def digests_of(path: Path) -> Digests:
+    """Compute the digests of a file, a batch at a time."""
+    rows = RowDigest()
+    for group in regrouped(batches_of(path)):
+        rows.add(group)
+    return Digests(rows=rows.hexdigest(), metadata=metadata_digest(read_schema(path).metadata or {}))
+
+
+def metadata_digest(metadata: Mapping[bytes, bytes]) -> str:
+    """Fingerprint all metadata of a file, other tools' too, but for those that state the digests themselves."""
+    pairs = sorted((name, value) for name, value in metadata.items() if name not in _NOT_DIGESTED)
+    return digest(*(part for pair in pairs for part in pair))
 
 
 def regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

@@ -30,10 +30,12 @@ from .manifest import (
     SCHEMA_VERSION,
     RowDigest,
     dropped_path,
+    metadata_digest,
 )
 from .shards import Rows, ScoreShards
 from .tally import Tally
 
+_NOT_REPEATED = ("ranges", "schema", "source")  # what a manifest does not repeat of its score table's metadata
 _SEARCHED = ("label", "label_name", "split", "bin", "rank", "discrepancy", "gap", "balance", "p_balanced", "reason")
 _AT_ONCE = 16_384  # values that are encoded at once: a tenth quicker than 1,024
 _MOST_WAITING = 1  # batches that a thread may be behind
@@ -100,9 +102,10 @@ class _Sink:
         try:
             if kind is None:
                 self.finish()
-                said = {KEY.decode(): self._provenance, ROWS_KEY: self.about}
+                provenance = json.dumps(self._provenance, sort_keys=True)
+                about = self.about | {"metadata": metadata_digest({KEY: provenance.encode()})}
                 self._writer.add_key_value_metadata(
-                    {key: json.dumps(each, sort_keys=True) for key, each in said.items()}
+                    {KEY.decode(): provenance, ROWS_KEY: json.dumps(about, sort_keys=True)}
                 )
         finally:
             self._thread.shutdown(cancel_futures=True)
@@ -224,5 +227,5 @@ def _provenance(choice: Choice, *, name: str, recipe: dict[str, Any]) -> dict[st
         "between": choice.rule.between,
         "rule": recipe,
         "ranges": {name: {"range": span, "meaning": meaning} for name, (span, meaning) in RANGES.items()},
-        "scores": {key: value for key, value in scores.items() if key not in ("ranges", "schema")},
+        "scores": {key: value for key, value in scores.items() if key not in _NOT_REPEATED},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..audit.errors import ManifestError
 from ..audit.source.dataset import Dataset
 from ..audit.storage import read_json
 from .checks import Check, CheckedFile, named, section
-from .manifest import COLUMNS, DROPPED_COLUMNS, batches_of, check_columns, dropped_path, provenance_of
+from .manifest import COLUMNS, DROPPED_COLUMNS, Digests, batches_of, check_columns, dropped_path, provenance_of
 from .recipe import balance_path
 from .shards import keys_of
 from .spill import Spill
@@ -30,10 +30,11 @@ _MARKS = {True: "held", False: "FAILED", None: "not looked at"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """What was found of a manifest, one check after another."""
+    """What was found of a manifest, one check after another; `digests` are those of what it holds now."""
 
     manifest: Path
     checks: tuple[Check, ...]
+    digests: Digests
 
     @property
     def held(self) -> bool:
@@ -70,21 +71,13 @@ def verify(
     `scratch` is a folder for 16 bytes a row of more than 262,144, by default the system's.
     Drift is in what is given back; ManifestError is raised where there is no manifest that could be read.
     """
-    checks = _checks(
-        manifest, dataset=dataset, contents=contents, fingerprint=fingerprint, scratch=scratch, threads=num_threads
-    )
-    return Verified(manifest=manifest, checks=tuple(checks))
+    rows = verify_rows(manifest, scratch=scratch)
+    media = check_media(manifest, dataset=dataset, contents=contents, fingerprint=fingerprint, num_threads=num_threads)
+    return replace(rows, checks=(*rows.checks, *media))
 
 
-def _checks(
-    manifest: Path,
-    *,
-    dataset: Dataset | None,
-    contents: Mapping[str, Content] | None,
-    fingerprint: str | None,
-    scratch: Path | None,
-    threads: int,
-) -> list[Check]:
+def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verified:
+    """Check a manifest and its dropped rows as `verify` does, without the data that they were made from."""
     provenance = provenance_of(manifest)
     check_columns(pq.read_schema(manifest), where=str(manifest))
     beside = dropped_path(manifest)
@@ -100,9 +93,27 @@ def _checks(
     checks += _dropped(files, beside)
     numbers = balance_path(manifest)
     checks += _complete(whole, read_json(numbers, error=ManifestError) if numbers.exists() else None)
-    checks.append(_media(manifest, provenance, dataset=dataset, contents=contents, num_threads=threads))
-    checks.append(_fingerprint(provenance, fingerprint))
-    return checks
+    return Verified(manifest=manifest, checks=tuple(checks), digests=files[0].digests)
+
+
+def check_media(
+    manifest: Path,
+    *,
+    dataset: Dataset | None = None,
+    contents: Mapping[str, Content] | None = None,
+    fingerprint: str | None = None,
+    num_threads: int = 0,
+    unopened: str = "the data were not opened",
+) -> list[Check]:
+    """Compare the media and the fingerprint of a manifest's source with those that were scored.
+
+    Arguments as of `verify`; `unopened` says why there are neither a dataset nor contents.
+    """
+    provenance = provenance_of(manifest)
+    media = Check(name="media", held=None, detail=unopened)
+    if dataset is not None or contents is not None:
+        media = _media(manifest, provenance, dataset=dataset, contents=contents, num_threads=num_threads)
+    return [media, _fingerprint(provenance, fingerprint, unopened=unopened)]
 
 
 def _ids(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -> list[Check]:
@@ -190,8 +201,6 @@ def _media(
     num_threads: int,
 ) -> Check:
     """Check that the kept samples are made of what they were made of when they were scored."""
-    if dataset is None and contents is None:
-        return Check(name="media", held=None, detail="the data were not opened")
     if dataset is not None and (odd := _other_modalities(provenance, dataset)):
         return Check(name="media", held=False, detail=odd)
     expected: dict[str, str] = {}
@@ -244,10 +253,10 @@ def _other_modalities(provenance: dict[str, Any], dataset: Dataset) -> str:
     return f"the data were opened as {', '.join(now)}, and scored as {', '.join(map(str, then))}: name them so"
 
 
-def _fingerprint(provenance: dict[str, Any], now: str | None) -> Check:
+def _fingerprint(provenance: dict[str, Any], now: str | None, *, unopened: str) -> Check:
     then = section(provenance, "scores").get("fingerprint")
     if now is None or then is None:
-        why = "the data were not opened" if now is None else "the scores do not tell it"
+        why = unopened if now is None else "the scores do not tell it"
         return Check(name="fingerprint", held=None, detail=why)
     detail = str(now) if then == now else f"the scores were made from {then}, and here is {now}: rescore the data"
     return Check(name="fingerprint", held=then == now, detail=detail)

@@ -35,9 +35,7 @@ def write_webdataset(job: Job, folder: Path) -> dict[str, Any]:
             "would hold rows alone; export as jsonl or datasets"
         )
     if job.root is None:
-        raise ManifestError(
-            f"{job.manifest}: the folder of its media is not known, or not there; if it moved, pass --data"
-        )
+        raise ManifestError(f"{job.manifest}: the folder of its media is not named; pass --data")
     modalities = {name: _modality_of(name, job) for name in job.paths}
     read = {each.get("column") for each in job.provenance.get("scores", {}).get("modalities", [])}
     skipped = 0

@@ -24,11 +24,13 @@ from ..media.media_file import Medium
 from ..media.spectrogram import network_spectrogram, network_steps
 from ..quality import Reason, UnusableError
 from ..source.modality import Modality
-from .functions import call_function, function_version, load_function
+from .functions import call_function, function_file, function_version, load_function
+from .hub import local_folder
 from .pretrained import check_model, model_version, open_model, require_transformers
 
 Vector = NDArray[Any]  # float32, or uint8 for the pixels of a network's input
 ENCODER_NAMES = ("statistics", "resnet18", "hf:MODEL", "PACKAGE.MODULE:FUNCTION")
+IMPORT_NOTHING = ("statistics", "resnet18")  # the encoders that are mmaudit's own: neither code nor files of others
 _CHECKED_AT_ONCE = 1 << 24  # numbers
 
 
@@ -82,6 +84,14 @@ def _check_encoder(name: str, kind: str) -> None:
         load_function(name)
     else:
         raise ConfigError(f"no such encoder; {choices(name, ENCODER_NAMES)}")
+
+
+def encoder_location(name: str) -> str | None:
+    """Return the source file of a function, or the folder of a model on this disk, without importing it; else None."""
+    if name in IMPORT_NOTHING:
+        return None
+    path = local_folder(name[3:]) if name.startswith("hf:") else function_file(name)
+    return None if path is None else str(path.resolve())
 
 
 def is_pretrained(modality: Modality) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,6 +43,20 @@ def function_version(name: str) -> str:
     return digest(_file(_load_module(name)).read_bytes())
 
 
+def function_file(name: str) -> Path | None:
+    """Return the source file that `package.module:function` would be imported from, without importing anything."""
+    _look_in_current_folder()
+    first, *rest = name.partition(":")[0].split(".")
+    try:
+        spec = importlib.util.find_spec(first)  # of a name without a dot: imports nothing
+        for number in range(len(rest)):
+            inner = ".".join((first, *rest[: number + 1]))
+            spec = None if spec is None else PathFinder.find_spec(inner, spec.submodule_search_locations)
+    except (ImportError, ValueError):
+        return None
+    return None if spec is None or not spec.has_location or spec.origin is None else Path(spec.origin)
+
+
 def call_function(name: str, decoded: Any, media: MediaConfig) -> NDArray[np.float32]:
     """Give what the function makes of a decoded sample, (d,) float32.
 
@@ -67,8 +83,7 @@ def call_function(name: str, decoded: Any, media: MediaConfig) -> NDArray[np.flo
 
 def _load_module(name: str) -> ModuleType:
     module_name = name.partition(":")[0]
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # behind all else: a file there must not hide an installed package
+    _look_in_current_folder()
     try:
         return importlib.import_module(module_name)
     except Exception as error:  # it is the user's code, and may raise anything
@@ -76,6 +91,11 @@ def _load_module(name: str) -> ModuleType:
             f"module {module_name!r} cannot be imported ({type(error).__name__}: {error}); "
             f"it must be installed, or lie in {os.getcwd()}"
         ) from error
+
+
+def _look_in_current_folder() -> None:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # behind all else: a file there must not hide an installed package
 
 
 def _file(module: ModuleType) -> Path:

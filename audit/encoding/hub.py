@@ -16,12 +16,18 @@ def find_folder(name: str, *, whole: bool) -> Path:
 
     From the hub come its config alone, or all of it if `whole`. Raises ConfigError for what cannot be had.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = local_folder(name)
+    if folder is not None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"folder {name} holds no config.json: it is no model of transformers")
         return folder
     return _hub_folder(name, whole)
+
+
+def local_folder(name: str) -> Path | None:
+    """Return the folder that a name stands for; None where there is none, as for a name on the hub."""
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else None
 
 
 @lru_cache(maxsize=16)

@@ -158,9 +158,13 @@ def _open_model(name: str, kind: str, device: str) -> Pretrained:
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # weights that the files lack are drawn
-            processor = _processor_class(kind).from_pretrained(str(folder))
+            processor = _processor_class(kind).from_pretrained(str(folder), trust_remote_code=False)
             model, found = AutoModel.from_pretrained(
-                str(folder), output_loading_info=True, use_safetensors=True, dtype=torch.float32
+                str(folder),
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
             )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ConfigError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -231,7 +235,8 @@ def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(folder))
+        # Without the False transformers asks on the terminal whether code in the folder may run.
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder}: its config.json cannot be read: {str(error).splitlines()[0]}") from error
 

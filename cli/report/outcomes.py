@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ...audit.errors import RunError
 from ...audit.storage import read_json
-from ...rebalance.manifest import RowDigest, batches_of, dropped_path, provenance_of, regrouped, rows_of
+from ...rebalance.manifest import batches_of, digests_of, dropped_path, provenance_of, rows_of
 from ...rebalance.recipe import balance_path
 from ...rebalance.score_columns import NO_SPLIT
 from ..run import Run, read_metrics
@@ -94,10 +94,7 @@ def _digest(path: Path) -> str:
     told = rows_of(path)
     if told.get("rows") == pq.read_metadata(path).num_rows:
         return str(told["digest"])
-    found = RowDigest()
-    for group in regrouped(batches_of(path)):
-        found.add(group)
-    return found.hexdigest()
+    return digests_of(path).rows
 
 
 def _belongs(dropped: Path, path: Path) -> bool:
