@@ -44,7 +44,6 @@ def verify(
     Raises:
         ManifestError: there is no manifest, its source is gone, or nobody but the manifest names the source.
     """
-
     path = Run(Path(run)).find_manifest(str(manifest))
     checked, provenance = verify_rows(path), provenance_of(path)
     origin = origin_of(path, provenance, checked.digests)
@@ -64,7 +63,6 @@ def verify(
 
 def _signature_check(origin: Origin) -> Check:
     """Check that a manifest is what this user signed; one without a signature is not held to any."""
-
     if origin.is_own:
         return Check(name="signature", held=True, detail="you made it on this machine")
     if origin.changed:
@@ -74,7 +72,6 @@ def _signature_check(origin: Origin) -> Check:
 
 def _contents_of_source(origin: Origin, named: Named, progress: Progress) -> tuple[dict[str, Content], str]:
     """Hash the media of a manifest's source: the content of each sample by id, and the fingerprint of all."""
-
     dataset, made = open_source(origin, named, encoders=False)
     samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
     contents = {}

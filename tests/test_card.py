@@ -113,7 +113,7 @@ def test_how_it_was_made_is_told(tmp_path: Path) -> None:
         "- probes: `kind=auto, folds=4, repeats=2, learn_from=all`",
         "- encoders: `audio=resnet18`",
         "- dataset fingerprint: `f00d`",
-        "- schema: `mmaudit.manifest/2`",
+        "- schema: `mmaudit.manifest/3`",
         f"- row digest: `{about['digest']}`",
     ):
         assert line in text.splitlines()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.parquet import KEY
 from mmaudit.rebalance.checks import BOUNDS, CheckedFile, named, section
-from mmaudit.rebalance.manifest import COLUMNS, RANGES, ROWS_KEY, SCHEMA_VERSION, digest_of
+from mmaudit.rebalance.manifest import COLUMNS, RANGES, ROWS_KEY, SCHEMA_VERSION, digest_of, metadata_digest
 from mmaudit.rebalance.spill import Spill
 
 N = 6
@@ -45,8 +45,9 @@ def write(
 ) -> Path:
     """Write a file whose metadata hold, whatever its values are."""
     table = pa.table({name: pa.array({**COLUMN, **(changed or {})}[name], type_) for name, type_ in columns.items()})
-    about = {"rows": len(table), "digest": digest_of(table)}
-    pq.write_table(table.replace_schema_metadata({KEY: json.dumps(PROVENANCE), ROWS_KEY: json.dumps(about)}), path)
+    told = {KEY: json.dumps(PROVENANCE).encode()}
+    about = {"rows": len(table), "digest": digest_of(table), "metadata": metadata_digest(told)}
+    pq.write_table(table.replace_schema_metadata({**told, ROWS_KEY: json.dumps(about)}), path)
     return path
 
 
@@ -71,6 +72,7 @@ def test_a_file_that_holds_passes_every_check(tmp_path: Path) -> None:
         "x schema",
         "x rows",
         "x digest",
+        "x metadata",
         "x nulls",
         "x ranges",
     ]
@@ -104,7 +106,7 @@ def test_rows_and_digest_are_held_against_what_was_written(tmp_path: Path) -> No
     pq.write_table(table.slice(1), path)
     assert set(failed(checked(path))) == {"rows", "digest"} | {"ranges"}  # the last rank is past the last row
     pq.write_table(table.replace_schema_metadata(None), path)
-    assert set(failed(checked(path))) == {"schema", "rows", "digest"}
+    assert set(failed(checked(path))) == {"schema", "rows", "digest", "metadata"}
     pq.write_table(table.set_column(5, "bin", table["bin"].cast(pa.int64())), path)
     assert set(failed(checked(path))) == {"schema"} | {"digest"}
 

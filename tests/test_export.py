@@ -24,7 +24,8 @@ from mmaudit.rebalance import export as export_file
 from mmaudit.rebalance import job
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.choice import choose
-from mmaudit.rebalance.export import FORMATS, export
+from mmaudit.rebalance.export import FORMATS
+from mmaudit.rebalance.export import export as write_export
 from mmaudit.rebalance.manifest import batches_of
 from mmaudit.rebalance.shards import open_scores
 from mmaudit.rebalance.split import write_split
@@ -38,6 +39,11 @@ odd_names = st.one_of(
 many_names = st.lists(odd_names, min_size=2, max_size=6, unique=True)
 relaxed = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 Make = Callable[..., Path]
+
+
+def export(manifest: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """Export with the media of folder/data."""
+    return write_export(manifest, out, **{"root": manifest.parent / "data", **options})
 
 
 def make(folder: Path, ids: list[str] | None = None, **more: Any) -> Path:
@@ -59,7 +65,6 @@ def make(folder: Path, ids: list[str] | None = None, **more: Any) -> Path:
             }
         ),
         "provenance": {
-            "source": str(folder / "data"),
             "modalities": [
                 {"name": "audio", "column": "sound_file_name", "kind": "audio"},
                 {"name": "visual", "column": "image_file_name", "kind": "image"},

@@ -28,6 +28,7 @@ from mmaudit.rebalance.manifest import (
     batches_of,
     check_columns,
     digest_of,
+    digests_of,
     dropped_path,
     provenance_of,
     read_dropped,
@@ -69,8 +70,11 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     left = read_dropped(path, found)
     assert left is not None
     assert len(found) + len(left) == 40
-    assert rows_of(path) == {"rows": len(found), "digest": found.digest()}
-    assert rows_of(dropped_path(path)) == {"rows": len(left), "digest": digest_of(left), "dropped_from": found.digest()}
+    metadata = found.digests.metadata
+    assert rows_of(path) == {"rows": len(found), "digest": found.digest(), "metadata": metadata}
+    stated = {"rows": len(left), "digest": digest_of(left), "metadata": metadata, "dropped_from": found.digest()}
+    assert rows_of(dropped_path(path)) == stated
+    assert digests_of(path) == found.digests
     assert provenance_of(path) == found.provenance
     assert found.provenance["rule"] == {"seed": 3}
     assert pa.concat_tables(batches_of(path)).equals(found.table.replace_schema_metadata(None))
@@ -290,3 +294,12 @@ def test_bytes_in_a_column_of_texts_have_a_digest() -> None:
 
     assert of(b"\xff", None, b"a") == of(b"\xff", None, b"a")
     assert len({of(b"\xff", None, b"a"), of(None, b"\xff", b"a"), of(b"\xfe", None, b"a")}) == 3
+
+
+def test_a_manifest_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    table = pq.read_table(path)
+    told = {**table.schema.metadata, b"mmaudit": b'{"schema": "mmaudit.manifest/2"}'}
+    pq.write_table(table.replace_schema_metadata(told), path)
+    with pytest.raises(ManifestError, match=r"is mmaudit\.manifest/2, and this mmaudit reads mmaudit\.manifest/3: run"):
+        read_manifest(path)

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ConfigError, GateError, ManifestError, ScoreError
+from mmaudit.audit.files import write_json
 from mmaudit.audit.score import ScoreTable, read_scores, write_scores
 from mmaudit.cli.manifests import replay
 from mmaudit.rebalance.balanced import BalancedConfig
@@ -53,6 +54,7 @@ class Workshop:
         self.scores = folder / "scores.parquet"
         folder.mkdir(parents=True, exist_ok=True)
         write_scores(table() if scores is None else scores, self.scores)
+        write_json({}, folder / "run.json")
 
     def place(self, name: str) -> Path:
         return self.folder / "manifests" / f"{name}.parquet"

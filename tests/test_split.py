@@ -110,11 +110,12 @@ def test_the_bytes_are_the_same_however_the_scores_lie(
         assert sums(folder / "one" / "m.parquet") == sums(folder / "other" / "m.parquet")
         read = read_manifest(folder / "one" / "m.parquet")
         about = rows_of(folder / "one" / "m.parquet")
-        assert about == {"rows": len(read), "digest": read.digest()}
+        assert about == {"rows": len(read), "digest": read.digest(), "metadata": read.digests.metadata}
         left = read_dropped(folder / "one" / "m.parquet", read)
         assert left is not None
         beside = rows_of(dropped_path(folder / "one" / "m.parquet"))
-        assert beside == {"rows": len(left), "digest": digest_of(left), "dropped_from": read.digest()}
+        digests = {"digest": digest_of(left), "metadata": read.digests.metadata}
+        assert beside == {"rows": len(left), **digests, "dropped_from": read.digest()}
     groups = [pq.read_metadata(folder / "one" / "m.parquet").row_group(one).num_rows for one in range(len(read) // 50)]
     assert groups == [50] * (len(read) // 50)
 
@@ -234,10 +235,10 @@ def test_the_files_say_where_they_come_from(tmp_path: Path) -> None:
     split_to(tmp_path / "m.parquet", tmp_path / "scores.parquet", seed=3)
     for path in (tmp_path / "m.parquet", tmp_path / "m.dropped.parquet"):
         about = json.loads(pq.read_schema(path).metadata[b"mmaudit"])
-        assert about["schema"] == "mmaudit.manifest/2"
+        assert about["schema"] == "mmaudit.manifest/3"
         assert (about["subset"], about["between"]) == ("even", "audio:visual")
         assert about["rule"] == {"seed": 3}
-        assert about["scores"] == {"source": "data", "config": {"seed": 0}}
+        assert about["scores"] == {"config": {"seed": 0}}  # no path: the bytes are those of any folder
         assert {name: (entry["range"], entry["meaning"]) for name, entry in about["ranges"].items()} == RANGES
 
 

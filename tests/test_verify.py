@@ -229,14 +229,28 @@ def test_rows_of_another_subset_are_found(manifest: Path) -> None:
 def test_other_metadata_are_found(manifest: Path) -> None:
     rewrite(manifest, rule={"balanced": {"bins": 4, "tolerance": 0.9}})
     found = verify(manifest)
-    assert failed(found) == {"dropped from"}
+    assert failed(found) == {"metadata", "dropped from"}
+    assert "metadata changed: " in detail(found, "metadata")
     assert "metadata" in detail(found, "dropped from")
+
+
+def test_metadata_that_another_tool_adds_are_found(manifest: Path) -> None:
+    table = pq.read_table(manifest)
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"huggingface": b"{}"}), manifest)
+    assert failed(verify(manifest)) == {"metadata"}
+
+
+def test_rows_and_metadata_are_told_apart(manifest: Path) -> None:
+    rewrite(manifest, with_cell("gap", 0, 0.5))
+    found = verify(manifest)
+    assert failed(found) == {"digest"}
+    assert detail(found, "digest").startswith("rows changed: ")
 
 
 def test_another_schema_is_named(manifest: Path) -> None:
     rewrite(manifest, schema="mmaudit.manifest/9")
     found = verify(manifest)
-    assert "schema" in failed(found)
+    assert {"schema", "metadata"} <= failed(found)
     assert "mmaudit.manifest/9" in detail(found, "schema")
 
 

@@ -20,7 +20,7 @@ from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError
 from mmaudit.audit.parquet import KEY
 from mmaudit.audit.source.dataset import DataConfig, open_dataset
 from mmaudit.audit.source.samples import read_samples
-from mmaudit.rebalance.export import export
+from mmaudit.rebalance.export import export as write_export
 from mmaudit.rebalance.manifest import COLUMNS
 from mmaudit.rebalance.webdataset import key_of
 
@@ -40,7 +40,7 @@ MODALITIES = [
 def make(folder: Path, ids: list[str] | None = None, *, paths: pa.Table | None = None, **more: Any) -> Path:
     """Write a manifest of these samples, with media folder/data/a/0.wav and folder/data/0.PNG unless told otherwise."""
     number = np.arange(NUMBER if ids is None else len(ids))
-    about = more.pop("provenance", {"source": str(folder / "data"), "modalities": MODALITIES})
+    about = more.pop("provenance", {"modalities": MODALITIES})
     if paths is None:
         sound, sight = [f"a/{one}.wav" for one in number], [f"{one}.PNG" for one in number]
         paths = pa.table({"sound_file_name": sound, "image_file_name": sight})
@@ -60,6 +60,11 @@ def make(folder: Path, ids: list[str] | None = None, *, paths: pa.Table | None =
         table = table.append_column(name, paths[name])
     pq.write_table(table.replace_schema_metadata({KEY: json.dumps({"scores": about})}), folder / "m.parquet")
     return folder / "m.parquet"
+
+
+def export(manifest: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """Export with the media of folder/data."""
+    return write_export(manifest, out, **{"root": manifest.parent / "data", **options})
 
 
 def lay_media(folder: Path, n: int = NUMBER) -> None:
@@ -161,11 +166,19 @@ def test_media_that_are_gone_are_named(manifest: Path, tmp_path: Path) -> None:
     out = export(manifest, tmp_path / "tars", format="webdataset", skip_missing=True)
     assert (out["skipped"], out["rows"]) == (1, NUMBER)
     (tmp_path / "data").rename(tmp_path / "moved")
-    with pytest.raises(ManifestError, match="the folder of its media is not known, or not there; if it moved"):
+    with pytest.raises(ManifestError, match=r"cannot be read in .*data .*pass --data if the data moved"):
         export(manifest, tmp_path / "again", format="webdataset")
     moved = export(manifest, tmp_path / "again", format="webdataset", root=tmp_path / "moved", skip_missing=True)
     assert tree(tmp_path / "again") == tree(tmp_path / "tars")
     assert moved["skipped"] == 1
+
+
+def test_the_folder_of_the_media_is_never_read_off_the_manifest(tmp_path: Path) -> None:
+    lay_media(tmp_path)
+    manifest = make(tmp_path, provenance={"source": str(tmp_path / "data"), "modalities": MODALITIES})
+    with pytest.raises(ManifestError, match="the folder of its media is not named; pass --data"):
+        write_export(manifest, tmp_path / "tars", format="webdataset")
+    assert not (tmp_path / "tars").exists()
 
 
 def test_paths_that_lead_outside_are_refused(tmp_path: Path) -> None:
@@ -174,6 +187,13 @@ def test_paths_that_lead_outside_are_refused(tmp_path: Path) -> None:
     manifest = make(tmp_path, paths=pa.table({"wav": ["../secret.wav"] * NUMBER}))
     with pytest.raises(DatasetError, match="leads outside"):
         export(manifest, tmp_path / "tars", format="webdataset")
+    (tmp_path / "data" / "link.wav").symlink_to(tmp_path / "secret.wav")
+    outside = {"scores": {"config": {"data": {"allow_outside": True}}}}
+    for path in ("link.wav", str(tmp_path / "secret.wav"), "a/../../secret.wav"):
+        manifest = make(tmp_path, paths=pa.table({"wav": [path] * NUMBER}), provenance=outside)
+        with pytest.raises(DatasetError, match="leads outside"):
+            export(manifest, tmp_path / "tars", format="webdataset")
+    assert not (tmp_path / "tars").exists()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +214,7 @@ def test_what_tars_cannot_hold_is_refused(
 def test_frames_are_refused_and_other_modalities_named(tmp_path: Path) -> None:
     lay_media(tmp_path)
     audio = {"name": "audio", "column": "sound_file_name", "kind": "audio"}
-    about = {"source": str(tmp_path / "data"), "modalities": [audio, {"name": "t", "column": "text", "kind": "text"}]}
+    about = {"modalities": [audio, {"name": "t", "column": "text", "kind": "text"}]}
     out = export(make(tmp_path, provenance=about), tmp_path / "tars", format="webdataset")
     assert out["left_out"] == ["text"]
     about["modalities"] = [audio, {"name": "visual", "column": "image_file_name", "kind": "frames"}]
@@ -207,7 +227,7 @@ def test_the_opened_dataset_says_where_the_media_are(clips: Path, tmp_path: Path
     paths = pa.table({name: [f"{n}.{end}" for n in range(24)] for name, end in
                       (("audio_file_name", "wav"), ("image_file_name", "png"))})  # fmt: skip
     manifest = make(tmp_path, paths=paths, provenance={})
-    export(manifest, tmp_path / "tars", format="webdataset", dataset=dataset)
+    write_export(manifest, tmp_path / "tars", format="webdataset", dataset=dataset)
     found = open_dataset(tmp_path / "tars")
     assert {(each.name, each.kind) for each in found.modalities} == {("audio", "audio"), ("image", "image")}
 
@@ -220,7 +240,7 @@ def test_a_film_of_two_modalities_stands_in_the_tar_once(
     (tmp_path / "data" / "x.mp4").write_bytes(film(True))
     kinds = {"audio": "audio", "visual": "video"}
     read = [{"name": name, "column": column, "kind": kind} for name, kind in kinds.items()]
-    about = {"source": str(tmp_path / "data"), "modalities": read}
+    about = {"modalities": read}
     manifest = make(tmp_path, paths=pa.table({column: ["x.mp4"] * NUMBER}), provenance=about)
     out = export(manifest, tmp_path / "tars", format="webdataset")
     with tarfile.open(out["files"][0]) as archive:
