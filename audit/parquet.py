@@ -1,43 +1,148 @@
-"""Our Parquet files: flat columns, and under the key `mmaudit` in the schema what they were made from"""
+"""Parquet files, the one place where they are opened: flat columns, and under the key `mmaudit` their provenance
+
+Whatever is wrong with a file is raised as one error that names it: damaged pages and footers, text that is no UTF-8,
+columns of one name, numbers of rows that the file is too small for. Pages are compared with their checksums where
+they carry some, as ours do.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import MmauditError, reading
+from .errors import MmauditError
+from .json_text import Shape, check_shape, parse_json
 from .storage import atomic_write
 
 KEY = b"mmaudit"
+# Arrow raises most of these itself, and Cython the rest, when bytes are no names or sizes are no memory.
+_FAULTS = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
+_MAX_ROWS_PER_BYTE = 256  # of a file: numbers that count up have some 100, and nothing else as many
 
 
 def write_parquet(table: pa.Table, path: Path, *, provenance: dict[str, Any]) -> None:
     """Write a table whole or not at all; the same table gives the same bytes."""
     text = json.dumps(provenance, sort_keys=True)
+    stored = table.replace_schema_metadata({KEY: text.encode()})
     with atomic_write(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({KEY: text.encode()}), temporary, compression="zstd")
+        pq.write_table(stored, temporary, compression="zstd", write_page_checksum=True)
 
 
-def read_parquet(path: Path, *, error: type[MmauditError]) -> tuple[pa.Table, dict[str, Any]]:
+def read_parquet(
+    path: Path, *, error: type[MmauditError], shape: Shape | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
     """Read a table and its provenance, {} where it has none; what cannot be read raises `error`."""
-    if not path.is_file():
+    table = read_table(path, error=error)
+    return table, parse_provenance(table.schema.metadata or {}, error=error, where=str(path), shape=shape)
+
+
+def read_table(path: Path, *, error: type[MmauditError]) -> pa.Table:
+    """Read all rows of a file."""
+    with open_parquet(path, error=error) as file:
+        table = _plain(file.read())
+        table.validate(full=True)
+    return table
+
+
+def read_batches(
+    path: Path | str,
+    *,
+    error: type[MmauditError],
+    rows: int,
+    columns: Sequence[str] | None = None,
+    row_groups: Sequence[int] | None = None,
+    dictionary: Sequence[str] = (),
+    buffer_bytes: int = 0,
+) -> Generator[pa.Table, None, None]:
+    """Read a file in batches of at most `rows`; columns in `dictionary` are given as codes of their values."""
+    with open_parquet(path, error=error, dictionary=dictionary, buffer_bytes=buffer_bytes) as file:
+        names = None if columns is None else list(columns)
+        for batch in file.iter_batches(rows, columns=names, row_groups=row_groups):
+            batch.validate(full=True)  # what is no UTF-8 would else fail wherever it is made a str
+            yield _plain(pa.Table.from_batches([batch]))
+
+
+def read_schema(path: Path | str, *, error: type[MmauditError]) -> pa.Schema:
+    """Read the columns of a file, and its metadata."""
+    with open_parquet(path, error=error) as file:
+        return _plain(file.schema_arrow.empty_table()).schema
+
+
+def read_row_group(path: Path | str, number: int, *, columns: Sequence[str], error: type[MmauditError]) -> pa.Table:
+    """Read these columns of one row group."""
+    with open_parquet(path, error=error) as file:
+        table = _plain(file.read_row_group(number, columns=list(columns)))
+        table.validate(full=True)
+    return table
+
+
+def read_footer(path: Path | str, *, error: type[MmauditError]) -> pq.FileMetaData:
+    """Read what the footer of a file says: row groups, statistics, metadata."""
+    with open_parquet(path, error=error) as file:
+        return file.metadata
+
+
+@contextmanager
+def open_parquet(
+    path: Path | str, *, error: type[MmauditError], dictionary: Sequence[str] = (), buffer_bytes: int = 0
+) -> Iterator[pq.ParquetFile]:
+    """Open a file and check its footer; whatever is wrong with the file within the block raises `error`."""
+    if not Path(path).is_file():
         raise error(f"no such file: {path}")
     try:
-        with reading(path):
-            table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as cause:
-        raise error(f"{path} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
-    return table, parse_provenance(table.schema.metadata or {}, error=error, where=str(path))
+        with pq.ParquetFile(
+            path,
+            pre_buffer=False,
+            buffer_size=buffer_bytes,
+            read_dictionary=list(dictionary),
+            page_checksum_verification=True,
+        ) as file:
+            _check_footer(file.metadata, file.schema_arrow, size=Path(path).stat().st_size)
+            yield file
+    except _FAULTS as cause:
+        reason = (str(cause).splitlines() or [""])[0] or type(cause).__name__
+        raise error(f"{path} cannot be read as Parquet: {reason}") from cause
 
 
-def parse_provenance(metadata: Mapping[bytes, bytes], *, error: type[MmauditError], where: str) -> dict[str, Any]:
-    """Give what stands under our key in the metadata of a file; {} where there is none."""
+def parse_provenance(
+    metadata: Mapping[bytes, bytes],
+    *,
+    error: type[MmauditError],
+    where: str,
+    key: bytes = KEY,
+    shape: Shape | None = None,
+) -> dict[str, Any]:
+    """Return what stands under a key in the metadata of a file, {} where nothing does; `error` names what is wrong."""
     try:
-        return dict(json.loads(metadata.get(KEY, b"{}")))
-    except (ValueError, TypeError) as cause:
-        raise error(f"{where}: its metadata under the key mmaudit are damaged: {cause}") from cause
+        content = parse_json(metadata.get(key, b"{}"))
+        check_shape(content, shape or {})
+    except ValueError as cause:
+        raise error(f"{where}: its metadata under the key {key.decode()} are damaged: {cause}") from cause
+    return dict(content)
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Return views of texts and bytes as plain columns, which every function of Arrow takes."""
+    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    if not any(type_ in plain for type_ in table.schema.types):
+        return table
+    fields = [field.with_type(plain.get(field.type, field.type)) for field in table.schema]
+    return table.cast(pa.schema(fields, table.schema.metadata))
+
+
+def _check_footer(footer: pq.FileMetaData, schema: pa.Schema, *, size: int) -> None:
+    """Raise ValueError for a footer that no writer leaves."""
+    names = schema.names  # a name that is no UTF-8 fails only when it is read
+    if repeated := next((name for name in names if len(schema.get_all_field_indices(name)) > 1), None):
+        raise ValueError(f"more than one of its columns is called {repeated!r}: name each once")
+    rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != footer.num_rows:
+        raise ValueError(f"its footer says {footer.num_rows:,} rows, and its row groups {sum(rows):,}")
+    if footer.num_rows > size * _MAX_ROWS_PER_BYTE:
+        raise ValueError(f"its footer says {footer.num_rows:,} rows, and it has {size:,} bytes")

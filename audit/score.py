@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .errors import ConfigError, ScoreError, choices
 from .measures import Floats, discrepancy, dominant, gap
 from .parquet import read_parquet, write_parquet
+from .score_schema import PROVENANCE, check_score_schema
 from .source.modality import RESERVED
 
 SCHEMA_VERSION = 1
@@ -231,8 +232,9 @@ def read_scores(path: str | Path) -> ScoreTable:
 
     Raises ScoreError for missing columns, repeated ids, and values that are null or out of range.
     """
-    table, provenance = read_parquet(Path(path), error=ScoreError)
+    table, provenance = read_parquet(Path(path), error=ScoreError, shape=PROVENANCE)
     named = [name for name in provenance.pop("paths", []) if name in table.column_names]
+    check_score_schema(table.schema, where=str(path), paths=tuple(named))
     names = table.column_names
     modalities = score_modalities(names, where=str(path))
     label, label_name = _labels(table)
@@ -307,7 +309,7 @@ def _numbers(table: pa.Table, name: str, dtype: type[np.generic]) -> NDArray[Any
         return None
     try:
         column = table[name].cast(pa.from_numpy_dtype(dtype))  # a fraction is no label, and a word no number
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as cause:
+    except pa.ArrowException as cause:
         raise ScoreError(f"column {name} does not hold what it should: {str(cause).splitlines()[0]}") from cause
     if column.null_count and pa.types.is_integer(column.type):
         raise ScoreError(f"column {name} holds {column.null_count} nulls: fill all of it or none")
@@ -327,7 +329,10 @@ def _prediction(table: pa.Table, name: str) -> NDArray[Any] | None:
         return None
     if pa.types.is_floating(table[name].type):
         return _numbers(table, name, np.float32)
-    return np.array(table[name].cast(pa.int32()).fill_null(-1).to_numpy(), dtype=np.int32)
+    try:
+        return np.array(table[name].cast(pa.int32()).fill_null(-1).to_numpy(), dtype=np.int32)
+    except pa.ArrowException as cause:
+        raise ScoreError(f"column {name} does not hold classes: {str(cause).splitlines()[0]}") from cause
 
 
 def _nullable(values: NDArray[Any]) -> pa.Array:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MmauditError
+from .json_text import Shape, check_shape, parse_json
 from .processes import ProcessId, this_process
 
 _TEMPORARY = re.compile(r"\.mmaudit-(.+)-[0-9a-f]{8}\.tmp")
@@ -109,12 +110,14 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", path)
 
 
-def read_json(path: Path, *, error: type[MmauditError]) -> dict[str, Any]:
-    """Read a JSON file; what cannot be read raises `error`."""
+def read_json(path: Path, *, error: type[MmauditError], shape: Shape | None = None) -> dict[str, Any]:
+    """Read a JSON file of this shape; what cannot be read raises `error`, which names the key that is wrong."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as cause:
+        content = parse_json(path.read_bytes())
+        check_shape(content, shape or {})
+    except (OSError, ValueError) as cause:
         raise error(f"{path} cannot be read: {cause}; it was not written by mmaudit, or is damaged") from cause
+    return dict(content)
 
 
 @contextmanager

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import types
 import typing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..audit.errors import ConfigError, choices
+from ..audit.errors import ConfigError
 from ..audit.gap.mixture import MixtureConfig
 from ..audit.leakage import LeakageConfig
 from ..audit.media.decode import MediaConfig
 from ..audit.probing.config import NetworkConfig, ProbeConfig
+from ..audit.settings import build as build  # for those who build a RunConfig
 from ..audit.source.dataset import DataConfig
 from ..rebalance.balanced import BalancedConfig
 from ..rebalance.curriculum import OrderConfig
@@ -71,35 +71,27 @@ def load_config(path: str | Path | None = None, settings: typing.Sequence[str] =
     if path is not None:
         if not Path(path).is_file():
             raise ConfigError(f"no such config file: {path}")
-        try:
-            content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not TOML: {error}") from error
-    return build(RunConfig, content, where="", settings=settings)
+        content = _read_toml(Path(path))
+    for setting in settings:
+        _apply(content, setting)
+    return build(RunConfig, content, where="")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: also an integer of 5,000 digits
+        raise ConfigError(f"{path} is not TOML: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
 
 
 def override(config: Config, **values: Any) -> Config:
     """Replace what is not None, as the options of a command do."""
     given = {name: value for name, value in values.items() if value is not None}
     return dataclasses.replace(config, **given)  # type: ignore[type-var]
-
-
-def build(type_: type[Config], content: dict[str, Any], *, where: str, settings: typing.Sequence[str] = ()) -> Config:
-    """Build a config from nested plain values and settings; ConfigError for a wrong key or a value of a wrong type."""
-    for setting in settings:
-        _apply(content, setting)
-    hints = typing.get_type_hints(type_)
-    values = {}
-    for key, value in content.items():
-        if key not in hints:
-            raise ConfigError(f"no config key {where}{key}; {choices(where + key, [where + name for name in hints])}")
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"config key {where}{key} is a section; set {where}{key}.KEY")
-            values[key] = build(hints[key], value, where=f"{where}{key}.")
-        else:
-            values[key] = _convert(value, hints[key], name=f"{where}{key}")
-    return type_(**values)
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -134,24 +126,11 @@ def _apply(content: dict[str, Any], setting: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--set {key}: its value cannot be read: {_reason(error)}") from error
     *sections, last = key.strip().split(".")
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
             raise ConfigError(f"--set {setting}: {section} is not a section")
     content[last] = value
-
-
-def _convert(value: Any, hint: Any, *, name: str) -> Any:
-    """Check a plain value against a field's type: an integer is a number, a list is a tuple."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"config key {name} is {value!r}; it must be a list")
-        return tuple(_convert(entry, typing.get_args(hint)[0], name=name) for entry in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"config key {name} is {value!r}; it must be of type {hint.__name__}")
-    return value

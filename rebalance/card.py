@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..audit.errors import ManifestError
 from ..audit.storage import read_json
-from .manifest import batches_of, dropped_path, provenance_of, rows_of
+from .manifest import batches_of, dropped_path, num_rows_of, provenance_of, rows_of
 from .markdown import code_span, escaped, table_of
 
 MOST_SHORTAGES = 5  # that a card lists
@@ -34,7 +33,7 @@ def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: st
     """
     manifest = Path(manifest)
     provenance, about = provenance_of(manifest), rows_of(manifest)
-    rows = pq.read_metadata(manifest).num_rows
+    rows = num_rows_of(manifest)
     beside = manifest.with_name(f"{manifest.stem}.balance.json")
     if balance is None and beside.is_file():
         balance = read_json(beside, error=ManifestError)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..audit.errors import ManifestError
 from .manifest import (
@@ -19,9 +18,11 @@ from .manifest import (
     RowDigest,
     batches_of,
     metadata_digest,
+    num_rows_of,
     provenance_of,
     regrouped,
     rows_of,
+    schema_of,
 )
 from .parts import prefetched
 from .shards import keys_of
@@ -57,9 +58,9 @@ class CheckedFile:
     def __init__(self, path: Path, columns: dict[str, pa.DataType], provenance: dict[str, Any]) -> None:
         self.path = path
         self.about, self.provenance = rows_of(path), provenance_of(path)
-        self.schema = pq.read_schema(path)
+        self.schema = schema_of(path)
         _check_ids(self.schema, path)
-        self.num_rows = int(pq.read_metadata(path).num_rows)
+        self.num_rows = num_rows_of(path)
         self.missing = [name for name in columns if name not in self.schema.names]
         self.columns = columns
         self.bounds: dict[str, tuple[float, float]] = {

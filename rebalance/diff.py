@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..audit.errors import ManifestError
 from .join import Join, Rows, keys_of_column, numbers_of_column
-from .manifest import COLUMNS, batches_of, check_columns, provenance_of
+from .manifest import batches_of, check_types, provenance_of, schema_of
 
 SCORES = ("discrepancy", "gap", "balance", "p_balanced", "weight", "rank")
 NAMES = ("bin", "split", "label", "label_name", "subset", "group", "content")
@@ -118,7 +116,7 @@ def diff(a: Path, b: Path, *, tolerance: float = 1e-6, most: int = 20) -> Differ
     """
     told = [provenance_of(path) for path in (a, b)]
     for path in (a, b):
-        _check(path)
+        check_types(schema_of(path), where=str(path))
     join = Join.of(a, b)
     prints = [_fingerprint(each) for each in told]
     return Difference(
@@ -202,18 +200,6 @@ def _correlation(here: NDArray[np.float64], there: NDArray[np.float64]) -> float
     here, there = here - here.mean(), there - there.mean()
     found = float((here @ there) / np.sqrt((here @ here) * (there @ there)))
     return found if np.isfinite(found) else None
-
-
-def _check(path: Path) -> None:
-    """Raise ManifestError where a file lacks columns of a manifest, or has others under their names."""
-    schema = pq.read_schema(path)
-    check_columns(schema, where=str(path))
-    for name, right in COLUMNS.items():
-        type_ = schema.field(name).type
-        strings = pa.types.is_string(type_) or pa.types.is_large_string(type_)
-        numbers = pa.types.is_integer(type_) or pa.types.is_floating(type_)
-        if not (strings if right == pa.string() else numbers) and not pa.types.is_null(type_):
-            raise ManifestError(f"{path} is not a manifest: its {name} is {type_}, not {right}")
 
 
 def _fingerprint(provenance: dict[str, Any]) -> str | None:

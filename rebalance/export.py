@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.hashing import digest
@@ -22,7 +21,7 @@ from ..audit.source.dataset import Dataset
 from ..audit.source.split_names import SPLIT_NAMES
 from ..audit.storage import atomic_folder, atomic_write, scratch_folder
 from .job import Job, plain_rows, split_name
-from .manifest import COLUMNS, batches_of, check_columns, provenance_of, read_schema, rows_of
+from .manifest import COLUMNS, batches_of, check_types, num_rows_of, provenance_of, rows_of, schema_of
 from .webdataset import SAMPLES_PER_SHARD, write_webdataset
 
 _OGM_FILES = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}  # by those names its readers look
@@ -63,7 +62,7 @@ def export(
     first = next(batches_of(manifest), None)
     if first is None:
         raise ManifestError(f"{manifest} holds no rows: make it anew with mmaudit split")
-    check_columns(first.schema, where=str(manifest))
+    check_types(first.schema, where=str(manifest))
     _check_place(out, manifest, format=format, overwrite=overwrite)
     job = Job(
         manifest=manifest,
@@ -79,12 +78,12 @@ def export(
     with (atomic_folder if format in _OURS else atomic_write)(out) as temporary:
         more = _WRITERS[format](job, temporary)
     files = sorted(str(each) for each in out.rglob("*") if each.is_file()) if out.is_dir() else [str(out)]
-    return {"format": format, "files": files, "rows": pq.read_metadata(manifest).num_rows, **more}
+    return {"format": format, "files": files, "rows": num_rows_of(manifest), **more}
 
 
 def holds_media(manifest: Path, format: str) -> bool:
     """Return whether an export in this format holds the media that a manifest names, so that these are opened."""
-    return format == "webdataset" and any(name not in COLUMNS for name in read_schema(manifest).names)
+    return format == "webdataset" and any(name not in COLUMNS for name in schema_of(manifest).names)
 
 
 def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> None:

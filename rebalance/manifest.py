@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
 from ..audit.hashing import digest, hash_ids
-from ..audit.parquet import KEY, parse_provenance, read_parquet
+from ..audit.json_text import Shape
+from ..audit.parquet import parse_provenance, read_batches, read_footer, read_parquet, read_schema
+from ..audit.score_schema import PROVENANCE as SCORES
 
 SCHEMA_VERSION = 3
 ROWS_KEY = "mmaudit.rows"  # in the file's own metadata, which are written last: how many rows, and both digests
@@ -57,6 +58,19 @@ DROPPED_COLUMNS = {
     "threshold": pa.float64(),
 }
 
+_MAYBE_TEXT = (str, type(None))
+_RECIPE: Shape = {  # what `recipe_of` reads is checked there, against the types of a Recipe
+    "seed": int,
+    "resplit": _MAYBE_TEXT,
+    "scores": _MAYBE_TEXT,
+    "intersect": [str],
+    "exclude": [str],
+    "like": _MAYBE_TEXT,
+    "balanced": {"bins": int, "grid": bool},
+    "inputs": {},
+}
+PROVENANCE: Shape = {"schema": str, "subset": str, "between": str, "rule": _RECIPE, "ranges": {}, "scores": SCORES}
+ROWS: Shape = {"rows": int, "digest": str, "metadata": str, "dropped_from": str}
 
 REPEATING = ("label_name", "split", "subset", "group", "reason")  # few different values each: stored as codes
 
@@ -117,9 +131,10 @@ def _check_unique(ids: pa.ChunkedArray) -> None:
 
 def read_manifest(path: str | Path) -> Manifest:
     """Read a manifest; ManifestError where it is not one."""
-    table, provenance = read_parquet(Path(path), error=ManifestError)
+    table, provenance = read_parquet(Path(path), error=ManifestError, shape=PROVENANCE)
     _check_version(provenance, where=str(path))
-    return Manifest(table=table, provenance=provenance)
+    check_types(table.schema, where=str(path))
+    return Manifest(table=cast_columns(table, where=str(path)), provenance=provenance)
 
 
 def _check_version(provenance: Mapping[str, Any], *, where: str) -> None:
@@ -137,10 +152,11 @@ def read_dropped(path: Path, manifest: Manifest) -> pa.Table | None:
     beside = dropped_path(path)
     if not beside.exists():
         return None
-    table, _ = read_parquet(beside, error=ManifestError)
+    table, _ = read_parquet(beside, error=ManifestError, shape=PROVENANCE)
     if rows_of(beside).get("dropped_from") != manifest.digest():
         raise ManifestError(f"{beside} holds the rows dropped from another manifest: run mmaudit split again")
-    return table
+    check_types(table.schema, where=str(beside), columns=DROPPED_COLUMNS)
+    return cast_columns(table, where=str(beside))
 
 
 def dropped_path(path: Path) -> Path:
@@ -150,47 +166,62 @@ def dropped_path(path: Path) -> Path:
 
 def provenance_of(path: Path) -> dict[str, Any]:
     """Read what a manifest was made from, without its rows."""
-    return parse_provenance(read_schema(path).metadata or {}, error=ManifestError, where=str(path))
+    metadata = schema_of(path).metadata or {}
+    return parse_provenance(metadata, error=ManifestError, where=str(path), shape=PROVENANCE)
+
+
+def schema_of(path: Path) -> pa.Schema:
+    """Read the columns of a manifest, or of its dropped rows."""
+    return read_schema(path, error=ManifestError)
+
+
+def num_rows_of(path: Path) -> int:
+    """Read how many rows a manifest, or its dropped rows, has."""
+    return int(read_footer(path, error=ManifestError).num_rows)
 
 
 def rows_of(path: Path) -> dict[str, Any]:
     """Read what a file states of itself: rows, digest, metadata; dropped rows also dropped_from. {} if nothing."""
-    read_schema(path)
-    text = (pq.read_metadata(path).metadata or {}).get(ROWS_KEY.encode(), b"{}")
-    return parse_provenance({KEY: text}, error=ManifestError, where=str(path))
+    metadata = read_footer(path, error=ManifestError).metadata or {}
+    return parse_provenance(metadata, error=ManifestError, where=str(path), key=ROWS_KEY.encode(), shape=ROWS)
 
 
 def batches_of(path: Path, *, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Read a manifest, or its dropped rows, a batch at a time; ManifestError where that cannot be done."""
-    read_schema(path)
-    try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            for batch in file.iter_batches(GROUP_ROWS, columns=columns):
-                batch.validate(full=True)  # what is no UTF-8 would else fail wherever it is made a str
-                yield pa.Table.from_batches([batch])
-    except (pa.ArrowException, OSError) as cause:
-        raise ManifestError(f"{path} is damaged: {str(cause).splitlines()[0]}") from cause
+    yield from read_batches(path, error=ManifestError, rows=GROUP_ROWS, columns=columns)
 
 
-def check_columns(schema: pa.Schema, *, where: str) -> None:
+def check_columns(schema: pa.Schema, *, where: str, columns: Mapping[str, pa.DataType] = COLUMNS) -> None:
     """Raise ManifestError for a table that lacks any column of a manifest."""
-    missing = [name for name in COLUMNS if name not in schema.names]
+    missing = [name for name in columns if name not in schema.names]
     if missing:
         raise ManifestError(
             f"{where} is not a manifest: it lacks {', '.join(missing)}; make one with: mmaudit split --balanced"
         )
 
 
-def read_schema(path: Path) -> pa.Schema:
-    """Read the columns and metadata of a Parquet file; ManifestError where it is none."""
-    if not path.is_file():
-        raise ManifestError(f"no such file: {path}")
+def check_types(schema: pa.Schema, *, where: str, columns: Mapping[str, pa.DataType] = COLUMNS) -> None:
+    """Raise ManifestError for a table that lacks columns, or has others than texts and numbers under their names."""
+    check_columns(schema, where=where, columns=columns)
+    for name, right in columns.items():
+        type_ = schema.field(name).type
+        value_type = type_.value_type if pa.types.is_dictionary(type_) else type_
+        texts = pa.types.is_string(value_type) or pa.types.is_large_string(value_type)
+        numbers = pa.types.is_integer(value_type) or pa.types.is_floating(value_type)
+        if not (texts if right == pa.string() else numbers) and not pa.types.is_null(type_):
+            raise ManifestError(f"{where} is not a manifest: its {name} is {type_}, not {right}")
+
+
+def cast_columns(table: pa.Table, *, where: str) -> pa.Table:
+    """Return the columns of a manifest in the types that it is written with, whatever rewrote the file since."""
+    types = {**COLUMNS, **DROPPED_COLUMNS}
     try:
-        schema = pq.read_schema(path)
-        _ = schema.names  # one that is no UTF-8 fails only when it is asked for
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as cause:
-        raise ManifestError(f"{path} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
-    return schema
+        for place, field in enumerate(table.schema):
+            if field.type != types.get(field.name, field.type):
+                table = table.set_column(place, field.name, table.column(place).cast(types[field.name]))
+    except pa.ArrowException as cause:
+        raise ManifestError(f"{where}: column {field.name} cannot be read: {str(cause).splitlines()[0]}") from cause
+    return table
 
 
 class RowDigest:
@@ -231,7 +262,7 @@ def digests_of(path: Path) -> Digests:
     rows = RowDigest()
     for group in regrouped(batches_of(path)):
         rows.add(group)
-    return Digests(rows=rows.hexdigest(), metadata=metadata_digest(read_schema(path).metadata or {}))
+    return Digests(rows=rows.hexdigest(), metadata=metadata_digest(schema_of(path).metadata or {}))
 
 
 def metadata_digest(metadata: Mapping[bytes, bytes]) -> str:

@@ -6,13 +6,14 @@ import glob
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..audit.errors import ScoreError
+from ..audit.parquet import read_batches, read_schema
 
 BATCH_ROWS = 131_072
 
@@ -38,12 +39,7 @@ def files_of(source: str | Path | Sequence[str | Path]) -> list[Part]:
 
 def schema_of(part: Part) -> pa.Schema:
     """Read the schema of a part; ScoreError where it is no Parquet."""
-    if isinstance(part, pa.Table):
-        return part.schema
-    try:
-        return pq.read_schema(part)
-    except (pa.ArrowInvalid, OSError) as cause:
-        raise ScoreError(f"{part} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
+    return part.schema if isinstance(part, pa.Table) else read_schema(part, error=ScoreError)
 
 
 def name_of(part: Part) -> str:
@@ -52,14 +48,11 @@ def name_of(part: Part) -> str:
 
 
 def check_schema(schema: pa.Schema, part: Part) -> None:
-    """Raise ScoreError for columns that stand twice, and for names or ids that are nested."""
+    """Raise ScoreError for columns that stand twice."""
     where = name_of(part)
     for name in schema.names:
         if len(places := schema.get_all_field_indices(name)) > 1:
             raise ScoreError(f"{where} has {len(places)} columns {name}: name each once")
-        type_ = schema.field(name).type
-        if name in ("sample_id", "label", "label_name", "split") and pa.types.is_nested(type_):
-            raise ScoreError(f"{where}: column {name} holds {type_}; it takes one text or number a row")
 
 
 def batches_of_part(part: Part, columns: Iterable[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.Table]:
@@ -69,13 +62,9 @@ def batches_of_part(part: Part, columns: Iterable[str], *, dictionary: Sequence[
         for first in range(0, len(part), BATCH_ROWS):
             yield part.select(names).slice(first, BATCH_ROWS)
         return
-    try:
-        coded = [name for name in dictionary if name in names]
-        with pq.ParquetFile(part, pre_buffer=False, read_dictionary=coded) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=names):
-                yield pa.Table.from_batches([batch]).select(names)
-    except (pa.ArrowInvalid, OSError) as cause:
-        raise ScoreError(f"{part} cannot be read as Parquet: {str(cause).splitlines()[0]}") from cause
+    coded = [name for name in dictionary if name in names]
+    for table in read_batches(part, error=ScoreError, rows=BATCH_ROWS, columns=names, dictionary=coded):
+        yield table.select(names)
 
 
 def in_order(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -84,10 +73,10 @@ def in_order(parts: Sequence[Part]) -> tuple[Part, ...]:
     for place, part in enumerate(parts):
         if isinstance(part, pa.Table):
             return tuple(parts)
-        with pq.ParquetFile(part, pre_buffer=False) as file:
-            batch = next(file.iter_batches(1, columns=["sample_id"]), None)
+        with closing(read_batches(part, error=ScoreError, rows=1, columns=["sample_id"])) as batches:
+            batch = next(batches, None)
         if batch is not None and len(batch):
-            first[place] = str(batch.column(0)[0].as_py())
+            first[place] = str(batch["sample_id"][0].as_py())
     return tuple(parts[place] for place in sorted(first, key=lambda place: (first[place], str(parts[place]))))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..audit.errors import ConfigError, GateError, ManifestError
+from ..audit.settings import build
 from ..audit.storage import write_json
 from .balanced import Balanced, BalancedConfig, plan_balanced
 from .choice import Choice, Rule, choose
@@ -125,16 +126,16 @@ def recipe_of(record: dict[str, Any], *, folder: Path) -> Recipe:
     if "seed" not in record or "scores" not in record:
         raise ManifestError("the manifest does not say how it was made: it was not written by this mmaudit split")
     values = {each.name: record[each.name] for each in fields(Recipe) if each.name in record}
-    if values.get("balanced") is not None:
-        try:
-            values["balanced"] = BalancedConfig(**values["balanced"])
-        except TypeError as error:
-            raise ManifestError(f"the manifest was made by another version of mmaudit split: {error}") from error
-    for name in ("intersect", "exclude"):
-        values[name] = tuple(str(folder / each) for each in values.get(name, ()))
-    if values.get("like") is not None:
-        values["like"] = str(folder / values["like"])
-    return Recipe(**values)
+    try:
+        recipe = build(Recipe, {name: value for name, value in values.items() if value is not None}, where="rule.")
+    except ConfigError as error:
+        raise ManifestError(f"the manifest does not say how it can be made again: {error}") from error
+    return replace(
+        recipe,
+        intersect=tuple(str(folder / name) for name in recipe.intersect),
+        exclude=tuple(str(folder / name) for name in recipe.exclude),
+        like=None if recipe.like is None else str(folder / recipe.like),
+    )
 
 
 def _rule(shards: ScoreShards, recipe: Recipe, *, name: str) -> Rule:

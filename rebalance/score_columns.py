@@ -37,7 +37,7 @@ def labels_of(table: pa.Table) -> Any:
     if pa.types.is_floating(label.type):
         try:
             return label.cast(pa.int64())
-        except pa.ArrowInvalid as cause:
+        except pa.ArrowException as cause:
             raise ScoreError(f"column label does not hold classes: {str(cause).splitlines()[0]}") from cause
     return label
 
@@ -69,9 +69,9 @@ def places_of(column: pa.ChunkedArray, among: pa.Array, dtype: type[np.signedint
     return np.asarray(found.to_numpy().astype(dtype))
 
 
-def splits_of(table: pa.Table, splits: Sequence[str]) -> NDArray[np.int16]:
-    """Give the place among `splits` of each row's, (n,); a row of none is in NO_SPLIT."""
-    if "split" not in table.column_names:
+def splits_of(table: pa.Table, splits: Sequence[str] | None) -> NDArray[np.int16]:
+    """Return the place among `splits` of each row's, (n,); a row of none is in NO_SPLIT. None: they are made anew."""
+    if splits is None or "split" not in table.column_names:
         return np.zeros(len(table), dtype=np.int16)
     coded = coded_of(table["split"])
     among = {name: place for place, name in enumerate(splits)}
@@ -84,7 +84,7 @@ def floats_of(table: pa.Table, name: str) -> Floats:
     """Give a column of numbers (n,), null as NaN; ScoreError where it holds none."""
     try:
         column = table[name].cast(pa.float32(), safe=False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as cause:
+    except pa.ArrowException as cause:
         raise ScoreError(f"column {name} does not hold numbers: {str(cause).splitlines()[0]}") from cause
     return np.asarray(column.to_numpy(), dtype=np.float32)
 

@@ -21,6 +21,7 @@ from ..audit.hashing import hash_ids
 from ..audit.measures import Floats, gap
 from ..audit.parquet import parse_provenance
 from ..audit.score import ScoreTable, discrepancy_between, score_modalities
+from ..audit.score_schema import PROVENANCE, check_score_schema
 from .parts import Part, batches_of_part, check_schema, files_of, in_order, name_of, prefetched, schema_of
 from .score_columns import LEAST, check_no_nulls, floats_of, label_column, labels_of, places_of, plain, splits_of
 from .survey import survey_of
@@ -128,7 +129,7 @@ class ScoreShards:
                     table=table,
                     key=key,
                     label=places_of(labels_of(table), self.classes, np.int32),
-                    split=splits_of(table, self.splits),
+                    split=splits_of(table, self.splits if self.assign is None else None),
                     confidence=np.stack([floats_of(table, f"confidence_{name}") for name in self.modalities], axis=1),
                     barred=self._barred(key),
                     modalities=self.modalities,
@@ -177,8 +178,12 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
         provenance: dict[str, Any] = {**source.provenance}
         paths = () if source.paths is None else tuple(source.paths.column_names)
     else:
-        provenance = parse_provenance(schemas[0].metadata or {}, error=ScoreError, where=str(parts[0]))
+        provenance = parse_provenance(
+            schemas[0].metadata or {}, error=ScoreError, where=str(parts[0]), shape=PROVENANCE
+        )
         paths = tuple(name for name in provenance.pop("paths", []) if name in columns)
+    for part, schema in zip(parts, schemas, strict=True):
+        check_score_schema(schema, where=name_of(part), paths=paths)
     found = survey_of(parts, columns)
     if found.num_rows == 0:
         raise ScoreError("the score table holds no rows")
@@ -205,7 +210,7 @@ def keys_of(ids: pa.ChunkedArray, *, seed: int) -> NDArray[np.uint64]:
     """Give hash(seed, id) of each row, (n,): the chance by which rows are chosen."""
     try:
         return hash_ids(plain(ids.combine_chunks()), seed=seed, purpose="split")
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as cause:
+    except pa.ArrowException as cause:
         raise ScoreError(f"column sample_id does not hold text: {str(cause).splitlines()[0]}") from cause
 
 

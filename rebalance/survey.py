@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..audit.errors import ScoreError
+from ..audit.parquet import read_footer
 from .parts import Part, batches_of_part
 from .score_columns import LEAST, NO_SPLIT, check_no_nulls, coded_of, label_column, labels_of, name_column
 
@@ -41,6 +41,7 @@ def survey_of(parts: Sequence[Part], columns: Sequence[str]) -> Survey:
         called.setdefault(label, set()).add(name)
     splits = {each for _, found, _ in looked for each in found}
     numbers = {name for name in LEAST if name in columns}
+    _check_names(called)
     classes = _sorted(called)
     return Survey(
         num_rows=sum(number for _, _, number in looked),
@@ -65,6 +66,18 @@ def _look(part: Part, *, names: Sequence[str]) -> tuple[set[tuple[Any, str]], se
             splits |= set(pc.unique(table["split"]).to_pylist())
         pairs |= set(_pairs(table))
     return pairs, splits, number
+
+
+def _check_names(called: Mapping[Any, set[str]]) -> None:
+    """Raise ScoreError for a class of two names: no manifest of it would hold what `verify` expects."""
+    twice = [(label, names) for label, names in called.items() if len(names) > 1]
+    if twice:
+        label, names = twice[0]
+        shown = ", ".join(repr(name) if name else "none" for name in sorted(names)[:3])
+        raise ScoreError(
+            f"{len(twice):,} labels have more than one label_name (the first: {label} is {shown}): "
+            "give each class one name, or leave label_name out"
+        )
 
 
 def _sorted(labels: Iterable[Any]) -> list[Any]:
@@ -93,7 +106,7 @@ def _not_empty(part: Part, names: set[str]) -> set[str]:
     """Tell which of these columns hold anything; by the statistics of a file, and if it has none by what they hold."""
     if isinstance(part, pa.Table):
         return {name for name in names if part[name].null_count < len(part)}
-    about = pq.read_metadata(part)
+    about = read_footer(part, error=ScoreError)
     found: set[str] = set()
     unknown: set[str] = set()
     for group in range(about.num_row_groups):

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..audit.contents import Content, contents_of
@@ -20,7 +19,16 @@ from ..audit.errors import ManifestError
 from ..audit.source.dataset import Dataset
 from ..audit.storage import read_json
 from .checks import Check, CheckedFile, named, section
-from .manifest import COLUMNS, DROPPED_COLUMNS, Digests, batches_of, check_columns, dropped_path, provenance_of
+from .manifest import (
+    COLUMNS,
+    DROPPED_COLUMNS,
+    Digests,
+    batches_of,
+    check_columns,
+    dropped_path,
+    provenance_of,
+    schema_of,
+)
 from .recipe import balance_path
 from .shards import keys_of
 from .spill import Spill
@@ -79,7 +87,7 @@ def verify(
 def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verified:
     """Check a manifest and its dropped rows as `verify` does, without the data that they were made from."""
     provenance = provenance_of(manifest)
-    check_columns(pq.read_schema(manifest), where=str(manifest))
+    check_columns(schema_of(manifest), where=str(manifest))
     beside = dropped_path(manifest)
     files = [CheckedFile(manifest, COLUMNS, provenance)]
     if beside.exists():
@@ -236,7 +244,7 @@ def _say_changed(manifest: Path, changed: dict[str, str | None], *, lost: Iterab
 
 def _files_of(manifest: Path, name: str) -> list[str]:
     """Give the files that the manifest names for a sample."""
-    columns = [column for column in pq.read_schema(manifest).names if column not in COLUMNS]
+    columns = [column for column in schema_of(manifest).names if column not in COLUMNS]
     for table in batches_of(manifest, columns=["sample_id", *columns]) if columns else ():
         for row in table.filter(pc.equal(table["sample_id"], name)).to_pylist():
             return [str(row[column]) for column in columns if row[column] is not None]

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ConfigError, GateError, ManifestError, ScoreError
-from mmaudit.audit.files import write_json
 from mmaudit.audit.score import ScoreTable, read_scores, write_scores
+from mmaudit.audit.storage import write_json
 from mmaudit.cli.manifests import replay
 from mmaudit.rebalance.balanced import BalancedConfig
 from mmaudit.rebalance.manifest import dropped_path, provenance_of, read_dropped, read_manifest

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..errors import DatasetError
+from ..parquet import read_batches, read_footer, read_row_group, read_schema
 from .modality import holds_bytes
 from .split_names import SPLIT, with_split
 
@@ -45,8 +46,7 @@ class ParquetShard:
 
     def _read(self, columns: list[str]) -> pa.Table:
         if self.part_rows is None:
-            with pq.ParquetFile(self.path) as file:
-                return file.read_row_group(self.row_group, columns=columns)
+            return read_row_group(self.path, self.row_group, columns=columns, error=DatasetError)
         about = Path(self.path).stat()  # a file that was written anew is another
         key = (self.path, about.st_mtime_ns, about.st_size, self.row_group, tuple(columns), self.part_rows)
         stream = _stream(*key)
@@ -69,37 +69,36 @@ def row_group_shards(
     shards: list[ParquetShard] = []
     first = 0
     for path, split in zip(paths, splits or [None] * len(paths), strict=True):
-        with pq.ParquetFile(path) as file:
-            most = media_rows if any(map(holds_bytes, file.schema_arrow.types)) else _VECTOR_ROWS
-            for group in range(file.num_row_groups):
-                about = file.metadata.row_group(group)
-                size = _part_rows(about.num_rows, about.total_byte_size, most=most)
-                for start in range(0, about.num_rows, size):  # none where Spark wrote a file without rows
-                    rows = min(size, about.num_rows - start)
-                    shard = ParquetShard(
-                        index=len(shards),
-                        first=first + start,
-                        num_rows=rows,
-                        path=str(path),
-                        row_group=group,
-                        start=start,
-                        part_rows=None if rows == about.num_rows else size,
-                        split=split,
-                    )
-                    shards.append(shard)
-                first += about.num_rows
+        footer, schema = read_footer(path, error=DatasetError), read_schema(path, error=DatasetError)
+        most = media_rows if any(map(holds_bytes, schema.types)) else _VECTOR_ROWS
+        for group in range(footer.num_row_groups):
+            about = footer.row_group(group)
+            size = _part_rows(about.num_rows, about.total_byte_size, most=most)
+            for start in range(0, about.num_rows, size):  # none where Spark wrote a file without rows
+                rows = min(size, about.num_rows - start)
+                shard = ParquetShard(
+                    index=len(shards),
+                    first=first + start,
+                    num_rows=rows,
+                    path=str(path),
+                    row_group=group,
+                    start=start,
+                    part_rows=None if rows == about.num_rows else size,
+                    split=split,
+                )
+                shards.append(shard)
+            first += about.num_rows
     return shards
 
 
 def parquet_head(path: Path) -> pa.Table:
     """Read the first rows of a Parquet file: none of an empty one, but always its columns."""
-    try:
-        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-            rows = _HEAD_MEDIA if any(map(holds_bytes, file.schema_arrow.types)) else _HEAD_ROWS
-            first = next(file.iter_batches(batch_size=rows), None)
-            return pa.Table.from_batches([first] if first is not None else [], schema=file.schema_arrow)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DatasetError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    schema = read_schema(path, error=DatasetError)
+    rows = _HEAD_MEDIA if any(map(holds_bytes, schema.types)) else _HEAD_ROWS
+    batches = read_batches(path, error=DatasetError, rows=rows, buffer_bytes=_BUFFER_BYTES)
+    with closing(batches):
+        first = next(batches, None)
+    return schema.empty_table() if first is None else first.replace_schema_metadata(schema.metadata)
 
 
 def _part_rows(num_rows: int, num_bytes: int, *, most: int) -> int:
@@ -115,13 +114,18 @@ class _Stream:
     """
 
     def __init__(self, path: str, row_group: int, columns: Sequence[str], batch_rows: int) -> None:
-        file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-        self.num_rows: int = file.metadata.row_group(row_group).num_rows
+        footer = read_footer(path, error=DatasetError)
+        self.num_rows: int = footer.row_group(row_group).num_rows
         self.position = 0
         self._path = path
-        self._rest: pa.RecordBatch | None = None
-        self._batches: Iterator[pa.RecordBatch] = file.iter_batches(
-            batch_size=batch_rows, row_groups=[row_group], columns=list(columns)
+        self._rest: pa.Table | None = None
+        self._batches = read_batches(
+            path,
+            error=DatasetError,
+            rows=batch_rows,
+            columns=columns,
+            row_groups=[row_group],
+            buffer_bytes=_BUFFER_BYTES,
         )
 
     def read(self, start: int, num_rows: int) -> pa.Table:
@@ -137,7 +141,7 @@ class _Stream:
             self._rest = left if left.num_rows else None
             if part.num_rows:
                 parts.append(part)
-        return pa.Table.from_batches(parts)
+        return pa.concat_tables(parts)
 
 
 @lru_cache(maxsize=1)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
 
 from ..errors import DatasetError
+from ..parquet import read_table
+from .csv_rows import read_csv_rows
+from .json_lines import read_json_lines
 from .modality import holds_bytes
 from .row_groups import parquet_head, row_group_shards
 from .split_names import SPLIT, split_of_file, with_split
@@ -29,8 +29,6 @@ OTHER_FORMS = (
     "or a name on the Hugging Face hub"
 )
 HEAD_ROWS = 64  # rows from which kinds are inferred
-_CSV_QUOTING = pyarrow.csv.ParseOptions(newlines_in_values=True)
-_BLOCK = 1 << 26  # bytes; a row must fit into a block
 
 
 class Shard(Protocol):
@@ -151,15 +149,12 @@ def read_tables(paths: Sequence[Path], *, splits: Sequence[str | None] | None = 
 
 
 def read_rows(path: Path) -> pa.Table:
-    """Read a file of rows as a whole. Everything in a csv stays a string, so that the id 007 does not become 7."""
-    try:
-        if path.suffix == ".csv":
-            return _read_csv(path)
-        if path.suffix == ".jsonl":
-            return _read_jsonl(path)
-        return pq.read_table(path)
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    """Read a file of rows as a whole; DatasetError names the file, and where it has some the line, with the reason."""
+    if path.suffix == ".csv":
+        return read_csv_rows(path)
+    if path.suffix == ".jsonl":
+        return read_json_lines(path)
+    return read_table(path, error=DatasetError)
 
 
 def concat_rows(parts: Sequence[pa.Table], *, whence: str) -> pa.Table:
@@ -207,25 +202,3 @@ def _metadata_of(folder: Path) -> Path:
     if len(found) > 1:
         raise DatasetError(f"{folder} holds both {found[0].name} and {found[1].name}: name the file you mean")
     return found[0]
-
-
-def _read_csv(path: Path) -> pa.Table:
-    # A reader that stops after the first block gives the header; types are then fixed before anything is parsed.
-    reading = pyarrow.csv.ReadOptions(block_size=_BLOCK)
-    with pyarrow.csv.open_csv(path, read_options=reading, parse_options=_CSV_QUOTING) as reader:
-        names = list(reader.schema.names)
-    options = pyarrow.csv.ConvertOptions(
-        column_types={name: pa.string() for name in names}, strings_can_be_null=True, null_values=[""]
-    )
-    return pyarrow.csv.read_csv(path, read_options=reading, convert_options=options, parse_options=_CSV_QUOTING)
-
-
-def _read_jsonl(path: Path) -> pa.Table:
-    reading = pyarrow.json.ReadOptions(block_size=_BLOCK)
-    rows = pyarrow.json.read_json(path, read_options=reading)
-    dates = [pa.field(field.name, pa.string()) for field in rows.schema if pa.types.is_temporal(field.type)]
-    if not dates:
-        return rows
-    # JSON has no dates: Arrow takes strings like 2020-01-01 for some, and the id would no longer be what was written.
-    as_written = pyarrow.json.ParseOptions(explicit_schema=pa.schema(dates))
-    return pyarrow.json.read_json(path, read_options=reading, parse_options=as_written).select(rows.column_names)

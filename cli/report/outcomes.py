@@ -9,11 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ...audit.errors import RunError
 from ...audit.storage import read_json
-from ...rebalance.manifest import batches_of, digests_of, dropped_path, provenance_of, rows_of
+from ...rebalance.manifest import batches_of, digests_of, dropped_path, num_rows_of, provenance_of, rows_of
 from ...rebalance.recipe import balance_path
 from ...rebalance.score_columns import NO_SPLIT
 from ..run import Run, read_metrics
@@ -92,7 +91,7 @@ def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:
 def _digest(path: Path) -> str:
     """Give Manifest.digest() of a file: as it is written there, unless it was written by something else."""
     told = rows_of(path)
-    if told.get("rows") == pq.read_metadata(path).num_rows:
+    if told.get("rows") == num_rows_of(path):
         return str(told["digest"])
     return digests_of(path).rows
 

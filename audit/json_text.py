@@ -1,0 +1,97 @@
+"""JSON read within limits of size and depth, and checked against the shape that it should have."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn, TypeAlias
+
+MAX_DEPTH = 64  # of nested lists and objects: `json` itself gives up at some 1,000, Arrow crashes at 3,000
+MAX_BYTES = 1 << 26  # of one document: the largest of ours, the numbers of 5,000 classes, has 2 MiB
+_SHOWN = 60  # characters of a wrong value that a message repeats
+_WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
+
+# What JSON should look like. A type, several of them (NoneType: null), or `Any`; a mapping of the keys that are known,
+# none of which has to be there, with the shape of each; a list of one shape, which is that of every entry.
+Shape: TypeAlias = "type | tuple[type, ...] | Mapping[str, Shape] | list[Shape]"
+ANY: tuple[type, ...] = (object,)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse a JSON document of finite numbers below 2^63 and at most 64 levels; ValueError with the reason."""
+    content = parse_data_json(text)
+    for value in _leaves(content):
+        if isinstance(value, str):
+            value.encode()  # half of a pair of surrogates is no character
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{value} is no number in JSON")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("it holds an integer of more than 64 bits")
+    return content
+
+
+def parse_data_json(text: str | bytes) -> Any:
+    """Parse JSON as anybody writes it, of at most 64 levels and 64 MiB; ValueError with the reason."""
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"it has {len(text):,} bytes; at most {MAX_BYTES:,} are read")
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(_too_deep()) from None
+    for _ in _leaves(content):
+        pass
+    return content
+
+
+def check_shape(content: Any, shape: Shape, *, key: str = "") -> None:
+    """Raise ValueError, naming the key, where parsed JSON is of another shape."""
+    if isinstance(shape, Mapping):
+        if not isinstance(content, dict):
+            _raise_wrong(key, content, "an object")
+        for name in shape.keys() & content.keys():
+            check_shape(content[name], shape[name], key=f"{key}.{name}" if key else name)
+    elif isinstance(shape, list):
+        if not isinstance(content, list):
+            _raise_wrong(key, content, "a list")
+        for number, entry in enumerate(content):
+            check_shape(entry, shape[0], key=f"{key}[{number}]")
+    else:
+        _check_type(content, shape if isinstance(shape, tuple) else (shape,), key=key)
+
+
+def _check_type(value: Any, types: tuple[type, ...], *, key: str) -> None:
+    allowed = (*types, int) if float in types else types
+    wrong_bool = isinstance(value, bool) and bool not in types and object not in types
+    if wrong_bool or not isinstance(value, allowed):
+        _raise_wrong(key, value, " or ".join(_WORDS.get(type_, "null") for type_ in types))
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{key or 'the document'} holds a NUL character")
+
+
+def _raise_wrong(key: str, value: Any, expected: str) -> NoReturn:
+    shown = json.dumps(value)[:_SHOWN]
+    raise ValueError(f"{key or 'the document'} is {shown}; it must be {expected}")
+
+
+def _leaves(content: Any) -> Iterator[Any]:
+    """Yield keys and values that are neither lists nor objects, without recursion; ValueError where they lie deep."""
+    level = [content]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                yield from value
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            else:
+                yield value
+        if not inner:
+            return
+        level = inner
+    raise ValueError(_too_deep())
+
+
+def _too_deep() -> str:
+    return f"it is nested more than {MAX_DEPTH} levels deep"
