@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,13 @@ from .measures import Floats
 from .panel import Member, Panel
 from .probing.target import Target
 from .readings import Reading, fuse_readings
+from .threads import parallel_map
 from .workers import Progress
+
+# The rows lie scattered over the files of the cache: many are read at once, each of them once.
+_BYTES_AT_ONCE = 256 << 20
+_LOGITS_AT_ONCE = 1 << 20  # of a round or epoch, for the rows of one piece
+_LEAST_ROWS, _MOST_ROWS = 256, 8_192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +54,22 @@ class Answers:
 def ask(panel: Panel, *, seed: int, progress: Progress) -> Answers:
     """Ask about all n samples: the probabilities of all classes are never held for all of them."""
     n = len(panel.target)
-    widest = max((member.inputs for member in panel.members), key=lambda inputs: inputs.num_features)
     parts = []
-    for rows in chunks(widest, np.arange(n)):
-        parts.append(_ask_about(panel, rows, seed=seed))
-        progress("score", int(rows[-1]) + 1, n)
+    for rows in chunks(panel.side_by_side, np.arange(n), most_bytes=_BYTES_AT_ONCE):
+        pieces = _pieces(panel, rows)
+        answers = parallel_map(partial(_ask_about, panel.in_memory(rows), seed=seed), pieces)
+        for piece, part in zip(pieces, answers, strict=True):
+            parts.append(part)
+            progress("score", int(piece[-1]) + 1, n)
     return Answers(
         **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Answers)}
     )
+
+
+def _pieces(panel: Panel, rows: Rows) -> list[Rows]:
+    """Cut consecutive rows into pieces, by nothing but the numbers of features and outputs."""
+    size = min(_MOST_ROWS, max(_LEAST_ROWS, _LOGITS_AT_ONCE // panel.target.num_outputs))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _ask_about(panel: Panel, rows: Rows, *, seed: int) -> Answers:

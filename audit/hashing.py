@@ -22,6 +22,18 @@ def hash_rank(keys: Iterable[str], *, seed: int, purpose: str) -> NDArray[np.uin
     return np.frombuffer(bytes(digests), dtype="<u8").astype(np.uint64)
 
 
+def canonical_order(ids: NDArray[np.object_]) -> NDArray[np.intp]:
+    """Return the order (n,) of unique ids by a hash of each: the same order of samples however the rows are shuffled.
+
+    By the hash, not by the ids, so that every k-th row is a fair sample where ids follow a pattern.
+    """
+    key = hash_rank(ids, seed=0, purpose="row order")
+    order = np.argsort(key, kind="stable")
+    if (np.diff(key[order]) == 0).any():  # two hashes of 64 bits are equal in one set of 10^7 ids out of 370,000
+        order = np.array(sorted(range(len(ids)), key=lambda row: (key[row], ids[row])), dtype=np.intp)
+    return order
+
+
 def hash_ids(ids: pa.Array, *, seed: int, purpose: str) -> NDArray[np.uint64]:
     """Hash strings (n,) to 64 bits, uniformly, eight bytes of all of them at a time: 10^7 ids take a second.
 

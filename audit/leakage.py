@@ -22,6 +22,7 @@ from .hashing import hash_rank
 from .neighbours import LEAST_FEATURES, Links, near_links
 from .source.modality import kind_of_path
 from .source.samples import Samples
+from .threads import fixed_threads
 from .workers import Progress, silent
 
 GROUP_NAMES = (
@@ -135,6 +136,7 @@ class _Pair:
     sample_id: NDArray[np.object_]
 
 
+@fixed_threads()
 def find_leakage(
     samples: Samples,
     materials: Sequence[Material],

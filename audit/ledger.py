@@ -13,11 +13,12 @@ from .encoding.matrix import FeatureMatrix, Inputs, MatrixInputs, Rows
 from .hashing import hash_rank
 from .intervals import Groups, group_codes, mean, share
 from .measures import Floats, cross_entropy
-from .panel import Calibration, Fit, Member, Panel
+from .panel import Calibration, Fit, Member, Panel, fit_together
 from .probing.crossing import Crossing, first_rows
 from .probing.network_probe import NetworkProbe
 from .probing.target import Target
 from .readings import read_logits
+from .threads import parallel_map
 
 CONTROL_ROWS = 10_000  # by hash of the id: an accuracy on them has an interval of 0.01
 METRICS = {"classification": "accuracy", "multilabel": "label accuracy", "regression": "R^2"}
@@ -110,6 +111,12 @@ def keep_books(
     if panel.joint is not None:
         joint = to_metric(answers.joint_right, target)
         together.append(_stand("joint", joint, answers.joint_confidence, groups, panel.joint.calibration))
+
+    def control(member: Member) -> Control:
+        return _control(member, target, crossing, fit=fit, sample_id=sample_id, seed=seed)
+
+    controlled = panel.members if controls else ()
+    side_by_side = fit_together([member.inputs for member in controlled])
     best = max(range(len(alone)), key=lambda index: alone[index].value)
     return Ledger(
         metric=METRICS[target.task],
@@ -117,11 +124,7 @@ def keep_books(
         standings=(*alone, *together),
         over_best=_gain(alone[best].name, fused, right[:, best], groups),
         gains=tuple(_gain(member.name, fused, without[:, index], groups) for index, member in enumerate(panel.members)),
-        controls=tuple(
-            _control(member, target, crossing, fit=fit, sample_id=sample_id, seed=seed)
-            for member in panel.members
-            if controls
-        ),
+        controls=tuple(parallel_map(control, controlled) if side_by_side else map(control, controlled)),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .encoding.matrix import Inputs, Rows, chunks
+from .threads import parallel_map
 
 LEAST_FEATURES = 8  # vectors of fewer numbers come close, or equal, by chance
 PROJECTED = 64  # features that wider vectors are projected to: distances keep to 9% (Johnson and Lindenstrauss, 1984)
@@ -60,11 +61,8 @@ class _Projection:
 
     def read(self, inputs: Inputs, rows: Rows) -> Matrix:
         """Read and project these rows, in this order."""
-        out = np.empty((len(rows), self.weights.shape[1]), np.float32)
-        order = np.argsort(rows, kind="stable")  # shards are read one after another
-        for places in chunks(inputs, order):
-            out[places] = (inputs.read(rows[places]).astype(np.float32) - self.mean) @ self.weights
-        return out
+        parts = [(inputs.read(some).astype(np.float32) - self.mean) @ self.weights for some in chunks(inputs, rows)]
+        return np.concatenate([np.zeros((0, self.weights.shape[1]), np.float32), *parts])
 
 
 def _projections(inputs: Inputs, rows: Rows, *, seed: int) -> list[_Projection]:
@@ -72,7 +70,7 @@ def _projections(inputs: Inputs, rows: Rows, *, seed: int) -> list[_Projection]:
 
     None where fewer than LEAST_FEATURES vary.
     """
-    seen = inputs.read(np.sort(rows)).astype(np.float64)
+    seen = inputs.read(rows).astype(np.float64)
     mean, spread = seen.mean(axis=0), seen.std(axis=0)
     varies = spread > 1e-6 * np.abs(seen).max(axis=0)
     if varies.sum() < LEAST_FEATURES:
@@ -118,10 +116,10 @@ def _nearest(queries: Matrix, rows: Matrix, *, k: int) -> tuple[Matrix, Rows]:
     """
     import torch
 
-    distance, place = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.intp)
     cloud = torch.from_numpy(rows)
     norm = cloud.square().sum(1)
-    for start in range(0, len(queries), QUERY_BLOCK):
+
+    def search(start: int) -> tuple[torch.Tensor, torch.Tensor]:
         query = torch.from_numpy(queries[start : start + QUERY_BLOCK])
         score, best = torch.empty((len(query), 0)), torch.empty((len(query), 0), dtype=torch.int64)
         for first in range(0, len(cloud), ROW_BLOCK):
@@ -131,6 +129,8 @@ def _nearest(queries: Matrix, rows: Matrix, *, k: int) -> tuple[Matrix, Rows]:
             score, kept = score.topk(min(k, score.shape[1]))
             best = best.gather(1, kept)
         exact, order = (query[:, None] - cloud[best]).square().sum(2).sqrt().sort(stable=True)
-        distance[start : start + len(query)] = exact
-        place[start : start + len(query)] = best.gather(1, order)
-    return distance, place
+        return exact, best.gather(1, order)
+
+    blocks = list(parallel_map(search, range(0, len(queries), QUERY_BLOCK)))
+    distance, place = (torch.cat(each).numpy() for each in zip(*blocks, strict=True))
+    return distance, place.astype(np.intp)

@@ -8,15 +8,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .encoding.matrix import Inputs, JointInputs, Rows
+from .encoding.encoders import is_network
+from .encoding.matrix import FeatureMatrix, Inputs, JointInputs, Rows, WindowInputs
 from .measures import Floats
 from .probing.calibration import expected_calibration_error, fit_temperature
 from .probing.crossing import Crossing, first_rows
+from .probing.linear import LinearProbe
+from .probing.mlp import MlpProbe
 from .probing.probe import Probe
 from .probing.target import Target
 from .readings import Reading, read_logits
 
 CALIBRATION_ROWS = 20_000  # by hash of the id; one number a probe is not worth more
+_BYTES_TOGETHER = 128 << 20  # features of all probes that are fitted at the same time
 
 Fit = Callable[[Inputs, Target, Sequence[Crossing]], Probe]
 
@@ -55,6 +59,20 @@ class Member:
         """The mean of its scales, to be compared among modalities."""
         return float(self.scale.mean())
 
+    def in_memory(self, rows: Rows) -> Member:
+        """Return the same member with the features of these consecutive rows in memory, for no others."""
+        return self if self.is_stored else self.with_inputs(WindowInputs.of(self.inputs, rows))
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the probe's outputs are stored, as those of a network are: it reads no features any more."""
+        return not isinstance(self.probe, LinearProbe | MlpProbe)
+
+    def with_inputs(self, inputs: Inputs) -> Member:
+        """Return the same member with its features read from elsewhere."""
+        assert isinstance(self.probe, LinearProbe | MlpProbe)
+        return replace(self, inputs=inputs, probe=replace(self.probe, inputs=inputs))
+
     def read(self, rows: Rows, target: Target, *, least_scale: float = 1.0, inputs: Inputs | None = None) -> Reading:
         """Ask about these samples, whose targets are given; `inputs`: the same samples with something masked."""
         logits = self.probe.logits(rows, inputs=inputs)
@@ -64,6 +82,16 @@ class Member:
         """Give the confidence (e, b) in the target after each recorded epoch of training, in the first round."""
         logits = self.probe.logits_by_epoch(rows)
         return read_logits(logits, self.scale[rows], target, least_scale=least_scale).by_round
+
+
+def fit_together(inputs: Sequence[Inputs]) -> bool:
+    """Whether probes of these inputs are fitted side by side: all their rows in memory are small, and none a network.
+
+    It changes how long it takes, and no result; probes of more rows share the threads within each step.
+    """
+    size = 4 * sum(part.num_rows * part.num_features for part in inputs)
+    networks = (isinstance(part, FeatureMatrix) and is_network(part.status.modality) for part in inputs)
+    return size <= _BYTES_TOGETHER and not any(networks)
 
 
 def seat_member(
@@ -107,6 +135,14 @@ class Panel:
     def least_scale(self) -> float:
         """The smallest residual of a regression's modalities: the unit of their likelihoods."""
         return min(member.least_scale for member in self.members)
+
+    def in_memory(self, rows: Rows) -> Panel:
+        """Return the same panel with the features of these consecutive rows in memory, for no others."""
+        windowed = replace(self, members=tuple(member.in_memory(rows) for member in self.members))
+        joint = self.joint
+        if joint is None or joint.is_stored:
+            return windowed
+        return replace(windowed, joint=joint.with_inputs(windowed.side_by_side))
 
     @property
     def side_by_side(self) -> JointInputs:

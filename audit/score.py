@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,15 @@ class ScoreTable:
 
     def __len__(self) -> int:
         return len(self.sample_id)
+
+    def take(self, rows: NDArray[np.intp]) -> ScoreTable:
+        """Return the table of these rows, in this order."""
+        columns: dict[str, Any] = {
+            name: values[rows]
+            for name in self.__dataclass_fields__
+            if isinstance(values := getattr(self, name), np.ndarray)
+        }
+        return replace(self, **columns, paths=None if self.paths is None else self.paths.take(pa.array(rows)))
 
     @property
     def present(self) -> NDArray[np.bool_]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +20,10 @@ from .encoding.matrix import FeatureMatrix, Inputs, Rows
 from .errors import ScoreError
 from .gap.class_check import ClassCheck, fit_by_class
 from .gap.mixture import Mixture, MixtureConfig, fit_mixture
+from .hashing import canonical_order
 from .ledger import Ledger, keep_books
 from .media.decode import MediaConfig
-from .panel import Panel, seat_joint, seat_member
+from .panel import Member, Panel, fit_together, seat_joint, seat_member
 from .probing.config import ProbeConfig
 from .probing.network_probe import NetworkConfig, fit_network
 from .probing.probe import Crossing, Probe, fit_probe
@@ -31,7 +33,8 @@ from .rounds import plan_rounds
 from .score import ScoreTable
 from .source.modality import Modality
 from .source.samples import Samples
-from .stock import Stock, sort_out
+from .stock import Stock, in_order, sort_out
+from .threads import fixed_threads, parallel_map
 from .workers import Progress
 
 
@@ -47,6 +50,7 @@ class Audit:
     fingerprint: str
 
 
+@fixed_threads()
 def audit_dataset(
     stock: Stock,
     tasks: Sequence[EncodeTask],
@@ -63,8 +67,12 @@ def audit_dataset(
 
     With `probe.learn_from = "train"` no probe learns from a test sample, and what is chosen by the scores later is
     never chosen by a test label; with "all" each probe has a quarter more to learn from on a usual split.
+
+    Everything is computed on the rows in an order of their ids' hashes and put back into the order of the dataset at
+    the end: a source whose rows are shuffled gives each sample the same values, to the last bit.
     """
     rows, left_out = sort_out(stock, keep_duplicates=keep_duplicates)
+    rows = rows[canonical_order(stock.samples.sample_id[rows])]
     rows, crossings, rare = plan_rounds(stock.samples, rows, probe, seed=seed)
     target, classes = _target(stock.samples, rows)
     inputs = [FeatureMatrix.of(tasks, status, rows) for status in stock.statuses]
@@ -87,11 +95,11 @@ def audit_dataset(
     chooses = stock.samples.split[rows] != "test"
     fitted = fit_mixture(scores.gap[chooses], config=mixture, seed=seed)
     return Audit(
-        scores=replace(scores, p_balanced=fitted.posterior(scores.gap)),
+        scores=replace(scores, p_balanced=fitted.posterior(scores.gap)).take(np.argsort(rows)),
         mixture=fitted,
         class_check=fit_by_class(scores.gap[chooses], scores.label[chooses], config=mixture, seed=seed),
         ledger=ledger,
-        quarantined=tuple(left_out + rare),
+        quarantined=in_order(left_out + rare, stock.samples.sample_id),
         fingerprint=stock.fingerprint,
     )
 
@@ -113,14 +121,16 @@ class _Fits:
     ) -> None:
         self.config, self.networks, self.seed, self.device = config, networks, seed, device
         self.progress, self.total, self.done = progress, total, 0
+        self.lock = Lock()
 
     def __call__(self, inputs: Inputs, target: Target, crossings: Sequence[Crossing]) -> Probe:
         if isinstance(inputs, FeatureMatrix) and is_network(inputs.status.modality):
             found = self._train(inputs, target, crossings)
         else:
             found = fit_probe(inputs, target, crossings, config=self.config, device=self.device)
-        self.done += 1
-        self.progress("probe", min(self.done, self.total), self.total)
+        with self.lock:
+            self.done += 1
+            self.progress("probe", min(self.done, self.total), self.total)
         return found
 
     def _train(self, inputs: FeatureMatrix, target: Target, crossings: Sequence[Crossing]) -> Probe:
@@ -140,17 +150,11 @@ class _Fits:
 
 def _seat(inputs: Sequence[FeatureMatrix], target: Target, crossings: Sequence[Crossing], *, fit: _Fits) -> Panel:
     """Seat a member for each modality, and one for all together unless a network reads one of them."""
-    members = [
-        seat_member(
-            each.status.modality.name,
-            each,
-            target,
-            crossings,
-            present=each.present,
-            fit=fit,
-        )
-        for each in inputs
-    ]
+
+    def seat(matrix: FeatureMatrix) -> Member:
+        return seat_member(matrix.status.modality.name, matrix, target, crossings, present=matrix.present, fit=fit)
+
+    members = list(parallel_map(seat, inputs) if fit_together(inputs) else map(seat, inputs))
     alone = any(is_network(each.status.modality) for each in inputs)
     joint = None if alone or not fit.config.joint else seat_joint(members, target, crossings, fit=fit)
     return Panel(members=tuple(members), joint=joint, target=target)

@@ -89,6 +89,12 @@ def sort_out(stock: Stock, *, keep_duplicates: bool) -> tuple[NDArray[np.intp], 
     return rows, left_out
 
 
+def in_order(left_out: Sequence[Quarantined], sample_id: NDArray[np.object_]) -> tuple[Quarantined, ...]:
+    """Sort what was left out by the order of the samples; several reasons of one sample keep theirs."""
+    place = {name: row for row, name in enumerate(sample_id.tolist())}
+    return tuple(sorted(left_out, key=lambda quarantined: place[quarantined.sample_id]))
+
+
 def _without_label(samples: Samples) -> list[Quarantined]:
     """Say of each sample without a usable label whether it has none, or one that does not exist."""
     unknown = dict(samples.unknown)

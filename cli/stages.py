@@ -194,9 +194,12 @@ def _by_reason(left_out: Sequence[Quarantined]) -> list[dict[str, Any]]:
             "reason": reason,
             "modality": modality,
             "count": len(rows),
-            "example": f"{rows[0].sample_id} ({rows[0].detail})",
+            "example": f"{example.sample_id} ({example.detail})",
         }
-        for (reason, modality), rows in sorted(cells.items(), key=lambda cell: -len(cell[1]))
+        for (reason, modality), rows in sorted(
+            cells.items(), key=lambda cell: (-len(cell[1]), cell[0][0], str(cell[0][1]))
+        )
+        for example in [min(rows, key=lambda row: (row.sample_id, row.detail))]
     ]
 
 

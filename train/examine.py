@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..audit.errors import ManifestError, RunError, choices
+from ..audit.threads import NETWORK_THREADS, fixed_threads
 from .checkpoint import load_model, read_blueprint
 from .config import TrainConfig
 from .contribution import measure_contribution, right_of_sets, sets_to_ask
@@ -42,6 +43,7 @@ def examine(reader: Reader, rows: Rows, examples: Examples, *, between: str, see
     return {**by_branch, "contribution": measured}
 
 
+@fixed_threads(NETWORK_THREADS)
 def examine_file(
     path: Path, examples: Examples, *, split: str, between: str, config: TrainConfig, seed: int, device: str
 ) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..audit.encoding.encoders import input_shape, is_network
 from ..audit.encoding.features import EncodeTask, Status
 from ..audit.encoding.matrix import FeatureMatrix, Inputs
 from ..audit.errors import ConfigError, ManifestError, choices
+from ..audit.hashing import canonical_order
 from ..audit.source.samples import Samples, cut
 from ..audit.stock import left_empty, row_content
 from ..rebalance.manifest import Manifest
@@ -20,7 +21,7 @@ from ..rebalance.manifest import Manifest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """n samples, those of the manifest first, then the test samples it left out: arrays of shape (n,).
+    """n samples, those of the manifest and the test samples it left out, by a hash of their ids: arrays (n,).
 
     inputs: m matrices (n, d_j), NaN where a modality is missing; present (n, m): whether it is there. shapes: what a
     row of each is, (d_j,) for vectors, or the shape of what a network reads. content: digests of what each sample is
@@ -86,6 +87,8 @@ def load_examples(
     """
     table, chosen = _with_dropped_test(manifest.table, dropped)
     ids = np.array(table["sample_id"].to_pylist(), dtype=object)
+    order = canonical_order(ids)
+    table, chosen, ids = table.take(order), chosen[order], ids[order]
     rows = _find_rows(ids, samples.sample_id)
     names = np.array(samples.class_names, dtype=object)[samples.label[rows]]
     content = row_content(statuses)[rows]

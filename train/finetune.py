@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..audit.errors import TrainError
 from ..audit.storage import write_text
+from ..audit.threads import NETWORK_THREADS, fixed_threads
 from ..audit.workers import Progress
 from .balancing.balancer import build_balancer
 from .balancing.config import BALANCERS
@@ -43,6 +44,7 @@ class Finetuned:
     history: list[dict[str, float]]
 
 
+@fixed_threads(NETWORK_THREADS)
 def finetune_on(
     examples: Examples,
     folder: Path,

@@ -21,6 +21,7 @@ from ..quality import Reason, UnusableError
 from ..source.dataset import Dataset
 from ..source.modality import Modality
 from ..source.tables import Shard
+from ..threads import fixed_threads
 from ..workers import Progress, ahead, run_tasks
 from .cache import Found, Known, check_lengths, column_of, content_of, encoded_table, gather, lengths_of, problems_of
 from .cache import read_arrow as read_arrow
@@ -59,6 +60,7 @@ class Status:
     problem: tuple[tuple[int, Reason, str], ...]
 
 
+@fixed_threads()
 def encode_dataset(
     dataset: Dataset, folder: Path, *, media: MediaConfig, num_workers: int, progress: Progress, device: str = "cpu"
 ) -> list[EncodeTask]:
@@ -80,6 +82,7 @@ def encode_dataset(
     return tasks
 
 
+@fixed_threads()
 def encode_shard(task: EncodeTask, *, device: str = "cpu") -> int:
     """Encode every modality of a shard into its file and give the number of vectors computed: 0 if all were there.
 

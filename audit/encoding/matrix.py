@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .cache import column_of
 from .features import EncodeTask, Status, read_arrow
 
 Rows = NDArray[np.intp]
@@ -38,6 +39,13 @@ def chunks(inputs: Inputs, rows: Rows | None = None, *, most_bytes: int = CHUNK_
         yield rows[start : start + size]
 
 
+def reading_order(inputs: Inputs, rows: Rows) -> Rows:
+    """Return the order (b,) of rows in which they are read from front to back of the files they lie in."""
+    if isinstance(inputs, JointInputs):
+        return reading_order(inputs.parts[0], rows)
+    return np.argsort(inputs.row[rows] if isinstance(inputs, FeatureMatrix) else rows, kind="stable")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixInputs:
     """A matrix (n, d) in memory."""
@@ -59,6 +67,29 @@ class MatrixInputs:
         if len(rows) and (np.diff(rows) == 1).all():
             return self.matrix[rows[0] : rows[-1] + 1]
         return np.asarray(self.matrix[rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowInputs:
+    """Rows `first`, `first` + 1, ... of n rows, held in memory: no others can be read."""
+
+    num_rows: int
+    first: int
+    matrix: NDArray[Any]
+
+    @classmethod
+    def of(cls, inputs: Inputs, rows: Rows) -> WindowInputs:
+        """Read consecutive rows of other inputs."""
+        return cls(num_rows=inputs.num_rows, first=int(rows[0]), matrix=inputs.read(rows))
+
+    @property
+    def num_features(self) -> int:
+        """Features of a row, d."""
+        return int(self.matrix.shape[1])
+
+    def read(self, rows: Rows) -> NDArray[Any]:
+        """Read these rows, in this order: (len(rows), d)."""
+        return MatrixInputs(matrix=self.matrix).read(rows - self.first)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +146,7 @@ class FeatureMatrix:
 
     def _read_shard(self, shard: int, place: Rows) -> NDArray[Any]:
         task, start = self.tasks[shard], int(self.starts[shard])
-        vector = read_arrow(task.file(self.status.modality))["vector"].combine_chunks()
+        vector = column_of(read_arrow(task.file(self.status.modality)), "vector")  # not a copy: few rows may be read
         usable = self.status.usable[start : start + task.shard.num_rows]
         held = vector.flatten().to_numpy().reshape(int(usable.sum()), -1)  # flatten leaves out what is null
         wanted = usable[place - start]

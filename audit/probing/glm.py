@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..threads import parallel_map
 from .design import Design
 from .lbfgs import Judge, Minimum, minimise
 
@@ -143,15 +144,24 @@ def _sum_run(
     weight = theta[:, :-1].to(design.rows.dtype).transpose(0, 1).flatten(1)
     still = not bool(theta.any())  # the product is 0, and it is half of what the first step costs
     loss, by_weight, by_bias = theta.new_zeros(c), theta.new_zeros(d, c * k), theta.new_zeros(c, k)
-    for start, end in run:
-        x, own = design.rows[start:end], share[start:end]
+
+    def sum_chunk(chunk: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        x, own = design.rows[slice(*chunk)], share[slice(*chunk)]
         logits = theta.new_zeros(len(x), c, k) if still else (x @ weight).to(theta.dtype).view(len(x), c, k)
-        each, residual = loss_and_residual(logits.add_(theta[:, -1]), answer[start:end], task=task)
-        loss += (each * own).sum(dim=0)
+        losses, residual = loss_and_residual(logits.add_(theta[:, -1]), answer[slice(*chunk)], task=task)
+        total = (losses * own).sum(dim=0)
+        if not with_gradient:
+            return total, by_weight, by_bias
+        residual *= own[:, :, None]
+        return total, x.T @ residual.flatten(1).to(x.dtype), residual.sum(dim=0)
+
+    for more, pull, push in parallel_map(
+        sum_chunk, run
+    ):  # in their order: the sum is the same in any number of threads
+        loss += more
         if with_gradient:
-            residual *= own[:, :, None]
-            by_bias += residual.sum(dim=0)
-            by_weight += x.T @ residual.flatten(1).to(x.dtype)
+            by_weight += pull
+            by_bias += push
     return loss, torch.cat([by_weight.view(d, c, k).transpose(0, 1), by_bias[:, None]], dim=1)
 
 

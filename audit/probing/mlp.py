@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..encoding.matrix import Inputs, Rows
+from ..threads import NETWORK_THREADS, fixed_threads
 from .aim import Aim
 from .crossing import Crossing, Lesson, ask_own
 from .design import Design, Units, read_design
@@ -90,6 +91,7 @@ class MlpProbe:
         return out
 
 
+@fixed_threads(NETWORK_THREADS)
 def fit_mlp(
     inputs: Inputs,
     target: Target,

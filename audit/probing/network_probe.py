@@ -18,6 +18,7 @@ from ..encoding.matrix import Inputs, Rows
 from ..errors import ConfigError, DatasetError, ScoreError
 from ..hashing import digest, hash_rank
 from ..storage import atomic_write
+from ..threads import NETWORK_THREADS, fixed_threads
 from ..workers import Progress, ahead
 from .config import NetworkConfig
 from .crossing import Crossing
@@ -105,6 +106,7 @@ class Course:
         return torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
+@fixed_threads(NETWORK_THREADS)
 def fit_network(
     inputs: Inputs,
     shape: tuple[int, ...],

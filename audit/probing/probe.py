@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..encoding.matrix import Inputs, Rows
 from ..errors import ConfigError, choices
+from ..threads import fixed_threads
 from .config import ProbeConfig
 from .crossing import Crossing, set_lesson
 from .linear import fit_linear
@@ -34,6 +35,7 @@ class Probe(Protocol):
         """Ask the first round's probes as they were on the way, at e moments of training: (e, b, k)."""
 
 
+@fixed_threads()
 def fit_probe(
     inputs: Inputs,
     target: Target,
