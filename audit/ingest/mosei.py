@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from ..errors import DatasetError
 from .clips import Listing
 from .lists import split_of
+from .npz import read_npz
 from .tree import wrong_folder
 from .unpickle import read_pickle
 
@@ -23,6 +23,8 @@ MODALITIES = ("text", "audio", "vision")
 _FIELDS = ("id", *MODALITIES)
 _SENTIMENT = ("regression_labels", "labels")
 _BLOCK = 256  # utterances summed at once: 256 x 500 steps x 74 features in float64 are 76 MB
+_MAX_ID_ITEMS = 16
+_MAX_SHOWN = 200  # characters of a message
 _SIGNS = ("negative", "neutral", "positive")
 
 
@@ -42,7 +44,10 @@ def read_mosei(folder: Path, lists: Sequence[Path]) -> Listing:
     or all NaN are padding, and an utterance without any real step has null there. The label is the class where the
     file has one, else the sign of the sentiment; the video is the group.
     """
-    parts = [part for path in lists or _find(folder) for part in _parts(path)]
+    paths = lists or _find(folder)
+    parts = [part for path in paths for part in _parts(path)]
+    if not parts:
+        raise DatasetError(f"{paths[0]} holds no utterance: each of its splits is empty")
     for part in parts:
         _check(part)
     tables = [_table(part) for part in parts]
@@ -81,16 +86,15 @@ def _parts(path: Path) -> list[_Part]:
 
 def _arrays(path: Path) -> list[_Part]:
     """Read an .npz of one split that its name tells, or of several that its field `split` tells."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            fields = dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path} cannot be read as .npz of plain arrays: {error}") from error
+    fields = read_npz(path)
     if "split" not in fields:
         return [_Part(where=str(path), split=split_of(path), fields=fields)]
     names = fields.pop("split").astype(str)
-    if odd := next((name for name, value in fields.items() if len(value) != len(names)), None):
-        raise DatasetError(f"{path}: field {odd!r} has {len(fields[odd])} rows, split has {len(names)}")
+    if names.ndim != 1:
+        raise DatasetError(f"{path}: split has the shape {names.shape}; one name a row was expected")
+    if odd := next((name for name, value in fields.items() if np.shape(value)[:1] != names.shape), None):
+        shape = np.shape(fields[odd])
+        raise DatasetError(f"{path}: field {odd!r} has {shape[0] if shape else 'no'} rows, split has {len(names)}")
     return [
         _Part(
             where=f"{path}, {name}",
@@ -108,7 +112,13 @@ def _check(part: _Part) -> None:
     if lacking:
         raise DatasetError(f"{part.where}: no field {lacking[0]}; it holds {', '.join(map(str, part.fields))}")
     names = [*_FIELDS, *(name for name in ("classification_labels", *_SENTIMENT) if name in part.fields)]
+    for name in names:
+        value = part.fields[name]
+        if not isinstance(value, (list, tuple, np.ndarray)) or (isinstance(value, np.ndarray) and not value.ndim):
+            raise DatasetError(f"{part.where}: {name} is of type {type(value).__name__}; an array or list was expected")
     lengths = {name: len(part.fields[name]) for name in names}
+    if not lengths["id"]:
+        raise DatasetError(f"{part.where}: it holds no utterance; leave the split out")
     if len(set(lengths.values())) > 1:
         raise DatasetError(f"{part.where}: the fields are not of one length: {lengths}")
 
@@ -122,7 +132,10 @@ def _check_ids(ids: Sequence[str], folder: Path) -> None:
 
 
 def _table(part: _Part) -> pa.Table:
-    ids = [_id(value) for value in part.fields["id"]]
+    try:
+        ids = pa.array([_id(value, part.where) for value in part.fields["id"]], pa.string()).to_pylist()
+    except ValueError as error:  # halves of surrogate pairs, numbers of thousands of digits
+        raise DatasetError(f"{part.where}: an id cannot be written as text: {error}") from error
     sentiment = next((_scores(part, name) for name in _SENTIMENT if name in part.fields), None)
     columns: dict[str, Any] = {
         "id": pa.array(ids, pa.string()),
@@ -136,9 +149,13 @@ def _table(part: _Part) -> pa.Table:
     return pa.table(columns)
 
 
-def _id(value: Any) -> str:
+def _id(value: Any, where: str) -> str:
     """Write an id as one string; MulT's are a row (video, start, end), in places of bytes."""
-    parts = [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in np.ravel(value)]
+    items = value.ravel().tolist() if isinstance(value, np.ndarray) else value
+    items = list(items) if isinstance(items, (list, tuple)) else [items]
+    if not 0 < len(items) <= _MAX_ID_ITEMS or not all(isinstance(item, (str, bytes, int, float)) for item in items):
+        raise DatasetError(f"{where}: an id is of type {type(value).__name__}; a name, or a row of names, was expected")
+    parts = [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in items]
     return parts[0] if len(parts) == 1 else f"{parts[0]}[{','.join(parts[1:])}]"
 
 
@@ -166,11 +183,14 @@ def _labels(part: _Part, sentiment: NDArray[np.float32] | None) -> pa.Array:
 
 
 def _numbers(part: _Part, name: str) -> NDArray[Any]:
+    values = part.fields[name]
     try:
-        values = np.asarray(part.fields[name])
-        return values if values.dtype.kind in "biuf" else values.astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise DatasetError(f"{part.where}: {name} is not an array of numbers: {error}") from error
+        if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
+            return values
+        return np.asarray(values, dtype=np.float64)  # of texts of many lengths, numpy would make a wide array first
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = str(error)[:_MAX_SHOWN]
+        raise DatasetError(f"{part.where}: {name} is not an array of numbers: {reason}") from error
 
 
 def _vectors(part: _Part, name: str) -> pa.Array:

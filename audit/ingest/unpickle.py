@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,8 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DatasetError
+from ..regular_file import open_regular
+from .stand_ins import KNOWN, ArrayStandIn, DtypeStandIn, check_keys, size_of
 
-_KINDS = "biufSU"  # booleans, numbers, bytes, strings: what bytes alone can give
+# What a pickle may ask for. A hostile one of a hundred bytes could otherwise fill any memory: by naming one object
+# again and again, by a call that copies a large one, or by keys whose hashes are all the same.
+MAX_OPCODES = 5_000_000  # a few seconds; CMU-MOSEI has about 0.3 million
+MAX_DEPTH = 50  # of containers in containers
+MAX_EXPANSION = 16  # bytes of what is read, or copied meanwhile, for each byte of the file
+FREE_BYTES = 1 << 26  # that are allowed beside it
+_MAX_SHOWN = 200  # characters of a message
 _BROKEN = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -35,93 +43,19 @@ def read_pickle(path: Path) -> Any:
     """Read numpy arrays and plain containers from a pickle; nothing else in it is looked up, called or built.
 
     The names that numpy writes stand here for classes of ours, so that not even numpy's own unpickling sees the bytes.
-    Raises DatasetError that names what a pickle asks for beyond these.
+    Raises DatasetError that names what a pickle asks for beyond these, or beyond the limits above.
     """
     try:
-        with path.open("rb") as file:
-            bounded: Any = _Bounded(file, path.stat().st_size)
-            return _plain(_Reader(bounded, encoding="latin1").load())  # pickles of Python 2 keep bytes in strings
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            limit = FREE_BYTES + MAX_EXPANSION * size
+            content = _Reader(_Bounded(file, size), limit).load()
+            return _Replacement(limit).replace(content)
     except _BROKEN as error:
-        raise DatasetError(f"{path} cannot be read as a pickle: {str(error) or type(error).__name__}") from error
+        reason = str(error)[:_MAX_SHOWN] or type(error).__name__
+        raise DatasetError(f"{path} cannot be read as a pickle: {reason}") from error
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
-
-
-class _Dtype:
-    """Stands for numpy.dtype: made of its code, then told its byte order."""
-
-    def __init__(self, code: Any, *_: Any) -> None:
-        self.dtype = np.dtype(_text(code))
-        if self.dtype.kind not in _KINDS + "O":
-            raise ValueError(f"arrays of type {self.dtype} are not read")
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if _text(state[1]) == ">":
-            self.dtype = self.dtype.newbyteorder(">")
-
-
-class _Array:
-    """Stands for numpy.ndarray while it is empty: its state brings shape, type and content."""
-
-    def __init__(self, *_: Any) -> None:
-        self.array: NDArray[Any] = np.empty(0)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, by_column, content = state
-        self.array = _fill(dtype, shape, content, order="F" if by_column else "C")
-
-
-def _fill(dtype: _Dtype, shape: Any, content: Any, *, order: str) -> NDArray[Any]:
-    if not isinstance(dtype, _Dtype):
-        raise TypeError("an array without a type")
-    if dtype.dtype.kind == "O":
-        flat = np.empty(len(content), dtype=object)
-        for index, item in enumerate(content):  # not at once: items of one shape would be spread over a matrix
-            flat[index] = _plain(item)
-    else:
-        raw = content.encode("latin1") if isinstance(content, str) else content
-        flat = np.frombuffer(raw, dtype=dtype.dtype)
-    return flat.reshape(tuple(int(size) for size in shape), order="F" if order == "F" else "C")
-
-
-def _from_buffer(content: Any, dtype: Any, shape: Any, order: str) -> NDArray[Any]:
-    return _fill(dtype, shape, content, order=order)
-
-
-def _scalar(dtype: _Dtype, content: Any) -> Any:
-    return _fill(dtype, (), content, order="C").item()
-
-
-def _encode(text: Any, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise ValueError(f"bytes in the encoding {encoding!r}")
-    return str(text).encode("latin1")
-
-
-def _bytes(content: Any = b"", encoding: str = "latin1") -> bytes:
-    if isinstance(content, int):
-        raise TypeError("a number where bytes were expected")  # bytes(n) would be n zeros
-    return _encode(content, encoding.replace("-", "")) if isinstance(content, str) else bytes(content)
-
-
-def _names() -> dict[tuple[str, str], Callable[..., Any]]:
-    known: dict[tuple[str, str], Callable[..., Any]] = {
-        ("numpy", "dtype"): _Dtype,
-        ("numpy", "ndarray"): _Array,
-        ("_codecs", "encode"): _encode,
-        ("collections", "OrderedDict"): OrderedDict,
-    }
-    for core in ("numpy.core", "numpy._core"):
-        known[f"{core}.multiarray", "_reconstruct"] = _Array
-        known[f"{core}.multiarray", "scalar"] = _scalar
-        known[f"{core}.numeric", "_frombuffer"] = _from_buffer
-    for module in ("builtins", "__builtin__"):
-        known |= {(module, kind.__name__): kind for kind in (list, dict, tuple, set)}
-        known |= {(module, "bytes"): _bytes, (module, "bytearray"): _bytes}
-    return known
-
-
-_KNOWN = _names()
 
 
 class _Bounded:
@@ -143,39 +77,133 @@ def _bytearray(reader: Any) -> None:
     reader.append(reader.read(count))
 
 
+def _build(reader: Any) -> None:
+    """Set the state of an array, whose content may be copied."""
+    reader.charge(*reader.stack[-1:])
+    pickle._Unpickler.load_build(reader)  # type: ignore[attr-defined]
+
+
+def _after_keys(load: Callable[[Any], None], items: slice) -> Callable[[Any], None]:
+    """Return an opcode's function that checks its keys first; `items` says which of the stack's top they are."""
+
+    def checked(reader: Any) -> None:
+        check_keys(reader.stack[items])
+        load(reader)
+
+    return checked
+
+
+class _Counted(dict[int, Callable[[Any], None]]):
+    """The functions of the opcodes, which are looked up one by one: so many times and no more."""
+
+    def __init__(self, functions: dict[int, Callable[[Any], None]]) -> None:
+        super().__init__(functions)
+        self._left = MAX_OPCODES
+
+    def __getitem__(self, opcode: int) -> Callable[[Any], None]:
+        self._left -= 1
+        if self._left < 0:
+            raise pickle.UnpicklingError(f"it has more than {MAX_OPCODES:,} steps; write the arrays with numpy.savez")
+        return super().__getitem__(opcode)
+
+
 class _Reader(pickle._Unpickler):
     """The reader in Python: that in C makes room for as many objects as a damaged file may name, 64 GB at worst."""
 
+    def __init__(self, file: Any, limit: int) -> None:
+        super().__init__(file, encoding="latin1")  # pickles of Python 2 keep bytes in strings
+        self.dispatch = _Counted(_opcodes())  # type: ignore[misc]
+        self._left = limit
+
+    def charge(self, *values: Any) -> None:
+        """Count what a call may copy: the values given to it, and their items."""
+        self._left -= sum(size_of(value) for value in values)
+        self._left -= sum(size_of(item) for value in values if isinstance(value, tuple) for item in value)
+        if self._left < 0:
+            raise pickle.UnpicklingError("it copies its content again and again; write the arrays with numpy.savez")
+
     def find_class(self, module: str, name: str) -> Any:
-        """Give our stand-in for a name of numpy; refuse all others."""
-        if (module, name) not in _KNOWN:
+        """Return our stand-in for a name of numpy; refuse all others."""
+        if (module, name) not in KNOWN:
             raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, and only numpy arrays and plain containers are read; "
+                f"it asks for {module[:50]}.{name[:50]}, and only numpy arrays and plain containers are read; "
                 "write the arrays with numpy.savez and ingest the .npz"
             )
-        known = _KNOWN[module, name]
+        known = KNOWN[module, name]
+        if isinstance(known, type):
+            return known
+
         # A pickle may set attributes of what it is given: functions are given as a copy.
-        return known if isinstance(known, type) else lambda *arguments: known(*arguments)
+        def call(*arguments: Any) -> Any:
+            self.charge(arguments)
+            return known(*arguments)
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _bytearray}  # noqa: RUF012
-
-
-def _plain(value: Any) -> Any:
-    """Replace the stand-ins by the arrays they hold."""
-    if isinstance(value, _Array):
-        return value.array
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    if isinstance(value, _Dtype):
-        return str(value.dtype)
-    return value
+        return call
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.decode("latin1")
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} where a name of a type was expected")
-    return value
+def _opcodes() -> dict[int, Callable[[Any], None]]:
+    functions: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)
+    functions |= {pickle.BYTEARRAY8[0]: _bytearray, pickle.BUILD[0]: _build}
+    for opcode, items in (
+        (pickle.SETITEM, slice(-2, -1)),
+        (pickle.SETITEMS, slice(0, None, 2)),
+        (pickle.DICT, slice(0, None, 2)),
+        (pickle.ADDITEMS, slice(None)),
+        (pickle.FROZENSET, slice(None)),
+    ):
+        functions[opcode[0]] = _after_keys(functions[opcode[0]], items)
+    return functions
+
+
+class _Replacement:
+    """Replaces the stand-ins by the arrays they hold, and checks what the content comes to.
+
+    An object that is named twice is replaced once, and counts twice: whoever goes through the content sees it twice.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._done: dict[int, tuple[Any, int]] = {}
+        self._open: set[int] = set()
+
+    def replace(self, value: Any) -> Any:
+        """Return the content with arrays; ValueError where it contains itself, is too deep, or comes to too much."""
+        return self._replaced(value)[0]
+
+    def _replaced(self, value: Any) -> tuple[Any, int]:
+        if isinstance(value, DtypeStandIn):
+            return str(value.dtype), 8
+        if not isinstance(value, (ArrayStandIn, np.ndarray, dict, list, tuple)):
+            return value, 8 + size_of(value)
+        if id(value) in self._open:
+            raise ValueError("a container contains itself")
+        if id(value) not in self._done:
+            if len(self._open) >= MAX_DEPTH:
+                raise ValueError(f"containers are nested more than {MAX_DEPTH} deep")
+            self._open.add(id(value))
+            new, size = self._opened(value)
+            if size > self._limit:
+                raise ValueError(f"it comes to more than {self._limit:,} bytes, {MAX_EXPANSION} times its own size")
+            self._open.discard(id(value))
+            self._done[id(value)] = new, size
+        return self._done[id(value)]
+
+    def _opened(self, value: Any) -> tuple[Any, int]:
+        if isinstance(value, ArrayStandIn):
+            return self._replaced(value.array)
+        if isinstance(value, np.ndarray):
+            return self._array(value)
+        if isinstance(value, dict):
+            pairs = [(key, *self._replaced(item)) for key, item in value.items()]
+            return {key: item for key, item, _ in pairs}, sum(8 + size_of(key) + size for key, _, size in pairs)
+        items = [self._replaced(item) for item in value]
+        return type(value)(item for item, _ in items), 8 + sum(size for _, size in items)
+
+    def _array(self, array: NDArray[Any]) -> tuple[NDArray[Any], int]:
+        if array.dtype.kind != "O":
+            return array, 8 + array.nbytes
+        items = [self._replaced(item) for item in array.ravel()]
+        new = np.empty(len(items), dtype=object)
+        for index, (item, _) in enumerate(items):
+            new[index] = item
+        return new.reshape(array.shape), 8 + sum(size for _, size in items)
