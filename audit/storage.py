@@ -38,10 +38,10 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
     with _named(path), temporary_path(path.parent) as temporary:
         yield temporary
         if durable:
-            _flush(temporary)
+            flush(temporary)
         temporary.replace(path)
         if durable:
-            _flush(path.parent)
+            flush(path.parent)
 
 
 @contextmanager
@@ -51,8 +51,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
-                _flush(Path(folder, name))
-            _flush(Path(folder))
+                flush(Path(folder, name))
+            flush(Path(folder))
         replace_folder(temporary, path)
 
 
@@ -85,7 +85,7 @@ def replace_folder(new: Path, path: Path) -> None:
         path.replace(old)
         new.replace(path)
         shutil.rmtree(old, ignore_errors=True)
-    _flush(path.parent)
+    flush(path.parent)
     _remove(new)
 
 
@@ -153,7 +153,7 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Write the bytes of a file, or the names of a folder, through to the disk."""
     is_folder = path.is_dir()
     handle = os.open(path, os.O_RDONLY)

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ..audit.locks import write_lock
 from ..audit.storage import write_json
 from ..audit.workers import Progress, silent
 from .config import RunConfig
@@ -27,12 +28,17 @@ def demo(
 
     No probe learns from a test sample here, so that the fine-tunings compare cleanly.
     """
-    place = Run(Path(folder) / "run")
+    with write_lock(Path(folder), command="mmaudit demo"):
+        return _demo(Path(folder), num_samples=num_samples, seed=seed, progress=progress)
+
+
+def _demo(folder: Path, *, num_samples: int | None, seed: int, progress: Progress) -> dict[str, Any]:
+    place = Run.open(folder / "run")
     config = RunConfig(seed=seed)
     config = replace(config, probe=replace(config.probe, learn_from="train"))
-    data = write_keypad(Path(folder), config=KeypadConfig(num_samples=num_samples), seed=seed)
+    data = write_keypad(folder, config=KeypadConfig(num_samples=num_samples), seed=seed)
     score(data, run=place.folder, config=config, progress=progress)
-    found = asdict(recovery(Path(folder) / "truth.parquet", place.scores()))
+    found = asdict(recovery(folder / "truth.parquet", place.scores()))
     write_json({**found, "interval": list(found["interval"])}, place.recovery_file)
     summary = split(run=place.folder, config=config, balanced=True)
     split(run=place.folder, config=config, gmm="balanced")

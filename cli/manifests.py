@@ -6,8 +6,10 @@ Each public function is what the command of its name calls, and what a notebook 
 from __future__ import annotations
 
 import logging
+import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..audit.errors import ConfigError, ManifestError, RunError
+from ..audit.locks import WAIT_SECONDS, write_lock
 from ..rebalance.card import card as write_card
 from ..rebalance.curriculum import batch_of, id_key, num_steps, order_of
 from ..rebalance.diff import diff as compare
@@ -56,7 +59,7 @@ def split(
     uniform the discrepancy is before and after. `dry` writes nothing.
     """
     config = config or RunConfig()
-    place = Run(Path(run))
+    place = Run.open(run)
     recipe = Recipe(
         seed=config.seed,
         balanced=config.split if balanced else None,
@@ -75,9 +78,10 @@ def split(
         scores = place.scores_file
     shards = open_scores(scores, seed=config.seed)
     named = scores if isinstance(scores, (str, Path)) else None
-    made = make_split(shards, recipe, place.manifest, scratch=place.folder, name=name, scores=named, dry=dry)
-    if made.path is not None:
-        sign_manifest(made.path, run=place.folder, scores=None if named is None else Path(named))
+    with _locked_manifests(place, dry=dry) as path_of:
+        made = make_split(shards, recipe, path_of, scratch=place.folder, name=name, scores=named, dry=dry)
+        if made.path is not None:
+            sign_manifest(made.path, run=place.folder, scores=None if named is None else Path(named))
     if balanced and between is None and len(shards.modalities) > 2:
         log.info(
             "of %d modalities, %s is the pair with the largest balanced split; choose another with --between",
@@ -88,16 +92,36 @@ def split(
     return {**_summary(made), **verdict}
 
 
+@contextmanager
+def _locked_manifests(place: Run, *, dry: bool) -> Iterator[Callable[[str], Path]]:
+    """Yield where a manifest lies by its name, and lock what is asked for; the scores meanwhile stay as they are."""
+    with ExitStack() as stack:
+
+        def lock(scope: str) -> None:
+            command = "mmaudit split"
+            stack.enter_context(write_lock(place.folder, scope, command=command, wait_seconds=WAIT_SECONDS))
+
+        def path_of(name: str) -> Path:
+            path = place.manifest(name)
+            if not dry:
+                lock(f"manifests/{name}")
+            return path
+
+        if not dry:
+            lock(f"manifests/.{secrets.token_hex(4)}")  # overlaps with the whole run, and with no other split
+        yield path_of
+
+
 def diff(first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run") -> dict[str, Any]:
     """Tell two manifests apart, each by file or by its name in the run; in plain values, and in `lines`."""
-    place = Run(Path(run))
+    place = Run.open(run)
     found = compare(place.find_manifest(str(first)), place.find_manifest(str(second)))
     return {**found.to_dict(), "lines": found.lines()}
 
 
 def card(manifest: str | Path, *, run: str | Path = "mmaudit-run") -> str:
     """Give the section of a dataset card on a manifest, as Markdown."""
-    return write_card(Run(Path(run)).find_manifest(str(manifest)))
+    return write_card(Run.open(run).find_manifest(str(manifest)))
 
 
 def export(
@@ -126,12 +150,13 @@ def export(
     from ..rebalance.export import holds_media
     from .provenance import Named, open_source
 
-    path = Run(Path(run)).find_manifest(str(manifest))
+    path, out = Run.open(run).find_manifest(str(manifest)), Path(out)
     dataset = None
     if holds_media(path, format):
         origin = origin_of(path, provenance_of(path), digests_of(path))
         dataset, _ = open_source(origin, Named(data=data, allow_outside=allow_outside), encoders=False)
-    return write_export(path, Path(out), format=format, dataset=dataset, skip_missing=skip_missing, overwrite=overwrite)
+    with write_lock(out.absolute().parent, out.name, command="mmaudit export", wait_seconds=WAIT_SECONDS):
+        return write_export(path, out, format=format, dataset=dataset, skip_missing=skip_missing, overwrite=overwrite)
 
 
 def replay(
@@ -141,7 +166,7 @@ def replay(
 
     `scores` is the table, if it moved. Gives what was made and whether it is `identical`.
     """
-    path = Run(Path(run)).find_manifest(str(manifest))
+    path = Run.open(run).find_manifest(str(manifest))
     record = provenance_of(path).get("rule", {})
     recipe = recipe_of(record, folder=path.parent)
     outside = [file for file in (recipe.like, *recipe.intersect, *recipe.exclude) if file is not None]
@@ -154,8 +179,7 @@ def replay(
     if scores is None and not (table.exists() or glob(str(table))):
         raise ManifestError(f"the score table {table} that the manifest was made from is gone; name it with --scores")
     shards = open_scores(table, seed=recipe.seed)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mmaudit-replay-") as scratch:
-        # Made where the manifest lies: files that it was made from are named from there.
+    with tempfile.TemporaryDirectory(prefix="mmaudit-replay-") as scratch:
         made = _again(shards, recipe, path, Path(scratch), scores=before)
         differ = [
             old.name
@@ -182,7 +206,7 @@ def _check_inside(path: Path, files: Sequence[str]) -> None:
 
 
 def _again(shards: ScoreShards, recipe: Recipe, path: Path, scratch: Path, *, scores: Path | None) -> Path:
-    """Write the manifest of a recipe into a folder beside the one that it is compared with."""
+    """Write the manifest of a recipe into a folder; files that it was made from are named from the manifest's own."""
     made = make_split(
         shards,
         recipe,
@@ -220,7 +244,7 @@ def order(
     config = config or RunConfig()
     if epoch < 1:
         raise ConfigError(f"--epoch {epoch}: epochs are counted from 1")
-    found = read_manifest(Run(Path(run)).find_manifest(str(manifest)))
+    found = read_manifest(Run.open(run).find_manifest(str(manifest)))
     rows = _training_rows(found, config)
     ids = found.table["sample_id"].take(rows)
     chosen = order_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ..audit.errors import ConfigError, RunError, choices
 from ..audit.score import ScoreTable, read_scores
 from ..audit.storage import read_json, write_json
+from .swap import complete_swaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,12 @@ class Run:
     """A folder whose files are complete if they exist: each is written under a temporary name and renamed last."""
 
     folder: Path
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Open a run folder, new or not; a replacement of it that was committed and interrupted is completed."""
+        complete_swaps(Path(folder))
+        return cls(Path(folder))
 
     @property
     def record_file(self) -> Path:
@@ -73,7 +79,8 @@ class Run:
 
     def finetunes(self) -> list[Path]:
         """List the folders of finished fine-tunings, by name."""
-        return sorted(path.parent for path in (self.folder / "finetune").glob("*/metrics.json"))
+        folders = [path.parent for path in (self.folder / "finetune").glob("*/metrics.json")]
+        return sorted(folder for folder in folders if folder.name[0] != ".")
 
     def is_scored(self) -> bool:
         """Tell whether score has finished here."""
@@ -102,18 +109,10 @@ class Run:
             raise RunError(f"{self.folder} is a file; name a folder with --run")
         if not self.folder.exists() or self.is_scored():
             return
-        strangers = [path.name for path in self.folder.iterdir() if path.name not in _OWN and path.name[0] != "."]
+        own = {*SCORE_FILES, *REPORT_FILES, *MADE_FROM_SCORES, "features"}
+        strangers = [path.name for path in self.folder.iterdir() if path.name not in own and path.name[0] != "."]
         if strangers:
             raise RunError(f"{self.folder} holds {sorted(strangers)[0]} and is no run; name another folder with --run")
-
-    def clear(self) -> None:
-        """Remove the scores and all that was made from them; the feature cache stays."""
-        for name in _OWN[:-1]:
-            path = self.folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
 
     def find_manifest(self, name: str) -> Path:
         """Give the file of a manifest, named by its path or by its name in this run."""
@@ -146,18 +145,6 @@ def _checked(name: str) -> str:
     return name
 
 
-# In the order in which they are removed: what was made from the scores goes before them, so that a broken removal
-# never leaves it beside other scores.
-_OWN = (
-    "finetune",
-    "manifests",
-    "report.html",
-    "report.json",
-    "figures",
-    "recovery.json",
-    "run.json",
-    "scores.parquet",
-    "quarantine.parquet",
-    "mixture.json",
-    "features",
-)
+SCORE_FILES = ("run.json", "scores.parquet", "quarantine.parquet", "mixture.json")
+REPORT_FILES = ("report.html", "report.json", "figures")
+MADE_FROM_SCORES = ("finetune", "manifests", "recovery.json")

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.encoding.features import encode_dataset
+from ..audit.encoding.features import EncodeTask, encode_dataset
 from ..audit.errors import ConfigError, RunError
 from ..audit.ingest import ingest as ingest_download
 from ..audit.leakage import Material, find_leakage, group_columns
+from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.parquet import write_parquet
 from ..audit.quality import Quarantined, quarantine_table
 from ..audit.score import write_scores
@@ -31,7 +33,8 @@ from ..audit.storage import write_json
 from ..audit.workers import Progress, default_workers, silent
 from .config import RunConfig
 from .provenance import check_config, record_of, score_provenance
-from .run import Run
+from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run
+from .swap import replacing
 from .trust import own_record, signed_record
 
 if TYPE_CHECKING:
@@ -66,14 +69,12 @@ def check(
     that `score` would cut is looked at.
     """
     config = config or RunConfig()
-    place = Run(Path(run))
+    place = Run.open(run)
     dataset = open_dataset(data, config.data)
     place.check_place()
     samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
-    workers = default_workers() if num_workers is None else num_workers
-    tasks = encode_dataset(
-        dataset, place.features, media=config.media, num_workers=workers, device=pick_device(device), progress=progress
-    )
+    with write_lock(place.folder, "features", command="mmaudit check"):
+        tasks = _encode(place, dataset, config, device=pick_device(device), num_workers=num_workers, progress=progress)
     stock = take_stock(dataset, samples, tasks)
     rows, left_out = sort_out(stock, keep_duplicates=config.data.keep_duplicates)
     taken = {modality.column for modality in dataset.modalities} | {dataset.columns.id, dataset.columns.label}
@@ -114,61 +115,30 @@ def score(
     RunError for a run of other data or config, unless `overwrite`; DatasetError, ConfigError, ScoreError as they come.
     """
     config = config or RunConfig()
-    place, seconds = Run(Path(run)), dict[str, float]()
     device = pick_device(device)
     dataset = open_dataset(data, config.data)
+    place = Run.open(run)
     place.check_place()
-    done = place.record() if place.is_scored() and not overwrite else None
-    if done is not None:
-        check_config(place, done, dataset, config)
-    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
-    if dataset.columns.split is None:
-        held = int((samples.split == "test").sum())
-        log.info("no split column: %d of %d samples are held out as test", held, len(samples))
-    with _timed(seconds, "encode"):
-        workers = default_workers() if num_workers is None else num_workers
-        tasks = encode_dataset(
-            dataset, place.features, media=config.media, num_workers=workers, device=device, progress=progress
-        )
-    stock = take_stock(dataset, samples, tasks)
-    if done is not None:
-        if done["fingerprint"] != stock.fingerprint:
-            raise RunError(
-                f"{place.folder} was made from other data (fingerprint {done['fingerprint'][:8]}, "
-                f"here {stock.fingerprint[:8]}); name another folder with --run, or pass --overwrite"
-            )
-        log.info("%s is already scored from these data with this config: nothing to do", place.folder)
-        if doubt := own_record(place.folder)[1]:
-            log.info("its manifests do not decide what is opened or run: %s; --overwrite scores it anew", doubt)
-        return done
-    with _timed(seconds, "probe"):
-        audit = audit_dataset(
-            stock,
-            tasks,
-            probe=config.probe,
-            networks=Networks(config=config.network, media=config.media, folder=place.features / "networks"),
-            mixture=config.mixture,
-            seed=config.seed,
-            device=device,
-            progress=progress,
-            keep_duplicates=config.data.keep_duplicates,
-        )
-    record = record_of(dataset, audit, config, seconds=seconds)
-    if overwrite:
-        lost = len(place.manifests()), len(place.finetunes())
-        if any(lost):
-            log.info("%d manifests and %d fine-tunings of the old scores are removed with them", *lost)
-        place.clear()  # only now: a score that fails leaves the old run as it is
-    _write_audit(place, audit, record)
-    report(run=place.folder)
+    encode = partial(_encode, place, dataset, config, device=device, num_workers=num_workers, progress=progress)
+    if overwrite or not place.is_scored():
+        with write_lock(place.folder, command="mmaudit score") as lock:
+            if overwrite or not place.is_scored():  # another process may just have finished it
+                audit, record = _score(place, dataset, config, encode, device=device, progress=progress)
+                _write_audit(place, audit, record, overwrite=overwrite, lock=lock)
+                _write_report(place)
+                return record
+    record = _unchanged(place, dataset, config, encode)
+    if not place.report_file.exists():
+        report(run=place.folder)
     return record
 
 
 def report(*, run: str | Path = "mmaudit-run") -> Path:
     """Write report.html, report.json and figures/*.png from what the run folder holds, and give the page's path."""
-    from .report import write_report
-
-    return write_report(Run(Path(run)))
+    place = Run.open(run)
+    place.record()
+    with write_lock(place.folder, "report.html", command="mmaudit report", wait_seconds=WAIT_SECONDS):
+        return _write_report(place)
 
 
 def pick_device(name: str) -> str:
@@ -182,6 +152,74 @@ def pick_device(name: str) -> str:
     if name != "cpu" and not (there and int(number or 0) < torch.cuda.device_count()):
         raise ConfigError(f"--device {name}: not there; there are: auto, cpu" + ", cuda" * torch.cuda.is_available())
     return name
+
+
+def _encode(
+    place: Run, dataset: Dataset, config: RunConfig, *, device: str, num_workers: int | None, progress: Progress
+) -> list[EncodeTask]:
+    """Encode what the run's feature cache lacks."""
+    workers = default_workers() if num_workers is None else num_workers
+    return encode_dataset(
+        dataset, place.features, media=config.media, num_workers=workers, device=device, progress=progress
+    )
+
+
+def _score(
+    place: Run,
+    dataset: Dataset,
+    config: RunConfig,
+    encode: Callable[[], list[EncodeTask]],
+    *,
+    device: str,
+    progress: Progress,
+) -> tuple[Audit, dict[str, Any]]:
+    """Score every sample; return the scores and run.json's content."""
+    seconds: dict[str, float] = {}
+    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+    if dataset.columns.split is None:
+        num_test = int((samples.split == "test").sum())
+        log.info("no split column: %d of %d samples are held out as test", num_test, len(samples))
+    with _timed(seconds, "encode"):
+        tasks = encode()
+    stock = take_stock(dataset, samples, tasks)
+    with _timed(seconds, "probe"):
+        audit = audit_dataset(
+            stock,
+            tasks,
+            probe=config.probe,
+            networks=Networks(config=config.network, media=config.media, folder=place.features / "networks"),
+            mixture=config.mixture,
+            seed=config.seed,
+            device=device,
+            progress=progress,
+            keep_duplicates=config.data.keep_duplicates,
+        )
+    return audit, record_of(dataset, audit, config, seconds=seconds)
+
+
+def _unchanged(
+    place: Run, dataset: Dataset, config: RunConfig, encode: Callable[[], list[EncodeTask]]
+) -> dict[str, Any]:
+    """Return run.json's content of a finished run; RunError where it is one of other data or config."""
+    done = place.record()
+    check_config(place, done, dataset, config)
+    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+    fingerprint = take_stock(dataset, samples, encode()).fingerprint
+    if done["fingerprint"] != fingerprint:
+        raise RunError(
+            f"{place.folder} was made from other data (fingerprint {done['fingerprint'][:8]}, here {fingerprint[:8]}); "
+            "name another folder with --run, or pass --overwrite"
+        )
+    log.info("%s is already scored from these data with this config: nothing to do", place.folder)
+    if doubt := own_record(place.folder)[1]:
+        log.info("its manifests do not decide what is opened or run: %s; --overwrite scores it anew", doubt)
+    return done
+
+
+def _write_report(place: Run) -> Path:
+    from .report import write_report
+
+    return write_report(place)
 
 
 def _by_reason(left_out: Sequence[Quarantined]) -> list[dict[str, Any]]:
@@ -216,10 +254,18 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.monotonic() - start, 3)
 
 
-def _write_audit(place: Run, audit: Audit, record: dict[str, Any]) -> None:
-    """Write the files of a score, run.json last: a run that has it is whole."""
+def _write_audit(place: Run, audit: Audit, record: dict[str, Any], *, overwrite: bool, lock: Lock) -> None:
+    """Replace the run as a whole; without `overwrite`, what was made from other score tables stays."""
+    manifests, finetunes = place.manifests(), place.finetunes()
+    if overwrite and (manifests or finetunes):
+        log.info(
+            "%d manifests and %d fine-tunings of the old scores are removed with them", len(manifests), len(finetunes)
+        )
+    replaced = (*SCORE_FILES, *REPORT_FILES, *(MADE_FROM_SCORES if overwrite else ()))
     provenance = score_provenance(record)
-    write_scores(replace(audit.scores, provenance=provenance), place.scores_file)
-    write_parquet(quarantine_table(audit.quarantined), place.quarantine_file, provenance=provenance)
-    write_json(dict(audit.mixture.to_json()), place.mixture_file)
-    place.write_record(signed_record(record, folder=place.folder, scores=place.scores_file))
+    with replacing(place.folder, replaced, lock=lock) as folder:
+        new = Run(folder)
+        write_scores(replace(audit.scores, provenance=provenance), new.scores_file)
+        write_parquet(quarantine_table(audit.quarantined), new.quarantine_file, provenance=provenance)
+        write_json(dict(audit.mixture.to_json()), new.mixture_file)
+        new.write_record(signed_record(record, folder=place.folder, scores=new.scores_file))

@@ -6,15 +6,15 @@ Each public function is what the command of its name calls, and what a notebook 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..audit.encoding.features import encode_dataset
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
+from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.source.samples import read_samples
 from ..audit.stock import take_stock
 from ..audit.storage import write_json, write_text
@@ -30,6 +30,7 @@ from .config import RunConfig, build, plain, to_toml, without_none
 from .provenance import Named, open_source, saw_test_labels
 from .run import Run, read_metrics
 from .stages import pick_device
+from .swap import new_finetune, swap_finetune
 from .trust import origin_of
 
 log = logging.getLogger("mmaudit")
@@ -59,7 +60,7 @@ def finetune(
     """
     config = config or RunConfig()
     named = Named(data=data, encoder=encoder, allow_outside=allow_outside)
-    place = Run(Path(run))
+    place = Run.open(run)
     path = place.find_manifest(str(manifest))
     found = read_manifest(path)
     folder = place.finetune(name or _finetune_name(path.stem, config))
@@ -71,19 +72,17 @@ def finetune(
         raise ConfigError(f"--overwrite would delete {init}, which --init begins with: give this fine-tuning a --name")
     check_trackers(config.finetune.report_to)
     device = local_device(pick_device(device))
-    with open_world(device) as world:
+    new = new_finetune(place.folder, folder.name) if overwrite else folder  # swapped in when it is finished
+    with open_world(device) as world, _writer(place, folder.name, world) as lock:
         if not world.is_first:
             progress = silent
         with _first_alone(world):
-            if world.is_first and overwrite and folder.exists():
-                (folder / "metrics.json").unlink(missing_ok=True)  # first of all: without it nothing is finished
-                shutil.rmtree(folder)
             workers = default_workers() if num_workers is None else num_workers
             examples = _examples_of(found, path, place, named, config, num_workers=workers, progress=progress)
         only = config.finetune.only
         result = finetune_on(
             examples if only is None else examples.only(only),
-            folder,
+            new,
             config=_with_width(config, found).training(),
             between=_between(found, examples),
             seed=config.seed,
@@ -100,10 +99,12 @@ def finetune(
             "made_from": found.provenance,
             **result.metrics,
         }
-        if world.is_first:
+        if lock is not None:
             about = {key: value for key, value in settings.items() if key != "manifest"}
-            write_text(to_toml(about), folder / "config.toml")
-            write_json(metrics, folder / "metrics.json")  # last: a fine-tuning that has it is finished
+            lock.check()
+            write_text(to_toml(about), new / "config.toml")
+            write_json(metrics, new / "metrics.json")  # last: a fine-tuning that has it is finished
+            swap_finetune(place.folder, folder.name)
     return metrics
 
 
@@ -129,7 +130,7 @@ def evaluate(
     evaluation-SPLIT-MANIFEST.json. Raises RunError where there is no such fine-tuning, ManifestError where its
     manifest or the data have changed.
     """
-    place = Run(Path(run))
+    place = Run.open(run)
     folder = _find_finetune(place, name)
     metrics = read_metrics(folder)
     config = build(RunConfig, without_none({k: v for k, v in metrics["config"].items() if k != "manifest"}), where="")
@@ -139,24 +140,25 @@ def evaluate(
         raise RunError(f"{path} has changed since {folder.name} was trained on it; name a manifest with --manifest")
     workers = default_workers() if num_workers is None else num_workers
     named = Named(data=data, encoder=encoder, allow_outside=allow_outside)
-    examples = _examples_of(found, path, place, named, config, num_workers=workers, progress=progress)
-    if config.finetune.only is not None:
-        examples = examples.only(config.finetune.only)
-    measured = examine_file(
-        folder / "model.safetensors",
-        examples,
-        split=split,
-        between=_between(found, examples),
-        config=config.training(),
-        seed=config.seed,
-        device=pick_device(device),
-    )
-    result = {"name": folder.name, "manifest": path.stem, "split": split, **measured}
-    if manifest is not None:
-        result["learned_from"] = _count_learned(place, metrics, examples.sample_id[examples.rows(split)])
     own = manifest is None and split == "test"
     file = folder / ("-".join(["evaluation"] + ([] if own else [split]) + ([path.stem] if manifest else [])) + ".json")
-    write_json(result, file)
+    with _evaluation_lock(place, file):
+        examples = _examples_of(found, path, place, named, config, num_workers=workers, progress=progress)
+        if config.finetune.only is not None:
+            examples = examples.only(config.finetune.only)
+        measured = examine_file(
+            folder / "model.safetensors",
+            examples,
+            split=split,
+            between=_between(found, examples),
+            config=config.training(),
+            seed=config.seed,
+            device=pick_device(device),
+        )
+        result = {"name": folder.name, "manifest": path.stem, "split": split, **measured}
+        if manifest is not None:
+            result["learned_from"] = _count_learned(place, metrics, examples.sample_id[examples.rows(split)])
+        write_json(result, file)
     return {**result, "file": str(file)}
 
 
@@ -170,7 +172,7 @@ def read_examples(
     progress: Progress = silent,
 ) -> Examples:
     """Give what a manifest, named by its file or its name in the run, trains and tests on."""
-    place = Run(Path(run))
+    place = Run.open(run)
     path = place.find_manifest(str(manifest))
     return _examples_of(
         read_manifest(path),
@@ -181,6 +183,24 @@ def read_examples(
         num_workers=num_workers,
         progress=progress,
     )
+
+
+@contextmanager
+def _writer(place: Run, name: str, world: World) -> Iterator[Lock | None]:
+    """Hold the lock on a fine-tuning's folder in the process that writes it; the others yield None."""
+    if not world.is_first:
+        yield None
+        return
+    with write_lock(place.folder, f"finetune/{name}", command="mmaudit finetune") as lock:
+        yield lock
+
+
+def _evaluation_lock(place: Run, file: Path) -> AbstractContextManager[Lock]:
+    """Hold the lock on the file of an evaluation, in the run where the fine-tuning is one of it."""
+    folder = file.parent
+    in_run = folder.absolute() == place.finetune(folder.name).absolute()
+    root, scope = (place.folder, f"finetune/{folder.name}/{file.name}") if in_run else (folder, file.name)
+    return write_lock(root, scope, command="mmaudit evaluate", wait_seconds=WAIT_SECONDS)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def verify(
     Raises:
         ManifestError: there is no manifest, its source is gone, or nobody but the manifest names the source.
     """
-    path = Run(Path(run)).find_manifest(str(manifest))
+    path = Run.open(run).find_manifest(str(manifest))
     checked, provenance = verify_rows(path), provenance_of(path)
     origin = origin_of(path, provenance, checked.digests)
     checks = [*checked.checks, _signature_check(origin)]

@@ -71,33 +71,6 @@ def test_no_place_for_a_run(tmp_path: Path) -> None:
         Run(tmp_path / "cat.jpg").check_place()
 
 
-def test_clear_takes_all_that_was_made_and_leaves_the_rest(tmp_path: Path) -> None:
-    run = fill(tmp_path, [*MADE, *FEATURES, "notes.txt"])
-    run.clear()
-    assert files(tmp_path) == sorted([*FEATURES, "notes.txt"])
-    assert not run.is_scored()
-    run.clear()  # an interrupted clearing can be done again
-    assert files(tmp_path) == sorted([*FEATURES, "notes.txt"])
-
-
-def test_an_interrupted_clearing_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = fill(tmp_path, [*MADE, *FEATURES])
-    removed: list[str] = []
-    unlink = Path.unlink
-
-    def stop_after_one(path: Path, missing_ok: bool = False) -> None:
-        if removed:
-            raise KeyboardInterrupt
-        removed.append(path.name)
-        unlink(path, missing_ok=missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", stop_after_one)
-    with pytest.raises(KeyboardInterrupt):
-        run.clear()
-    assert len(removed) == 1
-    assert not run.is_scored() or run.scores_file.exists()  # what was made from the scores goes before them
-
-
 @pytest.mark.parametrize("name", ["../escaped", "a/b", "a\\b", ".hidden", "balanced.dropped", ""])
 def test_a_name_stays_in_the_run(tmp_path: Path, name: str) -> None:
     for place in (Run(tmp_path).manifest, Run(tmp_path).finetune):
@@ -140,7 +113,8 @@ def test_manifests_are_listed_without_their_dropped_rows(tmp_path: Path) -> None
 
 
 def test_unfinished_fine_tunings_are_not_listed(tmp_path: Path) -> None:
-    run = fill(tmp_path, ["finetune/b/metrics.json", "finetune/a/metrics.json", "finetune/c/state/last.pt"])
+    names = ["b/metrics.json", "a/metrics.json", "c/state/last.pt", ".new/a/metrics.json", ".new/metrics.json"]
+    run = fill(tmp_path, [f"finetune/{name}" for name in names])
     assert run.finetunes() == [run.finetune("a"), run.finetune("b")]
 
 

@@ -1,0 +1,219 @@
+"""Laws of locks: never two writers of one thing, a dead one blocks nobody, and a refusal names who is there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mmaudit.audit import locks
+from mmaudit.audit.errors import RunError
+from mmaudit.audit.locks import FOLDER, holders_of, write_lock
+from mmaudit.audit.processes import ProcessId, this_process
+
+_HOLD = """
+import sys, time; from pathlib import Path; from mmaudit.audit.locks import write_lock
+with write_lock(Path(sys.argv[1]), sys.argv[2], command="mmaudit score"):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def another(folder: Path, scope: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """A process that holds a lock until it is killed."""
+    command = [sys.executable, "-c", _HOLD, str(folder), scope]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def leave(folder: Path, *, process: ProcessId, age_seconds: float = 0.0, scope: str = "") -> Path:
+    """Write the lock of a process that is not there to remove it."""
+    file = folder / FOLDER / "0123456789abcdef.lock"
+    file.parent.mkdir(parents=True)
+    about = {"scope": scope, "command": "mmaudit score", "host": "node7", "process": str(process), "started": "today"}
+    file.write_text(json.dumps(about))
+    now = time.time()
+    os.utime(file, (now, now - age_seconds))
+    return file
+
+
+def is_free(folder: Path, scope: str = "") -> bool:
+    try:
+        with write_lock(folder, scope, command="mmaudit split"):
+            return True
+    except RunError:
+        return False
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_lock_leaves_nothing_behind(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path / "deep" / "run"
+    if exists:
+        folder.mkdir(parents=True)
+    with write_lock(folder, command="mmaudit score"):
+        assert [str(holder).split(" (")[0] for holder in holders_of(folder)] == ["mmaudit score"]
+    assert folder.exists() == folder.parent.exists() == exists
+    assert not exists or not any(folder.iterdir())
+
+
+def test_what_was_written_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with write_lock(folder, command="mmaudit score"):
+        (folder / "run.json").write_text("{}")
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "overlap"),
+    [
+        ("", "", True),
+        ("", "finetune/a", True),
+        ("finetune/a", "", True),
+        ("finetune/a", "finetune/a/evaluation.json", True),
+        ("finetune/a", "finetune/b", False),
+        ("finetune/a", "finetune/ab", False),
+        ("manifests/a", "finetune/a", False),
+        ("features", "report.html", False),
+    ],
+)
+def test_scopes_overlap_where_one_contains_the_other(tmp_path: Path, first: str, second: str, overlap: bool) -> None:
+    with write_lock(tmp_path, first, command="mmaudit score"):
+        assert is_free(tmp_path, second) == (not overlap)
+    assert is_free(tmp_path, second)
+
+
+def test_a_second_writer_is_told_who_is_there(tmp_path: Path) -> None:
+    with another(tmp_path) as process:
+        start = time.monotonic()
+        with pytest.raises(RunError) as caught, write_lock(tmp_path, command="mmaudit score"):
+            pass
+        assert time.monotonic() - start < 5
+        line = str(caught.value)
+        assert f"{tmp_path} is being written by mmaudit score (process {process.pid} on " in line
+        assert ", since 20" in line
+        assert "\n" not in line
+        process.kill()
+        process.wait()
+        assert is_free(tmp_path)  # the lock of a killed process is taken over
+
+
+def test_who_waits_says_so_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mmaudit")
+    with another(tmp_path) as process:
+        threading.Timer(1.6, process.kill).start()
+        with write_lock(tmp_path, command="mmaudit split", wait_seconds=30):
+            assert process.wait() != 0
+    assert caplog.text.count(f"waiting for mmaudit score (process {process.pid} on ") == 1
+
+
+def test_whose_process_ended_is_taken_over(tmp_path: Path) -> None:
+    me = this_process()
+    for number, process in enumerate((replace(me, start="1"), replace(me, pid=2**22 + 1))):
+        folder = tmp_path / str(number)
+        file = leave(folder, process=process)
+        assert is_free(folder)
+        assert not file.exists()
+    assert not is_free(leave(tmp_path / "alive", process=me, age_seconds=3_600).parent.parent)  # however old
+
+
+@pytest.mark.parametrize(("age_seconds", "free"), [(0, False), (30, False), (120, True)])
+def test_another_machines_lock_lasts_as_long_as_its_signs_of_life(
+    tmp_path: Path, age_seconds: float, free: bool
+) -> None:
+    """Also where its process has the number of one of ours, and the clocks of both machines differ."""
+    file = leave(tmp_path, process=replace(this_process(), machine="00000000"), age_seconds=age_seconds)
+    assert is_free(tmp_path) == free
+    assert file.exists() == (not free)
+
+
+def test_a_damaged_lock_counts_until_it_is_old(tmp_path: Path) -> None:
+    file = leave(tmp_path, process=this_process())
+    file.write_text("{")
+    assert not is_free(tmp_path, "finetune/a")
+    os.utime(file, (0, time.time() - 120))
+    assert is_free(tmp_path, "finetune/a")
+
+
+def test_signs_of_life_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_BEAT_SECONDS", 0.02)
+    with write_lock(tmp_path, command="mmaudit score") as lock:
+        os.utime(lock.file, (0, 0))
+        end = time.monotonic() + 10
+        while lock.file.stat().st_mtime == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert time.time() - lock.file.stat().st_mtime < 60
+
+
+def test_a_lost_lock_is_noticed(tmp_path: Path) -> None:
+    with write_lock(tmp_path, command="mmaudit score") as lock:
+        lock.check()
+        lock.file.unlink()
+        with pytest.raises(RunError, match=r"the lock on .* was lost"):
+            lock.check()
+
+
+def test_of_many_writers_one_at_a_time_goes_on(tmp_path: Path) -> None:
+    """A stale lock lies there, too: all find it, and none takes away what another has put in its place."""
+    leave(tmp_path, process=replace(this_process(), start="1"))
+    at_work: list[int] = []
+    most: list[int] = []
+
+    def write(number: int) -> None:
+        with write_lock(tmp_path, command="mmaudit split", wait_seconds=60):
+            at_work.append(number)
+            most.append(len(at_work))
+            time.sleep(0.005)
+            at_work.remove(number)
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(write, range(24)))
+    assert most == [1] * 24
+
+
+def test_of_two_that_begin_together_one_goes_on(tmp_path: Path) -> None:
+    for _ in range(10):
+        together = threading.Barrier(2)
+        ended = threading.Barrier(2)
+
+        def write(together: threading.Barrier = together, ended: threading.Barrier = ended) -> bool:
+            together.wait()
+            try:
+                with write_lock(tmp_path, command="mmaudit score"):
+                    ended.wait(timeout=20)
+                    return True
+            except RunError:
+                ended.wait(timeout=20)
+                return False
+
+        with ThreadPoolExecutor(2) as pool:
+            assert sorted(task.result() for task in [pool.submit(write), pool.submit(write)]) == [False, True]
+
+
+def test_a_fork_does_not_give_the_lock_away(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from mmaudit.audit.locks import write_lock, holders_of\n"
+        "folder = Path(sys.argv[1])\n"
+        "with write_lock(folder, command='mmaudit score'):\n"
+        "    child = os.fork()\n"
+        "    if child:\n"
+        "        os.waitpid(child, 0); print(len(holders_of(folder)), flush=True)\n"
+    )
+    output = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "1"

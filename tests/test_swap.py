@@ -1,0 +1,206 @@
+"""Laws of swaps: wherever a replacement is interrupted, a run is the old one or the new one, and never both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mmaudit.audit.errors import RunError
+from mmaudit.audit.locks import write_lock
+from mmaudit.cli import swap
+from mmaudit.cli.run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run
+from mmaudit.cli.swap import complete_swaps, new_finetune, replacing, swap_finetune
+
+OLD = {
+    **{name: "old" for name in (*SCORE_FILES, "report.html", "report.json", "recovery.json")},
+    "figures/gap.png": "old",
+    "manifests/a.parquet": "old",
+    "finetune/a/metrics.json": "old",
+    "features/audio/0.arrow": "kept",
+    "notes.txt": "kept",
+}
+NEW = dict.fromkeys(SCORE_FILES, "new")
+ALL = (*SCORE_FILES, *REPORT_FILES, *MADE_FROM_SCORES)
+
+
+class Killed(BaseException):
+    """A kill: nothing is tidied up after it."""
+
+
+def fill(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def content(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def visible(folder: Path) -> dict[str, str]:
+    return {name: text for name, text in content(folder).items() if not any(p[0] == "." for p in Path(name).parts)}
+
+
+def replace_run(folder: Path) -> None:
+    with write_lock(folder, command="mmaudit score") as lock, replacing(folder, ALL, lock=lock) as new:
+        fill(new, NEW)
+
+
+EXPECTED = {**{name: text for name, text in OLD.items() if text == "kept"}, **NEW}
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None) -> list[str]:
+    """Note every rename and removal, and let the process be killed in place of one."""
+    made: list[str] = []
+    rename, remove = Path.replace, swap.shutil.rmtree
+
+    def count(name: str) -> None:
+        if stop_after is not None and len(made) >= stop_after:
+            raise Killed
+        made.append(name)
+
+    def replace(path: Path, target: Path) -> Path:
+        count(path.name)
+        return rename(path, target)
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        count(path.name)
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(swap.shutil, "rmtree", rmtree)
+    return made
+
+
+def interruptions(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> Iterator[int]:
+    """Let `work` be killed at every one of its renames and removals; yields after each, and ends when it is through."""
+    for stop_after in range(100):
+        with monkeypatch.context() as patch:
+            calls(patch, stop_after=stop_after)
+            try:
+                work()
+            except Killed:
+                pass
+            else:
+                return
+        yield stop_after
+    raise AssertionError("it never ends")
+
+
+def test_a_run_is_replaced_but_for_what_it_is_not_made_of(tmp_path: Path) -> None:
+    fill(tmp_path, OLD)
+    replace_run(tmp_path)
+    assert content(tmp_path) == EXPECTED
+    complete_swaps(tmp_path)
+    assert content(tmp_path) == EXPECTED
+
+
+def test_a_failed_replacement_leaves_the_old_run(tmp_path: Path) -> None:
+    fill(tmp_path, OLD)
+
+    def fail() -> None:
+        with write_lock(tmp_path, command="mmaudit score") as lock, replacing(tmp_path, ALL, lock=lock) as new:
+            fill(new, NEW)
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fail()
+    assert content(tmp_path) == OLD
+
+
+def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = iter(range(1_000))
+    folder = tmp_path / "first"
+
+    def work() -> None:
+        nonlocal folder
+        folder = tmp_path / str(next(numbers))
+        fill(folder, OLD)
+        replace_run(folder)
+
+    seen = set()
+    for _ in interruptions(monkeypatch, work):
+        now = Run(folder)
+        if now.is_scored():  # what anybody reads who knows nothing of swaps
+            assert visible(folder) in (OLD, EXPECTED)
+        complete_swaps(folder)
+        assert visible(folder) in (OLD, EXPECTED)
+        seen.add(visible(folder)["run.json"])
+        replace_run(folder)  # the same command again
+        assert content(folder) == EXPECTED
+    assert seen == {"old", "new"}
+    assert content(folder) == EXPECTED
+
+
+def test_completing_can_be_interrupted_at_any_moment_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, OLD)
+    with monkeypatch.context() as patch:
+        for number in range(100):
+            calls(patch, stop_after=number)
+            with pytest.raises(Killed):
+                replace_run(tmp_path)
+            patch.undo()
+            if (tmp_path / ".overwrite-committed").exists():
+                break
+    assert visible(tmp_path) == OLD
+    for _ in interruptions(monkeypatch, lambda: complete_swaps(tmp_path)):
+        assert not Run(tmp_path).is_scored() or visible(tmp_path) in (OLD, EXPECTED)
+    assert content(tmp_path) == EXPECTED
+
+
+def test_what_cannot_be_completed_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, {**OLD, ".overwrite-committed/swap.json": '{"names": []}'})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(swap, "write_lock", refuse)
+    with pytest.raises(RunError, match=r"score --overwrite was interrupted .*\(Read-only file system\)"):
+        Run.open(tmp_path)
+
+
+OLD_TUNING = {"finetune/a/metrics.json": "old", "finetune/a/extra.json": "old", "finetune/b/metrics.json": "kept"}
+NEW_TUNING = {"metrics.json": "new", "model.safetensors": "new"}
+
+
+@pytest.mark.parametrize("before", [OLD_TUNING, {"finetune/b/metrics.json": "kept"}])
+def test_a_fine_tuning_is_replaced_when_it_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, str]
+) -> None:
+    numbers = iter(range(1_000))
+    folder = tmp_path / "first"
+    expected = {"finetune/b/metrics.json": "kept", **{f"finetune/a/{name}": "new" for name in NEW_TUNING}}
+
+    def work() -> None:
+        nonlocal folder
+        folder = tmp_path / str(next(numbers))
+        fill(folder, before)
+        fill(new_finetune(folder, "a"), {"model.safetensors": "new"})
+        swap_finetune(folder, "a")
+        assert visible(folder) == before  # not yet
+        fill(new_finetune(folder, "a"), NEW_TUNING)
+        swap_finetune(folder, "a")
+
+    for _ in interruptions(monkeypatch, work):
+        files = visible(folder)
+        assert files.get("finetune/a/metrics.json") != "new" or "finetune/a/extra.json" not in files
+        finished = (new_finetune(folder, "a") / "metrics.json").exists()
+        complete_swaps(folder)
+        if finished or "finetune/a/model.safetensors" in files:
+            assert content(folder) == expected
+        else:
+            assert visible(folder) == before
+    assert content(folder) == expected
+
+
+def test_a_fine_tuning_that_is_being_written_is_left_to_its_writer(tmp_path: Path) -> None:
+    fill(tmp_path, OLD_TUNING)
+    fill(new_finetune(tmp_path, "a"), NEW_TUNING)
+    with write_lock(tmp_path, "finetune/a", command="mmaudit finetune"):
+        complete_swaps(tmp_path)
+        assert visible(tmp_path) == OLD_TUNING
