@@ -19,6 +19,7 @@ from typing import Any
 from .errors import MmauditError
 from .json_text import Shape, check_shape, parse_json
 from .processes import ProcessId, this_process
+from .regular_file import check_regular
 
 _TEMPORARY = re.compile(r"\.mmaudit-(.+)-[0-9a-f]{8}\.tmp")
 _ABANDONED_SECONDS = 86_400  # of another machine's temporary file: nothing says whether its writer still runs
@@ -113,6 +114,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 def read_json(path: Path, *, error: type[MmauditError], shape: Shape | None = None) -> dict[str, Any]:
     """Read a JSON file of this shape; what cannot be read raises `error`, which names the key that is wrong."""
     try:
+        check_regular(path)
         content = parse_json(path.read_bytes())
         check_shape(content, shape or {})
     except (OSError, ValueError) as cause:

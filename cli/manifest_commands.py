@@ -181,7 +181,9 @@ def split(
 def order(
     manifest: ManifestArgument,
     epoch: Annotated[int, typer.Option("--epoch", help="Which epoch, from 1.")] = 1,
-    dump: Annotated[bool, typer.Option("--dump", help="Print every step and id, as two columns of a CSV.")] = False,
+    dump: Annotated[
+        bool, typer.Option("--dump", help="Print every step and id as CSV for programs: ids are exact.")
+    ] = False,
     run: RunOption = "mmaudit-run",
     sampling: Annotated[
         str | None,
@@ -306,6 +308,13 @@ def export(
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out, and count, media that are not there.")
     ] = False,
+    escape_formulas: Annotated[
+        bool,
+        typer.Option(
+            "--escape-formulas/--no-escape-formulas",
+            help="csv: put an apostrophe before texts that a spreadsheet would run (= + - @); numbers stay.",
+        ),
+    ] = True,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -321,6 +330,7 @@ def export(
         data=data,
         allow_outside=allow_outside,
         skip_missing=skip_missing,
+        escape_formulas=escape_formulas,
         overwrite=overwrite,
     )
     finish(found, json_, tell_export)

@@ -133,13 +133,15 @@ def export(
     data: str | Path | None = None,
     allow_outside: bool = False,
     skip_missing: bool = False,
+    escape_formulas: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a manifest as csv, jsonl, npy, ogm, webdataset or datasets to `out`; returns the files and counts.
 
     Only webdataset opens media: those of the manifest's source, or of `data`. `data` and `allow_outside` (paths may
     lead outside the data's folder) must be given for a manifest that was not made by this user on this machine.
-    `skip_missing` leaves out media that are not there.
+    `skip_missing` leaves out media that are not there; `escape_formulas` has csv put an apostrophe before texts that a
+    spreadsheet would run.
 
     Raises:
         ConfigError: the format cannot hold it.
@@ -156,7 +158,15 @@ def export(
         origin = origin_of(path, provenance_of(path), digests_of(path))
         dataset, _ = open_source(origin, Named(data=data, allow_outside=allow_outside), encoders=False)
     with write_lock(out.absolute().parent, out.name, command="mmaudit export", wait_seconds=WAIT_SECONDS):
-        return write_export(path, out, format=format, dataset=dataset, skip_missing=skip_missing, overwrite=overwrite)
+        return write_export(
+            path,
+            out,
+            format=format,
+            dataset=dataset,
+            skip_missing=skip_missing,
+            escape_formulas=escape_formulas,
+            overwrite=overwrite,
+        )
 
 
 def replay(

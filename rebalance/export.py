@@ -30,6 +30,16 @@ _OURS = {  # what an export of a folder writes, and may write over
     "webdataset": re.compile(r"\w+-\d{6}\.tar"),
     "datasets": re.compile(r"dataset_dict\.json|state\.json|dataset_info\.json|data-\d{5}-of-\d{5}\.arrow|\w+"),
 }
+# How a text begins that a spreadsheet runs as a formula, with the apostrophes of one that is escaped already.
+_FORMULA, _ESCAPED = "^('*[=+\\-@\\t\\r\\n＝＋－＠])", "'\\1"
+
+
+def escape_formula(text: str) -> str:
+    """Put an apostrophe before a text that a spreadsheet would run: one that begins with = + - @, tab or line end.
+
+    Taking one apostrophe off each text that begins with apostrophes and such a sign gives the texts again.
+    """
+    return re.sub(_FORMULA, r"'\1", text)
 
 
 def export(
@@ -43,6 +53,7 @@ def export(
     samples_per_shard: int = SAMPLES_PER_SHARD,
     skip_missing: bool = False,
     clip: str | None = None,
+    escape_formulas: bool = True,
 ) -> dict[str, Any]:
     """Write a manifest in one of FORMATS to a file or a folder, whole or not at all, and give format, files and rows.
 
@@ -50,8 +61,9 @@ def export(
     CLIP,LABEL lists by split; webdataset a folder of tars by split with the media; datasets a folder of save_to_disk.
     Media are looked for in `dataset`'s folder, else in `root`, and nowhere that the manifest itself names;
     `skip_missing` leaves out, and counts, those that are not there. `clip` names the column that an OGM list calls
-    clips by: the name of its file, without the extension; None is the first path column. The same manifest gives the
-    same bytes. Raises ConfigError for what the format cannot hold, RunError where `out` exists.
+    clips by: the name of its file, without the extension; None is the first path column. `escape_formulas` is of csv:
+    see escape_formula. The same manifest gives the same bytes.
+    Raises ConfigError for what the format cannot hold, RunError where `out` exists.
     """
     if format not in FORMATS:
         raise ConfigError(f"--format {format}: no such format; {choices(format, FORMATS)}")
@@ -74,6 +86,7 @@ def export(
         samples_per_shard=samples_per_shard,
         skip_missing=skip_missing,
         clip=clip,
+        escape_formulas=escape_formulas,
     )
     with (atomic_folder if format in _OURS else atomic_write)(out) as temporary:
         more = _WRITERS[format](job, temporary)
@@ -106,10 +119,29 @@ def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> 
 
 def _write_csv(job: Job, path: Path) -> dict[str, Any]:
     """Write a header and the rows; strings stand in quotes, a null is empty without them."""
-    with pa.csv.CSVWriter(path, job.schema) as writer:
+    escape = _escape_texts if job.escape_formulas else _as_it_is
+    head = escape(job.schema.empty_table())
+    with pa.csv.CSVWriter(path, head.schema) as writer:
         for table in batches_of(job.manifest):
-            writer.write_table(table.cast(job.schema))
+            writer.write_table(escape(table.cast(job.schema)))
     return {}
+
+
+def _as_it_is(table: pa.Table) -> pa.Table:
+    return table
+
+
+def _escape_texts(table: pa.Table) -> pa.Table:
+    """Escape formulas in text columns and in the names of columns; numbers stay as they are."""
+    columns = [
+        pc.replace_substring_regex(column, _FORMULA, _ESCAPED) if _is_text(column.type) else column
+        for column in table.columns
+    ]
+    return pa.table(columns, names=[escape_formula(name) for name in table.column_names])
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 
 def _write_jsonl(job: Job, path: Path) -> dict[str, Any]:

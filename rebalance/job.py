@@ -29,6 +29,7 @@ class Job:
     samples_per_shard: int
     skip_missing: bool
     clip: str | None
+    escape_formulas: bool = True
 
 
 def plain_rows(job: Job, *columns: str) -> Iterator[dict[str, Any]]:

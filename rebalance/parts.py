@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ..audit.errors import ScoreError
 from ..audit.parquet import read_batches, read_schema
+from ..audit.regular_file import check_regular
 
 BATCH_ROWS = 131_072
 
@@ -33,8 +34,17 @@ def files_of(source: str | Path | Sequence[str | Path]) -> list[Part]:
             some = [path] if path.exists() else sorted(Path(one) for one in glob.glob(str(each), recursive=True))
         if not some:
             raise ScoreError(f"no score table {each}: name a Parquet file, a folder of them or a glob")
+        for path in some:
+            _check_regular(path)
         found += some
     return list(dict.fromkeys(found))
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise ScoreError(f"the score table {path} cannot be read: {error.strerror}") from error
 
 
 def schema_of(part: Part) -> pa.Schema:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mmaudit.rebalance import export as export_file
 from mmaudit.rebalance import job
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.choice import choose
-from mmaudit.rebalance.export import FORMATS
+from mmaudit.rebalance.export import FORMATS, escape_formula
 from mmaudit.rebalance.export import export as write_export
 from mmaudit.rebalance.manifest import batches_of
 from mmaudit.rebalance.shards import open_scores
@@ -168,7 +169,7 @@ def test_bad_orders_are_refused(manifest: Path, tmp_path: Path) -> None:
 def test_csv_and_jsonl_are_read_back_as_they_were(tmp_path: Path, ids: list[str]) -> None:
     manifest = make(tmp_path, ids, label_name=np.array(ids, dtype=object), label=np.arange(len(ids), dtype=np.int32))
     there = rows_of(manifest)
-    export(manifest, tmp_path / "m.csv", format="csv", overwrite=True)
+    export(manifest, tmp_path / "m.csv", format="csv", overwrite=True, escape_formulas=False)
     with (tmp_path / "m.csv").open(encoding="utf-8", newline="") as file:
         header, *lines = csv.reader(file)
     columns = {
@@ -182,6 +183,30 @@ def test_csv_and_jsonl_are_read_back_as_they_were(tmp_path: Path, ids: list[str]
     assert as_manifest({name: [each[name] for each in records] for name in there.column_names}, there.schema).equals(
         there
     )
+
+
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", "'=1", "''-x", '=HYPERLINK("x")', "＝1"]
+PLAIN = ["a=b", "1-2", "'quoted'", "x@y.z", "ordinary", "'"]
+
+
+def test_csv_escapes_what_a_spreadsheet_would_run_in_text_cells_alone(tmp_path: Path) -> None:
+    ids = [*FORMULAS, *PLAIN]
+    manifest = make(tmp_path, ids, label_name=np.array(ids, dtype=object), label=np.arange(len(ids), dtype=np.int32))
+    export(manifest, tmp_path / "m.csv", format="csv")
+    with (tmp_path / "m.csv").open(encoding="utf-8", newline="") as file:
+        header, *lines = csv.reader(file)
+    columns = dict(zip(header, zip(*lines, strict=True), strict=True))
+    there = rows_of(manifest)
+    for name in ("sample_id", "label_name"):
+        for cell, text in zip(columns[name], there[name].to_pylist(), strict=True):
+            assert cell == (f"'{text}" if text in FORMULAS else text)
+            assert re.sub(r"^'('*[=+\-@\t\r\n＝＋－＠])", r"\1", cell) == text
+    assert any(value.startswith("-") for value in columns["discrepancy"])
+    assert [float(value) for value in columns["discrepancy"]] == pytest.approx(there["discrepancy"].to_pylist())
+
+
+def test_the_name_of_a_column_is_escaped_as_well() -> None:
+    assert [escape_formula(name) for name in ("=cmd()", "'=x", "label")] == ["'=cmd()", "''=x", "label"]
 
 
 def test_floats_are_written_by_their_shortest_digits(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 
+MAX_FRAME_PIXELS = 2_147_483_647  # FFmpeg counts in 32 bits
 _MAX_PIXELS = 178_956_970  # of a picture that Pillow opens: twice its own MAX_IMAGE_PIXELS
 _LIMITS: dict[str, tuple[float, float]] = {
     "sample_rate": (2_000, 192_000),
@@ -16,7 +17,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "network_seconds": (0.1, 60),
     "network_mel_bins": (8, 256),
     "max_image_pixels": (1, _MAX_PIXELS),
-    "max_frame_pixels": (1, 2_147_483_647),  # FFmpeg counts in 32 bits
+    "max_frame_pixels": (1, MAX_FRAME_PIXELS),
 }
 BUDGETS = (
     "max_image_pixels",

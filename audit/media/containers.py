@@ -9,11 +9,13 @@ from typing import Any
 import av
 
 from ..quality import Reason, UnusableError
-from .config import MediaConfig
+from .config import MAX_FRAME_PIXELS, MediaConfig
 from .media_file import Medium, stream_of
 from .truncation import MP4_BOXES, shortfall
 
 MAX_STREAMS = 100  # of a file; FFmpeg's own limit is 1,000, and each is probed
+_PROBED_FRAMES = 4  # what is refused when a file is probed has no size that a message could name
+_ALIGNED_PIXELS = 1 << 20  # FFmpeg counts rows and columns up to a multiple of 64
 MAX_BAD_PACKETS = 0.1  # of all, and one in any case: players skip a few (tags behind an mp3)
 
 # By name, because playlists (hls, concat) would open other files and addresses.
@@ -46,7 +48,7 @@ def reading(data: Medium) -> Iterator[None]:
 @contextmanager
 def open_container(data: Medium, config: MediaConfig) -> Iterator[Any]:
     """Open a file of sound or video."""
-    limits = {"max_streams": str(MAX_STREAMS), "max_pixels": str(config.max_frame_pixels)}
+    limits = {"max_streams": str(MAX_STREAMS), **_pixel_limit(_PROBED_FRAMES * config.max_frame_pixels)}
     with stream_of(data) as file:
         with _unprobed(file, limits) if data[4:8] in MP4_BOXES else nullcontext() as container:
             if container is not None:
@@ -85,8 +87,13 @@ def track(container: Any, kind: str, config: MediaConfig) -> Any:
     if kind == "video":
         check_frame_size(streams[0].codec_context.width, streams[0].codec_context.height, config)
     streams[0].codec_context.thread_count = 1  # samples are what is worked on side by side
-    streams[0].codec_context.options = {"max_pixels": str(config.max_frame_pixels)}
+    streams[0].codec_context.options = _pixel_limit(config.max_frame_pixels)
     return streams[0]
+
+
+def _pixel_limit(num_pixels: int) -> dict[str, str]:
+    """Return the option by which FFmpeg refuses larger frames, wherever in a stream their size is stated."""
+    return {"max_pixels": str(min(num_pixels + _ALIGNED_PIXELS, MAX_FRAME_PIXELS))}
 
 
 def counted(packets: Iterable[Any], config: MediaConfig) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import DatasetError
+from ..regular_file import check_regular
 from .declared import declared_classes
 from .modality import holds_bytes
 from .split_names import SPLIT, with_split
@@ -160,6 +161,7 @@ def _skip_to_schema(source: Any) -> pa.Schema:
 
 def _read_schema(path: Path) -> pa.Schema:
     try:
+        check_regular(path)
         with pa.memory_map(str(path)) as source:
             return _skip_to_schema(source)
     except FileNotFoundError as error:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ..errors import DatasetError
 from ..parquet import read_table
+from ..regular_file import check_regular
 from .csv_rows import read_csv_rows
 from .json_lines import read_json_lines
 from .modality import holds_bytes
@@ -150,6 +151,10 @@ def read_tables(paths: Sequence[Path], *, splits: Sequence[str | None] | None = 
 
 def read_rows(path: Path) -> pa.Table:
     """Read a file of rows as a whole; DatasetError names the file, and where it has some the line, with the reason."""
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
     if path.suffix == ".csv":
         return read_csv_rows(path)
     if path.suffix == ".jsonl":

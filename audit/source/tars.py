@@ -22,6 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import DatasetError
+from ..regular_file import open_regular
 from .modality import KINDS, kind_of_path
 from .split_names import SPLIT, split_of_file, split_of_folder
 from .tables import HEAD_ROWS, Plan, concat_rows
@@ -142,7 +143,7 @@ def _index(path: Path) -> list[Sample]:
     """List the samples of one tar, in their order."""
     samples: list[Sample] = []
     skipped: list[str] = []
-    with path.open("rb") as file:
+    with _open(path) as file:
         for member in _members(path, file):
             written = member.name.encode("utf-8", "replace").decode()  # a name in another encoding is no string
             folder, slash, base = written.removeprefix("./").rpartition("/")
@@ -161,6 +162,13 @@ def _index(path: Path) -> list[Sample]:
     if not samples:
         raise DatasetError(f"{path} holds no sample: its members should be called KEY.EXTENSION, such as 0001.wav")
     return samples
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
