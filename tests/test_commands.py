@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import math
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mmaudit.cli.main import main
@@ -139,7 +143,8 @@ def test_split(command: Command, demo_folder: Path) -> None:
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_split_of_a_subset(command: Command, demo_folder: Path, dry: bool) -> None:
-    words = ["split", "--subset", "random:50%", "--run", demo_folder / "run", *(["--dry-run"] if dry else [])]
+    words: list[str | Path] = ["split", "--subset", "random:50%", "--run", demo_folder / "run"]
+    words += ["--dry-run"] if dry else []
     printed = succeed(command, *words)
     assert ("would keep" in printed, "a dry run" in printed) == (dry, dry)
     assert (strict_json(succeed(command, *words, "--json"))["file"] is None) == dry
@@ -244,7 +249,7 @@ def test_export_names_what_it_skipped(command: Command, demo_folder: Path, tmp_p
 
 def test_ingest(command: Command, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    fields = {name: rng.standard_normal((4, 3, 2)) for name in ("text", "audio", "vision")}
+    fields: dict[str, Any] = {name: rng.standard_normal((4, 3, 2)) for name in ("text", "audio", "vision")}
     np.savez(
         tmp_path / "train.npz", id=np.array(["a$_$0", "a$_$1", "b$_$0", "c$_$0"]),
         regression_labels=np.array([-1.0, 1.0, 0.0, math.pi]), **fields,
@@ -256,3 +261,45 @@ def test_ingest(command: Command, tmp_path: Path) -> None:
         keys=["path", "message", "notes"],
     )
     assert Path(found["path"]).is_file()
+
+
+def test_export_escapes_formulas_unless_told_otherwise(command: Command, demo_folder: Path, tmp_path: Path) -> None:
+    words: list[str | Path] = ["export", "balanced", "--format", "csv", "--run", demo_folder / "run"]
+    text = {}
+    for option in ("--escape-formulas", "--no-escape-formulas"):
+        succeed(command, *words, option, "--out", tmp_path / option)
+        text[option] = (tmp_path / option).read_text(encoding="utf-8")
+    assert text["--escape-formulas"] == text["--no-escape-formulas"]  # of ordinary names nothing changes
+    assert "keypad-" in text["--escape-formulas"]
+
+
+HOSTILE = "\x1b[2Jname\nreport: forged\u202e"
+
+
+def test_names_of_the_data_reach_the_terminal_without_controls(command: Command, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [{"id": f"{HOSTILE}{row}", "label": f"{HOSTILE}{row % 2}", "a": rng.standard_normal(3).tolist(),
+             "b": (rng.standard_normal(2) + row % 2).tolist()} for row in range(40)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    run: list[str | Path] = ["--run", tmp_path / "run"]
+    score: list[str | Path] = ["score", tmp_path / "rows.parquet", "--repeats", "1", "--num-workers", "0", *run]
+    commands: list[list[str | Path]] = [
+        ["check", tmp_path / "rows.parquet", "--num-workers", "0", "--run", tmp_path / "run"],
+        score,
+        ["split", "--subset", "random:50%", "--name", "half", *run],
+        ["order", "half", *run],
+        ["card", "half", *run],
+        ["verify", "half", *run],
+    ]
+    for words in commands:
+        finished = command(*words)
+        assert finished.code == 0, finished.err
+        for printed in (finished.out, finished.err):
+            assert not set(printed) & set("\x1b\u202e")
+            assert "report: forged" not in printed.splitlines()
+        assert json.loads(command(*words, "--json").out)
+    assert "\\x1b[2Jname\\nreport: forged\\u202e" in command(*commands[3]).out
+    dumped = succeed(command, "order", "half", "--dump", *run)
+    ids = [row[1] for row in csv.reader(io.StringIO(dumped))][1:]
+    assert ids
+    assert set(ids) <= {row["id"] for row in rows}

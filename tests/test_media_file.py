@@ -59,7 +59,7 @@ def test_a_clip_is_decoded_from_its_file_as_from_its_bytes(
     for name, decode in (("0.wav", decode_audio), ("0.png", decode_image)):
         content = (clip_source / name).read_bytes()
         file = ranged(tmp_path / name, content)
-        np.testing.assert_array_equal(decode(file, MediaConfig()), decode(content, MediaConfig()))  # type: ignore[operator]
+        np.testing.assert_array_equal(decode(file, MediaConfig()), decode(content, MediaConfig()))
     file = ranged(tmp_path / "film.mp4", film(True))
     np.testing.assert_array_equal(decode_frames(file, MediaConfig()), decode_frames(film(True), MediaConfig()))
     np.testing.assert_array_equal(decode_audio(file, MediaConfig()), decode_audio(film(True), MediaConfig()))

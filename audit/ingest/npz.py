@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..regular_file import open_regular
 from .unpickle import FREE_BYTES, MAX_EXPANSION
 
 _BROKEN = (
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
