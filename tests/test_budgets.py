@@ -116,8 +116,8 @@ def test_of_many_frames_one_is_decoded_and_odd_chunks_are_not_needed() -> None:
     first.save(file, "gif", save_all=True, append_images=[Image.new("RGB", (30, 20), (9 * n % 256, 0, 0))
                                                           for n in range(300)])  # fmt: skip
     assert decode_image(file.getvalue(), MediaConfig()).shape == (64, 64, 3)
-    options: dict[str, Any]
-    for options in ({"icc_profile": bytes(300_000)}, {"exif": b"Exif\0\0" + bytes(60_000)}):
+    chunks: list[dict[str, Any]] = [{"icc_profile": bytes(300_000)}, {"exif": b"Exif\0\0" + bytes(60_000)}]
+    for options in chunks:
         assert decode_image(picture("png", **options), MediaConfig()).shape == (64, 64, 3)
     assert reason_of(decode_image, picture("png", icc_profile=bytes(30_000_000))) is Reason.CORRUPT
 

@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
-from mmaudit.cli.main import main
+from mmaudit.cli.main import app, main
 
 FORMATS = ("csv", "jsonl", "npy", "ogm", "webdataset", "datasets")
 
@@ -59,13 +60,17 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(scope="session")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished demo of 120 samples: data, scores, two manifests, two fine-tunings, a report."""
-    from mmaudit.cli.demo import demo
-
+def demo_text(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished demo of 120 samples, and what it printed: data, scores, two manifests, two fine-tunings, a report."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    demo(folder, num_samples=120)
-    return folder
+    result = CliRunner().invoke(app, ["demo", str(folder), "--num-samples", "120"])
+    assert result.exit_code == 0, result.output
+    return folder, result.stdout
+
+
+@pytest.fixture(scope="session")
+def demo_folder(demo_text: tuple[Path, str]) -> Path:
+    return demo_text[0]
 
 
 def succeed(command: Command, *words: str | Path) -> str:
@@ -96,13 +101,13 @@ def both(command: Command, words: list[str | Path], *, text: list[str], keys: li
     return found
 
 
-def test_demo(command: Command, demo_folder: Path) -> None:
-    found = both(
-        command,
-        ["demo", demo_folder, "--num-samples", "120"],
-        text=["Spearman", "balanced split: ", "report: "],
-        keys=["recovery", "kept", "distance", "report"],
-    )
+def test_demo(command: Command, demo_text: tuple[Path, str]) -> None:
+    folder, printed = demo_text
+    for part in ("Spearman", "balanced split: ", "report: "):
+        assert part in printed
+    found = strict_json(succeed(command, "demo", folder, "--num-samples", "120", "--json"))
+    assert set(found) == {"recovery", "kept", "distance", "report"}
+    assert f"{found['kept']} samples" in printed
     assert Path(found["report"]).is_file()
 
 
