@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,7 +56,7 @@ EXPECTED = {**{name: text for name, text in OLD.items() if text == "kept"}, **NE
 def calls(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None) -> list[str]:
     """Note every rename and removal, and let the process be killed in place of one."""
     made: list[str] = []
-    rename, remove = Path.replace, swap.shutil.rmtree
+    rename, remove = Path.replace, shutil.rmtree
 
     def count(name: str) -> None:
         if stop_after is not None and len(made) >= stop_after:
@@ -71,7 +72,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None) -> list[st
         remove(path, ignore_errors=ignore_errors)
 
     monkeypatch.setattr(Path, "replace", replace)
-    monkeypatch.setattr(swap.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
     return made
 
 
