@@ -102,16 +102,17 @@ def open_source(origin: Origin, named: Named, *, encoders: bool = True) -> tuple
         )
     modalities = _scored_modalities(origin)
     made = build(RunConfig, without_none(section(about, "config")), where="")
-    chosen = _chosen_encoders(origin, named) if encoders else ()
-    source = _named_source(origin, named)
+    chosen = _scored_encoders(origin, named) if encoders else {}
+    _check_named(origin, named, chosen)
+    source = named.data if named.data is not None or origin.record is None else origin.record["source"]
     config = replace(
         made.data,
         modality=tuple(f"{m['name']}={m['column']}:{m['kind']}" for m in modalities),
-        encoder=chosen,
+        encoder=tuple(f"{name}={encoder}" for name, encoder in chosen.items()),
         allow_outside=named.allow_outside or (origin.record is not None and made.data.allow_outside),
     )
     try:
-        return open_dataset(source, config), made
+        return open_dataset(str(source), config), made
     except MmauditError as error:
         mend = "" if named.data is not None else "; if it moved, pass --data"
         raise ManifestError(f"the manifest's source cannot be opened: {error}{mend}") from error
@@ -128,24 +129,32 @@ def _scored_modalities(origin: Origin) -> list[dict[str, str]]:
     raise ManifestError(f"{origin.path}: its metadata name no modalities that mmaudit score wrote: split the run again")
 
 
-def _named_source(origin: Origin, named: Named) -> str:
-    """Return the data to open: those named, or those that the signed record names."""
-    if named.data is not None:
-        return str(named.data)
-    if origin.record is not None:
-        return str(origin.record["source"])
-    source = f"its source was {origin.source}: " if origin.source else ""
+def _check_named(origin: Origin, named: Named, encoders: dict[str, str]) -> None:
+    """Raise ManifestError where the user must name the data, or encoders that are code or models, and has not."""
+    scored = _scored_modalities(origin)
+    doubts = {m["name"]: _doubt(m["encoder"], origin) for m in scored if encoders and m["name"] not in _again(named)}
+    refused = [f"--encoder {printable(f'{name}={encoders[name]}')}" for name, doubt in doubts.items() if doubt]
+    unnamed = [f"--data {origin.source or 'DATA'}"] if named.data is None and origin.record is None else []
+    if not unnamed and not refused:
+        return
+    doubt = origin.doubt or next(filter(None, doubts.values()))
+    source = f"its source was {origin.source}: " if unnamed and origin.source else ""
+    trust = ", if you trust what it names" if refused else ""
     raise ManifestError(
-        f"{origin.path} does not decide what is opened, since {origin.doubt}; "
-        f"{source}pass --data {origin.source or 'DATA'}"
+        f"{origin.path} does not decide what is opened or run, since {doubt}; "
+        f"{source}pass {' '.join(unnamed + refused)}{trust}"
     )
 
 
-def _chosen_encoders(origin: Origin, named: Named) -> tuple[str, ...]:
-    """Return the encoders that the samples were scored with, as MODALITY=NAME; each must be trusted or named again."""
+def _again(named: Named) -> dict[str, str]:
+    """Return the encoders that the user names again, by modality."""
+    return dict(text.partition("=")[::2] for text in named.encoder)
+
+
+def _scored_encoders(origin: Origin, named: Named) -> dict[str, str]:
+    """Return the encoders that the samples were scored with, by modality; ConfigError where others are named."""
     scored = {m["name"]: m["encoder"] for m in _scored_modalities(origin)}
-    again = dict(text.partition("=")[::2] for text in named.encoder)
-    for modality, encoder in again.items():
+    for modality, encoder in _again(named).items():
         if modality not in scored:
             raise ConfigError(f"--encoder {modality}={encoder}: no modality {modality!r}; {choices(modality, scored)}")
         if encoder != scored[modality]:
@@ -153,15 +162,7 @@ def _chosen_encoders(origin: Origin, named: Named) -> tuple[str, ...]:
                 f"--encoder {modality}={encoder}: the samples were scored with {printable(scored[modality])}: "
                 "name that one, or score the data again"
             )
-    doubts = {name: _doubt(encoder, origin) for name, encoder in scored.items() if name not in again}
-    refused = [f"{name}={printable(scored[name])}" for name, doubt in doubts.items() if doubt]
-    if refused:
-        doubt = next(filter(None, doubts.values()))
-        raise ManifestError(
-            f"{origin.path} does not decide what runs, since {doubt}; if you trust the encoders that it names, "
-            f"pass {' '.join(f'--encoder {each}' for each in refused)}"
-        )
-    return tuple(f"{name}={encoder}" for name, encoder in scored.items())
+    return scored
 
 
 def _doubt(encoder: str, origin: Origin) -> str:

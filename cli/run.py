@@ -114,6 +114,15 @@ class Run:
         if strangers:
             raise RunError(f"{self.folder} holds {sorted(strangers)[0]} and is no run; name another folder with --run")
 
+    def check_links(self) -> None:
+        """Raise RunError for a file that a report would read or write through a link out of the run folder."""
+        names = [self.record_file, self.scores_file, self.quarantine_file, self.mixture_file, self.recovery_file]
+        inside = [*(self.folder / "manifests").glob("*"), *(self.folder / "finetune").glob("*/*"), self.figures]
+        home = self.folder.resolve()
+        for path in (*names, *inside):
+            if not path.resolve().is_relative_to(home):
+                raise RunError(f"{path} is a link out of {self.folder}, a run that you did not make: remove it")
+
     def find_manifest(self, name: str) -> Path:
         """Give the file of a manifest, named by its path or by its name in this run."""
         return Path(name) if Path(name).is_file() else self.own_manifest(name)

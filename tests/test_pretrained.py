@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -341,3 +343,35 @@ def test_a_dataset_of_texts_and_vectors(models: Path, tmp_path: Path) -> None:
     found = FeatureMatrix.of(tasks, status, np.array([0, 2])).read_all()
     expected = [vector(models, "bert", "text", texts[row]) for row in (0, 2)]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", ["pytorch_model.bin", "model.bin"])
+def test_weights_that_are_pickles_are_refused(models: Path, tmp_path: Path, kept: str) -> None:
+    folder, mark = Path(shutil.copytree(models / "dinov2", tmp_path / "model")), tmp_path / "ran"
+    (folder / "model.safetensors").unlink()
+    (folder / kept).write_bytes(f"cbuiltins\nopen\n(V{mark}\nVw\ntR.".encode())  # runs when it is unpickled
+    with pytest.raises(ConfigError, match=r"^.*model cannot be loaded: [^\n]*$"):
+        open_model(str(folder), "image")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("model_type", ["dinov2", "of-others"])
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_code_in_the_folder_of_a_model_is_never_run(
+    models: Path, tmp_path: Path, model_type: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the user would be asked, and says yes."""
+    folder, mark = Path(shutil.copytree(models / "dinov2", tmp_path / "model")), tmp_path / "ran"
+    (folder / "hostile_model.py").write_text(f"open({str(mark)!r}, 'w')")
+    names = {"AutoConfig": "C", "AutoModel": "M", "AutoImageProcessor": "P", "AutoFeatureExtractor": "F"}
+    content = json.loads((folder / file).read_text())
+    content["auto_map"] = {name: f"hostile_model.{class_}" for name, class_ in names.items()}
+    content |= {"model_type": model_type} if file == "config.json" else {"image_processor_type": "Of" + model_type}
+    (folder / file).write_text(json.dumps(content))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    if file == "config.json" and model_type == "dinov2":  # transformers has a class of its own for it
+        open_model(str(folder), "image")
+    else:
+        with pytest.raises(ConfigError, match=r"^[^\n]*cannot be (loaded|read): [^\n]*$"):
+            open_model(str(folder), "image")
+    assert not mark.exists()

@@ -16,6 +16,7 @@ from ...audit.parquet import read_parquet
 from ...audit.storage import atomic_write, read_json, write_json, write_text
 from ...train.config import LEAST_VALIDATION
 from ..run import Run
+from ..trust import own_record
 from .examples import class_numbers, sample_lists
 from .findings import (
     Numbers,
@@ -44,6 +45,8 @@ def write_report(run: Run) -> Path:
     """
     from .figures import draw
 
+    if own_record(run.folder)[0] is None:
+        run.check_links()  # else a run of others could put the user's own files on the page
     numbers = report_numbers(run)
     figures = draw(numbers)
     page = render(numbers, figures)

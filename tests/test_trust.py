@@ -1,0 +1,439 @@
+"""Laws of trust: what nobody but a manifest names is neither opened nor run, and in one's own run all is as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from mmaudit.audit.encoding import functions
+from mmaudit.audit.errors import RunError
+from mmaudit.audit.files import read_json, write_json
+from mmaudit.audit.parquet import KEY
+from mmaudit.cli.main import app
+from mmaudit.rebalance.export import FORMATS
+from mmaudit.rebalance.manifest import ROWS_KEY, digest_of, dropped_path, metadata_digest, provenance_of, rows_of
+from mmaudit.rebalance.recipe import balance_path
+
+CANARY = "a private file of the user"
+ENCODER = "import numpy as np\n\ndef mean(decoded, media):\n    return np.asarray(decoded, float).mean(axis=(0, 1))\n"
+HOSTILE = "from pathlib import Path\nPath({mark!r}).write_text('ran')\n\ndef run(*_):\n    return [1.0, 2.0]\n"
+QUICK = ("--num-workers", "0", "--device", "cpu")
+SHORT = ("--repeats", "1", "--set", "probe.kind=linear", "--set", "probe.folds=2", "--set", "probe.gaussian=false")
+TRAIN = (*QUICK, "--epochs", "1", "--set", "finetune.hidden=8")
+
+
+def mmaudit(*words: str | Path) -> tuple[int, str]:
+    """Run a command, and return its exit code and all that it printed as one line."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, re.sub(r"[\s│]+", " ", result.output)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, clip_source: Path) -> Path:
+    """A user's folder: data, an encoder of the user's own, and a run with a manifest and a fine-tuning."""
+    folder = tmp_path_factory.mktemp("home")
+    shutil.copytree(clip_source, folder / "data")
+    (folder / "encoder_of_trust.py").write_text(ENCODER)
+    (folder / "canary.wav").write_text(CANARY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = ("--encoder", "image=encoder_of_trust:mean", "--id", "id", *SHORT)
+        for command in (
+            ("score", folder / "data", "--run", folder / "run", *words, *QUICK),
+            ("split", "--subset", "most-balanced:100%", "--name", "all", "--run", folder / "run"),
+            ("finetune", "-m", "all", "--run", folder / "run", "--name", "tuned", *TRAIN),
+        ):
+            assert mmaudit(*command)[0] == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    assert not (home / "ran").exists()  # what no test allows
+    assert not [name for name in sys.modules if name.startswith("hostile")]
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None], rows: Callable[[pa.Table], pa.Table]) -> None:
+    """Change a manifest's metadata and rows as an attacker does, with digests that fit what is there."""
+    table, provenance = rows(pq.read_table(path)), provenance_of(path)
+    change(provenance)
+    told = {KEY: json.dumps(provenance, sort_keys=True).encode()}
+    about = {**rows_of(path), "digest": digest_of(table), "rows": len(table), "metadata": metadata_digest(told)}
+    pq.write_table(table.replace_schema_metadata({**told, ROWS_KEY: json.dumps(about)}), path)
+    numbers = read_json(balance_path(path), error=RunError)
+    write_json({**numbers, "digest": about["digest"]}, balance_path(path))
+    table = pq.read_table(dropped_path(path))
+    about = {"dropped_from": about["digest"], "digest": digest_of(table), "rows": len(table)}
+    told_there = {**told, ROWS_KEY: json.dumps({**about, "metadata": metadata_digest(told)})}
+    pq.write_table(table.replace_schema_metadata(told_there), dropped_path(path))
+
+
+def nothing(provenance: dict[str, Any]) -> None:
+    """Leave the metadata as they are."""
+
+
+def names_code(encoder: str) -> Callable[[dict[str, Any]], None]:
+    """Let the metadata name an encoder for the pictures, and allow paths that lead outside."""
+
+    def change(provenance: dict[str, Any]) -> None:
+        scores = provenance["scores"]
+        scores["modalities"][1]["encoder"] = encoder
+        scores["config"]["data"] |= {"encoder": [f"image={encoder}"], "allow_outside": True}
+        scores["source"] = "/"
+        provenance["rule"]["scores"] = "../../../../../../../etc/passwd"
+
+    return change
+
+
+def leads_to(path: str) -> Callable[[pa.Table], pa.Table]:
+    """Let every sound of the rows be a file outside."""
+
+    def change(table: pa.Table) -> pa.Table:
+        place = table.column_names.index("audio_file_name")
+        return table.set_column(place, "audio_file_name", pa.array([path] * len(table)))
+
+    return change
+
+
+def foreign_manifest(home: Path, folder: Path, encoder: str, path: str) -> Path:
+    """Lay a hostile manifest into a folder, as somebody hands it over."""
+    folder.mkdir()
+    for name in ("all.parquet", "all.dropped.parquet", "all.balance.json"):
+        shutil.copy(home / "run" / "manifests" / name, folder / name)
+    rewrite(folder / "all.parquet", names_code(encoder), leads_to(path))
+    return folder / "all.parquet"
+
+
+def commands(manifest: Path, out: Path) -> list[list[str | Path]]:
+    """Name every command that reads a manifest."""
+    run = ["--run", out / "run"]
+    exports = [["export", manifest, "--format", name, "--out", out / f"out.{name}", "--json", *run] for name in FORMATS]
+    return [
+        ["verify", manifest, *run],
+        ["finetune", "-m", manifest, *run, *TRAIN],
+        ["evaluate", "tuned", "-m", manifest, "--run", "run", *QUICK],
+        ["diff", manifest, "run/manifests/all.parquet", *run],
+        ["card", manifest, *run],
+        ["replay", manifest, *run],
+        ["order", manifest, *run],
+        *exports,
+    ]
+
+
+def holds_canary(folder: Path) -> list[str]:
+    """Name the files below a folder that hold the private text."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [str(path) for path in files if CANARY.encode() in path.read_bytes()]
+
+
+def test_in_one_s_own_run_every_command_works_unchanged(home: Path, tmp_path: Path) -> None:
+    done = {
+        command[0]: mmaudit(*command)
+        for command in (
+            ("verify", "all", "--run", "run"),
+            ("finetune", "-m", "all", "--run", "run", "--name", "again", *TRAIN),
+            ("evaluate", "tuned", "--run", "run", *QUICK),
+            ("replay", "all", "--run", "run"),
+            ("report", "--run", "run", "--json"),
+            ("export", "all", "--run", "run", "--format", "webdataset", "--out", tmp_path / "tars", "--json"),
+        )
+    }
+    assert {name: code for name, (code, _) in done.items()} == dict.fromkeys(done, 0), done
+    assert "held signature: you made it on this machine" in done["verify"][1]
+    assert list((tmp_path / "tars").glob("*.tar"))
+
+
+def test_what_only_reads_imports_nothing(home: Path, tmp_path: Path) -> None:
+    """Also not the user's own encoder; in a process of its own, where nothing is imported yet."""
+    program = f"""
+import sys
+from mmaudit.cli import manifests, verification
+assert verification.verify("all", run="run")["held"]
+manifests.diff("all", "all", run="run")
+manifests.card("all", run="run")
+assert manifests.replay("all", run="run")["identical"]
+manifests.export("all", run="run", format="webdataset", out={str(tmp_path / "tars")!r})
+assert "encoder_of_trust" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=home, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("encoder", ["hostile_{}:run", "hf:/etc"])
+def test_a_hostile_manifest_runs_nothing_and_opens_nothing(home: Path, tmp_path: Path, encoder: str) -> None:
+    encoder = encoder.format(tmp_path.name)
+    (home / f"{encoder.partition(':')[0]}.py").write_text(HOSTILE.format(mark=str(home / "ran")))
+    manifest = foreign_manifest(home, tmp_path / "foreign", encoder, str(home / "canary.wav"))
+    for command in commands(manifest, tmp_path):
+        code, printed = mmaudit(*command)
+        assert code in (0, 2, 3), printed
+        assert CANARY not in printed
+        if command[0] in ("verify", "finetune", "evaluate") or "webdataset" in command:
+            assert code == 2
+            assert "its source was" in printed
+        named = (*command, "--data", home / "data")
+        if command[0] in ("finetune", "evaluate"):
+            code, printed = mmaudit(*named)
+            assert code == 2
+            assert f"pass --encoder image={encoder}, if you trust what it names" in printed
+    assert mmaudit("verify", manifest, "--data", home / "data", "--run", tmp_path / "run")[0] == 0
+    assert not holds_canary(tmp_path)
+    for path in home.glob("hostile*.py"):
+        path.unlink()
+    (home / "hf.py").unlink(missing_ok=True)
+
+
+def test_text_of_others_is_not_run_by_a_function_that_their_metadata_name(home: Path, tmp_path: Path) -> None:
+    """No file of code is needed: cProfile.run executes the text that it is given."""
+    data = Path(shutil.copytree(home / "data", tmp_path / "data"))
+    table = pa.csv.read_csv(data / "metadata.csv")
+    text = f"open({str(home / 'ran')!r}, 'w')"
+    pa.csv.write_csv(table.append_column("text", pa.array([text] * len(table))), data / "metadata.csv")
+    manifest = foreign_manifest(home, tmp_path / "foreign", "cProfile:run", "0.wav")
+
+    def reads_text(provenance: dict[str, Any]) -> None:
+        provenance["scores"]["modalities"][1] |= {"name": "text", "column": "text", "kind": "text"}
+
+    rewrite(manifest, reads_text, lambda rows: rows)
+    words = (manifest, "--run", tmp_path / "run", "--data", data)
+    code, printed = mmaudit("finetune", "-m", *words, *TRAIN)
+    assert code == 2
+    assert "pass --encoder text=cProfile:run, if you trust what it names" in printed
+    assert mmaudit("verify", *words)[0] in (0, 3)
+    assert mmaudit("export", *words, "--format", "webdataset", "--out", tmp_path / "tars", "--json")[0] == 0
+
+
+@pytest.mark.parametrize("path", ["../canary.wav", "ABSOLUTE", "link.wav", "linked/canary.wav"])
+def test_paths_of_a_hostile_manifest_lead_outside_only_if_the_user_says_so(
+    home: Path, tmp_path: Path, path: str
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(home / "data", data)
+    shutil.copy(home / "canary.wav", tmp_path / "canary.wav")
+    (data / "link.wav").symlink_to(tmp_path / "canary.wav")
+    (data / "linked").symlink_to(tmp_path)
+    named = str(home / "canary.wav") if path == "ABSOLUTE" else path
+    manifest = foreign_manifest(home, tmp_path / "foreign", "statistics", named)
+    export = ("export", manifest, "--format", "webdataset", "--out", tmp_path / "tars", "--data", data, "--json")
+    code, printed = mmaudit(*export)
+    assert code == 2
+    assert "leads outside" in printed
+    assert "--allow-outside" in printed
+    assert not (tmp_path / "tars").exists()
+    assert mmaudit(*export, "--allow-outside")[0] == 0
+    tars = list((tmp_path / "tars").glob("*.tar"))
+    assert any(CANARY.encode() in path.read_bytes() for path in tars)
+
+
+def untrusted(home: Path, folder: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lay a run whose manifest this user did not make here, and return the run folder."""
+    run = Path(shutil.copytree(home / "run", folder / "copied"))
+    if how == "moved":
+        run = run.rename(folder / "moved")
+    elif how != "copied":
+        run = Path(shutil.copytree(home / "run", home / "spoiled", dirs_exist_ok=True))
+        if how == "another user":
+            monkeypatch.setenv("XDG_STATE_HOME", str(folder / "of-another-user"))
+        elif how == "no state folder":
+            monkeypatch.setenv("XDG_STATE_HOME", str(home / "canary.wav"))
+    return run
+
+
+@pytest.mark.parametrize("how", ["copied", "moved", "another user", "no state folder"])
+def test_a_run_that_is_not_one_s_own_needs_data_and_encoder(
+    home: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = untrusted(home, tmp_path, how, monkeypatch)
+    hint = f"its source was {home / 'data'}: pass --data {home / 'data'}"
+    for command in (
+        ("verify", "all"),
+        ("export", "all", "--format", "webdataset", "--out", tmp_path / "tars", "--json"),
+    ):
+        code, printed = mmaudit(*command, "--run", run)
+        assert (code, hint in printed) == (2, True), printed
+        assert mmaudit(*command, "--run", run, "--data", home / "data")[0] == 0
+    tune = ("finetune", "-m", "all", "--run", run, "--name", "again", *TRAIN)
+    for command in (tune, ("evaluate", "tuned", "--run", run, *QUICK)):
+        code, printed = mmaudit(*command, "--encoder", "image=encoder_of_trust:mean")
+        assert (code, hint in printed) == (2, True), printed
+        code, printed = mmaudit(*command, "--data", home / "data")
+        assert (code, "pass --encoder image=encoder_of_trust:mean" in printed) == (2, True), printed
+        for wrong in ("image=statistics", "sound=statistics"):
+            assert mmaudit(*command, "--data", home / "data", "--encoder", wrong)[0] == 2
+    words = ("--data", home / "data", "--encoder", "image=encoder_of_trust:mean")
+    assert mmaudit(*tune, *words)[0] == 0
+    assert mmaudit("replay", "all", "--run", run)[0] == 0
+    assert mmaudit("report", "--run", run)[0] == 0
+    shutil.rmtree(home / "spoiled", ignore_errors=True)
+
+
+@pytest.fixture
+def own(home: Path) -> Iterator[Path]:
+    """A manifest of the user's own run, to be changed by hand."""
+    assert mmaudit("split", "--subset", "most-balanced:100%", "--name", "spoiled", "--run", "run")[0] == 0
+    path = home / "run" / "manifests" / "spoiled.parquet"
+    yield path
+    for file in (path, dropped_path(path), balance_path(path)):
+        file.unlink()
+
+
+@pytest.mark.parametrize("what", ["rows", "metadata"])
+def test_a_manifest_changed_by_hand_says_what_changed_and_decides_nothing(
+    home: Path, tmp_path: Path, own: Path, what: str
+) -> None:
+    """Also where the digests that it states were made to fit."""
+    if what == "rows":
+        rewrite(own, nothing, leads_to("../canary.wav"))
+    else:
+        rewrite(own, names_code("hostile_code:run"), lambda table: table)
+    code, printed = mmaudit("verify", "spoiled", "--run", "run")
+    assert code == 3
+    assert f"FAILED signature: its {what} changed since you made it" in printed
+    for command in (
+        ("export", "spoiled", "--format", "webdataset", "--out", tmp_path / "tars"),
+        ("finetune", "-m", "spoiled", *TRAIN),
+    ):
+        code, printed = mmaudit(*command, "--run", "run")
+        assert code == 2
+        assert f"its {what} changed since you made it" in printed
+    assert not holds_canary(tmp_path)
+
+
+def test_numbers_without_a_signature_or_with_another_s_decide_nothing(home: Path, own: Path) -> None:
+    numbers = read_json(balance_path(own), error=RunError)
+    other = read_json(home / "run" / "manifests" / "all.balance.json", error=RunError)["signature"]
+    for signature in (None, {}, "x", other, {**numbers["signature"], "hmac": "0" * 64}):
+        write_json({**numbers, "signature": signature}, balance_path(own))
+        code, printed = mmaudit("finetune", "-m", "spoiled", "--run", "run", *TRAIN)
+        assert code == 2
+        assert "mmaudit split did not sign it as made by you, here" in printed
+    balance_path(own).write_text("{")
+    assert mmaudit("finetune", "-m", "spoiled", "--run", "run", *TRAIN)[0] == 2
+
+
+@pytest.mark.parametrize("key", ["source", "config", "code"])
+def test_a_record_changed_by_hand_decides_nothing(home: Path, key: str) -> None:
+    file = home / "run" / "run.json"
+    before = file.read_bytes()
+    record = read_json(file, error=RunError)
+    write_json({**record, key: "/" if key == "source" else {}}, file)
+    code, printed = mmaudit("verify", "all", "--run", "run")
+    file.write_bytes(before)
+    assert code == 2
+    assert "run.json is not signed by you on this machine, or was changed" in printed
+
+
+def test_a_manifest_of_a_table_of_others_is_bound_to_no_source(home: Path, tmp_path: Path) -> None:
+    """Not even where that table says that it is the run's own."""
+    shutil.copy(home / "run" / "scores.parquet", tmp_path / "scores.parquet")
+    words = ("--subset", "most-balanced:100%", "--name", "others", "--run", "run")
+    assert mmaudit("split", "--scores", tmp_path / "scores.parquet", *words)[0] == 0
+    code, printed = mmaudit("export", "others", "--run", "run", "--format", "webdataset", "--out", tmp_path / "tars")
+    assert code == 2
+    assert "it was made from other scores than its run's" in printed
+    assert mmaudit("replay", "others", "--run", "run")[0] == 0  # the recipe is the user's own words
+    table = home / "run" / "scores.parquet"
+    before = table.read_bytes()
+    pq.write_table(pq.read_table(table), table)
+    assert mmaudit("split", *words)[0] == 0
+    table.write_bytes(before)
+    code, printed = mmaudit("finetune", "-m", "others", "--run", "run", *TRAIN)
+    assert (code, "it was made from other scores than its run's" in printed) == (2, True), printed
+
+
+def test_another_file_of_the_encoder_s_name_is_not_run(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of others may hold a module that is called like the user's own."""
+    (tmp_path / "encoder_of_trust.py").write_text(HOSTILE.format(mark=str(home / "ran")))
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(home))])
+    monkeypatch.delitem(sys.modules, "encoder_of_trust")
+    functions.load_function.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    code, printed = mmaudit("finetune", "-m", "all", "--run", home / "run", "--name", "hijacked", *TRAIN)
+    assert code == 2
+    assert "encoder_of_trust:mean was" in printed
+    assert "encoder_of_trust" not in sys.modules
+
+
+def test_a_fine_tuning_of_others_names_no_manifest_outside_its_run(home: Path, tmp_path: Path) -> None:
+    tuned = Path(shutil.copytree(home / "run" / "finetune" / "tuned", tmp_path / "tuned"))
+    metrics = read_json(tuned / "metrics.json", error=RunError)
+    write_json({**metrics, "manifest": str(home / "run" / "manifests" / "all.parquet")}, tuned / "metrics.json")
+    code, printed = mmaudit("evaluate", tuned, "--run", tmp_path / "run", *QUICK)
+    assert code == 2
+    assert "no manifest " in printed
+
+
+@pytest.mark.parametrize(
+    "name", ["recovery.json", "manifests/x.balance.json", "finetune/tuned/history.jsonl", "figures"]
+)
+def test_a_report_of_others_reads_no_private_file(home: Path, tmp_path: Path, name: str) -> None:
+    run = Path(shutil.copytree(home / "run", tmp_path / "run"))
+    shutil.rmtree(run / "figures", ignore_errors=True)
+    (run / name).unlink(missing_ok=True)
+    private = tmp_path / "private"
+    (run / name).parent.mkdir(exist_ok=True)
+    if name == "figures":
+        private.mkdir()
+        (private / "picture.png").write_text(CANARY)
+    else:
+        private.write_text(json.dumps({"token": CANARY}))
+    (run / name).symlink_to(private)
+    code, printed = mmaudit("report", "--run", run)
+    assert code == 2
+    assert "is a link out of" in printed
+    assert CANARY not in printed
+    assert holds_canary(tmp_path) == [str(path) for path in (private / "picture.png", private) if path.is_file()]
+
+
+def test_a_report_escapes_what_others_wrote(home: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(home / "run", tmp_path / "run"))
+    table = pq.read_table(run / "scores.parquet")
+    script = "<script>alert(1)</script>"
+    for column in ("sample_id", "label_name", "audio_file_name"):
+        values = [f"{script}{value}" for value in table[column].to_pylist()]
+        table = table.set_column(table.column_names.index(column), column, pa.array(values))
+    pq.write_table(table, run / "scores.parquet")
+    record = read_json(run / "run.json", error=RunError)
+    write_json({**record, "source": script}, run / "run.json")
+    assert mmaudit("report", "--run", run)[0] == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_the_same_data_elsewhere_give_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    """No file that is hashed or compared holds a path, a time or a count of seconds."""
+    data, run = tmp_path / "deep" / "copied", tmp_path / "another-run"
+    shutil.copytree(home / "data", data, copy_function=shutil.copyfile)  # other times
+    words = ("--encoder", "image=encoder_of_trust:mean", "--id", "id", *SHORT, *QUICK)
+    assert mmaudit("score", data, "--run", run, *words)[0] == 0
+    assert mmaudit("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run)[0] == 0
+    names = ["scores.parquet", "quarantine.parquet", "mixture.json"]
+    names += ["manifests/all.parquet", "manifests/all.dropped.parquet"]
+    for name in names:
+        first, second = (folder / name for folder in (home / "run", run))
+        assert first.read_bytes() == second.read_bytes(), name
+        for folder in (home, run, data):
+            assert str(folder).encode() not in first.read_bytes()
+    numbers = read_json(home / "run" / "manifests" / "all.balance.json", error=RunError)
+    assert numbers["source"] == str(home / "data")  # a hint for messages, in a file that nothing is compared with
