@@ -1,0 +1,1 @@
+"""Generators of damaged and hostile inputs, and the forked children that run mmaudit on them."""

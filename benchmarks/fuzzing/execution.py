@@ -1,0 +1,281 @@
+"""Forked children, each of which runs the mmaudit command line on one input, within limits."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+HANG_SECONDS = 60
+MAX_PEAK_BYTES = 10**9
+_MAX_FILE_BYTES = 1 << 30
+_ROOM_BYTES = 6 << 30  # of addresses beyond those of the parent: what would fill the machine ends in a MemoryError
+_GENERATOR_FAILED = 97
+_SECRET = b"SECRET-THAT-NO-COMMAND-MAY-COPY"
+_HOSTILE_CODE = "import pathlib\npathlib.Path('../executed').touch()\n\ndef run(*_):\n    return [0.0]\n"
+
+_ROOT = f"{Path(__file__).resolve().parents[2]}/"
+
+Generate = Callable[[random.Random], list[str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Result of one input: how the child ended, and what is wrong with that ("" where nothing is).
+
+    `fault` is one of traceback, signal, hang, memory, message, escape; `group` names where, `detail` the last line.
+    """
+
+    name: str
+    kind: str
+    argv: tuple[str, ...]
+    exit_code: int | None
+    seconds: float
+    peak_bytes: int
+    fault: str = ""
+    group: str = ""
+    detail: str = ""
+
+
+def run_input(name: str, generate: Generate, *, kind: str, rng_seed: str, scratch: Path, keep: Path | None) -> Outcome:
+    """Write an input into a folder of its own and run mmaudit on it, both in a forked child; then remove the folder.
+
+    The folder holds `input`, in which the command runs, `outside`, which it must not read or change, and what the child
+    wrote. It is copied to `keep` where something is wrong.
+    """
+    folder = scratch / name
+    _prepare(folder)
+    start = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        _run_child(folder, generate, rng_seed=rng_seed)
+    _, status, usage = os.wait4(child, 0)
+    seconds = time.perf_counter() - start
+    _end_group(child)
+    outcome = _judge(folder, name=name, kind=kind, status=status, seconds=seconds, peak=usage.ru_maxrss * 1024)
+    if keep is not None and outcome.fault:
+        shutil.copytree(folder, keep / name, symlinks=True, dirs_exist_ok=True, ignore=_special_files)
+    shutil.rmtree(folder, ignore_errors=True)
+    return outcome
+
+
+def run_command(argv: list[str], folder: Path) -> None:
+    """Run mmaudit in `folder` in a forked child, as seeds are made; RuntimeError where it fails."""
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        os._exit(_call_main(argv, folder / "stderr.txt"))
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, 3):
+        raise RuntimeError(f"mmaudit {shlex.join(argv)} ended with {code} while the seeds were made, in {folder}")
+
+
+def _prepare(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("input", "outside"):
+        (folder / name).mkdir(parents=True)
+    (folder / "outside" / "secret.txt").write_bytes(_SECRET)
+    (folder / "outside" / "secret.wav").write_bytes(_SECRET)
+    (folder / "input" / "hostile_code.py").write_text(_HOSTILE_CODE, encoding="utf-8")
+
+
+def _end_group(child: int) -> None:
+    """Kill what the child left behind: it leads a session of its own."""
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _run_child(folder: Path, generate: Generate, *, rng_seed: str) -> NoReturn:
+    """Generate the input, set the limits, run the command and leave with its exit code; never returns."""
+    os.setsid()
+    os.chdir(folder / "input")
+    _redirect(folder)
+    try:
+        argv = generate(random.Random(rng_seed))
+        text = shlex.join(["mmaudit", *argv])
+        (folder / "cmd").write_bytes(f"cd input && {text}\n".encode("utf-8", "surrogateescape"))
+        _set_limits()
+        log = (folder / "crash").open("w")
+        faulthandler.enable(log)
+        faulthandler.register(signal.SIGALRM, log, chain=True)  # says where a hang was, then ends the child
+        signal.alarm(HANG_SECONDS)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(_GENERATOR_FAILED)
+    code = _call_main(argv, folder / "traceback")
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _redirect(folder: Path) -> None:
+    """Send stdout and stderr to files, encoded as on a terminal of UTF-8."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+
+
+def _set_limits() -> None:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        addresses = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (addresses + _ROOM_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (2 * HANG_SECONDS,) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_FILE_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _call_main(argv: list[str], log: Path) -> int:
+    """Run the entry point as the `mmaudit` script does, and return its exit code; 1 writes the traceback to `log`."""
+    from mmaudit.cli.main import main
+
+    sys.argv = ["mmaudit", *argv]
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if code == 1:
+            log.write_text(_cause_of(end), encoding="utf-8", errors="backslashreplace")
+        return code
+    except BaseException as error:
+        traceback.print_exc()
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
+        return 1
+    return 0
+
+
+def _cause_of(end: BaseException) -> str:
+    """Return the traceback of the exception that a command turned into an exit code."""
+    cause: BaseException | None = end
+    while cause is not None and (isinstance(cause, SystemExit) or type(cause).__name__ == "Exit"):
+        cause = cause.__context__
+    return "".join(traceback.format_exception(cause or end))
+
+
+def _special_files(folder: str, names: list[str]) -> list[str]:
+    """Return what cannot be copied: pipes, sockets and devices."""
+    paths = [Path(folder) / name for name in names]
+    return [path.name for path in paths if not (path.is_symlink() or path.is_file() or path.is_dir())]
+
+
+def _judge(folder: Path, *, name: str, kind: str, status: int, seconds: float, peak: int) -> Outcome:
+    code = os.waitstatus_to_exitcode(status)
+    argv = tuple(shlex.split(_read(folder / "cmd").removeprefix("cd input && "))[1:])
+    fault, group, detail = _fault_of(folder, code, argv, peak)
+    return Outcome(
+        name=name,
+        kind=kind,
+        argv=argv,
+        exit_code=code if code >= 0 else None,
+        seconds=seconds,
+        peak_bytes=peak,
+        fault=fault,
+        group=group,
+        detail=detail,
+    )
+
+
+def _fault_of(folder: Path, code: int, argv: tuple[str, ...], peak: int) -> tuple[str, str, str]:
+    """Return what is wrong with a child's end as (fault, group, detail); ("", "", "") where nothing is."""
+    command = argv[0] if argv else "?"
+    stderr = _read(folder / "stderr")
+    last = stderr.strip().rpartition("\n")[2][:300]
+    if code == _GENERATOR_FAILED:
+        return "generator", last, stderr[-2000:]
+    if code in (-signal.SIGALRM, -signal.SIGXCPU):
+        return "hang", _crash_frame(folder / "crash"), f"{command} did not end within {HANG_SECONDS} s"
+    if code < 0:
+        return "signal", f"{signal.Signals(-code).name} in {_crash_frame(folder / 'crash')}", command
+    if code not in (0, 2, 3) or "Traceback (most recent call last)" in stderr:
+        return "traceback", _frame(_read(folder / "traceback") or stderr), last
+    if peak > MAX_PEAK_BYTES:
+        return "memory", f"{command}, exit {code}", f"{peak / 1e9:.2f} GB; {last}"
+    return _fault_of_words(folder, code, command, stderr) or _fault_of_files(folder, command, argv)
+
+
+def _fault_of_words(folder: Path, code: int, command: str, stderr: str) -> tuple[str, str, str] | None:
+    """Return what is wrong with the printed text: an error of several lines, or control characters."""
+    text = stderr + _read(folder / "stdout")
+    control = sorted({f"{ord(char):#04x}" for char in text if (ord(char) < 32 and char not in "\n\t") or 127 <= ord(char) < 160})
+    if control:
+        return "message", f"{command} prints control characters", ", ".join(control)
+    lines = stderr.rstrip("\n").split("\n")
+    wanted = {2: "error: ", 3: "failed: "}.get(code)
+    if wanted is None or "Usage: " in stderr:
+        return None
+    starts = [number for number, line in enumerate(lines) if line.startswith(wanted)]
+    if starts != [len(lines) - 1]:
+        return "message", f"{command}, exit {code}: not one line", stderr[-300:]
+    return None
+
+
+def _fault_of_files(folder: Path, command: str, argv: tuple[str, ...]) -> tuple[str, str, str]:
+    """Return what is wrong with the files afterwards: code of the input has run, or files outside were used."""
+    names = {path.name for path in folder.iterdir()} - {"input", "outside", "stdout", "stderr", "cmd", "crash", "traceback"}
+    if "executed" in names:
+        return "escape", f"{command} runs code that only the input names", " ".join(argv)[:200]
+    outside = {path.name: path.read_bytes() for path in (folder / "outside").iterdir() if path.is_file()}
+    if names or outside != {"secret.txt": _SECRET, "secret.wav": _SECRET}:
+        return "escape", f"{command} writes outside its folder", ", ".join(sorted(names | set(outside)))
+    if command == "export" and any(_SECRET in path.read_bytes() for path in _plain_files(folder / "input")):
+        return "escape", f"{command} copies a file from outside", " ".join(argv)[:200]
+    return "", "", ""
+
+
+def _plain_files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+
+
+def _crash_frame(log: Path) -> str:
+    """Return the innermost frame of ours in a dump of `faulthandler`, as file:line and function."""
+    frames = [line.strip() for line in _read(log).splitlines() if line.startswith('  File "')]
+    ours = [frame for frame in frames if _is_ours(frame)]
+    return _short((ours or frames or ["?"])[0])
+
+
+def _frame(text: str) -> str:
+    """Return the innermost frame of ours in a traceback and the type of the exception."""
+    text = text.rpartition("Traceback (most recent call last)")[2]
+    lines = text.splitlines()
+    frames = [line.strip() for line in lines if line.strip().startswith('File "')]
+    ours = [frame for frame in frames if _is_ours(frame)]
+    names = [line.partition(":")[0] for line in lines if line and not line.startswith((" ", "Traceback"))]
+    deepest = _short(frames[-1]) if frames else "?"
+    own = _short(ours[-1]) if ours else "?"
+    return f"{names[-1] if names else '?'} in {own}" + ("" if own == deepest else f" (raised in {deepest})")
+
+
+def _is_ours(frame: str) -> bool:
+    return _ROOT in frame and "site-packages" not in frame
+
+
+def _short(frame: str) -> str:
+    """Return `cli/run.py:12 record` of `File "/x/cli/run.py", line 12, in record`."""
+    path, _, rest = frame.removeprefix('File "').partition('"')
+    for root in (_ROOT, "/site-packages/"):
+        path = path.rpartition(root)[2] if root in path else path
+    number = rest.partition("line ")[2].partition(",")[0].partition(" ")[0]
+    return f"{path}:{number} {rest.rpartition(' ')[2]}".strip()
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
