@@ -1,6 +1,6 @@
 """Damaged and hostile inputs: does every command end in one line? Exit 1 if any input does not.
 
-Run with: python benchmarks/fuzz.py [--inputs 5000] [--seed 0] [--only KIND[:NUMBER]] [--jobs 2] [--keep DIR] [--minutes M]
+Run with: python benchmarks/fuzz.py [--inputs N] [--seed N] [--only KIND[:NUMBER]] [--jobs N] [--keep DIR] [--minutes M]
 
 Each input (a table, a manifest, a config, a sound ...) is written and read in a forked child of a process that has
 imported mmaudit already. An input is handled well if the command ends with 0, 2 or 3 and without a traceback, within
@@ -31,12 +31,15 @@ from pathlib import Path
 from random import Random
 
 from fuzzing.configs import configs, odd_names
+from fuzzing.damaged import parquet_bytes, tars_and_saved
 from fuzzing.downloads import lists, pickles
 from fuzzing.execution import Outcome, run_input
-from fuzzing.manifests import manifests, run_folders, score_tables
+from fuzzing.manifests import manifests
 from fuzzing.media import layouts, media
+from fuzzing.runs import run_folders
+from fuzzing.scores import score_tables
 from fuzzing.seeds import Seeds, make_seeds
-from fuzzing.tables import odd_encodings, odd_tables, parquet_bytes, tars_and_saved
+from fuzzing.tables import odd_encodings, odd_tables, small_tables
 
 # What a command imports late: in the parent once, not in every child.
 PRELOADED = (
@@ -48,8 +51,9 @@ SCRATCH = "MMAUDIT_FUZZ_SCRATCH"  # the variable that names the scratch folder
 FAULTS = ("traceback", "signal", "hang", "memory", "message", "escape", "generator")
 Write = Callable[[Random, Seeds], list[str]]
 KINDS: dict[str, tuple[float, Write]] = {  # share of the inputs, and what writes one and returns its command
-    "tables": (0.15, odd_tables),
-    "encodings": (0.08, odd_encodings),
+    "tables": (0.14, odd_tables),
+    "small": (0.03, small_tables),
+    "encodings": (0.07, odd_encodings),
     "parquet": (0.12, parquet_bytes),
     "scores": (0.13, score_tables),
     "manifests": (0.17, manifests),
@@ -57,7 +61,7 @@ KINDS: dict[str, tuple[float, Write]] = {  # share of the inputs, and what write
     "configs": (0.08, configs),
     "names": (0.02, odd_names),
     "media": (0.07, media),
-    "layouts": (0.02, layouts),
+    "layouts": (0.01, layouts),
     "pickles": (0.06, pickles),
     "lists": (0.04, lists),
     "saved": (0.02, tars_and_saved),
@@ -103,7 +107,15 @@ def _run_in_scratch() -> int:
         environment |= {SCRATCH: scratch, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "120", "MPLBACKEND": "Agg"}
         environment |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
         environment |= {f"{library}_OFFLINE": "1" for library in ("HF_HUB", "HF_DATASETS", "TRANSFORMERS")}
-        for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "MPLCONFIGDIR", "TMPDIR", "HOME"):
+        for name in (
+            "XDG_STATE_HOME",
+            "XDG_CACHE_HOME",
+            "XDG_CONFIG_HOME",
+            "HF_HOME",
+            "MPLCONFIGDIR",
+            "TMPDIR",
+            "HOME",
+        ):
             folder = Path(scratch) / "home" / name.lower()
             folder.mkdir(parents=True)
             environment[name] = str(folder)
@@ -178,7 +190,9 @@ def _report(outcomes: Iterator[Outcome]) -> int:
     seconds = time.perf_counter() - start
     failed = [outcome for outcome in done if outcome.fault]
     _print_groups(failed)
-    print("| kind | inputs | done | refused | " + " | ".join(f"{fault}s" for fault in FAULTS) + " | slowest | peak RSS |")
+    print(
+        "| kind | inputs | done | refused | " + " | ".join(f"{fault}s" for fault in FAULTS) + " | slowest | peak RSS |"
+    )
     print("|---|" + "---|" * (len(FAULTS) + 5))
     for kind in [*KINDS, "all"]:
         if rows := [outcome for outcome in done if kind in (outcome.kind, "all")]:

@@ -49,13 +49,16 @@ def _odd_splits(rng: Random) -> Any:
 
 def _odd_field(rng: Random) -> Any:
     values: tuple[Any, ...] = (
-        None, 0, 10**400, True, "text", b"bytes", [], {}, (), set(), [1, [2]], [None] * 4, ["a"] * 4, {"a": 1}, nested(300),
+        None, 0, 10**400, True, "text", b"bytes", [], {}, (), set(), [1, [2]], [None] * 4, ["a"] * 4, {"a": 1},
+        nested(300),
         list(rng.choice(EDGE_TEXTS) for _ in range(4)), [[0.0] * 3] * 4, [[0.0], [0.0, 1.0], [], [1.0]],
-        np.float32(1), np.zeros(0), np.zeros((4, 0, 3)), np.zeros((4, 2, 3)), np.full((4, 2, 3), np.nan), np.zeros((4, 2, 3, 1)),
+        np.float32(1), np.zeros(0), np.zeros((4, 0, 3)), np.zeros((4, 2, 3)), np.full((4, 2, 3), np.nan),
+        np.zeros((4, 2, 3, 1)),
         np.full((4, 3), np.inf), np.full(4, 1e300), np.array(["a", "b", "c", "d"]), np.array([b"a"] * 4),
         np.array([None, 1, "a", []], dtype=object), np.array([np.zeros(2), np.zeros(3), None, 1], dtype=object),
         np.zeros(4, dtype=np.complex128), np.zeros(4, dtype="datetime64[s]"), np.zeros(4, dtype=[("a", "i4")]),
-        np.zeros((4, 3), dtype=np.int8, order="F"), np.array(5), np.full(4, 2**63, dtype=np.uint64), np.full((4, 3), -1),
+        np.zeros((4, 3), dtype=np.int8, order="F"), np.array(5), np.full(4, 2**63, dtype=np.uint64),
+        np.full((4, 3), -1),
         np.broadcast_to(np.zeros(1, dtype=np.int8), (4, 3)), np.array([["a", "b"]] * 4), np.zeros((0, 5, 4)), range(4),
     )  # fmt: skip
     return rng.choice(values)
@@ -65,11 +68,27 @@ def _opcodes(rng: Random, valid: bytes) -> bytes:
     """Return a pickle of opcodes that build much of little, go deep, call names, or come in a wrong order."""
     level = rng.choice((10, 26, 30, 1000, 50_000))
     laughs = b"\x80\x02]q\x00" + b"".join(
-        b"]q" + bytes([min(n + 1, 255)]) + b"(" + (b"h" + bytes([min(n, 254)])) * 2 + b"e" for n in range(min(level, 200))
+        b"]q" + bytes([min(n + 1, 255)]) + b"(" + (b"h" + bytes([min(n, 254)])) * 2 + b"e"
+        for n in range(min(level, 200))
     )
-    name = rng.choice(("os system", "builtins eval", "numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype", "collections OrderedDict", "_codecs encode", "builtins bytearray", "builtins list", "mmaudit.audit.files write_text"))
+    name = rng.choice(
+        (
+            "os system",
+            "builtins eval",
+            "numpy.core.multiarray _reconstruct",
+            "numpy ndarray",
+            "numpy dtype",
+            "collections OrderedDict",
+            "_codecs encode",
+            "builtins bytearray",
+            "builtins list",
+            "mmaudit.audit.files write_text",
+        )
+    )
     called = ("c" + name.replace(" ", "\n") + "\n").encode()
-    argument = rng.choice((b")", b"(X\x02\x00\x00\x00idt", b"(K\x05t", b"(\x8a\x05\xff\xff\xff\xff\x7ft", b"(}t", b"(]t", b"N", b"(NNt"))
+    argument = rng.choice(
+        (b")", b"(X\x02\x00\x00\x00idt", b"(K\x05t", b"(\x8a\x05\xff\xff\xff\xff\x7ft", b"(}t", b"(]t", b"N", b"(NNt")
+    )
     programs = (
         laughs + b".",
         b"\x80\x02}X\x05\x00\x00\x00train" + laughs[2:] + b"s.",
@@ -84,7 +103,9 @@ def _opcodes(rng: Random, valid: bytes) -> bytes:
         b"I" + b"9" * rng.choice((100, 5000, 300_000)) + b"\n.",
         b"\x80\x02]r" + struct.pack("<I", rng.choice((1, 2**31))) + b".",
         bytes(rng.choice(valid) for _ in range(200)),
-        b"\x80\x02" + bytes(rng.choice(b"()]}lteauNRbhqKX.0123\x85\x86\x87\x88\x93\x94") for _ in range(rng.choice((5, 20, 80)))) + b".",
+        b"\x80\x02"
+        + bytes(rng.choice(b"()]}lteauNRbhqKX.0123\x85\x86\x87\x88\x93\x94") for _ in range(rng.choice((5, 20, 80))))
+        + b".",
     )
     return rng.choice(programs)
 
@@ -93,7 +114,18 @@ def _write_npz(rng: Random, path: Path) -> None:
     """Write an npz whose arrays announce other shapes and types than they hold, or expand to much."""
     fields = dict(mosei_fields(4))
     for _ in range(rng.choice((1, 1, 2))):
-        fields[rng.choice([*fields, "split", "x"])] = np.asarray(rng.choice((np.zeros(0), np.zeros(4), np.array(1), np.array(["a"] * 4), np.zeros((4, 2, 2, 2)), np.zeros(4, dtype="V8"))))
+        fields[rng.choice([*fields, "split", "x"])] = np.asarray(
+            rng.choice(
+                (
+                    np.zeros(0),
+                    np.zeros(4),
+                    np.array(1),
+                    np.array(["a"] * 4),
+                    np.zeros((4, 2, 2, 2)),
+                    np.zeros(4, dtype="V8"),
+                )
+            )
+        )
     with zipfile.ZipFile(path, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
         for name, value in fields.items():
             file = io.BytesIO()
@@ -180,7 +212,11 @@ def _ucf101(seeds: Seeds) -> list[str]:
 
 
 def _image_text_csv(seeds: Seeds) -> list[str]:
-    return [_write("list.csv", "id,image,text,label,split\n" + "".join(",".join(row.values()) + "\n" for row in _pairs(seeds)))]
+    return [
+        _write(
+            "list.csv", "id,image,text,label,split\n" + "".join(",".join(row.values()) + "\n" for row in _pairs(seeds))
+        )
+    ]
 
 
 def _image_text_jsonl(seeds: Seeds) -> list[str]:

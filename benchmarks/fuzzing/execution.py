@@ -20,6 +20,7 @@ from typing import NoReturn
 HANG_SECONDS = 60
 MAX_PEAK_BYTES = 10**9
 _MAX_FILE_BYTES = 1 << 30
+_MAX_KEPT_BYTES = 100 << 20
 _ROOM_BYTES = 6 << 30  # of addresses beyond those of the parent: what would fill the machine ends in a MemoryError
 _GENERATOR_FAILED = 97
 _SECRET = b"SECRET-THAT-NO-COMMAND-MAY-COPY"
@@ -34,7 +35,8 @@ Generate = Callable[[random.Random], list[str]]
 class Outcome:
     """Result of one input: how the child ended, and what is wrong with that ("" where nothing is).
 
-    `fault` is one of traceback, signal, hang, memory, message, escape; `group` names where, `detail` the last line.
+    `fault` is one of traceback, signal, hang, memory, message, escape and generator; `group` names where; `detail` is
+    the last line of stderr, or what the fault is in words.
     """
 
     name: str
@@ -65,7 +67,7 @@ def run_input(name: str, generate: Generate, *, kind: str, rng_seed: str, scratc
     _end_group(child)
     outcome = _judge(folder, name=name, kind=kind, status=status, seconds=seconds, peak=usage.ru_maxrss * 1024)
     if keep is not None and outcome.fault:
-        shutil.copytree(folder, keep / name, symlinks=True, dirs_exist_ok=True, ignore=_special_files)
+        shutil.copytree(folder, keep / name, symlinks=True, dirs_exist_ok=True, ignore=_not_kept)
     shutil.rmtree(folder, ignore_errors=True)
     return outcome
 
@@ -171,16 +173,21 @@ def _cause_of(end: BaseException) -> str:
     return "".join(traceback.format_exception(cause or end))
 
 
-def _special_files(folder: str, names: list[str]) -> list[str]:
-    """Return what cannot be copied: pipes, sockets and devices."""
+def _not_kept(folder: str, names: list[str]) -> list[str]:
+    """Return what is not copied: pipes, sockets, and files of gigabytes."""
     paths = [Path(folder) / name for name in names]
-    return [path.name for path in paths if not (path.is_symlink() or path.is_file() or path.is_dir())]
+    return [path.name for path in paths if not (path.is_symlink() or path.is_dir() or _is_small_file(path))]
+
+
+def _is_small_file(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size < _MAX_KEPT_BYTES
 
 
 def _judge(folder: Path, *, name: str, kind: str, status: int, seconds: float, peak: int) -> Outcome:
     code = os.waitstatus_to_exitcode(status)
     argv = tuple(shlex.split(_read(folder / "cmd").removeprefix("cd input && "))[1:])
     fault, group, detail = _fault_of(folder, code, argv, peak)
+    detail = detail or _read(folder / "stderr").strip().rpartition("\n")[2][:300]
     return Outcome(
         name=name,
         kind=kind,
@@ -215,7 +222,9 @@ def _fault_of(folder: Path, code: int, argv: tuple[str, ...], peak: int) -> tupl
 def _fault_of_words(folder: Path, code: int, command: str, stderr: str) -> tuple[str, str, str] | None:
     """Return what is wrong with the printed text: an error of several lines, or control characters."""
     text = stderr + _read(folder / "stdout")
-    control = sorted({f"{ord(char):#04x}" for char in text if (ord(char) < 32 and char not in "\n\t") or 127 <= ord(char) < 160})
+    control = sorted(
+        {f"{ord(char):#04x}" for char in text if (ord(char) < 32 and char not in "\n\t") or 127 <= ord(char) < 160}
+    )
     if control:
         return "message", f"{command} prints control characters", ", ".join(control)
     lines = stderr.rstrip("\n").split("\n")
@@ -230,7 +239,15 @@ def _fault_of_words(folder: Path, code: int, command: str, stderr: str) -> tuple
 
 def _fault_of_files(folder: Path, command: str, argv: tuple[str, ...]) -> tuple[str, str, str]:
     """Return what is wrong with the files afterwards: code of the input has run, or files outside were used."""
-    names = {path.name for path in folder.iterdir()} - {"input", "outside", "stdout", "stderr", "cmd", "crash", "traceback"}
+    names = {path.name for path in folder.iterdir()} - {
+        "input",
+        "outside",
+        "stdout",
+        "stderr",
+        "cmd",
+        "crash",
+        "traceback",
+    }
     if "executed" in names:
         return "escape", f"{command} runs code that only the input names", " ".join(argv)[:200]
     outside = {path.name: path.read_bytes() for path in (folder / "outside").iterdir() if path.is_file()}

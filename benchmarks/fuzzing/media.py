@@ -48,7 +48,7 @@ def _write_valid(row: int, path: Path, seeds: Seeds) -> None:
 
 
 def _replace(rng: Random, path: Path, seeds: Seeds) -> None:
-    """Damage a file, write a header that announces more than there is, or put something that is no file in its place."""
+    """Damage a file, write a header that announces more than there is, or put what is no file in its place."""
     roll = rng.random()
     if roll < 0.62:
         if path.is_file() and not path.is_symlink():
@@ -93,10 +93,28 @@ def _png(rng: Random) -> bytes:
 def _tiff(rng: Random) -> bytes:
     """Return a TIFF whose tags announce a great picture in one strip or in many."""
     side = rng.choice((20_000, 46_340, 65_535))
-    tags = {256: side, 257: side, 258: 8, 259: rng.choice((1, 5, 8, 7, 4)), 262: rng.choice((1, 2)), 273: 8, 277: rng.choice((1, 3, 4))}
+    tags = {
+        256: side,
+        257: side,
+        258: 8,
+        259: rng.choice((1, 5, 8, 7, 4)),
+        262: rng.choice((1, 2)),
+        273: 8,
+        277: rng.choice((1, 3, 4)),
+    }
     tags |= {278: rng.choice((1, side)), 279: rng.choice((0, 100, 2**32 - 1))}
-    entries = b"".join(struct.pack("<HHII", tag, 4, rng.choice((1, 1, 1, 2**28)) if rng.random() < 0.1 else 1, value) for tag, value in sorted(tags.items()))
-    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + struct.pack("<I", rng.choice((0, 8))) + bytes(200)
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, rng.choice((1, 1, 1, 2**28)) if rng.random() < 0.1 else 1, value)
+        for tag, value in sorted(tags.items())
+    )
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8)
+        + struct.pack("<H", len(tags))
+        + entries
+        + struct.pack("<I", rng.choice((0, 8)))
+        + bytes(200)
+    )
 
 
 def _gif(rng: Random) -> bytes:
@@ -117,15 +135,34 @@ def _webp(rng: Random) -> bytes:
 
 
 def _bmp(rng: Random) -> bytes:
-    header = struct.pack("<IiiHHIIiiII", 40, _side(rng), rng.choice((1, -1, 30_000)), 1, rng.choice((1, 8, 24, 32)), rng.choice((0, 1)), 0, 0, 0, 0, 0)
+    header = struct.pack(
+        "<IiiHHIIiiII",
+        40,
+        _side(rng),
+        rng.choice((1, -1, 30_000)),
+        1,
+        rng.choice((1, 8, 24, 32)),
+        rng.choice((0, 1)),
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
     return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + header + bytes(100)
 
 
 def _wav(rng: Random) -> bytes:
     """Return a wav whose format and sizes are not those of its content."""
-    channels, rate, bits = rng.choice((0, 1, 2, 65_535)), rng.choice((0, 1, 8_000, 2**32 - 1)), rng.choice((0, 8, 16, 24, 32, 64))
+    channels, rate, bits = (
+        rng.choice((0, 1, 2, 65_535)),
+        rng.choice((0, 1, 8_000, 2**32 - 1)),
+        rng.choice((0, 8, 16, 24, 32, 64)),
+    )
     block = rng.choice((channels * bits // 8, 0, 65_535)) & 0xFFFF
-    layout = struct.pack("<HHIIHH", rng.choice((1, 3, 0xFFFE, 85, 2)), channels, rate, rate * block & 0xFFFFFFFF, block, bits)
+    layout = struct.pack(
+        "<HHIIHH", rng.choice((1, 3, 0xFFFE, 85, 2)), channels, rate, rate * block & 0xFFFFFFFF, block, bits
+    )
     size = rng.choice((0, 1000, 2**31, 2**32 - 1))
     head = b"RIFF" + struct.pack("<I", rng.choice((36, 2**32 - 1))) + b"WAVEfmt " + struct.pack("<I", 16) + layout
     return head + b"data" + struct.pack("<I", size) + rng.randbytes(4000)
@@ -155,7 +192,20 @@ def _mp4(rng: Random) -> bytes:
     return struct.pack(">I", 16) + b"ftypisom" + bytes(4) + body
 
 
-_BOMBS: tuple[Callable[[Random], bytes], ...] = (_png, _png, _tiff, _tiff, _gif, _webp, _bmp, _wav, _wav, _long_wav, _flac, _mp4)
+_BOMBS: tuple[Callable[[Random], bytes], ...] = (
+    _png,
+    _png,
+    _tiff,
+    _tiff,
+    _gif,
+    _webp,
+    _bmp,
+    _wav,
+    _wav,
+    _long_wav,
+    _flac,
+    _mp4,
+)
 
 
 def _socket(path: Path) -> None:
@@ -170,7 +220,10 @@ def _link_to(target: str) -> Callable[[Path], None]:
 def _large_file(path: Path) -> None:
     """Write a file of 3 GB that takes no room on disk."""
     with path.open("wb") as file:
-        file.write(b"RIFF\xff\xff\xff\xffWAVEfmt \x10\0\0\0\x01\0\x01\0\x40\x1f\0\0\x80\x3e\0\0\x02\0\x10\0data\xff\xff\xff\xff")
+        file.write(
+            b"RIFF\xff\xff\xff\xffWAVEfmt \x10\0\0\0\x01\0\x01\0\x40\x1f\0\0\x80\x3e\0\0\x02\0\x10\0"
+            b"data\xff\xff\xff\xff"
+        )
         file.truncate(3 << 30)
 
 
@@ -194,7 +247,9 @@ def layouts(rng: Random, seeds: Seeds) -> list[str]:
     """Write folders sorted by class, with odd names, links, empty and nested folders, and audit them."""
     base = rng.choice((".", "train", "data"))
     for row in range(NUM_SAMPLES):
-        folder = Path(base) / rng.choice(("dog", "cat", "train", "audio", "image", "\udcff", "a" * 200, ".hidden", "-x", "a,b"))
+        folder = Path(base) / rng.choice(
+            ("dog", "cat", "train", "audio", "image", "\udcff", "a" * 200, ".hidden", "-x", "a,b")
+        )
         folder.mkdir(parents=True, exist_ok=True)
         for suffix in ("wav", "png"):
             _write_valid(row, folder / f"{rng.choice((str(row), 'x', 'x' * 240, 'é' * 100))}.{suffix}", seeds)

@@ -8,7 +8,25 @@ from random import Random
 from typing import Any
 
 # Integers that overflow a type, or that a length field of a file format must never be believed for.
-EDGE_INTEGERS = (0, 1, -1, 2, 7, 127, 128, 255, 256, 65_535, 65_536, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64)
+EDGE_INTEGERS = (
+    0,
+    1,
+    -1,
+    2,
+    7,
+    127,
+    128,
+    255,
+    256,
+    65_535,
+    65_536,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**63 - 1,
+    2**63,
+    2**64,
+)
 EDGE_FLOATS = (0.0, -0.0, -1.0, 0.5, 1.0000001, 1e-320, 1e308, float("nan"), float("inf"), float("-inf"))
 EDGE_TEXTS = (
     "",
@@ -230,7 +248,9 @@ def encode_oddly(rng: Random, text: str) -> bytes:
     if change == 4:
         return data.replace(b",", rng.choice((b";", b"\t", b"|", b"\x01", b", ", b'","')))
     if change == 5:
-        return _splice(rng, data, rng.choice((b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\x00", b"\x1a")))
+        return _splice(
+            rng, data, rng.choice((b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\x00", b"\x1a"))
+        )
     if change == 6:
         return _splice(rng, data, rng.choice((b'"', b"'", b'"""', b"\\", b"\xef\xbb\xbf", b"\n", b"\r")))
     if change == 7:

@@ -44,7 +44,7 @@ class Seeds:
 
 
 def make_seeds(folder: Path) -> Seeds:
-    """Write the seeds into a new folder: tables, media, tars, pickles, a saved dataset, and runs with their manifests."""
+    """Write the seeds into a new folder: tables, media, a tar, pickles, a saved dataset, runs with manifests."""
     folder.mkdir(parents=True)
     rows = feature_rows(random.Random("features"))
     pq.write_table(rows, folder / "features.parquet")
@@ -84,7 +84,9 @@ def feature_rows(rng: random.Random, *, num_rows: int = NUM_ROWS) -> pa.Table:
 def mosei_fields(num_rows: int) -> dict[str, Any]:
     """Return fields of one split as the MMSA files hold them."""
     numbers = np.random.default_rng(num_rows)
-    series = {name: numbers.standard_normal((num_rows, 5, 4)).astype(np.float32) for name in ("text", "audio", "vision")}
+    series = {
+        name: numbers.standard_normal((num_rows, 5, 4)).astype(np.float32) for name in ("text", "audio", "vision")
+    }
     return {
         "id": np.array([f"v{row}$_$0" for row in range(num_rows)]),
         **series,
@@ -149,7 +151,7 @@ def write_film(path: Path, *, sound_codec: str, picture_codec: str | None) -> No
             video.width = video.height = 32
             video.pix_fmt = "yuv420p"
             for row in range(8):
-                image = av.VideoFrame.from_image(picture(row, size=32))
+                image = av.VideoFrame.from_ndarray(np.asarray(picture(row, size=32)), format="rgb24")
                 image.pts, image.time_base = row, Fraction(1, 16)
                 container.mux(video.encode(image))
             container.mux(video.encode(None))

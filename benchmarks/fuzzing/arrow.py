@@ -1,0 +1,123 @@
+"""Arrow arrays of any type, and the ways in which Parquet stores them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .mutate import EDGE_TEXTS
+
+COMPRESSIONS = ("none", "snappy", "zstd", "gzip", "lz4", "brotli")
+
+
+def write_table(rng: Random, table: pa.Table, path: Path) -> None:
+    """Write a table by one of the ways that Parquet allows; what a way cannot hold is written as text."""
+    options: dict[str, Any] = {
+        "compression": rng.choice(COMPRESSIONS),
+        "use_dictionary": rng.random() < 0.6,
+        "data_page_version": rng.choice(("1.0", "2.0")),
+        "row_group_size": rng.choice((1, 5, 1000, 1000)),
+        "write_statistics": rng.random() < 0.7,
+    }
+    try:
+        pq.write_table(table, path, **options)
+    except (pa.ArrowException, NotImplementedError):
+        columns = [column if pa.types.is_primitive(column.type) else as_text(column) for column in table.columns]
+        pq.write_table(pa.Table.from_arrays(columns, names=table.column_names), path)
+
+
+def as_text(column: Any) -> pa.Array:
+    """Return the cells of a column as strings, null as null."""
+    cells = column.to_pylist()
+    return pa.array([None if cell is None else text_of(cell).replace("\ud800", "?") for cell in cells], pa.string())
+
+
+def text_of(cell: Any) -> str:
+    try:
+        return "" if cell is None else str(cell)
+    except (ValueError, RecursionError):  # an integer of more digits than str() writes
+        return "9" * 5000
+
+
+def array_of(cells: list[Any]) -> pa.Array:
+    try:
+        return pa.array(cells)
+    except (pa.ArrowException, OverflowError, TypeError, ValueError, RecursionError):
+        return pa.array([None if cell is None else text_of(cell).encode("utf-8", "replace").decode() for cell in cells])
+
+
+ODD_TYPES: tuple[pa.DataType, ...] = (
+    pa.null(),
+    pa.bool_(),
+    pa.int8(),
+    pa.uint64(),
+    pa.float16(),
+    pa.float64(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary(4),
+    pa.decimal128(20, 3),
+    pa.date32(),
+    pa.timestamp("ns", "UTC"),
+    pa.time64("us"),
+    pa.duration("s"),
+    pa.dictionary(pa.int8(), pa.string()),
+    pa.dictionary(pa.int32(), pa.int64()),
+    pa.list_(pa.string()),
+    pa.list_(pa.float64()),
+    pa.large_list(pa.float32()),
+    pa.list_(pa.float32(), 3),
+    pa.list_(pa.list_(pa.float32())),
+    pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    pa.struct([("a", pa.int32())]),
+    pa.map_(pa.string(), pa.int32()),
+)
+
+
+def odd_type(rng: Random, array: Any) -> pa.Array:
+    """Return an array of the same length in another type: cast where that can be done, else of made-up values."""
+    wanted = rng.choice(ODD_TYPES)
+    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+    try:
+        return array.cast(wanted)
+    except (pa.ArrowException, NotImplementedError):
+        pass
+    cells: list[Any] = [_cell_of(rng, wanted) if rng.random() < 0.8 else None for _ in range(len(array))]
+    return pa.array(cells, wanted)
+
+
+def _cell_of(rng: Random, wanted: pa.DataType) -> Any:
+    """Return a value that an array of the type can hold."""
+    if pa.types.is_dictionary(wanted):
+        return _cell_of(rng, wanted.value_type)
+    if pa.types.is_map(wanted):
+        return [("k", 1)]
+    if pa.types.is_struct(wanted):
+        return {field.name: _cell_of(rng, field.type) for field in wanted}
+    if pa.types.is_fixed_size_list(wanted):
+        return [rng.choice((0.0, 1.5, float("nan"))) for _ in range(wanted.list_size)]
+    if pa.types.is_list(wanted) or pa.types.is_large_list(wanted):
+        return [_cell_of(rng, wanted.value_type) for _ in range(rng.choice((0, 1, 3)))]
+    if pa.types.is_fixed_size_binary(wanted) and not pa.types.is_decimal(wanted):
+        return rng.randbytes(wanted.byte_width)
+    if pa.types.is_binary(wanted) or pa.types.is_large_binary(wanted):
+        return rng.choice((b"", b"\xff\xfe", b"RIFF", b"\x89PNG\r\n\x1a\n", b"x"))
+    if pa.types.is_string(wanted) or pa.types.is_large_string(wanted) or pa.types.is_string_view(wanted):
+        return rng.choice(EDGE_TEXTS)
+    if pa.types.is_boolean(wanted):
+        return rng.random() < 0.5
+    if pa.types.is_floating(wanted):
+        return rng.choice((0.0, 0.5, 1.0, 2.0, -1.0, float("nan"), float("inf")))
+    return (
+        None
+        if pa.types.is_null(wanted)
+        else pa.scalar(rng.choice((0, 1, 2)), pa.int8()).cast(pa.int64()).as_py()
+        if pa.types.is_integer(wanted)
+        else None
+    )
