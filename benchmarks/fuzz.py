@@ -34,7 +34,7 @@ from fuzzing.configs import configs, odd_names
 from fuzzing.damaged import parquet_bytes, tars_and_saved
 from fuzzing.downloads import lists, pickles
 from fuzzing.execution import Outcome, run_input
-from fuzzing.manifests import manifests
+from fuzzing.manifests import hostile_manifests, manifests
 from fuzzing.media import layouts, media
 from fuzzing.runs import run_folders
 from fuzzing.scores import score_tables
@@ -52,11 +52,12 @@ FAULTS = ("traceback", "signal", "hang", "memory", "message", "escape", "generat
 Write = Callable[[Random, Seeds], list[str]]
 KINDS: dict[str, tuple[float, Write]] = {  # share of the inputs, and what writes one and returns its command
     "tables": (0.14, odd_tables),
-    "small": (0.03, small_tables),
+    "small": (0.02, small_tables),
     "encodings": (0.07, odd_encodings),
     "parquet": (0.12, parquet_bytes),
-    "scores": (0.13, score_tables),
-    "manifests": (0.17, manifests),
+    "scores": (0.14, score_tables),
+    "manifests": (0.14, manifests),
+    "hostile": (0.03, hostile_manifests),
     "runs": (0.04, run_folders),
     "configs": (0.08, configs),
     "names": (0.02, odd_names),
@@ -92,9 +93,19 @@ def main() -> int:
     scratch = Path(os.environ[SCRATCH])
     _import_all()
     make_seeds(scratch / "seeds")
+    stamps = _stamps(scratch / "seeds")
     keep = None if options.keep is None else options.keep.absolute()
     job = Job(seed=options.seed, scratch=scratch, keep=keep, deadline=time.monotonic() + 60 * options.minutes)
-    return _report(_run(list(_inputs(options.inputs, options.only)), job, jobs=options.jobs))
+    failed = _report(_run(list(_inputs(options.inputs, options.only)), job, jobs=options.jobs))
+    if changed := stamps ^ _stamps(scratch / "seeds"):
+        print(f"an input changed the valid files that all are made from, such as {min(changed)[0]}")
+    return int(failed or bool(changed))
+
+
+def _stamps(folder: Path) -> set[tuple[str, int, int]]:
+    """Return path, size and time of change of every file."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 def _run_in_scratch() -> int:
@@ -179,8 +190,8 @@ def _generate(write: Write, seeds: Seeds, rng: Random) -> list[str]:
     return write(rng, seeds)
 
 
-def _report(outcomes: Iterator[Outcome]) -> int:
-    """Print a line for each failure as it comes, then the groups and the table; return 1 if anything failed."""
+def _report(outcomes: Iterator[Outcome]) -> bool:
+    """Print a line for each failure as it comes, then the groups and the table; return whether any failed."""
     start, done = time.perf_counter(), []
     for outcome in outcomes:
         done.append(outcome)
@@ -198,7 +209,7 @@ def _report(outcomes: Iterator[Outcome]) -> int:
         if rows := [outcome for outcome in done if kind in (outcome.kind, "all")]:
             _print_row(kind, rows)
     print(f"\n{len(done):,} inputs in {seconds:.0f} s, {len(done) / seconds:.1f} a second; {len(failed)} failed")
-    return 1 if failed or not done else 0
+    return bool(failed) or not done
 
 
 def _print_groups(failed: list[Outcome]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from random import Random
@@ -159,13 +160,14 @@ def _odd_option(rng: Random) -> list[str]:
 
 def odd_names(rng: Random, seeds: Seeds) -> list[str]:
     """Run a command on a path that is no such file: missing, of a wrong kind, too long, or not in UTF-8."""
-    run = str(seeds.path("run"))
+    run = "run"  # a copy, for some of the commands write to the path that they are given
+    shutil.copytree(seeds.path("run"), run, ignore=shutil.ignore_patterns("figures", "features", "report.html"))
     path = rng.choice(
         (
             "missing", LONG_NAME, "a/" * 3000, "\udcff.parquet", ".", "/dev/null", "~", "", " ", "*", "[", "**",
             "x.parquet", "x.csv", "x.jsonl", "x.tar", "empty", "a:b", "owner/name", "hf://owner/name",
             "file:///etc/passwd",
-            f"{run}/run.json", f"{run}/scores.parquet", f"{run}/figures", str(seeds.path("media/audio")),
+            f"{run}/run.json", f"{run}/scores.parquet", f"{run}/manifests", run,
             "\x1b[31m.csv", "a\nb",
         )
     )  # fmt: skip

@@ -77,11 +77,13 @@ def run_command(argv: list[str], folder: Path) -> None:
     child = os.fork()
     if child == 0:
         os.chdir(folder)
-        os._exit(_call_main(argv, folder / "stderr.txt"))
+        _redirect(folder)
+        os._exit(_call_main(argv, folder / "traceback"))
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, 3):
-        raise RuntimeError(f"mmaudit {shlex.join(argv)} ended with {code} while the seeds were made, in {folder}")
+        last = _read(folder / "stderr").strip().rpartition("\n")[2]
+        raise RuntimeError(f"mmaudit {shlex.join(argv)} ended with {code} while the seeds were made: {last}")
 
 
 def _prepare(folder: Path) -> None:
@@ -208,6 +210,8 @@ def _fault_of(folder: Path, code: int, argv: tuple[str, ...], peak: int) -> tupl
     last = stderr.strip().rpartition("\n")[2][:300]
     if code == _GENERATOR_FAILED:
         return "generator", last, stderr[-2000:]
+    if escape := _escape_of(folder, command, argv):
+        return escape
     if code in (-signal.SIGALRM, -signal.SIGXCPU):
         return "hang", _crash_frame(folder / "crash"), f"{command} did not end within {HANG_SECONDS} s"
     if code < 0:
@@ -216,7 +220,7 @@ def _fault_of(folder: Path, code: int, argv: tuple[str, ...], peak: int) -> tupl
         return "traceback", _frame(_read(folder / "traceback") or stderr), last
     if peak > MAX_PEAK_BYTES:
         return "memory", f"{command}, exit {code}", f"{peak / 1e9:.2f} GB; {last}"
-    return _fault_of_words(folder, code, command, stderr) or _fault_of_files(folder, command, argv)
+    return _fault_of_words(folder, code, command, stderr) or ("", "", "")
 
 
 def _fault_of_words(folder: Path, code: int, command: str, stderr: str) -> tuple[str, str, str] | None:
@@ -237,8 +241,8 @@ def _fault_of_words(folder: Path, code: int, command: str, stderr: str) -> tuple
     return None
 
 
-def _fault_of_files(folder: Path, command: str, argv: tuple[str, ...]) -> tuple[str, str, str]:
-    """Return what is wrong with the files afterwards: code of the input has run, or files outside were used."""
+def _escape_of(folder: Path, command: str, argv: tuple[str, ...]) -> tuple[str, str, str] | None:
+    """Return what the files show of an input that got its way: its code has run, or files outside were used."""
     names = {path.name for path in folder.iterdir()} - {
         "input",
         "outside",
@@ -255,7 +259,7 @@ def _fault_of_files(folder: Path, command: str, argv: tuple[str, ...]) -> tuple[
         return "escape", f"{command} writes outside its folder", ", ".join(sorted(names | set(outside)))
     if command == "export" and any(_SECRET in path.read_bytes() for path in _plain_files(folder / "input")):
         return "escape", f"{command} copies a file from outside", " ".join(argv)[:200]
-    return "", "", ""
+    return None
 
 
 def _plain_files(folder: Path) -> list[Path]:

@@ -7,7 +7,9 @@ import os
 import shutil
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .arrow import write_table
@@ -37,18 +39,47 @@ def manifests(rng: Random, seeds: Seeds) -> list[str]:
     return manifest_command(rng, f"{name}.parquet", data=data, run=str(seeds.path(run)))
 
 
-def _hostile_metadata(rng: Random, metadata: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    """Return metadata that name code beside the manifest, or a folder outside with leave to read it."""
-    content = json.loads(metadata[b"mmaudit"])
-    scores = content.get("scores", {})
+def hostile_manifests(rng: Random, seeds: Seeds) -> list[str]:
+    """Write a manifest whose metadata name code beside it, or a folder outside with leave to read it."""
+    for path in seeds.path("media-run/manifests").glob("some.*"):
+        shutil.copy(path, path.name)
+    shutil.copy(seeds.path("media-run/scores.parquet"), "scores.parquet")
+    table = pq.read_table("some.parquet")
+    content = json.loads(table.schema.metadata[b"mmaudit"])
+    if rng.random() < 0.6:
+        _name_code(rng, content["scores"])
+    if rng.random() < 0.6:
+        content["scores"]["source"] = rng.choice((os.path.abspath("../outside"), "../outside", "owner/name", "."))
+        content["scores"]["config"]["data"]["allow_outside"] = True
+        secret = rng.choice((os.path.abspath("../outside/secret.wav"), "../outside/secret.wav", "secret.wav"))
+        number = table.column_names.index("audio_file_name")
+        table = table.set_column(number, "audio_file_name", pa.array([secret] * table.num_rows))
+    if rng.random() < 0.2:
+        content["rule"]["scores"] = rng.choice(("../outside/secret.txt", "/dev/zero", "missing/*.parquet"))
+    metadata = {**table.schema.metadata, b"mmaudit": json.dumps(content).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), "some.parquet")
+    moved = ["--data", str(seeds.path("media"))] if rng.random() < 0.5 else []
+    return rng.choice(
+        (
+            ["verify", "some.parquet", *moved],
+            ["export", "some.parquet", "--format", "webdataset", "--out", "out", *moved],
+            ["export", "some.parquet", "--format", "webdataset", "--out", "out", "--skip-missing"],
+            ["finetune", "--manifest", "some.parquet", "--epochs", "1", "--num-workers", "0", "--run", "own", *moved],
+            ["replay", "some.parquet"],
+            ["diff", "some.parquet", "some.parquet"],
+            ["card", "some.parquet"],
+        )
+    )
+
+
+def _name_code(rng: Random, scores: dict[str, Any]) -> None:
+    """Name a function, as an encoder, in the list of modalities, in the config, or in both."""
     modality = rng.choice(scores["modalities"])
-    modality["encoder"] = rng.choice(("hostile_code:run", "cProfile:run", "hf:../outside"))
-    if rng.random() < 0.5:
-        scores["config"]["data"]["encoder"] = [f"{modality['name']}={modality['encoder']}"]
-    if rng.random() < 0.5:
-        scores["source"] = rng.choice((os.path.abspath("../outside"), "../outside", "hostile/name"))
-        scores["config"]["data"]["allow_outside"] = True
-    return {**metadata, b"mmaudit": json.dumps(content).encode()}
+    code = rng.choice(("hostile_code:run",) * 4 + ("cProfile:run", "hf:../outside"))
+    if rng.random() < 0.7:
+        scores["config"]["data"]["encoder"] = [f"{modality['name']}={code}"]
+    if rng.random() < 0.7:
+        modality["encoder"] = code
 
 
 def manifest_command(rng: Random, path: str, *, data: str, run: str) -> list[str]:
@@ -95,7 +126,7 @@ def change_manifest(rng: Random, path: Path, *, metadata: bool) -> None:
     table = pq.read_table(path)
     about = table.schema.metadata
     if metadata or rng.random() < 0.1:
-        about = _hostile_metadata(rng, about) if rng.random() < 0.2 else odd_metadata(rng, about)
+        about = odd_metadata(rng, about)
     if not metadata:
         for _ in range(rng.choice((1, 1, 2))):
             table = change_table(rng, table)
