@@ -94,30 +94,28 @@ def odd_type(rng: Random, array: Any) -> pa.Array:
 
 def _cell_of(rng: Random, wanted: pa.DataType) -> Any:
     """Return a value that an array of the type can hold."""
+    types = pa.types
+    if types.is_nested(wanted) or types.is_dictionary(wanted):
+        return _nested_cell(rng, wanted)
+    if types.is_fixed_size_binary(wanted) and not types.is_decimal(wanted):
+        return rng.randbytes(wanted.byte_width)
+    if types.is_binary(wanted) or types.is_large_binary(wanted):
+        return rng.choice((b"", b"\xff\xfe", b"RIFF", b"\x89PNG\r\n\x1a\n", b"x"))
+    if types.is_string(wanted) or types.is_large_string(wanted) or types.is_string_view(wanted):
+        return rng.choice(EDGE_TEXTS)
+    if types.is_boolean(wanted):
+        return rng.random() < 0.5
+    if types.is_floating(wanted):
+        return rng.choice((0.0, 0.5, 1.0, 2.0, -1.0, float("nan"), float("inf")))
+    return rng.choice((0, 1, 2)) if types.is_integer(wanted) else None
+
+
+def _nested_cell(rng: Random, wanted: pa.DataType) -> Any:
     if pa.types.is_dictionary(wanted):
         return _cell_of(rng, wanted.value_type)
     if pa.types.is_map(wanted):
         return [("k", 1)]
     if pa.types.is_struct(wanted):
         return {field.name: _cell_of(rng, field.type) for field in wanted}
-    if pa.types.is_fixed_size_list(wanted):
-        return [rng.choice((0.0, 1.5, float("nan"))) for _ in range(wanted.list_size)]
-    if pa.types.is_list(wanted) or pa.types.is_large_list(wanted):
-        return [_cell_of(rng, wanted.value_type) for _ in range(rng.choice((0, 1, 3)))]
-    if pa.types.is_fixed_size_binary(wanted) and not pa.types.is_decimal(wanted):
-        return rng.randbytes(wanted.byte_width)
-    if pa.types.is_binary(wanted) or pa.types.is_large_binary(wanted):
-        return rng.choice((b"", b"\xff\xfe", b"RIFF", b"\x89PNG\r\n\x1a\n", b"x"))
-    if pa.types.is_string(wanted) or pa.types.is_large_string(wanted) or pa.types.is_string_view(wanted):
-        return rng.choice(EDGE_TEXTS)
-    if pa.types.is_boolean(wanted):
-        return rng.random() < 0.5
-    if pa.types.is_floating(wanted):
-        return rng.choice((0.0, 0.5, 1.0, 2.0, -1.0, float("nan"), float("inf")))
-    return (
-        None
-        if pa.types.is_null(wanted)
-        else pa.scalar(rng.choice((0, 1, 2)), pa.int8()).cast(pa.int64()).as_py()
-        if pa.types.is_integer(wanted)
-        else None
-    )
+    length = wanted.list_size if pa.types.is_fixed_size_list(wanted) else rng.choice((0, 1, 3))
+    return [_cell_of(rng, wanted.value_type) for _ in range(length)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ def _odd_option(rng: Random) -> list[str]:
     """Return an option with a value that names, paths or numbers may not have."""
     # Nothing that leads out of the folder: some of the options name what is written.
     texts = [text.replace("\x00", "") for text in EDGE_TEXTS if len(text) < 1000 and not text.startswith(("/", ".."))]
-    text = rng.choice((*texts, LONG_NAME, "\udcff\udcfe", "a/" * 3000, ".", "/dev/null", "[", "*", "?x"))
+    text = rng.choice((*texts, LONG_NAME, "\udcff\udcfe", "a/" * 3000, ".", "[", "*", "?x"))
     option = rng.choice(
         (
             "--config", "--run", "--run", "--name", "--name", "--data", "--seed", "--device", "--group", "--label",
@@ -160,40 +161,43 @@ def _odd_option(rng: Random) -> list[str]:
 
 def odd_names(rng: Random, seeds: Seeds) -> list[str]:
     """Run a command on a path that is no such file: missing, of a wrong kind, too long, or not in UTF-8."""
-    run = "run"  # a copy, for some of the commands write to the path that they are given
-    shutil.copytree(seeds.path("run"), run, ignore=shutil.ignore_patterns("figures", "features", "report.html"))
-    path = rng.choice(
-        (
-            "missing", LONG_NAME, "a/" * 3000, "\udcff.parquet", ".", "/dev/null", "~", "", " ", "*", "[", "**",
-            "x.parquet", "x.csv", "x.jsonl", "x.tar", "empty", "a:b", "owner/name", "hf://owner/name",
-            "file:///etc/passwd",
-            f"{run}/run.json", f"{run}/scores.parquet", f"{run}/manifests", run,
-            "\x1b[31m.csv", "a\nb",
-        )
-    )  # fmt: skip
+    # A copy, for some commands write to the path that they are given; for the same reason no path leads out of here.
+    shutil.copytree(seeds.path("run"), "run", ignore=shutil.ignore_patterns("figures", "features", "report.html"))
     Path("empty").mkdir()
+    os.mkfifo("pipe.csv")
     for suffix in ("parquet", "csv", "jsonl", "tar"):
         Path(f"x.{suffix}").touch()
-    return rng.choice(
+    path = rng.choice(
         (
-            ["check", path, "--num-workers", "0"],
-            ["score", path, "--num-workers", "0"],
-            ["split", "--balanced", "--scores", path],
-            ["split", "--balanced", "--run", path],
-            ["split", "--balanced", "--scores", f"{run}/scores.parquet", "--run", path],
-            ["split", "--balanced", "--scores", f"{run}/scores.parquet", f"--name={path}"],
-            ["verify", path],
-            ["diff", path, f"{run}/manifests/some.parquet"],
-            ["card", path],
-            ["card", f"{run}/manifests/some.parquet", "--out", path],
-            ["replay", path],
-            ["order", path],
-            ["export", path, "--format", "csv", "--out", "out"],
-            ["export", f"{run}/manifests/some.parquet", "--format", rng.choice(("csv", "npy", "ogm")), "--out", path],
-            ["finetune", "--manifest", path],
-            ["evaluate", path],
-            ["report", "--run", path],
-            ["ingest", rng.choice(("cremad", "mosei", "image-text")), path],
-            ["ingest", "cremad", "empty", "--list", path],
+            "missing", LONG_NAME, "a/" * 3000, "\udcff.parquet", ".", "~", "", " ", "*", "[", "**", "x.parquet",
+            "x.csv", "x.jsonl", "x.tar", "pipe.csv", "empty", "a:b", "owner/name", "hf://owner/name", "file:///x",
+            "\x1b[31m.csv", "a\nb", "run/run.json", "run/scores.parquet", "run/manifests", "run",
         )
+    )  # fmt: skip
+    return rng.choice(_commands_on(path, rng))
+
+
+def _commands_on(path: str, rng: Random) -> tuple[list[str], ...]:
+    """Return every command with the path in one of its places."""
+    scores, manifest = "run/scores.parquet", "run/manifests/some.parquet"
+    return (
+        ["check", path, "--num-workers", "0"],
+        ["score", path, "--num-workers", "0"],
+        ["split", "--balanced", "--scores", path],
+        ["split", "--balanced", "--run", path],
+        ["split", "--balanced", "--scores", scores, "--run", path],
+        ["split", "--balanced", "--scores", scores, f"--name={path}"],
+        ["verify", path],
+        ["diff", path, manifest],
+        ["card", path],
+        ["card", manifest, "--out", path],
+        ["replay", path],
+        ["order", path],
+        ["export", path, "--format", "csv", "--out", "out"],
+        ["export", manifest, "--format", rng.choice(("csv", "npy", "ogm")), "--out", path],
+        ["finetune", "--manifest", path],
+        ["evaluate", path],
+        ["report", "--run", path],
+        ["ingest", rng.choice(("cremad", "mosei", "image-text")), path],
+        ["ingest", "cremad", "empty", "--list", path],
     )

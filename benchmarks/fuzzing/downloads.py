@@ -64,6 +64,15 @@ def _odd_field(rng: Random) -> Any:
     return rng.choice(values)
 
 
+CALLED = (
+    "os system", "builtins eval", "numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype",
+    "_codecs encode", "collections OrderedDict", "builtins bytearray", "builtins list", "mmaudit.audit.files write_text",
+)  # fmt: skip
+ARGUMENTS = (
+    b")", b"(X\x02\x00\x00\x00idt", b"(K\x05t", b"(\x8a\x05\xff\xff\xff\xff\x7ft", b"(}t", b"(]t", b"N", b"(NNt",
+)  # fmt: skip
+
+
 def _opcodes(rng: Random, valid: bytes) -> bytes:
     """Return a pickle of opcodes that build much of little, go deep, call names, or come in a wrong order."""
     level = rng.choice((10, 26, 30, 1000, 50_000))
@@ -71,32 +80,15 @@ def _opcodes(rng: Random, valid: bytes) -> bytes:
         b"]q" + bytes([min(n + 1, 255)]) + b"(" + (b"h" + bytes([min(n, 254)])) * 2 + b"e"
         for n in range(min(level, 200))
     )
-    name = rng.choice(
-        (
-            "os system",
-            "builtins eval",
-            "numpy.core.multiarray _reconstruct",
-            "numpy ndarray",
-            "numpy dtype",
-            "collections OrderedDict",
-            "_codecs encode",
-            "builtins bytearray",
-            "builtins list",
-            "mmaudit.audit.files write_text",
-        )
-    )
-    called = ("c" + name.replace(" ", "\n") + "\n").encode()
-    argument = rng.choice(
-        (b")", b"(X\x02\x00\x00\x00idt", b"(K\x05t", b"(\x8a\x05\xff\xff\xff\xff\x7ft", b"(}t", b"(]t", b"N", b"(NNt")
-    )
+    called = rng.choice(CALLED).replace(" ", "\n").join(("c", "\n")).encode() + rng.choice(ARGUMENTS) + b"R"
     programs = (
         laughs + b".",
         b"\x80\x02}X\x05\x00\x00\x00train" + laughs[2:] + b"s.",
         b"\x80\x02" + b"]" * level + b"a" * level + b".",
         b"\x80\x02" + b"(" * level + b"t" * level + b".",
         b"\x80\x02" + b"}" + b"(K\x01" * min(level, 2000) + b"}u" * min(level, 2000) + b".",
-        b"\x80\x02" + called + argument + b"R.",
-        b"\x80\x02" + called + argument + b"R" + rng.choice((b"}b.", b"(NNNNNtb.", b"(K\x01(K\x02tNK\x00C\x02abtb.")),
+        b"\x80\x02" + called + b".",
+        b"\x80\x02" + called + rng.choice((b"}b.", b"(NNNNNtb.", b"(K\x01(K\x02tNK\x00C\x02abtb.")),
         b"\x80\x04\x95" + struct.pack("<Q", rng.choice((0, 2**40, 2**63))) + b"N.",
         b"\x80\x05\x96" + struct.pack("<Q", rng.choice((5, 2**33, 2**63))) + b"abcde.",
         b"\x80\x02\x8b" + struct.pack("<i", rng.choice((4, -1, 2**31 - 1))) + b"\xff\xff\xff\x7f.",

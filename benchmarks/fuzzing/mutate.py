@@ -47,7 +47,7 @@ EDGE_TEXTS = (
     "1e400",
     "007",
     "../outside/secret.txt",
-    "/dev/zero",
+    "/dev/zero/x",  # absolute, and nobody can make it
     "~",
     "a/b",
     "a\\b",

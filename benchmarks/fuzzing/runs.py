@@ -73,22 +73,17 @@ def _run_command(rng: Random, pattern: str, *, data: str) -> list[str]:
     score = ["score", data, "--group", "group", "--repeats", "1", *workers]
     tune = ["finetune", "--manifest", "balanced", "--epochs", "1", *workers, "--data", data]
     evaluate = ["evaluate", "balanced-concat-uniform", *workers, "--data", data]
-    if pattern.startswith("finetune"):
-        argv = rng.choice(
-            (["report"], evaluate, evaluate, tune, [*tune, "--name", "n", "--init", "balanced-concat-uniform"])
-        )
-    elif pattern.startswith("features"):
-        argv = rng.choice((score, tune, evaluate))
-    elif pattern.startswith("manifests"):
-        argv = rng.choice((["report"], ["verify", "balanced"], ["replay", "balanced"], evaluate))
-    else:
-        argv = rng.choice(
-            (
-                ["report"],
-                ["split", *split_options(rng, [])],
-                score,
-                ["check", data, *workers],
-                ["split", "--gmm", "balanced"],
-            )
-        )
-    return [*argv, "--run", "run"]
+    report, from_weights = ["report"], [*tune, "--name", "n", "--init", "balanced-concat-uniform"]
+    readers: dict[str, tuple[list[str], ...]] = {
+        "finetune": (report, evaluate, evaluate, tune, from_weights),
+        "features": (score, tune, evaluate),
+        "manifests": (report, ["verify", "balanced"], ["replay", "balanced"], evaluate),
+    }
+    others = (
+        report,
+        ["split", *split_options(rng, [])],
+        score,
+        ["check", data, *workers],
+        ["split", "--gmm", "balanced"],
+    )
+    return [*rng.choice(readers.get(pattern.partition("/")[0], others)), "--run", "run"]
