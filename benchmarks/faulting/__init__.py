@@ -1,0 +1,1 @@
+"""Parts of benchmarks/faults.py: commands, faults, folder snapshots and checks."""

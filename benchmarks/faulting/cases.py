@@ -1,0 +1,137 @@
+"""Case folders, and references: the folder before a command and after an undisturbed run of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from .commands import Arguments, Command
+from .data import write_clips, write_features
+from .processes import Bench, Outcome, run
+from .trees import Snapshot, differing, leftovers, snapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A command undisturbed: the folder before and after it, its usual duration and its file operations."""
+
+    stage: Path
+    before: Snapshot
+    after: Snapshot
+    seconds: float
+    operations: tuple[str, ...]
+    new_sizes: tuple[int, ...]  # bytes of the files that it writes
+    unstable: tuple[str, ...]  # what differs between two undisturbed runs
+
+
+class Cases:
+    """Makes case folders; what the commands before left is kept, and copied for every case."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        for name in ("state", "cache", "tmp", "stages"):
+            (bench.scratch / name).mkdir()
+        write_clips(bench.scratch / "data" / "clips")
+        write_features(bench.scratch / "data" / "features.parquet")
+        self._stages: dict[tuple[Arguments, ...], Path] = {}
+        self._codes: dict[tuple[Arguments, ...], tuple[int, ...]] = {(): ()}
+
+    def stage(self, commands: tuple[Arguments, ...]) -> Path:
+        """Return a folder as the commands leave it, one after another."""
+        if commands not in self._stages:
+            if commands:
+                self.begin(self.stage(commands[:-1]))
+                outcome = run(self.bench, commands[-1])
+                self._codes[commands] = (*self._codes[commands[:-1]], outcome.code)
+            else:
+                self.bench.case.mkdir()
+            kept = self.bench.scratch / "stages" / str(len(self._stages))
+            shutil.copytree(self.bench.case, kept)
+            self.end()
+            self._stages[commands] = kept
+        return self._stages[commands]
+
+    def codes(self, commands: tuple[Arguments, ...]) -> tuple[int, ...]:
+        """Return the exit codes of commands that run one after another."""
+        self.stage(commands)
+        return self._codes[commands]
+
+    def begin(self, stage: Path) -> None:
+        """Make the case folder a copy of a stage."""
+        self.bench.case.mkdir(exist_ok=True)  # it may be a mounted file system
+        shutil.copytree(stage, self.bench.case, dirs_exist_ok=True)
+
+    def end(self) -> None:
+        """Remove the case folder, and what commands left among the temporary files."""
+        shutil.rmtree(self.bench.case)
+        shutil.rmtree(self.bench.scratch / "tmp")
+        (self.bench.scratch / "tmp").mkdir()
+
+    def reference(self, command: Command) -> Reference:
+        """Run a command twice, undisturbed. Raises RuntimeError where it does not end with 0."""
+        for count in range(1, len(command.before) + 1):
+            if self.codes(command.before[:count])[-1] != 0:
+                raise RuntimeError(f"mmaudit {' '.join(command.before[count - 1])} does not end with 0")
+        stage = self.stage(command.before)
+        trees, seconds = list[Snapshot](), list[float]()
+        for _ in range(2):
+            self.begin(stage)
+            outcome = run(self.bench, command.arguments)
+            _check_undisturbed(command, outcome)
+            trees.append(snapshot(self.bench.case))
+            seconds.append(outcome.seconds)
+            self.end()
+        before = snapshot(stage)
+        sizes = self._new_sizes(command, before, trees[0])
+        return Reference(
+            stage=stage,
+            before=before,
+            after=trees[0],
+            seconds=min(seconds),
+            operations=tuple(self.bench.operations()),
+            new_sizes=sizes,
+            unstable=(*differing(trees[1], trees[0]), *leftovers(trees[1], trees[0])),
+        )
+
+    def _new_sizes(self, command: Command, before: Snapshot, after: Snapshot) -> tuple[int, ...]:
+        folder = self.stage((*command.before, command.arguments))
+        return tuple(
+            (folder / path).stat().st_size for path, mark in after.items() if mark and before.get(path) != mark
+        )
+
+
+class Reader:
+    """Another process in which the tested mmaudit reads what a fault has left."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._process = subprocess.Popen(
+            [bench.python, str(Path(__file__).parent / "reader.py")],
+            env=bench.environment("reader"),
+            cwd=bench.scratch,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def refusals(self, run_folder: Path) -> list[str]:
+        """Return what is refused of the run folder's files."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{run_folder}\n")
+        self._process.stdin.flush()
+        return list(json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def _check_undisturbed(command: Command, outcome: Outcome) -> None:
+    if outcome.code != 0 or outcome.orphans:
+        last = (outcome.errors or ["it prints nothing"])[-1]
+        raise RuntimeError(f"{command.name} undisturbed: exit code {outcome.code}, {last}; {outcome.orphans}")

@@ -1,0 +1,81 @@
+"""Two writers at once: what they leave must be what they leave one after the other."""
+
+from __future__ import annotations
+
+import time
+from zlib import crc32
+
+import numpy as np
+
+from .cases import Cases
+from .checks import Damage, last_line, names_holder
+from .commands import Arguments, Pair
+from .processes import Outcome, Running
+from .trees import Snapshot, differing, half_files, leftovers, snapshot
+
+Outcomes = tuple[Outcome, Outcome]
+Result = tuple[tuple[int, int], Snapshot]  # exit codes of both commands, and the folder after them
+_MAX_DELAY_SECONDS = 1.5  # between the two starts: the interpreter's own start takes about one
+
+
+def draw_delays(pair: Pair, count: int, *, seed: int) -> list[float]:
+    """Draw by how much the second command starts later; the first time both start at once."""
+    rng = np.random.default_rng([seed, crc32(pair.name.encode())])
+    return [0.0, *(float(delay) for delay in rng.uniform(0, _MAX_DELAY_SECONDS, count - 1))]
+
+
+def run_pair(cases: Cases, pair: Pair, delay: float) -> tuple[Damage, bool]:
+    """Run both commands; return what is wrong, and whether one was refused since the other held the folder."""
+    cases.begin(cases.stage(pair.before))
+    hosts = pair.containers or ("", "")
+    first = Running(cases.bench, pair.first, prefix=_container(hosts[0]))
+    time.sleep(delay)
+    second = Running(cases.bench, pair.second, prefix=_container(hosts[1]))
+    outcomes = (first.finish(), second.finish())
+    tree = snapshot(cases.bench.case)
+    damage = Damage()
+    for outcome in outcomes:
+        damage.add("orphans", *outcome.orphans)
+    references = _serial_results(cases, pair, outcomes)
+    damage.add("half files", *half_files(cases.bench.case, known=[reference for _, reference in references]))
+    refused = any(names_holder(outcome) for outcome in outcomes)
+    cases.end()
+    _compare(outcomes, tree, references, damage)
+    return damage, refused
+
+
+def _serial_results(cases: Cases, pair: Pair, outcomes: Outcomes) -> list[Result]:
+    """Return what both orders give, and what one command alone gives where the other was refused."""
+    kept = cases.bench.case.with_name("paired")
+    cases.bench.case.rename(kept)
+    before = pair.before
+    codes = cases.codes((*before, pair.first, pair.second))
+    results = [((codes[-2], codes[-1]), snapshot(cases.stage((*before, pair.first, pair.second))))]
+    codes = cases.codes((*before, pair.second, pair.first))
+    results.append(((codes[-1], codes[-2]), snapshot(cases.stage((*before, pair.second, pair.first)))))
+    if names_holder(outcomes[1]):
+        results.append(((cases.codes((*before, pair.first))[-1], 2), snapshot(cases.stage((*before, pair.first)))))
+    if names_holder(outcomes[0]):
+        results.append(((2, cases.codes((*before, pair.second))[-1]), snapshot(cases.stage((*before, pair.second)))))
+    kept.rename(cases.bench.case)
+    return results
+
+
+def _compare(outcomes: Outcomes, tree: Snapshot, results: list[Result], damage: Damage) -> None:
+    codes = (outcomes[0].code, outcomes[1].code)
+    possible = [reference for expected, reference in results if expected == codes]
+    if not possible:
+        ends = " and ".join(f"{outcome.code} ({last_line(outcome)})" for outcome in outcomes)
+        damage.add("wrong exits", f"exit codes {ends}, which no order of the two gives")
+        possible = [reference for _, reference in results]
+    nearest = min(possible, key=lambda reference: len(differing(tree, reference)))
+    damage.add("bytes differing", *differing(tree, nearest))
+    damage.add("left over", *leftovers(tree, nearest))
+
+
+def _container(host: str) -> Arguments:
+    """Return what starts a command as process 1 of a process namespace, on a host of this name; nothing for none."""
+    if not host:
+        return ()
+    script = 'hostname "$0" && exec "$@"'
+    return ("unshare", "--pid", "--fork", "--mount-proc", "--uts", "--kill-child", "sh", "-c", script, host)

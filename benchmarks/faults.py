@@ -1,0 +1,183 @@
+"""Runs that are killed, interrupted, out of disk or two at once: is anything lost, cut short or left behind?
+
+Run with: python benchmarks/faults.py [--points 20] [--full-points 10] [--minutes M] [--seed 0] [--only score,pairs]
+Each command (score, score --overwrite, split, finetune, export ...) gets SIGKILL, SIGTERM and SIGINT at `--points`
+points each, half of them just before one of its file operations, half at a time of its duration; and a disk that is
+full at `--full-points` sizes: a tmpfs in a mount namespace of its own where root allows, else RLIMIT_FSIZE. After each
+fault the folder is checked, the same command runs again, and the bytes are compared with those of an undisturbed run:
+all files, but for `seconds` in run.json and metrics.json. Pairs of commands run at once, also as process 1 of two
+containers, and must leave what they leave one after the other. Prints Markdown tables; the exit code is 1 if anything
+in them is not 0, and every fault can be repeated by itself with `--repeat` and the words printed for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from faulting.cases import Cases, Reader
+from faulting.checks import COLUMNS, Damage
+from faulting.commands import COMMANDS, PAIRS, Pair
+from faulting.pairs import draw_delays, run_pair
+from faulting.processes import Bench, Point
+from faulting.strikes import SIGNALS, Tested, draw_points, draw_sizes, fill, strike
+
+_NAMESPACE = "FAULTS_IN_NAMESPACE"
+_PAIR_RUNS = 3
+NUM_FAULTS = len(SIGNALS) + 1  # and a full disk
+_REDRAWS = 3  # of points that a command does not reach
+
+
+@dataclass(slots=True)
+class Row:
+    """A row of the table: a command, a fault, and how often what went wrong."""
+
+    command: str
+    fault: str
+    strikes: int = 0
+    failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COLUMNS, 0))
+
+    def add(self, damage: Damage, *, repeat: str) -> None:
+        """Count a fault, and print what it has damaged with the words that repeat it."""
+        self.strikes += 1
+        for column, lines in damage.lines.items():
+            self.failed[column] += bool(lines)
+            for line in lines[:3]:
+                print(f"{repeat}: {column}: {line}", flush=True)
+
+    def __str__(self) -> str:
+        return f"| {self.command} | {self.fault} | {self.strikes} | {' | '.join(map(str, self.failed.values()))} |"
+
+
+@dataclass(slots=True)
+class Budget:
+    """The minutes that all may take, None for no limit, shared by the commands in turn."""
+
+    minutes: float | None
+    started: float = field(default_factory=time.monotonic)
+
+    def points(self, wanted: int, *, seconds_each: float, commands_left: int) -> int:
+        """Return how many points of each fault a command may have, 1 at least."""
+        if self.minutes is None:
+            return wanted
+        left = 60 * self.minutes - (time.monotonic() - self.started)
+        return max(1, min(wanted, int(left / commands_left / NUM_FAULTS / seconds_each)))
+
+
+def test_command(tested: Tested, options: argparse.Namespace, budget: Budget, *, commands_left: int) -> Iterator[Row]:
+    """Yield a row of each signal, and one of full disks."""
+    name, seconds = tested.command.name, 2.0 * tested.reference.seconds + 1.0
+    count = budget.points(options.points, seconds_each=seconds, commands_left=commands_left)
+    if count < options.points:
+        print(f"{name}: {count} points instead of {options.points}, for --minutes {options.minutes:g}", flush=True)
+    for number in SIGNALS:
+        row = Row(name, number.name)
+        for attempt in range(_REDRAWS):
+            for point in draw_points(tested, number, count - row.strikes, seed=options.seed + 1_000 * attempt):
+                if (struck := strike(tested, point)) is not None:
+                    damage, operation = struck
+                    row.add(damage, repeat=f"--repeat {name}:{point}{f' (before {operation})' * bool(operation)}")
+            if row.strikes == count:
+                break
+        yield row
+    row = Row(name, "disk full" if options.by_mount else "file limit")
+    for size in draw_sizes(tested, min(count, options.full_points), seed=options.seed, by_mount=options.by_mount):
+        if (damage_of_full := fill(tested, size, by_mount=options.by_mount)) is not None:
+            row.add(damage_of_full, repeat=f"--repeat {name}:full:{size}")
+    yield row
+
+
+def test_pair(cases: Cases, pair: Pair, options: argparse.Namespace) -> Row:
+    """Return the row of two commands that run at once."""
+    row = Row(pair.name, "two writers")
+    for delay in draw_delays(pair, min(_PAIR_RUNS, options.points), seed=options.seed):
+        damage, refused = run_pair(cases, pair, delay)
+        row.add(damage, repeat=f"{pair.name}, second {delay:.2f} s later")
+        row.fault = "two writers, one refused" if refused else row.fault
+    return row
+
+
+def repeat(cases: Cases, reader: Reader, words: str, options: argparse.Namespace) -> Iterator[Row]:
+    """Yield the row of a single fault, COMMAND:SIGNAL:opN, COMMAND:SIGNAL:tSHARE[:group] or COMMAND:full:BYTES."""
+    name, _, text = words.partition(":")
+    command = next(command for command in COMMANDS if command.name == name)
+    tested = Tested(command=command, reference=cases.reference(command), cases=cases, reader=reader)
+    row = Row(name, text)
+    if text.startswith("full:"):
+        damage = fill(tested, int(text.removeprefix("full:")), by_mount=options.by_mount)
+    else:
+        struck = strike(tested, Point.parse(text))
+        damage = None if struck is None else struck[0]
+    if damage is not None:
+        row.add(damage, repeat=words)
+    yield row
+
+
+def rows(cases: Cases, reader: Reader, options: argparse.Namespace) -> Iterator[Row]:
+    """Yield all rows, as they are done."""
+    budget, only = Budget(options.minutes), options.only.split(",") if options.only else []
+    commands = [command for command in COMMANDS if not only or any(command.name.startswith(name) for name in only)]
+    with_pairs = not only or "pairs" in only
+    for index, command in enumerate(commands):
+        tested = Tested(command=command, reference=cases.reference(command), cases=cases, reader=reader)
+        undisturbed = Row(command.name, "none: run twice")
+        undisturbed.add(_unstable(tested), repeat=f"{command.name}, undisturbed")
+        yield undisturbed
+        yield from test_command(tested, options, budget, commands_left=len(commands) - index + 3 * with_pairs)
+    for pair in PAIRS if with_pairs else ():
+        if pair.containers is None or (options.by_mount and shutil.which("unshare")):
+            yield test_pair(cases, pair, options)
+        else:
+            print(f"{pair.name}: left out, since containers need root and unshare", flush=True)
+
+
+def _unstable(tested: Tested) -> Damage:
+    damage = Damage()
+    damage.add("bytes differing", *tested.reference.unstable)
+    return damage
+
+
+def main(options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    done = []
+    with tempfile.TemporaryDirectory(prefix="mmaudit-faults-") as scratch:
+        bench = Bench(python=options.python, scratch=Path(scratch).resolve())
+        cases, reader = Cases(bench), Reader(bench)
+        try:
+            for row in (
+                repeat(cases, reader, options.repeat, options) if options.repeat else rows(cases, reader, options)
+            ):
+                print(f"  {row}", flush=True)
+                done.append(row)
+        finally:
+            reader.close()
+    print(f"\n| command | fault | strikes | {' | '.join(COLUMNS)} |\n|{'---|' * (3 + len(COLUMNS))}")
+    print("\n".join(str(row) for row in done))
+    failed = {column: sum(row.failed[column] for row in done) for column in COLUMNS}
+    print(f"\n{sum(row.strikes for row in done)} strikes, seed {options.seed}, {time.monotonic() - started:.0f} s")
+    print(", ".join(f"{count} {column}" for column, count in failed.items()))
+    return int(any(failed.values()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--points", type=int, default=20, help="of each signal and command")
+    parser.add_argument("--full-points", type=int, default=10, help="sizes of a full disk, for each command")
+    parser.add_argument("--minutes", type=float, help="draw fewer points, so that all takes about so long")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="commands by the start of their names, with commas; pairs: two writers")
+    parser.add_argument("--repeat", help="one fault by itself, in the words that it was printed with")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter whose mmaudit is tested")
+    parsed = parser.parse_args()
+    parsed.by_mount = os.geteuid() == 0 and shutil.which("unshare") is not None
+    if parsed.by_mount and _NAMESPACE not in os.environ:
+        arguments = ["unshare", "--mount", sys.executable, *sys.argv]
+        os.execvpe(arguments[0], arguments, {**os.environ, _NAMESPACE: "1"})
+    sys.exit(main(parsed))
