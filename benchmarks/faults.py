@@ -71,7 +71,7 @@ class Budget:
         return max(1, min(wanted, int(left / commands_left / NUM_FAULTS / seconds_each)))
 
 
-def test_command(tested: Tested, options: argparse.Namespace, budget: Budget, *, commands_left: int) -> Iterator[Row]:
+def rows_of(tested: Tested, options: argparse.Namespace, budget: Budget, *, commands_left: int) -> Iterator[Row]:
     """Yield a row of each signal, and one of full disks."""
     name, seconds = tested.command.name, 2.0 * tested.reference.seconds + 1.0
     count = budget.points(options.points, seconds_each=seconds, commands_left=commands_left)
@@ -94,7 +94,7 @@ def test_command(tested: Tested, options: argparse.Namespace, budget: Budget, *,
     yield row
 
 
-def test_pair(cases: Cases, pair: Pair, options: argparse.Namespace) -> Row:
+def row_of_pair(cases: Cases, pair: Pair, options: argparse.Namespace) -> Row:
     """Return the row of two commands that run at once."""
     row = Row(pair.name, "two writers")
     for delay in draw_delays(pair, min(_PAIR_RUNS, options.points), seed=options.seed):
@@ -130,10 +130,10 @@ def rows(cases: Cases, reader: Reader, options: argparse.Namespace) -> Iterator[
         undisturbed = Row(command.name, "none: run twice")
         undisturbed.add(_unstable(tested), repeat=f"{command.name}, undisturbed")
         yield undisturbed
-        yield from test_command(tested, options, budget, commands_left=len(commands) - index + 3 * with_pairs)
+        yield from rows_of(tested, options, budget, commands_left=len(commands) - index + 3 * with_pairs)
     for pair in PAIRS if with_pairs else ():
         if pair.containers is None or (options.by_mount and shutil.which("unshare")):
-            yield test_pair(cases, pair, options)
+            yield row_of_pair(cases, pair, options)
         else:
             print(f"{pair.name}: left out, since containers need root and unshare", flush=True)
 

@@ -54,7 +54,7 @@ class Bench:
             "XDG_CACHE_HOME": str(self.scratch / "cache"),
             "TMPDIR": str(self.scratch / "tmp"),
             "MPLCONFIGDIR": str(self.scratch / "cache" / "matplotlib"),
-            "PYTHONPATH": str(_HOOK),
+            "PYTHONPATH": os.pathsep.join([str(_HOOK), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYTHONDONTWRITEBYTECODE": "1",
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(self.scratch / "cache" / "hf"),
