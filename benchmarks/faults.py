@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -25,12 +26,12 @@ from pathlib import Path
 from faulting.cases import Cases, Reader
 from faulting.checks import COLUMNS, Damage
 from faulting.commands import COMMANDS, PAIRS, Pair
-from faulting.pairs import draw_delays, run_pair
+from faulting.pairs import draw_operations, run_pair
 from faulting.processes import Bench, Point
 from faulting.strikes import SIGNALS, Tested, draw_points, draw_sizes, fill, strike
 
 _NAMESPACE = "FAULTS_IN_NAMESPACE"
-_PAIR_RUNS = 3
+_PAIR_RUNS = 4
 NUM_FAULTS = len(SIGNALS) + 1  # and a full disk
 _REDRAWS = 3  # of points that a command does not reach
 
@@ -97,9 +98,9 @@ def rows_of(tested: Tested, options: argparse.Namespace, budget: Budget, *, comm
 def row_of_pair(cases: Cases, pair: Pair, options: argparse.Namespace) -> Row:
     """Return the row of two commands that run at once."""
     row = Row(pair.name, "two writers")
-    for delay in draw_delays(pair, min(_PAIR_RUNS, options.points), seed=options.seed):
-        damage, refused = run_pair(cases, pair, delay)
-        row.add(damage, repeat=f"{pair.name}, second {delay:.2f} s later")
+    for operation in draw_operations(cases, pair, min(_PAIR_RUNS, options.points), seed=options.seed):
+        damage, refused = run_pair(cases, pair, operation)
+        row.add(damage, repeat=f"{pair.name}, the first waiting before operation {operation}")
         row.fault = "two writers, one refused" if refused else row.fault
     return row
 
@@ -180,4 +181,5 @@ if __name__ == "__main__":
     if parsed.by_mount and _NAMESPACE not in os.environ:
         arguments = ["unshare", "--mount", sys.executable, *sys.argv]
         os.execvpe(arguments[0], arguments, {**os.environ, _NAMESPACE: "1"})
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that scratch is removed and no process left
     sys.exit(main(parsed))

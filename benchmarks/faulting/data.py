@@ -22,11 +22,12 @@ def write_clips(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     rows = []
     for number in range(NUM_CLIPS):
-        heard, seen = (_class_or_another(number % NUM_CLASSES, rng) for _ in range(2))
-        (folder / f"{number:03d}.wav").write_bytes(_tone(300.0 * (heard + 1), rng))
-        pixels = rng.integers(0, 100, (48, 48, 3), dtype=np.uint8)
-        pixels[:, :, seen] += 40
-        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+        pitch, colour = (_class_or_another(number % NUM_CLASSES, rng) for _ in range(2))
+        (folder / f"{number:03d}.wav").write_bytes(_tone(300.0 * (pitch + 1), rng))
+        blocks = rng.integers(0, 100, (20, 20, 3), dtype=np.uint8)
+        blocks[:, :, colour] += 40
+        # Large, so that workers decode for a second, but of few bytes.
+        Image.fromarray(blocks).resize((1_000, 1_000), Image.Resampling.NEAREST).save(folder / f"{number:03d}.png")
         rows.append([f"{number:03d}", f"{number:03d}.wav", f"{number:03d}.png", f"class-{number % NUM_CLASSES}"])
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["id", "audio_file_name", "image_file_name", "label"], *rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from zlib import crc32
 
 import numpy as np
@@ -10,28 +11,42 @@ import numpy as np
 from .cases import Cases
 from .checks import Damage, last_line, names_holder
 from .commands import Arguments, Pair
-from .processes import Outcome, Running
+from .processes import Outcome, Running, run
 from .trees import Snapshot, differing, half_files, leftovers, snapshot
 
 Outcomes = tuple[Outcome, Outcome]
 Result = tuple[tuple[int, int], Snapshot]  # exit codes of both commands, and the folder after them
-_MAX_DELAY_SECONDS = 1.5  # between the two starts: the interpreter's own start takes about one
+_PAUSE_SECONDS = 10.0  # for which the first command waits at most: the second may wait for it
+_START_SECONDS = 60.0
 
 
-def draw_delays(pair: Pair, count: int, *, seed: int) -> list[float]:
-    """Draw by how much the second command starts later; the first time both start at once."""
-    rng = np.random.default_rng([seed, crc32(pair.name.encode())])
-    return [0.0, *(float(delay) for delay in rng.uniform(0, _MAX_DELAY_SECONDS, count - 1))]
-
-
-def run_pair(cases: Cases, pair: Pair, delay: float) -> tuple[Damage, bool]:
-    """Run both commands; return what is wrong, and whether one was refused since the other held the folder."""
+def draw_operations(cases: Cases, pair: Pair, count: int, *, seed: int) -> list[int]:
+    """Draw before which file operation of the first command the second begins and ends; 0: both start at once."""
     cases.begin(cases.stage(pair.before))
-    hosts = pair.containers or ("", "")
-    first = Running(cases.bench, pair.first, prefix=_container(hosts[0]))
-    time.sleep(delay)
+    run(cases.bench, pair.first)
+    num_operations = len(cases.bench.operations())
+    cases.end()
+    rng = np.random.default_rng([seed, crc32(pair.name.encode())])
+    drawn = rng.permutation(num_operations)[: count - 1] + 1
+    return [0, *sorted(int(operation) for operation in drawn)]
+
+
+def run_pair(cases: Cases, pair: Pair, operation: int) -> tuple[Damage, bool]:
+    """Run both commands; return what is wrong, and whether one was refused since the other held the folder.
+
+    The first waits before `operation` until the second has ended, or waits itself.
+    """
+    cases.begin(cases.stage(pair.before))
+    hosts, go = pair.containers or ("", ""), cases.bench.scratch / "go"
+    pause = {"FAULT_OPERATION": str(operation), "FAULT_GO": str(go)} if operation else {}
+    cases.bench.log.unlink(missing_ok=True)
+    first = Running(cases.bench, pair.first, prefix=_container(hosts[0]), variables={**cases.bench.hook(), **pause})
+    _wait(lambda: len(cases.bench.operations()) >= operation or first.has_ended(), _START_SECONDS)
     second = Running(cases.bench, pair.second, prefix=_container(hosts[1]))
+    _wait(lambda: operation == 0 or second.has_ended(), _PAUSE_SECONDS)
+    go.touch()
     outcomes = (first.finish(), second.finish())
+    go.unlink()
     tree = snapshot(cases.bench.case)
     damage = Damage()
     for outcome in outcomes:
@@ -71,6 +86,12 @@ def _compare(outcomes: Outcomes, tree: Snapshot, results: list[Result], damage: 
     nearest = min(possible, key=lambda reference: len(differing(tree, reference)))
     damage.add("bytes differing", *differing(tree, nearest))
     damage.add("left over", *leftovers(tree, nearest))
+
+
+def _wait(is_over: Callable[[], bool], max_seconds: float) -> None:
+    deadline = time.monotonic() + max_seconds
+    while not is_over() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _container(host: str) -> Arguments:

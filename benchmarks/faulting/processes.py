@@ -135,6 +135,10 @@ class Running:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
+    def has_ended(self) -> bool:
+        """Return whether the command has ended."""
+        return self._process.poll() is not None
+
     def strike(self, point: Point, *, after_seconds: float) -> bool:
         """Send a signal after some seconds; False if the command ends before."""
         try:
@@ -151,8 +155,10 @@ class Running:
             self._process.wait(TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             timed_out = True
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self._kill()
+        except BaseException:  # Ctrl-C at the benchmark itself
+            self._kill()
+            raise
         seconds = time.monotonic() - self._started
         orphans = self._end_orphans()
         self._reader.join(1.0)
@@ -165,6 +171,10 @@ class Running:
             timed_out=timed_out,
             orphans=list(orphans.values()),
         )
+
+    def _kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _read(self) -> None:
         assert self._process.stderr is not None

@@ -1,15 +1,17 @@
-"""Start-up hook of the tested processes: counts file operations under a folder and sends a signal at one of them.
+"""Start-up hook of the tested processes: counts file operations under a folder, and strikes or waits at one of them.
 
-Python imports this module in every process whose PYTHONPATH names this folder. Only the leader of a session counts,
-since every tested command gets a session of its own; its workers count nothing. Operations are those that change
-files: opening for writing, renaming, removing, making and removing folders. The signal is sent just before the chosen
-operation, so that a point is the same in every run.
+Python imports this module in every process whose PYTHONPATH names this folder. Only the leader of a session, or
+process 1 of a container, counts: every tested command is one, and its workers are not. Operations are those that
+change files: opening for writing, renaming, removing, making and removing folders. Just before the chosen one the
+process gets a signal, or waits until a file exists, so that a point is the same in every run.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Mapping
 from typing import Any
 
 _CHANGING = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
@@ -17,10 +19,18 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class _Operations:
-    """Counts the operations under `folder`, appends each to `log`, and sends `number` at operation `strike_at`."""
+    """Counts the operations under FAULT_FOLDER, appends each to FAULT_LOG, and acts before number FAULT_OPERATION.
 
-    def __init__(self, folder: str, log: str, *, strike_at: int, number: int, to_group: bool) -> None:
-        self._folder, self._strike_at, self._number, self._to_group = folder, strike_at, number, to_group
+    It sends FAULT_SIGNAL, to the group if FAULT_GROUP is 1, or waits until FAULT_GO exists.
+    """
+
+    def __init__(self, settings: Mapping[str, str]) -> None:
+        self._folder, log = settings["FAULT_FOLDER"], settings["FAULT_LOG"]
+        self._operation, self._number = (
+            int(settings.get("FAULT_OPERATION", "0")),
+            int(settings.get("FAULT_SIGNAL", "0")),
+        )
+        self._to_group, self._go = settings.get("FAULT_GROUP") == "1", settings.get("FAULT_GO")
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._process = os.getpid()
         self._count = 0
@@ -40,17 +50,13 @@ class _Operations:
     def _add(self, operation: str) -> None:
         self._count += 1
         os.write(self._log, f"{operation}\n".encode())
-        if self._count == self._strike_at:
+        if self._count != self._operation:
+            return
+        if self._go is None:
             (os.killpg if self._to_group else os.kill)(self._process, self._number)
+        while self._go is not None and not os.path.exists(self._go):
+            time.sleep(0.01)
 
 
-if "FAULT_FOLDER" in os.environ and os.getpid() == os.getsid(0):
-    sys.addaudithook(
-        _Operations(
-            os.environ["FAULT_FOLDER"],
-            os.environ["FAULT_LOG"],
-            strike_at=int(os.environ.get("FAULT_OPERATION", "0")),
-            number=int(os.environ.get("FAULT_SIGNAL", "0")),
-            to_group=os.environ.get("FAULT_GROUP") == "1",
-        )
-    )
+if "FAULT_FOLDER" in os.environ and os.getpid() in (os.getsid(0), 1):
+    sys.addaudithook(_Operations(os.environ))
