@@ -50,8 +50,9 @@ class Row:
         self.strikes += 1
         for column, lines in damage.lines.items():
             self.failed[column] += bool(lines)
-            for line in lines[:3]:
-                print(f"{repeat}: {column}: {line}", flush=True)
+            if lines:
+                more = f" (and {len(lines) - 2} more)" * (len(lines) > 2)
+                print(f"{repeat}: {column}: {'; '.join(lines[:2])}{more}", flush=True)
 
     def __str__(self) -> str:
         return f"| {self.command} | {self.fault} | {self.strikes} | {' | '.join(map(str, self.failed.values()))} |"
