@@ -96,19 +96,24 @@ def rows_of(tested: Tested, options: argparse.Namespace, budget: Budget, *, comm
     yield row
 
 
-def row_of_pair(cases: Cases, pair: Pair, options: argparse.Namespace) -> Row:
-    """Return the row of two commands that run at once."""
-    row = Row(pair.name, "two writers")
-    for operation in draw_operations(cases, pair, min(_PAIR_RUNS, options.points), seed=options.seed):
+def row_of_pair(cases: Cases, pair: Pair, operations: list[int]) -> Row:
+    """Return the row of two commands that run at once, the first waiting before each of some operations."""
+    row, num_refused = Row(pair.name, "two writers"), 0
+    for operation in operations:
         damage, refused = run_pair(cases, pair, operation)
-        row.add(damage, repeat=f"{pair.name}, the first waiting before operation {operation}")
-        row.fault = "two writers, one refused" if refused else row.fault
+        row.add(damage, repeat=f"--repeat '{pair.name}:op{operation}'")
+        num_refused += refused
+    row.fault += f", one refused in {num_refused}" * bool(num_refused)
     return row
 
 
 def repeat(cases: Cases, reader: Reader, words: str, options: argparse.Namespace) -> Iterator[Row]:
-    """Yield the row of a single fault, COMMAND:SIGNAL:opN, COMMAND:SIGNAL:tSHARE[:group] or COMMAND:full:BYTES."""
+    """Yield the row of one fault: COMMAND:SIGNAL:opN, COMMAND:SIGNAL:tSHARE[:group], COMMAND:full:BYTES or PAIR:opN."""
     name, _, text = words.partition(":")
+    if name in (pair.name for pair in PAIRS):
+        pair = next(pair for pair in PAIRS if pair.name == name)
+        yield row_of_pair(cases, pair, [int(text.removeprefix("op"))])
+        return
     command = next(command for command in COMMANDS if command.name == name)
     tested = Tested(command=command, reference=cases.reference(command), cases=cases, reader=reader)
     row = Row(name, text)
@@ -126,18 +131,19 @@ def rows(cases: Cases, reader: Reader, options: argparse.Namespace) -> Iterator[
     """Yield all rows, as they are done."""
     budget, only = Budget(options.minutes), options.only.split(",") if options.only else []
     commands = [command for command in COMMANDS if not only or any(command.name.startswith(name) for name in only)]
-    with_pairs = not only or "pairs" in only
+    pairs = [pair for pair in PAIRS if not only or "pairs" in only or pair.name in only]
     for index, command in enumerate(commands):
         tested = Tested(command=command, reference=cases.reference(command), cases=cases, reader=reader)
         undisturbed = Row(command.name, "none: run twice")
         undisturbed.add(_unstable(tested), repeat=f"{command.name}, undisturbed")
         yield undisturbed
-        yield from rows_of(tested, options, budget, commands_left=len(commands) - index + 3 * with_pairs)
-    for pair in PAIRS if with_pairs else ():
-        if pair.containers is None or (options.by_mount and shutil.which("unshare")):
-            yield row_of_pair(cases, pair, options)
-        else:
+        yield from rows_of(tested, options, budget, commands_left=len(commands) - index + len(pairs) // 3)
+    for pair in pairs:
+        if pair.containers is not None and not options.by_mount:
             print(f"{pair.name}: left out, since containers need root and unshare", flush=True)
+            continue
+        count = min(_PAIR_RUNS, options.points)
+        yield row_of_pair(cases, pair, draw_operations(cases, pair, count, seed=options.seed))
 
 
 def _unstable(tested: Tested) -> Damage:
@@ -174,7 +180,9 @@ if __name__ == "__main__":
     parser.add_argument("--full-points", type=int, default=10, help="sizes of a full disk, for each command")
     parser.add_argument("--minutes", type=float, help="draw fewer points, so that all takes about so long")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="commands by the start of their names, with commas; pairs: two writers")
+    parser.add_argument(
+        "--only", help="commands by the start of their names and pairs by their names, with commas; pairs: all pairs"
+    )
     parser.add_argument("--repeat", help="one fault by itself, in the words that it was printed with")
     parser.add_argument("--python", default=sys.executable, help="the interpreter whose mmaudit is tested")
     parsed = parser.parse_args()
