@@ -180,9 +180,7 @@ if __name__ == "__main__":
     parser.add_argument("--full-points", type=int, default=10, help="sizes of a full disk, for each command")
     parser.add_argument("--minutes", type=float, help="draw fewer points, so that all takes about so long")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--only", help="commands by the start of their names and pairs by their names, with commas; pairs: all pairs"
-    )
+    parser.add_argument("--only", help="with commas: starts of commands' names, names of pairs, or pairs for all")
     parser.add_argument("--repeat", help="one fault by itself, in the words that it was printed with")
     parser.add_argument("--python", default=sys.executable, help="the interpreter whose mmaudit is tested")
     parsed = parser.parse_args()

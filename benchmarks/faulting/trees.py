@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tarfile
 import zipfile
@@ -12,12 +13,14 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 from safetensors import safe_open
 
 Snapshot = dict[str, str]  # relative path -> digest; a folder ends in / and has none
 
-# Not compared: seconds are measured anew in every run.
+# Not compared: seconds are measured anew in every run. Checkpoints (.pt) are compared by what they hold, since torch
+# writes tensors that share memory in another form than equal ones after a resume.
 NOT_COMPARED = {"run.json": ("seconds",), "metrics.json": ("seconds",)}
 CACHES = ("features",)  # folders of a run that may grow without being finished
 
@@ -82,7 +85,29 @@ def _digest(path: Path) -> str:
             record = json.loads(content)
             kept = {key: value for key, value in record.items() if key not in NOT_COMPARED[path.name]}
             content = json.dumps(kept, sort_keys=True).encode()
-    return hashlib.sha256(content).hexdigest()
+    mark = hashlib.sha256(content)
+    if path.suffix == ".pt":
+        with suppress(Exception):  # a damaged one is left to half_files
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            mark = hashlib.sha256()
+            _add_values(state, mark)
+    return mark.hexdigest()
+
+
+def _add_values(value: object, mark: hashlib._Hash) -> None:
+    """Add a checkpoint's nested values to a hash."""
+    if isinstance(value, dict):
+        for key in value:
+            mark.update(repr(key).encode())
+            _add_values(value[key], mark)
+    elif isinstance(value, (list, tuple)):
+        mark.update(f"{type(value).__name__} of {len(value)}".encode())
+        for item in value:
+            _add_values(item, mark)
+    elif isinstance(value, torch.Tensor):
+        mark.update(f"{value.dtype} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+    else:
+        mark.update(repr(value).encode())
 
 
 def _parse_nothing(path: Path) -> None:
