@@ -38,6 +38,7 @@ class Cases:
         write_features(bench.scratch / "data" / "features.parquet")
         self._stages: dict[tuple[Arguments, ...], Path] = {}
         self._codes: dict[tuple[Arguments, ...], tuple[int, ...]] = {(): ()}
+        self._seconds: dict[tuple[Arguments, ...], float] = {}
 
     def stage(self, commands: tuple[Arguments, ...]) -> Path:
         """Return a folder as the commands leave it, one after another."""
@@ -46,6 +47,7 @@ class Cases:
                 self.begin(self.stage(commands[:-1]))
                 outcome = run(self.bench, commands[-1])
                 self._codes[commands] = (*self._codes[commands[:-1]], outcome.code)
+                self._seconds[commands] = outcome.seconds
             else:
                 self.bench.case.mkdir()
             kept = self.bench.scratch / "stages" / str(len(self._stages))
@@ -58,6 +60,11 @@ class Cases:
         """Return the exit codes of commands that run one after another."""
         self.stage(commands)
         return self._codes[commands]
+
+    def seconds(self, commands: tuple[Arguments, ...]) -> float:
+        """Return how long the last of some commands takes, after the others."""
+        self.stage(commands)
+        return self._seconds[commands]
 
     def begin(self, stage: Path) -> None:
         """Make the case folder a copy of a stage."""

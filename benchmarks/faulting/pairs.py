@@ -16,7 +16,8 @@ from .trees import Snapshot, differing, half_files, leftovers, snapshot
 
 Outcomes = tuple[Outcome, Outcome]
 Result = tuple[tuple[int, int], Snapshot]  # exit codes of both commands, and the folder after them
-_PAUSE_SECONDS = 10.0  # for which the first command waits at most: the second may wait for it
+_PAUSE_SECONDS = 10.0  # for which the first command waits at least for the second, which may wait for it
+_PAUSE_SHARE = 3.0  # ... and of the usual duration of the second
 _START_SECONDS = 60.0
 
 
@@ -36,6 +37,7 @@ def run_pair(cases: Cases, pair: Pair, operation: int) -> tuple[Damage, bool]:
 
     The first waits before `operation` until the second has ended, or waits itself.
     """
+    usual_seconds = cases.seconds((*pair.before, pair.second))
     cases.begin(cases.stage(pair.before))
     hosts, go = pair.containers or ("", ""), cases.bench.scratch / "go"
     pause = {"FAULT_OPERATION": str(operation), "FAULT_GO": str(go)} if operation else {}
@@ -43,7 +45,7 @@ def run_pair(cases: Cases, pair: Pair, operation: int) -> tuple[Damage, bool]:
     first = Running(cases.bench, pair.first, prefix=_container(hosts[0]), variables={**cases.bench.hook(), **pause})
     _wait(lambda: len(cases.bench.operations()) >= operation or first.has_ended(), _START_SECONDS)
     second = Running(cases.bench, pair.second, prefix=_container(hosts[1]))
-    _wait(lambda: operation == 0 or second.has_ended(), _PAUSE_SECONDS)
+    _wait(lambda: operation == 0 or second.has_ended(), max(_PAUSE_SECONDS, _PAUSE_SHARE * usual_seconds))
     go.touch()
     outcomes = (first.finish(), second.finish())
     go.unlink()
