@@ -27,6 +27,7 @@ from ..media.decode import MediaConfig, decode_audio, decode_folders
 from ..media.descriptors import text_words
 from ..media.picture import not_constant, read_picture
 from ..media.video import read_frames
+from ..threads import parallel_map
 from .hub import find_folder, folder_version
 
 log = logging.getLogger("mmaudit")
@@ -187,7 +188,9 @@ def encode_inputs(
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield row and vector of prepared samples, in batches of one shape each, so that nothing but texts is padded.
 
-    Padding changes what many models make of a sound. The model is opened when the first sample comes.
+    Padding changes what many models make of a sound. The model is opened when the first sample comes. On the CPU each
+    sample is encoded by itself, several side by side, so that its vector is the same to the last bit whatever stands
+    beside it; on CUDA a batch is one product, and the last digits may depend on what else is in it.
     """
     waiting: dict[tuple[tuple[int, ...], ...], list[tuple[int, Inputs]]] = {}
     for row, each in inputs:
@@ -203,7 +206,11 @@ def encode_inputs(
 def _encode_batch(
     name: str, kind: str, batch: list[tuple[int, Inputs]], device: str
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    vectors = open_model(name, kind, device).encode([inputs for _, inputs in batch])
+    model, inputs = open_model(name, kind, device), [each for _, each in batch]
+    if device == "cpu":
+        vectors = [vector[0] for vector in parallel_map(lambda each: model.encode([each]), inputs)]
+    else:
+        vectors = list(model.encode(inputs))
     for (row, _), vector in zip(batch, vectors, strict=True):
         yield row, vector
 

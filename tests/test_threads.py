@@ -1,0 +1,85 @@
+"""Laws of fixed threads: a constant number within, the caller's afterwards, and parts in their order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from threadpoolctl import threadpool_info
+
+from mmaudit.audit.threads import NETWORK_THREADS, NUM_THREADS, fixed_threads, parallel_map
+
+
+@pytest.fixture
+def three() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three")
+def test_the_number_is_a_constant_within_and_the_callers_afterwards() -> None:
+    blas = {each["filepath"]: each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
+    assert blas
+    with pytest.raises(ZeroDivisionError), fixed_threads():
+        assert torch.get_num_threads() == NUM_THREADS
+        assert {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"} == {NUM_THREADS}
+        with fixed_threads(NETWORK_THREADS):
+            assert torch.get_num_threads() == NETWORK_THREADS
+        assert torch.get_num_threads() == NUM_THREADS
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == 3
+    after = {each["filepath"]: each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
+    assert {path: after[path] for path in blas} == blas
+
+
+@pytest.mark.usefixtures("three")
+def test_parts_come_in_order_from_threads_that_compute_alike() -> None:
+    def part(number: int) -> tuple[int, int, list[int]]:
+        time.sleep(0.02 if number == 0 else 0)
+        return number, torch.get_num_threads(), list(parallel_map(abs, [-number, number]))
+
+    expected = [(number, NUM_THREADS, [number, number]) for number in range(20)]
+    with fixed_threads():
+        assert list(parallel_map(part, range(20))) == expected
+    assert [number for number, _, _ in parallel_map(part, range(3))] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("three")
+def test_an_error_of_a_part_is_raised_and_the_pool_ends() -> None:
+    def part(number: int) -> float:
+        return 1 / (3 - number)
+
+    with pytest.raises(ZeroDivisionError), fixed_threads():
+        list(parallel_map(part, range(100)))
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "warns"),
+    [("OMP_THREAD_LIMIT", "1", True), ("OMP_THREAD_LIMIT", "64", False), ("OMP_DYNAMIC", "true", True)],
+)
+def test_a_limit_below_the_number_is_said(
+    name: str, value: str, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.WARNING, "mmaudit"), fixed_threads(NETWORK_THREADS):
+        pass
+    assert (name in caplog.text) == warns
+
+
+@pytest.mark.usefixtures("three")
+def test_sums_are_the_same_in_any_number_of_threads() -> None:
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((200_000, 16)).astype(np.float32))
+    found = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        with fixed_threads():
+            found.append(sum(parallel_map(lambda part: part.T @ part, rows.split(1_000)), torch.zeros(16, 16)))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
