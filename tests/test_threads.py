@@ -26,13 +26,12 @@ def three() -> Iterator[None]:
 def test_the_number_is_a_constant_within_and_the_callers_afterwards() -> None:
     blas = {each["filepath"]: each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
     assert blas
-    with pytest.raises(ZeroDivisionError), fixed_threads():
+    with fixed_threads():
         assert torch.get_num_threads() == NUM_THREADS
         assert {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"} == {NUM_THREADS}
         with fixed_threads(NETWORK_THREADS):
             assert torch.get_num_threads() == NETWORK_THREADS
         assert torch.get_num_threads() == NUM_THREADS
-        raise ZeroDivisionError
     assert torch.get_num_threads() == 3
     after = {each["filepath"]: each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
     assert {path: after[path] for path in blas} == blas
