@@ -8,6 +8,7 @@ they carry some, as ours do.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,7 @@ def read_batches(
     """Read a file in batches of at most `rows`; columns in `dictionary` are given as codes of their values."""
     with open_parquet(path, error=error, dictionary=dictionary, buffer_bytes=buffer_bytes) as file:
         names = None if columns is None else list(columns)
-        for batch in file.iter_batches(rows, columns=names, row_groups=row_groups):
+        for batch in file.iter_batches(batch_size=rows, columns=names, row_groups=row_groups):
             batch.validate(full=True)  # what is no UTF-8 would else fail wherever it is made a str
             yield _plain(pa.Table.from_batches([batch]))
 
@@ -103,7 +104,8 @@ def open_parquet(
             read_dictionary=list(dictionary),
             page_checksum_verification=True,
         ) as file:
-            _check_footer(file.metadata, file.schema_arrow, size=Path(path).stat().st_size)
+            _check_names(file.schema_arrow, path, error=error)
+            _check_footer(file.metadata, size=Path(path).stat().st_size)
             yield file
     except _FAULTS as cause:
         reason = (str(cause).splitlines() or [""])[0] or type(cause).__name__
@@ -136,11 +138,14 @@ def _plain(table: pa.Table) -> pa.Table:
     return table.cast(pa.schema(fields, table.schema.metadata))
 
 
-def _check_footer(footer: pq.FileMetaData, schema: pa.Schema, *, size: int) -> None:
-    """Raise ValueError for a footer that no writer leaves."""
+def _check_names(schema: pa.Schema, path: Path | str, *, error: type[MmauditError]) -> None:
     names = schema.names  # a name that is no UTF-8 fails only when it is read
-    if repeated := next((name for name in names if len(schema.get_all_field_indices(name)) > 1), None):
-        raise ValueError(f"more than one of its columns is called {repeated!r}: name each once")
+    if repeated := next((name for name, number in Counter(names).items() if number > 1), None):
+        raise error(f"{path} has {names.count(repeated)} columns {repeated}: name each once")
+
+
+def _check_footer(footer: pq.FileMetaData, *, size: int) -> None:
+    """Raise ValueError for a footer that no writer leaves."""
     rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
     if min(rows, default=0) < 0 or sum(rows) != footer.num_rows:
         raise ValueError(f"its footer says {footer.num_rows:,} rows, and its row groups {sum(rows):,}")

@@ -31,7 +31,9 @@ _NAMING = ("sample_id", "label", "label_name", "split", "group", "content")  # a
 def check_score_schema(schema: pa.Schema, *, where: str, paths: tuple[str, ...] = ()) -> None:
     """Raise ScoreError for names, ids, labels and paths that are neither texts nor numbers."""
     for name in (*_NAMING, *paths):
-        if name in schema.names and not _is_text_or_number(type_ := schema.field(name).type):
+        type_ = schema.field(name).type if name in schema.names else pa.null()
+        dated = name == "label" and pa.types.is_temporal(type_)
+        if dated or not _is_text_or_number(type_):
             raise ScoreError(f"{where}: column {name} holds {type_}; it takes one text or number a row")
 
 

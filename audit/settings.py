@@ -29,6 +29,8 @@ def build(type_: type[Config], content: Mapping[str, Any], *, where: str) -> Con
 def _convert(value: Any, hint: Any, *, name: str) -> Any:
     """Check a plain value against a field's type: an integer is a number, a list is a tuple, an object is a config."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):

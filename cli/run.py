@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.errors import ConfigError, RunError, choices
+from ..audit.json_text import Shape
 from ..audit.score import ScoreTable, read_scores
 from ..audit.storage import read_json, write_json
 from .swap import complete_swaps
@@ -92,7 +93,7 @@ class Run:
             raise RunError(
                 f"{self.folder} holds no finished run; make one with: mmaudit score DATA --run {self.folder}"
             )
-        return read_json(self.record_file, error=RunError)
+        return read_json(self.record_file, error=RunError, shape=_RECORD)
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Write run.json."""
@@ -140,15 +141,20 @@ class Run:
 def read_metrics(folder: Path) -> dict[str, Any]:
     """Read metrics.json of a finished fine-tuning; RunError where it is damaged."""
     file = folder / "metrics.json"
-    found = read_json(file, error=RunError)
+    found = read_json(file, error=RunError, shape=_METRICS)
     lacking = [key for key in ("manifest", "manifest_digest", "config", "counts", "test") if key not in found]
     if lacking:
         raise RunError(f"{file} is damaged, it has no {lacking[0]}: remove {folder}, or train it anew with --overwrite")
     return found
 
 
+_MAX_NAME = 200  # bytes: file systems allow 255, and NAME.dropped.parquet and temporary names are longer
+
+
 def _checked(name: str) -> str:
     """Refuse a name that would lead out of the run, be hidden, or be taken for dropped rows."""
+    if len(name.encode("utf-8", "replace")) > _MAX_NAME or "\0" in name:
+        raise ConfigError(f"--name {name[:40]!r}: a name has at most {_MAX_NAME} bytes, and no NUL")
     if not name or name[0] == "." or name.endswith(".dropped") or set(name) & set("/\\"):
         raise ConfigError(f"--name {name!r}: a name holds no / or \\, and neither begins with . nor ends in .dropped")
     return name
@@ -157,3 +163,32 @@ def _checked(name: str) -> str:
 SCORE_FILES = ("run.json", "scores.parquet", "quarantine.parquet", "mixture.json")
 REPORT_FILES = ("report.html", "report.json", "figures")
 MADE_FROM_SCORES = ("finetune", "manifests", "recovery.json")
+
+_RECORD: Shape = {
+    "schema": str,
+    "version": str,
+    "source": str,
+    "fingerprint": str,
+    "config": {name: {} for name in ("data", "media", "probe", "network", "mixture")} | {"seed": int},
+    "modalities": [{"name": str, "column": str, "kind": str, "preprocessing": str}],
+    "columns": {},
+    "counts": {"input": int, "scored": int, "quarantined": int},
+    "quarantine": {},
+    "classes": int,
+    "groups": (int, type(None)),
+    "folds": (int, type(None)),
+    "ledger": {},
+    "verdict": str,
+    "class_check": {"verdict": str},
+    "seconds": {},
+}
+_METRICS: Shape = {
+    "manifest": str,
+    "manifest_digest": str,
+    "config": {"seed": int, "finetune": {}, "data": {}},
+    "counts": {},
+    "test": {"all": {"branches": {}}},
+    "best_epoch": int,
+    "chance": {"majority": float},
+    "test_labels_in_scores": bool,
+}

@@ -41,8 +41,8 @@ def survey_of(parts: Sequence[Part], columns: Sequence[str]) -> Survey:
         called.setdefault(label, set()).add(name)
     splits = {each for _, found, _ in looked for each in found}
     numbers = {name for name in LEAST if name in columns}
-    _check_names(called)
     classes = _sorted(called)
+    _check_names(called)
     return Survey(
         num_rows=sum(number for _, _, number in looked),
         classes=pa.array(classes),

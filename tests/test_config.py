@@ -26,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-TEXT = st.text(max_size=8)
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
 POSITIVE = st.floats(1e-9, 1e9)
 CONFIGS = st.builds(
     RunConfig,

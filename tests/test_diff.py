@@ -202,8 +202,8 @@ def test_other_datasets_are_a_fact(tmp_path: Path, one: str, other: str | None, 
 
 
 def test_provenance_differs_by_path(tmp_path: Path) -> None:
-    a = write(tmp_path / "a.parquet", {}, {"rule": {"x": [1, {"y": 2}], "z": {}}, "n": float("nan")})
-    b = write(tmp_path / "b.parquet", {}, {"rule": {"x": [1, {"y": 3}], "w": "new"}, "n": float("nan")})
+    a = write(tmp_path / "a.parquet", {}, {"rule": {"x": [1, {"y": 2}], "z": {}}, "n": None})
+    b = write(tmp_path / "b.parquet", {}, {"rule": {"x": [1, {"y": 3}], "w": "new"}, "n": None})
     found = diff(a, b)
     assert found.provenance == {"rule.w": (None, "new"), "rule.x[1].y": (2, 3), "rule.z": ({}, None)}
     assert "rule.x[1].y: 2 in A, 3 in B" in found.lines()
@@ -246,5 +246,5 @@ def test_what_is_damaged_is_told(tmp_path: Path) -> None:
     column = pa.Array.from_buffers(pa.string(), len(table), binary.buffers())
     pq.write_table(table.set_column(table.column_names.index("group"), "group", column), bad)
     for pair in ((good, bad), (bad, good)):
-        with pytest.raises(ManifestError, match=r"bad\.parquet is damaged"):
+        with pytest.raises(ManifestError, match=r"bad\.parquet cannot be read as Parquet: .*UTF8"):
             diff(*pair)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -265,7 +267,7 @@ def test_texts_that_are_no_utf8_are_damage(tmp_path: Path) -> None:
     place = table.column_names.index("group")
     for column in (no_utf8([b"\xff"] * len(table)), no_utf8([b"\xff"] * len(table)).dictionary_encode()):
         pq.write_table(table.set_column(place, "group", column), path)
-        with pytest.raises(ManifestError, match=r"is damaged: .*UTF8"):
+        with pytest.raises(ManifestError, match=r"cannot be read as Parquet: .*UTF8"):
             list(batches_of(path))
         assert sum(len(each) for each in batches_of(path, columns=["sample_id"])) == len(table)
 
@@ -284,7 +286,7 @@ def test_pages_that_are_spoiled_are_damage(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[4:200] = bytes(196)
     path.write_bytes(content)
-    with pytest.raises(ManifestError, match=r"is damaged: ."):
+    with pytest.raises(ManifestError, match=r"cannot be read as Parquet: ."):
         list(batches_of(path))
 
 
@@ -302,4 +304,65 @@ def test_a_manifest_of_another_version_is_refused_in_one_line(tmp_path: Path) ->
     told = {**table.schema.metadata, b"mmaudit": b'{"schema": "mmaudit.manifest/2"}'}
     pq.write_table(table.replace_schema_metadata(told), path)
     with pytest.raises(ManifestError, match=r"is mmaudit\.manifest/2, and this mmaudit reads mmaudit\.manifest/3: run"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("", [1]),
+        ("scores", []),
+        ("scores.modalities", {"audio": 1}),
+        ("scores.modalities", ["audio"]),
+        ("scores.modalities", [{"name": 5}]),
+        ("scores.config", 5),
+        ("scores.config.data", []),
+        ("scores.config.data.allow_outside", "yes"),
+        ("rule", "balanced"),
+        ("rule.balanced", [20]),
+        ("rule.seed", "0"),
+        ("subset", {}),
+        ("between", 3),
+    ],
+)
+def test_metadata_of_another_shape_are_named_by_their_key(tmp_path: Path, key: str, value: Any) -> None:
+    content: Any = value
+    for name in reversed(key.split(".") if key else []):
+        content = {name: content}
+    path = written(tmp_path)
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"mmaudit": json.dumps(content)}), path)
+    for read in (provenance_of, read_manifest):
+        with pytest.raises(ManifestError, match=rf"damaged: {re.escape(key) or 'the document'}\S* is .*; it must be"):
+            read(path)
+
+
+def test_a_manifest_that_another_tool_wrote_is_read_as_the_same_rows(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    table, digest = pq.read_table(path), read_manifest(path).digest()
+    for type_ in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        texts = [name for name, right in COLUMNS.items() if right == pa.string()]
+        other = table
+        for name in texts:
+            other = other.set_column(other.column_names.index(name), name, other[name].combine_chunks().cast(type_))
+        pq.write_table(other, path)
+        assert read_manifest(path).digest() == digest
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "reason"),
+    [
+        ("sample_id", pa.array(range(9)), "its sample_id is int64, not string"),
+        ("sample_id", pa.array([b"x"] * 9), "its sample_id is binary, not string"),
+        ("label", pa.array(["x"] * 9), "its label is string, not int32"),
+        ("label", pa.array([2**40] * 9), "column label cannot be read"),
+        ("split", pa.array([["x"]] * 9), "its split is list"),
+        ("gap", pa.array([True] * 9), "its gap is bool, not float"),
+    ],
+)
+def test_columns_of_other_types_are_refused(tmp_path: Path, name: str, values: pa.Array, reason: str) -> None:
+    path = written(tmp_path)
+    table = pq.read_table(path).slice(0, 9)
+    pq.write_table(table.set_column(table.column_names.index(name), name, values), path)
+    with pytest.raises(ManifestError, match=reason):
         read_manifest(path)

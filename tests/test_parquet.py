@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmaudit.audit.errors import ManifestError, ScoreError
-from mmaudit.audit.parquet import KEY, read_parquet, write_parquet
+from mmaudit.audit.parquet import KEY, read_batches, read_parquet, read_schema, write_parquet
 from mmaudit.audit.storage import write_json
 
 TABLE = pa.table({"id": ["a", "b"], "value": [1.0, None]})
@@ -60,3 +61,81 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_json({"a": math.nan}, path)
     assert path.read_bytes() == old
     assert [each.name for each in tmp_path.iterdir()] == ["t.json"]
+
+
+def spoil(content: bytes, draw: random.Random) -> bytes:
+    """Flip, cut, blank, repeat or insert some bytes."""
+    data, place = bytearray(content), draw.randrange(len(content))
+    kind = draw.choice(("flip", "flip", "cut", "zero", "repeat", "insert"))
+    if kind == "flip":
+        for _ in range(draw.choice((1, 4, 16))):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+    elif kind == "cut":
+        del data[place:]
+    elif kind == "zero":
+        data[place : place + 32] = bytes(len(data[place : place + 32]))
+    elif kind == "repeat":
+        data[place:place] = data[place : place + 64]
+    else:
+        data[place:place] = draw.randbytes(8)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "none", "use_dictionary": False}, {"row_group_size": 8}])
+def test_damage_anywhere_is_the_callers_error(tmp_path: Path, options: dict[str, object]) -> None:
+    rows = {"id": [f"s{n}" for n in range(40)], "label": ["a", "b"] * 20, "x": [[n / 7] for n in range(40)]}
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table(rows), path, **options)
+    good, draw, refused = path.read_bytes(), random.Random(7), 0
+    for _ in range(150):
+        path.write_bytes(spoil(good, draw))
+        try:
+            sum(len(str(batch.to_pylist())) for batch in read_batches(path, error=ScoreError, rows=16))
+            read_parquet(path, error=ScoreError)
+        except ScoreError as error:
+            assert str(error).startswith(str(path))
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 75
+
+
+def test_a_changed_value_of_our_own_files_is_damage(tmp_path: Path) -> None:
+    """Pages have checksums: what would decode to other values is refused as well."""
+    path = tmp_path / "t.parquet"
+    write_parquet(pa.table({"id": [f"sample {n}" for n in range(9)]}), path, provenance={})
+    good = path.read_bytes()
+    begin, end = 40, pq.read_metadata(path).row_group(0).column(0).total_compressed_size
+    for place in range(begin, end):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        try:
+            table, _ = read_parquet(path, error=ScoreError)
+        except ScoreError:
+            continue
+        assert table["id"].to_pylist() == [f"sample {n}" for n in range(9)]  # a statistic that nobody reads
+
+
+def test_columns_of_one_name_and_impossible_counts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), path)
+    with pytest.raises(ScoreError, match=r"t\.parquet has 2 columns a: name each once"):
+        read_schema(path, error=ScoreError)
+    pq.write_table(pa.table({"a": pa.nulls(1_000_000, pa.int8())}), path)
+    with pytest.raises(ScoreError, match="its footer says 1,000,000 rows, and it has"):
+        read_parquet(path, error=ScoreError)
+
+
+def test_views_are_read_as_plain_columns(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"a": pa.array(["x"], pa.string_view()), "b": pa.array([b"y"], pa.binary_view())}), path)
+    schema = pa.schema([("a", pa.string()), ("b", pa.binary())])
+    assert read_schema(path, error=ScoreError).equals(schema)
+    assert read_parquet(path, error=ScoreError)[0].schema.equals(schema)
+    assert [batch.schema.equals(schema) for batch in read_batches(path, error=ScoreError, rows=1)] == [True]
+
+
+@pytest.mark.parametrize("text", [b"[1]", b"5", b"\xff", b'{"a": NaN}', b"[" * 9_999, b'{"a": ' + b"9" * 5_000 + b"}"])
+def test_metadata_of_another_shape_are_named(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(TABLE.replace_schema_metadata({KEY: text}), path)
+    with pytest.raises(ScoreError, match=r"t\.parquet: its metadata under the key mmaudit are damaged: "):
+        read_parquet(path, error=ScoreError)

@@ -68,12 +68,10 @@ def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
             read()
 
 
-def test_a_schema_names_each_column_once_and_nests_no_id(tmp_path: Path) -> None:
+def test_a_schema_names_each_column_once(tmp_path: Path) -> None:
     check_schema(pa.schema([("sample_id", pa.string()), ("extra", pa.list_(pa.int8()))]), tmp_path)
     with pytest.raises(ScoreError, match="has 2 columns label: name each once"):
         check_schema(pa.schema([("label", pa.int32()), ("label", pa.int32())]), tmp_path)
-    with pytest.raises(ScoreError, match="the score table: column split holds list"):
-        check_schema(pa.schema([("split", pa.list_(pa.string()))]), pa.table({}))
     assert name_of(tmp_path) == str(tmp_path)
 
 

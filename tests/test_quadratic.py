@@ -17,7 +17,7 @@ from mmaudit.audit.probing.crossing import Crossing, set_lesson
 from mmaudit.audit.probing.design import read_design
 from mmaudit.audit.probing.gaussian import MOST_ROWS, Gaussian
 from mmaudit.audit.probing.linear import LinearProbe, fit_linear
-from mmaudit.audit.probing.quadratic import Curve, Shape, fit_curve, shapes_of, sum_moments, widest_axes
+from mmaudit.audit.probing.quadratic import Curve, Shape, cholesky, fit_curve, shapes_of, sum_moments, widest_axes
 from mmaudit.audit.probing.target import Target
 
 K = 3
@@ -217,3 +217,12 @@ def test_axes_are_the_widest_and_so_few_that_they_keep_within_memory() -> None:
 def test_shapes_grow_with_the_axes() -> None:
     widths = [sorted({shape.width for shape in shapes_of(torch.zeros(200, q))}) for q in (0, 5, 40, 128)]
     assert widths == [[], [5], [32, 40], [32, 64, 128]]
+
+
+def test_a_covariance_that_rounding_left_indefinite_has_a_factor() -> None:
+    """As of classes of one row each: what is left of it is rounding, of either sign."""
+    wrong = torch.tensor([[[1e-9, 2e-9], [2e-9, 1e-9]], [[2.0, 0.5], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]).double()
+    lower = cholesky(wrong)
+    assert torch.isfinite(lower).all()
+    torch.testing.assert_close(lower[1] @ lower[1].T, wrong[1])  # what was definite stays as it was
+    torch.testing.assert_close(lower[1], torch.linalg.cholesky(wrong[1]))

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from mmaudit.audit.errors import MmauditError, RunError
-from mmaudit.audit.files import read_json
 from mmaudit.audit.ingest import ingest
 from mmaudit.audit.ingest.unpickle import read_pickle
 from mmaudit.audit.regular_file import check_regular, open_regular
 from mmaudit.audit.source.dataset import open_dataset
+from mmaudit.audit.storage import read_json
 from mmaudit.cli.config import load_config
 from mmaudit.rebalance.shards import open_scores
 

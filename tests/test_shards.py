@@ -233,7 +233,15 @@ SPOILED: dict[str, tuple[dict[str, Any], str]] = {
     "wide label": ({"label": pa.array([1, 2**31] * (N // 2))}, "label 2147483648 has more than 32 bits"),
     "lists": ({"label": pa.array([[1]] * N)}, r"column label holds list<.*>; it takes one text or number"),
     "words": ({"confidence_audio": ["high"] * N}, "column confidence_audio does not hold numbers"),
-    "bytes": ({"sample_id": pa.array([b"\xff%d" % one for one in range(N)])}, "column sample_id does not hold text"),
+    "bytes": (
+        {"sample_id": pa.array([b"\xff%d" % one for one in range(N)])},
+        "column sample_id holds binary; it takes",
+    ),
+    "two names": ({"label_name": [f"class {one % 2}" for one in range(N)]}, "labels have more than one label_name"),
+    "bool label": ({"label": pa.array([one % 2 == 0 for one in range(N)])}, "column label holds bool; it takes one"),
+    "date label": ({"label": pa.array([1] * N, pa.int32()).cast(pa.date32())}, "column label holds date32"),
+    "group bytes": ({"group": pa.array([b"g"] * N)}, "column group holds binary; it takes one text or number a row"),
+    "group list": ({"group": pa.array([[1]] * N)}, r"column group holds list<.*>; it takes one text or number"),
     "one modality": ({"confidence_visual": None}, "is no score table: it needs sample_id, label"),
     "no label": ({"label": None, "label_name": None}, "is no score table: it needs sample_id, label"),
     "no id": ({"sample_id": None}, "is no score table: it needs sample_id, label"),
@@ -273,9 +281,14 @@ def test_files_that_are_no_shards_of_one_table_are_refused(tmp_path: Path) -> No
 
 
 def test_shards_may_differ_in_width_and_order_of_columns(tmp_path: Path) -> None:
-    wide = table(start=N, label=pa.array([1_000] * N, pa.int64()))
+    wide = table(start=N, label=pa.array([1_000] * N, pa.int64()), label_name=["many"] * N)
     found = open_scores(
-        written(tmp_path, table(label=pa.array([1] * N, pa.uint8())), wide.select(wide.column_names[::-1])), seed=0
+        written(
+            tmp_path,
+            table(label=pa.array([1] * N, pa.uint8()), label_name=["one"] * N),
+            wide.select(wide.column_names[::-1]),
+        ),
+        seed=0,
     )
     assert all_of(found)["class"] == [1] * N + [1_000] * N
 

@@ -39,6 +39,10 @@ def test_it_counts_as_python_does(tmp_path: Path, rows: list[tuple[Any, ...]], c
     for label, name, _, _ in rows:
         called.setdefault(label, set()).add(name or "")
     for parts in (paths, [table(rows)]):
+        if any(len(names) > 1 for names in called.values()):
+            with pytest.raises(ScoreError, match="more than one label_name"):
+                survey_of(parts, list(TYPES))
+            continue
         found = survey_of(parts, list(TYPES))
         assert found.num_rows == len(rows)
         assert found.classes.to_pylist() == sorted(called)

@@ -91,7 +91,7 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes) -> No
     path = written(tmp_path / name, content)
     with pytest.raises(DatasetError) as caught:
         read_rows(path)
-    assert str(caught.value).startswith(f"{path} cannot be read: ")
+    assert str(caught.value).startswith((f"{path} cannot be read: ", f"{path} cannot be read as Parquet: "))
     assert "\n" not in str(caught.value)
 
 

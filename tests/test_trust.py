@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from mmaudit.audit.encoding import functions
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.files import read_json, write_json
 from mmaudit.audit.parquet import KEY
+from mmaudit.audit.storage import read_json, write_json
 from mmaudit.cli.main import app
 from mmaudit.rebalance.export import FORMATS
 from mmaudit.rebalance.manifest import ROWS_KEY, digest_of, dropped_path, metadata_digest, provenance_of, rows_of

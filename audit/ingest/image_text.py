@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DatasetError, choices
+from ..source.json_lines import numbered_lines, parse_line
 from .clips import Clip, Listing, list_clips
 from .lists import read_csv, split_of
 from .tree import media_below, wrong_folder
@@ -103,22 +103,12 @@ def _read(path: Path) -> list[_Record]:
 
 
 def _read_jsonl(path: Path) -> list[_Record]:
-    records = []
     try:
-        texts = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read as text: {error}") from error
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            continue
-        try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise DatasetError(f"{path}, line {number}: {text[:120]!r} is not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise DatasetError(f"{path}, line {number}: {text[:120]!r} is not a JSON object of columns")
-        records.append(_Record(path=path, number=number, fields=fields))
-    return records
+        return [
+            _Record(path=path, number=number, fields=parse_line(number, text)) for number, text in numbered_lines(path)
+        ]
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}, {error}") from error
 
 
 def _columns(records: Sequence[_Record], lists: Sequence[Path]) -> dict[str, str]:

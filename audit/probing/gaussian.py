@@ -21,7 +21,7 @@ from torch.nn import functional
 from .crossing import Crossing, Lesson
 from .design import Design
 from .glm import fit_glm
-from .quadratic import Curve, Shape, fit_curve, shapes_of, sum_moments, widest_axes
+from .quadratic import Curve, Shape, cholesky, fit_curve, shapes_of, sum_moments, widest_axes
 
 MOST_ROWS = 20_000  # above, the logistic model alone is as good, and the sums below cost more than its steps
 MOST_FEATURES = 2_048
@@ -66,7 +66,7 @@ class Gaussian:
 
     def theta(self) -> Tensor:
         """Give the linear model (d + 1, k) that it is."""
-        lower = torch.linalg.cholesky(self.covariance.double())
+        lower = cholesky(self.covariance.double())
         weight = torch.cholesky_solve(self.means.T, lower.to(self.means.dtype))
         return torch.cat([weight, (self.prior - (self.means.T * weight).sum(dim=0) / 2)[None]])
 

@@ -70,6 +70,25 @@ class Curve:
         return replace(self, factor=self.factor * factor)
 
 
+def cholesky(covariance: Tensor) -> Tensor:
+    """Return the Cholesky factors of covariances (..., d, d).
+
+    Where classes of one row each leave nothing but rounding, which need not be positive definite, the diagonal is
+    raised by as little as suffices.
+    """
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    level = covariance.diagonal(dim1=-2, dim2=-1).abs().amax(dim=-1).clamp_min(1e-12)
+    for power in range(-7, 2):
+        if not failed.any():
+            break
+        raised = torch.where(failed > 0, level * 10.0**power, 0.0)
+        lower, failed = torch.linalg.cholesky_ex(
+            covariance + torch.diag_embed(raised[..., None].expand(covariance.shape[:-1]))
+        )
+    factor: Tensor = lower
+    return factor
+
+
 def widest_axes(design: Design, *, num_classes: int, num_sets: int) -> Tensor:
     """Give the widest principal axes of a design, (d, q), so few that the moments of all sets keep within memory."""
     width = min(_WIDTHS[-1], design.rows.shape[1], isqrt(_MOST_ENTRIES // (num_classes * num_sets)))
@@ -109,7 +128,7 @@ def fit_curve(gaussian: Gaussian, moments: Tensor, axes: Tensor, *, shape: Shape
     scatter = inner[:, :-1, :-1] - total[:, :, None] * means[:, None]
     shared = (some.T @ gaussian.covariance @ some).double()
     lent = borrowed / (1 - borrowed) * count.mean()
-    lower = torch.linalg.cholesky((scatter + lent * shared) / (count + lent)[:, None, None])
+    lower = cholesky((scatter + lent * shared) / (count + lent)[:, None, None])
     roots = torch.linalg.solve_triangular(lower, torch.eye(width).to(lower).expand_as(lower), upper=False)
     constant = gaussian.prior - lower.diagonal(dim1=1, dim2=2).log().sum(dim=1)
     return Curve(

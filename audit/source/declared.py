@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pyarrow as pa
+
+from ..json_text import parse_data_json
 
 _KINDS = {"Audio": "audio", "Image": "image", "Video": "video"}
 
@@ -27,7 +28,7 @@ def declared_classes(schema: pa.Schema, column: str) -> tuple[str, ...]:
 def _feature(schema: pa.Schema, column: str) -> dict[str, Any]:
     """Give the entry of a column; {} where the schema has none, or one that cannot be read."""
     try:
-        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        about = parse_data_json((schema.metadata or {}).get(b"huggingface", b"{}"))
         found = about["info"]["features"][column]
     except (KeyError, TypeError, ValueError):
         return {}

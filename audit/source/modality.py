@@ -29,6 +29,7 @@ _PATH_SUFFIXES = ("_file_name", "_filepath", "_file", "_path", "_filename")
 _FRAMES_SUFFIX = "_frames"
 _MEMBER_EXTENSIONS = {".npy", ".txt"}.union(*_EXTENSIONS.values())
 _MEDIA_TRIALS = 8  # cells that are looked into to see what they hold
+_MAX_NAME = 100  # bytes of a modality's name, which stands in names of files and folders
 RESERVED = ("all", "chance", "fused", "joint", "rest")
 _NAMING = "name each with --modality NAME=COLUMN[:KIND]"
 _TEXT_NAMES = {"text", "txt", "caption", "sentence", "transcript", "title", "review", "utterance", "question", "tweet"}
@@ -166,6 +167,10 @@ def check_modalities(modalities: Sequence[Modality], column_names: Sequence[str]
     if odd := next((name for name in names if set(name) & set("/\\:=")), None):
         # The name stands in paths of the cache and in `--between A:B`.
         raise ConfigError(f"a modality is called {odd!r}; its name may hold none of / \\ : = ; {_NAMING}")
+    if odd := next((name for name in names if len(name.encode("utf-8", "replace")) > _MAX_NAME or "\0" in name), None):
+        raise ConfigError(
+            f"a modality is called {odd[:40]!r}; its name may have {_MAX_NAME} bytes, and no NUL; {_NAMING}"
+        )
     if len(modalities) < 2:
         found = f"only one modality, {modalities[0]}," if modalities else "no modality"
         raise DatasetError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import DatasetError
+from ..json_text import check_shape, parse_data_json
 from ..regular_file import check_regular
 from .declared import declared_classes
 from .modality import holds_bytes
@@ -23,6 +23,7 @@ log = logging.getLogger("mmaudit")
 _VECTOR_ROWS = 8_192  # of a shard without media
 _MAGIC = b"ARROW1\0\0"  # an Arrow file is this, a stream, and a footer
 _AGAIN = "save the dataset again with save_to_disk"
+_FAULTS = (pa.ArrowException, OSError, EOFError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +46,8 @@ class ArrowShard:
         try:
             with pa.memory_map(self.path) as source:
                 rows = _read_batches(source, self.offset, self.skip + self.num_rows).slice(self.skip, self.num_rows)
-        except (pa.ArrowInvalid, OSError, EOFError) as error:
-            raise DatasetError(f"{self.path} cannot be read: {error}; {_AGAIN}") from error
+        except _FAULTS as error:
+            raise DatasetError(f"{self.path} cannot be read: {_first_line(error)}; {_AGAIN}") from error
         return with_split(rows, self.split).select(columns)
 
 
@@ -127,8 +128,8 @@ def _batch_places(path: Path) -> list[tuple[int, int, int]]:
                 if rows:
                     places.append((offset, first, rows))
                 first += rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DatasetError(f"{path} cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from error
+    except _FAULTS as error:
+        raise DatasetError(f"{path} cannot be read: {_first_line(error)}; {_AGAIN}") from error
     return places
 
 
@@ -138,7 +139,9 @@ def _read_batches(source: Any, offset: int, num_rows: int) -> pa.Table:
     batches: list[pa.RecordBatch] = []
     while sum(batch.num_rows for batch in batches) < num_rows:
         batches.append(pa.ipc.read_record_batch(pa.ipc.read_message(source), schema))
-    return pa.Table.from_batches(batches, schema=schema)
+    rows = pa.Table.from_batches(batches, schema=schema)
+    rows.validate(full=True)
+    return rows
 
 
 def _next_message(source: Any) -> tuple[int, Any] | None:
@@ -166,8 +169,8 @@ def _read_schema(path: Path) -> pa.Schema:
             return _skip_to_schema(source)
     except FileNotFoundError as error:
         raise DatasetError(f"{path} is missing: {_AGAIN}") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DatasetError(f"{path} cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from error
+    except _FAULTS as error:
+        raise DatasetError(f"{path} cannot be read: {_first_line(error)}; {_AGAIN}") from error
 
 
 def _check_same(path: Path, schema: pa.Schema, other_path: Path, other: pa.Schema) -> None:
@@ -193,9 +196,15 @@ def _data_files(folder: Path) -> tuple[Path, ...]:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        content = parse_data_json(path.read_bytes())
+        check_shape(content, {"splits": [str], "_data_files": [{"filename": str}]})
+    except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+    return dict(content)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _end(shards: Sequence[ArrowShard]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import io
-import json
 import logging
 import tarfile
 from collections import Counter
@@ -22,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import DatasetError
+from ..json_text import parse_data_json
 from ..regular_file import open_regular
 from .modality import KINDS, kind_of_path
 from .split_names import SPLIT, split_of_file, split_of_folder
@@ -204,7 +204,7 @@ def _add(sample: Sample, name: str, member: tarfile.TarInfo, file: BinaryIO, *, 
     try:
         text = file.read(member.size).decode("utf-8-sig")
         found = _fields(text) if name in _JSON else {name: _number(text.strip()) if name in _NUMBERS else text}
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise DatasetError(f"{where} cannot be read: {error}") from error
     if twice := next((key for key in found if key in sample.places or key in sample.values), None):
         raise DatasetError(f"{where} has a field {twice!r} beside a member of this name: rename one")
@@ -218,7 +218,7 @@ def _number(text: str) -> int | str:
 
 def _fields(text: str) -> dict[str, Any]:
     """Give the fields of a .json member that hold a value, or a list of values; not those of webdataset's own."""
-    content = json.loads(text)
+    content = parse_data_json(text)
     if not isinstance(content, dict):
         raise ValueError("it is no object of fields")
     return {name: value for name, value in content.items() if _is_flat(value) and not name.startswith("__")}

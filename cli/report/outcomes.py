@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...audit.errors import RunError
+from ...audit.json_text import check_shape, parse_data_json
 from ...audit.storage import read_json
 from ...rebalance.manifest import batches_of, digests_of, dropped_path, num_rows_of, provenance_of, rows_of
 from ...rebalance.recipe import balance_path
@@ -151,9 +151,18 @@ def _subset(name: str, found: Mapping[str, Any], branches: list[str]) -> Numbers
     }
 
 
+def _epoch(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = parse_data_json(line)  # a loss may be NaN
+        check_shape(record, dict.fromkeys(("epoch", "train_loss", "validation_loss"), (float, type(None))))
+    except ValueError as error:
+        raise RunError(f"{path}, line {number} cannot be read: {error}; train it anew with --overwrite") from error
+    return dict(record)
+
+
 def _history(path: Path) -> dict[str, list[float | None]]:
     """Give what history.jsonl says of each epoch, by column."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines if line]
+    records = [_epoch(path, number, line) for number, line in enumerate(lines, start=1) if line]
     keys = ("epoch", "train_loss", "validation_loss", "validation_accuracy")
     return {key: [finite(record.get(key)) for record in records] for key in keys}

@@ -1,0 +1,88 @@
+"""Laws of JSON lines: good files are read as Python reads them, and of others one line says which, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.source import json_lines
+from mmaudit.audit.source.json_lines import read_json_lines
+from mmaudit.audit.source.tables import read_rows
+
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6)
+ROWS = st.lists(
+    st.fixed_dictionaries({"id": TEXTS, "x": st.lists(st.integers(-9, 9), max_size=3), "n": st.none() | TEXTS}),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ROWS, st.sampled_from(["\n", "\r\n", "\n\n", "  \n"]), st.booleans(), st.booleans())
+def test_good_lines_pass_whatever_their_texts_hold(
+    tmp_path: Path, rows: list[dict[str, Any]], end: str, ascii_only: bool, last: bool
+) -> None:
+    text = end.join(json.dumps(row, ensure_ascii=ascii_only) for row in rows) + (end if last else "")
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8", newline="")
+    json_lines._check(tmp_path / "a.jsonl")
+
+
+def test_lines_are_checked_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"id": f'say "{number}" \\', "x": [number, {"y": [1]}]} for number in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for size in (1, 7, 64):
+        monkeypatch.setattr(json_lines, "_CHECKED_BYTES", size)
+        assert read_json_lines(path)["id"].to_pylist() == [row["id"] for row in rows]
+    path.write_text(path.read_text() + "null\n")
+    with pytest.raises(DatasetError, match="line 41, 'null', is no JSON object of columns"):
+        read_json_lines(path)
+
+
+GOOD = b'{"id": "a", "x": [1, 2]}\n'
+DEEP = b'{"id": "b", "x": ' + b'{"x":' * 3_000 + b"1" + b"}" * 3_000 + b"}\n"
+BAD = {
+    "nulls": (b"null\n" * 3, "line 1, 'null', is no JSON object"),
+    "scalar": (GOOD + b"5\n", "line 2, '5', is no JSON object"),
+    "list": (GOOD + b"[1]\n", r"line 2, '\[1\]', is no JSON object"),
+    "two values": (GOOD + b'{"id": "b"} null {"id": "c"}\n', "line 2, .*Extra data"),
+    "deep": (GOOD + DEEP, "line 2, .*nested more than 64 levels deep"),
+    "deep list": (GOOD + b"[" * 3_000 + b"]" * 3_000 + b"\n", "line 2, .*nested more than 64 levels deep"),
+    "no utf-8": (GOOD + b'{"id": "\xff"}\n', "line 2, byte 9 is no UTF-8"),
+    "nul": (GOOD + b'{"id": "a\0"}\n', "line 2 holds a NUL byte"),
+    "mixed": (GOOD + b'{"id": 5}\n', "line 2: 'id' is a number, and text in line 1"),
+    "truncated": (GOOD + b'{"id": "b", "x": [1', "line 2, .*delimiter"),
+    "open quote": (GOOD + b'{"id": "b\n{"id": "c"}\n', "line 2, .*Unterminated string"),
+    "pretty": (b'{\n "id": "a"\n}\n', "line 1, '{'"),
+    "twice": (GOOD + b'{"id": "b", "id": "c"}\n', "specified twice"),
+    "empty": (b"", "Empty JSON file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_line_that_is_none_is_named(tmp_path: Path, name: str) -> None:
+    content, reason = BAD[name]
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"a\.jsonl cannot be read: .*{reason}") as caught:
+        read_rows(tmp_path / "a.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_of_5000_digits_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"id": "b", "x": [' + b"9" * 5_000 + b"]}\n")
+    with pytest.raises(DatasetError, match=r"a\.jsonl cannot be read: line 2, .*integer string conversion"):
+        read_json_lines(tmp_path / "a.jsonl")
+
+
+def test_a_line_longer_than_a_block_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_lines, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(json_lines, "_CHECKED_BYTES", 1 << 18)
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"id": "' + b"x" * (3 << 20) + b'"}\n')
+    with pytest.raises(DatasetError, match="line 2 has more than 1 MiB"):
+        read_json_lines(tmp_path / "a.jsonl")

@@ -1,0 +1,89 @@
+"""Laws of JSON with limits: what is parsed is finite, flat enough and of its shape, or one line names the key."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmaudit.audit.errors import RunError
+from mmaudit.audit.json_text import MAX_DEPTH, Shape, check_shape, parse_data_json, parse_json
+from mmaudit.audit.storage import read_json
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(VALUES)
+def test_what_is_written_is_parsed(value: Any) -> None:
+    assert parse_json(json.dumps(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "nested more than 64 levels deep"),
+        ('{"a":' * 500 + "1" + "}" * 500, "nested more than 64 levels deep"),
+        ("NaN", "nan is no number in JSON"),
+        ('{"a": [1e999]}', "inf is no number in JSON"),
+        ("9" * 5_000, "integer string conversion"),
+        ('{"a": 18446744073709551616}', "integer of more than 64 bits"),
+        ('"\\ud800"', "surrogates not allowed"),
+        (b"\xff\xfe{", "codec can't decode|Expecting value"),
+        ("", "Expecting value"),
+    ],
+)
+def test_what_no_reader_could_use_is_refused(text: str | bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text)
+
+
+def test_the_deepest_that_is_read() -> None:
+    assert parse_data_json("[" * MAX_DEPTH + "]" * MAX_DEPTH) is not None
+    with pytest.raises(ValueError, match="nested more than"):
+        parse_data_json("[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2))
+
+
+SHAPE: Shape = {"seed": int, "names": [str], "probe": {"width": float, "kind": (str, type(None))}}
+
+
+@given(VALUES)
+def test_a_shape_is_checked_without_another_error(value: Any) -> None:
+    if not isinstance(value, dict):
+        with pytest.raises(ValueError, match="the document is .*; it must be an object"):
+            check_shape(value, SHAPE)
+    else:
+        check_shape(value, SHAPE)  # none of its keys is known
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"seed": "x"}, 'seed is "x"; it must be an integer'),
+        ({"seed": True}, "seed is true; it must be an integer"),
+        ({"names": "audio"}, "names is .*; it must be a list"),
+        ({"names": ["audio", 5]}, r"names\[1\] is 5; it must be text"),
+        ({"probe": []}, r"probe is \[\]; it must be an object"),
+        ({"probe": {"width": None}}, r"probe\.width is null; it must be a number"),
+        ({"probe": {"kind": 5}}, r"probe\.kind is 5; it must be text or null"),
+        ({"probe": {"kind": "a\0b"}}, r"probe\.kind holds a NUL"),
+    ],
+)
+def test_a_wrong_key_is_named(content: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check_shape(content, SHAPE)
+    check_shape({"seed": 3, "names": ["a"], "probe": {"width": 1, "kind": None}, "other": [[]]}, SHAPE)
+
+
+def test_a_file_of_another_shape_is_named(tmp_path: Any) -> None:
+    path = tmp_path / "run.json"
+    for text, reason in (("[1]", "the document is"), ('{"seed": []}', "seed is"), ("[" * 9_999, "nested")):
+        path.write_text(text)
+        with pytest.raises(RunError, match=rf"run\.json cannot be read: .*{reason}"):
+            read_json(path, error=RunError, shape=SHAPE)
