@@ -174,7 +174,7 @@ def _shapley(panel: Panel, rows: Rows, target: Target, together: Reading | None,
         if len(chosen) == m:
             return np.asarray(count * together.right, dtype=np.float32)
         inputs = panel.side_by_side.mask(frozenset(range(m)) - chosen)
-        return np.asarray(count * joint.read(rows, target, inputs=inputs).right, dtype=np.float32)
+        return np.asarray(count * joint.read_right(rows, target, inputs=inputs), dtype=np.float32)
 
     found = measures.shapley(value, m, seed=seed)
     return np.where(there, found, np.nan).astype(np.float32)

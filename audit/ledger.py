@@ -14,8 +14,9 @@ from .hashing import hash_rank
 from .intervals import Groups, group_codes, mean, share
 from .measures import Floats, cross_entropy
 from .panel import Calibration, Fit, Member, Panel, fit_together
-from .probing.crossing import Crossing, first_rows
+from .probing.crossing import Crossing
 from .probing.network_probe import NetworkProbe
+from .probing.outputs import choose_outputs, take_outputs
 from .probing.target import Target
 from .readings import read_logits
 from .threads import parallel_map
@@ -174,11 +175,11 @@ def _control(
     member: Member, target: Target, crossing: Crossing, *, fit: Fit, sample_id: NDArray[np.object_], seed: int
 ) -> Control:
     """Fit probes to shuffled labels, on some of the rows that probes learn from, and see what they know out of fold."""
-    rows = first_rows(np.flatnonzero(crossing.fits & member.present), crossing.key, most=CONTROL_ROWS)
+    rows, target = _control_data(np.flatnonzero(crossing.fits & member.present), target, crossing)
     order = np.argsort(hash_rank(sample_id[rows], seed=seed, purpose="shuffled labels"), kind="stable")
     # Labels move along the order of a hash by one place more than half its length: nobody keeps their own.
     shuffled = np.empty(len(rows), dtype=np.intp)
-    shuffled[order] = rows[np.roll(order, len(rows) // 2 + 1)]
+    shuffled[order] = np.roll(order, len(rows) // 2 + 1)
     truth = target.take(shuffled)
     fold = _halves(crossing.key[rows]) if isinstance(member.probe, NetworkProbe) else crossing.fold[rows]
     part = Crossing(fold=fold, inner=crossing.inner[rows], fits=np.ones(len(rows), bool), key=crossing.key[rows])
@@ -194,6 +195,15 @@ def _control(
         high=float(value + 3.29 * deviation),
         chance=chance_of(truth),
     )
+
+
+def _control_data(rows: Rows, target: Target, crossing: Crossing) -> tuple[Rows, Target]:
+    """Return the rows (c,) of a control, some of those given, and their target: of many outputs, with some of them."""
+    k, label = target.num_outputs, target.label if target.values is None else target.values
+    chosen, outputs = choose_outputs(
+        label[rows], crossing.key[rows], task=target.task, num_outputs=k, max_rows=CONTROL_ROWS
+    )
+    return rows[chosen], take_outputs(target.take(rows[chosen]), outputs)
 
 
 def _halves(key: NDArray[np.uint64]) -> NDArray[np.int16]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit, log_expit, log_softmax, softmax
+from numpy.typing import NDArray
+from scipy.special import expit, log_expit, softmax
 
 from .measures import LEAST, Floats, fuse
 from .probing.target import Target
@@ -44,17 +45,30 @@ def read_logits(logits: Floats, scale: Floats, target: Target, *, least_scale: f
     reaches; `least_scale` is that modality's standard deviation. The latter two forms are mmaudit's.
     """
     mean = logits.mean(axis=0)
-    by_round = np.stack([_likelihood(one, scale, target, least_scale) for one in logits])
-    confidence = _likelihood(mean, scale, target, least_scale)
+    by_round = likelihoods(logits, scale, target, least_scale=least_scale)
+    confidence = by_round[0] if len(logits) == 1 else _likelihood(mean, scale, target, least_scale)
     reads = {"classification": _read_classes, "multilabel": _read_labels, "regression": _read_values}
     return reads[target.task](mean, scale, target, confidence, by_round)
+
+
+def likelihoods(logits: Floats, scale: Floats, target: Target, *, least_scale: float = 1.0) -> Floats:
+    """Return the likelihood of each target under each of several outputs (r, b, k): (r, b)."""
+    return np.stack([_likelihood(outputs, scale, target, least_scale) for outputs in logits])
+
+
+def right_of(logits: Floats, scale: Floats, target: Target) -> Floats:
+    """Return what the metric of classes or labels is the mean of, (b,) in [0, 1], of outputs (r, b, k)."""
+    mean = logits.mean(axis=0)
+    if target.values is None:
+        return np.asarray(softmax(mean / scale[:, None], axis=1).argmax(axis=1) == target.label, dtype=np.float32)
+    return np.asarray(((mean > 0) == (target.values > 0.5)).mean(axis=1, dtype=np.float32))
 
 
 def _likelihood(logits: Floats, scale: Floats, target: Target, least_scale: float) -> Floats:
     """Give the likelihood (b,) of the targets under one set of outputs (b, k)."""
     scaled = logits / scale[:, None]
     if target.values is None:
-        log_likelihood = log_softmax(scaled, axis=1)[np.arange(len(target)), target.label]
+        log_likelihood = _log_softmax_at(scaled, target.label)
     elif target.task == "multilabel":
         log_likelihood = log_expit(np.where(target.values > 0.5, scaled, -scaled)).mean(axis=1)
     else:
@@ -62,16 +76,25 @@ def _likelihood(logits: Floats, scale: Floats, target: Target, least_scale: floa
     return np.asarray(np.exp(np.minimum(log_likelihood, 0)), dtype=np.float32)
 
 
+def _log_softmax_at(logits: Floats, label: NDArray[np.int32]) -> Floats:
+    """Return the log softmax (b,) of logits (b, k), which are overwritten, at the labels: in half the passes of all."""
+    logits -= logits.max(axis=1, keepdims=True)
+    at_label = logits[np.arange(len(label)), label]
+    return np.asarray(at_label - np.log(np.exp(logits, out=logits).sum(axis=1)))
+
+
 def _read_classes(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_round: Floats) -> Reading:
     probability = softmax(logits / scale[:, None], axis=1)
     predicted = probability.argmax(axis=1)
-    top = np.partition(probability, -2, axis=1)[:, -2:]
+    rows = np.arange(len(probability))
+    highest, others = probability[rows, predicted], probability.copy()
+    others[rows, predicted] = -1
     return Reading(
         confidence=confidence,
         by_round=by_round,
         probability=probability,
         entropy=_entropy(probability).sum(axis=1),
-        margin=top[:, 1] - top[:, 0],
+        margin=highest - others.max(axis=1),
         predicted=predicted.astype(np.float32),
         right=(predicted == target.label).astype(np.float32),
     )

@@ -20,6 +20,7 @@ Floats = NDArray[np.floating[Any]]
 _MOST_ROWS = 20_000  # one number is fitted: more rows change its third digit
 _SHARPNESS = (1e-3, 1e2)  # bounds of 1/T; at either a probe is no use
 _MOST_STEPS = 60
+_LOGITS_AT_ONCE = 1 << 20  # 4 MiB of float32
 _CLOSE = 1e-5
 _LEAST_SPREAD = 1e-6
 
@@ -44,7 +45,7 @@ def fit_temperature(
         if target.task == "regression":
             found[index, usable] = _spread(raw.astype(np.float64), target, weight[:, usable])
         else:
-            found[index, usable] = _temperature(raw.astype(np.float64), target, weight[:, usable])
+            found[index, usable] = _temperature(raw, target, weight[:, usable])
     return found
 
 
@@ -59,7 +60,7 @@ def _temperature(raw: Floats, target: Target, weight: Floats) -> Floats:
 
     It is convex in 1/T. Each fold starts at 1, not where others ended: so none knows of another, to the last digit.
     """
-    logits = torch.from_numpy(raw.astype(np.float32))
+    logits = torch.from_numpy(raw.astype(np.float32, copy=False))
     answer = torch.from_numpy(target.label.astype(np.int64) if target.values is None else np.array(target.values))
     each = [_sharpness(logits, answer, torch.from_numpy(of_fold.astype(np.float32))) for of_fold in weight.T]
     return 1 / np.array(each)
@@ -69,13 +70,20 @@ def _sharpness(logits: Tensor, answer: Tensor, weight: Tensor) -> float:
     low, high = _SHARPNESS
     at = 1.0
     for _ in range(_MOST_STEPS):
-        slope, bend = (float(found @ weight) for found in _slope_and_bend(logits * at, logits, answer))
+        slope, bend = (float(values @ weight) for values in _slopes_and_bends(at, logits, answer))
         low, high = (at, high) if slope < 0 else (low, at)
         newton = at - slope / bend if bend > 0 else low
         last, at = at, newton if low < newton < high else math.sqrt(low * high)
         if abs(at - last) < _CLOSE * at:
             break
     return at
+
+
+def _slopes_and_bends(at: float, logits: Tensor, answer: Tensor) -> list[Tensor]:
+    """Compute `_slope_and_bend` at 1/T for some rows at a time, so that what lies between stays in the cache."""
+    num_rows = max(1, _LOGITS_AT_ONCE // logits.shape[1])
+    parts = zip(logits.split(num_rows), answer.split(num_rows), strict=True)
+    return [torch.cat(columns) for columns in zip(*(_slope_and_bend(x * at, x, y) for x, y in parts), strict=True)]
 
 
 def _slope_and_bend(scaled: Tensor, logits: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from .lbfgs import Judge, Minimum, minimise
 
 _LOGITS_AT_ONCE = 1 << 20  # 4 MiB of float32: in the cache still when the product reads them (1 MiB costs 15% more)
 _LEAST_CHUNK = 512
+_LEAST_ROWS = 128
 _COLUMNS_AT_ONCE = 1_200  # of logits: their weights are to stay in the cache as well (3,600 cost 1.2 times as much)
 _ROWS_FOR_VARIANCE = 8_000
 _BFLOAT16_ROUNDING = 1e-4  # of a mean loss over a few thousand rows
@@ -116,7 +117,7 @@ def _loss_and_gradient(
         )
         return loss[whose], gradient[whose]
     loss, gradient = theta.new_zeros(q), torch.zeros_like(theta)
-    most = max(_LEAST_CHUNK, _LOGITS_AT_ONCE // min(q * k, max(k, _COLUMNS_AT_ONCE)))
+    most = max(_LEAST_ROWS, _LOGITS_AT_ONCE // min(q * k, max(k, _COLUMNS_AT_ONCE)))
     for columns, run in _runs(share, most=most):
         for some in torch.split(torch.isin(whose, columns).nonzero().squeeze(1), max(1, _COLUMNS_AT_ONCE // k)):
             more, pull = _sum_run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .aim import Aim
-from .crossing import Lesson, first_rows
+from .crossing import Lesson
 from .design import Design
 from .glm import fit_glm, mean_loss
+from .outputs import choose_outputs
 
 if TYPE_CHECKING:
     from .config import ProbeConfig
@@ -28,11 +29,11 @@ def choose_strength(
 ) -> Tensor:
     """Give each of p probes the strength with the least loss on rows set aside of its own, (p,).
 
-    It is chosen on the first rows by key and carried over as scikit-learn's C, the inverse variance of a prior: beside
+    It is chosen on the first rows by key, where there are many outputs on some of these, and carried over as scikit-learn's C, the inverse variance of a prior: beside
     a mean over s times as many rows it is s times less. With nothing to choose by, it is the middle one.
     """
     path = sorted(config.strengths, reverse=True)
-    chosen = np.isin(lesson.rows, first_rows(np.sort(lesson.rows), key, most=config.choice_rows))
+    answer, chosen = _choice_data(answer, key[lesson.rows], max_rows=config.choice_rows)
     few = lesson.take(np.flatnonzero(chosen))
     if len(path) == 1 or not few.can_choose:
         return design.curvature.new_full((lesson.learn.shape[1],), path[len(path) // 2])
@@ -45,6 +46,18 @@ def choose_strength(
         num_outputs=answer.num_outputs,
     )
     return strength * torch.from_numpy(seen.sum(axis=0) / lesson.learn.sum(axis=0)).to(strength)
+
+
+def _choice_data(answer: Aim, key: NDArray[np.uint64], *, max_rows: int) -> tuple[Aim, NDArray[np.bool_]]:
+    """Return the target with the outputs that a strength is chosen on, and which of the n rows, with keys (n,)."""
+    label, k = answer.found, answer.num_outputs
+    rows, outputs = choose_outputs(label.cpu().numpy(), key, task=answer.task, num_outputs=k, max_rows=max_rows)
+    mask = np.isin(np.arange(len(key)), rows)
+    if len(outputs) == k:
+        return answer, mask
+    index = torch.from_numpy(outputs).to(label.device)
+    label = torch.searchsorted(index, label) if answer.task == "classification" else label[:, index]
+    return replace(answer, found=label, num_outputs=len(outputs)), mask
 
 
 Part = tuple[Design, Tensor, Tensor]
