@@ -60,6 +60,16 @@ def mean_loss(design: Design, answer: Tensor, *, task: str, rows: Tensor, whose:
     return _loss_and_gradient(design, answer, task=task, share=share, whose=whose, theta=theta, with_gradient=False)[0]
 
 
+def evaluate_rows(
+    design: Design, answer: Tensor, *, task: str, learn: Tensor, theta: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Compute the losses (p,) of models theta (p, d + 1, k) and their gradients, summed over the first rows alone."""
+    share = (learn.to(design.dtype) / learn.sum(dim=0))[:num_rows]
+    whose = torch.arange(len(theta), device=theta.device)
+    loss, gradient = _loss_and_gradient(design, answer, task=task, share=share, whose=whose, theta=theta)
+    return loss.cpu(), gradient  # the copy waits for a GPU
+
+
 class GlmProblem:
     """The losses of q models as functions of theta (q, d + 1, k); any number of them may learn from the same rows."""
 

@@ -19,6 +19,7 @@ from ..encoding.matrix import Inputs, Rows
 from .aim import Aim
 from .crossing import Crossing, Lesson, ask_own
 from .design import Design, Units, read_design
+from .estimate import log_estimate
 from .gaussian import MOST_FEATURES, MOST_ROWS, Mixed, mix_in_gaussian
 from .glm import fit_glm
 from .lbfgs import Minimum
@@ -90,6 +91,7 @@ def fit_linear(
     products = products_of(config.precision, device, size=len(lesson.rows) * inputs.num_features)
     design = read_design(inputs, lesson.rows, products=products, device=device)
     answer = Aim.of(target, lesson.rows, design.curvature)
+    log_estimate(design, answer, lesson, max_steps=config.max_steps)
     strength = choose_strength(design, answer, lesson, key=crossings[0].key, config=config)
     found = _fit(design, answer, lesson, strength, config)
     mixed = Mixed(theta=found.theta, curves=(None,) * len(strength))

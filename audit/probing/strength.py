@@ -29,8 +29,9 @@ def choose_strength(
 ) -> Tensor:
     """Give each of p probes the strength with the least loss on rows set aside of its own, (p,).
 
-    It is chosen on the first rows by key, where there are many outputs on some of these, and carried over as scikit-learn's C, the inverse variance of a prior: beside
-    a mean over s times as many rows it is s times less. With nothing to choose by, it is the middle one.
+    It is chosen on the first rows by key, of many outputs on some of them alone, and carried over as scikit-learn's C,
+    the inverse variance of a prior: beside a mean over s times as many rows it is s times less. With nothing to choose
+    by, it is the middle one.
     """
     path = sorted(config.strengths, reverse=True)
     answer, chosen = _choice_data(answer, key[lesson.rows], max_rows=config.choice_rows)

@@ -1,0 +1,70 @@
+"""Laws of the estimate: silent about what is short, one line about what is long."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.probing import estimate
+from mmaudit.audit.probing.aim import Aim
+from mmaudit.audit.probing.crossing import Crossing, Lesson, set_lesson
+from mmaudit.audit.probing.design import Design, read_design
+from mmaudit.audit.probing.glm import evaluate_rows
+from mmaudit.audit.probing.target import Target
+
+NUM_ROWS, NUM_CLASSES = 4_000, 1_500
+
+
+def problem() -> tuple[Design, Aim, Lesson]:
+    rng = np.random.default_rng(0)
+    fold, inner = (rng.permutation(NUM_ROWS).astype(np.int16) % 2 for _ in range(2))
+    key, fits = rng.permutation(NUM_ROWS).astype(np.uint64), np.ones(NUM_ROWS, bool)
+    lesson = set_lesson([Crossing(fold=fold, inner=inner, fits=fits, key=key)], most_rows=NUM_ROWS)
+    x = rng.standard_normal((NUM_ROWS, 8)).astype(np.float32)
+    design = read_design(MatrixInputs(matrix=x), lesson.rows, products=torch.float32)
+    label = rng.integers(0, NUM_CLASSES, NUM_ROWS).astype(np.int32)
+    target = Target(task="classification", label=label, num_outputs=NUM_CLASSES)
+    return design, Aim.of(target, lesson.rows, design.curvature), lesson
+
+
+def test_it_is_silent_about_a_short_fit(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="mmaudit"):
+        estimate.log_estimate(*problem(), max_steps=300)
+    assert not caplog.messages
+
+
+def test_a_long_fit_has_one_line_with_the_settings(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_MIN_LOGITS", 0)
+    monkeypatch.setattr(estimate, "step_seconds", lambda *problem: 6.0)
+    with caplog.at_level(logging.INFO, logger="mmaudit"):
+        estimate.log_estimate(*problem(), max_steps=300)
+        estimate.log_estimate(*problem(), max_steps=50)
+    (line,) = caplog.messages
+    for part in ("6.0 s a step", "10 steps 60 s", "300 steps 30 min", "probe.max_steps=N", "--repeats 1"):
+        assert part in line
+
+
+def test_a_step_is_timed_by_some_of_its_rows() -> None:
+    design, answer, lesson = problem()
+    theta, learn = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.from_numpy(lesson.learn)
+    whole = []
+    for _ in range(3):
+        start = time.perf_counter()
+        evaluate_rows(design, answer.found, task=answer.task, learn=learn, theta=theta, num_rows=NUM_ROWS)
+        whole.append(time.perf_counter() - start)
+    assert 0.02 * min(whole) <= estimate.step_seconds(design, answer, lesson) <= 50 * max(whole)
+
+
+def test_it_times_the_loss_and_gradient_that_a_fit_computes() -> None:
+    design, answer, lesson = problem()
+    theta, learn = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.from_numpy(lesson.learn)
+    loss, gradient = evaluate_rows(design, answer.found, task=answer.task, learn=learn, theta=theta, num_rows=NUM_ROWS)
+    np.testing.assert_allclose(loss, np.log(NUM_CLASSES), rtol=1e-3)  # all logits are alike
+    assert gradient.shape == theta.shape
