@@ -5,8 +5,8 @@ Run with: python benchmarks/fuzz.py [--inputs N] [--seed N] [--only KIND[:NUMBER
 Each input (a table, a manifest, a config, a sound ...) is written and read in a forked child of a process that has
 imported mmaudit already. An input is handled well if the command ends with 0, 2 or 3 and without a traceback, within
 60 s and 1 GB, prints an error as one line without control characters, runs no code that only the input names, and
-reads and writes nothing outside its folder. Options that write name nothing outside it. The same seed gives the same inputs. `--keep` stores what failed, with the
-command in `cmd`; `--only KIND:NUMBER` runs one input again.
+reads and writes nothing outside its folder. Options that write name nothing outside it. The same seed gives the same
+inputs. `--keep` stores what failed, with the command in `cmd`; `--only KIND:NUMBER` runs one input again.
 """
 
 from __future__ import annotations

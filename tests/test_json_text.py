@@ -56,7 +56,7 @@ SHAPE: Shape = {"seed": int, "names": [str], "probe": {"width": float, "kind": (
 @given(VALUES)
 def test_a_shape_is_checked_without_another_error(value: Any) -> None:
     if not isinstance(value, dict):
-        with pytest.raises(ValueError, match="the document is .*; it must be an object"):
+        with pytest.raises(ValueError, match=r"the document is .*; it must be an object"):
             check_shape(value, SHAPE)
     else:
         check_shape(value, SHAPE)  # none of its keys is known

@@ -82,7 +82,8 @@ def _sharpness(logits: Tensor, answer: Tensor, weight: Tensor) -> float:
 def _slopes_and_bends(at: float, logits: Tensor, answer: Tensor) -> list[Tensor]:
     """Compute `_slope_and_bend` at 1/T for some rows at a time, so that what lies between stays in the cache."""
     num_rows = max(1, _LOGITS_AT_ONCE // logits.shape[1])
-    parts = zip(torch.split(logits, num_rows), torch.split(answer, num_rows), strict=True)
+    pieces = (slice(start, start + num_rows) for start in range(0, len(logits), num_rows))
+    parts = ((logits[piece], answer[piece]) for piece in pieces)
     return [torch.cat(columns) for columns in zip(*(_slope_and_bend(x * at, x, y) for x, y in parts), strict=True)]
 
 

@@ -66,7 +66,8 @@ def _odd_field(rng: Random) -> Any:
 
 CALLED = (
     "os system", "builtins eval", "numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype",
-    "_codecs encode", "collections OrderedDict", "builtins bytearray", "builtins list", "mmaudit.audit.files write_text",
+    "_codecs encode", "collections OrderedDict", "builtins bytearray", "builtins list",
+    "mmaudit.audit.storage write_text",
 )  # fmt: skip
 ARGUMENTS = (
     b")", b"(X\x02\x00\x00\x00idt", b"(K\x05t", b"(\x8a\x05\xff\xff\xff\xff\x7ft", b"(}t", b"(]t", b"N", b"(NNt",
