@@ -71,7 +71,11 @@ def write_lock(folder: Path, scope: str = "", *, command: str, wait_seconds: flo
     Raises RunError that names the other writer where it is still there after `wait_seconds`.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = Lock(file=_acquire(folder, scope, command=command, wait_seconds=wait_seconds))
+    try:
+        lock = Lock(file=_acquire(folder, scope, command=command, wait_seconds=wait_seconds))
+    except BaseException:
+        _remove_empty([folder / FOLDER, *created])
+        raise
     owner, ended = os.getpid(), threading.Event()
     threading.Thread(target=_beat, args=(lock.file, ended), daemon=True, name="lock").start()
     try:
@@ -119,9 +123,14 @@ def _announce(folder: Path, scope: str, *, command: str) -> Path:
         "started": datetime.now().isoformat(" ", "seconds"),
     }
     for _ in range(20):
-        with suppress(FileNotFoundError):  # whoever withdrew last removed the folder meanwhile
+        try:
             write_json(content, file)
             return file
+        except FileNotFoundError:  # whoever withdrew last removed the folder meanwhile
+            continue
+        except OSError:
+            _withdraw(file, [])
+            raise
     raise RunError(f"{file.parent} cannot be made: check the file system")
 
 
@@ -129,7 +138,11 @@ def _withdraw(file: Path, created: list[Path]) -> None:
     """Remove the file of a lock, and the folders that were made for it and hold nothing else."""
     with suppress(OSError):
         file.unlink()
-    for folder in (file.parent, *created):
+    _remove_empty([file.parent, *created])
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
         with suppress(OSError):
             folder.rmdir()
 

@@ -119,7 +119,8 @@ def _reason_of(error: OSError, file: str | None) -> str:
     advice = f"; {_ADVICE[error.errno]}" if error.errno in _ADVICE else ""
     if error.filename is not None:
         name = _printable(os.fsdecode(error.filename) if not isinstance(error.filename, int) else str(error.filename))
-        return f"{name}: {error.strerror or type(error).__name__}{advice}"
+        reason = type(error).__name__ if error.errno is None else os.strerror(error.errno)
+        return f"{name}: {reason}{advice}"
     text = _one_line(str(error)) or type(error).__name__
     return f"{_on(file)}{re.sub(r'^.Errno [0-9]+. ', '', text)}{advice}"
 

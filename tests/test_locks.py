@@ -217,3 +217,14 @@ def test_a_fork_does_not_give_the_lock_away(tmp_path: Path) -> None:
     )
     output = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "1"
+
+
+def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(content: object, path: Path) -> None:
+        path.parent.mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(locks, "write_json", fail)
+    with pytest.raises(OSError, match="No space"), write_lock(tmp_path / "deep" / "run", command="mmaudit score"):
+        pass
+    assert not any(tmp_path.iterdir())
