@@ -1,4 +1,4 @@
-"""The stage verify: are a manifest and its data what they were?
+"""The stage verify: a manifest and its data are checked against what was written and scored.
 
 `verify` is what the command of its name calls, and what a notebook calls.
 """

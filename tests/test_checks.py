@@ -47,7 +47,7 @@ def write(
     table = pa.table({name: pa.array({**COLUMN, **(changed or {})}[name], type_) for name, type_ in columns.items()})
     told = {KEY: json.dumps(PROVENANCE).encode()}
     about = {"rows": len(table), "digest": digest_of(table), "metadata": metadata_digest(told)}
-    pq.write_table(table.replace_schema_metadata({**told, ROWS_KEY: json.dumps(about)}), path)
+    pq.write_table(table.replace_schema_metadata({**told, ROWS_KEY.encode(): json.dumps(about).encode()}), path)
     return path
 
 

@@ -75,12 +75,13 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None], rows: Callable
     change(provenance)
     told = {KEY: json.dumps(provenance, sort_keys=True).encode()}
     about = {**rows_of(path), "digest": digest_of(table), "rows": len(table), "metadata": metadata_digest(told)}
-    pq.write_table(table.replace_schema_metadata({**told, ROWS_KEY: json.dumps(about)}), path)
+    pq.write_table(table.replace_schema_metadata({**told, ROWS_KEY.encode(): json.dumps(about).encode()}), path)
     numbers = read_json(balance_path(path), error=RunError)
     write_json({**numbers, "digest": about["digest"]}, balance_path(path))
     table = pq.read_table(dropped_path(path))
     about = {"dropped_from": about["digest"], "digest": digest_of(table), "rows": len(table)}
-    told_there = {**told, ROWS_KEY: json.dumps({**about, "metadata": metadata_digest(told)})}
+    stated = json.dumps({**about, "metadata": metadata_digest(told)})
+    told_there = {**told, ROWS_KEY.encode(): stated.encode()}
     pq.write_table(table.replace_schema_metadata(told_there), dropped_path(path))
 
 
@@ -122,8 +123,10 @@ def foreign_manifest(home: Path, folder: Path, encoder: str, path: str) -> Path:
 
 def commands(manifest: Path, out: Path) -> list[list[str | Path]]:
     """Name every command that reads a manifest."""
-    run = ["--run", out / "run"]
-    exports = [["export", manifest, "--format", name, "--out", out / f"out.{name}", "--json", *run] for name in FORMATS]
+    run: list[str | Path] = ["--run", out / "run"]
+    exports: list[list[str | Path]] = [
+        ["export", manifest, "--format", name, "--out", out / f"out.{name}", "--json", *run] for name in FORMATS
+    ]
     return [
         ["verify", manifest, *run],
         ["finetune", "-m", manifest, *run, *TRAIN],
@@ -271,15 +274,14 @@ def test_a_run_that_is_not_one_s_own_needs_data_and_encoder(
         assert (code, hint in printed) == (2, True), printed
         assert mmaudit(*command, "--run", run, "--data", home / "data")[0] == 0
     tune = ("finetune", "-m", "all", "--run", run, "--name", "again", *TRAIN)
-    for command in (tune, ("evaluate", "tuned", "--run", run, *QUICK)):
-        code, printed = mmaudit(*command, "--encoder", "image=encoder_of_trust:mean")
+    for words in (tune, ("evaluate", "tuned", "--run", run, *QUICK)):
+        code, printed = mmaudit(*words, "--encoder", "image=encoder_of_trust:mean")
         assert (code, hint in printed) == (2, True), printed
-        code, printed = mmaudit(*command, "--data", home / "data")
+        code, printed = mmaudit(*words, "--data", home / "data")
         assert (code, "pass --encoder image=encoder_of_trust:mean" in printed) == (2, True), printed
         for wrong in ("image=statistics", "sound=statistics"):
-            assert mmaudit(*command, "--data", home / "data", "--encoder", wrong)[0] == 2
-    words = ("--data", home / "data", "--encoder", "image=encoder_of_trust:mean")
-    assert mmaudit(*tune, *words)[0] == 0
+            assert mmaudit(*words, "--data", home / "data", "--encoder", wrong)[0] == 2
+    assert mmaudit(*tune, "--data", home / "data", "--encoder", "image=encoder_of_trust:mean")[0] == 0
     assert mmaudit("replay", "all", "--run", run)[0] == 0
     assert mmaudit("report", "--run", run)[0] == 0
     shutil.rmtree(home / "spoiled", ignore_errors=True)
