@@ -1,12 +1,13 @@
-"""Damaged and hostile inputs: does every command end in one line? Exit 1 if any input does not.
+"""Run every command on damaged and hostile inputs, each of which must be handled or refused in one line.
 
 Run with: python benchmarks/fuzz.py [--inputs N] [--seed N] [--only KIND[:NUMBER]] [--jobs N] [--keep DIR] [--minutes M]
 
 Each input (a table, a manifest, a config, a sound ...) is written and read in a forked child of a process that has
 imported mmaudit already. An input is handled well if the command ends with 0, 2 or 3 and without a traceback, within
 60 s and 1 GB, prints an error as one line without control characters, runs no code that only the input names, and
-reads and writes nothing outside its folder. Options that write name nothing outside it. The same seed gives the same
-inputs. `--keep` stores what failed, with the command in `cmd`; `--only KIND:NUMBER` runs one input again.
+reads and writes nothing outside its folder. No option of a command names a file outside that the command would write.
+The same seed gives the same inputs. `--keep` stores what failed, with the command in `cmd`; `--only KIND:NUMBER` runs
+one input again. The exit code is 1 if any input fails. Linux only.
 """
 
 from __future__ import annotations
