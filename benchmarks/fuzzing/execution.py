@@ -17,16 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-HANG_SECONDS = 60
-MAX_PEAK_BYTES = 10**9
+from .faults import GENERATOR_FAILED, HANG_SECONDS, SECRET, fault_of, read_text
+
 _MAX_FILE_BYTES = 1 << 30
 _MAX_KEPT_BYTES = 100 << 20
 _ROOM_BYTES = 6 << 30  # of addresses beyond those of the parent: what would fill the machine ends in a MemoryError
-_GENERATOR_FAILED = 97
-_SECRET = b"SECRET-THAT-NO-COMMAND-MAY-COPY"
 _HOSTILE_CODE = "import pathlib\npathlib.Path('../executed').touch()\n\ndef run(*_):\n    return [0.0]\n"
-
-_ROOT = f"{Path(__file__).resolve().parents[2]}/"
 
 Generate = Callable[[random.Random], list[str]]
 
@@ -82,7 +78,7 @@ def run_command(argv: list[str], folder: Path) -> None:
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, 3):
-        last = _read(folder / "stderr").strip().rpartition("\n")[2]
+        last = read_text(folder / "stderr").strip().rpartition("\n")[2]
         raise RuntimeError(f"mmaudit {shlex.join(argv)} ended with {code} while the seeds were made: {last}")
 
 
@@ -90,8 +86,8 @@ def _prepare(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("input", "outside"):
         (folder / name).mkdir(parents=True)
-    (folder / "outside" / "secret.txt").write_bytes(_SECRET)
-    (folder / "outside" / "secret.wav").write_bytes(_SECRET)
+    (folder / "outside" / "secret.txt").write_bytes(SECRET)
+    (folder / "outside" / "secret.wav").write_bytes(SECRET)
     (folder / "input" / "hostile_code.py").write_text(_HOSTILE_CODE, encoding="utf-8")
 
 
@@ -120,7 +116,7 @@ def _run_child(folder: Path, generate: Generate, *, rng_seed: str) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(_GENERATOR_FAILED)
+        os._exit(GENERATOR_FAILED)
     code = _call_main(argv, folder / "traceback")
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -187,9 +183,9 @@ def _is_small_file(path: Path) -> bool:
 
 def _judge(folder: Path, *, name: str, kind: str, status: int, seconds: float, peak: int) -> Outcome:
     code = os.waitstatus_to_exitcode(status)
-    argv = tuple(shlex.split(_read(folder / "cmd").removeprefix("cd input && "))[1:])
-    fault, group, detail = _fault_of(folder, code, argv, peak)
-    detail = detail or _read(folder / "stderr").strip().rpartition("\n")[2][:300]
+    argv = tuple(shlex.split(read_text(folder / "cmd").removeprefix("cd input && "))[1:])
+    fault, group, detail = fault_of(folder, code, argv, peak)
+    detail = detail or read_text(folder / "stderr").strip().rpartition("\n")[2][:300]
     return Outcome(
         name=name,
         kind=kind,
@@ -201,102 +197,3 @@ def _judge(folder: Path, *, name: str, kind: str, status: int, seconds: float, p
         group=group,
         detail=detail,
     )
-
-
-def _fault_of(folder: Path, code: int, argv: tuple[str, ...], peak: int) -> tuple[str, str, str]:
-    """Return what is wrong with a child's end as (fault, group, detail); ("", "", "") where nothing is."""
-    command = argv[0] if argv else "?"
-    stderr = _read(folder / "stderr")
-    last = stderr.strip().rpartition("\n")[2][:300]
-    if code == _GENERATOR_FAILED:
-        return "generator", last, stderr[-2000:]
-    if escape := _escape_of(folder, command, argv):
-        return escape
-    if code in (-signal.SIGALRM, -signal.SIGXCPU):
-        return "hang", _crash_frame(folder / "crash"), f"{command} did not end within {HANG_SECONDS} s"
-    if code < 0:
-        return "signal", f"{signal.Signals(-code).name} in {_crash_frame(folder / 'crash')}", command
-    if code not in (0, 2, 3) or "Traceback (most recent call last)" in stderr:
-        return "traceback", _frame(_read(folder / "traceback") or stderr), last
-    if peak > MAX_PEAK_BYTES:
-        return "memory", f"{command}, exit {code}", f"{peak / 1e9:.2f} GB; {last}"
-    return _fault_of_words(folder, code, command, stderr) or ("", "", "")
-
-
-def _fault_of_words(folder: Path, code: int, command: str, stderr: str) -> tuple[str, str, str] | None:
-    """Return what is wrong with the printed text: an error of several lines, or control characters."""
-    text = stderr + _read(folder / "stdout")
-    control = sorted(
-        {f"{ord(char):#04x}" for char in text if (ord(char) < 32 and char not in "\n\t") or 127 <= ord(char) < 160}
-    )
-    if control:
-        return "message", f"{command} prints control characters", ", ".join(control)
-    lines = stderr.rstrip("\n").split("\n")
-    wanted = {2: "error: ", 3: "failed: "}.get(code)
-    if wanted is None or "Usage: " in stderr:
-        return None
-    starts = [number for number, line in enumerate(lines) if line.startswith(wanted)]
-    if starts != [len(lines) - 1]:
-        return "message", f"{command}, exit {code}: not one line", stderr[-300:]
-    return None
-
-
-def _escape_of(folder: Path, command: str, argv: tuple[str, ...]) -> tuple[str, str, str] | None:
-    """Return what the files show of an input that got its way: its code has run, or files outside were used."""
-    names = {path.name for path in folder.iterdir()} - {
-        "input",
-        "outside",
-        "stdout",
-        "stderr",
-        "cmd",
-        "crash",
-        "traceback",
-    }
-    if "executed" in names:
-        return "escape", f"{command} runs code that only the input names", " ".join(argv)[:200]
-    outside = {path.name: path.read_bytes() for path in (folder / "outside").iterdir() if path.is_file()}
-    if names or outside != {"secret.txt": _SECRET, "secret.wav": _SECRET}:
-        return "escape", f"{command} writes outside its folder", ", ".join(sorted(names | set(outside)))
-    if command == "export" and any(_SECRET in path.read_bytes() for path in _plain_files(folder / "input")):
-        return "escape", f"{command} copies a file from outside", " ".join(argv)[:200]
-    return None
-
-
-def _plain_files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-
-
-def _crash_frame(log: Path) -> str:
-    """Return the innermost frame of ours in a dump of `faulthandler`, as file:line and function."""
-    frames = [line.strip() for line in _read(log).splitlines() if line.startswith('  File "')]
-    ours = [frame for frame in frames if _is_ours(frame)]
-    return _short((ours or frames or ["?"])[0])
-
-
-def _frame(text: str) -> str:
-    """Return the innermost frame of ours in a traceback and the type of the exception."""
-    text = text.rpartition("Traceback (most recent call last)")[2]
-    lines = text.splitlines()
-    frames = [line.strip() for line in lines if line.strip().startswith('File "')]
-    ours = [frame for frame in frames if _is_ours(frame)]
-    names = [line.partition(":")[0] for line in lines if line and not line.startswith((" ", "Traceback"))]
-    deepest = _short(frames[-1]) if frames else "?"
-    own = _short(ours[-1]) if ours else "?"
-    return f"{names[-1] if names else '?'} in {own}" + ("" if own == deepest else f" (raised in {deepest})")
-
-
-def _is_ours(frame: str) -> bool:
-    return _ROOT in frame and "site-packages" not in frame
-
-
-def _short(frame: str) -> str:
-    """Return `cli/run.py:12 record` of `File "/x/cli/run.py", line 12, in record`."""
-    path, _, rest = frame.removeprefix('File "').partition('"')
-    for root in (_ROOT, "/site-packages/"):
-        path = path.rpartition(root)[2] if root in path else path
-    number = rest.partition("line ")[2].partition(",")[0].partition(" ")[0]
-    return f"{path}:{number} {rest.rpartition(' ')[2]}".strip()
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
