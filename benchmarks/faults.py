@@ -1,13 +1,14 @@
-"""Runs that are killed, interrupted, out of disk or two at once: is anything lost, cut short or left behind?
+"""Commands that are killed, interrupted, out of disk or two at once: what is lost, cut short or left behind.
 
 Run with: python benchmarks/faults.py [--points 20] [--full-points 10] [--minutes M] [--seed 0] [--only score,pairs]
 Each command (score, score --overwrite, split, finetune, export ...) gets SIGKILL, SIGTERM and SIGINT at `--points`
 points each, half of them just before one of its file operations, half at a time of its duration; and a disk that is
 full at `--full-points` sizes: a tmpfs in a mount namespace of its own where root allows, else RLIMIT_FSIZE. After each
 fault the folder is checked, the same command runs again, and the bytes are compared with those of an undisturbed run:
-all files, but for `seconds` in run.json and metrics.json. Pairs of commands run at once, also as process 1 of two
-containers, and must leave what they leave one after the other. Prints Markdown tables; the exit code is 1 if anything
-in them is not 0, and every fault can be repeated by itself with `--repeat` and the words printed for it.
+all files, but for `seconds` in run.json and metrics.json; checkpoints are compared by what they hold. Pairs of commands
+run at once, also as process 1 of two containers, and must leave what they leave one after the other. Prints a Markdown
+table; the exit code is 1 if anything in it is not 0 or a fault was never struck. A fault is repeated by itself with
+`--repeat` and the words that were printed for it.
 """
 
 from __future__ import annotations
@@ -107,9 +108,9 @@ def row_of_pair(cases: Cases, pair: Pair, operations: list[int]) -> Row:
     return row
 
 
-def repeat(cases: Cases, reader: Reader, words: str, options: argparse.Namespace) -> Iterator[Row]:
+def repeat(cases: Cases, reader: Reader, options: argparse.Namespace) -> Iterator[Row]:
     """Yield the row of one fault: COMMAND:SIGNAL:opN, COMMAND:SIGNAL:tSHARE[:group], COMMAND:full:BYTES or PAIR:opN."""
-    name, _, text = words.partition(":")
+    name, _, text = options.repeat.partition(":")
     if name in (pair.name for pair in PAIRS):
         pair = next(pair for pair in PAIRS if pair.name == name)
         yield row_of_pair(cases, pair, [int(text.removeprefix("op"))])
@@ -123,7 +124,7 @@ def repeat(cases: Cases, reader: Reader, words: str, options: argparse.Namespace
         struck = strike(tested, Point.parse(text))
         damage = None if struck is None else struck[0]
     if damage is not None:
-        row.add(damage, repeat=words)
+        row.add(damage, repeat=options.repeat)
     yield row
 
 
@@ -139,7 +140,7 @@ def rows(cases: Cases, reader: Reader, options: argparse.Namespace) -> Iterator[
         yield undisturbed
         yield from rows_of(tested, options, budget, commands_left=len(commands) - index + len(pairs) // 3)
     for pair in pairs:
-        if pair.containers is not None and not options.by_mount:
+        if pair.containers is not None and not options.can_mount:
             print(f"{pair.name}: left out, since containers need root and unshare", flush=True)
             continue
         count = min(_PAIR_RUNS, options.points)
@@ -159,9 +160,7 @@ def main(options: argparse.Namespace) -> int:
         bench = Bench(python=options.python, scratch=Path(scratch).resolve())
         cases, reader = Cases(bench), Reader(bench)
         try:
-            for row in (
-                repeat(cases, reader, options.repeat, options) if options.repeat else rows(cases, reader, options)
-            ):
+            for row in (repeat if options.repeat else rows)(cases, reader, options):
                 print(f"  {row}", flush=True)
                 done.append(row)
         finally:
@@ -171,7 +170,10 @@ def main(options: argparse.Namespace) -> int:
     failed = {column: sum(row.failed[column] for row in done) for column in COLUMNS}
     print(f"\n{sum(row.strikes for row in done)} strikes, seed {options.seed}, {time.monotonic() - started:.0f} s")
     print(", ".join(f"{count} {column}" for column, count in failed.items()))
-    return int(any(failed.values()))
+    missed = [f"{row.command}, {row.fault}" for row in done if not row.strikes]
+    if missed:
+        print(f"never struck: {'; '.join(missed)}")
+    return int(any(failed.values()) or bool(missed))
 
 
 if __name__ == "__main__":
@@ -182,10 +184,12 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="with commas: starts of commands' names, names of pairs, or pairs for all")
     parser.add_argument("--repeat", help="one fault by itself, in the words that it was printed with")
+    parser.add_argument("--file-limit", action="store_true", help="RLIMIT_FSIZE also where a tmpfs can be mounted")
     parser.add_argument("--python", default=sys.executable, help="the interpreter whose mmaudit is tested")
     parsed = parser.parse_args()
-    parsed.by_mount = os.geteuid() == 0 and shutil.which("unshare") is not None
-    if parsed.by_mount and _NAMESPACE not in os.environ:
+    parsed.can_mount = os.geteuid() == 0 and shutil.which("unshare") is not None
+    parsed.by_mount = parsed.can_mount and not parsed.file_limit
+    if parsed.can_mount and _NAMESPACE not in os.environ:
         arguments = ["unshare", "--mount", sys.executable, *sys.argv]
         os.execvpe(arguments[0], arguments, {**os.environ, _NAMESPACE: "1"})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that scratch is removed and no process left
