@@ -48,6 +48,7 @@ def read_table(path: Path, *, error: type[MmauditError]) -> pa.Table:
     with open_parquet(path, error=error) as file:
         table = _plain(file.read())
         table.validate(full=True)
+        _check_number(table.num_rows, file.metadata.num_rows)
     return table
 
 
@@ -64,9 +65,13 @@ def read_batches(
     """Read a file in batches of at most `rows`; columns in `dictionary` are given as codes of their values."""
     with open_parquet(path, error=error, dictionary=dictionary, buffer_bytes=buffer_bytes) as file:
         names = None if columns is None else list(columns)
+        groups = range(file.num_row_groups) if row_groups is None else row_groups
+        number = 0
         for batch in file.iter_batches(batch_size=rows, columns=names, row_groups=row_groups):
             batch.validate(full=True)  # what is no UTF-8 would else fail wherever it is made a str
+            number += len(batch)
             yield _plain(pa.Table.from_batches([batch]))
+        _check_number(number, sum(file.metadata.row_group(group).num_rows for group in groups))
 
 
 def read_schema(path: Path | str, *, error: type[MmauditError]) -> pa.Schema:
@@ -80,6 +85,7 @@ def read_row_group(path: Path | str, number: int, *, columns: Sequence[str], err
     with open_parquet(path, error=error) as file:
         table = _plain(file.read_row_group(number, columns=list(columns)))
         table.validate(full=True)
+        _check_number(table.num_rows, file.metadata.row_group(number).num_rows)
     return table
 
 
@@ -142,6 +148,12 @@ def _check_names(schema: pa.Schema, path: Path | str, *, error: type[MmauditErro
     names = schema.names  # a name that is no UTF-8 fails only when it is read
     if repeated := next((name for name, number in Counter(names).items() if number > 1), None):
         raise error(f"{path} has {names.count(repeated)} columns {repeated}: name each once")
+
+
+def _check_number(number: int, stated: int) -> None:
+    """Raise ValueError where pages hold other rows than the footer says: Arrow then gives fewer, without a word."""
+    if number != stated:
+        raise ValueError(f"its footer says {stated:,} rows, and its pages hold {number:,}")
 
 
 def _check_footer(footer: pq.FileMetaData, *, size: int) -> None:

@@ -135,17 +135,21 @@ def _reason(path: Path, error: Exception) -> str:
     kinds: dict[str, tuple[str, int]] = {}
     try:
         for number, text in numbered_lines(path):
-            for key, value in parse_line(number, text).items():
-                kind = _kind(value)
-                first, line = kinds.setdefault(key, (kind, number)) if kind else ("", 0)
-                if kind and kind != first:
+            for key, kind in _kinds(parse_line(number, text), ""):
+                first, line = kinds.setdefault(key, (kind, number))
+                if kind != first:
                     return f"line {number}: {key!r} is {kind}, and {first} in line {line}"
     except (OSError, ValueError) as wrong:
         return str(wrong)
     return (str(error).splitlines() or ["damaged"])[0]
 
 
-def _kind(value: Any) -> str:
-    """Return what kind of value JSON has here; "" for null."""
+def _kinds(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield the kind of each value, null left out, and the key that it stands under."""
     kinds = ((bool, "true or false"), ((int, float), "a number"), (str, "text"), (list, "a list"), (dict, "an object"))
-    return next((name for type_, name in kinds if isinstance(value, type_)), "")
+    if kind := next((name for type_, name in kinds if isinstance(value, type_)), ""):
+        yield key, kind
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        yield from _kinds(inner, f"{key}.{name}" if key else name)
+    for inner in value if isinstance(value, list) else ():
+        yield from _kinds(inner, f"{key}[]")
