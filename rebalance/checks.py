@@ -83,7 +83,7 @@ class CheckedFile:
 
     def read_all(self, ids: Spill, number: int) -> None:
         """Look at every row once."""
-        for table in prefetched(regrouped(batches_of(self.path))):
+        for table in prefetched(regrouped(batches_of(self.path, as_stored=True))):
             self.digest.add(table)
             self._note_nulls(table)
             self._note_ranges(table)

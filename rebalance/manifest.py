@@ -58,6 +58,7 @@ DROPPED_COLUMNS = {
     "threshold": pa.float64(),
 }
 
+_TYPES = {**COLUMNS, **DROPPED_COLUMNS}
 _MAYBE_TEXT = (str, type(None))
 _RECIPE: Shape = {  # what `recipe_of` reads is checked there, against the types of a Recipe
     "seed": int,
@@ -186,9 +187,17 @@ def rows_of(path: Path) -> dict[str, Any]:
     return parse_provenance(metadata, error=ManifestError, where=str(path), key=ROWS_KEY.encode(), shape=ROWS)
 
 
-def batches_of(path: Path, *, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """Read a manifest, or its dropped rows, a batch at a time; ManifestError where that cannot be done."""
-    yield from read_batches(path, error=ManifestError, rows=GROUP_ROWS, columns=columns)
+def batches_of(path: Path, *, columns: list[str] | None = None, as_stored: bool = False) -> Iterator[pa.Table]:
+    """Read a manifest, or its dropped rows, a batch at a time; ManifestError where that cannot be done.
+
+    Columns of a manifest come in the types that it is written with; `as_stored`: in those that the file has.
+    """
+    if not as_stored:
+        schema = schema_of(path)
+        names = schema.names if columns is None else columns
+        check_types(schema, where=str(path), columns={name: _TYPES[name] for name in names if name in _TYPES})
+    for table in read_batches(path, error=ManifestError, rows=GROUP_ROWS, columns=columns):
+        yield table if as_stored else cast_columns(table, where=str(path))
 
 
 def check_columns(schema: pa.Schema, *, where: str, columns: Mapping[str, pa.DataType] = COLUMNS) -> None:
@@ -214,11 +223,10 @@ def check_types(schema: pa.Schema, *, where: str, columns: Mapping[str, pa.DataT
 
 def cast_columns(table: pa.Table, *, where: str) -> pa.Table:
     """Return the columns of a manifest in the types that it is written with, whatever rewrote the file since."""
-    types = {**COLUMNS, **DROPPED_COLUMNS}
     try:
         for place, field in enumerate(table.schema):
-            if field.type != types.get(field.name, field.type):
-                table = table.set_column(place, field.name, table.column(place).cast(types[field.name]))
+            if field.type != _TYPES.get(field.name, field.type):
+                table = table.set_column(place, field.name, table.column(place).cast(_TYPES[field.name]))
     except pa.ArrowException as cause:
         raise ManifestError(f"{where}: column {field.name} cannot be read: {str(cause).splitlines()[0]}") from cause
     return table
