@@ -78,7 +78,7 @@ def overlap(means: Sequence[Floats], deviations: Sequence[Floats]) -> Floats:
 def fuse(probabilities: Sequence[Floats]) -> Floats:
     """Fuse by the mean of the log probabilities, renormalised, (n, k): mmaudit's stand-in for a fused model."""
     logs = np.stack([np.log(np.maximum(each, LEAST)) for each in probabilities])
-    there = ~np.isnan(logs)  # a missing modality says nothing
+    there = ~np.isnan(logs[:, :, :1])  # a missing modality says nothing, of any class
     mean = np.where(there, logs, 0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
     mean -= mean.max(axis=1, keepdims=True)
     fused = np.exp(mean)

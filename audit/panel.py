@@ -17,7 +17,7 @@ from .probing.linear import LinearProbe
 from .probing.mlp import MlpProbe
 from .probing.probe import Probe
 from .probing.target import Target
-from .readings import Reading, likelihoods, read_logits, right_of
+from .readings import Reading, likelihoods, probability_of, read_logits, right_of
 
 CALIBRATION_ROWS = 20_000  # by hash of the id; one number a probe is not worth more
 _CALIBRATION_LOGITS = 1 << 24  # 20,000 rows of 838 outputs; of 5,000, 3,355 rows: the temperature is known to 2%
@@ -123,8 +123,7 @@ def seat_member(
     found = Calibration(num_rows=len(rows), temperature=float(by_fold.mean()), ece_before=None, ece_after=None)
     if target.task != "regression":
         before, after = (
-            _error(read_logits(logits, each, truth).probability, truth)
-            for each in (np.ones(len(rows), np.float32), scale[rows])
+            _error(probability_of(logits, each, truth), truth) for each in (np.ones(len(rows), np.float32), scale[rows])
         )
         found = replace(found, ece_before=before, ece_after=after)
     return Member(name=name, inputs=inputs, present=present, probe=probe, scale=scale, calibration=found)

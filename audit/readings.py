@@ -44,7 +44,7 @@ def read_logits(logits: Floats, scale: Floats, target: Target, *, least_scale: f
     of the true value under a Gaussian around the prediction, in units of the highest density that the best modality
     reaches; `least_scale` is that modality's standard deviation. The latter two forms are mmaudit's.
     """
-    mean = logits.mean(axis=0)
+    mean = _mean_of(logits)
     by_round = likelihoods(logits, scale, target, least_scale=least_scale)
     confidence = by_round[0] if len(logits) == 1 else _likelihood(mean, scale, target, least_scale)
     reads = {"classification": _read_classes, "multilabel": _read_labels, "regression": _read_values}
@@ -56,12 +56,22 @@ def likelihoods(logits: Floats, scale: Floats, target: Target, *, least_scale: f
     return np.stack([_likelihood(outputs, scale, target, least_scale) for outputs in logits])
 
 
+def probability_of(logits: Floats, scale: Floats, target: Target) -> Floats:
+    """Return the probabilities (b, k) of classes or labels under outputs (r, b, k)."""
+    scaled = _mean_of(logits) / scale[:, None]
+    return np.asarray(softmax(scaled, axis=1) if target.values is None else expit(scaled))
+
+
 def right_of(logits: Floats, scale: Floats, target: Target) -> Floats:
     """Return what the metric of classes or labels is the mean of, (b,) in [0, 1], of outputs (r, b, k)."""
-    mean = logits.mean(axis=0)
     if target.values is None:
-        return np.asarray(softmax(mean / scale[:, None], axis=1).argmax(axis=1) == target.label, dtype=np.float32)
-    return np.asarray(((mean > 0) == (target.values > 0.5)).mean(axis=1, dtype=np.float32))
+        return np.asarray(XX)
+    return np.asarray(((_mean_of(logits) > 0) == (target.values > 0.5)).mean(axis=1, dtype=np.float32))
+
+
+def _mean_of(logits: Floats) -> Floats:
+    """Return the mean (b, k) of outputs (r, b, k), of one round without a copy."""
+    return logits[0] if len(logits) == 1 else np.asarray(logits.mean(axis=0))
 
 
 def _likelihood(logits: Floats, scale: Floats, target: Target, least_scale: float) -> Floats:

@@ -79,15 +79,17 @@ def ask_own(crossings: Sequence[Crossing], rows: Rows, ask: Callable[[int, Tenso
 
     `ask` gives the logits (c, k) of a probe, by number, for some of the rows, given by their places (c,).
     """
-    rounds, first = [], 0
-    for crossing in crossings:
+    out: Tensor | None = None
+    first = 0
+    for index, crossing in enumerate(crossings):
         fold = crossing.fold[rows]
         order = torch.from_numpy(np.argsort(fold, kind="stable"))
         ends = np.cumsum(np.bincount(fold, minlength=crossing.num_folds))
-        found = [ask(first + j, mine) for j, mine in enumerate(torch.tensor_split(order, torch.from_numpy(ends[:-1])))]
-        together = torch.cat(found)
-        out = torch.empty_like(together)
-        out[order.to(out.device)] = together
-        rounds.append(out)
+        for probe, places in enumerate(torch.tensor_split(order, torch.from_numpy(ends[:-1])), start=first):
+            logits = ask(probe, places)
+            if out is None:
+                out = logits.new_empty(len(crossings), len(rows), logits.shape[1])
+            out[index, places.to(out.device)] = logits
         first += crossing.num_folds
-    return torch.stack(rounds)
+    assert out is not None
+    return out
