@@ -65,7 +65,8 @@ def probability_of(logits: Floats, scale: Floats, target: Target) -> Floats:
 def right_of(logits: Floats, scale: Floats, target: Target) -> Floats:
     """Return what the metric of classes or labels is the mean of, (b,) in [0, 1], of outputs (r, b, k)."""
     if target.values is None:
-        return np.asarray(XX)
+        predicted = probability_of(logits, scale, target).argmax(axis=1)
+        return np.asarray(predicted == target.label, dtype=np.float32)
     return np.asarray(((_mean_of(logits) > 0) == (target.values > 0.5)).mean(axis=1, dtype=np.float32))
 
 
