@@ -79,6 +79,6 @@ def test_sums_are_the_same_in_any_number_of_threads() -> None:
     for number in (1, 2, 3):
         torch.set_num_threads(number)
         with fixed_threads():
-            found.append(sum(parallel_map(lambda part: part.T @ part, rows.split(1_000)), torch.zeros(16, 16)))
+            found.append(sum(parallel_map(lambda part: part.T @ part, torch.split(rows, 1_000)), torch.zeros(16, 16)))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
