@@ -10,7 +10,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..audit.errors import ConfigError, ManifestError, RunError
-from ..audit.locks import WAIT_SECONDS, write_lock
+from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..rebalance.card import card as write_card
 from ..rebalance.curriculum import batch_of, id_key, num_steps, order_of
 from ..rebalance.diff import diff as compare
@@ -27,6 +27,7 @@ from ..rebalance.recipe import Recipe, Split, make_split, recipe_of
 from ..rebalance.shards import ScoreShards, open_scores
 from .config import RunConfig
 from .run import Run
+from .swap import replacing_manifest
 from .trust import home_of, origin_of, printable, sign_manifest
 
 # What decodes or learns is imported where it is used: a split of 10^8 rows needs neither it nor its memory.
@@ -78,10 +79,21 @@ def split(
         scores = place.scores_file
     shards = open_scores(scores, seed=config.seed)
     named = scores if isinstance(scores, (str, Path)) else None
-    with _locked_manifests(place, dry=dry) as path_of:
-        made = make_split(shards, recipe, path_of, scratch=place.folder, name=name, scores=named, dry=dry)
+    with _staged_manifest(place, dry=dry) as path_of:
+        made = make_split(
+            shards,
+            recipe,
+            path_of,
+            scratch=place.folder,
+            name=name,
+            scores=named,
+            beside=place.manifests_folder,
+            dry=dry,
+        )
         if made.path is not None:
-            sign_manifest(made.path, run=place.folder, scores=None if named is None else Path(named))
+            path = place.manifest(made.path.stem)
+            sign_manifest(made.path, path, run=place.folder, scores=None if named is None else Path(named))
+            made = replace(made, path=path)
     if balanced and between is None and len(shards.modalities) > 2:
         log.info(
             "of %d modalities, %s is the pair with the largest balanced split; choose another with --between",
@@ -93,19 +105,26 @@ def split(
 
 
 @contextmanager
-def _locked_manifests(place: Run, *, dry: bool) -> Iterator[Callable[[str], Path]]:
-    """Yield where a manifest lies by its name, and lock what is asked for; the scores meanwhile stay as they are."""
+def _staged_manifest(place: Run, *, dry: bool) -> Iterator[Callable[[str], Path]]:
+    """Yield where to write the manifest of a name, which is locked then; it replaces an older one at the end.
+
+    The run's scores stay as they are meanwhile.
+    """
     with ExitStack() as stack:
 
-        def lock(scope: str) -> None:
-            command = "mmaudit split"
-            stack.enter_context(write_lock(place.folder, scope, command=command, wait_seconds=WAIT_SECONDS))
+        def lock(scope: str) -> Lock:
+            return stack.enter_context(
+                write_lock(place.folder, scope, command="mmaudit split", wait_seconds=WAIT_SECONDS)
+            )
 
         def path_of(name: str) -> Path:
             path = place.manifest(name)
-            if not dry:
-                lock(f"manifests/{name}")
-            return path
+            if dry:
+                return path
+            held = lock(f"manifests/{name}")
+            if path.exists():
+                log.info("%s is replaced", path)
+            return stack.enter_context(replacing_manifest(place.folder, name, lock=held)) / path.name
 
         if not dry:
             lock(f"manifests/.{secrets.token_hex(4)}")  # overlaps with the whole run, and with no other split

@@ -65,13 +65,18 @@ class Run:
         """The report, one self-contained page; report.json beside it has its numbers."""
         return self.folder / "report.html"
 
+    @property
+    def manifests_folder(self) -> Path:
+        """The manifests, each with its dropped rows and its numbers."""
+        return self.folder / "manifests"
+
     def manifest(self, name: str) -> Path:
         """Give the file of a manifest by name."""
-        return self.folder / "manifests" / f"{_checked(name)}.parquet"
+        return self.manifests_folder / f"{_checked(name)}.parquet"
 
     def manifests(self) -> list[Path]:
         """List the manifests there are, by name."""
-        found = (self.folder / "manifests").glob("*.parquet")
+        found = self.manifests_folder.glob("*.parquet")
         return sorted(path for path in found if not path.name.endswith(".dropped.parquet") and path.name[0] != ".")
 
     def finetune(self, name: str) -> Path:
@@ -118,7 +123,7 @@ class Run:
     def check_links(self) -> None:
         """Raise RunError for a file that a report would read or write through a link out of the run folder."""
         names = [self.record_file, self.scores_file, self.quarantine_file, self.mixture_file, self.recovery_file]
-        inside = [*(self.folder / "manifests").glob("*"), *(self.folder / "finetune").glob("*/*"), self.figures]
+        inside = [*self.manifests_folder.glob("*"), *(self.folder / "finetune").glob("*/*"), self.figures]
         home = self.folder.resolve()
         for path in (*names, *inside):
             if not path.resolve().is_relative_to(home):

@@ -73,8 +73,10 @@ def own_record(folder: Path) -> tuple[dict[str, Any] | None, str]:
     return record, ""
 
 
-def sign_manifest(path: Path, *, run: Path, scores: Path | None) -> None:
+def sign_manifest(staged: Path, path: Path, *, run: Path, scores: Path | None) -> None:
     """Sign a manifest that `split` has just made, in NAME.balance.json; `scores` is the file it was made from, if any.
+
+    It is written in `staged`, and signed for `path`, where it comes to lie.
 
     Only one that was made from the very table that the run's record is signed with is bound to that record.
     """
@@ -84,7 +86,7 @@ def sign_manifest(path: Path, *, run: Path, scores: Path | None) -> None:
         record, doubt = None, "it was made from other scores than its run's"
     if record is not None and file_digest(table) != record["signature"]["scores"]:
         record, doubt = None, f"{table} is not the table that was scored"
-    stated = rows_of(path)
+    stated = rows_of(staged)
     signature = {
         "rows": stated["digest"],
         "metadata": stated["metadata"],
@@ -93,10 +95,10 @@ def sign_manifest(path: Path, *, run: Path, scores: Path | None) -> None:
     code = sign(_manifest_content(path, signature))
     if record is None:
         log.info("%s does not decide what is opened or run: %s", path, doubt)
-    numbers = read_json(balance_path(path), error=ManifestError)
+    numbers = read_json(balance_path(staged), error=ManifestError)
     source = {} if record is None else {"source": record["source"]}
     signed = {} if code is None else {"signature": {**signature, "hmac": code}}
-    write_json({**numbers, **source, **signed}, balance_path(path))
+    write_json({**numbers, **source, **signed}, balance_path(staged))
 
 
 def origin_of(path: Path, provenance: dict[str, Any], digests: Digests) -> Origin:

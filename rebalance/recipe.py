@@ -106,10 +106,9 @@ def make_split(
         extra |= {"curve": [asdict(point) for point in rule.curve(choice.counts)], "grid": rule.config.grid}
     num_bins = rule.num_bins if isinstance(rule, Balanced) else _BINS
     path = place(name)
-    _check_place(path, recipe)
-    if path.exists() and not dry:
-        log.info("%s is replaced", path)
-    record = _record(recipe, folder=beside or path.parent, scores=scores)
+    folder = beside or path.parent
+    _check_place(folder / path.name, recipe)
+    record = _record(recipe, folder=folder, scores=scores)
     numbers = write_split(choice, None if dry else path, name=name, recipe=record, num_bins=num_bins) | extra
     if not dry:
         write_json({**numbers, "recipe": record, "digest": rows_of(path)["digest"]}, balance_path(path))

@@ -12,7 +12,7 @@ from mmaudit.audit.errors import RunError
 from mmaudit.audit.locks import write_lock
 from mmaudit.cli import swap
 from mmaudit.cli.run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run
-from mmaudit.cli.swap import complete_swaps, new_finetune, replacing, swap_finetune
+from mmaudit.cli.swap import complete_swaps, new_finetune, replacing, replacing_manifest, swap_finetune
 
 OLD = {
     **{name: "old" for name in (*SCORE_FILES, "report.html", "report.json", "recovery.json")},
@@ -161,8 +161,57 @@ def test_what_cannot_be_completed_is_not_read(tmp_path: Path, monkeypatch: pytes
         raise PermissionError(30, "Read-only file system")
 
     monkeypatch.setattr(swap, "write_lock", refuse)
-    with pytest.raises(RunError, match=r"score --overwrite was interrupted .*\(Read-only file system\)"):
+    with pytest.raises(RunError, match=r"was interrupted while it replaced the run, .*\(Read-only file system\)"):
         Run.open(tmp_path)
+
+
+MANIFEST = ("manifests/a.parquet", "manifests/a.dropped.parquet", "manifests/a.balance.json")
+
+
+def replace_manifest(folder: Path, name: str = "a") -> None:
+    scope = f"manifests/{name}"
+    with (
+        write_lock(folder, scope, command="mmaudit split") as lock,
+        replacing_manifest(folder, name, lock=lock) as new,
+    ):
+        fill(new, {Path(file).name.replace("a", name, 1): "new" for file in MANIFEST})
+
+
+def test_a_kill_at_any_moment_leaves_the_old_manifest_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = iter(range(1_000))
+    folder = tmp_path / "first"
+    old = {**OLD, **dict.fromkeys(MANIFEST, "old"), "manifests/b.parquet": "kept"}
+    expected = {**old, **dict.fromkeys(MANIFEST, "new")}
+
+    def work() -> None:
+        nonlocal folder
+        folder = tmp_path / str(next(numbers))
+        fill(folder, old)
+        replace_manifest(folder)
+
+    states = set()
+    for _ in interruptions(monkeypatch, work):
+        if (folder / MANIFEST[0]).exists():
+            assert visible(folder) in (old, expected)
+        complete_swaps(folder)
+        assert visible(folder) in (old, expected)
+        states.add(visible(folder)[MANIFEST[0]])
+        replace_manifest(folder)
+        assert content(folder) == expected
+    assert states == {"old", "new"}
+    assert content(folder) == expected
+
+
+def test_what_a_killed_split_wrote_aside_is_removed_by_the_next_one_of_any_name(tmp_path: Path) -> None:
+    fill(
+        tmp_path,
+        {**OLD, "manifests/.overwrite-new-b/new/b.parquet": "half", "manifests/.overwrite-new-c/new/c.parquet": "half"},
+    )
+    with write_lock(tmp_path, "manifests/c", command="mmaudit split"):
+        replace_manifest(tmp_path)
+        assert {path.name for path in (tmp_path / "manifests").glob(".overwrite*")} == {".overwrite-new-c"}
 
 
 OLD_TUNING = {"finetune/a/metrics.json": "old", "finetune/a/extra.json": "old", "finetune/b/metrics.json": "kept"}
