@@ -174,15 +174,8 @@ def read_examples(
     """Give what a manifest, named by its file or its name in the run, trains and tests on."""
     place = Run.open(run)
     path = place.find_manifest(str(manifest))
-    return _examples_of(
-        read_manifest(path),
-        path,
-        place,
-        named or Named(),
-        config or RunConfig(),
-        num_workers=num_workers,
-        progress=progress,
-    )
+    found, named, config = read_manifest(path), named or Named(), config or RunConfig()
+    return _examples_of(found, path, place, named, config, num_workers=num_workers, progress=progress)
 
 
 @contextmanager
