@@ -87,8 +87,6 @@ def load_examples(
     """
     table, chosen = _with_dropped_test(manifest.table, dropped)
     ids = np.array(table["sample_id"].to_pylist(), dtype=object)
-    order = canonical_order(ids)
-    table, chosen, ids = table.take(order), chosen[order], ids[order]
     rows = _find_rows(ids, samples.sample_id)
     names = np.array(samples.class_names, dtype=object)[samples.label[rows]]
     content = row_content(statuses)[rows]
@@ -101,6 +99,8 @@ def load_examples(
             continue  # the manifest has splits of its own
         _check_same(what, ids, np.array(table[column].to_pylist(), dtype=object), now)
     _check_usable(ids, rows, statuses)
+    order = canonical_order(ids)  # whatever the order of the manifest, a training is the same
+    table, chosen, ids, rows, content = table.take(order), chosen[order], ids[order], rows[order], content[order]
     codes, label = np.unique(table["label"].to_numpy(), return_inverse=True)
     inputs = [FeatureMatrix.of(tasks, status, rows) for status in statuses]
     class_names = dict(zip(table["label"].to_pylist(), table["label_name"].to_pylist(), strict=True))
