@@ -12,10 +12,14 @@ MAX_BYTES = 1 << 26  # of one document: the largest of ours, the numbers of 5,00
 _SHOWN = 60  # characters of a wrong value that a message repeats
 _WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
 
-# What JSON should look like. A type, several of them (NoneType: null), or `Any`; a mapping of the keys that are known,
-# none of which has to be there, with the shape of each; a list of one shape, which is that of every entry.
+# What JSON should look like. A type, or several of them (NoneType: null); a mapping of the keys that are known, none of
+# which has to be there unless it is a `Complete` one, with the shape of each, "*": that of every other key; a list of
+# one shape, which is that of every entry.
 Shape: TypeAlias = "type | tuple[type, ...] | Mapping[str, Shape] | list[Shape]"
-ANY: tuple[type, ...] = (object,)
+
+
+class Complete(dict[str, Any]):
+    """The shape of an object that has all of these keys."""
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -49,8 +53,7 @@ def check_shape(content: Any, shape: Shape, *, key: str = "") -> None:
     if isinstance(shape, Mapping):
         if not isinstance(content, dict):
             _raise_wrong(key, content, "an object")
-        for name in shape.keys() & content.keys():
-            check_shape(content[name], shape[name], key=f"{key}.{name}" if key else name)
+        _check_keys(content, shape, key=key)
     elif isinstance(shape, list):
         if not isinstance(content, list):
             _raise_wrong(key, content, "a list")
@@ -60,9 +63,19 @@ def check_shape(content: Any, shape: Shape, *, key: str = "") -> None:
         _check_type(content, shape if isinstance(shape, tuple) else (shape,), key=key)
 
 
+def _check_keys(content: dict[str, Any], shape: Mapping[str, Shape], *, key: str) -> None:
+    lacking = [name for name in shape if name not in content] if isinstance(shape, Complete) else []
+    if lacking:
+        raise ValueError(f"{key or 'the document'} lacks {', '.join(lacking)}")
+    for name, value in content.items():
+        inner = shape.get(name, shape.get("*"))
+        if inner is not None:
+            check_shape(value, inner, key=f"{key}.{name}" if key else name)
+
+
 def _check_type(value: Any, types: tuple[type, ...], *, key: str) -> None:
     allowed = (*types, int) if float in types else types
-    wrong_bool = isinstance(value, bool) and bool not in types and object not in types
+    wrong_bool = isinstance(value, bool) and bool not in types
     if wrong_bool or not isinstance(value, allowed):
         _raise_wrong(key, value, " or ".join(_WORDS.get(type_, "null") for type_ in types))
     if isinstance(value, str) and "\0" in value:

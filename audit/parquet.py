@@ -8,6 +8,7 @@ they carry some, as ours do.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from .storage import atomic_write
 KEY = b"mmaudit"
 # Arrow raises most of these itself, and Cython the rest, when bytes are no names or sizes are no memory.
 _FAULTS = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
+_MAX_FOOTER = 1 << 26  # bytes: 10,000 columns in 50 row groups
 _MAX_ROWS_PER_BYTE = 256  # of a file: numbers that count up have some 100, and nothing else as many
 
 
@@ -103,6 +105,7 @@ def open_parquet(
     if not Path(path).is_file():
         raise error(f"no such file: {path}")
     try:
+        _check_size(Path(path))
         with pq.ParquetFile(
             path,
             pre_buffer=False,
@@ -142,6 +145,16 @@ def _plain(table: pa.Table) -> pa.Table:
         return table
     fields = [field.with_type(plain.get(field.type, field.type)) for field in table.schema]
     return table.cast(pa.schema(fields, table.schema.metadata))
+
+
+def _check_size(path: Path) -> None:
+    """Raise ValueError for a footer so large that parsing it alone would take a gigabyte."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        footer = int.from_bytes(file.read(4), "little")
+    if _MAX_FOOTER < footer <= size:
+        raise ValueError(f"its footer has {footer >> 20:,} MiB; at most {_MAX_FOOTER >> 20} are read")
 
 
 def _check_names(schema: pa.Schema, path: Path | str, *, error: type[MmauditError]) -> None:

@@ -15,6 +15,7 @@ from ..audit.errors import ManifestError
 from ..audit.storage import read_json
 from .manifest import batches_of, dropped_path, num_rows_of, provenance_of, rows_of
 from .markdown import code_span, escaped, table_of
+from .tally import NUMBERS
 
 MOST_SHORTAGES = 5  # that a card lists
 _BAR = 24  # characters of the longest bar
@@ -36,7 +37,7 @@ def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: st
     rows = num_rows_of(manifest)
     beside = manifest.with_name(f"{manifest.stem}.balance.json")
     if balance is None and beside.is_file():
-        balance = read_json(beside, error=ManifestError)
+        balance = read_json(beside, error=ManifestError, shape=NUMBERS)
     name = file_name or manifest.name
     between = str((balance or provenance).get("between", ""))
     parts = [["## Modality balance"], [_opening(name, rows, between, balance, provenance)]]
@@ -59,6 +60,8 @@ def _check(balance: dict[str, Any], rows: int, digest: object, manifest: Path) -
     missing = [key for key in _NEEDED if key not in balance]
     if missing:
         raise ManifestError(f"the numbers of {manifest} lack {', '.join(missing)}: make them anew with mmaudit split")
+    if not len(balance["counts_before"]) == len(balance["counts_after"]) == balance["bins"]:
+        raise ManifestError(f"the numbers of {manifest} do not count {balance['bins']} bins: run mmaudit split again")
     if balance["kept"] != rows or balance.get("digest", digest) != digest:
         raise ManifestError(
             f"the numbers of {manifest} are those of {balance['kept']:,} other rows than the {rows:,} it holds: "

@@ -75,6 +75,7 @@ def export(
     if first is None:
         raise ManifestError(f"{manifest} holds no rows: make it anew with mmaudit split")
     check_types(first.schema, where=str(manifest))
+    _check_plain(first.schema, manifest)
     _check_place(out, manifest, format=format, overwrite=overwrite)
     job = Job(
         manifest=manifest,
@@ -97,6 +98,15 @@ def export(
 def holds_media(manifest: Path, format: str) -> bool:
     """Return whether an export in this format holds the media that a manifest names, so that these are opened."""
     return format == "webdataset" and any(name not in COLUMNS for name in schema_of(manifest).names)
+
+
+def _check_plain(schema: pa.Schema, manifest: Path) -> None:
+    """Raise ManifestError for a column that a text file has no way to hold."""
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating)
+    for field in schema:
+        type_ = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if not (any(test(type_) for test in tests) or pa.types.is_boolean(type_) or pa.types.is_null(type_)):
+            raise ManifestError(f"{manifest}: its column {field.name} holds {type_}; export takes texts and numbers")
 
 
 def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> None:

@@ -155,7 +155,12 @@ def _rule(shards: ScoreShards, recipe: Recipe, *, name: str) -> Rule:
 def _members(shards: ScoreShards, path: Path, *, inside: bool) -> Members:
     """Read the ids of a manifest as keys: 8 bytes a row."""
     same_dataset(shards.provenance, provenance_of(path).get("scores", {}), name=str(path))
-    keys = [keys_of(batch["sample_id"], seed=shards.seed) for batch in batches_of(path, columns=["sample_id"])]
+    ids = [batch["sample_id"] for batch in batches_of(path, columns=["sample_id"])]
+    if not ids or any(column.null_count for column in ids):
+        raise ManifestError(
+            f"{path} holds {'ids that are null' if ids else 'no rows'}: make it anew with mmaudit split"
+        )
+    keys = [keys_of(column, seed=shards.seed) for column in ids]
     return Members(name=path.stem, keys=np.sort(np.concatenate(keys)), inside=inside)
 
 

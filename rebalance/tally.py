@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..audit.json_text import Complete, Shape
 from .choice import Decision
 from .levels import distance_to_uniform
 from .shards import Rows, ScoreShards
@@ -18,6 +19,41 @@ from .shards import Rows, ScoreShards
 _MOST_FINE = 1_024  # bins in whose steps KS is taken, which is right to 0.001 then
 _MOST_CELLS = 1 << 18  # of all counts together: what stays in the cache is added to ten times as quickly
 MOST_SHORTAGES = 20
+
+_EVENNESS = Complete(distance=float, ks=float, positive=float)
+NUMBERS: Shape = {  # what stands in NAME.balance.json, where some of it comes from the recipe
+    "name": str,
+    "between": str,
+    "bins": int,
+    "kept": int,
+    "dropped": int,
+    "scored": int,
+    "reasons": {"*": int},
+    "effective_size": float,
+    "before": _EVENNESS,
+    "after": _EVENNESS,
+    "distances": {"*": float},
+    "counts_before": [int],
+    "counts_after": [float],
+    "empty_bins": [int],
+    "classes": [
+        Complete(
+            name=str,
+            before=int,
+            after=float,
+            distance_before=float,
+            distance_after=float,
+            ks_before=float,
+            ks_after=float,
+            empty_bins=int,
+        )
+    ],
+    "shortages": [Complete({"class": str, "bin": int, "low": float, "high": float, "has": int, "even": float})],
+    "curve": [Complete(tolerance=float, size=int, distance=float)],
+    "grid": (bool, type(None)),
+    "recipe": {"balanced": {}},
+    "digest": str,
+}
 
 
 class Tally:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.json_text import MAX_DEPTH, Shape, check_shape, parse_data_json, parse_json
+from mmaudit.audit.json_text import MAX_DEPTH, Complete, Shape, check_shape, parse_data_json, parse_json
 from mmaudit.audit.storage import read_json
 
 VALUES = st.recursive(
@@ -87,3 +87,12 @@ def test_a_file_of_another_shape_is_named(tmp_path: Any) -> None:
         path.write_text(text)
         with pytest.raises(RunError, match=rf"run\.json cannot be read: .*{reason}"):
             read_json(path, error=RunError, shape=SHAPE)
+
+
+def test_complete_objects_lack_no_key_and_a_star_is_every_other_key() -> None:
+    shape: Shape = {"before": Complete(ks=float), "distances": {"*": float}}
+    check_shape({"before": {"ks": 1, "other": "x"}, "distances": {"train": 0.5}}, shape)
+    with pytest.raises(ValueError, match="before lacks ks"):
+        check_shape({"before": {}}, shape)
+    with pytest.raises(ValueError, match=r'distances\.test is "x"; it must be a number'):
+        check_shape({"distances": {"train": 0.5, "test": "x"}}, shape)

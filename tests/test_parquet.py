@@ -138,3 +138,12 @@ def test_metadata_of_another_shape_are_named(tmp_path: Path, text: bytes) -> Non
     pq.write_table(TABLE.replace_schema_metadata({KEY: text}), path)
     with pytest.raises(ScoreError, match=r"t\.parquet: its metadata under the key mmaudit are damaged: "):
         read_parquet(path, error=ScoreError)
+
+
+def test_a_footer_that_would_fill_the_memory_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(TABLE.replace_schema_metadata({KEY: json.dumps({"a": "x" * (3 << 20)})}), path)
+    assert read_parquet(path, error=ScoreError)[0].num_rows == 2
+    monkeypatch.setattr("mmaudit.audit.parquet._MAX_FOOTER", 1 << 20)
+    with pytest.raises(ScoreError, match=r"t\.parquet cannot be read as Parquet: its footer has \d MiB"):
+        read_parquet(path, error=ScoreError)

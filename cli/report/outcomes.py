@@ -15,6 +15,7 @@ from ...audit.storage import read_json
 from ...rebalance.manifest import batches_of, digests_of, dropped_path, num_rows_of, provenance_of, rows_of
 from ...rebalance.recipe import balance_path
 from ...rebalance.score_columns import NO_SPLIT
+from ...rebalance.tally import NUMBERS
 from ..run import Run, read_metrics
 from .findings import Numbers, finite, short
 from .uniformity import uniformity
@@ -84,7 +85,7 @@ def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:
     beside = balance_path(path)
     if not beside.exists():
         return None, "missing"
-    numbers = read_json(beside, error=RunError)
+    numbers = read_json(beside, error=RunError, shape=NUMBERS)
     return (numbers, None) if numbers.get("digest") == _digest(path) else (None, "another")
 
 
