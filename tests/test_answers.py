@@ -246,3 +246,15 @@ def test_missing_modalities_take_no_part_in_the_shapley_game() -> None:
     two = shapley_of({each: values for each, values in right.items() if 2 not in each})
     np.testing.assert_allclose(found[1::2], shapley_of(right)[1::2], atol=1e-6)
     np.testing.assert_allclose(found[::2, :2], two[::2], atol=1e-6)
+
+
+@pytest.mark.parametrize("num_outputs_at_once", [1, 100 * K])
+def test_it_does_not_matter_how_many_samples_are_asked_about_at_once(
+    num_outputs_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panel = panel_of(3, present=some_missing(3))
+    whole = answers_of(panel)
+    monkeypatch.setattr("mmaudit.audit.answers._LOGITS_AT_ONCE", num_outputs_at_once)
+    pieces = answers_of(panel)
+    for field in fields(Answers):
+        np.testing.assert_array_equal(getattr(pieces, field.name), getattr(whole, field.name), err_msg=field.name)

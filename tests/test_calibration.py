@@ -125,3 +125,13 @@ def test_of_labels_every_decision_counts() -> None:
     probability = np.array([[0.9, 0.2], [0.6, 0.4]])
     right = np.array([[1, 0], [1, 0]])
     assert expected_calibration_error(probability, right) == pytest.approx((0.1 + 0.2 + 2 * 0.4) / 4)
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+def test_it_does_not_depend_on_how_many_rows_are_read_at_once(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target = drawn(task)
+    fold = np.arange(len(target))[None] % 3
+    whole = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
+    monkeypatch.setattr("mmaudit.audit.probing.calibration._LOGITS_AT_ONCE", 100)
+    pieces = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
+    np.testing.assert_allclose(pieces, whole, rtol=1e-6)

@@ -12,7 +12,7 @@ from scipy.stats import entropy, norm
 from sklearn.metrics import r2_score
 
 from mmaudit.audit.probing.target import Target
-from mmaudit.audit.readings import fuse_readings, read_logits
+from mmaudit.audit.readings import fuse_readings, likelihoods, probability_of, read_logits, right_of
 
 LOGITS = arrays(np.float32, (2, 6, 3), elements=st.floats(-20, 20, width=32))
 
@@ -104,3 +104,25 @@ def test_a_missing_modality_has_no_say(target: Target) -> None:
     ones = np.ones(6, np.float32)
     here, gone = (read_logits(each, ones, target) for each in (logits[0], np.full_like(logits[1], np.nan)))
     np.testing.assert_allclose(fuse_readings([here, gone], target).probability, here.probability, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [classes(), labels()])
+@pytest.mark.parametrize("num_rounds", [1, 3])
+def test_parts_of_a_reading_are_those_of_the_whole(target: Target, num_rounds: int) -> None:
+    rng = np.random.default_rng(num_rounds)
+    logits = 3 * rng.standard_normal((num_rounds, len(target), target.num_outputs)).astype(np.float32)
+    scale = rng.uniform(0.5, 2, len(target)).astype(np.float32)
+    reading = read_logits(logits, scale, target)
+    np.testing.assert_array_equal(likelihoods(logits, scale, target), reading.by_round)
+    np.testing.assert_array_equal(probability_of(logits, scale, target), reading.probability)
+    np.testing.assert_array_equal(right_of(logits, scale, target), reading.right)
+
+
+def test_the_margin_is_between_the_two_likeliest_classes() -> None:
+    logits = np.random.default_rng(0).standard_normal((1, 4, 3)).astype(np.float32)
+    logits[0, 0] = 0  # three alike: no margin
+    target = Target(task="classification", label=np.zeros(4, np.int32), num_outputs=3)
+    ordered = np.sort(softmax(logits[0], axis=1), axis=1)
+    margin = read_logits(logits, np.ones(4, np.float32), target).margin
+    np.testing.assert_array_equal(margin, ordered[:, -1] - ordered[:, -2])
+    assert margin[0] == 0

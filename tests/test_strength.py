@@ -15,6 +15,7 @@ from mmaudit.audit.probing.config import ProbeConfig
 from mmaudit.audit.probing.crossing import Crossing, set_lesson
 from mmaudit.audit.probing.design import read_design
 from mmaudit.audit.probing.glm import fit_glm, mean_loss
+from mmaudit.audit.probing.outputs import choose_outputs
 from mmaudit.audit.probing.strength import choose_strength
 from mmaudit.audit.probing.target import Target
 
@@ -33,7 +34,7 @@ def crossing() -> Crossing:
 def chosen(x: NDArray[Any], label: Label, crossed: Crossing, config: ProbeConfig = CONFIG) -> NDArray[np.float32]:
     lesson = set_lesson([crossed], most_rows=config.most_rows)
     design = read_design(MatrixInputs(matrix=x), lesson.rows, products=torch.float32)
-    target = Target(task="classification", label=label, num_outputs=2)
+    target = Target(task="classification", label=label, num_outputs=int(label.max()) + 1)
     answer = Aim.of(target, lesson.rows, design.curvature)
     return np.asarray(choose_strength(design, answer, lesson, key=crossed.key, config=config))
 
@@ -125,3 +126,20 @@ def test_whoever_runs_beside_it_a_probe_chooses_the_same() -> None:
     crossed = crossing()
     few = ProbeConfig(strengths=CONFIG.strengths[2:])
     np.testing.assert_allclose(chosen(x, label, crossed, few), chosen(x, label, crossed), rtol=0.05)
+
+
+def test_of_many_classes_it_is_chosen_on_some_with_all_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 150 classes of 6 samples 15,000 logits are those of 50 classes; beside three times the rows it is a third."""
+    rng = np.random.default_rng(2)
+    label = np.repeat(np.arange(150), 6).astype(np.int32)
+    x = (0.5 * rng.standard_normal((150, 16))[label] + rng.standard_normal((900, 16))).astype(np.float32)
+    fold, inner = (np.arange(900) // step % 2 for step in (1, 3))
+    key, fits = rng.permutation(900).astype(np.uint64), np.ones(900, bool)
+    crossed = Crossing(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=fits, key=key)
+    monkeypatch.setattr("mmaudit.audit.probing.outputs.MAX_LOGITS", 15_000)
+    rows, classes = choose_outputs(label, key, task="classification", num_outputs=150, max_rows=300)
+    assert (len(rows), len(classes)) == (300, 50)
+    carried = chosen(x, label, crossed, ProbeConfig(choice_rows=300))
+    part = Crossing(fold=crossed.fold[rows], inner=crossed.inner[rows], fits=fits[rows], key=key[rows])
+    alone = chosen(x[rows], np.searchsorted(classes, label[rows]).astype(np.int32), part)
+    np.testing.assert_allclose(carried / alone, 1 / 3, rtol=0.1)
