@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score
 
 from ..audit.intervals import wilson
 from ..audit.probing.calibration import expected_calibration_error
@@ -116,6 +115,18 @@ def measure_classes(probability: Scores, label: Labels) -> dict[int, dict[str, f
             "recall_low": low,
             "recall_high": high,
             "f1": 2 * hit[index] / (number[index] + said[index]),
-            "average_precision": float(average_precision_score(label == index, probability[:, index])),
+            "average_precision": average_precision(probability[:, index], label == index),
         }
     return found
+
+
+def average_precision(scores: Scores, positive: NDArray[np.bool_]) -> float:
+    """Compute the average precision in [0, 1] of scores (n,), at least one of which is positive.
+
+    It is that of scikit-learn, as the mean over positives of the precision at each one's score, in a tenth of the time:
+    with 5,000 classes, three branches and ten subsets it is computed 165,000 times.
+    """
+    own = np.sort(scores[positive])
+    num_above = len(scores) - np.searchsorted(np.sort(scores), own, side="left")
+    num_positive_above = len(own) - np.searchsorted(own, own, side="left")
+    return float((num_positive_above / num_above).mean())
