@@ -29,7 +29,7 @@ from faulting.checks import COLUMNS, Damage
 from faulting.commands import COMMANDS, PAIRS, Pair
 from faulting.pairs import draw_operations, run_pair
 from faulting.processes import Bench, Point
-from faulting.strikes import SIGNALS, Tested, draw_points, draw_sizes, fill, strike
+from faulting.strikes import PAGE, SIGNALS, Tested, draw_points, draw_sizes, fill, strike
 
 _NAMESPACE = "FAULTS_IN_NAMESPACE"
 _PAIR_RUNS = 4
@@ -92,7 +92,9 @@ def rows_of(tested: Tested, options: argparse.Namespace, budget: Budget, *, comm
         yield row
     row = Row(name, "disk full" if options.by_mount else "file limit")
     for size in draw_sizes(tested, min(count, options.full_points), seed=options.seed, by_mount=options.by_mount):
-        if (damage_of_full := fill(tested, size, by_mount=options.by_mount)) is not None:
+        while (damage_of_full := fill(tested, size, by_mount=options.by_mount)) is None and size > 0:
+            size = size // 2 // PAGE * PAGE  # it was enough: what is replaced has made room meanwhile
+        if damage_of_full is not None:
             row.add(damage_of_full, repeat=f"--repeat {name}:full:{size}")
     yield row
 
