@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..audit.errors import GateError, MmauditError, file_of
+from ..audit.printable import printable
 from .interrupts import last_signal
 
 BUG, BAD_INPUT, GATE_FAILED = 1, 2, 3
@@ -82,7 +83,7 @@ def _users_reason(error: BaseException, file: str | None) -> str | None:
             "close other programs, or use a machine with more"
         )
     if isinstance(error, UnicodeEncodeError) and error.reason.startswith("surrogates"):
-        return f"the name {_printable(error.object)} is not UTF-8: rename it"
+        return f"the name {printable(error.object)} is not UTF-8: rename it"
     if (system := _system_error(error)) is not None:
         return _reason_of(system, file)
     number = next((number for number in _RESOURCES if os.strerror(number) in str(error)), None)
@@ -118,7 +119,7 @@ def _reason_of(error: OSError, file: str | None) -> str:
     """Return path, reason and mend of an OSError."""
     advice = f"; {_ADVICE[error.errno]}" if error.errno in _ADVICE else ""
     if error.filename is not None:
-        name = _printable(os.fsdecode(error.filename) if not isinstance(error.filename, int) else str(error.filename))
+        name = printable(os.fsdecode(error.filename) if not isinstance(error.filename, int) else str(error.filename))
         reason = type(error).__name__ if error.errno is None else os.strerror(error.errno)
         return f"{name}: {reason}{advice}"
     text = _one_line(str(error)) or type(error).__name__
@@ -132,11 +133,7 @@ def _on(file: str | None) -> str:
 def _input_of(parameters: Mapping[str, Any]) -> str | None:
     """Return the input that the command line names."""
     named = (parameters.get(name) for name in _INPUTS)
-    return next((_printable(value) for value in named if isinstance(value, str)), None)
-
-
-def _printable(name: str) -> str:
-    return _one_line(name.encode("utf-8", "backslashreplace").decode())
+    return next((printable(value) for value in named if isinstance(value, str)), None)
 
 
 def _one_line(text: str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..audit.errors import ConfigError, ManifestError, RunError
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
+from ..audit.printable import printable
 from ..rebalance.card import card as write_card
 from ..rebalance.curriculum import batch_of, id_key, num_steps, order_of
 from ..rebalance.diff import diff as compare
@@ -28,7 +29,7 @@ from ..rebalance.shards import ScoreShards, open_scores
 from .config import RunConfig
 from .run import Run
 from .swap import replacing_manifest
-from .trust import home_of, origin_of, printable, sign_manifest
+from .trust import home_of, origin_of, sign_manifest
 
 # What decodes or learns is imported where it is used: a split of 10^8 rows needs neither it nor its memory.
 

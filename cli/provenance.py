@@ -14,6 +14,7 @@ from .. import __version__
 from ..audit.encoding.encoders import IMPORT_NOTHING, encoder_location, preprocessing
 from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices
 from ..audit.gap.mixture import Mixture
+from ..audit.printable import printable
 from ..audit.score import RANGES, SCHEMA_VERSION
 from ..audit.scoring import Audit
 from ..audit.source.dataset import Dataset, open_dataset
@@ -22,7 +23,7 @@ from ..rebalance.checks import section
 from ..rebalance.manifest import Manifest
 from .config import RunConfig, build, without_none
 from .run import Run
-from .trust import Origin, printable, scores_section
+from .trust import Origin, scores_section
 
 _LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillow")  # those that numbers depend on
 

@@ -126,7 +126,7 @@ def score(
                 audit, record = _score(place, dataset, config, encode, device=device, progress=progress)
                 _write_audit(place, audit, record, overwrite=overwrite, lock=lock)
                 _write_report(place)
-                return record
+                return place.record()
     record = _unchanged(place, dataset, config, encode)
     if not place.report_file.exists():
         report(run=place.folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.errors import ManifestError, RunError
+from ..audit.printable import printable
 from ..audit.signing import file_digest, is_signed, sign
 from ..audit.storage import read_json, write_json
 from ..rebalance.checks import section
@@ -69,7 +70,7 @@ def own_record(folder: Path) -> tuple[dict[str, Any] | None, str]:
     if not is_signed(_record_content(record, signature), signature.get("hmac")):
         return None, f"{file} is not signed by you on this machine, or was changed"
     if signature["folder"] != str(folder.resolve()):
-        return None, f"the run was copied or moved here from {printable(signature['folder'])}"
+        return None, f"the run was copied or moved here from {printable(signature['folder'])[:_MOST_TEXT]}"
     return record, ""
 
 
@@ -121,7 +122,7 @@ def origin_of(path: Path, provenance: dict[str, Any], digests: Digests) -> Origi
         scores=scores,
         record=None if doubt else record,
         doubt=doubt,
-        source=printable(source) if isinstance(source, str) else None,
+        source=printable(source)[:_MOST_TEXT] if isinstance(source, str) else None,
         is_own=signed and not changed,
         changed=changed,
     )
@@ -131,11 +132,6 @@ def home_of(path: Path) -> Path:
     """Return the folder that a manifest's own metadata may lead to: its run's, or that it lies in outside a run."""
     folder = path.resolve().parent
     return folder.parent if folder.name == "manifests" and (folder.parent / "run.json").is_file() else folder
-
-
-def printable(text: str) -> str:
-    """Return the start of a text from a file of others without anything that could steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:_MOST_TEXT])
 
 
 def _record_content(record: dict[str, Any], signature: dict[str, Any]) -> dict[str, Any]:
