@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.probing.config import ProbeConfig
-from mmaudit.audit.probing.gaussian import MOST_ROWS, Sums, fit_gaussian
+from mmaudit.audit.probing.gaussian import MARGIN, MOST_ROWS, Sums, first_least, fit_gaussian
 from mmaudit.audit.probing.probe import Crossing, fit_probe
 from mmaudit.audit.probing.target import Target
 
@@ -105,3 +105,9 @@ def test_a_given_strength_or_a_wish_leaves_it_out(options: dict[str, object]) ->
 def test_many_rows_do_without() -> None:
     x, label = planted(MOST_ROWS + 10, 3)
     np.testing.assert_array_equal(logits(x, label), logits(x, label, gaussian=False))
+
+
+def test_of_options_that_rounding_alone_parts_the_simplest_is_chosen() -> None:
+    assert first_least([0.5 + MARGIN / 2, 0.7, 0.5, 0.5 - MARGIN / 4]) == 0
+    assert first_least([0.5 + 2 * MARGIN, 0.7, 0.5, 0.5]) == 2
+    assert first_least([0.5]) == 0

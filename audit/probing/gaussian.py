@@ -29,6 +29,8 @@ _SHARPNESS = tuple(np.logspace(-2, 0, 17).tolist())  # 1 / T that are tried: a G
 _TRIAL_TOLERANCE = 1e-3  # settles which part is best
 _PARTS = (0.0, 0.25, 0.5, 0.75)  # of the Gaussian in the mean; 0 leaves it out
 _CURVED_PARTS = (*_PARTS, 1.0)  # where means are equal, straight boundaries have nothing to add
+# An option must be better by so much than one that is simpler: ten times what rounding does to a mean loss in float32.
+MARGIN = 1e-5
 _ERRORS = 2.0  # standard errors by which curves must be better; by none, clips of actors lose .01 of accuracy
 
 
@@ -222,7 +224,7 @@ def _choose(
     ]
     if not curves:
         return straight
-    curve = min(curves, key=lambda choice: float(choice.losses.mean()))
+    curve = curves[first_least([float(choice.losses.mean()) for choice in curves])]
     gain = straight.losses - curve.losses
     by_chance = float(gain.std(correction=0)) / len(gain) ** 0.5
     return curve if float(gain.mean()) > _ERRORS * by_chance else straight
@@ -232,10 +234,15 @@ def _weigh(gaussian: Tensor, logistic: Tensor, label: Tensor, *, shape: Shape | 
     """Give the sharpness of a Gaussian's logits (b, k), and its part beside the logistic ones, of the least loss."""
     parts = _PARTS if shape is None else _CURVED_PARTS
     alone = [float(functional.cross_entropy(sharp * gaussian, label)) for sharp in _SHARPNESS]
-    sharpness = _SHARPNESS[int(np.argmin(alone))]
+    sharpness = _SHARPNESS[first_least(alone)]
     mixed = [
         functional.cross_entropy((1 - part) * logistic + part * sharpness * gaussian, label, reduction="none")
         for part in parts
     ]
-    best = int(np.argmin([float(losses.mean()) for losses in mixed]))
+    best = first_least([float(losses.mean()) for losses in mixed])
     return _Choice(losses=mixed[best], sharpness=sharpness, part=parts[best], shape=shape)
+
+
+def first_least(losses: Sequence[float]) -> int:
+    """Return the place of the first loss that is no more than MARGIN above the least; the simplest option is first."""
+    return int(np.argmax(np.array(losses) <= min(losses) + MARGIN))

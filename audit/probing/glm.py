@@ -166,9 +166,8 @@ def _sum_run(
         residual *= own[:, :, None]
         return total, x.T @ residual.flatten(1).to(x.dtype), residual.sum(dim=0)
 
-    for more, pull, push in parallel_map(
-        sum_chunk, run
-    ):  # in their order: the sum is the same in any number of threads
+    # They are added in their order: the sum is the same in any number of threads.
+    for more, pull, push in parallel_map(sum_chunk, run):
         loss += more
         if with_gradient:
             by_weight += pull

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .gaussian import Gaussian
 
 _WIDTHS = (32, 64, 128)  # principal axes that are tried
-_BORROWED = (0.2, 0.5, 0.8)  # part of a class's covariance that is that of all classes; at 1 boundaries are straight
+_BORROWED = (0.8, 0.5, 0.2)  # part of a class's covariance that is that of all classes; at 1 boundaries are straight
 _MOST_ENTRIES = 1 << 24  # of two sets a probe: 128 MiB of moments, if there is one round, and 32 MiB of roots
 _LEAST_DEGREES = 8  # of freedom; as many as axes: where D^2 is q, as it is on average, it is as steep as a Gaussian
 _DISTANCES_AT_ONCE = 1 << 21  # 8 MiB of float32

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _HOPE = 2.0  # steps like the last in which a weak strength must be able to make up for what it is behind
 _TOLERANCE = 4e-2  # what a fit still lacks then does not change the order; a tighter one hears noise in few rows
 _MAX_STEPS = 10
+_MARGIN = 1e-5  # ten times what rounding does to a mean loss: of two that are so close, the stronger is taken
 
 
 def choose_strength(
@@ -122,8 +123,8 @@ class _Race:
 
 
 def _first_least(losses: Tensor) -> Tensor:
-    """Give the place (p,) after which each probe's loss (s, p) rises for the first time."""
-    rises = losses[1:] >= losses[:-1]
+    """Return the place (p,) after which each probe's loss (s, p) falls no more, by _MARGIN at least."""
+    rises = losses[1:] >= losses[:-1] - _MARGIN
     return torch.cat([rises, torch.ones_like(rises[:1])]).int().argmax(dim=0)
 
 
