@@ -144,6 +144,25 @@ def test_numbers_that_lie_beside_are_found(tmp_path: Path) -> None:
     assert "No numbers" not in card(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("before", {}, "before lacks distance, ks, positive"),
+        ("counts_before", ["x"], r"counts_before\[0\] is .x.; it must be an integer"),
+        ("counts_before", [1], "do not count 10 bins"),
+        ("classes", [{"name": 5}], r"classes\[0\] lacks before"),
+        ("curve", 5, "curve is 5; it must be a list"),
+        ("distances", {"train": None}, r"distances\.train is null; it must be a number"),
+        ("scored", "many", "scored is .many.; it must be an integer"),
+    ],
+)
+def test_numbers_of_another_shape_are_named(tmp_path: Path, key: str, value: object, reason: str) -> None:
+    path, numbers = make(tmp_path)
+    (tmp_path / "even.balance.json").write_text(json.dumps({**numbers, key: value}), encoding="utf-8")
+    with pytest.raises(ManifestError, match=reason):
+        card(path)
+
+
 def test_numbers_of_another_manifest_are_refused(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     with pytest.raises(ManifestError, match="run mmaudit split again"):

@@ -222,6 +222,12 @@ def test_names_that_lead_out_of_the_cache_or_mean_two_are_refused(name: str) -> 
         check_modalities(named("fine", name), ["x"])
 
 
+@pytest.mark.parametrize("name", ["a" * 250, "é" * 60, "a\0b"])
+def test_names_that_no_file_could_have_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="its name may have 100 bytes, and no NUL"):
+        check_modalities(named("fine", name), ["x"])
+
+
 def test_what_holds_media_themselves() -> None:
     held = [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])]
     assert all(map(holds_bytes, held))

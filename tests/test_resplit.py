@@ -266,3 +266,9 @@ def test_shares_add_up_to_one_in_their_proportion(parts: list[float]) -> None:
 def test_wrong_shares_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=rf"--resplit {text}: not of the form 80/8/12 \(train, validation, test\)"):
         parse_shares(text)
+
+
+def test_the_splits_that_are_given_up_may_be_called_anything() -> None:
+    usual = table(60)
+    other = table(60, split=np.array(["holdout" if number % 3 else None for number in range(60)], dtype=object))
+    assert (split_again(other, "80/8/12") == split_again(usual, "80/8/12")).all()

@@ -131,3 +131,27 @@ def test_a_manifest_is_found_by_name_and_by_path(tmp_path: Path) -> None:
         run.find_manifest("balancd")
     with pytest.raises(RunError, match=r"no manifest balanced: .*none has none yet; make one with"):
         Run(tmp_path / "none").find_manifest("balanced")
+
+
+@pytest.mark.parametrize("name", ["a" * 250, "é" * 120, "a\0b"])
+def test_a_name_that_no_file_could_have_is_refused(tmp_path: Path, name: str) -> None:
+    for find in (Run(tmp_path).manifest, Run(tmp_path).finetune):
+        with pytest.raises(ConfigError, match="a name has at most 200 bytes, and no NUL"):
+            find(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "the document is"),
+        ('{"config": 5}', "config is 5; it must be an object"),
+        ('{"modalities": [5]}', r"modalities\[0\] is 5; it must be an object"),
+        ('{"counts": {"input": "x"}}', "counts.input is"),
+        ("[" * 5_000, "nested more than 64 levels"),
+        ('{"seed": ' + "9" * 5_000 + "}", "integer string conversion"),
+    ],
+)
+def test_a_record_of_another_shape_is_named(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RunError, match=rf"run\.json cannot be read: .*{reason}"):
+        Run(tmp_path).record()

@@ -120,6 +120,7 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
         ({"_data_files": [{"filename": "../x.arrow"}]}, "which leads outside"),
         ({"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}, "keeps a selection apart"),
         ([1], "cannot be read"),
+        ({"_data_files": [5]}, r"_data_files\[0\] is 5; it must be an object"),
     ],
 )
 def test_a_state_that_is_none_is_refused(tmp_path: Path, state: object, words: str) -> None:
