@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .commands import Arguments, Command
 from .data import write_clips, write_features
-from .processes import Bench, Outcome, run
+from .processes import Bench, Outcome, Running, run
 from .trees import Snapshot, differing, leftovers, snapshot
 
 
@@ -22,6 +22,7 @@ class Reference:
     before: Snapshot
     after: Snapshot
     seconds: float
+    worker_seconds: float  # for which other processes work for it
     operations: tuple[str, ...]
     new_sizes: tuple[int, ...]  # bytes of the files that it writes
     unstable: tuple[str, ...]  # what differs between two undisturbed runs
@@ -84,6 +85,7 @@ class Cases:
                 raise RuntimeError(f"mmaudit {' '.join(command.before[count - 1])} does not end with 0")
         stage = self.stage(command.before)
         trees, seconds = list[Snapshot](), list[float]()
+        worker_seconds = self._worker_seconds(command, stage) if command.has_workers else 0.0
         for _ in range(2):
             self.begin(stage)
             outcome = run(self.bench, command.arguments)
@@ -98,10 +100,21 @@ class Cases:
             before=before,
             after=trees[0],
             seconds=min(seconds),
+            worker_seconds=worker_seconds,
             operations=tuple(self.bench.operations()),
             new_sizes=sizes,
             unstable=(*differing(trees[1], trees[0]), *leftovers(trees[1], trees[0])),
         )
+
+    def _worker_seconds(self, command: Command, stage: Path) -> float:
+        self.begin(stage)
+        running = Running(self.bench, command.arguments)
+        seconds = running.worker_seconds()
+        running.finish()
+        self.end()
+        if not seconds:
+            raise RuntimeError(f"{command.name} has no workers that could be orphaned: its data are too small")
+        return seconds
 
     def _new_sizes(self, command: Command, before: Snapshot, after: Snapshot) -> tuple[int, ...]:
         folder = self.stage((*command.before, command.arguments))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 Arguments = tuple[str, ...]
 
 _RUN = ("--run", "run")
-SCORE_CLIPS: Arguments = ("score", "../data/clips", *_RUN, "--repeats", "1", "--num-workers", "2")
+_DECODE = ("--num-workers", "2", "--set", "data.shard_rows=10")  # of a single shard no worker is started
+SCORE_CLIPS: Arguments = ("score", "../data/clips", *_RUN, "--repeats", "1", *_DECODE)
 SCORE_FEATURES: Arguments = ("score", "../data/features.parquet", *_RUN, "--repeats", "1")
 SCORE_AGAIN: Arguments = (*SCORE_FEATURES, "--seed", "1", "--overwrite")
-CHECK_CLIPS: Arguments = ("check", "../data/clips", *_RUN, "--num-workers", "2")
+CHECK_CLIPS: Arguments = ("check", "../data/clips", *_RUN, *_DECODE)
 SPLIT: Arguments = ("split", "--balanced", *_RUN)
 SPLIT_WIDE: Arguments = (*SPLIT, "--tolerance", "0.2")
 SPLIT_RANDOM: Arguments = ("split", "--subset", "random:50%", "--name", "random", *_RUN)
@@ -33,6 +34,7 @@ class Command:
     """A command, run in a folder where the commands `before` have run.
 
     `final` is the file that makes the results final. `swaps`: all old results are replaced by all new ones at once.
+    `has_workers`: other processes decode for it, and it is struck while they do.
     """
 
     name: str
@@ -40,11 +42,12 @@ class Command:
     before: tuple[Arguments, ...] = ()
     final: str | None = None
     swaps: bool = False
+    has_workers: bool = False
 
 
 _TUNED = "run/finetune/tuned/metrics.json"
 COMMANDS = (
-    Command(name="score", arguments=SCORE_CLIPS, final="run/run.json"),
+    Command(name="score", arguments=SCORE_CLIPS, final="run/run.json", has_workers=True),
     Command(
         name="score-overwrite",
         arguments=SCORE_AGAIN,

@@ -18,6 +18,7 @@ from .commands import Arguments
 ORPHAN_SECONDS = 5.0  # in which all processes of a command must have ended after it
 TIMEOUT_SECONDS = 300.0
 _MARK = "FAULT_MARK"  # in the environment of every process of a command
+_NUM_WITH_WORKERS = 4  # processes: the command, multiprocessing's two servers, and a worker at least
 _HOOK = Path(__file__).parent / "hook"
 
 
@@ -66,15 +67,20 @@ class Bench:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """When a signal is sent: before a file operation (1, 2, ...), or at a share of the usual duration."""
+    """When a signal is sent: before a file operation (1, 2, ...), or at a share of the usual duration.
+
+    With `in_workers` it is a share of the time for which the command has workers.
+    """
 
     number: signal.Signals
     operation: int | None = None
     share: float = 0.0
+    in_workers: bool = False
     to_group: bool = False
 
     def __str__(self) -> str:
-        when = f"t{self.share:.4f}" if self.operation is None else f"op{self.operation}"
+        share = f"{'w' if self.in_workers else 't'}{self.share:.4f}"
+        when = share if self.operation is None else f"op{self.operation}"
         return f"{self.number.name}:{when}" + ":group" * self.to_group
 
     @classmethod
@@ -84,7 +90,7 @@ class Point:
         number, to_group = signal.Signals[name], group == ["group"]
         if when.startswith("op"):
             return cls(number=number, operation=int(when[2:]), to_group=to_group)
-        return cls(number=number, share=float(when[1:]), to_group=to_group)
+        return cls(number=number, share=float(when[1:]), in_workers=when[0] == "w", to_group=to_group)
 
     def hook(self) -> dict[str, str]:
         """Return what the start-up hook is to do, as environment variables."""
@@ -139,10 +145,28 @@ class Running:
         """Return whether the command has ended."""
         return self._process.poll() is not None
 
-    def strike(self, point: Point, *, after_seconds: float) -> bool:
-        """Send a signal after some seconds; False if the command ends before."""
+    def wait_for_workers(self) -> float | None:
+        """Wait until other processes work for the command, and return for how long it has run; None if none do."""
+        while not self.has_ended():
+            if len(_marked(self._mark)) >= _NUM_WITH_WORKERS:
+                return time.monotonic() - self._started
+            time.sleep(0.02)
+        return None
+
+    def worker_seconds(self) -> float:
+        """Wait until workers have come and gone, and return how long they lived; 0 if none came."""
+        begin = self.wait_for_workers()
+        while begin is not None and len(_marked(self._mark)) >= _NUM_WITH_WORKERS:
+            time.sleep(0.02)
+        return 0.0 if begin is None else time.monotonic() - self._started - begin
+
+    def strike(self, point: Point, *, usual_seconds: float) -> bool:
+        """Send a signal at a share of some seconds; False if the command ends before."""
+        begin = self.wait_for_workers() if point.in_workers else 0.0
+        if begin is None:
+            return False
         try:
-            self._process.wait(max(0.0, self._started + after_seconds - time.monotonic()))
+            self._process.wait(max(0.0, self._started + begin + point.share * usual_seconds - time.monotonic()))
         except subprocess.TimeoutExpired:
             (os.killpg if point.to_group else os.kill)(self._process.pid, point.number)
             return True
@@ -205,7 +229,7 @@ def run_struck(bench: Bench, arguments: Arguments, point: Point, *, usual_second
     """Run a command and strike it at a point; `struck` is False where it ended before."""
     if point.operation is None:
         running = Running(bench, arguments)
-        struck = running.strike(point, after_seconds=point.share * usual_seconds)
+        struck = running.strike(point, usual_seconds=usual_seconds)
         return running.finish(struck=struck)
     bench.log.unlink(missing_ok=True)
     outcome = Running(bench, arguments, variables={**bench.hook(), **point.hook()}).finish()

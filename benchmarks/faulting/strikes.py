@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 import numpy as np
@@ -34,28 +34,32 @@ class Tested:
 
 
 def draw_points(tested: Tested, number: signal.Signals, count: int, *, seed: int) -> list[Point]:
-    """Draw points: half of them before file operations, the others by time. SIGTERM goes to the group half the time.
+    """Draw points: half of them before file operations, the others by time, or half of these while workers work.
 
-    Ctrl-C reaches every process of a terminal; kill -9 is sent to the parent alone, which is worse than to all.
+    Ctrl-C reaches every process of a terminal, SIGTERM the group half the time; kill -9 is sent to the parent alone,
+    which is worse than to all.
     """
     rng = _generator(seed, tested.command.name, number.name)
     num_operations = len(tested.reference.operations)
     by_operation = min((count + 1) // 2, num_operations)
     chosen = sorted(rng.choice(num_operations, by_operation, replace=False) + 1)
     points = [Point(number=number, operation=int(operation)) for operation in chosen]
-    points += [Point(number=number, share=float(share)) for share in sorted(rng.random(count - by_operation))]
-    to_group = [number == signal.SIGINT or (number == signal.SIGTERM and index % 2 == 1) for index in range(count)]
-    return [
-        Point(number=number, operation=point.operation, share=point.share, to_group=group)
-        for point, group in zip(points, to_group, strict=True)
+    shares = sorted(float(share) for share in rng.random(count - by_operation))
+    by_workers = (len(shares) + 1) // 2 if tested.command.has_workers else 0
+    points += [
+        Point(number=number, share=share, in_workers=bool(in_workers))
+        for share, in_workers in zip(shares, rng.permutation(len(shares)) < by_workers, strict=True)
     ]
+    to_group = [number == signal.SIGINT or (number == signal.SIGTERM and index % 2 == 1) for index in range(count)]
+    return [replace(point, to_group=group) for point, group in zip(points, to_group, strict=True)]
 
 
 def strike(tested: Tested, point: Point) -> tuple[Damage, str] | None:
     """Send a signal at a point, check what is left, run the command again, and compare. None: it ended before."""
     command, reference, bench = tested.command, tested.reference, tested.cases.bench
     tested.cases.begin(reference.stage)
-    outcome = run_struck(bench, command.arguments, point, usual_seconds=reference.seconds)
+    seconds = reference.worker_seconds if point.in_workers else reference.seconds
+    outcome = run_struck(bench, command.arguments, point, usual_seconds=seconds)
     operations = bench.operations()
     at = "" if point.operation is None or not outcome.struck else operations[point.operation - 1]
     damage = None
