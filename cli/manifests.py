@@ -230,7 +230,7 @@ def _check_inside(path: Path, files: Sequence[str]) -> None:
     if not origin.is_own:
         doubt = origin.doubt or "you did not make it on this machine"
         raise ManifestError(
-            f"{path} does not decide what is opened, since {doubt}; it was made from {printable(outside[0])}: "
+            f"{path} is not trusted to name files, since {doubt}; it was made from {printable(outside[0])}: "
             "name the scores with --scores, or put a manifest that it was made from beside it"
         )
 

@@ -142,7 +142,7 @@ def _check_named(origin: Origin, named: Named, encoders: dict[str, str]) -> None
     source = f"its source was {origin.source}: " if unnamed and origin.source else ""
     trust = ", if you trust what it names" if refused else ""
     raise ManifestError(
-        f"{origin.path} does not decide what is opened or run, since {doubt}; "
+        f"{origin.path} is not trusted to name data or code, since {doubt}; "
         f"{source}pass {' '.join(unnamed + refused)}{trust}"
     )
 

@@ -212,7 +212,7 @@ def _unchanged(
         )
     log.info("%s is already scored from these data with this config: nothing to do", place.folder)
     if doubt := own_record(place.folder)[1]:
-        log.info("its manifests do not decide what is opened or run: %s; --overwrite scores it anew", doubt)
+        log.info("its manifests are not trusted to name data or code, since %s; --overwrite scores it anew", doubt)
     return done
 
 

@@ -95,7 +95,7 @@ def sign_manifest(staged: Path, path: Path, *, run: Path, scores: Path | None) -
     }
     code = sign(_manifest_content(path, signature))
     if record is None:
-        log.info("%s does not decide what is opened or run: %s", path, doubt)
+        log.info("%s: commands that open its data will need --data, since %s", path, doubt)
     numbers = read_json(balance_path(staged), error=ManifestError)
     source = {} if record is None else {"source": record["source"]}
     signed = {} if code is None else {"signature": {**signature, "hmac": code}}
