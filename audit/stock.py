@@ -13,6 +13,7 @@ from .errors import ScoreError
 from .hashing import digest
 from .quality import Quarantined, Reason
 from .source.dataset import Dataset
+from .source.labels import MAX_NUMBER
 from .source.samples import Samples
 
 
@@ -112,7 +113,7 @@ def _without_label(samples: Samples) -> list[Quarantined]:
 def _what_label(found: str | None, *, classes: bool) -> str:
     if found is None:
         return "the label is null"
-    return f"{found!r} is not among the classes" if classes else f"{found} is not a finite number"
+    return f"{found!r} is not among the classes" if classes else f"{found} is not a number of at most {MAX_NUMBER:g}"
 
 
 def _without_copies(stock: Stock, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], list[Quarantined]]:

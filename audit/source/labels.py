@@ -24,6 +24,7 @@ OTHER = "other"  # the stratum of label sets that are rare
 NO_NAMES = "(none)"  # the stratum of samples without any of the labels
 _RARE_SET = 10  # samples: fewer cannot be dealt evenly into five folds, each with one to learn from
 _DECILES = 10
+MAX_NUMBER = 1e15  # of a regression: sums of its squares fit into float32, which ends at 3e38
 _SEPARATORS = re.compile(r"[|;,]")
 _MEND = "a class label is an integer or a string; name it with --label"
 
@@ -97,12 +98,12 @@ def read_label_sets(cells: Sequence[object], *, declared: Sequence[str], classes
 
 
 def read_numbers(cells: Sequence[object], *, name: str) -> Labels:
-    """Read numbers, (n, 1) as they are; what is infinite, in float32 at least, is `unknown`, and NaN is none.
+    """Read numbers, (n, 1) as they are; what is infinite, or above MAX_NUMBER, is `unknown`, and NaN is none.
 
     The strata are their tenths by rank, fewer where values repeat. Raises DatasetError for a word.
     """
     numbers = np.array([_number(cell, name=name) for cell in cells], dtype=np.float64)
-    has = np.abs(numbers) <= np.finfo(np.float32).max
+    has = np.abs(numbers) <= MAX_NUMBER
     if not has.any():
         raise DatasetError(f"no sample has a number in column {name!r}: name another with --label")
     unknown = tuple((row, str(cells[row])) for row in np.flatnonzero(~has & ~np.isnan(numbers)).tolist())
