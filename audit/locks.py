@@ -154,12 +154,10 @@ def _overlapping(folder: Path, scope: str) -> list[tuple[Path, Holder]]:
         if entry is None:
             continue
         holder, process, beat = entry
-        if not _overlap(holder.scope, scope):
-            continue
         if _is_stale(process, beat, folder):
             with suppress(OSError):
                 path.unlink()
-        else:
+        elif _overlap(holder.scope, scope):
             overlapping.append((path, holder))
     return overlapping
 

@@ -19,7 +19,7 @@ from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.errors import ManifestError, RunError
 from mmaudit.rebalance.curriculum import OrderConfig
 from mmaudit.rebalance.pacing import root_pacing
-from mmaudit.train.checkpoint import read_blueprint
+from mmaudit.train.checkpoint import read_blueprint, save_state
 from mmaudit.train.config import LEAST_VALIDATION
 from mmaudit.train.evaluate import measure
 from mmaudit.train.examples import Examples
@@ -103,6 +103,32 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, epochs: int
     assert weights(tmp_path / "part") == weights(tmp_path / "whole")
     assert resumed.history == whole.history
     assert untimed(resumed) == untimed(whole)
+
+
+def test_the_history_is_whole_whenever_the_last_state_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(examples_of(), tmp_path / "whole")
+    for place in ("before", "after"):
+        saved: list[Path] = []
+
+        def save(
+            state: dict[str, Any], path: Path, place: str = place, saved: list[Path] = saved, save: Any = save_state
+        ) -> None:
+            saved.append(path)
+            last = len(saved) == QUICK.finetune.epochs
+            if not last or place == "after":
+                save(state, path)
+            if last:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("mmaudit.train.finetune.save_state", save)
+            with pytest.raises(KeyboardInterrupt):
+                tune(examples_of(), tmp_path / place)
+        tune(examples_of(), tmp_path / place)
+        history = (tmp_path / place / "history.jsonl").read_bytes()
+        assert history == (tmp_path / "whole" / "history.jsonl").read_bytes()
 
 
 Settings = dict[str, Any]  # the arguments of tune that decide about the weights

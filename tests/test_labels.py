@@ -170,7 +170,9 @@ def test_tenths_are_of_one_size_where_no_value_repeats() -> None:
 
 @given(
     st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40),
-    st.lists(st.sampled_from([math.inf, -math.inf, "inf", "-Infinity", 1e39, -2e15, math.nan, "nan", None, ""]), max_size=9),
+    st.lists(
+        st.sampled_from([math.inf, -math.inf, "inf", "-Infinity", 1e39, -2e15, math.nan, "nan", None, ""]), max_size=9
+    ),
     st.randoms(use_true_random=False),
 )
 def test_what_is_not_finite_is_told_apart_and_changes_nothing_else(

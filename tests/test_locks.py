@@ -169,6 +169,12 @@ def test_a_lost_lock_is_noticed(tmp_path: Path) -> None:
             lock.check()
 
 
+def test_the_lock_of_an_ended_process_is_removed_whatever_it_was_on(tmp_path: Path) -> None:
+    leave(tmp_path, process=replace(this_process(), start="1"), scope="manifests/.1a2b")
+    with write_lock(tmp_path, "manifests/a", command="mmaudit split") as lock:
+        assert [path.name for path in lock.file.parent.iterdir()] == [lock.file.name]
+
+
 def test_of_many_writers_one_at_a_time_goes_on(tmp_path: Path) -> None:
     """A stale lock lies there, too: all find it, and none takes away what another has put in its place."""
     leave(tmp_path, process=replace(this_process(), start="1"))

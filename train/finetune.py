@@ -174,9 +174,9 @@ def finetune_on(
                 best_weights = {name: tensor.clone() for name, tensor in tested.state_dict().items()}
             epoch, step, seen = epoch + 1, 0, 0
             total.zero_()
-            save(epoch, step)
-            if world.is_first:
+            if world.is_first:  # before the state: whoever goes on from that finds all lines up to it
                 write_text("".join(json.dumps(each) + "\n" for each in history), folder / "history.jsonl")
+            save(epoch, step)
             progress("finetune", epoch - 1, settings.epochs)
 
     net.load_state_dict(best_weights)
