@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import shutil
 import wave
 from collections.abc import Callable, Iterator
@@ -16,17 +17,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
-
-torch.set_num_threads(1)  # xdist's workers are the parallelism
 
 settings.register_profile("patient", deadline=None)  # a first call may load half of torch, beside other jobs
 settings.load_profile("patient")
 
 RATE = 8_000
+
+
+def pytest_configure() -> None:
+    """Let the threads of a fine-tuning sleep while they wait: beside another worker, spinning takes five times as long.
+
+    The variable is read when torch is loaded, so that nothing here imports it before.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import torch
+
+    torch.set_num_threads(1)  # xdist's workers are the parallelism
 
 
 @pytest.fixture(scope="session", autouse=True)
