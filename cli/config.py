@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import typing
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ else:
     import tomli as tomllib
 
 Config = TypeVar("Config")
+_DEEP_KEY = re.compile(r"""(?:["'\w-]{1,100}[ \t]{0,9}\.[ \t]{0,9}){64}""")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +81,16 @@ def load_config(path: str | Path | None = None, settings: typing.Sequence[str] =
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _parse_toml(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:  # ValueError: also an integer of 5,000 digits
         raise ConfigError(f"{path} is not TOML: {_reason(error)}") from error
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML; RecursionError where it is nested too deep."""
+    if _DEEP_KEY.search(text):  # a key of 20,000 parts costs the parser 2 GB
+        raise RecursionError
+    return tomllib.loads(text)
 
 
 def _reason(error: Exception) -> str:
@@ -123,7 +132,7 @@ def _apply(content: dict[str, Any], setting: str) -> None:
     if not equals:
         raise ConfigError(f"--set {setting}: not of the form SECTION.KEY=VALUE, such as probe.folds=10")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = _parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
     except (ValueError, RecursionError) as error:

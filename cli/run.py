@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.errors import ConfigError, RunError, choices
-from ..audit.json_text import Shape
+from ..audit.json_text import Complete, Shape
 from ..audit.score import ScoreTable, read_scores
 from ..audit.storage import read_json, write_json
 from .swap import complete_swaps
@@ -169,6 +169,16 @@ SCORE_FILES = ("run.json", "scores.parquet", "quarantine.parquet", "mixture.json
 REPORT_FILES = ("report.html", "report.json", "figures")
 MADE_FROM_SCORES = ("finetune", "manifests", "recovery.json")
 
+_GAIN = Complete(name=str, gain=float, low=float, high=float)
+_VALUE = Complete(name=str, value=float, low=float, high=float)
+_LEDGER = Complete(
+    metric=str,
+    chance=float,
+    standings=[Complete(**_VALUE, loss=float, calibration=(dict, type(None)))],
+    over_best=_GAIN,
+    gains=[_GAIN],
+    controls=[Complete(**_VALUE, num_rows=int, chance=float, leaks=bool)],
+)
 _RECORD: Shape = {
     "schema": str,
     "version": str,
@@ -182,7 +192,7 @@ _RECORD: Shape = {
     "classes": int,
     "groups": (int, type(None)),
     "folds": (int, type(None)),
-    "ledger": {},
+    "ledger": _LEDGER,
     "verdict": str,
     "class_check": {"verdict": str},
     "seconds": {},

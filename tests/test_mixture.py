@@ -249,6 +249,23 @@ def test_json_round_trip_is_equality(gaps: list[float]) -> None:
     assert there["rule"] == mixture.rule
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dip": "0.1"}, "dip is"),
+        ({"reasons": "none"}, "reasons is"),
+        ({"components": {"mean": 0.1}}, "components is"),
+        ({"components": [{"weight": "x", "mean": 0.1, "sd": 0.1}] * 2}, "weight is"),
+        ({"components": [{"weight": 0.5, "mean": 0.1, "sd": 0.0}] * 2}, "not above 0"),
+        ({"components": [{"weight": 0.5, "mean": 0.1}] * 2}, "lacks sd"),
+    ],
+)
+def test_json_of_another_shape_is_no_mixture(change: dict[str, object], reason: str) -> None:
+    content = fit_mixture(np.repeat([0.0, 1.0], [60, 40]), config=CONFIG, seed=0).to_json()
+    with pytest.raises(MixtureError, match=reason):
+        Mixture.from_json({**content, **change})
+
+
 def test_fully_saturated_gaps_are_two_groups() -> None:
     mixture = fit_mixture(np.repeat([0.0, 1.0], [60, 40]), config=CONFIG, seed=0)
     assert mixture.bimodal

@@ -147,6 +147,7 @@ def test_a_name_that_no_file_could_have_is_refused(tmp_path: Path, name: str) ->
         ('{"config": 5}', "config is 5; it must be an object"),
         ('{"modalities": [5]}', r"modalities\[0\] is 5; it must be an object"),
         ('{"counts": {"input": "x"}}', "counts.input is"),
+        ('{"ledger": {"metric": "accuracy"}}', "ledger lacks chance"),
         ("[" * 5_000, "nested more than 64 levels"),
         ('{"seed": ' + "9" * 5_000 + "}", "integer string conversion"),
     ],

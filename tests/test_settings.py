@@ -65,6 +65,7 @@ def test_what_does_not_is_named(content: dict[str, Any], reason: str) -> None:
     ("text", "reason"),
     [
         ("a = " + "[" * 5_000 + "]" * 5_000, "nested too deep"),
+        (".".join("a" * 20_000) + " = 1", "nested too deep"),
         ("seed = " + "9" * 5_000, "integer string conversion"),
         ("seed = ", "Invalid value"),
         ("seed = 99999999999999999999", "config key seed has 67 bits"),

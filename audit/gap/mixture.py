@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, MixtureError
+from ..json_text import Complete, Shape, check_shape
 from . import em
 from .dip import dip_of_counts
 from .em import Component as Component
@@ -62,6 +63,18 @@ class MixtureConfig:
         for name in ("min_dip", "min_weight", "threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"mixture.{name} = {getattr(self, name)}: must lie in [0, 1]")
+
+
+_MAYBE_NUMBER = (float, type(None))
+_SHAPE: Shape = {
+    "num_samples": int,
+    "threshold": float,
+    "reasons": [str],
+    "dip": float,
+    "dip_p": float,
+    **dict.fromkeys(("log_likelihood", "bic_one", "bic_two", "ashman_d"), _MAYBE_NUMBER),
+}
+_COMPONENTS: Shape = [Complete(weight=float, mean=float, sd=float)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +137,12 @@ class Mixture:
         """The inverse of to_json, exactly; the verdict follows from the reasons."""
         try:
             fields = {name: found[name] for name in cls.__dataclass_fields__}
+            check_shape(fields, _SHAPE)
             if fields["components"] is not None:
+                check_shape(fields["components"], _COMPONENTS, key="components")
                 balanced, imbalanced = (Component(**component) for component in fields["components"])
+                if min(balanced.sd, imbalanced.sd, balanced.weight, imbalanced.weight) <= 0:
+                    raise ValueError("a weight or sd of components is not above 0")
                 fields["components"] = (balanced, imbalanced)
             return cls(**{**fields, "reasons": tuple(fields["reasons"])})
         except (KeyError, TypeError, ValueError) as error:
