@@ -71,7 +71,7 @@ def _odd_cell(rng: Random) -> Any:
     if choice == 0:
         return [rng.choice((0.0, 1e300, float("nan"), None, "x", -1))] * rng.choice((0, 1, 6, 7, 500))
     if choice == 1:
-        return rng.choice((nested(rng.choice((2, 60, 900))), {"bytes": None, "path": "x.wav"}, {"bytes": "x"}))
+        return rng.choice((nested(rng.choice((2, 60, 150))), {"bytes": None, "path": "x.wav"}, {"bytes": "x"}))
     return odd_value(rng)
 
 
