@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .design import decompose, rows_for_axes
-
 if TYPE_CHECKING:
     from .design import Design
     from .gaussian import Gaussian
@@ -92,9 +90,8 @@ def cholesky(covariance: Tensor) -> Tensor:
 def widest_axes(design: Design, *, num_classes: int, num_sets: int) -> Tensor:
     """Give the widest principal axes of a design, (d, q), so few that the moments of all sets keep within memory."""
     width = min(_WIDTHS[-1], design.rows.shape[1], isqrt(_MOST_ENTRIES // (num_classes * num_sets)))
-    rows = rows_for_axes(design.rows).to(design.dtype)
-    _, axes = decompose(rows.T @ rows / len(rows))
-    return axes[:, -max(1, width) :]
+    basis = torch.eye(design.rows.shape[1]).to(design.curvature) if design.basis is None else design.basis
+    return basis[:, -max(1, width) :]
 
 
 def sum_moments(x: Tensor, label: Tensor, *, num_classes: int) -> Tensor:
