@@ -20,8 +20,8 @@ import sys, time, types
 from mmaudit.cli.main import main
 
 def report(*, run):
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         if run == "swallowed":
