@@ -172,6 +172,7 @@ ODD: dict[str, dict[str, Any]] = {
     "words for labels": {"label": [f"w{one % 4}" for one in range(60)], "label_name": None},
     "numbers for texts": {
         "sample_id": pa.array(range(60)),
+        "label": [one % 3 for one in range(60)],
         "label_name": [one % 3 for one in range(60)],
         "split": [one % 2 for one in range(60)],
         "group": [one % 7 for one in range(60)],
@@ -195,7 +196,8 @@ ODD: dict[str, dict[str, Any]] = {
         "group": pa.array([f"v{one % 3}" for one in range(60)]).cast(pa.string_view()),
         "content": pa.array([f"v{one}" for one in range(60)]).cast(pa.string_view()),
     },
-    "codes": {
+    "codes": {"label": [one % 4 for one in range(60)]}
+    | {
         name: pa.array([f"v{one % 4 if name != 'sample_id' else one}" for one in range(60)]).dictionary_encode()
         for name in ("sample_id", "label_name", "split", "group", "content", "wav")
     },
