@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import plant
+from runs import copy_run
 
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.locks import write_lock
@@ -50,7 +51,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+    return copy_run(finished, tmp_path / "run")
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import plant
+from runs import copy_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
@@ -55,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
     """A copy of it, to be written into."""
-    return Path(shutil.copytree(made, tmp_path / "run"))
+    return copy_run(made, tmp_path / "run")
 
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -170,7 +170,7 @@ def test_a_frozen_encoder_stays(run: Path) -> None:
         (["--set", "optim.modality_lr=['audio']"], "not of the form NAME=FACTOR"),
         (["--set", "optim.freeze=['sound']"], "no modality sound here; the modalities are audio, visual"),
         (["--seed", "99999999999999999999"], "the seed is 99999999999999999999; it must be at least 0, and below 2^63"),
-        (["--set", "sampling.dus.kappa=inf"], "sampling.dus.kappa is inf; it must be a number not below 0"),
+        (["--set", "sampling.dus.kappa=inf"], "sampling.dus.kappa is inf; it must be a finite number"),
         (["--set", "sampling.bss.alpha=inf"], "sampling.bss.alpha is inf"),
         (["--report-to", "mlflow,wandb"], "mlflow is not installed: pip install mlflow"),
         (["--set", "sampling.bss.beta=0.0"], "sampling.bss.beta is 0.0; it lies in (0, 1]"),
