@@ -12,7 +12,7 @@ from mmaudit.cli.trust import sign_manifest, signed_record
 
 
 def copy_run(source: Path, target: Path) -> Path:
-    """Copy a run, and sign it and its manifests where they lie now, so that they name their data as the first ones do."""
+    """Copy a run, and sign it and its manifests where they lie now, so that they name their data as before."""
     run = Run(Path(shutil.copytree(source, target)))
     record = read_json(run.record_file, error=RunError)
     write_json(signed_record(record, folder=run.folder, scores=run.scores_file), run.record_file)

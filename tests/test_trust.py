@@ -273,7 +273,7 @@ def test_a_run_that_is_not_one_s_own_needs_data_and_encoder(
         code, printed = mmaudit(*command, "--run", run)
         assert (code, hint in printed) == (2, True), printed
         assert mmaudit(*command, "--run", run, "--data", home / "data")[0] == 0
-    tune = ("finetune", "-m", "all", "--run", run, "--name", "again", *TRAIN)
+    tune = ("finetune", "-m", "all", "--run", run, "--name", "of-another", *TRAIN)
     for words in (tune, ("evaluate", "tuned", "--run", run, *QUICK)):
         code, printed = mmaudit(*words, "--encoder", "image=encoder_of_trust:mean")
         assert (code, hint in printed) == (2, True), printed
