@@ -90,3 +90,11 @@ def test_whom_the_judge_sends_away_stays_where_it_was_and_the_others_go_on() -> 
     assert told[:2] == [[0, 1, 2], [0, 2]]
     assert torch.equal(found.theta[1], one.theta[1])
     torch.testing.assert_close(found.theta[[0, 2]], problem.centre[[0, 2]], atol=1e-5, rtol=0)
+
+
+def test_a_first_step_that_gains_little_does_not_end_a_fit() -> None:
+    """With curvatures of 57 the first step, a thirtieth of the gradient, ends almost as far on the other side."""
+    centre = torch.full((1, 4, 1), 5.0, dtype=torch.float64)
+    problem = Bowls(centre, torch.full_like(centre, 57.0))
+    found = minimise(problem, torch.zeros_like(centre), max_steps=300, tolerance=0.3, patience=1)
+    torch.testing.assert_close(found.theta, centre)

@@ -67,14 +67,14 @@ def minimise(
 ) -> Minimum:
     """Lower p losses from `start` (p, a, b) by batched L-BFGS.
 
-    A loss leaves the batch when `patience` steps running lower it by less than `tolerance`, relatively, or when the
-    judge, given the places (c,) of those in the batch and their theta (c, a, b), tells it to.
+    A loss leaves the batch when `patience` steps running, the first one apart, lower it by less than `tolerance`,
+    relatively, or when the judge, given the places (c,) of those in the batch and their theta (c, a, b), tells it to.
     """
     found, theta = start.clone(), start
     alive = torch.arange(len(start), device=start.device)
     loss, gradient = problem.loss_and_gradient(theta)
     conditioned = problem.precondition(gradient)
-    stalls = torch.zeros_like(alive)
+    stalls = torch.full_like(alive, -1)  # the first step, of a rough length, may gain little and is forgiven
     history: list[_Pair] = []
     snapshots: list[Tensor] = []
     for step in range(1, max_steps + 1):
