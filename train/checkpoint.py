@@ -88,7 +88,12 @@ def warm_start(net: FusionNet, path: Path) -> None:
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write what a run needs to go on: tensors and plain values only."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        torch.save(state, file)  # to a path, it would hide why a write failed
+        try:
+            torch.save(state, file)  # to a path, it would hide why a write failed
+        except RuntimeError as error:  # closing its archive fails once more, after the write that says why
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_state(path: Path, *, device: str) -> dict[str, Any]:
