@@ -201,7 +201,7 @@ def _tell_balance(summary: dict[str, Any]) -> None:
     for each in summary["shortages"][:3]:
         place = f"bin {each['bin']} [{each['low']:.2f}, {each['high']:.2f})"
         print_line(
-            f"  short: class {each['class']} has {each['has']} samples in {place}; an even share is {each['even']:.0f}"
+            f"  short: class {each['class']} has {each['has']} samples in {place}; an even share is {each['even']:,.1f}"
         )
     if not _EVEN[0] <= after["positive"] <= _EVEN[1]:
         print_line("  warning: uniform only over the bins that hold samples; one side has too few to make the two even")

@@ -42,12 +42,12 @@ def test_a_long_fit_has_one_line_with_the_settings(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimate, "_MIN_LOGITS", 0)
-    monkeypatch.setattr(estimate, "step_seconds", lambda *problem: 6.0)
+    monkeypatch.setattr(estimate, "step_seconds", lambda *problem: 6.1)
     with caplog.at_level(logging.INFO, logger="mmaudit"):
         estimate.log_estimate(*problem(), max_steps=300)
-        estimate.log_estimate(*problem(), max_steps=50)
+        estimate.log_estimate(*problem(), max_steps=9)
     (line,) = caplog.messages
-    for part in ("6.0 s a step", "10 steps 60 s", "300 steps 30 min", "probe.max_steps=N", "--repeats 1"):
+    for part in ("6.1 s a step", "10 steps 61 s", "300 steps 30 min", "probe.max_steps=N", "--repeats 1"):
         assert part in line
 
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -63,18 +62,10 @@ def run_all(data: Path, run: Path, *, case: str = "", workers: str = "0", **envi
     return run
 
 
-def read(file: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """Read a table and what stands in its metadata, but for where its data lie and how long it took."""
+def read(file: Path) -> tuple[pa.Table, dict[bytes, bytes]]:
+    """Read a table and its metadata."""
     table = pq.read_table(file)
-    about = json.loads((table.schema.metadata or {}).get(b"mmaudit", b"{}"))
-    return table.replace_schema_metadata(None), without_places(about)
-
-
-def without_places(about: Any) -> Any:
-    """Return JSON values without source paths and times."""
-    if isinstance(about, dict):
-        return {key: without_places(value) for key, value in about.items() if key not in ("source", "seconds", "root")}
-    return [without_places(value) for value in about] if isinstance(about, list) else about
+    return table.replace_schema_metadata(None), table.schema.metadata or {}
 
 
 def check_same(first: Path, second: Path, *, shuffled: bool) -> None:

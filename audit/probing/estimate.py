@@ -14,8 +14,9 @@ from .glm import evaluate_rows
 
 log = logging.getLogger("mmaudit")
 
-_MAX_SECONDS = 300.0  # a fit that may take longer is announced
-_MIN_LOGITS = 1 << 26  # rows x probes x outputs; below, 300 steps take less than that, and nothing is measured
+_TYPICAL_STEPS = 10  # of the fits measured; a hard one takes some hundreds
+_MAX_SECONDS = 60.0  # a fit whose typical number of steps takes longer is announced
+_MIN_LOGITS = 1 << 26  # rows x probes x outputs; below, ten steps take a few seconds, and nothing is measured
 _TIMED_LOGITS = 1 << 23  # some hundredths of a second, unless a few rows have more
 _MIN_TIMED_ROWS = 128
 
@@ -26,9 +27,10 @@ def log_estimate(design: Design, answer: Aim, lesson: Lesson, *, max_steps: int)
     if num_rows * num_probes * answer.num_outputs < _MIN_LOGITS:
         return
     seconds = step_seconds(design, answer, lesson)
-    if seconds * max_steps > _MAX_SECONDS:
+    steps = min(_TYPICAL_STEPS, max_steps)
+    if seconds * steps > _MAX_SECONDS:
         log.info(
-            "a fit of %d probes to %d rows, %d outputs and %d features: %.1f s a step, 10 steps %s, at most %d steps "
+            "a fit of %d probes to %d rows, %d outputs and %d features: %.1f s a step, %d steps %s, at most %d steps "
             "%s; bounded by --set probe.max_steps=N, less with --repeats 1, --set probe.folds=2, "
             "--set probe.most_rows=N, --set probe.joint=false or --set probe.control=false",
             num_probes,
@@ -36,7 +38,8 @@ def log_estimate(design: Design, answer: Aim, lesson: Lesson, *, max_steps: int)
             answer.num_outputs,
             design.rows.shape[1],
             seconds,
-            _duration(10 * seconds),
+            steps,
+            _duration(steps * seconds),
             max_steps,
             _duration(max_steps * seconds),
         )
