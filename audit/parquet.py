@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from .errors import MmauditError
 from .json_text import Shape, check_shape, parse_json
+from .regular_file import check_regular
 from .storage import atomic_write
 
 KEY = b"mmaudit"
@@ -102,9 +103,10 @@ def open_parquet(
     path: Path | str, *, error: type[MmauditError], dictionary: Sequence[str] = (), buffer_bytes: int = 0
 ) -> Iterator[pq.ParquetFile]:
     """Open a file and check its footer; whatever is wrong with the file within the block raises `error`."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise error(f"no such file: {path}")
     try:
+        check_regular(path)
         _check_size(Path(path))
         with pq.ParquetFile(
             path,
@@ -117,7 +119,8 @@ def open_parquet(
             _check_footer(file.metadata, size=Path(path).stat().st_size)
             yield file
     except _FAULTS as cause:
-        reason = (str(cause).splitlines() or [""])[0] or type(cause).__name__
+        words = (isinstance(cause, OSError) and cause.strerror) or str(cause)
+        reason = (words.splitlines() or [""])[0] or type(cause).__name__
         raise error(f"{path} cannot be read as Parquet: {reason}") from cause
 
 

@@ -202,9 +202,7 @@ def _report(outcomes: Iterator[Outcome]) -> bool:
     seconds = time.perf_counter() - start
     failed = [outcome for outcome in done if outcome.fault]
     _print_groups(failed)
-    print(
-        "| kind | inputs | done | refused | " + " | ".join(f"{fault}s" for fault in FAULTS) + " | slowest | peak RSS |"
-    )
+    print("| kind | inputs | done | refused | " + " | ".join(FAULTS) + " | slowest | peak RSS |")
     print("|---|" + "---|" * (len(FAULTS) + 5))
     for kind in [*KINDS, "all"]:
         if rows := [outcome for outcome in done if kind in (outcome.kind, "all")]:

@@ -15,6 +15,7 @@ from ..audit.gap.mixture import MixtureConfig
 from ..audit.leakage import LeakageConfig
 from ..audit.media.decode import MediaConfig
 from ..audit.probing.config import NetworkConfig, ProbeConfig
+from ..audit.regular_file import check_regular
 from ..audit.settings import build as build  # for those who build a RunConfig
 from ..audit.source.dataset import DataConfig
 from ..rebalance.balanced import BalancedConfig
@@ -71,7 +72,7 @@ def load_config(path: str | Path | None = None, settings: typing.Sequence[str] =
     """Read a TOML file, then `SECTION.KEY=VALUE` settings over it. An unknown key names its nearest neighbour."""
     content: dict[str, Any] = {}
     if path is not None:
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise ConfigError(f"no such config file: {path}")
         content = _read_toml(Path(path))
     for setting in settings:
@@ -81,8 +82,11 @@ def load_config(path: str | Path | None = None, settings: typing.Sequence[str] =
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
+        check_regular(path)
         return _parse_toml(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:  # ValueError: also an integer of 5,000 digits
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of 5,000 digits
         raise ConfigError(f"{path} is not TOML: {_reason(error)}") from error
 
 

@@ -131,7 +131,8 @@ class Run:
 
     def find_manifest(self, name: str) -> Path:
         """Give the file of a manifest, named by its path or by its name in this run."""
-        return Path(name) if Path(name).is_file() else self.own_manifest(name)
+        path = Path(name)
+        return path if path.exists() and not path.is_dir() else self.own_manifest(name)
 
     def own_manifest(self, name: str) -> Path:
         """Return the file of a manifest of this run by its name; RunError where there is none."""

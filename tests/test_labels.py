@@ -124,6 +124,12 @@ def test_vectors_of_0_and_1_are_sets() -> None:
         sets_of([["a", "a"], ["b"]])
 
 
+@pytest.mark.parametrize("cell", [{"a": 1}, [{"a": 1}, {"a": 1}], [["dog"], ["dog"]]])
+def test_lists_and_objects_within_a_label_are_refused(cell: object) -> None:
+    with pytest.raises(DatasetError, match="is no list of labels"):
+        read_label_sets(["dog", cell], declared=(), classes=())
+
+
 @pytest.mark.parametrize("cells", [[None], [[], []], [""]])
 def test_no_label_in_any_set_is_refused(cells: list[object]) -> None:
     with pytest.raises(DatasetError, match="no sample has any label"):

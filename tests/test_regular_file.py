@@ -14,10 +14,12 @@ import pytest
 from mmaudit.audit.errors import MmauditError, RunError
 from mmaudit.audit.ingest import ingest
 from mmaudit.audit.ingest.unpickle import read_pickle
+from mmaudit.audit.parquet import read_footer
 from mmaudit.audit.regular_file import check_regular, open_regular
 from mmaudit.audit.source.dataset import open_dataset
 from mmaudit.audit.storage import read_json
 from mmaudit.cli.config import load_config
+from mmaudit.cli.run import Run
 from mmaudit.rebalance.shards import open_scores
 
 
@@ -63,6 +65,11 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "metadata": ("metadata.csv", lambda path: open_dataset(path.parent)),
     "table": ("a.csv", open_dataset),
     "tables": ("a.jsonl", lambda path: open_dataset(path.parent / "*.jsonl")),
+    "table of rows": ("a.parquet", open_dataset),
+    "manifest": (
+        "m.parquet",
+        lambda path: read_footer(Run(folder=path.parent).find_manifest(str(path)), error=RunError),
+    ),
     "parquets": ("a.parquet", lambda path: open_dataset(path.parent / "*.parquet")),
     "tars": ("a.tar", lambda path: open_dataset(path.parent / "*.tar")),
     "tar in a folder": ("a.tar", lambda path: open_dataset(path.parent)),

@@ -499,6 +499,22 @@ def test_manifest_of_other_data_is_marked(full: Run) -> None:
     assert found == {"audio-dominated-0.2": False, "balanced": False, "same": True}
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_integers_of_any_size_in_a_history_are_drawn_or_left_out(full: Run) -> None:
+    line = json.dumps({"epoch": 10**30, "train_loss": 10**400})
+    write_text(f"{line}\n", full.finetune("balanced-concat") / "history.jsonl")
+    (history,) = [each["history"] for each in report_numbers(full)["finetunes"] if each["name"] == "balanced-concat"]
+    assert (history["epoch"], history["train_loss"]) == ([1e30], [None])
+    write_report(full)
+
+
+@pytest.mark.parametrize("key", ["epoch", "train_loss", "validation_loss", "validation_accuracy"])
+def test_a_history_of_another_shape_is_refused(full: Run, key: str) -> None:
+    write_text(json.dumps({key: "1"}) + "\n", full.finetune("balanced-concat") / "history.jsonl")
+    with pytest.raises(RunError, match=f"history.jsonl, line 1 cannot be read: {key} is .*; it must be a number"):
+        write_report(full)
+
+
 def test_lopsided_lists_are_sorted_and_ties_go_by_id(tmp_path: Path) -> None:
     scores = planted(num_samples=60)
     scores.confidence[:30] = [1.0, 0.0]

@@ -75,6 +75,9 @@ def read_label_sets(cells: Sequence[object], *, declared: Sequence[str], classes
 
     The strata are the sets; those of fewer than 10 samples are one.
     """
+    for cell in cells:
+        if isinstance(cell, dict) or (isinstance(cell, list) and any(isinstance(x, (dict, list)) for x in cell)):
+            raise _not_labels(cell)
     sets = _from_vectors(cells, declared or classes) or [_label_set(cell) for cell in cells]
     known = [text for labels in sets if labels is not None for text in labels]
     listed, number = _listed(known, known, declared=declared, classes=classes)
@@ -158,7 +161,12 @@ def _label_set(cell: object) -> list[str] | None:
         return None if any(each is None for each in cell) else [_text(each) for each in cell]
     if isinstance(cell, (int, float)):
         return [_text(cell)]
-    raise DatasetError(f"the label {cell!r} is no list of labels, and no string such as dog|cat: name it with --label")
+    raise _not_labels(cell)
+
+
+def _not_labels(cell: object) -> DatasetError:
+    shown = repr(cell)[:60]
+    return DatasetError(f"the label {shown} is no list of labels, and no string such as dog|cat: name it with --label")
 
 
 def _from_vectors(cells: Sequence[object], names: Sequence[str]) -> list[list[str] | None] | None:

@@ -91,6 +91,8 @@ def find_tables(data: str) -> tuple[Path, list[Path]]:
             raise DatasetError(f"{data} is neither a folder nor a .parquet, .csv, .jsonl or .tar file")
         return path.parent, [path]
     matches = [Path(match) for match in sorted(glob.glob(data))] if glob.has_magic(data) else []
+    if path.exists():
+        raise DatasetError(f"{data} is neither a folder nor a regular file")
     if not matches:
         raise DatasetError(f"no such folder or file: {data}")
     if odd := [match for match in matches if match.suffix not in TABLE_SUFFIXES or match.suffix != matches[0].suffix]:

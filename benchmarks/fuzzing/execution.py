@@ -47,20 +47,26 @@ class Outcome:
 
 
 def run_input(name: str, generate: Generate, *, kind: str, rng_seed: str, scratch: Path, keep: Path | None) -> Outcome:
-    """Write an input into a folder of its own and run mmaudit on it, both in a forked child; then remove the folder.
+    """Write an input into a folder of its own, run mmaudit on it, and remove the folder.
 
-    The folder holds `input`, in which the command runs, `outside`, which it must not read or change, and what the child
-    wrote. It is copied to `keep` where something is wrong.
+    Each step is a forked child, so that the memory measured is that of mmaudit. The folder holds `input`, in which the
+    command runs, `outside`, which it must not read or change, and what the child wrote. It is copied to `keep` where
+    something is wrong.
     """
     folder = scratch / name
     _prepare(folder)
-    start = time.perf_counter()
     child = os.fork()
     if child == 0:
-        _run_child(folder, generate, rng_seed=rng_seed)
+        _generate_input(folder, generate, rng_seed=rng_seed)
     _, status, usage = os.wait4(child, 0)
+    start = time.perf_counter()
+    if status == 0:
+        child = os.fork()
+        if child == 0:
+            _run_child(folder)
+        _, status, usage = os.wait4(child, 0)
+        _end_group(child)
     seconds = time.perf_counter() - start
-    _end_group(child)
     outcome = _judge(folder, name=name, kind=kind, status=status, seconds=seconds, peak=usage.ru_maxrss * 1024)
     if keep is not None and outcome.fault:
         shutil.copytree(folder, keep / name, symlinks=True, dirs_exist_ok=True, ignore=_not_kept)
@@ -99,28 +105,39 @@ def _end_group(child: int) -> None:
         return
 
 
-def _run_child(folder: Path, generate: Generate, *, rng_seed: str) -> NoReturn:
-    """Generate the input, set the limits, run the command and leave with its exit code; never returns."""
-    os.setsid()
+def _generate_input(folder: Path, generate: Generate, *, rng_seed: str) -> NoReturn:
+    """Write the input and, into `cmd`, the command that reads it; never returns."""
     os.chdir(folder / "input")
     _redirect(folder)
     try:
-        argv = generate(random.Random(rng_seed))
-        text = shlex.join(["mmaudit", *argv])
+        text = shlex.join(["mmaudit", *generate(random.Random(rng_seed))])
         (folder / "cmd").write_bytes(f"cd input && {text}\n".encode("utf-8", "surrogateescape"))
-        _set_limits()
-        log = (folder / "crash").open("w")
-        faulthandler.enable(log)
-        faulthandler.register(signal.SIGALRM, log, chain=True)  # says where a hang was, then ends the child
-        signal.alarm(HANG_SECONDS)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(GENERATOR_FAILED)
-    code = _call_main(argv, folder / "traceback")
+    os._exit(0)
+
+
+def _run_child(folder: Path) -> NoReturn:
+    """Set the limits, run the command in `cmd` and leave with its exit code; never returns."""
+    os.setsid()
+    os.chdir(folder / "input")
+    _redirect(folder)
+    _set_limits()
+    log = (folder / "crash").open("w")
+    faulthandler.enable(log)
+    faulthandler.register(signal.SIGALRM, log, chain=True)  # says where a hang was, then ends the child
+    signal.alarm(HANG_SECONDS)
+    code = _call_main(list(_read_command(folder)), folder / "traceback")
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
+
+
+def _read_command(folder: Path) -> tuple[str, ...]:
+    """Return the words after `mmaudit` of the command in `cmd`."""
+    return tuple(shlex.split(read_text(folder / "cmd").removeprefix("cd input && "))[1:])
 
 
 def _redirect(folder: Path) -> None:
@@ -183,7 +200,7 @@ def _is_small_file(path: Path) -> bool:
 
 def _judge(folder: Path, *, name: str, kind: str, status: int, seconds: float, peak: int) -> Outcome:
     code = os.waitstatus_to_exitcode(status)
-    argv = tuple(shlex.split(read_text(folder / "cmd").removeprefix("cd input && "))[1:])
+    argv = _read_command(folder)
     fault, group, detail = fault_of(folder, code, argv, peak)
     detail = detail or read_text(folder / "stderr").strip().rpartition("\n")[2][:300]
     return Outcome(

@@ -5,6 +5,7 @@ Each function takes the score table and gives plain values for report.json; figu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
@@ -229,7 +230,9 @@ def quarantined(table: pa.Table) -> list[Numbers]:
 
 def finite(value: Any) -> float | None:
     """Give a number that JSON can hold, None for one that is missing or not finite."""
-    return float(value) if value is not None and np.isfinite(value) else None
+    if value is None or (isinstance(value, int) and abs(value) > sys.float_info.max):  # an integer has any size
+        return None
+    return float(value) if np.isfinite(float(value)) else None
 
 
 def short(text: object, most: int = MOST_TEXT) -> str:

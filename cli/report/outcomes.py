@@ -21,6 +21,7 @@ from .findings import Numbers, finite, short
 from .uniformity import uniformity
 
 SETTINGS = ("fusion", "sampling", "balancing", "only", "init", "epochs", "keep_posterior")  # those that are told
+_HISTORY = ("epoch", "train_loss", "validation_loss", "validation_accuracy")  # what is drawn of history.jsonl
 MOST_DETAILED = 8  # manifests, and fine-tunings, with a figure of their own; the others have their line in the table
 
 
@@ -155,7 +156,7 @@ def _subset(name: str, found: Mapping[str, Any], branches: list[str]) -> Numbers
 def _epoch(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = parse_data_json(line)  # a loss may be NaN
-        check_shape(record, dict.fromkeys(("epoch", "train_loss", "validation_loss"), (float, type(None))))
+        check_shape(record, dict.fromkeys(_HISTORY, (float, type(None))))
     except ValueError as error:
         raise RunError(f"{path}, line {number} cannot be read: {error}; train it anew with --overwrite") from error
     return dict(record)
@@ -165,5 +166,4 @@ def _history(path: Path) -> dict[str, list[float | None]]:
     """Give what history.jsonl says of each epoch, by column."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     records = [_epoch(path, number, line) for number, line in enumerate(lines, start=1) if line]
-    keys = ("epoch", "train_loss", "validation_loss", "validation_accuracy")
-    return {key: [finite(record.get(key)) for record in records] for key in keys}
+    return {key: [finite(record.get(key)) for record in records] for key in _HISTORY}
