@@ -12,10 +12,10 @@ MAX_BYTES = 1 << 26  # of one document: the largest of ours, the numbers of 5,00
 _SHOWN = 60  # characters of a wrong value that a message repeats
 _WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
 
-# What JSON should look like. A type, or several of them (NoneType: null); a mapping of the keys that are known, none of
-# which has to be there unless it is a `Complete` one, with the shape of each, "*": that of every other key; a list of
-# one shape, which is that of every entry.
-Shape: TypeAlias = "type | tuple[type, ...] | Mapping[str, Shape] | list[Shape]"
+# What JSON should look like. A type, or several of them (NoneType: null), one of which may be a mapping; a mapping of
+# the keys that are known, none of which has to be there unless it is a `Complete` one, with the shape of each, "*":
+# that of every other key; a list of one shape, which is that of every entry.
+Shape: TypeAlias = "type | tuple[type | Mapping[str, Shape], ...] | Mapping[str, Shape] | list[Shape]"
 
 
 class Complete(dict[str, Any]):
@@ -58,7 +58,12 @@ def check_shape(content: Any, shape: Shape, *, key: str = "") -> None:
         for number, entry in enumerate(content):
             check_shape(entry, shape[0], key=f"{key}[{number}]")
     else:
-        _check_type(content, shape if isinstance(shape, tuple) else (shape,), key=key)
+        shapes = shape if isinstance(shape, tuple) else (shape,)
+        mapping = next((option for option in shapes if isinstance(option, Mapping)), None)
+        if mapping is not None and isinstance(content, dict):
+            check_shape(content, mapping, key=key)
+        else:
+            _check_type(content, tuple(option for option in shapes if isinstance(option, type)), key=key)
 
 
 def _check_keys(content: dict[str, Any], shape: Mapping[str, Shape], *, key: str) -> None:

@@ -170,34 +170,40 @@ SCORE_FILES = ("run.json", "scores.parquet", "quarantine.parquet", "mixture.json
 REPORT_FILES = ("report.html", "report.json", "figures")
 MADE_FROM_SCORES = ("finetune", "manifests", "recovery.json")
 
+_NUMBER, _NULL = (float, type(None)), type(None)
+_CALIBRATION = Complete(temperature=float, ece_before=_NUMBER, ece_after=_NUMBER, num_rows=int)
 _GAIN = Complete(name=str, gain=float, low=float, high=float)
 _VALUE = Complete(name=str, value=float, low=float, high=float)
 _LEDGER = Complete(
     metric=str,
     chance=float,
-    standings=[Complete(**_VALUE, loss=float, calibration=(dict, type(None)))],
+    standings=[Complete(**_VALUE, loss=float, calibration=(_CALIBRATION, _NULL))],
     over_best=_GAIN,
     gains=[_GAIN],
     controls=[Complete(**_VALUE, num_rows=int, chance=float, leaks=bool)],
 )
-_RECORD: Shape = {
-    "schema": str,
-    "version": str,
-    "source": str,
-    "fingerprint": str,
-    "config": {name: {} for name in ("data", "media", "probe", "network", "mixture")} | {"seed": int},
-    "modalities": [{"name": str, "column": str, "kind": str, "preprocessing": str}],
-    "columns": {},
-    "counts": {"input": int, "scored": int, "quarantined": int},
-    "quarantine": {},
-    "classes": int,
-    "groups": (int, type(None)),
-    "folds": (int, type(None)),
-    "ledger": _LEDGER,
-    "verdict": str,
-    "class_check": {"verdict": str},
-    "seconds": {},
-}
+_RECORD: Shape = Complete(
+    schema=str,
+    version=str,
+    source=str,
+    fingerprint=str,
+    seed=int,
+    config=Complete(
+        seed=int, data=Complete(task=str), media={}, probe=Complete(repeats=int, learn_from=str), network={}, mixture={}
+    ),
+    modalities=[Complete(name=str, column=str, kind=str, preprocessing=str)],
+    columns={},
+    code={},
+    counts=Complete(input=int, scored=int, quarantined=int),
+    quarantine={"*": int},
+    classes=int,
+    groups=(int, _NULL),
+    folds=(int, _NULL),
+    ledger=_LEDGER,
+    verdict=str,
+    class_check=Complete(verdict=str),
+    seconds={},
+)
 _METRICS: Shape = {
     "manifest": str,
     "manifest_digest": str,

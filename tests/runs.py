@@ -1,9 +1,10 @@
-"""Copies of run folders for the tests, signed as if they had been made where they lie."""
+"""Records and copies of run folders for the tests."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.storage import read_json, write_json
@@ -19,3 +20,44 @@ def copy_run(source: Path, target: Path) -> Path:
     for path in run.manifests():
         sign_manifest(path, path, run=run.folder, scores=run.scores_file)
     return run.folder
+
+
+def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """Return a complete run.json of no samples, with other values for some keys and some sections of its config."""
+    sections = {
+        "seed": 0,
+        "data": {"task": "classification"},
+        "media": {},
+        "probe": {"repeats": 1, "learn_from": "all"},
+        "network": {},
+        "mixture": {},
+    }
+    gain = {"name": "audio", "gain": 0.0, "low": 0.0, "high": 0.0}
+    record = {
+        "schema": "mmaudit.run/1",
+        "version": "0.1.0",
+        "source": "data.parquet",
+        "fingerprint": "f" * 32,
+        "seed": 0,
+        "config": sections | (config or {}),
+        "modalities": [],
+        "columns": {},
+        "code": {},
+        "counts": {"input": 0, "scored": 0, "quarantined": 0},
+        "quarantine": {},
+        "classes": 0,
+        "groups": None,
+        "folds": 5,
+        "ledger": {
+            "metric": "accuracy",
+            "chance": 0.5,
+            "standings": [],
+            "over_best": gain,
+            "gains": [],
+            "controls": [],
+        },
+        "verdict": "",
+        "class_check": {"verdict": ""},
+        "seconds": {},
+    }
+    return record | changes

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from runs import run_record
 from scipy.stats import kstest
 
 from mmaudit.audit.errors import RunError
@@ -107,24 +108,21 @@ def run_of(
     write_json(dict(mixture.to_json()), run.mixture_file)
     out = len({row.sample_id for row in quarantined})
     run.write_record(
-        {
-            "version": "0.1.0",
-            "source": source,
-            "fingerprint": "f" * 32,
-            "seed": 0,
-            "config": {"probe": {"repeats": 1, "learn_from": "all"}, "data": {"task": "classification"}},
-            "modalities": [
-                {"name": name, "kind": "features", "column": name, "length": 4} for name in scores.modalities
+        run_record(
+            source=source,
+            config={"probe": {"repeats": 1, "learn_from": "all"}},
+            modalities=[
+                {"name": name, "kind": "features", "column": name, "length": 4, "preprocessing": ""}
+                for name in scores.modalities
             ],
-            "columns": {"group": None if scores.group is None else "speaker"},
-            "counts": {"input": len(scores) + out, "scored": len(scores), "quarantined": out},
-            "classes": len(set(scores.label.tolist())),
-            "groups": None if scores.group is None else len(set(scores.group)),
-            "folds": 5,
-            "ledger": ledger(scores.modalities).to_json(),
-            "class_check": check.to_json(),
-            "seconds": {"probe": 1.0},
-        }
+            columns={"group": None if scores.group is None else "speaker"},
+            counts={"input": len(scores) + out, "scored": len(scores), "quarantined": out},
+            classes=len(set(scores.label.tolist())),
+            groups=None if scores.group is None else len(set(scores.group)),
+            ledger=ledger(scores.modalities).to_json(),
+            class_check=check.to_json(),
+            seconds={"probe": 1.0},
+        )
     )
     return run
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from runs import run_record
 
 from mmaudit.audit.errors import ConfigError, RunError
 from mmaudit.audit.score import ScoreTable, write_scores
@@ -81,9 +84,19 @@ def test_a_name_stays_in_the_run(tmp_path: Path, name: str) -> None:
 def test_the_record_is_what_was_written(tmp_path: Path) -> None:
     run = Run(tmp_path / "deep" / "run")
     assert not run.is_scored()
-    run.write_record({"seed": 3, "counts": {"input": 2}})
+    run.write_record(run_record(seed=3))
     assert run.is_scored()
-    assert run.record() == {"seed": 3, "counts": {"input": 2}}
+    assert run.record() == run_record(seed=3)
+
+
+@pytest.mark.parametrize("key", run_record())
+def test_a_record_that_lacks_a_key_is_damaged(tmp_path: Path, key: str) -> None:
+    run = Run(tmp_path)
+    record = run_record()
+    del record[key]
+    run.write_record(record)
+    with pytest.raises(RunError, match=f"run.json .* lacks {key}"):
+        run.record()
 
 
 def test_scores_are_those_of_a_finished_run(tmp_path: Path) -> None:
@@ -101,7 +114,7 @@ def test_scores_are_those_of_a_finished_run(tmp_path: Path) -> None:
         with pytest.raises(RunError) as caught:
             ask()
         assert str(caught.value) == words
-    run.write_record({})
+    run.write_record(run_record())
     assert run.scores().to_arrow().equals(scores.to_arrow())
 
 
@@ -140,14 +153,18 @@ def test_a_name_that_no_file_could_have_is_refused(tmp_path: Path, name: str) ->
             find(name)
 
 
+def record_with(**changes: Any) -> str:
+    return json.dumps(run_record() | changes)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("[]", "the document is"),
-        ('{"config": 5}', "config is 5; it must be an object"),
-        ('{"modalities": [5]}', r"modalities\[0\] is 5; it must be an object"),
-        ('{"counts": {"input": "x"}}', "counts.input is"),
-        ('{"ledger": {"metric": "accuracy"}}', "ledger lacks chance"),
+        (record_with(config=5), "config is 5; it must be an object"),
+        (record_with(modalities=[5]), r"modalities\[0\] is 5; it must be an object"),
+        (record_with(counts={"input": "x"}), "counts.input is"),
+        (record_with(ledger={"metric": "accuracy"}), "ledger lacks chance"),
         ("[" * 5_000, "nested more than 64 levels"),
         ('{"seed": ' + "9" * 5_000 + "}", "integer string conversion"),
     ],

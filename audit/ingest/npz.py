@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import struct
-import tokenize
 import zipfile
-import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from .. import npy
 from ..errors import DatasetError
 from ..regular_file import open_regular
 from .unpickle import FREE_BYTES, MAX_EXPANSION
 
-_BROKEN = (
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
+_BROKEN = (zipfile.BadZipFile, *npy.BROKEN)
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -60,17 +41,9 @@ def _check_expansion(archive: zipfile.ZipFile, size: int) -> None:
 
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(info) as member:
-        shape, dtype = _header(member)
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject or num_bytes > info.file_size:
-            what = "objects" if dtype.hasobject else f"{num_bytes:,} bytes"
-            raise ValueError(f"{info.filename} announces {what}, and holds {info.file_size:,} bytes")
+        try:
+            npy.check_header(member, num_bytes=info.file_size)
+        except ValueError as error:
+            raise ValueError(f"{info.filename}: {error}") from error
     with archive.open(info) as member:
-        return np.asarray(npy.read_array(member, allow_pickle=False))
-
-
-def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = npy.read_magic(member)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read(member)
-    return shape, dtype
+        return npy.read_array(member)

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from .. import npy
 from ..errors import DatasetError
 from ..json_text import parse_data_json
 from ..regular_file import open_regular
@@ -313,9 +314,10 @@ def _is_vector(name: str) -> bool:
 
 def _vector(data: bytes, where: str) -> NDArray[np.float32]:
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DatasetError(f"{where} cannot be read: {error}") from error
+        npy.check_header(io.BytesIO(data), num_bytes=len(data))
+        array = npy.read_array(io.BytesIO(data))
+    except npy.BROKEN as error:
+        raise DatasetError(f"{where} cannot be read: {str(error)[:200]}") from error
     if array.ndim != 1 or array.dtype.kind not in "fiub":
         raise DatasetError(f"{where} is of shape {array.shape} and type {array.dtype}; features are one row of numbers")
     return np.asarray(array, dtype=np.float32)
