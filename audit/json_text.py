@@ -19,7 +19,7 @@ Shape: TypeAlias = "type | tuple[type | Mapping[str, Shape], ...] | Mapping[str,
 
 
 class Complete(dict[str, Any]):
-    """The shape of an object that has all of these keys."""
+    """The shape of an object that has all of these keys, but for those that end in "?" and "*", which others have."""
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -67,11 +67,12 @@ def check_shape(content: Any, shape: Shape, *, key: str = "") -> None:
 
 
 def _check_keys(content: dict[str, Any], shape: Mapping[str, Shape], *, key: str) -> None:
-    lacking = [name for name in shape if name not in content] if isinstance(shape, Complete) else []
+    required = [name for name in shape if name != "*" and name[-1:] != "?"] if isinstance(shape, Complete) else []
+    lacking = [name for name in required if name not in content]
     if lacking:
         raise ValueError(f"{key or 'the document'} lacks {', '.join(lacking)}")
     for name, value in content.items():
-        inner = shape.get(name, shape.get("*"))
+        inner = next((shape[known] for known in (name, f"{name}?", "*") if known in shape), None)
         if inner is not None:
             check_shape(value, inner, key=f"{key}.{name}" if key else name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,22 @@ class Run:
             raise RunError(
                 f"{self.folder} holds no finished run; make one with: mmaudit score DATA --run {self.folder}"
             )
-        return read_json(self.record_file, error=RunError, shape=_RECORD)
+        record = read_json(self.record_file, error=RunError, shape=_RECORD)
+        _check_record(record, self.record_file)
+        return record
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Write run.json."""
         write_json(record, self.record_file)
+
+    def recovery(self) -> dict[str, Any] | None:
+        """Read recovery.json, which the demo writes; None where there is none."""
+        if not self.recovery_file.exists():
+            return None
+        recovery = read_json(self.recovery_file, error=RunError, shape=_RECOVERY)
+        if len(recovery["interval"]) != 2:
+            raise RunError(f"{self.recovery_file} is damaged, its interval has no two ends: remove it")
+        return recovery
 
     def scores(self) -> ScoreTable:
         """Read the score table. Raises RunError where nothing has been scored."""
@@ -144,14 +156,39 @@ class Run:
         raise RunError(f"no manifest {name}; {choices(name, known)}; make one with: mmaudit split --balanced")
 
 
+def _check_record(record: dict[str, Any], file: Path) -> None:
+    """Raise RunError where the probe report of run.json is not of its modalities."""
+    names = [modality["name"] for modality in record["modalities"]]
+    ledger = record["ledger"]
+    standings = {standing["name"]: standing for standing in ledger["standings"]}
+    gains = [gain["name"] for gain in ledger["gains"]]
+    unknown = {gain["name"] for gain in (*ledger["controls"], ledger["over_best"])} - set(names)
+    if not names or gains != names or not {*names, "fused"} <= standings.keys() or unknown:
+        raise RunError(f"{file} is damaged: its ledger is not of the modalities {', '.join(names)}; rescore")
+    errors = [standings[name]["calibration"] for name in names]
+    if any(error is None for error in errors) or len({error[key] is None for error in errors for key in _ECE}) != 1:
+        raise RunError(f"{file} is damaged: its ledger lacks the calibration of a modality; rescore")
+
+
+_ECE = ("ece_before", "ece_after")
+
+
 def read_metrics(folder: Path) -> dict[str, Any]:
     """Read metrics.json of a finished fine-tuning; RunError where it is damaged."""
     file = folder / "metrics.json"
-    found = read_json(file, error=RunError, shape=_METRICS)
-    lacking = [key for key in ("manifest", "manifest_digest", "config", "counts", "test") if key not in found]
-    if lacking:
-        raise RunError(f"{file} is damaged, it has no {lacking[0]}: remove {folder}, or train it anew with --overwrite")
-    return found
+    metrics = read_json(file, error=RunError, shape=_METRICS)
+    all_samples, contribution = metrics["test"]["all"], metrics.get("contribution", {"n": 0})
+    branches = all_samples.get("branches", {})
+    lacking = [name for name, subset in metrics["test"].items() if _lacks_branches(subset, branches)]
+    if lacking or ("fused" not in branches and all_samples["n"]):
+        raise RunError(f"{file} is damaged, test.{(lacking or ['all'])[0]} lacks branches: train it anew")
+    if contribution["n"] and not {"contribution", "confusion"} <= contribution.keys():
+        raise RunError(f"{file} is damaged, its contribution lacks a part: train it anew")
+    return metrics
+
+
+def _lacks_branches(subset: dict[str, Any], branches: Mapping[str, Any]) -> bool:
+    return bool(subset["n"]) and subset.get("branches", {}).keys() != branches.keys()
 
 
 _MAX_NAME = 200  # bytes: file systems allow 255, and NAME.dropped.parquet and temporary names are longer
@@ -204,13 +241,27 @@ _RECORD: Shape = Complete(
     class_check=Complete(verdict=str),
     seconds={},
 )
-_METRICS: Shape = {
-    "manifest": str,
-    "manifest_digest": str,
-    "config": {"seed": int, "finetune": {}, "data": {}},
-    "counts": {},
-    "test": {"all": {"branches": {}}},
-    "best_epoch": int,
-    "chance": {"majority": float},
-    "test_labels_in_scores": bool,
-}
+_INTERVAL = Complete(mean=float, low=float, high=float)
+_SHARE = Complete(n=int, share=float, low=float, high=float)
+_BRANCH = Complete(dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "map", "macro_f1", "ece"), float))
+_SUBSET = Complete({"n": int, "branches?": {"*": _BRANCH}})
+_METRICS = Complete(
+    {
+        "manifest": str,
+        "manifest_digest": str,
+        "config": Complete({"seed": int, "finetune": {}, "data?": {}}),
+        "counts": Complete(train=int, validation=int, test=int),
+        "test": Complete({"all": _SUBSET, "*": _SUBSET}),
+        "best_epoch": int,
+        "chance": Complete(majority=float),
+        "test_labels_in_scores": bool,
+        "contribution?": Complete(
+            n=int,
+            **{
+                "contribution?": Complete(nobody=float, all=float, modalities={"*": _INTERVAL}),
+                "confusion?": Complete(confused=_SHARE, synergy=_SHARE, confused_by={"*": _SHARE}),
+            },
+        ),
+    }
+)
+_RECOVERY = Complete(spearman=float, interval=[float], right_signs=float, num_samples=int)

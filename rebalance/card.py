@@ -12,10 +12,9 @@ from typing import Any
 import pyarrow.compute as pc
 
 from ..audit.errors import ManifestError
-from ..audit.storage import read_json
 from .manifest import batches_of, dropped_path, num_rows_of, provenance_of, rows_of
 from .markdown import code_span, escaped, table_of
-from .tally import NUMBERS
+from .tally import read_numbers
 
 MOST_SHORTAGES = 5  # that a card lists
 _BAR = 24  # characters of the longest bar
@@ -37,7 +36,7 @@ def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: st
     rows = num_rows_of(manifest)
     beside = manifest.with_name(f"{manifest.stem}.balance.json")
     if balance is None and beside.is_file():
-        balance = read_json(beside, error=ManifestError, shape=NUMBERS)
+        balance = read_numbers(beside, error=ManifestError)
     name = file_name or manifest.name
     between = str((balance or provenance).get("between", ""))
     parts = [["## Modality balance"], [_opening(name, rows, between, balance, provenance)]]

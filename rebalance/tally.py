@@ -6,12 +6,15 @@ Kept while rows pass by, in memory that depends on the numbers of bins and class
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.json_text import Complete, Shape
+from ..audit.errors import MmauditError
+from ..audit.json_text import Complete
+from ..audit.storage import read_json
 from .choice import Decision
 from .levels import distance_to_uniform
 from .shards import Rows, ScoreShards
@@ -21,39 +24,53 @@ _MOST_CELLS = 1 << 18  # of all counts together: what stays in the cache is adde
 MOST_SHORTAGES = 20
 
 _EVENNESS = Complete(distance=float, ks=float, positive=float)
-NUMBERS: Shape = {  # what stands in NAME.balance.json, where some of it comes from the recipe
-    "name": str,
-    "between": str,
-    "bins": int,
-    "kept": int,
-    "dropped": int,
-    "scored": int,
-    "reasons": {"*": int},
-    "effective_size": float,
-    "before": _EVENNESS,
-    "after": _EVENNESS,
-    "distances": {"*": float},
-    "counts_before": [int],
-    "counts_after": [float],
-    "empty_bins": [int],
-    "classes": [
-        Complete(
-            name=str,
-            before=int,
-            after=float,
-            distance_before=float,
-            distance_after=float,
-            ks_before=float,
-            ks_after=float,
-            empty_bins=int,
-        )
-    ],
-    "shortages": [Complete({"class": str, "bin": int, "low": float, "high": float, "has": int, "even": float})],
-    "curve": [Complete(tolerance=float, size=int, distance=float)],
-    "grid": (bool, type(None)),
-    "recipe": {"balanced": {}},
-    "digest": str,
-}
+_SHAPE = Complete(  # of NAME.balance.json, where some of it comes from the recipe
+    {
+        "name": str,
+        "between": str,
+        "bins": int,
+        "kept": int,
+        "dropped": int,
+        "scored": int,
+        "reasons": {"*": int},
+        "effective_size": float,
+        "before": _EVENNESS,
+        "after": _EVENNESS,
+        "distances": {"*": float},
+        "counts_before": [int],
+        "counts_after": [float],
+        "empty_bins": [int],
+        "classes": [
+            Complete(
+                name=str,
+                before=int,
+                after=float,
+                distance_before=float,
+                distance_after=float,
+                ks_before=float,
+                ks_after=float,
+                empty_bins=int,
+            )
+        ],
+        "shortages": [Complete({"class": str, "bin": int, "low": float, "high": float, "has": int, "even": float})],
+        "curve?": [Complete(tolerance=float, size=int, distance=float)],
+        "grid?": bool,
+        "recipe": {"balanced": (dict, type(None))},
+        "digest": str,
+    }
+)
+
+
+def read_numbers(path: Path, *, error: type[MmauditError]) -> dict[str, Any]:
+    """Read NAME.balance.json: Tally.numbers of a split with its name, recipe and digest, `curve` if it is balanced."""
+    numbers = read_json(path, error=error, shape=_SHAPE)
+    bins = numbers["bins"]
+    places = [*numbers["empty_bins"], *(shortage["bin"] for shortage in numbers["shortages"])]
+    if not len(numbers["counts_before"]) == len(numbers["counts_after"]) == bins > max([0, *places]):
+        raise error(f"{path} does not count {bins} bins: make the manifest anew with mmaudit split")
+    if min([0, *places]) < 0:
+        raise error(f"{path} names bin {min(places)}: make the manifest anew with mmaudit split")
+    return numbers
 
 
 class Tally:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from ..audit.contents import Content, contents_of
 from ..audit.errors import ManifestError
 from ..audit.source.dataset import Dataset
-from ..audit.storage import read_json
 from .checks import Check, CheckedFile, named, section
 from .manifest import (
     COLUMNS,
@@ -32,7 +31,7 @@ from .manifest import (
 from .recipe import balance_path
 from .shards import keys_of
 from .spill import Spill
-from .tally import NUMBERS
+from .tally import read_numbers
 
 _MARKS = {True: "held", False: "FAILED", None: "not looked at"}
 
@@ -101,7 +100,7 @@ def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verified:
     checks = [*files[0].checks(""), *_ids(whole, repeated), _labels(whole), _subset(whole, provenance)]
     checks += _dropped(files, beside)
     numbers = balance_path(manifest)
-    checks += _complete(whole, read_json(numbers, error=ManifestError, shape=NUMBERS) if numbers.exists() else None)
+    checks += _complete(whole, read_numbers(numbers, error=ManifestError) if numbers.exists() else None)
     return Verified(manifest=manifest, checks=tuple(checks), digests=files[0].digests)
 
 

@@ -23,7 +23,7 @@ def copy_run(source: Path, target: Path) -> Path:
 
 
 def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """Return a complete run.json of no samples, with other values for some keys and some sections of its config."""
+    """Return a complete run.json of two modalities, with other values for some keys and some sections of its config."""
     sections = {
         "seed": 0,
         "data": {"task": "classification"},
@@ -32,7 +32,12 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         "network": {},
         "mixture": {},
     }
-    gain = {"name": "audio", "gain": 0.0, "low": 0.0, "high": 0.0}
+    gains = [{"name": name, "gain": 0.0, "low": 0.0, "high": 0.0} for name in ("audio", "visual")]
+    calibration = {"temperature": 1.0, "ece_before": 0.1, "ece_after": 0.0, "num_rows": 10}
+    standings = [
+        {"name": name, "value": 0.5, "low": 0.4, "high": 0.6, "loss": 0.7, "calibration": calibration}
+        for name in ("audio", "visual", "fused")
+    ]
     record = {
         "schema": "mmaudit.run/1",
         "version": "0.1.0",
@@ -40,7 +45,10 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         "fingerprint": "f" * 32,
         "seed": 0,
         "config": sections | (config or {}),
-        "modalities": [],
+        "modalities": [
+            {"name": name, "kind": "features", "column": name, "length": 4, "preprocessing": ""}
+            for name in ("audio", "visual")
+        ],
         "columns": {},
         "code": {},
         "counts": {"input": 0, "scored": 0, "quarantined": 0},
@@ -51,9 +59,9 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         "ledger": {
             "metric": "accuracy",
             "chance": 0.5,
-            "standings": [],
-            "over_best": gain,
-            "gains": [],
+            "standings": standings,
+            "over_best": gains[0],
+            "gains": gains,
             "controls": [],
         },
         "verdict": "",

@@ -57,6 +57,12 @@ def make(
     return path, {**numbers, "name": "even", "recipe": recipe, "curve": curve}
 
 
+def write_beside(path: Path, numbers: dict[str, Any]) -> None:
+    """Write numbers to the file beside a manifest, as `mmaudit split` does."""
+    text = json.dumps({"digest": rows_of(path)["digest"], **numbers})
+    path.with_name(f"{path.stem}.balance.json").write_text(text, encoding="utf-8")
+
+
 def tables(text: str) -> list[list[list[str]]]:
     """Read the Markdown tables as lists of rows of cells, without the line of dashes."""
     found, rows = [], []
@@ -139,7 +145,7 @@ def test_numbers_that_lie_beside_are_found(tmp_path: Path) -> None:
     assert tables(without) == []
     assert "No numbers of its balance lie beside it" in without
     assert "### How it was made" in without
-    (tmp_path / "even.balance.json").write_text(json.dumps(numbers), encoding="utf-8")
+    write_beside(path, numbers)
     assert card(path) == card(path, balance=numbers)
     assert "No numbers" not in card(path)
 
@@ -149,7 +155,7 @@ def test_numbers_that_lie_beside_are_found(tmp_path: Path) -> None:
     [
         ("before", {}, "before lacks distance, ks, positive"),
         ("counts_before", ["x"], r"counts_before\[0\] is .x.; it must be an integer"),
-        ("counts_before", [1], "do not count 10 bins"),
+        ("counts_before", [1], "does not count 10 bins"),
         ("classes", [{"name": 5}], r"classes\[0\] lacks before"),
         ("curve", 5, "curve is 5; it must be a list"),
         ("distances", {"train": None}, r"distances\.train is null; it must be a number"),
@@ -158,7 +164,7 @@ def test_numbers_that_lie_beside_are_found(tmp_path: Path) -> None:
 )
 def test_numbers_of_another_shape_are_named(tmp_path: Path, key: str, value: object, reason: str) -> None:
     path, numbers = make(tmp_path)
-    (tmp_path / "even.balance.json").write_text(json.dumps({**numbers, key: value}), encoding="utf-8")
+    write_beside(path, {**numbers, key: value})
     with pytest.raises(ManifestError, match=reason):
         card(path)
 

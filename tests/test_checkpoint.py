@@ -182,6 +182,13 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, 
         warm_start(net_of(**options), saved(net_of(), tmp_path / "old"))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    save_model({**WEIGHTS, "bias": torch.tensor([0.5, value])}, tmp_path / "m.safetensors", about={})
+    with pytest.raises(RunError, match="is damaged, its weights bias are not all finite"):
+        load_model(tmp_path / "m.safetensors")
+
+
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     save_model(WEIGHTS, tmp_path / "strange", about={"classes": ["a"]})

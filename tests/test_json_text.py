@@ -95,3 +95,27 @@ def test_complete_objects_lack_no_key_and_a_star_is_every_other_key() -> None:
         check_shape({"before": {}}, shape)
     with pytest.raises(ValueError, match=r'distances\.test is "x"; it must be a number'):
         check_shape({"distances": {"train": 0.5, "test": "x"}}, shape)
+
+
+def test_keys_with_a_question_mark_may_be_absent() -> None:
+    shape = Complete({"n": int, "branches?": {"*": Complete(accuracy=float)}, "*": str})
+    for content in ({"n": 1}, {"n": 1, "branches": {}}, {"n": 1, "branches": {"fused": {"accuracy": 0.5}}, "x": "y"}):
+        check_shape(content, shape)
+    for content, reason in (
+        ({}, "the document lacks n"),
+        ({"n": 1, "branches": []}, "branches is"),
+        ({"n": 1, "branches": {"fused": {}}}, r"branches\.fused lacks accuracy"),
+        ({"n": 1, "x": 2}, "x is 2"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            check_shape(content, shape)
+
+
+def test_one_of_several_shapes_may_be_an_object() -> None:
+    shape: Shape = {"calibration": (Complete(ece=float), type(None))}
+    for calibration in (None, {"ece": 0.5}):
+        check_shape({"calibration": calibration}, shape)
+    wrong: dict[str, Any] = {"calibration lacks ece": {}, "calibration is 5": 5, r"calibration\.ece": {"ece": "x"}}
+    for reason, value in wrong.items():
+        with pytest.raises(ValueError, match=reason):
+            check_shape({"calibration": value}, shape)

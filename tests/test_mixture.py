@@ -258,6 +258,7 @@ def test_json_round_trip_is_equality(gaps: list[float]) -> None:
         ({"components": [{"weight": "x", "mean": 0.1, "sd": 0.1}] * 2}, "weight is"),
         ({"components": [{"weight": 0.5, "mean": 0.1, "sd": 0.0}] * 2}, "not above 0"),
         ({"components": [{"weight": 0.5, "mean": 0.1}] * 2}, "lacks sd"),
+        ({"bic_one": None}, "bic_one beside its components"),
     ],
 )
 def test_json_of_another_shape_is_no_mixture(change: dict[str, object], reason: str) -> None:

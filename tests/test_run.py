@@ -153,6 +153,23 @@ def test_a_name_that_no_file_could_have_is_refused(tmp_path: Path, name: str) ->
             find(name)
 
 
+def test_a_probe_report_of_other_modalities_is_damaged(tmp_path: Path) -> None:
+    run, ledger = Run(tmp_path), run_record()["ledger"]
+    uncalibrated = [{**standing, "calibration": None} for standing in ledger["standings"]]
+    damaged: list[dict[str, Any]] = [
+        {"modalities": []},
+        {"modalities": run_record()["modalities"][:1]},
+        {"ledger": {**ledger, "gains": ledger["gains"][:1]}},
+        {"ledger": {**ledger, "standings": ledger["standings"][1:]}},
+        {"ledger": {**ledger, "over_best": {**ledger["over_best"], "name": "smell"}}},
+        {"ledger": {**ledger, "standings": uncalibrated}},
+    ]
+    for changes in damaged:
+        run.write_record(run_record(**changes))
+        with pytest.raises(RunError, match=r"run\.json is damaged: its ledger"):
+            run.record()
+
+
 def record_with(**changes: Any) -> str:
     return json.dumps(run_record() | changes)
 
@@ -163,7 +180,7 @@ def record_with(**changes: Any) -> str:
         ("[]", "the document is"),
         (record_with(config=5), "config is 5; it must be an object"),
         (record_with(modalities=[5]), r"modalities\[0\] is 5; it must be an object"),
-        (record_with(counts={"input": "x"}), "counts.input is"),
+        (record_with(counts={"input": "x", "scored": 1, "quarantined": 0}), "counts.input is"),
         (record_with(ledger={"metric": "accuracy"}), "ledger lacks chance"),
         ("[" * 5_000, "nested more than 64 levels"),
         ('{"seed": ' + "9" * 5_000 + "}", "integer string conversion"),

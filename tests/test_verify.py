@@ -290,7 +290,13 @@ def test_a_file_of_dropped_rows_that_is_none_is_named(manifest: Path) -> None:
 
 
 def test_kept_and_dropped_are_all_that_were_scored(manifest: Path) -> None:
-    numbers = {"scored": 60, "digest": rows_of(manifest)["digest"]}
+    evenness = {"distance": 0.0, "ks": 0.0, "positive": 0.5}
+    numbers = {
+        **{"name": "m", "between": "audio:visual", "bins": 1, "scored": 60, "kept": 0, "dropped": 0, "reasons": {}},
+        **{"effective_size": 0.0, "before": evenness, "after": evenness, "distances": {}, "counts_before": [0]},
+        **{"counts_after": [0.0], "empty_bins": [], "classes": [], "shortages": [], "recipe": {}},
+        "digest": rows_of(manifest)["digest"],
+    }
     write_json(numbers, balance_path(manifest))
     assert verify(manifest).held
     assert "of 60 scored" in detail(verify(manifest), "complete")

@@ -35,11 +35,15 @@ def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
-    """Read weights; RunError where the file is no safetensors file."""
+    """Read weights; RunError where the file is no safetensors file, or one of them is not finite."""
     try:
-        return load_file(path)
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path} cannot be read as weights: {error}") from error
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise RunError(f"{path} is damaged, its weights {name} are not all finite: train it anew")
+    return weights
 
 
 def read_blueprint(path: Path) -> Blueprint:

@@ -143,6 +143,9 @@ class Mixture:
                 balanced, imbalanced = (Component(**component) for component in fields["components"])
                 if min(balanced.sd, imbalanced.sd, balanced.weight, imbalanced.weight) <= 0:
                     raise ValueError("a weight or sd of components is not above 0")
+                absent = [name for name in ("log_likelihood", "bic_one", "bic_two", "ashman_d") if fields[name] is None]
+                if absent:
+                    raise ValueError(f"{absent[0]} beside its components")
                 fields["components"] = (balanced, imbalanced)
             return cls(**{**fields, "reasons": tuple(fields["reasons"])})
         except (KeyError, TypeError, ValueError) as error:

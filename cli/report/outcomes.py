@@ -11,11 +11,10 @@ import pyarrow.compute as pc
 
 from ...audit.errors import RunError
 from ...audit.json_text import check_shape, parse_data_json
-from ...audit.storage import read_json
 from ...rebalance.manifest import batches_of, digests_of, dropped_path, num_rows_of, provenance_of, rows_of
 from ...rebalance.recipe import balance_path
 from ...rebalance.score_columns import NO_SPLIT
-from ...rebalance.tally import NUMBERS
+from ...rebalance.tally import read_numbers
 from ..run import Run, read_metrics
 from .findings import Numbers, finite, short
 from .uniformity import uniformity
@@ -62,7 +61,7 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
     metrics = read_metrics(folder)
     manifest = run.manifest(metrics["manifest"])
     settings = metrics["config"].get("finetune", {})
-    found = metrics["test"]["all"].get("branches", {})
+    found, contribution = metrics["test"]["all"].get("branches", {}), metrics.get("contribution")
     branches = sorted(found, key=lambda name: (name == "fused", name))
     return {
         "name": folder.name,
@@ -75,7 +74,7 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
         "best_epoch": metrics["best_epoch"],
         "chance": metrics["chance"]["majority"],
         "branches": branches,
-        "contribution": metrics.get("contribution"),
+        "contribution": contribution if contribution and contribution["n"] else None,
         "subsets": [_subset(name, metrics["test"][name], branches) for name in sorted(metrics["test"], key=_place)],
         "history": _history(folder / "history.jsonl"),
     }
@@ -86,7 +85,7 @@ def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:
     beside = balance_path(path)
     if not beside.exists():
         return None, "missing"
-    numbers = read_json(beside, error=RunError, shape=NUMBERS)
+    numbers = read_numbers(beside, error=RunError)
     return (numbers, None) if numbers.get("digest") == _digest(path) else (None, "another")
 
 

@@ -64,6 +64,8 @@ def write_report(run: Run) -> Path:
 def report_numbers(run: Run) -> Numbers:
     """Give the content of report.json: every number that the page shows and the figures draw."""
     record, scores = run.record(), run.scores()
+    if [modality["name"] for modality in record["modalities"]] != list(scores.modalities):
+        raise RunError(f"{run.record_file} is of other modalities than {run.scores_file}: rescore")
     mixture = Mixture.from_json(read_json(run.mixture_file, error=RunError))
     quarantine, _ = read_parquet(run.quarantine_file, error=RunError)
     numbers = {
@@ -82,7 +84,7 @@ def report_numbers(run: Run) -> Numbers:
         "quarantine": quarantined(quarantine),
         "manifests": [manifest_numbers(path, fingerprint=record["fingerprint"]) for path in run.manifests()],
         "finetunes": [finetune_numbers(folder, run) for folder in run.finetunes()],
-        "recovery": read_json(run.recovery_file, error=RunError) if run.recovery_file.exists() else None,
+        "recovery": run.recovery(),
         "most_detailed": MOST_DETAILED,
         "least_validation": LEAST_VALIDATION,
     }

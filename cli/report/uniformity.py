@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...audit.settings import build
 from ...rebalance.balanced import BalancedConfig
 from .examples import split_place
 from .findings import Numbers, short
@@ -29,7 +30,7 @@ def uniformity(found: Found, splits: Mapping[str, int]) -> Numbers:
     `made` is None where the split was not made to be uniform: then there is no curve, no class and nothing is short.
     """
     recipe = found["recipe"].get("balanced")
-    config = None if recipe is None else BalancedConfig(**recipe)
+    config = None if recipe is None else build(BalancedConfig, recipe, where="recipe.balanced.")
     edges = np.linspace(-1, 1, found["bins"] + 1).round(6).tolist()
     ranges, measures = _ranges(found["empty_bins"], edges), ("distance", "ks", "positive")
     return {
@@ -46,7 +47,7 @@ def uniformity(found: Found, splits: Mapping[str, int]) -> Numbers:
             {"split": short(name), "kept": splits.get(name, 0), "distance": distance}
             for name, distance in sorted(found["distances"].items(), key=lambda pair: split_place(pair[0]))
         ],
-        "curve": [] if config is None else found["curve"],
+        "curve": [] if config is None else found.get("curve", []),
         "more": None if config is None else _more(found, config),
         "classes": None if config is None else _classes(found["classes"]),
         "shortages": _shortages(found["shortages"], edges) if _cuts_bins(config) else [],
@@ -86,7 +87,7 @@ def _more(found: Found, config: BalancedConfig) -> Numbers | None:
     """Give the next point of the curve that keeps more: what a larger tolerance would buy."""
     if config.by == "weight" or config.per_class or config.size is not None:
         return None
-    larger = [point for point in found["curve"] if point["tolerance"] > config.allowed]
+    larger = [point for point in found.get("curve", []) if point["tolerance"] > config.allowed]
     return next((point for point in larger if point["size"] > found["kept"]), None)
 
 
