@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import pyarrow
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _seen: list[int] = []  # signals of this command
@@ -25,6 +27,7 @@ def remembered() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    pyarrow.enable_signal_handlers(False)  # Arrow's own may raise SIGINT where it was SIGTERM: one of 40 ended with 130
     _seen.clear()
     before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
     try:
