@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .audit.dataset.dataset import Dataset, open_dataset
     from .audit.errors import MmauditError
-    from .audit.gap.mixture import Mixture, fit_mixture
-    from .audit.score import ScoreTable, read_scores
-    from .audit.source.dataset import Dataset, open_dataset
+    from .audit.scores.mixture import Mixture, fit_mixture
+    from .audit.scores.table import ScoreTable, read_scores
     from .cli.config import RunConfig
     from .cli.demo import demo
     from .cli.manifests import card, diff, export, order, replay, split
@@ -22,13 +22,13 @@ __version__ = "0.1.0"
 
 # Where each public name lives. They are imported when first asked for: torch and scikit-learn take seconds.
 _HOMES = {
-    "Dataset": "audit.source.dataset",
-    "open_dataset": "audit.source.dataset",
+    "Dataset": "audit.dataset.dataset",
+    "open_dataset": "audit.dataset.dataset",
     "MmauditError": "audit.errors",
-    "Mixture": "audit.gap.mixture",
-    "fit_mixture": "audit.gap.mixture",
-    "ScoreTable": "audit.score",
-    "read_scores": "audit.score",
+    "Mixture": "audit.scores.mixture",
+    "fit_mixture": "audit.scores.mixture",
+    "ScoreTable": "audit.scores.table",
+    "read_scores": "audit.scores.table",
     "Manifest": "rebalance.manifest",
     "read_manifest": "rebalance.manifest",
     "RunConfig": "cli.config",

@@ -1,1 +1,1 @@
-"""Which samples does one modality carry alone?"""
+"""The audit: per-sample modality balance of a dataset."""

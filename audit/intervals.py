@@ -1,4 +1,4 @@
-"""An interval: how far can a share or a mean be trusted, where samples of one group stand or fall together?
+"""95% intervals of shares and means, with samples of one group counted together.
 
 All are of 95%. Without groups every sample counts for itself, and a share has Wilson's interval.
 """

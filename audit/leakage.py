@@ -1,4 +1,4 @@
-"""Leakage: what do train and test share: ids, contents, near duplicates, groups?
+"""Leakage: ids, contents, near duplicates and groups that splits share.
 
 Every pair of splits is compared. Whatever a held-out split shares with the one it is held out from is a finding, and
 every finding is a leak; what could not be tested, or proves nothing by itself, is a note. All rules here are ours.
@@ -15,13 +15,13 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from .encoding.features import EncodeTask, Status
-from .encoding.matrix import FeatureMatrix, Inputs, Rows
+from .dataset.modalities import kind_of_path
+from .dataset.samples import Samples
 from .errors import ConfigError
+from .features.encode import EncodeTask, Status
+from .features.matrix import FeatureMatrix, Inputs, Rows
 from .hashing import hash_rank
-from .neighbours import LEAST_FEATURES, Links, near_links
-from .source.modality import kind_of_path
-from .source.samples import Samples
+from .near_duplicates import LEAST_FEATURES, Links, near_links
 from .threads import fixed_threads
 from .workers import Progress, silent
 

@@ -22,8 +22,8 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 
 from .errors import RunError
-from .processes import ProcessId, this_process
 from .storage import remove_leftovers, temporary_path, write_json
+from .workers import ProcessId, this_process
 
 log = logging.getLogger("mmaudit")
 

@@ -19,9 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import MmauditError
-from .json_text import Shape, check_shape, parse_json
-from .regular_file import check_regular
-from .storage import atomic_write
+from .parsing import Shape, check_shape, parse_json
+from .storage import atomic_write, check_regular
 
 KEY = b"mmaudit"
 # Arrow raises most of these itself, and Cython the rest, when bytes are no names or sizes are no memory.

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and files that are safe to open."""
 
 from __future__ import annotations
 
@@ -9,17 +9,54 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import MmauditError
-from .json_text import Shape, check_shape, parse_json
-from .processes import ProcessId, this_process
-from .regular_file import check_regular
+from .parsing import Shape, check_shape, parse_json
+from .workers import ProcessId, this_process
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file to read its bytes; OSError for anything else, without waiting for another process.
+
+    O_NONBLOCK opens a FIFO at once, whether anybody writes to it or not; it changes nothing for a regular file.
+    """
+    check_regular(path)  # before it is opened: to open some devices is to start them
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check_mode(os.fstat(descriptor).st_mode, path)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise OSError for a path that is not there, or is no regular file, for readers that open paths themselves."""
+    _check_mode(os.stat(path).st_mode, path)
+
+
+def _check_mode(mode: int, path: str | Path) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
+    code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(code, f"it is {kind}, not a regular file", str(path))
+
 
 _TEMPORARY = re.compile(r"\.mmaudit-(.+)-[0-9a-f]{8}\.tmp")
 _ABANDONED_SECONDS = 86_400  # of another machine's temporary file: nothing says whether its writer still runs

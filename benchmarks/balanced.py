@@ -61,7 +61,7 @@ def make_scores(folder: Path, num_rows: int) -> Path:
 def ours(scores: Path, out: Path) -> dict[str, Any]:
     from mmaudit.rebalance.balanced import BalancedConfig
     from mmaudit.rebalance.recipe import Recipe, make_split
-    from mmaudit.rebalance.shards import open_scores
+    from mmaudit.rebalance.score_tables import open_scores
 
     shards = open_scores(scores, seed=0)
     found = make_split(
@@ -79,7 +79,7 @@ def polars(scores: Path, out: Path) -> dict[str, Any]:
     """
     import polars as pl  # type: ignore[import-not-found, unused-ignore]
 
-    from mmaudit.rebalance.levels import largest_level, share_among_classes
+    from mmaudit.rebalance.binning import largest_level, share_among_classes
 
     rows = (
         pl.scan_parquet(scores / "*.parquet")

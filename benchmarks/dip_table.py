@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
-from mmaudit.audit.gap.dip import LEVELS, SIZES, dip
+from mmaudit.audit.scores.dip import LEVELS, SIZES, dip
 
 NUM_DRAWS = 20_000  # twenty of them lie beyond the last level, 0.999
 SEED = 0

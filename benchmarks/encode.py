@@ -32,11 +32,11 @@ import av
 import numpy as np
 from PIL import Image
 
-from mmaudit.audit.encoding.features import EncodeTask, encode_shard
-from mmaudit.audit.media.decode import MediaConfig
+from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.dataset.modalities import Modality
+from mmaudit.audit.features.encode import EncodeTask, encode_shard
+from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.media.video import middles
-from mmaudit.audit.source.dataset import DataConfig, Dataset, open_dataset
-from mmaudit.audit.source.modality import Modality
 from mmaudit.audit.workers import default_workers, run_tasks
 
 BOUND = 1.3  # times decoding alone

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.mixture import GaussianMixture
 
-from mmaudit.audit.gap.mixture import Component, MixtureConfig, fit_mixture
+from mmaudit.audit.scores.em import Component
+from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
 
 LEAST_RATIO = 300.0
 MOST_DIFFERENCE = 1e-6  # of the mean log-likelihood per sample, on the values themselves

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.train.balancing.config import BalancingConfig, GmmConfig
 from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
 from mmaudit.train.examples import Examples

@@ -35,15 +35,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.rebalance.curriculum import OrderConfig
 from mmaudit.train.balancing.config import BalancingConfig, GmmConfig
 from mmaudit.train.batches import Batch, Step
 from mmaudit.train.config import FinetuneConfig, TrainConfig
-from mmaudit.train.course import Course
-from mmaudit.train.encoders import Dropout
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import finetune_on
+from mmaudit.train.network import Dropout
+from mmaudit.train.training_data import Course
 
 NUM_CLASSES = 30
 ROUNDS = 3

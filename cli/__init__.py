@@ -1,1 +1,1 @@
-"""What people type and what they see."""
+"""The command line and the Python interface."""

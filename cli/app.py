@@ -1,4 +1,4 @@
-"""The command line: what do commands share? Options, errors in one line with an exit code, results as words or JSON"""
+"""Options that commands share, and their errors and results."""
 
 from __future__ import annotations
 
@@ -125,8 +125,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        from .failures import begin_stage, describe
-        from .interrupts import remembered
+        from .failures import begin_stage, describe, remembered
 
         begin_stage("")
         _escape_output()

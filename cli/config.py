@@ -1,4 +1,4 @@
-"""The configs of all stages, nested: from TOML and --set in, to resolved TOML out"""
+"""The config of a run: all stages nested, from TOML and --set."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..audit.dataset.dataset import DataConfig
 from ..audit.errors import ConfigError
-from ..audit.gap.mixture import MixtureConfig
 from ..audit.leakage import LeakageConfig
-from ..audit.media.decode import MediaConfig
-from ..audit.probing.config import NetworkConfig, ProbeConfig
-from ..audit.regular_file import check_regular
-from ..audit.settings import build as build  # for those who build a RunConfig
-from ..audit.source.dataset import DataConfig
+from ..audit.media.files import MediaConfig
+from ..audit.parsing import build
+from ..audit.probes.config import NetworkConfig, ProbeConfig
+from ..audit.scores.mixture import MixtureConfig
+from ..audit.storage import check_regular
 from ..rebalance.balanced import BalancedConfig
 from ..rebalance.curriculum import OrderConfig
 from ..train.balancing.config import BalancingConfig

@@ -1,4 +1,4 @@
-"""What people see on the terminal: bars while it works, a few lines when it is done"""
+"""Output on the terminal: progress bars and results as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..audit.printable import printable
+from ..audit.errors import printable
 
 if TYPE_CHECKING:
     from ..audit.workers import Progress
@@ -62,8 +62,7 @@ def configure_logging() -> None:
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
     """Give a progress that draws bars on a terminal, and elsewhere a line now and then."""
-    from .failures import begin_stage
-    from .interrupts import raise_if_seen
+    from .failures import begin_stage, raise_if_seen
 
     if not sys.stderr.isatty():
         lines = _Lines()

@@ -1,4 +1,4 @@
-"""The commands: one for each arrow from data to report, each a thin call of the public function of its name"""
+"""The commands of the audit and of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands of manifests: make them, prove them, compare them, and take them elsewhere"""
+"""The commands of manifests."""
 
 from __future__ import annotations
 

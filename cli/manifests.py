@@ -1,4 +1,4 @@
-"""The stages of manifests: split, diff, replay, card, export, order; verify stands in verification.py.
+"""Python functions of manifests: split, diff, replay, card, export, order.
 
 Each public function is what the command of its name calls, and what a notebook calls.
 """
@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from ..audit.errors import ConfigError, ManifestError, RunError
+from ..audit.errors import ConfigError, ManifestError, RunError, printable
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..audit.printable import printable
 from ..rebalance.card import card as write_card
 from ..rebalance.curriculum import batch_of, id_key, num_steps, order_of
 from ..rebalance.diff import diff as compare
 from ..rebalance.manifest import Manifest, digests_of, dropped_path, provenance_of, read_manifest
 from ..rebalance.recipe import Recipe, Split, make_split, recipe_of
-from ..rebalance.shards import ScoreShards, open_scores
+from ..rebalance.score_tables import ScoreShards, open_scores
 from .config import RunConfig
 from .run import Run
 from .swap import replacing_manifest

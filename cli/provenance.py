@@ -1,4 +1,4 @@
-"""Provenance: what was a run made from, and how is the same data opened again?"""
+"""Provenance of runs and manifests, and opening of the data that they were made from."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..audit.encoding.encoders import IMPORT_NOTHING, encoder_location, preprocessing
-from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices
-from ..audit.gap.mixture import Mixture
-from ..audit.printable import printable
-from ..audit.score import RANGES, SCHEMA_VERSION
-from ..audit.scoring import Audit
-from ..audit.source.dataset import Dataset, open_dataset
-from ..audit.source.hub import looks_like_hub_name
+from ..audit.dataset.dataset import Dataset, open_dataset
+from ..audit.dataset.formats.saved import looks_like_hub_name
+from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices, printable
+from ..audit.features.encoders import IMPORT_NOTHING, encoder_location, preprocessing
+from ..audit.parsing import build
+from ..audit.scores.mixture import Mixture
+from ..audit.scores.score_dataset import Audit
+from ..audit.scores.table import RANGES, SCHEMA_VERSION
 from ..rebalance.checks import section
 from ..rebalance.manifest import Manifest
-from .config import RunConfig, build, without_none
+from .config import RunConfig, without_none
 from .run import Run
 from .trust import Origin, scores_section
 

@@ -1,4 +1,4 @@
-"""The run folder: where does each file lie, and what is done already?"""
+"""Run folders: paths, records, and what is finished."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.errors import ConfigError, RunError, choices
-from ..audit.json_text import Complete, Shape
-from ..audit.score import ScoreTable, read_scores
+from ..audit.parsing import Complete, Shape
+from ..audit.scores.table import ScoreTable, read_scores
 from ..audit.storage import read_json, write_json
 from .swap import complete_swaps
 

@@ -1,4 +1,4 @@
-"""The stages: what does each command do to the run folder?
+"""Python functions of the audit: ingest, check, score, report.
 
 Each public function is what the command of its name calls, and what a notebook calls.
 """
@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.encoding.features import EncodeTask, encode_dataset
-from ..audit.errors import ConfigError, RunError
-from ..audit.ingest import ingest as ingest_download
+from ..audit.dataset.dataset import Dataset, open_dataset
+from ..audit.dataset.samples import read_samples
+from ..audit.downloads import ingest as ingest_download
+from ..audit.errors import ConfigError, Quarantined, RunError, quarantine_table
+from ..audit.features.encode import EncodeTask, encode_dataset
+from ..audit.features.encoded_samples import sort_out, take_stock
 from ..audit.leakage import Material, find_leakage, group_columns
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.parquet import write_parquet
-from ..audit.quality import Quarantined, quarantine_table
-from ..audit.score import write_scores
-from ..audit.scoring import Audit, Networks, audit_dataset
-from ..audit.source.dataset import Dataset, open_dataset
-from ..audit.source.samples import read_samples
-from ..audit.stock import sort_out, take_stock
+from ..audit.scores.score_dataset import Audit, Networks, audit_dataset
+from ..audit.scores.table import write_scores
 from ..audit.storage import write_json
 from ..audit.workers import Progress, default_workers, silent
 from .config import RunConfig

@@ -1,4 +1,4 @@
-"""Replacement of a run, a manifest or a fine-tuning as a whole: it is written aside, and swapped in at the end.
+"""Replacement of a run, a manifest or a fine-tuning as a whole.
 
 A swap is a folder beside what it replaces. One rename commits it: what is interrupted before is discarded, what is
 interrupted after is completed by the next command that opens the run.

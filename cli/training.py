@@ -1,4 +1,4 @@
-"""The stages of training: what do finetune and evaluate do to the run folder?
+"""Python functions of training: finetune, evaluate.
 
 Each public function is what the command of its name calls, and what a notebook calls.
 """
@@ -12,21 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..audit.encoding.features import encode_dataset
+from ..audit.dataset.samples import read_samples
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
+from ..audit.features.encode import encode_dataset
+from ..audit.features.encoded_samples import take_stock
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..audit.source.samples import read_samples
-from ..audit.stock import take_stock
+from ..audit.parsing import build
 from ..audit.storage import write_json, write_text
 from ..audit.workers import Progress, default_workers, silent
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
 from ..train.config import TrainConfig
-from ..train.examine import examine_file
+from ..train.distributed import World, local_device, open_world
+from ..train.evaluate import examine_file
 from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
 from ..train.tracking import check_trackers
-from ..train.world import World, local_device, open_world
-from .config import RunConfig, build, plain, to_toml, without_none
+from .config import RunConfig, plain, to_toml, without_none
 from .provenance import Named, open_source, saw_test_labels
 from .run import Run, read_metrics
 from .stages import pick_device

@@ -1,4 +1,4 @@
-"""Trust: what `score` and `split` sign, and whether a manifest is one that this user made on this machine.
+"""Signatures of runs and manifests that this user made on this machine.
 
 Metadata decide what is opened and what runs only where run.json carries this user's signature for the folder it lies
 in, and the manifest carries one for its path, its rows and its metadata.
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..audit.errors import ManifestError, RunError
-from ..audit.printable import printable
-from ..audit.signing import file_digest, is_signed, sign
+from ..audit.errors import ManifestError, RunError, printable
+from ..audit.hashing import file_digest, is_signed, sign
 from ..audit.storage import read_json, write_json
 from ..rebalance.checks import section
 from ..rebalance.manifest import Digests, rows_of

@@ -1,4 +1,4 @@
-"""The stage verify: a manifest and its data are checked against what was written and scored.
+"""The Python function verify.
 
 `verify` is what the command of its name calls, and what a notebook calls.
 """
@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..audit.contents import Content, contents_of
-from ..audit.source.samples import read_samples
-from ..audit.stock import fingerprint_of
+from ..audit.dataset.samples import read_samples
+from ..audit.features.encoded_samples import Content, contents_of, fingerprint_of
 from ..audit.workers import Progress, silent
 from ..rebalance.checks import Check
 from ..rebalance.manifest import provenance_of

@@ -1,1 +1,1 @@
-"""Which samples, how many, in what order?"""
+"""Subsets of a scored dataset, written as manifests."""

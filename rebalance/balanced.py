@@ -1,4 +1,4 @@
-"""The balanced split: how many samples can be kept so that the discrepancy is uniformly distributed?
+"""The balanced split: as many samples as possible with a uniform discrepancy.
 
 The dataset of Xia et al., arXiv 2302.10912, was filtered to a uniform discrepancy; how was not published. The builder
 is mmaudit's: bins over [-1, 1], one level L that every bin is cut to, and within a bin the classes share evenly. Each
@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ScoreError, choices
-from .choice import Told
-from .levels import (
+from .binning import (
     CURVE,
     Counts,
     Point,
@@ -31,7 +30,8 @@ from .levels import (
     size_curve,
     water_fill,
 )
-from .shards import Rows, ScoreShards
+from .score_tables import Rows, ScoreShards
+from .selection import Told
 
 AUTO = 0  # bins: as many as the data bear
 TOLERANCE = 0.05  # mmaudit's default

@@ -1,20 +1,46 @@
-"""A card: what must someone who is handed a manifest know of how balanced it is, and of how it was made?"""
+"""Dataset cards of manifests, in Markdown."""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 
-from ..audit.errors import ManifestError
+from ..audit.errors import ManifestError, printable
 from .manifest import batches_of, dropped_path, num_rows_of, provenance_of, rows_of
-from .markdown import code_span, escaped, table_of
-from .tally import read_numbers
+from .split_stats import read_numbers
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
+
+
+def escaped(text: object) -> str:
+    """Give a name as Markdown that reads as the name, on one line, in a table too."""
+    return _SPECIAL.sub(r"\\\1", _one_line(text))
+
+
+def _one_line(text: object) -> str:
+    return printable(" ".join(str(text).split()))
+
+
+def code_span(value: object) -> str:
+    """Give text as a code span, whatever backticks it holds."""
+    text = _one_line(value)
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") or not text else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def table_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Write a table; all columns but the first are of numbers, or bars."""
+    marks = ["---", *("---" if name == "" else "---:" for name in head[1:])]
+    return [f"| {' | '.join(cells)} |" for cells in (head, marks, *rows)]
+
 
 MOST_SHORTAGES = 5  # that a card lists
 _BAR = 24  # characters of the longest bar

@@ -1,4 +1,4 @@
-"""The checks of one file of rows: does it hold what it says of itself, and does every value lie in its range?"""
+"""Checks of the rows of one file: ranges, types, and what the file says of itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..audit.errors import ManifestError
+from .external_sort import Spill
 from .manifest import (
     SCHEMA_VERSION,
     Digests,
@@ -24,9 +25,8 @@ from .manifest import (
     rows_of,
     schema_of,
 )
-from .parts import prefetched
-from .shards import keys_of
-from .spill import Spill
+from .score_files import prefetched
+from .score_tables import keys_of
 
 BOUNDS: dict[
     str, tuple[float, float]

@@ -1,4 +1,4 @@
-"""Diff: which samples do two manifests not share, and what do they say differently of those they do?"""
+"""Differences of two manifests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export: how does a manifest leave the house, as csv, jsonl, ids, OGM lists, WebDataset tars or a saved Dataset?"""
+"""Export of manifests: csv, jsonl, ids, OGM-GE lists, WebDataset tars, saved datasets."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from ..audit.dataset.columns import SPLIT_NAMES
+from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.hashing import digest
-from ..audit.source.dataset import Dataset
-from ..audit.source.split_names import SPLIT_NAMES
 from ..audit.storage import atomic_folder, atomic_write, scratch_folder
-from .job import Job, plain_rows, split_name
 from .manifest import COLUMNS, batches_of, check_types, num_rows_of, provenance_of, rows_of, schema_of
-from .webdataset import SAMPLES_PER_SHARD, write_webdataset
+from .webdataset import SAMPLES_PER_SHARD, Job, plain_rows, split_name, write_webdataset
 
 _OGM_FILES = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}  # by those names its readers look
 _OURS = {  # what an export of a folder writes, and may write over

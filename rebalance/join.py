@@ -1,4 +1,4 @@
-"""A join of two manifests by id: where does each sample stand in both, and what do their columns say there?"""
+"""Joins of two manifests by sample id."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
 from .manifest import batches_of
-from .shards import keys_of
+from .score_tables import keys_of
 
 _BLOCK = 1 << 20  # rows that are compared at once
 

@@ -1,4 +1,4 @@
-"""A manifest: which samples to train on, how they were chosen, and which were left out and why"""
+"""Manifests: the samples of a subset, how they were chosen, and what was left out."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
 from ..audit.hashing import digest, hash_ids
-from ..audit.json_text import Shape
 from ..audit.parquet import parse_provenance, read_batches, read_footer, read_parquet, read_schema
-from ..audit.score_schema import PROVENANCE as SCORES
+from ..audit.parsing import Shape
+from ..audit.scores.table import PROVENANCE as SCORES
 
 SCHEMA_VERSION = 3
 ROWS_KEY = "mmaudit.rows"  # in the file's own metadata, which are written last: how many rows, and both digests

@@ -1,4 +1,4 @@
-"""Recipe: all that decides a split, beside the scores, so that it can be made again"""
+"""Recipes: all that decides a split, so that it can be made again."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from ..audit.errors import ConfigError, GateError, ManifestError
-from ..audit.settings import build
+from ..audit.parsing import build
 from ..audit.storage import write_json
 from .balanced import Balanced, BalancedConfig, plan_balanced
-from .choice import Choice, Rule, choose
-from .levels import Counts
+from .binning import Counts
 from .manifest import batches_of, provenance_of, rows_of
 from .resplit import parse_shares, resplit
-from .shards import Members, ScoreShards, keys_of, same_dataset
+from .score_tables import Members, ScoreShards, keys_of, same_dataset
+from .selection import Choice, Rule, choose
 from .split import write_split
 from .subsets import by_mixture, everything, parse_dominated, parse_subset
 

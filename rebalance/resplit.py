@@ -1,4 +1,4 @@
-"""Resplit: which samples train, validate and test, so that each has its share of every class and discrepancy?"""
+"""New train, validation and test splits, stratified by class and discrepancy."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ScoreError
 from ..audit.hashing import hash_ids, splitmix64
-from .levels import Counts, bin_of
-from .shards import Rows, ScoreShards
-from .spill import Spill
+from .binning import Counts, bin_of
+from .external_sort import Spill
+from .score_tables import Rows, ScoreShards
 
 NAMES = {2: ("train", "test"), 3: ("train", "validation", "test")}
 _BINS = 20

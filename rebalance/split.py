@@ -1,4 +1,4 @@
-"""Split: write what a choice keeps to NAME.parquet, what it drops to NAME.dropped.parquet, and tell how even that is"""
+"""Writing of the rows that a selection keeps and drops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from ..audit.parquet import KEY
 from ..audit.storage import atomic_write
-from .choice import Choice, Decision
 from .manifest import (
     COLUMNS,
     DROPPED_COLUMNS,
@@ -32,8 +31,9 @@ from .manifest import (
     dropped_path,
     metadata_digest,
 )
-from .shards import Rows, ScoreShards
-from .tally import Tally
+from .score_tables import Rows, ScoreShards
+from .selection import Choice, Decision
+from .split_stats import Tally
 
 _NOT_REPEATED = ("ranges", "schema", "source")  # what a manifest does not repeat of its score table's metadata
 _SEARCHED = ("label", "label_name", "split", "bin", "rank", "discrepancy", "gap", "balance", "p_balanced", "reason")

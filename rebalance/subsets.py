@@ -1,4 +1,4 @@
-"""Subsets: which samples does one modality carry, which does none carry alone, and what is as many by chance?"""
+"""Subsets by threshold, by mixture, by extremes, and at random."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.hashing import splitmix64
-from .choice import Rule, Told
-from .levels import Counts, shared
-from .shards import Rows, ScoreShards
+from .binning import Counts, shared
+from .score_tables import Rows, ScoreShards
+from .selection import Rule, Told
 
 BALANCED_WITHIN = 0.2  # |D| up to which a sample counts as balanced: mmaudit's default
 _REASONS = {

@@ -1,4 +1,4 @@
-"""A survey of a score table: how many rows has it, and which labels, names and splits are there?"""
+"""Survey of a score table: number of rows, labels, names and splits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ import pyarrow.compute as pc
 
 from ..audit.errors import ScoreError
 from ..audit.parquet import read_footer
-from .parts import Part, batches_of_part
-from .score_columns import LEAST, NO_SPLIT, check_no_nulls, coded_of, label_column, labels_of, name_column
+from .score_files import (
+    LEAST,
+    NO_SPLIT,
+    Part,
+    batches_of_part,
+    check_no_nulls,
+    coded_of,
+    label_column,
+    labels_of,
+    name_column,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Verify: does a manifest still hold what was written into it, and are the media it names those that were scored?"""
+"""Verification of a manifest and of the media that it names."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ..audit.contents import Content, contents_of
+from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ManifestError
-from ..audit.source.dataset import Dataset
+from ..audit.features.encoded_samples import Content, contents_of
 from .checks import Check, CheckedFile, named, section
+from .external_sort import Spill
 from .manifest import (
     COLUMNS,
     DROPPED_COLUMNS,
@@ -29,9 +30,8 @@ from .manifest import (
     schema_of,
 )
 from .recipe import balance_path
-from .shards import keys_of
-from .spill import Spill
-from .tally import read_numbers
+from .score_tables import keys_of
+from .split_stats import read_numbers
 
 _MARKS = {True: "held", False: "FAILED", None: "not looked at"}
 

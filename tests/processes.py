@@ -14,7 +14,7 @@ from typing import Any
 # What scripts import is imported once, and then forked: importing torch took four fifths of the time.
 _LAUNCHER = """
 import os, sys, traceback
-import mmaudit.train.update
+import mmaudit.train.optimizer
 
 script, pipes = compile(sys.argv[1], "script", "exec"), []
 for rank in range(int(os.environ["WORLD_SIZE"])):

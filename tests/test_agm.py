@@ -15,9 +15,9 @@ from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import AgmConfig, BalancingConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
+from mmaudit.train.distributed import ALONE, World
 from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.update import Update
-from mmaudit.train.world import ALONE, World
+from mmaudit.train.optimizer import Update
 
 torch.set_num_threads(1)
 

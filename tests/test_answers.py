@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 
-from mmaudit.audit import measures
-from mmaudit.audit.answers import Answers, ask
-from mmaudit.audit.encoding.matrix import Inputs, JointInputs, MatrixInputs, Rows
-from mmaudit.audit.panel import Calibration, Member, Panel
-from mmaudit.audit.probing.probe import Probe
-from mmaudit.audit.probing.target import Target
+from mmaudit.audit import metrics as measures
+from mmaudit.audit.features.matrix import Inputs, JointInputs, MatrixInputs, Rows
+from mmaudit.audit.probes.probe_set import Calibration, Member, Panel, Probe
+from mmaudit.audit.probes.targets import Target
+from mmaudit.audit.scores.sample_scores import Answers, ask
 from mmaudit.audit.workers import silent
 
 Floats = NDArray[np.float32]
@@ -254,7 +253,7 @@ def test_it_does_not_matter_how_many_samples_are_asked_about_at_once(
 ) -> None:
     panel = panel_of(3, present=some_missing(3))
     whole = answers_of(panel)
-    monkeypatch.setattr("mmaudit.audit.answers._LOGITS_AT_ONCE", num_outputs_at_once)
+    monkeypatch.setattr("mmaudit.audit.scores.sample_scores._LOGITS_AT_ONCE", num_outputs_at_once)
     pieces = answers_of(panel)
     for field in fields(Answers):
         np.testing.assert_array_equal(getattr(pieces, field.name), getattr(whole, field.name), err_msg=field.name)

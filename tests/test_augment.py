@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.train.augment import augment, mask_spectrograms
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import AugmentConfig
+from mmaudit.train.training_data import augment, mask_spectrograms
 
 torch.set_num_threads(1)
 

@@ -21,12 +21,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.stats import kstest
 
 from mmaudit.audit.errors import ConfigError, ScoreError
-from mmaudit.audit.score import ScoreTable
+from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.balanced import AUTO, Balanced, BalancedConfig, largest_pair, plan_balanced
-from mmaudit.rebalance.choice import Choice, choose
-from mmaudit.rebalance.levels import Point, best_bins
+from mmaudit.rebalance.binning import Point, best_bins
 from mmaudit.rebalance.manifest import read_dropped, read_manifest
-from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.score_tables import open_scores
+from mmaudit.rebalance.selection import Choice, choose
 from mmaudit.rebalance.split import write_split
 
 Counts = NDArray[np.int64]

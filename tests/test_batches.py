@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.train.batches import Batch, Step, cut_order, to_batch
-from mmaudit.train.world import ALONE, World
+from mmaudit.train.distributed import ALONE, World
 
 torch.set_num_threads(1)
 

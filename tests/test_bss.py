@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmaudit.audit.errors import ManifestError
-from mmaudit.audit.measures import similarity
+from mmaudit.audit.metrics import similarity
 from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
-from mmaudit.train.lab import Lab, Reading
+from mmaudit.train.batches import Lab, Reading
+from mmaudit.train.distributed import ALONE
 from mmaudit.train.network import Outputs
-from mmaudit.train.sampling.bss import BssL
+from mmaudit.train.sampling.bss_l import BssL
 from mmaudit.train.sampling.config import BssConfig, SamplingConfig
 from mmaudit.train.sampling.sampler import Pool
-from mmaudit.train.world import ALONE
 
 torch.set_num_threads(1)
 

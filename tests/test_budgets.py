@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmaudit.audit.encoding.encoders import preprocessing
-from mmaudit.audit.media.config import BUDGETS
-from mmaudit.audit.media.decode import MediaConfig, decode_audio, decode_frames, decode_image
+from mmaudit.audit.dataset.modalities import Modality
+from mmaudit.audit.errors import Reason, UnusableError
+from mmaudit.audit.features.encoders import preprocessing
+from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image
+from mmaudit.audit.media.files import BUDGETS, MediaConfig
 from mmaudit.audit.media.truncation import shortfall
-from mmaudit.audit.quality import Reason, UnusableError
-from mmaudit.audit.source.modality import Modality
 
 Decode = Callable[[bytes, MediaConfig], Any]
 
@@ -124,8 +124,9 @@ def test_of_many_frames_one_is_decoded_and_odd_chunks_are_not_needed() -> None:
 
 MEMORY = """
 import resource, sys
-from mmaudit.audit.media.decode import MediaConfig, decode_image
-from mmaudit.audit.quality import UnusableError
+from mmaudit.audit.media.decode import decode_image
+from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.errors import UnusableError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
     try:

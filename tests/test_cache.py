@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.encoding.cache import (
+from mmaudit.audit.errors import DatasetError, Reason, UnusableError
+from mmaudit.audit.features.cache import (
     Found,
     Known,
     content_of,
@@ -21,9 +22,7 @@ from mmaudit.audit.encoding.cache import (
     read_arrow,
     write_arrow,
 )
-from mmaudit.audit.errors import DatasetError
 from mmaudit.audit.hashing import digest
-from mmaudit.audit.quality import Reason, UnusableError
 
 
 def contents(count: int) -> list[bytes]:

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ManifestError
-from mmaudit.audit.score import ScoreTable
+from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.card import MOST_SHORTAGES, card
-from mmaudit.rebalance.choice import choose
 from mmaudit.rebalance.manifest import dropped_path, rows_of
-from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.score_tables import open_scores
+from mmaudit.rebalance.selection import choose
 from mmaudit.rebalance.split import write_split
 
 PROVENANCE = {

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.parquet import KEY
 from mmaudit.rebalance.checks import BOUNDS, CheckedFile, named, section
+from mmaudit.rebalance.external_sort import Spill
 from mmaudit.rebalance.manifest import COLUMNS, RANGES, ROWS_KEY, SCHEMA_VERSION, digest_of, metadata_digest
-from mmaudit.rebalance.spill import Spill
 
 N = 6
 PROVENANCE = {"schema": f"mmaudit.manifest/{SCHEMA_VERSION}", "rule": {"balanced": {"bins": 4}}}

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ManifestError, ScoreError
 from mmaudit.audit.hashing import hash_ids
-from mmaudit.rebalance import parts, shards, spill
-from mmaudit.rebalance.choice import Choice, Told, choose
-from mmaudit.rebalance.shards import Members, Rows, ScoreShards, keys_of, open_scores
+from mmaudit.rebalance import external_sort as spill
+from mmaudit.rebalance import score_files as parts
+from mmaudit.rebalance import score_tables as shards
+from mmaudit.rebalance.score_tables import Members, Rows, ScoreShards, keys_of, open_scores
+from mmaudit.rebalance.selection import Choice, Told, choose
 
 Counts = NDArray[np.int64]
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.cli.config import RunConfig
-from mmaudit.cli.keypad import KeypadConfig, write_keypad
+from mmaudit.cli.demo import KeypadConfig, write_keypad
 from mmaudit.cli.main import app
 
 QUICK = ["--repeats", "1", "--num-workers", "0"]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
+from mmaudit.audit.dataset.columns import Columns, find_columns
 from mmaudit.audit.errors import ConfigError, DatasetError
-from mmaudit.audit.source.columns import Columns, find_columns
 
 
 @pytest.mark.parametrize(

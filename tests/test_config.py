@@ -12,10 +12,11 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmaudit.audit.dataset.dataset import DataConfig
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.probing.config import ProbeConfig
-from mmaudit.audit.source.dataset import DataConfig
-from mmaudit.cli.config import RunConfig, build, load_config, override, plain, to_toml
+from mmaudit.audit.parsing import build
+from mmaudit.audit.probes.config import ProbeConfig
+from mmaudit.cli.config import RunConfig, load_config, override, plain, to_toml
 from mmaudit.rebalance.balanced import BalancedConfig
 from mmaudit.train.balancing.config import BALANCERS, MSLR_MODES, BalancingConfig, MslrConfig
 from mmaudit.train.config import FinetuneConfig, OptimConfig

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mmaudit.audit.contents import contents_of
-from mmaudit.audit.encoding.features import encode_dataset
-from mmaudit.audit.media.decode import MediaConfig
-from mmaudit.audit.source.dataset import DataConfig, Dataset, open_dataset
-from mmaudit.audit.source.samples import read_samples
-from mmaudit.audit.stock import take_stock
+from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.dataset.samples import read_samples
+from mmaudit.audit.features.encode import encode_dataset
+from mmaudit.audit.features.encoded_samples import contents_of, take_stock
+from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import silent
 
 

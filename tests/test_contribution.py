@@ -14,13 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from mmaudit.audit.intervals import wilson
-from mmaudit.train.contribution import (
-    confusion,
-    contribution,
-    measure_contribution,
-    right_of_sets,
-    sets_to_ask,
-)
+from mmaudit.train.contribution import confusion, contribution, measure_contribution, right_of_sets, sets_to_ask
 from mmaudit.train.network import Blueprint, FusionNet
 
 torch.set_num_threads(1)

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 from training import QUICK, examples_of, setting
 
-from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.errors import ManifestError
+from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.train.batches import Batch, Step
 from mmaudit.train.config import TrainConfig
-from mmaudit.train.course import Course, Reader, validate
-from mmaudit.train.examples import Examples
+from mmaudit.train.distributed import ALONE
+from mmaudit.train.examples import Examples, Store
 from mmaudit.train.network import FusionNet, Outputs, cross_entropies
-from mmaudit.train.opening import blueprint_of, open_course
-from mmaudit.train.stores import Store
-from mmaudit.train.world import ALONE
+from mmaudit.train.setup import blueprint_of, open_course
+from mmaudit.train.training_data import Course, Reader, validate
 
 torch.set_num_threads(1)
 

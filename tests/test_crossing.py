@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmaudit.audit.probing.crossing import Crossing, ask_own, first_rows, set_lesson
+from mmaudit.audit.probes.cross_fit import Crossing, ask_own, first_rows, set_lesson
 
 
 def draw(num_rows: int, *, seed: int, num_folds: int = 4) -> Crossing:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mmaudit.audit.dataset.formats import text_rows as csv_rows
+from mmaudit.audit.dataset.formats.text_rows import read_csv_rows
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.source import csv_rows
-from mmaudit.audit.source.csv_rows import read_csv_rows
 
 BAD = {
     "empty": (b"", "Empty CSV file"),

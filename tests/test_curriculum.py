@@ -19,13 +19,14 @@ from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.audit.hashing import splitmix64
 from mmaudit.rebalance.curriculum import (
     ORDERS,
+    PACINGS,
     OrderConfig,
     batch_of,
     id_key,
     num_steps,
     order_of,
+    root_pacing,
 )
-from mmaudit.rebalance.pacing import PACINGS, root_pacing
 
 START = st.floats(0.01, 1)
 GROW = st.integers(1, 200)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from datasets import Audio, ClassLabel, Features, Image, List, Value, Video
 
-from mmaudit.audit.source.declared import declared_classes, declared_kind
+from mmaudit.audit.dataset.labels import declared_classes, declared_kind
 
 FEATURES = Features(
     {

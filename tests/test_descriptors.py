@@ -14,15 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.preprocessing import normalize
 
-from mmaudit.audit.media.decode import MediaConfig
-from mmaudit.audit.media.descriptors import (
-    image_statistics,
-    sound_statistics,
-    text_counts,
-    video_statistics,
-)
-from mmaudit.audit.media.spectrogram import log_mel
-from mmaudit.audit.quality import Reason, UnusableError
+from mmaudit.audit.errors import Reason, UnusableError
+from mmaudit.audit.features.descriptors import image_statistics, sound_statistics, text_counts, video_statistics
+from mmaudit.audit.media.audio import log_mel
+from mmaudit.audit.media.files import MediaConfig
 
 CONFIG = MediaConfig()
 
@@ -208,7 +203,7 @@ def test_text_without_words_is_empty(text: str) -> None:
 
 def test_text_counts_do_not_hang_on_the_process() -> None:
     program = (
-        "from mmaudit.audit.media.descriptors import text_counts; from mmaudit.audit.media.decode import MediaConfig;"
+        "from mmaudit.audit.features.descriptors import text_counts; from mmaudit.audit.media.files import MediaConfig;"
         "print(text_counts('The quick brown fox', MediaConfig()).nonzero()[0].tolist())"
     )
     outputs = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmaudit.audit.encoding.matrix import JointInputs, MatrixInputs
-from mmaudit.audit.probing.design import read_design, robust_units
+from mmaudit.audit.features.matrix import JointInputs, MatrixInputs
+from mmaudit.audit.probes.design import read_design, robust_units
 
 
 def test_what_is_missing_is_the_centre() -> None:

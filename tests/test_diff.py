@@ -16,12 +16,12 @@ from scipy.stats import pearsonr
 
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.parquet import KEY
-from mmaudit.audit.score import ScoreTable
+from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.choice import choose
 from mmaudit.rebalance.diff import NAMES, SCORES, Difference, Moved, Only, Shift, diff
 from mmaudit.rebalance.manifest import COLUMNS
-from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.score_tables import open_scores
+from mmaudit.rebalance.selection import choose
 from mmaudit.rebalance.split import write_split
 
 TEXTS = st.sampled_from(["a", "b", "", None])

@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.measures import discrepancy
+from mmaudit.audit.metrics import discrepancy
 from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
-from mmaudit.train.batches import Batch, Step, to_batch
-from mmaudit.train.lab import Lab
+from mmaudit.train.batches import Batch, Lab, Step, to_batch
+from mmaudit.train.distributed import ALONE, World
 from mmaudit.train.network import Blueprint, FusionNet, Outputs
 from mmaudit.train.sampling.config import DusConfig, SamplingConfig
 from mmaudit.train.sampling.dus import Dus, DusH, DusRl, cumulative_discrepancy, lagging_quantities
 from mmaudit.train.sampling.sampler import Pool
-from mmaudit.train.world import ALONE, World
 
 torch.set_num_threads(1)
 

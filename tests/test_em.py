@@ -13,8 +13,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from mmaudit.audit.errors import MixtureError
-from mmaudit.audit.gap import em
-from mmaudit.audit.gap.em import Bounds, Component, MonotoneLogit, Pair, fit_pair, posterior
+from mmaudit.audit.scores import em
+from mmaudit.audit.scores.em import Bounds, Component, MonotoneLogit, Pair, fit_pair, posterior
 
 Floats = NDArray[np.float64]
 

@@ -13,8 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmaudit.audit.encoding import encoders as encode
-from mmaudit.audit.encoding.encoders import (
+from mmaudit.audit.dataset.modalities import KINDS, Modality
+from mmaudit.audit.errors import ConfigError, Reason, UnusableError
+from mmaudit.audit.features import encoders as encode
+from mmaudit.audit.features.descriptors import video_statistics
+from mmaudit.audit.features.encoders import (
     ENCODERS,
     NETWORK_INPUTS,
     Encoded,
@@ -24,13 +27,10 @@ from mmaudit.audit.encoding.encoders import (
     input_shape,
     preprocessing,
 )
-from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.hashing import digest
-from mmaudit.audit.media.decode import MediaConfig, decode_audio, decode_folders, decode_frames, decode_image
-from mmaudit.audit.media.descriptors import video_statistics
-from mmaudit.audit.media.spectrogram import network_spectrogram
-from mmaudit.audit.quality import Reason, UnusableError
-from mmaudit.audit.source.modality import KINDS, Modality
+from mmaudit.audit.media.audio import network_spectrogram
+from mmaudit.audit.media.decode import decode_audio, decode_folders, decode_frames, decode_image
+from mmaudit.audit.media.files import MediaConfig
 
 MEDIA = MediaConfig()
 TYPES = [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int64())]

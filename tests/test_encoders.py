@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmaudit.audit.probing.networks import Network, build_network, to_pictures
-from mmaudit.train.encoders import Dropout, PictureEncoder, VectorEncoder, build_encoder
+from mmaudit.audit.probes.network import Network, build_network, to_pictures
+from mmaudit.train.network import Dropout, PictureEncoder, VectorEncoder, build_encoder
 
 torch.set_num_threads(1)
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from mmaudit.audit.encoding.matrix import MatrixInputs
-from mmaudit.audit.probing import estimate
-from mmaudit.audit.probing.aim import Aim
-from mmaudit.audit.probing.crossing import Crossing, Lesson, set_lesson
-from mmaudit.audit.probing.design import Design, read_design
-from mmaudit.audit.probing.glm import evaluate_rows
-from mmaudit.audit.probing.target import Target
+from mmaudit.audit.features.matrix import MatrixInputs
+from mmaudit.audit.probes import glm as estimate
+from mmaudit.audit.probes.cross_fit import Crossing, Lesson, set_lesson
+from mmaudit.audit.probes.design import Design, read_design
+from mmaudit.audit.probes.glm import evaluate_rows
+from mmaudit.audit.probes.targets import Aim, Target
 
 NUM_ROWS, NUM_CLASSES = 4_000, 1_500
 

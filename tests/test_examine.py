@@ -12,13 +12,12 @@ from training import QUICK, examples_of, tune
 
 from mmaudit.audit.errors import ManifestError
 from mmaudit.train.checkpoint import load_model, read_blueprint, save_model
-from mmaudit.train.course import Reader
-from mmaudit.train.evaluate import measure
-from mmaudit.train.examine import examine, examine_file, probabilities
+from mmaudit.train.distributed import ALONE
+from mmaudit.train.evaluate import examine, examine_file, measure, probabilities
 from mmaudit.train.examples import Examples
 from mmaudit.train.network import FusionNet
-from mmaudit.train.opening import open_course
-from mmaudit.train.world import ALONE
+from mmaudit.train.setup import open_course
+from mmaudit.train.training_data import Reader
 
 torch.set_num_threads(1)
 

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from mmaudit.audit.encoding.features import EncodeTask, encode_dataset
-from mmaudit.audit.encoding.matrix import Inputs
+from mmaudit.audit.dataset.dataset import Dataset, open_dataset
+from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, ManifestError
-from mmaudit.audit.media.decode import MediaConfig
-from mmaudit.audit.score import ScoreTable
-from mmaudit.audit.source.dataset import Dataset, open_dataset
-from mmaudit.audit.source.samples import read_samples
-from mmaudit.audit.stock import take_stock
+from mmaudit.audit.features.encode import EncodeTask, encode_dataset
+from mmaudit.audit.features.encoded_samples import take_stock
+from mmaudit.audit.features.matrix import Inputs
+from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.audit.workers import silent
 from mmaudit.rebalance.manifest import COLUMNS, DROPPED_COLUMNS, Manifest
 from mmaudit.train.examples import Examples, load_examples

@@ -17,18 +17,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
+from mmaudit.audit.downloads.ingest import ingest
 from mmaudit.audit.errors import ConfigError, ManifestError, RunError
-from mmaudit.audit.ingest.ingested import ingest
-from mmaudit.audit.score import ScoreTable
-from mmaudit.audit.source.dataset import DataConfig, open_dataset
+from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance import export as export_file
-from mmaudit.rebalance import job
+from mmaudit.rebalance import webdataset as job
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.choice import choose
 from mmaudit.rebalance.export import FORMATS, escape_formula
 from mmaudit.rebalance.export import export as write_export
 from mmaudit.rebalance.manifest import batches_of
-from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.score_tables import open_scores
+from mmaudit.rebalance.selection import choose
 from mmaudit.rebalance.split import write_split
 
 FOLDERS = ("ogm", "webdataset", "datasets")

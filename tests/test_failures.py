@@ -18,8 +18,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from mmaudit.audit.encoding.cache import write_arrow
 from mmaudit.audit.errors import GateError, RunError, file_of, reading
+from mmaudit.audit.features.cache import write_arrow
 from mmaudit.audit.parquet import write_parquet
 from mmaudit.audit.storage import write_text
 from mmaudit.audit.workers import ahead

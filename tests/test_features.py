@@ -14,16 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from mmaudit.audit.encoding import encoders as encode
-from mmaudit.audit.encoding import features
-from mmaudit.audit.encoding.features import EncodeTask, encode_dataset, encode_shard, read_arrow, read_status
-from mmaudit.audit.encoding.matrix import FeatureMatrix
-from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.media.decode import MediaConfig
-from mmaudit.audit.media.descriptors import text_counts
-from mmaudit.audit.quality import Reason
-from mmaudit.audit.source.dataset import DataConfig, Dataset, open_dataset
-from mmaudit.audit.source.samples import read_samples
+from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.dataset.samples import read_samples
+from mmaudit.audit.errors import DatasetError, Reason
+from mmaudit.audit.features import encode as features
+from mmaudit.audit.features import encoders as encode
+from mmaudit.audit.features.cache import read_arrow, write_arrow
+from mmaudit.audit.features.descriptors import text_counts
+from mmaudit.audit.features.encode import EncodeTask, encode_dataset, encode_shard, read_status
+from mmaudit.audit.features.matrix import FeatureMatrix
+from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import silent
 
 MEDIA = MediaConfig(image_size=16)
@@ -273,7 +273,7 @@ def test_a_file_survives_that_it_is_read_while_it_is_replaced(clip_source: Path,
     dataset = open_dataset(clip_source)
     path = fill(dataset, tmp_path)[0].file(dataset.modalities[0])
     before = read_arrow(path)
-    features.write_arrow(before.slice(0, 1), path)
+    write_arrow(before.slice(0, 1), path)
     assert before.num_rows == 24
     assert before["vector"][23].is_valid
     assert read_arrow(path).num_rows == 1

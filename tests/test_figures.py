@@ -9,13 +9,12 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from mmaudit.audit.gap.mixture import MixtureConfig, fit_mixture
-from mmaudit.audit.score import ScoreTable
-from mmaudit.cli.report.canvas import COLOURS, DPI, INK, WIDTH, canvas, palette, png
+from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
+from mmaudit.audit.scores.table import ScoreTable
+from mmaudit.cli.report.canvas import COLOURS, DPI, INK, WIDTH, canvas, draw_manifest, palette, png
 from mmaudit.cli.report.examples import class_numbers
 from mmaudit.cli.report.figures import draw
 from mmaudit.cli.report.findings import discrepancies, gaps, maps, training
-from mmaudit.cli.report.manifest_figure import draw_manifest
 
 
 def numbers_of(

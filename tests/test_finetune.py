@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import load_file
 from training import QUICK, examples_of, setting, stop_after, tune, untimed, weights
 
-from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.errors import ManifestError, RunError
-from mmaudit.rebalance.curriculum import OrderConfig
-from mmaudit.rebalance.pacing import root_pacing
+from mmaudit.audit.features.matrix import MatrixInputs
+from mmaudit.rebalance.curriculum import OrderConfig, root_pacing
 from mmaudit.train.checkpoint import read_blueprint, save_state
 from mmaudit.train.config import LEAST_VALIDATION
 from mmaudit.train.evaluate import measure

@@ -19,8 +19,8 @@ import pytest
 from datasets import load_dataset
 
 import mmaudit
-from mmaudit.audit.probing.config import ProbeConfig
-from mmaudit.cli.keypad import KeypadConfig, write_keypad
+from mmaudit.audit.probes.config import ProbeConfig
+from mmaudit.cli.demo import KeypadConfig, write_keypad
 
 SCORE = ["--num-workers", "0", "--repeats", "1", "--set", "data.shard_rows=8"]
 

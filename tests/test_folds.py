@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.audit.probing.folds import assign_folds, in_one_fold
+from mmaudit.audit.probes.cross_fit import assign_folds, in_one_fold
 
 Strings = NDArray[np.object_]
 

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmaudit.audit.encoding.encoders import check_encoder, encode_cell, preprocessing
-from mmaudit.audit.encoding.features import encode_dataset, read_arrow, read_status
-from mmaudit.audit.encoding.functions import call_function
-from mmaudit.audit.encoding.matrix import FeatureMatrix
-from mmaudit.audit.errors import ConfigError, DatasetError
-from mmaudit.audit.media.decode import MediaConfig, decode_audio, decode_folders, decode_frames, decode_image
-from mmaudit.audit.quality import Reason, UnusableError
-from mmaudit.audit.source.dataset import DataConfig, open_dataset
-from mmaudit.audit.source.modality import Modality
-from mmaudit.audit.source.samples import read_samples
+from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
+from mmaudit.audit.dataset.modalities import Modality
+from mmaudit.audit.dataset.samples import read_samples
+from mmaudit.audit.errors import ConfigError, DatasetError, Reason, UnusableError
+from mmaudit.audit.features.cache import read_arrow
+from mmaudit.audit.features.encode import encode_dataset, read_status
+from mmaudit.audit.features.encoders import check_encoder, encode_cell, preprocessing
+from mmaudit.audit.features.functions import call_function
+from mmaudit.audit.features.matrix import FeatureMatrix
+from mmaudit.audit.media.decode import decode_audio, decode_folders, decode_frames, decode_image
+from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import silent
 
 MEDIA = MediaConfig(image_size=8)
@@ -156,9 +157,9 @@ def test_another_source_is_another_cache(module: str, tmp_path: Path) -> None:
 def test_workers_find_it_in_the_folder_of_the_command(module: str, clip_source: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from mmaudit.audit.source.dataset import DataConfig, open_dataset\n"
-        "from mmaudit.audit.encoding.features import encode_dataset\n"
-        "from mmaudit.audit.media.decode import MediaConfig\n"
+        "from mmaudit.audit.dataset.dataset import DataConfig, open_dataset\n"
+        "from mmaudit.audit.features.encode import encode_dataset\n"
+        "from mmaudit.audit.media.files import MediaConfig\n"
         "from mmaudit.audit.workers import silent\n"
         "if __name__ == '__main__':\n"
         f"    config = DataConfig(encoder=('image={module}:mean',), shard_rows=8)\n"

@@ -16,12 +16,11 @@ from training import draw_batch
 
 from mmaudit.train.balancing.config import BalancingConfig, GblendConfig
 from mmaudit.train.balancing.gblend import LEAST_OVERFIT, LEAST_WEIGHT, READ_ROWS, Gblend, blend_weights
-from mmaudit.train.batches import Batch
+from mmaudit.train.batches import Batch, Loss, Reading, Rows
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.lab import Loss, Reading, Rows
+from mmaudit.train.distributed import ALONE
 from mmaudit.train.network import Blueprint, FusionNet, Outputs
-from mmaudit.train.update import Update
-from mmaudit.train.world import ALONE
+from mmaudit.train.optimizer import Update
 
 torch.set_num_threads(1)
 

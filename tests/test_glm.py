@@ -15,11 +15,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional
 
-from mmaudit.audit.encoding.matrix import MatrixInputs
-from mmaudit.audit.probing import design as designs
-from mmaudit.audit.probing import glm
-from mmaudit.audit.probing.design import Design, read_design
-from mmaudit.audit.probing.glm import fit_glm, loss_and_residual
+from mmaudit.audit.features.matrix import MatrixInputs
+from mmaudit.audit.probes import design as designs
+from mmaudit.audit.probes import glm
+from mmaudit.audit.probes.design import Design, read_design
+from mmaudit.audit.probes.glm import fit_glm, loss_and_residual
 
 Floats = NDArray[np.float64]
 STRENGTHS = (1e-3, 1e-2, 0.3)

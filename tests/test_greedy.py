@@ -16,10 +16,10 @@ from mmaudit.train.balancing.config import BalancingConfig, GreedyConfig
 from mmaudit.train.balancing.greedy import Greedy, conditional_speeds, slowest
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
+from mmaudit.train.distributed import ALONE, World
 from mmaudit.train.fusion import Mmtm
 from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.update import Update
-from mmaudit.train.world import ALONE, World
+from mmaudit.train.optimizer import Update
 
 torch.set_num_threads(1)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mmaudit.audit.encoding.hub import find_folder, folder_version
 from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.features.pretrained import find_folder, folder_version
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmaudit.audit.source.hub import looks_like_hub_name
+from mmaudit.audit.dataset.formats.saved import looks_like_hub_name
 
 
 @pytest.mark.parametrize("name", ["user/name", "name", "user/name:config", "name:en-US", "A-b_c.d/x.y", "_u/n"])

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import mmaudit
+from mmaudit.audit.dataset.dataset import open_dataset
+from mmaudit.audit.downloads import ADAPTERS, Ingested, ingest
 from mmaudit.audit.errors import ConfigError, DatasetError
-from mmaudit.audit.ingest import ADAPTERS, Ingested, ingest
 from mmaudit.audit.parquet import read_parquet
-from mmaudit.audit.source.dataset import open_dataset
 from mmaudit.cli.console import tell_ingest
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from numpy.lib import format as npy
 
+from mmaudit.audit.downloads import ingest, unpickle
+from mmaudit.audit.downloads.unpickle import read_pickle
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.ingest import ingest, unpickle
-from mmaudit.audit.ingest.unpickle import read_pickle
 
 LATIN1 = b"c_codecs\nencode\n"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mmaudit.audit.ingest import ingest
-from mmaudit.audit.source.dataset import open_dataset
-from mmaudit.audit.source.samples import read_samples
+from mmaudit.audit.dataset.dataset import open_dataset
+from mmaudit.audit.dataset.samples import read_samples
+from mmaudit.audit.downloads import ingest
 
 
 @pytest.mark.parametrize("sound", [False, True])

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from mmaudit.audit.dataset.dataset import open_dataset
+from mmaudit.audit.dataset.samples import read_samples
+from mmaudit.audit.downloads import Ingested, ingest
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.ingest import Ingested, ingest
-from mmaudit.audit.source.dataset import open_dataset
-from mmaudit.audit.source.samples import read_samples
 
 
 def lay(root: Path, *names: str) -> None:

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmaudit.audit.dataset.dataset import open_dataset
+from mmaudit.audit.downloads import Ingested, ingest
+from mmaudit.audit.downloads.mosei import summarise
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.ingest import Ingested, ingest
-from mmaudit.audit.ingest.mosei import summarise
-from mmaudit.audit.source.dataset import open_dataset
 
 SHAPES = {"text": (5, 4), "audio": (7, 2), "vision": (3, 3)}
 

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from mmaudit.audit.downloads.unpickle import read_pickle
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.ingest.unpickle import read_pickle
 
 TYPES = ["<f4", ">f8", "<i8", "|u1", "|b1", "<f2", "<U3", "|S4", ">i2"]
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)

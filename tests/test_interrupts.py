@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from mmaudit.cli.interrupts import last_signal, raise_if_seen, remembered
+from mmaudit.cli.failures import last_signal, raise_if_seen, remembered
 
 _COMMAND = """
 import sys, time, types

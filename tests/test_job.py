@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.rebalance.job import Job, plain_rows, split_name
+from mmaudit.rebalance.webdataset import Job, plain_rows, split_name
 
 
 def job_of(path: Path, table: pa.Table) -> Job:

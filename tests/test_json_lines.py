@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmaudit.audit.dataset.formats import text_rows as json_lines
+from mmaudit.audit.dataset.formats.tables import read_rows
+from mmaudit.audit.dataset.formats.text_rows import read_json_lines
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.source import json_lines
-from mmaudit.audit.source.json_lines import read_json_lines
-from mmaudit.audit.source.tables import read_rows
 
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6)
 ROWS = st.lists(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.json_text import MAX_DEPTH, Complete, Shape, check_shape, parse_data_json, parse_json
+from mmaudit.audit.parsing import MAX_DEPTH, Complete, Shape, check_shape, parse_data_json, parse_json
 from mmaudit.audit.storage import read_json
 
 VALUES = st.recursive(

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import spearmanr
 
+from mmaudit.audit.dataset.dataset import open_dataset
+from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, RunError, ScoreError
-from mmaudit.audit.score import ScoreTable
-from mmaudit.audit.source.dataset import open_dataset
-from mmaudit.audit.source.samples import read_samples
-from mmaudit.cli.keypad import KeypadConfig, recovery, write_keypad
+from mmaudit.audit.scores.table import ScoreTable
+from mmaudit.cli.demo import KeypadConfig, recovery, write_keypad
 
 CONFIG = KeypadConfig(num_samples=300)
 SMALL = replace(CONFIG, num_samples=40)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmaudit.audit.dataset.labels import NO_LABEL, UNKNOWN_LABEL, Labels, read_classes, read_label_sets, read_numbers
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.source.labels import NO_LABEL, UNKNOWN_LABEL, Labels, read_classes, read_label_sets, read_numbers
 
 
 def classes_of(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
+from mmaudit.audit.dataset.formats.folders import find_split_tables, plan_layout, plan_split_tables
+from mmaudit.audit.dataset.formats.tables import OTHER_FORMS, Plan
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.source.dataset import DataConfig, open_dataset
-from mmaudit.audit.source.layouts import find_split_tables, plan_layout, plan_split_tables
-from mmaudit.audit.source.tables import OTHER_FORMS, Plan
 
 
 def lay(root: Path, *paths: str) -> Path:

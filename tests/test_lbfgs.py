@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmaudit.audit.probing.lbfgs import Problem, minimise
+from mmaudit.audit.probes.lbfgs import Problem, minimise
 
 
 class Bowls:

@@ -14,21 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmaudit.audit.encoding.features import encode_dataset, read_status
-from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.dataset.dataset import open_dataset
+from mmaudit.audit.dataset.samples import Samples, read_samples
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.leakage import (
-    GROUP_NAMES,
-    Finding,
-    Leakage,
-    LeakageConfig,
-    Material,
-    find_leakage,
-    group_columns,
-)
-from mmaudit.audit.media.decode import MediaConfig
-from mmaudit.audit.source.dataset import open_dataset
-from mmaudit.audit.source.samples import Samples, read_samples
+from mmaudit.audit.features.encode import encode_dataset, read_status
+from mmaudit.audit.features.matrix import MatrixInputs
+from mmaudit.audit.leakage import GROUP_NAMES, Finding, Leakage, LeakageConfig, Material, find_leakage, group_columns
+from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import silent
 
 Objects = NDArray[np.object_]

@@ -14,17 +14,15 @@ from numpy.typing import NDArray
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, r2_score
 
-from mmaudit.audit.answers import Answers, ask
-from mmaudit.audit.encoding.matrix import Inputs, MatrixInputs, Rows
+from mmaudit.audit.features.matrix import Inputs, MatrixInputs, Rows
 from mmaudit.audit.hashing import hash_rank
-from mmaudit.audit.ledger import Ledger, chance_of, keep_books, to_metric
-from mmaudit.audit.panel import Calibration, Fit, Member, Panel, seat_joint, seat_member
-from mmaudit.audit.probing.config import ProbeConfig
-from mmaudit.audit.probing.crossing import Crossing
-from mmaudit.audit.probing.folds import assign_folds
-from mmaudit.audit.probing.network_probe import NetworkConfig, NetworkProbe, fit_network
-from mmaudit.audit.probing.probe import Probe, fit_probe
-from mmaudit.audit.probing.target import Target
+from mmaudit.audit.probes.config import ProbeConfig
+from mmaudit.audit.probes.cross_fit import Crossing, assign_folds
+from mmaudit.audit.probes.network_probe import NetworkConfig, NetworkProbe, fit_network
+from mmaudit.audit.probes.probe_set import Calibration, Fit, Member, Panel, Probe, fit_probe, seat_joint, seat_member
+from mmaudit.audit.probes.targets import Target
+from mmaudit.audit.scores.probe_report import Ledger, chance_of, keep_books, to_metric
+from mmaudit.audit.scores.sample_scores import Answers, ask
 from mmaudit.audit.workers import silent
 
 Floats = NDArray[np.float32]
@@ -301,7 +299,7 @@ def test_a_network_that_has_seen_the_rows_it_scores_is_above_chance_on_shuffled_
 
 
 def test_of_many_rows_the_first_by_key_are_in_the_control(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmaudit.audit.ledger.CONTROL_ROWS", 100)
+    monkeypatch.setattr("mmaudit.audit.scores.probe_report.CONTROL_ROWS", 100)
     said, rows = guesses(0.8, seed=0), MatrixInputs(matrix=np.arange(N, dtype=np.float32)[:, None])
     seen: list[list[float]] = []
 

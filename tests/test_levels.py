@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from mmaudit.rebalance.levels import (
+from mmaudit.rebalance.binning import (
     CURVE,
     best_bins,
     bin_of,

@@ -20,7 +20,7 @@ import pytest
 from mmaudit.audit import locks
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.locks import FOLDER, holders_of, write_lock
-from mmaudit.audit.processes import ProcessId, this_process
+from mmaudit.audit.workers import ProcessId, this_process
 
 _HOLD = """
 import sys, time; from pathlib import Path; from mmaudit.audit.locks import write_lock

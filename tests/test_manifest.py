@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ManifestError
 from mmaudit.rebalance import manifest
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.choice import choose
 from mmaudit.rebalance.manifest import (
     COLUMNS,
     RANGES,
@@ -38,7 +37,8 @@ from mmaudit.rebalance.manifest import (
     regrouped,
     rows_of,
 )
-from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.score_tables import open_scores
+from mmaudit.rebalance.selection import choose
 from mmaudit.rebalance.split import write_split
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmaudit.audit.printable import printable
-from mmaudit.rebalance.markdown import code_span, escaped, table_of
+from mmaudit.audit.errors import printable
+from mmaudit.rebalance.card import code_span, escaped, table_of
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30)
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmaudit.audit.encoding.features import encode_dataset, read_status
-from mmaudit.audit.encoding.matrix import FeatureMatrix, JointInputs, MatrixInputs, chunks
-from mmaudit.audit.media.decode import MediaConfig
-from mmaudit.audit.source.dataset import open_dataset
-from mmaudit.audit.source.samples import read_samples
+from mmaudit.audit.dataset.dataset import open_dataset
+from mmaudit.audit.dataset.samples import read_samples
+from mmaudit.audit.features.encode import encode_dataset, read_status
+from mmaudit.audit.features.matrix import FeatureMatrix, JointInputs, MatrixInputs, chunks
+from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import silent
 
 RNG = np.random.default_rng(0)

@@ -15,8 +15,8 @@ from scipy.stats import norm
 from sklearn.metrics import log_loss
 from sklearn.metrics.pairwise import cosine_similarity
 
-from mmaudit.audit import measures
-from mmaudit.audit.measures import Floats
+from mmaudit.audit import metrics as measures
+from mmaudit.audit.metrics import Floats
 
 # Exactly 0 and 1 are what a saturated softmax gives in float32.
 SHARES = st.one_of(st.sampled_from([0.0, 1.0, 0.5, 1e-30]), st.floats(0, 1, width=32))

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 from training import QUICK, examples_of, setting, stop_after, tune, untimed, weights
 
-from mmaudit.audit.encoding.matrix import MatrixInputs
 from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.train import checkpoint, finetune
 from mmaudit.train.balancing.config import BALANCERS, BalancingConfig, GblendConfig, GmmConfig, MsesConfig
 from mmaudit.train.config import FinetuneConfig, TrainConfig
 from mmaudit.train.network import FusionNet
-from mmaudit.train.opening import blueprint_of
 from mmaudit.train.sampling.config import SAMPLERS, BssConfig, DusConfig, SamplingConfig, SmvConfig
+from mmaudit.train.setup import blueprint_of
 
 torch.set_num_threads(1)
 

@@ -13,15 +13,9 @@ from numpy.typing import NDArray
 from sklearn.mixture import GaussianMixture
 
 from mmaudit.audit.errors import ConfigError, MixtureError
-from mmaudit.audit.gap import em
-from mmaudit.audit.gap.mixture import (
-    Component,
-    Mixture,
-    MixtureConfig,
-    fit_counts,
-    fit_mixture,
-    histogram,
-)
+from mmaudit.audit.scores import em
+from mmaudit.audit.scores.em import Component
+from mmaudit.audit.scores.mixture import Mixture, MixtureConfig, fit_counts, fit_mixture, histogram
 
 CONFIG = MixtureConfig()
 NUM_SAMPLES = 20_000

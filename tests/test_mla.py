@@ -20,10 +20,10 @@ from mmaudit.train.balancing.config import BalancingConfig, MlaConfig
 from mmaudit.train.balancing.mla import Mla, absorb, forget
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
+from mmaudit.train.distributed import ALONE, World
 from mmaudit.train.fusion import Shared
 from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.update import Update
-from mmaudit.train.world import ALONE, World
+from mmaudit.train.optimizer import Update
 
 torch.set_num_threads(1)
 

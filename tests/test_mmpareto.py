@@ -20,9 +20,9 @@ from mmaudit.train.balancing.config import BalancingConfig, MmParetoConfig
 from mmaudit.train.balancing.mmpareto import MmPareto, combine
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
+from mmaudit.train.distributed import ALONE, World
 from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
-from mmaudit.train.update import Update
-from mmaudit.train.world import ALONE, World
+from mmaudit.train.optimizer import Update
 
 torch.set_num_threads(1)
 

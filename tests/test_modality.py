@@ -7,8 +7,7 @@ import logging
 import pyarrow as pa
 import pytest
 
-from mmaudit.audit.errors import ConfigError, DatasetError
-from mmaudit.audit.source.modality import (
+from mmaudit.audit.dataset.modalities import (
     Modality,
     check_modalities,
     holds_bytes,
@@ -17,7 +16,8 @@ from mmaudit.audit.source.modality import (
     infer_modalities,
     kind_of_path,
 )
-from mmaudit.audit.source.modality import parse_modality as parse
+from mmaudit.audit.dataset.modalities import parse_modality as parse
+from mmaudit.audit.errors import ConfigError, DatasetError
 
 HEAD = pa.table(
     {

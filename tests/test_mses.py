@@ -14,9 +14,9 @@ from mmaudit.train.balancing.config import BalancingConfig, MsesConfig
 from mmaudit.train.balancing.mses import Mses
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
+from mmaudit.train.distributed import ALONE
 from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
-from mmaudit.train.update import Update
-from mmaudit.train.world import ALONE
+from mmaudit.train.optimizer import Update
 
 torch.set_num_threads(1)
 

@@ -15,11 +15,11 @@ from training import draw_batch
 from mmaudit.train.balancing.balancer import Validation
 from mmaudit.train.balancing.config import BalancingConfig, MslrConfig
 from mmaudit.train.balancing.mslr import Mslr, dynamic_rates, smooth_rate
+from mmaudit.train.batches import Loss, Reading, Rows
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.lab import Loss, Reading, Rows
+from mmaudit.train.distributed import ALONE
 from mmaudit.train.network import Blueprint, FusionNet, Outputs, cross_entropies
-from mmaudit.train.update import Update
-from mmaudit.train.world import ALONE
+from mmaudit.train.optimizer import Update
 
 torch.set_num_threads(1)
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import BalancingConfig, OgmConfig
 from mmaudit.train.balancing.ogm import damping, mean_of_others
-from mmaudit.train.batches import Batch
+from mmaudit.train.batches import Batch, Lab
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.lab import Lab
+from mmaudit.train.distributed import ALONE, World
 from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.update import Update
-from mmaudit.train.world import ALONE, World
+from mmaudit.train.optimizer import Update
 
 torch.set_num_threads(1)
 DEFAULT = OgmConfig()

@@ -13,9 +13,9 @@ from training import QUICK, examples_of, setting
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train.config import TrainConfig
+from mmaudit.train.distributed import ALONE, World
 from mmaudit.train.examples import Examples
-from mmaudit.train.opening import blueprint_of, identity_of, open_course
-from mmaudit.train.world import ALONE, World
+from mmaudit.train.setup import blueprint_of, identity_of, open_course
 
 torch.set_num_threads(1)
 

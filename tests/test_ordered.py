@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
-from mmaudit.rebalance.pacing import PACINGS, root_pacing
+from mmaudit.rebalance.curriculum import PACINGS, OrderConfig, id_key, order_of, root_pacing
+from mmaudit.train.distributed import ALONE
 from mmaudit.train.sampling.config import SamplingConfig
 from mmaudit.train.sampling.ordered import AntiCurriculum, BssH, Ordered, Uniform
 from mmaudit.train.sampling.sampler import Pool
-from mmaudit.train.world import ALONE
 
 # Ranks of training rows: any, because the manifest's other rows have some of them.
 RANKS = st.lists(st.integers(0, 10**6), min_size=1, max_size=60, unique=True).map(np.array)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmaudit.rebalance.pacing import PACINGS, root_pacing, step_pacing
+from mmaudit.rebalance.curriculum import PACINGS, root_pacing, step_pacing
 
 START = st.floats(0.01, 1)
 GROW = st.integers(1, 200)

@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmaudit.audit.encoding.matrix import Inputs, MatrixInputs, Rows
-from mmaudit.audit.panel import CALIBRATION_ROWS, Fit, Member, Panel, seat_joint, seat_member
-from mmaudit.audit.probing.config import ProbeConfig
-from mmaudit.audit.probing.crossing import Crossing
-from mmaudit.audit.probing.probe import Probe, fit_probe
-from mmaudit.audit.probing.target import Target
+from mmaudit.audit.features.matrix import Inputs, MatrixInputs, Rows
+from mmaudit.audit.probes.config import ProbeConfig
+from mmaudit.audit.probes.cross_fit import Crossing
+from mmaudit.audit.probes.probe_set import (
+    CALIBRATION_ROWS,
+    Fit,
+    Member,
+    Panel,
+    Probe,
+    fit_probe,
+    seat_joint,
+    seat_member,
+)
+from mmaudit.audit.probes.targets import Target
 
 Floats = NDArray[np.float32]
 N, FOLDS = 600, 5

@@ -14,8 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.rebalance import parts
-from mmaudit.rebalance.parts import batches_of_part, check_schema, files_of, in_order, name_of, prefetched, schema_of
+from mmaudit.rebalance import score_files as parts
+from mmaudit.rebalance.score_files import (
+    batches_of_part,
+    check_schema,
+    files_of,
+    in_order,
+    name_of,
+    prefetched,
+    schema_of,
+)
 
 
 def write(path: Path, ids: list[str], **more: pa.Array) -> Path:

@@ -14,12 +14,11 @@ from torch import Tensor
 from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import BalancingConfig, PmrConfig
 from mmaudit.train.balancing.pmr import distances, lag
-from mmaudit.train.batches import Batch
+from mmaudit.train.batches import Batch, Loss, Reading, Rows
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.lab import Loss, Reading, Rows
+from mmaudit.train.distributed import ALONE, World
 from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.update import Update
-from mmaudit.train.world import ALONE, World
+from mmaudit.train.optimizer import Update
 
 torch.set_num_threads(1)
 NUM = 12

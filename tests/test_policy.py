@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmaudit.train.sampling.config import DusConfig
-from mmaudit.train.sampling.policy import Policy, clipped_slope
+from mmaudit.train.sampling.dus_policy import Policy, clipped_slope
 
 torch.set_num_threads(1)
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 from scipy.stats import multivariate_t, spearmanr
 
-from mmaudit.audit.encoding.matrix import MatrixInputs
-from mmaudit.audit.probing.config import ProbeConfig
-from mmaudit.audit.probing.crossing import Crossing, set_lesson
-from mmaudit.audit.probing.design import read_design
-from mmaudit.audit.probing.gaussian import MOST_ROWS, Gaussian
-from mmaudit.audit.probing.linear import LinearProbe, fit_linear
-from mmaudit.audit.probing.quadratic import Curve, Shape, cholesky, fit_curve, shapes_of, sum_moments, widest_axes
-from mmaudit.audit.probing.target import Target
+from mmaudit.audit.features.matrix import MatrixInputs
+from mmaudit.audit.probes.config import ProbeConfig
+from mmaudit.audit.probes.cross_fit import Crossing, set_lesson
+from mmaudit.audit.probes.design import read_design
+from mmaudit.audit.probes.gaussian import MOST_ROWS, Gaussian
+from mmaudit.audit.probes.linear import LinearProbe, fit_linear
+from mmaudit.audit.probes.quadratic import Curve, Shape, cholesky, fit_curve, shapes_of, sum_moments, widest_axes
+from mmaudit.audit.probes.targets import Target
 
 K = 3
 Floats = NDArray[np.floating[Any]]
@@ -191,7 +191,7 @@ def poor(name: str) -> tuple[NDArray[np.float32], Label]:
 @pytest.mark.parametrize("errors", [2.0, -np.inf])
 def test_poor_data_get_finite_answers(name: str, errors: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of `errors` of -inf curves are always taken."""
-    monkeypatch.setattr("mmaudit.audit.probing.gaussian._ERRORS", errors)
+    monkeypatch.setattr("mmaudit.audit.probes.gaussian._ERRORS", errors)
     x, label = poor(name)
     probe = fit(x, label)
     assert np.isfinite(probe.logits(np.arange(60))).all()

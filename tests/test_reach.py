@@ -9,8 +9,7 @@ import pytest
 
 from mmaudit.rebalance.curriculum import OrderConfig
 from mmaudit.train.balancing.config import BalancingConfig, OgmConfig
-from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
-from mmaudit.train.reach import out_of_reach
+from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig, out_of_reach
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ConfigError, GateError, ManifestError, ScoreError
-from mmaudit.audit.score import ScoreTable, read_scores, write_scores
+from mmaudit.audit.scores.table import ScoreTable, read_scores, write_scores
 from mmaudit.audit.storage import write_json
 from mmaudit.cli.manifests import replay
 from mmaudit.rebalance.balanced import BalancedConfig
 from mmaudit.rebalance.manifest import dropped_path, provenance_of, read_dropped, read_manifest
 from mmaudit.rebalance.recipe import Recipe, Split, balance_path, make_split, recipe_of
-from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.score_tables import open_scores
 
 N = 400
 AV = "audio:visual"

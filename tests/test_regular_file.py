@@ -11,16 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from mmaudit.audit.dataset.dataset import open_dataset
+from mmaudit.audit.downloads import ingest
+from mmaudit.audit.downloads.unpickle import read_pickle
 from mmaudit.audit.errors import MmauditError, RunError
-from mmaudit.audit.ingest import ingest
-from mmaudit.audit.ingest.unpickle import read_pickle
 from mmaudit.audit.parquet import read_footer
-from mmaudit.audit.regular_file import check_regular, open_regular
-from mmaudit.audit.source.dataset import open_dataset
-from mmaudit.audit.storage import read_json
+from mmaudit.audit.storage import check_regular, open_regular, read_json
 from mmaudit.cli.config import load_config
 from mmaudit.cli.run import Run
-from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.score_tables import open_scores
 
 
 @pytest.fixture

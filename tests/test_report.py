@@ -19,23 +19,22 @@ from PIL import Image
 from runs import run_record
 from scipy.stats import kstest
 
-from mmaudit.audit.errors import RunError
-from mmaudit.audit.gap.class_check import fit_by_class
-from mmaudit.audit.gap.mixture import MixtureConfig, fit_mixture
-from mmaudit.audit.ledger import Control, Gain, Ledger, Standing
-from mmaudit.audit.measures import cross_entropy, discrepancy
-from mmaudit.audit.panel import Calibration
+from mmaudit.audit.errors import Quarantined, Reason, RunError, quarantine_table
+from mmaudit.audit.metrics import cross_entropy, discrepancy
 from mmaudit.audit.parquet import write_parquet
-from mmaudit.audit.quality import Quarantined, Reason, quarantine_table
-from mmaudit.audit.score import ScoreTable, write_scores
+from mmaudit.audit.probes.probe_set import Calibration
+from mmaudit.audit.scores.class_check import fit_by_class
+from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
+from mmaudit.audit.scores.probe_report import Control, Gain, Ledger, Standing
+from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.audit.storage import read_json, write_json, write_text
 from mmaudit.cli.report.page import report_numbers, write_report
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.balanced import BalancedConfig
-from mmaudit.rebalance.levels import CURVE
+from mmaudit.rebalance.binning import CURVE
 from mmaudit.rebalance.manifest import dropped_path, read_dropped, read_manifest
 from mmaudit.rebalance.recipe import Recipe, balance_path, make_split
-from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.train.contribution import measure_contribution
 from mmaudit.train.evaluate import evaluate, subsets
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ConfigError, ScoreError
-from mmaudit.audit.score import ScoreTable
+from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.choice import Rule, choose
-from mmaudit.rebalance.levels import bin_of
+from mmaudit.rebalance.binning import bin_of
 from mmaudit.rebalance.resplit import NAMES, Cells, group_keys, parse_shares, resplit
-from mmaudit.rebalance.shards import Members, ScoreShards, keys_of, open_scores
+from mmaudit.rebalance.score_tables import Members, ScoreShards, keys_of, open_scores
+from mmaudit.rebalance.selection import Rule, choose
 from mmaudit.rebalance.subsets import parse_subset
 
 AV = "audio:visual"

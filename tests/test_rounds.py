@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.errors import ScoreError
-from mmaudit.audit.probing.config import ProbeConfig
-from mmaudit.audit.quality import Reason
-from mmaudit.audit.rounds import plan_rounds
-from mmaudit.audit.source.samples import Samples
+from mmaudit.audit.dataset.samples import Samples
+from mmaudit.audit.errors import Reason, ScoreError
+from mmaudit.audit.probes.config import ProbeConfig
+from mmaudit.audit.scores.score_dataset import plan_rounds
 
 CONFIG = ProbeConfig(folds=5, repeats=3)
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmaudit.audit.dataset.formats import parquet_rows as row_groups
+from mmaudit.audit.dataset.formats.parquet_rows import ParquetShard, parquet_head, row_group_shards
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.source import row_groups
-from mmaudit.audit.source.row_groups import ParquetShard, parquet_head, row_group_shards
 
 
 def test_small_row_groups_are_shards_and_empty_ones_are_none(tmp_path: Path) -> None:

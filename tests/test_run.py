@@ -11,7 +11,7 @@ import pytest
 from runs import run_record
 
 from mmaudit.audit.errors import ConfigError, RunError
-from mmaudit.audit.score import ScoreTable, write_scores
+from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.manifest import dropped_path
 

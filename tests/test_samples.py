@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
+from mmaudit.audit.dataset.labels import NO_LABEL, UNKNOWN_LABEL
+from mmaudit.audit.dataset.samples import Samples, cut, read_samples, spread
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.source.dataset import DataConfig, open_dataset
-from mmaudit.audit.source.samples import NO_LABEL, UNKNOWN_LABEL, Samples, cut, read_samples, spread
 
 Read = Callable[..., Samples]
 

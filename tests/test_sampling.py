@@ -16,12 +16,11 @@ from torch import Tensor
 from training import cut_to
 
 from mmaudit.rebalance.curriculum import OrderConfig, id_key
-from mmaudit.train.batches import Step, to_batch
-from mmaudit.train.lab import Loss, Reading
+from mmaudit.train.batches import Loss, Reading, Step, to_batch
+from mmaudit.train.distributed import ALONE
 from mmaudit.train.network import Blueprint, FusionNet
 from mmaudit.train.sampling.config import SAMPLERS, BssConfig, DusConfig, SamplingConfig, SmvConfig
 from mmaudit.train.sampling.sampler import Pool, Sampler, build_sampler
-from mmaudit.train.world import ALONE
 
 torch.set_num_threads(1)
 

@@ -15,8 +15,8 @@ from datasets.table import InMemoryTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmaudit.audit.dataset.formats.saved import Part, is_saved, plan_parts, plan_saved
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.source.saved import Part, is_saved, plan_parts, plan_saved
 
 
 def write_arrow(

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmaudit.audit.errors import ConfigError, ScoreError
-from mmaudit.audit.score import BY_MODALITY, RANGES, ScoreTable, read_scores, write_scores
+from mmaudit.audit.scores.table import BY_MODALITY, RANGES, ScoreTable, read_scores, write_scores
 
 NAMES = ("audio", "visual", "text")
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.rebalance.score_columns import (
+from mmaudit.rebalance.score_files import (
     check_no_nulls,
     coded_of,
     floats_of,

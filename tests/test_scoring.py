@@ -15,18 +15,17 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import spearmanr
 
-from mmaudit.audit.encoding.features import encode_dataset
-from mmaudit.audit.errors import ScoreError
-from mmaudit.audit.gap.mixture import MixtureConfig
-from mmaudit.audit.media.decode import MediaConfig
-from mmaudit.audit.probing.config import ProbeConfig
-from mmaudit.audit.probing.network_probe import NetworkConfig
-from mmaudit.audit.quality import Reason
-from mmaudit.audit.score import BY_MODALITY, ScoreTable
-from mmaudit.audit.scoring import Audit, Networks, audit_dataset
-from mmaudit.audit.source.dataset import DataConfig, open_dataset
-from mmaudit.audit.source.samples import read_samples
-from mmaudit.audit.stock import take_stock
+from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
+from mmaudit.audit.dataset.samples import read_samples
+from mmaudit.audit.errors import Reason, ScoreError
+from mmaudit.audit.features.encode import encode_dataset
+from mmaudit.audit.features.encoded_samples import take_stock
+from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.probes.config import ProbeConfig
+from mmaudit.audit.probes.network_probe import NetworkConfig
+from mmaudit.audit.scores.mixture import MixtureConfig
+from mmaudit.audit.scores.score_dataset import Audit, Networks, audit_dataset
+from mmaudit.audit.scores.table import BY_MODALITY, ScoreTable
 from mmaudit.audit.workers import silent
 
 # One strength and one repeat where the law does not ask for more: most tests are about who is scored, not how well.

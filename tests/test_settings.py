@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.settings import build
+from mmaudit.audit.parsing import build
 from mmaudit.cli.config import load_config
 
 

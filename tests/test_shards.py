@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ConfigError, ManifestError, ScoreError
 from mmaudit.audit.hashing import hash_ids
-from mmaudit.audit.score import ScoreTable, read_scores, write_scores
-from mmaudit.rebalance import parts
-from mmaudit.rebalance.shards import Members, ScoreShards, keys_of, open_scores, same_dataset
+from mmaudit.audit.scores.table import ScoreTable, read_scores, write_scores
+from mmaudit.rebalance import score_files as parts
+from mmaudit.rebalance.score_tables import Members, ScoreShards, keys_of, open_scores, same_dataset
 
 N = 24
 

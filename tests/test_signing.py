@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.signing import SECRET_BYTES, file_digest, is_signed, sign, state_folder
+from mmaudit.audit.hashing import SECRET_BYTES, file_digest, is_signed, sign, state_folder
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -113,7 +113,7 @@ def test_a_secret_that_is_damaged_or_that_others_can_read_is_not_used(
 
 
 def test_processes_that_begin_together_sign_alike(state: Path) -> None:
-    program = "import sys; sys.stdin.read(); from mmaudit.audit.signing import sign; print(sign({'a': 1}))"
+    program = "import sys; sys.stdin.read(); from mmaudit.audit.hashing import sign; print(sign({'a': 1}))"
     started = [
         subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(4)

@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
-from mmaudit.train.batches import Step
-from mmaudit.train.lab import Lab, Reading
+from mmaudit.train.batches import Lab, Reading, Step
+from mmaudit.train.distributed import ALONE
 from mmaudit.train.network import Outputs
 from mmaudit.train.sampling.config import SamplingConfig, SmvConfig
 from mmaudit.train.sampling.sampler import Pool
 from mmaudit.train.sampling.smv import Smv, num_copies
-from mmaudit.train.world import ALONE
 
 torch.set_num_threads(1)
 

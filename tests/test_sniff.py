@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmaudit.audit.source.sniff import NUM_BYTES, kind_of_bytes
+from mmaudit.audit.dataset.modalities import NUM_BYTES, kind_of_bytes
 
 
 def sound(format_: str, codec: str, *, sample_format: str) -> bytes:

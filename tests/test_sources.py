@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets.table import InMemoryTable
 
+from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.source.dataset import DataConfig, Dataset, open_dataset
-from mmaudit.audit.source.samples import read_samples
 
 CLASSES = ["class-0", "class-1", "class-2"]
 FEATURES = datasets.Features(

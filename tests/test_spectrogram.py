@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmaudit.audit.media.decode import MediaConfig
-from mmaudit.audit.media.spectrogram import log_mel, network_spectrogram, network_steps
+from mmaudit.audit.media.audio import log_mel, network_spectrogram, network_steps
+from mmaudit.audit.media.files import MediaConfig
 
 CONFIG = MediaConfig()
 

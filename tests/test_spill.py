@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmaudit.rebalance import spill
-from mmaudit.rebalance.spill import RECORD, Spill
+from mmaudit.rebalance import external_sort as spill
+from mmaudit.rebalance.external_sort import RECORD, Spill
 
 Keys = NDArray[np.uint64]
 TOP = np.iinfo(np.uint64).max

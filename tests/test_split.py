@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.audit.score import read_scores, write_scores
-from mmaudit.rebalance import manifest, parts, spill, split
+from mmaudit.audit.scores.table import read_scores, write_scores
+from mmaudit.rebalance import external_sort as spill
+from mmaudit.rebalance import manifest, split
+from mmaudit.rebalance import score_files as parts
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.choice import choose
 from mmaudit.rebalance.manifest import (
     COLUMNS,
     DROPPED_COLUMNS,
@@ -29,7 +30,8 @@ from mmaudit.rebalance.manifest import (
     read_manifest,
     rows_of,
 )
-from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.score_tables import open_scores
+from mmaudit.rebalance.selection import choose
 from mmaudit.rebalance.split import write_split
 
 PROVENANCE = {"source": "data", "config": {"seed": 0}, "ranges": {}, "schema": "mmaudit.scores/1", "paths": ["wav"]}

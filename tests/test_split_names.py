@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from mmaudit.audit.source.split_names import SPLIT_NAMES, split_of_file, split_of_folder, with_split
+from mmaudit.audit.dataset.columns import SPLIT_NAMES, split_of_file, split_of_folder, with_split
 
 
 @pytest.mark.parametrize("name", SPLIT_NAMES)

@@ -15,7 +15,6 @@ import pytest
 
 from mmaudit.audit import storage
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.processes import ProcessId, this_process
 from mmaudit.audit.storage import (
     atomic_folder,
     atomic_write,
@@ -26,6 +25,7 @@ from mmaudit.audit.storage import (
     write_json,
     write_text,
 )
+from mmaudit.audit.workers import ProcessId, this_process
 
 
 def names(folder: Path) -> list[str]:

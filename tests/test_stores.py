@@ -9,8 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmaudit.audit.encoding.matrix import MatrixInputs, Rows
-from mmaudit.train.stores import Store
+from mmaudit.audit.features.matrix import MatrixInputs, Rows
+from mmaudit.train.examples import Store
 
 torch.set_num_threads(1)
 

@@ -9,15 +9,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmaudit.audit.encoding.matrix import MatrixInputs
-from mmaudit.audit.probing.aim import Aim
-from mmaudit.audit.probing.config import ProbeConfig
-from mmaudit.audit.probing.crossing import Crossing, set_lesson
-from mmaudit.audit.probing.design import read_design
-from mmaudit.audit.probing.glm import fit_glm, mean_loss
-from mmaudit.audit.probing.outputs import choose_outputs
-from mmaudit.audit.probing.strength import choose_strength
-from mmaudit.audit.probing.target import Target
+from mmaudit.audit.features.matrix import MatrixInputs
+from mmaudit.audit.probes.config import ProbeConfig
+from mmaudit.audit.probes.cross_fit import Crossing, set_lesson
+from mmaudit.audit.probes.design import read_design
+from mmaudit.audit.probes.glm import fit_glm, mean_loss
+from mmaudit.audit.probes.linear import choose_strength
+from mmaudit.audit.probes.targets import Aim, Target, choose_outputs
 
 NUM_ROWS = 400
 CONFIG = ProbeConfig()
@@ -136,7 +134,7 @@ def test_of_many_classes_it_is_chosen_on_some_with_all_their_rows(monkeypatch: p
     fold, inner = (np.arange(900) // step % 2 for step in (1, 3))
     key, fits = rng.permutation(900).astype(np.uint64), np.ones(900, bool)
     crossed = Crossing(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=fits, key=key)
-    monkeypatch.setattr("mmaudit.audit.probing.outputs.MAX_LOGITS", 15_000)
+    monkeypatch.setattr("mmaudit.audit.probes.targets.MAX_LOGITS", 15_000)
     rows, classes = choose_outputs(label, key, task="classification", num_outputs=150, max_rows=300)
     assert (len(rows), len(classes)) == (300, 50)
     carried = chosen(x, label, crossed, ProbeConfig(choice_rows=300))

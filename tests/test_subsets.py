@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ConfigError, ManifestError
-from mmaudit.audit.score import ScoreTable
+from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.choice import Rule, choose
-from mmaudit.rebalance.shards import ScoreShards, open_scores
+from mmaudit.rebalance.score_tables import ScoreShards, open_scores
+from mmaudit.rebalance.selection import Rule, choose
 from mmaudit.rebalance.subsets import (
     Threshold,
     at_random,

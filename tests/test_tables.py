@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.source.tables import (
+from mmaudit.audit.dataset.formats.tables import (
     METADATA_NAMES,
     OTHER_FORMS,
     concat_rows,
@@ -24,6 +23,7 @@ from mmaudit.audit.source.tables import (
     read_tables,
     splits_of,
 )
+from mmaudit.audit.errors import DatasetError
 
 ROWS = [
     {"id": "007", "label": "1", "text": 'She said "no",\nand left'},

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import kstest
 
-from mmaudit.audit.score import ScoreTable
-from mmaudit.rebalance.choice import Decision, Told
-from mmaudit.rebalance.levels import distance_to_uniform
-from mmaudit.rebalance.shards import Rows, ScoreShards, open_scores
-from mmaudit.rebalance.tally import MOST_SHORTAGES, Tally
+from mmaudit.audit.scores.table import ScoreTable
+from mmaudit.rebalance.binning import distance_to_uniform
+from mmaudit.rebalance.score_tables import Rows, ScoreShards, open_scores
+from mmaudit.rebalance.selection import Decision, Told
+from mmaudit.rebalance.split_stats import MOST_SHORTAGES, Tally
 
 Array = NDArray[Any]
 REASONS = ("out", "missing-modality", "in-other")

@@ -17,13 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
+from mmaudit.audit.dataset.formats import tars
+from mmaudit.audit.dataset.formats.tables import Plan
+from mmaudit.audit.dataset.formats.tars import find_tars, plan_tars
+from mmaudit.audit.dataset.modalities import Modality
+from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.source import tars
-from mmaudit.audit.source.dataset import DataConfig, open_dataset
-from mmaudit.audit.source.modality import Modality
-from mmaudit.audit.source.samples import read_samples
-from mmaudit.audit.source.tables import Plan
-from mmaudit.audit.source.tars import find_tars, plan_tars
 
 Members = Sequence[tuple[str, bytes]]
 

@@ -37,8 +37,8 @@ import torch
 torch.set_num_threads(1)
 from test_torchrun import PAIRS, config_of
 from training import examples_of, tune
-from mmaudit.train.course import Course
-from mmaudit.train.world import open_world
+from mmaudit.train.training_data import Course
+from mmaudit.train.distributed import open_world
 
 seen, cut = [], Course.batches
 def batches(self, steps, **options):
@@ -94,8 +94,8 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from training import examples_of, setting, tune
-from mmaudit.train.examine import examine_file
-from mmaudit.train.world import open_world
+from mmaudit.train.evaluate import examine_file
+from mmaudit.train.distributed import open_world
 
 config = setting(fusion="mmtm", balancing="sum", ema=0.5, epochs=2)
 found = []

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from mmaudit.audit.encoding import functions
 from mmaudit.audit.errors import RunError
+from mmaudit.audit.features import functions
 from mmaudit.audit.parquet import KEY
 from mmaudit.audit.storage import read_json, write_json
 from mmaudit.cli.main import app

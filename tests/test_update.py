@@ -15,9 +15,9 @@ from processes import in_processes
 from torch import Tensor, nn
 
 from mmaudit.train.config import OptimConfig
+from mmaudit.train.distributed import ALONE
 from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
-from mmaudit.train.update import Update
-from mmaudit.train.world import ALONE
+from mmaudit.train.optimizer import Update
 
 torch.set_num_threads(1)
 
@@ -285,8 +285,8 @@ SCRIPT = """
 import json, torch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
-from mmaudit.train.update import Update
-from mmaudit.train.world import open_world
+from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import open_world
 
 torch.set_num_threads(1)
 plan = Blueprint(modalities=("audio", "visual"), shapes=((5,), (3,)), classes=tuple("abcd"), hidden=7, dropout=0.0)

@@ -17,18 +17,18 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.contents import contents_of
+from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ManifestError
+from mmaudit.audit.features.encoded_samples import contents_of
 from mmaudit.audit.parquet import KEY
-from mmaudit.audit.score import ScoreTable
-from mmaudit.audit.source.dataset import DataConfig, Dataset, open_dataset
-from mmaudit.audit.source.samples import read_samples
+from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.audit.storage import write_json
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.choice import choose
 from mmaudit.rebalance.manifest import ROWS_KEY, digest_of, dropped_path, provenance_of, rows_of
 from mmaudit.rebalance.recipe import balance_path
-from mmaudit.rebalance.shards import open_scores
+from mmaudit.rebalance.score_tables import open_scores
+from mmaudit.rebalance.selection import choose
 from mmaudit.rebalance.split import write_split
 from mmaudit.rebalance.verify import Verified, verify
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
+from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError
 from mmaudit.audit.parquet import KEY
-from mmaudit.audit.source.dataset import DataConfig, open_dataset
-from mmaudit.audit.source.samples import read_samples
 from mmaudit.rebalance.export import export as write_export
 from mmaudit.rebalance.manifest import COLUMNS
 from mmaudit.rebalance.webdataset import key_of

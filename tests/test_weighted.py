@@ -12,9 +12,9 @@ from scipy.stats import chisquare
 
 from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.rebalance.curriculum import OrderConfig, draw_rows, id_key, order_of
+from mmaudit.train.distributed import ALONE
 from mmaudit.train.sampling.config import SamplingConfig
 from mmaudit.train.sampling.sampler import Pool, Sampler, build_sampler
-from mmaudit.train.world import ALONE
 
 
 def sampler_of(name: str, *, order: OrderConfig | None = None, **columns: NDArray[Any]) -> Sampler:

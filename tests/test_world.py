@@ -14,14 +14,14 @@ from torch import distributed
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.rebalance.curriculum import batch_of
-from mmaudit.train.world import ALONE, World, local_device, open_world
+from mmaudit.train.distributed import ALONE, World, local_device, open_world
 
 torch.set_num_threads(1)
 
 # What each process holds follows from its rank alone, so that the sums are known here.
 SCRIPT = """
 import json, torch
-from mmaudit.train.world import open_world
+from mmaudit.train.distributed import open_world
 
 with open_world("cpu") as world:
     r = world.rank

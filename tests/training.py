@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmaudit.audit.encoding.matrix import MatrixInputs
+from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.workers import Progress, silent
 from mmaudit.rebalance.curriculum import OrderConfig
 from mmaudit.train.batches import Batch, Step, to_batch
 from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
+from mmaudit.train.distributed import ALONE
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import Finetuned, finetune_on
-from mmaudit.train.world import ALONE
 
 QUICK = TrainConfig(
     finetune=FinetuneConfig(epochs=5, batch_size=16, hidden=6),

@@ -1,1 +1,1 @@
-"""Fine-tune on what the manifest says, and find out whether it helped."""
+"""Fine-tuning on manifests."""

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and loaded without running anybody's code"""
+"""Checkpoints, written whole or not at all, and read without running code."""
 
 from __future__ import annotations
 

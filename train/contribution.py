@@ -1,4 +1,4 @@
-"""Contribution: how much of the fused answer's accuracy is each modality's, and where do they confuse each other?
+"""Contribution of each modality to the accuracy of the fused prediction.
 
 Letters: n samples, m modalities. A set of modalities is a frozenset of their numbers; what is not in it is absent: it
 has features of 0 (`FusionNet.fused_of`).
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..audit import intervals
 from ..audit.intervals import Groups
-from ..audit.measures import Floats, shapley
+from ..audit.metrics import Floats, shapley
 from .network import FusionNet, Outputs
 
 Modalities = frozenset[int]

@@ -1,4 +1,4 @@
-"""Fine-tuning: the loop, read top to bottom"""
+"""Fine-tuning: the training loop."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .balancing.balancer import build_balancer
 from .balancing.config import BALANCERS
 from .checkpoint import save_model, save_state, warm_start
 from .config import LEAST_VALIDATION, FinetuneConfig, TrainConfig
-from .course import Reader, validate
-from .examine import examine
+from .distributed import ALONE, World
+from .evaluate import examine
 from .examples import Examples
 from .network import FusionNet
-from .opening import agreed, blueprint_of, chance_of, identity_of, open_course, resume
+from .optimizer import Update
 from .sampling.sampler import build_sampler
+from .setup import agreed, blueprint_of, chance_of, identity_of, open_course, resume
 from .tracking import open_trackers
-from .update import Update
-from .world import ALONE, World
+from .training_data import Reader, validate
 
 log = logging.getLogger("mmaudit")
 

@@ -1,4 +1,4 @@
-"""Fusion: how do the features of the modalities become one answer, and what does each say alone?
+"""Fusion of the features of the modalities.
 
 Letters: b samples, m modalities, k classes; features f_j (b, d_j). A modality that is absent has features of 0.
 """

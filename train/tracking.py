@@ -1,4 +1,4 @@
-"""Trackers: who else is told how training goes, if anybody asks for it?"""
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow."""
 
 from __future__ import annotations
 

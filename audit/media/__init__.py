@@ -1,1 +1,1 @@
-"""Bytes in, sound, pictures and frames out"""
+"""Decoding of sound, images and video."""

@@ -1,4 +1,4 @@
-"""Bytes in, waveform (t,), image (h, w, 3) or frames (f, h, w, 3) out: what does the file really hold?
+"""Decoding of bytes to a waveform (t,), an image (h, w, 3) or frames (f, h, w, 3).
 
 Whatever cannot be used leaves as UnusableError with its reason.
 """
@@ -10,12 +10,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quality import Reason, UnusableError
-from .config import MediaConfig as MediaConfig
-from .containers import open_container, reading
-from .media_file import Medium
-from .picture import not_constant, read_picture
-from .sound import SILENT_PEAK, clipped_share, native_wave, resampled
+from ..errors import Reason, UnusableError
+from .audio import SILENT_PEAK, clipped_share, native_wave, resampled
+from .container import open_container, reading
+from .files import MediaConfig, Medium
+from .image import not_constant, read_picture
 from .video import middles, read_frames
 
 Folders = tuple[tuple[Medium, ...], ...]  # of a sample, each with its pictures in order of time

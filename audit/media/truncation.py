@@ -1,4 +1,4 @@
-"""Does the header promise more than the bytes hold?
+"""Detection of media files whose header promises more bytes than there are.
 
 Each check reads one container's own sizes, in microseconds, and raises nothing: garbage promises nothing, or too much.
 Headers that tell no size say nothing: mp3 without Xing, Info or VBRI; matroska of unknown size (written to a pipe or by
@@ -7,7 +7,7 @@ a browser); ogg and films in fragments cut exactly between two parts. Not looked
 
 from __future__ import annotations
 
-from .media_file import Medium
+from .files import Medium
 
 MIN_HELD = 0.99  # of what the header promises; less is truncated
 SLACK_BYTES = 16  # writers who count the header in, or a byte of padding that is not there

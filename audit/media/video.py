@@ -1,4 +1,4 @@
-"""Film: which frames does a file show, evenly over its time?"""
+"""Video: frames evenly spaced over the duration of a file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quality import Reason, UnusableError
-from .config import MediaConfig
-from .containers import counted, decoded, open_container, track
-from .media_file import Medium
+from ..errors import Reason, UnusableError
+from .container import counted, decoded, open_container, track
+from .files import MediaConfig, Medium
 from .truncation import MIN_HELD
 
 STILL_SECONDS = 0.5  # a shorter clip may well show one picture

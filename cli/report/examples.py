@@ -1,4 +1,4 @@
-"""Examples: which classes and which samples stand for what the histograms show?"""
+"""Classes and samples that the report lists."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...audit.measures import discrepancy
-from ...audit.score import ScoreTable
-from ...rebalance.levels import bin_of
+from ...audit.metrics import discrepancy
+from ...audit.scores.table import ScoreTable
+from ...rebalance.binning import bin_of
 from .findings import Numbers, finite, short, sides
 
 Array = NDArray[Any]

@@ -1,4 +1,4 @@
-"""The figures: how does each number of the report look?
+"""Figures of the report.
 
 Every figure is drawn from report.json's numbers alone, and the same numbers give the same bytes.
 """
@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from .canvas import INK, LEVEL, PALE, SOFT, WIDTH, Palette, canvas, draw_sides, palette, png, side_colour
+from .canvas import INK, LEVEL, PALE, SOFT, WIDTH, Palette, canvas, draw_manifest, draw_sides, palette, png, side_colour
 from .findings import Numbers, short
-from .manifest_figure import draw_manifest
 from .verdict import percent, signed
 
 

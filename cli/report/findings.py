@@ -1,4 +1,4 @@
-"""What do the scores of a run say, in the numbers that the report shows?
+"""Numbers of the report that follow from the scores.
 
 Each function takes the score table and gives plain values for report.json; figures and page are drawn from these alone.
 """
@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ...audit.gap.mixture import Mixture
 from ...audit.intervals import Groups, group_codes, mean, share
-from ...audit.measures import discrepancy as all_discrepancies
-from ...audit.score import ScoreTable
-from ...rebalance.levels import bin_of
+from ...audit.metrics import discrepancy as all_discrepancies
+from ...audit.scores.mixture import Mixture
+from ...audit.scores.table import ScoreTable
+from ...rebalance.binning import bin_of
 from ...rebalance.subsets import BALANCED_WITHIN
 
 Numbers = dict[str, Any]

@@ -1,4 +1,4 @@
-"""The report: what did the audit find, on one page that needs nothing else?
+"""The report: one self-contained HTML page, with report.json and figures.
 
 Three steps, each from the one before: the run's files -> numbers (report.json) -> figures -> page.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...audit.errors import RunError
-from ...audit.gap.mixture import Mixture
 from ...audit.parquet import read_parquet
+from ...audit.scores.mixture import Mixture
 from ...audit.storage import atomic_write, read_json, write_json, write_text
 from ...train.config import LEAST_VALIDATION
 from ..run import Run

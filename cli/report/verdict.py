@@ -1,4 +1,4 @@
-"""The verdict: what do the numbers of a report say, in sentences that claim no more than their intervals allow?"""
+"""Sentences of the report that follow from its numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adaptive gradient modulation: is a modality further ahead in this step than it has been so far?
+"""AGM: adaptive gradient modulation.
 
 AGM, Li et al., "Boosting Multi-modal Model Performance with Adaptive Gradient Modulation" (ICCV 2023). What modality j
 says is its Shapley value among the fused logits V(S) of sets S of modalities, the others absent, V of none being 0 as
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..batches import Batch
 from ..network import FusionNet, Outputs, cross_entropy
-from ..update import Update
+from ..optimizer import Update
 from .balancer import Balancer
 from .config import BalancingConfig
 from .ogm import mean_of_others

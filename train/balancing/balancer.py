@@ -1,4 +1,4 @@
-"""A balancer: what do the loss and the gradients do for the modality that lags behind?"""
+"""Balancers: changes of loss and gradients for the weaker modality."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..batches import Batch
-from ..lab import Lab
+from ..batches import Batch, Lab
 from ..network import FusionNet, Outputs, cross_entropy
-from ..update import Update
+from ..optimizer import Update
 from .config import BALANCERS, BalancingConfig
 
 

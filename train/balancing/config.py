@@ -1,4 +1,4 @@
-"""Configs of the balancing axis, which methods there are and what each needs; apart from what needs torch"""
+"""Configs of the balancers; importing them does not load torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""G-Blending: how much may the fused answer and each modality's own pull, by how they generalise and overfit?
+"""G-Blending: loss weights by overfitting-to-generalisation ratios.
 
 Wang, Tran and Feiszli, "What Makes Training Multi-modal Classification Networks Hard?", CVPR 2020.
 """
@@ -14,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..batches import Batch
-from ..lab import Lab, Rows, some_rows
+from ..batches import Batch, Lab, Rows, some_rows
 from ..network import FusionNet, Outputs
-from ..update import Update
+from ..optimizer import Update
 from .balancer import Balancer
 from .config import BalancingConfig
 

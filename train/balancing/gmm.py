@@ -1,4 +1,4 @@
-"""Gmm: is a sample balanced, and should it learn the fused answer or a smaller gap?
+"""GMM-adaptive training: losses by the posterior of the modality gap.
 
 The adaptive loss of Modality Gap (Liu et al., arXiv 2510.21797). Its aims are the paper's: the overall gap shrinks;
 imbalanced samples are drawn to the balanced ones; the gap weighs more for imbalanced samples, the fused answer for
@@ -27,11 +27,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...audit.gap.mixture import Mixture, MixtureConfig, fit_mixture
-from ..batches import Batch
-from ..lab import Lab, some_rows
+from ...audit.scores.mixture import Mixture, MixtureConfig, fit_mixture
+from ..batches import Batch, Lab, some_rows
 from ..network import FusionNet, Outputs, cross_entropies
-from ..update import Update
+from ..optimizer import Update
 from .balancer import Balancer
 from .config import BalancingConfig
 

@@ -1,4 +1,4 @@
-"""Greedy: which modality learns too slowly beside the others' news, and is trained without it for a while?
+"""Greedy: rebalancing steps by conditional learning speed.
 
 Wu et al., "Characterizing and Overcoming the Greedy Nature of Learning in Multi-modal Deep Neural Networks", ICML 2022.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..batches import Batch
 from ..fusion import Mmtm
 from ..network import FusionNet, Outputs
-from ..update import Update
+from ..optimizer import Update
 from .balancer import Balancer
 from .config import BalancingConfig
 

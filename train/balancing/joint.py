@@ -1,4 +1,4 @@
-"""Joint and sum: what if nothing is done for the modality that lags behind?
+"""Joint and summed losses, without any balancing.
 
 The two losses that every other method is measured by. Joint is the papers' baseline: cross entropy of the fused
 answer alone, with whichever fusion; their "Sum" baseline, late fusion by adding logits, is joint with `--fusion late`.

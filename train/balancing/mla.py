@@ -1,4 +1,4 @@
-"""MLA: can the modalities learn by turns through one classifier, none undoing what another has taught it?
+"""MLA: alternating unimodal training of a shared classifier.
 
 Zhang et al., "Multimodal Representation Learning by Alternating Unimodal Adaptation", CVPR 2024.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..batches import Batch
 from ..fusion import Shared
 from ..network import FusionNet, Outputs, cross_entropies, cross_entropy
-from ..update import Update
+from ..optimizer import Update
 from .balancer import Balancer
 from .config import BalancingConfig
 

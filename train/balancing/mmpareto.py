@@ -1,4 +1,4 @@
-"""MMPareto: where a modality's own loss and the fused one pull an encoder apart, which way is good for both?
+"""MMPareto: Pareto combination of unimodal and multimodal gradients.
 
 Wei and Hu, "MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assistance", ICML 2024.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..batches import Batch
 from ..network import FusionNet, Outputs, cross_entropies
-from ..update import Update
+from ..optimizer import Update
 from .balancer import Balancer
 from .config import BalancingConfig
 

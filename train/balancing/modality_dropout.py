@@ -1,4 +1,4 @@
-"""Modality dropout: what if a sample is sometimes heard in some of its modalities only?
+"""Modality dropout: modalities of a sample left out at random.
 
 ModDrop of Neverova et al. (arXiv 1501.00102), which drops whole inputs of a sample with a probability in training, so
 that the fused answer cannot lean on one of them. Ours: that one modality is always left, the probability, and that

@@ -1,4 +1,4 @@
-"""Early stopping by modality: whose encoder has learned what it can, and is left as it is?
+"""MSES: early stopping by modality.
 
 Fujimori et al., "Modality-Specific Learning Rate Control for Multimodal Classification", ACPR 2019, in mmaudit's form:
 its own validation loss decides, and all constants are ours.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..batches import Batch
 from ..network import FusionNet, Outputs, cross_entropies
-from ..update import Update
+from ..optimizer import Update
 from .balancer import Balancer, Validation
 from .config import BalancingConfig
 

@@ -1,4 +1,4 @@
-"""Learning rates by modality: how fast may each encoder learn, and does that change on the way?
+"""MSLR: learning rates by modality.
 
 Yao and Mihalcea, "Modality-specific Learning Rates for Effective Multimodal Additive Late-fusion", Findings of ACL
 2022: keep, smooth or dynamic. The rates of the last two are ours.
@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..batches import Batch
-from ..lab import Lab
+from ..batches import Batch, Lab
 from ..network import FusionNet, Outputs, cross_entropies
-from ..update import Update
+from ..optimizer import Update
 from .balancer import Balancer, Validation
 from .config import BalancingConfig
 

@@ -1,4 +1,4 @@
-"""On-the-fly gradient modulation: which modality is ahead in this step, and how much is its encoder slowed down?
+"""OGM and OGM-GE: on-the-fly gradient modulation.
 
 OGM-GE, Peng et al., "Balanced Multimodal Learning via On-the-fly Gradient Modulation" (CVPR 2022):
 
@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batches import Batch
-from ..lab import Lab
+from ..batches import Batch, Lab
 from ..network import FusionNet, Outputs
-from ..update import Update
+from ..optimizer import Update
 from .balancer import Balancer
 from .config import BalancingConfig
 

@@ -1,4 +1,4 @@
-"""Prototypical modal rebalance: which modality tells the classes apart less well, and what are its classes' centres?
+"""PMR: prototypical modal rebalance.
 
 PMR, Fan et al. (CVPR 2023). A class has a prototype in each modality, the mean of its features there, and a modality
 alone says softmax over classes of minus the Euclidean distance to them. With S^j the mean probability of the true
@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..batches import Batch
-from ..lab import Lab, some_rows
+from ..batches import Batch, Lab, some_rows
 from ..network import FusionNet, Outputs, cross_entropy
-from ..update import Update
+from ..optimizer import Update
 from .balancer import Balancer
 from .config import BalancingConfig
 from .ogm import mean_of_others

@@ -1,1 +1,1 @@
-"""The sampling axis: which samples, of which modality, in which order?"""
+"""Samplers."""

@@ -1,4 +1,4 @@
-"""Configs of the sampling axis, and which samplers there are; apart from what needs torch"""
+"""Configs of the samplers; importing them does not load torch."""
 
 from __future__ import annotations
 

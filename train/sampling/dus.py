@@ -1,4 +1,4 @@
-"""DUS: how many samples of each modality does a step see, so that the one that lags catches up?
+"""DUS: unimodal samples in quantities that follow the cumulative discrepancy.
 
 Letters: b batch size, m modalities, t steps since the start; s_hat^j cumulative confidence of modality j.
 """
@@ -17,12 +17,11 @@ import numpy as np
 from ...audit.errors import ConfigError
 from ...audit.hashing import hash_rank
 from ...rebalance.curriculum import OrderConfig, order_of
-from ..batches import Batch, Rows, Step
+from ..batches import Batch, Lab, Rows, Step
 from ..fusion import Mmtm
-from ..lab import Lab
 from ..network import FusionNet, Outputs
 from .config import DusConfig
-from .policy import Policy
+from .dus_policy import Policy
 from .sampler import Sampler
 
 log = logging.getLogger("mmaudit")

@@ -1,4 +1,4 @@
-"""Orders: which samples does an epoch pass over once, shuffled, by what the manifest knows of them?"""
+"""Samplers that pass once over an order: uniform, BSS-H, anti-curriculum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sampler: which samples, of which modality, does each step of an epoch see?"""
+"""Samplers: which samples and which of their modalities each step uses."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...rebalance.curriculum import OrderConfig
-from ..batches import Batch, Step
-from ..lab import Lab
+from ..batches import Batch, Lab, Step
+from ..distributed import World
 from ..network import Outputs
-from ..world import World
 from .config import SAMPLERS, SamplingConfig
 
 

@@ -1,4 +1,4 @@
-"""SMV: which samples should be seen again with one modality alone, because it adds little to the answer?
+"""SMV: resampling of modalities by their Shapley values.
 
 Letters: n samples, m modalities.
 """
@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from ...audit.hashing import hash_rank
-from ...audit.measures import Floats, shapley
+from ...audit.metrics import Floats, shapley
 from ...rebalance.curriculum import OrderConfig, order_of
-from ..batches import Rows, Step, cut_order
+from ..batches import Lab, Rows, Step, cut_order
 from ..contribution import right_of_sets, sets_to_ask
-from ..lab import Lab
 from .sampler import Sampler
 
 Copies = NDArray[np.int16]

@@ -1,4 +1,4 @@
-"""Weighted draws: which samples come often, or early, because their class is rare or their balance likely?"""
+"""Samplers that draw by weight: class-balanced, posterior-weighted."""
 
 from __future__ import annotations
 

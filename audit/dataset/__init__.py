@@ -1,0 +1,1 @@
+"""Datasets: samples, labels and modalities of a source."""

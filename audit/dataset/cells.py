@@ -1,0 +1,116 @@
+"""Cells of a table: the bytes, images or text that each stands for."""
+
+from __future__ import annotations
+
+import os
+import re
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import DatasetError, Reason, UnusableError
+from ..media.files import MAX_IN_MEMORY, MediaFile, Medium
+from ..storage import open_regular
+from .modalities import Modality, kind_of_path
+
+MAX_FOLDER_ENTRIES = 100_000  # of a folder of frames: an hour at 25 a second has 90,000
+_DIGITS = re.compile(r"(\d+)")
+
+
+def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> Any:
+    """Return what a cell stands for: a medium, a text, a vector, or of frames tuple[tuple[Medium, ...], ...].
+
+    A medium is its bytes, or a MediaFile where it is large. Frames are the pictures, in order, of one folder or of
+    several. UnusableError when it is not there, or no regular file; DatasetError for a path that leads outside `root`,
+    unless that is allowed.
+    """
+    if cell is None:
+        raise UnusableError(Reason.MISSING, f"{modality.column} is null")
+    if modality.kind in ("features", "text"):
+        return cell
+    if modality.kind == "frames":
+        return _load_frames(cell, modality, root=root, allow_outside=allow_outside)
+    if isinstance(cell, dict):
+        cell = cell["bytes"] if cell["bytes"] is not None else cell.get("path")
+        if cell is None:
+            raise UnusableError(Reason.MISSING, f"{modality.column} has neither bytes nor a path")
+    if isinstance(cell, bytes):
+        return cell
+    return _read(_resolve(str(cell), root=root, allow_outside=allow_outside), str(cell))
+
+
+def holds_pictures(folder: str, *, root: Path) -> bool:
+    """Tell whether a cell names a folder of pictures below `root`."""
+    try:
+        path = _resolve(folder, root=root, allow_outside=False)
+        return path.is_dir() and bool(_pictures(path))
+    except (DatasetError, UnusableError, OSError):
+        return False
+
+
+def _load_frames(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> tuple[tuple[Medium, ...], ...]:
+    folders = [cell] if isinstance(cell, str) else list(cell)
+    if not folders:
+        raise UnusableError(Reason.MISSING, f"{modality.column} names no folder")
+    if any(folder is None for folder in folders):
+        raise UnusableError(Reason.MISSING, f"{modality.column} names a folder that is null")
+    return tuple(_load_folder(folder, root=root, allow_outside=allow_outside) for folder in folders)
+
+
+def _load_folder(name: str, *, root: Path, allow_outside: bool) -> tuple[Medium, ...]:
+    folder = _resolve(name, root=root, allow_outside=allow_outside)
+    if not folder.is_dir():
+        raise UnusableError(Reason.MISSING, f"no folder {name}")
+    try:
+        pictures = _pictures(folder)
+    except OSError as error:
+        raise UnusableError(Reason.CORRUPT, f"{name}: {error.strerror}") from error
+    if not pictures:
+        raise UnusableError(Reason.EMPTY, f"no picture in the folder {name}")
+    paths = [f"{name}/{picture}" for picture in pictures]
+    media: list[Medium] = []
+    room = MAX_IN_MEMORY  # of all pictures of a folder together: of many, a clip shows a few
+    for path in paths:
+        media.append(_read(_resolve(path, root=root, allow_outside=allow_outside), path, room=room))
+        room -= len(media[-1]) if isinstance(media[-1], bytes) else 0
+    return tuple(media)
+
+
+def _pictures(folder: Path) -> list[str]:
+    """Name the pictures of a folder in order: by name, numbers as numbers, so that frame 10 comes after frame 9."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in islice(entries, MAX_FOLDER_ENTRIES + 1)]
+    if len(names) > MAX_FOLDER_ENTRIES:
+        raise UnusableError(Reason.TOO_LARGE, f"more than {MAX_FOLDER_ENTRIES:,} files in the folder {folder.name}")
+    pictures = [name for name in names if kind_of_path(name) == "image" and not name.startswith(".")]
+    return sorted(pictures, key=_in_order)
+
+
+def _in_order(name: str) -> tuple[list[tuple[int, str]], str]:
+    parts = _DIGITS.split(name)  # words and numbers take turns, words first
+    return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)], name
+
+
+def _resolve(name: str, *, root: Path, allow_outside: bool) -> Path:
+    root_path = root.resolve()
+    try:
+        path = (root_path / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL in the name
+        raise UnusableError(Reason.MISSING, f"no file {name!r}: {error}") from error
+    if not allow_outside and ("://" in name or not path.is_relative_to(root_path)):
+        raise DatasetError(
+            f"{name!r} leads outside {root}; make paths relative to the metadata, or pass --allow-outside"
+        )
+    return path
+
+
+def _read(path: Path, name: str, *, room: int = MAX_IN_MEMORY) -> Medium:
+    """Read a regular file, or describe one larger than `room` bytes, to be read in ranges."""
+    try:
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            return file.read(status.st_size) if status.st_size <= room else MediaFile.of(path, status)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise UnusableError(Reason.MISSING, f"no file {name}") from error
+    except OSError as error:
+        raise UnusableError(Reason.CORRUPT, f"{name}: {error.strerror}") from error

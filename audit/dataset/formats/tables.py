@@ -1,0 +1,210 @@
+"""Tables: csv, jsonl and Parquet files as one plan of shards."""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+
+from ...errors import DatasetError
+from ...parquet import read_table
+from ...storage import check_regular
+from ..columns import SPLIT, split_of_file, with_split
+from ..modalities import holds_bytes
+from .parquet_rows import parquet_head, row_group_shards
+from .text_rows import read_csv_rows, read_json_lines
+
+log = logging.getLogger("mmaudit")
+
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+TABLE_SUFFIXES = (".parquet", ".csv", ".jsonl")
+OTHER_FORMS = (
+    "DATA may also be folders named by class, a Parquet file or glob, a dataset saved by `datasets`, WebDataset tars, "
+    "or a name on the Hugging Face hub"
+)
+HEAD_ROWS = 64  # rows from which kinds are inferred
+
+
+class Shard(Protocol):
+    """A unit of work, small enough to be sent to another process. `first` is its first row's number."""
+
+    @property
+    def index(self) -> int:
+        """Its place among the shards of its dataset."""
+
+    @property
+    def first(self) -> int:
+        """The number of its first row in the dataset."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows it has."""
+
+    def read(self, columns: list[str]) -> pa.Table:
+        """Read these columns of its rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryShard:
+    """Some rows in memory."""
+
+    index: int
+    first: int
+    num_rows: int
+    rows: pa.Table
+
+    def read(self, columns: list[str]) -> pa.Table:
+        """Give these columns."""
+        return self.rows.select(columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a source is read: where relative paths start from, its first rows with the whole schema, and its shards.
+
+    `folders` are those that hold files of rows: paths in them are relative to one folder only.
+    """
+
+    root: Path
+    head: pa.Table
+    shards: tuple[Shard, ...]
+    folders: tuple[Path, ...] = ()
+
+
+def find_tables(data: str) -> tuple[Path, list[Path]]:
+    """Give the folder that relative paths start from, and the files of rows, in a fixed order.
+
+    `data` is a folder with a metadata file, one csv, jsonl or Parquet file, or a glob of such files of one format.
+    """
+    path = Path(data)
+    if path.is_dir():
+        return path, [_metadata_of(path)]
+    if path.is_file():
+        if path.suffix not in TABLE_SUFFIXES:
+            raise DatasetError(f"{data} is neither a folder nor a .parquet, .csv, .jsonl or .tar file")
+        return path.parent, [path]
+    matches = [Path(match) for match in sorted(glob.glob(data))] if glob.has_magic(data) else []
+    if path.exists():
+        raise DatasetError(f"{data} is neither a folder nor a regular file")
+    if not matches:
+        raise DatasetError(f"no such folder or file: {data}")
+    if odd := [match for match in matches if match.suffix not in TABLE_SUFFIXES or match.suffix != matches[0].suffix]:
+        raise DatasetError(
+            f"{data} matches {odd[0].name}; a glob may name files of one format only: .parquet, .csv, .jsonl or .tar"
+        )
+    return matches[0].parent, matches
+
+
+def find_parquets(folder: Path) -> list[Path]:
+    """Find the Parquet files of a folder, or of its folder `data`, as they are downloaded from the hub; sorted."""
+    return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+
+
+def splits_of(paths: Sequence[Path]) -> list[str | None]:
+    """Read the split off the name of each file, where all of them begin with one, and say so."""
+    found = [split_of_file(path.name) for path in paths]
+    if not all(found):
+        return [None] * len(paths)
+    counts = Counter(str(name) for name in found)
+    log.info("split by the names of the files: %s", ", ".join(f"{n} {name}" for name, n in counts.items()))
+    return found
+
+
+def plan_tables(
+    root: Path, paths: Sequence[Path], *, shard_rows: int, splits: Sequence[str | None] | None = None
+) -> Plan:
+    """Plan the rows of these files. A Parquet file that holds more than names stays on disk.
+
+    `splits` is one for each file: the column `split` that its rows get, unless they have one.
+    """
+    folders = tuple(sorted({path.parent for path in paths}))
+    if all(path.suffix == ".parquet" for path in paths):
+        heads = [parquet_head(path) for path in paths]
+        _check_same_columns(paths, [head.schema for head in heads])
+        splits = None if SPLIT in heads[0].schema.names else splits
+        if any(not _is_light(type_) for type_ in heads[0].schema.types):
+            shards = row_group_shards(paths, media_rows=shard_rows, splits=splits)
+            head = next((head for head in heads if head.num_rows), heads[0])
+            first = with_split(head, splits[0] if splits else None)
+            return Plan(root=root, head=first, shards=tuple(shards), folders=folders)
+    return plan_rows(root, read_tables(paths, splits=splits), shard_rows=shard_rows, folders=folders)
+
+
+def plan_rows(root: Path, rows: pa.Table, *, shard_rows: int, folders: tuple[Path, ...] = ()) -> Plan:
+    """Plan rows that are in memory."""
+    shards = tuple(memory_shards(rows, shard_rows=shard_rows))
+    return Plan(root=root, head=rows.slice(0, HEAD_ROWS), shards=shards, folders=folders)
+
+
+def read_tables(paths: Sequence[Path], *, splits: Sequence[str | None] | None = None) -> pa.Table:
+    """Read files of the same columns one after another; a column that one file has no value in takes another's type."""
+    parts = [read_rows(path) for path in paths]
+    _check_same_columns(paths, [part.schema for part in parts])
+    parts = [with_split(part, split) for part, split in zip(parts, splits or [None] * len(parts), strict=True)]
+    return concat_rows(parts, whence=str(paths[0].parent))
+
+
+def read_rows(path: Path) -> pa.Table:
+    """Read a file of rows as a whole; DatasetError names the file, and where it has some the line, with the reason."""
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
+    if path.suffix == ".csv":
+        return read_csv_rows(path)
+    if path.suffix == ".jsonl":
+        return read_json_lines(path)
+    return read_table(path, error=DatasetError)
+
+
+def concat_rows(parts: Sequence[pa.Table], *, whence: str) -> pa.Table:
+    """Put rows one after another; a column that some lack is null there. DatasetError where types do not meet."""
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        return pa.concat_tables(parts, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DatasetError(
+            f"{whence}: the parts have columns of different types: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def memory_shards(rows: pa.Table, *, shard_rows: int) -> list[MemoryShard]:
+    """Cut rows that are already in memory into shards of `shard_rows`; each is a copy, so that it travels alone."""
+    starts = range(0, rows.num_rows, shard_rows)
+    return [
+        MemoryShard(index=index, first=start, num_rows=part.num_rows, rows=part)
+        for index, start in enumerate(starts)
+        for part in [rows.take(pa.array(range(start, min(start + shard_rows, rows.num_rows)), pa.int64()))]
+    ]
+
+
+def _check_same_columns(paths: Sequence[Path], schemas: Sequence[pa.Schema]) -> None:
+    """Of jsonl only the names must agree: its types are guessed for each file alone."""
+    for path, schema in zip(paths, schemas, strict=True):
+        same = schema.names == schemas[0].names if path.suffix == ".jsonl" else schema.equals(schemas[0])
+        if not same:
+            raise DatasetError(f"{path} has other columns than {paths[0]}")
+
+
+def _is_light(type_: pa.DataType) -> bool:
+    return not (pa.types.is_nested(type_) or holds_bytes(type_))
+
+
+def _metadata_of(folder: Path) -> Path:
+    found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    if not found:
+        raise DatasetError(
+            f"{folder} holds none of {', '.join(METADATA_NAMES)}: "
+            "write one with a column file_name (or NAME_file_name for each modality) and a column label; "
+            f"{OTHER_FORMS}"
+        )
+    if len(found) > 1:
+        raise DatasetError(f"{folder} holds both {found[0].name} and {found[1].name}: name the file you mean")
+    return found[0]

@@ -1,1 +1,0 @@
-"""One modality of one sample as a feature vector, encoded once"""

@@ -1,0 +1,196 @@
+"""Hand-made descriptors of sound, images, video and text.
+
+All pure, all float32 of a length that the config alone decides. What the numbers were chosen by is in the comments:
+accuracy of logistic regression out of fold on spoken digits (a), MNIST (i) and lips saying digits (v).
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+import zlib
+from collections import Counter
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import scipy.fft
+from numpy.typing import NDArray
+
+from ..errors import Reason, UnusableError
+from ..media.audio import log_mel
+from ..media.files import MediaConfig
+
+Vector = NDArray[np.float32]
+
+ACTIVE = 1e-4  # the 40 dB rule: what is quieter before and after the sound is cut off (a by speaker .77 -> .82)
+NUM_CEPSTRA = 20
+NUM_SEGMENTS = 8  # in time (a .987; 4 and the slopes of each .983)
+
+IMAGE_CELLS, IMAGE_DIRECTIONS = 6, 12  # (i .977; 8 x 8 cells of 9 unsigned directions .973)
+FRAME_CELLS, FRAME_DIRECTIONS = 4, 8  # (v .951; 6 unsigned directions .934)
+FLAT = 1.0  # grey levels per pixel; contrast below it is not blown up to full strength
+NUM_COSINES = 5  # over time: mean, trend, three waves (v with 6 .934; mean, spread and means of 4 parts .786)
+MOTION_CELLS, MOTION_SEGMENTS = 4, 4
+# More would be given back to the system and asked for again with each clip: 16 frames at once take 1.8 ms, not 0.9.
+PIXELS_AT_ONCE = 1 << 14
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
+
+
+def sound_statistics(wave: Vector, config: MediaConfig) -> Vector:
+    """Cepstra (11 * 20,) of a waveform (t,): mean, spread, spread of the slopes, then the means of 8 parts in time.
+
+    Cepstra are the cosine transform of the log-mel bands: decorrelated, so that a linear probe gets further (a .983
+    against .973 for 40 bands in 4 parts). Gain changes only the first coefficient of the nine means, by a constant.
+    """
+    bands = _active(log_mel(wave, config))
+    cepstra = _cepstral_weights(len(bands)) @ bands
+    edged = np.pad(cepstra, ((0, 0), (2, 2)), mode="edge")
+    slopes = (2 * (edged[:, 4:] - edged[:, :-4]) + edged[:, 3:-1] - edged[:, 1:-3]) / 10  # least squares over 5 frames
+    edges = np.linspace(0, cepstra.shape[1], NUM_SEGMENTS + 1)
+    parts = [cepstra[:, int(start) : max(math.ceil(end), int(start) + 1)].mean(1) for start, end in pairwise(edges)]
+    return np.concatenate([cepstra.mean(1), cepstra.std(1), slopes.std(1), *parts]).astype(np.float32)
+
+
+def image_statistics(image: NDArray[np.uint8], config: MediaConfig) -> Vector:
+    """Gradient directions and a colour grid (6 * 6 * 12 + 4 * 4 * 3,), in [0, 1], of a picture (h, w, 3)."""
+    pixels = image[None].astype(np.float32)
+    directions = _gradient_directions(pixels @ LUMA, cells=IMAGE_CELLS, directions=IMAGE_DIRECTIONS)
+    return np.concatenate([directions.ravel(), _colour_grid(pixels, 4).ravel()])
+
+
+def video_statistics(frames: NDArray[np.uint8], config: MediaConfig) -> Vector:
+    """Frames (f, h, w, 3) over time (5 * (4 * 4 * 8 + 2 * 2 * 3) + 4 * 4 * 4,).
+
+    Gradient directions and colours of each frame are followed by five cosines over time, the first of them the mean;
+    motion, the mean change from frame to frame in [0, 1], stands for each of four parts in time on a 4 x 4 grid.
+    """
+    at_once = max(1, PIXELS_AT_ONCE // frames[0, ..., 0].size)
+    looks = [_looks(frames[start : start + at_once]) for start in range(0, len(frames), at_once)]
+    grey, course = (np.concatenate(parts) for parts in zip(*looks, strict=True))
+    change = np.zeros_like(grey)
+    np.abs(grey[1:] - grey[:-1], out=change[1:])
+    motion = _hats(len(frames), MOTION_SEGMENTS) @ _grid(change, MOTION_CELLS).reshape(len(frames), -1) / 255
+    return np.concatenate([(_cosines(len(frames)) @ course).ravel(), motion.ravel()]).astype(np.float32)
+
+
+def _looks(frames: NDArray[np.uint8]) -> tuple[Vector, Vector]:
+    """Grey levels (f, h, w), and gradient directions and colours (f, d), of some frames (f, h, w, 3)."""
+    pixels = frames.astype(np.float32)
+    grey = pixels @ LUMA
+    directions = _gradient_directions(grey, cells=FRAME_CELLS, directions=FRAME_DIRECTIONS)
+    return grey, np.concatenate([directions, _colour_grid(pixels, 2)], axis=1)
+
+
+def text_counts(text: str, config: MediaConfig) -> Vector:
+    """Hashed words and pairs of neighbours (config.text_buckets,): 1 + log(count), 0 where there are none; length 1.
+
+    The hash is CRC-32 of UTF-8, the same in every process (Python's own is salted). Rare words are not given more
+    weight: the probe counts every feature in units of its own spread, and a row then depends on no other row.
+    """
+    words = text_words(text)
+    terms = Counter([*words, *map(" ".join, pairwise(words))])
+    counts = np.zeros(config.text_buckets, dtype=np.float32)
+    for term, count in terms.items():
+        counts[zlib.crc32(term.encode("utf-8", "surrogatepass")) % config.text_buckets] += count
+    weights = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0)
+    return np.asarray(weights / np.linalg.norm(weights), dtype=np.float32)
+
+
+def text_words(text: str) -> list[str]:
+    """Give the runs of letters, marks and digits, whatever their case and width; UnusableError if there are none.
+
+    A Chinese or Japanese sign is a word by itself.
+
+    Marks belong to words: the vowel signs of Hindi are no letters, and the usual pattern \\w+ breaks words at them.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    words = "".join(
+        f" {sign} "
+        if "\u3040" <= sign <= "\u9fff" and unicodedata.category(sign) == "Lo"
+        else sign
+        if unicodedata.category(sign)[0] in "LMN"
+        else " "
+        for sign in folded
+    ).split()
+    if not words:
+        raise UnusableError(Reason.EMPTY, f"no words in {len(text)} characters")
+    return words
+
+
+def _active(bands: Vector) -> Vector:
+    """Cut quiet frames off both ends of (bands, frames)."""
+    loudest = bands.max(axis=0)
+    active = np.flatnonzero(loudest >= loudest.max() + math.log(ACTIVE))
+    return bands[:, active[0] : active[-1] + 1]
+
+
+def _gradient_directions(grey: Vector, *, cells: int, directions: int) -> Vector:
+    """Histograms of gradient directions (f, cells * cells * directions), in [0, 1], of grey frames (f, h, w).
+
+    After Dalal and Triggs (HOG, CVPR 2005), with an even number of directions over the full turn and a soft share cos^8
+    for each, which needs neither arc tangent nor scatter; cells overlap as hats, each is normalised by its 3 x 3
+    neighbourhood, and the square root tames strong edges.
+    """
+    right, down = np.zeros_like(grey), np.zeros_like(grey)
+    right[:, :, 1:-1] = (grey[:, :, 2:] - grey[:, :, :-2]) / 2
+    down[:, 1:-1] = (grey[:, 2:] - grey[:, :-2]) / 2
+    strength = np.sqrt(right * right + down * down)
+    scale = np.maximum(strength, 1e-6)
+    right /= scale
+    down /= scale
+    share = np.empty((directions, *grey.shape), dtype=np.float32)
+    for index in range(directions // 2):  # each with the opposite one, whose cosines are the negative of its own
+        angle = index * (2 * math.pi / directions)
+        cosines = right * np.float32(math.cos(angle))
+        cosines += down * np.float32(math.sin(angle))
+        forward, backward = share[index], share[index + directions // 2]
+        np.multiply(cosines, cosines, out=backward)
+        np.square(backward, out=backward)
+        np.square(backward, out=backward)
+        backward *= strength
+        np.multiply(backward, cosines > 0, out=forward)
+        backward -= forward
+    histogram = _grid(share, cells)
+    energy = np.pad(np.square(histogram).sum(0), ((0, 0), (1, 1), (1, 1)))
+    around = sum(energy[:, i : i + cells, j : j + cells] for i in range(3) for j in range(3))
+    normalised = np.sqrt(histogram / np.sqrt(around + FLAT**2))
+    return np.asarray(np.moveaxis(normalised, 0, -1).reshape(len(grey), -1), dtype=np.float32)
+
+
+def _colour_grid(pixels: Vector, cells: int) -> Vector:
+    """Mean colours (f, 3 * cells * cells), in [0, 1], of frames (f, h, w, 3)."""
+    num_frames, height, width, _ = pixels.shape
+    rows = _hats(height, cells) @ pixels.reshape(num_frames, height, -1)
+    grid = _hats(width, cells) @ rows.reshape(num_frames * cells, width, 3)
+    colours = np.moveaxis(grid.reshape(num_frames, cells, cells, 3), -1, 1)
+    return np.asarray(colours.reshape(num_frames, -1) / 255, dtype=np.float32)
+
+
+def _grid(maps: Vector, cells: int) -> Vector:
+    """Weighted means (..., cells, cells) of maps (..., h, w)."""
+    height, width = maps.shape[-2:]
+    across = maps.reshape(-1, width) @ _hats(width, cells).T  # one product for all: numpy does stacks one by one
+    return np.asarray(_hats(height, cells) @ across.reshape(*maps.shape[:-1], cells), dtype=np.float32)
+
+
+@lru_cache(maxsize=8)
+def _cepstral_weights(num_bands: int) -> Vector:
+    """The cosine transform (NUM_CEPSTRA, bands) as a matrix; rows beyond the number of bands are 0."""
+    weights = scipy.fft.dct(np.eye(num_bands), axis=0, norm="ortho")[:NUM_CEPSTRA]
+    return np.pad(weights, ((0, NUM_CEPSTRA - len(weights)), (0, 0))).astype(np.float32)
+
+
+@lru_cache(maxsize=32)
+def _hats(length: int, cells: int) -> Vector:
+    """Weights (cells, length), rows of sum 1: overlapping triangles, for any length down to one."""
+    places = (np.arange(length) + 0.5) / length * cells - 0.5
+    hats = np.maximum(0, 1 - np.abs(places - np.arange(cells)[:, None]) / max(1.0, cells / length))
+    return np.asarray(hats / hats.sum(1, keepdims=True), dtype=np.float32)
+
+
+@lru_cache(maxsize=32)
+def _cosines(length: int) -> Vector:
+    """Weights (NUM_COSINES, length); the first row is the mean."""
+    places = (np.arange(length) + 0.5) / length
+    return (np.cos(np.pi * np.arange(NUM_COSINES)[:, None] * places) / length).astype(np.float32)

@@ -1,0 +1,265 @@
+"""Encoders by name: one modality of one sample as a feature vector.
+
+`statistics` measures by hand; `resnet18` gives the inputs of a network that the probe trains; `hf:MODEL` is a frozen
+pretrained network; `package.module:function` is the user's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ..dataset.modalities import Modality
+from ..errors import ConfigError, Reason, UnusableError, choices
+from ..hashing import digest
+from ..media.audio import network_spectrogram, network_steps
+from ..media.decode import Folders, decode_audio, decode_folders, decode_frames, decode_image
+from ..media.files import MediaConfig, Medium
+from .descriptors import image_statistics, sound_statistics, text_counts, video_statistics
+from .functions import call_function, function_file, function_version, load_function
+from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
+
+Vector = NDArray[Any]  # float32, or uint8 for the pixels of a network's input
+ENCODER_NAMES = ("statistics", "resnet18", "hf:MODEL", "PACKAGE.MODULE:FUNCTION")
+IMPORT_NOTHING = ("statistics", "resnet18")  # the encoders that are mmaudit's own: neither code nor files of others
+_CHECKED_AT_ONCE = 1 << 24  # numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoder:
+    """How a kind becomes a vector. `version` changes whenever the same input would give another vector.
+
+    `encode` takes what Dataset.load gives. A vector depends on its own sample alone.
+    """
+
+    name: str
+    version: int | str
+    encode: Callable[[Any, MediaConfig], Vector]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """Some rows of one modality: the digest of each row's content (n,), 32 hexadecimal digits, and what became of it.
+
+    `vector` (u, d) are those of the usable rows; `problem` tells row by row what is wrong with the others.
+    """
+
+    content: NDArray[np.bytes_]
+    usable: NDArray[np.bool_]
+    vector: Vector
+    problem: dict[int, UnusableError]
+
+
+def check_encoder(modality: Modality) -> None:
+    """Refuse an encoder that is not there, or cannot read this kind of modality."""
+    try:
+        _check_encoder(modality.encoder, modality.kind)
+    except ConfigError as error:
+        raise ConfigError(f"--encoder {modality.name}={modality.encoder}: {error}") from error
+
+
+def _check_encoder(name: str, kind: str) -> None:
+    if name == "statistics":
+        return
+    if kind == "features":
+        raise ConfigError("vectors are read as they are; the only encoder of kind features is statistics")
+    if name == "resnet18":
+        if kind not in NETWORK_INPUTS:
+            raise ConfigError(
+                f"a network on pictures and sound, which does not read {kind}; {choices(kind, NETWORK_INPUTS)}"
+            )
+        require_transformers()
+    elif name.startswith("hf:"):
+        check_model(name[3:], kind)
+    elif all(name.partition(":")):
+        load_function(name)
+    else:
+        raise ConfigError(f"no such encoder; {choices(name, ENCODER_NAMES)}")
+
+
+def encoder_location(name: str) -> str | None:
+    """Return the source file of a function, or the folder of a model on this disk, without importing it; else None."""
+    if name in IMPORT_NOTHING:
+        return None
+    path = local_folder(name[3:]) if name.startswith("hf:") else function_file(name)
+    return None if path is None else str(path.resolve())
+
+
+def is_pretrained(modality: Modality) -> bool:
+    """Tell whether a modality is encoded by a pretrained network: in batches, and on a device."""
+    return modality.encoder.startswith("hf:")
+
+
+def encoder_of(modality: Modality) -> Encoder:
+    """Give the encoder of a modality; ConfigError where it cannot be loaded."""
+    name, kind = modality.encoder, modality.kind
+    if name == "statistics":
+        return ENCODERS[kind]
+    if name == "resnet18":
+        return NETWORK_INPUTS[kind]
+    if is_pretrained(modality):
+        return Encoder(name="hf", version=model_version(name[3:]), encode=partial(_encode_alone, name[3:], kind))
+    return Encoder(name=name, version=function_version(name), encode=partial(_encode_by_function, name, kind))
+
+
+def is_network(modality: Modality) -> bool:
+    """Tell whether a modality is read by a network that its probe trains: what is encoded are then its inputs."""
+    return modality.encoder == "resnet18"
+
+
+def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
+    """Shape of what `resnet18` is given of a sample: (mel bands, steps in time), (h, w, 3) or (f, h, w, 3).
+
+    It stands flattened in the cache: float32 natural logarithms of power, or uint8 levels.
+    """
+    size = media.network_size
+    if modality.kind == "audio":
+        return (media.network_mel_bins, network_steps(media))
+    return (size, size, 3) if modality.kind == "image" else (media.network_frames, size, size, 3)
+
+
+def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Vector | UnusableError:
+    """Encode what Dataset.load gave for a cell; what was wrong with it comes back in place of the vector."""
+    if isinstance(loaded, UnusableError):
+        return loaded
+    try:
+        return encoder_of(modality).encode(loaded, media)
+    except UnusableError as error:
+        return error
+
+
+def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> Encoded:
+    """Check a column of feature vectors row by row, a million a few seconds: they are read as they are."""
+    cells = column.combine_chunks()
+    cells = cells.cast(pa.large_list(pa.float32()), safe=False)  # whole numbers past 2^24 are rounded
+    flat = cells.values.to_numpy(zero_copy_only=False)  # nulls inside a vector become NaN
+    offsets = cells.offsets.to_numpy()
+    start, end = offsets[:-1], offsets[1:]
+    valid = cells.is_valid().to_numpy(zero_copy_only=False)
+    odd = _odd_places(flat)
+    num_odd = np.searchsorted(odd, end) - np.searchsorted(odd, start)
+    fits = valid & (end - start == modality.length)
+    usable = fits & (num_odd == 0)
+    problem = {}
+    for row in np.flatnonzero(~usable).tolist():
+        if not valid[row]:
+            problem[row] = UnusableError(Reason.MISSING, f"{modality.column} is null")
+        elif not fits[row]:
+            detail = f"{end[row] - start[row]} numbers; most rows have {modality.length}"
+            problem[row] = UnusableError(Reason.WRONG_LENGTH, detail)
+        else:
+            detail = f"{num_odd[row]} of {modality.length} numbers are not finite"
+            problem[row] = UnusableError(Reason.NOT_FINITE, detail)
+    content = _row_digests(flat, np.where(valid, start, 0), np.where(valid, end, 0))
+    vector = _usable_vectors(flat, start, usable, int(modality.length or 0))
+    return Encoded(content=content, usable=usable, vector=vector, problem=problem)
+
+
+def _odd_places(flat: NDArray[np.float32]) -> NDArray[np.intp]:
+    """Where the numbers are not finite, a piece at a time: flags for all would take a quarter of the numbers' space."""
+    pieces = range(0, len(flat), _CHECKED_AT_ONCE)
+    odd = [at + np.flatnonzero(~np.isfinite(flat[at : at + _CHECKED_AT_ONCE])) for at in pieces]
+    return np.concatenate([np.zeros(0, np.intp), *odd])
+
+
+def _row_digests(flat: NDArray[np.float32], start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.bytes_]:
+    """What hashing.digest gives for each row's bytes, without a copy of them."""
+    view = memoryview(np.ascontiguousarray(flat).view(np.uint8).data)
+    found = np.empty(len(start), dtype="S32")
+    for row, (first, last) in enumerate(zip((4 * start).tolist(), (4 * end).tolist(), strict=True)):
+        whole = hashlib.blake2b((last - first).to_bytes(8, "little"), digest_size=16)
+        whole.update(view[first:last])
+        found[row] = whole.hexdigest().encode()
+    return found
+
+
+def _usable_vectors(
+    flat: NDArray[np.float32], start: NDArray[np.int64], usable: NDArray[np.bool_], length: int
+) -> NDArray[np.float32]:
+    if usable.all() and len(usable) and start[-1] - start[0] == length * (len(usable) - 1):
+        return np.asarray(flat[start[0] : start[0] + length * len(usable)]).reshape(len(usable), length)
+    places = start[usable][:, None] + np.arange(length)
+    return np.asarray(flat[places], dtype=np.float32)
+
+
+def preprocessing(modality: Modality, media: MediaConfig) -> str:
+    """Fingerprint everything but the content that decides about a modality's vectors, in 16 hexadecimal digits."""
+    if modality.kind == "features":
+        return digest(f"vector 2 {modality.length}".encode())[:16]
+    encoder = encoder_of(modality)
+    about = (modality.kind, encoder.name, encoder.version, media.to_fingerprint())
+    return digest(repr(about).encode())[:16]
+
+
+def _encode_sound(data: Medium, media: MediaConfig) -> Vector:
+    return sound_statistics(decode_audio(data, media), media)
+
+
+def _encode_image(data: Medium, media: MediaConfig) -> Vector:
+    return image_statistics(decode_image(data, media), media)
+
+
+def _encode_video(data: Medium, media: MediaConfig) -> Vector:
+    return video_statistics(decode_frames(data, media), media)
+
+
+def _encode_folders(folders: Folders, media: MediaConfig) -> Vector:
+    return video_statistics(decode_folders(folders, media), media)
+
+
+def _network_sound(data: Medium, media: MediaConfig) -> Vector:
+    return network_spectrogram(decode_audio(data, media), media).ravel()
+
+
+def _network_image(data: Medium, media: MediaConfig) -> Vector:
+    return decode_image(data, replace(media, image_size=media.network_size)).ravel()
+
+
+def _network_video(data: Medium, media: MediaConfig) -> Vector:
+    return decode_frames(data, _for_network(media)).ravel()
+
+
+def _network_folders(folders: Folders, media: MediaConfig) -> Vector:
+    return decode_folders(folders, _for_network(media)).ravel()
+
+
+def _for_network(media: MediaConfig) -> MediaConfig:
+    return replace(media, num_frames=media.network_frames, frame_size=media.network_size)
+
+
+def _encode_alone(name: str, kind: str, loaded: Any, media: MediaConfig) -> Vector:
+    model = open_model(name, kind)
+    return np.asarray(model.encode([model.prepare(loaded, media)])[0])
+
+
+def _encode_by_function(name: str, kind: str, loaded: Any, media: MediaConfig) -> Vector:
+    decode: Callable[[Any, MediaConfig], Any] | None = _DECODERS.get(kind)
+    return call_function(name, loaded if decode is None else decode(loaded, media), media)
+
+
+_DECODERS: dict[str, Callable[[Any, MediaConfig], Any]] = {
+    "audio": decode_audio,
+    "image": decode_image,
+    "video": decode_frames,
+    "frames": decode_folders,
+}
+ENCODERS: dict[str, Encoder] = {
+    "audio": Encoder(name="sound-statistics", version=3, encode=_encode_sound),
+    "image": Encoder(name="image-statistics", version=1, encode=_encode_image),
+    "video": Encoder(name="video-statistics", version=3, encode=_encode_video),
+    "frames": Encoder(name="frames-statistics", version=1, encode=_encode_folders),
+    "text": Encoder(name="text-counts", version=2, encode=text_counts),
+}
+NETWORK_INPUTS: dict[str, Encoder] = {
+    "audio": Encoder(name="network-sound", version=2, encode=_network_sound),
+    "image": Encoder(name="network-image", version=1, encode=_network_image),
+    "video": Encoder(name="network-video", version=2, encode=_network_video),
+    "frames": Encoder(name="network-frames", version=1, encode=_network_folders),
+}

@@ -1,1 +1,0 @@
-"""The gap: is it bimodal, and which samples are balanced?"""

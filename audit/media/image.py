@@ -1,0 +1,134 @@
+"""Images: decoding to RGB, upright, within limits."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ..errors import Reason, UnusableError
+from .files import MediaConfig, Medium, stream_of
+
+CONSTANT_SPREAD = 2  # levels of 255 between darkest and brightest: what a lossy codec makes of one colour
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
+_BAND_PIXELS = 1 << 20
+
+PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by name: Pillow would run Ghostscript on an EPS
+Image.init()  # with a choice of formats Pillow loads no further plug-ins by itself
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else broken tiffs print through logging's last resort
+
+
+def read_picture(data: Medium, *, size: int | None, config: MediaConfig) -> NDArray[np.uint8]:
+    """Picture (h, w, 3), RGB: stretched onto a square of `size`, or in its own size where that is None.
+
+    Its size is checked by its header, before there is memory for its pixels.
+    """
+    _check_bytes(data, config)
+    try:
+        with warnings.catch_warnings(), stream_of(data) as file:
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which does not concern the pixels
+            with Image.open(file, formats=PICTURES) as image:
+                _check_pixels(image, config)
+                return _read(image, size)
+    except Image.DecompressionBombError as error:
+        raise UnusableError(Reason.TOO_LARGE, str(error)) from error
+
+
+def _read(image: Image.Image, size: int | None) -> NDArray[np.uint8]:
+    if size is not None:
+        # A jpeg can be decoded at a fraction of its size: one 4000 pixels wide takes 45 ms instead of 150.
+        image.draft(None, (2 * size, 2 * size))
+    image.load()
+    _turn_upright(image)
+    shown = _rgb(image)
+    if size is not None:
+        shown = shown.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(shown, dtype=np.uint8)
+
+
+def _check_bytes(data: Medium, config: MediaConfig) -> None:
+    """Check what Pillow uses memory for when it opens a file: its bytes, and the canvas of a WebP."""
+    if len(data) > config.max_image_bytes:
+        limit = f"{config.max_image_bytes:,} (media.max_image_bytes)"
+        raise UnusableError(Reason.TOO_LARGE, f"a picture of {len(data):,} bytes, at most {limit}")
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
+        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        _check_area(width, height, config)
+
+
+def _check_pixels(image: Image.Image, config: MediaConfig) -> None:
+    """Check the size of a picture, and of a TIFF's tiles, each of which is decoded whole."""
+    _check_area(*image.size, config)
+    tags: Any = getattr(image, "tag_v2", {})
+    width, height = (tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
+    if isinstance(width, int) and isinstance(height, int):
+        _check_area(width, height, config)
+
+
+def _check_area(width: int, height: int, config: MediaConfig) -> None:
+    if width * height > config.max_image_pixels:
+        limit = f"{config.max_image_pixels:,} pixels (media.max_image_pixels)"
+        raise UnusableError(Reason.TOO_LARGE, f"a picture of {width:,} x {height:,}, at most {limit}")
+
+
+def not_constant(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pass (..., w, 3) on unless every channel stays within CONSTANT_SPREAD over all frames."""
+    rows = pixels.reshape(-1, 3 * pixels.shape[-2])  # down whole rows first: over 3 columns numpy takes 3 ms
+    highest, lowest = (extreme(axis=0).reshape(-1, 3) for extreme in (rows.max, rows.min))
+    if int(np.max(highest.max(axis=0) - lowest.min(axis=0))) <= CONSTANT_SPREAD:
+        raise UnusableError(Reason.CONSTANT, f"one colour, RGB {tuple(lowest.min(axis=0).tolist())}")
+    return pixels
+
+
+def _turn_upright(image: Image.Image) -> None:
+    # Where its EXIF cannot be read the picture stays: it is decoded already and may be sound.
+    with suppress(OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return a picture as RGB, on white where it is transparent.
+
+    What needs wide numbers or a second layer is done band by band: at once it would take 16 to 48 bytes a pixel.
+    """
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        return _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield the first row and the picture of each band of about a million pixels."""
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        yield top, image.crop((0, top, width, min(top + rows, height)))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return a picture of 16 or 32 bits, or of fractions, in levels of 0 to 255."""
+    scale = 1 / 256
+    if image.mode.startswith("F"):
+        highest = np.max([np.asarray(band, dtype=np.float64).max(initial=0) for _, band in _bands(image)])
+        scale = 255 if highest <= 1 else 1
+    levels = np.empty((image.height, image.width), dtype=np.uint8)
+    for top, band in _bands(image):
+        part = np.nan_to_num(np.asarray(band, dtype=np.float64)) * scale
+        levels[top : top + band.height] = np.clip(part, 0, 255).astype(np.uint8)
+    return Image.fromarray(levels)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    shown = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        layer = band.convert("RGBA")
+        shown.paste(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"), (0, top))
+    return shown

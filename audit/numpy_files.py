@@ -1,0 +1,88 @@
+"""NumPy arrays of .npy and .npz files, read within the size of what holds them."""
+
+from __future__ import annotations
+
+import math
+import struct
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from .errors import DatasetError
+from .storage import open_regular
+
+MAX_EXPANSION = 16  # bytes of what is read, or copied meanwhile, for each byte of the file
+FREE_BYTES = 1 << 26  # that are allowed beside it
+# What NumPy raises for a header or a body that is damaged, and zlib below it for a member of an archive.
+BROKEN = (
+    tokenize.TokenError,
+    zlib.error,
+    struct.error,
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def check_header(stream: IO[bytes], *, num_bytes: int) -> None:
+    """Raise one of BROKEN where the header announces objects, or more than the `num_bytes` of header and body."""
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    announced = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or announced > num_bytes:
+        content = "objects" if dtype.hasobject else f"{announced:,} bytes"
+        raise ValueError(f"its header announces {content}, and it has {num_bytes:,} bytes")
+
+
+def read_array(stream: IO[bytes]) -> NDArray[Any]:
+    """Read the array of a stream whose header was checked; one of BROKEN where the body is damaged."""
+    return np.asarray(npy.read_array(stream, allow_pickle=False))
+
+
+_BROKEN = (zipfile.BadZipFile, *BROKEN)
+
+
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """Read the plain arrays of an .npz by name.
+
+    Before anything is read, the sizes in its directory must come to at most 16 times those of the file, and each
+    array's shape to the size of its member. Raises DatasetError for what cannot be read so.
+    """
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            _check_expansion(archive, path.stat().st_size)
+            return {info.filename.removesuffix(".npy"): _read_array(archive, info) for info in archive.infolist()}
+    except _BROKEN as error:
+        reason = str(error)[:200] or type(error).__name__
+        raise DatasetError(f"{path} cannot be read as .npz of plain arrays: {reason}") from error
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _check_expansion(archive: zipfile.ZipFile, size: int) -> None:
+    total, limit = sum(info.file_size for info in archive.infolist()), FREE_BYTES + MAX_EXPANSION * size
+    if total > limit:
+        raise ValueError(f"it expands to {total:,} bytes, at most {limit:,} are read: write it with numpy.savez")
+
+
+def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(info) as member:
+        try:
+            check_header(member, num_bytes=info.file_size)
+        except ValueError as error:
+            raise ValueError(f"{info.filename}: {error}") from error
+    with archive.open(info) as member:
+        return read_array(member)

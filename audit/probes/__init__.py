@@ -1,0 +1,1 @@
+"""Unimodal probes, cross-fitted and calibrated."""

@@ -1,1 +1,0 @@
-"""A probe: how sure is one modality alone?"""

@@ -1,0 +1,1 @@
+"""Scores of samples, and the mixture of the modality gap."""

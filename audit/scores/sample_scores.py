@@ -1,0 +1,180 @@
+"""Out-of-fold predictions of all modalities for all samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import metrics as measures
+from ..features.matrix import Rows, chunks
+from ..metrics import Floats
+from ..probes.prediction import Reading, fuse_readings
+from ..probes.probe_set import Member, Panel
+from ..probes.targets import Target
+from ..threads import parallel_map
+from ..workers import Progress
+
+# The rows lie scattered over the files of the cache: many are read at once, each of them once.
+_BYTES_AT_ONCE = 256 << 20
+_LOGITS_AT_ONCE = 1 << 20  # of a round or epoch, for the rows of one piece
+_LEAST_ROWS, _MOST_ROWS = 256, 8_192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What the panel says of b samples: (b, m) by modality, NaN where missing; (b,) of all together.
+
+    `spread` is the standard deviation of the discrepancy over the rounds, (b, 1) or (b, m). `right` is what the metric
+    of the task is the mean of: see Reading. `fused` is the fusion of the modalities' probabilities, `without` (b, m)
+    the same without each of them, `joint` the probe of all features side by side, NaN where there is none.
+    """
+
+    confidence: Floats
+    spread: Floats
+    entropy: Floats
+    margin: Floats
+    predicted: Floats
+    right: Floats
+    training_confidence: Floats
+    training_variability: Floats
+    shapley: Floats
+    similarity: Floats
+    fused_confidence: Floats
+    fused_predicted: Floats
+    fused_right: Floats
+    without_right: Floats
+    joint_confidence: Floats
+    joint_right: Floats
+
+
+def ask(panel: Panel, *, seed: int, progress: Progress) -> Answers:
+    """Ask about all n samples: the probabilities of all classes are never held for all of them."""
+    n = len(panel.target)
+    parts = []
+    for rows in chunks(panel.side_by_side, np.arange(n), most_bytes=_BYTES_AT_ONCE):
+        pieces = _pieces(panel, rows)
+        answers = parallel_map(partial(_ask_about, panel.in_memory(rows), seed=seed), pieces)
+        for piece, part in zip(pieces, answers, strict=True):
+            parts.append(part)
+            progress("score", int(piece[-1]) + 1, n)
+    return Answers(
+        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Answers)}
+    )
+
+
+def _pieces(panel: Panel, rows: Rows) -> list[Rows]:
+    """Cut consecutive rows into pieces, by nothing but the numbers of features and outputs."""
+    size = min(_MOST_ROWS, max(_LEAST_ROWS, _LOGITS_AT_ONCE // panel.target.num_outputs))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _ask_about(panel: Panel, rows: Rows, *, seed: int) -> Answers:
+    target = panel.target.take(rows)
+    readings = [_read(member, rows, target, least_scale=panel.least_scale) for member in panel.members]
+    by_round = np.stack([reading.by_round for reading in readings], axis=2)  # (r, b, m)
+    training = [_train(member, rows, target, least_scale=panel.least_scale) for member in panel.members]
+    fused = fuse_readings(readings, target, least_scale=panel.least_scale)
+    joint = None if panel.joint is None else panel.joint.read(rows, target, least_scale=panel.least_scale)
+    nothing = np.full(len(rows), np.nan, np.float32)
+    return Answers(
+        confidence=_by_modality(readings, "confidence"),
+        spread=_spread(by_round),
+        entropy=_by_modality(readings, "entropy"),
+        margin=_by_modality(readings, "margin"),
+        predicted=_by_modality(readings, "predicted"),
+        right=_by_modality(readings, "right"),
+        training_confidence=np.stack([each.mean(axis=0) for each in training], axis=1),
+        training_variability=np.stack([each.std(axis=0) for each in training], axis=1),
+        shapley=_shapley(panel, rows, target, joint, seed=seed),
+        similarity=_similarity(readings),
+        fused_confidence=fused.confidence,
+        fused_predicted=fused.predicted,
+        fused_right=fused.right,
+        without_right=_without(readings, target, least_scale=panel.least_scale),
+        joint_confidence=nothing if joint is None else joint.confidence,
+        joint_right=nothing if joint is None else joint.right,
+    )
+
+
+def _read(member: Member, rows: Rows, target: Target, *, least_scale: float) -> Reading:
+    """Ask a member about the samples that have its modality; NaN for the others."""
+    there = member.present[rows]
+    found = member.read(rows[there], target.take(np.flatnonzero(there)), least_scale=least_scale)
+    if there.all():
+        return found
+    return replace(
+        found,
+        by_round=_spread_out(found.by_round.T, there).T,
+        **{
+            name: _spread_out(values, there)
+            for name in ("confidence", "probability", "entropy", "margin", "predicted", "right", "deviation")
+            if (values := getattr(found, name)) is not None
+        },
+    )
+
+
+def _train(member: Member, rows: Rows, target: Target, *, least_scale: float) -> Floats:
+    """Give the confidence (e, b) over the epochs of a member's training, NaN where its modality is missing."""
+    there = member.present[rows]
+    found = member.read_epochs(rows[there], target.take(np.flatnonzero(there)), least_scale=least_scale)
+    return _spread_out(found.T, there).T
+
+
+def _spread_out(values: Floats, there: NDArray[np.bool_]) -> Floats:
+    """Put values (a, ...) of the samples that are `there` (b,) into their places among NaN: (b, ...)."""
+    out = np.full((len(there), *values.shape[1:]), np.nan, np.float32)
+    out[there] = values
+    return out
+
+
+def _by_modality(readings: Sequence[Reading], name: str) -> Floats:
+    return np.stack([getattr(reading, name) for reading in readings], axis=1).astype(np.float32)
+
+
+def _spread(by_round: Floats) -> Floats:
+    """Standard deviation of the discrepancy over rounds (r, b, m): (b, 1) or (b, m), NaN after one."""
+    each = np.stack([measures.discrepancy(one) for one in by_round])
+    if len(each) == 1:
+        return np.full(each[0].shape, np.nan, np.float32).reshape(by_round.shape[1], -1)
+    return np.asarray(np.std(each, axis=0, ddof=1, dtype=np.float32)).reshape(by_round.shape[1], -1)
+
+
+def _similarity(readings: Sequence[Reading]) -> Floats:
+    deviations = [reading.deviation for reading in readings if reading.deviation is not None]
+    if deviations:
+        return measures.overlap([reading.probability[:, 0] for reading in readings], deviations)
+    return measures.similarity([reading.probability for reading in readings])
+
+
+def _without(readings: Sequence[Reading], target: Target, *, least_scale: float) -> Floats:
+    """Give what the fusion of all modalities but one adds to the metric, (b, m): NaN where that one is missing."""
+    found = []
+    for index, left_out in enumerate(readings):
+        others = [reading for place, reading in enumerate(readings) if place != index]
+        right = others[0].right if len(others) == 1 else fuse_readings(others, target, least_scale=least_scale).right
+        found.append(np.where(np.isnan(left_out.right), np.nan, right))
+    return np.stack(found, axis=1).astype(np.float32)
+
+
+def _shapley(panel: Panel, rows: Rows, target: Target, together: Reading | None, *, seed: int) -> Floats:
+    """Shapley values (b, m) on the joint probe, which hears the modalities of a set alone; NaN without it."""
+    m, joint = len(panel.members), panel.joint
+    if joint is None or together is None or target.task == "regression":
+        return np.full((len(rows), m), np.nan, np.float32)
+
+    there = np.stack([member.present[rows] for member in panel.members], axis=1)
+
+    def value(chosen: frozenset[int]) -> Floats:
+        """SMV's value: how many of these modalities the sample has, where they name the target, else 0."""
+        count = there[:, sorted(chosen)].sum(axis=1)
+        if len(chosen) == m:
+            return np.asarray(count * together.right, dtype=np.float32)
+        inputs = panel.side_by_side.mask(frozenset(range(m)) - chosen)
+        return np.asarray(count * joint.read_right(rows, target, inputs=inputs), dtype=np.float32)
+
+    found = measures.shapley(value, m, seed=seed)
+    return np.where(there, found, np.nan).astype(np.float32)

@@ -1,0 +1,281 @@
+"""Scoring of a dataset: from features to score table, mixture and probe report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from .. import metrics as measures
+from ..dataset.modalities import Modality
+from ..dataset.samples import Samples
+from ..errors import Quarantined, Reason, ScoreError
+from ..features.encode import EncodeTask
+from ..features.encoded_samples import Stock, in_order, sort_out
+from ..features.encoders import input_shape, is_network
+from ..features.matrix import FeatureMatrix, Inputs, Rows
+from ..hashing import canonical_order, hash_rank
+from ..media.files import MediaConfig
+from ..probes.config import ProbeConfig
+from ..probes.cross_fit import assign_folds, in_one_fold
+from ..probes.network_probe import NetworkConfig, fit_network
+from ..probes.probe_set import Crossing, Member, Panel, Probe, fit_probe, fit_together, seat_joint, seat_member
+from ..probes.targets import Target
+from ..threads import fixed_threads, parallel_map
+from ..workers import Progress
+from .class_check import ClassCheck, fit_by_class
+from .mixture import Mixture, MixtureConfig, fit_mixture
+from .probe_report import Ledger, keep_books
+from .sample_scores import Answers, ask
+from .table import ScoreTable
+
+
+def plan_rounds(
+    samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int
+) -> tuple[NDArray[np.intp], list[Crossing], list[Quarantined]]:
+    """Deal the rows into folds, once a repeat, leaving out classes that one fold holds alone in any of them.
+
+    Gives the rows that stay, a crossing a repeat, and the samples of classes too rare. Strata that are no classes,
+    as of a regression, are never too rare.
+    """
+    left_out: list[Quarantined] = []
+    while True:
+        crossings = [_crossing(samples, rows, config, seed=seed, repeat=repeat) for repeat in range(config.repeats)]
+        if samples.task != "classification":
+            return rows, crossings, left_out
+        label = samples.label[rows]
+        rare = np.logical_or.reduce([in_one_fold(label, crossing.fold, crossing.fits) for crossing in crossings])
+        if not rare.any():
+            return rows, crossings, left_out
+        left_out += [_rare(samples, rows, row) for row in rows[rare]]
+        rows = rows[~rare]
+        if len(rows) == 0:
+            raise ScoreError(f"no class can be cross-fitted; the first: {left_out[0].detail}")
+
+
+def _crossing(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int, repeat: int) -> Crossing:
+    train = samples.split[rows] != "test"
+    if not train.any():  # the mixture is never fitted to test samples either
+        raise ScoreError("every usable sample is a test sample: a probe has nothing to learn from; pass --split none")
+    fits = train | (config.learn_from == "all")
+    group = None if samples.group is None else samples.group[rows]
+    ids, label = samples.sample_id[rows], samples.label[rows]
+    deals = [
+        assign_folds(ids, label, group, fits, num_folds=config.folds, seed=seed, purpose=f"{purpose} {repeat}")
+        for purpose in ("fold", "inner fold")
+    ]
+    key = hash_rank(ids, seed=seed, purpose="strength rows")
+    return Crossing(fold=deals[0], inner=deals[1], fits=fits, key=key)
+
+
+def _rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
+    peers = rows[samples.label[rows] == samples.label[row]]
+    detail = f"class {samples.class_names[samples.label[row]]!r} has {len(peers)} usable samples"
+    if samples.group is not None and len(peers):
+        detail += f", of {len(set(samples.group[peers]))} groups"
+    return Quarantined(
+        sample_id=samples.sample_id[row], modality=None, reason=Reason.RARE_CLASS, detail=f"{detail}, all in one fold"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """All that scoring found. Input = scored + quarantined samples, always."""
+
+    scores: ScoreTable
+    mixture: Mixture
+    class_check: ClassCheck
+    ledger: Ledger
+    quarantined: tuple[Quarantined, ...]
+    fingerprint: str
+
+
+@fixed_threads()
+def audit_dataset(
+    stock: Stock,
+    tasks: Sequence[EncodeTask],
+    *,
+    probe: ProbeConfig,
+    networks: Networks,
+    mixture: MixtureConfig,
+    seed: int,
+    device: str,
+    progress: Progress,
+    keep_duplicates: bool = False,
+) -> Audit:
+    """Score every usable sample of an encoded dataset.
+
+    With `probe.learn_from = "train"` no probe learns from a test sample, and what is chosen by the scores later is
+    never chosen by a test label; with "all" each probe has a quarter more to learn from on a usual split.
+
+    Everything is computed on the rows in an order of their ids' hashes and put back into the order of the dataset at
+    the end: a source whose rows are shuffled gives each sample the same values, to the last bit.
+    """
+    rows, left_out = sort_out(stock, keep_duplicates=keep_duplicates)
+    rows = rows[canonical_order(stock.samples.sample_id[rows])]
+    rows, crossings, rare = plan_rounds(stock.samples, rows, probe, seed=seed)
+    target, classes = _target(stock.samples, rows)
+    inputs = [FeatureMatrix.of(tasks, status, rows) for status in stock.statuses]
+    total = _num_fits([status.modality for status in stock.statuses], probe)
+    fit = _Fits(probe, networks, seed=seed, device=device, progress=progress, total=total)
+    panel = _seat(inputs, target, crossings, fit=fit)
+    answers = ask(panel, seed=seed, progress=progress)
+    sample_id, group = stock.samples.sample_id[rows], stock.samples.group
+    ledger = keep_books(
+        panel,
+        answers,
+        crossings[0],
+        fit=fit,
+        controls=probe.control,
+        sample_id=sample_id,
+        group=None if group is None else group[rows],
+        seed=seed,
+    )
+    scores = _score_table(stock, rows, answers, target=target, classes=classes, fold=crossings[0].fold)
+    chooses = stock.samples.split[rows] != "test"
+    fitted = fit_mixture(scores.gap[chooses], config=mixture, seed=seed)
+    return Audit(
+        scores=replace(scores, p_balanced=fitted.posterior(scores.gap)).take(np.argsort(rows)),
+        mixture=fitted,
+        class_check=fit_by_class(scores.gap[chooses], scores.label[chooses], config=mixture, seed=seed),
+        ledger=ledger,
+        quarantined=in_order(left_out + rare, stock.samples.sample_id),
+        fingerprint=stock.fingerprint,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Networks:
+    """How networks are trained where a modality is read by one; `folder` keeps what finished folds said."""
+
+    config: NetworkConfig
+    media: MediaConfig
+    folder: Path
+
+
+class _Fits:
+    """Fits probes, by features or as networks, and tells how many of them are done."""
+
+    def __init__(
+        self, config: ProbeConfig, networks: Networks, *, seed: int, device: str, progress: Progress, total: int
+    ) -> None:
+        self.config, self.networks, self.seed, self.device = config, networks, seed, device
+        self.progress, self.total, self.done = progress, total, 0
+        self.lock = Lock()
+
+    def __call__(self, inputs: Inputs, target: Target, crossings: Sequence[Crossing]) -> Probe:
+        if isinstance(inputs, FeatureMatrix) and is_network(inputs.status.modality):
+            found = self._train(inputs, target, crossings)
+        else:
+            found = fit_probe(inputs, target, crossings, config=self.config, device=self.device)
+        with self.lock:
+            self.done += 1
+            self.progress("probe", min(self.done, self.total), self.total)
+        return found
+
+    def _train(self, inputs: FeatureMatrix, target: Target, crossings: Sequence[Crossing]) -> Probe:
+        modality = inputs.status.modality
+        return fit_network(
+            inputs,
+            input_shape(modality, self.networks.media),
+            target,
+            crossings,
+            config=self.networks.config,
+            seed=self.seed,
+            device=self.device,
+            progress=lambda stage, done, total: self.progress(f"{stage} {modality.name}", done, total),
+            folder=self.networks.folder,
+        )
+
+
+def _seat(inputs: Sequence[FeatureMatrix], target: Target, crossings: Sequence[Crossing], *, fit: _Fits) -> Panel:
+    """Seat a member for each modality, and one for all together unless a network reads one of them."""
+
+    def seat(matrix: FeatureMatrix) -> Member:
+        return seat_member(matrix.status.modality.name, matrix, target, crossings, present=matrix.present, fit=fit)
+
+    members = list(parallel_map(seat, inputs) if fit_together(inputs) else map(seat, inputs))
+    alone = any(is_network(each.status.modality) for each in inputs)
+    joint = None if alone or not fit.config.joint else seat_joint(members, target, crossings, fit=fit)
+    return Panel(members=tuple(members), joint=joint, target=target)
+
+
+def _num_fits(modalities: Sequence[Modality], config: ProbeConfig) -> int:
+    """Each modality, and a control of each; and all side by side, unless a network reads one of them."""
+    alone = any(is_network(modality) for modality in modalities)
+    return len(modalities) * (1 + config.control) + (config.joint and not alone)
+
+
+def _target(samples: Samples, rows: Rows) -> tuple[Target, NDArray[np.int32]]:
+    """Give the targets of the rows that are scored, and the source's number of each class among them."""
+    if samples.task != "classification":
+        values = None if samples.values is None else samples.values[rows]
+        num_outputs = len(samples.outputs)
+        found = Target(task=samples.task, label=samples.label[rows], num_outputs=num_outputs, values=values)
+        return found, np.arange(num_outputs, dtype=np.int32)
+    classes, label = np.unique(samples.label[rows], return_inverse=True)
+    if len(classes) < 2:
+        raise ScoreError(f"only one class is left to score ({samples.class_names[classes[0]]!r}): a probe needs two")
+    found = Target(task=samples.task, label=label.astype(np.int32), num_outputs=len(classes))
+    return found, classes.astype(np.int32)
+
+
+def _score_table(
+    stock: Stock,
+    rows: Rows,
+    answers: Answers,
+    *,
+    target: Target,
+    classes: NDArray[np.int32],
+    fold: NDArray[np.int16],
+) -> ScoreTable:
+    samples = stock.samples
+    loss, fused_loss = measures.cross_entropy(answers.confidence), measures.cross_entropy(answers.fused_confidence)
+    # Of a sample that lacks modalities, the mean loss of those it has stands for the others.
+    total = fused_loss + loss.shape[1] * np.nanmean(loss, axis=1)
+    named = partial(_named, task=target.task, classes=classes)
+    return ScoreTable(
+        sample_id=samples.sample_id[rows],
+        label=samples.label[rows],
+        label_name=np.array(samples.class_names, dtype=object)[samples.label[rows]],
+        modalities=tuple(status.modality.name for status in stock.statuses),
+        confidence=answers.confidence,
+        split=samples.split[rows],
+        group=None if samples.group is None else samples.group[rows],
+        fold=fold,
+        prediction=named(answers.predicted),
+        loss=loss,
+        entropy=answers.entropy,
+        margin=_or_none(answers.margin),
+        training_confidence=_or_none(answers.training_confidence),
+        training_variability=_or_none(answers.training_variability),
+        shapley=_or_none(answers.shapley),
+        confidence_fused=answers.fused_confidence,
+        prediction_fused=named(answers.fused_predicted),
+        loss_fused=fused_loss,
+        discrepancy_sd=_or_none(answers.spread),
+        similarity=answers.similarity,
+        balance=measures.balance(answers.similarity, total, fits=samples.split[rows] != "test"),
+        content=stock.content[rows],
+        paths=samples.paths.take(pa.array(rows)),
+    )
+
+
+def _or_none(values: measures.Floats) -> measures.Floats | None:
+    return None if np.isnan(values).all() else values
+
+
+def _named(
+    predicted: measures.Floats, *, task: str, classes: NDArray[np.int32]
+) -> NDArray[np.int32] | measures.Floats | None:
+    """Give predictions in the source's numbers of classes, -1 where missing; numbers as they are; None of labels."""
+    if task != "classification":
+        return None if task == "multilabel" else predicted
+    missing = np.isnan(predicted)
+    return np.where(missing, -1, classes[np.where(missing, 0, predicted).astype(np.intp)]).astype(np.int32)
