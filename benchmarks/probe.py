@@ -33,10 +33,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.probe_set import Crossing, fit_probe
-from mmaudit.audit.probes.targets import Target
 
 NUM_ROWS, NUM_FEATURES, NUM_CLASSES, NUM_FOLDS = 50_000, 512, 30, 5
 LEAST_RATIO = 40.0

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..audit.dataset.dataset import Dataset, open_dataset
+from ..audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from ..audit.dataset.formats.saved import looks_like_hub_name
 from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices, printable
-from ..audit.features.encoders import IMPORT_NOTHING, encoder_location, preprocessing
+from ..audit.features.encoders import IMPORT_NOTHING, check_encoder, encoder_location, preprocessing
 from ..audit.parsing import build
 from ..audit.scores.mixture import Mixture
 from ..audit.scores.score_dataset import Audit
@@ -89,6 +89,14 @@ class Named:
     allow_outside: bool = False
 
 
+def open_encodable(data: str | Path, config: DataConfig) -> Dataset:
+    """Open a dataset, and check that the encoder of each modality exists and reads its kind."""
+    dataset = open_dataset(data, config)
+    for modality in dataset.modalities:
+        check_encoder(modality)
+    return dataset
+
+
 def open_source(origin: Origin, named: Named, *, encoders: bool = True) -> tuple[Dataset, RunConfig]:
     """Open the data a manifest was made from as they were read then, and return the config of that score.
 
@@ -113,7 +121,7 @@ def open_source(origin: Origin, named: Named, *, encoders: bool = True) -> tuple
         allow_outside=named.allow_outside or (origin.record is not None and made.data.allow_outside),
     )
     try:
-        return open_dataset(str(source), config), made
+        return open_encodable(str(source), config), made
     except MmauditError as error:
         mend = "" if named.data is not None else "; if it moved, pass --data"
         raise ManifestError(f"the manifest's source cannot be opened: {error}{mend}") from error

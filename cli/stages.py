@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit.dataset.dataset import Dataset, open_dataset
+from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.samples import read_samples
 from ..audit.downloads import ingest as ingest_download
 from ..audit.errors import ConfigError, Quarantined, RunError, quarantine_table
@@ -31,7 +31,7 @@ from ..audit.scores.table import write_scores
 from ..audit.storage import write_json
 from ..audit.workers import Progress, default_workers, silent
 from .config import RunConfig
-from .provenance import check_config, record_of, score_provenance
+from .provenance import check_config, open_encodable, record_of, score_provenance
 from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run
 from .swap import replacing
 from .trust import own_record, signed_record
@@ -69,7 +69,7 @@ def check(
     """
     config = config or RunConfig()
     place = Run.open(run)
-    dataset = open_dataset(data, config.data)
+    dataset = open_encodable(data, config.data)
     place.check_place()
     samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
     with write_lock(place.folder, "features", command="mmaudit check"):
@@ -115,7 +115,7 @@ def score(
     """
     config = config or RunConfig()
     device = pick_device(device)
-    dataset = open_dataset(data, config.data)
+    dataset = open_encodable(data, config.data)
     place = Run.open(run)
     place.check_place()
     encode = partial(_encode, place, dataset, config, device=device, num_workers=num_workers, progress=progress)

@@ -13,9 +13,9 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 
 from mmaudit.audit import metrics as measures
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import Inputs, JointInputs, MatrixInputs, Rows
 from mmaudit.audit.probes.probe_set import Calibration, Member, Panel, Probe
-from mmaudit.audit.probes.targets import Target
 from mmaudit.audit.scores.sample_scores import Answers, ask
 from mmaudit.audit.workers import silent
 

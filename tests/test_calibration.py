@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.probes.prediction import expected_calibration_error, fit_temperature, negative_log_likelihood
-from mmaudit.audit.probes.targets import Target
 
 Floats = NDArray[np.float64]
 NUM_ROWS = 8_000

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes import glm as estimate
 from mmaudit.audit.probes.cross_fit import Crossing, Lesson, set_lesson
 from mmaudit.audit.probes.design import Design, read_design
 from mmaudit.audit.probes.glm import evaluate_rows
-from mmaudit.audit.probes.targets import Aim, Target
+from mmaudit.audit.probes.targets import Aim
 
 NUM_ROWS, NUM_CLASSES = 4_000, 1_500
 

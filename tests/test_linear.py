@@ -13,11 +13,11 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import Crossing, set_lesson
 from mmaudit.audit.probes.linear import LinearProbe, fit_linear
-from mmaudit.audit.probes.targets import Target
 
 Floats = NDArray[np.floating[Any]]
 NUM_ROWS, NUM_CLASSES = 900, 4

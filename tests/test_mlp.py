@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.probe_set import Crossing, fit_probe
-from mmaudit.audit.probes.targets import Target
 
 Floats = NDArray[np.float32]
 CONFIG = ProbeConfig(kind="mlp", hidden=32, epochs=25, lr=1e-2, batch_size=64)

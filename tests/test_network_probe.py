@@ -12,13 +12,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.errors import ConfigError, DatasetError, ScoreError
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.cross_fit import Crossing, assign_folds
 from mmaudit.audit.probes.network_probe import NetworkConfig, fit_network
 from mmaudit.audit.probes.probe_set import Probe
-from mmaudit.audit.probes.targets import Target
 from mmaudit.audit.workers import Progress, silent
 
 SOUND, PICTURE, FRAMES = (16, 12), (8, 8, 3), (2, 8, 8, 3)

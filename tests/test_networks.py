@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import NetworkConfig
 from mmaudit.audit.probes.network import Network, Truth, build_network, check_shape, survey_inputs, to_pictures, vary
-from mmaudit.audit.probes.targets import Target
 
 SOUND, PICTURE, FRAMES = (8, 12), (9, 8, 3), (2, 9, 8, 3)
 RNG = np.random.default_rng(0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmaudit.audit.probes.targets import MAX_LOGITS, Target, choose_outputs, take_outputs
+from mmaudit.audit.dataset.labels import Target
+from mmaudit.audit.probes.targets import MAX_LOGITS, choose_outputs, take_outputs
 
 RNG = np.random.default_rng(0)
 

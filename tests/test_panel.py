@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs, Rows
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import Crossing
@@ -24,7 +25,6 @@ from mmaudit.audit.probes.probe_set import (
     seat_joint,
     seat_member,
 )
-from mmaudit.audit.probes.targets import Target
 
 Floats = NDArray[np.float32]
 N, FOLDS = 600, 5

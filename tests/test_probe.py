@@ -15,13 +15,13 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.features.matrix import JointInputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import assign_folds
 from mmaudit.audit.probes.probe_set import KINDS, Crossing, fit_probe
-from mmaudit.audit.probes.targets import Target
 
 Floats = NDArray[np.float32]
 CONFIG = ProbeConfig()

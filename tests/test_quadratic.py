@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 from scipy.stats import multivariate_t, spearmanr
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import Crossing, set_lesson
@@ -18,7 +19,6 @@ from mmaudit.audit.probes.design import read_design
 from mmaudit.audit.probes.gaussian import MOST_ROWS, Gaussian
 from mmaudit.audit.probes.linear import LinearProbe, fit_linear
 from mmaudit.audit.probes.quadratic import Curve, Shape, cholesky, fit_curve, shapes_of, sum_moments, widest_axes
-from mmaudit.audit.probes.targets import Target
 
 K = 3
 Floats = NDArray[np.floating[Any]]

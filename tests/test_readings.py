@@ -11,8 +11,8 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import entropy, norm
 from sklearn.metrics import r2_score
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.probes.prediction import fuse_readings, likelihoods, probability_of, read_logits, right_of
-from mmaudit.audit.probes.targets import Target
 
 LOGITS = arrays(np.float32, (2, 6, 3), elements=st.floats(-20, 20, width=32))
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import Crossing, set_lesson
 from mmaudit.audit.probes.design import read_design
 from mmaudit.audit.probes.glm import fit_glm, mean_loss
 from mmaudit.audit.probes.linear import choose_strength
-from mmaudit.audit.probes.targets import Aim, Target, choose_outputs
+from mmaudit.audit.probes.targets import Aim, choose_outputs
 
 NUM_ROWS = 400
 CONFIG = ProbeConfig()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmaudit.audit.probes.targets import TASKS, Target
+from mmaudit.audit.dataset.labels import TASKS, Target
 
 RNG = np.random.default_rng(0)
 

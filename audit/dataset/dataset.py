@@ -13,13 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ConfigError, DatasetError, UnusableError, choices
-from ..features.encoders import check_encoder
 from ..media.decode import has_sound
-from ..probes.targets import TASKS
 from .cells import holds_pictures, load_cell
 from .columns import Columns, find_columns
 from .formats.readers import plan_source
 from .formats.tables import Plan, Shard
+from .labels import TASKS
 from .modalities import Modality, check_modalities, choose_encoders, infer_modalities, is_text, parse_modality
 
 log = logging.getLogger("mmaudit")
@@ -140,8 +139,6 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
         dataset = replace(dataset, modalities=tuple(_with_sound(dataset, plan.head)))
     check_modalities(dataset.modalities, plan.head.column_names)
     modalities = choose_encoders([_with_length(dataset, modality) for modality in dataset.modalities], config.encoder)
-    for modality in modalities:
-        check_encoder(modality)
     dataset = replace(dataset, modalities=tuple(modalities))
     log.info("modalities: %s", ", ".join(str(modality) for modality in dataset.modalities))
     return dataset

@@ -50,6 +50,7 @@ def _feature(schema: pa.Schema, column: str) -> dict[str, Any]:
 
 log = logging.getLogger("mmaudit")
 
+TASKS = ("classification", "multilabel", "regression")
 NO_LABEL = -1  # null
 UNKNOWN_LABEL = -2  # not among the classes
 OTHER = "other"  # the stratum of label sets that are rare
@@ -59,6 +60,28 @@ _DECILES = 10
 MAX_NUMBER = 1e15  # of a regression: sums of its squares fit into float32, which ends at 3e38
 _SEPARATORS = re.compile(r"[|;,]")
 _MEND = "a class label is an integer or a string; name it with --label"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What n samples are to be recognised as.
+
+    classification: label (n,) in [0, k), values None. multilabel: values (n, k) of 0 and 1, one column a label.
+    regression: values (n, 1). Of the latter two, label (n,) is the stratum a sample is dealt into folds by.
+    """
+
+    task: str
+    label: NDArray[np.int32]
+    num_outputs: int
+    values: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, rows: NDArray[np.intp]) -> Target:
+        """Give the targets of some rows."""
+        values = None if self.values is None else self.values[rows]
+        return Target(task=self.task, label=self.label[rows], num_outputs=self.num_outputs, values=values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from ..errors import DatasetError
 from ..hashing import hash_rank
-from ..probes.targets import Target
 from .columns import SPLIT_NAMES
 from .dataset import Dataset
-from .labels import Labels, declared_classes, read_classes, read_label_sets, read_numbers
+from .labels import Labels, Target, declared_classes, read_classes, read_label_sets, read_numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .config import ProbeConfig
 from collections.abc import Callable, Sequence
 
+from ..dataset.labels import Target
 from ..features.matrix import Inputs, Rows
 from .cross_fit import Crossing, ask_own
 from .design import Units, read_design
@@ -30,7 +31,6 @@ from .gaussian import MOST_FEATURES, MOST_ROWS, Mixed, mix_in_gaussian
 from .glm import log_estimate
 from .lbfgs import Minimum
 from .quadratic import Curve
-from .targets import Target
 
 _HOPE = 2.0  # steps like the last in which a weak strength must be able to make up for what it is behind
 _TOLERANCE = 4e-2  # what a fit still lacks then does not change the order; a tighter one hears noise in few rows

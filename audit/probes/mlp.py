@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ..dataset.labels import Target
 from ..features.matrix import Inputs, Rows
 from ..threads import NETWORK_THREADS, fixed_threads
 from .cross_fit import Crossing, Lesson, ask_own
 from .design import Design, Units, read_design
 from .glm import loss_and_residual
 from .linear import products_of
-from .targets import Aim, Target
+from .targets import Aim
 
 if TYPE_CHECKING:
     from .config import ProbeConfig

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..dataset.labels import Target
 from ..errors import ConfigError
 from ..features.matrix import Inputs, Rows
 from ..features.pretrained import require_transformers
 from ..hashing import digest
 from ..workers import ahead
-from .targets import Target
 
 SIZES = (64, 128, 256, 512)  # feature maps of a ResNet-18's four stages, of two blocks each
 READERS = 2  # threads that read ahead of a network

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..dataset.labels import Target
 from ..errors import ConfigError, DatasetError, ScoreError
 from ..features.matrix import Inputs, Rows
 from ..hashing import digest, hash_rank
@@ -23,7 +24,6 @@ from ..workers import Progress, ahead
 from .config import NetworkConfig
 from .cross_fit import Crossing
 from .network import READERS, Network, Survey, Truth, build_network, check_shape, cut, survey_inputs, to_pictures, vary
-from .targets import Target
 
 if TYPE_CHECKING:
     from .probe_set import Probe

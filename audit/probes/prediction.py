@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.special import expit, log_expit, log_softmax, softmax
 from torch import Tensor
 
+from ..dataset.labels import Target
 from ..metrics import LEAST, Floats, fuse
-from .targets import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

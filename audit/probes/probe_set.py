@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dataset.labels import Target
 from ..errors import ConfigError, choices
 from ..features.encoders import is_network
 from ..features.matrix import FeatureMatrix, Inputs, JointInputs, Rows, WindowInputs
@@ -27,7 +28,6 @@ from .prediction import (
     read_logits,
     right_of,
 )
-from .targets import Target
 
 __all__ = ["KINDS", "Crossing", "Probe", "fit_probe"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dataset.labels import Target
 from ..features.matrix import FeatureMatrix, Inputs, MatrixInputs, Rows
 from ..hashing import hash_rank
 from ..intervals import Groups, group_codes, mean, share
@@ -16,7 +17,7 @@ from ..probes.cross_fit import Crossing
 from ..probes.network_probe import NetworkProbe
 from ..probes.prediction import read_logits
 from ..probes.probe_set import Calibration, Fit, Member, Panel, fit_together
-from ..probes.targets import Target, choose_outputs, take_outputs
+from ..probes.targets import choose_outputs, take_outputs
 from ..threads import parallel_map
 from .sample_scores import Answers
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import metrics as measures
+from ..dataset.labels import Target
 from ..features.matrix import Rows, chunks
 from ..metrics import Floats
 from ..probes.prediction import Reading, fuse_readings
 from ..probes.probe_set import Member, Panel
-from ..probes.targets import Target
 from ..threads import parallel_map
 from ..workers import Progress
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .. import metrics as measures
+from ..dataset.labels import Target
 from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
 from ..errors import Quarantined, Reason, ScoreError
@@ -26,7 +27,6 @@ from ..probes.config import ProbeConfig
 from ..probes.cross_fit import assign_folds, in_one_fold
 from ..probes.network_probe import NetworkConfig, fit_network
 from ..probes.probe_set import Crossing, Member, Panel, Probe, fit_probe, fit_together, seat_joint, seat_member
-from ..probes.targets import Target
 from ..threads import fixed_threads, parallel_map
 from ..workers import Progress
 from .class_check import ClassCheck, fit_by_class
