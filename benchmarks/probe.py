@@ -36,7 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.probe_set import Crossing, fit_probe
+from mmaudit.audit.probes.cross_fit import Crossing
+from mmaudit.audit.probes.probe_set import fit_probe
 
 NUM_ROWS, NUM_FEATURES, NUM_CLASSES, NUM_FOLDS = 50_000, 512, 30, 5
 LEAST_RATIO = 40.0

@@ -13,8 +13,9 @@ from torch.nn import functional
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
+from mmaudit.audit.probes.cross_fit import Crossing
 from mmaudit.audit.probes.gaussian import MARGIN, MOST_ROWS, Sums, first_least, fit_gaussian
-from mmaudit.audit.probes.probe_set import Crossing, fit_probe
+from mmaudit.audit.probes.probe_set import fit_probe
 
 K = 4
 

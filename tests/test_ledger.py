@@ -17,9 +17,9 @@ from sklearn.metrics import accuracy_score, r2_score
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs, Rows
 from mmaudit.audit.hashing import hash_rank
-from mmaudit.audit.probes.config import ProbeConfig
+from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.probes.cross_fit import Crossing, assign_folds
-from mmaudit.audit.probes.network_probe import NetworkConfig, NetworkProbe, fit_network
+from mmaudit.audit.probes.network_probe import NetworkProbe, fit_network
 from mmaudit.audit.probes.probe_set import Calibration, Fit, Member, Panel, Probe, fit_probe, seat_joint, seat_member
 from mmaudit.audit.scores.probe_report import Ledger, chance_of, keep_books, to_metric
 from mmaudit.audit.scores.sample_scores import Answers, ask

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.probe_set import Crossing, fit_probe
+from mmaudit.audit.probes.cross_fit import Crossing
+from mmaudit.audit.probes.probe_set import fit_probe
 
 Floats = NDArray[np.float32]
 CONFIG = ProbeConfig(kind="mlp", hidden=32, epochs=25, lr=1e-2, batch_size=64)

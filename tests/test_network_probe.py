@@ -16,8 +16,9 @@ from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.errors import ConfigError, DatasetError, ScoreError
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
+from mmaudit.audit.probes.config import NetworkConfig
 from mmaudit.audit.probes.cross_fit import Crossing, assign_folds
-from mmaudit.audit.probes.network_probe import NetworkConfig, fit_network
+from mmaudit.audit.probes.network_probe import fit_network
 from mmaudit.audit.probes.probe_set import Probe
 from mmaudit.audit.workers import Progress, silent
 

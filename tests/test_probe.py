@@ -20,8 +20,8 @@ from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.features.matrix import JointInputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import assign_folds
-from mmaudit.audit.probes.probe_set import KINDS, Crossing, fit_probe
+from mmaudit.audit.probes.cross_fit import Crossing, assign_folds
+from mmaudit.audit.probes.probe_set import KINDS, fit_probe
 
 Floats = NDArray[np.float32]
 CONFIG = ProbeConfig()

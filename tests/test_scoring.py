@@ -21,8 +21,7 @@ from mmaudit.audit.errors import Reason, ScoreError
 from mmaudit.audit.features.encode import encode_dataset
 from mmaudit.audit.features.encoded_samples import take_stock
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.network_probe import NetworkConfig
+from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.scores.mixture import MixtureConfig
 from mmaudit.audit.scores.score_dataset import Audit, Networks, audit_dataset
 from mmaudit.audit.scores.table import BY_MODALITY, ScoreTable

@@ -28,8 +28,6 @@ from .network import READERS, Network, Survey, Truth, build_network, check_shape
 if TYPE_CHECKING:
     from .probe_set import Probe
 
-__all__ = ["NetworkConfig", "NetworkProbe", "fit_network"]
-
 VERSION = 1  # goes up when the same inputs and settings would give other logits
 MOMENTUM = 0.9  # of SGD, and 0.1 the fall of its rate: the papers'
 LR_FALL = 0.1

@@ -29,8 +29,6 @@ from .prediction import (
     right_of,
 )
 
-__all__ = ["KINDS", "Crossing", "Probe", "fit_probe"]
-
 KINDS = ("auto", "linear", "mlp")
 
 

@@ -23,10 +23,10 @@ from ..features.encoders import input_shape, is_network
 from ..features.matrix import FeatureMatrix, Inputs, Rows
 from ..hashing import canonical_order, hash_rank
 from ..media.files import MediaConfig
-from ..probes.config import ProbeConfig
-from ..probes.cross_fit import assign_folds, in_one_fold
-from ..probes.network_probe import NetworkConfig, fit_network
-from ..probes.probe_set import Crossing, Member, Panel, Probe, fit_probe, fit_together, seat_joint, seat_member
+from ..probes.config import NetworkConfig, ProbeConfig
+from ..probes.cross_fit import Crossing, assign_folds, in_one_fold
+from ..probes.network_probe import fit_network
+from ..probes.probe_set import Member, Panel, Probe, fit_probe, fit_together, seat_joint, seat_member
 from ..threads import fixed_threads, parallel_map
 from ..workers import Progress
 from .class_check import ClassCheck, fit_by_class
