@@ -82,9 +82,11 @@ def write_lock(folder: Path, scope: str = "", *, command: str, wait_seconds: flo
         remove_leftovers(folder)
         yield lock
     finally:
-        ended.set()
-        if os.getpid() == owner:  # and not a fork of it
-            _withdraw(lock.file, created)
+        try:
+            _release(lock, ended, created, owner=owner)
+        except KeyboardInterrupt:  # while it was released: it comes once
+            _release(lock, ended, created, owner=owner)
+            raise
 
 
 def holders_of(folder: Path, scope: str = "") -> list[Holder]:
@@ -132,6 +134,13 @@ def _announce(folder: Path, scope: str, *, command: str) -> Path:
             _withdraw(file, [])
             raise
     raise RunError(f"{file.parent} cannot be made: check the file system")
+
+
+def _release(lock: Lock, ended: threading.Event, created: list[Path], *, owner: int) -> None:
+    """End the signs of life and remove the file of a lock, in the process that took it and not in a fork of it."""
+    ended.set()
+    if os.getpid() == owner:
+        _withdraw(lock.file, created)
 
 
 def _withdraw(file: Path, created: list[Path]) -> None:

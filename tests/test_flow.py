@@ -114,7 +114,6 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, json.loads(run("demo", folder, "--json"))
 
 
-@pytest.mark.slow
 def test_the_demo_recovers_what_was_planted(planted: tuple[Path, dict[str, Any]]) -> None:
     folder, result = planted
     truth = pd.read_parquet(folder / "truth.parquet").set_index("sample_id")
@@ -129,7 +128,6 @@ def test_the_demo_recovers_what_was_planted(planted: tuple[Path, dict[str, Any]]
     assert len(kept) >= 500
 
 
-@pytest.mark.slow
 def test_the_demo_leaves_the_files_that_the_readme_names(planted: tuple[Path, dict[str, Any]]) -> None:
     folder = planted[0] / "run"
     names = ["run.json", "scores.parquet", "quarantine.parquet", "mixture.json", "report.html", "report.json"]
@@ -146,7 +144,6 @@ def test_the_demo_leaves_the_files_that_the_readme_names(planted: tuple[Path, di
     assert not [path for path in folder.rglob(".*") if path.is_file()]  # no temporary file was left
 
 
-@pytest.mark.slow
 def test_manifests_open_in_the_tools_people_have(planted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     path = planted[0] / "run" / "manifests" / "balanced.parquet"
     rows = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path))

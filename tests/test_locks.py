@@ -234,3 +234,19 @@ def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="No space"), write_lock(tmp_path / "deep" / "run", command="mmaudit score"):
         pass
     assert not any(tmp_path.iterdir())
+
+
+def test_an_interrupt_while_a_lock_is_released_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    withdraw, calls = locks._withdraw, []
+
+    def interrupted(file: Path, created: list[Path]) -> None:
+        calls.append(file)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        withdraw(file, created)
+
+    monkeypatch.setattr(locks, "_withdraw", interrupted)
+    with pytest.raises(KeyboardInterrupt), write_lock(tmp_path, command="mmaudit score"):
+        assert list((tmp_path / FOLDER).iterdir())
+    assert not list(tmp_path.iterdir())
+    assert len(calls) == 2

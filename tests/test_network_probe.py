@@ -107,6 +107,7 @@ def test_what_is_planted_is_found_in_bfloat16_on_a_gpu(shape: tuple[int, ...], d
     assert accuracy(probe, target) > 0.8
 
 
+@pytest.mark.slow
 def test_bfloat16_finds_it_as_well(fitted: Fitted) -> None:
     rows, target, exact = fitted
     assert accuracy(fit(rows, target, config=replace(THOROUGH, precision="bfloat16")), target) > 0.8

@@ -130,8 +130,10 @@ def shuffle_features(source: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("write", "shuffle", "name"),
-    [(write_clips, shuffle_clips, "clips"), (write_features, shuffle_features, "features.parquet")],
-    ids=["clips", "features"],
+    [
+        pytest.param(write_clips, shuffle_clips, "clips", id="clips", marks=pytest.mark.slow),
+        pytest.param(write_features, shuffle_features, "features.parquet", id="features"),
+    ],
 )
 def test_the_bytes_are_the_same(
     write: Callable[[Path], Path], shuffle: Callable[[Path, Path], Path], name: str, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -62,20 +63,16 @@ def config_of(sampling: str, balancing: str) -> TrainConfig:
     return setting(sampling=sampling, balancing=balancing, epochs=3, dropout=0.0, batch_size=19)
 
 
-@pytest.fixture(scope="module")
-def told() -> dict[int, list[Any]]:
-    """What worlds of one, two and four processes say."""
-    script = SCRIPT.format(tests=str(Path(__file__).parent))
-    return {size: in_processes(script, size=size) for size in (1, 2, 4)}
+@functools.cache
+def trained_by(size: int) -> list[Any]:
+    """Train every pair with so many processes: what each of them saw, its history and its test metrics."""
+    return in_processes(SCRIPT.format(tests=str(Path(__file__).parent)), size=size)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pair", range(len(PAIRS)), ids=lambda number: "-".join(PAIRS[number]))
-def test_any_number_of_processes_sees_the_same_batches_and_learns_the_same(
-    told: dict[int, list[Any]], size: int, pair: int
-) -> None:
-    alone, shared = told[1][0][pair], [each[pair] for each in told[size]]
+def test_any_number_of_processes_sees_the_same_batches_and_learns_the_same(size: int, pair: int) -> None:
+    alone, shared = trained_by(1)[0][pair], [process[pair] for process in trained_by(size)]
     steps = [list(chain(*parts)) for parts in zip(*(rows for rows, _, _ in shared), strict=True)]
     assert steps == alone[0]
     assert any(len(rows) % size for rows in alone[0])  # shares are uneven
@@ -129,7 +126,6 @@ def run_torchrun(folder: Path, *words: str, size: int) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.slow
 def test_the_command_line_is_the_same_under_torchrun(planted: Callable[..., Path], tmp_path: Path) -> None:
     data = planted(num_samples=300)
     for words in (["score", str(data), "--repeats", "1"], ["split", "--subset", "most-balanced:100%", "--name", "all"]):
@@ -154,7 +150,6 @@ def test_the_command_line_is_the_same_under_torchrun(planted: Callable[..., Path
         assert (tensor - theirs[name]).abs().max() < 1e-4
 
 
-@pytest.mark.slow
 def test_an_error_under_torchrun_is_said_and_ends_all_processes(tmp_path: Path) -> None:
     done = run_torchrun(tmp_path, "finetune", "--manifest", "absent", size=2)
     assert done.returncode != 0
