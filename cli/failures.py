@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import pyarrow
-
 from ..audit.errors import GateError, MmauditError, file_of, printable
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -33,6 +31,8 @@ def remembered() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    import pyarrow  # not before: help needs none
+
     pyarrow.enable_signal_handlers(False)  # Arrow's own may raise SIGINT where it was SIGTERM: one of 40 ended with 130
     _seen.clear()
     before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.samples import read_samples
 from ..audit.downloads import ingest as ingest_download
-from ..audit.errors import ConfigError, Quarantined, RunError, quarantine_table
+from ..audit.errors import ConfigError, RunError
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.features.encoded_samples import sort_out, take_stock
 from ..audit.leakage import Material, find_leakage, group_columns
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.parquet import write_parquet
+from ..audit.quarantine import Quarantined, quarantine_table
 from ..audit.scores.score_dataset import Audit, Networks, audit_dataset
 from ..audit.scores.table import write_scores
 from ..audit.storage import write_json

@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 
 from ..audit.dataset.cells import load_cell
 from ..audit.dataset.modalities import Modality
-from ..audit.errors import ConfigError, ManifestError, UnusableError
+from ..audit.errors import ConfigError, ManifestError
 from ..audit.hashing import digest
 from ..audit.media.files import Medium, stream_of
+from ..audit.quarantine import UnusableError
 from .manifest import batches_of
 from .score_files import NO_SPLIT
 

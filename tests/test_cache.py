@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.errors import DatasetError, Reason, UnusableError
+from mmaudit.audit.errors import DatasetError
 from mmaudit.audit.features.cache import (
     Found,
     Known,
@@ -23,6 +23,7 @@ from mmaudit.audit.features.cache import (
     write_arrow,
 )
 from mmaudit.audit.hashing import digest
+from mmaudit.audit.quarantine import Reason, UnusableError
 
 
 def contents(count: int) -> list[bytes]:

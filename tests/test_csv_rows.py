@@ -33,7 +33,7 @@ def test_a_line_that_is_none_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_a_row_longer_than_a_block_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(csv_rows, "BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(csv_rows, "CSV_BLOCK_BYTES", 1 << 16)
     (tmp_path / "a.csv").write_bytes(b"a,b\n1,2\n3," + b"x" * (1 << 18) + b"\n5,6\n")
     with pytest.raises(DatasetError, match="line 3 has more than 0 MiB"):
         read_csv_rows(tmp_path / "a.csv")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
-from mmaudit.audit.errors import DatasetError, Reason
+from mmaudit.audit.errors import DatasetError
 from mmaudit.audit.features import encode as features
 from mmaudit.audit.features import encoders as encode
 from mmaudit.audit.features.cache import read_arrow, write_arrow
@@ -24,6 +24,7 @@ from mmaudit.audit.features.descriptors import text_counts
 from mmaudit.audit.features.encode import EncodeTask, encode_dataset, encode_shard, read_status
 from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.quarantine import Reason
 from mmaudit.audit.workers import silent
 
 MEDIA = MediaConfig(image_size=16)

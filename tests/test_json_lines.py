@@ -82,7 +82,7 @@ def test_a_number_of_5000_digits_is_infinite(tmp_path: Path) -> None:
 
 
 def test_a_line_longer_than_a_block_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_lines, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(json_lines, "JSON_BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr(json_lines, "_CHECKED_BYTES", 1 << 18)
     (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"id": "' + b"x" * (3 << 20) + b'"}\n')
     with pytest.raises(DatasetError, match="line 2 has more than 1 MiB"):

@@ -19,10 +19,11 @@ from PIL import Image
 from runs import run_record
 from scipy.stats import kstest
 
-from mmaudit.audit.errors import Quarantined, Reason, RunError, quarantine_table
+from mmaudit.audit.errors import RunError
 from mmaudit.audit.metrics import cross_entropy, discrepancy
 from mmaudit.audit.parquet import write_parquet
 from mmaudit.audit.probes.probe_set import Calibration
+from mmaudit.audit.quarantine import Quarantined, Reason, quarantine_table
 from mmaudit.audit.scores.class_check import fit_by_class
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.scores.probe_report import Control, Gain, Ledger, Standing

@@ -97,5 +97,5 @@ def test_a_setting_that_is_none_is_named(setting: str, reason: str) -> None:
 
 
 def test_a_folder_is_no_config(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such config file"):
+    with pytest.raises(ConfigError, match="it is a folder, not a regular file"):
         load_config(tmp_path)

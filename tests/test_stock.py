@@ -18,10 +18,11 @@ from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.labels import NO_LABEL, UNKNOWN_LABEL
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import Samples, read_samples
-from mmaudit.audit.errors import Quarantined, Reason, ScoreError
+from mmaudit.audit.errors import ScoreError
 from mmaudit.audit.features.encode import Status, encode_dataset
 from mmaudit.audit.features.encoded_samples import Stock, left_empty, sort_out, take_stock
 from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.quarantine import Quarantined, Reason
 from mmaudit.audit.workers import silent
 
 BROKEN = "!"  # a cell that is there and cannot be read; None is a null

@@ -8,8 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import DatasetError, Reason, UnusableError
+from ..errors import DatasetError
 from ..media.files import MAX_IN_MEMORY, MediaFile, Medium
+from ..quarantine import Reason, UnusableError
 from ..storage import open_regular
 from .modalities import Modality, kind_of_path
 

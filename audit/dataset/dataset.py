@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import ConfigError, DatasetError, UnusableError, choices
+from ..errors import ConfigError, DatasetError, choices
 from ..media.decode import has_sound
+from ..quarantine import UnusableError
 from .cells import holds_pictures, load_cell
 from .columns import Columns, find_columns
 from .formats.readers import plan_source

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..errors import DatasetError, Reason, UnusableError
+from ..errors import DatasetError
+from ..quarantine import Reason, UnusableError
 from ..storage import atomic_write
 from .encoders import Encoded, Vector
 

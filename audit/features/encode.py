@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from ..dataset.dataset import Dataset
 from ..dataset.formats.tables import Shard
 from ..dataset.modalities import Modality
-from ..errors import DatasetError, Reason, UnusableError, reading
+from ..errors import DatasetError, reading
 from ..hashing import digest
 from ..media.files import MediaConfig, MediaFile, Medium
+from ..quarantine import Reason, UnusableError
 from ..threads import fixed_threads
 from ..workers import Progress, ahead, run_tasks
 from .cache import (

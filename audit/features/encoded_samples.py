@@ -14,8 +14,9 @@ from ..dataset.dataset import Dataset
 from ..dataset.labels import MAX_NUMBER
 from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
-from ..errors import Quarantined, Reason, ScoreError, UnusableError
+from ..errors import ScoreError
 from ..hashing import digest
+from ..quarantine import Quarantined, Reason, UnusableError
 from ..workers import ahead
 from .encode import EncodeTask, Status, load_cell_content, read_status
 from .encoders import encode_vectors

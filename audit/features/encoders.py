@@ -17,11 +17,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..dataset.modalities import Modality
-from ..errors import ConfigError, Reason, UnusableError, choices
+from ..errors import ConfigError, choices
 from ..hashing import digest
 from ..media.audio import network_spectrogram, network_steps
 from ..media.decode import Folders, decode_audio, decode_folders, decode_frames, decode_image
 from ..media.files import MediaConfig, Medium
+from ..quarantine import Reason, UnusableError
 from .descriptors import image_statistics, sound_statistics, text_counts, video_statistics
 from .functions import call_function, function_file, function_version, load_function
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers

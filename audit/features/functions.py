@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError, Reason, UnusableError, choices
+from ..errors import ConfigError, choices
 from ..hashing import digest
 from ..media.files import MediaConfig
+from ..quarantine import Reason, UnusableError
 
 Function = Callable[[Any, MediaConfig], Any]
 

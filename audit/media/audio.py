@@ -14,7 +14,7 @@ import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
 
-from ..errors import Reason, UnusableError
+from ..quarantine import Reason, UnusableError
 from .container import counted, decoded, open_container, track
 from .files import MediaConfig, Medium
 from .truncation import MAX_PARTS, MIN_HELD, STREAMED_SIZE

@@ -8,7 +8,7 @@ from typing import Any
 
 import av
 
-from ..errors import Reason, UnusableError
+from ..quarantine import Reason, UnusableError
 from .files import MAX_FRAME_PIXELS, MediaConfig, Medium, stream_of
 from .truncation import MP4_BOXES, shortfall
 

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import Reason, UnusableError
+from ..quarantine import Reason, UnusableError
 from .audio import SILENT_PEAK, clipped_share, native_wave, resampled
 from .container import open_container, reading
 from .files import MediaConfig, Medium

@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
-from ..errors import ConfigError, Reason, UnusableError
+from ..errors import ConfigError
+from ..quarantine import Reason, UnusableError
 from ..storage import open_regular
 
 MAX_FRAME_PIXELS = 2_147_483_647  # FFmpeg counts in 32 bits

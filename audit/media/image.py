@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ..errors import Reason, UnusableError
+from ..quarantine import Reason, UnusableError
 from .files import MediaConfig, Medium, stream_of
 
 CONSTANT_SPREAD = 2  # levels of 255 between darkest and brightest: what a lossy codec makes of one colour

@@ -10,7 +10,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import Reason, UnusableError
+from ..quarantine import Reason, UnusableError
 from .container import counted, decoded, open_container, track
 from .files import MediaConfig, Medium
 from .truncation import MIN_HELD

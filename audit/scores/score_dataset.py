@@ -16,7 +16,7 @@ from .. import metrics as measures
 from ..dataset.labels import Target
 from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
-from ..errors import Quarantined, Reason, ScoreError
+from ..errors import ScoreError
 from ..features.encode import EncodeTask
 from ..features.encoded_samples import Stock, in_order, sort_out
 from ..features.encoders import input_shape, is_network
@@ -27,6 +27,7 @@ from ..probes.config import NetworkConfig, ProbeConfig
 from ..probes.cross_fit import Crossing, assign_folds, in_one_fold
 from ..probes.network_probe import fit_network
 from ..probes.probe_set import Member, Panel, Probe, fit_probe, fit_together, seat_joint, seat_member
+from ..quarantine import Quarantined, Reason
 from ..threads import fixed_threads, parallel_map
 from ..workers import Progress
 from .class_check import ClassCheck, fit_by_class

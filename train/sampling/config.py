@@ -12,7 +12,7 @@ SAMPLERS = {
     "uniform": "ordered:Uniform",
     "bss-h": "ordered:BssH",
     "anti-curriculum": "ordered:AntiCurriculum",
-    "bss-l": "bss:BssL",
+    "bss-l": "bss_l:BssL",
     "dus-h": "dus:DusH",
     "dus-rl": "dus:DusRl",
     "smv": "smv:Smv",
