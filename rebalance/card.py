@@ -266,7 +266,7 @@ def _caveats(between: str, provenance: dict[str, Any]) -> list[str]:
 
 
 def _loading(name: str) -> list[str]:
-    written = json.dumps(name, ensure_ascii=False)
+    written = json.dumps(name, ensure_ascii=not name.isprintable())
     return [
         "### How to load it",
         "",
@@ -303,7 +303,7 @@ def _citation() -> list[str]:
 
 
 def _quoted(name: str) -> str:
-    return shlex.quote(" ".join(name.split()))
+    return shlex.quote(_one_line(name))
 
 
 def _number(value: float) -> str:

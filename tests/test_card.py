@@ -197,6 +197,15 @@ def test_what_it_says_about_loading_works(tmp_path: Path, monkeypatch: pytest.Mo
     assert "mmaudit replay 'my set.parquet' " in card(path, balance=numbers, file_name="my set.parquet")
 
 
+@pytest.mark.parametrize("name", ["\x85|", "a\x1b[31m.parquet", "a\u2028b.parquet"])
+def test_a_file_name_of_several_lines_stays_on_one(tmp_path: Path, name: str) -> None:
+    path, numbers = make(tmp_path)
+    text = card(path, balance=numbers, file_name=name)
+    assert not set(text) & {"\x85", "\x1b", "\u2028"}
+    loads = next(line for line in text.split("\n") if line.startswith("frame = "))
+    assert json.loads(loads.removeprefix("frame = pd.read_parquet(").removesuffix(")")) == name
+
+
 def test_a_card_begins_with_its_section_and_has_no_front_matter(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     lines = card(path, balance=numbers).splitlines()

@@ -348,7 +348,7 @@ def test_damaged_files_are_named(run: Path) -> None:
     for words in (["evaluate", "plain"], ["report"], [*TUNE, "--name", "plain"]):
         result = mmaudit(*words, "--run", run)
         assert result.exit_code == 2
-        assert "metrics.json is damaged, it has no manifest" in said(result)
+        assert "metrics.json cannot be read: the document lacks manifest" in said(result)
 
 
 def test_a_state_of_somebody_else_is_not_gone_on_from(run: Path) -> None:
