@@ -34,7 +34,7 @@ def write_parquet(table: pa.Table, path: Path, *, provenance: dict[str, Any]) ->
     text = json.dumps(provenance, sort_keys=True)
     stored = table.replace_schema_metadata({KEY: text.encode()})
     with atomic_write(path) as temporary:
-        pq.write_table(stored, temporary, compression="zstd", write_page_checksum=True)
+        pq.write_table(stored, temporary.absolute(), compression="zstd", write_page_checksum=True)
 
 
 def read_parquet(
@@ -108,7 +108,7 @@ def open_parquet(
         check_regular(path)
         _check_size(Path(path))
         with pq.ParquetFile(
-            path,
+            Path(path).absolute(),  # Arrow takes a relative one such as hf:/a for a remote file system's
             pre_buffer=False,
             buffer_size=buffer_bytes,
             read_dictionary=list(dictionary),

@@ -78,7 +78,7 @@ class _Sink:
         self._schema = pa.schema(fields)
         self._provenance = provenance
         self._writer = pq.ParquetWriter(
-            path,
+            path.absolute(),  # Arrow takes a relative one such as hf:/a for a remote file system's
             self._schema,
             compression="lz4" if "reason" in schema.names else "zstd",  # dropped rows: a third quicker, a fifth larger
             use_dictionary=[*coded, "label", "bin", "weight", "threshold"],

@@ -147,3 +147,10 @@ def test_a_footer_that_would_fill_the_memory_is_not_parsed(tmp_path: Path, monke
     monkeypatch.setattr("mmaudit.audit.parquet._MAX_FOOTER", 1 << 20)
     with pytest.raises(ScoreError, match=r"t\.parquet cannot be read as Parquet: its footer has \d MiB"):
         read_parquet(path, error=ScoreError)
+
+
+def test_a_relative_path_that_looks_like_an_address_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("hf:/owner/a.parquet")
+    write_parquet(pa.table({"a": [1, 2]}), path, provenance={})
+    assert read_parquet(path, error=ScoreError)[0]["a"].to_pylist() == [1, 2]

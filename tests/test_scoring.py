@@ -285,6 +285,19 @@ def test_a_sample_alone_is_refused(planted: Planted, tmp_path: Path) -> None:
         audit(planted(num_samples=1, num_classes=1), tmp_path / "cache")
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_modality_of_a_sample_alone_is_refused(planted: Planted, tmp_path: Path, grouped: bool) -> None:
+    columns = rows_of(planted(modalities=("audio", "visual", "touch")))
+    columns["split"] = ["train"] * 90
+    if grouped:
+        columns["group"] = [f"g{row // 9}" for row in range(90)]
+    columns["touch"][(9 if grouped else 1) :] = [None] * (81 if grouped else 89)
+    data = rewrite(tmp_path / "one.parquet", columns)
+    what = "groups of samples" if grouped else "samples"
+    with pytest.raises(ScoreError, match=f"too few usable {what} of modality touch: 1 that probes may learn from"):
+        audit(data, tmp_path / "cache", config=DataConfig(group="group") if grouped else None)
+
+
 def test_nothing_usable_in_both_is_refused(planted: Planted, tmp_path: Path) -> None:
     columns = rows_of(planted())
     for row in range(90):

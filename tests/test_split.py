@@ -293,3 +293,12 @@ def fail(patch: pytest.MonkeyPatch, when: str) -> type[BaseException]:
 
     patch.setattr(split, "_columns", columns)
     return error
+
+
+def test_a_relative_path_that_looks_like_an_address_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("hf:/owner/even.parquet")
+    path.parent.mkdir(parents=True)
+    pq.write_table(table(40), "scores.parquet")
+    split_to(path, Path("scores.parquet"))
+    assert read_manifest(path).table.num_rows > 0

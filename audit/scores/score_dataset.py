@@ -123,6 +123,7 @@ def audit_dataset(
     rows, crossings, rare = plan_rounds(stock.samples, rows, probe, seed=seed)
     target, classes = _target(stock.samples, rows)
     inputs = [FeatureMatrix.of(tasks, status, rows) for status in stock.statuses]
+    _check_modalities(stock, inputs, crossings[0], rows)
     total = _num_fits([status.modality for status in stock.statuses], probe)
     fit = _Fits(probe, networks, seed=seed, device=device, progress=progress, total=total)
     panel = _seat(inputs, target, crossings, fit=fit)
@@ -149,6 +150,21 @@ def audit_dataset(
         quarantined=in_order(left_out + rare, stock.samples.sample_id),
         fingerprint=stock.fingerprint,
     )
+
+
+def _check_modalities(
+    stock: Stock, inputs: Sequence[FeatureMatrix], crossing: Crossing, rows: NDArray[np.intp]
+) -> None:
+    """Raise ScoreError for a modality that samples of one group alone have: no probe of it could be tested."""
+    unit = stock.samples.sample_id if stock.samples.group is None else stock.samples.group
+    for matrix in inputs:
+        units = set(unit[rows[crossing.fits & matrix.present]].tolist())
+        if len(units) < 2:
+            kind = "samples" if stock.samples.group is None else "groups of samples"
+            raise ScoreError(
+                f"too few usable {kind} of modality {matrix.status.modality.name}: {len(units)} that probes may learn "
+                "from, 2 needed; name the modalities to score with --modality"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
