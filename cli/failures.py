@@ -33,7 +33,7 @@ def remembered() -> Iterator[None]:
         return
     import pyarrow  # not before: help needs none
 
-    pyarrow.enable_signal_handlers(False)  # Arrow's own may raise SIGINT where it was SIGTERM: one of 40 ended with 130
+    pyarrow.enable_signal_handlers(False)  # Arrow's own may raise SIGINT where it was SIGTERM: 9 of 180 ended with 130
     _seen.clear()
     before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
     try:
