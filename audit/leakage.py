@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
+from .dataset.columns import SPLITS
 from .dataset.modalities import kind_of_path
 from .dataset.samples import Samples
 from .errors import ConfigError
@@ -180,7 +181,7 @@ def group_columns(names: Sequence[str]) -> list[str]:
 
 def _pair_splits(samples: Samples) -> tuple[list[_Pair], Said]:
     order = np.array(sorted(range(len(samples)), key=samples.sample_id.__getitem__), dtype=np.intp)
-    rows = {name: order[samples.split[order] == name] for name in ("train", "validation", "test")}
+    rows = {name: order[samples.split[order] == name] for name in SPLITS}
     pairs = [
         _Pair(between=between, known=rows[between[0]], held=rows[between[1]], sample_id=samples.sample_id)
         for between in _PAIRS

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from ..audit.errors import ScoreError
 from ..audit.parquet import read_footer
+from ..audit.scores.table import check_splits
 from .score_files import (
     LEAST,
     NO_SPLIT,
@@ -49,6 +50,7 @@ def survey_of(parts: Sequence[Part], columns: Sequence[str]) -> Survey:
     for label, name in sorted({pair for pairs, _, _ in looked for pair in pairs}, key=str):
         called.setdefault(label, set()).add(name)
     splits = {each for _, found, _ in looked for each in found}
+    check_splits(splits)
     numbers = {name for name in LEAST if name in columns}
     classes = _sorted(called)
     _check_names(called)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ConfigError, ScoreError
-from mmaudit.audit.scores.table import ScoreTable
+from mmaudit.audit.scores.table import ScoreTable, read_scores
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.binning import bin_of
 from mmaudit.rebalance.resplit import NAMES, Cells, group_keys, parse_shares, resplit
@@ -268,7 +270,21 @@ def test_wrong_shares_are_refused(text: str) -> None:
         parse_shares(text)
 
 
-def test_the_splits_that_are_given_up_may_be_called_anything() -> None:
-    usual = table(60)
-    other = table(60, split=np.array(["holdout" if number % 3 else None for number in range(60)], dtype=object))
-    assert (split_again(other, "80/8/12") == split_again(usual, "80/8/12")).all()
+def test_rows_without_a_split_are_dealt_out_as_others_are() -> None:
+    some = table(60, split=np.array(["train" if number % 3 else None for number in range(60)], dtype=object))
+    assert (split_again(some, "80/8/12") == split_again(table(60), "80/8/12")).all()
+
+
+@pytest.mark.parametrize("names", [["holdout"] * 60, ["train", "holdout"] * 30, [1, 2] * 30])
+def test_a_split_by_another_name_is_refused_at_every_door(tmp_path: Path, names: list[Any]) -> None:
+    shown = ", ".join(repr(str(one)) for one in dict.fromkeys(names) if one != "train")
+    line = f"column split holds {shown}: a split is train, validation or test"
+    path = tmp_path / "scores.parquet"
+    whole = table(60).to_arrow()
+    place = whole.column_names.index("split")
+    pq.write_table(whole.set_column(place, "split", pa.array(names)), path)
+    for read in (read_scores, partial(open_scores, seed=0)):
+        with pytest.raises(ScoreError, match=line):
+            read(path)
+    with pytest.raises(ScoreError, match=line):
+        open_scores(table(60, split=np.array([str(name) for name in names], dtype=object)), seed=0)

@@ -147,8 +147,6 @@ def test_labels_and_ids_may_come_as_anybody_writes_them(tmp_path: Path, dress: s
         (pa.nulls(N), {"all"}),
         (pa.nulls(N, pa.string()), {"all"}),
         (pa.array(["train", None] * (N // 2)), {"all", "train"}),
-        (pa.array(["all", None] * (N // 2)), {"all"}),
-        (pa.array([1, 2] * (N // 2)), {"1", "2"}),
     ],
 )
 def test_who_has_no_split_is_in_the_split_all(tmp_path: Path, split: Any, splits: set[str]) -> None:

@@ -176,7 +176,6 @@ ODD: dict[str, dict[str, Any]] = {
         "sample_id": pa.array(range(60)),
         "label": [one % 3 for one in range(60)],
         "label_name": [one % 3 for one in range(60)],
-        "split": [one % 2 for one in range(60)],
         "group": [one % 7 for one in range(60)],
         "content": list(range(60)),
     },
@@ -201,12 +200,14 @@ ODD: dict[str, dict[str, Any]] = {
     "codes": {"label": [one % 4 for one in range(60)]}
     | {
         name: pa.array([f"v{one % 4 if name != 'sample_id' else one}" for one in range(60)]).dictionary_encode()
-        for name in ("sample_id", "label_name", "split", "group", "content", "wav")
-    },
+        for name in ("sample_id", "label_name", "group", "content", "wav")
+    }
+    | {"split": pa.array(["train", "test"] * 30).dictionary_encode()},
     "large": {
         name: pa.array([f"v{one}" for one in range(60)], pa.large_string())
-        for name in ("sample_id", "split", "group", "content", "wav")
-    },
+        for name in ("sample_id", "group", "content", "wav")
+    }
+    | {"split": pa.array(["train", "test"] * 30, pa.large_string())},
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..audit.dataset.columns import SPLITS
 from ..audit.dataset.samples import Samples, cut
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.features.encode import EncodeTask, Status
@@ -259,7 +260,7 @@ def with_validation(
 ) -> NDArray[np.object_]:
     """Give the split of each row (n,), with a validation split cut from the training rows where there is none."""
     split = np.array(table["split"].to_pylist(), dtype=object)
-    unknown = {str(name) for name in split} - {"train", "validation", "test"}
+    unknown = {str(name) for name in split} - set(SPLITS)
     if unknown:
         raise ManifestError(f"column split of the manifest holds {sorted(unknown)[0]!r}: train, validation or test")
     if "validation" in split:

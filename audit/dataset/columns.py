@@ -61,6 +61,7 @@ def _find_column(names: Sequence[str], role: str, named: str | None) -> str | No
 
 
 SPLIT = "split"  # the column that names of files, folders and parts become
+SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..dataset.columns import SPLITS
 from ..dataset.modalities import RESERVED
 from ..errors import ConfigError, ScoreError, choices
 from ..metrics import Floats, discrepancy, dominant, gap
@@ -45,6 +46,16 @@ def check_score_schema(schema: pa.Schema, *, where: str, paths: tuple[str, ...] 
         dated = name == "label" and pa.types.is_temporal(type_)
         if dated or not _is_text_or_number(type_):
             raise ScoreError(f"{where}: column {name} holds {type_}; it takes one text or number a row")
+
+
+def check_splits(names: Iterable[object]) -> None:
+    """Raise ScoreError for a split that is neither train, validation nor test; null is a row without one."""
+    unknown = sorted({str(name) for name in names if name is not None} - set(SPLITS))
+    if unknown:
+        raise ScoreError(
+            f"column split holds {', '.join(map(repr, unknown[:3]))}: a split is train, validation or test; "
+            "rename them, or leave the column out"
+        )
 
 
 def _is_text_or_number(type_: pa.DataType) -> bool:
@@ -299,7 +310,7 @@ def read_scores(path: str | Path) -> ScoreTable:
         label_name=label_name,
         modalities=modalities,
         confidence=_required(_stack(table, [f"confidence_{name}" for name in modalities], np.float32)),
-        split=_strings(table, "split"),
+        split=_splits(table),
         group=_strings(table, "group"),
         fold=_numbers(table, "fold", np.int16),
         prediction=_predictions(table, modalities),
@@ -355,6 +366,12 @@ def _strings(table: pa.Table, name: str) -> NDArray[np.object_] | None:
     if name not in table.column_names or table[name].null_count == len(table):
         return None
     return np.array([None if value is None else str(value) for value in table[name].to_pylist()], dtype=object)
+
+
+def _splits(table: pa.Table) -> NDArray[np.object_] | None:
+    split = _strings(table, "split")
+    check_splits(() if split is None else set(split))
+    return split
 
 
 def _numbers(table: pa.Table, name: str, dtype: type[np.generic]) -> NDArray[Any] | None:
