@@ -24,7 +24,7 @@ from .features.matrix import FeatureMatrix, Inputs, Rows
 from .hashing import hash_rank
 from .near_duplicates import LEAST_FEATURES, Links, near_links
 from .threads import fixed_threads
-from .workers import Progress, silent
+from .workers import Progress, no_progress
 
 GROUP_NAMES = (
     *("actor", "speaker", "subject", "participant", "person", "identity", "user", "patient", "session", "recording"),
@@ -65,7 +65,7 @@ class LeakageConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Material:
+class ModalityContent:
     """One modality of n samples: content (n,) are digests, None where it is missing; `inputs` their features.
 
     `recurs`: equal contents come about by themselves, as short texts do, and are then noted, not found.
@@ -77,7 +77,7 @@ class Material:
     recurs: bool = False
 
     @classmethod
-    def of(cls, status: Status, tasks: Sequence[EncodeTask]) -> Material:
+    def of(cls, status: Status, tasks: Sequence[EncodeTask]) -> ModalityContent:
         """Open one modality of all samples of an encoded dataset."""
         modality = status.modality
         return cls(
@@ -124,7 +124,7 @@ class Leakage:
         return {"leaks": self.leaks, "findings": [asdict(each) for each in self.findings], "notes": list(self.notes)}
 
 
-Said = list[Finding | str]  # findings, and notes
+Messages = list[Finding | str]  # findings, and notes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,33 +140,33 @@ class _Pair:
 @fixed_threads()
 def find_leakage(
     samples: Samples,
-    materials: Sequence[Material],
+    modality_contents: Sequence[ModalityContent],
     *,
     groups: Mapping[str, NDArray[np.object_]] | None = None,
     config: LeakageConfig | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Leakage:
     """Compare train, validation and test by ids, contents, features, and `groups`: by column, (n,), None where unknown.
 
     `samples.group` is looked at as well. Row order changes nothing.
     """
     config = config or LeakageConfig()
-    pairs, said = _pair_splits(samples)
+    pairs, messages = _pair_splits(samples)
     columns, unfit = _group_columns(samples, groups or {})
-    joint = _joint(materials)
+    joint = _joint(modality_contents)
     for index, pair in enumerate(pairs):
-        said += _shared_ids(pair)
-        said += _same_samples(pair, materials, joint)
-        for number, material in enumerate(materials):
-            said += _same_contents(pair, material, joint, most_partners=config.most_partners)
-            said += _near_duplicates(pair, material, config=config, seed=seed)
-            progress("leakage", index * len(materials) + number + 1, len(pairs) * len(materials))
-        said += [found for name, column in columns.items() if (found := _shared_groups(pair, name, column))]
-    said += unfit if pairs else []
+        messages += _shared_ids(pair)
+        messages += _same_samples(pair, modality_contents, joint)
+        for number, modality_content in enumerate(modality_contents):
+            messages += _same_contents(pair, modality_content, joint, most_partners=config.most_partners)
+            messages += _near_duplicates(pair, modality_content, config=config, seed=seed)
+            progress("leakage", index * len(modality_contents) + number + 1, len(pairs) * len(modality_contents))
+        messages += [found for name, column in columns.items() if (found := _shared_groups(pair, name, column))]
+    messages += unfit if pairs else []
     return Leakage(
-        findings=tuple(each for each in said if isinstance(each, Finding)),
-        notes=tuple(each for each in said if isinstance(each, str)),
+        findings=tuple(each for each in messages if isinstance(each, Finding)),
+        notes=tuple(each for each in messages if isinstance(each, str)),
     )
 
 
@@ -179,7 +179,7 @@ def group_columns(names: Sequence[str]) -> list[str]:
     return [name for name in names if {folded[name], folded[name].removesuffix("_id")} & set(GROUP_NAMES)]
 
 
-def _pair_splits(samples: Samples) -> tuple[list[_Pair], Said]:
+def _pair_splits(samples: Samples) -> tuple[list[_Pair], Messages]:
     order = np.array(sorted(range(len(samples)), key=samples.sample_id.__getitem__), dtype=np.intp)
     rows = {name: order[samples.split[order] == name] for name in SPLITS}
     pairs = [
@@ -191,7 +191,7 @@ def _pair_splits(samples: Samples) -> tuple[list[_Pair], Said]:
     return pairs, [f"no {name} split: {left}" for name in ("train", "test") if not len(rows[name])]
 
 
-def _finding(pair: _Pair, what: str, name: str, links: Links, *, of: int, words: str) -> Said:
+def _finding(pair: _Pair, what: str, name: str, links: Links, *, of: int, words: str) -> Messages:
     """Put links into words; nothing without a link."""
     if not links:
         return []
@@ -211,7 +211,7 @@ def _finding(pair: _Pair, what: str, name: str, links: Links, *, of: int, words:
     ]
 
 
-def _shared_ids(pair: _Pair) -> Said:
+def _shared_ids(pair: _Pair) -> Messages:
     """Find ids that are one but for case, extension or folders in front. What differs in folders is noted only."""
     whole: dict[str, int] = {}
     ends: dict[str, int] = {}
@@ -231,9 +231,9 @@ def _shared_ids(pair: _Pair) -> Said:
         elif endings[-1] in ends:
             elsewhere[row] = ends[endings[-1]]
     words = f"{pair.between[1]} ids also in {pair.between[0]} but for case, extension or folder"
-    said = _finding(pair, "ids", "sample", links, of=len(pair.held), words=words)
+    messages = _finding(pair, "ids", "sample", links, of=len(pair.held), words=words)
     words = f"{pair.between[1]} ids name a file as {pair.between[0]} does, in another folder; not taken for the same"
-    return said + _as_notes(_finding(pair, "ids", "sample", elsewhere, of=len(pair.held), words=words))
+    return messages + _as_notes(_finding(pair, "ids", "sample", elsewhere, of=len(pair.held), words=words))
 
 
 def _endings(name: str) -> list[str]:
@@ -245,40 +245,42 @@ def _endings(name: str) -> list[str]:
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def _as_notes(said: Said) -> Said:
-    return [each.message if isinstance(each, Finding) else each for each in said]
+def _as_notes(messages: Messages) -> Messages:
+    return [each.message if isinstance(each, Finding) else each for each in messages]
 
 
-def _recurring(said: Said) -> Said:
-    return [f"{note}; no leak by itself: such contents recur" for note in _as_notes(said)]
+def _recurring(messages: Messages) -> Messages:
+    return [f"{note}; no leak by itself: such contents recur" for note in _as_notes(messages)]
 
 
 def _known(values: NDArray[np.object_]) -> NDArray[np.bool_]:
     return np.array([value is not None for value in values.tolist()], dtype=bool)
 
 
-def _joint(materials: Sequence[Material]) -> NDArray[np.object_]:
+def _joint(modality_contents: Sequence[ModalityContent]) -> NDArray[np.object_]:
     """Give one key for each sample (n,) over all its contents, a missing one among them."""
-    parts = zip(*(material.content.tolist() for material in materials), strict=True)
+    parts = zip(*(modality_content.content.tolist() for modality_content in modality_contents), strict=True)
     return np.array(["\0".join(part or "" for part in row) for row in parts], dtype=object)
 
 
-def _same_samples(pair: _Pair, materials: Sequence[Material], joint: NDArray[np.object_]) -> Said:
+def _same_samples(pair: _Pair, modality_contents: Sequence[ModalityContent], joint: NDArray[np.object_]) -> Messages:
     """Find samples that are equal in every modality."""
-    if len(materials) < 2:
+    if len(modality_contents) < 2:
         return []  # the modality's own contents say the same
-    complete = np.logical_and.reduce([_known(material.content) for material in materials])
+    complete = np.logical_and.reduce([_known(modality_content.content) for modality_content in modality_contents])
     first = {joint[row]: row for row in reversed(pair.known.tolist()) if complete[row]}
     held = [row for row in pair.held.tolist() if complete[row]]
     links = {row: first[joint[row]] for row in held if joint[row] in first}
     words = f"{pair.between[1]} samples also in {pair.between[0]}, equal in every modality"
-    said = _finding(pair, "content", "sample", links, of=len(held), words=words)
-    return _recurring(said) if all(material.recurs for material in materials) else said
+    messages = _finding(pair, "content", "sample", links, of=len(held), words=words)
+    return _recurring(messages) if all(modality_content.recurs for modality_content in modality_contents) else messages
 
 
-def _same_contents(pair: _Pair, material: Material, joint: NDArray[np.object_], *, most_partners: int) -> Said:
+def _same_contents(
+    pair: _Pair, modality_content: ModalityContent, joint: NDArray[np.object_], *, most_partners: int
+) -> Messages:
     """Find contents of one modality on both sides; one beside many different partners is a placeholder, and a note."""
-    content = material.content
+    content = modality_content.content
     first = {content[row]: row for row in reversed(pair.known.tolist()) if content[row] is not None}
     partners: dict[str, set[str]] = {}
     for row in pair.known.tolist():
@@ -286,15 +288,15 @@ def _same_contents(pair: _Pair, material: Material, joint: NDArray[np.object_], 
     held = [row for row in pair.held.tolist() if content[row] is not None]
     shared = [row for row in held if content[row] in first]
     links = {row: first[content[row]] for row in shared if len(partners[content[row]]) <= most_partners}
-    words = f"{pair.between[1]} samples with the same {material.modality} as a {pair.between[0]} sample"
-    said = _finding(pair, "content", material.modality, links, of=len(held), words=words)
-    said = _recurring(said) if material.recurs else said
+    words = f"{pair.between[1]} samples with the same {modality_content.modality} as a {pair.between[0]} sample"
+    messages = _finding(pair, "content", modality_content.modality, links, of=len(held), words=words)
+    messages = _recurring(messages) if modality_content.recurs else messages
     if len(shared) > len(links):
-        said.append(
-            f"{material.modality}: {len(shared) - len(links)} {pair.between[1]} samples hold what stands with more "
-            f"than {most_partners} different partners in {pair.between[0]}: placeholders, not counted"
+        messages.append(
+            f"{modality_content.modality}: {len(shared) - len(links)} {pair.between[1]} samples hold what stands with "
+            f"more than {most_partners} different partners in {pair.between[0]}: placeholders, not counted"
         )
-    return said
+    return messages
 
 
 def _shared_groups(pair: _Pair, name: str, column: NDArray[np.object_]) -> Finding | None:
@@ -327,14 +329,14 @@ def _plural(name: str) -> str:
 
 def _group_columns(
     samples: Samples, groups: Mapping[str, NDArray[np.object_]]
-) -> tuple[dict[str, NDArray[np.object_]], Said]:
+) -> tuple[dict[str, NDArray[np.object_]], Messages]:
     """Give the columns that are groups, once each, and why the others are none."""
     columns = dict(groups)
     if samples.group is not None:  # where the id stands for a null
         columns.setdefault("group", np.where(samples.group == samples.sample_id, np.array(None), samples.group))
     kept: dict[str, NDArray[np.object_]] = {}
     taken: set[bytes] = set()
-    said: Said = []
+    messages: Messages = []
     for name in sorted(columns, key="group".__eq__):  # the vaguest name last
         values = columns[name].tolist()
         column = np.array([None if v is None or v != v else str(v) for v in values], dtype=object)
@@ -343,29 +345,29 @@ def _group_columns(
         distinct, present = len(number.keys() - {None}), int(_known(column).sum())
         if distinct < 2 or distinct == present:
             found = "differs from row to row" if distinct > 1 else f"holds {distinct} values"
-            said.append(f"column {name!r} {found}: no groups")
+            messages.append(f"column {name!r} {found}: no groups")
         elif same not in taken:
             kept[name] = column
         taken.add(same)
-    return kept, said
+    return kept, messages
 
 
-def _near_duplicates(pair: _Pair, material: Material, *, config: LeakageConfig, seed: int) -> Said:
+def _near_duplicates(pair: _Pair, modality_content: ModalityContent, *, config: LeakageConfig, seed: int) -> Messages:
     """Find held-out samples nearer to a known one than chance explains; those of equal content are found already."""
-    if material.inputs is None:
+    if modality_content.inputs is None:
         return []
-    present = _known(material.content)
+    present = _known(modality_content.content)
     every, held = pair.known[present[pair.known]], pair.held[present[pair.held]]
-    held = held[~np.isin(material.content[held].astype(str), material.content[every].astype(str))]
+    held = held[~np.isin(modality_content.content[held].astype(str), modality_content.content[every].astype(str))]
     known = _draw(pair, every, most=config.most_train, seed=seed)
     tested = _draw(pair, held, most=config.most_test, seed=seed)
     if not len(tested):
         return []
-    begin = f"{material.modality}, near duplicates of {pair.between[1]} in {pair.between[0]}"
+    begin = f"{modality_content.modality}, near duplicates of {pair.between[1]} in {pair.between[0]}"
     if len(known) < max(LEAST_ROWS, config.neighbours + 1):
         return [f"{begin}: not tested: {len(known)} samples are too few to tell"]
     links = near_links(
-        material.inputs,
+        modality_content.inputs,
         known,
         tested,
         ratio=config.ratio,
@@ -376,12 +378,12 @@ def _near_duplicates(pair: _Pair, material: Material, *, config: LeakageConfig, 
     if isinstance(links, str):
         return [f"{begin}: not tested: {links}"]
     links = {row: links[row] for row in pair.held.tolist() if row in links}
-    words = f"{pair.between[1]} samples with nearly the same {material.modality} as a {pair.between[0]} sample"
-    said = _finding(pair, "near duplicates", material.modality, links, of=len(tested), words=words)
-    said = _recurring(said) if material.recurs else said
+    words = f"{pair.between[1]} samples with nearly the same {modality_content.modality} as a {pair.between[0]} sample"
+    messages = _finding(pair, "near duplicates", modality_content.modality, links, of=len(tested), words=words)
+    messages = _recurring(messages) if modality_content.recurs else messages
     if len(known) < len(every) or len(tested) < len(held):
-        said.append(f"{begin}: {len(tested)} of {len(held)} were sought among {len(known)} of {len(every)} samples")
-    return said
+        messages.append(f"{begin}: {len(tested)} of {len(held)} were sought among {len(known)} of {len(every)} samples")
+    return messages
 
 
 def _draw(pair: _Pair, rows: Rows, *, most: int, seed: int) -> Rows:

@@ -75,7 +75,7 @@ def overlap(means: Sequence[Floats], deviations: Sequence[Floats]) -> Floats:
     return _mean_over_pairs(found)
 
 
-def fuse(probabilities: Sequence[Floats]) -> Floats:
+def fuse_probabilities(probabilities: Sequence[Floats]) -> Floats:
     """Fuse by the mean of the log probabilities, renormalised, (n, k): mmaudit's stand-in for a fused model."""
     logs = np.stack([np.log(np.maximum(each, LEAST)) for each in probabilities])
     there = ~np.isnan(logs[:, :, :1])  # a missing modality says nothing, of any class

@@ -118,7 +118,7 @@ class Progress(Protocol):
         """Take note that `done` of `total` steps of a stage are done."""
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def no_progress(stage: str, done: int, total: int) -> None:
     """Tell nobody."""
 
 
@@ -162,7 +162,7 @@ def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], *, num_work
         raise
 
 
-def ahead(work: Callable[[Task], Result], tasks: Iterable[Task], *, num_threads: int) -> Iterator[Result]:
+def prefetch_map(work: Callable[[Task], Result], tasks: Iterable[Task], *, num_threads: int) -> Iterator[Result]:
     """Yield work(task) for each task, in order; threads do the next ones meanwhile. 0: nothing is done ahead.
 
     Tasks are taken one by one, never more than four to a thread before they are wanted.

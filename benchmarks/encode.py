@@ -36,7 +36,7 @@ from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.features.encode import EncodeTask, encode_shard
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.video import middles
+from mmaudit.audit.media.video import segment_middles
 from mmaudit.audit.workers import default_workers, run_tasks
 
 BOUND = 1.3  # times decoding alone
@@ -147,7 +147,7 @@ def decode_streams(container: Any, streams: list[Any]) -> list[Any]:
     for stream in streams:
         if stream.type == "video":
             seconds = float(stream.duration * stream.time_base)
-            wanted = set(middles(round(stream.frames * min(1, MEDIA.max_seconds / seconds)), MEDIA.num_frames))
+            wanted = set(segment_middles(round(stream.frames * min(1, MEDIA.max_seconds / seconds)), MEDIA.num_frames))
     arrays, heard = [], 0.0
     for packet in container.demux(*streams):
         if packet.stream.type == "audio" and heard < MEDIA.max_seconds:

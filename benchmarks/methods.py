@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import mmaudit
-from mmaudit.audit.workers import silent
+from mmaudit.audit.workers import no_progress
 from mmaudit.cli.config import RunConfig, load_config
 from mmaudit.cli.training import read_examples
 from mmaudit.train.balancing.config import BALANCERS
@@ -98,7 +98,7 @@ def shuffled(examples: Examples, seed: int) -> Examples:
 def accuracies(examples: Examples, config: TrainConfig, seed: int, between: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         found = finetune_on(
-            examples, Path(folder), config=config, between=between, seed=seed, device="cpu", progress=silent
+            examples, Path(folder), config=config, between=between, seed=seed, device="cpu", progress=no_progress
         )
     branches = found.metrics["test"]["all"]["branches"]
     return {name: each["accuracy"] for name, each in branches.items()}

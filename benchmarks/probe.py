@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import Crossing
+from mmaudit.audit.probes.cross_fit import CrossFit
 from mmaudit.audit.probes.probe_set import fit_probe
 
 NUM_ROWS, NUM_FEATURES, NUM_CLASSES, NUM_FOLDS = 50_000, 512, 30, 5
@@ -84,8 +84,8 @@ def isotropic(num_rows: int) -> tuple[Floats, Label]:
 
 def ours(x: Floats, label: Label, fold: NDArray[np.int16], *, repeats: int = 1) -> Result:
     rng = np.random.default_rng(SEED)
-    crossing = [
-        Crossing(
+    cross_fit = [
+        CrossFit(
             fold=((fold + shift * rng.integers(1, NUM_FOLDS, len(label))) % NUM_FOLDS).astype(np.int16),
             inner=rng.integers(0, NUM_FOLDS, len(label)).astype(np.int16),
             fits=np.ones(len(label), dtype=bool),
@@ -95,7 +95,7 @@ def ours(x: Floats, label: Label, fold: NDArray[np.int16], *, repeats: int = 1) 
     ]
     target = Target(task="classification", label=label, num_outputs=NUM_CLASSES)
     started = time.perf_counter()
-    probe = fit_probe(MatrixInputs(matrix=x), target, crossing, config=ProbeConfig())
+    probe = fit_probe(MatrixInputs(matrix=x), target, cross_fit, config=ProbeConfig())
     logits = probe.logits(np.arange(len(label)))
     probability = softmax(logits, axis=2).mean(axis=0)
     return Result(probability=probability, seconds=time.perf_counter() - started)

@@ -85,11 +85,11 @@ def demo(scratch: Path) -> tuple[str, bool]:
 def measure(case: Case, folder: Path, scratch: Path) -> tuple[str, bool]:
     started = time.monotonic()
     run = ["--run", str(scratch / case.name.replace(" ", "-"))]
-    ledger = mmaudit("score", str(folder / case.data), *case.words, *run)["ledger"]
+    probe_report = mmaudit("score", str(folder / case.data), *case.words, *run)["probe_report"]
     split = mmaudit("split", "--balanced", *run)
     metrics = mmaudit("finetune", "--manifest", "balanced", *run)
     tested, chance = metrics["test"]["all"]["branches"]["fused"], metrics["chance"]["majority"]
-    probes = {found["name"]: found["value"] for found in ledger["standings"]}
+    probes = {found["name"]: found["value"] for found in probe_report["probe_metrics"]}
     holds = (
         all(probes[name] >= bound for name, bound in case.at_least.items())
         and all(probes[name] < bound for name, bound in case.below.items())

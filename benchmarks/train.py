@@ -43,7 +43,7 @@ from mmaudit.train.config import FinetuneConfig, TrainConfig
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import finetune_on
 from mmaudit.train.network import Dropout
-from mmaudit.train.training_data import Course
+from mmaudit.train.training_data import TrainingData
 
 NUM_CLASSES = 30
 ROUNDS = 3
@@ -177,14 +177,14 @@ def ours(examples: Examples, size: Size, sampling: str, balancing: str, device: 
         ends.append(time.perf_counter())
         encoded.append(0)
 
-    batches = Course.batches
+    batches = TrainingData.batches
 
-    def counted(self: Course, steps: Iterable[Step], **options: Any) -> Iterator[Batch]:
+    def counted(self: TrainingData, steps: Iterable[Step], **options: Any) -> Iterator[Batch]:
         for batch in batches(self, steps, **options):
             encoded[-1] += 2 * len(batch.rows) if batch.present is None else int(batch.present.sum())
             yield batch
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Course, "batches", counted):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(TrainingData, "batches", counted):
         found = finetune_on(
             examples,
             Path(folder),

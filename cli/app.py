@@ -176,13 +176,13 @@ def _flush_output() -> None:
 
 def _print_failure(error: BaseException, line: str | None) -> None:
     """Print the line, and with --debug the traceback before it; a closed terminal is no matter."""
-    from .console import say
+    from .console import print_status
 
     with suppress(OSError):
         if _shows_traceback:
             traceback.print_exception(error)
         if line is not None:
-            say(line)
+            print_status(line)
     with suppress(OSError):
         _flush_output()
 

@@ -21,7 +21,7 @@ _EVEN = (0.4, 0.6)  # share of samples with D > 0 in a split that may be called 
 _QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
-def say(line: str) -> None:
+def print_status(line: str) -> None:
     """Print one line on stderr, without control characters."""
     print(printable(line), file=sys.stderr, flush=True)
 
@@ -106,10 +106,10 @@ class _Lines:
         now = time.monotonic()
         if now - self._last >= _QUIET_SECONDS:
             self._last = now
-            say(f"{stage}: {done} of {total}")
+            print_status(f"{stage}: {done} of {total}")
 
 
-def tell_score(record: dict[str, Any]) -> None:
+def print_score(record: dict[str, Any]) -> None:
     """Tell what was scored and how good the probes are."""
     counts = record["counts"]
     strata = "classes" if record["config"]["data"]["task"] == "classification" else "strata"
@@ -122,14 +122,14 @@ def tell_score(record: dict[str, Any]) -> None:
         print_line(f"  quarantined: {number} x {reason}")
     if record["quarantine"]:
         print_line(f"  each with its modality and its reason in {Path(record['report']).parent / 'quarantine.parquet'}")
-    ledger = record["ledger"]
-    for found in ledger["standings"]:
-        name, metric = found["name"], ledger["metric"]
+    probe_report = record["probe_report"]
+    for found in probe_report["probe_metrics"]:
+        name, metric = found["name"], probe_report["metric"]
         print_line(
             f"  {name:>10}  {found['value']:.3f}  {metric} out of fold, 95% [{found['low']:.3f}, {found['high']:.3f}]"
         )
-    print_line(f"  {'chance':>10}  {ledger['chance']:.3f}")
-    for found in ledger["controls"]:
+    print_line(f"  {'chance':>10}  {probe_report['chance']:.3f}")
+    for found in probe_report["controls"]:
         if found["leaks"]:
             print_line(
                 f"  warning: a probe of {found['name']} on shuffled labels reaches {found['value']:.3f}, above chance "
@@ -139,7 +139,7 @@ def tell_score(record: dict[str, Any]) -> None:
     print_line(f"report: {record['report']}")
 
 
-def tell_check(found: dict[str, Any]) -> None:
+def print_check(found: dict[str, Any]) -> None:
     """Tell what would be read, what is unusable, and what leaks."""
     print_line(f"{found['source']}: {found['usable']} of {found['input']} samples can be scored")
     for modality in found["modalities"]:
@@ -156,7 +156,7 @@ def tell_check(found: dict[str, Any]) -> None:
         print_line("no leak found")
 
 
-def tell_ingest(found: dict[str, Any]) -> None:
+def print_ingest(found: dict[str, Any]) -> None:
     """Tell how many clips are there."""
     print_line(found["message"])
     for note in found["notes"]:
@@ -164,7 +164,7 @@ def tell_ingest(found: dict[str, Any]) -> None:
     print_line(f"metadata: {found['path']}")
 
 
-def tell_split(summary: dict[str, Any]) -> None:
+def print_split(summary: dict[str, Any]) -> None:
     """Tell what was kept, how uniform it is, what is short, and for the balanced split what tolerances would keep."""
     would = "" if summary["file"] else "would keep " if summary["kept"] else ""
     print_line(
@@ -179,11 +179,11 @@ def tell_split(summary: dict[str, Any]) -> None:
     print_line(f"  KS to uniform       {before['ks']:.3f} before, {after['ks']:.3f} after")
     print_line(f"  share with D > 0    {before['positive']:.3f} before, {after['positive']:.3f} after")
     if "curve" in summary:
-        _tell_balance(summary)
+        _print_balance(summary)
     print_line(f"manifest: {summary['file'] or 'none: a dry run'}")
 
 
-def _tell_balance(summary: dict[str, Any]) -> None:
+def _print_balance(summary: dict[str, Any]) -> None:
     after = summary["after"]
     if "grid_distances" in summary:
         parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["grid_distances"].items())
@@ -208,7 +208,7 @@ def _tell_balance(summary: dict[str, Any]) -> None:
     print_line(f"  a tolerance would keep  {kept}")
 
 
-def tell_order(found: dict[str, Any]) -> None:
+def print_order(found: dict[str, Any]) -> None:
     """Tell how much of the training samples an epoch sees."""
     print_line(
         f"epoch {found['epoch']}: {found['samples']} of {found['total']} training samples ({found['share']:.1%})"
@@ -228,25 +228,25 @@ def dump_order(epoch: Epoch) -> None:
         rows.writerows([step, printable(name) if to_terminal else name] for name in ids)
 
 
-def tell_verify(found: dict[str, Any]) -> None:
+def print_verify(found: dict[str, Any]) -> None:
     """Tell each check in a line."""
     for line in found["lines"]:
         print_line(line)
 
 
-def tell_diff(found: dict[str, Any]) -> None:
+def print_diff(found: dict[str, Any]) -> None:
     """Tell what differs."""
     for line in found["lines"]:
         print_line(line)
 
 
-def tell_replay(found: dict[str, Any]) -> None:
+def print_replay(found: dict[str, Any]) -> None:
     """Tell whether a manifest made again is the same."""
     same = "the same, byte by byte" if found["identical"] else f"NOT the same: {', '.join(found['differ'])}"
     print_line(f"{found['file']} made again from {found['scores']} is {same}")
 
 
-def tell_card(result: dict[str, Any]) -> None:
+def print_card(result: dict[str, Any]) -> None:
     """Print the section of a dataset card, or the file that it was written to."""
     if result["file"] is None:
         print_text(result["card"])
@@ -254,7 +254,7 @@ def tell_card(result: dict[str, Any]) -> None:
         print_line(f"card: {result['file']}")
 
 
-def tell_export(result: dict[str, Any]) -> None:
+def print_export(result: dict[str, Any]) -> None:
     """Print what was written."""
     print_line(f"{result['rows']} samples as {result['format']}")
     for key, value in result.items():
@@ -265,7 +265,7 @@ def tell_export(result: dict[str, Any]) -> None:
     print_line(f"files: {', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''}")
 
 
-def tell_finetune(metrics: dict[str, Any]) -> None:
+def print_finetune(metrics: dict[str, Any]) -> None:
     """Tell accuracy on the test split, overall and by subset."""
     counts, chance = metrics["counts"], metrics["chance"]
     print_line(
@@ -287,7 +287,7 @@ def tell_finetune(metrics: dict[str, Any]) -> None:
         )
 
 
-def tell_evaluate(found: dict[str, Any]) -> None:
+def print_evaluate(found: dict[str, Any]) -> None:
     """Tell every measure by subset, accuracy by class, and what each modality contributes."""
     print_line(f"{found['name']} on {found['n']} samples of split {found['split']} of {found['manifest']}")
     if found.get("learned_from", 0) is None:
@@ -304,11 +304,11 @@ def tell_evaluate(found: dict[str, Any]) -> None:
         ((each["branches"]["fused"]["recall"], name) for name, each in found["test_by_class"].items() if each["n"]),
     )[:3]
     print_line(f"  least recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")
-    _tell_contribution(found["contribution"])
+    _print_contribution(found["contribution"])
     print_line(f"all measures: {found['file']}")
 
 
-def _tell_contribution(found: dict[str, Any]) -> None:
+def _print_contribution(found: dict[str, Any]) -> None:
     shares = found["contribution"]
     parts = ", ".join(
         f"{name} {each['mean']:+.3f} [{each['low']:+.3f}, {each['high']:+.3f}]"
@@ -322,12 +322,12 @@ def _tell_contribution(found: dict[str, Any]) -> None:
     )
 
 
-def tell_report(result: dict[str, Any]) -> None:
+def print_report(result: dict[str, Any]) -> None:
     """Tell where the report is."""
     print_line(f"report: {result['report']}")
 
 
-def tell_demo(result: dict[str, Any]) -> None:
+def print_demo(result: dict[str, Any]) -> None:
     """Tell how well the planted truth was recovered."""
     recovery = result["recovery"]
     print_line(

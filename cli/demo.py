@@ -24,7 +24,7 @@ from dataclasses import replace
 
 from ..audit.locks import write_lock
 from ..audit.storage import write_json
-from ..audit.workers import Progress, silent
+from ..audit.workers import Progress, no_progress
 from .config import RunConfig
 from .manifests import split
 from .run import Run
@@ -261,7 +261,7 @@ def demo(
     *,
     num_samples: int | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Write the planted set into `folder`, run the whole line on it in folder/run, and give what was recovered.
 

@@ -53,12 +53,12 @@ def demo(
     json_: JsonOption = False,
 ) -> None:
     """Plant a dataset whose imbalance is known, run the whole line on it, and report what was recovered."""
-    from .console import progress_bars, tell_demo
+    from .console import print_demo, progress_bars
     from .demo import demo as run_demo
 
     with progress_bars() as progress:
         result = run_demo(folder, num_samples=num_samples, seed=seed or 0, progress=progress)
-    finish(result, json_, tell_demo)
+    finish(result, json_, print_demo)
 
 
 @command
@@ -81,10 +81,10 @@ def ingest(
     json_: JsonOption = False,
 ) -> None:
     """Turn an official download into metadata.parquet, and say which clips are missing."""
-    from .console import tell_ingest
+    from .console import print_ingest
     from .stages import ingest as run_ingest
 
-    finish(run_ingest(name, folder, lists=list_ or [], out=out), json_, tell_ingest)
+    finish(run_ingest(name, folder, lists=list_ or [], out=out), json_, print_ingest)
 
 
 @command
@@ -107,7 +107,7 @@ def check(
 ) -> None:
     """Say what would be read, what is unusable and what train and test share; exit 3 if they share anything."""
     from ..audit.errors import GateError
-    from .console import progress_bars, tell_check
+    from .console import print_check, progress_bars
     from .stages import check as run_check
 
     settings = _with_data(
@@ -130,7 +130,7 @@ def check(
             num_workers=num_workers,
             progress=progress,
         )
-    finish(found, json_, tell_check)
+    finish(found, json_, print_check)
     if found["leakage"]["leaks"]:
         raise GateError(f"train and test are not apart: see the {len(found['leakage']['findings'])} above")
 
@@ -167,7 +167,7 @@ def score(
     from dataclasses import replace
 
     from .config import override
-    from .console import progress_bars, tell_score
+    from .console import print_score, progress_bars
     from .run import Run
     from .stages import score as run_score
 
@@ -194,7 +194,7 @@ def score(
             overwrite=overwrite,
             progress=progress,
         )
-    finish({**record, "report": str(Run(Path(run)).report_file)}, json_, tell_score)
+    finish({**record, "report": str(Run(Path(run)).report_file)}, json_, print_score)
 
 
 @command
@@ -255,7 +255,7 @@ def finetune(
     from dataclasses import replace
 
     from .config import override
-    from .console import progress_bars, tell_finetune
+    from .console import print_finetune, progress_bars
     from .training import finetune as run_finetune
 
     settings = settings_of(config, set_, seed)
@@ -286,7 +286,7 @@ def finetune(
             progress=progress,
         )
     if os.environ.get("RANK", "0") == "0":
-        finish(metrics, json_, tell_finetune)
+        finish(metrics, json_, print_finetune)
 
 
 @command
@@ -306,7 +306,7 @@ def evaluate(
     json_: JsonOption = False,
 ) -> None:
     """Test a finished fine-tuning in full: by subset and class, and what each modality contributes."""
-    from .console import progress_bars, tell_evaluate
+    from .console import print_evaluate, progress_bars
     from .training import evaluate as run_evaluate
 
     with progress_bars() as progress:
@@ -322,17 +322,17 @@ def evaluate(
             num_workers=num_workers,
             progress=progress,
         )
-    finish(found, json_, tell_evaluate)
+    finish(found, json_, print_evaluate)
 
 
 @command
 def report(run: RunOption = "mmaudit-run", json_: JsonOption = False) -> None:
     """Write report.html, report.json and the figures from what the run folder holds."""
-    from .console import tell_report
+    from .console import print_report
     from .stages import report as write_report
 
     page = write_report(run=run)
-    finish({"report": str(page)}, json_, tell_report)
+    finish({"report": str(page)}, json_, print_report)
 
 
 def main() -> None:

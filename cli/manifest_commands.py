@@ -149,7 +149,7 @@ def split(
 
     from ..audit.errors import ConfigError
     from .config import override
-    from .console import tell_split
+    from .console import print_split
     from .manifests import split as run_split
 
     if keep_splits and resplit is not None:
@@ -174,7 +174,7 @@ def split(
         name=name,
         dry=dry_run,
     )
-    finish(summary, json_, tell_split)
+    finish(summary, json_, print_split)
 
 
 @command
@@ -203,7 +203,7 @@ def order(
     from dataclasses import replace
 
     from .config import override
-    from .console import dump_order, tell_order
+    from .console import dump_order, print_order
     from .manifests import order as find_order
 
     settings = settings_of(config, set_, seed)
@@ -217,7 +217,7 @@ def order(
         dump_order(found)
         return
     about = {"epoch": epoch, "samples": len(found.ids), "total": found.total, "share": found.share}
-    finish({**about, "first": found.ids[:5].tolist()}, json_, tell_order)
+    finish({**about, "first": found.ids[:5].tolist()}, json_, print_order)
 
 
 @command
@@ -231,14 +231,14 @@ def verify(
 ) -> None:
     """Check that a manifest is what was written, and that its data are what was scored; exit 3 on drift."""
     from ..audit.errors import GateError
-    from .console import progress_bars, tell_verify
+    from .console import print_verify, progress_bars
     from .verification import verify as run_verify
 
     with progress_bars() as progress:
         found = run_verify(
             manifest, run=run, data=data, allow_outside=allow_outside, media=not no_media, progress=progress
         )
-    finish(found, json_, tell_verify)
+    finish(found, json_, print_verify)
     if not found["held"]:
         raise GateError(f"{found['file']} is not what was written, or its data have changed: see the checks above")
 
@@ -251,10 +251,10 @@ def diff(
     json_: JsonOption = False,
 ) -> None:
     """Tell two manifests apart: ids in one only, moved bins, changed scores, and how each was made."""
-    from .console import tell_diff
+    from .console import print_diff
     from .manifests import diff as run_diff
 
-    finish(run_diff(first, second, run=run), json_, tell_diff)
+    finish(run_diff(first, second, run=run), json_, print_diff)
 
 
 @command
@@ -266,11 +266,11 @@ def replay(
 ) -> None:
     """Make a manifest again from its score table and its recipe; exit 3 unless it is the same, byte by byte."""
     from ..audit.errors import GateError
-    from .console import tell_replay
+    from .console import print_replay
     from .manifests import replay as run_replay
 
     found = run_replay(manifest, run=run, scores=scores)
-    finish(found, json_, tell_replay)
+    finish(found, json_, print_replay)
     if not found["identical"]:
         raise GateError(f"{' and '.join(found['differ'])} made again is not the same: the scores, or mmaudit, changed")
 
@@ -286,13 +286,13 @@ def card(
     from pathlib import Path
 
     from ..audit.storage import write_text
-    from .console import tell_card
+    from .console import print_card
     from .manifests import card as make_card
 
     text = make_card(manifest, run=run)
     if out is not None:
         write_text(text, Path(out))
-    finish({"manifest": manifest, "file": out, "card": text}, json_, tell_card)
+    finish({"manifest": manifest, "file": out, "card": text}, json_, print_card)
 
 
 @command
@@ -319,7 +319,7 @@ def export(
     json_: JsonOption = False,
 ) -> None:
     """Write a manifest in another format; webdataset holds the media as well, the others name their files."""
-    from .console import tell_export
+    from .console import print_export
     from .manifests import export as run_export
 
     found = run_export(
@@ -333,7 +333,7 @@ def export(
         escape_formulas=escape_formulas,
         overwrite=overwrite,
     )
-    finish(found, json_, tell_export)
+    finish(found, json_, print_export)
 
 
 def _bins(text: str | None) -> int | None:

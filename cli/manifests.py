@@ -24,7 +24,7 @@ from ..rebalance.curriculum import batch_of, id_key, num_steps, order_of
 from ..rebalance.diff import diff as compare
 from ..rebalance.manifest import Manifest, digests_of, dropped_path, provenance_of, read_manifest
 from ..rebalance.recipe import Recipe, Split, make_split, recipe_of
-from ..rebalance.score_tables import ScoreShards, open_scores
+from ..rebalance.score_tables import ScoreFiles, open_scores
 from .config import RunConfig
 from .run import Run
 from .swap import replacing_manifest
@@ -234,7 +234,7 @@ def _check_inside(path: Path, files: Sequence[str]) -> None:
         )
 
 
-def _again(shards: ScoreShards, recipe: Recipe, path: Path, scratch: Path, *, scores: Path | None) -> Path:
+def _again(shards: ScoreFiles, recipe: Recipe, path: Path, scratch: Path, *, scores: Path | None) -> Path:
     """Write the manifest of a recipe into a folder; files that it was made from are named from the manifest's own."""
     made = make_split(
         shards,

@@ -64,7 +64,7 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
         "classes": len(set(audit.scores.label.tolist())),
         "groups": None if audit.scores.group is None else len(set(audit.scores.group.tolist())),
         "folds": int(audit.scores.fold.max()) + 1 if audit.scores.fold is not None else None,
-        "ledger": audit.ledger.to_json(),
+        "probe_report": audit.probe_report.to_json(),
         "verdict": _verdict(audit.mixture),
         "class_check": audit.class_check.to_json(),
         "seconds": seconds,

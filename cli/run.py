@@ -159,15 +159,15 @@ class Run:
 def _check_record(record: dict[str, Any], file: Path) -> None:
     """Raise RunError where the probe report of run.json is not of its modalities."""
     names = [modality["name"] for modality in record["modalities"]]
-    ledger = record["ledger"]
-    standings = {standing["name"]: standing for standing in ledger["standings"]}
-    gains = [gain["name"] for gain in ledger["gains"]]
-    unknown = {gain["name"] for gain in (*ledger["controls"], ledger["over_best"])} - set(names)
-    if not names or gains != names or not {*names, "fused"} <= standings.keys() or unknown:
-        raise RunError(f"{file} is damaged: its ledger is not of the modalities {', '.join(names)}; rescore")
-    errors = [standings[name]["calibration"] for name in names]
+    probe_report = record["probe_report"]
+    probe_metrics = {probe_metric["name"]: probe_metric for probe_metric in probe_report["probe_metrics"]}
+    gains = [gain["name"] for gain in probe_report["gains"]]
+    unknown = {gain["name"] for gain in (*probe_report["controls"], probe_report["gain_over_best"])} - set(names)
+    if not names or gains != names or not {*names, "fused"} <= probe_metrics.keys() or unknown:
+        raise RunError(f"{file} is damaged: its probe_report is not of the modalities {', '.join(names)}; rescore")
+    errors = [probe_metrics[name]["calibration"] for name in names]
     if any(error is None for error in errors) or len({error[key] is None for error in errors for key in _ECE}) != 1:
-        raise RunError(f"{file} is damaged: its ledger lacks the calibration of a modality; rescore")
+        raise RunError(f"{file} is damaged: its probe_report lacks the calibration of a modality; rescore")
 
 
 _ECE = ("ece_before", "ece_after")
@@ -214,8 +214,8 @@ _VALUE = Complete(name=str, value=float, low=float, high=float)
 _LEDGER = Complete(
     metric=str,
     chance=float,
-    standings=[Complete(**_VALUE, loss=float, calibration=(_CALIBRATION, _NULL))],
-    over_best=_GAIN,
+    probe_metrics=[Complete(**_VALUE, loss=float, calibration=(_CALIBRATION, _NULL))],
+    gain_over_best=_GAIN,
     gains=[_GAIN],
     controls=[Complete(**_VALUE, num_rows=int, chance=float, leaks=bool)],
 )
@@ -236,7 +236,7 @@ _RECORD: Shape = Complete(
     classes=int,
     groups=(int, _NULL),
     folds=(int, _NULL),
-    ledger=_LEDGER,
+    probe_report=_LEDGER,
     verdict=str,
     class_check=Complete(verdict=str),
     seconds={},

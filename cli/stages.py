@@ -22,15 +22,15 @@ from ..audit.dataset.samples import read_samples
 from ..audit.downloads import ingest as ingest_download
 from ..audit.errors import ConfigError, RunError
 from ..audit.features.encode import EncodeTask, encode_dataset
-from ..audit.features.encoded_samples import sort_out, take_stock
-from ..audit.leakage import Material, find_leakage, group_columns
+from ..audit.features.encoded_samples import collect_encoded, select_usable
+from ..audit.leakage import ModalityContent, find_leakage, group_columns
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.parquet import write_parquet
 from ..audit.quarantine import Quarantined, quarantine_table
 from ..audit.scores.score_dataset import Audit, Networks, audit_dataset
 from ..audit.scores.table import write_scores
 from ..audit.storage import write_json
-from ..audit.workers import Progress, default_workers, silent
+from ..audit.workers import Progress, default_workers, no_progress
 from .config import RunConfig
 from .provenance import check_config, open_encodable, record_of, score_provenance
 from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run
@@ -61,7 +61,7 @@ def check(
     config: RunConfig | None = None,
     device: str = "auto",
     num_workers: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Tell what would be read of `data`, what is unusable, and what its splits share; nothing is trained.
 
@@ -75,15 +75,15 @@ def check(
     samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
     with write_lock(place.folder, "features", command="mmaudit check"):
         tasks = _encode(place, dataset, config, device=pick_device(device), num_workers=num_workers, progress=progress)
-    stock = take_stock(dataset, samples, tasks)
-    rows, left_out = sort_out(stock, keep_duplicates=config.data.keep_duplicates)
+    encoded = collect_encoded(dataset, samples, tasks)
+    rows, left_out = select_usable(encoded, keep_duplicates=config.data.keep_duplicates)
     taken = {modality.column for modality in dataset.modalities} | {dataset.columns.id, dataset.columns.label}
     columns = group_columns([name for name in dataset.schema.names if name not in taken])
     if dataset.columns.group and dataset.columns.group not in columns:
         columns = [dataset.columns.group, *columns]
     leakage = find_leakage(
         samples,
-        [Material.of(status, tasks) for status in stock.statuses],
+        [ModalityContent.of(status, tasks) for status in encoded.statuses],
         groups={name: _column(dataset, name) for name in columns},
         config=config.leakage,
         seed=config.seed,
@@ -107,7 +107,7 @@ def score(
     device: str = "auto",
     num_workers: int | None = None,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Score every sample of `data` into the run folder, write the report, and give run.json's content.
 
@@ -181,10 +181,10 @@ def _score(
         log.info("no split column: %d of %d samples are held out as test", num_test, len(samples))
     with _timed(seconds, "encode"):
         tasks = encode()
-    stock = take_stock(dataset, samples, tasks)
+    encoded = collect_encoded(dataset, samples, tasks)
     with _timed(seconds, "probe"):
         audit = audit_dataset(
-            stock,
+            encoded,
             tasks,
             probe=config.probe,
             networks=Networks(config=config.network, media=config.media, folder=place.features / "networks"),
@@ -204,7 +204,7 @@ def _unchanged(
     done = place.record()
     check_config(place, done, dataset, config)
     samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
-    fingerprint = take_stock(dataset, samples, encode()).fingerprint
+    fingerprint = collect_encoded(dataset, samples, encode()).fingerprint
     if done["fingerprint"] != fingerprint:
         raise RunError(
             f"{place.folder} was made from other data (fingerprint {done['fingerprint'][:8]}, here {fingerprint[:8]}); "

@@ -15,15 +15,15 @@ from typing import Any
 from ..audit.dataset.samples import read_samples
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.features.encode import encode_dataset
-from ..audit.features.encoded_samples import take_stock
+from ..audit.features.encoded_samples import collect_encoded
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.parsing import build
 from ..audit.storage import write_json, write_text
-from ..audit.workers import Progress, default_workers, silent
+from ..audit.workers import Progress, default_workers, no_progress
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
 from ..train.config import TrainConfig
-from ..train.distributed import World, local_device, open_world
-from ..train.evaluate import examine_file
+from ..train.distributed import DistributedContext, local_device, open_distributed
+from ..train.evaluate import evaluate_file
 from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
 from ..train.tracking import check_trackers
@@ -49,7 +49,7 @@ def finetune(
     device: str = "auto",
     num_workers: int | None = None,
     overwrite: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Fine-tune a fusion network on a manifest, by file or by its name in the run, and give metrics.json's content.
 
@@ -74,10 +74,10 @@ def finetune(
     check_trackers(config.finetune.report_to)
     device = local_device(pick_device(device))
     new = new_finetune(place.folder, folder.name) if overwrite else folder  # swapped in when it is finished
-    with open_world(device) as world, _writer(place, folder.name, world) as lock:
-        if not world.is_first:
-            progress = silent
-        with _first_alone(world):
+    with open_distributed(device) as distributed, _writer(place, folder.name, distributed) as lock:
+        if not distributed.is_first:
+            progress = no_progress
+        with _first_alone(distributed):
             workers = default_workers() if num_workers is None else num_workers
             examples = _examples_of(found, path, place, named, config, num_workers=workers, progress=progress)
         only = config.finetune.only
@@ -89,7 +89,7 @@ def finetune(
             seed=config.seed,
             device=device,
             progress=progress,
-            world=world,
+            distributed=distributed,
             init=init,
         )
         metrics = {
@@ -120,7 +120,7 @@ def evaluate(
     split: str = "test",
     device: str = "auto",
     num_workers: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Test a finished fine-tuning of the run again, and in full, and write evaluation.json beside its metrics.json.
 
@@ -147,7 +147,7 @@ def evaluate(
         examples = _examples_of(found, path, place, named, config, num_workers=workers, progress=progress)
         if config.finetune.only is not None:
             examples = examples.only(config.finetune.only)
-        measured = examine_file(
+        measured = evaluate_file(
             folder / "model.safetensors",
             examples,
             split=split,
@@ -170,7 +170,7 @@ def read_examples(
     named: Named | None = None,
     config: RunConfig | None = None,
     num_workers: int = 0,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Examples:
     """Give what a manifest, named by its file or its name in the run, trains and tests on."""
     place = Run.open(run)
@@ -180,9 +180,9 @@ def read_examples(
 
 
 @contextmanager
-def _writer(place: Run, name: str, world: World) -> Iterator[Lock | None]:
+def _writer(place: Run, name: str, distributed: DistributedContext) -> Iterator[Lock | None]:
     """Hold the lock on a fine-tuning's folder in the process that writes it; the others yield None."""
-    if not world.is_first:
+    if not distributed.is_first:
         yield None
         return
     with write_lock(place.folder, f"finetune/{name}", command="mmaudit finetune") as lock:
@@ -216,14 +216,14 @@ def _between(manifest: Manifest, examples: Examples) -> str:
 
 
 @contextmanager
-def _first_alone(world: World) -> Iterator[None]:
+def _first_alone(distributed: DistributedContext) -> Iterator[None]:
     """Let the first process go before the others: it encodes, they find what it left."""
-    if not world.is_first:
+    if not distributed.is_first:
         logging.getLogger("mmaudit").setLevel(logging.WARNING)
-        world.wait()
+        distributed.wait()
     yield
-    if world.is_first:
-        world.wait()
+    if distributed.is_first:
+        distributed.wait()
 
 
 def _examples_of(
@@ -249,7 +249,7 @@ def _examples_of(
         manifest,
         dropped,
         samples=samples,
-        statuses=take_stock(dataset, samples, tasks).statuses,
+        statuses=collect_encoded(dataset, samples, tasks).statuses,
         tasks=tasks,
         validation_fraction=config.finetune.validation_fraction,
         seed=config.seed,

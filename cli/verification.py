@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..audit.dataset.samples import read_samples
-from ..audit.features.encoded_samples import Content, contents_of, fingerprint_of
-from ..audit.workers import Progress, silent
+from ..audit.features.encoded_samples import ContentHashes, content_hashes, dataset_fingerprint
+from ..audit.workers import Progress, no_progress
 from ..rebalance.checks import Check
 from ..rebalance.manifest import provenance_of
 from ..rebalance.verify import check_media, verify_rows
@@ -29,7 +29,7 @@ def verify(
     data: str | Path | None = None,
     allow_outside: bool = False,
     media: bool = True,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Check a manifest, by file or by its name in the run: schema, ids, digests, ranges, dropped rows, media.
 
@@ -69,13 +69,13 @@ def _signature_check(origin: Origin) -> Check:
     return Check(name="signature", held=None, detail=origin.doubt or "you did not make it on this machine")
 
 
-def _contents_of_source(origin: Origin, named: Named, progress: Progress) -> tuple[dict[str, Content], str]:
+def _contents_of_source(origin: Origin, named: Named, progress: Progress) -> tuple[dict[str, ContentHashes], str]:
     """Hash the media of a manifest's source: the content of each sample by id, and the fingerprint of all."""
     dataset, made = open_source(origin, named, encoders=False)
     samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
     contents = {}
-    for number, content in enumerate(contents_of(dataset), start=1):
+    for number, content in enumerate(content_hashes(dataset), start=1):
         contents[content.sample_id] = content
         progress("hash", number, len(samples))
     digests = [contents[name].content for name in samples.sample_id]
-    return contents, fingerprint_of(samples, np.array(digests, dtype=object))
+    return contents, dataset_fingerprint(samples, np.array(digests, dtype=object))

@@ -20,18 +20,18 @@ from .binning import (
     CURVE,
     Counts,
     Point,
+    balancing_weights,
     best_bins,
     bin_of,
     distance_to_uniform,
-    even_weights,
     largest_level,
     share_among_classes,
-    shared,
+    share_total,
     size_curve,
     water_fill,
 )
-from .score_tables import Rows, ScoreShards
-from .selection import Told
+from .score_tables import ScoreBatch, ScoreFiles
+from .selection import RowOutcome
 
 AUTO = 0  # bins: as many as the data bear
 TOLERANCE = 0.05  # mmaudit's default
@@ -48,7 +48,7 @@ class BalancedConfig:
     tolerance: float | None = None  # total-variation distance to uniform over the bins that hold samples: 0.05
     size: int | None = None
     by: str = "dropping"  # or "weight": keep all samples, with weights that make the discrepancy uniform
-    most_weight: float = 10.0  # that a sample may have, where the mean is 1: mmaudit's default
+    max_weight: float = 10.0  # that a sample may have, where the mean is 1: mmaudit's default
     grid: bool = False  # uniform over both confidences, in place of their difference
     per_class: bool = False  # every class uniform by itself
 
@@ -61,8 +61,8 @@ class BalancedConfig:
             raise ConfigError(f"split.size is {self.size}; it must be at least 1")
         if self.by not in METHODS:
             raise ConfigError(f"split.by is {self.by!r}; {choices(self.by, METHODS)}")
-        if self.most_weight < 1:
-            raise ConfigError(f"split.most_weight is {self.most_weight}; it must be at least 1, the mean")
+        if self.max_weight < 1:
+            raise ConfigError(f"split.max_weight is {self.max_weight}; it must be at least 1, the mean")
         if self.by == "weight" and (self.size is not None or self.per_class):
             raise ConfigError("split.by is 'weight', which keeps all samples: leave out the size and per_class")
         if self.per_class and self.size is not None:
@@ -103,10 +103,10 @@ class Balanced:
         """Why others are dropped."""
         return "bin-full"
 
-    def bins(self, rows: Rows) -> NDArray[np.int32]:
+    def bins(self, rows: ScoreBatch) -> NDArray[np.int32]:
         """Give the bin of each row, (n,); -1 where a modality is missing. Of a grid: row by row of the first's bins."""
         values = rows.discrepancy(self.between)
-        present = ~np.isnan(values) & (rows.barred == 0)
+        present = ~np.isnan(values) & (rows.excluded_by == 0)
         if self.config.grid:
             first, second = (rows.confidence[:, rows.modalities.index(name)] for name in self.between.split(":"))
             places = [bin_of(2 * np.nan_to_num(each) - 1, num_bins=self.num_bins) for each in (first, second)]
@@ -115,7 +115,7 @@ class Balanced:
             found = bin_of(np.where(present, values, 0), num_bins=self.num_bins).astype(np.int32)
         return np.where(present, found, -1).astype(np.int32)
 
-    def cells(self, rows: Rows) -> NDArray[np.int32]:
+    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
         """Give the cell of each row, (n,); -1 where a modality is missing."""
         bins = self.bins(rows)
         _, num_bins, num_classes = self.shape
@@ -149,15 +149,15 @@ class Balanced:
             quota = water_fill(by_bin, size, np.argsort(-by_bin, kind="stable"))
         return share_among_classes(available, quota)
 
-    def order(self, rows: Rows) -> NDArray[np.uint64]:
+    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
         """Choose by hash."""
         return rows.key
 
-    def tell(self, rows: Rows, cell: NDArray[np.int32], chance: Told) -> Told:
+    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
         """Give the bin and the weight; score is the hash of a row, threshold the last hash that its cell keeps."""
         bins = np.where(cell < 0, -1, cell // self.num_classes % self.shape[1]).astype(np.int16)
         weight = np.where(bins < 0, 0, self.weight[rows.split, bins]).astype(np.float32)
-        return Told(score=chance.score, threshold=chance.threshold, bin=bins, weight=weight)
+        return RowOutcome(score=chance.score, threshold=chance.threshold, bin=bins, weight=weight)
 
     def curve(self, counts: Counts, tolerances: tuple[float, ...] = CURVE) -> tuple[Point, ...]:
         """Give what these tolerances would keep: the largest set within each, and the distance it has."""
@@ -173,7 +173,7 @@ class Balanced:
         }
 
 
-def plan_balanced(shards: ScoreShards, config: BalancedConfig, *, between: str | None = None) -> Balanced:
+def plan_balanced(shards: ScoreFiles, config: BalancedConfig, *, between: str | None = None) -> Balanced:
     """Make the rule of a balanced split of these scores.
 
     `between` is as in ScoreTable.discrepancy; None is the one pair of two modalities, and of more the pair of which
@@ -207,7 +207,7 @@ def plan_balanced(shards: ScoreShards, config: BalancedConfig, *, between: str |
     return _weighted(rule, shards)
 
 
-def largest_pair(shards: ScoreShards, config: BalancedConfig) -> str:
+def largest_pair(shards: ScoreFiles, config: BalancedConfig) -> str:
     """Give the pair `A:B` of modalities of which most samples can be kept, test samples not counted."""
     pairs = [f"{first}:{second}" for first, second in combinations(shards.modalities, 2)]
     num_bins = 20 if config.bins == AUTO else config.bins
@@ -222,12 +222,12 @@ def largest_pair(shards: ScoreShards, config: BalancedConfig) -> str:
     return max(sizes, key=lambda pair: sizes[pair])
 
 
-def _chosen_bins(shards: ScoreShards, between: str) -> int:
+def _chosen_bins(shards: ScoreFiles, between: str) -> int:
     counts = _histograms(shards, [between], num_bins=_FINE)[0]
     return best_bins((np.arange(_FINE) + 0.5) * 2 / _FINE - 1, counts)
 
 
-def _histograms(shards: ScoreShards, between: Sequence[str], *, num_bins: int) -> list[Counts]:
+def _histograms(shards: ScoreFiles, between: Sequence[str], *, num_bins: int) -> list[Counts]:
     """Count the discrepancies outside the test split by bin, (b,), for each of these."""
     counts = [np.zeros(num_bins, dtype=np.int64) for _ in between]
     for rows in shards.rows():
@@ -239,7 +239,7 @@ def _histograms(shards: ScoreShards, between: Sequence[str], *, num_bins: int) -
     return counts
 
 
-def _weighted(rule: Balanced, shards: ScoreShards) -> Balanced:
+def _weighted(rule: Balanced, shards: ScoreFiles) -> Balanced:
     num_splits, num_bins, _ = rule.shape
     counts = np.zeros((num_splits, num_bins), dtype=np.int64)
     for rows in shards.rows():
@@ -247,7 +247,7 @@ def _weighted(rule: Balanced, shards: ScoreShards) -> Balanced:
         there = bins >= 0
         found = np.bincount(rows.split[there] * num_bins + bins[there], minlength=counts.size)
         counts += found.reshape(counts.shape)
-    weight = [even_weights(part, most=rule.config.most_weight) for part in counts]
+    weight = [balancing_weights(part, most=rule.config.max_weight) for part in counts]
     return replace(rule, weight=np.stack(weight).astype(np.float32))
 
 
@@ -258,4 +258,4 @@ def _sizes(counts: Counts, size: int | None, splits: Sequence[str]) -> list[int 
     total = int(counts.sum())
     if size > total:
         raise ConfigError(f"--size {size} cannot be had: the largest is {total}, all samples that may be kept")
-    return [int(each) for each in shared(size, counts)]
+    return [int(each) for each in share_total(size, counts)]

@@ -92,7 +92,7 @@ def share_among_classes(before: Counts, quota: Counts) -> Counts:
     return taken
 
 
-def even_weights(available: Counts, *, most: float) -> NDArray[np.float64]:
+def balancing_weights(available: Counts, *, most: float) -> NDArray[np.float64]:
     """Give the weight (b,) of a sample of each bin so that bins weigh the same, `most` at most; 0 of an empty one.
 
     They are scaled so that the mean weight of the samples is 1 before they are capped.
@@ -123,7 +123,7 @@ def best_bins(values: NDArray[np.float64], counts: Counts) -> int:
     return int(np.clip(np.ceil(2 / max(width, 1e-9)), 4, 100))
 
 
-def shared(total: int, counts: Counts) -> Counts:
+def share_total(total: int, counts: Counts) -> Counts:
     """Share a total among cells (c,) in proportion to their counts, which none exceeds; by the largest remainders."""
     exact = total * counts / max(int(counts.sum()), 1)
     found: Counts = np.minimum(np.floor(exact).astype(np.int64), counts)

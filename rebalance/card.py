@@ -19,7 +19,7 @@ from .split_stats import read_numbers
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 
 
-def escaped(text: object) -> str:
+def escape_markdown(text: object) -> str:
     """Give a name as Markdown that reads as the name, on one line, in a table too."""
     return _SPECIAL.sub(r"\\\1", _one_line(text))
 
@@ -36,7 +36,7 @@ def code_span(value: object) -> str:
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
-def table_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Write a table; all columns but the first are of numbers, or bars."""
     marks = ["---", *("---" if name == "" else "---:" for name in head[1:])]
     return [f"| {' | '.join(cells)} |" for cells in (head, marks, *rows)]
@@ -98,7 +98,7 @@ def _opening(name: str, rows: int, between: str, balance: dict[str, Any] | None,
     scored = None if balance is None else int(balance.get("scored", 0))
     share = f" of {scored:,} scored samples ({_percent(rows / scored)})" if scored else " samples"
     subset = provenance.get("subset")
-    what = f"the subset **{escaped(subset)}**" if subset else "a subset"
+    what = f"the subset **{escape_markdown(subset)}**" if subset else "a subset"
     first, second = _sides(between)
     told = f" Its modality discrepancy is taken between **{first}** and **{second}**." if first else ""
     lacking = "" if balance is not None else " No numbers of its balance lie beside it; `mmaudit split` writes them."
@@ -108,7 +108,7 @@ def _opening(name: str, rows: int, between: str, balance: dict[str, Any] | None,
 def _sides(between: str) -> tuple[str, str]:
     """Name the sides of a discrepancy: +1 is the first, -1 the second."""
     first, _, second = between.partition(":")
-    return escaped(first), escaped(second) if second else "the others"
+    return escape_markdown(first), escape_markdown(second) if second else "the others"
 
 
 def _before_after(balance: dict[str, Any], between: str) -> list[str]:
@@ -130,7 +130,7 @@ def _before_after(balance: dict[str, Any], between: str) -> list[str]:
     effective = balance.get("effective_size")
     if effective is not None and abs(effective - balance["kept"]) > 0.5:
         rows.append(("effective size, by weights", "", f"{effective:,.0f}"))
-    return table_of(("", "all scored", "kept"), rows)
+    return markdown_table(("", "all scored", "kept"), rows)
 
 
 def _histogram(balance: dict[str, Any], between: str) -> list[str]:
@@ -150,25 +150,25 @@ def _histogram(balance: dict[str, Any], between: str) -> list[str]:
         for place, (before, after) in enumerate(pairs)
     ]
     head = (f"discrepancy (-1 {second}, +1 {first})", "scored", "kept", "")
-    return table_of(head, rows)
+    return markdown_table(head, rows)
 
 
 def _splits(balance: dict[str, Any]) -> list[str]:
     distances = balance.get("distances", {})
     if len(distances) < 2:
         return []
-    each = ", ".join(f"{escaped(name)} {_number(value)}" for name, value in distances.items())
+    each = ", ".join(f"{escape_markdown(name)} {_number(value)}" for name, value in distances.items())
     return [f"Distance to uniform by split: {each}."]
 
 
 def _worst_class(balance: dict[str, Any]) -> list[str]:
     kept = [each for each in balance["classes"] if each["after"] > 0]
-    lost = [escaped(each["name"]) for each in balance["classes"] if each["before"] > 0 and not each["after"]]
+    lost = [escape_markdown(each["name"]) for each in balance["classes"] if each["before"] > 0 and not each["after"]]
     said = []
     if kept:
         worst = max(kept, key=lambda each: each["distance_after"])
         said.append(
-            f"Of {len(balance['classes']):,} classes, **{escaped(worst['name'])}** is the least even: distance "
+            f"Of {len(balance['classes']):,} classes, **{escape_markdown(worst['name'])}** is the least even: distance "
             f"{_number(worst['distance_after'])} (before: {_number(worst['distance_before'])}), "
             f"{worst['after']:,.0f} of its {worst['before']:,} samples kept."
         )
@@ -183,7 +183,7 @@ def _shortages(balance: dict[str, Any]) -> list[str]:
     if not found:
         return []
     said = [
-        f"- {escaped(each['class'])} has {each['has']:,} samples in [{each['low']:+.2f}, {each['high']:+.2f}), "
+        f"- {escape_markdown(each['class'])} has {each['has']:,} samples in [{each['low']:+.2f}, {each['high']:+.2f}), "
         f"where an even share is {each['even']:,.1f}"
         for each in found
     ]
@@ -195,7 +195,7 @@ def _curve(balance: dict[str, Any]) -> list[str]:
     if not points:
         return []
     rows = [(f"{each['tolerance']:g}", f"{each['size']:,}", _number(each["distance"])) for each in points]
-    return ["What other tolerances would keep:", "", *table_of(("tolerance", "samples", "distance"), rows)]
+    return ["What other tolerances would keep:", "", *markdown_table(("tolerance", "samples", "distance"), rows)]
 
 
 def _dropped(manifest: Path, about: dict[str, Any]) -> list[str]:

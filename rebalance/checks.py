@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..audit.errors import ManifestError
-from .external_sort import Spill
+from .external_sort import ExternalSort
 from .manifest import (
     SCHEMA_VERSION,
     Digests,
@@ -81,7 +81,7 @@ class CheckedFile:
         """The digests of what the file holds, once all is read."""
         return Digests(rows=self.digest.hexdigest(), metadata=self.metadata)
 
-    def read_all(self, ids: Spill, number: int) -> None:
+    def read_all(self, ids: ExternalSort, number: int) -> None:
         """Look at every row once."""
         for table in prefetched(regrouped(batches_of(self.path, as_stored=True))):
             self.digest.add(table)

@@ -22,7 +22,7 @@ _LARGEST = np.uint64(2**64 - 1)
 _MOST_PARTS = 1_024
 
 
-class Spill:
+class ExternalSort:
     """n records of key, cell (-1: in none) and badness, on disk in `folder` where they are many; a context manager."""
 
     def __init__(self, num_rows: int, folder: Path) -> None:
@@ -36,7 +36,7 @@ class Spill:
             for file in self._files:
                 file.touch()
 
-    def __enter__(self) -> Spill:
+    def __enter__(self) -> ExternalSort:
         return self
 
     def __exit__(
@@ -72,7 +72,7 @@ class Spill:
         return np.concatenate([_repeated(part["key"]) for part in self.parts()])
 
     def last_keys(
-        self, quota: NDArray[np.int64], *, kept_badness: NDArray[np.int64] | None = None
+        self, quota: NDArray[np.int64], *, kept_imbalance: NDArray[np.int64] | None = None
     ) -> NDArray[np.uint64]:
         """Give the quota-th least key of each cell, (c,): those up to it are the cell's quota. 0 where that is 0.
 
@@ -92,9 +92,9 @@ class Spill:
             cells, first = np.unique(some["cell"], return_index=True)
             last[cells] = some["key"][first + left[cells] - 1]
             left = np.maximum(left - number, 0)
-            if kept_badness is not None:
+            if kept_imbalance is not None:
                 kept = takes[cell] & (part["key"] <= np.where(left > 0, _LARGEST, last)[cell])
-                kept_badness += np.bincount(part["badness"][kept], minlength=len(kept_badness))
+                kept_imbalance += np.bincount(part["badness"][kept], minlength=len(kept_imbalance))
         last[left > 0] = _LARGEST
         return last
 

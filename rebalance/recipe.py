@@ -18,8 +18,8 @@ from .balanced import Balanced, BalancedConfig, plan_balanced
 from .binning import Counts
 from .manifest import batches_of, provenance_of, rows_of
 from .resplit import parse_shares, resplit
-from .score_tables import Members, ScoreShards, keys_of, same_dataset
-from .selection import Choice, Rule, choose
+from .score_tables import ManifestMembers, ScoreFiles, keys_of, same_dataset
+from .selection import Selection, SelectionRule, select_rows
 from .split import write_split
 from .subsets import by_mixture, everything, parse_dominated, parse_subset
 
@@ -68,7 +68,7 @@ class Split:
 
 
 def make_split(
-    shards: ScoreShards,
+    shards: ScoreFiles,
     recipe: Recipe,
     place: Callable[[str], Path],
     *,
@@ -95,7 +95,7 @@ def make_split(
         shards = resplit(shards, parse_shares(recipe.resplit), between=between, scratch=scratch)
     _check_found(shards)
     rule = _rule(shards, recipe, name="all" if recipe.resplit is None else "resplit")
-    choice = choose(shards, rule, scratch=scratch)
+    choice = select_rows(shards, rule, scratch=scratch)
     name = name or _named(rule.name, members)
     extra: dict[str, Any] = {"name": name}
     if isinstance(rule, Balanced):
@@ -137,7 +137,7 @@ def recipe_of(record: dict[str, Any], *, folder: Path) -> Recipe:
     )
 
 
-def _rule(shards: ScoreShards, recipe: Recipe, *, name: str) -> Rule:
+def _rule(shards: ScoreFiles, recipe: Recipe, *, name: str) -> SelectionRule:
     between = recipe.between
     if recipe.balanced is not None:
         return plan_balanced(shards, recipe.balanced, between=between)
@@ -152,7 +152,7 @@ def _rule(shards: ScoreShards, recipe: Recipe, *, name: str) -> Rule:
     return everything(chosen, name=name)
 
 
-def _members(shards: ScoreShards, path: Path, *, inside: bool) -> Members:
+def _members(shards: ScoreFiles, path: Path, *, inside: bool) -> ManifestMembers:
     """Read the ids of a manifest as keys: 8 bytes a row."""
     same_dataset(shards.provenance, provenance_of(path).get("scores", {}), name=str(path))
     ids = [batch["sample_id"] for batch in batches_of(path, columns=["sample_id"])]
@@ -161,10 +161,10 @@ def _members(shards: ScoreShards, path: Path, *, inside: bool) -> Members:
             f"{path} holds {'ids that are null' if ids else 'no rows'}: make it anew with mmaudit split"
         )
     keys = [keys_of(column, seed=shards.seed) for column in ids]
-    return Members(name=path.stem, keys=np.sort(np.concatenate(keys)), inside=inside)
+    return ManifestMembers(name=path.stem, keys=np.sort(np.concatenate(keys)), inside=inside)
 
 
-def _check_found(shards: ScoreShards) -> None:
+def _check_found(shards: ScoreFiles) -> None:
     """Raise ManifestError for a manifest that names samples which these scores do not have."""
     if not shards.members:
         return
@@ -180,7 +180,7 @@ def _check_found(shards: ScoreShards) -> None:
             )
 
 
-def _count_like(shards: ScoreShards, path: Path) -> Counts:
+def _count_like(shards: ScoreFiles, path: Path) -> Counts:
     """Count a manifest's samples by split and class, (s * k,)."""
     same_dataset(shards.provenance, provenance_of(path).get("scores", {}), name=str(path))
     members = _members(shards, path, inside=True)
@@ -189,7 +189,7 @@ def _count_like(shards: ScoreShards, path: Path) -> Counts:
     k = len(shards.classes)
     counts = np.zeros(len(shards.splits) * k, dtype=np.int64)
     for rows in like.rows():
-        kept = rows.barred == 0
+        kept = rows.excluded_by == 0
         counts += np.bincount(rows.split[kept].astype(np.int64) * k + rows.label[kept], minlength=len(counts))
     return counts
 
@@ -201,7 +201,7 @@ def _check_place(path: Path, recipe: Recipe) -> None:
         raise ConfigError(f"{path.stem} would overwrite the manifest that it is made from; give it another --name")
 
 
-def _named(name: str, members: list[Members]) -> str:
+def _named(name: str, members: list[ManifestMembers]) -> str:
     """Name a manifest by its kind of samples and the manifests that these are in, or are not: A-and-B-without-C."""
     inside = [each.name for each in members if each.inside]
     without = "".join(f"-without-{each.name}" for each in members if not each.inside)
@@ -210,7 +210,7 @@ def _named(name: str, members: list[Members]) -> str:
     return name + "".join(f"-in-{each}" for each in inside) + without
 
 
-def _check_gate(rule: Balanced, choice: Choice) -> None:
+def _check_gate(rule: Balanced, choice: Selection) -> None:
     """Raise GateError where a tolerance is not reached by the size, or the weights, that were asked for."""
     config = rule.config
     if config.tolerance is None or (config.size is None and config.by != "weight"):
@@ -219,7 +219,7 @@ def _check_gate(rule: Balanced, choice: Choice) -> None:
     if reached <= config.tolerance + 1e-9:
         return
     if config.by == "weight":
-        mend = f"the best that weights up to {config.most_weight:g} reach is {reached:.4f}; raise split.most_weight"
+        mend = f"the best that weights up to {config.max_weight:g} reach is {reached:.4f}; raise split.max_weight"
     else:
         within = rule.curve(choice.counts, (config.tolerance,))[0].size
         shared = ", shared among the splits in proportion," if len(rule.splits) > 1 else ""

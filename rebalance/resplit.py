@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ..audit.errors import ConfigError, ScoreError
 from ..audit.hashing import hash_ids, splitmix64
 from .binning import Counts, bin_of
-from .external_sort import Spill
-from .score_tables import Rows, ScoreShards
+from .external_sort import ExternalSort
+from .score_tables import ScoreBatch, ScoreFiles
 
 NAMES = {2: ("train", "test"), 3: ("train", "validation", "test")}
 _BINS = 20
@@ -33,7 +33,7 @@ class Cells:
         """Cells there are."""
         return (self.num_bins + 1) * self.num_classes
 
-    def of(self, rows: Rows) -> NDArray[np.int32]:
+    def of(self, rows: ScoreBatch) -> NDArray[np.int32]:
         """Give the cell of each row, (n,)."""
         values = rows.discrepancy(self.between)
         bins = np.where(np.isnan(values), self.num_bins, bin_of(np.nan_to_num(values), num_bins=self.num_bins))
@@ -48,7 +48,7 @@ class ByHash:
     last: NDArray[np.uint64]
     some: NDArray[np.bool_]  # (s - 1, c) whether the splits up to this one hold any of the cell
 
-    def __call__(self, rows: Rows) -> NDArray[np.int16]:
+    def __call__(self, rows: ScoreBatch) -> NDArray[np.int16]:
         """Give the split of each row, (n,)."""
         cell, key = self.cells.of(rows), _order(rows)
         within = [some[cell] & (key <= last[cell]) for last, some in zip(self.last, self.some, strict=True)]
@@ -63,7 +63,7 @@ class ByGroup:
     keys: NDArray[np.uint64]
     split: NDArray[np.int16]
 
-    def __call__(self, rows: Rows) -> NDArray[np.int16]:
+    def __call__(self, rows: ScoreBatch) -> NDArray[np.int16]:
         """Give the split of each row, (n,)."""
         return np.asarray(self.split[np.searchsorted(self.keys, group_keys(rows, seed=self.seed))])
 
@@ -79,7 +79,7 @@ def parse_shares(text: str) -> tuple[float, ...]:
     return tuple(each / sum(parts) for each in parts)
 
 
-def resplit(shards: ScoreShards, shares: tuple[float, ...], *, between: str, scratch: Path) -> ScoreShards:
+def resplit(shards: ScoreFiles, shares: tuple[float, ...], *, between: str, scratch: Path) -> ScoreFiles:
     """Give the scores with other splits: stratified by class and bin, and no group in two of them.
 
     The shares are those of the rows that no manifest rules out.
@@ -91,23 +91,23 @@ def resplit(shards: ScoreShards, shares: tuple[float, ...], *, between: str, scr
     return replace(shards, splits=names, assign=assign)
 
 
-def group_keys(rows: Rows, *, seed: int) -> NDArray[np.uint64]:
+def group_keys(rows: ScoreBatch, *, seed: int) -> NDArray[np.uint64]:
     """Hash the group of each row, (n,); a sample without a group is one by itself."""
     column = rows.table["group"].cast(pa.string()).combine_chunks()
     missing = column.is_null().to_numpy(zero_copy_only=False)
     return np.where(missing, rows.key, hash_ids(column.fill_null(""), seed=seed, purpose="group"))
 
 
-def _has_groups(shards: ScoreShards) -> bool:
+def _has_groups(shards: ScoreFiles) -> bool:
     return any(rows.table["group"].null_count < len(rows) for rows in shards.rows())
 
 
-def _by_hash(shards: ScoreShards, shares: tuple[float, ...], between: str, scratch: Path) -> ByHash:
+def _by_hash(shards: ScoreFiles, shares: tuple[float, ...], between: str, scratch: Path) -> ByHash:
     cells = Cells(between=between, num_bins=_BINS, num_classes=len(shards.classes))
     counts = np.zeros(cells.number, dtype=np.int64)
-    with Spill(shards.num_rows, scratch) as spill:
+    with ExternalSort(shards.num_rows, scratch) as spill:
         for rows in shards.rows():
-            free = rows.barred == 0
+            free = rows.excluded_by == 0
             cell = cells.of(rows)[free]
             counts += np.bincount(cell, minlength=cells.number)
             spill.add(_order(rows)[free], cell, np.zeros(len(cell), dtype=np.uint32))
@@ -134,7 +134,7 @@ def _dealt(counts: Counts, share: float) -> Counts:
     return np.diff(ends, prepend=0)
 
 
-def _by_group(shards: ScoreShards, shares: tuple[float, ...], between: str) -> ByGroup:
+def _by_group(shards: ScoreFiles, shares: tuple[float, ...], between: str) -> ByGroup:
     """Place the groups, the largest first, where they are most wanted."""
     found = []
     for rows in shards.rows():
@@ -144,7 +144,7 @@ def _by_group(shards: ScoreShards, shares: tuple[float, ...], between: str) -> B
     cells = Cells(between=between, num_bins=_BINS if len(keys) * k * (_BINS + 1) <= _MOST_CELLS else 2, num_classes=k)
     counts = np.zeros((len(keys), cells.number), dtype=np.int32)
     for rows in shards.rows():
-        free = rows.barred == 0
+        free = rows.excluded_by == 0
         place = np.searchsorted(keys, group_keys(rows, seed=shards.seed)[free])
         np.add.at(counts, (place, cells.of(rows)[free]), 1)
     number = int(counts.any(axis=1).sum())
@@ -173,6 +173,6 @@ def _place(counts: NDArray[np.int32], shares: NDArray[np.float64], keys: NDArray
     return split
 
 
-def _order(rows: Rows) -> NDArray[np.uint64]:
+def _order(rows: ScoreBatch) -> NDArray[np.uint64]:
     """Give other keys (n,) than a balanced split chooses by, or it would keep the training samples."""
     return splitmix64(~rows.key)

@@ -48,7 +48,7 @@ _SLACK = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Members:
+class ManifestMembers:
     """The ids of a manifest, as their sorted keys, to keep to or to keep out of."""
 
     name: str
@@ -67,7 +67,7 @@ class Members:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class ScoreBatch:
     """Some rows (n,) of a score table. label and split are places in ScoreShards' classes and splits.
 
     key (n,) is hash(seed, id): the chance by which rows are chosen. confidence (n, m) is NaN where a modality is
@@ -79,7 +79,7 @@ class Rows:
     label: NDArray[np.int32]
     split: NDArray[np.int16]
     confidence: Floats
-    barred: NDArray[np.int8]
+    excluded_by: NDArray[np.int8]
     modalities: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreShards:
+class ScoreFiles:
     """A score table that is read in passes. classes and class_names are in the order of Rows.label.
 
     `paths` are the columns of file names of the source, `provenance` is what stands in the metadata of the table.
@@ -117,10 +117,12 @@ class ScoreShards:
     paths: tuple[str, ...]
     provenance: dict[str, Any]
     seed: int
-    members: tuple[Members, ...] = ()  # the manifests that rows must, or must not, be in
-    assign: Callable[[Rows], NDArray[np.int16]] | None = None  # other splits than the table's, as places in `splits`
+    members: tuple[ManifestMembers, ...] = ()  # the manifests that rows must, or must not, be in
+    assign: Callable[[ScoreBatch], NDArray[np.int16]] | None = (
+        None  # other splits than the table's, as places in `splits`
+    )
 
-    def rows(self, *, whole: bool = False, ordered: bool = True) -> Iterator[Rows]:
+    def rows(self, *, whole: bool = False, ordered: bool = True) -> Iterator[ScoreBatch]:
         """Read all rows once, while others are being worked on; unless `ordered`, two parts at a time as they come.
 
         Only columns that decide something are read; `whole`: all that a manifest has, of rows that were read before.
@@ -130,7 +132,7 @@ class ScoreShards:
             return prefetched(self._rows(self.parts, whole=whole))
         return prefetched(self._rows(self.parts[::2], whole=whole), self._rows(self.parts[1::2], whole=whole))
 
-    def _rows(self, parts: Sequence[Part], *, whole: bool) -> Iterator[Rows]:
+    def _rows(self, parts: Sequence[Part], *, whole: bool) -> Iterator[ScoreBatch]:
         needless = {"label_name"} & set(self.coded) if whole else {*self.paths, *_ONLY_WRITTEN}
         columns = [name for name in self.columns if name not in needless]
         if "label" not in columns:
@@ -140,27 +142,27 @@ class ScoreShards:
                 if not whole:
                     _check(table, self.modalities, part)
                 key = keys_of(table["sample_id"], seed=self.seed)
-                rows = Rows(
+                rows = ScoreBatch(
                     table=table,
                     key=key,
                     label=places_of(labels_of(table), self.classes, np.int32),
                     split=splits_of(table, self.splits if self.assign is None else None),
                     confidence=np.stack([floats_of(table, f"confidence_{name}") for name in self.modalities], axis=1),
-                    barred=self._barred(key),
+                    excluded_by=self._excluded_by(key),
                     modalities=self.modalities,
                 )
                 yield rows if self.assign is None else replace(rows, split=self.assign(rows))
 
-    def _barred(self, key: NDArray[np.uint64]) -> NDArray[np.int8]:
+    def _excluded_by(self, key: NDArray[np.uint64]) -> NDArray[np.int8]:
         found = np.zeros(len(key), dtype=np.int8)
         for number, members in enumerate(self.members, start=1):
             found[(found == 0) & ~members.admits(key)] = number
         return found
 
-    def chooses(self, rows: Rows) -> NDArray[np.bool_]:
+    def chooses(self, rows: ScoreBatch) -> NDArray[np.bool_]:
         """Tell which rows (n,) may choose: those not barred, and of the test split only if there is no other."""
         test = self.splits.index("test") if "test" in self.splits and len(self.splits) > 1 else -1
-        return np.asarray((rows.split != test) & (rows.barred == 0))
+        return np.asarray((rows.split != test) & (rows.excluded_by == 0))
 
     def default_between(self) -> str:
         """Give `A:B` for two modalities; of more the most confident one outside the test split, against the rest."""
@@ -174,7 +176,7 @@ class ScoreShards:
         return self.modalities[int(np.argmax(total / np.maximum(number, 1)))]
 
 
-def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed: int) -> ScoreShards:
+def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed: int) -> ScoreFiles:
     """Open a score table: a file, a folder of Parquet shards, a glob, several files, or a ScoreTable.
 
     Raises ScoreError where a file is no score table, or the shards have different columns.
@@ -202,7 +204,7 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
     found = survey_of(parts, columns)
     if found.num_rows == 0:
         raise ScoreError("the score table holds no rows")
-    return ScoreShards(
+    return ScoreFiles(
         parts=in_order(parts),
         modalities=modalities,
         columns=tuple(

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from ..audit.errors import ManifestError, ScoreError
 from ..audit.metrics import Floats
 from .binning import Counts
-from .external_sort import Spill
-from .score_tables import Rows, ScoreShards
+from .external_sort import ExternalSort
+from .score_tables import ScoreBatch, ScoreFiles
 
 _RANKS = 1 << 20  # steps of balance that ranks tell apart: 2e-6 of it
 _HALF, _UNIT = np.uint64(32), np.float64(2.0**-32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class RowOutcome:
     """What a rule says of each row (n,): a dropped one was on the wrong side of `threshold` with its `score`.
 
     Both are NaN of a row that was ruled out before. bin: -1 where there is none; weight: that of the loss.
@@ -39,7 +39,7 @@ class Told:
     weight: NDArray[np.float32] | None = None
 
 
-class Rule(Protocol):
+class SelectionRule(Protocol):
     """Which samples are wanted. Cells are numbered from 0; -1 is a row that lacks a modality, and is never kept."""
 
     @property
@@ -58,7 +58,7 @@ class Rule(Protocol):
     def num_cells(self) -> int:
         """Cells there are."""
 
-    def cells(self, rows: Rows) -> NDArray[np.int32]:
+    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
         """Give the cell of each row, (n,)."""
 
     def quotas(self, counts: Counts) -> Counts:
@@ -68,10 +68,10 @@ class Rule(Protocol):
     def by_score(self) -> bool:
         """Whether a cell keeps the rows of least `order`, not those of least hash."""
 
-    def order(self, rows: Rows) -> NDArray[np.uint64]:
+    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
         """Give the keys (n,) by which rows are chosen where that is not by hash."""
 
-    def tell(self, rows: Rows, cell: NDArray[np.int32], chance: Told) -> Told:
+    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
         """Say why each row is kept or dropped; `chance` has its hash and its cell's last one, both in [0, 1]."""
 
 
@@ -86,15 +86,15 @@ class Decision:
     discrepancy: Floats
     rank: NDArray[np.int32]
     reason: NDArray[np.int8]
-    told: Told
+    outcome: RowOutcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Selection:
     """A rule made up its mind. counts and quota (c,) are rows by cell, there and kept; last (c,) their last keys."""
 
-    shards: ScoreShards
-    rule: Rule
+    shards: ScoreFiles
+    rule: SelectionRule
     counts: Counts
     quota: Counts
     last: NDArray[np.uint64]
@@ -105,32 +105,32 @@ class Choice:
         """Why rows are dropped, in words."""
         return (self.rule.reason, "missing-modality", *(each.reason for each in self.shards.members))
 
-    def decide(self, rows: Rows) -> Decision:
+    def decide(self, rows: ScoreBatch) -> Decision:
         """Decide about some rows; what is decided of one depends on no other."""
         cell = self.rule.cells(rows)
         key = self.rule.order(rows) if self.rule.by_score else rows.key
         some, last = self.quota[cell] > 0, self.last[cell]
-        keep = (cell >= 0) & (rows.barred == 0) & some & (key <= last)
+        keep = (cell >= 0) & (rows.excluded_by == 0) & some & (key <= last)
         reason = (cell < 0).astype(np.int8)
         if self.shards.members:
-            reason = np.where(rows.barred > 0, rows.barred + 1, reason).astype(np.int8)
+            reason = np.where(rows.excluded_by > 0, rows.excluded_by + 1, reason).astype(np.int8)
         # 32 bits of a hash say enough, and take half the space.
         score, threshold = (key >> _HALF) * _UNIT, np.where(self.quota > 0, (self.last >> _HALF) * _UNIT, 0.0)[cell]
         if reason.any():  # those had no part in it
             score[reason > 0] = threshold[reason > 0] = np.nan
-        chance = Told(score=score, threshold=threshold)
+        chance = RowOutcome(score=score, threshold=threshold)
         rank = np.zeros(len(rows), dtype=np.int32)
-        rank[keep] = self.starts[badness(rows)[keep]]
+        rank[keep] = self.starts[imbalance_key(rows)[keep]]
         return Decision(
             keep=keep,
             discrepancy=rows.discrepancy(self.rule.between),
             rank=rank,
             reason=reason,
-            told=self.rule.tell(rows, cell, chance),
+            outcome=self.rule.explain(rows, cell, chance),
         )
 
 
-def choose(shards: ScoreShards, rule: Rule, *, scratch: Path) -> Choice:
+def select_rows(shards: ScoreFiles, rule: SelectionRule, *, scratch: Path) -> Selection:
     """Make the first pass: count the rows of each cell and find the last key each keeps.
 
     `scratch` is a folder for files of 16 bytes a row, where there are more than a million.
@@ -138,11 +138,11 @@ def choose(shards: ScoreShards, rule: Rule, *, scratch: Path) -> Choice:
     """
     counts = np.zeros(rule.num_cells, dtype=np.int64)
     with ExitStack() as stack:
-        ids = stack.enter_context(Spill(shards.num_rows, scratch))
-        order = stack.enter_context(Spill(shards.num_rows, scratch)) if rule.by_score else ids
+        ids = stack.enter_context(ExternalSort(shards.num_rows, scratch))
+        order = stack.enter_context(ExternalSort(shards.num_rows, scratch)) if rule.by_score else ids
         for rows in shards.rows(ordered=False):
-            cell, bad = rule.cells(rows), badness(rows)
-            cell = np.where(rows.barred > 0, -1, cell).astype(np.int32)
+            cell, bad = rule.cells(rows), imbalance_key(rows)
+            cell = np.where(rows.excluded_by > 0, -1, cell).astype(np.int32)
             counts += np.bincount(cell[cell >= 0], minlength=rule.num_cells)
             ids.add(rows.key, cell, bad)
             if rule.by_score:
@@ -152,12 +152,12 @@ def choose(shards: ScoreShards, rule: Rule, *, scratch: Path) -> Choice:
         if not quota.any():
             raise ManifestError(f"{rule.name}: none of the {shards.num_rows} scored samples qualifies; widen the rule")
         number = np.zeros(_RANKS, dtype=np.int64)
-        last = order.last_keys(quota, kept_badness=number)
+        last = order.last_keys(quota, kept_imbalance=number)
         check_unique(shards, repeated.result())
-    return Choice(shards=shards, rule=rule, counts=counts, quota=quota, last=last, starts=np.cumsum(number) - number)
+    return Selection(shards=shards, rule=rule, counts=counts, quota=quota, last=last, starts=np.cumsum(number) - number)
 
 
-def badness(rows: Rows) -> NDArray[np.uint32]:
+def imbalance_key(rows: ScoreBatch) -> NDArray[np.uint32]:
     """Give how far from balanced each row is, (n,) in steps: by balance score, or by the gap where there is none."""
     balance = rows.numbers("balance")
     low = rows.gap if balance is None else (1 - balance) / 2
@@ -165,7 +165,7 @@ def badness(rows: Rows) -> NDArray[np.uint32]:
     return np.where(np.isnan(steps), _RANKS - 1, np.clip(steps, 0, _RANKS - 1)).astype(np.uint32)
 
 
-def check_unique(shards: ScoreShards, repeated: NDArray[np.uint64]) -> None:
+def check_unique(shards: ScoreFiles, repeated: NDArray[np.uint64]) -> None:
     """Raise ScoreError if any of the rows whose keys stand twice are of one id."""
     if len(repeated) == 0:
         return

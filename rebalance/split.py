@@ -31,9 +31,9 @@ from .manifest import (
     dropped_path,
     metadata_digest,
 )
-from .score_tables import Rows, ScoreShards
-from .selection import Choice, Decision
-from .split_stats import Tally
+from .score_tables import ScoreBatch, ScoreFiles
+from .selection import Decision, Selection
+from .split_stats import SplitStats
 
 _NOT_REPEATED = ("ranges", "schema", "source")  # what a manifest does not repeat of its score table's metadata
 _SEARCHED = ("label", "label_name", "split", "bin", "rank", "discrepancy", "gap", "balance", "p_balanced", "reason")
@@ -42,14 +42,14 @@ _MOST_WAITING = 1  # batches that a thread may be behind
 
 
 def write_split(
-    choice: Choice, path: Path | None, *, name: str, recipe: dict[str, Any], num_bins: int = 20
+    choice: Selection, path: Path | None, *, name: str, recipe: dict[str, Any], num_bins: int = 20
 ) -> dict[str, Any]:
     """Make the second pass: write the manifest and its dropped rows, and give Tally.numbers.
 
     With no path nothing is written: the numbers are what would be. The same scores and recipe give the same bytes.
     """
     shards = choice.shards
-    tally = Tally(shards, between=choice.rule.between, num_bins=num_bins)
+    stats = SplitStats(shards, between=choice.rule.between, num_bins=num_bins)
     provenance = _provenance(choice, name=name, recipe=recipe)
     with ExitStack() as stack:
         kept = dropped = None
@@ -58,14 +58,14 @@ def write_split(
             dropped = stack.enter_context(_writing(dropped_path(path), _schema(shards, DROPPED_COLUMNS), provenance))
         for rows in shards.rows(whole=True):
             decision = choice.decide(rows)
-            tally.add(rows, decision, choice.reasons)
+            stats.add(rows, decision, choice.reasons)
             if kept is not None and dropped is not None:
                 columns = _columns(rows, decision, shards, choice, name=name)
                 kept.add(columns, decision.keep)
                 dropped.add(columns, ~decision.keep)
         if kept is not None and dropped is not None:
             dropped.about["dropped_from"] = kept.finish()
-    return tally.numbers()
+    return stats.numbers()
 
 
 class _Sink:
@@ -181,16 +181,16 @@ def _writing(path: Path, schema: pa.Schema, provenance: dict[str, Any]) -> Itera
         yield sink
 
 
-def _schema(shards: ScoreShards, columns: dict[str, pa.DataType]) -> pa.Schema:
+def _schema(shards: ScoreFiles, columns: dict[str, pa.DataType]) -> pa.Schema:
     own = [pa.field(name, type_) for name, type_ in columns.items()]
     return pa.schema(own + [pa.field(name, pa.string()) for name in shards.paths if name not in columns])
 
 
 def _columns(
-    rows: Rows, decision: Decision, shards: ScoreShards, choice: Choice, *, name: str
+    rows: ScoreBatch, decision: Decision, shards: ScoreFiles, choice: Selection, *, name: str
 ) -> dict[str, pa.Array | pa.ChunkedArray]:
     """Give every column of a manifest and of dropped rows; what the scores do not have is null."""
-    told, table, n = decision.told, rows.table, len(rows)
+    told, table, n = decision.outcome, rows.table, len(rows)
     codes = pa.array(rows.label)
     numeric = pa.types.is_integer(shards.classes.type)
     found: dict[str, pa.Array | pa.ChunkedArray] = {
@@ -219,7 +219,7 @@ def _named(codes: pa.Array, names: tuple[str, ...]) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(codes, pa.array(list(names), pa.string()))
 
 
-def _provenance(choice: Choice, *, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+def _provenance(choice: Selection, *, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     scores = choice.shards.provenance
     return {
         "schema": f"mmaudit.manifest/{SCHEMA_VERSION}",

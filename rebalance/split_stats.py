@@ -16,7 +16,7 @@ from ..audit.errors import MmauditError
 from ..audit.parsing import Complete
 from ..audit.storage import read_json
 from .binning import distance_to_uniform
-from .score_tables import Rows, ScoreShards
+from .score_tables import ScoreBatch, ScoreFiles
 from .selection import Decision
 
 _MOST_FINE = 1_024  # bins in whose steps KS is taken, which is right to 0.001 then
@@ -73,13 +73,13 @@ def read_numbers(path: Path, *, error: type[MmauditError]) -> dict[str, Any]:
     return numbers
 
 
-class Tally:
+class SplitStats:
     """Counts of a discrepancy among all rows and the kept ones; the kept ones weigh what their manifest says.
 
     They are held by split, class, bin, and fine bins within each bin: (s, k, b, f / b).
     """
 
-    def __init__(self, shards: ScoreShards, *, between: str, num_bins: int) -> None:
+    def __init__(self, shards: ScoreFiles, *, between: str, num_bins: int) -> None:
         self.between, self.num_bins, self.shards = between, num_bins, shards
         cells = len(shards.splits) * len(shards.classes) * num_bins
         within = max(1, min(_MOST_FINE // num_bins, _MOST_CELLS // cells))
@@ -89,9 +89,9 @@ class Tally:
         self.kept = self.dropped = 0
         self.reasons: dict[str, int] = {}
 
-    def add(self, rows: Rows, decision: Decision, reasons: tuple[str, ...]) -> None:
+    def add(self, rows: ScoreBatch, decision: Decision, reasons: tuple[str, ...]) -> None:
         """Count some rows."""
-        keep, values, weight = decision.keep, decision.discrepancy, decision.told.weight
+        keep, values, weight = decision.keep, decision.discrepancy, decision.outcome.weight
         kept = int(np.count_nonzero(keep))
         self.kept += kept
         self.dropped += len(rows) - kept
@@ -116,7 +116,7 @@ class Tally:
             self._positive[1] += float(mass[values[keep] > 0].sum())
             self._squares += float((mass**2).sum())
 
-    def _cells(self, rows: Rows, values: NDArray[np.float64]) -> NDArray[np.int64]:
+    def _cells(self, rows: ScoreBatch, values: NDArray[np.float64]) -> NDArray[np.int64]:
         """Give the place of each row among what is held, (n,)."""
         _, k, b, within = self._held[0].shape
         place = (values + 1) / 2 * b

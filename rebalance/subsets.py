@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.hashing import splitmix64
-from .binning import Counts, shared
-from .score_tables import Rows, ScoreShards
-from .selection import Rule, Told
+from .binning import Counts, share_total
+from .score_tables import ScoreBatch, ScoreFiles
+from .selection import RowOutcome, SelectionRule
 
 BALANCED_WITHIN = 0.2  # |D| up to which a sample counts as balanced: mmaudit's default
 _REASONS = {
@@ -41,7 +41,7 @@ class Threshold:
         """Why others are dropped."""
         return _REASONS[self.kind]
 
-    def score(self, rows: Rows) -> NDArray[np.float64]:
+    def score(self, rows: ScoreBatch) -> NDArray[np.float64]:
         """Give what is compared with the threshold, (n,), NaN where it is missing."""
         if self.kind in ("above", "within"):
             values = rows.discrepancy(self.between).astype(np.float64)  # as evaluation compares, and as is recorded
@@ -49,7 +49,7 @@ class Threshold:
         posterior = rows.numbers("p_balanced")
         return np.full(len(rows), np.nan) if posterior is None else posterior.astype(np.float64)
 
-    def cells(self, rows: Rows) -> NDArray[np.int32]:
+    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
         """Give 0 to those that are kept, 1 to the others, -1 to those that cannot be told."""
         score = self.score(rows)
         held = {
@@ -64,13 +64,13 @@ class Threshold:
         """Keep all that are on the right side."""
         return np.array([counts[0], 0], dtype=np.int64)
 
-    def order(self, rows: Rows) -> NDArray[np.uint64]:
+    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
         """Nothing is left to chance."""
         return rows.key
 
-    def tell(self, rows: Rows, cell: NDArray[np.int32], chance: Told) -> Told:
+    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
         """Give what was compared."""
-        return Told(score=self.score(rows), threshold=np.full(len(rows), self.threshold))
+        return RowOutcome(score=self.score(rows), threshold=np.full(len(rows), self.threshold))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class Amount:
         total = int(counts.sum())
         if self.number is not None and self.number > total:
             raise ConfigError(f"{self.number} samples cannot be had: the largest is {total}, all that may be kept")
-        return shared(self.number if self.number is not None else round((self.share or 0) * total), counts)
+        return share_total(self.number if self.number is not None else round((self.share or 0) * total), counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ class Extreme:
         """Why others are dropped."""
         return "balance-too-low" if self.most else "balance-too-high"
 
-    def cells(self, rows: Rows) -> NDArray[np.int32]:
+    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
         """Give the split; -1 to those without a balance score."""
         return np.where(np.isnan(_balance(rows)), -1, rows.split).astype(np.int32)
 
@@ -112,17 +112,17 @@ class Extreme:
         """Share the amount among the splits."""
         return self.amount.of(counts)
 
-    def order(self, rows: Rows) -> NDArray[np.uint64]:
+    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
         """Give the balance score in its first 32 bits, the least first, and the hash in the others."""
         side = -1 if self.most else 1
         place = np.nan_to_num((1 + side * _balance(rows)) / 2, nan=1.0)
         steps = (np.clip(place, 0, 1) * (2**32 - 1)).astype(np.uint64)
         return np.asarray((steps << np.uint64(32)) | (rows.key >> np.uint64(32)))
 
-    def tell(self, rows: Rows, cell: NDArray[np.int32], chance: Told) -> Told:
+    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
         """Give the balance score, and that of the last sample kept."""
         last = 1 - 2 * chance.threshold if self.most else 2 * chance.threshold - 1
-        return Told(score=_balance(rows), threshold=last)
+        return RowOutcome(score=_balance(rows), threshold=last)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ class Random:
         """Why others are dropped."""
         return "not-drawn"
 
-    def cells(self, rows: Rows) -> NDArray[np.int32]:
+    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
         """Give split by class."""
         return np.asarray(rows.split.astype(np.int32) * self.num_classes + rows.label)
 
@@ -154,11 +154,11 @@ class Random:
             raise ManifestError(f"{self.name}: there are too few samples to draw as many of each class: fewer are left")
         return self.like
 
-    def order(self, rows: Rows) -> NDArray[np.uint64]:
+    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
         """Draw by another hash than other rules do, or the control would be part of what it controls."""
         return splitmix64(rows.key)
 
-    def tell(self, rows: Rows, cell: NDArray[np.int32], chance: Told) -> Told:
+    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
         """Give the hash, and the last one kept."""
         return chance
 
@@ -196,7 +196,7 @@ def within(between: str, *, threshold: float = BALANCED_WITHIN) -> Threshold:
     return Threshold(name=f"balanced-within-{threshold:g}", between=between, kind="within", threshold=threshold)
 
 
-def by_mixture(shards: ScoreShards, which: str, *, between: str, posterior: float = 0.5) -> Threshold:
+def by_mixture(shards: ScoreFiles, which: str, *, between: str, posterior: float = 0.5) -> Threshold:
     """Select by the gap mixture: `balanced` has P(balanced) >= posterior, `imbalanced` the rest."""
     if which not in ("balanced", "imbalanced"):
         raise ConfigError(f"--gmm {which}: no such side of the mixture; {choices(which, ('balanced', 'imbalanced'))}")
@@ -206,7 +206,7 @@ def by_mixture(shards: ScoreShards, which: str, *, between: str, posterior: floa
     return Threshold(name=f"gmm-{which}", between=between, kind=which, threshold=posterior)
 
 
-def extreme(shards: ScoreShards, which: str, amount: str, *, between: str) -> Extreme:
+def extreme(shards: ScoreFiles, which: str, amount: str, *, between: str) -> Extreme:
     """Select the `most-balanced` or `least-balanced` samples, so many or such a share (`20%`) of each split."""
     _need(shards, "balance", f"--subset {which}")
     return Extreme(
@@ -218,7 +218,7 @@ def extreme(shards: ScoreShards, which: str, amount: str, *, between: str) -> Ex
     )
 
 
-def at_random(shards: ScoreShards, *, between: str, amount: str = "", like: tuple[str, Counts] | None = None) -> Random:
+def at_random(shards: ScoreFiles, *, between: str, amount: str = "", like: tuple[str, Counts] | None = None) -> Random:
     """Select by chance: an amount, or `like` (name, counts (s * k,)), as many as it of each split and class."""
     if bool(amount) == (like is not None):
         raise ConfigError("--subset random: say how many, as random:500 or random:20%, or as what, by --like MANIFEST")
@@ -239,8 +239,8 @@ def everything(between: str, *, name: str) -> Threshold:
 
 
 def parse_subset(
-    shards: ScoreShards, text: str, *, between: str | None, like: tuple[str, Counts] | None = None
-) -> Rule:
+    shards: ScoreFiles, text: str, *, between: str | None, like: tuple[str, Counts] | None = None
+) -> SelectionRule:
     """Read `MODALITY-preferred`, `balanced[:T]`, `most-balanced:N`, `least-balanced:N`, `random:N`; N also as `20%`."""
     name, _, value = text.partition(":")
     by_side = [f"{modality}-preferred" for modality in sides(shards.modalities, between)]
@@ -289,12 +289,12 @@ def _number(option: str, text: str, value: str) -> float:
         raise ConfigError(f"{option} {text}: {value!r} is not a number") from error
 
 
-def _need(shards: ScoreShards, column: str, what: str) -> None:
+def _need(shards: ScoreFiles, column: str, what: str) -> None:
     if column not in shards.columns:
         raise ManifestError(f"{what}: the score table has no {column}: rescore with mmaudit score, or use --balanced")
 
 
-def _balance(rows: Rows) -> NDArray[np.float64]:
+def _balance(rows: ScoreBatch) -> NDArray[np.float64]:
     found = rows.numbers("balance")
     return np.full(len(rows), np.nan) if found is None else found.astype(np.float64)
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ManifestError
-from ..audit.features.encoded_samples import Content, contents_of
+from ..audit.features.encoded_samples import ContentHashes, content_hashes
 from .checks import Check, CheckedFile, named, section
-from .external_sort import Spill
+from .external_sort import ExternalSort
 from .manifest import (
     COLUMNS,
     DROPPED_COLUMNS,
@@ -67,7 +67,7 @@ def verify(
     manifest: Path,
     *,
     dataset: Dataset | None = None,
-    contents: Mapping[str, Content] | None = None,
+    contents: Mapping[str, ContentHashes] | None = None,
     fingerprint: str | None = None,
     scratch: Path | None = None,
     num_threads: int = 0,
@@ -93,7 +93,7 @@ def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verified:
     if beside.exists():
         files.append(CheckedFile(beside, DROPPED_COLUMNS, provenance))
     whole = [file for file in files if not file.missing]
-    with Spill(sum(file.num_rows for file in whole), scratch or Path(tempfile.gettempdir())) as ids:
+    with ExternalSort(sum(file.num_rows for file in whole), scratch or Path(tempfile.gettempdir())) as ids:
         for number, file in enumerate(whole):
             file.read_all(ids, number)
         repeated = ids.repeated()
@@ -108,7 +108,7 @@ def check_media(
     manifest: Path,
     *,
     dataset: Dataset | None = None,
-    contents: Mapping[str, Content] | None = None,
+    contents: Mapping[str, ContentHashes] | None = None,
     fingerprint: str | None = None,
     num_threads: int = 0,
     unopened: str = "the data were not opened",
@@ -205,7 +205,7 @@ def _media(
     provenance: dict[str, Any],
     *,
     dataset: Dataset | None,
-    contents: Mapping[str, Content] | None,
+    contents: Mapping[str, ContentHashes] | None,
     num_threads: int,
 ) -> Check:
     """Check that the kept samples are made of what they were made of when they were scored."""
@@ -218,9 +218,9 @@ def _media(
     if not expected:
         return Check(name="media", held=None, detail="the scores do not tell what the samples were made of")
     number = len(expected)
-    now: Iterable[Content] = (contents or {}).values()
+    now: Iterable[ContentHashes] = (contents or {}).values()
     if contents is None and dataset is not None:
-        now = contents_of(dataset, only=frozenset(expected), num_threads=num_threads)
+        now = content_hashes(dataset, only=frozenset(expected), num_threads=num_threads)
     changed: dict[str, str | None] = {}
     for each in now:
         if expected.pop(each.sample_id, each.content) != each.content:

@@ -41,10 +41,15 @@ def in_processes(script: str, *, size: int, timeout_seconds: float = 120) -> lis
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    distributed = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(size),
+        "OMP_NUM_THREADS": "1",
+    }
     launcher = subprocess.Popen(
         [sys.executable, "-c", _LAUNCHER, script],
-        env={**os.environ, **world},
+        env={**os.environ, **distributed},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -34,7 +34,7 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
     }
     gains = [{"name": name, "gain": 0.0, "low": 0.0, "high": 0.0} for name in ("audio", "visual")]
     calibration = {"temperature": 1.0, "ece_before": 0.1, "ece_after": 0.0, "num_rows": 10}
-    standings = [
+    probe_metrics = [
         {"name": name, "value": 0.5, "low": 0.4, "high": 0.6, "loss": 0.7, "calibration": calibration}
         for name in ("audio", "visual", "fused")
     ]
@@ -56,11 +56,11 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         "classes": 0,
         "groups": None,
         "folds": 5,
-        "ledger": {
+        "probe_report": {
             "metric": "accuracy",
             "chance": 0.5,
-            "standings": standings,
-            "over_best": gains[0],
+            "probe_metrics": probe_metrics,
+            "gain_over_best": gains[0],
             "gains": gains,
             "controls": [],
         },

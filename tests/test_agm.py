@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmaudit.train.balancing.agm import Agm, lead, shapley_weights
+from mmaudit.train.balancing.agm import Agm, modality_lead, shapley_weights
 from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import AgmConfig, BalancingConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE, World
-from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.network import FusionNet, ModelConfig
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 
 
-class Twin(World):
+class Twin(DistributedContext):
     """Two processes that see the same."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -31,11 +31,16 @@ class Twin(World):
 
 
 def make(
-    name: str = "agm", *, fusion: str = "concat", modalities: int = 2, alpha: float = 1.0, world: World = ALONE
+    name: str = "agm",
+    *,
+    fusion: str = "concat",
+    modalities: int = 2,
+    alpha: float = 1.0,
+    distributed: DistributedContext = SINGLE_PROCESS,
 ) -> Balancer:
     """Give a method; a step of SGD at rate 1 moves a weight by minus its gradient."""
     torch.manual_seed(0)
-    plan = Blueprint(
+    plan = ModelConfig(
         modalities=tuple("abc"[:modalities]),
         shapes=((4,), (5,), (6,))[:modalities],
         classes=("x", "y", "z"),
@@ -43,14 +48,14 @@ def make(
         hidden=8,
         dropout=0.0,
     )
-    update = Update(
+    optimization = Optimization(
         FusionNet(plan),
         OptimConfig(optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant"),
         device="cpu",
-        world=world,
+        distributed=distributed,
     )
-    update.begin_epoch(1, epochs=1)
-    return build_balancer(name, update.net, update, BalancingConfig(agm=AgmConfig(alpha=alpha)), epochs=9)
+    optimization.begin_epoch(1, epochs=1)
+    return build_balancer(name, optimization.net, optimization, BalancingConfig(agm=AgmConfig(alpha=alpha)), epochs=9)
 
 
 def agm(fusion: str, *, modalities: int) -> Agm:
@@ -68,7 +73,7 @@ def batch(*, modalities: int = 2, seed: int = 1, share: float = 1.0, copies: int
         inputs=tuple(rows.repeat(copies, 1) for rows in inputs),
         label=(torch.arange(9) % 3).repeat(copies),
         present=None,
-        part=torch.full((1 + modalities, total), share / total),
+        loss_weight=torch.full((1 + modalities, total), share / total),
         size=total,
     )
 
@@ -124,10 +129,10 @@ def test_listening_to_sets_leaves_running_means_and_the_mode() -> None:
 
 def test_the_lead_by_hand() -> None:
     known = torch.tensor([True, True, True])
-    assert lead(torch.tensor([0.2, 1.0, 1.8]), known).tolist() == pytest.approx(
+    assert modality_lead(torch.tensor([0.2, 1.0, 1.8]), known).tolist() == pytest.approx(
         [math.exp(1.2), 1.0, math.exp(-1.2)], rel=1e-5
     )
-    assert lead(torch.tensor([0.2, 1.0, 0.0]), torch.tensor([True, True, False])).tolist() == pytest.approx(
+    assert modality_lead(torch.tensor([0.2, 1.0, 0.0]), torch.tensor([True, True, False])).tolist() == pytest.approx(
         [math.exp(0.8), math.exp(-0.8), 1.0]
     )
 
@@ -187,14 +192,14 @@ def test_probabilities_have_a_floor() -> None:
 
 def test_a_modality_that_nobody_has_is_not_compared() -> None:
     method, given = make(), batch()
-    part = given.part.clone()
+    part = given.loss_weight.clone()
     part[2] = 0.0
     absent = Batch(
         rows=given.rows,
         inputs=given.inputs,
         label=given.label,
         present=torch.tensor([[True, False]]).repeat(9, 1),
-        part=part,
+        loss_weight=part,
         size=9,
     )
     before = method.state_dict()
@@ -204,7 +209,7 @@ def test_a_modality_that_nobody_has_is_not_compared() -> None:
 
 
 def test_two_processes_are_one() -> None:
-    alone, two = make(), make(world=Twin(size=2))
+    alone, two = make(), make(distributed=Twin(world_size=2))
     for seed in (1, 2):
         whole = moved(alone, batch(copies=2, seed=seed))
         for name, step in moved(two, batch(share=0.5, seed=seed)).items():

@@ -15,9 +15,9 @@ from scipy.stats import norm
 from mmaudit.audit import metrics as measures
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import Inputs, JointInputs, MatrixInputs, Rows
-from mmaudit.audit.probes.probe_set import Calibration, Member, Panel, Probe
-from mmaudit.audit.scores.sample_scores import Answers, ask
-from mmaudit.audit.workers import silent
+from mmaudit.audit.probes.probe_set import CalibratedProbe, Calibration, Probe, ProbeSet
+from mmaudit.audit.scores.sample_scores import SampleScores, compute_sample_scores
+from mmaudit.audit.workers import no_progress
 
 Floats = NDArray[np.float32]
 N, K, ROUNDS = 40, 3, 2
@@ -61,10 +61,10 @@ class Hears:
         raise AssertionError("nobody asks how the joint probe was trained")
 
 
-def member(
+def calibrated(
     name: str, probe: Probe, *, present: NDArray[np.bool_] | None = None, scale: float = 1.0, width: int = 1
-) -> Member:
-    return Member(
+) -> CalibratedProbe:
+    return CalibratedProbe(
         name=name,
         inputs=MatrixInputs(matrix=np.zeros((N, width), np.float32)),
         present=np.ones(N, bool) if present is None else present,
@@ -80,16 +80,16 @@ def told(seed: int, k: int = K) -> Told:
     return Told(by_round=draw[:ROUNDS], by_epoch=draw[ROUNDS:])
 
 
-def panel_of(m: int, target: Target = CLASSES, *, present: Any = None, **rest: Any) -> Panel:
+def panel_of(m: int, target: Target = CLASSES, *, present: Any = None, **rest: Any) -> ProbeSet:
     present = np.ones((N, m), bool) if present is None else present
-    members = [
-        member(str(j), told(j, target.num_outputs), present=present[:, j], scale=1.0 + 0.5 * j) for j in range(m)
+    probes = [
+        calibrated(str(j), told(j, target.num_outputs), present=present[:, j], scale=1.0 + 0.5 * j) for j in range(m)
     ]
-    return Panel(members=tuple(members), target=target, **{"joint": None, **rest})
+    return ProbeSet(probes=tuple(probes), target=target, **{"joint": None, **rest})
 
 
-def answers_of(panel: Panel, seed: int = 0) -> Answers:
-    return ask(panel, seed=seed, progress=silent)
+def answers_of(probe_set: ProbeSet, seed: int = 0) -> SampleScores:
+    return compute_sample_scores(probe_set, seed=seed, progress=no_progress)
 
 
 def some_missing(m: int) -> NDArray[np.bool_]:
@@ -102,7 +102,7 @@ def test_what_is_missing_is_nan_and_the_rest_is_as_if_it_were_there(target: Targ
     present = some_missing(3)
     whole, holed = answers_of(panel_of(3, target)), answers_of(panel_of(3, target, present=present))
     complete = present.all(axis=1)
-    for field in fields(Answers):
+    for field in fields(SampleScores):
         one, other = getattr(whole, field.name), getattr(holed, field.name)
         assert one.shape == other.shape, field.name
         np.testing.assert_array_equal(other[complete], one[complete], err_msg=field.name)
@@ -114,10 +114,10 @@ def test_what_is_missing_is_nan_and_the_rest_is_as_if_it_were_there(target: Targ
 
 
 def test_confidence_is_of_the_mean_and_spread_of_the_rounds() -> None:
-    panel = panel_of(2)
-    found = answers_of(panel)
+    probe_set = panel_of(2)
+    found = answers_of(probe_set)
     by_round = []
-    for each in panel.members:
+    for each in probe_set.probes:
         probe = each.probe
         assert isinstance(probe, Told)
         logs = log_softmax(probe.by_round.astype(np.float64), axis=2)
@@ -133,20 +133,20 @@ def test_confidence_is_of_the_mean_and_spread_of_the_rounds() -> None:
 
 
 def test_after_one_round_there_is_no_spread() -> None:
-    members = tuple(
-        member(name, Told(by_round=told(seed).by_round[:1], by_epoch=told(seed).by_epoch))
+    probes = tuple(
+        calibrated(name, Told(by_round=told(seed).by_round[:1], by_epoch=told(seed).by_epoch))
         for seed, name in enumerate(("a", "b"))
     )
-    found = answers_of(Panel(members=members, joint=None, target=CLASSES))
+    found = answers_of(ProbeSet(probes=probes, joint=None, target=CLASSES))
     assert found.spread.shape == (N, 1)
     assert np.isnan(found.spread).all()
 
 
 def test_without_a_joint_probe_the_modalities_are_fused_and_have_no_shapley_values() -> None:
-    panel = panel_of(2)
-    found = answers_of(panel)
-    shares = [each.read(np.arange(N), CLASSES).probability for each in panel.members]
-    fused = measures.fuse(shares)
+    probe_set = panel_of(2)
+    found = answers_of(probe_set)
+    shares = [each.read(np.arange(N), CLASSES).probability for each in probe_set.probes]
+    fused = measures.fuse_probabilities(shares)
     np.testing.assert_allclose(found.fused_confidence, fused[np.arange(N), LABEL], atol=1e-5)
     np.testing.assert_array_equal(found.fused_predicted, fused.argmax(axis=1))
     np.testing.assert_array_equal(found.fused_right, fused.argmax(axis=1) == LABEL)
@@ -155,10 +155,10 @@ def test_without_a_joint_probe_the_modalities_are_fused_and_have_no_shapley_valu
 
 
 def test_numbers_are_as_likely_as_the_best_modality_s_gaussian_allows() -> None:
-    panel = panel_of(2, NUMBERS)
-    found = answers_of(panel)
+    probe_set = panel_of(2, NUMBERS)
+    found = answers_of(probe_set)
     assert NUMBERS.values is not None
-    for index, each in enumerate(panel.members):
+    for index, each in enumerate(probe_set.probes):
         probe, sigma = each.probe, float(each.scale[0])
         assert isinstance(probe, Told)
         mean = probe.by_round.mean(axis=0)[:, 0]
@@ -171,10 +171,10 @@ def test_numbers_are_as_likely_as_the_best_modality_s_gaussian_allows() -> None:
 
 def test_without_one_modality_the_others_are_fused() -> None:
     present = some_missing(3)
-    panel = panel_of(3, present=present)
-    found = answers_of(panel)
+    probe_set = panel_of(3, present=present)
+    found = answers_of(probe_set)
     for index in range(3):
-        others = replace(panel, members=tuple(each for place, each in enumerate(panel.members) if place != index))
+        others = replace(probe_set, probes=tuple(each for place, each in enumerate(probe_set.probes) if place != index))
         left, here = answers_of(others).fused_right, present[:, index]
         np.testing.assert_array_equal(found.without_right[here, index], left[here])
         assert np.isnan(found.without_right[~here, index]).all()
@@ -189,7 +189,7 @@ def game(m: int, *, seed: int) -> dict[frozenset[int], NDArray[np.bool_]]:
 def shapley_of(right: Mapping[frozenset[int], NDArray[np.bool_]], *, present: Any = None, seed: int = 0) -> Floats:
     m = len(max(right, key=len))
     probe = Hears(right=right, label=LABEL, num_outputs=K)
-    return answers_of(panel_of(m, present=present, joint=member("joint", probe, width=m)), seed).shapley
+    return answers_of(panel_of(m, present=present, joint=calibrated("joint", probe, width=m)), seed).shapley
 
 
 def test_shapley_values_of_two_modalities_are_smvs() -> None:
@@ -251,9 +251,9 @@ def test_missing_modalities_take_no_part_in_the_shapley_game() -> None:
 def test_it_does_not_matter_how_many_samples_are_asked_about_at_once(
     num_outputs_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    panel = panel_of(3, present=some_missing(3))
-    whole = answers_of(panel)
+    probe_set = panel_of(3, present=some_missing(3))
+    whole = answers_of(probe_set)
     monkeypatch.setattr("mmaudit.audit.scores.sample_scores._LOGITS_AT_ONCE", num_outputs_at_once)
-    pieces = answers_of(panel)
-    for field in fields(Answers):
+    pieces = answers_of(probe_set)
+    for field in fields(SampleScores):
         np.testing.assert_array_equal(getattr(pieces, field.name), getattr(whole, field.name), err_msg=field.name)

@@ -28,7 +28,7 @@ def batch_of(size: int = 7) -> Batch:
         inputs=inputs,
         label=torch.zeros(size, dtype=torch.int64),
         present=None,
-        part=torch.full((1 + len(SHAPES), size), 1 / max(1, size)),
+        loss_weight=torch.full((1 + len(SHAPES), size), 1 / max(1, size)),
         size=size,
     )
 

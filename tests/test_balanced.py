@@ -26,7 +26,7 @@ from mmaudit.rebalance.balanced import AUTO, Balanced, BalancedConfig, largest_p
 from mmaudit.rebalance.binning import Point, best_bins
 from mmaudit.rebalance.manifest import read_dropped, read_manifest
 from mmaudit.rebalance.score_tables import open_scores
-from mmaudit.rebalance.selection import Choice, choose
+from mmaudit.rebalance.selection import Selection, select_rows
 from mmaudit.rebalance.split import write_split
 
 Counts = NDArray[np.int64]
@@ -82,7 +82,7 @@ class Split:
     """A balanced split as it is told: before and after are (s, b, k); files only where they were asked for."""
 
     rule: Balanced
-    choice: Choice
+    choice: Selection
     numbers: dict[str, Any]
     kept_ids: set[str]
     kept: pa.Table | None = None
@@ -108,7 +108,7 @@ def split_of(
     rule = plan_balanced(shards, config, between=between)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "m.parquet"
-        choice = choose(shards, rule, scratch=Path(folder))
+        choice = select_rows(shards, rule, scratch=Path(folder))
         numbers = write_split(choice, path if files else None, name="balanced", recipe={}, num_bins=rule.num_bins)
         kept = read_manifest(path) if files else None
         dropped = read_dropped(path, kept) if kept else None
@@ -258,7 +258,7 @@ def test_a_size_beyond_the_table_is_refused(size: int) -> None:
 @settings(deadline=None, max_examples=40)
 @given(tables(), BINS, st.sampled_from([1.0, 1.5, 4.0, 1000.0]), st.booleans())
 def test_weights_keep_all_and_make_the_mass_uniform(scores: ScoreTable, num_bins: int, most: float, grid: bool) -> None:
-    split = split_of(scores, BalancedConfig(bins=num_bins, by="weight", most_weight=most, grid=grid), files=True)
+    split = split_of(scores, BalancedConfig(bins=num_bins, by="weight", max_weight=most, grid=grid), files=True)
     kept = split.kept
     assert kept is not None
     assert len(kept) == len(scores)
@@ -513,7 +513,7 @@ def test_more_bins_than_a_manifest_can_number_are_refused(bins: int, grid: bool)
         ({"tolerance": float("nan")}, "split.tolerance is nan"),
         ({"size": 0}, "split.size is 0; it must be at least 1"),
         ({"by": "weigth"}, "split.by is 'weigth'; did you mean weight"),
-        ({"most_weight": 0.5}, "split.most_weight is 0.5; it must be at least 1"),
+        ({"max_weight": 0.5}, "split.max_weight is 0.5; it must be at least 1"),
         ({"by": "weight", "size": 3}, "keeps all samples: leave out the size"),
         ({"by": "weight", "per_class": True}, "keeps all samples: leave out the size and per_class"),
         ({"per_class": True, "size": 3}, "split.per_class takes a tolerance, not a size"),

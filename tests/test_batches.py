@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmaudit.train.batches import Batch, Step, cut_order, to_batch
-from mmaudit.train.distributed import ALONE, World
+from mmaudit.train.batches import Batch, Step, split_order, to_batch
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 
 torch.set_num_threads(1)
 
@@ -30,7 +30,7 @@ STEPS = st.integers(1, 20).flatmap(
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 10**6), max_size=50), st.integers(1, 60))
 def test_steps_cut_the_order_and_lose_nothing(order: list[int], batch_size: int) -> None:
-    steps = [step.rows.tolist() for step in cut_order(np.array(order, dtype=np.int64), batch_size=batch_size)]
+    steps = [step.rows.tolist() for step in split_order(np.array(order, dtype=np.int64), batch_size=batch_size)]
     assert [row for step in steps for row in step] == order
     assert all(len(step) == batch_size for step in steps[:-1])
     assert all(0 < len(step) <= batch_size for step in steps)
@@ -40,7 +40,7 @@ def test_steps_cut_the_order_and_lose_nothing(order: list[int], batch_size: int)
 @given(st.integers(0, 50), st.integers(1, 20), st.integers(0, 60))
 def test_an_interrupted_order_goes_on_with_the_steps_that_were_left(number: int, batch_size: int, after: int) -> None:
     order = np.random.default_rng(0).permutation(number)
-    every, rest = (cut_order(order, batch_size=batch_size, after=start) for start in (0, after))
+    every, rest = (split_order(order, batch_size=batch_size, after=start) for start in (0, after))
     assert [step.rows.tolist() for step in rest] == [step.rows.tolist() for step in every[after:]]
 
 
@@ -78,7 +78,7 @@ def test_parts_sum_to_1_or_nothing_counts(step: Step) -> None:
 @settings(deadline=None)
 @given(STEPS, st.integers(1, 5))
 def test_shares_one_after_another_are_the_step(step: Step, size: int) -> None:
-    shares = [step.share(World(rank=rank, size=size)) for rank in range(size)]
+    shares = [step.share(DistributedContext(rank=rank, world_size=size)) for rank in range(size)]
     np.testing.assert_array_equal(np.concatenate([share.rows for share in shares]), step.rows)
     for name in ("present", "fused"):
         whole = getattr(step, name)
@@ -93,10 +93,10 @@ def batches_of(step: Step, size: int) -> list[Batch]:
     label = torch.tensor([3, 1, 4, 1, 5])
     found = []
     for rank in range(size):
-        world = World(rank=rank, size=size) if size > 1 else ALONE
-        mine = torch.from_numpy(step.share(world).rows)
+        distributed = DistributedContext(rank=rank, world_size=size) if size > 1 else SINGLE_PROCESS
+        mine = torch.from_numpy(step.share(distributed).rows)
         inputs = (torch.stack([mine, mine], dim=1).float(), -mine[:, None].float())
-        found.append(to_batch(step, inputs, label=label, weight=WEIGHT, world=world))
+        found.append(to_batch(step, inputs, label=label, weight=WEIGHT, distributed=distributed))
     return found
 
 
@@ -107,16 +107,16 @@ def test_what_processes_have_is_what_one_alone_would(step: Step, size: int) -> N
     (alone,), several = batches_of(step, 1), batches_of(step, size)
     for name in ("rows", "label"):
         assert torch.equal(torch.cat([getattr(each, name) for each in several]), getattr(alone, name))
-    assert torch.equal(torch.cat([each.part for each in several], dim=1), alone.part)
+    assert torch.equal(torch.cat([each.loss_weight for each in several], dim=1), alone.loss_weight)
     assert [each.size for each in several] == [len(step.rows)] * size
-    assert all(len(each.rows) == len(each.inputs[0]) == each.part.shape[1] for each in several)
+    assert all(len(each.rows) == len(each.inputs[0]) == each.loss_weight.shape[1] for each in several)
     if step.present is None:
         assert all(each.present is None for each in (alone, *several))
     else:
         present = [each.present for each in several if each.present is not None]
         assert torch.equal(torch.cat(present), torch.from_numpy(step.present))
     values = torch.randn(3, len(step.rows), generator=torch.Generator().manual_seed(0))
-    cut = [values[:, World(rank=rank, size=size).slice(len(step.rows))] for rank in range(size)]
+    cut = [values[:, DistributedContext(rank=rank, world_size=size).slice(len(step.rows))] for rank in range(size)]
     fused = torch.stack([each.mean_fused(some[0]) for each, some in zip(several, cut, strict=True)]).sum()
     own = torch.stack([each.mean_own(some[1:]) for each, some in zip(several, cut, strict=True)]).sum(dim=0)
     torch.testing.assert_close(fused, alone.mean_fused(values[0]), rtol=1e-4, atol=1e-5)

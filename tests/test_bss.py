@@ -13,8 +13,8 @@ from torch import Tensor
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.metrics import similarity
 from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
-from mmaudit.train.batches import Lab, Reading
-from mmaudit.train.distributed import ALONE
+from mmaudit.train.batches import ModelReader, Reading
+from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import Outputs
 from mmaudit.train.sampling.bss_l import BssL
 from mmaudit.train.sampling.config import BssConfig, SamplingConfig
@@ -44,8 +44,8 @@ def told(seed: int, *, num_modalities: int = 2) -> Told:
     return Told(logits[0], logits[1:])
 
 
-def as_lab(lab: Told) -> Lab:
-    return cast(Lab, lab)
+def as_lab(model_reader: Told) -> ModelReader:
+    return cast(ModelReader, model_reader)
 
 
 def pool_of(balance: NDArray[np.float64]) -> Pool:
@@ -63,13 +63,13 @@ def pool_of(balance: NDArray[np.float64]) -> Pool:
 def sampler_of(bss: BssConfig, *, order: OrderConfig | None = None, balance: NDArray[np.float64] | None = None) -> BssL:
     pool = pool_of(np.full(N, np.nan) if balance is None else balance)
     config = SamplingConfig(bss=bss)
-    return BssL(pool, config, order or OrderConfig(), batch_size=8, seed=3, world=ALONE)
+    return BssL(pool, config, order or OrderConfig(), batch_size=8, seed=3, distributed=SINGLE_PROCESS)
 
 
-def score_of(lab: Told, *, alpha: float) -> NDArray[np.float64]:
+def score_of(model_reader: Told, *, alpha: float) -> NDArray[np.float64]:
     """Work s out as the paper has it: minmax of the cosine less minmax of the loss."""
-    p = lab.outputs.unimodal.softmax(dim=2).numpy()
-    log_p = torch.cat([lab.outputs.fused[None], lab.outputs.unimodal]).log_softmax(dim=2).numpy()
+    p = model_reader.outputs.unimodal.softmax(dim=2).numpy()
+    log_p = torch.cat([model_reader.outputs.fused[None], model_reader.outputs.unimodal]).log_softmax(dim=2).numpy()
     losses = -log_p[:, np.arange(N), LABEL]
     sim, loss = similarity(list(p)), alpha * losses[0] + losses[1:].sum(axis=0)
     scaled = [(each - each.min()) / (each.max() - each.min()) for each in (sim, loss)]
@@ -84,10 +84,10 @@ def score(sampler: BssL) -> NDArray[np.float64]:
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("num_modalities", [2, 3])
 def test_the_first_score_is_similarity_less_loss(alpha: float, num_modalities: int) -> None:
-    lab = told(0, num_modalities=num_modalities)
+    model_reader = told(0, num_modalities=num_modalities)
     sampler = sampler_of(BssConfig(alpha=alpha))
-    sampler.begin_epoch(1, as_lab(lab))
-    assert score(sampler) == pytest.approx(score_of(lab, alpha=alpha), abs=1e-5)
+    sampler.begin_epoch(1, as_lab(model_reader))
+    assert score(sampler) == pytest.approx(score_of(model_reader, alpha=alpha), abs=1e-5)
     assert np.abs(score(sampler)).max() <= 1
 
 
@@ -106,7 +106,7 @@ def test_the_score_is_a_running_mean_of_readings_every_few_epochs() -> None:
     sampler = sampler_of(BssConfig(every_epochs=3, beta=0.6))
     for epoch in range(1, 8):
         sampler.begin_epoch(epoch, as_lab(labs[epoch]))
-    assert [lab.num_reads for lab in labs] == [0, 1, 0, 0, 1, 0, 0, 1]
+    assert [model_reader.num_reads for model_reader in labs] == [0, 1, 0, 0, 1, 0, 0, 1]
     first, second, third = (score_of(labs[epoch], alpha=1.0) for epoch in (1, 4, 7))
     assert score(sampler) == pytest.approx(0.4 * (0.4 * first + 0.6 * second) + 0.6 * third, abs=1e-5)
 
@@ -138,11 +138,11 @@ def test_an_epoch_is_the_weighted_order_of_the_scores(draw: str, weight: str, so
 
 
 def test_scores_of_the_manifest_are_never_read_anew() -> None:
-    lab = told(0)
+    model_reader = told(0)
     sampler = sampler_of(BssConfig(score_source="manifest", every_epochs=1), balance=np.linspace(-1, 1, N))
     for epoch in range(1, 5):
-        sampler.begin_epoch(epoch, as_lab(lab))
-    assert lab.num_reads == 0
+        sampler.begin_epoch(epoch, as_lab(model_reader))
+    assert model_reader.num_reads == 0
     assert score(sampler).tolist() == np.linspace(-1, 1, N).tolist()
 
 

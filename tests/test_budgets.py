@@ -21,7 +21,7 @@ from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.features.encoders import preprocessing
 from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image
 from mmaudit.audit.media.files import BUDGETS, MediaConfig
-from mmaudit.audit.media.truncation import shortfall
+from mmaudit.audit.media.truncation import missing_bytes
 from mmaudit.audit.quarantine import Reason, UnusableError
 
 Decode = Callable[[bytes, MediaConfig], Any]
@@ -194,7 +194,7 @@ def test_the_budgets_of_sound() -> None:
 @pytest.mark.parametrize("part", [b"LIST\0\0\0\0", b"\0\0\0\x08free", b"ID3\4\0\0\0\0\0\0"], ids=["riff", "mp4", "id3"])
 def test_the_parts_of_a_file_are_followed_for_a_while_only(part: bytes) -> None:
     head = b"RIFF\xff\xff\0\0WAVE" if part.startswith(b"LIST") else b""
-    assert shortfall(head + part * 3_000_000) == ""  # 24 MB, in well under a second
+    assert missing_bytes(head + part * 3_000_000) == ""  # 24 MB, in well under a second
 
 
 def test_budgets_have_one_line_each_and_change_no_cache_at_their_defaults() -> None:

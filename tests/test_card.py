@@ -20,7 +20,7 @@ from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.card import MOST_SHORTAGES, card
 from mmaudit.rebalance.manifest import dropped_path, rows_of
 from mmaudit.rebalance.score_tables import open_scores
-from mmaudit.rebalance.selection import choose
+from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
 
 PROVENANCE = {
@@ -49,7 +49,7 @@ def make(
     )
     shards = open_scores(table, seed=5)
     rule = plan_balanced(shards, BalancedConfig(bins=10, tolerance=0.1))
-    choice = choose(shards, rule, scratch=folder / "scratch")
+    choice = select_rows(shards, rule, scratch=folder / "scratch")
     recipe = {"balanced": {"bins": 10, "tolerance": 0.1}, "seed": 5}
     path = folder / "even.parquet"
     numbers = write_split(choice, path, name="even", recipe=recipe, num_bins=10)

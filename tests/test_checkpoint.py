@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from mmaudit.audit.errors import RunError, TrainError
 from mmaudit.train import checkpoint
-from mmaudit.train.checkpoint import load_model, load_state, read_blueprint, save_model, save_state, warm_start
-from mmaudit.train.network import Blueprint, FusionNet
+from mmaudit.train.checkpoint import load_model, load_state, read_model_config, save_model, save_state, warm_start
+from mmaudit.train.network import FusionNet, ModelConfig
 
 WEIGHTS = {
     "weight": torch.arange(6.0).reshape(2, 3),
@@ -112,7 +112,7 @@ def net_of(
 ) -> FusionNet:
     sizes = {"audio": 3, "visual": 5, "text": 4}
     shapes = tuple((sizes[name],) for name in modalities)
-    return FusionNet(Blueprint(modalities=modalities, shapes=shapes, classes=classes, **{"hidden": 6, **options}))
+    return FusionNet(ModelConfig(modalities=modalities, shapes=shapes, classes=classes, **{"hidden": 6, **options}))
 
 
 def saved(net: FusionNet, path: Path) -> Path:
@@ -194,6 +194,6 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     save_model(WEIGHTS, tmp_path / "strange", about={"classes": ["a"]})
     for name in ("text", "strange", "absent"):
         with pytest.raises(RunError, match="is not a model of mmaudit finetune"):
-            read_blueprint(tmp_path / name)
+            read_model_config(tmp_path / name)
     with pytest.raises(RunError, match="cannot be read as weights"):
         load_model(tmp_path / "text")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.parquet import KEY
 from mmaudit.rebalance.checks import BOUNDS, CheckedFile, named, section
-from mmaudit.rebalance.external_sort import Spill
+from mmaudit.rebalance.external_sort import ExternalSort
 from mmaudit.rebalance.manifest import COLUMNS, RANGES, ROWS_KEY, SCHEMA_VERSION, digest_of, metadata_digest
 
 N = 6
@@ -53,7 +53,7 @@ def write(
 
 def checked(path: Path, provenance: dict[str, Any] = PROVENANCE) -> CheckedFile:
     found = CheckedFile(path, COLUMNS, provenance)
-    with Spill(found.num_rows, path.parent) as ids:
+    with ExternalSort(found.num_rows, path.parent) as ids:
         found.read_all(ids, 0)
     return found
 

@@ -19,8 +19,8 @@ from mmaudit.audit.hashing import hash_ids
 from mmaudit.rebalance import external_sort as spill
 from mmaudit.rebalance import score_files as parts
 from mmaudit.rebalance import score_tables as shards
-from mmaudit.rebalance.score_tables import Members, Rows, ScoreShards, keys_of, open_scores
-from mmaudit.rebalance.selection import Choice, Told, choose
+from mmaudit.rebalance.score_tables import ManifestMembers, ScoreBatch, ScoreFiles, keys_of, open_scores
+from mmaudit.rebalance.selection import RowOutcome, Selection, select_rows
 
 Counts = NDArray[np.int64]
 
@@ -40,17 +40,17 @@ class Some:
     def num_cells(self) -> int:
         return len(self.wanted)
 
-    def cells(self, rows: Rows) -> NDArray[np.int32]:
+    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
         never = np.array([name.endswith("7") for name in rows.table["sample_id"].to_pylist()])
         return np.where(never, -1, rows.split.astype(np.int32) * self.num_classes + rows.label).astype(np.int32)
 
     def quotas(self, counts: Counts) -> Counts:
         return self.wanted
 
-    def order(self, rows: Rows) -> NDArray[np.uint64]:
+    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
         return ~rows.key
 
-    def tell(self, rows: Rows, cell: NDArray[np.int32], chance: Told) -> Told:
+    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
         return chance
 
 
@@ -66,13 +66,13 @@ def table(n: int, *, seed: int, start: int = 0, **more: Any) -> pa.Table:
     return pa.table({**columns, **more})
 
 
-def opened(folder: Path, whole: pa.Table, *, seed: int = 0) -> ScoreShards:
+def opened(folder: Path, whole: pa.Table, *, seed: int = 0) -> ScoreFiles:
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(whole, folder / "scores.parquet")
     return open_scores(folder / "scores.parquet", seed=seed)
 
 
-def decided(made: Choice) -> dict[str, NDArray[Any]]:
+def decided(made: Selection) -> dict[str, NDArray[Any]]:
     """Decide about all rows, in their order."""
     each = [(rows, made.decide(rows)) for rows in made.shards.rows()]
     return {
@@ -80,13 +80,13 @@ def decided(made: Choice) -> dict[str, NDArray[Any]]:
         "keep": np.concatenate([found.keep for _, found in each]),
         "rank": np.concatenate([found.rank for _, found in each]),
         "reason": np.concatenate([found.reason for _, found in each]),
-        "score": np.concatenate([found.told.score for _, found in each]),
-        "threshold": np.concatenate([found.told.threshold for _, found in each]),
+        "score": np.concatenate([found.outcome.score for _, found in each]),
+        "threshold": np.concatenate([found.outcome.threshold for _, found in each]),
         "discrepancy": np.concatenate([found.discrepancy for _, found in each]),
     }
 
 
-def slowly(whole: pa.Table, found: ScoreShards, rule: Some) -> set[str]:
+def slowly(whole: pa.Table, found: ScoreFiles, rule: Some) -> set[str]:
     """Sort the rows of each cell by their hash and take the first."""
     key = hash_ids(whole["sample_id"].combine_chunks(), seed=found.seed, purpose="split").tolist()
     cells: dict[int, list[tuple[int, str]]] = {}
@@ -115,7 +115,7 @@ def test_each_cell_keeps_its_first_by_hash(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "BATCH_ROWS", batch)
         patch.setattr(spill, "_ROWS_A_PART", 4 if where == "disk" else 1 << 18)
-        made = choose(found, rule, scratch=folder / "scratch")
+        made = select_rows(found, rule, scratch=folder / "scratch")
         told = decided(made)
     assert set(told["id"][told["keep"]]) == expected
     assert made.quota.sum() == len(expected)
@@ -149,7 +149,7 @@ def test_the_rank_is_the_number_of_kept_rows_that_are_more_balanced(
     whole = table(n, seed=seed, **more)
     found = opened(tmp_path_factory.mktemp("rank"), whole)
     wanted = np.full(len(found.splits) * len(found.classes), 5)
-    told = decided(choose(found, Some(wanted=wanted, num_classes=len(found.classes)), scratch=Path("unused")))
+    told = decided(select_rows(found, Some(wanted=wanted, num_classes=len(found.classes)), scratch=Path("unused")))
     if kind == "gap":
         value = 1 - np.abs(told["discrepancy"].astype(np.float64))
     else:
@@ -164,17 +164,17 @@ def test_the_rank_is_the_number_of_kept_rows_that_are_more_balanced(
 
 def test_what_is_decided_of_a_row_depends_on_no_other(tmp_path: Path) -> None:
     found = opened(tmp_path, table(60, seed=0))
-    made = choose(found, Some(wanted=np.full(6, 4), num_classes=3), scratch=tmp_path)
+    made = select_rows(found, Some(wanted=np.full(6, 4), num_classes=3), scratch=tmp_path)
     (rows,) = found.rows()
     whole = made.decide(rows)
     for place in range(60):
-        one = Rows(
+        one = ScoreBatch(
             table=rows.table.slice(place, 1),
             key=rows.key[place : place + 1],
             label=rows.label[place : place + 1],
             split=rows.split[place : place + 1],
             confidence=rows.confidence[place : place + 1],
-            barred=rows.barred[place : place + 1],
+            excluded_by=rows.excluded_by[place : place + 1],
             modalities=rows.modalities,
         )
         alone = made.decide(one)
@@ -187,7 +187,7 @@ def test_what_is_decided_of_a_row_depends_on_no_other(tmp_path: Path) -> None:
 
 def test_more_than_there_is_keeps_all_and_an_empty_cell_none(tmp_path: Path) -> None:
     found = opened(tmp_path, table(40, seed=0))
-    made = choose(found, Some(wanted=np.array([1_000, 0, 0, 0, 0, 1_000]), num_classes=3), scratch=tmp_path)
+    made = select_rows(found, Some(wanted=np.array([1_000, 0, 0, 0, 0, 1_000]), num_classes=3), scratch=tmp_path)
     told = decided(made)
     assert made.quota.tolist() == [made.counts[0], 0, 0, 0, 0, made.counts[5]]
     assert told["keep"].sum() == made.counts[0] + made.counts[5]
@@ -199,13 +199,13 @@ def test_who_is_barred_is_in_no_cell_and_says_by_whom(tmp_path: Path) -> None:
     here = pa.chunked_array([whole["sample_id"].combine_chunks().slice(0, 20)])
     there = pa.chunked_array([whole["sample_id"].combine_chunks().slice(0, 5)])
     members = (
-        Members(name="a", keys=np.sort(keys_of(here, seed=0)), inside=True),
-        Members(name="b", keys=np.sort(keys_of(there, seed=0)), inside=False),
+        ManifestMembers(name="a", keys=np.sort(keys_of(here, seed=0)), inside=True),
+        ManifestMembers(name="b", keys=np.sort(keys_of(there, seed=0)), inside=False),
     )
-    found = ScoreShards(
-        **{name: getattr(found, name) for name in ScoreShards.__slots__ if name != "members"}, members=members
+    found = ScoreFiles(
+        **{name: getattr(found, name) for name in ScoreFiles.__slots__ if name != "members"}, members=members
     )
-    made = choose(found, Some(wanted=np.full(6, 1_000), num_classes=3), scratch=tmp_path)
+    made = select_rows(found, Some(wanted=np.full(6, 1_000), num_classes=3), scratch=tmp_path)
     told = decided(made)
     reasons = [made.reasons[one] for one in told["reason"]]
     assert reasons[:5] == ["in-b"] * 5
@@ -222,26 +222,26 @@ def test_an_id_that_stands_twice_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     rule = Some(wanted=np.full(6, 4), num_classes=3)
     within = table(6, seed=0, sample_id=["d", "b", "b", "a", "a", "a"])
     with pytest.raises(ScoreError, match=r"3 ids stand more than once in the score table \(the first: a\)"):
-        choose(opened(tmp_path / "a", within), rule, scratch=tmp_path / "scratch")
+        select_rows(opened(tmp_path / "a", within), rule, scratch=tmp_path / "scratch")
     (tmp_path / "b").mkdir()
     pq.write_table(table(20, seed=0), tmp_path / "b" / "0.parquet")
     pq.write_table(table(20, seed=1, start=18), tmp_path / "b" / "1.parquet")
     with pytest.raises(ScoreError, match=r"2 ids stand more than once in the score table \(the first: s0018\)"):
-        choose(open_scores(tmp_path / "b", seed=0), rule, scratch=tmp_path / "scratch")
+        select_rows(open_scores(tmp_path / "b", seed=0), rule, scratch=tmp_path / "scratch")
     assert where == "memory" or not any((tmp_path / "scratch").iterdir())
 
 
 def test_two_ids_of_one_hash_are_two_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "keys_of", lambda ids, *, seed: np.zeros(len(ids), dtype=np.uint64))
     found = opened(tmp_path, table(20, seed=0))
-    told = decided(choose(found, Some(wanted=np.full(6, 100), num_classes=3), scratch=tmp_path))
+    told = decided(select_rows(found, Some(wanted=np.full(6, 100), num_classes=3), scratch=tmp_path))
     assert told["keep"].sum() == 18
 
 
 def test_nothing_kept_is_refused(tmp_path: Path) -> None:
     found = opened(tmp_path, table(40, seed=0))
     with pytest.raises(ManifestError, match="some: none of the 40 scored samples qualifies; widen the rule"):
-        choose(found, Some(wanted=np.zeros(6, int), num_classes=3), scratch=tmp_path)
+        select_rows(found, Some(wanted=np.zeros(6, int), num_classes=3), scratch=tmp_path)
 
 
 def test_the_scratch_folder_is_empty_after_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,5 +250,5 @@ def test_the_scratch_folder_is_empty_after_a_fault(tmp_path: Path, monkeypatch: 
     bad = np.where(np.arange(40) == 35, 2.0, 0.5).astype(np.float32)
     found = opened(tmp_path, table(40, seed=0, confidence_audio=bad))
     with pytest.raises(ScoreError, match="confidence_audio of sample s0035 is 2"):
-        choose(found, Some(wanted=np.full(6, 4), num_classes=3), scratch=tmp_path / "scratch")
+        select_rows(found, Some(wanted=np.full(6, 4), num_classes=3), scratch=tmp_path / "scratch")
     assert not any((tmp_path / "scratch").iterdir())

@@ -326,8 +326,8 @@ def test_captions_of_few_words_are_scored(tmp_path: Path) -> None:
     pq.write_table(pa.table(table), tmp_path / "captions.parquet")
     result = mmaudit("score", tmp_path / "captions.parquet", "--run", tmp_path / "run", *QUICK, "--json")
     assert result.exit_code == 0
-    standings = json.loads(result.stdout)["ledger"]["standings"]
-    assert next(found["value"] for found in standings if found["name"] == "caption") > 0.7
+    probe_metrics = json.loads(result.stdout)["probe_report"]["probe_metrics"]
+    assert next(found["value"] for found in probe_metrics if found["name"] == "caption") > 0.7
 
 
 def test_a_failed_overwrite_leaves_the_old_run(data: Path, scored: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_score(command: Command, demo_folder: Path) -> None:
         command,
         ["score", demo_folder / "data", "--run", demo_folder / "run", "--learn-from", "train", "--num-workers", "0"],
         text=["scored 120 of 120 samples, 0 quarantined", "chance", "gap mixture", "report: "],
-        keys=["counts", "ledger", "verdict", "report"],
+        keys=["counts", "probe_report", "verdict", "report"],
     )
     assert found["counts"]["scored"] == 120
 

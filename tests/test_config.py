@@ -40,13 +40,13 @@ CONFIGS = st.builds(
         allow_outside=st.booleans(),
         test_fraction=st.floats(0.01, 0.99),
     ),
-    probe=st.builds(ProbeConfig, folds=st.integers(2, 99), strengths=st.lists(POSITIVE, min_size=1).map(tuple)),
+    probe=st.builds(ProbeConfig, folds=st.integers(2, 99), l2_penalties=st.lists(POSITIVE, min_size=1).map(tuple)),
     split=st.builds(
         BalancedConfig,
         bins=st.integers(2, 99),
         tolerance=st.floats(0, 1),
         size=st.none() | st.integers(1, 99),
-        most_weight=st.floats(1, 99),
+        max_weight=st.floats(1, 99),
         grid=st.booleans(),
     ),
     posterior=st.floats(0, 1),
@@ -148,9 +148,9 @@ def test_a_bare_word_is_a_string(setting: str, value: str) -> None:
 
 
 def test_a_list_is_a_tuple() -> None:
-    config = load_config(None, ["data.modality=['a=x', 'b=y:audio']", "probe.strengths=[1, 0.5]"])
+    config = load_config(None, ["data.modality=['a=x', 'b=y:audio']", "probe.l2_penalties=[1, 0.5]"])
     assert config.data.modality == ("a=x", "b=y:audio")
-    assert config.probe.strengths == (1.0, 0.5)
+    assert config.probe.l2_penalties == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_list_is_a_tuple() -> None:
         ("split.size=all", "config key split.size is 'all'; it must be of type int"),
         ("data.modality=a=x", "config key data.modality is 'a=x'; it must be a list"),
         ("data.modality=[1]", "config key data.modality is 1; it must be of type str"),
-        ("probe.strengths=['a']", "config key probe.strengths is 'a'; it must be of type float"),
+        ("probe.l2_penalties=['a']", "config key probe.l2_penalties is 'a'; it must be of type float"),
         ("probe.folds=1", "probe.folds is 1; it must be at least 2"),
         ("finetune.fusion=lat", r"--fusion lat: did you mean late\?"),
     ],
@@ -225,7 +225,7 @@ def test_plain_is_what_json_has() -> None:
     config = RunConfig(data=DataConfig(modality=("a", "b")))
     content = plain(config)
     assert content["data"]["modality"] == ["a", "b"]
-    assert content["probe"]["strengths"] == list(config.probe.strengths)
+    assert content["probe"]["l2_penalties"] == list(config.probe.l2_penalties)
     assert content["split"]["size"] is None
     assert content.keys() == asdict(config).keys()
     assert build(DataConfig, {k: v for k, v in content["data"].items() if v is not None}, where="") == config.data

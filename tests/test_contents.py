@@ -10,9 +10,9 @@ import pytest
 from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.features.encode import encode_dataset
-from mmaudit.audit.features.encoded_samples import contents_of, take_stock
+from mmaudit.audit.features.encoded_samples import collect_encoded, content_hashes
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.workers import silent
+from mmaudit.audit.workers import no_progress
 
 
 def open_clips(folder: Path) -> Dataset:
@@ -23,26 +23,26 @@ def open_clips(folder: Path) -> Dataset:
 def test_contents_are_those_that_encoding_notes(clips: Path, tmp_path: Path, threads: int) -> None:
     (clips / "4.wav").unlink()
     dataset = open_clips(clips)
-    tasks = encode_dataset(dataset, tmp_path / "cache", media=MediaConfig(), num_workers=0, progress=silent)
-    stock = take_stock(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
-    found = list(contents_of(dataset, num_threads=threads))
-    assert [each.sample_id for each in found] == stock.samples.sample_id.tolist()
-    assert [each.content for each in found] == stock.content.tolist()
+    tasks = encode_dataset(dataset, tmp_path / "cache", media=MediaConfig(), num_workers=0, progress=no_progress)
+    encoded = collect_encoded(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
+    found = list(content_hashes(dataset, num_threads=threads))
+    assert [each.sample_id for each in found] == encoded.samples.sample_id.tolist()
+    assert [each.content for each in found] == encoded.content.tolist()
     assert {each.sample_id: each.problem for each in found if each.problem} == {"004": "no file 4.wav"}
-    some = [each.sample_id for each in contents_of(dataset, only={"007", "011"})]
+    some = [each.sample_id for each in content_hashes(dataset, only={"007", "011"})]
     assert some == ["007", "011"]
 
 
 def test_contents_of_vectors_are_those_that_encoding_notes(planted: Callable[..., Path], tmp_path: Path) -> None:
     dataset = open_dataset(planted(num_samples=30))
-    tasks = encode_dataset(dataset, tmp_path / "cache", media=MediaConfig(), num_workers=0, progress=silent)
-    stock = take_stock(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
-    assert [each.content for each in contents_of(dataset)] == stock.content.tolist()
-    assert [each.content for each in contents_of(dataset, only={"s0003"})] == [stock.content[3]]
+    tasks = encode_dataset(dataset, tmp_path / "cache", media=MediaConfig(), num_workers=0, progress=no_progress)
+    encoded = collect_encoded(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
+    assert [each.content for each in content_hashes(dataset)] == encoded.content.tolist()
+    assert [each.content for each in content_hashes(dataset, only={"s0003"})] == [encoded.content[3]]
 
 
 def test_the_content_of_one_sample_depends_on_its_files_alone(clips: Path) -> None:
-    before = {each.sample_id: each.content for each in contents_of(open_clips(clips))}
+    before = {each.sample_id: each.content for each in content_hashes(open_clips(clips))}
     (clips / "5.wav").write_bytes((clips / "3.wav").read_bytes())
-    after = {each.sample_id: each.content for each in contents_of(open_clips(clips))}
+    after = {each.sample_id: each.content for each in content_hashes(open_clips(clips))}
     assert [name for name in before if before[name] != after[name]] == ["005"]

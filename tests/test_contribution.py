@@ -15,7 +15,7 @@ from scipy import stats
 
 from mmaudit.audit.intervals import wilson
 from mmaudit.train.contribution import confusion, contribution, measure_contribution, right_of_sets, sets_to_ask
-from mmaudit.train.network import Blueprint, FusionNet
+from mmaudit.train.network import FusionNet, ModelConfig
 
 torch.set_num_threads(1)
 
@@ -172,7 +172,7 @@ def test_one_report_holds_both_and_no_samples_have_none() -> None:
 @torch.no_grad()
 def test_a_reading_tells_what_the_network_says_of_each_set(fusion: str) -> None:
     torch.manual_seed(0)
-    plan = Blueprint(modalities=("a", "b"), shapes=((4,), (3,)), classes=("x", "y", "z"), fusion=fusion, hidden=8)
+    plan = ModelConfig(modalities=("a", "b"), shapes=((4,), (3,)), classes=("x", "y", "z"), fusion=fusion, hidden=8)
     net = FusionNet(plan).eval()
     outputs = net([torch.randn(30, 4), torch.randn(30, 3)])
     label = torch.arange(30) % 3

@@ -14,21 +14,21 @@ from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.train.batches import Batch, Step
 from mmaudit.train.config import TrainConfig
-from mmaudit.train.distributed import ALONE
+from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.examples import Examples, Store
 from mmaudit.train.network import FusionNet, Outputs, cross_entropies
-from mmaudit.train.setup import blueprint_of, open_course
-from mmaudit.train.training_data import Course, Reader, validate
+from mmaudit.train.setup import model_config_of, set_up
+from mmaudit.train.training_data import NetworkReader, TrainingData, validate
 
 torch.set_num_threads(1)
 
 
-def opened(examples: Examples, config: TrainConfig = QUICK) -> tuple[Course, FusionNet]:
-    course = open_course(examples, config, seed=0, device="cpu", world=ALONE)
+def opened(examples: Examples, config: TrainConfig = QUICK) -> tuple[TrainingData, FusionNet]:
+    training_data = set_up(examples, config, seed=0, device="cpu", distributed=SINGLE_PROCESS)
     torch.manual_seed(0)
-    net = FusionNet(blueprint_of(examples, config))
-    course.standardise(net)
-    return course, net
+    net = FusionNet(model_config_of(examples, config))
+    training_data.standardise(net)
+    return training_data, net
 
 
 def confidence(outputs: Outputs, label: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ def whole_loss(outputs: Outputs, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("resident_mib", [0, 10])
 def test_batches_are_the_training_rows_of_each_step(resident_mib: int) -> None:
     examples = examples_of(40)
-    course, _ = opened(examples, setting(resident_mib=resident_mib))
+    training_data, _ = opened(examples, setting(resident_mib=resident_mib))
     steps = [Step(rows=np.array([2, 0, 2])), Step(rows=np.array([5]))]
-    for step, batch in zip(steps, course.batches(steps, epoch=1), strict=True):
-        rows = course.train[step.rows]
+    for step, batch in zip(steps, training_data.batches(steps, epoch=1), strict=True):
+        rows = training_data.train[step.rows]
         assert batch.label.tolist() == examples.label[rows].tolist()
         assert batch.rows.tolist() == step.rows.tolist()
         for found, inputs in zip(batch.inputs, examples.inputs, strict=True):
@@ -55,10 +55,10 @@ def test_batches_are_the_training_rows_of_each_step(resident_mib: int) -> None:
 @pytest.mark.parametrize("resident_mib", [0, 10])
 def test_a_reading_is_in_eval_mode_and_leaves_the_model_as_it_was(resident_mib: int) -> None:
     examples = examples_of(1500)
-    course, net = opened(examples, setting(resident_mib=resident_mib, dropout=0.5))
+    training_data, net = opened(examples, setting(resident_mib=resident_mib, dropout=0.5))
     net.train()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    reader = Reader(course, net)
+    reader = NetworkReader(training_data, net)
     first, again = reader.read(confidence), reader.read(confidence)
     assert first.shape == (3, 750) == (3, reader.num_train)
     assert torch.equal(first, again)  # no dropout
@@ -71,10 +71,10 @@ def test_a_reading_is_in_eval_mode_and_leaves_the_model_as_it_was(resident_mib: 
 
 def test_validation_is_the_mean_over_its_samples() -> None:
     examples = examples_of(200)
-    course, net = opened(examples)
-    found = validate(Reader(course, net))
+    training_data, net = opened(examples)
+    found = validate(NetworkReader(training_data, net))
     net.eval()
-    rows = course.validation
+    rows = training_data.validation
     with torch.no_grad():
         outputs = net([torch.from_numpy(each.read(rows)) for each in examples.inputs])
     label = torch.from_numpy(examples.label[rows])
@@ -87,9 +87,9 @@ def test_validation_is_the_mean_over_its_samples() -> None:
 
 
 def test_a_copy_is_trained_and_the_model_is_not() -> None:
-    course, net = opened(examples_of(400))
+    training_data, net = opened(examples_of(400))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    reader = Reader(course, net)
+    reader = NetworkReader(training_data, net)
     copy, again = (reader.train_copy(whole_loss, epochs=3) for _ in range(2))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     old, new = (reader.read(confidence, net=each)[0].mean() for each in (net, copy))
@@ -108,8 +108,8 @@ def test_pictures_are_standardised_by_channel_and_rows_that_are_there() -> None:
         inputs=(MatrixInputs(matrix=sound), MatrixInputs(matrix=frames)),
         shapes=((5, 6), (2, 4, 4, 3)),
     )
-    course, net = opened(examples, replace(QUICK, width=0.02))
-    train = course.train
+    training_data, net = opened(examples, replace(QUICK, width=0.02))
+    train = training_data.train
     state = net.state_dict()
     there = frames[train][~np.isnan(frames[train]).any(axis=1)].reshape(-1, 3)
     for place, rows in ((0, sound[train].reshape(-1, 1)), (1, there)):
@@ -126,11 +126,11 @@ def test_a_modality_that_no_training_sample_has_is_missed() -> None:
 
 
 def test_chance_differs_by_purpose_and_seed() -> None:
-    course, _ = opened(examples_of(40))
-    drawn = {course.chance("step", epoch, step) for epoch in range(5) for step in range(5)}
+    training_data, _ = opened(examples_of(40))
+    drawn = {training_data.chance("step", epoch, step) for epoch in range(5) for step in range(5)}
     assert len(drawn) == 25
-    assert course.chance("step", 1, 1) == opened(examples_of(40))[0].chance("step", 1, 1)
-    assert replace(course, seed=1).chance("step", 1, 1) not in drawn
+    assert training_data.chance("step", 1, 1) == opened(examples_of(40))[0].chance("step", 1, 1)
+    assert replace(training_data, seed=1).chance("step", 1, 1) not in drawn
 
 
 def test_a_modality_that_a_sample_lacks_is_not_present_in_its_batch() -> None:
@@ -143,20 +143,22 @@ def test_a_modality_that_a_sample_lacks_is_not_present_in_its_batch() -> None:
         matrix = whole.inputs[0].read(np.arange(60)).copy()
         matrix[~present[:, 0]] = filler
         examples = replace(whole, inputs=(MatrixInputs(matrix=matrix), whole.inputs[1]), present=present)
-        course, net = opened(whole)
-        course = replace(course, store=Store(examples.inputs, device="cpu", most_bytes=1 << 20), present=present)
-        rows = np.arange(len(course.train))
-        (batch,) = course.batches([Step(rows=rows)], epoch=1)
-        there = present[course.train]
+        training_data, net = opened(whole)
+        training_data = replace(
+            training_data, store=Store(examples.inputs, device="cpu", most_bytes=1 << 20), present=present
+        )
+        rows = np.arange(len(training_data.train))
+        (batch,) = training_data.batches([Step(rows=rows)], epoch=1)
+        there = present[training_data.train]
         assert batch.present is not None
         assert batch.present.tolist() == there.tolist()
         assert len(batch.inputs[0]) == there[:, 0].sum()
-        assert float(batch.part[1][~torch.from_numpy(there[:, 0])].abs().sum()) == 0
+        assert float(batch.loss_weight[1][~torch.from_numpy(there[:, 0])].abs().sum()) == 0
         net.eval()
         with torch.no_grad():
             outputs = net(batch.inputs, batch.present)
         assert (outputs.features[0][~torch.from_numpy(there[:, 0])] == 0).all()
-        read = Reader(course, net).read(confidence)
+        read = NetworkReader(training_data, net).read(confidence)
         torch.testing.assert_close(read, outputs.confidence(batch.label), atol=1e-6, rtol=1e-5)
         found.append(read)
     assert torch.equal(found[0], found[1])

@@ -21,7 +21,7 @@ from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.diff import NAMES, SCORES, Difference, Moved, Only, Shift, diff
 from mmaudit.rebalance.manifest import COLUMNS
 from mmaudit.rebalance.score_tables import open_scores
-from mmaudit.rebalance.selection import choose
+from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
 
 TEXTS = st.sampled_from(["a", "b", "", None])
@@ -91,7 +91,7 @@ def split_of(path: Path, *, seed: int, tolerance: float) -> Path:
     )
     shards = open_scores(scores, seed=seed)
     config = BalancedConfig(bins=8, tolerance=tolerance)
-    chosen = choose(shards, plan_balanced(shards, config), scratch=path.parent)
+    chosen = select_rows(shards, plan_balanced(shards, config), scratch=path.parent)
     write_split(chosen, path, name="balanced", recipe={"seed": seed, "balanced": {"tolerance": tolerance}})
     return path
 

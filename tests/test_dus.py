@@ -18,9 +18,9 @@ from torch import Tensor
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.metrics import discrepancy
 from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
-from mmaudit.train.batches import Batch, Lab, Step, to_batch
-from mmaudit.train.distributed import ALONE, World
-from mmaudit.train.network import Blueprint, FusionNet, Outputs
+from mmaudit.train.batches import Batch, ModelReader, Step, to_batch
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.network import FusionNet, ModelConfig, Outputs
 from mmaudit.train.sampling.config import DusConfig, SamplingConfig
 from mmaudit.train.sampling.dus import Dus, DusH, DusRl, cumulative_discrepancy, lagging_quantities
 from mmaudit.train.sampling.sampler import Pool
@@ -32,7 +32,12 @@ CONFIDENCES = st.lists(st.floats(0.01, 1), min_size=2, max_size=4)
 
 
 def sampler_of(
-    type_: type[Dus] = DusH, *, num_modalities: int = 2, world: World = ALONE, batch_size: int = B, **changes: Any
+    type_: type[Dus] = DusH,
+    *,
+    num_modalities: int = 2,
+    distributed: DistributedContext = SINGLE_PROCESS,
+    batch_size: int = B,
+    **changes: Any,
 ) -> Dus:
     none = np.full(N, np.nan)
     pool = Pool(
@@ -45,11 +50,11 @@ def sampler_of(
         num_modalities=num_modalities,
     )
     config = SamplingConfig(dus=DusConfig(**{"every_steps": 1, **changes}))
-    return type_(pool, config, OrderConfig(), batch_size=batch_size, seed=0, world=world)
+    return type_(pool, config, OrderConfig(), batch_size=batch_size, seed=0, distributed=distributed)
 
 
-def lab_of(fusion: str = "concat", *, own_heads: bool = False) -> Lab:
-    plan = Blueprint(
+def lab_of(fusion: str = "concat", *, own_heads: bool = False) -> ModelReader:
+    plan = ModelConfig(
         modalities=("audio", "visual"),
         shapes=((2,), (2,)),
         classes=("x", "y"),
@@ -57,19 +62,19 @@ def lab_of(fusion: str = "concat", *, own_heads: bool = False) -> Lab:
         own_heads=own_heads,
         hidden=4,
     )
-    return cast(Lab, SimpleNamespace(net=FusionNet(plan)))
+    return cast(ModelReader, SimpleNamespace(net=FusionNet(plan)))
 
 
 def answer(
-    step: Step, confidence: Sequence[float] | NDArray[np.float64], *, world: World = ALONE
+    step: Step, confidence: Sequence[float] | NDArray[np.float64], *, distributed: DistributedContext = SINGLE_PROCESS
 ) -> tuple[Outputs, Batch]:
     """Let the fused answer and each modality be as confident in class 0 of 2 as said: (1 + m,) or (1 + m, n)."""
     c = np.asarray(confidence, dtype=np.float64)
     m = len(c) - 1
     c = np.broadcast_to(c.reshape(1 + m, -1), (1 + m, N))
-    inputs = tuple(torch.zeros(len(step.share(world).rows), 1) for _ in range(m))
+    inputs = tuple(torch.zeros(len(step.share(distributed).rows), 1) for _ in range(m))
     label = torch.zeros(N, dtype=torch.int64)
-    batch = to_batch(step, inputs, label=label, weight=np.ones(N, np.float32), world=world)
+    batch = to_batch(step, inputs, label=label, weight=np.ones(N, np.float32), distributed=distributed)
     logits = torch.from_numpy(np.stack([np.log(c), np.log1p(-c)], axis=2))[:, batch.rows]
     return Outputs(logits[0], logits[1:], ()), batch
 
@@ -138,7 +143,7 @@ def test_a_step_that_overflowed_says_nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Second(World):
+class Second(DistributedContext):
     """The second of two processes; the first one has sent `other` already."""
 
     other: tuple[float, ...] = ()
@@ -154,10 +159,10 @@ def test_processes_observe_what_one_would() -> None:
     step = Step(rows=np.arange(11), present=present, fused=present[:, 0] & present[:, 1])
     whole = sampler_of()
     whole.observe(*answer(step, each))
-    outputs, batch = answer(step, each, world=World(rank=0, size=2))
-    sent = (outputs.confidence(batch.label) * batch.part).sum(dim=1)
-    second = sampler_of(world=Second(rank=1, size=2, other=tuple(sent.tolist())))
-    second.observe(*answer(step, each, world=World(rank=1, size=2)))
+    outputs, batch = answer(step, each, distributed=DistributedContext(rank=0, world_size=2))
+    sent = (outputs.confidence(batch.label) * batch.loss_weight).sum(dim=1)
+    second = sampler_of(distributed=Second(rank=1, world_size=2, other=tuple(sent.tolist())))
+    second.observe(*answer(step, each, distributed=DistributedContext(rank=1, world_size=2)))
     assert second.confidence == pytest.approx(whole.confidence)
     assert second.fused == pytest.approx(whole.fused)
     assert second.quantities == whole.quantities
@@ -269,22 +274,24 @@ def test_processes_share_every_modality_evenly(paired: bool, audio: float, visua
     observe(sampler, (0.5, audio, visual))
     step = next(sampler.steps(1))
     present = np.ones((len(step.rows), 2), bool) if step.present is None else step.present
-    shares = [present[World(rank=rank, size=size).slice(len(present))].sum(axis=0) for rank in range(size)]
+    shares = [
+        present[DistributedContext(rank=rank, world_size=size).slice(len(present))].sum(axis=0) for rank in range(size)
+    ]
     assert (np.ptp(shares, axis=0) <= 3).all()
     assert np.min(shares) >= 1
 
 
 def test_without_pairs_only_a_sum_of_what_each_says_can_be_learned() -> None:
-    for lab in (lab_of("concat"), lab_of("late"), lab_of("shared")):
-        sampler_of(paired=False).begin_epoch(1, lab)
-    for lab, name in (
+    for model_reader in (lab_of("concat"), lab_of("late"), lab_of("shared")):
+        sampler_of(paired=False).begin_epoch(1, model_reader)
+    for model_reader, name in (
         (lab_of("gated"), "gated;"),
         (lab_of("mmtm"), "mmtm;"),
         (lab_of("concat", own_heads=True), "concat beside each modality's own head;"),
     ):
-        sampler_of().begin_epoch(1, lab)
+        sampler_of().begin_epoch(1, model_reader)
         with pytest.raises(ConfigError, match=f"nothing else teaches the classifier of --fusion {name}"):
-            sampler_of(paired=False).begin_epoch(1, lab)
+            sampler_of(paired=False).begin_epoch(1, model_reader)
 
 
 def test_columns_of_history_are_named_by_modality() -> None:
@@ -334,9 +341,9 @@ def test_of_three_modalities_the_largest_discrepancy_counts() -> None:
 
 def test_the_policy_is_that_of_the_seed_in_all_processes() -> None:
     drawn: list[tuple[int, ...]] = []
-    for world in (ALONE, Second(rank=1, size=2, other=(0.0, 0.0, 0.0))):
+    for distributed in (SINGLE_PROCESS, Second(rank=1, world_size=2, other=(0.0, 0.0, 0.0))):
         torch.manual_seed(len(drawn))
-        sampler = sampler_of(DusRl, world=world)
+        sampler = sampler_of(DusRl, distributed=distributed)
         for _ in range(20):
             observe(sampler, (0.5, 0.6, 0.4))
             drawn.append(tuple(sampler.quantities))

@@ -12,24 +12,24 @@ import torch
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes import glm as estimate
-from mmaudit.audit.probes.cross_fit import Crossing, Lesson, set_lesson
+from mmaudit.audit.probes.cross_fit import CrossFit, FitRows, gather_fit_rows
 from mmaudit.audit.probes.design import Design, read_design
 from mmaudit.audit.probes.glm import evaluate_rows
-from mmaudit.audit.probes.targets import Aim
+from mmaudit.audit.probes.targets import TorchTarget
 
 NUM_ROWS, NUM_CLASSES = 4_000, 1_500
 
 
-def problem() -> tuple[Design, Aim, Lesson]:
+def problem() -> tuple[Design, TorchTarget, FitRows]:
     rng = np.random.default_rng(0)
     fold, inner = (rng.permutation(NUM_ROWS).astype(np.int16) % 2 for _ in range(2))
     key, fits = rng.permutation(NUM_ROWS).astype(np.uint64), np.ones(NUM_ROWS, bool)
-    lesson = set_lesson([Crossing(fold=fold, inner=inner, fits=fits, key=key)], most_rows=NUM_ROWS)
+    fit_rows = gather_fit_rows([CrossFit(fold=fold, inner=inner, fits=fits, key=key)], most_rows=NUM_ROWS)
     x = rng.standard_normal((NUM_ROWS, 8)).astype(np.float32)
-    design = read_design(MatrixInputs(matrix=x), lesson.rows, products=torch.float32)
+    design = read_design(MatrixInputs(matrix=x), fit_rows.rows, products=torch.float32)
     label = rng.integers(0, NUM_CLASSES, NUM_ROWS).astype(np.int32)
     target = Target(task="classification", label=label, num_outputs=NUM_CLASSES)
-    return design, Aim.of(target, lesson.rows, design.curvature), lesson
+    return design, TorchTarget.of(target, fit_rows.rows, design.curvature), fit_rows
 
 
 def test_it_is_silent_about_a_short_fit(caplog: pytest.LogCaptureFixture) -> None:
@@ -52,19 +52,23 @@ def test_a_long_fit_has_one_line_with_the_settings(
 
 
 def test_a_step_is_timed_by_some_of_its_rows() -> None:
-    design, answer, lesson = problem()
-    theta, learn = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.from_numpy(lesson.learn)
+    design, torch_target, fit_rows = problem()
+    theta, train_mask = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.from_numpy(fit_rows.train_mask)
     whole = []
     for _ in range(3):
         start = time.perf_counter()
-        evaluate_rows(design, answer.found, task=answer.task, learn=learn, theta=theta, num_rows=NUM_ROWS)
+        evaluate_rows(
+            design, torch_target.found, task=torch_target.task, train_mask=train_mask, theta=theta, num_rows=NUM_ROWS
+        )
         whole.append(time.perf_counter() - start)
-    assert 0.02 * min(whole) <= estimate.step_seconds(design, answer, lesson) <= 50 * max(whole)
+    assert 0.02 * min(whole) <= estimate.step_seconds(design, torch_target, fit_rows) <= 50 * max(whole)
 
 
 def test_it_times_the_loss_and_gradient_that_a_fit_computes() -> None:
-    design, answer, lesson = problem()
-    theta, learn = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.from_numpy(lesson.learn)
-    loss, gradient = evaluate_rows(design, answer.found, task=answer.task, learn=learn, theta=theta, num_rows=NUM_ROWS)
+    design, torch_target, fit_rows = problem()
+    theta, train_mask = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.from_numpy(fit_rows.train_mask)
+    loss, gradient = evaluate_rows(
+        design, torch_target.found, task=torch_target.task, train_mask=train_mask, theta=theta, num_rows=NUM_ROWS
+    )
     np.testing.assert_allclose(loss, np.log(NUM_CLASSES), rtol=1e-3)  # all logits are alike
     assert gradient.shape == theta.shape

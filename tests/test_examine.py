@@ -11,28 +11,28 @@ import torch
 from training import QUICK, examples_of, tune
 
 from mmaudit.audit.errors import ManifestError
-from mmaudit.train.checkpoint import load_model, read_blueprint, save_model
-from mmaudit.train.distributed import ALONE
-from mmaudit.train.evaluate import examine, examine_file, measure, probabilities
+from mmaudit.train.checkpoint import load_model, read_model_config, save_model
+from mmaudit.train.distributed import SINGLE_PROCESS
+from mmaudit.train.evaluate import evaluate_file, evaluate_network, measure, probabilities
 from mmaudit.train.examples import Examples
 from mmaudit.train.network import FusionNet
-from mmaudit.train.setup import open_course
-from mmaudit.train.training_data import Reader
+from mmaudit.train.setup import set_up
+from mmaudit.train.training_data import NetworkReader
 
 torch.set_num_threads(1)
 
 
-def reader_of(examples: Examples, folder: Path) -> Reader:
+def reader_of(examples: Examples, folder: Path) -> NetworkReader:
     path = folder / "model.safetensors"
-    net = FusionNet(read_blueprint(path))
+    net = FusionNet(read_model_config(path))
     net.load_state_dict(load_model(path))
-    return Reader(open_course(examples, QUICK, seed=0, device="cpu", world=ALONE), net)
+    return NetworkReader(set_up(examples, QUICK, seed=0, device="cpu", distributed=SINGLE_PROCESS), net)
 
 
 def test_a_file_gives_the_figures_of_its_training_again(tmp_path: Path) -> None:
     examples = examples_of(160, noise=2.0)
     metrics = tune(examples, tmp_path).metrics
-    found = examine_file(
+    found = evaluate_file(
         tmp_path / "model.safetensors",
         examples,
         split="test",
@@ -55,7 +55,7 @@ def test_rows_are_measured_by_themselves(tmp_path: Path) -> None:
         assert found.shape == (4, 4)
         np.testing.assert_allclose(found, whole[branch][rows], atol=1e-6)
         np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
-    measured = examine(reader, rows, examples, between="audio:visual", seed=0)["test"]["all"]
+    measured = evaluate_network(reader, rows, examples, between="audio:visual", seed=0)["test"]["all"]
     assert measured["n"] == 4
     assert measured["branches"]["fused"] == measure(answers["fused"], examples.label[rows])
 
@@ -76,7 +76,7 @@ def test_samples_of_something_else_are_refused(tmp_path: Path, what: str) -> Non
     examples = examples_of()
     tune(examples, tmp_path)
     path = tmp_path / "model.safetensors"
-    plan = read_blueprint(path)
+    plan = read_model_config(path)
     others = {
         "modalities": replace(plan, modalities=("audio", "touch")),
         "inputs": replace(plan, shapes=((3,), (4,))),
@@ -84,4 +84,4 @@ def test_samples_of_something_else_are_refused(tmp_path: Path, what: str) -> Non
     }
     save_model(load_model(path), path, about=asdict(others[what]))
     with pytest.raises(ManifestError, match=f"was trained on other {what}"):
-        examine_file(path, examples, split="test", between="audio:visual", config=QUICK, seed=0, device="cpu")
+        evaluate_file(path, examples, split="test", between="audio:visual", config=QUICK, seed=0, device="cpu")

@@ -17,11 +17,11 @@ from mmaudit.audit.dataset.dataset import Dataset, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.audit.features.encode import EncodeTask, encode_dataset
-from mmaudit.audit.features.encoded_samples import take_stock
+from mmaudit.audit.features.encoded_samples import collect_encoded
 from mmaudit.audit.features.matrix import Inputs
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.scores.table import ScoreTable
-from mmaudit.audit.workers import silent
+from mmaudit.audit.workers import no_progress
 from mmaudit.rebalance.manifest import COLUMNS, DROPPED_COLUMNS, Manifest
 from mmaudit.train.examples import Examples, load_examples
 
@@ -68,7 +68,7 @@ def write(tmp_path: Path) -> Write:
         pq.write_table(table, path, row_group_size=shard_rows)
         dataset = open_dataset(path)
         cache = tmp_path / f"{path.stem}-features"
-        return Source(dataset, encode_dataset(dataset, cache, media=MediaConfig(), num_workers=0, progress=silent))
+        return Source(dataset, encode_dataset(dataset, cache, media=MediaConfig(), num_workers=0, progress=no_progress))
 
     return write_and_encode
 
@@ -86,7 +86,7 @@ def scores_of(source: Source, **more: Any) -> ScoreTable:
         split=samples.split,
         group=samples.group,
         p_balanced=rng.random(len(samples)).astype(np.float32),
-        content=take_stock(source.dataset, samples, source.tasks).content,
+        content=collect_encoded(source.dataset, samples, source.tasks).content,
     )
     return replace(scores, **more)
 
@@ -119,7 +119,7 @@ def split_of(scores: ScoreTable, keep: Any = None) -> tuple[Manifest, pa.Table]:
 def load(source: Source, manifest: Manifest, dropped: pa.Table | None, **options: Any) -> Examples:
     settings = {"validation_fraction": 0.2, "seed": 0, **options}
     samples = read_samples(source.dataset, seed=0, test_fraction=0.2)
-    statuses = take_stock(source.dataset, samples, source.tasks).statuses
+    statuses = collect_encoded(source.dataset, samples, source.tasks).statuses
     return load_examples(manifest, dropped, samples=samples, statuses=statuses, tasks=source.tasks, **settings)
 
 

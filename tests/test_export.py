@@ -28,7 +28,7 @@ from mmaudit.rebalance.export import FORMATS, escape_formula
 from mmaudit.rebalance.export import export as write_export
 from mmaudit.rebalance.manifest import batches_of
 from mmaudit.rebalance.score_tables import open_scores
-from mmaudit.rebalance.selection import choose
+from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
 
 FOLDERS = ("ogm", "webdataset", "datasets")
@@ -74,7 +74,7 @@ def make(folder: Path, ids: list[str] | None = None, **more: Any) -> Path:
     }
     table = ScoreTable(**{**columns, **more})
     shards = open_scores(table, seed=0)
-    choice = choose(shards, plan_balanced(shards, BalancedConfig(tolerance=1.0)), scratch=folder / "scratch")
+    choice = select_rows(shards, plan_balanced(shards, BalancedConfig(tolerance=1.0)), scratch=folder / "scratch")
     write_split(choice, folder / "m.parquet", name="balanced", recipe={})
     return folder / "m.parquet"
 

@@ -22,7 +22,7 @@ from mmaudit.audit.errors import GateError, RunError, file_of, reading
 from mmaudit.audit.features.cache import write_arrow
 from mmaudit.audit.parquet import write_parquet
 from mmaudit.audit.storage import write_text
-from mmaudit.audit.workers import ahead
+from mmaudit.audit.workers import prefetch_map
 from mmaudit.cli import stages
 from mmaudit.cli.console import progress_bars
 from mmaudit.cli.failures import Failure, begin_stage, describe
@@ -133,7 +133,7 @@ def test_the_file_that_was_read_is_named() -> None:
             raise ValueError("odd")
 
     with pytest.raises(ValueError, match="odd") as caught:
-        list(ahead(read, ["inner.wav"], num_threads=1))
+        list(prefetch_map(read, ["inner.wav"], num_threads=1))
     assert file_of(caught.value) == "inner.wav"
     line = f"mmaudit failed in score on inner.wav: ValueError: odd; {BUG} inner.wav"
     assert described(caught.value, data="DATA").line == line

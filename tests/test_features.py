@@ -25,7 +25,7 @@ from mmaudit.audit.features.encode import EncodeTask, encode_dataset, encode_sha
 from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.quarantine import Reason
-from mmaudit.audit.workers import silent
+from mmaudit.audit.workers import no_progress
 
 MEDIA = MediaConfig(image_size=16)
 SHARDS = DataConfig(shard_rows=5)
@@ -36,7 +36,7 @@ def read_ids(dataset: Dataset) -> NDArray[np.object_]:
 
 
 def fill(dataset: Dataset, cache: Path, *, num_workers: int = 0, media: MediaConfig = MEDIA) -> list[EncodeTask]:
-    return encode_dataset(dataset, cache, media=media, num_workers=num_workers, progress=silent)
+    return encode_dataset(dataset, cache, media=media, num_workers=num_workers, progress=no_progress)
 
 
 def computed(dataset: Dataset, cache: Path, media: MediaConfig = MEDIA) -> int:

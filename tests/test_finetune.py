@@ -18,11 +18,11 @@ from training import QUICK, examples_of, setting, stop_after, tune, untimed, wei
 from mmaudit.audit.errors import ManifestError, RunError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.rebalance.curriculum import OrderConfig, root_pacing
-from mmaudit.train.checkpoint import read_blueprint, save_state
+from mmaudit.train.checkpoint import read_model_config, save_state
 from mmaudit.train.config import LEAST_VALIDATION
 from mmaudit.train.evaluate import measure
 from mmaudit.train.examples import Examples
-from mmaudit.train.network import Blueprint, FusionNet
+from mmaudit.train.network import FusionNet, ModelConfig
 
 torch.set_num_threads(1)
 
@@ -191,9 +191,9 @@ def test_test_samples_choose_nothing(tmp_path: Path) -> None:
     assert first.metrics["test"] != second.metrics["test"]
 
 
-def rebuild(folder: Path) -> tuple[FusionNet, Blueprint]:
+def rebuild(folder: Path) -> tuple[FusionNet, ModelConfig]:
     """Build the network from its file alone."""
-    plan = read_blueprint(folder / "model.safetensors")
+    plan = read_model_config(folder / "model.safetensors")
     net = FusionNet(plan)
     net.load_state_dict(load_file(folder / "model.safetensors"))
     net.eval()

@@ -25,7 +25,7 @@ from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.media.decode import decode_audio, decode_folders, decode_frames, decode_image
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.quarantine import Reason, UnusableError
-from mmaudit.audit.workers import silent
+from mmaudit.audit.workers import no_progress
 
 MEDIA = MediaConfig(image_size=8)
 SOURCE = """
@@ -143,7 +143,7 @@ def test_vectors_of_several_lengths_are_refused(
     ids = read_samples(dataset, seed=0, test_fraction=0.5).sample_id
     with pytest.raises(DatasetError, match=rf"image: {module}:many gives vectors of 3 and of 4 numbers; all of a mod"):
         read_status(
-            encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=0, progress=silent),
+            encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=0, progress=no_progress),
             dataset.modalities[1],
             ids,
         )
@@ -173,7 +173,7 @@ def test_workers_find_it_in_the_folder_of_the_command(module: str, clip_source: 
     path = os.pathsep.join(entry for entry in sys.path if entry)
     subprocess.run([sys.executable, str(script)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True)
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image={module}:mean",), shard_rows=8))
-    tasks = encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=0, progress=silent)
+    tasks = encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=0, progress=no_progress)
     status = read_status(tasks, dataset.modalities[1], read_samples(dataset, seed=0, test_fraction=0.5).sample_id)
     found = FeatureMatrix.of(tasks, status, np.arange(24)).read_all()
     picture = decode_image((clip_source / "5.png").read_bytes(), MEDIA)

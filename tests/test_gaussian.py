@@ -13,7 +13,7 @@ from torch.nn import functional
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import Crossing
+from mmaudit.audit.probes.cross_fit import CrossFit
 from mmaudit.audit.probes.gaussian import MARGIN, MOST_ROWS, Sums, first_least, fit_gaussian
 from mmaudit.audit.probes.probe_set import fit_probe
 
@@ -30,9 +30,9 @@ def planted(n: int, d: int, *, seed: int = 0, heavy: bool = False) -> tuple[NDAr
     return x.astype(np.float32), label
 
 
-def crossing(n: int, *, seed: int = 0) -> Crossing:
+def cross_fit(n: int, *, seed: int = 0) -> CrossFit:
     rng = np.random.default_rng(seed)
-    return Crossing(
+    return CrossFit(
         fold=rng.integers(0, 3, n).astype(np.int16),
         inner=rng.integers(0, 3, n).astype(np.int16),
         fits=np.ones(n, dtype=bool),
@@ -43,7 +43,7 @@ def crossing(n: int, *, seed: int = 0) -> Crossing:
 def logits(x: NDArray[np.float32], label: NDArray[np.int32], **options: object) -> NDArray[np.float32]:
     config = ProbeConfig(**{"kind": "linear", "precision": "float32", **options})  # type: ignore[arg-type]
     target = Target(task="classification", label=label, num_outputs=K)
-    probe = fit_probe(MatrixInputs(matrix=x), target, [crossing(len(x))], config=config)
+    probe = fit_probe(MatrixInputs(matrix=x), target, [cross_fit(len(x))], config=config)
     return np.asarray(probe.logits(np.arange(len(x)))[0])
 
 
@@ -55,12 +55,12 @@ def loss(raw: NDArray[np.float32], label: NDArray[np.int32]) -> float:
 def test_the_covariance_is_shrunk_as_sklearn_s(n: int, d: int) -> None:
     x, label = planted(n, d)
     z, y = torch.from_numpy(x).double(), torch.from_numpy(label.astype(np.int64))
-    learn = torch.arange(n) % 5 != 0
-    seen, one_hot = z[learn], functional.one_hot(y[learn], K).double()
+    train_mask = torch.arange(n) % 5 != 0
+    seen, one_hot = z[train_mask], functional.one_hot(y[train_mask], K).double()
     none = torch.zeros(K, 1, 1, dtype=torch.float64)
     sums = Sums(count=one_hot.sum(dim=0), total=one_hot.T @ seen, square=seen.T @ seen, moments=none)
-    theta = fit_gaussian(z, y, learn=learn, sums=sums).theta().numpy()
-    rows = learn.numpy()
+    theta = fit_gaussian(z, y, train_mask=train_mask, sums=sums).theta().numpy()
+    rows = train_mask.numpy()
     means = np.stack([x[rows & (label == k)].mean(axis=0) for k in range(K)]).astype(np.float64)
     covariance, _ = ledoit_wolf(x[rows].astype(np.float64) - means[label[rows]], assume_centered=True)
     weight = np.linalg.solve(covariance, means.T)
@@ -88,7 +88,7 @@ def test_where_classes_are_no_gaussians_it_is_left_out_or_does_little_harm() -> 
 
 def test_labels_of_a_fold_have_no_part_in_its_own_answers() -> None:
     x, label = planted(240, 10)
-    mine = crossing(240).fold == 1
+    mine = cross_fit(240).fold == 1
     other = label.copy()
     other[mine] = (other[mine] + 1) % K
     one, two = logits(x, label), logits(x, other)

@@ -18,9 +18,9 @@ from mmaudit.train.balancing.config import BalancingConfig, GblendConfig
 from mmaudit.train.balancing.gblend import LEAST_OVERFIT, LEAST_WEIGHT, READ_ROWS, Gblend, blend_weights
 from mmaudit.train.batches import Batch, Loss, Reading, Rows
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE
-from mmaudit.train.network import Blueprint, FusionNet, Outputs
-from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import SINGLE_PROCESS
+from mmaudit.train.network import FusionNet, ModelConfig, Outputs
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 
@@ -30,11 +30,11 @@ NUMBERS = st.lists(st.floats(-3, 3), min_size=3, max_size=3)
 def make(super_epoch: int = 2) -> Gblend:
     torch.manual_seed(0)
     net = FusionNet(
-        Blueprint(modalities=("audio", "visual"), shapes=((5,), (4,)), classes=("a", "b", "c"), hidden=6, dropout=0.0)
+        ModelConfig(modalities=("audio", "visual"), shapes=((5,), (4,)), classes=("a", "b", "c"), hidden=6, dropout=0.0)
     )
-    update = Update(net, OptimConfig(precision="float32"), device="cpu", world=ALONE)
+    optimization = Optimization(net, OptimConfig(precision="float32"), device="cpu", distributed=SINGLE_PROCESS)
     config = BalancingConfig(gblend=GblendConfig(super_epoch=super_epoch, trial_epochs=3))
-    return Gblend(net, update, config, epochs=8)
+    return Gblend(net, optimization, config, epochs=8)
 
 
 def draw(present: list[list[bool]] | None = None) -> Batch:
@@ -111,37 +111,37 @@ def test_weights_sum_to_one_and_know_no_unit(gain: list[float], overfit: list[fl
 
 
 def test_each_is_measured_on_a_copy_trained_for_it_alone() -> None:
-    balancer, lab = make(), Table(TRAIN, VALIDATION)
+    balancer, model_reader = make(), Table(TRAIN, VALIDATION)
     before = copy.deepcopy(balancer.net.state_dict())
-    balancer.begin_epoch(1, lab)
+    balancer.begin_epoch(1, model_reader)
     assert list(balancer.numbers()) == ["weight_fused", "weight_audio", "weight_visual"]
     assert list(balancer.numbers().values()) == pytest.approx(blend_weights(GAIN, OVERFIT), rel=1e-5)
     batch = draw()
     outputs = balancer.net(batch.inputs)
     logits = [outputs.fused, *outputs.unimodal]
-    assert lab.losses == pytest.approx([weighted(each, batch) for each in logits], rel=1e-5)
-    assert lab.epochs == [3, 3, 3]
+    assert model_reader.losses == pytest.approx([weighted(each, batch) for each in logits], rel=1e-5)
+    assert model_reader.epochs == [3, 3, 3]
     assert all(torch.equal(tensor, before[name]) for name, tensor in balancer.net.state_dict().items())
 
 
 def test_measures_once_in_a_super_epoch() -> None:
-    balancer, lab = make(super_epoch=3), Table(TRAIN, VALIDATION)
+    balancer, model_reader = make(super_epoch=3), Table(TRAIN, VALIDATION)
     measured = []
     for epoch in range(1, 8):
-        lab.copies.clear()
-        balancer.begin_epoch(epoch, lab)
-        measured.append(bool(lab.copies))
+        model_reader.copies.clear()
+        balancer.begin_epoch(epoch, model_reader)
+        measured.append(bool(model_reader.copies))
     assert measured == [True, False, False, True, False, False, True]
 
 
 @pytest.mark.parametrize("num_train", [7, 10 * READ_ROWS])
 def test_reads_the_same_bounded_rows_every_time(num_train: int) -> None:
-    lab = Table(TRAIN, VALIDATION, num_train=num_train)
-    make().begin_epoch(1, lab)
-    assert len(np.unique(lab.rows[0])) == len(lab.rows[0]) == min(num_train, READ_ROWS)
-    assert lab.rows[0].max() < num_train
-    assert len(lab.rows) == 4
-    assert all(np.array_equal(rows, lab.rows[0]) for rows in lab.rows)
+    model_reader = Table(TRAIN, VALIDATION, num_train=num_train)
+    make().begin_epoch(1, model_reader)
+    assert len(np.unique(model_reader.rows[0])) == len(model_reader.rows[0]) == min(num_train, READ_ROWS)
+    assert model_reader.rows[0].max() < num_train
+    assert len(model_reader.rows) == 4
+    assert all(np.array_equal(rows, model_reader.rows[0]) for rows in model_reader.rows)
 
 
 def weighted(logits: Tensor, batch: Batch) -> float:

@@ -49,22 +49,22 @@ def fit(
     answer: NDArray[Any],
     *,
     mask: NDArray[np.bool_] | None = None,
-    strength: tuple[float, ...] = (1e-2,),
+    l2: tuple[float, ...] = (1e-2,),
     dtype: torch.dtype = torch.float64,
     products: torch.dtype | None = None,
     tolerance: float = 1e-15,
     task: str = "classification",
 ) -> Fitted:
-    everyone = np.ones((len(x), len(strength)), dtype=bool) if mask is None else mask
+    everyone = np.ones((len(x), len(l2)), dtype=bool) if mask is None else mask
     design = read_design(MatrixInputs(matrix=x), np.arange(len(x)), products=products or dtype, dtype=dtype)
     k = int(answer.max()) + 1 if task == "classification" else answer.shape[1]
     found = fit_glm(
         design,
         torch.tensor(answer) if task == "classification" else torch.tensor(answer, dtype=dtype),
         task=task,
-        learn=torch.tensor(everyone),
-        strength=torch.tensor(strength, dtype=dtype),
-        start=torch.zeros(len(strength), x.shape[1] + 1, k, dtype=dtype),
+        train_mask=torch.tensor(everyone),
+        l2=torch.tensor(l2, dtype=dtype),
+        start=torch.zeros(len(l2), x.shape[1] + 1, k, dtype=dtype),
         max_steps=2_000,
         tolerance=tolerance,
     )
@@ -82,9 +82,9 @@ def shares(found: Fitted, x: Floats, which: int = 0) -> Floats:
     return np.asarray(outputs(found, x, which).softmax(dim=1).numpy(), dtype=np.float64)
 
 
-def sklearns(x: Floats, label: NDArray[np.int64], *, rows: NDArray[np.bool_], strength: float) -> Floats:
+def sklearns(x: Floats, label: NDArray[np.int64], *, rows: NDArray[np.bool_], l2: float) -> Floats:
     model: Any = make_pipeline(
-        StandardScaler(), LogisticRegression(C=1 / (strength * rows.sum()), tol=1e-10, max_iter=50_000)
+        StandardScaler(), LogisticRegression(C=1 / (l2 * rows.sum()), tol=1e-10, max_iter=50_000)
     )
     return np.asarray(model.fit(x[rows], label[rows]).predict_proba(x))
 
@@ -94,12 +94,10 @@ def test_masks_and_strengths_at_once_are_sklearns_one_by_one(num_rows: int, num_
     """Among them more features than rows."""
     x, label = planted(num_rows, num_features, 4)
     part = np.arange(num_rows) % 3
-    pairs = [(part != fold, strength) for fold in range(3) for strength in STRENGTHS]
-    found = fit(
-        x, label, mask=np.stack([rows for rows, _ in pairs], axis=1), strength=tuple(strength for _, strength in pairs)
-    )
-    for index, (rows, strength) in enumerate(pairs):
-        expected = sklearns(x, label, rows=rows, strength=strength)
+    pairs = [(part != fold, l2) for fold in range(3) for l2 in STRENGTHS]
+    found = fit(x, label, mask=np.stack([rows for rows, _ in pairs], axis=1), l2=tuple(l2 for _, l2 in pairs))
+    for index, (rows, l2) in enumerate(pairs):
+        expected = sklearns(x, label, rows=rows, l2=l2)
         np.testing.assert_allclose(shares(found, x, index), expected, atol=1e-4)
 
 
@@ -107,18 +105,18 @@ def test_two_classes_are_sklearns() -> None:
     """With two columns of weights each carries half of sklearn's one, under half the penalty: the strength doubles."""
     x, label = planted(200, 5, 2)
     everyone = np.ones(200, dtype=bool)
-    expected = sklearns(x, label, rows=everyone, strength=1e-2)
-    np.testing.assert_allclose(shares(fit(x, label, strength=(2e-2,)), x), expected, atol=1e-4)
+    expected = sklearns(x, label, rows=everyone, l2=1e-2)
+    np.testing.assert_allclose(shares(fit(x, label, l2=(2e-2,)), x), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-4), (torch.float32, 5e-3)])
 def test_neighbours_do_not_matter(dtype: torch.dtype, close: float) -> None:
     x, label = planted(240, 8, 3)
     mask = np.stack([np.arange(240) % 4 != fold for fold in range(4)], axis=1)
-    strength = (1e-4, 1e-2, 1e-1, 1.0)
-    together = fit(x, label, mask=mask, strength=strength, dtype=dtype, tolerance=1e-9)
+    l2 = (1e-4, 1e-2, 1e-1, 1.0)
+    together = fit(x, label, mask=mask, l2=l2, dtype=dtype, tolerance=1e-9)
     for index in range(4):
-        alone = fit(x, label, mask=mask[:, [index]], strength=strength[index : index + 1], dtype=dtype, tolerance=1e-9)
+        alone = fit(x, label, mask=mask[:, [index]], l2=l2[index : index + 1], dtype=dtype, tolerance=1e-9)
         np.testing.assert_allclose(shares(together, x, index), shares(alone, x), atol=close)
 
 
@@ -137,9 +135,9 @@ def test_rows_outside_the_mask_are_not_learned_from() -> None:
 def test_above_the_limit_of_axes_nothing_changes_but_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     x, label = planted(150, 12, 3)
     mask = np.stack([np.arange(150) % 2 == fold for fold in range(2)], axis=1)
-    whitened = fit(x, label, mask=mask, strength=(1e-3, 1e-1))
+    whitened = fit(x, label, mask=mask, l2=(1e-3, 1e-1))
     monkeypatch.setattr(designs, "_AXES_UP_TO", 11)
-    plain = fit(x, label, mask=mask, strength=(1e-3, 1e-1))
+    plain = fit(x, label, mask=mask, l2=(1e-3, 1e-1))
     for index in range(2):
         np.testing.assert_allclose(shares(plain, x, index), shares(whitened, x, index), atol=1e-4)
 
@@ -201,19 +199,19 @@ def test_an_outlier_outside_the_mask_changes_nothing(
 def test_a_class_absent_from_a_mask_is_given_next_to_nothing() -> None:
     x, label = planted(200, 4, 4)
     mask = np.stack([label != 2, np.ones(200, dtype=bool)], axis=1)
-    found = fit(x, label, mask=mask, strength=(1e-2, 1e-2), tolerance=1e-9)
+    found = fit(x, label, mask=mask, l2=(1e-2, 1e-2), tolerance=1e-9)
     first = shares(found, x)
     assert np.isfinite(first).all()
     assert first[:, 2].max() < 1e-4
     others = np.delete(first, 2, axis=1)
-    np.testing.assert_allclose(others, sklearns(x, label, rows=label != 2, strength=1e-2), atol=1e-3)
+    np.testing.assert_allclose(others, sklearns(x, label, rows=label != 2, l2=1e-2), atol=1e-3)
     np.testing.assert_allclose(shares(found, x, 1).sum(axis=1), 1)
 
 
 def test_perfectly_separable_classes_stay_finite() -> None:
     label = np.arange(40) % 2
     x = np.c_[label * 2.0 - 1, np.zeros(40)]
-    found = shares(fit(x, label, strength=(1e-12,), dtype=torch.float32), x)
+    found = shares(fit(x, label, l2=(1e-12,), dtype=torch.float32), x)
     assert np.isfinite(found).all()
     assert found[np.arange(40), label].min() > 0.999
 
@@ -230,7 +228,7 @@ def test_labels_are_sklearns_one_by_one() -> None:
     found = outputs(fit(x, values, task="multilabel"), x).sigmoid().numpy()
     everyone = np.ones(200, dtype=bool)
     for index in range(3):
-        expected = sklearns(x, values[:, index].astype(np.int64), rows=everyone, strength=1e-2)[:, 1]
+        expected = sklearns(x, values[:, index].astype(np.int64), rows=everyone, l2=1e-2)[:, 1]
         np.testing.assert_allclose(found[:, index], expected, atol=1e-4)
 
 
@@ -238,10 +236,10 @@ def test_a_number_is_sklearns_ridge() -> None:
     x, label = planted(150, 6, 4)
     values = (label + 0.1 * np.random.default_rng(2).standard_normal(150))[:, None] * 40 + 1_000
     mask = np.stack([np.arange(150) % 3 != fold for fold in range(3)], axis=1)
-    found = fit(x, values, mask=mask, strength=(1e-3, 1e-2, 0.3), task="regression")
-    for index, strength in enumerate((1e-3, 1e-2, 0.3)):
+    found = fit(x, values, mask=mask, l2=(1e-3, 1e-2, 0.3), task="regression")
+    for index, l2 in enumerate((1e-3, 1e-2, 0.3)):
         rows = mask[:, index]
-        model: Any = make_pipeline(StandardScaler(), Ridge(alpha=strength * rows.sum()))
+        model: Any = make_pipeline(StandardScaler(), Ridge(alpha=l2 * rows.sum()))
         expected = model.fit(x[rows], values[rows, 0]).predict(x)
         np.testing.assert_allclose(outputs(found, x, index)[:, 0].numpy(), expected, rtol=1e-6)
 
@@ -269,10 +267,8 @@ def test_bfloat16_products_are_close_to_float64() -> None:
     """Within 0.1 of the log-probability and 1e-3 of the mean loss, from features far from their centre."""
     x, label = planted(4_000, 24, 5)
     mask = np.stack([np.arange(4_000) % 2 == fold for fold in range(2)], axis=1)
-    exact = fit(x, label, mask=mask, strength=(1e-3, 1e-2))
-    coarse = fit(
-        x, label, mask=mask, strength=(1e-3, 1e-2), dtype=torch.float32, products=torch.bfloat16, tolerance=1e-4
-    )
+    exact = fit(x, label, mask=mask, l2=(1e-3, 1e-2))
+    coarse = fit(x, label, mask=mask, l2=(1e-3, 1e-2), dtype=torch.float32, products=torch.bfloat16, tolerance=1e-4)
     for index in range(2):
         one, other = (np.log(shares(found, x, index))[np.arange(4_000), label] for found in (exact, coarse))
         assert abs(one.mean() - other.mean()) < 1e-3
@@ -287,11 +283,11 @@ def test_many_strengths_of_few_masks_are_as_if_each_had_its_own(columns: int, mo
     monkeypatch.setattr(glm, "_COLUMNS_AT_ONCE", columns)
     x, label = planted(300, 6, 3)
     mask = np.stack([np.arange(300) // 100 != fold for fold in range(3)], axis=1)
-    strength = tuple(np.repeat(STRENGTHS, 3))
-    stacked, wide = (fit(x, label, mask=each, strength=strength) for each in (mask, np.tile(mask, (1, 3))))
+    l2 = tuple(np.repeat(STRENGTHS, 3))
+    stacked, wide = (fit(x, label, mask=each, l2=l2) for each in (mask, np.tile(mask, (1, 3))))
     for index in range(9):
         np.testing.assert_allclose(shares(stacked, x, index), shares(wide, x, index), atol=1e-6)
-        expected = sklearns(x, label, rows=mask[:, index % 3], strength=strength[index])
+        expected = sklearns(x, label, rows=mask[:, index % 3], l2=l2[index])
         np.testing.assert_allclose(shares(stacked, x, index), expected, atol=1e-4)
 
 
@@ -305,8 +301,8 @@ def test_features_that_are_mostly_zero_do_not_make_a_fit_long() -> None:
         read_design(MatrixInputs(matrix=x), np.arange(120), products=torch.float32),
         torch.from_numpy(label),
         task="classification",
-        learn=torch.ones(120, 1, dtype=torch.bool),
-        strength=torch.tensor([1e-2]),
+        train_mask=torch.ones(120, 1, dtype=torch.bool),
+        l2=torch.tensor([1e-2]),
         start=torch.zeros(1, 201, 5),
         max_steps=300,
         tolerance=1e-7,

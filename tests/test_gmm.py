@@ -16,20 +16,20 @@ from mmaudit.train.balancing.config import BalancingConfig, GmmConfig
 from mmaudit.train.balancing.gmm import modality_gap, refit
 from mmaudit.train.batches import Batch, Loss, Reading, Rows
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE, World
-from mmaudit.train.network import Blueprint, FusionNet, Outputs
-from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.network import FusionNet, ModelConfig, Outputs
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 LABEL = torch.tensor([0, 1, 2, 0])
 STRONG = torch.tensor([0.90, 0.95, 0.80, 0.90])
 GAP = torch.tensor([0.02, 0.10, 0.55, 0.80])  # two are balanced and two are not
-NET = FusionNet(Blueprint(modalities=("a",), shapes=((1,),), classes=("x", "y")))
+NET = FusionNet(ModelConfig(modalities=("a",), shapes=((1,),), classes=("x", "y")))
 PART = torch.tensor([0.1, 0.2, 0.3, 0.4])
 
 
-class Twin(World):
+class Twin(DistributedContext):
     """Two processes that see the same."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -76,23 +76,23 @@ def two_groups(number: int = 3000) -> NDArray[np.float64]:
     return np.asarray(np.clip(gap + 0.03 * rng.standard_normal(number), 0, 1))
 
 
-def make(*, gmm: GmmConfig | None = None, world: World = ALONE, epoch: int = 1) -> Balancer:
+def make(*, gmm: GmmConfig | None = None, distributed: DistributedContext = SINGLE_PROCESS, epoch: int = 1) -> Balancer:
     torch.manual_seed(0)
-    plan = Blueprint(modalities=("a", "v"), shapes=((4,), (5,)), classes=("x", "y", "z"), hidden=8, dropout=0.0)
+    plan = ModelConfig(modalities=("a", "v"), shapes=((4,), (5,)), classes=("x", "y", "z"), hidden=8, dropout=0.0)
     optim = OptimConfig(optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant")
-    update = Update(FusionNet(plan), optim, device="cpu", world=world)
-    update.begin_epoch(1, epochs=1)
+    optimization = Optimization(FusionNet(plan), optim, device="cpu", distributed=distributed)
+    optimization.begin_epoch(1, epochs=1)
     config = BalancingConfig(gmm=gmm or GmmConfig(warmup_epochs=0))
-    method = build_balancer("gmm", update.net, update, config, epochs=9)
+    method = build_balancer("gmm", optimization.net, optimization, config, epochs=9)
     method.begin_epoch(epoch, Planted(two_groups()))
     return method
 
 
-def batch(*, part: Tensor = PART, present: Tensor | None = None) -> Batch:
+def batch(*, loss_weight: Tensor = PART, present: Tensor | None = None) -> Batch:
     chance = torch.Generator().manual_seed(1)
     inputs = (torch.randn(4, 4, generator=chance), torch.randn(4, 5, generator=chance))
     rows = torch.arange(4)
-    return Batch(rows=rows, inputs=inputs, label=LABEL, present=present, part=part.repeat(3, 1), size=4)
+    return Batch(rows=rows, inputs=inputs, label=LABEL, present=present, loss_weight=loss_weight.repeat(3, 1), size=4)
 
 
 def gammas(gap: Tensor = GAP) -> NDArray[np.float64]:
@@ -101,9 +101,9 @@ def gammas(gap: Tensor = GAP) -> NDArray[np.float64]:
 
 def read_gaps() -> NDArray[np.float64]:
     """What a method reads of `two_groups`, at some of its rows."""
-    lab = Planted(two_groups())
-    make().begin_epoch(1, lab)
-    return np.asarray(0.98 * two_groups()[lab.asked[0]])
+    model_reader = Planted(two_groups())
+    make().begin_epoch(1, model_reader)
+    return np.asarray(0.98 * two_groups()[model_reader.asked[0]])
 
 
 def gradient(method: Balancer, outputs: Outputs, given: Batch) -> Tensor:
@@ -206,20 +206,20 @@ def test_a_gap_is_not_closed_by_spoiling_the_stronger() -> None:
 
 
 def test_the_warm_up_is_the_sum_and_reads_nothing() -> None:
-    method, plain, lab = make(gmm=GmmConfig(warmup_epochs=2)), make(), Planted(two_groups())
-    summed = build_balancer("sum", plain.net, plain.update, BalancingConfig(), epochs=9)
+    method, plain, model_reader = make(gmm=GmmConfig(warmup_epochs=2)), make(), Planted(two_groups())
+    summed = build_balancer("sum", plain.net, plain.optimization, BalancingConfig(), epochs=9)
     outputs, given = said(STRONG, GAP, LABEL), batch()
     for epoch, same in ((1, True), (2, True), (3, False)):
-        method.begin_epoch(epoch, lab)
+        method.begin_epoch(epoch, model_reader)
         assert torch.equal(method.loss(outputs, given), summed.loss(outputs, given)) == same
-    assert len(lab.asked) == 1
+    assert len(model_reader.asked) == 1
 
 
 def test_a_refit_reads_as_many_rows_as_it_may_and_always_the_same() -> None:
     few, many = Planted(two_groups(300)), Planted(two_groups(3000))
     method = make(gmm=GmmConfig(warmup_epochs=0, fit_rows=500))
-    for lab in (few, many, many):
-        method.begin_epoch(1, lab)
+    for model_reader in (few, many, many):
+        method.begin_epoch(1, model_reader)
     assert few.asked[0].tolist() == list(range(300))
     assert len(set(many.asked[0].tolist())) == 500
     assert many.asked[0].tolist() == many.asked[1].tolist()
@@ -262,16 +262,16 @@ def test_a_sample_without_a_modality_has_the_ordinary_loss() -> None:
     lone = torch.zeros_like(PART)
     lone[3] = 1.0
     present = torch.tensor([[True, True]] * 3 + [[True, False]])
-    found = method.loss(said(STRONG, GAP, LABEL), batch(part=lone, present=present)).item()
+    found = method.loss(said(STRONG, GAP, LABEL), batch(loss_weight=lone, present=present)).item()
     assert found == pytest.approx(-np.log(0.7) - np.log(0.9) - np.log(0.1), rel=1e-5)
-    unheard = method.loss(said(STRONG, GAP, LABEL), batch(part=PART * (1 - lone)))
+    unheard = method.loss(said(STRONG, GAP, LABEL), batch(loss_weight=PART * (1 - lone)))
     both = method.loss(said(STRONG, GAP, LABEL), replace(given, present=present))
     assert (both - unheard).item() == pytest.approx(0.4 * found, rel=1e-4)
 
 
 def test_two_processes_are_one() -> None:
     whole = make().loss(said(STRONG, GAP, LABEL), batch()).item()
-    half = make(world=Twin(size=2)).loss(said(STRONG, GAP, LABEL), batch(part=PART / 2)).item()
+    half = make(distributed=Twin(world_size=2)).loss(said(STRONG, GAP, LABEL), batch(loss_weight=PART / 2)).item()
     assert half == pytest.approx(whole / 2, rel=1e-5)
 
 
@@ -296,12 +296,14 @@ def test_training_closes_the_gap_and_spoils_nothing() -> None:
     faint = torch.randn(60, 5, generator=chance)
     for rows, size in ((clear, 3.0), (faint, 1.0)):
         rows[torch.arange(60), label] += size
-    part = torch.full((3, 60), 1 / 60)
-    given = Batch(rows=torch.arange(60), inputs=(clear, faint), label=label, present=None, part=part, size=60)
+    loss_weight = torch.full((3, 60), 1 / 60)
+    given = Batch(
+        rows=torch.arange(60), inputs=(clear, faint), label=label, present=None, loss_weight=loss_weight, size=60
+    )
     sure = []
     for warmup in (99, 0):
         method = make(gmm=GmmConfig(warmup_epochs=warmup))
-        for group in method.update.optimizer.param_groups:
+        for group in method.optimization.optimizer.param_groups:
             group["lr"] = 0.05
         for epoch in range(1, 11):
             with torch.no_grad():

@@ -16,10 +16,10 @@ from mmaudit.train.balancing.config import BalancingConfig, GreedyConfig
 from mmaudit.train.balancing.greedy import Greedy, conditional_speeds, slowest
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE, World
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.fusion import Mmtm
-from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.optimizer import Update
+from mmaudit.train.network import FusionNet, ModelConfig
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 
@@ -29,7 +29,7 @@ BALANCED = torch.tensor([[1e8, 1e8], [1e8, 1e8]])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twins(World):
+class Twins(DistributedContext):
     """Two processes with the same rows: sums are twice what one has."""
 
     size: int = 2
@@ -40,10 +40,16 @@ class Twins(World):
 
 
 def make(
-    *, m: int = 2, alpha: float = 0.5, window: int = 3, rest: int = 1, own_heads: bool = False, world: World = ALONE
+    *,
+    m: int = 2,
+    alpha: float = 0.5,
+    window: int = 3,
+    rest: int = 1,
+    own_heads: bool = False,
+    distributed: DistributedContext = SINGLE_PROCESS,
 ) -> Greedy:
     torch.manual_seed(0)
-    plan = Blueprint(
+    plan = ModelConfig(
         modalities=NAMES[:m],
         shapes=((5,), (4,), (3,))[:m],
         classes=("a", "b", "c"),
@@ -54,7 +60,12 @@ def make(
     )
     net = FusionNet(plan)
     config = BalancingConfig(greedy=GreedyConfig(alpha=alpha, window=window, rest=rest))
-    return Greedy(net, Update(net, OptimConfig(precision="float32"), device="cpu", world=world), config, epochs=2)
+    return Greedy(
+        net,
+        Optimization(net, OptimConfig(precision="float32"), device="cpu", distributed=distributed),
+        config,
+        epochs=2,
+    )
 
 
 def draw(seed: int = 1, *, m: int = 2, present: list[list[bool]] | None = None) -> Batch:
@@ -173,7 +184,7 @@ def test_the_path_is_whole_again_when_a_step_fails() -> None:
 
 def test_what_is_frozen_stays_and_has_no_speed() -> None:
     balancer = make(own_heads=True)
-    balancer.update.frozen[0] = True
+    balancer.optimization.frozen[0] = True
     moved = moves(balancer, draw())
     assert not any(name.startswith(("encoders.0.", "heads.0.")) for name in moved)
     assert any(name.startswith("encoders.1.") for name in moved)
@@ -193,7 +204,7 @@ def test_an_interrupted_run_goes_on_the_same() -> None:
     for step in range(2):  # into the middle of a window
         one.step(draw(step))
     other = copy.deepcopy(one)
-    fresh = Greedy(other.net, other.update, other.config, epochs=2)
+    fresh = Greedy(other.net, other.optimization, other.config, epochs=2)
     fresh.load_state_dict(one.state_dict())
     for step in range(2, 7):
         assert moves(fresh, draw(step)) == moves(one, draw(step))
@@ -202,11 +213,11 @@ def test_an_interrupted_run_goes_on_the_same() -> None:
 
 
 def test_two_processes_with_halves_of_a_batch_do_what_one_does() -> None:
-    one, twin = make(alpha=0.0, window=2, world=ALONE), make(alpha=0.0, window=2, world=Twins())
+    one, twin = make(alpha=0.0, window=2, distributed=SINGLE_PROCESS), make(alpha=0.0, window=2, distributed=Twins())
     for seed in range(6):
         batch = draw(seed)
         one.step(batch)
-        twin.step(replace(batch, part=batch.part / 2))
+        twin.step(replace(batch, loss_weight=batch.loss_weight / 2))
     found = dict(twin.net.named_parameters())
     for name, p in one.net.named_parameters():
         assert torch.allclose(p, found[name], atol=1e-5)

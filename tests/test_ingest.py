@@ -17,7 +17,7 @@ from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.downloads import ADAPTERS, Ingested, ingest
 from mmaudit.audit.errors import ConfigError, DatasetError
 from mmaudit.audit.parquet import read_parquet
-from mmaudit.cli.console import tell_ingest
+from mmaudit.cli.console import print_ingest
 
 
 def lay(root: Path, *names: str, content: bytes = b"medium") -> None:
@@ -300,7 +300,7 @@ def test_what_is_told_is_told_once(tree: Callable[[str], Path], capsys: pytest.C
     lay(root, "AudioWAV/1001_DFA_ANG_XX.wav", content=b"")
     lay(root, "metadata.csv")
     found = mmaudit.ingest("cremad", root)
-    tell_ingest(found)
+    print_ingest(found)
     told = capsys.readouterr().out
     assert len(found["notes"]) == 2
     for part in (found["message"], *found["notes"], found["path"]):

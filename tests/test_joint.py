@@ -12,9 +12,9 @@ from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import BalancingConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE
-from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import SINGLE_PROCESS
+from mmaudit.train.network import FusionNet, ModelConfig
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 NUM, CLASSES = 6, 3
@@ -25,19 +25,21 @@ def make(name: str, *, own_heads: bool = False, precision: str = "float32") -> B
     torch.manual_seed(0)
     shapes, classes = ((4,), (5,)), tuple(map(str, range(CLASSES)))
     net = FusionNet(
-        Blueprint(modalities=("a", "v"), shapes=shapes, classes=classes, hidden=8, dropout=0.0, own_heads=own_heads)
+        ModelConfig(modalities=("a", "v"), shapes=shapes, classes=classes, hidden=8, dropout=0.0, own_heads=own_heads)
     )
     optim = OptimConfig(optimizer="sgd", lr=0.5, momentum=0.0, weight_decay=0.0, precision=precision)
-    update = Update(net, optim, device="cpu", world=ALONE)
-    update.begin_epoch(1, epochs=1)
-    return build_balancer(name, net, update, BalancingConfig(), epochs=1)
+    optimization = Optimization(net, optim, device="cpu", distributed=SINGLE_PROCESS)
+    optimization.begin_epoch(1, epochs=1)
+    return build_balancer(name, net, optimization, BalancingConfig(), epochs=1)
 
 
 def batch() -> Batch:
     chance = torch.Generator().manual_seed(1)
     inputs = (torch.randn(NUM, 4, generator=chance), torch.randn(NUM, 5, generator=chance))
     label = torch.arange(NUM) % CLASSES
-    return Batch(rows=torch.arange(NUM), inputs=inputs, label=label, present=None, part=PART.repeat(3, 1), size=NUM)
+    return Batch(
+        rows=torch.arange(NUM), inputs=inputs, label=label, present=None, loss_weight=PART.repeat(3, 1), size=NUM
+    )
 
 
 def cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -63,11 +65,11 @@ def test_sum_adds_each_modalitys_own() -> None:
 def test_sum_learns_alone_from_what_the_fused_answer_does_not_see() -> None:
     """Parts of 0 take a sample out of one loss, and out of that one alone."""
     method, given = make("sum"), batch()
-    part = given.part.clone()
+    part = given.loss_weight.clone()
     part[0, 0] = part[2, 1] = 0.0
     outputs = method.net(given.inputs)
     lost = 0.1 * cross_entropy(outputs.fused, given.label)[0] + 0.3 * cross_entropy(outputs.unimodal[1], given.label)[1]
-    before, after = method.loss(outputs, given), method.loss(outputs, replace(given, part=part))
+    before, after = method.loss(outputs, given), method.loss(outputs, replace(given, loss_weight=part))
     assert (before - after).item() == pytest.approx(lost, rel=1e-4)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmaudit.audit.probes.lbfgs import Problem, minimise
+from mmaudit.audit.probes.lbfgs import Problem, minimize
 
 
 class Bowls:
@@ -37,7 +37,7 @@ def bowls() -> Bowls:
 
 def test_minima_are_found() -> None:
     problem = bowls()
-    found = minimise(problem, torch.zeros_like(problem.centre), max_steps=300, tolerance=1e-14, patience=2)
+    found = minimize(problem, torch.zeros_like(problem.centre), max_steps=300, tolerance=1e-14, patience=2)
     torch.testing.assert_close(found.theta, problem.centre, atol=1e-5, rtol=0)
     assert found.num_steps < 100
 
@@ -46,7 +46,7 @@ def test_who_starts_at_the_minimum_leaves_and_the_others_go_on() -> None:
     problem = bowls()
     start = torch.zeros_like(problem.centre)
     start[1] = problem.centre[1]
-    found = minimise(problem, start, max_steps=300, tolerance=1e-14, patience=2)
+    found = minimize(problem, start, max_steps=300, tolerance=1e-14, patience=2)
     torch.testing.assert_close(found.theta, problem.centre, atol=1e-5, rtol=0)
     assert torch.equal(found.theta[1], problem.centre[1])
 
@@ -54,14 +54,14 @@ def test_who_starts_at_the_minimum_leaves_and_the_others_go_on() -> None:
 def test_snapshots_are_the_way_by_powers_of_two_and_the_end() -> None:
     problem = bowls()
     start = torch.zeros_like(problem.centre)
-    found = minimise(problem, start, max_steps=11, tolerance=0.0, patience=100)
+    found = minimize(problem, start, max_steps=11, tolerance=0.0, patience=100)
     assert found.num_steps == 11
     assert len(found.snapshots) == 5  # 1, 2, 4, 8, 11
     assert torch.equal(found.snapshots[-1], found.theta)
     losses = [float(problem.loss_and_gradient(theta)[0].sum()) for theta in (start, *found.snapshots)]
     assert losses == sorted(losses, reverse=True)
     for steps, snapshot in zip((1, 2, 4, 8), found.snapshots, strict=False):
-        alone = minimise(problem, start, max_steps=steps, tolerance=0.0, patience=100)
+        alone = minimize(problem, start, max_steps=steps, tolerance=0.0, patience=100)
         assert torch.equal(alone.theta, snapshot)
 
 
@@ -70,7 +70,7 @@ def test_the_length_of_a_step_is_halved_until_it_helps() -> None:
     problem = bowls()
     problem.precondition = lambda gradient: gradient  # type: ignore[method-assign]
     before = problem.loss_and_gradient(torch.zeros_like(problem.centre))[0]
-    found = minimise(problem, torch.zeros_like(problem.centre), max_steps=1, tolerance=0.0, patience=1)
+    found = minimize(problem, torch.zeros_like(problem.centre), max_steps=1, tolerance=0.0, patience=1)
     assert (problem.loss_and_gradient(found.theta)[0] < before).all()
     assert problem.asked > 4
 
@@ -85,8 +85,8 @@ def test_whom_the_judge_sends_away_stays_where_it_was_and_the_others_go_on() -> 
         told.append(alive.tolist())
         return alive != 1
 
-    found = minimise(problem, start, max_steps=300, tolerance=1e-14, patience=2, judge=judge)
-    one = minimise(problem, start, max_steps=1, tolerance=0.0, patience=2)
+    found = minimize(problem, start, max_steps=300, tolerance=1e-14, patience=2, judge=judge)
+    one = minimize(problem, start, max_steps=1, tolerance=0.0, patience=2)
     assert told[:2] == [[0, 1, 2], [0, 2]]
     assert torch.equal(found.theta[1], one.theta[1])
     torch.testing.assert_close(found.theta[[0, 2]], problem.centre[[0, 2]], atol=1e-5, rtol=0)
@@ -96,5 +96,5 @@ def test_a_first_step_that_gains_little_does_not_end_a_fit() -> None:
     """With curvatures of 57 the first step, a thirtieth of the gradient, ends almost as far on the other side."""
     centre = torch.full((1, 4, 1), 5.0, dtype=torch.float64)
     problem = Bowls(centre, torch.full_like(centre, 57.0))
-    found = minimise(problem, torch.zeros_like(centre), max_steps=300, tolerance=0.3, patience=1)
+    found = minimize(problem, torch.zeros_like(centre), max_steps=300, tolerance=0.3, patience=1)
     torch.testing.assert_close(found.theta, centre)

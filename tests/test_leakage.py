@@ -19,9 +19,17 @@ from mmaudit.audit.dataset.samples import Samples, read_samples
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.features.encode import encode_dataset, read_status
 from mmaudit.audit.features.matrix import MatrixInputs
-from mmaudit.audit.leakage import GROUP_NAMES, Finding, Leakage, LeakageConfig, Material, find_leakage, group_columns
+from mmaudit.audit.leakage import (
+    GROUP_NAMES,
+    Finding,
+    Leakage,
+    LeakageConfig,
+    ModalityContent,
+    find_leakage,
+    group_columns,
+)
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.workers import silent
+from mmaudit.audit.workers import no_progress
 
 Objects = NDArray[np.object_]
 
@@ -47,9 +55,11 @@ def split_of(count: int, *, seed: int = 0, names: tuple[str, ...] = ("train", "t
     return objects(names[0] if draw < 0.75 else names[1 + int(draw * 1e6) % (len(names) - 1)] for draw in draws)
 
 
-def made_of(modality: str, content: Any, matrix: NDArray[Any] | None = None, *, recurs: bool = False) -> Material:
+def made_of(
+    modality: str, content: Any, matrix: NDArray[Any] | None = None, *, recurs: bool = False
+) -> ModalityContent:
     inputs = None if matrix is None else MatrixInputs(matrix=matrix.astype(np.float32))
-    return Material(modality=modality, content=objects(content), inputs=inputs, recurs=recurs)
+    return ModalityContent(modality=modality, content=objects(content), inputs=inputs, recurs=recurs)
 
 
 def unlike(name: str, count: int) -> list[str | None]:
@@ -71,9 +81,11 @@ def only(leakage: Leakage) -> Finding:
 def test_a_clean_set_has_no_finding() -> None:
     rng = np.random.default_rng(0)
     split = split_of(600, names=("train", "validation", "test"))
-    materials = [made_of(name, unlike(name, 600), rng.standard_normal((600, 30))) for name in ("audio", "visual")]
+    modality_contents = [
+        made_of(name, unlike(name, 600), rng.standard_normal((600, 30))) for name in ("audio", "visual")
+    ]
     actor = objects(f"{name}{row % 7}" for row, name in enumerate(split))
-    leakage = find_leakage(make_samples(split), materials, groups={"actor": actor})
+    leakage = find_leakage(make_samples(split), modality_contents, groups={"actor": actor})
     assert leakage == Leakage(findings=(), notes=())
     assert not leakage.leaks
 
@@ -93,7 +105,9 @@ def test_without_a_test_split_train_and_validation_are_compared() -> None:
     assert found(leakage) == [("content", "audio", ("train", "validation"), 1)]
 
 
-def planted(seed: int = 0, *, names: tuple[str, str] = ("train", "test")) -> tuple[Samples, list[Material], Objects]:
+def planted(
+    seed: int = 0, *, names: tuple[str, str] = ("train", "test")
+) -> tuple[Samples, list[ModalityContent], Objects]:
     """Plant 3 copies and 4 near duplicates of audio, 2 samples whole, and 5 shared actors; none among others."""
     rng = np.random.default_rng(seed)
     split = split_of(400, seed=seed)
@@ -112,8 +126,8 @@ def planted(seed: int = 0, *, names: tuple[str, str] = ("train", "test")) -> tup
 
 @pytest.mark.parametrize("seed", range(3))
 def test_all_that_is_planted_is_found_and_nothing_else(seed: int) -> None:
-    samples, materials, actor = planted(seed)
-    leakage = find_leakage(samples, materials, groups={"actor": actor})
+    samples, modality_contents, actor = planted(seed)
+    leakage = find_leakage(samples, modality_contents, groups={"actor": actor})
     both = ("train", "test")
     shared = len(set(actor[samples.split == "train"]) & set(actor[samples.split == "test"]))
     assert found(leakage) == [
@@ -133,31 +147,31 @@ def test_all_that_is_planted_is_found_and_nothing_else(seed: int) -> None:
 
 
 def test_shuffling_rows_changes_nothing() -> None:
-    samples, materials, actor = planted()
+    samples, modality_contents, actor = planted()
     order = np.random.default_rng(1).permutation(len(samples))
     moved = replace(samples, sample_id=samples.sample_id[order], label=samples.label[order], split=samples.split[order])
     again = []
-    for material in materials:
-        assert isinstance(material.inputs, MatrixInputs)
-        inputs = MatrixInputs(matrix=material.inputs.matrix[order])
-        again.append(replace(material, content=material.content[order], inputs=inputs))
-    expected = find_leakage(samples, materials, groups={"actor": actor})
+    for modality_content in modality_contents:
+        assert isinstance(modality_content.inputs, MatrixInputs)
+        inputs = MatrixInputs(matrix=modality_content.inputs.matrix[order])
+        again.append(replace(modality_content, content=modality_content.content[order], inputs=inputs))
+    expected = find_leakage(samples, modality_contents, groups={"actor": actor})
     assert find_leakage(moved, again, groups={"actor": actor[order]}) == expected
 
 
 def test_swapping_train_and_test_names_the_same_pairs() -> None:
-    samples, materials, actor = planted()
-    there = find_leakage(samples, materials, groups={"actor": actor})
+    samples, modality_contents, actor = planted()
+    there = find_leakage(samples, modality_contents, groups={"actor": actor})
     back, *_ = planted(names=("test", "train"))
-    swapped = find_leakage(back, materials, groups={"actor": actor})
+    swapped = find_leakage(back, modality_contents, groups={"actor": actor})
     assert found(swapped) == found(there)
     for one, other in zip(there.findings, swapped.findings, strict=True):
         assert {frozenset(pair) for pair in one.examples} == {frozenset(pair) for pair in other.examples}
 
 
 def test_it_is_told_as_plain_lists() -> None:
-    samples, materials, actor = planted()
-    leakage = find_leakage(samples, materials, groups={"actor": actor, "take": objects(range(400))})
+    samples, modality_contents, actor = planted()
+    leakage = find_leakage(samples, modality_contents, groups={"actor": actor, "take": objects(range(400))})
     told: Any = leakage.to_json()
     assert told["leaks"] is True
     assert [each["message"] for each in told["findings"]] == [each.message for each in leakage.findings]
@@ -485,10 +499,13 @@ def test_a_dataset_of_files_is_read_from_its_cache(clips: Path, tmp_path: Path) 
     dataset = open_dataset(clips)
     samples = read_samples(dataset, seed=0, test_fraction=0.25)
     samples = replace(samples, split=objects("test" if row in (5, 7, 11) else "train" for row in range(24)))
-    tasks = encode_dataset(dataset, tmp_path / "cache", media=MediaConfig(), num_workers=0, progress=silent)
+    tasks = encode_dataset(dataset, tmp_path / "cache", media=MediaConfig(), num_workers=0, progress=no_progress)
     statuses = [read_status(tasks, modality, samples.sample_id) for modality in dataset.modalities]
-    materials = [Material.of(status, tasks) for status in statuses]
-    assert [sum(value is None for value in material.content) for material in materials] == [0, 1]
-    leakage = find_leakage(samples, materials)
+    modality_contents = [ModalityContent.of(status, tasks) for status in statuses]
+    assert [sum(value is None for value in modality_content.content) for modality_content in modality_contents] == [
+        0,
+        1,
+    ]
+    leakage = find_leakage(samples, modality_contents)
     finding = only(leakage)
     assert (finding.what, finding.name, finding.examples) == ("content", "audio", (("007", "003"),))

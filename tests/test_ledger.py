@@ -1,4 +1,4 @@
-"""Laws of the ledger: figures are those of scikit-learn, a leak is seen, and a gain has its interval."""
+"""Laws of the probe_report: figures are those of scikit-learn, a leak is seen, and a gain has its interval."""
 
 from __future__ import annotations
 
@@ -18,12 +18,21 @@ from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs, Rows
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
-from mmaudit.audit.probes.cross_fit import Crossing, assign_folds
+from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
 from mmaudit.audit.probes.network_probe import NetworkProbe, fit_network
-from mmaudit.audit.probes.probe_set import Calibration, Fit, Member, Panel, Probe, fit_probe, seat_joint, seat_member
-from mmaudit.audit.scores.probe_report import Ledger, chance_of, keep_books, to_metric
-from mmaudit.audit.scores.sample_scores import Answers, ask
-from mmaudit.audit.workers import silent
+from mmaudit.audit.probes.probe_set import (
+    CalibratedProbe,
+    Calibration,
+    Fit,
+    Probe,
+    ProbeSet,
+    fit_calibrated_probe,
+    fit_joint_probe,
+    fit_probe,
+)
+from mmaudit.audit.scores.probe_report import ProbeReport, chance_level, compute_probe_report, to_metric
+from mmaudit.audit.scores.sample_scores import SampleScores, compute_sample_scores
+from mmaudit.audit.workers import no_progress
 
 Floats = NDArray[np.float32]
 N, K = 900, 3
@@ -31,16 +40,16 @@ FREE = Calibration(num_rows=N, temperature=1.0, ece_before=None, ece_after=None)
 IDS = np.array([f"s{row:04d}" for row in range(N)], dtype=object)
 LABEL = (np.arange(N) % K).astype(np.int32)
 CLASSES = Target(task="classification", label=LABEL, num_outputs=K)
-HONEST: Fit = partial(fit_probe, config=ProbeConfig(strengths=(1e-2,)))
+HONEST: Fit = partial(fit_probe, config=ProbeConfig(l2_penalties=(1e-2,)))
 
 
-def cross(target: Target) -> Crossing:
+def cross(target: Target) -> CrossFit:
     everyone = np.ones(len(target), dtype=bool)
     ids = IDS[: len(target)]
     fold, inner = (
         assign_folds(ids, target.label, None, everyone, num_folds=5, seed=0, purpose=purpose) for purpose in ("f", "i")
     )
-    return Crossing(fold=fold, inner=inner, fits=everyone, key=hash_rank(ids, seed=0, purpose="key"))
+    return CrossFit(fold=fold, inner=inner, fits=everyone, key=hash_rank(ids, seed=0, purpose="key"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,17 +65,17 @@ class Told:
         return self.by_round[:, rows]
 
 
-def peek(inputs: Inputs, target: Target, crossings: Sequence[Crossing]) -> Probe:
+def peek(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
     """Fit nothing and look the answers up: what a probe would say that sees the rows it is asked about."""
     if target.values is not None:
         return Told(by_round=(target.values - 0.5 * (target.task == "multilabel"))[None])
     return Told(by_round=np.eye(target.num_outputs, dtype=np.float32)[target.label][None])
 
 
-def seated(target: Target, *said: Floats, scale: float = 1.0) -> Panel:
+def seated(target: Target, *said: Floats, scale: float = 1.0) -> ProbeSet:
     """Give a panel whose members say this, (n, k) each."""
-    members = tuple(
-        Member(
+    probes = tuple(
+        CalibratedProbe(
             name=f"m{index}",
             inputs=MatrixInputs(matrix=np.zeros((len(target), 2), np.float32)),
             present=np.ones(len(target), bool),
@@ -76,32 +85,34 @@ def seated(target: Target, *said: Floats, scale: float = 1.0) -> Panel:
         )
         for index, each in enumerate(said)
     )
-    return Panel(members=members, joint=None, target=target)
+    return ProbeSet(probes=probes, joint=None, target=target)
 
 
-def planted(*strengths: float, rows: int = N, seed: int = 0) -> tuple[Panel, Crossing]:
+def planted(*l2_penalties: float, rows: int = N, seed: int = 0) -> tuple[ProbeSet, CrossFit]:
     """Fit a panel to Gaussian features around class means this far out, with a joint probe."""
     rng = np.random.default_rng(seed)
     target = CLASSES.take(np.arange(rows))
-    crossing = cross(target)
+    cross_fit = cross(target)
     means = np.eye(K)[target.label]
-    members = [
-        seat_member(
+    probes = [
+        fit_calibrated_probe(
             f"m{index}",
             MatrixInputs(matrix=(strength * means + rng.standard_normal((rows, K))).astype(np.float32)),
             target,
-            [crossing],
+            [cross_fit],
             present=np.ones(rows, bool),
             fit=HONEST,
         )
-        for index, strength in enumerate(strengths)
+        for index, strength in enumerate(l2_penalties)
     ]
-    joint = seat_joint(members, target, [crossing], fit=HONEST)
-    return Panel(members=tuple(members), joint=joint, target=target), crossing
+    joint = fit_joint_probe(probes, target, [cross_fit], fit=HONEST)
+    return ProbeSet(probes=tuple(probes), joint=joint, target=target), cross_fit
 
 
-def books(panel: Panel, crossing: Crossing | None = None, *, answers: Answers | None = None, **changes: Any) -> Ledger:
-    n = len(panel.target)
+def books(
+    probe_set: ProbeSet, cross_fit: CrossFit | None = None, *, sample_scores: SampleScores | None = None, **changes: Any
+) -> ProbeReport:
+    n = len(probe_set.target)
     options: dict[str, Any] = {
         "fit": HONEST,
         "controls": False,
@@ -110,8 +121,12 @@ def books(panel: Panel, crossing: Crossing | None = None, *, answers: Answers | 
         "seed": 0,
         **changes,
     }
-    answers = ask(panel, seed=0, progress=silent) if answers is None else answers
-    return keep_books(panel, answers, cross(panel.target) if crossing is None else crossing, **options)
+    sample_scores = (
+        compute_sample_scores(probe_set, seed=0, progress=no_progress) if sample_scores is None else sample_scores
+    )
+    return compute_probe_report(
+        probe_set, sample_scores, cross(probe_set.target) if cross_fit is None else cross_fit, **options
+    )
 
 
 def guesses(share: float, *, seed: int) -> Floats:
@@ -131,17 +146,17 @@ def several(seed: int = 0) -> Target:
 
 
 def test_standings_of_classes_are_accuracies() -> None:
-    panel = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1))
-    found = books(panel)
+    probe_set = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1))
+    found = books(probe_set)
     assert found.metric == "accuracy"
-    assert [standing.name for standing in found.standings] == ["m0", "m1", "fused"]
-    for member, standing in zip(panel.members, found.standings, strict=False):
-        said = member.probe.logits(np.arange(N))[0]
+    assert [standing.name for standing in found.probe_metrics] == ["m0", "m1", "fused"]
+    for calibrated, standing in zip(probe_set.probes, found.probe_metrics, strict=False):
+        said = calibrated.probe.logits(np.arange(N))[0]
         assert standing.value == pytest.approx(accuracy_score(LABEL, said.argmax(axis=1)), abs=1e-6)
         assert standing.low < standing.value < standing.high
         shares = np.exp(said) / np.exp(said).sum(axis=1, keepdims=True)
         assert standing.loss == pytest.approx(-np.log(shares[np.arange(N), LABEL]).mean(), rel=1e-4)
-    assert found.over_best.name == "m0"
+    assert found.gain_over_best.name == "m0"
 
 
 def test_standings_of_labels_are_shares_of_right_decisions() -> None:
@@ -151,8 +166,8 @@ def test_standings_of_labels_are_shares_of_right_decisions() -> None:
     found = books(seated(target, said, -said))
     assert found.metric == "label accuracy"
     expected = accuracy_score(target.values.ravel(), (said > 0).ravel())
-    assert found.standings[0].value == pytest.approx(expected, abs=1e-6)
-    assert found.standings[1].value == pytest.approx(1 - expected, abs=1e-6)
+    assert found.probe_metrics[0].value == pytest.approx(expected, abs=1e-6)
+    assert found.probe_metrics[1].value == pytest.approx(1 - expected, abs=1e-6)
 
 
 def test_standings_of_numbers_are_r2() -> None:
@@ -162,17 +177,17 @@ def test_standings_of_numbers_are_r2() -> None:
     said = [(target.values + rng.normal(0, sigma, (N, 1))).astype(np.float32) for sigma in (0.5, 4.0)]
     found = books(seated(target, *said))
     assert (found.metric, found.chance) == ("R^2", 0)
-    for one, standing in zip(said, found.standings, strict=False):
+    for one, standing in zip(said, found.probe_metrics, strict=False):
         assert standing.value == pytest.approx(r2_score(target.values, one), abs=1e-4)
-    assert found.standings[0].value > 0.9
-    assert found.standings[1].value < -1  # worse than the mean
+    assert found.probe_metrics[0].value > 0.9
+    assert found.probe_metrics[1].value < -1  # worse than the mean
 
 
 def test_a_member_stands_on_the_samples_that_have_it() -> None:
-    panel = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1), guesses(0.6, seed=2))
+    probe_set = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1), guesses(0.6, seed=2))
     here = LABEL != 0
-    panel = replace(panel, members=(replace(panel.members[0], present=here), *panel.members[1:]))
-    found = books(panel).standings[0]
+    probe_set = replace(probe_set, probes=(replace(probe_set.probes[0], present=here), *probe_set.probes[1:]))
+    found = books(probe_set).probe_metrics[0]
     said = guesses(0.8, seed=0).argmax(axis=1)
     assert found.value == pytest.approx(accuracy_score(LABEL[here], said[here]), abs=1e-6)
     assert np.isfinite([found.low, found.high, found.loss]).all()
@@ -183,15 +198,15 @@ def test_chance_is_what_naming_the_commonest_reaches() -> None:
     label = rng.choice(4, 200, p=[0.1, 0.2, 0.6, 0.1]).astype(np.int32)
     target = Target(task="classification", label=label, num_outputs=4)
     dummy = DummyClassifier(strategy="most_frequent").fit(label[:, None], label)
-    assert chance_of(target) == pytest.approx(dummy.score(label[:, None], label))
+    assert chance_level(target) == pytest.approx(dummy.score(label[:, None], label))
     labels = several()
     assert labels.values is not None
     often = labels.values.mean(axis=0) > 0.5
-    assert chance_of(labels) == pytest.approx((labels.values == often).mean(), abs=1e-6)
+    assert chance_level(labels) == pytest.approx((labels.values == often).mean(), abs=1e-6)
     ones = numbers()
     assert ones.values is not None
     squares = -np.square(ones.values - ones.values.mean())[:, 0]
-    assert to_metric(squares, ones).mean() == pytest.approx(chance_of(ones), abs=1e-4)
+    assert to_metric(squares, ones).mean() == pytest.approx(chance_level(ones), abs=1e-4)
 
 
 @pytest.mark.parametrize("target", [CLASSES, several(), numbers()], ids=lambda target: target.task)
@@ -209,16 +224,16 @@ def test_shuffled_labels_of_clean_data_are_at_chance(target: Target) -> None:
     """The features tell the true labels well, and the shuffled ones not at all."""
     rng = np.random.default_rng(2)
     truth = np.eye(K)[LABEL] if target.values is None else target.values
-    panel = seated(target, *(np.zeros((N, target.num_outputs), np.float32),) * 2)
+    probe_set = seated(target, *(np.zeros((N, target.num_outputs), np.float32),) * 2)
     clear = MatrixInputs(matrix=(3 * truth + 0.3 * rng.standard_normal(truth.shape)).astype(np.float32))
-    panel = replace(panel, members=tuple(replace(member, inputs=clear) for member in panel.members))
-    found = books(panel, controls=True)
+    probe_set = replace(probe_set, probes=tuple(replace(calibrated, inputs=clear) for calibrated in probe_set.probes))
+    found = books(probe_set, controls=True)
     assert [control.name for control in found.controls] == ["m0", "m1"]
     for control in found.controls:
         assert not control.leaks
         assert control.low <= control.chance
         assert abs(control.value - control.chance) < 0.06
-    assert books(panel).controls == ()
+    assert books(probe_set).controls == ()
 
 
 def test_nobody_keeps_their_own_label_in_the_control_and_none_is_lost() -> None:
@@ -227,19 +242,19 @@ def test_nobody_keeps_their_own_label_in_the_control_and_none_is_lost() -> None:
     rows = MatrixInputs(matrix=values)
     seen: list[tuple[Floats, Floats]] = []
 
-    def note(inputs: Inputs, told: Target, crossings: Sequence[Crossing]) -> Probe:
+    def note(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         assert told.values is not None
         seen.append((inputs.read(np.arange(inputs.num_rows))[:, 0], told.values[:, 0]))
-        return peek(inputs, told, crossings)
+        return peek(inputs, told, cross_fits)
 
-    panel = seated(target, values, values)
+    probe_set = seated(target, values, values)
     present = np.arange(N) % 3 != 0
-    first, second = (replace(member, inputs=rows) for member in panel.members)
-    panel = replace(panel, members=(replace(first, present=present), second))
-    crossing = replace(cross(target), fits=np.arange(N) % 5 != 0)
-    books(panel, crossing, fit=note, controls=True)
+    first, second = (replace(calibrated, inputs=rows) for calibrated in probe_set.probes)
+    probe_set = replace(probe_set, probes=(replace(first, present=present), second))
+    cross_fit = replace(cross(target), fits=np.arange(N) % 5 != 0)
+    books(probe_set, cross_fit, fit=note, controls=True)
     own, told = seen[0]
-    learned = np.flatnonzero(present & crossing.fits)
+    learned = np.flatnonzero(present & cross_fit.fits)
     np.testing.assert_array_equal(own, learned)
     assert sorted(told.tolist()) == learned.tolist()
     assert (own != told).all()
@@ -249,17 +264,17 @@ def test_nobody_keeps_their_own_label_in_the_control_and_none_is_lost() -> None:
 def test_the_control_of_a_network_is_two_of_half_the_rows_each() -> None:
     """The same rows and the same shuffled labels as of any other probe, whatever rounds and folds there are."""
     said, rows = guesses(0.8, seed=0), MatrixInputs(matrix=np.arange(2 * N, dtype=np.float32).reshape(N, 2))
-    seen: list[tuple[Floats, Target, Sequence[Crossing]]] = []
+    seen: list[tuple[Floats, Target, Sequence[CrossFit]]] = []
 
-    def note(inputs: Inputs, told: Target, crossings: Sequence[Crossing]) -> Probe:
-        seen.append((inputs.read(np.arange(inputs.num_rows)), told, crossings))
-        return peek(inputs, told, crossings)
+    def note(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+        seen.append((inputs.read(np.arange(inputs.num_rows)), told, cross_fits))
+        return peek(inputs, told, cross_fits)
 
-    panel = seated(CLASSES, said, said)
-    first, second = (replace(member, inputs=rows) for member in panel.members)
+    probe_set = seated(CLASSES, said, said)
+    first, second = (replace(calibrated, inputs=rows) for calibrated in probe_set.probes)
     network = replace(second, probe=NetworkProbe(by_round=said[None], by_epoch=said[None]))
-    crossing = replace(cross(CLASSES), fits=np.arange(N) % 4 != 0)
-    found = books(replace(panel, members=(first, network)), crossing, fit=note, controls=True)
+    cross_fit = replace(cross(CLASSES), fits=np.arange(N) % 4 != 0)
+    found = books(replace(probe_set, probes=(first, network)), cross_fit, fit=note, controls=True)
     assert [(control.name, control.leaks) for control in found.controls] == [("m0", True), ("m1", True)]
     (own, told, _), (same, likewise, (halves,)) = seen
     np.testing.assert_array_equal(own, same)
@@ -279,22 +294,22 @@ def test_a_network_that_has_seen_the_rows_it_scores_is_above_chance_on_shuffled_
     target = CLASSES.take(np.arange(24) % 2 * 2)
     config = NetworkConfig(epochs=24, batch_size=8, lr=0.02, lr_step=16, least_crop=1.0, flip=False, width=1 / 8)
 
-    def train(inputs: Inputs, target: Target, crossings: Sequence[Crossing]) -> Probe:
+    def train(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         if inputs.num_features == 2:
-            return peek(inputs, target, crossings)
-        (own,) = crossings
+            return peek(inputs, target, cross_fits)
+        (own,) = cross_fits
         if told:  # each row is held out, and its copy is not
             twice = np.tile(np.arange(inputs.num_rows), 2)
             fold = np.r_[own.fold, 1 - own.fold]
             key = np.arange(len(twice), dtype=np.uint64)
-            own = Crossing(fold=fold, inner=own.inner[twice], fits=own.fits[twice], key=key)
+            own = CrossFit(fold=fold, inner=own.inner[twice], fits=own.fits[twice], key=key)
             inputs, target = MatrixInputs(matrix=inputs.read(twice)), target.take(twice)
-        return fit_network(inputs, (8, 8, 3), target, [own], config=config, seed=0, device="cpu", progress=silent)
+        return fit_network(inputs, (8, 8, 3), target, [own], config=config, seed=0, device="cpu", progress=no_progress)
 
     said = np.zeros((24, K), np.float32)
-    panel = seated(target, said, said)
-    network = replace(panel.members[0], inputs=rows, probe=NetworkProbe(by_round=said[None], by_epoch=said[None]))
-    found = books(replace(panel, members=(network, panel.members[1])), fit=train, controls=True)
+    probe_set = seated(target, said, said)
+    network = replace(probe_set.probes[0], inputs=rows, probe=NetworkProbe(by_round=said[None], by_epoch=said[None]))
+    found = books(replace(probe_set, probes=(network, probe_set.probes[1])), fit=train, controls=True)
     assert found.controls[0].leaks == told
 
 
@@ -303,77 +318,77 @@ def test_of_many_rows_the_first_by_key_are_in_the_control(monkeypatch: pytest.Mo
     said, rows = guesses(0.8, seed=0), MatrixInputs(matrix=np.arange(N, dtype=np.float32)[:, None])
     seen: list[list[float]] = []
 
-    def note(inputs: Inputs, told: Target, crossings: Sequence[Crossing]) -> Probe:
+    def note(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         seen.append(inputs.read(np.arange(inputs.num_rows))[:, 0].tolist())
-        return peek(inputs, told, crossings)
+        return peek(inputs, told, cross_fits)
 
-    panel = seated(CLASSES, said, said)
-    panel = replace(panel, members=tuple(replace(member, inputs=rows) for member in panel.members))
-    crossing = replace(cross(CLASSES), fits=np.arange(N) % 3 != 0)
-    found = books(panel, crossing, fit=note, controls=True)
-    learned = [row for row in range(N) if crossing.fits[row]]
-    assert seen[0] == sorted(sorted(learned, key=lambda row: crossing.key[row])[:100])
+    probe_set = seated(CLASSES, said, said)
+    probe_set = replace(probe_set, probes=tuple(replace(calibrated, inputs=rows) for calibrated in probe_set.probes))
+    cross_fit = replace(cross(CLASSES), fits=np.arange(N) % 3 != 0)
+    found = books(probe_set, cross_fit, fit=note, controls=True)
+    learned = [row for row in range(N) if cross_fit.fits[row]]
+    assert seen[0] == sorted(sorted(learned, key=lambda row: cross_fit.key[row])[:100])
     assert [control.num_rows for control in found.controls] == [100, 100]
 
 
 def test_of_two_a_needed_modality_gains_and_a_useless_one_does_not() -> None:
-    panel, crossing = planted(1.5, 0.0)
-    found = books(panel, crossing)
+    probe_set, cross_fit = planted(1.5, 0.0)
+    found = books(probe_set, cross_fit)
     needed, useless = found.gains
     assert (needed.name, useless.name) == ("m0", "m1")
-    assert [standing.name for standing in found.standings] == ["m0", "m1", "fused", "joint"]
-    assert found.standings[-1].value > 0.5
+    assert [standing.name for standing in found.probe_metrics] == ["m0", "m1", "fused", "joint"]
+    assert found.probe_metrics[-1].value > 0.5
     assert needed.low > 0.2
     assert useless.low <= 0 <= useless.high
-    assert found.over_best.name == "m0"
-    assert found.over_best.low <= 0 <= found.over_best.high
+    assert found.gain_over_best.name == "m0"
+    assert found.gain_over_best.low <= 0 <= found.gain_over_best.high
     assert (useless.gain, useless.low, useless.high) == (
-        found.over_best.gain,
-        found.over_best.low,
-        found.over_best.high,
+        found.gain_over_best.gain,
+        found.gain_over_best.low,
+        found.gain_over_best.high,
     )
 
 
 def test_of_three_what_each_adds_is_told_by_fusing_the_others() -> None:
-    panel, crossing = planted(1.5, 0.0, 1.5)
-    found = books(panel, crossing)
+    probe_set, cross_fit = planted(1.5, 0.0, 1.5)
+    found = books(probe_set, cross_fit)
     assert [gain.name for gain in found.gains] == ["m0", "m1", "m2"]
     first, useless, third = found.gains
     assert first.low > 0.02
     assert third.low > 0.02
     assert useless.low <= 0 <= useless.high
-    assert found.over_best.low > 0
-    assert books(replace(panel, joint=None), crossing).gains == found.gains  # they are of the fusion
+    assert found.gain_over_best.low > 0
+    assert books(replace(probe_set, joint=None), cross_fit).gains == found.gains  # they are of the fusion
 
 
 def test_a_gain_is_paired() -> None:
     """Of two probes that are right about nearly the same samples the difference is known better than either."""
-    panel = seated(CLASSES, guesses(0.6, seed=0), guesses(0.5, seed=1))
-    answers = ask(panel, seed=0, progress=silent)
-    right = answers.right[:, 0].copy()
+    probe_set = seated(CLASSES, guesses(0.6, seed=0), guesses(0.5, seed=1))
+    sample_scores = compute_sample_scores(probe_set, seed=0, progress=no_progress)
+    right = sample_scores.right[:, 0].copy()
     right[np.flatnonzero(right == 0)[:20]] = 1
-    found = books(panel, answers=replace(answers, fused_right=right))
-    assert found.over_best.gain == pytest.approx(20 / N, abs=1e-6)
-    best = found.standings[0]
-    assert found.over_best.high - found.over_best.low < (best.high - best.low) / 3
-    assert found.over_best.low > 0
+    found = books(probe_set, sample_scores=replace(sample_scores, fused_right=right))
+    assert found.gain_over_best.gain == pytest.approx(20 / N, abs=1e-6)
+    best = found.probe_metrics[0]
+    assert found.gain_over_best.high - found.gain_over_best.low < (best.high - best.low) / 3
+    assert found.gain_over_best.low > 0
 
 
 def test_samples_that_stand_or_fall_together_are_fewer_than_they_look() -> None:
     group = np.array([f"g{row // 18}" for row in range(N)], dtype=object)
     right = (np.random.default_rng(0).random(50) < 0.7)[np.arange(N) // 18]
     said = 2 * np.eye(K, dtype=np.float32)[np.where(right, LABEL, (LABEL + 1) % K)]
-    panel = seated(CLASSES, said, guesses(0.5, seed=1))
-    alone, together = books(panel), books(panel, group=group)
-    for one, other in ((alone.standings[0], together.standings[0]), (alone.gains[1], together.gains[1])):
+    probe_set = seated(CLASSES, said, guesses(0.5, seed=1))
+    alone, together = books(probe_set), books(probe_set, group=group)
+    for one, other in ((alone.probe_metrics[0], together.probe_metrics[0]), (alone.gains[1], together.gains[1])):
         assert other.high - other.low > 2 * (one.high - one.low)
-    assert alone.standings[0].value == together.standings[0].value
+    assert alone.probe_metrics[0].value == together.probe_metrics[0].value
 
 
 def test_the_books_are_plain_values() -> None:
-    panel = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1))
-    found = books(panel, fit=peek, controls=True)
+    probe_set = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1))
+    found = books(probe_set, fit=peek, controls=True)
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert [control["leaks"] for control in told["controls"]] == [True, True]
-    assert told["standings"][0]["value"] == pytest.approx(found.standings[0].value)
-    assert {"metric", "chance", "standings", "over_best", "gains", "controls"} == set(told)
+    assert told["probe_metrics"][0]["value"] == pytest.approx(found.probe_metrics[0].value)
+    assert {"metric", "chance", "probe_metrics", "gain_over_best", "gains", "controls"} == set(told)

@@ -15,14 +15,14 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from mmaudit.rebalance.binning import (
     CURVE,
+    balancing_weights,
     best_bins,
     bin_of,
     distance_to_uniform,
     effective_size,
-    even_weights,
     largest_level,
     share_among_classes,
-    shared,
+    share_total,
     size_curve,
     water_fill,
 )
@@ -187,7 +187,7 @@ def test_distance_is_over_the_filled_bins_alone() -> None:
 
 @given(AVAILABLE.filter(np.any), st.sampled_from([1.0, 1.5, 3.0, 100.0]))
 def test_weights_make_bins_weigh_the_same_up_to_the_cap(available: Counts, most: float) -> None:
-    weight, there = even_weights(available, most=most), available > 0
+    weight, there = balancing_weights(available, most=most), available > 0
     assert weight.max() <= most
     assert (weight[~there] == 0).all()
     free = there & (weight < most)
@@ -213,7 +213,7 @@ def test_the_effective_size_is_that_of_the_samples(available: Counts, seed: int)
 @given(AVAILABLE.filter(np.any), st.data())
 def test_a_total_is_shared_in_proportion(counts: Counts, data: st.DataObject) -> None:
     total = data.draw(st.integers(0, int(counts.sum())))
-    found = shared(total, counts)
+    found = share_total(total, counts)
     assert found.sum() == total
     assert (found <= counts).all()
     assert (np.abs(found - total * counts / counts.sum()) < 1).all()

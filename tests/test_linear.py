@@ -16,13 +16,13 @@ from sklearn.preprocessing import StandardScaler
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import Crossing, set_lesson
+from mmaudit.audit.probes.cross_fit import CrossFit, gather_fit_rows
 from mmaudit.audit.probes.linear import LinearProbe, fit_linear
 
 Floats = NDArray[np.floating[Any]]
 NUM_ROWS, NUM_CLASSES = 900, 4
 ROWS = np.arange(NUM_ROWS)
-CONFIG = ProbeConfig(strengths=(1e-2,), tolerance=1e-9, precision="float32")
+CONFIG = ProbeConfig(l2_penalties=(1e-2,), tolerance=1e-9, precision="float32")
 
 
 def planted() -> tuple[Floats, NDArray[np.int32]]:
@@ -32,11 +32,11 @@ def planted() -> tuple[Floats, NDArray[np.int32]]:
     return (x * np.geomspace(0.1, 10, 10) + 5).astype(np.float32), label
 
 
-def crossing(seed: int = 0) -> Crossing:
+def cross_fit(seed: int = 0) -> CrossFit:
     rng = np.random.default_rng(seed)
     fold, inner = (rng.permutation(NUM_ROWS) % 3 for _ in range(2))
     key = np.random.default_rng(9).permutation(NUM_ROWS).astype(np.uint64)
-    return Crossing(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=np.ones(NUM_ROWS, bool), key=key)
+    return CrossFit(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=np.ones(NUM_ROWS, bool), key=key)
 
 
 def target(label: NDArray[np.int32], task: str) -> Target:
@@ -50,9 +50,9 @@ def target(label: NDArray[np.int32], task: str) -> Target:
 
 
 def fit(x: NDArray[Any], what: Target, config: ProbeConfig = CONFIG, *, rounds: int = 1) -> LinearProbe:
-    crossings = [crossing(seed) for seed in range(rounds)]
-    lesson = set_lesson(crossings, most_rows=config.most_rows)
-    return fit_linear(MatrixInputs(matrix=x), what, crossings, lesson, config=config, device="cpu")
+    cross_fits = [cross_fit(seed) for seed in range(rounds)]
+    fit_rows = gather_fit_rows(cross_fits, most_rows=config.most_rows)
+    return fit_linear(MatrixInputs(matrix=x), what, cross_fits, fit_rows, config=config, device="cpu")
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
@@ -63,20 +63,20 @@ def test_out_of_fold_it_is_sklearn(task: str) -> None:
     found = probe.logits(ROWS)
     for seed in range(2):
         for fold in range(3):
-            own = crossing(seed).fold == fold
-            learn, size = ~own, int((~own).sum())
+            own = cross_fit(seed).fold == fold
+            train_mask, size = ~own, int((~own).sum())
             if what.values is None:
                 model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=100 / size, tol=1e-8, max_iter=5_000))
-                expected = model.fit(x[learn], label[learn]).predict_proba(x[own])
+                expected = model.fit(x[train_mask], label[train_mask]).predict_proba(x[own])
                 np.testing.assert_allclose(softmax(found[seed, own], axis=1), expected, atol=2e-3)
             elif task == "multilabel":
                 for column, values in enumerate(what.values.T):
                     model = make_pipeline(StandardScaler(), LogisticRegression(C=100 / size, tol=1e-8, max_iter=5_000))
-                    expected = model.fit(x[learn], values[learn]).predict_proba(x[own])[:, 1]
+                    expected = model.fit(x[train_mask], values[train_mask]).predict_proba(x[own])[:, 1]
                     np.testing.assert_allclose(expit(found[seed, own, column]), expected, atol=2e-3)
             else:
                 model = make_pipeline(StandardScaler(), Ridge(alpha=1e-2 * size))
-                expected = model.fit(x[learn], what.values[learn, 0]).predict(x[own])
+                expected = model.fit(x[train_mask], what.values[train_mask, 0]).predict(x[own])
                 np.testing.assert_allclose(found[seed, own, 0], expected, atol=0.05)
 
 
@@ -134,6 +134,6 @@ def test_what_is_missing_is_the_centre_of_what_is_not() -> None:
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_two_runs_are_bit_equal(task: str) -> None:
     x, label = planted()
-    config = replace(CONFIG, strengths=ProbeConfig().strengths, precision="bfloat16")
+    config = replace(CONFIG, l2_penalties=ProbeConfig().l2_penalties, precision="bfloat16")
     found = [fit(x, target(label, task), config).logits(ROWS) for _ in range(2)]
     np.testing.assert_array_equal(found[0], found[1])

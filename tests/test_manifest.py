@@ -38,7 +38,7 @@ from mmaudit.rebalance.manifest import (
     rows_of,
 )
 from mmaudit.rebalance.score_tables import open_scores
-from mmaudit.rebalance.selection import choose
+from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
 
 
@@ -62,7 +62,7 @@ def written(folder: Path, n: int = 40, *, seed: int = 0) -> Path:
     pq.write_table(scores, folder / "scores.parquet")
     shards = open_scores(folder / "scores.parquet", seed=0)
     rule = plan_balanced(shards, BalancedConfig(bins=4))
-    write_split(choose(shards, rule, scratch=folder), folder / "m.parquet", name="even", recipe={"seed": 3})
+    write_split(select_rows(shards, rule, scratch=folder), folder / "m.parquet", name="even", recipe={"seed": 3})
     return folder / "m.parquet"
 
 

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import printable
-from mmaudit.rebalance.card import code_span, escaped, table_of
+from mmaudit.rebalance.card import code_span, escape_markdown, markdown_table
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30)
 
 
 @given(texts)
 def test_escaped_names_read_as_they_are(name: str) -> None:
-    text = escaped(name)
+    text = escape_markdown(name)
     assert len(text.splitlines()) <= 1
     assert not re.search(r"(?<!\\)(?:\\\\)*[|<*`_]", text)
     assert re.sub(r"\\(.)", r"\1", text) == printable(" ".join(name.split()))
@@ -33,7 +33,7 @@ def test_a_code_span_ends_only_where_it_ends(text: str) -> None:
 
 @pytest.mark.parametrize("name", ["a|b", "`x`", "# head", "<script>", "$x$", "a\x1b[31mb", "\u202eb", "a\n- forged"])
 def test_a_name_stays_one_cell_of_a_table(name: str) -> None:
-    (row,) = table_of(("what", "n"), [(escaped(name), "1")])[2:]
+    (row,) = markdown_table(("what", "n"), [(escape_markdown(name), "1")])[2:]
     assert len(row.splitlines()) == 1
     assert len(re.findall(r"(?<!\\)\|", row)) == 3
     assert not set(row) & set("\x1b\u202e")
@@ -41,5 +41,5 @@ def test_a_name_stays_one_cell_of_a_table(name: str) -> None:
 
 
 def test_a_table_has_its_numbers_on_the_right() -> None:
-    written = table_of(("what", "n", ""), [("a", "1", "x")])
+    written = markdown_table(("what", "n", ""), [("a", "1", "x")])
     assert written == ["| what | n |  |", "| --- | ---: | --- |", "| a | 1 | x |"]

@@ -15,7 +15,7 @@ from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.features.encode import encode_dataset, read_status
 from mmaudit.audit.features.matrix import FeatureMatrix, JointInputs, MatrixInputs, chunks
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.workers import silent
+from mmaudit.audit.workers import no_progress
 
 RNG = np.random.default_rng(0)
 
@@ -36,7 +36,7 @@ def opened(tmp_path: Path) -> Callable[[list[list[float] | None]], FeatureMatrix
         )
         pq.write_table(table, tmp_path / "d.parquet", row_group_size=4)
         dataset = open_dataset(tmp_path / "d.parquet")
-        tasks = encode_dataset(dataset, tmp_path / "f", media=MediaConfig(), num_workers=0, progress=silent)
+        tasks = encode_dataset(dataset, tmp_path / "f", media=MediaConfig(), num_workers=0, progress=no_progress)
         ids = read_samples(dataset, seed=0, test_fraction=0.2).sample_id
         return FeatureMatrix.of(tasks, read_status(tasks, dataset.modalities[0], ids), np.arange(n))
 

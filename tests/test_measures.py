@@ -54,7 +54,7 @@ def test_swapping_two_modalities_negates_the_discrepancy_and_leaves_the_gap(conf
 def test_the_order_of_modalities_leaves_similarity_fusion_and_balance(each: list[Floats]) -> None:
     back = each[::-1]
     np.testing.assert_allclose(measures.similarity(back), measures.similarity(each), atol=1e-6)
-    np.testing.assert_allclose(measures.fuse(back), measures.fuse(each), atol=1e-5)
+    np.testing.assert_allclose(measures.fuse_probabilities(back), measures.fuse_probabilities(each), atol=1e-5)
     np.testing.assert_allclose(balance_of(back), balance_of(each), atol=1e-4)
 
 
@@ -114,7 +114,7 @@ def test_what_says_the_opposite_is_not() -> None:
 
 @given(probabilities())
 def test_fusion_is_a_distribution_and_the_geometric_mean(each: list[Floats]) -> None:
-    fused = measures.fuse(each)
+    fused = measures.fuse_probabilities(each)
     assert fused.dtype == np.float32
     assert fused.min() >= 0
     np.testing.assert_allclose(fused.sum(axis=1), 1, atol=1e-5)
@@ -174,7 +174,7 @@ def test_equal_values_everywhere_are_zero_and_not_nan(value: float) -> None:
 def balance_of(each: Sequence[Floats]) -> Floats:
     label = np.zeros(len(each[0]), dtype=np.int32)
     loss = measures.cross_entropy(measures.confidence(each, label)).sum(axis=1)
-    loss = loss + measures.cross_entropy(measures.confidence([measures.fuse(each)], label))[:, 0]
+    loss = loss + measures.cross_entropy(measures.confidence([measures.fuse_probabilities(each)], label))[:, 0]
     # A fixed range: where all rows are equal, rounding alone would decide about 0 or 1.
     similarity = np.r_[measures.similarity(each), np.array([0, 1], dtype=np.float32)]
     fits = np.ones(len(similarity), dtype=bool)
@@ -211,7 +211,7 @@ def test_a_missing_modality_has_no_say_in_similarity_and_fusion(each: list[Float
     several = [*each, each[0][::-1]]  # three at least
     missing = [*several, np.full_like(each[0], np.nan)]
     np.testing.assert_allclose(measures.similarity(missing), measures.similarity(several), atol=1e-6)
-    np.testing.assert_allclose(measures.fuse(missing), measures.fuse(several), atol=1e-6)
+    np.testing.assert_allclose(measures.fuse_probabilities(missing), measures.fuse_probabilities(several), atol=1e-6)
 
 
 @given(st.lists(st.tuples(st.floats(-3, 3), st.floats(0.2, 3)), min_size=2, max_size=3))

@@ -20,11 +20,11 @@ from PIL import Image
 from scipy.signal import resample_poly
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.media.audio import resampled
+from mmaudit.audit.media.audio import resample
 from mmaudit.audit.media.container import open_container
 from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image, has_sound
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.video import middles
+from mmaudit.audit.media.video import segment_middles
 from mmaudit.audit.quarantine import Reason, UnusableError
 
 CONFIG = MediaConfig()
@@ -352,7 +352,7 @@ def test_frames_are_those_of_whoever_decodes_all(coding: str, num_frames: int) -
     data = write_media(kind, picture=codec, sound="aac", frames=grainy(), coding=of_codec, options=of_file)
     every = all_frames(data, size=32)
     assert len(every) == 40
-    expected = np.stack([every[index] for index in middles(40, num_frames)])
+    expected = np.stack([every[index] for index in segment_middles(40, num_frames)])
     np.testing.assert_array_equal(decode_frames(data, MediaConfig(num_frames=num_frames, frame_size=32)), expected)
 
 
@@ -392,7 +392,7 @@ def test_another_rate_is_scipys_own_at_any_length(length: int, ratio: tuple[int,
     up, down = ratio
     noise = (0.1 * np.random.default_rng(length).standard_normal(length)).astype(np.float32)
     expected = resample_poly(noise.astype(np.float64), up, down)
-    np.testing.assert_allclose(resampled(noise, 1_000 * down, 1_000 * up), expected, atol=1e-6)
+    np.testing.assert_allclose(resample(noise, 1_000 * down, 1_000 * up), expected, atol=1e-6)
 
 
 def test_frames_stop_at_max_seconds() -> None:

@@ -20,7 +20,7 @@ from mmaudit.audit.hashing import digest
 from mmaudit.audit.media import files as media_file
 from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image, has_sound
 from mmaudit.audit.media.files import MediaConfig, MediaFile, stream_of
-from mmaudit.audit.media.truncation import shortfall
+from mmaudit.audit.media.truncation import missing_bytes
 from mmaudit.audit.quarantine import Reason, UnusableError
 
 SOUND = Modality(name="audio", column="audio", kind="audio")
@@ -65,7 +65,7 @@ def test_a_clip_is_decoded_from_its_file_as_from_its_bytes(
     np.testing.assert_array_equal(decode_audio(file, MediaConfig()), decode_audio(film(True), MediaConfig()))
     assert has_sound(file)
     cut = ranged(tmp_path / "cut.mp4", film(True)[:-2_000])
-    assert shortfall(cut) == shortfall(film(True)[:-2_000]) != ""
+    assert missing_bytes(cut) == missing_bytes(film(True)[:-2_000]) != ""
 
 
 def test_a_file_that_changes_is_unusable(tmp_path: Path) -> None:

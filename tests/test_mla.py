@@ -20,10 +20,10 @@ from mmaudit.train.balancing.config import BalancingConfig, MlaConfig
 from mmaudit.train.balancing.mla import Mla, absorb, forget
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE, World
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.fusion import Shared
-from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.optimizer import Update
+from mmaudit.train.network import FusionNet, ModelConfig
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 
@@ -34,7 +34,7 @@ PLAIN = OptimConfig(precision="float32", lr=0.5, optimizer="sgd", momentum=0.0, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twins(World):
+class Twins(DistributedContext):
     """Two processes with the same rows: sums are twice what one has."""
 
     size: int = 2
@@ -44,7 +44,7 @@ class Twins(World):
             tensor *= 2
 
 
-class Told(Update):
+class Told(Optimization):
     """Keeps what the parameters are after each turn."""
 
     def apply(self) -> None:
@@ -57,10 +57,15 @@ def weights(net: FusionNet) -> dict[str, Tensor]:
 
 
 def make(
-    optim: OptimConfig, *, alike: bool = True, own_heads: bool = False, ridge: float = 1e-6, world: World = ALONE
+    optim: OptimConfig,
+    *,
+    alike: bool = True,
+    own_heads: bool = False,
+    ridge: float = 1e-6,
+    distributed: DistributedContext = SINGLE_PROCESS,
 ) -> Mla:
     torch.manual_seed(0)
-    plan = Blueprint(
+    plan = ModelConfig(
         modalities=("audio", "visual", "text"),
         shapes=((5,), (4,), (3,)),
         classes=("a", "b", "c"),
@@ -73,7 +78,7 @@ def make(
     if not alike:  # as with encoders of different widths
         net.fusion.bring = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(3))
     config = BalancingConfig(mla=MlaConfig(ridge=ridge))
-    return Mla(net, Told(net, optim, device="cpu", world=world), config, epochs=2)
+    return Mla(net, Told(net, optim, device="cpu", distributed=distributed), config, epochs=2)
 
 
 def draw(seed: int = 1, *, present: list[list[bool]] | None = None) -> Batch:
@@ -83,10 +88,10 @@ def draw(seed: int = 1, *, present: list[list[bool]] | None = None) -> Batch:
 def turns(balancer: Mla, batch: Batch) -> list[dict[str, Tensor]]:
     """Take a step, and give what every turn added to each parameter."""
     before = weights(balancer.net)
-    assert isinstance(balancer.update, Told)
-    balancer.update.told = []
+    assert isinstance(balancer.optimization, Told)
+    balancer.optimization.told = []
     balancer.step(batch)
-    every = [before, *balancer.update.told]
+    every = [before, *balancer.optimization.told]
     return [{k: later[k] - earlier[k] for k in later} for earlier, later in pairwise(every)]
 
 
@@ -208,14 +213,16 @@ def test_a_turn_learns_from_those_who_have_the_modality() -> None:
     assert len(batch.inputs[0]) == 3
     one, other = make(PLAIN), make(PLAIN)
     one.step(batch)
-    first = replace(draw(), part=batch.part, present=batch.present, inputs=cut_to(batch.present, draw().inputs))
+    first = replace(
+        draw(), loss_weight=batch.loss_weight, present=batch.present, inputs=cut_to(batch.present, draw().inputs)
+    )
     other.step(first)
     assert all(torch.equal(p, weights(other.net)[name]) for name, p in weights(one.net).items())
 
 
 def test_what_is_frozen_or_fixed_stays() -> None:
     balancer = make(ADAMW)
-    balancer.update.frozen[1] = True
+    balancer.optimization.frozen[1] = True
     balancer.net.fix_encoders([2])
     for moved in turns(balancer, draw()):
         assert not any(
@@ -227,7 +234,7 @@ def test_an_interrupted_run_goes_on_the_same() -> None:
     one = make(ADAMW)
     one.step(draw(0))
     other = copy.deepcopy(one)
-    fresh = Mla(other.net, other.update, other.config, epochs=2)
+    fresh = Mla(other.net, other.optimization, other.config, epochs=2)
     fresh.load_state_dict(one.state_dict())
     for step in range(1, 4):
         one.step(draw(step))
@@ -236,11 +243,11 @@ def test_an_interrupted_run_goes_on_the_same() -> None:
 
 
 def test_two_processes_with_halves_of_a_batch_do_what_one_does() -> None:
-    one, twin = make(PLAIN, ridge=1.0), make(PLAIN, ridge=1.0, world=Twins())
+    one, twin = make(PLAIN, ridge=1.0), make(PLAIN, ridge=1.0, distributed=Twins())
     for seed in range(6):
         batch = draw(seed)
         one.step(batch)
-        twin.step(replace(batch, part=batch.part / 2))
+        twin.step(replace(batch, loss_weight=batch.loss_weight / 2))
     found = dict(twin.net.named_parameters())
     for name, p in one.net.named_parameters():
         assert torch.allclose(p, found[name], atol=1e-5)

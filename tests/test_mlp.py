@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import Crossing
+from mmaudit.audit.probes.cross_fit import CrossFit
 from mmaudit.audit.probes.probe_set import fit_probe
 
 Floats = NDArray[np.float32]
@@ -20,11 +20,11 @@ NUM_ROWS = 600
 ROWS = np.arange(NUM_ROWS)
 
 
-def crossing(seed: int = 0) -> Crossing:
+def cross_fit(seed: int = 0) -> CrossFit:
     rng = np.random.default_rng(seed)
     fold, inner = (rng.permutation(NUM_ROWS) % 3 for _ in range(2))
     key = np.random.default_rng(9).permutation(NUM_ROWS).astype(np.uint64)
-    return Crossing(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=np.ones(NUM_ROWS, bool), key=key)
+    return CrossFit(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=np.ones(NUM_ROWS, bool), key=key)
 
 
 def exclusive_or() -> tuple[Floats, NDArray[np.int32]]:
@@ -43,8 +43,8 @@ def target(label: NDArray[np.int32], task: str = "classification") -> Target:
 
 
 def asked(x: Floats, what: Target, config: ProbeConfig = CONFIG, *, rounds: int = 1) -> Floats:
-    crossings = [crossing(seed) for seed in range(rounds)]
-    return fit_probe(MatrixInputs(matrix=x), what, crossings, config=config).logits(ROWS)
+    cross_fits = [cross_fit(seed) for seed in range(rounds)]
+    return fit_probe(MatrixInputs(matrix=x), what, cross_fits, config=config).logits(ROWS)
 
 
 def test_it_finds_what_no_straight_line_does() -> None:
@@ -82,7 +82,7 @@ def test_twice_is_the_same_and_neighbours_do_not_matter() -> None:
 @pytest.mark.parametrize("fold", [0, 2])
 def test_a_fold_is_scored_without_its_labels(fold: int) -> None:
     x, label = exclusive_or()
-    few, own = replace(CONFIG, epochs=4), crossing().fold == fold
+    few, own = replace(CONFIG, epochs=4), cross_fit().fold == fold
     turned = np.where(own, 1 - label, label).astype(np.int32)
     before, after = (asked(x, target(each), few)[0] for each in (label, turned))
     np.testing.assert_allclose(after[own], before[own], atol=1e-5)
@@ -93,6 +93,6 @@ def test_each_probe_stops_where_its_rows_aside_say() -> None:
     """Noise is learned by heart if nothing stops it: out of fold, the best epoch is less sure than the last."""
     rng = np.random.default_rng(3)
     x, label = rng.standard_normal((NUM_ROWS, 40)).astype(np.float32), rng.integers(0, 2, NUM_ROWS).astype(np.int32)
-    probe = fit_probe(MatrixInputs(matrix=x), target(label), [crossing()], config=replace(CONFIG, decays=(1e-2,)))
+    probe = fit_probe(MatrixInputs(matrix=x), target(label), [cross_fit()], config=replace(CONFIG, decays=(1e-2,)))
     stopped, last = probe.logits(ROWS)[0], probe.logits_by_epoch(ROWS)[-1]
     assert np.abs(stopped).mean() < 0.7 * np.abs(last).mean()

@@ -20,9 +20,9 @@ from mmaudit.train.balancing.config import BalancingConfig, MmParetoConfig
 from mmaudit.train.balancing.mmpareto import MmPareto, combine
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE, World
-from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
-from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 
@@ -31,7 +31,7 @@ SEEDS = st.integers(0, 10**6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twins(World):
+class Twins(DistributedContext):
     """Two processes with the same rows: sums are twice what one has."""
 
     size: int = 2
@@ -42,11 +42,15 @@ class Twins(World):
 
 
 def make(
-    *, precision: str = "float32", fusion: str = "concat", freeze: tuple[int, ...] = (), world: World = ALONE
+    *,
+    precision: str = "float32",
+    fusion: str = "concat",
+    freeze: tuple[int, ...] = (),
+    distributed: DistributedContext = SINGLE_PROCESS,
 ) -> MmPareto:
     """One step of plain gradient descent at rate 1: what a parameter loses is its gradient."""
     torch.manual_seed(0)
-    plan = Blueprint(
+    plan = ModelConfig(
         modalities=("audio", "visual"),
         shapes=((5,), (4,)),
         classes=("a", "b", "c"),
@@ -58,7 +62,7 @@ def make(
     net = FusionNet(plan)
     net.fix_encoders(freeze)
     config = OptimConfig(optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, precision=precision)
-    return MmPareto(net, Update(net, config, device="cpu", world=world), BalancingConfig(), epochs=2)
+    return MmPareto(net, Optimization(net, config, device="cpu", distributed=distributed), BalancingConfig(), epochs=2)
 
 
 def draw(present: list[list[bool]] | None = None, *, seed: int = 1) -> Batch:
@@ -77,7 +81,7 @@ def expected(balancer: MmPareto, batch: Batch) -> tuple[dict[str, Tensor], dict[
     fused, own = cross_entropies(net(batch.inputs, batch.present), batch.label)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     found = []
-    for loss in ((fused * batch.part[0]).sum(), (own * batch.part[1:]).sum()):
+    for loss in ((fused * batch.loss_weight[0]).sum(), (own * batch.loss_weight[1:]).sum()):
         some = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
         found.append(
             {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(named.items(), some, strict=True)}
@@ -163,7 +167,7 @@ def test_gives_the_sum_of_all_losses_and_no_gradient_with_it() -> None:
     balancer, batch = make(), draw()
     fused, own = cross_entropies(balancer.net(batch.inputs), batch.label)
     _, loss = balancer.step(batch)
-    assert float(loss) == pytest.approx(float((torch.cat([fused[None], own]) * batch.part).sum().detach()))
+    assert float(loss) == pytest.approx(float((torch.cat([fused[None], own]) * batch.loss_weight).sum().detach()))
     assert not loss.requires_grad
 
 
@@ -172,7 +176,7 @@ def test_what_is_frozen_or_fixed_stays() -> None:
     found = moves(balancer, draw())
     assert all(float(each.abs().sum()) == 0 for name, each in found.items() if name.startswith("encoders.0"))
     assert all(float(each.abs().sum()) > 0 for name, each in found.items() if name.startswith("encoders.1"))
-    balancer.update.frozen[1] = True
+    balancer.optimization.frozen[1] = True
     found = moves(balancer, draw(seed=2))
     still = [each for name, each in found.items() if name.startswith(("encoders", "heads.1"))]
     assert all(float(each.abs().sum()) == 0 for each in still)
@@ -201,11 +205,11 @@ def test_gamma_is_a_setting() -> None:
 
 
 def test_two_processes_with_halves_of_a_batch_do_what_one_does() -> None:
-    one, twin = make(world=ALONE), make(world=Twins())
+    one, twin = make(distributed=SINGLE_PROCESS), make(distributed=Twins())
     for seed in range(6):
         batch = draw(seed=seed)
         one.step(batch)
-        twin.step(replace(batch, part=batch.part / 2))
+        twin.step(replace(batch, loss_weight=batch.loss_weight / 2))
     found = dict(twin.net.named_parameters())
     for name, p in one.net.named_parameters():
         assert torch.allclose(p, found[name], atol=1e-5)

@@ -15,14 +15,14 @@ from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import BalancingConfig, DropoutConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE, World
-from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.network import FusionNet, ModelConfig
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 
 
-class Twin(World):
+class Twin(DistributedContext):
     """Two processes that see the same."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -30,13 +30,17 @@ class Twin(World):
             tensor.mul_(2)
 
 
-def make(probability: float, *, modalities: int = 2, world: World = ALONE) -> Balancer:
+def make(probability: float, *, modalities: int = 2, distributed: DistributedContext = SINGLE_PROCESS) -> Balancer:
     torch.manual_seed(0)
     names = tuple("abcd"[:modalities])
-    net = FusionNet(Blueprint(modalities=names, shapes=((3,),) * modalities, classes=("x", "y"), hidden=4, dropout=0.0))
-    update = Update(net, OptimConfig(optimizer="sgd", weight_decay=0.0), device="cpu", world=world)
+    net = FusionNet(
+        ModelConfig(modalities=names, shapes=((3,),) * modalities, classes=("x", "y"), hidden=4, dropout=0.0)
+    )
+    optimization = Optimization(
+        net, OptimConfig(optimizer="sgd", weight_decay=0.0), device="cpu", distributed=distributed
+    )
     config = BalancingConfig(dropout=DropoutConfig(probability=probability))
-    return build_balancer("modality-dropout", net, update, config, epochs=1)
+    return build_balancer("modality-dropout", net, optimization, config, epochs=1)
 
 
 def batch(number: int, *, modalities: int = 2, present: Tensor | None = None, share: float = 1.0) -> Batch:
@@ -49,7 +53,7 @@ def batch(number: int, *, modalities: int = 2, present: Tensor | None = None, sh
         inputs=cut_to(present, [torch.ones(number, 3) for _ in range(modalities)]),
         label=torch.arange(number) % 2,
         present=present,
-        part=share * part / part.sum(dim=1, keepdim=True).clamp(min=1.0),
+        loss_weight=share * part / part.sum(dim=1, keepdim=True).clamp(min=1.0),
         size=number,
     )
 
@@ -89,26 +93,26 @@ def test_each_modality_is_dropped_as_often_as_it_should() -> None:
 def test_own_means_are_over_what_is_left_and_the_fused_over_all() -> None:
     given_, method = batch(50), make(0.5)
     found = method.prepare(given_)
-    assert torch.equal(found.part[0], given_.part[0])
-    torch.testing.assert_close(found.part.sum(dim=1), torch.ones(3))
+    assert torch.equal(found.loss_weight[0], given_.loss_weight[0])
+    torch.testing.assert_close(found.loss_weight.sum(dim=1), torch.ones(3))
     left = heard(found).T
     assert not left.all()
-    assert float(found.part[1:][~left].abs().sum()) == 0.0
+    assert float(found.loss_weight[1:][~left].abs().sum()) == 0.0
     for j in range(2):  # weights of samples stand to each other as before
-        ratio = found.part[1 + j][left[j]] / given_.part[1 + j][left[j]]
+        ratio = found.loss_weight[1 + j][left[j]] / given_.loss_weight[1 + j][left[j]]
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
 
 
 def test_own_means_are_over_all_processes() -> None:
-    found = make(0.5, world=Twin(size=2)).prepare(batch(50, share=0.5))
-    torch.testing.assert_close(found.part.sum(dim=1), torch.full((3,), 0.5))
+    found = make(0.5, distributed=Twin(world_size=2)).prepare(batch(50, share=0.5))
+    torch.testing.assert_close(found.loss_weight.sum(dim=1), torch.full((3,), 0.5))
 
 
 def test_the_same_seed_drops_the_same() -> None:
     method, given_ = make(0.5), batch(100)
     found = []
     for seed in (7, 7, 8):
-        method.update.begin_step(seed)
+        method.optimization.begin_step(seed)
         found.append(heard(method.prepare(given_)))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])

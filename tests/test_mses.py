@@ -14,9 +14,9 @@ from mmaudit.train.balancing.config import BalancingConfig, MsesConfig
 from mmaudit.train.balancing.mses import Mses
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE
-from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
-from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import SINGLE_PROCESS
+from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 
@@ -25,7 +25,7 @@ NAN = float("nan")
 
 def make(*, patience: int = 2, own_heads: bool = False, freeze: tuple[int, ...] = ()) -> Mses:
     torch.manual_seed(0)
-    plan = Blueprint(
+    plan = ModelConfig(
         modalities=("audio", "visual"),
         shapes=((5,), (4,)),
         classes=("a", "b", "c"),
@@ -35,9 +35,9 @@ def make(*, patience: int = 2, own_heads: bool = False, freeze: tuple[int, ...] 
     )
     net = FusionNet(plan)
     net.fix_encoders(freeze)
-    update = Update(net, OptimConfig(precision="float32", lr=0.1), device="cpu", world=ALONE)
+    optimization = Optimization(net, OptimConfig(precision="float32", lr=0.1), device="cpu", distributed=SINGLE_PROCESS)
     config = BalancingConfig(mses=MsesConfig(patience=patience))
-    return Mses(net, update, config, epochs=9)
+    return Mses(net, optimization, config, epochs=9)
 
 
 def draw(present: list[list[bool]] | None = None) -> Batch:
@@ -49,7 +49,7 @@ def end(balancer: Mses, *losses: tuple[float, float]) -> list[tuple[bool, bool]]
     found = []
     for epoch, own in enumerate(losses, start=1):
         balancer.end_epoch(epoch, Validation(loss=1.0, accuracy=0.5, own_loss=own, own_accuracy=(0.5, 0.5)))
-        found.append((balancer.update.frozen[0], balancer.update.frozen[1]))
+        found.append((balancer.optimization.frozen[0], balancer.optimization.frozen[1]))
     return found
 
 
@@ -102,7 +102,7 @@ def test_what_was_fixed_from_the_start_stays_fixed() -> None:
     end(balancer, *[(1.0, 1.0 - epoch / 10) for epoch in range(3)])
     assert not any(name.startswith("encoders.") for name in moves(balancer))
     assert not any(encoder.training for encoder in balancer.net.encoders)
-    assert balancer.update.frozen == [True, False]
+    assert balancer.optimization.frozen == [True, False]
 
 
 def losses_of(balancer: Mses, batch: Batch) -> tuple[float, list[float], Tensor]:

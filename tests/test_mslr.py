@@ -17,9 +17,9 @@ from mmaudit.train.balancing.config import BalancingConfig, MslrConfig
 from mmaudit.train.balancing.mslr import Mslr, dynamic_rates, smooth_rate
 from mmaudit.train.batches import Loss, Reading, Rows
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE
-from mmaudit.train.network import Blueprint, FusionNet, Outputs, cross_entropies
-from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import SINGLE_PROCESS
+from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropies
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 
@@ -51,18 +51,18 @@ FIRST = (math.log(3), 1.5 * math.log(2))  # the own losses at the start, there
 def make(mode: str, *, factors: tuple[str, ...] = (), most: float = 10.0, epochs: int = 5) -> Mslr:
     torch.manual_seed(0)
     net = FusionNet(
-        Blueprint(modalities=("audio", "visual"), shapes=((5,), (4,)), classes=("a", "b", "c"), hidden=6, dropout=0.0)
+        ModelConfig(modalities=("audio", "visual"), shapes=((5,), (4,)), classes=("a", "b", "c"), hidden=6, dropout=0.0)
     )
     optim = OptimConfig(precision="float32", lr=0.1, schedule="constant", modality_lr=factors)
     config = BalancingConfig(mslr=MslrConfig(mode=mode, most=most))
-    return Mslr(net, Update(net, optim, device="cpu", world=ALONE), config, epochs=epochs)
+    return Mslr(net, Optimization(net, optim, device="cpu", distributed=SINGLE_PROCESS), config, epochs=epochs)
 
 
 def rates(balancer: Mslr, epoch: int) -> list[float]:
     """Begin an epoch as the loop does; give the optimiser's rates over the common one: modalities', and the rest's."""
     balancer.begin_epoch(epoch, Start(balancer.net))
-    balancer.update.begin_epoch(epoch, epochs=balancer.epochs)
-    return [group["lr"] / 0.1 for group in balancer.update.optimizer.param_groups]
+    balancer.optimization.begin_epoch(epoch, epochs=balancer.epochs)
+    return [group["lr"] / 0.1 for group in balancer.optimization.optimizer.param_groups]
 
 
 def end(balancer: Mslr, epoch: int, *left: float) -> None:

@@ -14,17 +14,17 @@ from torch.nn import functional
 from training import cut_to
 
 from mmaudit.train.config import FUSIONS
-from mmaudit.train.network import Blueprint, FusionNet, Outputs, cross_entropies, cross_entropy
+from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropies, cross_entropy
 
 torch.set_num_threads(1)
 
-PLAN = Blueprint(
+PLAN = ModelConfig(
     modalities=("audio", "visual", "text"), shapes=((5,), (3,), (4,)), classes=tuple("abcdef"), hidden=7, dropout=0.0
 )
 FILMED = replace(PLAN, modalities=("audio", "frames"), shapes=((5,), (2, 8, 8, 3)), width=0.05)
 
 
-def net_of(plan: Blueprint = PLAN, **options: Any) -> FusionNet:
+def net_of(plan: ModelConfig = PLAN, **options: Any) -> FusionNet:
     torch.manual_seed(0)
     net = FusionNet(replace(plan, **options))
     for name, parameter in net.named_parameters():  # biases start at 0, and a zero hides what is added to what
@@ -33,7 +33,7 @@ def net_of(plan: Blueprint = PLAN, **options: Any) -> FusionNet:
     return net
 
 
-def some(plan: Blueprint = PLAN, rows: int = 11) -> list[Tensor]:
+def some(plan: ModelConfig = PLAN, rows: int = 11) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(rows, int(torch.tensor(shape).prod()), generator=generator) for shape in plan.shapes]
 
@@ -45,7 +45,7 @@ def gradients(net: FusionNet, loss: Tensor) -> dict[str, Tensor | None]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("plan", [PLAN, FILMED], ids=["vectors", "pictures"])
-def test_only_those_that_are_present_are_encoded(plan: Blueprint) -> None:
+def test_only_those_that_are_present_are_encoded(plan: ModelConfig) -> None:
     net, inputs, m = net_of(plan).eval(), some(plan), len(plan.shapes)
     present = torch.rand(11, m, generator=torch.Generator().manual_seed(3)) < 0.5
     present[:, 0] = True
@@ -97,7 +97,7 @@ def test_the_fused_answer_of_some_is_that_of_features_of_0(fusion: str) -> None:
 
 
 @pytest.mark.parametrize("plan", [PLAN, FILMED], ids=["vectors", "pictures"])
-def test_a_fixed_encoder_stays_as_it_is(plan: Blueprint) -> None:
+def test_a_fixed_encoder_stays_as_it_is(plan: ModelConfig) -> None:
     net, inputs = net_of(plan, dropout=0.5), some(plan)
     buffers = [buffer.clone() for buffer in net.encoders[1].buffers()]
     net.fix_encoders([1])
@@ -192,11 +192,11 @@ def test_dropout_is_for_training_alone() -> None:
 def test_a_blueprint_goes_through_json() -> None:
     for plan in (PLAN, replace(FILMED, fusion="gated", own_heads=True, dropout=0.25)):
         told = json.loads(json.dumps(asdict(plan)))
-        assert Blueprint.of(told) == plan
-        assert Blueprint.of({**told, "since": "later"}) == plan
+        assert ModelConfig.of(told) == plan
+        assert ModelConfig.of({**told, "since": "later"}) == plan
         for name in told:
             with pytest.raises(KeyError, match=name):
-                Blueprint.of({key: value for key, value in told.items() if key != name})
+                ModelConfig.of({key: value for key, value in told.items() if key != name})
 
 
 def test_the_same_blueprint_is_the_same_network() -> None:

@@ -17,10 +17,10 @@ from mmaudit.audit.errors import ConfigError, DatasetError, ScoreError
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import NetworkConfig
-from mmaudit.audit.probes.cross_fit import Crossing, assign_folds
+from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
 from mmaudit.audit.probes.network_probe import fit_network
 from mmaudit.audit.probes.probe_set import Probe
-from mmaudit.audit.workers import Progress, silent
+from mmaudit.audit.workers import Progress, no_progress
 
 SOUND, PICTURE, FRAMES = (16, 12), (8, 8, 3), (2, 8, 8, 3)
 QUICK = NetworkConfig(epochs=2, batch_size=16, lr=0.05, least_crop=0.6, width=1 / 16)
@@ -46,29 +46,29 @@ def planted(
 
 def cross(
     label: NDArray[np.int32], *, group: list[str] | None = None, fits: NDArray[np.bool_] | None = None, seed: int = 0
-) -> Crossing:
+) -> CrossFit:
     ids = np.array([f"s{number:03d}" for number in range(len(label))], dtype=object)
     fits = np.ones(len(label), dtype=bool) if fits is None else fits
     groups = None if group is None else np.array(group, dtype=object)
     fold, inner = (assign_folds(ids, label, groups, fits, num_folds=3, seed=each) for each in (seed, seed + 99))
-    return Crossing(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=seed, purpose="rows"))
+    return CrossFit(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=seed, purpose="rows"))
 
 
 def fit(
     rows: Bytes | Inputs,
     target: Target,
-    *crossings: Crossing,
+    *cross_fits: CrossFit,
     shape: tuple[int, ...] = PICTURE,
     config: NetworkConfig = QUICK,
     seed: int = 0,
     device: str = "cpu",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     folder: Path | None = None,
 ) -> Probe:
     inputs = MatrixInputs(matrix=rows) if isinstance(rows, np.ndarray) else rows
-    crossings = crossings or (cross(target.label),)
+    cross_fits = cross_fits or (cross(target.label),)
     return fit_network(
-        inputs, shape, target, crossings, config=config, seed=seed, device=device, progress=progress, folder=folder
+        inputs, shape, target, cross_fits, config=config, seed=seed, device=device, progress=progress, folder=folder
     )
 
 
@@ -143,13 +143,13 @@ def test_what_is_learned_by_heart_helps_only_where_a_copy_is_in_another_fold() -
 
 def test_a_fold_is_scored_without_its_labels_and_without_its_other_rows(fitted: Fitted) -> None:
     rows, target, before = fitted
-    crossing = cross(target.label)
-    held = crossing.fold == 1
+    cross_fit = cross(target.label)
+    held = cross_fit.fold == 1
     turned = replace(target, label=np.where(held, (target.label + 1) % 3, target.label).astype(np.int32))
     other = rows.copy()
     spoiled, *_ = np.flatnonzero(held)
     other[spoiled] = 255 - other[spoiled]
-    found = fit(other, turned, crossing).logits(ROWS)[0]
+    found = fit(other, turned, cross_fit).logits(ROWS)[0]
     same = held & (spoiled != ROWS)
     np.testing.assert_array_equal(found[same], before.logits(ROWS)[0][same])
     assert (np.abs(found - before.logits(ROWS)[0])[~same].max(axis=1) > 0).all()
@@ -160,12 +160,12 @@ def test_rows_that_do_not_fit_or_are_missing_teach_nothing() -> None:
     fits = np.arange(72) % 5 != 0
     missing = np.isin(ROWS, [1, 2, 7])
     rows[missing] = np.nan
-    crossing = cross(target.label, fits=fits)
+    cross_fit = cross(target.label, fits=fits)
     turned = replace(target, label=np.where(fits & ~missing, target.label, (target.label + 1) % 3).astype(np.int32))
-    found = fit(rows, target, crossing).logits(ROWS)[0]
+    found = fit(rows, target, cross_fit).logits(ROWS)[0]
     assert np.isfinite(found).all()
-    np.testing.assert_array_equal(found, fit(rows, turned, crossing).logits(ROWS)[0])
-    told = fit(rows, target, replace(crossing, fits=fits & ~missing)).logits(ROWS)[0]
+    np.testing.assert_array_equal(found, fit(rows, turned, cross_fit).logits(ROWS)[0])
+    told = fit(rows, target, replace(cross_fit, fits=fits & ~missing)).logits(ROWS)[0]
     np.testing.assert_array_equal(found, told)
 
 
@@ -187,22 +187,22 @@ def test_rounds_have_folds_of_their_own_and_epochs_end_with_the_logits(fitted: F
 
 def test_an_epoch_that_is_chosen_is_one_of_those_there_were() -> None:
     rows, target = planted(PICTURE)
-    crossing = cross(target.label)
-    probe = fit(rows, target, crossing, config=replace(QUICK, choose_epoch=True, lr=0.3, epochs=5))
+    cross_fit = cross(target.label)
+    probe = fit(rows, target, cross_fit, config=replace(QUICK, choose_epoch=True, lr=0.3, epochs=5))
     same = (probe.logits_by_epoch(ROWS) == probe.logits(ROWS)).all(axis=2)
-    chosen = {fold: set(np.flatnonzero(same[:, crossing.fold == fold].all(axis=1)).tolist()) for fold in range(3)}
+    chosen = {fold: set(np.flatnonzero(same[:, cross_fit.fold == fold].all(axis=1)).tolist()) for fold in range(3)}
     assert all(chosen.values())
     assert any(4 not in epochs for epochs in chosen.values())  # at this rate, the last is not always the best
 
 
 def test_rows_set_aside_choose_and_teach_nothing_else() -> None:
     rows, target = planted(PICTURE)
-    crossing = cross(target.label)
-    aside = crossing.inner == 0
-    turned = replace(target, label=np.where(aside, (target.label + 1) % 3, target.label).astype(np.int32))
-    found = [fit(rows, each, crossing, config=replace(QUICK, choose_epoch=True)) for each in (target, turned)]
+    cross_fit = cross(target.label)
+    holdout_mask = cross_fit.inner == 0
+    turned = replace(target, label=np.where(holdout_mask, (target.label + 1) % 3, target.label).astype(np.int32))
+    found = [fit(rows, each, cross_fit, config=replace(QUICK, choose_epoch=True)) for each in (target, turned)]
     np.testing.assert_array_equal(found[0].logits_by_epoch(ROWS), found[1].logits_by_epoch(ROWS))
-    nobody = replace(crossing, inner=np.ones(72, np.int16))
+    nobody = replace(cross_fit, inner=np.ones(72, np.int16))
     plain = fit(rows, target, nobody)
     np.testing.assert_array_equal(
         fit(rows, target, nobody, config=replace(QUICK, choose_epoch=True)).logits(ROWS), plain.logits(ROWS)
@@ -225,8 +225,8 @@ def test_a_seed_gives_the_same_bytes_whatever_chance_does_elsewhere(fitted: Fitt
 def test_shuffling_the_rows_shuffles_the_logits(fitted: Fitted) -> None:
     rows, target, first = fitted
     order = np.random.default_rng(3).permutation(72)
-    crossing = cross(target.label)
-    moved = Crossing(**{name: getattr(crossing, name)[order] for name in ("fold", "inner", "fits", "key")})
+    cross_fit = cross(target.label)
+    moved = CrossFit(**{name: getattr(cross_fit, name)[order] for name in ("fold", "inner", "fits", "key")})
     found = fit(rows[order], target.take(order), moved).logits(ROWS)[0]
     np.testing.assert_array_equal(found, first.logits(ROWS)[0][order])
 
@@ -257,12 +257,12 @@ class Watched:
 
 def test_rows_are_read_a_batch_at_a_time_and_not_by_the_thread_that_trains() -> None:
     rows, target = planted(PICTURE)
-    watched, crossing = Watched(matrix=rows), cross(target.label)
-    fit(watched, target, crossing)
+    watched, cross_fit = Watched(matrix=rows), cross(target.label)
+    fit(watched, target, cross_fit)
     assert max(map(len, watched.batches)) == QUICK.batch_size
     assert threading.get_ident() not in watched.threads
     after_survey = watched.batches[5:]
-    lessons = [batch for batch in after_survey if len({crossing.fold[row] for row in batch}) > 1]
+    lessons = [batch for batch in after_survey if len({cross_fit.fold[row] for row in batch}) > 1]
     assert len(set(lessons)) == len(lessons) == 3 * 3 * QUICK.epochs  # each epoch has batches of its own
     times = np.bincount([row for batch in lessons for row in batch])
     np.testing.assert_array_equal(times, 2 * QUICK.epochs)  # in both networks that may
@@ -270,9 +270,9 @@ def test_rows_are_read_a_batch_at_a_time_and_not_by_the_thread_that_trains() -> 
 
 def test_each_network_starts_from_weights_of_its_own() -> None:
     rows, target = planted(PICTURE)
-    crossing = cross(target.label)
+    cross_fit = cross(target.label)
     still = replace(QUICK, epochs=1, batch_size=64, lr=1e-12, least_crop=1.0, flip=False)
-    found = fit(rows, target, crossing, crossing, config=still).logits(ROWS)
+    found = fit(rows, target, cross_fit, cross_fit, config=still).logits(ROWS)
     assert np.abs(found[1] - found[0]).max(axis=1).min() > 1e-3
 
 
@@ -304,14 +304,14 @@ def stop_after(steps: int) -> Progress:
 
 def test_an_interrupted_training_goes_on_to_the_same_bytes(fitted: Fitted, tmp_path: Path) -> None:
     rows, target, whole = fitted
-    crossings = cross(target.label), cross(target.label, seed=1)
+    cross_fits = cross(target.label), cross(target.label, seed=1)
     with pytest.raises(StopError):
-        fit(rows, target, *crossings, folder=tmp_path, progress=stop_after(4 * QUICK.epochs + 1))
+        fit(rows, target, *cross_fits, folder=tmp_path, progress=stop_after(4 * QUICK.epochs + 1))
     left = sorted(tmp_path.iterdir())
     assert len(left) == 4
     assert all(path.suffix == ".npy" and not path.name.startswith(".") for path in left)
     steps: list[tuple[str, int, int]] = []
-    resumed = fit(rows, target, *crossings, folder=tmp_path, progress=lambda *step: steps.append(step))
+    resumed = fit(rows, target, *cross_fits, folder=tmp_path, progress=lambda *step: steps.append(step))
     assert steps == [("probe", done, 12) for done in (2, 4, 6, 8, 9, 10, 11, 12)]
     np.testing.assert_array_equal(resumed.logits(ROWS), whole.logits(ROWS))
     np.testing.assert_array_equal(resumed.logits_by_epoch(ROWS), whole.logits_by_epoch(ROWS))
@@ -373,9 +373,9 @@ def test_a_training_that_diverges_says_so() -> None:
 
 def test_too_few_rows_are_refused() -> None:
     rows, target = planted(PICTURE)
-    crossing = cross(target.label, fits=ROWS < 1)
+    cross_fit = cross(target.label, fits=ROWS < 1)
     with pytest.raises(ScoreError, match=r"fold \d leaves a network \d rows to learn from, .*\(probe\.folds\)"):
-        fit(rows, target, crossing)
+        fit(rows, target, cross_fit)
 
 
 def test_rows_of_another_shape_are_refused() -> None:

@@ -16,7 +16,15 @@ from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import NetworkConfig
-from mmaudit.audit.probes.network import Network, Truth, build_network, check_shape, survey_inputs, to_pictures, vary
+from mmaudit.audit.probes.network import (
+    Network,
+    NetworkTarget,
+    augment_pictures,
+    build_network,
+    check_shape,
+    input_statistics,
+    to_pictures,
+)
 
 SOUND, PICTURE, FRAMES = (8, 12), (9, 8, 3), (2, 9, 8, 3)
 RNG = np.random.default_rng(0)
@@ -85,7 +93,9 @@ def test_levels_do_not_matter_once_standardised() -> None:
     found = []
     for each in (rows, louder):
         net = network()
-        net.trunk.standardise_by(*survey_inputs(MatrixInputs(matrix=each), PICTURE, batch_size=6).levels(np.arange(20)))
+        net.trunk.standardise_by(
+            *input_statistics(MatrixInputs(matrix=each), PICTURE, batch_size=6).levels(np.arange(20))
+        )
         found.append(net(to_pictures(torch.from_numpy(each), PICTURE)))
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
 
@@ -137,13 +147,13 @@ def test_without_transformers_the_mend_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_nothing_is_varied_where_nothing_shall_be() -> None:
     seen = to_pictures(some(FRAMES), FRAMES)
-    found = vary(seen, np.random.default_rng(0), least_area=1.0, flip=False)
+    found = augment_pictures(seen, np.random.default_rng(0), least_area=1.0, flip=False)
     torch.testing.assert_close(found, seen, atol=1e-5, rtol=1e-5)
 
 
 def test_one_picture_in_two_is_mirrored() -> None:
     seen = to_pictures(some(FRAMES, 200), FRAMES)
-    found = vary(seen, np.random.default_rng(0), least_area=1.0, flip=True)
+    found = augment_pictures(seen, np.random.default_rng(0), least_area=1.0, flip=True)
     straight, mirrored = ((found - each).abs().amax(dim=(2, 3, 4)) < 1e-4 for each in (seen, seen.flip(4)))
     assert (straight ^ mirrored).all()
     assert 160 < int(mirrored.sum()) < 240  # of 400 frames: sd 10
@@ -156,7 +166,9 @@ def test_crops_lie_in_the_picture_and_keep_to_their_area(least_area: float) -> N
     size = 64
     at = (torch.arange(size) + 0.5) / size
     picture = torch.stack([at.expand(size, size), at[:, None].expand(size, size)])
-    found = vary(picture.expand(300, 1, 2, size, size), np.random.default_rng(1), least_area=least_area, flip=False)
+    found = augment_pictures(
+        picture.expand(300, 1, 2, size, size), np.random.default_rng(1), least_area=least_area, flip=False
+    )
     inner = found[:, 0, :, 8:-8, 8:-8]  # at the rim, levels are those of the outermost pixels
     steps = size - 17
     slopes = torch.stack([inner[:, 0, 0, -1] - inner[:, 0, 0, 0], inner[:, 1, -1, 0] - inner[:, 1, 0, 0]], dim=1)
@@ -174,7 +186,7 @@ def test_crops_lie_in_the_picture_and_keep_to_their_area(least_area: float) -> N
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_a_survey_measures_each_channel_over_any_rows(dtype: Any) -> None:
     whole = RNG.integers(0, 256, (20, 216)).astype(dtype)
-    survey = survey_inputs(MatrixInputs(matrix=whole), PICTURE, batch_size=6)
+    survey = input_statistics(MatrixInputs(matrix=whole), PICTURE, batch_size=6)
     rows = np.array([3, 19, 7])
     mean, scale = survey.levels(rows)
     pixels = whole[rows].reshape(-1, 3).astype(float)
@@ -183,7 +195,7 @@ def test_a_survey_measures_each_channel_over_any_rows(dtype: Any) -> None:
     assert survey.there.all()
     touched = whole.copy()
     touched[11, 5] += 1
-    contents = {survey_inputs(MatrixInputs(matrix=each), PICTURE, batch_size=6).content for each in (whole, touched)}
+    contents = {input_statistics(MatrixInputs(matrix=each), PICTURE, batch_size=6).content for each in (whole, touched)}
     assert survey.content in contents
     assert len(contents) == 2
 
@@ -191,7 +203,7 @@ def test_a_survey_measures_each_channel_over_any_rows(dtype: Any) -> None:
 def test_a_survey_tells_what_is_missing() -> None:
     whole = np.ones((5, 216), np.float32)
     whole[2] = np.nan
-    survey = survey_inputs(MatrixInputs(matrix=whole), PICTURE, batch_size=2)
+    survey = input_statistics(MatrixInputs(matrix=whole), PICTURE, batch_size=2)
     assert survey.there.tolist() == [True, True, False, True, True]
 
 
@@ -201,11 +213,11 @@ def test_losses_equal_the_references() -> None:
     label = np.array([0, 1, 2, 2, 1, 0], np.int32)
     values = np.array([[0, 1, 1], [1, 1, 0], [0, 0, 1], [1, 0, 0], [0, 1, 0], [1, 1, 1]], np.float32)
     one = Target(task="classification", label=label, num_outputs=3)
-    found = float(Truth.of(one, np.arange(6), "cpu").loss(torch.from_numpy(outputs), rows))
+    found = float(NetworkTarget.of(one, np.arange(6), "cpu").loss(torch.from_numpy(outputs), rows))
     share = np.exp(outputs) / np.exp(outputs).sum(axis=1, keepdims=True)
     assert found == pytest.approx(log_loss(label[rows], share), rel=1e-5)
     several = Target(task="multilabel", label=label, num_outputs=3, values=values)
-    found = float(Truth.of(several, np.arange(6), "cpu").loss(torch.from_numpy(outputs), rows))
+    found = float(NetworkTarget.of(several, np.arange(6), "cpu").loss(torch.from_numpy(outputs), rows))
     sure = 1 / (1 + np.exp(-outputs))
     assert found == pytest.approx(np.mean([log_loss(values[rows, j], sure[:, j]) for j in range(3)]), rel=1e-5)
 
@@ -213,7 +225,7 @@ def test_losses_equal_the_references() -> None:
 def test_numbers_are_standardised_by_the_rows_that_are_learned_from() -> None:
     values = np.array([[10.0], [20.0], [30.0], [1000.0]], np.float32)
     target = Target(task="regression", label=np.zeros(4, np.int32), num_outputs=1, values=values)
-    truth = Truth.of(target, np.arange(3), "cpu")
+    truth = NetworkTarget.of(target, np.arange(3), "cpu")
     learnt = truth.found[:3]
     assert float(learnt.mean()) == pytest.approx(0, abs=1e-6)
     assert float(learnt.std(correction=0)) == pytest.approx(1)
@@ -222,7 +234,7 @@ def test_numbers_are_standardised_by_the_rows_that_are_learned_from() -> None:
     expected = ((truth.in_units(wrong) - values[[0, 3]]) ** 2).mean() / np.var([10, 20, 30])
     assert float(truth.loss(wrong, torch.tensor([0, 3]))) == pytest.approx(float(expected), rel=1e-4)
     constant = replace(target, values=np.full((4, 1), 7.0, np.float32))
-    assert Truth.of(constant, np.arange(4), "cpu").in_units(torch.zeros(2, 1)).tolist() == [[7.0], [7.0]]
+    assert NetworkTarget.of(constant, np.arange(4), "cpu").in_units(torch.zeros(2, 1)).tolist() == [[7.0], [7.0]]
 
 
 @given(epochs=st.integers(1, 1000))

@@ -14,18 +14,18 @@ from torch import Tensor
 from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import BalancingConfig, OgmConfig
 from mmaudit.train.balancing.ogm import damping, mean_of_others
-from mmaudit.train.batches import Batch, Lab
+from mmaudit.train.batches import Batch, ModelReader
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE, World
-from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.network import FusionNet, ModelConfig
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 DEFAULT = OgmConfig()
-NOBODY: Lab = None  # type: ignore[assignment]  # nothing is read
+NOBODY: ModelReader = None  # type: ignore[assignment]  # nothing is read
 
 
-class Twin(World):
+class Twin(DistributedContext):
     """Two processes that see the same."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -33,19 +33,21 @@ class Twin(World):
             tensor.mul_(2)
 
 
-def make(name: str, *, ogm: OgmConfig = DEFAULT, world: World = ALONE, width: int = 8) -> Balancer:
+def make(
+    name: str, *, ogm: OgmConfig = DEFAULT, distributed: DistributedContext = SINGLE_PROCESS, width: int = 8
+) -> Balancer:
     """Give a method at the beginning of epoch 1; a step of SGD at rate 1 moves a weight by minus its gradient."""
     torch.manual_seed(0)
-    plan = Blueprint(modalities=("a", "v"), shapes=((40,), (30,)), classes=("x", "y", "z"), hidden=width, dropout=0.0)
-    update = Update(
+    plan = ModelConfig(modalities=("a", "v"), shapes=((40,), (30,)), classes=("x", "y", "z"), hidden=width, dropout=0.0)
+    optimization = Optimization(
         FusionNet(plan),
         OptimConfig(optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant"),
         device="cpu",
-        world=world,
+        distributed=distributed,
     )
-    update.begin_epoch(1, epochs=1)
-    update.begin_step(11)
-    method = build_balancer(name, update.net, update, BalancingConfig(ogm=ogm), epochs=9)
+    optimization.begin_epoch(1, epochs=1)
+    optimization.begin_step(11)
+    method = build_balancer(name, optimization.net, optimization, BalancingConfig(ogm=ogm), epochs=9)
     method.begin_epoch(1, NOBODY)
     return method
 
@@ -63,7 +65,7 @@ def batch(number: int = 12, *, share: float = 1.0, copies: int = 1) -> Batch:
         inputs=tuple(rows.repeat(copies, 1) for rows in inputs),
         label=label.repeat(copies),
         present=None,
-        part=torch.full((3, total), share / total),
+        loss_weight=torch.full((3, total), share / total),
         size=total,
     )
 
@@ -137,7 +139,7 @@ def test_encoders_are_damped_and_nothing_else_is_touched() -> None:
 @pytest.mark.parametrize("epoch", [1, 4])
 def test_outside_its_epochs_nothing_is_done(name: str, epoch: int) -> None:
     plain, method = make("joint"), make(name, ogm=OgmConfig(alpha=0.5, first_epoch=2, last_epoch=3))
-    plain.asks_each = True  # otherwise it adds up in another order
+    plain.needs_unimodal_logits = True  # otherwise it adds up in another order
     method.begin_epoch(epoch, NOBODY)
     for one, other in zip(moved(plain, batch()).values(), moved(method, batch()).values(), strict=True):
         assert torch.equal(one, other)
@@ -161,7 +163,7 @@ def test_noise_follows_from_the_seed_of_the_step() -> None:
     steps = []
     for seed in (1, 1, 2):
         method = make("ogm-ge")
-        method.update.begin_step(seed)
+        method.optimization.begin_step(seed)
         steps.append(moved(method, batch())["encoders.0.layers.0.weight"])
     assert torch.equal(steps[0], steps[1])
     assert not torch.equal(steps[0], steps[2])
@@ -169,14 +171,14 @@ def test_noise_follows_from_the_seed_of_the_step() -> None:
 
 def test_frozen_encoders_stay() -> None:
     method = make("ogm-ge")
-    method.update.frozen[1] = True
+    method.optimization.frozen[1] = True
     for name, step in moved(method, batch()).items():
         assert float(step.abs().sum()) == 0 or not name.startswith("encoders.1")
 
 
 def test_two_processes_are_one() -> None:
     alone = make("ogm", ogm=OgmConfig(alpha=0.5))
-    two = make("ogm", ogm=OgmConfig(alpha=0.5), world=Twin(size=2))
+    two = make("ogm", ogm=OgmConfig(alpha=0.5), distributed=Twin(world_size=2))
     whole = moved(alone, batch(copies=2))
     for name, step in moved(two, batch(share=0.5)).items():
         torch.testing.assert_close(step, whole[name], atol=1e-6, rtol=1e-4)

@@ -13,17 +13,17 @@ from training import QUICK, examples_of, setting
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train.config import TrainConfig
-from mmaudit.train.distributed import ALONE, World
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.examples import Examples
-from mmaudit.train.setup import blueprint_of, identity_of, open_course
+from mmaudit.train.setup import identity_of, model_config_of, set_up
 
 torch.set_num_threads(1)
 
 
 def identity(examples: Examples, config: TrainConfig = QUICK, *, seed: int = 0, **options: Any) -> str:
-    world = options.pop("world", ALONE)
-    course = open_course(examples, config, seed=seed, device="cpu", world=world)
-    return identity_of(examples, course, init=options.pop("init", None))
+    distributed = options.pop("world", SINGLE_PROCESS)
+    training_data = set_up(examples, config, seed=seed, device="cpu", distributed=distributed)
+    return identity_of(examples, training_data, init=options.pop("init", None))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_who_is_told_and_how_often_is_saved_makes_no_other_training(same: dict[s
 
 
 def test_the_number_of_processes_makes_no_other_training() -> None:
-    assert identity(examples_of(), world=World(rank=1, size=4)) == identity(examples_of())
+    assert identity(examples_of(), distributed=DistributedContext(rank=1, world_size=4)) == identity(examples_of())
 
 
 @pytest.mark.parametrize("name", ["content", "balance", "p_balanced", "weight", "rank"])
@@ -64,17 +64,21 @@ def test_other_weights_to_begin_with_make_another(tmp_path: Path) -> None:
 )
 def test_a_modality_that_is_not_there_is_missed(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        open_course(examples_of(), setting(**options), seed=0, device="cpu", world=ALONE)
+        set_up(examples_of(), setting(**options), seed=0, device="cpu", distributed=SINGLE_PROCESS)
 
 
 def test_the_pool_is_of_the_training_rows() -> None:
     examples = examples_of()
-    course = open_course(examples, QUICK, seed=0, device="cpu", world=ALONE)
+    training_data = set_up(examples, QUICK, seed=0, device="cpu", distributed=SINGLE_PROCESS)
     train = examples.rows("train")
-    np.testing.assert_array_equal(course.train, train)
+    np.testing.assert_array_equal(training_data.train, train)
     for name in ("rank", "balance", "p_balanced", "label"):
-        np.testing.assert_array_equal(getattr(course.pool, name), getattr(examples, name)[train])
-    assert (course.pool.num_classes, course.pool.num_modalities, len(course.pool)) == (4, 2, len(train))
+        np.testing.assert_array_equal(getattr(training_data.pool, name), getattr(examples, name)[train])
+    assert (training_data.pool.num_classes, training_data.pool.num_modalities, len(training_data.pool)) == (
+        4,
+        2,
+        len(train),
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,5 +86,5 @@ def test_the_pool_is_of_the_training_rows() -> None:
     [("joint", "concat", False), ("mmpareto", "concat", True), ("greedy", "mmtm", False), ("mla", "shared", False)],
 )
 def test_a_method_has_the_network_it_needs(balancing: str, fusion: str, own_heads: bool) -> None:
-    plan = blueprint_of(examples_of(), setting(balancing=balancing))
+    plan = model_config_of(examples_of(), setting(balancing=balancing))
     assert (plan.fusion, plan.own_heads) == (fusion, own_heads)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.rebalance.curriculum import PACINGS, OrderConfig, id_key, order_of, root_pacing
-from mmaudit.train.distributed import ALONE
+from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.sampling.config import SamplingConfig
 from mmaudit.train.sampling.ordered import AntiCurriculum, BssH, Ordered, Uniform
 from mmaudit.train.sampling.sampler import Pool
@@ -47,7 +47,7 @@ def rows_of(
 ) -> NDArray[np.int64]:
     """Give what an epoch sees, step after step."""
     pool = pool_of(rank)
-    sampler = type_(pool, SamplingConfig(), order, batch_size=batch_size, seed=seed, world=ALONE)
+    sampler = type_(pool, SamplingConfig(), order, batch_size=batch_size, seed=seed, distributed=SINGLE_PROCESS)
     steps = list(sampler.steps(epoch))
     assert all(step.present is None and step.fused is None for step in steps)
     return np.concatenate([step.rows for step in steps])

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import Inputs, MatrixInputs, Rows
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import Crossing
+from mmaudit.audit.probes.cross_fit import CrossFit
 from mmaudit.audit.probes.probe_set import (
     CALIBRATION_ROWS,
+    CalibratedProbe,
     Fit,
-    Member,
-    Panel,
     Probe,
+    ProbeSet,
+    fit_calibrated_probe,
+    fit_joint_probe,
     fit_probe,
-    seat_joint,
-    seat_member,
 )
 
 Floats = NDArray[np.float32]
@@ -44,15 +44,15 @@ class Told:
 
 
 def says(by_round: Floats) -> Fit:
-    def fit(inputs: Inputs, target: Target, crossings: Sequence[Crossing]) -> Probe:
+    def fit(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         return Told(by_round=by_round)
 
     return fit
 
 
-def cross(n: int = N, *, fits: NDArray[np.bool_] | None = None, seed: int = 0) -> Crossing:
+def cross(n: int = N, *, fits: NDArray[np.bool_] | None = None, seed: int = 0) -> CrossFit:
     rng = np.random.default_rng(seed)
-    return Crossing(
+    return CrossFit(
         fold=rng.permutation(np.arange(n) % FOLDS).astype(np.int16),
         inner=rng.permutation(np.arange(n) % FOLDS).astype(np.int16),
         fits=np.ones(n, bool) if fits is None else fits,
@@ -78,21 +78,21 @@ def drawn(task: str, *, seed: int = 0) -> tuple[Target, Floats]:
     return Target(task=task, label=np.zeros(N, np.int32), num_outputs=k, values=values.astype(np.float32)), both
 
 
-def seat(target: Target, logits: Floats, **changes: Any) -> Member:
+def seat(target: Target, logits: Floats, **changes: Any) -> CalibratedProbe:
     options: dict[str, Any] = {"crossings": CROSSINGS, "present": np.ones(N, bool), "fit": says(logits), **changes}
-    crossings = options.pop("crossings")
-    return seat_member("audio", NOTHING, target, crossings, **options)
+    cross_fits = options.pop("crossings")
+    return fit_calibrated_probe("audio", NOTHING, target, cross_fits, **options)
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel"])
 @pytest.mark.parametrize("sharpness", [0.25, 1.0, 4.0])
 def test_what_is_said_too_surely_or_not_surely_enough_is_set_right(task: str, sharpness: float) -> None:
     target, logits = drawn(task)
-    member = seat(target, sharpness * logits)
-    found = member.calibration
+    calibrated = seat(target, sharpness * logits)
+    found = calibrated.calibration
     assert found.num_rows == N
     assert found.temperature == pytest.approx(sharpness, rel=0.2)
-    np.testing.assert_allclose(member.scale, sharpness, rtol=0.25)
+    np.testing.assert_allclose(calibrated.scale, sharpness, rtol=0.25)
     assert found.ece_before is not None
     assert found.ece_after is not None
     assert found.ece_after <= found.ece_before + 0.01  # of 600 rows, which differ between folds
@@ -118,15 +118,15 @@ def test_no_label_of_a_fold_has_a_part_in_its_own_scale(task: str, fold: int) ->
 
 def test_a_regression_is_scaled_by_its_residuals() -> None:
     target, logits = drawn("regression")
-    member = seat(target, logits)
+    calibrated = seat(target, logits)
     assert target.values is not None
     error = (target.values - logits[0])[:, 0]
     for fold in range(FOLDS):
         mine = CROSSINGS[0].fold == fold
         expected = np.sqrt(np.square(error[~mine].astype(np.float64)).mean())
-        np.testing.assert_allclose(member.scale[mine], expected, rtol=1e-5)
-    assert member.calibration.temperature == pytest.approx(2.0, abs=0.2)
-    assert (member.calibration.ece_before, member.calibration.ece_after) == (None, None)
+        np.testing.assert_allclose(calibrated.scale[mine], expected, rtol=1e-5)
+    assert calibrated.calibration.temperature == pytest.approx(2.0, abs=0.2)
+    assert (calibrated.calibration.ece_before, calibrated.calibration.ece_after) == (None, None)
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
@@ -135,12 +135,12 @@ def test_rows_without_the_modality_neither_teach_nor_calibrate(task: str) -> Non
     present, fits = np.arange(N) % 4 != 0, np.arange(N) % 3 != 0
     taught = []
 
-    def fit(inputs: Inputs, told: Target, crossings: Sequence[Crossing]) -> Probe:
-        taught.extend([crossing.fits for crossing in crossings])
+    def fit(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+        taught.extend([cross_fit.fits for cross_fit in cross_fits])
         return Told(by_round=logits)
 
-    crossings = [replace(crossing, fits=fits) for crossing in CROSSINGS]
-    before = seat(target, logits, crossings=crossings, present=present, fit=fit)
+    cross_fits = [replace(cross_fit, fits=fits) for cross_fit in CROSSINGS]
+    before = seat(target, logits, cross_fits=cross_fits, present=present, fit=fit)
     assert len(taught) == 2
     for found in taught:
         np.testing.assert_array_equal(found, fits & present)
@@ -150,7 +150,7 @@ def test_rows_without_the_modality_neither_teach_nor_calibrate(task: str) -> Non
     values = None if target.values is None else np.where(unseen[:, None], 5 - target.values, target.values)
     wild = logits.copy()
     wild[:, unseen] = np.nan
-    after = seat(replace(target, label=turned, values=values), wild, crossings=crossings, present=present)
+    after = seat(replace(target, label=turned, values=values), wild, cross_fits=cross_fits, present=present)
     np.testing.assert_array_equal(after.scale, before.scale)
     assert after.calibration == before.calibration
     assert np.isfinite(after.scale).all()
@@ -164,14 +164,14 @@ def test_a_real_probe_does_not_learn_from_rows_without_the_modality() -> None:
     x = (np.eye(3)[target.label] + rng.standard_normal((N, 3))).astype(np.float32)
     present = np.arange(N) % 4 != 0
     turned = replace(target, label=np.where(present, target.label, (target.label + 1) % 3).astype(np.int32))
-    fit: Fit = partial(fit_probe, config=ProbeConfig(strengths=(1e-2,)))
+    fit: Fit = partial(fit_probe, config=ProbeConfig(l2_penalties=(1e-2,)))
     found = []
     for told, gone in ((target, np.nan), (turned, 7.0)):
         inputs = MatrixInputs(matrix=np.where(present[:, None], x, np.float32(gone)))
-        member = seat_member("audio", inputs, told, CROSSINGS, present=present, fit=fit)
+        calibrated = fit_calibrated_probe("audio", inputs, told, CROSSINGS, present=present, fit=fit)
         rows = np.flatnonzero(present)
-        found.append(member.read(rows, told.take(rows)).confidence)
-        everyone = seat_member("audio", inputs, told, CROSSINGS, present=np.ones(N, bool), fit=fit)
+        found.append(calibrated.read(rows, told.take(rows)).confidence)
+        everyone = fit_calibrated_probe("audio", inputs, told, CROSSINGS, present=np.ones(N, bool), fit=fit)
         found.append(everyone.read(rows, told.take(rows)).confidence)
     np.testing.assert_array_equal(found[0], found[2])
     assert np.abs(found[1] - found[3]).max() > 0.01
@@ -187,36 +187,36 @@ def test_the_mean_of_the_rounds_is_what_is_calibrated() -> None:
 def test_a_fold_without_rows_to_calibrate_on_has_the_mean_of_the_others() -> None:
     target, logits = drawn("classification")
     last = CROSSINGS[0].fold == FOLDS - 1
-    member = seat(target, logits, crossings=[replace(CROSSINGS[0], fits=~last)])
-    others = [float(member.scale[CROSSINGS[0].fold == fold][0]) for fold in range(FOLDS - 1)]
-    np.testing.assert_allclose(member.scale[last], np.mean(others), rtol=1e-5)
+    calibrated = seat(target, logits, cross_fits=[replace(CROSSINGS[0], fits=~last)])
+    others = [float(calibrated.scale[CROSSINGS[0].fold == fold][0]) for fold in range(FOLDS - 1)]
+    np.testing.assert_allclose(calibrated.scale[last], np.mean(others), rtol=1e-5)
 
 
 def test_of_many_rows_some_are_enough_to_calibrate_on() -> None:
     n = CALIBRATION_ROWS + 5_000
-    crossing = cross(n)
+    cross_fit = cross(n)
     label = (np.arange(n) % 2).astype(np.int32)
     logits = np.random.default_rng(0).normal(0, 1, (1, n, 2)).astype(np.float32)
     target = Target(task="classification", label=label, num_outputs=2)
     options: dict[str, Any] = {"present": np.ones(n, bool), "fit": says(logits)}
-    before = seat_member("audio", NOTHING, target, [crossing], **options)
+    before = fit_calibrated_probe("audio", NOTHING, target, [cross_fit], **options)
     assert before.calibration.num_rows == CALIBRATION_ROWS
-    late = np.argsort(crossing.key)[CALIBRATION_ROWS:]
+    late = np.argsort(cross_fit.key)[CALIBRATION_ROWS:]
     turned = label.copy()
     turned[late] = 1 - label[late]
-    after = seat_member("audio", NOTHING, replace(target, label=turned), [crossing], **options)
+    after = fit_calibrated_probe("audio", NOTHING, replace(target, label=turned), [cross_fit], **options)
     np.testing.assert_array_equal(after.scale, before.scale)
 
 
 def test_a_member_reads_at_its_own_scale() -> None:
     target, logits = drawn("classification")
-    member = seat(target, 4 * logits)
+    calibrated = seat(target, 4 * logits)
     rows = np.array([599, 3, 3])
-    found = member.read(rows, target.take(rows))
-    scaled = 4 * logits[0, rows].astype(np.float64) / member.scale[rows][:, None]
+    found = calibrated.read(rows, target.take(rows))
+    scaled = 4 * logits[0, rows].astype(np.float64) / calibrated.scale[rows][:, None]
     expected = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(found.probability, expected, atol=1e-5)
-    by_epoch = member.read_epochs(rows, target.take(rows))
+    by_epoch = calibrated.read_epochs(rows, target.take(rows))
     assert by_epoch.shape == (2, 3)
     np.testing.assert_allclose(by_epoch[1], found.by_round[0], atol=1e-6)
     assert not np.allclose(by_epoch[0], by_epoch[1])
@@ -227,27 +227,27 @@ def test_together_they_stand_side_by_side_and_hear_who_has_any() -> None:
     rng = np.random.default_rng(0)
     parts = [MatrixInputs(matrix=rng.random((N, d)).astype(np.float32)) for d in (2, 3)]
     here = [np.arange(N) % 3 != 0, np.arange(N) % 3 != 1]
-    members = [
-        seat_member(name, part, target, CROSSINGS, present=present, fit=says(logits))
+    probes = [
+        fit_calibrated_probe(name, part, target, CROSSINGS, present=present, fit=says(logits))
         for name, part, present in zip(("a", "b"), parts, here, strict=True)
     ]
     heard: list[Inputs] = []
 
-    def fit(inputs: Inputs, told: Target, crossings: Sequence[Crossing]) -> Probe:
+    def fit(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         heard.append(inputs)
         return Told(by_round=logits)
 
-    joint = seat_joint(members, target, CROSSINGS, fit=fit)
+    joint = fit_joint_probe(probes, target, CROSSINGS, fit=fit)
     assert joint.present.all()
     rows = np.arange(N)
     np.testing.assert_array_equal(heard[0].read(rows), np.hstack([part.matrix for part in parts]))
-    panel = Panel(members=tuple(members), joint=joint, target=target)
-    np.testing.assert_array_equal(panel.side_by_side.read(rows), heard[0].read(rows))
+    probe_set = ProbeSet(probes=tuple(probes), joint=joint, target=target)
+    np.testing.assert_array_equal(probe_set.side_by_side.read(rows), heard[0].read(rows))
 
 
 def test_the_least_scale_is_that_of_the_best_member() -> None:
     target, logits = drawn("regression")
     good, bad = seat(target, logits), seat(target, logits + 3)
-    panel = Panel(members=(bad, good), joint=None, target=target)
-    assert panel.least_scale == pytest.approx(float(good.scale.mean()))
-    assert panel.least_scale < bad.least_scale
+    probe_set = ProbeSet(probes=(bad, good), joint=None, target=target)
+    assert probe_set.least_scale == pytest.approx(float(good.scale.mean()))
+    assert probe_set.least_scale < bad.least_scale

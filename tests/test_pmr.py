@@ -16,15 +16,15 @@ from mmaudit.train.balancing.config import BalancingConfig, PmrConfig
 from mmaudit.train.balancing.pmr import distances, lag
 from mmaudit.train.batches import Batch, Loss, Reading, Rows
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE, World
-from mmaudit.train.network import Blueprint, FusionNet
-from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.network import FusionNet, ModelConfig
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 NUM = 12
 
 
-class Twin(World):
+class Twin(DistributedContext):
     """Two processes that see the same."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -63,9 +63,11 @@ def inputs(number: int = NUM) -> tuple[Tensor, Tensor]:
     return first, torch.randn(number, 5, generator=chance)
 
 
-def make(name: str = "pmr", *, pmr: PmrConfig | None = None, world: World = ALONE) -> Balancer:
+def make(
+    name: str = "pmr", *, pmr: PmrConfig | None = None, distributed: DistributedContext = SINGLE_PROCESS
+) -> Balancer:
     torch.manual_seed(0)
-    plan = Blueprint(
+    plan = ModelConfig(
         modalities=("a", "v"),
         shapes=((4,), (5,)),
         classes=("x", "y", "z"),
@@ -73,13 +75,15 @@ def make(name: str = "pmr", *, pmr: PmrConfig | None = None, world: World = ALON
         dropout=0.0,
     )
     optim = OptimConfig(optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant")
-    update = Update(FusionNet(plan), optim, device="cpu", world=world)
-    update.begin_epoch(1, epochs=1)
-    return build_balancer(name, update.net, update, BalancingConfig(pmr=pmr or PmrConfig()), epochs=9)
+    optimization = Optimization(FusionNet(plan), optim, device="cpu", distributed=distributed)
+    optimization.begin_epoch(1, epochs=1)
+    return build_balancer(name, optimization.net, optimization, BalancingConfig(pmr=pmr or PmrConfig()), epochs=9)
 
 
-def begun(name: str = "pmr", *, pmr: PmrConfig | None = None, world: World = ALONE, epoch: int = 1) -> Balancer:
-    method = make(name, pmr=pmr, world=world)
+def begun(
+    name: str = "pmr", *, pmr: PmrConfig | None = None, distributed: DistributedContext = SINGLE_PROCESS, epoch: int = 1
+) -> Balancer:
+    method = make(name, pmr=pmr, distributed=distributed)
     method.begin_epoch(epoch, Desk(method.net, inputs(), torch.arange(NUM) % 3))
     return method
 
@@ -91,7 +95,7 @@ def batch(*, share: float = 1.0, copies: int = 1) -> Batch:
         inputs=tuple(rows.repeat(copies, 1) for rows in inputs()),
         label=(torch.arange(NUM) % 3).repeat(copies),
         present=None,
-        part=torch.full((3, total), share / total),
+        loss_weight=torch.full((3, total), share / total),
         size=total,
     )
 
@@ -170,7 +174,7 @@ def test_a_modality_is_drawn_to_its_prototypes() -> None:
     method, plain = begun(), begun("joint")
     prototypes = class_means(method)[1]
     for each in (method, plain):
-        for group in each.update.optimizer.param_groups:
+        for group in each.optimization.optimizer.param_groups:
             group["lr"] = 0.05
     ends = []
     for each in (plain, method):
@@ -232,16 +236,18 @@ def test_no_more_is_read_than_prototypes_want() -> None:
 def test_own_samples_are_learned_from() -> None:
     """Samples that the fused answer does not see still draw what lags, and nothing else."""
     method, given_ = begun(), batch()
-    part = given_.part.clone()
+    part = given_.loss_weight.clone()
     part[0] = 0.0
-    alone = Batch(rows=given_.rows, inputs=given_.inputs, label=given_.label, present=None, part=part, size=given_.size)
+    alone = Batch(
+        rows=given_.rows, inputs=given_.inputs, label=given_.label, present=None, loss_weight=part, size=given_.size
+    )
     found = moved(method, alone)
     assert float(found["encoders.1.layers.0.weight"].abs().sum()) > 0
     assert float(found["encoders.0.layers.0.weight"].abs().sum()) == 0
 
 
 def test_two_processes_are_one() -> None:
-    alone, two = begun(), begun(world=Twin(size=2))
+    alone, two = begun(), begun(distributed=Twin(world_size=2))
     whole = moved(alone, batch(copies=2))
     for name, step in moved(two, batch(share=0.5)).items():
         torch.testing.assert_close(step, whole[name], atol=1e-6, rtol=1e-4)
@@ -251,13 +257,13 @@ def test_two_processes_are_one() -> None:
 def test_scores_are_those_of_all_processes() -> None:
     """The other process saw that the first modality lags."""
 
-    class Beside(World):
+    class Beside(DistributedContext):
         def sum_(self, tensors: Sequence[Tensor]) -> None:
             for tensor in tensors:
                 if tensor.shape == (2,):
                     tensor.add_(torch.tensor([0.0, 3.0]))
 
-    alone, beside = begun(), begun(world=Beside(size=2))
+    alone, beside = begun(), begun(distributed=Beside(world_size=2))
     outputs = alone.net(batch().inputs)
     for method in (alone, beside):
         method.loss(outputs, batch())

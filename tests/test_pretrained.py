@@ -34,7 +34,7 @@ from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.media.image import read_picture
 from mmaudit.audit.media.video import read_frames
 from mmaudit.audit.quarantine import Reason, UnusableError
-from mmaudit.audit.workers import silent
+from mmaudit.audit.workers import no_progress
 
 transformers: Any = typed  # half of it has no types
 MEDIA = MediaConfig(num_frames=4)
@@ -228,7 +228,7 @@ def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path
             tmp_path / str(threads),
             media=MEDIA,
             num_workers=threads,
-            progress=silent if threads else lambda *step: seen.append(step),
+            progress=no_progress if threads else lambda *step: seen.append(step),
         )
         for threads in (0, 3)
     }
@@ -254,13 +254,13 @@ def test_what_is_cached_needs_no_model(
     clip_source: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image=hf:{models / 'dinov2'}",)))
-    encode_dataset(dataset, tmp_path, media=MEDIA, num_workers=0, progress=silent)
+    encode_dataset(dataset, tmp_path, media=MEDIA, num_workers=0, progress=no_progress)
 
     def fail(*_: object) -> None:
         raise AssertionError("the model was opened")
 
     monkeypatch.setattr(pretrained, "_open_model", fail)
-    encode_dataset(dataset, tmp_path, media=MEDIA, num_workers=2, progress=silent)
+    encode_dataset(dataset, tmp_path, media=MEDIA, num_workers=2, progress=no_progress)
 
 
 def test_other_weights_or_another_model_is_another_cache(models: Path, tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_a_dataset_of_texts_and_vectors(models: Path, tmp_path: Path) -> None:
     texts = ["a dog", "...", "a cat and a bird"]
     pq.write_table(pa.table({"text": texts, "label": [0, 1, 0], "v": [[1.0]] * 3}), tmp_path / "d.parquet")
     dataset = open_dataset(tmp_path / "d.parquet", DataConfig(encoder=(f"text=hf:{models / 'bert'}",)))
-    tasks = encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=1, progress=silent)
+    tasks = encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=1, progress=no_progress)
     status = read_status(tasks, dataset.modalities[0], read_samples(dataset, seed=0, test_fraction=0.5).sample_id)
     assert status.usable.tolist() == [True, False, True]
     found = FeatureMatrix.of(tasks, status, np.array([0, 2])).read_all()

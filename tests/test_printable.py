@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import printable
-from mmaudit.cli.console import configure_logging, print_line, print_text, say
+from mmaudit.cli.console import configure_logging, print_line, print_status, print_text
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\rname\nerror: forged\x9b31m\u202egnp.exe\u2028next\x00\ud800"
 
@@ -46,7 +46,7 @@ def _own_logging() -> object:
 def test_every_way_to_the_terminal_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging()
     print_line(f"id {HOSTILE}")
-    say(f"id {HOSTILE}")
+    print_status(f"id {HOSTILE}")
     logging.getLogger("mmaudit").info("id %s", HOSTILE)
     printed = capsys.readouterr()
     for text, lines in ((printed.out, 1), (printed.err, 2)):

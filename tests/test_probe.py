@@ -20,18 +20,18 @@ from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.features.matrix import JointInputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import Crossing, assign_folds
+from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
 from mmaudit.audit.probes.probe_set import KINDS, fit_probe
 
 Floats = NDArray[np.float32]
 CONFIG = ProbeConfig()
 
 
-def cross(label: NDArray[np.int32], *, fits: NDArray[np.bool_] | None = None, seed: int = 0) -> Crossing:
+def cross(label: NDArray[np.int32], *, fits: NDArray[np.bool_] | None = None, seed: int = 0) -> CrossFit:
     ids = np.array([f"s{number}" for number in range(len(label))], dtype=object)
     fits = np.ones(len(label), dtype=bool) if fits is None else fits
     fold, inner = (assign_folds(ids, label, None, fits, num_folds=5, seed=each) for each in (seed, seed + 99))
-    return Crossing(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=seed, purpose="rows"))
+    return CrossFit(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=seed, purpose="rows"))
 
 
 def gaussians(num_rows: int, num_classes: int, num_features: int, *, seed: int) -> tuple[Floats, NDArray[np.int32]]:
@@ -46,24 +46,24 @@ def classes(label: NDArray[np.int32]) -> Target:
 
 
 def score_rounds(
-    x: Floats, label: NDArray[np.int32], crossings: list[Crossing], config: ProbeConfig = CONFIG
+    x: Floats, label: NDArray[np.int32], cross_fits: list[CrossFit], config: ProbeConfig = CONFIG
 ) -> Floats:
-    probe = fit_probe(MatrixInputs(matrix=x), classes(label), crossings, config=config)
+    probe = fit_probe(MatrixInputs(matrix=x), classes(label), cross_fits, config=config)
     return np.asarray(softmax(probe.logits(np.arange(len(x))), axis=2))
 
 
-def score(x: Floats, label: NDArray[np.int32], crossing: Crossing, config: ProbeConfig = CONFIG) -> Floats:
-    return np.asarray(score_rounds(x, label, [crossing], config)[0])
+def score(x: Floats, label: NDArray[np.int32], cross_fit: CrossFit, config: ProbeConfig = CONFIG) -> Floats:
+    return np.asarray(score_rounds(x, label, [cross_fit], config)[0])
 
 
 @pytest.fixture(scope="module")
-def drawn() -> tuple[Floats, NDArray[np.int32], Crossing, Floats]:
+def drawn() -> tuple[Floats, NDArray[np.int32], CrossFit, Floats]:
     x, label = gaussians(150, 3, 8, seed=0)
-    crossing = cross(label)
-    return x, label, crossing, score(x, label, crossing)
+    cross_fit = cross(label)
+    return x, label, cross_fit, score(x, label, cross_fit)
 
 
-Drawn = tuple[Floats, NDArray[np.int32], Crossing, Floats]
+Drawn = tuple[Floats, NDArray[np.int32], CrossFit, Floats]
 
 
 def test_probabilities_are_distributions(drawn: Drawn) -> None:
@@ -80,11 +80,11 @@ def test_a_fold_is_scored_without_its_labels(drawn: Drawn, fold: int) -> None:
 
     But for rounding: probes are fitted together, and how many are still in the product changes its last bit.
     """
-    x, label, crossing, _ = drawn
-    exact = replace(CONFIG, strengths=(1e-3, 1e-2, 1e-1), tolerance=1e-6)  # weaker, the last bits grow step by step
-    turned = np.where(crossing.fold == fold, (label + 1) % 3, label).astype(np.int32)
-    before, after = (score(x, each, crossing, exact) for each in (label, turned))
-    held = crossing.fold == fold
+    x, label, cross_fit, _ = drawn
+    exact = replace(CONFIG, l2_penalties=(1e-3, 1e-2, 1e-1), tolerance=1e-6)  # weaker, the last bits grow step by step
+    turned = np.where(cross_fit.fold == fold, (label + 1) % 3, label).astype(np.int32)
+    before, after = (score(x, each, cross_fit, exact) for each in (label, turned))
+    held = cross_fit.fold == fold
     np.testing.assert_allclose(after[held], before[held], atol=2e-4)
     assert np.abs(after - before)[~held].max(axis=1).mean() > 0.01
     assert np.abs(after - before)[~held].max() > 0.1
@@ -93,45 +93,45 @@ def test_a_fold_is_scored_without_its_labels(drawn: Drawn, fold: int) -> None:
 @pytest.mark.parametrize("wild", [1.0, 1e3, 1e6])
 def test_a_fold_is_scored_without_its_other_rows(drawn: Drawn, wild: float) -> None:
     """Neither do the features of a fold's other rows reach its probe, be they as wild as they may."""
-    x, label, crossing, _ = drawn
-    exact = replace(CONFIG, strengths=(1e-2,), tolerance=1e-9)  # where a fit stops does depend on the others
-    row, *others = np.flatnonzero(crossing.fold == 2)
+    x, label, cross_fit, _ = drawn
+    exact = replace(CONFIG, l2_penalties=(1e-2,), tolerance=1e-9)  # where a fit stops does depend on the others
+    row, *others = np.flatnonzero(cross_fit.fold == 2)
     moved = x.copy()
     moved[others[:5]] += wild * np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32)
     np.testing.assert_allclose(
-        score(moved, label, crossing, exact)[row], score(x, label, crossing, exact)[row], atol=5e-3
+        score(moved, label, cross_fit, exact)[row], score(x, label, cross_fit, exact)[row], atol=5e-3
     )
 
 
 def test_test_rows_are_learned_from_by_nobody() -> None:
     x, label = gaussians(150, 3, 6, seed=2)
     fits = np.arange(150) % 7 != 0
-    crossing = cross(label, fits=fits)
+    cross_fit = cross(label, fits=fits)
     turned = np.where(fits, label, (label + 1) % 3).astype(np.int32)
-    np.testing.assert_array_equal(score(x, turned, crossing), score(x, label, crossing))
+    np.testing.assert_array_equal(score(x, turned, cross_fit), score(x, label, cross_fit))
     assert not np.array_equal(score(x, turned, cross(label)), score(x, label, cross(label)))
 
 
 def test_noise_is_learned_by_heart_in_sample_only() -> None:
     rng = np.random.default_rng(3)
     x, label = rng.standard_normal((120, 60)).astype(np.float32), (np.arange(120) % 2).astype(np.int32)
-    crossing = cross(label)
-    weak = ProbeConfig(strengths=(1e-5,))
+    cross_fit = cross(label)
+    weak = ProbeConfig(l2_penalties=(1e-5,))
     model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=1e5 / 120, max_iter=5_000))
     in_sample = float(model.fit(x, label).score(x, label))
-    out_of_fold = float((score(x, label, crossing, weak).argmax(axis=1) == label).mean())
+    out_of_fold = float((score(x, label, cross_fit, weak).argmax(axis=1) == label).mean())
     assert in_sample > 0.95
     assert abs(out_of_fold - 0.5) < 0.15  # three standard deviations of a coin thrown 120 times
 
 
 @pytest.mark.parametrize("strength", [1e-4, 1e-2])
-def test_one_strength_is_sklearns_cross_validation(strength: float) -> None:
+def test_one_strength_is_sklearns_cross_validation(l2: float) -> None:
     x, label = gaussians(600, 5, 12, seed=4)
-    crossing = cross(label)
+    cross_fit = cross(label)
     # 480 rows in each training part
-    model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (strength * 480), tol=1e-8, max_iter=10_000))
-    theirs = cross_val_predict(model, x, label, cv=PredefinedSplit(crossing.fold), method="predict_proba")
-    ours = score(x, label, crossing, ProbeConfig(strengths=(strength,), tolerance=1e-9))
+    model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (l2 * 480), tol=1e-8, max_iter=10_000))
+    theirs = cross_val_predict(model, x, label, cv=PredefinedSplit(cross_fit.fold), method="predict_proba")
+    ours = score(x, label, cross_fit, ProbeConfig(l2_penalties=(l2,), tolerance=1e-9))
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
     assert (ours.argmax(axis=1) == theirs.argmax(axis=1)).mean() > 0.995
 
@@ -139,12 +139,12 @@ def test_one_strength_is_sklearns_cross_validation(strength: float) -> None:
 def test_a_good_strength_is_chosen() -> None:
     """Wide noise wants a strong penalty, a clear signal a weak one: the choice is near the best of all in hindsight."""
     for x, label in (gaussians(200, 2, 150, seed=5), gaussians(400, 3, 4, seed=6)):
-        crossing = cross(label)
+        cross_fit = cross(label)
         losses = {
-            strength: log_loss(score(x, label, crossing, replace(CONFIG, strengths=(strength,))), label)
-            for strength in CONFIG.strengths
+            l2: log_loss(score(x, label, cross_fit, replace(CONFIG, l2_penalties=(l2,))), label)
+            for l2 in CONFIG.l2_penalties
         }
-        chosen = log_loss(score(x, label, crossing), label)
+        chosen = log_loss(score(x, label, cross_fit), label)
         assert chosen < min(losses.values()) + 0.2 * (max(losses.values()) - min(losses.values()))
 
 
@@ -165,8 +165,8 @@ def planted_discrepancy(rows: int) -> tuple[list[Floats], NDArray[np.int32], Flo
 def test_discrepancy_is_recovered_where_the_posterior_is_known() -> None:
     """Bayes gives the truth: p(label | x) of the mixture itself."""
     features, label, truth = planted_discrepancy(20_000)
-    crossing = cross(label)
-    found = [score(x, label, crossing)[np.arange(20_000), label] for x in features]
+    cross_fit = cross(label)
+    found = [score(x, label, cross_fit)[np.arange(20_000), label] for x in features]
     assert spearmanr(truth, found[0] - found[1]).statistic > 0.98
     assert np.abs(truth - (found[0] - found[1])).mean() < 0.03
 
@@ -174,11 +174,11 @@ def test_discrepancy_is_recovered_where_the_posterior_is_known() -> None:
 def test_in_sample_probes_are_visibly_worse() -> None:
     """They know the labels by heart: of 240 samples and 40 features, the discrepancy that they see is not there."""
     features, label, truth = planted_discrepancy(240)
-    crossing, weak = cross(label), replace(CONFIG, strengths=(1e-5,))
+    cross_fit, weak = cross(label), replace(CONFIG, l2_penalties=(1e-5,))
     model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=1e5 / 240, max_iter=5_000))
     in_sample = [model.fit(x, label).predict_proba(x)[np.arange(240), label] for x in features]
     chosen, same = (
-        [score(x, label, crossing, config)[np.arange(240), label] for x in features] for config in (CONFIG, weak)
+        [score(x, label, cross_fit, config)[np.arange(240), label] for x in features] for config in (CONFIG, weak)
     )
     recovered = [spearmanr(truth, found[0] - found[1]).statistic for found in (in_sample, same, chosen)]
     assert recovered[0] < recovered[2] - 0.1
@@ -187,8 +187,8 @@ def test_in_sample_probes_are_visibly_worse() -> None:
 
 
 def test_two_runs_are_bit_equal(drawn: Drawn) -> None:
-    x, label, crossing, before = drawn
-    np.testing.assert_array_equal(score(x, label, crossing), before)
+    x, label, cross_fit, before = drawn
+    np.testing.assert_array_equal(score(x, label, cross_fit), before)
 
 
 def test_rounds_at_once_are_rounds_one_by_one(drawn: Drawn) -> None:
@@ -196,31 +196,31 @@ def test_rounds_at_once_are_rounds_one_by_one(drawn: Drawn) -> None:
     second = cross(label, seed=1)
     together = score_rounds(x, label, [first, second])
     assert together.shape == (2, 150, 3)
-    for crossing, found in zip((first, second), together, strict=True):
-        np.testing.assert_allclose(found, score(x, label, crossing), atol=5e-3)
+    for cross_fit, found in zip((first, second), together, strict=True):
+        np.testing.assert_allclose(found, score(x, label, cross_fit), atol=5e-3)
 
 
 def test_arguments_are_left_as_they_were(drawn: Drawn) -> None:
-    x, label, crossing, _ = drawn
-    copies = x.copy(), label.copy(), crossing.fold.copy()
+    x, label, cross_fit, _ = drawn
+    copies = x.copy(), label.copy(), cross_fit.fold.copy()
     x.setflags(write=False)  # as a memory map is
-    score(x, label, crossing)
-    for given, copy in zip((x, label, crossing.fold), copies, strict=True):
+    score(x, label, cross_fit)
+    for given, copy in zip((x, label, cross_fit.fold), copies, strict=True):
         np.testing.assert_array_equal(given, copy)
 
 
 def test_few_rows_choose_the_strength_when_there_are_many(drawn: Drawn) -> None:
-    x, label, crossing, before = drawn
-    few = score(x, label, crossing, replace(CONFIG, choice_rows=40))
-    np.testing.assert_array_equal(score(x, label, crossing, replace(CONFIG, choice_rows=150)), before)
+    x, label, cross_fit, before = drawn
+    few = score(x, label, cross_fit, replace(CONFIG, choice_rows=40))
+    np.testing.assert_array_equal(score(x, label, cross_fit, replace(CONFIG, choice_rows=150)), before)
     assert (few.argmax(axis=1) == before.argmax(axis=1)).mean() > 0.9
 
 
 def test_nothing_to_choose_on_takes_the_middle(drawn: Drawn) -> None:
-    x, label, crossing, _ = drawn
-    no_choice = replace(crossing, inner=np.ones_like(crossing.inner))
-    middle = replace(CONFIG, strengths=CONFIG.strengths[3:4])
-    np.testing.assert_array_equal(score(x, label, no_choice), score(x, label, crossing, middle))
+    x, label, cross_fit, _ = drawn
+    no_choice = replace(cross_fit, inner=np.ones_like(cross_fit.inner))
+    middle = replace(CONFIG, l2_penalties=CONFIG.l2_penalties[3:4])
+    np.testing.assert_array_equal(score(x, label, no_choice), score(x, label, cross_fit, middle))
 
 
 @pytest.mark.parametrize(
@@ -251,9 +251,9 @@ def test_a_kind_that_does_not_exist_is_refused(drawn: Drawn) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_asked_one_by_one_as_all_at_once(drawn: Drawn, kind: str) -> None:
-    x, label, crossing, _ = drawn
+    x, label, cross_fit, _ = drawn
     config = replace(CONFIG, kind=kind, epochs=2, hidden=8)
-    probe = fit_probe(MatrixInputs(matrix=x), classes(label), [crossing, cross(label, seed=1)], config=config)
+    probe = fit_probe(MatrixInputs(matrix=x), classes(label), [cross_fit, cross(label, seed=1)], config=config)
     rows = np.array([140, 3, 3, 77])
     np.testing.assert_allclose(probe.logits(rows), probe.logits(np.arange(150))[:, rows], atol=1e-5)
     by_epoch = probe.logits_by_epoch(rows)
@@ -266,10 +266,10 @@ def test_rows_are_asked_one_by_one_as_all_at_once(drawn: Drawn, kind: str) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_elsewhere_are_asked_of_the_same_probes(drawn: Drawn, kind: str) -> None:
     """A masked modality counts as the centre of its features: what is said then depends on the other one alone."""
-    x, label, crossing, _ = drawn
+    x, label, cross_fit, _ = drawn
     parts = (MatrixInputs(matrix=x[:, :5]), MatrixInputs(matrix=x[:, 5:]))
     joint = JointInputs(parts=parts)
-    probe = fit_probe(joint, classes(label), [crossing], config=replace(CONFIG, kind=kind, epochs=3, hidden=8))
+    probe = fit_probe(joint, classes(label), [cross_fit], config=replace(CONFIG, kind=kind, epochs=3, hidden=8))
     rows = np.arange(150)
     masked = probe.logits(rows, inputs=joint.mask(frozenset({1})))
     other = JointInputs(parts=(parts[0], MatrixInputs(matrix=x[::-1, 5:])))
@@ -280,13 +280,13 @@ def test_rows_elsewhere_are_asked_of_the_same_probes(drawn: Drawn, kind: str) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_rows_left_out_are_scored_and_change_nothing(drawn: Drawn, kind: str) -> None:
-    x, label, crossing, _ = drawn
+    x, label, cross_fit, _ = drawn
     config = replace(CONFIG, kind=kind, most_rows=80, epochs=3, hidden=8)
-    out = np.argsort(crossing.key)[80:]
+    out = np.argsort(cross_fit.key)[80:]
     turned = label.copy()
     turned[out] = (label[out] + 1) % 3
-    found = score(x, label, crossing, config)
-    np.testing.assert_array_equal(score(x, turned, crossing, config), found)
+    found = score(x, label, cross_fit, config)
+    np.testing.assert_array_equal(score(x, turned, cross_fit, config), found)
     assert (found.argmax(axis=1) == label)[out].mean() > 0.4
 
 

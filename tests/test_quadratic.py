@@ -14,7 +14,7 @@ from scipy.stats import multivariate_t, spearmanr
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import Crossing, set_lesson
+from mmaudit.audit.probes.cross_fit import CrossFit, gather_fit_rows
 from mmaudit.audit.probes.design import read_design
 from mmaudit.audit.probes.gaussian import MOST_ROWS, Gaussian
 from mmaudit.audit.probes.linear import LinearProbe, fit_linear
@@ -47,19 +47,19 @@ def alike(n: int, d: int, *, seed: int = 0) -> tuple[NDArray[np.float32], Label]
     return (rng.standard_normal((K, d))[label] * 0.4 + noise).astype(np.float32), label
 
 
-def crossing(n: int) -> Crossing:
+def cross_fit(n: int) -> CrossFit:
     rng = np.random.default_rng(0)
     fold, inner = (rng.permutation(n) % 3 for _ in range(2))
     key = rng.permutation(n).astype(np.uint64)
-    return Crossing(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=np.ones(n, bool), key=key)
+    return CrossFit(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=np.ones(n, bool), key=key)
 
 
 def fit(x: Floats, label: Label, *, kind: str = "auto", num_classes: int = K, **options: Any) -> LinearProbe:
     config = ProbeConfig(kind=kind, precision="float32", **options)
-    crossings = [crossing(len(x))]
+    cross_fits = [cross_fit(len(x))]
     target = Target(task="classification", label=label, num_outputs=num_classes)
-    lesson = set_lesson(crossings, most_rows=config.most_rows)
-    return fit_linear(MatrixInputs(matrix=x), target, crossings, lesson, config=config, device="cpu")
+    fit_rows = gather_fit_rows(cross_fits, most_rows=config.most_rows)
+    return fit_linear(MatrixInputs(matrix=x), target, cross_fits, fit_rows, config=config, device="cpu")
 
 
 def ask(x: Floats, label: Label, *, kind: str = "auto", **options: Any) -> NDArray[np.float32]:
@@ -153,7 +153,7 @@ def test_linear_stays_straight_and_so_do_many_rows_and_a_wish() -> None:
 @pytest.mark.parametrize("fold", range(3))
 def test_no_label_of_a_fold_has_a_part_in_its_own_answers(fold: int) -> None:
     x, label, _ = unlike(600, 6)
-    own = crossing(600).fold == fold
+    own = cross_fit(600).fold == fold
     turned = np.where(own, (label + 1) % K, label).astype(np.int32)
     before, after = ask(x, label), ask(x, turned)
     np.testing.assert_allclose(before[own], after[own], atol=5e-3)
@@ -183,7 +183,7 @@ def poor(name: str) -> tuple[NDArray[np.float32], Label]:
         x[::7] *= 1e30
     elif name == "rare":  # in one fold only: its own probe has never seen the class
         label[label == 2] = 0
-        label[np.flatnonzero(crossing(60).fold == 1)[:4]] = 2
+        label[np.flatnonzero(cross_fit(60).fold == 1)[:4]] = 2
     return x, label
 
 

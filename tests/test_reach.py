@@ -9,7 +9,7 @@ import pytest
 
 from mmaudit.rebalance.curriculum import OrderConfig
 from mmaudit.train.balancing.config import BalancingConfig, OgmConfig
-from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig, out_of_reach
+from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig, check_schedule
 
 
 @pytest.mark.parametrize(
@@ -35,20 +35,20 @@ def test_what_training_ends_too_soon_for_is_told(options: dict[str, Any], words:
     optim, finetune = options.pop("optim", OptimConfig()), FinetuneConfig(**options)
     balancing = BalancingConfig(ogm=OgmConfig(first_epoch=3))
     config = TrainConfig(finetune=finetune, optim=optim, balancing=balancing)
-    (found,) = out_of_reach(config)
+    (found,) = check_schedule(config)
     assert re.search(f"^{finetune.epochs} epochs are too few: .*{words}", found)
     enough = {**options, "epochs": finetune.epochs + 1}
-    assert out_of_reach(TrainConfig(finetune=FinetuneConfig(**enough), optim=optim, balancing=balancing)) == [] or (
+    assert check_schedule(TrainConfig(finetune=FinetuneConfig(**enough), optim=optim, balancing=balancing)) == [] or (
         finetune.sampling == "bss-h"  # which wants 30 more
     )
 
 
 def test_nearly_all_is_not_all() -> None:
     config = TrainConfig(finetune=FinetuneConfig(epochs=999, sampling="bss-h"), order=OrderConfig(grow_epochs=1000))
-    (found,) = out_of_reach(config)
+    (found,) = check_schedule(config)
     assert "sees 99.9% of" in found
 
 
 def test_nothing_is_told_of_what_is_not_asked_for() -> None:
-    assert out_of_reach(TrainConfig(finetune=FinetuneConfig(epochs=1))) == []
-    assert out_of_reach(TrainConfig(finetune=FinetuneConfig(sampling="bss-h", balancing="gmm"))) == []  # the defaults
+    assert check_schedule(TrainConfig(finetune=FinetuneConfig(epochs=1))) == []
+    assert check_schedule(TrainConfig(finetune=FinetuneConfig(sampling="bss-h", balancing="gmm"))) == []  # the defaults

@@ -12,7 +12,7 @@ from scipy.stats import entropy, norm
 from sklearn.metrics import r2_score
 
 from mmaudit.audit.dataset.labels import Target
-from mmaudit.audit.probes.prediction import fuse_readings, likelihoods, probability_of, read_logits, right_of
+from mmaudit.audit.probes.prediction import correctness, fuse_predictions, likelihoods, predict, target_probability
 
 LOGITS = arrays(np.float32, (2, 6, 3), elements=st.floats(-20, 20, width=32))
 
@@ -33,7 +33,7 @@ def numbers() -> Target:
 
 @given(LOGITS, st.floats(0.2, 5))
 def test_confidence_of_a_class_is_the_softmax_at_its_temperature(logits: np.ndarray, temperature: float) -> None:
-    found = read_logits(logits, np.full(6, temperature, np.float32), classes())
+    found = predict(logits, np.full(6, temperature, np.float32), classes())
     each = log_softmax(logits.astype(np.float64), axis=2)
     rows = np.arange(6)
     by_round = softmax(each / temperature, axis=2)
@@ -51,7 +51,7 @@ def test_confidence_of_a_class_is_the_softmax_at_its_temperature(logits: np.ndar
 def test_several_labels_are_as_likely_as_their_geometric_mean(logits: np.ndarray) -> None:
     target = labels()
     assert target.values is not None
-    found = read_logits(logits, np.ones(6, np.float32), target)
+    found = predict(logits, np.ones(6, np.float32), target)
     mean = logits.astype(np.float64).mean(axis=0)
     probability = 1 / (1 + np.exp(-mean))
     each = np.where(target.values > 0, probability, 1 - probability)
@@ -68,7 +68,7 @@ def test_more_labels_do_not_make_a_sample_less_likely() -> None:
     for k in (3, 30):
         values = np.zeros((1, k), np.float32)
         target = Target(task="multilabel", label=np.zeros(1, np.int32), num_outputs=k, values=values)
-        found = read_logits(np.full((1, 1, k), -sure, np.float32), np.ones(1, np.float32), target)
+        found = predict(np.full((1, 1, k), -sure, np.float32), np.ones(1, np.float32), target)
         assert found.confidence[0] == pytest.approx(0.9, abs=1e-5)
 
 
@@ -78,7 +78,7 @@ def test_a_number_is_as_likely_as_its_gaussian_says_in_the_units_of_the_best_mod
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (2, 6, 1)).astype(np.float32)
     for deviation in (0.5, 1.0, 3.0):
-        found = read_logits(logits, np.full(6, deviation, np.float32), target, least_scale=0.5)
+        found = predict(logits, np.full(6, deviation, np.float32), target, least_scale=0.5)
         density = norm.pdf(target.values[:, 0], loc=logits.mean(axis=0)[:, 0], scale=deviation)
         np.testing.assert_allclose(found.confidence, density / norm.pdf(0, scale=0.5), atol=1e-5)
         np.testing.assert_allclose(found.entropy, norm.entropy(scale=deviation), atol=1e-5)
@@ -90,8 +90,8 @@ def test_a_number_is_as_likely_as_its_gaussian_says_in_the_units_of_the_best_mod
 def test_fusing_what_says_the_same_changes_nothing_but_a_number_s_precision(target: Target) -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 1, (1, 6, target.num_outputs)).astype(np.float32)
-    one = read_logits(logits, np.ones(6, np.float32), target)
-    both = fuse_readings([one, one], target)
+    one = predict(logits, np.ones(6, np.float32), target)
+    both = fuse_predictions([one, one], target)
     np.testing.assert_allclose(both.probability, one.probability, atol=1e-5)
     if both.deviation is not None:
         np.testing.assert_allclose(both.deviation, np.sqrt(0.5), atol=1e-6)
@@ -102,8 +102,8 @@ def test_a_missing_modality_has_no_say(target: Target) -> None:
     rng = np.random.default_rng(2)
     logits = rng.normal(0, 1, (2, 1, 6, target.num_outputs)).astype(np.float32)
     ones = np.ones(6, np.float32)
-    here, gone = (read_logits(each, ones, target) for each in (logits[0], np.full_like(logits[1], np.nan)))
-    np.testing.assert_allclose(fuse_readings([here, gone], target).probability, here.probability, atol=1e-5)
+    here, gone = (predict(each, ones, target) for each in (logits[0], np.full_like(logits[1], np.nan)))
+    np.testing.assert_allclose(fuse_predictions([here, gone], target).probability, here.probability, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", [classes(), labels()])
@@ -112,10 +112,10 @@ def test_parts_of_a_reading_are_those_of_the_whole(target: Target, num_rounds: i
     rng = np.random.default_rng(num_rounds)
     logits = 3 * rng.standard_normal((num_rounds, len(target), target.num_outputs)).astype(np.float32)
     scale = rng.uniform(0.5, 2, len(target)).astype(np.float32)
-    reading = read_logits(logits, scale, target)
-    np.testing.assert_array_equal(likelihoods(logits, scale, target), reading.by_round)
-    np.testing.assert_array_equal(probability_of(logits, scale, target), reading.probability)
-    np.testing.assert_array_equal(right_of(logits, scale, target), reading.right)
+    prediction = predict(logits, scale, target)
+    np.testing.assert_array_equal(likelihoods(logits, scale, target), prediction.by_round)
+    np.testing.assert_array_equal(target_probability(logits, scale, target), prediction.probability)
+    np.testing.assert_array_equal(correctness(logits, scale, target), prediction.right)
 
 
 def test_the_margin_is_between_the_two_likeliest_classes() -> None:
@@ -123,6 +123,6 @@ def test_the_margin_is_between_the_two_likeliest_classes() -> None:
     logits[0, 0] = 0  # three alike: no margin
     target = Target(task="classification", label=np.zeros(4, np.int32), num_outputs=3)
     ordered = np.sort(softmax(logits[0], axis=1), axis=1)
-    margin = read_logits(logits, np.ones(4, np.float32), target).margin
+    margin = predict(logits, np.ones(4, np.float32), target).margin
     np.testing.assert_array_equal(margin, ordered[:, -1] - ordered[:, -2])
     assert margin[0] == 0

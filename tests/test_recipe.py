@@ -230,11 +230,11 @@ def test_a_size_beyond_the_tolerance_is_refused_and_nothing_written(shop: Worksh
 
 def test_weights_beyond_the_tolerance_are_refused(shop: Workshop) -> None:
     before = shop.files()
-    light = BalancedConfig(bins=10, by="weight", most_weight=1.0, tolerance=0.05)
-    with pytest.raises(GateError, match=r"the best that weights up to 1 reach is 0\.\d+; raise split\.most_weight"):
+    light = BalancedConfig(bins=10, by="weight", max_weight=1.0, tolerance=0.05)
+    with pytest.raises(GateError, match=r"the best that weights up to 1 reach is 0\.\d+; raise split\.max_weight"):
         shop.split(balanced=light)
     assert shop.files() == before
-    made = shop.split(balanced=replace(light, most_weight=1e6))
+    made = shop.split(balanced=replace(light, max_weight=1e6))
     assert max(made.numbers["distances"].values()) < 1e-6
     assert made.numbers["kept"] == N
 
@@ -243,7 +243,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "balanced": {"balanced": BalancedConfig()},
     "balanced-exact": {"balanced": BalancedConfig(bins=6, tolerance=0.0), "seed": 7},
     "balanced-size": {"balanced": BalancedConfig(bins=0, size=77)},
-    "balanced-weight": {"balanced": BalancedConfig(bins=8, by="weight", most_weight=4.0)},
+    "balanced-weight": {"balanced": BalancedConfig(bins=8, by="weight", max_weight=4.0)},
     "balanced-grid": {"balanced": BalancedConfig(bins=3, grid=True)},
     "balanced-per-class": {"balanced": BalancedConfig(bins=4, per_class=True), "between": "visual:audio"},
     "preferred": {"subset": "audio-preferred"},
@@ -400,9 +400,9 @@ BALANCED = st.builds(
     bins=st.integers(0, 9).filter(lambda bins: bins != 1),
     tolerance=st.none() | st.just(1.0),
     size=st.none() | st.integers(20, 40),
-    most_weight=st.floats(1, 20),
+    max_weight=st.floats(1, 20),
     grid=st.booleans(),
-) | st.builds(BalancedConfig, by=st.just("weight"), bins=st.integers(2, 9), most_weight=st.floats(1, 20))
+) | st.builds(BalancedConfig, by=st.just("weight"), bins=st.integers(2, 9), max_weight=st.floats(1, 20))
 KIND: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.fixed_dictionaries({"balanced": BALANCED}),
     st.fixed_dictionaries({"subset": st.sampled_from(["audio-preferred", "balanced:0.5", "random:20%"])}),

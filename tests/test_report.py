@@ -26,7 +26,7 @@ from mmaudit.audit.probes.probe_set import Calibration
 from mmaudit.audit.quarantine import Quarantined, Reason, quarantine_table
 from mmaudit.audit.scores.class_check import fit_by_class
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
-from mmaudit.audit.scores.probe_report import Control, Gain, Ledger, Standing
+from mmaudit.audit.scores.probe_report import Control, Gain, ModalityMetric, ProbeReport
 from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.audit.storage import read_json, write_json, write_text
 from mmaudit.cli.report.page import report_numbers, write_report
@@ -72,11 +72,11 @@ def planted(
     )
 
 
-def ledger(names: tuple[str, ...], *, leaking: str | None = None) -> Ledger:
+def probe_report(names: tuple[str, ...], *, leaking: str | None = None) -> ProbeReport:
     """Books in which every probe stands at 0.5, and one on shuffled labels may be above chance."""
     calibration = Calibration(num_rows=90, temperature=1.3, ece_before=0.12, ece_after=0.034)
-    standings = [
-        Standing(name=name, value=0.5, low=0.4, high=0.6, loss=1.0, calibration=calibration)
+    probe_metrics = [
+        ModalityMetric(name=name, value=0.5, low=0.4, high=0.6, loss=1.0, calibration=calibration)
         for name in (*names, "fused", "joint")
     ]
     gains = [Gain(name=name, gain=0.1, low=0.05, high=0.15) for name in names]
@@ -85,11 +85,11 @@ def ledger(names: tuple[str, ...], *, leaking: str | None = None) -> Ledger:
         for name in names
         for low in [0.4 if name == leaking else 0.2]
     ]
-    return Ledger(
+    return ProbeReport(
         metric="accuracy",
         chance=0.3,
-        standings=tuple(standings),
-        over_best=gains[0],
+        probe_metrics=tuple(probe_metrics),
+        gain_over_best=gains[0],
         gains=tuple(gains),
         controls=tuple(controls),
     )
@@ -119,7 +119,7 @@ def run_of(
             counts={"input": len(scores) + out, "scored": len(scores), "quarantined": out},
             classes=len(set(scores.label.tolist())),
             groups=None if scores.group is None else len(set(scores.group)),
-            ledger=ledger(scores.modalities).to_json(),
+            probe_report=probe_report(scores.modalities).to_json(),
             class_check=check.to_json(),
             seconds={"probe": 1.0},
         )

@@ -21,8 +21,8 @@ from mmaudit.audit.scores.table import ScoreTable, read_scores
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.binning import bin_of
 from mmaudit.rebalance.resplit import NAMES, Cells, group_keys, parse_shares, resplit
-from mmaudit.rebalance.score_tables import Members, ScoreShards, keys_of, open_scores
-from mmaudit.rebalance.selection import Rule, choose
+from mmaudit.rebalance.score_tables import ManifestMembers, ScoreFiles, keys_of, open_scores
+from mmaudit.rebalance.selection import SelectionRule, select_rows
 from mmaudit.rebalance.subsets import parse_subset
 
 AV = "audio:visual"
@@ -46,7 +46,7 @@ def table(n: int, *, seed: int = 0, classes: int = 5, shape: str = "uniform", **
     return ScoreTable(**{**columns, **more})
 
 
-def splits(shards: ScoreShards) -> NDArray[np.object_]:
+def splits(shards: ScoreFiles) -> NDArray[np.object_]:
     """Give the name of the split of each row (n,)."""
     return np.concatenate([np.array(shards.splits, dtype=object)[rows.split] for rows in shards.rows()])
 
@@ -191,13 +191,13 @@ def test_the_shares_are_those_of_who_is_not_ruled_out(num_groups: int | None) ->
     out = (scores.label == 0) & (scores.discrepancy() > 0)
     whole = open_scores(scores, seed=0)
     keys = np.sort(keys_of(pa.chunked_array([pa.array(scores.sample_id[out], pa.string())]), seed=0))
-    shards = replace(whole, members=(Members(name="out", keys=keys, inside=False),))
+    shards = replace(whole, members=(ManifestMembers(name="out", keys=keys, inside=False),))
     found = splits(resplit(shards, parse_shares("80/8/12"), between=AV, scratch=NOWHERE))
     fewer = splits(resplit(only(scores, ~out), parse_shares("80/8/12"), between=AV, scratch=NOWHERE))
     assert found[~out].tolist() == fewer.tolist()
 
 
-def only(scores: ScoreTable, which: NDArray[np.bool_]) -> ScoreShards:
+def only(scores: ScoreTable, which: NDArray[np.bool_]) -> ScoreFiles:
     whole = open_scores(scores, seed=0)
     return replace(whole, parts=(scores.to_arrow().filter(pa.array(which)),), num_rows=int(which.sum()))
 
@@ -206,7 +206,7 @@ def test_groups_that_are_ruled_out_are_none() -> None:
     scores = table(60, group=np.array(["a", "b", "c"] * 20, dtype=object))
     out = scores.group == "c"
     keys = np.sort(keys_of(pa.chunked_array([pa.array(scores.sample_id[out], pa.string())]), seed=0))
-    shards = replace(open_scores(scores, seed=0), members=(Members(name="c", keys=keys, inside=False),))
+    shards = replace(open_scores(scores, seed=0), members=(ManifestMembers(name="c", keys=keys, inside=False),))
     with pytest.raises(ScoreError, match="2 groups cannot be in 3 splits"):
         resplit(shards, parse_shares("80/8/12"), between=AV, scratch=NOWHERE)
     found = splits(resplit(shards, parse_shares("80/20"), between=AV, scratch=NOWHERE))
@@ -216,7 +216,7 @@ def test_groups_that_are_ruled_out_are_none() -> None:
 def test_balanced_afterwards_balances_each_new_split_by_itself() -> None:
     scores = table(4_000, classes=2, shape="peaked")
     shards = resplit(open_scores(scores, seed=0), parse_shares("80/8/12"), between=AV, scratch=NOWHERE)
-    choice = choose(shards, plan_balanced(shards, BalancedConfig(bins=10, tolerance=0.0)), scratch=NOWHERE)
+    choice = select_rows(shards, plan_balanced(shards, BalancedConfig(bins=10, tolerance=0.0)), scratch=NOWHERE)
     (rows,) = shards.rows()
     keep = choice.decide(rows).keep
     bins = bin_of(scores.discrepancy(), num_bins=10)
@@ -227,8 +227,8 @@ def test_balanced_afterwards_balances_each_new_split_by_itself() -> None:
         assert set(kept[there > 0]) == {there[there > 0].min()}
 
 
-def kept_by(shards: ScoreShards, rule: Rule) -> NDArray[np.bool_]:
-    choice = choose(shards, rule, scratch=NOWHERE)
+def kept_by(shards: ScoreFiles, rule: SelectionRule) -> NDArray[np.bool_]:
+    choice = select_rows(shards, rule, scratch=NOWHERE)
     return np.concatenate([choice.decide(rows).keep for rows in shards.rows()])
 
 

@@ -57,7 +57,7 @@ def test_who_stays_is_crossfitted_in_every_round_and_the_rest_is_rare(
 ) -> None:
     config = replace(CONFIG, learn_from=learn_from)
     try:
-        rows, crossings, left_out = plan_rounds(samples, every(samples), config, seed=seed)
+        rows, cross_fits, left_out = plan_rounds(samples, every(samples), config, seed=seed)
     except ScoreError:
         return  # too few groups, or no class large enough: said elsewhere
     names = {each.sample_id for each in left_out}
@@ -65,14 +65,14 @@ def test_who_stays_is_crossfitted_in_every_round_and_the_rest_is_rare(
     assert len(names) + len(rows) == len(samples)
     assert {each.reason for each in left_out} <= {Reason.RARE_CLASS}
     assert {samples.label[samples.sample_id == name][0] for name in names}.isdisjoint(samples.label[rows])
-    for crossing in crossings:
-        assert len(crossing.fold) == len(rows)
-        np.testing.assert_array_equal(crossing.fits, (samples.split[rows] != "test") | (learn_from == "all"))
+    for cross_fit in cross_fits:
+        assert len(cross_fit.fold) == len(rows)
+        np.testing.assert_array_equal(cross_fit.fits, (samples.split[rows] != "test") | (learn_from == "all"))
         for one in set(samples.label[rows].tolist()):
-            mine = (samples.label[rows] == one) & crossing.fits
-            assert len(set(crossing.fold[mine].tolist())) > 1
+            mine = (samples.label[rows] == one) & cross_fit.fits
+            assert len(set(cross_fit.fold[mine].tolist())) > 1
         if samples.group is not None:
-            for deal in (crossing.fold, crossing.inner):
+            for deal in (cross_fit.fold, cross_fit.inner):
                 pairs = set(zip(samples.group[rows], deal.tolist(), strict=True))
                 assert len(pairs) == len({name for name, _ in pairs})
 
@@ -80,14 +80,14 @@ def test_who_stays_is_crossfitted_in_every_round_and_the_rest_is_rare(
 def test_rounds_and_seeds_differ() -> None:
     """Five folds by chance agree on a fifth of the rows."""
     samples = samples_of(np.arange(400) % 2)
-    _, crossings, _ = plan_rounds(samples, every(samples), CONFIG, seed=5)
+    _, cross_fits, _ = plan_rounds(samples, every(samples), CONFIG, seed=5)
     _, others, _ = plan_rounds(samples, every(samples), CONFIG, seed=6)
-    deals = [deal for each in [*crossings, *others] for deal in (each.fold, each.inner)]
+    deals = [deal for each in [*cross_fits, *others] for deal in (each.fold, each.inner)]
     for place, one in enumerate(deals):
         for other in deals[:place]:
             assert (one == other).mean() < 0.4
     _, again, _ = plan_rounds(samples, every(samples), replace(CONFIG, repeats=1), seed=5)
-    np.testing.assert_array_equal(again[0].fold, crossings[0].fold)  # a repeat more does not change those before
+    np.testing.assert_array_equal(again[0].fold, cross_fits[0].fold)  # a repeat more does not change those before
 
 
 def test_rounds_follow_the_ids_and_not_the_rows() -> None:
@@ -107,8 +107,10 @@ def test_what_test_samples_are_changes_nothing_among_the_others() -> None:
     found = []
     for each in (label, np.where(split == "test", 0, label)):
         samples = samples_of(each, split=split)
-        _, crossings, _ = plan_rounds(samples, every(samples), config, seed=0)
-        found.append([(one.fold[split == "train"].tolist(), one.inner[split == "train"].tolist()) for one in crossings])
+        _, cross_fits, _ = plan_rounds(samples, every(samples), config, seed=0)
+        found.append(
+            [(one.fold[split == "train"].tolist(), one.inner[split == "train"].tolist()) for one in cross_fits]
+        )
     assert found[0] == found[1]
 
 

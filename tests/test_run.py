@@ -154,19 +154,19 @@ def test_a_name_that_no_file_could_have_is_refused(tmp_path: Path, name: str) ->
 
 
 def test_a_probe_report_of_other_modalities_is_damaged(tmp_path: Path) -> None:
-    run, ledger = Run(tmp_path), run_record()["ledger"]
-    uncalibrated = [{**standing, "calibration": None} for standing in ledger["standings"]]
+    run, probe_report = Run(tmp_path), run_record()["probe_report"]
+    uncalibrated = [{**probe_metric, "calibration": None} for probe_metric in probe_report["probe_metrics"]]
     damaged: list[dict[str, Any]] = [
         {"modalities": []},
         {"modalities": run_record()["modalities"][:1]},
-        {"ledger": {**ledger, "gains": ledger["gains"][:1]}},
-        {"ledger": {**ledger, "standings": ledger["standings"][1:]}},
-        {"ledger": {**ledger, "over_best": {**ledger["over_best"], "name": "smell"}}},
-        {"ledger": {**ledger, "standings": uncalibrated}},
+        {"probe_report": {**probe_report, "gains": probe_report["gains"][:1]}},
+        {"probe_report": {**probe_report, "probe_metrics": probe_report["probe_metrics"][1:]}},
+        {"probe_report": {**probe_report, "gain_over_best": {**probe_report["gain_over_best"], "name": "smell"}}},
+        {"probe_report": {**probe_report, "probe_metrics": uncalibrated}},
     ]
     for changes in damaged:
         run.write_record(run_record(**changes))
-        with pytest.raises(RunError, match=r"run\.json is damaged: its ledger"):
+        with pytest.raises(RunError, match=r"run\.json is damaged: its probe_report"):
             run.record()
 
 
@@ -181,7 +181,7 @@ def record_with(**changes: Any) -> str:
         (record_with(config=5), "config is 5; it must be an object"),
         (record_with(modalities=[5]), r"modalities\[0\] is 5; it must be an object"),
         (record_with(counts={"input": "x", "scored": 1, "quarantined": 0}), "counts.input is"),
-        (record_with(ledger={"metric": "accuracy"}), "ledger lacks chance"),
+        (record_with(probe_report={"metric": "accuracy"}), "probe_report lacks chance"),
         ("[" * 5_000, "nested more than 64 levels"),
         ('{"seed": ' + "9" * 5_000 + "}", "integer string conversion"),
     ],

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.labels import NO_LABEL, UNKNOWN_LABEL
-from mmaudit.audit.dataset.samples import Samples, cut, read_samples, spread
+from mmaudit.audit.dataset.samples import Samples, read_samples, stratified_cut, stratify
 from mmaudit.audit.errors import DatasetError
 
 Read = Callable[..., Samples]
@@ -130,7 +130,7 @@ LABELS = st.lists(st.integers(0, 3), min_size=1, max_size=80).map(lambda labels:
 @given(LABELS, st.floats(0.05, 0.95), st.integers(0, 5))
 def test_every_class_gives_its_share(label: NDArray[np.int32], fraction: float, seed: int) -> None:
     """The whole is right to the row; a class is off by its own half row and those of the others at most."""
-    drawn = cut(named(len(label)), label, None, fraction=fraction, seed=seed, purpose="p")
+    drawn = stratified_cut(named(len(label)), label, None, fraction=fraction, seed=seed, purpose="p")
     assert drawn.sum() == max(1, round(fraction * len(label)))
     classes = np.unique(label)
     for one in classes:
@@ -139,7 +139,7 @@ def test_every_class_gives_its_share(label: NDArray[np.int32], fraction: float, 
 
 def test_equal_classes_give_equal_shares() -> None:
     label = np.repeat(np.arange(4, dtype=np.int32), 25)
-    drawn = cut(named(100), label, None, fraction=0.2, seed=0, purpose="p")
+    drawn = stratified_cut(named(100), label, None, fraction=0.2, seed=0, purpose="p")
     assert np.bincount(label[drawn]).tolist() == [5, 5, 5, 5]
 
 
@@ -151,9 +151,9 @@ def test_whole_groups_are_drawn_whatever_the_order(
     group = np.array([f"g{number}" for number in numbers[: len(label)]], dtype=object)
     order = np.random.default_rng(seed).permutation(len(label))
     for each in (None, group):
-        drawn = cut(named(len(label)), label, each, fraction=fraction, seed=seed, purpose="p")
+        drawn = stratified_cut(named(len(label)), label, each, fraction=fraction, seed=seed, purpose="p")
         moved = None if each is None else each[order]
-        again = cut(named(len(label))[order], label[order], moved, fraction=fraction, seed=seed, purpose="p")
+        again = stratified_cut(named(len(label))[order], label[order], moved, fraction=fraction, seed=seed, purpose="p")
         np.testing.assert_array_equal(again, drawn[order])
     assert all(len(set(drawn[group == one].tolist())) == 1 for one in set(group))
     largest = max(np.unique(group.astype(str), return_counts=True)[1])
@@ -165,7 +165,7 @@ def test_whole_groups_are_drawn_whatever_the_order(
 def test_seed_and_purpose_draw_others() -> None:
     label = np.zeros(200, dtype=np.int32)
     one, two, three = (
-        cut(named(200), label, None, fraction=0.5, seed=seed, purpose=purpose)
+        stratified_cut(named(200), label, None, fraction=0.5, seed=seed, purpose=purpose)
         for seed, purpose in ((0, "a"), (1, "a"), (0, "b"))
     )
     assert 60 < (one & two).sum() + (~one & ~two).sum() < 140
@@ -175,7 +175,7 @@ def test_seed_and_purpose_draw_others() -> None:
 @given(LABELS)
 def test_spread_is_even_within_every_class(label: NDArray[np.int32]) -> None:
     keys = np.random.default_rng(0).permutation(len(label)).astype(np.uint64)
-    place = spread(keys, label)
+    place = stratify(keys, label)
     for one in np.unique(label):
         count = int((label == one).sum())
         np.testing.assert_allclose(np.sort(place[label == one]), (np.arange(count) + 0.5) / count)

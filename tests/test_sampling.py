@@ -17,8 +17,8 @@ from training import cut_to
 
 from mmaudit.rebalance.curriculum import OrderConfig, id_key
 from mmaudit.train.batches import Loss, Reading, Step, to_batch
-from mmaudit.train.distributed import ALONE
-from mmaudit.train.network import Blueprint, FusionNet
+from mmaudit.train.distributed import SINGLE_PROCESS
+from mmaudit.train.network import FusionNet, ModelConfig
 from mmaudit.train.sampling.config import SAMPLERS, BssConfig, DusConfig, SamplingConfig, SmvConfig
 from mmaudit.train.sampling.sampler import Pool, Sampler, build_sampler
 
@@ -61,7 +61,7 @@ class Studio:
         self.label = torch.tensor(moved["label"])
         self.inputs = [torch.tensor(rng.standard_normal((N, 4)), dtype=torch.float32)[list(places)] for _ in range(2)]
         torch.manual_seed(0)
-        plan = Blueprint(modalities=("audio", "visual"), shapes=((4,), (4,)), classes=("x", "y", "z"), hidden=8)
+        plan = ModelConfig(modalities=("audio", "visual"), shapes=((4,), (4,)), classes=("x", "y", "z"), hidden=8)
         self.net = FusionNet(plan).eval()
         self.num_train = N
 
@@ -84,7 +84,7 @@ class Studio:
         for step in sampler.steps(epoch, after=after):
             steps.append(step)
             inputs = cut_to(step.present, [each[torch.from_numpy(step.rows)] for each in self.inputs])
-            batch = to_batch(step, inputs, label=self.label, weight=np.ones(N, np.float32), world=ALONE)
+            batch = to_batch(step, inputs, label=self.label, weight=np.ones(N, np.float32), distributed=SINGLE_PROCESS)
             sampler.observe(self.net(batch.inputs, batch.present), batch)
             if after + len(steps) == until:
                 break
@@ -93,7 +93,7 @@ class Studio:
 
 def build(kind: str, pool: Pool, *, seed: int = 0) -> Sampler:
     name, config, order = KINDS[kind]
-    return build_sampler(name, pool, config, order, batch_size=B, seed=seed, world=ALONE)
+    return build_sampler(name, pool, config, order, batch_size=B, seed=seed, distributed=SINGLE_PROCESS)
 
 
 def plain(steps: Sequence[Step]) -> list[tuple[Any, ...]]:

@@ -19,17 +19,17 @@ from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ScoreError
 from mmaudit.audit.features.encode import encode_dataset
-from mmaudit.audit.features.encoded_samples import take_stock
+from mmaudit.audit.features.encoded_samples import collect_encoded
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.quarantine import Reason
 from mmaudit.audit.scores.mixture import MixtureConfig
 from mmaudit.audit.scores.score_dataset import Audit, Networks, audit_dataset
 from mmaudit.audit.scores.table import BY_MODALITY, ScoreTable
-from mmaudit.audit.workers import silent
+from mmaudit.audit.workers import no_progress
 
 # One strength and one repeat where the law does not ask for more: most tests are about who is scored, not how well.
-QUICK = ProbeConfig(folds=3, repeats=1, strengths=(1e-2,), joint=False, control=False)
+QUICK = ProbeConfig(folds=3, repeats=1, l2_penalties=(1e-2,), joint=False, control=False)
 WHOLE = replace(QUICK, repeats=2, joint=True, control=True)
 EXACT = replace(WHOLE, tolerance=1e-9)  # where the last digits count, and not where a fit stops
 
@@ -42,11 +42,11 @@ def audit(
 ) -> Audit:
     dataset = open_dataset(data, config)
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
-    tasks = encode_dataset(dataset, cache, media=MEDIA, num_workers=0, progress=silent)
+    tasks = encode_dataset(dataset, cache, media=MEDIA, num_workers=0, progress=no_progress)
     networks = Networks(config=NetworkConfig(), media=MEDIA, folder=cache / "networks")
     given: dict[str, Any] = {"networks": networks, "mixture": MixtureConfig(), "seed": 0, "device": "cpu"}
-    options = {**given, "progress": silent, **rest}
-    return audit_dataset(take_stock(dataset, samples, tasks), tasks, probe=probe, **options)
+    options = {**given, "progress": no_progress, **rest}
+    return audit_dataset(collect_encoded(dataset, samples, tasks), tasks, probe=probe, **options)
 
 
 def rows_of(path: Path) -> dict[str, list[Any]]:
@@ -92,7 +92,7 @@ def test_clips_of_one_telling_feature_are_known(clip_source: Path, tmp_path: Pat
     assert seen[:3] == [("probe", step, 5) for step in (1, 2, 3)]  # both, then both together
     assert seen[3] == ("score", 24, 24)
     assert seen[4:] == [("probe", step, 5) for step in (4, 5)]  # the controls
-    assert not any(control.leaks for control in found.ledger.controls)
+    assert not any(control.leaks for control in found.probe_report.controls)
 
 
 def test_a_network_has_a_control_where_probes_have_one(clip_source: Path, tmp_path: Path) -> None:
@@ -113,16 +113,16 @@ def test_a_network_has_a_control_where_probes_have_one(clip_source: Path, tmp_pa
         )
 
     without = go(replace(WHOLE, control=False))
-    assert without.ledger.controls == ()
+    assert without.probe_report.controls == ()
     assert len(list(networks.folder.iterdir())) == 6
     seen.clear()
     found = go(WHOLE)
-    assert [control.name for control in found.ledger.controls] == ["audio", "image"]
-    assert not any(control.leaks for control in found.ledger.controls)
+    assert [control.name for control in found.probe_report.controls] == ["audio", "image"]
+    assert not any(control.leaks for control in found.probe_report.controls)
     assert found.scores.to_arrow().equals(without.scores.to_arrow())
     assert [step for step in seen if step[0] == "probe"] == [("probe", done, 4) for done in (1, 2, 3, 4)]
     assert len(list(networks.folder.iterdir())) == 8
-    assert go(WHOLE).ledger.controls == found.ledger.controls
+    assert go(WHOLE).probe_report.controls == found.probe_report.controls
     assert len(list(networks.folder.iterdir())) == 8
 
 
@@ -221,7 +221,7 @@ def test_test_labels_move_no_training_row_when_probes_learn_from_train(planted: 
     assert "shapley_audio" in one.column_names
     assert one.equals(two)
     assert after.mixture == before.mixture
-    assert after.ledger.controls == before.ledger.controls
+    assert after.probe_report.controls == before.probe_report.controls
     everyone = audit(rewrite(tmp_path / "d.parquet", turned), tmp_path / "two", probe=WHOLE).scores.to_arrow()
     assert not everyone.filter(learned)["confidence_audio"].equals(one["confidence_audio"])
 
@@ -267,7 +267,7 @@ def test_two_runs_are_bit_equal(planted: Planted, tmp_path: Path) -> None:
     data = planted()
     one, two = (audit(data, tmp_path / name, probe=ProbeConfig(repeats=2)) for name in ("one", "two"))
     assert one.scores.to_arrow().equals(two.scores.to_arrow())
-    assert (one.mixture, one.ledger, one.class_check) == (two.mixture, two.ledger, two.class_check)
+    assert (one.mixture, one.probe_report, one.class_check) == (two.mixture, two.probe_report, two.class_check)
     other = audit(data, tmp_path / "one", seed=1)
     assert other.scores.fold is not None
     assert one.scores.fold is not None
@@ -417,7 +417,7 @@ def test_what_is_missing_elsewhere_changes_nothing(planted: Planted, tmp_path: P
         assert not one[f"{kind}_a"].equals(two[f"{kind}_a"]), kind
     complete = less.scores.present.all(axis=1)
     assert spearmanr(whole.scores.confidence[complete, 0], less.scores.confidence[complete, 0]).statistic > 0.9
-    assert less.ledger.standings[2] == whole.ledger.standings[2]
+    assert less.probe_report.probe_metrics[2] == whole.probe_report.probe_metrics[2]
 
 
 def test_a_probe_does_not_learn_from_rows_that_lack_its_modality(tmp_path: Path) -> None:
@@ -456,15 +456,15 @@ def test_numbers_are_told_by_what_tells_them(tmp_path: Path) -> None:
     columns, y = numbers_planted(300)
     data = rewrite(tmp_path / "d.parquet", columns)
     found = audit(data, tmp_path / "cache", config=DataConfig(task="regression"), probe=WHOLE)
-    assert (found.ledger.metric, found.ledger.chance) == ("R^2", 0)
-    told, noise, fused, _ = found.ledger.standings
+    assert (found.probe_report.metric, found.probe_report.chance) == ("R^2", 0)
+    told, noise, fused, _ = found.probe_report.probe_metrics
     assert told.value > 0.95
     assert -0.1 < noise.value < 0.05
     assert fused.value > 0.95
-    gain, none = found.ledger.gains
+    gain, none = found.probe_report.gains
     assert gain.low > 0.5
     assert none.high < 0.02
-    assert not any(control.leaks for control in found.ledger.controls)
+    assert not any(control.leaks for control in found.probe_report.controls)
     scores = found.scores
     assert scores.prediction is not None
     assert scores.entropy is not None
@@ -491,13 +491,13 @@ def test_several_labels_are_told_by_what_tells_them(tmp_path: Path) -> None:
     data = rewrite(tmp_path / "d.parquet", columns)
     found = audit(data, tmp_path / "cache", config=DataConfig(task="multilabel"), probe=WHOLE)
     assert found.quarantined == ()  # who has none of the labels has a set of labels
-    assert found.ledger.metric == "label accuracy"
-    told, noise, fused, _ = found.ledger.standings
+    assert found.probe_report.metric == "label accuracy"
+    told, noise, fused, _ = found.probe_report.probe_metrics
     assert told.value > 0.98
     assert fused.value > 0.98
-    assert noise.low <= found.ledger.chance
+    assert noise.low <= found.probe_report.chance
     assert abs(noise.value - 0.5) < 0.06
-    assert not any(control.leaks for control in found.ledger.controls)
+    assert not any(control.leaks for control in found.probe_report.controls)
     scores = found.scores
     assert (scores.prediction, scores.prediction_fused) == (None, None)
     assert scores.confidence[:, 0].mean() > 0.9
@@ -571,7 +571,7 @@ def test_what_a_probe_has_seen_it_knows_by_heart(tmp_path: Path) -> None:
         "label": [row % 120 % 2 for row in range(240)],
         **{name: [*each.tolist(), *each.tolist()] for name, each in features.items()},
     }
-    data, weak = rewrite(tmp_path / "d.parquet", columns), replace(QUICK, strengths=(1e-4,), folds=5)
+    data, weak = rewrite(tmp_path / "d.parquet", columns), replace(QUICK, l2_penalties=(1e-4,), folds=5)
     out_of_fold = audit(data, tmp_path / "cache", probe=weak)
     by_heart = audit(data, tmp_path / "cache", probe=weak, keep_duplicates=True)
     assert [each.reason for each in out_of_fold.quarantined] == [Reason.DUPLICATE] * 120

@@ -16,7 +16,7 @@ from mmaudit.audit.errors import ConfigError, ManifestError, ScoreError
 from mmaudit.audit.hashing import hash_ids
 from mmaudit.audit.scores.table import ScoreTable, read_scores, write_scores
 from mmaudit.rebalance import score_files as parts
-from mmaudit.rebalance.score_tables import Members, ScoreShards, keys_of, open_scores, same_dataset
+from mmaudit.rebalance.score_tables import ManifestMembers, ScoreFiles, keys_of, open_scores, same_dataset
 
 N = 24
 
@@ -43,7 +43,7 @@ def written(folder: Path, *tables: pa.Table, **options: Any) -> Path:
     return folder
 
 
-def all_of(found: ScoreShards) -> dict[str, list[Any]]:
+def all_of(found: ScoreFiles) -> dict[str, list[Any]]:
     """Read everything there is of the rows."""
     read: dict[str, list[Any]] = {"id": [], "key": [], "class": [], "name": [], "split": [], "confidence": []}
     for rows in found.rows():
@@ -201,7 +201,7 @@ def test_members_bar_the_others(tmp_path: Path, inside: bool) -> None:
     folder = written(tmp_path, table())
     found = open_scores(folder, seed=0)
     chosen = pa.chunked_array([table()["sample_id"].combine_chunks().slice(4, 6)])
-    members = Members(name="some", keys=np.sort(keys_of(chosen, seed=0)), inside=inside)
+    members = ManifestMembers(name="some", keys=np.sort(keys_of(chosen, seed=0)), inside=inside)
     assert members.reason == ("not-in-some" if inside else "in-some")
     key = np.array(all_of(found)["key"], dtype=np.uint64)
     assert members.admits(key).tolist() == [(4 <= one < 10) == inside for one in range(N)]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
-from mmaudit.train.batches import Lab, Reading, Step
-from mmaudit.train.distributed import ALONE
+from mmaudit.train.batches import ModelReader, Reading, Step
+from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import Outputs
 from mmaudit.train.sampling.config import SamplingConfig, SmvConfig
 from mmaudit.train.sampling.sampler import Pool
@@ -65,11 +65,11 @@ def sampler_of(n: int = 5, *, batch_size: int = 4, seed: int = 0, **changes: int
         num_modalities=2,
     )
     config = SamplingConfig(smv=SmvConfig(**{"warmup_epochs": 0, **changes}))
-    return Smv(pool, config, OrderConfig(), batch_size=batch_size, seed=seed, world=ALONE)
+    return Smv(pool, config, OrderConfig(), batch_size=batch_size, seed=seed, distributed=SINGLE_PROCESS)
 
 
-def begin(sampler: Smv, epoch: int, lab: Told) -> None:
-    sampler.begin_epoch(epoch, cast(Lab, lab))
+def begin(sampler: Smv, epoch: int, model_reader: Told) -> None:
+    sampler.begin_epoch(epoch, cast(ModelReader, model_reader))
 
 
 def seen(steps: Sequence[Step]) -> list[tuple[int, str]]:
@@ -129,11 +129,11 @@ def test_the_lower_the_value_the_more_copies(values: list[float], m: int, most: 
 
 
 def test_the_model_is_read_every_few_epochs_after_the_warm_up() -> None:
-    lab, sampler = Told(), sampler_of(warmup_epochs=2, every_epochs=3)
+    model_reader, sampler = Told(), sampler_of(warmup_epochs=2, every_epochs=3)
     reads = []
     for epoch in range(1, 10):
-        begin(sampler, epoch, lab)
-        reads.append(lab.num_reads)
+        begin(sampler, epoch, model_reader)
+        reads.append(model_reader.num_reads)
     assert reads == [0, 0, 1, 1, 1, 2, 2, 2, 3]
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.signal import resample_poly
 
 from mmaudit.audit.media import audio as sound
-from mmaudit.audit.media.audio import clipped_share, native_wave, resampled
+from mmaudit.audit.media.audio import clipped_share, decode_native, resample
 from mmaudit.audit.media.decode import decode_audio
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.quarantine import Reason, UnusableError
@@ -57,7 +57,7 @@ def test_plain_files_are_read_as_pyav_reads_them(
         data = data[:36] + b"junk" + struct.pack("<I", 3) + b"abc\0" + data[36:]
     data = data[: len(data) - lost]
     expected, rate = sound._decoded_wave(data, MediaConfig(max_seconds=seconds))
-    found, found_rate = native_wave(data, MediaConfig(max_seconds=seconds))
+    found, found_rate = decode_native(data, MediaConfig(max_seconds=seconds))
     assert found_rate == rate
     np.testing.assert_allclose(found, expected, atol=1e-7)
 
@@ -65,15 +65,15 @@ def test_plain_files_are_read_as_pyav_reads_them(
 def test_other_widths_go_the_long_way() -> None:
     wide = write_wav((sine(440) * 2**30).astype("<i4"), width=4)
     narrow = write_wav((sine(440) * 127 + 128).astype(np.uint8), width=1)
-    np.testing.assert_allclose(native_wave(wide, MediaConfig())[0], sine(440, peak=0.5), atol=1e-6)
-    np.testing.assert_allclose(native_wave(narrow, MediaConfig())[0], sine(440), atol=0.02)
+    np.testing.assert_allclose(decode_native(wide, MediaConfig())[0], sine(440, peak=0.5), atol=1e-6)
+    np.testing.assert_allclose(decode_native(narrow, MediaConfig())[0], sine(440), atol=0.02)
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100])
 def test_the_filter_is_scipys_own(rate: int) -> None:
     noise = (0.1 * np.random.default_rng(0).standard_normal(4_000)).astype(np.float32)
     up, down = {8_000: (2, 1), 22_050: (320, 441), 44_100: (160, 441)}[rate]
-    np.testing.assert_allclose(resampled(noise, rate, 16_000), resample_poly(noise, up, down), atol=1e-6)
+    np.testing.assert_allclose(resample(noise, rate, 16_000), resample_poly(noise, up, down), atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
@@ -102,7 +102,7 @@ def test_two_samples_at_the_peak_are_no_run() -> None:
 
 def test_sound_is_unusable_beyond_the_share_that_is_allowed() -> None:
     samples = np.round(limited(0.3) * 32_767).astype(np.int16)
-    share = clipped_share(native_wave(write_wav(samples), MediaConfig())[0])
+    share = clipped_share(decode_native(write_wav(samples), MediaConfig())[0])
     for allowed, fine in ((share - 0.001, False), (share + 0.001, True), (1.0, True)):
         config = MediaConfig(max_clipped=allowed)
         if fine:

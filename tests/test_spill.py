@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.rebalance import external_sort as spill
-from mmaudit.rebalance.external_sort import RECORD, Spill
+from mmaudit.rebalance.external_sort import RECORD, ExternalSort
 
 Keys = NDArray[np.uint64]
 TOP = np.iinfo(np.uint64).max
@@ -39,10 +39,10 @@ def drawn(n: int, num_cells: int, seed: int) -> tuple[Keys, NDArray[np.int32], N
     return key, cell, rng.integers(0, 1 << 20, n).astype(np.uint32)
 
 
-def filled(records: tuple[NDArray[np.generic], ...], folder: Path, *, step: int = 7) -> Spill:
+def filled(records: tuple[NDArray[np.generic], ...], folder: Path, *, step: int = 7) -> ExternalSort:
     """Add the records in pieces; the caller closes it."""
     n = len(records[0])
-    held = Spill(n, folder)
+    held = ExternalSort(n, folder)
     for first in range(0, n, step):
         held.add(*(each[first : first + step] for each in records))  # type: ignore[arg-type]
     return held
@@ -87,7 +87,7 @@ def test_the_last_key_of_a_cell_is_that_of_a_sort(
     quota = rng.integers(0, counts + 2)
     steps = np.zeros(int(badness.max(initial=0)) + 1, dtype=np.int64)
     with filled((key, cell, badness), tmp_path) as held:
-        found = held.last_keys(quota, kept_badness=steps)
+        found = held.last_keys(quota, kept_imbalance=steps)
         assert found.tolist() == held.last_keys(quota).tolist()
     kept = (cell >= 0) & (quota[cell] > 0) & (key <= found[cell])
     assert steps.tolist() == np.bincount(badness[kept], minlength=len(steps)).tolist()

@@ -31,7 +31,7 @@ from mmaudit.rebalance.manifest import (
     rows_of,
 )
 from mmaudit.rebalance.score_tables import open_scores
-from mmaudit.rebalance.selection import choose
+from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
 
 PROVENANCE = {"source": "data", "config": {"seed": 0}, "ranges": {}, "schema": "mmaudit.scores/1", "paths": ["wav"]}
@@ -64,7 +64,7 @@ def split_to(
 ) -> dict[str, Any]:
     found = open_scores(source, seed=seed)
     rule = plan_balanced(found, BalancedConfig(bins=num_bins, tolerance=tolerance))
-    made = choose(found, rule, scratch=Path("unused") if path is None else path.parent / "scratch")
+    made = select_rows(found, rule, scratch=Path("unused") if path is None else path.parent / "scratch")
     return write_split(made, path, name="even", recipe={"seed": seed}, num_bins=num_bins)
 
 

@@ -20,10 +20,10 @@ from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import Samples, read_samples
 from mmaudit.audit.errors import ScoreError
 from mmaudit.audit.features.encode import Status, encode_dataset
-from mmaudit.audit.features.encoded_samples import Stock, left_empty, sort_out, take_stock
+from mmaudit.audit.features.encoded_samples import EncodedSamples, collect_encoded, select_usable, without_usable
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.quarantine import Quarantined, Reason
-from mmaudit.audit.workers import silent
+from mmaudit.audit.workers import no_progress
 
 BROKEN = "!"  # a cell that is there and cannot be read; None is a null
 NAMES = ("a", "b", "c")
@@ -62,10 +62,10 @@ def samples_of(num_rows: int, **changes: Any) -> Samples:
     )
 
 
-def stock_of(*cells: Sequence[str | None], **changes: Any) -> Stock:
+def stock_of(*cells: Sequence[str | None], **changes: Any) -> EncodedSamples:
     """Give a stock of modalities a, b, ... whose samples hold these cells; `changes` are fields of the samples."""
     statuses = tuple(status_of(name, column) for name, column in zip(NAMES, cells, strict=False))
-    return Stock(samples=samples_of(len(cells[0]), **changes), statuses=statuses)
+    return EncodedSamples(samples=samples_of(len(cells[0]), **changes), statuses=statuses)
 
 
 def reasons(left_out: Sequence[Quarantined]) -> list[tuple[str, str | None, Reason, str]]:
@@ -73,51 +73,51 @@ def reasons(left_out: Sequence[Quarantined]) -> list[tuple[str, str | None, Reas
 
 
 def test_of_equal_content_the_least_id_is_kept() -> None:
-    stock = stock_of("xyxx", "xyxx", sample_id=["s9", "s1", "s3", "s10"], label=[0, 1, 0, 1])
-    rows, left_out = sort_out(stock, keep_duplicates=False)
-    assert stock.samples.sample_id[rows].tolist() == ["s1", "s10"]
+    encoded = stock_of("xyxx", "xyxx", sample_id=["s9", "s1", "s3", "s10"], label=[0, 1, 0, 1])
+    rows, left_out = select_usable(encoded, keep_duplicates=False)
+    assert encoded.samples.sample_id[rows].tolist() == ["s1", "s10"]
     assert sorted(reasons(left_out)) == [
         ("s3", None, Reason.DUPLICATE, "the same content as s10, which has another label"),
         ("s9", None, Reason.DUPLICATE, "the same content as s10, which has another label"),
     ]
-    alike, copies = sort_out(stock_of("xyxx", "xyxx", label=[0, 1, 0, 0]), keep_duplicates=False)
+    alike, copies = select_usable(stock_of("xyxx", "xyxx", label=[0, 1, 0, 0]), keep_duplicates=False)
     assert alike.tolist() == [0, 1]
     assert {each.detail for each in copies} == {"the same content as s0"}
-    assert sort_out(stock, keep_duplicates=True)[0].tolist() == [0, 1, 2, 3]
-    assert sort_out(stock, keep_duplicates=True)[1] == []
+    assert select_usable(encoded, keep_duplicates=True)[0].tolist() == [0, 1, 2, 3]
+    assert select_usable(encoded, keep_duplicates=True)[1] == []
 
 
 def test_equal_content_in_one_modality_alone_is_no_duplicate() -> None:
-    rows, left_out = sort_out(stock_of("xxxx", "abcd"), keep_duplicates=False)
+    rows, left_out = select_usable(stock_of("xxxx", "abcd"), keep_duplicates=False)
     assert (rows.tolist(), left_out) == ([0, 1, 2, 3], [])
 
 
 def test_a_copy_of_what_cannot_be_scored_is_scored() -> None:
     """The least id has no label: the other is then no duplicate of anything that is kept."""
-    rows, left_out = sort_out(stock_of("xxy", "xxy", label=[NO_LABEL, 1, 0]), keep_duplicates=False)
+    rows, left_out = select_usable(stock_of("xxy", "xxy", label=[NO_LABEL, 1, 0]), keep_duplicates=False)
     assert rows.tolist() == [1, 2]
     assert reasons(left_out) == [("s0", None, Reason.NO_LABEL, "the label is null")]
 
 
 def test_a_null_of_three_is_scored_and_of_two_is_missing() -> None:
     three = stock_of(["p", None, "r"], "xyz", "uvw")
-    rows, left_out = sort_out(three, keep_duplicates=False)
+    rows, left_out = select_usable(three, keep_duplicates=False)
     assert (rows.tolist(), left_out) == ([0, 1, 2], [])
-    assert left_empty(three.statuses[0]).tolist() == [False, True, False]
-    rows, left_out = sort_out(stock_of(["p", None, "r"], "xyz"), keep_duplicates=False)
+    assert without_usable(three.statuses[0]).tolist() == [False, True, False]
+    rows, left_out = select_usable(stock_of(["p", None, "r"], "xyz"), keep_duplicates=False)
     assert rows.tolist() == [0, 2]
     assert reasons(left_out) == [("s1", "a", Reason.MISSING, "a is null")]
 
 
 def test_two_nulls_of_three_are_too_many() -> None:
-    rows, left_out = sort_out(stock_of(["p", None], ["x", None], "uv"), keep_duplicates=False)
+    rows, left_out = select_usable(stock_of(["p", None], ["x", None], "uv"), keep_duplicates=False)
     assert rows.tolist() == [0]
     assert [(each.sample_id, each.modality) for each in left_out] == [("s1", "a"), ("s1", "b")]
 
 
 def test_a_broken_file_leaves_the_sample_out_whatever_the_rest() -> None:
-    stock = stock_of(["p", "q", BROKEN], ["x", BROKEN, None], "uvw")
-    rows, left_out = sort_out(stock, keep_duplicates=False)
+    encoded = stock_of(["p", "q", BROKEN], ["x", BROKEN, None], "uvw")
+    rows, left_out = select_usable(encoded, keep_duplicates=False)
     assert rows.tolist() == [0]
     assert [(each.sample_id, each.modality, each.reason) for each in left_out] == [
         ("s2", "a", Reason.CORRUPT),
@@ -127,24 +127,24 @@ def test_a_broken_file_leaves_the_sample_out_whatever_the_rest() -> None:
 
 
 def test_a_file_that_is_not_there_is_broken_and_not_left_empty() -> None:
-    stock = stock_of("pq", "xy", "uv")
+    encoded = stock_of("pq", "xy", "uv")
     lost = (1, Reason.MISSING, "q.wav does not exist")
     status = Status(
-        modality=stock.statuses[0].modality,
+        modality=encoded.statuses[0].modality,
         usable=np.array([True, False]),
-        content=stock.statuses[0].content,
+        content=encoded.statuses[0].content,
         problem=(lost,),
     )
-    assert not left_empty(status).any()
-    stock = Stock(samples=stock.samples, statuses=(status, *stock.statuses[1:]))
-    rows, left_out = sort_out(stock, keep_duplicates=False)
+    assert not without_usable(status).any()
+    encoded = EncodedSamples(samples=encoded.samples, statuses=(status, *encoded.statuses[1:]))
+    rows, left_out = select_usable(encoded, keep_duplicates=False)
     assert rows.tolist() == [0]
     assert [each.detail for each in left_out] == ["q.wav does not exist"]
 
 
 def test_a_label_that_is_no_class_is_told_from_none() -> None:
-    stock = stock_of("pqr", "xyz", label=[0, NO_LABEL, UNKNOWN_LABEL], unknown=((2, "zebra"),))
-    rows, left_out = sort_out(stock, keep_duplicates=False)
+    encoded = stock_of("pqr", "xyz", label=[0, NO_LABEL, UNKNOWN_LABEL], unknown=((2, "zebra"),))
+    rows, left_out = select_usable(encoded, keep_duplicates=False)
     assert rows.tolist() == [0]
     assert reasons(left_out) == [
         ("s1", None, Reason.NO_LABEL, "the label is null"),
@@ -154,7 +154,7 @@ def test_a_label_that_is_no_class_is_told_from_none() -> None:
 
 def test_nothing_to_score_is_refused_with_the_first_reason() -> None:
     with pytest.raises(ScoreError, match=r"no sample is usable in every modality; the first problem: .*a is null"):
-        sort_out(stock_of([None, None], "xy"), keep_duplicates=False)
+        select_usable(stock_of([None, None], "xy"), keep_duplicates=False)
 
 
 CELL = st.sampled_from(["x", "y", None, BROKEN])
@@ -180,7 +180,7 @@ def test_input_is_scored_plus_left_out_whatever_the_order(
     found = []
     for places in (range(len(rows)), [place for place in order if place < len(rows)]):
         moved = [rows[place] for place in places]
-        stock = stock_of(
+        encoded = stock_of(
             *(list(column) for column in list(zip(*moved, strict=True))[:3]),
             sample_id=[f"s{place}" for place in places],
             label=[cells[3] for cells in moved],
@@ -188,10 +188,10 @@ def test_input_is_scored_plus_left_out_whatever_the_order(
         )
         if not expected:
             with pytest.raises(ScoreError, match="no sample is usable"):
-                sort_out(stock, keep_duplicates=keep_duplicates)
+                select_usable(encoded, keep_duplicates=keep_duplicates)
             continue
-        kept, left_out = sort_out(stock, keep_duplicates=keep_duplicates)
-        assert set(stock.samples.sample_id[kept]) == expected
+        kept, left_out = select_usable(encoded, keep_duplicates=keep_duplicates)
+        assert set(encoded.samples.sample_id[kept]) == expected
         assert {each.sample_id for each in left_out} == {f"s{row}" for row in range(len(rows))} - expected
         found.append(sorted(map(str, left_out)))
     assert found == found[:1] * len(found)
@@ -233,10 +233,10 @@ def test_other_content_is_another_fingerprint(cells: tuple[str, ...]) -> None:
     assert stock_of(*cells).fingerprint != stock_of("pqrs", "wxyz").fingerprint
 
 
-def read_stock(data: Path, cache: Path, config: DataConfig) -> Stock:
+def read_stock(data: Path, cache: Path, config: DataConfig) -> EncodedSamples:
     dataset = open_dataset(data, config)
-    tasks = encode_dataset(dataset, cache, media=MediaConfig(image_size=16), num_workers=0, progress=silent)
-    return take_stock(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
+    tasks = encode_dataset(dataset, cache, media=MediaConfig(image_size=16), num_workers=0, progress=no_progress)
+    return collect_encoded(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
 
 
 def test_the_format_of_the_metadata_does_not_matter(clips: Path, tmp_path: Path) -> None:
@@ -257,10 +257,10 @@ def test_the_format_of_the_metadata_does_not_matter(clips: Path, tmp_path: Path)
         config = DataConfig(group="speaker", shard_rows=256 if number else 7)
         stocks.append(read_stock(clips, tmp_path / str(number), config))
         (clips / name).unlink()
-    assert len({stock.fingerprint for stock in stocks}) == 1
-    contents = [dict(zip(stock.samples.sample_id, stock.content, strict=True)) for stock in stocks]
+    assert len({encoded.fingerprint for encoded in stocks}) == 1
+    contents = [dict(zip(encoded.samples.sample_id, encoded.content, strict=True)) for encoded in stocks]
     assert contents[0] == contents[1] == contents[2]
-    assert [len(sort_out(stock, keep_duplicates=False)[0]) for stock in stocks] == [22] * 3
+    assert [len(select_usable(encoded, keep_duplicates=False)[0]) for encoded in stocks] == [22] * 3
 
 
 def test_nulls_on_disk_are_missing_and_classes_say_what_is_known(tmp_path: Path) -> None:
@@ -272,9 +272,9 @@ def test_nulls_on_disk_are_missing_and_classes_say_what_is_known(tmp_path: Path)
     columns["a"][1] = columns["a"][2] = columns["b"][2] = None
     columns["c"][5] = [float("nan"), 0.0]
     pq.write_table(pa.table(columns), tmp_path / "d.parquet", row_group_size=4)
-    stock = read_stock(tmp_path / "d.parquet", tmp_path / "cache", DataConfig(classes=("x", "y")))
-    rows, left_out = sort_out(stock, keep_duplicates=False)
-    assert stock.samples.sample_id[rows].tolist() == ["s0", "s1"]
+    encoded = read_stock(tmp_path / "d.parquet", tmp_path / "cache", DataConfig(classes=("x", "y")))
+    rows, left_out = select_usable(encoded, keep_duplicates=False)
+    assert encoded.samples.sample_id[rows].tolist() == ["s0", "s1"]
     assert {(each.sample_id, each.modality, each.reason) for each in left_out} == {
         ("s2", "a", Reason.MISSING),
         ("s2", "b", Reason.MISSING),

@@ -12,30 +12,30 @@ from numpy.typing import NDArray
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.probes.cross_fit import Crossing, set_lesson
+from mmaudit.audit.probes.cross_fit import CrossFit, gather_fit_rows
 from mmaudit.audit.probes.design import read_design
 from mmaudit.audit.probes.glm import fit_glm, mean_loss
-from mmaudit.audit.probes.linear import choose_strength
-from mmaudit.audit.probes.targets import Aim, choose_outputs
+from mmaudit.audit.probes.linear import choose_l2
+from mmaudit.audit.probes.targets import TorchTarget, choose_outputs
 
 NUM_ROWS = 400
 CONFIG = ProbeConfig()
 Label = NDArray[np.int32]
 
 
-def crossing() -> Crossing:
+def cross_fit() -> CrossFit:
     rng = np.random.default_rng(0)
     fold, inner = (rng.permutation(NUM_ROWS) % 4 for _ in range(2))
     key = rng.permutation(NUM_ROWS).astype(np.uint64)
-    return Crossing(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=np.ones(NUM_ROWS, bool), key=key)
+    return CrossFit(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=np.ones(NUM_ROWS, bool), key=key)
 
 
-def chosen(x: NDArray[Any], label: Label, crossed: Crossing, config: ProbeConfig = CONFIG) -> NDArray[np.float32]:
-    lesson = set_lesson([crossed], most_rows=config.most_rows)
-    design = read_design(MatrixInputs(matrix=x), lesson.rows, products=torch.float32)
+def chosen(x: NDArray[Any], label: Label, crossed: CrossFit, config: ProbeConfig = CONFIG) -> NDArray[np.float32]:
+    fit_rows = gather_fit_rows([crossed], most_rows=config.most_rows)
+    design = read_design(MatrixInputs(matrix=x), fit_rows.rows, products=torch.float32)
     target = Target(task="classification", label=label, num_outputs=int(label.max()) + 1)
-    answer = Aim.of(target, lesson.rows, design.curvature)
-    return np.asarray(choose_strength(design, answer, lesson, key=crossed.key, config=config))
+    torch_target = TorchTarget.of(target, fit_rows.rows, design.curvature)
+    return np.asarray(choose_l2(design, torch_target, fit_rows, key=crossed.key, config=config))
 
 
 def signal(num_features: int, *, clarity: float) -> tuple[NDArray[np.float32], Label]:
@@ -47,17 +47,17 @@ def signal(num_features: int, *, clarity: float) -> tuple[NDArray[np.float32], L
 
 
 def test_noise_wants_a_strong_one_and_a_clear_signal_a_weak_one() -> None:
-    noise, clear = chosen(*signal(100, clarity=0.2), crossing()), chosen(*signal(3, clarity=3.0), crossing())
+    noise, clear = chosen(*signal(100, clarity=0.2), cross_fit()), chosen(*signal(3, clarity=3.0), cross_fit())
     assert noise.min() > 10 * clear.max()
     for found in (noise, clear):
-        assert found.min() >= 0.5 * min(CONFIG.strengths)
-        assert found.max() <= max(CONFIG.strengths)
+        assert found.min() >= 0.5 * min(CONFIG.l2_penalties)
+        assert found.max() <= max(CONFIG.l2_penalties)
 
 
 @pytest.mark.parametrize("fold", range(4))
 def test_no_label_of_a_fold_has_a_part_in_its_choice(fold: int) -> None:
     x, label = signal(20, clarity=2.5)
-    crossed = crossing()
+    crossed = cross_fit()
     turned = np.where(crossed.fold == fold, 1 - label, label).astype(np.int32)
     before, after = (chosen(x, each, crossed) for each in (label, turned))
     assert after[fold] == pytest.approx(before[fold], rel=1e-2)
@@ -67,9 +67,9 @@ def test_no_label_of_a_fold_has_a_part_in_its_choice(fold: int) -> None:
 def test_it_is_carried_over_as_the_variance_of_a_prior() -> None:
     """What is chosen on 200 rows, 3/4 of which each probe sees, is halved beside the mean over 400."""
     x, label = signal(30, clarity=1.0)
-    crossed = crossing()
+    crossed = cross_fit()
     few = np.sort(np.argsort(crossed.key)[:200])
-    part = Crossing(fold=crossed.fold[few], inner=crossed.inner[few], fits=crossed.fits[few], key=crossed.key[few])
+    part = CrossFit(fold=crossed.fold[few], inner=crossed.inner[few], fits=crossed.fits[few], key=crossed.key[few])
     config = ProbeConfig(choice_rows=200)
     alone, carried = chosen(x[few], label[few], part, config), chosen(x, label, crossed, config)
     np.testing.assert_allclose(carried / alone, 0.5, rtol=0.25)  # folds of 200 rows are only nearly even
@@ -77,42 +77,47 @@ def test_it_is_carried_over_as_the_variance_of_a_prior() -> None:
 
 def test_nothing_to_choose_by_takes_the_middle() -> None:
     x, label = signal(3, clarity=1.0)
-    crossed = crossing()
-    nobody = Crossing(fold=crossed.fold, inner=np.ones_like(crossed.inner), fits=crossed.fits, key=crossed.key)
-    middle = sorted(CONFIG.strengths, reverse=True)[len(CONFIG.strengths) // 2]
+    crossed = cross_fit()
+    nobody = CrossFit(fold=crossed.fold, inner=np.ones_like(crossed.inner), fits=crossed.fits, key=crossed.key)
+    middle = sorted(CONFIG.l2_penalties, reverse=True)[len(CONFIG.l2_penalties) // 2]
     np.testing.assert_allclose(chosen(x, label, nobody), middle)
 
 
-def alone(x: NDArray[Any], label: Label, crossed: Crossing, path: list[float]) -> NDArray[np.float64]:
+def alone(x: NDArray[Any], label: Label, crossed: CrossFit, path: list[float]) -> NDArray[np.float64]:
     """Losses (s, p) on the rows set aside, of fits one by one, from nothing to the end."""
-    lesson = set_lesson([crossed], most_rows=len(x))
-    design = read_design(MatrixInputs(matrix=x), lesson.rows, products=torch.float32)
-    answer = torch.tensor(label[lesson.rows], dtype=torch.long)
-    losses = np.empty((len(path), lesson.learn.shape[1]))
+    fit_rows = gather_fit_rows([crossed], most_rows=len(x))
+    design = read_design(MatrixInputs(matrix=x), fit_rows.rows, products=torch.float32)
+    torch_target = torch.tensor(label[fit_rows.rows], dtype=torch.long)
+    losses = np.empty((len(path), fit_rows.train_mask.shape[1]))
     for place, probe in np.ndindex(losses.shape):
-        seen, aside = (torch.tensor(each[:, [probe]]) for each in (lesson.learn & ~lesson.aside, lesson.aside))
+        seen, holdout_mask = (
+            torch.tensor(each[:, [probe]])
+            for each in (fit_rows.train_mask & ~fit_rows.holdout_mask, fit_rows.holdout_mask)
+        )
         found = fit_glm(
             design,
-            answer,
+            torch_target,
             task="classification",
-            learn=seen,
-            strength=torch.tensor(path[place : place + 1]),
+            train_mask=seen,
+            l2=torch.tensor(path[place : place + 1]),
             start=torch.zeros(1, x.shape[1] + 1, 2),
             max_steps=200,
             tolerance=1e-6,
         ).theta
         whose = torch.zeros(1, dtype=torch.long)
-        losses[place, probe] = mean_loss(design, answer, task="classification", rows=aside, whose=whose, theta=found)
+        losses[place, probe] = mean_loss(
+            design, torch_target, task="classification", rows=holdout_mask, whose=whose, theta=found
+        )
     return losses
 
 
 @pytest.mark.parametrize(("num_features", "clarity"), [(3, 3.0), (20, 2.5), (40, 1.0), (100, 0.2)])
 def test_a_race_of_all_at_once_ends_near_the_best_of_fits_one_by_one(num_features: int, clarity: float) -> None:
     x, label = signal(num_features, clarity=clarity)
-    crossed, path = crossing(), sorted(CONFIG.strengths, reverse=True)
+    crossed, path = cross_fit(), sorted(CONFIG.l2_penalties, reverse=True)
     losses = alone(x, label, crossed, path)
-    lesson = set_lesson([crossed], most_rows=len(x))
-    seen = (lesson.learn & ~lesson.aside).sum(axis=0) / lesson.learn.sum(axis=0)
+    fit_rows = gather_fit_rows([crossed], most_rows=len(x))
+    seen = (fit_rows.train_mask & ~fit_rows.holdout_mask).sum(axis=0) / fit_rows.train_mask.sum(axis=0)
     found = chosen(x, label, crossed) / seen
     for probe in range(4):
         # From the strongest to the weakest, so that the places run against the logarithm.
@@ -122,8 +127,8 @@ def test_a_race_of_all_at_once_ends_near_the_best_of_fits_one_by_one(num_feature
 
 def test_whoever_runs_beside_it_a_probe_chooses_the_same() -> None:
     x, label = signal(20, clarity=2.5)
-    crossed = crossing()
-    few = ProbeConfig(strengths=CONFIG.strengths[2:])
+    crossed = cross_fit()
+    few = ProbeConfig(l2_penalties=CONFIG.l2_penalties[2:])
     np.testing.assert_allclose(chosen(x, label, crossed, few), chosen(x, label, crossed), rtol=0.05)
 
 
@@ -134,11 +139,11 @@ def test_of_many_classes_it_is_chosen_on_some_with_all_their_rows(monkeypatch: p
     x = (0.5 * rng.standard_normal((150, 16))[label] + rng.standard_normal((900, 16))).astype(np.float32)
     fold, inner = (np.arange(900) // step % 2 for step in (1, 3))
     key, fits = rng.permutation(900).astype(np.uint64), np.ones(900, bool)
-    crossed = Crossing(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=fits, key=key)
+    crossed = CrossFit(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=fits, key=key)
     monkeypatch.setattr("mmaudit.audit.probes.targets.MAX_LOGITS", 15_000)
     rows, classes = choose_outputs(label, key, task="classification", num_outputs=150, max_rows=300)
     assert (len(rows), len(classes)) == (300, 50)
     carried = chosen(x, label, crossed, ProbeConfig(choice_rows=300))
-    part = Crossing(fold=crossed.fold[rows], inner=crossed.inner[rows], fits=fits[rows], key=key[rows])
+    part = CrossFit(fold=crossed.fold[rows], inner=crossed.inner[rows], fits=fits[rows], key=key[rows])
     alone = chosen(x[rows], np.searchsorted(classes, label[rows]).astype(np.int32), part)
     np.testing.assert_allclose(carried / alone, 1 / 3, rtol=0.1)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.score_tables import ScoreShards, open_scores
-from mmaudit.rebalance.selection import Rule, choose
+from mmaudit.rebalance.score_tables import ScoreFiles, open_scores
+from mmaudit.rebalance.selection import SelectionRule, select_rows
 from mmaudit.rebalance.subsets import (
     Threshold,
     at_random,
@@ -75,16 +75,16 @@ class Decided:
     threshold: NDArray[np.float64]
 
 
-def decide(scores: ScoreTable, rule: Rule, *, seed: int = 0) -> Decided:
+def decide(scores: ScoreTable, rule: SelectionRule, *, seed: int = 0) -> Decided:
     """Choose by a rule; ManifestError where nothing qualifies."""
-    choice = choose(open_scores(scores, seed=seed), rule, scratch=Path("unused"))
+    choice = select_rows(open_scores(scores, seed=seed), rule, scratch=Path("unused"))
     (rows,) = choice.shards.rows()
     found = choice.decide(rows)
     reasons = [choice.reasons[place] for place in found.reason]
-    return Decided(found.keep, reasons, found.told.score, found.told.threshold)
+    return Decided(found.keep, reasons, found.outcome.score, found.outcome.threshold)
 
 
-def keep(scores: ScoreTable, rule: Rule, *, seed: int = 0) -> Mask:
+def keep(scores: ScoreTable, rule: SelectionRule, *, seed: int = 0) -> Mask:
     """Tell who is kept. Of a threshold that is who is in its cell 0; the dropped below show that `decide` agrees."""
     if isinstance(rule, Threshold):
         (rows,) = open_scores(scores, seed=seed).rows()
@@ -96,7 +96,7 @@ def side(scores: ScoreTable, name: str, *, threshold: float = 0.0, between: str 
     return keep(scores, preferred(scores.modalities, name, threshold=threshold, between=between))
 
 
-def shards(scores: ScoreTable, *, seed: int = 0) -> ScoreShards:
+def shards(scores: ScoreTable, *, seed: int = 0) -> ScoreFiles:
     return open_scores(scores, seed=seed)
 
 
@@ -220,7 +220,7 @@ def test_evaluation_cuts_the_same_subsets(confidence: Floats) -> None:
 
 
 # By reason: how its rule is made, and what is true of score and threshold of whoever it drops.
-RULES: dict[str, tuple[Callable[[ScoreShards], Threshold], Callable[[float, float], bool]]] = {
+RULES: dict[str, tuple[Callable[[ScoreFiles], Threshold], Callable[[float, float], bool]]] = {
     "discrepancy-too-low": (lambda found: preferred(found.modalities, "visual", threshold=0.2), operator.le),
     "discrepancy-too-large": (lambda found: within(AV, threshold=0.2), operator.gt),
     "posterior-too-low": (lambda found: by_mixture(found, "balanced", between=AV), operator.lt),
@@ -382,7 +382,7 @@ def test_samples_without_a_balance_score_are_no_extremes() -> None:
     column = pa.array(scores.balance, mask=lacks)
     holed = replace(found, parts=(whole.set_column(whole.column_names.index("balance"), "balance", column),))
     for which in ("most-balanced", "least-balanced"):
-        choice = choose(holed, extreme(holed, which, "100%", between=AV), scratch=Path("unused"))
+        choice = select_rows(holed, extreme(holed, which, "100%", between=AV), scratch=Path("unused"))
         (rows,) = holed.rows()
         assert choice.decide(rows).keep.tolist() == (~lacks).tolist()
 

@@ -14,15 +14,15 @@ from scipy.stats import kstest
 
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.binning import distance_to_uniform
-from mmaudit.rebalance.score_tables import Rows, ScoreShards, open_scores
-from mmaudit.rebalance.selection import Decision, Told
-from mmaudit.rebalance.split_stats import MOST_SHORTAGES, Tally
+from mmaudit.rebalance.score_tables import ScoreBatch, ScoreFiles, open_scores
+from mmaudit.rebalance.selection import Decision, RowOutcome
+from mmaudit.rebalance.split_stats import MOST_SHORTAGES, SplitStats
 
 Array = NDArray[Any]
 REASONS = ("out", "missing-modality", "in-other")
 
 
-def shards_of(n: int, *, num_classes: int, seed: int, missing: bool = False) -> ScoreShards:
+def shards_of(n: int, *, num_classes: int, seed: int, missing: bool = False) -> ScoreFiles:
     rng = np.random.default_rng(seed)
     confidence = rng.beta(0.7, 0.7, (n, 3)).astype(np.float32)
     if missing:
@@ -39,7 +39,7 @@ def shards_of(n: int, *, num_classes: int, seed: int, missing: bool = False) -> 
     return open_scores(scores, seed=0)
 
 
-def decision_of(rows: Rows, *, seed: int, weighted: bool) -> Decision:
+def decision_of(rows: ScoreBatch, *, seed: int, weighted: bool) -> Decision:
     """Keep rows by chance, never one that has no discrepancy."""
     rng = np.random.default_rng(seed)
     n, values = len(rows), rows.discrepancy("audio:visual")
@@ -51,23 +51,23 @@ def decision_of(rows: Rows, *, seed: int, weighted: bool) -> Decision:
         discrepancy=values,
         rank=np.zeros(n, dtype=np.int32),
         reason=np.where(lacks, 1, np.where(rng.random(n) < 0.2, 2, 0)).astype(np.int8),
-        told=Told(
+        outcome=RowOutcome(
             score=nothing, threshold=nothing, weight=rng.uniform(0.1, 3, n).astype(np.float32) if weighted else None
         ),
     )
 
 
-def part_of(rows: Rows, found: Decision, some: slice) -> tuple[Rows, Decision]:
+def part_of(rows: ScoreBatch, found: Decision, some: slice) -> tuple[ScoreBatch, Decision]:
     length = len(range(*some.indices(len(rows))))
-    weight = found.told.weight
+    weight = found.outcome.weight
     return (
-        Rows(
+        ScoreBatch(
             table=rows.table.slice(some.start, length),
             key=rows.key[some],
             label=rows.label[some],
             split=rows.split[some],
             confidence=rows.confidence[some],
-            barred=rows.barred[some],
+            excluded_by=rows.excluded_by[some],
             modalities=rows.modalities,
         ),
         Decision(
@@ -75,9 +75,9 @@ def part_of(rows: Rows, found: Decision, some: slice) -> tuple[Rows, Decision]:
             discrepancy=found.discrepancy[some],
             rank=found.rank[some],
             reason=found.reason[some],
-            told=Told(
-                score=found.told.score[some],
-                threshold=found.told.threshold[some],
+            outcome=RowOutcome(
+                score=found.outcome.score[some],
+                threshold=found.outcome.threshold[some],
                 weight=None if weight is None else weight[some],
             ),
         ),
@@ -107,16 +107,16 @@ def test_the_numbers_are_those_of_all_rows_together(
     shards = shards_of(n, num_classes=num_classes, seed=seed, missing=missing)
     (rows,) = shards.rows()
     found = decision_of(rows, seed=seed, weighted=weighted)
-    tally = Tally(shards, between="audio:visual", num_bins=num_bins)
+    stats = SplitStats(shards, between="audio:visual", num_bins=num_bins)
     cut = n // 3
     for some in (slice(0, cut), slice(cut, n)):  # n // 3 may be 0: a batch without rows
-        tally.add(*part_of(rows, found, some), REASONS)
-    told = tally.numbers()
+        stats.add(*part_of(rows, found, some), REASONS)
+    told = stats.numbers()
     assert json.loads(json.dumps(told)) == told  # plain values
     assert not any(isinstance(one, np.generic) for one in flat(told))
 
     keep, values = found.keep, found.discrepancy.astype(np.float64)
-    weight = np.ones(n) if found.told.weight is None else found.told.weight.astype(np.float64)
+    weight = np.ones(n) if found.outcome.weight is None else found.outcome.weight.astype(np.float64)
     there = ~np.isnan(values)
     assert (told["kept"], told["dropped"], told["scored"]) == (keep.sum(), (~keep).sum(), n)
     left = [REASONS[one] for one in found.reason[~keep]]
@@ -159,7 +159,7 @@ def test_the_numbers_are_those_of_all_rows_together(
 
 
 def check_shortages(
-    told: dict[str, Any], rows: Rows, place: Array, *, there: Array, kept: Array, weight: Array
+    told: dict[str, Any], rows: ScoreBatch, place: Array, *, there: Array, kept: Array, weight: Array
 ) -> None:
     """Each bin with samples wants its kept mass shared evenly among the classes that have any."""
     present = sorted(set(rows.label[there].tolist()))
@@ -190,9 +190,9 @@ def test_memory_does_not_grow_with_rows_and_many_classes_cost_accuracy_only() ->
     shards = shards_of(4_000, num_classes=3_000, seed=0)
     (rows,) = shards.rows()
     found = decision_of(rows, seed=0, weighted=False)
-    tally = Tally(shards, between="audio:visual", num_bins=20)
-    tally.add(rows, found, REASONS)
-    told = tally.numbers()
+    stats = SplitStats(shards, between="audio:visual", num_bins=20)
+    stats.add(rows, found, REASONS)
+    told = stats.numbers()
     assert len(told["classes"]) == len(shards.classes) > 2_000
     assert sum(one["after"] for one in told["classes"]) == told["kept"]
     expected = kstest(found.discrepancy.astype(np.float64), "uniform", args=(-1, 2)).statistic
@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_rows_and_many_classes_cost_accuracy_only() ->
 
 def test_nothing_at_all_is_told_as_nothing() -> None:
     shards = shards_of(5, num_classes=1, seed=0)
-    told = Tally(shards, between="audio:visual", num_bins=4).numbers()
+    told = SplitStats(shards, between="audio:visual", num_bins=4).numbers()
     assert (told["scored"], told["effective_size"], told["reasons"], told["distances"]) == (0, 0.0, {}, {})
     assert told["before"] == {"distance": 0.0, "ks": 0.0, "positive": 0.0}
     assert told["empty_bins"] == [0, 1, 2, 3]

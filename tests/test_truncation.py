@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.truncation import EBML, MP4_BOXES, SEGMENT, shortfall
+from mmaudit.audit.media.truncation import EBML, MP4_BOXES, SEGMENT, missing_bytes
 from mmaudit.audit.quarantine import Reason, UnusableError
 
 SECONDS = 2
@@ -140,15 +140,15 @@ def test_it_does_not_matter_where_it_is_cut(kind: str, kept: float) -> None:
     data = sample(kind)
     cut = int(kept * len(data))
     assume(data[cut : cut + 4] != b"OggS")  # nothing is said about a cut between two pages
-    assert shortfall(data[:cut])
-    assert not shortfall(data)
+    assert missing_bytes(data[:cut])
+    assert not missing_bytes(data)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, recipe in RECIPES.items() if recipe.exact])
 def test_the_promise_is_the_size_of_the_file(kind: str) -> None:
     data = sample(kind)
     held = len(data) // 3
-    assert shortfall(data[:held]) == f"the header promises {len(data)} bytes, the file holds {held}"
+    assert missing_bytes(data[:held]) == f"the header promises {len(data)} bytes, the file holds {held}"
 
 
 @QUICK
@@ -161,13 +161,13 @@ def test_the_promise_is_the_size_of_the_file(kind: str) -> None:
 @example(kind="wav", junk=b"LIST\xff\xff\0\0")
 def test_junk_behind_a_file_is_no_promise(kind: str, junk: bytes) -> None:
     assume(not any(name in junk for name in NAMES))
-    assert not shortfall(sample(kind) + junk)
+    assert not missing_bytes(sample(kind) + junk)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in RECIPES if kind not in ("mp4", "mp4 index first")])
 def test_what_was_written_to_a_pipe_is_whole(kind: str) -> None:
     data = streamed(kind)
-    assert not shortfall(data)
+    assert not missing_bytes(data)
     for read in readers(kind):
         assert read(data, MediaConfig()).size > 0
 
@@ -176,7 +176,7 @@ def test_what_was_written_to_a_pipe_is_whole(kind: str) -> None:
 def test_a_stream_of_unknown_size_cannot_tell(kind: str) -> None:
     """The promise of sizes nobody filled in: cut or not, they say nothing."""
     data = streamed(kind)
-    assert not shortfall(data[: len(data) // 2])
+    assert not missing_bytes(data[: len(data) // 2])
 
 
 @given(size=st.one_of(st.just(0), st.integers(0x7FFFF000, 0xFFFFFFFF)), kind=st.sampled_from(["wav", "avi"]))
@@ -186,14 +186,14 @@ def test_riff_sizes_that_mean_unknown(size: int, kind: str) -> None:
     if kind == "wav":
         at = data.index(b"data") + 4
         data[at : at + 4] = struct.pack("<I", size)
-    assert not shortfall(bytes(data))
+    assert not missing_bytes(bytes(data))
 
 
 @given(error=st.integers(-100, 16), kind=st.sampled_from(["avi", "avi mjpeg", "webp"]))
 def test_riff_sizes_off_by_padding_or_by_the_header_itself(error: int, kind: str) -> None:
     for data in (sample(kind), sample(kind)[:100]):
         size = struct.pack("<I", max(0, len(data) - 8 + error))
-        assert not shortfall(data[:4] + size + data[8:])
+        assert not missing_bytes(data[:4] + size + data[8:])
 
 
 @given(size=st.integers(0, 40), padded=st.booleans(), parts=st.integers(1, 3))
@@ -202,15 +202,17 @@ def test_chunks_of_odd_size_with_and_without_padding(size: int, padded: bool, pa
     odd = struct.pack("<I", size) + b"x" * size + b"\0" * (size % 2 and padded)
     wav = sample("wav")[:12] + (b"LIST" + odd) * parts + sample("wav")[12:]
     avi = (b"RIFF" + odd) * parts
-    assert not shortfall(wav)
-    assert shortfall(wav[: len(wav) // 2]).startswith(f"the header promises {len(wav)} ")
-    assert not shortfall(avi)
+    assert not missing_bytes(wav)
+    assert missing_bytes(wav[: len(wav) // 2]).startswith(f"the header promises {len(wav)} ")
+    assert not missing_bytes(avi)
 
 
 def test_the_last_of_several_riff_chunks_counts() -> None:
     long = sample("avi") + b"RIFF" + struct.pack("<I", 40_004) + b"AVIX" + bytes(40_000)
-    assert not shortfall(long)
-    assert shortfall(long[:-20_000]) == f"the header promises {len(long)} bytes, the file holds {len(long) - 20_000}"
+    assert not missing_bytes(long)
+    assert (
+        missing_bytes(long[:-20_000]) == f"the header promises {len(long)} bytes, the file holds {len(long) - 20_000}"
+    )
 
 
 @given(parts=st.integers(1, 300), kept=st.floats(0.02, 0.98))
@@ -218,8 +220,8 @@ def test_a_film_in_fragments_is_cut_in_its_last_one(parts: int, kept: float) -> 
     """However little of the whole film that is."""
     fragment = struct.pack(">I", 100) + b"moof" + bytes(92) + struct.pack(">I", 5_000) + b"mdat" + bytes(4_992)
     film = sample("mp4 in fragments")[:36] + fragment * parts
-    assert not shortfall(film)
-    assert shortfall(film[: len(film) - int(kept * 5_000)])
+    assert not missing_bytes(film)
+    assert missing_bytes(film[: len(film) - int(kept * 5_000)])
 
 
 def id3v2(size: int, *, footer: bool = False) -> bytes:
@@ -234,10 +236,10 @@ def id3v2(size: int, *, footer: bool = False) -> bytes:
 def test_id3_tags_in_front_are_no_sound(kind: str, sizes: list[int], footer: bool, zeros: int) -> None:
     sound = sample(kind)
     tags = b"".join(id3v2(size, footer=footer) for size in sizes) + bytes(zeros if kind != "flac" else 0)
-    assert not shortfall(tags + sound)
+    assert not missing_bytes(tags + sound)
     cut = int(0.6 * len(sound))
     assume(abs(len(tags) + cut - len(sound)) > 16)  # else a whole file whose tags are counted in looks the same
-    assert shortfall(tags + sound[:cut])
+    assert missing_bytes(tags + sound[:cut])
 
 
 def test_an_mp3_that_counts_its_tags_in_is_whole() -> None:
@@ -245,8 +247,8 @@ def test_an_mp3_that_counts_its_tags_in_is_whole() -> None:
     at = sound.index(b"Info") + 12
     sound[at : at + 4] = struct.pack(">I", len(sound) + 50_010)
     data = id3v2(50_000) + bytes(sound)
-    assert not shortfall(data)
-    assert shortfall(data[: int(0.95 * len(data))])
+    assert not missing_bytes(data)
+    assert missing_bytes(data[: int(0.95 * len(data))])
 
 
 def mp3_header(name: bytes, fields: bytes, *, version: int = 0xFB, side_info: int = 32, size: int = 9_000) -> bytes:
@@ -260,7 +262,7 @@ def mp3_header(name: bytes, fields: bytes, *, version: int = 0xFB, side_info: in
 @pytest.mark.parametrize("name", [b"Xing", b"Info"])
 def test_xing_headers_of_every_version(name: bytes, version: int, side_info: int) -> None:
     def shortfall_of(fields: bytes) -> str:
-        return shortfall(mp3_header(name, fields, version=version, side_info=side_info))
+        return missing_bytes(mp3_header(name, fields, version=version, side_info=side_info))
 
     assert shortfall_of(struct.pack(">III", 3, 500, 20_000)) == "the header promises 20000 bytes, the file holds 9000"
     assert shortfall_of(struct.pack(">II", 2, 20_000)) == "the header promises 20000 bytes, the file holds 9000"
@@ -272,27 +274,27 @@ def test_xing_headers_of_every_version(name: bytes, version: int, side_info: int
 
 def test_vbri_headers() -> None:
     whole, cut = (struct.pack(">HHHII", 1, 0, 75, size, 500) for size in (9_000, 20_000))
-    assert not shortfall(mp3_header(b"VBRI", whole))
-    assert shortfall(mp3_header(b"VBRI", cut)) == "the header promises 20000 bytes, the file holds 9000"
+    assert not missing_bytes(mp3_header(b"VBRI", whole))
+    assert missing_bytes(mp3_header(b"VBRI", cut)) == "the header promises 20000 bytes, the file holds 9000"
 
 
 def test_an_mp3_without_such_a_header_cannot_tell() -> None:
     file = io.BytesIO()
     encode(Recipe("mp3", "libmp3lame", options={"write_xing": "0"}), file)
     data = file.getvalue()
-    assert not shortfall(data)
-    assert not shortfall(data[: len(data) // 2])
+    assert not missing_bytes(data)
+    assert not missing_bytes(data[: len(data) // 2])
 
 
 @QUICK
 @given(kinds=st.lists(st.sampled_from(["opus", "vorbis", "ogg flac"]), min_size=1, max_size=3), kept=st.floats(0, 1))
 def test_chained_ogg_streams_are_whole_and_their_last_page_counts(kinds: list[str], kept: float) -> None:
     chain = b"".join(sample(kind) for kind in kinds)
-    assert not shortfall(chain)
+    assert not missing_bytes(chain)
     last = chain.rindex(b"OggS")
     cut = last + 1 + int(kept * (len(chain) - last - 2))
     if cut - last > 3 or not chain[chain.rindex(b"OggS", 0, last) + 5] & 4:
-        assert shortfall(chain[:cut])
+        assert missing_bytes(chain[:cut])
 
 
 def flac_header(number: int, *, variable: bool, codes: int) -> bytes:
@@ -327,8 +329,8 @@ def test_the_last_frame_of_a_flac_tells_how_far_it_goes(
     ):
         info = struct.pack(">HH6xQ16x", 4096, 4096, 48_000 << 44 | 1 << 41 | 15 << 36 | promised)
         head = b"fLaC\0" + len(info).to_bytes(3, "big") + info + b"\x86" + len(picture).to_bytes(3, "big") + picture
-        assert shortfall(head + frames).endswith(found)
-        assert bool(shortfall(head + frames)) == bool(found)
+        assert missing_bytes(head + frames).endswith(found)
+        assert bool(missing_bytes(head + frames)) == bool(found)
 
 
 def page(*lacing: int, flags: int = 0) -> bytes:
@@ -341,8 +343,8 @@ def page(*lacing: int, flags: int = 0) -> bytes:
 def test_an_ogg_stream_without_its_end_flag_is_whole_unless_a_packet_goes_on(lacing: list[int], flags: int) -> None:
     """Android's recorder sets no such flag."""
     data = page(19, flags=2) + page(*lacing, flags=flags)
-    assert bool(shortfall(data)) == (not flags & 4 and lacing[-1:] == [255])
-    assert shortfall(data[:-1])
+    assert bool(missing_bytes(data)) == (not flags & 4 and lacing[-1:] == [255])
+    assert missing_bytes(data[:-1])
 
 
 def element(name: str, body: bytes, *, length: int = 8) -> bytes:
@@ -355,12 +357,12 @@ def test_sizes_of_matroska_in_every_length(length: int, size: int, parts: int, u
     data = (head + element("18538067", body, length=length)) * parts
     if unknown:
         data += head + bytes.fromhex("18538067") + ((1 << 7 * length + 1) - 1).to_bytes(length, "big") + body
-    assert not shortfall(data)
-    assert bool(shortfall(data[: -size // 2])) == (not unknown)
+    assert not missing_bytes(data)
+    assert bool(missing_bytes(data[: -size // 2])) == (not unknown)
 
 
 @QUICK
 @given(kind=st.sampled_from(KINDS), length=st.integers(0, 200), data=st.binary(max_size=300))
 def test_nothing_is_raised_for_garbage(kind: str, length: int, data: bytes) -> None:
-    assert isinstance(shortfall(data), str)
-    assert isinstance(shortfall(sample(kind)[:length] + data), str)
+    assert isinstance(missing_bytes(data), str)
+    assert isinstance(missing_bytes(sample(kind)[:length] + data), str)

@@ -15,24 +15,24 @@ from processes import in_processes
 from torch import Tensor, nn
 
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import ALONE
-from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
-from mmaudit.train.optimizer import Update
+from mmaudit.train.distributed import SINGLE_PROCESS
+from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
+from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 
-PLAN = Blueprint(modalities=("audio", "visual"), shapes=((5,), (3,)), classes=tuple("abcd"), hidden=7, dropout=0.0)
+PLAN = ModelConfig(modalities=("audio", "visual"), shapes=((5,), (3,)), classes=tuple("abcd"), hidden=7, dropout=0.0)
 LABEL = torch.arange(11) % 4
 
 
 def net_of(**options: Any) -> FusionNet:
     torch.manual_seed(0)
-    return FusionNet(Blueprint(**{**{name: getattr(PLAN, name) for name in PLAN.__slots__}, **options}))
+    return FusionNet(ModelConfig(**{**{name: getattr(PLAN, name) for name in PLAN.__slots__}, **options}))
 
 
-def update_of(net: FusionNet, **options: Any) -> Update:
+def update_of(net: FusionNet, **options: Any) -> Optimization:
     settings: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.1, **options}
-    return Update(net, OptimConfig(**settings), device="cpu", world=ALONE)
+    return Optimization(net, OptimConfig(**settings), device="cpu", distributed=SINGLE_PROCESS)
 
 
 def some(step: int = 0) -> list[Tensor]:
@@ -45,13 +45,13 @@ def loss_of(net: FusionNet, step: int = 0) -> Tensor:
     return fused.mean() + own.mean(dim=1).sum()
 
 
-def take_steps(update: Update, number: int = 3, *, first: int = 0) -> None:
+def take_steps(optimization: Optimization, number: int = 3, *, first: int = 0) -> None:
     for step in range(first, first + number):
-        update.begin_step(step)
-        with update.autocast():
-            loss = loss_of(update.net, step)
-        update.backward(loss)
-        update.apply()
+        optimization.begin_step(step)
+        with optimization.autocast():
+            loss = loss_of(optimization.net, step)
+        optimization.backward(loss)
+        optimization.apply()
 
 
 def plain(net: FusionNet, optimizer: torch.optim.Optimizer, *, clip_norm: float = 0.0) -> None:
@@ -91,12 +91,12 @@ def test_clipping_by_hand() -> None:
     """All gradients together are brought to a length of 0.5, and SGD without momentum goes that far."""
     net = net_of()
     before = copy.deepcopy(net)
-    update = update_of(net, optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.5)
-    grads = update.gradients(loss_of(net), list(net.parameters()))
+    optimization = update_of(net, optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.5)
+    grads = optimization.gradients(loss_of(net), list(net.parameters()))
     length = math.sqrt(sum(float(grad.square().sum()) for grad in grads))
-    take_steps(update, 1)
-    assert update.grad_norm is not None
-    assert update.grad_norm.item() == pytest.approx(length, rel=1e-5)
+    take_steps(optimization, 1)
+    assert optimization.grad_norm is not None
+    assert optimization.grad_norm.item() == pytest.approx(length, rel=1e-5)
     assert length > 1
     for parameter, old, grad in zip(net.parameters(), before.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter, old - 0.1 * grad * 0.5 / length, rtol=1e-4, atol=1e-6)
@@ -120,11 +120,11 @@ def test_gradients_below_the_norm_are_left_alone() -> None:
 )
 def test_rates_by_epoch_and_modality(options: dict[str, Any], shares: list[float]) -> None:
     """The common rate by the schedule; a modality's times its own factor and the method's; fusion's is the common."""
-    update = update_of(net_of(), lr=2e-3, modality_lr=("visual=0.5",), **options)
+    optimization = update_of(net_of(), lr=2e-3, modality_lr=("visual=0.5",), **options)
     for epoch, share in enumerate(shares, start=1):
-        update.rate = [3.0, 10.0] if epoch > 1 else [1.0, 1.0]
-        assert update.begin_epoch(epoch, epochs=4) == pytest.approx(2e-3 * share)
-        rates = [group["lr"] for group in update.optimizer.param_groups]
+        optimization.rate = [3.0, 10.0] if epoch > 1 else [1.0, 1.0]
+        assert optimization.begin_epoch(epoch, epochs=4) == pytest.approx(2e-3 * share)
+        rates = [group["lr"] for group in optimization.optimizer.param_groups]
         factors = [3.0, 5.0, 1.0] if epoch > 1 else [1.0, 0.5, 1.0]
         assert rates == pytest.approx([2e-3 * share * factor for factor in factors])
 
@@ -135,19 +135,19 @@ def test_one_group_where_no_modality_has_a_rate_of_its_own(factors: tuple[str, .
     apart, together = net_of(), net_of()
     config = OptimConfig(schedule="constant", modality_lr=factors)
     for net, by_modality in ((apart, True), (together, False)):
-        update = Update(net, config, device="cpu", world=ALONE, by_modality=by_modality)
-        assert len(update.optimizer.param_groups) == (3 if by_modality or factors else 1)
-        update.begin_epoch(1, epochs=4)
-        take_steps(update)
+        optimization = Optimization(net, config, device="cpu", distributed=SINGLE_PROCESS, by_modality=by_modality)
+        assert len(optimization.optimizer.param_groups) == (3 if by_modality or factors else 1)
+        optimization.begin_epoch(1, epochs=4)
+        take_steps(optimization)
     assert_equal(apart, together)
 
 
 @pytest.mark.parametrize("fusion", ["concat", "gated"])
 def test_every_parameter_moves_at_the_rate_of_its_modality(fusion: str) -> None:
     net = net_of(fusion=fusion)
-    update = update_of(net, modality_lr=("audio=0.5",))
-    update.begin_epoch(1, epochs=4)
-    rate = {id(p): group["lr"] / 1e-3 for group in update.optimizer.param_groups for p in group["params"]}
+    optimization = update_of(net, modality_lr=("audio=0.5",))
+    optimization.begin_epoch(1, epochs=4)
+    rate = {id(p): group["lr"] / 1e-3 for group in optimization.optimizer.param_groups for p in group["params"]}
     expected = {id(p): 0.5 for p in net.parameters_of(0)}
     assert rate == {id(p): expected.get(id(p), 1.0) for p in net.parameters()}
     assert len(expected) == (6 if net.has_own_heads else 4)
@@ -155,9 +155,9 @@ def test_every_parameter_moves_at_the_rate_of_its_modality(fusion: str) -> None:
 
 def test_a_rate_of_0_holds_a_modality_where_it_is() -> None:
     net, before = net_of(), net_of()
-    update = update_of(net, modality_lr=("visual=0",))
-    update.begin_epoch(1, epochs=4)
-    take_steps(update)
+    optimization = update_of(net, modality_lr=("visual=0",))
+    optimization.begin_epoch(1, epochs=4)
+    take_steps(optimization)
     moved = {name: not torch.equal(p, before.get_parameter(name)) for name, p in net.named_parameters()}
     assert {name for name, m in moved.items() if not m} == {n for n in moved if n.startswith("encoders.1.")}
 
@@ -166,17 +166,17 @@ def test_a_rate_of_0_holds_a_modality_where_it_is() -> None:
 def test_a_frozen_modality_is_neither_moved_nor_decayed_nor_carried_on(optimizer: str) -> None:
     """Not even by the momentum of the steps before; and thawed it moves again."""
     net = net_of(own_heads=True)
-    update = update_of(net, optimizer=optimizer, lr=1e-2)
-    take_steps(update)
-    update.frozen = [False, True]
+    optimization = update_of(net, optimizer=optimizer, lr=1e-2)
+    take_steps(optimization)
+    optimization.frozen = [False, True]
     before = copy.deepcopy(net)
-    take_steps(update, first=3)
+    take_steps(optimization, first=3)
     mine = {id(parameter) for parameter in net.parameters_of(1)}
     assert len(mine) == 6
     for name, parameter in net.named_parameters():
         assert torch.equal(parameter, before.get_parameter(name)) is (id(parameter) in mine), name
-    update.frozen = [False, False]
-    take_steps(update, 1, first=6)
+    optimization.frozen = [False, False]
+    take_steps(optimization, 1, first=6)
     assert all(not torch.equal(p, q) for p, q in zip(net.parameters_of(1), before.parameters_of(1), strict=True))
 
 
@@ -190,24 +190,26 @@ def test_an_encoder_that_is_fixed_takes_no_part() -> None:
 
 def test_gradients_are_those_of_autograd_and_leave_no_trace() -> None:
     net = net_of(own_heads=True)
-    update, every = update_of(net), list(net.parameters())
+    optimization, every = update_of(net), list(net.parameters())
     own = cross_entropies(net(some()), LABEL)[1]
-    found = update.gradients(own[0].mean(), every)
+    found = optimization.gradients(own[0].mean(), every)
     expected = torch.autograd.grad(own[0].mean(), every, retain_graph=True, allow_unused=True)
     for grad, wanted, parameter in zip(found, expected, every, strict=True):
         assert torch.equal(grad, torch.zeros_like(parameter) if wanted is None else wanted)
     assert sum(wanted is None for wanted in expected) == 3  # the fused classifier has no part in it
     assert all(parameter.grad is None for parameter in net.parameters())
-    assert update.gradients(own[1].mean(), [net.get_parameter("heads.1.bias")])[0].abs().max() > 0  # the graph is there
+    assert (
+        optimization.gradients(own[1].mean(), [net.get_parameter("heads.1.bias")])[0].abs().max() > 0
+    )  # the graph is there
 
 
 def test_backward_replaces_what_was_there() -> None:
     net = net_of()
-    update = update_of(net)
-    update.backward(loss_of(net, 0))
-    update.backward(loss_of(net, 1))
+    optimization = update_of(net)
+    optimization.backward(loss_of(net, 0))
+    optimization.backward(loss_of(net, 1))
     once = [parameter.grad for parameter in net.parameters()]
-    expected = update.gradients(loss_of(net, 1), list(net.parameters()))
+    expected = optimization.gradients(loss_of(net, 1), list(net.parameters()))
     assert all(grad is not None and torch.equal(grad, wanted) for grad, wanted in zip(once, expected, strict=True))
 
 
@@ -235,13 +237,13 @@ def test_half_precision_computes_in_it_and_learns_the_same(precision: str, dtype
 
 def test_a_step_of_float16_that_overflows_is_not_taken_and_the_next_is() -> None:
     net, before = net_of(), net_of()
-    update = update_of(net, precision="float16", optimizer="sgd")
-    scale = update.state_dict()["scaler"]["scale"]
-    update.backward(loss_of(net) * 1e36)
-    update.apply()
+    optimization = update_of(net, precision="float16", optimizer="sgd")
+    scale = optimization.state_dict()["scaler"]["scale"]
+    optimization.backward(loss_of(net) * 1e36)
+    optimization.apply()
     assert_equal(net, before)
-    assert update.state_dict()["scaler"]["scale"] == scale / 2
-    take_steps(update, 1)
+    assert optimization.state_dict()["scaler"]["scale"] == scale / 2
+    take_steps(optimization, 1)
     assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters(), strict=True))
     assert all(p.isfinite().all() for p in net.parameters())
 
@@ -249,13 +251,13 @@ def test_a_step_of_float16_that_overflows_is_not_taken_and_the_next_is() -> None
 @pytest.mark.parametrize("options", [{}, {"optimizer": "sgd"}, {"precision": "float16"}])
 def test_a_state_goes_on_exactly(options: dict[str, Any]) -> None:
     net = net_of()
-    update = update_of(net, **options)
-    update.rate, update.frozen = [0.5, 2.0], [False, False]
-    update.begin_epoch(1, epochs=4)
-    take_steps(update)
-    update.frozen = [True, False]
+    optimization = update_of(net, **options)
+    optimization.rate, optimization.frozen = [0.5, 2.0], [False, False]
+    optimization.begin_epoch(1, epochs=4)
+    take_steps(optimization)
+    optimization.frozen = [True, False]
     file = io.BytesIO()
-    torch.save({"net": net.state_dict(), "update": update.state_dict()}, file)
+    torch.save({"net": net.state_dict(), "update": optimization.state_dict()}, file)
     other = net_of()
     resumed = update_of(other, **options)
     file.seek(0)
@@ -263,18 +265,20 @@ def test_a_state_goes_on_exactly(options: dict[str, Any]) -> None:
     other.load_state_dict(state["net"])
     resumed.load_state_dict(state["update"])
     assert (resumed.rate, resumed.frozen) == ([0.5, 2.0], [True, False])
-    for each in (update, resumed):
+    for each in (optimization, resumed):
         each.begin_epoch(2, epochs=4)
         take_steps(each, first=3)
     assert_equal(net, other)
 
 
 def test_chance_follows_from_the_step_s_seed() -> None:
-    update = update_of(net_of(dropout=0.5))
+    optimization = update_of(net_of(dropout=0.5))
     drawn = []
     for seed in (5, 6, 5):
-        update.begin_step(seed)
-        drawn.append([update.net(some()).fused.tolist(), torch.rand(3, generator=update.generator).tolist()])
+        optimization.begin_step(seed)
+        drawn.append(
+            [optimization.net(some()).fused.tolist(), torch.rand(3, generator=optimization.generator).tolist()]
+        )
     assert drawn[0] == drawn[2]
     assert drawn[0][0] != drawn[1][0]
     assert drawn[0][1] != drawn[1][1]

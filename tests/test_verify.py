@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ManifestError
-from mmaudit.audit.features.encoded_samples import contents_of
+from mmaudit.audit.features.encoded_samples import content_hashes
 from mmaudit.audit.parquet import KEY
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.audit.storage import write_json
@@ -28,7 +28,7 @@ from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.manifest import ROWS_KEY, digest_of, dropped_path, provenance_of, rows_of
 from mmaudit.rebalance.recipe import balance_path
 from mmaudit.rebalance.score_tables import open_scores
-from mmaudit.rebalance.selection import choose
+from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
 from mmaudit.rebalance.verify import Verified, verify
 
@@ -57,7 +57,7 @@ def write(path: Path, table: ScoreTable | None = None, *, seed: int = 0, **confi
     shards = open_scores(scores_of() if table is None else table, seed=seed)
     config = {"bins": 4, "tolerance": 0.0} | config
     rule = plan_balanced(shards, BalancedConfig(**config))
-    chosen = choose(shards, rule, scratch=path.parent)
+    chosen = select_rows(shards, rule, scratch=path.parent)
     write_split(chosen, path, name="balanced", recipe={"balanced": config})
     return path
 
@@ -356,7 +356,7 @@ def open_clips(folder: Path) -> Dataset:
 def scored(dataset: Dataset, path: Path) -> Path:
     """Make a manifest of all of a dataset's samples."""
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
-    content = {each.sample_id: each.content for each in contents_of(dataset)}
+    content = {each.sample_id: each.content for each in content_hashes(dataset)}
     table = scores_of(
         len(samples),
         sample_id=samples.sample_id,
@@ -397,7 +397,7 @@ def test_other_modalities_than_were_scored_are_named(clips: Path, tmp_path: Path
 def test_contents_may_be_given(clips: Path, tmp_path: Path) -> None:
     dataset = open_clips(clips)
     path = scored(dataset, tmp_path / "m.parquet")
-    contents = {each.sample_id: each for each in contents_of(dataset)}
+    contents = {each.sample_id: each for each in content_hashes(dataset)}
     assert verify(path, contents=contents).held
     other = replace(contents["001"], content="0" * 32, problem="no file 1.wav")
     found = verify(path, contents=contents | {"001": other})

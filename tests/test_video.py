@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmaudit.audit.media.decode import decode_folders, decode_frames
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.video import middles, read_frames
+from mmaudit.audit.media.video import read_frames, segment_middles
 from mmaudit.audit.quarantine import Reason, UnusableError
 
 MEDIA = MediaConfig()
@@ -76,7 +76,7 @@ def test_the_last_frame_alone_may_move() -> None:
 
 @given(count=st.integers(1, 300), parts=st.integers(1, 40))
 def test_middles_lie_in_equal_parts(count: int, parts: int) -> None:
-    found = middles(count, parts)
+    found = segment_middles(count, parts)
     assert len(found) == parts
     assert found == sorted(found)
     assert all(part * count / parts - 1 < place < (part + 1) * count / parts for part, place in enumerate(found))
@@ -101,7 +101,7 @@ def test_a_folder_shows_its_pictures_evenly(num_frames: int) -> None:
     frames = scene(9, step=4)
     folder = tuple(png(pixels) for pixels in frames)
     found = decode_folders((folder,), MediaConfig(num_frames=num_frames))
-    np.testing.assert_array_equal(found, frames[middles(9, num_frames)])
+    np.testing.assert_array_equal(found, frames[segment_middles(9, num_frames)])
 
 
 def test_folders_side_by_side_are_colours() -> None:

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 
 from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.rebalance.curriculum import OrderConfig, draw_rows, id_key, order_of
-from mmaudit.train.distributed import ALONE
+from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.sampling.config import SamplingConfig
 from mmaudit.train.sampling.sampler import Pool, Sampler, build_sampler
 
@@ -27,7 +27,9 @@ def sampler_of(name: str, *, order: OrderConfig | None = None, **columns: NDArra
     }
     key = id_key(f"s{row}" for row in range(n))
     pool = Pool(key=key, rank=np.zeros(n, np.int64), **filled, num_classes=4, num_modalities=2)
-    return build_sampler(name, pool, SamplingConfig(), order or OrderConfig(), batch_size=32, seed=1, world=ALONE)
+    return build_sampler(
+        name, pool, SamplingConfig(), order or OrderConfig(), batch_size=32, seed=1, distributed=SINGLE_PROCESS
+    )
 
 
 def rows_of(sampler: Sampler, epoch: int = 1) -> NDArray[np.int64]:

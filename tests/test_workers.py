@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.workers import ahead, default_workers, run_tasks, silent
+from mmaudit.audit.workers import default_workers, no_progress, prefetch_map, run_tasks
 
 # Workers import what they run, so it stands in the standard library: this file is no module for them.
 
@@ -112,8 +112,8 @@ def test_other_children_are_left_alone() -> None:
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
 def test_threads_give_results_in_order(num_threads: int) -> None:
     tasks = [2.0, 9.0, 4.0] * 9
-    assert list(ahead(math.sqrt, tasks, num_threads=num_threads)) == [math.sqrt(task) for task in tasks]
-    results = ahead(math.sqrt, [4.0, -1.0, 9.0], num_threads=num_threads)
+    assert list(prefetch_map(math.sqrt, tasks, num_threads=num_threads)) == [math.sqrt(task) for task in tasks]
+    results = prefetch_map(math.sqrt, [4.0, -1.0, 9.0], num_threads=num_threads)
     assert next(results) == 2.0
     with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
         next(results)
@@ -133,7 +133,7 @@ def test_threads_work_ahead_of_who_takes_the_results_but_not_far() -> None:
             both_at_work.wait()  # passes only if two threads are in here at once
         return task
 
-    results = ahead(work, tasks(), num_threads=2)
+    results = prefetch_map(work, tasks(), num_threads=2)
     assert next(results) == 0
     assert len(taken) == 8
     assert next(results) == 1
@@ -147,7 +147,7 @@ def test_there_is_a_processor() -> None:
 
 
 def test_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    silent("encode", 1, 2)
+    no_progress("encode", 1, 2)
     assert capsys.readouterr() == ("", "")
 
 

@@ -14,7 +14,7 @@ from torch import distributed
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.rebalance.curriculum import batch_of
-from mmaudit.train.distributed import ALONE, World, local_device, open_world
+from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext, local_device, open_distributed
 
 torch.set_num_threads(1)
 
@@ -36,7 +36,7 @@ with open_world("cpu") as world:
     whole = torch.stack([rows, -rows])
     few = torch.arange(2)[world.slice(2)]  # of three processes one has none
     found = {
-        "rank": [world.rank, world.size, world.is_first],
+        "rank": [world.rank, world.world_size, world.is_first],
         "sums": [each.tolist() for each in (weight, count, wide, halves, scalar)],
         "kinds": [str(each.dtype) for each in (weight, count, halves)],
         "joined": world.gather(whole).tolist(),
@@ -85,13 +85,13 @@ def test_what_is_gathered_stands_in_the_order_of_the_ranks(told: list[dict[str, 
 
 def test_alone_nothing_is_said_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with open_world("cpu") as world:
-        assert world == ALONE
-        assert (world.rank, world.size, world.is_first) == (0, 1, True)
+    with open_distributed("cpu") as context:
+        assert context == SINGLE_PROCESS
+        assert (context.rank, context.world_size, context.is_first) == (0, 1, True)
         one = torch.arange(3.0)
-        world.sum_([one])
-        world.wait()
-        assert one.tolist() == world.gather(one).tolist() == [0, 1, 2]
+        context.sum_([one])
+        context.wait()
+        assert one.tolist() == context.gather(one).tolist() == [0, 1, 2]
         assert not distributed.is_initialized()
 
 
@@ -99,7 +99,7 @@ def test_alone_nothing_is_said_and_nothing_changes(monkeypatch: pytest.MonkeyPat
 @given(st.integers(0, 60), st.integers(1, 9))
 def test_shares_one_after_another_are_the_whole(number: int, size: int) -> None:
     things = list(range(number))
-    shares = [things[World(rank=rank, size=size).slice(number)] for rank in range(size)]
+    shares = [things[DistributedContext(rank=rank, world_size=size).slice(number)] for rank in range(size)]
     assert [thing for share in shares for thing in share] == things
     lengths = [len(share) for share in shares]
     assert max(lengths) - min(lengths) <= 1
@@ -115,7 +115,7 @@ def test_shares_are_the_cut_that_an_order_s_batches_have(
     whole = batch_of(order, step=step, batch_size=batch_size)
     for rank in range(size):
         mine = batch_of(order, step=step, batch_size=batch_size, num_ranks=size, rank=rank)
-        assert mine.tolist() == whole[World(rank=rank, size=size).slice(len(whole))].tolist()
+        assert mine.tolist() == whole[DistributedContext(rank=rank, world_size=size).slice(len(whole))].tolist()
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from mmaudit.audit.features.matrix import MatrixInputs
-from mmaudit.audit.workers import Progress, silent
+from mmaudit.audit.workers import Progress, no_progress
 from mmaudit.rebalance.curriculum import OrderConfig
 from mmaudit.train.batches import Batch, Step, to_batch
 from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
-from mmaudit.train.distributed import ALONE
+from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import Finetuned, finetune_on
 
@@ -65,7 +65,7 @@ def setting(config: TrainConfig = QUICK, **options: Any) -> TrainConfig:
 
 def tune(examples: Examples, folder: Path, config: TrainConfig = QUICK, **options: Any) -> Finetuned:
     """Train on the CPU in silence."""
-    settings: dict[str, Any] = {"between": "audio:visual", "seed": 0, "device": "cpu", "progress": silent}
+    settings: dict[str, Any] = {"between": "audio:visual", "seed": 0, "device": "cpu", "progress": no_progress}
     return finetune_on(examples, folder, config=config, **{**settings, **options})
 
 
@@ -113,5 +113,5 @@ def draw_batch(
         cut_to(heard, [torch.randn(b, size) for size in sizes]),
         label=torch.tensor(label),
         weight=np.ones(b, np.float32) if weight is None else np.array(weight, dtype=np.float32),
-        world=ALONE,
+        distributed=SINGLE_PROCESS,
     )

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .distributed import World
+from .distributed import DistributedContext
 from .network import FusionNet, Outputs
 
 Rows = NDArray[np.int64]
@@ -30,11 +30,11 @@ class Step:
     present: Mask | None = None
     fused: Mask | None = None
 
-    def share(self, world: World) -> Step:
+    def share(self, distributed: DistributedContext) -> Step:
         """Give what this process has of it."""
-        if world.size == 1:
+        if distributed.world_size == 1:
             return self
-        mine = world.slice(len(self.rows))
+        mine = distributed.slice(len(self.rows))
         return Step(
             rows=self.rows[mine],
             present=None if self.present is None else self.present[mine],
@@ -86,7 +86,7 @@ class Batch:
     inputs: tuple[Tensor, ...]
     label: Tensor
     present: Tensor | None
-    part: Tensor
+    loss_weight: Tensor
     size: int
 
     def keep(self, present: Tensor) -> Batch:
@@ -97,14 +97,14 @@ class Batch:
 
     def mean_fused(self, values: Tensor) -> Tensor:
         """Give this process's share of the step's mean of values (b,) over what the fused loss learns from."""
-        return (values * self.part[0]).sum()
+        return (values * self.loss_weight[0]).sum()
 
     def mean_own(self, values: Tensor) -> Tensor:
         """Give this process's shares (m,) of the step's means of values (m, b), each over what its modality hears."""
-        return (values * self.part[1:]).sum(dim=1)
+        return (values * self.loss_weight[1:]).sum(dim=1)
 
 
-def cut_order(order: Rows, *, batch_size: int, after: int = 0) -> list[Step]:
+def split_order(order: Rows, *, batch_size: int, after: int = 0) -> list[Step]:
     """Cut an epoch's order into steps, but for the first `after`; the last may be smaller, and no row is left out."""
     starts = range(after * batch_size, len(order), batch_size)
     return [Step(rows=order[start : start + batch_size]) for start in starts]
@@ -116,19 +116,19 @@ def to_batch(
     *,
     label: Tensor,
     weight: NDArray[np.float32],
-    world: World,
+    distributed: DistributedContext,
 ) -> Batch:
     """Bring this process's share of a step to the device of `label` (n,); `inputs` are there already."""
-    device, mine = label.device, step.share(world)
+    device, mine = label.device, step.share(distributed)
     rows = torch.from_numpy(mine.rows).to(device, non_blocking=True)
-    part = step.parts(weight, num_modalities=len(inputs))[:, world.slice(len(step.rows))]
+    part = step.parts(weight, num_modalities=len(inputs))[:, distributed.slice(len(step.rows))]
     present = None if mine.present is None else torch.from_numpy(mine.present).to(device, non_blocking=True)
     return Batch(
         rows=rows,
         inputs=inputs,
         label=label.index_select(0, rows),
         present=present,
-        part=torch.from_numpy(np.ascontiguousarray(part)).to(device, non_blocking=True),
+        loss_weight=torch.from_numpy(np.ascontiguousarray(part)).to(device, non_blocking=True),
         size=len(step.rows),
     )
 
@@ -137,7 +137,7 @@ Reading = Callable[[Outputs, Tensor], Tensor]
 Loss = Callable[[Outputs, Batch], Tensor]
 
 
-class Lab(Protocol):
+class ModelReader(Protocol):
     """Readings of the model, in eval mode and without augmentation, on training or validation samples.
 
     Every process reads a share, and all get the whole. net: the model in training.
@@ -159,7 +159,7 @@ class Lab(Protocol):
         """Give a copy of the model, trained on by another loss over uniform batches; the model stays as it is."""
 
 
-def some_rows(lab: Lab, number: int) -> Rows:
+def some_rows(model_reader: ModelReader, number: int) -> Rows:
     """Choose training rows to read, ascending: all, or `number`; the same at every reading and in all processes."""
-    number = min(number, lab.num_train)
-    return np.sort(np.random.default_rng(0).choice(lab.num_train, number, replace=False, shuffle=False))
+    number = min(number, model_reader.num_train)
+    return np.sort(np.random.default_rng(0).choice(model_reader.num_train, number, replace=False, shuffle=False))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..audit.errors import RunError, TrainError
 from ..audit.storage import atomic_write
-from .network import Blueprint, FusionNet
+from .network import FusionNet, ModelConfig
 
 log = logging.getLogger("mmaudit")
 
@@ -46,11 +46,11 @@ def load_model(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def read_blueprint(path: Path) -> Blueprint:
+def read_model_config(path: Path) -> ModelConfig:
     """Read which network a file's weights belong to; RunError where it is not one of mmaudit's."""
     try:
         with safe_open(path, "pt") as file:
-            return Blueprint.of(json.loads((file.metadata() or {})["mmaudit"]))
+            return ModelConfig.of(json.loads((file.metadata() or {})["mmaudit"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is not a model of mmaudit finetune: {error!r}") from error
 
@@ -61,7 +61,7 @@ def warm_start(net: FusionNet, path: Path) -> None:
     Modalities are matched by name; what has no counterpart, as heads for other classes or a modality that was not
     there, stays as it was drawn. Raises TrainError where no modality has one, or one of another shape.
     """
-    old, weights = read_blueprint(path), load_model(path)
+    old, weights = read_model_config(path), load_model(path)
     here, names = net.state_dict(), net.plan.modalities
     place = {str(old.modalities.index(name)): str(names.index(name)) for name in names if name in old.modalities}
     if not place:

@@ -82,8 +82,8 @@ class FinetuneConfig:
                 f"--balancing {self.balancing} does not go with --fusion {self.fusion_used}: {why}; "
                 f"take --fusion {' or '.join(method.fusions)}"
             )
-        if self.sampling in ALONE and not method.learns_alone:
-            able = [name for name, each in BALANCERS.items() if each.learns_alone]
+        if self.sampling in ALONE and not method.has_unimodal_loss:
+            able = [name for name, each in BALANCERS.items() if each.has_unimodal_loss]
             raise ConfigError(
                 f"--sampling {self.sampling} chooses samples for each modality, and --balancing {self.balancing} has "
                 f"no loss of each modality's own to learn from them; take --balancing {', '.join(able)}"
@@ -207,7 +207,7 @@ class TrainConfig:
             )
 
 
-def out_of_reach(config: TrainConfig) -> list[str]:
+def check_schedule(config: TrainConfig) -> list[str]:
     """Tell what never begins, or never ends, in so few epochs: one sentence for each."""
     chosen, optim, balancing = config.finetune, config.optim, config.balancing
     epochs, found = chosen.epochs, []

@@ -17,11 +17,11 @@ _PATIENCE = timedelta(hours=24)  # the first process may be encoding a whole dat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class World:
-    """`size` processes, of which this is number `rank`. All are given the same tensors, and so stay alike."""
+class DistributedContext:
+    """`world_size` processes, of which this is number `rank`. All are given the same tensors, and so stay alike."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -30,7 +30,7 @@ class World:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes: one message for each device and dtype."""
-        if self.size == 1 or not tensors:
+        if self.world_size == 1 or not tensors:
             return
         kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
         for kind in sorted(kinds, key=str):
@@ -44,50 +44,54 @@ class World:
 
     def gather(self, part: Tensor) -> Tensor:
         """Join what every process has along the last dimension, in the order of their ranks; all get the whole."""
-        if self.size == 1:
+        if self.world_size == 1:
             return part
-        width = torch.zeros(self.size, dtype=torch.int64, device=part.device)
+        width = torch.zeros(self.world_size, dtype=torch.int64, device=part.device)
         width[self.rank] = part.shape[-1]
         distributed.all_reduce(width)
         most = int(width.max())
         padded = part.new_zeros(*part.shape[:-1], most)
         padded[..., : part.shape[-1]] = part
-        found = [torch.empty_like(padded) for _ in range(self.size)]
+        found = [torch.empty_like(padded) for _ in range(self.world_size)]
         distributed.all_gather(found, padded)
-        return torch.cat([each[..., :size] for each, size in zip(found, width.tolist(), strict=True)], dim=-1)
+        return torch.cat([part[..., :size] for part, size in zip(found, width.tolist(), strict=True)], dim=-1)
 
     def slice(self, number: int) -> slice:
         """Give this process's run of `number` things: runs one after another are the whole, one apart at most in size.
 
         The same cut as `rebalance.curriculum.batch_of` makes.
         """
-        return slice(self.rank * number // self.size, (self.rank + 1) * number // self.size)
+        return slice(self.rank * number // self.world_size, (self.rank + 1) * number // self.world_size)
 
     def wait(self) -> None:
         """Go on when every process has come here."""
-        if self.size > 1:
+        if self.world_size > 1:
             distributed.barrier()
 
 
-ALONE = World()
+SINGLE_PROCESS = DistributedContext()
 
 
 @contextmanager
-def open_world(device: str) -> Iterator[World]:
+def open_distributed(device: str) -> Iterator[DistributedContext]:
     """Join the processes that torchrun has started, if any: nccl on CUDA, gloo on a CPU."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or distributed.is_initialized():
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1 or distributed.is_initialized():
         already = distributed.is_initialized()
-        yield World(rank=distributed.get_rank(), size=distributed.get_world_size()) if already else ALONE
+        yield (
+            DistributedContext(rank=distributed.get_rank(), world_size=distributed.get_world_size())
+            if already
+            else SINGLE_PROCESS
+        )
         return
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
-    world = World(rank=distributed.get_rank(), size=size)
+    context = DistributedContext(rank=distributed.get_rank(), world_size=world_size)
     try:
-        yield world
-        world.wait()  # one that is gone while another still talks to it brings that one down
+        yield context
+        context.wait()  # one that is gone while another still talks to it brings that one down
     finally:
         distributed.destroy_process_group()
 

@@ -15,13 +15,13 @@ from ..audit.errors import ManifestError, RunError, choices
 from ..audit.intervals import wilson
 from ..audit.probes.prediction import expected_calibration_error
 from ..audit.threads import NETWORK_THREADS, fixed_threads
-from .checkpoint import load_model, read_blueprint
+from .checkpoint import load_model, read_model_config
 from .config import TrainConfig
 from .contribution import measure_contribution, right_of_sets, sets_to_ask
-from .distributed import ALONE
+from .distributed import SINGLE_PROCESS
 from .examples import Examples, Rows, Store
 from .network import FusionNet, Outputs
-from .training_data import Course, Reader
+from .training_data import NetworkReader, TrainingData
 
 Scores = NDArray[np.float32]
 Labels = NDArray[np.integer[Any]]
@@ -144,7 +144,9 @@ def average_precision(scores: Scores, positive: NDArray[np.bool_]) -> float:
     return float((num_positive_above / num_above).mean())
 
 
-def examine(reader: Reader, rows: Rows, examples: Examples, *, between: str, seed: int) -> dict[str, Any]:
+def evaluate_network(
+    reader: NetworkReader, rows: Rows, examples: Examples, *, between: str, seed: int
+) -> dict[str, Any]:
     """Measure the reader's network on some rows: {test, test_by_class, contribution}.
 
     Fused and each modality alone, overall, by subset and by class; see `evaluate_branches`; what each modality
@@ -164,7 +166,7 @@ def examine(reader: Reader, rows: Rows, examples: Examples, *, between: str, see
 
 
 @fixed_threads(NETWORK_THREADS)
-def examine_file(
+def evaluate_file(
     path: Path, examples: Examples, *, split: str, between: str, config: TrainConfig, seed: int, device: str
 ) -> dict[str, Any]:
     """Measure the network in a file on one split of the examples, {n, test, ...}: see `examine`.
@@ -172,7 +174,7 @@ def examine_file(
     Raises RunError for a file that is no model, ManifestError where the samples are of other modalities or classes, or
     none is of the split.
     """
-    plan = read_blueprint(path)
+    plan = read_model_config(path)
     for what, then, now in (
         ("modalities", plan.modalities, examples.modalities),
         ("inputs", plan.shapes, examples.shapes),
@@ -189,12 +191,14 @@ def examine_file(
     except RuntimeError as error:  # torch's, for tensors that are missing or of another shape
         raise RunError(f"{path} is damaged, its weights do not fit its own description: train it anew") from error
     store = Store(examples.inputs, device=device, most_bytes=config.finetune.resident_mib << 20)
-    course = Course.of(examples, store, train=rows, config=config, seed=seed, device=device, world=ALONE)
-    found = examine(Reader(course, net.to(device)), rows, examples, between=between, seed=seed)
+    training_data = TrainingData.of(
+        examples, store, train=rows, config=config, seed=seed, device=device, distributed=SINGLE_PROCESS
+    )
+    found = evaluate_network(NetworkReader(training_data, net.to(device)), rows, examples, between=between, seed=seed)
     return {"n": len(rows), **found}
 
 
-def probabilities(reader: Reader, rows: Rows, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+def probabilities(reader: NetworkReader, rows: Rows, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
     """Give class probabilities (n, k) of the fused answer and of each modality alone."""
 
     def what(outputs: Outputs, label: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..audit.dataset.columns import SPLITS
-from ..audit.dataset.samples import Samples, cut
+from ..audit.dataset.samples import Samples, stratified_cut
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.features.encode import EncodeTask, Status
-from ..audit.features.encoded_samples import left_empty, row_content
+from ..audit.features.encoded_samples import row_content, without_usable
 from ..audit.features.encoders import input_shape, is_network
 from ..audit.features.matrix import FeatureMatrix, Inputs, chunks
 from ..audit.hashing import canonical_order
-from ..audit.workers import ahead
+from ..audit.workers import prefetch_map
 from ..rebalance.manifest import Manifest
 
 Rows = NDArray[np.int64]
@@ -64,7 +64,7 @@ class Store:
             rows = rows_of(item)
             return item, rows, self._read(rows)
 
-        for item, rows, found in ahead(read, items, num_threads=0 if self.is_resident else num_threads):
+        for item, rows, found in prefetch_map(read, items, num_threads=0 if self.is_resident else num_threads):
             yield item, self._to_device(rows, found)
 
     def _whole(self, inputs: Inputs) -> Tensor:
@@ -250,7 +250,7 @@ def _check_same(what: str, ids: NDArray[np.object_], then: NDArray[np.object_], 
 
 def _check_usable(ids: NDArray[np.object_], rows: NDArray[np.intp], statuses: Sequence[Status]) -> None:
     for status in statuses:
-        bad = ids[~(status.usable | left_empty(status))[rows]]
+        bad = ids[~(status.usable | without_usable(status))[rows]]
         if len(bad):
             raise ManifestError(f"{len(bad)} samples of the manifest have no usable {status.modality.name}: {bad[0]}")
 
@@ -268,6 +268,6 @@ def with_validation(
     train = np.flatnonzero(split == "train")
     groups = table["group"].to_pylist() if "group" in table.column_names else [None]
     group = None if None in groups else np.array(groups, dtype=object)[train]
-    drawn = cut(ids[train], label[train], group, fraction=fraction, seed=seed, purpose="validation split")
+    drawn = stratified_cut(ids[train], label[train], group, fraction=fraction, seed=seed, purpose="validation split")
     split[train[drawn]] = "validation"
     return split

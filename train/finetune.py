@@ -23,15 +23,15 @@ from .balancing.balancer import build_balancer
 from .balancing.config import BALANCERS
 from .checkpoint import save_model, save_state, warm_start
 from .config import LEAST_VALIDATION, FinetuneConfig, TrainConfig
-from .distributed import ALONE, World
-from .evaluate import examine
+from .distributed import SINGLE_PROCESS, DistributedContext
+from .evaluate import evaluate_network
 from .examples import Examples
 from .network import FusionNet
-from .optimizer import Update
+from .optimizer import Optimization
 from .sampling.sampler import build_sampler
-from .setup import agreed, blueprint_of, chance_of, identity_of, open_course, resume
+from .setup import agreed, chance_of, identity_of, model_config_of, resume, set_up
 from .tracking import open_trackers
-from .training_data import Reader, validate
+from .training_data import NetworkReader, validate
 
 log = logging.getLogger("mmaudit")
 
@@ -54,7 +54,7 @@ def finetune_on(
     seed: int,
     device: str,
     progress: Progress,
-    world: World = ALONE,
+    distributed: DistributedContext = SINGLE_PROCESS,
     init: Path | None = None,
 ) -> Finetuned:
     """Train on the manifest's training rows, select on validation, test once; go on where `folder`/state stops.
@@ -68,30 +68,30 @@ def finetune_on(
     """
     started = time.monotonic()
     settings = config.finetune
-    course = open_course(examples, config, seed=seed, device=device, world=world)
-    identity = identity_of(examples, course, init=init)
+    training_data = set_up(examples, config, seed=seed, device=device, distributed=distributed)
+    identity = identity_of(examples, training_data, init=init)
     torch.manual_seed(seed)
-    net = FusionNet(blueprint_of(examples, config)).to(device)
-    course.standardise(net)
+    net = FusionNet(model_config_of(examples, config)).to(device)
+    training_data.standardise(net)
     if init is not None:
         warm_start(net, init)
-    course.hold_standard(net)
+    training_data.hold_standard(net)
     net.fix_encoders([examples.modalities.index(name) for name in config.optim.freeze])
     by_modality = BALANCERS[settings.balancing].sets_rates
-    update = Update(net, config.optim, device=device, world=world, by_modality=by_modality)
-    balancer = build_balancer(settings.balancing, net, update, config.balancing, epochs=settings.epochs)
+    optimization = Optimization(net, config.optim, device=device, distributed=distributed, by_modality=by_modality)
+    balancer = build_balancer(settings.balancing, net, optimization, config.balancing, epochs=settings.epochs)
     sampler = build_sampler(
         settings.sampling,
-        course.pool,
+        training_data.pool,
         config.sampling,
         config.order,
         batch_size=settings.batch_size,
         seed=seed,
-        world=world,
+        distributed=distributed,
     )
     averaged = _averaged(net, config.optim.ema)
     tested = net if averaged is None else cast(FusionNet, averaged.module)
-    reader = Reader(course, net)
+    reader = NetworkReader(training_data, net)
     if settings.compile:
         net.compile()
 
@@ -101,11 +101,11 @@ def finetune_on(
     history: list[dict[str, float]] = []
     best = (-1.0, 0.0, 0)  # validation accuracy, minus validation loss, epoch
     best_weights = {name: tensor.clone() for name, tensor in tested.state_dict().items()}
-    parts: dict[str, Any] = {"net": net, "update": update, "balancer": balancer, "sampler": sampler}
+    parts: dict[str, Any] = {"net": net, "update": optimization, "balancer": balancer, "sampler": sampler}
     if averaged is not None:
         parts["averaged"] = averaged
     state_file = folder / "state" / "last.pt"
-    if (state := agreed(resume(state_file, identity, device=device), world, device=device)) is not None:
+    if (state := agreed(resume(state_file, identity, device=device), distributed, device=device)) is not None:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         epoch, step, seen, history = state["epoch"], state["step"], state["seen"], state["history"]
@@ -114,13 +114,13 @@ def finetune_on(
             best_weights = state["best_weights"]
         else:
             best_weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        total.fill_(state["total"] if world.is_first else 0.0)  # it is summed over the processes
+        total.fill_(state["total"] if distributed.is_first else 0.0)  # it is summed over the processes
         log.info("resumed in epoch %d after %d steps", epoch, step)
 
     def save(epoch: int, step: int) -> None:
-        world.sum_([whole := total.clone()])
-        _share_buffers((net, tested), world)
-        if world.is_first:
+        distributed.sum_([whole := total.clone()])
+        _share_buffers((net, tested), distributed)
+        if distributed.is_first:
             place = {"identity": identity, "epoch": epoch, "step": step, "seen": seen, "total": float(whole)}
             states = {name: part.state_dict() for name, part in parts.items()}
             # The weights as they are now may be the best, and are not written twice then.
@@ -128,22 +128,22 @@ def finetune_on(
             chosen = {"history": history, "best": best, "best_weights": weights}
             save_state({**place, **states, **chosen}, state_file)
 
-    chooses = len(course.validation) >= LEAST_VALIDATION
+    chooses = len(training_data.validation) >= LEAST_VALIDATION
     if not chooses:
-        few = len(course.validation)
+        few = len(training_data.validation)
         log.info("%d validation samples are too few to choose an epoch, or to stop by: the last one is taken", few)
     with ExitStack() as stack:
-        trackers = open_trackers(settings.report_to if world.is_first else (), folder, stack=stack)
+        trackers = open_trackers(settings.report_to if distributed.is_first else (), folder, stack=stack)
         while epoch <= settings.epochs and not _is_over(history, best, settings):
             if step == 0:
                 sampler.begin_epoch(epoch, reader)
                 balancer.begin_epoch(epoch, reader)
-            lr = update.begin_epoch(epoch, epochs=settings.epochs)
+            lr = optimization.begin_epoch(epoch, epochs=settings.epochs)
             net.train()
             steps = sampler.steps(epoch, after=step)
-            for batch in course.batches(steps, epoch=epoch, first=step + 1, ahead=not sampler.adaptive):
+            for batch in training_data.batches(steps, epoch=epoch, first=step + 1, ahead=not sampler.adaptive):
                 step += 1
-                update.begin_step(course.chance("step", epoch, step))
+                optimization.begin_step(training_data.chance("step", epoch, step))
                 batch = balancer.prepare(batch)
                 outputs, loss = balancer.step(batch)
                 sampler.observe(outputs, batch)
@@ -153,8 +153,8 @@ def finetune_on(
                 seen += batch.size
                 if settings.save_steps and step % settings.save_steps == 0:
                     save(epoch, step)
-            world.sum_([total])
-            _share_buffers((net, tested), world)  # before anybody reads the network
+            distributed.sum_([total])
+            _share_buffers((net, tested), distributed)  # before anybody reads the network
             train_loss = float(total) / max(seen, 1)
             if not math.isfinite(train_loss):
                 raise TrainError(
@@ -174,22 +174,22 @@ def finetune_on(
                 best_weights = {name: tensor.clone() for name, tensor in tested.state_dict().items()}
             epoch, step, seen = epoch + 1, 0, 0
             total.zero_()
-            if world.is_first:  # before the state: whoever goes on from that finds all lines up to it
+            if distributed.is_first:  # before the state: whoever goes on from that finds all lines up to it
                 write_text("".join(json.dumps(each) + "\n" for each in history), folder / "history.jsonl")
             save(epoch, step)
             progress("finetune", epoch - 1, settings.epochs)
 
     net.load_state_dict(best_weights)
-    if world.is_first:
+    if distributed.is_first:
         save_model(best_weights, folder / "model.safetensors", about=asdict(net.plan))
     metrics = {
-        "counts": {name: len(getattr(course, name)) for name in ("train", "validation", "test")},
-        "chance": chance_of(examples.label, course),
+        "counts": {name: len(getattr(training_data, name)) for name in ("train", "validation", "test")},
+        "chance": chance_of(examples.label, training_data),
         "best_epoch": best[2],
         "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
         "samples_seen": int(sum(each["samples"] for each in history)),
         "seconds": time.monotonic() - started,
-        **examine(reader, course.test, examples, between=between, seed=seed),
+        **evaluate_network(reader, training_data.test, examples, between=between, seed=seed),
     }
     return Finetuned(metrics=metrics, history=history)
 
@@ -206,9 +206,9 @@ def _is_over(history: list[dict[str, float]], best: tuple[float, float, int], se
     return bool(settings.patience) and len(history) - best[2] >= settings.patience
 
 
-def _share_buffers(nets: Iterable[FusionNet], world: World) -> None:
+def _share_buffers(nets: Iterable[FusionNet], distributed: DistributedContext) -> None:
     """Let all processes have the same running means: the mean of theirs."""
     floats = [buffer for net in set(nets) for buffer in net.buffers() if buffer.is_floating_point()]
-    world.sum_(floats)
-    for buffer in floats if world.size > 1 else ():
-        buffer /= world.size
+    distributed.sum_(floats)
+    for buffer in floats if distributed.world_size > 1 else ():
+        buffer /= distributed.world_size

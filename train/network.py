@@ -143,7 +143,7 @@ class Outputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Blueprint:
+class ModelConfig:
     """All that decides about the shape of a network; stands in the metadata of its file.
 
     shapes: of a row's input by modality, (d,) or that of a network's input.
@@ -159,7 +159,7 @@ class Blueprint:
     width: float = 1.0
 
     @classmethod
-    def of(cls, found: dict[str, Any]) -> Blueprint:
+    def of(cls, found: dict[str, Any]) -> ModelConfig:
         """Read one back from plain values; KeyError or TypeError where something is missing."""
         named = {name: found[name] for name in cls.__dataclass_fields__}
         for name in ("modalities", "classes"):
@@ -170,7 +170,7 @@ class Blueprint:
 class FusionNet(nn.Module):
     """m inputs in, class logits out, fused and of each modality alone."""
 
-    def __init__(self, plan: Blueprint) -> None:
+    def __init__(self, plan: ModelConfig) -> None:
         super().__init__()
         self.plan = plan
         self.encoders = nn.ModuleList(

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .config import OptimConfig
-from .distributed import World
+from .distributed import DistributedContext
 from .network import FusionNet
 
 
-class Update:
+class Optimization:
     """The optimiser of a network, with what stands around it: precision, all processes, clipping, rates by modality.
 
     A loss given to it is this process's share of the step's mean loss; gradients are sums over all processes,
@@ -24,9 +24,15 @@ class Update:
     """
 
     def __init__(
-        self, net: FusionNet, config: OptimConfig, *, device: str, world: World, by_modality: bool = True
+        self,
+        net: FusionNet,
+        config: OptimConfig,
+        *,
+        device: str,
+        distributed: DistributedContext,
+        by_modality: bool = True,
     ) -> None:
-        self.net, self.config, self.world = net, config, world
+        self.net, self.config, self.distributed = net, config, distributed
         self.device_type = torch.device(device).type
         self.generator = torch.Generator(device=device)
         self._cuda_index = torch.device(device).index or 0
@@ -70,7 +76,7 @@ class Update:
         self.generator.manual_seed(seed)
         # Not torch.manual_seed: where CUDA sleeps it writes down who called, which takes a tenth of a small step.
         own = torch.cuda.default_generators[self._cuda_index] if self.device_type == "cuda" else torch.default_generator
-        own.manual_seed(seed + self.world.rank)
+        own.manual_seed(seed + self.distributed.rank)
 
     def autocast(self) -> Any:
         """Compute in the precision wanted."""
@@ -94,7 +100,7 @@ class Update:
             torch.zeros_like(p) if g is None else g / scale if scale != 1.0 else g
             for p, g in zip(parameters, found, strict=True)
         ]
-        self.world.sum_(whole)
+        self.distributed.sum_(whole)
         return whole
 
     def apply(self) -> None:
@@ -106,12 +112,12 @@ class Update:
 
     def _share(self) -> None:
         """Add up the gradients of all processes. One that no process has stays None: the parameter is not moved."""
-        if self.world.size == 1:
+        if self.distributed.world_size == 1:
             return
         every = [p for p in self.net.parameters() if p.requires_grad]
         known = torch.tensor([p.grad is not None for p in every], dtype=torch.float32, device=every[0].device)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in every]
-        self.world.sum_([known, *grads])
+        self.distributed.sum_([known, *grads])
         for p, grad, some in zip(every, grads, known.tolist(), strict=True):
             p.grad = grad if some else None
 

@@ -15,19 +15,21 @@ from ..audit.errors import ConfigError, ManifestError
 from ..audit.hashing import digest
 from .balancing.config import BALANCERS
 from .checkpoint import load_state
-from .config import FinetuneConfig, TrainConfig, out_of_reach
-from .distributed import World
+from .config import FinetuneConfig, TrainConfig, check_schedule
+from .distributed import DistributedContext
 from .examples import Examples, Store
-from .network import Blueprint
+from .network import ModelConfig
 from .sampling.config import BETWEEN
-from .training_data import Course
+from .training_data import TrainingData
 
 log = logging.getLogger("mmaudit")
 
 _STATE = 2  # raised with what a state is made of: an older one is not gone on from
 
 
-def open_course(examples: Examples, config: TrainConfig, *, seed: int, device: str, world: World) -> Course:
+def set_up(
+    examples: Examples, config: TrainConfig, *, seed: int, device: str, distributed: DistributedContext
+) -> TrainingData:
     """Bring the samples to the device.
 
     Raises ManifestError where a split is empty, ConfigError where the settings name a modality that is not there, or a
@@ -44,7 +46,7 @@ def open_course(examples: Examples, config: TrainConfig, *, seed: int, device: s
     unknown = sorted({*config.optim.freeze, *config.optim.factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]} here; {examples.named}")
-    for each in out_of_reach(config) if world.is_first else ():
+    for each in check_schedule(config) if distributed.is_first else ():
         log.warning("%s", each)
     if config.optim.freeze and config.finetune.init is None:
         log.info("frozen encoders without --init: those of %s stay as they are drawn", ", ".join(config.optim.freeze))
@@ -54,13 +56,15 @@ def open_course(examples: Examples, config: TrainConfig, *, seed: int, device: s
     if len(examples.modalities) < least:
         raise ConfigError(f"--balancing {config.finetune.balancing} needs {least} modalities; {examples.named}")
     store = Store(examples.inputs, device=device, most_bytes=config.finetune.resident_mib << 20)
-    return Course.of(examples, store, train=train, config=config, seed=seed, device=device, world=world)
+    return TrainingData.of(
+        examples, store, train=train, config=config, seed=seed, device=device, distributed=distributed
+    )
 
 
-def blueprint_of(examples: Examples, config: TrainConfig) -> Blueprint:
+def model_config_of(examples: Examples, config: TrainConfig) -> ModelConfig:
     """Give the shape of the network."""
     settings = config.finetune
-    return Blueprint(
+    return ModelConfig(
         modalities=examples.modalities,
         shapes=examples.shapes,
         classes=examples.class_names,
@@ -84,24 +88,24 @@ def _training_rows(examples: Examples, config: FinetuneConfig) -> NDArray[np.int
     return kept
 
 
-def identity_of(examples: Examples, course: Course, *, init: Path | None) -> str:
+def identity_of(examples: Examples, training_data: TrainingData, *, init: Path | None) -> str:
     """Fingerprint all that decides about the weights, so that a state of something else is never gone on from.
 
     How many processes there are, and what is told to whom, does not.
     """
-    train, both = course.train, np.r_[course.train, course.validation]
-    ids = ["\0".join(examples.sample_id[rows]) for rows in (train, course.validation)]
-    arrays: list[NDArray[Any]] = [course.pool.rank, course.pool.balance, course.pool.p_balanced]
+    train, both = training_data.train, np.r_[training_data.train, training_data.validation]
+    ids = ["\0".join(examples.sample_id[rows]) for rows in (train, training_data.validation)]
+    arrays: list[NDArray[Any]] = [training_data.pool.rank, training_data.pool.balance, training_data.pool.p_balanced]
     arrays += [examples.weight[train], examples.label[both]]
-    for held in course.store.held:
+    for held in training_data.store.held:
         if held is not None:
             arrays.append(held.index_select(0, torch.from_numpy(both).to(held.device)).cpu().numpy())
     content = "\0".join(examples.content[both])
-    config = asdict(course.config)
+    config = asdict(training_data.config)
     for name in ("report_to", "resident_mib", "save_steps"):
         del config["finetune"][name]
     weights = b"" if init is None else init.read_bytes()
-    settings = repr((_STATE, config, examples.class_names, examples.modalities, examples.shapes, course.seed))
+    settings = repr((_STATE, config, examples.class_names, examples.modalities, examples.shapes, training_data.seed))
     told = (settings.encode(), content.encode(), *(text.encode() for text in ids))
     return digest(*told, *(np.ascontiguousarray(array).tobytes() for array in arrays), weights)
 
@@ -117,17 +121,20 @@ def resume(path: Path, identity: str, *, device: str) -> dict[str, Any] | None:
     return None
 
 
-def agreed(state: dict[str, Any] | None, world: World, *, device: str) -> dict[str, Any] | None:
+def agreed(state: dict[str, Any] | None, distributed: DistributedContext, *, device: str) -> dict[str, Any] | None:
     """Give the state that all processes have, or None: on machines without a common disk, the first alone has one."""
     place = [0, 0] if state is None else [state["epoch"], state["step"]]
-    told = world.gather(torch.tensor(place, dtype=torch.int64, device=device)[:, None])
+    told = distributed.gather(torch.tensor(place, dtype=torch.int64, device=device)[:, None])
     if bool((told == told[:, :1]).all()):
         return state
     log.info("not all processes have the same state: starting anew; share the run folder among the machines")
     return None
 
 
-def chance_of(label: NDArray[np.int64], course: Course) -> dict[str, float]:
+def chance_of(label: NDArray[np.int64], training_data: TrainingData) -> dict[str, float]:
     """Accuracy on test of guessing: each class alike, or always the most common class of train."""
-    counts = np.bincount(label[course.train])
-    return {"uniform": 1 / (int(label.max()) + 1), "majority": float((label[course.test] == counts.argmax()).mean())}
+    counts = np.bincount(label[training_data.train])
+    return {
+        "uniform": 1 / (int(label.max()) + 1),
+        "majority": float((label[training_data.test] == counts.argmax()).mean()),
+    }

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from ..audit.errors import ManifestError
 from ..audit.hashing import digest
-from ..audit.probes.network import to_pictures, vary
+from ..audit.probes.network import augment_pictures, to_pictures
 from ..rebalance.curriculum import id_key
 from .balancing.balancer import Validation
 from .batches import Batch, Loss, Reading, Step, to_batch
 from .config import AugmentConfig, TrainConfig
-from .distributed import World
+from .distributed import DistributedContext
 from .examples import READERS, Examples, Rows, Store
 from .network import FusionNet, Outputs, PictureEncoder, VectorEncoder
-from .optimizer import Update
+from .optimizer import Optimization
 from .sampling.sampler import Pool, build_sampler
 
 
@@ -38,7 +38,7 @@ def _vary_one(rows: Tensor, shape: tuple[int, ...], config: AugmentConfig, rng: 
     if len(rows) == 0:  # as a process may have of a last step; affine_grid refuses it
         return rows
     if len(shape) > 2 and config.pictures:
-        return vary(to_pictures(rows, shape), rng, least_area=config.least_crop, flip=config.flip)
+        return augment_pictures(to_pictures(rows, shape), rng, least_area=config.least_crop, flip=config.flip)
     if len(shape) == 2 and config.sound:
         return mask_spectrograms(to_pictures(rows, shape), config, rng)
     return rows
@@ -71,7 +71,7 @@ _MOST_SURVEYED = 4096  # pictures whose levels stand for all: known to 1% then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
+class TrainingData:
     """The samples of a training on their device, and the settings. Rows number the samples of `store`.
 
     shapes: of a row's input by modality; present (n, m): whether a row has it. label (n,) on the device, weight (n,).
@@ -90,7 +90,7 @@ class Course:
     config: TrainConfig
     seed: int
     device: str
-    world: World
+    distributed: DistributedContext
 
     @classmethod
     def of(
@@ -102,8 +102,8 @@ class Course:
         config: TrainConfig,
         seed: int,
         device: str,
-        world: World,
-    ) -> Course:
+        distributed: DistributedContext,
+    ) -> TrainingData:
         """Plan a training on some of the training rows."""
         pool = Pool(
             key=id_key(examples.sample_id[train]),
@@ -127,7 +127,7 @@ class Course:
             config=config,
             seed=seed,
             device=device,
-            world=world,
+            distributed=distributed,
         )
 
     def chance(self, *what: object) -> int:
@@ -146,14 +146,14 @@ class Course:
         varies = any(len(shape) > 1 for shape in self.shapes)
 
         def rows_of(step: Step) -> list[Rows]:
-            mine = step.share(self.world)
+            mine = step.share(self.distributed)
             return [self.train[mine.rows_of(j)] for j in range(len(self.shapes))]
 
         stream = self.store.stream(steps, rows_of, num_threads=READERS if ahead else 0)
         for number, (step, inputs) in enumerate(stream, start=first):
-            batch = to_batch(step, inputs, label=label, weight=weight, world=self.world)
+            batch = to_batch(step, inputs, label=label, weight=weight, distributed=self.distributed)
             if varies:
-                seed = self.chance("augment", epoch, number, self.world.rank)
+                seed = self.chance("augment", epoch, number, self.distributed.rank)
                 batch = augment(batch, self.shapes, self.config.augment, seed=seed)
             yield batch
 
@@ -205,71 +205,79 @@ class Course:
         return mean.float(), scale.float(), largest.amax(dim=0).float()
 
 
-class Reader:
+class NetworkReader:
     """The laboratory of a course: readings of the network in eval mode, each process a share."""
 
-    def __init__(self, course: Course, net: FusionNet) -> None:
-        self.course, self.net = course, net
-        self.num_train = len(course.train)
+    def __init__(self, training_data: TrainingData, net: FusionNet) -> None:
+        self.training_data, self.net = training_data, net
+        self.num_train = len(training_data.train)
 
     def read(self, what: Reading, *, rows: Rows | None = None, net: FusionNet | None = None) -> Tensor:
         """See Lab.read."""
-        return self.read_samples(what, self.course.train if rows is None else self.course.train[rows], net=net)
+        return self.read_samples(
+            what, self.training_data.train if rows is None else self.training_data.train[rows], net=net
+        )
 
     def read_validation(self, what: Reading, *, net: FusionNet | None = None) -> Tensor:
         """See Lab.read_validation."""
-        return self.read_samples(what, self.course.validation, net=net)
+        return self.read_samples(what, self.training_data.validation, net=net)
 
     @torch.no_grad()
     def read_samples(self, what: Reading, rows: Rows, *, net: FusionNet | None = None) -> Tensor:
         """Read any samples, by their number in the store."""
-        course, reader = self.course, self.net if net is None else net
-        vectors = all(len(shape) == 1 for shape in course.shapes)
-        size = _READ_AT_ONCE if vectors else course.config.finetune.batch_size
-        mine, whole = rows[course.world.slice(len(rows))], bool(course.present[rows].all())
+        training_data, reader = self.training_data, self.net if net is None else net
+        vectors = all(len(shape) == 1 for shape in training_data.shapes)
+        size = _READ_AT_ONCE if vectors else training_data.config.finetune.batch_size
+        mine, whole = rows[training_data.distributed.slice(len(rows))], bool(training_data.present[rows].all())
 
         def rows_of(part: Rows) -> list[Rows]:
-            return [part if whole else part[course.present[part, j]] for j in range(len(course.shapes))]
+            return [part if whole else part[training_data.present[part, j]] for j in range(len(training_data.shapes))]
 
         cut = [mine[start : start + size] for start in range(0, len(mine), size)] or [mine]
         training = reader.training
         reader.eval()
         found = []
-        for some, inputs in course.store.stream(cut, rows_of):
-            label = course.label[torch.from_numpy(some).to(course.device)]
-            there = None if whole else torch.from_numpy(course.present[some]).to(course.device)
+        for some, inputs in training_data.store.stream(cut, rows_of):
+            label = training_data.label[torch.from_numpy(some).to(training_data.device)]
+            there = None if whole else torch.from_numpy(training_data.present[some]).to(training_data.device)
             found.append(what(reader(inputs, there), label).float())
         reader.train(training)
-        return course.world.gather(torch.cat(found, dim=-1))
+        return training_data.distributed.gather(torch.cat(found, dim=-1))
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
         """See Lab.train_copy. The copy begins with a fresh optimiser at the rate of a first epoch."""
-        course = self.course
+        training_data = self.training_data
         net = copy.deepcopy(self.net)
-        update = Update(net, course.config.optim, device=course.device, world=course.world, by_modality=False)
-        finetune = course.config.finetune
+        optimization = Optimization(
+            net,
+            training_data.config.optim,
+            device=training_data.device,
+            distributed=training_data.distributed,
+            by_modality=False,
+        )
+        finetune = training_data.config.finetune
         sampler = build_sampler(
             "uniform",
-            course.pool,
-            course.config.sampling,
-            course.config.order,
+            training_data.pool,
+            training_data.config.sampling,
+            training_data.config.order,
             batch_size=finetune.batch_size,
-            seed=course.chance("copy"),
-            world=course.world,
+            seed=training_data.chance("copy"),
+            distributed=training_data.distributed,
         )
         net.train()
         for epoch in range(1, epochs + 1):
-            update.begin_epoch(epoch, epochs=finetune.epochs)
-            for number, batch in enumerate(course.batches(sampler.steps(epoch), epoch=epoch), start=1):
-                update.begin_step(course.chance("copy", epoch, number))
-                with update.autocast():
+            optimization.begin_epoch(epoch, epochs=finetune.epochs)
+            for number, batch in enumerate(training_data.batches(sampler.steps(epoch), epoch=epoch), start=1):
+                optimization.begin_step(training_data.chance("copy", epoch, number))
+                with optimization.autocast():
                     outputs = net(batch.inputs, batch.present)
-                update.backward(loss(outputs, batch))
-                update.apply()
+                optimization.backward(loss(outputs, batch))
+                optimization.apply()
         return net
 
 
-def validate(reader: Reader, *, net: FusionNet | None = None) -> Validation:
+def validate(reader: NetworkReader, *, net: FusionNet | None = None) -> Validation:
     """Read the validation samples: mean cross entropy and accuracy of the fused answer and of each modality."""
 
     def what(outputs: Outputs, label: Tensor) -> Tensor:

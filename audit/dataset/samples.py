@@ -92,7 +92,7 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
     )
 
 
-def spread(keys: NDArray[np.uint64], label: NDArray[np.int32]) -> NDArray[np.float64]:
+def stratify(keys: NDArray[np.uint64], label: NDArray[np.int32]) -> NDArray[np.float64]:
     """Place each row at (rank + 1/2) / size, in (0, 1), of its class ordered by key: even within every class."""
     place = np.empty(len(label))
     order = np.lexsort((keys, label))
@@ -103,7 +103,7 @@ def spread(keys: NDArray[np.uint64], label: NDArray[np.int32]) -> NDArray[np.flo
     return place
 
 
-def cut(
+def stratified_cut(
     sample_id: NDArray[np.object_],
     label: NDArray[np.int32],
     group: NDArray[np.object_] | None,
@@ -115,7 +115,7 @@ def cut(
     """Draw `fraction` of the rows, one at least, by hash(seed, group or id): whole groups, or alike of every class."""
     if group is None:
         keys = hash_rank(sample_id, seed=seed, purpose=purpose)
-        first = np.lexsort((keys, spread(keys, label)))[: max(1, round(fraction * len(label)))]
+        first = np.lexsort((keys, stratify(keys, label)))[: max(1, round(fraction * len(label)))]
         drawn = np.zeros(len(label), dtype=bool)
         drawn[first] = True
         return drawn
@@ -168,5 +168,5 @@ def _cut_test(
     seed: int,
     fraction: float,
 ) -> NDArray[np.object_]:
-    drawn = cut(sample_id, label, group, fraction=fraction, seed=seed, purpose="test split")
+    drawn = stratified_cut(sample_id, label, group, fraction=fraction, seed=seed, purpose="test split")
     return np.where(drawn, "test", "train").astype(object)

@@ -21,7 +21,7 @@ from ..hashing import digest
 from ..media.files import MediaConfig, MediaFile, Medium
 from ..quarantine import Reason, UnusableError
 from ..threads import fixed_threads
-from ..workers import Progress, ahead, run_tasks
+from ..workers import Progress, prefetch_map, run_tasks
 from .cache import (
     Found,
     Known,
@@ -239,7 +239,7 @@ def _run_model(tasks: Sequence[EncodeTask], modality: Modality, *, num_threads: 
                 found = error
         return content, found
 
-    prepared = ahead(prepare, cells(), num_threads=num_threads)
+    prepared = prefetch_map(prepare, cells(), num_threads=num_threads)
     for task in tasks:
         content: list[bytes] = []
         found: dict[int, Found] = {}

@@ -17,13 +17,13 @@ from ..dataset.samples import Samples
 from ..errors import ScoreError
 from ..hashing import digest
 from ..quarantine import Quarantined, Reason, UnusableError
-from ..workers import ahead
+from ..workers import prefetch_map
 from .encode import EncodeTask, Status, load_cell_content, read_status
 from .encoders import encode_vectors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stock:
+class EncodedSamples:
     """What a dataset is made of: its samples, and how each fared in each modality."""
 
     samples: Samples
@@ -37,10 +37,10 @@ class Stock:
     @property
     def fingerprint(self) -> str:
         """Fingerprint of ids, labels, splits, groups and content, whatever the row order or the file format."""
-        return fingerprint_of(self.samples, self.content)
+        return dataset_fingerprint(self.samples, self.content)
 
 
-def fingerprint_of(samples: Samples, content: NDArray[np.object_]) -> str:
+def dataset_fingerprint(samples: Samples, content: NDArray[np.object_]) -> str:
     """Fingerprint samples and what each is made of, (n,), as Stock.content gives it."""
     names = np.array([*samples.class_names, "", ""], dtype=object)[samples.label]  # those without a label are last
     group = samples.group if samples.group is not None else np.full(len(samples), "", dtype=object)
@@ -48,10 +48,10 @@ def fingerprint_of(samples: Samples, content: NDArray[np.object_]) -> str:
     return digest(*sorted("\0".join(row).encode() for row in rows))
 
 
-def take_stock(dataset: Dataset, samples: Samples, tasks: Sequence[EncodeTask]) -> Stock:
+def collect_encoded(dataset: Dataset, samples: Samples, tasks: Sequence[EncodeTask]) -> EncodedSamples:
     """Read from the cache what every sample of an encoded dataset is made of."""
     statuses = tuple(read_status(tasks, modality, samples.sample_id) for modality in dataset.modalities)
-    return Stock(samples=samples, statuses=statuses)
+    return EncodedSamples(samples=samples, statuses=statuses)
 
 
 def row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
@@ -60,7 +60,7 @@ def row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
     return np.array([digest(b"".join(row)) for row in parts], dtype=object)
 
 
-def left_empty(status: Status) -> NDArray[np.bool_]:
+def without_usable(status: Status) -> NDArray[np.bool_]:
     """Tell which samples (n,) the source itself gives nothing for in this modality: their cell is null."""
     empty = np.zeros(len(status.usable), dtype=bool)
     null = f"{status.modality.column} is null"
@@ -68,15 +68,15 @@ def left_empty(status: Status) -> NDArray[np.bool_]:
     return empty
 
 
-def sort_out(stock: Stock, *, keep_duplicates: bool) -> tuple[NDArray[np.intp], list[Quarantined]]:
+def select_usable(encoded: EncodedSamples, *, keep_duplicates: bool) -> tuple[NDArray[np.intp], list[Quarantined]]:
     """Give the rows that can be scored, and why each other one is left out.
 
     A sample is scored if it has a label and two usable modalities at least, and none that is there but broken: only
     what the source itself leaves out, as a null, counts as missing. Of samples with the same content in every modality
     the one with the least id is kept.
     """
-    samples, statuses = stock.samples, stock.statuses
-    missing = np.stack([left_empty(status) for status in statuses], axis=1)
+    samples, statuses = encoded.samples, encoded.statuses
+    missing = np.stack([without_usable(status) for status in statuses], axis=1)
     usable = np.stack([status.usable for status in statuses], axis=1)
     enough = (usable | missing).all(axis=1) & (usable.sum(axis=1) >= 2)
     left_out = [
@@ -88,14 +88,14 @@ def sort_out(stock: Stock, *, keep_duplicates: bool) -> tuple[NDArray[np.intp], 
     left_out += _without_label(samples)
     rows = np.flatnonzero((samples.label >= 0) & enough)
     if not keep_duplicates:
-        rows, copies = _without_copies(stock, rows)
+        rows, copies = _without_copies(encoded, rows)
         left_out += copies
     if len(rows) == 0:
         raise ScoreError(f"no sample is usable in every modality; the first problem: {left_out[0]}")
     return rows, left_out
 
 
-def in_order(left_out: Sequence[Quarantined], sample_id: NDArray[np.object_]) -> tuple[Quarantined, ...]:
+def sort_quarantined(left_out: Sequence[Quarantined], sample_id: NDArray[np.object_]) -> tuple[Quarantined, ...]:
     """Sort what was left out by the order of the samples; several reasons of one sample keep theirs."""
     place = {name: row for row, name in enumerate(sample_id.tolist())}
     return tuple(sorted(left_out, key=lambda quarantined: place[quarantined.sample_id]))
@@ -121,9 +121,9 @@ def _what_label(found: str | None, *, classes: bool) -> str:
     return f"{found!r} is not among the classes" if classes else f"{found} is not a number of at most {MAX_NUMBER:g}"
 
 
-def _without_copies(stock: Stock, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], list[Quarantined]]:
+def _without_copies(encoded: EncodedSamples, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], list[Quarantined]]:
     """Leave out all but one of the rows whose content is the same in every modality."""
-    samples, content = stock.samples, stock.content[rows]
+    samples, content = encoded.samples, encoded.content[rows]
     order = np.lexsort((samples.sample_id[rows].astype(str), content.astype(str)))
     again = np.r_[False, content[order][1:] == content[order][:-1]]
     if not again.any():
@@ -147,7 +147,7 @@ def _without_copies(stock: Stock, rows: NDArray[np.intp]) -> tuple[NDArray[np.in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Content:
+class ContentHashes:
     """What a sample is made of: `content` as in Stock.content, and `problem` where a modality cannot be read."""
 
     sample_id: str
@@ -155,7 +155,9 @@ class Content:
     problem: str | None = None
 
 
-def contents_of(dataset: Dataset, *, only: Container[str] | None = None, num_threads: int = 0) -> Iterator[Content]:
+def content_hashes(
+    dataset: Dataset, *, only: Container[str] | None = None, num_threads: int = 0
+) -> Iterator[ContentHashes]:
     """Hash what every sample is made of, or those whose ids are in `only`, in the dataset's order; nothing is encoded.
 
     Threads read ahead. Raises DatasetError for a path that leads outside, unless the dataset allows that.
@@ -177,7 +179,7 @@ def contents_of(dataset: Dataset, *, only: Container[str] | None = None, num_thr
             usable = np.ones(len(places), dtype=bool)
             statuses.append(Status(modality=modality, usable=usable, content=seen[key], problem=()))
         for row, content in enumerate(row_content(statuses)):
-            yield Content(sample_id=ids[places[row]], content=content, problem=problems.get(row))
+            yield ContentHashes(sample_id=ids[places[row]], content=content, problem=problems.get(row))
 
 
 def _hash(
@@ -195,7 +197,7 @@ def _hash(
     found = []
     some = (cells[place] for place in places)
     for row, (content, problem) in enumerate(
-        ahead(partial(_hash_cell, dataset, modality), some, num_threads=num_threads)
+        prefetch_map(partial(_hash_cell, dataset, modality), some, num_threads=num_threads)
     ):
         found.append(content)
         if problem is not None:

@@ -23,10 +23,10 @@ from PIL import Image
 
 from ..errors import ConfigError
 from ..hashing import digest
-from ..media.container import reading
+from ..media.container import reading_container
 from ..media.decode import decode_audio, decode_folders
 from ..media.files import MediaConfig
-from ..media.image import not_constant, read_picture
+from ..media.image import check_not_constant, read_picture
 from ..media.video import read_frames
 from ..threads import parallel_map
 from .descriptors import text_words
@@ -123,8 +123,8 @@ class Pretrained:
             wave = np.pad(wave, (0, max(0, round(LEAST_SECONDS * rate) - len(wave))))
             return _single(self.processor(wave, sampling_rate=rate, return_tensors="np"))
         if self.kind == "image":
-            with reading(loaded):
-                picture = not_constant(read_picture(loaded, size=None, config=media))
+            with reading_container(loaded):
+                picture = check_not_constant(read_picture(loaded, size=None, config=media))
             return _single(self.processor(images=[Image.fromarray(picture)], return_tensors="np"))
         frames = [Image.fromarray(frame) for frame in self._frames(loaded, media)]
         if self.num_frames:
@@ -152,9 +152,9 @@ class Pretrained:
         num_frames = self.num_frames or media.num_frames
         if self.kind == "frames":
             return decode_folders(loaded, replace(media, num_frames=num_frames, frame_size=_FOLDER_SIZE))
-        with reading(loaded):
+        with reading_container(loaded):
             frames = read_frames(loaded, num_frames=num_frames, size=None, config=media)
-            return not_constant(frames)
+            return check_not_constant(frames)
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
         tower = _tower(type(self.model), self.kind)

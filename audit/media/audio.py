@@ -15,7 +15,7 @@ import scipy.fft
 from numpy.typing import NDArray
 
 from ..quarantine import Reason, UnusableError
-from .container import counted, decoded, open_container, track
+from .container import count_packets, decode_packets, open_container, select_stream
 from .files import MediaConfig, Medium
 from .truncation import MAX_PARTS, MIN_HELD, STREAMED_SIZE
 
@@ -28,7 +28,7 @@ STEP = 1 / 32_768  # of 16-bit sound; two samples this close are the same
 _AT_ONCE = 16  # samples that one product makes of each block
 
 
-def native_wave(data: Medium, config: MediaConfig) -> tuple[NDArray[np.float32], int]:
+def decode_native(data: Medium, config: MediaConfig) -> tuple[NDArray[np.float32], int]:
     """Mono sound (t,) at the file's own rate, and that rate in Hz."""
     return _plain_wave(data, config) or _decoded_wave(data, config)
 
@@ -37,8 +37,8 @@ def _decoded_wave(data: Medium, config: MediaConfig) -> tuple[NDArray[np.float32
     parts: list[NDArray[Any]] = []
     held, rate, wanted = 0, 0, math.inf
     with open_container(data, config) as container:
-        stream = track(container, "audio", config)
-        for frame in decoded(counted(container.demux(stream), config), stream):
+        stream = select_stream(container, "audio", config)
+        for frame in decode_packets(count_packets(container.demux(stream), config), stream):
             rate = rate or frame.sample_rate
             if frame.sample_rate != rate:
                 raise UnusableError(Reason.CORRUPT, f"the rate changes from {rate} to {frame.sample_rate} Hz")
@@ -120,7 +120,7 @@ def _mono(parts: list[NDArray[Any]]) -> NDArray[np.float32]:
     return np.asarray(raw[0] if len(raw) == 1 else raw.mean(axis=0), dtype=np.float32)
 
 
-def resampled(wave: NDArray[np.float32], rate: int, goal: int) -> NDArray[np.float32]:
+def resample(wave: NDArray[np.float32], rate: int, goal: int) -> NDArray[np.float32]:
     """Polyphase, ceil(t * goal / rate) samples; PyAV's resampler costs 0.9 ms to set up, this 0.2 ms in all.
 
     Ratios are exact for the usual rates; odd ones are rounded (a part in a million) lest the filter gets millions long.

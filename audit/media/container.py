@@ -10,7 +10,7 @@ import av
 
 from ..quarantine import Reason, UnusableError
 from .files import MAX_FRAME_PIXELS, MediaConfig, Medium, stream_of
-from .truncation import MP4_BOXES, shortfall
+from .truncation import MP4_BOXES, missing_bytes
 
 MAX_STREAMS = 100  # of a file; FFmpeg's own limit is 1,000, and each is probed
 _PROBED_FRAMES = 4  # what is refused when a file is probed has no size that a message could name
@@ -26,12 +26,12 @@ _UNPROBED = {"skip_frame": "all", "probesize": "2048", "analyzeduration": "1", "
 
 
 @contextmanager
-def reading(data: Medium) -> Iterator[None]:
+def reading_container(data: Medium) -> Iterator[None]:
     """Give every failure of a decoder its reason: for arbitrary bytes they raise almost anything."""
     if not data:
         raise UnusableError(Reason.EMPTY, "0 bytes")
     try:
-        if missing := shortfall(data):
+        if missing := missing_bytes(data):
             raise UnusableError(Reason.TRUNCATED, missing)
         yield
     except UnusableError:
@@ -75,7 +75,7 @@ def _open(file: Any, options: dict[str, str]) -> Any:
     return av.open(file, options={"format_whitelist": CONTAINERS, **options}, metadata_errors="replace")
 
 
-def track(container: Any, kind: str, config: MediaConfig) -> Any:
+def select_stream(container: Any, kind: str, config: MediaConfig) -> Any:
     """Give the first stream of a kind, audio or video; UnusableError if there is none that could be decoded."""
     streams = getattr(container.streams, kind)
     if not streams:
@@ -95,7 +95,7 @@ def _pixel_limit(num_pixels: int) -> dict[str, str]:
     return {"max_pixels": str(min(num_pixels + _ALIGNED_PIXELS, MAX_FRAME_PIXELS))}
 
 
-def counted(packets: Iterable[Any], config: MediaConfig) -> Iterator[Any]:
+def count_packets(packets: Iterable[Any], config: MediaConfig) -> Iterator[Any]:
     """Yield packets; UnusableError where there are more than the budget allows."""
     for number, packet in enumerate(packets):
         if number >= config.max_packets:
@@ -110,7 +110,7 @@ def check_frame_size(width: int, height: int, config: MediaConfig) -> None:
         raise UnusableError(Reason.TOO_LARGE, f"frames of {width:,} x {height:,}, at most {limit}")
 
 
-def decoded(packets: Any, stream: Any) -> Iterator[Any]:
+def decode_packets(packets: Any, stream: Any) -> Iterator[Any]:
     """Frames in the order they are shown; a few packets may be undecodable, as in any player."""
     good = bad = 0
     decode = stream.codec_context.decode

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..quarantine import Reason, UnusableError
-from .audio import SILENT_PEAK, clipped_share, native_wave, resampled
-from .container import open_container, reading
+from .audio import SILENT_PEAK, clipped_share, decode_native, resample
+from .container import open_container, reading_container
 from .files import MediaConfig, Medium
-from .image import not_constant, read_picture
-from .video import middles, read_frames
+from .image import check_not_constant, read_picture
+from .video import read_frames, segment_middles
 
 Folders = tuple[tuple[Medium, ...], ...]  # of a sample, each with its pictures in order of time
 
@@ -25,8 +25,8 @@ def decode_audio(data: Medium, config: MediaConfig) -> NDArray[np.float32]:
 
     Reads sound files and the first sound track of videos.
     """
-    with reading(data):
-        wave, rate = native_wave(data, config)
+    with reading_container(data):
+        wave, rate = decode_native(data, config)
         peak = float(np.abs(wave).max())
         if not math.isfinite(peak):
             raise UnusableError(Reason.NOT_FINITE, f"{int((~np.isfinite(wave)).sum())} samples are not finite")
@@ -37,7 +37,7 @@ def decode_audio(data: Medium, config: MediaConfig) -> NDArray[np.float32]:
             raise UnusableError(
                 Reason.CLIPPED, f"{clipped:.0%} of {len(wave) / rate:.2f} s stand at the peak {peak:.2f}"
             )
-        return resampled(wave, rate, config.sample_rate)[: max(1, round(config.max_seconds * config.sample_rate))]
+        return resample(wave, rate, config.sample_rate)[: max(1, round(config.max_seconds * config.sample_rate))]
 
 
 def decode_image(data: Medium, config: MediaConfig) -> NDArray[np.uint8]:
@@ -46,8 +46,8 @@ def decode_image(data: Medium, config: MediaConfig) -> NDArray[np.uint8]:
     The whole picture is stretched onto the square: a crop could lose the object, and bars would add edges of their own.
     16 bits keep the upper 8; what is transparent shows white, as in a viewer; of an animation the first frame.
     """
-    with reading(data):
-        return not_constant(read_picture(data, size=config.image_size, config=config))
+    with reading_container(data):
+        return check_not_constant(read_picture(data, size=config.image_size, config=config))
 
 
 def decode_frames(data: Medium, config: MediaConfig) -> NDArray[np.uint8]:
@@ -56,9 +56,9 @@ def decode_frames(data: Medium, config: MediaConfig) -> NDArray[np.uint8]:
     The clip, or its first config.max_seconds, is cut into f equal parts and the frame in the middle of each is taken;
     a clip of fewer frames shows some of them more than once.
     """
-    with reading(data):
+    with reading_container(data):
         frames = read_frames(data, num_frames=config.num_frames, size=config.frame_size, config=config)
-        return not_constant(frames)
+        return check_not_constant(frames)
 
 
 def decode_folders(folders: Folders, config: MediaConfig) -> NDArray[np.uint8]:
@@ -73,24 +73,24 @@ def decode_folders(folders: Folders, config: MediaConfig) -> NDArray[np.uint8]:
         )
     shown = [_read_folder(folder, config) for folder in folders]
     if len(shown) == 1:
-        return not_constant(shown[0])
+        return check_not_constant(shown[0])
     grey = [np.rint(frames.mean(axis=-1)).astype(np.uint8) for frames in shown]
     grey += [np.full_like(grey[0], 128)] * (3 - len(grey))
-    return not_constant(np.stack(grey, axis=-1))
+    return check_not_constant(np.stack(grey, axis=-1))
 
 
 def _read_folder(pictures: tuple[Medium, ...], config: MediaConfig) -> NDArray[np.uint8]:
     if not pictures:
         raise UnusableError(Reason.EMPTY, "a folder without pictures")
     frames: dict[int, NDArray[np.uint8]] = {}
-    wanted = middles(len(pictures), config.num_frames)
+    wanted = segment_middles(len(pictures), config.num_frames)
     for index in set(wanted):
-        with reading(pictures[index]):
+        with reading_container(pictures[index]):
             frames[index] = read_picture(pictures[index], size=config.frame_size, config=config)
     return np.stack([frames[index] for index in wanted])
 
 
 def has_sound(data: Medium) -> bool:
     """Whether a video has a sound track at all."""
-    with reading(data), open_container(data, MediaConfig()) as container:
+    with reading_container(data), open_container(data, MediaConfig()) as container:
         return len(container.streams.audio) > 0

@@ -78,7 +78,7 @@ def _check_area(width: int, height: int, config: MediaConfig) -> None:
         raise UnusableError(Reason.TOO_LARGE, f"a picture of {width:,} x {height:,}, at most {limit}")
 
 
-def not_constant(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def check_not_constant(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Pass (..., w, 3) on unless every channel stays within CONSTANT_SPREAD over all frames."""
     rows = pixels.reshape(-1, 3 * pixels.shape[-2])  # down whole rows first: over 3 columns numpy takes 3 ms
     highest, lowest = (extreme(axis=0).reshape(-1, 3) for extreme in (rows.max, rows.min))

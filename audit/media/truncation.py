@@ -21,7 +21,7 @@ XING_SEARCH = 4096  # bytes behind the ID3v2 tags in which the first frame is lo
 FLAC_TRIALS = 16  # places in coded sound that look like the beginning of a frame: one in 65536
 
 
-def shortfall(data: Medium) -> str:
+def missing_bytes(data: Medium) -> str:
     """Say what is promised and what is there; "" if that is enough, or if the header does not tell."""
     if data.startswith(b"OggS"):
         return _ogg_shortfall(data)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..quarantine import Reason, UnusableError
-from .container import counted, decoded, open_container, track
+from .container import count_packets, decode_packets, open_container, select_stream
 from .files import MediaConfig, Medium
 from .truncation import MIN_HELD
 
@@ -24,7 +24,7 @@ STILL_SPREAD = 8
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
 
-def middles(count: int, parts: int) -> list[int]:
+def segment_middles(count: int, parts: int) -> list[int]:
     """Cut `count` frames into equal parts and give the place of the frame in the middle of each."""
     return [(2 * part + 1) * count // (2 * parts) for part in range(parts)]
 
@@ -35,10 +35,10 @@ def read_frames(data: Medium, *, num_frames: int, size: int | None, config: Medi
     The clip, or its first seconds, is cut into f equal parts and the frame in the middle of each is taken.
     """
     with open_container(data, config) as container:
-        stream = track(container, "video", config)
+        stream = select_stream(container, "video", config)
         packets = _video_packets(container, stream, config)
         shown = sum(not packet.is_discard for packet in packets)
-        wanted = middles(shown, num_frames)
+        wanted = segment_middles(shown, num_frames)
         frames = _frames_by_time(packets, stream, set(wanted), size) or _frames_at(packets, stream, set(wanted), size)
     last = max(frames)  # a packet that held no picture leaves fewer frames than were counted
     _check_moving(frames, _seconds(packets))
@@ -73,7 +73,7 @@ def _video_packets(container: Any, stream: Any, config: MediaConfig) -> list[Any
     packets: list[Any] = []
     end, length = math.inf, config.max_seconds / float(stream.time_base)
     budget = _Budget(stream.codec_context.width * stream.codec_context.height, config)
-    for packet in counted(container.demux(stream), config):
+    for packet in count_packets(container.demux(stream), config):
         if not packet.size:
             continue
         if packet.pts is not None:
@@ -121,7 +121,7 @@ def _frames_by_time(
         return {}
     places = {times[index]: index for index in wanted}
     frames: dict[int, NDArray[np.uint8]] = {}
-    for frame in decoded(_sparing(packets, stream, places), stream):
+    for frame in decode_packets(_sparing(packets, stream, places), stream):
         if frame.pts in places:
             frames[places[frame.pts]] = _pixels(frame, size)
             if len(frames) == len(places):
@@ -143,7 +143,7 @@ def _frames_at(packets: list[Any], stream: Any, wanted: set[int], size: int | No
     """The wanted frames by their place in the clip, and the last one decoded if it comes before the last wanted."""
     frames: dict[int, NDArray[np.uint8]] = {}
     index, frame, last = -1, None, max(wanted)
-    for index, frame in enumerate(decoded([*packets, None], stream)):
+    for index, frame in enumerate(decode_packets([*packets, None], stream)):
         if index in wanted:
             frames[index] = _pixels(frame, size)
         if index >= last:

@@ -24,7 +24,7 @@ class ProbeConfig:
     control: bool = True  # fit a probe of each modality to shuffled labels as well, which must be at chance
     most_rows: int = 200_000  # rows that all probes together learn from; all rows are scored
     # What a strength means stands in glm.py: 1 / (C n) in scikit-learn's terms.
-    strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    l2_penalties: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     gaussian: bool = True  # of few rows, mix a Gaussian model of the classes into the logistic one, unless of an mlp
     choice_rows: int = 8_000  # rows on which the strength is chosen; the probe itself learns from most_rows
     max_steps: int = 300

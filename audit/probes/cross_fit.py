@@ -102,7 +102,7 @@ def _place_groups(counts: NDArray[np.float64], keys: NDArray[np.uint64], *, num_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crossing:
+class CrossFit:
     """Who learns from whom in one round of cross-fitting: arrays of shape (n,).
 
     The probe of fold j learns from the rows that `fits` and are not in fold j, and scores the rows of fold j.
@@ -121,40 +121,44 @@ class Crossing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lesson:
+class FitRows:
     """The rows (s,) that all probes together learn from; of them, what each of p probes may see: learn, aside (s, p).
 
     Probes are numbered by round, and in a round by fold. `aside` are the rows of `learn` that a probe chooses by.
     """
 
     rows: Rows
-    learn: NDArray[np.bool_]
-    aside: NDArray[np.bool_]
+    train_mask: NDArray[np.bool_]
+    holdout_mask: NDArray[np.bool_]
 
     @property
     def can_choose(self) -> bool:
         """Tell whether every probe has rows to try on and rows to try with."""
-        return bool((self.aside.any(axis=0) & (self.learn & ~self.aside).any(axis=0)).all())
+        return bool((self.holdout_mask.any(axis=0) & (self.train_mask & ~self.holdout_mask).any(axis=0)).all())
 
-    def take(self, places: Rows) -> Lesson:
+    def take(self, places: Rows) -> FitRows:
         """Give the lesson of some of the rows."""
-        return Lesson(rows=self.rows[places], learn=self.learn[places], aside=self.aside[places])
+        return FitRows(
+            rows=self.rows[places], train_mask=self.train_mask[places], holdout_mask=self.holdout_mask[places]
+        )
 
 
-def set_lesson(crossings: Sequence[Crossing], *, most_rows: int) -> Lesson:
+def gather_fit_rows(cross_fits: Sequence[CrossFit], *, most_rows: int) -> FitRows:
     """Take the rows that any probe may learn from, or the first `most_rows` of them by key.
 
     They come fold by fold of the first round: what one of its probes must not see is then skipped as a whole.
     """
-    fits = np.logical_or.reduce([crossing.fits for crossing in crossings])
-    rows = first_rows(np.flatnonzero(fits), crossings[0].key, most=most_rows)
-    rows = rows[np.argsort(crossings[0].fold[rows], kind="stable")]
-    learn, aside = [], []
-    for crossing in crossings:
-        others = crossing.fold[rows, None] != np.arange(crossing.num_folds)
-        learn.append(others & crossing.fits[rows, None])
-        aside.append(learn[-1] & (crossing.inner[rows, None] == 0))
-    return Lesson(rows=rows, learn=np.concatenate(learn, axis=1), aside=np.concatenate(aside, axis=1))
+    fits = np.logical_or.reduce([cross_fit.fits for cross_fit in cross_fits])
+    rows = first_rows(np.flatnonzero(fits), cross_fits[0].key, most=most_rows)
+    rows = rows[np.argsort(cross_fits[0].fold[rows], kind="stable")]
+    train_mask, holdout_mask = [], []
+    for cross_fit in cross_fits:
+        others = cross_fit.fold[rows, None] != np.arange(cross_fit.num_folds)
+        train_mask.append(others & cross_fit.fits[rows, None])
+        holdout_mask.append(train_mask[-1] & (cross_fit.inner[rows, None] == 0))
+    return FitRows(
+        rows=rows, train_mask=np.concatenate(train_mask, axis=1), holdout_mask=np.concatenate(holdout_mask, axis=1)
+    )
 
 
 def first_rows(rows: Rows, key: NDArray[np.uint64], *, most: int) -> Rows:
@@ -162,22 +166,22 @@ def first_rows(rows: Rows, key: NDArray[np.uint64], *, most: int) -> Rows:
     return rows if len(rows) <= most else np.sort(rows[np.argsort(key[rows], kind="stable")[:most]])
 
 
-def ask_own(crossings: Sequence[Crossing], rows: Rows, ask: Callable[[int, Tensor], Tensor]) -> Tensor:
+def predict_out_of_fold(cross_fits: Sequence[CrossFit], rows: Rows, ask: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Ask of each row, in each round, the probe that never saw it: (r, b, k).
 
     `ask` gives the logits (c, k) of a probe, by number, for some of the rows, given by their places (c,).
     """
     out: Tensor | None = None
     first = 0
-    for index, crossing in enumerate(crossings):
-        fold = crossing.fold[rows]
+    for index, cross_fit in enumerate(cross_fits):
+        fold = cross_fit.fold[rows]
         order = torch.from_numpy(np.argsort(fold, kind="stable"))
-        ends = np.cumsum(np.bincount(fold, minlength=crossing.num_folds))
+        ends = np.cumsum(np.bincount(fold, minlength=cross_fit.num_folds))
         for probe, places in enumerate(torch.tensor_split(order, torch.from_numpy(ends[:-1])), start=first):
             logits = ask(probe, places)
             if out is None:
-                out = logits.new_empty(len(crossings), len(rows), logits.shape[1])
+                out = logits.new_empty(len(cross_fits), len(rows), logits.shape[1])
             out[index, places.to(out.device)] = logits
-        first += crossing.num_folds
+        first += cross_fit.num_folds
     assert out is not None
     return out

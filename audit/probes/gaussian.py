@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .cross_fit import Crossing, Lesson
+from .cross_fit import CrossFit, FitRows
 from .design import Design
 from .glm import fit_glm
 from .quadratic import Curve, Shape, cholesky, fit_curve, shapes_of, sum_moments, widest_axes
@@ -97,11 +97,11 @@ class _Choice:
 def mix_in_gaussian(
     design: Design,
     label: Tensor,
-    lesson: Lesson,
-    crossings: Sequence[Crossing],
+    fit_rows: FitRows,
+    cross_fits: Sequence[CrossFit],
     *,
     theta: Tensor,
-    strength: Tensor,
+    l2: Tensor,
     max_steps: int,
     curved: bool,
 ) -> Mixed:
@@ -111,24 +111,26 @@ def mix_in_gaussian(
     models of the rest of its rows. `curved`: covariances of each class's own are tried as well.
     """
     z, k = design.rows.to(design.dtype), theta.shape[2]
-    trial = _fit_trial(design, label, lesson, strength, like=theta, max_steps=max_steps)
+    trial = _fit_trial(design, label, fit_rows, l2, like=theta, max_steps=max_steps)
     axes = widest_axes(design, num_classes=k, num_sets=2 * len(theta)) if curved else z.new_empty(z.shape[1], 0)
     straight, curves = theta.clone(), list[Curve | None]()
-    for crossing in crossings:
-        sums = _sum_up(z, label, lesson, crossing, axes=axes, num_classes=k)
-        for fold in range(crossing.num_folds):
+    for cross_fit in cross_fits:
+        sums = _sum_up(z, label, fit_rows, cross_fit, axes=axes, num_classes=k)
+        for fold in range(cross_fit.num_folds):
             probe = len(curves)
-            learn, aside = (torch.from_numpy(rows[:, probe]).to(z.device) for rows in (lesson.learn, lesson.aside))
-            whole, some = (sums.of(cells.to(z.device)) for cells in _cells_of(crossing, fold))
+            train_mask, holdout_mask = (
+                torch.from_numpy(rows[:, probe]).to(z.device) for rows in (fit_rows.train_mask, fit_rows.holdout_mask)
+            )
+            whole, some = (sums.of(cells.to(z.device)) for cells in _cells_of(cross_fit, fold))
             choice = _choose(
-                fit_gaussian(z, label, learn=learn & ~aside, sums=some),
+                fit_gaussian(z, label, train_mask=train_mask & ~holdout_mask, sums=some),
                 some.moments,
                 axes,
-                z=z[aside],
-                logistic=_ask(z[aside], trial[probe]),
-                label=label[aside],
+                z=z[holdout_mask],
+                logistic=_predict(z[holdout_mask], trial[probe]),
+                label=label[holdout_mask],
             )
-            gaussian, factor = fit_gaussian(z, label, learn=learn, sums=whole), choice.part * choice.sharpness
+            gaussian, factor = fit_gaussian(z, label, train_mask=train_mask, sums=whole), choice.part * choice.sharpness
             straight[probe] *= 1 - choice.part
             if choice.shape is None:
                 straight[probe] += factor * gaussian.theta()
@@ -138,32 +140,32 @@ def mix_in_gaussian(
     return Mixed(theta=straight, curves=tuple(curves))
 
 
-def _fit_trial(
-    design: Design, label: Tensor, lesson: Lesson, strength: Tensor, *, like: Tensor, max_steps: int
-) -> Tensor:
+def _fit_trial(design: Design, label: Tensor, fit_rows: FitRows, l2: Tensor, *, like: Tensor, max_steps: int) -> Tensor:
     """Fit the logistic models (p, d + 1, k) of the rows that are not set aside, by which the part is chosen."""
-    seen = torch.from_numpy(lesson.learn & ~lesson.aside).to(like.device)
+    seen = torch.from_numpy(fit_rows.train_mask & ~fit_rows.holdout_mask).to(like.device)
     return fit_glm(
         design,
         label,
         task="classification",
-        learn=seen,
-        strength=strength * torch.from_numpy(lesson.learn.sum(axis=0)).to(strength) / seen.sum(dim=0),
+        train_mask=seen,
+        l2=l2 * torch.from_numpy(fit_rows.train_mask.sum(axis=0)).to(l2) / seen.sum(dim=0),
         start=torch.zeros_like(like),
         max_steps=max_steps,
         tolerance=_TRIAL_TOLERANCE,
     ).theta
 
 
-def _sum_up(z: Tensor, label: Tensor, lesson: Lesson, crossing: Crossing, *, axes: Tensor, num_classes: int) -> Sums:
+def _sum_up(
+    z: Tensor, label: Tensor, fit_rows: FitRows, cross_fit: CrossFit, *, axes: Tensor, num_classes: int
+) -> Sums:
     """Sum over cells of one fold that are alike to all probes, so that a product of all rows serves every probe.
 
     The cells are each fold's rows, those of inner fold 0 apart.
     """
-    cell = crossing.fold[lesson.rows].astype(np.intp) * 2 + (crossing.inner[lesson.rows] == 0)
-    fits = crossing.fits[lesson.rows]
+    cell = cross_fit.fold[fit_rows.rows].astype(np.intp) * 2 + (cross_fit.inner[fit_rows.rows] == 0)
+    fits = cross_fit.fits[fit_rows.rows]
     count, total, square, moments = [], [], [], []
-    for number in range(2 * crossing.num_folds):
+    for number in range(2 * cross_fit.num_folds):
         rows = torch.from_numpy(np.flatnonzero((cell == number) & fits)).to(z.device)
         x, one_hot = z[rows], functional.one_hot(label[rows], num_classes).to(z.dtype)
         count.append(one_hot.sum(dim=0))
@@ -175,9 +177,9 @@ def _sum_up(z: Tensor, label: Tensor, lesson: Lesson, crossing: Crossing, *, axe
     )
 
 
-def _cells_of(crossing: Crossing, fold: int) -> tuple[Tensor, Tensor]:
+def _cells_of(cross_fit: CrossFit, fold: int) -> tuple[Tensor, Tensor]:
     """Tell which cells (c,) the probe of a fold learns from, and which when it sets some of them aside."""
-    numbers = torch.arange(2 * crossing.num_folds)
+    numbers = torch.arange(2 * cross_fit.num_folds)
     learns = numbers // 2 != fold
     return learns, learns & (numbers % 2 == 0)
 
@@ -186,7 +188,7 @@ def _add(one: Tensor, each: Tensor) -> Tensor:
     return (one.to(each.dtype) @ each.flatten(1)).view(each.shape[1:])
 
 
-def fit_gaussian(z: Tensor, label: Tensor, *, learn: Tensor, sums: Sums) -> Gaussian:
+def fit_gaussian(z: Tensor, label: Tensor, *, train_mask: Tensor, sums: Sums) -> Gaussian:
     """Give one Gaussian a class, from the rows `learn` (n,) and the sums of this one set of rows.
 
     Their common covariance is shrunk towards a multiple of the identity as far as Ledoit & Wolf (2004) find best.
@@ -194,7 +196,7 @@ def fit_gaussian(z: Tensor, label: Tensor, *, learn: Tensor, sums: Sums) -> Gaus
     n, d = float(sums.count.sum()), len(sums.square)
     means = sums.total / sums.count.clamp_min(1)[:, None]
     covariance = (sums.square - sums.total.T @ means) / n
-    rows = learn.nonzero().squeeze(1)
+    rows = train_mask.nonzero().squeeze(1)
     norms = (z[rows] - means[label[rows]]).square().sum(dim=1)
     level = covariance.diagonal().mean()
     spread = covariance.square().sum() - d * level**2  # |S - m I|^2
@@ -206,7 +208,7 @@ def fit_gaussian(z: Tensor, label: Tensor, *, learn: Tensor, sums: Sums) -> Gaus
     return Gaussian(means=means, covariance=shrunk, prior=prior)
 
 
-def _ask(z: Tensor, theta: Tensor) -> Tensor:
+def _predict(z: Tensor, theta: Tensor) -> Tensor:
     return torch.addmm(theta[-1], z, theta[:-1])
 
 
@@ -217,7 +219,7 @@ def _choose(
 
     Boundaries stay straight unless the best curve has the less loss by more than chance makes of so many rows.
     """
-    straight = _weigh(_ask(z, gaussian.theta()), logistic, label, shape=None)
+    straight = _weigh(_predict(z, gaussian.theta()), logistic, label, shape=None)
     curves = [
         _weigh(fit_curve(gaussian, moments, axes, shape=shape).logits(z), logistic, label, shape=shape)
         for shape in shapes_of(axes)

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..threads import parallel_map
-from .cross_fit import Lesson
+from .cross_fit import FitRows
 from .design import Design
-from .lbfgs import Judge, Minimum, minimise
-from .targets import Aim
+from .lbfgs import Judge, Minimum, minimize
+from .targets import TorchTarget
 
 _LOGITS_AT_ONCE = 1 << 20  # 4 MiB of float32: in the cache still when the product reads them (1 MiB costs 15% more)
 _LEAST_CHUNK = 512
@@ -38,11 +38,11 @@ _BFLOAT16_ROUNDING = 1e-4  # of a mean loss over a few thousand rows
 
 def fit_glm(
     design: Design,
-    answer: Tensor,
+    torch_target: Tensor,
     *,
     task: str,
-    learn: Tensor,
-    strength: Tensor,
+    train_mask: Tensor,
+    l2: Tensor,
     start: Tensor,
     max_steps: int,
     tolerance: float,
@@ -54,49 +54,56 @@ def fit_glm(
     `start` and what is found are theta (q, d + 1, k): weights of the design's rows, then the bias. The first metric of
     the steps is the Hessian where all logits are 0, diagonal on the design's axes.
     """
-    problem = GlmProblem(design, answer, task=task, rows=learn, strength=strength)
-    return minimise(problem, start, max_steps=max_steps, tolerance=tolerance, patience=patience, judge=judge)
+    problem = GlmProblem(design, torch_target, task=task, rows=train_mask, l2=l2)
+    return minimize(problem, start, max_steps=max_steps, tolerance=tolerance, patience=patience, judge=judge)
 
 
-def mean_loss(design: Design, answer: Tensor, *, task: str, rows: Tensor, whose: Tensor, theta: Tensor) -> Tensor:
+def mean_loss(design: Design, torch_target: Tensor, *, task: str, rows: Tensor, whose: Tensor, theta: Tensor) -> Tensor:
     """Give the mean loss (q,) of models theta (q, d + 1, k), model i over the rows of column whose[i] of (n, p)."""
     share = rows.to(design.dtype) / rows.sum(dim=0)
-    return _loss_and_gradient(design, answer, task=task, share=share, whose=whose, theta=theta, with_gradient=False)[0]
+    return _loss_and_gradient(
+        design, torch_target, task=task, share=share, whose=whose, theta=theta, with_gradient=False
+    )[0]
 
 
 def evaluate_rows(
-    design: Design, answer: Tensor, *, task: str, learn: Tensor, theta: Tensor, num_rows: int
+    design: Design, torch_target: Tensor, *, task: str, train_mask: Tensor, theta: Tensor, num_rows: int
 ) -> tuple[Tensor, Tensor]:
     """Compute the losses (p,) of models theta (p, d + 1, k) and their gradients, summed over the first rows alone."""
-    share = (learn.to(design.dtype) / learn.sum(dim=0))[:num_rows]
+    share = (train_mask.to(design.dtype) / train_mask.sum(dim=0))[:num_rows]
     whose = torch.arange(len(theta), device=theta.device)
-    loss, gradient = _loss_and_gradient(design, answer, task=task, share=share, whose=whose, theta=theta)
+    loss, gradient = _loss_and_gradient(design, torch_target, task=task, share=share, whose=whose, theta=theta)
     return loss.cpu(), gradient  # the copy waits for a GPU
 
 
 class GlmProblem:
     """The losses of q models as functions of theta (q, d + 1, k); any number of them may learn from the same rows."""
 
-    def __init__(self, design: Design, answer: Tensor, *, task: str, rows: Tensor, strength: Tensor) -> None:
-        self.design, self.answer, self.task, self.strength = design, answer, task, strength
+    def __init__(self, design: Design, torch_target: Tensor, *, task: str, rows: Tensor, l2: Tensor) -> None:
+        self.design, self.torch_target, self.task, self.l2 = design, torch_target, task, l2
         self.share = rows.to(design.dtype) / rows.sum(dim=0)  # (n, p): a row's part in each mean
-        self.whose = torch.arange(len(strength), device=rows.device) % rows.shape[1]  # (q,): the column of each model
-        self.penalty = strength[:, None] * _own_variance(design, self.share)[self.whose]  # (q, d)
+        self.whose = torch.arange(len(l2), device=rows.device) % rows.shape[1]  # (q,): the column of each model
+        self.penalty = l2[:, None] * _own_variance(design, self.share)[self.whose]  # (q, d)
         eps = 4 * torch.finfo(design.dtype).eps
         self.rounding = _BFLOAT16_ROUNDING if design.rows.dtype == torch.bfloat16 else eps
 
     def take(self, which: Tensor) -> GlmProblem:
         """Give the problem of some of the models."""
         part = object.__new__(GlmProblem)
-        part.design, part.answer, part.task, part.rounding = self.design, self.answer, self.task, self.rounding
+        part.design, part.torch_target, part.task, part.rounding = (
+            self.design,
+            self.torch_target,
+            self.task,
+            self.rounding,
+        )
         used, part.whose = torch.unique(self.whose[which], return_inverse=True)
-        part.share, part.strength, part.penalty = self.share[:, used], self.strength[which], self.penalty[which]
+        part.share, part.l2, part.penalty = self.share[:, used], self.l2[which], self.penalty[which]
         return part
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Give the losses (q,) and their gradients (q, d + 1, k)."""
         loss, gradient = _loss_and_gradient(
-            self.design, self.answer, task=self.task, share=self.share, whose=self.whose, theta=theta
+            self.design, self.torch_target, task=self.task, share=self.share, whose=self.whose, theta=theta
         )
         pull = self.penalty[:, :, None] * theta[:, :-1]
         gradient[:, :-1] += pull
@@ -106,14 +113,14 @@ class GlmProblem:
         """Apply the inverse of the Hessian at logits of 0, as if all models had the same rows."""
         # At 0 the covariance of the one-hot answer is 1/k of the identity, but for a shift of all logits alike.
         bend = {"classification": 1 / gradient.shape[2], "multilabel": 1 / 4, "regression": 1.0}[self.task]
-        metric = bend * self.design.curvature + self.strength[:, None]
+        metric = bend * self.design.curvature + self.l2[:, None]
         weight = self.design.turn_back(self.design.turn(gradient[:, :-1]) / metric[:, :, None])
         return torch.cat([weight, gradient[:, -1:] / bend], dim=1)
 
 
 def _loss_and_gradient(
     design: Design,
-    answer: Tensor,
+    torch_target: Tensor,
     *,
     task: str,
     share: Tensor,
@@ -127,7 +134,7 @@ def _loss_and_gradient(
         first = theta.new_zeros(p, *theta.shape[1:])
         each = torch.arange(p, device=whose.device)
         loss, gradient = _loss_and_gradient(
-            design, answer, task=task, share=share, whose=each, theta=first, with_gradient=with_gradient
+            design, torch_target, task=task, share=share, whose=each, theta=first, with_gradient=with_gradient
         )
         return loss[whose], gradient[whose]
     loss, gradient = theta.new_zeros(q), torch.zeros_like(theta)
@@ -136,7 +143,7 @@ def _loss_and_gradient(
         for some in torch.split(torch.isin(whose, columns).nonzero().squeeze(1), max(1, _COLUMNS_AT_ONCE // k)):
             more, pull = _sum_run(
                 design,
-                answer,
+                torch_target,
                 task=task,
                 share=share[:, whose[some]],
                 theta=theta[some],
@@ -152,7 +159,7 @@ Run = list[tuple[int, int]]
 
 
 def _sum_run(
-    design: Design, answer: Tensor, *, task: str, share: Tensor, theta: Tensor, run: Run, with_gradient: bool
+    design: Design, torch_target: Tensor, *, task: str, share: Tensor, theta: Tensor, run: Run, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Sum losses (c,) and gradients (c, d + 1, k) of models theta over chunks of rows; share (n, c) is each model's."""
     c, d, k = len(theta), theta.shape[1] - 1, theta.shape[2]
@@ -163,7 +170,7 @@ def _sum_run(
     def sum_chunk(chunk: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         x, own = design.rows[slice(*chunk)], share[slice(*chunk)]
         logits = theta.new_zeros(len(x), c, k) if still else (x @ weight).to(theta.dtype).view(len(x), c, k)
-        losses, residual = loss_and_residual(logits.add_(theta[:, -1]), answer[slice(*chunk)], task=task)
+        losses, residual = loss_and_residual(logits.add_(theta[:, -1]), torch_target[slice(*chunk)], task=task)
         total = (losses * own).sum(dim=0)
         if not with_gradient:
             return total, by_weight, by_bias
@@ -200,15 +207,15 @@ def _runs(share: Tensor, *, most: int) -> Iterator[tuple[Tensor, Run]]:
             yield torch.tensor(columns, device=share.device), [chunk for chunk, _ in run]
 
 
-def loss_and_residual(logits: Tensor, answer: Tensor, *, task: str) -> tuple[Tensor, Tensor]:
+def loss_and_residual(logits: Tensor, torch_target: Tensor, *, task: str) -> tuple[Tensor, Tensor]:
     """Give the loss (n, p) of logits (n, p, k), which are overwritten, and the residual mean - y, (n, p, k)."""
     if task == "classification":
-        at_label = answer[:, None, None].expand(-1, logits.shape[1], 1)
+        at_label = torch_target[:, None, None].expand(-1, logits.shape[1], 1)
         share = logits.softmax(dim=2)  # its logarithm alone where it is wanted: one exponential instead of two
         at = share.gather(2, at_label)
         loss = -at.clamp_min(torch.finfo(at.dtype).tiny).log().squeeze(2)
         return loss, share.scatter_(2, at_label, at.sub_(1))
-    values = answer[:, None, :]
+    values = torch_target[:, None, :]
     if task == "multilabel":
         return (functional.softplus(logits) - values * logits).sum(dim=2), logits.sigmoid_().sub_(values)
     residual = logits.sub_(values)
@@ -244,12 +251,12 @@ _TIMED_LOGITS = 1 << 23  # some hundredths of a second, unless a few rows have m
 _MIN_TIMED_ROWS = 128
 
 
-def log_estimate(design: Design, answer: Aim, lesson: Lesson, *, max_steps: int) -> None:
+def log_estimate(design: Design, torch_target: TorchTarget, fit_rows: FitRows, *, max_steps: int) -> None:
     """Log how long a step takes and how many there may be, with the settings that bound it, if it may be long."""
-    num_rows, num_probes = len(lesson.rows), int(lesson.learn.shape[1])
-    if num_rows * num_probes * answer.num_outputs < _MIN_LOGITS:
+    num_rows, num_probes = len(fit_rows.rows), int(fit_rows.train_mask.shape[1])
+    if num_rows * num_probes * torch_target.num_outputs < _MIN_LOGITS:
         return
-    seconds = step_seconds(design, answer, lesson)
+    seconds = step_seconds(design, torch_target, fit_rows)
     steps = min(_TYPICAL_STEPS, max_steps)
     if seconds * steps > _MAX_SECONDS:
         log.info(
@@ -258,7 +265,7 @@ def log_estimate(design: Design, answer: Aim, lesson: Lesson, *, max_steps: int)
             "--set probe.most_rows=N, --set probe.joint=false or --set probe.control=false",
             num_probes,
             num_rows,
-            answer.num_outputs,
+            torch_target.num_outputs,
             design.rows.shape[1],
             seconds,
             steps,
@@ -268,16 +275,18 @@ def log_estimate(design: Design, answer: Aim, lesson: Lesson, *, max_steps: int)
         )
 
 
-def step_seconds(design: Design, answer: Aim, lesson: Lesson) -> float:
+def step_seconds(design: Design, torch_target: TorchTarget, fit_rows: FitRows) -> float:
     """Return the seconds that loss and gradient of all probes take, from the faster of two runs over a few rows."""
-    num_rows, num_probes = len(lesson.rows), int(lesson.learn.shape[1])
-    few = min(num_rows, max(_MIN_TIMED_ROWS, _TIMED_LOGITS // (num_probes * answer.num_outputs)))
-    learn = torch.from_numpy(lesson.learn).to(design.rows.device)
-    theta = design.curvature.new_full((num_probes, design.rows.shape[1] + 1, answer.num_outputs), 1e-3)
+    num_rows, num_probes = len(fit_rows.rows), int(fit_rows.train_mask.shape[1])
+    few = min(num_rows, max(_MIN_TIMED_ROWS, _TIMED_LOGITS // (num_probes * torch_target.num_outputs)))
+    train_mask = torch.from_numpy(fit_rows.train_mask).to(design.rows.device)
+    theta = design.curvature.new_full((num_probes, design.rows.shape[1] + 1, torch_target.num_outputs), 1e-3)
     seconds = list[float]()
     for _ in range(2):
         start = time.perf_counter()
-        evaluate_rows(design, answer.found, task=answer.task, learn=learn, theta=theta, num_rows=few)
+        evaluate_rows(
+            design, torch_target.found, task=torch_target.task, train_mask=train_mask, theta=theta, num_rows=few
+        )
         seconds.append(time.perf_counter() - start)
     return min(seconds) * (num_rows / few)
 

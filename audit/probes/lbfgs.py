@@ -56,7 +56,7 @@ class _Pair:
         return _Pair(self.step[which], self.change[which], self.conditioned[which], self.curvature[which])
 
 
-def minimise(
+def minimize(
     problem: Problem,
     start: Tensor,
     *,

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .cross_fit import Lesson
+from .cross_fit import FitRows
 from .design import Design
 from .glm import fit_glm, mean_loss
-from .targets import Aim, choose_outputs
+from .targets import TorchTarget, choose_outputs
 
 if TYPE_CHECKING:
     from .config import ProbeConfig
@@ -25,21 +25,21 @@ from collections.abc import Callable, Sequence
 
 from ..dataset.labels import Target
 from ..features.matrix import Inputs, Rows
-from .cross_fit import Crossing, ask_own
+from .cross_fit import CrossFit, predict_out_of_fold
 from .design import Units, read_design
 from .gaussian import MOST_FEATURES, MOST_ROWS, Mixed, mix_in_gaussian
 from .glm import log_estimate
 from .lbfgs import Minimum
 from .quadratic import Curve
 
-_HOPE = 2.0  # steps like the last in which a weak strength must be able to make up for what it is behind
+_MAX_LOSS_RATIO = 2.0  # steps like the last in which a weak strength must be able to make up for what it is behind
 _TOLERANCE = 4e-2  # what a fit still lacks then does not change the order; a tighter one hears noise in few rows
 _MAX_STEPS = 10
 _MARGIN = 1e-5  # ten times what rounding does to a mean loss: of two that are so close, the stronger is taken
 
 
-def choose_strength(
-    design: Design, answer: Aim, lesson: Lesson, *, key: NDArray[np.uint64], config: ProbeConfig
+def choose_l2(
+    design: Design, torch_target: TorchTarget, fit_rows: FitRows, *, key: NDArray[np.uint64], config: ProbeConfig
 ) -> Tensor:
     """Give each of p probes the strength with the least loss on rows set aside of its own, (p,).
 
@@ -47,72 +47,76 @@ def choose_strength(
     the inverse variance of a prior: beside a mean over s times as many rows it is s times less. With nothing to choose
     by, it is the middle one.
     """
-    path = sorted(config.strengths, reverse=True)
-    answer, chosen = _choice_data(answer, key[lesson.rows], max_rows=config.choice_rows)
-    few = lesson.take(np.flatnonzero(chosen))
+    path = sorted(config.l2_penalties, reverse=True)
+    torch_target, chosen = _choice_data(torch_target, key[fit_rows.rows], max_rows=config.choice_rows)
+    few = fit_rows.take(np.flatnonzero(chosen))
     if len(path) == 1 or not few.can_choose:
-        return design.curvature.new_full((lesson.learn.shape[1],), path[len(path) // 2])
-    seen = few.learn & ~few.aside
-    strength = _race(
-        _part(design, answer, chosen, seen),
-        _part(design, answer, chosen, few.aside),
+        return design.curvature.new_full((fit_rows.train_mask.shape[1],), path[len(path) // 2])
+    seen = few.train_mask & ~few.holdout_mask
+    l2 = _compare_l2(
+        _part(design, torch_target, chosen, seen),
+        _part(design, torch_target, chosen, few.holdout_mask),
         path,
-        task=answer.task,
-        num_outputs=answer.num_outputs,
+        task=torch_target.task,
+        num_outputs=torch_target.num_outputs,
     )
-    return strength * torch.from_numpy(seen.sum(axis=0) / lesson.learn.sum(axis=0)).to(strength)
+    return l2 * torch.from_numpy(seen.sum(axis=0) / fit_rows.train_mask.sum(axis=0)).to(l2)
 
 
-def _choice_data(answer: Aim, key: NDArray[np.uint64], *, max_rows: int) -> tuple[Aim, NDArray[np.bool_]]:
+def _choice_data(
+    torch_target: TorchTarget, key: NDArray[np.uint64], *, max_rows: int
+) -> tuple[TorchTarget, NDArray[np.bool_]]:
     """Return the target with the outputs that a strength is chosen on, and which of the n rows, with keys (n,)."""
-    label, k = answer.found, answer.num_outputs
-    rows, outputs = choose_outputs(label.cpu().numpy(), key, task=answer.task, num_outputs=k, max_rows=max_rows)
+    label, k = torch_target.found, torch_target.num_outputs
+    rows, outputs = choose_outputs(label.cpu().numpy(), key, task=torch_target.task, num_outputs=k, max_rows=max_rows)
     mask = np.isin(np.arange(len(key)), rows)
     if len(outputs) == k:
-        return answer, mask
+        return torch_target, mask
     index = torch.from_numpy(outputs).to(label.device)
-    label = torch.searchsorted(index, label) if answer.task == "classification" else label[:, index]
-    return replace(answer, found=label, num_outputs=len(outputs)), mask
+    label = torch.searchsorted(index, label) if torch_target.task == "classification" else label[:, index]
+    return replace(torch_target, found=label, num_outputs=len(outputs)), mask
 
 
 Part = tuple[Design, Tensor, Tensor]
 
 
-def _part(design: Design, answer: Aim, chosen: NDArray[np.bool_], mask: NDArray[np.bool_]) -> Part:
+def _part(design: Design, torch_target: TorchTarget, chosen: NDArray[np.bool_], mask: NDArray[np.bool_]) -> Part:
     """Give the rows among the chosen that the mask (s, p) has any use for: design, answer and mask."""
     some = mask.any(axis=1)
     rows = torch.from_numpy(np.flatnonzero(chosen)[some]).to(design.rows.device)
-    return design.take(rows), answer.found[rows], torch.from_numpy(mask[some]).to(rows.device)
+    return design.take(rows), torch_target.found[rows], torch.from_numpy(mask[some]).to(rows.device)
 
 
-def _race(seen: Part, aside: Part, path: list[float], *, task: str, num_outputs: int) -> Tensor:
+def _compare_l2(seen: Part, holdout_mask: Part, path: list[float], *, task: str, num_outputs: int) -> Tensor:
     """Fit all probes under all strengths as one stacked parameter, and give the best strength of each: (p,).
 
     Model s * p + j is probe j under strength s, on the rows of probe j: whatever the strengths, one mask a probe.
     """
-    design, answer, learn = seen
-    strengths = design.curvature.new_tensor(path)
-    race = _Race(aside=aside, task=task, losses=strengths.new_full((len(path), learn.shape[1]), torch.inf))
+    design, torch_target, train_mask = seen
+    l2_penalties = design.curvature.new_tensor(path)
+    race = _L2Trial(
+        holdout_mask=holdout_mask, task=task, losses=l2_penalties.new_full((len(path), train_mask.shape[1]), torch.inf)
+    )
     fit_glm(
         design,
-        answer,
+        torch_target,
         task=task,
-        learn=learn,
-        strength=strengths.repeat_interleave(learn.shape[1]),
-        start=strengths.new_zeros(race.losses.numel(), design.rows.shape[1] + 1, num_outputs),
+        train_mask=train_mask,
+        l2=l2_penalties.repeat_interleave(train_mask.shape[1]),
+        start=l2_penalties.new_zeros(race.losses.numel(), design.rows.shape[1] + 1, num_outputs),
         max_steps=_MAX_STEPS,
         tolerance=_TOLERANCE,
         patience=1,
         judge=race.judge,
     )
-    return _least_between(race.losses, strengths)
+    return _least_between(race.losses, l2_penalties)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Race:
+class _L2Trial:
     """What is known so far: losses (s, p) on the rows set aside, strongest strength first; infinite once it is out."""
 
-    aside: Part
+    holdout_mask: Part
     task: str
     losses: Tensor
 
@@ -123,14 +127,14 @@ class _Race:
         is stronger than the best stays to its end, which is near, since rows aside speak for weak fits until they are
         done; so does the next weaker one, for the parabola.
         """
-        design, answer, rows = self.aside
+        design, torch_target, rows = self.holdout_mask
         place, probe = alive // rows.shape[1], alive % rows.shape[1]
-        loss = mean_loss(design, answer, task=self.task, rows=rows, whose=probe, theta=theta)
+        loss = mean_loss(design, torch_target, task=self.task, rows=rows, whose=probe, theta=theta)
         gain = self.losses[place, probe] - loss
         self.losses[place, probe] = loss
         best = _first_least(self.losses)
         behind = loss - self.losses[best[probe], probe]
-        stays = (place <= best[probe] + 1) | (behind <= _HOPE * gain)
+        stays = (place <= best[probe] + 1) | (behind <= _MAX_LOSS_RATIO * gain)
         self.losses[place[~stays], probe[~stays]] = torch.inf
         return stays
 
@@ -176,31 +180,33 @@ class LinearProbe:
     """
 
     inputs: Inputs
-    crossings: tuple[Crossing, ...]
+    cross_fits: tuple[CrossFit, ...]
     units: Units
     theta: Tensor
     curves: tuple[Curve | None, ...]
-    strength: Tensor
+    l2: Tensor
     num_steps: int
     snapshots: tuple[Tensor, ...]
 
     def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
         """Ask in each round the probe that never saw the row: (r, b, k)."""
-        found = self._ask(self.crossings, self.theta[None], rows, self.inputs if inputs is None else inputs)
+        found = self._predict(self.cross_fits, self.theta[None], rows, self.inputs if inputs is None else inputs)
         return np.asarray(found[0])
 
     def logits_by_epoch(self, rows: Rows) -> NDArray[np.float32]:
         """Ask the first round's probes as they were on the way: (e, b, k). Only the last have curves."""
-        return np.asarray(self._ask(self.crossings[:1], torch.stack(self.snapshots), rows, self.inputs)[:, 0])
+        return np.asarray(self._predict(self.cross_fits[:1], torch.stack(self.snapshots), rows, self.inputs)[:, 0])
 
-    def _ask(self, crossings: Sequence[Crossing], thetas: Tensor, rows: Rows, inputs: Inputs) -> NDArray[np.float32]:
+    def _predict(
+        self, cross_fits: Sequence[CrossFit], thetas: Tensor, rows: Rows, inputs: Inputs
+    ) -> NDArray[np.float32]:
         """Ask several states (e, p, d + 1, k) of the probes, the last of them with curves: (e, r, b, k)."""
-        out = np.empty((len(thetas), len(crossings), len(rows), thetas.shape[3]), dtype=np.float32)
+        out = np.empty((len(thetas), len(cross_fits), len(rows), thetas.shape[3]), dtype=np.float32)
         straight: tuple[Curve | None, ...] = (None,) * len(self.curves)
         for place, z in self.units.read(inputs, rows):
             for state, theta in enumerate(thetas):
                 curves = self.curves if state == len(thetas) - 1 else straight
-                found = ask_own(crossings, rows[place], _asker(theta, curves, z))
+                found = predict_out_of_fold(cross_fits, rows[place], _predictor(theta, curves, z))
                 out[state, :, place] = found.cpu().numpy()
         return out
 
@@ -208,8 +214,8 @@ class LinearProbe:
 def fit_linear(
     inputs: Inputs,
     target: Target,
-    crossings: Sequence[Crossing],
-    lesson: Lesson,
+    cross_fits: Sequence[CrossFit],
+    fit_rows: FitRows,
     *,
     config: ProbeConfig,
     device: str,
@@ -219,62 +225,62 @@ def fit_linear(
     The strength is chosen on some of the rows and carried over as scikit-learn's C, the variance of a prior: beside a
     mean over s times as many rows it is s times less.
     """
-    products = products_of(config.precision, device, size=len(lesson.rows) * inputs.num_features)
-    design = read_design(inputs, lesson.rows, products=products, device=device)
-    answer = Aim.of(target, lesson.rows, design.curvature)
-    log_estimate(design, answer, lesson, max_steps=config.max_steps)
-    strength = choose_strength(design, answer, lesson, key=crossings[0].key, config=config)
-    found = _fit(design, answer, lesson, strength, config)
-    mixed = Mixed(theta=found.theta, curves=(None,) * len(strength))
-    if _wants_gaussian(design, answer, lesson, config):
+    products = products_of(config.precision, device, size=len(fit_rows.rows) * inputs.num_features)
+    design = read_design(inputs, fit_rows.rows, products=products, device=device)
+    torch_target = TorchTarget.of(target, fit_rows.rows, design.curvature)
+    log_estimate(design, torch_target, fit_rows, max_steps=config.max_steps)
+    l2 = choose_l2(design, torch_target, fit_rows, key=cross_fits[0].key, config=config)
+    found = _fit(design, torch_target, fit_rows, l2, config)
+    mixed = Mixed(theta=found.theta, curves=(None,) * len(l2))
+    if _wants_gaussian(design, torch_target, fit_rows, config):
         mixed = mix_in_gaussian(
             design,
-            answer.found,
-            lesson,
-            crossings,
+            torch_target.found,
+            fit_rows,
+            cross_fits,
             theta=found.theta,
-            strength=strength,
+            l2=l2,
             max_steps=config.max_steps,
             curved=config.kind == "auto",
         )
-    first = crossings[0].num_folds
+    first = cross_fits[0].num_folds
     return LinearProbe(
         inputs=inputs,
-        crossings=tuple(crossings),
+        cross_fits=tuple(cross_fits),
         units=design.units,
-        theta=_in_units(mixed.theta, answer),
+        theta=_in_units(mixed.theta, torch_target),
         curves=mixed.curves,
-        strength=strength,
+        l2=l2,
         num_steps=found.num_steps,
-        snapshots=tuple(_in_units(moment[:first], answer) for moment in (*found.snapshots[:-1], mixed.theta)),
+        snapshots=tuple(_in_units(moment[:first], torch_target) for moment in (*found.snapshots[:-1], mixed.theta)),
     )
 
 
-def _fit(design: Design, answer: Aim, lesson: Lesson, strength: Tensor, config: ProbeConfig) -> Minimum:
+def _fit(design: Design, torch_target: TorchTarget, fit_rows: FitRows, l2: Tensor, config: ProbeConfig) -> Minimum:
     """Fit every probe from nothing, so that the way there can be told."""
-    learn = torch.from_numpy(lesson.learn).to(strength.device)
+    train_mask = torch.from_numpy(fit_rows.train_mask).to(l2.device)
     coarse = design.rows.dtype == torch.bfloat16
     return fit_glm(
         design,
-        answer.found,
-        task=answer.task,
-        learn=learn,
-        strength=strength,
-        start=strength.new_zeros(len(strength), design.rows.shape[1] + 1, answer.num_outputs),
+        torch_target.found,
+        task=torch_target.task,
+        train_mask=train_mask,
+        l2=l2,
+        start=l2.new_zeros(len(l2), design.rows.shape[1] + 1, torch_target.num_outputs),
         max_steps=config.max_steps,
         tolerance=max(config.tolerance, _COARSE if coarse else 0.0),
         patience=1 if coarse else 2,
     )
 
 
-def _wants_gaussian(design: Design, answer: Aim, lesson: Lesson, config: ProbeConfig) -> bool:
+def _wants_gaussian(design: Design, torch_target: TorchTarget, fit_rows: FitRows, config: ProbeConfig) -> bool:
     """Tell whether rows are few enough, and there are some to choose by; a strength that is given is to stand alone."""
-    small = len(lesson.rows) <= MOST_ROWS and design.rows.shape[1] <= MOST_FEATURES
-    chooses = len(config.strengths) > 1 and lesson.can_choose
-    return config.gaussian and answer.task == "classification" and small and chooses
+    small = len(fit_rows.rows) <= MOST_ROWS and design.rows.shape[1] <= MOST_FEATURES
+    chooses = len(config.l2_penalties) > 1 and fit_rows.can_choose
+    return config.gaussian and torch_target.task == "classification" and small and chooses
 
 
-def _asker(theta: Tensor, curves: Sequence[Curve | None], z: Tensor) -> Callable[[int, Tensor], Tensor]:
+def _predictor(theta: Tensor, curves: Sequence[Curve | None], z: Tensor) -> Callable[[int, Tensor], Tensor]:
     def ask(probe: int, mine: Tensor) -> Tensor:
         straight, curve = torch.addmm(theta[probe, -1], z[mine], theta[probe, :-1]), curves[probe]
         return straight if curve is None else straight + curve.logits(z[mine])
@@ -291,8 +297,8 @@ def products_of(precision: str, device: str, *, size: int) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
 
 
-def _in_units(theta: Tensor, answer: Aim) -> Tensor:
+def _in_units(theta: Tensor, torch_target: TorchTarget) -> Tensor:
     """Give models (p, d + 1, k) whose outputs are in the units of the target."""
-    moved = theta * answer.scale
-    moved[:, -1] += answer.centre
+    moved = theta * torch_target.scale
+    moved[:, -1] += torch_target.centre
     return moved

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..features.matrix import Inputs, Rows
 from ..features.pretrained import require_transformers
 from ..hashing import digest
-from ..workers import ahead
+from ..workers import prefetch_map
 
 SIZES = (64, 128, 256, 512)  # feature maps of a ResNet-18's four stages, of two blocks each
 READERS = 2  # threads that read ahead of a network
@@ -114,7 +114,7 @@ def check_shape(shape: tuple[int, ...], num_features: int) -> None:
         )
 
 
-def vary(pictures: Tensor, rng: np.random.Generator, *, least_area: float, flip: bool) -> Tensor:
+def augment_pictures(pictures: Tensor, rng: np.random.Generator, *, least_area: float, flip: bool) -> Tensor:
     """Crop each picture (b, f, c, h, w) at random, to its size again, and mirror one in two: float32.
 
     A crop has between `least_area` and 1 of the picture's area, and sides of ratio 3 / 4 to 4 / 3 relative to its own:
@@ -136,7 +136,7 @@ def vary(pictures: Tensor, rng: np.random.Generator, *, least_area: float, flip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
+class InputStatistics:
     """What was seen of n rows before any training: mean and mean square of each channel (n, c), and all in a digest."""
 
     mean: NDArray[np.float64]
@@ -154,7 +154,7 @@ class Survey:
         return mean, np.sqrt(np.maximum(self.square[rows].mean(axis=0) - mean**2, 0))
 
 
-def survey_inputs(inputs: Inputs, shape: tuple[int, ...], *, batch_size: int) -> Survey:
+def input_statistics(inputs: Inputs, shape: tuple[int, ...], *, batch_size: int) -> InputStatistics:
     """Read all rows once, `batch_size` at a time."""
 
     def look(rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
@@ -163,13 +163,13 @@ def survey_inputs(inputs: Inputs, shape: tuple[int, ...], *, batch_size: int) ->
         square, mean = (each.double().numpy() for each in torch.var_mean(pictures, dim=(1, 3, 4), correction=0))
         return mean, square + mean**2, digest(str(found.dtype).encode(), found.tobytes())
 
-    parts = list(ahead(look, cut(np.arange(inputs.num_rows), batch_size), num_threads=READERS))
+    parts = list(prefetch_map(look, batch_slices(np.arange(inputs.num_rows), batch_size), num_threads=READERS))
     mean, square = (np.concatenate([part[place] for part in parts]) for place in (0, 1))
-    return Survey(mean=mean, square=square, content=digest(*(part[2].encode() for part in parts)))
+    return InputStatistics(mean=mean, square=square, content=digest(*(part[2].encode() for part in parts)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Truth:
+class NetworkTarget:
     """What the rows (n,) are to be recognised as, on the device; numbers are standardised by the training rows."""
 
     found: Tensor
@@ -178,15 +178,15 @@ class Truth:
     scale: float
 
     @classmethod
-    def of(cls, target: Target, learn: Rows, device: str) -> Truth:
+    def of(cls, target: Target, train_mask: Rows, device: str) -> NetworkTarget:
         """Bring a target to the device."""
         if target.values is None:
             found = torch.from_numpy(target.label.astype(np.int64)).to(device)
             return cls(found=found, task=target.task, centre=0.0, scale=1.0)
         centre, scale = 0.0, 1.0
         if target.task == "regression":
-            centre = float(target.values[learn].mean(dtype=np.float64))
-            scale = float(target.values[learn].std(dtype=np.float64)) or 1.0
+            centre = float(target.values[train_mask].mean(dtype=np.float64))
+            scale = float(target.values[train_mask].std(dtype=np.float64)) or 1.0
         found = torch.from_numpy(((target.values - centre) / scale).astype(np.float32)).to(device)
         return cls(found=found, task=target.task, centre=centre, scale=scale)
 
@@ -203,6 +203,6 @@ class Truth:
         return np.asarray((outputs * self.scale + self.centre).cpu().numpy(), dtype=np.float32)
 
 
-def cut(rows: Rows, size: int) -> list[Rows]:
+def batch_slices(rows: Rows, size: int) -> list[Rows]:
     """Cut rows into runs of `size`."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -20,10 +20,21 @@ from ..features.matrix import Inputs, Rows
 from ..hashing import digest, hash_rank
 from ..storage import atomic_write
 from ..threads import NETWORK_THREADS, fixed_threads
-from ..workers import Progress, ahead
+from ..workers import Progress, prefetch_map
 from .config import NetworkConfig
-from .cross_fit import Crossing
-from .network import READERS, Network, Survey, Truth, build_network, check_shape, cut, survey_inputs, to_pictures, vary
+from .cross_fit import CrossFit
+from .network import (
+    READERS,
+    InputStatistics,
+    Network,
+    NetworkTarget,
+    augment_pictures,
+    batch_slices,
+    build_network,
+    check_shape,
+    input_statistics,
+    to_pictures,
+)
 
 if TYPE_CHECKING:
     from .probe_set import Probe
@@ -58,13 +69,13 @@ class Fold:
     round: int
     fold: int
     held: Rows
-    learn: Rows
-    aside: Rows
+    train_mask: Rows
+    holdout_mask: Rows
     identity: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
+class NetworkFit:
     """What the training of all folds has in common."""
 
     inputs: Inputs
@@ -73,7 +84,7 @@ class Course:
     config: NetworkConfig
     seed: int
     device: str
-    survey: Survey
+    survey: InputStatistics
 
     @property
     def device_type(self) -> str:
@@ -93,7 +104,7 @@ class Course:
             both = torch.from_numpy(batch), found
             return (both[0].pin_memory(), both[1].pin_memory()) if self.device_type == "cuda" else both
 
-        for batch, found in ahead(read, rows, num_threads=READERS):
+        for batch, found in prefetch_map(read, rows, num_threads=READERS):
             here = found.to(self.device, non_blocking=True)
             yield batch.to(self.device, non_blocking=True), to_pictures(here, self.shape)
 
@@ -109,7 +120,7 @@ def fit_network(
     inputs: Inputs,
     shape: tuple[int, ...],
     target: Target,
-    crossings: Sequence[Crossing],
+    cross_fits: Sequence[CrossFit],
     *,
     config: NetworkConfig,
     seed: int,
@@ -127,65 +138,75 @@ def fit_network(
     damaged file. On a CPU a step takes about 0.1 s a clip of three frames of 112 pixels, one core: days for thousands.
     """
     check_shape(shape, inputs.num_features)
-    survey = survey_inputs(inputs, shape, batch_size=config.batch_size)
-    course = Course(inputs=inputs, shape=shape, target=target, config=config, seed=seed, device=device, survey=survey)
-    folds = [fold for number, crossing in enumerate(crossings) for fold in plan_folds(course, crossing, number)]
-    by_round = np.zeros((len(crossings), inputs.num_rows, target.num_outputs), np.float32)
+    survey = input_statistics(inputs, shape, batch_size=config.batch_size)
+    network_fit = NetworkFit(
+        inputs=inputs, shape=shape, target=target, config=config, seed=seed, device=device, survey=survey
+    )
+    folds = [fold for number, cross_fit in enumerate(cross_fits) for fold in plan_folds(network_fit, cross_fit, number)]
+    by_round = np.zeros((len(cross_fits), inputs.num_rows, target.num_outputs), np.float32)
     by_epoch = np.zeros((len(config.epochs_kept), *by_round.shape[1:]), np.float32)
     for place, fold in enumerate(folds):
 
         def tick(epoch: int, before: int = place * config.epochs) -> None:
             progress("probe", before + epoch, config.epochs * len(folds))
 
-        found = _train_once(course, fold, folder, tick)
+        found = _train_once(network_fit, fold, folder, tick)
         by_round[fold.round, fold.held] = found[0]
         if fold.round == 0:
             by_epoch[:, fold.held] = found[1:]
     return NetworkProbe(by_round=by_round, by_epoch=by_epoch)
 
 
-def plan_folds(course: Course, crossing: Crossing, number: int) -> Iterator[Fold]:
+def plan_folds(network_fit: NetworkFit, cross_fit: CrossFit, number: int) -> Iterator[Fold]:
     """Say for each fold of a round who learns and who is scored, in the order of the ids' hash, not of the dataset."""
-    order = np.argsort(crossing.key, kind="stable")
-    fold, inner = crossing.fold[order], crossing.inner[order]
-    usable = (crossing.fits & course.survey.there)[order]
-    identity = _identity(course, crossing)
-    for each in range(crossing.num_folds):
-        learn = usable & (fold != each)
-        if learn.sum() < 2:
+    order = np.argsort(cross_fit.key, kind="stable")
+    fold, inner = cross_fit.fold[order], cross_fit.inner[order]
+    usable = (cross_fit.fits & network_fit.survey.there)[order]
+    identity = _identity(network_fit, cross_fit)
+    for each in range(cross_fit.num_folds):
+        train_mask = usable & (fold != each)
+        if train_mask.sum() < 2:
             raise ScoreError(
-                f"fold {each} leaves a network {learn.sum()} rows to learn from, where two are the least: ask for "
+                f"fold {each} leaves a network {train_mask.sum()} rows to learn from, where two are the least: ask for "
                 "fewer folds (probe.folds), or train from more samples"
             )
-        aside = learn & (inner == 0) & course.config.choose_epoch
-        if (learn & ~aside).sum() < 2:
-            aside[:] = False
+        holdout_mask = train_mask & (inner == 0) & network_fit.config.choose_epoch
+        if (train_mask & ~holdout_mask).sum() < 2:
+            holdout_mask[:] = False
         yield Fold(
             round=number,
             fold=each,
             held=order[fold == each],
-            learn=order[learn & ~aside],
-            aside=order[aside],
+            train_mask=order[train_mask & ~holdout_mask],
+            holdout_mask=order[holdout_mask],
             identity=identity,
         )
 
 
-def _identity(course: Course, crossing: Crossing) -> str:
+def _identity(network_fit: NetworkFit, cross_fit: CrossFit) -> str:
     """Fingerprint all that decides about a round's logits."""
-    about = (VERSION, torch.__version__, course.shape, sorted(asdict(course.config).items()), course.seed)
-    target = course.target
-    told = (course.device_type, target.task, target.num_outputs, course.survey.content)
-    arrays = (target.label, target.values, crossing.fold, crossing.inner, crossing.fits, crossing.key)
+    about = (
+        VERSION,
+        torch.__version__,
+        network_fit.shape,
+        sorted(asdict(network_fit.config).items()),
+        network_fit.seed,
+    )
+    target = network_fit.target
+    told = (network_fit.device_type, target.task, target.num_outputs, network_fit.survey.content)
+    arrays = (target.label, target.values, cross_fit.fold, cross_fit.inner, cross_fit.fits, cross_fit.key)
     return digest(repr((about, told)).encode(), *(b"" if each is None else each.tobytes() for each in arrays))
 
 
-def _train_once(course: Course, fold: Fold, folder: Path | None, tick: Callable[[int], None]) -> NDArray[np.float32]:
+def _train_once(
+    network_fit: NetworkFit, fold: Fold, folder: Path | None, tick: Callable[[int], None]
+) -> NDArray[np.float32]:
     """Read the logits of a fold from its file, or train and leave them there: see `_train`."""
     if folder is None:
-        return _train(course, fold, tick)
+        return _train(network_fit, fold, tick)
     path = folder / f"{fold.identity}-{fold.round}-{fold.fold}.npy"
     if not path.exists():
-        found = _train(course, fold, tick)
+        found = _train(network_fit, fold, tick)
         content = io.BytesIO()  # to a file, numpy would hide why a write failed
         np.save(content, found, allow_pickle=False)
         with atomic_write(path) as temporary:
@@ -195,58 +216,63 @@ def _train_once(course: Course, fold: Fold, folder: Path | None, tick: Callable[
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DatasetError(f"{path} is damaged ({error}): delete it, and its network is trained anew") from error
-    tick(course.config.epochs)
+    tick(network_fit.config.epochs)
     return np.asarray(found, dtype=np.float32)
 
 
-def _train(course: Course, fold: Fold, tick: Callable[[int], None]) -> NDArray[np.float32]:
+def _train(network_fit: NetworkFit, fold: Fold, tick: Callable[[int], None]) -> NDArray[np.float32]:
     """Train one network, and give what it says of its fold (1 + e, b, k): at the end, and in round 0 by epoch."""
-    config, kept = course.config, []
-    network = _new_network(course, fold)
-    truth = Truth.of(course.target, fold.learn, course.device)
+    config, kept = network_fit.config, []
+    network = _new_network(network_fit, fold)
+    network_target = NetworkTarget.of(network_fit.target, fold.train_mask, network_fit.device)
     optimiser = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, config.lr_step, LR_FALL)
     least, best = math.inf, None
     for epoch in range(1, config.epochs + 1):
-        _learn(course, network, truth, optimiser, fold, epoch)
+        _train_epoch(network_fit, network, network_target, optimiser, fold, epoch)
         schedule.step()
-        if len(fold.aside) and (loss := _loss_aside(course, network, truth, fold)) < least:
+        if len(fold.holdout_mask) and (loss := _holdout_loss(network_fit, network, network_target, fold)) < least:
             least, best = loss, {name: value.clone() for name, value in network.state_dict().items()}
         if fold.round == 0 and epoch in config.epochs_kept:
-            kept.append(truth.in_units(_ask(course, network, fold.held)))
+            kept.append(network_target.in_units(_predict(network_fit, network, fold.held)))
         tick(epoch)
     if best is not None:
         network.load_state_dict(best)
-    last = kept[-1] if kept and best is None else truth.in_units(_ask(course, network, fold.held))
+    last = kept[-1] if kept and best is None else network_target.in_units(_predict(network_fit, network, fold.held))
     return np.stack([last, *kept])
 
 
-def _new_network(course: Course, fold: Fold) -> Network:
+def _new_network(network_fit: NetworkFit, fold: Fold) -> Network:
     network: Any = build_network(  # the types of torch know no memory_format of a module
-        course.shape,
-        num_outputs=course.target.num_outputs,
-        width=course.config.width,
-        seed=course.chance("weights", fold),
+        network_fit.shape,
+        num_outputs=network_fit.target.num_outputs,
+        width=network_fit.config.width,
+        seed=network_fit.chance("weights", fold),
     )
-    network.trunk.standardise_by(*course.survey.levels(fold.learn))
-    moved: Network = network.to(course.device, memory_format=torch.channels_last)
+    network.trunk.standardise_by(*network_fit.survey.levels(fold.train_mask))
+    moved: Network = network.to(network_fit.device, memory_format=torch.channels_last)
     return moved
 
 
-def _learn(
-    course: Course, network: Network, truth: Truth, optimiser: torch.optim.Optimizer, fold: Fold, epoch: int
+def _train_epoch(
+    network_fit: NetworkFit,
+    network: Network,
+    network_target: NetworkTarget,
+    optimiser: torch.optim.Optimizer,
+    fold: Fold,
+    epoch: int,
 ) -> None:
     """Train for an epoch: all rows once, in batches even in size, so that none is left with a single row."""
-    rng = np.random.default_rng(course.chance("batches", fold, epoch))
-    order = rng.permutation(fold.learn)
-    config, total = course.config, torch.zeros((), device=course.device)
+    rng = np.random.default_rng(network_fit.chance("batches", fold, epoch))
+    order = rng.permutation(fold.train_mask)
+    config, total = network_fit.config, torch.zeros((), device=network_fit.device)
     network.train()
-    for rows, pictures in course.batches(np.array_split(order, math.ceil(len(order) / config.batch_size))):
-        if len(course.shape) > 2:
-            pictures = vary(pictures, rng, least_area=config.least_crop, flip=config.flip)
-        with course.autocast():
+    for rows, pictures in network_fit.batches(np.array_split(order, math.ceil(len(order) / config.batch_size))):
+        if len(network_fit.shape) > 2:
+            pictures = augment_pictures(pictures, rng, least_area=config.least_crop, flip=config.flip)
+        with network_fit.autocast():
             outputs = network(pictures)
-        loss = truth.loss(outputs, rows)
+        loss = network_target.loss(outputs, rows)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()
@@ -259,15 +285,20 @@ def _learn(
 
 
 @torch.no_grad()
-def _ask(course: Course, network: Network, rows: Rows) -> Tensor:
+def _predict(network_fit: NetworkFit, network: Network, rows: Rows) -> Tensor:
     """Give a network's outputs (b, k) for some rows, in eval mode."""
     network.eval()
-    found = [torch.zeros(0, course.target.num_outputs, device=course.device)]
-    for _, pictures in course.batches(cut(rows, course.config.batch_size)):
-        with course.autocast():
+    found = [torch.zeros(0, network_fit.target.num_outputs, device=network_fit.device)]
+    for _, pictures in network_fit.batches(batch_slices(rows, network_fit.config.batch_size)):
+        with network_fit.autocast():
             found.append(network(pictures))
     return torch.cat(found)
 
 
-def _loss_aside(course: Course, network: Network, truth: Truth, fold: Fold) -> float:
-    return float(truth.loss(_ask(course, network, fold.aside), torch.from_numpy(fold.aside).to(course.device)))
+def _holdout_loss(network_fit: NetworkFit, network: Network, network_target: NetworkTarget, fold: Fold) -> float:
+    return float(
+        network_target.loss(
+            _predict(network_fit, network, fold.holdout_mask),
+            torch.from_numpy(fold.holdout_mask).to(network_fit.device),
+        )
+    )

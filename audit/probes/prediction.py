@@ -19,11 +19,11 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 from torch import Tensor
 
 from ..dataset.labels import Target
-from ..metrics import LEAST, Floats, fuse
+from ..metrics import LEAST, Floats, fuse_probabilities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class Prediction:
     """What the probes of one modality say of b rows.
 
     confidence (b,) in [0, 1]: the likelihood of the target by the mean of the rounds' logits; by_round (r, b): in each.
@@ -42,7 +42,7 @@ class Reading:
     deviation: Floats | None = None
 
 
-def read_logits(logits: Floats, scale: Floats, target: Target, *, least_scale: float = 1.0) -> Reading:
+def predict(logits: Floats, scale: Floats, target: Target, *, least_scale: float = 1.0) -> Prediction:
     """Read the outputs (r, b, k) of b rows with their targets.
 
     classification: confidence is the probability of the true class. multilabel: the likelihood of all labels, present
@@ -62,16 +62,16 @@ def likelihoods(logits: Floats, scale: Floats, target: Target, *, least_scale: f
     return np.stack([_likelihood(outputs, scale, target, least_scale) for outputs in logits])
 
 
-def probability_of(logits: Floats, scale: Floats, target: Target) -> Floats:
+def target_probability(logits: Floats, scale: Floats, target: Target) -> Floats:
     """Return the probabilities (b, k) of classes or labels under outputs (r, b, k)."""
     scaled = _mean_of(logits) / scale[:, None]
     return np.asarray(softmax(scaled, axis=1) if target.values is None else expit(scaled))
 
 
-def right_of(logits: Floats, scale: Floats, target: Target) -> Floats:
+def correctness(logits: Floats, scale: Floats, target: Target) -> Floats:
     """Return what the metric of classes or labels is the mean of, (b,) in [0, 1], of outputs (r, b, k)."""
     if target.values is None:
-        predicted = probability_of(logits, scale, target).argmax(axis=1)
+        predicted = target_probability(logits, scale, target).argmax(axis=1)
         return np.asarray(predicted == target.label, dtype=np.float32)
     return np.asarray(((_mean_of(logits) > 0) == (target.values > 0.5)).mean(axis=1, dtype=np.float32))
 
@@ -100,13 +100,13 @@ def _log_softmax_at(logits: Floats, label: NDArray[np.int32]) -> Floats:
     return np.asarray(at_label - np.log(np.exp(logits, out=logits).sum(axis=1)))
 
 
-def _read_classes(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_round: Floats) -> Reading:
+def _read_classes(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_round: Floats) -> Prediction:
     probability = softmax(logits / scale[:, None], axis=1)
     predicted = probability.argmax(axis=1)
     rows = np.arange(len(probability))
     highest, others = probability[rows, predicted], probability.copy()
     others[rows, predicted] = -1
-    return Reading(
+    return Prediction(
         confidence=confidence,
         by_round=by_round,
         probability=probability,
@@ -117,10 +117,10 @@ def _read_classes(logits: Floats, scale: Floats, target: Target, confidence: Flo
     )
 
 
-def _read_labels(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_round: Floats) -> Reading:
+def _read_labels(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_round: Floats) -> Prediction:
     assert target.values is not None
     probability = expit(logits / scale[:, None])
-    return Reading(
+    return Prediction(
         confidence=confidence,
         by_round=by_round,
         probability=probability,
@@ -131,16 +131,16 @@ def _read_labels(logits: Floats, scale: Floats, target: Target, confidence: Floa
     )
 
 
-def _read_values(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_round: Floats) -> Reading:
+def _read_values(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_round: Floats) -> Prediction:
     assert target.values is not None
-    return Reading(
+    return Prediction(
         confidence=confidence,
         by_round=by_round,
         probability=logits,
         entropy=0.5 * np.log(2 * np.pi * np.e * scale**2),
         margin=np.full(len(target), np.nan, np.float32),
         predicted=logits[:, 0],
-        right=-((logits - target.values)[:, 0] ** 2),  # the ledger, which knows the variance, makes R^2 of it
+        right=-((logits - target.values)[:, 0] ** 2),  # the probe_report, which knows the variance, makes R^2 of it
         deviation=scale,
     )
 
@@ -149,27 +149,27 @@ def _entropy(probability: Floats) -> Floats:
     return -probability * np.log(np.maximum(probability, LEAST))
 
 
-def fuse_readings(readings: list[Reading], target: Target, *, least_scale: float = 1.0) -> Reading:
+def fuse_predictions(predictions: list[Prediction], target: Target, *, least_scale: float = 1.0) -> Prediction:
     """Fuse the readings of m modalities without a fused probe, those of missing ones full of NaN: one round.
 
     Classes and labels by the mean of the log probabilities, renormalised; numbers by the mean of the predictions,
     each in proportion to its precision. Mmaudit's stand-in for a fused model.
     """
     if target.task == "regression":
-        precision = np.stack([1 / _required(reading.deviation) ** 2 for reading in readings])
-        means = np.stack([reading.probability[:, 0] for reading in readings])
+        precision = np.stack([1 / _required(prediction.deviation) ** 2 for prediction in predictions])
+        means = np.stack([prediction.probability[:, 0] for prediction in predictions])
         there = ~np.isnan(means)
         total = np.where(there, precision, 0).sum(axis=0)
         mean = np.where(there, precision * means, 0).sum(axis=0) / total
-        return read_logits(mean[None, :, None], 1 / np.sqrt(total), target, least_scale=least_scale)
-    each = [reading.probability for reading in readings]
+        return predict(mean[None, :, None], 1 / np.sqrt(total), target, least_scale=least_scale)
+    each = [prediction.probability for prediction in predictions]
     if target.task == "multilabel":
         flat = [np.stack([part.ravel(), 1 - part.ravel()], axis=1) for part in each]
-        present = fuse(flat)[:, 0].reshape(each[0].shape)
+        present = fuse_probabilities(flat)[:, 0].reshape(each[0].shape)
         logits = np.log(np.maximum(present, LEAST)) - np.log(np.maximum(1 - present, LEAST))
     else:
-        logits = np.log(np.maximum(fuse(each), LEAST))
-    return read_logits(logits[None], np.ones(len(target), np.float32), target)
+        logits = np.log(np.maximum(fuse_probabilities(each), LEAST))
+    return predict(logits[None], np.ones(len(target), np.float32), target)
 
 
 def _required(deviation: Floats | None) -> Floats:

@@ -16,17 +16,17 @@ from ..features.matrix import FeatureMatrix, Inputs, JointInputs, Rows, WindowIn
 from ..metrics import Floats
 from ..threads import fixed_threads
 from .config import ProbeConfig
-from .cross_fit import Crossing, first_rows, set_lesson
+from .cross_fit import CrossFit, first_rows, gather_fit_rows
 from .linear import LinearProbe, fit_linear
 from .mlp import MlpProbe, fit_mlp
 from .prediction import (
-    Reading,
+    Prediction,
+    correctness,
     expected_calibration_error,
     fit_temperature,
     likelihoods,
-    probability_of,
-    read_logits,
-    right_of,
+    predict,
+    target_probability,
 )
 
 KINDS = ("auto", "linear", "mlp")
@@ -49,7 +49,7 @@ class Probe(Protocol):
 def fit_probe(
     inputs: Inputs,
     target: Target,
-    crossings: Sequence[Crossing],
+    cross_fits: Sequence[CrossFit],
     *,
     config: ProbeConfig,
     device: str = "cpu",
@@ -62,9 +62,9 @@ def fit_probe(
     """
     if config.kind not in KINDS:
         raise ConfigError(f"probe.kind is {config.kind!r}; {choices(config.kind, KINDS)}")
-    lesson = set_lesson(crossings, most_rows=config.most_rows)
+    fit_rows = gather_fit_rows(cross_fits, most_rows=config.most_rows)
     fit = fit_mlp if config.kind == "mlp" else fit_linear
-    probe: Probe = fit(inputs, target, crossings, lesson, config=config, device=device)
+    probe: Probe = fit(inputs, target, cross_fits, fit_rows, config=config, device=device)
     progress("probe", 1, 1)
     return probe
 
@@ -74,7 +74,7 @@ _CALIBRATION_LOGITS = 1 << 24  # 20,000 rows of 838 outputs; of 5,000, 3,355 row
 _LEAST_CALIBRATION_ROWS = 1_000
 _BYTES_TOGETHER = 128 << 20  # features of all probes that are fitted at the same time
 
-Fit = Callable[[Inputs, Target, Sequence[Crossing]], Probe]
+Fit = Callable[[Inputs, Target, Sequence[CrossFit]], Probe]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class CalibratedProbe:
     """The cross-fitted probes of one modality, or of all together.
 
     present (n,): the samples that have the modality. scale (n,): the temperature of each, or the standard deviation of
@@ -111,7 +111,7 @@ class Member:
         """The mean of its scales, to be compared among modalities."""
         return float(self.scale.mean())
 
-    def in_memory(self, rows: Rows) -> Member:
+    def in_memory(self, rows: Rows) -> CalibratedProbe:
         """Return the same member with the features of these consecutive rows in memory, for no others."""
         return self if self.is_stored else self.with_inputs(WindowInputs.of(self.inputs, rows))
 
@@ -120,15 +120,15 @@ class Member:
         """Whether the probe's outputs are stored, as those of a network are: it reads no features any more."""
         return not isinstance(self.probe, LinearProbe | MlpProbe)
 
-    def with_inputs(self, inputs: Inputs) -> Member:
+    def with_inputs(self, inputs: Inputs) -> CalibratedProbe:
         """Return the same member with its features read from elsewhere."""
         assert isinstance(self.probe, LinearProbe | MlpProbe)
         return replace(self, inputs=inputs, probe=replace(self.probe, inputs=inputs))
 
-    def read(self, rows: Rows, target: Target, *, least_scale: float = 1.0, inputs: Inputs | None = None) -> Reading:
+    def read(self, rows: Rows, target: Target, *, least_scale: float = 1.0, inputs: Inputs | None = None) -> Prediction:
         """Ask about these samples, whose targets are given; `inputs`: the same samples with something masked."""
         logits = self.probe.logits(rows, inputs=inputs)
-        return read_logits(logits, self.scale[rows], target, least_scale=least_scale)
+        return predict(logits, self.scale[rows], target, least_scale=least_scale)
 
     def read_epochs(self, rows: Rows, target: Target, *, least_scale: float = 1.0) -> Floats:
         """Give the confidence (e, b) in the target after each recorded epoch of training, in the first round."""
@@ -137,10 +137,10 @@ class Member:
 
     def read_right(self, rows: Rows, target: Target, *, inputs: Inputs) -> Floats:
         """Return what the metric of the task is the mean of, (b,), for samples read from other inputs."""
-        return right_of(self.probe.logits(rows, inputs=inputs), self.scale[rows], target)
+        return correctness(self.probe.logits(rows, inputs=inputs), self.scale[rows], target)
 
 
-def fit_together(inputs: Sequence[Inputs]) -> bool:
+def fit_side_by_side(inputs: Sequence[Inputs]) -> bool:
     """Whether probes of these inputs are fitted side by side: all their rows in memory are small, and none a network.
 
     It changes how long it takes, and no result; probes of more rows share the threads within each step.
@@ -150,17 +150,17 @@ def fit_together(inputs: Sequence[Inputs]) -> bool:
     return size <= _BYTES_TOGETHER and not any(networks)
 
 
-def seat_member(
+def fit_calibrated_probe(
     name: str,
     inputs: Inputs,
     target: Target,
-    crossings: Sequence[Crossing],
+    cross_fits: Sequence[CrossFit],
     *,
     present: NDArray[np.bool_],
     fit: Fit,
-) -> Member:
+) -> CalibratedProbe:
     """Fit a modality's probes on the samples that have it, and calibrate them on their own out-of-fold outputs."""
-    mine = [replace(crossing, fits=crossing.fits & present) for crossing in crossings]
+    mine = [replace(cross_fit, fits=cross_fit.fits & present) for cross_fit in cross_fits]
     probe = fit(inputs, target, mine)
     first = mine[0]
     most = min(CALIBRATION_ROWS, max(_LEAST_CALIBRATION_ROWS, _CALIBRATION_LOGITS // target.num_outputs))
@@ -173,28 +173,29 @@ def seat_member(
     found = Calibration(num_rows=len(rows), temperature=float(by_fold.mean()), ece_before=None, ece_after=None)
     if target.task != "regression":
         before, after = (
-            _error(probability_of(logits, each, truth), truth) for each in (np.ones(len(rows), np.float32), scale[rows])
+            _error(target_probability(logits, each, truth), truth)
+            for each in (np.ones(len(rows), np.float32), scale[rows])
         )
         found = replace(found, ece_before=before, ece_after=after)
-    return Member(name=name, inputs=inputs, present=present, probe=probe, scale=scale, calibration=found)
+    return CalibratedProbe(name=name, inputs=inputs, present=present, probe=probe, scale=scale, calibration=found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
+class ProbeSet:
     """The members of m modalities, and the one of all features side by side: None if not wanted, or not possible."""
 
-    members: tuple[Member, ...]
-    joint: Member | None
+    probes: tuple[CalibratedProbe, ...]
+    joint: CalibratedProbe | None
     target: Target
 
     @property
     def least_scale(self) -> float:
         """The smallest residual of a regression's modalities: the unit of their likelihoods."""
-        return min(member.least_scale for member in self.members)
+        return min(calibrated.least_scale for calibrated in self.probes)
 
-    def in_memory(self, rows: Rows) -> Panel:
+    def in_memory(self, rows: Rows) -> ProbeSet:
         """Return the same panel with the features of these consecutive rows in memory, for no others."""
-        windowed = replace(self, members=tuple(member.in_memory(rows) for member in self.members))
+        windowed = replace(self, probes=tuple(calibrated.in_memory(rows) for calibrated in self.probes))
         joint = self.joint
         if joint is None or joint.is_stored:
             return windowed
@@ -203,14 +204,16 @@ class Panel:
     @property
     def side_by_side(self) -> JointInputs:
         """The inputs of all modalities side by side."""
-        return JointInputs(parts=tuple(member.inputs for member in self.members))
+        return JointInputs(parts=tuple(calibrated.inputs for calibrated in self.probes))
 
 
-def seat_joint(members: Sequence[Member], target: Target, crossings: Sequence[Crossing], *, fit: Fit) -> Member:
+def fit_joint_probe(
+    probes: Sequence[CalibratedProbe], target: Target, cross_fits: Sequence[CrossFit], *, fit: Fit
+) -> CalibratedProbe:
     """Fit and calibrate probes of all modalities side by side; every sample has some of them."""
-    inputs = JointInputs(parts=tuple(member.inputs for member in members))
-    present = np.logical_or.reduce([member.present for member in members])
-    return seat_member("joint", inputs, target, crossings, present=present, fit=fit)
+    inputs = JointInputs(parts=tuple(calibrated.inputs for calibrated in probes))
+    present = np.logical_or.reduce([calibrated.present for calibrated in probes])
+    return fit_calibrated_probe("joint", inputs, target, cross_fits, present=present, fit=fit)
 
 
 def _error(probability: Floats, target: Target) -> float:

@@ -23,7 +23,7 @@ from .cross_fit import first_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Aim:
+class TorchTarget:
     """The target of some rows as the models see it: label (n,) or values (n, k), these in units of their own."""
 
     found: Tensor
@@ -33,7 +33,7 @@ class Aim:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, target: Target, rows: Rows, like: Tensor) -> Aim:
+    def of(cls, target: Target, rows: Rows, like: Tensor) -> TorchTarget:
         """Take the target of rows. A number is standardised; a fit of other units is the same but for them."""
         if target.values is None:
             found = torch.from_numpy(target.label[rows].astype(np.int64)).to(like.device)

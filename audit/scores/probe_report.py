@@ -13,21 +13,21 @@ from ..features.matrix import FeatureMatrix, Inputs, MatrixInputs, Rows
 from ..hashing import hash_rank
 from ..intervals import Groups, group_codes, mean, share
 from ..metrics import Floats, cross_entropy
-from ..probes.cross_fit import Crossing
+from ..probes.cross_fit import CrossFit
 from ..probes.network_probe import NetworkProbe
-from ..probes.prediction import read_logits
-from ..probes.probe_set import Calibration, Fit, Member, Panel, fit_together
+from ..probes.prediction import predict
+from ..probes.probe_set import CalibratedProbe, Calibration, Fit, ProbeSet, fit_side_by_side
 from ..probes.targets import choose_outputs, take_outputs
 from ..threads import parallel_map
-from .sample_scores import Answers
+from .sample_scores import SampleScores
 
 CONTROL_ROWS = 10_000  # by hash of the id: an accuracy on them has an interval of 0.01
 METRICS = {"classification": "accuracy", "multilabel": "label accuracy", "regression": "R^2"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """How good one probe is out of fold, with a 95% interval; `metric` of the ledger says in what."""
+class ModalityMetric:
+    """How good one probe is out of fold, with a 95% interval; `metric` of the probe_report says in what."""
 
     name: str
     value: float
@@ -65,7 +65,7 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ledger:
+class ProbeReport:
     """The dataset's books: every modality and all of them together, what each adds, and the controls.
 
     chance: what naming the most common class, or labels, or the mean, would reach. Of all together there is "fused",
@@ -74,8 +74,8 @@ class Ledger:
 
     metric: str
     chance: float
-    standings: tuple[Standing, ...]
-    over_best: Gain  # what all together add to the best single one, which it names
+    probe_metrics: tuple[ModalityMetric, ...]
+    gain_over_best: Gain  # what all together add to the best single one, which it names
     gains: tuple[Gain, ...]
     controls: tuple[Control, ...]
 
@@ -85,51 +85,58 @@ class Ledger:
         return {**asdict(self), "controls": controls}
 
 
-def keep_books(
-    panel: Panel,
-    answers: Answers,
-    crossing: Crossing,
+def compute_probe_report(
+    probe_set: ProbeSet,
+    sample_scores: SampleScores,
+    cross_fit: CrossFit,
     *,
     fit: Fit,
     controls: bool,
     sample_id: NDArray[np.object_],
     group: NDArray[np.object_] | None,
     seed: int,
-) -> Ledger:
+) -> ProbeReport:
     """Keep the books of what a panel answered about n samples.
 
     `controls` fits a probe of each modality to shuffled labels as well. For a network that is two, of half the rows
     each, for as many epochs: of r rounds of f folds, 1 / (r (f - 1)) of the work more, a twelfth by default.
     """
-    target, groups = panel.target, group_codes(group)
-    right, fused = to_metric(answers.right, target), to_metric(answers.fused_right, target)
-    without = to_metric(answers.without_right, target)
+    target, groups = probe_set.target, group_codes(group)
+    right, fused = to_metric(sample_scores.right, target), to_metric(sample_scores.fused_right, target)
+    without = to_metric(sample_scores.without_right, target)
     alone = [
-        _stand(member.name, right[:, index], answers.confidence[:, index], groups, member.calibration)
-        for index, member in enumerate(panel.members)
+        _modality_metric(
+            calibrated.name, right[:, index], sample_scores.confidence[:, index], groups, calibrated.calibration
+        )
+        for index, calibrated in enumerate(probe_set.probes)
     ]
-    together = [_stand("fused", fused, answers.fused_confidence, groups, None)]
-    if panel.joint is not None:
-        joint = to_metric(answers.joint_right, target)
-        together.append(_stand("joint", joint, answers.joint_confidence, groups, panel.joint.calibration))
+    together = [_modality_metric("fused", fused, sample_scores.fused_confidence, groups, None)]
+    if probe_set.joint is not None:
+        joint = to_metric(sample_scores.joint_right, target)
+        together.append(
+            _modality_metric("joint", joint, sample_scores.joint_confidence, groups, probe_set.joint.calibration)
+        )
 
-    def control(member: Member) -> Control:
-        return _control(member, target, crossing, fit=fit, sample_id=sample_id, seed=seed)
+    def control(calibrated: CalibratedProbe) -> Control:
+        return _control(calibrated, target, cross_fit, fit=fit, sample_id=sample_id, seed=seed)
 
-    controlled = panel.members if controls else ()
-    side_by_side = fit_together([member.inputs for member in controlled])
+    controlled = probe_set.probes if controls else ()
+    side_by_side = fit_side_by_side([calibrated.inputs for calibrated in controlled])
     best = max(range(len(alone)), key=lambda index: alone[index].value)
-    return Ledger(
+    return ProbeReport(
         metric=METRICS[target.task],
-        chance=chance_of(target),
-        standings=(*alone, *together),
-        over_best=_gain(alone[best].name, fused, right[:, best], groups),
-        gains=tuple(_gain(member.name, fused, without[:, index], groups) for index, member in enumerate(panel.members)),
+        chance=chance_level(target),
+        probe_metrics=(*alone, *together),
+        gain_over_best=_gain(alone[best].name, fused, right[:, best], groups),
+        gains=tuple(
+            _gain(calibrated.name, fused, without[:, index], groups)
+            for index, calibrated in enumerate(probe_set.probes)
+        ),
         controls=tuple(parallel_map(control, controlled) if side_by_side else map(control, controlled)),
     )
 
 
-def chance_of(target: Target) -> float:
+def chance_level(target: Target) -> float:
     """Give what the most common class, or label decisions, reach; 0 for the R^2 of the mean."""
     if target.task == "classification":
         return float(np.bincount(target.label).max() / len(target))
@@ -148,10 +155,14 @@ def to_metric(right: Floats, target: Target) -> Floats:
     return np.asarray(1 + right / max(float(target.values.var()), 1e-12), dtype=np.float32)
 
 
-def _stand(name: str, right: Floats, confidence: Floats, groups: Groups, calibration: Calibration | None) -> Standing:
+def _modality_metric(
+    name: str, right: Floats, confidence: Floats, groups: Groups, calibration: Calibration | None
+) -> ModalityMetric:
     here = ~np.isnan(right)
     found = _interval(right[here], None if groups is None else groups[here])
-    return Standing(name=name, **found, loss=float(cross_entropy(confidence[here]).mean()), calibration=calibration)
+    return ModalityMetric(
+        name=name, **found, loss=float(cross_entropy(confidence[here]).mean()), calibration=calibration
+    )
 
 
 def _interval(right: Floats, groups: Groups) -> dict[str, float]:
@@ -172,36 +183,42 @@ def _gain(name: str, fused: Floats, without: Floats, groups: Groups) -> Gain:
 
 
 def _control(
-    member: Member, target: Target, crossing: Crossing, *, fit: Fit, sample_id: NDArray[np.object_], seed: int
+    calibrated: CalibratedProbe,
+    target: Target,
+    cross_fit: CrossFit,
+    *,
+    fit: Fit,
+    sample_id: NDArray[np.object_],
+    seed: int,
 ) -> Control:
     """Fit probes to shuffled labels, on some of the rows that probes learn from, and see what they know out of fold."""
-    rows, target = _control_data(np.flatnonzero(crossing.fits & member.present), target, crossing)
+    rows, target = _control_data(np.flatnonzero(cross_fit.fits & calibrated.present), target, cross_fit)
     order = np.argsort(hash_rank(sample_id[rows], seed=seed, purpose="shuffled labels"), kind="stable")
     # Labels move along the order of a hash by one place more than half its length: nobody keeps their own.
     shuffled = np.empty(len(rows), dtype=np.intp)
     shuffled[order] = np.roll(order, len(rows) // 2 + 1)
     truth = target.take(shuffled)
-    fold = _halves(crossing.key[rows]) if isinstance(member.probe, NetworkProbe) else crossing.fold[rows]
-    part = Crossing(fold=fold, inner=crossing.inner[rows], fits=np.ones(len(rows), bool), key=crossing.key[rows])
-    logits = fit(_take(member, rows), truth, [part]).logits(np.arange(len(rows)))
-    right = to_metric(read_logits(logits, np.ones(len(rows), np.float32), truth).right, truth)
+    fold = _halves(cross_fit.key[rows]) if isinstance(calibrated.probe, NetworkProbe) else cross_fit.fold[rows]
+    part = CrossFit(fold=fold, inner=cross_fit.inner[rows], fits=np.ones(len(rows), bool), key=cross_fit.key[rows])
+    logits = fit(_take(calibrated, rows), truth, [part]).logits(np.arange(len(rows)))
+    right = to_metric(predict(logits, np.ones(len(rows), np.float32), truth).right, truth)
     deviation = float(right.std(ddof=1)) / np.sqrt(len(rows))
     value = float(right.mean())
     return Control(
-        name=member.name,
+        name=calibrated.name,
         num_rows=len(rows),
         value=value,
         low=float(value - 3.29 * deviation),
         high=float(value + 3.29 * deviation),
-        chance=chance_of(truth),
+        chance=chance_level(truth),
     )
 
 
-def _control_data(rows: Rows, target: Target, crossing: Crossing) -> tuple[Rows, Target]:
+def _control_data(rows: Rows, target: Target, cross_fit: CrossFit) -> tuple[Rows, Target]:
     """Return the rows (c,) of a control, some of those given, and their target: of many outputs, with some of them."""
     k, label = target.num_outputs, target.label if target.values is None else target.values
     chosen, outputs = choose_outputs(
-        label[rows], crossing.key[rows], task=target.task, num_outputs=k, max_rows=CONTROL_ROWS
+        label[rows], cross_fit.key[rows], task=target.task, num_outputs=k, max_rows=CONTROL_ROWS
     )
     return rows[chosen], take_outputs(target.take(rows[chosen]), outputs)
 
@@ -211,9 +228,9 @@ def _halves(key: NDArray[np.uint64]) -> NDArray[np.int16]:
     return (np.argsort(np.argsort(key, kind="stable")) % 2).astype(np.int16)
 
 
-def _take(member: Member, rows: Rows) -> Inputs:
+def _take(calibrated: CalibratedProbe, rows: Rows) -> Inputs:
     """Give some rows of a member's inputs, in memory, but for those of a network, of 0.1 MB each: 1 GB together."""
-    inputs = member.inputs
-    if isinstance(member.probe, NetworkProbe) and isinstance(inputs, FeatureMatrix):
+    inputs = calibrated.inputs
+    if isinstance(calibrated.probe, NetworkProbe) and isinstance(inputs, FeatureMatrix):
         return replace(inputs, row=inputs.row[rows])
     return MatrixInputs(matrix=inputs.read(rows))

@@ -18,28 +18,36 @@ from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
 from ..errors import ScoreError
 from ..features.encode import EncodeTask
-from ..features.encoded_samples import Stock, in_order, sort_out
+from ..features.encoded_samples import EncodedSamples, select_usable, sort_quarantined
 from ..features.encoders import input_shape, is_network
 from ..features.matrix import FeatureMatrix, Inputs, Rows
 from ..hashing import canonical_order, hash_rank
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
-from ..probes.cross_fit import Crossing, assign_folds, in_one_fold
+from ..probes.cross_fit import CrossFit, assign_folds, in_one_fold
 from ..probes.network_probe import fit_network
-from ..probes.probe_set import Member, Panel, Probe, fit_probe, fit_together, seat_joint, seat_member
+from ..probes.probe_set import (
+    CalibratedProbe,
+    Probe,
+    ProbeSet,
+    fit_calibrated_probe,
+    fit_joint_probe,
+    fit_probe,
+    fit_side_by_side,
+)
 from ..quarantine import Quarantined, Reason
 from ..threads import fixed_threads, parallel_map
 from ..workers import Progress
 from .class_check import ClassCheck, fit_by_class
 from .mixture import Mixture, MixtureConfig, fit_mixture
-from .probe_report import Ledger, keep_books
-from .sample_scores import Answers, ask
+from .probe_report import ProbeReport, compute_probe_report
+from .sample_scores import SampleScores, compute_sample_scores
 from .table import ScoreTable
 
 
 def plan_rounds(
     samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int
-) -> tuple[NDArray[np.intp], list[Crossing], list[Quarantined]]:
+) -> tuple[NDArray[np.intp], list[CrossFit], list[Quarantined]]:
     """Deal the rows into folds, once a repeat, leaving out classes that one fold holds alone in any of them.
 
     Gives the rows that stay, a crossing a repeat, and the samples of classes too rare. Strata that are no classes,
@@ -47,20 +55,20 @@ def plan_rounds(
     """
     left_out: list[Quarantined] = []
     while True:
-        crossings = [_crossing(samples, rows, config, seed=seed, repeat=repeat) for repeat in range(config.repeats)]
+        cross_fits = [_crossing(samples, rows, config, seed=seed, repeat=repeat) for repeat in range(config.repeats)]
         if samples.task != "classification":
-            return rows, crossings, left_out
+            return rows, cross_fits, left_out
         label = samples.label[rows]
-        rare = np.logical_or.reduce([in_one_fold(label, crossing.fold, crossing.fits) for crossing in crossings])
+        rare = np.logical_or.reduce([in_one_fold(label, cross_fit.fold, cross_fit.fits) for cross_fit in cross_fits])
         if not rare.any():
-            return rows, crossings, left_out
+            return rows, cross_fits, left_out
         left_out += [_rare(samples, rows, row) for row in rows[rare]]
         rows = rows[~rare]
         if len(rows) == 0:
             raise ScoreError(f"no class can be cross-fitted; the first: {left_out[0].detail}")
 
 
-def _crossing(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int, repeat: int) -> Crossing:
+def _crossing(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int, repeat: int) -> CrossFit:
     train = samples.split[rows] != "test"
     if not train.any():  # the mixture is never fitted to test samples either
         raise ScoreError("every usable sample is a test sample: a probe has nothing to learn from; pass --split none")
@@ -72,7 +80,7 @@ def _crossing(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, 
         for purpose in ("fold", "inner fold")
     ]
     key = hash_rank(ids, seed=seed, purpose="strength rows")
-    return Crossing(fold=deals[0], inner=deals[1], fits=fits, key=key)
+    return CrossFit(fold=deals[0], inner=deals[1], fits=fits, key=key)
 
 
 def _rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
@@ -92,14 +100,14 @@ class Audit:
     scores: ScoreTable
     mixture: Mixture
     class_check: ClassCheck
-    ledger: Ledger
+    probe_report: ProbeReport
     quarantined: tuple[Quarantined, ...]
     fingerprint: str
 
 
 @fixed_threads()
 def audit_dataset(
-    stock: Stock,
+    encoded: EncodedSamples,
     tasks: Sequence[EncodeTask],
     *,
     probe: ProbeConfig,
@@ -118,49 +126,49 @@ def audit_dataset(
     Everything is computed on the rows in an order of their ids' hashes and put back into the order of the dataset at
     the end: a source whose rows are shuffled gives each sample the same values, to the last bit.
     """
-    rows, left_out = sort_out(stock, keep_duplicates=keep_duplicates)
-    rows = rows[canonical_order(stock.samples.sample_id[rows])]
-    rows, crossings, rare = plan_rounds(stock.samples, rows, probe, seed=seed)
-    target, classes = _target(stock.samples, rows)
-    inputs = [FeatureMatrix.of(tasks, status, rows) for status in stock.statuses]
-    _check_modalities(stock, inputs, crossings[0], rows)
-    total = _num_fits([status.modality for status in stock.statuses], probe)
+    rows, left_out = select_usable(encoded, keep_duplicates=keep_duplicates)
+    rows = rows[canonical_order(encoded.samples.sample_id[rows])]
+    rows, cross_fits, rare = plan_rounds(encoded.samples, rows, probe, seed=seed)
+    target, classes = _target(encoded.samples, rows)
+    inputs = [FeatureMatrix.of(tasks, status, rows) for status in encoded.statuses]
+    _check_modalities(encoded, inputs, cross_fits[0], rows)
+    total = _num_fits([status.modality for status in encoded.statuses], probe)
     fit = _Fits(probe, networks, seed=seed, device=device, progress=progress, total=total)
-    panel = _seat(inputs, target, crossings, fit=fit)
-    answers = ask(panel, seed=seed, progress=progress)
-    sample_id, group = stock.samples.sample_id[rows], stock.samples.group
-    ledger = keep_books(
-        panel,
-        answers,
-        crossings[0],
+    probe_set = _fit_probe_set(inputs, target, cross_fits, fit=fit)
+    sample_scores = compute_sample_scores(probe_set, seed=seed, progress=progress)
+    sample_id, group = encoded.samples.sample_id[rows], encoded.samples.group
+    probe_report = compute_probe_report(
+        probe_set,
+        sample_scores,
+        cross_fits[0],
         fit=fit,
         controls=probe.control,
         sample_id=sample_id,
         group=None if group is None else group[rows],
         seed=seed,
     )
-    scores = _score_table(stock, rows, answers, target=target, classes=classes, fold=crossings[0].fold)
-    chooses = stock.samples.split[rows] != "test"
+    scores = _score_table(encoded, rows, sample_scores, target=target, classes=classes, fold=cross_fits[0].fold)
+    chooses = encoded.samples.split[rows] != "test"
     fitted = fit_mixture(scores.gap[chooses], config=mixture, seed=seed)
     return Audit(
         scores=replace(scores, p_balanced=fitted.posterior(scores.gap)).take(np.argsort(rows)),
         mixture=fitted,
         class_check=fit_by_class(scores.gap[chooses], scores.label[chooses], config=mixture, seed=seed),
-        ledger=ledger,
-        quarantined=in_order(left_out + rare, stock.samples.sample_id),
-        fingerprint=stock.fingerprint,
+        probe_report=probe_report,
+        quarantined=sort_quarantined(left_out + rare, encoded.samples.sample_id),
+        fingerprint=encoded.fingerprint,
     )
 
 
 def _check_modalities(
-    stock: Stock, inputs: Sequence[FeatureMatrix], crossing: Crossing, rows: NDArray[np.intp]
+    encoded: EncodedSamples, inputs: Sequence[FeatureMatrix], cross_fit: CrossFit, rows: NDArray[np.intp]
 ) -> None:
     """Raise ScoreError for a modality that samples of one group alone have: no probe of it could be tested."""
-    unit = stock.samples.sample_id if stock.samples.group is None else stock.samples.group
+    unit = encoded.samples.sample_id if encoded.samples.group is None else encoded.samples.group
     for matrix in inputs:
-        units = set(unit[rows[crossing.fits & matrix.present]].tolist())
+        units = set(unit[rows[cross_fit.fits & matrix.present]].tolist())
         if len(units) < 2:
-            kind = "samples" if stock.samples.group is None else "groups of samples"
+            kind = "samples" if encoded.samples.group is None else "groups of samples"
             raise ScoreError(
                 f"too few usable {kind} of modality {matrix.status.modality.name}: {len(units)} that probes may learn "
                 "from, 2 needed; name the modalities to score with --modality"
@@ -186,23 +194,23 @@ class _Fits:
         self.progress, self.total, self.done = progress, total, 0
         self.lock = Lock()
 
-    def __call__(self, inputs: Inputs, target: Target, crossings: Sequence[Crossing]) -> Probe:
+    def __call__(self, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         if isinstance(inputs, FeatureMatrix) and is_network(inputs.status.modality):
-            found = self._train(inputs, target, crossings)
+            found = self._train(inputs, target, cross_fits)
         else:
-            found = fit_probe(inputs, target, crossings, config=self.config, device=self.device)
+            found = fit_probe(inputs, target, cross_fits, config=self.config, device=self.device)
         with self.lock:
             self.done += 1
             self.progress("probe", min(self.done, self.total), self.total)
         return found
 
-    def _train(self, inputs: FeatureMatrix, target: Target, crossings: Sequence[Crossing]) -> Probe:
+    def _train(self, inputs: FeatureMatrix, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         modality = inputs.status.modality
         return fit_network(
             inputs,
             input_shape(modality, self.networks.media),
             target,
-            crossings,
+            cross_fits,
             config=self.networks.config,
             seed=self.seed,
             device=self.device,
@@ -211,16 +219,20 @@ class _Fits:
         )
 
 
-def _seat(inputs: Sequence[FeatureMatrix], target: Target, crossings: Sequence[Crossing], *, fit: _Fits) -> Panel:
+def _fit_probe_set(
+    inputs: Sequence[FeatureMatrix], target: Target, cross_fits: Sequence[CrossFit], *, fit: _Fits
+) -> ProbeSet:
     """Seat a member for each modality, and one for all together unless a network reads one of them."""
 
-    def seat(matrix: FeatureMatrix) -> Member:
-        return seat_member(matrix.status.modality.name, matrix, target, crossings, present=matrix.present, fit=fit)
+    def seat(matrix: FeatureMatrix) -> CalibratedProbe:
+        return fit_calibrated_probe(
+            matrix.status.modality.name, matrix, target, cross_fits, present=matrix.present, fit=fit
+        )
 
-    members = list(parallel_map(seat, inputs) if fit_together(inputs) else map(seat, inputs))
+    probes = list(parallel_map(seat, inputs) if fit_side_by_side(inputs) else map(seat, inputs))
     alone = any(is_network(each.status.modality) for each in inputs)
-    joint = None if alone or not fit.config.joint else seat_joint(members, target, crossings, fit=fit)
-    return Panel(members=tuple(members), joint=joint, target=target)
+    joint = None if alone or not fit.config.joint else fit_joint_probe(probes, target, cross_fits, fit=fit)
+    return ProbeSet(probes=tuple(probes), joint=joint, target=target)
 
 
 def _num_fits(modalities: Sequence[Modality], config: ProbeConfig) -> int:
@@ -244,16 +256,19 @@ def _target(samples: Samples, rows: Rows) -> tuple[Target, NDArray[np.int32]]:
 
 
 def _score_table(
-    stock: Stock,
+    encoded: EncodedSamples,
     rows: Rows,
-    answers: Answers,
+    sample_scores: SampleScores,
     *,
     target: Target,
     classes: NDArray[np.int32],
     fold: NDArray[np.int16],
 ) -> ScoreTable:
-    samples = stock.samples
-    loss, fused_loss = measures.cross_entropy(answers.confidence), measures.cross_entropy(answers.fused_confidence)
+    samples = encoded.samples
+    loss, fused_loss = (
+        measures.cross_entropy(sample_scores.confidence),
+        measures.cross_entropy(sample_scores.fused_confidence),
+    )
     # Of a sample that lacks modalities, the mean loss of those it has stands for the others.
     total = fused_loss + loss.shape[1] * np.nanmean(loss, axis=1)
     named = partial(_named, task=target.task, classes=classes)
@@ -261,25 +276,25 @@ def _score_table(
         sample_id=samples.sample_id[rows],
         label=samples.label[rows],
         label_name=np.array(samples.class_names, dtype=object)[samples.label[rows]],
-        modalities=tuple(status.modality.name for status in stock.statuses),
-        confidence=answers.confidence,
+        modalities=tuple(status.modality.name for status in encoded.statuses),
+        confidence=sample_scores.confidence,
         split=samples.split[rows],
         group=None if samples.group is None else samples.group[rows],
         fold=fold,
-        prediction=named(answers.predicted),
+        prediction=named(sample_scores.predicted),
         loss=loss,
-        entropy=answers.entropy,
-        margin=_or_none(answers.margin),
-        training_confidence=_or_none(answers.training_confidence),
-        training_variability=_or_none(answers.training_variability),
-        shapley=_or_none(answers.shapley),
-        confidence_fused=answers.fused_confidence,
-        prediction_fused=named(answers.fused_predicted),
+        entropy=sample_scores.entropy,
+        margin=_or_none(sample_scores.margin),
+        training_confidence=_or_none(sample_scores.training_confidence),
+        training_variability=_or_none(sample_scores.training_variability),
+        shapley=_or_none(sample_scores.shapley),
+        confidence_fused=sample_scores.fused_confidence,
+        prediction_fused=named(sample_scores.fused_predicted),
         loss_fused=fused_loss,
-        discrepancy_sd=_or_none(answers.spread),
-        similarity=answers.similarity,
-        balance=measures.balance(answers.similarity, total, fits=samples.split[rows] != "test"),
-        content=stock.content[rows],
+        discrepancy_sd=_or_none(sample_scores.spread),
+        similarity=sample_scores.similarity,
+        balance=measures.balance(sample_scores.similarity, total, fits=samples.split[rows] != "test"),
+        content=encoded.content[rows],
         paths=samples.paths.take(pa.array(rows)),
     )
 

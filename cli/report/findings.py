@@ -61,10 +61,10 @@ def facts(record: Mapping[str, Any], scores: ScoreTable) -> Numbers:
     }
 
 
-def books(record: Mapping[str, Any]) -> Numbers:
-    """Give the ledger: each probe's standing out of fold, what each modality adds, and the controls."""
-    found = record["ledger"]
-    calibrated = [each["calibration"] for each in found["standings"] if each["calibration"]]
+def probe_report_numbers(record: Mapping[str, Any]) -> Numbers:
+    """Give the probe_report: each probe's standing out of fold, what each modality adds, and the controls."""
+    found = record["probe_report"]
+    calibrated = [each["calibration"] for each in found["probe_metrics"] if each["calibration"]]
     return {**found, "calibrated": any(each["ece_before"] is not None for each in calibrated)}
 
 

@@ -70,7 +70,7 @@ def _made(config: BalancedConfig, *, bins: int) -> Numbers:
         "tolerance": config.tolerance if config.size is not None or config.by == "weight" else config.allowed,
         "size": config.size,
         "weighted": config.by == "weight",
-        "most_weight": config.most_weight,
+        "max_weight": config.max_weight,
         "grid": config.grid,
         "per_class": config.per_class,
     }

@@ -21,11 +21,11 @@ from .examples import class_numbers, sample_lists
 from .findings import (
     Numbers,
     agreement,
-    books,
     discrepancies,
     facts,
     gaps,
     maps,
+    probe_report_numbers,
     quarantined,
     standing_out,
     training,
@@ -71,7 +71,7 @@ def report_numbers(run: Run) -> Numbers:
     numbers = {
         "schema": "mmaudit.report/1",
         "facts": facts(record, scores),
-        "ledger": books(record),
+        "probe_report": probe_report_numbers(record),
         "agreement": agreement(scores),
         "discrepancy": discrepancies(scores),
         "none_ahead": standing_out(scores),
@@ -105,7 +105,7 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
         "percent": percent,
         "interval": interval,
         "accuracy": _accuracy,
-        "standing": _standing,
+        "standing": _probe_metric,
         "gain": _gain,
         "signed": signed,
         "small": small,
@@ -131,7 +131,7 @@ def _accuracy(found: dict[str, Any]) -> str:
     return f"{100 * found['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _standing(found: dict[str, Any], metric: str) -> str:
+def _probe_metric(found: dict[str, Any], metric: str) -> str:
     """Write a probe's standing with its interval: a share in percent, R^2 as it is."""
     scale, digits = (1, 2) if metric == "R^2" else (100, 1)
     value, low, high = (f"{scale * found[key]:.{digits}f}" for key in ("value", "low", "high"))

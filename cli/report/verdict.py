@@ -107,8 +107,8 @@ def _shares_of_many(numbers: Found) -> str:
 
 
 def _gain(numbers: Found) -> str:
-    ledger = numbers["ledger"]
-    gain, what = ledger["over_best"], ledger["metric"]
+    probe_report = numbers["probe_report"]
+    gain, what = probe_report["gain_over_best"], probe_report["metric"]
     best, scale = gain["name"], (1, "") if what == "R^2" else (100, " points")
     points, low, high = (signed(scale[0] * gain[key], 1 if scale[0] == 100 else 2) for key in ("gain", "low", "high"))
     points = f"{points}{scale[1]} [{low}, {high}]"
@@ -149,9 +149,13 @@ def _left_out(numbers: Found) -> list[str]:
 
 def _weak_probes(numbers: Found) -> list[str]:
     """Name the probes that are not shown to be better than always naming the most common class."""
-    ledger = numbers["ledger"]
-    chance = percent(ledger["chance"]) if ledger["metric"] != "R^2" else "R^2 of 0"
-    weak = [each["name"] for each in ledger["standings"] if each["low"] <= ledger["chance"] and each["name"] != "fused"]
+    probe_report = numbers["probe_report"]
+    chance = percent(probe_report["chance"]) if probe_report["metric"] != "R^2" else "R^2 of 0"
+    weak = [
+        each["name"]
+        for each in probe_report["probe_metrics"]
+        if each["low"] <= probe_report["chance"] and each["name"] != "fused"
+    ]
     return [
         f"The probe on {name} is not shown to be better than chance ({chance}): either {name} says nothing "
         f"about these labels, or the probe cannot read it. Its discrepancies say little."
@@ -165,7 +169,7 @@ def _leaks(numbers: Found) -> list[str]:
         f"LEAK: a probe on {each['name']} that learned shuffled labels is right on {percent(each['value'])} of samples "
         f"it never saw, above chance ({percent(each['chance'])}). Something else than the samples tells the labels: "
         f"do not trust the scores."
-        for each in numbers["ledger"]["controls"]
+        for each in numbers["probe_report"]["controls"]
         if each["leaks"]
     ]
 

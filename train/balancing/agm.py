@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..batches import Batch
 from ..network import FusionNet, Outputs, cross_entropy
-from ..optimizer import Update
+from ..optimizer import Optimization
 from .balancer import Balancer
 from .config import BalancingConfig
 from .ogm import mean_of_others
@@ -52,7 +52,7 @@ def shapley_weights(num_modalities: int) -> tuple[list[tuple[bool, ...]], Tensor
     return sets, weights
 
 
-def lead(score: Tensor, known: Tensor) -> Tensor:
+def modality_lead(score: Tensor, known: Tensor) -> Tensor:
     """Give exp(mean of the others' scores - its own) (m,); above 1 = ahead, 1 where a score is not known."""
     return torch.where(known, mean_of_others(score, known) - score, 0.0).exp()
 
@@ -60,11 +60,11 @@ def lead(score: Tensor, known: Tensor) -> Tensor:
 class Agm(Balancer):
     """Gradients by the lead of this step against the usual one. State: the mean scores (m,), over how many steps."""
 
-    asks_each = False
+    needs_unimodal_logits = False
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, update, config, epochs=epochs)
-        device, m = update.generator.device, net.num_modalities
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        super().__init__(net, optimization, config, epochs=epochs)
+        device, m = optimization.generator.device, net.num_modalities
         sets, weights = shapley_weights(m)
         self._sets, self._weights = sets[:-1], weights.to(device)
         self._mean, self._steps = torch.zeros(m, device=device), torch.zeros(m, device=device)
@@ -78,11 +78,11 @@ class Agm(Balancer):
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
         """Slow what is further ahead than usual, hasten what is further behind."""
         each = cross_entropy(self.responses(outputs), batch.label)
-        found = torch.stack([batch.mean_own(each.clamp(max=_MOST_SCORE)), batch.part[1:].sum(dim=1)])
-        self.world.sum_([found])
+        found = torch.stack([batch.mean_own(each.clamp(max=_MOST_SCORE)), batch.loss_weight[1:].sum(dim=1)])
+        self.distributed.sum_([found])
         score, known = found[0], found[1] > 0  # a modality that no sample of the step has is not compared
         known = known & (known.sum() > 1)
-        exponent = lead(self._mean, self._steps > 0) - lead(score, known)
+        exponent = modality_lead(self._mean, self._steps > 0) - modality_lead(score, known)
         exponent = torch.where(known, exponent, 0.0).clamp(max=_MOST_EXPONENT)
         self._coefficient = (self.config.agm.alpha * exponent).exp()
         self.scale_gradients(self._coefficient)
@@ -94,7 +94,7 @@ class Agm(Balancer):
         features = [f.detach() for f in outputs.features]
         training = self.net.training
         self.net.fusion.eval()  # a running mean of the fusion's must not learn from sets
-        with self.update.autocast():
+        with self.optimization.autocast():
             values = [self.net.fused_of(features, heard) for heard in self._sets]
         self.net.fusion.train(training)
         every = torch.stack([*values, outputs.fused.detach()]).float()

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..batches import Batch, Lab
+from ..batches import Batch, ModelReader
 from ..network import FusionNet, Outputs, cross_entropy
-from ..optimizer import Update
+from ..optimizer import Optimization
 from .config import BALANCERS, BalancingConfig
 
 
@@ -32,13 +32,15 @@ class Balancer(ABC):
     The order of calls: begin_epoch; for every step prepare and step; end_epoch. In all processes alike.
     """
 
-    asks_each = True  # whether steps ask the network for what each modality says alone, or for the fused answer only
+    needs_unimodal_logits = (
+        True  # whether steps ask the network for what each modality says alone, or for the fused answer only
+    )
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        self.net, self.update, self.config, self.epochs = net, update, config, epochs
-        self.world = update.world
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        self.net, self.optimization, self.config, self.epochs = net, optimization, config, epochs
+        self.distributed = optimization.distributed
 
-    def begin_epoch(self, epoch: int, lab: Lab) -> None:
+    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Look at the model before epoch 1, 2, ..., if need be."""
         self.epoch = epoch
 
@@ -48,12 +50,12 @@ class Balancer(ABC):
 
     def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Learn from one batch, and give what the network said and this process's share of the loss, detached."""
-        with self.update.autocast():
-            outputs: Outputs = self.net(batch.inputs, batch.present, each=self.asks_each)
+        with self.optimization.autocast():
+            outputs: Outputs = self.net(batch.inputs, batch.present, each=self.needs_unimodal_logits)
         loss = self.loss(outputs, batch)
-        self.update.backward(loss)
+        self.optimization.backward(loss)
         self.modulate(outputs, batch)
-        self.update.apply()
+        self.optimization.apply()
         return outputs, loss.detach()
 
     @abstractmethod
@@ -87,20 +89,20 @@ class Balancer(ABC):
         """
         loss = batch.mean_fused(cross_entropy(outputs.fused, batch.label))
         if self.net.has_own_heads:
-            with self.update.autocast():
+            with self.optimization.autocast():
                 logits = self.net.alone([f.detach() for f in outputs.features])
             loss = loss + batch.mean_own(cross_entropy(logits, batch.label)).sum()
         return loss
 
     def summed_losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Mean cross entropy of the fused answer plus that of every modality, of this process's share."""
-        return (outputs.cross_entropy(batch.label) * batch.part).sum()
+        return (outputs.cross_entropy(batch.label) * batch.loss_weight).sum()
 
     def mean_confidence(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Give the step's mean probability of the true class (1 + m,), over all processes: the fused answer's first."""
         confidence = outputs.confidence(batch.label)
-        mean = (confidence * batch.part).sum(dim=1)
-        self.world.sum_([mean])
+        mean = (confidence * batch.loss_weight).sum(dim=1)
+        self.distributed.sum_([mean])
         return mean
 
     def scale_gradients(self, coefficients: Sequence[float] | Tensor) -> None:
@@ -111,8 +113,10 @@ class Balancer(ABC):
                     parameter.grad *= coefficient
 
 
-def build_balancer(name: str, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> Balancer:
+def build_balancer(
+    name: str, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int
+) -> Balancer:
     """Make the balancer of that name, one of BALANCERS."""
     module, _, found = BALANCERS[name].home.partition(":")
-    made: Balancer = getattr(import_module(f".{module}", __package__), found)(net, update, config, epochs=epochs)
+    made: Balancer = getattr(import_module(f".{module}", __package__), found)(net, optimization, config, epochs=epochs)
     return made

@@ -20,7 +20,7 @@ class Method:
 
     home: str
     fusions: tuple[str, ...] = ("concat", "late", "gated", "film", "mmtm")
-    learns_alone: bool = False
+    has_unimodal_loss: bool = False
     least: int = 2
     own_heads: bool = False
     sets_rates: bool = False
@@ -29,19 +29,19 @@ class Method:
 # Adding a method is one file and one line.
 BALANCERS = {
     "joint": Method(home="joint:Joint", least=1),
-    "sum": Method(home="joint:Sum", learns_alone=True, least=1),
+    "sum": Method(home="joint:Sum", has_unimodal_loss=True, least=1),
     "modality-dropout": Method(home="modality_dropout:ModalityDropout"),
-    "gmm": Method(home="gmm:Gmm", learns_alone=True),
+    "gmm": Method(home="gmm:Gmm", has_unimodal_loss=True),
     "ogm": Method(home="ogm:Ogm"),
     "ogm-ge": Method(home="ogm:OgmGe"),
-    "gblend": Method(home="gblend:Gblend", learns_alone=True),
+    "gblend": Method(home="gblend:Gblend", has_unimodal_loss=True),
     "greedy": Method(home="greedy:Greedy", fusions=("mmtm",)),
-    "pmr": Method(home="pmr:Pmr", learns_alone=True),
+    "pmr": Method(home="pmr:Pmr", has_unimodal_loss=True),
     "agm": Method(home="agm:Agm"),
-    "mmpareto": Method(home="mmpareto:MmPareto", learns_alone=True, own_heads=True),
-    "mses": Method(home="mses:Mses", learns_alone=True),
-    "mslr": Method(home="mslr:Mslr", learns_alone=True, sets_rates=True),
-    "mla": Method(home="mla:Mla", fusions=("shared",), learns_alone=True),
+    "mmpareto": Method(home="mmpareto:MmPareto", has_unimodal_loss=True, own_heads=True),
+    "mses": Method(home="mses:Mses", has_unimodal_loss=True),
+    "mslr": Method(home="mslr:Mslr", has_unimodal_loss=True, sets_rates=True),
+    "mla": Method(home="mla:Mla", fusions=("shared",), has_unimodal_loss=True),
 }
 
 

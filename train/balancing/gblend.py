@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..batches import Batch, Lab, Rows, some_rows
+from ..batches import Batch, ModelReader, Rows, some_rows
 from ..network import FusionNet, Outputs
-from ..optimizer import Update
+from ..optimizer import Optimization
 from .balancer import Balancer
 from .config import BalancingConfig
 
@@ -45,7 +45,7 @@ def blend_weights(gain: Sequence[float], overfit: Sequence[float]) -> NDArray[np
 
 def _shares(outputs: Outputs, batch: Batch) -> Tensor:
     """This process's shares (1 + m,) of the step's mean cross entropies."""
-    return (outputs.cross_entropy(batch.label) * batch.part).sum(dim=1)
+    return (outputs.cross_entropy(batch.label) * batch.loss_weight).sum(dim=1)
 
 
 def _share(outputs: Outputs, batch: Batch, *, place: int) -> Tensor:
@@ -59,32 +59,32 @@ class Gblend(Balancer):
     overfitting on the way decide about w_k.
     """
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, update, config, epochs=epochs)
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        super().__init__(net, optimization, config, epochs=epochs)
         num = 1 + net.num_modalities
         self.weights = torch.full((num,), 1 / num, device=next(net.parameters()).device)
 
-    def begin_epoch(self, epoch: int, lab: Lab) -> None:
+    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Measure anew, once in a super-epoch."""
-        super().begin_epoch(epoch, lab)
+        super().begin_epoch(epoch, model_reader)
         if (epoch - 1) % self.config.gblend.super_epoch == 0:
-            self.weights = torch.as_tensor(self._measure(lab)).to(self.weights)
+            self.weights = torch.as_tensor(self._measure(model_reader)).to(self.weights)
 
-    def _measure(self, lab: Lab) -> NDArray[np.float64]:
-        rows = some_rows(lab, READ_ROWS)
-        before = self._losses(lab, rows, None)
+    def _measure(self, model_reader: ModelReader) -> NDArray[np.float64]:
+        rows = some_rows(model_reader, READ_ROWS)
+        before = self._losses(model_reader, rows, None)
         gain, overfit = [], []
         for place, (train, validation) in enumerate(zip(*before, strict=True)):
-            copy = lab.train_copy(partial(_share, place=place), epochs=self.config.gblend.trial_epochs)
-            after = self._losses(lab, rows, copy)
+            copy = model_reader.train_copy(partial(_share, place=place), epochs=self.config.gblend.trial_epochs)
+            after = self._losses(model_reader, rows, copy)
             gain.append(validation - after[1][place])
             overfit.append((after[1][place] - after[0][place]) - (validation - train))
         return blend_weights(gain, overfit)
 
-    def _losses(self, lab: Lab, rows: Rows, net: FusionNet | None) -> tuple[list[float], list[float]]:
+    def _losses(self, model_reader: ModelReader, rows: Rows, net: FusionNet | None) -> tuple[list[float], list[float]]:
         """Mean losses (1 + m,) on training rows and on validation."""
         what = Outputs.cross_entropy
-        found = (lab.read(what, rows=rows, net=net), lab.read_validation(what, net=net))
+        found = (model_reader.read(what, rows=rows, net=net), model_reader.read_validation(what, net=net))
         train, validation = (each.double().mean(dim=1).tolist() for each in found)
         return train, validation
 

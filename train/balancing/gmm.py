@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...audit.scores.mixture import Mixture, MixtureConfig, fit_mixture
-from ..batches import Batch, Lab, some_rows
+from ..batches import Batch, ModelReader, some_rows
 from ..network import FusionNet, Outputs, cross_entropies
-from ..optimizer import Update
+from ..optimizer import Optimization
 from .balancer import Balancer
 from .config import BalancingConfig
 
@@ -91,17 +91,22 @@ def modality_gap(outputs: Outputs, label: Tensor) -> Tensor:
 class Gmm(Balancer):
     """The adaptive loss in two stages. State: what is known of the gap."""
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, update, config, epochs=epochs)
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        super().__init__(net, optimization, config, epochs=epochs)
         self._known: Refit | None = None  # None: in the warm-up
 
-    def begin_epoch(self, epoch: int, lab: Lab) -> None:
+    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """After the warm-up, fit the mixture to the gaps as they are now."""
-        super().begin_epoch(epoch, lab)
+        super().begin_epoch(epoch, model_reader)
         if epoch <= self.config.gmm.warmup_epochs:
             return
-        gap = lab.read(modality_gap, rows=some_rows(lab, self.config.gmm.fit_rows)).double().cpu().numpy()
-        self._known = refit(gap, device=self.update.generator.device)
+        gap = (
+            model_reader.read(modality_gap, rows=some_rows(model_reader, self.config.gmm.fit_rows))
+            .double()
+            .cpu()
+            .numpy()
+        )
+        self._known = refit(gap, device=self.optimization.generator.device)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Give the loss of the stage."""
@@ -115,12 +120,12 @@ class Gmm(Balancer):
         confidence = (-own).exp()  # of the true class
         strong, weak = confidence.amax(dim=0), confidence.amin(dim=0)
         gap = (strong.detach() if config.stop_strong else strong) - weak
-        weight = paired = batch.part[0]
+        weight = paired = batch.loss_weight[0]
         if batch.present is not None:
             paired = weight * batch.present.all(dim=1)
         apart = paired * (1.0 - known.balanced(gap.detach()))
         total = apart.sum()
-        self.world.sum_([total])
+        self.distributed.sum_([total])
         align = apart @ (gap - known.mean).relu().square() / total.clamp(min=1e-12)
         return (
             (weight + paired - apart) @ fused

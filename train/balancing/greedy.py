@@ -15,7 +15,7 @@ from torch import Tensor
 from ..batches import Batch
 from ..fusion import Mmtm
 from ..network import FusionNet, Outputs
-from ..optimizer import Update
+from ..optimizer import Optimization
 from .balancer import Balancer
 from .config import BalancingConfig
 
@@ -47,10 +47,10 @@ class Greedy(Balancer):
     `rest` + 1 does, so that the device is seldom waited for.
     """
 
-    asks_each = False
+    needs_unimodal_logits = False
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, update, config, epochs=epochs)
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        super().__init__(net, optimization, config, epochs=epochs)
         assert isinstance(net.fusion, Mmtm)  # the config has seen to it
         self.fusion = net.fusion
         device = next(net.parameters()).device
@@ -84,9 +84,9 @@ class Greedy(Balancer):
             found = super().step(batch)
         finally:
             self.fusion.cut[slow] = False
-        if self.world.size > 1:  # what stands for the others' news is the same in all processes
-            self.world.sum_([self.fusion.mean])
-            self.fusion.mean /= self.world.size
+        if self.distributed.world_size > 1:  # what stands for the others' news is the same in all processes
+            self.distributed.sum_([self.fusion.mean])
+            self.fusion.mean /= self.distributed.world_size
         return found
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:

@@ -18,7 +18,7 @@ from .balancer import Balancer
 class Joint(Balancer):
     """L = mean_i CE(z_i^fused, y_i). Heads beside the fusion only listen: no encoder moves for their sake."""
 
-    asks_each = False
+    needs_unimodal_logits = False
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Give the mean cross entropy of the fused answer."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..batches import Batch
 from ..fusion import Shared
 from ..network import FusionNet, Outputs, cross_entropies, cross_entropy
-from ..optimizer import Update
+from ..optimizer import Optimization
 from .balancer import Balancer
 from .config import BalancingConfig
 
@@ -51,8 +51,8 @@ class Mla(Balancer):
     of a projected gradient is not quite off what was seen.
     """
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, update, config, epochs=epochs)
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        super().__init__(net, optimization, config, epochs=epochs)
         assert isinstance(net.fusion, Shared)  # the config has seen to it
         self.fusion = net.fusion
         weight = self.fusion.head.weight
@@ -61,7 +61,7 @@ class Mla(Balancer):
 
     def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Take the turns. No turn moves what another's features come from, so all are encoded at once."""
-        with self.update.autocast():
+        with self.optimization.autocast():
             features = self.net.encode(batch.inputs, batch.present)
             with torch.no_grad():
                 outputs = self.net.answer([f.detach() for f in features])
@@ -69,18 +69,18 @@ class Mla(Balancer):
         return outputs, torch.stack(losses).mean()
 
     def _turn(self, modality: int, feature: Tensor, batch: Batch) -> Tensor:
-        with self.update.autocast():
+        with self.optimization.autocast():
             brought = self.fusion.bring[modality](feature)
             logits = self.fusion.head(brought)
             listened = self.net.heads[modality](feature.detach()) if self.net.has_own_heads else None
-        part = batch.part[1 + modality]
+        part = batch.loss_weight[1 + modality]
         loss = (cross_entropy(logits, batch.label) * part).sum()
         learned = loss
         if listened is not None:
             learned = loss + (cross_entropy(listened, batch.label) * part).sum()
-        self.update.backward(learned)
+        self.optimization.backward(learned)
         self._project(brought.detach().float(), part)
-        self.update.apply()
+        self.optimization.apply()
         return loss.detach()
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ class Mla(Balancer):
         assert gradient is not None
         self.fusion.head.weight.grad = gradient @ self.projection
         self.last = (part @ brought).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # of a step that overflowed
-        self.world.sum_([self.last])
+        self.distributed.sum_([self.last])
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Mean of the modalities' losses, which a step takes one by one."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..batches import Batch
 from ..network import FusionNet, Outputs, cross_entropies
-from ..optimizer import Update
+from ..optimizer import Optimization
 from .balancer import Balancer
 from .config import BalancingConfig
 
@@ -45,24 +45,24 @@ class MmPareto(Balancer):
     encoder alone; and the whole, less which is the fused loss's.
     """
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, update, config, epochs=epochs)
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        super().__init__(net, optimization, config, epochs=epochs)
         every = [[p for p in encoder.parameters() if p.requires_grad] for encoder in net.encoders]
         self.encoders: list[list[nn.Parameter]] = [mine for mine in every if mine]
 
     def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Learn from one batch."""
-        with self.update.autocast():
+        with self.optimization.autocast():
             outputs: Outputs = self.net(batch.inputs, batch.present)
         fused, own = cross_entropies(outputs, batch.label)
         alone = batch.mean_own(own).sum()
         loss = batch.mean_fused(fused) + alone
         parameters = [p for mine in self.encoders for p in mine]
-        gradients = iter(self.update.gradients(alone, parameters) if parameters else [])
-        self.update.backward(loss)
+        gradients = iter(self.optimization.gradients(alone, parameters) if parameters else [])
+        self.optimization.backward(loss)
         for mine in self.encoders:
             self._replace(mine, [next(gradients) for _ in mine])
-        self.update.apply()
+        self.optimization.apply()
         return outputs, loss.detach()
 
     def _replace(self, parameters: list[nn.Parameter], own: list[Tensor]) -> None:
@@ -72,7 +72,7 @@ class MmPareto(Balancer):
             return
         whole = torch.cat([grad.reshape(-1) for _, grad, _ in pairs])
         alone = torch.cat([u.reshape(-1) for *_, u in pairs])
-        if self.update.dtype == torch.float16:  # may overflow where the sum, by which a step is dropped, does not
+        if self.optimization.dtype == torch.float16:  # may overflow where the sum, by which a step is dropped, does not
             alone = alone.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         combined = combine(whole - alone, alone, gamma=self.config.mmpareto.gamma)
         end = 0

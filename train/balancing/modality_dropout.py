@@ -24,7 +24,7 @@ class ModalityDropout(Balancer):
     modality. The fused loss learns from every sample as before.
     """
 
-    asks_each = False
+    needs_unimodal_logits = False
 
     def prepare(self, batch: Batch) -> Batch:
         """Drop some of what is present. The chance is this process's own, like dropout's."""
@@ -35,11 +35,11 @@ class ModalityDropout(Balancer):
         # The largest draw of a sample always stays: where all fall below p, which that is is even chance.
         stays = (draw >= self.config.dropout.probability) | (draw == draw.amax(dim=1, keepdim=True))
         present = stays if present is None else stays & present
-        own = batch.part[1:] * present.T
+        own = batch.loss_weight[1:] * present.T
         total = own.sum(dim=1, keepdim=True)
-        self.world.sum_([total])
+        self.distributed.sum_([total])
         own = own / torch.where(total > 0, total, 1.0)
-        return replace(batch.keep(present), part=torch.cat([batch.part[:1], own]))
+        return replace(batch.keep(present), loss_weight=torch.cat([batch.loss_weight[:1], own]))
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Give the mean cross entropy of the fused answer."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..batches import Batch
 from ..network import FusionNet, Outputs, cross_entropies
-from ..optimizer import Update
+from ..optimizer import Optimization
 from .balancer import Balancer, Validation
 from .config import BalancingConfig
 
@@ -27,8 +27,8 @@ class Mses(Balancer):
     fused answer does with its features is still learned, also when all are frozen.
     """
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, update, config, epochs=epochs)
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        super().__init__(net, optimization, config, epochs=epochs)
         self.lowest = [math.inf] * net.num_modalities
         self.waited = [0] * net.num_modalities  # epochs since then
         self.learns = torch.ones(net.num_modalities, device=next(net.parameters()).device)  # 0: frozen
@@ -48,20 +48,20 @@ class Mses(Balancer):
     def _freeze(self, modalities: list[int]) -> None:
         """Freeze some more; an encoder is kept in eval mode then, so that no running mean of it moves either."""
         for j in modalities:
-            self.update.frozen[j] = True
+            self.optimization.frozen[j] = True
         still = [not any(p.requires_grad for p in encoder.parameters()) for encoder in self.net.encoders]
-        self.net.fix_encoders([j for j, fixed in enumerate(still) if fixed or self.update.frozen[j]])
-        learns = [not frozen for frozen in self.update.frozen]
+        self.net.fix_encoders([j for j, fixed in enumerate(still) if fixed or self.optimization.frozen[j]])
+        learns = [not frozen for frozen in self.optimization.frozen]
         self.learns.copy_(torch.tensor(learns, dtype=torch.float32))
 
     def numbers(self) -> dict[str, float]:
         """Which are frozen: 1, or 0."""
         names = self.net.plan.modalities
-        return {f"frozen_{name}": float(frozen) for name, frozen in zip(names, self.update.frozen, strict=True)}
+        return {f"frozen_{name}": float(frozen) for name, frozen in zip(names, self.optimization.frozen, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen of each, and which are frozen."""
-        return {"lowest": list(self.lowest), "waited": list(self.waited), "frozen": list(self.update.frozen)}
+        return {"lowest": list(self.lowest), "waited": list(self.waited), "frozen": list(self.optimization.frozen)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..batches import Batch, Lab
+from ..batches import Batch, ModelReader
 from ..network import FusionNet, Outputs, cross_entropies
-from ..optimizer import Update
+from ..optimizer import Optimization
 from .balancer import Balancer, Validation
 from .config import BalancingConfig
 
@@ -52,25 +52,25 @@ class Mslr(Balancer):
     last, so that a modality that overfits is not driven on.
     """
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, update, config, epochs=epochs)
-        factors = update.config.factors()
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        super().__init__(net, optimization, config, epochs=epochs)
+        factors = optimization.config.factors()
         self.given = [factors.get(name, 1.0) for name in net.plan.modalities]
         self.first = [1.0] * net.num_modalities
         self.lowest = [1.0] * net.num_modalities
 
-    def begin_epoch(self, epoch: int, lab: Lab) -> None:
+    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Set the rates, which Update.begin_epoch reads."""
-        super().begin_epoch(epoch, lab)
+        super().begin_epoch(epoch, model_reader)
         config = self.config.mslr
         if config.mode == "smooth":
-            self.update.rate = [smooth_rate(each, epoch=epoch, epochs=self.epochs) for each in self.given]
+            self.optimization.rate = [smooth_rate(each, epoch=epoch, epochs=self.epochs) for each in self.given]
         elif config.mode == "dynamic":
             if epoch == 1:
-                self.first = lab.read_validation(_own).double().mean(dim=1).tolist()
+                self.first = model_reader.read_validation(_own).double().mean(dim=1).tolist()
                 self.lowest = list(self.first)
             left = [low / max(first, 1e-12) for low, first in zip(self.lowest, self.first, strict=True)]
-            self.update.rate = dynamic_rates(left, strength=config.strength, least=config.least, most=config.most)
+            self.optimization.rate = dynamic_rates(left, strength=config.strength, least=config.least, most=config.most)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Add up."""
@@ -82,7 +82,7 @@ class Mslr(Balancer):
 
     def numbers(self) -> dict[str, float]:
         """Each modality's factor on the common learning rate."""
-        factors = zip(self.net.plan.modalities, self.given, self.update.rate, strict=True)
+        factors = zip(self.net.plan.modalities, self.given, self.optimization.rate, strict=True)
         return {f"rate_{name}": given * rate for name, given, rate in factors}
 
     def state_dict(self) -> dict[str, Any]:

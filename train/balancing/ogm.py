@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batches import Batch, Lab
+from ..batches import Batch, ModelReader
 from ..network import FusionNet, Outputs
-from ..optimizer import Update
+from ..optimizer import Optimization
 from .balancer import Balancer
 from .config import BalancingConfig
 
@@ -52,14 +52,14 @@ def damping(score: Tensor, *, alpha: float) -> Tensor:
 class Ogm(Balancer):
     """The modulation without the noise. The loss is the fused answer's; state: the epoch, and the last coefficients."""
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, update, config, epochs=epochs)
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        super().__init__(net, optimization, config, epochs=epochs)
         self.epoch = 0
-        self._coefficient = torch.ones(net.num_modalities, device=update.generator.device)
+        self._coefficient = torch.ones(net.num_modalities, device=optimization.generator.device)
 
-    def begin_epoch(self, epoch: int, lab: Lab) -> None:
+    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Forget the last epoch's coefficients."""
-        super().begin_epoch(epoch, lab)
+        super().begin_epoch(epoch, model_reader)
         self._coefficient = torch.ones_like(self._coefficient)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
@@ -96,9 +96,9 @@ class OgmGe(Ogm):
     of 1024 x 512.
     """
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, update, config, epochs=epochs)
-        device = update.generator.device
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        super().__init__(net, optimization, config, epochs=epochs)
+        device = optimization.generator.device
         largest = max(weight.numel() for weight in net.encoders.parameters())
         self._row = torch.empty(largest + _SHIFTS, device=device)
         self._row.normal_(generator=torch.Generator(device).manual_seed(0))
@@ -111,7 +111,7 @@ class OgmGe(Ogm):
         deviations = [_deviation(gradient) + 1e-8 for gradient in gradients]
         super().modulate(outputs, batch)
         # The seed of the step, alike in all processes; known without asking the device.
-        chance = Random(self.update.generator.initial_seed())
+        chance = Random(self.optimization.generator.initial_seed())
         for gradient, deviation in zip(gradients, deviations, strict=True):
             start, sign = chance.randrange(_SHIFTS), chance.choice((-1.0, 1.0))
             noise = self._row[start : start + gradient.numel()].view_as(gradient)

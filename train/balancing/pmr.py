@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..batches import Batch, Lab, some_rows
+from ..batches import Batch, ModelReader, some_rows
 from ..network import FusionNet, Outputs, cross_entropy
-from ..optimizer import Update
+from ..optimizer import Optimization
 from .balancer import Balancer
 from .config import BalancingConfig
 from .ogm import mean_of_others
@@ -51,22 +51,24 @@ def lag(score: Tensor) -> Tensor:
 class Pmr(Balancer):
     """The fused loss and the prototypes' for what lags. State: the epoch, and prototypes (k, d_j) of each modality."""
 
-    def __init__(self, net: FusionNet, update: Update, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, update, config, epochs=epochs)
-        device, k = update.generator.device, len(net.plan.classes)
+    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
+        super().__init__(net, optimization, config, epochs=epochs)
+        device, k = optimization.generator.device, len(net.plan.classes)
         self.epoch = 0
         self._sizes = [int(encoder.num_features) for encoder in net.encoders]  # type: ignore[arg-type]
         self._prototypes = [torch.zeros(k, size, device=device) for size in self._sizes]
         self._seen = torch.zeros(k, dtype=torch.bool, device=device)  # classes that have prototypes
         self._weight = torch.zeros(net.num_modalities, device=device)
 
-    def begin_epoch(self, epoch: int, lab: Lab) -> None:
+    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Move the prototypes to where their classes are now."""
-        super().begin_epoch(epoch, lab)
+        super().begin_epoch(epoch, model_reader)
         self._weight = torch.zeros_like(self._weight)
         if epoch > self.config.pmr.last_epoch:
             return
-        found = lab.read(_features_and_label, rows=some_rows(lab, max(_ROWS, _ROWS_A_CLASS * len(self._seen))))
+        found = model_reader.read(
+            _features_and_label, rows=some_rows(model_reader, max(_ROWS, _ROWS_A_CLASS * len(self._seen)))
+        )
         member = functional.one_hot(found[-1].long(), len(self._seen)).float().T  # (k, r); a product adds in one order
         count = member.sum(dim=1, keepdim=True)
         old, new = self._seen[:, None], count > 0
@@ -86,7 +88,7 @@ class Pmr(Balancer):
         )
         known = self._seen[batch.label]
         score = batch.mean_own((-each.detach()).exp())  # 0 where a class has no prototype
-        self.world.sum_([score])
+        self.distributed.sum_([score])
         self._weight = lag(score)
         return loss + self.config.pmr.alpha * (self._weight @ batch.mean_own(each.masked_fill(~known, 0.0)))
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ...audit.errors import ManifestError
 from ...audit.metrics import balance
-from ..batches import Lab, Rows
+from ..batches import ModelReader, Rows
 from ..network import Outputs, cross_entropies
 from .ordered import Ordered
 
@@ -38,12 +38,14 @@ class BssL(Ordered):
                 "with --set sampling.bss.score_source=model"
             )
 
-    def begin_epoch(self, epoch: int, lab: Lab) -> None:
+    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Read the model, if it is time."""
         bss = self.config.bss
         if not self.reads or (epoch - 1) % bss.every_epochs:
             return
-        similarity, loss = lab.read(lambda outputs, label: _criteria(outputs, label, alpha=bss.alpha)).cpu().numpy()
+        similarity, loss = (
+            model_reader.read(lambda outputs, label: _criteria(outputs, label, alpha=bss.alpha)).cpu().numpy()
+        )
         fresh = balance(similarity, loss, fits=np.ones(len(loss), dtype=np.bool_)).astype(np.float64)
         self.balance = fresh if self.balance is None else (1 - bss.beta) * self.balance + bss.beta * fresh
 

@@ -17,7 +17,7 @@ import numpy as np
 from ...audit.errors import ConfigError
 from ...audit.hashing import hash_rank
 from ...rebalance.curriculum import OrderConfig, order_of
-from ..batches import Batch, Lab, Rows, Step
+from ..batches import Batch, ModelReader, Rows, Step
 from ..fusion import Mmtm
 from ..network import FusionNet, Outputs
 from .config import DusConfig
@@ -78,14 +78,15 @@ class Dus(Sampler):
         self._epoch, self._taken, self._at = 0, 0, [0] * m
         self._sampled = [0] * m  # in this epoch
 
-    def begin_epoch(self, epoch: int, lab: Lab) -> None:
+    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Refuse samples without pairs where only pairs would teach the fused answer."""
-        self._names = list(lab.net.plan.modalities)
-        if not self.config.dus.paired and _wants_pairs(lab.net):
-            beside = " beside each modality's own head" if lab.net.plan.own_heads else ""
+        self._names = list(model_reader.net.plan.modalities)
+        if not self.config.dus.paired and _wants_pairs(model_reader.net):
+            beside = " beside each modality's own head" if model_reader.net.plan.own_heads else ""
             raise ConfigError(
-                f"sampling.dus.paired = false leaves no pairs, and nothing else teaches the classifier of --fusion "
-                f"{lab.net.plan.fusion}{beside}; take --fusion concat or late, without heads of their own, or pairs"
+                f"sampling.dus.paired = false leaves no pairs, and nothing else teaches the classifier of "
+                f"--fusion {model_reader.net.plan.fusion}{beside}; "
+                "take --fusion concat or late, without heads of their own, or pairs"
             )
 
     def steps(self, epoch: int, *, after: int = 0) -> Iterator[Step]:
@@ -135,8 +136,8 @@ class Dus(Sampler):
 
     def observe(self, outputs: Outputs, batch: Batch) -> None:
         """Take the step's confidences into the running means, and choose the next quantities by them."""
-        means = (outputs.confidence(batch.label) * batch.part).sum(dim=1)
-        self.world.sum_([means])
+        means = (outputs.confidence(batch.label) * batch.loss_weight).sum(dim=1)
+        self.distributed.sum_([means])
         fused, *own = means.tolist()
         if not all(map(math.isfinite, (fused, *own))):
             return  # a step that overflowed in float16 says nothing, and its gradients are not taken either

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...rebalance.curriculum import order_of
-from ..batches import Rows, Step, cut_order
+from ..batches import Rows, Step, split_order
 from .sampler import Sampler
 
 
@@ -23,7 +23,7 @@ class Ordered(Sampler):
 
     def steps(self, epoch: int, *, after: int = 0) -> Iterator[Step]:
         """Cut the order into steps of the batch size; the last may be smaller."""
-        return iter(cut_order(self.rows(epoch), batch_size=self.batch_size, after=after))
+        return iter(split_order(self.rows(epoch), batch_size=self.batch_size, after=after))
 
     def in_order(self, name: str, epoch: int, *, balance: NDArray[np.float64] | None = None) -> Rows:
         """Give the rows of the order of that name, one of ORDERS: what `mmaudit order` shows. balance: see order_of."""

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...rebalance.curriculum import OrderConfig
-from ..batches import Batch, Lab, Step
-from ..distributed import World
+from ..batches import Batch, ModelReader, Step
+from ..distributed import DistributedContext
 from ..network import Outputs
 from .config import SAMPLERS, SamplingConfig
 
@@ -51,16 +51,16 @@ class Sampler(ABC):
         *,
         batch_size: int,
         seed: int,
-        world: World,
+        distributed: DistributedContext,
     ) -> None:
         self.pool, self.config, self.order = pool, config, order
-        self.batch_size, self.seed, self.world = batch_size, seed, world
+        self.batch_size, self.seed, self.distributed = batch_size, seed, distributed
         self.begin()
 
     def begin(self) -> None:
         """Check that the pool has what is drawn by (ManifestError), and make what is carried from step to step."""
 
-    def begin_epoch(self, epoch: int, lab: Lab) -> None:
+    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Look at the model before epoch 1, 2, ..., if need be."""
 
     @abstractmethod
@@ -90,10 +90,10 @@ def build_sampler(
     *,
     batch_size: int,
     seed: int,
-    world: World,
+    distributed: DistributedContext,
 ) -> Sampler:
     """Make the sampler of that name, one of SAMPLERS. Raises ManifestError where the pool lacks what it draws by."""
     module, _, found = SAMPLERS[name].partition(":")
     type_ = getattr(import_module(f".{module}", __package__), found)
-    made: Sampler = type_(pool, config, order, batch_size=batch_size, seed=seed, world=world)
+    made: Sampler = type_(pool, config, order, batch_size=batch_size, seed=seed, distributed=distributed)
     return made

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ...audit.hashing import hash_rank
 from ...audit.metrics import Floats, shapley
 from ...rebalance.curriculum import OrderConfig, order_of
-from ..batches import Lab, Rows, Step, cut_order
+from ..batches import ModelReader, Rows, Step, split_order
 from ..contribution import right_of_sets, sets_to_ask
 from .sampler import Sampler
 
@@ -38,15 +38,15 @@ class Smv(Sampler):
         self._values: list[float] = []  # mean phi by modality, none as yet
         self._names = [str(j) for j in range(self.pool.num_modalities)]
 
-    def begin_epoch(self, epoch: int, lab: Lab) -> None:
+    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Read the model, if it is time."""
-        self._names = list(lab.net.plan.modalities)
+        self._names = list(model_reader.net.plan.modalities)
         smv = self.config.smv
         since = epoch - 1 - smv.warmup_epochs
         if since < 0 or since % smv.every_epochs:
             return
         sets = [chosen for chosen in sets_to_ask(self.pool.num_modalities) if chosen]
-        right = dict(zip(sets, lab.read(right_of_sets(lab.net, sets)).cpu().numpy(), strict=True))
+        right = dict(zip(sets, model_reader.read(right_of_sets(model_reader.net, sets)).cpu().numpy(), strict=True))
         phi = shapley(lambda chosen: len(chosen) * right[chosen], self.pool.num_modalities)
         self.copies = num_copies(phi, most=smv.most_copies).T.copy()
         self._values = phi.mean(axis=0).tolist()
@@ -57,7 +57,7 @@ class Smv(Sampler):
         rank, config = np.zeros(len(rows), dtype=np.int64), OrderConfig(order="shuffled")
         order = order_of(rank=rank, key=key, config=config, seed=self.seed, epoch=epoch)
         everyone = np.arange(self.pool.num_modalities)
-        for step in cut_order(order, batch_size=self.batch_size, after=after):
+        for step in split_order(order, batch_size=self.batch_size, after=after):
             only = alone[step.rows][:, None]
             present = (only < 0) | (only == everyone)
             yield Step(rows=rows[step.rows], present=None if present.all() else present)
