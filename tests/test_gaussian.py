@@ -96,7 +96,7 @@ def test_labels_of_a_fold_have_no_part_in_its_own_answers() -> None:
     assert np.abs(one[~mine] - two[~mine]).max() > 0.1
 
 
-@pytest.mark.parametrize("options", [{"strengths": (1e-2,)}, {"gaussian": False}])
+@pytest.mark.parametrize("options", [{"l2_penalties": (1e-2,)}, {"gaussian": False}])
 def test_a_given_strength_or_a_wish_leaves_it_out(options: dict[str, object]) -> None:
     x, label = planted(240, 10)
     np.testing.assert_array_equal(logits(x, label, **options), logits(x, label, **{**options, "gaussian": False}))

@@ -331,12 +331,12 @@ def test_what_is_there_is_read_only_for_the_same_inputs_and_settings(tmp_path: P
         {"seed": 1},
         {"rows": touched},
         {"target": relabelled},
-        {"crossing": cross(target.label, seed=5)},
+        {"cross_fit": cross(target.label, seed=5)},
     ]
     for other in others:
-        given = {"rows": rows, "target": target, "crossing": cross(target.label), "config": quick, "seed": 0, **other}
+        given = {"rows": rows, "target": target, "cross_fit": cross(target.label), "config": quick, "seed": 0, **other}
         found = fit(
-            *(given[name] for name in ("rows", "target", "crossing")),
+            *(given[name] for name in ("rows", "target", "cross_fit")),
             config=given["config"],
             seed=given["seed"],
             folder=tmp_path,

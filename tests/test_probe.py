@@ -234,8 +234,8 @@ def test_nothing_to_choose_on_takes_the_middle(drawn: Drawn) -> None:
         ({"tolerance": 0.0}, r"probe\.tolerance is 0.0; it must be above 0"),
         ({"dropout": 1.0}, r"probe\.dropout is 1.0; it must be at least 0 and below 1"),
         ({"precision": "bfloat"}, "did you mean bfloat16"),
-        ({"strengths": ()}, r"probe\.strengths is \[\]"),
-        ({"strengths": (0.1, 0.0)}, r"probe\.strengths"),
+        ({"l2_penalties": ()}, r"probe\.l2_penalties is \[\]"),
+        ({"l2_penalties": (0.1, 0.0)}, r"probe\.l2_penalties"),
         ({"learn_from": "tain"}, "did you mean train"),
     ],
 )

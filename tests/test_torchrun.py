@@ -38,21 +38,21 @@ import torch
 torch.set_num_threads(1)
 from test_torchrun import PAIRS, config_of
 from training import examples_of, tune
-from mmaudit.train.training_data import Course
-from mmaudit.train.distributed import open_world
+from mmaudit.train.training_data import TrainingData
+from mmaudit.train.distributed import open_distributed
 
-seen, cut = [], Course.batches
+seen, cut = [], TrainingData.batches
 def batches(self, steps, **options):
     for batch in cut(self, steps, **options):
         seen.append(batch.rows.tolist())
         yield batch
-Course.batches = batches
+TrainingData.batches = batches
 found = []
-with open_world("cpu") as world:
+with open_distributed("cpu") as context:
     for pair in PAIRS:
         seen.clear()
         with tempfile.TemporaryDirectory() as folder:
-            result = tune(examples_of(120), Path(folder), config_of(*pair), world=world)
+            result = tune(examples_of(120), Path(folder), config_of(*pair), distributed=context)
         found.append([list(seen), result.history, result.metrics["test"]["all"]])
 print(json.dumps(found))
 """
@@ -91,17 +91,17 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from training import examples_of, setting, tune
-from mmaudit.train.evaluate import examine_file
-from mmaudit.train.distributed import open_world
+from mmaudit.train.evaluate import evaluate_file
+from mmaudit.train.distributed import open_distributed
 
 config = setting(fusion="mmtm", balancing="sum", ema=0.5, epochs=2)
 found = []
-with open_world("cpu") as world, tempfile.TemporaryDirectory() as folder:
-    found.append(tune(examples_of(120), Path(folder), config, world=world).metrics["test"]["all"])
-    if world.is_first:
+with open_distributed("cpu") as context, tempfile.TemporaryDirectory() as folder:
+    found.append(tune(examples_of(120), Path(folder), config, distributed=context).metrics["test"]["all"])
+    if context.is_first:
         file = Path(folder) / "model.safetensors"
         asked = dict(split="test", between="audio:visual", config=config, seed=0, device="cpu")
-        found.append(examine_file(file, examples_of(120), **asked)["test"]["all"])
+        found.append(evaluate_file(file, examples_of(120), **asked)["test"]["all"])
 print(json.dumps(found))
 """
 

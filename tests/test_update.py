@@ -288,22 +288,22 @@ def test_chance_follows_from_the_step_s_seed() -> None:
 SCRIPT = """
 import json, torch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.network import Blueprint, FusionNet, cross_entropies
-from mmaudit.train.optimizer import Update
-from mmaudit.train.distributed import open_world
+from mmaudit.train.network import ModelConfig, FusionNet, cross_entropies
+from mmaudit.train.optimizer import Optimization
+from mmaudit.train.distributed import open_distributed
 
 torch.set_num_threads(1)
-plan = Blueprint(modalities=("audio", "visual"), shapes=((5,), (3,)), classes=tuple("abcd"), hidden=7, dropout=0.0)
-with open_world("cpu") as world:
+plan = ModelConfig(modalities=("audio", "visual"), shapes=((5,), (3,)), classes=tuple("abcd"), hidden=7, dropout=0.0)
+with open_distributed("cpu") as context:
     torch.manual_seed(0)
     net = FusionNet(plan)
     config = OptimConfig(schedule="constant", weight_decay=0.1, clip_norm=0.3, precision=PRECISION)
-    update = Update(net, config, device="cpu", world=world)
+    update = Optimization(net, config, device="cpu", distributed=context)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(11, 5, generator=generator), torch.randn(11, 3, generator=generator)]
     present = torch.ones(11, 2, dtype=torch.bool)
     present[:6, 1] = False
-    label, mine = torch.arange(11) % 4, world.slice(11)
+    label, mine = torch.arange(11) % 4, context.slice(11)
 
     def loss():
         with update.autocast():
@@ -317,7 +317,7 @@ with open_world("cpu") as world:
         update.begin_step(step)
         draws.append([torch.rand(1).item(), torch.rand(1, generator=update.generator).item()])
         update.frozen = [step == 2, False]
-        update.backward(loss() * (OVERFLOW if step == 1 and world.is_first else 1.0))
+        update.backward(loss() * (OVERFLOW if step == 1 and context.is_first else 1.0))
         grads = [None if p.grad is None else p.grad.tolist() for p in net.parameters()]
         update.apply()
         found.append(grads)

@@ -21,31 +21,31 @@ torch.set_num_threads(1)
 # What each process holds follows from its rank alone, so that the sums are known here.
 SCRIPT = """
 import json, torch
-from mmaudit.train.distributed import open_world
+from mmaudit.train.distributed import open_distributed
 
-with open_world("cpu") as world:
-    r = world.rank
+with open_distributed("cpu") as context:
+    r = context.rank
     weight = torch.arange(6.0).view(2, 3) * (r + 1)
     count = torch.tensor([r, 10 * r])
     wide = torch.full((2, 1, 2, 3), float(r)).contiguous(memory_format=torch.channels_last)
     halves = torch.tensor([0.5 * r], dtype=torch.float64)
     scalar = torch.tensor(float(r))
-    world.sum_([weight, count, wide, halves, scalar])
-    world.sum_([])
-    rows = torch.arange(5)[world.slice(5)]
+    context.sum_([weight, count, wide, halves, scalar])
+    context.sum_([])
+    rows = torch.arange(5)[context.slice(5)]
     whole = torch.stack([rows, -rows])
-    few = torch.arange(2)[world.slice(2)]  # of three processes one has none
+    few = torch.arange(2)[context.slice(2)]  # of three processes one has none
     found = {
-        "rank": [world.rank, world.world_size, world.is_first],
+        "rank": [context.rank, context.world_size, context.is_first],
         "sums": [each.tolist() for each in (weight, count, wide, halves, scalar)],
         "kinds": [str(each.dtype) for each in (weight, count, halves)],
-        "joined": world.gather(whole).tolist(),
-        "yes": world.gather(rows % 2 == 1).tolist(),
-        "few": world.gather(few.float()).tolist(),
-        "none": list(world.gather(torch.zeros(3, 0)).shape),
-        "uneven": world.gather(torch.full((r * r,), r)).tolist(),
+        "joined": context.gather(whole).tolist(),
+        "yes": context.gather(rows % 2 == 1).tolist(),
+        "few": context.gather(few.float()).tolist(),
+        "none": list(context.gather(torch.zeros(3, 0)).shape),
+        "uneven": context.gather(torch.full((r * r,), r)).tolist(),
     }
-    world.wait()
+    context.wait()
 print(json.dumps({**found, "open": torch.distributed.is_initialized()}))
 """
 

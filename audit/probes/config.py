@@ -45,7 +45,7 @@ class ProbeConfig:
             least = 2 if name == "folds" else 1
             if getattr(self, name) < least:
                 raise ConfigError(f"probe.{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("strengths", "decays"):
+        for name in ("l2_penalties", "decays"):
             if not getattr(self, name) or min(getattr(self, name)) <= 0:
                 raise ConfigError(f"probe.{name} is {list(getattr(self, name))}; give one or more, all above 0")
         for name in ("tolerance", "lr"):
