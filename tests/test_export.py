@@ -274,8 +274,7 @@ def test_ogm_lists_hold_any_name_or_refuse_it(tmp_path: Path, ids: list[str]) ->
 @pytest.mark.parametrize(
     ("more", "options", "message"),
     [
-        ({"split": np.array(["fold1"] * NUMBER, dtype=object)}, {}, "is of split 'fold1'; OGM lists are of train"),
-        ({"split": None}, {}, "is of split None"),
+        ({"split": None}, {}, "is of split None; OGM lists are of train"),
         ({}, {"clip": "sound"}, "no column 'sound' to name clips by; did you mean"),
         (
             {"paths": pa.table({"wav": ["x.wav"] * NUMBER}), "label": np.zeros(NUMBER, dtype=np.int32),
