@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ from mmaudit.cli.main import main
 def report(*, run):
     try:
         print("ready", flush=True)
-        time.sleep(60)
+        exec("time.sleep(60)") if run == "in exec" else time.sleep(60)  # as imports of scipy do
     except KeyboardInterrupt:
         if run == "swallowed":
             return run
@@ -40,9 +41,12 @@ main()
 """
 
 
-def start(run: str) -> subprocess.Popen[str]:
+def start(run: str, folder: Path) -> subprocess.Popen[str]:
+    """Start the command as `python -m` does: there Python decides on its own about the exit code of an interrupt."""
+    (folder / "interruptible.py").write_text(_COMMAND)
     return subprocess.Popen(
-        [sys.executable, "-c", _COMMAND, "report", "--run", run],
+        [sys.executable, "-m", "interruptible", "report", "--run", run],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -67,11 +71,11 @@ def wait_for(process: subprocess.Popen[str], line: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("run", ["plain", "swallowed", "failing"])
+@pytest.mark.parametrize("run", ["plain", "swallowed", "failing", "in exec"])
 def test_a_signal_ends_the_command_with_its_code(
-    processes: list[subprocess.Popen[str]], number: signal.Signals, run: str
+    processes: list[subprocess.Popen[str]], number: signal.Signals, run: str, tmp_path: Path
 ) -> None:
-    processes.append(process := start(run))
+    processes.append(process := start(run, tmp_path))
     wait_for(process, "ready")
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
@@ -79,8 +83,8 @@ def test_a_signal_ends_the_command_with_its_code(
     assert errors == "interrupted; run the same command again to go on from here\n"
 
 
-def test_a_second_signal_ends_the_command_at_once(processes: list[subprocess.Popen[str]]) -> None:
-    processes.append(process := start("cleaning"))
+def test_a_second_signal_ends_the_command_at_once(processes: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+    processes.append(process := start("cleaning", tmp_path))
     wait_for(process, "ready")
     process.send_signal(signal.SIGTERM)
     wait_for(process, "cleaning")
