@@ -27,8 +27,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p mmaudit.audit -p mmaudit.rebalance -p mmaudit.train -p mmaudit.cli
-	$(BIN)/mypy tests benchmarks
+	$(BIN)/mypy tests benchmarks .ci/language.py
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/language.py
 
 # Half an hour on a quiet machine, and 12 GB on disk; see benchmarks/README.md.
 bench: $(READY)
