@@ -28,12 +28,6 @@ FILLER = frozenset(
         """,
     )
 )
-WEAK_OPENINGS = 5
-FILLER = frozenset(
-    "ahead apart asked at beside both called chosen each even everyone found fresh given heard held here kept known "
-    "lacking least left looked made mine more most much named nobody now odd one other others ours right said seen some "
-    "taken theirs then there told twice waiting wanted what who whole whose within wrong again place".split()
-)
 WEAK_OPENING = re.compile(r"(Give|Tell|Say|Take|Let|Ask|Hear)\b")  # a docstring opens with Compute, Return, Read, ...
 
 
