@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .audit.dataset.dataset import Dataset, open_dataset
     from .audit.errors import MmauditError
     from .audit.scores.mixture import Mixture, fit_mixture
+    from .audit.scores.probabilities import score_probabilities
     from .audit.scores.table import ScoreTable, read_scores
     from .cli.config import RunConfig
     from .cli.demo import demo
@@ -27,6 +28,7 @@ _HOMES = {
     "MmauditError": "audit.errors",
     "Mixture": "audit.scores.mixture",
     "fit_mixture": "audit.scores.mixture",
+    "score_probabilities": "audit.scores.probabilities",
     "ScoreTable": "audit.scores.table",
     "read_scores": "audit.scores.table",
     "Manifest": "rebalance.manifest",
@@ -72,6 +74,7 @@ __all__ = [
     "replay",
     "report",
     "score",
+    "score_probabilities",
     "split",
     "verify",
 ]
