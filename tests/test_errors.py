@@ -27,9 +27,9 @@ def test_every_error_is_the_users_and_comes_back_from_a_worker(kind: type[errors
 @pytest.mark.parametrize(
     ("wrong", "right", "words"),
     [
-        ("lable", ["id", "label"], "did you mean label? (there are: id, label)"),
-        ("xyz", ["id", "label"], "there are: id, label"),
-        ("xyz", [], "there are: none"),
+        ("lable", ["id", "label"], "did you mean label? (available: id, label)"),
+        ("xyz", ["id", "label"], "available: id, label"),
+        ("xyz", [], "available: none"),
     ],
 )
 def test_a_wrong_name_lists_the_right_ones(wrong: str, right: list[str], words: str) -> None:

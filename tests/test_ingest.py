@@ -247,7 +247,7 @@ def test_a_list_that_is_not_there_is_named(tree: Callable[[str], Path], name: st
 
 
 def test_an_unknown_adapter_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no adapter 'crema-d'; did you mean cremad\? \(there are: cremad, ave, "):
+    with pytest.raises(ConfigError, match=r"no adapter 'crema-d'; did you mean cremad\? \(available: cremad, ave, "):
         ingest("crema-d", tmp_path)
 
 

@@ -87,7 +87,7 @@ def test_without_a_state_folder_nothing_is_signed(
     with caplog.at_level(logging.WARNING):
         assert sign({}) is None
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("nothing is signed: no secret can be kept in the state folder (")
+    assert caplog.messages[0].startswith("not signed: the secret cannot be stored in the state folder (")
     assert not is_signed({}, "0" * 64)
 
 
