@@ -101,7 +101,7 @@ def test_without_a_test_split_there_is_nothing_to_compare(present: str) -> None:
 
 def test_without_a_test_split_train_and_validation_are_compared() -> None:
     leakage = find_leakage(make_samples(["train", "validation"]), [made_of("audio", ["a", "a"])])
-    assert leakage.notes == ("no test split: the others are compared",)
+    assert leakage.notes == ("no test split: only the other splits are compared",)
     assert found(leakage) == [("content", "audio", ("train", "validation"), 1)]
 
 
@@ -175,7 +175,7 @@ def test_it_is_told_as_plain_lists() -> None:
     told: Any = leakage.to_json()
     assert told["leaks"] is True
     assert [each["message"] for each in told["findings"]] == [each.message for each in leakage.findings]
-    assert told["notes"] == ["column 'take' differs from row to row: no groups"]
+    assert told["notes"] == ["column 'take' has a different value in every row: not used as groups"]
 
 
 def test_every_pair_of_splits_is_compared_and_told() -> None:
@@ -204,7 +204,7 @@ def test_ids_are_one_but_for_case_extension_and_leading_folders(one: str, other:
         assert (finding.what, finding.count, finding.of) == ("ids", 1, 1)
         assert finding.examples == ((ids[1], ids[0]),)
         assert finding.message == (
-            f"1 of 1 test ids also in train but for case, extension or folder: {ids[1]} and {ids[0]}"
+            f"1 of 1 test ids also in train, up to case, extension or folder: {ids[1]} and {ids[0]}"
         )
 
 
@@ -221,7 +221,7 @@ def test_a_name_in_another_folder_is_noted_only() -> None:
     leakage = find_leakage(make_samples(["train"] * 9 + ["test"] * 9, ids=ids), [])
     assert not leakage.leaks
     assert leakage.notes == (
-        "9 of 9 test ids name a file as train does, in another folder; not taken for the same: "
+        "9 of 9 test ids have the file name of a train id in another folder; not counted as duplicates: "
         "test/0.wav and train/0.wav",
     )
 
@@ -255,7 +255,7 @@ def test_a_placeholder_is_no_evidence_but_a_sample_that_is_often_copied_is() -> 
         ("content", "visual", between, 4),
     ]
     assert leakage.notes == (
-        "audio: 6 test samples hold what stands with more than 20 different partners in train: "
+        "audio: 6 test samples have content that occurs with more than 20 different partners in train: "
         "placeholders, not counted",
     )
 
@@ -267,7 +267,7 @@ def test_what_recurs_is_noted_alone_and_found_with_the_rest() -> None:
     assert found(leakage) == [("content", "sample", ("train", "test"), 1), ("content", "audio", ("train", "test"), 1)]
     assert leakage.notes == (
         "2 of 2 test samples with the same text as a train sample: s00002 and s00000; "
-        "no leak by itself: such contents recur",
+        "not a leak by itself: such contents recur by chance",
     )
 
 
@@ -345,8 +345,8 @@ def test_a_place_where_much_of_train_lies_is_a_cluster() -> None:
             np.repeat(np.random.default_rng(0).standard_normal((300, 1)), 7, 1) @ np.eye(7, 20),
             "too few of its 20 features",
         ),
-        (np.random.default_rng(0).integers(0, 2, (300, 8)), "many vectors are equal"),
-        (np.random.default_rng(0).standard_normal((12, 20)), "9 samples are too few"),
+        (np.random.default_rng(0).integers(0, 2, (300, 8)), "many feature vectors are equal"),
+        (np.random.default_rng(0).standard_normal((12, 20)), "9 samples, at least 20 needed"),
     ],
 )
 def test_what_cannot_be_told_is_noted(matrix: NDArray[Any], words: str) -> None:
@@ -388,13 +388,13 @@ def test_beyond_the_most_rows_a_sample_is_compared_and_said() -> None:
     matrix[held] = matrix[known[: len(held)]] + 0.01 * rng.standard_normal((len(held), 20))
     everything = only(near(matrix, split))
     assert everything.count == len(held)
-    config = LeakageConfig(most_train=300, most_test=100)
+    config = LeakageConfig(max_train=300, max_test=100)
     some = [near(matrix, split, config, seed) for seed in range(3)]
     assert [only(each).of for each in some] == [100] * 3
     assert all(20 < only(each).count < 80 for each in some)  # each with a chance of 300 in 600
     assert len({only(each).examples for each in some}) == 3
     assert near(matrix, split, config, 0) == some[0]
-    said = f"100 of {len(held)} were sought among 300 of {len(known)} samples"
+    said = f"100 of {len(held)} test samples were compared with 300 of {len(known)} train samples"
     assert some[0].notes == (f"audio, near duplicates of test in train: {said}",)
 
 
@@ -402,10 +402,10 @@ def test_beyond_the_most_rows_a_sample_is_compared_and_said() -> None:
     ("options", "words"),
     [
         ({"ratio": 1.0}, "leakage.ratio is 1.0"),
-        ({"false_alarms": 0.0}, "leakage.false_alarms 0.0; both lie between 0 and 1"),
+        ({"false_alarms": 0.0}, "leakage.false_alarms 0.0; both must lie between 0 and 1"),
         ({"neighbours": 2}, "leakage.neighbours is 2"),
-        ({"most_partners": 0}, "leakage.most_partners 0; at least 3 and 1"),
-        ({"most_test": 19}, "leakage.most_test 19; at least 20"),
+        ({"max_partners": 0}, "leakage.max_partners 0; they must be at least 3 and 1"),
+        ({"max_test": 19}, "leakage.max_test 19; both must be at least 20"),
     ],
 )
 def test_a_config_out_of_range_is_refused(options: dict[str, Any], words: str) -> None:
@@ -466,11 +466,15 @@ def test_groups_are_counted_by_sets_and_null_is_none(rows: list[tuple[str, Any]]
 
 @pytest.mark.parametrize(
     ("column", "words"),
-    [("abcd", "differs from row to row"), ("aaaa", "holds 1 values"), ([None] * 4, "holds 0 values")],
+    [
+        ("abcd", "has a different value in every row"),
+        ("aaaa", "has 1 distinct values"),
+        ([None] * 4, "has 0 distinct values"),
+    ],
 )
 def test_what_is_no_group_is_noted(column: Any, words: str) -> None:
     leakage = find_leakage(make_samples(["train", "test"] * 2), [], groups={"video": objects(column)})
-    assert leakage == Leakage(findings=(), notes=(f"column 'video' {words}: no groups",))
+    assert leakage == Leakage(findings=(), notes=(f"column 'video' {words}: not used as groups",))
 
 
 def test_a_column_that_says_the_same_is_told_once_under_its_own_name() -> None:
