@@ -79,6 +79,8 @@ def file_of(error: BaseException) -> str | None:
     return getattr(error, "mmaudit_file", None)
 
 
+# C0 and C1 controls (ESC among them), line and paragraph separators, direction marks and overrides, halves of
+# surrogate pairs. Joiners (U+200C, U+200D) are parts of words and are kept.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 

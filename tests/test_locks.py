@@ -152,7 +152,7 @@ def test_a_damaged_lock_counts_until_it_is_old(tmp_path: Path) -> None:
 
 
 def test_signs_of_life_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(locks, "_HEARTBEAT_SECONDS", 0.02)
     with write_lock(tmp_path, command="mmaudit score") as lock:
         os.utime(lock.file, (0, 0))
         end = time.monotonic() + 10
