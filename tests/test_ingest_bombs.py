@@ -176,10 +176,10 @@ def header_of(shape: tuple[int, ...], descr: str = "<f4") -> bytes:
 @pytest.mark.parametrize(
     ("header", "content", "message"),
     [
-        (header_of((10**13,)), b"", "announces 40,000,000,000,000 bytes"),
+        (header_of((10**13,)), b"", "states 40,000,000,000,000 bytes"),
         (header_of((1 << 25,)), bytes(1 << 27), "it expands to"),
-        (header_of((2,), "|O"), b"", "announces objects"),
-        (header_of((2,), "<U100000000"), b"", "announces 800,000,000 bytes"),
+        (header_of((2,), "|O"), b"", "states objects"),
+        (header_of((2,), "<U100000000"), b"", "states 800,000,000 bytes"),
         (b"no array", b"", "cannot be read as .npz"),
         (header_of((4,))[:-20], b"", "cannot be read as .npz"),
     ],

@@ -406,7 +406,7 @@ def test_frames_stop_at_max_seconds() -> None:
     ("name", "value"), [("sample_rate", 10), ("max_seconds", 0.0), ("max_seconds", float("nan")), ("num_frames", 0)]
 )
 def test_a_config_that_fits_no_sample_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is .*; set it to"):
+    with pytest.raises(ConfigError, match=f"{name} is .*; it must be between"):
         MediaConfig(**{name: value})
 
 

@@ -108,7 +108,7 @@ def test_sound_is_unusable_beyond_the_share_that_is_allowed() -> None:
         if fine:
             assert len(decode_audio(write_wav(samples), config)) == 2 * RATE
         else:
-            with pytest.raises(UnusableError, match=r"\d+% of 1\.00 s stand at the peak 1\.00") as caught:
+            with pytest.raises(UnusableError, match=r"\d+% of 1\.00 s are at the peak 1\.00") as caught:
                 decode_audio(write_wav(samples), config)
             assert caught.value.reason is Reason.CLIPPED
     low, high = (np.round(limited(each) * 32_767).astype(np.int16) for each in (0.06, 0.14))

@@ -148,7 +148,7 @@ def test_it_does_not_matter_where_it_is_cut(kind: str, kept: float) -> None:
 def test_the_promise_is_the_size_of_the_file(kind: str) -> None:
     data = sample(kind)
     held = len(data) // 3
-    assert missing_bytes(data[:held]) == f"the header promises {len(data)} bytes, the file holds {held}"
+    assert missing_bytes(data[:held]) == f"the header states {len(data)} bytes, the file has {held}"
 
 
 @QUICK
@@ -203,16 +203,14 @@ def test_chunks_of_odd_size_with_and_without_padding(size: int, padded: bool, pa
     wav = sample("wav")[:12] + (b"LIST" + odd) * parts + sample("wav")[12:]
     avi = (b"RIFF" + odd) * parts
     assert not missing_bytes(wav)
-    assert missing_bytes(wav[: len(wav) // 2]).startswith(f"the header promises {len(wav)} ")
+    assert missing_bytes(wav[: len(wav) // 2]).startswith(f"the header states {len(wav)} ")
     assert not missing_bytes(avi)
 
 
 def test_the_last_of_several_riff_chunks_counts() -> None:
     long = sample("avi") + b"RIFF" + struct.pack("<I", 40_004) + b"AVIX" + bytes(40_000)
     assert not missing_bytes(long)
-    assert (
-        missing_bytes(long[:-20_000]) == f"the header promises {len(long)} bytes, the file holds {len(long) - 20_000}"
-    )
+    assert missing_bytes(long[:-20_000]) == f"the header states {len(long)} bytes, the file has {len(long) - 20_000}"
 
 
 @given(parts=st.integers(1, 300), kept=st.floats(0.02, 0.98))
@@ -264,8 +262,8 @@ def test_xing_headers_of_every_version(name: bytes, version: int, side_info: int
     def shortfall_of(fields: bytes) -> str:
         return missing_bytes(mp3_header(name, fields, version=version, side_info=side_info))
 
-    assert shortfall_of(struct.pack(">III", 3, 500, 20_000)) == "the header promises 20000 bytes, the file holds 9000"
-    assert shortfall_of(struct.pack(">II", 2, 20_000)) == "the header promises 20000 bytes, the file holds 9000"
+    assert shortfall_of(struct.pack(">III", 3, 500, 20_000)) == "the header states 20000 bytes, the file has 9000"
+    assert shortfall_of(struct.pack(">II", 2, 20_000)) == "the header states 20000 bytes, the file has 9000"
     assert not shortfall_of(struct.pack(">III", 3, 500, 9_000))
     assert not shortfall_of(struct.pack(">III", 3, 0, 0))  # never filled in
     assert not shortfall_of(struct.pack(">II", 1, 500))  # frames alone
@@ -275,7 +273,7 @@ def test_xing_headers_of_every_version(name: bytes, version: int, side_info: int
 def test_vbri_headers() -> None:
     whole, cut = (struct.pack(">HHHII", 1, 0, 75, size, 500) for size in (9_000, 20_000))
     assert not missing_bytes(mp3_header(b"VBRI", whole))
-    assert missing_bytes(mp3_header(b"VBRI", cut)) == "the header promises 20000 bytes, the file holds 9000"
+    assert missing_bytes(mp3_header(b"VBRI", cut)) == "the header states 20000 bytes, the file has 9000"
 
 
 def test_an_mp3_without_such_a_header_cannot_tell() -> None:
