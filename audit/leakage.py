@@ -217,7 +217,7 @@ def _pair_splits(samples: Samples) -> tuple[list[_Pair], Messages]:
     return pairs, [f"no {name} split: {consequence}" for name in ("train", "test") if not len(rows[name])]
 
 
-def _finding(pair: _Pair, what: str, name: str, links: Links, *, of: int, description: str) -> Messages:
+def _finding(pair: _Pair, kind: str, name: str, links: Links, *, of: int, description: str) -> Messages:
     """Return a list of one finding with examples, or an empty list without links."""
     if not links:
         return []
@@ -226,7 +226,7 @@ def _finding(pair: _Pair, what: str, name: str, links: Links, *, of: int, descri
     message = f"{len(links)} of {of} {description}: {examples[0][0]} and {examples[0][1]}"
     return [
         Finding(
-            what=what,
+            what=kind,
             name=name,
             between=pair.between,
             count=len(links),

@@ -172,10 +172,10 @@ def _rename_in_errors(path: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    now = time.monotonic()
-    if now - _swept.get(folder, -_SWEEP_SECONDS) >= _SWEEP_SECONDS:
+    time_now = time.monotonic()
+    if time_now - _swept.get(folder, -_SWEEP_SECONDS) >= _SWEEP_SECONDS:
         remove_leftovers(folder)
-        _swept[folder] = now
+        _swept[folder] = time_now
 
 
 def _is_abandoned(path: Path, writer: ProcessId | None) -> bool:

@@ -135,7 +135,7 @@ FIELDS = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": 1}, "id is of type int; an array or list was expected"),
+        ({"id": 1}, "id is of type int, expected an array or list"),
         ({"id": [1, 10**5_000]}, "an id cannot be written as text"),
         ({"id": ["a", "\ud800"]}, "an id cannot be written as text"),
         ({"id": ["a", {}]}, "an id is of type dict"),
@@ -146,7 +146,7 @@ FIELDS = {
         ({"text": [[1.0], [1.0, 2.0]]}, "text is not an array of numbers"),
         ({"text": {"a": 1, "b": 2}}, "text is of type dict"),
         ({"regression_labels": 3}, "regression_labels is of type int"),
-        ({"id": [], "text": [], "audio": [], "vision": [], "regression_labels": []}, "it holds no utterance"),
+        ({"id": [], "text": [], "audio": [], "vision": [], "regression_labels": []}, "it contains no utterance"),
     ],
 )
 def test_a_field_of_another_type_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -158,7 +158,7 @@ def test_a_field_of_another_type_is_named(tmp_path: Path, change: dict[str, Any]
 @pytest.mark.parametrize("content", [{}, {"train": {}}, {"train": 3}, [1], {"train": []}])
 def test_a_pickle_of_nothing_is_named(tmp_path: Path, content: Any) -> None:
     (tmp_path / "one.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(DatasetError, match=r"one\.pkl (holds no utterance|is not a dictionary of splits)"):
+    with pytest.raises(DatasetError, match=r"one\.pkl (contains no utterance|is not a dictionary of splits)"):
         ingest("mosei", tmp_path, out=tmp_path / "o.parquet")
 
 

@@ -98,9 +98,9 @@ def test_a_row_in_two_lists_counts_once(tmp_path: Path) -> None:
     for name in ("dev_seen", "dev_unseen"):
         jsonl(tmp_path / f"{name}.jsonl", {"id": 1, "img": "img/1.png", "text": "x", "label": 1})
     ingested = ingest("image-text", tmp_path)
-    assert (ingested.message, ingested.notes) == ("you have 1 of 1", ("1 repeated lines count once",))
+    assert (ingested.message, ingested.notes) == ("you have 1 of 1", ("1 repeated lines were ignored",))
     jsonl(tmp_path / "train.jsonl", {"id": 1, "img": "img/1.png", "text": "x", "label": 1})
-    with pytest.raises(DatasetError, match=r"'1' is listed twice, differently: .*dev_seen\.jsonl, line 1 and .*train"):
+    with pytest.raises(DatasetError, match=r"'1' has two different entries: .*dev_seen\.jsonl, line 1 and .*train"):
         ingest("image-text", tmp_path)
 
 
@@ -116,12 +116,20 @@ def test_paths_that_lead_outside_are_refused(tmp_path: Path, name: str) -> None:
     ("name", "text", "message"),
     [
         ("all.csv", "image,text,label\n1.png,x\n", r"line 2: '1\.png,x' is not a line of 3 fields: image, text, label"),
-        ("all.csv", "picture,text,label\n1.png,x,y\n", "no column for the image: call it image_file_name or image"),
-        ("all.csv", "image,text,split,label\n1.png,x,most,y\n", r"line 2: split is 'most': write train, val or test"),
-        ("all.csv", "id,image,text,label\n,1.png,x,y\n", "line 2: no id: give each row one"),
+        ("all.csv", "picture,text,label\n1.png,x,y\n", "no column for the image: name it image_file_name or image"),
+        (
+            "all.csv",
+            "image,text,split,label\n1.png,x,most,y\n",
+            r"line 2: split is 'most': it must be train",
+        ),
+        ("all.csv", "id,image,text,label\n,1.png,x,y\n", "line 2: id is empty: every row needs one"),
         ("all.jsonl", '{"image": "1.png"\n', "line 1, .*: Expecting"),
         ("all.jsonl", "\n[1]\n", r"line 2, '\[1\]', is no JSON object"),
-        ("all.jsonl", '{"image": "1.png", "text": "x", "label": ["a", "b"]}\n', "line 1: label is .*: one value"),
+        (
+            "all.jsonl",
+            '{"image": "1.png", "text": "x", "label": ["a", "b"]}\n',
+            "line 1: label is .* a single value",
+        ),
     ],
 )
 def test_spoiled_lists_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -133,6 +141,6 @@ def test_spoiled_lists_are_named(tmp_path: Path, name: str, text: str, message: 
 def test_one_of_two_lists_is_asked_for(tmp_path: Path) -> None:
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("image,text,label\n1.png,x,y\n", encoding="utf-8")
-    with pytest.raises(DatasetError, match=r"holds a\.csv, b\.csv: name one with --list"):
+    with pytest.raises(DatasetError, match=r"contains a\.csv, b\.csv: select one with --list"):
         ingest("image-text", tmp_path)
     assert ingest("image-text", tmp_path, lists=[tmp_path / "b.csv"]).listed == 1

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.downloads import Ingested, ingest
-from mmaudit.audit.downloads.mosei import summarise
+from mmaudit.audit.downloads.mosei import pool_series
 from mmaudit.audit.errors import DatasetError
 
 SHAPES = {"text": (5, 4), "audio": (7, 2), "vision": (3, 3)}
@@ -49,7 +49,7 @@ def test_padding_changes_nothing(lengths: list[int], padding: float, ahead: bool
     for row, real in zip(series, steps, strict=True):
         row[9 - len(real) :] = real if ahead else row[9 - len(real) :]
         row[: len(real)] = row[: len(real)] if ahead else real
-    vectors, empty = summarise(series)
+    vectors, empty = pool_series(series)
     assert empty.tolist() == [length == 0 for length in lengths]
     for vector, real in zip(vectors, steps, strict=True):
         expected = [*real.mean(axis=0), *real.std(axis=0)] if len(real) else [0.0] * 4
@@ -123,7 +123,7 @@ def test_two_pickles_are_told_apart_by_a_list(tmp_path: Path) -> None:
     write(tmp_path, train=part(["a$_$0"]))
     aligned = (tmp_path / "unaligned_50.pkl").rename(tmp_path / "aligned_50.pkl")
     write(tmp_path, train=part(["b$_$0"]))
-    with pytest.raises(DatasetError, match=r"holds 2 pickles \(aligned_50\.pkl, unaligned_50\.pkl\): name one"):
+    with pytest.raises(DatasetError, match=r"contains 2 pickles \(aligned_50\.pkl, unaligned_50\.pkl\): select one"):
         ingest("mosei", tmp_path)
     assert list(rows_of(ingest("mosei", tmp_path, lists=[aligned]))) == ["a$_$0"]
 
@@ -131,12 +131,12 @@ def test_two_pickles_are_told_apart_by_a_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"audio": np.zeros((1, 7, 2))}, r"the fields are not of one length: .*'audio': 1"),
-        ({"audio": np.zeros(2)}, r"audio has the shape \(2,\); \(n, t, d\) or \(n, d\) was expected"),
+        ({"audio": np.zeros((1, 7, 2))}, r"the fields differ in length: .*'audio': 1"),
+        ({"audio": np.zeros(2)}, r"audio has the shape \(2,\), expected \(n, t, d\) or \(n, d\)"),
         ({"audio": [["loud"], ["low"]]}, "audio is not an array of numbers"),
-        ({"id": ["a$_$0", "a$_$0"]}, r"1 ids stand more than once, such as a\$_\$0"),
+        ({"id": ["a$_$0", "a$_$0"]}, r"1 duplicate ids, such as a\$_\$0"),
         ({"regression_labels": np.zeros((2, 6))}, r"regression_labels has the shape \(2, 6\)"),
-        ({"classification_labels": np.array([0.5, 1])}, "classification_labels are not one whole number a row"),
+        ({"classification_labels": np.array([0.5, 1])}, "classification_labels must be one integer per row"),
     ],
 )
 def test_spoiled_fields_are_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -148,13 +148,13 @@ def test_absent_fields_are_named(tmp_path: Path) -> None:
     for name in ("audio", "regression_labels"):
         spoiled = part(["a$_$0"])
         del spoiled[name]
-        with pytest.raises(DatasetError, match=rf"unaligned_50\.pkl, train: no field .*{name}; it holds id, "):
+        with pytest.raises(DatasetError, match=rf"unaligned_50\.pkl, train: no field .*{name}; available: id, "):
             ingest("mosei", write(tmp_path, train=spoiled))
 
 
 def test_splits_of_other_lengths_are_refused(tmp_path: Path) -> None:
     test = part(["c$_$0"], audio=np.ones((1, 7, 3), dtype=np.float32))
-    with pytest.raises(DatasetError, match="the other splits hold features of other lengths"):
+    with pytest.raises(DatasetError, match="the other splits differ in the length of features"):
         ingest("mosei", write(tmp_path, train=part(["a$_$0"]), test=test))
 
 

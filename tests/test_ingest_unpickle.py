@@ -100,7 +100,7 @@ def test_nothing_is_run(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "one.pkl"
     path.write_bytes(pickle.dumps({"train": Runs(os.mkdir, str(mark))}, protocol=protocol))
     with pytest.raises(
-        DatasetError, match=r"it asks for (posix|nt)\.mkdir, and only numpy arrays and plain containers"
+        DatasetError, match=r"it refers to (posix|nt)\.mkdir, and only numpy arrays and plain containers"
     ):
         read_pickle(path)
     assert not mark.exists()
@@ -112,7 +112,7 @@ def test_nothing_is_run(tmp_path: Path, protocol: int) -> None:
 def test_only_arrays_and_containers_are_known(tmp_path: Path, harm: Any) -> None:
     path = tmp_path / "one.pkl"
     path.write_bytes(pickle.dumps([harm]))
-    with pytest.raises(DatasetError, match=rf"it asks for .*{harm.__name__}"):
+    with pytest.raises(DatasetError, match=rf"it refers to .*{harm.__name__}"):
         read_pickle(path)
 
 
@@ -150,7 +150,7 @@ def test_no_room_is_made_for_what_is_only_announced(tmp_path: Path) -> None:
     path = tmp_path / "one.pkl"
     for code in (pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8):
         path.write_bytes(b"\x80\x05" + code + (1 << 40).to_bytes(8, "little") + b"short.")
-        with pytest.raises(DatasetError, match="it ends before 1,099,511,627,776 bytes that it announces"):
+        with pytest.raises(DatasetError, match="it ends before the 1,099,511,627,776 bytes that it states"):
             read_pickle(path)
 
 
