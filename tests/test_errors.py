@@ -11,14 +11,14 @@ from mmaudit.audit import errors
 KINDS = errors.MmauditError.__subclasses__()
 
 
-def test_the_drawing_is_the_tree() -> None:
+def test_docstring_lists_all_exception_classes() -> None:
     assert errors.__doc__ is not None
     drawn = {line.split()[1] for line in errors.__doc__.splitlines() if line.startswith(("├", "└"))}
     assert drawn == {kind.__name__ for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_error_is_the_users_and_comes_back_from_a_worker(kind: type[errors.MmauditError]) -> None:
+def test_errors_derive_from_mmaudit_error_and_can_be_pickled(kind: type[errors.MmauditError]) -> None:
     assert kind.__mro__[1] is errors.MmauditError
     there = pickle.loads(pickle.dumps(kind("what, where, the mend")))
     assert (type(there), str(there)) == (kind, "what, where, the mend")
@@ -32,5 +32,5 @@ def test_every_error_is_the_users_and_comes_back_from_a_worker(kind: type[errors
         ("xyz", [], "available: none"),
     ],
 )
-def test_a_wrong_name_lists_the_right_ones(wrong: str, right: list[str], words: str) -> None:
+def test_unknown_name_lists_available_names(wrong: str, right: list[str], words: str) -> None:
     assert errors.choices(wrong, iter(right)) == words

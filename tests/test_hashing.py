@@ -16,19 +16,19 @@ from mmaudit.audit.hashing import digest, hash_ids, hash_rank, splitmix64
 
 
 @given(st.lists(st.text(), max_size=20), st.integers(-5, 5), st.randoms())
-def test_a_key_draws_the_same_in_any_company(keys: list[str], seed: int, random: Random) -> None:
+def test_hash_of_key_is_independent_of_other_keys(keys: list[str], seed: int, random: Random) -> None:
     drawn = dict(zip(keys, hash_rank(keys, seed=seed, purpose="p").tolist(), strict=True))
     shuffled = random.sample(keys, len(keys))
     assert hash_rank(shuffled, seed=seed, purpose="p").tolist() == [drawn[key] for key in shuffled]
 
 
-def test_the_numbers_are_those_of_blake2b() -> None:
+def test_hash_rank_equals_blake2b() -> None:
     """Pinned: other numbers would be other folds and splits under the same seed."""
     expected = int.from_bytes(hashlib.blake2b(b"7\0fold\0a", digest_size=8).digest(), "little")
     assert hash_rank(["a"], seed=7, purpose="fold").tolist() == [expected]
 
 
-def test_draws_are_uniform_and_independent_of_seed_and_purpose() -> None:
+def test_hashes_are_uniform_and_independent_across_seeds_and_purposes() -> None:
     keys = [str(number) for number in range(4_000)]
     draws = [hash_rank(keys, seed=seed, purpose=purpose) / 2.0**64 for seed, purpose in ((0, "a"), (1, "a"), (0, "b"))]
     for draw in draws:
@@ -39,7 +39,7 @@ def test_draws_are_uniform_and_independent_of_seed_and_purpose() -> None:
 
 
 @given(st.lists(st.binary(max_size=5), max_size=4), st.lists(st.binary(max_size=5), max_size=4))
-def test_digest_tells_the_cuts_between_parts(one: list[bytes], other: list[bytes]) -> None:
+def test_digest_depends_on_boundaries_between_parts(one: list[bytes], other: list[bytes]) -> None:
     assert (digest(*one) == digest(*other)) == (one == other)
     assert len(digest(*one)) == 32
     assert digest(b"ab", b"c") != digest(b"a", b"bc")
@@ -66,7 +66,7 @@ def mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def test_the_mixer_is_that_of_its_authors() -> None:
+def test_splitmix64_equals_reference_implementation() -> None:
     """The first numbers that SplitMix64 draws from the state 1234567, from its reference implementation."""
     states = np.arange(5, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1234567)
     expected = [
@@ -80,13 +80,13 @@ def test_the_mixer_is_that_of_its_authors() -> None:
 
 
 @given(st.lists(st.text(max_size=40), max_size=12), st.integers(-5, 5), st.sampled_from(["split", "x"]))
-def test_an_id_is_hashed_alone(ids: list[str], seed: int, purpose: str) -> None:
+def test_hash_ids_equals_slow_reference(ids: list[str], seed: int, purpose: str) -> None:
     expected = [slow_hash(one, seed=seed, purpose=purpose) for one in ids]
     assert hashed(ids, seed=seed, purpose=purpose).tolist() == expected
 
 
 @given(st.lists(st.text(max_size=12), max_size=12), st.integers(0, 12), st.integers(0, 12))
-def test_an_id_is_hashed_the_same_in_any_array(ids: list[str], first: int, length: int) -> None:
+def test_hash_ids_is_independent_of_array_type_and_slicing(ids: list[str], first: int, length: int) -> None:
     whole, told = pa.array(ids, pa.string()), hashed(ids).tolist()
     for each in (whole, whole.cast(pa.large_string()), whole.cast(pa.large_binary()), whole.dictionary_encode()):
         plain = each.cast(pa.string()) if pa.types.is_dictionary(each.type) else each
@@ -96,7 +96,7 @@ def test_an_id_is_hashed_the_same_in_any_array(ids: list[str], first: int, lengt
     assert hash_ids(pieces.combine_chunks(), seed=0, purpose="p").tolist() == told
 
 
-def test_empty_long_and_odd_ids_are_told_apart() -> None:
+def test_empty_long_and_unusual_ids_have_distinct_hashes() -> None:
     ids = ["", "\0", "\0\0", "a", "a\0", "\0a", "ä", "漢字", "🎻" * 3, "x" * 8, "x" * 9, "x" * 16, "x" * 100_000]
     ids += ["x" * 7 + "\0", "x" * 7, "x" * 99_999 + "y"]
     assert len(set(hashed(ids).tolist())) == len(ids)
@@ -105,7 +105,7 @@ def test_empty_long_and_odd_ids_are_told_apart() -> None:
         hash_ids(pa.array(["a", None]), seed=0, purpose="p")
 
 
-def test_a_million_alike_ids_are_uniform_and_never_collide() -> None:
+def test_hashes_of_a_million_similar_ids_are_uniform_and_unique() -> None:
     n = 1_000_000
     ids = pa.array([f"clip_{one:09d}" for one in range(n)])
     keys = hash_ids(ids, seed=0, purpose="split")
@@ -122,7 +122,7 @@ def test_a_million_alike_ids_are_uniform_and_never_collide() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 6, 8, 12])
-def test_one_changed_bit_changes_half_of_the_bits(place: int) -> None:
+def test_one_input_bit_flips_half_of_the_output_bits(place: int) -> None:
     ids = [f"{one:013d}" for one in range(2_000)]
     changed = [one[:place] + chr(ord(one[place]) ^ 1) + one[place + 1 :] for one in ids]
     flips = np.unpackbits((hashed(ids) ^ hashed(changed)).view(np.uint8).reshape(-1, 8), axis=1).mean(axis=0)

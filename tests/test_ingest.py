@@ -153,12 +153,12 @@ def spoil(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def test_every_adapter_is_held_to_the_laws() -> None:
+def test_all_adapters_are_covered() -> None:
     assert set(LAY) == set(MODALITIES) == set(ADAPTERS)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_what_is_listed_is_a_row(tree: Callable[[str], Path], name: str) -> None:
+def test_every_listed_clip_is_a_row(tree: Callable[[str], Path], name: str) -> None:
     root = tree(name)
     ingested = ingest(name, root)
     table, provenance = read_parquet(ingested.path, error=DatasetError)
@@ -180,7 +180,7 @@ def test_what_is_listed_is_a_row(tree: Callable[[str], Path], name: str) -> None
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_the_audit_takes_the_columns_for_what_they_are(tree: Callable[[str], Path], name: str) -> None:
+def test_columns_are_inferred_as_intended_modalities(tree: Callable[[str], Path], name: str) -> None:
     dataset = open_dataset(ingest(name, tree(name)).path)
     assert [str(modality) for modality in dataset.modalities] == MODALITIES[name]
     assert (dataset.columns.id, dataset.columns.label) == ("id", "label")
@@ -190,7 +190,7 @@ def test_the_audit_takes_the_columns_for_what_they_are(tree: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_the_same_tree_gives_the_same_bytes(tree: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+def test_same_files_give_same_bytes(tree: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     first = ingest(name, tree(name)).path.read_bytes()
     root = tmp_path / "elsewhere"
     LAY[name](root)  # files made in the other order, in another place
@@ -203,7 +203,7 @@ def test_the_same_tree_gives_the_same_bytes(tree: Callable[[str], Path], tmp_pat
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_a_missing_medium_is_counted_and_keeps_its_row(tree: Callable[[str], Path], name: str) -> None:
+def test_missing_medium_is_counted_and_its_row_is_kept(tree: Callable[[str], Path], name: str) -> None:
     root = tree(name)
     whole = rows_of(ingest(name, root))
     taken, modality, clip = TAKEN[name]
@@ -218,7 +218,7 @@ def test_a_missing_medium_is_counted_and_keeps_its_row(tree: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_paths_start_from_the_table(tree: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+def test_paths_are_relative_to_the_table(tree: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     root = tree(name)
     near, far = ingest(name, root), ingest(name, root, out=tmp_path / "above.parquet")
     assert far.path == tmp_path / "above.parquet"
@@ -231,7 +231,7 @@ def test_paths_start_from_the_table(tree: Callable[[str], Path], tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_another_folder_is_refused_by_what_it_lacks(tmp_path: Path, name: str) -> None:
+def test_other_folder_raises_error_naming_missing_files(tmp_path: Path, name: str) -> None:
     lay(tmp_path, "holiday.doc", "pictures/me.jpg")
     with pytest.raises(DatasetError, match=r"as unpacked: it has no .*; it contains holiday\.doc, pictures/$"):
         ingest(name, tmp_path)
@@ -241,17 +241,17 @@ def test_another_folder_is_refused_by_what_it_lacks(tmp_path: Path, name: str) -
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_list_that_is_not_there_is_named(tree: Callable[[str], Path], name: str) -> None:
+def test_missing_list_raises_error(tree: Callable[[str], Path], name: str) -> None:
     with pytest.raises(DatasetError, match=r"no such list: .*none\.csv"):
         ingest(name, tree(name), lists=["none.csv"])
 
 
-def test_an_unknown_adapter_names_the_nearest(tmp_path: Path) -> None:
+def test_unknown_adapter_suggests_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no adapter 'crema-d'; did you mean cremad\? \(available: cremad, ave, "):
         ingest("crema-d", tmp_path)
 
 
-def test_the_table_goes_where_its_paths_can_start(tree: Callable[[str], Path], tmp_path: Path) -> None:
+def test_output_must_be_in_or_above_the_folder(tree: Callable[[str], Path], tmp_path: Path) -> None:
     root = tree("cremad")
     for wrong in (root / "AudioWAV" / "m.parquet", tmp_path / "beside" / "m.parquet"):
         with pytest.raises(DatasetError, match=r"outside its own folder: write it into .*cremad or a folder above"):
@@ -260,7 +260,7 @@ def test_the_table_goes_where_its_paths_can_start(tree: Callable[[str], Path], t
         ingest("cremad", root, out=root / "metadata.csv")
 
 
-def test_nothing_is_written_of_a_list_that_is_spoiled(tree: Callable[[str], Path]) -> None:
+def test_damaged_list_leaves_existing_table_unchanged(tree: Callable[[str], Path]) -> None:
     root = tree("ogm-ge")
     before = ingest("ogm-ge", root).path.read_bytes()
     spoil(root / "train.csv", "1001_IEO_HAP_HI,HAP", "1001_IEO_HAP_HI")
@@ -269,7 +269,7 @@ def test_nothing_is_written_of_a_list_that_is_spoiled(tree: Callable[[str], Path
     assert (root / "metadata.parquet").read_bytes() == before
 
 
-def test_a_name_that_leads_outside_is_refused(tree: Callable[[str], Path]) -> None:
+def test_paths_outside_the_folder_raise_error(tree: Callable[[str], Path]) -> None:
     for name, lines in (("ogm-ge", "train.csv"), ("vggsound", "vggsound.csv"), ("ave", "trainSet.txt")):
         root = tree(name)
         text = {"ogm-ge": "../../x,ANG", "vggsound": "../../x,1,rain,train", "ave": "Truck&../../x&good&2&9"}[name]
@@ -278,7 +278,7 @@ def test_a_name_that_leads_outside_is_refused(tree: Callable[[str], Path]) -> No
             ingest(name, root)
 
 
-def test_a_medium_that_is_nothing_yet_is_missing(tree: Callable[[str], Path]) -> None:
+def test_empty_files_and_lfs_pointers_count_as_missing(tree: Callable[[str], Path]) -> None:
     root = tree("cremad")
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     lay(root, "AudioWAV/1001_DFA_ANG_XX.wav", content=pointer)
@@ -288,14 +288,14 @@ def test_a_medium_that_is_nothing_yet_is_missing(tree: Callable[[str], Path]) ->
     assert ingested.notes == ("audio: 1 Git LFS pointers (git lfs pull fetches the files)", "audio: 1 empty")
 
 
-def test_a_second_table_beside_it_is_said(tree: Callable[[str], Path]) -> None:
+def test_second_metadata_table_is_noted(tree: Callable[[str], Path]) -> None:
     root = tree("cremad")
     lay(root, "metadata.csv")
     (note,) = ingest("cremad", root).notes
     assert "also contains metadata.csv: pass " in note
 
 
-def test_what_is_told_is_told_once(tree: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_notes_are_not_repeated(tree: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     root = tree("cremad")
     lay(root, "AudioWAV/1001_DFA_ANG_XX.wav", content=b"")
     lay(root, "metadata.csv")
@@ -308,14 +308,14 @@ def test_what_is_told_is_told_once(tree: Callable[[str], Path], capsys: pytest.C
     assert told.count("1 empty") == 1
 
 
-def test_numbers_have_commas(tree: Callable[[str], Path]) -> None:
+def test_numbers_in_message_have_thousands_separators(tree: Callable[[str], Path]) -> None:
     assert ingest("cremad", tree("cremad")).message == "you have 3 of 7,442; 7,439 have no files and no row"
 
 
 # CREMA-D
 
 
-def test_cremad_reads_names(tree: Callable[[str], Path]) -> None:
+def test_cremad_parses_file_names(tree: Callable[[str], Path]) -> None:
     root = tree("cremad")
     lay(root, "AudioWAV/1040_ITH_SAD_X.wav", "VideoFlash/1040_ITH_SAD_XX.mp4", "AudioWAV/notes.wav")
     ingested = ingest("cremad", root)
@@ -333,7 +333,7 @@ def test_cremad_reads_names(tree: Callable[[str], Path]) -> None:
     assert (len(rows), ingested.present, ingested.unlisted) == (4, 4, 1)
 
 
-def test_cremad_by_a_list_has_a_split_and_its_leak(tree: Callable[[str], Path]) -> None:
+def test_cremad_lists_define_split_and_keep_actor_groups(tree: Callable[[str], Path]) -> None:
     root = tree("cremad")
     lay(root, "train.csv", content=b"1001_DFA_ANG_XX,ANG\n1003_DFA_SAD_XX,SAD\n1001_DFA_ANG_XX,ANG\n")
     lay(root, "test.csv", content=b"1001_IEO_HAP_HI,HAP\n")
@@ -349,14 +349,14 @@ def test_cremad_by_a_list_has_a_split_and_its_leak(tree: Callable[[str], Path]) 
 
 
 @pytest.mark.parametrize("line", ["1001_DFA_ANG_XX,HAP", "1001_DFA_ANG_XX", "1001_DFA_JOY_XX,JOY", "clip,label"])
-def test_cremad_refuses_a_line_that_its_name_contradicts(tree: Callable[[str], Path], line: str) -> None:
+def test_cremad_line_inconsistent_with_name_raises_error(tree: Callable[[str], Path], line: str) -> None:
     root = tree("cremad")
     lay(root, "train.csv", content=f"1001_DFA_ANG_XX,ANG\n{line}\n".encode())
     with pytest.raises(DatasetError, match=rf"train\.csv, line 2: '{line}' is not CLIP,EMOTION"):
         ingest("cremad", root, lists=[root / "train.csv"])
 
 
-def test_a_clip_on_both_sides_is_refused(tree: Callable[[str], Path]) -> None:
+def test_clip_in_two_splits_raises_error(tree: Callable[[str], Path]) -> None:
     root = tree("cremad")
     lay(root, "train.csv", "test.csv", content=b"1001_DFA_ANG_XX,ANG\n")
     with pytest.raises(DatasetError, match=r"has two different entries: .*train\.csv, line 1 and .*test\.csv, line 1"):
@@ -371,7 +371,7 @@ def test_a_clip_on_both_sides_is_refused(tree: Callable[[str], Path]) -> None:
 # AVE
 
 
-def test_ave_has_a_row_for_each_event(tree: Callable[[str], Path]) -> None:
+def test_ave_has_one_row_per_event(tree: Callable[[str], Path]) -> None:
     rows = rows_of(ingest("ave", tree("ave")))
     assert {name: (row["label"], row["group"], row["split"]) for name, row in rows.items()} == {
         "RUhOCu3LNXM:Church bell:0-10": ("Church bell", "RUhOCu3LNXM", "train"),
@@ -383,7 +383,7 @@ def test_ave_has_a_row_for_each_event(tree: Callable[[str], Path]) -> None:
     assert (rows["fCZi6I6kPpU"]["start_seconds"], rows["fCZi6I6kPpU"]["end_seconds"]) == (6, 10)
 
 
-def test_ave_above_its_folder_and_by_annotations_alone(tmp_path: Path) -> None:
+def test_ave_reads_parent_folder_and_annotations_without_split(tmp_path: Path) -> None:
     lay(tmp_path, "AVE_Dataset/AVE/RUhOCu3LNXM.mp4")
     text = b"Category&VideoID&Quality&StartTime&EndTime\nChurch bell&RUhOCu3LNXM&good&0&10\n"
     lay(tmp_path, "AVE_Dataset/Annotations.txt", content=text)
@@ -392,7 +392,7 @@ def test_ave_above_its_folder_and_by_annotations_alone(tmp_path: Path) -> None:
     assert rows_of(ingested)["RUhOCu3LNXM"]["video_file_name"] == "AVE_Dataset/AVE/RUhOCu3LNXM.mp4"
 
 
-def test_ave_says_what_the_sets_leave_out(tree: Callable[[str], Path]) -> None:
+def test_ave_notes_events_missing_from_split_lists(tree: Callable[[str], Path]) -> None:
     root = tree("ave")
     lay(root, "Annotations.txt", content=b"Category&VideoID&Quality&StartTime&EndTime\nBark&YYYYYYYYYYY&good&0&1\n")
     assert ingest("ave", root).notes == ("1 events of Annotations.txt are in none of the lists read and have no row",)
@@ -402,7 +402,7 @@ def test_ave_says_what_the_sets_leave_out(tree: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("line", ["Truck&RUhOCu3LNXM&good&2", "Truck&RUhOCu3LNXM&good&two&9", "&x&good&2&9"])
-def test_ave_refuses_a_spoiled_line(tree: Callable[[str], Path], line: str) -> None:
+def test_ave_damaged_line_raises_error(tree: Callable[[str], Path], line: str) -> None:
     root = tree("ave")
     spoil(root / "trainSet.txt", "Truck&RUhOCu3LNXM&good&2&9", line)
     with pytest.raises(DatasetError, match=rf"trainSet\.txt, line 2: '{line}' is not Category&VideoID"):
@@ -412,7 +412,7 @@ def test_ave_refuses_a_spoiled_line(tree: Callable[[str], Path], line: str) -> N
 # VGGSound and Kinetics-Sounds
 
 
-def test_vggsound_finds_both_spellings(tree: Callable[[str], Path]) -> None:
+def test_vggsound_finds_both_file_name_formats(tree: Callable[[str], Path]) -> None:
     rows = rows_of(ingest("vggsound", tree("vggsound")))
     assert {name: (row["label"], row["group"], row["split"]) for name, row in rows.items()} == {
         "---g-f_I2yQ_000001": ("people marching", "---g-f_I2yQ", "test"),
@@ -423,7 +423,7 @@ def test_vggsound_finds_both_spellings(tree: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("line", ["--0PQM4-hqg,sixty,rain,train", "--0PQM4-hqg,60,rain", "--0PQM4-hqg,60,rain,val"])
-def test_vggsound_refuses_a_spoiled_line(tree: Callable[[str], Path], line: str) -> None:
+def test_vggsound_damaged_line_raises_error(tree: Callable[[str], Path], line: str) -> None:
     root = tree("vggsound")
     spoil(root / "vggsound.csv", "--0PQM4-hqg,60,rain,train", line)
     with pytest.raises(DatasetError, match=rf"vggsound\.csv, line 3: '{line}' is not YOUTUBE_ID,START,LABEL,SPLIT"):
@@ -433,7 +433,7 @@ def test_vggsound_refuses_a_spoiled_line(tree: Callable[[str], Path], line: str)
         ingest("vggsound", root)
 
 
-def test_kinetics_keeps_the_classes_that_sound(tree: Callable[[str], Path]) -> None:
+def test_kinetics_keeps_only_kinetics_sounds_classes(tree: Callable[[str], Path]) -> None:
     root = tree("kinetics-sounds")
     lay(root, "annotations/test.csv", content=b"youtube_id,time_start,time_end,split\nzzzzzzzzzzz,1,2,test\n")
     ingested = ingest("kinetics-sounds", root)
@@ -448,7 +448,7 @@ def test_kinetics_keeps_the_classes_that_sound(tree: Callable[[str], Path]) -> N
     )
 
 
-def test_kinetics_refuses_lists_of_other_things(tree: Callable[[str], Path]) -> None:
+def test_kinetics_unsuitable_lists_raise_error(tree: Callable[[str], Path]) -> None:
     root = tree("kinetics-sounds")
     lay(root, "other.csv", content=b"a,b\n1,2\n")
     with pytest.raises(DatasetError, match="it has no csv with the columns label, youtube_id, time_start, time_end"):
@@ -482,7 +482,7 @@ def test_ucf101_pairs_frames_and_flow(tree: Callable[[str], Path]) -> None:
     assert ingest("ucf101", root).notes == ("rgb: 1 without pictures",)
 
 
-def test_ucf101_takes_another_fold(tree: Callable[[str], Path]) -> None:
+def test_ucf101_reads_another_fold(tree: Callable[[str], Path]) -> None:
     root = tree("ucf101")
     lay(root, "ucfTrainTestlist/testlist02.txt", content=b"YoYo/v_YoYo_g08_c01.avi\n")
     ingested = ingest("ucf101", root, lists=[root / "ucfTrainTestlist" / "testlist02.txt"])
@@ -498,14 +498,14 @@ def test_ucf101_takes_another_fold(tree: Callable[[str], Path]) -> None:
         ("Yo/v_YoYo_g08_c02.avi 2", "CLASS/v_CLASS_gNN"),
     ],
 )
-def test_ucf101_refuses_a_spoiled_line(tree: Callable[[str], Path], line: str, expected: str) -> None:
+def test_ucf101_damaged_line_raises_error(tree: Callable[[str], Path], line: str, expected: str) -> None:
     root = tree("ucf101")
     spoil(root / "ucfTrainTestlist" / "trainlist01.txt", "YoYo/v_YoYo_g08_c02.avi 2", line)
     with pytest.raises(DatasetError, match=rf"trainlist01\.txt, line 2: '{line}' is not {expected}"):
         ingest("ucf101", root)
 
 
-def test_ucf101_as_films_is_told_from_frames(tmp_path: Path) -> None:
+def test_ucf101_videos_instead_of_frames_raise_error(tmp_path: Path) -> None:
     lay(tmp_path, "UCF-101/YoYo/v_YoYo_g08_c01.avi")
     with pytest.raises(DatasetError, match=r"no jpegs_256/, no .*the folder has the videos, from which frames"):
         ingest("ucf101", tmp_path)
@@ -526,7 +526,7 @@ def test_ogm_ge_groups_by_actor(tree: Callable[[str], Path]) -> None:
     }
 
 
-def test_ogm_ge_reads_each_dialect(tmp_path: Path) -> None:
+def test_ogm_ge_reads_each_list_format(tmp_path: Path) -> None:
     lay(tmp_path, "audio/abcdefghijk_5.wav", "visual/abcdefghijk_5/1.jpg", "stat.txt", content=b"Bark\nTruck\n")
     lay(tmp_path, "my_train.txt", content=b"Bark,one\nTruck,one\n")
     lay(tmp_path, "my_test.txt", content=b"Truck,two\n")
@@ -547,7 +547,7 @@ def test_ogm_ge_reads_each_dialect(tmp_path: Path) -> None:
     assert rows["bbcdefghijk_65"]["audio_file_name"] == "audio/bbcdefghijk_65.wav"
 
 
-def test_ogm_ge_refuses_what_could_be_two_things(tree: Callable[[str], Path]) -> None:
+def test_ogm_ge_ambiguous_lists_raise_error(tree: Callable[[str], Path]) -> None:
     root = tree("ogm-ge")
     lay(root, "stat.csv", content=b"ANG\nHAP\n")
     with pytest.raises(DatasetError, match=r"test\.csv, line 1: .* is not a clip with one of the 2 classes"):
@@ -566,7 +566,7 @@ def test_spectrograms_in_pickles_are_not_read(tree: Callable[[str], Path]) -> No
         ingest("ogm-ge", root)
 
 
-def test_a_list_in_another_alphabet_is_named(tree: Callable[[str], Path]) -> None:
+def test_list_that_is_not_utf8_raises_error(tree: Callable[[str], Path]) -> None:
     root = tree("ogm-ge")
     lay(root, "train.csv", content=b"\xff\xfe\x00")
     with pytest.raises(DatasetError, match=r"train\.csv cannot be read as text"):

@@ -12,7 +12,7 @@ from mmaudit.audit.intervals import group_codes, mean, share, wilson
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_is_scipys(counts: tuple[int, int]) -> None:
+def test_wilson_equals_scipy(counts: tuple[int, int]) -> None:
     low, high = wilson(*counts)
     expected = stats.binomtest(*counts).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-6)
@@ -20,14 +20,14 @@ def test_wilson_is_scipys(counts: tuple[int, int]) -> None:
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=40).filter(lambda values: float(np.std(values)) > 1e-6))
-def test_without_groups_the_mean_has_students_interval(values: list[float]) -> None:
+def test_mean_interval_without_groups_equals_students_t(values: list[float]) -> None:
     found = mean(np.array(values), None, low=-99, high=99)
     low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((np.mean(values), low, high), abs=1e-6)
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=20), st.integers(1, 6))
-def test_a_sample_told_many_times_in_its_group_is_told_once(values: list[float], times: int) -> None:
+def test_copies_within_a_group_do_not_narrow_the_interval(values: list[float], times: int) -> None:
     """So it is not without groups: there, copies make the interval narrower."""
     once = mean(np.array(values), None)
     repeated, groups = np.repeat(values, times), np.repeat(np.arange(len(values)), times)
@@ -38,7 +38,7 @@ def test_a_sample_told_many_times_in_its_group_is_told_once(values: list[float],
         assert alone["high"] - alone["low"] < many["high"] - many["low"] or many["low"] == -1 or many["high"] == 1
 
 
-def test_intervals_of_the_mean_cover_it_as_often_as_they_say() -> None:
+def test_mean_interval_by_groups_has_nominal_coverage() -> None:
     """20 groups share an offset each: 95% of intervals by groups hold the truth, far fewer of those without."""
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(20), 10)
@@ -52,14 +52,14 @@ def test_intervals_of_the_mean_cover_it_as_often_as_they_say() -> None:
     assert covered["alone"] / 400 < 0.75
 
 
-def test_one_group_alone_says_nothing_about_others() -> None:
+def test_single_group_gives_full_range() -> None:
     assert mean(np.array([0.2, 0.4]), np.zeros(2, np.int64)) == {"mean": pytest.approx(0.3), "low": -1, "high": 1}
     found = share(np.array([True, False, True, True]), np.zeros(4, np.int64))
     assert found == {"n": 3, "share": 0.75, "low": 0, "high": 1}
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=1, max_size=40))
-def test_groups_never_narrow_a_share(rows: list[tuple[bool, int]]) -> None:
+def test_groups_never_narrow_the_interval_of_a_share(rows: list[tuple[bool, int]]) -> None:
     hit, groups = np.array([row[0] for row in rows]), np.unique([row[1] for row in rows], return_inverse=True)[1]
     alone, grouped = share(hit, None), share(hit, groups.astype(np.int64))
     assert (alone["low"], alone["high"]) == wilson(int(hit.sum()), len(hit))
@@ -67,7 +67,7 @@ def test_groups_never_narrow_a_share(rows: list[tuple[bool, int]]) -> None:
     assert (grouped["n"], grouped["share"]) == (alone["n"], alone["share"])
 
 
-def test_samples_are_numbered_by_group() -> None:
+def test_group_codes_are_equal_within_a_group() -> None:
     assert group_codes(None) is None
     found = group_codes(np.array(["b", "a", "b", None, None], dtype=object))
     assert found is not None

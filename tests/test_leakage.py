@@ -78,7 +78,7 @@ def only(leakage: Leakage) -> Finding:
 # The shape of the whole
 
 
-def test_a_clean_set_has_no_finding() -> None:
+def test_clean_data_have_no_findings() -> None:
     rng = np.random.default_rng(0)
     split = split_of(600, names=("train", "validation", "test"))
     modality_contents = [
@@ -91,7 +91,7 @@ def test_a_clean_set_has_no_finding() -> None:
 
 
 @pytest.mark.parametrize("present", ["train", "validation"])
-def test_without_a_test_split_there_is_nothing_to_compare(present: str) -> None:
+def test_single_split_has_nothing_to_compare(present: str) -> None:
     leakage = find_leakage(
         make_samples([present] * 5), [made_of("audio", ["a"] * 5)], groups={"actor": objects("abcab")}
     )
@@ -125,7 +125,7 @@ def planted(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_all_that_is_planted_is_found_and_nothing_else(seed: int) -> None:
+def test_exactly_the_planted_leaks_are_found(seed: int) -> None:
     samples, modality_contents, actor = planted(seed)
     leakage = find_leakage(samples, modality_contents, groups={"actor": actor})
     both = ("train", "test")
@@ -159,7 +159,7 @@ def test_shuffling_rows_changes_nothing() -> None:
     assert find_leakage(moved, again, groups={"actor": actor[order]}) == expected
 
 
-def test_swapping_train_and_test_names_the_same_pairs() -> None:
+def test_swapping_train_and_test_gives_same_pairs() -> None:
     samples, modality_contents, actor = planted()
     there = find_leakage(samples, modality_contents, groups={"actor": actor})
     back, *_ = planted(names=("test", "train"))
@@ -169,7 +169,7 @@ def test_swapping_train_and_test_names_the_same_pairs() -> None:
         assert {frozenset(pair) for pair in one.examples} == {frozenset(pair) for pair in other.examples}
 
 
-def test_it_is_told_as_plain_lists() -> None:
+def test_to_json_returns_plain_lists() -> None:
     samples, modality_contents, actor = planted()
     leakage = find_leakage(samples, modality_contents, groups={"actor": actor, "take": objects(range(400))})
     told: Any = leakage.to_json()
@@ -178,7 +178,7 @@ def test_it_is_told_as_plain_lists() -> None:
     assert told["notes"] == ["column 'take' has a different value in every row: not used as groups"]
 
 
-def test_every_pair_of_splits_is_compared_and_told() -> None:
+def test_every_pair_of_splits_is_compared() -> None:
     split = ["train", "validation", "test"] * 4
     calls: list[tuple[str, int, int]] = []
     content = ["a", "b", "b", "c", "c", "d", "e", "f", "e", *"ghi"]
@@ -198,7 +198,7 @@ def test_every_pair_of_splits_is_compared_and_told() -> None:
     ("one", "other"),
     [("clip_01.wav", "CLIP_01"), ("a/clip.wav", "clip"), ("b\\a\\clip.mp4", "A/clip.npy"), ("./clip", "clip.png")],
 )
-def test_ids_are_one_but_for_case_extension_and_leading_folders(one: str, other: str) -> None:
+def test_ids_are_compared_without_case_extension_and_leading_folders(one: str, other: str) -> None:
     for ids in ([one, other], [other, one]):
         finding = only(find_leakage(make_samples(["train", "test"], ids=ids), []))
         assert (finding.what, finding.count, finding.of) == ("ids", 1, 1)
@@ -211,11 +211,11 @@ def test_ids_are_one_but_for_case_extension_and_leading_folders(one: str, other:
 @pytest.mark.parametrize(
     ("one", "other"), [("clip.1", "clip.2"), ("s01.sad", "s01.joy"), ("1", "01"), ("clip_1", "clip_10"), ("/", ".")]
 )
-def test_other_ids_are_others(one: str, other: str) -> None:
+def test_different_ids_are_not_matched(one: str, other: str) -> None:
     assert find_leakage(make_samples(["train", "test"], ids=[one, other]), []) == Leakage(findings=(), notes=())
 
 
-def test_a_name_in_another_folder_is_noted_only() -> None:
+def test_same_file_name_in_another_folder_is_only_noted() -> None:
     """Numbers begin anew in the folder of every split."""
     ids = [f"{split}/{number}.wav" for split in ("train", "test") for number in range(9)]
     leakage = find_leakage(make_samples(["train"] * 9 + ["test"] * 9, ids=ids), [])
@@ -235,7 +235,7 @@ def test_a_name_in_another_folder_is_noted_only() -> None:
         st.tuples(st.sampled_from(["train", "test"]), st.sampled_from([None, *"abcdefgh"])), min_size=2, max_size=40
     )
 )
-def test_contents_are_counted_by_sets(rows: list[tuple[str, str | None]]) -> None:
+def test_content_count_equals_set_intersection(rows: list[tuple[str, str | None]]) -> None:
     split, content = zip(*rows, strict=True)
     leakage = find_leakage(make_samples(split), [made_of("audio", content)])
     known = {value for name, value in rows if name == "train"} - {None}
@@ -243,7 +243,7 @@ def test_contents_are_counted_by_sets(rows: list[tuple[str, str | None]]) -> Non
     assert sum(each.count for each in leakage.findings) == expected
 
 
-def test_a_placeholder_is_no_evidence_but_a_sample_that_is_often_copied_is() -> None:
+def test_placeholders_are_noted_and_frequent_copies_are_found() -> None:
     split = ["train"] * 60 + ["test"] * 10
     silence = ["silence"] * 50 + ["often"] * 10 + ["silence"] * 6 + ["often"] * 4
     pictures = unlike("p", 50) + ["o"] * 10 + unlike("q", 6) + ["o"] * 4
@@ -260,7 +260,7 @@ def test_a_placeholder_is_no_evidence_but_a_sample_that_is_often_copied_is() -> 
     )
 
 
-def test_what_recurs_is_noted_alone_and_found_with_the_rest() -> None:
+def test_recurring_content_alone_is_noted_and_with_others_is_found() -> None:
     split = ["train", "train", "test", "test"]
     text = made_of("text", ["yes", "no", "yes", "no"], recurs=True)
     leakage = find_leakage(make_samples(split), [made_of("audio", ["a", "b", "a", "c"]), text])
@@ -300,13 +300,13 @@ def clouds(seed: int) -> Mapping[str, NDArray[Any]]:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", clouds(0))
-def test_clean_clouds_raise_no_alarm(name: str, seed: int) -> None:
+def test_clean_features_give_no_near_duplicates(name: str, seed: int) -> None:
     assert not near(clouds(seed)[name], split_of(900, seed=seed)).leaks
 
 
 @pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("name", ["even", "wide", "units", "bits"])
-def test_noisy_copies_are_found_to_the_sample(name: str, copies: int) -> None:
+def test_all_noisy_copies_are_found(name: str, copies: int) -> None:
     """Also where each original stands twice in train."""
     rng = np.random.default_rng(5)
     matrix, split = clouds(0)[name].astype(float), split_of(900)
@@ -330,7 +330,7 @@ def test_copies_within_tight_and_wide_clusters_are_found() -> None:
     assert only(near(matrix, split)).count == 15
 
 
-def test_a_place_where_much_of_train_lies_is_a_cluster() -> None:
+def test_dense_cluster_is_not_reported() -> None:
     rng = np.random.default_rng(0)
     matrix, split = rng.standard_normal((900, 20)), split_of(900)
     matrix[::10] = matrix[0] + 1e-4 * rng.standard_normal((90, 20))
@@ -349,7 +349,7 @@ def test_a_place_where_much_of_train_lies_is_a_cluster() -> None:
         (np.random.default_rng(0).standard_normal((12, 20)), "9 samples, at least 20 needed"),
     ],
 )
-def test_what_cannot_be_told_is_noted(matrix: NDArray[Any], words: str) -> None:
+def test_untestable_features_are_noted(matrix: NDArray[Any], words: str) -> None:
     content = unlike("a", len(matrix))
     split = split_of(len(matrix)) if len(matrix) > 12 else objects(["train"] * 9 + ["test"] * 3)
     leakage = find_leakage(make_samples(split), [made_of("audio", content, matrix)])
@@ -359,7 +359,7 @@ def test_what_cannot_be_told_is_noted(matrix: NDArray[Any], words: str) -> None:
     assert words in leakage.notes[0]
 
 
-def test_a_missing_modality_is_not_read() -> None:
+def test_missing_modality_is_not_compared() -> None:
     rng = np.random.default_rng(0)
     matrix, split = rng.standard_normal((400, 20)), split_of(400)
     held, known = np.flatnonzero(split == "test"), np.flatnonzero(split == "train")
@@ -371,7 +371,7 @@ def test_a_missing_modality_is_not_read() -> None:
     assert (finding.count, finding.of) == (2, len(held) - 2)
 
 
-def test_near_texts_are_noted_only() -> None:
+def test_near_duplicate_texts_are_only_noted() -> None:
     rng = np.random.default_rng(0)
     matrix, split = rng.standard_normal((400, 20)), split_of(400)
     matrix[np.flatnonzero(split == "test")[0]] = matrix[np.flatnonzero(split == "train")[0]] + 1e-3
@@ -381,7 +381,7 @@ def test_near_texts_are_noted_only() -> None:
     assert "nearly the same text" in leakage.notes[0]
 
 
-def test_beyond_the_most_rows_a_sample_is_compared_and_said() -> None:
+def test_rows_beyond_maximum_are_sampled_and_noted() -> None:
     rng = np.random.default_rng(0)
     matrix, split = rng.standard_normal((800, 20)), split_of(800)
     held, known = np.flatnonzero(split == "test"), np.flatnonzero(split == "train")
@@ -408,7 +408,7 @@ def test_beyond_the_most_rows_a_sample_is_compared_and_said() -> None:
         ({"max_test": 19}, "leakage.max_test 19; both must be at least 20"),
     ],
 )
-def test_a_config_out_of_range_is_refused(options: dict[str, Any], words: str) -> None:
+def test_config_out_of_range_raises_error(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LeakageConfig(**options)
 
@@ -416,7 +416,7 @@ def test_a_config_out_of_range_is_refused(options: dict[str, Any], words: str) -
 # Groups
 
 
-def test_a_list_of_the_shape_of_cremad_says_that_all_actors_are_shared() -> None:
+def test_random_split_of_cremad_shares_all_actors() -> None:
     """91 actors, 7,442 clips called after them, of which 744 are drawn at random for test."""
     rng = np.random.default_rng(0)
     actors = [1001 + number % 91 for number in range(7442)]
@@ -435,7 +435,7 @@ def test_a_list_of_the_shape_of_cremad_says_that_all_actors_are_shared() -> None
         *(("class", "classes"), ("boy", "boys"), ("song", "songs"), ("raw_source", "raw sources")),
     ],
 )
-def test_groups_are_called_after_their_column(column: str, noun: str) -> None:
+def test_message_uses_plural_of_group_column(column: str, noun: str) -> None:
     split = ["train", "train", "test", "test"]
     finding = only(find_leakage(make_samples(split), [], groups={column: objects("abbb")}))
     assert finding.message == f"1 of 1 test {noun} also in train"
@@ -450,7 +450,7 @@ def test_groups_are_called_after_their_column(column: str, noun: str) -> None:
         max_size=30,
     )
 )
-def test_groups_are_counted_by_sets_and_null_is_none(rows: list[tuple[str, Any]]) -> None:
+def test_group_count_equals_set_intersection_without_nulls(rows: list[tuple[str, Any]]) -> None:
     split, column = zip(*rows, strict=True)
     leakage = find_leakage(make_samples(split), [], groups={"actor": objects(column)})
     known, held = ({v for s, v in rows if s == name and isinstance(v, str)} for name in ("train", "test"))
@@ -472,12 +472,12 @@ def test_groups_are_counted_by_sets_and_null_is_none(rows: list[tuple[str, Any]]
         ([None] * 4, "has 0 distinct values"),
     ],
 )
-def test_what_is_no_group_is_noted(column: Any, words: str) -> None:
+def test_columns_without_groups_are_noted(column: Any, words: str) -> None:
     leakage = find_leakage(make_samples(["train", "test"] * 2), [], groups={"video": objects(column)})
     assert leakage == Leakage(findings=(), notes=(f"column 'video' {words}: not used as groups",))
 
 
-def test_a_column_that_says_the_same_is_told_once_under_its_own_name() -> None:
+def test_equivalent_group_columns_are_reported_once() -> None:
     split, group = ["train", "train", "test", "test", "test"], ["g1", "g2", "g1", "g1", "s00004"]
     columns = {"group": objects(["1", "2", "1", "1", None]), "actor": objects(["x", "y", "x", "x", None])}
     assert only(find_leakage(make_samples(split), [], groups=columns)).name == "actor"
@@ -487,7 +487,7 @@ def test_a_column_that_says_the_same_is_told_once_under_its_own_name() -> None:
     assert len(find_leakage(samples, [], groups={"room": objects("aabab")}).findings) == 2
 
 
-def test_columns_of_groups_are_known_by_name() -> None:
+def test_group_columns_are_recognized_by_name() -> None:
     names = ["id", "Actor", "speaker_id", "label", "VIDEO_ID", "text", "group", "sources"]
     assert group_columns(names) == ["Actor", "speaker_id", "VIDEO_ID", "group"]
     assert group_columns(GROUP_NAMES) == list(GROUP_NAMES)
@@ -496,7 +496,7 @@ def test_columns_of_groups_are_known_by_name() -> None:
 # From files
 
 
-def test_a_dataset_of_files_is_read_from_its_cache(clips: Path, tmp_path: Path) -> None:
+def test_leakage_of_encoded_dataset(clips: Path, tmp_path: Path) -> None:
     """A clip copied under another name, and one that is missing."""
     (clips / "7.wav").write_bytes((clips / "3.wav").read_bytes())
     (clips / "5.png").unlink()

@@ -63,7 +63,7 @@ def is_free(folder: Path, scope: str = "") -> bool:
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_lock_leaves_nothing_behind(tmp_path: Path, exists: bool) -> None:
+def test_lock_removes_its_files_and_folders(tmp_path: Path, exists: bool) -> None:
     folder = tmp_path / "deep" / "run"
     if exists:
         folder.mkdir(parents=True)
@@ -73,7 +73,7 @@ def test_a_lock_leaves_nothing_behind(tmp_path: Path, exists: bool) -> None:
     assert not exists or not any(folder.iterdir())
 
 
-def test_what_was_written_stays(tmp_path: Path) -> None:
+def test_written_files_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with write_lock(folder, command="mmaudit score"):
         (folder / "run.json").write_text("{}")
@@ -99,7 +99,7 @@ def test_scopes_overlap_where_one_contains_the_other(tmp_path: Path, first: str,
     assert is_free(tmp_path, second)
 
 
-def test_a_second_writer_is_told_who_is_there(tmp_path: Path) -> None:
+def test_second_writer_gets_error_naming_the_first(tmp_path: Path) -> None:
     with another(tmp_path) as process:
         start = time.monotonic()
         with pytest.raises(RunError) as caught, write_lock(tmp_path, command="mmaudit score"):
@@ -114,7 +114,7 @@ def test_a_second_writer_is_told_who_is_there(tmp_path: Path) -> None:
         assert is_free(tmp_path)  # the lock of a killed process is taken over
 
 
-def test_who_waits_says_so_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_writer_logs_and_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
     with another(tmp_path) as process:
         threading.Timer(1.6, process.kill).start()
@@ -123,7 +123,7 @@ def test_who_waits_says_so_and_goes_on(tmp_path: Path, caplog: pytest.LogCapture
     assert caplog.text.count(f"waiting for mmaudit score (process {process.pid} on ") == 1
 
 
-def test_whose_process_ended_is_taken_over(tmp_path: Path) -> None:
+def test_lock_of_ended_process_is_taken_over(tmp_path: Path) -> None:
     me = this_process()
     for number, process in enumerate((replace(me, start="1"), replace(me, pid=2**22 + 1))):
         folder = tmp_path / str(number)
@@ -134,16 +134,14 @@ def test_whose_process_ended_is_taken_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("age_seconds", "free"), [(0, False), (30, False), (120, True)])
-def test_another_machines_lock_lasts_as_long_as_its_signs_of_life(
-    tmp_path: Path, age_seconds: float, free: bool
-) -> None:
+def test_lock_of_another_machine_expires_without_heartbeats(tmp_path: Path, age_seconds: float, free: bool) -> None:
     """Also where its process has the number of one of ours, and the clocks of both machines differ."""
     file = leave(tmp_path, process=replace(this_process(), machine="00000000"), age_seconds=age_seconds)
     assert is_free(tmp_path) == free
     assert file.exists() == (not free)
 
 
-def test_a_damaged_lock_counts_until_it_is_old(tmp_path: Path) -> None:
+def test_damaged_lock_counts_until_it_is_stale(tmp_path: Path) -> None:
     file = leave(tmp_path, process=this_process())
     file.write_text("{")
     assert not is_free(tmp_path, "finetune/a")
@@ -151,7 +149,7 @@ def test_a_damaged_lock_counts_until_it_is_old(tmp_path: Path) -> None:
     assert is_free(tmp_path, "finetune/a")
 
 
-def test_signs_of_life_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeats_update_the_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "_HEARTBEAT_SECONDS", 0.02)
     with write_lock(tmp_path, command="mmaudit score") as lock:
         os.utime(lock.file, (0, 0))
@@ -161,7 +159,7 @@ def test_signs_of_life_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert time.time() - lock.file.stat().st_mtime < 60
 
 
-def test_a_lost_lock_is_noticed(tmp_path: Path) -> None:
+def test_removed_lock_raises_error(tmp_path: Path) -> None:
     with write_lock(tmp_path, command="mmaudit score") as lock:
         lock.check()
         lock.file.unlink()
@@ -169,13 +167,13 @@ def test_a_lost_lock_is_noticed(tmp_path: Path) -> None:
             lock.check()
 
 
-def test_the_lock_of_an_ended_process_is_removed_whatever_it_was_on(tmp_path: Path) -> None:
+def test_lock_of_ended_process_is_removed_for_any_scope(tmp_path: Path) -> None:
     leave(tmp_path, process=replace(this_process(), start="1"), scope="manifests/.1a2b")
     with write_lock(tmp_path, "manifests/a", command="mmaudit split") as lock:
         assert [path.name for path in lock.file.parent.iterdir()] == [lock.file.name]
 
 
-def test_of_many_writers_one_at_a_time_goes_on(tmp_path: Path) -> None:
+def test_many_writers_write_one_at_a_time(tmp_path: Path) -> None:
     """A stale lock lies there, too: all find it, and none takes away what another has put in its place."""
     leave(tmp_path, process=replace(this_process(), start="1"))
     at_work: list[int] = []
@@ -193,7 +191,7 @@ def test_of_many_writers_one_at_a_time_goes_on(tmp_path: Path) -> None:
     assert most == [1] * 24
 
 
-def test_of_two_that_begin_together_one_goes_on(tmp_path: Path) -> None:
+def test_one_of_two_simultaneous_writers_gets_the_lock(tmp_path: Path) -> None:
     for _ in range(10):
         together = threading.Barrier(2)
         ended = threading.Barrier(2)
@@ -212,7 +210,7 @@ def test_of_two_that_begin_together_one_goes_on(tmp_path: Path) -> None:
             assert sorted(task.result() for task in [pool.submit(write), pool.submit(write)]) == [False, True]
 
 
-def test_a_fork_does_not_give_the_lock_away(tmp_path: Path) -> None:
+def test_exit_of_forked_child_keeps_the_lock(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; from mmaudit.audit.locks import write_lock, holders_of\n"
         "folder = Path(sys.argv[1])\n"
@@ -225,7 +223,7 @@ def test_a_fork_does_not_give_the_lock_away(tmp_path: Path) -> None:
     assert output.stdout.strip() == "1"
 
 
-def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_lock_removes_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(content: object, path: Path) -> None:
         path.parent.mkdir(parents=True)
         raise OSError(28, "No space left on device")
@@ -236,7 +234,7 @@ def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
-def test_an_interrupt_while_a_lock_is_released_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_during_release_removes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     withdraw, calls = locks._withdraw, []
 
     def interrupted(file: Path, created: list[Path]) -> None:

@@ -18,7 +18,7 @@ from mmaudit.audit.storage import write_json
 TABLE = pa.table({"id": ["a", "b"], "value": [1.0, None]})
 
 
-def test_write_then_read_is_equality(tmp_path: Path) -> None:
+def test_write_then_read_round_trips(tmp_path: Path) -> None:
     provenance = {"seed": 3, "nested": {"list": [1, 2.5, None, "ü"]}}
     write_parquet(TABLE, tmp_path / "new" / "t.parquet", provenance=provenance)
     table, found = read_parquet(tmp_path / "new" / "t.parquet", error=ScoreError)
@@ -27,24 +27,24 @@ def test_write_then_read_is_equality(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.parquet"]
 
 
-def test_the_same_table_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_same_table_gives_same_bytes(tmp_path: Path) -> None:
     pandas_metadata = TABLE.replace_schema_metadata({"pandas": "somewhere else"})
     write_parquet(TABLE, tmp_path / "one", provenance={"a": 1, "b": 2})
     write_parquet(pandas_metadata, tmp_path / "two", provenance={"b": 2, "a": 1})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_a_foreign_file_has_no_provenance(tmp_path: Path) -> None:
+def test_file_of_other_writer_has_no_provenance(tmp_path: Path) -> None:
     pq.write_table(TABLE, tmp_path / "t.parquet")
     assert read_parquet(tmp_path / "t.parquet", error=ScoreError) == (TABLE, {})
 
 
-def test_the_provenance_stands_under_one_key(tmp_path: Path) -> None:
+def test_provenance_is_stored_under_one_key(tmp_path: Path) -> None:
     write_parquet(TABLE, tmp_path / "t.parquet", provenance={"a": 1})
     assert json.loads(pq.read_schema(tmp_path / "t.parquet").metadata[KEY]) == {"a": 1}
 
 
-def test_what_cannot_be_read_is_the_callers_error(tmp_path: Path) -> None:
+def test_unreadable_file_raises_requested_error(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no such file"):
         read_parquet(tmp_path / "none.parquet", error=ManifestError)
     (tmp_path / "odd.parquet").write_text("id,value\na,1\n")
@@ -52,7 +52,7 @@ def test_what_cannot_be_read_is_the_callers_error(tmp_path: Path) -> None:
         read_parquet(tmp_path / "odd.parquet", error=ScoreError)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     write_json({"b": 1, "a": [2]}, path)
     old = path.read_bytes()
@@ -82,7 +82,7 @@ def spoil(content: bytes, draw: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "none", "use_dictionary": False}, {"row_group_size": 8}])
-def test_damage_anywhere_is_the_callers_error(tmp_path: Path, options: dict[str, object]) -> None:
+def test_damage_anywhere_raises_requested_error(tmp_path: Path, options: dict[str, object]) -> None:
     rows = {"id": [f"s{n}" for n in range(40)], "label": ["a", "b"] * 20, "x": [[n / 7] for n in range(40)]}
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table(rows), path, **options)
@@ -98,7 +98,7 @@ def test_damage_anywhere_is_the_callers_error(tmp_path: Path, options: dict[str,
     assert all(message.startswith(str(path)) and "\n" not in message for message in messages)
 
 
-def test_a_changed_value_of_our_own_files_is_damage(tmp_path: Path) -> None:
+def test_changed_bytes_are_detected_by_checksums(tmp_path: Path) -> None:
     """Pages have checksums: what would decode to other values is refused as well."""
     path = tmp_path / "t.parquet"
     write_parquet(pa.table({"id": [f"sample {n}" for n in range(9)]}), path, provenance={})
@@ -113,7 +113,7 @@ def test_a_changed_value_of_our_own_files_is_damage(tmp_path: Path) -> None:
         assert table["id"].to_pylist() == [f"sample {n}" for n in range(9)]  # a statistic that nobody reads
 
 
-def test_columns_of_one_name_and_impossible_counts_are_refused(tmp_path: Path) -> None:
+def test_duplicate_columns_and_impossible_row_counts_raise_error(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), path)
     with pytest.raises(ScoreError, match=r"t\.parquet has 2 columns named a: column names must be unique"):
@@ -133,14 +133,14 @@ def test_views_are_read_as_plain_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b"[1]", b"5", b"\xff", b'{"a": NaN}', b"[" * 9_999, b'{"a": ' + b"9" * 5_000 + b"}"])
-def test_metadata_of_another_shape_are_named(tmp_path: Path, text: bytes) -> None:
+def test_damaged_provenance_raises_error(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(TABLE.replace_schema_metadata({KEY: text}), path)
     with pytest.raises(ScoreError, match=r"t\.parquet: the metadata under the key mmaudit are damaged: "):
         read_parquet(path, error=ScoreError)
 
 
-def test_a_footer_that_would_fill_the_memory_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_footer_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(TABLE.replace_schema_metadata({KEY: json.dumps({"a": "x" * (3 << 20)})}), path)
     assert read_parquet(path, error=ScoreError)[0].num_rows == 2
@@ -149,7 +149,7 @@ def test_a_footer_that_would_fill_the_memory_is_not_parsed(tmp_path: Path, monke
         read_parquet(path, error=ScoreError)
 
 
-def test_a_relative_path_that_looks_like_an_address_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_path_like_a_url_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = Path("hf:/owner/a.parquet")
     write_parquet(pa.table({"a": [1, 2]}), path, provenance={})

@@ -33,7 +33,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @relaxed
 @given(CONTENTS, CONTENTS)
-def test_a_signature_is_of_one_content(one: dict[str, object], other: dict[str, object]) -> None:
+def test_signature_is_valid_for_one_content_only(one: dict[str, object], other: dict[str, object]) -> None:
     signature = sign(one)
     assert signature is not None
     assert is_signed(dict(reversed(one.items())), signature)
@@ -41,12 +41,12 @@ def test_a_signature_is_of_one_content(one: dict[str, object], other: dict[str, 
 
 
 @pytest.mark.parametrize("signature", [None, "", 3, "0" * 64, "é", "\ud800", ["a"]])
-def test_anything_else_is_no_signature(signature: object) -> None:
+def test_other_values_are_not_signatures(signature: object) -> None:
     assert sign({}) is not None
     assert not is_signed({}, signature)
 
 
-def test_the_secret_is_the_user_s_alone_and_made_once(state: Path) -> None:
+def test_secret_is_private_and_created_once(state: Path) -> None:
     assert not is_signed({}, "0" * 64)
     assert not state.exists()  # to check a signature makes no secret
     first = sign({"a": 1})
@@ -66,7 +66,7 @@ def test_another_user_has_another_secret(state: Path, tmp_path: Path, monkeypatc
     assert not is_signed({}, signature)
 
 
-def test_a_relative_state_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_state_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("", "state", "./state"):
         monkeypatch.setenv("XDG_STATE_HOME", value)
@@ -99,7 +99,7 @@ def no_home() -> Path:
     ("content", "mode", "words"),
     [(bytes(5), 0o600, "is damaged"), (bytes(33), 0o600, "is damaged"), (bytes(32), 0o644, "mode 0600")],
 )
-def test_a_secret_that_is_damaged_or_that_others_can_read_is_not_used(
+def test_damaged_or_readable_secret_is_ignored(
     state: Path, content: bytes, mode: int, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     signature = sign({})
@@ -112,7 +112,7 @@ def test_a_secret_that_is_damaged_or_that_others_can_read_is_not_used(
     assert (state / "secret").read_bytes() == content
 
 
-def test_processes_that_begin_together_sign_alike(state: Path) -> None:
+def test_simultaneous_processes_share_one_secret(state: Path) -> None:
     program = "import sys; sys.stdin.read(); from mmaudit.audit.hashing import sign; print(sign({'a': 1}))"
     started = [
         subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -128,6 +128,6 @@ def test_processes_that_begin_together_sign_alike(state: Path) -> None:
     assert os.listdir(state) == ["secret"]
 
 
-def test_the_digest_of_a_file_is_that_of_sha256sum(tmp_path: Path) -> None:
+def test_file_digest_equals_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

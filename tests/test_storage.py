@@ -44,7 +44,7 @@ def ended() -> ProcessId:
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_the_name_is_taken_at_the_end(tmp_path: Path, durable: bool) -> None:
+def test_file_appears_only_when_complete(tmp_path: Path, durable: bool) -> None:
     path = tmp_path / "deep" / "file.txt"
     for text in ("first", "second"):
         before = path.read_text() if path.exists() else None
@@ -56,7 +56,7 @@ def test_the_name_is_taken_at_the_end(tmp_path: Path, durable: bool) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
 
@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, error: type[BaseExce
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_a_name_of_255_bytes_can_be_written(tmp_path: Path) -> None:
+def test_file_name_of_255_bytes_can_be_written(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 255)
     write_text("text", path)
     assert path.read_text() == "text"
@@ -80,7 +80,7 @@ def test_a_name_of_255_bytes_can_be_written(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / ("n" * 256))
 
 
-def test_many_writers_of_one_name_leave_the_text_of_one_of_them(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_one_complete_text(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     texts = [str(number) * 100_000 for number in range(10)]
     with ThreadPoolExecutor(10) as pool:
@@ -89,7 +89,7 @@ def test_many_writers_of_one_name_leave_the_text_of_one_of_them(tmp_path: Path) 
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_a_killed_writer_leaves_the_old_file_and_the_next_one_removes_the_rest(tmp_path: Path) -> None:
+def test_leftovers_of_killed_writer_are_removed_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
     script = (
@@ -110,7 +110,7 @@ def test_a_killed_writer_leaves_the_old_file_and_the_next_one_removes_the_rest(t
     assert path.read_text() == "new"
 
 
-def test_only_leftovers_of_writers_that_have_ended_are_removed(tmp_path: Path) -> None:
+def test_only_leftovers_of_ended_writers_are_removed(tmp_path: Path) -> None:
     me = this_process()
     other_machine = ProcessId(machine="00000000", pid=me.pid, start=me.start)
     later_process = ProcessId(machine=me.machine, pid=me.pid, start="1")
@@ -127,7 +127,7 @@ def test_only_leftovers_of_writers_that_have_ended_are_removed(tmp_path: Path) -
     assert names(tmp_path) == sorted(kept)
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "folder"
     for number, exchange in enumerate((storage._exchange, storage._exchange, lambda first, second: False)):
         monkeypatch.setattr(storage, "_exchange", exchange)
@@ -147,7 +147,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(tmp_path) == ["folder"]
 
 
-def test_folders_are_exchanged_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_exchanged_by_one_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("new", "old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("")
@@ -157,7 +157,7 @@ def test_folders_are_exchanged_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert names(tmp_path / "old") == ["new"]
 
 
-def test_errors_name_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+def test_errors_name_the_target_file(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
 
     def write(error: OSError) -> None:
@@ -173,7 +173,7 @@ def test_errors_name_the_file_that_was_to_be_written(tmp_path: Path) -> None:
     assert caught.value.filename == "other"
 
 
-def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_json_round_trips(tmp_path: Path) -> None:
     content = {"b": [1, 2.5, None], "a": {"name": "b\udcff.wav"}}
     write_json(content, tmp_path / "file.json")
     assert read_json(tmp_path / "file.json", error=RunError) == content

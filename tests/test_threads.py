@@ -23,7 +23,7 @@ def three() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("three")
-def test_the_number_is_a_constant_within_and_the_callers_afterwards() -> None:
+def test_thread_count_is_fixed_within_and_restored_afterwards() -> None:
     blas = {each["filepath"]: each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
     assert blas
     with fixed_threads():
@@ -38,7 +38,7 @@ def test_the_number_is_a_constant_within_and_the_callers_afterwards() -> None:
 
 
 @pytest.mark.usefixtures("three")
-def test_parts_come_in_order_from_threads_that_compute_alike() -> None:
+def test_parallel_map_keeps_order_and_thread_count() -> None:
     def part(number: int) -> tuple[int, int, list[int]]:
         time.sleep(0.02 if number == 0 else 0)
         return number, torch.get_num_threads(), list(parallel_map(abs, [-number, number]))
@@ -50,7 +50,7 @@ def test_parts_come_in_order_from_threads_that_compute_alike() -> None:
 
 
 @pytest.mark.usefixtures("three")
-def test_an_error_of_a_part_is_raised_and_the_pool_ends() -> None:
+def test_error_of_a_part_is_raised_and_pool_is_closed() -> None:
     def part(number: int) -> float:
         return 1 / (3 - number)
 
@@ -63,7 +63,7 @@ def test_an_error_of_a_part_is_raised_and_the_pool_ends() -> None:
     ("name", "value", "warns"),
     [("OMP_THREAD_LIMIT", "1", True), ("OMP_THREAD_LIMIT", "64", False), ("OMP_DYNAMIC", "true", True)],
 )
-def test_a_limit_below_the_number_is_said(
+def test_lower_openmp_limit_is_warned_about(
     name: str, value: str, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -73,7 +73,7 @@ def test_a_limit_below_the_number_is_said(
 
 
 @pytest.mark.usefixtures("three")
-def test_sums_are_the_same_in_any_number_of_threads() -> None:
+def test_sums_do_not_depend_on_number_of_threads() -> None:
     rows = torch.from_numpy(np.random.default_rng(0).standard_normal((200_000, 16)).astype(np.float32))
     found = []
     for number in (1, 2, 3):

@@ -125,7 +125,7 @@ def reason_for(read: Any, data: bytes, config: MediaConfig) -> Reason:
 
 @pytest.mark.parametrize("max_seconds", [0.1, 10])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_cut_off_is_truncated_and_a_whole_one_is_read(kind: str, max_seconds: float) -> None:
+def test_cut_file_is_truncated_and_complete_file_is_decoded(kind: str, max_seconds: float) -> None:
     """However little of it is asked for."""
     data, config = sample(kind), MediaConfig(max_seconds=max_seconds)
     for read in readers(kind):
@@ -136,7 +136,7 @@ def test_a_file_cut_off_is_truncated_and_a_whole_one_is_read(kind: str, max_seco
 
 @QUICK
 @given(kind=st.sampled_from(KINDS), kept=st.floats(0.3, 0.95))
-def test_it_does_not_matter_where_it_is_cut(kind: str, kept: float) -> None:
+def test_truncation_is_detected_at_any_position(kind: str, kept: float) -> None:
     data = sample(kind)
     cut = int(kept * len(data))
     assume(data[cut : cut + 4] != b"OggS")  # nothing is said about a cut between two pages
@@ -145,7 +145,7 @@ def test_it_does_not_matter_where_it_is_cut(kind: str, kept: float) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind, recipe in RECIPES.items() if recipe.exact])
-def test_the_promise_is_the_size_of_the_file(kind: str) -> None:
+def test_stated_size_equals_file_size(kind: str) -> None:
     data = sample(kind)
     held = len(data) // 3
     assert missing_bytes(data[:held]) == f"the header states {len(data)} bytes, the file has {held}"
@@ -159,13 +159,13 @@ def test_the_promise_is_the_size_of_the_file(kind: str) -> None:
 @example(kind="flac", junk=b"\xff\xf8" * 100)
 @example(kind="opus", junk=b"O")
 @example(kind="wav", junk=b"LIST\xff\xff\0\0")
-def test_junk_behind_a_file_is_no_promise(kind: str, junk: bytes) -> None:
+def test_trailing_junk_is_ignored(kind: str, junk: bytes) -> None:
     assume(not any(name in junk for name in NAMES))
     assert not missing_bytes(sample(kind) + junk)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in RECIPES if kind not in ("mp4", "mp4 index first")])
-def test_what_was_written_to_a_pipe_is_whole(kind: str) -> None:
+def test_files_written_to_a_pipe_are_complete(kind: str) -> None:
     data = streamed(kind)
     assert not missing_bytes(data)
     for read in readers(kind):
@@ -173,14 +173,14 @@ def test_what_was_written_to_a_pipe_is_whole(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mkv", "webm vp8", "mp3", "wav", "avi"])
-def test_a_stream_of_unknown_size_cannot_tell(kind: str) -> None:
+def test_stream_of_unknown_size_is_not_checked(kind: str) -> None:
     """The promise of sizes nobody filled in: cut or not, they say nothing."""
     data = streamed(kind)
     assert not missing_bytes(data[: len(data) // 2])
 
 
 @given(size=st.one_of(st.just(0), st.integers(0x7FFFF000, 0xFFFFFFFF)), kind=st.sampled_from(["wav", "avi"]))
-def test_riff_sizes_that_mean_unknown(size: int, kind: str) -> None:
+def test_unknown_riff_sizes_are_not_checked(size: int, kind: str) -> None:
     data = bytearray(sample(kind))
     data[4:8] = struct.pack("<I", size)
     if kind == "wav":
@@ -190,7 +190,7 @@ def test_riff_sizes_that_mean_unknown(size: int, kind: str) -> None:
 
 
 @given(error=st.integers(-100, 16), kind=st.sampled_from(["avi", "avi mjpeg", "webp"]))
-def test_riff_sizes_off_by_padding_or_by_the_header_itself(error: int, kind: str) -> None:
+def test_riff_sizes_may_differ_by_padding_or_header(error: int, kind: str) -> None:
     for data in (sample(kind), sample(kind)[:100]):
         size = struct.pack("<I", max(0, len(data) - 8 + error))
         assert not missing_bytes(data[:4] + size + data[8:])
@@ -214,7 +214,7 @@ def test_the_last_of_several_riff_chunks_counts() -> None:
 
 
 @given(parts=st.integers(1, 300), kept=st.floats(0.02, 0.98))
-def test_a_film_in_fragments_is_cut_in_its_last_one(parts: int, kept: float) -> None:
+def test_cut_in_last_fragment_of_mp4_is_detected(parts: int, kept: float) -> None:
     """However little of the whole film that is."""
     fragment = struct.pack(">I", 100) + b"moof" + bytes(92) + struct.pack(">I", 5_000) + b"mdat" + bytes(4_992)
     film = sample("mp4 in fragments")[:36] + fragment * parts
@@ -231,7 +231,7 @@ def id3v2(size: int, *, footer: bool = False) -> bytes:
 @QUICK
 @given(sizes=st.lists(st.integers(0, 60_000), max_size=3), footer=st.booleans(), zeros=st.integers(0, 1_500))
 @pytest.mark.parametrize("kind", ["mp3 without id3", "flac"])
-def test_id3_tags_in_front_are_no_sound(kind: str, sizes: list[int], footer: bool, zeros: int) -> None:
+def test_leading_id3_tags_are_skipped(kind: str, sizes: list[int], footer: bool, zeros: int) -> None:
     sound = sample(kind)
     tags = b"".join(id3v2(size, footer=footer) for size in sizes) + bytes(zeros if kind != "flac" else 0)
     assert not missing_bytes(tags + sound)
@@ -240,7 +240,7 @@ def test_id3_tags_in_front_are_no_sound(kind: str, sizes: list[int], footer: boo
     assert missing_bytes(tags + sound[:cut])
 
 
-def test_an_mp3_that_counts_its_tags_in_is_whole() -> None:
+def test_mp3_size_that_includes_tags_is_complete() -> None:
     sound = bytearray(sample("mp3 without id3"))
     at = sound.index(b"Info") + 12
     sound[at : at + 4] = struct.pack(">I", len(sound) + 50_010)
@@ -276,7 +276,7 @@ def test_vbri_headers() -> None:
     assert missing_bytes(mp3_header(b"VBRI", cut)) == "the header states 20000 bytes, the file has 9000"
 
 
-def test_an_mp3_without_such_a_header_cannot_tell() -> None:
+def test_mp3_without_size_header_is_not_checked() -> None:
     file = io.BytesIO()
     encode(Recipe("mp3", "libmp3lame", options={"write_xing": "0"}), file)
     data = file.getvalue()
@@ -286,7 +286,7 @@ def test_an_mp3_without_such_a_header_cannot_tell() -> None:
 
 @QUICK
 @given(kinds=st.lists(st.sampled_from(["opus", "vorbis", "ogg flac"]), min_size=1, max_size=3), kept=st.floats(0, 1))
-def test_chained_ogg_streams_are_whole_and_their_last_page_counts(kinds: list[str], kept: float) -> None:
+def test_chained_ogg_streams_are_checked_at_their_last_page(kinds: list[str], kept: float) -> None:
     chain = b"".join(sample(kind) for kind in kinds)
     assert not missing_bytes(chain)
     last = chain.rindex(b"OggS")
@@ -313,7 +313,7 @@ def flac_header(number: int, *, variable: bool, codes: int) -> bytes:
     lures=st.integers(0, 15),
     picture=st.binary(max_size=50),
 )
-def test_the_last_frame_of_a_flac_tells_how_far_it_goes(
+def test_number_of_last_flac_frame_is_compared_with_header(
     number: int, variable: bool, codes: int, lures: int, picture: bytes
 ) -> None:
     """Numbers count samples or frames, here of 4096 samples; what only looks like a frame is passed over."""
@@ -338,7 +338,7 @@ def page(*lacing: int, flags: int = 0) -> bytes:
 @example(lacing=[255], flags=0)
 @example(lacing=[3, 255], flags=4)
 @given(lacing=st.lists(st.integers(0, 255), max_size=255), flags=st.sampled_from([0, 1, 4, 5]))
-def test_an_ogg_stream_without_its_end_flag_is_whole_unless_a_packet_goes_on(lacing: list[int], flags: int) -> None:
+def test_ogg_without_end_flag_is_complete_unless_a_packet_continues(lacing: list[int], flags: int) -> None:
     """Android's recorder sets no such flag."""
     data = page(19, flags=2) + page(*lacing, flags=flags)
     assert bool(missing_bytes(data)) == (not flags & 4 and lacing[-1:] == [255])
@@ -350,7 +350,7 @@ def element(name: str, body: bytes, *, length: int = 8) -> bytes:
 
 
 @given(length=st.integers(2, 8), size=st.integers(500, 9_000), parts=st.integers(1, 3), unknown=st.booleans())
-def test_sizes_of_matroska_in_every_length(length: int, size: int, parts: int, unknown: bool) -> None:
+def test_matroska_sizes_of_every_coded_length(length: int, size: int, parts: int, unknown: bool) -> None:
     head, body = element("1a45dfa3", bytes(30), length=1), bytes(size)
     data = (head + element("18538067", body, length=length)) * parts
     if unknown:
@@ -361,6 +361,6 @@ def test_sizes_of_matroska_in_every_length(length: int, size: int, parts: int, u
 
 @QUICK
 @given(kind=st.sampled_from(KINDS), length=st.integers(0, 200), data=st.binary(max_size=300))
-def test_nothing_is_raised_for_garbage(kind: str, length: int, data: bytes) -> None:
+def test_garbage_raises_no_error(kind: str, length: int, data: bytes) -> None:
     assert isinstance(missing_bytes(data), str)
     assert isinstance(missing_bytes(sample(kind)[:length] + data), str)

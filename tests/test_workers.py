@@ -31,25 +31,25 @@ def left_behind(patience_seconds: float = 5.0) -> list[str]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 9])
-def test_results_come_in_order(num_workers: int) -> None:
+def test_run_tasks_keeps_order(num_workers: int) -> None:
     tasks = [2.0, 9.0, 4.0, 1.0, 0.0]
     assert list(run_tasks(math.sqrt, tasks, num_workers=num_workers)) == [math.sqrt(task) for task in tasks]
     assert left_behind() == []
 
 
-def test_the_slowest_first_changes_no_order() -> None:
+def test_slow_first_task_keeps_order() -> None:
     work: Callable[[float], None] = time.sleep
     assert list(run_tasks(work, [0.3, 0.0, 0.0], num_workers=2)) == [None] * 3
 
 
 @pytest.mark.parametrize("tasks", [[], [4.0]])
-def test_a_single_task_stays_in_this_process(tasks: list[float]) -> None:
+def test_single_task_runs_in_this_process(tasks: list[float]) -> None:
     assert list(run_tasks(lambda task: (os.getpid(), task), tasks, num_workers=4)) == [
         (os.getpid(), task) for task in tasks
     ]
 
 
-def test_without_workers_nothing_runs_ahead() -> None:
+def test_without_workers_tasks_run_lazily() -> None:
     done: list[int] = []
     results = run_tasks(done.append, [1, 2, 3], num_workers=0)
     assert done == []
@@ -58,7 +58,7 @@ def test_without_workers_nothing_runs_ahead() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_error_is_raised_where_its_result_would_stand(num_workers: int) -> None:
+def test_error_is_raised_in_place_of_its_result(num_workers: int) -> None:
     results = run_tasks(math.sqrt, [4.0, -1.0, 9.0, 16.0], num_workers=num_workers)
     assert next(results) == 2.0
     with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
@@ -67,7 +67,7 @@ def test_an_error_is_raised_where_its_result_would_stand(num_workers: int) -> No
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, GeneratorExit])
-def test_an_interrupt_leaves_at_once_and_nobody_behind(stop: type[BaseException]) -> None:
+def test_interrupt_ends_workers_at_once(stop: type[BaseException]) -> None:
     """Five minutes of sleep are queued; the first result is there at once."""
     work: Callable[[float], None] = time.sleep
     results = run_tasks(work, [0.0] + [60.0] * 5, num_workers=2)
@@ -82,7 +82,7 @@ def test_an_interrupt_leaves_at_once_and_nobody_behind(stop: type[BaseException]
     assert time.monotonic() - start < 5
 
 
-def test_an_interrupted_consumer_leaves_nobody_behind() -> None:
+def test_interrupted_consumer_ends_workers() -> None:
     def consume() -> None:
         work: Callable[[float], None] = time.sleep
         for _ in run_tasks(work, [0.0] + [60.0] * 5, num_workers=2):
@@ -93,7 +93,7 @@ def test_an_interrupted_consumer_leaves_nobody_behind() -> None:
     assert left_behind() == []
 
 
-def test_other_children_are_left_alone() -> None:
+def test_other_child_processes_are_not_ended() -> None:
     stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     stranger.start()
     try:
@@ -110,7 +110,7 @@ def test_other_children_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
-def test_threads_give_results_in_order(num_threads: int) -> None:
+def test_prefetch_map_keeps_order(num_threads: int) -> None:
     tasks = [2.0, 9.0, 4.0] * 9
     assert list(prefetch_map(math.sqrt, tasks, num_threads=num_threads)) == [math.sqrt(task) for task in tasks]
     results = prefetch_map(math.sqrt, [4.0, -1.0, 9.0], num_threads=num_threads)
@@ -119,7 +119,7 @@ def test_threads_give_results_in_order(num_threads: int) -> None:
         next(results)
 
 
-def test_threads_work_ahead_of_who_takes_the_results_but_not_far() -> None:
+def test_prefetch_map_reads_ahead_within_limit() -> None:
     taken: list[int] = []
     both_at_work = threading.Barrier(2, timeout=20)
 
@@ -142,11 +142,11 @@ def test_threads_work_ahead_of_who_takes_the_results_but_not_far() -> None:
     assert len(taken) == 9
 
 
-def test_there_is_a_processor() -> None:
+def test_default_workers_is_at_least_one() -> None:
     assert 1 <= default_workers() <= (os.cpu_count() or 1)
 
 
-def test_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     no_progress("encode", 1, 2)
     assert capsys.readouterr() == ("", "")
 
@@ -187,7 +187,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path, seconds: float 
         parent.communicate()
 
 
-def test_a_killed_worker_is_an_error_of_one_line() -> None:
+def test_killed_worker_raises_one_line_error() -> None:
     work: Callable[[int], None] = signal.raise_signal
     with pytest.raises(RunError, match=r"a worker process was killed .* lower --num-workers") as caught:
         list(run_tasks(work, [signal.SIGKILL] * 4, num_workers=2))

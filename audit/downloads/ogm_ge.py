@@ -27,7 +27,7 @@ _NAMES = tuple(f"{name}.{suffix}" for name in ("train", "val", "valid", "test") 
 _SUBFOLDERS = ("", "annotations", "data")
 _AUDIO_FOLDERS = ("AudioWAV", "audio")
 _FRAMES_FOLDERS = ("Image-*-FPS", "visual/Image-*-FPS", "visual")
-_LINE = "CLIP,LABEL, LABEL,CLIP beside a stat file of the classes, or CLIP,SECONDS,LABEL"
+_LINE = "CLIP,LABEL, LABEL,CLIP next to a stat file of the classes, or CLIP,SECONDS,LABEL"
 _YOUTUBE = re.compile(r"(.{11})_\d+")
 
 

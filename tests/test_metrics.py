@@ -43,7 +43,7 @@ def probabilities(draw: st.DrawFn) -> list[Floats]:
 
 
 @given(confidences(2))
-def test_swapping_two_modalities_negates_the_discrepancy_and_leaves_the_gap(confidence: Floats) -> None:
+def test_swapping_two_modalities_negates_discrepancy_and_keeps_gap(confidence: Floats) -> None:
     swapped = confidence[:, ::-1]
     np.testing.assert_array_equal(measures.discrepancy(swapped), -measures.discrepancy(confidence))
     np.testing.assert_array_equal(measures.gap(swapped), measures.gap(confidence))
@@ -51,7 +51,7 @@ def test_swapping_two_modalities_negates_the_discrepancy_and_leaves_the_gap(conf
 
 
 @given(probabilities())
-def test_the_order_of_modalities_leaves_similarity_fusion_and_balance(each: list[Floats]) -> None:
+def test_similarity_fusion_and_balance_ignore_modality_order(each: list[Floats]) -> None:
     back = each[::-1]
     np.testing.assert_allclose(measures.similarity(back), measures.similarity(each), atol=1e-6)
     np.testing.assert_allclose(measures.fuse_probabilities(back), measures.fuse_probabilities(each), atol=1e-5)
@@ -78,7 +78,7 @@ def test_discrepancy_of_three_by_hand() -> None:
     np.testing.assert_allclose(measures.gap(confidence), [0.8, 1.0, 0.0], atol=1e-6)
 
 
-def test_dominant_is_the_largest_or_nobody() -> None:
+def test_dominant_is_argmax_or_minus_one_for_ties() -> None:
     confidence = np.array([[0.9, 0.3, 0.1], [0.2, 0.7, 0.7], [0.1, 0.1, 0.6], [0, 0, 0]], dtype=np.float32)
     assert measures.dominant(confidence).tolist() == [0, -1, 2, -1]
 
@@ -93,7 +93,7 @@ def test_confidence_is_the_probability_of_the_true_class() -> None:
 
 
 @given(probabilities())
-def test_similarity_is_sklearns_cosine_averaged_over_pairs(each: list[Floats]) -> None:
+def test_similarity_equals_sklearn_cosine_mean_over_pairs(each: list[Floats]) -> None:
     pairs = [(a, b) for index, a in enumerate(each) for b in each[index + 1 :]]
     expected = np.mean([np.diag(cosine_similarity(a, b)) for a, b in pairs], axis=0)
     found = measures.similarity(each)
@@ -103,11 +103,11 @@ def test_similarity_is_sklearns_cosine_averaged_over_pairs(each: list[Floats]) -
 
 
 @given(probabilities())
-def test_what_says_the_same_is_similar(each: list[Floats]) -> None:
+def test_equal_predictions_have_similarity_one(each: list[Floats]) -> None:
     np.testing.assert_allclose(measures.similarity([each[0]] * len(each)), 1, atol=1e-6)
 
 
-def test_what_says_the_opposite_is_not() -> None:
+def test_opposite_predictions_have_similarity_zero() -> None:
     sure = np.array([[1.0, 0.0]], dtype=np.float32)
     assert measures.similarity([sure, sure[:, ::-1]]).tolist() == [0]
 
@@ -123,7 +123,7 @@ def test_fusion_is_a_distribution_and_the_geometric_mean(each: list[Floats]) -> 
 
 
 @given(confidences())
-def test_loss_is_finite_and_falls_with_confidence(confidence: Floats) -> None:
+def test_cross_entropy_is_finite_and_decreases_with_confidence(confidence: Floats) -> None:
     loss = measures.cross_entropy(confidence)
     assert np.isfinite(loss).all()
     assert loss.min() >= 0
@@ -132,7 +132,7 @@ def test_loss_is_finite_and_falls_with_confidence(confidence: Floats) -> None:
     assert (np.diff(loss.ravel()[order]) <= 0).all()
 
 
-def test_loss_is_sklearns() -> None:
+def test_cross_entropy_equals_sklearn() -> None:
     shares = np.array([[0.2, 0.8], [0.6, 0.4], [1.0, 0.0]], dtype=np.float32)
     label = np.array([1, 0, 0], dtype=np.int32)
     ours = measures.cross_entropy(measures.confidence([shares, shares], label))
@@ -142,7 +142,7 @@ def test_loss_is_sklearns() -> None:
 @given(
     st.lists(st.tuples(st.floats(0, 1, width=32), st.floats(0, 50, width=32), st.booleans()), min_size=1, max_size=30)
 )
-def test_balance_is_in_range_and_its_range_is_that_of_the_training_samples(
+def test_balance_is_in_range_and_scaled_by_training_samples(
     rows: list[tuple[float, float, bool]],
 ) -> None:
     columns = list(zip(*rows, strict=True))
@@ -164,7 +164,7 @@ def test_balance_by_hand() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 27.6])
-def test_equal_values_everywhere_are_zero_and_not_nan(value: float) -> None:
+def test_constant_values_are_scaled_to_zero(value: float) -> None:
     values = np.full(5, value, dtype=np.float32)
     fits = np.array([True, True, False, True, False])
     assert measures.minmax(values, fits=fits).tolist() == [0] * 5
@@ -188,7 +188,7 @@ def one_missing(confidence: Floats, column: int) -> Floats:
 
 
 @given(confidences().filter(lambda confidence: confidence.shape[1] > 2), st.integers(0, 5))
-def test_a_missing_modality_is_as_if_it_had_never_been_asked(confidence: Floats, place: int) -> None:
+def test_missing_modality_gives_metrics_of_the_others(confidence: Floats, place: int) -> None:
     column = place % confidence.shape[1]
     others = np.delete(np.arange(confidence.shape[1]), column)
     held = one_missing(confidence, column)
@@ -207,7 +207,7 @@ def test_a_missing_modality_is_as_if_it_had_never_been_asked(confidence: Floats,
 
 
 @given(probabilities())
-def test_a_missing_modality_has_no_say_in_similarity_and_fusion(each: list[Floats]) -> None:
+def test_missing_modality_does_not_change_similarity_and_fusion(each: list[Floats]) -> None:
     several = [*each, each[0][::-1]]  # three at least
     missing = [*several, np.full_like(each[0], np.nan)]
     np.testing.assert_allclose(measures.similarity(missing), measures.similarity(several), atol=1e-6)
@@ -215,7 +215,7 @@ def test_a_missing_modality_has_no_say_in_similarity_and_fusion(each: list[Float
 
 
 @given(st.lists(st.tuples(st.floats(-3, 3), st.floats(0.2, 3)), min_size=2, max_size=3))
-def test_overlap_is_the_integral_of_the_root_of_both_densities(gaussians: list[tuple[float, float]]) -> None:
+def test_overlap_equals_integral_of_sqrt_of_both_densities(gaussians: list[tuple[float, float]]) -> None:
     grid = np.linspace(-30, 30, 20_001)
     pairs = [
         trapezoid(np.sqrt(norm.pdf(grid, *one) * norm.pdf(grid, *other)), grid)
@@ -235,7 +235,7 @@ def games(m: int, seed: int, num_rows: int = 5) -> dict[frozenset[int], Floats]:
 
 
 @pytest.mark.parametrize("m", [2, 3, 4, 6])
-def test_shapley_values_are_those_of_the_formula(m: int) -> None:
+def test_shapley_equals_formula(m: int) -> None:
     value = games(m, seed=m)
     found = measures.shapley(lambda chosen: value[chosen], m)
     for j in range(m):
@@ -248,7 +248,7 @@ def test_shapley_values_are_those_of_the_formula(m: int) -> None:
 
 
 @pytest.mark.parametrize("m", [2, 3, 7, 9])
-def test_shapley_values_share_out_the_value_of_all(m: int) -> None:
+def test_shapley_values_sum_to_value_of_all(m: int) -> None:
     """Sampled orders, beyond six modalities, keep that; so they do that a modality without any effect gets nothing."""
     value = games(m, seed=m)
     found = measures.shapley(lambda chosen: value[chosen], m, seed=3)
@@ -258,7 +258,7 @@ def test_shapley_values_share_out_the_value_of_all(m: int) -> None:
     assert np.abs(idle[:, 1:]).max() > 0
 
 
-def test_sampled_orders_are_near_all_of_them_and_follow_the_seed() -> None:
+def test_sampled_shapley_is_near_exact_and_seeded() -> None:
     """A modality's worth here is its own and a bonus for each pair: all orders would give worth + half the bonuses."""
     rng = np.random.default_rng(0)
     worth, bonus = rng.random(7), rng.random((7, 7))
@@ -275,7 +275,7 @@ def test_sampled_orders_are_near_all_of_them_and_follow_the_seed() -> None:
 
 
 @pytest.mark.parametrize("m", [2, 3, 4])
-def test_modalities_that_can_be_swapped_are_worth_the_same(m: int) -> None:
+def test_symmetric_modalities_have_equal_shapley_values(m: int) -> None:
     value = games(m, seed=m)
     swap = {0: 1, 1: 0}
     even = {each: value[each] + value[frozenset(swap.get(j, j) for j in each)] for each in value}
@@ -296,7 +296,7 @@ RIGHT = [
 
 
 @pytest.mark.parametrize(("right", "expected"), RIGHT)
-def test_shapley_values_of_two_by_hand(right: tuple[int, int, int], expected: tuple[float, float]) -> None:
+def test_shapley_of_two_modalities_by_hand(right: tuple[int, int, int], expected: tuple[float, float]) -> None:
     table = {frozenset({0}): right[0], frozenset({1}): right[1], frozenset({0, 1}): 2 * right[2]}
     found = measures.shapley(lambda chosen: np.array([table[chosen]], np.float32), 2)
     np.testing.assert_array_equal(found, [expected])

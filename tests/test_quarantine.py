@@ -11,12 +11,12 @@ from mmaudit.audit.quarantine import Quarantined, Reason, UnusableError, quarant
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_a_problem_comes_back_from_a_worker(reason: Reason) -> None:
+def test_unusable_error_can_be_pickled(reason: Reason) -> None:
     there = pickle.loads(pickle.dumps(UnusableError(reason, "some detail")))
     assert (there.reason, there.detail, str(there)) == (reason, "some detail", f"{reason.value}: some detail")
 
 
-def test_a_sample_may_stand_in_the_table_twice() -> None:
+def test_sample_may_have_several_rows() -> None:
     rows = [
         Quarantined(sample_id="a", modality="audio", reason=Reason.SILENT, detail="peak 0"),
         Quarantined(sample_id="a", modality=None, reason=Reason.NO_LABEL, detail="the label is null"),

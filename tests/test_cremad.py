@@ -13,7 +13,7 @@ from mmaudit.audit.downloads import ingest
 
 
 @pytest.mark.parametrize("sound", [False, True])
-def test_the_audit_hears_the_wav_and_sees_the_film(
+def test_cremad_uses_audio_of_wav_and_frames_of_video(
     clip_source: Path, film: Callable[[bool], bytes], tmp_path: Path, sound: bool
 ) -> None:
     for number, clip in enumerate(["1001_DFA_ANG_XX", "1001_IEO_HAP_HI", "1002_DFA_NEU_XX"]):

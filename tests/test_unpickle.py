@@ -44,7 +44,7 @@ def same(left: Any, right: Any) -> bool:
     protocol=st.sampled_from(PROTOCOLS),
 )
 @settings(max_examples=150, deadline=None)
-def test_arrays_come_back(
+def test_arrays_round_trip(
     tmp_path_factory: pytest.TempPathFactory, array: np.ndarray[Any, Any], by_column: bool, protocol: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "one.pkl"
@@ -54,7 +54,7 @@ def test_arrays_come_back(
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_containers_and_scalars_come_back(tmp_path: Path, protocol: int) -> None:
+def test_containers_and_scalars_round_trip(tmp_path: Path, protocol: int) -> None:
     ragged = np.empty(2, dtype=object)
     ragged[0], ragged[1] = np.arange(3), np.arange(3) + 1  # of one shape, and still two items
     content = {
@@ -74,7 +74,7 @@ def test_containers_and_scalars_come_back(tmp_path: Path, protocol: int) -> None
     assert (read["ordered"], read["words"].tolist()) == ({"x": 1, "y": None}, ["one", None, 3])
 
 
-def test_bytes_of_python_2_are_read(tmp_path: Path) -> None:
+def test_python_2_pickle_is_read(tmp_path: Path) -> None:
     # What Python 2 wrote for numpy.array([1, 2], "<i2"): the content stands in a string.
     text = (
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I2\ntcnumpy\ndtype\n"
@@ -95,7 +95,7 @@ class Runs:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_nothing_is_run(tmp_path: Path, protocol: int) -> None:
+def test_no_function_is_called(tmp_path: Path, protocol: int) -> None:
     mark = tmp_path / "mark"
     path = tmp_path / "one.pkl"
     path.write_bytes(pickle.dumps({"train": Runs(os.mkdir, str(mark))}, protocol=protocol))
@@ -109,7 +109,7 @@ def test_nothing_is_run(tmp_path: Path, protocol: int) -> None:
 @pytest.mark.parametrize(
     "harm", [eval, getattr, open, io.BytesIO, decimal.Decimal, np.load, np.frombuffer, pickle.loads]
 )
-def test_only_arrays_and_containers_are_known(tmp_path: Path, harm: Any) -> None:
+def test_other_names_raise_error(tmp_path: Path, harm: Any) -> None:
     path = tmp_path / "one.pkl"
     path.write_bytes(pickle.dumps([harm]))
     with pytest.raises(DatasetError, match=rf"it refers to .*{harm.__name__}"):
@@ -119,7 +119,7 @@ def test_only_arrays_and_containers_are_known(tmp_path: Path, harm: Any) -> None
 @pytest.mark.parametrize(
     "content", [b"", b"not a pickle", pickle.dumps(list(range(99)))[:-9], b"(lp0\n.", b"\x80\x05."]
 )
-def test_what_is_no_pickle_is_named(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_pickles_raise_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "one.pkl"
     path.write_bytes(content)
     if content == b"(lp0\n.":  # the one that is: an empty list in protocol 0
@@ -131,7 +131,9 @@ def test_what_is_no_pickle_is_named(tmp_path: Path, content: bytes) -> None:
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
-def test_a_spoiled_pickle_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_mutated_pickle_is_read_or_raises_dataset_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     whole = bytearray(
         pickle.dumps(
             {"a": np.arange(6, dtype="<f4").reshape(2, 3), "b": ["x", (1, None)]},
@@ -146,7 +148,7 @@ def test_a_spoiled_pickle_is_read_or_refused(tmp_path_factory: pytest.TempPathFa
         read_pickle(path)
 
 
-def test_no_room_is_made_for_what_is_only_announced(tmp_path: Path) -> None:
+def test_stated_size_beyond_file_end_raises_error(tmp_path: Path) -> None:
     path = tmp_path / "one.pkl"
     for code in (pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8):
         path.write_bytes(b"\x80\x05" + code + (1 << 40).to_bytes(8, "little") + b"short.")
@@ -155,7 +157,7 @@ def test_no_room_is_made_for_what_is_only_announced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["M8[s]", "c8", [("a", "<f4")]])
-def test_types_that_no_feature_has_are_refused(tmp_path: Path, dtype: Any) -> None:
+def test_unsupported_dtypes_raise_error(tmp_path: Path, dtype: Any) -> None:
     path = tmp_path / "one.pkl"
     path.write_bytes(pickle.dumps(np.zeros(2, dtype=dtype)))
     with pytest.raises(DatasetError, match=r"arrays of type .* are not read"):

@@ -33,7 +33,7 @@ def ranged(path: Path, content: bytes) -> MediaFile:
 
 
 @given(content=st.binary(max_size=300), sought=st.binary(min_size=1, max_size=3), data=st.data())
-def test_a_file_is_indexed_and_searched_as_its_bytes_are(
+def test_media_file_behaves_like_bytes(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, sought: bytes, data: st.DataObject
 ) -> None:
     file = ranged(tmp_path_factory.getbasetemp() / "ranges", content)
@@ -53,7 +53,7 @@ def test_a_file_is_indexed_and_searched_as_its_bytes_are(
         assert stream.read() == content
 
 
-def test_a_clip_is_decoded_from_its_file_as_from_its_bytes(
+def test_decoding_a_file_equals_decoding_its_bytes(
     clip_source: Path, tmp_path: Path, film: Callable[[bool], bytes]
 ) -> None:
     for name, decode in (("0.wav", decode_audio), ("0.png", decode_image)):
@@ -68,7 +68,7 @@ def test_a_clip_is_decoded_from_its_file_as_from_its_bytes(
     assert missing_bytes(cut) == missing_bytes(film(True)[:-2_000]) != ""
 
 
-def test_a_file_that_changes_is_unusable(tmp_path: Path) -> None:
+def test_changed_file_is_unusable(tmp_path: Path) -> None:
     file = ranged(tmp_path / "a.wav", b"before")
     (tmp_path / "a.wav").write_bytes(b"afterwards")
     with pytest.raises(UnusableError, match="changed while it was read"):
@@ -89,7 +89,7 @@ def long_wav(path: Path, num_bytes: int, *, rate: int = 8_000) -> Path:
     return path
 
 
-def test_of_a_long_sound_the_seconds_that_are_used_are_read(tmp_path: Path) -> None:
+def test_only_the_used_seconds_of_a_long_sound_are_read(tmp_path: Path) -> None:
     path = long_wav(tmp_path / "long.wav", 1_900_000_000)  # of which the file system stores 0.2 MB
     short = long_wav(tmp_path / "short.wav", 44 + 2 * 12 * 8_000)
     tracemalloc.start()
@@ -111,9 +111,7 @@ def test_of_a_long_sound_the_seconds_that_are_used_are_read(tmp_path: Path) -> N
     path.unlink()
 
 
-def test_the_digest_of_a_very_large_file_covers_its_head_its_end_and_its_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digest_of_large_file_covers_head_end_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MAX_DIGESTED", 1_000), ("HEAD", 100), ("BLOCKS", 4), ("_BLOCK", 10)):
         monkeypatch.setattr(media_file, name, value)
     content = bytearray(np.random.default_rng(0).bytes(2_000))
@@ -128,7 +126,7 @@ def test_the_digest_of_a_very_large_file_covers_its_head_its_end_and_its_size(
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
-def test_what_is_no_regular_file_is_no_medium_and_nobody_waits(tmp_path: Path, kind: str) -> None:
+def test_special_files_are_unusable(tmp_path: Path, kind: str) -> None:
     if kind == "fifo":
         os.mkfifo(tmp_path / "a.wav")
     elif kind == "folder":
@@ -142,7 +140,7 @@ def test_what_is_no_regular_file_is_no_medium_and_nobody_waits(tmp_path: Path, k
         assert f"it is a {kind.replace('fifo', 'FIFO')}, not a regular file" in str(caught.value)
 
 
-def test_a_folder_of_frames_may_hold_a_fifo_and_large_pictures(tmp_path: Path) -> None:
+def test_folder_of_frames_with_large_pictures_and_fifo(tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     folder.mkdir()
     sizes = [9 << 20, 9 << 20, 1 << 10]
@@ -156,7 +154,7 @@ def test_a_folder_of_frames_may_hold_a_fifo_and_large_pictures(tmp_path: Path) -
         load_cell("clip", FRAMES, root=tmp_path, allow_outside=False)
 
 
-def test_a_folder_of_very_many_files_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_with_too_many_files_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "MAX_FOLDER_ENTRIES", 3)
     (tmp_path / "clip").mkdir()
     for number in range(4):

@@ -44,7 +44,7 @@ def test_only_regular_files_are_opened(special: dict[str, Path], name: str, kind
             read(special[name])
 
 
-def test_a_regular_file_is_read(tmp_path: Path) -> None:
+def test_regular_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"content")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with open_regular(tmp_path / "b") as file:
@@ -77,7 +77,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_no_reader_waits_for_a_fifo(tmp_path: Path, reader: str) -> None:
+def test_readers_do_not_wait_for_a_fifo(tmp_path: Path, reader: str) -> None:
     name, read = READERS[reader]
     os.mkfifo(tmp_path / name)
     child = os.fork()

@@ -88,7 +88,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_hostile_pickle_is_refused_in_seconds_and_without_memory(tmp_path: Path, kind: str) -> None:
+def test_hostile_pickle_fails_within_time_and_memory_limits(tmp_path: Path, kind: str) -> None:
     (tmp_path / "unaligned_50.pkl").write_bytes(BOMBS[kind]())
     tracemalloc.start()
     start = time.monotonic()
@@ -105,7 +105,7 @@ def test_a_hostile_pickle_is_refused_in_seconds_and_without_memory(tmp_path: Pat
     assert not (tmp_path / "o.parquet").exists()
 
 
-def test_a_pickle_has_so_many_steps_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_opcodes_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "one.pkl"
     path.write_bytes(pickle.dumps([None] * 50, protocol=4))
     monkeypatch.setattr(unpickle, "MAX_OPCODES", 40)
@@ -115,7 +115,7 @@ def test_a_pickle_has_so_many_steps_and_no_more(tmp_path: Path, monkeypatch: pyt
     assert read_pickle(path) == [None] * 50
 
 
-def test_an_object_named_twice_is_one_object_and_ordinary_repetition_is_read(tmp_path: Path) -> None:
+def test_shared_objects_stay_shared_and_repeated_values_are_read(tmp_path: Path) -> None:
     array, words = np.arange(1_000.0), ["neutral"] * 5_000
     path = tmp_path / "one.pkl"
     path.write_bytes(pickle.dumps({"a": [array, array], "words": words}))
@@ -149,14 +149,14 @@ FIELDS = {
         ({"id": [], "text": [], "audio": [], "vision": [], "regression_labels": []}, "it contains no utterance"),
     ],
 )
-def test_a_field_of_another_type_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_field_of_wrong_type_raises_error(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / "one.pkl").write_bytes(pickle.dumps({"train": {"id": ["a", "b"], **FIELDS, **change}}))
     with pytest.raises(DatasetError, match=rf"one\.pkl, train.*{message}"):
         ingest("mosei", tmp_path, out=tmp_path / "o.parquet")
 
 
 @pytest.mark.parametrize("content", [{}, {"train": {}}, {"train": 3}, [1], {"train": []}])
-def test_a_pickle_of_nothing_is_named(tmp_path: Path, content: Any) -> None:
+def test_pickle_without_utterances_raises_error(tmp_path: Path, content: Any) -> None:
     (tmp_path / "one.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(DatasetError, match=r"one\.pkl (contains no utterance|is not a dictionary of splits)"):
         ingest("mosei", tmp_path, out=tmp_path / "o.parquet")
@@ -184,16 +184,14 @@ def header_of(shape: tuple[int, ...], descr: str = "<f4") -> bytes:
         (header_of((4,))[:-20], b"", "cannot be read as .npz"),
     ],
 )
-def test_an_npz_is_read_only_if_it_holds_what_it_announces(
-    tmp_path: Path, header: bytes, content: bytes, message: str
-) -> None:
+def test_npz_with_false_header_raises_error(tmp_path: Path, header: bytes, content: bytes, message: str) -> None:
     write_npz(tmp_path / "train.npz", header, content)
     with pytest.raises(DatasetError, match=message) as caught:
         ingest("mosei", tmp_path, out=tmp_path / "o.parquet")
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_damaged_npz_is_named(tmp_path: Path) -> None:
+def test_damaged_npz_raises_error(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "train.npz", text=np.random.default_rng(0).random(500))
     data = bytearray((tmp_path / "train.npz").read_bytes())
     for place in range(0, len(data), 61):

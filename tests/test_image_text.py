@@ -31,7 +31,7 @@ def jsonl(path: Path, *rows: dict[str, Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def test_the_audit_reads_what_is_written(tmp_path: Path) -> None:
+def test_written_table_opens_as_dataset(tmp_path: Path) -> None:
     lay(tmp_path, "img/1.png", "img/2.png", "img/3.png")
     jsonl(
         tmp_path / "train.jsonl",
@@ -53,7 +53,7 @@ def test_the_audit_reads_what_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 @pytest.mark.parametrize("names", [("image_path", "caption", "class"), ("file_name", "title", "category")])
-def test_columns_go_by_their_usual_names(tmp_path: Path, suffix: str, names: tuple[str, str, str]) -> None:
+def test_common_column_names_are_recognized(tmp_path: Path, suffix: str, names: tuple[str, str, str]) -> None:
     lay(tmp_path, "images/1.png", "2.png")
     cut = "," if suffix == "csv" else "\t"
     lines = [
@@ -70,7 +70,7 @@ def test_columns_go_by_their_usual_names(tmp_path: Path, suffix: str, names: tup
     }
 
 
-def test_a_picture_with_several_texts_is_a_group(tmp_path: Path) -> None:
+def test_picture_with_several_texts_is_a_group(tmp_path: Path) -> None:
     lay(tmp_path, "1.png", "2.png")
     text = "image,caption,label\n1.png,one,a\n1.png,two,a\n2.png,three,b\n2.png,three,b\n"
     (tmp_path / "captions.csv").write_text(text, encoding="utf-8")
@@ -83,7 +83,7 @@ def test_a_picture_with_several_texts_is_a_group(tmp_path: Path) -> None:
     ]
 
 
-def test_missing_parts_are_counted_by_modality(tmp_path: Path) -> None:
+def test_missing_media_are_counted_by_modality(tmp_path: Path) -> None:
     lay(tmp_path, "1.png", "spare.png")
     text = "id,image,text,label\na,1.png,one,x\nb,2.png,two,x\nc,1.png,,y\nd,,four,y\n"
     (tmp_path / "all.csv").write_text(text, encoding="utf-8")
@@ -93,7 +93,7 @@ def test_missing_parts_are_counted_by_modality(tmp_path: Path) -> None:
     assert (ingested.listed, ingested.present, ingested.unlisted) == (4, 1, 1)
 
 
-def test_a_row_in_two_lists_counts_once(tmp_path: Path) -> None:
+def test_row_in_two_lists_counts_once(tmp_path: Path) -> None:
     lay(tmp_path, "img/1.png")
     for name in ("dev_seen", "dev_unseen"):
         jsonl(tmp_path / f"{name}.jsonl", {"id": 1, "img": "img/1.png", "text": "x", "label": 1})
@@ -105,7 +105,7 @@ def test_a_row_in_two_lists_counts_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../1.png", "/etc/1.png", "https://example.org/1.png"])
-def test_paths_that_lead_outside_are_refused(tmp_path: Path, name: str) -> None:
+def test_paths_outside_the_folder_raise_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "all.csv").write_text(f"image,text,label\n{name},x,y\n", encoding="utf-8")
     with pytest.raises(DatasetError, match=rf"all\.csv, line 2: '{name}' leads outside .*: copy the pictures there"):
@@ -132,13 +132,13 @@ def test_paths_that_lead_outside_are_refused(tmp_path: Path, name: str) -> None:
         ),
     ],
 )
-def test_spoiled_lists_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_damaged_lists_raise_error(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(DatasetError, match=message):
         ingest("image-text", tmp_path)
 
 
-def test_one_of_two_lists_is_asked_for(tmp_path: Path) -> None:
+def test_several_lists_without_splits_require_selection(tmp_path: Path) -> None:
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("image,text,label\n1.png,x,y\n", encoding="utf-8")
     with pytest.raises(DatasetError, match=r"contains a\.csv, b\.csv: select one with --list"):

@@ -31,7 +31,7 @@ class Outer:
     maybe: Inner | None = None
 
 
-def test_what_fits_is_built() -> None:
+def test_valid_values_build_a_config() -> None:
     content = {"size": 3, "name": None, "rates": [1, 0.5], "inner": {"rate": 2}, "maybe": {"rate": 1}}
     expected = Outer(size=3, rates=(1.0, 0.5), inner=Inner(rate=2.0), maybe=Inner(rate=1.0))
     assert build(Outer, content, where="") == expected
@@ -55,7 +55,7 @@ def test_what_fits_is_built() -> None:
         ({"nam": 5}, "no config key nam; did you mean name"),
     ],
 )
-def test_what_does_not_is_named(content: dict[str, Any], reason: str) -> None:
+def test_invalid_values_raise_error_naming_the_key(content: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as caught:
         build(Outer, content, where="")
     assert len(str(caught.value)) < 300
@@ -73,7 +73,7 @@ def test_what_does_not_is_named(content: dict[str, Any], reason: str) -> None:
         ("[probe]\nkind = [[[[1]]]]", r"config key probe\.kind is a list"),
     ],
 )
-def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, reason: str) -> None:
+def test_invalid_config_file_raises_error(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "c.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=reason):
@@ -91,11 +91,11 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, reason: st
         ("posterior=inf", "it must be a finite number"),
     ],
 )
-def test_a_setting_that_is_none_is_named(setting: str, reason: str) -> None:
+def test_invalid_setting_raises_error(setting: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         load_config(None, [setting])
 
 
-def test_a_folder_is_no_config(tmp_path: Path) -> None:
+def test_folder_as_config_raises_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="it is a folder, not a regular file"):
         load_config(tmp_path)

@@ -42,7 +42,7 @@ def rows_of(ingested: Ingested) -> dict[str, dict[str, Any]]:
     seed=st.integers(0, 99),
 )
 @settings(deadline=None)
-def test_padding_changes_nothing(lengths: list[int], padding: float, ahead: bool, seed: int) -> None:
+def test_pooling_ignores_padding(lengths: list[int], padding: float, ahead: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     series = np.full((len(lengths), 9, 2), padding)
     steps = [rng.standard_normal((length, 2)) + 5 for length in lengths]
@@ -56,7 +56,7 @@ def test_padding_changes_nothing(lengths: list[int], padding: float, ahead: bool
         np.testing.assert_allclose(vector, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_rows_of_a_pickle(tmp_path: Path) -> None:
+def test_pickle_gives_expected_rows(tmp_path: Path) -> None:
     train = part(["a$_$0", "a$_$1"], classification_labels=np.array([0.0, 2.0]))
     test = part(["c[3]"], seed=1, classification_labels=np.array([1.0]))
     ingested = ingest("mosei", write(tmp_path, train=train, valid={}, test=test))
@@ -74,7 +74,7 @@ def test_the_rows_of_a_pickle(tmp_path: Path) -> None:
     assert found == [("text", "features", 8), ("audio", "features", 4), ("vision", "features", 6)]
 
 
-def test_without_classes_the_label_is_the_sign_and_that_is_said(tmp_path: Path) -> None:
+def test_label_is_sign_of_sentiment_without_classes(tmp_path: Path) -> None:
     scores = np.array([[[-0.2]], [[0.0]], [[2.6]], [[np.nan]]])
     mult = part(["a[0]", "a[1]", "b[0]", "b[1]"])
     del mult["regression_labels"]
@@ -83,13 +83,13 @@ def test_without_classes_the_label_is_the_sign_and_that_is_said(tmp_path: Path) 
     assert "no classes in the file: the label is the sign of the sentiment" in ingested.notes
 
 
-def test_ids_in_rows_are_one_string(tmp_path: Path) -> None:
+def test_ids_given_as_rows_become_one_string(tmp_path: Path) -> None:
     ids: Any = np.array([[b"xyz", b"0.5", b"7.25"], [b"xyz", b"8.0", b"9.5"]])
     rows = rows_of(ingest("mosei", write(tmp_path, test=part(ids))))
     assert {name: row["group"] for name, row in rows.items()} == {"xyz[0.5,7.25]": "xyz", "xyz[8.0,9.5]": "xyz"}
 
 
-def test_who_has_no_real_step_is_missing_and_nan_goes_through(tmp_path: Path) -> None:
+def test_utterance_without_steps_is_missing_and_nan_is_kept(tmp_path: Path) -> None:
     train = part(["a$_$0", "a$_$1", "b$_$0"])
     train["vision"][0] = 0
     train["audio"][2, 1, 0] = np.nan
@@ -104,7 +104,7 @@ def test_who_has_no_real_step_is_missing_and_nan_goes_through(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("split_field", [True, False])
-def test_npz_says_the_same_as_the_pickle(tmp_path: Path, split_field: bool) -> None:
+def test_npz_gives_same_table_as_pickle(tmp_path: Path, split_field: bool) -> None:
     train, test = part(["a$_$0", "a$_$1"]), part(["c$_$0"], seed=1)
     (tmp_path / "pickle").mkdir()
     first = ingest("mosei", write(tmp_path / "pickle", train=train, test=test)).path.read_bytes()
@@ -119,7 +119,7 @@ def test_npz_says_the_same_as_the_pickle(tmp_path: Path, split_field: bool) -> N
     assert ingest("mosei", home).path.read_bytes() == first
 
 
-def test_two_pickles_are_told_apart_by_a_list(tmp_path: Path) -> None:
+def test_two_pickles_require_selection(tmp_path: Path) -> None:
     write(tmp_path, train=part(["a$_$0"]))
     aligned = (tmp_path / "unaligned_50.pkl").rename(tmp_path / "aligned_50.pkl")
     write(tmp_path, train=part(["b$_$0"]))
@@ -139,12 +139,12 @@ def test_two_pickles_are_told_apart_by_a_list(tmp_path: Path) -> None:
         ({"classification_labels": np.array([0.5, 1])}, "classification_labels must be one integer per row"),
     ],
 )
-def test_spoiled_fields_are_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+def test_invalid_fields_raise_error(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         ingest("mosei", write(tmp_path, train=part(["a$_$0", "a$_$1"], **fields)))
 
 
-def test_absent_fields_are_named(tmp_path: Path) -> None:
+def test_missing_fields_raise_error(tmp_path: Path) -> None:
     for name in ("audio", "regression_labels"):
         spoiled = part(["a$_$0"])
         del spoiled[name]
@@ -152,13 +152,13 @@ def test_absent_fields_are_named(tmp_path: Path) -> None:
             ingest("mosei", write(tmp_path, train=spoiled))
 
 
-def test_splits_of_other_lengths_are_refused(tmp_path: Path) -> None:
+def test_splits_with_different_feature_lengths_raise_error(tmp_path: Path) -> None:
     test = part(["c$_$0"], audio=np.ones((1, 7, 3), dtype=np.float32))
     with pytest.raises(DatasetError, match="the other splits differ in the length of features"):
         ingest("mosei", write(tmp_path, train=part(["a$_$0"]), test=test))
 
 
-def test_a_file_of_other_things_is_refused(tmp_path: Path) -> None:
+def test_other_content_raises_error(tmp_path: Path) -> None:
     path = tmp_path / "one.pkl"
     path.write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(DatasetError, match=r"one\.pkl is not a dictionary of splits, each a dictionary of id, text"):
