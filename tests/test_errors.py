@@ -1,4 +1,4 @@
-"""Laws of the tree of errors: the drawing on top is the tree, and a wrong name finds its neighbour."""
+"""Tests of the exception classes and of messages on unknown names."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def test_docstring_lists_all_exception_classes() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_errors_derive_from_mmaudit_error_and_can_be_pickled(kind: type[errors.MmauditError]) -> None:
     assert kind.__mro__[1] is errors.MmauditError
-    there = pickle.loads(pickle.dumps(kind("what, where, the mend")))
-    assert (type(there), str(there)) == (kind, "what, where, the mend")
+    unpickled = pickle.loads(pickle.dumps(kind("what, where, the mend")))
+    assert (type(unpickled), str(unpickled)) == (kind, "what, where, the mend")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right", "words"),
+    ("name", "names", "message"),
     [
         ("lable", ["id", "label"], "did you mean label? (available: id, label)"),
         ("xyz", ["id", "label"], "available: id, label"),
         ("xyz", [], "available: none"),
     ],
 )
-def test_unknown_name_lists_available_names(wrong: str, right: list[str], words: str) -> None:
-    assert errors.choices(wrong, iter(right)) == words
+def test_unknown_name_lists_available_names(name: str, names: list[str], message: str) -> None:
+    assert errors.choices(name, iter(names)) == message

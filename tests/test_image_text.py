@@ -1,4 +1,4 @@
-"""Laws of pictures with texts: which column is which, where a picture lies, and what the audit makes of it."""
+"""Tests of the image-text adapter: column names, picture paths, and the resulting dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmaudit.audit.downloads import Ingested, ingest
 from mmaudit.audit.errors import DatasetError
 
 
-def lay(root: Path, *names: str) -> None:
+def write_files(root: Path, *names: str) -> None:
     rng = np.random.default_rng(0)
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -27,18 +27,18 @@ def rows_of(ingested: Ingested) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in pq.read_table(ingested.path).to_pylist()}
 
 
-def jsonl(path: Path, *rows: dict[str, Any]) -> None:
+def write_jsonl(path: Path, *rows: dict[str, Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def test_written_table_opens_as_dataset(tmp_path: Path) -> None:
-    lay(tmp_path, "img/1.png", "img/2.png", "img/3.png")
-    jsonl(
+    write_files(tmp_path, "img/1.png", "img/2.png", "img/3.png")
+    write_jsonl(
         tmp_path / "train.jsonl",
         {"id": 1, "img": "img/1.png", "text": "a dog, alone", "label": 1},
         {"id": 2, "img": "img/2.png", "text": "a cat", "label": 0},
     )
-    jsonl(tmp_path / "test.jsonl", {"id": 3, "img": "img/3.png", "text": "who knows"})
+    write_jsonl(tmp_path / "test.jsonl", {"id": 3, "img": "img/3.png", "text": "who knows"})
     ingested = ingest("image-text", tmp_path)
     assert (ingested.message, ingested.notes) == ("you have 3 of 3", ("1 rows have no label",))
     dataset = open_dataset(ingested.path)
@@ -54,24 +54,24 @@ def test_written_table_opens_as_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 @pytest.mark.parametrize("names", [("image_path", "caption", "class"), ("file_name", "title", "category")])
 def test_common_column_names_are_recognized(tmp_path: Path, suffix: str, names: tuple[str, str, str]) -> None:
-    lay(tmp_path, "images/1.png", "2.png")
-    cut = "," if suffix == "csv" else "\t"
+    write_files(tmp_path, "images/1.png", "2.png")
+    separator = "," if suffix == "csv" else "\t"
     lines = [
-        cut.join((*names, "split")),
-        cut.join(("1.png", '"one, two"', "cat", "train")),
-        cut.join(("2.png", "x", "dog", "dev")),
+        separator.join((*names, "split")),
+        separator.join(("1.png", '"one, two"', "cat", "train")),
+        separator.join(("2.png", "x", "dog", "dev")),
     ]
     (tmp_path / f"all.{suffix}").write_text("\n".join(lines), encoding="utf-8")
     rows = rows_of(ingest("image-text", tmp_path))
-    found = {name: (row["image_file_name"], row["text"], row["label"], row["split"]) for name, row in rows.items()}
-    assert found == {
+    actual = {name: (row["image_file_name"], row["text"], row["label"], row["split"]) for name, row in rows.items()}
+    assert actual == {
         "images/1.png": ("images/1.png", "one, two", "cat", "train"),
         "2.png": ("2.png", "x", "dog", "validation"),
     }
 
 
 def test_picture_with_several_texts_is_a_group(tmp_path: Path) -> None:
-    lay(tmp_path, "1.png", "2.png")
+    write_files(tmp_path, "1.png", "2.png")
     text = "image,caption,label\n1.png,one,a\n1.png,two,a\n2.png,three,b\n2.png,three,b\n"
     (tmp_path / "captions.csv").write_text(text, encoding="utf-8")
     rows = rows_of(ingest("image-text", tmp_path))
@@ -84,22 +84,22 @@ def test_picture_with_several_texts_is_a_group(tmp_path: Path) -> None:
 
 
 def test_missing_media_are_counted_by_modality(tmp_path: Path) -> None:
-    lay(tmp_path, "1.png", "spare.png")
+    write_files(tmp_path, "1.png", "spare.png")
     text = "id,image,text,label\na,1.png,one,x\nb,2.png,two,x\nc,1.png,,y\nd,,four,y\n"
     (tmp_path / "all.csv").write_text(text, encoding="utf-8")
     ingested = ingest("image-text", tmp_path)
-    lacking = [(missing.modality, missing.examples) for missing in ingested.missing]
-    assert lacking == [("image", ("b", "d")), ("text", ("c",))]
+    examples = [(missing.modality, missing.examples) for missing in ingested.missing]
+    assert examples == [("image", ("b", "d")), ("text", ("c",))]
     assert (ingested.listed, ingested.present, ingested.unlisted) == (4, 1, 1)
 
 
 def test_row_in_two_lists_counts_once(tmp_path: Path) -> None:
-    lay(tmp_path, "img/1.png")
+    write_files(tmp_path, "img/1.png")
     for name in ("dev_seen", "dev_unseen"):
-        jsonl(tmp_path / f"{name}.jsonl", {"id": 1, "img": "img/1.png", "text": "x", "label": 1})
+        write_jsonl(tmp_path / f"{name}.jsonl", {"id": 1, "img": "img/1.png", "text": "x", "label": 1})
     ingested = ingest("image-text", tmp_path)
     assert (ingested.message, ingested.notes) == ("you have 1 of 1", ("1 repeated lines were ignored",))
-    jsonl(tmp_path / "train.jsonl", {"id": 1, "img": "img/1.png", "text": "x", "label": 1})
+    write_jsonl(tmp_path / "train.jsonl", {"id": 1, "img": "img/1.png", "text": "x", "label": 1})
     with pytest.raises(DatasetError, match=r"'1' has two different entries: .*dev_seen\.jsonl, line 1 and .*train"):
         ingest("image-text", tmp_path)
 

@@ -1,4 +1,4 @@
-"""Laws of hostile pickles and npz files: one line, in seconds, within the memory that their own size allows."""
+"""Tests of hostile pickles and npz files: one line of error, within seconds and with memory limited by file size."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mmaudit.audit.errors import DatasetError
 LATIN1 = b"c_codecs\nencode\n"
 
 
-def laughs(depth: int, *, kind: str = "list") -> bytes:
-    """Write a container that holds the one before twice, and so on: 2 ** depth items in a few hundred bytes."""
+def exponential(depth: int, *, kind: str = "list") -> bytes:
+    """Return a pickle of containers that each hold the previous one twice: 2 ** depth items in a few hundred bytes."""
     content: Any = "ha"
     for _ in range(depth):
         content = [content, content] if kind == "list" else (content, content)
@@ -36,25 +36,25 @@ def laughs(depth: int, *, kind: str = "list") -> bytes:
     return pickle.dumps({"train": content})
 
 
-def itself() -> bytes:
+def self_containing() -> bytes:
     content: list[Any] = []
     content.append(content)
     return pickle.dumps(content)
 
 
-def deep(depth: int) -> bytes:
+def deeply_nested(depth: int) -> bytes:
     return b"\x80\x04" + b"]" * depth + b"a" * (depth - 1) + b"."
 
 
-def copied(times: int) -> bytes:
-    """Write a pickle that encodes one text of a megabyte again and again."""
+def repeated_copies(times: int) -> bytes:
+    """Return a pickle that encodes one text of a megabyte many times."""
     text = b"X" + (1 << 20).to_bytes(4, "little") + b"x" * (1 << 20) + b"q\0"
     call = LATIN1 + b"h\0" + b"X\6\0\0\0latin1" + b"\x86R"
     return b"\x80\x04(" + text + call * times + b"l."
 
 
-def colliding(count: int) -> bytes:
-    """Write a dictionary whose keys, multiples of 2^61 - 1, all have the hash 0."""
+def colliding_keys(count: int) -> bytes:
+    """Return a pickled dictionary whose keys, multiples of 2^61 - 1, all have the hash 0."""
     keys = [(number * (2**61 - 1)).to_bytes(10, "little") for number in range(count)]
     return b"\x80\x04}(" + b"".join(b"\x8a\x0a" + key + b"N" for key in keys) + b"u."
 
@@ -66,24 +66,24 @@ def nested_key() -> bytes:
     stream = io.BytesIO()
     pickler = pickle.Pickler(stream)
     pickler.dump(key)
-    tuple_alone = stream.getvalue()[:-1]
-    return b"\x80\x04}" + tuple_alone[2 + 9 :] + b"Ns."
+    key_pickle = stream.getvalue()[:-1]
+    return b"\x80\x04}" + key_pickle[2 + 9 :] + b"Ns."
 
 
 BOMBS: dict[str, Callable[[], bytes]] = {
-    "laughs of lists": lambda: laughs(30),
-    "laughs of tuples": lambda: laughs(40, kind="tuple"),
-    "laughs of dictionaries": lambda: laughs(30, kind="dict"),
-    "laughs of object arrays": lambda: laughs(30, kind="array"),
-    "a list of itself": itself,
-    "10,000 lists deep": lambda: deep(10_000),
-    "copies": lambda: copied(3_000),
-    "keys of one hash": lambda: colliding(20_000),
+    "exponential lists": lambda: exponential(30),
+    "exponential tuples": lambda: exponential(40, kind="tuple"),
+    "exponential dictionaries": lambda: exponential(30, kind="dict"),
+    "exponential object arrays": lambda: exponential(30, kind="array"),
+    "list that contains itself": self_containing,
+    "10,000 lists deep": lambda: deeply_nested(10_000),
+    "copies": lambda: repeated_copies(3_000),
+    "keys with equal hashes": lambda: colliding_keys(20_000),
     "a key of tuples": nested_key,
     "a number of 2 GB": lambda: b"\x80\x04\x8b\xff\xff\xff\x7f\1.",
-    "a frame that is not there": lambda: b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\0]." ,
+    "missing frame": lambda: b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\0]." ,
     "an unhashable key": lambda: b"\x80\x04}]Ns.",
-    "an array of objects that are not there": lambda: pickle.dumps(np.array([None, "x"], dtype=object))[:-12] + b".",
+    "array of missing objects": lambda: pickle.dumps(np.array([None, "x"], dtype=object))[:-12] + b".",
 }  # fmt: skip
 
 
@@ -194,7 +194,8 @@ def test_npz_with_false_header_raises_error(tmp_path: Path, header: bytes, conte
 def test_damaged_npz_raises_error(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "train.npz", text=np.random.default_rng(0).random(500))
     data = bytearray((tmp_path / "train.npz").read_bytes())
-    for place in range(0, len(data), 61):
-        (tmp_path / "train.npz").write_bytes(bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :]))
+    for position in range(0, len(data), 61):
+        damaged = data[:position] + bytes([data[position] ^ 0x55]) + data[position + 1 :]
+        (tmp_path / "train.npz").write_bytes(damaged)
         with pytest.raises(DatasetError, match=r"train\.npz"):
             ingest("mosei", tmp_path, out=tmp_path / "o.parquet")

@@ -1,4 +1,4 @@
-"""Laws of locks: never two writers of one thing, a dead one blocks nobody, and a refusal names who is there."""
+"""Tests of locks: one writer at a time, locks of ended processes expire, and errors name the other writer."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ with write_lock(Path(sys.argv[1]), sys.argv[2], command="mmaudit score"):
 
 
 @contextmanager
-def another(folder: Path, scope: str = "") -> Iterator[subprocess.Popen[bytes]]:
-    """A process that holds a lock until it is killed."""
+def locking_process(folder: Path, scope: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process that holds a lock until it is killed."""
     command = [sys.executable, "-c", _HOLD, str(folder), scope]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
@@ -43,14 +43,14 @@ def another(folder: Path, scope: str = "") -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def leave(folder: Path, *, process: ProcessId, age_seconds: float = 0.0, scope: str = "") -> Path:
-    """Write the lock of a process that is not there to remove it."""
+def write_foreign_lock(folder: Path, *, process: ProcessId, age_seconds: float = 0.0, scope: str = "") -> Path:
+    """Write a lock file that no process of this test removes."""
     file = folder / FOLDER / "0123456789abcdef.lock"
     file.parent.mkdir(parents=True)
-    about = {"scope": scope, "command": "mmaudit score", "host": "node7", "process": str(process), "started": "today"}
-    file.write_text(json.dumps(about))
-    now = time.time()
-    os.utime(file, (now, now - age_seconds))
+    content = {"scope": scope, "command": "mmaudit score", "host": "node7", "process": str(process), "started": "today"}
+    file.write_text(json.dumps(content))
+    current_time = time.time()
+    os.utime(file, (current_time, current_time - age_seconds))
     return file
 
 
@@ -100,7 +100,7 @@ def test_scopes_overlap_where_one_contains_the_other(tmp_path: Path, first: str,
 
 
 def test_second_writer_gets_error_naming_the_first(tmp_path: Path) -> None:
-    with another(tmp_path) as process:
+    with locking_process(tmp_path) as process:
         start = time.monotonic()
         with pytest.raises(RunError) as caught, write_lock(tmp_path, command="mmaudit score"):
             pass
@@ -116,7 +116,7 @@ def test_second_writer_gets_error_naming_the_first(tmp_path: Path) -> None:
 
 def test_waiting_writer_logs_and_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
-    with another(tmp_path) as process:
+    with locking_process(tmp_path) as process:
         threading.Timer(1.6, process.kill).start()
         with write_lock(tmp_path, command="mmaudit split", wait_seconds=30):
             assert process.wait() != 0
@@ -124,25 +124,26 @@ def test_waiting_writer_logs_and_continues(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_lock_of_ended_process_is_taken_over(tmp_path: Path) -> None:
-    me = this_process()
-    for number, process in enumerate((replace(me, start="1"), replace(me, pid=2**22 + 1))):
-        folder = tmp_path / str(number)
-        file = leave(folder, process=process)
+    own_process = this_process()
+    for index, process in enumerate((replace(own_process, start="1"), replace(own_process, pid=2**22 + 1))):
+        folder = tmp_path / str(index)
+        file = write_foreign_lock(folder, process=process)
         assert is_free(folder)
         assert not file.exists()
-    assert not is_free(leave(tmp_path / "alive", process=me, age_seconds=3_600).parent.parent)  # however old
+    write_foreign_lock(tmp_path / "running", process=own_process, age_seconds=3_600)
+    assert not is_free(tmp_path / "running")
 
 
 @pytest.mark.parametrize(("age_seconds", "free"), [(0, False), (30, False), (120, True)])
 def test_lock_of_another_machine_expires_without_heartbeats(tmp_path: Path, age_seconds: float, free: bool) -> None:
-    """Also where its process has the number of one of ours, and the clocks of both machines differ."""
-    file = leave(tmp_path, process=replace(this_process(), machine="00000000"), age_seconds=age_seconds)
+    """Also if its process has the pid of a local process, and the clocks of both machines differ."""
+    file = write_foreign_lock(tmp_path, process=replace(this_process(), machine="00000000"), age_seconds=age_seconds)
     assert is_free(tmp_path) == free
     assert file.exists() == (not free)
 
 
 def test_damaged_lock_counts_until_it_is_stale(tmp_path: Path) -> None:
-    file = leave(tmp_path, process=this_process())
+    file = write_foreign_lock(tmp_path, process=this_process())
     file.write_text("{")
     assert not is_free(tmp_path, "finetune/a")
     os.utime(file, (0, time.time() - 120))
@@ -168,42 +169,42 @@ def test_removed_lock_raises_error(tmp_path: Path) -> None:
 
 
 def test_lock_of_ended_process_is_removed_for_any_scope(tmp_path: Path) -> None:
-    leave(tmp_path, process=replace(this_process(), start="1"), scope="manifests/.1a2b")
+    write_foreign_lock(tmp_path, process=replace(this_process(), start="1"), scope="manifests/.1a2b")
     with write_lock(tmp_path, "manifests/a", command="mmaudit split") as lock:
         assert [path.name for path in lock.file.parent.iterdir()] == [lock.file.name]
 
 
 def test_many_writers_write_one_at_a_time(tmp_path: Path) -> None:
-    """A stale lock lies there, too: all find it, and none takes away what another has put in its place."""
-    leave(tmp_path, process=replace(this_process(), start="1"))
-    at_work: list[int] = []
-    most: list[int] = []
+    """There is a stale lock, too: all writers find it, and none removes the lock of another in its place."""
+    write_foreign_lock(tmp_path, process=replace(this_process(), start="1"))
+    active: list[int] = []
+    num_active: list[int] = []
 
     def write(number: int) -> None:
         with write_lock(tmp_path, command="mmaudit split", wait_seconds=60):
-            at_work.append(number)
-            most.append(len(at_work))
+            active.append(number)
+            num_active.append(len(active))
             time.sleep(0.005)
-            at_work.remove(number)
+            active.remove(number)
 
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(write, range(24)))
-    assert most == [1] * 24
+    assert num_active == [1] * 24
 
 
 def test_one_of_two_simultaneous_writers_gets_the_lock(tmp_path: Path) -> None:
     for _ in range(10):
-        together = threading.Barrier(2)
-        ended = threading.Barrier(2)
+        start = threading.Barrier(2)
+        end = threading.Barrier(2)
 
-        def write(together: threading.Barrier = together, ended: threading.Barrier = ended) -> bool:
-            together.wait()
+        def write(start: threading.Barrier = start, end: threading.Barrier = end) -> bool:
+            start.wait()
             try:
                 with write_lock(tmp_path, command="mmaudit score"):
-                    ended.wait(timeout=20)
+                    end.wait(timeout=20)
                     return True
             except RunError:
-                ended.wait(timeout=20)
+                end.wait(timeout=20)
                 return False
 
         with ThreadPoolExecutor(2) as pool:
@@ -237,13 +238,13 @@ def test_failed_lock_removes_its_folders(tmp_path: Path, monkeypatch: pytest.Mon
 def test_interrupt_during_release_removes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     withdraw, calls = locks._withdraw, []
 
-    def interrupted(file: Path, created: list[Path]) -> None:
+    def interrupt_once(file: Path, created: list[Path]) -> None:
         calls.append(file)
         if len(calls) == 1:
             raise KeyboardInterrupt
         withdraw(file, created)
 
-    monkeypatch.setattr(locks, "_withdraw", interrupted)
+    monkeypatch.setattr(locks, "_withdraw", interrupt_once)
     with pytest.raises(KeyboardInterrupt), write_lock(tmp_path, command="mmaudit score"):
         assert list((tmp_path / FOLDER).iterdir())
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Laws of budgets: a file that asks for more memory or time than allowed is too-large before it is decoded."""
+"""Tests of the limits of decoding: files that need too much memory or time are too-large before they are decoded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def picture(kind: str, size: tuple[int, int] = (60, 40), **options: Any) -> byte
 
 
 def tiff(**tags: tuple[int, int, int]) -> bytes:
-    """Write a TIFF of 3 KB whose header states whatever sizes: tag, type (3 short, 4 long) and value."""
+    """Return a TIFF of 3 KB whose header has arbitrary entries: tag, type (3 short, 4 long) and value."""
     entries = sorted(tags.values())
     head = b"II*\0" + struct.pack("<IH", 8, len(entries))
     body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
@@ -61,7 +61,7 @@ def flat_tiff(width: int, height: int, *, tile: int | None = None) -> bytes:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """Write a PNG of one colour, whose pixels are compressed a thousand times."""
+    """Return a PNG of one colour, whose pixels are compressed by a factor of a thousand."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -150,13 +150,13 @@ def test_videos_are_limited_by_pixels_bytes_and_packets(film: Callable[[bool], b
     data = film(False)  # ten frames of 32 x 32
     exact = MediaConfig(max_frame_pixels=32 * 32, max_video_pixels=10 * 32 * 32, max_packets=11)
     np.testing.assert_array_equal(decode_frames(data, exact), decode_frames(data, MediaConfig()))
-    for less in (
+    for limits in (
         {"max_frame_pixels": 32 * 32 - 1},
         {"max_video_pixels": 10 * 32 * 32 - 1},
         {"max_video_bytes": 100},
         {"max_packets": 9},
     ):
-        assert reason_of(decode_frames, data, replace(exact, **less)) is Reason.TOO_LARGE
+        assert reason_of(decode_frames, data, replace(exact, **limits)) is Reason.TOO_LARGE
 
 
 def test_video_with_huge_stated_frame_size_is_too_large() -> None:
@@ -203,5 +203,5 @@ def test_default_limits_do_not_change_the_cache_fingerprint() -> None:
     assert "max_seconds" in names
     assert not names & set(BUDGETS)
     for name in BUDGETS:
-        other = replace(MediaConfig(), **{name: 1_000})
-        assert preprocessing(sound, other) != preprocessing(sound, MediaConfig())
+        config = replace(MediaConfig(), **{name: 1_000})
+        assert preprocessing(sound, config) != preprocessing(sound, MediaConfig())

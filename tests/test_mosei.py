@@ -1,4 +1,4 @@
-"""Laws of the features of utterances: mean and spread of the real steps, whatever the padding and the dialect."""
+"""Tests of the CMU-MOSEI adapter: mean and standard deviation of real steps, for every padding and file format."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mmaudit.audit.errors import DatasetError
 SHAPES = {"text": (5, 4), "audio": (7, 2), "vision": (3, 3)}
 
 
-def part(ids: list[str], *, seed: int = 0, **fields: Any) -> dict[str, Any]:
+def make_split(ids: list[str], *, seed: int = 0, **fields: Any) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     features = {name: rng.standard_normal((len(ids), *shape)).astype(np.float32) for name, shape in SHAPES.items()}
     return {"id": ids, **features, "regression_labels": np.linspace(-3, 3, len(ids), dtype=np.float32), **fields}
 
 
-def write(root: Path, **parts: dict[str, Any]) -> Path:
+def write_pickle(root: Path, **parts: dict[str, Any]) -> Path:
     (root / "unaligned_50.pkl").write_bytes(pickle.dumps(parts))
     return root
 
@@ -38,28 +38,28 @@ def rows_of(ingested: Ingested) -> dict[str, dict[str, Any]]:
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4),
     padding=st.sampled_from([0.0, np.nan]),
-    ahead=st.booleans(),
+    pad_front=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None)
-def test_pooling_ignores_padding(lengths: list[int], padding: float, ahead: bool, seed: int) -> None:
+def test_pooling_ignores_padding(lengths: list[int], padding: float, pad_front: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     series = np.full((len(lengths), 9, 2), padding)
     steps = [rng.standard_normal((length, 2)) + 5 for length in lengths]
-    for row, real in zip(series, steps, strict=True):
-        row[9 - len(real) :] = real if ahead else row[9 - len(real) :]
-        row[: len(real)] = row[: len(real)] if ahead else real
+    for row, real_steps in zip(series, steps, strict=True):
+        row[9 - len(real_steps) :] = real_steps if pad_front else row[9 - len(real_steps) :]
+        row[: len(real_steps)] = row[: len(real_steps)] if pad_front else real_steps
     vectors, empty = pool_series(series)
     assert empty.tolist() == [length == 0 for length in lengths]
-    for vector, real in zip(vectors, steps, strict=True):
-        expected = [*real.mean(axis=0), *real.std(axis=0)] if len(real) else [0.0] * 4
+    for vector, real_steps in zip(vectors, steps, strict=True):
+        expected = [*real_steps.mean(axis=0), *real_steps.std(axis=0)] if len(real_steps) else [0.0] * 4
         np.testing.assert_allclose(vector, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_pickle_gives_expected_rows(tmp_path: Path) -> None:
-    train = part(["a$_$0", "a$_$1"], classification_labels=np.array([0.0, 2.0]))
-    test = part(["c[3]"], seed=1, classification_labels=np.array([1.0]))
-    ingested = ingest("mosei", write(tmp_path, train=train, valid={}, test=test))
+    train = make_split(["a$_$0", "a$_$1"], classification_labels=np.array([0.0, 2.0]))
+    test = make_split(["c[3]"], seed=1, classification_labels=np.array([1.0]))
+    ingested = ingest("mosei", write_pickle(tmp_path, train=train, valid={}, test=test))
     rows = rows_of(ingested)
     assert {name: (row["label"], row["group"], row["split"]) for name, row in rows.items()} == {
         "a$_$0": (0, "a", "train"),
@@ -70,31 +70,31 @@ def test_pickle_gives_expected_rows(tmp_path: Path) -> None:
     np.testing.assert_allclose(rows["a$_$1"]["audio"][:2], train["audio"][1].mean(axis=0), rtol=1e-5)
     assert ingested.message == "you have 3 of 3"
     dataset = open_dataset(ingested.path)
-    found = [(modality.name, modality.kind, modality.length) for modality in dataset.modalities]
-    assert found == [("text", "features", 8), ("audio", "features", 4), ("vision", "features", 6)]
+    modalities = [(modality.name, modality.kind, modality.length) for modality in dataset.modalities]
+    assert modalities == [("text", "features", 8), ("audio", "features", 4), ("vision", "features", 6)]
 
 
 def test_label_is_sign_of_sentiment_without_classes(tmp_path: Path) -> None:
     scores = np.array([[[-0.2]], [[0.0]], [[2.6]], [[np.nan]]])
-    mult = part(["a[0]", "a[1]", "b[0]", "b[1]"])
+    mult = make_split(["a[0]", "a[1]", "b[0]", "b[1]"])
     del mult["regression_labels"]
-    ingested = ingest("mosei", write(tmp_path, train={**mult, "labels": scores}))
+    ingested = ingest("mosei", write_pickle(tmp_path, train={**mult, "labels": scores}))
     assert [row["label"] for row in rows_of(ingested).values()] == ["negative", "neutral", "positive", None]
     assert "no classes in the file: the label is the sign of the sentiment" in ingested.notes
 
 
 def test_ids_given_as_rows_become_one_string(tmp_path: Path) -> None:
     ids: Any = np.array([[b"xyz", b"0.5", b"7.25"], [b"xyz", b"8.0", b"9.5"]])
-    rows = rows_of(ingest("mosei", write(tmp_path, test=part(ids))))
+    rows = rows_of(ingest("mosei", write_pickle(tmp_path, test=make_split(ids))))
     assert {name: row["group"] for name, row in rows.items()} == {"xyz[0.5,7.25]": "xyz", "xyz[8.0,9.5]": "xyz"}
 
 
 def test_utterance_without_steps_is_missing_and_nan_is_kept(tmp_path: Path) -> None:
-    train = part(["a$_$0", "a$_$1", "b$_$0"])
+    train = make_split(["a$_$0", "a$_$1", "b$_$0"])
     train["vision"][0] = 0
     train["audio"][2, 1, 0] = np.nan
     train["audio"][2, 2, 1] = -np.inf
-    ingested = ingest("mosei", write(tmp_path, train=train))
+    ingested = ingest("mosei", write_pickle(tmp_path, train=train))
     rows = rows_of(ingested)
     assert rows["a$_$0"]["vision"] is None
     assert np.isnan(rows["b$_$0"]["audio"][0])
@@ -105,24 +105,24 @@ def test_utterance_without_steps_is_missing_and_nan_is_kept(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("split_field", [True, False])
 def test_npz_gives_same_table_as_pickle(tmp_path: Path, split_field: bool) -> None:
-    train, test = part(["a$_$0", "a$_$1"]), part(["c$_$0"], seed=1)
+    train, test = make_split(["a$_$0", "a$_$1"]), make_split(["c$_$0"], seed=1)
     (tmp_path / "pickle").mkdir()
-    first = ingest("mosei", write(tmp_path / "pickle", train=train, test=test)).path.read_bytes()
-    home = tmp_path / "npz"
-    home.mkdir()
+    expected = ingest("mosei", write_pickle(tmp_path / "pickle", train=train, test=test)).path.read_bytes()
+    folder = tmp_path / "npz"
+    folder.mkdir()
     if split_field:
         fields: dict[str, Any] = {name: np.concatenate([train[name], test[name]]) for name in train}
-        np.savez(home / "all.npz", split=np.array(["train", "train", "test"]), **fields)
+        np.savez(folder / "all.npz", split=np.array(["train", "train", "test"]), **fields)
     else:
-        np.savez(home / "train.npz", **train)
-        np.savez(home / "test.npz", **test)
-    assert ingest("mosei", home).path.read_bytes() == first
+        np.savez(folder / "train.npz", **train)
+        np.savez(folder / "test.npz", **test)
+    assert ingest("mosei", folder).path.read_bytes() == expected
 
 
 def test_two_pickles_require_selection(tmp_path: Path) -> None:
-    write(tmp_path, train=part(["a$_$0"]))
+    write_pickle(tmp_path, train=make_split(["a$_$0"]))
     aligned = (tmp_path / "unaligned_50.pkl").rename(tmp_path / "aligned_50.pkl")
-    write(tmp_path, train=part(["b$_$0"]))
+    write_pickle(tmp_path, train=make_split(["b$_$0"]))
     with pytest.raises(DatasetError, match=r"contains 2 pickles \(aligned_50\.pkl, unaligned_50\.pkl\): select one"):
         ingest("mosei", tmp_path)
     assert list(rows_of(ingest("mosei", tmp_path, lists=[aligned]))) == ["a$_$0"]
@@ -141,21 +141,21 @@ def test_two_pickles_require_selection(tmp_path: Path) -> None:
 )
 def test_invalid_fields_raise_error(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
-        ingest("mosei", write(tmp_path, train=part(["a$_$0", "a$_$1"], **fields)))
+        ingest("mosei", write_pickle(tmp_path, train=make_split(["a$_$0", "a$_$1"], **fields)))
 
 
 def test_missing_fields_raise_error(tmp_path: Path) -> None:
     for name in ("audio", "regression_labels"):
-        spoiled = part(["a$_$0"])
-        del spoiled[name]
+        incomplete = make_split(["a$_$0"])
+        del incomplete[name]
         with pytest.raises(DatasetError, match=rf"unaligned_50\.pkl, train: no field .*{name}; available: id, "):
-            ingest("mosei", write(tmp_path, train=spoiled))
+            ingest("mosei", write_pickle(tmp_path, train=incomplete))
 
 
 def test_splits_with_different_feature_lengths_raise_error(tmp_path: Path) -> None:
-    test = part(["c$_$0"], audio=np.ones((1, 7, 3), dtype=np.float32))
+    test = make_split(["c$_$0"], audio=np.ones((1, 7, 3), dtype=np.float32))
     with pytest.raises(DatasetError, match="the other splits differ in the length of features"):
-        ingest("mosei", write(tmp_path, train=part(["a$_$0"]), test=test))
+        ingest("mosei", write_pickle(tmp_path, train=make_split(["a$_$0"]), test=test))
 
 
 def test_other_content_raises_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Laws of our files: whole or not at all, the same bytes for the same table, and what they were made from."""
+"""Tests of Parquet files: atomic writing, same bytes for the same table, provenance, and damage."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ TABLE = pa.table({"id": ["a", "b"], "value": [1.0, None]})
 def test_write_then_read_round_trips(tmp_path: Path) -> None:
     provenance = {"seed": 3, "nested": {"list": [1, 2.5, None, "ü"]}}
     write_parquet(TABLE, tmp_path / "new" / "t.parquet", provenance=provenance)
-    table, found = read_parquet(tmp_path / "new" / "t.parquet", error=ScoreError)
+    table, read_provenance = read_parquet(tmp_path / "new" / "t.parquet", error=ScoreError)
     assert table.equals(TABLE)
-    assert found == provenance
+    assert read_provenance == provenance
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.parquet"]
 
 
@@ -60,24 +60,24 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
         write_json({"a": math.nan}, path)
     assert path.read_bytes() == old
-    assert [each.name for each in tmp_path.iterdir()] == ["t.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
 
 
-def spoil(content: bytes, draw: random.Random) -> bytes:
-    """Flip, cut, blank, repeat or insert some bytes."""
-    data, place = bytearray(content), draw.randrange(len(content))
+def mutate(content: bytes, draw: random.Random) -> bytes:
+    """Return the bytes with some flipped, cut, zeroed, repeated or inserted."""
+    data, position = bytearray(content), draw.randrange(len(content))
     kind = draw.choice(("flip", "flip", "cut", "zero", "repeat", "insert"))
     if kind == "flip":
         for _ in range(draw.choice((1, 4, 16))):
             data[draw.randrange(len(data))] = draw.randrange(256)
     elif kind == "cut":
-        del data[place:]
+        del data[position:]
     elif kind == "zero":
-        data[place : place + 32] = bytes(len(data[place : place + 32]))
+        data[position : position + 32] = bytes(len(data[position : position + 32]))
     elif kind == "repeat":
-        data[place:place] = data[place : place + 64]
+        data[position:position] = data[position : position + 64]
     else:
-        data[place:place] = draw.randbytes(8)
+        data[position:position] = draw.randbytes(8)
     return bytes(data)
 
 
@@ -88,7 +88,7 @@ def test_damage_anywhere_raises_requested_error(tmp_path: Path, options: dict[st
     pq.write_table(pa.table(rows), path, **options)
     good, draw, messages = path.read_bytes(), random.Random(7), list[str]()
     for _ in range(150):
-        path.write_bytes(spoil(good, draw))
+        path.write_bytes(mutate(good, draw))
         try:
             sum(len(str(batch.to_pylist())) for batch in read_batches(path, error=ScoreError, rows=16))
             read_parquet(path, error=ScoreError)
@@ -99,18 +99,18 @@ def test_damage_anywhere_raises_requested_error(tmp_path: Path, options: dict[st
 
 
 def test_changed_bytes_are_detected_by_checksums(tmp_path: Path) -> None:
-    """Pages have checksums: what would decode to other values is refused as well."""
+    """Pages have checksums, so that changes that decode to other values are detected, too."""
     path = tmp_path / "t.parquet"
     write_parquet(pa.table({"id": [f"sample {n}" for n in range(9)]}), path, provenance={})
     good = path.read_bytes()
     begin, end = 40, pq.read_metadata(path).row_group(0).column(0).total_compressed_size
-    for place in range(begin, end):
-        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    for position in range(begin, end):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
         try:
             table, _ = read_parquet(path, error=ScoreError)
         except ScoreError:
             continue
-        assert table["id"].to_pylist() == [f"sample {n}" for n in range(9)]  # a statistic that nobody reads
+        assert table["id"].to_pylist() == [f"sample {n}" for n in range(9)]  # a statistic that is not read
 
 
 def test_duplicate_columns_and_impossible_row_counts_raise_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Laws of JSON with limits: what is parsed is finite, flat enough and of its shape, or one line names the key."""
+"""Tests of parsing JSON: values are finite, of limited depth and of the expected shape, or one line names the key."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_check_shape_raises_only_value_error(value: Any) -> None:
         with pytest.raises(ValueError, match=r"the document is .*; it must be an object"):
             check_shape(value, SHAPE)
     else:
-        check_shape(value, SHAPE)  # none of its keys is known
+        check_shape(value, SHAPE)  # the shape has none of these keys
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,11 @@ def test_tuple_of_shapes_may_include_an_object() -> None:
     shape: Shape = {"calibration": (Complete(ece=float), type(None))}
     for calibration in (None, {"ece": 0.5}):
         check_shape({"calibration": calibration}, shape)
-    wrong: dict[str, Any] = {"calibration lacks ece": {}, "calibration is 5": 5, r"calibration\.ece": {"ece": "x"}}
-    for reason, value in wrong.items():
+    value_of_reason: dict[str, Any] = {
+        "calibration lacks ece": {},
+        "calibration is 5": 5,
+        r"calibration\.ece": {"ece": "x"},
+    }
+    for reason, value in value_of_reason.items():
         with pytest.raises(ValueError, match=reason):
             check_shape({"calibration": value}, shape)

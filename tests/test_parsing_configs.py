@@ -1,4 +1,4 @@
-"""Laws of configs built from plain values: a value fits its field and can be meant, or its key is named."""
+"""Tests of configs built from plain values: values fit their fields, or an error names the key."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Inner:
 
 @dataclass(frozen=True, kw_only=True)
 class Outer:
-    """Every kind of field that there is."""
+    """Every kind of field."""
 
     size: int = 1
     name: str | None = None

@@ -1,4 +1,4 @@
-"""Laws of signatures: only this user on this machine makes them, for one content, and a missing secret is no error."""
+"""Tests of signatures: they are valid for one user, machine and content, and a missing secret is no error."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ relaxed = settings(max_examples=50, deadline=None, suppress_health_check=[Health
 
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A new user's state folder, not there yet."""
+    """Return the state folder of a new user, which does not exist yet."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return tmp_path / "state" / "mmaudit"
 
 
 @relaxed
 @given(CONTENTS, CONTENTS)
-def test_signature_is_valid_for_one_content_only(one: dict[str, object], other: dict[str, object]) -> None:
-    signature = sign(one)
+def test_signature_is_valid_for_one_content_only(content: dict[str, object], other_content: dict[str, object]) -> None:
+    signature = sign(content)
     assert signature is not None
-    assert is_signed(dict(reversed(one.items())), signature)
-    assert is_signed(other, signature) == (json.dumps(other, sort_keys=True) == json.dumps(one, sort_keys=True))
+    assert is_signed(dict(reversed(content.items())), signature)
+    is_same = json.dumps(other_content, sort_keys=True) == json.dumps(content, sort_keys=True)
+    assert is_signed(other_content, signature) == is_same
 
 
 @pytest.mark.parametrize("signature", [None, "", 3, "0" * 64, "é", "\ud800", ["a"]])
@@ -48,7 +49,7 @@ def test_other_values_are_not_signatures(signature: object) -> None:
 
 def test_secret_is_private_and_created_once(state: Path) -> None:
     assert not is_signed({}, "0" * 64)
-    assert not state.exists()  # to check a signature makes no secret
+    assert not state.exists()  # checking a signature creates no secret
     first = sign({"a": 1})
     assert state == state_folder()
     assert [path.name for path in state.iterdir()] == ["secret"]
@@ -73,17 +74,17 @@ def test_relative_state_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.Mo
         assert state_folder() == tmp_path / ".local" / "state" / "mmaudit"
 
 
-@pytest.mark.parametrize("spoil", ["parent is a file", "folder is a file", "no home"])
+@pytest.mark.parametrize("fault", ["parent is a file", "folder is a file", "no home"])
 def test_without_a_state_folder_nothing_is_signed(
-    state: Path, spoil: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    state: Path, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if spoil == "no home":
+    if fault == "no home":
         monkeypatch.delenv("XDG_STATE_HOME")
         monkeypatch.setattr(Path, "home", no_home)
     else:
-        place = state.parent if spoil == "parent is a file" else state
-        place.parent.mkdir(exist_ok=True)
-        place.write_text("")
+        blocked_path = state.parent if fault == "parent is a file" else state
+        blocked_path.parent.mkdir(exist_ok=True)
+        blocked_path.write_text("")
     with caplog.at_level(logging.WARNING):
         assert sign({}) is None
     assert len(caplog.messages) == 1

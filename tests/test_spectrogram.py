@@ -1,4 +1,4 @@
-"""Laws of spectrograms: a network hears the same time of every sound, from its beginning."""
+"""Tests of spectrograms: those for networks cover the same duration of every sound, from its beginning."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def noise(count: int) -> NDArray[np.float32]:
 @given(count=st.integers(1, 60_000), seconds=st.floats(0.1, 2.0), rate=st.sampled_from([2_000, 11_025, 16_000, 44_100]))
 def test_spectrogram_has_fixed_shape_for_any_duration(count: int, seconds: float, rate: int) -> None:
     config = MediaConfig(network_seconds=seconds, sample_rate=rate)
-    found = network_spectrogram(noise(count), config)
-    assert found.shape == (64, network_steps(config))
-    assert found.dtype == np.float32
-    assert np.isfinite(found).all()
+    spectrogram = network_spectrogram(noise(count), config)
+    assert spectrogram.shape == (64, network_steps(config))
+    assert spectrogram.dtype == np.float32
+    assert np.isfinite(spectrogram).all()
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.1, 10), (1.0, 100), (3.0, 300)])

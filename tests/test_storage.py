@@ -1,4 +1,4 @@
-"""Laws of storage: a file or folder is there whole or not at all, whoever writes it and however that ends."""
+"""Tests of storage: files and folders are written completely or not at all, also by concurrent or killed writers."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def temporary_of(writer: object) -> str:
+def temporary_name(writer: object) -> str:
     return f".mmaudit-{writer}-{secrets.token_hex(4)}.tmp"
 
 
-def ended() -> ProcessId:
-    """A process of this machine that has ended."""
+def ended_process() -> ProcessId:
+    """Return the identity of an ended process of this machine."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         pass
     return ProcessId(machine=this_process().machine, pid=process.pid, start="0")
@@ -101,7 +101,7 @@ def test_leftovers_of_killed_writer_are_removed_by_the_next(tmp_path: Path) -> N
         assert process.stdout is not None
         process.stdout.readline()
         remove_leftovers(tmp_path)
-        assert len(names(tmp_path)) == 3  # its writer lives
+        assert len(names(tmp_path)) == 3  # its writer is running
         process.send_signal(signal.SIGKILL)
     assert path.read_text() == "old"
     assert len(names(tmp_path)) == 3
@@ -111,29 +111,29 @@ def test_leftovers_of_killed_writer_are_removed_by_the_next(tmp_path: Path) -> N
 
 
 def test_only_leftovers_of_ended_writers_are_removed(tmp_path: Path) -> None:
-    me = this_process()
-    other_machine = ProcessId(machine="00000000", pid=me.pid, start=me.start)
-    later_process = ProcessId(machine=me.machine, pid=me.pid, start="1")
-    kept = [temporary_of(me), temporary_of(other_machine), "notes.txt", ".mmaudit-notes.tmp"]
-    removed = [temporary_of(ended()), temporary_of(later_process)]
-    for name in (*kept, *removed):
+    own_process = this_process()
+    other_machine = ProcessId(machine="00000000", pid=own_process.pid, start=own_process.start)
+    later_process = ProcessId(machine=own_process.machine, pid=own_process.pid, start="1")
+    remaining = [temporary_name(own_process), temporary_name(other_machine), "notes.txt", ".mmaudit-notes.tmp"]
+    removed = [temporary_name(ended_process()), temporary_name(later_process)]
+    for name in (*remaining, *removed):
         (tmp_path / name).write_text("")
-    old = [temporary_of(other_machine), temporary_of("unknown")]
+    old = [temporary_name(other_machine), temporary_name("unknown")]
     for name in old:
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").write_text("")
         os.utime(tmp_path / name, (0, time.time() - 2 * 86_400))
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == sorted(kept)
+    assert names(tmp_path) == sorted(remaining)
 
 
 def test_folder_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "folder"
-    for number, exchange in enumerate((storage._exchange, storage._exchange, lambda first, second: False)):
+    for index, exchange in enumerate((storage._exchange, storage._exchange, lambda first, second: False)):
         monkeypatch.setattr(storage, "_exchange", exchange)
         with atomic_folder(path) as temporary:
-            (temporary / f"{number}.txt").write_text("text")
-        assert names(path) == [f"{number}.txt"]
+            (temporary / f"{index}.txt").write_text("text")
+        assert names(path) == [f"{index}.txt"]
         assert names(tmp_path) == ["folder"]
 
     def fail() -> None:
@@ -151,7 +151,7 @@ def test_folders_are_exchanged_by_one_system_call(tmp_path: Path, monkeypatch: p
     for name in ("new", "old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("")
-    monkeypatch.setattr(Path, "replace", None)  # one call of the system, not two renames
+    monkeypatch.setattr(Path, "replace", None)  # one system call, not two renames
     replace_folder(tmp_path / "new", tmp_path / "old")
     assert names(tmp_path) == ["old"]
     assert names(tmp_path / "old") == ["new"]
@@ -164,7 +164,7 @@ def test_errors_name_the_target_file(tmp_path: Path) -> None:
         with atomic_write(path):
             raise error
 
-    for error in (OSError(28, "No space left on device"), OSError(28, "full", str(tmp_path / temporary_of("x")))):
+    for error in (OSError(28, "No space left on device"), OSError(28, "full", str(tmp_path / temporary_name("x")))):
         with pytest.raises(OSError, match="28") as caught:
             write(error)
         assert caught.value.filename == str(path)

@@ -1,4 +1,4 @@
-"""Laws of film: a clip in which nothing moves is found, and one in which little moves is left alone."""
+"""Tests of video frames: still videos are detected, videos with little motion are not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEDIA = MediaConfig()
 
 
 def scene(count: int, *, step: int = 0, light: int = 0) -> NDArray[np.uint8]:
-    """A smooth picture (count, 64, 64, 3), moved by `step` pixels and made lighter by `light` levels at each frame."""
+    """Return a smooth picture (count, 64, 64, 3), moved by `step` pixels and brightened by `light` levels per frame."""
     coarse = np.random.default_rng(0).integers(40, 160, (12, 12, 3), dtype=np.uint8)
     wide = np.asarray(Image.fromarray(coarse).resize((64 + 64, 64), Image.Resampling.BICUBIC))
     shifted = [wide[:, step * index : step * index + 64] + np.uint8(light * index) for index in range(count)]
@@ -54,8 +54,8 @@ def test_unchanged_picture_for_a_second_is_still() -> None:
 
 
 def test_short_clip_and_single_frame_are_not_still() -> None:
-    assert not is_still(film(scene(13)))  # from the first frame to the last 0.48 s
-    assert is_still(film(scene(14)))  # 0.52
+    assert not is_still(film(scene(13)))  # 0.48 s from the first to the last frame
+    assert is_still(film(scene(14)))  # 0.52 s
     assert not is_still(film(scene(1)))
     assert not is_still(film(scene(25)), MediaConfig(num_frames=1))
 
@@ -74,20 +74,21 @@ def test_change_in_last_frames_is_motion() -> None:
     assert not is_still(film(frames))
 
 
-@given(count=st.integers(1, 300), parts=st.integers(1, 40))
-def test_segment_middles_lie_in_equal_parts(count: int, parts: int) -> None:
-    found = segment_middles(count, parts)
-    assert len(found) == parts
-    assert found == sorted(found)
-    assert all(part * count / parts - 1 < place < (part + 1) * count / parts for part, place in enumerate(found))
-    assert 0 <= found[0] <= found[-1] < count
+@given(count=st.integers(1, 300), num_parts=st.integers(1, 40))
+def test_segment_middles_lie_in_equal_parts(count: int, num_parts: int) -> None:
+    middles = segment_middles(count, num_parts)
+    assert len(middles) == num_parts
+    assert middles == sorted(middles)
+    for part, middle in enumerate(middles):
+        assert part * count / num_parts - 1 < middle < (part + 1) * count / num_parts
+    assert 0 <= middles[0] <= middles[-1] < count
 
 
 def test_frames_in_original_size() -> None:
     frames = np.repeat(scene(10, step=2), 2, axis=2)
-    found = read_frames(film(frames), num_frames=10, size=None, config=MediaConfig())
-    assert found.shape == (10, 64, 128, 3)
-    assert np.abs(found.astype(int) - frames).mean() < 6
+    decoded = read_frames(film(frames), num_frames=10, size=None, config=MediaConfig())
+    assert decoded.shape == (10, 64, 128, 3)
+    assert np.abs(decoded.astype(int) - frames).mean() < 6
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
@@ -100,8 +101,8 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 def test_pictures_of_a_folder_are_sampled_evenly(num_frames: int) -> None:
     frames = scene(9, step=4)
     folder = tuple(png(pixels) for pixels in frames)
-    found = decode_folders((folder,), MediaConfig(num_frames=num_frames))
-    np.testing.assert_array_equal(found, frames[segment_middles(9, num_frames)])
+    decoded = decode_folders((folder,), MediaConfig(num_frames=num_frames))
+    np.testing.assert_array_equal(decoded, frames[segment_middles(9, num_frames)])
 
 
 def test_several_folders_become_colour_channels() -> None:

@@ -1,4 +1,4 @@
-"""Laws of workers: results in order, errors as they were, and nobody left behind."""
+"""Tests of worker processes: results in order, errors in place, and no process left running."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import pytest
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.workers import default_workers, no_progress, prefetch_map, run_tasks
 
-# Workers import what they run, so it stands in the standard library: this file is no module for them.
+# Workers import the functions they run, which are therefore from the standard library.
 
 
-def left_behind(patience_seconds: float = 5.0) -> list[str]:
-    """Names of processes that are still running after a while."""
+def remaining_processes(patience_seconds: float = 5.0) -> list[str]:
+    """Return the names of child processes that are still running after a while."""
     end = time.monotonic() + patience_seconds
     while multiprocessing.active_children() and time.monotonic() < end:
         time.sleep(0.02)
@@ -34,7 +34,7 @@ def left_behind(patience_seconds: float = 5.0) -> list[str]:
 def test_run_tasks_keeps_order(num_workers: int) -> None:
     tasks = [2.0, 9.0, 4.0, 1.0, 0.0]
     assert list(run_tasks(math.sqrt, tasks, num_workers=num_workers)) == [math.sqrt(task) for task in tasks]
-    assert left_behind() == []
+    assert remaining_processes() == []
 
 
 def test_slow_first_task_keeps_order() -> None:
@@ -63,12 +63,12 @@ def test_error_is_raised_in_place_of_its_result(num_workers: int) -> None:
     assert next(results) == 2.0
     with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
         next(results)
-    assert left_behind() == []
+    assert remaining_processes() == []
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, GeneratorExit])
 def test_interrupt_ends_workers_at_once(stop: type[BaseException]) -> None:
-    """Five minutes of sleep are queued; the first result is there at once."""
+    """Five minutes of sleep are queued after a first result."""
     work: Callable[[float], None] = time.sleep
     results = run_tasks(work, [0.0] + [60.0] * 5, num_workers=2)
     next(results)
@@ -78,7 +78,7 @@ def test_interrupt_ends_workers_at_once(stop: type[BaseException]) -> None:
     else:
         with pytest.raises(KeyboardInterrupt):
             results.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
-    assert left_behind() == []
+    assert remaining_processes() == []
     assert time.monotonic() - start < 5
 
 
@@ -90,23 +90,23 @@ def test_interrupted_consumer_ends_workers() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         consume()
-    assert left_behind() == []
+    assert remaining_processes() == []
 
 
 def test_other_child_processes_are_not_ended() -> None:
-    stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
-    stranger.start()
+    other_process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    other_process.start()
     try:
         work: Callable[[float], None] = time.sleep
         results = run_tasks(work, [0.0, 60.0], num_workers=2)
         next(results)
         results.close()  # type: ignore[attr-defined]
         time.sleep(0.2)
-        assert stranger.is_alive()
+        assert other_process.is_alive()
     finally:
-        stranger.terminate()
-        stranger.join()
-        stranger.close()
+        other_process.terminate()
+        other_process.join()
+        other_process.close()
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
@@ -120,26 +120,26 @@ def test_prefetch_map_keeps_order(num_threads: int) -> None:
 
 
 def test_prefetch_map_reads_ahead_within_limit() -> None:
-    taken: list[int] = []
-    both_at_work = threading.Barrier(2, timeout=20)
+    drawn_tasks: list[int] = []
+    barrier = threading.Barrier(2, timeout=20)
 
     def tasks() -> Iterator[int]:
         for task in range(100):
-            taken.append(task)
+            drawn_tasks.append(task)
             yield task
 
     def work(task: int) -> int:
         if task < 2:
-            both_at_work.wait()  # passes only if two threads are in here at once
+            barrier.wait()  # passes only if two threads run at the same time
         return task
 
     results = prefetch_map(work, tasks(), num_threads=2)
     assert next(results) == 0
-    assert len(taken) == 8
+    assert len(drawn_tasks) == 8
     assert next(results) == 1
-    assert len(taken) == 9
+    assert len(drawn_tasks) == 9
     results.close()  # type: ignore[attr-defined]
-    assert len(taken) == 9
+    assert len(drawn_tasks) == 9
 
 
 def test_default_workers_is_at_least_one() -> None:
@@ -159,7 +159,7 @@ def running_in_session(leader: int) -> list[str]:
 
 @pytest.mark.parametrize("seconds", [None, 0.3])
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path, seconds: float | None) -> None:
-    """With SIGKILL, which leaves the parent no time to say so: while they work, and while they start."""
+    """With SIGKILL, which the parent cannot handle: while workers run, and while they start."""
     script = tmp_path / "parent.py"
     script.write_text(
         "import time; from mmaudit.audit.workers import run_tasks\n"
@@ -192,4 +192,4 @@ def test_killed_worker_raises_one_line_error() -> None:
     with pytest.raises(RunError, match=r"a worker process was killed .* lower --num-workers") as caught:
         list(run_tasks(work, [signal.SIGKILL] * 4, num_workers=2))
     assert "\n" not in str(caught.value)
-    assert left_behind() == []
+    assert remaining_processes() == []
