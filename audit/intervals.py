@@ -50,9 +50,10 @@ def share(rows: NDArray[np.bool_], groups: Groups) -> dict[str, float]:
 
 def wilson(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
     """Compute Wilson's score interval of a share, 95% by default (Wilson 1927)."""
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    half_width = z * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    observed_share = successes / trials
+    centre = observed_share + z * z / (2 * trials)
+    half_width = z * np.sqrt(observed_share * (1 - observed_share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     low, high = float((centre - half_width) / scale), float((centre + half_width) / scale)
-    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding may exclude a share of exactly 0 or 1
+    # Rounding may exclude a share of exactly 0 or 1.
+    return max(0.0, min(low, observed_share)), min(1.0, max(high, observed_share))

@@ -27,7 +27,7 @@ from .workers import ProcessId, this_process
 
 log = logging.getLogger("mmaudit")
 
-FOLDER = ".mmaudit-locks"
+LOCK_FOLDER = ".mmaudit-locks"
 _HEARTBEAT_SECONDS = 10.0  # between two heartbeats
 _STALE_SECONDS = 60.0  # without a heartbeat, after which the lock of a process on another machine counts as stale
 _MIN_WAIT_SECONDS = 0.5  # in which two processes that began together sort out which of them gets the lock
@@ -74,7 +74,7 @@ def write_lock(folder: Path, scope: str = "", *, command: str, wait_seconds: flo
     try:
         lock = Lock(file=_acquire(folder, scope, command=command, wait_seconds=wait_seconds))
     except BaseException:
-        _remove_empty([folder / FOLDER, *created])
+        _remove_empty([folder / LOCK_FOLDER, *created])
         raise
     owner_pid, stop = os.getpid(), threading.Event()
     threading.Thread(target=_send_heartbeats, args=(lock.file, stop), daemon=True, name="lock").start()
@@ -116,7 +116,7 @@ def _acquire(folder: Path, scope: str, *, command: str, wait_seconds: float) -> 
 
 def _create_lock_file(folder: Path, scope: str, *, command: str) -> Path:
     """Write a lock file and return its path."""
-    file = folder / FOLDER / f"{secrets.token_hex(8)}.lock"
+    file = folder / LOCK_FOLDER / f"{secrets.token_hex(8)}.lock"
     content = {
         "scope": scope,
         "command": command,
@@ -158,7 +158,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _overlapping(folder: Path, scope: str) -> list[tuple[Path, Holder]]:
     overlapping = []
-    for path in sorted((folder / FOLDER).glob("*.lock")):
+    for path in sorted((folder / LOCK_FOLDER).glob("*.lock")):
         entry = _read(path)
         if entry is None:
             continue

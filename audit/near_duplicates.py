@@ -15,7 +15,7 @@ from .features.matrix import Inputs, Rows, chunks
 from .threads import parallel_map
 
 MIN_FEATURES = 8  # shorter vectors are near, or equal, by chance
-PROJECTED = 64  # dimensions of the projection: it keeps distances to 9% (Johnson and Lindenstrauss, 1984)
+PROJECTED_DIM = 64  # dimensions of the projection: it keeps distances to 9% (Johnson and Lindenstrauss, 1984)
 REFERENCE_ROWS = 2048  # rows from which scale and dimension are estimated
 DIMENSION_QUANTILE = 0.2  # share of rows that may be copies of copies before the dimension is underestimated
 QUERY_BLOCK, ROW_BLOCK = 1024, 16_384  # 64 MiB of distances at once
@@ -75,10 +75,10 @@ def _projections(inputs: Inputs, rows: Rows, *, seed: int) -> list[_Projection]:
     varies = spread > 1e-6 * np.abs(features).max(axis=0)
     if varies.sum() < MIN_FEATURES:
         return []
-    if varies.sum() <= PROJECTED:
+    if varies.sum() <= PROJECTED_DIM:
         basis = np.eye(len(spread))[:, varies]
     else:
-        basis = np.random.default_rng(seed).standard_normal((len(spread), PROJECTED)) / np.sqrt(PROJECTED)
+        basis = np.random.default_rng(seed).standard_normal((len(spread), PROJECTED_DIM)) / np.sqrt(PROJECTED_DIM)
     scales = (varies / spread[varies].max(), varies / np.where(varies, spread, 1))
     return [
         _Projection(mean=mean.astype(np.float32), weights=(scale[:, None] * basis).astype(np.float32))

@@ -19,7 +19,7 @@ import pytest
 
 from mmaudit.audit import locks
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.locks import FOLDER, holders_of, write_lock
+from mmaudit.audit.locks import LOCK_FOLDER, holders_of, write_lock
 from mmaudit.audit.workers import ProcessId, this_process
 
 _HOLD = """
@@ -45,7 +45,7 @@ def locking_process(folder: Path, scope: str = "") -> Iterator[subprocess.Popen[
 
 def write_foreign_lock(folder: Path, *, process: ProcessId, age_seconds: float = 0.0, scope: str = "") -> Path:
     """Write a lock file that no process of this test removes."""
-    file = folder / FOLDER / "0123456789abcdef.lock"
+    file = folder / LOCK_FOLDER / "0123456789abcdef.lock"
     file.parent.mkdir(parents=True)
     content = {"scope": scope, "command": "mmaudit score", "host": "node7", "process": str(process), "started": "today"}
     file.write_text(json.dumps(content))
@@ -246,6 +246,6 @@ def test_interrupt_during_release_removes_the_lock(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(locks, "_withdraw", interrupt_once)
     with pytest.raises(KeyboardInterrupt), write_lock(tmp_path, command="mmaudit score"):
-        assert list((tmp_path / FOLDER).iterdir())
+        assert list((tmp_path / LOCK_FOLDER).iterdir())
     assert not list(tmp_path.iterdir())
     assert len(calls) == 2
