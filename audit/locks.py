@@ -128,7 +128,7 @@ def _create_lock_file(folder: Path, scope: str, *, command: str) -> Path:
         try:
             write_json(content, file)
             return file
-        except FileNotFoundError:  # another process removed the empty folder meanwhile
+        except (FileNotFoundError, FileExistsError):  # another process removed the empty folder meanwhile
             continue
         except OSError:
             _withdraw(file, [])

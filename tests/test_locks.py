@@ -235,6 +235,23 @@ def test_failed_lock_removes_its_folders(tmp_path: Path, monkeypatch: pytest.Mon
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError])
+def test_removal_of_the_lock_folder_by_another_writer_is_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    write_json, calls = locks.write_json, []
+
+    def fail_once(content: dict[str, object], path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise error
+        write_json(content, path)
+
+    monkeypatch.setattr(locks, "write_json", fail_once)
+    assert is_free(tmp_path)
+    assert len(calls) == 2
+
+
 def test_interrupt_during_release_removes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     withdraw, calls = locks._withdraw, []
 
