@@ -20,6 +20,7 @@ import pytest
 from mmaudit.audit import locks
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.locks import LOCK_FOLDER, holders_of, write_lock
+from mmaudit.audit.storage import write_json
 from mmaudit.audit.workers import ProcessId, this_process
 
 _HOLD = """
@@ -239,7 +240,7 @@ def test_failed_lock_removes_its_folders(tmp_path: Path, monkeypatch: pytest.Mon
 def test_removal_of_the_lock_folder_by_another_writer_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
 ) -> None:
-    write_json, calls = locks.write_json, []
+    calls: list[Path] = []
 
     def fail_once(content: dict[str, object], path: Path) -> None:
         calls.append(path)
