@@ -3,12 +3,12 @@
 MmauditError            one line for the user, exit 2
 ├── ConfigError         an option, a key or a value that does not exist
 ├── DatasetError        the data cannot be read as a dataset
-├── ScoreError          the table of scores is not one, or cannot be made
-├── MixtureError        there is nothing a mixture could be fitted to
+├── ScoreError          the score table is malformed, or cannot be computed
+├── MixtureError        no mixture can be fitted to these samples
 ├── ManifestError       a manifest is malformed, or its source has changed
-├── RunError            the run folder is in the way
-├── TrainError          training cannot go on
-└── GateError           a check that was asked for has failed, exit 3
+├── RunError            the run folder is incomplete, locked, or made from other data
+├── TrainError          training cannot continue
+└── GateError           a requested check has failed, exit 3
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 
 class MmauditError(Exception):
-    """The user's to mend. The message tells what, where, what was found, and the mend."""
+    """Base of all errors that the user can fix. The message states what, where, what was found, and what to do."""
 
 
 class ConfigError(MmauditError):
@@ -32,11 +32,11 @@ class DatasetError(MmauditError):
 
 
 class ScoreError(MmauditError):
-    """The table of scores is malformed, or cannot be made from these samples."""
+    """The score table is malformed, or cannot be computed from these samples."""
 
 
 class MixtureError(MmauditError):
-    """There is nothing a mixture could be fitted to."""
+    """No mixture can be fitted to these samples."""
 
 
 class ManifestError(MmauditError):
@@ -44,28 +44,28 @@ class ManifestError(MmauditError):
 
 
 class RunError(MmauditError):
-    """The run folder is in the way: made from other data, or incomplete."""
+    """The run folder is incomplete, locked by another process, or made from other data."""
 
 
 class TrainError(MmauditError):
-    """Training cannot go on: its loss is no longer a number, or weights to begin with do not fit."""
+    """Training cannot continue: the loss is not finite, or the initial weights do not fit the network."""
 
 
 class GateError(MmauditError):
-    """A check that was asked for has failed: the data leak."""
+    """A requested check has failed: the data leak."""
 
 
-def choices(wrong: str, right: Iterable[str]) -> str:
-    """Name the nearest of the right names first, then all of them, for the end of a message."""
-    names = list(right)
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
-    listed = ", ".join(names) if names else "none"
-    return f"did you mean {near[0]}? (there are: {listed})" if near else f"there are: {listed}"
+def choices(name: str, names: Iterable[str]) -> str:
+    """Return the end of a message on an unknown name: the nearest available name, then all of them."""
+    available = list(names)
+    nearest = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
+    listed = ", ".join(available) if available else "none"
+    return f"did you mean {nearest[0]}? (available: {listed})" if nearest else f"available: {listed}"
 
 
 @contextmanager
 def reading(file: object) -> Iterator[None]:
-    """Note on an error that is raised inside, unless it has one, which file was being read: see `file_of`."""
+    """Attach the file name to an error raised inside the block, unless it has one; read it with `file_of`."""
     try:
         yield
     except Exception as error:
@@ -75,20 +75,22 @@ def reading(file: object) -> Iterator[None]:
 
 
 def file_of(error: BaseException) -> str | None:
-    """Return the file that was being read when an error was raised; None where no reader noted it."""
+    """Return the file that was being read when an error was raised; None where none is attached."""
     return getattr(error, "mmaudit_file", None)
 
 
+# C0 and C1 controls (ESC among them), line and paragraph separators, direction marks and overrides, halves of
+# surrogate pairs. Joiners (U+200C, U+200D) are parts of words and are kept.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
 def printable(text: object) -> str:
-    r"""Return text with every control character written out, as in Python: ESC as `\x1b`, a line feed as `\n`.
+    r"""Return text with every control character escaped as in Python: ESC as `\x1b`, a line feed as `\n`.
 
-    A name can then neither steer a terminal, nor begin a line of its own, nor show in another order than it has.
+    A name can then not control a terminal, start a new line, or change the order in which text is shown.
     """
-    return _UNPRINTABLE.sub(_written_out, str(text))
+    return _UNPRINTABLE.sub(_escape, str(text))
 
 
-def _written_out(match: re.Match[str]) -> str:
+def _escape(match: re.Match[str]) -> str:
     return repr(match.group())[1:-1] if match.group() < "\x80" else f"\\u{ord(match.group()):04x}"

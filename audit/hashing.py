@@ -1,4 +1,4 @@
-"""Hashes: seeded ranks of ids, digests of content, and signatures of files."""
+"""Seeded hashes of ids, digests of content, and signatures of files."""
 
 from __future__ import annotations
 
@@ -18,58 +18,61 @@ from numpy.typing import NDArray
 
 
 def hash_rank(keys: Iterable[str], *, seed: int, purpose: str) -> NDArray[np.uint64]:
-    """Hash each key to 64 bits, uniformly. `purpose` keeps two uses of one seed independent of each other."""
-    start = hashlib.blake2b(f"{seed}\0{purpose}\0".encode(), digest_size=8)
+    """Hash each key to 64 bits, uniformly. Hashes of different `purpose` are independent under the same seed."""
+    prefix = hashlib.blake2b(f"{seed}\0{purpose}\0".encode(), digest_size=8)
     digests = bytearray()
     for key in keys:
-        digest = start.copy()
+        digest = prefix.copy()
         digest.update(key.encode())
         digests += digest.digest()
     return np.frombuffer(bytes(digests), dtype="<u8").astype(np.uint64)
 
 
 def canonical_order(ids: NDArray[np.object_]) -> NDArray[np.intp]:
-    """Return the order (n,) of unique ids by a hash of each: the same order of samples however the rows are shuffled.
+    """Return the order (n,) of unique ids by their hashes, which does not depend on the order of the rows.
 
-    By the hash, not by the ids, so that every k-th row is a fair sample where ids follow a pattern.
+    Sorted by hash, not by id, so that every k-th row is a fair sample where ids follow a pattern.
     """
-    key = hash_rank(ids, seed=0, purpose="row order")
-    order = np.argsort(key, kind="stable")
-    if (np.diff(key[order]) == 0).any():  # two hashes of 64 bits are equal in one set of 10^7 ids out of 370,000
-        order = np.array(sorted(range(len(ids)), key=lambda row: (key[row], ids[row])), dtype=np.intp)
+    hashes = hash_rank(ids, seed=0, purpose="row order")
+    order = np.argsort(hashes, kind="stable")
+    if (np.diff(hashes[order]) == 0).any():  # two 64-bit hashes collide in one of 370,000 sets of 10^7 ids
+        order = np.array(sorted(range(len(ids)), key=lambda row: (hashes[row], ids[row])), dtype=np.intp)
     return order
 
 
 def hash_ids(ids: pa.Array, *, seed: int, purpose: str) -> NDArray[np.uint64]:
-    """Hash strings (n,) to 64 bits, uniformly, eight bytes of all of them at a time: 10^7 ids take a second.
+    """Hash strings (n,) to 64 bits, uniformly, eight bytes of all strings at a time: 10^7 ids take a second.
 
-    For choosing among more samples than `hash_rank`, which is cryptographic, has time for. Raises ValueError for nulls.
+    For more samples than the cryptographic `hash_rank` can process quickly. Raises ValueError for nulls.
     """
     if ids.null_count:
         raise ValueError(f"{ids.null_count} ids are null")
     strings = ids if ids.type == pa.large_string() else ids.cast(pa.large_string())
     _, offsets, data = strings.buffers()
     ends = np.frombuffer(offsets, np.int64, len(strings) + 1, 8 * strings.offset)
-    whole = np.zeros(ends[-1] - ends[0] + 8, dtype=np.uint8)  # eight more, so that words are read wherever they begin
+    padded = np.zeros(ends[-1] - ends[0] + 8, dtype=np.uint8)  # eight more: a word can be read at every byte
     if data is not None:
-        whole[:-8] = np.frombuffer(data, np.uint8, len(whole) - 8, ends[0])
-    words = np.ndarray(len(whole) - 7, dtype="<u8", buffer=whole.data, strides=(1,))
-    place, left = ends[:-1] - ends[0], np.diff(ends)
-    found = splitmix64(left.astype(np.uint64) ^ hash_rank([purpose], seed=seed, purpose="ids")[0])
-    rows = np.arange(len(found))
-    while len(rows := rows[left > 0]):
-        place, left = place[left > 0], left[left > 0]
-        word = words[place] & (_ONES >> ((8 - np.minimum(left, 8)) * 8).astype(np.uint64))
-        found[rows] = splitmix64(found[rows] ^ word)
-        place, left = place + 8, left - 8
-    return found
+        padded[:-8] = np.frombuffer(data, np.uint8, len(padded) - 8, ends[0])
+    words = np.ndarray(len(padded) - 7, dtype="<u8", buffer=padded.data, strides=(1,))
+    position, num_bytes_left = ends[:-1] - ends[0], np.diff(ends)
+    hashes = splitmix64(num_bytes_left.astype(np.uint64) ^ hash_rank([purpose], seed=seed, purpose="ids")[0])
+    rows = np.arange(len(hashes))
+    while len(rows := rows[num_bytes_left > 0]):
+        position, num_bytes_left = position[num_bytes_left > 0], num_bytes_left[num_bytes_left > 0]
+        word = words[position] & (_ONES >> ((8 - np.minimum(num_bytes_left, 8)) * 8).astype(np.uint64))
+        hashes[rows] = splitmix64(hashes[rows] ^ word)
+        position, num_bytes_left = position + 8, num_bytes_left - 8
+    return hashes
 
 
 _ONES = np.uint64(2**64 - 1)
 
 
 def splitmix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mix 64-bit words one to one, so that each bit in flips half of those out: SplitMix64, Steele et al. 2014."""
+    """Mix 64-bit words by a bijection in which each input bit flips half of the output bits.
+
+    SplitMix64, Steele et al. 2014.
+    """
     mixed = words + np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(30)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
@@ -80,7 +83,7 @@ def splitmix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class LargeBytes(Protocol):
-    """Bytes that are not in memory: their number, and those that stand for their content, block by block."""
+    """Bytes that are not in memory: their number, and the blocks that are hashed in their place."""
 
     def __len__(self) -> int: ...
 
@@ -89,13 +92,13 @@ class LargeBytes(Protocol):
 
 
 def digest(*parts: bytes | LargeBytes) -> str:
-    """Fingerprint some bytes in 32 hexadecimal digits; the cut between the parts counts."""
-    whole = hashlib.blake2b(digest_size=16)
+    """Return a digest of bytes, 32 hexadecimal digits; the boundaries between the parts are part of it."""
+    hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
-        whole.update(len(part).to_bytes(8, "little"))
+        hasher.update(len(part).to_bytes(8, "little"))
         for block in [part] if isinstance(part, bytes) else part.digested():
-            whole.update(block)
-    return whole.hexdigest()
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 log = logging.getLogger("mmaudit")
@@ -110,21 +113,21 @@ def state_folder() -> Path:
 
 
 def sign(content: Mapping[str, Any]) -> str | None:
-    """Return the signature of plain values, 64 hexadecimal digits; None, with one line in the log, without a secret.
+    """Return the signature of plain values, 64 hexadecimal digits; without a secret log one warning and return None.
 
-    The secret is made when it is first needed. A state folder that cannot be written is no error.
+    The secret is created when it is first needed. A state folder that cannot be written is no error.
     """
     try:
         path = state_folder() / "secret"
         secret = _read_secret(path) if path.exists() else _make_secret(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
-        log.warning("nothing is signed: no secret can be kept in the state folder (%s)", error)
+        log.warning("not signed: the secret cannot be stored in the state folder (%s)", error)
         return None
     return None if secret is None else _hmac(secret, content)
 
 
 def is_signed(content: Mapping[str, Any], signature: object) -> bool:
-    """Return whether `signature` is this user's signature of these plain values on this machine."""
+    """Return whether `signature` is the signature of these plain values by this user on this machine."""
     try:
         path = state_folder() / "secret"
         secret = _read_secret(path) if path.exists() else None
@@ -136,12 +139,12 @@ def is_signed(content: Mapping[str, Any], signature: object) -> bool:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits: 1 to 2 GB a second."""
-    whole = hashlib.sha256()
+    """Return the SHA-256 of a file, 64 hexadecimal digits, at 1 to 2 GB per second."""
+    hasher = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            whole.update(block)
-    return whole.hexdigest()
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 def _hmac(secret: bytes, content: Mapping[str, Any]) -> str:
@@ -150,12 +153,12 @@ def _hmac(secret: bytes, content: Mapping[str, Any]) -> str:
 
 
 def _read_secret(path: Path) -> bytes | None:
-    """Read the secret; None, with one line in the log, for one that is damaged or that others could have read."""
+    """Read the secret; log one warning and return None if it is damaged or readable by other users."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         secret = file.read(SECRET_BYTES + 1)
     if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o077):
-        log.warning("%s is not used: it must belong to you, with mode 0600; delete it and score again", path)
+        log.warning("%s is ignored: it must belong to you, with mode 0600; delete it and score again", path)
         return None
     if len(secret) != SECRET_BYTES:
         log.warning("%s is damaged: delete it and score again", path)
@@ -164,7 +167,7 @@ def _read_secret(path: Path) -> bytes | None:
 
 
 def _make_secret(path: Path) -> bytes | None:
-    """Write a new secret, whole or not at all; of two processes that do so at once both return the same."""
+    """Write a new secret atomically and return it; two processes that do so at once return the same secret."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -174,7 +177,7 @@ def _make_secret(path: Path) -> bytes | None:
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.link(temporary, path)  # unlike a rename it never replaces the secret of a process that was quicker
+            os.link(temporary, path)  # unlike a rename, a link never replaces a secret written meanwhile
         except FileExistsError:
             pass
         except OSError:  # a file system without hard links

@@ -1,6 +1,6 @@
-"""95% intervals of shares and means, with samples of one group counted together.
+"""95% confidence intervals of shares and means of samples that may be grouped.
 
-All are of 95%. Without groups every sample counts for itself, and a share has Wilson's interval.
+Without groups every sample counts as independent, and a share has Wilson's interval.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 Array = NDArray[Any]
-Groups = NDArray[np.int64] | None  # the number of each sample's group, (n,); None where every sample is its own
+Groups = NDArray[np.int64] | None  # index of each sample's group, (n,); None where every sample is its own group
 
 
 def group_codes(group: NDArray[np.object_] | None) -> Groups:
-    """Number the groups (n,); None where the data have none."""
+    """Return the group index of each sample (n,); None where the data have no groups."""
     if group is None:
         return None
     codes = pa.array(group, pa.string()).dictionary_encode(null_encoding="encode").indices
@@ -25,34 +25,35 @@ def group_codes(group: NDArray[np.object_] | None) -> Groups:
 
 
 def mean(values: Array, groups: Groups, *, low: float = -1, high: float = 1) -> dict[str, float]:
-    """Give the mean of values (n,) in [low, high], its interval from the sums over groups and Student's t.
+    """Compute the mean of values (n,) in [low, high] and its interval, from the sums over groups and Student's t.
 
-    One group alone says nothing about others: its interval is all of [low, high].
+    A single group carries no information on other groups: its interval is all of [low, high].
     """
     centre = float(values.mean())
     sums = values - centre if groups is None else np.bincount(groups, weights=values - centre)
     if len(sums) < 2:
         return {"mean": centre, "low": low, "high": high}
-    error = np.sqrt((sums @ sums) * len(sums) / (len(sums) - 1)) / len(values)
-    half = float(stdtrit(len(sums) - 1, 0.975) * error)
-    return {"mean": centre, "low": max(low, centre - half), "high": min(high, centre + half)}
+    standard_error = np.sqrt((sums @ sums) * len(sums) / (len(sums) - 1)) / len(values)
+    half_width = float(stdtrit(len(sums) - 1, 0.975) * standard_error)
+    return {"mean": centre, "low": max(low, centre - half_width), "high": min(high, centre + half_width)}
 
 
 def share(rows: NDArray[np.bool_], groups: Groups) -> dict[str, float]:
-    """Give the count and the share of rows (n,): with Wilson's interval, or that of the groups where it is wider."""
+    """Compute the count and the share of true rows (n,) with Wilson's interval, or that of the groups if wider."""
     count = int(rows.sum())
     low, high = wilson(count, len(rows))
     if groups is not None:
-        grouped = mean(rows.astype(np.float64), groups, low=0, high=1)
-        low, high = min(low, grouped["low"]), max(high, grouped["high"])
+        group_interval = mean(rows.astype(np.float64), groups, low=0, high=1)
+        low, high = min(low, group_interval["low"]), max(high, group_interval["high"])
     return {"n": count, "share": count / len(rows), "low": low, "high": high}
 
 
 def wilson(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95% by default (Wilson 1927)."""
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    half = z * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    """Compute Wilson's score interval of a share, 95% by default (Wilson 1927)."""
+    observed_share = successes / trials
+    centre = observed_share + z * z / (2 * trials)
+    half_width = z * np.sqrt(observed_share * (1 - observed_share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    low, high = float((centre - half) / scale), float((centre + half) / scale)
-    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding may part the ends 0 and 1 from the share
+    low, high = float((centre - half_width) / scale), float((centre + half_width) / scale)
+    # Rounding may exclude a share of exactly 0 or 1.
+    return max(0.0, min(low, observed_share)), min(1.0, max(high, observed_share))

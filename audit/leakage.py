@@ -1,9 +1,8 @@
-"""Leakage: ids, contents, near duplicates and groups that splits share.
+"""Leakage between splits: shared ids, contents, near duplicates and groups.
 
-Every pair of splits is compared. Whatever a held-out split shares with the one it is held out from is a finding, and
-every finding is a leak; what could not be tested, or proves nothing by itself, is a note. All rules here are ours.
-
-Letters: n samples.
+Every pair of splits is compared. Whatever a held-out split shares with the split it is held out from is a finding, and
+every finding is a leak; what could not be tested, or is no leak by itself, is a note. All rules here are mmaudit's own.
+n is the number of samples.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .errors import ConfigError
 from .features.encode import EncodeTask, Status
 from .features.matrix import FeatureMatrix, Inputs, Rows
 from .hashing import hash_rank
-from .near_duplicates import LEAST_FEATURES, Links, near_links
+from .near_duplicates import MIN_FEATURES, Links, near_links
 from .threads import fixed_threads
 from .workers import Progress, no_progress
 
@@ -30,7 +29,7 @@ GROUP_NAMES = (
     *("actor", "speaker", "subject", "participant", "person", "identity", "user", "patient", "session", "recording"),
     *("video", "video_id", "movie", "source", "song", "group"),
 )
-LEAST_ROWS = 20  # rows from which the dimension of a cloud can be told
+MIN_ROWS = 20  # fewer rows do not suffice to estimate the dimension of the features
 EXAMPLES = 5
 
 _PAIRS = (("train", "test"), ("train", "validation"), ("validation", "test"))
@@ -39,36 +38,50 @@ _DATA_EXTENSIONS = {".npy", ".npz", ".pt", ".pth", ".h5", ".mat", ".pkl", ".txt"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeakageConfig:
-    """What counts as the same. All values are ours."""
+    """Thresholds of duplicates. All values are mmaudit's own.
 
-    ratio: float = 0.3  # a near duplicate is nearer than this part of the distance to the `neighbours`-th row of train
-    neighbours: int = 5  # so a place where so many of train lie equally near is a cluster, not copies
-    false_alarms: float = 0.01  # near duplicates expected by chance, a modality and pair of splits, if all were clean
-    most_partners: int = 20  # contents that stand beside more different partners in train are placeholders: silence
-    most_train: int = 200_000  # rows that near duplicates are sought among; beyond it a sample by hash(seed, id)
-    most_test: int = 20_000
+    Args:
+        ratio: A near duplicate is nearer than this fraction of the distance to the `neighbours`-th train row.
+        neighbours: Rank of that row; as many train rows that lie equally near form a cluster and are not copies.
+        false_alarms: Near duplicates expected by chance in clean data, for each modality and pair of splits.
+        max_partners: Contents with more different partners in train than this are placeholders, such as silence.
+        max_train: Train rows that near duplicates are searched among; of more rows a sample by hash(seed, id).
+        max_test: Held-out rows that are compared; of more rows a sample by hash(seed, id).
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    ratio: float = 0.3
+    neighbours: int = 5
+    false_alarms: float = 0.01
+    max_partners: int = 20
+    max_train: int = 200_000
+    max_test: int = 20_000
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1 or not 0 < self.false_alarms < 1:
             raise ConfigError(
-                f"leakage.ratio is {self.ratio}, leakage.false_alarms {self.false_alarms}; both lie between 0 and 1"
+                f"leakage.ratio is {self.ratio}, leakage.false_alarms {self.false_alarms}; "
+                "both must lie between 0 and 1"
             )
-        if self.neighbours < 3 or self.most_partners < 1:
+        if self.neighbours < 3 or self.max_partners < 1:
             raise ConfigError(
-                f"leakage.neighbours is {self.neighbours}, leakage.most_partners {self.most_partners}; "
-                "at least 3 and 1 are needed"
+                f"leakage.neighbours is {self.neighbours}, leakage.max_partners {self.max_partners}; "
+                "they must be at least 3 and 1"
             )
-        if min(self.most_train, self.most_test) < LEAST_ROWS:
+        if min(self.max_train, self.max_test) < MIN_ROWS:
             raise ConfigError(
-                f"leakage.most_train is {self.most_train}, leakage.most_test {self.most_test}; at least {LEAST_ROWS}"
+                f"leakage.max_train is {self.max_train}, leakage.max_test {self.max_test}; "
+                f"both must be at least {MIN_ROWS}"
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModalityContent:
-    """One modality of n samples: content (n,) are digests, None where it is missing; `inputs` their features.
+    """One modality of n samples: `content` (n,) holds digests, None where missing, and `inputs` the features.
 
-    `recurs`: equal contents come about by themselves, as short texts do, and are then noted, not found.
+    `recurs`: equal contents occur by chance, as short texts do, and are then notes, not findings.
     """
 
     modality: str
@@ -78,23 +91,23 @@ class ModalityContent:
 
     @classmethod
     def of(cls, status: Status, tasks: Sequence[EncodeTask]) -> ModalityContent:
-        """Open one modality of all samples of an encoded dataset."""
+        """Load one modality of all samples of an encoded dataset."""
         modality = status.modality
         return cls(
             modality=modality.name,
             content=np.where(status.usable, status.content.astype(str).astype(object), np.array(None)),
             inputs=FeatureMatrix.of(tasks, status, np.arange(len(status.usable))),
-            recurs=modality.kind == "text" or (modality.length or LEAST_FEATURES) < LEAST_FEATURES,
+            recurs=modality.kind == "text" or (modality.length or MIN_FEATURES) < MIN_FEATURES,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that two splits share. `what`: ids, content, near duplicates or groups.
+    """One kind of leak between two splits. `what`: ids, content, near duplicates or groups.
 
-    `name` is the modality or the column of groups; "sample" for ids, and for contents equal in every modality.
-    `count` of `of` are samples of between[1], or its groups; `samples` of its samples are concerned. `examples` are
-    ids (of between[1], of between[0]), or (group, group).
+    `name` is the modality or the group column; "sample" for ids, and for contents equal in every modality.
+    `count` of `of` samples or groups of between[1] are shared; `samples` is the number of its samples affected.
+    `examples` are pairs of ids (of between[1], of between[0]), or (group, group).
     """
 
     what: str
@@ -109,19 +122,20 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leakage:
-    """All that the splits share, and what could not be tested or proves nothing."""
+    """All findings, and notes on what could not be tested or is no leak by itself."""
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
 
     @property
     def leaks(self) -> bool:
-        """Tell whether anything is shared: every finding is a leak."""
+        """Return whether anything is shared: every finding is a leak."""
         return bool(self.findings)
 
     def to_json(self) -> dict[str, object]:
-        """Give it as plain lists and dicts."""
-        return {"leaks": self.leaks, "findings": [asdict(each) for each in self.findings], "notes": list(self.notes)}
+        """Return the findings and notes as plain lists and dicts."""
+        findings = [asdict(finding) for finding in self.findings]
+        return {"leaks": self.leaks, "findings": findings, "notes": list(self.notes)}
 
 
 Messages = list[Finding | str]  # findings, and notes
@@ -129,11 +143,11 @@ Messages = list[Finding | str]  # findings, and notes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pair:
-    """Two splits: the rows of one, and of the one that is held out from it, both in the order of their ids."""
+    """Rows of a reference split and of the split held out from it, both sorted by id."""
 
     between: tuple[str, str]
-    known: Rows
-    held: Rows
+    reference_rows: Rows
+    heldout_rows: Rows
     sample_id: NDArray[np.object_]
 
 
@@ -147,33 +161,43 @@ def find_leakage(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Leakage:
-    """Compare train, validation and test by ids, contents, features, and `groups`: by column, (n,), None where unknown.
+    """Find what train, validation and test share. The order of rows does not matter.
 
-    `samples.group` is looked at as well. Row order changes nothing.
+    Args:
+        samples: Ids, splits and, if any, groups of n samples.
+        modality_contents: Digests and features of every modality.
+        groups: Further group columns by name, each (n,), None where unknown; `samples.group` is always compared.
+        config: Thresholds of duplicates.
+        seed: Seed of the samples of rows and of the random projections.
+        progress: Function called after each modality of each pair of splits.
+
+    Returns:
+        Findings, each of which is a leak, and notes.
     """
     config = config or LeakageConfig()
     pairs, messages = _pair_splits(samples)
-    columns, unfit = _group_columns(samples, groups or {})
-    joint = _joint(modality_contents)
-    for index, pair in enumerate(pairs):
+    columns, column_notes = _group_columns(samples, groups or {})
+    joint_keys = _joint_keys(modality_contents)
+    for pair_index, pair in enumerate(pairs):
         messages += _shared_ids(pair)
-        messages += _same_samples(pair, modality_contents, joint)
-        for number, modality_content in enumerate(modality_contents):
-            messages += _same_contents(pair, modality_content, joint, most_partners=config.most_partners)
+        messages += _same_samples(pair, modality_contents, joint_keys)
+        for modality_index, modality_content in enumerate(modality_contents):
+            messages += _same_contents(pair, modality_content, joint_keys, max_partners=config.max_partners)
             messages += _near_duplicates(pair, modality_content, config=config, seed=seed)
-            progress("leakage", index * len(modality_contents) + number + 1, len(pairs) * len(modality_contents))
-        messages += [found for name, column in columns.items() if (found := _shared_groups(pair, name, column))]
-    messages += unfit if pairs else []
+            num_done = pair_index * len(modality_contents) + modality_index + 1
+            progress("leakage", num_done, len(pairs) * len(modality_contents))
+        messages += [finding for name, column in columns.items() if (finding := _shared_groups(pair, name, column))]
+    messages += column_notes if pairs else []
     return Leakage(
-        findings=tuple(each for each in messages if isinstance(each, Finding)),
-        notes=tuple(each for each in messages if isinstance(each, str)),
+        findings=tuple(message for message in messages if isinstance(message, Finding)),
+        notes=tuple(message for message in messages if isinstance(message, str)),
     )
 
 
 def group_columns(names: Sequence[str]) -> list[str]:
-    """Pick the columns that may say who or what a sample is of, by name: actor, Speaker, subject_id.
+    """Return the names of columns that usually hold groups: actor, Speaker, subject_id.
 
-    `names` are those that are neither the id nor a modality: a column called video may well be one.
+    `names` must not include the id or a modality, since a column called video may be one.
     """
     folded = {name: name.casefold() for name in names}
     return [name for name in names if {folded[name], folded[name].removesuffix("_id")} & set(GROUP_NAMES)]
@@ -183,23 +207,26 @@ def _pair_splits(samples: Samples) -> tuple[list[_Pair], Messages]:
     order = np.array(sorted(range(len(samples)), key=samples.sample_id.__getitem__), dtype=np.intp)
     rows = {name: order[samples.split[order] == name] for name in SPLITS}
     pairs = [
-        _Pair(between=between, known=rows[between[0]], held=rows[between[1]], sample_id=samples.sample_id)
-        for between in _PAIRS
-        if len(rows[between[0]]) and len(rows[between[1]])
+        _Pair(
+            between=(first, second), reference_rows=rows[first], heldout_rows=rows[second], sample_id=samples.sample_id
+        )
+        for first, second in _PAIRS
+        if len(rows[first]) and len(rows[second])
     ]
-    left = "the others are compared" if pairs else "nothing to compare"
-    return pairs, [f"no {name} split: {left}" for name in ("train", "test") if not len(rows[name])]
+    consequence = "only the other splits are compared" if pairs else "nothing to compare"
+    return pairs, [f"no {name} split: {consequence}" for name in ("train", "test") if not len(rows[name])]
 
 
-def _finding(pair: _Pair, what: str, name: str, links: Links, *, of: int, words: str) -> Messages:
-    """Put links into words; nothing without a link."""
+def _finding(pair: _Pair, kind: str, name: str, links: Links, *, of: int, description: str) -> Messages:
+    """Return a list of one finding with examples, or an empty list without links."""
     if not links:
         return []
-    examples = tuple((pair.sample_id[row], pair.sample_id[other]) for row, other in list(links.items())[:EXAMPLES])
-    message = f"{len(links)} of {of} {words}: {examples[0][0]} and {examples[0][1]}"
+    sample_id = pair.sample_id
+    examples = tuple((sample_id[row], sample_id[match]) for row, match in list(links.items())[:EXAMPLES])
+    message = f"{len(links)} of {of} {description}: {examples[0][0]} and {examples[0][1]}"
     return [
         Finding(
-            what=what,
+            what=kind,
             name=name,
             between=pair.between,
             count=len(links),
@@ -212,115 +239,120 @@ def _finding(pair: _Pair, what: str, name: str, links: Links, *, of: int, words:
 
 
 def _shared_ids(pair: _Pair) -> Messages:
-    """Find ids that are one but for case, extension or folders in front. What differs in folders is noted only."""
-    whole: dict[str, int] = {}
-    ends: dict[str, int] = {}
-    for row in pair.known.tolist():
-        endings = _endings(pair.sample_id[row])
-        whole.setdefault(endings[0], row)
+    """Find ids that are equal except for case, extension or leading folders; differing folders are only noted."""
+    row_of_full_id: dict[str, int] = {}
+    row_of_ending: dict[str, int] = {}
+    for row in pair.reference_rows.tolist():
+        endings = _path_suffixes(pair.sample_id[row])
+        row_of_full_id.setdefault(endings[0], row)
         for ending in endings:
-            ends.setdefault(ending, row)
+            row_of_ending.setdefault(ending, row)
     links: Links = {}
-    elsewhere: Links = {}  # test/0001.wav and train/0001.wav: two clips, for all that is known
-    for row in pair.held.tolist():
-        endings = _endings(pair.sample_id[row])
-        known = [whole[ending] for ending in endings if ending in whole]
-        known += [ends[endings[0]]] if endings[0] in ends else []
-        if known:
-            links[row] = known[0]
-        elif endings[-1] in ends:
-            elsewhere[row] = ends[endings[-1]]
-    words = f"{pair.between[1]} ids also in {pair.between[0]} but for case, extension or folder"
-    messages = _finding(pair, "ids", "sample", links, of=len(pair.held), words=words)
-    words = f"{pair.between[1]} ids name a file as {pair.between[0]} does, in another folder; not taken for the same"
-    return messages + _as_notes(_finding(pair, "ids", "sample", elsewhere, of=len(pair.held), words=words))
+    folder_links: Links = {}  # test/0001.wav and train/0001.wav may well be two clips
+    for row in pair.heldout_rows.tolist():
+        endings = _path_suffixes(pair.sample_id[row])
+        matches = [row_of_full_id[ending] for ending in endings if ending in row_of_full_id]
+        matches += [row_of_ending[endings[0]]] if endings[0] in row_of_ending else []
+        if matches:
+            links[row] = matches[0]
+        elif endings[-1] in row_of_ending:
+            folder_links[row] = row_of_ending[endings[-1]]
+    reference, heldout = pair.between
+    num_ids = len(pair.heldout_rows)
+    description = f"{heldout} ids also in {reference}, up to case, extension or folder"
+    messages = _finding(pair, "ids", "sample", links, of=num_ids, description=description)
+    description = f"{heldout} ids have the file name of a {reference} id in another folder; not counted as duplicates"
+    return messages + _as_notes(_finding(pair, "ids", "sample", folder_links, of=num_ids, description=description))
 
 
-def _endings(name: str) -> list[str]:
-    """Give a name without case and extension: whole, then without one folder after another."""
+def _path_suffixes(name: str) -> list[str]:
+    """Return a name in lower case without extension, then the same with ever fewer leading folders."""
     parts = [part for part in name.casefold().replace("\\", "/").split("/") if part not in ("", ".")] or [name]
     extension = PurePosixPath(parts[-1]).suffix
-    if kind_of_path(parts[-1]) or extension in _DATA_EXTENSIONS:  # not the .5 of clip.5, nor the .sad of s01.sad
+    if kind_of_path(parts[-1]) or extension in _DATA_EXTENSIONS:  # neither .5 of clip.5 nor .sad of s01.sad is one
         parts[-1] = parts[-1].removesuffix(extension)
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def _as_notes(messages: Messages) -> Messages:
-    return [each.message if isinstance(each, Finding) else each for each in messages]
+    return [message.message if isinstance(message, Finding) else message for message in messages]
 
 
 def _recurring(messages: Messages) -> Messages:
-    return [f"{note}; no leak by itself: such contents recur" for note in _as_notes(messages)]
+    return [f"{note}; not a leak by itself: such contents recur by chance" for note in _as_notes(messages)]
 
 
-def _known(values: NDArray[np.object_]) -> NDArray[np.bool_]:
+def _is_present(values: NDArray[np.object_]) -> NDArray[np.bool_]:
     return np.array([value is not None for value in values.tolist()], dtype=bool)
 
 
-def _joint(modality_contents: Sequence[ModalityContent]) -> NDArray[np.object_]:
-    """Give one key for each sample (n,) over all its contents, a missing one among them."""
+def _joint_keys(modality_contents: Sequence[ModalityContent]) -> NDArray[np.object_]:
+    """Return one key for each sample (n,), from the contents of all modalities, missing ones included."""
     parts = zip(*(modality_content.content.tolist() for modality_content in modality_contents), strict=True)
     return np.array(["\0".join(part or "" for part in row) for row in parts], dtype=object)
 
 
-def _same_samples(pair: _Pair, modality_contents: Sequence[ModalityContent], joint: NDArray[np.object_]) -> Messages:
+def _same_samples(
+    pair: _Pair, modality_contents: Sequence[ModalityContent], joint_keys: NDArray[np.object_]
+) -> Messages:
     """Find samples that are equal in every modality."""
     if len(modality_contents) < 2:
-        return []  # the modality's own contents say the same
-    complete = np.logical_and.reduce([_known(modality_content.content) for modality_content in modality_contents])
-    first = {joint[row]: row for row in reversed(pair.known.tolist()) if complete[row]}
-    held = [row for row in pair.held.tolist() if complete[row]]
-    links = {row: first[joint[row]] for row in held if joint[row] in first}
-    words = f"{pair.between[1]} samples also in {pair.between[0]}, equal in every modality"
-    messages = _finding(pair, "content", "sample", links, of=len(held), words=words)
-    return _recurring(messages) if all(modality_content.recurs for modality_content in modality_contents) else messages
+        return []  # `_same_contents` finds the same
+    is_complete = np.logical_and.reduce([_is_present(modality.content) for modality in modality_contents])
+    first_row = {joint_keys[row]: row for row in reversed(pair.reference_rows.tolist()) if is_complete[row]}
+    complete_rows = [row for row in pair.heldout_rows.tolist() if is_complete[row]]
+    links = {row: first_row[joint_keys[row]] for row in complete_rows if joint_keys[row] in first_row}
+    description = f"{pair.between[1]} samples also in {pair.between[0]}, equal in every modality"
+    messages = _finding(pair, "content", "sample", links, of=len(complete_rows), description=description)
+    return _recurring(messages) if all(modality.recurs for modality in modality_contents) else messages
 
 
 def _same_contents(
-    pair: _Pair, modality_content: ModalityContent, joint: NDArray[np.object_], *, most_partners: int
+    pair: _Pair, modality_content: ModalityContent, joint_keys: NDArray[np.object_], *, max_partners: int
 ) -> Messages:
-    """Find contents of one modality on both sides; one beside many different partners is a placeholder, and a note."""
-    content = modality_content.content
-    first = {content[row]: row for row in reversed(pair.known.tolist()) if content[row] is not None}
+    """Find contents of one modality in both splits; one with many different partners is a placeholder, and a note."""
+    content, modality = modality_content.content, modality_content.modality
+    first_row = {content[row]: row for row in reversed(pair.reference_rows.tolist()) if content[row] is not None}
     partners: dict[str, set[str]] = {}
-    for row in pair.known.tolist():
-        partners.setdefault(content[row], set()).add(joint[row])
-    held = [row for row in pair.held.tolist() if content[row] is not None]
-    shared = [row for row in held if content[row] in first]
-    links = {row: first[content[row]] for row in shared if len(partners[content[row]]) <= most_partners}
-    words = f"{pair.between[1]} samples with the same {modality_content.modality} as a {pair.between[0]} sample"
-    messages = _finding(pair, "content", modality_content.modality, links, of=len(held), words=words)
+    for row in pair.reference_rows.tolist():
+        partners.setdefault(content[row], set()).add(joint_keys[row])
+    present_rows = [row for row in pair.heldout_rows.tolist() if content[row] is not None]
+    shared = [row for row in present_rows if content[row] in first_row]
+    links = {row: first_row[content[row]] for row in shared if len(partners[content[row]]) <= max_partners}
+    description = f"{pair.between[1]} samples with the same {modality} as a {pair.between[0]} sample"
+    messages = _finding(pair, "content", modality, links, of=len(present_rows), description=description)
     messages = _recurring(messages) if modality_content.recurs else messages
     if len(shared) > len(links):
         messages.append(
-            f"{modality_content.modality}: {len(shared) - len(links)} {pair.between[1]} samples hold what stands with "
-            f"more than {most_partners} different partners in {pair.between[0]}: placeholders, not counted"
+            f"{modality}: {len(shared) - len(links)} {pair.between[1]} samples have content that occurs with more "
+            f"than {max_partners} different partners in {pair.between[0]}: placeholders, not counted"
         )
     return messages
 
 
 def _shared_groups(pair: _Pair, name: str, column: NDArray[np.object_]) -> Finding | None:
-    """Find groups that stand on both sides."""
-    known = {value for value in column[pair.known] if value is not None}
-    groups = {value for value in column[pair.held] if value is not None}
-    shared = sorted(known & groups)
-    if not shared:
+    """Find groups that occur in both splits."""
+    reference_groups = {value for value in column[pair.reference_rows] if value is not None}
+    heldout_groups = {value for value in column[pair.heldout_rows] if value is not None}
+    shared_groups = sorted(reference_groups & heldout_groups)
+    if not shared_groups:
         return None
-    message = f"{len(shared)} of {len(groups)} {pair.between[1]} {_plural(name)} also in {pair.between[0]}"
+    reference, heldout = pair.between
+    message = f"{len(shared_groups)} of {len(heldout_groups)} {heldout} {_plural(name)} also in {reference}"
     return Finding(
         what="groups",
         name=name,
         between=pair.between,
-        count=len(shared),
-        of=len(groups),
-        samples=sum(value in known for value in column[pair.held]),
-        examples=tuple((value, value) for value in shared[:EXAMPLES]),
+        count=len(shared_groups),
+        of=len(heldout_groups),
+        samples=sum(value in reference_groups for value in column[pair.heldout_rows]),
+        examples=tuple((value, value) for value in shared_groups[:EXAMPLES]),
         message=message,
     )
 
 
 def _plural(name: str) -> str:
-    """Name a column's values: actors, identities, classes, and videos for video_id."""
+    """Return the plural of a column name: actors, identities, classes, and videos for video_id."""
     word = name.casefold().removesuffix("_id").replace("_", " ")
     if word.endswith("y") and word[-2:-1] not in "aeiou":
         return f"{word[:-1]}ies"
@@ -330,45 +362,49 @@ def _plural(name: str) -> str:
 def _group_columns(
     samples: Samples, groups: Mapping[str, NDArray[np.object_]]
 ) -> tuple[dict[str, NDArray[np.object_]], Messages]:
-    """Give the columns that are groups, once each, and why the others are none."""
+    """Return the distinct columns that hold groups, and notes on the columns that do not."""
     columns = dict(groups)
-    if samples.group is not None:  # where the id stands for a null
+    if samples.group is not None:  # samples without a group have their id there
         columns.setdefault("group", np.where(samples.group == samples.sample_id, np.array(None), samples.group))
-    kept: dict[str, NDArray[np.object_]] = {}
-    taken: set[bytes] = set()
+    group_columns: dict[str, NDArray[np.object_]] = {}
+    seen_partitions: set[bytes] = set()
     messages: Messages = []
-    for name in sorted(columns, key="group".__eq__):  # the vaguest name last
+    for name in sorted(columns, key="group".__eq__):  # the least specific name last
         values = columns[name].tolist()
-        column = np.array([None if v is None or v != v else str(v) for v in values], dtype=object)
-        number = {value: index for index, value in enumerate(dict.fromkeys(column.tolist()))}
-        same = np.array([-1 if value is None else number[value] for value in column]).tobytes()
-        distinct, present = len(number.keys() - {None}), int(_known(column).sum())
-        if distinct < 2 or distinct == present:
-            found = "differs from row to row" if distinct > 1 else f"holds {distinct} values"
-            messages.append(f"column {name!r} {found}: no groups")
-        elif same not in taken:
-            kept[name] = column
-        taken.add(same)
-    return kept, messages
+        column = np.array([None if value is None or value != value else str(value) for value in values], dtype=object)
+        code_of_value = {value: index for index, value in enumerate(dict.fromkeys(column.tolist()))}
+        partition = np.array([-1 if value is None else code_of_value[value] for value in column]).tobytes()
+        num_distinct, num_present = len(code_of_value.keys() - {None}), int(_is_present(column).sum())
+        if num_distinct < 2 or num_distinct == num_present:
+            reason = "has a different value in every row" if num_distinct > 1 else f"has {num_distinct} distinct values"
+            messages.append(f"column {name!r} {reason}: not used as groups")
+        elif partition not in seen_partitions:
+            group_columns[name] = column
+        seen_partitions.add(partition)
+    return group_columns, messages
 
 
 def _near_duplicates(pair: _Pair, modality_content: ModalityContent, *, config: LeakageConfig, seed: int) -> Messages:
-    """Find held-out samples nearer to a known one than chance explains; those of equal content are found already."""
+    """Find held-out samples nearer to a reference sample than by chance; those of equal content are left out."""
     if modality_content.inputs is None:
         return []
-    present = _known(modality_content.content)
-    every, held = pair.known[present[pair.known]], pair.held[present[pair.held]]
-    held = held[~np.isin(modality_content.content[held].astype(str), modality_content.content[every].astype(str))]
-    known = _draw(pair, every, most=config.most_train, seed=seed)
-    tested = _draw(pair, held, most=config.most_test, seed=seed)
+    content, modality = modality_content.content, modality_content.modality
+    is_present = _is_present(content)
+    reference_rows = pair.reference_rows[is_present[pair.reference_rows]]
+    heldout_rows = pair.heldout_rows[is_present[pair.heldout_rows]]
+    heldout_rows = heldout_rows[~np.isin(content[heldout_rows].astype(str), content[reference_rows].astype(str))]
+    searched = _draw(pair, reference_rows, max_rows=config.max_train, seed=seed)
+    tested = _draw(pair, heldout_rows, max_rows=config.max_test, seed=seed)
     if not len(tested):
         return []
-    begin = f"{modality_content.modality}, near duplicates of {pair.between[1]} in {pair.between[0]}"
-    if len(known) < max(LEAST_ROWS, config.neighbours + 1):
-        return [f"{begin}: not tested: {len(known)} samples are too few to tell"]
+    reference, heldout = pair.between
+    prefix = f"{modality}, near duplicates of {heldout} in {reference}"
+    min_rows = max(MIN_ROWS, config.neighbours + 1)
+    if len(searched) < min_rows:
+        return [f"{prefix}: not tested: {len(searched)} samples, at least {min_rows} needed"]
     links = near_links(
         modality_content.inputs,
-        known,
+        searched,
         tested,
         ratio=config.ratio,
         neighbours=config.neighbours,
@@ -376,17 +412,20 @@ def _near_duplicates(pair: _Pair, modality_content: ModalityContent, *, config: 
         seed=seed,
     )
     if isinstance(links, str):
-        return [f"{begin}: not tested: {links}"]
-    links = {row: links[row] for row in pair.held.tolist() if row in links}
-    words = f"{pair.between[1]} samples with nearly the same {modality_content.modality} as a {pair.between[0]} sample"
-    messages = _finding(pair, "near duplicates", modality_content.modality, links, of=len(tested), words=words)
+        return [f"{prefix}: not tested: {links}"]
+    links = {row: links[row] for row in pair.heldout_rows.tolist() if row in links}
+    description = f"{heldout} samples with nearly the same {modality} as a {reference} sample"
+    messages = _finding(pair, "near duplicates", modality, links, of=len(tested), description=description)
     messages = _recurring(messages) if modality_content.recurs else messages
-    if len(known) < len(every) or len(tested) < len(held):
-        messages.append(f"{begin}: {len(tested)} of {len(held)} were sought among {len(known)} of {len(every)} samples")
+    if len(searched) < len(reference_rows) or len(tested) < len(heldout_rows):
+        messages.append(
+            f"{prefix}: {len(tested)} of {len(heldout_rows)} {heldout} samples were compared with "
+            f"{len(searched)} of {len(reference_rows)} {reference} samples"
+        )
     return messages
 
 
-def _draw(pair: _Pair, rows: Rows, *, most: int, seed: int) -> Rows:
-    """Order rows by hash(seed, id), and keep the first `most`."""
-    key = hash_rank(pair.sample_id[rows], seed=seed, purpose="near duplicates")
-    return rows[np.argsort(key, kind="stable")][:most]
+def _draw(pair: _Pair, rows: Rows, *, max_rows: int, seed: int) -> Rows:
+    """Return the first `max_rows` rows in the order of hash(seed, id)."""
+    hashes = hash_rank(pair.sample_id[rows], seed=seed, purpose="near duplicates")
+    return rows[np.argsort(hashes, kind="stable")][:max_rows]

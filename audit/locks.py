@@ -1,8 +1,8 @@
-"""Locks of writers: which process writes what in a folder.
+"""Write locks of folders, shared by processes and machines.
 
-Every lock is a file of its own in a hidden folder. A writer puts its file there, then looks for files of others: of two
-that overlap, the later one sees the earlier one and withdraws. No file is ever reused, so that removing the file of a
-process that has ended takes nothing from anybody. Readers need no lock.
+Every lock is a file of its own in a hidden folder. A writer first creates its file, then lists the files of other
+processes: of two that overlap, the later one finds the earlier one and removes its own. No file is ever reused, so that
+removing the file of a process that has ended releases no other lock. Readers need no lock.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from .workers import ProcessId, this_process
 
 log = logging.getLogger("mmaudit")
 
-FOLDER = ".mmaudit-locks"
-_BEAT_SECONDS = 10.0  # between two signs of life
-_STALE_SECONDS = 60.0  # without a sign of life, of a process whose number cannot be looked up here
-_GRACE_SECONDS = 0.5  # in which two that began together are told apart
-_PATIENCE_SECONDS = 1.0  # before a wait is reported
-WAIT_SECONDS = 60.0  # that short commands wait
+LOCK_FOLDER = ".mmaudit-locks"
+_HEARTBEAT_SECONDS = 10.0  # between two heartbeats
+_STALE_SECONDS = 60.0  # without a heartbeat, after which the lock of a process on another machine counts as stale
+_MIN_WAIT_SECONDS = 0.5  # in which two processes that began together sort out which of them gets the lock
+_REPORT_SECONDS = 1.0  # before a wait is reported
+WAIT_SECONDS = 60.0  # for which short commands wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """Who holds a lock, on which part of the folder."""
+    """The process that holds a lock, and the part of the folder that it writes."""
 
     scope: str
     command: str
@@ -56,67 +56,67 @@ class Lock:
     file: Path
 
     def check(self) -> None:
-        """Raise RunError where another process has taken the lock over, as after a long suspension."""
+        """Raise RunError if the lock was removed, as another process does after a long suspension of this one."""
         if not self.file.exists():
             raise RunError(
                 f"the lock on {self.file.parent.parent} was lost: this process was suspended for more than "
-                f"{_STALE_SECONDS:.0f} s, or somebody removed the lock; run the same command again"
+                f"{_STALE_SECONDS:.0f} s, or the lock file was removed; run the same command again"
             )
 
 
 @contextmanager
 def write_lock(folder: Path, scope: str = "", *, command: str, wait_seconds: float = 0.0) -> Iterator[Lock]:
-    """Hold the right to write `scope`, a path in `folder`, or all of it; two overlap where one contains the other.
+    """Lock `scope`, a path in `folder`, or all of the folder; two scopes overlap where one contains the other.
 
-    Raises RunError that names the other writer where it is still there after `wait_seconds`.
+    Raises RunError with the name of the other writer if it still holds its lock after `wait_seconds`.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         lock = Lock(file=_acquire(folder, scope, command=command, wait_seconds=wait_seconds))
     except BaseException:
-        _remove_empty([folder / FOLDER, *created])
+        _remove_empty([folder / LOCK_FOLDER, *created])
         raise
-    owner, ended = os.getpid(), threading.Event()
-    threading.Thread(target=_beat, args=(lock.file, ended), daemon=True, name="lock").start()
+    owner_pid, stop = os.getpid(), threading.Event()
+    threading.Thread(target=_send_heartbeats, args=(lock.file, stop), daemon=True, name="lock").start()
     try:
         remove_leftovers(folder)
         yield lock
     finally:
         try:
-            _release(lock, ended, created, owner=owner)
-        except KeyboardInterrupt:  # while it was released: it comes once
-            _release(lock, ended, created, owner=owner)
+            _release(lock, stop, created, owner_pid=owner_pid)
+        except KeyboardInterrupt:  # during the release: release again, then raise
+            _release(lock, stop, created, owner_pid=owner_pid)
             raise
 
 
 def holders_of(folder: Path, scope: str = "") -> list[Holder]:
-    """Return who writes `scope`, or what contains it or lies in it; locks of processes that have ended are removed."""
+    """Return the holders of locks that overlap with `scope`; locks of processes that have ended are removed."""
     return [holder for _, holder in _overlapping(folder, scope)]
 
 
 def _acquire(folder: Path, scope: str, *, command: str, wait_seconds: float) -> Path:
-    start = time.monotonic()
+    start_time = time.monotonic()
     is_reported = False
     while True:
-        others = _overlapping(folder, scope)
-        if not others:
-            file = _announce(folder, scope, command=command)
-            others = [(path, holder) for path, holder in _overlapping(folder, scope) if path != file]
-            if not others:
+        conflicts = _overlapping(folder, scope)
+        if not conflicts:
+            file = _create_lock_file(folder, scope, command=command)
+            conflicts = [(path, holder) for path, holder in _overlapping(folder, scope) if path != file]
+            if not conflicts:
                 return file
             _withdraw(file, [])
-        waited = time.monotonic() - start
-        if waited >= max(wait_seconds, _GRACE_SECONDS):
-            raise RunError(f"{folder / scope} is being written by {others[0][1]}: wait until it has ended")
-        if waited >= _PATIENCE_SECONDS and not is_reported:
-            log.info("waiting for %s", others[0][1])
+        waited = time.monotonic() - start_time
+        if waited >= max(wait_seconds, _MIN_WAIT_SECONDS):
+            raise RunError(f"{folder / scope} is being written by {conflicts[0][1]}: wait until it has ended")
+        if waited >= _REPORT_SECONDS and not is_reported:
+            log.info("waiting for %s", conflicts[0][1])
             is_reported = True
         time.sleep(random.uniform(0.02, 0.2))
 
 
-def _announce(folder: Path, scope: str, *, command: str) -> Path:
-    """Write the file of a lock and return it."""
-    file = folder / FOLDER / f"{secrets.token_hex(8)}.lock"
+def _create_lock_file(folder: Path, scope: str, *, command: str) -> Path:
+    """Write a lock file and return its path."""
+    file = folder / LOCK_FOLDER / f"{secrets.token_hex(8)}.lock"
     content = {
         "scope": scope,
         "command": command,
@@ -128,23 +128,23 @@ def _announce(folder: Path, scope: str, *, command: str) -> Path:
         try:
             write_json(content, file)
             return file
-        except FileNotFoundError:  # whoever withdrew last removed the folder meanwhile
+        except (FileNotFoundError, FileExistsError):  # another process removed the empty folder meanwhile
             continue
         except OSError:
             _withdraw(file, [])
             raise
-    raise RunError(f"{file.parent} cannot be made: check the file system")
+    raise RunError(f"{file.parent} cannot be created: check the file system")
 
 
-def _release(lock: Lock, ended: threading.Event, created: list[Path], *, owner: int) -> None:
-    """End the signs of life and remove the file of a lock, in the process that took it and not in a fork of it."""
-    ended.set()
-    if os.getpid() == owner:
+def _release(lock: Lock, stop: threading.Event, created: list[Path], *, owner_pid: int) -> None:
+    """Stop the heartbeats and remove the lock file, in the process that acquired it and not in a fork of it."""
+    stop.set()
+    if os.getpid() == owner_pid:
         _withdraw(lock.file, created)
 
 
 def _withdraw(file: Path, created: list[Path]) -> None:
-    """Remove the file of a lock, and the folders that were made for it and hold nothing else."""
+    """Remove a lock file, and the folders that were created for it if they are empty."""
     with suppress(OSError):
         file.unlink()
     _remove_empty([file.parent, *created])
@@ -158,12 +158,12 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _overlapping(folder: Path, scope: str) -> list[tuple[Path, Holder]]:
     overlapping = []
-    for path in sorted((folder / FOLDER).glob("*.lock")):
+    for path in sorted((folder / LOCK_FOLDER).glob("*.lock")):
         entry = _read(path)
         if entry is None:
             continue
-        holder, process, beat = entry
-        if _is_stale(process, beat, folder):
+        holder, process, last_beat = entry
+        if _is_stale(process, last_beat, folder):
             with suppress(OSError):
                 path.unlink()
         elif _overlap(holder.scope, scope):
@@ -172,13 +172,13 @@ def _overlapping(folder: Path, scope: str) -> list[tuple[Path, Holder]]:
 
 
 def _read(path: Path) -> tuple[Holder, ProcessId | None, float] | None:
-    """Read the file of a lock: who, which process, and its last sign of life; None where it is gone.
+    """Read a lock file: holder, process, and time of the last heartbeat; None if it no longer exists.
 
-    The time is that of the opened file: what a network file system remembers of a name may be a minute old.
+    The time is that of the opened file: a network file system may cache the time of a path for a minute.
     """
     try:
         with path.open(encoding="utf-8") as file:
-            beat = os.fstat(file.fileno()).st_mtime
+            last_beat = os.fstat(file.fileno()).st_mtime
             text = file.read()
     except FileNotFoundError:
         return None
@@ -194,17 +194,17 @@ def _read(path: Path) -> tuple[Holder, ProcessId | None, float] | None:
         pid=0 if process is None else process.pid,
         started=content.get("started", "an unknown time"),
     )
-    return holder, process, beat
+    return holder, process, last_beat
 
 
-def _is_stale(process: ProcessId | None, beat: float, folder: Path) -> bool:
+def _is_stale(process: ProcessId | None, last_beat: float, folder: Path) -> bool:
     if process is not None and process.is_local():
         return not process.is_running()
-    return _now(folder) - beat > _STALE_SECONDS
+    return _now(folder) - last_beat > _STALE_SECONDS
 
 
 def _now(folder: Path) -> float:
-    """Return the time by the clock of the file system, which another machine's sign of life was given by."""
+    """Return the time by the clock of the file system, as heartbeats of other machines are stamped by it."""
     with temporary_path(folder) as path:
         path.touch()
         return path.stat().st_mtime
@@ -212,12 +212,12 @@ def _now(folder: Path) -> float:
 
 def _overlap(first: str, second: str) -> bool:
     parts = [PurePosixPath(scope).parts for scope in (first, second)]
-    shared = min(map(len, parts))
-    return parts[0][:shared] == parts[1][:shared]
+    shorter_length = min(map(len, parts))
+    return parts[0][:shorter_length] == parts[1][:shorter_length]
 
 
-def _beat(file: Path, ended: threading.Event) -> None:
-    """Give a sign of life now and then."""
-    while not ended.wait(_BEAT_SECONDS):
+def _send_heartbeats(file: Path, stop: threading.Event) -> None:
+    """Update the time of a lock file every `_HEARTBEAT_SECONDS` until `stop` is set."""
+    while not stop.wait(_HEARTBEAT_SECONDS):
         with suppress(OSError):
             os.utime(file)

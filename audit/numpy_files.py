@@ -1,4 +1,4 @@
-"""NumPy arrays of .npy and .npz files, read within the size of what holds them."""
+"""Reading of .npy and .npz files within memory limits set by the size of the file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from .errors import DatasetError
 from .storage import open_regular
 
-MAX_EXPANSION = 16  # bytes of what is read, or copied meanwhile, for each byte of the file
-FREE_BYTES = 1 << 26  # that are allowed beside it
-# What NumPy raises for a header or a body that is damaged, and zlib below it for a member of an archive.
+MAX_EXPANSION = 16  # bytes that may be read, or copied meanwhile, for each byte of the file
+FREE_BYTES = 1 << 26  # allowed in addition
+# Errors that NumPy raises for a damaged header or body, and zlib for a damaged member of an archive.
 BROKEN = (
     tokenize.TokenError,
     zlib.error,
@@ -37,18 +37,18 @@ BROKEN = (
 
 
 def check_header(stream: IO[bytes], *, num_bytes: int) -> None:
-    """Raise one of BROKEN where the header announces objects, or more than the `num_bytes` of header and body."""
+    """Raise one of BROKEN if the header states objects, or more bytes than the `num_bytes` of header and body."""
     version = npy.read_magic(stream)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read(stream)
-    announced = math.prod(shape) * dtype.itemsize
-    if dtype.hasobject or announced > num_bytes:
-        content = "objects" if dtype.hasobject else f"{announced:,} bytes"
-        raise ValueError(f"its header announces {content}, and it has {num_bytes:,} bytes")
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    stated_bytes = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or stated_bytes > num_bytes:
+        stated = "objects" if dtype.hasobject else f"{stated_bytes:,} bytes"
+        raise ValueError(f"its header states {stated}, and it has {num_bytes:,} bytes")
 
 
 def read_array(stream: IO[bytes]) -> NDArray[Any]:
-    """Read the array of a stream whose header was checked; one of BROKEN where the body is damaged."""
+    """Read the array of a stream whose header was checked; raise one of BROKEN if the body is damaged."""
     return np.asarray(npy.read_array(stream, allow_pickle=False))
 
 
@@ -56,10 +56,10 @@ _BROKEN = (zipfile.BadZipFile, *BROKEN)
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """Read the plain arrays of an .npz by name.
+    """Read the arrays of an .npz file by name; arrays of objects are refused.
 
-    Before anything is read, the sizes in its directory must come to at most 16 times those of the file, and each
-    array's shape to the size of its member. Raises DatasetError for what cannot be read so.
+    The sizes in its directory may sum to at most 16 times the size of the file, and each array must fit the size of
+    its member; both are checked before anything is read. Raises DatasetError for a file that cannot be read.
     """
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
@@ -75,7 +75,7 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
 def _check_expansion(archive: zipfile.ZipFile, size: int) -> None:
     total, limit = sum(info.file_size for info in archive.infolist()), FREE_BYTES + MAX_EXPANSION * size
     if total > limit:
-        raise ValueError(f"it expands to {total:,} bytes, at most {limit:,} are read: write it with numpy.savez")
+        raise ValueError(f"it expands to {total:,} bytes, the maximum is {limit:,}: write it with numpy.savez")
 
 
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:

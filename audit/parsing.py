@@ -1,4 +1,4 @@
-"""JSON within limits, shapes of JSON documents, and configs built from plain values."""
+"""Parsing of JSON within limits, checks of its structure, and configs built from plain values."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from .errors import ConfigError, choices
 
-MAX_DEPTH = 64  # of nested lists and objects: `json` itself gives up at some 1,000, Arrow crashes at 3,000
-MAX_BYTES = 1 << 26  # of one document: the largest of ours, the numbers of 5,000 classes, has 2 MiB
+MAX_DEPTH = 64  # of nested lists and objects: `json` itself fails at about 1,000, Arrow crashes at 3,000
+MAX_BYTES = 1 << 26  # of one document: the largest that mmaudit writes, for 5,000 classes, has 2 MiB
 _SHOWN = 60  # characters of a wrong value that a message repeats
 _WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
 
-# What JSON should look like. A type, or several of them (NoneType: null), one of which may be a mapping; a mapping of
-# the keys that are known, none of which has to be there unless it is a `Complete` one, with the shape of each, "*":
-# that of every other key; a list of one shape, which is that of every entry.
+# Expected structure of JSON: a type, or a tuple of types (NoneType: null), one of which may be a mapping; a mapping
+# from keys to the shapes of their values, where "*" is the shape of all other keys and keys are optional unless the
+# mapping is `Complete`; a list with one shape, that of every entry.
 Shape: TypeAlias = "type | tuple[type | Mapping[str, Shape], ...] | Mapping[str, Shape] | list[Shape]"
 
 
 class Complete(dict[str, Any]):
-    """The shape of an object that has all of these keys, but for those that end in "?" and "*", which others have."""
+    """The shape of an object whose keys are all required, except those that end in "?" and "*", any other key."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse a JSON document of finite numbers below 2^63 and at most 64 levels; ValueError with the reason."""
+    """Parse a JSON document of finite numbers below 2^63 and at most 64 levels; raise ValueError with the reason."""
     content = parse_data_json(text)
     for value in _leaves(content):
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{value} is no number in JSON")
+            raise ValueError(f"{value} is not a JSON number")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError("it holds an integer of more than 64 bits")
+            raise ValueError("it contains an integer of more than 64 bits")
     return content
 
 
 def parse_data_json(text: str | bytes) -> Any:
-    """Parse JSON as anybody writes it, of at most 64 levels and 64 MiB; ValueError with the reason."""
+    """Parse JSON of at most 64 levels and 64 MiB, NaN and large integers included; raise ValueError with the reason."""
     if len(text) > MAX_BYTES:
-        raise ValueError(f"it has {len(text):,} bytes; at most {MAX_BYTES:,} are read")
+        raise ValueError(f"it has {len(text):,} bytes, the maximum is {MAX_BYTES:,}")
     try:
         content = json.loads(text)
     except RecursionError:
@@ -52,7 +52,7 @@ def parse_data_json(text: str | bytes) -> Any:
 
 
 def check_shape(content: Any, shape: Shape, *, key: str = "") -> None:
-    """Raise ValueError, naming the key, where parsed JSON is of another shape."""
+    """Raise ValueError, naming the key, if parsed JSON does not have this shape."""
     if isinstance(shape, Mapping):
         if not isinstance(content, dict):
             _raise_wrong(key, content, "an object")
@@ -60,8 +60,8 @@ def check_shape(content: Any, shape: Shape, *, key: str = "") -> None:
     elif isinstance(shape, list):
         if not isinstance(content, list):
             _raise_wrong(key, content, "a list")
-        for number, entry in enumerate(content):
-            check_shape(entry, shape[0], key=f"{key}[{number}]")
+        for index, entry in enumerate(content):
+            check_shape(entry, shape[0], key=f"{key}[{index}]")
     else:
         shapes = shape if isinstance(shape, tuple) else (shape,)
         mapping = next((option for option in shapes if isinstance(option, Mapping)), None)
@@ -73,22 +73,22 @@ def check_shape(content: Any, shape: Shape, *, key: str = "") -> None:
 
 def _check_keys(content: dict[str, Any], shape: Mapping[str, Shape], *, key: str) -> None:
     required = [name for name in shape if name != "*" and name[-1:] != "?"] if isinstance(shape, Complete) else []
-    lacking = [name for name in required if name not in content]
-    if lacking:
-        raise ValueError(f"{key or 'the document'} lacks {', '.join(lacking)}")
+    missing = [name for name in required if name not in content]
+    if missing:
+        raise ValueError(f"{key or 'the document'} lacks {', '.join(missing)}")
     for name, value in content.items():
-        inner = next((shape[known] for known in (name, f"{name}?", "*") if known in shape), None)
-        if inner is not None:
-            check_shape(value, inner, key=f"{key}.{name}" if key else name)
+        value_shape = next((shape[shape_key] for shape_key in (name, f"{name}?", "*") if shape_key in shape), None)
+        if value_shape is not None:
+            check_shape(value, value_shape, key=f"{key}.{name}" if key else name)
 
 
 def _check_type(value: Any, types: tuple[type, ...], *, key: str) -> None:
     allowed = (*types, int) if float in types else types
-    wrong_bool = isinstance(value, bool) and bool not in types
-    if wrong_bool or not isinstance(value, allowed):
+    is_unexpected_bool = isinstance(value, bool) and bool not in types
+    if is_unexpected_bool or not isinstance(value, allowed):
         _raise_wrong(key, value, " or ".join(_WORDS.get(type_, "null") for type_ in types))
     if isinstance(value, str) and "\0" in value:
-        raise ValueError(f"{key or 'the document'} holds a NUL character")
+        raise ValueError(f"{key or 'the document'} contains a NUL character")
 
 
 def _raise_wrong(key: str, value: Any, expected: str) -> NoReturn:
@@ -97,21 +97,21 @@ def _raise_wrong(key: str, value: Any, expected: str) -> NoReturn:
 
 
 def _leaves(content: Any) -> Iterator[Any]:
-    """Yield keys and values that are neither lists nor objects, without recursion; ValueError where they lie deep."""
+    """Yield keys and values that are neither lists nor objects, without recursion; ValueError beyond 64 levels."""
     level = [content]
     for _ in range(MAX_DEPTH + 1):
-        inner: list[Any] = []
+        next_level: list[Any] = []
         for value in level:
             if isinstance(value, dict):
                 yield from value
-                inner += value.values()
+                next_level += value.values()
             elif isinstance(value, list):
-                inner += value
+                next_level += value
             else:
                 yield value
-        if not inner:
+        if not next_level:
             return
-        level = inner
+        level = next_level
     raise ValueError(_too_deep())
 
 
@@ -123,7 +123,7 @@ Config = TypeVar("Config")
 
 
 def build(type_: type[Config], content: Mapping[str, Any], *, where: str) -> Config:
-    """Build a config from nested plain values; ConfigError for a wrong key or a value of a wrong type."""
+    """Build a config from nested plain values; raise ConfigError for an unknown key or a value of a wrong type."""
     hints = typing.get_type_hints(type_)
     values = {}
     for key, value in content.items():
@@ -134,11 +134,11 @@ def build(type_: type[Config], content: Mapping[str, Any], *, where: str) -> Con
 
 
 def _convert(value: Any, hint: Any, *, name: str) -> Any:
-    """Check a plain value against a field's type: an integer is a number, a list is a tuple, an object is a config."""
+    """Convert a plain value to the type of a field: an integer to a float, a list to a tuple, an object to a config."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None:
             return None
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+        hint = next(type_ for type_ in typing.get_args(hint) if type_ is not type(None))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(f"config key {name} is a section; set {name}.KEY")
@@ -147,30 +147,30 @@ def _convert(value: Any, hint: Any, *, name: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(f"config key {name} is {_shown(value)}; it must be a list")
         return tuple(_convert(entry, typing.get_args(hint)[0], name=name) for entry in value)
-    wrong_bool = isinstance(value, bool) and hint is not bool
-    if wrong_bool or not isinstance(value, (int, float) if hint is float else hint):
+    is_unexpected_bool = isinstance(value, bool) and hint is not bool
+    if is_unexpected_bool or not isinstance(value, (int, float) if hint is float else hint):
         raise ConfigError(f"config key {name} is {_shown(value)}; it must be of type {hint.__name__}")
     _check_value(value, name=name)
     return float(value) if hint is float else value
 
 
 def _check_value(value: Any, *, name: str) -> None:
-    """Raise ConfigError for what no setting can mean: NaN, infinity, an integer of more than 64 bits, a NUL."""
+    """Raise ConfigError for values that no setting can have: NaN, infinity, integers of more than 64 bits, NUL."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"config key {name} is {value}; it must be a finite number")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ConfigError(f"config key {name} has {value.bit_length():,} bits; a number has at most 64")
+        raise ConfigError(f"config key {name} has {value.bit_length():,} bits; it must have at most 64")
     if isinstance(value, str) and ("\0" in value or not value.isascii()):
         _check_text(value, name=name)
 
 
 def _check_text(value: str, *, name: str) -> None:
     if "\0" in value:
-        raise ConfigError(f"config key {name} holds a NUL character: {_shown(value)}")
+        raise ConfigError(f"config key {name} contains a NUL character: {_shown(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"config key {name} is no UTF-8: {_shown(value)}") from error
+        raise ConfigError(f"config key {name} is not UTF-8: {_shown(value)}") from error
 
 
 def _shown(value: Any) -> str:

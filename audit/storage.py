@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and files that are safe to open."""
+"""Atomic writing of files and folders, and safe opening of regular files."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _KINDS = {
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file to read its bytes; OSError for anything else, without waiting for another process.
+    """Open a regular file to read its bytes; raise OSError for anything else, without waiting for another process.
 
-    O_NONBLOCK opens a FIFO at once, whether anybody writes to it or not; it changes nothing for a regular file.
+    O_NONBLOCK opens a FIFO without waiting for a writer; it has no effect on a regular file.
     """
-    check_regular(path)  # before it is opened: to open some devices is to start them
+    check_regular(path)  # before opening, since opening some devices starts them
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _check_mode(os.fstat(descriptor).st_mode, path)
@@ -46,7 +46,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise OSError for a path that is not there, or is no regular file, for readers that open paths themselves."""
+    """Raise OSError unless a path is a regular file; for readers that open paths themselves."""
     _check_mode(os.stat(path).st_mode, path)
 
 
@@ -59,8 +59,8 @@ def _check_mode(mode: int, path: str | Path) -> None:
 
 
 _TEMPORARY = re.compile(r"\.mmaudit-(.+)-[0-9a-f]{8}\.tmp")
-_ABANDONED_SECONDS = 86_400  # of another machine's temporary file: nothing says whether its writer still runs
-_SWEEP_SECONDS = 1.0  # between two looks for leftovers in one folder: a cache of 10,000 files is not listed for each
+_ABANDONED_SECONDS = 86_400  # age at which a temporary file of another machine is removed; its writer is unknown
+_SWEEP_SECONDS = 1.0  # between two searches of a folder for leftovers: 10,000 cache files are not listed for each write
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 _swept: dict[Path, float] = {}
@@ -68,12 +68,12 @@ _swept: dict[Path, float] = {}
 
 @contextmanager
 def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary file beside `path` to write; it takes the name at the end, and is removed if writing fails.
+    """Yield a temporary file to write, in the folder of `path`; rename it to `path` at the end, or remove it on errors.
 
-    The bytes are on disk before the name is, unless `durable` is False: then a power cut may leave a damaged file
-    under the name, which only a cache that checks its files can bear.
+    The bytes are flushed to disk before the rename, unless `durable` is False: then a power cut may leave a damaged
+    file at `path`, which is acceptable only for a cache that verifies its files.
     """
-    with _named(path), temporary_path(path.parent) as temporary:
+    with _rename_in_errors(path), temporary_path(path.parent) as temporary:
         yield temporary
         if durable:
             flush(temporary)
@@ -84,8 +84,8 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` to fill; it takes the name at the end, and replaces an older folder."""
-    with _named(path), scratch_folder(path.parent) as temporary:
+    """Yield a temporary folder to fill, next to `path`; rename it to `path` at the end, replacing an older folder."""
+    with _rename_in_errors(path), scratch_folder(path.parent) as temporary:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
@@ -96,7 +96,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Yield a new hidden folder in `parent`, removed at the end; that of a killed process is removed by the next."""
+    """Yield a new hidden folder in `parent`, removed at the end; the next call removes that of a killed process."""
     with temporary_path(parent) as temporary:
         temporary.mkdir()
         yield temporary
@@ -104,7 +104,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_path(parent: Path) -> Iterator[Path]:
-    """Yield a name in `parent` that no process of any machine shares; what has that name at the end is removed."""
+    """Yield a path in `parent` unique among all processes and machines; it is removed at the end."""
     parent.mkdir(parents=True, exist_ok=True)
     _sweep(parent)
     temporary = parent / f".mmaudit-{this_process()}-{secrets.token_hex(4)}.tmp"
@@ -115,11 +115,11 @@ def temporary_path(parent: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Rename `new` to `path`; an older folder of that name is exchanged for it at once, and removed."""
+    """Rename `new` to `path`; an older folder at `path` is exchanged atomically and then removed."""
     if not path.exists():
         new.replace(path)
     elif not _exchange(new, path):
-        old = new.with_name(f"{new.name}.old")  # no leftover: for an instant it may be the only one
+        old = new.with_name(f"{new.name}.old")  # not named as a leftover: for an instant it may be the only copy
         path.replace(old)
         new.replace(path)
         shutil.rmtree(old, ignore_errors=True)
@@ -138,44 +138,44 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text file whole or not at all; names that are not UTF-8 have their bytes escaped."""
+    """Write a text file atomically; names that are not UTF-8 have their bytes escaped."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", path)
 
 
 def read_json(path: Path, *, error: type[MmauditError], shape: Shape | None = None) -> dict[str, Any]:
-    """Read a JSON file of this shape; what cannot be read raises `error`, which names the key that is wrong."""
+    """Read a JSON file of this shape; raise `error`, naming a wrong key, if it cannot be read."""
     try:
         check_regular(path)
         content = parse_json(path.read_bytes())
         check_shape(content, shape or {})
     except (OSError, ValueError) as cause:
-        raise error(f"{path} cannot be read: {cause}; it was not written by mmaudit, or is damaged") from cause
+        raise error(f"{path} cannot be read: {cause}; it is damaged, or not written by mmaudit") from cause
     return dict(content)
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name the file that was to be written in errors that name its temporary file, or none."""
+def _rename_in_errors(path: Path) -> Iterator[None]:
+    """Replace the temporary file name, or a missing name, in errors raised inside by the name of the target file."""
     try:
         yield
     except OSError as error:
-        unnamed = error.filename is None and error.errno in _WRITE_ERRORS
-        if unnamed or _TEMPORARY.search(os.fsdecode(error.filename or "")):
+        has_no_name = error.filename is None and error.errno in _WRITE_ERRORS
+        if has_no_name or _TEMPORARY.search(os.fsdecode(error.filename or "")):
             error.filename, error.filename2 = str(path), None
         raise
 
 
 def _sweep(folder: Path) -> None:
-    now = time.monotonic()
-    if now - _swept.get(folder, -_SWEEP_SECONDS) >= _SWEEP_SECONDS:
+    time_now = time.monotonic()
+    if time_now - _swept.get(folder, -_SWEEP_SECONDS) >= _SWEEP_SECONDS:
         remove_leftovers(folder)
-        _swept[folder] = now
+        _swept[folder] = time_now
 
 
 def _is_abandoned(path: Path, writer: ProcessId | None) -> bool:
@@ -193,7 +193,7 @@ def _remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Write the bytes of a file, or the names of a folder, through to the disk."""
+    """Flush the bytes of a file, or the entries of a folder, to disk."""
     is_folder = path.is_dir()
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -206,12 +206,12 @@ def flush(path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two names at once; False where the system or the file system cannot."""
+    """Exchange two paths atomically; return False if the system or the file system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(first), os.fsencode(second)
     if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
         return bool(libc.renamex_np(*names, 2) == 0)
     if hasattr(libc, "renameat2"):
-        here = -100  # AT_FDCWD: relative names are those of the working folder
-        return bool(libc.renameat2(here, names[0], here, names[1], 2) == 0)
+        at_working_folder = -100  # AT_FDCWD: relative paths start from the working folder
+        return bool(libc.renameat2(at_working_folder, names[0], at_working_folder, names[1], 2) == 0)
     return False

@@ -1,4 +1,4 @@
-"""Processes: their identity, pools of workers, and prefetching in threads."""
+"""Identity of processes, pools of worker processes, and prefetching in threads."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from threadpoolctl import threadpool_limits
 from .errors import RunError
 
 _PROC = Path("/proc")
-_NO_START = "0"  # where the system does not say when a process started
+_NO_START = "0"  # where the system does not provide the start time of a process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessId:
-    """One process of one machine; `start` distinguishes it from a later process of the same number.
+    """One process of one machine; `start` distinguishes it from a later process with the same pid.
 
-    `machine` is a digest of the boot and of the namespace of process numbers: in two containers both may be number 1,
-    and both hosts may have the same name.
+    `machine` is a digest of the boot and of the pid namespace: two containers may both have pid 1 and the same host
+    name.
     """
 
     machine: str
@@ -47,12 +47,12 @@ class ProcessId:
 
     @classmethod
     def parse(cls, text: str) -> ProcessId | None:
-        """Return the process that `str` named; None for any other text."""
+        """Parse the result of `str`; return None for any other text."""
         match = re.fullmatch(r"([0-9a-f]{8})-(\d{1,10})-([0-9a-f]{1,20})", text)
         return None if match is None else cls(machine=match[1], pid=int(match[2]), start=match[3])
 
     def is_local(self) -> bool:
-        """Return whether its number can be looked up here."""
+        """Return whether the process belongs to this machine, so that its pid can be looked up."""
         return self.machine == _machine()
 
     def is_running(self) -> bool:
@@ -72,7 +72,7 @@ def _identity(pid: int) -> ProcessId:
 
 @cache
 def _machine() -> str:
-    """Compute 8 hexadecimal digits from the boot and the namespace of process numbers, or from name and address."""
+    """Return a digest of the boot and the pid namespace, or of host name and address, 8 hexadecimal digits."""
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii")
         text = boot + os.readlink(_PROC / "self/ns/pid")
@@ -82,7 +82,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """Return when a process started, in hexadecimal digits of any meaning; None where it has ended."""
+    """Return the start time of a process as opaque hexadecimal digits; None if it has ended."""
     if not (_PROC / "self/stat").exists():
         return _start_by_ps(pid)
     try:
@@ -93,7 +93,7 @@ def _start_of(pid: int) -> str | None:
 
 
 def _start_by_ps(pid: int) -> str | None:
-    """Return a digest of the start that ps prints, on systems without /proc."""
+    """Return a digest of the start time printed by ps, on systems without /proc; None if the process has ended."""
     try:
         output = subprocess.run(
             ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, timeout=10, check=False
@@ -108,41 +108,41 @@ def _start_by_ps(pid: int) -> str | None:
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_AHEAD = 4  # tasks for each thread: decoded films take megabytes
+_TASKS_PER_THREAD = 4  # prefetched at most: decoded videos take megabytes
 
 
 class Progress(Protocol):
-    """Who is told how far a stage has come."""
+    """Callback for the progress of a stage."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Take note that `done` of `total` steps of a stage are done."""
+        """Report that `done` of `total` steps of a stage are done."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Ignore progress."""
 
 
 def default_workers() -> int:
-    """Give the number of processors this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], *, num_workers: int) -> Iterator[Result]:
-    """Yield work(task) for each task, in order, from `num_workers` processes; 0, or a single task: in this process.
+    """Yield work(task) for each task, in order, from `num_workers` processes; with 0, or one task, in this process.
 
-    Ctrl-C drops the tasks that have not begun and leaves at once. A script that calls this with workers needs
+    Ctrl-C drops the tasks that have not begun and returns at once. A script that calls this with workers needs
     the usual `if __name__ == "__main__":`.
     """
     if num_workers < 1 or len(tasks) < 2:
         yield from map(work, tasks)
         return
-    # A forked copy of a process with running threads (torch has some) may hang; a fork server has none.
+    # A fork of a process with running threads (torch has some) may hang; a fork server has none.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        # Imported once, not by each worker: torch, and pandas, which pyarrow looks for at its first array (0.3 s).
+        # Imported once, not by each worker: torch, and pandas, which pyarrow imports with its first array (0.3 s).
         context.set_forkserver_preload([work.__module__, "pandas"])
-    strangers = set(multiprocessing.active_children())
+    other_children = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context, initializer=_prepare_worker)
     try:
         futures = deque(pool.submit(work, task) for task in tasks)
@@ -150,22 +150,22 @@ def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], *, num_work
             yield futures.popleft().result()
         pool.shutdown()
     except BaseException as error:
-        # Nothing is cancelled (as pool.map would): the pool's thread fails on cancelled tasks of workers that died.
-        for worker in set(multiprocessing.active_children()) - strangers:
+        # No task is cancelled (as pool.map would): the pool's thread fails on cancelled tasks of workers that died.
+        for worker in set(multiprocessing.active_children()) - other_children:
             worker.terminate()
         pool.shutdown(wait=False)
         if isinstance(error, BrokenProcessPool):
             raise RunError(
-                "a worker process was killed from outside, mostly because memory ran out: lower --num-workers, and run "
+                "a worker process was killed from outside, usually because memory ran out: lower --num-workers and run "
                 "the same command again"
             ) from error
         raise
 
 
 def prefetch_map(work: Callable[[Task], Result], tasks: Iterable[Task], *, num_threads: int) -> Iterator[Result]:
-    """Yield work(task) for each task, in order; threads do the next ones meanwhile. 0: nothing is done ahead.
+    """Yield work(task) for each task, in order, while threads process the next tasks; with 0 threads, no prefetching.
 
-    Tasks are taken one by one, never more than four to a thread before they are wanted.
+    Tasks are drawn one by one, at most four per thread before they are consumed.
     """
     if num_threads < 1:
         yield from map(work, tasks)
@@ -175,7 +175,7 @@ def prefetch_map(work: Callable[[Task], Result], tasks: Iterable[Task], *, num_t
     try:
         for task in tasks:
             window.append(pool.submit(work, task))
-            if len(window) >= _AHEAD * num_threads:
+            if len(window) >= _TASKS_PER_THREAD * num_threads:
                 yield window.popleft().result()
         while window:
             yield window.popleft().result()
@@ -184,23 +184,23 @@ def prefetch_map(work: Callable[[Task], Result], tasks: Iterable[Task], *, num_t
 
 
 def end_with_parent() -> None:
-    """End this process when its parent has ended, also by SIGKILL: a worker would wait for its next task for ever."""
+    """End this process when its parent has ended, also by SIGKILL; a worker would wait for its next task forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True, name="parent").start()
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True, name="parent").start()
 
 
-def _end_after(sentinel: int) -> None:
+def _exit_after(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)
 
 
 def _prepare_worker() -> None:
     end_with_parent()
-    # Ctrl-C reaches every process of the terminal; the parent alone answers it.
+    # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The workers are the parallelism: with two threads for products in each of two, a film took 38 ms instead of 17.
-    for library in ("OMP", "OPENBLAS", "MKL"):  # those that are not loaded yet
+    # The workers are the parallelism: with two BLAS threads in each of two workers, a video took 38 ms instead of 17.
+    for library in ("OMP", "OPENBLAS", "MKL"):  # libraries that are not loaded yet
         os.environ[f"{library}_NUM_THREADS"] = "1"
     threadpool_limits(limits=1)
     if "torch" in sys.modules:

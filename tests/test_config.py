@@ -156,12 +156,12 @@ def test_a_list_is_a_tuple() -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("prob.folds=3", r"no config key prob; did you mean probe\? \(there are: seed, data,"),
+        ("prob.folds=3", r"no config key prob; did you mean probe\? \(available: seed, data,"),
         ("probe.fold=3", r"no config key probe.fold; did you mean probe.folds\?"),
         ("probe.folds.x=3", "config key probe.folds is .*; it must be of type int"),
         ("sede=3", r"no config key sede; did you mean seed\?"),
-        ("zzz=3", "no config key zzz; there are: seed, data"),
-        ("=3", "no config key ; there are"),
+        ("zzz=3", "no config key zzz; available: seed, data"),
+        ("=3", "no config key ; available"),
         ("probe.folds", "--set probe.folds: not of the form SECTION.KEY=VALUE, such as probe.folds=10"),
         ("probe=3", "config key probe is a section; set probe.KEY"),
         ("probe.folds=many", "config key probe.folds is 'many'; it must be of type int"),

@@ -283,7 +283,7 @@ def test_steps_cut_the_order_and_processes_cut_the_step(n: int, batch_size: int,
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"order": "curicculum"}, r"order\.order is curicculum: did you mean curriculum\? \(there are: .*shuffled"),
+        ({"order": "curicculum"}, r"order\.order is curicculum: did you mean curriculum\? \(available: .*shuffled"),
         ({"pacing": "log"}, r"order\.pacing is log: .*root, linear, step, geometric, exponential"),
         ({"draw": "replace"}, r"order\.draw is replace: did you mean replacement\?"),
         ({"weight": "soft"}, r"order\.weight is soft: did you mean softmax\?"),

@@ -184,10 +184,10 @@ def test_pictures_in_folders_are_measured_as_a_film_is(clip_source: Path) -> Non
         (
             "statistic",
             "audio",
-            r"no such encoder; did you mean statistics\? \(there are: statistics, resnet18, hf:MODEL",
+            r"no such encoder; did you mean statistics\? \(available: statistics, resnet18, hf:MODEL",
         ),
         ("resnet18:", "audio", r"no such encoder"),
-        ("resnet18", "text", r".*does not read text; there are: audio, image, video, frames"),
+        ("resnet18", "text", r".*does not read text; available: audio, image, video, frames"),
         ("resnet18", "features", r"vectors are read as they are; the only encoder of kind features is statistics"),
         ("hf:a/b", "features", r"vectors are read as they are"),
         ("os.path:join", "features", r"vectors are read as they are"),

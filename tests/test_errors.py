@@ -1,4 +1,4 @@
-"""Laws of the tree of errors: the drawing on top is the tree, and a wrong name finds its neighbour."""
+"""Tests of the exception classes and of messages on unknown names."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from mmaudit.audit import errors
 KINDS = errors.MmauditError.__subclasses__()
 
 
-def test_the_drawing_is_the_tree() -> None:
+def test_docstring_lists_all_exception_classes() -> None:
     assert errors.__doc__ is not None
     drawn = {line.split()[1] for line in errors.__doc__.splitlines() if line.startswith(("├", "└"))}
     assert drawn == {kind.__name__ for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_error_is_the_users_and_comes_back_from_a_worker(kind: type[errors.MmauditError]) -> None:
+def test_errors_derive_from_mmaudit_error_and_can_be_pickled(kind: type[errors.MmauditError]) -> None:
     assert kind.__mro__[1] is errors.MmauditError
-    there = pickle.loads(pickle.dumps(kind("what, where, the mend")))
-    assert (type(there), str(there)) == (kind, "what, where, the mend")
+    unpickled = pickle.loads(pickle.dumps(kind("what, where, the mend")))
+    assert (type(unpickled), str(unpickled)) == (kind, "what, where, the mend")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right", "words"),
+    ("name", "names", "message"),
     [
-        ("lable", ["id", "label"], "did you mean label? (there are: id, label)"),
-        ("xyz", ["id", "label"], "there are: id, label"),
-        ("xyz", [], "there are: none"),
+        ("lable", ["id", "label"], "did you mean label? (available: id, label)"),
+        ("xyz", ["id", "label"], "available: id, label"),
+        ("xyz", [], "available: none"),
     ],
 )
-def test_a_wrong_name_lists_the_right_ones(wrong: str, right: list[str], words: str) -> None:
-    assert errors.choices(wrong, iter(right)) == words
+def test_unknown_name_lists_available_names(name: str, names: list[str], message: str) -> None:
+    assert errors.choices(name, iter(names)) == message

@@ -151,7 +151,7 @@ def test_a_folder_of_other_things_is_never_written_over(manifest: Path, tmp_path
 
 
 def test_bad_orders_are_refused(manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--format cvs: no such format; did you mean csv\? \(there are: csv, jsonl"):
+    with pytest.raises(ConfigError, match=r"--format cvs: no such format; did you mean csv\? \(available: csv, jsonl"):
         export(manifest, tmp_path / "x", format="cvs")
     with pytest.raises(ConfigError, match="is the manifest itself"):
         export(manifest, manifest, format="csv", overwrite=True)

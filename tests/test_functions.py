@@ -94,7 +94,7 @@ def test_it_is_given_what_is_decoded(module: str, clip_source: Path, film: Any, 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("men", r"has no function 'men'; did you mean mean\? \(there are: shape, mean"),
+        ("men", r"has no function 'men'; did you mean mean\? \(available: shape, mean"),
         ("NOT_CALLABLE", r"has no function 'NOT_CALLABLE'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Laws of seeded chance: the same key draws the same number anywhere, and different uses draw apart."""
+"""Tests of seeded hashes: equal keys have equal hashes anywhere, and different purposes are independent."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mmaudit.audit.hashing import digest, hash_ids, hash_rank, splitmix64
 
 
 @given(st.lists(st.text(), max_size=20), st.integers(-5, 5), st.randoms())
-def test_a_key_draws_the_same_in_any_company(keys: list[str], seed: int, random: Random) -> None:
-    drawn = dict(zip(keys, hash_rank(keys, seed=seed, purpose="p").tolist(), strict=True))
+def test_hash_of_key_is_independent_of_other_keys(keys: list[str], seed: int, random: Random) -> None:
+    hash_of_key = dict(zip(keys, hash_rank(keys, seed=seed, purpose="p").tolist(), strict=True))
     shuffled = random.sample(keys, len(keys))
-    assert hash_rank(shuffled, seed=seed, purpose="p").tolist() == [drawn[key] for key in shuffled]
+    assert hash_rank(shuffled, seed=seed, purpose="p").tolist() == [hash_of_key[key] for key in shuffled]
 
 
-def test_the_numbers_are_those_of_blake2b() -> None:
-    """Pinned: other numbers would be other folds and splits under the same seed."""
+def test_hash_rank_equals_blake2b() -> None:
+    """The values are fixed: others would change the folds and splits of a seed."""
     expected = int.from_bytes(hashlib.blake2b(b"7\0fold\0a", digest_size=8).digest(), "little")
     assert hash_rank(["a"], seed=7, purpose="fold").tolist() == [expected]
 
 
-def test_draws_are_uniform_and_independent_of_seed_and_purpose() -> None:
+def test_hashes_are_uniform_and_independent_across_seeds_and_purposes() -> None:
     keys = [str(number) for number in range(4_000)]
     draws = [hash_rank(keys, seed=seed, purpose=purpose) / 2.0**64 for seed, purpose in ((0, "a"), (1, "a"), (0, "b"))]
     for draw in draws:
@@ -39,9 +39,9 @@ def test_draws_are_uniform_and_independent_of_seed_and_purpose() -> None:
 
 
 @given(st.lists(st.binary(max_size=5), max_size=4), st.lists(st.binary(max_size=5), max_size=4))
-def test_digest_tells_the_cuts_between_parts(one: list[bytes], other: list[bytes]) -> None:
-    assert (digest(*one) == digest(*other)) == (one == other)
-    assert len(digest(*one)) == 32
+def test_digest_depends_on_boundaries_between_parts(first: list[bytes], second: list[bytes]) -> None:
+    assert (digest(*first) == digest(*second)) == (first == second)
+    assert len(digest(*first)) == 32
     assert digest(b"ab", b"c") != digest(b"a", b"bc")
 
 
@@ -50,24 +50,24 @@ def hashed(ids: list[str], *, seed: int = 0, purpose: str = "p") -> NDArray[np.u
 
 
 def slow_hash(text: str, *, seed: int, purpose: str) -> int:
-    """Hash one string as the module says: its length and the seed first, then eight bytes at a time."""
+    """Hash one string as documented: its length and the seed first, then eight bytes at a time."""
     raw = text.encode()
-    found = mix(len(raw) ^ int(hash_rank([purpose], seed=seed, purpose="ids")[0]))
+    mixed = mix(len(raw) ^ int(hash_rank([purpose], seed=seed, purpose="ids")[0]))
     for first in range(0, len(raw), 8):
-        found = mix(found ^ int.from_bytes(raw[first : first + 8], "little"))
-    return found
+        mixed = mix(mixed ^ int.from_bytes(raw[first : first + 8], "little"))
+    return mixed
 
 
 def mix(word: int) -> int:
-    """SplitMix64 in whole numbers, as its authors give it."""
+    """Compute SplitMix64 with Python integers, as published."""
     word = (word + 0x9E3779B97F4A7C15) % 2**64
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
     return word ^ (word >> 31)
 
 
-def test_the_mixer_is_that_of_its_authors() -> None:
-    """The first numbers that SplitMix64 draws from the state 1234567, from its reference implementation."""
+def test_splitmix64_equals_reference_implementation() -> None:
+    """First values of the reference implementation of SplitMix64 with the state 1234567."""
     states = np.arange(5, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1234567)
     expected = [
         6457827717110365317,
@@ -76,27 +76,27 @@ def test_the_mixer_is_that_of_its_authors() -> None:
         4593380528125082431,
         16408922859458223821,
     ]
-    assert splitmix64(states).tolist() == expected == [mix(one) for one in states.tolist()]
+    assert splitmix64(states).tolist() == expected == [mix(state) for state in states.tolist()]
 
 
 @given(st.lists(st.text(max_size=40), max_size=12), st.integers(-5, 5), st.sampled_from(["split", "x"]))
-def test_an_id_is_hashed_alone(ids: list[str], seed: int, purpose: str) -> None:
-    expected = [slow_hash(one, seed=seed, purpose=purpose) for one in ids]
+def test_hash_ids_equals_slow_reference(ids: list[str], seed: int, purpose: str) -> None:
+    expected = [slow_hash(text, seed=seed, purpose=purpose) for text in ids]
     assert hashed(ids, seed=seed, purpose=purpose).tolist() == expected
 
 
 @given(st.lists(st.text(max_size=12), max_size=12), st.integers(0, 12), st.integers(0, 12))
-def test_an_id_is_hashed_the_same_in_any_array(ids: list[str], first: int, length: int) -> None:
-    whole, told = pa.array(ids, pa.string()), hashed(ids).tolist()
-    for each in (whole, whole.cast(pa.large_string()), whole.cast(pa.large_binary()), whole.dictionary_encode()):
-        plain = each.cast(pa.string()) if pa.types.is_dictionary(each.type) else each
-        assert hash_ids(plain, seed=0, purpose="p").tolist() == told
-        assert hash_ids(plain.slice(first, length), seed=0, purpose="p").tolist() == told[first : first + length]
-    pieces = pa.chunked_array([whole.slice(0, first), whole.slice(first)])
-    assert hash_ids(pieces.combine_chunks(), seed=0, purpose="p").tolist() == told
+def test_hash_ids_is_independent_of_array_type_and_slicing(ids: list[str], first: int, length: int) -> None:
+    array, expected = pa.array(ids, pa.string()), hashed(ids).tolist()
+    for converted in (array, array.cast(pa.large_string()), array.cast(pa.large_binary()), array.dictionary_encode()):
+        plain = converted.cast(pa.string()) if pa.types.is_dictionary(converted.type) else converted
+        assert hash_ids(plain, seed=0, purpose="p").tolist() == expected
+        assert hash_ids(plain.slice(first, length), seed=0, purpose="p").tolist() == expected[first : first + length]
+    pieces = pa.chunked_array([array.slice(0, first), array.slice(first)])
+    assert hash_ids(pieces.combine_chunks(), seed=0, purpose="p").tolist() == expected
 
 
-def test_empty_long_and_odd_ids_are_told_apart() -> None:
+def test_empty_long_and_unusual_ids_have_distinct_hashes() -> None:
     ids = ["", "\0", "\0\0", "a", "a\0", "\0a", "ä", "漢字", "🎻" * 3, "x" * 8, "x" * 9, "x" * 16, "x" * 100_000]
     ids += ["x" * 7 + "\0", "x" * 7, "x" * 99_999 + "y"]
     assert len(set(hashed(ids).tolist())) == len(ids)
@@ -105,26 +105,26 @@ def test_empty_long_and_odd_ids_are_told_apart() -> None:
         hash_ids(pa.array(["a", None]), seed=0, purpose="p")
 
 
-def test_a_million_alike_ids_are_uniform_and_never_collide() -> None:
+def test_hashes_of_a_million_similar_ids_are_uniform_and_unique() -> None:
     n = 1_000_000
-    ids = pa.array([f"clip_{one:09d}" for one in range(n)])
+    ids = pa.array([f"clip_{number:09d}" for number in range(n)])
     keys = hash_ids(ids, seed=0, purpose="split")
     assert len(np.unique(keys)) == n
     for shift in (52, 26, 0):  # the first, middle and last bits
         counts = np.bincount(((keys >> np.uint64(shift)) & np.uint64(0xFFF)).astype(np.int64), minlength=4_096)
-        chi = ((counts - n / 4_096) ** 2).sum() / (n / 4_096)
-        assert abs(chi - 4_095) < 5 * np.sqrt(2 * 4_095)
+        chi_squared = ((counts - n / 4_096) ** 2).sum() / (n / 4_096)
+        assert abs(chi_squared - 4_095) < 5 * np.sqrt(2 * 4_095)
     for seed, purpose in ((1, "split"), (0, "unique")):
-        other = hash_ids(ids, seed=seed, purpose=purpose)
-        assert abs(np.corrcoef(keys / 2.0**64, other / 2.0**64)[0, 1]) < 5 / np.sqrt(n)
-    place = np.arange(n) / n
-    assert abs(np.corrcoef(keys / 2.0**64, place)[0, 1]) < 5 / np.sqrt(n)
+        other_keys = hash_ids(ids, seed=seed, purpose=purpose)
+        assert abs(np.corrcoef(keys / 2.0**64, other_keys / 2.0**64)[0, 1]) < 5 / np.sqrt(n)
+    position = np.arange(n) / n
+    assert abs(np.corrcoef(keys / 2.0**64, position)[0, 1]) < 5 / np.sqrt(n)
 
 
-@pytest.mark.parametrize("place", [0, 6, 8, 12])
-def test_one_changed_bit_changes_half_of_the_bits(place: int) -> None:
-    ids = [f"{one:013d}" for one in range(2_000)]
-    changed = [one[:place] + chr(ord(one[place]) ^ 1) + one[place + 1 :] for one in ids]
+@pytest.mark.parametrize("position", [0, 6, 8, 12])
+def test_one_input_bit_flips_half_of_the_output_bits(position: int) -> None:
+    ids = [f"{text:013d}" for text in range(2_000)]
+    changed = [text[:position] + chr(ord(text[position]) ^ 1) + text[position + 1 :] for text in ids]
     flips = np.unpackbits((hashed(ids) ^ hashed(changed)).view(np.uint8).reshape(-1, 8), axis=1).mean(axis=0)
     assert flips.shape == (64,)
     assert np.abs(flips - 0.5).max() < 6 * 0.5 / np.sqrt(2_000)

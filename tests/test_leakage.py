@@ -1,4 +1,4 @@
-"""Laws of leakage: what is planted is found to the sample, what is clean is left alone, whatever the order of rows."""
+"""Tests of leakage: planted leaks are found exactly, clean data have none, in any order of rows."""
 
 from __future__ import annotations
 
@@ -55,34 +55,34 @@ def split_of(count: int, *, seed: int = 0, names: tuple[str, ...] = ("train", "t
     return objects(names[0] if draw < 0.75 else names[1 + int(draw * 1e6) % (len(names) - 1)] for draw in draws)
 
 
-def made_of(
+def make_content(
     modality: str, content: Any, matrix: NDArray[Any] | None = None, *, recurs: bool = False
 ) -> ModalityContent:
     inputs = None if matrix is None else MatrixInputs(matrix=matrix.astype(np.float32))
     return ModalityContent(modality=modality, content=objects(content), inputs=inputs, recurs=recurs)
 
 
-def unlike(name: str, count: int) -> list[str | None]:
+def distinct(name: str, count: int) -> list[str | None]:
     return [f"{name}{row}" for row in range(count)]
 
 
-def found(leakage: Leakage) -> list[tuple[str, str, tuple[str, str], int]]:
-    return [(each.what, each.name, each.between, each.count) for each in leakage.findings]
+def summaries(leakage: Leakage) -> list[tuple[str, str, tuple[str, str], int]]:
+    return [(finding.what, finding.name, finding.between, finding.count) for finding in leakage.findings]
 
 
-def only(leakage: Leakage) -> Finding:
-    assert len(leakage.findings) == 1, found(leakage)
+def single_finding(leakage: Leakage) -> Finding:
+    assert len(leakage.findings) == 1, summaries(leakage)
     return leakage.findings[0]
 
 
-# The shape of the whole
+# All kinds of leaks
 
 
-def test_a_clean_set_has_no_finding() -> None:
+def test_clean_data_have_no_findings() -> None:
     rng = np.random.default_rng(0)
     split = split_of(600, names=("train", "validation", "test"))
     modality_contents = [
-        made_of(name, unlike(name, 600), rng.standard_normal((600, 30))) for name in ("audio", "visual")
+        make_content(name, distinct(name, 600), rng.standard_normal((600, 30))) for name in ("audio", "visual")
     ]
     actor = objects(f"{name}{row % 7}" for row, name in enumerate(split))
     leakage = find_leakage(make_samples(split), modality_contents, groups={"actor": actor})
@@ -91,99 +91,103 @@ def test_a_clean_set_has_no_finding() -> None:
 
 
 @pytest.mark.parametrize("present", ["train", "validation"])
-def test_without_a_test_split_there_is_nothing_to_compare(present: str) -> None:
+def test_single_split_has_nothing_to_compare(present: str) -> None:
     leakage = find_leakage(
-        make_samples([present] * 5), [made_of("audio", ["a"] * 5)], groups={"actor": objects("abcab")}
+        make_samples([present] * 5), [make_content("audio", ["a"] * 5)], groups={"actor": objects("abcab")}
     )
     assert "no test split: nothing to compare" in leakage.notes
     assert not leakage.leaks
 
 
 def test_without_a_test_split_train_and_validation_are_compared() -> None:
-    leakage = find_leakage(make_samples(["train", "validation"]), [made_of("audio", ["a", "a"])])
-    assert leakage.notes == ("no test split: the others are compared",)
-    assert found(leakage) == [("content", "audio", ("train", "validation"), 1)]
+    leakage = find_leakage(make_samples(["train", "validation"]), [make_content("audio", ["a", "a"])])
+    assert leakage.notes == ("no test split: only the other splits are compared",)
+    assert summaries(leakage) == [("content", "audio", ("train", "validation"), 1)]
 
 
 def planted(
     seed: int = 0, *, names: tuple[str, str] = ("train", "test")
 ) -> tuple[Samples, list[ModalityContent], Objects]:
-    """Plant 3 copies and 4 near duplicates of audio, 2 samples whole, and 5 shared actors; none among others."""
+    """Return samples with 3 copies and 4 near duplicates of audio, 2 complete copies, and 5 shared actors."""
     rng = np.random.default_rng(seed)
     split = split_of(400, seed=seed)
-    held, known = np.flatnonzero(split == "test"), np.flatnonzero(split == "train")
-    content = {name: objects(unlike(name, 400)) for name in ("audio", "visual")}
+    heldout, reference = np.flatnonzero(split == "test"), np.flatnonzero(split == "train")
+    content = {name: objects(distinct(name, 400)) for name in ("audio", "visual")}
     matrix = {name: rng.standard_normal((400, 20)) for name in content}
     for name, copied in (("audio", 3), ("visual", 2)):
-        content[name][held[:copied]] = content[name][known[:copied]]
-        matrix[name][held[:copied]] = matrix[name][known[:copied]]
-    matrix["audio"][held[10:14]] = matrix["audio"][known[10:14]] + 0.02 * rng.standard_normal((4, 20))
+        content[name][heldout[:copied]] = content[name][reference[:copied]]
+        matrix[name][heldout[:copied]] = matrix[name][reference[:copied]]
+    matrix["audio"][heldout[10:14]] = matrix["audio"][reference[10:14]] + 0.02 * rng.standard_normal((4, 20))
     actor = objects(f"{name} {row % 8}" for row, name in enumerate(split))
-    actor[held[20:25]] = actor[known[known >= 8][:5]]
+    actor[heldout[20:25]] = actor[reference[reference >= 8][:5]]
     renamed = objects(names[0] if name == "train" else names[1] for name in split)
-    return make_samples(renamed), [made_of(name, content[name], matrix[name]) for name in content], actor
+    return make_samples(renamed), [make_content(name, content[name], matrix[name]) for name in content], actor
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_all_that_is_planted_is_found_and_nothing_else(seed: int) -> None:
+def test_exactly_the_planted_leaks_are_found(seed: int) -> None:
     samples, modality_contents, actor = planted(seed)
     leakage = find_leakage(samples, modality_contents, groups={"actor": actor})
-    both = ("train", "test")
+    between = ("train", "test")
     shared = len(set(actor[samples.split == "train"]) & set(actor[samples.split == "test"]))
-    assert found(leakage) == [
-        ("content", "sample", both, 2),
-        ("content", "audio", both, 3),
-        ("near duplicates", "audio", both, 4),
-        ("content", "visual", both, 2),
-        ("groups", "actor", both, shared),
+    assert summaries(leakage) == [
+        ("content", "sample", between, 2),
+        ("content", "audio", between, 3),
+        ("near duplicates", "audio", between, 4),
+        ("content", "visual", between, 2),
+        ("groups", "actor", between, shared),
     ]
     assert leakage.leaks
-    number = int((samples.split == "test").sum())
-    assert [each.of for each in leakage.findings[:4]] == [number, number, number - 3, number]
+    num_test = int((samples.split == "test").sum())
+    assert [finding.of for finding in leakage.findings[:4]] == [num_test, num_test, num_test - 3, num_test]
     assert leakage.findings[-1].samples == 5
-    known, held = (np.flatnonzero(samples.split == name) for name in both)
-    pairs = [(samples.sample_id[a], samples.sample_id[b]) for a, b in zip(held[10:14], known[10:14], strict=True)]
+    reference, heldout = (np.flatnonzero(samples.split == name) for name in between)
+    pairs = zip(samples.sample_id[heldout[10:14]], samples.sample_id[reference[10:14]], strict=True)
     assert leakage.findings[2].examples == tuple(pairs)
 
 
 def test_shuffling_rows_changes_nothing() -> None:
     samples, modality_contents, actor = planted()
     order = np.random.default_rng(1).permutation(len(samples))
-    moved = replace(samples, sample_id=samples.sample_id[order], label=samples.label[order], split=samples.split[order])
-    again = []
+    shuffled = replace(
+        samples, sample_id=samples.sample_id[order], label=samples.label[order], split=samples.split[order]
+    )
+    shuffled_contents = []
     for modality_content in modality_contents:
         assert isinstance(modality_content.inputs, MatrixInputs)
         inputs = MatrixInputs(matrix=modality_content.inputs.matrix[order])
-        again.append(replace(modality_content, content=modality_content.content[order], inputs=inputs))
+        shuffled_contents.append(replace(modality_content, content=modality_content.content[order], inputs=inputs))
     expected = find_leakage(samples, modality_contents, groups={"actor": actor})
-    assert find_leakage(moved, again, groups={"actor": actor[order]}) == expected
+    assert find_leakage(shuffled, shuffled_contents, groups={"actor": actor[order]}) == expected
 
 
-def test_swapping_train_and_test_names_the_same_pairs() -> None:
+def test_swapping_train_and_test_gives_same_pairs() -> None:
     samples, modality_contents, actor = planted()
-    there = find_leakage(samples, modality_contents, groups={"actor": actor})
-    back, *_ = planted(names=("test", "train"))
-    swapped = find_leakage(back, modality_contents, groups={"actor": actor})
-    assert found(swapped) == found(there)
-    for one, other in zip(there.findings, swapped.findings, strict=True):
-        assert {frozenset(pair) for pair in one.examples} == {frozenset(pair) for pair in other.examples}
+    original = find_leakage(samples, modality_contents, groups={"actor": actor})
+    swapped_samples, *_ = planted(names=("test", "train"))
+    swapped = find_leakage(swapped_samples, modality_contents, groups={"actor": actor})
+    assert summaries(swapped) == summaries(original)
+    for first, second in zip(original.findings, swapped.findings, strict=True):
+        assert {frozenset(pair) for pair in first.examples} == {frozenset(pair) for pair in second.examples}
 
 
-def test_it_is_told_as_plain_lists() -> None:
+def test_to_json_returns_plain_lists() -> None:
     samples, modality_contents, actor = planted()
     leakage = find_leakage(samples, modality_contents, groups={"actor": actor, "take": objects(range(400))})
-    told: Any = leakage.to_json()
-    assert told["leaks"] is True
-    assert [each["message"] for each in told["findings"]] == [each.message for each in leakage.findings]
-    assert told["notes"] == ["column 'take' differs from row to row: no groups"]
+    content: Any = leakage.to_json()
+    assert content["leaks"] is True
+    assert [finding["message"] for finding in content["findings"]] == [finding.message for finding in leakage.findings]
+    assert content["notes"] == ["column 'take' has a different value in every row: not used as groups"]
 
 
-def test_every_pair_of_splits_is_compared_and_told() -> None:
+def test_every_pair_of_splits_is_compared() -> None:
     split = ["train", "validation", "test"] * 4
     calls: list[tuple[str, int, int]] = []
     content = ["a", "b", "b", "c", "c", "d", "e", "f", "e", *"ghi"]
-    leakage = find_leakage(make_samples(split), [made_of("audio", content)], progress=lambda *call: calls.append(call))
-    assert found(leakage) == [
+    leakage = find_leakage(
+        make_samples(split), [make_content("audio", content)], progress=lambda *call: calls.append(call)
+    )
+    assert summaries(leakage) == [
         ("content", "audio", ("train", "test"), 1),
         ("content", "audio", ("train", "validation"), 1),
         ("content", "audio", ("validation", "test"), 1),
@@ -195,33 +199,35 @@ def test_every_pair_of_splits_is_compared_and_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first_id", "second_id"),
     [("clip_01.wav", "CLIP_01"), ("a/clip.wav", "clip"), ("b\\a\\clip.mp4", "A/clip.npy"), ("./clip", "clip.png")],
 )
-def test_ids_are_one_but_for_case_extension_and_leading_folders(one: str, other: str) -> None:
-    for ids in ([one, other], [other, one]):
-        finding = only(find_leakage(make_samples(["train", "test"], ids=ids), []))
+def test_ids_are_compared_without_case_extension_and_leading_folders(first_id: str, second_id: str) -> None:
+    for ids in ([first_id, second_id], [second_id, first_id]):
+        finding = single_finding(find_leakage(make_samples(["train", "test"], ids=ids), []))
         assert (finding.what, finding.count, finding.of) == ("ids", 1, 1)
         assert finding.examples == ((ids[1], ids[0]),)
         assert finding.message == (
-            f"1 of 1 test ids also in train but for case, extension or folder: {ids[1]} and {ids[0]}"
+            f"1 of 1 test ids also in train, up to case, extension or folder: {ids[1]} and {ids[0]}"
         )
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("clip.1", "clip.2"), ("s01.sad", "s01.joy"), ("1", "01"), ("clip_1", "clip_10"), ("/", ".")]
+    ("first_id", "second_id"),
+    [("clip.1", "clip.2"), ("s01.sad", "s01.joy"), ("1", "01"), ("clip_1", "clip_10"), ("/", ".")],
 )
-def test_other_ids_are_others(one: str, other: str) -> None:
-    assert find_leakage(make_samples(["train", "test"], ids=[one, other]), []) == Leakage(findings=(), notes=())
+def test_different_ids_are_not_matched(first_id: str, second_id: str) -> None:
+    leakage = find_leakage(make_samples(["train", "test"], ids=[first_id, second_id]), [])
+    assert leakage == Leakage(findings=(), notes=())
 
 
-def test_a_name_in_another_folder_is_noted_only() -> None:
-    """Numbers begin anew in the folder of every split."""
+def test_same_file_name_in_another_folder_is_only_noted() -> None:
+    """The folder of every split has its own numbering."""
     ids = [f"{split}/{number}.wav" for split in ("train", "test") for number in range(9)]
     leakage = find_leakage(make_samples(["train"] * 9 + ["test"] * 9, ids=ids), [])
     assert not leakage.leaks
     assert leakage.notes == (
-        "9 of 9 test ids name a file as train does, in another folder; not taken for the same: "
+        "9 of 9 test ids have the file name of a train id in another folder; not counted as duplicates: "
         "test/0.wav and train/0.wav",
     )
 
@@ -235,59 +241,64 @@ def test_a_name_in_another_folder_is_noted_only() -> None:
         st.tuples(st.sampled_from(["train", "test"]), st.sampled_from([None, *"abcdefgh"])), min_size=2, max_size=40
     )
 )
-def test_contents_are_counted_by_sets(rows: list[tuple[str, str | None]]) -> None:
+def test_content_count_equals_set_intersection(rows: list[tuple[str, str | None]]) -> None:
     split, content = zip(*rows, strict=True)
-    leakage = find_leakage(make_samples(split), [made_of("audio", content)])
-    known = {value for name, value in rows if name == "train"} - {None}
-    expected = sum(name == "test" and value in known for name, value in rows)
-    assert sum(each.count for each in leakage.findings) == expected
+    leakage = find_leakage(make_samples(split), [make_content("audio", content)])
+    reference = {value for name, value in rows if name == "train"} - {None}
+    expected = sum(name == "test" and value in reference for name, value in rows)
+    assert sum(finding.count for finding in leakage.findings) == expected
 
 
-def test_a_placeholder_is_no_evidence_but_a_sample_that_is_often_copied_is() -> None:
+def test_placeholders_are_noted_and_frequent_copies_are_found() -> None:
     split = ["train"] * 60 + ["test"] * 10
     silence = ["silence"] * 50 + ["often"] * 10 + ["silence"] * 6 + ["often"] * 4
-    pictures = unlike("p", 50) + ["o"] * 10 + unlike("q", 6) + ["o"] * 4
-    leakage = find_leakage(make_samples(split), [made_of("audio", silence), made_of("visual", pictures)])
+    pictures = distinct("p", 50) + ["o"] * 10 + distinct("q", 6) + ["o"] * 4
+    leakage = find_leakage(make_samples(split), [make_content("audio", silence), make_content("visual", pictures)])
     between = ("train", "test")
-    assert found(leakage) == [
+    assert summaries(leakage) == [
         ("content", "sample", between, 4),
         ("content", "audio", between, 4),
         ("content", "visual", between, 4),
     ]
     assert leakage.notes == (
-        "audio: 6 test samples hold what stands with more than 20 different partners in train: "
+        "audio: 6 test samples have content that occurs with more than 20 different partners in train: "
         "placeholders, not counted",
     )
 
 
-def test_what_recurs_is_noted_alone_and_found_with_the_rest() -> None:
+def test_recurring_content_alone_is_noted_and_with_others_is_found() -> None:
     split = ["train", "train", "test", "test"]
-    text = made_of("text", ["yes", "no", "yes", "no"], recurs=True)
-    leakage = find_leakage(make_samples(split), [made_of("audio", ["a", "b", "a", "c"]), text])
-    assert found(leakage) == [("content", "sample", ("train", "test"), 1), ("content", "audio", ("train", "test"), 1)]
+    text = make_content("text", ["yes", "no", "yes", "no"], recurs=True)
+    leakage = find_leakage(make_samples(split), [make_content("audio", ["a", "b", "a", "c"]), text])
+    assert summaries(leakage) == [
+        ("content", "sample", ("train", "test"), 1),
+        ("content", "audio", ("train", "test"), 1),
+    ]
     assert leakage.notes == (
         "2 of 2 test samples with the same text as a train sample: s00002 and s00000; "
-        "no leak by itself: such contents recur",
+        "not a leak by itself: such contents recur by chance",
     )
 
 
 # Near duplicates
 
 
-def near(matrix: NDArray[Any], split: Objects, config: LeakageConfig | None = None, seed: int = 0) -> Leakage:
+def near_duplicates(
+    matrix: NDArray[Any], split: Objects, config: LeakageConfig | None = None, seed: int = 0
+) -> Leakage:
     content = [row.tobytes().hex() for row in matrix.astype(np.float32)]
-    return find_leakage(make_samples(split), [made_of("audio", content, matrix)], config=config, seed=seed)
+    return find_leakage(make_samples(split), [make_content("audio", content, matrix)], config=config, seed=seed)
 
 
 def clouds(seed: int) -> Mapping[str, NDArray[Any]]:
     rng = np.random.default_rng(seed)
-    places = 10 * rng.standard_normal((15, 20))
-    belongs = rng.integers(0, 15, 900)
+    centres = 10 * rng.standard_normal((15, 20))
+    cluster = rng.integers(0, 15, 900)
     widths = 10.0 ** rng.uniform(-3, 0, 15)
     return {
         "even": rng.standard_normal((900, 12)),
         "wide": rng.standard_normal((900, 300)),
-        "clusters": places[belongs] + widths[belongs, None] * rng.standard_normal((900, 20)),
+        "clusters": centres[cluster] + widths[cluster, None] * rng.standard_normal((900, 20)),
         "a curve": np.tanh(rng.standard_normal((900, 1)) @ rng.standard_normal((1, 30))),
         "a sheet": np.tanh(rng.standard_normal((900, 3)) @ rng.standard_normal((3, 30))),
         "long tails": rng.standard_t(1.5, (900, 30)),
@@ -300,41 +311,41 @@ def clouds(seed: int) -> Mapping[str, NDArray[Any]]:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", clouds(0))
-def test_clean_clouds_raise_no_alarm(name: str, seed: int) -> None:
-    assert not near(clouds(seed)[name], split_of(900, seed=seed)).leaks
+def test_clean_features_give_no_near_duplicates(name: str, seed: int) -> None:
+    assert not near_duplicates(clouds(seed)[name], split_of(900, seed=seed)).leaks
 
 
 @pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("name", ["even", "wide", "units", "bits"])
-def test_noisy_copies_are_found_to_the_sample(name: str, copies: int) -> None:
-    """Also where each original stands twice in train."""
+def test_all_noisy_copies_are_found(name: str, copies: int) -> None:
+    """Also if each original is in train twice."""
     rng = np.random.default_rng(5)
     matrix, split = clouds(0)[name].astype(float), split_of(900)
-    held, known = np.flatnonzero(split == "test")[:12], np.flatnonzero(split == "train")[:24]
+    heldout, reference = np.flatnonzero(split == "test")[:12], np.flatnonzero(split == "train")[:24]
     noise = 0.01 * matrix.std(axis=0) * rng.standard_normal((2, 12, matrix.shape[1]))
     if copies == 2:
-        matrix[known[12:]] = matrix[known[:12]] + noise[1]
-    matrix[held] = matrix[known[:12]] + noise[0]
-    assert only(near(matrix, split)).count == 12
+        matrix[reference[12:]] = matrix[reference[:12]] + noise[1]
+    matrix[heldout] = matrix[reference[:12]] + noise[0]
+    assert single_finding(near_duplicates(matrix, split)).count == 12
 
 
 def test_copies_within_tight_and_wide_clusters_are_found() -> None:
-    """A distance that is near in the one is far in the other."""
+    """A distance that is small in one cluster is large in another."""
     rng = np.random.default_rng(0)
-    split, belongs = split_of(900), np.arange(900) % 15
-    widths = np.geomspace(0.05, 0.5, 15)[belongs, None]
-    matrix = 10 * rng.standard_normal((15, 20))[belongs] + widths * rng.standard_normal((900, 20))
-    held, known = np.flatnonzero(split == "test")[:15], np.flatnonzero(split == "train")[:15]
-    assert len(set(belongs[known])) > 8
-    matrix[held] = matrix[known] + 0.01 * widths[known] * rng.standard_normal((15, 20))
-    assert only(near(matrix, split)).count == 15
+    split, cluster = split_of(900), np.arange(900) % 15
+    widths = np.geomspace(0.05, 0.5, 15)[cluster, None]
+    matrix = 10 * rng.standard_normal((15, 20))[cluster] + widths * rng.standard_normal((900, 20))
+    heldout, reference = np.flatnonzero(split == "test")[:15], np.flatnonzero(split == "train")[:15]
+    assert len(set(cluster[reference])) > 8
+    matrix[heldout] = matrix[reference] + 0.01 * widths[reference] * rng.standard_normal((15, 20))
+    assert single_finding(near_duplicates(matrix, split)).count == 15
 
 
-def test_a_place_where_much_of_train_lies_is_a_cluster() -> None:
+def test_dense_cluster_is_not_reported() -> None:
     rng = np.random.default_rng(0)
     matrix, split = rng.standard_normal((900, 20)), split_of(900)
     matrix[::10] = matrix[0] + 1e-4 * rng.standard_normal((90, 20))
-    assert not near(matrix, split).leaks
+    assert not near_duplicates(matrix, split).leaks
 
 
 @pytest.mark.parametrize(
@@ -345,70 +356,70 @@ def test_a_place_where_much_of_train_lies_is_a_cluster() -> None:
             np.repeat(np.random.default_rng(0).standard_normal((300, 1)), 7, 1) @ np.eye(7, 20),
             "too few of its 20 features",
         ),
-        (np.random.default_rng(0).integers(0, 2, (300, 8)), "many vectors are equal"),
-        (np.random.default_rng(0).standard_normal((12, 20)), "9 samples are too few"),
+        (np.random.default_rng(0).integers(0, 2, (300, 8)), "many feature vectors are equal"),
+        (np.random.default_rng(0).standard_normal((12, 20)), "9 samples, at least 20 needed"),
     ],
 )
-def test_what_cannot_be_told_is_noted(matrix: NDArray[Any], words: str) -> None:
-    content = unlike("a", len(matrix))
+def test_untestable_features_are_noted(matrix: NDArray[Any], words: str) -> None:
+    content = distinct("a", len(matrix))
     split = split_of(len(matrix)) if len(matrix) > 12 else objects(["train"] * 9 + ["test"] * 3)
-    leakage = find_leakage(make_samples(split), [made_of("audio", content, matrix)])
+    leakage = find_leakage(make_samples(split), [make_content("audio", content, matrix)])
     assert not leakage.leaks
     assert len(leakage.notes) == 1
     assert leakage.notes[0].startswith("audio, near duplicates of test in train: not tested: ")
     assert words in leakage.notes[0]
 
 
-def test_a_missing_modality_is_not_read() -> None:
+def test_missing_modality_is_not_compared() -> None:
     rng = np.random.default_rng(0)
     matrix, split = rng.standard_normal((400, 20)), split_of(400)
-    held, known = np.flatnonzero(split == "test"), np.flatnonzero(split == "train")
-    matrix[held[:6]] = matrix[known[:6]] + 1e-3
-    content = objects(unlike("a", 400))
-    content[[*held[:2], *known[2:4]]] = None
-    matrix[[*held[:2], *known[2:4]]] = np.nan
-    finding = only(find_leakage(make_samples(split), [made_of("audio", content, matrix)]))
-    assert (finding.count, finding.of) == (2, len(held) - 2)
+    heldout, reference = np.flatnonzero(split == "test"), np.flatnonzero(split == "train")
+    matrix[heldout[:6]] = matrix[reference[:6]] + 1e-3
+    content = objects(distinct("a", 400))
+    content[[*heldout[:2], *reference[2:4]]] = None
+    matrix[[*heldout[:2], *reference[2:4]]] = np.nan
+    finding = single_finding(find_leakage(make_samples(split), [make_content("audio", content, matrix)]))
+    assert (finding.count, finding.of) == (2, len(heldout) - 2)
 
 
-def test_near_texts_are_noted_only() -> None:
+def test_near_duplicate_texts_are_only_noted() -> None:
     rng = np.random.default_rng(0)
     matrix, split = rng.standard_normal((400, 20)), split_of(400)
     matrix[np.flatnonzero(split == "test")[0]] = matrix[np.flatnonzero(split == "train")[0]] + 1e-3
-    leakage = find_leakage(make_samples(split), [made_of("text", unlike("t", 400), matrix, recurs=True)])
+    leakage = find_leakage(make_samples(split), [make_content("text", distinct("t", 400), matrix, recurs=True)])
     assert not leakage.leaks
     assert len(leakage.notes) == 1
     assert "nearly the same text" in leakage.notes[0]
 
 
-def test_beyond_the_most_rows_a_sample_is_compared_and_said() -> None:
+def test_rows_beyond_maximum_are_sampled_and_noted() -> None:
     rng = np.random.default_rng(0)
     matrix, split = rng.standard_normal((800, 20)), split_of(800)
-    held, known = np.flatnonzero(split == "test"), np.flatnonzero(split == "train")
-    matrix[held] = matrix[known[: len(held)]] + 0.01 * rng.standard_normal((len(held), 20))
-    everything = only(near(matrix, split))
-    assert everything.count == len(held)
-    config = LeakageConfig(most_train=300, most_test=100)
-    some = [near(matrix, split, config, seed) for seed in range(3)]
-    assert [only(each).of for each in some] == [100] * 3
-    assert all(20 < only(each).count < 80 for each in some)  # each with a chance of 300 in 600
-    assert len({only(each).examples for each in some}) == 3
-    assert near(matrix, split, config, 0) == some[0]
-    said = f"100 of {len(held)} were sought among 300 of {len(known)} samples"
-    assert some[0].notes == (f"audio, near duplicates of test in train: {said}",)
+    heldout, reference = np.flatnonzero(split == "test"), np.flatnonzero(split == "train")
+    matrix[heldout] = matrix[reference[: len(heldout)]] + 0.01 * rng.standard_normal((len(heldout), 20))
+    everything = single_finding(near_duplicates(matrix, split))
+    assert everything.count == len(heldout)
+    config = LeakageConfig(max_train=300, max_test=100)
+    sampled = [near_duplicates(matrix, split, config, seed) for seed in range(3)]
+    assert [single_finding(leakage).of for leakage in sampled] == [100] * 3
+    assert all(20 < single_finding(leakage).count < 80 for leakage in sampled)  # found with probability 300 / 600
+    assert len({single_finding(leakage).examples for leakage in sampled}) == 3
+    assert near_duplicates(matrix, split, config, 0) == sampled[0]
+    note = f"100 of {len(heldout)} test samples were compared with 300 of {len(reference)} train samples"
+    assert sampled[0].notes == (f"audio, near duplicates of test in train: {note}",)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"ratio": 1.0}, "leakage.ratio is 1.0"),
-        ({"false_alarms": 0.0}, "leakage.false_alarms 0.0; both lie between 0 and 1"),
+        ({"false_alarms": 0.0}, "leakage.false_alarms 0.0; both must lie between 0 and 1"),
         ({"neighbours": 2}, "leakage.neighbours is 2"),
-        ({"most_partners": 0}, "leakage.most_partners 0; at least 3 and 1"),
-        ({"most_test": 19}, "leakage.most_test 19; at least 20"),
+        ({"max_partners": 0}, "leakage.max_partners 0; they must be at least 3 and 1"),
+        ({"max_test": 19}, "leakage.max_test 19; both must be at least 20"),
     ],
 )
-def test_a_config_out_of_range_is_refused(options: dict[str, Any], words: str) -> None:
+def test_config_out_of_range_raises_error(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LeakageConfig(**options)
 
@@ -416,14 +427,15 @@ def test_a_config_out_of_range_is_refused(options: dict[str, Any], words: str) -
 # Groups
 
 
-def test_a_list_of_the_shape_of_cremad_says_that_all_actors_are_shared() -> None:
-    """91 actors, 7,442 clips called after them, of which 744 are drawn at random for test."""
+def test_random_split_of_cremad_shares_all_actors() -> None:
+    """91 actors, 7,442 clips, of which 744 are drawn at random for test."""
     rng = np.random.default_rng(0)
     actors = [1001 + number % 91 for number in range(7442)]
     ids = [f"{actor}_{number:05d}" for number, actor in enumerate(actors)]
     split = objects(["train"] * 7442)
     split[rng.choice(7442, 744, replace=False)] = "test"
-    finding = only(find_leakage(make_samples(split, ids=ids), [], groups={"actor": objects(i[:4] for i in ids)}))
+    groups = {"actor": objects(sample_id[:4] for sample_id in ids)}
+    finding = single_finding(find_leakage(make_samples(split, ids=ids), [], groups=groups))
     assert finding.message == "91 of 91 test actors also in train"
     assert (finding.count, finding.of, finding.samples) == (91, 91, 744)
 
@@ -435,9 +447,9 @@ def test_a_list_of_the_shape_of_cremad_says_that_all_actors_are_shared() -> None
         *(("class", "classes"), ("boy", "boys"), ("song", "songs"), ("raw_source", "raw sources")),
     ],
 )
-def test_groups_are_called_after_their_column(column: str, noun: str) -> None:
+def test_message_uses_plural_of_group_column(column: str, noun: str) -> None:
     split = ["train", "train", "test", "test"]
-    finding = only(find_leakage(make_samples(split), [], groups={column: objects("abbb")}))
+    finding = single_finding(find_leakage(make_samples(split), [], groups={column: objects("abbb")}))
     assert finding.message == f"1 of 1 test {noun} also in train"
     assert finding.name == column
 
@@ -450,15 +462,14 @@ def test_groups_are_called_after_their_column(column: str, noun: str) -> None:
         max_size=30,
     )
 )
-def test_groups_are_counted_by_sets_and_null_is_none(rows: list[tuple[str, Any]]) -> None:
+def test_group_count_equals_set_intersection_without_nulls(rows: list[tuple[str, Any]]) -> None:
     split, column = zip(*rows, strict=True)
     leakage = find_leakage(make_samples(split), [], groups={"actor": objects(column)})
-    known, held = ({v for s, v in rows if s == name and isinstance(v, str)} for name in ("train", "test"))
+    reference, heldout = ({v for s, v in rows if s == name and isinstance(v, str)} for name in ("train", "test"))
     names = [value for value in column if isinstance(value, str)]
     if 2 <= len(set(names)) < len(names):
-        assert [(each.count, each.of) for each in leakage.findings] == [(len(known & held), len(held))] * bool(
-            known & held
-        )
+        expected = [(len(reference & heldout), len(heldout))] if reference & heldout else []
+        assert [(finding.count, finding.of) for finding in leakage.findings] == expected
     else:
         assert not leakage.leaks
         assert leakage.notes
@@ -466,34 +477,38 @@ def test_groups_are_counted_by_sets_and_null_is_none(rows: list[tuple[str, Any]]
 
 @pytest.mark.parametrize(
     ("column", "words"),
-    [("abcd", "differs from row to row"), ("aaaa", "holds 1 values"), ([None] * 4, "holds 0 values")],
+    [
+        ("abcd", "has a different value in every row"),
+        ("aaaa", "has 1 distinct values"),
+        ([None] * 4, "has 0 distinct values"),
+    ],
 )
-def test_what_is_no_group_is_noted(column: Any, words: str) -> None:
+def test_columns_without_groups_are_noted(column: Any, words: str) -> None:
     leakage = find_leakage(make_samples(["train", "test"] * 2), [], groups={"video": objects(column)})
-    assert leakage == Leakage(findings=(), notes=(f"column 'video' {words}: no groups",))
+    assert leakage == Leakage(findings=(), notes=(f"column 'video' {words}: not used as groups",))
 
 
-def test_a_column_that_says_the_same_is_told_once_under_its_own_name() -> None:
+def test_equivalent_group_columns_are_reported_once() -> None:
     split, group = ["train", "train", "test", "test", "test"], ["g1", "g2", "g1", "g1", "s00004"]
     columns = {"group": objects(["1", "2", "1", "1", None]), "actor": objects(["x", "y", "x", "x", None])}
-    assert only(find_leakage(make_samples(split), [], groups=columns)).name == "actor"
-    samples = make_samples(split, group=group)  # there a null is the sample's own id
-    assert only(find_leakage(samples, [])).message == "1 of 1 test groups also in train"
-    assert only(find_leakage(samples, [], groups={"actor": columns["actor"]})).name == "actor"
+    assert single_finding(find_leakage(make_samples(split), [], groups=columns)).name == "actor"
+    samples = make_samples(split, group=group)  # samples without a group have their id there
+    assert single_finding(find_leakage(samples, [])).message == "1 of 1 test groups also in train"
+    assert single_finding(find_leakage(samples, [], groups={"actor": columns["actor"]})).name == "actor"
     assert len(find_leakage(samples, [], groups={"room": objects("aabab")}).findings) == 2
 
 
-def test_columns_of_groups_are_known_by_name() -> None:
+def test_group_columns_are_recognized_by_name() -> None:
     names = ["id", "Actor", "speaker_id", "label", "VIDEO_ID", "text", "group", "sources"]
     assert group_columns(names) == ["Actor", "speaker_id", "VIDEO_ID", "group"]
     assert group_columns(GROUP_NAMES) == list(GROUP_NAMES)
 
 
-# From files
+# Encoded datasets
 
 
-def test_a_dataset_of_files_is_read_from_its_cache(clips: Path, tmp_path: Path) -> None:
-    """A clip copied under another name, and one that is missing."""
+def test_leakage_of_encoded_dataset(clips: Path, tmp_path: Path) -> None:
+    """One clip is a copy under another name, and one is missing."""
     (clips / "7.wav").write_bytes((clips / "3.wav").read_bytes())
     (clips / "5.png").unlink()
     dataset = open_dataset(clips)
@@ -507,5 +522,5 @@ def test_a_dataset_of_files_is_read_from_its_cache(clips: Path, tmp_path: Path) 
         1,
     ]
     leakage = find_leakage(samples, modality_contents)
-    finding = only(leakage)
+    finding = single_finding(leakage)
     assert (finding.what, finding.name, finding.examples) == ("content", "audio", (("007", "003"),))

@@ -1,4 +1,4 @@
-"""Laws of locks: never two writers of one thing, a dead one blocks nobody, and a refusal names who is there."""
+"""Tests of locks: one writer at a time, locks of ended processes expire, and errors name the other writer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import pytest
 
 from mmaudit.audit import locks
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.locks import FOLDER, holders_of, write_lock
+from mmaudit.audit.locks import LOCK_FOLDER, holders_of, write_lock
+from mmaudit.audit.storage import write_json
 from mmaudit.audit.workers import ProcessId, this_process
 
 _HOLD = """
@@ -31,8 +32,8 @@ with write_lock(Path(sys.argv[1]), sys.argv[2], command="mmaudit score"):
 
 
 @contextmanager
-def another(folder: Path, scope: str = "") -> Iterator[subprocess.Popen[bytes]]:
-    """A process that holds a lock until it is killed."""
+def locking_process(folder: Path, scope: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process that holds a lock until it is killed."""
     command = [sys.executable, "-c", _HOLD, str(folder), scope]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
@@ -43,14 +44,14 @@ def another(folder: Path, scope: str = "") -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def leave(folder: Path, *, process: ProcessId, age_seconds: float = 0.0, scope: str = "") -> Path:
-    """Write the lock of a process that is not there to remove it."""
-    file = folder / FOLDER / "0123456789abcdef.lock"
+def write_foreign_lock(folder: Path, *, process: ProcessId, age_seconds: float = 0.0, scope: str = "") -> Path:
+    """Write a lock file that no process of this test removes."""
+    file = folder / LOCK_FOLDER / "0123456789abcdef.lock"
     file.parent.mkdir(parents=True)
-    about = {"scope": scope, "command": "mmaudit score", "host": "node7", "process": str(process), "started": "today"}
-    file.write_text(json.dumps(about))
-    now = time.time()
-    os.utime(file, (now, now - age_seconds))
+    content = {"scope": scope, "command": "mmaudit score", "host": "node7", "process": str(process), "started": "today"}
+    file.write_text(json.dumps(content))
+    current_time = time.time()
+    os.utime(file, (current_time, current_time - age_seconds))
     return file
 
 
@@ -63,7 +64,7 @@ def is_free(folder: Path, scope: str = "") -> bool:
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_lock_leaves_nothing_behind(tmp_path: Path, exists: bool) -> None:
+def test_lock_removes_its_files_and_folders(tmp_path: Path, exists: bool) -> None:
     folder = tmp_path / "deep" / "run"
     if exists:
         folder.mkdir(parents=True)
@@ -73,7 +74,7 @@ def test_a_lock_leaves_nothing_behind(tmp_path: Path, exists: bool) -> None:
     assert not exists or not any(folder.iterdir())
 
 
-def test_what_was_written_stays(tmp_path: Path) -> None:
+def test_written_files_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with write_lock(folder, command="mmaudit score"):
         (folder / "run.json").write_text("{}")
@@ -99,8 +100,8 @@ def test_scopes_overlap_where_one_contains_the_other(tmp_path: Path, first: str,
     assert is_free(tmp_path, second)
 
 
-def test_a_second_writer_is_told_who_is_there(tmp_path: Path) -> None:
-    with another(tmp_path) as process:
+def test_second_writer_gets_error_naming_the_first(tmp_path: Path) -> None:
+    with locking_process(tmp_path) as process:
         start = time.monotonic()
         with pytest.raises(RunError) as caught, write_lock(tmp_path, command="mmaudit score"):
             pass
@@ -114,45 +115,44 @@ def test_a_second_writer_is_told_who_is_there(tmp_path: Path) -> None:
         assert is_free(tmp_path)  # the lock of a killed process is taken over
 
 
-def test_who_waits_says_so_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_writer_logs_and_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
-    with another(tmp_path) as process:
+    with locking_process(tmp_path) as process:
         threading.Timer(1.6, process.kill).start()
         with write_lock(tmp_path, command="mmaudit split", wait_seconds=30):
             assert process.wait() != 0
     assert caplog.text.count(f"waiting for mmaudit score (process {process.pid} on ") == 1
 
 
-def test_whose_process_ended_is_taken_over(tmp_path: Path) -> None:
-    me = this_process()
-    for number, process in enumerate((replace(me, start="1"), replace(me, pid=2**22 + 1))):
-        folder = tmp_path / str(number)
-        file = leave(folder, process=process)
+def test_lock_of_ended_process_is_taken_over(tmp_path: Path) -> None:
+    own_process = this_process()
+    for index, process in enumerate((replace(own_process, start="1"), replace(own_process, pid=2**22 + 1))):
+        folder = tmp_path / str(index)
+        file = write_foreign_lock(folder, process=process)
         assert is_free(folder)
         assert not file.exists()
-    assert not is_free(leave(tmp_path / "alive", process=me, age_seconds=3_600).parent.parent)  # however old
+    write_foreign_lock(tmp_path / "running", process=own_process, age_seconds=3_600)
+    assert not is_free(tmp_path / "running")
 
 
 @pytest.mark.parametrize(("age_seconds", "free"), [(0, False), (30, False), (120, True)])
-def test_another_machines_lock_lasts_as_long_as_its_signs_of_life(
-    tmp_path: Path, age_seconds: float, free: bool
-) -> None:
-    """Also where its process has the number of one of ours, and the clocks of both machines differ."""
-    file = leave(tmp_path, process=replace(this_process(), machine="00000000"), age_seconds=age_seconds)
+def test_lock_of_another_machine_expires_without_heartbeats(tmp_path: Path, age_seconds: float, free: bool) -> None:
+    """Also if its process has the pid of a local process, and the clocks of both machines differ."""
+    file = write_foreign_lock(tmp_path, process=replace(this_process(), machine="00000000"), age_seconds=age_seconds)
     assert is_free(tmp_path) == free
     assert file.exists() == (not free)
 
 
-def test_a_damaged_lock_counts_until_it_is_old(tmp_path: Path) -> None:
-    file = leave(tmp_path, process=this_process())
+def test_damaged_lock_counts_until_it_is_stale(tmp_path: Path) -> None:
+    file = write_foreign_lock(tmp_path, process=this_process())
     file.write_text("{")
     assert not is_free(tmp_path, "finetune/a")
     os.utime(file, (0, time.time() - 120))
     assert is_free(tmp_path, "finetune/a")
 
 
-def test_signs_of_life_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_BEAT_SECONDS", 0.02)
+def test_heartbeats_update_the_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_HEARTBEAT_SECONDS", 0.02)
     with write_lock(tmp_path, command="mmaudit score") as lock:
         os.utime(lock.file, (0, 0))
         end = time.monotonic() + 10
@@ -161,7 +161,7 @@ def test_signs_of_life_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert time.time() - lock.file.stat().st_mtime < 60
 
 
-def test_a_lost_lock_is_noticed(tmp_path: Path) -> None:
+def test_removed_lock_raises_error(tmp_path: Path) -> None:
     with write_lock(tmp_path, command="mmaudit score") as lock:
         lock.check()
         lock.file.unlink()
@@ -169,50 +169,50 @@ def test_a_lost_lock_is_noticed(tmp_path: Path) -> None:
             lock.check()
 
 
-def test_the_lock_of_an_ended_process_is_removed_whatever_it_was_on(tmp_path: Path) -> None:
-    leave(tmp_path, process=replace(this_process(), start="1"), scope="manifests/.1a2b")
+def test_lock_of_ended_process_is_removed_for_any_scope(tmp_path: Path) -> None:
+    write_foreign_lock(tmp_path, process=replace(this_process(), start="1"), scope="manifests/.1a2b")
     with write_lock(tmp_path, "manifests/a", command="mmaudit split") as lock:
         assert [path.name for path in lock.file.parent.iterdir()] == [lock.file.name]
 
 
-def test_of_many_writers_one_at_a_time_goes_on(tmp_path: Path) -> None:
-    """A stale lock lies there, too: all find it, and none takes away what another has put in its place."""
-    leave(tmp_path, process=replace(this_process(), start="1"))
-    at_work: list[int] = []
-    most: list[int] = []
+def test_many_writers_write_one_at_a_time(tmp_path: Path) -> None:
+    """There is a stale lock, too: all writers find it, and none removes the lock of another in its place."""
+    write_foreign_lock(tmp_path, process=replace(this_process(), start="1"))
+    active: list[int] = []
+    num_active: list[int] = []
 
     def write(number: int) -> None:
         with write_lock(tmp_path, command="mmaudit split", wait_seconds=60):
-            at_work.append(number)
-            most.append(len(at_work))
+            active.append(number)
+            num_active.append(len(active))
             time.sleep(0.005)
-            at_work.remove(number)
+            active.remove(number)
 
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(write, range(24)))
-    assert most == [1] * 24
+    assert num_active == [1] * 24
 
 
-def test_of_two_that_begin_together_one_goes_on(tmp_path: Path) -> None:
+def test_one_of_two_simultaneous_writers_gets_the_lock(tmp_path: Path) -> None:
     for _ in range(10):
-        together = threading.Barrier(2)
-        ended = threading.Barrier(2)
+        start = threading.Barrier(2)
+        end = threading.Barrier(2)
 
-        def write(together: threading.Barrier = together, ended: threading.Barrier = ended) -> bool:
-            together.wait()
+        def write(start: threading.Barrier = start, end: threading.Barrier = end) -> bool:
+            start.wait()
             try:
                 with write_lock(tmp_path, command="mmaudit score"):
-                    ended.wait(timeout=20)
+                    end.wait(timeout=20)
                     return True
             except RunError:
-                ended.wait(timeout=20)
+                end.wait(timeout=20)
                 return False
 
         with ThreadPoolExecutor(2) as pool:
             assert sorted(task.result() for task in [pool.submit(write), pool.submit(write)]) == [False, True]
 
 
-def test_a_fork_does_not_give_the_lock_away(tmp_path: Path) -> None:
+def test_exit_of_forked_child_keeps_the_lock(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; from mmaudit.audit.locks import write_lock, holders_of\n"
         "folder = Path(sys.argv[1])\n"
@@ -225,7 +225,7 @@ def test_a_fork_does_not_give_the_lock_away(tmp_path: Path) -> None:
     assert output.stdout.strip() == "1"
 
 
-def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_lock_removes_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(content: object, path: Path) -> None:
         path.parent.mkdir(parents=True)
         raise OSError(28, "No space left on device")
@@ -236,17 +236,34 @@ def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
-def test_an_interrupt_while_a_lock_is_released_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError])
+def test_removal_of_the_lock_folder_by_another_writer_is_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    calls: list[Path] = []
+
+    def fail_once(content: dict[str, object], path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise error
+        write_json(content, path)
+
+    monkeypatch.setattr(locks, "write_json", fail_once)
+    assert is_free(tmp_path)
+    assert len(calls) == 2
+
+
+def test_interrupt_during_release_removes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     withdraw, calls = locks._withdraw, []
 
-    def interrupted(file: Path, created: list[Path]) -> None:
+    def interrupt_once(file: Path, created: list[Path]) -> None:
         calls.append(file)
         if len(calls) == 1:
             raise KeyboardInterrupt
         withdraw(file, created)
 
-    monkeypatch.setattr(locks, "_withdraw", interrupted)
+    monkeypatch.setattr(locks, "_withdraw", interrupt_once)
     with pytest.raises(KeyboardInterrupt), write_lock(tmp_path, command="mmaudit score"):
-        assert list((tmp_path / FOLDER).iterdir())
+        assert list((tmp_path / LOCK_FOLDER).iterdir())
     assert not list(tmp_path.iterdir())
     assert len(calls) == 2

@@ -179,7 +179,7 @@ def test_what_the_option_says(text: str, kind: str) -> None:
         ("=file_name", "not of the form NAME=COLUMN"),
         ("audio=", "not of the form NAME=COLUMN"),
         ("a=file_nam", "no column 'file_nam'; did you mean file_name?"),
-        ("a=zzz", "no column 'zzz'; there are: file_name, clip"),
+        ("a=zzz", "no column 'zzz'; available: file_name, clip"),
         ("a=file_name:audoi", "no kind 'audoi'; did you mean audio?"),
         ("a=raw", "cannot tell what 'raw' holds; write a=raw:KIND"),
         ("a=mixed", "cannot tell what 'mixed' holds"),

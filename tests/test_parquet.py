@@ -1,4 +1,4 @@
-"""Laws of our files: whole or not at all, the same bytes for the same table, and what they were made from."""
+"""Tests of Parquet files: atomic writing, same bytes for the same table, provenance, and damage."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from mmaudit.audit.storage import write_json
 TABLE = pa.table({"id": ["a", "b"], "value": [1.0, None]})
 
 
-def test_write_then_read_is_equality(tmp_path: Path) -> None:
+def test_write_then_read_round_trips(tmp_path: Path) -> None:
     provenance = {"seed": 3, "nested": {"list": [1, 2.5, None, "ü"]}}
     write_parquet(TABLE, tmp_path / "new" / "t.parquet", provenance=provenance)
-    table, found = read_parquet(tmp_path / "new" / "t.parquet", error=ScoreError)
+    table, read_provenance = read_parquet(tmp_path / "new" / "t.parquet", error=ScoreError)
     assert table.equals(TABLE)
-    assert found == provenance
+    assert read_provenance == provenance
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.parquet"]
 
 
-def test_the_same_table_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_same_table_gives_same_bytes(tmp_path: Path) -> None:
     pandas_metadata = TABLE.replace_schema_metadata({"pandas": "somewhere else"})
     write_parquet(TABLE, tmp_path / "one", provenance={"a": 1, "b": 2})
     write_parquet(pandas_metadata, tmp_path / "two", provenance={"b": 2, "a": 1})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_a_foreign_file_has_no_provenance(tmp_path: Path) -> None:
+def test_file_of_other_writer_has_no_provenance(tmp_path: Path) -> None:
     pq.write_table(TABLE, tmp_path / "t.parquet")
     assert read_parquet(tmp_path / "t.parquet", error=ScoreError) == (TABLE, {})
 
 
-def test_the_provenance_stands_under_one_key(tmp_path: Path) -> None:
+def test_provenance_is_stored_under_one_key(tmp_path: Path) -> None:
     write_parquet(TABLE, tmp_path / "t.parquet", provenance={"a": 1})
     assert json.loads(pq.read_schema(tmp_path / "t.parquet").metadata[KEY]) == {"a": 1}
 
 
-def test_what_cannot_be_read_is_the_callers_error(tmp_path: Path) -> None:
+def test_unreadable_file_raises_requested_error(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no such file"):
         read_parquet(tmp_path / "none.parquet", error=ManifestError)
     (tmp_path / "odd.parquet").write_text("id,value\na,1\n")
@@ -52,7 +52,7 @@ def test_what_cannot_be_read_is_the_callers_error(tmp_path: Path) -> None:
         read_parquet(tmp_path / "odd.parquet", error=ScoreError)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     write_json({"b": 1, "a": [2]}, path)
     old = path.read_bytes()
@@ -60,35 +60,35 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
         write_json({"a": math.nan}, path)
     assert path.read_bytes() == old
-    assert [each.name for each in tmp_path.iterdir()] == ["t.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
 
 
-def spoil(content: bytes, draw: random.Random) -> bytes:
-    """Flip, cut, blank, repeat or insert some bytes."""
-    data, place = bytearray(content), draw.randrange(len(content))
+def mutate(content: bytes, draw: random.Random) -> bytes:
+    """Return the bytes with some flipped, cut, zeroed, repeated or inserted."""
+    data, position = bytearray(content), draw.randrange(len(content))
     kind = draw.choice(("flip", "flip", "cut", "zero", "repeat", "insert"))
     if kind == "flip":
         for _ in range(draw.choice((1, 4, 16))):
             data[draw.randrange(len(data))] = draw.randrange(256)
     elif kind == "cut":
-        del data[place:]
+        del data[position:]
     elif kind == "zero":
-        data[place : place + 32] = bytes(len(data[place : place + 32]))
+        data[position : position + 32] = bytes(len(data[position : position + 32]))
     elif kind == "repeat":
-        data[place:place] = data[place : place + 64]
+        data[position:position] = data[position : position + 64]
     else:
-        data[place:place] = draw.randbytes(8)
+        data[position:position] = draw.randbytes(8)
     return bytes(data)
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "none", "use_dictionary": False}, {"row_group_size": 8}])
-def test_damage_anywhere_is_the_callers_error(tmp_path: Path, options: dict[str, object]) -> None:
+def test_damage_anywhere_raises_requested_error(tmp_path: Path, options: dict[str, object]) -> None:
     rows = {"id": [f"s{n}" for n in range(40)], "label": ["a", "b"] * 20, "x": [[n / 7] for n in range(40)]}
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table(rows), path, **options)
     good, draw, messages = path.read_bytes(), random.Random(7), list[str]()
     for _ in range(150):
-        path.write_bytes(spoil(good, draw))
+        path.write_bytes(mutate(good, draw))
         try:
             sum(len(str(batch.to_pylist())) for batch in read_batches(path, error=ScoreError, rows=16))
             read_parquet(path, error=ScoreError)
@@ -98,28 +98,28 @@ def test_damage_anywhere_is_the_callers_error(tmp_path: Path, options: dict[str,
     assert all(message.startswith(str(path)) and "\n" not in message for message in messages)
 
 
-def test_a_changed_value_of_our_own_files_is_damage(tmp_path: Path) -> None:
-    """Pages have checksums: what would decode to other values is refused as well."""
+def test_changed_bytes_are_detected_by_checksums(tmp_path: Path) -> None:
+    """Pages have checksums, so that changes that decode to other values are detected, too."""
     path = tmp_path / "t.parquet"
     write_parquet(pa.table({"id": [f"sample {n}" for n in range(9)]}), path, provenance={})
     good = path.read_bytes()
     begin, end = 40, pq.read_metadata(path).row_group(0).column(0).total_compressed_size
-    for place in range(begin, end):
-        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    for position in range(begin, end):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
         try:
             table, _ = read_parquet(path, error=ScoreError)
         except ScoreError:
             continue
-        assert table["id"].to_pylist() == [f"sample {n}" for n in range(9)]  # a statistic that nobody reads
+        assert table["id"].to_pylist() == [f"sample {n}" for n in range(9)]  # a statistic that is not read
 
 
-def test_columns_of_one_name_and_impossible_counts_are_refused(tmp_path: Path) -> None:
+def test_duplicate_columns_and_impossible_row_counts_raise_error(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), path)
-    with pytest.raises(ScoreError, match=r"t\.parquet has 2 columns a: name each once"):
+    with pytest.raises(ScoreError, match=r"t\.parquet has 2 columns named a: column names must be unique"):
         read_schema(path, error=ScoreError)
     pq.write_table(pa.table({"a": pa.nulls(1_000_000, pa.int8())}), path)
-    with pytest.raises(ScoreError, match="its footer says 1,000,000 rows, and it has"):
+    with pytest.raises(ScoreError, match="the footer states 1,000,000 rows, the file has only"):
         read_parquet(path, error=ScoreError)
 
 
@@ -133,23 +133,23 @@ def test_views_are_read_as_plain_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b"[1]", b"5", b"\xff", b'{"a": NaN}', b"[" * 9_999, b'{"a": ' + b"9" * 5_000 + b"}"])
-def test_metadata_of_another_shape_are_named(tmp_path: Path, text: bytes) -> None:
+def test_damaged_provenance_raises_error(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(TABLE.replace_schema_metadata({KEY: text}), path)
-    with pytest.raises(ScoreError, match=r"t\.parquet: its metadata under the key mmaudit are damaged: "):
+    with pytest.raises(ScoreError, match=r"t\.parquet: the metadata under the key mmaudit are damaged: "):
         read_parquet(path, error=ScoreError)
 
 
-def test_a_footer_that_would_fill_the_memory_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_footer_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(TABLE.replace_schema_metadata({KEY: json.dumps({"a": "x" * (3 << 20)})}), path)
     assert read_parquet(path, error=ScoreError)[0].num_rows == 2
     monkeypatch.setattr("mmaudit.audit.parquet._MAX_FOOTER", 1 << 20)
-    with pytest.raises(ScoreError, match=r"t\.parquet cannot be read as Parquet: its footer has \d MiB"):
+    with pytest.raises(ScoreError, match=r"t\.parquet cannot be read as Parquet: the footer has \d MiB"):
         read_parquet(path, error=ScoreError)
 
 
-def test_a_relative_path_that_looks_like_an_address_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_path_like_a_url_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = Path("hf:/owner/a.parquet")
     write_parquet(pa.table({"a": [1, 2]}), path, provenance={})

@@ -1,4 +1,4 @@
-"""Laws of signatures: only this user on this machine makes them, for one content, and a missing secret is no error."""
+"""Tests of signatures: they are valid for one user, machine and content, and a missing secret is no error."""
 
 from __future__ import annotations
 
@@ -26,29 +26,30 @@ relaxed = settings(max_examples=50, deadline=None, suppress_health_check=[Health
 
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A new user's state folder, not there yet."""
+    """Return the state folder of a new user, which does not exist yet."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return tmp_path / "state" / "mmaudit"
 
 
 @relaxed
 @given(CONTENTS, CONTENTS)
-def test_a_signature_is_of_one_content(one: dict[str, object], other: dict[str, object]) -> None:
-    signature = sign(one)
+def test_signature_is_valid_for_one_content_only(content: dict[str, object], other_content: dict[str, object]) -> None:
+    signature = sign(content)
     assert signature is not None
-    assert is_signed(dict(reversed(one.items())), signature)
-    assert is_signed(other, signature) == (json.dumps(other, sort_keys=True) == json.dumps(one, sort_keys=True))
+    assert is_signed(dict(reversed(content.items())), signature)
+    is_same = json.dumps(other_content, sort_keys=True) == json.dumps(content, sort_keys=True)
+    assert is_signed(other_content, signature) == is_same
 
 
 @pytest.mark.parametrize("signature", [None, "", 3, "0" * 64, "é", "\ud800", ["a"]])
-def test_anything_else_is_no_signature(signature: object) -> None:
+def test_other_values_are_not_signatures(signature: object) -> None:
     assert sign({}) is not None
     assert not is_signed({}, signature)
 
 
-def test_the_secret_is_the_user_s_alone_and_made_once(state: Path) -> None:
+def test_secret_is_private_and_created_once(state: Path) -> None:
     assert not is_signed({}, "0" * 64)
-    assert not state.exists()  # to check a signature makes no secret
+    assert not state.exists()  # checking a signature creates no secret
     first = sign({"a": 1})
     assert state == state_folder()
     assert [path.name for path in state.iterdir()] == ["secret"]
@@ -66,28 +67,28 @@ def test_another_user_has_another_secret(state: Path, tmp_path: Path, monkeypatc
     assert not is_signed({}, signature)
 
 
-def test_a_relative_state_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_state_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("", "state", "./state"):
         monkeypatch.setenv("XDG_STATE_HOME", value)
         assert state_folder() == tmp_path / ".local" / "state" / "mmaudit"
 
 
-@pytest.mark.parametrize("spoil", ["parent is a file", "folder is a file", "no home"])
+@pytest.mark.parametrize("fault", ["parent is a file", "folder is a file", "no home"])
 def test_without_a_state_folder_nothing_is_signed(
-    state: Path, spoil: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    state: Path, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if spoil == "no home":
+    if fault == "no home":
         monkeypatch.delenv("XDG_STATE_HOME")
         monkeypatch.setattr(Path, "home", no_home)
     else:
-        place = state.parent if spoil == "parent is a file" else state
-        place.parent.mkdir(exist_ok=True)
-        place.write_text("")
+        blocked_path = state.parent if fault == "parent is a file" else state
+        blocked_path.parent.mkdir(exist_ok=True)
+        blocked_path.write_text("")
     with caplog.at_level(logging.WARNING):
         assert sign({}) is None
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("nothing is signed: no secret can be kept in the state folder (")
+    assert caplog.messages[0].startswith("not signed: the secret cannot be stored in the state folder (")
     assert not is_signed({}, "0" * 64)
 
 
@@ -99,7 +100,7 @@ def no_home() -> Path:
     ("content", "mode", "words"),
     [(bytes(5), 0o600, "is damaged"), (bytes(33), 0o600, "is damaged"), (bytes(32), 0o644, "mode 0600")],
 )
-def test_a_secret_that_is_damaged_or_that_others_can_read_is_not_used(
+def test_damaged_or_readable_secret_is_ignored(
     state: Path, content: bytes, mode: int, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     signature = sign({})
@@ -112,7 +113,7 @@ def test_a_secret_that_is_damaged_or_that_others_can_read_is_not_used(
     assert (state / "secret").read_bytes() == content
 
 
-def test_processes_that_begin_together_sign_alike(state: Path) -> None:
+def test_simultaneous_processes_share_one_secret(state: Path) -> None:
     program = "import sys; sys.stdin.read(); from mmaudit.audit.hashing import sign; print(sign({'a': 1}))"
     started = [
         subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -128,6 +129,6 @@ def test_processes_that_begin_together_sign_alike(state: Path) -> None:
     assert os.listdir(state) == ["secret"]
 
 
-def test_the_digest_of_a_file_is_that_of_sha256sum(tmp_path: Path) -> None:
+def test_file_digest_equals_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

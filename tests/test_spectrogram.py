@@ -1,4 +1,4 @@
-"""Laws of spectrograms: a network hears the same time of every sound, from its beginning."""
+"""Tests of spectrograms: those for networks cover the same duration of every sound, from its beginning."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def noise(count: int) -> NDArray[np.float32]:
 
 @settings(max_examples=40, deadline=None)
 @given(count=st.integers(1, 60_000), seconds=st.floats(0.1, 2.0), rate=st.sampled_from([2_000, 11_025, 16_000, 44_100]))
-def test_sound_of_any_duration_fills_the_network(count: int, seconds: float, rate: int) -> None:
+def test_spectrogram_has_fixed_shape_for_any_duration(count: int, seconds: float, rate: int) -> None:
     config = MediaConfig(network_seconds=seconds, sample_rate=rate)
-    found = network_spectrogram(noise(count), config)
-    assert found.shape == (64, network_steps(config))
-    assert found.dtype == np.float32
-    assert np.isfinite(found).all()
+    spectrogram = network_spectrogram(noise(count), config)
+    assert spectrogram.shape == (64, network_steps(config))
+    assert spectrogram.dtype == np.float32
+    assert np.isfinite(spectrogram).all()
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.1, 10), (1.0, 100), (3.0, 300)])
-def test_a_step_is_a_hundredth_of_a_second(seconds: float, steps: int) -> None:
+def test_time_step_is_ten_milliseconds(seconds: float, steps: int) -> None:
     assert network_steps(MediaConfig(network_seconds=seconds)) == steps
 
 
-def test_a_short_sound_is_repeated_and_a_long_one_cut() -> None:
+def test_short_sound_is_repeated_and_long_sound_is_cut() -> None:
     short = network_spectrogram(noise(16_000), CONFIG)
     np.testing.assert_allclose(short[:, 5:95], short[:, 105:195], atol=1e-3)
     np.testing.assert_array_equal(
@@ -41,6 +41,6 @@ def test_a_short_sound_is_repeated_and_a_long_one_cut() -> None:
     )
 
 
-def test_a_tone_of_four_times_the_power_is_higher_by_its_logarithm() -> None:
+def test_fourfold_power_adds_log_of_four() -> None:
     quiet, loud = (log_mel(gain * noise(8_000), CONFIG) for gain in (1, 2))
     np.testing.assert_allclose(loud - quiet, np.log(4), atol=1e-3)

@@ -1,4 +1,4 @@
-"""Laws of storage: a file or folder is there whole or not at all, whoever writes it and however that ends."""
+"""Tests of storage: files and folders are written completely or not at all, also by concurrent or killed writers."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def temporary_of(writer: object) -> str:
+def temporary_name(writer: object) -> str:
     return f".mmaudit-{writer}-{secrets.token_hex(4)}.tmp"
 
 
-def ended() -> ProcessId:
-    """A process of this machine that has ended."""
+def ended_process() -> ProcessId:
+    """Return the identity of an ended process of this machine."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         pass
     return ProcessId(machine=this_process().machine, pid=process.pid, start="0")
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_the_name_is_taken_at_the_end(tmp_path: Path, durable: bool) -> None:
+def test_file_appears_only_when_complete(tmp_path: Path, durable: bool) -> None:
     path = tmp_path / "deep" / "file.txt"
     for text in ("first", "second"):
         before = path.read_text() if path.exists() else None
@@ -56,7 +56,7 @@ def test_the_name_is_taken_at_the_end(tmp_path: Path, durable: bool) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
 
@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, error: type[BaseExce
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_a_name_of_255_bytes_can_be_written(tmp_path: Path) -> None:
+def test_file_name_of_255_bytes_can_be_written(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 255)
     write_text("text", path)
     assert path.read_text() == "text"
@@ -80,7 +80,7 @@ def test_a_name_of_255_bytes_can_be_written(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / ("n" * 256))
 
 
-def test_many_writers_of_one_name_leave_the_text_of_one_of_them(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_one_complete_text(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     texts = [str(number) * 100_000 for number in range(10)]
     with ThreadPoolExecutor(10) as pool:
@@ -89,7 +89,7 @@ def test_many_writers_of_one_name_leave_the_text_of_one_of_them(tmp_path: Path) 
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_a_killed_writer_leaves_the_old_file_and_the_next_one_removes_the_rest(tmp_path: Path) -> None:
+def test_leftovers_of_killed_writer_are_removed_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
     script = (
@@ -101,7 +101,7 @@ def test_a_killed_writer_leaves_the_old_file_and_the_next_one_removes_the_rest(t
         assert process.stdout is not None
         process.stdout.readline()
         remove_leftovers(tmp_path)
-        assert len(names(tmp_path)) == 3  # its writer lives
+        assert len(names(tmp_path)) == 3  # its writer is running
         process.send_signal(signal.SIGKILL)
     assert path.read_text() == "old"
     assert len(names(tmp_path)) == 3
@@ -110,30 +110,30 @@ def test_a_killed_writer_leaves_the_old_file_and_the_next_one_removes_the_rest(t
     assert path.read_text() == "new"
 
 
-def test_only_leftovers_of_writers_that_have_ended_are_removed(tmp_path: Path) -> None:
-    me = this_process()
-    other_machine = ProcessId(machine="00000000", pid=me.pid, start=me.start)
-    later_process = ProcessId(machine=me.machine, pid=me.pid, start="1")
-    kept = [temporary_of(me), temporary_of(other_machine), "notes.txt", ".mmaudit-notes.tmp"]
-    removed = [temporary_of(ended()), temporary_of(later_process)]
-    for name in (*kept, *removed):
+def test_only_leftovers_of_ended_writers_are_removed(tmp_path: Path) -> None:
+    own_process = this_process()
+    other_machine = ProcessId(machine="00000000", pid=own_process.pid, start=own_process.start)
+    later_process = ProcessId(machine=own_process.machine, pid=own_process.pid, start="1")
+    remaining = [temporary_name(own_process), temporary_name(other_machine), "notes.txt", ".mmaudit-notes.tmp"]
+    removed = [temporary_name(ended_process()), temporary_name(later_process)]
+    for name in (*remaining, *removed):
         (tmp_path / name).write_text("")
-    old = [temporary_of(other_machine), temporary_of("unknown")]
+    old = [temporary_name(other_machine), temporary_name("unknown")]
     for name in old:
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").write_text("")
         os.utime(tmp_path / name, (0, time.time() - 2 * 86_400))
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == sorted(kept)
+    assert names(tmp_path) == sorted(remaining)
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "folder"
-    for number, exchange in enumerate((storage._exchange, storage._exchange, lambda first, second: False)):
+    for index, exchange in enumerate((storage._exchange, storage._exchange, lambda first, second: False)):
         monkeypatch.setattr(storage, "_exchange", exchange)
         with atomic_folder(path) as temporary:
-            (temporary / f"{number}.txt").write_text("text")
-        assert names(path) == [f"{number}.txt"]
+            (temporary / f"{index}.txt").write_text("text")
+        assert names(path) == [f"{index}.txt"]
         assert names(tmp_path) == ["folder"]
 
     def fail() -> None:
@@ -147,24 +147,24 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(tmp_path) == ["folder"]
 
 
-def test_folders_are_exchanged_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_exchanged_by_one_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("new", "old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("")
-    monkeypatch.setattr(Path, "replace", None)  # one call of the system, not two renames
+    monkeypatch.setattr(Path, "replace", None)  # one system call, not two renames
     replace_folder(tmp_path / "new", tmp_path / "old")
     assert names(tmp_path) == ["old"]
     assert names(tmp_path / "old") == ["new"]
 
 
-def test_errors_name_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+def test_errors_name_the_target_file(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
 
     def write(error: OSError) -> None:
         with atomic_write(path):
             raise error
 
-    for error in (OSError(28, "No space left on device"), OSError(28, "full", str(tmp_path / temporary_of("x")))):
+    for error in (OSError(28, "No space left on device"), OSError(28, "full", str(tmp_path / temporary_name("x")))):
         with pytest.raises(OSError, match="28") as caught:
             write(error)
         assert caught.value.filename == str(path)
@@ -173,7 +173,7 @@ def test_errors_name_the_file_that_was_to_be_written(tmp_path: Path) -> None:
     assert caught.value.filename == "other"
 
 
-def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_json_round_trips(tmp_path: Path) -> None:
     content = {"b": [1, 2.5, None], "a": {"name": "b\udcff.wav"}}
     write_json(content, tmp_path / "file.json")
     assert read_json(tmp_path / "file.json", error=RunError) == content

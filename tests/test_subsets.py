@@ -521,7 +521,7 @@ def test_an_amount_is_positive_or_refused(text: str) -> None:
         (ONE, "visul-preferred", r"did you mean visual-preferred\? .*audio-preferred, visual-preferred, balanced"),
         (THREE, "txt-preferred", r"did you mean text-preferred\?"),
         (ONE, "text-preferred", "no such subset; .*audio-preferred, visual-preferred, balanced"),
-        (ONE, "", "there are: audio-preferred"),
+        (ONE, "", "available: audio-preferred"),
         (ONE, "balanced:x", "--subset balanced:x: 'x' is not a number"),
         (ONE, "balanced:1.5", r"threshold of the balanced subset is 1.5; it lies in \[0, 1\]"),
         (ONE, "balanced:-1", r"threshold of the balanced subset is -1.0"),

@@ -208,7 +208,7 @@ def test_what_is_no_vector_is_refused(tmp_path: Path, array: Any) -> None:
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     file = io.BytesIO()
     np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(DatasetError, match=r"a\.npy cannot be read: .*header announces objects"):
+    with pytest.raises(DatasetError, match=r"a\.npy cannot be read: .*header states objects"):
         plan_tars([pack(tmp_path / "x.tar", [("a.npy", file.getvalue())])], shard_rows=9)
 
 
@@ -223,8 +223,8 @@ def announcing(shape: bytes) -> bytes:
         (npy([0.5])[:20], "a\\.npy cannot be read"),
         (npy([0.5]).replace(b"(1,)", b"(1, "), "a\\.npy cannot be read"),
         (announcing(b"(9999999999999), }"), "a\\.npy cannot be read"),
-        (announcing(b"(999999999999,), }"), "announces 7,999,999,999,992 bytes"),
-        (npy([0.5])[:-3], "announces 8 bytes|cannot be read"),
+        (announcing(b"(999999999999,), }"), "states 7,999,999,999,992 bytes"),
+        (npy([0.5])[:-3], "states 8 bytes|cannot be read"),
     ],
 )
 def test_a_damaged_vector_is_named(tmp_path: Path, data: bytes, words: str) -> None:

@@ -1,4 +1,4 @@
-"""Laws of fixed threads: a constant number within, the caller's afterwards, and parts in their order."""
+"""Tests of fixed threads: constant within the block, restored afterwards, and parts in order."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ from mmaudit.audit.threads import NETWORK_THREADS, NUM_THREADS, fixed_threads, p
 
 
 @pytest.fixture
-def three() -> Iterator[None]:
-    before = torch.get_num_threads()
+def three_threads() -> Iterator[None]:
+    previous = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(previous)
 
 
-@pytest.mark.usefixtures("three")
-def test_the_number_is_a_constant_within_and_the_callers_afterwards() -> None:
-    blas = {each["filepath"]: each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
-    assert blas
+def blas_threads() -> dict[str, int]:
+    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    return {library["filepath"]: library["num_threads"] for library in libraries}
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_thread_count_is_fixed_within_and_restored_afterwards() -> None:
+    before = blas_threads()
+    assert before
     with fixed_threads():
         assert torch.get_num_threads() == NUM_THREADS
-        assert {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"} == {NUM_THREADS}
+        assert set(blas_threads().values()) == {NUM_THREADS}
         with fixed_threads(NETWORK_THREADS):
             assert torch.get_num_threads() == NETWORK_THREADS
         assert torch.get_num_threads() == NUM_THREADS
     assert torch.get_num_threads() == 3
-    after = {each["filepath"]: each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
-    assert {path: after[path] for path in blas} == blas
+    after = blas_threads()
+    assert {path: after[path] for path in before} == before
 
 
-@pytest.mark.usefixtures("three")
-def test_parts_come_in_order_from_threads_that_compute_alike() -> None:
+@pytest.mark.usefixtures("three_threads")
+def test_parallel_map_keeps_order_and_thread_count() -> None:
     def part(number: int) -> tuple[int, int, list[int]]:
         time.sleep(0.02 if number == 0 else 0)
         return number, torch.get_num_threads(), list(parallel_map(abs, [-number, number]))
@@ -49,8 +54,8 @@ def test_parts_come_in_order_from_threads_that_compute_alike() -> None:
     assert [number for number, _, _ in parallel_map(part, range(3))] == [0, 1, 2]
 
 
-@pytest.mark.usefixtures("three")
-def test_an_error_of_a_part_is_raised_and_the_pool_ends() -> None:
+@pytest.mark.usefixtures("three_threads")
+def test_error_of_a_part_is_raised_and_pool_is_closed() -> None:
     def part(number: int) -> float:
         return 1 / (3 - number)
 
@@ -63,7 +68,7 @@ def test_an_error_of_a_part_is_raised_and_the_pool_ends() -> None:
     ("name", "value", "warns"),
     [("OMP_THREAD_LIMIT", "1", True), ("OMP_THREAD_LIMIT", "64", False), ("OMP_DYNAMIC", "true", True)],
 )
-def test_a_limit_below_the_number_is_said(
+def test_lower_openmp_limit_is_warned_about(
     name: str, value: str, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -72,13 +77,13 @@ def test_a_limit_below_the_number_is_said(
     assert (name in caplog.text) == warns
 
 
-@pytest.mark.usefixtures("three")
-def test_sums_are_the_same_in_any_number_of_threads() -> None:
+@pytest.mark.usefixtures("three_threads")
+def test_sums_do_not_depend_on_number_of_threads() -> None:
     rows = torch.from_numpy(np.random.default_rng(0).standard_normal((200_000, 16)).astype(np.float32))
-    found = []
-    for number in (1, 2, 3):
-        torch.set_num_threads(number)
+    sums = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
         with fixed_threads():
-            found.append(sum(parallel_map(lambda part: part.T @ part, torch.split(rows, 1_000)), torch.zeros(16, 16)))
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+            sums.append(sum(parallel_map(lambda part: part.T @ part, torch.split(rows, 1_000)), torch.zeros(16, 16)))
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])

@@ -1,4 +1,4 @@
-"""Laws of film: a clip in which nothing moves is found, and one in which little moves is left alone."""
+"""Tests of video frames: still videos are detected, videos with little motion are not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEDIA = MediaConfig()
 
 
 def scene(count: int, *, step: int = 0, light: int = 0) -> NDArray[np.uint8]:
-    """A smooth picture (count, 64, 64, 3), moved by `step` pixels and made lighter by `light` levels at each frame."""
+    """Return a smooth picture (count, 64, 64, 3), moved by `step` pixels and brightened by `light` levels per frame."""
     coarse = np.random.default_rng(0).integers(40, 160, (12, 12, 3), dtype=np.uint8)
     wide = np.asarray(Image.fromarray(coarse).resize((64 + 64, 64), Image.Resampling.BICUBIC))
     shifted = [wide[:, step * index : step * index + 64] + np.uint8(light * index) for index in range(count)]
@@ -48,19 +48,19 @@ def is_still(data: bytes, media: MediaConfig = MEDIA) -> bool:
     return False
 
 
-def test_one_picture_for_a_second_is_still() -> None:
+def test_unchanged_picture_for_a_second_is_still() -> None:
     assert is_still(film(scene(25)))
     assert not is_still(film(scene(25, step=1)))
 
 
-def test_a_short_clip_and_a_single_frame_are_not_still() -> None:
-    assert not is_still(film(scene(13)))  # from the first frame to the last 0.48 s
-    assert is_still(film(scene(14)))  # 0.52
+def test_short_clip_and_single_frame_are_not_still() -> None:
+    assert not is_still(film(scene(13)))  # 0.48 s from the first to the last frame
+    assert is_still(film(scene(14)))  # 0.52 s
     assert not is_still(film(scene(1)))
     assert not is_still(film(scene(25)), MediaConfig(num_frames=1))
 
 
-def test_a_change_of_few_levels_is_no_motion() -> None:
+def test_change_of_few_levels_is_still() -> None:
     small, large = scene(25), scene(25)
     small[12:] += 5
     large[12:] += 16
@@ -68,26 +68,27 @@ def test_a_change_of_few_levels_is_no_motion() -> None:
     assert not is_still(film(large))
 
 
-def test_the_last_frame_alone_may_move() -> None:
+def test_change_in_last_frames_is_motion() -> None:
     frames = scene(32)
     frames[-2:, 20:40, 20:40] = 255
     assert not is_still(film(frames))
 
 
-@given(count=st.integers(1, 300), parts=st.integers(1, 40))
-def test_middles_lie_in_equal_parts(count: int, parts: int) -> None:
-    found = segment_middles(count, parts)
-    assert len(found) == parts
-    assert found == sorted(found)
-    assert all(part * count / parts - 1 < place < (part + 1) * count / parts for part, place in enumerate(found))
-    assert 0 <= found[0] <= found[-1] < count
+@given(count=st.integers(1, 300), num_parts=st.integers(1, 40))
+def test_segment_middles_lie_in_equal_parts(count: int, num_parts: int) -> None:
+    middles = segment_middles(count, num_parts)
+    assert len(middles) == num_parts
+    assert middles == sorted(middles)
+    for part, middle in enumerate(middles):
+        assert part * count / num_parts - 1 < middle < (part + 1) * count / num_parts
+    assert 0 <= middles[0] <= middles[-1] < count
 
 
-def test_frames_of_the_films_own_size() -> None:
+def test_frames_in_original_size() -> None:
     frames = np.repeat(scene(10, step=2), 2, axis=2)
-    found = read_frames(film(frames), num_frames=10, size=None, config=MediaConfig())
-    assert found.shape == (10, 64, 128, 3)
-    assert np.abs(found.astype(int) - frames).mean() < 6
+    decoded = read_frames(film(frames), num_frames=10, size=None, config=MediaConfig())
+    assert decoded.shape == (10, 64, 128, 3)
+    assert np.abs(decoded.astype(int) - frames).mean() < 6
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
@@ -97,14 +98,14 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 @pytest.mark.parametrize("num_frames", [1, 4, 9])
-def test_a_folder_shows_its_pictures_evenly(num_frames: int) -> None:
+def test_pictures_of_a_folder_are_sampled_evenly(num_frames: int) -> None:
     frames = scene(9, step=4)
     folder = tuple(png(pixels) for pixels in frames)
-    found = decode_folders((folder,), MediaConfig(num_frames=num_frames))
-    np.testing.assert_array_equal(found, frames[segment_middles(9, num_frames)])
+    decoded = decode_folders((folder,), MediaConfig(num_frames=num_frames))
+    np.testing.assert_array_equal(decoded, frames[segment_middles(9, num_frames)])
 
 
-def test_folders_side_by_side_are_colours() -> None:
+def test_several_folders_become_colour_channels() -> None:
     grey = [frames.mean(axis=-1).round().astype(np.uint8) for frames in (scene(4, step=4), scene(4, step=7))]
     folders = [tuple(png(pixels) for pixels in frames) for frames in grey]
     two = decode_folders(tuple(folders), MediaConfig(num_frames=4))
@@ -113,7 +114,7 @@ def test_folders_side_by_side_are_colours() -> None:
     np.testing.assert_array_equal(three[..., 2], grey[0][[0, 0, 1, 1]])
 
 
-def test_what_is_wrong_with_a_folder_is_told() -> None:
+def test_unusable_folders_give_a_reason() -> None:
     good = tuple(png(pixels) for pixels in scene(3, step=4))
     cases: list[tuple[Any, Reason]] = [
         (((),), Reason.EMPTY),

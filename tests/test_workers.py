@@ -1,4 +1,4 @@
-"""Laws of workers: results in order, errors as they were, and nobody left behind."""
+"""Tests of worker processes: results in order, errors in place, and no process left running."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import pytest
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.workers import default_workers, no_progress, prefetch_map, run_tasks
 
-# Workers import what they run, so it stands in the standard library: this file is no module for them.
+# Workers import the functions they run, which are therefore from the standard library.
 
 
-def left_behind(patience_seconds: float = 5.0) -> list[str]:
-    """Names of processes that are still running after a while."""
+def remaining_processes(patience_seconds: float = 5.0) -> list[str]:
+    """Return the names of child processes that are still running after a while."""
     end = time.monotonic() + patience_seconds
     while multiprocessing.active_children() and time.monotonic() < end:
         time.sleep(0.02)
@@ -31,25 +31,25 @@ def left_behind(patience_seconds: float = 5.0) -> list[str]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 9])
-def test_results_come_in_order(num_workers: int) -> None:
+def test_run_tasks_keeps_order(num_workers: int) -> None:
     tasks = [2.0, 9.0, 4.0, 1.0, 0.0]
     assert list(run_tasks(math.sqrt, tasks, num_workers=num_workers)) == [math.sqrt(task) for task in tasks]
-    assert left_behind() == []
+    assert remaining_processes() == []
 
 
-def test_the_slowest_first_changes_no_order() -> None:
+def test_slow_first_task_keeps_order() -> None:
     work: Callable[[float], None] = time.sleep
     assert list(run_tasks(work, [0.3, 0.0, 0.0], num_workers=2)) == [None] * 3
 
 
 @pytest.mark.parametrize("tasks", [[], [4.0]])
-def test_a_single_task_stays_in_this_process(tasks: list[float]) -> None:
+def test_single_task_runs_in_this_process(tasks: list[float]) -> None:
     assert list(run_tasks(lambda task: (os.getpid(), task), tasks, num_workers=4)) == [
         (os.getpid(), task) for task in tasks
     ]
 
 
-def test_without_workers_nothing_runs_ahead() -> None:
+def test_without_workers_tasks_run_lazily() -> None:
     done: list[int] = []
     results = run_tasks(done.append, [1, 2, 3], num_workers=0)
     assert done == []
@@ -58,17 +58,17 @@ def test_without_workers_nothing_runs_ahead() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_error_is_raised_where_its_result_would_stand(num_workers: int) -> None:
+def test_error_is_raised_in_place_of_its_result(num_workers: int) -> None:
     results = run_tasks(math.sqrt, [4.0, -1.0, 9.0, 16.0], num_workers=num_workers)
     assert next(results) == 2.0
     with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
         next(results)
-    assert left_behind() == []
+    assert remaining_processes() == []
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, GeneratorExit])
-def test_an_interrupt_leaves_at_once_and_nobody_behind(stop: type[BaseException]) -> None:
-    """Five minutes of sleep are queued; the first result is there at once."""
+def test_interrupt_ends_workers_at_once(stop: type[BaseException]) -> None:
+    """Five minutes of sleep are queued after a first result."""
     work: Callable[[float], None] = time.sleep
     results = run_tasks(work, [0.0] + [60.0] * 5, num_workers=2)
     next(results)
@@ -78,11 +78,11 @@ def test_an_interrupt_leaves_at_once_and_nobody_behind(stop: type[BaseException]
     else:
         with pytest.raises(KeyboardInterrupt):
             results.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
-    assert left_behind() == []
+    assert remaining_processes() == []
     assert time.monotonic() - start < 5
 
 
-def test_an_interrupted_consumer_leaves_nobody_behind() -> None:
+def test_interrupted_consumer_ends_workers() -> None:
     def consume() -> None:
         work: Callable[[float], None] = time.sleep
         for _ in run_tasks(work, [0.0] + [60.0] * 5, num_workers=2):
@@ -90,27 +90,27 @@ def test_an_interrupted_consumer_leaves_nobody_behind() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         consume()
-    assert left_behind() == []
+    assert remaining_processes() == []
 
 
-def test_other_children_are_left_alone() -> None:
-    stranger = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
-    stranger.start()
+def test_other_child_processes_are_not_ended() -> None:
+    other_process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    other_process.start()
     try:
         work: Callable[[float], None] = time.sleep
         results = run_tasks(work, [0.0, 60.0], num_workers=2)
         next(results)
         results.close()  # type: ignore[attr-defined]
         time.sleep(0.2)
-        assert stranger.is_alive()
+        assert other_process.is_alive()
     finally:
-        stranger.terminate()
-        stranger.join()
-        stranger.close()
+        other_process.terminate()
+        other_process.join()
+        other_process.close()
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
-def test_threads_give_results_in_order(num_threads: int) -> None:
+def test_prefetch_map_keeps_order(num_threads: int) -> None:
     tasks = [2.0, 9.0, 4.0] * 9
     assert list(prefetch_map(math.sqrt, tasks, num_threads=num_threads)) == [math.sqrt(task) for task in tasks]
     results = prefetch_map(math.sqrt, [4.0, -1.0, 9.0], num_threads=num_threads)
@@ -119,34 +119,34 @@ def test_threads_give_results_in_order(num_threads: int) -> None:
         next(results)
 
 
-def test_threads_work_ahead_of_who_takes_the_results_but_not_far() -> None:
-    taken: list[int] = []
-    both_at_work = threading.Barrier(2, timeout=20)
+def test_prefetch_map_reads_ahead_within_limit() -> None:
+    drawn_tasks: list[int] = []
+    barrier = threading.Barrier(2, timeout=20)
 
     def tasks() -> Iterator[int]:
         for task in range(100):
-            taken.append(task)
+            drawn_tasks.append(task)
             yield task
 
     def work(task: int) -> int:
         if task < 2:
-            both_at_work.wait()  # passes only if two threads are in here at once
+            barrier.wait()  # passes only if two threads run at the same time
         return task
 
     results = prefetch_map(work, tasks(), num_threads=2)
     assert next(results) == 0
-    assert len(taken) == 8
+    assert len(drawn_tasks) == 8
     assert next(results) == 1
-    assert len(taken) == 9
+    assert len(drawn_tasks) == 9
     results.close()  # type: ignore[attr-defined]
-    assert len(taken) == 9
+    assert len(drawn_tasks) == 9
 
 
-def test_there_is_a_processor() -> None:
+def test_default_workers_is_at_least_one() -> None:
     assert 1 <= default_workers() <= (os.cpu_count() or 1)
 
 
-def test_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     no_progress("encode", 1, 2)
     assert capsys.readouterr() == ("", "")
 
@@ -159,7 +159,7 @@ def running_in_session(leader: int) -> list[str]:
 
 @pytest.mark.parametrize("seconds", [None, 0.3])
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path, seconds: float | None) -> None:
-    """With SIGKILL, which leaves the parent no time to say so: while they work, and while they start."""
+    """With SIGKILL, which the parent cannot handle: while workers run, and while they start."""
     script = tmp_path / "parent.py"
     script.write_text(
         "import time; from mmaudit.audit.workers import run_tasks\n"
@@ -187,9 +187,9 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path, seconds: float 
         parent.communicate()
 
 
-def test_a_killed_worker_is_an_error_of_one_line() -> None:
+def test_killed_worker_raises_one_line_error() -> None:
     work: Callable[[int], None] = signal.raise_signal
     with pytest.raises(RunError, match=r"a worker process was killed .* lower --num-workers") as caught:
         list(run_tasks(work, [signal.SIGKILL] * 4, num_workers=2))
     assert "\n" not in str(caught.value)
-    assert left_behind() == []
+    assert remaining_processes() == []

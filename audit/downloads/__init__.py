@@ -1,4 +1,4 @@
-"""Ingest: how do the field's official downloads become one table of clips?"""
+"""Adapters that read the official downloads of datasets into one table of clips."""
 
 from .ingest import ADAPTERS, Adapter, Ingested, ingest
 

@@ -1,4 +1,4 @@
-"""AVE: events that are heard and seen in parts of videos."""
+"""Adapter of AVE: audio-visual events in parts of videos."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DatasetError
-from .clips import Clip, Line, Listing, by_stem, find_lists, list_clips, media_below, read_lines, split_of, wrong_folder
+from .clips import (
+    Clip,
+    Line,
+    Listing,
+    find_lists,
+    index_by_stem,
+    list_clips,
+    list_media,
+    read_lines,
+    split_of,
+    unexpected_folder,
+)
 
 _SETS = ("trainSet.txt", "valSet.txt", "testSet.txt")
 _ALL = "Annotations.txt"
@@ -28,28 +39,32 @@ class _Event:
 def read_ave(folder: Path, lists: Sequence[Path]) -> Listing:
     """Read AVE/*.mp4 by trainSet.txt, valSet.txt and testSet.txt, or without a split by Annotations.txt alone.
 
-    A video may hold several events (4,143 events stand in fewer videos): each has its row, the video is the group,
-    and the id of such an event names the event too. Source: Tian et al., ECCV 2018.
+    A video may contain several events (4,143 events in fewer videos): each event is a row, the video is the group, and
+    the id of such an event includes the event. Source: Tian et al., ECCV 2018.
     """
-    base = "AVE_Dataset/" if (folder / "AVE_Dataset").is_dir() else ""
-    home = folder / base
-    sets = find_lists(home, _SETS)
-    found_lists = list(lists) or sets or find_lists(home, [_ALL])
-    if not (home / "AVE").is_dir() or not found_lists:
-        lacking = "AVE/ with the clips" if found_lists else f"list, neither {', '.join(_SETS)} nor {_ALL}"
-        raise wrong_folder(folder, "AVE", lacking=lacking)
-    if not lists and sets and len(sets) < len(_SETS):
-        absent = [name for name in _SETS if name not in {path.name for path in sets}]
-        raise DatasetError(f"{home} holds {sets[0].name} but no {absent[0]}: name the lists you mean with --list")
-    lines = [(line, _event(line)) for path in found_lists for line in read_lines(path, "&") if not _is_header(line)]
-    files = media_below(folder, f"{base}AVE", kind="video")
-    there = by_stem(files)
-    count = Counter(event.video for event in {event for _, event in lines})
-    clips = [
-        _clip(line, event, path=there.get(event.video, f"{base}AVE/{event.video}.mp4"), alone=count[event.video] == 1)
-        for line, event in lines
-    ]
-    return list_clips(clips, found=files, notes=_left_out(home, {event for _, event in lines}) if sets else ())
+    prefix = "AVE_Dataset/" if (folder / "AVE_Dataset").is_dir() else ""
+    dataset_folder = folder / prefix
+    split_lists = find_lists(dataset_folder, _SETS)
+    list_paths = list(lists) or split_lists or find_lists(dataset_folder, [_ALL])
+    if not (dataset_folder / "AVE").is_dir() or not list_paths:
+        missing = "AVE/ with the clips" if list_paths else f"list, neither {', '.join(_SETS)} nor {_ALL}"
+        raise unexpected_folder(folder, "AVE", missing=missing)
+    if not lists and split_lists and len(split_lists) < len(_SETS):
+        missing_lists = [name for name in _SETS if name not in {path.name for path in split_lists}]
+        raise DatasetError(
+            f"{dataset_folder} contains {split_lists[0].name} but no {missing_lists[0]}: "
+            "pass the lists to read with --list"
+        )
+    lines = [(line, _event(line)) for path in list_paths for line in read_lines(path, "&") if not _is_header(line)]
+    files = list_media(folder, f"{prefix}AVE", kind="video")
+    path_of_video = index_by_stem(files)
+    events = {event for _, event in lines}
+    num_events = Counter(event.video for event in events)
+    clips = []
+    for line, event in lines:
+        path = path_of_video.get(event.video, f"{prefix}AVE/{event.video}.mp4")
+        clips.append(_clip(line, event, path=path, is_only_event=num_events[event.video] == 1))
+    return list_clips(clips, media_files=files, notes=_unlisted_notes(dataset_folder, events) if split_lists else ())
 
 
 def _is_header(line: Line) -> bool:
@@ -58,26 +73,26 @@ def _is_header(line: Line) -> bool:
 
 def _event(line: Line) -> _Event:
     if len(line.fields) != 5 or not all(field.strip() for field in line.fields):
-        raise line.wrong(_LINE)
+        raise line.error_expecting(_LINE)
     category, video, quality = line.fields[:3]
-    start, end = line.number_at(3, expected=_LINE), line.number_at(4, expected=_LINE)
+    start, end = line.read_int(3, expected=_LINE), line.read_int(4, expected=_LINE)
     return _Event(category=category, video=video, quality=quality, start=start, end=end)
 
 
-def _clip(line: Line, event: _Event, *, path: str, alone: bool) -> Clip:
+def _clip(line: Line, event: _Event, *, path: str, is_only_event: bool) -> Clip:
     return Clip(
-        id=event.video if alone else f"{event.video}:{event.category}:{event.start}-{event.end}",
+        id=event.video if is_only_event else f"{event.video}:{event.category}:{event.start}-{event.end}",
         label=event.category,
         group=event.video,
         split=None if line.path.name == _ALL else split_of(line.path),
-        more={"start_seconds": event.start, "end_seconds": event.end, "quality": event.quality},
+        extra_columns={"start_seconds": event.start, "end_seconds": event.end, "quality": event.quality},
         media={"video_file_name": path},
         where=line.where,
     )
 
 
-def _left_out(home: Path, listed: set[_Event]) -> list[str]:
-    """Count the events of Annotations.txt that no set names."""
-    lines = [line for path in find_lists(home, [_ALL]) for line in read_lines(path, "&") if not _is_header(line)]
-    left = {_event(line) for line in lines} - listed
-    return [f"{len(left):,} events of {_ALL} are in none of the lists read, and have no row"] if left else []
+def _unlisted_notes(dataset_folder: Path, listed: set[_Event]) -> list[str]:
+    """Return a note with the number of events of Annotations.txt that are in no split list, if any."""
+    paths = find_lists(dataset_folder, [_ALL])
+    unlisted = {_event(line) for path in paths for line in read_lines(path, "&") if not _is_header(line)} - listed
+    return [f"{len(unlisted):,} events of {_ALL} are in none of the lists read and have no row"] if unlisted else []

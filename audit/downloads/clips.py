@@ -1,4 +1,4 @@
-"""Clips of a download: its lists, its tree of files, and repeated entries."""
+"""Reading of lists and folders of a download, and the table of its clips."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SPLITS = (("train", "train"), ("val", "validation"), ("dev", "validation"), ("t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One line that is not blank, cut into its fields."""
+    """One non-blank line, split into fields."""
 
     path: Path
     number: int
@@ -28,24 +28,24 @@ class Line:
 
     @property
     def where(self) -> str:
-        """Say where the line stands."""
+        """Return the file and line number for messages."""
         return f"{self.path}, line {self.number}"
 
-    def wrong(self, expected: str) -> DatasetError:
-        """Give the error for a line that is not what was expected."""
+    def error_expecting(self, expected: str) -> DatasetError:
+        """Return the error for a line that does not have the expected form."""
         text = self.text if len(self.text) <= _SHOWN else self.text[:_SHOWN] + "..."
-        return DatasetError(f"{self.where}: {text!r} is not {expected}: mend the line, or take the list anew")
+        return DatasetError(f"{self.where}: {text!r} is not {expected}: correct the line, or download the list again")
 
-    def number_at(self, index: int, *, expected: str) -> int:
-        """Read a field as a whole number of 0 or more."""
+    def read_int(self, index: int, *, expected: str) -> int:
+        """Parse a field as a non-negative integer."""
         text = self.fields[index].strip()
         if not (text.isascii() and text.isdigit()):
-            raise self.wrong(expected)
+            raise self.error_expecting(expected)
         return int(text)
 
 
 def read_lines(path: Path, separator: str | None) -> list[Line]:
-    """Read the lines of a text file, cut at `separator` (None: at white space)."""
+    """Read the non-blank lines of a text file, split at `separator` (None: at white space)."""
     numbered = enumerate(_read_text(path).splitlines(), start=1)
     return [
         Line(path=path, number=number, text=text, fields=tuple(text.strip().split(separator)))
@@ -55,7 +55,7 @@ def read_lines(path: Path, separator: str | None) -> list[Line]:
 
 
 def read_csv(path: Path, *, delimiter: str = ",") -> list[Line]:
-    """Read the records of a csv file; one that is quoted over several lines is named by its last."""
+    """Read the records of a csv file; a record quoted over several lines has the number of its last line."""
     reader = csv.reader(_read_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
     lines = []
     try:
@@ -64,25 +64,25 @@ def read_csv(path: Path, *, delimiter: str = ",") -> list[Line]:
                 text = delimiter.join(fields)
                 lines.append(Line(path=path, number=reader.line_num, text=text, fields=tuple(fields)))
     except csv.Error as error:
-        raise DatasetError(f"{path}, line {reader.line_num}: {error}; mend the quoting there") from error
+        raise DatasetError(f"{path}, line {reader.line_num}: {error}; correct the quoting of this line") from error
     return lines
 
 
 def split_of(path: Path) -> str:
-    """Read train, validation or test off a list's file name; DatasetError where it names none or two."""
-    found = {split for part, split in _SPLITS if part in path.stem.lower()}
-    if len(found) != 1:
-        raise DatasetError(f"{path}: its name does not tell one split: call it train, val or test")
-    return found.pop()
+    """Infer train, validation or test from the file name of a list; raise DatasetError if it names none or two."""
+    splits = {split for part, split in _SPLITS if part in path.stem.lower()}
+    if len(splits) != 1:
+        raise DatasetError(f"{path}: the split cannot be inferred from the file name: name it train, val or test")
+    return splits.pop()
 
 
-def find_lists(folder: Path, names: Iterable[str], *, below: Sequence[str] = ("",)) -> list[Path]:
-    """Give the files of these names that lie in the folder, or in the first of `below` that holds any, sorted."""
-    wanted = set(names)
-    for place in below:
-        found = sorted(path for path in (folder / place).glob("*") if path.name in wanted and path.is_file())
-        if found:
-            return found
+def find_lists(folder: Path, names: Iterable[str], *, subfolders: Sequence[str] = ("",)) -> list[Path]:
+    """Return the sorted files with these names in the first of the subfolders that contains any."""
+    list_names = set(names)
+    for subfolder in subfolders:
+        paths = (folder / subfolder).glob("*")
+        if list_paths := sorted(path for path in paths if path.name in list_names and path.is_file()):
+            return list_paths
     return []
 
 
@@ -94,41 +94,41 @@ def _read_text(path: Path) -> str:
 
 
 _POINTER = b"version https://git-lfs"
-_POINTER_BYTES = 1024  # a pointer of Git LFS is about 130 bytes
-_NAMED = 6  # entries of a wrong folder that a message names
+_POINTER_BYTES = 1024  # a Git LFS pointer has about 130 bytes
+_NUM_LISTED = 6  # entries of an unexpected folder that a message lists
 
 
-def media_below(root: Path, place: str, *, kind: str) -> list[str]:
-    """Give the files of one kind in a folder and its subfolders, as POSIX paths from `root`, sorted."""
-    found = []
-    for folder, _, names in os.walk(root / place):
-        here = Path(folder).relative_to(root)
-        found += [(here / name).as_posix() for name in names if kind_of_path(name) == kind]
-    return sorted(found)
+def list_media(root: Path, subfolder: str, *, kind: str) -> list[str]:
+    """Return the sorted files of one kind in a folder and its subfolders, as POSIX paths relative to `root`."""
+    paths = []
+    for folder, _, names in os.walk(root / subfolder):
+        relative_folder = Path(folder).relative_to(root)
+        paths += [(relative_folder / name).as_posix() for name in names if kind_of_path(name) == kind]
+    return sorted(paths)
 
 
-def folders_in(root: Path, place: str) -> list[str]:
-    """Give the subfolders of a folder, as POSIX paths from `root`, sorted; [] where there is no such folder."""
-    if not (root / place).is_dir():
+def list_subfolders(root: Path, subfolder: str) -> list[str]:
+    """Return the sorted subfolders of a folder, as POSIX paths relative to `root`; [] if the folder does not exist."""
+    if not (root / subfolder).is_dir():
         return []
-    with os.scandir(root / place) as entries:
-        return sorted((PurePosixPath(place) / entry.name).as_posix() for entry in entries if entry.is_dir())
+    with os.scandir(root / subfolder) as entries:
+        return sorted((PurePosixPath(subfolder) / entry.name).as_posix() for entry in entries if entry.is_dir())
 
 
-def by_stem(paths: Iterable[str]) -> dict[str, str]:
-    """Index paths by their name without extension; of two of one name the first counts."""
-    found: dict[str, str] = {}
+def index_by_stem(paths: Iterable[str]) -> dict[str, str]:
+    """Index paths by file name without extension; of several with the same name the first is kept."""
+    path_of_stem: dict[str, str] = {}
     for path in paths:
-        found.setdefault(PurePosixPath(path).stem, path)
-    return found
+        path_of_stem.setdefault(PurePosixPath(path).stem, path)
+    return path_of_stem
 
 
-def absence(path: Path) -> str | None:
-    """Say why a file cannot be read as a medium, before it is opened; None where it is there."""
+def absence_of_file(path: Path) -> str | None:
+    """Return the reason why a file cannot be read as a medium, checked without decoding it; None if it can."""
     try:
         size = path.stat().st_size if path.is_file() else None
         if size is None:
-            return "not there"
+            return "not found"
         if size == 0:
             return "empty"
         if size < _POINTER_BYTES and path.read_bytes().startswith(_POINTER):
@@ -139,20 +139,20 @@ def absence(path: Path) -> str | None:
 
 
 def absence_of_frames(folder: Path) -> str | None:
-    """Say why a folder cannot be read as frames; None where it holds a picture."""
+    """Return the reason why a folder cannot be read as frames; None if it contains a picture."""
     try:
         with os.scandir(folder) as entries:
             return None if any(kind_of_path(entry.name) == "image" for entry in entries) else "without pictures"
     except (OSError, ValueError):
-        return "not there"
+        return "not found"
 
 
-def wrong_folder(folder: Path, what: str, *, lacking: str) -> DatasetError:
-    """Give the error for a folder that is not the download: what was expected there, and what lies there."""
+def unexpected_folder(folder: Path, dataset: str, *, missing: str) -> DatasetError:
+    """Return the error for a folder that is not the download: what is missing, and what it contains."""
     names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    found = ", ".join(names[:_NAMED]) + more if names else "nothing"
-    return DatasetError(f"{folder} is not {what} as it unpacks: it has no {lacking}; it holds {found}")
+    remainder = f" and {len(names) - _NUM_LISTED:,} more" if len(names) > _NUM_LISTED else ""
+    content = ", ".join(names[:_NUM_LISTED]) + remainder if names else "nothing"
+    return DatasetError(f"{folder} is not {dataset} as unpacked: it has no {missing}; it contains {content}")
 
 
 PATH_SUFFIXES = ("_file_name", "_frames")  # of the columns that hold paths
@@ -161,9 +161,9 @@ Cell = str | tuple[str, ...] | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clip:
-    """One row to be. `media` gives a path from the download's folder, several, or a text, for each media column.
+    """One row of the table. `media` maps media columns to a path relative to the download's folder, several, or a text.
 
-    `more` holds columns that are no modality; `where` says which line named the clip.
+    `extra_columns` holds columns that are not modalities; `where` is the line that lists the clip.
     """
 
     id: str
@@ -172,58 +172,57 @@ class Clip:
     where: str
     group: str | None = None
     split: str | None = None
-    more: Mapping[str, str | int] = field(default_factory=dict)
+    extra_columns: Mapping[str, str | int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """What an adapter found: a row for each clip that is listed, whether or not its media are there.
+    """Output of an adapter: a row for each listed clip, whether or not its media exist.
 
-    Columns of `rows`: id, label, group and split where there are any, then the columns named by `media`: X_file_name
-    holds a path, X_frames a folder or a list of folders, any other the medium itself. Paths start from the download's
-    folder. `found` are the media that lie there; `official` is the number of clips in the dataset, where no list says.
+    Columns of `rows`: id, label, group and split if any, then the columns in `media`: X_file_name holds a path,
+    X_frames a folder or a list of folders, any other column the medium itself. Paths are relative to the download's
+    folder. `media_files` are the media in that folder; `official` is the number of clips of the dataset, where no list
+    gives it.
     """
 
     rows: pa.Table
     media: tuple[str, ...]
-    found: frozenset[str] = frozenset()
+    media_files: frozenset[str] = frozenset()
     official: int | None = None
     notes: tuple[str, ...] = ()
 
 
 def list_clips(
-    clips: Iterable[Clip], *, found: Iterable[str], official: int | None = None, notes: Sequence[str] = ()
+    clips: Iterable[Clip], *, media_files: Iterable[str], official: int | None = None, notes: Sequence[str] = ()
 ) -> Listing:
-    """Make rows of clips. A clip listed twice in the same words counts once; DatasetError where the words differ."""
-    kept: dict[str, Clip] = {}
-    repeated = 0
+    """Build the rows of clips. Identical entries count once; raise DatasetError if entries of one clip differ."""
+    clip_of_id: dict[str, Clip] = {}
+    num_repeated = 0
     for clip in clips:
         _check_inside(clip)
-        first = kept.setdefault(clip.id, clip)
+        first = clip_of_id.setdefault(clip.id, clip)
         if first is clip:
             continue
         if replace(clip, where=first.where) != first:
-            raise DatasetError(
-                f"clip {clip.id!r} is listed twice, differently: {first.where} and {clip.where}: keep one"
-            )
-        repeated += 1
-    rows = list(kept.values())
-    said = [f"{repeated:,} repeated lines count once"] if repeated else []
+            raise DatasetError(f"clip {clip.id!r} has two different entries: {first.where} and {clip.where}: keep one")
+        num_repeated += 1
+    unique_clips = list(clip_of_id.values())
+    repeated_notes = [f"{num_repeated:,} repeated lines were ignored"] if num_repeated else []
     return Listing(
-        rows=_table(rows),
-        media=tuple(rows[0].media) if rows else (),
-        found=frozenset(found),
+        rows=_table(unique_clips),
+        media=tuple(unique_clips[0].media) if unique_clips else (),
+        media_files=frozenset(media_files),
         official=official,
-        notes=(*notes, *said),
+        notes=(*notes, *repeated_notes),
     )
 
 
 def _check_inside(clip: Clip) -> None:
-    """Refuse a name in a list that would lead out of the download's folder."""
+    """Raise DatasetError for a path that leads outside the download's folder."""
     for column, cell in clip.media.items():
         paths = [cell] if isinstance(cell, str) else cell or ()
         if column.endswith(PATH_SUFFIXES) and any(path.startswith("/") or ".." in path.split("/") for path in paths):
-            raise DatasetError(f"{clip.where}: {paths[0]!r} leads out of the folder: mend the name there")
+            raise DatasetError(f"{clip.where}: {paths[0]!r} leads outside the folder: correct the path in the list")
 
 
 def _table(clips: Sequence[Clip]) -> pa.Table:
@@ -235,6 +234,6 @@ def _table(clips: Sequence[Clip]) -> pa.Table:
         if any(value is not None for value in values):
             columns[name] = pa.array(values, pa.string())
     if clips:
-        columns |= {name: pa.array([clip.more[name] for clip in clips]) for name in clips[0].more}
+        columns |= {name: pa.array([clip.extra_columns[name] for clip in clips]) for name in clips[0].extra_columns}
         columns |= {name: pa.array([clip.media[name] for clip in clips]) for name in clips[0].media}
     return pa.table(columns)

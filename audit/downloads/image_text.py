@@ -1,4 +1,4 @@
-"""Datasets of image and text: Food-101, MVSA, Twitter, Hateful Memes and lists like theirs."""
+"""Adapter of image-text datasets: Food-101, MVSA, Twitter, Hateful Memes and lists of the same form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..dataset.formats.text_rows import numbered_lines, parse_line
 from ..errors import DatasetError, choices
-from .clips import Clip, Listing, list_clips, media_below, read_csv, split_of, wrong_folder
+from .clips import Clip, Listing, list_clips, list_media, read_csv, split_of, unexpected_folder
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl")
 _COLUMNS = {
@@ -28,7 +28,7 @@ _PICTURES = ("images", "image", "img", "imgs", "data")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Record:
-    """One row of a list; `fields` by column name, null where the value is empty."""
+    """One row of a list; `fields` by column name, None where the value is empty."""
 
     path: Path
     number: int
@@ -40,56 +40,58 @@ class _Record:
 
 
 def read_image_text(folder: Path, lists: Sequence[Path]) -> Listing:
-    """Read csv, tsv and jsonl lists whose columns carry usual names; a path starts from the list or a folder images/.
+    """Read csv, tsv and jsonl lists with common column names; paths are relative to the list or a folder images/.
 
-    The split is the column of that name, else the lists' names (train.jsonl, dev.jsonl, ...) where each tells one. A
-    picture that stands in several rows is their group, unless there is a column `group`.
+    The split is the column `split`, else inferred from the names of the lists (train.jsonl, dev.jsonl, ...). A picture
+    in several rows is their group, unless there is a column `group`.
     """
-    found_lists = list(lists) or _find(folder)
-    records = [record for path in found_lists for record in _read(path)]
-    columns = _columns(records, found_lists)
-    files = media_below(folder, "", kind="image")
-    places = [_picture(record, columns["image"], folder, frozenset(files)) for record in records]
-    count = Counter(places)
-    shared = any(number > 1 for number in count.values())
-    splits = _splits(records, columns.get("split"), found_lists)
+    list_paths = list(lists) or _find_lists(folder)
+    records = [record for path in list_paths for record in _read_list(path)]
+    columns = _columns(records, list_paths)
+    files = list_media(folder, "", kind="image")
+    picture_paths = [_picture_path(record, columns["image"], folder, frozenset(files)) for record in records]
+    num_rows_of_picture = Counter(picture_paths)
+    is_any_shared = any(num_rows > 1 for num_rows in num_rows_of_picture.values())
+    splits = _splits(records, columns.get("split"), list_paths)
     clips = [
         Clip(
-            id=_id(record, columns.get("id"), place, alone=count[place] == 1),
+            id=_sample_id(record, columns.get("id"), picture_path, is_only_row=num_rows_of_picture[picture_path] == 1),
             label=_scalar(record, columns["label"]),
-            group=_scalar(record, columns["group"]) if "group" in columns else place if shared else None,
+            group=_scalar(record, columns["group"]) if "group" in columns else picture_path if is_any_shared else None,
             split=split,
-            media={"image_file_name": place, "text": _scalar(record, columns["text"])},
+            media={"image_file_name": picture_path, "text": _scalar(record, columns["text"])},
             where=record.where,
         )
-        for record, place, split in zip(records, places, splits, strict=True)
+        for record, picture_path, split in zip(records, picture_paths, splits, strict=True)
     ]
-    return list_clips(clips, found=files, notes=_unlabelled(clips))
+    return list_clips(clips, media_files=files, notes=_unlabelled_notes(clips))
 
 
-def _find(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.glob("*") if path.suffix in _SUFFIXES and path.is_file())
-    named = [path for path in found if any(part in path.stem.lower() for part in ("train", "val", "dev", "test"))]
-    chosen = named or found
-    if not chosen:
-        raise wrong_folder(folder, "a set of pictures with texts", lacking="list in .csv, .tsv or .jsonl")
-    if len(chosen) > 1 and not named:
-        raise DatasetError(f"{folder} holds {', '.join(path.name for path in found)}: name one with --list")
-    return chosen
+def _find_lists(folder: Path) -> list[Path]:
+    list_paths = sorted(path for path in folder.glob("*") if path.suffix in _SUFFIXES and path.is_file())
+    splits = ("train", "val", "dev", "test")
+    split_lists = [path for path in list_paths if any(split in path.stem.lower() for split in splits)]
+    selected = split_lists or list_paths
+    if not selected:
+        raise unexpected_folder(folder, "a set of pictures with texts", missing="list in .csv, .tsv or .jsonl")
+    if len(selected) > 1 and not split_lists:
+        names = ", ".join(path.name for path in list_paths)
+        raise DatasetError(f"{folder} contains {names}: select one with --list")
+    return selected
 
 
-def _read(path: Path) -> list[_Record]:
+def _read_list(path: Path) -> list[_Record]:
     if path.suffix == ".jsonl":
         return _read_jsonl(path)
     if path.suffix not in _SUFFIXES:
-        raise DatasetError(f"{path} is none of {', '.join(_SUFFIXES)}")
+        raise DatasetError(f"{path}: a list must be one of {', '.join(_SUFFIXES)}")
     lines = read_csv(path, delimiter="\t" if path.suffix == ".tsv" else ",")
     if not lines:
         return []
     header = lines[0].fields
     for line in lines[1:]:
         if len(line.fields) != len(header):
-            raise line.wrong(f"a line of {len(header)} fields: {', '.join(header)}")
+            raise line.error_expecting(f"a line of {len(header)} fields: {', '.join(header)}")
     return [
         _Record(
             path=path,
@@ -110,48 +112,48 @@ def _read_jsonl(path: Path) -> list[_Record]:
 
 
 def _columns(records: Sequence[_Record], lists: Sequence[Path]) -> dict[str, str]:
-    """Find each role's column, by name and in the order of preference; image, text and label must be there."""
+    """Return the column of each role, by name in order of preference; image, text and label are required."""
     names = list(dict.fromkeys(name for record in records for name in record.fields))
-    found = {
-        role: next(name for name in known if name in names)
-        for role, known in _COLUMNS.items()
-        if any(name in names for name in known)
+    column_of_role = {
+        role: next(name for name in candidates if name in names)
+        for role, candidates in _COLUMNS.items()
+        if any(name in names for name in candidates)
     }
     for role in ("image", "text", "label"):
-        if role not in found:
-            called = " or ".join(_COLUMNS[role][:3])
-            raise DatasetError(f"{lists[0]}: no column for the {role}: call it {called}; {choices(role, names)}")
-    return found
+        if role not in column_of_role:
+            suggestions = " or ".join(_COLUMNS[role][:3])
+            raise DatasetError(f"{lists[0]}: no column for the {role}: name it {suggestions}; {choices(role, names)}")
+    return column_of_role
 
 
-def _picture(record: _Record, column: str, folder: Path, files: frozenset[str]) -> str | None:
-    """Give a picture's path from the folder: as the list writes it, or below one of the usual folders."""
+def _picture_path(record: _Record, column: str, folder: Path, files: frozenset[str]) -> str | None:
+    """Return the path of a picture relative to the folder: as in the list, or in one of the usual subfolders."""
     name = _scalar(record, column)
     if name is None:
         return None
     root = folder.resolve()
-    homes = [record.path.parent.resolve(), root]
+    base_folders = [record.path.parent.resolve(), root]
     if ".." not in Path(name).parts:
-        homes += [root / place for place in _PICTURES]
-    tried = [Path(os.path.normpath(home / name)) for home in homes]
-    inside = [path.relative_to(root).as_posix() for path in tried if path.is_relative_to(root)]
-    if "://" in name or not inside:
+        base_folders += [root / subfolder for subfolder in _PICTURES]
+    candidates = [Path(os.path.normpath(base_folder / name)) for base_folder in base_folders]
+    relative_paths = [path.relative_to(root).as_posix() for path in candidates if path.is_relative_to(root)]
+    if "://" in name or not relative_paths:
         raise DatasetError(
-            f"{record.where}: {name!r} leads outside {folder}: copy the pictures there, and write paths from it"
+            f"{record.where}: {name!r} leads outside {folder}: copy the pictures there and use paths relative to it"
         )
-    return next((path for path in inside if path in files), inside[0])
+    return next((path for path in relative_paths if path in files), relative_paths[0])
 
 
 def _splits(records: Sequence[_Record], column: str | None, lists: Sequence[Path]) -> list[str | None]:
     if column is not None:
         return [_named_split(record, column) for record in records]
     try:
-        known = {path: split_of(path) for path in lists}
+        split_of_list = {path: split_of(path) for path in lists}
     except DatasetError:
         if len(lists) > 1:
             raise
-        return [None] * len(records)  # one list of everything
-    return [known[record.path] for record in records]
+        return [None] * len(records)  # a single list without splits
+    return [split_of_list[record.path] for record in records]
 
 
 def _named_split(record: _Record, column: str) -> str:
@@ -159,27 +161,29 @@ def _named_split(record: _Record, column: str) -> str:
         return split_of(Path(_scalar(record, column) or ""))
     except DatasetError as error:
         value = record.fields.get(column)
-        raise DatasetError(f"{record.where}: {column} is {value!r}: write train, val or test") from error
+        raise DatasetError(f"{record.where}: {column} is {value!r}: it must be train, val or test") from error
 
 
-def _id(record: _Record, column: str | None, place: str | None, *, alone: bool) -> str:
+def _sample_id(record: _Record, column: str | None, picture_path: str | None, *, is_only_row: bool) -> str:
     if column is not None:
         name = _scalar(record, column)
         if name is None:
-            raise DatasetError(f"{record.where}: no {column}: give each row one")
+            raise DatasetError(f"{record.where}: {column} is empty: every row needs one")
         return name
-    return place if place is not None and alone else f"{place or 'row'}#{record.path.stem}-{record.number}"
+    if picture_path is not None and is_only_row:
+        return picture_path
+    return f"{picture_path or 'row'}#{record.path.stem}-{record.number}"
 
 
 def _scalar(record: _Record, column: str) -> str | None:
     value = record.fields.get(column)
     if isinstance(value, (list, dict)):
-        raise DatasetError(f"{record.where}: {column} is {value!r}: one value was expected")
+        raise DatasetError(f"{record.where}: {column} is {value!r}: it must be a single value")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return None if value is None or value == "" else str(value)
 
 
-def _unlabelled(clips: Sequence[Clip]) -> list[str]:
+def _unlabelled_notes(clips: Sequence[Clip]) -> list[str]:
     count = sum(clip.label is None for clip in clips)
     return [f"{count:,} rows have no label"] if count else []

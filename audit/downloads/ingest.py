@@ -1,4 +1,4 @@
-"""Ingestion: one table of clips from the official download of a dataset."""
+"""Ingestion of the official download of a dataset into one table of clips."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..dataset.formats.tables import METADATA_NAMES
 from ..errors import ConfigError, DatasetError, choices
 from ..parquet import write_parquet
 from .ave import read_ave
-from .clips import PATH_SUFFIXES, Cell, Listing, absence, absence_of_frames
+from .clips import PATH_SUFFIXES, Cell, Listing, absence_of_file, absence_of_frames
 from .cremad import read_cremad
 from .image_text import read_image_text
 from .mosei import read_mosei
@@ -24,28 +24,28 @@ from .ogm_ge import read_ogm_ge
 from .ucf101 import read_ucf101
 from .youtube import read_kinetics_sounds, read_vggsound
 
-_EXAMPLES = 3  # ids named for each modality
+_EXAMPLES = 3  # ids in the message for each modality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
-    """How many clips lack one modality, and the first of them by id."""
+    """Number of clips without one modality, and the first of their ids."""
 
     modality: str
     count: int
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Write it for the end of a message."""
+        """Return the text for a message."""
         return f"{self.modality} {self.count:,} (such as {', '.join(self.examples)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ingested:
-    """What was written: `listed` rows, of which `present` have all their media.
+    """Summary of the written table: `listed` rows, of which `present` have all their media.
 
-    `official` is the number of clips in the dataset where that is known and not all are listed, else `listed`.
-    `unlisted` counts media that lie in the folder and that no row names.
+    `official` is the number of clips in the dataset if that is known and not all are listed, else `listed`.
+    `unlisted` is the number of media in the folder that are in no row.
     """
 
     path: Path
@@ -60,49 +60,60 @@ class Ingested:
 
     @property
     def message(self) -> str:
-        """Say in one line what is here and what is not; `notes` say the rest."""
+        """Return one line on present and missing clips; `notes` hold the rest."""
         parts = [f"you have {self.present:,} of {self.official:,}"]
         if self.missing:
             parts.append("missing: " + ", ".join(map(str, self.missing)))
         if self.official > self.listed:
-            parts.append(f"{self.official - self.listed:,} have no file at all, and no row")
+            parts.append(f"{self.official - self.listed:,} have no files and no row")
         if self.unlisted:
-            parts.append(f"{self.unlisted:,} media are in no list, and have no row")
+            parts.append(f"{self.unlisted:,} media are in no list and have no row")
         return "; ".join(parts)
 
 
 def ingest(
     name: str, folder: str | Path, *, lists: Sequence[str | Path] = (), out: str | Path | None = None
 ) -> Ingested:
-    """Write metadata.parquet for a download as it unpacks; clips whose media are missing have their rows all the same.
+    """Write metadata.parquet for a download as unpacked; clips with missing media have rows, too.
 
-    `lists` names the lists to read instead of those that the folder holds; `out` is FOLDER/metadata.parquet, or a
-    file above the folder. The same tree gives the same bytes. Raises ConfigError for an unknown adapter, DatasetError
-    for a folder that is not that dataset, or a list that cannot be read.
+    The same tree gives the same bytes.
+
+    Args:
+        name: Name of the adapter, one of ADAPTERS.
+        folder: Folder of the download.
+        lists: Lists to read instead of those in the folder.
+        out: File to write, in the folder or above it; FOLDER/metadata.parquet by default.
+
+    Returns:
+        Summary of the rows and of missing media.
+
+    Raises:
+        ConfigError: The adapter is unknown, or `out` is not a .parquet file.
+        DatasetError: The folder is not that dataset, or a list cannot be read.
     """
     if name not in ADAPTERS:
         raise ConfigError(f"no adapter {name!r}; {choices(name, ADAPTERS)}")
     root = Path(folder)
     if not root.is_dir():
         raise DatasetError(f"no such folder: {root}")
-    path = _place(Path(out) if out is not None else root / "metadata.parquet", root)
-    listing = ADAPTERS[name].read(root, tuple(_list_path(item) for item in lists))
+    path = _check_output(Path(out) if out is not None else root / "metadata.parquet", root)
+    listing = ADAPTERS[name].read(root, tuple(_check_list(list_path) for list_path in lists))
     if not listing.rows.num_rows:
-        raise DatasetError(f"{root}: the lists of {name} name no clip")
+        raise DatasetError(f"{root}: the lists of {name} contain no clip")
     rows = listing.rows.sort_by("id")
-    there, reasons = _presence(rows, listing.media, root)
+    present_of_modality, absence_notes = _presence(rows, listing.media, root)
     ingested = Ingested(
         path=path,
         adapter=name,
         listed=rows.num_rows,
-        present=sum(all(row) for row in zip(*there.values(), strict=True)),
+        present=sum(all(row) for row in zip(*present_of_modality.values(), strict=True)),
         official=max(rows.num_rows, listing.official or 0),
-        missing=tuple(_missing(rows, there)),
-        unlisted=len(listing.found - set(_paths(rows, listing.media))),
+        missing=tuple(_missing(rows, present_of_modality)),
+        unlisted=len(listing.media_files - set(_paths(rows, listing.media))),
         columns=tuple(rows.column_names),
-        notes=(*listing.notes, *reasons, *_other_tables(path)),
+        notes=(*listing.notes, *absence_notes, *_other_tables(path)),
     )
-    _write(_from_folder(rows, listing.media, root=root, start=path.parent), ingested, listing)
+    _write(_rebase_paths(rows, listing.media, root=root, start=path.parent), ingested, listing)
     return ingested
 
 
@@ -110,7 +121,7 @@ def _write(rows: pa.Table, ingested: Ingested, listing: Listing) -> None:
     provenance = {
         "schema": "mmaudit.metadata/1",
         "adapter": ingested.adapter,
-        # By name: the root imports cli for its types, and audit imports nothing that leads there.
+        # Imported by name: the root package imports cli for its types, and audit must not import cli.
         "version": importlib.import_module(__name__.partition(".")[0]).__version__,
         "listed": ingested.listed,
         "present": ingested.present,
@@ -119,65 +130,68 @@ def _write(rows: pa.Table, ingested: Ingested, listing: Listing) -> None:
     write_parquet(rows, ingested.path, provenance=provenance)
 
 
-def _place(out: Path, root: Path) -> Path:
-    """Refuse a file from whose folder the media could not be named without a way out."""
+def _check_output(out: Path, root: Path) -> Path:
+    """Return `out`; raise an error unless it is a .parquet file in `root` or a folder above it."""
     if out.suffix != ".parquet":
-        raise ConfigError(f"--out {out}: metadata are written as .parquet")
+        raise ConfigError(f"--out {out}: the file must be .parquet")
     if not root.resolve().is_relative_to(out.parent.resolve()):
         raise DatasetError(
-            f"{out} would have to name media outside its own folder: write it into {root} or a folder above that"
+            f"{out} would refer to media outside its own folder: write it into {root} or a folder above that"
         )
     return out
 
 
-def _list_path(item: str | Path) -> Path:
-    path = Path(item)
+def _check_list(list_path: str | Path) -> Path:
+    path = Path(list_path)
     if not path.is_file():
         raise DatasetError(f"no such list: {path}")
     return path
 
 
 def _other_tables(path: Path) -> list[str]:
-    others = [name for name in METADATA_NAMES if name != path.name and (path.parent / name).is_file()]
-    clash = path.name in METADATA_NAMES and others
-    return [f"{others[0]} lies beside it: name {path} itself where a dataset is asked for"] if clash else []
+    other_names = [name for name in METADATA_NAMES if name != path.name and (path.parent / name).is_file()]
+    if path.name not in METADATA_NAMES or not other_names:
+        return []
+    return [f"{path.parent} also contains {other_names[0]}: pass {path}, not the folder, as the dataset"]
 
 
 def _presence(rows: pa.Table, media: Sequence[str], root: Path) -> tuple[dict[str, list[bool]], list[str]]:
-    """Tell for each modality and row whether the medium is there, and count the odd reasons why one is not."""
-    odd: Counter[tuple[str, str]] = Counter()
-    there = {}
+    """Return for each modality whether the medium of each row exists, and notes on media that cannot be read."""
+    unusual_reasons: Counter[tuple[str, str]] = Counter()
+    present_of_modality = {}
     for column in media:
         if not column.endswith(PATH_SUFFIXES):
-            there[column] = _cells_there(rows[column])
+            present_of_modality[column] = _is_cell_present(rows[column])
             continue
-        judge = absence if column.endswith("_file_name") else absence_of_frames
-        found = [_absence(cell, root, judge) for cell in rows[column].to_pylist()]
-        there[_modality(column)] = [reason is None for reason in found]
-        odd.update((_modality(column), reason) for reason in found if reason not in (None, "not there"))
-    return there, [f"{modality}: {count:,} {reason}" for (modality, reason), count in sorted(odd.items())]
+        find_absence = absence_of_file if column.endswith("_file_name") else absence_of_frames
+        cell_absences = [_absence(cell, root, find_absence) for cell in rows[column].to_pylist()]
+        present_of_modality[_modality(column)] = [reason is None for reason in cell_absences]
+        unusual_reasons.update(
+            (_modality(column), reason) for reason in cell_absences if reason not in (None, "not found")
+        )
+    notes = [f"{modality}: {count:,} {reason}" for (modality, reason), count in sorted(unusual_reasons.items())]
+    return present_of_modality, notes
 
 
-def _absence(cell: str | list[str] | None, root: Path, judge: Callable[[Path], str | None]) -> str | None:
+def _absence(cell: str | list[str] | None, root: Path, find_absence: Callable[[Path], str | None]) -> str | None:
     names = [cell] if isinstance(cell, str) else cell or []
-    reasons = [reason for name in names if (reason := judge(root / name)) is not None]
-    return next(iter(reasons), None) if names else "not there"
+    reasons = [reason for name in names if (reason := find_absence(root / name)) is not None]
+    return next(iter(reasons), None) if names else "not found"
 
 
-def _cells_there(column: pa.ChunkedArray) -> list[bool]:
+def _is_cell_present(column: pa.ChunkedArray) -> list[bool]:
     if pa.types.is_string(column.type):
         return [bool(text and text.strip()) for text in column.to_pylist()]
     return [bool(flag) for flag in column.is_valid().to_pylist()]
 
 
-def _missing(rows: pa.Table, there: dict[str, list[bool]]) -> list[Missing]:
+def _missing(rows: pa.Table, present_of_modality: dict[str, list[bool]]) -> list[Missing]:
     ids = rows["id"].to_pylist()
-    lacking = {name: [id_ for id_, flag in zip(ids, flags, strict=True) if not flag] for name, flags in there.items()}
-    return [
-        Missing(modality=name, count=len(names), examples=tuple(names[:_EXAMPLES]))
-        for name, names in lacking.items()
-        if names
-    ]
+    missing = []
+    for modality, present in present_of_modality.items():
+        if missing_ids := [id_ for id_, flag in zip(ids, present, strict=True) if not flag]:
+            missing.append(Missing(modality=modality, count=len(missing_ids), examples=tuple(missing_ids[:_EXAMPLES])))
+    return missing
 
 
 def _modality(column: str) -> str:
@@ -189,21 +203,21 @@ def _paths(rows: pa.Table, media: Sequence[str]) -> list[str]:
     return [path for cell in cells for path in ([cell] if isinstance(cell, str) else cell or [])]
 
 
-def _from_folder(rows: pa.Table, media: Sequence[str], *, root: Path, start: Path) -> pa.Table:
-    """Let the paths start from the folder that the table is written to."""
-    way = os.path.relpath(root.resolve(), start.resolve())
-    if way == ".":
+def _rebase_paths(rows: pa.Table, media: Sequence[str], *, root: Path, start: Path) -> pa.Table:
+    """Make the paths relative to the folder that the table is written to."""
+    relative_root = os.path.relpath(root.resolve(), start.resolve())
+    if relative_root == ".":
         return rows
-    prefix = Path(way).as_posix()
+    prefix = Path(relative_root).as_posix()
     for name in media:
         if name.endswith(PATH_SUFFIXES):
-            cells = [_prefixed(cell, prefix) for cell in rows[name].to_pylist()]
+            cells = [_add_prefix(cell, prefix) for cell in rows[name].to_pylist()]
             column = pa.array(cells, rows.schema.field(name).type)
             rows = rows.set_column(rows.schema.get_field_index(name), name, column)
     return rows
 
 
-def _prefixed(cell: Any, prefix: str) -> Cell:
+def _add_prefix(cell: Any, prefix: str) -> Cell:
     if cell is None or isinstance(cell, str):
         return cell and f"{prefix}/{cell}"
     return tuple(f"{prefix}/{path}" for path in cell)
@@ -211,7 +225,7 @@ def _prefixed(cell: Any, prefix: str) -> Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """One download: what it looks like, for help texts, and the function of (folder, lists) that reads it."""
+    """One download: its expected layout, for help texts, and the function of (folder, lists) that reads it."""
 
     expects: str
     read: Callable[[Path, Sequence[Path]], Listing]

@@ -1,4 +1,4 @@
-"""Lists of the OGM-GE code."""
+"""Adapter of the lists of the OGM-GE code."""
 
 from __future__ import annotations
 
@@ -12,44 +12,47 @@ from .clips import (
     Clip,
     Line,
     Listing,
-    by_stem,
     find_lists,
-    folders_in,
+    index_by_stem,
     list_clips,
-    media_below,
+    list_media,
+    list_subfolders,
     read_csv,
     split_of,
-    wrong_folder,
+    unexpected_folder,
 )
-from .cremad import actor_of, clip_of
+from .cremad import actor_of, parse_clip
 
 _NAMES = tuple(f"{name}.{suffix}" for name in ("train", "val", "valid", "test") for suffix in ("csv", "txt"))
-_PLACES = ("", "annotations", "data")
-_SOUND = ("AudioWAV", "audio")
-_SIGHT = ("Image-*-FPS", "visual/Image-*-FPS", "visual")
-_LINE = "CLIP,LABEL, LABEL,CLIP beside a stat file of the classes, or CLIP,SECONDS,LABEL"
+_SUBFOLDERS = ("", "annotations", "data")
+_AUDIO_FOLDERS = ("AudioWAV", "audio")
+_FRAMES_FOLDERS = ("Image-*-FPS", "visual/Image-*-FPS", "visual")
+_LINE = "CLIP,LABEL, LABEL,CLIP next to a stat file of the classes, or CLIP,SECONDS,LABEL"
 _YOUTUBE = re.compile(r"(.{11})_\d+")
 
 
 def read_ogm_ge(folder: Path, lists: Sequence[Path]) -> Listing:
-    """Read train.csv, test.csv, val.csv (or my_train.txt ...) with the wav files and folders of frames they name.
+    """Read train.csv, test.csv, val.csv (or my_train.txt ...) with the wav files and frame folders that they list.
 
-    The code family of Peng et al. (CVPR 2022) writes CLIP,LABEL for CREMA-D, LABEL,CLIP for AVE and CLIP,10,LABEL for
-    Kinetics-Sounds; stat.csv has one class on a line. Clips called as in CREMA-D are grouped by actor, those called
-    as from YouTube by video. A clip of AVE may hold several events: its ids name them, and the clip is the group.
+    The code of Peng et al. (CVPR 2022) and its successors write CLIP,LABEL for CREMA-D, LABEL,CLIP for AVE and
+    CLIP,10,LABEL for Kinetics-Sounds; stat.csv has one class per line. Clips with names as in CREMA-D are grouped by
+    actor, those with YouTube names by video. A clip of AVE may contain several events: its ids include the event, and
+    the clip is the group.
     """
-    found_lists = list(lists) or _find(folder)
-    sound = next((name for name in _SOUND if (folder / name).is_dir()), None)
-    sight = next((path for pattern in _SIGHT for path in sorted(folder.glob(pattern)) if path.is_dir()), None)
-    if not found_lists or sound is None or sight is None:
-        raise _wrong(folder, found_lists)
-    classes = _classes(folder, found_lists)
-    lines = [line for path in found_lists for line in read_csv(path)]
-    audio = media_below(folder, sound, kind="audio")
-    frames = folders_in(folder, sight.relative_to(folder).as_posix())
-    heard, seen = by_stem(audio), {PurePosixPath(path).name.removesuffix(".mp4"): path for path in frames}
-    pairs = [_pair(line, classes) for line in lines]
-    ids, groups = _name(pairs)
+    list_paths = list(lists) or _find_lists(folder)
+    audio_folder = next((name for name in _AUDIO_FOLDERS if (folder / name).is_dir()), None)
+    frames_paths = (path for pattern in _FRAMES_FOLDERS for path in sorted(folder.glob(pattern)))
+    frames_folder = next((path for path in frames_paths if path.is_dir()), None)
+    if not list_paths or audio_folder is None or frames_folder is None:
+        raise _unexpected_folder(folder, list_paths)
+    classes = _read_classes(folder, list_paths)
+    lines = [line for path in list_paths for line in read_csv(path)]
+    audio = list_media(folder, audio_folder, kind="audio")
+    frames = list_subfolders(folder, frames_folder.relative_to(folder).as_posix())
+    audio_of_clip = index_by_stem(audio)
+    frames_of_clip = {PurePosixPath(path).name.removesuffix(".mp4"): path for path in frames}
+    pairs = [_parse_line(line, classes) for line in lines]
+    ids, groups = _ids_and_groups(pairs)
     clips = [
         Clip(
             id=id_,
@@ -57,59 +60,61 @@ def read_ogm_ge(folder: Path, lists: Sequence[Path]) -> Listing:
             group=group,
             split=split_of(line.path),
             media={
-                "audio_file_name": heard.get(name, f"{sound}/{name}.wav"),
-                "visual_frames": seen.get(name, f"{sight.relative_to(folder).as_posix()}/{name}"),
+                "audio_file_name": audio_of_clip.get(name, f"{audio_folder}/{name}.wav"),
+                "visual_frames": frames_of_clip.get(name, f"{frames_folder.relative_to(folder).as_posix()}/{name}"),
             },
             where=line.where,
         )
         for line, (name, label), id_, group in zip(lines, pairs, ids, groups, strict=True)
     ]
-    return list_clips(clips, found=[*audio, *frames])
+    return list_clips(clips, media_files=[*audio, *frames])
 
 
-def _find(folder: Path) -> list[Path]:
-    plain, own = (find_lists(folder, names, below=_PLACES) for names in (_NAMES, [f"my_{name}" for name in _NAMES]))
-    if plain and own:
-        raise DatasetError(f"{folder} holds both {own[0].name} and {plain[0].name}: name those you mean with --list")
-    return plain or own
+def _find_lists(folder: Path) -> list[Path]:
+    standard_lists = find_lists(folder, _NAMES, subfolders=_SUBFOLDERS)
+    prefixed_lists = find_lists(folder, [f"my_{name}" for name in _NAMES], subfolders=_SUBFOLDERS)
+    if standard_lists and prefixed_lists:
+        names = f"{prefixed_lists[0].name} and {standard_lists[0].name}"
+        raise DatasetError(f"{folder} contains both {names}: pass the lists to read with --list")
+    return standard_lists or prefixed_lists
 
 
-def _wrong(folder: Path, lists: Sequence[Path]) -> DatasetError:
-    lacking = "train.csv or my_train.txt" if not lists else "AudioWAV/ or audio/ beside Image-01-FPS/ or visual/"
+def _unexpected_folder(folder: Path, lists: Sequence[Path]) -> DatasetError:
+    missing = "train.csv or my_train.txt" if not lists else "AudioWAV/ or audio/ next to Image-01-FPS/ or visual/"
     if lists and (folder / "audio_spec").is_dir():
-        lacking += " (audio_spec/ holds pickled spectrograms, which are never read)"
-    return wrong_folder(folder, "a folder of the OGM-GE code", lacking=lacking)
+        missing += " (audio_spec/ contains pickled spectrograms, which are never read)"
+    return unexpected_folder(folder, "a folder of the OGM-GE code", missing=missing)
 
 
-def _classes(folder: Path, lists: Sequence[Path]) -> set[str]:
-    """Read the list of classes, where there is one, beside the lists or in the folder."""
-    for home in (lists[0].parent, folder):
-        for path in find_lists(home, ("stat.csv", "stat.txt")):
+def _read_classes(folder: Path, lists: Sequence[Path]) -> set[str]:
+    """Read the list of classes, if any, next to the lists or in the folder."""
+    for list_folder in (lists[0].parent, folder):
+        for path in find_lists(list_folder, ("stat.csv", "stat.txt")):
             return {line.fields[0].strip() for line in read_csv(path)}
     return set()
 
 
-def _pair(line: Line, classes: set[str]) -> tuple[str, str]:
-    """Give the clip and the label of a line, whichever comes first."""
+def _parse_line(line: Line, classes: set[str]) -> tuple[str, str]:
+    """Return the clip and the label of a line, which may be in either order."""
     fields = [field.strip() for field in line.fields]
     if len(fields) not in (2, 3) or not all(fields) or (len(fields) == 3 and not fields[1].isdigit()):
-        raise line.wrong(_LINE)
+        raise line.error_expecting(_LINE)
     name, label = fields[0], fields[-1]
     if len(fields) == 2 and label not in classes and name in classes:
         return label, name
     if len(fields) == 2 and classes and label not in classes:
-        raise line.wrong(f"a clip with one of the {len(classes)} classes of the stat file")
+        raise line.error_expecting(f"a clip with one of the {len(classes)} classes of the stat file")
     return name, label
 
 
-def _name(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str] | list[None]]:
-    """Give ids, and groups where the names tell them: by actor, by video, or by clip where one has several labels."""
-    count = Counter(name for name, _ in set(pairs))
-    ids = [name if count[name] == 1 else f"{name}:{label}" for name, label in pairs]
+def _ids_and_groups(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str] | list[None]]:
+    """Return ids, and groups by actor, by video, or by clip if one has several labels; None where there are none."""
+    num_labels = Counter(name for name, _ in set(pairs))
+    ids = [name if num_labels[name] == 1 else f"{name}:{label}" for name, label in pairs]
     names = [name for name, _ in pairs]
-    if all(clip_of(name) for name in names):
+    if all(parse_clip(name) for name in names):
         return ids, [actor_of(name) for name in names]
     matches = [_YOUTUBE.fullmatch(name) for name in names]
     if all(matches):
         return ids, [match[1] for match in matches if match]
-    return ids, (names if max(count.values(), default=0) > 1 else [None] * len(names))
+    return ids, (names if max(num_labels.values(), default=0) > 1 else [None] * len(names))

@@ -1,4 +1,4 @@
-"""UCF-101: frames and optical flow."""
+"""Adapter of UCF-101: frames and optical flow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from ..errors import DatasetError
-from .clips import Clip, Line, Listing, folders_in, list_clips, read_lines, split_of, wrong_folder
+from .clips import Clip, Line, Listing, list_clips, list_subfolders, read_lines, split_of, unexpected_folder
 
 _RGB, _FLOW = "jpegs_256", ("tvl1_flow/u", "tvl1_flow/v")
 _LISTS = ("trainlist01.txt", "testlist01.txt")
@@ -18,49 +18,50 @@ _PATH = re.compile(r"(\w+)/(v_\w+_(g\d+)_c\d+)\.avi")
 def read_ucf101(folder: Path, lists: Sequence[Path]) -> Listing:
     """Read the frames and the optical flow of Feichtenhofer et al. (CVPR 2016) by the first official fold, or `lists`.
 
-    The clips cut from one video are a group, CLASS_gNN. Frames are a folder; the flow is a pair of them, u and v.
+    The clips cut from one video are a group, CLASS_gNN. Frames are one folder per clip, the flow two, u and v.
     """
-    home = folder / "ucfTrainTestlist"
-    found_lists = list(lists) or [home / name for name in _LISTS]
-    absent = [f"{path}/" for path in (_RGB, *_FLOW) if not (folder / path).is_dir()]
-    absent += [f"ucfTrainTestlist/{path.name}" for path in (*found_lists, home / "classInd.txt") if not path.is_file()]
-    if absent:
-        raise _not_frames(folder, absent)
-    classes = _read_classes(home / "classInd.txt")
-    found = {place: folders_in(folder, place) for place in (_RGB, *_FLOW)}
-    known = {place: _by_name(paths) for place, paths in found.items()}
-    clips = [_clip(line, classes, known) for path in found_lists for line in read_lines(path, None)]
-    return list_clips(clips, found=[path for paths in found.values() for path in paths])
+    list_folder = folder / "ucfTrainTestlist"
+    list_paths = list(lists) or [list_folder / name for name in _LISTS]
+    missing = [f"{path}/" for path in (_RGB, *_FLOW) if not (folder / path).is_dir()]
+    required = (*list_paths, list_folder / "classInd.txt")
+    missing += [f"ucfTrainTestlist/{path.name}" for path in required if not path.is_file()]
+    if missing:
+        raise _not_frames(folder, missing)
+    classes = _read_classes(list_folder / "classInd.txt")
+    clip_folders = {stream: list_subfolders(folder, stream) for stream in (_RGB, *_FLOW)}
+    folder_of_clip = {stream: _index_by_name(paths) for stream, paths in clip_folders.items()}
+    clips = [_clip(line, classes, folder_of_clip) for path in list_paths for line in read_lines(path, None)]
+    return list_clips(clips, media_files=[path for paths in clip_folders.values() for path in paths])
 
 
-def _not_frames(folder: Path, absent: Sequence[str]) -> DatasetError:
-    films = (folder / "UCF-101").is_dir() or next(folder.glob("*/*.avi"), None) is not None
-    said = "; these are the films, of which frames and flow have to be made first" if films else ""
-    return wrong_folder(folder, "UCF-101 in frames and flow", lacking=f"{', no '.join(absent)}{said}")
+def _not_frames(folder: Path, missing: Sequence[str]) -> DatasetError:
+    has_videos = (folder / "UCF-101").is_dir() or next(folder.glob("*/*.avi"), None) is not None
+    hint = "; the folder has the videos, from which frames and flow must be extracted first" if has_videos else ""
+    return unexpected_folder(folder, "UCF-101 in frames and flow", missing=f"{', no '.join(missing)}{hint}")
 
 
 def _read_classes(path: Path) -> dict[str, int]:
     classes: dict[str, int] = {}
     for line in read_lines(path, None):
         if len(line.fields) != 2:
-            raise line.wrong("NUMBER CLASS such as 1 ApplyEyeMakeup")
-        classes[line.fields[1]] = line.number_at(0, expected="NUMBER CLASS such as 1 ApplyEyeMakeup")
+            raise line.error_expecting("NUMBER CLASS such as 1 ApplyEyeMakeup")
+        classes[line.fields[1]] = line.read_int(0, expected="NUMBER CLASS such as 1 ApplyEyeMakeup")
     return classes
 
 
-def _by_name(paths: Iterable[str]) -> dict[str, str]:
-    """Index folders by their name in small letters: the lists write v_HandStandPushups, the frames v_Handstand..."""
+def _index_by_name(paths: Iterable[str]) -> dict[str, str]:
+    """Index folders by their lower-case name: the lists have v_HandStandPushups, the frames v_Handstand..."""
     return {PurePosixPath(path).name.lower(): path for path in paths}
 
 
-def _clip(line: Line, classes: dict[str, int], known: dict[str, dict[str, str]]) -> Clip:
+def _clip(line: Line, classes: dict[str, int], folder_of_clip: dict[str, dict[str, str]]) -> Clip:
     match = _PATH.fullmatch(line.fields[0])
     if match is None or len(line.fields) > 2 or match[1] not in classes:
-        raise line.wrong(_LINE)
+        raise line.error_expecting(_LINE)
     label, name, video = match.groups()
-    if len(line.fields) == 2 and line.number_at(1, expected=_LINE) != classes[label]:
-        raise line.wrong(f"the class {label}, which is number {classes[label]} in classInd.txt")
-    rgb, u, v = (known[place].get(name.lower(), f"{place}/{name}") for place in (_RGB, *_FLOW))
+    if len(line.fields) == 2 and line.read_int(1, expected=_LINE) != classes[label]:
+        raise line.error_expecting(f"the class {label}, which is number {classes[label]} in classInd.txt")
+    rgb, u, v = (folder_of_clip[stream].get(name.lower(), f"{stream}/{name}") for stream in (_RGB, *_FLOW))
     return Clip(
         id=name,
         label=label,

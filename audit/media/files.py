@@ -1,4 +1,4 @@
-"""Media files: limits on what is decoded, and reading of large files in ranges."""
+"""Decoding settings and limits of media files, and reading of large files in ranges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..quarantine import Reason, UnusableError
 from ..storage import open_regular
 
-MAX_FRAME_PIXELS = 2_147_483_647  # FFmpeg counts in 32 bits
+MAX_FRAME_PIXELS = 2_147_483_647  # FFmpeg uses 32-bit integers
 _MAX_PIXELS = 178_956_970  # of a picture that Pillow opens: twice its own MAX_IMAGE_PIXELS
 _LIMITS: dict[str, tuple[float, float]] = {
     "sample_rate": (2_000, 192_000),
@@ -38,63 +38,91 @@ BUDGETS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaConfig:
-    """What every sample of a modality is brought to before anything is measured on it."""
+    """Sizes and rates to which all media are decoded, and limits of what is decoded.
 
-    sample_rate: int = 16_000  # Hz
-    max_seconds: float = 10.0  # of sound and of video; the rest of a longer clip is not looked at
+    A file beyond one of the limits `max_image_pixels` to `max_sound_values` is quarantined as too-large before it is
+    decoded.
+
+    Args:
+        sample_rate: Rate of sound in Hz.
+        max_seconds: Duration of sound and video that is read; the rest of a longer clip is ignored.
+        mel_bins: Mel bands of a spectrogram.
+        image_size: Side of a picture in pixels; pictures are stretched to squares.
+        num_frames: Frames of a video, evenly spaced over the clip.
+        frame_size: Side of a video frame in pixels; frames are stretched to squares.
+        text_buckets: Buckets of hashed words and word pairs.
+        max_clipped: Share of the samples of a sound that may be at full scale; 1 allows all of them.
+        network_seconds: Duration of sound for a network; clips of CREMA-D last 2 to 3 s.
+        network_mel_bins: Mel bands for a network.
+        network_frames: Frames of a clip for a network, as in the papers.
+        network_size: Side of pictures for a network in pixels; the papers use 224, which takes four times as long.
+        max_image_pixels: Pixels of a picture; 8,192 x 8,192 take 256 MiB as RGB.
+        max_image_bytes: Bytes of a picture file.
+        max_frame_pixels: Pixels of a video frame; 5.3K of action cameras has 15.9 million.
+        max_video_pixels: Pixels of all frames of a clip; 10 s of 4K at 60 frames per second have 5.0e9.
+        max_video_bytes: Bytes of all coded frames of a clip.
+        max_packets: Packets of a clip; an hour of AAC sound has 170,000.
+        max_sound_values: Samples per second of all channels; 16 channels at 192 kHz have 3.1e6.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    sample_rate: int = 16_000
+    max_seconds: float = 10.0
     mel_bins: int = 40
-    image_size: int = 64  # pixels; pictures become squares
-    num_frames: int = 16  # evenly over the clip
-    frame_size: int = 64  # pixels; frames become squares
-    text_buckets: int = 1024  # hashed words and word pairs
-    max_clipped: float = 0.1  # share of the samples that may stand at full scale; 1: all of them
-    network_seconds: float = 3.0  # of sound that a network hears: CREMA-D's clips take 2 to 3
+    image_size: int = 64
+    num_frames: int = 16
+    frame_size: int = 64
+    text_buckets: int = 1024
+    max_clipped: float = 0.1
+    network_seconds: float = 3.0
     network_mel_bins: int = 64
-    network_frames: int = 3  # that a network sees of a clip, as in the papers
-    network_size: int = 112  # pixels; the papers have 224, which takes four times as long
-    # Budgets: a file that asks for more is quarantined as too-large, before it is decoded.
-    max_image_pixels: int = 1 << 26  # of a picture: 8,192 x 8,192, which take 256 MiB as RGB
-    max_image_bytes: int = 1 << 28  # of a picture's file
-    max_frame_pixels: int = 1 << 24  # of a frame of video: 5.3K of action cameras is 15.9 million
-    max_video_pixels: int = 6_000_000_000  # of the frames of a clip together: 10 s of 4K at 60 a second are 5.0e9
-    max_video_bytes: int = 1 << 28  # of a clip's coded frames together
-    max_packets: int = 200_000  # of a clip: an hour of sound in AAC has 170,000
-    max_sound_values: int = 3_200_000  # samples a second, all channels together: 16 channels at 192 kHz are 3.1e6
+    network_frames: int = 3
+    network_size: int = 112
+    max_image_pixels: int = 1 << 26
+    max_image_bytes: int = 1 << 28
+    max_frame_pixels: int = 1 << 24
+    max_video_pixels: int = 6_000_000_000
+    max_video_bytes: int = 1 << 28
+    max_packets: int = 200_000
+    max_sound_values: int = 3_200_000
 
     def __post_init__(self) -> None:
-        """Refuse what no sample could be brought to."""
+        """Check the range of every value."""
         for field in fields(self):
             default = (1, 1 << 40) if field.name in BUDGETS else (1, 4_096)
             (low, high), value = _LIMITS.get(field.name, default), getattr(self, field.name)
             if not low <= value <= high:
-                raise ConfigError(f"{field.name} is {value}; set it to {low} .. {high}")
+                raise ConfigError(f"{field.name} is {value}; it must be between {low} and {high}")
 
     def to_fingerprint(self) -> list[tuple[str, Any]]:
-        """Return names and values of the fields that decide about a vector, sorted.
+        """Return the sorted names and values of the fields that a feature vector depends on.
 
-        A budget at its default is not among them: caches made before there were budgets stay valid.
+        Budgets at their defaults are left out, so that caches from before the budgets were introduced stay valid.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         defaults = {field.name: field.default for field in fields(self)}
         return sorted(pair for pair in values.items() if pair[0] not in BUDGETS or pair[1] != defaults[pair[0]])
 
 
-MAX_IN_MEMORY = 1 << 24  # bytes; a smaller file is read at once
-# Bytes of a file that its content digest covers whole: a quarter of a second of hashing. Of a larger file it covers the
+MAX_IN_MEMORY = 1 << 24  # bytes; smaller files are read into memory
+# Size in bytes up to which a file is hashed completely: a quarter of a second. The digest of a larger file covers its
 # size, the first HEAD bytes (10 s of eight channels of 32 bits at 192 kHz are 61 MB), and BLOCKS blocks spread evenly
-# over the rest, the last of them at its end. What differs elsewhere only is taken for the same.
+# over the rest, the last one at its end. Files that differ only elsewhere have the same digest.
 MAX_DIGESTED = 1 << 28
 HEAD, BLOCKS = 1 << 26, 64
-_BLOCK = 1 << 20  # bytes that are read at once
-_MAX_SEARCH = 1 << 24  # bytes from the end in which rfind looks
+_BLOCK = 1 << 20  # bytes per read
+_MAX_SEARCH = 1 << 24  # bytes before the end that rfind searches
 
 
 @dataclass(frozen=True, slots=True)
 class MediaFile:
-    """The bytes of a regular file, read where they are indexed, searched or streamed.
+    """The bytes of a regular file, read on demand when they are indexed, searched or streamed.
 
-    It has that part of the interface of `bytes` by which headers are read. The file is opened for each access, since a
-    folder of frames may hold more files than a process may have open; UnusableError once it has changed.
+    It implements the part of the interface of `bytes` that is needed to read headers. The file is opened for each
+    access, since a folder of frames may hold more files than a process may open. Raises UnusableError once the file has
+    changed.
     """
 
     path: Path
@@ -103,7 +131,7 @@ class MediaFile:
 
     @classmethod
     def of(cls, path: Path, status: os.stat_result) -> MediaFile:
-        """Describe an open file by its fstat."""
+        """Build from the fstat of an open file."""
         return cls(path, status.st_size, (status.st_dev, status.st_ino, status.st_mtime_ns))
 
     def __len__(self) -> int:
@@ -123,38 +151,38 @@ class MediaFile:
         return self._read(start, max(0, stop - start))
 
     def startswith(self, prefix: bytes) -> bool:
-        """Whether the file begins with these bytes."""
+        """Return whether the file begins with these bytes."""
         return self[: len(prefix)] == prefix
 
-    def find(self, sought: bytes, start: int, stop: int) -> int:
-        """Return where bytes stand within a range, -1 if they do not."""
-        place = self[start:stop].find(sought)
-        return place if place < 0 else min(start, self.size) + place
+    def find(self, pattern: bytes, start: int, stop: int) -> int:
+        """Return the position of the first occurrence in a range, -1 if there is none."""
+        position = self[start:stop].find(pattern)
+        return position if position < 0 else min(start, self.size) + position
 
-    def rfind(self, sought: bytes, start: int = 0, stop: int | None = None) -> int:
-        """Return where bytes stand last within a range, -1 if not within its last 16 MiB."""
+    def rfind(self, pattern: bytes, start: int = 0, stop: int | None = None) -> int:
+        """Return the position of the last occurrence in a range, -1 if there is none in its last 16 MiB."""
         end = self.size if stop is None else min(stop, self.size)
-        first = max(start, end - _MAX_SEARCH)
-        while end > first:
-            begin = max(first, end - _BLOCK)
-            place = self[begin:end].rfind(sought)
-            if place >= 0:
-                return begin + place
-            if begin == first:
+        search_start = max(start, end - _MAX_SEARCH)
+        while end > search_start:
+            block_start = max(search_start, end - _BLOCK)
+            position = self[block_start:end].rfind(pattern)
+            if position >= 0:
+                return block_start + position
+            if block_start == search_start:
                 return -1
-            end = begin + len(sought) - 1  # what lies over the border of two blocks
+            end = block_start + len(pattern) - 1  # occurrences that span two blocks
         return -1
 
     def digested(self) -> Iterator[bytes]:
-        """Yield the bytes that stand for the content, block by block: all, or of a very large file a fixed choice."""
+        """Yield the bytes to hash, block by block: all, or fixed ranges of a very large file."""
         with self.open() as file:
             for start, stop in _digested_ranges(self.size):
                 file.seek(start)
-                for at in range(start, stop, _BLOCK):
-                    yield file.read(min(_BLOCK, stop - at))
+                for block_start in range(start, stop, _BLOCK):
+                    yield file.read(min(_BLOCK, stop - block_start))
 
     def open(self) -> BinaryIO:
-        """Open the file to be read as a stream."""
+        """Open the file as a stream."""
         try:
             file = open_regular(self.path)
         except OSError as error:
@@ -174,7 +202,7 @@ Medium = bytes | MediaFile
 
 
 def stream_of(data: Medium) -> Any:
-    """Open a medium to be read as a stream."""
+    """Open a medium as a stream."""
     return io.BytesIO(data) if isinstance(data, bytes) else data.open()
 
 
@@ -183,7 +211,7 @@ def _digested_ranges(size: int) -> Iterator[tuple[int, int]]:
         yield 0, size
         return
     yield 0, HEAD
-    last = size - _BLOCK
+    last_start = size - _BLOCK
     for block in range(BLOCKS):
-        start = HEAD + (last - HEAD) * block // (BLOCKS - 1)
+        start = HEAD + (last_start - HEAD) * block // (BLOCKS - 1)
         yield start, start + _BLOCK

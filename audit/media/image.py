@@ -1,4 +1,4 @@
-"""Images: decoding to RGB, upright, within limits."""
+"""Decoding of images to upright RGB within limits."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from PIL import Image, ImageOps
 from ..quarantine import Reason, UnusableError
 from .files import MediaConfig, Medium, stream_of
 
-CONSTANT_SPREAD = 2  # levels of 255 between darkest and brightest: what a lossy codec makes of one colour
+CONSTANT_SPREAD = 2  # levels of 255 between darkest and brightest pixel that a lossy codec makes of one colour
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
 _BAND_PIXELS = 1 << 20
 
 PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by name: Pillow would run Ghostscript on an EPS
-Image.init()  # with a choice of formats Pillow loads no further plug-ins by itself
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # else broken tiffs print through logging's last resort
+Image.init()  # Pillow does not load plug-ins by itself when formats are given
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler, damaged tiffs print to the terminal
 
 
 def read_picture(data: Medium, *, size: int | None, config: MediaConfig) -> NDArray[np.uint8]:
-    """Picture (h, w, 3), RGB: stretched onto a square of `size`, or in its own size where that is None.
+    """Read a picture (h, w, 3), RGB, stretched to a square of `size`, or in its own size if `size` is None.
 
-    Its size is checked by its header, before there is memory for its pixels.
+    The size in the header is checked before memory for the pixels is allocated.
     """
     _check_bytes(data, config)
     try:
         with warnings.catch_warnings(), stream_of(data) as file:
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which does not concern the pixels
+            warnings.simplefilter("ignore")  # Pillow warns about unusual metadata, which does not affect the pixels
             with Image.open(file, formats=PICTURES) as image:
                 _check_pixels(image, config)
                 return _read(image, size)
@@ -47,24 +47,24 @@ def _read(image: Image.Image, size: int | None) -> NDArray[np.uint8]:
         image.draft(None, (2 * size, 2 * size))
     image.load()
     _turn_upright(image)
-    shown = _rgb(image)
+    rgb_image = _rgb(image)
     if size is not None:
-        shown = shown.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(shown, dtype=np.uint8)
+        rgb_image = rgb_image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(rgb_image, dtype=np.uint8)
 
 
 def _check_bytes(data: Medium, config: MediaConfig) -> None:
-    """Check what Pillow uses memory for when it opens a file: its bytes, and the canvas of a WebP."""
+    """Check what Pillow allocates when it opens a file: its bytes, and the canvas of a WebP."""
     if len(data) > config.max_image_bytes:
         limit = f"{config.max_image_bytes:,} (media.max_image_bytes)"
-        raise UnusableError(Reason.TOO_LARGE, f"a picture of {len(data):,} bytes, at most {limit}")
+        raise UnusableError(Reason.TOO_LARGE, f"a picture of {len(data):,} bytes, the maximum is {limit}")
     if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
-        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        width, height = (1 + int.from_bytes(data[offset : offset + 3], "little") for offset in (24, 27))
         _check_area(width, height, config)
 
 
 def _check_pixels(image: Image.Image, config: MediaConfig) -> None:
-    """Check the size of a picture, and of a TIFF's tiles, each of which is decoded whole."""
+    """Check the size of a picture, and of the tiles of a TIFF, each of which is decoded as one block."""
     _check_area(*image.size, config)
     tags: Any = getattr(image, "tag_v2", {})
     width, height = (tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
@@ -75,12 +75,12 @@ def _check_pixels(image: Image.Image, config: MediaConfig) -> None:
 def _check_area(width: int, height: int, config: MediaConfig) -> None:
     if width * height > config.max_image_pixels:
         limit = f"{config.max_image_pixels:,} pixels (media.max_image_pixels)"
-        raise UnusableError(Reason.TOO_LARGE, f"a picture of {width:,} x {height:,}, at most {limit}")
+        raise UnusableError(Reason.TOO_LARGE, f"a picture of {width:,} x {height:,}, the maximum is {limit}")
 
 
 def check_not_constant(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pass (..., w, 3) on unless every channel stays within CONSTANT_SPREAD over all frames."""
-    rows = pixels.reshape(-1, 3 * pixels.shape[-2])  # down whole rows first: over 3 columns numpy takes 3 ms
+    """Return `pixels` (..., w, 3); raise UnusableError if no channel varies by more than CONSTANT_SPREAD."""
+    rows = pixels.reshape(-1, 3 * pixels.shape[-2])  # reduce over rows of pixels first: numpy takes 3 ms over 3 columns
     highest, lowest = (extreme(axis=0).reshape(-1, 3) for extreme in (rows.max, rows.min))
     if int(np.max(highest.max(axis=0) - lowest.min(axis=0))) <= CONSTANT_SPREAD:
         raise UnusableError(Reason.CONSTANT, f"one colour, RGB {tuple(lowest.min(axis=0).tolist())}")
@@ -88,7 +88,7 @@ def check_not_constant(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    # Where its EXIF cannot be read the picture stays: it is decoded already and may be sound.
+    # A picture whose EXIF data cannot be read is kept as it is: its pixels are decoded already.
     with suppress(OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
         ImageOps.exif_transpose(image, in_place=True)
 
@@ -96,7 +96,7 @@ def _turn_upright(image: Image.Image) -> None:
 def _rgb(image: Image.Image) -> Image.Image:
     """Return a picture as RGB, on white where it is transparent.
 
-    What needs wide numbers or a second layer is done band by band: at once it would take 16 to 48 bytes a pixel.
+    Conversions with wide numbers or a second layer run band by band: in one step they take 16 to 48 bytes per pixel.
     """
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
@@ -114,21 +114,21 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return a picture of 16 or 32 bits, or of fractions, in levels of 0 to 255."""
+    """Convert a picture of 16-bit or 32-bit integers, or of floats, to levels of 0 to 255."""
     scale = 1 / 256
     if image.mode.startswith("F"):
         highest = np.max([np.asarray(band, dtype=np.float64).max(initial=0) for _, band in _bands(image)])
         scale = 255 if highest <= 1 else 1
     levels = np.empty((image.height, image.width), dtype=np.uint8)
     for top, band in _bands(image):
-        part = np.nan_to_num(np.asarray(band, dtype=np.float64)) * scale
-        levels[top : top + band.height] = np.clip(part, 0, 255).astype(np.uint8)
+        values = np.nan_to_num(np.asarray(band, dtype=np.float64)) * scale
+        levels[top : top + band.height] = np.clip(values, 0, 255).astype(np.uint8)
     return Image.fromarray(levels)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    shown = Image.new("RGB", image.size)
+    rgb_image = Image.new("RGB", image.size)
     for top, band in _bands(image):
         layer = band.convert("RGBA")
-        shown.paste(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"), (0, top))
-    return shown
+        rgb_image.paste(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"), (0, top))
+    return rgb_image

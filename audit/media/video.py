@@ -1,4 +1,4 @@
-"""Video: frames evenly spaced over the duration of a file."""
+"""Decoding of video frames, evenly spaced over the duration of a file."""
 
 from __future__ import annotations
 
@@ -13,63 +13,65 @@ from numpy.typing import NDArray
 from ..quarantine import Reason, UnusableError
 from .container import count_packets, decode_packets, open_container, select_stream
 from .files import MediaConfig, Medium
-from .truncation import MIN_HELD
+from .truncation import MIN_PRESENT
 
-STILL_SECONDS = 0.5  # a shorter clip may well show one picture
-# Levels of 255 by which frames of one picture may differ. x264 leaves none at its default, 19 at CRF 35, MPEG-4 more at
-# few bits: those are let pass, for lips that say a digit may change by no more than 38.
+STILL_SECONDS = 0.5  # shorter clips may show a single picture
+# Levels of 255 by which frames of a still video may differ. x264 gives a difference of 0 at its default, 19 at CRF 35,
+# MPEG-4 more at low bit rates: such videos pass, since lips that say a digit may change by no more than 38.
 STILL_SPREAD = 8
 
-# From 17.0 on PyAV scales frames in threads it starts anew for each: 14 frames of 128 x 96 take 14 ms, in one 0.3 ms.
+# From 17.0 on PyAV starts new threads to scale each frame: 14 frames of 128 x 96 take 14 ms, with one thread 0.3 ms.
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
 
-def segment_middles(count: int, parts: int) -> list[int]:
-    """Cut `count` frames into equal parts and give the place of the frame in the middle of each."""
-    return [(2 * part + 1) * count // (2 * parts) for part in range(parts)]
+def segment_middles(count: int, num_parts: int) -> list[int]:
+    """Divide `count` frames into equal parts and return the index of the middle frame of each."""
+    return [(2 * part + 1) * count // (2 * num_parts) for part in range(num_parts)]
 
 
 def read_frames(data: Medium, *, num_frames: int, size: int | None, config: MediaConfig) -> NDArray[np.uint8]:
-    """Frames (f, h, w, 3), RGB, squares of `size`, or of the film's own where that is None.
+    """Decode frames (f, h, w, 3), RGB, stretched to squares of `size`, or in the video's own size if that is None.
 
-    The clip, or its first seconds, is cut into f equal parts and the frame in the middle of each is taken.
+    The clip, or its first config.max_seconds, is divided into f equal parts, and the middle frame of each is decoded.
     """
     with open_container(data, config) as container:
         stream = select_stream(container, "video", config)
         packets = _video_packets(container, stream, config)
-        shown = sum(not packet.is_discard for packet in packets)
-        wanted = segment_middles(shown, num_frames)
-        frames = _frames_by_time(packets, stream, set(wanted), size) or _frames_at(packets, stream, set(wanted), size)
-    last = max(frames)  # a packet that held no picture leaves fewer frames than were counted
+        num_shown = sum(not packet.is_discard for packet in packets)
+        frame_indices = segment_middles(num_shown, num_frames)
+        requested = set(frame_indices)
+        frames = _frames_by_time(packets, stream, requested, size) or _frames_at(packets, stream, requested, size)
+    last = max(frames)  # packets without a picture give fewer frames than were counted
     _check_moving(frames, _seconds(packets))
-    return np.stack([frames[min(index, last)] for index in wanted])
+    return np.stack([frames[min(index, last)] for index in frame_indices])
 
 
 def _check_moving(frames: dict[int, NDArray[np.uint8]], seconds: float) -> None:
-    """Refuse a clip longer than half a second of which all frames show the same; of one frame nothing is said.
+    """Raise UnusableError if all frames of a clip longer than half a second are equal; a single frame passes.
 
-    Motion is a change by more than STILL_SPREAD of 255 levels anywhere.
+    Motion is a change by more than STILL_SPREAD of 255 levels in any pixel.
     """
-    first, *others = frames.values()
-    if not others or seconds <= STILL_SECONDS:
+    first, *later_frames = frames.values()
+    if not later_frames or seconds <= STILL_SECONDS:
         return
     change = 0
-    for other in others:
-        change = max(change, int((np.maximum(first, other) - np.minimum(first, other)).max()))
+    for frame in later_frames:
+        change = max(change, int((np.maximum(first, frame) - np.minimum(first, frame)).max()))
         if change > STILL_SPREAD:
             return
-    raise UnusableError(Reason.STILL, f"{len(frames)} frames over {seconds:.2f} s differ by {change} of 255 levels")
+    detail = f"{len(frames)} frames over {seconds:.2f} s differ by at most {change} of 255 levels"
+    raise UnusableError(Reason.STILL, detail)
 
 
 def _seconds(packets: list[Any]) -> float:
-    """Time from the first frame shown to the last, 0 where the packets do not tell."""
+    """Return the time from the first to the last displayed frame, 0 where the packets have no times."""
     times = [packet.pts for packet in packets if packet.pts is not None]
-    # A product for each packet would take 2 ms of a clip: its units are fractions.
+    # Multiplying the time of each packet by the time base, a Fraction, would take 2 ms per clip.
     return float((max(times) - min(times)) * packets[0].time_base) if times else 0.0
 
 
 def _video_packets(container: Any, stream: Any, config: MediaConfig) -> list[Any]:
-    """Undecoded packets of the first seconds: they are counted first, so that only the wanted frames are converted."""
+    """Return the coded packets of the first config.max_seconds, counted first so that few frames are converted."""
     packets: list[Any] = []
     end, length = math.inf, config.max_seconds / float(stream.time_base)
     budget = _Budget(stream.codec_context.width * stream.codec_context.height, config)
@@ -82,56 +84,56 @@ def _video_packets(container: Any, stream: Any, config: MediaConfig) -> list[Any
                 return packets
         budget.add(packet.size)
         packets.append(packet)
-    # An avi counts chunks that hold nothing, to show a frame for longer; one written to a pipe promises 2^30 frames.
-    promised = 0 if container.format.name == "avi" else stream.frames
-    if len(packets) < MIN_HELD * promised:
-        raise UnusableError(Reason.TRUNCATED, f"the header promises {promised} frames, {len(packets)} are there")
+    # An avi counts empty chunks, which prolong a frame; one written to a pipe states 2^30 frames.
+    stated_frames = 0 if container.format.name == "avi" else stream.frames
+    if len(packets) < MIN_PRESENT * stated_frames:
+        raise UnusableError(Reason.TRUNCATED, f"the header states {stated_frames} frames, the file has {len(packets)}")
     return packets
 
 
 class _Budget:
-    """What the coded frames of a clip may come to: bytes, and pixels when they are decoded."""
+    """Counter of the coded bytes of a clip, and of its pixels when decoded, against their limits."""
 
     def __init__(self, frame_pixels: int, config: MediaConfig) -> None:
         self._num_bytes = self._num_pixels = 0
         self._frame_pixels, self._config = frame_pixels, config
 
     def add(self, num_bytes: int) -> None:
-        """Count one coded frame; UnusableError where the budget is spent."""
+        """Count one coded frame; raise UnusableError if a limit is exceeded."""
         self._num_bytes += num_bytes
         self._num_pixels += self._frame_pixels
-        for name, spent in (("max_video_bytes", self._num_bytes), ("max_video_pixels", self._num_pixels)):
-            if spent > getattr(self._config, name):
-                what = "bytes of coded frames" if name == "max_video_bytes" else "pixels to decode"
+        for name, used in (("max_video_bytes", self._num_bytes), ("max_video_pixels", self._num_pixels)):
+            if used > getattr(self._config, name):
+                unit = "bytes of coded frames" if name == "max_video_bytes" else "pixels to decode"
                 limit = getattr(self._config, name)
-                raise UnusableError(Reason.TOO_LARGE, f"more than {limit:,} {what} (media.{name})")
+                raise UnusableError(Reason.TOO_LARGE, f"more than {limit:,} {unit} (media.{name})")
 
 
 def _frames_by_time(
-    packets: list[Any], stream: Any, wanted: set[int], size: int | None
+    packets: list[Any], stream: Any, frame_indices: set[int], size: int | None
 ) -> dict[int, NDArray[np.uint8]]:
-    """The wanted frames by their place in the clip, nothing where that cannot be told beforehand or one is missing.
+    """Decode the requested frames of h264, by index in the clip; return {} if they are not identifiable or incomplete.
 
-    In h264 a frame says whether others are made from it. Those of which none is, and that are not wanted, need not be
-    decoded: a quarter of the time. What comes out is known by its time, for it can no longer be counted.
+    An h264 frame states whether other frames refer to it. Frames that are neither referred to nor requested are not
+    decoded, which saves a quarter of the time. Decoded frames are identified by their times, since not all are counted.
     """
     times = sorted({packet.pts for packet in packets if not packet.is_discard and packet.pts is not None})
-    shown = sum(not packet.is_discard for packet in packets)
-    if stream.codec_context.name != "h264" or len(times) != shown or not wanted:
+    num_shown = sum(not packet.is_discard for packet in packets)
+    if stream.codec_context.name != "h264" or len(times) != num_shown or not frame_indices:
         return {}
-    places = {times[index]: index for index in wanted}
+    index_of_time = {times[index]: index for index in frame_indices}
     frames: dict[int, NDArray[np.uint8]] = {}
-    for frame in decode_packets(_sparing(packets, stream, places), stream):
-        if frame.pts in places:
-            frames[places[frame.pts]] = _pixels(frame, size)
-            if len(frames) == len(places):
+    for frame in decode_packets(_skip_unneeded(packets, stream, index_of_time), stream):
+        if frame.pts in index_of_time:
+            frames[index_of_time[frame.pts]] = _pixels(frame, size)
+            if len(frames) == len(index_of_time):
                 return frames
     stream.codec_context.flush_buffers()
     return {}
 
 
-def _sparing(packets: list[Any], stream: Any, times: Container[int]) -> Iterator[Any]:
-    """The packets, and None behind them; the decoder is told before each whether it may leave it out."""
+def _skip_unneeded(packets: list[Any], stream: Any, times: Container[int]) -> Iterator[Any]:
+    """Yield the packets and a final None, setting before each whether the decoder may skip it."""
     for packet in packets:
         stream.codec_context.skip_frame = "DEFAULT" if packet.pts in times else "NONREF"
         yield packet
@@ -139,12 +141,14 @@ def _sparing(packets: list[Any], stream: Any, times: Container[int]) -> Iterator
     yield None
 
 
-def _frames_at(packets: list[Any], stream: Any, wanted: set[int], size: int | None) -> dict[int, NDArray[np.uint8]]:
-    """The wanted frames by their place in the clip, and the last one decoded if it comes before the last wanted."""
+def _frames_at(
+    packets: list[Any], stream: Any, frame_indices: set[int], size: int | None
+) -> dict[int, NDArray[np.uint8]]:
+    """Decode the requested frames by index in the clip, and the last frame of a clip that ends before them."""
     frames: dict[int, NDArray[np.uint8]] = {}
-    index, frame, last = -1, None, max(wanted)
+    index, frame, last = -1, None, max(frame_indices)
     for index, frame in enumerate(decode_packets([*packets, None], stream)):
-        if index in wanted:
+        if index in frame_indices:
             frames[index] = _pixels(frame, size)
         if index >= last:
             return frames
@@ -154,9 +158,9 @@ def _frames_at(packets: list[Any], stream: Any, wanted: set[int], size: int | No
 
 
 def _pixels(frame: Any, size: int | None) -> NDArray[np.uint8]:
-    """RGB (size, size, 3), or of the film's own size, turned as the file says.
+    """Return a frame as RGB (size, size, 3), or in its own size, rotated as the file states.
 
-    Telephones film lying and note how they were held.
+    Telephones record in landscape and store the rotation.
     """
     width, height = (frame.width, frame.height) if size is None else (size, size)
     scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA", **_ONE_THREAD)

@@ -1,4 +1,4 @@
-"""Laws of the quarantine: a reason survives a worker and the table, one row for each."""
+"""Tests of the quarantine: reasons can be pickled, and each is one row of the table."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from mmaudit.audit.quarantine import Quarantined, Reason, UnusableError, quarant
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_a_problem_comes_back_from_a_worker(reason: Reason) -> None:
-    there = pickle.loads(pickle.dumps(UnusableError(reason, "some detail")))
-    assert (there.reason, there.detail, str(there)) == (reason, "some detail", f"{reason.value}: some detail")
+def test_unusable_error_can_be_pickled(reason: Reason) -> None:
+    unpickled = pickle.loads(pickle.dumps(UnusableError(reason, "some detail")))
+    assert (unpickled.reason, unpickled.detail, str(unpickled)) == (
+        reason,
+        "some detail",
+        f"{reason.value}: some detail",
+    )
 
 
-def test_a_sample_may_stand_in_the_table_twice() -> None:
+def test_sample_may_have_several_rows() -> None:
     rows = [
         Quarantined(sample_id="a", modality="audio", reason=Reason.SILENT, detail="peak 0"),
         Quarantined(sample_id="a", modality=None, reason=Reason.NO_LABEL, detail="the label is null"),

@@ -1,4 +1,4 @@
-"""Laws of budgets: a file that asks for more memory or time than allowed is too-large before it is decoded."""
+"""Tests of the limits of decoding: files that need too much memory or time are too-large before they are decoded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def picture(kind: str, size: tuple[int, int] = (60, 40), **options: Any) -> byte
 
 
 def tiff(**tags: tuple[int, int, int]) -> bytes:
-    """Write a TIFF of 3 KB whose header states whatever sizes: tag, type (3 short, 4 long) and value."""
+    """Return a TIFF of 3 KB whose header has arbitrary entries: tag, type (3 short, 4 long) and value."""
     entries = sorted(tags.values())
     head = b"II*\0" + struct.pack("<IH", 8, len(entries))
     body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
@@ -61,7 +61,7 @@ def flat_tiff(width: int, height: int, *, tile: int | None = None) -> bytes:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """Write a PNG of one colour, whose pixels are compressed a thousand times."""
+    """Return a PNG of one colour, whose pixels are compressed by a factor of a thousand."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -96,12 +96,12 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BOMBS if "jpeg" not in kind])
-def test_a_picture_of_absurd_size_is_too_large(kind: str) -> None:
+def test_pictures_with_huge_stated_size_are_too_large(kind: str) -> None:
     assert reason_of(decode_image, BOMBS[kind]) is Reason.TOO_LARGE
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "webp", "gif", "bmp", "ppm"])
-def test_the_budget_of_a_picture_is_its_pixels_and_its_bytes(kind: str) -> None:
+def test_pictures_are_limited_by_pixels_and_bytes(kind: str) -> None:
     data = picture(kind)
     exact = MediaConfig(max_image_pixels=60 * 40, max_image_bytes=len(data))
     np.testing.assert_array_equal(decode_image(data, exact), decode_image(data, MediaConfig()))
@@ -109,7 +109,7 @@ def test_the_budget_of_a_picture_is_its_pixels_and_its_bytes(kind: str) -> None:
     assert reason_of(decode_image, data, replace(exact, max_image_bytes=len(data) - 1)) is Reason.TOO_LARGE
 
 
-def test_of_many_frames_one_is_decoded_and_odd_chunks_are_not_needed() -> None:
+def test_first_frame_is_decoded_and_metadata_chunks_are_ignored() -> None:
     first = Image.new("RGB", (30, 20), "white")
     first.paste("black", (0, 0, 9, 9))
     file = io.BytesIO()
@@ -137,7 +137,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-def test_bombs_take_no_memory(tmp_path: Path) -> None:
+def test_decompression_bombs_allocate_little_memory(tmp_path: Path) -> None:
     for name, data in BOMBS.items():
         (tmp_path / name).write_bytes(data)
     names = [str(path) for path in sorted(tmp_path.iterdir())]
@@ -146,20 +146,20 @@ def test_bombs_take_no_memory(tmp_path: Path) -> None:
     assert float(ended.stdout) < 60  # MB
 
 
-def test_the_budgets_of_a_video(film: Callable[[bool], bytes]) -> None:
+def test_videos_are_limited_by_pixels_bytes_and_packets(film: Callable[[bool], bytes]) -> None:
     data = film(False)  # ten frames of 32 x 32
     exact = MediaConfig(max_frame_pixels=32 * 32, max_video_pixels=10 * 32 * 32, max_packets=11)
     np.testing.assert_array_equal(decode_frames(data, exact), decode_frames(data, MediaConfig()))
-    for less in (
+    for limits in (
         {"max_frame_pixels": 32 * 32 - 1},
         {"max_video_pixels": 10 * 32 * 32 - 1},
         {"max_video_bytes": 100},
         {"max_packets": 9},
     ):
-        assert reason_of(decode_frames, data, replace(exact, **less)) is Reason.TOO_LARGE
+        assert reason_of(decode_frames, data, replace(exact, **limits)) is Reason.TOO_LARGE
 
 
-def test_a_video_whose_header_states_absurd_frames_is_too_large() -> None:
+def test_video_with_huge_stated_frame_size_is_too_large() -> None:
     file = io.BytesIO()
     with av.open(file, "w", format="avi") as container:
         stream: Any = container.add_stream("rawvideo", rate=10)
@@ -184,7 +184,7 @@ def wav(*, rate: int = 8_000, channels: int = 1, samples: int = 4_000) -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
 
 
-def test_the_budgets_of_sound() -> None:
+def test_sound_is_limited_by_values_per_second() -> None:
     assert reason_of(decode_audio, wav(channels=2), MediaConfig(max_sound_values=15_999)) is Reason.TOO_LARGE
     assert len(decode_audio(wav(channels=2), MediaConfig(max_sound_values=16_000)))
     assert reason_of(decode_audio, wav(channels=32_000, samples=2)) is Reason.TOO_LARGE
@@ -192,16 +192,16 @@ def test_the_budgets_of_sound() -> None:
 
 
 @pytest.mark.parametrize("part", [b"LIST\0\0\0\0", b"\0\0\0\x08free", b"ID3\4\0\0\0\0\0\0"], ids=["riff", "mp4", "id3"])
-def test_the_parts_of_a_file_are_followed_for_a_while_only(part: bytes) -> None:
+def test_number_of_container_parts_read_is_limited(part: bytes) -> None:
     head = b"RIFF\xff\xff\0\0WAVE" if part.startswith(b"LIST") else b""
     assert missing_bytes(head + part * 3_000_000) == ""  # 24 MB, in well under a second
 
 
-def test_budgets_have_one_line_each_and_change_no_cache_at_their_defaults() -> None:
+def test_default_limits_do_not_change_the_cache_fingerprint() -> None:
     sound = Modality(name="a", column="a", kind="audio")
     names = {pair[0] for pair in MediaConfig().to_fingerprint()}
     assert "max_seconds" in names
     assert not names & set(BUDGETS)
     for name in BUDGETS:
-        other = replace(MediaConfig(), **{name: 1_000})
-        assert preprocessing(sound, other) != preprocessing(sound, MediaConfig())
+        config = replace(MediaConfig(), **{name: 1_000})
+        assert preprocessing(sound, config) != preprocessing(sound, MediaConfig())

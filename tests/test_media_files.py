@@ -1,4 +1,4 @@
-"""Laws of files read in ranges: they behave as their bytes do, and cost what is read of them."""
+"""Tests of media files read in ranges: they behave like their bytes, and only the used part is read."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ SOUND = Modality(name="audio", column="audio", kind="audio")
 FRAMES = Modality(name="frames", column="frames", kind="frames")
 
 
-def ranged(path: Path, content: bytes) -> MediaFile:
+def write_media_file(path: Path, content: bytes) -> MediaFile:
     path.write_bytes(content)
     return MediaFile.of(path, path.stat())
 
 
-@given(content=st.binary(max_size=300), sought=st.binary(min_size=1, max_size=3), data=st.data())
-def test_a_file_is_indexed_and_searched_as_its_bytes_are(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, sought: bytes, data: st.DataObject
+@given(content=st.binary(max_size=300), pattern=st.binary(min_size=1, max_size=3), data=st.data())
+def test_media_file_behaves_like_bytes(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, pattern: bytes, data: st.DataObject
 ) -> None:
-    file = ranged(tmp_path_factory.getbasetemp() / "ranges", content)
+    file = write_media_file(tmp_path_factory.getbasetemp() / "ranges", content)
     start, stop = (data.draw(st.integers(0, 320)) for _ in range(2))
     assert len(file) == len(content)
     assert file[start:stop] == content[start:stop]
     assert file[-start:] == content[-start:]
-    assert file.startswith(sought) == content.startswith(sought)
-    assert file.find(sought, start, stop) == content.find(sought, start, stop)
+    assert file.startswith(pattern) == content.startswith(pattern)
+    assert file.find(pattern, start, stop) == content.find(pattern, start, stop)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(media_file, "_BLOCK", 7)
-        assert file.rfind(sought, start, stop) == content.rfind(sought, start, stop)
+        assert file.rfind(pattern, start, stop) == content.rfind(pattern, start, stop)
         assert digest(file) == digest(content)
     if content:
         assert file[start % len(content)] == content[start % len(content)]
@@ -53,23 +53,23 @@ def test_a_file_is_indexed_and_searched_as_its_bytes_are(
         assert stream.read() == content
 
 
-def test_a_clip_is_decoded_from_its_file_as_from_its_bytes(
+def test_decoding_a_file_equals_decoding_its_bytes(
     clip_source: Path, tmp_path: Path, film: Callable[[bool], bytes]
 ) -> None:
     for name, decode in (("0.wav", decode_audio), ("0.png", decode_image)):
         content = (clip_source / name).read_bytes()
-        file = ranged(tmp_path / name, content)
+        file = write_media_file(tmp_path / name, content)
         np.testing.assert_array_equal(decode(file, MediaConfig()), decode(content, MediaConfig()))
-    file = ranged(tmp_path / "film.mp4", film(True))
+    file = write_media_file(tmp_path / "film.mp4", film(True))
     np.testing.assert_array_equal(decode_frames(file, MediaConfig()), decode_frames(film(True), MediaConfig()))
     np.testing.assert_array_equal(decode_audio(file, MediaConfig()), decode_audio(film(True), MediaConfig()))
     assert has_sound(file)
-    cut = ranged(tmp_path / "cut.mp4", film(True)[:-2_000])
+    cut = write_media_file(tmp_path / "cut.mp4", film(True)[:-2_000])
     assert missing_bytes(cut) == missing_bytes(film(True)[:-2_000]) != ""
 
 
-def test_a_file_that_changes_is_unusable(tmp_path: Path) -> None:
-    file = ranged(tmp_path / "a.wav", b"before")
+def test_changed_file_is_unusable(tmp_path: Path) -> None:
+    file = write_media_file(tmp_path / "a.wav", b"before")
     (tmp_path / "a.wav").write_bytes(b"afterwards")
     with pytest.raises(UnusableError, match="changed while it was read"):
         file[:4]
@@ -79,7 +79,7 @@ def test_a_file_that_changes_is_unusable(tmp_path: Path) -> None:
 
 
 def long_wav(path: Path, num_bytes: int, *, rate: int = 8_000) -> Path:
-    """Write a wav of noise in its first 12 s, and of a hole in the file for the rest."""
+    """Write a wav with noise in its first 12 s and a sparse rest."""
     noise = np.random.default_rng(0).integers(-9_000, 9_000, 12 * rate).astype("<i2").tobytes()
     head = b"RIFF" + struct.pack("<I", num_bytes - 8) + b"WAVEfmt "
     head += struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16) + b"data" + struct.pack("<I", num_bytes - 44)
@@ -89,8 +89,8 @@ def long_wav(path: Path, num_bytes: int, *, rate: int = 8_000) -> Path:
     return path
 
 
-def test_of_a_long_sound_the_seconds_that_are_used_are_read(tmp_path: Path) -> None:
-    path = long_wav(tmp_path / "long.wav", 1_900_000_000)  # of which the file system stores 0.2 MB
+def test_only_the_used_seconds_of_a_long_sound_are_read(tmp_path: Path) -> None:
+    path = long_wav(tmp_path / "long.wav", 1_900_000_000)  # the file system stores 0.2 MB of it
     short = long_wav(tmp_path / "short.wav", 44 + 2 * 12 * 8_000)
     tracemalloc.start()
     try:
@@ -104,31 +104,29 @@ def test_of_a_long_sound_the_seconds_that_are_used_are_read(tmp_path: Path) -> N
     assert peak < 20e6
     np.testing.assert_array_equal(wave, decode_audio(short.read_bytes(), MediaConfig()))
     assert content == digest(loaded)
-    with path.open("r+b") as file:  # the head, and so all that is used, is hashed
+    with path.open("r+b") as file:  # the head, which contains all that is used, is hashed
         file.seek(9 * 16_000)
         file.write(b"\1\2\3\4")
     assert digest(load_cell("long.wav", SOUND, root=tmp_path, allow_outside=False)) != content
     path.unlink()
 
 
-def test_the_digest_of_a_very_large_file_covers_its_head_its_end_and_its_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digest_of_large_file_covers_head_end_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MAX_DIGESTED", 1_000), ("HEAD", 100), ("BLOCKS", 4), ("_BLOCK", 10)):
         monkeypatch.setattr(media_file, name, value)
     content = bytearray(np.random.default_rng(0).bytes(2_000))
-    first = digest(ranged(tmp_path / "a", bytes(content)))
-    assert first == digest(ranged(tmp_path / "b", bytes(content)))
-    for place, same in ((0, False), (99, False), (1_999, False), (150, True)):
+    first = digest(write_media_file(tmp_path / "a", bytes(content)))
+    assert first == digest(write_media_file(tmp_path / "b", bytes(content)))
+    for position, is_same in ((0, False), (99, False), (1_999, False), (150, True)):
         changed = content.copy()
-        changed[place] ^= 1
-        assert (digest(ranged(tmp_path / "c", bytes(changed))) == first) == same
-    assert digest(ranged(tmp_path / "d", bytes(content) + b"x")) != first
-    assert digest(ranged(tmp_path / "e", bytes(content[:900]))) == digest(bytes(content[:900]))
+        changed[position] ^= 1
+        assert (digest(write_media_file(tmp_path / "c", bytes(changed))) == first) == is_same
+    assert digest(write_media_file(tmp_path / "d", bytes(content) + b"x")) != first
+    assert digest(write_media_file(tmp_path / "e", bytes(content[:900]))) == digest(bytes(content[:900]))
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
-def test_what_is_no_regular_file_is_no_medium_and_nobody_waits(tmp_path: Path, kind: str) -> None:
+def test_special_files_are_unusable(tmp_path: Path, kind: str) -> None:
     if kind == "fifo":
         os.mkfifo(tmp_path / "a.wav")
     elif kind == "folder":
@@ -142,21 +140,21 @@ def test_what_is_no_regular_file_is_no_medium_and_nobody_waits(tmp_path: Path, k
         assert f"it is a {kind.replace('fifo', 'FIFO')}, not a regular file" in str(caught.value)
 
 
-def test_a_folder_of_frames_may_hold_a_fifo_and_large_pictures(tmp_path: Path) -> None:
+def test_folder_of_frames_with_large_pictures_and_fifo(tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     folder.mkdir()
     sizes = [9 << 20, 9 << 20, 1 << 10]
     for number, size in enumerate(sizes):
         (folder / f"{number}.png").write_bytes(b"x" * size)
     ((first, second, third),) = load_cell("clip", FRAMES, root=tmp_path, allow_outside=False)
-    assert [type(each) for each in (first, second, third)] == [bytes, MediaFile, bytes]
-    assert [len(each) for each in (first, second, third)] == sizes
+    assert [type(picture) for picture in (first, second, third)] == [bytes, MediaFile, bytes]
+    assert [len(picture) for picture in (first, second, third)] == sizes
     os.mkfifo(folder / "3.png")
     with pytest.raises(UnusableError, match="not a regular file"):
         load_cell("clip", FRAMES, root=tmp_path, allow_outside=False)
 
 
-def test_a_folder_of_very_many_files_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_with_too_many_files_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "MAX_FOLDER_ENTRIES", 3)
     (tmp_path / "clip").mkdir()
     for number in range(4):

@@ -1,4 +1,4 @@
-"""Laws of hostile pickles and npz files: one line, in seconds, within the memory that their own size allows."""
+"""Tests of hostile pickles and npz files: one line of error, within seconds and with memory limited by file size."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mmaudit.audit.errors import DatasetError
 LATIN1 = b"c_codecs\nencode\n"
 
 
-def laughs(depth: int, *, kind: str = "list") -> bytes:
-    """Write a container that holds the one before twice, and so on: 2 ** depth items in a few hundred bytes."""
+def exponential(depth: int, *, kind: str = "list") -> bytes:
+    """Return a pickle of containers that each hold the previous one twice: 2 ** depth items in a few hundred bytes."""
     content: Any = "ha"
     for _ in range(depth):
         content = [content, content] if kind == "list" else (content, content)
@@ -36,25 +36,25 @@ def laughs(depth: int, *, kind: str = "list") -> bytes:
     return pickle.dumps({"train": content})
 
 
-def itself() -> bytes:
+def self_containing() -> bytes:
     content: list[Any] = []
     content.append(content)
     return pickle.dumps(content)
 
 
-def deep(depth: int) -> bytes:
+def deeply_nested(depth: int) -> bytes:
     return b"\x80\x04" + b"]" * depth + b"a" * (depth - 1) + b"."
 
 
-def copied(times: int) -> bytes:
-    """Write a pickle that encodes one text of a megabyte again and again."""
+def repeated_copies(times: int) -> bytes:
+    """Return a pickle that encodes one text of a megabyte many times."""
     text = b"X" + (1 << 20).to_bytes(4, "little") + b"x" * (1 << 20) + b"q\0"
     call = LATIN1 + b"h\0" + b"X\6\0\0\0latin1" + b"\x86R"
     return b"\x80\x04(" + text + call * times + b"l."
 
 
-def colliding(count: int) -> bytes:
-    """Write a dictionary whose keys, multiples of 2^61 - 1, all have the hash 0."""
+def colliding_keys(count: int) -> bytes:
+    """Return a pickled dictionary whose keys, multiples of 2^61 - 1, all have the hash 0."""
     keys = [(number * (2**61 - 1)).to_bytes(10, "little") for number in range(count)]
     return b"\x80\x04}(" + b"".join(b"\x8a\x0a" + key + b"N" for key in keys) + b"u."
 
@@ -66,29 +66,29 @@ def nested_key() -> bytes:
     stream = io.BytesIO()
     pickler = pickle.Pickler(stream)
     pickler.dump(key)
-    tuple_alone = stream.getvalue()[:-1]
-    return b"\x80\x04}" + tuple_alone[2 + 9 :] + b"Ns."
+    key_pickle = stream.getvalue()[:-1]
+    return b"\x80\x04}" + key_pickle[2 + 9 :] + b"Ns."
 
 
 BOMBS: dict[str, Callable[[], bytes]] = {
-    "laughs of lists": lambda: laughs(30),
-    "laughs of tuples": lambda: laughs(40, kind="tuple"),
-    "laughs of dictionaries": lambda: laughs(30, kind="dict"),
-    "laughs of object arrays": lambda: laughs(30, kind="array"),
-    "a list of itself": itself,
-    "10,000 lists deep": lambda: deep(10_000),
-    "copies": lambda: copied(3_000),
-    "keys of one hash": lambda: colliding(20_000),
+    "exponential lists": lambda: exponential(30),
+    "exponential tuples": lambda: exponential(40, kind="tuple"),
+    "exponential dictionaries": lambda: exponential(30, kind="dict"),
+    "exponential object arrays": lambda: exponential(30, kind="array"),
+    "list that contains itself": self_containing,
+    "10,000 lists deep": lambda: deeply_nested(10_000),
+    "copies": lambda: repeated_copies(3_000),
+    "keys with equal hashes": lambda: colliding_keys(20_000),
     "a key of tuples": nested_key,
     "a number of 2 GB": lambda: b"\x80\x04\x8b\xff\xff\xff\x7f\1.",
-    "a frame that is not there": lambda: b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\0]." ,
+    "missing frame": lambda: b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\0]." ,
     "an unhashable key": lambda: b"\x80\x04}]Ns.",
-    "an array of objects that are not there": lambda: pickle.dumps(np.array([None, "x"], dtype=object))[:-12] + b".",
+    "array of missing objects": lambda: pickle.dumps(np.array([None, "x"], dtype=object))[:-12] + b".",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_hostile_pickle_is_refused_in_seconds_and_without_memory(tmp_path: Path, kind: str) -> None:
+def test_hostile_pickle_fails_within_time_and_memory_limits(tmp_path: Path, kind: str) -> None:
     (tmp_path / "unaligned_50.pkl").write_bytes(BOMBS[kind]())
     tracemalloc.start()
     start = time.monotonic()
@@ -105,7 +105,7 @@ def test_a_hostile_pickle_is_refused_in_seconds_and_without_memory(tmp_path: Pat
     assert not (tmp_path / "o.parquet").exists()
 
 
-def test_a_pickle_has_so_many_steps_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_opcodes_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "one.pkl"
     path.write_bytes(pickle.dumps([None] * 50, protocol=4))
     monkeypatch.setattr(unpickle, "MAX_OPCODES", 40)
@@ -115,7 +115,7 @@ def test_a_pickle_has_so_many_steps_and_no_more(tmp_path: Path, monkeypatch: pyt
     assert read_pickle(path) == [None] * 50
 
 
-def test_an_object_named_twice_is_one_object_and_ordinary_repetition_is_read(tmp_path: Path) -> None:
+def test_shared_objects_stay_shared_and_repeated_values_are_read(tmp_path: Path) -> None:
     array, words = np.arange(1_000.0), ["neutral"] * 5_000
     path = tmp_path / "one.pkl"
     path.write_bytes(pickle.dumps({"a": [array, array], "words": words}))
@@ -135,7 +135,7 @@ FIELDS = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": 1}, "id is of type int; an array or list was expected"),
+        ({"id": 1}, "id is of type int, expected an array or list"),
         ({"id": [1, 10**5_000]}, "an id cannot be written as text"),
         ({"id": ["a", "\ud800"]}, "an id cannot be written as text"),
         ({"id": ["a", {}]}, "an id is of type dict"),
@@ -146,19 +146,19 @@ FIELDS = {
         ({"text": [[1.0], [1.0, 2.0]]}, "text is not an array of numbers"),
         ({"text": {"a": 1, "b": 2}}, "text is of type dict"),
         ({"regression_labels": 3}, "regression_labels is of type int"),
-        ({"id": [], "text": [], "audio": [], "vision": [], "regression_labels": []}, "it holds no utterance"),
+        ({"id": [], "text": [], "audio": [], "vision": [], "regression_labels": []}, "it contains no utterance"),
     ],
 )
-def test_a_field_of_another_type_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_field_of_wrong_type_raises_error(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / "one.pkl").write_bytes(pickle.dumps({"train": {"id": ["a", "b"], **FIELDS, **change}}))
     with pytest.raises(DatasetError, match=rf"one\.pkl, train.*{message}"):
         ingest("mosei", tmp_path, out=tmp_path / "o.parquet")
 
 
 @pytest.mark.parametrize("content", [{}, {"train": {}}, {"train": 3}, [1], {"train": []}])
-def test_a_pickle_of_nothing_is_named(tmp_path: Path, content: Any) -> None:
+def test_pickle_without_utterances_raises_error(tmp_path: Path, content: Any) -> None:
     (tmp_path / "one.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(DatasetError, match=r"one\.pkl (holds no utterance|is not a dictionary of splits)"):
+    with pytest.raises(DatasetError, match=r"one\.pkl (contains no utterance|is not a dictionary of splits)"):
         ingest("mosei", tmp_path, out=tmp_path / "o.parquet")
 
 
@@ -176,27 +176,26 @@ def header_of(shape: tuple[int, ...], descr: str = "<f4") -> bytes:
 @pytest.mark.parametrize(
     ("header", "content", "message"),
     [
-        (header_of((10**13,)), b"", "announces 40,000,000,000,000 bytes"),
+        (header_of((10**13,)), b"", "states 40,000,000,000,000 bytes"),
         (header_of((1 << 25,)), bytes(1 << 27), "it expands to"),
-        (header_of((2,), "|O"), b"", "announces objects"),
-        (header_of((2,), "<U100000000"), b"", "announces 800,000,000 bytes"),
+        (header_of((2,), "|O"), b"", "states objects"),
+        (header_of((2,), "<U100000000"), b"", "states 800,000,000 bytes"),
         (b"no array", b"", "cannot be read as .npz"),
         (header_of((4,))[:-20], b"", "cannot be read as .npz"),
     ],
 )
-def test_an_npz_is_read_only_if_it_holds_what_it_announces(
-    tmp_path: Path, header: bytes, content: bytes, message: str
-) -> None:
+def test_npz_with_false_header_raises_error(tmp_path: Path, header: bytes, content: bytes, message: str) -> None:
     write_npz(tmp_path / "train.npz", header, content)
     with pytest.raises(DatasetError, match=message) as caught:
         ingest("mosei", tmp_path, out=tmp_path / "o.parquet")
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_damaged_npz_is_named(tmp_path: Path) -> None:
+def test_damaged_npz_raises_error(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "train.npz", text=np.random.default_rng(0).random(500))
     data = bytearray((tmp_path / "train.npz").read_bytes())
-    for place in range(0, len(data), 61):
-        (tmp_path / "train.npz").write_bytes(bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :]))
+    for position in range(0, len(data), 61):
+        damaged = data[:position] + bytes([data[position] ^ 0x55]) + data[position + 1 :]
+        (tmp_path / "train.npz").write_bytes(damaged)
         with pytest.raises(DatasetError, match=r"train\.npz"):
             ingest("mosei", tmp_path, out=tmp_path / "o.parquet")

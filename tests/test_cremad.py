@@ -1,4 +1,4 @@
-"""CREMA-D as the audit reads it: the sound of the wav, the sight of the film, and nothing twice."""
+"""Tests of the modalities of CREMA-D: audio from wav files, frames from videos."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmaudit.audit.downloads import ingest
 
 
 @pytest.mark.parametrize("sound", [False, True])
-def test_the_audit_hears_the_wav_and_sees_the_film(
+def test_cremad_uses_audio_of_wav_and_frames_of_video(
     clip_source: Path, film: Callable[[bool], bytes], tmp_path: Path, sound: bool
 ) -> None:
     for number, clip in enumerate(["1001_DFA_ANG_XX", "1001_IEO_HAP_HI", "1002_DFA_NEU_XX"]):
@@ -25,8 +25,8 @@ def test_the_audit_hears_the_wav_and_sees_the_film(
             (tmp_path / name).write_bytes(content)
     ingested = ingest("cremad", tmp_path)
     dataset = open_dataset(ingested.path)
-    found = [str(modality) for modality in dataset.modalities]
-    assert found == ["audio=audio_file_name:audio", "visual=video_file_name:video"]
+    modalities = [str(modality) for modality in dataset.modalities]
+    assert modalities == ["audio=audio_file_name:audio", "visual=video_file_name:video"]
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
     assert samples.group is not None
     assert samples.group.tolist() == ["1001", "1001", "1002"]

@@ -1,4 +1,4 @@
-"""Laws of JSON with limits: what is parsed is finite, flat enough and of its shape, or one line names the key."""
+"""Tests of parsing JSON: values are finite, of limited depth and of the expected shape, or one line names the key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_what_is_written_is_parsed(value: Any) -> None:
+def test_parse_inverts_dumps(value: Any) -> None:
     assert parse_json(json.dumps(value)) == value
 
 
@@ -30,20 +30,20 @@ def test_what_is_written_is_parsed(value: Any) -> None:
     [
         ("[" * 100_000, "nested more than 64 levels deep"),
         ('{"a":' * 500 + "1" + "}" * 500, "nested more than 64 levels deep"),
-        ("NaN", "nan is no number in JSON"),
-        ('{"a": [1e999]}', "inf is no number in JSON"),
+        ("NaN", "nan is not a JSON number"),
+        ('{"a": [1e999]}', "inf is not a JSON number"),
         ("9" * 5_000, "integer string conversion"),
         ('{"a": 18446744073709551616}', "integer of more than 64 bits"),
         (b"\xff\xfe{", "codec can't decode|Expecting value"),
         ("", "Expecting value"),
     ],
 )
-def test_what_no_reader_could_use_is_refused(text: str | bytes, reason: str) -> None:
+def test_invalid_json_raises_value_error(text: str | bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         parse_json(text)
 
 
-def test_the_deepest_that_is_read() -> None:
+def test_maximum_depth_is_parsed() -> None:
     assert parse_data_json("[" * MAX_DEPTH + "]" * MAX_DEPTH) is not None
     with pytest.raises(ValueError, match="nested more than"):
         parse_data_json("[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2))
@@ -53,12 +53,12 @@ SHAPE: Shape = {"seed": int, "names": [str], "probe": {"width": float, "kind": (
 
 
 @given(VALUES)
-def test_a_shape_is_checked_without_another_error(value: Any) -> None:
+def test_check_shape_raises_only_value_error(value: Any) -> None:
     if not isinstance(value, dict):
         with pytest.raises(ValueError, match=r"the document is .*; it must be an object"):
             check_shape(value, SHAPE)
     else:
-        check_shape(value, SHAPE)  # none of its keys is known
+        check_shape(value, SHAPE)  # the shape has none of these keys
 
 
 @pytest.mark.parametrize(
@@ -71,16 +71,16 @@ def test_a_shape_is_checked_without_another_error(value: Any) -> None:
         ({"probe": []}, r"probe is \[\]; it must be an object"),
         ({"probe": {"width": None}}, r"probe\.width is null; it must be a number"),
         ({"probe": {"kind": 5}}, r"probe\.kind is 5; it must be text or null"),
-        ({"probe": {"kind": "a\0b"}}, r"probe\.kind holds a NUL"),
+        ({"probe": {"kind": "a\0b"}}, r"probe\.kind contains a NUL"),
     ],
 )
-def test_a_wrong_key_is_named(content: dict[str, Any], reason: str) -> None:
+def test_error_names_the_wrong_key(content: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         check_shape(content, SHAPE)
     check_shape({"seed": 3, "names": ["a"], "probe": {"width": 1, "kind": None}, "other": [[]]}, SHAPE)
 
 
-def test_a_file_of_another_shape_is_named(tmp_path: Any) -> None:
+def test_file_with_wrong_shape_raises_error(tmp_path: Any) -> None:
     path = tmp_path / "run.json"
     for text, reason in (("[1]", "the document is"), ('{"seed": []}', "seed is"), ("[" * 9_999, "nested")):
         path.write_text(text)
@@ -88,7 +88,7 @@ def test_a_file_of_another_shape_is_named(tmp_path: Any) -> None:
             read_json(path, error=RunError, shape=SHAPE)
 
 
-def test_complete_objects_lack_no_key_and_a_star_is_every_other_key() -> None:
+def test_complete_requires_all_keys_and_star_matches_other_keys() -> None:
     shape: Shape = {"before": Complete(ks=float), "distances": {"*": float}}
     check_shape({"before": {"ks": 1, "other": "x"}, "distances": {"train": 0.5}}, shape)
     with pytest.raises(ValueError, match="before lacks ks"):
@@ -97,7 +97,7 @@ def test_complete_objects_lack_no_key_and_a_star_is_every_other_key() -> None:
         check_shape({"distances": {"train": 0.5, "test": "x"}}, shape)
 
 
-def test_keys_with_a_question_mark_may_be_absent() -> None:
+def test_keys_with_question_mark_are_optional() -> None:
     shape = Complete({"n": int, "branches?": {"*": Complete(accuracy=float)}, "*": str})
     for content in ({"n": 1}, {"n": 1, "branches": {}}, {"n": 1, "branches": {"fused": {"accuracy": 0.5}}, "x": "y"}):
         check_shape(content, shape)
@@ -111,11 +111,15 @@ def test_keys_with_a_question_mark_may_be_absent() -> None:
             check_shape(content, shape)
 
 
-def test_one_of_several_shapes_may_be_an_object() -> None:
+def test_tuple_of_shapes_may_include_an_object() -> None:
     shape: Shape = {"calibration": (Complete(ece=float), type(None))}
     for calibration in (None, {"ece": 0.5}):
         check_shape({"calibration": calibration}, shape)
-    wrong: dict[str, Any] = {"calibration lacks ece": {}, "calibration is 5": 5, r"calibration\.ece": {"ece": "x"}}
-    for reason, value in wrong.items():
+    value_of_reason: dict[str, Any] = {
+        "calibration lacks ece": {},
+        "calibration is 5": 5,
+        r"calibration\.ece": {"ece": "x"},
+    }
+    for reason, value in value_of_reason.items():
         with pytest.raises(ValueError, match=reason):
             check_shape({"calibration": value}, shape)

@@ -1,4 +1,4 @@
-"""Laws of reading a pickle: arrays come back as they were written, and nothing that a pickle asks for is run."""
+"""Tests of reading pickles: arrays round-trip, and no code that a pickle refers to is run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ TYPES = ["<f4", ">f8", "<i8", "|u1", "|b1", "<f2", "<U3", "|S4", ">i2"]
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
 
-def same(left: Any, right: Any) -> bool:
-    if isinstance(left, np.ndarray):
-        if left.dtype == object:
-            return bool(left.shape == right.shape and all(map(same, left.ravel(), right.ravel())))
-        return bool((left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes()))
-    if isinstance(left, dict):
-        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return type(left) is type(right) and len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right)
+def is_equal(actual: Any, expected: Any) -> bool:
+    if isinstance(actual, np.ndarray):
+        if actual.dtype == object:
+            return bool(actual.shape == expected.shape and all(map(is_equal, actual.ravel(), expected.ravel())))
+        is_same_type = (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        return bool(is_same_type and actual.tobytes() == expected.tobytes())
+    if isinstance(actual, dict):
+        return list(actual) == list(expected) and all(is_equal(actual[key], expected[key]) for key in actual)
+    if isinstance(actual, (list, tuple)):
+        return type(actual) is type(expected) and len(actual) == len(expected) and all(map(is_equal, actual, expected))
+    return bool(actual == expected)
 
 
 @given(
@@ -44,19 +45,19 @@ def same(left: Any, right: Any) -> bool:
     protocol=st.sampled_from(PROTOCOLS),
 )
 @settings(max_examples=150, deadline=None)
-def test_arrays_come_back(
+def test_arrays_round_trip(
     tmp_path_factory: pytest.TempPathFactory, array: np.ndarray[Any, Any], by_column: bool, protocol: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "one.pkl"
     written = np.asfortranarray(array) if by_column else array
     path.write_bytes(pickle.dumps({"a": written, "b": [written, (written,)]}, protocol=protocol))
-    assert same(read_pickle(path), {"a": written, "b": [written, (written,)]})
+    assert is_equal(read_pickle(path), {"a": written, "b": [written, (written,)]})
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_containers_and_scalars_come_back(tmp_path: Path, protocol: int) -> None:
+def test_containers_and_scalars_round_trip(tmp_path: Path, protocol: int) -> None:
     ragged = np.empty(2, dtype=object)
-    ragged[0], ragged[1] = np.arange(3), np.arange(3) + 1  # of one shape, and still two items
+    ragged[0], ragged[1] = np.arange(3), np.arange(3) + 1  # of equal shape, but two separate items
     content = {
         "ids": ["a$_$1", b"b[2]", "c"],
         "ordered": OrderedDict(x=1, y=None),
@@ -69,23 +70,23 @@ def test_containers_and_scalars_come_back(tmp_path: Path, protocol: int) -> None
     path.write_bytes(pickle.dumps(content, protocol=protocol))
     read = read_pickle(path)
     assert read["scalar"] == [0.5, 7, True]
-    assert same(read["ragged"], ragged)
+    assert is_equal(read["ragged"], ragged)
     assert {key: read[key] for key in ("ids", "set")} == {key: content[key] for key in ("ids", "set")}
     assert (read["ordered"], read["words"].tolist()) == ({"x": 1, "y": None}, ["one", None, 3])
 
 
-def test_bytes_of_python_2_are_read(tmp_path: Path) -> None:
-    # What Python 2 wrote for numpy.array([1, 2], "<i2"): the content stands in a string.
+def test_python_2_pickle_is_read(tmp_path: Path) -> None:
+    # Output of Python 2 for numpy.array([1, 2], "<i2"): the content is a string.
     text = (
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I2\ntcnumpy\ndtype\n"
         b"(S'i2'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\x01\\x00\\x02\\x00'\ntb."
     )
     (tmp_path / "two.pkl").write_bytes(text)
-    assert same(read_pickle(tmp_path / "two.pkl"), np.array([1, 2], "<i2"))
+    assert is_equal(read_pickle(tmp_path / "two.pkl"), np.array([1, 2], "<i2"))
 
 
-class Runs:
-    """What a pickle that does harm looks like: its reading calls a function."""
+class CallOnLoad:
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -95,34 +96,34 @@ class Runs:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_nothing_is_run(tmp_path: Path, protocol: int) -> None:
+def test_no_function_is_called(tmp_path: Path, protocol: int) -> None:
     mark = tmp_path / "mark"
     path = tmp_path / "one.pkl"
-    path.write_bytes(pickle.dumps({"train": Runs(os.mkdir, str(mark))}, protocol=protocol))
+    path.write_bytes(pickle.dumps({"train": CallOnLoad(os.mkdir, str(mark))}, protocol=protocol))
     with pytest.raises(
-        DatasetError, match=r"it asks for (posix|nt)\.mkdir, and only numpy arrays and plain containers"
+        DatasetError, match=r"it refers to (posix|nt)\.mkdir, and only numpy arrays and plain containers"
     ):
         read_pickle(path)
     assert not mark.exists()
 
 
 @pytest.mark.parametrize(
-    "harm", [eval, getattr, open, io.BytesIO, decimal.Decimal, np.load, np.frombuffer, pickle.loads]
+    "function", [eval, getattr, open, io.BytesIO, decimal.Decimal, np.load, np.frombuffer, pickle.loads]
 )
-def test_only_arrays_and_containers_are_known(tmp_path: Path, harm: Any) -> None:
+def test_other_names_raise_error(tmp_path: Path, function: Any) -> None:
     path = tmp_path / "one.pkl"
-    path.write_bytes(pickle.dumps([harm]))
-    with pytest.raises(DatasetError, match=rf"it asks for .*{harm.__name__}"):
+    path.write_bytes(pickle.dumps([function]))
+    with pytest.raises(DatasetError, match=rf"it refers to .*{function.__name__}"):
         read_pickle(path)
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"not a pickle", pickle.dumps(list(range(99)))[:-9], b"(lp0\n.", b"\x80\x05."]
 )
-def test_what_is_no_pickle_is_named(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_pickles_raise_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "one.pkl"
     path.write_bytes(content)
-    if content == b"(lp0\n.":  # the one that is: an empty list in protocol 0
+    if content == b"(lp0\n.":  # a valid pickle: an empty list in protocol 0
         assert read_pickle(path) == []
         return
     with pytest.raises(DatasetError, match=r"one\.pkl cannot be read as a pickle"):
@@ -131,31 +132,33 @@ def test_what_is_no_pickle_is_named(tmp_path: Path, content: bytes) -> None:
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
-def test_a_spoiled_pickle_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    whole = bytearray(
+def test_mutated_pickle_is_read_or_raises_dataset_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    content = bytearray(
         pickle.dumps(
             {"a": np.arange(6, dtype="<f4").reshape(2, 3), "b": ["x", (1, None)]},
             protocol=data.draw(st.sampled_from(PROTOCOLS)),
         )
     )
     for _ in range(data.draw(st.integers(1, 4))):
-        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / "spoiled.pkl"
-    path.write_bytes(bytes(whole))
-    with contextlib.suppress(DatasetError):  # any other error fails
+    path.write_bytes(bytes(content))
+    with contextlib.suppress(DatasetError):  # any other error fails the test
         read_pickle(path)
 
 
-def test_no_room_is_made_for_what_is_only_announced(tmp_path: Path) -> None:
+def test_stated_size_beyond_file_end_raises_error(tmp_path: Path) -> None:
     path = tmp_path / "one.pkl"
     for code in (pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8):
         path.write_bytes(b"\x80\x05" + code + (1 << 40).to_bytes(8, "little") + b"short.")
-        with pytest.raises(DatasetError, match="it ends before 1,099,511,627,776 bytes that it announces"):
+        with pytest.raises(DatasetError, match="it ends before the 1,099,511,627,776 bytes that it states"):
             read_pickle(path)
 
 
 @pytest.mark.parametrize("dtype", ["M8[s]", "c8", [("a", "<f4")]])
-def test_types_that_no_feature_has_are_refused(tmp_path: Path, dtype: Any) -> None:
+def test_unsupported_dtypes_raise_error(tmp_path: Path, dtype: Any) -> None:
     path = tmp_path / "one.pkl"
     path.write_bytes(pickle.dumps(np.zeros(2, dtype=dtype)))
     with pytest.raises(DatasetError, match=r"arrays of type .* are not read"):

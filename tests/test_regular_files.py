@@ -1,4 +1,4 @@
-"""Laws of files that data or users name: what is no regular file is refused in one line, and nobody waits for it."""
+"""Tests of opening files: special files raise a one-line error, without waiting."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def special(tmp_path: Path) -> Iterator[dict[str, Path]]:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
     (tmp_path / "zero").symlink_to("/dev/zero")
-    before = Path.cwd()
-    os.chdir(tmp_path)  # the path of a socket may have 108 characters
+    working_folder = Path.cwd()
+    os.chdir(tmp_path)  # the path of a socket has at most 108 characters
     with socket.socket(socket.AF_UNIX) as opened:
         opened.bind("socket")
-        os.chdir(before)
+        os.chdir(working_folder)
         yield {name: tmp_path / name for name in ("fifo", "folder", "zero", "socket")}
 
 
@@ -44,7 +44,7 @@ def test_only_regular_files_are_opened(special: dict[str, Path], name: str, kind
             read(special[name])
 
 
-def test_a_regular_file_is_read(tmp_path: Path) -> None:
+def test_regular_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"content")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with open_regular(tmp_path / "b") as file:
@@ -77,11 +77,11 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_no_reader_waits_for_a_fifo(tmp_path: Path, reader: str) -> None:
+def test_readers_do_not_wait_for_a_fifo(tmp_path: Path, reader: str) -> None:
     name, read = READERS[reader]
     os.mkfifo(tmp_path / name)
     child = os.fork()
-    if child == 0:  # in a child, which is ended where it waits
+    if child == 0:  # in a child process, which is killed if it waits
         try:
             read(tmp_path / name)
             code = 1
@@ -90,8 +90,8 @@ def test_no_reader_waits_for_a_fifo(tmp_path: Path, reader: str) -> None:
         except BaseException:
             code = 3
         os._exit(code)
-    waiting = subprocess.Popen([sys.executable, "-c", f"import time, os; time.sleep(20); os.kill({child}, 9)"])
+    watchdog = subprocess.Popen([sys.executable, "-c", f"import time, os; time.sleep(20); os.kill({child}, 9)"])
     _, status = os.waitpid(child, 0)
-    waiting.kill()
-    waiting.wait()
+    watchdog.kill()
+    watchdog.wait()
     assert os.waitstatus_to_exitcode(status) == 0

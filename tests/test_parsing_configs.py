@@ -1,4 +1,4 @@
-"""Laws of configs built from plain values: a value fits its field and can be meant, or its key is named."""
+"""Tests of configs built from plain values: values fit their fields, or an error names the key."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Inner:
 
 @dataclass(frozen=True, kw_only=True)
 class Outer:
-    """Every kind of field that there is."""
+    """Every kind of field."""
 
     size: int = 1
     name: str | None = None
@@ -31,7 +31,7 @@ class Outer:
     maybe: Inner | None = None
 
 
-def test_what_fits_is_built() -> None:
+def test_valid_values_build_a_config() -> None:
     content = {"size": 3, "name": None, "rates": [1, 0.5], "inner": {"rate": 2}, "maybe": {"rate": 1}}
     expected = Outer(size=3, rates=(1.0, 0.5), inner=Inner(rate=2.0), maybe=Inner(rate=1.0))
     assert build(Outer, content, where="") == expected
@@ -44,8 +44,8 @@ def test_what_fits_is_built() -> None:
         ({"size": 10**5_000}, "config key size has 16,610 bits"),
         ({"size": True}, "config key size is True; it must be of type int"),
         ({"size": 1.5}, "config key size is 1.5; it must be of type int"),
-        ({"name": "a\0"}, "config key name holds a NUL character"),
-        ({"name": "\ud800"}, "config key name is no UTF-8"),
+        ({"name": "a\0"}, "config key name contains a NUL character"),
+        ({"name": "\ud800"}, "config key name is not UTF-8"),
         ({"name": {"a": 1}}, "config key name is a table; it must be of type str"),
         ({"rates": [0.5, float("nan")]}, "config key rates is nan; it must be a finite number"),
         ({"rates": 0.5}, "config key rates is 0.5; it must be a list"),
@@ -55,7 +55,7 @@ def test_what_fits_is_built() -> None:
         ({"nam": 5}, "no config key nam; did you mean name"),
     ],
 )
-def test_what_does_not_is_named(content: dict[str, Any], reason: str) -> None:
+def test_invalid_values_raise_error_naming_the_key(content: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as caught:
         build(Outer, content, where="")
     assert len(str(caught.value)) < 300
@@ -73,7 +73,7 @@ def test_what_does_not_is_named(content: dict[str, Any], reason: str) -> None:
         ("[probe]\nkind = [[[[1]]]]", r"config key probe\.kind is a list"),
     ],
 )
-def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, reason: str) -> None:
+def test_invalid_config_file_raises_error(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "c.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=reason):
@@ -91,11 +91,11 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, reason: st
         ("posterior=inf", "it must be a finite number"),
     ],
 )
-def test_a_setting_that_is_none_is_named(setting: str, reason: str) -> None:
+def test_invalid_setting_raises_error(setting: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         load_config(None, [setting])
 
 
-def test_a_folder_is_no_config(tmp_path: Path) -> None:
+def test_folder_as_config_raises_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="it is a folder, not a regular file"):
         load_config(tmp_path)
