@@ -22,7 +22,7 @@ from mmaudit.audit.errors import ConfigError, DatasetError
     ],
 )
 def test_usual_names_have_their_role(names: list[str], expected: list[str]) -> None:
-    assert find_columns(names, {}).taken == expected
+    assert find_columns(names, {}).names == expected
 
 
 def test_what_is_named_wins() -> None:

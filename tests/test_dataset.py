@@ -89,7 +89,7 @@ def test_no_label_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["a_file_name,label\na.wav,0\n", "label,age\n0,3\n"])
 def test_fewer_than_two_modalities_are_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(DatasetError, match="a discrepancy needs two: name them with --modality"):
+    with pytest.raises(DatasetError, match="a discrepancy needs two: define them with --modality"):
         open_dataset(folder(tmp_path / "d", text))
     with pytest.raises(DatasetError, match="only one modality, label=label:text"):
         open_dataset(folder(tmp_path / "d", text), DataConfig(modality=("label=label:text",)))

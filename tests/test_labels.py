@@ -67,7 +67,7 @@ def test_names_of_a_column_go_with_their_class() -> None:
 
 @pytest.mark.parametrize(
     ("cells", "words"),
-    [([[1], [2]], "are lists: .* name it with --label, or pass --task multilabel"), ([0.5], "--task regression")],
+    [([[1], [2]], "are lists: .* with --label, or pass --task multilabel"), ([0.5], "--task regression")],
 )
 def test_what_is_no_class_names_its_task(cells: list[object], words: str) -> None:
     with pytest.raises(DatasetError, match=words):
@@ -118,15 +118,15 @@ def test_vectors_of_0_and_1_are_sets() -> None:
     assert found.values is not None
     np.testing.assert_array_equal(found.values[[0, 1, 3]], [[0, 1, 1], [0, 0, 0], [1, 0, 0]])
     assert sets_of([[0, 1, 1]], classes=("x", "y", "z")).outputs == ("x", "y", "z")
-    with pytest.raises(DatasetError, match="vectors of 3 places, and there are 2 classes"):
+    with pytest.raises(DatasetError, match="vectors of length 3, but there are 2 classes"):
         sets_of([[0, 1, 1]], classes=("x", "y"))
-    with pytest.raises(DatasetError, match="a list of labels names one twice"):
+    with pytest.raises(DatasetError, match="a list of labels repeats a label"):
         sets_of([["a", "a"], ["b"]])
 
 
 @pytest.mark.parametrize("cell", [{"a": 1}, [{"a": 1}, {"a": 1}], [["dog"], ["dog"]]])
 def test_lists_and_objects_within_a_label_are_refused(cell: object) -> None:
-    with pytest.raises(DatasetError, match="is no list of labels"):
+    with pytest.raises(DatasetError, match="is neither a list of labels"):
         read_label_sets(["dog", cell], declared=(), classes=())
 
 
@@ -203,7 +203,7 @@ def test_what_is_not_finite_is_told_apart_and_changes_nothing_else(
 
 @pytest.mark.parametrize("cell", ["word", [1.0]])
 def test_what_is_no_number_is_refused(cell: object) -> None:
-    with pytest.raises(DatasetError, match=r"column 'y' holds .*, which is no number: pass --task classification, or"):
+    with pytest.raises(DatasetError, match=r"column 'y' holds .*, which is not a number: pass --task classification"):
         read_numbers([1.0, cell], name="y")
 
 

@@ -69,12 +69,12 @@ def test_classes_are_called_as_the_source_calls_them(read: Read) -> None:
     ("labels", "words"), [([0.5, 1.0], "fractions"), ([[1], [2]], "lists"), ([{"a": 1}, {"a": 2}], "lists")]
 )
 def test_what_is_no_class_is_refused(read: Read, labels: list[object], words: str) -> None:
-    with pytest.raises(DatasetError, match=f"the labels are {words}: .* name it with --label"):
+    with pytest.raises(DatasetError, match=f"the labels are {words}: .* choose the column with --label"):
         read(DataConfig(modality=("u=u", "v=v")), label=labels)
 
 
 def test_repeated_ids_are_refused(read: Read) -> None:
-    with pytest.raises(DatasetError, match=r"2 ids stand more than once \(a, b\): ids must be unique; .* --id"):
+    with pytest.raises(DatasetError, match=r"2 ids are repeated \(a, b\): ids must be unique; .* --id"):
         read(id=["a", "b", "a", "b", "c"], label=[0, 1, 0, 1, 0])
 
 
