@@ -120,7 +120,7 @@ def test_paths_that_lead_outside_are_refused(tmp_path: Path, name: str) -> None:
         ("all.csv", "image,text,split,label\n1.png,x,most,y\n", r"line 2: split is 'most': write train, val or test"),
         ("all.csv", "id,image,text,label\n,1.png,x,y\n", "line 2: no id: give each row one"),
         ("all.jsonl", '{"image": "1.png"\n', "line 1, .*: Expecting"),
-        ("all.jsonl", "\n[1]\n", r"line 2, '\[1\]', is no JSON object"),
+        ("all.jsonl", "\n[1]\n", r"line 2, '\[1\]', is not a JSON object"),
         ("all.jsonl", '{"image": "1.png", "text": "x", "label": ["a", "b"]}\n', "line 1: label is .*: one value"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Laws of JSON lines: good files are read as Python reads them, and of others one line says which, and why."""
+"""JSON lines files: valid files pass the check, and a malformed file is reported with line and reason."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ ROWS = st.lists(
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ROWS, st.sampled_from(["\n", "\r\n", "\n\n", "  \n"]), st.booleans(), st.booleans())
-def test_good_lines_pass_whatever_their_texts_hold(
+def test_valid_lines_pass_the_check(
     tmp_path: Path, rows: list[dict[str, Any]], end: str, ascii_only: bool, last: bool
 ) -> None:
     text = end.join(json.dumps(row, ensure_ascii=ascii_only) for row in rows) + (end if last else "")
     (tmp_path / "a.jsonl").write_text(text, encoding="utf-8", newline="")
-    json_lines._check(tmp_path / "a.jsonl")
+    json_lines._check_json_lines(tmp_path / "a.jsonl")
 
 
-def test_lines_are_checked_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_across_blocks_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"id": f'say "{number}" \\', "x": [{"y": [number]}]} for number in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for size in (1, 7, 64):
-        monkeypatch.setattr(json_lines, "_CHECKED_BYTES", size)
+        monkeypatch.setattr(json_lines, "_CHECK_BYTES", size)
         assert read_json_lines(path)["id"].to_pylist() == [row["id"] for row in rows]
     path.write_text(path.read_text() + "null\n")
-    with pytest.raises(DatasetError, match="line 41, 'null', is no JSON object of columns"):
+    with pytest.raises(DatasetError, match="line 41, 'null', is not a JSON object"):
         read_json_lines(path)
 
 
 GOOD = b'{"id": "a", "x": [1, 2]}\n'
 DEEP = b'{"id": "b", "x": ' + b'{"x":' * 3_000 + b"1" + b"}" * 3_000 + b"}\n"
 BAD = {
-    "nulls": (b"null\n" * 3, "line 1, 'null', is no JSON object"),
-    "scalar": (GOOD + b"5\n", "line 2, '5', is no JSON object"),
-    "list": (GOOD + b"[1]\n", r"line 2, '\[1\]', is no JSON object"),
+    "nulls": (b"null\n" * 3, "line 1, 'null', is not a JSON object"),
+    "scalar": (GOOD + b"5\n", "line 2, '5', is not a JSON object"),
+    "list": (GOOD + b"[1]\n", r"line 2, '\[1\]', is not a JSON object"),
     "two values": (GOOD + b'{"id": "b"} null {"id": "c"}\n', "line 2, .*Extra data"),
     "deep": (GOOD + DEEP, "line 2, .*nested more than 64 levels deep"),
     "deep list": (GOOD + b"[" * 3_000 + b"]" * 3_000 + b"\n", "line 2, .*nested more than 64 levels deep"),
-    "no utf-8": (GOOD + b'{"id": "\xff"}\n', "line 2, byte 9 is no UTF-8"),
+    "no utf-8": (GOOD + b'{"id": "\xff"}\n', "line 2, byte 9 is not UTF-8"),
     "nul": (GOOD + b'{"id": "a\0"}\n', "line 2 holds a NUL byte"),
     "mixed": (GOOD + b'{"id": 5}\n', "line 2: 'id' is a number, and text in line 1"),
     "mixed within": (GOOD + b'{"id": "b", "x": [1, {}]}\n', r"line 2: 'x\[\]' is an object, and a number in line 1"),
@@ -67,7 +67,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_line_that_is_none_is_named(tmp_path: Path, name: str) -> None:
+def test_malformed_line_is_reported(tmp_path: Path, name: str) -> None:
     content, reason = BAD[name]
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(DatasetError, match=rf"a\.jsonl cannot be read: .*{reason}") as caught:
@@ -75,15 +75,15 @@ def test_a_line_that_is_none_is_named(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_number_of_5000_digits_is_infinite(tmp_path: Path) -> None:
-    """As 1e999 is; a row with an infinite feature is quarantined later on."""
+def test_number_of_5000_digits_is_infinite(tmp_path: Path) -> None:
+    """The same as 1e999; a row with an infinite feature is quarantined later."""
     (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"id": "b", "x": [' + b"9" * 5_000 + b"]}\n")
     assert read_json_lines(tmp_path / "a.jsonl")["x"].to_pylist() == [[1.0, 2.0], [float("inf")]]
 
 
-def test_a_line_longer_than_a_block_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_longer_than_a_block_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_lines, "JSON_BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(json_lines, "_CHECKED_BYTES", 1 << 18)
+    monkeypatch.setattr(json_lines, "_CHECK_BYTES", 1 << 18)
     (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"id": "' + b"x" * (3 << 20) + b'"}\n')
     with pytest.raises(DatasetError, match="line 2 has more than 1 MiB"):
         read_json_lines(tmp_path / "a.jsonl")
