@@ -185,7 +185,7 @@ def test_a_glob_is_one_dataset_and_empty_parts_are_none(tmp_path: Path) -> None:
 def test_files_of_other_columns_are_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     table(tmp_path / "0.parquet", label=[0, 1], **VECTORS)
     table(tmp_path / "1.parquet", **other)
-    with pytest.raises(DatasetError, match=r"1\.parquet has other columns than .*0\.parquet"):
+    with pytest.raises(DatasetError, match=r"1\.parquet has different columns from .*0\.parquet"):
         open_dataset(f"{tmp_path}/*.parquet")
 
 

@@ -85,16 +85,14 @@ def test_other_files_are_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptur
     assert (
         len(laid(tmp_path, "dog/1.wav", "dog/1.png", "README.md", "dog/Thumbs.db", ".hidden/x.wav", "dog/.1.wav")) == 1
     )
-    assert "2 files that are no media are left out, such as README.md" in caplog.text
+    assert "skipped 2 files that are not media, such as README.md" in caplog.text
 
 
 def test_what_is_no_layout_is_refused(tmp_path: Path) -> None:
     assert plan_layout(lay(tmp_path / "empty", "a/.hidden"), shard_rows=2, allow_outside=False) is None
-    with pytest.raises(DatasetError, match=r"empty holds none of metadata\.csv"):
+    with pytest.raises(DatasetError, match=r"empty has none of metadata\.csv"):
         open_dataset(tmp_path / "empty")
-    with pytest.raises(
-        DatasetError, match=r"holds 2 files, such as a/1\.docx, but no sound, picture or video: .* write"
-    ):
+    with pytest.raises(DatasetError, match=r"has 2 files, such as a/1\.docx, but no audio, image or video: .* write"):
         laid(tmp_path / "words", "a/1.docx", "a/2.xyz")
     for folder in ("empty", "words"):  # says in one line what else would do
         with pytest.raises(DatasetError, match=rf"^[^\n]*metadata\.csv[^\n]*; {OTHER_FORMS}$"):
@@ -103,7 +101,7 @@ def test_what_is_no_layout_is_refused(tmp_path: Path) -> None:
         DatasetError, match=r"a/1\.flac and a/1\.wav are two files of kind audio for one sample: rename"
     ):
         laid(tmp_path / "twice", "a/1.wav", "a/1.flac")
-    with pytest.raises(DatasetError, match=r"1\.wav stands in no folder that could be its class: sort the files"):
+    with pytest.raises(DatasetError, match=r"1\.wav is not in a folder named after its class: sort the files"):
         laid(tmp_path / "flat", "train/1.png", "train/1.wav")
 
 
@@ -126,7 +124,7 @@ def test_links_that_lead_outside_are_refused(tmp_path: Path) -> None:
 def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
     data = lay(tmp_path, "cat/1.wav", "cat/1.png")
     (data / "cat" / "again").symlink_to(data)
-    with pytest.raises(DatasetError, match="leads to one above it: remove this link"):
+    with pytest.raises(DatasetError, match="links to one of its parents: remove this link"):
         open_dataset(data)
 
 

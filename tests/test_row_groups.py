@@ -32,7 +32,7 @@ def test_small_row_groups_are_shards_and_empty_ones_are_none(tmp_path: Path) -> 
 @pytest.fixture
 def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take every row group of some hundred bytes for a large one."""
-    monkeypatch.setattr(row_groups, "_WHOLE_BYTES", 200)
+    monkeypatch.setattr(row_groups, "_SHARD_BYTES", 200)
 
 
 def write(path: Path, num_rows: int, *, row_group_size: int) -> pa.Table:
@@ -67,10 +67,10 @@ def held(rows: int, *, media: bool) -> pa.Table:
 
 @pytest.mark.usefixtures("cut_small")
 def test_media_are_cut_into_parts_of_their_own_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_groups, "_WHOLE_BYTES", 1_000)
+    monkeypatch.setattr(row_groups, "_SHARD_BYTES", 1_000)
     pq.write_table(held(40, media=True), tmp_path / "m.parquet", compression="none", use_dictionary=False)
     assert {shard.num_rows for shard in row_group_shards([tmp_path / "m.parquet"], media_rows=7)} == {1}
-    monkeypatch.setattr(row_groups, "_WHOLE_BYTES", 30_000)
+    monkeypatch.setattr(row_groups, "_SHARD_BYTES", 30_000)
     sizes = [shard.num_rows for shard in row_group_shards([tmp_path / "m.parquet"], media_rows=7)]
     assert sizes == [7, 7, 7, 7, 7, 5]
     assert parquet_head(tmp_path / "m.parquet").num_rows == 16
@@ -80,7 +80,7 @@ def test_media_are_cut_into_parts_of_their_own_number(tmp_path: Path, monkeypatc
 
 def test_a_large_row_group_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """40 MB of vectors in one row group, cut into parts of 4 MB: a few of them are held at once, not all."""
-    monkeypatch.setattr(row_groups, "_WHOLE_BYTES", 1 << 22)
+    monkeypatch.setattr(row_groups, "_SHARD_BYTES", 1 << 22)
     path = tmp_path / "d.parquet"
     matrix = np.random.default_rng(0).standard_normal((5_000, 2_000), dtype=np.float32)
     rows = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), 2_000)})

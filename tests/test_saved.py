@@ -15,7 +15,7 @@ from datasets.table import InMemoryTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.dataset.formats.saved import Part, is_saved, plan_parts, plan_saved
+from mmaudit.audit.dataset.formats.saved import SplitFiles, is_saved, plan_parts, plan_saved
 from mmaudit.audit.errors import DatasetError
 
 
@@ -45,7 +45,7 @@ def test_any_cut_of_any_batches_gives_the_rows(
     one = write_arrow(tmp_path / "1.arrow", [1, *batches], footer=footer)
     two = write_arrow(tmp_path / "2.arrow", batches, footer=footer, first=one.num_rows)
     plan = plan_parts(
-        tmp_path, [Part(split=None, paths=(tmp_path / "1.arrow", tmp_path / "2.arrow"))], shard_rows=shard_rows
+        tmp_path, [SplitFiles(split=None, paths=(tmp_path / "1.arrow", tmp_path / "2.arrow"))], shard_rows=shard_rows
     )
     shards = [pickle.loads(pickle.dumps(shard)) for shard in plan.shards]
     assert [shard.index for shard in shards] == list(range(len(shards)))
@@ -58,7 +58,7 @@ def test_any_cut_of_any_batches_gives_the_rows(
 
 def test_rows_without_media_are_cut_less(tmp_path: Path) -> None:
     write_arrow(tmp_path / "1.arrow", [5_000] * 2, media=False)
-    plan = plan_parts(tmp_path, [Part(split=None, paths=(tmp_path / "1.arrow",))], shard_rows=256)
+    plan = plan_parts(tmp_path, [SplitFiles(split=None, paths=(tmp_path / "1.arrow",))], shard_rows=256)
     assert [shard.num_rows for shard in plan.shards] == [8_192, 1_808]
 
 
@@ -86,7 +86,7 @@ def test_a_column_split_of_their_own_is_kept(tmp_path: Path, caplog: pytest.LogC
     caplog.set_level(logging.INFO, "mmaudit")
     folder = saved(tmp_path / "d", all={"label": [1, 2], "split": ["train", "test"]})
     assert [row["split"] for row in read_all(folder)] == ["train", "test"]
-    assert "the column split is taken, not the names of its parts" in caplog.text
+    assert "splits are read from the column split, not from the names of the parts" in caplog.text
 
 
 def test_a_selection_is_saved_as_its_rows(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
     [
         ({}, "names no data files"),
         ({"_data_files": [{"filename": "../x.arrow"}]}, "which leads outside"),
-        ({"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}, "keeps a selection apart"),
+        ({"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}, "stores a selection separately"),
         ([1], "cannot be read"),
         ({"_data_files": [5]}, r"_data_files\[0\] is 5; it must be an object"),
     ],
@@ -131,10 +131,10 @@ def test_a_state_that_is_none_is_refused(tmp_path: Path, state: object, words: s
 
 def test_parts_of_other_columns_or_classes_are_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "d", train={"label": [1, 2]}, test={"label": ["x"]})
-    with pytest.raises(DatasetError, match=r"test/data.* has other columns than .*train/data"):
+    with pytest.raises(DatasetError, match=r"test/data.* has different columns from .*train/data"):
         read_all(folder)
     for name, classes in (("train", ["a", "b"]), ("test", ["b", "a"])):
         schema = datasets.Features({"label": datasets.ClassLabel(names=classes)}).arrow_schema
         datasets.Dataset(InMemoryTable(pa.table({"label": [0, 1]}, schema=schema))).save_to_disk(folder / name)
-    with pytest.raises(DatasetError, match=r"numbers other classes in 'label' than"):
+    with pytest.raises(DatasetError, match=r"has different classes in 'label' from"):
         read_all(folder)

@@ -112,7 +112,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
         find_tables(str(tmp_path / "none"))
     with pytest.raises(DatasetError, match="no such folder or file"):
         find_tables(str(tmp_path / "*.parquet"))
-    with pytest.raises(DatasetError, match=r"holds none of metadata\.csv, .*: write one with a column file_name"):
+    with pytest.raises(DatasetError, match=r"has none of metadata\.csv, .*: write one with a column file_name"):
         find_tables(str(tmp_path))
     with pytest.raises(DatasetError, match=OTHER_FORMS):
         find_tables(str(tmp_path))
@@ -120,11 +120,11 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
         find_tables(str(written(tmp_path / "m.xlsx", "x")))
     written(tmp_path / "metadata.csv", "x")
     written(tmp_path / "metadata.jsonl", "x")
-    with pytest.raises(DatasetError, match=r"matches metadata\.jsonl; a glob may name files of one format only"):
+    with pytest.raises(DatasetError, match=r"matches metadata\.jsonl; a glob must match files of one format only"):
         find_tables(f"{tmp_path}/meta*")
-    with pytest.raises(DatasetError, match=r"matches m\.xlsx; a glob may name files of one format only"):
+    with pytest.raises(DatasetError, match=r"matches m\.xlsx; a glob must match files of one format only"):
         find_tables(f"{tmp_path}/*.xlsx")
-    with pytest.raises(DatasetError, match=r"both metadata\.csv and metadata\.jsonl: name the file you mean"):
+    with pytest.raises(DatasetError, match=r"both metadata\.csv and metadata\.jsonl: pass the path of one of them"):
         find_tables(str(tmp_path))
 
 
@@ -157,17 +157,17 @@ def test_files_of_one_format_are_read_one_after_another(tmp_path: Path) -> None:
 )
 def test_files_of_other_columns_are_refused(tmp_path: Path, name: str, one: str, two: str) -> None:
     paths = [written(tmp_path / f"1{name}", one), written(tmp_path / f"2{name}", two)]
-    with pytest.raises(DatasetError, match=f"2{name} has other columns than .*1{name}"):
+    with pytest.raises(DatasetError, match=f"2{name} has different columns from .*1{name}"):
         plan_tables(tmp_path, paths, shard_rows=9)
 
 
 def test_parts_are_joined_by_column() -> None:
     parts = [pa.table({"a": [1], "b": ["x"]}), pa.table({"c": [0.5], "a": [2.5]})]
-    assert concat_rows(parts, whence="here").to_pylist() == [
+    assert concat_rows(parts, source="here").to_pylist() == [
         {"a": 1.0, "b": "x", "c": None}, {"a": 2.5, "b": None, "c": 0.5}
     ]  # fmt: skip
     with pytest.raises(DatasetError, match=r"^here: the parts have columns of different types: "):
-        concat_rows([parts[0], pa.table({"a": ["word"]})], whence="here")
+        concat_rows([parts[0], pa.table({"a": ["word"]})], source="here")
 
 
 def test_a_folder_of_parquet_has_its_splits_in_the_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
