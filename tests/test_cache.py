@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from mmaudit.audit.errors import DatasetError
 from mmaudit.audit.features.cache import (
-    Found,
-    Known,
+    CachedVectors,
+    EncodeResult,
+    combine_results,
     content_of,
     encoded_table,
-    gather,
     lengths_of,
     problems_of,
     read_arrow,
@@ -30,7 +30,7 @@ def contents(count: int) -> list[bytes]:
     return [digest(str(row).encode()).encode() for row in range(count)]
 
 
-def rows(usable: list[bool], dtype: type) -> list[Found]:
+def rows(usable: list[bool], dtype: type) -> list[EncodeResult]:
     return [
         np.arange(row, row + 3, dtype=dtype) if good else UnusableError(Reason.EMPTY, f"row {row}")
         for row, good in enumerate(usable)
@@ -45,14 +45,14 @@ def test_what_was_gathered_is_found_again(
     path = tmp_path_factory.mktemp("cache") / "0.arrow"
     found, content = rows(usable, dtype), contents(len(usable))
     ids = [f"s{row}" for row in range(len(usable))]
-    encoded = gather(content, found, encoder="e")
+    encoded = combine_results(content, found, encoder="e")
     write_arrow(encoded_table(ids, encoded), path)
     table = read_arrow(path)
     assert content_of(table).tolist() == content
     assert table["vector"].type == pa.large_list(pa.from_numpy_dtype(encoded.vector.dtype))
     assert [row for row, _, _ in problems_of(table)] == [row for row, good in enumerate(usable) if not good]
     assert lengths_of(table) == ({3} if any(usable) else set())
-    known = Known.of(path)
+    known = CachedVectors.of(path)
     for key, expected in zip(content, found, strict=True):
         there = known.find(key)
         if isinstance(expected, UnusableError):
@@ -72,11 +72,13 @@ def test_what_was_gathered_is_found_again(
 
 def test_a_file_that_is_not_there_or_damaged_holds_nothing(tmp_path: Path) -> None:
     path = tmp_path / "0.arrow"
-    assert Known.of(path).find(contents(1)[0]) is None
+    assert CachedVectors.of(path).find(contents(1)[0]) is None
     path.write_bytes(b"ARROW1 damaged")
-    assert not Known.of(path).is_current([], np.zeros(0, "S32"))
+    assert not CachedVectors.of(path).is_current([], np.zeros(0, "S32"))
 
 
 def test_vectors_of_several_lengths_are_refused() -> None:
-    with pytest.raises(DatasetError, match="e gives vectors of 2 and of 3 numbers; all of a modality must have one"):
-        gather(contents(2), [np.zeros(3, np.float32), np.zeros(2, np.float32)], encoder="e")
+    with pytest.raises(
+        DatasetError, match="e returns vectors of 2 and of 3 numbers; vectors of a modality must have"
+    ):
+        combine_results(contents(2), [np.zeros(3, np.float32), np.zeros(2, np.float32)], encoder="e")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.preprocessing import normalize
 
-from mmaudit.audit.features.descriptors import image_statistics, sound_statistics, text_counts, video_statistics
+from mmaudit.audit.features.descriptors import audio_statistics, image_statistics, text_counts, video_statistics
 from mmaudit.audit.media.audio import log_mel
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.quarantine import Reason, UnusableError
@@ -46,7 +46,7 @@ def clip(num_frames: int = 16) -> NDArray[np.uint8]:
     count=st.integers(1, 40_000), rate=st.sampled_from([8_000, 16_000, 44_100]), mel_bins=st.sampled_from([8, 40, 96])
 )
 def test_sound_of_any_duration_has_one_length(count: int, rate: int, mel_bins: int) -> None:
-    vector = sound_statistics(noise(count), MediaConfig(sample_rate=rate, mel_bins=mel_bins))
+    vector = audio_statistics(noise(count), MediaConfig(sample_rate=rate, mel_bins=mel_bins))
     assert vector.shape == (220,)
     assert vector.dtype == np.float32
     assert np.isfinite(vector).all()
@@ -67,7 +67,7 @@ def test_pictures_of_any_size_have_one_length(height: int, width: int, num_frame
 
 def test_what_is_read_stays_as_it_was_and_gives_the_same_again() -> None:
     cases: list[tuple[Any, Any]] = [
-        (sound_statistics, noise()),
+        (audio_statistics, noise()),
         (image_statistics, picture()),
         (video_statistics, clip()),
     ]
@@ -78,7 +78,7 @@ def test_what_is_read_stays_as_it_was_and_gives_the_same_again() -> None:
 
 
 def test_gain_changes_the_level_alone() -> None:
-    change = (sound_statistics(noise() * 8, CONFIG) - sound_statistics(noise(), CONFIG)).reshape(11, 20)
+    change = (audio_statistics(noise() * 8, CONFIG) - audio_statistics(noise(), CONFIG)).reshape(11, 20)
     level = 2 * np.log(8) * np.sqrt(CONFIG.mel_bins)  # log power, through an orthonormal cosine transform
     expected = np.zeros((11, 20))
     expected[[0, *range(3, 11)], 0] = level  # the mean, and the means of the eight parts; no spread, no shape
@@ -99,13 +99,13 @@ def test_a_tone_stands_in_its_band() -> None:
 
 
 def test_silence_around_the_sound_is_not_heard() -> None:
-    early, late = (sound_statistics(np.pad(noise(), pad), CONFIG) for pad in ((1_600, 9_600), (4_800, 800)))
+    early, late = (audio_statistics(np.pad(noise(), pad), CONFIG) for pad in ((1_600, 9_600), (4_800, 800)))
     np.testing.assert_allclose(early, late, atol=1e-3)  # whole frames of 160 samples: the grid of frames stays
 
 
 def test_order_in_time_is_heard_and_seen() -> None:
     rising = noise() * np.linspace(0.1, 1, 8_000, dtype=np.float32)
-    forth, back = (sound_statistics(wave, CONFIG).reshape(11, 20) for wave in (rising, rising[::-1]))
+    forth, back = (audio_statistics(wave, CONFIG).reshape(11, 20) for wave in (rising, rising[::-1]))
     np.testing.assert_allclose(forth[0], back[0], atol=0.35)
     np.testing.assert_allclose(forth[3:, 0], back[:2:-1, 0], atol=1.5)
     assert np.all(np.diff(forth[3:, 0]) > 0)

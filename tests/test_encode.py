@@ -20,7 +20,7 @@ from mmaudit.audit.features.descriptors import video_statistics
 from mmaudit.audit.features.encoders import (
     ENCODERS,
     NETWORK_INPUTS,
-    Encoded,
+    EncodedRows,
     check_encoder,
     encode_cell,
     encode_vectors,
@@ -42,7 +42,7 @@ def vectors(length: int) -> Modality:
     return Modality(name="v", column="col", kind="features", length=length)
 
 
-def rows_of(found: Encoded) -> list[list[float] | None]:
+def rows_of(found: EncodedRows) -> list[list[float] | None]:
     vectors = iter(found.vector.tolist())
     return [next(vectors) if usable else None for usable in found.usable]
 

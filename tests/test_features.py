@@ -161,7 +161,7 @@ def test_a_damaged_file_is_made_anew(clip_source: Path, tmp_path: Path, kept: fl
     task = fill(dataset, tmp_path)[0]
     path = task.file(dataset.modalities[0])
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
-    with pytest.raises(DatasetError, match=r"000000\.arrow is damaged .*: delete it, and it is made anew"):
+    with pytest.raises(DatasetError, match=r"000000\.arrow is damaged .*: delete it, and it is created again"):
         read_arrow(path)
     assert computed(dataset, tmp_path) == 24
     assert computed(dataset, tmp_path) == 0

@@ -104,7 +104,7 @@ def test_a_function_that_is_not_there_is_refused(module: str, function: str, mes
 
 
 def test_a_module_that_cannot_be_imported_is_refused(module: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"module 'no_such' cannot be imported .*; it must be installed, or lie in "):
+    with pytest.raises(ConfigError, match=r"module 'no_such' cannot be imported .*; it must be installed, or be in "):
         check_encoder(modality("no_such:f"))
     (tmp_path / f"{module}_broken.py").write_text("1 / 0")
     with pytest.raises(ConfigError, match=r"cannot be imported \(ZeroDivisionError: division by zero\)"):
@@ -116,9 +116,9 @@ def test_a_module_that_cannot_be_imported_is_refused(module: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("matrix", r"gives an array of shape \(2, 3\): it must give a vector \(d,\)"),
-        ("number", r"gives an array of shape \(\): it must give"),
-        ("words", r"gives str: it must give a vector \(d,\) of numbers"),
+        ("matrix", r"returns an array of shape \(2, 3\): it must return a vector \(d,\)"),
+        ("number", r"returns an array of shape \(\): it must return"),
+        ("words", r"returns str: it must return a vector \(d,\) of numbers"),
     ],
 )
 def test_what_is_no_vector_is_refused(module: str, function: str, message: str) -> None:
@@ -141,7 +141,9 @@ def test_vectors_of_several_lengths_are_refused(
 ) -> None:
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image={module}:many",), shard_rows=shard_rows))
     ids = read_samples(dataset, seed=0, test_fraction=0.5).sample_id
-    with pytest.raises(DatasetError, match=rf"image: {module}:many gives vectors of 3 and of 4 numbers; all of a mod"):
+    with pytest.raises(
+        DatasetError, match=rf"image: {module}:many returns vectors of 3 and of 4 numbers; vectors of a mod"
+    ):
         read_status(
             encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=0, progress=no_progress),
             dataset.modalities[1],
@@ -161,11 +163,11 @@ def test_workers_find_it_in_the_folder_of_the_command(module: str, clip_source: 
         "from mmaudit.audit.dataset.dataset import DataConfig, open_dataset\n"
         "from mmaudit.audit.features.encode import encode_dataset\n"
         "from mmaudit.audit.media.files import MediaConfig\n"
-        "from mmaudit.audit.workers import silent\n"
+        "from mmaudit.audit.workers import no_progress\n"
         "if __name__ == '__main__':\n"
         f"    config = DataConfig(encoder=('image={module}:mean',), shard_rows=8)\n"
         f"    dataset = open_dataset({str(clip_source)!r}, config)\n"
-        "    encode_dataset(dataset, Path('cache'), media=MediaConfig(image_size=8), num_workers=2, progress=silent)\n"
+        "    encode_dataset(dataset, Path('cache'), media=MediaConfig(image_size=8), num_workers=2, progress=no_progress)\n"
     )
     script = tmp_path / "elsewhere" / "script.py"
     script.parent.mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.features.pretrained import find_folder, folder_version
+from mmaudit.audit.features.pretrained import find_model_folder, folder_version
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -40,16 +40,16 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name in ("owner/name", f"owner/name@{COMMIT}", "owner/name@main"):
         for whole in (False, True):
-            assert find_folder(name, whole=whole) == folder
+            assert find_model_folder(name, with_weights=whole) == folder
     assert folder_version(folder) == COMMIT
     with pytest.raises(ConfigError, match="no folder 'owner/name@v2' here, and no such model from the hub"):
-        find_folder("owner/name@v2", whole=False)
+        find_model_folder("owner/name@v2", with_weights=False)
 
 
 def test_a_folder_that_is_named_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model(tmp_path / "owner" / "name")
     monkeypatch.chdir(tmp_path)
-    assert find_folder("owner/name", whole=True) == Path("owner/name")
+    assert find_model_folder("owner/name", with_weights=True) == Path("owner/name")
     (tmp_path / "owner" / "name" / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"folder owner/name holds no config\.json"):
-        find_folder("owner/name", whole=True)
+        find_model_folder("owner/name", with_weights=True)
