@@ -78,7 +78,5 @@ def test_a_file_that_is_not_there_or_damaged_holds_nothing(tmp_path: Path) -> No
 
 
 def test_vectors_of_several_lengths_are_refused() -> None:
-    with pytest.raises(
-        DatasetError, match="e returns vectors of 2 and of 3 numbers; vectors of a modality must have"
-    ):
+    with pytest.raises(DatasetError, match="e returns vectors of 2 and of 3 numbers; vectors of a modality must have"):
         combine_results(contents(2), [np.zeros(3, np.float32), np.zeros(2, np.float32)], encoder="e")

@@ -167,7 +167,8 @@ def test_workers_find_it_in_the_folder_of_the_command(module: str, clip_source: 
         "if __name__ == '__main__':\n"
         f"    config = DataConfig(encoder=('image={module}:mean',), shard_rows=8)\n"
         f"    dataset = open_dataset({str(clip_source)!r}, config)\n"
-        "    encode_dataset(dataset, Path('cache'), media=MediaConfig(image_size=8), num_workers=2, progress=no_progress)\n"
+        "    media = MediaConfig(image_size=8)\n"
+        "    encode_dataset(dataset, Path('cache'), media=media, num_workers=2, progress=no_progress)\n"
     )
     script = tmp_path / "elsewhere" / "script.py"
     script.parent.mkdir()

@@ -42,7 +42,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: 
         for whole in (False, True):
             assert find_model_folder(name, with_weights=whole) == folder
     assert folder_version(folder) == COMMIT
-    with pytest.raises(ConfigError, match="no folder 'owner/name@v2' here, and no such model from the hub"):
+    with pytest.raises(ConfigError, match="no local folder 'owner/name@v2', and the hub has no such model"):
         find_model_folder("owner/name@v2", with_weights=False)
 
 
@@ -51,5 +51,5 @@ def test_a_folder_that_is_named_comes_first(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     assert find_model_folder("owner/name", with_weights=True) == Path("owner/name")
     (tmp_path / "owner" / "name" / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"folder owner/name holds no config\.json"):
+    with pytest.raises(ConfigError, match=r"folder owner/name has no config\.json"):
         find_model_folder("owner/name", with_weights=True)

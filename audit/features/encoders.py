@@ -1,7 +1,7 @@
-"""Encoders by name: one modality of one sample as a feature vector.
+"""Encoders by name: they convert one modality of one sample to a feature vector.
 
-`statistics` measures by hand; `resnet18` gives the inputs of a network that the probe trains; `hf:MODEL` is a frozen
-pretrained network; `package.module:function` is the user's own.
+`statistics` computes hand-made descriptors; `resnet18` prepares the inputs of a network that the probe trains;
+`hf:MODEL` is a frozen pretrained network; `package.module:function` is a user-defined function.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .pretrained import check_model, local_folder, model_version, open_model, re
 
 Vector = NDArray[Any]  # float32, or uint8 for the pixels of a network's input
 ENCODER_NAMES = ("statistics", "resnet18", "hf:MODEL", "PACKAGE.MODULE:FUNCTION")
-IMPORT_NOTHING = ("statistics", "resnet18")  # the encoders that are mmaudit's own: neither code nor files of others
+IMPORT_NOTHING = ("statistics", "resnet18")  # built-in encoders: they load no code and no files of others
 _CHECK_NUMBERS = 1 << 24  # numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoder:
-    """How a kind becomes a vector. `version` changes whenever the same input would give another vector.
+    """A function from a loaded cell (see Dataset.load) to a vector, which depends on that sample only.
 
-    `encode` takes what Dataset.load gives. A vector depends on its own sample alone.
+    `version` changes whenever the same input would produce another vector.
     """
 
     name: str
@@ -47,9 +47,10 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedRows:
-    """Some rows of one modality: the digest of each row's content (n,), 32 hexadecimal digits, and what became of it.
+    """Encoded rows of one modality.
 
-    `vector` (u, d) are those of the usable rows; `problem` tells row by row what is wrong with the others.
+    content: digest of each row (n,), 32 hexadecimal digits. usable: bool (n,). vector: of the usable rows (u, d).
+    problem: the error of each other row.
     """
 
     content: NDArray[np.bytes_]
@@ -59,7 +60,7 @@ class EncodedRows:
 
 
 def check_encoder(modality: Modality) -> None:
-    """Refuse an encoder that is not there, or cannot read this kind of modality."""
+    """Raise ConfigError if the modality's encoder does not exist, or cannot read its kind."""
     try:
         _check_encoder(modality.encoder, modality.kind)
     except ConfigError as error:
@@ -74,7 +75,7 @@ def _check_encoder(name: str, kind: str) -> None:
     if name == "resnet18":
         if kind not in NETWORK_INPUTS:
             raise ConfigError(
-                f"a network on pictures and sound, which does not read {kind}; {choices(kind, NETWORK_INPUTS)}"
+                f"a network for images and audio, which does not read {kind}; {choices(kind, NETWORK_INPUTS)}"
             )
         require_transformers()
     elif name.startswith("hf:"):
@@ -86,7 +87,7 @@ def _check_encoder(name: str, kind: str) -> None:
 
 
 def encoder_location(name: str) -> str | None:
-    """Return the source file of a function, or the folder of a model on this disk, without importing it; else None."""
+    """Return the source file of a function, or the local folder of a model, without importing it; else None."""
     if name in IMPORT_NOTHING:
         return None
     path = local_folder(name[3:]) if name.startswith("hf:") else function_file(name)
@@ -94,12 +95,12 @@ def encoder_location(name: str) -> str | None:
 
 
 def is_pretrained(modality: Modality) -> bool:
-    """Tell whether a modality is encoded by a pretrained network: in batches, and on a device."""
+    """Return whether a modality is encoded by a pretrained network: in batches, on a device."""
     return modality.encoder.startswith("hf:")
 
 
 def load_encoder(modality: Modality) -> Encoder:
-    """Give the encoder of a modality; ConfigError where it cannot be loaded."""
+    """Return the encoder of a modality; ConfigError if it cannot be loaded."""
     name, kind = modality.encoder, modality.kind
     if name == "statistics":
         return ENCODERS[kind]
@@ -111,14 +112,14 @@ def load_encoder(modality: Modality) -> Encoder:
 
 
 def is_network(modality: Modality) -> bool:
-    """Tell whether a modality is read by a network that its probe trains: what is encoded are then its inputs."""
+    """Return whether the probe of a modality trains a network; its feature vectors are then the network's inputs."""
     return modality.encoder == "resnet18"
 
 
 def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
-    """Shape of what `resnet18` is given of a sample: (mel bands, steps in time), (h, w, 3) or (f, h, w, 3).
+    """Return the input shape of `resnet18` for a sample: (mel bands, time steps), (h, w, 3) or (f, h, w, 3).
 
-    It stands flattened in the cache: float32 natural logarithms of power, or uint8 levels.
+    The cache holds the inputs flattened: float32 natural logarithms of power, or uint8 pixels.
     """
     size = media.network_size
     if modality.kind == "audio":
@@ -127,7 +128,7 @@ def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
 
 
 def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Vector | UnusableError:
-    """Encode what Dataset.load gave for a cell; what was wrong with it comes back in place of the vector."""
+    """Encode a loaded cell (see Dataset.load); an UnusableError is returned instead of the vector, not raised."""
     if isinstance(loaded, UnusableError):
         return loaded
     try:
@@ -137,9 +138,9 @@ def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Vector |
 
 
 def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:
-    """Check a column of feature vectors row by row, a million a few seconds: they are read as they are."""
+    """Check a column of feature vectors, which are used unchanged; a million rows take a few seconds."""
     cells = column.combine_chunks()
-    cells = cells.cast(pa.large_list(pa.float32()), safe=False)  # whole numbers past 2^24 are rounded
+    cells = cells.cast(pa.large_list(pa.float32()), safe=False)  # integers above 2^24 are rounded
     flat = cells.values.to_numpy(zero_copy_only=False)  # nulls inside a vector become NaN
     offsets = cells.offsets.to_numpy()
     start, end = offsets[:-1], offsets[1:]
@@ -164,17 +165,14 @@ def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:
 
 
 def _not_finite_positions(flat: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Where the numbers are not finite, a piece at a time: flags for all would take a quarter of the numbers' space."""
-    block_starts = range(0, len(flat), _CHECK_NUMBERS)
-    positions = [
-        block_start + np.flatnonzero(~np.isfinite(flat[block_start : block_start + _CHECK_NUMBERS]))
-        for block_start in block_starts
-    ]
+    """Return the positions of non-finite numbers, by block: a full mask would take a quarter of the numbers' memory."""
+    starts = range(0, len(flat), _CHECK_NUMBERS)
+    positions = [start + np.flatnonzero(~np.isfinite(flat[start : start + _CHECK_NUMBERS])) for start in starts]
     return np.concatenate([np.zeros(0, np.intp), *positions])
 
 
 def _row_digests(flat: NDArray[np.float32], start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.bytes_]:
-    """What hashing.digest gives for each row's bytes, without a copy of them."""
+    """Return hashing.digest of each row's bytes (n,), without copying them."""
     view = memoryview(np.ascontiguousarray(flat).view(np.uint8).data)
     digests = np.empty(len(start), dtype="S32")
     for row, (first, last) in enumerate(zip((4 * start).tolist(), (4 * end).tolist(), strict=True)):
@@ -194,7 +192,7 @@ def _usable_vectors(
 
 
 def preprocessing(modality: Modality, media: MediaConfig) -> str:
-    """Fingerprint everything but the content that decides about a modality's vectors, in 16 hexadecimal digits."""
+    """Return the fingerprint, 16 hexadecimal digits, of all settings that determine a modality's vectors."""
     if modality.kind == "features":
         return digest(f"vector 2 {modality.length}".encode())[:16]
     encoder = load_encoder(modality)
