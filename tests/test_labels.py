@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmaudit.audit.dataset.labels import NO_LABEL, UNKNOWN_LABEL, Labels, read_classes, read_label_sets, read_numbers
+from mmaudit.audit.dataset.labels import (
+    NO_LABEL,
+    TASKS,
+    UNKNOWN_LABEL,
+    Labels,
+    Target,
+    read_classes,
+    read_label_sets,
+    read_numbers,
+)
 from mmaudit.audit.errors import DatasetError
 
 
@@ -210,3 +219,20 @@ def test_what_is_no_number_is_refused(cell: object) -> None:
 def test_no_number_at_all_is_refused() -> None:
     with pytest.raises(DatasetError, match="no sample has a number in column 'y'"):
         read_numbers([None, math.nan, " ", math.inf, "-inf"], name="y")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_of_rows_are_rows(task: str) -> None:
+    rng = np.random.default_rng(0)
+    k = {"classification": 4, "multilabel": 3, "regression": 1}[task]
+    values = None if task == "classification" else rng.random((20, k)).astype(np.float32)
+    target = Target(task=task, label=rng.integers(0, 4, 20).astype(np.int32), num_outputs=k, values=values)
+    some, fewer = np.array([7, 3, 3, 19]), np.array([2, 0])
+    found = target.take(some).take(fewer)
+    assert (len(target), len(target.take(some)), len(found)) == (20, 4, 2)
+    assert (found.task, found.num_outputs) == (task, k)
+    np.testing.assert_array_equal(found.label, target.label[[3, 7]])
+    if values is None:
+        assert found.values is None
+    else:
+        np.testing.assert_array_equal(np.asarray(found.values), values[[3, 7]])

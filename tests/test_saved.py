@@ -15,7 +15,7 @@ from datasets.table import InMemoryTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.dataset.formats.saved import SplitFiles, is_saved, plan_parts, plan_saved
+from mmaudit.audit.dataset.formats.saved import SplitFiles, is_saved, looks_like_hub_name, plan_parts, plan_saved
 from mmaudit.audit.errors import DatasetError
 
 
@@ -138,3 +138,16 @@ def test_parts_of_other_columns_or_classes_are_refused(tmp_path: Path) -> None:
         datasets.Dataset(InMemoryTable(pa.table({"label": [0, 1]}, schema=schema))).save_to_disk(folder / name)
     with pytest.raises(DatasetError, match=r"has different classes in 'label' from"):
         read_all(folder)
+
+
+@pytest.mark.parametrize("name", ["user/name", "name", "user/name:config", "name:en-US", "A-b_c.d/x.y", "_u/n"])
+def test_hub_names_are_recognised(name: str) -> None:
+    assert looks_like_hub_name(name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "/a", "./a", "../a", "a/b/c", "a/", "~/a", "a.csv", "u/a.parquet", "a.tar", "a.jsonl", "a b", "a:", "a\\b"],
+)
+def test_paths_are_not_hub_names(path: str) -> None:
+    assert not looks_like_hub_name(path)
