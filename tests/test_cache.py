@@ -39,7 +39,7 @@ def rows(usable: list[bool], dtype: type) -> list[EncodeResult]:
 
 @settings(max_examples=30, deadline=None)
 @given(usable=st.lists(st.booleans(), max_size=9), dtype=st.sampled_from([np.float32, np.uint8]))
-def test_what_was_gathered_is_found_again(
+def test_written_results_are_read_back(
     usable: list[bool], dtype: type, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("cache") / "0.arrow"
@@ -70,13 +70,13 @@ def test_what_was_gathered_is_found_again(
         assert not known.is_current(ids[1:], encoded.content[1:])
 
 
-def test_a_file_that_is_not_there_or_damaged_holds_nothing(tmp_path: Path) -> None:
+def test_missing_or_damaged_file_is_empty(tmp_path: Path) -> None:
     path = tmp_path / "0.arrow"
     assert CachedVectors.of(path).find(contents(1)[0]) is None
     path.write_bytes(b"ARROW1 damaged")
     assert not CachedVectors.of(path).is_current([], np.zeros(0, "S32"))
 
 
-def test_vectors_of_several_lengths_are_refused() -> None:
+def test_vectors_of_different_lengths_are_rejected() -> None:
     with pytest.raises(DatasetError, match="e returns vectors of 2 and of 3 numbers; vectors of a modality must have"):
         combine_results(contents(2), [np.zeros(3, np.float32), np.zeros(2, np.float32)], encoder="e")

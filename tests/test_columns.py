@@ -29,17 +29,17 @@ from mmaudit.audit.errors import ConfigError, DatasetError
         (["y", "label_name", "group", "split"], ["y", "label_name", "group", "split"]),
     ],
 )
-def test_usual_names_have_their_role(names: list[str], expected: list[str]) -> None:
+def test_usual_names_are_assigned_their_role(names: list[str], expected: list[str]) -> None:
     assert find_columns(names, {}).names == expected
 
 
-def test_what_is_named_wins() -> None:
+def test_requested_columns_override_usual_names() -> None:
     names = ["id", "label", "label_name", "split", "group", "other"]
     found = find_columns(names, {"label": "other", "split": "none", "group": "id"})
     assert found == Columns(id="id", label="other", label_name=None, group="id", split=None)
 
 
-def test_what_is_wrong_is_refused() -> None:
+def test_missing_and_repeated_columns_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"--group speker: no such column; did you mean speaker\?"):
         find_columns(["label", "speaker"], {"group": "speker"})
     with pytest.raises(DatasetError, match="no label column among a, b: name it with --label"):
@@ -49,19 +49,19 @@ def test_what_is_wrong_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", SPLIT_NAMES)
-def test_every_name_is_known_as_folder_and_file(name: str) -> None:
+def test_split_names_are_recognised_in_folders_and_files(name: str) -> None:
     assert split_of_folder(name.upper()) == SPLIT_NAMES[name]
     for file in (f"{name}-00001-of-00002.parquet", f"{name}_1.tar", f"{name}.tar", f"{name}000.tar"):
         assert split_of_file(file) == SPLIT_NAMES[name]
 
 
 @pytest.mark.parametrize("name", ["trainer", "my-train", "", "-train", "tests", "0-train"])
-def test_other_words_are_none(name: str) -> None:
+def test_other_words_are_not_splits(name: str) -> None:
     assert split_of_folder(name) is None
     assert split_of_file(f"{name}.tar") is None
 
 
-def test_a_split_is_the_same_in_every_row_and_what_was_said_of_the_others_stays() -> None:
+def test_split_column_is_constant_and_keeps_metadata() -> None:
     rows = pa.table({"a": [1, 2]}).replace_schema_metadata({"k": "v"})
     assert with_split(rows, None) is rows
     found = with_split(rows, "dev")

@@ -20,7 +20,7 @@ def open_clips(folder: Path) -> Dataset:
 
 
 @pytest.mark.parametrize("threads", [0, 3])
-def test_contents_are_those_that_encoding_notes(clips: Path, tmp_path: Path, threads: int) -> None:
+def test_hashes_of_media_equal_those_of_encoding(clips: Path, tmp_path: Path, threads: int) -> None:
     (clips / "4.wav").unlink()
     dataset = open_clips(clips)
     tasks = encode_dataset(dataset, tmp_path / "cache", media=MediaConfig(), num_workers=0, progress=no_progress)
@@ -33,7 +33,7 @@ def test_contents_are_those_that_encoding_notes(clips: Path, tmp_path: Path, thr
     assert some == ["007", "011"]
 
 
-def test_contents_of_vectors_are_those_that_encoding_notes(planted: Callable[..., Path], tmp_path: Path) -> None:
+def test_hashes_of_vectors_equal_those_of_encoding(planted: Callable[..., Path], tmp_path: Path) -> None:
     dataset = open_dataset(planted(num_samples=30))
     tasks = encode_dataset(dataset, tmp_path / "cache", media=MediaConfig(), num_workers=0, progress=no_progress)
     encoded = collect_encoded(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
@@ -41,7 +41,7 @@ def test_contents_of_vectors_are_those_that_encoding_notes(planted: Callable[...
     assert [each.content for each in content_hashes(dataset, only={"s0003"})] == [encoded.content[3]]
 
 
-def test_the_content_of_one_sample_depends_on_its_files_alone(clips: Path) -> None:
+def test_hash_depends_only_on_own_files(clips: Path) -> None:
     before = {each.sample_id: each.content for each in content_hashes(open_clips(clips))}
     (clips / "5.wav").write_bytes((clips / "3.wav").read_bytes())
     after = {each.sample_id: each.content for each in content_hashes(open_clips(clips))}

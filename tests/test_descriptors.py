@@ -45,7 +45,7 @@ def clip(num_frames: int = 16) -> NDArray[np.uint8]:
 @given(
     count=st.integers(1, 40_000), rate=st.sampled_from([8_000, 16_000, 44_100]), mel_bins=st.sampled_from([8, 40, 96])
 )
-def test_sound_of_any_duration_has_one_length(count: int, rate: int, mel_bins: int) -> None:
+def test_audio_of_any_duration_has_fixed_length(count: int, rate: int, mel_bins: int) -> None:
     vector = audio_statistics(noise(count), MediaConfig(sample_rate=rate, mel_bins=mel_bins))
     assert vector.shape == (220,)
     assert vector.dtype == np.float32
@@ -54,7 +54,7 @@ def test_sound_of_any_duration_has_one_length(count: int, rate: int, mel_bins: i
 
 @settings(max_examples=40, deadline=None)
 @given(height=st.integers(1, 150), width=st.integers(1, 150), num_frames=st.integers(1, 20))
-def test_pictures_of_any_size_have_one_length(height: int, width: int, num_frames: int) -> None:
+def test_images_of_any_size_have_fixed_length(height: int, width: int, num_frames: int) -> None:
     image = picture(height, width)
     for vector, length in (
         (image_statistics(image, CONFIG), 480),
@@ -65,7 +65,7 @@ def test_pictures_of_any_size_have_one_length(height: int, width: int, num_frame
         assert np.isfinite(vector).all()
 
 
-def test_what_is_read_stays_as_it_was_and_gives_the_same_again() -> None:
+def test_descriptors_are_deterministic_and_keep_their_input() -> None:
     cases: list[tuple[Any, Any]] = [
         (audio_statistics, noise()),
         (image_statistics, picture()),
@@ -77,7 +77,7 @@ def test_what_is_read_stays_as_it_was_and_gives_the_same_again() -> None:
         np.testing.assert_array_equal(given_, before)
 
 
-def test_gain_changes_the_level_alone() -> None:
+def test_gain_changes_only_the_level() -> None:
     change = (audio_statistics(noise() * 8, CONFIG) - audio_statistics(noise(), CONFIG)).reshape(11, 20)
     level = 2 * np.log(8) * np.sqrt(CONFIG.mel_bins)  # log power, through an orthonormal cosine transform
     expected = np.zeros((11, 20))
@@ -85,7 +85,7 @@ def test_gain_changes_the_level_alone() -> None:
     np.testing.assert_allclose(change, expected, atol=2e-3)
 
 
-def test_a_tone_stands_in_its_band() -> None:
+def test_tone_peaks_in_its_band() -> None:
     times = np.arange(16_000) / 16_000
     peaks = []
     for hertz in (200, 1_000, 4_000):
@@ -98,12 +98,12 @@ def test_a_tone_stands_in_its_band() -> None:
     np.testing.assert_allclose(peaks, (mel - low) / (high - low) * 41 - 1, atol=0.6)
 
 
-def test_silence_around_the_sound_is_not_heard() -> None:
+def test_surrounding_silence_does_not_matter() -> None:
     early, late = (audio_statistics(np.pad(noise(), pad), CONFIG) for pad in ((1_600, 9_600), (4_800, 800)))
     np.testing.assert_allclose(early, late, atol=1e-3)  # whole frames of 160 samples: the grid of frames stays
 
 
-def test_order_in_time_is_heard_and_seen() -> None:
+def test_time_order_changes_audio_and_video() -> None:
     rising = noise() * np.linspace(0.1, 1, 8_000, dtype=np.float32)
     forth, back = (audio_statistics(wave, CONFIG).reshape(11, 20) for wave in (rising, rising[::-1]))
     np.testing.assert_allclose(forth[0], back[0], atol=0.35)
@@ -119,7 +119,7 @@ def histogram(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     return image_statistics(image, CONFIG)[:432].reshape(6, 6, 12)
 
 
-def test_a_mirrored_picture_mirrors_cells_and_directions() -> None:
+def test_mirrored_image_mirrors_cells_and_directions() -> None:
     directions = np.arange(12)
     left_right = histogram(picture()[:, ::-1])
     np.testing.assert_allclose(left_right, histogram(picture())[:, ::-1][..., (6 - directions) % 12], atol=1e-4)
@@ -127,16 +127,16 @@ def test_a_mirrored_picture_mirrors_cells_and_directions() -> None:
     np.testing.assert_allclose(upside_down, histogram(picture())[::-1][..., -directions % 12], atol=1e-4)
 
 
-def test_a_turned_picture_turns_the_directions() -> None:
+def test_rotated_image_rotates_directions() -> None:
     turned = histogram(np.rot90(picture()))  # to the left: what pointed right points up, three of twelve steps back
     np.testing.assert_allclose(turned, np.roll(np.rot90(histogram(picture())), -3, axis=2), atol=1e-4)
 
 
-def test_a_negative_turns_every_gradient_round() -> None:
+def test_negative_image_reverses_every_gradient() -> None:
     np.testing.assert_allclose(histogram(255 - picture()), np.roll(histogram(picture()), 6, axis=2), atol=1e-4)
 
 
-def test_a_ramp_has_one_direction_and_light_leaves_it_alone() -> None:
+def test_ramp_has_one_direction_independent_of_brightness() -> None:
     ramp = np.repeat(np.tile(np.arange(64, dtype=np.uint8) * 2, (64, 1))[..., None], 3, axis=2)
     inner = histogram(ramp)[1:-1, 1:-1]
     assert (inner.argmax(axis=2) == 0).all()
@@ -145,7 +145,7 @@ def test_a_ramp_has_one_direction_and_light_leaves_it_alone() -> None:
     np.testing.assert_allclose(histogram(ramp // 2 * 3)[1:-1, 1:-1, 0], inner[..., 0], atol=0.05)
 
 
-def test_colours_stand_in_their_cells() -> None:
+def test_colours_are_located_in_their_cells() -> None:
     image = np.zeros((64, 64, 3), dtype=np.uint8)
     image[:16, 48:, 0] = 255
     red, green, blue = image_statistics(image, CONFIG)[432:].reshape(3, 4, 4)
@@ -154,7 +154,7 @@ def test_colours_stand_in_their_cells() -> None:
     assert green.max() == blue.max() == 0
 
 
-def test_motion_is_where_and_when_it_moves() -> None:
+def test_motion_is_located_in_space_and_time() -> None:
     frames = np.repeat(picture()[None], 16, axis=0)
     assert video_statistics(frames, CONFIG)[700:].max() == 0
     frames[12:, :16, :16] = 255 - frames[12:, :16, :16]
@@ -165,7 +165,7 @@ def test_motion_is_where_and_when_it_moves() -> None:
 
 
 @given(text=st.text())
-def test_case_and_space_do_not_count(text: str) -> None:
+def test_case_and_whitespace_do_not_matter(text: str) -> None:
     try:
         counts = text_counts(text, CONFIG)
     except UnusableError as error:
@@ -176,7 +176,7 @@ def test_case_and_space_do_not_count(text: str) -> None:
     np.testing.assert_array_equal(text_counts(f" {text.casefold()}\n!", CONFIG), counts)
 
 
-def test_words_count_in_any_script() -> None:
+def test_words_of_any_script_are_counted() -> None:
     def same(one: str, other: str) -> bool:
         return bool((text_counts(one, CONFIG) == text_counts(other, CONFIG)).all())
 
@@ -201,7 +201,7 @@ def test_text_without_words_is_empty(text: str) -> None:
     assert caught.value.reason is Reason.EMPTY
 
 
-def test_text_counts_do_not_hang_on_the_process() -> None:
+def test_text_counts_do_not_depend_on_the_process() -> None:
     program = (
         "from mmaudit.audit.features.descriptors import text_counts; from mmaudit.audit.media.files import MediaConfig;"
         "print(text_counts('The quick brown fox', MediaConfig()).nonzero()[0].tolist())"
@@ -218,7 +218,7 @@ def test_text_counts_do_not_hang_on_the_process() -> None:
     assert outputs == {f"{text_counts('The quick brown fox', CONFIG).nonzero()[0].tolist()}\n".encode()}
 
 
-def test_text_counts_are_those_of_sklearn_without_rarity() -> None:
+def test_text_counts_equal_sklearn_without_idf() -> None:
     counts = np.stack([text_counts(text, CONFIG) for text in ("a cat sat", "a dog sat there a dog", "birds")])
     raw = np.where(counts > 0, 1.0, 0.0)
     raw[1] = np.where(counts[1] == counts[1].max(), 1 + np.log(2), raw[1])  # "a", "dog" and "a dog" stand twice

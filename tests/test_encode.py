@@ -57,7 +57,7 @@ def files(cache: Path) -> dict[str, bytes]:
     return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
 
 
-def test_the_second_time_nothing_is_computed(clip_source: Path, tmp_path: Path) -> None:
+def test_second_run_computes_nothing(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source, SHARDS)
     assert computed(dataset, tmp_path) == 48
     before = files(tmp_path)
@@ -66,7 +66,7 @@ def test_the_second_time_nothing_is_computed(clip_source: Path, tmp_path: Path) 
     assert files(tmp_path) == before
 
 
-def test_changed_content_is_computed_again_and_nothing_else(clips: Path, tmp_path: Path) -> None:
+def test_only_changed_content_is_computed_again(clips: Path, tmp_path: Path) -> None:
     dataset, cache = open_dataset(clips, SHARDS), tmp_path / "cache"
     before = matrices(dataset, fill(dataset, cache))
     shutil.copy(clips / "1.wav", clips / "6.wav")  # of another shard
@@ -78,7 +78,7 @@ def test_changed_content_is_computed_again_and_nothing_else(clips: Path, tmp_pat
     np.testing.assert_array_equal(after[1], before[1])
 
 
-def test_files_of_one_content_are_one(clips: Path, tmp_path: Path) -> None:
+def test_files_are_identified_by_content(clips: Path, tmp_path: Path) -> None:
     """A file touched, or renamed within its shard, is the same file."""
     dataset, cache = open_dataset(clips, SHARDS), tmp_path / "cache"
     fill(dataset, cache)
@@ -89,7 +89,7 @@ def test_files_of_one_content_are_one(clips: Path, tmp_path: Path) -> None:
     assert computed(open_dataset(clips, SHARDS), cache) == 0
 
 
-def test_a_row_more_is_one_row_more(clips: Path, tmp_path: Path) -> None:
+def test_added_row_computes_one_row(clips: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     fill(open_dataset(clips), cache)
     shutil.copy(clips / "0.wav", clips / "new.wav")
@@ -101,7 +101,7 @@ def test_a_row_more_is_one_row_more(clips: Path, tmp_path: Path) -> None:
     assert [len(matrix) for matrix in matrices(dataset, fill(dataset, cache))] == [25, 25]
 
 
-def test_other_preprocessing_is_another_cache(clip_source: Path, tmp_path: Path) -> None:
+def test_other_preprocessing_uses_another_cache(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source)
     assert computed(dataset, tmp_path) == 48
     assert computed(dataset, tmp_path, MediaConfig(image_size=8)) == 48
@@ -109,7 +109,7 @@ def test_other_preprocessing_is_another_cache(clip_source: Path, tmp_path: Path)
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_workers_give_the_same_bytes(clip_source: Path, tmp_path: Path) -> None:
+def test_workers_write_identical_files(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source, DataConfig(shard_rows=12))
     seen: list[tuple[str, int, int]] = []
     encode_dataset(dataset, tmp_path / "two", media=MEDIA, num_workers=2, progress=lambda *step: seen.append(step))
@@ -118,7 +118,7 @@ def test_workers_give_the_same_bytes(clip_source: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "two") == files(tmp_path / "none")
 
 
-def test_killed_half_way_only_whole_files_are_left(
+def test_interrupted_run_leaves_only_complete_files(
     clip_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_dataset(clip_source, SHARDS)
@@ -144,7 +144,7 @@ def test_killed_half_way_only_whole_files_are_left(
     assert left.items() <= files(tmp_path / "whole").items()
 
 
-def test_a_write_that_fails_leaves_no_file(clip_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_file(clip_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, target: Path) -> None:
         raise OSError("no space left on device")
 
@@ -156,7 +156,7 @@ def test_a_write_that_fails_leaves_no_file(clip_source: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
-def test_a_damaged_file_is_made_anew(clip_source: Path, tmp_path: Path, kept: float) -> None:
+def test_damaged_file_is_written_again(clip_source: Path, tmp_path: Path, kept: float) -> None:
     dataset = open_dataset(clip_source)
     task = fill(dataset, tmp_path)[0]
     path = task.file(dataset.modalities[0])
@@ -167,7 +167,7 @@ def test_a_damaged_file_is_made_anew(clip_source: Path, tmp_path: Path, kept: fl
     assert computed(dataset, tmp_path) == 0
 
 
-def test_what_is_wrong_with_media_is_told_row_by_row(clips: Path, tmp_path: Path) -> None:
+def test_problems_of_media_are_reported_by_row(clips: Path, tmp_path: Path) -> None:
     sound, sight = (clips / "0.wav").read_bytes(), (clips / "0.png").read_bytes()
     (clips / "0.wav").unlink()
     (clips / "1.wav").write_bytes(b"no sound at all")
@@ -200,7 +200,7 @@ def test_what_is_wrong_with_media_is_told_row_by_row(clips: Path, tmp_path: Path
     assert computed(dataset, tmp_path) == 0  # what is broken is not tried again
 
 
-def test_matrices_are_of_the_rows_asked_for_in_their_order(clips: Path, tmp_path: Path) -> None:
+def test_matrix_has_requested_rows_in_order(clips: Path, tmp_path: Path) -> None:
     """Unusable rows lie between; a row's vector is its own all the same."""
     clean = open_dataset(clips, SHARDS)
     whole = matrices(clean, fill(clean, tmp_path / "one"))[0]
@@ -213,7 +213,7 @@ def test_matrices_are_of_the_rows_asked_for_in_their_order(clips: Path, tmp_path
     np.testing.assert_array_equal(FeatureMatrix.of(tasks, status, rows).read_all(), whole[rows])
 
 
-def test_what_is_wrong_with_vectors_is_told_row_by_row(tmp_path: Path) -> None:
+def test_problems_of_vectors_are_reported_by_row(tmp_path: Path) -> None:
     odd = pa.array([[1.0, 2.0], [float("nan"), 1.0], None, [1.0], [0.0, 0.0]], pa.list_(pa.float32()))
     pq.write_table(pa.table({"label": [0] * 5, "u": odd, "v": [[1.0]] * 5}), tmp_path / "d.parquet", row_group_size=2)
     dataset = open_dataset(tmp_path / "d.parquet")
@@ -230,7 +230,7 @@ def test_what_is_wrong_with_vectors_is_told_row_by_row(tmp_path: Path) -> None:
     assert computed(dataset, tmp_path / "cache") == 0
 
 
-def test_a_film_gives_two_vectors(tmp_path: Path, film: Callable[[bool], bytes]) -> None:
+def test_video_is_encoded_as_audio_and_visual(tmp_path: Path, film: Callable[[bool], bytes]) -> None:
     (tmp_path / "a.mp4").write_bytes(film(True))
     (tmp_path / "b.mp4").write_bytes(film(False))
     (tmp_path / "metadata.csv").write_text("file_name,label\na.mp4,0\nb.mp4,1\n")
@@ -241,7 +241,7 @@ def test_a_film_gives_two_vectors(tmp_path: Path, film: Callable[[bool], bytes])
     assert visual.usable.all()
 
 
-def test_a_vector_depends_on_no_other_row(tmp_path: Path) -> None:
+def test_vector_does_not_depend_on_other_rows(tmp_path: Path) -> None:
     texts = ["a dog", "a cat", "...", "a dog and a cat", "birds"]
     for name, kept in (("all", texts), ("some", texts[1::2])):
         rows = [{"text": text, "label": 0, "v": [1.0]} for text in kept]
@@ -254,7 +254,7 @@ def test_a_vector_depends_on_no_other_row(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, [text_counts(text, MEDIA) for text in texts if text != "..."])
 
 
-def test_nothing_usable_is_refused(clips: Path, tmp_path: Path) -> None:
+def test_modality_without_usable_sample_is_rejected(clips: Path, tmp_path: Path) -> None:
     for path in clips.glob("*.wav"):
         path.unlink()
     dataset = open_dataset(clips)
@@ -263,14 +263,14 @@ def test_nothing_usable_is_refused(clips: Path, tmp_path: Path) -> None:
         read_status(tasks, dataset.modalities[0], read_ids(dataset))
 
 
-def test_data_that_changed_meanwhile_are_refused(clip_source: Path, tmp_path: Path) -> None:
+def test_data_changed_after_encoding_are_rejected(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source)
     tasks = fill(dataset, tmp_path)
     with pytest.raises(DatasetError, match="the data changed while they were read"):
         read_status(tasks, dataset.modalities[0], read_ids(dataset)[::-1])
 
 
-def test_a_file_survives_that_it_is_read_while_it_is_replaced(clip_source: Path, tmp_path: Path) -> None:
+def test_mapped_file_can_be_replaced(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source)
     path = fill(dataset, tmp_path)[0].file(dataset.modalities[0])
     before = read_arrow(path)

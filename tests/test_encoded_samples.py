@@ -72,7 +72,7 @@ def reasons(left_out: Sequence[Quarantined]) -> list[tuple[str, str | None, Reas
     return [(each.sample_id, each.modality, each.reason, each.detail) for each in left_out]
 
 
-def test_of_equal_content_the_least_id_is_kept() -> None:
+def test_smallest_id_of_duplicates_is_kept() -> None:
     encoded = stock_of("xyxx", "xyxx", sample_id=["s9", "s1", "s3", "s10"], label=[0, 1, 0, 1])
     rows, left_out = select_usable(encoded, keep_duplicates=False)
     assert encoded.samples.sample_id[rows].tolist() == ["s1", "s10"]
@@ -87,19 +87,19 @@ def test_of_equal_content_the_least_id_is_kept() -> None:
     assert select_usable(encoded, keep_duplicates=True)[1] == []
 
 
-def test_equal_content_in_one_modality_alone_is_no_duplicate() -> None:
+def test_equal_content_in_one_modality_is_not_a_duplicate() -> None:
     rows, left_out = select_usable(stock_of("xxxx", "abcd"), keep_duplicates=False)
     assert (rows.tolist(), left_out) == ([0, 1, 2, 3], [])
 
 
-def test_a_copy_of_what_cannot_be_scored_is_scored() -> None:
+def test_copy_of_unscorable_sample_is_scored() -> None:
     """The least id has no label: the other is then no duplicate of anything that is kept."""
     rows, left_out = select_usable(stock_of("xxy", "xxy", label=[NO_LABEL, 1, 0]), keep_duplicates=False)
     assert rows.tolist() == [1, 2]
     assert reasons(left_out) == [("s0", None, Reason.NO_LABEL, "the label is null")]
 
 
-def test_a_null_of_three_is_scored_and_of_two_is_missing() -> None:
+def test_null_is_allowed_with_two_other_modalities() -> None:
     three = stock_of(["p", None, "r"], "xyz", "uvw")
     rows, left_out = select_usable(three, keep_duplicates=False)
     assert (rows.tolist(), left_out) == ([0, 1, 2], [])
@@ -109,13 +109,13 @@ def test_a_null_of_three_is_scored_and_of_two_is_missing() -> None:
     assert reasons(left_out) == [("s1", "a", Reason.MISSING, "a is null")]
 
 
-def test_two_nulls_of_three_are_too_many() -> None:
+def test_sample_with_one_usable_modality_is_excluded() -> None:
     rows, left_out = select_usable(stock_of(["p", None], ["x", None], "uv"), keep_duplicates=False)
     assert rows.tolist() == [0]
     assert [(each.sample_id, each.modality) for each in left_out] == [("s1", "a"), ("s1", "b")]
 
 
-def test_a_broken_file_leaves_the_sample_out_whatever_the_rest() -> None:
+def test_damaged_file_excludes_the_sample() -> None:
     encoded = stock_of(["p", "q", BROKEN], ["x", BROKEN, None], "uvw")
     rows, left_out = select_usable(encoded, keep_duplicates=False)
     assert rows.tolist() == [0]
@@ -126,7 +126,7 @@ def test_a_broken_file_leaves_the_sample_out_whatever_the_rest() -> None:
     ]
 
 
-def test_a_file_that_is_not_there_is_broken_and_not_left_empty() -> None:
+def test_missing_file_counts_as_damaged_not_as_null() -> None:
     encoded = stock_of("pq", "xy", "uv")
     lost = (1, Reason.MISSING, "q.wav does not exist")
     status = Status(
@@ -142,7 +142,7 @@ def test_a_file_that_is_not_there_is_broken_and_not_left_empty() -> None:
     assert [each.detail for each in left_out] == ["q.wav does not exist"]
 
 
-def test_a_label_that_is_no_class_is_told_from_none() -> None:
+def test_unknown_label_and_missing_label_have_different_reasons() -> None:
     encoded = stock_of("pqr", "xyz", label=[0, NO_LABEL, UNKNOWN_LABEL], unknown=((2, "zebra"),))
     rows, left_out = select_usable(encoded, keep_duplicates=False)
     assert rows.tolist() == [0]
@@ -152,7 +152,7 @@ def test_a_label_that_is_no_class_is_told_from_none() -> None:
     ]
 
 
-def test_nothing_to_score_is_refused_with_the_first_reason() -> None:
+def test_no_scorable_sample_is_rejected_with_first_reason() -> None:
     with pytest.raises(ScoreError, match=r"no sample is usable in every modality; the first problem: .*a is null"):
         select_usable(stock_of([None, None], "xy"), keep_duplicates=False)
 
@@ -163,7 +163,7 @@ ROW = st.tuples(CELL, CELL, CELL, st.sampled_from([0, 1, NO_LABEL, UNKNOWN_LABEL
 
 @settings(deadline=None)
 @given(st.lists(ROW, min_size=1, max_size=24), st.booleans(), st.permutations(range(24)))
-def test_input_is_scored_plus_left_out_whatever_the_order(
+def test_samples_are_scored_or_excluded_independent_of_order(
     rows: list[tuple[Any, ...]], keep_duplicates: bool, order: list[int]
 ) -> None:
     """Of three modalities: none broken, two there, a label, and the least id of those with the same cells."""
@@ -197,7 +197,7 @@ def test_input_is_scored_plus_left_out_whatever_the_order(
     assert found == found[:1] * len(found)
 
 
-def test_the_fingerprint_does_not_depend_on_row_order() -> None:
+def test_fingerprint_does_not_depend_on_row_order() -> None:
     one = stock_of("pqrs", "wxyz", label=[0, 1, 1, NO_LABEL])
     two = stock_of(
         "srqp",
@@ -222,14 +222,14 @@ def test_the_fingerprint_does_not_depend_on_row_order() -> None:
         {"grouped": False},
     ],
 )
-def test_every_change_changes_the_fingerprint(change: dict[str, Any]) -> None:
+def test_every_change_of_samples_changes_the_fingerprint(change: dict[str, Any]) -> None:
     before = stock_of("pqrs", "wxyz").fingerprint
     assert stock_of("pqrs", "wxyz").fingerprint == before
     assert stock_of("pqrs", "wxyz", **change).fingerprint != before
 
 
 @pytest.mark.parametrize("cells", [("pqrt", "wxyz"), ("qprs", "wxyz"), ("wxyz", "pqrs"), ("pqrs",)])
-def test_other_content_is_another_fingerprint(cells: tuple[str, ...]) -> None:
+def test_other_content_changes_the_fingerprint(cells: tuple[str, ...]) -> None:
     assert stock_of(*cells).fingerprint != stock_of("pqrs", "wxyz").fingerprint
 
 
@@ -239,7 +239,7 @@ def read_stock(data: Path, cache: Path, config: DataConfig) -> EncodedSamples:
     return collect_encoded(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
 
 
-def test_the_format_of_the_metadata_does_not_matter(clips: Path, tmp_path: Path) -> None:
+def test_metadata_format_does_not_change_the_fingerprint(clips: Path, tmp_path: Path) -> None:
     with (clips / "metadata.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     rows[5]["label"] = rows[7]["label"] = ""
@@ -263,7 +263,7 @@ def test_the_format_of_the_metadata_does_not_matter(clips: Path, tmp_path: Path)
     assert [len(select_usable(encoded, keep_duplicates=False)[0]) for encoded in stocks] == [22] * 3
 
 
-def test_nulls_on_disk_are_missing_and_classes_say_what_is_known(tmp_path: Path) -> None:
+def test_nulls_and_unknown_classes_on_disk_are_excluded(tmp_path: Path) -> None:
     columns: dict[str, Any] = {
         "id": [f"s{row}" for row in range(6)],
         "label": ["x", "y", "x", "zebra", None, "y"],

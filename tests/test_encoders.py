@@ -52,7 +52,7 @@ def test_every_kind_has_an_encoder() -> None:
 
 
 @pytest.mark.parametrize("type_", TYPES)
-def test_vectors_are_taken_as_they_are_and_checked_one_by_one(type_: pa.DataType) -> None:
+def test_vectors_are_unchanged_and_checked_by_row(type_: pa.DataType) -> None:
     whole = pa.array(ROWS, type_)
     for column in (pa.chunked_array([whole]), pa.chunked_array([whole.slice(0, 2), whole.slice(2)])):
         found = encode_vectors(column, vectors(3))
@@ -65,25 +65,25 @@ def test_vectors_are_taken_as_they_are_and_checked_one_by_one(type_: pa.DataType
         assert str(found.problem[4]) == "not-finite: 1 of 3 numbers are not finite"
 
 
-def test_vectors_of_fixed_length_may_be_null_and_columns_be_cut() -> None:
+def test_null_and_sliced_fixed_length_vectors_are_read() -> None:
     whole = pa.array([[9, 9], [1, 2], None, [3, 4], [8, 8]], pa.list_(pa.float32(), 2))
     found = encode_vectors(pa.chunked_array([whole.slice(1, 3)]), vectors(2))
     assert rows_of(found) == [[1, 2], None, [3, 4]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
-def test_what_float32_cannot_hold_is_not_finite(value: float) -> None:
+def test_values_outside_float32_are_not_finite(value: float) -> None:
     found = encode_vectors(pa.chunked_array([pa.array([[value, 1.0]], pa.list_(pa.float64()))]), vectors(2))
     assert [problem.reason for problem in found.problem.values()] == [Reason.NOT_FINITE]
 
 
-def test_whole_numbers_past_float32_are_rounded() -> None:
+def test_large_integers_are_rounded_to_float32() -> None:
     column = pa.chunked_array([pa.array([[2**24 + 1, 2**53 + 1]], pa.list_(pa.int64()))])
     assert rows_of(encode_vectors(column, vectors(2))) == [[2.0**24, 2.0**53]]
 
 
 @given(st.lists(st.none() | st.lists(st.floats(width=32), max_size=3), max_size=8))
-def test_content_and_verdict_are_the_vectors_own(rows: list[list[float] | None]) -> None:
+def test_content_and_problem_depend_only_on_the_row(rows: list[list[float] | None]) -> None:
     column = pa.chunked_array([pa.array(rows, pa.list_(pa.float32()))])
     found = encode_vectors(column, vectors(2))
     digests = [digest(np.array(row or [], dtype=np.float32).tobytes()) for row in rows]
@@ -94,7 +94,7 @@ def test_content_and_verdict_are_the_vectors_own(rows: list[list[float] | None])
     assert rows_of(found) == [row if fine else None for row, fine in zip(rows, good, strict=True)]
 
 
-def test_a_cell_is_encoded_or_says_why_not() -> None:
+def test_cell_is_encoded_or_returns_its_error() -> None:
     text = Modality(name="t", column="t", kind="text")
     vector = encode_cell("one two one", text, MEDIA)
     assert isinstance(vector, np.ndarray)
@@ -110,7 +110,7 @@ def test_a_cell_is_encoded_or_says_why_not() -> None:
 
 
 @pytest.mark.parametrize("kind", ["audio", "image", "video", "frames", "text"])
-def test_all_that_decides_about_a_vector_is_in_its_fingerprint(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_relevant_setting_changes_the_fingerprint(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     modality = Modality(name="m", column="c", kind=kind)
     found = {preprocessing(modality, MEDIA)}
     assert preprocessing(replace(modality, name="n", column="d"), MEDIA) in found
@@ -122,13 +122,13 @@ def test_all_that_decides_about_a_vector_is_in_its_fingerprint(kind: str, monkey
     assert len(found) == 5
 
 
-def test_kinds_and_lengths_are_told_apart() -> None:
+def test_kinds_and_lengths_have_distinct_fingerprints() -> None:
     kinds = [Modality(name="m", column="c", kind=kind) for kind in ENCODERS] + [vectors(2), vectors(3)]
     assert len({preprocessing(modality, MEDIA) for modality in kinds}) == len(kinds)
     assert preprocessing(vectors(2), MEDIA) == preprocessing(vectors(2), MediaConfig(image_size=8))
 
 
-def test_encoders_are_told_apart() -> None:
+def test_encoders_have_distinct_fingerprints() -> None:
     found = {
         preprocessing(Modality(name="m", column="c", kind=kind, encoder=encoder), MEDIA)
         for kind in NETWORK_INPUTS
@@ -151,7 +151,7 @@ def loaded(clip_source: Path, film: Callable[[bool], bytes]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("media", [MEDIA, MediaConfig(network_seconds=0.15, network_size=20, sample_rate=11_025)])
 @pytest.mark.parametrize("kind", NETWORK_INPUTS)
-def test_a_network_is_given_what_its_shape_says(kind: str, media: MediaConfig, loaded: dict[str, Any]) -> None:
+def test_network_inputs_have_the_declared_shape(kind: str, media: MediaConfig, loaded: dict[str, Any]) -> None:
     modality = Modality(name="m", column="c", kind=kind, encoder="resnet18")
     found = encode_cell(loaded[kind], modality, media)
     assert isinstance(found, np.ndarray)
@@ -167,7 +167,7 @@ def test_a_network_is_given_what_its_shape_says(kind: str, media: MediaConfig, l
     np.testing.assert_array_equal(unflattened, expected[kind](loaded[kind]))
 
 
-def test_pictures_in_folders_are_measured_as_a_film_is(clip_source: Path) -> None:
+def test_frames_of_folders_are_encoded_as_video(clip_source: Path) -> None:
     pictures = tuple((clip_source / f"{number}.png").read_bytes() for number in range(6))
     frames = Modality(name="f", column="c", kind="frames")
     found = encode_cell((pictures,), frames, MEDIA)
@@ -193,11 +193,11 @@ def test_pictures_in_folders_are_measured_as_a_film_is(clip_source: Path) -> Non
         ("os.path:join", "features", r"vectors are read as they are"),
     ],
 )
-def test_an_encoder_that_is_not_there_or_does_not_fit_is_refused(encoder: str, kind: str, message: str) -> None:
+def test_invalid_encoder_is_rejected(encoder: str, kind: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"--encoder m={encoder}: {message}"):
         check_encoder(Modality(name="m", column="c", kind=kind, encoder=encoder))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_statistics_read_every_kind(kind: str) -> None:
+def test_statistics_support_every_kind(kind: str) -> None:
     check_encoder(Modality(name="m", column="c", kind=kind))

@@ -29,7 +29,7 @@ def laid(root: Path, *paths: str) -> list[dict[str, object]]:
     return rows(plan_layout(lay(root, *paths), shard_rows=2, allow_outside=False))
 
 
-def test_files_of_one_name_are_one_sample(tmp_path: Path) -> None:
+def test_files_with_one_stem_are_one_sample(tmp_path: Path) -> None:
     assert laid(tmp_path, "dog/1.wav", "dog/1.png", "cat/b/1.0.png", "cat/b/1.0.wav", "dog/2.wav") == [
         {"id": "cat/b/1.0", "label": "cat", "audio_file_name": "cat/b/1.0.wav", "image_file_name": "cat/b/1.0.png"},
         {"id": "dog/1", "label": "dog", "audio_file_name": "dog/1.wav", "image_file_name": "dog/1.png"},
@@ -38,7 +38,7 @@ def test_files_of_one_name_are_one_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["{modality}/{split}", "{split}/{modality}"])
-def test_folders_of_modalities_and_splits_in_either_order(tmp_path: Path, order: str) -> None:
+def test_modality_and_split_folders_in_either_order(tmp_path: Path, order: str) -> None:
     paths = [
         f"{order.format(modality=modality, split=split)}/dog/{split}1.{suffix}"
         for modality, suffix in (("AudioWAV", "wav"), ("VideoFlash", "flv"))
@@ -51,7 +51,7 @@ def test_folders_of_modalities_and_splits_in_either_order(tmp_path: Path, order:
     assert sorted(str(row[name]) for row in found for name in ("audio_file_name", "video_file_name")) == sorted(paths)
 
 
-def test_two_folders_of_one_kind_are_two_modalities(tmp_path: Path) -> None:
+def test_modality_folders_of_one_kind_are_two_modalities(tmp_path: Path) -> None:
     [row] = laid(tmp_path, "rgb_image/dog/1.png", "depth_image/dog/1.png", "audio/dog/1.wav")
     assert row == {
         "id": "dog/1",
@@ -63,13 +63,13 @@ def test_two_folders_of_one_kind_are_two_modalities(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [("cat_video", "dog_video"), ("train", "dog"), ("audio", "dog")])
-def test_classes_are_not_taken_for_modalities_or_splits(tmp_path: Path, classes: tuple[str, str]) -> None:
+def test_class_folders_are_not_modalities_or_splits(tmp_path: Path, classes: tuple[str, str]) -> None:
     found = laid(tmp_path, *(f"{name}/1.mp4" for name in classes))
     assert {str(row["label"]) for row in found} == set(classes)
     assert all("split" not in row for row in found)
 
 
-def test_films_are_heard_and_seen(tmp_path: Path) -> None:
+def test_videos_are_audio_and_visual(tmp_path: Path) -> None:
     data = lay(tmp_path, "cat/1.mp4", "dog/1.mp4")
     assert [str(each) for each in open_dataset(data).modalities] == [
         "audio=video_file_name:audio", "visual=video_file_name:video"
@@ -80,7 +80,7 @@ def test_films_are_heard_and_seen(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_other_files_are_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
     assert (
         len(laid(tmp_path, "dog/1.wav", "dog/1.png", "README.md", "dog/Thumbs.db", ".hidden/x.wav", "dog/.1.wav")) == 1
@@ -88,7 +88,7 @@ def test_other_files_are_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptur
     assert "skipped 2 files that are not media, such as README.md" in caplog.text
 
 
-def test_what_is_no_layout_is_refused(tmp_path: Path) -> None:
+def test_folder_without_layout_is_rejected(tmp_path: Path) -> None:
     assert plan_layout(lay(tmp_path / "empty", "a/.hidden"), shard_rows=2, allow_outside=False) is None
     with pytest.raises(DatasetError, match=r"empty has none of metadata\.csv"):
         open_dataset(tmp_path / "empty")
@@ -105,7 +105,7 @@ def test_what_is_no_layout_is_refused(tmp_path: Path) -> None:
         laid(tmp_path / "flat", "train/1.png", "train/1.wav")
 
 
-def test_links_that_lead_outside_are_refused(tmp_path: Path) -> None:
+def test_links_outside_the_root_are_rejected(tmp_path: Path) -> None:
     lay(tmp_path / "outside", "dog/1.wav", "dog/1.png")
     data = lay(tmp_path / "data", "cat/1.wav", "cat/1.png")
     (data / "dog").symlink_to(tmp_path / "outside" / "dog")
@@ -121,7 +121,7 @@ def test_links_that_lead_outside_are_refused(tmp_path: Path) -> None:
         dataset.load("cat/2.wav", dataset.modalities[0])
 
 
-def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
+def test_circular_links_are_rejected(tmp_path: Path) -> None:
     data = lay(tmp_path, "cat/1.wav", "cat/1.png")
     (data / "cat" / "again").symlink_to(data)
     with pytest.raises(DatasetError, match="links to one of its parents: remove this link"):
@@ -136,7 +136,7 @@ def metadata(root: Path, **texts: str) -> Path:
     return root
 
 
-def test_tables_of_splits_are_one(tmp_path: Path) -> None:
+def test_tables_of_split_folders_are_concatenated(tmp_path: Path) -> None:
     root = metadata(
         tmp_path,
         test="file_name,sound_path,label,note\na.png,/abs/a.wav,x,a.b\n",
@@ -151,7 +151,7 @@ def test_tables_of_splits_are_one(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_folders_that_are_no_splits_give_none_and_a_split_of_their_own_stays(tmp_path: Path) -> None:
+def test_other_folders_add_no_split_and_existing_split_is_kept(tmp_path: Path) -> None:
     root = metadata(tmp_path / "a", train="file_name,label\na.png,x\n", speaker="file_name,label\nb.png,y\n")
     assert rows(plan_split_tables(root, find_split_tables(root), shard_rows=9)) == [
         {"file_name": "speaker/b.png", "label": "y"}, {"file_name": "train/a.png", "label": "x"}
@@ -160,7 +160,7 @@ def test_folders_that_are_no_splits_give_none_and_a_split_of_their_own_stays(tmp
     assert [row["split"] for row in rows(plan_split_tables(root, find_split_tables(root), shard_rows=9))] == ["dev"]
 
 
-def test_tables_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+def test_tables_with_different_types_are_rejected(tmp_path: Path) -> None:
     root = metadata(tmp_path, test="label\nx\n", train='{"label": 3}\n')
     with pytest.raises(DatasetError, match="the parts have columns of different types"):
         open_dataset(root)

@@ -74,7 +74,7 @@ def modality(encoder: str, kind: str = "image") -> Modality:
 
 
 @pytest.mark.parametrize("kind", ["audio", "image", "video", "frames", "text"])
-def test_it_is_given_what_is_decoded(module: str, clip_source: Path, film: Any, kind: str) -> None:
+def test_function_receives_decoded_sample(module: str, clip_source: Path, film: Any, kind: str) -> None:
     picture = (clip_source / "0.png").read_bytes()
     loaded, decode = {
         "audio": ((clip_source / "0.wav").read_bytes(), decode_audio),
@@ -98,12 +98,12 @@ def test_it_is_given_what_is_decoded(module: str, clip_source: Path, film: Any, 
         ("NOT_CALLABLE", r"has no function 'NOT_CALLABLE'"),
     ],
 )
-def test_a_function_that_is_not_there_is_refused(module: str, function: str, message: str) -> None:
+def test_missing_function_is_rejected(module: str, function: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"--encoder m={module}:{function}: .*{module}\.py {message}"):
         check_encoder(modality(f"{module}:{function}"))
 
 
-def test_a_module_that_cannot_be_imported_is_refused(module: str, tmp_path: Path) -> None:
+def test_module_that_cannot_be_imported_is_rejected(module: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"module 'no_such' cannot be imported .*; it must be installed, or be in "):
         check_encoder(modality("no_such:f"))
     (tmp_path / f"{module}_broken.py").write_text("1 / 0")
@@ -121,12 +121,12 @@ def test_a_module_that_cannot_be_imported_is_refused(module: str, tmp_path: Path
         ("words", r"returns str: it must return a vector \(d,\) of numbers"),
     ],
 )
-def test_what_is_no_vector_is_refused(module: str, function: str, message: str) -> None:
+def test_result_that_is_not_a_vector_is_rejected(module: str, function: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"{module}:{function} {message}"):
         call_function(f"{module}:{function}", np.zeros((2, 2, 3)), MEDIA)
 
 
-def test_a_sample_it_fails_on_is_unusable(module: str) -> None:
+def test_sample_on_which_function_fails_is_unusable(module: str) -> None:
     with pytest.raises(UnusableError, match=rf"{module}:fails raised KeyError: 'gone'") as failed:
         call_function(f"{module}:fails", np.zeros(2), MEDIA)
     assert failed.value.reason is Reason.FAILED
@@ -136,7 +136,7 @@ def test_a_sample_it_fails_on_is_unusable(module: str) -> None:
 
 
 @pytest.mark.parametrize("shard_rows", [24, 1])
-def test_vectors_of_several_lengths_are_refused(
+def test_vectors_of_different_lengths_are_rejected(
     module: str, clip_source: Path, tmp_path: Path, shard_rows: int
 ) -> None:
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image={module}:many",), shard_rows=shard_rows))
@@ -151,13 +151,13 @@ def test_vectors_of_several_lengths_are_refused(
         )
 
 
-def test_another_source_is_another_cache(module: str, tmp_path: Path) -> None:
+def test_source_of_function_is_part_of_fingerprint(module: str, tmp_path: Path) -> None:
     (tmp_path / f"{module}_other.py").write_text(SOURCE + "\n")
     first, other = (preprocessing(modality(f"{name}:mean"), MEDIA) for name in (module, f"{module}_other"))
     assert len({first, other, preprocessing(modality(f"{module}:shape"), MEDIA)}) == 3
 
 
-def test_workers_find_it_in_the_folder_of_the_command(module: str, clip_source: Path, tmp_path: Path) -> None:
+def test_workers_import_function_from_current_folder(module: str, clip_source: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
         "from mmaudit.audit.dataset.dataset import DataConfig, open_dataset\n"
@@ -184,7 +184,7 @@ def test_workers_find_it_in_the_folder_of_the_command(module: str, clip_source: 
     assert read_arrow(tasks[0].file(dataset.modalities[1])).num_rows == 8
 
 
-def test_the_readme_gives_the_signature_by_which_a_function_is_called() -> None:
+def test_readme_states_the_signature_of_functions() -> None:
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     (told,) = re.findall(r"`function\((.*)\) -> \(d,\)`", readme)
     assert told.split(", ") == list(inspect.signature(call_function).parameters)[1:]

@@ -38,7 +38,7 @@ def sets_of(cells: Sequence[object], *, declared: Sequence[str] = (), classes: S
     return read_label_sets(cells, declared=declared, classes=classes)
 
 
-def test_declared_classes_keep_their_numbers_and_what_lies_outside_is_unknown() -> None:
+def test_declared_classes_keep_their_numbers_and_others_are_unknown() -> None:
     found = classes_of([1, 0, -1, 7, None, 1], declared=("zebra", "ape", "none seen"))
     assert found.names == found.outputs == ("zebra", "ape", "none seen")
     assert found.label.tolist() == [1, 0, UNKNOWN_LABEL, UNKNOWN_LABEL, NO_LABEL, 1]
@@ -55,14 +55,14 @@ def test_declared_classes_keep_their_numbers_and_what_lies_outside_is_unknown() 
         (["", "a"], ("a",), [UNKNOWN_LABEL, 0]),
     ],
 )
-def test_classes_that_are_named_are_all_there_are(
+def test_labels_outside_requested_classes_are_unknown(
     cells: list[object], classes: tuple[str, ...], label: list[int]
 ) -> None:
     found = classes_of(cells, classes=classes)
     assert (found.names, found.label.tolist()) == (classes, label)
 
 
-def test_declared_classes_may_be_named_by_word_or_number() -> None:
+def test_declared_classes_can_be_requested_by_name_or_number() -> None:
     for classes in (("ape", "cow"), ("1", "2"), ("ape", "2")):
         found = classes_of([0, 1, 2], declared=("zebra", "ape", "cow"), classes=classes)
         assert (found.names, found.label.tolist()) == (("ape", "cow"), [UNKNOWN_LABEL, 0, 1])
@@ -70,7 +70,7 @@ def test_declared_classes_may_be_named_by_word_or_number() -> None:
         classes_of([0], declared=("zebra", "ape"), classes=("dog",))
 
 
-def test_names_of_a_column_go_with_their_class() -> None:
+def test_names_column_renames_classes() -> None:
     assert classes_of([2, 1, 9], ["two", None, "odd"], classes=("1", "2")).names == ("1", "two")
 
 
@@ -78,7 +78,7 @@ def test_names_of_a_column_go_with_their_class() -> None:
     ("cells", "words"),
     [([[1], [2]], "are lists: .* with --label, or pass --task multilabel"), ([0.5], "--task regression")],
 )
-def test_what_is_no_class_names_its_task(cells: list[object], words: str) -> None:
+def test_lists_and_fractions_suggest_another_task(cells: list[object], words: str) -> None:
     with pytest.raises(DatasetError, match=words):
         classes_of(cells)
 
@@ -93,7 +93,7 @@ def test_what_is_no_class_names_its_task(cells: list[object], words: str) -> Non
         [["a", "b"], "a", [], [None]],
     ],
 )
-def test_sets_of_labels_in_every_spelling(cells: list[object]) -> None:
+def test_label_sets_in_every_format_are_equal(cells: list[object]) -> None:
     found = sets_of(cells)
     assert found.outputs == ("a", "b")
     assert found.values is not None
@@ -103,14 +103,14 @@ def test_sets_of_labels_in_every_spelling(cells: list[object]) -> None:
     assert min(found.label.tolist()[:3]) >= 0
 
 
-def test_common_sets_are_strata_and_rare_ones_are_one() -> None:
+def test_rare_label_sets_share_a_stratum() -> None:
     cells: list[object] = [["a"]] * 12 + [["b", "a"]] * 10 + [[]] * 10 + [["b"]] * 9 + [["c"], None]
     found = sets_of(cells)
     assert found.names == ("(none)", "a", "a|b", "other")
     assert found.label.tolist() == [1] * 12 + [2] * 10 + [0] * 10 + [3] * 10 + [NO_LABEL]
 
 
-def test_sets_with_a_label_that_is_none_of_the_classes_are_unknown() -> None:
+def test_label_sets_with_an_unknown_label_are_unknown() -> None:
     found = sets_of([[0, 2], [1], [0, 5]], declared=("x", "y", "z"))
     assert found.outputs == ("x", "y", "z")
     assert found.unknown == ((2, "5"),)
@@ -121,7 +121,7 @@ def test_sets_with_a_label_that_is_none_of_the_classes_are_unknown() -> None:
     assert sets_of([["y", "z"], ["x"]], classes=("x", "y")).unknown == ((0, "z"),)
 
 
-def test_vectors_of_0_and_1_are_sets() -> None:
+def test_indicator_vectors_are_read_as_label_sets() -> None:
     found = sets_of([[0, 1, 1], [0, 0, 0], None, [1, 0, 0]])
     assert found.outputs == ("0", "1", "2")
     assert found.values is not None
@@ -134,19 +134,19 @@ def test_vectors_of_0_and_1_are_sets() -> None:
 
 
 @pytest.mark.parametrize("cell", [{"a": 1}, [{"a": 1}, {"a": 1}], [["dog"], ["dog"]]])
-def test_lists_and_objects_within_a_label_are_refused(cell: object) -> None:
+def test_nested_labels_are_rejected(cell: object) -> None:
     with pytest.raises(DatasetError, match="is neither a list of labels"):
         read_label_sets(["dog", cell], declared=(), classes=())
 
 
 @pytest.mark.parametrize("cells", [[None], [[], []], [""]])
-def test_no_label_in_any_set_is_refused(cells: list[object]) -> None:
+def test_only_empty_label_sets_are_rejected(cells: list[object]) -> None:
     with pytest.raises(DatasetError, match="no sample has any label"):
         sets_of(cells)
 
 
 @given(st.lists(st.sets(st.sampled_from("abcd")).map(sorted), min_size=1, max_size=60))
-def test_a_set_is_its_ones(sets: list[list[str]]) -> None:
+def test_values_of_a_label_set_mark_its_labels(sets: list[list[str]]) -> None:
     if any(sets):
         found = sets_of(sets)
         assert found.values is not None
@@ -158,7 +158,7 @@ def test_a_set_is_its_ones(sets: list[list[str]]) -> None:
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6), st.integers(-50, 50)), min_size=1, max_size=80))
-def test_tenths_are_in_order_and_numbers_stay_as_they_are(cells: list[float | int | None]) -> None:
+def test_deciles_are_ordered_and_numbers_unchanged(cells: list[float | int | None]) -> None:
     if all(cell is None for cell in cells):
         return
     found = read_numbers(cells, name="score")
@@ -175,7 +175,7 @@ def test_tenths_are_in_order_and_numbers_stay_as_they_are(cells: list[float | in
     assert found.outputs == ("score",)
 
 
-def test_tenths_are_of_one_size_where_no_value_repeats() -> None:
+def test_deciles_of_distinct_values_have_equal_size() -> None:
     found = read_numbers([str(number) for number in range(100)], name="y")
     assert np.bincount(found.label).tolist() == [10] * 10
     assert found.names[0] == "[0, 9.9)"
@@ -190,7 +190,7 @@ def test_tenths_are_of_one_size_where_no_value_repeats() -> None:
     ),
     st.randoms(use_true_random=False),
 )
-def test_what_is_not_finite_is_told_apart_and_changes_nothing_else(
+def test_values_that_are_not_finite_do_not_change_other_labels(
     finite: list[float], odd: list[float | str | None], random: Random
 ) -> None:
     cells: list[float | str | None] = [*finite, *odd]
@@ -211,18 +211,18 @@ def test_what_is_not_finite_is_told_apart_and_changes_nothing_else(
 
 
 @pytest.mark.parametrize("cell", ["word", [1.0]])
-def test_what_is_no_number_is_refused(cell: object) -> None:
+def test_cell_that_is_not_a_number_is_rejected(cell: object) -> None:
     with pytest.raises(DatasetError, match=r"column 'y' holds .*, which is not a number: pass --task classification"):
         read_numbers([1.0, cell], name="y")
 
 
-def test_no_number_at_all_is_refused() -> None:
+def test_column_without_any_number_is_rejected() -> None:
     with pytest.raises(DatasetError, match="no sample has a number in column 'y'"):
         read_numbers([None, math.nan, " ", math.inf, "-inf"], name="y")
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_rows_of_rows_are_rows(task: str) -> None:
+def test_take_selects_rows_repeatedly(task: str) -> None:
     rng = np.random.default_rng(0)
     k = {"classification": 4, "multilabel": 3, "regression": 1}[task]
     values = None if task == "classification" else rng.random((20, k)).astype(np.float32)

@@ -43,7 +43,7 @@ def opened(tmp_path: Path) -> Callable[[list[list[float] | None]], FeatureMatrix
     return open_
 
 
-def test_rows_are_those_of_the_whole(opened: Callable[..., FeatureMatrix]) -> None:
+def test_read_rows_equal_rows_of_the_matrix(opened: Callable[..., FeatureMatrix]) -> None:
     whole = RNG.standard_normal((19, 3)).astype(np.float32)
     matrix = opened(whole.tolist())
     assert (matrix.num_rows, matrix.num_features) == whole.shape
@@ -54,7 +54,7 @@ def test_rows_are_those_of_the_whole(opened: Callable[..., FeatureMatrix]) -> No
     assert matrix.read(np.zeros(0, np.intp)).shape == (0, 3)
 
 
-def test_what_is_missing_is_nan(opened: Callable[..., FeatureMatrix]) -> None:
+def test_missing_rows_are_nan(opened: Callable[..., FeatureMatrix]) -> None:
     whole: list[list[float] | None] = [[float(row), 1.0] for row in range(11)]
     whole[0] = whole[6] = None
     matrix = opened(whole)
@@ -63,7 +63,7 @@ def test_what_is_missing_is_nan(opened: Callable[..., FeatureMatrix]) -> None:
     np.testing.assert_array_equal(found, np.array([[np.nan] * 2, [7, 1], [np.nan] * 2, [10, 1]], np.float32))
 
 
-def test_joint_inputs_stand_side_by_side_and_masked_ones_are_missing() -> None:
+def test_joint_inputs_concatenate_features_and_masked_parts_are_nan() -> None:
     one, other = RNG.standard_normal((2, 5, 3)).astype(np.float32)
     joint = JointInputs(parts=(MatrixInputs(matrix=one), MatrixInputs(matrix=other)))
     rows = np.array([4, 0])
@@ -74,7 +74,7 @@ def test_joint_inputs_stand_side_by_side_and_masked_ones_are_missing() -> None:
     np.testing.assert_array_equal(masked[:, 3:], other[rows])
 
 
-def test_chunks_cover_all_rows_in_order_and_keep_to_their_size() -> None:
+def test_chunks_partition_rows_within_max_bytes() -> None:
     inputs = MatrixInputs(matrix=np.zeros((5_000, 8), np.float32))
     parts = list(chunks(inputs, most_bytes=4 * 8 * 300))
     assert [len(part) for part in parts[:-1]] == [300] * (len(parts) - 1)

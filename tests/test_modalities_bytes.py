@@ -55,12 +55,12 @@ def film(format_: str, codec: str) -> bytes:
         ("ogg", "flac", "s16"),
     ],
 )
-def test_sounds(format_: str, codec: str, sample_format: str) -> None:
+def test_audio_formats_are_recognised(format_: str, codec: str, sample_format: str) -> None:
     assert kind_of_bytes(sound(format_, codec, sample_format=sample_format)) == "audio"
 
 
 @pytest.mark.parametrize("format_", ["png", "jpeg", "gif", "bmp", "webp", "tiff", "ppm"])
-def test_pictures(format_: str) -> None:
+def test_image_formats_are_recognised(format_: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(file, format_)
     assert kind_of_bytes(file.getvalue()) == "image"
@@ -77,12 +77,12 @@ def test_pictures(format_: str) -> None:
         ("mpeg", "mpeg1video"),
     ],
 )
-def test_films(format_: str, codec: str) -> None:
+def test_video_formats_are_recognised(format_: str, codec: str) -> None:
     assert kind_of_bytes(film(format_, codec)) == "video"
 
 
 @pytest.mark.parametrize("start", [b"\xff\xfb\x90\x00", b"\xff\xf3\x40", b"ID3\x04\0\0"])
-def test_mp3_with_a_tag_and_without(start: bytes) -> None:
+def test_mp3_is_recognised_with_and_without_tag(start: bytes) -> None:
     assert kind_of_bytes(start + bytes(40)) == "audio"
 
 
@@ -100,17 +100,17 @@ def tar() -> bytes:
         b"FORM1234ILBM", b"{}", b"PK\3\4", b"\x93NUMPY\1\0", b"\0\0\0\x1cftypavif", tar(),
     ],
 )  # fmt: skip
-def test_other_bytes_are_nothing(data: bytes) -> None:
+def test_other_bytes_are_not_recognised(data: bytes) -> None:
     assert kind_of_bytes(data) is None
 
 
 @given(st.binary(max_size=100))
-def test_the_first_bytes_suffice(data: bytes) -> None:
+def test_first_bytes_suffice(data: bytes) -> None:
     assert kind_of_bytes(data[:NUM_BYTES]) == kind_of_bytes(data)
 
 
 @given(st.text(max_size=60).map(lambda text: text.encode()))
-def test_no_text_of_letters_is_a_medium(data: bytes) -> None:
+def test_text_is_not_recognised_as_media(data: bytes) -> None:
     known = (
         b"ID3",
         b"GIF8",

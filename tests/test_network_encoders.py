@@ -42,7 +42,7 @@ def standardise(encoder: VectorEncoder, rows: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_vectors_by_hand() -> None:
+def test_vector_encoder_equals_manual_computation() -> None:
     """relu(layer norm(W (x - mean) / scale + b)) of each row."""
     encoder, rows = vectors(), 3 * some((5,)) + 2
     standardise(encoder, rows)
@@ -58,7 +58,7 @@ def test_vectors_by_hand() -> None:
 
 
 @torch.no_grad()
-def test_levels_of_vectors_do_not_matter_once_standardised() -> None:
+def test_scale_and_offset_do_not_matter_after_standardisation() -> None:
     found = []
     for gain, offset in ((1.0, 0.0), (100.0, -7.0)):
         encoder, rows = vectors(), gain * some((5,)) + offset
@@ -68,7 +68,7 @@ def test_levels_of_vectors_do_not_matter_once_standardised() -> None:
 
 
 @torch.no_grad()
-def test_a_feature_that_only_rounding_moves_keeps_scale_1() -> None:
+def test_feature_that_varies_by_rounding_only_has_scale_1() -> None:
     encoder, rows = vectors(), some((5,))
     rows[:, 2], rows[:, 4] = 9.0, 1e4 + 1e-4 * rows[:, 4]
     standardise(encoder, rows)
@@ -77,7 +77,7 @@ def test_a_feature_that_only_rounding_moves_keeps_scale_1() -> None:
     assert encoder(rows + 1e-3).isfinite().all()
 
 
-def test_a_missing_vector_counts_as_the_mean() -> None:
+def test_missing_vector_equals_the_mean() -> None:
     encoder, rows = vectors(), 3 * some((5,)) + 2
     standardise(encoder, rows)
     holed, filled = rows.clone(), rows.clone()
@@ -91,7 +91,7 @@ def test_a_missing_vector_counts_as_the_mean() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pictures_go_through_the_trunk_of_the_probes(shape: tuple[int, ...]) -> None:
+def test_picture_encoder_equals_the_trunk_of_the_probes(shape: tuple[int, ...]) -> None:
     encoder = pictures(shape).eval()
     encoder.standardise_by(torch.full((shape[-1] if len(shape) > 2 else 1,), 0.5), torch.full((1,), 2.0))
     probe: Network = build_network(shape, num_outputs=4, width=0.05, seed=5).eval()
@@ -107,7 +107,7 @@ def test_pictures_go_through_the_trunk_of_the_probes(shape: tuple[int, ...]) -> 
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pictures_are_standardised_by_channel_and_a_missing_one_counts_as_the_mean(shape: tuple[int, ...]) -> None:
+def test_pictures_are_standardised_by_channel_and_missing_ones_are_the_mean(shape: tuple[int, ...]) -> None:
     encoder, plain = pictures(shape).eval(), pictures(shape).eval()
     channels = 1 if len(shape) == 2 else 3
     mean, scale = torch.tensor([5.0, 60.0, -7.0])[:channels], torch.tensor([2.0, 0.0, 50.0])[:channels]
@@ -121,14 +121,14 @@ def test_pictures_are_standardised_by_channel_and_a_missing_one_counts_as_the_me
 
 
 @torch.no_grad()
-def test_levels_of_whole_numbers_are_read_as_they_are() -> None:
+def test_uint8_pixels_equal_their_float_values() -> None:
     encoder = pictures((16, 16, 3)).eval()
     levels = torch.randint(0, 256, (4, 768), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(encoder(levels), encoder(levels.float()))
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-def test_a_share_without_spread_is_normalised_by_the_running_means(rows: int) -> None:
+def test_batch_of_at_most_one_uses_running_statistics(rows: int) -> None:
     """A last step may leave a process one picture or none. Batch norm would refuse the one, and crash at the other."""
     encoder = pictures((16, 16, 3)).train()
     encoder(some((16, 16, 3)))
@@ -144,14 +144,14 @@ def test_a_share_without_spread_is_normalised_by_the_running_means(rows: int) ->
 
 
 @torch.no_grad()
-def test_two_frames_of_one_clip_are_a_batch() -> None:
+def test_frames_of_one_clip_form_a_batch() -> None:
     encoder = pictures((2, 16, 16, 3)).train()
     before = [buffer.clone() for buffer in encoder.buffers()]
     assert encoder(some((2, 16, 16, 3), rows=1)).isfinite().all()
     assert any(not torch.equal(a, b) for a, b in zip(encoder.buffers(), before, strict=True))
 
 
-def test_no_rows_of_vectors_have_gradients_of_0() -> None:
+def test_empty_batch_of_vectors_has_zero_gradients() -> None:
     encoder = vectors()
     torch.autograd.backward(encoder(torch.zeros(0, 5)).sum())
     assert all(p.grad is not None and (p.grad == 0).all() for p in encoder.parameters())
@@ -159,7 +159,7 @@ def test_no_rows_of_vectors_have_gradients_of_0() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [lambda: vectors(dropout=0.5), lambda: pictures((8, 12), dropout=0.5)])
-def test_dropout_is_for_training_alone(make: Any) -> None:
+def test_dropout_is_active_only_in_training(make: Any) -> None:
     encoder = make()
     rows = some((5,) if isinstance(encoder, VectorEncoder) else (8, 12))
     assert not torch.equal(encoder(rows), encoder(rows))
@@ -178,7 +178,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(share: float) -> None:
     assert float((found == 0).double().mean()) == pytest.approx(share, abs=5 * sd)
 
 
-def test_what_dropout_drops_does_not_depend_on_its_place() -> None:
+def test_dropped_positions_are_independent() -> None:
     """Neighbours come from one draw of 64 bits: they must not fall together, nor one of four more often."""
     torch.manual_seed(0)
     dropped = (Dropout(0.3)(torch.ones(100_000, 4)) == 0).double()
@@ -188,7 +188,7 @@ def test_what_dropout_drops_does_not_depend_on_its_place() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_flow_through_what_dropout_keeps(dtype: torch.dtype) -> None:
+def test_gradients_flow_only_through_kept_values(dtype: torch.dtype) -> None:
     values = torch.randn(7, 9, dtype=dtype, requires_grad=True)  # 63: not a multiple of the four of a draw
     found = Dropout(0.5)(values)
     assert found.dtype == dtype
@@ -205,13 +205,13 @@ def test_dropout_follows_the_seed() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-7])
-def test_dropout_of_nothing_changes_nothing(share: float) -> None:
+def test_dropout_of_zero_returns_its_input(share: float) -> None:
     values = torch.ones(50)
     assert Dropout(share)(values) is values
     assert Dropout(0.5).eval()(values) is values
 
 
-def test_dropout_of_nearly_all_keeps_something_finite() -> None:
+def test_dropout_of_nearly_all_stays_finite() -> None:
     torch.manual_seed(0)
     found = Dropout(1 - 1e-9)(torch.ones(1 << 20))
     assert found.unique().tolist() == [0.0, 2.0**15]

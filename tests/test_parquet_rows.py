@@ -17,7 +17,7 @@ from mmaudit.audit.dataset.formats.parquet_rows import ParquetShard, parquet_hea
 from mmaudit.audit.errors import DatasetError
 
 
-def test_small_row_groups_are_shards_and_empty_ones_are_none(tmp_path: Path) -> None:
+def test_small_row_groups_are_shards_and_empty_ones_are_skipped(tmp_path: Path) -> None:
     rows = pa.table({"id": list(range(7)), "x": [0.5] * 7})
     pq.write_table(rows.slice(0, 0), tmp_path / "a.parquet")
     pq.write_table(rows.slice(0, 5), tmp_path / "b.parquet", row_group_size=2)
@@ -45,7 +45,7 @@ def write(path: Path, num_rows: int, *, row_group_size: int) -> pa.Table:
 @pytest.mark.usefixtures("cut_small")
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 60), st.integers(1, 60), st.randoms(use_true_random=False))
-def test_parts_in_any_order_give_the_rows(tmp_path: Path, num_rows: int, row_group_size: int, random: object) -> None:
+def test_shards_in_any_order_give_all_rows(tmp_path: Path, num_rows: int, row_group_size: int, random: object) -> None:
     path = tmp_path / "d.parquet"
     path.unlink(missing_ok=True)
     rows = write(path, num_rows, row_group_size=row_group_size)
@@ -66,7 +66,7 @@ def held(rows: int, *, media: bool) -> pa.Table:
 
 
 @pytest.mark.usefixtures("cut_small")
-def test_media_are_cut_into_parts_of_their_own_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_of_media_have_at_most_media_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_groups, "_SHARD_BYTES", 1_000)
     pq.write_table(held(40, media=True), tmp_path / "m.parquet", compression="none", use_dictionary=False)
     assert {shard.num_rows for shard in row_group_shards([tmp_path / "m.parquet"], media_rows=7)} == {1}
@@ -78,7 +78,7 @@ def test_media_are_cut_into_parts_of_their_own_number(tmp_path: Path, monkeypatc
     assert parquet_head(tmp_path / "v.parquet").num_rows == 64
 
 
-def test_a_large_row_group_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_row_group_is_never_entirely_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """40 MB of vectors in one row group, cut into parts of 4 MB: a few of them are held at once, not all."""
     monkeypatch.setattr(row_groups, "_SHARD_BYTES", 1 << 22)
     path = tmp_path / "d.parquet"
@@ -99,7 +99,7 @@ def test_a_large_row_group_is_never_whole_in_memory(tmp_path: Path, monkeypatch:
     assert pa.total_allocated_bytes() - before < 1 << 20  # and nothing stays
 
 
-def test_a_head_has_the_columns_of_an_empty_file_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+def test_head_of_empty_file_has_columns_and_damaged_file_is_reported(tmp_path: Path) -> None:
     pq.write_table(held(0, media=False).cast(pa.schema([("id", pa.int64()), ("x", pa.int8())])), tmp_path / "e.parquet")
     assert parquet_head(tmp_path / "e.parquet").column_names == ["id", "x"]
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
@@ -107,7 +107,7 @@ def test_a_head_has_the_columns_of_an_empty_file_and_a_damaged_one_is_named(tmp_
         parquet_head(tmp_path / "b.parquet")
 
 
-def test_a_shard_is_small_to_send(tmp_path: Path) -> None:
+def test_pickled_shard_is_small(tmp_path: Path) -> None:
     write(tmp_path / "d.parquet", 10, row_group_size=10)
     [shard] = row_group_shards([tmp_path / "d.parquet"], media_rows=1)
     assert isinstance(shard, ParquetShard)
@@ -134,7 +134,7 @@ def test_shards_in_order_decode_each_row_once(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("cut_small")
-def test_a_file_that_changes_between_two_parts_is_read_anew_or_noticed(tmp_path: Path) -> None:
+def test_changed_file_is_reopened_or_reported(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
     write(path, 50, row_group_size=50)
     first, *others = row_group_shards([path], media_rows=9)

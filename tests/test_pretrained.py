@@ -134,7 +134,7 @@ def vector(models: Path, name: str, kind: str, loaded: Any) -> NDArray[np.float3
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_a_vector_is_the_same_twice_and_in_any_batch(
+def test_vector_is_deterministic_and_independent_of_batch(
     models: Path, inputs: dict[str, list[Any]], name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = np.stack([vector(models, name, kind, loaded) for loaded in inputs[kind]])
@@ -152,7 +152,7 @@ def test_a_vector_is_the_same_twice_and_in_any_batch(
 
 
 @torch.no_grad()
-def test_sounds_equal_a_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
+def test_audio_vectors_equal_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
     wave = decode_audio(inputs["audio"][0], MEDIA)
     for name, pooled in (("ast", True), ("wav2vec2", False)):
         model: Any = transformers.AutoModel.from_pretrained(models / name).eval()
@@ -163,7 +163,7 @@ def test_sounds_equal_a_direct_forward_pass(models: Path, inputs: dict[str, list
 
 
 @torch.no_grad()
-def test_pictures_and_clips_equal_a_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
+def test_image_and_video_vectors_equal_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
     picture = Image.fromarray(read_picture(inputs["image"][0], size=None, config=MediaConfig()))
     frames = {
         count: [
@@ -187,7 +187,7 @@ def test_pictures_and_clips_equal_a_direct_forward_pass(models: Path, inputs: di
 
 
 @torch.no_grad()
-def test_texts_equal_a_direct_forward_pass_and_are_cut_to_what_the_model_takes(models: Path) -> None:
+def test_text_vectors_equal_direct_forward_pass_and_are_truncated(models: Path) -> None:
     model: Any = transformers.AutoModel.from_pretrained(models / "bert").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / "bert")
     expected = model(**tokenizer("a dog and a cat", return_tensors="pt")).pooler_output[0]
@@ -196,7 +196,7 @@ def test_texts_equal_a_direct_forward_pass_and_are_cut_to_what_the_model_takes(m
     np.testing.assert_allclose(long, vector(models, "bert", "text", "a dog and a cat and a bird"), atol=1e-6)
 
 
-def test_a_pooler_that_the_weights_lack_is_not_used(models: Path, inputs: dict[str, list[Any]]) -> None:
+def test_pooler_without_weights_is_not_used(models: Path, inputs: dict[str, list[Any]]) -> None:
     model: Any = transformers.AutoModel.from_pretrained(models / "classifier", add_pooling_layer=False).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(models / "classifier")
     picture = Image.fromarray(read_picture(inputs["image"][0], size=None, config=MediaConfig()))
@@ -205,7 +205,7 @@ def test_a_pooler_that_the_weights_lack_is_not_used(models: Path, inputs: dict[s
     np.testing.assert_allclose(vector(models, "classifier", "image", inputs["image"][0]), expected, atol=1e-6)
 
 
-def test_what_is_unusable_says_why(models: Path, inputs: dict[str, list[Any]]) -> None:
+def test_unusable_samples_have_a_reason(models: Path, inputs: dict[str, list[Any]]) -> None:
     cases = [("ast", "audio", b""), ("dinov2", "image", b"no picture"), ("clip", "video", inputs["audio"][0])]
     reasons = [encode_cell(loaded, modality(models, name, kind), MEDIA) for name, kind, loaded in cases]
     reasons.append(encode_cell("?!", modality(models, "bert", "text"), MEDIA))
@@ -250,7 +250,7 @@ def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path
     assert read_arrow(whole[0][2].file(dataset.modalities[0]))["reason"].to_pylist() == [None] * 3 + ["corrupt"]
 
 
-def test_what_is_cached_needs_no_model(
+def test_cached_vectors_do_not_open_the_model(
     clip_source: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image=hf:{models / 'dinov2'}",)))
@@ -263,7 +263,7 @@ def test_what_is_cached_needs_no_model(
     encode_dataset(dataset, tmp_path, media=MEDIA, num_workers=2, progress=no_progress)
 
 
-def test_other_weights_or_another_model_is_another_cache(models: Path, tmp_path: Path) -> None:
+def test_weights_and_model_are_part_of_fingerprint(models: Path, tmp_path: Path) -> None:
     versions = [model_version(str(models / name)) for name in KINDS]
     assert len(set(versions)) == len(versions)
     folder = tmp_path / "moved"
@@ -283,12 +283,12 @@ def test_other_weights_or_another_model_is_another_cache(models: Path, tmp_path:
     ("name", "kind", "reads"),
     [("ast", "image", "audio"), ("dinov2", "text", "image and video and frames"), ("bert", "audio", "text")],
 )
-def test_a_model_of_another_kind_is_refused(models: Path, name: str, kind: str, reads: str) -> None:
+def test_model_of_another_kind_is_rejected(models: Path, name: str, kind: str, reads: str) -> None:
     with pytest.raises(ConfigError, match=rf"--encoder m=hf:.*{name} is a model .*reads {reads}, not {kind}"):
         check_encoder(modality(models, name, kind))
 
 
-def test_a_folder_that_is_no_model_is_refused(models: Path, tmp_path: Path) -> None:
+def test_folder_without_model_is_rejected(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         check_encoder(modality(tmp_path, "", "image"))
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
@@ -300,7 +300,7 @@ def test_a_folder_that_is_no_model_is_refused(models: Path, tmp_path: Path) -> N
         open_model(str(tmp_path), "image")
 
 
-def test_a_model_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_model_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"no local folder 'nobody/nothing', and the hub has no such model: "):
         check_encoder(Modality(name="m", column="c", kind="image", encoder="hf:nobody/nothing"))
@@ -308,14 +308,14 @@ def test_a_model_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) 
         check_encoder(Modality(name="m", column="c", kind="image", encoder="hf:a:b"))
 
 
-def test_without_transformers_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for encoder in ("hf:a/b", "resnet18"):
         with pytest.raises(ConfigError, match=rf'--encoder m={encoder}: .*pip install "mmaudit\[hf\]"'):
             check_encoder(Modality(name="m", column="c", kind="image", encoder=encoder))
 
 
-def test_weights_that_are_not_there_are_said_aloud_and_drawn_alike(
+def test_missing_weights_are_logged_and_initialised_equally(
     models: Path, inputs: dict[str, list[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -335,7 +335,7 @@ def test_weights_that_are_not_there_are_said_aloud_and_drawn_alike(
     np.testing.assert_array_equal(found[0], found[1])
 
 
-def test_a_dataset_of_texts_and_vectors(models: Path, tmp_path: Path) -> None:
+def test_dataset_of_texts_and_vectors_is_encoded(models: Path, tmp_path: Path) -> None:
     texts = ["a dog", "...", "a cat and a bird"]
     pq.write_table(pa.table({"text": texts, "label": [0, 1, 0], "v": [[1.0]] * 3}), tmp_path / "d.parquet")
     dataset = open_dataset(tmp_path / "d.parquet", DataConfig(encoder=(f"text=hf:{models / 'bert'}",)))
@@ -348,7 +348,7 @@ def test_a_dataset_of_texts_and_vectors(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", ["pytorch_model.bin", "model.bin"])
-def test_weights_that_are_pickles_are_refused(models: Path, tmp_path: Path, kept: str) -> None:
+def test_pickled_weights_are_rejected(models: Path, tmp_path: Path, kept: str) -> None:
     folder, mark = Path(shutil.copytree(models / "dinov2", tmp_path / "model")), tmp_path / "ran"
     (folder / "model.safetensors").unlink()
     (folder / kept).write_bytes(f"cbuiltins\nopen\n(V{mark}\nVw\ntR.".encode())  # runs when it is unpickled
@@ -359,7 +359,7 @@ def test_weights_that_are_pickles_are_refused(models: Path, tmp_path: Path, kept
 
 @pytest.mark.parametrize("model_type", ["dinov2", "of-others"])
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
-def test_code_in_the_folder_of_a_model_is_never_run(
+def test_code_in_a_model_folder_is_never_run(
     models: Path, tmp_path: Path, model_type: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even where the user would be asked, and says yes."""

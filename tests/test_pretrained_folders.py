@@ -20,7 +20,7 @@ def model(folder: Path, *, weights: bytes = b"weights") -> Path:
     return folder
 
 
-def test_a_folder_is_known_by_its_content_alone(tmp_path: Path) -> None:
+def test_version_of_a_folder_depends_only_on_content(tmp_path: Path) -> None:
     one, same, other = model(tmp_path / "one"), model(tmp_path / "same"), model(tmp_path / "other", weights=b"weightz")
     (same / "README.md").write_text("no part of the model")
     os.utime(same / "config.json", (0, 0))
@@ -31,7 +31,7 @@ def test_a_folder_is_known_by_its_content_alone(tmp_path: Path) -> None:
     assert folder_version(one) != before
 
 
-def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_of_a_hub_model_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "models--owner--name"
     folder = model(cache / "snapshots" / COMMIT)
     (cache / "refs").mkdir()
@@ -46,7 +46,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: 
         find_model_folder("owner/name@v2", with_weights=False)
 
 
-def test_a_folder_that_is_named_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_folder_precedes_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model(tmp_path / "owner" / "name")
     monkeypatch.chdir(tmp_path)
     assert find_model_folder("owner/name", with_weights=True) == Path("owner/name")

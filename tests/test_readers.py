@@ -180,14 +180,14 @@ WRITERS: dict[str, Callable[[Path, Path], Path | str]] = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_the_same_clips_are_the_same_samples(
+def test_every_source_format_gives_equal_samples(
     clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]], kind: str
 ) -> None:
     data = WRITERS[kind](clip_source, tmp_path / "data")
     assert samples_of(data, DataConfig(shard_rows=4)) == expected
 
 
-def test_labels_of_tars_as_numbers(clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]]) -> None:
+def test_numeric_labels_of_tars_are_read(clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]]) -> None:
     data = write_tars(clip_source, tmp_path / "data", "cls")
     assert samples_of(data) == {(number, f"{str(label)[-1]}", *rest) for number, label, *rest in expected}
 
@@ -212,7 +212,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
     return put
 
 
-def test_the_hub_gives_the_same_samples(
+def test_hub_dataset_gives_equal_samples(
     clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]], hub: Callable[[Any], list[Any]]
 ) -> None:
     parts = hub_parts(clip_source)
@@ -226,7 +226,7 @@ def test_the_hub_gives_the_same_samples(
 
 
 @pytest.mark.parametrize("from_disk", [True, False])
-def test_the_hub_gives_the_rows_that_were_selected(
+def test_selection_of_hub_dataset_is_read_in_order(
     clip_source: Path,
     tmp_path: Path,
     expected: set[tuple[object, ...]],
@@ -245,7 +245,7 @@ def test_the_hub_gives_the_rows_that_were_selected(
     assert read_samples(dataset, seed=0, test_fraction=0.2).sample_id.tolist() == ["017", "003", "004", "023", "018"]
 
 
-def test_what_the_hub_does_not_have_is_one_line(hub: Callable[[Any], list[Any]]) -> None:
+def test_missing_hub_dataset_is_reported_in_one_line(hub: Callable[[Any], list[Any]]) -> None:
     hub(ConnectionError("Couldn't reach 'user/none' on the Hub\nmore"))
     with pytest.raises(DatasetError) as caught:
         open_dataset("user/none")
@@ -259,14 +259,14 @@ def test_what_the_hub_does_not_have_is_one_line(hub: Callable[[Any], list[Any]])
 @pytest.mark.parametrize(
     "data", ["/none/such", "./none", "none.parquet", "a/b/c", "../none", "none*", "a b", "none.tar"]
 )
-def test_what_is_no_name_of_the_hub_is_not_asked_for(hub: Callable[[Any], list[Any]], data: str) -> None:
+def test_other_paths_are_not_loaded_from_hub(hub: Callable[[Any], list[Any]], data: str) -> None:
     asked = hub(AssertionError("asked"))
     with pytest.raises(DatasetError, match="no such folder or file"):
         open_dataset(data)
     assert asked == []
 
 
-def test_without_a_network_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_reported_without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -276,7 +276,7 @@ def test_without_a_network_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None
         open_dataset("nowhere")
 
 
-def test_an_existing_folder_is_not_taken_for_a_name(
+def test_existing_folder_is_not_loaded_from_hub(
     clip_source: Path, monkeypatch: pytest.MonkeyPatch, hub: Callable[[Any], list[Any]]
 ) -> None:
     asked = hub(AssertionError("asked"))

@@ -50,7 +50,7 @@ def read(tmp_path: Path) -> Read:
         ([0, 2**40], ("0", str(2**40)), [0, 1]),
     ],
 )
-def test_labels_keep_their_own_order(
+def test_classes_are_sorted_by_label(
     read: Read, labels: list[object], names: tuple[str, ...], numbers: list[int]
 ) -> None:
     samples = read(label=labels)
@@ -59,7 +59,7 @@ def test_labels_keep_their_own_order(
     assert samples.label.dtype == np.int32
 
 
-def test_classes_are_called_as_the_source_calls_them(read: Read) -> None:
+def test_class_names_come_from_label_name(read: Read) -> None:
     samples = read(label=[2, 1, 5, None], label_name=["two", "one", None, "none"])
     assert samples.class_names == ("one", "two", "5")
     assert samples.label.tolist() == [1, 0, 2, NO_LABEL]
@@ -68,27 +68,27 @@ def test_classes_are_called_as_the_source_calls_them(read: Read) -> None:
 @pytest.mark.parametrize(
     ("labels", "words"), [([0.5, 1.0], "fractions"), ([[1], [2]], "lists"), ([{"a": 1}, {"a": 2}], "lists")]
 )
-def test_what_is_no_class_is_refused(read: Read, labels: list[object], words: str) -> None:
+def test_labels_that_are_not_classes_are_rejected(read: Read, labels: list[object], words: str) -> None:
     with pytest.raises(DatasetError, match=f"the labels are {words}: .* choose the column with --label"):
         read(DataConfig(modality=("u=u", "v=v")), label=labels)
 
 
-def test_repeated_ids_are_refused(read: Read) -> None:
+def test_repeated_ids_are_rejected(read: Read) -> None:
     with pytest.raises(DatasetError, match=r"2 ids are repeated \(a, b\): ids must be unique; .* --id"):
         read(id=["a", "b", "a", "b", "c"], label=[0, 1, 0, 1, 0])
 
 
-def test_a_null_id_is_refused(read: Read) -> None:
+def test_null_id_is_rejected(read: Read) -> None:
     with pytest.raises(DatasetError, match="column 'id' has 1 rows without an id"):
         read(id=["a", None], label=[0, 1])
 
 
-def test_ids_are_strings_and_read_alone_are_the_same(tmp_path: Path, read: Read) -> None:
+def test_ids_are_strings_in_dataset_order(tmp_path: Path, read: Read) -> None:
     samples = read(id=[7, 8, 10, 9], label=[0, 1, 0, 1])
     assert samples.sample_id.tolist() == ["7", "8", "10", "9"]
 
 
-def test_splits_have_three_names(read: Read) -> None:
+def test_split_names_are_normalised(read: Read) -> None:
     known = {
         "train": ["train", "Training", "TRN"],
         "validation": ["val", "valid", "dev", "Development", "validation"],
@@ -100,7 +100,7 @@ def test_splits_have_three_names(read: Read) -> None:
 
 
 @pytest.mark.parametrize("odd", ["holdout", None])
-def test_an_unknown_split_is_refused_and_can_be_left_alone(read: Read, odd: str | None) -> None:
+def test_unknown_split_is_rejected_or_ignored_on_request(read: Read, odd: str | None) -> None:
     columns = {"label": [0, 1] * 5, "split": ["train"] * 9 + [odd]}
     with pytest.raises(DatasetError, match=f"column 'split' holds {odd}; a split is train, validation or test"):
         read(**columns)
@@ -112,7 +112,7 @@ def test_groups_are_strings(read: Read) -> None:
     assert read(label=[0, 1]).group is None
 
 
-def test_columns_of_file_names_are_passed_through(clip_source: Path) -> None:
+def test_path_columns_are_kept(clip_source: Path) -> None:
     samples = read_samples(open_dataset(clip_source, DataConfig(shard_rows=7)), seed=0, test_fraction=0.2)
     assert len(samples) == 24
     assert samples.paths.column_names == ["audio_file_name", "image_file_name"]
@@ -128,7 +128,7 @@ LABELS = st.lists(st.integers(0, 3), min_size=1, max_size=80).map(lambda labels:
 
 @settings(deadline=None)
 @given(LABELS, st.floats(0.05, 0.95), st.integers(0, 5))
-def test_every_class_gives_its_share(label: NDArray[np.int32], fraction: float, seed: int) -> None:
+def test_drawn_fraction_is_equal_in_every_class(label: NDArray[np.int32], fraction: float, seed: int) -> None:
     """The whole is right to the row; a class is off by its own half row and those of the others at most."""
     drawn = stratified_cut(named(len(label)), label, None, fraction=fraction, seed=seed, purpose="p")
     assert drawn.sum() == max(1, round(fraction * len(label)))
@@ -137,7 +137,7 @@ def test_every_class_gives_its_share(label: NDArray[np.int32], fraction: float, 
         assert abs(drawn[label == one].sum() - fraction * (label == one).sum()) <= (1 + len(classes)) / 2
 
 
-def test_equal_classes_give_equal_shares() -> None:
+def test_equal_classes_get_equal_shares() -> None:
     label = np.repeat(np.arange(4, dtype=np.int32), 25)
     drawn = stratified_cut(named(100), label, None, fraction=0.2, seed=0, purpose="p")
     assert np.bincount(label[drawn]).tolist() == [5, 5, 5, 5]
@@ -145,7 +145,7 @@ def test_equal_classes_give_equal_shares() -> None:
 
 @settings(deadline=None)
 @given(LABELS, st.lists(st.integers(0, 6), min_size=80, max_size=80), st.floats(0.05, 0.95), st.integers(0, 5))
-def test_whole_groups_are_drawn_whatever_the_order(
+def test_whole_groups_are_drawn_independent_of_order(
     label: NDArray[np.int32], numbers: list[int], fraction: float, seed: int
 ) -> None:
     group = np.array([f"g{number}" for number in numbers[: len(label)]], dtype=object)
@@ -162,7 +162,7 @@ def test_whole_groups_are_drawn_whatever_the_order(
         assert abs(drawn.sum() - fraction * len(label)) <= largest
 
 
-def test_seed_and_purpose_draw_others() -> None:
+def test_seed_and_purpose_change_the_draw() -> None:
     label = np.zeros(200, dtype=np.int32)
     one, two, three = (
         stratified_cut(named(200), label, None, fraction=0.5, seed=seed, purpose=purpose)
@@ -173,7 +173,7 @@ def test_seed_and_purpose_draw_others() -> None:
 
 
 @given(LABELS)
-def test_spread_is_even_within_every_class(label: NDArray[np.int32]) -> None:
+def test_stratify_is_uniform_within_every_class(label: NDArray[np.int32]) -> None:
     keys = np.random.default_rng(0).permutation(len(label)).astype(np.uint64)
     place = stratify(keys, label)
     for one in np.unique(label):
@@ -182,7 +182,7 @@ def test_spread_is_even_within_every_class(label: NDArray[np.int32]) -> None:
         assert (np.argsort(place[label == one]) == np.argsort(keys[label == one])).all()
 
 
-def test_a_test_split_is_cut_where_there_is_none(read: Read) -> None:
+def test_missing_split_is_drawn_by_class_or_group(read: Read) -> None:
     samples = read(label=[number % 3 for number in range(60)])
     assert set(samples.split.tolist()) == {"train", "test"}
     assert [int(((samples.split == "test") & (samples.label == one)).sum()) for one in range(3)] == [4, 4, 4]
@@ -193,7 +193,7 @@ def test_a_test_split_is_cut_where_there_is_none(read: Read) -> None:
     assert len(set(grouped.group[grouped.split == "test"].tolist())) == 2
 
 
-def test_a_class_is_its_own_output(read: Read) -> None:
+def test_outputs_of_classification_are_the_classes(read: Read) -> None:
     samples = read(DataConfig(classes=("b", "a")), label=["a", "b", "c", None])
     assert (samples.task, samples.values, samples.outputs) == ("classification", None, ("b", "a"))
     assert samples.label.tolist() == [1, 0, UNKNOWN_LABEL, NO_LABEL]
@@ -201,7 +201,7 @@ def test_a_class_is_its_own_output(read: Read) -> None:
     assert (samples.target.task, samples.target.num_outputs, len(samples.target)) == ("classification", 2, 4)
 
 
-def test_names_in_the_schema_are_the_classes(tmp_path: Path) -> None:
+def test_declared_class_names_are_used(tmp_path: Path) -> None:
     features = datasets.Features({"label": datasets.ClassLabel(names=["zebra", "ape"])})
     rows = pa.table({"label": [1, 0, -1]}, schema=features.arrow_schema)
     for name in ("u", "v"):
@@ -214,7 +214,7 @@ def test_names_in_the_schema_are_the_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [[["a", "b"], ["b"], None, []], ["a|b", "b", None, ";"]])
-def test_label_sets(read: Read, labels: list[object]) -> None:
+def test_label_sets_are_read_as_indicator_values(read: Read, labels: list[object]) -> None:
     config = DataConfig(task="multilabel", modality=("u=u", "v=v"))
     samples = read(config, label=labels)
     assert (samples.task, samples.outputs) == ("multilabel", ("a", "b"))
@@ -225,7 +225,7 @@ def test_label_sets(read: Read, labels: list[object]) -> None:
     assert samples.target.num_outputs == 2
 
 
-def test_numbers(read: Read) -> None:
+def test_regression_targets_are_read_with_deciles(read: Read) -> None:
     samples = read(DataConfig(task="regression"), label=[number / 10 for number in range(20)])
     assert (samples.task, samples.outputs, len(samples.class_names)) == ("regression", ("label",), 10)
     assert samples.values is not None

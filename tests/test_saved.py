@@ -39,9 +39,7 @@ def write_arrow(
 @pytest.mark.parametrize("footer", [False, True])
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 12))
-def test_any_cut_of_any_batches_gives_the_rows(
-    tmp_path: Path, footer: bool, batches: list[int], shard_rows: int
-) -> None:
+def test_shards_of_any_batches_give_all_rows(tmp_path: Path, footer: bool, batches: list[int], shard_rows: int) -> None:
     one = write_arrow(tmp_path / "1.arrow", [1, *batches], footer=footer)
     two = write_arrow(tmp_path / "2.arrow", batches, footer=footer, first=one.num_rows)
     plan = plan_parts(
@@ -56,7 +54,7 @@ def test_any_cut_of_any_batches_gives_the_rows(
     assert plan.head.column_names == ["id", "x"]
 
 
-def test_rows_without_media_are_cut_less(tmp_path: Path) -> None:
+def test_rows_without_media_form_large_shards(tmp_path: Path) -> None:
     write_arrow(tmp_path / "1.arrow", [5_000] * 2, media=False)
     plan = plan_parts(tmp_path, [SplitFiles(split=None, paths=(tmp_path / "1.arrow",))], shard_rows=256)
     assert [shard.num_rows for shard in plan.shards] == [8_192, 1_808]
@@ -73,7 +71,7 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     return [row for shard in plan.shards for row in shard.read(plan.head.column_names).to_pylist()]
 
 
-def test_names_of_parts_become_the_split(tmp_path: Path) -> None:
+def test_names_of_saved_splits_become_the_split_column(tmp_path: Path) -> None:
     folder = saved(tmp_path / "d", train={"label": [1, 2]}, test={"label": [3]})
     assert is_saved(folder)
     assert read_all(folder) == [{"label": n, "split": s} for n, s in ((1, "train"), (2, "train"), (3, "test"))]
@@ -82,20 +80,20 @@ def test_names_of_parts_become_the_split(tmp_path: Path) -> None:
     assert not is_saved(tmp_path)
 
 
-def test_a_column_split_of_their_own_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_existing_split_column_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
     folder = saved(tmp_path / "d", all={"label": [1, 2], "split": ["train", "test"]})
     assert [row["split"] for row in read_all(folder)] == ["train", "test"]
     assert "splits are read from the column split, not from the names of the parts" in caplog.text
 
 
-def test_a_selection_is_saved_as_its_rows(tmp_path: Path) -> None:
+def test_saved_selection_is_read_as_its_rows(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"label": list(range(9))})
     rows.shuffle(seed=3).select([5, 1, 7]).save_to_disk(tmp_path / "d")
     assert [row["label"] for row in read_all(tmp_path / "d")] == rows.shuffle(seed=3).select([5, 1, 7])["label"][:]
 
 
-def test_what_is_damaged_is_named(tmp_path: Path) -> None:
+def test_damaged_files_are_reported(tmp_path: Path) -> None:
     folder = saved(tmp_path / "d", train={"label": [1, 2]}, test={"label": [3]})
     data = folder / "test" / "data-00000-of-00001.arrow"
     content = data.read_bytes()
@@ -123,13 +121,13 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
         ({"_data_files": [5]}, r"_data_files\[0\] is 5; it must be an object"),
     ],
 )
-def test_a_state_that_is_none_is_refused(tmp_path: Path, state: object, words: str) -> None:
+def test_invalid_state_is_rejected(tmp_path: Path, state: object, words: str) -> None:
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(DatasetError, match=words):
         plan_saved(tmp_path, shard_rows=2)
 
 
-def test_parts_of_other_columns_or_classes_are_refused(tmp_path: Path) -> None:
+def test_splits_with_different_columns_or_classes_are_rejected(tmp_path: Path) -> None:
     folder = saved(tmp_path / "d", train={"label": [1, 2]}, test={"label": ["x"]})
     with pytest.raises(DatasetError, match=r"test/data.* has different columns from .*train/data"):
         read_all(folder)

@@ -43,26 +43,26 @@ def written(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def test_three_formats_give_the_same_rows(tmp_path: Path) -> None:
+def test_formats_give_equal_rows(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "m.parquet")
     for path in (written(tmp_path / "m.csv", CSV), written(tmp_path / "m.jsonl", JSONL), tmp_path / "m.parquet"):
         assert read_rows(path).to_pylist() == ROWS
 
 
-def test_strings_of_jsonl_that_look_like_dates_stay_strings(tmp_path: Path) -> None:
+def test_date_like_strings_of_jsonl_stay_strings(tmp_path: Path) -> None:
     path = written(tmp_path / "m.jsonl", '{"n": 1, "id": "2020-01-01", "at": "2020-01-01 10:00:00"}\n')
     rows = read_rows(path)
     assert rows.column_names == ["n", "id", "at"]
     assert rows.to_pylist() == [{"n": 1, "id": "2020-01-01", "at": "2020-01-01 10:00:00"}]
 
 
-def test_empty_cells_of_csv_are_null_and_words_are_not(tmp_path: Path) -> None:
+def test_only_empty_csv_cells_are_null(tmp_path: Path) -> None:
     rows = read_rows(written(tmp_path / "m.csv", 'id,label,text\na,NA,""\nb,null,\nc,nan,x\n'))
     assert rows["label"].to_pylist() == ["NA", "null", "nan"]
     assert rows["text"].to_pylist() == [None, None, "x"]
 
 
-def test_a_line_break_in_a_cell_breaks_no_row_of_a_long_csv(tmp_path: Path) -> None:
+def test_line_break_in_a_cell_of_a_long_csv_is_kept(tmp_path: Path) -> None:
     """Longer than the megabyte that is parsed at once."""
     text = "\n".join(["a line of thirty characters..."] * 20)
     rows = "".join(f'{number},"{text}"\n' for number in range(4_000))
@@ -87,7 +87,7 @@ def test_a_line_break_in_a_cell_breaks_no_row_of_a_long_csv(tmp_path: Path) -> N
         ("m.parquet", b""),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+def test_damaged_file_is_reported(tmp_path: Path, name: str, content: bytes) -> None:
     path = written(tmp_path / name, content)
     with pytest.raises(DatasetError) as caught:
         read_rows(path)
@@ -96,18 +96,18 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes) -> No
 
 
 @pytest.mark.parametrize("name", METADATA_NAMES)
-def test_a_folder_is_its_metadata_file(tmp_path: Path, name: str) -> None:
+def test_metadata_file_of_a_folder_is_found(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / name, "x")
     assert find_tables(str(tmp_path)) == (tmp_path, [path])
     assert find_tables(str(path)) == (tmp_path, [path])
 
 
-def test_a_glob_is_its_files_in_order(tmp_path: Path) -> None:
+def test_files_of_a_glob_are_sorted(tmp_path: Path) -> None:
     paths = [written(tmp_path / f"part-{number}.parquet", "x") for number in (2, 0, 1)]
     assert find_tables(f"{tmp_path}/part-*.parquet") == (tmp_path, sorted(paths))
 
 
-def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
+def test_sources_without_table_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no such folder or file"):
         find_tables(str(tmp_path / "none"))
     with pytest.raises(DatasetError, match="no such folder or file"):
@@ -130,7 +130,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 30), st.integers(1, 12))
-def test_shards_in_memory_are_the_rows_cut(num_rows: int, shard_rows: int) -> None:
+def test_memory_shards_partition_the_rows(num_rows: int, shard_rows: int) -> None:
     rows = pa.table({"id": list(range(num_rows)), "other": [None] * num_rows})
     shards = memory_shards(rows, shard_rows=shard_rows)
     assert [value for shard in shards for value in shard.read(["id"])["id"].to_pylist()] == list(range(num_rows))
@@ -140,7 +140,7 @@ def test_shards_in_memory_are_the_rows_cut(num_rows: int, shard_rows: int) -> No
     assert all(shard.read(["other"]).column_names == ["other"] for shard in shards)
 
 
-def test_files_of_one_format_are_read_one_after_another(tmp_path: Path) -> None:
+def test_files_of_one_format_are_concatenated(tmp_path: Path) -> None:
     one, two = '{"id": "a", "n": 1, "x": null}\n', '{"id": "b", "n": 2, "x": "word"}\n'
     paths = [written(tmp_path / "1.jsonl", one), written(tmp_path / "2.jsonl", two)]
     assert find_tables(f"{tmp_path}/*.jsonl") == (tmp_path, paths)
@@ -155,13 +155,13 @@ def test_files_of_one_format_are_read_one_after_another(tmp_path: Path) -> None:
     ("name", "one", "two"),
     [("n.csv", "id,n\na,1\n", "id,m\nb,2\n"), ("n.jsonl", '{"id": "a"}\n', '{"id": "a", "m": 2}\n')],
 )
-def test_files_of_other_columns_are_refused(tmp_path: Path, name: str, one: str, two: str) -> None:
+def test_files_with_different_columns_are_rejected(tmp_path: Path, name: str, one: str, two: str) -> None:
     paths = [written(tmp_path / f"1{name}", one), written(tmp_path / f"2{name}", two)]
     with pytest.raises(DatasetError, match=f"2{name} has different columns from .*1{name}"):
         plan_tables(tmp_path, paths, shard_rows=9)
 
 
-def test_parts_are_joined_by_column() -> None:
+def test_tables_are_concatenated_by_column_name() -> None:
     parts = [pa.table({"a": [1], "b": ["x"]}), pa.table({"c": [0.5], "a": [2.5]})]
     assert concat_rows(parts, source="here").to_pylist() == [
         {"a": 1.0, "b": "x", "c": None}, {"a": 2.5, "b": None, "c": 0.5}
@@ -170,7 +170,7 @@ def test_parts_are_joined_by_column() -> None:
         concat_rows([parts[0], pa.table({"a": ["word"]})], source="here")
 
 
-def test_a_folder_of_parquet_has_its_splits_in_the_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_splits_are_inferred_from_parquet_file_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
     light, heavy = pa.table({"id": ["a"]}), pa.table({"id": ["a"], "x": [[0.5]]})
     for rows in (light, heavy):
@@ -188,7 +188,7 @@ def test_a_folder_of_parquet_has_its_splits_in_the_names(tmp_path: Path, caplog:
     assert splits_of(find_parquets(tmp_path)) == [None, None, None]
 
 
-def test_a_split_in_the_rows_comes_before_that_of_the_name(tmp_path: Path) -> None:
+def test_split_column_overrides_file_name(tmp_path: Path) -> None:
     for rows in (pa.table({"split": ["dev"]}), pa.table({"split": ["dev"], "x": [[0.5]]})):
         pq.write_table(rows, tmp_path / "train.parquet")
         plan = plan_tables(tmp_path, find_parquets(tmp_path), shard_rows=1, splits=["train"])
