@@ -35,8 +35,8 @@ def test_usual_names_are_assigned_their_role(names: list[str], expected: list[st
 
 def test_requested_columns_override_usual_names() -> None:
     names = ["id", "label", "label_name", "split", "group", "other"]
-    found = find_columns(names, {"label": "other", "split": "none", "group": "id"})
-    assert found == Columns(id="id", label="other", label_name=None, group="id", split=None)
+    columns = find_columns(names, {"label": "other", "split": "none", "group": "id"})
+    assert columns == Columns(id="id", label="other", label_name=None, group="id", split=None)
 
 
 def test_missing_and_repeated_columns_are_rejected() -> None:
@@ -64,6 +64,6 @@ def test_other_words_are_not_splits(name: str) -> None:
 def test_split_column_is_constant_and_keeps_metadata() -> None:
     rows = pa.table({"a": [1, 2]}).replace_schema_metadata({"k": "v"})
     assert with_split(rows, None) is rows
-    found = with_split(rows, "dev")
-    assert found["split"].to_pylist() == ["dev", "dev"]
-    assert found.schema.metadata == {b"k": b"v"}
+    with_column = with_split(rows, "dev")
+    assert with_column["split"].to_pylist() == ["dev", "dev"]
+    assert with_column.schema.metadata == {b"k": b"v"}

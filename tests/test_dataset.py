@@ -60,8 +60,8 @@ def test_roles_are_inferred_or_requested(tmp_path: Path) -> None:
     columns = {"uid": ["a", "b"], "y": [0, 1], "split": ["train"] * 2, "group": ["g", "h"], "speaker": ["s", "t"]}
     data = table(tmp_path / "d.parquet", **columns, **VECTORS)
     assert open_dataset(data).columns == Columns(id="uid", label="y", label_name=None, group="group", split="split")
-    named = open_dataset(data, DataConfig(id="speaker", label="uid", group="speaker", split="none"))
-    assert named.columns == Columns(id="speaker", label="uid", label_name=None, group="speaker", split=None)
+    dataset = open_dataset(data, DataConfig(id="speaker", label="uid", group="speaker", split="none"))
+    assert dataset.columns == Columns(id="speaker", label="uid", label_name=None, group="speaker", split=None)
     assert open_dataset(data, DataConfig(group="none")).columns.group is None
 
 
@@ -76,8 +76,8 @@ def test_label_name_column_belongs_to_label_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize("role", ["id", "label", "group", "split"])
 def test_missing_role_column_suggests_the_nearest(tmp_path: Path, role: str) -> None:
     data = folder(tmp_path / "d", CSV.replace("label", "lable"))
-    wrong: dict[str, Any] = {"label": "lable", role: "labl"}
-    config = DataConfig(**wrong)
+    settings: dict[str, Any] = {"label": "lable", role: "labl"}
+    config = DataConfig(**settings)
     with pytest.raises(ConfigError, match=rf"--{role} labl: no such column; did you mean lable\?"):
         open_dataset(data, config)
 
@@ -114,8 +114,8 @@ def test_repeated_column_name_is_rejected(tmp_path: Path, name: str) -> None:
 def test_requested_modalities_replace_the_inferred_ones(tmp_path: Path) -> None:
     data = table(tmp_path / "d.parquet", label=[0, 1], w=[[0.5], [0.1]], **VECTORS)
     assert modalities(open_dataset(data)) == ["w=w:features", "u=u:features", "v=v:features"]
-    named = open_dataset(data, DataConfig(modality=("sight=v", "sound=w:features")))
-    assert named.modalities == (
+    dataset = open_dataset(data, DataConfig(modality=("sight=v", "sound=w:features")))
+    assert dataset.modalities == (
         Modality(name="sight", column="v", kind="features", length=1),
         Modality(name="sound", column="w", kind="features", length=1),
     )
@@ -140,8 +140,8 @@ def test_video_has_audio_modality_only_with_sound(tmp_path: Path, film: Callable
 def test_requested_audio_of_silent_video_is_kept(tmp_path: Path, film: Callable[[bool], bytes]) -> None:
     data = folder(tmp_path / "d", "file_name,label\na.mp4,0\n")
     (data / "a.mp4").write_bytes(film(False))
-    named = open_dataset(data, DataConfig(modality=("audio=file_name", "visual=file_name")))
-    assert modalities(named) == ["audio=file_name:audio", "visual=file_name:video"]
+    dataset = open_dataset(data, DataConfig(modality=("audio=file_name", "visual=file_name")))
+    assert modalities(dataset) == ["audio=file_name:audio", "visual=file_name:video"]
     with pytest.raises(DatasetError, match="only one modality, visual=file_name:video"):
         open_dataset(data)
 
@@ -155,21 +155,21 @@ def test_audio_is_kept_if_no_video_can_be_opened(tmp_path: Path) -> None:
     ("lengths", "expected"), [([2, 3, 3, 3], 3), ([3, 2, 0, 0, 0], 2), ([4, 4, 1, None, None, None], 4), ([5], 5)]
 )
 def test_vector_length_is_the_most_frequent(tmp_path: Path, lengths: list[int | None], expected: int) -> None:
-    odd = pa.array([None if length is None else [0.5] * length for length in lengths], pa.list_(pa.float32()))
+    varying = pa.array([None if length is None else [0.5] * length for length in lengths], pa.list_(pa.float32()))
     fixed = pa.array([[0.5, 0.5]] * len(lengths), pa.list_(pa.float32(), 2))
-    dataset = open_dataset(table(tmp_path / "d.parquet", label=list(range(len(lengths))), odd=odd, fixed=fixed))
+    dataset = open_dataset(table(tmp_path / "d.parquet", label=list(range(len(lengths))), odd=varying, fixed=fixed))
     assert [modality.length for modality in dataset.modalities] == [expected, 2]
 
 
 def test_column_without_any_vector_is_rejected(tmp_path: Path) -> None:
-    odd = pa.array([None, []], pa.list_(pa.float32()))
+    without_vectors = pa.array([None, []], pa.list_(pa.float32()))
     with pytest.raises(DatasetError, match="column 'odd' holds no vector"):
-        open_dataset(table(tmp_path / "d.parquet", label=[0, 1], odd=odd, **VECTORS))
+        open_dataset(table(tmp_path / "d.parquet", label=[0, 1], odd=without_vectors, **VECTORS))
 
 
 def test_glob_is_one_dataset_and_empty_files_are_skipped(tmp_path: Path) -> None:
-    whole = pa.table({"label": list(range(5)), "u": [[float(n)] for n in range(5)], "v": [[1.0]] * 5})
-    for number, part in enumerate([whole.slice(0, 0), whole.slice(0, 3), whole.slice(3)]):
+    rows_of_dataset = pa.table({"label": list(range(5)), "u": [[float(n)] for n in range(5)], "v": [[1.0]] * 5})
+    for number, part in enumerate([rows_of_dataset.slice(0, 0), rows_of_dataset.slice(0, 3), rows_of_dataset.slice(3)]):
         pq.write_table(part, tmp_path / f"{number}.parquet", row_group_size=2)
     dataset = open_dataset(f"{tmp_path}/*.parquet")
     assert dataset.num_rows == 5
@@ -179,10 +179,10 @@ def test_glob_is_one_dataset_and_empty_files_are_skipped(tmp_path: Path) -> None
     assert [name for names, _ in read for name in names] == [f"row-{number:09d}" for number in range(5)]
 
 
-@pytest.mark.parametrize("other", [{"label": [0, 1], "u": VECTORS["u"]}, {"label": ["x", "y"], **VECTORS}])
-def test_files_with_different_columns_are_rejected(tmp_path: Path, other: dict[str, Any]) -> None:
+@pytest.mark.parametrize("columns", [{"label": [0, 1], "u": VECTORS["u"]}, {"label": ["x", "y"], **VECTORS}])
+def test_files_with_different_columns_are_rejected(tmp_path: Path, columns: dict[str, Any]) -> None:
     table(tmp_path / "0.parquet", label=[0, 1], **VECTORS)
-    table(tmp_path / "1.parquet", **other)
+    table(tmp_path / "1.parquet", **columns)
     with pytest.raises(DatasetError, match=r"1\.parquet has different columns from .*0\.parquet"):
         open_dataset(f"{tmp_path}/*.parquet")
 
@@ -207,9 +207,9 @@ def reason_for(dataset: Dataset, cell: object) -> Reason:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Path:
+def dataset_folder(tmp_path: Path) -> Path:
     """A dataset's folder beside a secret and below a link to it."""
-    data = folder(tmp_path / "house")
+    data = folder(tmp_path / "data")
     (tmp_path / "secret.wav").write_bytes(b"secret")
     (data / "a.wav").write_bytes(b"mine")
     (data / "deep").mkdir()
@@ -218,44 +218,44 @@ def house(tmp_path: Path) -> Path:
     return data
 
 
-@pytest.mark.parametrize("inside", ["a.wav", "./a.wav", "deep/../a.wav", "../house/a.wav"])
-def test_paths_inside_the_folder_are_read(house: Path, inside: str) -> None:
-    dataset = open_dataset(house)
+@pytest.mark.parametrize("inside", ["a.wav", "./a.wav", "deep/../a.wav", "../data/a.wav"])
+def test_paths_inside_the_folder_are_read(dataset_folder: Path, inside: str) -> None:
+    dataset = open_dataset(dataset_folder)
     assert dataset.load(inside, dataset.modalities[0]) == b"mine"
     assert dataset.load({"bytes": None, "path": inside}, dataset.modalities[0]) == b"mine"
-    assert dataset.load(str(house / "a.wav"), dataset.modalities[0]) == b"mine"
+    assert dataset.load(str(dataset_folder / "a.wav"), dataset.modalities[0]) == b"mine"
 
 
 @pytest.mark.parametrize(
     "outside", ["../secret.wav", "ABSOLUTE", "deep/link.wav", "way/secret.wav", "deep/../../secret.wav"]
 )
-def test_paths_outside_the_folder_require_allow_outside(house: Path, outside: str) -> None:
-    name = outside.replace("ABSOLUTE", str(house.parent / "secret.wav"))
-    dataset = open_dataset(house)
+def test_paths_outside_the_folder_require_allow_outside(dataset_folder: Path, outside: str) -> None:
+    name = outside.replace("ABSOLUTE", str(dataset_folder.parent / "secret.wav"))
+    dataset = open_dataset(dataset_folder)
     for cell in (name, {"bytes": None, "path": name}):
         with pytest.raises(DatasetError, match=r"leads outside .*make paths relative to the metadata"):
             dataset.load(cell, dataset.modalities[0])
-    allowed = open_dataset(house, DataConfig(allow_outside=True))
+    allowed = open_dataset(dataset_folder, DataConfig(allow_outside=True))
     assert allowed.load(name, allowed.modalities[0]) == b"secret"
 
 
 @pytest.mark.parametrize("url", ["https://example.org/a.wav", "file:///a.wav"])
-def test_urls_are_never_fetched(house: Path, url: str) -> None:
-    dataset = open_dataset(house)
+def test_urls_are_never_fetched(dataset_folder: Path, url: str) -> None:
+    dataset = open_dataset(dataset_folder)
     with pytest.raises(DatasetError, match="leads outside"):
         dataset.load(url, dataset.modalities[0])
-    assert reason_for(open_dataset(house, DataConfig(allow_outside=True)), url) is Reason.MISSING
+    assert reason_for(open_dataset(dataset_folder, DataConfig(allow_outside=True)), url) is Reason.MISSING
 
 
 @pytest.mark.parametrize("cell", [None, "none.wav", "deep", "a.wav/b.wav", "nul\0.wav", "", "circle.wav"])
-def test_missing_files_have_reason_missing(house: Path, cell: str | None) -> None:
-    (house / "circle.wav").symlink_to("circle.wav")
-    assert reason_for(open_dataset(house), cell) is Reason.MISSING
+def test_missing_files_have_reason_missing(dataset_folder: Path, cell: str | None) -> None:
+    (dataset_folder / "circle.wav").symlink_to("circle.wav")
+    assert reason_for(open_dataset(dataset_folder), cell) is Reason.MISSING
 
 
 def test_embedded_bytes_are_loaded(tmp_path: Path) -> None:
-    held = [{"bytes": b"one", "path": "../../x.wav"}, {"bytes": b"", "path": None}]
-    data = table(tmp_path / "d.parquet", label=[0, 1], sound=held, raw=[b"two", None])
+    structs = [{"bytes": b"one", "path": "../../x.wav"}, {"bytes": b"", "path": None}]
+    data = table(tmp_path / "d.parquet", label=[0, 1], sound=structs, raw=[b"two", None])
     dataset = open_dataset(data, DataConfig(modality=("a=sound:audio", "b=raw:image")))
     assert dataset.path_columns == []
     sound, raw = dataset.modalities
@@ -267,14 +267,14 @@ def test_embedded_bytes_are_loaded(tmp_path: Path) -> None:
 
 def test_kind_of_embedded_bytes_is_inferred(tmp_path: Path, clip_source: Path, film: Callable[[bool], bytes]) -> None:
     sound, sight = ([(clip_source / f"{n}.{suffix}").read_bytes() for n in (0, 1)] for suffix in ("wav", "png"))
-    held = [{"bytes": data, "path": None} for data in sight]
-    dataset = open_dataset(table(tmp_path / "d.parquet", label=[0, 1], heard=sound, seen=held))
+    structs = [{"bytes": data, "path": None} for data in sight]
+    dataset = open_dataset(table(tmp_path / "d.parquet", label=[0, 1], heard=sound, seen=structs))
     assert modalities(dataset) == ["heard=heard:audio", "seen=seen:image"]
     assert "heard" not in dataset.read(dataset.shards[0], modalities=False).column_names
     films = open_dataset(table(tmp_path / "f.parquet", label=[0, 1], clip=[film(True), film(True)]))
     assert modalities(films) == ["audio=clip:audio", "visual=clip:video"]
-    seen = open_dataset(table(tmp_path / "g.parquet", label=[0, 1], audio=sound, clip=[film(True), film(True)]))
-    assert modalities(seen) == ["audio=audio:audio", "visual=clip:video"]
+    combined = open_dataset(table(tmp_path / "g.parquet", label=[0, 1], audio=sound, clip=[film(True), film(True)]))
+    assert modalities(combined) == ["audio=audio:audio", "visual=clip:video"]
 
 
 def test_folders_of_images_are_frames(tmp_path: Path) -> None:
@@ -302,8 +302,8 @@ def test_invalid_task_or_classes_are_rejected() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"shard_rows": 0}, {"test_fraction": 0.0}, {"test_fraction": 1.0}, {"test_fraction": float("nan")}]
+    "settings", [{"shard_rows": 0}, {"test_fraction": 0.0}, {"test_fraction": 1.0}, {"test_fraction": float("nan")}]
 )
-def test_invalid_config_is_rejected(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))} is"):
-        DataConfig(**wrong)
+def test_invalid_config_is_rejected(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"data.{next(iter(settings))} is"):
+        DataConfig(**settings)

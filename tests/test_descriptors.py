@@ -71,10 +71,10 @@ def test_descriptors_are_deterministic_and_keep_their_input() -> None:
         (image_statistics, picture()),
         (video_statistics, clip()),
     ]
-    for describe, given_ in cases:
-        before = given_.copy()
-        np.testing.assert_array_equal(describe(given_, CONFIG), describe(given_, CONFIG))
-        np.testing.assert_array_equal(given_, before)
+    for describe, sample in cases:
+        before = sample.copy()
+        np.testing.assert_array_equal(describe(sample, CONFIG), describe(sample, CONFIG))
+        np.testing.assert_array_equal(sample, before)
 
 
 def test_gain_changes_only_the_level() -> None:
@@ -177,8 +177,8 @@ def test_case_and_whitespace_do_not_matter(text: str) -> None:
 
 
 def test_words_of_any_script_are_counted() -> None:
-    def same(one: str, other: str) -> bool:
-        return bool((text_counts(one, CONFIG) == text_counts(other, CONFIG)).all())
+    def same(first: str, second: str) -> bool:
+        return bool((text_counts(first, CONFIG) == text_counts(second, CONFIG)).all())
 
     assert same("GROSSE Straße, Ärger!", "große STRASSE ärger")
     assert same("Жёлтый ДОМ", "жёлтый дом")

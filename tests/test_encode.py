@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.features import encode as features
-from mmaudit.audit.features import encoders as encode
+from mmaudit.audit.features import encode, encoders
 from mmaudit.audit.features.cache import read_arrow, write_arrow
 from mmaudit.audit.features.descriptors import text_counts
 from mmaudit.audit.features.encode import EncodeTask, encode_dataset, encode_shard, read_status
@@ -35,15 +34,15 @@ def read_ids(dataset: Dataset) -> NDArray[np.object_]:
     return read_samples(dataset, seed=0, test_fraction=0.5).sample_id
 
 
-def fill(dataset: Dataset, cache: Path, *, num_workers: int = 0, media: MediaConfig = MEDIA) -> list[EncodeTask]:
+def encode_all(dataset: Dataset, cache: Path, *, num_workers: int = 0, media: MediaConfig = MEDIA) -> list[EncodeTask]:
     return encode_dataset(dataset, cache, media=media, num_workers=num_workers, progress=no_progress)
 
 
-def computed(dataset: Dataset, cache: Path, media: MediaConfig = MEDIA) -> int:
+def num_computed(dataset: Dataset, cache: Path, media: MediaConfig = MEDIA) -> int:
     """Encode what is missing and count the vectors that were computed."""
-    bare = replace(dataset, shards=())
+    unsharded = replace(dataset, shards=())
     return sum(
-        encode_shard(EncodeTask(dataset=bare, shard=shard, media=media, folder=cache)) for shard in dataset.shards
+        encode_shard(EncodeTask(dataset=unsharded, shard=shard, media=media, folder=cache)) for shard in dataset.shards
     )
 
 
@@ -59,62 +58,62 @@ def files(cache: Path) -> dict[str, bytes]:
 
 def test_second_run_computes_nothing(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source, SHARDS)
-    assert computed(dataset, tmp_path) == 48
+    assert num_computed(dataset, tmp_path) == 48
     before = files(tmp_path)
     assert len(before) == 10  # five shards of two modalities
-    assert computed(dataset, tmp_path) == 0
+    assert num_computed(dataset, tmp_path) == 0
     assert files(tmp_path) == before
 
 
 def test_only_changed_content_is_computed_again(clips: Path, tmp_path: Path) -> None:
     dataset, cache = open_dataset(clips, SHARDS), tmp_path / "cache"
-    before = matrices(dataset, fill(dataset, cache))
+    before = matrices(dataset, encode_all(dataset, cache))
     shutil.copy(clips / "1.wav", clips / "6.wav")  # of another shard
-    assert computed(dataset, cache) == 1
-    after = matrices(dataset, fill(dataset, cache))
+    assert num_computed(dataset, cache) == 1
+    after = matrices(dataset, encode_all(dataset, cache))
     np.testing.assert_array_equal(after[0][6], before[0][1])
-    others = np.arange(24) != 6
-    np.testing.assert_array_equal(after[0][others], before[0][others])
+    unchanged = np.arange(24) != 6
+    np.testing.assert_array_equal(after[0][unchanged], before[0][unchanged])
     np.testing.assert_array_equal(after[1], before[1])
 
 
 def test_files_are_identified_by_content(clips: Path, tmp_path: Path) -> None:
     """A file touched, or renamed within its shard, is the same file."""
     dataset, cache = open_dataset(clips, SHARDS), tmp_path / "cache"
-    fill(dataset, cache)
+    encode_all(dataset, cache)
     (clips / "0.png").write_bytes((clips / "0.png").read_bytes())
     (clips / "0.png").rename(clips / "zero.png")
     metadata = clips / "metadata.csv"
     metadata.write_text(metadata.read_text().replace(",0.png,", ",zero.png,"))
-    assert computed(open_dataset(clips, SHARDS), cache) == 0
+    assert num_computed(open_dataset(clips, SHARDS), cache) == 0
 
 
 def test_added_row_computes_one_row(clips: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    fill(open_dataset(clips), cache)
+    encode_all(open_dataset(clips), cache)
     shutil.copy(clips / "0.wav", clips / "new.wav")
     (clips / "new.png").write_bytes((clips / "0.png").read_bytes() + b"\0")
     with (clips / "metadata.csv").open("a") as file:
         file.write("new,new.wav,new.png,class-0,speaker-0\n")
     dataset = open_dataset(clips)
-    assert computed(dataset, cache) == 1  # the sound is known by its content, the picture is not
-    assert [len(matrix) for matrix in matrices(dataset, fill(dataset, cache))] == [25, 25]
+    assert num_computed(dataset, cache) == 1  # the sound is known by its content, the picture is not
+    assert [len(matrix) for matrix in matrices(dataset, encode_all(dataset, cache))] == [25, 25]
 
 
 def test_other_preprocessing_uses_another_cache(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source)
-    assert computed(dataset, tmp_path) == 48
-    assert computed(dataset, tmp_path, MediaConfig(image_size=8)) == 48
-    assert computed(dataset, tmp_path) == 0
+    assert num_computed(dataset, tmp_path) == 48
+    assert num_computed(dataset, tmp_path, MediaConfig(image_size=8)) == 48
+    assert num_computed(dataset, tmp_path) == 0
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_workers_write_identical_files(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source, DataConfig(shard_rows=12))
-    seen: list[tuple[str, int, int]] = []
-    encode_dataset(dataset, tmp_path / "two", media=MEDIA, num_workers=2, progress=lambda *step: seen.append(step))
-    assert seen == [("encode", 1, 2), ("encode", 2, 2)]
-    fill(dataset, tmp_path / "none")
+    steps: list[tuple[str, int, int]] = []
+    encode_dataset(dataset, tmp_path / "two", media=MEDIA, num_workers=2, progress=lambda *step: steps.append(step))
+    assert steps == [("encode", 1, 2), ("encode", 2, 2)]
+    encode_all(dataset, tmp_path / "none")
     assert files(tmp_path / "two") == files(tmp_path / "none")
 
 
@@ -123,25 +122,25 @@ def test_interrupted_run_leaves_only_complete_files(
 ) -> None:
     dataset = open_dataset(clip_source, SHARDS)
     calls = 0
-    cell = encode.encode_cell
+    encode_cell = encoders.encode_cell
 
-    def killed(*arguments: Any) -> Any:
+    def interrupt(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > 17:
             raise KeyboardInterrupt
-        return cell(*arguments)
+        return encode_cell(*arguments)
 
-    monkeypatch.setattr(features, "encode_cell", killed)
+    monkeypatch.setattr(encode, "encode_cell", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fill(dataset, tmp_path / "killed")
-    left = files(tmp_path / "killed")
-    assert len(left) == 3
+        encode_all(dataset, tmp_path / "killed")
+    interrupted_files = files(tmp_path / "killed")
+    assert len(interrupted_files) == 3
     monkeypatch.undo()
-    assert computed(dataset, tmp_path / "killed") == 48 - 15
-    fill(dataset, tmp_path / "whole")
+    assert num_computed(dataset, tmp_path / "killed") == 48 - 15
+    encode_all(dataset, tmp_path / "whole")
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert left.items() <= files(tmp_path / "whole").items()
+    assert interrupted_files.items() <= files(tmp_path / "whole").items()
 
 
 def test_failed_write_leaves_no_file(clip_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,20 +150,20 @@ def test_failed_write_leaves_no_file(clip_source: Path, tmp_path: Path, monkeypa
     dataset = open_dataset(clip_source)
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="no space left"):
-        fill(dataset, tmp_path)
+        encode_all(dataset, tmp_path)
     assert list(tmp_path.rglob("*.arrow")) == []
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
-def test_damaged_file_is_written_again(clip_source: Path, tmp_path: Path, kept: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
+def test_damaged_file_is_written_again(clip_source: Path, tmp_path: Path, fraction: float) -> None:
     dataset = open_dataset(clip_source)
-    task = fill(dataset, tmp_path)[0]
+    task = encode_all(dataset, tmp_path)[0]
     path = task.file(dataset.modalities[0])
-    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
     with pytest.raises(DatasetError, match=r"000000\.arrow is damaged .*: delete it, and it is created again"):
         read_arrow(path)
-    assert computed(dataset, tmp_path) == 24
-    assert computed(dataset, tmp_path) == 0
+    assert num_computed(dataset, tmp_path) == 24
+    assert num_computed(dataset, tmp_path) == 0
 
 
 def test_problems_of_media_are_reported_by_row(clips: Path, tmp_path: Path) -> None:
@@ -180,7 +179,7 @@ def test_problems_of_media_are_reported_by_row(clips: Path, tmp_path: Path) -> N
     metadata = clips / "metadata.csv"
     metadata.write_text(metadata.read_text().replace(",7.png,", ",,"))
     dataset = open_dataset(clips, SHARDS)
-    tasks = fill(dataset, tmp_path)
+    tasks = encode_all(dataset, tmp_path)
     audio, image = (read_status(tasks, modality, read_ids(dataset)) for modality in dataset.modalities)
     assert [(row, reason) for row, reason, _ in audio.problem] == [
         (0, Reason.MISSING),
@@ -197,27 +196,29 @@ def test_problems_of_media_are_reported_by_row(clips: Path, tmp_path: Path) -> N
     ]
     assert np.flatnonzero(~audio.usable).tolist() == [0, 1, 2, 3, 4, 5]
     assert [len(matrix) for matrix in matrices(dataset, tasks)] == [16, 16]
-    assert computed(dataset, tmp_path) == 0  # what is broken is not tried again
+    assert num_computed(dataset, tmp_path) == 0  # what is broken is not tried again
 
 
 def test_matrix_has_requested_rows_in_order(clips: Path, tmp_path: Path) -> None:
     """Unusable rows lie between; a row's vector is its own all the same."""
     clean = open_dataset(clips, SHARDS)
-    whole = matrices(clean, fill(clean, tmp_path / "one"))[0]
+    matrix = matrices(clean, encode_all(clean, tmp_path / "one"))[0]
     (clips / "4.wav").unlink()
     (clips / "11.wav").unlink()
     dataset = open_dataset(clips, SHARDS)
-    tasks = fill(dataset, tmp_path / "two")
+    tasks = encode_all(dataset, tmp_path / "two")
     status = read_status(tasks, dataset.modalities[0], read_ids(dataset))
     rows = np.array([23, 5, 0, 12])
-    np.testing.assert_array_equal(FeatureMatrix.of(tasks, status, rows).read_all(), whole[rows])
+    np.testing.assert_array_equal(FeatureMatrix.of(tasks, status, rows).read_all(), matrix[rows])
 
 
 def test_problems_of_vectors_are_reported_by_row(tmp_path: Path) -> None:
-    odd = pa.array([[1.0, 2.0], [float("nan"), 1.0], None, [1.0], [0.0, 0.0]], pa.list_(pa.float32()))
-    pq.write_table(pa.table({"label": [0] * 5, "u": odd, "v": [[1.0]] * 5}), tmp_path / "d.parquet", row_group_size=2)
+    column = pa.array([[1.0, 2.0], [float("nan"), 1.0], None, [1.0], [0.0, 0.0]], pa.list_(pa.float32()))
+    pq.write_table(
+        pa.table({"label": [0] * 5, "u": column, "v": [[1.0]] * 5}), tmp_path / "d.parquet", row_group_size=2
+    )
     dataset = open_dataset(tmp_path / "d.parquet")
-    tasks = fill(dataset, tmp_path / "cache")
+    tasks = encode_all(dataset, tmp_path / "cache")
     status = read_status(tasks, dataset.modalities[0], read_ids(dataset))
     assert [(row, reason) for row, reason, _ in status.problem] == [
         (1, Reason.NOT_FINITE),
@@ -227,7 +228,7 @@ def test_problems_of_vectors_are_reported_by_row(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         FeatureMatrix.of(tasks, status, np.array([0, 4])).read_all(), np.array([[1, 2], [0, 0]], dtype=np.float32)
     )
-    assert computed(dataset, tmp_path / "cache") == 0
+    assert num_computed(dataset, tmp_path / "cache") == 0
 
 
 def test_video_is_encoded_as_audio_and_visual(tmp_path: Path, film: Callable[[bool], bytes]) -> None:
@@ -235,7 +236,7 @@ def test_video_is_encoded_as_audio_and_visual(tmp_path: Path, film: Callable[[bo
     (tmp_path / "b.mp4").write_bytes(film(False))
     (tmp_path / "metadata.csv").write_text("file_name,label\na.mp4,0\nb.mp4,1\n")
     dataset = open_dataset(tmp_path)
-    tasks = fill(dataset, tmp_path / "cache")
+    tasks = encode_all(dataset, tmp_path / "cache")
     audio, visual = (read_status(tasks, modality, read_ids(dataset)) for modality in dataset.modalities)
     assert [(row, reason) for row, reason, _ in audio.problem] == [(1, Reason.NO_TRACK)]
     assert visual.usable.all()
@@ -243,36 +244,36 @@ def test_video_is_encoded_as_audio_and_visual(tmp_path: Path, film: Callable[[bo
 
 def test_vector_does_not_depend_on_other_rows(tmp_path: Path) -> None:
     texts = ["a dog", "a cat", "...", "a dog and a cat", "birds"]
-    for name, kept in (("all", texts), ("some", texts[1::2])):
-        rows = [{"text": text, "label": 0, "v": [1.0]} for text in kept]
+    for name, selected in (("all", texts), ("some", texts[1::2])):
+        rows = [{"text": text, "label": 0, "v": [1.0]} for text in selected]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet", row_group_size=2)
-    every, some = (open_dataset(tmp_path / f"{name}.parquet") for name in ("all", "some"))
-    assert [modality.kind for modality in every.modalities] == ["text", "features"]
-    found, _ = matrices(every, fill(every, tmp_path / "every"))
-    alone, _ = matrices(some, fill(some, tmp_path / "alone"))
-    np.testing.assert_array_equal(found[[1, 2]], alone)
-    np.testing.assert_array_equal(found, [text_counts(text, MEDIA) for text in texts if text != "..."])
+    dataset_of_all, dataset_of_some = (open_dataset(tmp_path / f"{name}.parquet") for name in ("all", "some"))
+    assert [modality.kind for modality in dataset_of_all.modalities] == ["text", "features"]
+    matrix_of_all, _ = matrices(dataset_of_all, encode_all(dataset_of_all, tmp_path / "every"))
+    matrix_of_some, _ = matrices(dataset_of_some, encode_all(dataset_of_some, tmp_path / "alone"))
+    np.testing.assert_array_equal(matrix_of_all[[1, 2]], matrix_of_some)
+    np.testing.assert_array_equal(matrix_of_all, [text_counts(text, MEDIA) for text in texts if text != "..."])
 
 
 def test_modality_without_usable_sample_is_rejected(clips: Path, tmp_path: Path) -> None:
     for path in clips.glob("*.wav"):
         path.unlink()
     dataset = open_dataset(clips)
-    tasks = fill(dataset, tmp_path / "cache")
+    tasks = encode_all(dataset, tmp_path / "cache")
     with pytest.raises(DatasetError, match=r"no sample has a usable audio; the first: missing, no file 0\.wav"):
         read_status(tasks, dataset.modalities[0], read_ids(dataset))
 
 
 def test_data_changed_after_encoding_are_rejected(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source)
-    tasks = fill(dataset, tmp_path)
+    tasks = encode_all(dataset, tmp_path)
     with pytest.raises(DatasetError, match="the data changed while they were read"):
         read_status(tasks, dataset.modalities[0], read_ids(dataset)[::-1])
 
 
 def test_mapped_file_can_be_replaced(clip_source: Path, tmp_path: Path) -> None:
     dataset = open_dataset(clip_source)
-    path = fill(dataset, tmp_path)[0].file(dataset.modalities[0])
+    path = encode_all(dataset, tmp_path)[0].file(dataset.modalities[0])
     before = read_arrow(path)
     write_arrow(before.slice(0, 1), path)
     assert before.num_rows == 24

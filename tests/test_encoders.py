@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mmaudit.audit.dataset.modalities import KINDS, Modality
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.features import encoders as encode
+from mmaudit.audit.features import encoders
 from mmaudit.audit.features.descriptors import video_statistics
 from mmaudit.audit.features.encoders import (
     ENCODERS,
@@ -42,9 +42,9 @@ def vectors(length: int) -> Modality:
     return Modality(name="v", column="col", kind="features", length=length)
 
 
-def rows_of(found: EncodedRows) -> list[list[float] | None]:
-    vectors = iter(found.vector.tolist())
-    return [next(vectors) if usable else None for usable in found.usable]
+def rows_of(encoded: EncodedRows) -> list[list[float] | None]:
+    vectors = iter(encoded.vector.tolist())
+    return [next(vectors) if usable else None for usable in encoded.usable]
 
 
 def test_every_kind_has_an_encoder() -> None:
@@ -53,28 +53,28 @@ def test_every_kind_has_an_encoder() -> None:
 
 @pytest.mark.parametrize("type_", TYPES)
 def test_vectors_are_unchanged_and_checked_by_row(type_: pa.DataType) -> None:
-    whole = pa.array(ROWS, type_)
-    for column in (pa.chunked_array([whole]), pa.chunked_array([whole.slice(0, 2), whole.slice(2)])):
-        found = encode_vectors(column, vectors(3))
-        assert rows_of(found) == [[1, 2, 3]] + [None] * 4 + [[7, 8, 9]]
-        assert found.vector.dtype == np.float32
-        wrong = Reason.WRONG_LENGTH
-        reasons = {row: problem.reason for row, problem in found.problem.items()}
-        assert reasons == {1: Reason.MISSING, 2: wrong, 3: wrong, 4: Reason.NOT_FINITE}
-        assert str(found.problem[2]) == "wrong-length: 2 numbers; most rows have 3"
-        assert str(found.problem[4]) == "not-finite: 1 of 3 numbers are not finite"
+    array = pa.array(ROWS, type_)
+    for column in (pa.chunked_array([array]), pa.chunked_array([array.slice(0, 2), array.slice(2)])):
+        encoded = encode_vectors(column, vectors(3))
+        assert rows_of(encoded) == [[1, 2, 3]] + [None] * 4 + [[7, 8, 9]]
+        assert encoded.vector.dtype == np.float32
+        wrong_length = Reason.WRONG_LENGTH
+        reasons = {row: problem.reason for row, problem in encoded.problem.items()}
+        assert reasons == {1: Reason.MISSING, 2: wrong_length, 3: wrong_length, 4: Reason.NOT_FINITE}
+        assert str(encoded.problem[2]) == "wrong-length: 2 numbers; most rows have 3"
+        assert str(encoded.problem[4]) == "not-finite: 1 of 3 numbers are not finite"
 
 
 def test_null_and_sliced_fixed_length_vectors_are_read() -> None:
-    whole = pa.array([[9, 9], [1, 2], None, [3, 4], [8, 8]], pa.list_(pa.float32(), 2))
-    found = encode_vectors(pa.chunked_array([whole.slice(1, 3)]), vectors(2))
-    assert rows_of(found) == [[1, 2], None, [3, 4]]
+    array = pa.array([[9, 9], [1, 2], None, [3, 4], [8, 8]], pa.list_(pa.float32(), 2))
+    encoded = encode_vectors(pa.chunked_array([array.slice(1, 3)]), vectors(2))
+    assert rows_of(encoded) == [[1, 2], None, [3, 4]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
 def test_values_outside_float32_are_not_finite(value: float) -> None:
-    found = encode_vectors(pa.chunked_array([pa.array([[value, 1.0]], pa.list_(pa.float64()))]), vectors(2))
-    assert [problem.reason for problem in found.problem.values()] == [Reason.NOT_FINITE]
+    encoded = encode_vectors(pa.chunked_array([pa.array([[value, 1.0]], pa.list_(pa.float64()))]), vectors(2))
+    assert [problem.reason for problem in encoded.problem.values()] == [Reason.NOT_FINITE]
 
 
 def test_large_integers_are_rounded_to_float32() -> None:
@@ -85,13 +85,13 @@ def test_large_integers_are_rounded_to_float32() -> None:
 @given(st.lists(st.none() | st.lists(st.floats(width=32), max_size=3), max_size=8))
 def test_content_and_problem_depend_only_on_the_row(rows: list[list[float] | None]) -> None:
     column = pa.chunked_array([pa.array(rows, pa.list_(pa.float32()))])
-    found = encode_vectors(column, vectors(2))
+    encoded = encode_vectors(column, vectors(2))
     digests = [digest(np.array(row or [], dtype=np.float32).tobytes()) for row in rows]
-    assert found.content.tolist() == [each.encode() for each in digests]
-    good = [row is not None and len(row) == 2 and bool(np.isfinite(row).all()) for row in rows]
-    assert found.usable.tolist() == good
-    assert sorted(found.problem) == [row for row, fine in enumerate(good) if not fine]
-    assert rows_of(found) == [row if fine else None for row, fine in zip(rows, good, strict=True)]
+    assert encoded.content.tolist() == [row_digest.encode() for row_digest in digests]
+    usable = [row is not None and len(row) == 2 and bool(np.isfinite(row).all()) for row in rows]
+    assert encoded.usable.tolist() == usable
+    assert sorted(encoded.problem) == [row for row, is_usable in enumerate(usable) if not is_usable]
+    assert rows_of(encoded) == [row if is_usable else None for row, is_usable in zip(rows, usable, strict=True)]
 
 
 def test_cell_is_encoded_or_returns_its_error() -> None:
@@ -112,14 +112,14 @@ def test_cell_is_encoded_or_returns_its_error() -> None:
 @pytest.mark.parametrize("kind", ["audio", "image", "video", "frames", "text"])
 def test_every_relevant_setting_changes_the_fingerprint(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     modality = Modality(name="m", column="c", kind=kind)
-    found = {preprocessing(modality, MEDIA)}
-    assert preprocessing(replace(modality, name="n", column="d"), MEDIA) in found
-    other: dict[str, Any]
-    for other in ({"max_seconds": 2.0}, {"image_size": 32}, {"text_buckets": 64}):
-        found.add(preprocessing(modality, MediaConfig(**other)))
-    monkeypatch.setitem(encode.ENCODERS, kind, replace(ENCODERS[kind], version=99))
-    found.add(preprocessing(modality, MEDIA))
-    assert len(found) == 5
+    fingerprints = {preprocessing(modality, MEDIA)}
+    assert preprocessing(replace(modality, name="n", column="d"), MEDIA) in fingerprints
+    settings: dict[str, Any]
+    for settings in ({"max_seconds": 2.0}, {"image_size": 32}, {"text_buckets": 64}):
+        fingerprints.add(preprocessing(modality, MediaConfig(**settings)))
+    monkeypatch.setitem(encoders.ENCODERS, kind, replace(ENCODERS[kind], version=99))
+    fingerprints.add(preprocessing(modality, MEDIA))
+    assert len(fingerprints) == 5
 
 
 def test_kinds_and_lengths_have_distinct_fingerprints() -> None:
@@ -129,12 +129,12 @@ def test_kinds_and_lengths_have_distinct_fingerprints() -> None:
 
 
 def test_encoders_have_distinct_fingerprints() -> None:
-    found = {
+    fingerprints = {
         preprocessing(Modality(name="m", column="c", kind=kind, encoder=encoder), MEDIA)
         for kind in NETWORK_INPUTS
         for encoder in ("statistics", "resnet18", "os.path:basename")
     }
-    assert len(found) == 3 * len(NETWORK_INPUTS)
+    assert len(fingerprints) == 3 * len(NETWORK_INPUTS)
 
 
 @pytest.fixture
@@ -153,10 +153,10 @@ def loaded(clip_source: Path, film: Callable[[bool], bytes]) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", NETWORK_INPUTS)
 def test_network_inputs_have_the_declared_shape(kind: str, media: MediaConfig, loaded: dict[str, Any]) -> None:
     modality = Modality(name="m", column="c", kind=kind, encoder="resnet18")
-    found = encode_cell(loaded[kind], modality, media)
-    assert isinstance(found, np.ndarray)
-    assert found.dtype == (np.float32 if kind == "audio" else np.uint8)
-    unflattened = found.reshape(input_shape(modality, media))
+    vector = encode_cell(loaded[kind], modality, media)
+    assert isinstance(vector, np.ndarray)
+    assert vector.dtype == (np.float32 if kind == "audio" else np.uint8)
+    unflattened = vector.reshape(input_shape(modality, media))
     frames = replace(media, num_frames=media.network_frames, frame_size=media.network_size)
     expected: dict[str, Callable[[Any], Any]] = {
         "audio": lambda data: network_spectrogram(decode_audio(data, media), media),
@@ -170,12 +170,12 @@ def test_network_inputs_have_the_declared_shape(kind: str, media: MediaConfig, l
 def test_frames_of_folders_are_encoded_as_video(clip_source: Path) -> None:
     pictures = tuple((clip_source / f"{number}.png").read_bytes() for number in range(6))
     frames = Modality(name="f", column="c", kind="frames")
-    found = encode_cell((pictures,), frames, MEDIA)
-    assert isinstance(found, np.ndarray)
-    np.testing.assert_array_equal(found, video_statistics(decode_folders((pictures,), MEDIA), MEDIA))
-    back = encode_cell((pictures[::-1],), frames, MEDIA)
-    assert isinstance(back, np.ndarray)
-    assert not np.array_equal(found, back)
+    vector = encode_cell((pictures,), frames, MEDIA)
+    assert isinstance(vector, np.ndarray)
+    np.testing.assert_array_equal(vector, video_statistics(decode_folders((pictures,), MEDIA), MEDIA))
+    reversed_vector = encode_cell((pictures[::-1],), frames, MEDIA)
+    assert isinstance(reversed_vector, np.ndarray)
+    assert not np.array_equal(vector, reversed_vector)
 
 
 @pytest.mark.parametrize(

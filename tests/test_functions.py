@@ -85,10 +85,10 @@ def test_function_receives_decoded_sample(module: str, clip_source: Path, film: 
     }[kind]
     decoded = decode(loaded, MEDIA)  # type: ignore[operator]
     check_encoder(modality(f"{module}:shape", kind))
-    found = encode_cell(loaded, modality(f"{module}:shape", kind), MEDIA)
-    assert isinstance(found, np.ndarray)
-    assert found.tolist() == [8, *np.shape(decoded), len(decoded)]
-    assert found.dtype == np.float32
+    vector = encode_cell(loaded, modality(f"{module}:shape", kind), MEDIA)
+    assert isinstance(vector, np.ndarray)
+    assert vector.tolist() == [8, *np.shape(decoded), len(decoded)]
+    assert vector.dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,9 @@ def test_sample_on_which_function_fails_is_unusable(module: str) -> None:
     with pytest.raises(UnusableError, match=rf"{module}:fails raised KeyError: 'gone'") as failed:
         call_function(f"{module}:fails", np.zeros(2), MEDIA)
     assert failed.value.reason is Reason.FAILED
-    with pytest.raises(UnusableError, match=r"2 of the 3 numbers of .*:infinite are not finite") as odd:
+    with pytest.raises(UnusableError, match=r"2 of the 3 numbers of .*:infinite are not finite") as not_finite:
         call_function(f"{module}:infinite", np.zeros(2), MEDIA)
-    assert odd.value.reason is Reason.NOT_FINITE
+    assert not_finite.value.reason is Reason.NOT_FINITE
 
 
 @pytest.mark.parametrize("shard_rows", [24, 1])
@@ -153,8 +153,8 @@ def test_vectors_of_different_lengths_are_rejected(
 
 def test_source_of_function_is_part_of_fingerprint(module: str, tmp_path: Path) -> None:
     (tmp_path / f"{module}_other.py").write_text(SOURCE + "\n")
-    first, other = (preprocessing(modality(f"{name}:mean"), MEDIA) for name in (module, f"{module}_other"))
-    assert len({first, other, preprocessing(modality(f"{module}:shape"), MEDIA)}) == 3
+    first, changed = (preprocessing(modality(f"{name}:mean"), MEDIA) for name in (module, f"{module}_other"))
+    assert len({first, changed, preprocessing(modality(f"{module}:shape"), MEDIA)}) == 3
 
 
 def test_workers_import_function_from_current_folder(module: str, clip_source: Path, tmp_path: Path) -> None:
@@ -178,13 +178,13 @@ def test_workers_import_function_from_current_folder(module: str, clip_source: P
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image={module}:mean",), shard_rows=8))
     tasks = encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=0, progress=no_progress)
     status = read_status(tasks, dataset.modalities[1], read_samples(dataset, seed=0, test_fraction=0.5).sample_id)
-    found = FeatureMatrix.of(tasks, status, np.arange(24)).read_all()
+    matrix = FeatureMatrix.of(tasks, status, np.arange(24)).read_all()
     picture = decode_image((clip_source / "5.png").read_bytes(), MEDIA)
-    np.testing.assert_allclose(found[5], picture.mean(axis=0).ravel()[:3], rtol=1e-6)
+    np.testing.assert_allclose(matrix[5], picture.mean(axis=0).ravel()[:3], rtol=1e-6)
     assert read_arrow(tasks[0].file(dataset.modalities[1])).num_rows == 8
 
 
 def test_readme_states_the_signature_of_functions() -> None:
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    (told,) = re.findall(r"`function\((.*)\) -> \(d,\)`", readme)
-    assert told.split(", ") == list(inspect.signature(call_function).parameters)[1:]
+    (signature,) = re.findall(r"`function\((.*)\) -> \(d,\)`", readme)
+    assert signature.split(", ") == list(inspect.signature(call_function).parameters)[1:]

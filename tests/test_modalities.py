@@ -138,13 +138,13 @@ def test_video_with_separate_audio_column_is_visual_only(
     ],
 )
 def test_folders_of_images_are_frames(columns: dict[str, list[object]], expected: list[str]) -> None:
-    found = infer_modalities(pa.table(columns), excluded=[], holds_pictures=lambda folder: folder.startswith("in/"))
-    assert [str(modality) for modality in found] == expected
+    modalities = infer_modalities(pa.table(columns), excluded=[], holds_pictures=lambda path: path.startswith("in/"))
+    assert [str(modality) for modality in modalities] == expected
 
 
 def test_columns_of_media_paths_are_recognised() -> None:
-    named = [field.name for field in HEAD.schema if holds_files(HEAD, field)]
-    assert named == ["file_name", "clip"]
+    modalities_named = [field.name for field in HEAD.schema if holds_files(HEAD, field)]
+    assert modalities_named == ["file_name", "clip"]
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_columns_of_media_paths_are_recognised() -> None:
 )
 def test_modality_option_is_parsed(text: str, kind: str) -> None:
     name, column = text.split(":")[0].split("=")
-    found = parse(text, HEAD)
-    assert found == Modality(name=name, column=column, kind=kind)
-    assert parse(str(found), HEAD) == found
+    modality = parse(text, HEAD)
+    assert modality == Modality(name=name, column=column, kind=kind)
+    assert parse(str(modality), HEAD) == modality
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_invalid_modality_option_is_rejected(text: str, words: str) -> None:
     assert words in str(caught.value)
 
 
-def named(*names: str) -> list[Modality]:
+def modalities_named(*names: str) -> list[Modality]:
     return [Modality(name=name, column="x", kind="audio") for name in names]
 
 
@@ -208,33 +208,33 @@ def test_fewer_than_two_modalities_are_rejected() -> None:
     with pytest.raises(DatasetError, match="found no modality among the columns x, y; a discrepancy needs two"):
         check_modalities([], ["x", "y"])
     with pytest.raises(DatasetError, match="only one modality, a=x:audio, among"):
-        check_modalities(named("a"), ["x"])
+        check_modalities(modalities_named("a"), ["x"])
 
 
 def test_repeated_modality_name_is_rejected() -> None:
     with pytest.raises(ConfigError, match="two modalities are called 'b'"):
-        check_modalities(named("a", "b", "b"), ["x"])
+        check_modalities(modalities_named("a", "b", "b"), ["x"])
 
 
 @pytest.mark.parametrize("name", ["../../out", "a/b", "a\\b", "a:b", "a=b"])
 def test_modality_name_with_separator_is_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match="must not contain"):
-        check_modalities(named("fine", name), ["x"])
+        check_modalities(modalities_named("fine", name), ["x"])
 
 
 @pytest.mark.parametrize("name", ["a" * 250, "é" * 60, "a\0b"])
 def test_modality_name_invalid_as_file_name_is_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match="its name may have at most 100 bytes and no NUL"):
-        check_modalities(named("fine", name), ["x"])
+        check_modalities(modalities_named("fine", name), ["x"])
 
 
 def test_types_of_embedded_media_are_recognised() -> None:
-    held = [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])]
-    assert all(map(holds_bytes, held))
+    media_types = [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])]
+    assert all(map(holds_bytes, media_types))
     assert not any(map(holds_bytes, [pa.string(), pa.struct([("path", pa.string())]), pa.list_(pa.int8())]))
 
 
 def test_types_of_folder_names_are_recognised() -> None:
-    named = [pa.string(), pa.list_(pa.string()), pa.large_list(pa.large_string())]
-    assert all(map(holds_folders, named))
+    modalities_named = [pa.string(), pa.list_(pa.string()), pa.large_list(pa.large_string())]
+    assert all(map(holds_folders, modalities_named))
     assert not any(map(holds_folders, [pa.binary(), pa.list_(pa.int8()), pa.list_(pa.list_(pa.string()))]))

@@ -33,7 +33,7 @@ def pictures(shape: tuple[int, ...], *, dropout: float = 0.0) -> PictureEncoder:
     return encoder
 
 
-def some(shape: tuple[int, ...], rows: int = 6) -> Tensor:
+def random_rows(shape: tuple[int, ...], rows: int = 6) -> Tensor:
     return torch.randn(rows, int(np.prod(shape)), generator=torch.Generator().manual_seed(1))
 
 
@@ -44,7 +44,7 @@ def standardise(encoder: VectorEncoder, rows: Tensor) -> None:
 @torch.no_grad()
 def test_vector_encoder_equals_manual_computation() -> None:
     """relu(layer norm(W (x - mean) / scale + b)) of each row."""
-    encoder, rows = vectors(), 3 * some((5,)) + 2
+    encoder, rows = vectors(), 3 * random_rows((5,)) + 2
     standardise(encoder, rows)
     w = encoder.state_dict()
     assert set(w) == {"mean", "scale", *(f"layers.{layer}.{name}" for layer in (0, 1) for name in ("weight", "bias"))}
@@ -59,17 +59,17 @@ def test_vector_encoder_equals_manual_computation() -> None:
 
 @torch.no_grad()
 def test_scale_and_offset_do_not_matter_after_standardisation() -> None:
-    found = []
+    features = []
     for gain, offset in ((1.0, 0.0), (100.0, -7.0)):
-        encoder, rows = vectors(), gain * some((5,)) + offset
+        encoder, rows = vectors(), gain * random_rows((5,)) + offset
         standardise(encoder, rows)
-        found.append(encoder(rows))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+        features.append(encoder(rows))
+    torch.testing.assert_close(features[0], features[1], rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
 def test_feature_that_varies_by_rounding_only_has_scale_1() -> None:
-    encoder, rows = vectors(), some((5,))
+    encoder, rows = vectors(), random_rows((5,))
     rows[:, 2], rows[:, 4] = 9.0, 1e4 + 1e-4 * rows[:, 4]
     standardise(encoder, rows)
     assert encoder.scale[2] == encoder.scale[4] == 1
@@ -78,14 +78,14 @@ def test_feature_that_varies_by_rounding_only_has_scale_1() -> None:
 
 
 def test_missing_vector_equals_the_mean() -> None:
-    encoder, rows = vectors(), 3 * some((5,)) + 2
+    encoder, rows = vectors(), 3 * random_rows((5,)) + 2
     standardise(encoder, rows)
     holed, filled = rows.clone(), rows.clone()
     holed[3], filled[3] = torch.nan, rows.mean(dim=0)
-    found = encoder(holed)
-    torch.testing.assert_close(found, encoder(filled))
-    assert (found[3] - encoder(rows)[3]).abs().max() > 0.01
-    torch.autograd.backward(found.square().sum())
+    features = encoder(holed)
+    torch.testing.assert_close(features, encoder(filled))
+    assert (features[3] - encoder(rows)[3]).abs().max() > 0.01
+    torch.autograd.backward(features.square().sum())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
 
 
@@ -96,13 +96,13 @@ def test_picture_encoder_equals_the_trunk_of_the_probes(shape: tuple[int, ...]) 
     encoder.standardise_by(torch.full((shape[-1] if len(shape) > 2 else 1,), 0.5), torch.full((1,), 2.0))
     probe: Network = build_network(shape, num_outputs=4, width=0.05, seed=5).eval()
     probe.trunk.load_state_dict(encoder.trunk.state_dict())
-    rows = some(shape)
-    found = encoder(rows)
-    assert found.shape == (6, encoder.num_features) == (6, 26)  # round(0.05 * 512)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, probe.trunk(to_pictures(rows, shape)))
-    assert torch.equal(found, encoder(to_pictures(rows, shape)))  # pictures already, as augmentation leaves them
-    assert torch.equal(probe.head(found), probe(to_pictures(rows, shape)))
+    rows = random_rows(shape)
+    features = encoder(rows)
+    assert features.shape == (6, encoder.num_features) == (6, 26)  # round(0.05 * 512)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, probe.trunk(to_pictures(rows, shape)))
+    assert torch.equal(features, encoder(to_pictures(rows, shape)))  # pictures already, as augmentation leaves them
+    assert torch.equal(probe.head(features), probe(to_pictures(rows, shape)))
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def test_pictures_are_standardised_by_channel_and_missing_ones_are_the_mean(shap
     channels = 1 if len(shape) == 2 else 3
     mean, scale = torch.tensor([5.0, 60.0, -7.0])[:channels], torch.tensor([2.0, 0.0, 50.0])[:channels]
     encoder.standardise_by(mean, scale)
-    rows = some(shape)
+    rows = random_rows(shape)
     by_channel = rows.view(-1, channels) if channels > 1 else rows.view(-1, 1)
     raised = (by_channel * torch.where(scale > 0, scale, 1.0) + mean).view_as(rows)
     torch.testing.assert_close(encoder(raised), plain(rows), rtol=1e-3, atol=1e-4)
@@ -131,23 +131,23 @@ def test_uint8_pixels_equal_their_float_values() -> None:
 def test_batch_of_at_most_one_uses_running_statistics(rows: int) -> None:
     """A last step may leave a process one picture or none. Batch norm would refuse the one, and crash at the other."""
     encoder = pictures((16, 16, 3)).train()
-    encoder(some((16, 16, 3)))
+    encoder(random_rows((16, 16, 3)))
     before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
-    found = encoder(some((16, 16, 3), rows=rows))
-    assert found.shape == (rows, 26)
+    features = encoder(random_rows((16, 16, 3), rows=rows))
+    assert features.shape == (rows, 26)
     assert all(torch.equal(buffer, before[name]) for name, buffer in encoder.named_buffers())
-    torch.autograd.backward(found.square().sum())
+    torch.autograd.backward(features.square().sum())
     grads = [parameter.grad for parameter in encoder.parameters()]
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
     assert encoder.trunk.training
-    torch.testing.assert_close(found, encoder.eval()(some((16, 16, 3), rows=rows)))
+    torch.testing.assert_close(features, encoder.eval()(random_rows((16, 16, 3), rows=rows)))
 
 
 @torch.no_grad()
 def test_frames_of_one_clip_form_a_batch() -> None:
     encoder = pictures((2, 16, 16, 3)).train()
     before = [buffer.clone() for buffer in encoder.buffers()]
-    assert encoder(some((2, 16, 16, 3), rows=1)).isfinite().all()
+    assert encoder(random_rows((2, 16, 16, 3), rows=1)).isfinite().all()
     assert any(not torch.equal(a, b) for a, b in zip(encoder.buffers(), before, strict=True))
 
 
@@ -161,7 +161,7 @@ def test_empty_batch_of_vectors_has_zero_gradients() -> None:
 @pytest.mark.parametrize("make", [lambda: vectors(dropout=0.5), lambda: pictures((8, 12), dropout=0.5)])
 def test_dropout_is_active_only_in_training(make: Any) -> None:
     encoder = make()
-    rows = some((5,) if isinstance(encoder, VectorEncoder) else (8, 12))
+    rows = random_rows((5,) if isinstance(encoder, VectorEncoder) else (8, 12))
     assert not torch.equal(encoder(rows), encoder(rows))
     encoder.eval()
     assert torch.equal(encoder(rows), encoder(rows))
@@ -171,11 +171,11 @@ def test_dropout_is_active_only_in_training(make: Any) -> None:
 def test_dropout_drops_its_share_and_keeps_the_mean(share: float) -> None:
     torch.manual_seed(0)
     number = 400_000
-    found = Dropout(share)(torch.full((number // 4, 4), 2.0))
-    values = found.unique().tolist()
+    dropped = Dropout(share)(torch.full((number // 4, 4), 2.0))
+    values = dropped.unique().tolist()
     assert values == pytest.approx([0.0, 2.0 / (1 - share)], rel=1e-4)
     sd = (share * (1 - share) / number) ** 0.5
-    assert float((found == 0).double().mean()) == pytest.approx(share, abs=5 * sd)
+    assert float((dropped == 0).double().mean()) == pytest.approx(share, abs=5 * sd)
 
 
 def test_dropped_positions_are_independent() -> None:
@@ -190,18 +190,18 @@ def test_dropped_positions_are_independent() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_flow_only_through_kept_values(dtype: torch.dtype) -> None:
     values = torch.randn(7, 9, dtype=dtype, requires_grad=True)  # 63: not a multiple of the four of a draw
-    found = Dropout(0.5)(values)
-    assert found.dtype == dtype
-    (gradient,) = torch.autograd.grad(found.sum(), values)
-    assert torch.equal(gradient, 2.0 * (found != 0))
+    dropped = Dropout(0.5)(values)
+    assert dropped.dtype == dtype
+    (gradient,) = torch.autograd.grad(dropped.sum(), values)
+    assert torch.equal(gradient, 2.0 * (dropped != 0))
     assert 0 < int((gradient == 0).sum()) < 63
 
 
 def test_dropout_follows_the_seed() -> None:
     dropout, values = Dropout(0.5), torch.ones(50)
-    first, again, other = (dropout(values) for seed in (1, 1, 2) if torch.manual_seed(seed))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    first, repeated, other_seed = (dropout(values) for seed in (1, 1, 2) if torch.manual_seed(seed))
+    assert torch.equal(first, repeated)
+    assert not torch.equal(first, other_seed)
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-7])
@@ -213,5 +213,5 @@ def test_dropout_of_zero_returns_its_input(share: float) -> None:
 
 def test_dropout_of_nearly_all_stays_finite() -> None:
     torch.manual_seed(0)
-    found = Dropout(1 - 1e-9)(torch.ones(1 << 20))
-    assert found.unique().tolist() == [0.0, 2.0**15]
+    dropped = Dropout(1 - 1e-9)(torch.ones(1 << 20))
+    assert dropped.unique().tolist() == [0.0, 2.0**15]

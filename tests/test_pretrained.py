@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary.write_text("\n".join(WORDS))
     towers = {"text_config": {**TINY, "vocab_size": 50}, "vision_config": PICTURE, "projection_dim": 8}
     speech = {**TINY, "conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (5, 4), "num_conv_pos_embeddings": 4}
-    made: dict[str, tuple[Any, Any]] = {
+    model_and_processor: dict[str, tuple[Any, Any]] = {
         "ast": (
             transformers.ASTModel(transformers.ASTConfig(**TINY, max_length=64, num_mel_bins=32)),
             transformers.ASTFeatureExtractor(num_mel_bins=32, max_length=64),
@@ -89,11 +89,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             transformers.ViTImageProcessor(size={"height": 32, "width": 32}),
         ),
     }
-    for name, (model, processor) in made.items():
+    for name, (model, processor) in model_and_processor.items():
         torch.manual_seed(0)
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
-    made["bert"][1].save_pretrained(folder / "clip")
+    model_and_processor["bert"][1].save_pretrained(folder / "clip")
     return folder
 
 
@@ -128,9 +128,9 @@ def inputs(clip_source: Path, film: Callable[[bool], bytes]) -> dict[str, list[A
 
 
 def vector(models: Path, name: str, kind: str, loaded: Any) -> NDArray[np.float32]:
-    found = encode_cell(loaded, modality(models, name, kind), MEDIA)
-    assert isinstance(found, np.ndarray)
-    return found
+    encoded = encode_cell(loaded, modality(models, name, kind), MEDIA)
+    assert isinstance(encoded, np.ndarray)
+    return encoded
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -141,12 +141,12 @@ def test_vector_is_deterministic_and_independent_of_batch(
     assert alone.shape == (3, DIMENSIONS.get(name, 16))
     assert alone.dtype == np.float32
     assert np.isfinite(alone).all()
-    again = [vector(models, name, kind, loaded) for loaded in inputs[kind]]
-    np.testing.assert_array_equal(alone, again)
+    repeated = [vector(models, name, kind, loaded) for loaded in inputs[kind]]
+    np.testing.assert_array_equal(alone, repeated)
     model = open_model(str(models / name), kind)
     prepared = list(enumerate(model.prepare(loaded, MEDIA) for loaded in inputs[kind]))
-    for at_once in (1, 2, 64):
-        monkeypatch.setattr(pretrained, "MAX_BATCH_INPUTS", at_once)
+    for max_inputs in (1, 2, 64):
+        monkeypatch.setattr(pretrained, "MAX_BATCH_INPUTS", max_inputs)
         rows = dict(encode_inputs(str(models / name), kind, prepared, media=MEDIA, device="cpu"))
         np.testing.assert_array_equal(np.stack([rows[row] for row in range(3)]), alone)
 
@@ -157,8 +157,8 @@ def test_audio_vectors_equal_direct_forward_pass(models: Path, inputs: dict[str,
     for name, pooled in (("ast", True), ("wav2vec2", False)):
         model: Any = transformers.AutoModel.from_pretrained(models / name).eval()
         processor = transformers.AutoFeatureExtractor.from_pretrained(models / name)
-        found = model(**processor(wave, sampling_rate=16_000, return_tensors="pt"))
-        expected = found.pooler_output if pooled else found.last_hidden_state.mean(1)
+        output = model(**processor(wave, sampling_rate=16_000, return_tensors="pt"))
+        expected = output.pooler_output if pooled else output.last_hidden_state.mean(1)
         np.testing.assert_allclose(vector(models, name, "audio", inputs["audio"][0]), expected[0], atol=1e-6)
 
 
@@ -176,12 +176,12 @@ def test_image_and_video_vectors_equal_direct_forward_pass(models: Path, inputs:
         model: Any = transformers.AutoModel.from_pretrained(models / name).eval()
         processor = transformers.AutoImageProcessor.from_pretrained(models / name)
         if name == "videomae":
-            found = model(**processor([frames[6]], return_tensors="pt")).last_hidden_state.mean(1)
-            np.testing.assert_allclose(vector(models, name, "video", inputs["video"][0]), found[0], atol=1e-6)
+            expected = model(**processor([frames[6]], return_tensors="pt")).last_hidden_state.mean(1)
+            np.testing.assert_allclose(vector(models, name, "video", inputs["video"][0]), expected[0], atol=1e-6)
             continue
         forward = model.get_image_features if name == "clip" else model
-        one = forward(**processor([picture], return_tensors="pt")).pooler_output[0]
-        np.testing.assert_allclose(vector(models, name, "image", inputs["image"][0]), one, atol=1e-6)
+        image_vector = forward(**processor([picture], return_tensors="pt")).pooler_output[0]
+        np.testing.assert_allclose(vector(models, name, "image", inputs["image"][0]), image_vector, atol=1e-6)
         mean = forward(**processor(frames[4], return_tensors="pt")).pooler_output.mean(0)
         np.testing.assert_allclose(vector(models, name, "video", inputs["video"][0]), mean, atol=1e-6)
 
@@ -209,7 +209,7 @@ def test_unusable_samples_have_a_reason(models: Path, inputs: dict[str, list[Any
     cases = [("ast", "audio", b""), ("dinov2", "image", b"no picture"), ("clip", "video", inputs["audio"][0])]
     reasons = [encode_cell(loaded, modality(models, name, kind), MEDIA) for name, kind, loaded in cases]
     reasons.append(encode_cell("?!", modality(models, "bert", "text"), MEDIA))
-    assert [each.reason if isinstance(each, UnusableError) else None for each in reasons] == [
+    assert [result.reason if isinstance(result, UnusableError) else None for result in reasons] == [
         Reason.EMPTY,
         Reason.CORRUPT,
         Reason.NO_TRACK,
@@ -221,33 +221,33 @@ def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path
     (clips / "7.wav").write_bytes(b"no sound")
     encoders = (f"audio=hf:{models / 'wav2vec2'}", f"image=hf:{models / 'dinov2'}")
     dataset = open_dataset(clips, DataConfig(shard_rows=10, encoder=encoders))
-    seen: list[tuple[str, int, int]] = []
-    whole = {
+    steps: list[tuple[str, int, int]] = []
+    tasks_of = {
         threads: encode_dataset(
             dataset,
             tmp_path / str(threads),
             media=MEDIA,
             num_workers=threads,
-            progress=no_progress if threads else lambda *step: seen.append(step),
+            progress=no_progress if threads else lambda *step: steps.append(step),
         )
         for threads in (0, 3)
     }
-    assert seen == [("encode", done, 6) for done in range(1, 7)]
-    assert [encode_shard(task) for task in whole[0]] == [0, 0, 0]
+    assert steps == [("encode", done, 6) for done in range(1, 7)]
+    assert [encode_shard(task) for task in tasks_of[0]] == [0, 0, 0]
     ids = read_samples(dataset, seed=0, test_fraction=0.5).sample_id
-    for each in dataset.modalities:
+    for modality_ in dataset.modalities:
         matrices = []
-        for tasks in whole.values():
-            status = read_status(tasks, each, ids)
-            assert status.usable.sum() == (23 if each.name == "audio" else 24)
+        for tasks in tasks_of.values():
+            status = read_status(tasks, modality_, ids)
+            assert status.usable.sum() == (23 if modality_.name == "audio" else 24)
             matrices.append(FeatureMatrix.of(tasks, status, np.flatnonzero(status.usable)).read_all())
         np.testing.assert_array_equal(matrices[0], matrices[1])
         assert matrices[0].shape[1] == 16
-    path = whole[0][1].file(dataset.modalities[0])
+    path = tasks_of[0][1].file(dataset.modalities[0])
     path.unlink()
     (clips / "23.wav").write_bytes((clips / "7.png").read_bytes())
-    assert [encode_shard(task) for task in whole[0]] == [0, 10, 0]  # what is broken costs no forward pass
-    assert read_arrow(whole[0][2].file(dataset.modalities[0]))["reason"].to_pylist() == [None] * 3 + ["corrupt"]
+    assert [encode_shard(task) for task in tasks_of[0]] == [0, 10, 0]  # what is broken costs no forward pass
+    assert read_arrow(tasks_of[0][2].file(dataset.modalities[0]))["reason"].to_pylist() == [None] * 3 + ["corrupt"]
 
 
 def test_cached_vectors_do_not_open_the_model(
@@ -271,12 +271,12 @@ def test_weights_and_model_are_part_of_fingerprint(models: Path, tmp_path: Path)
     for file in (models / "dinov2").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     assert model_version(str(folder)) == model_version(str(models / "dinov2"))
-    here = Modality(name="m", column="c", kind="image", encoder=f"hf:{folder}")
-    before = preprocessing(here, MEDIA)
-    assert preprocessing(here, replace(MEDIA, num_frames=2)) != before
+    copied = Modality(name="m", column="c", kind="image", encoder=f"hf:{folder}")
+    before = preprocessing(copied, MEDIA)
+    assert preprocessing(copied, replace(MEDIA, num_frames=2)) != before
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert preprocessing(here, MEDIA) != before
+    assert preprocessing(copied, MEDIA) != before
 
 
 @pytest.mark.parametrize(
@@ -320,9 +320,9 @@ def test_missing_weights_are_logged_and_initialised_equally(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    found = []
-    for place in ("one", "two"):
-        folder = tmp_path / place
+    vectors = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
         folder.mkdir()
         for file in (models / "dinov2").iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
@@ -330,9 +330,9 @@ def test_missing_weights_are_logged_and_initialised_equally(
         del weights["layernorm.weight"], weights["embeddings.patch_embeddings.projection.weight"]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         with caplog.at_level(logging.WARNING, logger="mmaudit"):
-            found.append(vector(tmp_path, place, "image", inputs["image"][0]))
+            vectors.append(vector(tmp_path, name, "image", inputs["image"][0]))
         assert ": 2 weights (" in caplog.text
-    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(vectors[0], vectors[1])
 
 
 def test_dataset_of_texts_and_vectors_is_encoded(models: Path, tmp_path: Path) -> None:
@@ -342,16 +342,16 @@ def test_dataset_of_texts_and_vectors_is_encoded(models: Path, tmp_path: Path) -
     tasks = encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=1, progress=no_progress)
     status = read_status(tasks, dataset.modalities[0], read_samples(dataset, seed=0, test_fraction=0.5).sample_id)
     assert status.usable.tolist() == [True, False, True]
-    found = FeatureMatrix.of(tasks, status, np.array([0, 2])).read_all()
+    matrix = FeatureMatrix.of(tasks, status, np.array([0, 2])).read_all()
     expected = [vector(models, "bert", "text", texts[row]) for row in (0, 2)]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(matrix, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kept", ["pytorch_model.bin", "model.bin"])
-def test_pickled_weights_are_rejected(models: Path, tmp_path: Path, kept: str) -> None:
+@pytest.mark.parametrize("weights_name", ["pytorch_model.bin", "model.bin"])
+def test_pickled_weights_are_rejected(models: Path, tmp_path: Path, weights_name: str) -> None:
     folder, mark = Path(shutil.copytree(models / "dinov2", tmp_path / "model")), tmp_path / "ran"
     (folder / "model.safetensors").unlink()
-    (folder / kept).write_bytes(f"cbuiltins\nopen\n(V{mark}\nVw\ntR.".encode())  # runs when it is unpickled
+    (folder / weights_name).write_bytes(f"cbuiltins\nopen\n(V{mark}\nVw\ntR.".encode())  # runs when it is unpickled
     with pytest.raises(ConfigError, match=r"^.*model cannot be loaded: [^\n]*$"):
         open_model(str(folder), "image")
     assert not mark.exists()

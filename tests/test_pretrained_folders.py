@@ -21,14 +21,18 @@ def model(folder: Path, *, weights: bytes = b"weights") -> Path:
 
 
 def test_version_of_a_folder_depends_only_on_content(tmp_path: Path) -> None:
-    one, same, other = model(tmp_path / "one"), model(tmp_path / "same"), model(tmp_path / "other", weights=b"weightz")
+    original, same, changed = (
+        model(tmp_path / "one"),
+        model(tmp_path / "same"),
+        model(tmp_path / "other", weights=b"weightz"),
+    )
     (same / "README.md").write_text("no part of the model")
     os.utime(same / "config.json", (0, 0))
-    assert folder_version(one) == folder_version(same)
-    assert folder_version(one) != folder_version(other)
-    before = folder_version(one)
-    (one / "config.json").write_text("{ }")
-    assert folder_version(one) != before
+    assert folder_version(original) == folder_version(same)
+    assert folder_version(original) != folder_version(changed)
+    before = folder_version(original)
+    (original / "config.json").write_text("{ }")
+    assert folder_version(original) != before
 
 
 def test_version_of_a_hub_model_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +43,8 @@ def test_version_of_a_hub_model_is_its_commit(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name in ("owner/name", f"owner/name@{COMMIT}", "owner/name@main"):
-        for whole in (False, True):
-            assert find_model_folder(name, with_weights=whole) == folder
+        for with_weights in (False, True):
+            assert find_model_folder(name, with_weights=with_weights) == folder
     assert folder_version(folder) == COMMIT
     with pytest.raises(ConfigError, match="no local folder 'owner/name@v2', and the hub has no such model"):
         find_model_folder("owner/name@v2", with_weights=False)

@@ -39,11 +39,11 @@ def clip(source: Path, number: int) -> tuple[bytes, bytes]:
 
 def embedded(source: Path, numbers: range) -> pa.Table:
     """Rows as `datasets` holds them: structs of bytes and path."""
-    found = [clip(source, number) for number in numbers]
+    media = [clip(source, number) for number in numbers]
     columns = {
         "id": [f"{number:03d}" for number in numbers],
-        "sound": [{"bytes": sound, "path": None} for sound, _ in found],
-        "sight": [{"bytes": sight, "path": None} for _, sight in found],
+        "sound": [{"bytes": sound, "path": None} for sound, _ in media],
+        "sight": [{"bytes": sight, "path": None} for _, sight in media],
         "label": [number % 3 for number in numbers],
     }
     return pa.table(columns, schema=FEATURES.arrow_schema)
@@ -92,7 +92,7 @@ def write_hub_folder(source: Path, folder: Path) -> Path:
     return folder
 
 
-def place_of(split: str, number: int, modality: str) -> dict[str, str]:
+def path_of_layout(split: str, number: int, modality: str) -> dict[str, str]:
     name, label = f"{number:03d}", f"class-{number % 3}"
     suffix = {"audio": "wav", "image": "png"}[modality]
     return {
@@ -102,11 +102,11 @@ def place_of(split: str, number: int, modality: str) -> dict[str, str]:
     }
 
 
-def write_layout(source: Path, folder: Path, how: str) -> Path:
+def write_layout(source: Path, folder: Path, layout: str) -> Path:
     for split, numbers in NUMBERS.items():
         for number in numbers:
             for modality, data in zip(("audio", "image"), clip(source, number), strict=True):
-                path = folder / place_of(split, number, modality)[how]
+                path = folder / path_of_layout(split, number, modality)[layout]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
     return folder
@@ -127,13 +127,13 @@ def write_split_tables(source: Path, folder: Path) -> Path:
 def write_tars(source: Path, folder: Path, label: str) -> Path:
     folder.mkdir()
     for split, numbers in NUMBERS.items():
-        for part, some in enumerate((numbers[:5], numbers[5:])):
+        for part, part_numbers in enumerate((numbers[:5], numbers[5:])):
             with tarfile.open(folder / f"{split}-{part:03d}.tar", "w") as archive:
-                for number in some:
+                for number in part_numbers:
                     sound, sight = clip(source, number)
-                    about = {"label": f"class-{number % 3}", "id": f"{number:03d}"}
-                    told = {"json": json.dumps(about).encode(), "cls": str(number % 3).encode()}
-                    for name, data in {"wav": sound, "png": sight, label: told[label]}.items():
+                    fields = {"label": f"class-{number % 3}", "id": f"{number:03d}"}
+                    label_members = {"json": json.dumps(fields).encode(), "cls": str(number % 3).encode()}
+                    for name, data in {"wav": sound, "png": sight, label: label_members[label]}.items():
                         member = tarfile.TarInfo(f"./{number:03d}.{name}")
                         member.size = len(data)
                         archive.addfile(member, io.BytesIO(data))
@@ -196,18 +196,18 @@ def test_numeric_labels_of_tars_are_read(clip_source: Path, tmp_path: Path, expe
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
     """Put something in the place of datasets.load_dataset, and note what it is asked for."""
 
-    def put(answer: Any) -> list[Any]:
-        asked: list[Any] = []
+    def put(response: Any) -> list[Any]:
+        requests: list[Any] = []
 
         def load(*arguments: Any) -> Any:
-            asked.append(arguments)
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
+            requests.append(arguments)
+            if isinstance(response, Exception):
+                raise response
+            return response
 
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         monkeypatch.setattr(datasets, "load_dataset", load)
-        return asked
+        return requests
 
     return put
 
@@ -216,10 +216,10 @@ def test_hub_dataset_gives_equal_samples(
     clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]], hub: Callable[[Any], list[Any]]
 ) -> None:
     parts = hub_parts(clip_source)
-    asked = hub(parts)
+    requests = hub(parts)
     assert samples_of("user/clips") == expected
     assert samples_of("clips:small") == expected
-    assert asked == [("user/clips", None), ("clips", "small")]
+    assert requests == [("user/clips", None), ("clips", "small")]
     parts.save_to_disk(tmp_path / "saved")
     hub(datasets.load_from_disk(tmp_path / "saved"))
     assert samples_of("user/clips", DataConfig(shard_rows=5)) == expected
@@ -237,8 +237,8 @@ def test_selection_of_hub_dataset_is_read_in_order(
     if from_disk:
         parts.save_to_disk(tmp_path / "saved")
         parts = datasets.load_from_disk(tmp_path / "saved")
-    kept = {"train": [17, 3, 4], "test": [5, 0]}
-    hub(datasets.DatasetDict({split: part.select(kept[split]) for split, part in parts.items()}))
+    selected = {"train": [17, 3, 4], "test": [5, 0]}
+    hub(datasets.DatasetDict({split: part.select(selected[split]) for split, part in parts.items()}))
     numbers = {"017", "003", "004", "023", "018"}
     assert samples_of("user/clips") == {sample for sample in expected if sample[0] in numbers}
     dataset = open_dataset("user/clips")
@@ -260,10 +260,10 @@ def test_missing_hub_dataset_is_reported_in_one_line(hub: Callable[[Any], list[A
     "data", ["/none/such", "./none", "none.parquet", "a/b/c", "../none", "none*", "a b", "none.tar"]
 )
 def test_other_paths_are_not_loaded_from_hub(hub: Callable[[Any], list[Any]], data: str) -> None:
-    asked = hub(AssertionError("asked"))
+    requests = hub(AssertionError("asked"))
     with pytest.raises(DatasetError, match="no such folder or file"):
         open_dataset(data)
-    assert asked == []
+    assert requests == []
 
 
 def test_unreachable_hub_is_reported_without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,7 @@ def test_unreachable_hub_is_reported_without_retries(monkeypatch: pytest.MonkeyP
 def test_existing_folder_is_not_loaded_from_hub(
     clip_source: Path, monkeypatch: pytest.MonkeyPatch, hub: Callable[[Any], list[Any]]
 ) -> None:
-    asked = hub(AssertionError("asked"))
+    requests = hub(AssertionError("asked"))
     monkeypatch.chdir(clip_source.parent)
     assert open_dataset(clip_source.name).num_rows == 24
-    assert asked == []
+    assert requests == []

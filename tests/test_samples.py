@@ -89,20 +89,20 @@ def test_ids_are_strings_in_dataset_order(tmp_path: Path, read: Read) -> None:
 
 
 def test_split_names_are_normalised(read: Read) -> None:
-    known = {
+    names_of_split = {
         "train": ["train", "Training", "TRN"],
         "validation": ["val", "valid", "dev", "Development", "validation"],
         "test": ["test", "tst", "EVAL", "evaluation", "testing"],
     }
-    given = [name for names in known.values() for name in names]
-    expected = [split for split, names in known.items() for _ in names]
-    assert read(label=[0] * len(given), split=given).split.tolist() == expected
+    names_in_order = [name for names in names_of_split.values() for name in names]
+    expected = [split for split, names in names_of_split.items() for _ in names]
+    assert read(label=[0] * len(names_in_order), split=names_in_order).split.tolist() == expected
 
 
-@pytest.mark.parametrize("odd", ["holdout", None])
-def test_unknown_split_is_rejected_or_ignored_on_request(read: Read, odd: str | None) -> None:
-    columns = {"label": [0, 1] * 5, "split": ["train"] * 9 + [odd]}
-    with pytest.raises(DatasetError, match=f"column 'split' holds {odd}; a split is train, validation or test"):
+@pytest.mark.parametrize("unknown", ["holdout", None])
+def test_unknown_split_is_rejected_or_ignored_on_request(read: Read, unknown: str | None) -> None:
+    columns = {"label": [0, 1] * 5, "split": ["train"] * 9 + [unknown]}
+    with pytest.raises(DatasetError, match=f"column 'split' holds {unknown}; a split is train, validation or test"):
         read(**columns)
     assert read(DataConfig(split="none"), **columns).split.tolist().count("test") == 2
 
@@ -119,7 +119,7 @@ def test_path_columns_are_kept(clip_source: Path) -> None:
     assert samples.paths["audio_file_name"].to_pylist() == [f"{number}.wav" for number in range(24)]
 
 
-def named(count: int) -> NDArray[np.object_]:
+def sample_ids(count: int) -> NDArray[np.object_]:
     return np.array([f"s{number}" for number in range(count)], dtype=object)
 
 
@@ -130,16 +130,16 @@ LABELS = st.lists(st.integers(0, 3), min_size=1, max_size=80).map(lambda labels:
 @given(LABELS, st.floats(0.05, 0.95), st.integers(0, 5))
 def test_drawn_fraction_is_equal_in_every_class(label: NDArray[np.int32], fraction: float, seed: int) -> None:
     """The whole is right to the row; a class is off by its own half row and those of the others at most."""
-    drawn = stratified_cut(named(len(label)), label, None, fraction=fraction, seed=seed, purpose="p")
+    drawn = stratified_cut(sample_ids(len(label)), label, None, fraction=fraction, seed=seed, purpose="p")
     assert drawn.sum() == max(1, round(fraction * len(label)))
     classes = np.unique(label)
-    for one in classes:
-        assert abs(drawn[label == one].sum() - fraction * (label == one).sum()) <= (1 + len(classes)) / 2
+    for stratum in classes:
+        assert abs(drawn[label == stratum].sum() - fraction * (label == stratum).sum()) <= (1 + len(classes)) / 2
 
 
 def test_equal_classes_get_equal_shares() -> None:
     label = np.repeat(np.arange(4, dtype=np.int32), 25)
-    drawn = stratified_cut(named(100), label, None, fraction=0.2, seed=0, purpose="p")
+    drawn = stratified_cut(sample_ids(100), label, None, fraction=0.2, seed=0, purpose="p")
     assert np.bincount(label[drawn]).tolist() == [5, 5, 5, 5]
 
 
@@ -150,12 +150,14 @@ def test_whole_groups_are_drawn_independent_of_order(
 ) -> None:
     group = np.array([f"g{number}" for number in numbers[: len(label)]], dtype=object)
     order = np.random.default_rng(seed).permutation(len(label))
-    for each in (None, group):
-        drawn = stratified_cut(named(len(label)), label, each, fraction=fraction, seed=seed, purpose="p")
-        moved = None if each is None else each[order]
-        again = stratified_cut(named(len(label))[order], label[order], moved, fraction=fraction, seed=seed, purpose="p")
-        np.testing.assert_array_equal(again, drawn[order])
-    assert all(len(set(drawn[group == one].tolist())) == 1 for one in set(group))
+    for group_or_none in (None, group):
+        drawn = stratified_cut(sample_ids(len(label)), label, group_or_none, fraction=fraction, seed=seed, purpose="p")
+        group_reordered = None if group_or_none is None else group_or_none[order]
+        drawn_reordered = stratified_cut(
+            sample_ids(len(label))[order], label[order], group_reordered, fraction=fraction, seed=seed, purpose="p"
+        )
+        np.testing.assert_array_equal(drawn_reordered, drawn[order])
+    assert all(len(set(drawn[group == group_name].tolist())) == 1 for group_name in set(group))
     largest = max(np.unique(group.astype(str), return_counts=True)[1])
     if len(set(group)) > 1:
         assert drawn.any()
@@ -164,28 +166,32 @@ def test_whole_groups_are_drawn_independent_of_order(
 
 def test_seed_and_purpose_change_the_draw() -> None:
     label = np.zeros(200, dtype=np.int32)
-    one, two, three = (
-        stratified_cut(named(200), label, None, fraction=0.5, seed=seed, purpose=purpose)
+    first, other_seed, other_purpose = (
+        stratified_cut(sample_ids(200), label, None, fraction=0.5, seed=seed, purpose=purpose)
         for seed, purpose in ((0, "a"), (1, "a"), (0, "b"))
     )
-    assert 60 < (one & two).sum() + (~one & ~two).sum() < 140
-    assert 60 < (one & three).sum() + (~one & ~three).sum() < 140
+    assert 60 < (first & other_seed).sum() + (~first & ~other_seed).sum() < 140
+    assert 60 < (first & other_purpose).sum() + (~first & ~other_purpose).sum() < 140
 
 
 @given(LABELS)
 def test_stratify_is_uniform_within_every_class(label: NDArray[np.int32]) -> None:
     keys = np.random.default_rng(0).permutation(len(label)).astype(np.uint64)
-    place = stratify(keys, label)
-    for one in np.unique(label):
-        count = int((label == one).sum())
-        np.testing.assert_allclose(np.sort(place[label == one]), (np.arange(count) + 0.5) / count)
-        assert (np.argsort(place[label == one]) == np.argsort(keys[label == one])).all()
+    position = stratify(keys, label)
+    for stratum in np.unique(label):
+        count = int((label == stratum).sum())
+        np.testing.assert_allclose(np.sort(position[label == stratum]), (np.arange(count) + 0.5) / count)
+        assert (np.argsort(position[label == stratum]) == np.argsort(keys[label == stratum])).all()
 
 
 def test_missing_split_is_drawn_by_class_or_group(read: Read) -> None:
     samples = read(label=[number % 3 for number in range(60)])
     assert set(samples.split.tolist()) == {"train", "test"}
-    assert [int(((samples.split == "test") & (samples.label == one)).sum()) for one in range(3)] == [4, 4, 4]
+    assert [int(((samples.split == "test") & (samples.label == stratum)).sum()) for stratum in range(3)] == [
+        4,
+        4,
+        4,
+    ]
     groups = [f"g{number // 6}" for number in range(60)]
     grouped = read(label=[number % 3 for number in range(60)], group=groups)
     assert grouped.group is not None

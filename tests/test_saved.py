@@ -28,11 +28,11 @@ def write_arrow(
     rows = pa.table({"id": numbers, "x": pa.array(cells, pa.binary() if media else pa.list_(pa.float64()))})
     writer = pa.ipc.new_file if footer else pa.ipc.new_stream
     with pa.OSFile(str(path), "wb") as sink, writer(sink, rows.schema) as file:
-        at = 0
+        start = 0
         for size in batches:
-            columns = [column.combine_chunks() for column in rows.slice(at, size).columns]
+            columns = [column.combine_chunks() for column in rows.slice(start, size).columns]
             file.write_batch(pa.record_batch(columns, rows.schema.names))
-            at += size
+            start += size
     return rows
 
 
@@ -40,8 +40,8 @@ def write_arrow(
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 12))
 def test_shards_of_any_batches_give_all_rows(tmp_path: Path, footer: bool, batches: list[int], shard_rows: int) -> None:
-    one = write_arrow(tmp_path / "1.arrow", [1, *batches], footer=footer)
-    two = write_arrow(tmp_path / "2.arrow", batches, footer=footer, first=one.num_rows)
+    first = write_arrow(tmp_path / "1.arrow", [1, *batches], footer=footer)
+    second = write_arrow(tmp_path / "2.arrow", batches, footer=footer, first=first.num_rows)
     plan = plan_parts(
         tmp_path, [SplitFiles(split=None, paths=(tmp_path / "1.arrow", tmp_path / "2.arrow"))], shard_rows=shard_rows
     )
@@ -50,7 +50,7 @@ def test_shards_of_any_batches_give_all_rows(tmp_path: Path, footer: bool, batch
     assert all(0 < shard.num_rows <= shard_rows for shard in shards)
     parts = [shard.read(["x", "id"]) for shard in reversed(shards)][::-1]
     assert [part["id"][0].as_py() for part in parts] == [shard.first for shard in shards]
-    assert pa.concat_tables(parts).equals(pa.concat_tables([one, two]).select(["x", "id"]))
+    assert pa.concat_tables(parts).equals(pa.concat_tables([first, second]).select(["x", "id"]))
     assert plan.head.column_names == ["id", "x"]
 
 
@@ -60,7 +60,7 @@ def test_rows_without_media_form_large_shards(tmp_path: Path) -> None:
     assert [shard.num_rows for shard in plan.shards] == [8_192, 1_808]
 
 
-def saved(folder: Path, **splits: dict[str, list[Any]]) -> Path:
+def save_splits(folder: Path, **splits: dict[str, list[Any]]) -> Path:
     parts = {name: datasets.Dataset.from_dict(columns) for name, columns in splits.items()}
     datasets.DatasetDict(parts).save_to_disk(folder)
     return folder
@@ -72,7 +72,7 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_names_of_saved_splits_become_the_split_column(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "d", train={"label": [1, 2]}, test={"label": [3]})
+    folder = save_splits(tmp_path / "d", train={"label": [1, 2]}, test={"label": [3]})
     assert is_saved(folder)
     assert read_all(folder) == [{"label": n, "split": s} for n, s in ((1, "train"), (2, "train"), (3, "test"))]
     assert is_saved(folder / "test")
@@ -82,7 +82,7 @@ def test_names_of_saved_splits_become_the_split_column(tmp_path: Path) -> None:
 
 def test_existing_split_column_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
-    folder = saved(tmp_path / "d", all={"label": [1, 2], "split": ["train", "test"]})
+    folder = save_splits(tmp_path / "d", all={"label": [1, 2], "split": ["train", "test"]})
     assert [row["split"] for row in read_all(folder)] == ["train", "test"]
     assert "splits are read from the column split, not from the names of the parts" in caplog.text
 
@@ -94,7 +94,7 @@ def test_saved_selection_is_read_as_its_rows(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_reported(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "d", train={"label": [1, 2]}, test={"label": [3]})
+    folder = save_splits(tmp_path / "d", train={"label": [1, 2]}, test={"label": [3]})
     data = folder / "test" / "data-00000-of-00001.arrow"
     content = data.read_bytes()
     data.write_bytes(content[: len(content) // 2])
@@ -128,7 +128,7 @@ def test_invalid_state_is_rejected(tmp_path: Path, state: object, words: str) ->
 
 
 def test_splits_with_different_columns_or_classes_are_rejected(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "d", train={"label": [1, 2]}, test={"label": ["x"]})
+    folder = save_splits(tmp_path / "d", train={"label": [1, 2]}, test={"label": ["x"]})
     with pytest.raises(DatasetError, match=r"test/data.* has different columns from .*train/data"):
         read_all(folder)
     for name, classes in (("train", ["a", "b"]), ("test", ["b", "a"])):

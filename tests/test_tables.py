@@ -38,26 +38,26 @@ JSONL = (
 )
 
 
-def written(path: Path, text: str | bytes) -> Path:
+def write_file(path: Path, text: str | bytes) -> Path:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
 def test_formats_give_equal_rows(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "m.parquet")
-    for path in (written(tmp_path / "m.csv", CSV), written(tmp_path / "m.jsonl", JSONL), tmp_path / "m.parquet"):
+    for path in (write_file(tmp_path / "m.csv", CSV), write_file(tmp_path / "m.jsonl", JSONL), tmp_path / "m.parquet"):
         assert read_rows(path).to_pylist() == ROWS
 
 
 def test_date_like_strings_of_jsonl_stay_strings(tmp_path: Path) -> None:
-    path = written(tmp_path / "m.jsonl", '{"n": 1, "id": "2020-01-01", "at": "2020-01-01 10:00:00"}\n')
+    path = write_file(tmp_path / "m.jsonl", '{"n": 1, "id": "2020-01-01", "at": "2020-01-01 10:00:00"}\n')
     rows = read_rows(path)
     assert rows.column_names == ["n", "id", "at"]
     assert rows.to_pylist() == [{"n": 1, "id": "2020-01-01", "at": "2020-01-01 10:00:00"}]
 
 
 def test_only_empty_csv_cells_are_null(tmp_path: Path) -> None:
-    rows = read_rows(written(tmp_path / "m.csv", 'id,label,text\na,NA,""\nb,null,\nc,nan,x\n'))
+    rows = read_rows(write_file(tmp_path / "m.csv", 'id,label,text\na,NA,""\nb,null,\nc,nan,x\n'))
     assert rows["label"].to_pylist() == ["NA", "null", "nan"]
     assert rows["text"].to_pylist() == [None, None, "x"]
 
@@ -66,9 +66,9 @@ def test_line_break_in_a_cell_of_a_long_csv_is_kept(tmp_path: Path) -> None:
     """Longer than the megabyte that is parsed at once."""
     text = "\n".join(["a line of thirty characters..."] * 20)
     rows = "".join(f'{number},"{text}"\n' for number in range(4_000))
-    found = read_rows(written(tmp_path / "m.csv", f"id,text\n{rows}"))
-    assert found["id"].to_pylist() == [str(number) for number in range(4_000)]
-    assert set(found["text"].to_pylist()) == {text}
+    read_back = read_rows(write_file(tmp_path / "m.csv", f"id,text\n{rows}"))
+    assert read_back["id"].to_pylist() == [str(number) for number in range(4_000)]
+    assert set(read_back["text"].to_pylist()) == {text}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_line_break_in_a_cell_of_a_long_csv_is_kept(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_file_is_reported(tmp_path: Path, name: str, content: bytes) -> None:
-    path = written(tmp_path / name, content)
+    path = write_file(tmp_path / name, content)
     with pytest.raises(DatasetError) as caught:
         read_rows(path)
     assert str(caught.value).startswith((f"{path} cannot be read: ", f"{path} cannot be read as Parquet: "))
@@ -97,13 +97,13 @@ def test_damaged_file_is_reported(tmp_path: Path, name: str, content: bytes) -> 
 
 @pytest.mark.parametrize("name", METADATA_NAMES)
 def test_metadata_file_of_a_folder_is_found(tmp_path: Path, name: str) -> None:
-    path = written(tmp_path / name, "x")
+    path = write_file(tmp_path / name, "x")
     assert find_tables(str(tmp_path)) == (tmp_path, [path])
     assert find_tables(str(path)) == (tmp_path, [path])
 
 
 def test_files_of_a_glob_are_sorted(tmp_path: Path) -> None:
-    paths = [written(tmp_path / f"part-{number}.parquet", "x") for number in (2, 0, 1)]
+    paths = [write_file(tmp_path / f"part-{number}.parquet", "x") for number in (2, 0, 1)]
     assert find_tables(f"{tmp_path}/part-*.parquet") == (tmp_path, sorted(paths))
 
 
@@ -117,9 +117,9 @@ def test_sources_without_table_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=OTHER_FORMS):
         find_tables(str(tmp_path))
     with pytest.raises(DatasetError, match=r"neither a folder nor a \.parquet, \.csv, \.jsonl or \.tar file"):
-        find_tables(str(written(tmp_path / "m.xlsx", "x")))
-    written(tmp_path / "metadata.csv", "x")
-    written(tmp_path / "metadata.jsonl", "x")
+        find_tables(str(write_file(tmp_path / "m.xlsx", "x")))
+    write_file(tmp_path / "metadata.csv", "x")
+    write_file(tmp_path / "metadata.jsonl", "x")
     with pytest.raises(DatasetError, match=r"matches metadata\.jsonl; a glob must match files of one format only"):
         find_tables(f"{tmp_path}/meta*")
     with pytest.raises(DatasetError, match=r"matches m\.xlsx; a glob must match files of one format only"):
@@ -141,22 +141,22 @@ def test_memory_shards_partition_the_rows(num_rows: int, shard_rows: int) -> Non
 
 
 def test_files_of_one_format_are_concatenated(tmp_path: Path) -> None:
-    one, two = '{"id": "a", "n": 1, "x": null}\n', '{"id": "b", "n": 2, "x": "word"}\n'
-    paths = [written(tmp_path / "1.jsonl", one), written(tmp_path / "2.jsonl", two)]
+    first, second = '{"id": "a", "n": 1, "x": null}\n', '{"id": "b", "n": 2, "x": "word"}\n'
+    paths = [write_file(tmp_path / "1.jsonl", first), write_file(tmp_path / "2.jsonl", second)]
     assert find_tables(f"{tmp_path}/*.jsonl") == (tmp_path, paths)
     assert read_tables(paths).to_pylist() == [{"id": "a", "n": 1, "x": None}, {"id": "b", "n": 2, "x": "word"}]
-    halves = [written(tmp_path / "1.csv", "id,n\na,1\n"), written(tmp_path / "2.csv", "id,n\nb,2\n")]
+    halves = [write_file(tmp_path / "1.csv", "id,n\na,1\n"), write_file(tmp_path / "2.csv", "id,n\nb,2\n")]
     plan = plan_tables(tmp_path, halves, shard_rows=1)
     assert [shard.read(["id"])["id"].to_pylist() for shard in plan.shards] == [["a"], ["b"]]
     assert plan.folders == (tmp_path,)
 
 
 @pytest.mark.parametrize(
-    ("name", "one", "two"),
+    ("name", "first", "second"),
     [("n.csv", "id,n\na,1\n", "id,m\nb,2\n"), ("n.jsonl", '{"id": "a"}\n', '{"id": "a", "m": 2}\n')],
 )
-def test_files_with_different_columns_are_rejected(tmp_path: Path, name: str, one: str, two: str) -> None:
-    paths = [written(tmp_path / f"1{name}", one), written(tmp_path / f"2{name}", two)]
+def test_files_with_different_columns_are_rejected(tmp_path: Path, name: str, first: str, second: str) -> None:
+    paths = [write_file(tmp_path / f"1{name}", first), write_file(tmp_path / f"2{name}", second)]
     with pytest.raises(DatasetError, match=f"2{name} has different columns from .*1{name}"):
         plan_tables(tmp_path, paths, shard_rows=9)
 

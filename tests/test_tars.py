@@ -44,7 +44,7 @@ def npy(array: Any) -> bytes:
     return file.getvalue()
 
 
-def rows(plan: Plan) -> list[dict[str, Any]]:
+def read_rows(plan: Plan) -> list[dict[str, Any]]:
     shards = [pickle.loads(pickle.dumps(shard)) for shard in plan.shards]
     return [row for shard in shards for row in shard.read(plan.head.column_names).to_pylist()]
 
@@ -61,7 +61,7 @@ def test_members_are_read_by_extension(tmp_path: Path) -> None:
         ("a/.hidden", b"x"),
         ("README", b"x"),
     ]
-    assert rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=1)) == [
+    assert read_rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=1)) == [
         {"__key__": "a/1", "age": 4, "cls": 3, "tags": ["u"], "txt": "a dog\n", "who": "x",
          "left.png": b"sight", "npy": [1.5, 2.0]},
         {"__key__": "a/2", "age": None, "cls": -1, "tags": None, "txt": None, "who": None,
@@ -86,7 +86,7 @@ def test_every_member_is_read_back(
     ]
     plan = plan_tars([pack(tmp_path / "x.tar", members, format_=format_)], shard_rows=shard_rows)
     names = {name for sample in samples for name in sample}
-    assert rows(plan) == [
+    assert read_rows(plan) == [
         {"__key__": f"{folder}/{number}", **{name: sample.get(name) for name in names}}
         for number, sample in enumerate(samples)
     ]
@@ -149,21 +149,21 @@ def test_splits_are_inferred_from_names_and_logged(
 ) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
     paths = [pack(tmp_path / "d" / name, clips(f"k{number}")) for number, name in enumerate(names)]
-    found = [row.get("split") for row in rows(plan_tars(paths, shard_rows=9))]
+    split_of_row = [row.get("split") for row in read_rows(plan_tars(paths, shard_rows=9))]
     expected = {"train": "train", "val": "validation", "test": "test"}
-    assert found == ([None] * len(names) if splits is None else [expected[split] for split in splits])
+    assert split_of_row == ([None] * len(names) if splits is None else [expected[split] for split in splits])
     assert ("split by the names of the tars" in caplog.text) == (splits is not None)
 
 
 def test_existing_split_field_is_kept(tmp_path: Path) -> None:
     members = [*clips("a"), ("a.json", b'{"split": "test"}')]
-    assert rows(plan_tars([pack(tmp_path / "train.tar", members)], shard_rows=9))[0]["split"] == "test"
+    assert read_rows(plan_tars([pack(tmp_path / "train.tar", members)], shard_rows=9))[0]["split"] == "test"
 
 
 def test_tars_with_different_columns_are_concatenated(tmp_path: Path) -> None:
-    one = pack(tmp_path / "1.tar", [("a.wav", b"1"), ("a.json", b'{"n": 1}')])
-    two = pack(tmp_path / "2.tar", [("b.png", b"2"), ("b.json", b'{"n": 2.5, "word": "x"}')])
-    assert rows(plan_tars([one, two], shard_rows=9)) == [
+    first = pack(tmp_path / "1.tar", [("a.wav", b"1"), ("a.json", b'{"n": 1}')])
+    second = pack(tmp_path / "2.tar", [("b.png", b"2"), ("b.json", b'{"n": 2.5, "word": "x"}')])
+    assert read_rows(plan_tars([first, second], shard_rows=9)) == [
         {"__key__": "a", "n": 1.0, "word": None, "wav": b"1", "png": None},
         {"__key__": "b", "n": 2.5, "word": "x", "wav": None, "png": b"2"},
     ]
@@ -248,7 +248,7 @@ def test_truncated_tar_gives_complete_members_or_is_rejected(tmp_path: Path) -> 
     for end in (0, 100, 512, 900, 1_300, 1_536, 1_800, 2_048, 2_050, 2_100, 2_560, 3_000):
         (tmp_path / "cut.tar").write_bytes(content[:end])
         if end in (1_536, 2_560, 3_000):
-            assert len(rows(plan_tars([tmp_path / "cut.tar"], shard_rows=9))) == (1 if end < 2_000 else 2)
+            assert len(read_rows(plan_tars([tmp_path / "cut.tar"], shard_rows=9))) == (1 if end < 2_000 else 2)
         else:
             with pytest.raises(DatasetError, match=r"cut\.tar.*(truncated|header at byte \d+ cannot be read)"):
                 plan_tars([tmp_path / "cut.tar"], shard_rows=9)
@@ -274,16 +274,16 @@ def test_tar_truncated_after_opening_is_reported(tmp_path: Path) -> None:
 def test_modalities_of_tars_are_named_by_kind(tmp_path: Path) -> None:
     members = [*clips("a"), ("a.caption.txt", b"a dog"), ("a.face.jpg", b"x")]
     dataset = open_dataset(pack(tmp_path / "x.tar", members))
-    assert [str(each) for each in dataset.modalities] == [
+    assert [str(modality) for modality in dataset.modalities] == [
         "caption=caption.txt:text", "audio=wav:audio", "face=face.jpg:image", "image=png:image"
     ]  # fmt: skip
-    named = open_dataset(tmp_path / "x.tar", DataConfig(modality=("a=wav", "i=png:image")))
-    assert read_samples(named, seed=0, test_fraction=0.5).sample_id.tolist() == ["a"]
+    requested = open_dataset(tmp_path / "x.tar", DataConfig(modality=("a=wav", "i=png:image")))
+    assert read_samples(requested, seed=0, test_fraction=0.5).sample_id.tolist() == ["a"]
     vectors = open_dataset(pack(tmp_path / "v.tar", [*clips("a"), ("a.sound.npy", npy([0.5, 1.0]))]))
     assert vectors.modalities[-1] == Modality(name="sound", column="sound.npy", kind="features", length=2)
 
 
 def test_only_canonical_integers_are_numbers(tmp_path: Path) -> None:
     members = [("a.cls", b"1"), ("a.json", b'{"id": "007"}'), ("b.cls", b"01"), ("b.json", b'{"id": "8"}')]
-    found = rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9))
-    assert [(row["cls"], row["id"]) for row in found] == [("1", "007"), ("01", "8")]
+    read_back = read_rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9))
+    assert [(row["cls"], row["id"]) for row in read_back] == [("1", "007"), ("01", "8")]
