@@ -1,4 +1,4 @@
-"""Laws of a cache file: what was gathered is found again by its content."""
+"""Cache files: written results are found by their content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of cells of frames: folders give their pictures in order, and nothing outside. For files see test_dataset.py."""
+"""Cells of frames: images of a folder in order, never outside the root. Other cells are tested in test_dataset.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Laws of roles: a name that is given wins, a usual one is found, and a wrong one names its nearest.
-
-More of them stand in test_dataset.py, where columns come from files.
-"""
+"""Roles of columns and names of splits; columns read from files are tested in test_dataset.py."""
 
 from __future__ import annotations
 

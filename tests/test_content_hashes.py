@@ -1,4 +1,4 @@
-"""Laws of contents: what a source is made of is what encoding it notes, whoever reads it and in how many threads."""
+"""Content hashes: equal to those of encoding, for any number of threads."""
 
 from __future__ import annotations
 

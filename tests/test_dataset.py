@@ -1,4 +1,4 @@
-"""Laws of the only door: what is read as what, and that no path leads out of the folder."""
+"""Datasets: inference of columns and modalities, loading of cells, and paths outside the folder."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_column_name_with_path_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sound", [True, False])
 def test_video_has_audio_modality_only_with_sound(tmp_path: Path, film: Callable[[bool], bytes], sound: bool) -> None:
     data = folder(tmp_path / "d", "file_name,caption,label\na.mp4,one dog,0\nb.mp4,two dogs,1\n")
-    (data / "b.mp4").write_bytes(film(sound))  # a.mp4 is missing, which tells nothing
+    (data / "b.mp4").write_bytes(film(sound))  # a.mp4 is missing and is not counted
     expected = ["visual=file_name:video", "caption=caption:text"]
     assert modalities(open_dataset(data)) == (["audio=file_name:audio"] if sound else []) + expected
 
@@ -208,7 +208,7 @@ def reason_for(dataset: Dataset, cell: object) -> Reason:
 
 @pytest.fixture
 def dataset_folder(tmp_path: Path) -> Path:
-    """A dataset's folder beside a secret and below a link to it."""
+    """A dataset's folder with a file outside it, and links to that file."""
     data = folder(tmp_path / "data")
     (tmp_path / "secret.wav").write_bytes(b"secret")
     (data / "a.wav").write_bytes(b"mine")

@@ -1,4 +1,4 @@
-"""Laws of the hand-made vectors: what they must not see, and what they must."""
+"""Hand-made descriptors: which changes of the input they must ignore, and which not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def noise(count: int = 8_000, seed: int = 0) -> NDArray[np.float32]:
 
 
 def picture(height: int = 64, width: int = 64, seed: int = 0) -> NDArray[np.uint8]:
-    """Smooth blobs, so that there are gradients in every direction."""
+    """Return an image of smooth blobs, with gradients in every direction."""
     rng = np.random.default_rng(seed)
     rows, columns = np.indices((height, width))
     waves = [
@@ -81,7 +81,7 @@ def test_gain_changes_only_the_level() -> None:
     change = (audio_statistics(noise() * 8, CONFIG) - audio_statistics(noise(), CONFIG)).reshape(11, 20)
     level = 2 * np.log(8) * np.sqrt(CONFIG.mel_bins)  # log power, through an orthonormal cosine transform
     expected = np.zeros((11, 20))
-    expected[[0, *range(3, 11)], 0] = level  # the mean, and the means of the eight parts; no spread, no shape
+    expected[[0, *range(3, 11)], 0] = level  # the mean and the means of the eight segments; no std, no shape
     np.testing.assert_allclose(change, expected, atol=2e-3)
 
 
@@ -100,7 +100,7 @@ def test_tone_peaks_in_its_band() -> None:
 
 def test_surrounding_silence_does_not_matter() -> None:
     early, late = (audio_statistics(np.pad(noise(), pad), CONFIG) for pad in ((1_600, 9_600), (4_800, 800)))
-    np.testing.assert_allclose(early, late, atol=1e-3)  # whole frames of 160 samples: the grid of frames stays
+    np.testing.assert_allclose(early, late, atol=1e-3)  # padding by whole frames of 160 samples keeps the frame grid
 
 
 def test_time_order_changes_audio_and_video() -> None:
@@ -128,7 +128,7 @@ def test_mirrored_image_mirrors_cells_and_directions() -> None:
 
 
 def test_rotated_image_rotates_directions() -> None:
-    turned = histogram(np.rot90(picture()))  # to the left: what pointed right points up, three of twelve steps back
+    turned = histogram(np.rot90(picture()))  # to the left: right becomes up, three of twelve directions back
     np.testing.assert_allclose(turned, np.roll(np.rot90(histogram(picture())), -3, axis=2), atol=1e-4)
 
 
@@ -149,8 +149,8 @@ def test_colours_are_located_in_their_cells() -> None:
     image = np.zeros((64, 64, 3), dtype=np.uint8)
     image[:16, 48:, 0] = 255
     red, green, blue = image_statistics(image, CONFIG)[432:].reshape(3, 4, 4)
-    assert red.argmax() == 3  # the right one of the upper row
-    assert red.max() > 0.7  # the hat reaches a little into the neighbours
+    assert red.argmax() == 3  # the right cell of the upper row
+    assert red.max() > 0.7  # the triangle weights overlap the neighbouring cells
     assert green.max() == blue.max() == 0
 
 
@@ -159,7 +159,7 @@ def test_motion_is_located_in_space_and_time() -> None:
     assert video_statistics(frames, CONFIG)[700:].max() == 0
     frames[12:, :16, :16] = 255 - frames[12:, :16, :16]
     motion = video_statistics(frames, CONFIG)[700:].reshape(4, 4, 4)
-    assert motion.argmax() in {2 * 16, 3 * 16}  # the upper left cell, in the third part or the fourth
+    assert motion.argmax() in {2 * 16, 3 * 16}  # the upper left cell, in the third or fourth segment
     assert motion[:2].max() == 0
     assert motion[:, 2:, 2:].max() == 0
 
@@ -185,12 +185,12 @@ def test_words_of_any_script_are_counted() -> None:
     assert same("cafe\u0301", "caf\u00e9")
     assert same("\uff28\uff45\uff4c\uff4c\uff4f", "hello")
     assert not same("dog bites man", "man bites dog")
-    assert (text_counts("हिन्दी", CONFIG) > 0).sum() == 1  # its vowel signs do not part it
-    assert (text_counts("我爱你", CONFIG) > 0).sum() == 5  # three words, two pairs
+    assert (text_counts("हिन्दी", CONFIG) > 0).sum() == 1  # vowel signs do not split it
+    assert (text_counts("我爱你", CONFIG) > 0).sum() == 5  # three words, two bigrams
     repeated, once = text_counts("no yes no no no", CONFIG), text_counts("no yes", CONFIG)
     assert repeated.max() / repeated[repeated > 0].min() == pytest.approx(
         1 + np.log(4)
-    )  # against the words that stand once
+    )  # relative to words with count 1
     assert once.max() == pytest.approx(once[once > 0].min())
 
 
@@ -221,5 +221,5 @@ def test_text_counts_do_not_depend_on_the_process() -> None:
 def test_text_counts_equal_sklearn_without_idf() -> None:
     counts = np.stack([text_counts(text, CONFIG) for text in ("a cat sat", "a dog sat there a dog", "birds")])
     raw = np.where(counts > 0, 1.0, 0.0)
-    raw[1] = np.where(counts[1] == counts[1].max(), 1 + np.log(2), raw[1])  # "a", "dog" and "a dog" stand twice
+    raw[1] = np.where(counts[1] == counts[1].max(), 1 + np.log(2), raw[1])  # "a", "dog" and "a dog" occur twice
     np.testing.assert_allclose(counts, normalize(raw), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Laws of designs: units that no wild row moves, and axes that decorrelate."""
+"""Design matrices: robust units, and a basis that decorrelates features."""
 
 from __future__ import annotations
 

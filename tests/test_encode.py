@@ -1,4 +1,4 @@
-"""Laws of the cache: nothing is encoded twice, nothing changed is kept, and a file that is there is whole."""
+"""Encoding into the cache: nothing is encoded twice, changes are detected, and files are complete."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def encode_all(dataset: Dataset, cache: Path, *, num_workers: int = 0, media: Me
 
 
 def num_computed(dataset: Dataset, cache: Path, media: MediaConfig = MEDIA) -> int:
-    """Encode what is missing and count the vectors that were computed."""
+    """Encode what is missing and return the number of computed vectors."""
     unsharded = replace(dataset, shards=())
     return sum(
         encode_shard(EncodeTask(dataset=unsharded, shard=shard, media=media, folder=cache)) for shard in dataset.shards
@@ -78,7 +78,7 @@ def test_only_changed_content_is_computed_again(clips: Path, tmp_path: Path) -> 
 
 
 def test_files_are_identified_by_content(clips: Path, tmp_path: Path) -> None:
-    """A file touched, or renamed within its shard, is the same file."""
+    """A file that is rewritten unchanged, or renamed within its shard, is not encoded again."""
     dataset, cache = open_dataset(clips, SHARDS), tmp_path / "cache"
     encode_all(dataset, cache)
     (clips / "0.png").write_bytes((clips / "0.png").read_bytes())
@@ -96,7 +96,7 @@ def test_added_row_computes_one_row(clips: Path, tmp_path: Path) -> None:
     with (clips / "metadata.csv").open("a") as file:
         file.write("new,new.wav,new.png,class-0,speaker-0\n")
     dataset = open_dataset(clips)
-    assert num_computed(dataset, cache) == 1  # the sound is known by its content, the picture is not
+    assert num_computed(dataset, cache) == 1  # the audio has known content, the image does not
     assert [len(matrix) for matrix in matrices(dataset, encode_all(dataset, cache))] == [25, 25]
 
 
@@ -196,11 +196,11 @@ def test_problems_of_media_are_reported_by_row(clips: Path, tmp_path: Path) -> N
     ]
     assert np.flatnonzero(~audio.usable).tolist() == [0, 1, 2, 3, 4, 5]
     assert [len(matrix) for matrix in matrices(dataset, tasks)] == [16, 16]
-    assert num_computed(dataset, tmp_path) == 0  # what is broken is not tried again
+    assert num_computed(dataset, tmp_path) == 0  # damaged media are not tried again
 
 
 def test_matrix_has_requested_rows_in_order(clips: Path, tmp_path: Path) -> None:
-    """Unusable rows lie between; a row's vector is its own all the same."""
+    """Unusable rows in between do not shift the vectors."""
     clean = open_dataset(clips, SHARDS)
     matrix = matrices(clean, encode_all(clean, tmp_path / "one"))[0]
     (clips / "4.wav").unlink()

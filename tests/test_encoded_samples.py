@@ -1,4 +1,4 @@
-"""Laws of the stock: who can be scored, why others cannot, and a fingerprint of what the data are, not how they lie."""
+"""Encoded samples: which are scored, why others are excluded, and the fingerprint of a dataset."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.quarantine import Quarantined, Reason
 from mmaudit.audit.workers import no_progress
 
-BROKEN = "!"  # a cell that is there and cannot be read; None is a null
+BROKEN = "!"  # a cell that cannot be read; None is a null
 NAMES = ("a", "b", "c")
 
 
@@ -39,7 +39,7 @@ def status_of(name: str, cells: Sequence[str | None]) -> Status:
     return Status(
         modality=Modality(name=name, column=name, kind="audio"),
         usable=np.array([cell not in (None, BROKEN) for cell in cells]),
-        content=np.array([(cell or "null").ljust(32, ".") for cell in cells], dtype="S32"),  # digests are of one length
+        content=np.array([(cell or "null").ljust(32, ".") for cell in cells], dtype="S32"),  # digests have equal length
         problem=tuple(problems),
     )
 
@@ -63,7 +63,7 @@ def samples_of(num_rows: int, **changes: Any) -> Samples:
 
 
 def encoded_of(*cells: Sequence[str | None], **changes: Any) -> EncodedSamples:
-    """Give a stock of modalities a, b, ... whose samples hold these cells; `changes` are fields of the samples."""
+    """Return encoded samples of modalities a, b, ... with these cells; `changes` are fields of the samples."""
     statuses = tuple(status_of(name, column) for name, column in zip(NAMES, cells, strict=False))
     return EncodedSamples(samples=samples_of(len(cells[0]), **changes), statuses=statuses)
 
@@ -93,7 +93,7 @@ def test_equal_content_in_one_modality_is_not_a_duplicate() -> None:
 
 
 def test_copy_of_unscorable_sample_is_scored() -> None:
-    """The least id has no label: the other is then no duplicate of anything that is kept."""
+    """The smallest id has no label, so that the other sample is not a duplicate of a scored one."""
     rows, quarantined = select_usable(encoded_of("xxy", "xxy", label=[NO_LABEL, 1, 0]), keep_duplicates=False)
     assert rows.tolist() == [1, 2]
     assert reasons(quarantined) == [("s0", None, Reason.NO_LABEL, "the label is null")]
@@ -166,7 +166,7 @@ ROW = st.tuples(CELL, CELL, CELL, st.sampled_from([0, 1, NO_LABEL, UNKNOWN_LABEL
 def test_samples_are_scored_or_excluded_independent_of_order(
     rows: list[tuple[Any, ...]], keep_duplicates: bool, order: list[int]
 ) -> None:
-    """Of three modalities: none broken, two there, a label, and the least id of those with the same cells."""
+    """Scored: no damaged modality, at least two of three, a label, and the smallest id of equal cells."""
     scorable = {
         f"s{row}": cells[:3]
         for row, cells in enumerate(rows)

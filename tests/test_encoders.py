@@ -1,4 +1,4 @@
-"""Laws of encoding: every kind has an encoder, a vector is taken as it is, and what is wrong comes back as a reason."""
+"""Encoders: one for every kind, vectors are used unchanged, and problems are returned with a reason."""
 
 from __future__ import annotations
 
@@ -200,4 +200,6 @@ def test_invalid_encoder_is_rejected(encoder: str, kind: str, message: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_support_every_kind(kind: str) -> None:
-    check_encoder(Modality(name="m", column="c", kind=kind))
+    modality = Modality(name="m", column="c", kind=kind, length=2 if kind == "features" else None)
+    check_encoder(modality)
+    assert len(preprocessing(modality, MEDIA)) == 16

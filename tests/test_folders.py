@@ -1,4 +1,4 @@
-"""Laws of layouts: folders name split, class and modality, files of one name are one sample; nothing leads outside."""
+"""Folder layouts: folders name split, class and modality, files of one stem are one sample."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_folder_without_layout_is_rejected(tmp_path: Path) -> None:
         open_dataset(tmp_path / "empty")
     with pytest.raises(DatasetError, match=r"has 2 files, such as a/1\.docx, but no audio, image or video: .* write"):
         read_layout(tmp_path / "words", "a/1.docx", "a/2.xyz")
-    for folder in ("empty", "words"):  # says in one line what else would do
+    for folder in ("empty", "words"):  # one line lists the supported sources
         with pytest.raises(DatasetError, match=rf"^[^\n]*metadata\.csv[^\n]*; {OTHER_FORMS}$"):
             open_dataset(tmp_path / folder)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Laws of a user's own encoder: it is found, it is called with what is decoded, and what it gives is checked."""
+"""User-defined encoders: import, call with the decoded sample, and checks of the result."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fails(decoded, media):
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A module in the current folder, of another name for each test: Python imports one name once."""
+    """A module in the current folder, with a unique name per test: Python caches imports by name."""
     name = f"encoder_of_{abs(hash(request.node.name))}"
     (tmp_path / f"{name}.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Laws of labels: every cell is a class, a set or a number of its own column, or told apart as none or unknown."""
+"""Labels: every cell is a class, a label set, a number, missing or unknown; targets select rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of declared features: what `datasets` writes of its columns is read back from the schema alone."""
+"""Declared features: what `datasets` writes about its columns is read from the schema."""
 
 from __future__ import annotations
 

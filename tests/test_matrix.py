@@ -1,4 +1,4 @@
-"""Laws of matrices on disk: any rows, in any order, are those of the whole; what is missing is NaN."""
+"""Feature matrices on disk: any rows in any order; missing ones are NaN."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Callable[[list[list[float] | None]], FeatureMatrix]:
-    """Open the modality `audio` of rows that have these vectors, four rows a shard."""
+    """Open the modality `audio` of a dataset with these vectors, four rows per shard."""
 
     def open_(vectors: list[list[float] | None]) -> FeatureMatrix:
         n = len(vectors)

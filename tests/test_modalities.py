@@ -1,4 +1,4 @@
-"""Laws of modalities: what columns say about themselves, and what `--modality` may say instead."""
+"""Modalities: inference from columns, and the option `--modality`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of first bytes: what real encoders write is known for what it is, and other bytes for nothing."""
+"""First bytes of media: files of real encoders are recognised, other bytes are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the encoders: standardised by what they were given, blind to levels; pictures go through a probe's trunk."""
+"""Encoders of the trained network: standardisation, missing inputs, the trunk of the probes, dropout."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mmaudit.train.network import Dropout, PictureEncoder, VectorEncoder, build_
 
 torch.set_num_threads(1)
 
-SHAPES = [(8, 12), (16, 16, 3), (2, 16, 16, 3)]  # of sound, a picture, two frames
+SHAPES = [(8, 12), (16, 16, 3), (2, 16, 16, 3)]  # of audio, an image, two frames
 
 
 def vectors(dim: int = 5, *, hidden: int = 7, dropout: float = 0.0) -> VectorEncoder:
     torch.manual_seed(0)
     encoder = build_encoder((dim,), hidden=hidden, dropout=dropout, width=1.0)
     assert isinstance(encoder, VectorEncoder)
-    for parameter in encoder.parameters():  # biases start at 0, and a zero hides what is added to what
+    for parameter in encoder.parameters():  # biases start at 0, which would hide errors in additions
         nn.init.normal_(parameter, std=0.5)
     return encoder
 
@@ -101,7 +101,7 @@ def test_picture_encoder_equals_the_trunk_of_the_probes(shape: tuple[int, ...]) 
     assert features.shape == (6, encoder.num_features) == (6, 26)  # round(0.05 * 512)
     assert features.dtype == torch.float32
     assert torch.equal(features, probe.trunk(to_pictures(rows, shape)))
-    assert torch.equal(features, encoder(to_pictures(rows, shape)))  # pictures already, as augmentation leaves them
+    assert torch.equal(features, encoder(to_pictures(rows, shape)))  # already in the shape that augmentation returns
     assert torch.equal(probe.head(features), probe(to_pictures(rows, shape)))
 
 
@@ -129,7 +129,7 @@ def test_uint8_pixels_equal_their_float_values() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_batch_of_at_most_one_uses_running_statistics(rows: int) -> None:
-    """A last step may leave a process one picture or none. Batch norm would refuse the one, and crash at the other."""
+    """A process may get one image or none in the last step; batch norm raises for one, and crashes for none."""
     encoder = pictures((16, 16, 3)).train()
     encoder(random_rows((16, 16, 3)))
     before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
@@ -179,7 +179,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(share: float) -> None:
 
 
 def test_dropped_positions_are_independent() -> None:
-    """Neighbours come from one draw of 64 bits: they must not fall together, nor one of four more often."""
+    """Four neighbours come from one draw of 64 bits: they must be uncorrelated and equally likely."""
     torch.manual_seed(0)
     dropped = (Dropout(0.3)(torch.ones(100_000, 4)) == 0).double()
     torch.testing.assert_close(dropped.mean(dim=0), torch.full((4,), 0.3, dtype=torch.float64), rtol=0, atol=0.008)

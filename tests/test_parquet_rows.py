@@ -1,4 +1,4 @@
-"""Laws of row groups: however a file is cut, its shards in any order give its rows, and a large one is never whole."""
+"""Row groups: the shards in any order give all rows, and a large group is never entirely in memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_small_row_groups_are_shards_and_empty_ones_are_skipped(tmp_path: Path) 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take every row group of some hundred bytes for a large one."""
+    """Divide every row group of more than 200 bytes."""
     monkeypatch.setattr(parquet_rows, "_SHARD_BYTES", 200)
 
 
@@ -79,7 +79,7 @@ def test_shards_of_media_have_at_most_media_rows(tmp_path: Path, monkeypatch: py
 
 
 def test_large_row_group_is_never_entirely_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """40 MB of vectors in one row group, cut into parts of 4 MB: a few of them are held at once, not all."""
+    """40 MB of vectors in one row group, divided into shards of 4 MB: only a few are in memory at once."""
     monkeypatch.setattr(parquet_rows, "_SHARD_BYTES", 1 << 22)
     path = tmp_path / "d.parquet"
     matrix = np.random.default_rng(0).standard_normal((5_000, 2_000), dtype=np.float32)
@@ -96,7 +96,7 @@ def test_large_row_group_is_never_entirely_in_memory(tmp_path: Path, monkeypatch
         allocated_bytes.append(pa.total_allocated_bytes() - before)
         del part
     assert max(allocated_bytes) < 0.5 * matrix.nbytes
-    assert pa.total_allocated_bytes() - before < 1 << 20  # and nothing stays
+    assert pa.total_allocated_bytes() - before < 1 << 20  # everything is freed
 
 
 def test_head_of_empty_file_has_columns_and_damaged_file_is_reported(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_pickled_shard_is_small(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_shards")
 def test_shards_in_order_decode_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last part is smaller than the others, and goes on where they ended all the same."""
+    """The last shard is smaller than the others and still continues after them."""
     opened = []
     original = pq.ParquetFile.iter_batches
 

@@ -1,4 +1,4 @@
-"""Laws of pretrained encoders: what comes out is the model's own answer, whatever the batch, the cache or the order."""
+"""Pretrained encoders: vectors equal those of the model, independent of batch, cache and order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from mmaudit.audit.media.video import read_frames
 from mmaudit.audit.quarantine import Reason, UnusableError
 from mmaudit.audit.workers import no_progress
 
-transformers: Any = typed  # half of it has no types
+transformers: Any = typed  # incomplete type annotations
 MEDIA = MediaConfig(num_frames=4)
 TINY: dict[str, Any] = {
     "hidden_size": 16,
@@ -51,7 +51,7 @@ SQUARE: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height":
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models with random weights, each in a folder as `save_pretrained` leaves it."""
+    """Tiny models with random weights, each in a folder written by `save_pretrained`."""
     folder = tmp_path_factory.mktemp("models")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -246,7 +246,7 @@ def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path
     path = tasks_of[0][1].file(dataset.modalities[0])
     path.unlink()
     (clips / "23.wav").write_bytes((clips / "7.png").read_bytes())
-    assert [encode_shard(task) for task in tasks_of[0]] == [0, 10, 0]  # what is broken costs no forward pass
+    assert [encode_shard(task) for task in tasks_of[0]] == [0, 10, 0]  # a damaged file needs no forward pass
     assert read_arrow(tasks_of[0][2].file(dataset.modalities[0]))["reason"].to_pylist() == [None] * 3 + ["corrupt"]
 
 
@@ -255,12 +255,15 @@ def test_cached_vectors_do_not_open_the_model(
 ) -> None:
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image=hf:{models / 'dinov2'}",)))
     encode_dataset(dataset, tmp_path, media=MEDIA, num_workers=0, progress=no_progress)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.arrow")}
 
     def fail(*_: object) -> None:
         raise AssertionError("the model was opened")
 
     monkeypatch.setattr(pretrained, "_open_model", fail)
     encode_dataset(dataset, tmp_path, media=MEDIA, num_workers=2, progress=no_progress)
+    assert len(before) == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.arrow")} == before
 
 
 def test_weights_and_model_are_part_of_fingerprint(models: Path, tmp_path: Path) -> None:
@@ -362,7 +365,7 @@ def test_pickled_weights_are_rejected(models: Path, tmp_path: Path, weights_name
 def test_code_in_a_model_folder_is_never_run(
     models: Path, tmp_path: Path, model_type: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even where the user would be asked, and says yes."""
+    """Not even if transformers asks the user, who answers yes."""
     folder, mark = Path(shutil.copytree(models / "dinov2", tmp_path / "model")), tmp_path / "ran"
     (folder / "hostile_model.py").write_text(f"open({str(mark)!r}, 'w')")
     names = {"AutoConfig": "C", "AutoModel": "M", "AutoImageProcessor": "P", "AutoFeatureExtractor": "F"}
@@ -371,7 +374,7 @@ def test_code_in_a_model_folder_is_never_run(
     content |= {"model_type": model_type} if file == "config.json" else {"image_processor_type": "Of" + model_type}
     (folder / file).write_text(json.dumps(content))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    if file == "config.json" and model_type == "dinov2":  # transformers has a class of its own for it
+    if file == "config.json" and model_type == "dinov2":  # transformers has a built-in class for it
         open_model(str(folder), "image")
     else:
         with pytest.raises(ConfigError, match=r"^[^\n]*cannot be (loaded|read): [^\n]*$"):

@@ -1,4 +1,4 @@
-"""Laws of a model's place: a folder is known by its content, a model of the hub by its commit."""
+"""Folders of models: a local folder is identified by its content, a model of the hub by its commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One law: the same clips are the same samples, whatever kind of source they come as."""
+"""Source formats: the same clips give the same samples in every format."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def clip(source: Path, number: int) -> tuple[bytes, bytes]:
 
 
 def embedded(source: Path, numbers: range) -> pa.Table:
-    """Rows as `datasets` holds them: structs of bytes and path."""
+    """Return rows in the format of `datasets`: structs of bytes and path."""
     media = [clip(source, number) for number in numbers]
     columns = {
         "id": [f"{number:03d}" for number in numbers],
@@ -71,7 +71,7 @@ def write_parquet(source: Path, folder: Path) -> Path:
 
 
 def write_raw_parquet(source: Path, folder: Path) -> Path:
-    """Columns of bytes without any word of what they are."""
+    """Write columns of bytes without declared features."""
     path = write_parquet(source, folder)
     rows = pq.read_table(path)
     for name in ("sound", "sight"):
@@ -84,7 +84,7 @@ def write_raw_parquet(source: Path, folder: Path) -> Path:
 
 
 def write_hub_folder(source: Path, folder: Path) -> Path:
-    """As the hub's own files lie in a folder."""
+    """Write the folder layout of a download from the hub."""
     (folder / "data").mkdir(parents=True)
     for split, numbers in NUMBERS.items():
         pq.write_table(embedded(source, numbers), folder / "data" / f"{split}-00000-of-00001.parquet")
@@ -141,7 +141,7 @@ def write_tars(source: Path, folder: Path, label: str) -> Path:
 
 
 def samples_of(data: Path | str, config: DataConfig | None = None) -> set[tuple[object, ...]]:
-    """(number, label, split, sound, sight) of every sample, through shards that were sent to another process."""
+    """Return (number, label, split, audio, image) of every sample, read through pickled shards."""
     dataset = open_dataset(data, config)
     assert [modality.kind for modality in dataset.modalities] == ["audio", "image"]
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
@@ -194,7 +194,7 @@ def test_numeric_labels_of_tars_are_read(clip_source: Path, tmp_path: Path, expe
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
-    """Put something in the place of datasets.load_dataset, and note what it is asked for."""
+    """Replace datasets.load_dataset by a fixed response, and record the requests."""
 
     def put(response: Any) -> list[Any]:
         requests: list[Any] = []

@@ -1,4 +1,4 @@
-"""Laws of the samples: ids are unique, labels keep their order, and a test split is cut evenly and by id."""
+"""Samples: unique ids, sorted classes, and a test split that is stratified and drawn by id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Read = Callable[..., Samples]
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    """Write columns beside two of vectors, and read the samples."""
+    """Write these columns and two columns of vectors, and read the samples."""
 
     def write_and_read(config: DataConfig | None = None, *, seed: int = 0, **columns: Any) -> Samples:
         num_rows = len(next(iter(columns.values())))
@@ -129,7 +129,7 @@ LABELS = st.lists(st.integers(0, 3), min_size=1, max_size=80).map(lambda labels:
 @settings(deadline=None)
 @given(LABELS, st.floats(0.05, 0.95), st.integers(0, 5))
 def test_drawn_fraction_is_equal_in_every_class(label: NDArray[np.int32], fraction: float, seed: int) -> None:
-    """The whole is right to the row; a class is off by its own half row and those of the others at most."""
+    """The total is exact; a class deviates by at most half a row plus half a row of each other class."""
     drawn = stratified_cut(sample_ids(len(label)), label, None, fraction=fraction, seed=seed, purpose="p")
     assert drawn.sum() == max(1, round(fraction * len(label)))
     classes = np.unique(label)

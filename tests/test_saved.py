@@ -1,4 +1,4 @@
-"""Laws of saved datasets: their rows by range are their rows, whatever the batches, and what is damaged is named."""
+"""Saved datasets and hub names: shards of any record batches give all rows, and damage is reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmaudit.audit.errors import DatasetError
 def write_arrow(
     path: Path, batches: list[int], *, footer: bool = False, media: bool = True, first: int = 0
 ) -> pa.Table:
-    """Write record batches of these numbers of rows."""
+    """Write record batches with these numbers of rows."""
     cells = [b"%d" % row if media else [float(row)] for row in range(first, first + sum(batches))]
     numbers = pa.array(range(first, first + sum(batches)), pa.int64())
     rows = pa.table({"id": numbers, "x": pa.array(cells, pa.binary() if media else pa.list_(pa.float64()))})

@@ -1,4 +1,4 @@
-"""Laws of files of rows: the same rows in csv, jsonl and Parquet are the same, and a broken file says what is wrong."""
+"""Csv, jsonl and Parquet files: equal rows in every format, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_only_empty_csv_cells_are_null(tmp_path: Path) -> None:
 
 
 def test_line_break_in_a_cell_of_a_long_csv_is_kept(tmp_path: Path) -> None:
-    """Longer than the megabyte that is parsed at once."""
+    """The file is longer than the megabyte that is parsed at once."""
     text = "\n".join(["a line of thirty characters..."] * 20)
     rows = "".join(f'{number},"{text}"\n' for number in range(4_000))
     read_back = read_rows(write_file(tmp_path / "m.csv", f"id,text\n{rows}"))

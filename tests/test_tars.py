@@ -1,4 +1,4 @@
-"""Laws of tars: samples are the members of one key, a read touches its own columns only, and damage is named."""
+"""Tars: samples are the members of one key, only requested members are read, and damage is reported."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_link_is_rejected(tmp_path: Path) -> None:
 
 
 def test_truncated_tar_gives_complete_members_or_is_rejected(tmp_path: Path) -> None:
-    """At a member's end nothing tells that more should follow; before it the damage is named."""
+    """A tar cut at the end of a member is valid; anywhere else the damage is reported."""
     content = pack(tmp_path / "whole.tar", [("a.wav", b"x" * 700), ("b.wav", b"y" * 10)]).read_bytes()
     (tmp_path / "cut.tar").write_bytes(b"")
     for end in (0, 100, 512, 900, 1_300, 1_536, 1_800, 2_048, 2_050, 2_100, 2_560, 3_000):

@@ -25,12 +25,13 @@ ROWS = st.lists(
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ROWS, st.sampled_from(["\n", "\r\n", "\n\n", "  \n"]), st.booleans(), st.booleans())
-def test_valid_json_lines_pass_the_check(
+def test_valid_json_lines_are_read(
     tmp_path: Path, rows: list[dict[str, Any]], end: str, ascii_only: bool, last: bool
 ) -> None:
     text = end.join(json.dumps(row, ensure_ascii=ascii_only) for row in rows) + (end if last else "")
     (tmp_path / "a.jsonl").write_text(text, encoding="utf-8", newline="")
     text_rows._check_json_lines(tmp_path / "a.jsonl")
+    assert read_json_lines(tmp_path / "a.jsonl").to_pylist() == rows
 
 
 def test_json_lines_across_blocks_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
