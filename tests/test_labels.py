@@ -19,7 +19,7 @@ from mmaudit.audit.dataset.labels import (
     Target,
     read_classes,
     read_label_sets,
-    read_numbers,
+    read_regression_targets,
 )
 from mmaudit.audit.errors import DatasetError
 
@@ -163,7 +163,7 @@ def test_values_of_a_label_set_mark_its_labels(sets: list[list[str]]) -> None:
 def test_deciles_are_ordered_and_numbers_unchanged(cells: list[float | int | None]) -> None:
     if all(cell is None for cell in cells):
         return
-    labels = read_numbers(cells, name="score")
+    labels = read_regression_targets(cells, name="score")
     assert labels.values is not None
     assert labels.values.shape == (len(cells), 1)
     valid = np.array([cell is not None for cell in cells])
@@ -180,11 +180,11 @@ def test_deciles_are_ordered_and_numbers_unchanged(cells: list[float | int | Non
 
 
 def test_deciles_of_distinct_values_have_equal_size() -> None:
-    labels = read_numbers([str(number) for number in range(100)], name="y")
+    labels = read_regression_targets([str(number) for number in range(100)], name="y")
     assert np.bincount(labels.label).tolist() == [10] * 10
     assert labels.names[0] == "[0, 9.9)"
     assert labels.names[-1] == "[89.1, 99]"
-    assert read_numbers([3, 3, 3], name="y").names == ("[3, 3]",)
+    assert read_regression_targets([3, 3, 3], name="y").names == ("[3, 3]",)
 
 
 @given(
@@ -199,7 +199,10 @@ def test_values_that_are_not_finite_do_not_change_other_labels(
 ) -> None:
     cells: list[float | str | None] = [*finite, *not_finite]
     order = random.sample(range(len(cells)), len(cells))
-    mixed, expected = read_numbers([cells[row] for row in order], name="y"), read_numbers(finite, name="y")
+    mixed, expected = (
+        read_regression_targets([cells[row] for row in order], name="y"),
+        read_regression_targets(finite, name="y"),
+    )
     assert mixed.values is not None
     assert expected.values is not None
     row_of_cell = np.argsort(order)
@@ -218,12 +221,12 @@ def test_values_that_are_not_finite_do_not_change_other_labels(
 @pytest.mark.parametrize("cell", ["word", [1.0]])
 def test_cell_that_is_not_a_number_is_rejected(cell: object) -> None:
     with pytest.raises(DatasetError, match=r"column 'y' holds .*, which is not a number: pass --task classification"):
-        read_numbers([1.0, cell], name="y")
+        read_regression_targets([1.0, cell], name="y")
 
 
 def test_column_without_any_number_is_rejected() -> None:
     with pytest.raises(DatasetError, match="no sample has a number in column 'y'"):
-        read_numbers([None, math.nan, " ", math.inf, "-inf"], name="y")
+        read_regression_targets([None, math.nan, " ", math.inf, "-inf"], name="y")
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -156,7 +156,7 @@ def read_label_sets(cells: Sequence[object], *, declared: Sequence[str], classes
     return Labels(label=label, names=strata, outputs=tuple(label_names), values=values, unknown=tuple(unknown))
 
 
-def read_numbers(cells: Sequence[object], *, name: str) -> Labels:
+def read_regression_targets(cells: Sequence[object], *, name: str) -> Labels:
     """Read regression targets (n, 1); infinite ones and ones above MAX_NUMBER are `unknown`, NaN is a missing label.
 
     The strata are deciles, fewer if values repeat. Raises DatasetError for a cell that is not a number.

@@ -14,7 +14,7 @@ from ..errors import DatasetError
 from ..hashing import hash_rank
 from .columns import SPLIT_NAMES
 from .dataset import Dataset
-from .labels import Labels, Target, declared_classes, read_classes, read_label_sets, read_numbers
+from .labels import Labels, Target, declared_classes, read_classes, read_label_sets, read_regression_targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +150,7 @@ def _read_labels(dataset: Dataset, rows: pa.Table) -> Labels:
     column = dataset.columns.label
     cells = rows[column].to_pylist()
     if dataset.task == "regression":
-        return read_numbers(cells, name=column)
+        return read_regression_targets(cells, name=column)
     declared = declared_classes(dataset.schema, column)
     if dataset.task == "multilabel":
         return read_label_sets(cells, declared=declared, classes=dataset.classes)
