@@ -54,12 +54,12 @@ class MatrixInputs:
 
     @property
     def num_rows(self) -> int:
-        """Rows there are, n."""
+        """Number of rows, n."""
         return len(self.matrix)
 
     @property
     def num_features(self) -> int:
-        """Features of a row, d."""
+        """Number of features, d."""
         return int(self.matrix.shape[1])
 
     def read(self, rows: Rows) -> NDArray[Any]:
@@ -84,7 +84,7 @@ class WindowInputs:
 
     @property
     def num_features(self) -> int:
-        """Features of a row, d."""
+        """Number of features, d."""
         return int(self.matrix.shape[1])
 
     def read(self, rows: Rows) -> NDArray[Any]:
@@ -117,7 +117,7 @@ class FeatureMatrix:
 
     @property
     def num_rows(self) -> int:
-        """Rows there are, n."""
+        """Number of rows, n."""
         return len(self.row)
 
     @property
@@ -169,12 +169,12 @@ class JointInputs:
 
     @property
     def num_rows(self) -> int:
-        """Rows there are, n."""
+        """Number of rows, n."""
         return self.parts[0].num_rows
 
     @property
     def num_features(self) -> int:
-        """Features of a row, d."""
+        """Number of features, d."""
         return sum(part.num_features for part in self.parts)
 
     def mask(self, parts: frozenset[int]) -> JointInputs:
