@@ -1,4 +1,4 @@
-"""Laws of cells of frames: folders give their pictures in order, and nothing outside. For files see test_dataset.py."""
+"""Cells of frames: images of a folder in order, never outside the root. Other cells are tested in test_dataset.py."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load(cell: object, root: Path, *, allow_outside: bool = False) -> object:
     return load_cell(cell, FLOW, root=root, allow_outside=allow_outside)
 
 
-def test_a_folder_is_its_pictures_in_order(root: Path) -> None:
+def test_frames_of_a_folder_are_sorted_naturally(root: Path) -> None:
     assert load("u/a", root) == ((b"u/a/9.jpg", b"u/a/10.jpg"),)
     assert load(["u/a", "v/a/"], root) == ((b"u/a/9.jpg", b"u/a/10.jpg"), (b"v/a/0.PNG",))
 
@@ -56,14 +56,14 @@ def test_a_folder_is_its_pictures_in_order(root: Path) -> None:
         ("nul\0", Reason.MISSING),
     ],
 )
-def test_what_is_not_there_has_its_reason(root: Path, cell: object, reason: Reason) -> None:
+def test_missing_folders_are_unusable_with_reason(root: Path, cell: object, reason: Reason) -> None:
     with pytest.raises(UnusableError) as caught:
         load(cell, root)
     assert caught.value.reason is reason
 
 
 @pytest.mark.parametrize("cell", ["../out", "out", "mixed", ["u/a", "../out"]])
-def test_folders_and_pictures_outside_are_refused(root: Path, cell: object) -> None:
+def test_folders_and_images_outside_the_root_are_rejected(root: Path, cell: object) -> None:
     with pytest.raises(DatasetError, match="leads outside"):
         load(cell, root)
     allowed = load(cell, root, allow_outside=True)
@@ -71,12 +71,12 @@ def test_folders_and_pictures_outside_are_refused(root: Path, cell: object) -> N
     assert allowed[-1] == (b"out/0.png",)
 
 
-def test_a_struct_of_nothing_is_missing(root: Path) -> None:
+def test_struct_without_bytes_and_path_is_missing(root: Path) -> None:
     sound = Modality(name="a", column="a", kind="audio")
     with pytest.raises(UnusableError, match="neither bytes nor a path"):
         load_cell({"bytes": None, "path": None}, sound, root=root, allow_outside=False)
 
 
-def test_what_holds_pictures(root: Path) -> None:
+def test_folders_of_images_are_recognised(root: Path) -> None:
     folders = ["u/a", "v/a", "empty", "none", "u/a/9.jpg", "out", "..", "nul\0"]
     assert [folder for folder in folders if holds_pictures(folder, root=root)] == ["u/a", "v/a"]

@@ -160,7 +160,7 @@ def test_duplicate_ids(data: Path, tmp_path: Path) -> None:
     edit_metadata(data, rows={1: {"id": first}})
     result = mmaudit("score", data, "--run", tmp_path / "run")
     assert result.exit_code == 2
-    assert f"1 ids stand more than once ({first})" in said(result)
+    assert f"1 ids are repeated ({first})" in said(result)
     assert not (tmp_path / "run" / "run.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""Laws of the only door: what is read as what, and that no path leads out of the folder."""
+"""Datasets: inference of columns and modalities, loading of cells, and paths outside the folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def modalities(dataset: Dataset) -> list[str]:
 VECTORS = {"u": [[1.0, 2.0]] * 2, "v": [[3.0]] * 2}
 
 
-def test_a_folder_of_clips(clip_source: Path) -> None:
+def test_folder_of_clips_is_read(clip_source: Path) -> None:
     dataset = open_dataset(clip_source)
     assert dataset.num_rows == 24
     assert modalities(dataset) == ["audio=audio_file_name:audio", "image=image_file_name:image"]
@@ -56,16 +56,16 @@ def test_shards_cover_the_rows(clip_source: Path) -> None:
     assert [shard.num_rows for shard in dataset.shards] == [10, 10, 4]
 
 
-def test_roles_are_found_and_named(tmp_path: Path) -> None:
+def test_roles_are_inferred_or_requested(tmp_path: Path) -> None:
     columns = {"uid": ["a", "b"], "y": [0, 1], "split": ["train"] * 2, "group": ["g", "h"], "speaker": ["s", "t"]}
     data = table(tmp_path / "d.parquet", **columns, **VECTORS)
     assert open_dataset(data).columns == Columns(id="uid", label="y", label_name=None, group="group", split="split")
-    named = open_dataset(data, DataConfig(id="speaker", label="uid", group="speaker", split="none"))
-    assert named.columns == Columns(id="speaker", label="uid", label_name=None, group="speaker", split=None)
+    dataset = open_dataset(data, DataConfig(id="speaker", label="uid", group="speaker", split="none"))
+    assert dataset.columns == Columns(id="speaker", label="uid", label_name=None, group="speaker", split=None)
     assert open_dataset(data, DataConfig(group="none")).columns.group is None
 
 
-def test_names_of_labels_go_with_their_label(tmp_path: Path) -> None:
+def test_label_name_column_belongs_to_label_column(tmp_path: Path) -> None:
     data = table(tmp_path / "d.parquet", label=[0, 1], label_name=["cat", "dog"], other=[1, 0], **VECTORS)
     assert open_dataset(data).columns.label_name == "label_name"
     assert open_dataset(data, DataConfig(label="other")).columns.label_name is None
@@ -74,28 +74,28 @@ def test_names_of_labels_go_with_their_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ["id", "label", "group", "split"])
-def test_a_role_without_its_column_names_the_nearest(tmp_path: Path, role: str) -> None:
+def test_missing_role_column_suggests_the_nearest(tmp_path: Path, role: str) -> None:
     data = folder(tmp_path / "d", CSV.replace("label", "lable"))
-    wrong: dict[str, Any] = {"label": "lable", role: "labl"}
-    config = DataConfig(**wrong)
+    settings: dict[str, Any] = {"label": "lable", role: "labl"}
+    config = DataConfig(**settings)
     with pytest.raises(ConfigError, match=rf"--{role} labl: no such column; did you mean lable\?"):
         open_dataset(data, config)
 
 
-def test_no_label_is_refused(tmp_path: Path) -> None:
+def test_missing_label_column_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no label column among audio_file_name, image_file_name, lable: name it"):
         open_dataset(folder(tmp_path / "d", CSV.replace("label", "lable")))
 
 
 @pytest.mark.parametrize("text", ["a_file_name,label\na.wav,0\n", "label,age\n0,3\n"])
-def test_fewer_than_two_modalities_are_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(DatasetError, match="a discrepancy needs two: name them with --modality"):
+def test_fewer_than_two_modalities_are_rejected(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DatasetError, match="a discrepancy needs two: define them with --modality"):
         open_dataset(folder(tmp_path / "d", text))
     with pytest.raises(DatasetError, match="only one modality, label=label:text"):
         open_dataset(folder(tmp_path / "d", text), DataConfig(modality=("label=label:text",)))
 
 
-def test_no_rows_are_refused(tmp_path: Path) -> None:
+def test_dataset_without_rows_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="holds no rows"):
         open_dataset(folder(tmp_path / "d", CSV.splitlines()[0] + "\n"))
     empty = pa.table({"label": [0], "u": [[1.0]], "v": [[1.0]]}).slice(1)
@@ -105,17 +105,17 @@ def test_no_rows_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["label", "audio_file_name"])
-def test_two_columns_of_one_name_are_refused(tmp_path: Path, name: str) -> None:
+def test_repeated_column_name_is_rejected(tmp_path: Path, name: str) -> None:
     text = "\n".join(line + (f",{name}" if index == 0 else ",x") for index, line in enumerate(CSV.splitlines()))
     with pytest.raises(DatasetError, match=f"more than one column is called '{name}'"):
         open_dataset(folder(tmp_path / "d", text + "\n"))
 
 
-def test_named_modalities_replace_the_inferred_ones(tmp_path: Path) -> None:
+def test_requested_modalities_replace_the_inferred_ones(tmp_path: Path) -> None:
     data = table(tmp_path / "d.parquet", label=[0, 1], w=[[0.5], [0.1]], **VECTORS)
     assert modalities(open_dataset(data)) == ["w=w:features", "u=u:features", "v=v:features"]
-    named = open_dataset(data, DataConfig(modality=("sight=v", "sound=w:features")))
-    assert named.modalities == (
+    dataset = open_dataset(data, DataConfig(modality=("sight=v", "sound=w:features")))
+    assert dataset.modalities == (
         Modality(name="sight", column="v", kind="features", length=1),
         Modality(name="sound", column="w", kind="features", length=1),
     )
@@ -123,32 +123,30 @@ def test_named_modalities_replace_the_inferred_ones(tmp_path: Path) -> None:
         open_dataset(data, DataConfig(modality=("a=z", "b=v")))
 
 
-def test_a_column_cannot_name_a_way_out_of_the_cache(tmp_path: Path) -> None:
+def test_column_name_with_path_is_rejected(tmp_path: Path) -> None:
     data = table(tmp_path / "d.parquet", label=[0, 1], **{"../../out": [[0.5], [0.1]]}, **VECTORS)
     with pytest.raises(ConfigError, match=r"a modality is called '\.\./\.\./out'"):
         open_dataset(data)
 
 
 @pytest.mark.parametrize("sound", [True, False])
-def test_a_film_is_heard_where_it_has_sound(tmp_path: Path, film: Callable[[bool], bytes], sound: bool) -> None:
+def test_video_has_audio_modality_only_with_sound(tmp_path: Path, film: Callable[[bool], bytes], sound: bool) -> None:
     data = folder(tmp_path / "d", "file_name,caption,label\na.mp4,one dog,0\nb.mp4,two dogs,1\n")
-    (data / "b.mp4").write_bytes(film(sound))  # a.mp4 is missing, which tells nothing
+    (data / "b.mp4").write_bytes(film(sound))  # a.mp4 is missing and is not counted
     expected = ["visual=file_name:video", "caption=caption:text"]
     assert modalities(open_dataset(data)) == (["audio=file_name:audio"] if sound else []) + expected
 
 
-def test_a_silent_film_asked_for_its_sound_is_left_to_the_quarantine(
-    tmp_path: Path, film: Callable[[bool], bytes]
-) -> None:
+def test_requested_audio_of_silent_video_is_kept(tmp_path: Path, film: Callable[[bool], bytes]) -> None:
     data = folder(tmp_path / "d", "file_name,label\na.mp4,0\n")
     (data / "a.mp4").write_bytes(film(False))
-    named = open_dataset(data, DataConfig(modality=("audio=file_name", "visual=file_name")))
-    assert modalities(named) == ["audio=file_name:audio", "visual=file_name:video"]
+    dataset = open_dataset(data, DataConfig(modality=("audio=file_name", "visual=file_name")))
+    assert modalities(dataset) == ["audio=file_name:audio", "visual=file_name:video"]
     with pytest.raises(DatasetError, match="only one modality, visual=file_name:video"):
         open_dataset(data)
 
 
-def test_where_no_film_can_be_opened_both_are_tried(tmp_path: Path) -> None:
+def test_audio_is_kept_if_no_video_can_be_opened(tmp_path: Path) -> None:
     data = folder(tmp_path / "d", "file_name,label\na.mp4,0\n")
     assert modalities(open_dataset(data)) == ["audio=file_name:audio", "visual=file_name:video"]
 
@@ -156,22 +154,22 @@ def test_where_no_film_can_be_opened_both_are_tried(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lengths", "expected"), [([2, 3, 3, 3], 3), ([3, 2, 0, 0, 0], 2), ([4, 4, 1, None, None, None], 4), ([5], 5)]
 )
-def test_the_length_of_a_vector_is_that_of_most_rows(tmp_path: Path, lengths: list[int | None], expected: int) -> None:
-    odd = pa.array([None if length is None else [0.5] * length for length in lengths], pa.list_(pa.float32()))
+def test_vector_length_is_the_most_frequent(tmp_path: Path, lengths: list[int | None], expected: int) -> None:
+    varying = pa.array([None if length is None else [0.5] * length for length in lengths], pa.list_(pa.float32()))
     fixed = pa.array([[0.5, 0.5]] * len(lengths), pa.list_(pa.float32(), 2))
-    dataset = open_dataset(table(tmp_path / "d.parquet", label=list(range(len(lengths))), odd=odd, fixed=fixed))
+    dataset = open_dataset(table(tmp_path / "d.parquet", label=list(range(len(lengths))), odd=varying, fixed=fixed))
     assert [modality.length for modality in dataset.modalities] == [expected, 2]
 
 
-def test_a_column_without_any_vector_is_refused(tmp_path: Path) -> None:
-    odd = pa.array([None, []], pa.list_(pa.float32()))
+def test_column_without_any_vector_is_rejected(tmp_path: Path) -> None:
+    without_vectors = pa.array([None, []], pa.list_(pa.float32()))
     with pytest.raises(DatasetError, match="column 'odd' holds no vector"):
-        open_dataset(table(tmp_path / "d.parquet", label=[0, 1], odd=odd, **VECTORS))
+        open_dataset(table(tmp_path / "d.parquet", label=[0, 1], odd=without_vectors, **VECTORS))
 
 
-def test_a_glob_is_one_dataset_and_empty_parts_are_none(tmp_path: Path) -> None:
-    whole = pa.table({"label": list(range(5)), "u": [[float(n)] for n in range(5)], "v": [[1.0]] * 5})
-    for number, part in enumerate([whole.slice(0, 0), whole.slice(0, 3), whole.slice(3)]):
+def test_glob_is_one_dataset_and_empty_files_are_skipped(tmp_path: Path) -> None:
+    rows_of_dataset = pa.table({"label": list(range(5)), "u": [[float(n)] for n in range(5)], "v": [[1.0]] * 5})
+    for number, part in enumerate([rows_of_dataset.slice(0, 0), rows_of_dataset.slice(0, 3), rows_of_dataset.slice(3)]):
         pq.write_table(part, tmp_path / f"{number}.parquet", row_group_size=2)
     dataset = open_dataset(f"{tmp_path}/*.parquet")
     assert dataset.num_rows == 5
@@ -181,21 +179,21 @@ def test_a_glob_is_one_dataset_and_empty_parts_are_none(tmp_path: Path) -> None:
     assert [name for names, _ in read for name in names] == [f"row-{number:09d}" for number in range(5)]
 
 
-@pytest.mark.parametrize("other", [{"label": [0, 1], "u": VECTORS["u"]}, {"label": ["x", "y"], **VECTORS}])
-def test_files_of_other_columns_are_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+@pytest.mark.parametrize("columns", [{"label": [0, 1], "u": VECTORS["u"]}, {"label": ["x", "y"], **VECTORS}])
+def test_files_with_different_columns_are_rejected(tmp_path: Path, columns: dict[str, Any]) -> None:
     table(tmp_path / "0.parquet", label=[0, 1], **VECTORS)
-    table(tmp_path / "1.parquet", **other)
-    with pytest.raises(DatasetError, match=r"1\.parquet has other columns than .*0\.parquet"):
+    table(tmp_path / "1.parquet", **columns)
+    with pytest.raises(DatasetError, match=r"1\.parquet has different columns from .*0\.parquet"):
         open_dataset(f"{tmp_path}/*.parquet")
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_damaged_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DatasetError, match=r"d\.parquet cannot be read"):
         open_dataset(tmp_path / "d.parquet")
 
 
-def test_a_row_without_a_path_has_an_id_of_its_own(tmp_path: Path) -> None:
+def test_rows_without_path_have_unique_ids(tmp_path: Path) -> None:
     dataset = open_dataset(folder(tmp_path / "d", CSV + ",c.png,cat\n,d.png,dog\n"))
     shard = dataset.shards[0]
     ids = dataset.sample_ids(dataset.read(shard), shard)
@@ -209,9 +207,9 @@ def reason_for(dataset: Dataset, cell: object) -> Reason:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Path:
-    """A dataset's folder beside a secret and below a link to it."""
-    data = folder(tmp_path / "house")
+def dataset_folder(tmp_path: Path) -> Path:
+    """A dataset's folder with a file outside it, and links to that file."""
+    data = folder(tmp_path / "data")
     (tmp_path / "secret.wav").write_bytes(b"secret")
     (data / "a.wav").write_bytes(b"mine")
     (data / "deep").mkdir()
@@ -220,44 +218,44 @@ def house(tmp_path: Path) -> Path:
     return data
 
 
-@pytest.mark.parametrize("inside", ["a.wav", "./a.wav", "deep/../a.wav", "../house/a.wav"])
-def test_paths_that_end_inside_are_read(house: Path, inside: str) -> None:
-    dataset = open_dataset(house)
+@pytest.mark.parametrize("inside", ["a.wav", "./a.wav", "deep/../a.wav", "../data/a.wav"])
+def test_paths_inside_the_folder_are_read(dataset_folder: Path, inside: str) -> None:
+    dataset = open_dataset(dataset_folder)
     assert dataset.load(inside, dataset.modalities[0]) == b"mine"
     assert dataset.load({"bytes": None, "path": inside}, dataset.modalities[0]) == b"mine"
-    assert dataset.load(str(house / "a.wav"), dataset.modalities[0]) == b"mine"
+    assert dataset.load(str(dataset_folder / "a.wav"), dataset.modalities[0]) == b"mine"
 
 
 @pytest.mark.parametrize(
     "outside", ["../secret.wav", "ABSOLUTE", "deep/link.wav", "way/secret.wav", "deep/../../secret.wav"]
 )
-def test_paths_that_lead_outside_are_read_on_demand_only(house: Path, outside: str) -> None:
-    name = outside.replace("ABSOLUTE", str(house.parent / "secret.wav"))
-    dataset = open_dataset(house)
+def test_paths_outside_the_folder_require_allow_outside(dataset_folder: Path, outside: str) -> None:
+    name = outside.replace("ABSOLUTE", str(dataset_folder.parent / "secret.wav"))
+    dataset = open_dataset(dataset_folder)
     for cell in (name, {"bytes": None, "path": name}):
         with pytest.raises(DatasetError, match=r"leads outside .*make paths relative to the metadata"):
             dataset.load(cell, dataset.modalities[0])
-    allowed = open_dataset(house, DataConfig(allow_outside=True))
+    allowed = open_dataset(dataset_folder, DataConfig(allow_outside=True))
     assert allowed.load(name, allowed.modalities[0]) == b"secret"
 
 
 @pytest.mark.parametrize("url", ["https://example.org/a.wav", "file:///a.wav"])
-def test_addresses_are_never_fetched(house: Path, url: str) -> None:
-    dataset = open_dataset(house)
+def test_urls_are_never_fetched(dataset_folder: Path, url: str) -> None:
+    dataset = open_dataset(dataset_folder)
     with pytest.raises(DatasetError, match="leads outside"):
         dataset.load(url, dataset.modalities[0])
-    assert reason_for(open_dataset(house, DataConfig(allow_outside=True)), url) is Reason.MISSING
+    assert reason_for(open_dataset(dataset_folder, DataConfig(allow_outside=True)), url) is Reason.MISSING
 
 
 @pytest.mark.parametrize("cell", [None, "none.wav", "deep", "a.wav/b.wav", "nul\0.wav", "", "circle.wav"])
-def test_what_is_not_there_is_missing(house: Path, cell: str | None) -> None:
-    (house / "circle.wav").symlink_to("circle.wav")
-    assert reason_for(open_dataset(house), cell) is Reason.MISSING
+def test_missing_files_have_reason_missing(dataset_folder: Path, cell: str | None) -> None:
+    (dataset_folder / "circle.wav").symlink_to("circle.wav")
+    assert reason_for(open_dataset(dataset_folder), cell) is Reason.MISSING
 
 
-def test_bytes_are_what_they_are(tmp_path: Path) -> None:
-    held = [{"bytes": b"one", "path": "../../x.wav"}, {"bytes": b"", "path": None}]
-    data = table(tmp_path / "d.parquet", label=[0, 1], sound=held, raw=[b"two", None])
+def test_embedded_bytes_are_loaded(tmp_path: Path) -> None:
+    structs = [{"bytes": b"one", "path": "../../x.wav"}, {"bytes": b"", "path": None}]
+    data = table(tmp_path / "d.parquet", label=[0, 1], sound=structs, raw=[b"two", None])
     dataset = open_dataset(data, DataConfig(modality=("a=sound:audio", "b=raw:image")))
     assert dataset.path_columns == []
     sound, raw = dataset.modalities
@@ -267,19 +265,19 @@ def test_bytes_are_what_they_are(tmp_path: Path) -> None:
     assert reason_for(dataset, cells["raw"][1]) is Reason.MISSING
 
 
-def test_bytes_say_what_they_are(tmp_path: Path, clip_source: Path, film: Callable[[bool], bytes]) -> None:
+def test_kind_of_embedded_bytes_is_inferred(tmp_path: Path, clip_source: Path, film: Callable[[bool], bytes]) -> None:
     sound, sight = ([(clip_source / f"{n}.{suffix}").read_bytes() for n in (0, 1)] for suffix in ("wav", "png"))
-    held = [{"bytes": data, "path": None} for data in sight]
-    dataset = open_dataset(table(tmp_path / "d.parquet", label=[0, 1], heard=sound, seen=held))
+    structs = [{"bytes": data, "path": None} for data in sight]
+    dataset = open_dataset(table(tmp_path / "d.parquet", label=[0, 1], heard=sound, seen=structs))
     assert modalities(dataset) == ["heard=heard:audio", "seen=seen:image"]
     assert "heard" not in dataset.read(dataset.shards[0], modalities=False).column_names
     films = open_dataset(table(tmp_path / "f.parquet", label=[0, 1], clip=[film(True), film(True)]))
     assert modalities(films) == ["audio=clip:audio", "visual=clip:video"]
-    seen = open_dataset(table(tmp_path / "g.parquet", label=[0, 1], audio=sound, clip=[film(True), film(True)]))
-    assert modalities(seen) == ["audio=audio:audio", "visual=clip:video"]
+    combined = open_dataset(table(tmp_path / "g.parquet", label=[0, 1], audio=sound, clip=[film(True), film(True)]))
+    assert modalities(combined) == ["audio=audio:audio", "visual=clip:video"]
 
 
-def test_folders_of_pictures_are_frames(tmp_path: Path) -> None:
+def test_folders_of_images_are_frames(tmp_path: Path) -> None:
     lines = [
         {"label": n, "seen": f"seen/{n}", "flow_frames": [f"u/{n}", f"v/{n}"], "audio": f"{n}.wav"} for n in (0, 1)
     ]
@@ -296,7 +294,7 @@ def test_folders_of_pictures_are_frames(tmp_path: Path) -> None:
         dataset.load(rows[1]["flow_frames"], dataset.modalities[1])
 
 
-def test_a_wrong_task_or_list_of_classes_is_refused() -> None:
+def test_invalid_task_or_classes_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"data\.task is 'multilable'; did you mean multilabel\?"):
         DataConfig(task="multilable")
     with pytest.raises(ConfigError, match=r"data\.classes names 'a' more than once"):
@@ -304,8 +302,8 @@ def test_a_wrong_task_or_list_of_classes_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"shard_rows": 0}, {"test_fraction": 0.0}, {"test_fraction": 1.0}, {"test_fraction": float("nan")}]
+    "settings", [{"shard_rows": 0}, {"test_fraction": 0.0}, {"test_fraction": 1.0}, {"test_fraction": float("nan")}]
 )
-def test_a_wrong_config_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))} is"):
-        DataConfig(**wrong)
+def test_invalid_config_is_rejected(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"data.{next(iter(settings))} is"):
+        DataConfig(**settings)

@@ -1,4 +1,4 @@
-"""Laws of the hand-made vectors: what they must not see, and what they must."""
+"""Hand-made descriptors: which changes of the input they must ignore, and which not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.preprocessing import normalize
 
-from mmaudit.audit.features.descriptors import image_statistics, sound_statistics, text_counts, video_statistics
+from mmaudit.audit.features.descriptors import audio_statistics, image_statistics, text_counts, video_statistics
 from mmaudit.audit.media.audio import log_mel
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.quarantine import Reason, UnusableError
@@ -27,7 +27,7 @@ def noise(count: int = 8_000, seed: int = 0) -> NDArray[np.float32]:
 
 
 def picture(height: int = 64, width: int = 64, seed: int = 0) -> NDArray[np.uint8]:
-    """Smooth blobs, so that there are gradients in every direction."""
+    """Return an image of smooth blobs, with gradients in every direction."""
     rng = np.random.default_rng(seed)
     rows, columns = np.indices((height, width))
     waves = [
@@ -45,8 +45,8 @@ def clip(num_frames: int = 16) -> NDArray[np.uint8]:
 @given(
     count=st.integers(1, 40_000), rate=st.sampled_from([8_000, 16_000, 44_100]), mel_bins=st.sampled_from([8, 40, 96])
 )
-def test_sound_of_any_duration_has_one_length(count: int, rate: int, mel_bins: int) -> None:
-    vector = sound_statistics(noise(count), MediaConfig(sample_rate=rate, mel_bins=mel_bins))
+def test_audio_of_any_duration_has_fixed_length(count: int, rate: int, mel_bins: int) -> None:
+    vector = audio_statistics(noise(count), MediaConfig(sample_rate=rate, mel_bins=mel_bins))
     assert vector.shape == (220,)
     assert vector.dtype == np.float32
     assert np.isfinite(vector).all()
@@ -54,7 +54,7 @@ def test_sound_of_any_duration_has_one_length(count: int, rate: int, mel_bins: i
 
 @settings(max_examples=40, deadline=None)
 @given(height=st.integers(1, 150), width=st.integers(1, 150), num_frames=st.integers(1, 20))
-def test_pictures_of_any_size_have_one_length(height: int, width: int, num_frames: int) -> None:
+def test_images_of_any_size_have_fixed_length(height: int, width: int, num_frames: int) -> None:
     image = picture(height, width)
     for vector, length in (
         (image_statistics(image, CONFIG), 480),
@@ -65,27 +65,27 @@ def test_pictures_of_any_size_have_one_length(height: int, width: int, num_frame
         assert np.isfinite(vector).all()
 
 
-def test_what_is_read_stays_as_it_was_and_gives_the_same_again() -> None:
+def test_descriptors_are_deterministic_and_keep_their_input() -> None:
     cases: list[tuple[Any, Any]] = [
-        (sound_statistics, noise()),
+        (audio_statistics, noise()),
         (image_statistics, picture()),
         (video_statistics, clip()),
     ]
-    for describe, given_ in cases:
-        before = given_.copy()
-        np.testing.assert_array_equal(describe(given_, CONFIG), describe(given_, CONFIG))
-        np.testing.assert_array_equal(given_, before)
+    for describe, sample in cases:
+        before = sample.copy()
+        np.testing.assert_array_equal(describe(sample, CONFIG), describe(sample, CONFIG))
+        np.testing.assert_array_equal(sample, before)
 
 
-def test_gain_changes_the_level_alone() -> None:
-    change = (sound_statistics(noise() * 8, CONFIG) - sound_statistics(noise(), CONFIG)).reshape(11, 20)
+def test_gain_changes_only_the_level() -> None:
+    change = (audio_statistics(noise() * 8, CONFIG) - audio_statistics(noise(), CONFIG)).reshape(11, 20)
     level = 2 * np.log(8) * np.sqrt(CONFIG.mel_bins)  # log power, through an orthonormal cosine transform
     expected = np.zeros((11, 20))
-    expected[[0, *range(3, 11)], 0] = level  # the mean, and the means of the eight parts; no spread, no shape
+    expected[[0, *range(3, 11)], 0] = level  # the mean and the means of the eight segments; no std, no shape
     np.testing.assert_allclose(change, expected, atol=2e-3)
 
 
-def test_a_tone_stands_in_its_band() -> None:
+def test_tone_peaks_in_its_band() -> None:
     times = np.arange(16_000) / 16_000
     peaks = []
     for hertz in (200, 1_000, 4_000):
@@ -98,14 +98,14 @@ def test_a_tone_stands_in_its_band() -> None:
     np.testing.assert_allclose(peaks, (mel - low) / (high - low) * 41 - 1, atol=0.6)
 
 
-def test_silence_around_the_sound_is_not_heard() -> None:
-    early, late = (sound_statistics(np.pad(noise(), pad), CONFIG) for pad in ((1_600, 9_600), (4_800, 800)))
-    np.testing.assert_allclose(early, late, atol=1e-3)  # whole frames of 160 samples: the grid of frames stays
+def test_surrounding_silence_does_not_matter() -> None:
+    early, late = (audio_statistics(np.pad(noise(), pad), CONFIG) for pad in ((1_600, 9_600), (4_800, 800)))
+    np.testing.assert_allclose(early, late, atol=1e-3)  # padding by whole frames of 160 samples keeps the frame grid
 
 
-def test_order_in_time_is_heard_and_seen() -> None:
+def test_time_order_changes_audio_and_video() -> None:
     rising = noise() * np.linspace(0.1, 1, 8_000, dtype=np.float32)
-    forth, back = (sound_statistics(wave, CONFIG).reshape(11, 20) for wave in (rising, rising[::-1]))
+    forth, back = (audio_statistics(wave, CONFIG).reshape(11, 20) for wave in (rising, rising[::-1]))
     np.testing.assert_allclose(forth[0], back[0], atol=0.35)
     np.testing.assert_allclose(forth[3:, 0], back[:2:-1, 0], atol=1.5)
     assert np.all(np.diff(forth[3:, 0]) > 0)
@@ -119,7 +119,7 @@ def histogram(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     return image_statistics(image, CONFIG)[:432].reshape(6, 6, 12)
 
 
-def test_a_mirrored_picture_mirrors_cells_and_directions() -> None:
+def test_mirrored_image_mirrors_cells_and_directions() -> None:
     directions = np.arange(12)
     left_right = histogram(picture()[:, ::-1])
     np.testing.assert_allclose(left_right, histogram(picture())[:, ::-1][..., (6 - directions) % 12], atol=1e-4)
@@ -127,16 +127,16 @@ def test_a_mirrored_picture_mirrors_cells_and_directions() -> None:
     np.testing.assert_allclose(upside_down, histogram(picture())[::-1][..., -directions % 12], atol=1e-4)
 
 
-def test_a_turned_picture_turns_the_directions() -> None:
-    turned = histogram(np.rot90(picture()))  # to the left: what pointed right points up, three of twelve steps back
+def test_rotated_image_rotates_directions() -> None:
+    turned = histogram(np.rot90(picture()))  # to the left: right becomes up, three of twelve directions back
     np.testing.assert_allclose(turned, np.roll(np.rot90(histogram(picture())), -3, axis=2), atol=1e-4)
 
 
-def test_a_negative_turns_every_gradient_round() -> None:
+def test_negative_image_reverses_every_gradient() -> None:
     np.testing.assert_allclose(histogram(255 - picture()), np.roll(histogram(picture()), 6, axis=2), atol=1e-4)
 
 
-def test_a_ramp_has_one_direction_and_light_leaves_it_alone() -> None:
+def test_ramp_has_one_direction_independent_of_brightness() -> None:
     ramp = np.repeat(np.tile(np.arange(64, dtype=np.uint8) * 2, (64, 1))[..., None], 3, axis=2)
     inner = histogram(ramp)[1:-1, 1:-1]
     assert (inner.argmax(axis=2) == 0).all()
@@ -145,27 +145,27 @@ def test_a_ramp_has_one_direction_and_light_leaves_it_alone() -> None:
     np.testing.assert_allclose(histogram(ramp // 2 * 3)[1:-1, 1:-1, 0], inner[..., 0], atol=0.05)
 
 
-def test_colours_stand_in_their_cells() -> None:
+def test_colours_are_located_in_their_cells() -> None:
     image = np.zeros((64, 64, 3), dtype=np.uint8)
     image[:16, 48:, 0] = 255
     red, green, blue = image_statistics(image, CONFIG)[432:].reshape(3, 4, 4)
-    assert red.argmax() == 3  # the right one of the upper row
-    assert red.max() > 0.7  # the hat reaches a little into the neighbours
+    assert red.argmax() == 3  # the right cell of the upper row
+    assert red.max() > 0.7  # the triangle weights overlap the neighbouring cells
     assert green.max() == blue.max() == 0
 
 
-def test_motion_is_where_and_when_it_moves() -> None:
+def test_motion_is_located_in_space_and_time() -> None:
     frames = np.repeat(picture()[None], 16, axis=0)
     assert video_statistics(frames, CONFIG)[700:].max() == 0
     frames[12:, :16, :16] = 255 - frames[12:, :16, :16]
     motion = video_statistics(frames, CONFIG)[700:].reshape(4, 4, 4)
-    assert motion.argmax() in {2 * 16, 3 * 16}  # the upper left cell, in the third part or the fourth
+    assert motion.argmax() in {2 * 16, 3 * 16}  # the upper left cell, in the third or fourth segment
     assert motion[:2].max() == 0
     assert motion[:, 2:, 2:].max() == 0
 
 
 @given(text=st.text())
-def test_case_and_space_do_not_count(text: str) -> None:
+def test_case_and_whitespace_do_not_matter(text: str) -> None:
     try:
         counts = text_counts(text, CONFIG)
     except UnusableError as error:
@@ -176,21 +176,21 @@ def test_case_and_space_do_not_count(text: str) -> None:
     np.testing.assert_array_equal(text_counts(f" {text.casefold()}\n!", CONFIG), counts)
 
 
-def test_words_count_in_any_script() -> None:
-    def same(one: str, other: str) -> bool:
-        return bool((text_counts(one, CONFIG) == text_counts(other, CONFIG)).all())
+def test_words_of_any_script_are_counted() -> None:
+    def same(first: str, second: str) -> bool:
+        return bool((text_counts(first, CONFIG) == text_counts(second, CONFIG)).all())
 
     assert same("GROSSE Straße, Ärger!", "große STRASSE ärger")
     assert same("Жёлтый ДОМ", "жёлтый дом")
     assert same("cafe\u0301", "caf\u00e9")
     assert same("\uff28\uff45\uff4c\uff4c\uff4f", "hello")
     assert not same("dog bites man", "man bites dog")
-    assert (text_counts("हिन्दी", CONFIG) > 0).sum() == 1  # its vowel signs do not part it
-    assert (text_counts("我爱你", CONFIG) > 0).sum() == 5  # three words, two pairs
+    assert (text_counts("हिन्दी", CONFIG) > 0).sum() == 1  # vowel signs do not split it
+    assert (text_counts("我爱你", CONFIG) > 0).sum() == 5  # three words, two bigrams
     repeated, once = text_counts("no yes no no no", CONFIG), text_counts("no yes", CONFIG)
     assert repeated.max() / repeated[repeated > 0].min() == pytest.approx(
         1 + np.log(4)
-    )  # against the words that stand once
+    )  # relative to words with count 1
     assert once.max() == pytest.approx(once[once > 0].min())
 
 
@@ -201,7 +201,7 @@ def test_text_without_words_is_empty(text: str) -> None:
     assert caught.value.reason is Reason.EMPTY
 
 
-def test_text_counts_do_not_hang_on_the_process() -> None:
+def test_text_counts_do_not_depend_on_the_process() -> None:
     program = (
         "from mmaudit.audit.features.descriptors import text_counts; from mmaudit.audit.media.files import MediaConfig;"
         "print(text_counts('The quick brown fox', MediaConfig()).nonzero()[0].tolist())"
@@ -218,8 +218,8 @@ def test_text_counts_do_not_hang_on_the_process() -> None:
     assert outputs == {f"{text_counts('The quick brown fox', CONFIG).nonzero()[0].tolist()}\n".encode()}
 
 
-def test_text_counts_are_those_of_sklearn_without_rarity() -> None:
+def test_text_counts_equal_sklearn_without_idf() -> None:
     counts = np.stack([text_counts(text, CONFIG) for text in ("a cat sat", "a dog sat there a dog", "birds")])
     raw = np.where(counts > 0, 1.0, 0.0)
-    raw[1] = np.where(counts[1] == counts[1].max(), 1 + np.log(2), raw[1])  # "a", "dog" and "a dog" stand twice
+    raw[1] = np.where(counts[1] == counts[1].max(), 1 + np.log(2), raw[1])  # "a", "dog" and "a dog" occur twice
     np.testing.assert_allclose(counts, normalize(raw), atol=1e-6)

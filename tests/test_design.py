@@ -1,4 +1,4 @@
-"""Laws of designs: units that no wild row moves, and axes that decorrelate."""
+"""Design matrices: robust units, and a basis that decorrelates features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmaudit.audit.features.matrix import JointInputs, MatrixInputs
 from mmaudit.audit.probes.design import read_design, robust_units
 
 
-def test_what_is_missing_is_the_centre() -> None:
+def test_missing_values_are_the_centre() -> None:
     x = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32) * 4 + 9
     x[::5] = np.nan
     units = robust_units(torch.from_numpy(x))
@@ -22,7 +22,7 @@ def test_what_is_missing_is_the_centre() -> None:
     torch.testing.assert_close(present.scale, units.scale)
 
 
-def test_a_feature_that_no_row_has_is_nothing() -> None:
+def test_feature_missing_in_every_row_is_zero() -> None:
     inputs = MatrixInputs(matrix=np.ones((20, 2), np.float32))
     design = read_design(
         JointInputs(parts=(inputs, inputs), masked=frozenset({1})), np.arange(20), products=torch.float32
@@ -31,7 +31,7 @@ def test_a_feature_that_no_row_has_is_nothing() -> None:
     assert design.units.scale.eq(1).all()
 
 
-def test_one_wild_row_moves_no_units() -> None:
+def test_outlier_row_does_not_change_units() -> None:
     x = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
     wild = x.clone()
     wild[7] = 1e20
@@ -41,14 +41,14 @@ def test_one_wild_row_moves_no_units() -> None:
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.float32, np.float64])
-def test_rows_are_held_in_the_order_they_are_asked_in(kind: type[np.generic]) -> None:
+def test_rows_are_in_requested_order(kind: type[np.generic]) -> None:
     x = np.random.default_rng(1).integers(0, 250, (5_000, 300)).astype(kind)
     rows = np.random.default_rng(2).permutation(5_000)[:4_000]
     design = read_design(MatrixInputs(matrix=x), rows, products=torch.float32)
     torch.testing.assert_close(design.rows, design.units.standardise(torch.from_numpy(x[rows].astype(np.float32))))
 
 
-def test_axes_make_the_covariance_diagonal() -> None:
+def test_basis_makes_the_covariance_diagonal() -> None:
     x = np.random.default_rng(3).standard_normal((400, 6)) @ np.random.default_rng(4).standard_normal((6, 6))
     design = read_design(MatrixInputs(matrix=x), np.arange(400), products=torch.float64, dtype=torch.float64)
     assert design.basis is not None

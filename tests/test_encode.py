@@ -1,7 +1,8 @@
-"""Laws of encoding: every kind has an encoder, a vector is taken as it is, and what is wrong comes back as a reason."""
+"""Encoding into the cache: nothing is encoded twice, changes are detected, and files are complete."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,195 +10,272 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from mmaudit.audit.dataset.modalities import KINDS, Modality
-from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.features import encoders as encode
-from mmaudit.audit.features.descriptors import video_statistics
-from mmaudit.audit.features.encoders import (
-    ENCODERS,
-    NETWORK_INPUTS,
-    Encoded,
-    check_encoder,
-    encode_cell,
-    encode_vectors,
-    input_shape,
-    preprocessing,
-)
-from mmaudit.audit.hashing import digest
-from mmaudit.audit.media.audio import network_spectrogram
-from mmaudit.audit.media.decode import decode_audio, decode_folders, decode_frames, decode_image
+from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.dataset.samples import read_samples
+from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.features import encode, encoders
+from mmaudit.audit.features.cache import read_arrow, write_arrow
+from mmaudit.audit.features.descriptors import text_counts
+from mmaudit.audit.features.encode import EncodeTask, encode_dataset, encode_shard, read_status
+from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.quarantine import Reason, UnusableError
+from mmaudit.audit.quarantine import Reason
+from mmaudit.audit.workers import no_progress
 
-MEDIA = MediaConfig()
-TYPES = [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int64())]
-ROWS = [[1.0, 2.0, 3.0], None, [1.0, 2.0], [], [4.0, None, 6.0], [7.0, 8.0, 9.0]]
-
-
-def vectors(length: int) -> Modality:
-    return Modality(name="v", column="col", kind="features", length=length)
+MEDIA = MediaConfig(image_size=16)
+SHARDS = DataConfig(shard_rows=5)
 
 
-def rows_of(found: Encoded) -> list[list[float] | None]:
-    vectors = iter(found.vector.tolist())
-    return [next(vectors) if usable else None for usable in found.usable]
+def read_ids(dataset: Dataset) -> NDArray[np.object_]:
+    return read_samples(dataset, seed=0, test_fraction=0.5).sample_id
 
 
-def test_every_kind_has_an_encoder() -> None:
-    assert {*ENCODERS, "features"} == set(KINDS)
+def encode_all(dataset: Dataset, cache: Path, *, num_workers: int = 0, media: MediaConfig = MEDIA) -> list[EncodeTask]:
+    return encode_dataset(dataset, cache, media=media, num_workers=num_workers, progress=no_progress)
 
 
-@pytest.mark.parametrize("type_", TYPES)
-def test_vectors_are_taken_as_they_are_and_checked_one_by_one(type_: pa.DataType) -> None:
-    whole = pa.array(ROWS, type_)
-    for column in (pa.chunked_array([whole]), pa.chunked_array([whole.slice(0, 2), whole.slice(2)])):
-        found = encode_vectors(column, vectors(3))
-        assert rows_of(found) == [[1, 2, 3]] + [None] * 4 + [[7, 8, 9]]
-        assert found.vector.dtype == np.float32
-        wrong = Reason.WRONG_LENGTH
-        reasons = {row: problem.reason for row, problem in found.problem.items()}
-        assert reasons == {1: Reason.MISSING, 2: wrong, 3: wrong, 4: Reason.NOT_FINITE}
-        assert str(found.problem[2]) == "wrong-length: 2 numbers; most rows have 3"
-        assert str(found.problem[4]) == "not-finite: 1 of 3 numbers are not finite"
+def num_computed(dataset: Dataset, cache: Path, media: MediaConfig = MEDIA) -> int:
+    """Encode what is missing and return the number of computed vectors."""
+    unsharded = replace(dataset, shards=())
+    return sum(
+        encode_shard(EncodeTask(dataset=unsharded, shard=shard, media=media, folder=cache)) for shard in dataset.shards
+    )
 
 
-def test_vectors_of_fixed_length_may_be_null_and_columns_be_cut() -> None:
-    whole = pa.array([[9, 9], [1, 2], None, [3, 4], [8, 8]], pa.list_(pa.float32(), 2))
-    found = encode_vectors(pa.chunked_array([whole.slice(1, 3)]), vectors(2))
-    assert rows_of(found) == [[1, 2], None, [3, 4]]
+def matrices(dataset: Dataset, tasks: list[EncodeTask]) -> list[NDArray[np.float32]]:
+    statuses = [read_status(tasks, modality, read_ids(dataset)) for modality in dataset.modalities]
+    rows = np.flatnonzero(np.logical_and.reduce([status.usable for status in statuses]))
+    return [FeatureMatrix.of(tasks, status, rows).read_all() for status in statuses]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
-def test_what_float32_cannot_hold_is_not_finite(value: float) -> None:
-    found = encode_vectors(pa.chunked_array([pa.array([[value, 1.0]], pa.list_(pa.float64()))]), vectors(2))
-    assert [problem.reason for problem in found.problem.values()] == [Reason.NOT_FINITE]
+def files(cache: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
 
 
-def test_whole_numbers_past_float32_are_rounded() -> None:
-    column = pa.chunked_array([pa.array([[2**24 + 1, 2**53 + 1]], pa.list_(pa.int64()))])
-    assert rows_of(encode_vectors(column, vectors(2))) == [[2.0**24, 2.0**53]]
+def test_second_run_computes_nothing(clip_source: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(clip_source, SHARDS)
+    assert num_computed(dataset, tmp_path) == 48
+    before = files(tmp_path)
+    assert len(before) == 10  # five shards of two modalities
+    assert num_computed(dataset, tmp_path) == 0
+    assert files(tmp_path) == before
 
 
-@given(st.lists(st.none() | st.lists(st.floats(width=32), max_size=3), max_size=8))
-def test_content_and_verdict_are_the_vectors_own(rows: list[list[float] | None]) -> None:
-    column = pa.chunked_array([pa.array(rows, pa.list_(pa.float32()))])
-    found = encode_vectors(column, vectors(2))
-    digests = [digest(np.array(row or [], dtype=np.float32).tobytes()) for row in rows]
-    assert found.content.tolist() == [each.encode() for each in digests]
-    good = [row is not None and len(row) == 2 and bool(np.isfinite(row).all()) for row in rows]
-    assert found.usable.tolist() == good
-    assert sorted(found.problem) == [row for row, fine in enumerate(good) if not fine]
-    assert rows_of(found) == [row if fine else None for row, fine in zip(rows, good, strict=True)]
+def test_only_changed_content_is_computed_again(clips: Path, tmp_path: Path) -> None:
+    dataset, cache = open_dataset(clips, SHARDS), tmp_path / "cache"
+    before = matrices(dataset, encode_all(dataset, cache))
+    shutil.copy(clips / "1.wav", clips / "6.wav")  # of another shard
+    assert num_computed(dataset, cache) == 1
+    after = matrices(dataset, encode_all(dataset, cache))
+    np.testing.assert_array_equal(after[0][6], before[0][1])
+    unchanged = np.arange(24) != 6
+    np.testing.assert_array_equal(after[0][unchanged], before[0][unchanged])
+    np.testing.assert_array_equal(after[1], before[1])
 
 
-def test_a_cell_is_encoded_or_says_why_not() -> None:
-    text = Modality(name="t", column="t", kind="text")
-    vector = encode_cell("one two one", text, MEDIA)
-    assert isinstance(vector, np.ndarray)
-    assert vector.shape == (MEDIA.text_buckets,)
-    empty = encode_cell("...", text, MEDIA)
-    assert isinstance(empty, UnusableError)
-    assert empty.reason is Reason.EMPTY
-    missing = UnusableError(Reason.MISSING, "null")
-    assert encode_cell(missing, text, MEDIA) is missing
-    broken = encode_cell(b"no sound", Modality(name="a", column="a", kind="audio"), MEDIA)
-    assert isinstance(broken, UnusableError)
-    assert broken.reason is Reason.CORRUPT
+def test_files_are_identified_by_content(clips: Path, tmp_path: Path) -> None:
+    """A file that is rewritten unchanged, or renamed within its shard, is not encoded again."""
+    dataset, cache = open_dataset(clips, SHARDS), tmp_path / "cache"
+    encode_all(dataset, cache)
+    (clips / "0.png").write_bytes((clips / "0.png").read_bytes())
+    (clips / "0.png").rename(clips / "zero.png")
+    metadata = clips / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace(",0.png,", ",zero.png,"))
+    assert num_computed(open_dataset(clips, SHARDS), cache) == 0
 
 
-@pytest.mark.parametrize("kind", ["audio", "image", "video", "frames", "text"])
-def test_all_that_decides_about_a_vector_is_in_its_fingerprint(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    modality = Modality(name="m", column="c", kind=kind)
-    found = {preprocessing(modality, MEDIA)}
-    assert preprocessing(replace(modality, name="n", column="d"), MEDIA) in found
-    other: dict[str, Any]
-    for other in ({"max_seconds": 2.0}, {"image_size": 32}, {"text_buckets": 64}):
-        found.add(preprocessing(modality, MediaConfig(**other)))
-    monkeypatch.setitem(encode.ENCODERS, kind, replace(ENCODERS[kind], version=99))
-    found.add(preprocessing(modality, MEDIA))
-    assert len(found) == 5
+def test_added_row_computes_one_row(clips: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    encode_all(open_dataset(clips), cache)
+    shutil.copy(clips / "0.wav", clips / "new.wav")
+    (clips / "new.png").write_bytes((clips / "0.png").read_bytes() + b"\0")
+    with (clips / "metadata.csv").open("a") as file:
+        file.write("new,new.wav,new.png,class-0,speaker-0\n")
+    dataset = open_dataset(clips)
+    assert num_computed(dataset, cache) == 1  # the audio has known content, the image does not
+    assert [len(matrix) for matrix in matrices(dataset, encode_all(dataset, cache))] == [25, 25]
 
 
-def test_kinds_and_lengths_are_told_apart() -> None:
-    kinds = [Modality(name="m", column="c", kind=kind) for kind in ENCODERS] + [vectors(2), vectors(3)]
-    assert len({preprocessing(modality, MEDIA) for modality in kinds}) == len(kinds)
-    assert preprocessing(vectors(2), MEDIA) == preprocessing(vectors(2), MediaConfig(image_size=8))
+def test_other_preprocessing_uses_another_cache(clip_source: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(clip_source)
+    assert num_computed(dataset, tmp_path) == 48
+    assert num_computed(dataset, tmp_path, MediaConfig(image_size=8)) == 48
+    assert num_computed(dataset, tmp_path) == 0
+    assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_encoders_are_told_apart() -> None:
-    found = {
-        preprocessing(Modality(name="m", column="c", kind=kind, encoder=encoder), MEDIA)
-        for kind in NETWORK_INPUTS
-        for encoder in ("statistics", "resnet18", "os.path:basename")
-    }
-    assert len(found) == 3 * len(NETWORK_INPUTS)
+def test_workers_write_identical_files(clip_source: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(clip_source, DataConfig(shard_rows=12))
+    steps: list[tuple[str, int, int]] = []
+    encode_dataset(dataset, tmp_path / "two", media=MEDIA, num_workers=2, progress=lambda *step: steps.append(step))
+    assert steps == [("encode", 1, 2), ("encode", 2, 2)]
+    encode_all(dataset, tmp_path / "none")
+    assert files(tmp_path / "two") == files(tmp_path / "none")
 
 
-@pytest.fixture
-def loaded(clip_source: Path, film: Callable[[bool], bytes]) -> dict[str, Any]:
-    pictures = tuple((clip_source / f"{number}.png").read_bytes() for number in range(5))
-    return {
-        "audio": (clip_source / "0.wav").read_bytes(),
-        "image": pictures[0],
-        "video": film(True),
-        "frames": (pictures,),
-        "text": "one two",
-    }
+def test_interrupted_run_leaves_only_complete_files(
+    clip_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(clip_source, SHARDS)
+    calls = 0
+    encode_cell = encoders.encode_cell
+
+    def interrupt(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 17:
+            raise KeyboardInterrupt
+        return encode_cell(*arguments)
+
+    monkeypatch.setattr(encode, "encode_cell", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encode_all(dataset, tmp_path / "killed")
+    interrupted_files = files(tmp_path / "killed")
+    assert len(interrupted_files) == 3
+    monkeypatch.undo()
+    assert num_computed(dataset, tmp_path / "killed") == 48 - 15
+    encode_all(dataset, tmp_path / "whole")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert interrupted_files.items() <= files(tmp_path / "whole").items()
 
 
-@pytest.mark.parametrize("media", [MEDIA, MediaConfig(network_seconds=0.15, network_size=20, sample_rate=11_025)])
-@pytest.mark.parametrize("kind", NETWORK_INPUTS)
-def test_a_network_is_given_what_its_shape_says(kind: str, media: MediaConfig, loaded: dict[str, Any]) -> None:
-    modality = Modality(name="m", column="c", kind=kind, encoder="resnet18")
-    found = encode_cell(loaded[kind], modality, media)
-    assert isinstance(found, np.ndarray)
-    assert found.dtype == (np.float32 if kind == "audio" else np.uint8)
-    unflattened = found.reshape(input_shape(modality, media))
-    frames = replace(media, num_frames=media.network_frames, frame_size=media.network_size)
-    expected: dict[str, Callable[[Any], Any]] = {
-        "audio": lambda data: network_spectrogram(decode_audio(data, media), media),
-        "image": lambda data: decode_image(data, replace(media, image_size=media.network_size)),
-        "video": lambda data: decode_frames(data, frames),
-        "frames": lambda data: decode_folders(data, frames),
-    }
-    np.testing.assert_array_equal(unflattened, expected[kind](loaded[kind]))
+def test_failed_write_leaves_no_file(clip_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError("no space left on device")
+
+    dataset = open_dataset(clip_source)
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        encode_all(dataset, tmp_path)
+    assert list(tmp_path.rglob("*.arrow")) == []
 
 
-def test_pictures_in_folders_are_measured_as_a_film_is(clip_source: Path) -> None:
-    pictures = tuple((clip_source / f"{number}.png").read_bytes() for number in range(6))
-    frames = Modality(name="f", column="c", kind="frames")
-    found = encode_cell((pictures,), frames, MEDIA)
-    assert isinstance(found, np.ndarray)
-    np.testing.assert_array_equal(found, video_statistics(decode_folders((pictures,), MEDIA), MEDIA))
-    back = encode_cell((pictures[::-1],), frames, MEDIA)
-    assert isinstance(back, np.ndarray)
-    assert not np.array_equal(found, back)
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
+def test_damaged_file_is_written_again(clip_source: Path, tmp_path: Path, fraction: float) -> None:
+    dataset = open_dataset(clip_source)
+    task = encode_all(dataset, tmp_path)[0]
+    path = task.file(dataset.modalities[0])
+    path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
+    with pytest.raises(DatasetError, match=r"000000\.arrow is damaged .*: delete it, and it is created again"):
+        read_arrow(path)
+    assert num_computed(dataset, tmp_path) == 24
+    assert num_computed(dataset, tmp_path) == 0
 
 
-@pytest.mark.parametrize(
-    ("encoder", "kind", "message"),
-    [
-        (
-            "statistic",
-            "audio",
-            r"no such encoder; did you mean statistics\? \(available: statistics, resnet18, hf:MODEL",
-        ),
-        ("resnet18:", "audio", r"no such encoder"),
-        ("resnet18", "text", r".*does not read text; available: audio, image, video, frames"),
-        ("resnet18", "features", r"vectors are read as they are; the only encoder of kind features is statistics"),
-        ("hf:a/b", "features", r"vectors are read as they are"),
-        ("os.path:join", "features", r"vectors are read as they are"),
-    ],
-)
-def test_an_encoder_that_is_not_there_or_does_not_fit_is_refused(encoder: str, kind: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"--encoder m={encoder}: {message}"):
-        check_encoder(Modality(name="m", column="c", kind=kind, encoder=encoder))
+def test_problems_of_media_are_reported_by_row(clips: Path, tmp_path: Path) -> None:
+    sound, sight = (clips / "0.wav").read_bytes(), (clips / "0.png").read_bytes()
+    (clips / "0.wav").unlink()
+    (clips / "1.wav").write_bytes(b"no sound at all")
+    (clips / "2.wav").write_bytes(sound[:44] + bytes(len(sound) - 44))
+    (clips / "3.wav").write_bytes(b"")
+    (clips / "4.wav").write_bytes(sound[: len(sound) // 2])
+    (clips / "5.wav").write_bytes(sight)
+    (clips / "1.png").write_bytes(sound)
+    (clips / "6.png").write_bytes(sight[: len(sight) // 2])
+    metadata = clips / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace(",7.png,", ",,"))
+    dataset = open_dataset(clips, SHARDS)
+    tasks = encode_all(dataset, tmp_path)
+    audio, image = (read_status(tasks, modality, read_ids(dataset)) for modality in dataset.modalities)
+    assert [(row, reason) for row, reason, _ in audio.problem] == [
+        (0, Reason.MISSING),
+        (1, Reason.CORRUPT),
+        (2, Reason.SILENT),
+        (3, Reason.EMPTY),
+        (4, Reason.TRUNCATED),
+        (5, Reason.CORRUPT),
+    ]
+    assert [(row, reason) for row, reason, _ in image.problem] == [
+        (1, Reason.CORRUPT),
+        (6, Reason.TRUNCATED),
+        (7, Reason.MISSING),
+    ]
+    assert np.flatnonzero(~audio.usable).tolist() == [0, 1, 2, 3, 4, 5]
+    assert [len(matrix) for matrix in matrices(dataset, tasks)] == [16, 16]
+    assert num_computed(dataset, tmp_path) == 0  # damaged media are not tried again
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_statistics_read_every_kind(kind: str) -> None:
-    check_encoder(Modality(name="m", column="c", kind=kind))
+def test_matrix_has_requested_rows_in_order(clips: Path, tmp_path: Path) -> None:
+    """Unusable rows in between do not shift the vectors."""
+    clean = open_dataset(clips, SHARDS)
+    matrix = matrices(clean, encode_all(clean, tmp_path / "one"))[0]
+    (clips / "4.wav").unlink()
+    (clips / "11.wav").unlink()
+    dataset = open_dataset(clips, SHARDS)
+    tasks = encode_all(dataset, tmp_path / "two")
+    status = read_status(tasks, dataset.modalities[0], read_ids(dataset))
+    rows = np.array([23, 5, 0, 12])
+    np.testing.assert_array_equal(FeatureMatrix.of(tasks, status, rows).read_all(), matrix[rows])
+
+
+def test_problems_of_vectors_are_reported_by_row(tmp_path: Path) -> None:
+    column = pa.array([[1.0, 2.0], [float("nan"), 1.0], None, [1.0], [0.0, 0.0]], pa.list_(pa.float32()))
+    pq.write_table(
+        pa.table({"label": [0] * 5, "u": column, "v": [[1.0]] * 5}), tmp_path / "d.parquet", row_group_size=2
+    )
+    dataset = open_dataset(tmp_path / "d.parquet")
+    tasks = encode_all(dataset, tmp_path / "cache")
+    status = read_status(tasks, dataset.modalities[0], read_ids(dataset))
+    assert [(row, reason) for row, reason, _ in status.problem] == [
+        (1, Reason.NOT_FINITE),
+        (2, Reason.MISSING),
+        (3, Reason.WRONG_LENGTH),
+    ]
+    np.testing.assert_array_equal(
+        FeatureMatrix.of(tasks, status, np.array([0, 4])).read_all(), np.array([[1, 2], [0, 0]], dtype=np.float32)
+    )
+    assert num_computed(dataset, tmp_path / "cache") == 0
+
+
+def test_video_is_encoded_as_audio_and_visual(tmp_path: Path, film: Callable[[bool], bytes]) -> None:
+    (tmp_path / "a.mp4").write_bytes(film(True))
+    (tmp_path / "b.mp4").write_bytes(film(False))
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.mp4,0\nb.mp4,1\n")
+    dataset = open_dataset(tmp_path)
+    tasks = encode_all(dataset, tmp_path / "cache")
+    audio, visual = (read_status(tasks, modality, read_ids(dataset)) for modality in dataset.modalities)
+    assert [(row, reason) for row, reason, _ in audio.problem] == [(1, Reason.NO_TRACK)]
+    assert visual.usable.all()
+
+
+def test_vector_does_not_depend_on_other_rows(tmp_path: Path) -> None:
+    texts = ["a dog", "a cat", "...", "a dog and a cat", "birds"]
+    for name, selected in (("all", texts), ("some", texts[1::2])):
+        rows = [{"text": text, "label": 0, "v": [1.0]} for text in selected]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet", row_group_size=2)
+    dataset_of_all, dataset_of_some = (open_dataset(tmp_path / f"{name}.parquet") for name in ("all", "some"))
+    assert [modality.kind for modality in dataset_of_all.modalities] == ["text", "features"]
+    matrix_of_all, _ = matrices(dataset_of_all, encode_all(dataset_of_all, tmp_path / "every"))
+    matrix_of_some, _ = matrices(dataset_of_some, encode_all(dataset_of_some, tmp_path / "alone"))
+    np.testing.assert_array_equal(matrix_of_all[[1, 2]], matrix_of_some)
+    np.testing.assert_array_equal(matrix_of_all, [text_counts(text, MEDIA) for text in texts if text != "..."])
+
+
+def test_modality_without_usable_sample_is_rejected(clips: Path, tmp_path: Path) -> None:
+    for path in clips.glob("*.wav"):
+        path.unlink()
+    dataset = open_dataset(clips)
+    tasks = encode_all(dataset, tmp_path / "cache")
+    with pytest.raises(DatasetError, match=r"no sample has a usable audio; the first: missing, no file 0\.wav"):
+        read_status(tasks, dataset.modalities[0], read_ids(dataset))
+
+
+def test_data_changed_after_encoding_are_rejected(clip_source: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(clip_source)
+    tasks = encode_all(dataset, tmp_path)
+    with pytest.raises(DatasetError, match="the data changed while they were read"):
+        read_status(tasks, dataset.modalities[0], read_ids(dataset)[::-1])
+
+
+def test_mapped_file_can_be_replaced(clip_source: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(clip_source)
+    path = encode_all(dataset, tmp_path)[0].file(dataset.modalities[0])
+    before = read_arrow(path)
+    write_arrow(before.slice(0, 1), path)
+    assert before.num_rows == 24
+    assert before["vector"][23].is_valid
+    assert read_arrow(path).num_rows == 1

@@ -1,217 +1,205 @@
-"""Laws of the encoders: standardised by what they were given, blind to levels; pictures go through a probe's trunk."""
+"""Encoders: one for every kind, vectors are used unchanged, and problems are returned with a reason."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
-import torch
-from torch import Tensor, nn
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mmaudit.audit.probes.network import Network, build_network, to_pictures
-from mmaudit.train.network import Dropout, PictureEncoder, VectorEncoder, build_encoder
+from mmaudit.audit.dataset.modalities import KINDS, Modality
+from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.features import encoders
+from mmaudit.audit.features.descriptors import video_statistics
+from mmaudit.audit.features.encoders import (
+    ENCODERS,
+    NETWORK_INPUTS,
+    EncodedRows,
+    check_encoder,
+    encode_cell,
+    encode_vectors,
+    input_shape,
+    preprocessing,
+)
+from mmaudit.audit.hashing import digest
+from mmaudit.audit.media.audio import network_spectrogram
+from mmaudit.audit.media.decode import decode_audio, decode_folders, decode_frames, decode_image
+from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.quarantine import Reason, UnusableError
 
-torch.set_num_threads(1)
-
-SHAPES = [(8, 12), (16, 16, 3), (2, 16, 16, 3)]  # of sound, a picture, two frames
-
-
-def vectors(dim: int = 5, *, hidden: int = 7, dropout: float = 0.0) -> VectorEncoder:
-    torch.manual_seed(0)
-    encoder = build_encoder((dim,), hidden=hidden, dropout=dropout, width=1.0)
-    assert isinstance(encoder, VectorEncoder)
-    for parameter in encoder.parameters():  # biases start at 0, and a zero hides what is added to what
-        nn.init.normal_(parameter, std=0.5)
-    return encoder
-
-
-def pictures(shape: tuple[int, ...], *, dropout: float = 0.0) -> PictureEncoder:
-    torch.manual_seed(0)
-    encoder = build_encoder(shape, hidden=7, dropout=dropout, width=0.05)
-    assert isinstance(encoder, PictureEncoder)
-    return encoder
-
-
-def some(shape: tuple[int, ...], rows: int = 6) -> Tensor:
-    return torch.randn(rows, int(np.prod(shape)), generator=torch.Generator().manual_seed(1))
+MEDIA = MediaConfig()
+TYPES = [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int64())]
+ROWS = [[1.0, 2.0, 3.0], None, [1.0, 2.0], [], [4.0, None, 6.0], [7.0, 8.0, 9.0]]
 
 
-def standardise(encoder: VectorEncoder, rows: Tensor) -> None:
-    encoder.standardise_by(rows.mean(dim=0), rows.std(dim=0, correction=0), largest=rows.abs().amax(dim=0))
+def vectors(length: int) -> Modality:
+    return Modality(name="v", column="col", kind="features", length=length)
 
 
-@torch.no_grad()
-def test_vectors_by_hand() -> None:
-    """relu(layer norm(W (x - mean) / scale + b)) of each row."""
-    encoder, rows = vectors(), 3 * some((5,)) + 2
-    standardise(encoder, rows)
-    w = encoder.state_dict()
-    assert set(w) == {"mean", "scale", *(f"layers.{layer}.{name}" for layer in (0, 1) for name in ("weight", "bias"))}
-    hidden = (rows - rows.mean(dim=0)) / rows.std(dim=0, correction=0) @ w["layers.0.weight"].T + w["layers.0.bias"]
-    centred = hidden - hidden.mean(dim=1, keepdim=True)
-    normed = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
-    expected = (normed * w["layers.1.weight"] + w["layers.1.bias"]).clamp(min=0)
-    torch.testing.assert_close(encoder(rows), expected, rtol=1e-4, atol=1e-5)
-    assert encoder.num_features == expected.shape[1] == 7
-    assert (expected > 0).any()
+def rows_of(encoded: EncodedRows) -> list[list[float] | None]:
+    vectors = iter(encoded.vector.tolist())
+    return [next(vectors) if usable else None for usable in encoded.usable]
 
 
-@torch.no_grad()
-def test_levels_of_vectors_do_not_matter_once_standardised() -> None:
-    found = []
-    for gain, offset in ((1.0, 0.0), (100.0, -7.0)):
-        encoder, rows = vectors(), gain * some((5,)) + offset
-        standardise(encoder, rows)
-        found.append(encoder(rows))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+def test_every_kind_has_an_encoder() -> None:
+    assert {*ENCODERS, "features"} == set(KINDS)
 
 
-@torch.no_grad()
-def test_a_feature_that_only_rounding_moves_keeps_scale_1() -> None:
-    encoder, rows = vectors(), some((5,))
-    rows[:, 2], rows[:, 4] = 9.0, 1e4 + 1e-4 * rows[:, 4]
-    standardise(encoder, rows)
-    assert encoder.scale[2] == encoder.scale[4] == 1
-    torch.testing.assert_close(encoder.scale[[0, 1, 3]], rows.std(dim=0, correction=0)[[0, 1, 3]])
-    assert encoder(rows + 1e-3).isfinite().all()
+@pytest.mark.parametrize("type_", TYPES)
+def test_vectors_are_unchanged_and_checked_by_row(type_: pa.DataType) -> None:
+    array = pa.array(ROWS, type_)
+    for column in (pa.chunked_array([array]), pa.chunked_array([array.slice(0, 2), array.slice(2)])):
+        encoded = encode_vectors(column, vectors(3))
+        assert rows_of(encoded) == [[1, 2, 3]] + [None] * 4 + [[7, 8, 9]]
+        assert encoded.vector.dtype == np.float32
+        wrong_length = Reason.WRONG_LENGTH
+        reasons = {row: problem.reason for row, problem in encoded.problem.items()}
+        assert reasons == {1: Reason.MISSING, 2: wrong_length, 3: wrong_length, 4: Reason.NOT_FINITE}
+        assert str(encoded.problem[2]) == "wrong-length: 2 numbers; most rows have 3"
+        assert str(encoded.problem[4]) == "not-finite: 1 of 3 numbers are not finite"
 
 
-def test_a_missing_vector_counts_as_the_mean() -> None:
-    encoder, rows = vectors(), 3 * some((5,)) + 2
-    standardise(encoder, rows)
-    holed, filled = rows.clone(), rows.clone()
-    holed[3], filled[3] = torch.nan, rows.mean(dim=0)
-    found = encoder(holed)
-    torch.testing.assert_close(found, encoder(filled))
-    assert (found[3] - encoder(rows)[3]).abs().max() > 0.01
-    torch.autograd.backward(found.square().sum())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+def test_null_and_sliced_fixed_length_vectors_are_read() -> None:
+    array = pa.array([[9, 9], [1, 2], None, [3, 4], [8, 8]], pa.list_(pa.float32(), 2))
+    encoded = encode_vectors(pa.chunked_array([array.slice(1, 3)]), vectors(2))
+    assert rows_of(encoded) == [[1, 2], None, [3, 4]]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("shape", SHAPES)
-def test_pictures_go_through_the_trunk_of_the_probes(shape: tuple[int, ...]) -> None:
-    encoder = pictures(shape).eval()
-    encoder.standardise_by(torch.full((shape[-1] if len(shape) > 2 else 1,), 0.5), torch.full((1,), 2.0))
-    probe: Network = build_network(shape, num_outputs=4, width=0.05, seed=5).eval()
-    probe.trunk.load_state_dict(encoder.trunk.state_dict())
-    rows = some(shape)
-    found = encoder(rows)
-    assert found.shape == (6, encoder.num_features) == (6, 26)  # round(0.05 * 512)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, probe.trunk(to_pictures(rows, shape)))
-    assert torch.equal(found, encoder(to_pictures(rows, shape)))  # pictures already, as augmentation leaves them
-    assert torch.equal(probe.head(found), probe(to_pictures(rows, shape)))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_values_outside_float32_are_not_finite(value: float) -> None:
+    encoded = encode_vectors(pa.chunked_array([pa.array([[value, 1.0]], pa.list_(pa.float64()))]), vectors(2))
+    assert [problem.reason for problem in encoded.problem.values()] == [Reason.NOT_FINITE]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("shape", SHAPES)
-def test_pictures_are_standardised_by_channel_and_a_missing_one_counts_as_the_mean(shape: tuple[int, ...]) -> None:
-    encoder, plain = pictures(shape).eval(), pictures(shape).eval()
-    channels = 1 if len(shape) == 2 else 3
-    mean, scale = torch.tensor([5.0, 60.0, -7.0])[:channels], torch.tensor([2.0, 0.0, 50.0])[:channels]
-    encoder.standardise_by(mean, scale)
-    rows = some(shape)
-    by_channel = rows.view(-1, channels) if channels > 1 else rows.view(-1, 1)
-    raised = (by_channel * torch.where(scale > 0, scale, 1.0) + mean).view_as(rows)
-    torch.testing.assert_close(encoder(raised), plain(rows), rtol=1e-3, atol=1e-4)
-    missing, average = torch.full_like(rows[:1], torch.nan), mean.repeat(rows.shape[1] // channels)[None]
-    torch.testing.assert_close(encoder(missing), encoder(average))
+def test_large_integers_are_rounded_to_float32() -> None:
+    column = pa.chunked_array([pa.array([[2**24 + 1, 2**53 + 1]], pa.list_(pa.int64()))])
+    assert rows_of(encode_vectors(column, vectors(2))) == [[2.0**24, 2.0**53]]
 
 
-@torch.no_grad()
-def test_levels_of_whole_numbers_are_read_as_they_are() -> None:
-    encoder = pictures((16, 16, 3)).eval()
-    levels = torch.randint(0, 256, (4, 768), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(encoder(levels), encoder(levels.float()))
+@given(st.lists(st.none() | st.lists(st.floats(width=32), max_size=3), max_size=8))
+def test_content_and_problem_depend_only_on_the_row(rows: list[list[float] | None]) -> None:
+    column = pa.chunked_array([pa.array(rows, pa.list_(pa.float32()))])
+    encoded = encode_vectors(column, vectors(2))
+    digests = [digest(np.array(row or [], dtype=np.float32).tobytes()) for row in rows]
+    assert encoded.content.tolist() == [row_digest.encode() for row_digest in digests]
+    usable = [row is not None and len(row) == 2 and bool(np.isfinite(row).all()) for row in rows]
+    assert encoded.usable.tolist() == usable
+    assert sorted(encoded.problem) == [row for row, is_usable in enumerate(usable) if not is_usable]
+    assert rows_of(encoded) == [row if is_usable else None for row, is_usable in zip(rows, usable, strict=True)]
 
 
-@pytest.mark.parametrize("rows", [0, 1])
-def test_a_share_without_spread_is_normalised_by_the_running_means(rows: int) -> None:
-    """A last step may leave a process one picture or none. Batch norm would refuse the one, and crash at the other."""
-    encoder = pictures((16, 16, 3)).train()
-    encoder(some((16, 16, 3)))
-    before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
-    found = encoder(some((16, 16, 3), rows=rows))
-    assert found.shape == (rows, 26)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in encoder.named_buffers())
-    torch.autograd.backward(found.square().sum())
-    grads = [parameter.grad for parameter in encoder.parameters()]
-    assert all(grad is not None and grad.isfinite().all() for grad in grads)
-    assert encoder.trunk.training
-    torch.testing.assert_close(found, encoder.eval()(some((16, 16, 3), rows=rows)))
+def test_cell_is_encoded_or_returns_its_error() -> None:
+    text = Modality(name="t", column="t", kind="text")
+    vector = encode_cell("one two one", text, MEDIA)
+    assert isinstance(vector, np.ndarray)
+    assert vector.shape == (MEDIA.text_buckets,)
+    empty = encode_cell("...", text, MEDIA)
+    assert isinstance(empty, UnusableError)
+    assert empty.reason is Reason.EMPTY
+    missing = UnusableError(Reason.MISSING, "null")
+    assert encode_cell(missing, text, MEDIA) is missing
+    broken = encode_cell(b"no sound", Modality(name="a", column="a", kind="audio"), MEDIA)
+    assert isinstance(broken, UnusableError)
+    assert broken.reason is Reason.CORRUPT
 
 
-@torch.no_grad()
-def test_two_frames_of_one_clip_are_a_batch() -> None:
-    encoder = pictures((2, 16, 16, 3)).train()
-    before = [buffer.clone() for buffer in encoder.buffers()]
-    assert encoder(some((2, 16, 16, 3), rows=1)).isfinite().all()
-    assert any(not torch.equal(a, b) for a, b in zip(encoder.buffers(), before, strict=True))
+@pytest.mark.parametrize("kind", ["audio", "image", "video", "frames", "text"])
+def test_every_relevant_setting_changes_the_fingerprint(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    modality = Modality(name="m", column="c", kind=kind)
+    fingerprints = {preprocessing(modality, MEDIA)}
+    assert preprocessing(replace(modality, name="n", column="d"), MEDIA) in fingerprints
+    settings: dict[str, Any]
+    for settings in ({"max_seconds": 2.0}, {"image_size": 32}, {"text_buckets": 64}):
+        fingerprints.add(preprocessing(modality, MediaConfig(**settings)))
+    monkeypatch.setitem(encoders.ENCODERS, kind, replace(ENCODERS[kind], version=99))
+    fingerprints.add(preprocessing(modality, MEDIA))
+    assert len(fingerprints) == 5
 
 
-def test_no_rows_of_vectors_have_gradients_of_0() -> None:
-    encoder = vectors()
-    torch.autograd.backward(encoder(torch.zeros(0, 5)).sum())
-    assert all(p.grad is not None and (p.grad == 0).all() for p in encoder.parameters())
+def test_kinds_and_lengths_have_distinct_fingerprints() -> None:
+    kinds = [Modality(name="m", column="c", kind=kind) for kind in ENCODERS] + [vectors(2), vectors(3)]
+    assert len({preprocessing(modality, MEDIA) for modality in kinds}) == len(kinds)
+    assert preprocessing(vectors(2), MEDIA) == preprocessing(vectors(2), MediaConfig(image_size=8))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("make", [lambda: vectors(dropout=0.5), lambda: pictures((8, 12), dropout=0.5)])
-def test_dropout_is_for_training_alone(make: Any) -> None:
-    encoder = make()
-    rows = some((5,) if isinstance(encoder, VectorEncoder) else (8, 12))
-    assert not torch.equal(encoder(rows), encoder(rows))
-    encoder.eval()
-    assert torch.equal(encoder(rows), encoder(rows))
+def test_encoders_have_distinct_fingerprints() -> None:
+    fingerprints = {
+        preprocessing(Modality(name="m", column="c", kind=kind, encoder=encoder), MEDIA)
+        for kind in NETWORK_INPUTS
+        for encoder in ("statistics", "resnet18", "os.path:basename")
+    }
+    assert len(fingerprints) == 3 * len(NETWORK_INPUTS)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
-def test_dropout_drops_its_share_and_keeps_the_mean(share: float) -> None:
-    torch.manual_seed(0)
-    number = 400_000
-    found = Dropout(share)(torch.full((number // 4, 4), 2.0))
-    values = found.unique().tolist()
-    assert values == pytest.approx([0.0, 2.0 / (1 - share)], rel=1e-4)
-    sd = (share * (1 - share) / number) ** 0.5
-    assert float((found == 0).double().mean()) == pytest.approx(share, abs=5 * sd)
+@pytest.fixture
+def loaded(clip_source: Path, film: Callable[[bool], bytes]) -> dict[str, Any]:
+    pictures = tuple((clip_source / f"{number}.png").read_bytes() for number in range(5))
+    return {
+        "audio": (clip_source / "0.wav").read_bytes(),
+        "image": pictures[0],
+        "video": film(True),
+        "frames": (pictures,),
+        "text": "one two",
+    }
 
 
-def test_what_dropout_drops_does_not_depend_on_its_place() -> None:
-    """Neighbours come from one draw of 64 bits: they must not fall together, nor one of four more often."""
-    torch.manual_seed(0)
-    dropped = (Dropout(0.3)(torch.ones(100_000, 4)) == 0).double()
-    torch.testing.assert_close(dropped.mean(dim=0), torch.full((4,), 0.3, dtype=torch.float64), rtol=0, atol=0.008)
-    together = torch.corrcoef(dropped.T) - torch.eye(4)
-    assert float(together.abs().max()) < 0.016
+@pytest.mark.parametrize("media", [MEDIA, MediaConfig(network_seconds=0.15, network_size=20, sample_rate=11_025)])
+@pytest.mark.parametrize("kind", NETWORK_INPUTS)
+def test_network_inputs_have_the_declared_shape(kind: str, media: MediaConfig, loaded: dict[str, Any]) -> None:
+    modality = Modality(name="m", column="c", kind=kind, encoder="resnet18")
+    vector = encode_cell(loaded[kind], modality, media)
+    assert isinstance(vector, np.ndarray)
+    assert vector.dtype == (np.float32 if kind == "audio" else np.uint8)
+    unflattened = vector.reshape(input_shape(modality, media))
+    frames = replace(media, num_frames=media.network_frames, frame_size=media.network_size)
+    expected: dict[str, Callable[[Any], Any]] = {
+        "audio": lambda data: network_spectrogram(decode_audio(data, media), media),
+        "image": lambda data: decode_image(data, replace(media, image_size=media.network_size)),
+        "video": lambda data: decode_frames(data, frames),
+        "frames": lambda data: decode_folders(data, frames),
+    }
+    np.testing.assert_array_equal(unflattened, expected[kind](loaded[kind]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_flow_through_what_dropout_keeps(dtype: torch.dtype) -> None:
-    values = torch.randn(7, 9, dtype=dtype, requires_grad=True)  # 63: not a multiple of the four of a draw
-    found = Dropout(0.5)(values)
-    assert found.dtype == dtype
-    (gradient,) = torch.autograd.grad(found.sum(), values)
-    assert torch.equal(gradient, 2.0 * (found != 0))
-    assert 0 < int((gradient == 0).sum()) < 63
+def test_frames_of_folders_are_encoded_as_video(clip_source: Path) -> None:
+    pictures = tuple((clip_source / f"{number}.png").read_bytes() for number in range(6))
+    frames = Modality(name="f", column="c", kind="frames")
+    vector = encode_cell((pictures,), frames, MEDIA)
+    assert isinstance(vector, np.ndarray)
+    np.testing.assert_array_equal(vector, video_statistics(decode_folders((pictures,), MEDIA), MEDIA))
+    reversed_vector = encode_cell((pictures[::-1],), frames, MEDIA)
+    assert isinstance(reversed_vector, np.ndarray)
+    assert not np.array_equal(vector, reversed_vector)
 
 
-def test_dropout_follows_the_seed() -> None:
-    dropout, values = Dropout(0.5), torch.ones(50)
-    first, again, other = (dropout(values) for seed in (1, 1, 2) if torch.manual_seed(seed))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+@pytest.mark.parametrize(
+    ("encoder", "kind", "message"),
+    [
+        (
+            "statistic",
+            "audio",
+            r"no such encoder; did you mean statistics\? \(available: statistics, resnet18, hf:MODEL",
+        ),
+        ("resnet18:", "audio", r"no such encoder"),
+        ("resnet18", "text", r".*does not read text; available: audio, image, video, frames"),
+        ("resnet18", "features", r"vectors are read as they are; the only encoder of kind features is statistics"),
+        ("hf:a/b", "features", r"vectors are read as they are"),
+        ("os.path:join", "features", r"vectors are read as they are"),
+    ],
+)
+def test_invalid_encoder_is_rejected(encoder: str, kind: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--encoder m={encoder}: {message}"):
+        check_encoder(Modality(name="m", column="c", kind=kind, encoder=encoder))
 
 
-@pytest.mark.parametrize("share", [0.0, 1e-7])
-def test_dropout_of_nothing_changes_nothing(share: float) -> None:
-    values = torch.ones(50)
-    assert Dropout(share)(values) is values
-    assert Dropout(0.5).eval()(values) is values
-
-
-def test_dropout_of_nearly_all_keeps_something_finite() -> None:
-    torch.manual_seed(0)
-    found = Dropout(1 - 1e-9)(torch.ones(1 << 20))
-    assert found.unique().tolist() == [0.0, 2.0**15]
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_support_every_kind(kind: str) -> None:
+    modality = Modality(name="m", column="c", kind=kind, length=2 if kind == "features" else None)
+    check_encoder(modality)
+    assert len(preprocessing(modality, MEDIA)) == 16

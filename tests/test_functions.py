@@ -1,4 +1,4 @@
-"""Laws of a user's own encoder: it is found, it is called with what is decoded, and what it gives is checked."""
+"""User-defined encoders: import, call with the decoded sample, and checks of the result."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fails(decoded, media):
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A module in the current folder, of another name for each test: Python imports one name once."""
+    """A module in the current folder, with a unique name per test: Python caches imports by name."""
     name = f"encoder_of_{abs(hash(request.node.name))}"
     (tmp_path / f"{name}.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
@@ -74,7 +74,7 @@ def modality(encoder: str, kind: str = "image") -> Modality:
 
 
 @pytest.mark.parametrize("kind", ["audio", "image", "video", "frames", "text"])
-def test_it_is_given_what_is_decoded(module: str, clip_source: Path, film: Any, kind: str) -> None:
+def test_function_receives_decoded_sample(module: str, clip_source: Path, film: Any, kind: str) -> None:
     picture = (clip_source / "0.png").read_bytes()
     loaded, decode = {
         "audio": ((clip_source / "0.wav").read_bytes(), decode_audio),
@@ -85,10 +85,10 @@ def test_it_is_given_what_is_decoded(module: str, clip_source: Path, film: Any, 
     }[kind]
     decoded = decode(loaded, MEDIA)  # type: ignore[operator]
     check_encoder(modality(f"{module}:shape", kind))
-    found = encode_cell(loaded, modality(f"{module}:shape", kind), MEDIA)
-    assert isinstance(found, np.ndarray)
-    assert found.tolist() == [8, *np.shape(decoded), len(decoded)]
-    assert found.dtype == np.float32
+    vector = encode_cell(loaded, modality(f"{module}:shape", kind), MEDIA)
+    assert isinstance(vector, np.ndarray)
+    assert vector.tolist() == [8, *np.shape(decoded), len(decoded)]
+    assert vector.dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_it_is_given_what_is_decoded(module: str, clip_source: Path, film: Any, 
         ("NOT_CALLABLE", r"has no function 'NOT_CALLABLE'"),
     ],
 )
-def test_a_function_that_is_not_there_is_refused(module: str, function: str, message: str) -> None:
+def test_missing_function_is_rejected(module: str, function: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"--encoder m={module}:{function}: .*{module}\.py {message}"):
         check_encoder(modality(f"{module}:{function}"))
 
 
-def test_a_module_that_cannot_be_imported_is_refused(module: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"module 'no_such' cannot be imported .*; it must be installed, or lie in "):
+def test_module_that_cannot_be_imported_is_rejected(module: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"module 'no_such' cannot be imported .*; it must be installed, or be in "):
         check_encoder(modality("no_such:f"))
     (tmp_path / f"{module}_broken.py").write_text("1 / 0")
     with pytest.raises(ConfigError, match=r"cannot be imported \(ZeroDivisionError: division by zero\)"):
@@ -116,32 +116,34 @@ def test_a_module_that_cannot_be_imported_is_refused(module: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("matrix", r"gives an array of shape \(2, 3\): it must give a vector \(d,\)"),
-        ("number", r"gives an array of shape \(\): it must give"),
-        ("words", r"gives str: it must give a vector \(d,\) of numbers"),
+        ("matrix", r"returns an array of shape \(2, 3\): it must return a vector \(d,\)"),
+        ("number", r"returns an array of shape \(\): it must return"),
+        ("words", r"returns str: it must return a vector \(d,\) of numbers"),
     ],
 )
-def test_what_is_no_vector_is_refused(module: str, function: str, message: str) -> None:
+def test_result_that_is_not_a_vector_is_rejected(module: str, function: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"{module}:{function} {message}"):
         call_function(f"{module}:{function}", np.zeros((2, 2, 3)), MEDIA)
 
 
-def test_a_sample_it_fails_on_is_unusable(module: str) -> None:
+def test_sample_on_which_function_fails_is_unusable(module: str) -> None:
     with pytest.raises(UnusableError, match=rf"{module}:fails raised KeyError: 'gone'") as failed:
         call_function(f"{module}:fails", np.zeros(2), MEDIA)
     assert failed.value.reason is Reason.FAILED
-    with pytest.raises(UnusableError, match=r"2 of the 3 numbers of .*:infinite are not finite") as odd:
+    with pytest.raises(UnusableError, match=r"2 of the 3 numbers of .*:infinite are not finite") as not_finite:
         call_function(f"{module}:infinite", np.zeros(2), MEDIA)
-    assert odd.value.reason is Reason.NOT_FINITE
+    assert not_finite.value.reason is Reason.NOT_FINITE
 
 
 @pytest.mark.parametrize("shard_rows", [24, 1])
-def test_vectors_of_several_lengths_are_refused(
+def test_vectors_of_different_lengths_are_rejected(
     module: str, clip_source: Path, tmp_path: Path, shard_rows: int
 ) -> None:
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image={module}:many",), shard_rows=shard_rows))
     ids = read_samples(dataset, seed=0, test_fraction=0.5).sample_id
-    with pytest.raises(DatasetError, match=rf"image: {module}:many gives vectors of 3 and of 4 numbers; all of a mod"):
+    with pytest.raises(
+        DatasetError, match=rf"image: {module}:many returns vectors of 3 and of 4 numbers; vectors of a mod"
+    ):
         read_status(
             encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=0, progress=no_progress),
             dataset.modalities[1],
@@ -149,23 +151,24 @@ def test_vectors_of_several_lengths_are_refused(
         )
 
 
-def test_another_source_is_another_cache(module: str, tmp_path: Path) -> None:
+def test_source_of_function_is_part_of_fingerprint(module: str, tmp_path: Path) -> None:
     (tmp_path / f"{module}_other.py").write_text(SOURCE + "\n")
-    first, other = (preprocessing(modality(f"{name}:mean"), MEDIA) for name in (module, f"{module}_other"))
-    assert len({first, other, preprocessing(modality(f"{module}:shape"), MEDIA)}) == 3
+    first, changed = (preprocessing(modality(f"{name}:mean"), MEDIA) for name in (module, f"{module}_other"))
+    assert len({first, changed, preprocessing(modality(f"{module}:shape"), MEDIA)}) == 3
 
 
-def test_workers_find_it_in_the_folder_of_the_command(module: str, clip_source: Path, tmp_path: Path) -> None:
+def test_workers_import_function_from_current_folder(module: str, clip_source: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
         "from mmaudit.audit.dataset.dataset import DataConfig, open_dataset\n"
         "from mmaudit.audit.features.encode import encode_dataset\n"
         "from mmaudit.audit.media.files import MediaConfig\n"
-        "from mmaudit.audit.workers import silent\n"
+        "from mmaudit.audit.workers import no_progress\n"
         "if __name__ == '__main__':\n"
         f"    config = DataConfig(encoder=('image={module}:mean',), shard_rows=8)\n"
         f"    dataset = open_dataset({str(clip_source)!r}, config)\n"
-        "    encode_dataset(dataset, Path('cache'), media=MediaConfig(image_size=8), num_workers=2, progress=silent)\n"
+        "    media = MediaConfig(image_size=8)\n"
+        "    encode_dataset(dataset, Path('cache'), media=media, num_workers=2, progress=no_progress)\n"
     )
     script = tmp_path / "elsewhere" / "script.py"
     script.parent.mkdir()
@@ -175,13 +178,13 @@ def test_workers_find_it_in_the_folder_of_the_command(module: str, clip_source: 
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image={module}:mean",), shard_rows=8))
     tasks = encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=0, progress=no_progress)
     status = read_status(tasks, dataset.modalities[1], read_samples(dataset, seed=0, test_fraction=0.5).sample_id)
-    found = FeatureMatrix.of(tasks, status, np.arange(24)).read_all()
+    matrix = FeatureMatrix.of(tasks, status, np.arange(24)).read_all()
     picture = decode_image((clip_source / "5.png").read_bytes(), MEDIA)
-    np.testing.assert_allclose(found[5], picture.mean(axis=0).ravel()[:3], rtol=1e-6)
+    np.testing.assert_allclose(matrix[5], picture.mean(axis=0).ravel()[:3], rtol=1e-6)
     assert read_arrow(tasks[0].file(dataset.modalities[1])).num_rows == 8
 
 
-def test_the_readme_gives_the_signature_by_which_a_function_is_called() -> None:
+def test_readme_states_the_signature_of_functions() -> None:
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    (told,) = re.findall(r"`function\((.*)\) -> \(d,\)`", readme)
-    assert told.split(", ") == list(inspect.signature(call_function).parameters)[1:]
+    (signature,) = re.findall(r"`function\((.*)\) -> \(d,\)`", readme)
+    assert signature.split(", ") == list(inspect.signature(call_function).parameters)[1:]

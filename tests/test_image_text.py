@@ -124,7 +124,7 @@ def test_paths_outside_the_folder_raise_error(tmp_path: Path, name: str) -> None
         ),
         ("all.csv", "id,image,text,label\n,1.png,x,y\n", "line 2: id is empty: every row needs one"),
         ("all.jsonl", '{"image": "1.png"\n', "line 1, .*: Expecting"),
-        ("all.jsonl", "\n[1]\n", r"line 2, '\[1\]', is no JSON object"),
+        ("all.jsonl", "\n[1]\n", r"line 2, '\[1\]', is not a JSON object"),
         (
             "all.jsonl",
             '{"image": "1.png", "text": "x", "label": ["a", "b"]}\n',

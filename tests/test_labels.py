@@ -1,4 +1,4 @@
-"""Laws of labels: every cell is a class, a set or a number of its own column, or told apart as none or unknown."""
+"""Labels: every cell is a class, a label set, a number, missing or unknown; targets select rows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmaudit.audit.dataset.labels import NO_LABEL, UNKNOWN_LABEL, Labels, read_classes, read_label_sets, read_numbers
+from mmaudit.audit.dataset.labels import (
+    NO_LABEL,
+    TASKS,
+    UNKNOWN_LABEL,
+    Labels,
+    Target,
+    read_classes,
+    read_label_sets,
+    read_regression_targets,
+)
 from mmaudit.audit.errors import DatasetError
 
 
-def classes_of(
+def read_as_classes(
     cells: Sequence[object],
     names: Sequence[object] | None = None,
     *,
@@ -25,17 +34,17 @@ def classes_of(
     return read_classes(cells, names, declared=declared, classes=classes)
 
 
-def sets_of(cells: Sequence[object], *, declared: Sequence[str] = (), classes: Sequence[str] = ()) -> Labels:
+def read_as_sets(cells: Sequence[object], *, declared: Sequence[str] = (), classes: Sequence[str] = ()) -> Labels:
     return read_label_sets(cells, declared=declared, classes=classes)
 
 
-def test_declared_classes_keep_their_numbers_and_what_lies_outside_is_unknown() -> None:
-    found = classes_of([1, 0, -1, 7, None, 1], declared=("zebra", "ape", "none seen"))
-    assert found.names == found.outputs == ("zebra", "ape", "none seen")
-    assert found.label.tolist() == [1, 0, UNKNOWN_LABEL, UNKNOWN_LABEL, NO_LABEL, 1]
-    assert found.unknown == ((2, "-1"), (3, "7"))
-    assert found.values is None
-    assert classes_of([0, 1], ["other", "names"], declared=("zebra", "ape")).names == ("zebra", "ape")
+def test_declared_classes_keep_their_numbers_and_others_are_unknown() -> None:
+    labels = read_as_classes([1, 0, -1, 7, None, 1], declared=("zebra", "ape", "none seen"))
+    assert labels.names == labels.outputs == ("zebra", "ape", "none seen")
+    assert labels.label.tolist() == [1, 0, UNKNOWN_LABEL, UNKNOWN_LABEL, NO_LABEL, 1]
+    assert labels.unknown == ((2, "-1"), (3, "7"))
+    assert labels.values is None
+    assert read_as_classes([0, 1], ["other", "names"], declared=("zebra", "ape")).names == ("zebra", "ape")
 
 
 @pytest.mark.parametrize(
@@ -46,32 +55,32 @@ def test_declared_classes_keep_their_numbers_and_what_lies_outside_is_unknown() 
         (["", "a"], ("a",), [UNKNOWN_LABEL, 0]),
     ],
 )
-def test_classes_that_are_named_are_all_there_are(
+def test_labels_outside_requested_classes_are_unknown(
     cells: list[object], classes: tuple[str, ...], label: list[int]
 ) -> None:
-    found = classes_of(cells, classes=classes)
-    assert (found.names, found.label.tolist()) == (classes, label)
+    labels = read_as_classes(cells, classes=classes)
+    assert (labels.names, labels.label.tolist()) == (classes, label)
 
 
-def test_declared_classes_may_be_named_by_word_or_number() -> None:
+def test_declared_classes_can_be_requested_by_name_or_number() -> None:
     for classes in (("ape", "cow"), ("1", "2"), ("ape", "2")):
-        found = classes_of([0, 1, 2], declared=("zebra", "ape", "cow"), classes=classes)
-        assert (found.names, found.label.tolist()) == (("ape", "cow"), [UNKNOWN_LABEL, 0, 1])
+        labels = read_as_classes([0, 1, 2], declared=("zebra", "ape", "cow"), classes=classes)
+        assert (labels.names, labels.label.tolist()) == (("ape", "cow"), [UNKNOWN_LABEL, 0, 1])
     with pytest.raises(DatasetError, match="names 'dog'; the source has the classes zebra, ape"):
-        classes_of([0], declared=("zebra", "ape"), classes=("dog",))
+        read_as_classes([0], declared=("zebra", "ape"), classes=("dog",))
 
 
-def test_names_of_a_column_go_with_their_class() -> None:
-    assert classes_of([2, 1, 9], ["two", None, "odd"], classes=("1", "2")).names == ("1", "two")
+def test_names_column_renames_classes() -> None:
+    assert read_as_classes([2, 1, 9], ["two", None, "odd"], classes=("1", "2")).names == ("1", "two")
 
 
 @pytest.mark.parametrize(
     ("cells", "words"),
-    [([[1], [2]], "are lists: .* name it with --label, or pass --task multilabel"), ([0.5], "--task regression")],
+    [([[1], [2]], "are lists: .* with --label, or pass --task multilabel"), ([0.5], "--task regression")],
 )
-def test_what_is_no_class_names_its_task(cells: list[object], words: str) -> None:
+def test_lists_and_fractions_suggest_another_task(cells: list[object], words: str) -> None:
     with pytest.raises(DatasetError, match=words):
-        classes_of(cells)
+        read_as_classes(cells)
 
 
 @pytest.mark.parametrize(
@@ -84,94 +93,98 @@ def test_what_is_no_class_names_its_task(cells: list[object], words: str) -> Non
         [["a", "b"], "a", [], [None]],
     ],
 )
-def test_sets_of_labels_in_every_spelling(cells: list[object]) -> None:
-    found = sets_of(cells)
-    assert found.outputs == ("a", "b")
-    assert found.values is not None
-    assert found.values.dtype == np.float32
-    np.testing.assert_array_equal(found.values, [[1, 1], [1, 0], [0, 0], [math.nan, math.nan]])
-    assert found.label.tolist()[3] == NO_LABEL
-    assert min(found.label.tolist()[:3]) >= 0
+def test_label_sets_in_every_format_are_equal(cells: list[object]) -> None:
+    labels = read_as_sets(cells)
+    assert labels.outputs == ("a", "b")
+    assert labels.values is not None
+    assert labels.values.dtype == np.float32
+    np.testing.assert_array_equal(labels.values, [[1, 1], [1, 0], [0, 0], [math.nan, math.nan]])
+    assert labels.label.tolist()[3] == NO_LABEL
+    assert min(labels.label.tolist()[:3]) >= 0
 
 
-def test_common_sets_are_strata_and_rare_ones_are_one() -> None:
+def test_rare_label_sets_share_a_stratum() -> None:
     cells: list[object] = [["a"]] * 12 + [["b", "a"]] * 10 + [[]] * 10 + [["b"]] * 9 + [["c"], None]
-    found = sets_of(cells)
-    assert found.names == ("(none)", "a", "a|b", "other")
-    assert found.label.tolist() == [1] * 12 + [2] * 10 + [0] * 10 + [3] * 10 + [NO_LABEL]
+    labels = read_as_sets(cells)
+    assert labels.names == ("(none)", "a", "a|b", "other")
+    assert labels.label.tolist() == [1] * 12 + [2] * 10 + [0] * 10 + [3] * 10 + [NO_LABEL]
 
 
-def test_sets_with_a_label_that_is_none_of_the_classes_are_unknown() -> None:
-    found = sets_of([[0, 2], [1], [0, 5]], declared=("x", "y", "z"))
-    assert found.outputs == ("x", "y", "z")
-    assert found.unknown == ((2, "5"),)
-    assert found.label.tolist()[2] == UNKNOWN_LABEL
-    assert found.values is not None
-    assert found.values[:2].tolist() == [[1, 0, 1], [0, 1, 0]]
-    assert np.isnan(found.values[2]).all()
-    assert sets_of([["y", "z"], ["x"]], classes=("x", "y")).unknown == ((0, "z"),)
+def test_label_sets_with_an_unknown_label_are_unknown() -> None:
+    labels = read_as_sets([[0, 2], [1], [0, 5]], declared=("x", "y", "z"))
+    assert labels.outputs == ("x", "y", "z")
+    assert labels.unknown == ((2, "5"),)
+    assert labels.label.tolist()[2] == UNKNOWN_LABEL
+    assert labels.values is not None
+    assert labels.values[:2].tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert np.isnan(labels.values[2]).all()
+    assert read_as_sets([["y", "z"], ["x"]], classes=("x", "y")).unknown == ((0, "z"),)
 
 
-def test_vectors_of_0_and_1_are_sets() -> None:
-    found = sets_of([[0, 1, 1], [0, 0, 0], None, [1, 0, 0]])
-    assert found.outputs == ("0", "1", "2")
-    assert found.values is not None
-    np.testing.assert_array_equal(found.values[[0, 1, 3]], [[0, 1, 1], [0, 0, 0], [1, 0, 0]])
-    assert sets_of([[0, 1, 1]], classes=("x", "y", "z")).outputs == ("x", "y", "z")
-    with pytest.raises(DatasetError, match="vectors of 3 places, and there are 2 classes"):
-        sets_of([[0, 1, 1]], classes=("x", "y"))
-    with pytest.raises(DatasetError, match="a list of labels names one twice"):
-        sets_of([["a", "a"], ["b"]])
+def test_indicator_vectors_are_read_as_label_sets() -> None:
+    labels = read_as_sets([[0, 1, 1], [0, 0, 0], None, [1, 0, 0]])
+    assert labels.outputs == ("0", "1", "2")
+    assert labels.values is not None
+    np.testing.assert_array_equal(labels.values[[0, 1, 3]], [[0, 1, 1], [0, 0, 0], [1, 0, 0]])
+    assert read_as_sets([[0, 1, 1]], classes=("x", "y", "z")).outputs == ("x", "y", "z")
+    with pytest.raises(DatasetError, match="vectors of length 3, but there are 2 classes"):
+        read_as_sets([[0, 1, 1]], classes=("x", "y"))
+    with pytest.raises(DatasetError, match="a list of labels repeats a label"):
+        read_as_sets([["a", "a"], ["b"]])
 
 
 @pytest.mark.parametrize("cell", [{"a": 1}, [{"a": 1}, {"a": 1}], [["dog"], ["dog"]]])
-def test_lists_and_objects_within_a_label_are_refused(cell: object) -> None:
-    with pytest.raises(DatasetError, match="is no list of labels"):
+def test_nested_labels_are_rejected(cell: object) -> None:
+    with pytest.raises(DatasetError, match="is neither a list of labels"):
         read_label_sets(["dog", cell], declared=(), classes=())
 
 
 @pytest.mark.parametrize("cells", [[None], [[], []], [""]])
-def test_no_label_in_any_set_is_refused(cells: list[object]) -> None:
+def test_only_empty_label_sets_are_rejected(cells: list[object]) -> None:
     with pytest.raises(DatasetError, match="no sample has any label"):
-        sets_of(cells)
+        read_as_sets(cells)
 
 
 @given(st.lists(st.sets(st.sampled_from("abcd")).map(sorted), min_size=1, max_size=60))
-def test_a_set_is_its_ones(sets: list[list[str]]) -> None:
+def test_values_of_a_label_set_mark_its_labels(sets: list[list[str]]) -> None:
     if any(sets):
-        found = sets_of(sets)
-        assert found.values is not None
-        assert [[found.outputs[column] for column in np.flatnonzero(row)] for row in found.values] == sets
-        for stratum, name in enumerate(found.names):
-            members = [labels for labels, one in zip(sets, found.label, strict=True) if one == stratum]
-            assert members
-            assert name == "other" or members == [members[0]] * len(members)
+        read_labels = read_as_sets(sets)
+        assert read_labels.values is not None
+        assert [[read_labels.outputs[column] for column in np.flatnonzero(row)] for row in read_labels.values] == sets
+        for stratum, name in enumerate(read_labels.names):
+            sets_of_stratum = [
+                labels for labels, index in zip(sets, read_labels.label, strict=True) if index == stratum
+            ]
+            assert sets_of_stratum
+            assert name == "other" or sets_of_stratum == [sets_of_stratum[0]] * len(sets_of_stratum)
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6), st.integers(-50, 50)), min_size=1, max_size=80))
-def test_tenths_are_in_order_and_numbers_stay_as_they_are(cells: list[float | int | None]) -> None:
+def test_deciles_are_ordered_and_numbers_unchanged(cells: list[float | int | None]) -> None:
     if all(cell is None for cell in cells):
         return
-    found = read_numbers(cells, name="score")
-    assert found.values is not None
-    assert found.values.shape == (len(cells), 1)
-    has = np.array([cell is not None for cell in cells])
-    np.testing.assert_array_equal(found.values[has, 0], np.array([c for c in cells if c is not None], dtype=np.float32))
-    assert np.isnan(found.values[~has]).all()
-    assert (found.label[~has] == NO_LABEL).all()
+    labels = read_regression_targets(cells, name="score")
+    assert labels.values is not None
+    assert labels.values.shape == (len(cells), 1)
+    valid = np.array([cell is not None for cell in cells])
+    np.testing.assert_array_equal(
+        labels.values[valid, 0], np.array([c for c in cells if c is not None], dtype=np.float32)
+    )
+    assert np.isnan(labels.values[~valid]).all()
+    assert (labels.label[~valid] == NO_LABEL).all()
     order = np.argsort(np.array([c for c in cells if c is not None], dtype=float), kind="stable")
-    assert (np.diff(found.label[has][order]) >= 0).all()
-    assert 1 <= len(found.names) <= 10
-    assert found.label.max() < len(found.names)
-    assert found.outputs == ("score",)
+    assert (np.diff(labels.label[valid][order]) >= 0).all()
+    assert 1 <= len(labels.names) <= 10
+    assert labels.label.max() < len(labels.names)
+    assert labels.outputs == ("score",)
 
 
-def test_tenths_are_of_one_size_where_no_value_repeats() -> None:
-    found = read_numbers([str(number) for number in range(100)], name="y")
-    assert np.bincount(found.label).tolist() == [10] * 10
-    assert found.names[0] == "[0, 9.9)"
-    assert found.names[-1] == "[89.1, 99]"
-    assert read_numbers([3, 3, 3], name="y").names == ("[3, 3]",)
+def test_deciles_of_distinct_values_have_equal_size() -> None:
+    labels = read_regression_targets([str(number) for number in range(100)], name="y")
+    assert np.bincount(labels.label).tolist() == [10] * 10
+    assert labels.names[0] == "[0, 9.9)"
+    assert labels.names[-1] == "[89.1, 99]"
+    assert read_regression_targets([3, 3, 3], name="y").names == ("[3, 3]",)
 
 
 @given(
@@ -181,32 +194,53 @@ def test_tenths_are_of_one_size_where_no_value_repeats() -> None:
     ),
     st.randoms(use_true_random=False),
 )
-def test_what_is_not_finite_is_told_apart_and_changes_nothing_else(
-    finite: list[float], odd: list[float | str | None], random: Random
+def test_values_that_are_not_finite_do_not_change_other_labels(
+    finite: list[float], not_finite: list[float | str | None], random: Random
 ) -> None:
-    cells: list[float | str | None] = [*finite, *odd]
+    cells: list[float | str | None] = [*finite, *not_finite]
     order = random.sample(range(len(cells)), len(cells))
-    found, alone = read_numbers([cells[row] for row in order], name="y"), read_numbers(finite, name="y")
-    assert found.values is not None
-    assert alone.values is not None
-    place = np.argsort(order)
-    kept, others = place[: len(finite)], place[len(finite) :]
-    np.testing.assert_array_equal(found.values[kept], alone.values)
-    np.testing.assert_array_equal(found.label[kept], alone.label)
-    assert found.names == alone.names
-    assert np.isnan(found.values[others]).all()
-    none = [cell in (None, "", "nan") or cell != cell for cell in odd]
-    assert found.label[others].tolist() == [NO_LABEL if each else UNKNOWN_LABEL for each in none]
-    unknown = [(row, str(cell)) for row, cell, each in zip(others.tolist(), odd, none, strict=True) if not each]
-    assert found.unknown == tuple(sorted(unknown))
+    mixed, expected = (
+        read_regression_targets([cells[row] for row in order], name="y"),
+        read_regression_targets(finite, name="y"),
+    )
+    assert mixed.values is not None
+    assert expected.values is not None
+    row_of_cell = np.argsort(order)
+    finite_rows, other_rows = row_of_cell[: len(finite)], row_of_cell[len(finite) :]
+    np.testing.assert_array_equal(mixed.values[finite_rows], expected.values)
+    np.testing.assert_array_equal(mixed.label[finite_rows], expected.label)
+    assert mixed.names == expected.names
+    assert np.isnan(mixed.values[other_rows]).all()
+    missing = [cell in (None, "", "nan") or cell != cell for cell in not_finite]
+    assert mixed.label[other_rows].tolist() == [NO_LABEL if is_missing else UNKNOWN_LABEL for is_missing in missing]
+    cells_of_rows = zip(other_rows.tolist(), not_finite, missing, strict=True)
+    unknown = [(row, str(cell)) for row, cell, is_missing in cells_of_rows if not is_missing]
+    assert mixed.unknown == tuple(sorted(unknown))
 
 
 @pytest.mark.parametrize("cell", ["word", [1.0]])
-def test_what_is_no_number_is_refused(cell: object) -> None:
-    with pytest.raises(DatasetError, match=r"column 'y' holds .*, which is no number: pass --task classification, or"):
-        read_numbers([1.0, cell], name="y")
+def test_cell_that_is_not_a_number_is_rejected(cell: object) -> None:
+    with pytest.raises(DatasetError, match=r"column 'y' holds .*, which is not a number: pass --task classification"):
+        read_regression_targets([1.0, cell], name="y")
 
 
-def test_no_number_at_all_is_refused() -> None:
+def test_column_without_any_number_is_rejected() -> None:
     with pytest.raises(DatasetError, match="no sample has a number in column 'y'"):
-        read_numbers([None, math.nan, " ", math.inf, "-inf"], name="y")
+        read_regression_targets([None, math.nan, " ", math.inf, "-inf"], name="y")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_take_selects_rows_repeatedly(task: str) -> None:
+    rng = np.random.default_rng(0)
+    k = {"classification": 4, "multilabel": 3, "regression": 1}[task]
+    values = None if task == "classification" else rng.random((20, k)).astype(np.float32)
+    target = Target(task=task, label=rng.integers(0, 4, 20).astype(np.int32), num_outputs=k, values=values)
+    rows, rows_of_rows = np.array([7, 3, 3, 19]), np.array([2, 0])
+    selected = target.take(rows).take(rows_of_rows)
+    assert (len(target), len(target.take(rows)), len(selected)) == (20, 4, 2)
+    assert (selected.task, selected.num_outputs) == (task, k)
+    np.testing.assert_array_equal(selected.label, target.label[[3, 7]])
+    if values is None:
+        assert selected.values is None
+    else:
+        np.testing.assert_array_equal(np.asarray(selected.values), values[[3, 7]])

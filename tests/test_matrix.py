@@ -1,4 +1,4 @@
-"""Laws of matrices on disk: any rows, in any order, are those of the whole; what is missing is NaN."""
+"""Feature matrices on disk: any rows in any order; missing ones are NaN."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Callable[[list[list[float] | None]], FeatureMatrix]:
-    """Open the modality `audio` of rows that have these vectors, four rows a shard."""
+    """Open the modality `audio` of a dataset with these vectors, four rows per shard."""
 
     def open_(vectors: list[list[float] | None]) -> FeatureMatrix:
         n = len(vectors)
@@ -43,38 +43,38 @@ def opened(tmp_path: Path) -> Callable[[list[list[float] | None]], FeatureMatrix
     return open_
 
 
-def test_rows_are_those_of_the_whole(opened: Callable[..., FeatureMatrix]) -> None:
-    whole = RNG.standard_normal((19, 3)).astype(np.float32)
-    matrix = opened(whole.tolist())
-    assert (matrix.num_rows, matrix.num_features) == whole.shape
-    np.testing.assert_array_equal(matrix.read_all(), whole)
+def test_read_rows_equal_rows_of_the_matrix(opened: Callable[..., FeatureMatrix]) -> None:
+    expected = RNG.standard_normal((19, 3)).astype(np.float32)
+    matrix = opened(expected.tolist())
+    assert (matrix.num_rows, matrix.num_features) == expected.shape
+    np.testing.assert_array_equal(matrix.read_all(), expected)
     for _ in range(10):
         rows = RNG.integers(0, 19, 7)
-        np.testing.assert_array_equal(matrix.read(rows), whole[rows])
+        np.testing.assert_array_equal(matrix.read(rows), expected[rows])
     assert matrix.read(np.zeros(0, np.intp)).shape == (0, 3)
 
 
-def test_what_is_missing_is_nan(opened: Callable[..., FeatureMatrix]) -> None:
-    whole: list[list[float] | None] = [[float(row), 1.0] for row in range(11)]
-    whole[0] = whole[6] = None
-    matrix = opened(whole)
+def test_missing_rows_are_nan(opened: Callable[..., FeatureMatrix]) -> None:
+    vectors: list[list[float] | None] = [[float(row), 1.0] for row in range(11)]
+    vectors[0] = vectors[6] = None
+    matrix = opened(vectors)
     np.testing.assert_array_equal(matrix.present, [row not in (0, 6) for row in range(11)])
-    found = matrix.read(np.array([6, 7, 0, 10]))
-    np.testing.assert_array_equal(found, np.array([[np.nan] * 2, [7, 1], [np.nan] * 2, [10, 1]], np.float32))
+    features = matrix.read(np.array([6, 7, 0, 10]))
+    np.testing.assert_array_equal(features, np.array([[np.nan] * 2, [7, 1], [np.nan] * 2, [10, 1]], np.float32))
 
 
-def test_joint_inputs_stand_side_by_side_and_masked_ones_are_missing() -> None:
-    one, other = RNG.standard_normal((2, 5, 3)).astype(np.float32)
-    joint = JointInputs(parts=(MatrixInputs(matrix=one), MatrixInputs(matrix=other)))
+def test_joint_inputs_concatenate_features_and_masked_parts_are_nan() -> None:
+    first, second = RNG.standard_normal((2, 5, 3)).astype(np.float32)
+    joint = JointInputs(parts=(MatrixInputs(matrix=first), MatrixInputs(matrix=second)))
     rows = np.array([4, 0])
-    np.testing.assert_array_equal(joint.read(rows), np.hstack([one, other])[rows])
+    np.testing.assert_array_equal(joint.read(rows), np.hstack([first, second])[rows])
     assert joint.num_features == 6
     masked = joint.mask(frozenset({0})).read(rows)
     assert np.isnan(masked[:, :3]).all()
-    np.testing.assert_array_equal(masked[:, 3:], other[rows])
+    np.testing.assert_array_equal(masked[:, 3:], second[rows])
 
 
-def test_chunks_cover_all_rows_in_order_and_keep_to_their_size() -> None:
+def test_chunks_partition_rows_within_max_bytes() -> None:
     inputs = MatrixInputs(matrix=np.zeros((5_000, 8), np.float32))
     parts = list(chunks(inputs, most_bytes=4 * 8 * 300))
     assert [len(part) for part in parts[:-1]] == [300] * (len(parts) - 1)

@@ -1,4 +1,4 @@
-"""Laws of pretrained encoders: what comes out is the model's own answer, whatever the batch, the cache or the order."""
+"""Pretrained encoders: vectors equal those of the model, independent of batch, cache and order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from mmaudit.audit.media.video import read_frames
 from mmaudit.audit.quarantine import Reason, UnusableError
 from mmaudit.audit.workers import no_progress
 
-transformers: Any = typed  # half of it has no types
+transformers: Any = typed  # incomplete type annotations
 MEDIA = MediaConfig(num_frames=4)
 TINY: dict[str, Any] = {
     "hidden_size": 16,
@@ -51,7 +51,7 @@ SQUARE: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height":
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models with random weights, each in a folder as `save_pretrained` leaves it."""
+    """Tiny models with random weights, each in a folder written by `save_pretrained`."""
     folder = tmp_path_factory.mktemp("models")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary.write_text("\n".join(WORDS))
     towers = {"text_config": {**TINY, "vocab_size": 50}, "vision_config": PICTURE, "projection_dim": 8}
     speech = {**TINY, "conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (5, 4), "num_conv_pos_embeddings": 4}
-    made: dict[str, tuple[Any, Any]] = {
+    model_and_processor: dict[str, tuple[Any, Any]] = {
         "ast": (
             transformers.ASTModel(transformers.ASTConfig(**TINY, max_length=64, num_mel_bins=32)),
             transformers.ASTFeatureExtractor(num_mel_bins=32, max_length=64),
@@ -89,11 +89,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             transformers.ViTImageProcessor(size={"height": 32, "width": 32}),
         ),
     }
-    for name, (model, processor) in made.items():
+    for name, (model, processor) in model_and_processor.items():
         torch.manual_seed(0)
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
-    made["bert"][1].save_pretrained(folder / "clip")
+    model_and_processor["bert"][1].save_pretrained(folder / "clip")
     return folder
 
 
@@ -128,42 +128,42 @@ def inputs(clip_source: Path, film: Callable[[bool], bytes]) -> dict[str, list[A
 
 
 def vector(models: Path, name: str, kind: str, loaded: Any) -> NDArray[np.float32]:
-    found = encode_cell(loaded, modality(models, name, kind), MEDIA)
-    assert isinstance(found, np.ndarray)
-    return found
+    encoded = encode_cell(loaded, modality(models, name, kind), MEDIA)
+    assert isinstance(encoded, np.ndarray)
+    return encoded
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_a_vector_is_the_same_twice_and_in_any_batch(
+def test_vector_is_deterministic_and_independent_of_batch(
     models: Path, inputs: dict[str, list[Any]], name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = np.stack([vector(models, name, kind, loaded) for loaded in inputs[kind]])
     assert alone.shape == (3, DIMENSIONS.get(name, 16))
     assert alone.dtype == np.float32
     assert np.isfinite(alone).all()
-    again = [vector(models, name, kind, loaded) for loaded in inputs[kind]]
-    np.testing.assert_array_equal(alone, again)
+    repeated = [vector(models, name, kind, loaded) for loaded in inputs[kind]]
+    np.testing.assert_array_equal(alone, repeated)
     model = open_model(str(models / name), kind)
     prepared = list(enumerate(model.prepare(loaded, MEDIA) for loaded in inputs[kind]))
-    for at_once in (1, 2, 64):
-        monkeypatch.setattr(pretrained, "INPUTS_AT_ONCE", at_once)
+    for max_inputs in (1, 2, 64):
+        monkeypatch.setattr(pretrained, "MAX_BATCH_INPUTS", max_inputs)
         rows = dict(encode_inputs(str(models / name), kind, prepared, media=MEDIA, device="cpu"))
         np.testing.assert_array_equal(np.stack([rows[row] for row in range(3)]), alone)
 
 
 @torch.no_grad()
-def test_sounds_equal_a_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
+def test_audio_vectors_equal_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
     wave = decode_audio(inputs["audio"][0], MEDIA)
     for name, pooled in (("ast", True), ("wav2vec2", False)):
         model: Any = transformers.AutoModel.from_pretrained(models / name).eval()
         processor = transformers.AutoFeatureExtractor.from_pretrained(models / name)
-        found = model(**processor(wave, sampling_rate=16_000, return_tensors="pt"))
-        expected = found.pooler_output if pooled else found.last_hidden_state.mean(1)
+        output = model(**processor(wave, sampling_rate=16_000, return_tensors="pt"))
+        expected = output.pooler_output if pooled else output.last_hidden_state.mean(1)
         np.testing.assert_allclose(vector(models, name, "audio", inputs["audio"][0]), expected[0], atol=1e-6)
 
 
 @torch.no_grad()
-def test_pictures_and_clips_equal_a_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
+def test_image_and_video_vectors_equal_direct_forward_pass(models: Path, inputs: dict[str, list[Any]]) -> None:
     picture = Image.fromarray(read_picture(inputs["image"][0], size=None, config=MediaConfig()))
     frames = {
         count: [
@@ -176,18 +176,18 @@ def test_pictures_and_clips_equal_a_direct_forward_pass(models: Path, inputs: di
         model: Any = transformers.AutoModel.from_pretrained(models / name).eval()
         processor = transformers.AutoImageProcessor.from_pretrained(models / name)
         if name == "videomae":
-            found = model(**processor([frames[6]], return_tensors="pt")).last_hidden_state.mean(1)
-            np.testing.assert_allclose(vector(models, name, "video", inputs["video"][0]), found[0], atol=1e-6)
+            expected = model(**processor([frames[6]], return_tensors="pt")).last_hidden_state.mean(1)
+            np.testing.assert_allclose(vector(models, name, "video", inputs["video"][0]), expected[0], atol=1e-6)
             continue
         forward = model.get_image_features if name == "clip" else model
-        one = forward(**processor([picture], return_tensors="pt")).pooler_output[0]
-        np.testing.assert_allclose(vector(models, name, "image", inputs["image"][0]), one, atol=1e-6)
+        image_vector = forward(**processor([picture], return_tensors="pt")).pooler_output[0]
+        np.testing.assert_allclose(vector(models, name, "image", inputs["image"][0]), image_vector, atol=1e-6)
         mean = forward(**processor(frames[4], return_tensors="pt")).pooler_output.mean(0)
         np.testing.assert_allclose(vector(models, name, "video", inputs["video"][0]), mean, atol=1e-6)
 
 
 @torch.no_grad()
-def test_texts_equal_a_direct_forward_pass_and_are_cut_to_what_the_model_takes(models: Path) -> None:
+def test_text_vectors_equal_direct_forward_pass_and_are_truncated(models: Path) -> None:
     model: Any = transformers.AutoModel.from_pretrained(models / "bert").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / "bert")
     expected = model(**tokenizer("a dog and a cat", return_tensors="pt")).pooler_output[0]
@@ -196,7 +196,7 @@ def test_texts_equal_a_direct_forward_pass_and_are_cut_to_what_the_model_takes(m
     np.testing.assert_allclose(long, vector(models, "bert", "text", "a dog and a cat and a bird"), atol=1e-6)
 
 
-def test_a_pooler_that_the_weights_lack_is_not_used(models: Path, inputs: dict[str, list[Any]]) -> None:
+def test_pooler_without_weights_is_not_used(models: Path, inputs: dict[str, list[Any]]) -> None:
     model: Any = transformers.AutoModel.from_pretrained(models / "classifier", add_pooling_layer=False).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(models / "classifier")
     picture = Image.fromarray(read_picture(inputs["image"][0], size=None, config=MediaConfig()))
@@ -205,11 +205,11 @@ def test_a_pooler_that_the_weights_lack_is_not_used(models: Path, inputs: dict[s
     np.testing.assert_allclose(vector(models, "classifier", "image", inputs["image"][0]), expected, atol=1e-6)
 
 
-def test_what_is_unusable_says_why(models: Path, inputs: dict[str, list[Any]]) -> None:
+def test_unusable_samples_have_a_reason(models: Path, inputs: dict[str, list[Any]]) -> None:
     cases = [("ast", "audio", b""), ("dinov2", "image", b"no picture"), ("clip", "video", inputs["audio"][0])]
     reasons = [encode_cell(loaded, modality(models, name, kind), MEDIA) for name, kind, loaded in cases]
     reasons.append(encode_cell("?!", modality(models, "bert", "text"), MEDIA))
-    assert [each.reason if isinstance(each, UnusableError) else None for each in reasons] == [
+    assert [result.reason if isinstance(result, UnusableError) else None for result in reasons] == [
         Reason.EMPTY,
         Reason.CORRUPT,
         Reason.NO_TRACK,
@@ -221,49 +221,52 @@ def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path
     (clips / "7.wav").write_bytes(b"no sound")
     encoders = (f"audio=hf:{models / 'wav2vec2'}", f"image=hf:{models / 'dinov2'}")
     dataset = open_dataset(clips, DataConfig(shard_rows=10, encoder=encoders))
-    seen: list[tuple[str, int, int]] = []
-    whole = {
+    steps: list[tuple[str, int, int]] = []
+    tasks_of = {
         threads: encode_dataset(
             dataset,
             tmp_path / str(threads),
             media=MEDIA,
             num_workers=threads,
-            progress=no_progress if threads else lambda *step: seen.append(step),
+            progress=no_progress if threads else lambda *step: steps.append(step),
         )
         for threads in (0, 3)
     }
-    assert seen == [("encode", done, 6) for done in range(1, 7)]
-    assert [encode_shard(task) for task in whole[0]] == [0, 0, 0]
+    assert steps == [("encode", done, 6) for done in range(1, 7)]
+    assert [encode_shard(task) for task in tasks_of[0]] == [0, 0, 0]
     ids = read_samples(dataset, seed=0, test_fraction=0.5).sample_id
-    for each in dataset.modalities:
+    for modality_ in dataset.modalities:
         matrices = []
-        for tasks in whole.values():
-            status = read_status(tasks, each, ids)
-            assert status.usable.sum() == (23 if each.name == "audio" else 24)
+        for tasks in tasks_of.values():
+            status = read_status(tasks, modality_, ids)
+            assert status.usable.sum() == (23 if modality_.name == "audio" else 24)
             matrices.append(FeatureMatrix.of(tasks, status, np.flatnonzero(status.usable)).read_all())
         np.testing.assert_array_equal(matrices[0], matrices[1])
         assert matrices[0].shape[1] == 16
-    path = whole[0][1].file(dataset.modalities[0])
+    path = tasks_of[0][1].file(dataset.modalities[0])
     path.unlink()
     (clips / "23.wav").write_bytes((clips / "7.png").read_bytes())
-    assert [encode_shard(task) for task in whole[0]] == [0, 10, 0]  # what is broken costs no forward pass
-    assert read_arrow(whole[0][2].file(dataset.modalities[0]))["reason"].to_pylist() == [None] * 3 + ["corrupt"]
+    assert [encode_shard(task) for task in tasks_of[0]] == [0, 10, 0]  # a damaged file needs no forward pass
+    assert read_arrow(tasks_of[0][2].file(dataset.modalities[0]))["reason"].to_pylist() == [None] * 3 + ["corrupt"]
 
 
-def test_what_is_cached_needs_no_model(
+def test_cached_vectors_do_not_open_the_model(
     clip_source: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image=hf:{models / 'dinov2'}",)))
     encode_dataset(dataset, tmp_path, media=MEDIA, num_workers=0, progress=no_progress)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.arrow")}
 
     def fail(*_: object) -> None:
         raise AssertionError("the model was opened")
 
     monkeypatch.setattr(pretrained, "_open_model", fail)
     encode_dataset(dataset, tmp_path, media=MEDIA, num_workers=2, progress=no_progress)
+    assert len(before) == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.arrow")} == before
 
 
-def test_other_weights_or_another_model_is_another_cache(models: Path, tmp_path: Path) -> None:
+def test_weights_and_model_are_part_of_fingerprint(models: Path, tmp_path: Path) -> None:
     versions = [model_version(str(models / name)) for name in KINDS]
     assert len(set(versions)) == len(versions)
     folder = tmp_path / "moved"
@@ -271,25 +274,25 @@ def test_other_weights_or_another_model_is_another_cache(models: Path, tmp_path:
     for file in (models / "dinov2").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     assert model_version(str(folder)) == model_version(str(models / "dinov2"))
-    here = Modality(name="m", column="c", kind="image", encoder=f"hf:{folder}")
-    before = preprocessing(here, MEDIA)
-    assert preprocessing(here, replace(MEDIA, num_frames=2)) != before
+    copied = Modality(name="m", column="c", kind="image", encoder=f"hf:{folder}")
+    before = preprocessing(copied, MEDIA)
+    assert preprocessing(copied, replace(MEDIA, num_frames=2)) != before
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert preprocessing(here, MEDIA) != before
+    assert preprocessing(copied, MEDIA) != before
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "reads"),
     [("ast", "image", "audio"), ("dinov2", "text", "image and video and frames"), ("bert", "audio", "text")],
 )
-def test_a_model_of_another_kind_is_refused(models: Path, name: str, kind: str, reads: str) -> None:
+def test_model_of_another_kind_is_rejected(models: Path, name: str, kind: str, reads: str) -> None:
     with pytest.raises(ConfigError, match=rf"--encoder m=hf:.*{name} is a model .*reads {reads}, not {kind}"):
         check_encoder(modality(models, name, kind))
 
 
-def test_a_folder_that_is_no_model_is_refused(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+def test_folder_without_model_is_rejected(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
         check_encoder(modality(tmp_path, "", "image"))
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
@@ -300,29 +303,29 @@ def test_a_folder_that_is_no_model_is_refused(models: Path, tmp_path: Path) -> N
         open_model(str(tmp_path), "image")
 
 
-def test_a_model_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_model_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"no folder 'nobody/nothing' here, and no such model from the hub: "):
+    with pytest.raises(ConfigError, match=r"no local folder 'nobody/nothing', and the hub has no such model: "):
         check_encoder(Modality(name="m", column="c", kind="image", encoder="hf:nobody/nothing"))
-    with pytest.raises(ConfigError, match=r"no folder 'a:b' here, and no such model from the hub: "):
+    with pytest.raises(ConfigError, match=r"no local folder 'a:b', and the hub has no such model: "):
         check_encoder(Modality(name="m", column="c", kind="image", encoder="hf:a:b"))
 
 
-def test_without_transformers_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for encoder in ("hf:a/b", "resnet18"):
         with pytest.raises(ConfigError, match=rf'--encoder m={encoder}: .*pip install "mmaudit\[hf\]"'):
             check_encoder(Modality(name="m", column="c", kind="image", encoder=encoder))
 
 
-def test_weights_that_are_not_there_are_said_aloud_and_drawn_alike(
+def test_missing_weights_are_logged_and_initialised_equally(
     models: Path, inputs: dict[str, list[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    found = []
-    for place in ("one", "two"):
-        folder = tmp_path / place
+    vectors = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
         folder.mkdir()
         for file in (models / "dinov2").iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
@@ -330,28 +333,28 @@ def test_weights_that_are_not_there_are_said_aloud_and_drawn_alike(
         del weights["layernorm.weight"], weights["embeddings.patch_embeddings.projection.weight"]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         with caplog.at_level(logging.WARNING, logger="mmaudit"):
-            found.append(vector(tmp_path, place, "image", inputs["image"][0]))
-        assert "lack 2 weights" in caplog.text
-    np.testing.assert_array_equal(found[0], found[1])
+            vectors.append(vector(tmp_path, name, "image", inputs["image"][0]))
+        assert ": 2 weights (" in caplog.text
+    np.testing.assert_array_equal(vectors[0], vectors[1])
 
 
-def test_a_dataset_of_texts_and_vectors(models: Path, tmp_path: Path) -> None:
+def test_dataset_of_texts_and_vectors_is_encoded(models: Path, tmp_path: Path) -> None:
     texts = ["a dog", "...", "a cat and a bird"]
     pq.write_table(pa.table({"text": texts, "label": [0, 1, 0], "v": [[1.0]] * 3}), tmp_path / "d.parquet")
     dataset = open_dataset(tmp_path / "d.parquet", DataConfig(encoder=(f"text=hf:{models / 'bert'}",)))
     tasks = encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=1, progress=no_progress)
     status = read_status(tasks, dataset.modalities[0], read_samples(dataset, seed=0, test_fraction=0.5).sample_id)
     assert status.usable.tolist() == [True, False, True]
-    found = FeatureMatrix.of(tasks, status, np.array([0, 2])).read_all()
+    matrix = FeatureMatrix.of(tasks, status, np.array([0, 2])).read_all()
     expected = [vector(models, "bert", "text", texts[row]) for row in (0, 2)]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(matrix, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kept", ["pytorch_model.bin", "model.bin"])
-def test_weights_that_are_pickles_are_refused(models: Path, tmp_path: Path, kept: str) -> None:
+@pytest.mark.parametrize("weights_name", ["pytorch_model.bin", "model.bin"])
+def test_pickled_weights_are_rejected(models: Path, tmp_path: Path, weights_name: str) -> None:
     folder, mark = Path(shutil.copytree(models / "dinov2", tmp_path / "model")), tmp_path / "ran"
     (folder / "model.safetensors").unlink()
-    (folder / kept).write_bytes(f"cbuiltins\nopen\n(V{mark}\nVw\ntR.".encode())  # runs when it is unpickled
+    (folder / weights_name).write_bytes(f"cbuiltins\nopen\n(V{mark}\nVw\ntR.".encode())  # runs when it is unpickled
     with pytest.raises(ConfigError, match=r"^.*model cannot be loaded: [^\n]*$"):
         open_model(str(folder), "image")
     assert not mark.exists()
@@ -359,10 +362,10 @@ def test_weights_that_are_pickles_are_refused(models: Path, tmp_path: Path, kept
 
 @pytest.mark.parametrize("model_type", ["dinov2", "of-others"])
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
-def test_code_in_the_folder_of_a_model_is_never_run(
+def test_code_in_a_model_folder_is_never_run(
     models: Path, tmp_path: Path, model_type: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even where the user would be asked, and says yes."""
+    """Not even if transformers asks the user, who answers yes."""
     folder, mark = Path(shutil.copytree(models / "dinov2", tmp_path / "model")), tmp_path / "ran"
     (folder / "hostile_model.py").write_text(f"open({str(mark)!r}, 'w')")
     names = {"AutoConfig": "C", "AutoModel": "M", "AutoImageProcessor": "P", "AutoFeatureExtractor": "F"}
@@ -371,7 +374,7 @@ def test_code_in_the_folder_of_a_model_is_never_run(
     content |= {"model_type": model_type} if file == "config.json" else {"image_processor_type": "Of" + model_type}
     (folder / file).write_text(json.dumps(content))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    if file == "config.json" and model_type == "dinov2":  # transformers has a class of its own for it
+    if file == "config.json" and model_type == "dinov2":  # transformers has a built-in class for it
         open_model(str(folder), "image")
     else:
         with pytest.raises(ConfigError, match=r"^[^\n]*cannot be (loaded|read): [^\n]*$"):

@@ -1,4 +1,4 @@
-"""Laws of the samples: ids are unique, labels keep their order, and a test split is cut evenly and by id."""
+"""Samples: unique ids, sorted classes, and a test split that is stratified and drawn by id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Read = Callable[..., Samples]
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    """Write columns beside two of vectors, and read the samples."""
+    """Write these columns and two columns of vectors, and read the samples."""
 
     def write_and_read(config: DataConfig | None = None, *, seed: int = 0, **columns: Any) -> Samples:
         num_rows = len(next(iter(columns.values())))
@@ -50,7 +50,7 @@ def read(tmp_path: Path) -> Read:
         ([0, 2**40], ("0", str(2**40)), [0, 1]),
     ],
 )
-def test_labels_keep_their_own_order(
+def test_classes_are_sorted_by_label(
     read: Read, labels: list[object], names: tuple[str, ...], numbers: list[int]
 ) -> None:
     samples = read(label=labels)
@@ -59,7 +59,7 @@ def test_labels_keep_their_own_order(
     assert samples.label.dtype == np.int32
 
 
-def test_classes_are_called_as_the_source_calls_them(read: Read) -> None:
+def test_class_names_come_from_label_name(read: Read) -> None:
     samples = read(label=[2, 1, 5, None], label_name=["two", "one", None, "none"])
     assert samples.class_names == ("one", "two", "5")
     assert samples.label.tolist() == [1, 0, 2, NO_LABEL]
@@ -68,41 +68,41 @@ def test_classes_are_called_as_the_source_calls_them(read: Read) -> None:
 @pytest.mark.parametrize(
     ("labels", "words"), [([0.5, 1.0], "fractions"), ([[1], [2]], "lists"), ([{"a": 1}, {"a": 2}], "lists")]
 )
-def test_what_is_no_class_is_refused(read: Read, labels: list[object], words: str) -> None:
-    with pytest.raises(DatasetError, match=f"the labels are {words}: .* name it with --label"):
+def test_labels_that_are_not_classes_are_rejected(read: Read, labels: list[object], words: str) -> None:
+    with pytest.raises(DatasetError, match=f"the labels are {words}: .* choose the column with --label"):
         read(DataConfig(modality=("u=u", "v=v")), label=labels)
 
 
-def test_repeated_ids_are_refused(read: Read) -> None:
-    with pytest.raises(DatasetError, match=r"2 ids stand more than once \(a, b\): ids must be unique; .* --id"):
+def test_repeated_ids_are_rejected(read: Read) -> None:
+    with pytest.raises(DatasetError, match=r"2 ids are repeated \(a, b\): ids must be unique; .* --id"):
         read(id=["a", "b", "a", "b", "c"], label=[0, 1, 0, 1, 0])
 
 
-def test_a_null_id_is_refused(read: Read) -> None:
+def test_null_id_is_rejected(read: Read) -> None:
     with pytest.raises(DatasetError, match="column 'id' has 1 rows without an id"):
         read(id=["a", None], label=[0, 1])
 
 
-def test_ids_are_strings_and_read_alone_are_the_same(tmp_path: Path, read: Read) -> None:
+def test_ids_are_strings_in_dataset_order(tmp_path: Path, read: Read) -> None:
     samples = read(id=[7, 8, 10, 9], label=[0, 1, 0, 1])
     assert samples.sample_id.tolist() == ["7", "8", "10", "9"]
 
 
-def test_splits_have_three_names(read: Read) -> None:
-    known = {
+def test_split_names_are_normalised(read: Read) -> None:
+    names_of_split = {
         "train": ["train", "Training", "TRN"],
         "validation": ["val", "valid", "dev", "Development", "validation"],
         "test": ["test", "tst", "EVAL", "evaluation", "testing"],
     }
-    given = [name for names in known.values() for name in names]
-    expected = [split for split, names in known.items() for _ in names]
-    assert read(label=[0] * len(given), split=given).split.tolist() == expected
+    names_in_order = [name for names in names_of_split.values() for name in names]
+    expected = [split for split, names in names_of_split.items() for _ in names]
+    assert read(label=[0] * len(names_in_order), split=names_in_order).split.tolist() == expected
 
 
-@pytest.mark.parametrize("odd", ["holdout", None])
-def test_an_unknown_split_is_refused_and_can_be_left_alone(read: Read, odd: str | None) -> None:
-    columns = {"label": [0, 1] * 5, "split": ["train"] * 9 + [odd]}
-    with pytest.raises(DatasetError, match=f"column 'split' holds {odd}; a split is train, validation or test"):
+@pytest.mark.parametrize("unknown", ["holdout", None])
+def test_unknown_split_is_rejected_or_ignored_on_request(read: Read, unknown: str | None) -> None:
+    columns = {"label": [0, 1] * 5, "split": ["train"] * 9 + [unknown]}
+    with pytest.raises(DatasetError, match=f"column 'split' holds {unknown}; a split is train, validation or test"):
         read(**columns)
     assert read(DataConfig(split="none"), **columns).split.tolist().count("test") == 2
 
@@ -112,14 +112,14 @@ def test_groups_are_strings(read: Read) -> None:
     assert read(label=[0, 1]).group is None
 
 
-def test_columns_of_file_names_are_passed_through(clip_source: Path) -> None:
+def test_path_columns_are_kept(clip_source: Path) -> None:
     samples = read_samples(open_dataset(clip_source, DataConfig(shard_rows=7)), seed=0, test_fraction=0.2)
     assert len(samples) == 24
     assert samples.paths.column_names == ["audio_file_name", "image_file_name"]
     assert samples.paths["audio_file_name"].to_pylist() == [f"{number}.wav" for number in range(24)]
 
 
-def named(count: int) -> NDArray[np.object_]:
+def sample_ids(count: int) -> NDArray[np.object_]:
     return np.array([f"s{number}" for number in range(count)], dtype=object)
 
 
@@ -128,64 +128,70 @@ LABELS = st.lists(st.integers(0, 3), min_size=1, max_size=80).map(lambda labels:
 
 @settings(deadline=None)
 @given(LABELS, st.floats(0.05, 0.95), st.integers(0, 5))
-def test_every_class_gives_its_share(label: NDArray[np.int32], fraction: float, seed: int) -> None:
-    """The whole is right to the row; a class is off by its own half row and those of the others at most."""
-    drawn = stratified_cut(named(len(label)), label, None, fraction=fraction, seed=seed, purpose="p")
+def test_drawn_fraction_is_equal_in_every_class(label: NDArray[np.int32], fraction: float, seed: int) -> None:
+    """The total is exact; a class deviates by at most half a row plus half a row of each other class."""
+    drawn = stratified_cut(sample_ids(len(label)), label, None, fraction=fraction, seed=seed, purpose="p")
     assert drawn.sum() == max(1, round(fraction * len(label)))
     classes = np.unique(label)
-    for one in classes:
-        assert abs(drawn[label == one].sum() - fraction * (label == one).sum()) <= (1 + len(classes)) / 2
+    for stratum in classes:
+        assert abs(drawn[label == stratum].sum() - fraction * (label == stratum).sum()) <= (1 + len(classes)) / 2
 
 
-def test_equal_classes_give_equal_shares() -> None:
+def test_equal_classes_get_equal_shares() -> None:
     label = np.repeat(np.arange(4, dtype=np.int32), 25)
-    drawn = stratified_cut(named(100), label, None, fraction=0.2, seed=0, purpose="p")
+    drawn = stratified_cut(sample_ids(100), label, None, fraction=0.2, seed=0, purpose="p")
     assert np.bincount(label[drawn]).tolist() == [5, 5, 5, 5]
 
 
 @settings(deadline=None)
 @given(LABELS, st.lists(st.integers(0, 6), min_size=80, max_size=80), st.floats(0.05, 0.95), st.integers(0, 5))
-def test_whole_groups_are_drawn_whatever_the_order(
+def test_whole_groups_are_drawn_independent_of_order(
     label: NDArray[np.int32], numbers: list[int], fraction: float, seed: int
 ) -> None:
     group = np.array([f"g{number}" for number in numbers[: len(label)]], dtype=object)
     order = np.random.default_rng(seed).permutation(len(label))
-    for each in (None, group):
-        drawn = stratified_cut(named(len(label)), label, each, fraction=fraction, seed=seed, purpose="p")
-        moved = None if each is None else each[order]
-        again = stratified_cut(named(len(label))[order], label[order], moved, fraction=fraction, seed=seed, purpose="p")
-        np.testing.assert_array_equal(again, drawn[order])
-    assert all(len(set(drawn[group == one].tolist())) == 1 for one in set(group))
+    for group_or_none in (None, group):
+        drawn = stratified_cut(sample_ids(len(label)), label, group_or_none, fraction=fraction, seed=seed, purpose="p")
+        group_reordered = None if group_or_none is None else group_or_none[order]
+        drawn_reordered = stratified_cut(
+            sample_ids(len(label))[order], label[order], group_reordered, fraction=fraction, seed=seed, purpose="p"
+        )
+        np.testing.assert_array_equal(drawn_reordered, drawn[order])
+    assert all(len(set(drawn[group == group_name].tolist())) == 1 for group_name in set(group))
     largest = max(np.unique(group.astype(str), return_counts=True)[1])
     if len(set(group)) > 1:
         assert drawn.any()
         assert abs(drawn.sum() - fraction * len(label)) <= largest
 
 
-def test_seed_and_purpose_draw_others() -> None:
+def test_seed_and_purpose_change_the_draw() -> None:
     label = np.zeros(200, dtype=np.int32)
-    one, two, three = (
-        stratified_cut(named(200), label, None, fraction=0.5, seed=seed, purpose=purpose)
+    first, other_seed, other_purpose = (
+        stratified_cut(sample_ids(200), label, None, fraction=0.5, seed=seed, purpose=purpose)
         for seed, purpose in ((0, "a"), (1, "a"), (0, "b"))
     )
-    assert 60 < (one & two).sum() + (~one & ~two).sum() < 140
-    assert 60 < (one & three).sum() + (~one & ~three).sum() < 140
+    assert 60 < (first & other_seed).sum() + (~first & ~other_seed).sum() < 140
+    assert 60 < (first & other_purpose).sum() + (~first & ~other_purpose).sum() < 140
 
 
 @given(LABELS)
-def test_spread_is_even_within_every_class(label: NDArray[np.int32]) -> None:
+def test_stratify_is_uniform_within_every_class(label: NDArray[np.int32]) -> None:
     keys = np.random.default_rng(0).permutation(len(label)).astype(np.uint64)
-    place = stratify(keys, label)
-    for one in np.unique(label):
-        count = int((label == one).sum())
-        np.testing.assert_allclose(np.sort(place[label == one]), (np.arange(count) + 0.5) / count)
-        assert (np.argsort(place[label == one]) == np.argsort(keys[label == one])).all()
+    position = stratify(keys, label)
+    for stratum in np.unique(label):
+        count = int((label == stratum).sum())
+        np.testing.assert_allclose(np.sort(position[label == stratum]), (np.arange(count) + 0.5) / count)
+        assert (np.argsort(position[label == stratum]) == np.argsort(keys[label == stratum])).all()
 
 
-def test_a_test_split_is_cut_where_there_is_none(read: Read) -> None:
+def test_missing_split_is_drawn_by_class_or_group(read: Read) -> None:
     samples = read(label=[number % 3 for number in range(60)])
     assert set(samples.split.tolist()) == {"train", "test"}
-    assert [int(((samples.split == "test") & (samples.label == one)).sum()) for one in range(3)] == [4, 4, 4]
+    assert [int(((samples.split == "test") & (samples.label == stratum)).sum()) for stratum in range(3)] == [
+        4,
+        4,
+        4,
+    ]
     groups = [f"g{number // 6}" for number in range(60)]
     grouped = read(label=[number % 3 for number in range(60)], group=groups)
     assert grouped.group is not None
@@ -193,7 +199,7 @@ def test_a_test_split_is_cut_where_there_is_none(read: Read) -> None:
     assert len(set(grouped.group[grouped.split == "test"].tolist())) == 2
 
 
-def test_a_class_is_its_own_output(read: Read) -> None:
+def test_outputs_of_classification_are_the_classes(read: Read) -> None:
     samples = read(DataConfig(classes=("b", "a")), label=["a", "b", "c", None])
     assert (samples.task, samples.values, samples.outputs) == ("classification", None, ("b", "a"))
     assert samples.label.tolist() == [1, 0, UNKNOWN_LABEL, NO_LABEL]
@@ -201,7 +207,7 @@ def test_a_class_is_its_own_output(read: Read) -> None:
     assert (samples.target.task, samples.target.num_outputs, len(samples.target)) == ("classification", 2, 4)
 
 
-def test_names_in_the_schema_are_the_classes(tmp_path: Path) -> None:
+def test_declared_class_names_are_used(tmp_path: Path) -> None:
     features = datasets.Features({"label": datasets.ClassLabel(names=["zebra", "ape"])})
     rows = pa.table({"label": [1, 0, -1]}, schema=features.arrow_schema)
     for name in ("u", "v"):
@@ -214,7 +220,7 @@ def test_names_in_the_schema_are_the_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [[["a", "b"], ["b"], None, []], ["a|b", "b", None, ";"]])
-def test_label_sets(read: Read, labels: list[object]) -> None:
+def test_label_sets_are_read_as_indicator_values(read: Read, labels: list[object]) -> None:
     config = DataConfig(task="multilabel", modality=("u=u", "v=v"))
     samples = read(config, label=labels)
     assert (samples.task, samples.outputs) == ("multilabel", ("a", "b"))
@@ -225,7 +231,7 @@ def test_label_sets(read: Read, labels: list[object]) -> None:
     assert samples.target.num_outputs == 2
 
 
-def test_numbers(read: Read) -> None:
+def test_regression_targets_are_read_with_deciles(read: Read) -> None:
     samples = read(DataConfig(task="regression"), label=[number / 10 for number in range(20)])
     assert (samples.task, samples.outputs, len(samples.class_names)) == ("regression", ("label",), 10)
     assert samples.values is not None

@@ -1,4 +1,4 @@
-"""Laws of files of rows: the same rows in csv, jsonl and Parquet are the same, and a broken file says what is wrong."""
+"""Csv, jsonl and Parquet files: equal rows in every format, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -38,37 +38,37 @@ JSONL = (
 )
 
 
-def written(path: Path, text: str | bytes) -> Path:
+def write_file(path: Path, text: str | bytes) -> Path:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
-def test_three_formats_give_the_same_rows(tmp_path: Path) -> None:
+def test_formats_give_equal_rows(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "m.parquet")
-    for path in (written(tmp_path / "m.csv", CSV), written(tmp_path / "m.jsonl", JSONL), tmp_path / "m.parquet"):
+    for path in (write_file(tmp_path / "m.csv", CSV), write_file(tmp_path / "m.jsonl", JSONL), tmp_path / "m.parquet"):
         assert read_rows(path).to_pylist() == ROWS
 
 
-def test_strings_of_jsonl_that_look_like_dates_stay_strings(tmp_path: Path) -> None:
-    path = written(tmp_path / "m.jsonl", '{"n": 1, "id": "2020-01-01", "at": "2020-01-01 10:00:00"}\n')
+def test_date_like_strings_of_jsonl_stay_strings(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "m.jsonl", '{"n": 1, "id": "2020-01-01", "at": "2020-01-01 10:00:00"}\n')
     rows = read_rows(path)
     assert rows.column_names == ["n", "id", "at"]
     assert rows.to_pylist() == [{"n": 1, "id": "2020-01-01", "at": "2020-01-01 10:00:00"}]
 
 
-def test_empty_cells_of_csv_are_null_and_words_are_not(tmp_path: Path) -> None:
-    rows = read_rows(written(tmp_path / "m.csv", 'id,label,text\na,NA,""\nb,null,\nc,nan,x\n'))
+def test_only_empty_csv_cells_are_null(tmp_path: Path) -> None:
+    rows = read_rows(write_file(tmp_path / "m.csv", 'id,label,text\na,NA,""\nb,null,\nc,nan,x\n'))
     assert rows["label"].to_pylist() == ["NA", "null", "nan"]
     assert rows["text"].to_pylist() == [None, None, "x"]
 
 
-def test_a_line_break_in_a_cell_breaks_no_row_of_a_long_csv(tmp_path: Path) -> None:
-    """Longer than the megabyte that is parsed at once."""
+def test_line_break_in_a_cell_of_a_long_csv_is_kept(tmp_path: Path) -> None:
+    """The file is longer than the megabyte that is parsed at once."""
     text = "\n".join(["a line of thirty characters..."] * 20)
     rows = "".join(f'{number},"{text}"\n' for number in range(4_000))
-    found = read_rows(written(tmp_path / "m.csv", f"id,text\n{rows}"))
-    assert found["id"].to_pylist() == [str(number) for number in range(4_000)]
-    assert set(found["text"].to_pylist()) == {text}
+    read_back = read_rows(write_file(tmp_path / "m.csv", f"id,text\n{rows}"))
+    assert read_back["id"].to_pylist() == [str(number) for number in range(4_000)]
+    assert set(read_back["text"].to_pylist()) == {text}
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_a_line_break_in_a_cell_breaks_no_row_of_a_long_csv(tmp_path: Path) -> N
         ("m.parquet", b""),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
-    path = written(tmp_path / name, content)
+def test_damaged_file_is_reported(tmp_path: Path, name: str, content: bytes) -> None:
+    path = write_file(tmp_path / name, content)
     with pytest.raises(DatasetError) as caught:
         read_rows(path)
     assert str(caught.value).startswith((f"{path} cannot be read: ", f"{path} cannot be read as Parquet: "))
@@ -96,41 +96,41 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes) -> No
 
 
 @pytest.mark.parametrize("name", METADATA_NAMES)
-def test_a_folder_is_its_metadata_file(tmp_path: Path, name: str) -> None:
-    path = written(tmp_path / name, "x")
+def test_metadata_file_of_a_folder_is_found(tmp_path: Path, name: str) -> None:
+    path = write_file(tmp_path / name, "x")
     assert find_tables(str(tmp_path)) == (tmp_path, [path])
     assert find_tables(str(path)) == (tmp_path, [path])
 
 
-def test_a_glob_is_its_files_in_order(tmp_path: Path) -> None:
-    paths = [written(tmp_path / f"part-{number}.parquet", "x") for number in (2, 0, 1)]
+def test_files_of_a_glob_are_sorted(tmp_path: Path) -> None:
+    paths = [write_file(tmp_path / f"part-{number}.parquet", "x") for number in (2, 0, 1)]
     assert find_tables(f"{tmp_path}/part-*.parquet") == (tmp_path, sorted(paths))
 
 
-def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
+def test_sources_without_table_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no such folder or file"):
         find_tables(str(tmp_path / "none"))
     with pytest.raises(DatasetError, match="no such folder or file"):
         find_tables(str(tmp_path / "*.parquet"))
-    with pytest.raises(DatasetError, match=r"holds none of metadata\.csv, .*: write one with a column file_name"):
+    with pytest.raises(DatasetError, match=r"has none of metadata\.csv, .*: write one with a column file_name"):
         find_tables(str(tmp_path))
     with pytest.raises(DatasetError, match=OTHER_FORMS):
         find_tables(str(tmp_path))
     with pytest.raises(DatasetError, match=r"neither a folder nor a \.parquet, \.csv, \.jsonl or \.tar file"):
-        find_tables(str(written(tmp_path / "m.xlsx", "x")))
-    written(tmp_path / "metadata.csv", "x")
-    written(tmp_path / "metadata.jsonl", "x")
-    with pytest.raises(DatasetError, match=r"matches metadata\.jsonl; a glob may name files of one format only"):
+        find_tables(str(write_file(tmp_path / "m.xlsx", "x")))
+    write_file(tmp_path / "metadata.csv", "x")
+    write_file(tmp_path / "metadata.jsonl", "x")
+    with pytest.raises(DatasetError, match=r"matches metadata\.jsonl; a glob must match files of one format only"):
         find_tables(f"{tmp_path}/meta*")
-    with pytest.raises(DatasetError, match=r"matches m\.xlsx; a glob may name files of one format only"):
+    with pytest.raises(DatasetError, match=r"matches m\.xlsx; a glob must match files of one format only"):
         find_tables(f"{tmp_path}/*.xlsx")
-    with pytest.raises(DatasetError, match=r"both metadata\.csv and metadata\.jsonl: name the file you mean"):
+    with pytest.raises(DatasetError, match=r"both metadata\.csv and metadata\.jsonl: pass the path of one of them"):
         find_tables(str(tmp_path))
 
 
 @settings(deadline=None)
 @given(st.integers(0, 30), st.integers(1, 12))
-def test_shards_in_memory_are_the_rows_cut(num_rows: int, shard_rows: int) -> None:
+def test_memory_shards_partition_the_rows(num_rows: int, shard_rows: int) -> None:
     rows = pa.table({"id": list(range(num_rows)), "other": [None] * num_rows})
     shards = memory_shards(rows, shard_rows=shard_rows)
     assert [value for shard in shards for value in shard.read(["id"])["id"].to_pylist()] == list(range(num_rows))
@@ -140,37 +140,37 @@ def test_shards_in_memory_are_the_rows_cut(num_rows: int, shard_rows: int) -> No
     assert all(shard.read(["other"]).column_names == ["other"] for shard in shards)
 
 
-def test_files_of_one_format_are_read_one_after_another(tmp_path: Path) -> None:
-    one, two = '{"id": "a", "n": 1, "x": null}\n', '{"id": "b", "n": 2, "x": "word"}\n'
-    paths = [written(tmp_path / "1.jsonl", one), written(tmp_path / "2.jsonl", two)]
+def test_files_of_one_format_are_concatenated(tmp_path: Path) -> None:
+    first, second = '{"id": "a", "n": 1, "x": null}\n', '{"id": "b", "n": 2, "x": "word"}\n'
+    paths = [write_file(tmp_path / "1.jsonl", first), write_file(tmp_path / "2.jsonl", second)]
     assert find_tables(f"{tmp_path}/*.jsonl") == (tmp_path, paths)
     assert read_tables(paths).to_pylist() == [{"id": "a", "n": 1, "x": None}, {"id": "b", "n": 2, "x": "word"}]
-    halves = [written(tmp_path / "1.csv", "id,n\na,1\n"), written(tmp_path / "2.csv", "id,n\nb,2\n")]
+    halves = [write_file(tmp_path / "1.csv", "id,n\na,1\n"), write_file(tmp_path / "2.csv", "id,n\nb,2\n")]
     plan = plan_tables(tmp_path, halves, shard_rows=1)
     assert [shard.read(["id"])["id"].to_pylist() for shard in plan.shards] == [["a"], ["b"]]
     assert plan.folders == (tmp_path,)
 
 
 @pytest.mark.parametrize(
-    ("name", "one", "two"),
+    ("name", "first", "second"),
     [("n.csv", "id,n\na,1\n", "id,m\nb,2\n"), ("n.jsonl", '{"id": "a"}\n', '{"id": "a", "m": 2}\n')],
 )
-def test_files_of_other_columns_are_refused(tmp_path: Path, name: str, one: str, two: str) -> None:
-    paths = [written(tmp_path / f"1{name}", one), written(tmp_path / f"2{name}", two)]
-    with pytest.raises(DatasetError, match=f"2{name} has other columns than .*1{name}"):
+def test_files_with_different_columns_are_rejected(tmp_path: Path, name: str, first: str, second: str) -> None:
+    paths = [write_file(tmp_path / f"1{name}", first), write_file(tmp_path / f"2{name}", second)]
+    with pytest.raises(DatasetError, match=f"2{name} has different columns from .*1{name}"):
         plan_tables(tmp_path, paths, shard_rows=9)
 
 
-def test_parts_are_joined_by_column() -> None:
+def test_tables_are_concatenated_by_column_name() -> None:
     parts = [pa.table({"a": [1], "b": ["x"]}), pa.table({"c": [0.5], "a": [2.5]})]
-    assert concat_rows(parts, whence="here").to_pylist() == [
+    assert concat_rows(parts, source="here").to_pylist() == [
         {"a": 1.0, "b": "x", "c": None}, {"a": 2.5, "b": None, "c": 0.5}
     ]  # fmt: skip
     with pytest.raises(DatasetError, match=r"^here: the parts have columns of different types: "):
-        concat_rows([parts[0], pa.table({"a": ["word"]})], whence="here")
+        concat_rows([parts[0], pa.table({"a": ["word"]})], source="here")
 
 
-def test_a_folder_of_parquet_has_its_splits_in_the_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_splits_are_inferred_from_parquet_file_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
     light, heavy = pa.table({"id": ["a"]}), pa.table({"id": ["a"], "x": [[0.5]]})
     for rows in (light, heavy):
@@ -188,7 +188,7 @@ def test_a_folder_of_parquet_has_its_splits_in_the_names(tmp_path: Path, caplog:
     assert splits_of(find_parquets(tmp_path)) == [None, None, None]
 
 
-def test_a_split_in_the_rows_comes_before_that_of_the_name(tmp_path: Path) -> None:
+def test_split_column_overrides_file_name(tmp_path: Path) -> None:
     for rows in (pa.table({"split": ["dev"]}), pa.table({"split": ["dev"], "x": [[0.5]]})):
         pq.write_table(rows, tmp_path / "train.parquet")
         plan = plan_tables(tmp_path, find_parquets(tmp_path), shard_rows=1, splits=["train"])

@@ -1,4 +1,4 @@
-"""Laws of tars: samples are the members of one key, a read touches its own columns only, and damage is named."""
+"""Tars: samples are the members of one key, only requested members are read, and damage is reported."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def npy(array: Any) -> bytes:
     return file.getvalue()
 
 
-def rows(plan: Plan) -> list[dict[str, Any]]:
+def read_rows(plan: Plan) -> list[dict[str, Any]]:
     shards = [pickle.loads(pickle.dumps(shard)) for shard in plan.shards]
     return [row for shard in shards for row in shard.read(plan.head.column_names).to_pylist()]
 
 
-def test_members_are_read_by_what_they_are_called(tmp_path: Path) -> None:
+def test_members_are_read_by_extension(tmp_path: Path) -> None:
     members = [
         ("./a/1.left.PNG", b"sight"),
         ("a/1.txt", b"a dog\n"),
@@ -61,7 +61,7 @@ def test_members_are_read_by_what_they_are_called(tmp_path: Path) -> None:
         ("a/.hidden", b"x"),
         ("README", b"x"),
     ]
-    assert rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=1)) == [
+    assert read_rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=1)) == [
         {"__key__": "a/1", "age": 4, "cls": 3, "tags": ["u"], "txt": "a dog\n", "who": "x",
          "left.png": b"sight", "npy": [1.5, 2.0]},
         {"__key__": "a/2", "age": None, "cls": -1, "tags": None, "txt": None, "who": None,
@@ -77,7 +77,7 @@ def test_members_are_read_by_what_they_are_called(tmp_path: Path) -> None:
     ),
     st.integers(1, 5),
 )
-def test_every_member_is_found_again(
+def test_every_member_is_read_back(
     tmp_path: Path, format_: int, samples: list[dict[str, bytes]], shard_rows: int
 ) -> None:
     folder = "ö" * (4 if format_ == tarfile.USTAR_FORMAT else 150)
@@ -86,7 +86,7 @@ def test_every_member_is_found_again(
     ]
     plan = plan_tars([pack(tmp_path / "x.tar", members, format_=format_)], shard_rows=shard_rows)
     names = {name for sample in samples for name in sample}
-    assert rows(plan) == [
+    assert read_rows(plan) == [
         {"__key__": f"{folder}/{number}", **{name: sample.get(name) for name in names}}
         for number, sample in enumerate(samples)
     ]
@@ -94,7 +94,7 @@ def test_every_member_is_found_again(
     assert [shard.first for shard in plan.shards] == list(range(0, len(samples), shard_rows))
 
 
-def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_requested_members_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     members = [(f"{number}.{name}", b"x" * 2_000) for number in range(3) for name in ("png", "wav")]
     [shard] = plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9).shards
     counted = []
@@ -112,7 +112,7 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert counted == [2_000] * 3
 
 
-def test_shards_hold_no_more_media_than_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_of_media_per_shard_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tars, "_SHARD_BYTES", 250)
     members = [(f"{number}.wav", b"x" * size) for number, size in enumerate((100, 100, 100, 900, 1, 1))]
     plan = plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9)
@@ -123,7 +123,7 @@ def clips(*keys: str) -> Members:
     return [(f"{key}.{name}", b"x") for key in keys for name in ("wav", "png", "cls")]
 
 
-def test_tars_are_found(tmp_path: Path) -> None:
+def test_tars_of_folder_file_and_glob_are_found(tmp_path: Path) -> None:
     paths = [pack(tmp_path / name, clips(name)) for name in ("b.tar", "a.tar", "val/c.tar", "other/d.tar")]
     assert find_tars(str(tmp_path)) == [paths[1], paths[0], paths[2]]
     assert find_tars(str(paths[0])) == [paths[0]]
@@ -131,7 +131,7 @@ def test_tars_are_found(tmp_path: Path) -> None:
     assert find_tars(f"{tmp_path}/*") == []
     assert find_tars(f"{tmp_path}/none.tar") == []
     (tmp_path / "e.tar.gz").write_bytes(b"x")
-    with pytest.raises(DatasetError, match=r"e\.tar\.gz is compressed, .*: unpack it"):
+    with pytest.raises(DatasetError, match=r"e\.tar\.gz is compressed .*: unpack it"):
         find_tars(str(tmp_path / "e.tar.gz"))
 
 
@@ -144,26 +144,26 @@ def test_tars_are_found(tmp_path: Path) -> None:
         (["trainers.tar", "a.tar"], None),
     ],
 )
-def test_splits_are_read_off_the_names_and_said(
+def test_splits_are_inferred_from_names_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str], splits: list[str] | None
 ) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
     paths = [pack(tmp_path / "d" / name, clips(f"k{number}")) for number, name in enumerate(names)]
-    found = [row.get("split") for row in rows(plan_tars(paths, shard_rows=9))]
+    split_of_row = [row.get("split") for row in read_rows(plan_tars(paths, shard_rows=9))]
     expected = {"train": "train", "val": "validation", "test": "test"}
-    assert found == ([None] * len(names) if splits is None else [expected[split] for split in splits])
+    assert split_of_row == ([None] * len(names) if splits is None else [expected[split] for split in splits])
     assert ("split by the names of the tars" in caplog.text) == (splits is not None)
 
 
-def test_a_split_of_their_own_is_kept(tmp_path: Path) -> None:
+def test_existing_split_field_is_kept(tmp_path: Path) -> None:
     members = [*clips("a"), ("a.json", b'{"split": "test"}')]
-    assert rows(plan_tars([pack(tmp_path / "train.tar", members)], shard_rows=9))[0]["split"] == "test"
+    assert read_rows(plan_tars([pack(tmp_path / "train.tar", members)], shard_rows=9))[0]["split"] == "test"
 
 
-def test_tars_of_other_columns_are_joined(tmp_path: Path) -> None:
-    one = pack(tmp_path / "1.tar", [("a.wav", b"1"), ("a.json", b'{"n": 1}')])
-    two = pack(tmp_path / "2.tar", [("b.png", b"2"), ("b.json", b'{"n": 2.5, "word": "x"}')])
-    assert rows(plan_tars([one, two], shard_rows=9)) == [
+def test_tars_with_different_columns_are_concatenated(tmp_path: Path) -> None:
+    first = pack(tmp_path / "1.tar", [("a.wav", b"1"), ("a.json", b'{"n": 1}')])
+    second = pack(tmp_path / "2.tar", [("b.png", b"2"), ("b.json", b'{"n": 2.5, "word": "x"}')])
+    assert read_rows(plan_tars([first, second], shard_rows=9)) == [
         {"__key__": "a", "n": 1.0, "word": None, "wav": b"1", "png": None},
         {"__key__": "b", "n": 2.5, "word": "x", "wav": None, "png": b"2"},
     ]
@@ -172,36 +172,36 @@ def test_tars_of_other_columns_are_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ([], r"cannot be read|holds no sample"),
-        ([("README", b"x")], r"holds no sample: its members should be called KEY\.EXTENSION"),
+        ([], r"cannot be read|has no samples"),
+        ([("README", b"x")], r"has no samples: its members must be named KEY\.EXTENSION"),
         (
             [*clips("a", "b"), ("a.txt", b"x")],
-            "the key a comes again in .*x.tar, after .*x.tar: the members of a sample",
+            "the key a is repeated in .*x.tar, after .*x.tar: the members of a sample",
         ),
-        ([("a.wav", b"x"), ("a.WAV", b"x")], r"a\.WAV stands twice"),
+        ([("a.wav", b"x"), ("a.WAV", b"x")], r"a\.WAV is repeated"),
         ([("a.json", b"{no")], r"x\.tar, a\.json cannot be read"),
-        ([("a.json", b"[1]")], r"a\.json cannot be read: it is no object"),
+        ([("a.json", b"[1]")], r"a\.json cannot be read: it is not a JSON object"),
         ([("a.txt", b"\xff\xfe\x00")], r"a\.txt cannot be read"),
-        ([("a.json", b'{"wav": 1}'), ("a.wav", b"x")], r"a\.wav stands twice, or \.json has a field of this name"),
-        ([("a.wav", b"x"), ("a.json", b'{"wav": 1}')], r"a\.json has a field 'wav' beside a member"),
-        ([("a.wav", b"x"), ("b.json", b'{"wav": 1}')], r"'wav' is both a kind of member and a field"),
+        ([("a.json", b'{"wav": 1}'), ("a.wav", b"x")], r"a\.wav is repeated, or \.json has a field of this name"),
+        ([("a.wav", b"x"), ("a.json", b'{"wav": 1}')], r"a\.json has a field 'wav' and a member"),
+        ([("a.wav", b"x"), ("b.json", b'{"wav": 1}')], r"'wav' is both an extension and a field"),
     ],
 )
-def test_what_is_no_sample_is_refused(tmp_path: Path, members: Members, words: str) -> None:
+def test_invalid_samples_are_rejected(tmp_path: Path, members: Members, words: str) -> None:
     with pytest.raises(DatasetError, match=words):
         plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9)
 
 
-def test_a_key_in_two_tars_is_refused(tmp_path: Path) -> None:
+def test_key_in_two_tars_is_rejected(tmp_path: Path) -> None:
     paths = [pack(tmp_path / name, clips("0001")) for name in ("1.tar", "2.tar")]
-    with pytest.raises(DatasetError, match=r"the key 0001 comes again in .*2\.tar, after .*1\.tar"):
+    with pytest.raises(DatasetError, match=r"the key 0001 is repeated in .*2\.tar, after .*1\.tar"):
         plan_tars(paths, shard_rows=9)
 
 
 @pytest.mark.parametrize("array", [[[1.0, 2.0]], 3.0, ["word"]])
-def test_what_is_no_vector_is_refused(tmp_path: Path, array: Any) -> None:
+def test_array_that_is_not_a_vector_is_rejected(tmp_path: Path, array: Any) -> None:
     path = pack(tmp_path / "x.tar", [("a.npy", npy(array))])
-    with pytest.raises(DatasetError, match=r"a\.npy is of shape .*; features are one row of numbers"):
+    with pytest.raises(DatasetError, match=r"a\.npy is of shape .*; features must be a vector of numbers"):
         plan_tars([path], shard_rows=9)
 
 
@@ -227,34 +227,34 @@ def announcing(shape: bytes) -> bytes:
         (npy([0.5])[:-3], "states 8 bytes|cannot be read"),
     ],
 )
-def test_a_damaged_vector_is_named(tmp_path: Path, data: bytes, words: str) -> None:
+def test_damaged_vector_is_reported(tmp_path: Path, data: bytes, words: str) -> None:
     with pytest.raises(DatasetError, match=words):
         plan_tars([pack(tmp_path / "x.tar", [("a.npy", data)])], shard_rows=9)
 
 
-def test_a_link_is_refused(tmp_path: Path) -> None:
+def test_link_is_rejected(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         member = tarfile.TarInfo("a.wav")
         member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(member)
-    with pytest.raises(DatasetError, match=r"a\.wav is a link or has holes: pack the files themselves"):
+    with pytest.raises(DatasetError, match=r"a\.wav is a link or sparse: pack the files themselves"):
         plan_tars([tmp_path / "x.tar"], shard_rows=9)
 
 
-def test_a_tar_cut_anywhere_is_whole_members_or_refused(tmp_path: Path) -> None:
-    """At a member's end nothing tells that more should follow; before it the damage is named."""
+def test_truncated_tar_gives_complete_members_or_is_rejected(tmp_path: Path) -> None:
+    """A tar cut at the end of a member is valid; anywhere else the damage is reported."""
     content = pack(tmp_path / "whole.tar", [("a.wav", b"x" * 700), ("b.wav", b"y" * 10)]).read_bytes()
     (tmp_path / "cut.tar").write_bytes(b"")
     for end in (0, 100, 512, 900, 1_300, 1_536, 1_800, 2_048, 2_050, 2_100, 2_560, 3_000):
         (tmp_path / "cut.tar").write_bytes(content[:end])
         if end in (1_536, 2_560, 3_000):
-            assert len(rows(plan_tars([tmp_path / "cut.tar"], shard_rows=9))) == (1 if end < 2_000 else 2)
+            assert len(read_rows(plan_tars([tmp_path / "cut.tar"], shard_rows=9))) == (1 if end < 2_000 else 2)
         else:
             with pytest.raises(DatasetError, match=r"cut\.tar.*(truncated|header at byte \d+ cannot be read)"):
                 plan_tars([tmp_path / "cut.tar"], shard_rows=9)
 
 
-def test_a_damaged_header_in_the_middle_is_no_quiet_end(tmp_path: Path) -> None:
+def test_damaged_header_is_reported(tmp_path: Path) -> None:
     path = pack(tmp_path / "x.tar", clips("a", "b", "c"))
     content = bytearray(path.read_bytes())
     content[3 * 1_024 + 148] ^= 0xFF  # in the checksum of the fourth member
@@ -263,27 +263,27 @@ def test_a_damaged_header_in_the_middle_is_no_quiet_end(tmp_path: Path) -> None:
         plan_tars([path], shard_rows=9)
 
 
-def test_a_tar_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
+def test_tar_truncated_after_opening_is_reported(tmp_path: Path) -> None:
     path = pack(tmp_path / "x.tar", [("a.wav", b"x" * 5_000)])
     [shard] = plan_tars([path], shard_rows=9).shards
     path.write_bytes(path.read_bytes()[:1_000])
-    with pytest.raises(DatasetError, match="has become shorter since it was opened"):
+    with pytest.raises(DatasetError, match="was truncated after it was opened"):
         shard.read(["wav"])
 
 
-def test_modalities_of_tars_are_called_by_what_they_are(tmp_path: Path) -> None:
+def test_modalities_of_tars_are_named_by_kind(tmp_path: Path) -> None:
     members = [*clips("a"), ("a.caption.txt", b"a dog"), ("a.face.jpg", b"x")]
     dataset = open_dataset(pack(tmp_path / "x.tar", members))
-    assert [str(each) for each in dataset.modalities] == [
+    assert [str(modality) for modality in dataset.modalities] == [
         "caption=caption.txt:text", "audio=wav:audio", "face=face.jpg:image", "image=png:image"
     ]  # fmt: skip
-    named = open_dataset(tmp_path / "x.tar", DataConfig(modality=("a=wav", "i=png:image")))
-    assert read_samples(named, seed=0, test_fraction=0.5).sample_id.tolist() == ["a"]
+    requested = open_dataset(tmp_path / "x.tar", DataConfig(modality=("a=wav", "i=png:image")))
+    assert read_samples(requested, seed=0, test_fraction=0.5).sample_id.tolist() == ["a"]
     vectors = open_dataset(pack(tmp_path / "v.tar", [*clips("a"), ("a.sound.npy", npy([0.5, 1.0]))]))
     assert vectors.modalities[-1] == Modality(name="sound", column="sound.npy", kind="features", length=2)
 
 
-def test_only_numbers_written_as_such_are_numbers(tmp_path: Path) -> None:
+def test_only_canonical_integers_are_numbers(tmp_path: Path) -> None:
     members = [("a.cls", b"1"), ("a.json", b'{"id": "007"}'), ("b.cls", b"01"), ("b.json", b'{"id": "8"}')]
-    found = rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9))
-    assert [(row["cls"], row["id"]) for row in found] == [("1", "007"), ("01", "8")]
+    read_back = read_rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9))
+    assert [(row["cls"], row["id"]) for row in read_back] == [("1", "007"), ("01", "8")]

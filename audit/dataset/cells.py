@@ -1,4 +1,4 @@
-"""Cells of a table: the bytes, images or text that each stands for."""
+"""Loading of table cells: media bytes or files, folders of frames, texts and vectors."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..quarantine import Reason, UnusableError
 from ..storage import open_regular
 from .modalities import Modality, kind_of_path
 
-MAX_FOLDER_ENTRIES = 100_000  # of a folder of frames: an hour at 25 a second has 90,000
+MAX_FOLDER_ENTRIES = 100_000  # files in a folder of frames: an hour at 25 frames a second has 90,000
 _DIGITS = re.compile(r"(\d+)")
 
 
 def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> Any:
-    """Return what a cell stands for: a medium, a text, a vector, or of frames tuple[tuple[Medium, ...], ...].
+    """Load a cell: a medium, a text, a vector, or tuple[tuple[Medium, ...], ...] for frames.
 
-    A medium is its bytes, or a MediaFile where it is large. Frames are the pictures, in order, of one folder or of
-    several. UnusableError when it is not there, or no regular file; DatasetError for a path that leads outside `root`,
-    unless that is allowed.
+    A medium is its bytes, or a MediaFile if it is large. Frames are the images of one or several folders, in order.
+    Raises UnusableError if the medium is missing or not a regular file, DatasetError for a path outside `root` unless
+    `allow_outside`.
     """
     if cell is None:
         raise UnusableError(Reason.MISSING, f"{modality.column} is null")
@@ -37,11 +37,11 @@ def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool)
             raise UnusableError(Reason.MISSING, f"{modality.column} has neither bytes nor a path")
     if isinstance(cell, bytes):
         return cell
-    return _read(_resolve(str(cell), root=root, allow_outside=allow_outside), str(cell))
+    return _read_medium(_resolve(str(cell), root=root, allow_outside=allow_outside), str(cell))
 
 
 def holds_pictures(folder: str, *, root: Path) -> bool:
-    """Tell whether a cell names a folder of pictures below `root`."""
+    """Return whether `folder` is a folder below `root` that contains images."""
     try:
         path = _resolve(folder, root=root, allow_outside=False)
         return path.is_dir() and bool(_pictures(path))
@@ -70,25 +70,25 @@ def _load_folder(name: str, *, root: Path, allow_outside: bool) -> tuple[Medium,
         raise UnusableError(Reason.EMPTY, f"no picture in the folder {name}")
     paths = [f"{name}/{picture}" for picture in pictures]
     media: list[Medium] = []
-    room = MAX_IN_MEMORY  # of all pictures of a folder together: of many, a clip shows a few
+    max_bytes = MAX_IN_MEMORY  # for all images of a folder together: of a long folder only a few frames are decoded
     for path in paths:
-        media.append(_read(_resolve(path, root=root, allow_outside=allow_outside), path, room=room))
-        room -= len(media[-1]) if isinstance(media[-1], bytes) else 0
+        media.append(_read_medium(_resolve(path, root=root, allow_outside=allow_outside), path, max_bytes=max_bytes))
+        max_bytes -= len(media[-1]) if isinstance(media[-1], bytes) else 0
     return tuple(media)
 
 
 def _pictures(folder: Path) -> list[str]:
-    """Name the pictures of a folder in order: by name, numbers as numbers, so that frame 10 comes after frame 9."""
+    """Return the image names of a folder in natural order: numbers compare as numbers, so frame 10 follows frame 9."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in islice(entries, MAX_FOLDER_ENTRIES + 1)]
     if len(names) > MAX_FOLDER_ENTRIES:
         raise UnusableError(Reason.TOO_LARGE, f"more than {MAX_FOLDER_ENTRIES:,} files in the folder {folder.name}")
     pictures = [name for name in names if kind_of_path(name) == "image" and not name.startswith(".")]
-    return sorted(pictures, key=_in_order)
+    return sorted(pictures, key=_natural_order)
 
 
-def _in_order(name: str) -> tuple[list[tuple[int, str]], str]:
-    parts = _DIGITS.split(name)  # words and numbers take turns, words first
+def _natural_order(name: str) -> tuple[list[tuple[int, str]], str]:
+    parts = _DIGITS.split(name)  # text and numbers alternate, starting with text
     return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)], name
 
 
@@ -96,7 +96,7 @@ def _resolve(name: str, *, root: Path, allow_outside: bool) -> Path:
     root_path = root.resolve()
     try:
         path = (root_path / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL in the name
+    except (OSError, RuntimeError, ValueError) as error:  # circular links, or a NUL in the name
         raise UnusableError(Reason.MISSING, f"no file {name!r}: {error}") from error
     if not allow_outside and ("://" in name or not path.is_relative_to(root_path)):
         raise DatasetError(
@@ -105,12 +105,12 @@ def _resolve(name: str, *, root: Path, allow_outside: bool) -> Path:
     return path
 
 
-def _read(path: Path, name: str, *, room: int = MAX_IN_MEMORY) -> Medium:
-    """Read a regular file, or describe one larger than `room` bytes, to be read in ranges."""
+def _read_medium(path: Path, name: str, *, max_bytes: int = MAX_IN_MEMORY) -> Medium:
+    """Read a regular file; one larger than `max_bytes` is returned as a MediaFile, which is read in ranges."""
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
-            return file.read(status.st_size) if status.st_size <= room else MediaFile.of(path, status)
+            return file.read(status.st_size) if status.st_size <= max_bytes else MediaFile.of(path, status)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UnusableError(Reason.MISSING, f"no file {name}") from error
     except OSError as error:

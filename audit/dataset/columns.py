@@ -22,7 +22,7 @@ _ROLE_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """The column for each role; `label` is always there, the others may be None."""
+    """Column name of each role; `label` is required, the others may be None."""
 
     id: str | None
     label: str
@@ -31,36 +31,39 @@ class Columns:
     split: str | None
 
     @property
-    def taken(self) -> list[str]:
-        """The columns that have a role, and are therefore no modality."""
+    def names(self) -> list[str]:
+        """Names of the columns that have a role; they are not modalities."""
         return [name for name in (self.id, self.label, self.label_name, self.group, self.split) if name]
 
 
-def find_columns(names: Sequence[str], named: Mapping[str, str | None]) -> Columns:
-    """Find the column of each role: the one that `named` says, else by name; "none" leaves group or split alone."""
+def find_columns(names: Sequence[str], requested: Mapping[str, str | None]) -> Columns:
+    """Return the column of each role: the requested one, else the first usual name; "none" disables group or split.
+
+    Raises DatasetError for repeated columns or a missing label, ConfigError for a requested column that does not exist.
+    """
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise DatasetError(f"more than one column is called {repeated[0]!r}: rename all but one")
-    found = {role: _find_column(names, role, named.get(role)) for role in _ROLE_NAMES}
-    label = found["label"]
+    by_role = {role: _find_column(names, role, requested.get(role)) for role in _ROLE_NAMES}
+    label = by_role["label"]
     if label is None:
         raise DatasetError(f"no label column among {', '.join(names)}: name it with --label COLUMN, or call it label")
-    if label == "label_name" or named.get("label") not in (None, "label"):
-        found["label_name"] = None  # names of some other label
+    if label == "label_name" or requested.get("label") not in (None, "label"):
+        by_role["label_name"] = None  # it names the classes of another label column
     return Columns(
-        id=found["id"], label=label, label_name=found["label_name"], group=found["group"], split=found["split"]
+        id=by_role["id"], label=label, label_name=by_role["label_name"], group=by_role["group"], split=by_role["split"]
     )
 
 
-def _find_column(names: Sequence[str], role: str, named: str | None) -> str | None:
-    if named == "none" and role in ("group", "split"):
+def _find_column(names: Sequence[str], role: str, requested: str | None) -> str | None:
+    if requested == "none" and role in ("group", "split"):
         return None
-    if named is not None and named not in names:
-        raise ConfigError(f"--{role} {named}: no such column; {choices(named, names)}")
-    return named or next((name for name in _ROLE_NAMES[role] if name in names), None)
+    if requested is not None and requested not in names:
+        raise ConfigError(f"--{role} {requested}: no such column; {choices(requested, names)}")
+    return requested or next((name for name in _ROLE_NAMES[role] if name in names), None)
 
 
-SPLIT = "split"  # the column that names of files, folders and parts become
+SPLIT = "split"  # the column that holds splits inferred from names of files, folders and dataset parts
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
@@ -71,18 +74,18 @@ _WORD = re.compile(r"[a-z]+")
 
 
 def split_of_folder(name: str) -> str | None:
-    """Give the split that a folder's whole name stands for, or None."""
+    """Return the split that a folder's full name stands for, or None."""
     return SPLIT_NAMES.get(name.lower())
 
 
 def split_of_file(name: str) -> str | None:
-    """Give the split that a file's name begins with, as `train-000.tar` does, or None."""
+    """Return the split that a file's name begins with, as in `train-000.tar`, or None."""
     word = _WORD.match(name.lower())
     return SPLIT_NAMES.get(word.group()) if word else None
 
 
 def with_split(rows: pa.Table, split: str | None) -> pa.Table:
-    """Add the column `split`, the same in every row; None adds nothing."""
+    """Return the rows with a constant column `split`; unchanged if `split` is None."""
     if split is None:
         return rows
     return rows.append_column(SPLIT, pa.repeat(pa.scalar(split, pa.string()), rows.num_rows))

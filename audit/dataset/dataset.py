@@ -1,4 +1,4 @@
-"""Datasets: the rows of a source, and where each modality of a row is stored."""
+"""Datasets: the rows of a source and the location of each modality."""
 
 from __future__ import annotations
 
@@ -24,31 +24,49 @@ from .modalities import Modality, check_modalities, choose_encoders, infer_modal
 
 log = logging.getLogger("mmaudit")
 
-_SOUND_TRIALS = 8  # clips that are opened to see whether a video column has sound
+_NUM_SOUND_CHECKS = 8  # clips that are opened to check whether a video column has sound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Which columns are what. None: found by name; `split = "none"` or `group = "none"`: leave that column alone."""
+    """Roles of the columns and options of reading.
+
+    Attributes:
+        modality: NAME=COLUMN[:KIND] of each modality; (): inferred from the columns.
+        encoder: MODALITY=ENCODER for each modality that does not use the default, `statistics`.
+        task: classification, multilabel or regression; see labels.py.
+        id: column of sample ids; None: found by name.
+        label: column of labels; None: found by name.
+        group: column of groups; None: found by name, "none": not used.
+        split: column of splits; None: found by name, "none": not used.
+        classes: all classes; a label outside is quarantined. (): the source's own list, if it has one.
+        allow_outside: allow paths that lead outside the dataset's folder.
+        keep_duplicates: score samples that equal another sample in every modality.
+        shard_rows: rows of media per shard, the unit that is encoded at once and lost on Ctrl-C.
+        test_fraction: fraction of samples in the test split if the dataset has no split, in (0, 1).
+
+    Raises:
+        ConfigError: if a value is out of range or a class is repeated.
+    """
 
     modality: tuple[str, ...] = ()
-    encoder: tuple[str, ...] = ()  # MODALITY=ENCODER for each that is not read by the default statistics
-    task: str = "classification"  # what a label is: see target.py
+    encoder: tuple[str, ...] = ()
+    task: str = "classification"
     id: str | None = None
     label: str | None = None
     group: str | None = None
     split: str | None = None
-    classes: tuple[str, ...] = ()  # all there are; a label outside is quarantined. (): the source's own list, if any
+    classes: tuple[str, ...] = ()
     allow_outside: bool = False
-    keep_duplicates: bool = False  # score samples that are the same as another in every modality
-    shard_rows: int = 256  # rows of a list of media that are encoded, and lost by Ctrl-C, at once
-    test_fraction: float = 0.2  # of a dataset that comes without a split
+    keep_duplicates: bool = False
+    shard_rows: int = 256
+    test_fraction: float = 0.2
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ConfigError(f"data.task is {self.task!r}; {choices(self.task, TASKS)}")
-        if repeated := [name for name in self.classes if self.classes.count(name) > 1]:
-            raise ConfigError(f"data.classes names {repeated[0]!r} more than once")
+        if repeated_classes := [name for name in self.classes if self.classes.count(name) > 1]:
+            raise ConfigError(f"data.classes names {repeated_classes[0]!r} more than once")
         if self.shard_rows < 1:
             raise ConfigError(f"data.shard_rows is {self.shard_rows}; it must be at least 1")
         if not 0 < self.test_fraction < 1:
@@ -57,7 +75,19 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A schema plus a plan of shards. Media stay on disk; `read` gives one shard's rows."""
+    """A schema and the shards of a source. Media stay on disk; `read` returns the rows of one shard.
+
+    Attributes:
+        source: the path, glob or hub name that was opened.
+        root: folder that relative paths start from.
+        modalities: the modalities, at least two.
+        columns: names of the id, label, group and split columns.
+        schema: Arrow schema of the rows.
+        shards: units of reading, in dataset order.
+        allow_outside: whether paths may lead outside `root`.
+        task: classification, multilabel or regression.
+        classes: requested classes; (): those of the source.
+    """
 
     source: str
     root: Path
@@ -71,37 +101,45 @@ class Dataset:
 
     @property
     def num_rows(self) -> int:
-        """Samples in the source, usable or not."""
+        """Number of samples in the source, usable or not."""
         return sum(shard.num_rows for shard in self.shards)
 
     @property
     def path_columns(self) -> list[str]:
-        """The columns that name media files; they are passed through to every table."""
+        """Names of the columns that hold paths of media files; they are copied to every table."""
         columns = {m.column for m in self.modalities if m.kind != "text" and is_text(self.schema.field(m.column).type)}
         return [name for name in self.schema.names if name in columns]
 
     def read(self, shard: Shard, *, modalities: bool = True) -> pa.Table:
-        """Read a shard's rows: the role columns, and those of the modalities unless `modalities` is False."""
-        wanted = set(self.columns.taken) | set(self.path_columns)
+        """Read the rows of a shard: id, label, group, split and path columns, and the modalities if `modalities`."""
+        columns = set(self.columns.names) | set(self.path_columns)
         if modalities:
-            wanted |= {modality.column for modality in self.modalities}
-        return shard.read([name for name in self.schema.names if name in wanted])
+            columns |= {modality.column for modality in self.modalities}
+        return shard.read([name for name in self.schema.names if name in columns])
 
     def sample_ids(self, rows: pa.Table, shard: Shard) -> list[str]:
-        """Give the ids of a shard's rows: the id column, else the first path column, else the row's number."""
+        """Return the ids of a shard's rows: the id column, else the first path column, else `row-NUMBER`."""
         if self.columns.id:
             return [str(value) for value in rows[self.columns.id].to_pylist()]
         names = rows[self.path_columns[0]].to_pylist() if self.path_columns else [None] * rows.num_rows
         numbers = range(shard.first, shard.first + rows.num_rows)
-        # A row whose path is null is quarantined, and must be told from the next one there.
+        # A row whose path is null is quarantined; the row number keeps its id unique.
         return [f"row-{number:09d}" if name is None else name for name, number in zip(names, numbers, strict=True)]
 
     def load(self, cell: Any, modality: Modality) -> Any:
-        """Give what a cell stands for: a medium, a text, a vector, or the pictures of folders of frames.
+        """Load a cell of a modality.
 
-        A medium is its bytes, or a MediaFile where it is large; frames are folders, each its pictures in order.
-        UnusableError when it is not there; DatasetError for a path that leads outside the dataset's folder, unless
-        that is allowed.
+        Args:
+            cell: value of the modality's column: a path, bytes, a struct of both, a text, a vector, or folder names.
+            modality: the modality that the cell belongs to.
+
+        Returns:
+            A medium (bytes, or a MediaFile if it is large), a text, a vector, or for frames one tuple of images, in
+            order, for each folder.
+
+        Raises:
+            UnusableError: if the medium is missing.
+            DatasetError: if a path leads outside the dataset's folder, unless `allow_outside`.
         """
         try:
             return load_cell(cell, modality, root=self.root, allow_outside=self.allow_outside)
@@ -110,12 +148,24 @@ class Dataset:
 
 
 def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
-    """Open any source of samples.
+    """Open a dataset.
 
-    A folder with a metadata file, or one in each of its folders of splits; csv, jsonl or Parquet, a file or a glob;
-    a folder that `datasets` saved; a name on the hub; ROOT[/split]/class/file; WebDataset tars. Modalities are inferred
-    from the columns and said aloud, unless `config.modality` names them. Raises DatasetError where the data are not a
-    dataset, ConfigError where the config names what is not there.
+    Args:
+        data: a folder with a metadata file, or with one in each folder of a split; a csv, jsonl or Parquet file or a
+            glob of such; a folder saved by `datasets`; a name on the Hugging Face hub; a folder
+            ROOT[/split]/class/file; WebDataset tars.
+        config: roles of the columns; by default they are inferred. Inferred modalities are logged.
+
+    Returns:
+        The dataset; media are not read yet.
+
+    Raises:
+        DatasetError: if `data` is not a readable dataset.
+        ConfigError: if the config names a column, modality or encoder that does not exist.
+
+    Example:
+        >>> dataset = open_dataset("clips", DataConfig(label="emotion"))
+        >>> print(dataset.num_rows, dataset.modalities)
     """
     config = config or DataConfig()
     plan = plan_source(str(data), shard_rows=config.shard_rows, allow_outside=config.allow_outside)
@@ -137,68 +187,72 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
         classes=config.classes,
     )
     if not config.modality:
-        dataset = replace(dataset, modalities=tuple(_with_sound(dataset, plan.head)))
+        dataset = replace(dataset, modalities=tuple(_drop_silent_audio(dataset, plan.head)))
     check_modalities(dataset.modalities, plan.head.column_names)
-    modalities = choose_encoders([_with_length(dataset, modality) for modality in dataset.modalities], config.encoder)
+    modalities = choose_encoders(
+        [_set_vector_length(dataset, modality) for modality in dataset.modalities], config.encoder
+    )
     dataset = replace(dataset, modalities=tuple(modalities))
     log.info("modalities: %s", ", ".join(str(modality) for modality in dataset.modalities))
     return dataset
 
 
 def _find_modalities(plan: Plan, columns: Columns, config: DataConfig) -> list[Modality]:
-    pictured = partial(holds_pictures, root=plan.root)
+    contains_pictures = partial(holds_pictures, root=plan.root)
     if config.modality:
-        return [parse_modality(text, plan.head, holds_pictures=pictured) for text in config.modality]
-    return infer_modalities(plan.head, taken=columns.taken, holds_pictures=pictured)
+        return [parse_modality(text, plan.head, holds_pictures=contains_pictures) for text in config.modality]
+    return infer_modalities(plan.head, excluded=columns.names, holds_pictures=contains_pictures)
 
 
 def _check_folders(plan: Plan, modalities: Sequence[Modality]) -> None:
-    """Refuse files of several folders that name media: their paths could be relative to one of them only."""
-    named = [m.column for m in modalities if m.kind != "text" and is_text(plan.head.schema.field(m.column).type)]
-    if named and len(plan.folders) > 1:
+    """Raise DatasetError if files of several folders hold media paths: these can be relative to one folder only."""
+    path_columns = [m.column for m in modalities if m.kind != "text" and is_text(plan.head.schema.field(m.column).type)]
+    if path_columns and len(plan.folders) > 1:
         raise DatasetError(
             f"the files lie in {len(plan.folders)} folders ({plan.folders[0]}, {plan.folders[1]}), and the paths in "
-            f"{named[0]!r} are relative to one: write one metadata file above them"
+            f"{path_columns[0]!r} are relative to one: write one metadata file above them"
         )
 
 
-def _with_sound(dataset: Dataset, head: pa.Table) -> list[Modality]:
-    """Leave out the sound of a video column when its first clips have none."""
-    kept = []
+def _drop_silent_audio(dataset: Dataset, head: pa.Table) -> list[Modality]:
+    """Return the modalities without the audio of a video column whose first clips have no sound."""
+    modalities = []
     for modality in dataset.modalities:
-        twins = [other for other in dataset.modalities if other.column == modality.column]
-        if modality.kind == "audio" and len(twins) == 2 and not _any_sound(dataset, head, modality):
-            log.info("%s: no sound in the first %d clips; the sight alone is read", modality.column, _SOUND_TRIALS)
+        same_column = [candidate for candidate in dataset.modalities if candidate.column == modality.column]
+        if modality.kind == "audio" and len(same_column) == 2 and not _has_any_sound(dataset, head, modality):
+            log.info("%s: no sound in the first %d clips; only the frames are read", modality.column, _NUM_SOUND_CHECKS)
         else:
-            kept.append(modality)
-    return kept
+            modalities.append(modality)
+    return modalities
 
 
-def _any_sound(dataset: Dataset, head: pa.Table, modality: Modality) -> bool:
-    readable = 0
-    for cell in head[modality.column].to_pylist()[:_SOUND_TRIALS]:
+def _has_any_sound(dataset: Dataset, head: pa.Table, modality: Modality) -> bool:
+    num_readable = 0
+    for cell in head[modality.column].to_pylist()[:_NUM_SOUND_CHECKS]:
         try:
             if has_sound(dataset.load(cell, modality)):
                 return True
-            readable += 1
+            num_readable += 1
         except UnusableError:
             continue
-    return readable == 0  # nothing could be opened: leave the verdict to the quarantine
+    return (
+        num_readable == 0
+    )  # no clip could be opened: keep the modality, the rows are quarantined later with their reasons
 
 
-def _with_length(dataset: Dataset, modality: Modality) -> Modality:
-    """Fix the length of a feature vector: the type's, else the one that most rows have."""
+def _set_vector_length(dataset: Dataset, modality: Modality) -> Modality:
+    """Set the length of a feature vector: that of the column type, else the most frequent one."""
     if modality.kind != "features":
         return modality
     type_ = dataset.schema.field(modality.column).type
     if pa.types.is_fixed_size_list(type_):
         return replace(modality, length=type_.list_size)
-    counts: dict[int, int] = {}
+    rows_of_length: dict[int, int] = {}
     for shard in dataset.shards:
         lengths = pc.value_counts(pc.list_value_length(shard.read([modality.column])[modality.column]))
         for entry in lengths.to_pylist():
             if entry["values"]:
-                counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
-    if not counts:
+                rows_of_length[entry["values"]] = rows_of_length.get(entry["values"], 0) + entry["counts"]
+    if not rows_of_length:
         raise DatasetError(f"{dataset.source}: column {modality.column!r} holds no vector")
-    return replace(modality, length=max(counts, key=lambda length: (counts[length], -length)))
+    return replace(modality, length=max(rows_of_length, key=lambda length: (rows_of_length[length], -length)))

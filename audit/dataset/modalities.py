@@ -1,4 +1,4 @@
-"""Modalities: the columns that hold them, and the kind of each."""
+"""Modalities: their columns and kinds, inferred from the data or parsed from options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from ..errors import ConfigError, DatasetError, choices
 from .labels import declared_kind
 
-# (offset, bytes there, kind); the first that fits counts
+# (offset, magic bytes, kind); the first match wins
 _SIGNATURES = (
     (0, b"fLaC", "audio"),
     (0, b"ID3", "audio"),
@@ -34,12 +34,12 @@ _SIGNATURES = (
     (0, b"\0\0\x01\xb3", "video"),
 )
 _RIFF = {b"WAVE": "audio", b"AVI ": "video", b"WEBP": "image"}
-_PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # an mp4 by its box, a picture in it
-NUM_BYTES = 64  # that suffice
+_IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # images in an mp4 container
+NUM_BYTES = 64  # leading bytes that are enough to recognise a kind
 
 
 def kind_of_bytes(data: bytes) -> str | None:
-    """Give audio, image or video by the first bytes of a medium; None where they tell nothing."""
+    """Return audio, image or video by the first bytes of a medium; None if they match no signature."""
     if data[:4] in (b"RIFF", b"RF64"):
         return _RIFF.get(data[8:12])
     if data[:4] == b"FORM":
@@ -48,19 +48,19 @@ def kind_of_bytes(data: bytes) -> str | None:
         return "video" if b"\x80theora" in data[:NUM_BYTES] else "audio"
     if data[4:8] == b"ftyp":
         return _kind_of_brand(data[8:12])
-    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":  # bmp: the reserved four bytes, lest any text with BM fits
+    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":  # bmp: the four reserved bytes exclude text that begins with BM
         return "image"
     if data[:2] in (b"P5", b"P6") and data[2:3].isspace():
         return "image"
     if data[:1] == b"\xff" and len(data) > 2 and data[1] & 0xE0 == 0xE0 and data[1] & 0x18 != 0x08:
-        # The sync word of a frame of mp3 or aac without a tag before it; FF FE, of layer I, begins UTF-16.
+        # Sync word of an mp3 or aac frame without a preceding tag; FF FE (layer I) is the byte order mark of UTF-16.
         return "audio" if data[1] & 0x06 != 0x06 else None
-    return next((kind for at, start, kind in _SIGNATURES if data[at : at + len(start)] == start), None)
+    return next((kind for offset, magic, kind in _SIGNATURES if data[offset : offset + len(magic)] == magic), None)
 
 
 def _kind_of_brand(brand: bytes) -> str | None:
-    if brand in _PICTURE_BRANDS:
-        return None  # no decoder for these here
+    if brand in _IMAGE_BRANDS:
+        return None  # these are not decoded
     return "audio" if brand in (b"M4A ", b"M4B ", b"M4P ") else "video"
 
 
@@ -76,18 +76,23 @@ _EXTENSIONS = {
 _PATH_SUFFIXES = ("_file_name", "_filepath", "_file", "_path", "_filename")
 _FRAMES_SUFFIX = "_frames"
 _MEMBER_EXTENSIONS = {".npy", ".txt"}.union(*_EXTENSIONS.values())
-_MEDIA_TRIALS = 8  # cells that are looked into to see what they hold
-_MAX_NAME = 100  # bytes of a modality's name, which stands in names of files and folders
+_NUM_MEDIA_CHECKS = 8  # cells whose content is inspected to infer a kind
+_MAX_NAME_BYTES = 100  # of a modality's name, which is part of file and folder names
 RESERVED = ("all", "chance", "fused", "joint", "rest")
-_NAMING = "name each with --modality NAME=COLUMN[:KIND]"
+_NAMING_HINT = "set the names with --modality NAME=COLUMN[:KIND]"
 _TEXT_NAMES = {"text", "txt", "caption", "sentence", "transcript", "title", "review", "utterance", "question", "tweet"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Modality:
-    """One modality of a dataset. `length` is the number of entries of a feature vector, None for all other kinds.
+    """One modality of a dataset.
 
-    `encoder` says what makes vectors of it: see encode.py. Kind `frames` is a folder of pictures, or a list of such.
+    Attributes:
+        name: unique name, used in columns and file names.
+        column: the column that holds the media, their paths, texts or vectors.
+        kind: one of KINDS; `frames` is a folder of images, or a list of such folders.
+        length: number of entries of a feature vector; None for all other kinds.
+        encoder: name of the encoder; see encoders.py.
     """
 
     name: str
@@ -97,85 +102,85 @@ class Modality:
     encoder: str = "statistics"
 
     def __str__(self) -> str:
-        """Write it as `--modality` takes it."""
+        """Return the modality in the format of `--modality`."""
         return f"{self.name}={self.column}:{self.kind}"
 
 
 def kind_of_path(path: str) -> str | None:
-    """Give the kind of medium that a file name's extension stands for: audio, image, video, or None."""
+    """Return the kind of medium by a file name's extension: audio, image, video, or None."""
     extension = PurePosixPath(path.lower()).suffix
-    return next((kind for kind, known in _EXTENSIONS.items() if extension in known), None)
+    return next((kind for kind, extensions in _EXTENSIONS.items() if extension in extensions), None)
 
 
 def is_vector(type_: pa.DataType) -> bool:
-    """Tell whether a column of this type holds one vector of numbers a row."""
+    """Return whether a column of this type holds one vector of numbers per row."""
     if not (pa.types.is_fixed_size_list(type_) or pa.types.is_list(type_) or pa.types.is_large_list(type_)):
         return False
     return bool(pa.types.is_floating(type_.value_type) or pa.types.is_integer(type_.value_type))
 
 
 def is_text(type_: pa.DataType) -> bool:
-    """Tell whether a column of this type holds strings."""
+    """Return whether a column of this type holds strings."""
     if pa.types.is_dictionary(type_):
         return is_text(type_.value_type)
     return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 
 def holds_bytes(type_: pa.DataType) -> bool:
-    """Tell whether a column of this type holds media themselves: bytes, or a struct with a field `bytes`."""
+    """Return whether a column of this type holds the media: bytes, or a struct with a field `bytes`."""
     if pa.types.is_struct(type_):
         return bool(type_.get_field_index("bytes") >= 0)
     return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
 
 
 def holds_folders(type_: pa.DataType) -> bool:
-    """Tell whether a column of this type may name folders: a string a row, or a list of them."""
+    """Return whether a column of this type can hold folder names: one string per row, or a list of strings."""
     listed = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
     return is_text(type_.value_type if listed else type_)
 
 
 def holds_files(head: pa.Table, field: pa.Field) -> bool:
-    """Tell whether a column names files or folders of media, rather than holding them or something else."""
+    """Return whether a column holds paths of media files or folders."""
     return holds_folders(field.type) and _infer_kind(head, field, holds_pictures=no_pictures) not in (None, "text")
 
 
 def no_pictures(folder: str) -> bool:
-    """Know of no folder of pictures: what a folder holds is then not asked."""
+    """Return False: the default of `holds_pictures`, which does not open any folder."""
     return False
 
 
 def infer_modalities(
-    head: pa.Table, *, taken: Sequence[str], holds_pictures: Callable[[str], bool] = no_pictures
+    head: pa.Table, *, excluded: Sequence[str], holds_pictures: Callable[[str], bool] = no_pictures
 ) -> list[Modality]:
-    """Read the modalities off the columns of a dataset's first rows; a video column gives `audio` and `visual`.
+    """Infer the modalities from the columns of a dataset's first rows; a video column becomes `audio` and `visual`.
 
-    Where another column has sound already, a video column gives its sight alone. `taken` names columns that are
-    something else: id, label, group, split. `holds_pictures` tells whether a cell names a folder of pictures.
+    If another column holds audio, a video column becomes `visual` only. `excluded` lists the id, label, group and split
+    columns. `holds_pictures` returns whether a cell is the path of a folder of images.
     """
-    fields = [field for field in head.schema if field.name not in taken]
+    fields = [field for field in head.schema if field.name not in excluded]
     kinds = {field.name: _infer_kind(head, field, holds_pictures=holds_pictures) for field in fields}
     has_sound = "audio" in kinds.values()
     videos = [name for name, kind in kinds.items() if kind == "video"]
-    found: list[Modality] = []
+    modalities: list[Modality] = []
     for name, kind in kinds.items():
         if kind == "video":
-            prefix = _video_prefix(name, alone=has_sound and len(videos) == 1 and "visual" not in kinds)
+            prefix = _name_prefix(name, alone=has_sound and len(videos) == 1 and "visual" not in kinds)
             if not has_sound:
-                found.append(Modality(name=f"{prefix}audio", column=name, kind="audio"))
-            found.append(Modality(name=f"{prefix}visual", column=name, kind="video"))
+                modalities.append(Modality(name=f"{prefix}audio", column=name, kind="audio"))
+            modalities.append(Modality(name=f"{prefix}visual", column=name, kind="video"))
         elif kind is not None:
-            found.append(Modality(name=_stem(name, default=kind), column=name, kind=kind))
+            modalities.append(Modality(name=_base_name(name, default=kind), column=name, kind=kind))
     if has_sound and videos:
         sound = next(name for name, kind in kinds.items() if kind == "audio")
-        log.info("%s: the sight alone is read, since %s has the sound", ", ".join(videos), sound)
-    return found
+        log.info("%s: only the frames are read, since %s holds the audio", ", ".join(videos), sound)
+    return modalities
 
 
 def parse_modality(text: str, head: pa.Table, *, holds_pictures: Callable[[str], bool] = no_pictures) -> Modality:
-    """Read `NAME=COLUMN[:KIND]` against a dataset's first rows; ConfigError where a part of it does not exist."""
-    name, equals, rest = text.partition("=")
+    """Parse `NAME=COLUMN[:KIND]`; ConfigError if the column or kind does not exist in a dataset's first rows."""
+    name, separator, rest = text.partition("=")
     column, _, kind = rest.partition(":")
-    if not (name and equals and column):
+    if not (name and separator and column):
         raise ConfigError(f"--modality {text}: not of the form NAME=COLUMN[:KIND], such as audio=wav_path:audio")
     if column not in head.column_names:
         raise ConfigError(f"--modality {text}: no column {column!r}; {choices(column, head.column_names)}")
@@ -183,120 +188,123 @@ def parse_modality(text: str, head: pa.Table, *, holds_pictures: Callable[[str],
         raise ConfigError(f"--modality {text}: no kind {kind!r}; {choices(kind, KINDS)}")
     inferred = _infer_kind(head, head.schema.field(column), eager=True, holds_pictures=holds_pictures)
     if not kind and inferred is None:
-        raise ConfigError(f"--modality {text}: cannot tell what {column!r} holds; write {name}={column}:KIND")
+        raise ConfigError(f"--modality {text}: cannot infer the kind of {column!r}; write {name}={column}:KIND")
     if not kind:
         kind = "audio" if inferred == "video" and name in ("audio", "sound") else str(inferred)
     _check_kind(text, kind, head.schema.field(column).type)
     return Modality(name=name, column=column, kind=kind)
 
 
-def choose_encoders(modalities: Sequence[Modality], chosen: Sequence[str]) -> list[Modality]:
-    """Set the encoders named by `NAME=ENCODER`; ConfigError for a modality that is not there."""
+def choose_encoders(modalities: Sequence[Modality], requested: Sequence[str]) -> list[Modality]:
+    """Set the encoders requested as `NAME=ENCODER`; ConfigError for a modality that does not exist."""
     names = [modality.name for modality in modalities]
-    encoders = {}
-    for text in chosen:
-        name, equals, encoder = text.partition("=")
-        if not (name and equals and encoder):
+    by_name = {}
+    for text in requested:
+        name, separator, encoder = text.partition("=")
+        if not (name and separator and encoder):
             raise ConfigError(f"--encoder {text}: not of the form MODALITY=ENCODER, such as audio=resnet18")
         if name not in names:
             raise ConfigError(f"--encoder {text}: no modality {name!r}; {choices(name, names)}")
-        encoders[name] = encoder
-    return [replace(modality, encoder=encoders.get(modality.name, modality.encoder)) for modality in modalities]
+        by_name[name] = encoder
+    return [replace(modality, encoder=by_name.get(modality.name, modality.encoder)) for modality in modalities]
 
 
 def check_modalities(modalities: Sequence[Modality], column_names: Sequence[str]) -> None:
-    """Refuse fewer than two modalities, two of one name, and names that could not stand in a path."""
+    """Raise DatasetError for fewer than two modalities, ConfigError for repeated, reserved or invalid names."""
     names = [modality.name for modality in modalities]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ConfigError(f"two modalities are called {repeated[0]!r}; {_NAMING}")
-    if taken := next((name for name in names if name in RESERVED), None):
-        raise ConfigError(f"a modality is called {taken!r}, which the reports call something else; {_NAMING}")
-    if odd := next((name for name in names if set(name) & set("/\\:=")), None):
-        # The name stands in paths of the cache and in `--between A:B`.
-        raise ConfigError(f"a modality is called {odd!r}; its name may hold none of / \\ : = ; {_NAMING}")
-    if odd := next((name for name in names if len(name.encode("utf-8", "replace")) > _MAX_NAME or "\0" in name), None):
+        raise ConfigError(f"two modalities are called {repeated[0]!r}; {_NAMING_HINT}")
+    if reserved_name := next((name for name in names if name in RESERVED), None):
+        raise ConfigError(f"a modality is called {reserved_name!r}, a name reserved for the reports; {_NAMING_HINT}")
+    if invalid := next((name for name in names if set(name) & set("/\\:=")), None):
+        # The name is part of cache paths and of `--between A:B`.
+        raise ConfigError(f"a modality is called {invalid!r}; its name must not contain / \\ : or = ; {_NAMING_HINT}")
+    if invalid := next(
+        (name for name in names if len(name.encode("utf-8", "replace")) > _MAX_NAME_BYTES or "\0" in name), None
+    ):
         raise ConfigError(
-            f"a modality is called {odd[:40]!r}; its name may have {_MAX_NAME} bytes, and no NUL; {_NAMING}"
+            f"a modality is called {invalid[:40]!r}; its name may have at most {_MAX_NAME_BYTES} bytes and no NUL; "
+            f"{_NAMING_HINT}"
         )
     if len(modalities) < 2:
-        found = f"only one modality, {modalities[0]}," if modalities else "no modality"
+        problem = f"only one modality, {modalities[0]}," if modalities else "no modality"
         raise DatasetError(
-            f"found {found} among the columns {', '.join(column_names)}; a discrepancy needs two: "
-            "name them with --modality NAME=COLUMN[:KIND]"
+            f"found {problem} among the columns {', '.join(column_names)}; a discrepancy needs two: "
+            "define them with --modality NAME=COLUMN[:KIND]"
         )
 
 
 def _check_kind(text: str, kind: str, type_: pa.DataType) -> None:
-    known = {"features": is_vector(type_), "text": is_text(type_), "frames": holds_folders(type_)}
-    if not known.get(kind, is_text(type_) or holds_bytes(type_)):
+    compatible = {"features": is_vector(type_), "text": is_text(type_), "frames": holds_folders(type_)}
+    if not compatible.get(kind, is_text(type_) or holds_bytes(type_)):
         raise ConfigError(f"--modality {text}: a column of type {type_} cannot be read as {kind}")
 
 
 def _infer_kind(
     head: pa.Table, field: pa.Field, *, eager: bool = False, holds_pictures: Callable[[str], bool]
 ) -> str | None:
-    """Guess a column's kind; `eager` takes strings that are no paths for text, whatever the column's name."""
+    """Infer a column's kind; `eager` treats any strings that are not paths as text, whatever the column's name."""
     if is_vector(field.type):
         return "features"
     if holds_bytes(field.type):
-        # A column of a tar is called by its members' extension.
+        # Columns of a tar are named after the extension of their members.
         stated = declared_kind(head.schema, field.name) or kind_of_path(f"x.{field.name}")
-        return stated or _kind_of_media(pc.drop_null(head[field.name]))
+        return stated or _infer_media_kind(pc.drop_null(head[field.name]))
     if not holds_folders(field.type):
         return None
     values = pc.drop_null(head[field.name]).to_pylist()
-    if _names_folders(field.name, values, holds_pictures=holds_pictures):
+    if _holds_frame_folders(field.name, values, holds_pictures=holds_pictures):
         return "frames"
     if not is_text(field.type):
         return None
-    kind, votes = _most(kind_of_path(value) for value in values)
+    kind, votes = _most_common(kind_of_path(value) for value in values)
     if kind is not None and votes > len(values) / 2:
-        return kind  # odd ones among them are quarantined, each with its reason
-    return "text" if values and kind is None and (eager or _names_text(field.name)) else None
+        return kind  # cells of another kind are quarantined later
+    return "text" if values and kind is None and (eager or _is_text_name(field.name)) else None
 
 
-def _kind_of_media(cells: pa.ChunkedArray) -> str | None:
-    """Guess by the extensions of the paths beside the bytes, else by the first bytes themselves."""
-    values = cells.slice(0, _MEDIA_TRIALS).to_pylist()
-    parts = [value if isinstance(value, dict) else {"bytes": value} for value in values]
-    named, votes = _most(kind_of_path(part.get("path") or "") for part in parts)
-    if named is None:
-        named, votes = _most(kind_of_bytes(part["bytes"] or b"") for part in parts)
-    return named if votes > len(parts) / 2 else None
+def _infer_media_kind(cells: pa.ChunkedArray) -> str | None:
+    """Infer the kind of media in memory by the extensions of their paths, else by their first bytes."""
+    values = cells.slice(0, _NUM_MEDIA_CHECKS).to_pylist()
+    media = [value if isinstance(value, dict) else {"bytes": value} for value in values]
+    kind, votes = _most_common(kind_of_path(medium.get("path") or "") for medium in media)
+    if kind is None:
+        kind, votes = _most_common(kind_of_bytes(medium["bytes"] or b"") for medium in media)
+    return kind if votes > len(media) / 2 else None
 
 
-def _names_text(column: str) -> bool:
+def _is_text_name(column: str) -> bool:
     return column.lower().removesuffix(".txt") in _TEXT_NAMES
 
 
-def _most(kinds: Iterable[str | None]) -> tuple[str | None, int]:
+def _most_common(kinds: Iterable[str | None]) -> tuple[str | None, int]:
     return next(iter(Counter(kinds).most_common(1)), (None, 0))
 
 
-def _names_folders(column: str, values: Sequence[Any], *, holds_pictures: Callable[[str], bool]) -> bool:
-    """Tell whether cells name folders: by the column's name (unless it counts frames), else by what lies there."""
+def _holds_frame_folders(column: str, values: Sequence[Any], *, holds_pictures: Callable[[str], bool]) -> bool:
+    """Return whether cells are folders of frames: by the column's name (unless it holds counts), else by content."""
     folders = [folder for value in values for folder in (value if isinstance(value, list) else [value]) if folder]
     if not folders or any(kind_of_path(folder) for folder in folders):
         return False
     if column.lower().endswith(_FRAMES_SUFFIX):
         return not all(folder.replace(".", "", 1).isdigit() for folder in folders)
-    distinct = len(set(folders)) == len(folders)  # the name of a class may be that of a folder, too
-    return distinct and any(holds_pictures(folder) for folder in folders[:_MEDIA_TRIALS])
+    distinct = len(set(folders)) == len(folders)  # repeated values may be class names that coincide with folder names
+    return distinct and any(holds_pictures(folder) for folder in folders[:_NUM_MEDIA_CHECKS])
 
 
-def _video_prefix(column: str, *, alone: bool) -> str:
-    """Give what precedes `audio` and `visual` in the names of a video column's modalities."""
-    stem = _stem(column, default="")
+def _name_prefix(column: str, *, alone: bool) -> str:
+    """Return the prefix of `audio` and `visual` in the names of a video column's modalities."""
+    stem = _base_name(column, default="")
     return "" if alone or stem in ("video", "clip", "") else f"{stem}_"
 
 
-def _stem(column: str, *, default: str) -> str:
-    """`image_file_name` and `image.png` are about `image`; `path` and `png` about nothing in particular."""
+def _base_name(column: str, *, default: str) -> str:
+    """Return the modality name in a column name: `image` of `image_file_name` and `image.png`, `default` of `path`."""
     for suffix in (*_PATH_SUFFIXES, *([_FRAMES_SUFFIX] if default == "frames" else [])):
         if column.endswith(suffix) and len(column) > len(suffix):
             return column[: -len(suffix)]
-    name, _, extension = column.rpartition(".")  # a column of a tar is called by what follows the key
+    name, _, extension = column.rpartition(".")  # columns of a tar: everything after the key
     if f".{extension}" in _MEMBER_EXTENSIONS:
         return name or default
     return default if column in ("file_name", "path", "file", "filename", "filepath") else column

@@ -1,4 +1,4 @@
-"""Samples of a dataset: ids, labels, splits and groups, without any media opened."""
+"""Samples of a dataset: ids, labels, splits and groups, read without opening any media."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from ..errors import DatasetError
 from ..hashing import hash_rank
 from .columns import SPLIT_NAMES
 from .dataset import Dataset
-from .labels import Labels, Target, declared_classes, read_classes, read_label_sets, read_numbers
+from .labels import Labels, Target, declared_classes, read_classes, read_label_sets, read_regression_targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """The n samples of a dataset, in its own order. Strings are numpy object arrays of shape (n,).
+    """The n samples of a dataset, in dataset order. Strings are numpy object arrays of shape (n,).
 
-    `label` is int32 in [0, c), NO_LABEL where the source has none, or UNKNOWN_LABEL where it is not among the source's
-    own classes: `unknown` has (row, label) of these. `class_names` (c,) are sorted by the source's label.
-    `split` holds train, validation, test; `group` is None where the source has no groups.
-    `paths` has the source's columns of file names.
-
-    By `task`: classification has k = c `outputs`, the classes, and no `values`. multilabel has `values` (n, k) of 0
-    and 1, and regression (n, 1) as they are; both NaN where `label` is negative. There the classes are strata: sets of
-    labels, or tenths by rank.
+    Attributes:
+        sample_id: unique ids (n,).
+        label: int32 (n,) in [0, c); NO_LABEL where the source has none, UNKNOWN_LABEL where the label is not among the
+            source's classes.
+        class_names: names of the c classes, sorted by the source's label. For multilabel and regression the classes
+            are strata: sets of labels, or deciles.
+        split: train, validation or test (n,).
+        group: group names (n,); None if the source has no groups.
+        paths: the source's columns of file names.
+        task: classification, multilabel or regression.
+        values: None for classification; multilabel (n, k) of 0 and 1, regression (n, 1); NaN where `label` is negative.
+        outputs: names of the k outputs; for classification the classes, k = c.
+        unknown: (row, label) of each row with UNKNOWN_LABEL.
     """
 
     sample_id: NDArray[np.object_]
@@ -46,8 +51,8 @@ class Samples:
         repeated = [name for name, count in Counter(self.sample_id).items() if count > 1]
         if repeated:
             raise DatasetError(
-                f"{len(repeated)} ids stand more than once ({', '.join(repeated[:3])}): "
-                "ids must be unique; name another column with --id"
+                f"{len(repeated)} ids are repeated ({', '.join(repeated[:3])}): "
+                "ids must be unique; choose another column with --id"
             )
 
     def __len__(self) -> int:
@@ -55,12 +60,12 @@ class Samples:
 
     @property
     def target(self) -> Target:
-        """What the samples are to be recognised as; rows without a label must be taken out before it is learned."""
+        """Training target of the samples; rows without a label must be removed before a probe is fitted."""
         return Target(task=self.task, label=self.label, num_outputs=len(self.outputs), values=self.values)
 
 
 def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Samples:
-    """Read ids, labels, splits and groups; without a split a test split is cut by hash(seed, group or id)."""
+    """Read ids, labels, splits and groups; a source without splits gets a test split by hash(seed, group or id)."""
     columns = dataset.columns
     ids: list[str] = []
     tables = []
@@ -93,14 +98,14 @@ def read_samples(dataset: Dataset, *, seed: int, test_fraction: float) -> Sample
 
 
 def stratify(keys: NDArray[np.uint64], label: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Place each row at (rank + 1/2) / size, in (0, 1), of its class ordered by key: even within every class."""
-    place = np.empty(len(label))
+    """Return (rank + 1/2) / size in (0, 1) of each row within its class, ordered by key: uniform in every class."""
+    position = np.empty(len(label))
     order = np.lexsort((keys, label))
     sorted_label = label[order]
     starts = np.flatnonzero(np.r_[True, sorted_label[1:] != sorted_label[:-1]])
     sizes = np.diff(np.r_[starts, len(label)])
-    place[order] = (np.arange(len(label)) - np.repeat(starts, sizes) + 0.5) / np.repeat(sizes, sizes)
-    return place
+    position[order] = (np.arange(len(label)) - np.repeat(starts, sizes) + 0.5) / np.repeat(sizes, sizes)
+    return position
 
 
 def stratified_cut(
@@ -112,25 +117,28 @@ def stratified_cut(
     seed: int,
     purpose: str,
 ) -> NDArray[np.bool_]:
-    """Draw `fraction` of the rows, one at least, by hash(seed, group or id): whole groups, or alike of every class."""
+    """Return a mask (n,) of `fraction` of the rows, at least one, drawn by hash(seed, group or id).
+
+    With groups whole groups are drawn; without, the fraction is the same in every class.
+    """
     if group is None:
         keys = hash_rank(sample_id, seed=seed, purpose=purpose)
-        first = np.lexsort((keys, stratify(keys, label)))[: max(1, round(fraction * len(label)))]
-        drawn = np.zeros(len(label), dtype=bool)
-        drawn[first] = True
-        return drawn
+        drawn_rows = np.lexsort((keys, stratify(keys, label)))[: max(1, round(fraction * len(label)))]
+        is_drawn = np.zeros(len(label), dtype=bool)
+        is_drawn[drawn_rows] = True
+        return is_drawn
     names, sizes = np.unique(group.astype(str), return_counts=True)
     order = np.argsort(hash_rank(names.tolist(), seed=seed, purpose=purpose), kind="stable")
-    before = np.cumsum(sizes[order]) - sizes[order] / 2  # a group goes where its middle falls
-    number = max(1, int((before < fraction * sizes.sum()).sum()))
-    chosen = order[: min(number, len(names) - 1)]  # one group at least is left
-    return np.isin(group.astype(str), names[chosen])
+    group_middle = np.cumsum(sizes[order]) - sizes[order] / 2  # a group is drawn if its middle lies below the fraction
+    num_groups = max(1, int((group_middle < fraction * sizes.sum()).sum()))
+    drawn_groups = order[: min(num_groups, len(names) - 1)]  # at least one group is not drawn
+    return np.isin(group.astype(str), names[drawn_groups])
 
 
 def _read_group(values: Sequence[object], sample_id: NDArray[np.object_]) -> NDArray[np.object_]:
-    """Give the groups as strings; a sample whose group is null is a group of its own."""
-    named = [name if value is None else str(value) for value, name in zip(values, sample_id, strict=True)]
-    return np.array(named, dtype=object)
+    """Return the groups as strings; a sample whose group is null forms its own group."""
+    groups = [name if value is None else str(value) for value, name in zip(values, sample_id, strict=True)]
+    return np.array(groups, dtype=object)
 
 
 def _check_ids(rows: pa.Table, column: str | None) -> None:
@@ -142,7 +150,7 @@ def _read_labels(dataset: Dataset, rows: pa.Table) -> Labels:
     column = dataset.columns.label
     cells = rows[column].to_pylist()
     if dataset.task == "regression":
-        return read_numbers(cells, name=column)
+        return read_regression_targets(cells, name=column)
     declared = declared_classes(dataset.schema, column)
     if dataset.task == "multilabel":
         return read_label_sets(cells, declared=declared, classes=dataset.classes)
@@ -168,5 +176,5 @@ def _cut_test(
     seed: int,
     fraction: float,
 ) -> NDArray[np.object_]:
-    drawn = stratified_cut(sample_id, label, group, fraction=fraction, seed=seed, purpose="test split")
-    return np.where(drawn, "test", "train").astype(object)
+    is_test = stratified_cut(sample_id, label, group, fraction=fraction, seed=seed, purpose="test split")
+    return np.where(is_test, "test", "train").astype(object)

@@ -1,4 +1,4 @@
-"""Files of the feature cache: the vectors of one shard each."""
+"""Files of the feature cache: one Arrow file per shard and modality."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from numpy.typing import NDArray
 from ..errors import DatasetError
 from ..quarantine import Reason, UnusableError
 from ..storage import atomic_write
-from .encoders import Encoded, Vector
+from .encoders import EncodedRows, Vector
 
-Found = Vector | UnusableError
+EncodeResult = Vector | UnusableError
 
 
 def read_arrow(path: Path) -> pa.Table:
-    """Map an Arrow file into memory; DatasetError where it is damaged."""
+    """Map an Arrow file into memory; DatasetError if it is damaged."""
     try:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).read_all()
     except pa.ArrowInvalid as error:
-        raise DatasetError(f"{path} is damaged ({error}): delete it, and it is made anew") from error
+        raise DatasetError(f"{path} is damaged ({error}): delete it, and it is created again") from error
 
 
 def write_arrow(table: pa.Table, path: Path) -> None:
-    """Write an Arrow file whole or not at all."""
+    """Write an Arrow file atomically."""
     with (
         atomic_write(path) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
@@ -38,23 +38,26 @@ def write_arrow(table: pa.Table, path: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """What a shard's file of one modality holds already; `row` finds it by content."""
+class CachedVectors:
+    """The existing cache file of a shard and modality, if there is one; `row` maps a content digest to its row."""
 
     table: pa.Table | None
     row: dict[bytes, int]
 
     @classmethod
-    def of(cls, path: Path) -> Known:
-        """Read it; a damaged file, as a power cut leaves it, is made anew."""
+    def of(cls, path: Path) -> CachedVectors:
+        """Read the file; a damaged one, for example after a power failure, counts as absent and is written again."""
         try:
             table = read_arrow(path) if path.exists() else None
         except DatasetError:
             table = None
-        return cls(table=table, row={} if table is None else {c: n for n, c in enumerate(content_of(table).tolist())})
+        return cls(
+            table=table,
+            row={} if table is None else {digest_: n for n, digest_ in enumerate(content_of(table).tolist())},
+        )
 
-    def find(self, content: bytes) -> Found | None:
-        """Give the vector or the problem of this content, None where it is new."""
+    def find(self, content: bytes) -> EncodeResult | None:
+        """Return the vector or the error of this content, None if it is not in the file."""
         if self.table is None or content not in self.row:
             return None
         row = self.row[content]
@@ -65,7 +68,7 @@ class Known:
         return UnusableError(Reason(self.table["reason"][row].as_py()), self.table["detail"][row].as_py())
 
     def is_current(self, ids: Sequence[str], content: NDArray[np.bytes_]) -> bool:
-        """Whether the file holds these rows and no others, in this order."""
+        """Return whether the file contains exactly these rows, in this order."""
         if self.table is None or self.table.num_rows != len(content):
             return False
         same_ids = column_of(self.table, "sample_id").equals(pa.array(ids, pa.string()))
@@ -73,13 +76,13 @@ class Known:
 
 
 def column_of(table: pa.Table, name: str) -> pa.Array:
-    """Give a column as one array; combine_chunks copies it even where there is but one chunk."""
+    """Return a column as one array, without a copy if it has one chunk, which combine_chunks would copy."""
     column = table[name]
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def content_of(table: pa.Table) -> NDArray[np.bytes_]:
-    """Give the digests of the rows' content (n,), dtype S32."""
+    """Return the content digests of the rows (n,), dtype S32."""
     column = column_of(table, "content")
     return np.frombuffer(column.buffers()[1], dtype="S32", count=len(column), offset=32 * column.offset)
 
@@ -95,35 +98,35 @@ def problems_of(table: pa.Table) -> Iterator[tuple[int, Reason, str]]:
 
 
 def lengths_of(table: pa.Table) -> set[int]:
-    """Give the lengths of the usable vectors."""
+    """Return the distinct lengths of the usable vectors."""
     vector = column_of(table, "vector")
     valid = vector.is_valid().to_numpy(zero_copy_only=False)
     return set(np.unique(np.diff(vector.offsets.to_numpy())[valid]).tolist())
 
 
-def gather(content: Sequence[bytes], found: Sequence[Found], *, encoder: str) -> Encoded:
-    """Put rows together, each with its vector or its problem; DatasetError where vectors differ in length."""
-    vectors = [each for each in found if not isinstance(each, UnusableError)]
+def combine_results(content: Sequence[bytes], results: Sequence[EncodeResult], *, encoder: str) -> EncodedRows:
+    """Combine the vector or error of each row; DatasetError if vectors differ in length."""
+    vectors = [result for result in results if not isinstance(result, UnusableError)]
     check_lengths({len(vector) for vector in vectors}, encoder)
-    return Encoded(
+    return EncodedRows(
         content=np.array(content, dtype="S32"),
-        usable=np.array([not isinstance(each, UnusableError) for each in found], dtype=bool),
+        usable=np.array([not isinstance(result, UnusableError) for result in results], dtype=bool),
         vector=np.stack(vectors) if vectors else np.zeros((0, 0), np.float32),
-        problem={row: each for row, each in enumerate(found) if isinstance(each, UnusableError)},
+        problem={row: result for row, result in enumerate(results) if isinstance(result, UnusableError)},
     )
 
 
 def check_lengths(lengths: set[int], encoder: str) -> None:
-    """Refuse vectors of several lengths."""
+    """Raise DatasetError if there is more than one length."""
     if len(lengths) > 1:
         raise DatasetError(
-            f"{encoder} gives vectors of {min(lengths)} and of {max(lengths)} numbers; all of a modality must have one "
-            "length"
+            f"{encoder} returns vectors of {min(lengths)} and of {max(lengths)} numbers; vectors of a modality must "
+            "have the same length"
         )
 
 
-def encoded_table(ids: Sequence[str], encoded: Encoded) -> pa.Table:
-    """Give the columns of a file: sample_id, content, reason and detail, null where usable, and vector, else null."""
+def encoded_table(ids: Sequence[str], encoded: EncodedRows) -> pa.Table:
+    """Return the table of a cache file: sample_id, content, reason, detail (null if usable) and vector (else null)."""
     lengths = np.where(encoded.usable, encoded.vector.shape[1], 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     vector = pa.LargeListArray.from_arrays(offsets, pa.array(encoded.vector.ravel()), mask=pa.array(~encoded.usable))

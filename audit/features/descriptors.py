@@ -1,7 +1,8 @@
-"""Hand-made descriptors of sound, images, video and text.
+"""Hand-made descriptors of audio, images, video and text.
 
-All pure, all float32 of a length that the config alone decides. What the numbers were chosen by is in the comments:
-accuracy of logistic regression out of fold on spoken digits (a), MNIST (i) and lips saying digits (v).
+All are pure functions that return float32 vectors whose length depends only on the config. The comments state how the
+constants were chosen: out-of-fold accuracy of logistic regression on spoken digits (a), MNIST (i) and videos of lips
+saying digits (v).
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ from ..quarantine import Reason, UnusableError
 
 Vector = NDArray[np.float32]
 
-ACTIVE = 1e-4  # the 40 dB rule: what is quieter before and after the sound is cut off (a by speaker .77 -> .82)
+SILENCE_RATIO = 1e-4  # 40 dB below the loudest frame: quieter ends are trimmed (a by speaker .77 -> .82)
 NUM_CEPSTRA = 20
-NUM_SEGMENTS = 8  # in time (a .987; 4 and the slopes of each .983)
+NUM_SEGMENTS = 8  # in time (a .987; 4 segments and the slopes of each .983)
 
 IMAGE_CELLS, IMAGE_DIRECTIONS = 6, 12  # (i .977; 8 x 8 cells of 9 unsigned directions .973)
 FRAME_CELLS, FRAME_DIRECTIONS = 4, 8  # (v .951; 6 unsigned directions .934)
-FLAT = 1.0  # grey levels per pixel; contrast below it is not blown up to full strength
+MIN_CONTRAST = 1.0  # grey levels per pixel; contrast below it is not normalised to full strength
 NUM_COSINES = 5  # over time: mean, trend, three waves (v with 6 .934; mean, spread and means of 4 parts .786)
 MOTION_CELLS, MOTION_SEGMENTS = 4, 4
-# More would be given back to the system and asked for again with each clip: 16 frames at once take 1.8 ms, not 0.9.
-PIXELS_AT_ONCE = 1 << 14
+# Larger blocks are returned to the system and allocated again for each clip: 16 frames at once take 1.8 ms, not 0.9.
+BLOCK_PIXELS = 1 << 14
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 
-def sound_statistics(wave: Vector, config: MediaConfig) -> Vector:
-    """Cepstra (11 * 20,) of a waveform (t,): mean, spread, spread of the slopes, then the means of 8 parts in time.
+def audio_statistics(wave: Vector, config: MediaConfig) -> Vector:
+    """Compute cepstra (11 * 20,) of a waveform (t,): mean, std, std of the slopes, and the means of 8 time segments.
 
-    Cepstra are the cosine transform of the log-mel bands: decorrelated, so that a linear probe gets further (a .983
-    against .973 for 40 bands in 4 parts). Gain changes only the first coefficient of the nine means, by a constant.
+    Cepstra are the cosine transform of the log-mel bands: decorrelated, so that a linear probe is more accurate (a .983
+    against .973 for 40 bands in 4 segments). Gain changes only the first coefficient of the nine means, by a constant.
     """
-    bands = _active(log_mel(wave, config))
+    bands = _trim_silence(log_mel(wave, config))
     cepstra = _cepstral_weights(len(bands)) @ bands
     edged = np.pad(cepstra, ((0, 0), (2, 2)), mode="edge")
     slopes = (2 * (edged[:, 4:] - edged[:, :-4]) + edged[:, 3:-1] - edged[:, 1:-3]) / 10  # least squares over 5 frames
@@ -53,29 +54,36 @@ def sound_statistics(wave: Vector, config: MediaConfig) -> Vector:
 
 
 def image_statistics(image: NDArray[np.uint8], config: MediaConfig) -> Vector:
-    """Gradient directions and a colour grid (6 * 6 * 12 + 4 * 4 * 3,), in [0, 1], of a picture (h, w, 3)."""
+    """Compute gradient directions and a colour grid (6 * 6 * 12 + 4 * 4 * 3,), in [0, 1], of an image (h, w, 3)."""
     pixels = image[None].astype(np.float32)
     directions = _gradient_directions(pixels @ LUMA, cells=IMAGE_CELLS, directions=IMAGE_DIRECTIONS)
     return np.concatenate([directions.ravel(), _colour_grid(pixels, 4).ravel()])
 
 
 def video_statistics(frames: NDArray[np.uint8], config: MediaConfig) -> Vector:
-    """Frames (f, h, w, 3) over time (5 * (4 * 4 * 8 + 2 * 2 * 3) + 4 * 4 * 4,).
+    """Compute descriptors (5 * (4 * 4 * 8 + 2 * 2 * 3) + 4 * 4 * 4,) of frames (f, h, w, 3).
 
-    Gradient directions and colours of each frame are followed by five cosines over time, the first of them the mean;
-    motion, the mean change from frame to frame in [0, 1], stands for each of four parts in time on a 4 x 4 grid.
+    Gradient directions and colours of each frame are projected on five cosines over time, the first of which is the
+    mean; motion, the mean change from frame to frame in [0, 1], is averaged in four time segments on a 4 x 4 grid.
     """
-    at_once = max(1, PIXELS_AT_ONCE // frames[0, ..., 0].size)
-    looks = [_looks(frames[start : start + at_once]) for start in range(0, len(frames), at_once)]
-    grey, course = (np.concatenate(parts) for parts in zip(*looks, strict=True))
+    frames_per_block = max(1, BLOCK_PIXELS // frames[0, ..., 0].size)
+    blocks = [
+        _frame_descriptors(frames[start : start + frames_per_block])
+        for start in range(0, len(frames), frames_per_block)
+    ]
+    grey, frame_features = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     change = np.zeros_like(grey)
     np.abs(grey[1:] - grey[:-1], out=change[1:])
-    motion = _hats(len(frames), MOTION_SEGMENTS) @ _grid(change, MOTION_CELLS).reshape(len(frames), -1) / 255
-    return np.concatenate([(_cosines(len(frames)) @ course).ravel(), motion.ravel()]).astype(np.float32)
+    motion = (
+        _triangle_weights(len(frames), MOTION_SEGMENTS)
+        @ _cell_means(change, MOTION_CELLS).reshape(len(frames), -1)
+        / 255
+    )
+    return np.concatenate([(_cosine_weights(len(frames)) @ frame_features).ravel(), motion.ravel()]).astype(np.float32)
 
 
-def _looks(frames: NDArray[np.uint8]) -> tuple[Vector, Vector]:
-    """Grey levels (f, h, w), and gradient directions and colours (f, d), of some frames (f, h, w, 3)."""
+def _frame_descriptors(frames: NDArray[np.uint8]) -> tuple[Vector, Vector]:
+    """Return grey levels (f, h, w), and gradient directions and colours (f, d), of frames (f, h, w, 3)."""
     pixels = frames.astype(np.float32)
     grey = pixels @ LUMA
     directions = _gradient_directions(grey, cells=FRAME_CELLS, directions=FRAME_DIRECTIONS)
@@ -83,10 +91,10 @@ def _looks(frames: NDArray[np.uint8]) -> tuple[Vector, Vector]:
 
 
 def text_counts(text: str, config: MediaConfig) -> Vector:
-    """Hashed words and pairs of neighbours (config.text_buckets,): 1 + log(count), 0 where there are none; length 1.
+    """Compute hashed words and bigrams (config.text_buckets,): 1 + log(count), or 0 if the count is 0; L2 norm 1.
 
-    The hash is CRC-32 of UTF-8, the same in every process (Python's own is salted). Rare words are not given more
-    weight: the probe counts every feature in units of its own spread, and a row then depends on no other row.
+    The hash is CRC-32 of UTF-8, the same in every process (Python's hash is salted). Rare words get no extra weight:
+    the probe standardises every feature, and this way a row does not depend on other rows.
     """
     words = text_words(text)
     terms = Counter([*words, *map(" ".join, pairwise(words))])
@@ -98,99 +106,100 @@ def text_counts(text: str, config: MediaConfig) -> Vector:
 
 
 def text_words(text: str) -> list[str]:
-    """Give the runs of letters, marks and digits, whatever their case and width; UnusableError if there are none.
+    """Return the runs of letters, marks and digits, normalised in case and width; UnusableError if there are none.
 
-    A Chinese or Japanese sign is a word by itself.
-
-    Marks belong to words: the vowel signs of Hindi are no letters, and the usual pattern \\w+ breaks words at them.
+    Each Chinese or Japanese character is a word. Marks belong to words: the vowel signs of Hindi are not letters, and
+    the usual pattern \\w+ would split words at them.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     words = "".join(
-        f" {sign} "
-        if "\u3040" <= sign <= "\u9fff" and unicodedata.category(sign) == "Lo"
-        else sign
-        if unicodedata.category(sign)[0] in "LMN"
+        f" {character} "
+        if "\u3040" <= character <= "\u9fff" and unicodedata.category(character) == "Lo"
+        else character
+        if unicodedata.category(character)[0] in "LMN"
         else " "
-        for sign in folded
+        for character in folded
     ).split()
     if not words:
         raise UnusableError(Reason.EMPTY, f"no words in {len(text)} characters")
     return words
 
 
-def _active(bands: Vector) -> Vector:
-    """Cut quiet frames off both ends of (bands, frames)."""
+def _trim_silence(bands: Vector) -> Vector:
+    """Trim quiet frames at both ends of (bands, frames)."""
     loudest = bands.max(axis=0)
-    active = np.flatnonzero(loudest >= loudest.max() + math.log(ACTIVE))
+    active = np.flatnonzero(loudest >= loudest.max() + math.log(SILENCE_RATIO))
     return bands[:, active[0] : active[-1] + 1]
 
 
 def _gradient_directions(grey: Vector, *, cells: int, directions: int) -> Vector:
-    """Histograms of gradient directions (f, cells * cells * directions), in [0, 1], of grey frames (f, h, w).
+    """Compute histograms of gradient directions (f, cells * cells * directions), in [0, 1], of grey frames (f, h, w).
 
-    After Dalal and Triggs (HOG, CVPR 2005), with an even number of directions over the full turn and a soft share cos^8
-    for each, which needs neither arc tangent nor scatter; cells overlap as hats, each is normalised by its 3 x 3
-    neighbourhood, and the square root tames strong edges.
+    After Dalal and Triggs (HOG, CVPR 2005), with an even number of directions over the full circle and a soft weight
+    cos^8 for each, which needs neither arc tangent nor scatter. Cells overlap as triangles, each is normalised by its
+    3 x 3 neighbourhood, and a square root limits strong edges.
     """
-    right, down = np.zeros_like(grey), np.zeros_like(grey)
-    right[:, :, 1:-1] = (grey[:, :, 2:] - grey[:, :, :-2]) / 2
-    down[:, 1:-1] = (grey[:, 2:] - grey[:, :-2]) / 2
-    strength = np.sqrt(right * right + down * down)
-    scale = np.maximum(strength, 1e-6)
-    right /= scale
-    down /= scale
+    dx, dy = np.zeros_like(grey), np.zeros_like(grey)
+    dx[:, :, 1:-1] = (grey[:, :, 2:] - grey[:, :, :-2]) / 2
+    dy[:, 1:-1] = (grey[:, 2:] - grey[:, :-2]) / 2
+    magnitude = np.sqrt(dx * dx + dy * dy)
+    scale = np.maximum(magnitude, 1e-6)
+    dx /= scale
+    dy /= scale
     share = np.empty((directions, *grey.shape), dtype=np.float32)
-    for index in range(directions // 2):  # each with the opposite one, whose cosines are the negative of its own
+    for index in range(directions // 2):  # each with the opposite direction, whose cosines are the negatives
         angle = index * (2 * math.pi / directions)
-        cosines = right * np.float32(math.cos(angle))
-        cosines += down * np.float32(math.sin(angle))
+        cosines = dx * np.float32(math.cos(angle))
+        cosines += dy * np.float32(math.sin(angle))
         forward, backward = share[index], share[index + directions // 2]
         np.multiply(cosines, cosines, out=backward)
         np.square(backward, out=backward)
         np.square(backward, out=backward)
-        backward *= strength
+        backward *= magnitude
         np.multiply(backward, cosines > 0, out=forward)
         backward -= forward
-    histogram = _grid(share, cells)
+    histogram = _cell_means(share, cells)
     energy = np.pad(np.square(histogram).sum(0), ((0, 0), (1, 1), (1, 1)))
-    around = sum(energy[:, i : i + cells, j : j + cells] for i in range(3) for j in range(3))
-    normalised = np.sqrt(histogram / np.sqrt(around + FLAT**2))
+    neighbourhood = sum(energy[:, i : i + cells, j : j + cells] for i in range(3) for j in range(3))
+    normalised = np.sqrt(histogram / np.sqrt(neighbourhood + MIN_CONTRAST**2))
     return np.asarray(np.moveaxis(normalised, 0, -1).reshape(len(grey), -1), dtype=np.float32)
 
 
 def _colour_grid(pixels: Vector, cells: int) -> Vector:
-    """Mean colours (f, 3 * cells * cells), in [0, 1], of frames (f, h, w, 3)."""
+    """Compute mean colours (f, 3 * cells * cells), in [0, 1], of frames (f, h, w, 3)."""
     num_frames, height, width, _ = pixels.shape
-    rows = _hats(height, cells) @ pixels.reshape(num_frames, height, -1)
-    grid = _hats(width, cells) @ rows.reshape(num_frames * cells, width, 3)
+    rows = _triangle_weights(height, cells) @ pixels.reshape(num_frames, height, -1)
+    grid = _triangle_weights(width, cells) @ rows.reshape(num_frames * cells, width, 3)
     colours = np.moveaxis(grid.reshape(num_frames, cells, cells, 3), -1, 1)
     return np.asarray(colours.reshape(num_frames, -1) / 255, dtype=np.float32)
 
 
-def _grid(maps: Vector, cells: int) -> Vector:
-    """Weighted means (..., cells, cells) of maps (..., h, w)."""
+def _cell_means(maps: Vector, cells: int) -> Vector:
+    """Compute weighted means (..., cells, cells) of maps (..., h, w)."""
     height, width = maps.shape[-2:]
-    across = maps.reshape(-1, width) @ _hats(width, cells).T  # one product for all: numpy does stacks one by one
-    return np.asarray(_hats(height, cells) @ across.reshape(*maps.shape[:-1], cells), dtype=np.float32)
+    row_means = (
+        maps.reshape(-1, width) @ _triangle_weights(width, cells).T
+    )  # one product for all maps: numpy multiplies stacks one by one
+    return np.asarray(_triangle_weights(height, cells) @ row_means.reshape(*maps.shape[:-1], cells), dtype=np.float32)
 
 
 @lru_cache(maxsize=8)
 def _cepstral_weights(num_bands: int) -> Vector:
-    """The cosine transform (NUM_CEPSTRA, bands) as a matrix; rows beyond the number of bands are 0."""
+    """Return the cosine transform as a matrix (NUM_CEPSTRA, bands); rows beyond the number of bands are 0."""
     weights = scipy.fft.dct(np.eye(num_bands), axis=0, norm="ortho")[:NUM_CEPSTRA]
     return np.pad(weights, ((0, NUM_CEPSTRA - len(weights)), (0, 0))).astype(np.float32)
 
 
 @lru_cache(maxsize=32)
-def _hats(length: int, cells: int) -> Vector:
-    """Weights (cells, length), rows of sum 1: overlapping triangles, for any length down to one."""
-    places = (np.arange(length) + 0.5) / length * cells - 0.5
-    hats = np.maximum(0, 1 - np.abs(places - np.arange(cells)[:, None]) / max(1.0, cells / length))
-    return np.asarray(hats / hats.sum(1, keepdims=True), dtype=np.float32)
+def _triangle_weights(length: int, cells: int) -> Vector:
+    """Return weights (cells, length) of overlapping triangles; each row sums to 1, for any length from one."""
+    positions = (np.arange(length) + 0.5) / length * cells - 0.5
+    weights = np.maximum(0, 1 - np.abs(positions - np.arange(cells)[:, None]) / max(1.0, cells / length))
+    return np.asarray(weights / weights.sum(1, keepdims=True), dtype=np.float32)
 
 
 @lru_cache(maxsize=32)
-def _cosines(length: int) -> Vector:
-    """Weights (NUM_COSINES, length); the first row is the mean."""
-    places = (np.arange(length) + 0.5) / length
-    return (np.cos(np.pi * np.arange(NUM_COSINES)[:, None] * places) / length).astype(np.float32)
+def _cosine_weights(length: int) -> Vector:
+    """Return cosine weights (NUM_COSINES, length); the first row is the mean."""
+    positions = (np.arange(length) + 0.5) / length
+    return (np.cos(np.pi * np.arange(NUM_COSINES)[:, None] * positions) / length).astype(np.float32)

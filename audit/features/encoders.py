@@ -1,7 +1,7 @@
-"""Encoders by name: one modality of one sample as a feature vector.
+"""Encoders by name: they convert one modality of one sample to a feature vector.
 
-`statistics` measures by hand; `resnet18` gives the inputs of a network that the probe trains; `hf:MODEL` is a frozen
-pretrained network; `package.module:function` is the user's own.
+`statistics` computes hand-made descriptors; `resnet18` prepares the inputs of a network that the probe trains;
+`hf:MODEL` is a frozen pretrained network; `package.module:function` is a user-defined function.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from ..media.audio import network_spectrogram, network_steps
 from ..media.decode import Folders, decode_audio, decode_folders, decode_frames, decode_image
 from ..media.files import MediaConfig, Medium
 from ..quarantine import Reason, UnusableError
-from .descriptors import image_statistics, sound_statistics, text_counts, video_statistics
+from .descriptors import audio_statistics, image_statistics, text_counts, video_statistics
 from .functions import call_function, function_file, function_version, load_function
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
 
 Vector = NDArray[Any]  # float32, or uint8 for the pixels of a network's input
 ENCODER_NAMES = ("statistics", "resnet18", "hf:MODEL", "PACKAGE.MODULE:FUNCTION")
-IMPORT_NOTHING = ("statistics", "resnet18")  # the encoders that are mmaudit's own: neither code nor files of others
-_CHECKED_AT_ONCE = 1 << 24  # numbers
+IMPORT_NOTHING = ("statistics", "resnet18")  # built-in encoders: they load no code and no files of others
+_CHECK_NUMBERS = 1 << 24  # numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoder:
-    """How a kind becomes a vector. `version` changes whenever the same input would give another vector.
+    """A function from a loaded cell (see Dataset.load) to a vector, which depends on that sample only.
 
-    `encode` takes what Dataset.load gives. A vector depends on its own sample alone.
+    `version` changes whenever the same input would produce another vector.
     """
 
     name: str
@@ -46,10 +46,11 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Encoded:
-    """Some rows of one modality: the digest of each row's content (n,), 32 hexadecimal digits, and what became of it.
+class EncodedRows:
+    """Encoded rows of one modality.
 
-    `vector` (u, d) are those of the usable rows; `problem` tells row by row what is wrong with the others.
+    content: digest of each row (n,), 32 hexadecimal digits. usable: bool (n,). vector: of the usable rows (u, d).
+    problem: the error of each other row.
     """
 
     content: NDArray[np.bytes_]
@@ -59,7 +60,7 @@ class Encoded:
 
 
 def check_encoder(modality: Modality) -> None:
-    """Refuse an encoder that is not there, or cannot read this kind of modality."""
+    """Raise ConfigError if the modality's encoder does not exist, or cannot read its kind."""
     try:
         _check_encoder(modality.encoder, modality.kind)
     except ConfigError as error:
@@ -74,7 +75,7 @@ def _check_encoder(name: str, kind: str) -> None:
     if name == "resnet18":
         if kind not in NETWORK_INPUTS:
             raise ConfigError(
-                f"a network on pictures and sound, which does not read {kind}; {choices(kind, NETWORK_INPUTS)}"
+                f"a network for images and audio, which does not read {kind}; {choices(kind, NETWORK_INPUTS)}"
             )
         require_transformers()
     elif name.startswith("hf:"):
@@ -86,7 +87,7 @@ def _check_encoder(name: str, kind: str) -> None:
 
 
 def encoder_location(name: str) -> str | None:
-    """Return the source file of a function, or the folder of a model on this disk, without importing it; else None."""
+    """Return the source file of a function, or the local folder of a model, without importing it; else None."""
     if name in IMPORT_NOTHING:
         return None
     path = local_folder(name[3:]) if name.startswith("hf:") else function_file(name)
@@ -94,31 +95,31 @@ def encoder_location(name: str) -> str | None:
 
 
 def is_pretrained(modality: Modality) -> bool:
-    """Tell whether a modality is encoded by a pretrained network: in batches, and on a device."""
+    """Return whether a modality is encoded by a pretrained network: in batches, on a device."""
     return modality.encoder.startswith("hf:")
 
 
-def encoder_of(modality: Modality) -> Encoder:
-    """Give the encoder of a modality; ConfigError where it cannot be loaded."""
+def load_encoder(modality: Modality) -> Encoder:
+    """Return the encoder of a modality; ConfigError if it cannot be loaded."""
     name, kind = modality.encoder, modality.kind
     if name == "statistics":
         return ENCODERS[kind]
     if name == "resnet18":
         return NETWORK_INPUTS[kind]
     if is_pretrained(modality):
-        return Encoder(name="hf", version=model_version(name[3:]), encode=partial(_encode_alone, name[3:], kind))
+        return Encoder(name="hf", version=model_version(name[3:]), encode=partial(_encode_by_model, name[3:], kind))
     return Encoder(name=name, version=function_version(name), encode=partial(_encode_by_function, name, kind))
 
 
 def is_network(modality: Modality) -> bool:
-    """Tell whether a modality is read by a network that its probe trains: what is encoded are then its inputs."""
+    """Return whether the probe of a modality trains a network; its feature vectors are then the network's inputs."""
     return modality.encoder == "resnet18"
 
 
 def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
-    """Shape of what `resnet18` is given of a sample: (mel bands, steps in time), (h, w, 3) or (f, h, w, 3).
+    """Return the input shape of `resnet18` for a sample: (mel bands, time steps), (h, w, 3) or (f, h, w, 3).
 
-    It stands flattened in the cache: float32 natural logarithms of power, or uint8 levels.
+    The cache holds the inputs flattened: float32 natural logarithms of power, or uint8 pixels.
     """
     size = media.network_size
     if modality.kind == "audio":
@@ -127,27 +128,27 @@ def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
 
 
 def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Vector | UnusableError:
-    """Encode what Dataset.load gave for a cell; what was wrong with it comes back in place of the vector."""
+    """Encode a loaded cell (see Dataset.load); an UnusableError is returned instead of the vector, not raised."""
     if isinstance(loaded, UnusableError):
         return loaded
     try:
-        return encoder_of(modality).encode(loaded, media)
+        return load_encoder(modality).encode(loaded, media)
     except UnusableError as error:
         return error
 
 
-def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> Encoded:
-    """Check a column of feature vectors row by row, a million a few seconds: they are read as they are."""
+def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:
+    """Check a column of feature vectors, which are used unchanged; a million rows take a few seconds."""
     cells = column.combine_chunks()
-    cells = cells.cast(pa.large_list(pa.float32()), safe=False)  # whole numbers past 2^24 are rounded
+    cells = cells.cast(pa.large_list(pa.float32()), safe=False)  # integers above 2^24 are rounded
     flat = cells.values.to_numpy(zero_copy_only=False)  # nulls inside a vector become NaN
     offsets = cells.offsets.to_numpy()
     start, end = offsets[:-1], offsets[1:]
     valid = cells.is_valid().to_numpy(zero_copy_only=False)
-    odd = _odd_places(flat)
-    num_odd = np.searchsorted(odd, end) - np.searchsorted(odd, start)
+    not_finite = _not_finite_positions(flat)
+    num_not_finite = np.searchsorted(not_finite, end) - np.searchsorted(not_finite, start)
     fits = valid & (end - start == modality.length)
-    usable = fits & (num_odd == 0)
+    usable = fits & (num_not_finite == 0)
     problem = {}
     for row in np.flatnonzero(~usable).tolist():
         if not valid[row]:
@@ -156,29 +157,29 @@ def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> Encoded:
             detail = f"{end[row] - start[row]} numbers; most rows have {modality.length}"
             problem[row] = UnusableError(Reason.WRONG_LENGTH, detail)
         else:
-            detail = f"{num_odd[row]} of {modality.length} numbers are not finite"
+            detail = f"{num_not_finite[row]} of {modality.length} numbers are not finite"
             problem[row] = UnusableError(Reason.NOT_FINITE, detail)
     content = _row_digests(flat, np.where(valid, start, 0), np.where(valid, end, 0))
     vector = _usable_vectors(flat, start, usable, int(modality.length or 0))
-    return Encoded(content=content, usable=usable, vector=vector, problem=problem)
+    return EncodedRows(content=content, usable=usable, vector=vector, problem=problem)
 
 
-def _odd_places(flat: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Where the numbers are not finite, a piece at a time: flags for all would take a quarter of the numbers' space."""
-    pieces = range(0, len(flat), _CHECKED_AT_ONCE)
-    odd = [at + np.flatnonzero(~np.isfinite(flat[at : at + _CHECKED_AT_ONCE])) for at in pieces]
-    return np.concatenate([np.zeros(0, np.intp), *odd])
+def _not_finite_positions(flat: NDArray[np.float32]) -> NDArray[np.intp]:
+    """Return the positions of non-finite numbers, by block: a full mask would take a quarter of the numbers' memory."""
+    starts = range(0, len(flat), _CHECK_NUMBERS)
+    positions = [start + np.flatnonzero(~np.isfinite(flat[start : start + _CHECK_NUMBERS])) for start in starts]
+    return np.concatenate([np.zeros(0, np.intp), *positions])
 
 
 def _row_digests(flat: NDArray[np.float32], start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.bytes_]:
-    """What hashing.digest gives for each row's bytes, without a copy of them."""
+    """Return hashing.digest of each row's bytes (n,), without copying them."""
     view = memoryview(np.ascontiguousarray(flat).view(np.uint8).data)
-    found = np.empty(len(start), dtype="S32")
+    digests = np.empty(len(start), dtype="S32")
     for row, (first, last) in enumerate(zip((4 * start).tolist(), (4 * end).tolist(), strict=True)):
-        whole = hashlib.blake2b((last - first).to_bytes(8, "little"), digest_size=16)
-        whole.update(view[first:last])
-        found[row] = whole.hexdigest().encode()
-    return found
+        hasher = hashlib.blake2b((last - first).to_bytes(8, "little"), digest_size=16)
+        hasher.update(view[first:last])
+        digests[row] = hasher.hexdigest().encode()
+    return digests
 
 
 def _usable_vectors(
@@ -186,21 +187,21 @@ def _usable_vectors(
 ) -> NDArray[np.float32]:
     if usable.all() and len(usable) and start[-1] - start[0] == length * (len(usable) - 1):
         return np.asarray(flat[start[0] : start[0] + length * len(usable)]).reshape(len(usable), length)
-    places = start[usable][:, None] + np.arange(length)
-    return np.asarray(flat[places], dtype=np.float32)
+    positions = start[usable][:, None] + np.arange(length)
+    return np.asarray(flat[positions], dtype=np.float32)
 
 
 def preprocessing(modality: Modality, media: MediaConfig) -> str:
-    """Fingerprint everything but the content that decides about a modality's vectors, in 16 hexadecimal digits."""
+    """Return the fingerprint, 16 hexadecimal digits, of all settings that determine a modality's vectors."""
     if modality.kind == "features":
         return digest(f"vector 2 {modality.length}".encode())[:16]
-    encoder = encoder_of(modality)
-    about = (modality.kind, encoder.name, encoder.version, media.to_fingerprint())
-    return digest(repr(about).encode())[:16]
+    encoder = load_encoder(modality)
+    settings = (modality.kind, encoder.name, encoder.version, media.to_fingerprint())
+    return digest(repr(settings).encode())[:16]
 
 
-def _encode_sound(data: Medium, media: MediaConfig) -> Vector:
-    return sound_statistics(decode_audio(data, media), media)
+def _encode_audio(data: Medium, media: MediaConfig) -> Vector:
+    return audio_statistics(decode_audio(data, media), media)
 
 
 def _encode_image(data: Medium, media: MediaConfig) -> Vector:
@@ -215,7 +216,7 @@ def _encode_folders(folders: Folders, media: MediaConfig) -> Vector:
     return video_statistics(decode_folders(folders, media), media)
 
 
-def _network_sound(data: Medium, media: MediaConfig) -> Vector:
+def _network_audio(data: Medium, media: MediaConfig) -> Vector:
     return network_spectrogram(decode_audio(data, media), media).ravel()
 
 
@@ -224,18 +225,18 @@ def _network_image(data: Medium, media: MediaConfig) -> Vector:
 
 
 def _network_video(data: Medium, media: MediaConfig) -> Vector:
-    return decode_frames(data, _for_network(media)).ravel()
+    return decode_frames(data, _network_media(media)).ravel()
 
 
 def _network_folders(folders: Folders, media: MediaConfig) -> Vector:
-    return decode_folders(folders, _for_network(media)).ravel()
+    return decode_folders(folders, _network_media(media)).ravel()
 
 
-def _for_network(media: MediaConfig) -> MediaConfig:
+def _network_media(media: MediaConfig) -> MediaConfig:
     return replace(media, num_frames=media.network_frames, frame_size=media.network_size)
 
 
-def _encode_alone(name: str, kind: str, loaded: Any, media: MediaConfig) -> Vector:
+def _encode_by_model(name: str, kind: str, loaded: Any, media: MediaConfig) -> Vector:
     model = open_model(name, kind)
     return np.asarray(model.encode([model.prepare(loaded, media)])[0])
 
@@ -252,14 +253,14 @@ _DECODERS: dict[str, Callable[[Any, MediaConfig], Any]] = {
     "frames": decode_folders,
 }
 ENCODERS: dict[str, Encoder] = {
-    "audio": Encoder(name="sound-statistics", version=3, encode=_encode_sound),
+    "audio": Encoder(name="sound-statistics", version=3, encode=_encode_audio),
     "image": Encoder(name="image-statistics", version=1, encode=_encode_image),
     "video": Encoder(name="video-statistics", version=3, encode=_encode_video),
     "frames": Encoder(name="frames-statistics", version=1, encode=_encode_folders),
     "text": Encoder(name="text-counts", version=2, encode=text_counts),
 }
 NETWORK_INPUTS: dict[str, Encoder] = {
-    "audio": Encoder(name="network-sound", version=2, encode=_network_sound),
+    "audio": Encoder(name="network-sound", version=2, encode=_network_audio),
     "image": Encoder(name="network-image", version=1, encode=_network_image),
     "video": Encoder(name="network-video", version=2, encode=_network_video),
     "frames": Encoder(name="network-frames", version=1, encode=_network_folders),

@@ -13,26 +13,26 @@ from .cache import column_of, read_arrow
 from .encode import EncodeTask, Status
 
 Rows = NDArray[np.intp]
-CHUNK_BYTES = 32 << 20  # rows that are read at once: enough for a matrix product to be worth its call
+CHUNK_BYTES = 32 << 20  # read at once: large enough for efficient matrix products
 
 
 class Inputs(Protocol):
-    """n rows of d features, float32 or uint8, of which any can be read. A missing modality's features are NaN."""
+    """n rows of d features, float32 or uint8, with random access. Features of a missing modality are NaN."""
 
     @property
     def num_rows(self) -> int:
-        """Rows there are, n."""
+        """Number of rows, n."""
 
     @property
     def num_features(self) -> int:
-        """Features of a row, d."""
+        """Number of features, d."""
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
 
 
 def chunks(inputs: Inputs, rows: Rows | None = None, *, most_bytes: int = CHUNK_BYTES) -> Iterator[Rows]:
-    """Cut rows, all of them by default, into runs whose float32 features take `most_bytes` at most."""
+    """Yield the rows, by default all, in chunks of at most `most_bytes` of float32 features, but at least 256 rows."""
     rows = np.arange(inputs.num_rows) if rows is None else rows
     size = max(256, most_bytes // (4 * inputs.num_features))
     for start in range(0, len(rows), size):
@@ -40,7 +40,7 @@ def chunks(inputs: Inputs, rows: Rows | None = None, *, most_bytes: int = CHUNK_
 
 
 def reading_order(inputs: Inputs, rows: Rows) -> Rows:
-    """Return the order (b,) of rows in which they are read from front to back of the files they lie in."""
+    """Return the order (b,) in which these rows are read sequentially from their files."""
     if isinstance(inputs, JointInputs):
         return reading_order(inputs.parts[0], rows)
     return np.argsort(inputs.row[rows] if isinstance(inputs, FeatureMatrix) else rows, kind="stable")
@@ -54,16 +54,16 @@ class MatrixInputs:
 
     @property
     def num_rows(self) -> int:
-        """Rows there are, n."""
+        """Number of rows, n."""
         return len(self.matrix)
 
     @property
     def num_features(self) -> int:
-        """Features of a row, d."""
+        """Number of features, d."""
         return int(self.matrix.shape[1])
 
     def read(self, rows: Rows) -> NDArray[Any]:
-        """Read these rows, in this order: (len(rows), d). Rows that follow each other are not copied."""
+        """Read these rows, in this order: (len(rows), d). Consecutive rows are returned as a view."""
         if len(rows) and (np.diff(rows) == 1).all():
             return self.matrix[rows[0] : rows[-1] + 1]
         return np.asarray(self.matrix[rows])
@@ -71,7 +71,7 @@ class MatrixInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowInputs:
-    """Rows `first`, `first` + 1, ... of n rows, held in memory: no others can be read."""
+    """Consecutive rows in memory, from `first`, of n rows; only these can be read."""
 
     num_rows: int
     first: int
@@ -79,12 +79,12 @@ class WindowInputs:
 
     @classmethod
     def of(cls, inputs: Inputs, rows: Rows) -> WindowInputs:
-        """Read consecutive rows of other inputs."""
+        """Read consecutive rows of `inputs` into memory."""
         return cls(num_rows=inputs.num_rows, first=int(rows[0]), matrix=inputs.read(rows))
 
     @property
     def num_features(self) -> int:
-        """Features of a row, d."""
+        """Number of features, d."""
         return int(self.matrix.shape[1])
 
     def read(self, rows: Rows) -> NDArray[Any]:
@@ -94,97 +94,99 @@ class WindowInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureMatrix:
-    """One modality of n samples in the feature cache; rows where it is missing read as NaN.
+    """One modality of n samples in the feature cache; rows without the modality read as NaN.
 
-    row (n,) are the samples' places in the dataset, starts (s + 1,) the places where the shards begin.
+    row: dataset row of each sample (n,). shard_starts: first dataset row of each shard, and the end (s + 1,).
     """
 
     tasks: tuple[EncodeTask, ...]
     status: Status
     row: Rows
-    starts: Rows
+    shard_starts: Rows
     num_features: int
 
     @classmethod
     def of(cls, tasks: Sequence[EncodeTask], status: Status, row: Rows) -> FeatureMatrix:
-        """Open the vectors of these rows of the dataset, one at least of which is usable."""
-        starts = np.cumsum([0, *(task.shard.num_rows for task in tasks)])
-        opened = cls(tasks=tuple(tasks), status=status, row=row, starts=starts, num_features=0)
+        """Open the vectors of these dataset rows, of which at least one must be usable."""
+        shard_starts = np.cumsum([0, *(task.shard.num_rows for task in tasks)])
+        opened = cls(tasks=tuple(tasks), status=status, row=row, shard_starts=shard_starts, num_features=0)
         first = row[np.argmax(status.usable[row])]
-        shard = int(np.searchsorted(starts, first, side="right")) - 1
-        vector = read_arrow(tasks[shard].file(status.modality))["vector"][int(first - starts[shard])]
+        shard = int(np.searchsorted(shard_starts, first, side="right")) - 1
+        vector = read_arrow(tasks[shard].file(status.modality))["vector"][int(first - shard_starts[shard])]
         return replace(opened, num_features=len(vector))
 
     @property
     def num_rows(self) -> int:
-        """Rows there are, n."""
+        """Number of rows, n."""
         return len(self.row)
 
     @property
     def present(self) -> NDArray[np.bool_]:
-        """Tell for each sample (n,) whether it has this modality."""
+        """Mask (n,) of the samples that have this modality."""
         return np.asarray(self.status.usable[self.row])
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
-        place = self.row[rows]
-        shard = np.searchsorted(self.starts, place, side="right") - 1
+        dataset_rows = self.row[rows]
+        shard = np.searchsorted(self.shard_starts, dataset_rows, side="right") - 1
         order = np.argsort(shard, kind="stable")
-        out: NDArray[Any] | None = None
-        for group in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1) if len(rows) else []:
-            part = self._read_shard(int(shard[group[0]]), place[group])
-            if out is None:
-                out = np.empty((len(rows), self.num_features), dtype=part.dtype)
-            elif out.dtype != part.dtype:  # NaN stands for what is missing, and bytes have none
-                out = out.astype(np.float32)
-            out[group] = part
-        return np.zeros((0, self.num_features), np.float32) if out is None else out
+        features: NDArray[Any] | None = None
+        for positions in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1) if len(rows) else []:
+            part = self._read_shard(int(shard[positions[0]]), dataset_rows[positions])
+            if features is None:
+                features = np.empty((len(rows), self.num_features), dtype=part.dtype)
+            elif features.dtype != part.dtype:  # missing rows are NaN, which uint8 cannot represent
+                features = features.astype(np.float32)
+            features[positions] = part
+        return np.zeros((0, self.num_features), np.float32) if features is None else features
 
     def read_all(self) -> NDArray[Any]:
         """Read all rows: (n, d)."""
         return self.read(np.arange(self.num_rows))
 
-    def _read_shard(self, shard: int, place: Rows) -> NDArray[Any]:
-        task, start = self.tasks[shard], int(self.starts[shard])
-        vector = column_of(read_arrow(task.file(self.status.modality)), "vector")  # not a copy: few rows may be read
-        usable = self.status.usable[start : start + task.shard.num_rows]
-        held = vector.flatten().to_numpy().reshape(int(usable.sum()), -1)  # flatten leaves out what is null
-        wanted = usable[place - start]
-        found = held[(np.cumsum(usable) - 1)[place - start][wanted]]
-        if wanted.all():
-            return np.asarray(found)
-        part = np.full((len(place), self.num_features), np.nan, np.float32)
-        part[wanted] = found
+    def _read_shard(self, shard: int, dataset_rows: Rows) -> NDArray[Any]:
+        task, start = self.tasks[shard], int(self.shard_starts[shard])
+        vector = column_of(
+            read_arrow(task.file(self.status.modality)), "vector"
+        )  # no copy: often only a few rows are read
+        shard_usable = self.status.usable[start : start + task.shard.num_rows]
+        usable_vectors = vector.flatten().to_numpy().reshape(int(shard_usable.sum()), -1)  # flatten skips nulls
+        is_usable = shard_usable[dataset_rows - start]
+        vectors = usable_vectors[(np.cumsum(shard_usable) - 1)[dataset_rows - start][is_usable]]
+        if is_usable.all():
+            return np.asarray(vectors)
+        part = np.full((len(dataset_rows), self.num_features), np.nan, np.float32)
+        part[is_usable] = vectors
         return part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JointInputs:
-    """Several inputs of the same n rows, side by side. Those in `masked` read as NaN, as if they were missing."""
+    """Concatenated features of several inputs of the same n rows. Parts in `masked` read as NaN, as if missing."""
 
     parts: tuple[Inputs, ...]
     masked: frozenset[int] = frozenset()
 
     @property
     def num_rows(self) -> int:
-        """Rows there are, n."""
+        """Number of rows, n."""
         return self.parts[0].num_rows
 
     @property
     def num_features(self) -> int:
-        """Features of a row, d."""
+        """Number of features, d."""
         return sum(part.num_features for part in self.parts)
 
     def mask(self, parts: frozenset[int]) -> JointInputs:
-        """Give the same rows with these parts missing."""
+        """Return the same rows with these parts masked."""
         return replace(self, masked=parts)
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
-        out = np.full((len(rows), self.num_features), np.nan, np.float32)
+        features = np.full((len(rows), self.num_features), np.nan, np.float32)
         end = 0
         for index, part in enumerate(self.parts):
             start, end = end, end + part.num_features
             if index not in self.masked:
-                out[:, start:end] = part.read(rows)
-        return out
+                features[:, start:end] = part.read(rows)
+        return features

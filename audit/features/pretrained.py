@@ -1,8 +1,8 @@
 """Pretrained encoders: frozen transformers models, local or from the hub.
 
-Any model of transformers that one of AutoFeatureExtractor, AutoImageProcessor or AutoTokenizer prepares input for. Its
-vector is, in this order: the projected features of a model with two towers (CLIP, CLAP); `pooler_output`, where the
-weights hold the pooler; the mean of `last_hidden_state` over all tokens, in texts over those that are no padding.
+Any transformers model whose input is prepared by AutoFeatureExtractor, AutoImageProcessor or AutoTokenizer. The vector
+is the first available of: the projected features of a two-tower model (CLIP, CLAP); `pooler_output`, if the weights
+contain the pooler; the mean of `last_hidden_state` over all tokens, for texts over all tokens but padding.
 """
 
 from __future__ import annotations
@@ -31,74 +31,74 @@ from ..media.video import read_frames
 from ..threads import parallel_map
 from .descriptors import text_words
 
-_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # no pickled weights, no code
+_DOWNLOADED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # no pickled weights, no code
 
 
-def find_folder(name: str, *, whole: bool) -> Path:
-    """Give a model's folder: one that is named, or that of a name on the hub, with `@revision` if there is one.
+def find_model_folder(name: str, *, with_weights: bool) -> Path:
+    """Return a model's folder: `name` itself, or the download of a hub name, optionally with `@revision`.
 
-    From the hub come its config alone, or all of it if `whole`. Raises ConfigError for what cannot be had.
+    Downloads only the config, or all files if `with_weights`. Raises ConfigError if the model is not available.
     """
     folder = local_folder(name)
     if folder is not None:
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"folder {name} holds no config.json: it is no model of transformers")
+            raise ConfigError(f"folder {name} has no config.json: it is not a transformers model")
         return folder
-    return _hub_folder(name, whole)
+    return _hub_folder(name, with_weights)
 
 
 def local_folder(name: str) -> Path | None:
-    """Return the folder that a name stands for; None where there is none, as for a name on the hub."""
+    """Return the local folder of this name; None if it does not exist, as for a name on the hub."""
     folder = Path(name).expanduser()
     return folder if folder.is_dir() else None
 
 
 @lru_cache(maxsize=16)
-def _hub_folder(name: str, whole: bool) -> Path:
+def _hub_folder(name: str, with_weights: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     model, _, revision = name.partition("@")
     try:
-        if whole:
-            return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(_FILES)))
+        if with_weights:
+            return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(_DOWNLOADED_FILES)))
         return Path(hf_hub_download(model, "config.json", revision=revision or None)).parent
-    except (OSError, ValueError) as error:  # theirs are of these two kinds
-        words = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"no folder {name!r} here, and no such model from the hub: {words}") from error
+    except (OSError, ValueError) as error:  # the two base classes of huggingface_hub's errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"no local folder {name!r}, and the hub has no such model: {reason}") from error
 
 
 def folder_version(folder: Path) -> str:
-    """Fingerprint a model: by its commit on the hub, else by the content of its folder, wherever that lies."""
-    return folder.name if folder.parent.name == "snapshots" else _folder_digest(_stamps(folder))
+    """Return the version of a model: its commit on the hub, else the digest of its files, independent of the path."""
+    return folder.name if folder.parent.name == "snapshots" else _folder_digest(_file_stamps(folder))
 
 
-def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+def _file_stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model", ".safetensors"))
     return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 @lru_cache(maxsize=16)
 def _folder_digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """Digest the content of these files, again only when one has changed: 350 MB of weights take half a second."""
+    """Return the digest of these files, cached until one changes: 350 MB of weights take half a second."""
     return digest(*(part for name, _, _ in stamps for part in (Path(name).name.encode(), Path(name).read_bytes())))
 
 
 log = logging.getLogger("mmaudit")
 
-VERSION = 1  # goes up when the same model and input would give another vector
-INPUTS_AT_ONCE = 32  # sounds, pictures or texts; clips count as their frames
-LEAST_SECONDS = 0.1  # of sound: wav2vec2 takes no less than 25 ms
-MEND = 'transformers is not installed: pip install "mmaudit[hf]"'
-_FOLDER_SIZE = 256  # pixels of a square: pictures of one folder may be of several sizes
+VERSION = 1  # increased when the same model and input would produce another vector
+MAX_BATCH_INPUTS = 32  # waveforms, images or texts; each frame of a clip counts
+MIN_SECONDS = 0.1  # audio is padded to this length: wav2vec2 needs at least 25 ms
+INSTALL_HINT = 'transformers is not installed: pip install "mmaudit[hf]"'
+_FRAME_SIZE = 256  # pixels of the squares that frames of a folder are scaled to: they may differ in size
 
-_OPENING = threading.Lock()
+_OPEN_LOCK = threading.Lock()
 
-Inputs = dict[str, NDArray[Any]]
+ModelInputs = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pretrained:
-    """A model, and what prepares its input; `num_frames` is None for a network of single pictures."""
+    """A model and its processor; `num_frames` is None for a network of single images."""
 
     kind: str
     model: Any
@@ -108,96 +108,99 @@ class Pretrained:
     device: str
 
     def batch_size(self, media: MediaConfig) -> int:
-        """Say how many samples are encoded at once."""
+        """Return how many samples are encoded at once."""
         frames = (self.num_frames or media.num_frames) if self.kind in ("video", "frames") else 1
-        return max(1, INPUTS_AT_ONCE // frames)
+        return max(1, MAX_BATCH_INPUTS // frames)
 
-    def prepare(self, loaded: Any, media: MediaConfig) -> Inputs:
-        """Decode a sample and bring it to what the model takes, without a batch dimension. Threads may call it."""
+    def prepare(self, loaded: Any, media: MediaConfig) -> ModelInputs:
+        """Decode a sample and convert it to model inputs without a batch dimension. Thread-safe."""
         if self.kind == "text":
-            text_words(loaded)  # refuses what holds none
+            text_words(loaded)  # raises for a text without words
             return dict(self.processor(loaded, truncation=True, max_length=_max_tokens(self), return_tensors=None))
         if self.kind == "audio":
             rate = int(self.processor.sampling_rate)
             wave = decode_audio(loaded, replace(media, sample_rate=rate))
-            wave = np.pad(wave, (0, max(0, round(LEAST_SECONDS * rate) - len(wave))))
-            return _single(self.processor(wave, sampling_rate=rate, return_tensors="np"))
+            wave = np.pad(wave, (0, max(0, round(MIN_SECONDS * rate) - len(wave))))
+            return _drop_batch(self.processor(wave, sampling_rate=rate, return_tensors="np"))
         if self.kind == "image":
             with reading_container(loaded):
                 picture = check_not_constant(read_picture(loaded, size=None, config=media))
-            return _single(self.processor(images=[Image.fromarray(picture)], return_tensors="np"))
+            return _drop_batch(self.processor(images=[Image.fromarray(picture)], return_tensors="np"))
         frames = [Image.fromarray(frame) for frame in self._frames(loaded, media)]
         if self.num_frames:
-            return _single(self.processor([frames], return_tensors="np"))
+            return _drop_batch(self.processor([frames], return_tensors="np"))
         return dict(self.processor(images=frames, return_tensors="np"))
 
-    def encode(self, batch: Sequence[Inputs]) -> NDArray[np.float32]:
-        """Vectors (b, d) of prepared samples: texts of any length, all others of one shape."""
+    def encode(self, batch: Sequence[ModelInputs]) -> NDArray[np.float32]:
+        """Compute the vectors (b, d) of prepared samples; except for texts all inputs must have the same shape."""
         import torch
 
         if self.kind == "text":
             inputs = dict(self.processor.pad(list(batch), return_tensors="pt"))
         else:
-            inputs = {name: torch.from_numpy(np.stack([each[name] for each in batch])) for name in batch[0]}
+            inputs = {
+                name: torch.from_numpy(np.stack([inputs_of_sample[name] for inputs_of_sample in batch]))
+                for name in batch[0]
+            }
         by_frame = self.kind in ("video", "frames") and not self.num_frames
         if by_frame:
             inputs = {name: value.flatten(0, 1) for name, value in inputs.items()}
         with torch.no_grad():
-            found = self._forward({name: value.to(self.device) for name, value in inputs.items()})
+            vectors = self._forward({name: value.to(self.device) for name, value in inputs.items()})
             if by_frame:
-                found = found.unflatten(0, (len(batch), -1)).mean(dim=1)
-        return np.asarray(found.float().cpu().numpy(), dtype=np.float32)
+                vectors = vectors.unflatten(0, (len(batch), -1)).mean(dim=1)
+        return np.asarray(vectors.float().cpu().numpy(), dtype=np.float32)
 
     def _frames(self, loaded: Any, media: MediaConfig) -> NDArray[np.uint8]:
         num_frames = self.num_frames or media.num_frames
         if self.kind == "frames":
-            return decode_folders(loaded, replace(media, num_frames=num_frames, frame_size=_FOLDER_SIZE))
+            return decode_folders(loaded, replace(media, num_frames=num_frames, frame_size=_FRAME_SIZE))
         with reading_container(loaded):
             frames = read_frames(loaded, num_frames=num_frames, size=None, config=media)
             return check_not_constant(frames)
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
-        tower = _tower(type(self.model), self.kind)
-        found = getattr(self.model, tower)(**inputs) if tower else self.model(**inputs)
-        if tower:
-            return getattr(found, "pooler_output", found)  # a plain tensor before transformers 5
-        if self.has_pooler and getattr(found, "pooler_output", None) is not None:
-            return found.pooler_output.flatten(1)
-        hidden = found.last_hidden_state
+        method = _tower_method(type(self.model), self.kind)
+        output = getattr(self.model, method)(**inputs) if method else self.model(**inputs)
+        if method:
+            return getattr(output, "pooler_output", output)  # before transformers 5 the output is a tensor
+        if self.has_pooler and getattr(output, "pooler_output", None) is not None:
+            return output.pooler_output.flatten(1)
+        hidden = output.last_hidden_state
         if self.kind != "text":
-            return hidden.flatten(2).mean(dim=2) if hidden.ndim == 4 else hidden.mean(dim=1)  # maps, or tokens
+            return hidden.flatten(2).mean(dim=2) if hidden.ndim == 4 else hidden.mean(dim=1)  # feature maps, or tokens
         mask = inputs["attention_mask"][..., None].to(hidden.dtype)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
 
 
 def require_transformers() -> None:
-    """Raise ConfigError where transformers is not installed."""
+    """Raise ConfigError if transformers is not installed."""
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError(MEND)
+        raise ConfigError(INSTALL_HINT)
 
 
 def check_model(name: str, kind: str) -> None:
-    """Raise ConfigError for a model that is not there, or does not read this kind of modality."""
+    """Raise ConfigError if the model does not exist, or does not read this kind of modality."""
     require_transformers()
-    config = _config(find_folder(name, whole=False))
-    kinds = _kinds(config)
+    config = _load_config(find_model_folder(name, with_weights=False))
+    kinds = _readable_kinds(config)
     if kind not in kinds:
-        what = " and ".join(kinds) if kinds else "nothing mmaudit has"
-        raise ConfigError(f"{name} is a model of type {config.model_type}, which reads {what}, not {kind}")
+        readable = " and ".join(kinds) if kinds else "no kind that mmaudit supports"
+        raise ConfigError(f"{name} is a model of type {config.model_type}, which reads {readable}, not {kind}")
 
 
 def model_version(name: str) -> str:
-    """Fingerprint a model: its commit on the hub, or the content of its folder, and what is done with it here."""
+    """Return the version of a model's vectors: VERSION, the model's commit or digest, and that of transformers."""
     require_transformers()
     import transformers
 
-    content = folder_version(find_folder(name, whole=True))
+    content = folder_version(find_model_folder(name, with_weights=True))
     return f"{VERSION} {content} transformers {transformers.__version__.split('.')[0]}"
 
 
 def open_model(name: str, kind: str, device: str = "cpu") -> Pretrained:
-    """Load a model in float32, in eval mode, once; ConfigError where its folder lacks a part. Threads may call it."""
-    with _OPENING:
+    """Load a model in float32 and eval mode; cached. ConfigError if a file is missing. Thread-safe."""
+    with _OPEN_LOCK:
         return _open_model(name, kind, device)
 
 
@@ -207,13 +210,13 @@ def _open_model(name: str, kind: str, device: str) -> Pretrained:
     from transformers import AutoModel
 
     check_model(name, kind)
-    folder = find_folder(name, whole=True)
-    config = _config(folder)
+    folder = find_model_folder(name, with_weights=True)
+    config = _load_config(folder)
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # weights that the files lack are drawn
+        with _silence_transformers(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # missing weights are initialised at random
             processor = _processor_class(kind).from_pretrained(str(folder), trust_remote_code=False)
-            model, found = AutoModel.from_pretrained(
+            model, loading_info = AutoModel.from_pretrained(
                 str(folder),
                 output_loading_info=True,
                 use_safetensors=True,
@@ -222,11 +225,12 @@ def _open_model(name: str, kind: str, device: str) -> Pretrained:
             )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ConfigError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    lacking = sorted(found["missing_keys"])
-    has_pooler = not any("pooler" in key for key in lacking)
-    drawn = [key for key in lacking if "pooler" not in key and "mask" not in key]  # masks serve pretraining alone
-    if drawn:
-        log.warning("%s: its files lack %d weights (%s, ..), which are drawn at random", name, len(drawn), drawn[0])
+    missing_keys = sorted(loading_info["missing_keys"])
+    has_pooler = not any("pooler" in key for key in missing_keys)
+    # Masks are used in pretraining only.
+    random_keys = [key for key in missing_keys if "pooler" not in key and "mask" not in key]
+    if random_keys:
+        log.warning("%s: %d weights (%s, ..) not found, initialised at random", name, len(random_keys), random_keys[0])
     if getattr(config, "is_encoder_decoder", False):
         model = model.get_encoder()
     model = model.to(device).eval().requires_grad_(False)
@@ -237,45 +241,45 @@ def _open_model(name: str, kind: str, device: str) -> Pretrained:
 
 
 def encode_inputs(
-    name: str, kind: str, inputs: Iterable[tuple[int, Inputs]], *, media: MediaConfig, device: str
+    name: str, kind: str, inputs: Iterable[tuple[int, ModelInputs]], *, media: MediaConfig, device: str
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield row and vector of prepared samples, in batches of one shape each, so that nothing but texts is padded.
+    """Yield row and vector of prepared samples, encoded in batches of one shape, so that only texts are padded.
 
-    Padding changes what many models make of a sound. The model is opened when the first sample comes. On the CPU each
-    sample is encoded by itself, several side by side, so that its vector is the same to the last bit whatever stands
-    beside it; on CUDA a batch is one product, and the last digits may depend on what else is in it.
+    Padding changes the output of many audio models. The model is opened with the first sample. On the CPU each sample
+    is encoded by itself, several in parallel, so that its vector is bit-identical whatever the batch; on CUDA a batch
+    is one matrix product, and the last digits may depend on the other samples.
     """
-    waiting: dict[tuple[tuple[int, ...], ...], list[tuple[int, Inputs]]] = {}
-    for row, each in inputs:
-        shapes = () if kind == "text" else tuple(value.shape for value in each.values())
-        batch = waiting.setdefault(shapes, [])
-        batch.append((row, each))
+    batches: dict[tuple[tuple[int, ...], ...], list[tuple[int, ModelInputs]]] = {}
+    for row, sample in inputs:
+        shapes = () if kind == "text" else tuple(value.shape for value in sample.values())
+        batch = batches.setdefault(shapes, [])
+        batch.append((row, sample))
         if len(batch) >= open_model(name, kind, device).batch_size(media):
-            yield from _encode_batch(name, kind, waiting.pop(shapes), device)
-    for batch in waiting.values():
+            yield from _encode_batch(name, kind, batches.pop(shapes), device)
+    for batch in batches.values():
         yield from _encode_batch(name, kind, batch, device)
 
 
 def _encode_batch(
-    name: str, kind: str, batch: list[tuple[int, Inputs]], device: str
+    name: str, kind: str, batch: list[tuple[int, ModelInputs]], device: str
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    model, inputs = open_model(name, kind, device), [each for _, each in batch]
+    model, inputs = open_model(name, kind, device), [sample for _, sample in batch]
     if device == "cpu":
-        vectors = [vector[0] for vector in parallel_map(lambda each: model.encode([each]), inputs)]
+        vectors = [vector[0] for vector in parallel_map(lambda sample: model.encode([sample]), inputs)]
     else:
         vectors = list(model.encode(inputs))
     for (row, _), vector in zip(batch, vectors, strict=True):
         yield row, vector
 
 
-def _kinds(config: Any) -> tuple[str, ...]:
-    """Tell by the model's main input which kinds of modality it reads."""
+def _readable_kinds(config: Any) -> tuple[str, ...]:
+    """Return the kinds of modality that a model reads, by its main input."""
     from transformers import MODEL_MAPPING
 
     if type(config) not in MODEL_MAPPING:
         return ()
     model: Any = MODEL_MAPPING[type(config)]
-    towers = tuple(kind for kind in ("audio", "image", "video", "frames", "text") if _tower(model, kind))
+    towers = tuple(kind for kind in ("audio", "image", "video", "frames", "text") if _tower_method(model, kind))
     by_input: dict[str, tuple[str, ...]] = {
         "input_values": ("audio",),
         "input_features": ("audio",),
@@ -285,17 +289,17 @@ def _kinds(config: Any) -> tuple[str, ...]:
     return towers or by_input.get(model.main_input_name, ())
 
 
-def _tower(model: type, kind: str) -> str | None:
-    """Name the method that gives the projected features of this kind, where a model has two towers."""
+def _tower_method(model: type, kind: str) -> str | None:
+    """Return the method of a two-tower model that computes the projected features of this kind, else None."""
     name = {"audio": "get_audio_features", "text": "get_text_features"}.get(kind, "get_image_features")
     return name if hasattr(model, "get_text_features") and hasattr(model, name) else None
 
 
-def _config(folder: Path) -> Any:
+def _load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        # Without the False transformers asks on the terminal whether code in the folder may run.
+        # Without False transformers asks on the terminal whether code in the folder may run.
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder}: its config.json cannot be read: {str(error).splitlines()[0]}") from error
@@ -308,27 +312,27 @@ def _processor_class(kind: str) -> Any:
 
 
 def _max_tokens(pretrained: Pretrained) -> int:
-    """The longest text the model takes; tokenizers without a limit state 10^30."""
+    """Return the maximum number of tokens; tokenizers without a limit state 10^30."""
     config = getattr(pretrained.model.config, "text_config", pretrained.model.config)
     return int(min(pretrained.processor.model_max_length, getattr(config, "max_position_embeddings", 512)))
 
 
-def _single(found: Any) -> Inputs:
-    return {name: np.asarray(value[0]) for name, value in found.items()}
+def _drop_batch(batch: Any) -> ModelInputs:
+    return {name: np.asarray(value[0]) for name, value in batch.items()}
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from drawing bars and from listing the weights of heads that are not used."""
+def _silence_transformers() -> Iterator[None]:
+    """Suppress progress bars of transformers and its warnings about weights of unused heads."""
     from transformers.utils import logging
 
-    theirs: Any = logging  # without types
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
+    hf_logging: Any = logging  # it has no type annotations
+    level, had_progress_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        theirs.set_verbosity(level)
-        if bars:
-            theirs.enable_progress_bar()
+        hf_logging.set_verbosity(level)
+        if had_progress_bar:
+            hf_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Folders without a table: split, class, modality and sample from the names of files and folders."""
+"""Folders of media without a table: split, class, modality and sample are inferred from the paths."""
 
 from __future__ import annotations
 
@@ -17,76 +17,78 @@ from .tables import METADATA_NAMES, OTHER_FORMS, Plan, concat_rows, find_tables,
 
 log = logging.getLogger("mmaudit")
 
-# What the name of a folder holds that is about a modality rather than a class
+# A folder whose name contains one of these words stands for a modality, not for a class
 _MODALITY_WORDS = ("audio", "sound", "wav", "speech", "image", "img", "picture", "photo", "video", "visual", "frame")
-_MEND = "or write a metadata.csv with a column file_name (or NAME_file_name for each modality) and a column label"
+_METADATA_HINT = (
+    "or write a metadata.csv with a column file_name (or NAME_file_name for each modality) and a column label"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Medium:
-    """One file of a layout: its path below the root, its kind, and what the folders above it say."""
+class LayoutFile:
+    """One media file of a folder layout: its path below the root, and what its parent folders stand for."""
 
     path: str
     kind: str
-    folder: str | None  # of its modality, where folders name these
+    folder: str | None  # of its modality, if folders stand for modalities
     split: str | None
-    rest: str  # the path without modality, split and extension
+    class_path: str  # the path without modality, split and extension: class/.../stem
 
     @property
     def sample_id(self) -> str:
-        """The path without modality and extension, which the files of one sample share."""
-        return f"{self.split}/{self.rest}" if self.split else self.rest
+        """The path without modality and extension, shared by all files of one sample."""
+        return f"{self.split}/{self.class_path}" if self.split else self.class_path
 
 
 def find_split_tables(folder: Path) -> list[Path]:
-    """Find the metadata files that stand in the folders of a folder, such as train/metadata.csv, in order."""
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = [path for path in inside if any((path / name).is_file() for name in METADATA_NAMES)]
-    return [table for path in found for table in find_tables(str(path))[1]]
+    """Return the metadata files in the direct subfolders of a folder, such as train/metadata.csv, sorted."""
+    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    with_metadata = [path for path in subfolders if any((path / name).is_file() for name in METADATA_NAMES)]
+    return [table for path in with_metadata for table in find_tables(str(path))[1]]
 
 
 def plan_split_tables(root: Path, tables: Sequence[Path], *, shard_rows: int) -> Plan:
-    """Plan the rows of one metadata file for each folder; folders that name splits become the column `split`.
+    """Plan the rows of one metadata file per folder; folders that are named after splits become the column `split`.
 
-    The paths in them become relative to `root`. A column that some lack is null there.
+    Paths become relative to `root`. A column that a file does not have is null there.
     """
     splits = [split_of_folder(table.parent.name) for table in tables]
-    named = all(splits)
+    are_splits = all(splits)
     parts = []
     for table in tables:
-        rows = _below(read_rows(table), table.parent.name)
-        parts.append(with_split(rows, table.parent.name if named and SPLIT not in rows.column_names else None))
-    return plan_rows(root, concat_rows(parts, whence=str(root)), shard_rows=shard_rows)
+        rows = _prefix_paths(read_rows(table), table.parent.name)
+        parts.append(with_split(rows, table.parent.name if are_splits and SPLIT not in rows.column_names else None))
+    return plan_rows(root, concat_rows(parts, source=str(root)), shard_rows=shard_rows)
 
 
 def plan_layout(root: Path, *, shard_rows: int, allow_outside: bool) -> Plan | None:
-    """Plan ROOT[/split]/class/file, one sample for the files of one name; None where there is no medium at all.
+    """Plan a folder ROOT[/split]/class/file, one sample per file stem; None if it is empty, DatasetError without media.
 
-    Files of one path but for the extension are one sample: train/dog/1.wav and train/dog/1.png, and, where the first
-    folders name modalities, audio/dog/1.wav and image/dog/1.png.
+    Files whose paths differ only in the extension are one sample: train/dog/1.wav and train/dog/1.png. If the first
+    folders are named after modalities, so are audio/dog/1.wav and image/dog/1.png.
     """
-    paths = list(_walk(root, allow_outside=allow_outside))
+    paths = list(_iter_files(root, allow_outside=allow_outside))
     media = [path for path in paths if kind_of_path(path) is not None]
     if not media:
         if paths:
             raise DatasetError(
-                f"{root} holds {len(paths)} files, such as {paths[0]}, but no sound, picture or video: "
-                f"name a folder or file of another kind, {_MEND}; {OTHER_FORMS}"
+                f"{root} has {len(paths)} files, such as {paths[0]}, but no audio, image or video: "
+                f"use a folder of media, {_METADATA_HINT}; {OTHER_FORMS}"
             )
         return None
     if len(media) < len(paths):
-        other = next(path for path in paths if kind_of_path(path) is None)
-        log.info("%s: %d files that are no media are left out, such as %s", root, len(paths) - len(media), other)
-    rows = _rows(root, _place(media))
-    log.info("%s: samples are files of one name, the label is their folder's", root)
+        skipped = next(path for path in paths if kind_of_path(path) is None)
+        log.info("%s: skipped %d files that are not media, such as %s", root, len(paths) - len(media), skipped)
+    rows = _sample_rows(root, _parse_paths(media))
+    log.info("%s: files of one name form a sample, their folder is the label", root)
     return plan_rows(root, rows, shard_rows=shard_rows)
 
 
-def _walk(root: Path, *, allow_outside: bool) -> Iterator[str]:
-    """Yield the paths of all files below the root, sorted, without hidden ones; links that lead outside are refused."""
-    home = root.resolve()
+def _iter_files(root: Path, *, allow_outside: bool) -> Iterator[str]:
+    """Yield the paths of all files below the root, sorted, without hidden ones; DatasetError for links outside it."""
+    resolved_root = root.resolve()
 
-    def inside(folder: Path, above: tuple[Path, ...]) -> Iterator[str]:
+    def walk(folder: Path, parents: tuple[Path, ...]) -> Iterator[str]:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
@@ -94,17 +96,17 @@ def _walk(root: Path, *, allow_outside: bool) -> Iterator[str]:
                 yield Path(entry.path).relative_to(root).as_posix()
                 continue
             target = Path(entry.path).resolve()
-            if not allow_outside and not target.is_relative_to(home):
-                raise DatasetError(f"the folder {entry.path} leads outside {root}: move it here, or --allow-outside")
-            if target in above:
-                raise DatasetError(f"the folder {entry.path} leads to one above it: remove this link")
-            yield from inside(Path(entry.path), (*above, target))
+            if not allow_outside and not target.is_relative_to(resolved_root):
+                raise DatasetError(f"the folder {entry.path} leads outside {root}: move it, or pass --allow-outside")
+            if target in parents:
+                raise DatasetError(f"the folder {entry.path} links to one of its parents: remove this link")
+            yield from walk(Path(entry.path), (*parents, target))
 
-    yield from inside(root, (home,))
+    yield from walk(root, (resolved_root,))
 
 
-def _place(paths: Sequence[str]) -> list[Medium]:
-    """Say of each file what the folders above it mean: a level counts as splits or modalities only as a whole."""
+def _parse_paths(paths: Sequence[str]) -> list[LayoutFile]:
+    """Parse the parent folders of each file: a level is splits or modalities only if all of its folders are."""
     parts = [PurePosixPath(path).with_suffix("").parts for path in paths]
     kinds = [str(kind_of_path(path)) for path in paths]
     folders: list[str | None] = [None] * len(paths)
@@ -113,58 +115,61 @@ def _place(paths: Sequence[str]) -> list[Medium]:
         tops = [part[0] if len(part) > 1 else "" for part in parts]
         if not any(splits) and all(split_of_folder(top) for top in tops):
             splits = list(tops)
-        elif not any(folders) and _are_modalities(tops, kinds):
+        elif not any(folders) and _are_modality_folders(tops, kinds):
             folders = list(tops)
         else:
             break
         parts = [part[1:] for part in parts]
     return [
-        Medium(path=path, kind=kind, folder=folder, split=split, rest="/".join(part))
+        LayoutFile(path=path, kind=kind, folder=folder, split=split, class_path="/".join(part))
         for path, kind, folder, split, part in zip(paths, kinds, folders, splits, parts, strict=True)
     ]
 
 
-def _are_modalities(tops: Sequence[str], kinds: Sequence[str]) -> bool:
-    """Tell whether folders stand for modalities: each is named like one and holds one kind, and kinds differ."""
+def _are_modality_folders(tops: Sequence[str], kinds: Sequence[str]) -> bool:
+    """Return whether folders are modalities: each has a modality's name and one kind of media, and kinds differ."""
     pairs = set(zip(tops, kinds, strict=True))
     names = {top for top, _ in pairs}
-    # Of one kind they are classes: cat_video beside dog_video.
-    return len(set(kinds)) > 1 and len(pairs) == len(names) and all(map(_names_modality, names))
+    # Folders of one kind are classes, such as cat_video and dog_video.
+    return len(set(kinds)) > 1 and len(pairs) == len(names) and all(map(_is_modality_name, names))
 
 
-def _names_modality(folder: str) -> bool:
+def _is_modality_name(folder: str) -> bool:
     return any(word in folder.lower() for word in _MODALITY_WORDS)
 
 
-def _rows(root: Path, media: Sequence[Medium]) -> pa.Table:
-    """Give one row for each sample: id, split, label, and a column of paths for each modality."""
-    columns = _column_names(media)
-    cells: dict[str, dict[str, str]] = {}
-    for medium in media:
-        cell = cells.setdefault(medium.sample_id, {})
-        column = columns[medium.folder, medium.kind]
-        if column in cell:
+def _sample_rows(root: Path, files: Sequence[LayoutFile]) -> pa.Table:
+    """Return one row per sample: id, label, split, and a column of paths for each modality."""
+    column_of = _column_names(files)
+    paths_by_sample: dict[str, dict[str, str]] = {}
+    for file in files:
+        sample_paths = paths_by_sample.setdefault(file.sample_id, {})
+        column = column_of[file.folder, file.kind]
+        if column in sample_paths:
             raise DatasetError(
-                f"{root}: {cell[column]} and {medium.path} are two files of kind {medium.kind} for one sample: "
-                f"rename one, {_MEND}"
+                f"{root}: {sample_paths[column]} and {file.path} are two files of kind {file.kind} for one sample: "
+                f"rename one, {_METADATA_HINT}"
             )
-        cell[column] = medium.path
-    samples = {medium.sample_id: medium for medium in media}
-    if flat := [medium.path for medium in samples.values() if "/" not in medium.rest]:
+        sample_paths[column] = file.path
+    samples = {file.sample_id: file for file in files}
+    if without_class := [file.path for file in samples.values() if "/" not in file.class_path]:
         raise DatasetError(
-            f"{root}: {flat[0]} stands in no folder that could be its class: sort the files into folders, {_MEND}"
+            f"{root}: {without_class[0]} is not in a folder named after its class: sort the files into folders, "
+            f"{_METADATA_HINT}"
         )
     names = sorted(samples)
-    found = {"id": names, "label": [samples[name].rest.split("/")[0] for name in names]}
-    if any(medium.split for medium in media):
-        found[SPLIT] = [str(samples[name].split) for name in names]
-    paths = {column: [cells[name].get(column) for name in names] for column in sorted(set(columns.values()))}
-    return pa.table({name: pa.array(values, pa.string()) for name, values in {**found, **paths}.items()})
+    columns = {"id": names, "label": [samples[name].class_path.split("/")[0] for name in names]}
+    if any(file.split for file in files):
+        columns[SPLIT] = [str(samples[name].split) for name in names]
+    paths = {
+        column: [paths_by_sample[name].get(column) for name in names] for column in sorted(set(column_of.values()))
+    }
+    return pa.table({name: pa.array(values, pa.string()) for name, values in {**columns, **paths}.items()})
 
 
-def _column_names(media: Sequence[Medium]) -> dict[tuple[str | None, str], str]:
-    """Name the column of each modality by its kind, or by its folder where two are of one kind."""
-    modalities = sorted({(medium.folder, medium.kind) for medium in media}, key=str)
+def _column_names(files: Sequence[LayoutFile]) -> dict[tuple[str | None, str], str]:
+    """Return the column name of each (folder, kind): the kind, or the folder if several have the same kind."""
+    modalities = sorted({(file.folder, file.kind) for file in files}, key=str)
     kinds = [kind for _, kind in modalities]
     return {
         (folder, kind): f"{kind if folder is None or kinds.count(kind) == 1 else folder}_file_name"
@@ -172,18 +177,18 @@ def _column_names(media: Sequence[Medium]) -> dict[tuple[str | None, str], str]:
     }
 
 
-def _below(rows: pa.Table, folder: str) -> pa.Table:
-    """Make the paths of a folder's table relative to the folder above it."""
+def _prefix_paths(rows: pa.Table, folder: str) -> pa.Table:
+    """Prefix the paths in a folder's table with the folder, so that they are relative to its parent."""
     for index, field in enumerate(rows.schema):
         if holds_files(rows, field):
-            moved = [_moved(cell, folder) for cell in rows[field.name].to_pylist()]
-            rows = rows.set_column(index, field.name, pa.array(moved, field.type))
+            prefixed = [_prefix_path(cell, folder) for cell in rows[field.name].to_pylist()]
+            rows = rows.set_column(index, field.name, pa.array(prefixed, field.type))
     return rows
 
 
-def _moved(cell: object, folder: str) -> object:
+def _prefix_path(cell: object, folder: str) -> object:
     if isinstance(cell, list):
-        return [_moved(each, folder) for each in cell]
+        return [_prefix_path(path, folder) for path in cell]
     if not isinstance(cell, str) or cell.startswith("/") or "://" in cell:
         return cell
     return f"{folder}/{cell}"

@@ -1,4 +1,4 @@
-"""Readers by source format."""
+"""Choice of the reader by the format of the source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tars import find_tars, plan_tars
 
 
 def plan_source(data: str, *, shard_rows: int, allow_outside: bool) -> Plan:
-    """Plan the rows of a folder, a file, a glob, or a dataset of the hub; DatasetError where it is none of these."""
+    """Plan the rows of a folder, a file, a glob, or a dataset of the hub; DatasetError if it is none of these."""
     path = Path(data)
     if path.is_dir():
         return _plan_folder(path, shard_rows=shard_rows, allow_outside=allow_outside)
@@ -39,6 +39,6 @@ def _plan_folder(folder: Path, *, shard_rows: int, allow_outside: bool) -> Plan:
         return plan_tables(folder, parquets, shard_rows=shard_rows, splits=splits_of(parquets))
     plan = plan_layout(folder, shard_rows=shard_rows, allow_outside=allow_outside)
     if plan is None:
-        find_tables(str(folder))  # says what a folder should hold
-        raise DatasetError(f"{folder} holds nothing that can be read")
+        find_tables(str(folder))  # raises an error that lists what a folder may contain
+        raise DatasetError(f"{folder} has no readable files")
     return plan

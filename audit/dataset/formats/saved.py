@@ -24,17 +24,17 @@ from .tables import HEAD_ROWS, TABLE_SUFFIXES, Plan, concat_rows, plan_rows
 
 log = logging.getLogger("mmaudit")
 
-_VECTOR_ROWS = 8_192  # of a shard without media
-_MAGIC = b"ARROW1\0\0"  # an Arrow file is this, a stream, and a footer
-_AGAIN = "save the dataset again with save_to_disk"
-_FAULTS = (pa.ArrowException, OSError, EOFError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
+_MAX_VECTOR_ROWS = 8_192  # in a shard without media
+_ARROW_MAGIC = b"ARROW1\0\0"  # an Arrow file is these bytes, a stream, and a footer
+_SAVE_AGAIN = "save the dataset again with save_to_disk"
+_READ_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrowShard:
-    """`num_rows` rows of an Arrow file: `skip` rows into the record batch that stands `offset` bytes into the file.
+    """`num_rows` rows of an Arrow file, from row `skip` of the record batch at byte `offset`.
 
-    `split` is None where the rows have none of their own.
+    split: value of the column `split` that the rows get; None: the file's own columns are returned unchanged.
     """
 
     index: int
@@ -50,64 +50,64 @@ class ArrowShard:
         try:
             with pa.memory_map(self.path) as source:
                 rows = _read_batches(source, self.offset, self.skip + self.num_rows).slice(self.skip, self.num_rows)
-        except _FAULTS as error:
-            raise DatasetError(f"{self.path} cannot be read: {_first_line(error)}; {_AGAIN}") from error
+        except _READ_ERRORS as error:
+            raise DatasetError(f"{self.path} cannot be read: {_first_line(error)}; {_SAVE_AGAIN}") from error
         return with_split(rows, self.split).select(columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """The Arrow files of one split, in order; `split` is None for a dataset that is not divided."""
+class SplitFiles:
+    """The Arrow files of one split, in order; `split` is None for a dataset without splits."""
 
     split: str | None
     paths: tuple[Path, ...]
 
 
 def is_saved(folder: Path) -> bool:
-    """Tell whether a folder was written by save_to_disk."""
+    """Return whether a folder was written by save_to_disk."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def plan_saved(folder: Path, *, shard_rows: int) -> Plan:
-    """Plan a folder written by Dataset.save_to_disk or DatasetDict.save_to_disk; the latter's names are the splits."""
+    """Plan a folder written by Dataset.save_to_disk or DatasetDict.save_to_disk; names of the latter are the splits."""
     if not (folder / "dataset_dict.json").is_file():
-        parts = [Part(split=None, paths=_data_files(folder))]
+        parts = [SplitFiles(split=None, paths=_data_files(folder))]
     else:
         names = _read_state(folder / "dataset_dict.json").get("splits", [])
-        parts = [Part(split=str(name), paths=_data_files(folder / str(name))) for name in names]
+        parts = [SplitFiles(split=str(name), paths=_data_files(folder / str(name))) for name in names]
     return plan_parts(folder, parts, shard_rows=shard_rows)
 
 
-def plan_parts(root: Path, parts: Sequence[Part], *, shard_rows: int) -> Plan:
-    """Plan the rows of Arrow files; all must have the same columns, and number the same classes."""
+def plan_parts(root: Path, parts: Sequence[SplitFiles], *, shard_rows: int) -> Plan:
+    """Plan the rows of Arrow files; DatasetError unless all have the same columns and class names."""
     files = [(path, part.split) for part in parts for path in part.paths]
     if not files:
-        raise DatasetError(f"{root} names no Arrow file: {_AGAIN}")
+        raise DatasetError(f"{root} names no Arrow file: {_SAVE_AGAIN}")
     schemas = [_read_schema(path) for path, _ in files]
     for (path, _), schema in zip(files, schemas, strict=True):
-        _check_same(path, schema, files[0][0], schemas[0])
+        _check_same_columns(path, schema, files[0][0], schemas[0])
     if SPLIT in schemas[0].names and files[0][1] is not None:
-        log.info("%s: the column split is taken, not the names of its parts", root)
+        log.info("%s: splits are read from the column split, not from the names of the parts", root)
         files = [(path, None) for path, _ in files]
-    rows = shard_rows if any(map(holds_bytes, schemas[0].types)) else _VECTOR_ROWS
+    rows = shard_rows if any(map(holds_bytes, schemas[0].types)) else _MAX_VECTOR_ROWS
     shards: list[ArrowShard] = []
     for path, split in files:
-        shards += _shards_of(path, split, index=len(shards), first=_end(shards), rows=rows)
-    head = shards[0] if shards else None
+        shards += _iter_shards(path, split, index=len(shards), first=_num_planned(shards), rows=rows)
+    first_shard = shards[0] if shards else None
     schema = with_split(schemas[0].empty_table(), files[0][1]).schema
-    first = head.read(schema.names).slice(0, HEAD_ROWS) if head else schema.empty_table()
-    return Plan(root=root, head=first, shards=tuple(shards))
+    head = first_shard.read(schema.names).slice(0, HEAD_ROWS) if first_shard else schema.empty_table()
+    return Plan(root=root, head=head, shards=tuple(shards))
 
 
-def _shards_of(path: Path, split: str | None, *, index: int, first: int, rows: int) -> Iterator[ArrowShard]:
-    """Cut one file. The place of each batch is noted, so that no shard looks for its own from the start."""
-    places = _batch_places(path)
-    total = places[-1][1] + places[-1][2] if places else 0
-    at = 0
+def _iter_shards(path: Path, split: str | None, *, index: int, first: int, rows: int) -> Iterator[ArrowShard]:
+    """Yield the shards of one file, each with the byte offset of its first batch, so that reading starts there."""
+    positions = _batch_positions(path)
+    total = positions[-1][1] + positions[-1][2] if positions else 0
+    batch = 0
     for number, start in enumerate(range(0, total, rows)):
-        while places[at][1] + places[at][2] <= start:
-            at += 1
-        offset, batch_first, _ = places[at]
+        while positions[batch][1] + positions[batch][2] <= start:
+            batch += 1
+        offset, batch_first, _ = positions[batch]
         yield ArrowShard(
             index=index + number,
             first=first + start,
@@ -119,9 +119,9 @@ def _shards_of(path: Path, split: str | None, *, index: int, first: int, rows: i
         )
 
 
-def _batch_places(path: Path) -> list[tuple[int, int, int]]:
-    """Give (offset in bytes, number of the first row, rows) of each record batch of a file."""
-    places: list[tuple[int, int, int]] = []
+def _batch_positions(path: Path) -> list[tuple[int, int, int]]:
+    """Return (offset in bytes, index of the first row, number of rows) of each record batch of a file."""
+    positions: list[tuple[int, int, int]] = []
     first = 0
     try:
         with pa.memory_map(str(path)) as source:
@@ -130,11 +130,11 @@ def _batch_places(path: Path) -> list[tuple[int, int, int]]:
                 offset, content = message
                 rows = pa.ipc.read_record_batch(content, schema).num_rows
                 if rows:
-                    places.append((offset, first, rows))
+                    positions.append((offset, first, rows))
                 first += rows
-    except _FAULTS as error:
-        raise DatasetError(f"{path} cannot be read: {_first_line(error)}; {_AGAIN}") from error
-    return places
+    except _READ_ERRORS as error:
+        raise DatasetError(f"{path} cannot be read: {_first_line(error)}; {_SAVE_AGAIN}") from error
+    return positions
 
 
 def _read_batches(source: Any, offset: int, num_rows: int) -> pa.Table:
@@ -150,7 +150,7 @@ def _read_batches(source: Any, offset: int, num_rows: int) -> pa.Table:
 
 def _next_message(source: Any) -> tuple[int, Any] | None:
     offset = source.tell()
-    if offset == source.size():  # as a writer that was not closed leaves it
+    if offset == source.size():  # the stream has no end marker if its writer was not closed
         return None
     try:
         return offset, pa.ipc.read_message(source)
@@ -159,7 +159,7 @@ def _next_message(source: Any) -> tuple[int, Any] | None:
 
 
 def _skip_to_schema(source: Any) -> pa.Schema:
-    source.seek(len(_MAGIC) if source.read(len(_MAGIC)) == _MAGIC else 0)
+    source.seek(len(_ARROW_MAGIC) if source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC else 0)
     schema = pa.ipc.read_schema(source)
     if any(pa.types.is_dictionary(type_) for type_ in schema.types):
         raise pa.ArrowInvalid("it has columns of dictionaries, which `datasets` does not write")
@@ -172,29 +172,29 @@ def _read_schema(path: Path) -> pa.Schema:
         with pa.memory_map(str(path)) as source:
             return _skip_to_schema(source)
     except FileNotFoundError as error:
-        raise DatasetError(f"{path} is missing: {_AGAIN}") from error
-    except _FAULTS as error:
-        raise DatasetError(f"{path} cannot be read: {_first_line(error)}; {_AGAIN}") from error
+        raise DatasetError(f"{path} is missing: {_SAVE_AGAIN}") from error
+    except _READ_ERRORS as error:
+        raise DatasetError(f"{path} cannot be read: {_first_line(error)}; {_SAVE_AGAIN}") from error
 
 
-def _check_same(path: Path, schema: pa.Schema, other_path: Path, other: pa.Schema) -> None:
-    if not schema.equals(other):
-        raise DatasetError(f"{path} has other columns than {other_path}")
+def _check_same_columns(path: Path, schema: pa.Schema, reference_path: Path, reference: pa.Schema) -> None:
+    if not schema.equals(reference):
+        raise DatasetError(f"{path} has different columns from {reference_path}")
     for name in schema.names:
-        if declared_classes(schema, name) != declared_classes(other, name):
-            raise DatasetError(f"{path} numbers other classes in {name!r} than {other_path}")
+        if declared_classes(schema, name) != declared_classes(reference, name):
+            raise DatasetError(f"{path} has different classes in {name!r} from {reference_path}")
 
 
 def _data_files(folder: Path) -> tuple[Path, ...]:
     state = _read_state(folder / "state.json")
     if state.get("_indices_files") or state.get("_indices_data_files"):
-        raise DatasetError(f"{folder} keeps a selection apart from its rows, as old versions did: {_AGAIN}")
+        raise DatasetError(f"{folder} stores a selection separately from its rows, as old versions did: {_SAVE_AGAIN}")
     try:
         names = [str(entry["filename"]) for entry in state["_data_files"]]
     except (KeyError, TypeError) as error:
-        raise DatasetError(f"{folder / 'state.json'} names no data files: {_AGAIN}") from error
-    if odd := [name for name in names if Path(name).name != name]:
-        raise DatasetError(f"{folder / 'state.json'} names {odd[0]!r}, which leads outside {folder}: {_AGAIN}")
+        raise DatasetError(f"{folder / 'state.json'} names no data files: {_SAVE_AGAIN}") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise DatasetError(f"{folder / 'state.json'} names {outside[0]!r}, which leads outside {folder}: {_SAVE_AGAIN}")
     return tuple(folder / name for name in names)
 
 
@@ -203,7 +203,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         content = parse_data_json(path.read_bytes())
         check_shape(content, {"splits": [str], "_data_files": [{"filename": str}]})
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+        raise DatasetError(f"{path} cannot be read: {error}; {_SAVE_AGAIN}") from error
     return dict(content)
 
 
@@ -211,92 +211,93 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _end(shards: Sequence[ArrowShard]) -> int:
+def _num_planned(shards: Sequence[ArrowShard]) -> int:
     return shards[-1].first + shards[-1].num_rows if shards else 0
 
 
-_NAME = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.+-]+))?")
-_PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-_REACH_SECONDS = 3.0  # without a network `datasets` itself tries for 24 s
+_HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.+-]+))?")
+_NO_CHECK_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+_CONNECT_SECONDS = 3.0  # without a network `datasets` retries for 24 s
 
 
 def looks_like_hub_name(data: str) -> bool:
-    """Tell whether this could be `user/name` or `name`, with `:config` or without."""
-    return _NAME.fullmatch(data) is not None and not data.endswith((*TABLE_SUFFIXES, ".tar"))
+    """Return whether this has the form `user/name` or `name`, with an optional `:config`."""
+    return _HUB_NAME.fullmatch(data) is not None and not data.endswith((*TABLE_SUFFIXES, ".tar"))
 
 
 def plan_hub(data: str, *, shard_rows: int) -> Plan:
-    """Load a dataset, from the cache where it is there, and plan its rows; its splits become the column `split`.
+    """Load a dataset from the hub or its cache and plan its rows; its splits become the column `split`.
 
-    Raises DatasetError where there is no such dataset, or the hub cannot be reached.
+    Raises DatasetError if the dataset does not exist, or the hub cannot be reached.
     """
-    found = _NAME.fullmatch(data)
-    assert found is not None, "asked for with looks_like_hub_name"
-    loaded = _load(data, found["name"], found["config"])
-    parts = {str(name): _in_order(part) for name, part in loaded.items()}
-    files = [Part(split=name, paths=_cache_files(part)) for name, part in parts.items() if len(part)]
-    if all(part.paths for part in files):
-        return plan_parts(_home(), files, shard_rows=shard_rows)
-    tables = [_rows_of(part, name) for name, part in parts.items()]
-    return plan_rows(_home(), concat_rows(tables, whence=data), shard_rows=shard_rows)
+    match = _HUB_NAME.fullmatch(data)
+    assert match is not None, "the caller checks looks_like_hub_name"
+    loaded = _load_from_hub(data, match["name"], match["config"])
+    rows_of = {str(split): _apply_indices(rows) for split, rows in loaded.items()}
+    files = [SplitFiles(split=split, paths=_cache_files(rows)) for split, rows in rows_of.items() if len(rows)]
+    if all(split_files.paths for split_files in files):
+        return plan_parts(_cache_root(), files, shard_rows=shard_rows)
+    tables = [_read_split(rows, split) for split, rows in rows_of.items()]
+    return plan_rows(_cache_root(), concat_rows(tables, source=data), shard_rows=shard_rows)
 
 
-def _load(data: str, name: str, config: str | None) -> dict[str, Any]:
-    missing = f"no such folder or file: {data}"
-    if why := _unreachable():
-        raise DatasetError(f"{missing}; nor can the hub be asked: {why}; what is cached is read with HF_HUB_OFFLINE=1")
-    import datasets  # takes a second, and is needed here alone
+def _load_from_hub(data: str, name: str, config: str | None) -> dict[str, Any]:
+    not_found = f"no such folder or file: {data}"
+    if problem := _connection_problem():
+        raise DatasetError(f"{not_found}; on the hub: {problem}; HF_HUB_OFFLINE=1 reads cached datasets")
+    import datasets  # takes a second, and is needed only here
 
-    log.info("%s; asking the hub for a dataset of this name", missing)
+    log.info("%s; loading a dataset of this name from the hub", not_found)
     try:
         return dict(datasets.load_dataset(name, config))
-    except Exception as error:  # whatever a stranger's dataset, the network or the cache makes it raise
-        words = (str(error).splitlines() or [""])[0]
+    except Exception as error:  # a foreign dataset, the network and the cache may raise anything
+        reason = (str(error).splitlines() or [""])[0]
         raise DatasetError(
-            f"{missing}; nor can the dataset be loaded from the hub ({type(error).__name__}: {words}): "
-            "check the name (user/name, or user/name:config), or download it and name the folder"
+            f"{not_found}; loading the dataset from the hub failed ({type(error).__name__}: {reason}): "
+            "check the name (user/name, or user/name:config), or download it and pass the folder"
         ) from error
 
 
-def _unreachable() -> str | None:
-    """Tell within seconds that there is no way to the hub. Behind a proxy, or without asking, it is not tried."""
-    if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE") or any(map(os.environ.get, _PROXIES)):
+def _connection_problem() -> str | None:
+    """Return why the hub cannot be reached, within seconds; None if it can, or in offline mode or behind a proxy."""
+    if any(map(os.environ.get, _NO_CHECK_VARIABLES)):
         return None
     address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname or "", port), timeout=_REACH_SECONDS).close()
+        socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
         return f"{address.hostname} cannot be reached ({error.strerror or error})"
     return None
 
 
-def _in_order(part: Any) -> Any:
-    """Give a dataset whose rows themselves stand in the order that a select or a shuffle gave them."""
-    return part if part._indices is None else part.flatten_indices()
+def _apply_indices(split_dataset: Any) -> Any:
+    """Return the dataset with the order of a select or shuffle applied to the rows themselves."""
+    return split_dataset if split_dataset._indices is None else split_dataset.flatten_indices()
 
 
-def _cache_files(part: Any) -> tuple[Path, ...]:
-    """Name the Arrow files that hold just these rows and columns; none where the rows are in memory, or a part."""
-    paths = tuple(Path(entry["filename"]) for entry in part.cache_files)
-    held = 0
+def _cache_files(split_dataset: Any) -> tuple[Path, ...]:
+    """Return the Arrow files with exactly these rows and columns; () if rows are in memory or part of a file."""
+    paths = tuple(Path(entry["filename"]) for entry in split_dataset.cache_files)
+    num_rows = 0
     for path in paths:
         with pa.memory_map(str(path)) as source:
             reader = pa.ipc.open_stream(source)
-            if reader.schema.names != part.column_names:
+            if reader.schema.names != split_dataset.column_names:
                 return ()
-            held += sum(batch.num_rows for batch in reader)
-    return paths if held == len(part) else ()
+            num_rows += sum(batch.num_rows for batch in reader)
+    return paths if num_rows == len(split_dataset) else ()
 
 
-def _rows_of(part: Any, split: str) -> pa.Table:
-    # The features go with the schema; no value is decoded in this format.
-    rows: pa.Table = part.with_format("arrow")[:].replace_schema_metadata(part.features.arrow_schema.metadata)
+def _read_split(split_dataset: Any, split: str) -> pa.Table:
+    # The metadata of the schema declares the features; no value is decoded in the format `arrow`.
+    metadata = split_dataset.features.arrow_schema.metadata
+    rows: pa.Table = split_dataset.with_format("arrow")[:].replace_schema_metadata(metadata)
     return with_split(rows, None if SPLIT in rows.column_names else split)
 
 
-def _home() -> Path:
-    """Give the folder that paths of cached files may not leave: the cache itself."""
+def _cache_root() -> Path:
+    """Return the folder that paths of cached files must not leave: the cache itself."""
     import datasets
 
     return Path(datasets.config.HF_CACHE_HOME)

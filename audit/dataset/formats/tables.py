@@ -1,4 +1,4 @@
-"""Tables: csv, jsonl and Parquet files as one plan of shards."""
+"""Plans of csv, jsonl and Parquet files: the head of the rows and their shards."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ HEAD_ROWS = 64  # rows from which kinds are inferred
 
 
 class Shard(Protocol):
-    """A unit of work, small enough to be sent to another process. `first` is its first row's number."""
+    """A unit of work: some consecutive rows of a dataset; small enough to be sent to another process."""
 
     @property
     def index(self) -> int:
-        """Its place among the shards of its dataset."""
+        """Position among the shards of the dataset."""
 
     @property
     def first(self) -> int:
-        """The number of its first row in the dataset."""
+        """Index of the first row in the dataset."""
 
     @property
     def num_rows(self) -> int:
-        """How many rows it has."""
+        """Number of rows."""
 
     def read(self, columns: list[str]) -> pa.Table:
-        """Read these columns of its rows."""
+        """Read these columns of the rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryShard:
-    """Some rows in memory."""
+    """A shard of rows in memory."""
 
     index: int
     first: int
@@ -60,15 +60,16 @@ class MemoryShard:
     rows: pa.Table
 
     def read(self, columns: list[str]) -> pa.Table:
-        """Give these columns."""
+        """Return these columns of the rows."""
         return self.rows.select(columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How a source is read: where relative paths start from, its first rows with the whole schema, and its shards.
+    """How a source is read.
 
-    `folders` are those that hold files of rows: paths in them are relative to one folder only.
+    root: folder that relative paths start from. head: the first rows, with the full schema. shards: all rows.
+    folders: those that contain the files of rows.
     """
 
     root: Path
@@ -78,13 +79,14 @@ class Plan:
 
 
 def find_tables(data: str) -> tuple[Path, list[Path]]:
-    """Give the folder that relative paths start from, and the files of rows, in a fixed order.
+    """Return the folder that relative paths start from, and the files of rows, sorted.
 
     `data` is a folder with a metadata file, one csv, jsonl or Parquet file, or a glob of such files of one format.
+    Raises DatasetError if it is none of these.
     """
     path = Path(data)
     if path.is_dir():
-        return path, [_metadata_of(path)]
+        return path, [_find_metadata(path)]
     if path.is_file():
         if path.suffix not in TABLE_SUFFIXES:
             raise DatasetError(f"{data} is neither a folder nor a .parquet, .csv, .jsonl or .tar file")
@@ -94,41 +96,44 @@ def find_tables(data: str) -> tuple[Path, list[Path]]:
         raise DatasetError(f"{data} is neither a folder nor a regular file")
     if not matches:
         raise DatasetError(f"no such folder or file: {data}")
-    if odd := [match for match in matches if match.suffix not in TABLE_SUFFIXES or match.suffix != matches[0].suffix]:
+    if unsupported := [
+        match for match in matches if match.suffix not in TABLE_SUFFIXES or match.suffix != matches[0].suffix
+    ]:
         raise DatasetError(
-            f"{data} matches {odd[0].name}; a glob may name files of one format only: .parquet, .csv, .jsonl or .tar"
+            f"{data} matches {unsupported[0].name}; a glob must match files of one format only: "
+            ".parquet, .csv, .jsonl or .tar"
         )
     return matches[0].parent, matches
 
 
 def find_parquets(folder: Path) -> list[Path]:
-    """Find the Parquet files of a folder, or of its folder `data`, as they are downloaded from the hub; sorted."""
+    """Return the Parquet files of a folder, or of its subfolder `data` (the layout of hub downloads), sorted."""
     return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
 
 
 def splits_of(paths: Sequence[Path]) -> list[str | None]:
-    """Read the split off the name of each file, where all of them begin with one, and say so."""
-    found = [split_of_file(path.name) for path in paths]
-    if not all(found):
+    """Return the split that each file name begins with, None for every file unless all have one."""
+    splits = [split_of_file(path.name) for path in paths]
+    if not all(splits):
         return [None] * len(paths)
-    counts = Counter(str(name) for name in found)
+    counts = Counter(str(name) for name in splits)
     log.info("split by the names of the files: %s", ", ".join(f"{n} {name}" for name, n in counts.items()))
-    return found
+    return splits
 
 
 def plan_tables(
     root: Path, paths: Sequence[Path], *, shard_rows: int, splits: Sequence[str | None] | None = None
 ) -> Plan:
-    """Plan the rows of these files. A Parquet file that holds more than names stays on disk.
+    """Plan the rows of these files; Parquet files with media or vectors are read by shard, all others at once.
 
-    `splits` is one for each file: the column `split` that its rows get, unless they have one.
+    `splits` holds one split per file: the value of the column `split`, unless the rows already have that column.
     """
     folders = tuple(sorted({path.parent for path in paths}))
     if all(path.suffix == ".parquet" for path in paths):
         heads = [parquet_head(path) for path in paths]
         _check_same_columns(paths, [head.schema for head in heads])
         splits = None if SPLIT in heads[0].schema.names else splits
-        if any(not _is_light(type_) for type_ in heads[0].schema.types):
+        if any(not _is_scalar(type_) for type_ in heads[0].schema.types):
             shards = row_group_shards(paths, media_rows=shard_rows, splits=splits)
             head = next((head for head in heads if head.num_rows), heads[0])
             first = with_split(head, splits[0] if splits else None)
@@ -137,21 +142,21 @@ def plan_tables(
 
 
 def plan_rows(root: Path, rows: pa.Table, *, shard_rows: int, folders: tuple[Path, ...] = ()) -> Plan:
-    """Plan rows that are in memory."""
+    """Plan rows in memory."""
     shards = tuple(memory_shards(rows, shard_rows=shard_rows))
     return Plan(root=root, head=rows.slice(0, HEAD_ROWS), shards=shards, folders=folders)
 
 
 def read_tables(paths: Sequence[Path], *, splits: Sequence[str | None] | None = None) -> pa.Table:
-    """Read files of the same columns one after another; a column that one file has no value in takes another's type."""
+    """Read and concatenate files with the same columns; a column without values takes its type from another file."""
     parts = [read_rows(path) for path in paths]
     _check_same_columns(paths, [part.schema for part in parts])
     parts = [with_split(part, split) for part, split in zip(parts, splits or [None] * len(parts), strict=True)]
-    return concat_rows(parts, whence=str(paths[0].parent))
+    return concat_rows(parts, source=str(paths[0].parent))
 
 
 def read_rows(path: Path) -> pa.Table:
-    """Read a file of rows as a whole; DatasetError names the file, and where it has some the line, with the reason."""
+    """Read a csv, jsonl or Parquet file; DatasetError with file, line (if it has lines) and reason."""
     try:
         check_regular(path)
     except OSError as error:
@@ -163,20 +168,20 @@ def read_rows(path: Path) -> pa.Table:
     return read_table(path, error=DatasetError)
 
 
-def concat_rows(parts: Sequence[pa.Table], *, whence: str) -> pa.Table:
-    """Put rows one after another; a column that some lack is null there. DatasetError where types do not meet."""
+def concat_rows(parts: Sequence[pa.Table], *, source: str) -> pa.Table:
+    """Concatenate tables; missing columns become null. DatasetError if the types of a column differ."""
     if len(parts) == 1:
         return parts[0]
     try:
         return pa.concat_tables(parts, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DatasetError(
-            f"{whence}: the parts have columns of different types: {str(error).splitlines()[0]}"
+            f"{source}: the parts have columns of different types: {str(error).splitlines()[0]}"
         ) from error
 
 
 def memory_shards(rows: pa.Table, *, shard_rows: int) -> list[MemoryShard]:
-    """Cut rows that are already in memory into shards of `shard_rows`; each is a copy, so that it travels alone."""
+    """Divide rows in memory into shards of `shard_rows` rows; each is a copy, so that only its rows are pickled."""
     starts = range(0, rows.num_rows, shard_rows)
     return [
         MemoryShard(index=index, first=start, num_rows=part.num_rows, rows=part)
@@ -186,25 +191,25 @@ def memory_shards(rows: pa.Table, *, shard_rows: int) -> list[MemoryShard]:
 
 
 def _check_same_columns(paths: Sequence[Path], schemas: Sequence[pa.Schema]) -> None:
-    """Of jsonl only the names must agree: its types are guessed for each file alone."""
+    """Raise DatasetError if schemas differ; for jsonl only the names are compared: types are inferred per file."""
     for path, schema in zip(paths, schemas, strict=True):
         same = schema.names == schemas[0].names if path.suffix == ".jsonl" else schema.equals(schemas[0])
         if not same:
-            raise DatasetError(f"{path} has other columns than {paths[0]}")
+            raise DatasetError(f"{path} has different columns from {paths[0]}")
 
 
-def _is_light(type_: pa.DataType) -> bool:
+def _is_scalar(type_: pa.DataType) -> bool:
     return not (pa.types.is_nested(type_) or holds_bytes(type_))
 
 
-def _metadata_of(folder: Path) -> Path:
-    found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
-    if not found:
+def _find_metadata(folder: Path) -> Path:
+    paths = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    if not paths:
         raise DatasetError(
-            f"{folder} holds none of {', '.join(METADATA_NAMES)}: "
+            f"{folder} has none of {', '.join(METADATA_NAMES)}: "
             "write one with a column file_name (or NAME_file_name for each modality) and a column label; "
             f"{OTHER_FORMS}"
         )
-    if len(found) > 1:
-        raise DatasetError(f"{folder} holds both {found[0].name} and {found[1].name}: name the file you mean")
-    return found[0]
+    if len(paths) > 1:
+        raise DatasetError(f"{folder} has both {paths[0].name} and {paths[1].name}: pass the path of one of them")
+    return paths[0]

@@ -1,7 +1,7 @@
 """WebDataset tar files.
 
-A sample is the members of one key, the path up to the first dot of its base name, one after another. What follows the
-dot names the column. Names, labels and texts are read once, when the tars are indexed; media stay where they are.
+A sample is a sequence of consecutive members with the same key, the path up to the first dot of the base name. The part
+after the dot is the column. Keys, labels and texts are read once, when the tars are indexed; media are read by shard.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from .tables import HEAD_ROWS, Plan, concat_rows
 
 log = logging.getLogger("mmaudit")
 
-KEY = "__key__"  # the column of keys, as webdataset and `datasets` call it
-_JSON = ("json", "jsn")
-_NUMBERS = ("cls", "index", "inx", "id")
-_TEXTS = ("txt", "text", "transcript")
-_SHARD_BYTES = 1 << 26  # media of a shard, unless one sample alone has more
-_BLOCK = 512  # bytes of a tar's header
+KEY = "__key__"  # the column of keys, as in webdataset and `datasets`
+_JSON_NAMES = ("json", "jsn")
+_NUMBER_NAMES = ("cls", "index", "inx", "id")
+_TEXT_NAMES = ("txt", "text", "transcript")
+_SHARD_BYTES = 1 << 26  # of media per shard, unless a single sample has more
+_HEADER_BYTES = 512  # bytes of a tar's header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TarShard:
-    """Some samples of a tar: `rows` has what was read from it already, `places` where each other member stands.
+    """Some samples of a tar: `rows` holds the columns read while indexing, `positions` locates the other members.
 
-    `places` has int64 columns `offset:NAME` and `size:NAME` in bytes, null where a sample has no such member.
+    `positions` has int64 columns `offset:NAME` and `size:NAME` in bytes, null where a sample has no such member.
     """
 
     index: int
@@ -50,88 +50,90 @@ class TarShard:
     num_rows: int
     path: str
     rows: pa.Table
-    places: pa.Table
+    positions: pa.Table
     schema: pa.Schema
 
     def read(self, columns: list[str]) -> pa.Table:
-        """Read the members of these columns, and no others, in the order they stand in."""
-        kept = [name for name in columns if name not in self.rows.column_names]
-        found: dict[str, list[Any]] = {name: [] for name in kept}
-        if kept:
+        """Read only the members of these columns, in file order."""
+        member_names = [name for name in columns if name not in self.rows.column_names]
+        contents: dict[str, list[Any]] = {name: [] for name in member_names}
+        if member_names:
             with open(self.path, "rb") as file:
                 for row in range(self.num_rows):
-                    for name in kept:
-                        found[name].append(self._read_member(file, row, name))
+                    for name in member_names:
+                        contents[name].append(self._read_member(file, row, name))
         arrays = [
-            pa.chunked_array([pa.array(found[name], self.schema.field(name).type)])
-            if name in found
+            pa.chunked_array([pa.array(contents[name], self.schema.field(name).type)])
+            if name in contents
             else self.rows[name]
             for name in columns
         ]
         return pa.table(arrays, schema=pa.schema([self.schema.field(name) for name in columns]))
 
     def _read_member(self, file: BinaryIO, row: int, name: str) -> Any:
-        if f"offset:{name}" not in self.places.column_names:
+        if f"offset:{name}" not in self.positions.column_names:
             return None
-        offset, size = (self.places[f"{what}:{name}"][row].as_py() for what in ("offset", "size"))
+        offset, size = (self.positions[f"{quantity}:{name}"][row].as_py() for quantity in ("offset", "size"))
         if offset is None:
             return None
         file.seek(offset)
         data = file.read(size)
         if len(data) < size:
-            raise DatasetError(f"{self.path} has become shorter since it was opened: run the command again")
-        return _vector(data, f"{self.path}, {self.rows[KEY][row].as_py()}.{name}") if _is_vector(name) else data
+            raise DatasetError(f"{self.path} was truncated after it was opened: run the command again")
+        return _parse_vector(data, f"{self.path}, {self.rows[KEY][row].as_py()}.{name}") if _is_vector(name) else data
 
 
 @dataclass(slots=True)
-class Sample:
-    """The members of one key: what was read of them, and (offset, size) in bytes of the others by column."""
+class TarSample:
+    """The members of one key: `values` by column, and (offset, size) in bytes of the unread members by column."""
 
     key: str
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    positions: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def find_tars(data: str) -> list[Path]:
-    """Give the tars of a file, a glob, or a folder and its folders that name splits; none where it is none of these."""
+    """Return the tars of a file, a glob, or a folder and its subfolders named after splits; [] if there are none."""
     path = Path(data)
     if path.is_dir():
-        inside = sorted(each for each in path.iterdir() if each.is_dir() and split_of_folder(each.name))
-        return [tar for folder in (path, *inside) for tar in sorted(folder.glob("*.tar"))]
+        split_folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and split_of_folder(entry.name))
+        return [tar for folder in (path, *split_folders) for tar in sorted(folder.glob("*.tar"))]
     if path.is_file():
         if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-            raise DatasetError(f"{data} is compressed, and its members cannot be read singly: unpack it to a .tar")
+            raise DatasetError(f"{data} is compressed and has no random access to its members: unpack it to a .tar")
         return [path] if path.suffix == ".tar" else []
     matches = [Path(match) for match in sorted(glob.glob(data))] if glob.has_magic(data) else []
     return matches if matches and all(match.suffix == ".tar" for match in matches) else []
 
 
 def plan_tars(paths: Sequence[Path], *, shard_rows: int) -> Plan:
-    """Index tars and plan their samples. A column that some samples lack is null there.
+    """Index tars and plan their samples; a column that a sample does not have is null there.
 
-    Raises DatasetError for a tar without samples, one that cannot be read to its end, and a key that comes twice.
+    Raises DatasetError for a tar without samples, a truncated or damaged tar, and a repeated key.
     """
-    indexed = [_index(path) for path in paths]
-    _check_keys(paths, indexed)
-    splits = _splits_of(paths)
-    rows = [_values(samples, split) for samples, split in zip(indexed, splits, strict=True)]
-    schema = concat_rows([table.slice(0, 0) for table in rows], whence=str(paths[0].parent)).schema
-    members = sorted({name for samples in indexed for sample in samples for name in sample.places}, key=_by_kind)
-    for name in members:
+    samples_of_tar = [_index_tar(path) for path in paths]
+    _check_keys(paths, samples_of_tar)
+    splits = _tar_splits(paths)
+    tables = [_value_table(samples, split) for samples, split in zip(samples_of_tar, splits, strict=True)]
+    schema = concat_rows([table.slice(0, 0) for table in tables], source=str(paths[0].parent)).schema
+    member_names = sorted(
+        {name for samples in samples_of_tar for sample in samples for name in sample.positions}, key=_kind_order
+    )
+    for name in member_names:
         if name in schema.names:
-            raise DatasetError(f"{paths[0].parent}: {name!r} is both a kind of member and a field of .json members")
+            raise DatasetError(f"{paths[0].parent}: {name!r} is both an extension and a field of .json members")
         schema = schema.append(pa.field(name, pa.list_(pa.float32()) if _is_vector(name) else pa.binary()))
     shards: list[TarShard] = []
     first = 0
-    for path, samples, table in zip(paths, indexed, rows, strict=True):
-        for start, end in _cut(samples, shard_rows=shard_rows):
+    for path, samples, table in zip(paths, samples_of_tar, tables, strict=True):
+        for start, end in _shard_bounds(samples, shard_rows=shard_rows):
             shard = TarShard(
                 index=len(shards),
                 first=first + start,
                 num_rows=end - start,
                 path=str(path),
-                rows=_conform(table, schema, members).take(pa.array(range(start, end), pa.int64())),
-                places=_places(samples[start:end]),
+                rows=_align_columns(table, schema, member_names).take(pa.array(range(start, end), pa.int64())),
+                positions=_position_table(samples[start:end]),
                 schema=schema,
             )
             shards.append(shard)
@@ -140,28 +142,26 @@ def plan_tars(paths: Sequence[Path], *, shard_rows: int) -> Plan:
     return Plan(root=paths[0].parent, head=head, shards=tuple(shards))
 
 
-def _index(path: Path) -> list[Sample]:
-    """List the samples of one tar, in their order."""
-    samples: list[Sample] = []
+def _index_tar(path: Path) -> list[TarSample]:
+    """Return the samples of one tar, in file order."""
+    samples: list[TarSample] = []
     skipped: list[str] = []
     with _open(path) as file:
-        for member in _members(path, file):
-            written = member.name.encode("utf-8", "replace").decode()  # a name in another encoding is no string
-            folder, slash, base = written.removeprefix("./").rpartition("/")
+        for member in _iter_members(path, file):
+            decoded = member.name.encode("utf-8", "replace").decode()  # replaces surrogates of other encodings
+            folder, slash, base = decoded.removeprefix("./").rpartition("/")
             stem, dot, extension = base.partition(".")
-            if not (stem and dot and extension):  # hidden files, and notes without an extension
+            if not (stem and dot and extension):  # hidden files, and files without an extension
                 skipped.append(member.name)
                 continue
             key, name = f"{folder}{slash}{stem}", extension.lower()
             if not samples or samples[-1].key != key:
-                samples.append(Sample(key=key))
-            _add(samples[-1], name, member, file, where=f"{path}, {member.name}")
+                samples.append(TarSample(key=key))
+            _add_member(samples[-1], name, member, file, where=f"{path}, {member.name}")
     if skipped:
-        log.info(
-            "%s: %d members without a key and an extension are left out, such as %s", path, len(skipped), skipped[0]
-        )
+        log.info("%s: skipped %d members without a key and an extension, such as %s", path, len(skipped), skipped[0])
     if not samples:
-        raise DatasetError(f"{path} holds no sample: its members should be called KEY.EXTENSION, such as 0001.wav")
+        raise DatasetError(f"{path} has no samples: its members must be named KEY.EXTENSION, such as 0001.wav")
     return samples
 
 
@@ -172,139 +172,147 @@ def _open(path: Path) -> BinaryIO:
         raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of a tar. `tarfile` ends quietly at a header that is none; here that is an error."""
-    end, at = path.stat().st_size, 0
+def _iter_members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yield the regular files of a tar; DatasetError at an invalid header, where `tarfile` stops without an error."""
+    file_size, offset = path.stat().st_size, 0
     try:
         archive = tarfile.TarFile(fileobj=file)
         while True:
-            at = archive.offset
+            offset = archive.offset
             member = archive.next()
             if member is None:
                 break
             if member.issym() or member.islnk() or member.issparse():
-                raise DatasetError(f"{path}, {member.name} is a link or has holes: pack the files themselves")
-            if member.offset_data + member.size > end:
-                raise DatasetError(f"{path} ends at byte {end}, within {member.name}: it is truncated; fetch it again")
+                raise DatasetError(f"{path}, {member.name} is a link or sparse: pack the files themselves")
+            if member.offset_data + member.size > file_size:
+                raise DatasetError(
+                    f"{path} ends at byte {file_size}, within {member.name}: it is truncated; fetch it again"
+                )
             if member.isreg():
                 yield member
     except (tarfile.TarError, ValueError) as error:
-        raise DatasetError(f"{path}: the header at byte {at} cannot be read ({error}); fetch it again") from error
-    file.seek(at)
-    if any(file.read(_BLOCK)):
-        raise DatasetError(f"{path}: the header at byte {at} cannot be read; fetch it again")
+        raise DatasetError(f"{path}: the header at byte {offset} cannot be read ({error}); fetch it again") from error
+    file.seek(offset)
+    if any(file.read(_HEADER_BYTES)):
+        raise DatasetError(f"{path}: the header at byte {offset} cannot be read; fetch it again")
 
 
-def _add(sample: Sample, name: str, member: tarfile.TarInfo, file: BinaryIO, *, where: str) -> None:
-    if name in sample.places or name in sample.values:
-        raise DatasetError(f"{where} stands twice, or .json has a field of this name: rename one")
-    if name not in (*_JSON, *_NUMBERS, *_TEXTS) and not name.endswith(".txt"):
-        sample.places[name] = (member.offset_data, member.size)
+def _add_member(sample: TarSample, name: str, member: tarfile.TarInfo, file: BinaryIO, *, where: str) -> None:
+    if name in sample.positions or name in sample.values:
+        raise DatasetError(f"{where} is repeated, or .json has a field of this name: rename one")
+    if name not in (*_JSON_NAMES, *_NUMBER_NAMES, *_TEXT_NAMES) and not name.endswith(".txt"):
+        sample.positions[name] = (member.offset_data, member.size)
         return
     file.seek(member.offset_data)
     try:
         text = file.read(member.size).decode("utf-8-sig")
-        found = _fields(text) if name in _JSON else {name: _number(text.strip()) if name in _NUMBERS else text}
+        values = (
+            _json_fields(text)
+            if name in _JSON_NAMES
+            else {name: _parse_number(text.strip()) if name in _NUMBER_NAMES else text}
+        )
     except (ValueError, TypeError) as error:
         raise DatasetError(f"{where} cannot be read: {error}") from error
-    if twice := next((key for key in found if key in sample.places or key in sample.values), None):
-        raise DatasetError(f"{where} has a field {twice!r} beside a member of this name: rename one")
-    sample.values |= found
+    if repeated := next((key for key in values if key in sample.positions or key in sample.values), None):
+        raise DatasetError(f"{where} has a field {repeated!r} and a member of this name: rename one")
+    sample.values |= values
 
 
-def _number(text: str) -> int | str:
-    """Give the integer that is written so and in no other way: 007 stays a name."""
+def _parse_number(text: str) -> int | str:
+    """Return the integer if this is its canonical form, else the text: 007 stays a string."""
     return int(text) if text.removeprefix("-").isdecimal() and str(int(text)) == text else text
 
 
-def _fields(text: str) -> dict[str, Any]:
-    """Give the fields of a .json member that hold a value, or a list of values; not those of webdataset's own."""
+def _json_fields(text: str) -> dict[str, Any]:
+    """Return the fields of a .json member that hold a scalar or a list of scalars, without webdataset's `__` fields."""
     content = parse_data_json(text)
     if not isinstance(content, dict):
-        raise ValueError("it is no object of fields")
+        raise ValueError("it is not a JSON object")
     return {name: value for name, value in content.items() if _is_flat(value) and not name.startswith("__")}
 
 
 def _is_flat(value: Any) -> bool:
     if isinstance(value, list):
-        return not any(isinstance(each, (list, dict)) for each in value)
+        return not any(isinstance(element, (list, dict)) for element in value)
     return not isinstance(value, dict)
 
 
-def _check_keys(paths: Sequence[Path], indexed: Sequence[Sequence[Sample]]) -> None:
-    seen: dict[str, Path] = {}
-    for path, samples in zip(paths, indexed, strict=True):
+def _check_keys(paths: Sequence[Path], samples_of_tar: Sequence[Sequence[TarSample]]) -> None:
+    tar_of_key: dict[str, Path] = {}
+    for path, samples in zip(paths, samples_of_tar, strict=True):
         for sample in samples:
-            if sample.key in seen:
+            if sample.key in tar_of_key:
                 raise DatasetError(
-                    f"the key {sample.key} comes again in {path}, after {seen[sample.key]}: "
-                    "the members of a sample must follow one another, and keys be unique"
+                    f"the key {sample.key} is repeated in {path}, after {tar_of_key[sample.key]}: "
+                    "the members of a sample must be consecutive, and keys must be unique"
                 )
-            seen[sample.key] = path
+            tar_of_key[sample.key] = path
 
 
-def _splits_of(paths: Sequence[Path]) -> list[str | None]:
-    """Read the split off each tar's name or its folder's, where all of them have one."""
-    found = [split_of_file(path.name) or split_of_folder(path.absolute().parent.name) for path in paths]
-    if not all(found):
+def _tar_splits(paths: Sequence[Path]) -> list[str | None]:
+    """Return the split of each tar by its name or its folder's name, None for every tar unless all have one."""
+    splits = [split_of_file(path.name) or split_of_folder(path.absolute().parent.name) for path in paths]
+    if not all(splits):
         return [None] * len(paths)
-    log.info("split by the names of the tars: %s", ", ".join(f"{n} {name}" for name, n in Counter(found).items()))
-    return found
+    log.info("split by the names of the tars: %s", ", ".join(f"{n} {name}" for name, n in Counter(splits).items()))
+    return splits
 
 
-def _values(samples: Sequence[Sample], split: str | None) -> pa.Table:
-    """Give keys, labels, texts and the fields of .json members as columns, and `split` unless there is such a field."""
+def _value_table(samples: Sequence[TarSample], split: str | None) -> pa.Table:
+    """Return keys, labels, texts and .json fields as columns, and `split` unless there is such a field."""
     names = sorted({name for sample in samples for name in sample.values})
     columns = {KEY: pa.array([sample.key for sample in samples], pa.string())}
-    columns |= {name: _column([sample.values.get(name) for sample in samples]) for name in names}
+    columns |= {name: _to_column([sample.values.get(name) for sample in samples]) for name in names}
     if split is not None:
         columns.setdefault(SPLIT, pa.array([split] * len(samples), pa.string()))
     return pa.table(columns)
 
 
-def _column(values: Sequence[Any]) -> pa.Array:
-    """Give values the type they have in common: strings where they have none."""
+def _to_column(values: Sequence[Any]) -> pa.Array:
+    """Convert values to an array of their common type, or of strings if they have none."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
-def _conform(rows: pa.Table, schema: pa.Schema, members: Sequence[str]) -> pa.Table:
-    """Give rows of one tar the columns of all."""
-    fields = [field_ for field_ in schema if field_.name not in members]
+def _align_columns(rows: pa.Table, schema: pa.Schema, member_names: Sequence[str]) -> pa.Table:
+    """Return rows of one tar with the columns and types of all tars."""
+    fields = [field_ for field_ in schema if field_.name not in member_names]
     columns = [
-        rows[each.name].cast(each.type) if each.name in rows.column_names else pa.nulls(rows.num_rows, each.type)
-        for each in fields
+        rows[field_.name].cast(field_.type)
+        if field_.name in rows.column_names
+        else pa.nulls(rows.num_rows, field_.type)
+        for field_ in fields
     ]
     return pa.table(columns, schema=pa.schema(fields))
 
 
-def _cut(samples: Sequence[Sample], *, shard_rows: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of runs of at most `shard_rows` samples and 64 MiB of media, one sample at least."""
-    start, held = 0, 0
+def _shard_bounds(samples: Sequence[TarSample], *, shard_rows: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of shards of at most `shard_rows` samples and 64 MiB of media, at least one sample."""
+    start, num_bytes = 0, 0
     for row, sample in enumerate(samples):
-        size = sum(size for _, size in sample.places.values())
-        if row > start and (row - start >= shard_rows or held + size > _SHARD_BYTES):
+        size = sum(size for _, size in sample.positions.values())
+        if row > start and (row - start >= shard_rows or num_bytes + size > _SHARD_BYTES):
             yield start, row
-            start, held = row, 0
-        held += size
+            start, num_bytes = row, 0
+        num_bytes += size
     yield start, len(samples)
 
 
-def _by_kind(name: str) -> tuple[int, str]:
-    """Sort columns of members as other sources have them: sound first, then sight, then what is no medium."""
+def _kind_order(name: str) -> tuple[int, str]:
+    """Sort key of member columns, the same order as in other sources: audio, then image and video, then the rest."""
     kind = kind_of_path(f"x.{name}")
     return (KINDS.index(kind) if kind else len(KINDS), name)
 
 
-def _places(samples: Sequence[Sample]) -> pa.Table:
-    names = sorted({name for sample in samples for name in sample.places})
+def _position_table(samples: Sequence[TarSample]) -> pa.Table:
+    names = sorted({name for sample in samples for name in sample.positions})
     columns = {}
     for name in names:
-        found = [sample.places.get(name, (None, None)) for sample in samples]
-        columns[f"offset:{name}"] = pa.array([offset for offset, _ in found], pa.int64())
-        columns[f"size:{name}"] = pa.array([size for _, size in found], pa.int64())
+        positions = [sample.positions.get(name, (None, None)) for sample in samples]
+        columns[f"offset:{name}"] = pa.array([offset for offset, _ in positions], pa.int64())
+        columns[f"size:{name}"] = pa.array([size for _, size in positions], pa.int64())
     return pa.table(columns)
 
 
@@ -312,12 +320,14 @@ def _is_vector(name: str) -> bool:
     return name == "npy" or name.endswith(".npy")
 
 
-def _vector(data: bytes, where: str) -> NDArray[np.float32]:
+def _parse_vector(data: bytes, where: str) -> NDArray[np.float32]:
     try:
         npy.check_header(io.BytesIO(data), num_bytes=len(data))
         array = npy.read_array(io.BytesIO(data))
     except npy.BROKEN as error:
         raise DatasetError(f"{where} cannot be read: {str(error)[:200]}") from error
     if array.ndim != 1 or array.dtype.kind not in "fiub":
-        raise DatasetError(f"{where} is of shape {array.shape} and type {array.dtype}; features are one row of numbers")
+        raise DatasetError(
+            f"{where} is of shape {array.shape} and type {array.dtype}; features must be a vector of numbers"
+        )
     return np.asarray(array, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Laws of modalities: what columns say about themselves, and what `--modality` may say instead."""
+"""Modalities: inference from columns, and the option `--modality`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HEAD = pa.table(
 
 
 def inferred(**columns: object) -> list[str]:
-    return [str(modality) for modality in infer_modalities(pa.table(columns), taken=["label"])]
+    return [str(modality) for modality in infer_modalities(pa.table(columns), excluded=["label"])]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def inferred(**columns: object) -> list[str]:
         ("http://x.y/a.mp3", "audio"),
     ],
 )
-def test_extensions_tell_the_kind(path: str, kind: str | None) -> None:
+def test_kind_is_inferred_from_extension(path: str, kind: str | None) -> None:
     assert kind_of_path(path) == kind
 
 
@@ -73,7 +73,7 @@ def test_extensions_tell_the_kind(path: str, kind: str | None) -> None:
         ({"mixed": ["a.wav", "b.png"]}, []),
     ],
 )
-def test_columns_tell_the_modalities(columns: dict[str, list[object]], expected: list[str]) -> None:
+def test_modalities_are_inferred_from_columns(columns: dict[str, list[object]], expected: list[str]) -> None:
     assert inferred(**columns) == expected
 
 
@@ -97,7 +97,7 @@ def test_columns_tell_the_modalities(columns: dict[str, list[object]], expected:
         ({"a": [{"text": "x"}], "b": [{"bytes": None, "path": "a.png"}]}, ["b=b:image"]),
     ],
 )
-def test_media_that_are_held_tell_what_they_are(columns: dict[str, list[object]], expected: list[str]) -> None:
+def test_kind_of_embedded_media_is_inferred(columns: dict[str, list[object]], expected: list[str]) -> None:
     assert inferred(**columns) == expected
 
 
@@ -116,12 +116,12 @@ def test_media_that_are_held_tell_what_they_are(columns: dict[str, list[object]]
         ),
     ],
 )
-def test_a_film_beside_its_sound_is_seen_only(
+def test_video_with_separate_audio_column_is_visual_only(
     columns: dict[str, list[object]], expected: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
     assert inferred(**columns) == expected
-    assert "the sight alone is read, since" in caplog.text
+    assert "only the frames are read, since" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_a_film_beside_its_sound_is_seen_only(
         ({"x_frames": [[0.5], [0.25]]}, ["x_frames=x_frames:features"]),
     ],
 )
-def test_folders_of_pictures_are_frames(columns: dict[str, list[object]], expected: list[str]) -> None:
-    found = infer_modalities(pa.table(columns), taken=[], holds_pictures=lambda folder: folder.startswith("in/"))
-    assert [str(modality) for modality in found] == expected
+def test_folders_of_images_are_frames(columns: dict[str, list[object]], expected: list[str]) -> None:
+    modalities = infer_modalities(pa.table(columns), excluded=[], holds_pictures=lambda path: path.startswith("in/"))
+    assert [str(modality) for modality in modalities] == expected
 
 
-def test_what_names_files() -> None:
-    named = [field.name for field in HEAD.schema if holds_files(HEAD, field)]
-    assert named == ["file_name", "clip"]
+def test_columns_of_media_paths_are_recognised() -> None:
+    modalities_named = [field.name for field in HEAD.schema if holds_files(HEAD, field)]
+    assert modalities_named == ["file_name", "clip"]
 
 
 @pytest.mark.parametrize(
@@ -165,11 +165,11 @@ def test_what_names_files() -> None:
         ("a=folders:frames", "frames"),
     ],
 )
-def test_what_the_option_says(text: str, kind: str) -> None:
+def test_modality_option_is_parsed(text: str, kind: str) -> None:
     name, column = text.split(":")[0].split("=")
-    found = parse(text, HEAD)
-    assert found == Modality(name=name, column=column, kind=kind)
-    assert parse(str(found), HEAD) == found
+    modality = parse(text, HEAD)
+    assert modality == Modality(name=name, column=column, kind=kind)
+    assert parse(str(modality), HEAD) == modality
 
 
 @pytest.mark.parametrize(
@@ -181,60 +181,60 @@ def test_what_the_option_says(text: str, kind: str) -> None:
         ("a=file_nam", "no column 'file_nam'; did you mean file_name?"),
         ("a=zzz", "no column 'zzz'; available: file_name, clip"),
         ("a=file_name:audoi", "no kind 'audoi'; did you mean audio?"),
-        ("a=raw", "cannot tell what 'raw' holds; write a=raw:KIND"),
-        ("a=mixed", "cannot tell what 'mixed' holds"),
-        ("a=age", "cannot tell what 'age' holds"),
+        ("a=raw", "cannot infer the kind of 'raw'; write a=raw:KIND"),
+        ("a=mixed", "cannot infer the kind of 'mixed'"),
+        ("a=age", "cannot infer the kind of 'age'"),
         ("a=age:features", "a column of type int64 cannot be read as features"),
         ("a=vector:audio", "double> cannot be read as audio"),
         ("a=raw:text", "of type binary cannot be read as text"),
         ("a=words:features", "of type string cannot be read as features"),
         ("a=vector:frames", "double> cannot be read as frames"),
         ("a=raw:frames", "of type binary cannot be read as frames"),
-        ("a=folders", "cannot tell what 'folders' holds"),
+        ("a=folders", "cannot infer the kind of 'folders'"),
     ],
 )
-def test_what_the_option_may_not_say(text: str, words: str) -> None:
+def test_invalid_modality_option_is_rejected(text: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(text, HEAD)
     assert f"--modality {text}: " in str(caught.value)
     assert words in str(caught.value)
 
 
-def named(*names: str) -> list[Modality]:
+def modalities_named(*names: str) -> list[Modality]:
     return [Modality(name=name, column="x", kind="audio") for name in names]
 
 
-def test_fewer_than_two_are_refused() -> None:
+def test_fewer_than_two_modalities_are_rejected() -> None:
     with pytest.raises(DatasetError, match="found no modality among the columns x, y; a discrepancy needs two"):
         check_modalities([], ["x", "y"])
     with pytest.raises(DatasetError, match="only one modality, a=x:audio, among"):
-        check_modalities(named("a"), ["x"])
+        check_modalities(modalities_named("a"), ["x"])
 
 
-def test_two_of_one_name_are_refused() -> None:
+def test_repeated_modality_name_is_rejected() -> None:
     with pytest.raises(ConfigError, match="two modalities are called 'b'"):
-        check_modalities(named("a", "b", "b"), ["x"])
+        check_modalities(modalities_named("a", "b", "b"), ["x"])
 
 
 @pytest.mark.parametrize("name", ["../../out", "a/b", "a\\b", "a:b", "a=b"])
-def test_names_that_lead_out_of_the_cache_or_mean_two_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="may hold none of"):
-        check_modalities(named("fine", name), ["x"])
+def test_modality_name_with_separator_is_rejected(name: str) -> None:
+    with pytest.raises(ConfigError, match="must not contain"):
+        check_modalities(modalities_named("fine", name), ["x"])
 
 
 @pytest.mark.parametrize("name", ["a" * 250, "é" * 60, "a\0b"])
-def test_names_that_no_file_could_have_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="its name may have 100 bytes, and no NUL"):
-        check_modalities(named("fine", name), ["x"])
+def test_modality_name_invalid_as_file_name_is_rejected(name: str) -> None:
+    with pytest.raises(ConfigError, match="its name may have at most 100 bytes and no NUL"):
+        check_modalities(modalities_named("fine", name), ["x"])
 
 
-def test_what_holds_media_themselves() -> None:
-    held = [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])]
-    assert all(map(holds_bytes, held))
+def test_types_of_embedded_media_are_recognised() -> None:
+    media_types = [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])]
+    assert all(map(holds_bytes, media_types))
     assert not any(map(holds_bytes, [pa.string(), pa.struct([("path", pa.string())]), pa.list_(pa.int8())]))
 
 
-def test_what_may_name_folders() -> None:
-    named = [pa.string(), pa.list_(pa.string()), pa.large_list(pa.large_string())]
-    assert all(map(holds_folders, named))
+def test_types_of_folder_names_are_recognised() -> None:
+    modalities_named = [pa.string(), pa.list_(pa.string()), pa.large_list(pa.large_string())]
+    assert all(map(holds_folders, modalities_named))
     assert not any(map(holds_folders, [pa.binary(), pa.list_(pa.int8()), pa.list_(pa.list_(pa.string()))]))

@@ -1,4 +1,4 @@
-"""One law: the same clips are the same samples, whatever kind of source they come as."""
+"""Source formats: the same clips give the same samples in every format."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def clip(source: Path, number: int) -> tuple[bytes, bytes]:
 
 
 def embedded(source: Path, numbers: range) -> pa.Table:
-    """Rows as `datasets` holds them: structs of bytes and path."""
-    found = [clip(source, number) for number in numbers]
+    """Return rows in the format of `datasets`: structs of bytes and path."""
+    media = [clip(source, number) for number in numbers]
     columns = {
         "id": [f"{number:03d}" for number in numbers],
-        "sound": [{"bytes": sound, "path": None} for sound, _ in found],
-        "sight": [{"bytes": sight, "path": None} for _, sight in found],
+        "sound": [{"bytes": sound, "path": None} for sound, _ in media],
+        "sight": [{"bytes": sight, "path": None} for _, sight in media],
         "label": [number % 3 for number in numbers],
     }
     return pa.table(columns, schema=FEATURES.arrow_schema)
@@ -71,7 +71,7 @@ def write_parquet(source: Path, folder: Path) -> Path:
 
 
 def write_raw_parquet(source: Path, folder: Path) -> Path:
-    """Columns of bytes without any word of what they are."""
+    """Write columns of bytes without declared features."""
     path = write_parquet(source, folder)
     rows = pq.read_table(path)
     for name in ("sound", "sight"):
@@ -84,7 +84,7 @@ def write_raw_parquet(source: Path, folder: Path) -> Path:
 
 
 def write_hub_folder(source: Path, folder: Path) -> Path:
-    """As the hub's own files lie in a folder."""
+    """Write the folder layout of a download from the hub."""
     (folder / "data").mkdir(parents=True)
     for split, numbers in NUMBERS.items():
         pq.write_table(embedded(source, numbers), folder / "data" / f"{split}-00000-of-00001.parquet")
@@ -92,7 +92,7 @@ def write_hub_folder(source: Path, folder: Path) -> Path:
     return folder
 
 
-def place_of(split: str, number: int, modality: str) -> dict[str, str]:
+def path_of_layout(split: str, number: int, modality: str) -> dict[str, str]:
     name, label = f"{number:03d}", f"class-{number % 3}"
     suffix = {"audio": "wav", "image": "png"}[modality]
     return {
@@ -102,11 +102,11 @@ def place_of(split: str, number: int, modality: str) -> dict[str, str]:
     }
 
 
-def write_layout(source: Path, folder: Path, how: str) -> Path:
+def write_layout(source: Path, folder: Path, layout: str) -> Path:
     for split, numbers in NUMBERS.items():
         for number in numbers:
             for modality, data in zip(("audio", "image"), clip(source, number), strict=True):
-                path = folder / place_of(split, number, modality)[how]
+                path = folder / path_of_layout(split, number, modality)[layout]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
     return folder
@@ -127,13 +127,13 @@ def write_split_tables(source: Path, folder: Path) -> Path:
 def write_tars(source: Path, folder: Path, label: str) -> Path:
     folder.mkdir()
     for split, numbers in NUMBERS.items():
-        for part, some in enumerate((numbers[:5], numbers[5:])):
+        for part, part_numbers in enumerate((numbers[:5], numbers[5:])):
             with tarfile.open(folder / f"{split}-{part:03d}.tar", "w") as archive:
-                for number in some:
+                for number in part_numbers:
                     sound, sight = clip(source, number)
-                    about = {"label": f"class-{number % 3}", "id": f"{number:03d}"}
-                    told = {"json": json.dumps(about).encode(), "cls": str(number % 3).encode()}
-                    for name, data in {"wav": sound, "png": sight, label: told[label]}.items():
+                    fields = {"label": f"class-{number % 3}", "id": f"{number:03d}"}
+                    label_members = {"json": json.dumps(fields).encode(), "cls": str(number % 3).encode()}
+                    for name, data in {"wav": sound, "png": sight, label: label_members[label]}.items():
                         member = tarfile.TarInfo(f"./{number:03d}.{name}")
                         member.size = len(data)
                         archive.addfile(member, io.BytesIO(data))
@@ -141,7 +141,7 @@ def write_tars(source: Path, folder: Path, label: str) -> Path:
 
 
 def samples_of(data: Path | str, config: DataConfig | None = None) -> set[tuple[object, ...]]:
-    """(number, label, split, sound, sight) of every sample, through shards that were sent to another process."""
+    """Return (number, label, split, audio, image) of every sample, read through pickled shards."""
     dataset = open_dataset(data, config)
     assert [modality.kind for modality in dataset.modalities] == ["audio", "image"]
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
@@ -180,53 +180,53 @@ WRITERS: dict[str, Callable[[Path, Path], Path | str]] = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_the_same_clips_are_the_same_samples(
+def test_every_source_format_gives_equal_samples(
     clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]], kind: str
 ) -> None:
     data = WRITERS[kind](clip_source, tmp_path / "data")
     assert samples_of(data, DataConfig(shard_rows=4)) == expected
 
 
-def test_labels_of_tars_as_numbers(clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]]) -> None:
+def test_numeric_labels_of_tars_are_read(clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]]) -> None:
     data = write_tars(clip_source, tmp_path / "data", "cls")
     assert samples_of(data) == {(number, f"{str(label)[-1]}", *rest) for number, label, *rest in expected}
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
-    """Put something in the place of datasets.load_dataset, and note what it is asked for."""
+    """Replace datasets.load_dataset by a fixed response, and record the requests."""
 
-    def put(answer: Any) -> list[Any]:
-        asked: list[Any] = []
+    def put(response: Any) -> list[Any]:
+        requests: list[Any] = []
 
         def load(*arguments: Any) -> Any:
-            asked.append(arguments)
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
+            requests.append(arguments)
+            if isinstance(response, Exception):
+                raise response
+            return response
 
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         monkeypatch.setattr(datasets, "load_dataset", load)
-        return asked
+        return requests
 
     return put
 
 
-def test_the_hub_gives_the_same_samples(
+def test_hub_dataset_gives_equal_samples(
     clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]], hub: Callable[[Any], list[Any]]
 ) -> None:
     parts = hub_parts(clip_source)
-    asked = hub(parts)
+    requests = hub(parts)
     assert samples_of("user/clips") == expected
     assert samples_of("clips:small") == expected
-    assert asked == [("user/clips", None), ("clips", "small")]
+    assert requests == [("user/clips", None), ("clips", "small")]
     parts.save_to_disk(tmp_path / "saved")
     hub(datasets.load_from_disk(tmp_path / "saved"))
     assert samples_of("user/clips", DataConfig(shard_rows=5)) == expected
 
 
 @pytest.mark.parametrize("from_disk", [True, False])
-def test_the_hub_gives_the_rows_that_were_selected(
+def test_selection_of_hub_dataset_is_read_in_order(
     clip_source: Path,
     tmp_path: Path,
     expected: set[tuple[object, ...]],
@@ -237,49 +237,49 @@ def test_the_hub_gives_the_rows_that_were_selected(
     if from_disk:
         parts.save_to_disk(tmp_path / "saved")
         parts = datasets.load_from_disk(tmp_path / "saved")
-    kept = {"train": [17, 3, 4], "test": [5, 0]}
-    hub(datasets.DatasetDict({split: part.select(kept[split]) for split, part in parts.items()}))
+    selected = {"train": [17, 3, 4], "test": [5, 0]}
+    hub(datasets.DatasetDict({split: part.select(selected[split]) for split, part in parts.items()}))
     numbers = {"017", "003", "004", "023", "018"}
     assert samples_of("user/clips") == {sample for sample in expected if sample[0] in numbers}
     dataset = open_dataset("user/clips")
     assert read_samples(dataset, seed=0, test_fraction=0.2).sample_id.tolist() == ["017", "003", "004", "023", "018"]
 
 
-def test_what_the_hub_does_not_have_is_one_line(hub: Callable[[Any], list[Any]]) -> None:
+def test_missing_hub_dataset_is_reported_in_one_line(hub: Callable[[Any], list[Any]]) -> None:
     hub(ConnectionError("Couldn't reach 'user/none' on the Hub\nmore"))
     with pytest.raises(DatasetError) as caught:
         open_dataset("user/none")
     assert str(caught.value) == (
-        "no such folder or file: user/none; nor can the dataset be loaded from the hub "
+        "no such folder or file: user/none; loading the dataset from the hub failed "
         "(ConnectionError: Couldn't reach 'user/none' on the Hub): "
-        "check the name (user/name, or user/name:config), or download it and name the folder"
+        "check the name (user/name, or user/name:config), or download it and pass the folder"
     )
 
 
 @pytest.mark.parametrize(
     "data", ["/none/such", "./none", "none.parquet", "a/b/c", "../none", "none*", "a b", "none.tar"]
 )
-def test_what_is_no_name_of_the_hub_is_not_asked_for(hub: Callable[[Any], list[Any]], data: str) -> None:
-    asked = hub(AssertionError("asked"))
+def test_other_paths_are_not_loaded_from_hub(hub: Callable[[Any], list[Any]], data: str) -> None:
+    requests = hub(AssertionError("asked"))
     with pytest.raises(DatasetError, match="no such folder or file"):
         open_dataset(data)
-    assert asked == []
+    assert requests == []
 
 
-def test_without_a_network_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_reported_without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
-        DatasetError, match=r"no such folder or file: nowhere; nor .* what is cached is read with HF_HUB_"
+        DatasetError, match=r"no such folder or file: nowhere; on the hub: .* HF_HUB_OFFLINE=1 reads cached"
     ):
         open_dataset("nowhere")
 
 
-def test_an_existing_folder_is_not_taken_for_a_name(
+def test_existing_folder_is_not_loaded_from_hub(
     clip_source: Path, monkeypatch: pytest.MonkeyPatch, hub: Callable[[Any], list[Any]]
 ) -> None:
-    asked = hub(AssertionError("asked"))
+    requests = hub(AssertionError("asked"))
     monkeypatch.chdir(clip_source.parent)
     assert open_dataset(clip_source.name).num_rows == 24
-    assert asked == []
+    assert requests == []

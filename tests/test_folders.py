@@ -1,4 +1,4 @@
-"""Laws of layouts: folders name split, class and modality, files of one name are one sample; nothing leads outside."""
+"""Folder layouts: folders name split, class and modality, files of one stem are one sample."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from mmaudit.audit.dataset.formats.tables import OTHER_FORMS, Plan
 from mmaudit.audit.errors import DatasetError
 
 
-def lay(root: Path, *paths: str) -> Path:
+def write_files(root: Path, *paths: str) -> Path:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(path.encode())
     return root
 
 
-def rows(plan: Plan | None) -> list[dict[str, object]]:
+def rows_of(plan: Plan | None) -> list[dict[str, object]]:
     assert plan is not None
     return [row for shard in plan.shards for row in shard.read(plan.head.column_names).to_pylist()]
 
 
-def laid(root: Path, *paths: str) -> list[dict[str, object]]:
-    return rows(plan_layout(lay(root, *paths), shard_rows=2, allow_outside=False))
+def read_layout(root: Path, *paths: str) -> list[dict[str, object]]:
+    return rows_of(plan_layout(write_files(root, *paths), shard_rows=2, allow_outside=False))
 
 
-def test_files_of_one_name_are_one_sample(tmp_path: Path) -> None:
-    assert laid(tmp_path, "dog/1.wav", "dog/1.png", "cat/b/1.0.png", "cat/b/1.0.wav", "dog/2.wav") == [
+def test_files_with_one_stem_are_one_sample(tmp_path: Path) -> None:
+    assert read_layout(tmp_path, "dog/1.wav", "dog/1.png", "cat/b/1.0.png", "cat/b/1.0.wav", "dog/2.wav") == [
         {"id": "cat/b/1.0", "label": "cat", "audio_file_name": "cat/b/1.0.wav", "image_file_name": "cat/b/1.0.png"},
         {"id": "dog/1", "label": "dog", "audio_file_name": "dog/1.wav", "image_file_name": "dog/1.png"},
         {"id": "dog/2", "label": "dog", "audio_file_name": "dog/2.wav", "image_file_name": None},
@@ -38,21 +38,21 @@ def test_files_of_one_name_are_one_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["{modality}/{split}", "{split}/{modality}"])
-def test_folders_of_modalities_and_splits_in_either_order(tmp_path: Path, order: str) -> None:
+def test_modality_and_split_folders_in_either_order(tmp_path: Path, order: str) -> None:
     paths = [
         f"{order.format(modality=modality, split=split)}/dog/{split}1.{suffix}"
         for modality, suffix in (("AudioWAV", "wav"), ("VideoFlash", "flv"))
         for split in ("train", "val")
     ]
-    found = laid(tmp_path, *paths)
-    assert [(row["id"], row["label"], row["split"]) for row in found] == [
+    table = read_layout(tmp_path, *paths)
+    assert [(row["id"], row["label"], row["split"]) for row in table] == [
         ("train/dog/train1", "dog", "train"), ("val/dog/val1", "dog", "val")
     ]  # fmt: skip
-    assert sorted(str(row[name]) for row in found for name in ("audio_file_name", "video_file_name")) == sorted(paths)
+    assert sorted(str(row[name]) for row in table for name in ("audio_file_name", "video_file_name")) == sorted(paths)
 
 
-def test_two_folders_of_one_kind_are_two_modalities(tmp_path: Path) -> None:
-    [row] = laid(tmp_path, "rgb_image/dog/1.png", "depth_image/dog/1.png", "audio/dog/1.wav")
+def test_modality_folders_of_one_kind_are_two_modalities(tmp_path: Path) -> None:
+    [row] = read_layout(tmp_path, "rgb_image/dog/1.png", "depth_image/dog/1.png", "audio/dog/1.wav")
     assert row == {
         "id": "dog/1",
         "label": "dog",
@@ -63,53 +63,54 @@ def test_two_folders_of_one_kind_are_two_modalities(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [("cat_video", "dog_video"), ("train", "dog"), ("audio", "dog")])
-def test_classes_are_not_taken_for_modalities_or_splits(tmp_path: Path, classes: tuple[str, str]) -> None:
-    found = laid(tmp_path, *(f"{name}/1.mp4" for name in classes))
-    assert {str(row["label"]) for row in found} == set(classes)
-    assert all("split" not in row for row in found)
+def test_class_folders_are_not_modalities_or_splits(tmp_path: Path, classes: tuple[str, str]) -> None:
+    layout_rows = read_layout(tmp_path, *(f"{name}/1.mp4" for name in classes))
+    assert {str(row["label"]) for row in layout_rows} == set(classes)
+    assert all("split" not in row for row in layout_rows)
 
 
-def test_films_are_heard_and_seen(tmp_path: Path) -> None:
-    data = lay(tmp_path, "cat/1.mp4", "dog/1.mp4")
-    assert [str(each) for each in open_dataset(data).modalities] == [
+def test_videos_are_audio_and_visual(tmp_path: Path) -> None:
+    data = write_files(tmp_path, "cat/1.mp4", "dog/1.mp4")
+    assert [str(modality) for modality in open_dataset(data).modalities] == [
         "audio=video_file_name:audio", "visual=video_file_name:video"
     ]  # fmt: skip
-    lay(tmp_path, "cat/1.wav", "dog/1.wav")
-    assert [str(each) for each in open_dataset(data).modalities] == [
+    write_files(tmp_path, "cat/1.wav", "dog/1.wav")
+    assert [str(modality) for modality in open_dataset(data).modalities] == [
         "audio=audio_file_name:audio", "visual=video_file_name:video"
     ]  # fmt: skip
 
 
-def test_other_files_are_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
     assert (
-        len(laid(tmp_path, "dog/1.wav", "dog/1.png", "README.md", "dog/Thumbs.db", ".hidden/x.wav", "dog/.1.wav")) == 1
+        len(
+            read_layout(tmp_path, "dog/1.wav", "dog/1.png", "README.md", "dog/Thumbs.db", ".hidden/x.wav", "dog/.1.wav")
+        )
+        == 1
     )
-    assert "2 files that are no media are left out, such as README.md" in caplog.text
+    assert "skipped 2 files that are not media, such as README.md" in caplog.text
 
 
-def test_what_is_no_layout_is_refused(tmp_path: Path) -> None:
-    assert plan_layout(lay(tmp_path / "empty", "a/.hidden"), shard_rows=2, allow_outside=False) is None
-    with pytest.raises(DatasetError, match=r"empty holds none of metadata\.csv"):
+def test_folder_without_layout_is_rejected(tmp_path: Path) -> None:
+    assert plan_layout(write_files(tmp_path / "empty", "a/.hidden"), shard_rows=2, allow_outside=False) is None
+    with pytest.raises(DatasetError, match=r"empty has none of metadata\.csv"):
         open_dataset(tmp_path / "empty")
-    with pytest.raises(
-        DatasetError, match=r"holds 2 files, such as a/1\.docx, but no sound, picture or video: .* write"
-    ):
-        laid(tmp_path / "words", "a/1.docx", "a/2.xyz")
-    for folder in ("empty", "words"):  # says in one line what else would do
+    with pytest.raises(DatasetError, match=r"has 2 files, such as a/1\.docx, but no audio, image or video: .* write"):
+        read_layout(tmp_path / "words", "a/1.docx", "a/2.xyz")
+    for folder in ("empty", "words"):  # one line lists the supported sources
         with pytest.raises(DatasetError, match=rf"^[^\n]*metadata\.csv[^\n]*; {OTHER_FORMS}$"):
             open_dataset(tmp_path / folder)
     with pytest.raises(
         DatasetError, match=r"a/1\.flac and a/1\.wav are two files of kind audio for one sample: rename"
     ):
-        laid(tmp_path / "twice", "a/1.wav", "a/1.flac")
-    with pytest.raises(DatasetError, match=r"1\.wav stands in no folder that could be its class: sort the files"):
-        laid(tmp_path / "flat", "train/1.png", "train/1.wav")
+        read_layout(tmp_path / "twice", "a/1.wav", "a/1.flac")
+    with pytest.raises(DatasetError, match=r"1\.wav is not in a folder named after its class: sort the files"):
+        read_layout(tmp_path / "flat", "train/1.png", "train/1.wav")
 
 
-def test_links_that_lead_outside_are_refused(tmp_path: Path) -> None:
-    lay(tmp_path / "outside", "dog/1.wav", "dog/1.png")
-    data = lay(tmp_path / "data", "cat/1.wav", "cat/1.png")
+def test_links_outside_the_root_are_rejected(tmp_path: Path) -> None:
+    write_files(tmp_path / "outside", "dog/1.wav", "dog/1.png")
+    data = write_files(tmp_path / "data", "cat/1.wav", "cat/1.png")
     (data / "dog").symlink_to(tmp_path / "outside" / "dog")
     with pytest.raises(DatasetError, match=r"the folder .*dog leads outside .*--allow-outside"):
         open_dataset(data)
@@ -123,10 +124,10 @@ def test_links_that_lead_outside_are_refused(tmp_path: Path) -> None:
         dataset.load("cat/2.wav", dataset.modalities[0])
 
 
-def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
-    data = lay(tmp_path, "cat/1.wav", "cat/1.png")
+def test_circular_links_are_rejected(tmp_path: Path) -> None:
+    data = write_files(tmp_path, "cat/1.wav", "cat/1.png")
     (data / "cat" / "again").symlink_to(data)
-    with pytest.raises(DatasetError, match="leads to one above it: remove this link"):
+    with pytest.raises(DatasetError, match="links to one of its parents: remove this link"):
         open_dataset(data)
 
 
@@ -138,14 +139,14 @@ def metadata(root: Path, **texts: str) -> Path:
     return root
 
 
-def test_tables_of_splits_are_one(tmp_path: Path) -> None:
+def test_tables_of_split_folders_are_concatenated(tmp_path: Path) -> None:
     root = metadata(
         tmp_path,
         test="file_name,sound_path,label,note\na.png,/abs/a.wav,x,a.b\n",
         train='{"file_name": "a.png", "sound_path": "w/a.wav", "label": "y", "age": 3, "f_frames": ["u/a", "v/a"]}\n',
     )
-    found = rows(plan_split_tables(root, find_split_tables(root), shard_rows=1))
-    assert found == [
+    concatenated = rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=1))
+    assert concatenated == [
         {"file_name": "test/a.png", "sound_path": "/abs/a.wav", "label": "x", "note": "a.b", "split": "test",
          "age": None, "f_frames": None},
         {"file_name": "train/a.png", "sound_path": "train/w/a.wav", "label": "y", "note": None, "split": "train",
@@ -153,16 +154,16 @@ def test_tables_of_splits_are_one(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_folders_that_are_no_splits_give_none_and_a_split_of_their_own_stays(tmp_path: Path) -> None:
+def test_other_folders_add_no_split_and_existing_split_is_kept(tmp_path: Path) -> None:
     root = metadata(tmp_path / "a", train="file_name,label\na.png,x\n", speaker="file_name,label\nb.png,y\n")
-    assert rows(plan_split_tables(root, find_split_tables(root), shard_rows=9)) == [
+    assert rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=9)) == [
         {"file_name": "speaker/b.png", "label": "y"}, {"file_name": "train/a.png", "label": "x"}
     ]  # fmt: skip
     root = metadata(tmp_path / "b", train="file_name,label,split\na.png,x,dev\n")
-    assert [row["split"] for row in rows(plan_split_tables(root, find_split_tables(root), shard_rows=9))] == ["dev"]
+    assert [row["split"] for row in rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=9))] == ["dev"]
 
 
-def test_tables_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+def test_tables_with_different_types_are_rejected(tmp_path: Path) -> None:
     root = metadata(tmp_path, test="label\nx\n", train='{"label": 3}\n')
     with pytest.raises(DatasetError, match="the parts have columns of different types"):
         open_dataset(root)

@@ -1,4 +1,4 @@
-"""Laws of row groups: however a file is cut, its shards in any order give its rows, and a large one is never whole."""
+"""Row groups: the shards in any order give all rows, and a large group is never entirely in memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.dataset.formats import parquet_rows as row_groups
+from mmaudit.audit.dataset.formats import parquet_rows
 from mmaudit.audit.dataset.formats.parquet_rows import ParquetShard, parquet_head, row_group_shards
 from mmaudit.audit.errors import DatasetError
 
 
-def test_small_row_groups_are_shards_and_empty_ones_are_none(tmp_path: Path) -> None:
+def test_small_row_groups_are_shards_and_empty_ones_are_skipped(tmp_path: Path) -> None:
     rows = pa.table({"id": list(range(7)), "x": [0.5] * 7})
     pq.write_table(rows.slice(0, 0), tmp_path / "a.parquet")
     pq.write_table(rows.slice(0, 5), tmp_path / "b.parquet", row_group_size=2)
@@ -30,9 +30,9 @@ def test_small_row_groups_are_shards_and_empty_ones_are_none(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take every row group of some hundred bytes for a large one."""
-    monkeypatch.setattr(row_groups, "_WHOLE_BYTES", 200)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divide every row group of more than 200 bytes."""
+    monkeypatch.setattr(parquet_rows, "_SHARD_BYTES", 200)
 
 
 def write(path: Path, num_rows: int, *, row_group_size: int) -> pa.Table:
@@ -42,10 +42,10 @@ def write(path: Path, num_rows: int, *, row_group_size: int) -> pa.Table:
     return rows
 
 
-@pytest.mark.usefixtures("cut_small")
+@pytest.mark.usefixtures("small_shards")
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 60), st.integers(1, 60), st.randoms(use_true_random=False))
-def test_parts_in_any_order_give_the_rows(tmp_path: Path, num_rows: int, row_group_size: int, random: object) -> None:
+def test_shards_in_any_order_give_all_rows(tmp_path: Path, num_rows: int, row_group_size: int, random: object) -> None:
     path = tmp_path / "d.parquet"
     path.unlink(missing_ok=True)
     rows = write(path, num_rows, row_group_size=row_group_size)
@@ -55,32 +55,32 @@ def test_parts_in_any_order_give_the_rows(tmp_path: Path, num_rows: int, row_gro
     assert sum(shard.num_rows for shard in shards) == 2 * num_rows
     order = list(shards)
     random.shuffle(order)  # type: ignore[attr-defined]
-    found = {shard.index: pickle.loads(pickle.dumps(shard)).read(["vector", "id"]) for shard in order}
-    whole = pa.concat_tables([found[index] for index in range(len(shards))])
-    assert whole.equals(pa.concat_tables([rows, rows]).select(["vector", "id"]))
+    rows_of_shard = {shard.index: pickle.loads(pickle.dumps(shard)).read(["vector", "id"]) for shard in order}
+    concatenated = pa.concat_tables([rows_of_shard[index] for index in range(len(shards))])
+    assert concatenated.equals(pa.concat_tables([rows, rows]).select(["vector", "id"]))
 
 
-def held(rows: int, *, media: bool) -> pa.Table:
+def cell_rows(rows: int, *, media: bool) -> pa.Table:
     cells = pa.array([bytes(number % 251 for number in range(1_000))] * rows) if media else pa.array([[0.5]] * rows)
     return pa.table({"id": list(range(rows)), "x": cells})
 
 
-@pytest.mark.usefixtures("cut_small")
-def test_media_are_cut_into_parts_of_their_own_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_groups, "_WHOLE_BYTES", 1_000)
-    pq.write_table(held(40, media=True), tmp_path / "m.parquet", compression="none", use_dictionary=False)
+@pytest.mark.usefixtures("small_shards")
+def test_shards_of_media_have_at_most_media_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_rows, "_SHARD_BYTES", 1_000)
+    pq.write_table(cell_rows(40, media=True), tmp_path / "m.parquet", compression="none", use_dictionary=False)
     assert {shard.num_rows for shard in row_group_shards([tmp_path / "m.parquet"], media_rows=7)} == {1}
-    monkeypatch.setattr(row_groups, "_WHOLE_BYTES", 30_000)
+    monkeypatch.setattr(parquet_rows, "_SHARD_BYTES", 30_000)
     sizes = [shard.num_rows for shard in row_group_shards([tmp_path / "m.parquet"], media_rows=7)]
     assert sizes == [7, 7, 7, 7, 7, 5]
     assert parquet_head(tmp_path / "m.parquet").num_rows == 16
-    pq.write_table(held(200, media=False), tmp_path / "v.parquet")
+    pq.write_table(cell_rows(200, media=False), tmp_path / "v.parquet")
     assert parquet_head(tmp_path / "v.parquet").num_rows == 64
 
 
-def test_a_large_row_group_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """40 MB of vectors in one row group, cut into parts of 4 MB: a few of them are held at once, not all."""
-    monkeypatch.setattr(row_groups, "_WHOLE_BYTES", 1 << 22)
+def test_large_row_group_is_never_entirely_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 MB of vectors in one row group, divided into shards of 4 MB: only a few are in memory at once."""
+    monkeypatch.setattr(parquet_rows, "_SHARD_BYTES", 1 << 22)
     path = tmp_path / "d.parquet"
     matrix = np.random.default_rng(0).standard_normal((5_000, 2_000), dtype=np.float32)
     rows = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), 2_000)})
@@ -88,35 +88,37 @@ def test_a_large_row_group_is_never_whole_in_memory(tmp_path: Path, monkeypatch:
     del rows
     shards = row_group_shards([path], media_rows=256)
     assert len(shards) == 10
-    before, held_bytes, first = pa.total_allocated_bytes(), [], 0
+    before, allocated_bytes, first = pa.total_allocated_bytes(), [], 0
     for shard in shards:
         part = shard.read(["x"])
         np.testing.assert_array_equal(part["x"].combine_chunks().values.to_numpy()[:2_000], matrix[first])
         first += shard.num_rows
-        held_bytes.append(pa.total_allocated_bytes() - before)
+        allocated_bytes.append(pa.total_allocated_bytes() - before)
         del part
-    assert max(held_bytes) < 0.5 * matrix.nbytes
-    assert pa.total_allocated_bytes() - before < 1 << 20  # and nothing stays
+    assert max(allocated_bytes) < 0.5 * matrix.nbytes
+    assert pa.total_allocated_bytes() - before < 1 << 20  # everything is freed
 
 
-def test_a_head_has_the_columns_of_an_empty_file_and_a_damaged_one_is_named(tmp_path: Path) -> None:
-    pq.write_table(held(0, media=False).cast(pa.schema([("id", pa.int64()), ("x", pa.int8())])), tmp_path / "e.parquet")
+def test_head_of_empty_file_has_columns_and_damaged_file_is_reported(tmp_path: Path) -> None:
+    pq.write_table(
+        cell_rows(0, media=False).cast(pa.schema([("id", pa.int64()), ("x", pa.int8())])), tmp_path / "e.parquet"
+    )
     assert parquet_head(tmp_path / "e.parquet").column_names == ["id", "x"]
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DatasetError, match=r"b\.parquet cannot be read"):
         parquet_head(tmp_path / "b.parquet")
 
 
-def test_a_shard_is_small_to_send(tmp_path: Path) -> None:
+def test_pickled_shard_is_small(tmp_path: Path) -> None:
     write(tmp_path / "d.parquet", 10, row_group_size=10)
     [shard] = row_group_shards([tmp_path / "d.parquet"], media_rows=1)
     assert isinstance(shard, ParquetShard)
     assert len(pickle.dumps(shard)) < 400 + len(str(tmp_path))
 
 
-@pytest.mark.usefixtures("cut_small")
+@pytest.mark.usefixtures("small_shards")
 def test_shards_in_order_decode_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last part is smaller than the others, and goes on where they ended all the same."""
+    """The last shard is smaller than the others and still continues after them."""
     opened = []
     original = pq.ParquetFile.iter_batches
 
@@ -133,14 +135,14 @@ def test_shards_in_order_decode_each_row_once(tmp_path: Path, monkeypatch: pytes
     assert len(opened) == 3
 
 
-@pytest.mark.usefixtures("cut_small")
-def test_a_file_that_changes_between_two_parts_is_read_anew_or_noticed(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_shards")
+def test_changed_file_is_reopened_or_reported(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
     write(path, 50, row_group_size=50)
-    first, *others = row_group_shards([path], media_rows=9)
+    first, *next_shards = row_group_shards([path], media_rows=9)
     first.read(["id"])
     pq.write_table(pa.table({"id": list(range(1_000, 1_050))}), path)
-    assert others[0].read(["id"])["id"].to_pylist()[0] == 1_000 + first.num_rows
+    assert next_shards[0].read(["id"])["id"].to_pylist()[0] == 1_000 + first.num_rows
     write(path, 12, row_group_size=50)
     with pytest.raises(DatasetError, match="has fewer rows than when it was opened"):
-        others[-1].read(["id"])
+        next_shards[-1].read(["id"])

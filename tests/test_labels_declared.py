@@ -1,4 +1,4 @@
-"""Laws of declared features: what `datasets` writes of its columns is read back from the schema alone."""
+"""Declared features: what `datasets` writes about its columns is read from the schema."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEATURES = Features(
 )
 
 
-def test_what_datasets_writes() -> None:
+def test_features_written_by_datasets_are_read() -> None:
     schema = FEATURES.arrow_schema
     assert [declared_kind(schema, name) for name in FEATURES] == ["audio", "image", "video", None, None, None]
     assert declared_classes(schema, "label") == ("cat", "dog")
@@ -43,7 +43,7 @@ def schema_saying(features: object) -> pa.Schema:
         {"_type": "ClassLabel", "names": ["a"]},
     ],
 )
-def test_what_older_versions_wrote(entry: object) -> None:
+def test_features_of_older_versions_are_read(entry: object) -> None:
     assert declared_classes(schema_saying({"x": entry}), "x") == ("a",)
 
 
@@ -59,6 +59,6 @@ def test_what_older_versions_wrote(entry: object) -> None:
         schema_saying({"x": {"_type": "ClassLabel", "num_classes": 3}}),
     ],
 )
-def test_what_says_nothing(schema: pa.Schema) -> None:
+def test_malformed_metadata_declares_nothing(schema: pa.Schema) -> None:
     assert declared_kind(schema, "x") is None
     assert declared_classes(schema, "x") == ()

@@ -1,4 +1,4 @@
-"""Laws of the stock: who can be scored, why others cannot, and a fingerprint of what the data are, not how they lie."""
+"""Encoded samples: which are scored, why others are excluded, and the fingerprint of a dataset."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.quarantine import Quarantined, Reason
 from mmaudit.audit.workers import no_progress
 
-BROKEN = "!"  # a cell that is there and cannot be read; None is a null
+BROKEN = "!"  # a cell that cannot be read; None is a null
 NAMES = ("a", "b", "c")
 
 
@@ -39,7 +39,7 @@ def status_of(name: str, cells: Sequence[str | None]) -> Status:
     return Status(
         modality=Modality(name=name, column=name, kind="audio"),
         usable=np.array([cell not in (None, BROKEN) for cell in cells]),
-        content=np.array([(cell or "null").ljust(32, ".") for cell in cells], dtype="S32"),  # digests are of one length
+        content=np.array([(cell or "null").ljust(32, ".") for cell in cells], dtype="S32"),  # digests have equal length
         problem=tuple(problems),
     )
 
@@ -62,99 +62,99 @@ def samples_of(num_rows: int, **changes: Any) -> Samples:
     )
 
 
-def stock_of(*cells: Sequence[str | None], **changes: Any) -> EncodedSamples:
-    """Give a stock of modalities a, b, ... whose samples hold these cells; `changes` are fields of the samples."""
+def encoded_of(*cells: Sequence[str | None], **changes: Any) -> EncodedSamples:
+    """Return encoded samples of modalities a, b, ... with these cells; `changes` are fields of the samples."""
     statuses = tuple(status_of(name, column) for name, column in zip(NAMES, cells, strict=False))
     return EncodedSamples(samples=samples_of(len(cells[0]), **changes), statuses=statuses)
 
 
-def reasons(left_out: Sequence[Quarantined]) -> list[tuple[str, str | None, Reason, str]]:
-    return [(each.sample_id, each.modality, each.reason, each.detail) for each in left_out]
+def reasons(quarantined: Sequence[Quarantined]) -> list[tuple[str, str | None, Reason, str]]:
+    return [(entry.sample_id, entry.modality, entry.reason, entry.detail) for entry in quarantined]
 
 
-def test_of_equal_content_the_least_id_is_kept() -> None:
-    encoded = stock_of("xyxx", "xyxx", sample_id=["s9", "s1", "s3", "s10"], label=[0, 1, 0, 1])
-    rows, left_out = select_usable(encoded, keep_duplicates=False)
+def test_smallest_id_of_duplicates_is_kept() -> None:
+    encoded = encoded_of("xyxx", "xyxx", sample_id=["s9", "s1", "s3", "s10"], label=[0, 1, 0, 1])
+    rows, quarantined = select_usable(encoded, keep_duplicates=False)
     assert encoded.samples.sample_id[rows].tolist() == ["s1", "s10"]
-    assert sorted(reasons(left_out)) == [
+    assert sorted(reasons(quarantined)) == [
         ("s3", None, Reason.DUPLICATE, "the same content as s10, which has another label"),
         ("s9", None, Reason.DUPLICATE, "the same content as s10, which has another label"),
     ]
-    alike, copies = select_usable(stock_of("xyxx", "xyxx", label=[0, 1, 0, 0]), keep_duplicates=False)
+    alike, copies = select_usable(encoded_of("xyxx", "xyxx", label=[0, 1, 0, 0]), keep_duplicates=False)
     assert alike.tolist() == [0, 1]
-    assert {each.detail for each in copies} == {"the same content as s0"}
+    assert {entry.detail for entry in copies} == {"the same content as s0"}
     assert select_usable(encoded, keep_duplicates=True)[0].tolist() == [0, 1, 2, 3]
     assert select_usable(encoded, keep_duplicates=True)[1] == []
 
 
-def test_equal_content_in_one_modality_alone_is_no_duplicate() -> None:
-    rows, left_out = select_usable(stock_of("xxxx", "abcd"), keep_duplicates=False)
-    assert (rows.tolist(), left_out) == ([0, 1, 2, 3], [])
+def test_equal_content_in_one_modality_is_not_a_duplicate() -> None:
+    rows, quarantined = select_usable(encoded_of("xxxx", "abcd"), keep_duplicates=False)
+    assert (rows.tolist(), quarantined) == ([0, 1, 2, 3], [])
 
 
-def test_a_copy_of_what_cannot_be_scored_is_scored() -> None:
-    """The least id has no label: the other is then no duplicate of anything that is kept."""
-    rows, left_out = select_usable(stock_of("xxy", "xxy", label=[NO_LABEL, 1, 0]), keep_duplicates=False)
+def test_copy_of_unscorable_sample_is_scored() -> None:
+    """The smallest id has no label, so that the other sample is not a duplicate of a scored one."""
+    rows, quarantined = select_usable(encoded_of("xxy", "xxy", label=[NO_LABEL, 1, 0]), keep_duplicates=False)
     assert rows.tolist() == [1, 2]
-    assert reasons(left_out) == [("s0", None, Reason.NO_LABEL, "the label is null")]
+    assert reasons(quarantined) == [("s0", None, Reason.NO_LABEL, "the label is null")]
 
 
-def test_a_null_of_three_is_scored_and_of_two_is_missing() -> None:
-    three = stock_of(["p", None, "r"], "xyz", "uvw")
-    rows, left_out = select_usable(three, keep_duplicates=False)
-    assert (rows.tolist(), left_out) == ([0, 1, 2], [])
+def test_null_is_allowed_with_two_other_modalities() -> None:
+    three = encoded_of(["p", None, "r"], "xyz", "uvw")
+    rows, quarantined = select_usable(three, keep_duplicates=False)
+    assert (rows.tolist(), quarantined) == ([0, 1, 2], [])
     assert without_usable(three.statuses[0]).tolist() == [False, True, False]
-    rows, left_out = select_usable(stock_of(["p", None, "r"], "xyz"), keep_duplicates=False)
+    rows, quarantined = select_usable(encoded_of(["p", None, "r"], "xyz"), keep_duplicates=False)
     assert rows.tolist() == [0, 2]
-    assert reasons(left_out) == [("s1", "a", Reason.MISSING, "a is null")]
+    assert reasons(quarantined) == [("s1", "a", Reason.MISSING, "a is null")]
 
 
-def test_two_nulls_of_three_are_too_many() -> None:
-    rows, left_out = select_usable(stock_of(["p", None], ["x", None], "uv"), keep_duplicates=False)
+def test_sample_with_one_usable_modality_is_excluded() -> None:
+    rows, quarantined = select_usable(encoded_of(["p", None], ["x", None], "uv"), keep_duplicates=False)
     assert rows.tolist() == [0]
-    assert [(each.sample_id, each.modality) for each in left_out] == [("s1", "a"), ("s1", "b")]
+    assert [(entry.sample_id, entry.modality) for entry in quarantined] == [("s1", "a"), ("s1", "b")]
 
 
-def test_a_broken_file_leaves_the_sample_out_whatever_the_rest() -> None:
-    encoded = stock_of(["p", "q", BROKEN], ["x", BROKEN, None], "uvw")
-    rows, left_out = select_usable(encoded, keep_duplicates=False)
+def test_damaged_file_excludes_the_sample() -> None:
+    encoded = encoded_of(["p", "q", BROKEN], ["x", BROKEN, None], "uvw")
+    rows, quarantined = select_usable(encoded, keep_duplicates=False)
     assert rows.tolist() == [0]
-    assert [(each.sample_id, each.modality, each.reason) for each in left_out] == [
+    assert [(entry.sample_id, entry.modality, entry.reason) for entry in quarantined] == [
         ("s2", "a", Reason.CORRUPT),
         ("s1", "b", Reason.CORRUPT),
         ("s2", "b", Reason.MISSING),
     ]
 
 
-def test_a_file_that_is_not_there_is_broken_and_not_left_empty() -> None:
-    encoded = stock_of("pq", "xy", "uv")
-    lost = (1, Reason.MISSING, "q.wav does not exist")
+def test_missing_file_counts_as_damaged_not_as_null() -> None:
+    encoded = encoded_of("pq", "xy", "uv")
+    missing_file = (1, Reason.MISSING, "q.wav does not exist")
     status = Status(
         modality=encoded.statuses[0].modality,
         usable=np.array([True, False]),
         content=encoded.statuses[0].content,
-        problem=(lost,),
+        problem=(missing_file,),
     )
     assert not without_usable(status).any()
     encoded = EncodedSamples(samples=encoded.samples, statuses=(status, *encoded.statuses[1:]))
-    rows, left_out = select_usable(encoded, keep_duplicates=False)
+    rows, quarantined = select_usable(encoded, keep_duplicates=False)
     assert rows.tolist() == [0]
-    assert [each.detail for each in left_out] == ["q.wav does not exist"]
+    assert [entry.detail for entry in quarantined] == ["q.wav does not exist"]
 
 
-def test_a_label_that_is_no_class_is_told_from_none() -> None:
-    encoded = stock_of("pqr", "xyz", label=[0, NO_LABEL, UNKNOWN_LABEL], unknown=((2, "zebra"),))
-    rows, left_out = select_usable(encoded, keep_duplicates=False)
+def test_unknown_label_and_missing_label_have_different_reasons() -> None:
+    encoded = encoded_of("pqr", "xyz", label=[0, NO_LABEL, UNKNOWN_LABEL], unknown=((2, "zebra"),))
+    rows, quarantined = select_usable(encoded, keep_duplicates=False)
     assert rows.tolist() == [0]
-    assert reasons(left_out) == [
+    assert reasons(quarantined) == [
         ("s1", None, Reason.NO_LABEL, "the label is null"),
         ("s2", None, Reason.UNKNOWN_LABEL, "'zebra' is not among the classes"),
     ]
 
 
-def test_nothing_to_score_is_refused_with_the_first_reason() -> None:
+def test_no_scorable_sample_is_rejected_with_first_reason() -> None:
     with pytest.raises(ScoreError, match=r"no sample is usable in every modality; the first problem: .*a is null"):
-        select_usable(stock_of([None, None], "xy"), keep_duplicates=False)
+        select_usable(encoded_of([None, None], "xy"), keep_duplicates=False)
 
 
 CELL = st.sampled_from(["x", "y", None, BROKEN])
@@ -163,51 +163,51 @@ ROW = st.tuples(CELL, CELL, CELL, st.sampled_from([0, 1, NO_LABEL, UNKNOWN_LABEL
 
 @settings(deadline=None)
 @given(st.lists(ROW, min_size=1, max_size=24), st.booleans(), st.permutations(range(24)))
-def test_input_is_scored_plus_left_out_whatever_the_order(
+def test_samples_are_scored_or_excluded_independent_of_order(
     rows: list[tuple[Any, ...]], keep_duplicates: bool, order: list[int]
 ) -> None:
-    """Of three modalities: none broken, two there, a label, and the least id of those with the same cells."""
-    can = {
+    """Scored: no damaged modality, at least two of three, a label, and the smallest id of equal cells."""
+    scorable = {
         f"s{row}": cells[:3]
         for row, cells in enumerate(rows)
         if BROKEN not in cells and sum(cell is not None for cell in cells[:3]) >= 2 and cells[3] >= 0
     }
     expected = {
         name
-        for name, cells in can.items()
-        if keep_duplicates or name == min(other for other, theirs in can.items() if theirs == cells)
+        for name, cells in scorable.items()
+        if keep_duplicates or name == min(key for key, values in scorable.items() if values == cells)
     }
-    found = []
-    for places in (range(len(rows)), [place for place in order if place < len(rows)]):
-        moved = [rows[place] for place in places]
-        encoded = stock_of(
-            *(list(column) for column in list(zip(*moved, strict=True))[:3]),
-            sample_id=[f"s{place}" for place in places],
-            label=[cells[3] for cells in moved],
-            unknown=tuple((row, "odd") for row, cells in enumerate(moved) if cells[3] == UNKNOWN_LABEL),
+    problems = []
+    for indices in (range(len(rows)), [index for index in order if index < len(rows)]):
+        reordered = [rows[index] for index in indices]
+        encoded = encoded_of(
+            *(list(column) for column in list(zip(*reordered, strict=True))[:3]),
+            sample_id=[f"s{index}" for index in indices],
+            label=[cells[3] for cells in reordered],
+            unknown=tuple((row, "odd") for row, cells in enumerate(reordered) if cells[3] == UNKNOWN_LABEL),
         )
         if not expected:
             with pytest.raises(ScoreError, match="no sample is usable"):
                 select_usable(encoded, keep_duplicates=keep_duplicates)
             continue
-        kept, left_out = select_usable(encoded, keep_duplicates=keep_duplicates)
-        assert set(encoded.samples.sample_id[kept]) == expected
-        assert {each.sample_id for each in left_out} == {f"s{row}" for row in range(len(rows))} - expected
-        found.append(sorted(map(str, left_out)))
-    assert found == found[:1] * len(found)
+        scored, quarantined = select_usable(encoded, keep_duplicates=keep_duplicates)
+        assert set(encoded.samples.sample_id[scored]) == expected
+        assert {entry.sample_id for entry in quarantined} == {f"s{row}" for row in range(len(rows))} - expected
+        problems.append(sorted(map(str, quarantined)))
+    assert problems == problems[:1] * len(problems)
 
 
-def test_the_fingerprint_does_not_depend_on_row_order() -> None:
-    one = stock_of("pqrs", "wxyz", label=[0, 1, 1, NO_LABEL])
-    two = stock_of(
+def test_fingerprint_does_not_depend_on_row_order() -> None:
+    encoded = encoded_of("pqrs", "wxyz", label=[0, 1, 1, NO_LABEL])
+    reordered = encoded_of(
         "srqp",
         "zyxw",
         sample_id=["s3", "s2", "s1", "s0"],
         group=["g3", "g2", "g1", "g0"],
         label=[NO_LABEL, 1, 1, 0],
     )
-    assert one.fingerprint == two.fingerprint
-    assert one.content.tolist() == two.content.tolist()[::-1]
+    assert encoded.fingerprint == reordered.fingerprint
+    assert encoded.content.tolist() == reordered.content.tolist()[::-1]
 
 
 @pytest.mark.parametrize(
@@ -222,30 +222,30 @@ def test_the_fingerprint_does_not_depend_on_row_order() -> None:
         {"grouped": False},
     ],
 )
-def test_every_change_changes_the_fingerprint(change: dict[str, Any]) -> None:
-    before = stock_of("pqrs", "wxyz").fingerprint
-    assert stock_of("pqrs", "wxyz").fingerprint == before
-    assert stock_of("pqrs", "wxyz", **change).fingerprint != before
+def test_every_change_of_samples_changes_the_fingerprint(change: dict[str, Any]) -> None:
+    before = encoded_of("pqrs", "wxyz").fingerprint
+    assert encoded_of("pqrs", "wxyz").fingerprint == before
+    assert encoded_of("pqrs", "wxyz", **change).fingerprint != before
 
 
 @pytest.mark.parametrize("cells", [("pqrt", "wxyz"), ("qprs", "wxyz"), ("wxyz", "pqrs"), ("pqrs",)])
-def test_other_content_is_another_fingerprint(cells: tuple[str, ...]) -> None:
-    assert stock_of(*cells).fingerprint != stock_of("pqrs", "wxyz").fingerprint
+def test_other_content_changes_the_fingerprint(cells: tuple[str, ...]) -> None:
+    assert encoded_of(*cells).fingerprint != encoded_of("pqrs", "wxyz").fingerprint
 
 
-def read_stock(data: Path, cache: Path, config: DataConfig) -> EncodedSamples:
+def read_encoded(data: Path, cache: Path, config: DataConfig) -> EncodedSamples:
     dataset = open_dataset(data, config)
     tasks = encode_dataset(dataset, cache, media=MediaConfig(image_size=16), num_workers=0, progress=no_progress)
     return collect_encoded(dataset, read_samples(dataset, seed=0, test_fraction=0.2), tasks)
 
 
-def test_the_format_of_the_metadata_does_not_matter(clips: Path, tmp_path: Path) -> None:
+def test_metadata_format_does_not_change_the_fingerprint(clips: Path, tmp_path: Path) -> None:
     with (clips / "metadata.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     rows[5]["label"] = rows[7]["label"] = ""
     written = [{name: value or None for name, value in row.items()} for row in rows]
     (clips / "metadata.csv").unlink()
-    stocks = []
+    datasets = []
     for number, name in enumerate(("metadata.csv", "metadata.jsonl", "metadata.parquet")):
         table = pa.Table.from_pylist(written[::-1] if number else written)
         if name.endswith("parquet"):
@@ -255,15 +255,15 @@ def test_the_format_of_the_metadata_does_not_matter(clips: Path, tmp_path: Path)
         else:
             table.to_pandas().to_json(clips / name, orient="records", lines=True)
         config = DataConfig(group="speaker", shard_rows=256 if number else 7)
-        stocks.append(read_stock(clips, tmp_path / str(number), config))
+        datasets.append(read_encoded(clips, tmp_path / str(number), config))
         (clips / name).unlink()
-    assert len({encoded.fingerprint for encoded in stocks}) == 1
-    contents = [dict(zip(encoded.samples.sample_id, encoded.content, strict=True)) for encoded in stocks]
+    assert len({encoded.fingerprint for encoded in datasets}) == 1
+    contents = [dict(zip(encoded.samples.sample_id, encoded.content, strict=True)) for encoded in datasets]
     assert contents[0] == contents[1] == contents[2]
-    assert [len(select_usable(encoded, keep_duplicates=False)[0]) for encoded in stocks] == [22] * 3
+    assert [len(select_usable(encoded, keep_duplicates=False)[0]) for encoded in datasets] == [22] * 3
 
 
-def test_nulls_on_disk_are_missing_and_classes_say_what_is_known(tmp_path: Path) -> None:
+def test_nulls_and_unknown_classes_on_disk_are_excluded(tmp_path: Path) -> None:
     columns: dict[str, Any] = {
         "id": [f"s{row}" for row in range(6)],
         "label": ["x", "y", "x", "zebra", None, "y"],
@@ -272,10 +272,10 @@ def test_nulls_on_disk_are_missing_and_classes_say_what_is_known(tmp_path: Path)
     columns["a"][1] = columns["a"][2] = columns["b"][2] = None
     columns["c"][5] = [float("nan"), 0.0]
     pq.write_table(pa.table(columns), tmp_path / "d.parquet", row_group_size=4)
-    encoded = read_stock(tmp_path / "d.parquet", tmp_path / "cache", DataConfig(classes=("x", "y")))
-    rows, left_out = select_usable(encoded, keep_duplicates=False)
+    encoded = read_encoded(tmp_path / "d.parquet", tmp_path / "cache", DataConfig(classes=("x", "y")))
+    rows, quarantined = select_usable(encoded, keep_duplicates=False)
     assert encoded.samples.sample_id[rows].tolist() == ["s0", "s1"]
-    assert {(each.sample_id, each.modality, each.reason) for each in left_out} == {
+    assert {(entry.sample_id, entry.modality, entry.reason) for entry in quarantined} == {
         ("s2", "a", Reason.MISSING),
         ("s2", "b", Reason.MISSING),
         ("s3", None, Reason.UNKNOWN_LABEL),

@@ -1,4 +1,4 @@
-"""Laws of first bytes: what real encoders write is known for what it is, and other bytes for nothing."""
+"""First bytes of media: files of real encoders are recognised, other bytes are not."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from PIL import Image
 from mmaudit.audit.dataset.modalities import NUM_BYTES, kind_of_bytes
 
 
-def sound(format_: str, codec: str, *, sample_format: str) -> bytes:
+def encode_audio(format_: str, codec: str, *, sample_format: str) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format=format_) as container:
         stream: Any = container.add_stream(codec, rate=16_000, layout="mono")
         for start in range(0, 4_096, 1_024):
-            whole = sample_format.startswith("s16")
-            samples = np.zeros((1, 1_024), dtype=np.int16 if whole else np.float32)
+            is_integer = sample_format.startswith("s16")
+            samples = np.zeros((1, 1_024), dtype=np.int16 if is_integer else np.float32)
             frame = av.AudioFrame.from_ndarray(samples, format=sample_format, layout="mono")
             frame.rate, frame.pts, frame.time_base = 16_000, start, Fraction(1, 16_000)
             container.mux(stream.encode(frame))
@@ -31,7 +31,7 @@ def sound(format_: str, codec: str, *, sample_format: str) -> bytes:
     return file.getvalue()
 
 
-def film(format_: str, codec: str) -> bytes:
+def encode_video(format_: str, codec: str) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format=format_) as container:
         stream: Any = container.add_stream(codec, rate=25)
@@ -55,12 +55,12 @@ def film(format_: str, codec: str) -> bytes:
         ("ogg", "flac", "s16"),
     ],
 )
-def test_sounds(format_: str, codec: str, sample_format: str) -> None:
-    assert kind_of_bytes(sound(format_, codec, sample_format=sample_format)) == "audio"
+def test_audio_formats_are_recognised(format_: str, codec: str, sample_format: str) -> None:
+    assert kind_of_bytes(encode_audio(format_, codec, sample_format=sample_format)) == "audio"
 
 
 @pytest.mark.parametrize("format_", ["png", "jpeg", "gif", "bmp", "webp", "tiff", "ppm"])
-def test_pictures(format_: str) -> None:
+def test_image_formats_are_recognised(format_: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(file, format_)
     assert kind_of_bytes(file.getvalue()) == "image"
@@ -77,12 +77,12 @@ def test_pictures(format_: str) -> None:
         ("mpeg", "mpeg1video"),
     ],
 )
-def test_films(format_: str, codec: str) -> None:
-    assert kind_of_bytes(film(format_, codec)) == "video"
+def test_video_formats_are_recognised(format_: str, codec: str) -> None:
+    assert kind_of_bytes(encode_video(format_, codec)) == "video"
 
 
 @pytest.mark.parametrize("start", [b"\xff\xfb\x90\x00", b"\xff\xf3\x40", b"ID3\x04\0\0"])
-def test_mp3_with_a_tag_and_without(start: bytes) -> None:
+def test_mp3_is_recognised_with_and_without_tag(start: bytes) -> None:
     assert kind_of_bytes(start + bytes(40)) == "audio"
 
 
@@ -100,18 +100,18 @@ def tar() -> bytes:
         b"FORM1234ILBM", b"{}", b"PK\3\4", b"\x93NUMPY\1\0", b"\0\0\0\x1cftypavif", tar(),
     ],
 )  # fmt: skip
-def test_other_bytes_are_nothing(data: bytes) -> None:
+def test_other_bytes_are_not_recognised(data: bytes) -> None:
     assert kind_of_bytes(data) is None
 
 
 @given(st.binary(max_size=100))
-def test_the_first_bytes_suffice(data: bytes) -> None:
+def test_first_bytes_suffice(data: bytes) -> None:
     assert kind_of_bytes(data[:NUM_BYTES]) == kind_of_bytes(data)
 
 
 @given(st.text(max_size=60).map(lambda text: text.encode()))
-def test_no_text_of_letters_is_a_medium(data: bytes) -> None:
-    known = (
+def test_text_is_not_recognised_as_media(data: bytes) -> None:
+    signatures = (
         b"ID3",
         b"GIF8",
         b"fLaC",
@@ -127,5 +127,5 @@ def test_no_text_of_letters_is_a_medium(data: bytes) -> None:
         b"II",
         b"MM",
     )
-    if not data.startswith(known) and data[4:8] != b"ftyp" and not data.startswith(b"\0"):
+    if not data.startswith(signatures) and data[4:8] != b"ftyp" and not data.startswith(b"\0"):
         assert kind_of_bytes(data) is None
