@@ -19,10 +19,10 @@ from ..audit.errors import ConfigError, ScoreError, choices
 from .binning import (
     CURVE,
     Counts,
-    Point,
+    CurvePoint,
     balancing_weights,
-    best_bins,
     bin_of,
+    choose_num_bins,
     distance_to_uniform,
     largest_level,
     share_among_classes,
@@ -36,8 +36,8 @@ from .selection import RowOutcome
 AUTO = 0  # bins: as many as the data bear
 TOLERANCE = 0.05  # mmaudit's default
 METHODS = ("dropping", "weight")
-_MOST_BINS = np.iinfo(np.int16).max
-_FINE = 4_096  # bins of the histogram that the number of bins is chosen by
+_MAX_BINS = np.iinfo(np.int16).max
+_FINE_BINS = 4_096  # bins of the histogram that the number of bins is chosen by
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class BalancedConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Balanced:
+class BalancedRule:
     """The rule: cells are split by bin by class, each cut to its share of the level."""
 
     config: BalancedConfig
@@ -103,23 +103,23 @@ class Balanced:
         """Why others are dropped."""
         return "bin-full"
 
-    def bins(self, rows: ScoreBatch) -> NDArray[np.int32]:
+    def bins(self, batch: ScoreBatch) -> NDArray[np.int32]:
         """Give the bin of each row, (n,); -1 where a modality is missing. Of a grid: row by row of the first's bins."""
-        values = rows.discrepancy(self.between)
-        present = ~np.isnan(values) & (rows.excluded_by == 0)
+        values = batch.discrepancy(self.between)
+        present = ~np.isnan(values) & (batch.excluded_by == 0)
         if self.config.grid:
-            first, second = (rows.confidence[:, rows.modalities.index(name)] for name in self.between.split(":"))
+            first, second = (batch.confidence[:, batch.modalities.index(name)] for name in self.between.split(":"))
             places = [bin_of(2 * np.nan_to_num(each) - 1, num_bins=self.num_bins) for each in (first, second)]
             found = places[0].astype(np.int32) * self.num_bins + places[1]
         else:
             found = bin_of(np.where(present, values, 0), num_bins=self.num_bins).astype(np.int32)
         return np.where(present, found, -1).astype(np.int32)
 
-    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
+    def cells(self, batch: ScoreBatch) -> NDArray[np.int32]:
         """Give the cell of each row, (n,); -1 where a modality is missing."""
-        bins = self.bins(rows)
+        bins = self.bins(batch)
         _, num_bins, num_classes = self.shape
-        found = (rows.split.astype(np.int64) * num_bins + bins) * num_classes + rows.label
+        found = (batch.split.astype(np.int64) * num_bins + bins) * num_classes + batch.label
         return np.where(bins < 0, -1, found).astype(np.int32)
 
     def quotas(self, counts: Counts) -> Counts:
@@ -129,7 +129,7 @@ class Balanced:
         available = counts.reshape(self.shape)
         if self.config.by == "weight":
             return counts
-        sizes = _sizes(available.sum(axis=(1, 2)), self.config.size, self.splits)
+        sizes = _sizes_by_split(available.sum(axis=(1, 2)), self.config.size, self.splits)
         found = [self._quotas_of(part, size) for part, size in zip(available, sizes, strict=True)]
         return np.stack(found).reshape(-1)
 
@@ -149,17 +149,17 @@ class Balanced:
             quota = water_fill(by_bin, size, np.argsort(-by_bin, kind="stable"))
         return share_among_classes(available, quota)
 
-    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
+    def order(self, batch: ScoreBatch) -> NDArray[np.uint64]:
         """Choose by hash."""
-        return rows.key
+        return batch.key
 
-    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
+    def explain(self, batch: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
         """Give the bin and the weight; score is the hash of a row, threshold the last hash that its cell keeps."""
         bins = np.where(cell < 0, -1, cell // self.num_classes % self.shape[1]).astype(np.int16)
-        weight = np.where(bins < 0, 0, self.weight[rows.split, bins]).astype(np.float32)
+        weight = np.where(bins < 0, 0, self.weight[batch.split, bins]).astype(np.float32)
         return RowOutcome(score=chance.score, threshold=chance.threshold, bin=bins, weight=weight)
 
-    def curve(self, counts: Counts, tolerances: tuple[float, ...] = CURVE) -> tuple[Point, ...]:
+    def curve(self, counts: Counts, tolerances: tuple[float, ...] = CURVE) -> tuple[CurvePoint, ...]:
         """Give what these tolerances would keep: the largest set within each, and the distance it has."""
         return size_curve([part.sum(axis=1) for part in counts.reshape(self.shape) if part.any()], tolerances)
 
@@ -173,45 +173,47 @@ class Balanced:
         }
 
 
-def plan_balanced(shards: ScoreFiles, config: BalancedConfig, *, between: str | None = None) -> Balanced:
+def plan_balanced(score_files: ScoreFiles, config: BalancedConfig, *, between: str | None = None) -> BalancedRule:
     """Make the rule of a balanced split of these scores.
 
     `between` is as in ScoreTable.discrepancy; None is the one pair of two modalities, and of more the pair of which
     most samples can be kept. Raises ScoreError where no sample has such a discrepancy.
     """
     if between is None:
-        between = ":".join(shards.modalities) if len(shards.modalities) == 2 else largest_pair(shards, config)
-    if config.grid and ":" not in between:
-        if len(shards.modalities) > 2:
-            raise ConfigError(f"--between {between}: a grid has two confidences; name two modalities, A:B")
-        between = f"{between}:{next(name for name in shards.modalities if name != between)}"
-    num_bins = config.bins if config.bins != AUTO else _chosen_bins(shards, between)
-    total = num_bins ** (2 if config.grid else 1)
-    if total > _MOST_BINS:
-        raise ConfigError(
-            f"split.bins: {total} bins are too many, a manifest numbers {_MOST_BINS:,} at most; take fewer"
+        between = (
+            ":".join(score_files.modalities) if len(score_files.modalities) == 2 else largest_pair(score_files, config)
         )
-    rule = Balanced(
+    if config.grid and ":" not in between:
+        if len(score_files.modalities) > 2:
+            raise ConfigError(f"--between {between}: a grid has two confidences; name two modalities, A:B")
+        between = f"{between}:{next(name for name in score_files.modalities if name != between)}"
+    num_bins = config.bins if config.bins != AUTO else _choose_num_bins(score_files, between)
+    total = num_bins ** (2 if config.grid else 1)
+    if total > _MAX_BINS:
+        raise ConfigError(
+            f"split.bins: {total} bins are too many, a manifest numbers {_MAX_BINS:,} at most; take fewer"
+        )
+    rule = BalancedRule(
         config=config,
         between=between,
         num_bins=num_bins,
-        splits=shards.splits,
-        num_classes=len(shards.classes),
-        class_names=shards.class_names,
-        weight=np.ones((len(shards.splits), total), dtype=np.float32),
+        splits=score_files.splits,
+        num_classes=len(score_files.classes),
+        class_names=score_files.class_names,
+        weight=np.ones((len(score_files.splits), total), dtype=np.float32),
     )
     if rule.num_cells > np.iinfo(np.int32).max // 8:
         raise ConfigError(f"{rule.num_cells} cells of split, bin and class are too many; take fewer bins")
     if config.by != "weight":
         return rule
-    return _weighted(rule, shards)
+    return _with_weights(rule, score_files)
 
 
-def largest_pair(shards: ScoreFiles, config: BalancedConfig) -> str:
+def largest_pair(score_files: ScoreFiles, config: BalancedConfig) -> str:
     """Give the pair `A:B` of modalities of which most samples can be kept, test samples not counted."""
-    pairs = [f"{first}:{second}" for first, second in combinations(shards.modalities, 2)]
+    pairs = [f"{first}:{second}" for first, second in combinations(score_files.modalities, 2)]
     num_bins = 20 if config.bins == AUTO else config.bins
-    counts = _histograms(shards, pairs, num_bins=num_bins)
+    counts = _histograms(score_files, pairs, num_bins=num_bins)
     sizes = {
         pair: size_curve([each], (config.allowed,))[0].size
         for pair, each in zip(pairs, counts, strict=True)
@@ -222,36 +224,36 @@ def largest_pair(shards: ScoreFiles, config: BalancedConfig) -> str:
     return max(sizes, key=lambda pair: sizes[pair])
 
 
-def _chosen_bins(shards: ScoreFiles, between: str) -> int:
-    counts = _histograms(shards, [between], num_bins=_FINE)[0]
-    return best_bins((np.arange(_FINE) + 0.5) * 2 / _FINE - 1, counts)
+def _choose_num_bins(score_files: ScoreFiles, between: str) -> int:
+    counts = _histograms(score_files, [between], num_bins=_FINE_BINS)[0]
+    return choose_num_bins((np.arange(_FINE_BINS) + 0.5) * 2 / _FINE_BINS - 1, counts)
 
 
-def _histograms(shards: ScoreFiles, between: Sequence[str], *, num_bins: int) -> list[Counts]:
+def _histograms(score_files: ScoreFiles, between: Sequence[str], *, num_bins: int) -> list[Counts]:
     """Count the discrepancies outside the test split by bin, (b,), for each of these."""
     counts = [np.zeros(num_bins, dtype=np.int64) for _ in between]
-    for rows in shards.rows():
-        chooses = shards.chooses(rows)
+    for batch in score_files.batches():
+        chooses = score_files.chooses(batch)
         for place, each in enumerate(between):
-            values = rows.discrepancy(each)[chooses]
+            values = batch.discrepancy(each)[chooses]
             bins = bin_of(values[~np.isnan(values)], num_bins=num_bins)
             counts[place] += np.bincount(bins, minlength=num_bins)
     return counts
 
 
-def _weighted(rule: Balanced, shards: ScoreFiles) -> Balanced:
+def _with_weights(rule: BalancedRule, score_files: ScoreFiles) -> BalancedRule:
     num_splits, num_bins, _ = rule.shape
     counts = np.zeros((num_splits, num_bins), dtype=np.int64)
-    for rows in shards.rows():
-        bins = rule.bins(rows)
+    for batch in score_files.batches():
+        bins = rule.bins(batch)
         there = bins >= 0
-        found = np.bincount(rows.split[there] * num_bins + bins[there], minlength=counts.size)
+        found = np.bincount(batch.split[there] * num_bins + bins[there], minlength=counts.size)
         counts += found.reshape(counts.shape)
     weight = [balancing_weights(part, most=rule.config.max_weight) for part in counts]
     return replace(rule, weight=np.stack(weight).astype(np.float32))
 
 
-def _sizes(counts: Counts, size: int | None, splits: Sequence[str]) -> list[int | None]:
+def _sizes_by_split(counts: Counts, size: int | None, splits: Sequence[str]) -> list[int | None]:
     """Share a size among the splits (s,) in proportion to theirs."""
     if size is None:
         return [None] * len(splits)

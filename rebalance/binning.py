@@ -17,7 +17,7 @@ CURVE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # tolerances whose si
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class CurvePoint:
     """One trade of size against uniformity: the largest set within a tolerance, and the distance it has."""
 
     tolerance: float
@@ -39,14 +39,14 @@ def distance_to_uniform(kept: NDArray[Any], *, available: NDArray[Any]) -> float
     return float(np.abs(share - 1 / filled.sum()).sum() / 2)
 
 
-def size_curve(available: Sequence[Counts], tolerances: tuple[float, ...]) -> tuple[Point, ...]:
+def size_curve(available: Sequence[Counts], tolerances: tuple[float, ...]) -> tuple[CurvePoint, ...]:
     """Give the largest set within each tolerance, from the samples available in each bin (b,) of each split."""
     points = []
     for tolerance in tolerances:
         each = [np.minimum(counts, largest_level(counts, tolerance=tolerance)) for counts in available]
         kept = np.sum(each, axis=0)
         distance = distance_to_uniform(kept, available=np.sum(available, axis=0))
-        points.append(Point(tolerance=tolerance, size=int(kept.sum()), distance=distance))
+        points.append(CurvePoint(tolerance=tolerance, size=int(kept.sum()), distance=distance))
     return tuple(points)
 
 
@@ -110,7 +110,7 @@ def effective_size(weight: NDArray[np.float64], available: Counts) -> float:
     return float((available * weight).sum()) ** 2 / square if square else 0.0
 
 
-def best_bins(values: NDArray[np.float64], counts: Counts) -> int:
+def choose_num_bins(values: NDArray[np.float64], counts: Counts) -> int:
     """Give the number of equal bins over [-1, 1] by the rule of Freedman & Diaconis (1981), from 4 to 100.
 
     Width 2 IQR n^(-1/3); values (f,) are the middles of a fine histogram with these counts.

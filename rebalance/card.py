@@ -42,10 +42,10 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
     return [f"| {' | '.join(cells)} |" for cells in (head, marks, *rows)]
 
 
-MOST_SHORTAGES = 5  # that a card lists
-_BAR = 24  # characters of the longest bar
-_PROBE = ("kind", "folds", "repeats", "learn_from")  # what decides most about a confidence
-_NEEDED = ("between", "kept", "scored", "before", "after", "bins", "counts_before", "counts_after", "classes")
+MAX_SHORTAGES = 5  # that a card lists
+_BAR_WIDTH = 24  # characters of the longest bar
+_PROBE_KEYS = ("kind", "folds", "repeats", "learn_from")  # what decides most about a confidence
+_REQUIRED_KEYS = ("between", "kept", "scored", "before", "after", "bins", "counts_before", "counts_after", "classes")
 _PAPER = "Xia et al., Balanced Audiovisual Dataset for Imbalance Analysis, arXiv 2302.10912"
 
 
@@ -65,9 +65,9 @@ def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: st
         balance = read_numbers(beside, error=ManifestError)
     name = file_name or manifest.name
     between = str((balance or provenance).get("between", ""))
-    parts = [["## Modality balance"], [_opening(name, rows, between, balance, provenance)]]
+    parts = [["## Modality balance"], [_introduction(name, rows, between, balance, provenance)]]
     if balance is not None:
-        _check(balance, rows, about.get("digest"), manifest)
+        _check_numbers(balance, rows, about.get("digest"), manifest)
         parts += [
             _before_after(balance, between),
             _histogram(balance, between),
@@ -76,13 +76,13 @@ def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: st
             _shortages(balance),
             _curve(balance),
         ]
-    parts += [_dropped(manifest, about), _made(provenance, about, balance), _caveats(between, provenance)]
+    parts += [_dropped(manifest, about), _how_made(provenance, about, balance), _caveats(between, provenance)]
     parts += [_loading(name), _citation()]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def _check(balance: dict[str, Any], rows: int, digest: object, manifest: Path) -> None:
-    missing = [key for key in _NEEDED if key not in balance]
+def _check_numbers(balance: dict[str, Any], rows: int, digest: object, manifest: Path) -> None:
+    missing = [key for key in _REQUIRED_KEYS if key not in balance]
     if missing:
         raise ManifestError(f"the numbers of {manifest} lack {', '.join(missing)}: make them anew with mmaudit split")
     if not len(balance["counts_before"]) == len(balance["counts_after"]) == balance["bins"]:
@@ -94,18 +94,20 @@ def _check(balance: dict[str, Any], rows: int, digest: object, manifest: Path) -
         )
 
 
-def _opening(name: str, rows: int, between: str, balance: dict[str, Any] | None, provenance: dict[str, Any]) -> str:
+def _introduction(
+    name: str, rows: int, between: str, balance: dict[str, Any] | None, provenance: dict[str, Any]
+) -> str:
     scored = None if balance is None else int(balance.get("scored", 0))
-    share = f" of {scored:,} scored samples ({_percent(rows / scored)})" if scored else " samples"
+    share = f" of {scored:,} scored samples ({_format_percent(rows / scored)})" if scored else " samples"
     subset = provenance.get("subset")
     what = f"the subset **{escape_markdown(subset)}**" if subset else "a subset"
-    first, second = _sides(between)
+    first, second = _side_names(between)
     told = f" Its modality discrepancy is taken between **{first}** and **{second}**." if first else ""
     lacking = "" if balance is not None else " No numbers of its balance lie beside it; `mmaudit split` writes them."
     return f"{code_span(name)} is {what}: {rows:,}{share} are kept.{told}{lacking}"
 
 
-def _sides(between: str) -> tuple[str, str]:
+def _side_names(between: str) -> tuple[str, str]:
     """Name the sides of a discrepancy: +1 is the first, -1 the second."""
     first, _, second = between.partition(":")
     return escape_markdown(first), escape_markdown(second) if second else "the others"
@@ -113,18 +115,18 @@ def _sides(between: str) -> tuple[str, str]:
 
 def _before_after(balance: dict[str, Any], between: str) -> list[str]:
     before, after = balance["before"], balance["after"]
-    first, second = _sides(between)
-    left = [_percent(1 - each["positive"]) for each in (before, after)]
+    first, second = _side_names(between)
+    left = [_format_percent(1 - each["positive"]) for each in (before, after)]
     rows = [
         ("samples", f"{balance['scored']:,}", f"{balance['kept']:,}"),
         *(
-            (what, _number(before[key]), _number(after[key]))
+            (what, _format_number(before[key]), _format_number(after[key]))
             for what, key in (
                 ("total-variation distance to uniform (0 = even)", "distance"),
                 ("Kolmogorov-Smirnov distance to uniform (0 = even)", "ks"),
             )
         ),
-        (f"share that prefers {first}", _percent(before["positive"]), _percent(after["positive"])),
+        (f"share that prefers {first}", _format_percent(before["positive"]), _format_percent(after["positive"])),
         (f"share that does not: it prefers {second}, or neither", *left),
     ]
     effective = balance.get("effective_size")
@@ -137,7 +139,7 @@ def _histogram(balance: dict[str, Any], between: str) -> list[str]:
     """Give samples by bin, and bars of the kept ones, each of at most 24 characters."""
     num_bins = int(balance["bins"])
     most = max([float(each) for each in balance["counts_after"]] or [0]) or 1.0
-    first, second = _sides(between)
+    first, second = _side_names(between)
     pairs = zip(balance["counts_before"], balance["counts_after"], strict=True)
     edges = [2 * place / num_bins - 1 for place in range(num_bins + 1)]
     rows = [
@@ -145,7 +147,7 @@ def _histogram(balance: dict[str, Any], between: str) -> list[str]:
             f"{edges[place]:+.2f} to {edges[place + 1]:+.2f}",
             f"{before:,}",
             f"{after:,.0f}",
-            "█" * max(round(_BAR * after / most), int(after > 0)),
+            "█" * max(round(_BAR_WIDTH * after / most), int(after > 0)),
         )
         for place, (before, after) in enumerate(pairs)
     ]
@@ -157,7 +159,7 @@ def _splits(balance: dict[str, Any]) -> list[str]:
     distances = balance.get("distances", {})
     if len(distances) < 2:
         return []
-    each = ", ".join(f"{escape_markdown(name)} {_number(value)}" for name, value in distances.items())
+    each = ", ".join(f"{escape_markdown(name)} {_format_number(value)}" for name, value in distances.items())
     return [f"Distance to uniform by split: {each}."]
 
 
@@ -169,7 +171,7 @@ def _worst_class(balance: dict[str, Any]) -> list[str]:
         worst = max(kept, key=lambda each: each["distance_after"])
         said.append(
             f"Of {len(balance['classes']):,} classes, **{escape_markdown(worst['name'])}** is the least even: distance "
-            f"{_number(worst['distance_after'])} (before: {_number(worst['distance_before'])}), "
+            f"{_format_number(worst['distance_after'])} (before: {_format_number(worst['distance_before'])}), "
             f"{worst['after']:,.0f} of its {worst['before']:,} samples kept."
         )
     if lost:
@@ -179,7 +181,7 @@ def _worst_class(balance: dict[str, Any]) -> list[str]:
 
 
 def _shortages(balance: dict[str, Any]) -> list[str]:
-    found = balance.get("shortages", [])[:MOST_SHORTAGES]
+    found = balance.get("shortages", [])[:MAX_SHORTAGES]
     if not found:
         return []
     said = [
@@ -194,7 +196,7 @@ def _curve(balance: dict[str, Any]) -> list[str]:
     points = balance.get("curve") or []
     if not points:
         return []
-    rows = [(f"{each['tolerance']:g}", f"{each['size']:,}", _number(each["distance"])) for each in points]
+    rows = [(f"{each['tolerance']:g}", f"{each['size']:,}", _format_number(each["distance"])) for each in points]
     return ["What other tolerances would keep:", "", *markdown_table(("tolerance", "samples", "distance"), rows)]
 
 
@@ -215,18 +217,18 @@ def _dropped(manifest: Path, about: dict[str, Any]) -> list[str]:
     return [f"Dropped: {each}. Each stands in {code_span(beside.name)} with its reason, score and threshold."]
 
 
-def _made(provenance: dict[str, Any], about: dict[str, Any], balance: dict[str, Any] | None) -> list[str]:
+def _how_made(provenance: dict[str, Any], about: dict[str, Any], balance: dict[str, Any] | None) -> list[str]:
     scores = provenance.get("scores", {})
     config = scores.get("config", {})
     recipe = provenance.get("rule") or (balance or {}).get("recipe") or {}
-    probe = {name: config["probe"][name] for name in _PROBE if name in config.get("probe", {})}
+    probe = {name: config["probe"][name] for name in _PROBE_KEYS if name in config.get("probe", {})}
     encoders = {each["name"]: each.get("encoder", "statistics") for each in scores.get("modalities", [])}
     facts: list[tuple[str, object]] = [
         ("mmaudit", scores.get("version")),
-        ("rule", _flat(recipe)),
+        ("rule", _flatten_settings(recipe)),
         ("seed", recipe.get("seed", config.get("seed"))),
-        ("probes", _flat(probe)),
-        ("encoders", _flat(encoders)),
+        ("probes", _flatten_settings(probe)),
+        ("encoders", _flatten_settings(encoders)),
         ("dataset fingerprint", scores.get("fingerprint")),
         ("schema", provenance.get("schema")),
         ("rows", about.get("rows")),
@@ -236,21 +238,21 @@ def _made(provenance: dict[str, Any], about: dict[str, Any], balance: dict[str, 
     return ["### How it was made", "", *told] if told else []
 
 
-def _flat(content: dict[str, Any]) -> str:
+def _flatten_settings(content: dict[str, Any]) -> str:
     """Write nested settings as `name=value, section.name=value`, those without a value left out."""
-    return ", ".join(f"{name}={value}" for name, value in _pairs(content, ""))
+    return ", ".join(f"{name}={value}" for name, value in _setting_pairs(content, ""))
 
 
-def _pairs(content: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
+def _setting_pairs(content: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
     for name, value in content.items():
         if isinstance(value, dict):
-            yield from _pairs(value, f"{prefix}{name}.")
+            yield from _setting_pairs(value, f"{prefix}{name}.")
         elif value is not None:
             yield prefix + name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _caveats(between: str, provenance: dict[str, Any]) -> list[str]:
-    first, second = _sides(between) if between else ("one modality", "the other")
+    first, second = _side_names(between) if between else ("one modality", "the other")
     said = [
         f"- The discrepancy is the confidence in the true class of a probe of {first} minus that of {second}, each "
         "read by a probe that never saw the sample. Other probes or encoders give other discrepancies: what is even "
@@ -279,8 +281,8 @@ def _loading(name: str) -> list[str]:
         "```",
         "",
         "```bash",
-        f"mmaudit verify {_quoted(name)}   # are these rows, and this source, still what they were?",
-        f"mmaudit replay {_quoted(name)}   # make it again from the same scores and rule",
+        f"mmaudit verify {_shell_quoted(name)}   # are these rows, and this source, still what they were?",
+        f"mmaudit replay {_shell_quoted(name)}   # make it again from the same scores and rule",
         "```",
     ]
 
@@ -302,13 +304,13 @@ def _citation() -> list[str]:
     ]
 
 
-def _quoted(name: str) -> str:
+def _shell_quoted(name: str) -> str:
     return shlex.quote(_one_line(name))
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _percent(share: float) -> str:
+def _format_percent(share: float) -> str:
     return f"{100 * share:.1f} %"

@@ -21,12 +21,12 @@ from .manifest import (
     metadata_digest,
     num_rows_of,
     provenance_of,
-    regrouped,
+    read_manifest_schema,
+    regroup,
     rows_of,
-    schema_of,
 )
-from .score_files import prefetched
-from .score_tables import keys_of
+from .score_files import prefetch
+from .score_tables import hash_keys
 
 BOUNDS: dict[
     str, tuple[float, float]
@@ -58,14 +58,14 @@ class CheckedFile:
     def __init__(self, path: Path, columns: dict[str, pa.DataType], provenance: dict[str, Any]) -> None:
         self.path = path
         self.about, self.provenance = rows_of(path), provenance_of(path)
-        self.schema = schema_of(path)
+        self.schema = read_manifest_schema(path)
         _check_ids(self.schema, path)
         self.num_rows = num_rows_of(path)
         self.missing = [name for name in columns if name not in self.schema.names]
         self.columns = columns
         self.bounds: dict[str, tuple[float, float]] = {
             **BOUNDS,
-            "bin": (0.0, _num_bins(provenance) - 1.0),
+            "bin": (0.0, _rule_num_bins(provenance) - 1.0),
             "rank": (0.0, max(self.num_rows - 1.0, 0.0)),
         }
         self.digest = RowDigest()
@@ -83,7 +83,7 @@ class CheckedFile:
 
     def read_all(self, ids: ExternalSort, number: int) -> None:
         """Look at every row once."""
-        for table in prefetched(regrouped(batches_of(self.path, as_stored=True))):
+        for table in prefetch(regroup(batches_of(self.path, as_stored=True))):
             self.digest.add(table)
             self._note_nulls(table)
             self._note_ranges(table)
@@ -91,7 +91,7 @@ class CheckedFile:
             pairs = table.select(["label", "label_name"]).group_by(["label", "label_name"]).aggregate([])
             for pair in pairs.to_pylist():
                 self.names.setdefault(pair["label"], set()).add(pair["label_name"])
-            key = keys_of(named(table["sample_id"]), seed=0)
+            key = hash_keys(non_null_ids(table["sample_id"]), seed=0)
             ids.add(key, np.full(len(key), number, np.int32), np.zeros(len(key), np.uint32))
 
     def _note_nulls(self, table: pa.Table) -> None:
@@ -120,14 +120,14 @@ class CheckedFile:
         expected = f"{self.path.name} is mmaudit.manifest/{SCHEMA_VERSION}, {len(self.columns)} columns"
         nulls = ", ".join(f"{number:,} of {name}" for name, number in self.nulls.items())
         ranges = "; ".join(
-            f"{number:,} of {name} outside {_span(*self.bounds[name])} (the first: {self.first[name]})"
+            f"{number:,} of {name} outside {_format_range(*self.bounds[name])} (the first: {self.first[name]})"
             for name, number in self.beyond.items()
         )
         return [
             Check(name=f"{prefix}schema", held=not schema, detail=schema or expected),
-            _stated(f"{prefix}rows", self.about.get("rows"), self.num_rows),
-            _stated(f"{prefix}digest", self.about.get("digest"), self.digests.rows, what="rows"),
-            _stated(f"{prefix}metadata", self.about.get("metadata"), self.digests.metadata, what="metadata"),
+            _compare_stated(f"{prefix}rows", self.about.get("rows"), self.num_rows),
+            _compare_stated(f"{prefix}digest", self.about.get("digest"), self.digests.rows, what="rows"),
+            _compare_stated(f"{prefix}metadata", self.about.get("metadata"), self.digests.metadata, what="metadata"),
             Check(name=f"{prefix}nulls", held=not nulls, detail=nulls or "none where a value must be"),
             Check(name=f"{prefix}ranges", held=not ranges, detail=ranges or "every value lies within its range"),
         ]
@@ -145,7 +145,7 @@ class CheckedFile:
         return ", ".join(f"{name} is {type_}, not {right}" for name, (type_, right) in types.items() if type_ != right)
 
 
-def _stated(name: str, stated: object, found: object, *, what: str = "") -> Check:
+def _compare_stated(name: str, stated: object, found: object, *, what: str = "") -> Check:
     """Compare what a file states of itself with what is there; `what` has changed where they differ."""
     if stated is None:
         detail = f"the metadata do not state it; found {found}: another tool has written the file since"
@@ -155,7 +155,7 @@ def _stated(name: str, stated: object, found: object, *, what: str = "") -> Chec
     return Check(name=name, held=same, detail=str(found) if same else f"{changed}{stated} when written, {found} now")
 
 
-def _num_bins(provenance: dict[str, Any]) -> float:
+def _rule_num_bins(provenance: dict[str, Any]) -> float:
     """Give how many bins the rule has, of a grid those of both axes; infinity where it does not tell."""
     rule = section(section(provenance, "rule"), "balanced")
     bins = rule.get("bins")
@@ -178,12 +178,12 @@ def _is_number(type_: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_))
 
 
-def named(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+def non_null_ids(ids: pa.ChunkedArray) -> pa.ChunkedArray:
     """Give the ids that are not null, as strings that a column of any size can hold."""
     return ids.drop_null().cast(pa.large_string())
 
 
-def _span(low: float, high: float) -> str:
+def _format_range(low: float, high: float) -> str:
     if low > 0:
         return "(0, inf)"
     return f"[{low:g}, inf)" if np.isinf(high) else f"[{low:g}, {high:g}]"

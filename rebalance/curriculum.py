@@ -38,7 +38,7 @@ def root_pacing(epoch: int, *, start: float, grow_epochs: int) -> float:
 
 def linear_pacing(epoch: int, *, start: float, grow_epochs: int) -> float:
     """lambda(t) = lambda0 + (1 - lambda0) t / T: Penha and Hauff, arXiv 1912.08555."""
-    return 1.0 if epoch >= grow_epochs else _risen(epoch / grow_epochs, start)
+    return 1.0 if epoch >= grow_epochs else _interpolate(epoch / grow_epochs, start)
 
 
 def step_pacing(epoch: int, *, start: float, grow_epochs: int, steps: int = 5) -> float:
@@ -47,7 +47,7 @@ def step_pacing(epoch: int, *, start: float, grow_epochs: int, steps: int = 5) -
     The form with any number of rises, and five of them, are ours. One rise, at T, is the step of Wu et al. (arXiv
     2012.03107); Penha and Hauff (arXiv 1912.08555) see one third, two thirds and all, each for a third of T.
     """
-    return 1.0 if epoch >= grow_epochs else _risen(steps * epoch // grow_epochs / steps, start)
+    return 1.0 if epoch >= grow_epochs else _interpolate(steps * epoch // grow_epochs / steps, start)
 
 
 def geometric_pacing(epoch: int, *, start: float, grow_epochs: int) -> float:
@@ -60,10 +60,10 @@ def exponential_pacing(epoch: int, *, start: float, grow_epochs: int) -> float:
 
     The latest of all: at T / 2 it has risen by 0.7% of the way.
     """
-    return 1.0 if epoch >= grow_epochs else _risen(math.expm1(10 * epoch / grow_epochs) / math.expm1(10), start)
+    return 1.0 if epoch >= grow_epochs else _interpolate(math.expm1(10 * epoch / grow_epochs) / math.expm1(10), start)
 
 
-def _risen(progress: float, start: float) -> float:
+def _interpolate(progress: float, start: float) -> float:
     return min(1.0, start + (1 - start) * progress)
 
 
@@ -76,7 +76,7 @@ PACINGS: dict[str, Pacing] = {
 }
 
 
-Rows = NDArray[np.int64]
+RowIndex = NDArray[np.int64]
 Keys = NDArray[np.uint64]
 
 
@@ -133,10 +133,10 @@ class _Epoch:
     seed: int
     number: int
 
-    def shuffled(self, rows: Rows) -> Rows:
+    def shuffled(self, rows: RowIndex) -> RowIndex:
         """Give rows in an order of this epoch's own."""
         key = self.key[rows]
-        return rows[_sorted_rows(_hashed(key, seed=self.seed, epoch=self.number), key)]
+        return rows[_sort_rows(_hash_for_epoch(key, seed=self.seed, epoch=self.number), key)]
 
     def weight(self) -> NDArray[np.float64]:
         """Weights (n,) of the draws, above 0. Raises ManifestError where a score is missing or out of range."""
@@ -160,7 +160,7 @@ def order_of(
     seed: int,
     epoch: int,
     balance: NDArray[np.floating[Any]] | None = None,
-) -> Rows:
+) -> RowIndex:
     """Give the rows of a manifest that epoch 1, 2, ... sees, in order: shape (n',), n' <= n, at least one.
 
     rank (n,): number of samples that are more balanced, 0 = most balanced; equal scores share a rank. key (n,): hash of
@@ -180,7 +180,7 @@ def order_of(
     return ORDERS[config.order](_Epoch(rank=rank, balance=balance, key=key, config=config, seed=seed, number=epoch))
 
 
-def draw_rows(weight: NDArray[np.float64], *, key: Keys, draw: str, seed: int, epoch: int) -> Rows:
+def draw_rows(weight: NDArray[np.float64], *, key: Keys, draw: str, seed: int, epoch: int) -> RowIndex:
     """Draw n of n rows for epoch 1, 2, ..., chances by weights (n,), which count up to a factor.
 
     draw: "order", without replacement, so that all come and heavy ones rather early; "replacement", so that heavy ones
@@ -204,12 +204,12 @@ def id_key(sample_id: Iterable[str]) -> Keys:
     return hash_ids(pa.array(sample_id, pa.string()), seed=0, purpose="order")
 
 
-def num_steps(order: Rows, *, batch_size: int) -> int:
+def num_steps(order: RowIndex, *, batch_size: int) -> int:
     """Count the steps of an epoch; the last may be smaller than the others."""
     return -(-len(order) // batch_size)
 
 
-def batch_of(order: Rows, *, step: int, batch_size: int, num_ranks: int = 1, rank: int = 0) -> Rows:
+def batch_of(order: RowIndex, *, step: int, batch_size: int, num_ranks: int = 1, rank: int = 0) -> RowIndex:
     """Give the rows of step 0, 1, ... of an epoch, or what a process of `rank` in [0, num_ranks) has of them.
 
     `batch_size` counts the samples of a step over all processes. Their shares one after another are the step, whatever
@@ -227,7 +227,7 @@ def batch_of(order: Rows, *, step: int, batch_size: int, num_ranks: int = 1, ran
     return whole[rank * len(whole) // num_ranks : (rank + 1) * len(whole) // num_ranks]
 
 
-def _paced(now: _Epoch, rank: NDArray[np.integer]) -> Rows:
+def _paced_order(now: _Epoch, rank: NDArray[np.integer]) -> RowIndex:
     """Shuffle the first floor(n share) rows by (rank, key)."""
     size = max(1, math.floor(len(rank) * now.config.share(now.number)))
     if size == len(rank):
@@ -235,37 +235,37 @@ def _paced(now: _Epoch, rank: NDArray[np.integer]) -> Rows:
     last = np.partition(rank, size - 1)[size - 1]
     surely, tied = np.flatnonzero(rank < last), np.flatnonzero(rank == last)
     key = now.key[tied]
-    return now.shuffled(np.concatenate([surely, tied[_sorted_rows(key, key)[: size - len(surely)]]]))
+    return now.shuffled(np.concatenate([surely, tied[_sort_rows(key, key)[: size - len(surely)]]]))
 
 
-def _weighted(now: _Epoch) -> Rows:
+def _weighted_order(now: _Epoch) -> RowIndex:
     return DRAWS[now.config.draw](now.weight(), now.key, now.seed, now.number)
 
 
-def _drawn_once(weight: NDArray[np.float64], key: Keys, seed: int, epoch: int) -> Rows:
+def _draw_without_replacement(weight: NDArray[np.float64], key: Keys, seed: int, epoch: int) -> RowIndex:
     """Draw without replacement, chances by weight: ascending E / w, E exponential (Efraimidis and Spirakis 2006).
 
     torch.multinomial would stop at 2^24 rows.
     """
-    waits = -np.log(_uniform(_hashed(key, seed=seed, epoch=epoch))) / weight
-    return _sorted_rows(waits.view(np.uint64), key)  # the bits of floats above 0 are in their order
+    waits = -np.log(_to_uniform(_hash_for_epoch(key, seed=seed, epoch=epoch))) / weight
+    return _sort_rows(waits.view(np.uint64), key)  # the bits of floats above 0 are in their order
 
 
-def _drawn_again(weight: NDArray[np.float64], key: Keys, seed: int, epoch: int) -> Rows:
+def _draw_with_replacement(weight: NDArray[np.float64], key: Keys, seed: int, epoch: int) -> RowIndex:
     """Draw n rows with replacement, chances by weight: draw j turns chance j of the epoch over the sums up to a row.
 
     The chances are looked up in ascending order: one by one they took 25 s for 2^24 rows, all of it cache misses.
     """
-    by_key = _sorted_rows(key, key)
+    by_key = _sort_rows(key, key)
     sums = np.cumsum(weight[by_key])
-    chances = _hashed(np.arange(len(by_key), dtype=np.uint64), seed=seed, epoch=epoch)
-    ascending = _sorted_rows(chances, chances)
+    chances = _hash_for_epoch(np.arange(len(by_key), dtype=np.uint64), seed=seed, epoch=epoch)
+    ascending = _sort_rows(chances, chances)
     rows = np.empty_like(by_key)
-    rows[ascending] = by_key[np.searchsorted(sums, _uniform(chances[ascending]) * sums[-1], side="right")]
+    rows[ascending] = by_key[np.searchsorted(sums, _to_uniform(chances[ascending]) * sums[-1], side="right")]
     return rows
 
 
-def _hashed(key: Keys, *, seed: int, epoch: int) -> Keys:
+def _hash_for_epoch(key: Keys, *, seed: int, epoch: int) -> Keys:
     """Hash to another 64 bits for every seed and epoch: one to one, so that only equal keys stay equal."""
     word = hash_rank([str(epoch)], seed=seed, purpose="order")[0]
     hashed = np.empty_like(key)
@@ -280,12 +280,12 @@ def _check_epoch(epoch: int) -> None:
         raise ConfigError(f"epoch {epoch}: epochs are counted from 1")
 
 
-def _uniform(words: Keys) -> NDArray[np.float64]:
+def _to_uniform(words: Keys) -> NDArray[np.float64]:
     """Numbers in (0, 1), neither end included, from the upper 52 bits: with 53, the largest would round to 1."""
     return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
-def _sorted_rows(words: NDArray[np.uint64], key: Keys) -> Rows:
+def _sort_rows(words: NDArray[np.uint64], key: Keys) -> RowIndex:
     """Give rows by ascending (word, key).
 
     What is sorted is one word a row, its upper bits and the row below them: two thirds of the time of an argsort. The
@@ -304,14 +304,14 @@ def _sorted_rows(words: NDArray[np.uint64], key: Keys) -> Rows:
     return rows
 
 
-ORDERS: dict[str, Callable[[_Epoch], Rows]] = {
-    "curriculum": lambda now: _paced(now, now.rank),
-    "anti-curriculum": lambda now: _paced(now, ~now.rank),  # -1 - rank: no overflow, and the same ties
+ORDERS: dict[str, Callable[[_Epoch], RowIndex]] = {
+    "curriculum": lambda now: _paced_order(now, now.rank),
+    "anti-curriculum": lambda now: _paced_order(now, ~now.rank),  # -1 - rank: no overflow, and the same ties
     "shuffled": lambda now: now.shuffled(np.arange(len(now.rank))),
-    "weighted": _weighted,
+    "weighted": _weighted_order,
 }
 
-DRAWS: dict[str, Callable[[NDArray[np.float64], Keys, int, int], Rows]] = {  # see draw_rows
-    "order": _drawn_once,
-    "replacement": _drawn_again,
+DRAWS: dict[str, Callable[[NDArray[np.float64], Keys, int, int], RowIndex]] = {  # see draw_rows
+    "order": _draw_without_replacement,
+    "replacement": _draw_with_replacement,
 }

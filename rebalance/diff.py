@@ -14,15 +14,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .join import Join, Rows, keys_of_column, numbers_of_column
-from .manifest import batches_of, check_types, provenance_of, schema_of
+from .join import ManifestJoin, RowIndex, column_keys, column_numbers
+from .manifest import batches_of, check_types, provenance_of, read_manifest_schema
 
-SCORES = ("discrepancy", "gap", "balance", "p_balanced", "weight", "rank")
-NAMES = ("bin", "split", "label", "label_name", "subset", "group", "content")
+NUMBER_COLUMNS = ("discrepancy", "gap", "balance", "p_balanced", "weight", "rank")
+NAME_COLUMNS = ("bin", "split", "label", "label_name", "subset", "group", "content")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Only:
+class UniqueSamples:
     """Samples that one manifest has alone: how many, by split, by class, and the least ids of them."""
 
     count: int
@@ -32,7 +32,7 @@ class Only:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
+class ChangedNames:
     """Samples of both of which a column says other things: how many, and the least ids, with A's and B's value."""
 
     count: int
@@ -40,7 +40,7 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shift:
+class ChangedNumbers:
     """How far a column of numbers has moved over the samples of both.
 
     count: those further apart than the tolerance, and those that only one of the manifests has a value for. largest
@@ -56,7 +56,7 @@ class Shift:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class ManifestDiff:
     """What two manifests, A and B, do not share. Rows are joined by id; their order does not count.
 
     moved: the columns of names and of bins; shifted: those of numbers. provenance: what differs of it, as
@@ -68,10 +68,10 @@ class Difference:
     rows_a: int
     rows_b: int
     both: int
-    only_a: Only
-    only_b: Only
-    moved: dict[str, Moved]
-    shifted: dict[str, Shift]
+    only_a: UniqueSamples
+    only_b: UniqueSamples
+    moved: dict[str, ChangedNames]
+    shifted: dict[str, ChangedNumbers]
     provenance: dict[str, tuple[Any, Any]]
     same_dataset: bool | None
     tolerance: float
@@ -79,12 +79,12 @@ class Difference:
     @property
     def same(self) -> bool:
         """Whether they hold the same samples, say the same of them, and were made from the same."""
-        columns: list[Moved | Shift] = [*self.moved.values(), *self.shifted.values()]
+        columns: list[ChangedNames | ChangedNumbers] = [*self.moved.values(), *self.shifted.values()]
         return not (self.only_a.count or self.only_b.count or self.provenance or any(each.count for each in columns))
 
     def to_dict(self) -> dict[str, Any]:
         """Give it in plain values."""
-        return {"same": self.same, **{each.name: _plain(getattr(self, each.name)) for each in fields(self)}}
+        return {"same": self.same, **{each.name: _to_json_value(getattr(self, each.name)) for each in fields(self)}}
 
     def lines(self) -> list[str]:
         """Give it in lines, for people."""
@@ -103,12 +103,12 @@ class Difference:
                 said.append(f"{column}: {moved.count:,} differ, the first: {name}, {here} in A and {there} in B")
         for column, shift in self.shifted.items():
             if shift.count:
-                said.append(f"{column}: {shift.count:,} differ, {_say_shift(shift)}")
+                said.append(f"{column}: {shift.count:,} differ, {_describe_change(shift)}")
         said += [f"{path}: {here!r} in A, {there!r} in B" for path, (here, there) in self.provenance.items()]
         return said
 
 
-def diff(a: Path, b: Path, *, tolerance: float = 1e-6, most: int = 20) -> Difference:
+def diff(a: Path, b: Path, *, tolerance: float = 1e-6, most: int = 20) -> ManifestDiff:
     """Compare two manifests by id; of each kind of difference the first `most` are named.
 
     Numbers that differ by no more than `tolerance` are the same. Two of 10^7 rows take 2.1 GB. Raises ManifestError
@@ -116,26 +116,26 @@ def diff(a: Path, b: Path, *, tolerance: float = 1e-6, most: int = 20) -> Differ
     """
     told = [provenance_of(path) for path in (a, b)]
     for path in (a, b):
-        check_types(schema_of(path), where=str(path))
-    join = Join.of(a, b)
+        check_types(read_manifest_schema(path), where=str(path))
+    join = ManifestJoin.of(a, b)
     prints = [_fingerprint(each) for each in told]
-    return Difference(
+    return ManifestDiff(
         a=str(a),
         b=str(b),
         rows_a=len(join.codes[0]),
         rows_b=len(join.codes[1]),
         both=len(join.in_a),
-        only_a=_only(join, 0, most=most),
-        only_b=_only(join, 1, most=most),
-        moved={name: _moved(name, join, most=most) for name in NAMES},
-        shifted={name: _shift(name, join, tolerance=tolerance, most=most) for name in SCORES},
-        provenance=_differing(*told),
+        only_a=_unique_samples(join, 0, most=most),
+        only_b=_unique_samples(join, 1, most=most),
+        moved={name: _changed_names(name, join, most=most) for name in NAME_COLUMNS},
+        shifted={name: _changed_numbers(name, join, tolerance=tolerance, most=most) for name in NUMBER_COLUMNS},
+        provenance=_changed_provenance(*told),
         same_dataset=None if None in prints else prints[0] == prints[1],
         tolerance=tolerance,
     )
 
 
-def _only(join: Join, side: int, *, most: int) -> Only:
+def _unique_samples(join: ManifestJoin, side: int, *, most: int) -> UniqueSamples:
     """Tell of the samples that A (side 0) or B (side 1) has alone."""
     rows = (join.alone_a, join.alone_b)[side]
     alone = np.zeros(len(join.codes[side]), dtype=bool)
@@ -146,9 +146,11 @@ def _only(join: Join, side: int, *, most: int) -> Only:
         some = table.filter(pa.array(alone[start : start + len(table)]))
         start += len(table)
         for each in some.group_by(some.column_names).aggregate([([], "count_all")]).to_pylist():
-            by_split[_word(each["split"])] += each["count_all"]
-            by_class[_word(each["label"] if each["label_name"] is None else each["label_name"])] += each["count_all"]
-    return Only(
+            by_split[_name_or_none(each["split"])] += each["count_all"]
+            by_class[_name_or_none(each["label"] if each["label_name"] is None else each["label_name"])] += each[
+                "count_all"
+            ]
+    return UniqueSamples(
         count=len(rows),
         by_split=dict(sorted(by_split.items())),
         by_class=dict(sorted(by_class.items())),
@@ -156,23 +158,23 @@ def _only(join: Join, side: int, *, most: int) -> Only:
     )
 
 
-def _moved(name: str, join: Join, *, most: int) -> Moved:
-    here, there = (keys_of_column(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True))
+def _changed_names(name: str, join: ManifestJoin, *, most: int) -> ChangedNames:
+    here, there = (column_keys(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True))
     changed = np.flatnonzero(here[join.in_a] != there[join.in_b])
     least = join.least(join.codes[0][join.in_a[changed]], most=most)
-    return Moved(count=len(changed), first=join.pairs(name, least))
+    return ChangedNames(count=len(changed), first=join.pairs(name, least))
 
 
-def _shift(name: str, join: Join, *, tolerance: float, most: int) -> Shift:
-    here, there = (numbers_of_column(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True))
+def _changed_numbers(name: str, join: ManifestJoin, *, tolerance: float, most: int) -> ChangedNumbers:
+    here, there = (column_numbers(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True))
     here, there = here[join.in_a], there[join.in_b]
     change = np.abs(here - there)
     change[np.isnan(here) & np.isnan(there)] = 0
     told = ~(np.isnan(here) | np.isnan(there))
     change[np.isnan(change)] = np.inf  # one of them has no value
     beyond = np.flatnonzero(change > tolerance)
-    largest = join.codes[0][join.in_a[_largest(change, beyond, join, most=most)]]
-    return Shift(
+    largest = join.codes[0][join.in_a[_largest_changes(change, beyond, join, most=most)]]
+    return ChangedNumbers(
         count=len(beyond),
         largest=float(change[told].max()) if told.any() else None,
         mean=float(change[told].mean()) if told.any() else None,
@@ -181,7 +183,7 @@ def _shift(name: str, join: Join, *, tolerance: float, most: int) -> Shift:
     )
 
 
-def _largest(change: NDArray[np.float64], beyond: Rows, join: Join, *, most: int) -> Rows:
+def _largest_changes(change: NDArray[np.float64], beyond: RowIndex, join: ManifestJoin, *, most: int) -> RowIndex:
     """Give the places of the largest changes, largest first; of equals those of the least ids."""
     if len(beyond) > most:
         least = np.partition(change[beyond], len(beyond) - most)[len(beyond) - most] if most else np.inf
@@ -208,7 +210,7 @@ def _fingerprint(provenance: dict[str, Any]) -> str | None:
     return None if found is None else str(found)
 
 
-def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _changed_provenance(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Give what two provenances say differently, by path; what one does not say is None."""
     here, there = dict(_leaves(a, "")), dict(_leaves(b, ""))
     pairs = {path: (here.get(path), there.get(path)) for path in sorted(here.keys() | there.keys())}
@@ -226,22 +228,22 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """Give a value as JSON knows it: no tuples, and no number that is not one."""
     if is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+        return {each.name: _to_json_value(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _to_json_value(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_to_json_value(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _word(value: object) -> str:
+def _name_or_none(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _say_shift(shift: Shift) -> str:
+def _describe_change(shift: ChangedNumbers) -> str:
     name, here, there = shift.first[0]
     said = f"the largest change: {name}, {here} in A and {there} in B"
     return said if shift.correlation is None else f"{said}; correlation {shift.correlation:.4f}"

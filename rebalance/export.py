@@ -20,11 +20,11 @@ from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.hashing import digest
 from ..audit.storage import atomic_folder, atomic_write, scratch_folder
-from .manifest import COLUMNS, batches_of, check_types, num_rows_of, provenance_of, rows_of, schema_of
-from .webdataset import SAMPLES_PER_SHARD, Job, plain_rows, split_name, write_webdataset
+from .manifest import COLUMNS, batches_of, check_types, num_rows_of, provenance_of, read_manifest_schema, rows_of
+from .webdataset import SAMPLES_PER_SHARD, ExportJob, plain_rows, split_name, write_webdataset
 
 _OGM_FILES = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}  # by those names its readers look
-_OURS = {  # what an export of a folder writes, and may write over
+_EXPORT_FILES = {  # what an export of a folder writes, and may write over
     "ogm": re.compile(r"(train|val|test|stat)\.csv"),
     "webdataset": re.compile(r"\w+-\d{6}\.tar"),
     "datasets": re.compile(r"dataset_dict\.json|state\.json|dataset_info\.json|data-\d{5}-of-\d{5}\.arrow|\w+"),
@@ -74,9 +74,9 @@ def export(
     if first is None:
         raise ManifestError(f"{manifest} holds no rows: make it anew with mmaudit split")
     check_types(first.schema, where=str(manifest))
-    _check_plain(first.schema, manifest)
-    _check_place(out, manifest, format=format, overwrite=overwrite)
-    job = Job(
+    _check_column_types(first.schema, manifest)
+    _check_overwrite(out, manifest, format=format, overwrite=overwrite)
+    job = ExportJob(
         manifest=manifest,
         schema=first.schema.remove_metadata(),
         paths=tuple(name for name in first.schema.names if name not in COLUMNS),
@@ -88,7 +88,7 @@ def export(
         clip=clip,
         escape_formulas=escape_formulas,
     )
-    with (atomic_folder if format in _OURS else atomic_write)(out) as temporary:
+    with (atomic_folder if format in _EXPORT_FILES else atomic_write)(out) as temporary:
         more = _WRITERS[format](job, temporary)
     files = sorted(str(each) for each in out.rglob("*") if each.is_file()) if out.is_dir() else [str(out)]
     return {"format": format, "files": files, "rows": num_rows_of(manifest), **more}
@@ -96,10 +96,10 @@ def export(
 
 def holds_media(manifest: Path, format: str) -> bool:
     """Return whether an export in this format holds the media that a manifest names, so that these are opened."""
-    return format == "webdataset" and any(name not in COLUMNS for name in schema_of(manifest).names)
+    return format == "webdataset" and any(name not in COLUMNS for name in read_manifest_schema(manifest).names)
 
 
-def _check_plain(schema: pa.Schema, manifest: Path) -> None:
+def _check_column_types(schema: pa.Schema, manifest: Path) -> None:
     """Raise ManifestError for a column that a text file has no way to hold."""
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating)
     for field in schema:
@@ -108,7 +108,7 @@ def _check_plain(schema: pa.Schema, manifest: Path) -> None:
             raise ManifestError(f"{manifest}: its column {field.name} holds {type_}; export takes texts and numbers")
 
 
-def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> None:
+def _check_overwrite(out: Path, manifest: Path, *, format: str, overwrite: bool) -> None:
     """Refuse to write over anything, unless told to; and then over an export of this format only."""
     if not out.exists():
         return
@@ -116,19 +116,21 @@ def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> 
         raise RunError(f"{out} exists: name another with --out, or pass --overwrite")
     if out.resolve() == manifest.resolve():
         raise ConfigError(f"{out} is the manifest itself: name another file with --out")
-    if out.is_dir() != (format in _OURS):
+    if out.is_dir() != (format in _EXPORT_FILES):
         raise RunError(f"{out} is a {'folder' if out.is_dir() else 'file'}, and no export as {format}: name another")
     if out.suffix.lower() in (".parquet", ".arrow", ".html", ".toml"):
         raise RunError(f"{out} is no {format} file: name another with --out")
-    odd = [each.name for each in out.iterdir() if not _OURS[format].fullmatch(each.name)] if out.is_dir() else []
+    odd = (
+        [each.name for each in out.iterdir() if not _EXPORT_FILES[format].fullmatch(each.name)] if out.is_dir() else []
+    )
     saved = format != "datasets" or any((out / name).is_file() for name in ("dataset_dict.json", "state.json"))
     if odd or (not saved and any(out.iterdir())):
         raise RunError(f"{out} holds {min(odd, default='other things')}, and is no export as {format}: name another")
 
 
-def _write_csv(job: Job, path: Path) -> dict[str, Any]:
+def _write_csv(job: ExportJob, path: Path) -> dict[str, Any]:
     """Write a header and the rows; strings stand in quotes, a null is empty without them."""
-    escape = _escape_texts if job.escape_formulas else _as_it_is
+    escape = _escape_texts if job.escape_formulas else _unchanged
     head = escape(job.schema.empty_table())
     with pa.csv.CSVWriter(path, head.schema) as writer:
         for table in batches_of(job.manifest):
@@ -136,7 +138,7 @@ def _write_csv(job: Job, path: Path) -> dict[str, Any]:
     return {}
 
 
-def _as_it_is(table: pa.Table) -> pa.Table:
+def _unchanged(table: pa.Table) -> pa.Table:
     return table
 
 
@@ -153,14 +155,14 @@ def _is_text(type_: pa.DataType) -> bool:
     return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 
-def _write_jsonl(job: Job, path: Path) -> dict[str, Any]:
+def _write_jsonl(job: ExportJob, path: Path) -> dict[str, Any]:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in plain_rows(job):
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     return {}
 
 
-def _write_npy(job: Job, path: Path) -> dict[str, Any]:
+def _write_npy(job: ExportJob, path: Path) -> dict[str, Any]:
     """Write the ids as fixed-width unicode, which needs no pickle; a first pass finds the width."""
     width = count = 0
     for table in batches_of(job.manifest, columns=["sample_id"]):
@@ -178,7 +180,7 @@ def _write_npy(job: Job, path: Path) -> dict[str, Any]:
     return {}
 
 
-def _write_ogm(job: Job, folder: Path) -> dict[str, Any]:
+def _write_ogm(job: ExportJob, folder: Path) -> dict[str, Any]:
     """Write train.csv, val.csv and test.csv of CLIP,LABEL without a header, and stat.csv, which lists the classes.
 
     A clip is called by its file, as the OGM code joins AudioWAV/ and Image-01-FPS/ with it; an id where it has none.
@@ -199,8 +201,8 @@ def _write_ogm(job: Job, folder: Path) -> dict[str, Any]:
                 )
             if name not in files:
                 files[name] = stack.enter_context((folder / name).open("w", encoding="utf-8", newline=""))
-            clip, label = _clip(row, named), str(row["label"] if row["label_name"] is None else row["label_name"])
-            _check_ogm(row["sample_id"], clip, label, twice=f"{clip}\0{label}" in seen)
+            clip, label = _clip_name(row, named), str(row["label"] if row["label_name"] is None else row["label_name"])
+            _check_ogm_row(row["sample_id"], clip, label, twice=f"{clip}\0{label}" in seen)
             seen.add(f"{clip}\0{label}")
             classes.add(label)
             csv.writer(files[name], lineterminator="\n").writerow([clip, label])
@@ -209,12 +211,12 @@ def _write_ogm(job: Job, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _clip(row: dict[str, Any], named: tuple[str, ...]) -> str:
+def _clip_name(row: dict[str, Any], named: tuple[str, ...]) -> str:
     path = next((row[name] for name in named if name != "sample_id" and row[name] is not None), None)
     return str(row["sample_id"]) if path is None else PurePosixPath(str(path)).stem
 
 
-def _check_ogm(sample_id: str, clip: str, label: str, *, twice: bool) -> None:
+def _check_ogm_row(sample_id: str, clip: str, label: str, *, twice: bool) -> None:
     for what, text in (("clip", clip), ("class", label)):
         if text != text.strip() or len(text.splitlines()) != 1 or "\0" in text:
             raise ConfigError(f"sample {sample_id!r}: an OGM list cannot hold the {what} {text!r}; export as csv")
@@ -227,7 +229,7 @@ def _check_ogm(sample_id: str, clip: str, label: str, *, twice: bool) -> None:
         )
 
 
-def _write_datasets(job: Job, folder: Path) -> dict[str, Any]:
+def _write_datasets(job: ExportJob, folder: Path) -> dict[str, Any]:
     """Write what Dataset.save_to_disk does, a DatasetDict where there are several splits, from Arrow files on disk."""
     import datasets
 
@@ -253,7 +255,7 @@ def _write_datasets(job: Job, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _arrow_by_split(job: Job, folder: Path) -> dict[str, Path]:
+def _arrow_by_split(job: ExportJob, folder: Path) -> dict[str, Path]:
     """Write an Arrow stream of the rows of each split, in their order."""
     with ExitStack() as stack:
         writers: dict[str, Any] = {}
@@ -267,7 +269,7 @@ def _arrow_by_split(job: Job, folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.arrow" for name in sorted(writers)}
 
 
-_WRITERS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
+_WRITERS: dict[str, Callable[[ExportJob, Path], dict[str, Any]]] = {
     "csv": _write_csv,
     "jsonl": _write_jsonl,
     "npy": _write_npy,

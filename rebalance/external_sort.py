@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from ..audit.storage import scratch_folder
 
 RECORD = np.dtype([("key", "<u8"), ("cell", "<i4"), ("badness", "<u4")])
-_ROWS_A_PART = 1 << 20  # 16 MB of records
-_LARGEST = np.uint64(2**64 - 1)
-_MOST_PARTS = 1_024
+_PART_ROWS = 1 << 20  # 16 MB of records
+_LARGEST_KEY = np.uint64(2**64 - 1)
+_MAX_PARTS = 1_024
 
 
 class ExternalSort:
     """n records of key, cell (-1: in none) and badness, on disk in `folder` where they are many; a context manager."""
 
     def __init__(self, num_rows: int, folder: Path) -> None:
-        self._bits = min(max(0, (num_rows // _ROWS_A_PART).bit_length()), _MOST_PARTS.bit_length() - 1)
+        self._bits = min(max(0, (num_rows // _PART_ROWS).bit_length()), _MAX_PARTS.bit_length() - 1)
         self._held: list[NDArray[np.void]] = []
         self._scratch = ExitStack()
         self._files: list[Path] = []  # opened for each writing: a process may hold as few as 256 open
@@ -69,7 +69,7 @@ class ExternalSort:
 
     def repeated(self) -> NDArray[np.uint64]:
         """Give the keys that stand more than once."""
-        return np.concatenate([_repeated(part["key"]) for part in self.parts()])
+        return np.concatenate([_repeated_keys(part["key"]) for part in self.parts()])
 
     def last_keys(
         self, quota: NDArray[np.int64], *, kept_imbalance: NDArray[np.int64] | None = None
@@ -93,13 +93,13 @@ class ExternalSort:
             last[cells] = some["key"][first + left[cells] - 1]
             left = np.maximum(left - number, 0)
             if kept_imbalance is not None:
-                kept = takes[cell] & (part["key"] <= np.where(left > 0, _LARGEST, last)[cell])
+                kept = takes[cell] & (part["key"] <= np.where(left > 0, _LARGEST_KEY, last)[cell])
                 kept_imbalance += np.bincount(part["badness"][kept], minlength=len(kept_imbalance))
-        last[left > 0] = _LARGEST
+        last[left > 0] = _LARGEST_KEY
         return last
 
 
-def _repeated(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _repeated_keys(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Give the keys (n,) that stand more than once, each once: only those that share a slot of a table are sorted."""
     slots = 1 << max(4, len(key).bit_length() + 3)
     slot = (key & np.uint64(slots - 1)).astype(np.intp)

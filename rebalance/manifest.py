@@ -167,11 +167,11 @@ def dropped_path(path: Path) -> Path:
 
 def provenance_of(path: Path) -> dict[str, Any]:
     """Read what a manifest was made from, without its rows."""
-    metadata = schema_of(path).metadata or {}
+    metadata = read_manifest_schema(path).metadata or {}
     return parse_provenance(metadata, error=ManifestError, where=str(path), shape=PROVENANCE)
 
 
-def schema_of(path: Path) -> pa.Schema:
+def read_manifest_schema(path: Path) -> pa.Schema:
     """Read the columns of a manifest, or of its dropped rows."""
     return read_schema(path, error=ManifestError)
 
@@ -193,7 +193,7 @@ def batches_of(path: Path, *, columns: list[str] | None = None, as_stored: bool 
     Columns of a manifest come in the types that it is written with; `as_stored`: in those that the file has.
     """
     if not as_stored:
-        schema = schema_of(path)
+        schema = read_manifest_schema(path)
         names = schema.names if columns is None else columns
         check_types(schema, where=str(path), columns={name: _TYPES[name] for name in names if name in _TYPES})
     for table in read_batches(path, error=ManifestError, rows=GROUP_ROWS, columns=columns):
@@ -249,7 +249,7 @@ class RowDigest:
                 continue
             if column.null_count:
                 self._whole.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
-            for block in _values(column):
+            for block in _value_bytes(column):
                 self._whole.update(block)
 
     def hexdigest(self) -> str:
@@ -260,7 +260,7 @@ class RowDigest:
 def digest_of(table: pa.Table) -> str:
     """Fingerprint the rows of a table."""
     found = RowDigest()
-    for group in regrouped([table]):
+    for group in regroup([table]):
         found.add(group)
     return found.hexdigest()
 
@@ -268,9 +268,9 @@ def digest_of(table: pa.Table) -> str:
 def digests_of(path: Path) -> Digests:
     """Compute the digests of a file, a batch at a time."""
     rows = RowDigest()
-    for group in regrouped(batches_of(path)):
+    for group in regroup(batches_of(path)):
         rows.add(group)
-    return Digests(rows=rows.hexdigest(), metadata=metadata_digest(schema_of(path).metadata or {}))
+    return Digests(rows=rows.hexdigest(), metadata=metadata_digest(read_manifest_schema(path).metadata or {}))
 
 
 def metadata_digest(metadata: Mapping[bytes, bytes]) -> str:
@@ -279,7 +279,7 @@ def metadata_digest(metadata: Mapping[bytes, bytes]) -> str:
     return digest(*(part for pair in pairs for part in pair))
 
 
-def regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def regroup(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Cut tables anew, into ones of GROUP_ROWS rows and a last one."""
     held: list[pa.Table] = []
     number = 0
@@ -295,10 +295,10 @@ def regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held)
 
 
-def _values(column: pa.Array) -> Iterator[bytes | memoryview]:
+def _value_bytes(column: pa.Array) -> Iterator[bytes | memoryview]:
     """Give the values of a column as bytes that depend on nothing else; a null as 0, or as an empty text."""
     if pa.types.is_dictionary(column.type):
-        yield from _coded(column)
+        yield from _dictionary_bytes(column)
     elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         filled = column.fill_null(0) if column.null_count else column
         yield np.ascontiguousarray(filled.to_numpy(zero_copy_only=False)).data.cast("B")
@@ -314,7 +314,7 @@ def _values(column: pa.Array) -> Iterator[bytes | memoryview]:
         yield json.dumps(column.to_pylist(), default=str).encode()
 
 
-def _coded(column: pa.DictionaryArray) -> Iterator[bytes | memoryview]:
+def _dictionary_bytes(column: pa.DictionaryArray) -> Iterator[bytes | memoryview]:
     """Give the values that occur, sorted, and the place of each row's among them; a null has the first."""
     names = column.dictionary.to_pylist()
     codes = column.indices.to_numpy(zero_copy_only=False) if not column.null_count else None

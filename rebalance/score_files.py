@@ -22,14 +22,14 @@ from ..audit.storage import check_regular
 
 BATCH_ROWS = 131_072
 
-Part: TypeAlias = "Path | pa.Table"
+ScoreFile: TypeAlias = "Path | pa.Table"
 Item = TypeVar("Item")
 
 
-def files_of(source: str | Path | Sequence[str | Path]) -> list[Part]:
+def find_score_files(source: str | Path | Sequence[str | Path]) -> list[ScoreFile]:
     """Give the files that are named, each once; ScoreError where a name leads to none."""
     named = [source] if isinstance(source, (str, Path)) else list(source)
-    found: list[Part] = []
+    found: list[ScoreFile] = []
     for each in named:
         path = Path(each)
         if path.is_dir():
@@ -51,25 +51,25 @@ def _check_regular(path: Path) -> None:
         raise ScoreError(f"the score table {path} cannot be read: {error.strerror}") from error
 
 
-def schema_of(part: Part) -> pa.Schema:
+def read_score_schema(part: ScoreFile) -> pa.Schema:
     """Read the schema of a part; ScoreError where it is no Parquet."""
     return part.schema if isinstance(part, pa.Table) else read_schema(part, error=ScoreError)
 
 
-def name_of(part: Part) -> str:
+def display_name(part: ScoreFile) -> str:
     """Say what an error calls a part."""
     return str(part) if isinstance(part, Path) else "the score table"
 
 
-def check_schema(schema: pa.Schema, part: Part) -> None:
+def check_schema(schema: pa.Schema, part: ScoreFile) -> None:
     """Raise ScoreError for columns that stand twice."""
-    where = name_of(part)
+    where = display_name(part)
     for name in schema.names:
         if len(places := schema.get_all_field_indices(name)) > 1:
             raise ScoreError(f"{where} has {len(places)} columns {name}: name each once")
 
 
-def batches_of_part(part: Part, columns: Iterable[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.Table]:
+def read_tables(part: ScoreFile, columns: Iterable[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.Table]:
     """Read a part in batches; of a file no more than that is held."""
     names = list(columns)
     if isinstance(part, pa.Table):
@@ -81,7 +81,7 @@ def batches_of_part(part: Part, columns: Iterable[str], *, dictionary: Sequence[
         yield table.select(names)
 
 
-def in_order(parts: Sequence[Part]) -> tuple[Part, ...]:
+def sort_by_first_id(parts: Sequence[ScoreFile]) -> tuple[ScoreFile, ...]:
     """Order the parts by the first id of each, and leave out those without rows."""
     first = {}
     for place, part in enumerate(parts):
@@ -94,7 +94,7 @@ def in_order(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(parts[place] for place in sorted(first, key=lambda place: (first[place], str(parts[place]))))
 
 
-def prefetched(*sources: Iterable[Item], depth: int = 1) -> Iterator[Item]:
+def prefetch(*sources: Iterable[Item], depth: int = 1) -> Iterator[Item]:
     """Let a thread for each source work ahead: reading then goes on while what was read is worked on.
 
     The items of one source come in its order; those of several as they are ready.
@@ -137,8 +137,8 @@ def prefetched(*sources: Iterable[Item], depth: int = 1) -> Iterator[Item]:
 
 
 NO_SPLIT = "all"  # what the only split is called where there are none
-LEAST = {"balance": -1.0, "p_balanced": 0.0}  # the least of each; the largest is 1
-_MOST_LABELS = 1 << 16
+LOWER_BOUNDS = {"balance": -1.0, "p_balanced": 0.0}  # the least of each; the largest is 1
+_MAX_LOOKUP_SIZE = 1 << 16
 
 
 def label_column(table: pa.Table) -> str:
@@ -151,11 +151,11 @@ def name_column(table: pa.Table) -> str:
     return "label_name" if "label_name" in table.column_names else "label"
 
 
-def labels_of(table: pa.Table) -> Any:
+def class_values(table: pa.Table) -> Any:
     """Give what tells classes apart: the numbers, or the names where the table has no numbers."""
     if "label" not in table.column_names:
-        return plain(table["label_name"])
-    label = plain(table["label"])
+        return decode_dictionary(table["label_name"])
+    label = decode_dictionary(table["label"])
     if pa.types.is_floating(label.type):
         try:
             return label.cast(pa.int64())
@@ -164,45 +164,45 @@ def labels_of(table: pa.Table) -> Any:
     return label
 
 
-def plain(column: Any) -> Any:
+def decode_dictionary(column: Any) -> Any:
     """Give a column as strings or numbers, not as a dictionary of them."""
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def coded_of(column: pa.ChunkedArray) -> pa.DictionaryArray:
+def encode_dictionary(column: pa.ChunkedArray) -> pa.DictionaryArray:
     """Give a column as codes of the values it has."""
     coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
     return coded.unify_dictionaries().combine_chunks()
 
 
-def places_of(column: pa.ChunkedArray, among: pa.Array, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
+def indices_among(column: pa.ChunkedArray, among: pa.Array, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
     """Give the place among sorted values of each row's, (n,); each is there."""
     if (
         pa.types.is_integer(among.type)
         and len(among)
         and (least := among[0].as_py()) >= 0
-        and ((size := among[-1].as_py() - least + 1) <= _MOST_LABELS)
+        and ((size := among[-1].as_py() - least + 1) <= _MAX_LOOKUP_SIZE)
     ):
         table = np.zeros(size, dtype=dtype)  # a table of small numbers is ten times as quick
         table[among.to_numpy() - least] = np.arange(len(among))
         return np.asarray(table[column.to_numpy() - least])
-    column = plain(column)
+    column = decode_dictionary(column)
     found = pc.index_in(column, value_set=among.cast(column.type))
     return np.asarray(found.to_numpy().astype(dtype))
 
 
-def splits_of(table: pa.Table, splits: Sequence[str] | None) -> NDArray[np.int16]:
+def split_indices(table: pa.Table, splits: Sequence[str] | None) -> NDArray[np.int16]:
     """Return the place among `splits` of each row's, (n,); a row of none is in NO_SPLIT. None: they are made anew."""
     if splits is None or "split" not in table.column_names:
         return np.zeros(len(table), dtype=np.int16)
-    coded = coded_of(table["split"])
+    coded = encode_dictionary(table["split"])
     among = {name: place for place, name in enumerate(splits)}
     names = [NO_SPLIT if each is None else str(each) for each in coded.dictionary.to_pylist()]
     place = np.array([*(among[name] for name in names), among.get(NO_SPLIT, 0)], np.int16)
     return np.asarray(place[coded.indices.fill_null(len(place) - 1).to_numpy()])
 
 
-def floats_of(table: pa.Table, name: str) -> Floats:
+def float_column(table: pa.Table, name: str) -> Floats:
     """Give a column of numbers (n,), null as NaN; ScoreError where it holds none."""
     try:
         column = table[name].cast(pa.float32(), safe=False)
@@ -211,9 +211,9 @@ def floats_of(table: pa.Table, name: str) -> Floats:
     return np.asarray(column.to_numpy(), dtype=np.float32)
 
 
-def check_no_nulls(table: pa.Table, names: Sequence[str], part: Part) -> None:
+def check_no_nulls(table: pa.Table, names: Sequence[str], part: ScoreFile) -> None:
     """Raise ScoreError where one of these columns holds nulls."""
-    where = name_of(part)
+    where = display_name(part)
     for name in names:
         if table[name].null_count:
             raise ScoreError(f"{where}: column {name} holds nulls; every scored sample has an id and a label")

@@ -22,28 +22,28 @@ from ..audit.metrics import Floats, gap
 from ..audit.parquet import parse_provenance
 from ..audit.scores.table import PROVENANCE, ScoreTable, check_score_schema, discrepancy_between, score_modalities
 from .score_files import (
-    LEAST,
-    Part,
-    batches_of_part,
+    LOWER_BOUNDS,
+    ScoreFile,
     check_no_nulls,
     check_schema,
-    files_of,
-    floats_of,
-    in_order,
+    class_values,
+    decode_dictionary,
+    display_name,
+    find_score_files,
+    float_column,
+    indices_among,
     label_column,
-    labels_of,
-    name_of,
-    places_of,
-    plain,
-    prefetched,
-    schema_of,
-    splits_of,
+    prefetch,
+    read_score_schema,
+    read_tables,
+    sort_by_first_id,
+    split_indices,
 )
-from .survey import survey_of
+from .survey import survey_table
 
 _ONLY_WRITTEN = ("label_name", "content")
 _CODED = ("split", "label_name")  # what few values repeat in
-_USED = ("sample_id", "label", "split", "group", *_ONLY_WRITTEN, *LEAST)
+_USED = ("sample_id", "label", "split", "group", *_ONLY_WRITTEN, *LOWER_BOUNDS)
 _SLACK = 1e-6
 
 
@@ -96,7 +96,7 @@ class ScoreBatch:
 
     def numbers(self, name: str) -> Floats | None:
         """Give a column of numbers (n,), null as NaN; None where the table has no such column."""
-        return floats_of(self.table, name) if name in self.table.column_names else None
+        return float_column(self.table, name) if name in self.table.column_names else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ class ScoreFiles:
     `paths` are the columns of file names of the source, `provenance` is what stands in the metadata of the table.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[ScoreFile, ...]
     modalities: tuple[str, ...]
     columns: tuple[str, ...]
     num_rows: int
@@ -122,32 +122,37 @@ class ScoreFiles:
         None  # other splits than the table's, as places in `splits`
     )
 
-    def rows(self, *, whole: bool = False, ordered: bool = True) -> Iterator[ScoreBatch]:
+    def batches(self, *, all_columns: bool = False, ordered: bool = True) -> Iterator[ScoreBatch]:
         """Read all rows once, while others are being worked on; unless `ordered`, two parts at a time as they come.
 
-        Only columns that decide something are read; `whole`: all that a manifest has, of rows that were read before.
+        Only columns that decide something are read; `all_columns`: all that a manifest has, of rows that were read before.
         Raises ScoreError for values that are null or out of range; the first of them is named.
         """
         if ordered or len(self.parts) == 1:
-            return prefetched(self._rows(self.parts, whole=whole))
-        return prefetched(self._rows(self.parts[::2], whole=whole), self._rows(self.parts[1::2], whole=whole))
+            return prefetch(self._read_batches(self.parts, all_columns=all_columns))
+        return prefetch(
+            self._read_batches(self.parts[::2], all_columns=all_columns),
+            self._read_batches(self.parts[1::2], all_columns=all_columns),
+        )
 
-    def _rows(self, parts: Sequence[Part], *, whole: bool) -> Iterator[ScoreBatch]:
-        needless = {"label_name"} & set(self.coded) if whole else {*self.paths, *_ONLY_WRITTEN}
+    def _read_batches(self, parts: Sequence[ScoreFile], *, all_columns: bool) -> Iterator[ScoreBatch]:
+        needless = {"label_name"} & set(self.coded) if all_columns else {*self.paths, *_ONLY_WRITTEN}
         columns = [name for name in self.columns if name not in needless]
         if "label" not in columns:
             columns.append("label_name")
         for part in parts:
-            for table in batches_of_part(part, dict.fromkeys(columns), dictionary=_CODED):
-                if not whole:
-                    _check(table, self.modalities, part)
-                key = keys_of(table["sample_id"], seed=self.seed)
+            for table in read_tables(part, dict.fromkeys(columns), dictionary=_CODED):
+                if not all_columns:
+                    _check_rows(table, self.modalities, part)
+                key = hash_keys(table["sample_id"], seed=self.seed)
                 rows = ScoreBatch(
                     table=table,
                     key=key,
-                    label=places_of(labels_of(table), self.classes, np.int32),
-                    split=splits_of(table, self.splits if self.assign is None else None),
-                    confidence=np.stack([floats_of(table, f"confidence_{name}") for name in self.modalities], axis=1),
+                    label=indices_among(class_values(table), self.classes, np.int32),
+                    split=split_indices(table, self.splits if self.assign is None else None),
+                    confidence=np.stack(
+                        [float_column(table, f"confidence_{name}") for name in self.modalities], axis=1
+                    ),
                     excluded_by=self._excluded_by(key),
                     modalities=self.modalities,
                 )
@@ -159,18 +164,18 @@ class ScoreFiles:
             found[(found == 0) & ~members.admits(key)] = number
         return found
 
-    def chooses(self, rows: ScoreBatch) -> NDArray[np.bool_]:
+    def chooses(self, batch: ScoreBatch) -> NDArray[np.bool_]:
         """Tell which rows (n,) may choose: those not barred, and of the test split only if there is no other."""
         test = self.splits.index("test") if "test" in self.splits and len(self.splits) > 1 else -1
-        return np.asarray((rows.split != test) & (rows.excluded_by == 0))
+        return np.asarray((batch.split != test) & (batch.excluded_by == 0))
 
     def default_between(self) -> str:
         """Give `A:B` for two modalities; of more the most confident one outside the test split, against the rest."""
         if len(self.modalities) == 2:
             return ":".join(self.modalities)
         total, number = np.zeros(len(self.modalities)), np.zeros(len(self.modalities))
-        for rows in self.rows():
-            some = rows.confidence[self.chooses(rows)]
+        for batch in self.batches():
+            some = batch.confidence[self.chooses(batch)]
             total += np.where(np.isnan(some), 0, some).sum(axis=0, dtype=np.float64)
             number += (~np.isnan(some)).sum(axis=0)
         return self.modalities[int(np.argmax(total / np.maximum(number, 1)))]
@@ -181,8 +186,8 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
 
     Raises ScoreError where a file is no score table, or the shards have different columns.
     """
-    parts: list[Part] = [source.to_arrow()] if isinstance(source, ScoreTable) else files_of(source)
-    schemas = [schema_of(part) for part in parts]
+    parts: list[ScoreFile] = [source.to_arrow()] if isinstance(source, ScoreTable) else find_score_files(source)
+    schemas = [read_score_schema(part) for part in parts]
     for part, schema in zip(parts, schemas, strict=True):
         check_schema(schema, part)
     columns = tuple(schemas[0].names)
@@ -200,12 +205,12 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
         )
         paths = tuple(name for name in provenance.pop("paths", []) if name in columns)
     for part, schema in zip(parts, schemas, strict=True):
-        check_score_schema(schema, where=name_of(part), paths=paths)
-    found = survey_of(parts, columns)
+        check_score_schema(schema, where=display_name(part), paths=paths)
+    found = survey_table(parts, columns)
     if found.num_rows == 0:
         raise ScoreError("the score table holds no rows")
     return ScoreFiles(
-        parts=in_order(parts),
+        parts=sort_by_first_id(parts),
         modalities=modalities,
         columns=tuple(
             name
@@ -223,47 +228,47 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
     )
 
 
-def keys_of(ids: pa.ChunkedArray, *, seed: int) -> NDArray[np.uint64]:
+def hash_keys(ids: pa.ChunkedArray, *, seed: int) -> NDArray[np.uint64]:
     """Give hash(seed, id) of each row, (n,): the chance by which rows are chosen."""
     try:
-        return hash_ids(plain(ids.combine_chunks()), seed=seed, purpose="split")
+        return hash_ids(decode_dictionary(ids.combine_chunks()), seed=seed, purpose="split")
     except pa.ArrowException as cause:
         raise ScoreError(f"column sample_id does not hold text: {str(cause).splitlines()[0]}") from cause
 
 
-def _check(table: pa.Table, modalities: Sequence[str], part: Part) -> None:
-    where = name_of(part)
+def _check_rows(table: pa.Table, modalities: Sequence[str], part: ScoreFile) -> None:
+    where = display_name(part)
     check_no_nulls(table, ["sample_id", label_column(table)], part)
     there = np.zeros(len(table), dtype=np.int16)
     for name in modalities:
         there += _check_range(table, f"confidence_{name}", 0.0, where)
     if (there < 2).any():
         raise ScoreError(
-            f"{where}: sample {_id(table, there < 2)} has fewer than two values of confidence, and so no discrepancy"
+            f"{where}: sample {_first_id(table, there < 2)} has fewer than two values of confidence, and so no discrepancy"
         )
-    for name, low in LEAST.items():
+    for name, low in LOWER_BOUNDS.items():
         if name in table.column_names:
             _check_range(table, name, low, where)
 
 
 def _check_range(table: pa.Table, name: str, low: float, where: object) -> NDArray[np.bool_]:
     """Tell which rows (n,) have a value; a NaN is out of range as any wrong number is, only a null is missing."""
-    values = floats_of(table, name)
+    values = float_column(table, name)
     there = pc.is_valid(table[name].combine_chunks()).to_numpy(zero_copy_only=False)
     wrong = there & ~((values >= low - _SLACK) & (values <= 1 + _SLACK))
     if wrong.any():
         raise ScoreError(
-            f"{where}: {name} of sample {_id(table, wrong)} is {values[wrong][0]:g}, outside [{low:g}, 1]: "
+            f"{where}: {name} of sample {_first_id(table, wrong)} is {values[wrong][0]:g}, outside [{low:g}, 1]: "
             "rescore, or mend the table"
         )
     return np.asarray(there)
 
 
-def _id(table: pa.Table, which: NDArray[np.bool_]) -> str:
+def _first_id(table: pa.Table, which: NDArray[np.bool_]) -> str:
     return str(table["sample_id"][int(np.argmax(which))].as_py())
 
 
-def same_dataset(mine: dict[str, Any], other: dict[str, Any], *, name: str) -> None:
+def check_same_dataset(mine: dict[str, Any], other: dict[str, Any], *, name: str) -> None:
     """Raise ManifestError where two provenances tell of different datasets."""
     here, there = mine.get("fingerprint"), other.get("fingerprint")
     if here is not None and there is not None and here != there:

@@ -23,7 +23,7 @@ from .external_sort import ExternalSort
 from .score_tables import ScoreBatch, ScoreFiles
 
 _RANKS = 1 << 20  # steps of balance that ranks tell apart: 2e-6 of it
-_HALF, _UNIT = np.uint64(32), np.float64(2.0**-32)
+_HALF_BITS, _HASH_UNIT = np.uint64(32), np.float64(2.0**-32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class SelectionRule(Protocol):
     def num_cells(self) -> int:
         """Cells there are."""
 
-    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
+    def cells(self, batch: ScoreBatch) -> NDArray[np.int32]:
         """Give the cell of each row, (n,)."""
 
     def quotas(self, counts: Counts) -> Counts:
@@ -68,10 +68,10 @@ class SelectionRule(Protocol):
     def by_score(self) -> bool:
         """Whether a cell keeps the rows of least `order`, not those of least hash."""
 
-    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
+    def order(self, batch: ScoreBatch) -> NDArray[np.uint64]:
         """Give the keys (n,) by which rows are chosen where that is not by hash."""
 
-    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
+    def explain(self, batch: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
         """Say why each row is kept or dropped; `chance` has its hash and its cell's last one, both in [0, 1]."""
 
 
@@ -93,7 +93,7 @@ class Decision:
 class Selection:
     """A rule made up its mind. counts and quota (c,) are rows by cell, there and kept; last (c,) their last keys."""
 
-    shards: ScoreFiles
+    score_files: ScoreFiles
     rule: SelectionRule
     counts: Counts
     quota: Counts
@@ -103,34 +103,37 @@ class Selection:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why rows are dropped, in words."""
-        return (self.rule.reason, "missing-modality", *(each.reason for each in self.shards.members))
+        return (self.rule.reason, "missing-modality", *(each.reason for each in self.score_files.members))
 
-    def decide(self, rows: ScoreBatch) -> Decision:
+    def decide(self, batch: ScoreBatch) -> Decision:
         """Decide about some rows; what is decided of one depends on no other."""
-        cell = self.rule.cells(rows)
-        key = self.rule.order(rows) if self.rule.by_score else rows.key
+        cell = self.rule.cells(batch)
+        key = self.rule.order(batch) if self.rule.by_score else batch.key
         some, last = self.quota[cell] > 0, self.last[cell]
-        keep = (cell >= 0) & (rows.excluded_by == 0) & some & (key <= last)
+        keep = (cell >= 0) & (batch.excluded_by == 0) & some & (key <= last)
         reason = (cell < 0).astype(np.int8)
-        if self.shards.members:
-            reason = np.where(rows.excluded_by > 0, rows.excluded_by + 1, reason).astype(np.int8)
+        if self.score_files.members:
+            reason = np.where(batch.excluded_by > 0, batch.excluded_by + 1, reason).astype(np.int8)
         # 32 bits of a hash say enough, and take half the space.
-        score, threshold = (key >> _HALF) * _UNIT, np.where(self.quota > 0, (self.last >> _HALF) * _UNIT, 0.0)[cell]
+        score, threshold = (
+            (key >> _HALF_BITS) * _HASH_UNIT,
+            np.where(self.quota > 0, (self.last >> _HALF_BITS) * _HASH_UNIT, 0.0)[cell],
+        )
         if reason.any():  # those had no part in it
             score[reason > 0] = threshold[reason > 0] = np.nan
         chance = RowOutcome(score=score, threshold=threshold)
-        rank = np.zeros(len(rows), dtype=np.int32)
-        rank[keep] = self.starts[imbalance_key(rows)[keep]]
+        rank = np.zeros(len(batch), dtype=np.int32)
+        rank[keep] = self.starts[imbalance_key(batch)[keep]]
         return Decision(
             keep=keep,
-            discrepancy=rows.discrepancy(self.rule.between),
+            discrepancy=batch.discrepancy(self.rule.between),
             rank=rank,
             reason=reason,
-            outcome=self.rule.explain(rows, cell, chance),
+            outcome=self.rule.explain(batch, cell, chance),
         )
 
 
-def select_rows(shards: ScoreFiles, rule: SelectionRule, *, scratch: Path) -> Selection:
+def select_rows(score_files: ScoreFiles, rule: SelectionRule, *, scratch: Path) -> Selection:
     """Make the first pass: count the rows of each cell and find the last key each keeps.
 
     `scratch` is a folder for files of 16 bytes a row, where there are more than a million.
@@ -138,41 +141,45 @@ def select_rows(shards: ScoreFiles, rule: SelectionRule, *, scratch: Path) -> Se
     """
     counts = np.zeros(rule.num_cells, dtype=np.int64)
     with ExitStack() as stack:
-        ids = stack.enter_context(ExternalSort(shards.num_rows, scratch))
-        order = stack.enter_context(ExternalSort(shards.num_rows, scratch)) if rule.by_score else ids
-        for rows in shards.rows(ordered=False):
-            cell, bad = rule.cells(rows), imbalance_key(rows)
-            cell = np.where(rows.excluded_by > 0, -1, cell).astype(np.int32)
+        ids = stack.enter_context(ExternalSort(score_files.num_rows, scratch))
+        order = stack.enter_context(ExternalSort(score_files.num_rows, scratch)) if rule.by_score else ids
+        for batch in score_files.batches(ordered=False):
+            cell, bad = rule.cells(batch), imbalance_key(batch)
+            cell = np.where(batch.excluded_by > 0, -1, cell).astype(np.int32)
             counts += np.bincount(cell[cell >= 0], minlength=rule.num_cells)
-            ids.add(rows.key, cell, bad)
+            ids.add(batch.key, cell, bad)
             if rule.by_score:
-                order.add(rule.order(rows), cell, bad)
+                order.add(rule.order(batch), cell, bad)
         repeated = stack.enter_context(ThreadPoolExecutor(1)).submit(ids.repeated)  # while this thread sorts as well
         quota = np.minimum(rule.quotas(counts), counts)
         if not quota.any():
-            raise ManifestError(f"{rule.name}: none of the {shards.num_rows} scored samples qualifies; widen the rule")
+            raise ManifestError(
+                f"{rule.name}: none of the {score_files.num_rows} scored samples qualifies; widen the rule"
+            )
         number = np.zeros(_RANKS, dtype=np.int64)
         last = order.last_keys(quota, kept_imbalance=number)
-        check_unique(shards, repeated.result())
-    return Selection(shards=shards, rule=rule, counts=counts, quota=quota, last=last, starts=np.cumsum(number) - number)
+        check_unique(score_files, repeated.result())
+    return Selection(
+        score_files=score_files, rule=rule, counts=counts, quota=quota, last=last, starts=np.cumsum(number) - number
+    )
 
 
-def imbalance_key(rows: ScoreBatch) -> NDArray[np.uint32]:
+def imbalance_key(batch: ScoreBatch) -> NDArray[np.uint32]:
     """Give how far from balanced each row is, (n,) in steps: by balance score, or by the gap where there is none."""
-    balance = rows.numbers("balance")
-    low = rows.gap if balance is None else (1 - balance) / 2
+    balance = batch.numbers("balance")
+    low = batch.gap if balance is None else (1 - balance) / 2
     steps = low * np.float32(_RANKS - 1)
     return np.where(np.isnan(steps), _RANKS - 1, np.clip(steps, 0, _RANKS - 1)).astype(np.uint32)
 
 
-def check_unique(shards: ScoreFiles, repeated: NDArray[np.uint64]) -> None:
+def check_unique(score_files: ScoreFiles, repeated: NDArray[np.uint64]) -> None:
     """Raise ScoreError if any of the rows whose keys stand twice are of one id."""
     if len(repeated) == 0:
         return
     seen: dict[str, int] = {}
-    for rows in shards.rows():
-        for place in np.flatnonzero(np.isin(rows.key, repeated)):
-            name = str(rows.table["sample_id"][int(place)].as_py())
+    for batch in score_files.batches():
+        for place in np.flatnonzero(np.isin(batch.key, repeated)):
+            name = str(batch.table["sample_id"][int(place)].as_py())
             seen[name] = seen.get(name, 0) + 1
     twice = sorted(name for name, times in seen.items() if times > 1)
     if twice:

@@ -19,11 +19,11 @@ from .binning import distance_to_uniform
 from .score_tables import ScoreBatch, ScoreFiles
 from .selection import Decision
 
-_MOST_FINE = 1_024  # bins in whose steps KS is taken, which is right to 0.001 then
-_MOST_CELLS = 1 << 18  # of all counts together: what stays in the cache is added to ten times as quickly
-MOST_SHORTAGES = 20
+_MAX_FINE_BINS = 1_024  # bins in whose steps KS is taken, which is right to 0.001 then
+_MAX_CELLS = 1 << 18  # of all counts together: what stays in the cache is added to ten times as quickly
+MAX_SHORTAGES = 20
 
-_EVENNESS = Complete(distance=float, ks=float, positive=float)
+_UNIFORMITY = Complete(distance=float, ks=float, positive=float)
 _SHAPE = Complete(  # of NAME.balance.json, where some of it comes from the recipe
     {
         "name": str,
@@ -34,8 +34,8 @@ _SHAPE = Complete(  # of NAME.balance.json, where some of it comes from the reci
         "scored": int,
         "reasons": {"*": int},
         "effective_size": float,
-        "before": _EVENNESS,
-        "after": _EVENNESS,
+        "before": _UNIFORMITY,
+        "after": _UNIFORMITY,
         "distances": {"*": float},
         "counts_before": [int],
         "counts_after": [float],
@@ -79,25 +79,25 @@ class SplitStats:
     They are held by split, class, bin, and fine bins within each bin: (s, k, b, f / b).
     """
 
-    def __init__(self, shards: ScoreFiles, *, between: str, num_bins: int) -> None:
-        self.between, self.num_bins, self.shards = between, num_bins, shards
-        cells = len(shards.splits) * len(shards.classes) * num_bins
-        within = max(1, min(_MOST_FINE // num_bins, _MOST_CELLS // cells))
-        self._held = [np.zeros((len(shards.splits), len(shards.classes), num_bins, within)) for _ in range(2)]
+    def __init__(self, score_files: ScoreFiles, *, between: str, num_bins: int) -> None:
+        self.between, self.num_bins, self.score_files = between, num_bins, score_files
+        cells = len(score_files.splits) * len(score_files.classes) * num_bins
+        within = max(1, min(_MAX_FINE_BINS // num_bins, _MAX_CELLS // cells))
+        self._held = [np.zeros((len(score_files.splits), len(score_files.classes), num_bins, within)) for _ in range(2)]
         self._positive = [0.0, 0.0]
         self._squares = 0.0  # sum of squared weights of the kept
         self.kept = self.dropped = 0
         self.reasons: dict[str, int] = {}
 
-    def add(self, rows: ScoreBatch, decision: Decision, reasons: tuple[str, ...]) -> None:
+    def add(self, batch: ScoreBatch, decision: Decision, reasons: tuple[str, ...]) -> None:
         """Count some rows."""
         keep, values, weight = decision.keep, decision.discrepancy, decision.outcome.weight
         kept = int(np.count_nonzero(keep))
         self.kept += kept
-        self.dropped += len(rows) - kept
-        self._count_reasons(decision.reason[~keep] if decision.reason.any() else None, len(rows) - kept, reasons)
+        self.dropped += len(batch) - kept
+        self._count_reasons(decision.reason[~keep] if decision.reason.any() else None, len(batch) - kept, reasons)
         there = ~np.isnan(values)
-        cell = self._cells(rows, np.where(there, values, 0).astype(np.float64))
+        cell = self._cells(batch, np.where(there, values, 0).astype(np.float64))
         if not there.all():
             cell, values, keep = cell[there], values[there], keep[there]
             weight = None if weight is None else weight[there]
@@ -116,13 +116,13 @@ class SplitStats:
             self._positive[1] += float(mass[values[keep] > 0].sum())
             self._squares += float((mass**2).sum())
 
-    def _cells(self, rows: ScoreBatch, values: NDArray[np.float64]) -> NDArray[np.int64]:
+    def _cells(self, batch: ScoreBatch, values: NDArray[np.float64]) -> NDArray[np.int64]:
         """Give the place of each row among what is held, (n,)."""
         _, k, b, within = self._held[0].shape
         place = (values + 1) / 2 * b
         bins = np.clip(place, 0, b - 1).astype(np.int64)  # as bin_of has them
         fine = np.clip((place - bins) * within, 0, within - 1).astype(np.int64)
-        return np.asarray(((rows.split.astype(np.int64) * k + rows.label) * b + bins) * within + fine)
+        return np.asarray(((batch.split.astype(np.int64) * k + batch.label) * b + bins) * within + fine)
 
     def _count_reasons(self, reason: NDArray[np.int8] | None, number: int, reasons: tuple[str, ...]) -> None:
         counts = [number] if reason is None else np.bincount(reason, minlength=len(reasons)).tolist()
@@ -157,7 +157,7 @@ class SplitStats:
         mass = float(by_bin.sum())
         return {
             "distance": distance_to_uniform(by_bin, available=self._held[0].sum(axis=(0, 1, 3))),
-            "ks": _ks(self._held[place].sum(axis=(0, 1)).reshape(-1)),
+            "ks": _ks_distance(self._held[place].sum(axis=(0, 1)).reshape(-1)),
             "positive": float(self._positive[place] / mass) if mass else 0.0,
         }
 
@@ -166,14 +166,14 @@ class SplitStats:
         before, after = (held.sum(axis=(1, 3)) for held in self._held)  # (s, b)
         return {
             name: distance_to_uniform(after[place], available=before[place])
-            for place, name in enumerate(self.shards.splits)
+            for place, name in enumerate(self.score_files.splits)
             if before[place].any()
         }
 
     def _by_class(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> list[dict[str, Any]]:
         found = []
-        fine = [held.sum(axis=0).reshape(len(self.shards.classes), -1) for held in self._held]
-        for place, name in enumerate(self.shards.class_names):
+        fine = [held.sum(axis=0).reshape(len(self.score_files.classes), -1) for held in self._held]
+        for place, name in enumerate(self.score_files.class_names):
             there = before[:, place]
             found.append(
                 {
@@ -182,8 +182,8 @@ class SplitStats:
                     "after": float(after[:, place].sum()),
                     "distance_before": distance_to_uniform(there, available=there),
                     "distance_after": distance_to_uniform(after[:, place], available=there),
-                    "ks_before": _ks(fine[0][place]),
-                    "ks_after": _ks(fine[1][place]),
+                    "ks_before": _ks_distance(fine[0][place]),
+                    "ks_after": _ks_distance(fine[1][place]),
                     "empty_bins": int((there == 0).sum()),
                 }
             )
@@ -194,12 +194,12 @@ class SplitStats:
         wanted = after.sum(axis=1, keepdims=True) / max(1, int(before.any(axis=0).sum()))
         there = before.any(axis=1, keepdims=True) & before.any(axis=0)  # a class without any is short of no bin
         lacking = np.where(there, wanted - before, 0)
-        worst = np.argsort(-lacking, axis=None, kind="stable")[:MOST_SHORTAGES]
+        worst = np.argsort(-lacking, axis=None, kind="stable")[:MAX_SHORTAGES]
         bins, classes = np.unravel_index(worst, lacking.shape)
         width = 2 / self.num_bins
         return [
             {
-                "class": self.shards.class_names[one],
+                "class": self.score_files.class_names[one],
                 "bin": int(row),
                 "low": -1 + width * int(row),
                 "high": -1 + width * (int(row) + 1),
@@ -211,7 +211,7 @@ class SplitStats:
         ]
 
 
-def _ks(fine: NDArray[np.float64]) -> float:
+def _ks_distance(fine: NDArray[np.float64]) -> float:
     """Largest difference of the distribution function to that of uniform over [-1, 1], at the edges of fine bins (f,).
 
     In between it can be larger by 1 / f at most. 0 of nothing.

@@ -16,20 +16,20 @@ from ..audit.errors import ScoreError
 from ..audit.parquet import read_footer
 from ..audit.scores.table import check_splits
 from .score_files import (
-    LEAST,
+    LOWER_BOUNDS,
     NO_SPLIT,
-    Part,
-    batches_of_part,
+    ScoreFile,
     check_no_nulls,
-    coded_of,
+    class_values,
+    encode_dictionary,
     label_column,
-    labels_of,
     name_column,
+    read_tables,
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
+class TableSurvey:
     """What a pass over labels and splits finds. classes are sorted; class_names are in their order."""
 
     num_rows: int
@@ -41,41 +41,41 @@ class Survey:
     all_split: bool  # each row has a split
 
 
-def survey_of(parts: Sequence[Part], columns: Sequence[str]) -> Survey:
+def survey_table(parts: Sequence[ScoreFile], columns: Sequence[str]) -> TableSurvey:
     """Count the rows, and find which labels and splits there are: two parts at a time."""
     names = [name for name in ("label", "label_name", "split") if name in columns]
     with ThreadPoolExecutor(2) as threads:
-        looked = list(threads.map(partial(_look, names=names), parts))
+        looked = list(threads.map(partial(_survey_file, names=names), parts))
     called: dict[Any, set[str]] = {}
     for label, name in sorted({pair for pairs, _, _ in looked for pair in pairs}, key=str):
         called.setdefault(label, set()).add(name)
     splits = {each for _, found, _ in looked for each in found}
     check_splits(splits)
-    numbers = {name for name in LEAST if name in columns}
-    classes = _sorted(called)
+    numbers = {name for name in LOWER_BOUNDS if name in columns}
+    classes = _sort_labels(called)
     _check_names(called)
-    return Survey(
+    return TableSurvey(
         num_rows=sum(number for _, _, number in looked),
         classes=pa.array(classes),
         class_names=tuple(min(called[one]) for one in classes),
         splits=tuple(sorted({NO_SPLIT if one is None else str(one) for one in splits})) or (NO_SPLIT,),
-        empty=frozenset(numbers - {name for part in parts for name in _not_empty(part, numbers)}),
+        empty=frozenset(numbers - {name for part in parts for name in _non_empty_columns(part, numbers)}),
         named=all(len(each) == 1 and "" not in each for each in called.values()),
         all_split=None not in splits,
     )
 
 
-def _look(part: Part, *, names: Sequence[str]) -> tuple[set[tuple[Any, str]], set[str | None], int]:
+def _survey_file(part: ScoreFile, *, names: Sequence[str]) -> tuple[set[tuple[Any, str]], set[str | None], int]:
     """Give the labels of a part with their names, its splits, and its number of rows."""
     pairs: set[tuple[Any, str]] = set()
     splits: set[str | None] = set()
     number = 0
-    for table in batches_of_part(part, names, dictionary=names):
+    for table in read_tables(part, names, dictionary=names):
         number += len(table)
         check_no_nulls(table, [label_column(table)], part)
         if "split" in names:
             splits |= set(pc.unique(table["split"]).to_pylist())
-        pairs |= set(_pairs(table))
+        pairs |= set(_label_name_pairs(table))
     return pairs, splits, number
 
 
@@ -91,7 +91,7 @@ def _check_names(called: Mapping[Any, set[str]]) -> None:
         )
 
 
-def _sorted(labels: Iterable[Any]) -> list[Any]:
+def _sort_labels(labels: Iterable[Any]) -> list[Any]:
     """Sort labels; ScoreError for those of two kinds, and for numbers that a manifest has no room for."""
     kinds = sorted({type(one).__name__ for one in labels})
     if len(kinds) > 1:
@@ -102,9 +102,9 @@ def _sorted(labels: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _pairs(table: pa.Table) -> list[tuple[Any, str]]:
+def _label_name_pairs(table: pa.Table) -> list[tuple[Any, str]]:
     """Give each label of a table with each name it has."""
-    label, name = (coded_of(column) for column in (labels_of(table), table[name_column(table)]))
+    label, name = (encode_dictionary(column) for column in (class_values(table), table[name_column(table)]))
     codes = label.indices.to_numpy().astype(np.int64) * (len(name.dictionary) + 1)
     codes += name.indices.fill_null(len(name.dictionary)).to_numpy()
     labels, names = label.dictionary.to_pylist(), [*map(str, name.dictionary.to_pylist()), ""]
@@ -113,7 +113,7 @@ def _pairs(table: pa.Table) -> list[tuple[Any, str]]:
     ]
 
 
-def _not_empty(part: Part, names: set[str]) -> set[str]:
+def _non_empty_columns(part: ScoreFile, names: set[str]) -> set[str]:
     """Tell which of these columns hold anything; by the statistics of a file, and if it has none by what they hold."""
     if isinstance(part, pa.Table):
         return {name for name in names if part[name].null_count < len(part)}
@@ -130,6 +130,6 @@ def _not_empty(part: Part, names: set[str]) -> set[str]:
                     unknown.add(chunk.path_in_schema)
                 elif chunk.statistics.null_count < rows.num_rows:
                     found.add(chunk.path_in_schema)
-    for table in batches_of_part(part, unknown - found) if unknown - found else ():
+    for table in read_tables(part, unknown - found) if unknown - found else ():
         found |= {name for name in table.column_names if table[name].null_count < len(table)}
     return found

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ManifestError
 from ..audit.features.encoded_samples import ContentHashes, content_hashes
-from .checks import Check, CheckedFile, named, section
+from .checks import Check, CheckedFile, non_null_ids, section
 from .external_sort import ExternalSort
 from .manifest import (
     COLUMNS,
@@ -27,17 +27,17 @@ from .manifest import (
     check_columns,
     dropped_path,
     provenance_of,
-    schema_of,
+    read_manifest_schema,
 )
 from .recipe import balance_path
-from .score_tables import keys_of
+from .score_tables import hash_keys
 from .split_stats import read_numbers
 
-_MARKS = {True: "held", False: "FAILED", None: "not looked at"}
+_STATUS = {True: "held", False: "FAILED", None: "not looked at"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verified:
+class Verification:
     """What was found of a manifest, one check after another; `digests` are those of what it holds now."""
 
     manifest: Path
@@ -60,7 +60,7 @@ class Verified:
 
     def lines(self) -> list[str]:
         """Give one line for each check."""
-        return [f"{_MARKS[check.held]:<14}{check.name}: {check.detail}" for check in self.checks]
+        return [f"{_STATUS[check.held]:<14}{check.name}: {check.detail}" for check in self.checks]
 
 
 def verify(
@@ -71,7 +71,7 @@ def verify(
     fingerprint: str | None = None,
     scratch: Path | None = None,
     num_threads: int = 0,
-) -> Verified:
+) -> Verification:
     """Look at all that a manifest and its dropped rows say of themselves, a batch at a time.
 
     `dataset` is its source, whose media are then hashed; or `contents` gives them by id where they are known already.
@@ -84,10 +84,10 @@ def verify(
     return replace(rows, checks=(*rows.checks, *media))
 
 
-def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verified:
+def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verification:
     """Check a manifest and its dropped rows as `verify` does, without the data that they were made from."""
     provenance = provenance_of(manifest)
-    check_columns(schema_of(manifest), where=str(manifest))
+    check_columns(read_manifest_schema(manifest), where=str(manifest))
     beside = dropped_path(manifest)
     files = [CheckedFile(manifest, COLUMNS, provenance)]
     if beside.exists():
@@ -97,11 +97,16 @@ def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verified:
         for number, file in enumerate(whole):
             file.read_all(ids, number)
         repeated = ids.repeated()
-    checks = [*files[0].checks(""), *_ids(whole, repeated), _labels(whole), _subset(whole, provenance)]
-    checks += _dropped(files, beside)
+    checks = [
+        *files[0].checks(""),
+        *_check_unique_ids(whole, repeated),
+        _check_labels(whole),
+        _check_subset(whole, provenance),
+    ]
+    checks += _check_dropped(files, beside)
     numbers = balance_path(manifest)
-    checks += _complete(whole, read_numbers(numbers, error=ManifestError) if numbers.exists() else None)
-    return Verified(manifest=manifest, checks=tuple(checks), digests=files[0].digests)
+    checks += _check_complete(whole, read_numbers(numbers, error=ManifestError) if numbers.exists() else None)
+    return Verification(manifest=manifest, checks=tuple(checks), digests=files[0].digests)
 
 
 def check_media(
@@ -120,13 +125,13 @@ def check_media(
     provenance = provenance_of(manifest)
     media = Check(name="media", held=None, detail=unopened)
     if dataset is not None or contents is not None:
-        media = _media(manifest, provenance, dataset=dataset, contents=contents, num_threads=num_threads)
-    return [media, _fingerprint(provenance, fingerprint, unopened=unopened)]
+        media = _check_contents(manifest, provenance, dataset=dataset, contents=contents, num_threads=num_threads)
+    return [media, _check_fingerprint(provenance, fingerprint, unopened=unopened)]
 
 
-def _ids(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -> list[Check]:
+def _check_unique_ids(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -> list[Check]:
     """Check that ids are unique, and that none is both kept and dropped."""
-    times = _times(files, repeated)
+    times = _count_by_file(files, repeated)
     found = []
     for number, name in enumerate(("ids", "dropped ids")[: len(files)]):
         twice = sorted(each for each, counts in times.items() if counts[number] > 1)
@@ -139,19 +144,19 @@ def _ids(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -> list[Che
     return found
 
 
-def _times(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -> dict[str, list[int]]:
+def _count_by_file(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -> dict[str, list[int]]:
     """Count the rows of each id in each file; of those alone whose keys stand twice, which two ids may share."""
     times: dict[str, list[int]] = {}
     for number, file in enumerate(files if len(repeated) else ()):
         for table in batches_of(file.path, columns=["sample_id"]):
-            ids = named(table["sample_id"])
-            mask = np.isin(keys_of(ids, seed=0), repeated)
+            ids = non_null_ids(table["sample_id"])
+            mask = np.isin(hash_keys(ids, seed=0), repeated)
             for name in ids.filter(pa.array(mask)).to_pylist():
                 times.setdefault(str(name), [0] * len(files))[number] += 1
     return times
 
 
-def _labels(files: Sequence[CheckedFile]) -> Check:
+def _check_labels(files: Sequence[CheckedFile]) -> Check:
     names: dict[Any, set[Any]] = {}
     for label, called in chain.from_iterable(file.names.items() for file in files):
         names.setdefault(label, set()).update(called)
@@ -163,14 +168,14 @@ def _labels(files: Sequence[CheckedFile]) -> Check:
     return Check(name="labels", held=False, detail=detail)
 
 
-def _subset(files: Sequence[CheckedFile], provenance: dict[str, Any]) -> Check:
+def _check_subset(files: Sequence[CheckedFile], provenance: dict[str, Any]) -> Check:
     stated = provenance.get("subset")
     other = sorted({str(each) for file in files for each in file.subsets} - {str(stated)})
     detail = f"the rows are of {other[0]!r}, the metadata of {stated!r}" if other else repr(stated)
     return Check(name="subset", held=not other, detail=detail)
 
 
-def _dropped(files: Sequence[CheckedFile], beside: Path) -> list[Check]:
+def _check_dropped(files: Sequence[CheckedFile], beside: Path) -> list[Check]:
     """Check the dropped rows by themselves, and that they are this manifest's."""
     if len(files) < 2:
         return [Check(name="dropped", held=None, detail=f"there is no {beside.name} beside it")]
@@ -185,7 +190,7 @@ def _dropped(files: Sequence[CheckedFile], beside: Path) -> list[Check]:
     return [*dropped.checks("dropped "), Check(name="dropped from", held=same, detail=detail)]
 
 
-def _complete(files: Sequence[CheckedFile], numbers: dict[str, Any] | None) -> list[Check]:
+def _check_complete(files: Sequence[CheckedFile], numbers: dict[str, Any] | None) -> list[Check]:
     """Check that the numbers beside a manifest are its own, and that kept and dropped are all that were scored."""
     if numbers is None:
         return [Check(name="complete", held=None, detail="no file of numbers beside it tells how many were scored")]
@@ -200,7 +205,7 @@ def _complete(files: Sequence[CheckedFile], numbers: dict[str, Any] | None) -> l
     return [*checks, Check(name="complete", held=kept + dropped == scored, detail=said)]
 
 
-def _media(
+def _check_contents(
     manifest: Path,
     provenance: dict[str, Any],
     *,
@@ -209,7 +214,7 @@ def _media(
     num_threads: int,
 ) -> Check:
     """Check that the kept samples are made of what they were made of when they were scored."""
-    if dataset is not None and (odd := _other_modalities(provenance, dataset)):
+    if dataset is not None and (odd := _modality_mismatch(provenance, dataset)):
         return Check(name="media", held=False, detail=odd)
     expected: dict[str, str] = {}
     for table in batches_of(manifest, columns=["sample_id", "content"]):
@@ -227,14 +232,14 @@ def _media(
             changed[each.sample_id] = each.problem
     if not changed and not expected:
         return Check(name="media", held=True, detail=f"{number:,} samples are what they were when they were scored")
-    return Check(name="media", held=False, detail=_say_changed(manifest, changed, lost=expected, of=number))
+    return Check(name="media", held=False, detail=_describe_changed(manifest, changed, lost=expected, of=number))
 
 
-def _say_changed(manifest: Path, changed: dict[str, str | None], *, lost: Iterable[str], of: int) -> str:
+def _describe_changed(manifest: Path, changed: dict[str, str | None], *, lost: Iterable[str], of: int) -> str:
     said, lost = [], sorted(lost)
     if changed:
         name = min(changed)
-        files = changed[name] or ", ".join(_files_of(manifest, name))
+        files = changed[name] or ", ".join(_media_paths(manifest, name))
         more = f"{name}, {files}" if files else name
         said.append(f"{len(changed):,} of {of:,} samples' media have changed since they were scored, the first: {more}")
     if lost:
@@ -242,16 +247,16 @@ def _say_changed(manifest: Path, changed: dict[str, str | None], *, lost: Iterab
     return "; ".join(said)
 
 
-def _files_of(manifest: Path, name: str) -> list[str]:
+def _media_paths(manifest: Path, name: str) -> list[str]:
     """Give the files that the manifest names for a sample."""
-    columns = [column for column in schema_of(manifest).names if column not in COLUMNS]
+    columns = [column for column in read_manifest_schema(manifest).names if column not in COLUMNS]
     for table in batches_of(manifest, columns=["sample_id", *columns]) if columns else ():
         for row in table.filter(pc.equal(table["sample_id"], name)).to_pylist():
             return [str(row[column]) for column in columns if row[column] is not None]
     return []
 
 
-def _other_modalities(provenance: dict[str, Any], dataset: Dataset) -> str:
+def _modality_mismatch(provenance: dict[str, Any], dataset: Dataset) -> str:
     """Say if the data were opened with other modalities than were scored: every content differs then."""
     told = section(provenance, "scores").get("modalities")
     then = [each.get("name") for each in told if isinstance(each, dict)] if isinstance(told, list) else []
@@ -261,7 +266,7 @@ def _other_modalities(provenance: dict[str, Any], dataset: Dataset) -> str:
     return f"the data were opened as {', '.join(now)}, and scored as {', '.join(map(str, then))}: name them so"
 
 
-def _fingerprint(provenance: dict[str, Any], now: str | None, *, unopened: str) -> Check:
+def _check_fingerprint(provenance: dict[str, Any], now: str | None, *, unopened: str) -> Check:
     then = section(provenance, "scores").get("fingerprint")
     if now is None or then is None:
         why = unopened if now is None else "the scores do not tell it"

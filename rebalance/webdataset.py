@@ -26,7 +26,7 @@ from .score_files import NO_SPLIT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class ExportJob:
     """What is to be written. `root` is None where the source of the media cannot be told."""
 
     manifest: Path
@@ -41,14 +41,14 @@ class Job:
     escape_formulas: bool = True
 
 
-def plain_rows(job: Job, *columns: str) -> Iterator[dict[str, Any]]:
+def plain_rows(job: ExportJob, *columns: str) -> Iterator[dict[str, Any]]:
     """Yield the rows as plain values; a float32 by its shortest digits, what is no finite number as None."""
     names = list(dict.fromkeys(columns or job.schema.names))
     for table in batches_of(job.manifest, columns=names):
-        yield from pa.table({name: _shortest(table[name]) for name in names}).to_pylist()
+        yield from pa.table({name: _shortest_digits(table[name]) for name in names}).to_pylist()
 
 
-def _shortest(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _shortest_digits(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if not pa.types.is_floating(column.type):
         return column
     finite = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
@@ -65,12 +65,12 @@ def split_name(split: str | None) -> str:
 
 
 SAMPLES_PER_SHARD = 1_000  # of a tar
-_LONGEST_KEY = 180  # of the 255 bytes that a name may have, with room for modality and extension
+_MAX_KEY_LENGTH = 180  # of the 255 bytes that a name may have, with room for modality and extension
 _FILE_SUFFIXES = ("_file_name", "_filename", "_filepath", "_file", "_path", "_frames")
-_NAMELESS = ("file_name", "path", "file", "filename", "filepath")
+_GENERIC_COLUMNS = ("file_name", "path", "file", "filename", "filepath")
 
 
-def write_webdataset(job: Job, folder: Path) -> dict[str, Any]:
+def write_webdataset(job: ExportJob, folder: Path) -> dict[str, Any]:
     """Write SPLIT-000000.tar, ...: of each sample KEY.json, and KEY.NAME.EXT for each path column.
 
     The .json has the row without nulls, and under `files` the paths that the media had, which no longer hold.
@@ -86,28 +86,28 @@ def write_webdataset(job: Job, folder: Path) -> dict[str, Any]:
     read = {each.get("column") for each in job.provenance.get("scores", {}).get("modalities", [])}
     skipped = 0
     with ExitStack() as stack:
-        tars: dict[str, _Tars] = {}
+        tars: dict[str, _TarWriter] = {}
         for row in plain_rows(job):
             split = split_name(row["split"])
             if split not in tars:
-                tars[split] = _Tars(folder, split, job.samples_per_shard)
+                tars[split] = _TarWriter(folder, split, job.samples_per_shard)
                 stack.callback(tars[split].close)
-            members, lost = _members(row, modalities, job)
+            members, lost = _sample_members(row, modalities, job)
             skipped += lost
-            tars[split].add(key_of(row["sample_id"]), members)
+            tars[split].add(webdataset_key(row["sample_id"]), members)
     return {"skipped": skipped, "left_out": sorted(read - {*job.paths, None})}
 
 
-def key_of(sample_id: str) -> str:
+def webdataset_key(sample_id: str) -> str:
     """Give the WebDataset key of an id: percent-encoded, dots too, so that no two ids share one.
 
     One that is longer than a file name may be is cut and ends in %% and a digest.
     """
     key = quote(sample_id, safe="").replace(".", "%2E") or "%"
-    return key if len(key) <= _LONGEST_KEY else f"{key[: _LONGEST_KEY - 34]}%%{digest(sample_id.encode())}"
+    return key if len(key) <= _MAX_KEY_LENGTH else f"{key[: _MAX_KEY_LENGTH - 34]}%%{digest(sample_id.encode())}"
 
 
-def _modality_of(column: str, job: Job) -> Modality:
+def _modality_of(column: str, job: ExportJob) -> Modality:
     """Name a column's member by the one modality read from it, else by the column; `kind` is only not of frames."""
     those = [each for each in job.provenance.get("scores", {}).get("modalities", []) if each.get("column") == column]
     if any(each.get("kind") == "frames" for each in those):
@@ -115,13 +115,15 @@ def _modality_of(column: str, job: Job) -> Modality:
             f"{column} names folders of frames, and a sample of a WebDataset holds files: export as jsonl, or ogm"
         )
     stem = next((column.removesuffix(end) for end in _FILE_SUFFIXES if column.endswith(end)), column)
-    if len(those) > 1 and column in _NAMELESS:
+    if len(those) > 1 and column in _GENERIC_COLUMNS:
         stem = "video"  # both sound and sight are read from it, and called audio and visual again
     name = str(those[0]["name"]) if len(those) == 1 else stem or column
     return Modality(name=re.sub(r"[^a-z0-9_-]", "_", name.lower()), column=column, kind="audio")
 
 
-def _members(row: dict[str, Any], modalities: dict[str, Modality], job: Job) -> tuple[dict[str, Medium], int]:
+def _sample_members(
+    row: dict[str, Any], modalities: dict[str, Modality], job: ExportJob
+) -> tuple[dict[str, Medium], int]:
     """Give the members of a sample by what follows the key's dot, and how many media were not there."""
     found: dict[str, Medium] = {}
     lost = 0
@@ -148,7 +150,7 @@ def _members(row: dict[str, Any], modalities: dict[str, Modality], job: Job) -> 
     return {"json": text.encode(), **found}, lost
 
 
-class _Tars:
+class _TarWriter:
     """The tars of one split, each of as many samples; headers hold nothing of this machine or hour."""
 
     def __init__(self, folder: Path, split: str, most: int) -> None:

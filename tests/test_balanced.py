@@ -22,8 +22,8 @@ from scipy.stats import kstest
 
 from mmaudit.audit.errors import ConfigError, ScoreError
 from mmaudit.audit.scores.table import ScoreTable
-from mmaudit.rebalance.balanced import AUTO, Balanced, BalancedConfig, largest_pair, plan_balanced
-from mmaudit.rebalance.binning import Point, best_bins
+from mmaudit.rebalance.balanced import AUTO, BalancedConfig, BalancedRule, largest_pair, plan_balanced
+from mmaudit.rebalance.binning import CurvePoint, choose_num_bins
 from mmaudit.rebalance.manifest import read_dropped, read_manifest
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import Selection, select_rows
@@ -81,8 +81,8 @@ def tables(draw: st.DrawFn) -> ScoreTable:
 class Split:
     """A balanced split as it is told: before and after are (s, b, k); files only where they were asked for."""
 
-    rule: Balanced
-    choice: Selection
+    rule: BalancedRule
+    selection: Selection
     numbers: dict[str, Any]
     kept_ids: set[str]
     kept: pa.Table | None = None
@@ -90,34 +90,34 @@ class Split:
 
     @property
     def before(self) -> Counts:
-        return self.choice.counts.reshape(self.rule.shape)
+        return self.selection.counts.reshape(self.rule.shape)
 
     @property
     def after(self) -> Counts:
-        return self.choice.quota.reshape(self.rule.shape)
+        return self.selection.quota.reshape(self.rule.shape)
 
     @property
-    def curve(self) -> tuple[Point, ...]:
-        return self.rule.curve(self.choice.counts)
+    def curve(self) -> tuple[CurvePoint, ...]:
+        return self.rule.curve(self.selection.counts)
 
 
 def split_of(
     source: ScoreTable | Path, config: BalancedConfig, *, seed: int = 0, between: str | None = None, files: bool = False
 ) -> Split:
-    shards = open_scores(source, seed=seed)
-    rule = plan_balanced(shards, config, between=between)
+    score_files = open_scores(source, seed=seed)
+    rule = plan_balanced(score_files, config, between=between)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "m.parquet"
-        choice = select_rows(shards, rule, scratch=Path(folder))
-        numbers = write_split(choice, path if files else None, name="balanced", recipe={}, num_bins=rule.num_bins)
+        selection = select_rows(score_files, rule, scratch=Path(folder))
+        numbers = write_split(selection, path if files else None, name="balanced", recipe={}, num_bins=rule.num_bins)
         kept = read_manifest(path) if files else None
         dropped = read_dropped(path, kept) if kept else None
     ids: set[str] = set()
-    for rows in shards.rows():
-        ids |= set(rows.table["sample_id"].filter(pa.array(choice.decide(rows).keep)).to_pylist())
+    for rows in score_files.batches():
+        ids |= set(rows.table["sample_id"].filter(pa.array(selection.decide(rows).keep)).to_pylist())
     return Split(
         rule=rule,
-        choice=choice,
+        selection=selection,
         numbers=numbers,
         kept_ids=ids,
         kept=kept.table if kept else None,
@@ -312,7 +312,7 @@ def test_as_many_bins_as_the_samples_outside_test_bear(spread: float) -> None:
     scores = replace(table_of(values, np.zeros(600, int)), split=np.where(test, "test", "train").astype(object))
     counts, edges = np.histogram(values[~test], bins=4_096, range=(-1, 1))
     split = split_of(scores, BalancedConfig(bins=AUTO))
-    assert split.rule.num_bins == pytest.approx(best_bins((edges[1:] + edges[:-1]) / 2, counts), abs=1)
+    assert split.rule.num_bins == pytest.approx(choose_num_bins((edges[1:] + edges[:-1]) / 2, counts), abs=1)
     assert split.numbers["bins"] == split.rule.num_bins
 
 

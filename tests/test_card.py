@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.card import MOST_SHORTAGES, card
+from mmaudit.rebalance.card import MAX_SHORTAGES, card
 from mmaudit.rebalance.manifest import dropped_path, rows_of
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
@@ -104,7 +104,7 @@ def test_the_worst_class_and_the_worst_shortages_are_told(tmp_path: Path) -> Non
     worst = max(numbers["classes"], key=lambda each: float(each["distance_after"]))
     assert f"Of 3 classes, **{worst['name']}** is the least even: distance {worst['distance_after']:.3f}" in text
     lines = [line for line in text.splitlines() if "where an even share is" in line]
-    assert 0 < len(lines) == min(MOST_SHORTAGES, len(numbers["shortages"]))
+    assert 0 < len(lines) == min(MAX_SHORTAGES, len(numbers["shortages"]))
     assert lines[0].startswith(f"- {numbers['shortages'][0]['class']} has {numbers['shortages'][0]['has']} samples")
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.parquet import KEY
-from mmaudit.rebalance.checks import BOUNDS, CheckedFile, named, section
+from mmaudit.rebalance.checks import BOUNDS, CheckedFile, non_null_ids, section
 from mmaudit.rebalance.external_sort import ExternalSort
 from mmaudit.rebalance.manifest import COLUMNS, RANGES, ROWS_KEY, SCHEMA_VERSION, digest_of, metadata_digest
 
@@ -130,5 +130,5 @@ def test_columns_that_no_manifest_has_are_refused(tmp_path: Path) -> None:
 def test_sections_and_ids_that_are_none_are_left_out() -> None:
     assert section({"rule": {"a": 1}}, "rule") == {"a": 1}
     assert section({"rule": "a"}, "rule") == section({}, "rule") == {}
-    assert named(pa.chunked_array([["a", None, "b"]])).to_pylist() == ["a", "b"]
+    assert non_null_ids(pa.chunked_array([["a", None, "b"]])).to_pylist() == ["a", "b"]
     assert np.isinf(BOUNDS["rank"][1])

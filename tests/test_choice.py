@@ -19,7 +19,7 @@ from mmaudit.audit.hashing import hash_ids
 from mmaudit.rebalance import external_sort as spill
 from mmaudit.rebalance import score_files as parts
 from mmaudit.rebalance import score_tables as shards
-from mmaudit.rebalance.score_tables import ManifestMembers, ScoreBatch, ScoreFiles, keys_of, open_scores
+from mmaudit.rebalance.score_tables import ManifestMembers, ScoreBatch, ScoreFiles, hash_keys, open_scores
 from mmaudit.rebalance.selection import RowOutcome, Selection, select_rows
 
 Counts = NDArray[np.int64]
@@ -74,7 +74,7 @@ def opened(folder: Path, whole: pa.Table, *, seed: int = 0) -> ScoreFiles:
 
 def decided(made: Selection) -> dict[str, NDArray[Any]]:
     """Decide about all rows, in their order."""
-    each = [(rows, made.decide(rows)) for rows in made.shards.rows()]
+    each = [(rows, made.decide(rows)) for rows in made.score_files.batches()]
     return {
         "id": np.concatenate([rows.table["sample_id"].to_pylist() for rows, _ in each]),
         "keep": np.concatenate([found.keep for _, found in each]),
@@ -114,7 +114,7 @@ def test_each_cell_keeps_its_first_by_hash(
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "BATCH_ROWS", batch)
-        patch.setattr(spill, "_ROWS_A_PART", 4 if where == "disk" else 1 << 18)
+        patch.setattr(spill, "_PART_ROWS", 4 if where == "disk" else 1 << 18)
         made = select_rows(found, rule, scratch=folder / "scratch")
         told = decided(made)
     assert set(told["id"][told["keep"]]) == expected
@@ -165,7 +165,7 @@ def test_the_rank_is_the_number_of_kept_rows_that_are_more_balanced(
 def test_what_is_decided_of_a_row_depends_on_no_other(tmp_path: Path) -> None:
     found = opened(tmp_path, table(60, seed=0))
     made = select_rows(found, Some(wanted=np.full(6, 4), num_classes=3), scratch=tmp_path)
-    (rows,) = found.rows()
+    (rows,) = found.batches()
     whole = made.decide(rows)
     for place in range(60):
         one = ScoreBatch(
@@ -199,8 +199,8 @@ def test_who_is_barred_is_in_no_cell_and_says_by_whom(tmp_path: Path) -> None:
     here = pa.chunked_array([whole["sample_id"].combine_chunks().slice(0, 20)])
     there = pa.chunked_array([whole["sample_id"].combine_chunks().slice(0, 5)])
     members = (
-        ManifestMembers(name="a", keys=np.sort(keys_of(here, seed=0)), inside=True),
-        ManifestMembers(name="b", keys=np.sort(keys_of(there, seed=0)), inside=False),
+        ManifestMembers(name="a", keys=np.sort(hash_keys(here, seed=0)), inside=True),
+        ManifestMembers(name="b", keys=np.sort(hash_keys(there, seed=0)), inside=False),
     )
     found = ScoreFiles(
         **{name: getattr(found, name) for name in ScoreFiles.__slots__ if name != "members"}, members=members
@@ -218,7 +218,7 @@ def test_who_is_barred_is_in_no_cell_and_says_by_whom(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_an_id_that_stands_twice_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     if where == "disk":
-        monkeypatch.setattr(spill, "_ROWS_A_PART", 4)
+        monkeypatch.setattr(spill, "_PART_ROWS", 4)
     rule = Some(wanted=np.full(6, 4), num_classes=3)
     within = table(6, seed=0, sample_id=["d", "b", "b", "a", "a", "a"])
     with pytest.raises(ScoreError, match=r"3 ids stand more than once in the score table \(the first: a\)"):
@@ -232,7 +232,7 @@ def test_an_id_that_stands_twice_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_two_ids_of_one_hash_are_two_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "keys_of", lambda ids, *, seed: np.zeros(len(ids), dtype=np.uint64))
+    monkeypatch.setattr(shards, "hash_keys", lambda ids, *, seed: np.zeros(len(ids), dtype=np.uint64))
     found = opened(tmp_path, table(20, seed=0))
     told = decided(select_rows(found, Some(wanted=np.full(6, 100), num_classes=3), scratch=tmp_path))
     assert told["keep"].sum() == 18
@@ -245,7 +245,7 @@ def test_nothing_kept_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_scratch_folder_is_empty_after_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spill, "_ROWS_A_PART", 4)
+    monkeypatch.setattr(spill, "_PART_ROWS", 4)
     monkeypatch.setattr(parts, "BATCH_ROWS", 10)
     bad = np.where(np.arange(40) == 35, 2.0, 0.5).astype(np.float32)
     found = opened(tmp_path, table(40, seed=0, confidence_audio=bad))

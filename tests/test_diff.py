@@ -18,7 +18,15 @@ from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.parquet import KEY
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.diff import NAMES, SCORES, Difference, Moved, Only, Shift, diff
+from mmaudit.rebalance.diff import (
+    NAME_COLUMNS,
+    NUMBER_COLUMNS,
+    ChangedNames,
+    ChangedNumbers,
+    ManifestDiff,
+    UniqueSamples,
+    diff,
+)
 from mmaudit.rebalance.manifest import COLUMNS
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
@@ -57,7 +65,7 @@ def read(path: Path) -> dict[str, Row]:
     return {row["sample_id"]: row for row in pq.read_table(path).to_pylist()}
 
 
-def swapped(found: Difference) -> dict[str, Any]:
+def swapped(found: ManifestDiff) -> dict[str, Any]:
     """Give to_dict as it would be with A and B the other way round; means are rounded, being sums in another order."""
     content = found.to_dict()
     for name in ("a", "rows_a", "only_a"):
@@ -115,7 +123,7 @@ def test_two_seeds_share_what_python_says_they_share(tmp_path: Path) -> None:
     assert list(found.only_a.first) == only[:20]
     assert found.only_a.by_split["train"] == sum(here[name]["split"] == "train" for name in only)
     assert found.only_a.by_class["class-1"] == sum(here[name]["label_name"] == "class-1" for name in only)
-    assert {name: moved.count for name, moved in found.moved.items()} == dict.fromkeys(NAMES, 0)
+    assert {name: moved.count for name, moved in found.moved.items()} == dict.fromkeys(NAME_COLUMNS, 0)
     assert [name for name, shift in found.shifted.items() if shift.count] == ["rank"]
     assert found.provenance == {"rule.seed": (0, 1), "rule.balanced.tolerance": (0.0, 0.05)}
     assert not found.same
@@ -133,12 +141,12 @@ def test_it_counts_as_python_does_and_mirrors(
     assert list(found.only_a.first) == sorted(here.keys() - there.keys())[:most]
     assert found.only_b.count == len(there.keys() - here.keys())
     assert sum(found.only_b.by_class.values()) == sum(found.only_b.by_split.values()) == found.only_b.count
-    for name in NAMES:
+    for name in NAME_COLUMNS:
         changed = [
             (each, here[each][name], there[each][name]) for each in both if here[each][name] != there[each][name]
         ]
-        assert found.moved[name] == Moved(count=len(changed), first=tuple(changed[:most]))
-    for name in SCORES:
+        assert found.moved[name] == ChangedNames(count=len(changed), first=tuple(changed[:most]))
+    for name in NUMBER_COLUMNS:
         values = [(here[each][name], there[each][name]) for each in both]
         told = [abs(one - other) for one, other in values if one is not None and other is not None]
         beyond = sum(change > 1e-6 for change in told) + sum((one is None) != (other is None) for one, other in values)
@@ -157,7 +165,7 @@ def _close(here: dict[str, Row], there: dict[str, Row]) -> list[bool]:
         return [False]
     pairs = [(name, here[each][name], there[each][name]) for each in here for name in ROW]
     return [
-        one == other or (name in SCORES and None not in (one, other) and abs(one - other) <= 1e-6)
+        one == other or (name in NUMBER_COLUMNS and None not in (one, other) and abs(one - other) <= 1e-6)
         for name, one, other in pairs
     ]
 
@@ -175,7 +183,9 @@ def test_the_largest_changes_come_first_and_a_missing_value_before_them(tmp_path
     a = write(tmp_path / "a.parquet", dict.fromkeys("abcde", row))
     b = write(tmp_path / "b.parquet", {name: row | {"gap": gap} for name, gap in gaps.items()})
     first = (("d", 0.0, None), ("b", 0.0, 0.5), ("c", 0.0, 0.5))
-    assert diff(a, b, most=3).shifted["gap"] == Shift(count=4, largest=0.5, mean=0.3125, correlation=None, first=first)
+    assert diff(a, b, most=3).shifted["gap"] == ChangedNumbers(
+        count=4, largest=0.5, mean=0.3125, correlation=None, first=first
+    )
     assert diff(a, b, most=2).shifted["gap"].first == first[:2]
     assert diff(a, b, tolerance=0.3).shifted["gap"].count == 3
 
@@ -208,7 +218,7 @@ def test_provenance_differs_by_path(tmp_path: Path) -> None:
     assert found.provenance == {"rule.w": (None, "new"), "rule.x[1].y": (2, 3), "rule.z": ({}, None)}
     assert "rule.x[1].y: 2 in A, 3 in B" in found.lines()
     assert diff(a, a).same
-    assert found.only_a == Only(count=0, by_split={}, by_class={}, first=())
+    assert found.only_a == UniqueSamples(count=0, by_split={}, by_class={}, first=())
 
 
 def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:

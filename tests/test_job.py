@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.rebalance.webdataset import Job, plain_rows, split_name
+from mmaudit.rebalance.webdataset import ExportJob, plain_rows, split_name
 
 
-def job_of(path: Path, table: pa.Table) -> Job:
+def job_of(path: Path, table: pa.Table) -> ExportJob:
     pq.write_table(table, path)
-    return Job(
+    return ExportJob(
         manifest=path,
         schema=table.schema,
         paths=(),

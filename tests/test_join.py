@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ManifestError
-from mmaudit.rebalance.join import Join, keys_of_column, numbers_of_column
+from mmaudit.rebalance.join import ManifestJoin, column_keys, column_numbers
 
 IDS = st.lists(st.sampled_from(["a", "b", "ä", "", "c d", "zz", "10", "9"]), unique=True)
 relaxed = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -29,7 +29,7 @@ def write(path: Path, ids: list[Any], **columns: pa.Array) -> Path:
 def test_it_joins_as_python_does(tmp_path: Path, here: list[str], there: list[str], most: int) -> None:
     places = [pa.array([f"{side}{row}" for row in range(len(ids))]) for side, ids in (("A", here), ("B", there))]
     a = write(tmp_path / "a.parquet", here, place=places[0])
-    join = Join.of(a, write(tmp_path / "b.parquet", there, place=places[1]))
+    join = ManifestJoin.of(a, write(tmp_path / "b.parquet", there, place=places[1]))
     both = [name for name in here if name in there]
     assert [here[row] for row in join.in_a] == [there[row] for row in join.in_b] == both
     assert [here[row] for row in join.alone_a] == [name for name in here if name not in there]
@@ -46,21 +46,21 @@ def test_it_joins_as_python_does(tmp_path: Path, here: list[str], there: list[st
 def test_columns_are_keys_that_tell_values_apart_and_numbers(tmp_path: Path, rows: list[tuple[Any, Any]]) -> None:
     text, number = pa.array([row[0] for row in rows], pa.string()), pa.array([row[1] for row in rows], pa.float32())
     path = write(tmp_path / "a.parquet", [str(row) for row in range(len(rows))], text=text, number=number)
-    keys = keys_of_column(path, "text", len(rows))
+    keys = column_keys(path, "text", len(rows))
     assert [[one == other for other in keys] for one in keys] == [
         [one[0] == other[0] for other in rows] for one in rows
     ]
     expected = [np.nan if row[1] is None else row[1] for row in rows]
-    np.testing.assert_array_equal(numbers_of_column(path, "number", len(rows)), np.array(expected, np.float64))
+    np.testing.assert_array_equal(column_numbers(path, "number", len(rows)), np.array(expected, np.float64))
     with pytest.raises(ManifestError, match=f"a column of {len(rows)} values stands beside {len(rows) + 1} ids"):
-        numbers_of_column(path, "number", len(rows) + 1)
+        column_numbers(path, "number", len(rows) + 1)
 
 
 def test_ids_that_stand_twice_or_are_null_are_refused(tmp_path: Path) -> None:
     good, bad = write(tmp_path / "good.parquet", ["a", "b"]), tmp_path / "bad.parquet"
     write(bad, ["a", "b", "a"])
     with pytest.raises(ManifestError, match=r"1 ids stand more than once in .*bad\.parquet \(one of them: a\)"):
-        Join.of(good, bad)
+        ManifestJoin.of(good, bad)
     write(bad, ["a", None])
     with pytest.raises(ManifestError, match=r"1 ids are null in .*bad\.parquet"):
-        Join.of(bad, good)
+        ManifestJoin.of(bad, good)

@@ -16,8 +16,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from mmaudit.rebalance.binning import (
     CURVE,
     balancing_weights,
-    best_bins,
     bin_of,
+    choose_num_bins,
     distance_to_uniform,
     effective_size,
     largest_level,
@@ -225,14 +225,14 @@ def test_the_number_of_bins_is_that_of_numpy(shape: tuple[float, float]) -> None
     counts, edges = np.histogram(values, bins=4_096, range=(-1, 1))
     expected = len(np.histogram_bin_edges(values, "fd", range=(-1, 1))) - 1
     assert 4 < expected < 100
-    assert best_bins((edges[1:] + edges[:-1]) / 2, counts) == pytest.approx(expected, abs=1)
+    assert choose_num_bins((edges[1:] + edges[:-1]) / 2, counts) == pytest.approx(expected, abs=1)
 
 
 def test_the_number_of_bins_has_ends() -> None:
     middles = (np.arange(4_096) + 0.5) / 2_048 - 1
     counts = np.zeros(4_096, dtype=np.int64)
-    assert best_bins(middles, counts) == 4
+    assert choose_num_bins(middles, counts) == 4
     counts[[0, -1]] = 1
-    assert best_bins(middles, counts) == 4
+    assert choose_num_bins(middles, counts) == 4
     counts[7] = 10**9  # no spread: the width would be 0
-    assert best_bins(middles, counts) == 100
+    assert choose_num_bins(middles, counts) == 100

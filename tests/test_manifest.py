@@ -34,7 +34,7 @@ from mmaudit.rebalance.manifest import (
     provenance_of,
     read_dropped,
     read_manifest,
-    regrouped,
+    regroup,
     rows_of,
 )
 from mmaudit.rebalance.score_tables import open_scores
@@ -137,9 +137,9 @@ def test_the_digest_is_of_the_rows_not_of_how_they_lie(
         patch.setattr(manifest, "GROUP_ROWS", group)
         ends = [0, *(min(one, len(table)) for one in cuts), len(table)]
         pieces = [table.slice(first, end - first) for first, end in pairwise(ends)]
-        assert [len(each) for each in regrouped(pieces)] == [len(each) for each in regrouped([table])]
+        assert [len(each) for each in regroup(pieces)] == [len(each) for each in regroup([table])]
         found = RowDigest()
-        for each in regrouped(pieces):
+        for each in regroup(pieces):
             if coded:  # a dictionary of more than occurs, in another order
                 many = pa.array(["z", *each["label_name"].to_pylist()], pa.string()).dictionary_encode().slice(1)
                 each = each.set_column(0, "label_name", many)
@@ -192,10 +192,10 @@ def test_the_digest_tells_all_that_training_depends_on(tmp_path: Path, column: s
 def test_tables_are_cut_anew_without_a_row_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "GROUP_ROWS", 4)
     pieces = [pa.table({"a": np.arange(first, end)}) for first, end in pairwise([0, 1, 1, 9, 11])]
-    cut = list(regrouped(pieces))
+    cut = list(regroup(pieces))
     assert [len(each) for each in cut] == [4, 4, 3]
     assert pa.concat_tables(cut)["a"].to_pylist() == list(range(11))
-    assert list(regrouped([])) == []
+    assert list(regroup([])) == []
 
 
 def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ScoreError
 from mmaudit.rebalance import score_files as parts
 from mmaudit.rebalance.score_files import (
-    batches_of_part,
     check_schema,
-    files_of,
-    in_order,
-    name_of,
-    prefetched,
-    schema_of,
+    display_name,
+    find_score_files,
+    prefetch,
+    read_score_schema,
+    read_tables,
+    sort_by_first_id,
 )
 
 
@@ -37,10 +37,10 @@ def test_a_folder_a_glob_and_a_list_are_the_same_files(tmp_path: Path) -> None:
     write(tmp_path / ".hidden.parquet", ["c"])
     (tmp_path / "notes.txt").write_text("d")
     for source in (tmp_path, str(tmp_path), str(tmp_path / "[ab].parquet"), paths, [paths[0], tmp_path, *paths]):
-        assert files_of(source) == paths
+        assert find_score_files(source) == paths
     for nothing in (tmp_path / "none", str(tmp_path / "*.csv"), [paths[0], tmp_path / "none"]):
         with pytest.raises(ScoreError, match=r"no score table .*: name a Parquet file, a folder of them or a glob"):
-            files_of(nothing)
+            find_score_files(nothing)
 
 
 @given(st.permutations("abcd"), st.sets(st.sampled_from("abcd"), min_size=1))
@@ -49,7 +49,7 @@ def test_parts_come_by_their_first_id_and_empty_ones_not_at_all(
     tmp_path: Path, firsts: list[str], full: set[str]
 ) -> None:
     paths = [write(tmp_path / f"{n}.parquet", [one, "0"] if one in full else []) for n, one in enumerate(firsts)]
-    assert [firsts[paths.index(path)] for path in in_order(paths)] == sorted(full)
+    assert [firsts[paths.index(path)] for path in sort_by_first_id(paths)] == sorted(full)
 
 
 @given(st.integers(0, 20), st.integers(1, 7))
@@ -60,7 +60,7 @@ def test_batches_are_the_rows_of_a_file_or_a_table(tmp_path: Path, num_rows: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "BATCH_ROWS", batch)
         for part in (path, pq.read_table(path)):
-            tables = list(batches_of_part(part, ["split", "sample_id"], dictionary=["split"]))
+            tables = list(read_tables(part, ["split", "sample_id"], dictionary=["split"]))
             assert all(table.column_names == ["split", "sample_id"] for table in tables)
             assert [len(table) for table in tables if len(table) not in (0, batch)] == [num_rows % batch] * (
                 num_rows % batch > 0
@@ -71,7 +71,7 @@ def test_batches_are_the_rows_of_a_file_or_a_table(tmp_path: Path, num_rows: int
 def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.parquet"
     path.write_text("sample_id,label\n")
-    for read in (lambda: schema_of(path), lambda: list(batches_of_part(path, ["sample_id"]))):
+    for read in (lambda: read_score_schema(path), lambda: list(read_tables(path, ["sample_id"]))):
         with pytest.raises(ScoreError, match=r"text\.parquet cannot be read as Parquet"):
             read()
 
@@ -80,12 +80,12 @@ def test_a_schema_names_each_column_once(tmp_path: Path) -> None:
     check_schema(pa.schema([("sample_id", pa.string()), ("extra", pa.list_(pa.int8()))]), tmp_path)
     with pytest.raises(ScoreError, match="has 2 columns label: name each once"):
         check_schema(pa.schema([("label", pa.int32()), ("label", pa.int32())]), tmp_path)
-    assert name_of(tmp_path) == str(tmp_path)
+    assert display_name(tmp_path) == str(tmp_path)
 
 
 @given(st.lists(st.integers()), st.integers(1, 5))
 def test_what_is_read_ahead_keeps_its_order(items: list[int], depth: int) -> None:
-    assert list(prefetched(items, depth=depth)) == items
+    assert list(prefetch(items, depth=depth)) == items
 
 
 def test_no_more_is_read_ahead_than_asked() -> None:
@@ -96,7 +96,7 @@ def test_no_more_is_read_ahead_than_asked() -> None:
             read.append(one)
             yield one
 
-    items = prefetched(source(), depth=2)
+    items = prefetch(source(), depth=2)
     assert next(items) == 0
     time.sleep(0.1)
     assert len(read) <= 4  # the one given, two that wait, and one in hand
@@ -113,7 +113,7 @@ def test_an_error_of_the_source_comes_after_what_was_read() -> None:
         yield 2
         raise Spoiled("here")
 
-    items = prefetched(source())
+    items = prefetch(source())
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(Spoiled, match="here"):
         next(items)
@@ -122,7 +122,7 @@ def test_an_error_of_the_source_comes_after_what_was_read() -> None:
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_the_thread_ends_when_nobody_reads_on(taken: int) -> None:
     before = set(threading.enumerate())
-    items = prefetched(iter(range(10**9)))
+    items = prefetch(iter(range(10**9)))
     for number in range(taken):
         assert next(items) == number
     items.close()  # type: ignore[attr-defined]

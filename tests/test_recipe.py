@@ -64,9 +64,9 @@ class Workshop:
 
     def make(self, recipe: Recipe, *, name: str | None = None, dry: bool = False, scores: Any = None) -> Split:
         source = scores or self.scores
-        shards = open_scores(source, seed=recipe.seed)
+        score_files = open_scores(source, seed=recipe.seed)
         named = source if isinstance(source, (str, Path)) else None
-        return make_split(shards, recipe, self.place, scratch=self.folder, name=name, scores=named, dry=dry)
+        return make_split(score_files, recipe, self.place, scratch=self.folder, name=name, scores=named, dry=dry)
 
     def of(self, name: str, **recipe: Any) -> str:
         """Make a manifest and give its file, as recipes name it."""

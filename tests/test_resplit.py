@@ -20,8 +20,8 @@ from mmaudit.audit.errors import ConfigError, ScoreError
 from mmaudit.audit.scores.table import ScoreTable, read_scores
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.binning import bin_of
-from mmaudit.rebalance.resplit import NAMES, Cells, group_keys, parse_shares, resplit
-from mmaudit.rebalance.score_tables import ManifestMembers, ScoreFiles, keys_of, open_scores
+from mmaudit.rebalance.resplit import SPLITS_BY_COUNT, ClassBins, group_keys, parse_shares, resplit
+from mmaudit.rebalance.score_tables import ManifestMembers, ScoreFiles, hash_keys, open_scores
 from mmaudit.rebalance.selection import SelectionRule, select_rows
 from mmaudit.rebalance.subsets import parse_subset
 
@@ -46,9 +46,9 @@ def table(n: int, *, seed: int = 0, classes: int = 5, shape: str = "uniform", **
     return ScoreTable(**{**columns, **more})
 
 
-def splits(shards: ScoreFiles) -> NDArray[np.object_]:
+def splits(score_files: ScoreFiles) -> NDArray[np.object_]:
     """Give the name of the split of each row (n,)."""
-    return np.concatenate([np.array(shards.splits, dtype=object)[rows.split] for rows in shards.rows()])
+    return np.concatenate([np.array(score_files.splits, dtype=object)[rows.split] for rows in score_files.batches()])
 
 
 def split_again(scores: ScoreTable, text: str, *, between: str = AV, seed: int = 0) -> NDArray[np.object_]:
@@ -71,7 +71,7 @@ def test_the_shares_hold_in_all_and_in_every_class_and_bin(
     """Also where every cell holds a sample or two, as with 40 classes: what one cell lacks the next one has."""
     scores = table(n, seed=seed, shape=shape, classes=classes)
     found, cell, shares = split_again(scores, text), cells_of(scores), parse_shares(text)
-    for name, share in zip(NAMES[len(shares)], shares, strict=True):
+    for name, share in zip(SPLITS_BY_COUNT[len(shares)], shares, strict=True):
         here = found == name
         assert abs(here.sum() - share * n) <= 1
         for one in np.unique(cell):
@@ -83,7 +83,7 @@ def test_cells_of_one_sample_each_add_up_to_the_shares() -> None:
     n = 2_000
     scores = table(n, label=np.arange(n, dtype=np.int32))
     found = split_again(scores, "80/8/12")
-    assert [int((found == name).sum()) for name in NAMES[3]] == [1600, 160, 240]
+    assert [int((found == name).sum()) for name in SPLITS_BY_COUNT[3]] == [1600, 160, 240]
 
 
 @settings(deadline=None, max_examples=20)
@@ -115,7 +115,7 @@ def test_who_has_no_discrepancy_is_split_as_well() -> None:
     confidence[lacks, 2] = np.nan
     scores = table(600, modalities=("audio", "visual", "text"), confidence=confidence)
     found, cell = split_again(scores, "80/8/12", between="audio:text"), cells_of(scores, "audio:text")
-    for name, share in zip(NAMES[3], parse_shares("80/8/12"), strict=True):
+    for name, share in zip(SPLITS_BY_COUNT[3], parse_shares("80/8/12"), strict=True):
         assert abs((found[lacks] == name).sum() - share * 200) <= 10  # one or two for each of the five classes
         for one in np.unique(cell[lacks]):
             assert abs((found[cell == one] == name).sum() - share * (cell == one).sum()) < 2
@@ -135,7 +135,7 @@ def test_no_group_is_in_two_splits_and_no_split_is_empty(
     found = split_again(table(300, seed=seed, group=group), text)
     for one in set(group) - {None}:
         assert len(set(found[group == one])) == 1
-    assert set(found) == set(NAMES[len(parse_shares(text))])
+    assert set(found) == set(SPLITS_BY_COUNT[len(parse_shares(text))])
 
 
 @pytest.mark.parametrize("text", ["80/8/12", "80/20", "1/1/1"])
@@ -145,7 +145,7 @@ def test_many_groups_hold_the_shares_nearly(text: str) -> None:
     scores = table(3_000, group=np.array([f"g{one}" for one in rng.integers(0, 200, 3_000)], dtype=object))
     found = split_again(scores, text)
     positive = scores.discrepancy() > 0
-    for name, share in zip(NAMES[len(parse_shares(text))], parse_shares(text), strict=True):
+    for name, share in zip(SPLITS_BY_COUNT[len(parse_shares(text))], parse_shares(text), strict=True):
         assert abs(np.mean(found == name) - share) < 0.02
         for part in (positive, ~positive, *(scores.label == one for one in range(3))):
             assert abs(np.mean(found[part] == name) - share) < 0.05
@@ -155,7 +155,7 @@ def test_groups_of_one_sample_each_are_no_groups() -> None:
     scores = table(400)
     grouped = replace(scores, group=scores.sample_id)
     found = split_again(grouped, "80/8/12")
-    for name, share in zip(NAMES[3], parse_shares("80/8/12"), strict=True):
+    for name, share in zip(SPLITS_BY_COUNT[3], parse_shares("80/8/12"), strict=True):
         assert abs((found == name).sum() - share * 400) <= 1
 
 
@@ -167,7 +167,7 @@ def test_all_without_a_group_is_as_without_groups() -> None:
 
 def test_keys_tell_groups_apart_and_nobody_shares_none() -> None:
     group = np.array(["a", "b", None, "a", None, ""], dtype=object)
-    (rows,) = open_scores(table(6, group=group), seed=0).rows()
+    (rows,) = open_scores(table(6, group=group), seed=0).batches()
     keys = group_keys(rows, seed=0)
     assert keys[0] == keys[3]
     assert len(np.unique(keys)) == 5
@@ -190,9 +190,9 @@ def test_the_shares_are_those_of_who_is_not_ruled_out(num_groups: int | None) ->
         scores = replace(scores, group=np.array(group, dtype=object))
     out = (scores.label == 0) & (scores.discrepancy() > 0)
     whole = open_scores(scores, seed=0)
-    keys = np.sort(keys_of(pa.chunked_array([pa.array(scores.sample_id[out], pa.string())]), seed=0))
-    shards = replace(whole, members=(ManifestMembers(name="out", keys=keys, inside=False),))
-    found = splits(resplit(shards, parse_shares("80/8/12"), between=AV, scratch=NOWHERE))
+    keys = np.sort(hash_keys(pa.chunked_array([pa.array(scores.sample_id[out], pa.string())]), seed=0))
+    score_files = replace(whole, members=(ManifestMembers(name="out", keys=keys, inside=False),))
+    found = splits(resplit(score_files, parse_shares("80/8/12"), between=AV, scratch=NOWHERE))
     fewer = splits(resplit(only(scores, ~out), parse_shares("80/8/12"), between=AV, scratch=NOWHERE))
     assert found[~out].tolist() == fewer.tolist()
 
@@ -205,20 +205,22 @@ def only(scores: ScoreTable, which: NDArray[np.bool_]) -> ScoreFiles:
 def test_groups_that_are_ruled_out_are_none() -> None:
     scores = table(60, group=np.array(["a", "b", "c"] * 20, dtype=object))
     out = scores.group == "c"
-    keys = np.sort(keys_of(pa.chunked_array([pa.array(scores.sample_id[out], pa.string())]), seed=0))
-    shards = replace(open_scores(scores, seed=0), members=(ManifestMembers(name="c", keys=keys, inside=False),))
+    keys = np.sort(hash_keys(pa.chunked_array([pa.array(scores.sample_id[out], pa.string())]), seed=0))
+    score_files = replace(open_scores(scores, seed=0), members=(ManifestMembers(name="c", keys=keys, inside=False),))
     with pytest.raises(ScoreError, match="2 groups cannot be in 3 splits"):
-        resplit(shards, parse_shares("80/8/12"), between=AV, scratch=NOWHERE)
-    found = splits(resplit(shards, parse_shares("80/20"), between=AV, scratch=NOWHERE))
+        resplit(score_files, parse_shares("80/8/12"), between=AV, scratch=NOWHERE)
+    found = splits(resplit(score_files, parse_shares("80/20"), between=AV, scratch=NOWHERE))
     assert set(found[~out]) == {"train", "test"}
 
 
 def test_balanced_afterwards_balances_each_new_split_by_itself() -> None:
     scores = table(4_000, classes=2, shape="peaked")
-    shards = resplit(open_scores(scores, seed=0), parse_shares("80/8/12"), between=AV, scratch=NOWHERE)
-    choice = select_rows(shards, plan_balanced(shards, BalancedConfig(bins=10, tolerance=0.0)), scratch=NOWHERE)
-    (rows,) = shards.rows()
-    keep = choice.decide(rows).keep
+    score_files = resplit(open_scores(scores, seed=0), parse_shares("80/8/12"), between=AV, scratch=NOWHERE)
+    selection = select_rows(
+        score_files, plan_balanced(score_files, BalancedConfig(bins=10, tolerance=0.0)), scratch=NOWHERE
+    )
+    (rows,) = score_files.batches()
+    keep = selection.decide(rows).keep
     bins = bin_of(scores.discrepancy(), num_bins=10)
     for place in range(3):
         here = rows.split == place
@@ -227,30 +229,30 @@ def test_balanced_afterwards_balances_each_new_split_by_itself() -> None:
         assert set(kept[there > 0]) == {there[there > 0].min()}
 
 
-def kept_by(shards: ScoreFiles, rule: SelectionRule) -> NDArray[np.bool_]:
-    choice = select_rows(shards, rule, scratch=NOWHERE)
-    return np.concatenate([choice.decide(rows).keep for rows in shards.rows()])
+def kept_by(score_files: ScoreFiles, rule: SelectionRule) -> NDArray[np.bool_]:
+    selection = select_rows(score_files, rule, scratch=NOWHERE)
+    return np.concatenate([selection.decide(rows).keep for rows in score_files.batches()])
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_who_is_kept_is_independent_of_the_split_one_is_put_into(seed: int) -> None:
     """With one hash for both, whoever is kept would be of the training split."""
     scores = table(4_000, classes=2, split=None)
-    shards = open_scores(scores, seed=seed)
+    score_files = open_scores(scores, seed=seed)
     train = split_again(scores, "60/40", seed=seed) == "train"
     for rule in (
-        plan_balanced(shards, BalancedConfig(tolerance=0.15)),
-        parse_subset(shards, "random:1000", between=AV),
+        plan_balanced(score_files, BalancedConfig(tolerance=0.15)),
+        parse_subset(score_files, "random:1000", between=AV),
     ):
-        keep = kept_by(shards, rule)
+        keep = kept_by(score_files, rule)
         assert 500 < keep.sum() < 3_000
         assert abs(train[keep].mean() - 0.6) < 4 * (0.24 / keep.sum()) ** 0.5
 
 
 def test_cells_are_of_class_and_bin() -> None:
     scores = table(500)
-    (rows,) = open_scores(scores, seed=0).rows()
-    cells = Cells(between=AV, num_bins=20, num_classes=5)
+    (rows,) = open_scores(scores, seed=0).batches()
+    cells = ClassBins(between=AV, num_bins=20, num_classes=5)
     assert cells.number == 105
     assert cells.of(rows).tolist() == cells_of(scores).tolist()
 

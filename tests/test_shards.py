@@ -16,7 +16,7 @@ from mmaudit.audit.errors import ConfigError, ManifestError, ScoreError
 from mmaudit.audit.hashing import hash_ids
 from mmaudit.audit.scores.table import ScoreTable, read_scores, write_scores
 from mmaudit.rebalance import score_files as parts
-from mmaudit.rebalance.score_tables import ManifestMembers, ScoreFiles, keys_of, open_scores, same_dataset
+from mmaudit.rebalance.score_tables import ManifestMembers, ScoreFiles, check_same_dataset, hash_keys, open_scores
 
 N = 24
 
@@ -46,7 +46,7 @@ def written(folder: Path, *tables: pa.Table, **options: Any) -> Path:
 def all_of(found: ScoreFiles) -> dict[str, list[Any]]:
     """Read everything there is of the rows."""
     read: dict[str, list[Any]] = {"id": [], "key": [], "class": [], "name": [], "split": [], "confidence": []}
-    for rows in found.rows():
+    for rows in found.batches():
         read["id"] += rows.table["sample_id"].to_pylist()
         read["key"] += rows.key.tolist()
         read["class"] += [found.classes[place].as_py() for place in rows.label]
@@ -98,8 +98,8 @@ def test_a_table_in_memory_is_read_as_its_file(tmp_path: Path) -> None:
 
 def test_keys_are_hashes_of_the_ids() -> None:
     ids = table()["sample_id"]
-    assert keys_of(ids, seed=5).tolist() == hash_ids(ids.combine_chunks(), seed=5, purpose="split").tolist()
-    assert set(keys_of(ids, seed=5).tolist()).isdisjoint(keys_of(ids, seed=6).tolist())
+    assert hash_keys(ids, seed=5).tolist() == hash_ids(ids.combine_chunks(), seed=5, purpose="split").tolist()
+    assert set(hash_keys(ids, seed=5).tolist()).isdisjoint(hash_keys(ids, seed=6).tolist())
 
 
 WORDS = pa.array([f"class {one % 3}" for one in range(N)])
@@ -158,16 +158,16 @@ def test_who_has_no_split_is_in_the_split_all(tmp_path: Path, split: Any, splits
 
 def test_test_samples_choose_only_where_there_are_no_others(tmp_path: Path) -> None:
     found = open_scores(written(tmp_path / "a", table()), seed=0)
-    chooses = np.concatenate([found.chooses(rows) for rows in found.rows()])
+    chooses = np.concatenate([found.chooses(rows) for rows in found.batches()])
     assert chooses.tolist() == [one % 4 != 0 for one in range(N)]
     alone = open_scores(written(tmp_path / "b", table(split=["test"] * N)), seed=0)
-    assert all(alone.chooses(rows).all() for rows in alone.rows())
+    assert all(alone.chooses(rows).all() for rows in alone.batches())
 
 
 def test_a_missing_modality_is_nan_and_the_gap_is_over_the_others(tmp_path: Path) -> None:
     third = pa.array([None if one % 2 else 0.5 for one in range(N)], pa.float32())
     found = open_scores(written(tmp_path, table(confidence_text=third)), seed=0)
-    (rows,) = found.rows()
+    (rows,) = found.batches()
     values = rows.confidence
     assert np.isnan(values[:, 2]).tolist() == [bool(one % 2) for one in range(N)]
     assert rows.gap == pytest.approx(np.nanmax(values, axis=1) - np.nanmin(values, axis=1))
@@ -184,7 +184,7 @@ def test_a_column_that_is_null_throughout_is_as_none(tmp_path: Path, type_: pa.D
     assert "balance" not in found.columns
     some = table(start=N, balance=pa.array([None] * (N - 1) + [0.5], pa.float32()))
     both = open_scores(written(tmp_path / "b", nulls, some, **options), seed=0)
-    values = np.concatenate([rows.numbers("balance") for rows in both.rows()])
+    values = np.concatenate([rows.numbers("balance") for rows in both.batches()])
     assert np.isnan(values[:-1]).all()
     assert values[-1] == 0.5
 
@@ -201,7 +201,7 @@ def test_members_bar_the_others(tmp_path: Path, inside: bool) -> None:
     folder = written(tmp_path, table())
     found = open_scores(folder, seed=0)
     chosen = pa.chunked_array([table()["sample_id"].combine_chunks().slice(4, 6)])
-    members = ManifestMembers(name="some", keys=np.sort(keys_of(chosen, seed=0)), inside=inside)
+    members = ManifestMembers(name="some", keys=np.sort(hash_keys(chosen, seed=0)), inside=inside)
     assert members.reason == ("not-in-some" if inside else "in-some")
     key = np.array(all_of(found)["key"], dtype=np.uint64)
     assert members.admits(key).tolist() == [(4 <= one < 10) == inside for one in range(N)]
@@ -315,13 +315,13 @@ def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
 
 
 def test_a_modality_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    (rows,) = open_scores(written(tmp_path, table()), seed=0).rows()
+    (rows,) = open_scores(written(tmp_path, table()), seed=0).batches()
     with pytest.raises(ConfigError, match="--between audio:smell: no modality 'smell'"):
         rows.discrepancy("audio:smell")
 
 
 def test_provenances_of_two_datasets_are_told_apart() -> None:
-    same_dataset({"fingerprint": "a"}, {"fingerprint": "a"}, name="m")
-    same_dataset({"fingerprint": "a"}, {}, name="m")
+    check_same_dataset({"fingerprint": "a"}, {"fingerprint": "a"}, name="m")
+    check_same_dataset({"fingerprint": "a"}, {}, name="m")
     with pytest.raises(ManifestError, match="m was made from another dataset than these scores"):
-        same_dataset({"fingerprint": "a"}, {"fingerprint": "b"}, name="m")
+        check_same_dataset({"fingerprint": "a"}, {"fingerprint": "b"}, name="m")

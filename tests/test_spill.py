@@ -23,9 +23,9 @@ QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCh
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the records are held; parts of 4 rows are many for any of these tests."""
     if request.param != "memory":
-        monkeypatch.setattr(spill, "_ROWS_A_PART", 4)
+        monkeypatch.setattr(spill, "_PART_ROWS", 4)
     if request.param == "disk of few parts":
-        monkeypatch.setattr(spill, "_MOST_PARTS", 2)
+        monkeypatch.setattr(spill, "_MAX_PARTS", 2)
     return str(request.param)
 
 
@@ -129,7 +129,7 @@ def test_scratch_space_is_told_beforehand(tmp_path: Path, where: str) -> None:
 def test_many_parts_take_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process may have 1,024 files open on most machines, 256 on some; at 10^9 rows there are 1,024 parts."""
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(spill, "_ROWS_A_PART", 4)
+    monkeypatch.setattr(spill, "_PART_ROWS", 4)
     old = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, old[1]))
     try:

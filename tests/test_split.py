@@ -107,7 +107,7 @@ def test_the_bytes_are_the_same_however_the_scores_lie(
         patch.setattr(manifest, "GROUP_ROWS", 50)
         split_to(folder / "one" / "m.parquet", folder / "whole.parquet")
         patch.setattr(parts, "BATCH_ROWS", batch)
-        patch.setattr(spill, "_ROWS_A_PART", part)
+        patch.setattr(spill, "_PART_ROWS", part)
         split_to(folder / "other" / "m.parquet", names)
         assert sums(folder / "one" / "m.parquet") == sums(folder / "other" / "m.parquet")
         read = read_manifest(folder / "one" / "m.parquet")

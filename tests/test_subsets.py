@@ -23,17 +23,17 @@ from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.score_tables import ScoreFiles, open_scores
 from mmaudit.rebalance.selection import SelectionRule, select_rows
 from mmaudit.rebalance.subsets import (
-    Threshold,
+    ThresholdRule,
+    all_samples,
     at_random,
+    by_balance,
     by_mixture,
-    everything,
-    extreme,
     parse_amount,
     parse_dominated,
     parse_subset,
-    preferred,
-    sides,
-    within,
+    positive_sides,
+    prefer_modality,
+    within_threshold,
 )
 from mmaudit.train.evaluate import subsets
 
@@ -77,31 +77,31 @@ class Decided:
 
 def decide(scores: ScoreTable, rule: SelectionRule, *, seed: int = 0) -> Decided:
     """Choose by a rule; ManifestError where nothing qualifies."""
-    choice = select_rows(open_scores(scores, seed=seed), rule, scratch=Path("unused"))
-    (rows,) = choice.shards.rows()
-    found = choice.decide(rows)
-    reasons = [choice.reasons[place] for place in found.reason]
+    selection = select_rows(open_scores(scores, seed=seed), rule, scratch=Path("unused"))
+    (rows,) = selection.score_files.batches()
+    found = selection.decide(rows)
+    reasons = [selection.reasons[place] for place in found.reason]
     return Decided(found.keep, reasons, found.outcome.score, found.outcome.threshold)
 
 
 def keep(scores: ScoreTable, rule: SelectionRule, *, seed: int = 0) -> Mask:
     """Tell who is kept. Of a threshold that is who is in its cell 0; the dropped below show that `decide` agrees."""
-    if isinstance(rule, Threshold):
-        (rows,) = open_scores(scores, seed=seed).rows()
+    if isinstance(rule, ThresholdRule):
+        (rows,) = open_scores(scores, seed=seed).batches()
         return np.asarray(rule.cells(rows) == 0)
     return decide(scores, rule, seed=seed).keep
 
 
 def side(scores: ScoreTable, name: str, *, threshold: float = 0.0, between: str | None = None) -> Mask:
-    return keep(scores, preferred(scores.modalities, name, threshold=threshold, between=between))
+    return keep(scores, prefer_modality(scores.modalities, name, threshold=threshold, between=between))
 
 
-def shards(scores: ScoreTable, *, seed: int = 0) -> ScoreFiles:
+def score_files(scores: ScoreTable, *, seed: int = 0) -> ScoreFiles:
     return open_scores(scores, seed=seed)
 
 
 def parsed(scores: ScoreTable, text: str) -> Mask:
-    return keep(scores, parse_subset(shards(scores), text, between=None))
+    return keep(scores, parse_subset(score_files(scores), text, between=None))
 
 
 ONE = table([[0.9, 0.1]])
@@ -137,7 +137,7 @@ def test_between_names_both_sides(confidence: Floats) -> None:
     assert first.tolist() == (confidence[:, 1] > confidence[:, 2]).tolist()
     assert second.tolist() == (confidence[:, 2] > confidence[:, 1]).tolist()
     with pytest.raises(ConfigError, match=r"no modality 'audio' to prefer; .*visual, text"):
-        preferred(NAMES, "audio", between="visual:text")
+        prefer_modality(NAMES, "audio", between="visual:text")
 
 
 @settings(deadline=None, max_examples=30)
@@ -161,10 +161,10 @@ def test_who_lacks_the_modality_is_never_kept_and_others_are_as_without_it(
         clear = ~(np.abs(holed[:, index] - np.nanmean(others, axis=1)) < 1e-6)
         assert found[clear].tolist() == np.array(expected)[clear].tolist()
     for rule, pair in (
-        (preferred(NAMES, "audio"), [0]),
-        (preferred(NAMES, "text", threshold=0.2, between="text:audio"), [2, 0]),
-        (within("audio:visual", threshold=0.9), [0, 1]),
-        (everything("text:visual", name="all"), [1, 2]),
+        (prefer_modality(NAMES, "audio"), [0]),
+        (prefer_modality(NAMES, "text", threshold=0.2, between="text:audio"), [2, 0]),
+        (within_threshold("audio:visual", threshold=0.9), [0, 1]),
+        (all_samples("text:visual", name="all"), [1, 2]),
     ):
         lacks = np.isnan(holed[:, pair]).any(axis=1)
         assert not (keep(scores, rule) & lacks).any()
@@ -181,7 +181,7 @@ def test_the_dominated_nest_by_threshold(confidence: Floats, thresholds: list[fl
     for name in ("audio", "visual"):
         kept = [side(scores, name, threshold=threshold) for threshold in [0.0, *sorted(thresholds)]]
         assert all((small <= large).all() for large, small in pairwise(kept))
-    inner = [keep(scores, within(AV, threshold=threshold)) for threshold in sorted(thresholds)]
+    inner = [keep(scores, within_threshold(AV, threshold=threshold)) for threshold in sorted(thresholds)]
     assert all((small <= large).all() for small, large in pairwise(inner))
 
 
@@ -189,7 +189,7 @@ def test_the_dominated_nest_by_threshold(confidence: Floats, thresholds: list[fl
 @given(confidences(2), st.sampled_from([0.2, 0.4, 0.3]))
 def test_within_and_the_dominated_are_a_partition(confidence: Floats, threshold: float) -> None:
     scores = table(confidence)
-    parts = [keep(scores, within(AV, threshold=threshold))]
+    parts = [keep(scores, within_threshold(AV, threshold=threshold))]
     parts += [side(scores, name, threshold=threshold) for name in ("audio", "visual")]
     assert np.sum(parts, axis=0).tolist() == [1] * len(scores)
 
@@ -203,7 +203,7 @@ def test_swapping_two_modalities_swaps_their_subsets(confidence: Floats) -> None
         one, other = (side(scores, name, threshold=threshold) for name in ("audio", "visual"))
         assert side(swapped, "visual", threshold=threshold).tolist() == one.tolist()
         assert side(swapped, "audio", threshold=threshold).tolist() == other.tolist()
-    assert keep(swapped, within(AV)).tolist() == keep(scores, within(AV)).tolist()
+    assert keep(swapped, within_threshold(AV)).tolist() == keep(scores, within_threshold(AV)).tolist()
 
 
 @settings(deadline=None, max_examples=30)
@@ -213,16 +213,16 @@ def test_evaluation_cuts_the_same_subsets(confidence: Floats) -> None:
     found = subsets(scores.discrepancy().astype(np.float64), first="audio", second="visual")
     for name in ("audio", "visual"):
         for threshold, called in ((0.0, "preferred"), (0.2, "dominated-0.2"), (0.4, "dominated-0.4")):
-            rule = preferred(scores.modalities, name, threshold=threshold)
+            rule = prefer_modality(scores.modalities, name, threshold=threshold)
             assert rule.name == f"{name}-{called}"
             assert found[rule.name].tolist() == keep(scores, rule).tolist()
-    assert found[within(AV).name].tolist() == keep(scores, within(AV)).tolist()
+    assert found[within_threshold(AV).name].tolist() == keep(scores, within_threshold(AV)).tolist()
 
 
 # By reason: how its rule is made, and what is true of score and threshold of whoever it drops.
-RULES: dict[str, tuple[Callable[[ScoreFiles], Threshold], Callable[[float, float], bool]]] = {
-    "discrepancy-too-low": (lambda found: preferred(found.modalities, "visual", threshold=0.2), operator.le),
-    "discrepancy-too-large": (lambda found: within(AV, threshold=0.2), operator.gt),
+RULES: dict[str, tuple[Callable[[ScoreFiles], ThresholdRule], Callable[[float, float], bool]]] = {
+    "discrepancy-too-low": (lambda found: prefer_modality(found.modalities, "visual", threshold=0.2), operator.le),
+    "discrepancy-too-large": (lambda found: within_threshold(AV, threshold=0.2), operator.gt),
     "posterior-too-low": (lambda found: by_mixture(found, "balanced", between=AV), operator.lt),
     "posterior-too-high": (lambda found: by_mixture(found, "imbalanced", between=AV), operator.ge),
 }
@@ -237,7 +237,7 @@ def test_the_dropped_are_on_the_wrong_side_of_their_threshold(
     posterior = data.draw(st.lists(CONFIDENCE, min_size=len(confidence), max_size=len(confidence)))
     scores = table(confidence, p_balanced=np.array(posterior, np.float32))
     make, is_wrong = RULES[reason]
-    rule = make(shards(scores))
+    rule = make(score_files(scores))
     if not keep(scores, rule).any():
         with pytest.raises(ManifestError, match=f"{rule.name}: none of the {len(scores)} scored samples"):
             decide(scores, rule)
@@ -250,12 +250,12 @@ def test_the_dropped_are_on_the_wrong_side_of_their_threshold(
 
 def test_the_threshold_itself_is_within() -> None:
     scores = table([[0.5, 0.25], [0.25, 0.5], [0.5, 0.2]])
-    assert keep(scores, within(AV, threshold=0.25)).tolist() == [True, True, False]
+    assert keep(scores, within_threshold(AV, threshold=0.25)).tolist() == [True, True, False]
     assert side(scores, "audio", threshold=0.25).tolist() == [False, False, True]
 
 
 def mixed(scores: ScoreTable, which: str, *, posterior: float = 0.5) -> Mask:
-    return keep(scores, by_mixture(shards(scores), which, between=AV, posterior=posterior))
+    return keep(scores, by_mixture(score_files(scores), which, between=AV, posterior=posterior))
 
 
 def test_the_mixture_parts_by_its_posterior() -> None:
@@ -285,7 +285,7 @@ def test_the_sides_of_the_mixture_part_those_that_have_a_posterior(
     parts = []
     for which in ("balanced", "imbalanced"):
         rule = by_mixture(holes, which, between=AV, posterior=threshold)
-        (rows,) = holes.rows()
+        (rows,) = holes.batches()
         parts.append(rule.cells(rows))
     kept = np.stack(parts) == 0
     assert kept.sum(axis=0).tolist() == there.astype(int).tolist()
@@ -294,14 +294,14 @@ def test_the_sides_of_the_mixture_part_those_that_have_a_posterior(
 
 
 def test_a_side_of_the_mixture_must_be_there() -> None:
-    told = shards(replace(ONE, p_balanced=np.ones(1, np.float32)))
+    told = score_files(replace(ONE, p_balanced=np.ones(1, np.float32)))
     with pytest.raises(ConfigError, match=r"--gmm balancd: .* did you mean balanced\? .*imbalanced"):
         by_mixture(told, "balancd", between=AV)
     for posterior in (0.0, -0.5, 1.5, float("nan")):
         with pytest.raises(ConfigError, match=r"the posterior of a mixture's subset is .*; it lies in \(0, 1\]"):
             by_mixture(told, "balanced", between=AV, posterior=posterior)
     with pytest.raises(ManifestError, match="no p_balanced: rescore with mmaudit score"):
-        by_mixture(shards(ONE), "balanced", between=AV)
+        by_mixture(score_files(ONE), "balanced", between=AV)
 
 
 def test_texts_name_subsets() -> None:
@@ -315,7 +315,7 @@ def test_texts_name_subsets() -> None:
 
 
 def test_names() -> None:
-    found = shards(large(20))
+    found = score_files(large(20))
     texts = {
         "audio-preferred": "audio-preferred",
         "balanced": "balanced-within-0.2",
@@ -367,7 +367,7 @@ def test_a_share_is_that_share_of_all(n: int, seed: int, percent: float) -> None
     amount = round(percent / 100 * n)
     if amount == 0:
         with pytest.raises(ManifestError, match="widen the rule"):
-            decide(scores, parse_subset(shards(scores), f"random:{percent}%", between=None))
+            decide(scores, parse_subset(score_files(scores), f"random:{percent}%", between=None))
         return
     for subset in ("most-balanced", "least-balanced", "random"):
         assert parsed(scores, f"{subset}:{percent}%").sum() == amount
@@ -375,16 +375,16 @@ def test_a_share_is_that_share_of_all(n: int, seed: int, percent: float) -> None
 
 def test_samples_without_a_balance_score_are_no_extremes() -> None:
     scores = large(60)
-    found = shards(scores)
+    found = score_files(scores)
     whole = found.parts[0]
     assert not isinstance(whole, Path)
     lacks = np.arange(60) % 4 == 0
     column = pa.array(scores.balance, mask=lacks)
     holed = replace(found, parts=(whole.set_column(whole.column_names.index("balance"), "balance", column),))
     for which in ("most-balanced", "least-balanced"):
-        choice = select_rows(holed, extreme(holed, which, "100%", between=AV), scratch=Path("unused"))
-        (rows,) = holed.rows()
-        assert choice.decide(rows).keep.tolist() == (~lacks).tolist()
+        selection = select_rows(holed, by_balance(holed, which, "100%", between=AV), scratch=Path("unused"))
+        (rows,) = holed.batches()
+        assert selection.decide(rows).keep.tolist() == (~lacks).tolist()
 
 
 def test_what_an_extreme_drops_says_why() -> None:
@@ -394,7 +394,7 @@ def test_what_an_extreme_drops_says_why() -> None:
         ("most-balanced", "balance-too-low", np.less_equal),
         ("least-balanced", "balance-too-high", np.greater_equal),
     ):
-        found = decide(scores, extreme(shards(scores), which, "20%", between=AV))
+        found = decide(scores, by_balance(score_files(scores), which, "20%", between=AV))
         out = ~found.keep
         assert {found.reason[row] for row in np.flatnonzero(out)} == {reason}
         np.testing.assert_allclose(found.score, scores.balance)
@@ -419,7 +419,7 @@ def test_chance_draws_each_split_and_class_in_proportion(n: int, seed: int, data
 
 
 def like(scores: ScoreTable, wanted: Mask) -> tuple[str, NDArray[np.int64]]:
-    found = shards(scores)
+    found = score_files(scores)
     counts = np.zeros(len(found.splits) * len(found.classes), dtype=np.int64)
     for (split, label), number in cells_of(scores, wanted).items():
         counts[found.splits.index(split) * len(found.classes) + found.classes.to_pylist().index(label)] = number
@@ -432,7 +432,7 @@ def test_like_another_has_as_many_of_each_split_and_class(n: int, seed: int, dat
     scores = large(n, seed=seed)
     wanted = np.random.default_rng(seed).random(n) < data.draw(st.floats(0.05, 1))
     wanted[0] = True
-    kept = keep(scores, at_random(shards(scores), between=AV, like=like(scores, wanted)))
+    kept = keep(scores, at_random(score_files(scores), between=AV, like=like(scores, wanted)))
     assert cells_of(scores, kept) == cells_of(scores, wanted)
 
 
@@ -441,7 +441,7 @@ def test_chance_knows_nothing_of_what_balance_keeps() -> None:
     scores = large(4_000, classes=2)
     assert scores.split is not None
     for seed in range(3):
-        found = shards(scores, seed=seed)
+        found = score_files(scores, seed=seed)
         balanced = keep(scores, plan_balanced(found, BalancedConfig(tolerance=0.1)), seed=seed)
         drawn = keep(scores, at_random(found, between=AV, like=like(scores, balanced)), seed=seed)
         there = cells_of(scores, np.ones(len(scores), dtype=bool))
@@ -456,7 +456,7 @@ def test_chance_knows_nothing_of_what_balance_keeps() -> None:
 
 def test_another_seed_is_another_draw_and_the_same_the_same() -> None:
     scores = large(400)
-    rule = parse_subset(shards(scores), "random:100", between=None)
+    rule = parse_subset(score_files(scores), "random:100", between=None)
     one, again, other = (keep(scores, rule, seed=seed) for seed in (0, 0, 1))
     assert one.tolist() == again.tolist()
     assert 5 < (one & other).sum() < 50  # 25 expected
@@ -470,17 +470,17 @@ def test_as_many_as_there_are_not_cannot_be_drawn() -> None:
         parsed(scores, "least-balanced:21")
     name, counts = like(scores, np.ones(20, dtype=bool))
     with pytest.raises(ManifestError, match="random-like-other: there are too few samples"):
-        decide(scores, at_random(shards(scores), between=AV, like=(name, counts + 1)))
+        decide(scores, at_random(score_files(scores), between=AV, like=(name, counts + 1)))
     with pytest.raises(ManifestError, match="--subset most-balanced: the score table has no balance: rescore"):
-        parse_subset(shards(ONE), "most-balanced:1", between=None)
+        parse_subset(score_files(ONE), "most-balanced:1", between=None)
 
 
 def test_the_sides_of_a_discrepancy() -> None:
-    assert sides(("audio", "visual"), None) == {"audio": "audio:visual", "visual": "visual:audio"}
-    assert sides(("audio", "visual"), "visual") == sides(("audio", "visual"), None)
-    assert sides(NAMES, None) == {name: name for name in NAMES}
-    assert sides(NAMES, "text:audio") == {"text": "text:audio", "audio": "audio:text"}
-    assert sides(NAMES, "text") == {"text": "text"}
+    assert positive_sides(("audio", "visual"), None) == {"audio": "audio:visual", "visual": "visual:audio"}
+    assert positive_sides(("audio", "visual"), "visual") == positive_sides(("audio", "visual"), None)
+    assert positive_sides(NAMES, None) == {name: name for name in NAMES}
+    assert positive_sides(NAMES, "text:audio") == {"text": "text:audio", "audio": "audio:text"}
+    assert positive_sides(NAMES, "text") == {"text": "text"}
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ def test_the_sides_of_a_discrepancy() -> None:
 )
 def test_a_wrong_amount_is_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        parse_subset(shards(large(20)), text, between=None)
+        parse_subset(score_files(large(20)), text, between=None)
 
 
 @given(st.text(max_size=6))
@@ -531,7 +531,7 @@ def test_an_amount_is_positive_or_refused(text: str) -> None:
 )
 def test_a_wrong_subset_names_the_right_ones(scores: ScoreTable, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        parse_subset(shards(scores), text, between=None)
+        parse_subset(score_files(scores), text, between=None)
 
 
 @pytest.mark.parametrize(
@@ -553,4 +553,4 @@ def test_a_wrong_domination_is_refused(text: str, words: str) -> None:
 
 def test_a_wrong_between_names_the_modalities() -> None:
     with pytest.raises(ConfigError, match=r"--between audio:visul: no modality 'visul'; did you mean visual\?"):
-        keep(ONE, preferred(ONE.modalities, "audio", between="audio:visul"))
+        keep(ONE, prefer_modality(ONE.modalities, "audio", between="audio:visul"))

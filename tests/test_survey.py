@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.rebalance.survey import survey_of
+from mmaudit.rebalance.survey import survey_table
 
 ROW = st.tuples(
     st.integers(-2, 3),
@@ -41,9 +41,9 @@ def test_it_counts_as_python_does(tmp_path: Path, rows: list[tuple[Any, ...]], c
     for parts in (paths, [table(rows)]):
         if any(len(names) > 1 for names in called.values()):
             with pytest.raises(ScoreError, match="more than one label_name"):
-                survey_of(parts, list(TYPES))
+                survey_table(parts, list(TYPES))
             continue
-        found = survey_of(parts, list(TYPES))
+        found = survey_table(parts, list(TYPES))
         assert found.num_rows == len(rows)
         assert found.classes.to_pylist() == sorted(called)
         assert list(found.class_names) == [min(called[label]) for label in sorted(called)]
@@ -54,7 +54,7 @@ def test_it_counts_as_python_does(tmp_path: Path, rows: list[tuple[Any, ...]], c
 
 
 def test_without_names_and_splits_labels_are_their_own_names() -> None:
-    found = survey_of([pa.table({"label": [2, 1, 1]})], ["label"])
+    found = survey_table([pa.table({"label": [2, 1, 1]})], ["label"])
     assert (found.classes.to_pylist(), found.class_names, found.splits) == ([1, 2], ("1", "2"), ("all",))
 
 
@@ -69,4 +69,4 @@ def test_without_names_and_splits_labels_are_their_own_names() -> None:
 )
 def test_labels_that_are_none_are_named(labels: list[list[Any]], words: str) -> None:
     with pytest.raises(ScoreError, match=words):
-        survey_of([pa.table({"label": pa.array(each)}) for each in labels], ["label"])
+        survey_table([pa.table({"label": pa.array(each)}) for each in labels], ["label"])

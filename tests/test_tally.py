@@ -16,7 +16,7 @@ from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.binning import distance_to_uniform
 from mmaudit.rebalance.score_tables import ScoreBatch, ScoreFiles, open_scores
 from mmaudit.rebalance.selection import Decision, RowOutcome
-from mmaudit.rebalance.split_stats import MOST_SHORTAGES, SplitStats
+from mmaudit.rebalance.split_stats import MAX_SHORTAGES, SplitStats
 
 Array = NDArray[Any]
 REASONS = ("out", "missing-modality", "in-other")
@@ -104,10 +104,10 @@ def ks_of(values: Array, weight: Array) -> float:
 def test_the_numbers_are_those_of_all_rows_together(
     n: int, num_classes: int, num_bins: int, seed: int, weighted: bool, missing: bool
 ) -> None:
-    shards = shards_of(n, num_classes=num_classes, seed=seed, missing=missing)
-    (rows,) = shards.rows()
+    score_files = shards_of(n, num_classes=num_classes, seed=seed, missing=missing)
+    (rows,) = score_files.batches()
     found = decision_of(rows, seed=seed, weighted=weighted)
-    stats = SplitStats(shards, between="audio:visual", num_bins=num_bins)
+    stats = SplitStats(score_files, between="audio:visual", num_bins=num_bins)
     cut = n // 3
     for some in (slice(0, cut), slice(cut, n)):  # n // 3 may be 0: a batch without rows
         stats.add(*part_of(rows, found, some), REASONS)
@@ -138,8 +138,8 @@ def test_the_numbers_are_those_of_all_rows_together(
         assert told["before"]["ks"] == pytest.approx(
             kstest(values[there], "uniform", args=(-1, 2)).statistic, abs=0.001
         )
-    for split in shards.splits:
-        here = there & (rows.split == shards.splits.index(split))
+    for split in score_files.splits:
+        here = there & (rows.split == score_files.splits.index(split))
         if here.any():
             before = np.bincount(place[here], minlength=num_bins)
             after = np.bincount(place[here & keep], weights=weight[here & keep], minlength=num_bins)
@@ -148,7 +148,7 @@ def test_the_numbers_are_those_of_all_rows_together(
             assert split not in told["distances"]
     for number, one in enumerate(told["classes"]):
         here = there & (rows.label == number)
-        assert one["name"] == shards.class_names[number]
+        assert one["name"] == score_files.class_names[number]
         assert (one["before"], one["after"]) == (here.sum(), pytest.approx(weight[here & keep].sum()))
         assert one["ks_before"] == pytest.approx(ks_of(values[here], np.ones(n)[here]) if here.any() else 0, abs=0.001)
         before = np.bincount(place[here], minlength=num_bins)
@@ -171,10 +171,10 @@ def check_shortages(
             if even - has > 1e-9:
                 expected[(one, label)] = even - has
     found = [(entry["bin"], entry["class"], entry["even"] - entry["has"]) for entry in told["shortages"]]
-    assert len(found) == min(len(expected), MOST_SHORTAGES)
+    assert len(found) == min(len(expected), MAX_SHORTAGES)
     lacking = [each for _, _, each in found]
     assert lacking == sorted(lacking, reverse=True)
-    assert lacking == pytest.approx(sorted(expected.values(), reverse=True)[:MOST_SHORTAGES])
+    assert lacking == pytest.approx(sorted(expected.values(), reverse=True)[:MAX_SHORTAGES])
     for entry in told["shortages"]:
         assert entry["low"] == pytest.approx(-1 + 2 / told["bins"] * entry["bin"])
         assert entry["high"] - entry["low"] == pytest.approx(2 / told["bins"])
@@ -187,22 +187,22 @@ def flat(told: Any) -> list[Any]:
 
 
 def test_memory_does_not_grow_with_rows_and_many_classes_cost_accuracy_only() -> None:
-    shards = shards_of(4_000, num_classes=3_000, seed=0)
-    (rows,) = shards.rows()
+    score_files = shards_of(4_000, num_classes=3_000, seed=0)
+    (rows,) = score_files.batches()
     found = decision_of(rows, seed=0, weighted=False)
-    stats = SplitStats(shards, between="audio:visual", num_bins=20)
+    stats = SplitStats(score_files, between="audio:visual", num_bins=20)
     stats.add(rows, found, REASONS)
     told = stats.numbers()
-    assert len(told["classes"]) == len(shards.classes) > 2_000
+    assert len(told["classes"]) == len(score_files.classes) > 2_000
     assert sum(one["after"] for one in told["classes"]) == told["kept"]
     expected = kstest(found.discrepancy.astype(np.float64), "uniform", args=(-1, 2)).statistic
     assert told["before"]["ks"] == pytest.approx(expected, abs=0.05)
-    assert len(told["shortages"]) == MOST_SHORTAGES
+    assert len(told["shortages"]) == MAX_SHORTAGES
 
 
 def test_nothing_at_all_is_told_as_nothing() -> None:
-    shards = shards_of(5, num_classes=1, seed=0)
-    told = SplitStats(shards, between="audio:visual", num_bins=4).numbers()
+    score_files = shards_of(5, num_classes=1, seed=0)
+    told = SplitStats(score_files, between="audio:visual", num_bins=4).numbers()
     assert (told["scored"], told["effective_size"], told["reasons"], told["distances"]) == (0, 0.0, {}, {})
     assert told["before"] == {"distance": 0.0, "ks": 0.0, "positive": 0.0}
     assert told["empty_bins"] == [0, 1, 2, 3]

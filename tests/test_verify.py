@@ -30,7 +30,7 @@ from mmaudit.rebalance.recipe import balance_path
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
-from mmaudit.rebalance.verify import Verified, verify
+from mmaudit.rebalance.verify import Verification, verify
 
 
 def scores_of(num_samples: int = 60, *, seed: int = 0, **more: Any) -> ScoreTable:
@@ -86,11 +86,11 @@ def with_cell(name: str, row: int, value: Any) -> Callable[[pa.Table], pa.Table]
     return change
 
 
-def failed(found: Verified) -> set[str]:
+def failed(found: Verification) -> set[str]:
     return {check.name for check in found.failed}
 
 
-def detail(found: Verified, name: str) -> str:
+def detail(found: Verification, name: str) -> str:
     return next(check.detail for check in found.checks if check.name == name)
 
 

@@ -22,7 +22,7 @@ from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError
 from mmaudit.audit.parquet import KEY
 from mmaudit.rebalance.export import export as write_export
 from mmaudit.rebalance.manifest import COLUMNS
-from mmaudit.rebalance.webdataset import key_of
+from mmaudit.rebalance.webdataset import webdataset_key
 
 NUMBER = 24
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40)
@@ -147,15 +147,15 @@ def test_any_ids_have_keys_and_stand_in_the_json(tmp_path: Path, ids: list[str])
     st.text(st.characters(exclude_categories=["Cs"]), max_size=300), st.text(st.characters(exclude_categories=["Cs"]))
 )
 def test_keys_are_names_of_files_and_tell_ids_apart(one: str, other: str) -> None:
-    key = key_of(one)
+    key = webdataset_key(one)
     assert 0 < len(key) <= 180
     assert not set(key) & set("./\\ \n\0")
     assert key.isascii()
     if len(key) < 140 and one:
         assert unquote(key) == one
     assume(one != other)
-    assert key != key_of(other)
-    assert key_of("x" * 300 + one) != key_of("x" * 300 + other)
+    assert key != webdataset_key(other)
+    assert webdataset_key("x" * 300 + one) != webdataset_key("x" * 300 + other)
 
 
 def test_media_that_are_gone_are_named(manifest: Path, tmp_path: Path) -> None:
