@@ -1,4 +1,4 @@
-"""Differences of two manifests."""
+"""Comparison of two manifests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME_COLUMNS = ("bin", "split", "label", "label_name", "subset", "group", "conte
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UniqueSamples:
-    """Samples that one manifest has alone: how many, by split, by class, and the least ids of them."""
+    """Samples in one manifest only: their number, also by split and by class, and the smallest ids."""
 
     count: int
     by_split: dict[str, int]
@@ -33,7 +33,7 @@ class UniqueSamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangedNames:
-    """Samples of both of which a column says other things: how many, and the least ids, with A's and B's value."""
+    """Samples in both manifests that differ in a column: number, and the smallest ids with both values."""
 
     count: int
     first: tuple[tuple[str, Any, Any], ...]
@@ -41,11 +41,11 @@ class ChangedNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangedNumbers:
-    """How far a column of numbers has moved over the samples of both.
+    """Change of a column of numbers over the samples in both manifests.
 
-    count: those further apart than the tolerance, and those that only one of the manifests has a value for. largest
-    and mean are of the absolute change, correlation is Pearson's r; None where there is nothing to tell it from.
-    first: the largest changes, with A's and B's value.
+    count: samples that differ by more than the tolerance, or have a value in only one manifest. largest and mean are
+    of the absolute change, correlation is Pearson's r; None where undefined. first: the largest changes, with A's and
+    B's value.
     """
 
     count: int
@@ -57,10 +57,10 @@ class ChangedNumbers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestDiff:
-    """What two manifests, A and B, do not share. Rows are joined by id; their order does not count.
+    """Differences of two manifests, A and B. Rows are joined by id; their order is ignored.
 
-    moved: the columns of names and of bins; shifted: those of numbers. provenance: what differs of it, as
-    {path: (A's value, B's)}. same_dataset: whether the fingerprints agree; None where one of them is not told.
+    moved: changes in columns of names and bins; shifted: in columns of numbers. provenance: the entries that differ, as
+    {path: (A's value, B's)}. same_dataset: whether the fingerprints are equal; None if one of them is not recorded.
     """
 
     a: str
@@ -78,164 +78,178 @@ class ManifestDiff:
 
     @property
     def same(self) -> bool:
-        """Whether they hold the same samples, say the same of them, and were made from the same."""
-        columns: list[ChangedNames | ChangedNumbers] = [*self.moved.values(), *self.shifted.values()]
-        return not (self.only_a.count or self.only_b.count or self.provenance or any(each.count for each in columns))
+        """Whether samples, column values and provenance are all equal."""
+        changes: list[ChangedNames | ChangedNumbers] = [*self.moved.values(), *self.shifted.values()]
+        return not (
+            self.only_a.count or self.only_b.count or self.provenance or any(change.count for change in changes)
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it in plain values."""
-        return {"same": self.same, **{each.name: _to_json_value(getattr(self, each.name)) for each in fields(self)}}
+        """Return the differences as JSON values."""
+        return {"same": self.same, **{field.name: _to_json_value(getattr(self, field.name)) for field in fields(self)}}
 
     def lines(self) -> list[str]:
-        """Give it in lines, for people."""
+        """Return the differences as lines of text for the terminal."""
         if self.same:
             return [f"{self.a} and {self.b} are the same: {self.rows_a:,} samples"]
-        said = [f"A {self.a}: {self.rows_a:,} samples, B {self.b}: {self.rows_b:,}; in both {self.both:,}"]
+        lines = [f"A {self.a}: {self.rows_a:,} samples, B {self.b}: {self.rows_b:,}; {self.both:,} in both"]
         if self.same_dataset is False:
-            said.append("they were made from different datasets: their fingerprints differ")
-        for name, only in (("A", self.only_a), ("B", self.only_b)):
-            if only.count:
-                splits = ", ".join(f"{number:,} {split}" for split, number in only.by_split.items())
-                said.append(f"only in {name}: {only.count:,} ({splits}), the first: {', '.join(only.first[:3])}")
-        for column, moved in self.moved.items():
-            if moved.count:
-                name, here, there = moved.first[0]
-                said.append(f"{column}: {moved.count:,} differ, the first: {name}, {here} in A and {there} in B")
-        for column, shift in self.shifted.items():
-            if shift.count:
-                said.append(f"{column}: {shift.count:,} differ, {_describe_change(shift)}")
-        said += [f"{path}: {here!r} in A, {there!r} in B" for path, (here, there) in self.provenance.items()]
-        return said
+            lines.append("different datasets: the fingerprints of the sources differ")
+        for name, unique in (("A", self.only_a), ("B", self.only_b)):
+            if unique.count:
+                splits = ", ".join(f"{count:,} {split}" for split, count in unique.by_split.items())
+                lines.append(f"only in {name}: {unique.count:,} ({splits}), first: {', '.join(unique.first[:3])}")
+        for column, names_change in self.moved.items():
+            if names_change.count:
+                name, value_a, value_b = names_change.first[0]
+                lines.append(
+                    f"{column}: {names_change.count:,} differ, the first: {name}, {value_a} in A and {value_b} in B"
+                )
+        for column, numbers_change in self.shifted.items():
+            if numbers_change.count:
+                lines.append(f"{column}: {numbers_change.count:,} differ, {_describe_change(numbers_change)}")
+        lines += [f"{path}: {value_a!r} in A, {value_b!r} in B" for path, (value_a, value_b) in self.provenance.items()]
+        return lines
 
 
-def diff(a: Path, b: Path, *, tolerance: float = 1e-6, most: int = 20) -> ManifestDiff:
-    """Compare two manifests by id; of each kind of difference the first `most` are named.
+def diff(a: Path, b: Path, *, tolerance: float = 1e-6, max_listed: int = 20) -> ManifestDiff:
+    """Compare two manifests by id, listing the first `max_listed` differences of each kind.
 
-    Numbers that differ by no more than `tolerance` are the same. Two of 10^7 rows take 2.1 GB. Raises ManifestError
-    where one of them is none, or has an id twice.
+    Numbers that differ by at most `tolerance` count as equal. Two manifests of 10^7 rows take 2.1 GB of memory. Raises
+    ManifestError if one of the files is not a manifest, or repeats an id.
     """
-    told = [provenance_of(path) for path in (a, b)]
+    provenances = [provenance_of(path) for path in (a, b)]
     for path in (a, b):
         check_types(read_manifest_schema(path), where=str(path))
     join = ManifestJoin.of(a, b)
-    prints = [_fingerprint(each) for each in told]
+    fingerprints = [_fingerprint(provenance) for provenance in provenances]
     return ManifestDiff(
         a=str(a),
         b=str(b),
         rows_a=len(join.codes[0]),
         rows_b=len(join.codes[1]),
         both=len(join.in_a),
-        only_a=_unique_samples(join, 0, most=most),
-        only_b=_unique_samples(join, 1, most=most),
-        moved={name: _changed_names(name, join, most=most) for name in NAME_COLUMNS},
-        shifted={name: _changed_numbers(name, join, tolerance=tolerance, most=most) for name in NUMBER_COLUMNS},
-        provenance=_changed_provenance(*told),
-        same_dataset=None if None in prints else prints[0] == prints[1],
+        only_a=_unique_samples(join, 0, max_listed=max_listed),
+        only_b=_unique_samples(join, 1, max_listed=max_listed),
+        moved={name: _changed_names(name, join, max_listed=max_listed) for name in NAME_COLUMNS},
+        shifted={
+            name: _changed_numbers(name, join, tolerance=tolerance, max_listed=max_listed) for name in NUMBER_COLUMNS
+        },
+        provenance=_changed_provenance(*provenances),
+        same_dataset=None if None in fingerprints else fingerprints[0] == fingerprints[1],
         tolerance=tolerance,
     )
 
 
-def _unique_samples(join: ManifestJoin, side: int, *, most: int) -> UniqueSamples:
-    """Tell of the samples that A (side 0) or B (side 1) has alone."""
-    rows = (join.alone_a, join.alone_b)[side]
-    alone = np.zeros(len(join.codes[side]), dtype=bool)
-    alone[rows] = True
+def _unique_samples(join: ManifestJoin, side: int, *, max_listed: int) -> UniqueSamples:
+    """Describe the samples that are only in A (side 0) or only in B (side 1)."""
+    rows = (join.only_a, join.only_b)[side]
+    is_unique = np.zeros(len(join.codes[side]), dtype=bool)
+    is_unique[rows] = True
     by_split, by_class = Counter[str](), Counter[str]()
     start = 0
     for table in batches_of(join.paths[side], columns=["split", "label", "label_name"]) if len(rows) else ():
-        some = table.filter(pa.array(alone[start : start + len(table)]))
+        unique_rows = table.filter(pa.array(is_unique[start : start + len(table)]))
         start += len(table)
-        for each in some.group_by(some.column_names).aggregate([([], "count_all")]).to_pylist():
-            by_split[_name_or_none(each["split"])] += each["count_all"]
-            by_class[_name_or_none(each["label"] if each["label_name"] is None else each["label_name"])] += each[
+        for group in unique_rows.group_by(unique_rows.column_names).aggregate([([], "count_all")]).to_pylist():
+            by_split[_name_or_none(group["split"])] += group["count_all"]
+            by_class[_name_or_none(group["label"] if group["label_name"] is None else group["label_name"])] += group[
                 "count_all"
             ]
     return UniqueSamples(
         count=len(rows),
         by_split=dict(sorted(by_split.items())),
         by_class=dict(sorted(by_class.items())),
-        first=tuple(join.named(join.least(join.codes[side][rows], most=most))),
+        first=tuple(join.sample_ids(join.smallest_codes(join.codes[side][rows], max_ids=max_listed))),
     )
 
 
-def _changed_names(name: str, join: ManifestJoin, *, most: int) -> ChangedNames:
-    here, there = (column_keys(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True))
-    changed = np.flatnonzero(here[join.in_a] != there[join.in_b])
-    least = join.least(join.codes[0][join.in_a[changed]], most=most)
-    return ChangedNames(count=len(changed), first=join.pairs(name, least))
+def _changed_names(name: str, join: ManifestJoin, *, max_listed: int) -> ChangedNames:
+    values_a, values_b = (column_keys(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True))
+    changed = np.flatnonzero(values_a[join.in_a] != values_b[join.in_b])
+    first_codes = join.smallest_codes(join.codes[0][join.in_a[changed]], max_ids=max_listed)
+    return ChangedNames(count=len(changed), first=join.pairs(name, first_codes))
 
 
-def _changed_numbers(name: str, join: ManifestJoin, *, tolerance: float, most: int) -> ChangedNumbers:
-    here, there = (column_numbers(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True))
-    here, there = here[join.in_a], there[join.in_b]
-    change = np.abs(here - there)
-    change[np.isnan(here) & np.isnan(there)] = 0
-    told = ~(np.isnan(here) | np.isnan(there))
-    change[np.isnan(change)] = np.inf  # one of them has no value
-    beyond = np.flatnonzero(change > tolerance)
-    largest = join.codes[0][join.in_a[_largest_changes(change, beyond, join, most=most)]]
+def _changed_numbers(name: str, join: ManifestJoin, *, tolerance: float, max_listed: int) -> ChangedNumbers:
+    values_a, values_b = (
+        column_numbers(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True)
+    )
+    values_a, values_b = values_a[join.in_a], values_b[join.in_b]
+    change = np.abs(values_a - values_b)
+    change[np.isnan(values_a) & np.isnan(values_b)] = 0
+    in_both = ~(np.isnan(values_a) | np.isnan(values_b))
+    change[np.isnan(change)] = np.inf  # a value in only one of the manifests
+    changed = np.flatnonzero(change > tolerance)
+    largest = join.codes[0][join.in_a[_largest_changes(change, changed, join, max_listed=max_listed)]]
     return ChangedNumbers(
-        count=len(beyond),
-        largest=float(change[told].max()) if told.any() else None,
-        mean=float(change[told].mean()) if told.any() else None,
-        correlation=_correlation(here[told], there[told]),
+        count=len(changed),
+        largest=float(change[in_both].max()) if in_both.any() else None,
+        mean=float(change[in_both].mean()) if in_both.any() else None,
+        correlation=_correlation(values_a[in_both], values_b[in_both]),
         first=join.pairs(name, largest),
     )
 
 
-def _largest_changes(change: NDArray[np.float64], beyond: RowIndex, join: ManifestJoin, *, most: int) -> RowIndex:
-    """Give the places of the largest changes, largest first; of equals those of the least ids."""
-    if len(beyond) > most:
-        least = np.partition(change[beyond], len(beyond) - most)[len(beyond) - most] if most else np.inf
-        above, equal = beyond[change[beyond] > least], beyond[change[beyond] == least]
-        codes = join.codes[0][join.in_a[equal]]
-        equal = equal[np.isin(codes, join.least(codes, most=most - len(above)))]
-        beyond = np.r_[above, equal]
-    names = np.array(join.named(join.codes[0][join.in_a[beyond]]), dtype=object)
-    order = sorted(range(len(beyond)), key=lambda at: (-change[beyond[at]], names[at]))
-    return beyond[np.array(order, dtype=np.intp)]
+def _largest_changes(
+    change: NDArray[np.float64], changed: RowIndex, join: ManifestJoin, *, max_listed: int
+) -> RowIndex:
+    """Return the indices of the largest changes, largest first; ties in order of the ids."""
+    if len(changed) > max_listed:
+        cut = (
+            np.partition(change[changed], len(changed) - max_listed)[len(changed) - max_listed]
+            if max_listed
+            else np.inf
+        )
+        above, at_cut = changed[change[changed] > cut], changed[change[changed] == cut]
+        codes = join.codes[0][join.in_a[at_cut]]
+        at_cut = at_cut[np.isin(codes, join.smallest_codes(codes, max_ids=max_listed - len(above)))]
+        changed = np.r_[above, at_cut]
+    sample_ids = np.array(join.sample_ids(join.codes[0][join.in_a[changed]]), dtype=object)
+    order = sorted(range(len(changed)), key=lambda position: (-change[changed[position]], sample_ids[position]))
+    return changed[np.array(order, dtype=np.intp)]
 
 
-def _correlation(here: NDArray[np.float64], there: NDArray[np.float64]) -> float | None:
-    if len(here) < 2 or np.ptp(here) == 0 or np.ptp(there) == 0:
+def _correlation(values_a: NDArray[np.float64], values_b: NDArray[np.float64]) -> float | None:
+    if len(values_a) < 2 or np.ptp(values_a) == 0 or np.ptp(values_b) == 0:
         return None
-    here, there = here - here.mean(), there - there.mean()
-    found = float((here @ there) / np.sqrt((here @ here) * (there @ there)))
-    return found if np.isfinite(found) else None
+    values_a, values_b = values_a - values_a.mean(), values_b - values_b.mean()
+    correlation = float((values_a @ values_b) / np.sqrt((values_a @ values_a) * (values_b @ values_b)))
+    return correlation if np.isfinite(correlation) else None
 
 
 def _fingerprint(provenance: dict[str, Any]) -> str | None:
     scores = provenance.get("scores")
-    found = scores.get("fingerprint") if isinstance(scores, dict) else None
-    return None if found is None else str(found)
+    fingerprint = scores.get("fingerprint") if isinstance(scores, dict) else None
+    return None if fingerprint is None else str(fingerprint)
 
 
 def _changed_provenance(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Give what two provenances say differently, by path; what one does not say is None."""
-    here, there = dict(_leaves(a, "")), dict(_leaves(b, ""))
-    pairs = {path: (here.get(path), there.get(path)) for path in sorted(here.keys() | there.keys())}
+    """Return the entries that differ between two provenances, by path; a missing entry is None."""
+    leaves_a, leaves_b = dict(_leaves(a, "")), dict(_leaves(b, ""))
+    pairs = {path: (leaves_a.get(path), leaves_b.get(path)) for path in sorted(leaves_a.keys() | leaves_b.keys())}
     return {path: pair for path, pair in pairs.items() if json.dumps(pair[0]) != json.dumps(pair[1])}
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
-        for key, each in value.items():
-            yield from _leaves(each, f"{path}.{key}" if path else str(key))
+        for key, child in value.items():
+            yield from _leaves(child, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list) and value:
-        for number, each in enumerate(value):
-            yield from _leaves(each, f"{path}[{number}]")
+        for index, child in enumerate(value):
+            yield from _leaves(child, f"{path}[{index}]")
     else:
         yield path, value
 
 
 def _to_json_value(value: Any) -> Any:
-    """Give a value as JSON knows it: no tuples, and no number that is not one."""
+    """Return a value as JSON types: tuples as lists, NaN and infinity as None."""
     if is_dataclass(value):
-        return {each.name: _to_json_value(getattr(value, each.name)) for each in fields(value)}
+        return {element.name: _to_json_value(getattr(value, element.name)) for element in fields(value)}
     if isinstance(value, dict):
-        return {key: _to_json_value(each) for key, each in value.items()}
+        return {key: _to_json_value(element) for key, element in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_json_value(each) for each in value]
+        return [_to_json_value(element) for element in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -243,7 +257,7 @@ def _name_or_none(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _describe_change(shift: ChangedNumbers) -> str:
-    name, here, there = shift.first[0]
-    said = f"the largest change: {name}, {here} in A and {there} in B"
-    return said if shift.correlation is None else f"{said}; correlation {shift.correlation:.4f}"
+def _describe_change(change: ChangedNumbers) -> str:
+    sample_id, value_a, value_b = change.first[0]
+    text = f"largest change: {sample_id}, {value_a} in A and {value_b} in B"
+    return text if change.correlation is None else f"{text}; correlation {change.correlation:.4f}"

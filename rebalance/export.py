@@ -72,7 +72,7 @@ def export(
     provenance = provenance_of(manifest)
     first = next(batches_of(manifest), None)
     if first is None:
-        raise ManifestError(f"{manifest} holds no rows: make it anew with mmaudit split")
+        raise ManifestError(f"{manifest} holds no rows: recreate it with mmaudit split")
     check_types(first.schema, where=str(manifest))
     _check_column_types(first.schema, manifest)
     _check_overwrite(out, manifest, format=format, overwrite=overwrite)

@@ -161,9 +161,7 @@ def _read_members(score_files: ScoreFiles, path: Path, *, inside: bool) -> Manif
     check_same_dataset(score_files.provenance, provenance_of(path).get("scores", {}), name=str(path))
     ids = [batch["sample_id"] for batch in batches_of(path, columns=["sample_id"])]
     if not ids or any(column.null_count for column in ids):
-        raise ManifestError(
-            f"{path} holds {'ids that are null' if ids else 'no rows'}: make it anew with mmaudit split"
-        )
+        raise ManifestError(f"{path} holds {'ids that are null' if ids else 'no rows'}: recreate it with mmaudit split")
     keys = [hash_keys(column, seed=score_files.seed) for column in ids]
     return ManifestMembers(name=path.stem, keys=np.sort(np.concatenate(keys)), inside=inside)
 

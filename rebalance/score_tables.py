@@ -164,7 +164,7 @@ class ScoreFiles:
             found[(found == 0) & ~members.admits(key)] = number
         return found
 
-    def chooses(self, batch: ScoreBatch) -> NDArray[np.bool_]:
+    def non_test_mask(self, batch: ScoreBatch) -> NDArray[np.bool_]:
         """Tell which rows (n,) may choose: those not barred, and of the test split only if there is no other."""
         test = self.splits.index("test") if "test" in self.splits and len(self.splits) > 1 else -1
         return np.asarray((batch.split != test) & (batch.excluded_by == 0))
@@ -175,7 +175,7 @@ class ScoreFiles:
             return ":".join(self.modalities)
         total, number = np.zeros(len(self.modalities)), np.zeros(len(self.modalities))
         for batch in self.batches():
-            some = batch.confidence[self.chooses(batch)]
+            some = batch.confidence[self.non_test_mask(batch)]
             total += np.where(np.isnan(some), 0, some).sum(axis=0, dtype=np.float64)
             number += (~np.isnan(some)).sum(axis=0)
         return self.modalities[int(np.argmax(total / np.maximum(number, 1)))]

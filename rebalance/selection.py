@@ -184,6 +184,6 @@ def check_unique(score_files: ScoreFiles, repeated: NDArray[np.uint64]) -> None:
     twice = sorted(name for name, times in seen.items() if times > 1)
     if twice:
         raise ScoreError(
-            f"{sum(seen[name] - 1 for name in twice)} ids stand more than once in the score table "
+            f"{sum(seen[name] - 1 for name in twice)} ids occur more than once in the score table "
             f"(the first: {twice[0]}): ids are unique"
         )

@@ -67,9 +67,9 @@ def read_numbers(path: Path, *, error: type[MmauditError]) -> dict[str, Any]:
     bins = numbers["bins"]
     places = [*numbers["empty_bins"], *(shortage["bin"] for shortage in numbers["shortages"])]
     if not len(numbers["counts_before"]) == len(numbers["counts_after"]) == bins > max([0, *places]):
-        raise error(f"{path} does not count {bins} bins: make the manifest anew with mmaudit split")
+        raise error(f"{path} does not count {bins} bins: recreate the manifest with mmaudit split")
     if min([0, *places]) < 0:
-        raise error(f"{path} names bin {min(places)}: make the manifest anew with mmaudit split")
+        raise error(f"{path} names bin {min(places)}: recreate the manifest with mmaudit split")
     return numbers
 
 

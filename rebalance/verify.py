@@ -135,7 +135,7 @@ def _check_unique_ids(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]
     found = []
     for number, name in enumerate(("ids", "dropped ids")[: len(files)]):
         twice = sorted(each for each, counts in times.items() if counts[number] > 1)
-        more = f"{len(twice):,} ids stand more than once (the first: {twice[0]})" if twice else "no id stands twice"
+        more = f"{len(twice):,} ids occur more than once (the first: {twice[0]})" if twice else "no id stands twice"
         found.append(Check(name=name, held=not twice, detail=more))
     if len(files) > 1:
         both = sorted(each for each, counts in times.items() if all(counts))

@@ -251,7 +251,7 @@ def test_the_size_asked_for_is_exact(scores: ScoreTable, data: st.DataObject) ->
 @pytest.mark.parametrize("size", [11, 1_000])
 def test_a_size_beyond_the_table_is_refused(size: int) -> None:
     scores = table_of(np.linspace(-1, 1, 10), np.zeros(10, int))
-    with pytest.raises(ConfigError, match=f"--size {size} cannot be had: the largest is 10, all samples"):
+    with pytest.raises(ConfigError, match=f"--size: requested {size} samples, available 10"):
         split_of(scores, BalancedConfig(size=size))
 
 
@@ -299,7 +299,7 @@ def test_a_grid_is_uniform_over_both_confidences(n: int, seed: int, tolerance: f
 
 def test_a_grid_needs_two_confidences_and_takes_the_other_of_two() -> None:
     assert split_of(drawn(20, seed=0), BalancedConfig(grid=True), between="visual").rule.between == "visual:audio"
-    with pytest.raises(ConfigError, match="--between text: a grid has two confidences; name two modalities, A:B"):
+    with pytest.raises(ConfigError, match="--between text: a grid needs two confidences; name two modalities as A:B"):
         split_of(drawn(20, seed=0, num_modalities=3), BalancedConfig(grid=True), between="text")
 
 
@@ -482,7 +482,7 @@ def test_a_pair_that_nobody_has_is_refused() -> None:
         table_of(np.zeros(2), np.zeros(2, int)), modalities=("audio", "visual", "text"), confidence=confidence
     )
     for config in (BalancedConfig(), BalancedConfig(size=1), BalancedConfig(by="weight"), BalancedConfig(bins=AUTO)):
-        with pytest.raises(ScoreError, match="no sample that may be kept has a discrepancy between audio:visual"):
+        with pytest.raises(ScoreError, match="no eligible sample has a discrepancy between audio:visual"):
             split_of(scores, config, between="audio:visual")
     assert split_of(scores, BalancedConfig()).rule.between == "audio:text"
 
@@ -514,9 +514,9 @@ def test_more_bins_than_a_manifest_can_number_are_refused(bins: int, grid: bool)
         ({"size": 0}, "split.size is 0; it must be at least 1"),
         ({"by": "weigth"}, "split.by is 'weigth'; did you mean weight"),
         ({"max_weight": 0.5}, "split.max_weight is 0.5; it must be at least 1"),
-        ({"by": "weight", "size": 3}, "keeps all samples: leave out the size"),
-        ({"by": "weight", "per_class": True}, "keeps all samples: leave out the size and per_class"),
-        ({"per_class": True, "size": 3}, "split.per_class takes a tolerance, not a size"),
+        ({"by": "weight", "size": 3}, "keeps all samples: remove split.size"),
+        ({"by": "weight", "per_class": True}, "keeps all samples: remove split.size and split.per_class"),
+        ({"per_class": True, "size": 3}, "split.per_class cannot be combined with split.size"),
     ],
 )
 def test_wrong_settings_are_refused(options: dict[str, Any], words: str) -> None:

@@ -82,11 +82,11 @@ def test_numbers_are_those_of_the_tally(tmp_path: Path) -> None:
     told = {row[0]: row[1:] for row in measures[1:]}
     assert told["samples"] == [str(numbers["scored"]), str(numbers["kept"])]
     for place, when in enumerate(("before", "after")):
-        assert float(told["total-variation distance to uniform (0 = even)"][place]) == round(
+        assert float(told["total-variation distance to uniform (0 = uniform)"][place]) == round(
             numbers[when]["distance"], 3
         )
-        assert float(told["Kolmogorov-Smirnov distance to uniform (0 = even)"][place]) == round(numbers[when]["ks"], 3)
-        positive = float(told["share that prefers audio"][place].removesuffix(" %"))
+        assert float(told["Kolmogorov-Smirnov distance to uniform (0 = uniform)"][place]) == round(numbers[when]["ks"], 3)
+        positive = float(told["share of audio-preferred samples"][place].removesuffix(" %"))
         assert positive == pytest.approx(100 * numbers[when]["positive"], abs=0.051)
     assert [int(row[1]) for row in bins[1:]] == numbers["counts_before"]
     assert [int(row[2]) for row in bins[1:]] == numbers["counts_after"]
@@ -102,8 +102,8 @@ def test_the_worst_class_and_the_worst_shortages_are_told(tmp_path: Path) -> Non
     path, numbers = make(tmp_path)
     text = card(path, balance=numbers)
     worst = max(numbers["classes"], key=lambda each: float(each["distance_after"]))
-    assert f"Of 3 classes, **{worst['name']}** is the least even: distance {worst['distance_after']:.3f}" in text
-    lines = [line for line in text.splitlines() if "where an even share is" in line]
+    assert f"Of 3 classes, **{worst['name']}** is the least uniform: distance {worst['distance_after']:.3f}" in text
+    lines = [line for line in text.splitlines() if "where a uniform share is" in line]
     assert 0 < len(lines) == min(MAX_SHORTAGES, len(numbers["shortages"]))
     assert lines[0].startswith(f"- {numbers['shortages'][0]['class']} has {numbers['shortages'][0]['has']} samples")
 
@@ -123,14 +123,14 @@ def test_how_it_was_made_is_told(tmp_path: Path) -> None:
         f"- row digest: `{about['digest']}`",
     ):
         assert line in text.splitlines()
-    assert "The probes learned from all splits, the test split too" in text
+    assert "The probes were trained on all splits, including the test split" in text
     assert "arXiv 2302.10912" in text
 
 
 def test_what_was_dropped_is_counted_where_it_lies_beside(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     (reason, count), = numbers["reasons"].items()  # fmt: skip
-    assert f"Dropped: {count} `{reason}`. Each stands in `even.dropped.parquet`" in card(path, balance=numbers)
+    assert f"Dropped: {count} `{reason}`. `even.dropped.parquet` lists each with" in card(path, balance=numbers)
     other, _ = make(tmp_path / "other", n=200)
     shutil.copy(dropped_path(other), dropped_path(path))
     with pytest.raises(ManifestError, match="holds the rows dropped from another manifest: run mmaudit split again"):
@@ -143,7 +143,7 @@ def test_numbers_that_lie_beside_are_found(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     without = card(path)
     assert tables(without) == []
-    assert "No numbers of its balance lie beside it" in without
+    assert "Its balance numbers were not found" in without
     assert "### How it was made" in without
     write_beside(path, numbers)
     assert card(path) == card(path, balance=numbers)
@@ -176,7 +176,7 @@ def test_numbers_of_another_manifest_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="run mmaudit split again"):
         card(path, balance={**numbers, "digest": "another"})
     assert card(path, balance={**numbers, "digest": rows_of(path)["digest"]}) == card(path, balance=numbers)
-    with pytest.raises(ManifestError, match="lack after, classes: make them anew with mmaudit split"):
+    with pytest.raises(ManifestError, match="lack after, classes: run mmaudit split again"):
         card(path, balance={name: value for name, value in numbers.items() if name not in ("after", "classes")})
     with pytest.raises(ManifestError, match="no such file"):
         card(tmp_path / "none.parquet")
@@ -220,7 +220,7 @@ def test_weights_tell_the_effective_size(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     assert "effective size" not in card(path, balance={**numbers, "effective_size": float(numbers["kept"])})
     told = {row[0]: row[2] for row in tables(card(path, balance={**numbers, "effective_size": 12.4}))[0]}
-    assert told["effective size, by weights"] == "12"
+    assert told["effective size of the weighted samples"] == "12"
 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])

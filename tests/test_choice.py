@@ -221,12 +221,12 @@ def test_an_id_that_stands_twice_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(spill, "_PART_ROWS", 4)
     rule = Some(wanted=np.full(6, 4), num_classes=3)
     within = table(6, seed=0, sample_id=["d", "b", "b", "a", "a", "a"])
-    with pytest.raises(ScoreError, match=r"3 ids stand more than once in the score table \(the first: a\)"):
+    with pytest.raises(ScoreError, match=r"3 ids occur more than once in the score table \(the first: a\)"):
         select_rows(opened(tmp_path / "a", within), rule, scratch=tmp_path / "scratch")
     (tmp_path / "b").mkdir()
     pq.write_table(table(20, seed=0), tmp_path / "b" / "0.parquet")
     pq.write_table(table(20, seed=1, start=18), tmp_path / "b" / "1.parquet")
-    with pytest.raises(ScoreError, match=r"2 ids stand more than once in the score table \(the first: s0018\)"):
+    with pytest.raises(ScoreError, match=r"2 ids occur more than once in the score table \(the first: s0018\)"):
         select_rows(open_scores(tmp_path / "b", seed=0), rule, scratch=tmp_path / "scratch")
     assert where == "memory" or not any((tmp_path / "scratch").iterdir())
 

@@ -287,7 +287,7 @@ def test_steps_cut_the_order_and_processes_cut_the_step(n: int, batch_size: int,
         ({"pacing": "log"}, r"order\.pacing is log: .*root, linear, step, geometric, exponential"),
         ({"draw": "replace"}, r"order\.draw is replace: did you mean replacement\?"),
         ({"weight": "soft"}, r"order\.weight is soft: did you mean softmax\?"),
-        ({"start": 0.0}, r"order\.start is 0\.0; a share lies in \(0, 1\]"),
+        ({"start": 0.0}, r"order\.start is 0\.0; it must lie in \(0, 1\]"),
         ({"start": math.nan}, r"order\.start is nan; a share"),
         ({"start": 1.5}, r"order\.start is 1\.5; a share"),
         ({"grow_epochs": 0}, r"order\.grow_epochs is 0; it must be at least 1"),
@@ -302,10 +302,10 @@ def test_a_wrong_setting_is_named_with_the_right_ones(wrong: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("balance", "message"),
     [
-        (None, r"draws by balance scores; there are none: rescore with mmaudit score"),
+        (None, r"a weighted order needs balance scores; none found: rescore with mmaudit score"),
         ([0.5, math.nan, math.nan], r"2 of 3 balance scores .* \(row 1 has nan\)"),
-        ([0.5, 0.1, -1.02], r"1 of 3 balance scores are no number in \[-1, 1\] \(row 2 has -1\.02\)"),
-        ([0.5], r"balance has shape \(1,\) beside 3 ranks"),
+        ([0.5, 0.1, -1.02], r"1 of 3 balance scores are not in \[-1, 1\] \(row 2 has -1\.02\)"),
+        ([0.5], r"balance has shape \(1,\), expected \(3,\) as rank"),
     ],
 )
 def test_a_weighted_order_wants_every_score(balance: list[float] | None, message: str) -> None:
@@ -322,9 +322,9 @@ def test_orders_by_rank_want_no_scores() -> None:
 
 def test_epochs_and_columns_are_checked() -> None:
     columns = columns_of([0.1, 0.2, 0.3])
-    with pytest.raises(ConfigError, match="epoch 0: epochs are counted from 1"):
+    with pytest.raises(ConfigError, match="epoch 0: it must be at least 1"):
         order_of(**columns, config=OrderConfig(), seed=0, epoch=0)
-    with pytest.raises(ManifestError, match=r"key has shape \(2,\) beside 3 ranks"):
+    with pytest.raises(ManifestError, match=r"key has shape \(2,\), expected \(3,\) as rank"):
         order_of(**{**columns, "key": columns["key"][:2]}, config=OrderConfig(), seed=0, epoch=1)
     with pytest.raises(ManifestError, match="there are no samples to order"):
         order_of(**{name: column[:0] for name, column in columns.items()}, config=OrderConfig(), seed=0, epoch=1)
@@ -333,10 +333,10 @@ def test_epochs_and_columns_are_checked() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"step": 3}, "step 3 of 10 samples in batches of 4: .* from 0 to 2"),
+        ({"step": 3}, "step 3 of 10 samples in batches of 4: .* between 0 and 2"),
         ({"step": -1}, "step -1 of 10 samples"),
         ({"batch_size": 0}, "batches of 0"),
-        ({"num_ranks": 2, "rank": 2}, "rank 2 of 2 processes: ranks are counted from 0 to 1"),
+        ({"num_ranks": 2, "rank": 2}, "rank 2 of 2 processes: rank must be between 0 and 1"),
         ({"rank": -1}, "rank -1 of 1 processes"),
     ],
 )

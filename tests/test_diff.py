@@ -135,7 +135,7 @@ def test_it_counts_as_python_does_and_mirrors(
     tmp_path: Path, here: dict[str, Row], there: dict[str, Row], most: int
 ) -> None:
     a, b = write(tmp_path / "a.parquet", here), write(tmp_path / "b.parquet", there)
-    found = diff(a, b, most=most)
+    found = diff(a, b, max_listed=most)
     both = sorted(here.keys() & there.keys())
     assert found.both == len(both)
     assert list(found.only_a.first) == sorted(here.keys() - there.keys())[:most]
@@ -155,7 +155,7 @@ def test_it_counts_as_python_does_and_mirrors(
         assert shift.largest == (max(told) if told else None)
         assert shift.mean == (pytest.approx(np.mean(told)) if told else None)
     assert found.same == (here == there or all(_close(here, there)))
-    assert swapped(diff(b, a, most=most)) == rounded(found.to_dict())
+    assert swapped(diff(b, a, max_listed=most)) == rounded(found.to_dict())
     json.dumps(found.to_dict(), allow_nan=False)
 
 
@@ -183,10 +183,10 @@ def test_the_largest_changes_come_first_and_a_missing_value_before_them(tmp_path
     a = write(tmp_path / "a.parquet", dict.fromkeys("abcde", row))
     b = write(tmp_path / "b.parquet", {name: row | {"gap": gap} for name, gap in gaps.items()})
     first = (("d", 0.0, None), ("b", 0.0, 0.5), ("c", 0.0, 0.5))
-    assert diff(a, b, most=3).shifted["gap"] == ChangedNumbers(
+    assert diff(a, b, max_listed=3).shifted["gap"] == ChangedNumbers(
         count=4, largest=0.5, mean=0.3125, correlation=None, first=first
     )
-    assert diff(a, b, most=2).shifted["gap"].first == first[:2]
+    assert diff(a, b, max_listed=2).shifted["gap"].first == first[:2]
     assert diff(a, b, tolerance=0.3).shifted["gap"].count == 3
 
 
@@ -241,11 +241,11 @@ def test_ids_that_stand_twice_or_are_null_are_refused(tmp_path: Path) -> None:
     good = split_of(tmp_path / "good.parquet", seed=0, tolerance=0.0)
     table, bad = pq.read_table(good), tmp_path / "bad.parquet"
     pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), bad)
-    with pytest.raises(ManifestError, match=r"1 ids stand more than once in .*bad\.parquet"):
+    with pytest.raises(ManifestError, match=r"1 ids occur more than once in .*bad\.parquet"):
         diff(good, bad)
     nulls = pa.array([None] * len(table), pa.string())
     pq.write_table(table.set_column(0, "sample_id", nulls), bad)
-    with pytest.raises(ManifestError, match=r"ids are null in .*bad\.parquet"):
+    with pytest.raises(ManifestError, match=r"null ids in .*bad\.parquet"):
         diff(good, bad)
 
 

@@ -25,19 +25,19 @@ def write(path: Path, ids: list[Any], **columns: pa.Array) -> Path:
 
 
 @relaxed
-@given(here=IDS, there=IDS, most=st.integers(0, 4))
-def test_it_joins_as_python_does(tmp_path: Path, here: list[str], there: list[str], most: int) -> None:
+@given(here=IDS, there=IDS, max_ids=st.integers(0, 4))
+def test_it_joins_as_python_does(tmp_path: Path, here: list[str], there: list[str], max_ids: int) -> None:
     places = [pa.array([f"{side}{row}" for row in range(len(ids))]) for side, ids in (("A", here), ("B", there))]
     a = write(tmp_path / "a.parquet", here, place=places[0])
     join = ManifestJoin.of(a, write(tmp_path / "b.parquet", there, place=places[1]))
     both = [name for name in here if name in there]
     assert [here[row] for row in join.in_a] == [there[row] for row in join.in_b] == both
-    assert [here[row] for row in join.alone_a] == [name for name in here if name not in there]
-    assert [there[row] for row in join.alone_b] == [name for name in there if name not in here]
-    assert [join.named(codes) for codes in join.codes] == [here, there]
-    least = join.least(join.codes[0][join.in_a], most=most)
-    assert join.named(least) == sorted(both, key=str.encode)[:most]
-    expected = [(name, f"A{here.index(name)}", f"B{there.index(name)}") for name in join.named(least)]
+    assert [here[row] for row in join.only_a] == [name for name in here if name not in there]
+    assert [there[row] for row in join.only_b] == [name for name in there if name not in here]
+    assert [join.sample_ids(codes) for codes in join.codes] == [here, there]
+    least = join.smallest_codes(join.codes[0][join.in_a], max_ids=max_ids)
+    assert join.sample_ids(least) == sorted(both, key=str.encode)[:max_ids]
+    expected = [(name, f"A{here.index(name)}", f"B{there.index(name)}") for name in join.sample_ids(least)]
     assert list(join.pairs("place", least)) == expected
 
 
@@ -52,15 +52,15 @@ def test_columns_are_keys_that_tell_values_apart_and_numbers(tmp_path: Path, row
     ]
     expected = [np.nan if row[1] is None else row[1] for row in rows]
     np.testing.assert_array_equal(column_numbers(path, "number", len(rows)), np.array(expected, np.float64))
-    with pytest.raises(ManifestError, match=f"a column of {len(rows)} values stands beside {len(rows) + 1} ids"):
+    with pytest.raises(ManifestError, match=f"a column has {len(rows)} values, expected {len(rows) + 1} as there are ids"):
         column_numbers(path, "number", len(rows) + 1)
 
 
 def test_ids_that_stand_twice_or_are_null_are_refused(tmp_path: Path) -> None:
     good, bad = write(tmp_path / "good.parquet", ["a", "b"]), tmp_path / "bad.parquet"
     write(bad, ["a", "b", "a"])
-    with pytest.raises(ManifestError, match=r"1 ids stand more than once in .*bad\.parquet \(one of them: a\)"):
+    with pytest.raises(ManifestError, match=r"1 ids occur more than once in .*bad\.parquet \(for example a\)"):
         ManifestJoin.of(good, bad)
     write(bad, ["a", None])
-    with pytest.raises(ManifestError, match=r"1 ids are null in .*bad\.parquet"):
+    with pytest.raises(ManifestError, match=r"1 null ids in .*bad\.parquet"):
         ManifestJoin.of(bad, good)

@@ -187,7 +187,7 @@ def test_distance_is_over_the_filled_bins_alone() -> None:
 
 @given(AVAILABLE.filter(np.any), st.sampled_from([1.0, 1.5, 3.0, 100.0]))
 def test_weights_make_bins_weigh_the_same_up_to_the_cap(available: Counts, most: float) -> None:
-    weight, there = balancing_weights(available, most=most), available > 0
+    weight, there = balancing_weights(available, max_weight=most), available > 0
     assert weight.max() <= most
     assert (weight[~there] == 0).all()
     free = there & (weight < most)

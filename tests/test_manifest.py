@@ -201,14 +201,14 @@ def test_tables_are_cut_anew_without_a_row_lost(monkeypatch: pytest.MonkeyPatch)
 def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
     table = read_manifest(written(tmp_path)).table
     spoiled = {
-        "is not a manifest: it lacks rank, content; make one with: mmaudit split": table.drop_columns(
+        "is not a manifest: it lacks rank, content; create one with: mmaudit split": table.drop_columns(
             ["rank", "content"]
         ),
         "column label of the manifest holds nulls": table.set_column(1, "label", pa.nulls(len(table), pa.int32())),
         "column sample_id of the manifest holds nulls": table.set_column(
             0, "sample_id", pa.nulls(len(table), pa.string())
         ),
-        "2 ids stand more than once in the manifest": pa.concat_tables([table, table.slice(0, 2)]),
+        "2 ids occur more than once in the manifest": pa.concat_tables([table, table.slice(0, 2)]),
     }
     for words, content in spoiled.items():
         pq.write_table(content, tmp_path / "bad.parquet")
@@ -231,7 +231,7 @@ def test_hashes_that_collide_are_no_repeated_ids(tmp_path: Path, monkeypatch: py
     found = read_manifest(written(tmp_path))
     monkeypatch.setattr(manifest, "hash_ids", lambda ids, **_: np.zeros(len(ids), dtype=np.uint64))
     assert len(Manifest(table=found.table, provenance={})) == len(found)
-    with pytest.raises(ManifestError, match="1 ids stand more than once"):
+    with pytest.raises(ManifestError, match="1 ids occur more than once"):
         Manifest(table=pa.concat_tables([found.table, found.table.slice(0, 1)]), provenance={})
 
 
@@ -303,7 +303,7 @@ def test_a_manifest_of_another_version_is_refused_in_one_line(tmp_path: Path) ->
     table = pq.read_table(path)
     told = {**table.schema.metadata, b"mmaudit": b'{"schema": "mmaudit.manifest/2"}'}
     pq.write_table(table.replace_schema_metadata(told), path)
-    with pytest.raises(ManifestError, match=r"is mmaudit\.manifest/2, and this mmaudit reads mmaudit\.manifest/3: run"):
+    with pytest.raises(ManifestError, match=r"is mmaudit\.manifest/2, but this mmaudit reads mmaudit\.manifest/3: run"):
         read_manifest(path)
 
 

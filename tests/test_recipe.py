@@ -493,8 +493,8 @@ def test_wrong_recipes_are_refused(options: dict[str, Any], words: str) -> None:
         ({"dominated": "visual"}, ConfigError, "not of the form MODALITY:T"),
         ({"gmm": "both"}, ConfigError, "--gmm both: no such side"),
         ({"subset": "balanced", "between": "audio:text"}, ConfigError, "no modality 'text'"),
-        ({"subset": "random:401"}, ConfigError, "401 samples cannot be had: the largest is 400"),
-        ({"balanced": BalancedConfig(size=401)}, ConfigError, "--size 401 cannot be had: the largest is 400"),
+        ({"subset": "random:401"}, ConfigError, "requested 401 samples, available 400"),
+        ({"balanced": BalancedConfig(size=401)}, ConfigError, "--size: requested 401 samples, available 400"),
         ({"dominated": "audio:0.999"}, ManifestError, "audio-dominated-0.999: none of the 400 scored samples"),
     ],
 )

@@ -158,10 +158,10 @@ def test_who_has_no_split_is_in_the_split_all(tmp_path: Path, split: Any, splits
 
 def test_test_samples_choose_only_where_there_are_no_others(tmp_path: Path) -> None:
     found = open_scores(written(tmp_path / "a", table()), seed=0)
-    chooses = np.concatenate([found.chooses(rows) for rows in found.batches()])
-    assert chooses.tolist() == [one % 4 != 0 for one in range(N)]
+    non_test_mask = np.concatenate([found.non_test_mask(rows) for rows in found.batches()])
+    assert non_test_mask.tolist() == [one % 4 != 0 for one in range(N)]
     alone = open_scores(written(tmp_path / "b", table(split=["test"] * N)), seed=0)
-    assert all(alone.chooses(rows).all() for rows in alone.batches())
+    assert all(alone.non_test_mask(rows).all() for rows in alone.batches())
 
 
 def test_a_missing_modality_is_nan_and_the_gap_is_over_the_others(tmp_path: Path) -> None:

@@ -464,9 +464,9 @@ def test_another_seed_is_another_draw_and_the_same_the_same() -> None:
 
 def test_as_many_as_there_are_not_cannot_be_drawn() -> None:
     scores = large(20)
-    with pytest.raises(ConfigError, match="21 samples cannot be had: the largest is 20"):
+    with pytest.raises(ConfigError, match="requested 21 samples, available 20"):
         parsed(scores, "random:21")
-    with pytest.raises(ConfigError, match="21 samples cannot be had: the largest is 20"):
+    with pytest.raises(ConfigError, match="requested 21 samples, available 20"):
         parsed(scores, "least-balanced:21")
     name, counts = like(scores, np.ones(20, dtype=bool))
     with pytest.raises(ManifestError, match="random-like-other: there are too few samples"):

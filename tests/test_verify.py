@@ -263,8 +263,8 @@ def test_pandas_loses_the_metadata_and_that_is_said(manifest: Path) -> None:
     pd.read_parquet(manifest).to_parquet(manifest)
     found = verify(manifest)
     assert {"schema", "rows", "digest"} <= failed(found)
-    assert "another tool has written it since" in detail(found, "schema")
-    assert "the metadata do not state it" in detail(found, "digest")
+    assert "it was rewritten by another tool" in detail(found, "schema")
+    assert "not stated in the metadata" in detail(found, "digest")
     assert "ids" not in failed(found)
 
 
