@@ -172,11 +172,11 @@ class BalancedRule:
         """Return the hash of each row, (n,), by which rows are selected."""
         return batch.key
 
-    def explain(self, batch: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
+    def explain(self, batch: ScoreBatch, cell: NDArray[np.int32], hash_outcome: RowOutcome) -> RowOutcome:
         """Return each row's bin and weight; score is its hash, threshold the last hash that its cell keeps."""
         bins = np.where(cell < 0, -1, cell // self.num_classes % self.shape[1]).astype(np.int16)
         weight = np.where(bins < 0, 0, self.weight[batch.split, bins]).astype(np.float32)
-        return RowOutcome(score=chance.score, threshold=chance.threshold, bin=bins, weight=weight)
+        return RowOutcome(score=hash_outcome.score, threshold=hash_outcome.threshold, bin=bins, weight=weight)
 
     def curve(self, counts: Counts, tolerances: tuple[float, ...] = CURVE) -> tuple[CurvePoint, ...]:
         """Compute the largest set within each tolerance, and its distance to uniform."""

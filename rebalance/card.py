@@ -99,7 +99,7 @@ def _check_numbers(balance: dict[str, Any], rows: int, digest: object, manifest:
     if missing:
         raise ManifestError(f"the numbers of {manifest} lack {', '.join(missing)}: run mmaudit split again")
     if not len(balance["counts_before"]) == len(balance["counts_after"]) == balance["bins"]:
-        raise ManifestError(f"the numbers of {manifest} do not count {balance['bins']} bins: run mmaudit split again")
+        raise ManifestError(f"the numbers of {manifest} do not have {balance['bins']} bins: run mmaudit split again")
     if balance["kept"] != rows or balance.get("digest", digest) != digest:
         raise ManifestError(
             f"the numbers of {manifest} belong to another manifest of {balance['kept']:,} rows; it holds {rows:,}: "

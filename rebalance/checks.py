@@ -56,7 +56,7 @@ class CheckedFile:
 
     def __init__(self, path: Path, columns: dict[str, pa.DataType], provenance: dict[str, Any]) -> None:
         self.path = path
-        self.about, self.provenance = rows_of(path), provenance_of(path)
+        self.stated, self.provenance = rows_of(path), provenance_of(path)
         self.schema = read_manifest_schema(path)
         _check_ids(self.schema, path)
         self.num_rows = num_rows_of(path)
@@ -70,9 +70,9 @@ class CheckedFile:
         self.digest = RowDigest()
         self.metadata = metadata_digest(self.schema.metadata or {})
         self.nulls: Counter[str] = Counter()
-        self.beyond: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-        self.names: dict[Any, set[Any]] = {}
+        self.out_of_range: Counter[str] = Counter()
+        self.first_out_of_range: dict[str, str] = {}
+        self.names_of_label: dict[Any, set[Any]] = {}
         self.subsets: set[Any] = set()
 
     @property
@@ -89,7 +89,7 @@ class CheckedFile:
             self.subsets |= set(pc.unique(table["subset"]).to_pylist())
             pairs = table.select(["label", "label_name"]).group_by(["label", "label_name"]).aggregate([])
             for pair in pairs.to_pylist():
-                self.names.setdefault(pair["label"], set()).add(pair["label_name"])
+                self.names_of_label.setdefault(pair["label"], set()).add(pair["label_name"])
             keys = hash_keys(non_null_ids(table["sample_id"]), seed=0)
             ids.add(keys, np.full(len(keys), file_index, np.int32), np.zeros(len(keys), np.uint32))
 
@@ -108,8 +108,10 @@ class CheckedFile:
             out_of_range = valid & ~((values >= low - slack) & (values <= high + slack))
             if out_of_range.any():
                 first_row = int(np.argmax(out_of_range))
-                self.beyond[name] += int(out_of_range.sum())
-                self.first.setdefault(name, f"{values[first_row]:g} of sample {table['sample_id'][first_row]}")
+                self.out_of_range[name] += int(out_of_range.sum())
+                self.first_out_of_range.setdefault(
+                    name, f"{values[first_row]:g} of sample {table['sample_id'][first_row]}"
+                )
 
     def checks(self, prefix: str) -> list[Check]:
         """Return the checks of this file alone; `prefix` marks those of the dropped rows."""
@@ -119,15 +121,16 @@ class CheckedFile:
         expected = f"{self.path.name} is mmaudit.manifest/{SCHEMA_VERSION}, {len(self.columns)} columns"
         nulls = ", ".join(f"{count:,} of {name}" for name, count in self.nulls.items())
         ranges = "; ".join(
-            f"{count:,} of {name} outside {_format_range(*self.bounds[name])} (the first: {self.first[name]})"
-            for name, count in self.beyond.items()
+            f"{count:,} of {name} outside {_format_range(*self.bounds[name])} "
+            f"(the first: {self.first_out_of_range[name]})"
+            for name, count in self.out_of_range.items()
         )
         return [
             Check(name=f"{prefix}schema", held=not schema, detail=schema or expected),
-            _compare_stated(f"{prefix}rows", self.about.get("rows"), self.num_rows),
-            _compare_stated(f"{prefix}digest", self.about.get("digest"), self.digests.rows, changed_part="rows"),
+            _compare_stated(f"{prefix}rows", self.stated.get("rows"), self.num_rows),
+            _compare_stated(f"{prefix}digest", self.stated.get("digest"), self.digests.rows, changed_part="rows"),
             _compare_stated(
-                f"{prefix}metadata", self.about.get("metadata"), self.digests.metadata, changed_part="metadata"
+                f"{prefix}metadata", self.stated.get("metadata"), self.digests.metadata, changed_part="metadata"
             ),
             Check(name=f"{prefix}nulls", held=not nulls, detail=nulls or "no nulls in required columns"),
             Check(name=f"{prefix}ranges", held=not ranges, detail=ranges or "all values are in range"),

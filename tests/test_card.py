@@ -85,7 +85,9 @@ def test_numbers_are_those_of_the_tally(tmp_path: Path) -> None:
         assert float(told["total-variation distance to uniform (0 = uniform)"][place]) == round(
             numbers[when]["distance"], 3
         )
-        assert float(told["Kolmogorov-Smirnov distance to uniform (0 = uniform)"][place]) == round(numbers[when]["ks"], 3)
+        assert float(told["Kolmogorov-Smirnov distance to uniform (0 = uniform)"][place]) == round(
+            numbers[when]["ks"], 3
+        )
         positive = float(told["share of audio-preferred samples"][place].removesuffix(" %"))
         assert positive == pytest.approx(100 * numbers[when]["positive"], abs=0.051)
     assert [int(row[1]) for row in bins[1:]] == numbers["counts_before"]
@@ -155,7 +157,7 @@ def test_numbers_that_lie_beside_are_found(tmp_path: Path) -> None:
     [
         ("before", {}, "before lacks distance, ks, positive"),
         ("counts_before", ["x"], r"counts_before\[0\] is .x.; it must be an integer"),
-        ("counts_before", [1], "does not count 10 bins"),
+        ("counts_before", [1], "does not have 10 bins"),
         ("classes", [{"name": 5}], r"classes\[0\] lacks before"),
         ("curve", 5, "curve is 5; it must be a list"),
         ("distances", {"train": None}, r"distances\.train is null; it must be a number"),

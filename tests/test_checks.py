@@ -77,7 +77,7 @@ def test_a_file_that_holds_passes_every_check(tmp_path: Path) -> None:
         "x ranges",
     ]
     assert all(check.held for check in found.checks(""))
-    assert (found.names, found.subsets) == ({0: {"a"}, 1: {"b"}}, {"balanced"})
+    assert (found.names_of_label, found.subsets) == ({0: {"a"}, 1: {"b"}}, {"balanced"})
 
 
 @given(st.lists(st.none() | st.floats(-3, 3, width=32), min_size=N, max_size=N), st.sampled_from(["gap", "balance"]))
@@ -87,7 +87,7 @@ def test_values_out_of_range_and_nulls_are_counted(tmp_path: Path, values: list[
     low, high = BOUNDS[name]
     beyond = [each for each in values if each is not None and not low - 2e-6 <= each <= high + 2e-6]
     nulls = values.count(None) if name == "gap" else 0
-    assert found.beyond[name] == len(beyond)
+    assert found.out_of_range[name] == len(beyond)
     assert found.nulls[name] == nulls
     assert set(failed(found)) == {each for each, number in (("ranges", len(beyond)), ("nulls", nulls)) if number}
 
@@ -97,7 +97,7 @@ def test_values_out_of_range_and_nulls_are_counted(tmp_path: Path, values: list[
 )
 def test_the_last_bin_is_the_rule_s(tmp_path: Path, rule: dict[str, Any], beyond: int) -> None:
     found = checked(write(tmp_path / "m.parquet"), {**PROVENANCE, "rule": {"balanced": rule}})
-    assert found.beyond["bin"] == beyond
+    assert found.out_of_range["bin"] == beyond
 
 
 def test_rows_and_digest_are_held_against_what_was_written(tmp_path: Path) -> None:

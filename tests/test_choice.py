@@ -199,8 +199,8 @@ def test_who_is_barred_is_in_no_cell_and_says_by_whom(tmp_path: Path) -> None:
     here = pa.chunked_array([whole["sample_id"].combine_chunks().slice(0, 20)])
     there = pa.chunked_array([whole["sample_id"].combine_chunks().slice(0, 5)])
     members = (
-        ManifestMembers(name="a", keys=np.sort(hash_keys(here, seed=0)), inside=True),
-        ManifestMembers(name="b", keys=np.sort(hash_keys(there, seed=0)), inside=False),
+        ManifestMembers(name="a", keys=np.sort(hash_keys(here, seed=0)), include=True),
+        ManifestMembers(name="b", keys=np.sort(hash_keys(there, seed=0)), include=False),
     )
     found = ScoreFiles(
         **{name: getattr(found, name) for name in ScoreFiles.__slots__ if name != "members"}, members=members
@@ -240,7 +240,7 @@ def test_two_ids_of_one_hash_are_two_ids(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_nothing_kept_is_refused(tmp_path: Path) -> None:
     found = opened(tmp_path, table(40, seed=0))
-    with pytest.raises(ManifestError, match="some: none of the 40 scored samples qualifies; widen the rule"):
+    with pytest.raises(ManifestError, match="some: none of the 40 scored samples qualifies; relax the rule"):
         select_rows(found, Some(wanted=np.zeros(6, int), num_classes=3), scratch=tmp_path)
 
 

@@ -288,8 +288,8 @@ def test_steps_cut_the_order_and_processes_cut_the_step(n: int, batch_size: int,
         ({"draw": "replace"}, r"order\.draw is replace: did you mean replacement\?"),
         ({"weight": "soft"}, r"order\.weight is soft: did you mean softmax\?"),
         ({"start": 0.0}, r"order\.start is 0\.0; it must lie in \(0, 1\]"),
-        ({"start": math.nan}, r"order\.start is nan; a share"),
-        ({"start": 1.5}, r"order\.start is 1\.5; a share"),
+        ({"start": math.nan}, r"order\.start is nan; it must lie"),
+        ({"start": 1.5}, r"order\.start is 1\.5; it must lie"),
         ({"grow_epochs": 0}, r"order\.grow_epochs is 0; it must be at least 1"),
         ({"steps": 0}, r"order\.steps is 0; it must be at least 1"),
     ],
@@ -326,7 +326,7 @@ def test_epochs_and_columns_are_checked() -> None:
         order_of(**columns, config=OrderConfig(), seed=0, epoch=0)
     with pytest.raises(ManifestError, match=r"key has shape \(2,\), expected \(3,\) as rank"):
         order_of(**{**columns, "key": columns["key"][:2]}, config=OrderConfig(), seed=0, epoch=1)
-    with pytest.raises(ManifestError, match="there are no samples to order"):
+    with pytest.raises(ManifestError, match="no samples to order"):
         order_of(**{name: column[:0] for name, column in columns.items()}, config=OrderConfig(), seed=0, epoch=1)
 
 

@@ -60,5 +60,5 @@ def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path) -> None:
 def test_a_split_is_called_by_a_name_that_a_file_may_have() -> None:
     assert (split_name(None), split_name("train_2")) == ("all", "train_2")
     for name in ("a/b", "", "..", "a b"):
-        with pytest.raises(ConfigError, match="can name no file: a split is letters, digits and _"):
+        with pytest.raises(ConfigError, match="is not usable in file names: use letters, digits and _"):
             split_name(name)

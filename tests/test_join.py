@@ -52,7 +52,9 @@ def test_columns_are_keys_that_tell_values_apart_and_numbers(tmp_path: Path, row
     ]
     expected = [np.nan if row[1] is None else row[1] for row in rows]
     np.testing.assert_array_equal(column_numbers(path, "number", len(rows)), np.array(expected, np.float64))
-    with pytest.raises(ManifestError, match=f"a column has {len(rows)} values, expected {len(rows) + 1} as there are ids"):
+    with pytest.raises(
+        ManifestError, match=f"a column has {len(rows)} values, expected {len(rows) + 1} as there are ids"
+    ):
         column_numbers(path, "number", len(rows) + 1)
 
 

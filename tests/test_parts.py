@@ -39,7 +39,9 @@ def test_a_folder_a_glob_and_a_list_are_the_same_files(tmp_path: Path) -> None:
     for source in (tmp_path, str(tmp_path), str(tmp_path / "[ab].parquet"), paths, [paths[0], tmp_path, *paths]):
         assert find_score_files(source) == paths
     for nothing in (tmp_path / "none", str(tmp_path / "*.csv"), [paths[0], tmp_path / "none"]):
-        with pytest.raises(ScoreError, match=r"no score table .*: name a Parquet file, a folder of them or a glob"):
+        with pytest.raises(
+            ScoreError, match=r"score table .* not found: pass a Parquet file, a folder of them or a glob"
+        ):
             find_score_files(nothing)
 
 
@@ -78,7 +80,7 @@ def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
 
 def test_a_schema_names_each_column_once(tmp_path: Path) -> None:
     check_schema(pa.schema([("sample_id", pa.string()), ("extra", pa.list_(pa.int8()))]), tmp_path)
-    with pytest.raises(ScoreError, match="has 2 columns label: name each once"):
+    with pytest.raises(ScoreError, match="has 2 columns named label: column names must be unique"):
         check_schema(pa.schema([("label", pa.int32()), ("label", pa.int32())]), tmp_path)
     assert display_name(tmp_path) == str(tmp_path)
 

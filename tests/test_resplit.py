@@ -175,7 +175,7 @@ def test_keys_tell_groups_apart_and_nobody_shares_none() -> None:
 
 def test_too_few_groups_are_refused() -> None:
     scores = table(50, group=np.array(["a", "b"] * 25, dtype=object))
-    with pytest.raises(ScoreError, match="2 groups cannot be in 3 splits: no group may be in two"):
+    with pytest.raises(ScoreError, match="2 groups cannot fill 3 splits: a group is never in two splits"):
         split_again(scores, "80/8/12")
     assert set(split_again(scores, "80/20")) == {"train", "test"}
 
@@ -191,7 +191,7 @@ def test_the_shares_are_those_of_who_is_not_ruled_out(num_groups: int | None) ->
     out = (scores.label == 0) & (scores.discrepancy() > 0)
     whole = open_scores(scores, seed=0)
     keys = np.sort(hash_keys(pa.chunked_array([pa.array(scores.sample_id[out], pa.string())]), seed=0))
-    score_files = replace(whole, members=(ManifestMembers(name="out", keys=keys, inside=False),))
+    score_files = replace(whole, members=(ManifestMembers(name="out", keys=keys, include=False),))
     found = splits(resplit(score_files, parse_shares("80/8/12"), between=AV, scratch=NOWHERE))
     fewer = splits(resplit(only(scores, ~out), parse_shares("80/8/12"), between=AV, scratch=NOWHERE))
     assert found[~out].tolist() == fewer.tolist()
@@ -206,8 +206,8 @@ def test_groups_that_are_ruled_out_are_none() -> None:
     scores = table(60, group=np.array(["a", "b", "c"] * 20, dtype=object))
     out = scores.group == "c"
     keys = np.sort(hash_keys(pa.chunked_array([pa.array(scores.sample_id[out], pa.string())]), seed=0))
-    score_files = replace(open_scores(scores, seed=0), members=(ManifestMembers(name="c", keys=keys, inside=False),))
-    with pytest.raises(ScoreError, match="2 groups cannot be in 3 splits"):
+    score_files = replace(open_scores(scores, seed=0), members=(ManifestMembers(name="c", keys=keys, include=False),))
+    with pytest.raises(ScoreError, match="2 groups cannot fill 3 splits"):
         resplit(score_files, parse_shares("80/8/12"), between=AV, scratch=NOWHERE)
     found = splits(resplit(score_files, parse_shares("80/20"), between=AV, scratch=NOWHERE))
     assert set(found[~out]) == {"train", "test"}
@@ -253,7 +253,7 @@ def test_cells_are_of_class_and_bin() -> None:
     scores = table(500)
     (rows,) = open_scores(scores, seed=0).batches()
     cells = ClassBins(between=AV, num_bins=20, num_classes=5)
-    assert cells.number == 105
+    assert cells.num_cells == 105
     assert cells.of(rows).tolist() == cells_of(scores).tolist()
 
 

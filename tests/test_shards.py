@@ -201,10 +201,10 @@ def test_members_bar_the_others(tmp_path: Path, inside: bool) -> None:
     folder = written(tmp_path, table())
     found = open_scores(folder, seed=0)
     chosen = pa.chunked_array([table()["sample_id"].combine_chunks().slice(4, 6)])
-    members = ManifestMembers(name="some", keys=np.sort(hash_keys(chosen, seed=0)), inside=inside)
+    members = ManifestMembers(name="some", keys=np.sort(hash_keys(chosen, seed=0)), include=inside)
     assert members.reason == ("not-in-some" if inside else "in-some")
     key = np.array(all_of(found)["key"], dtype=np.uint64)
-    assert members.admits(key).tolist() == [(4 <= one < 10) == inside for one in range(N)]
+    assert members.admitted_mask(key).tolist() == [(4 <= one < 10) == inside for one in range(N)]
 
 
 def value_at(place: int, value: float | None) -> pa.Array:
@@ -216,7 +216,7 @@ def value_at(place: int, value: float | None) -> pa.Array:
 SPOILED: dict[str, tuple[dict[str, Any], str]] = {
     "too large": (
         {"confidence_audio": value_at(3, 1.5)},
-        r"part-0\.parquet: confidence_audio of sample s003 is 1.5, outside \[0, 1\]: rescore, or mend the table",
+        r"part-0\.parquet: confidence_audio of sample s003 is 1.5, outside \[0, 1\]: rescore, or correct the table",
     ),
     "too small": ({"confidence_visual": value_at(0, -0.1)}, "confidence_visual of sample s000 is -0.1, outside"),
     "not a number": ({"confidence_audio": value_at(7, float("nan"))}, "confidence_audio of sample s007 is nan"),
@@ -225,7 +225,7 @@ SPOILED: dict[str, tuple[dict[str, Any], str]] = {
     "posterior": ({"p_balanced": value_at(5, -0.5)}, r"p_balanced of sample s005 is -0.5, outside \[0, 1\]"),
     "one confidence": ({"confidence_audio": value_at(9, None)}, "sample s009 has fewer than two values of confidence"),
     "null id": ({"sample_id": pa.array([None, *map(str, range(1, N))])}, "column sample_id holds nulls"),
-    "null label": ({"label": pa.array([1, None] * (N // 2))}, "column label holds nulls; every scored sample"),
+    "null label": ({"label": pa.array([1, None] * (N // 2))}, "column label holds nulls; every sample needs"),
     "null name": ({"label": None, "label_name": ["a", None] * (N // 2)}, "column label_name holds nulls"),
     "fraction": ({"label": pa.array([0.5] * N)}, "column label does not hold classes"),
     "wide label": ({"label": pa.array([1, 2**31] * (N // 2))}, "label 2147483648 has more than 32 bits"),
@@ -269,7 +269,9 @@ def test_the_first_fault_is_named_though_it_lies_in_a_later_batch(
 
 
 def test_files_that_are_no_shards_of_one_table_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ScoreError, match=r"part-1.* and .*part-0.* are no shards of one table: only one of them has x"):
+    with pytest.raises(
+        ScoreError, match=r"part-1.* and .*part-0.* are not shards of one table: only one of them has x"
+    ):
         open_scores(written(tmp_path / "a", table(), table(start=N, x=[1] * N)), seed=0)
     with pytest.raises(ScoreError, match="column label is int in one shard and str in another"):
         open_scores(written(tmp_path / "b", table(), table(start=N, label=WORDS)), seed=0)
@@ -293,9 +295,9 @@ def test_shards_may_differ_in_width_and_order_of_columns(tmp_path: Path) -> None
 
 def test_shards_without_rows_count_for_nothing(tmp_path: Path) -> None:
     found = open_scores(written(tmp_path / "a", table().slice(0, 0), table(), table().slice(0, 0)), seed=0)
-    assert len(found.parts) == 1
+    assert len(found.files) == 1
     assert len(all_of(found)["id"]) == N
-    with pytest.raises(ScoreError, match="the score table holds no rows"):
+    with pytest.raises(ScoreError, match="the score table has no rows"):
         open_scores(written(tmp_path / "b", table().slice(0, 0)), seed=0)
 
 

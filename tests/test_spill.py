@@ -53,16 +53,16 @@ def filled(records: tuple[NDArray[np.generic], ...], folder: Path, *, step: int 
 def test_all_records_come_back_in_parts_that_follow_each_other(
     tmp_path: Path, where: str, n: int, num_cells: int, seed: int
 ) -> None:
-    key, cell, badness = drawn(n, num_cells, seed)
-    with filled((key, cell, badness), tmp_path) as held:
+    key, cell, imbalance = drawn(n, num_cells, seed)
+    with filled((key, cell, imbalance), tmp_path) as held:
         for _ in range(2):  # reading takes nothing away
             parts = list(held.parts())
             there = np.concatenate(parts)
-            assert sorted(there.tolist()) == sorted(zip(key.tolist(), cell.tolist(), badness.tolist(), strict=True))
+            assert sorted(there.tolist()) == sorted(zip(key.tolist(), cell.tolist(), imbalance.tolist(), strict=True))
             ends = [(part["key"].min(), part["key"].max()) for part in parts if len(part)]
             assert all(one[1] < other[0] for one, other in pairwise(ends))
-            held.add(key[:1], cell[:1], badness[:1])  # nor does it stand in the way of more
-            key, cell, badness = (np.r_[each, each[:1]] for each in (key, cell, badness))
+            held.add(key[:1], cell[:1], imbalance[:1])  # nor does it stand in the way of more
+            key, cell, imbalance = (np.r_[each, each[:1]] for each in (key, cell, imbalance))
         if where == "disk" and n >= 16:
             assert len(parts) >= 4
 
@@ -70,8 +70,8 @@ def test_all_records_come_back_in_parts_that_follow_each_other(
 @QUICK
 @given(st.integers(0, 90), st.integers(1, 5), st.integers(0, 10**6))
 def test_repeated_keys_are_those_of_numpy(tmp_path: Path, where: str, n: int, num_cells: int, seed: int) -> None:
-    key, cell, badness = drawn(n, num_cells, seed)
-    with filled((key, cell, badness), tmp_path) as held:
+    key, cell, imbalance = drawn(n, num_cells, seed)
+    with filled((key, cell, imbalance), tmp_path) as held:
         names, times = np.unique(key, return_counts=True)
         assert held.repeated().tolist() == names[times > 1].tolist()
 
@@ -81,16 +81,16 @@ def test_repeated_keys_are_those_of_numpy(tmp_path: Path, where: str, n: int, nu
 def test_the_last_key_of_a_cell_is_that_of_a_sort(
     tmp_path: Path, where: str, n: int, num_cells: int, seed: int
 ) -> None:
-    key, cell, badness = drawn(n, num_cells, seed)
+    key, cell, imbalance = drawn(n, num_cells, seed)
     rng = np.random.default_rng(seed)
     counts = np.bincount(cell[cell >= 0], minlength=num_cells)
     quota = rng.integers(0, counts + 2)
-    steps = np.zeros(int(badness.max(initial=0)) + 1, dtype=np.int64)
-    with filled((key, cell, badness), tmp_path) as held:
+    steps = np.zeros(int(imbalance.max(initial=0)) + 1, dtype=np.int64)
+    with filled((key, cell, imbalance), tmp_path) as held:
         found = held.last_keys(quota, kept_imbalance=steps)
         assert found.tolist() == held.last_keys(quota).tolist()
     kept = (cell >= 0) & (quota[cell] > 0) & (key <= found[cell])
-    assert steps.tolist() == np.bincount(badness[kept], minlength=len(steps)).tolist()
+    assert steps.tolist() == np.bincount(imbalance[kept], minlength=len(steps)).tolist()
     for one in range(num_cells):
         some = np.sort(key[cell == one])
         expected = 0 if quota[one] == 0 else TOP if quota[one] > len(some) else some[quota[one] - 1]

@@ -136,7 +136,7 @@ def test_between_names_both_sides(confidence: Floats) -> None:
     first, second = (side(scores, name, between="visual:text") for name in ("visual", "text"))
     assert first.tolist() == (confidence[:, 1] > confidence[:, 2]).tolist()
     assert second.tolist() == (confidence[:, 2] > confidence[:, 1]).tolist()
-    with pytest.raises(ConfigError, match=r"no modality 'audio' to prefer; .*visual, text"):
+    with pytest.raises(ConfigError, match=r"modality 'audio' not found; .*visual, text"):
         prefer_modality(NAMES, "audio", between="visual:text")
 
 
@@ -277,7 +277,7 @@ def test_the_sides_of_the_mixture_part_those_that_have_a_posterior(
         return
     scores = table([[0.5, 0.5]] * len(values), p_balanced=np.where(there, values, 0))
     found = open_scores(scores, seed=0)
-    holed = found.parts[0]
+    holed = found.files[0]
     assert not isinstance(holed, Path)
     place = holed.column_names.index("p_balanced")
     column = pa.array(values, pa.float32(), from_pandas=True)
@@ -366,7 +366,7 @@ def test_a_share_is_that_share_of_all(n: int, seed: int, percent: float) -> None
     scores = large(n, seed=seed)
     amount = round(percent / 100 * n)
     if amount == 0:
-        with pytest.raises(ManifestError, match="widen the rule"):
+        with pytest.raises(ManifestError, match="relax the rule"):
             decide(scores, parse_subset(score_files(scores), f"random:{percent}%", between=None))
         return
     for subset in ("most-balanced", "least-balanced", "random"):
@@ -376,7 +376,7 @@ def test_a_share_is_that_share_of_all(n: int, seed: int, percent: float) -> None
 def test_samples_without_a_balance_score_are_no_extremes() -> None:
     scores = large(60)
     found = score_files(scores)
-    whole = found.parts[0]
+    whole = found.files[0]
     assert not isinstance(whole, Path)
     lacks = np.arange(60) % 4 == 0
     column = pa.array(scores.balance, mask=lacks)
@@ -469,9 +469,9 @@ def test_as_many_as_there_are_not_cannot_be_drawn() -> None:
     with pytest.raises(ConfigError, match="requested 21 samples, available 20"):
         parsed(scores, "least-balanced:21")
     name, counts = like(scores, np.ones(20, dtype=bool))
-    with pytest.raises(ManifestError, match="random-like-other: there are too few samples"):
+    with pytest.raises(ManifestError, match="random-like-other: too few samples available"):
         decide(scores, at_random(score_files(scores), between=AV, like=(name, counts + 1)))
-    with pytest.raises(ManifestError, match="--subset most-balanced: the score table has no balance: rescore"):
+    with pytest.raises(ManifestError, match="--subset most-balanced: the score table has no column balance: rescore"):
         parse_subset(score_files(ONE), "most-balanced:1", between=None)
 
 
@@ -486,17 +486,20 @@ def test_the_sides_of_a_discrepancy() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("random:", "random: say how many, as random:500 or random:20%, or as what, by --like MANIFEST"),
-        ("random", "random: say how many"),
-        ("random:few", "--subset random:few: 'few' is no number of samples, such as 500, and no share, such as 20%"),
-        ("random:0", "--subset random:0: 0 is nothing to keep"),
-        ("random:-3", "-3 is nothing to keep"),
-        ("random:0%", "0% is nothing to keep; give a number above 0, or a share up to 100%"),
-        ("random:101%", "101% is nothing to keep"),
-        ("random:nan%", "nan% is nothing to keep"),
-        ("random:1.5", "'1.5' is no number of samples"),
-        ("most-balanced:", "--subset most-balanced:: '' is no number of samples"),
-        ("least-balanced:x%", "--subset least-balanced:x%: 'x%' is no number of samples"),
+        ("random:", "random: pass either an amount, as random:500 or random:20%, or --like MANIFEST"),
+        ("random", "random: pass either an amount"),
+        (
+            "random:few",
+            "--subset random:few: 'few' is neither a number of samples, such as 500, nor a share, such as 20%",
+        ),
+        ("random:0", "--subset random:0: 0 is out of range"),
+        ("random:-3", "-3 is out of range"),
+        ("random:0%", "0% is out of range; use a number of at least 1, or a share above 0% up to 100%"),
+        ("random:101%", "101% is out of range"),
+        ("random:nan%", "nan% is out of range"),
+        ("random:1.5", "'1.5' is neither a number of samples"),
+        ("most-balanced:", "--subset most-balanced:: '' is neither a number of samples"),
+        ("least-balanced:x%", "--subset least-balanced:x%: 'x%' is neither a number of samples"),
         ("most-balance:3", r"did you mean most-balanced\?"),
     ],
 )
@@ -520,13 +523,13 @@ def test_an_amount_is_positive_or_refused(text: str) -> None:
     [
         (ONE, "visul-preferred", r"did you mean visual-preferred\? .*audio-preferred, visual-preferred, balanced"),
         (THREE, "txt-preferred", r"did you mean text-preferred\?"),
-        (ONE, "text-preferred", "no such subset; .*audio-preferred, visual-preferred, balanced"),
+        (ONE, "text-preferred", "unknown subset; .*audio-preferred, visual-preferred, balanced"),
         (ONE, "", "there are: audio-preferred"),
         (ONE, "balanced:x", "--subset balanced:x: 'x' is not a number"),
         (ONE, "balanced:1.5", r"threshold of the balanced subset is 1.5; it lies in \[0, 1\]"),
         (ONE, "balanced:-1", r"threshold of the balanced subset is -1.0"),
         (ONE, "balanced:nan", r"threshold of the balanced subset is nan"),
-        (ONE, "audio-preferred:0.3", "takes no threshold; that is --dominated audio:0.3"),
+        (ONE, "audio-preferred:0.3", "has no threshold; use --dominated audio:0.3"),
     ],
 )
 def test_a_wrong_subset_names_the_right_ones(scores: ScoreTable, text: str, words: str) -> None:
@@ -538,7 +541,7 @@ def test_a_wrong_subset_names_the_right_ones(scores: ScoreTable, text: str, word
     ("text", "words"),
     [
         ("visual", "--dominated visual: not of the form MODALITY:T, such as audio:0.2"),
-        ("visul:0.2", r"no modality 'visul' to prefer; did you mean visual\?"),
+        ("visul:0.2", r"modality 'visul' not found; did you mean visual\?"),
         ("visual:much", "--dominated visual:much: 'much' is not a number"),
         ("visual:", "'' is not a number"),
         ("visual:1", r"threshold of a dominated subset is 1.0; it lies in \[0, 1\)"),

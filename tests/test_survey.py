@@ -48,9 +48,9 @@ def test_it_counts_as_python_does(tmp_path: Path, rows: list[tuple[Any, ...]], c
         assert found.classes.to_pylist() == sorted(called)
         assert list(found.class_names) == [min(called[label]) for label in sorted(called)]
         assert list(found.splits) == sorted({split or "all" for _, _, split, _ in rows})
-        assert found.all_split == all(split for _, _, split, _ in rows)
-        assert found.named == all(len(names) == 1 and "" not in names for names in called.values())
-        assert found.empty == ({"balance"} if all(value is None for *_, value in rows) else set())
+        assert found.every_row_has_split == all(split for _, _, split, _ in rows)
+        assert found.one_name_per_class == all(len(names) == 1 and "" not in names for names in called.values())
+        assert found.empty_columns == ({"balance"} if all(value is None for *_, value in rows) else set())
 
 
 def test_without_names_and_splits_labels_are_their_own_names() -> None:

@@ -279,7 +279,7 @@ def test_without_dropped_rows_there_is_nothing_to_compare(manifest: Path) -> Non
     dropped_path(manifest).unlink()
     found = verify(manifest)
     assert found.held
-    assert detail(found, "dropped") == "there is no m.dropped.parquet beside it"
+    assert detail(found, "dropped") == "m.dropped.parquet not found"
 
 
 def test_a_file_of_dropped_rows_that_is_none_is_named(manifest: Path) -> None:
@@ -391,7 +391,7 @@ def test_other_modalities_than_were_scored_are_named(clips: Path, tmp_path: Path
     path = scored(open_clips(clips), tmp_path / "m.parquet")
     config = DataConfig(id="id", modality=("image=image_file_name:image", "audio=audio_file_name:audio"))
     found = verify(path, dataset=open_dataset(clips, config))
-    assert "opened as image, audio, and scored as audio, image" in detail(found, "media")
+    assert "opened as image, audio, but scored as audio, image" in detail(found, "media")
 
 
 def test_contents_may_be_given(clips: Path, tmp_path: Path) -> None:
@@ -409,4 +409,4 @@ def test_contents_may_be_given(clips: Path, tmp_path: Path) -> None:
 def test_scores_without_contents_have_no_media_to_compare(manifest: Path) -> None:
     found = verify(manifest, contents={})
     assert found.held
-    assert detail(found, "media") == "the scores do not tell what the samples were made of"
+    assert detail(found, "media") == "the scores have no content hashes"

@@ -176,7 +176,7 @@ def test_media_that_are_gone_are_named(manifest: Path, tmp_path: Path) -> None:
 def test_the_folder_of_the_media_is_never_read_off_the_manifest(tmp_path: Path) -> None:
     lay_media(tmp_path)
     manifest = make(tmp_path, provenance={"source": str(tmp_path / "data"), "modalities": MODALITIES})
-    with pytest.raises(ManifestError, match="the folder of its media is not named; pass --data"):
+    with pytest.raises(ManifestError, match="the folder of its media is unknown; pass --data"):
         write_export(manifest, tmp_path / "tars", format="webdataset")
     assert not (tmp_path / "tars").exists()
 
@@ -199,8 +199,8 @@ def test_paths_that_lead_outside_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [
-        ({"paths": pa.table({})}, ConfigError, "names no files: its media are vectors, texts or bytes"),
-        ({"split": ["a/b"] * NUMBER}, ConfigError, "split 'a/b' can name no file"),
+        ({"paths": pa.table({})}, ConfigError, "has no path columns: its media are vectors, texts or bytes"),
+        ({"split": ["a/b"] * NUMBER}, ConfigError, "split 'a/b' is not usable in file names"),
     ],
 )
 def test_what_tars_cannot_hold_is_refused(
@@ -218,7 +218,7 @@ def test_frames_are_refused_and_other_modalities_named(tmp_path: Path) -> None:
     out = export(make(tmp_path, provenance=about), tmp_path / "tars", format="webdataset")
     assert out["left_out"] == ["text"]
     about["modalities"] = [audio, {"name": "visual", "column": "image_file_name", "kind": "frames"}]
-    with pytest.raises(ConfigError, match="image_file_name names folders of frames"):
+    with pytest.raises(ConfigError, match="image_file_name has folders of frames"):
         export(make(tmp_path, provenance=about), tmp_path / "others", format="webdataset")
 
 
