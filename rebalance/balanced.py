@@ -124,9 +124,7 @@ class BalancedRule:
         present = ~np.isnan(values) & (batch.excluded_by == 0)
         if self.config.grid:
             first, second = (batch.confidence[:, batch.modalities.index(name)] for name in self.between.split(":"))
-            bins_of_axes = [
-                bin_of(2 * np.nan_to_num(confidence) - 1, num_bins=self.num_bins) for confidence in (first, second)
-            ]
+            bins_of_axes = [bin_of(2 * np.nan_to_num(values) - 1, num_bins=self.num_bins) for values in (first, second)]
             bin_index = bins_of_axes[0].astype(np.int32) * self.num_bins + bins_of_axes[1]
         else:
             bin_index = bin_of(np.where(present, values, 0), num_bins=self.num_bins).astype(np.int32)
@@ -155,11 +153,9 @@ class BalancedRule:
         if not available.any():
             return available
         if self.config.per_class:
-            class_levels = [
-                largest_level(column, tolerance=self.config.allowed) for column in available.T if column.any()
-            ]
+            levels = [largest_level(counts, tolerance=self.config.allowed) for counts in available.T if counts.any()]
             quota = np.zeros_like(available)
-            quota[:, available.any(axis=0)] = np.minimum(available[:, available.any(axis=0)], class_levels)
+            quota[:, available.any(axis=0)] = np.minimum(available[:, available.any(axis=0)], levels)
             return quota
         by_bin = available.sum(axis=1)
         if size is None:
@@ -180,39 +176,31 @@ class BalancedRule:
 
     def curve(self, counts: Counts, tolerances: tuple[float, ...] = CURVE) -> tuple[CurvePoint, ...]:
         """Compute the largest set within each tolerance, and its distance to uniform."""
-        return size_curve(
-            [split_counts.sum(axis=1) for split_counts in counts.reshape(self.shape) if split_counts.any()], tolerances
-        )
+        return size_curve([bins.sum(axis=1) for bins in counts.reshape(self.shape) if bins.any()], tolerances)
 
     def distances(self, counts: Counts, quota: Counts) -> dict[str, float]:
         """Compute the distance to uniform of each split, over the bins, or grid cells, in which it has samples."""
-        available_by_bin, kept_by_bin = (
-            cell_counts.reshape(self.shape).sum(axis=2) for cell_counts in (counts, quota)
-        )  # (s, b)
+        available, kept = (cell_counts.reshape(self.shape).sum(axis=2) for cell_counts in (counts, quota))  # (s, b)
         return {
-            name: distance_to_uniform(
-                kept_by_bin[split_index] * self.weight[split_index], available=available_by_bin[split_index]
-            )
+            name: distance_to_uniform(kept[split_index] * self.weight[split_index], available=available[split_index])
             for split_index, name in enumerate(self.splits)
-            if available_by_bin[split_index].any()
+            if available[split_index].any()
         }
 
 
-def plan_balanced(score_files: ScoreFiles, config: BalancedConfig, *, between: str | None = None) -> BalancedRule:
+def plan_balanced(scores: ScoreFiles, config: BalancedConfig, *, between: str | None = None) -> BalancedRule:
     """Build the rule of a balanced split of these scores.
 
     `between` is as in ScoreTable.discrepancy; None is the only pair of two modalities, or, of more modalities, the
     pair of which most samples can be kept. Raises ScoreError if no sample has such a discrepancy.
     """
     if between is None:
-        between = (
-            ":".join(score_files.modalities) if len(score_files.modalities) == 2 else largest_pair(score_files, config)
-        )
+        between = ":".join(scores.modalities) if len(scores.modalities) == 2 else largest_pair(scores, config)
     if config.grid and ":" not in between:
-        if len(score_files.modalities) > 2:
+        if len(scores.modalities) > 2:
             raise ConfigError(f"--between {between}: a grid needs two confidences; name two modalities as A:B")
-        between = f"{between}:{next(name for name in score_files.modalities if name != between)}"
-    num_bins = config.bins if config.bins != AUTO else _choose_num_bins(score_files, between)
+        between = f"{between}:{next(name for name in scores.modalities if name != between)}"
+    num_bins = config.bins if config.bins != AUTO else _choose_num_bins(scores, between)
     total = num_bins ** (2 if config.grid else 1)
     if total > _MAX_BINS:
         raise ConfigError(
@@ -222,23 +210,23 @@ def plan_balanced(score_files: ScoreFiles, config: BalancedConfig, *, between: s
         config=config,
         between=between,
         num_bins=num_bins,
-        splits=score_files.splits,
-        num_classes=len(score_files.classes),
-        class_names=score_files.class_names,
-        weight=np.ones((len(score_files.splits), total), dtype=np.float32),
+        splits=scores.splits,
+        num_classes=len(scores.classes),
+        class_names=scores.class_names,
+        weight=np.ones((len(scores.splits), total), dtype=np.float32),
     )
     if rule.num_cells > np.iinfo(np.int32).max // 8:
         raise ConfigError(f"{rule.num_cells} cells (split x bin x class) are too many; use fewer bins")
     if config.by != "weight":
         return rule
-    return _with_weights(rule, score_files)
+    return _with_weights(rule, scores)
 
 
-def largest_pair(score_files: ScoreFiles, config: BalancedConfig) -> str:
+def largest_pair(scores: ScoreFiles, config: BalancedConfig) -> str:
     """Return the modality pair `A:B` of which most samples can be kept, test samples not counted."""
-    pairs = [f"{first}:{second}" for first, second in combinations(score_files.modalities, 2)]
+    pairs = [f"{first}:{second}" for first, second in combinations(scores.modalities, 2)]
     num_bins = 20 if config.bins == AUTO else config.bins
-    pair_histograms = _histograms(score_files, pairs, num_bins=num_bins)
+    pair_histograms = _histograms(scores, pairs, num_bins=num_bins)
     sizes = {
         pair: size_curve([pair_counts], (config.allowed,))[0].size
         for pair, pair_counts in zip(pairs, pair_histograms, strict=True)
@@ -251,16 +239,16 @@ def largest_pair(score_files: ScoreFiles, config: BalancedConfig) -> str:
     return max(sizes, key=lambda pair: sizes[pair])
 
 
-def _choose_num_bins(score_files: ScoreFiles, between: str) -> int:
-    counts = _histograms(score_files, [between], num_bins=_FINE_BINS)[0]
+def _choose_num_bins(scores: ScoreFiles, between: str) -> int:
+    counts = _histograms(scores, [between], num_bins=_FINE_BINS)[0]
     return choose_num_bins((np.arange(_FINE_BINS) + 0.5) * 2 / _FINE_BINS - 1, counts)
 
 
-def _histograms(score_files: ScoreFiles, pairs: Sequence[str], *, num_bins: int) -> list[Counts]:
+def _histograms(scores: ScoreFiles, pairs: Sequence[str], *, num_bins: int) -> list[Counts]:
     """Count the discrepancies outside the test split by bin, (b,), for each pair."""
     counts = [np.zeros(num_bins, dtype=np.int64) for _ in pairs]
-    for batch in score_files.batches():
-        used = score_files.non_test_mask(batch)
+    for batch in scores.batches():
+        used = scores.non_test_mask(batch)
         for pair_index, pair in enumerate(pairs):
             values = batch.discrepancy(pair)[used]
             bins = bin_of(values[~np.isnan(values)], num_bins=num_bins)
@@ -268,11 +256,11 @@ def _histograms(score_files: ScoreFiles, pairs: Sequence[str], *, num_bins: int)
     return counts
 
 
-def _with_weights(rule: BalancedRule, score_files: ScoreFiles) -> BalancedRule:
+def _with_weights(rule: BalancedRule, scores: ScoreFiles) -> BalancedRule:
     """Return the rule with the weights (s, b) that make each split's discrepancy uniform."""
     num_splits, num_bins, _ = rule.shape
     counts = np.zeros((num_splits, num_bins), dtype=np.int64)
-    for batch in score_files.batches():
+    for batch in scores.batches():
         bins = rule.bins(batch)
         has_bin = bins >= 0
         batch_counts = np.bincount(batch.split[has_bin] * num_bins + bins[has_bin], minlength=counts.size)

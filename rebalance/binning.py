@@ -87,12 +87,9 @@ def water_fill(capacity: Counts, total: int, order: NDArray[np.intp]) -> Counts:
 def share_among_classes(available: Counts, quota: Counts) -> Counts:
     """Share each bin's quota (b,) among its classes, (b, k); remainders go to the classes with the fewest so far."""
     quotas = np.zeros_like(available)
-    for bin_index in np.argsort(
-        available.sum(axis=1), kind="stable"
-    ):  # smallest bins first: they leave the fewest alternatives
-        quotas[bin_index] = water_fill(
-            available[bin_index], int(quota[bin_index]), np.argsort(quotas.sum(axis=0), kind="stable")
-        )
+    # Smallest bins first: they leave the fewest alternatives.
+    for row in np.argsort(available.sum(axis=1), kind="stable"):
+        quotas[row] = water_fill(available[row], int(quota[row]), np.argsort(quotas.sum(axis=0), kind="stable"))
     return quotas
 
 
@@ -131,8 +128,6 @@ def share_total(total: int, counts: Counts) -> Counts:
     """Share a total among cells (c,) in proportion to counts, by largest remainders; no cell exceeds its count."""
     exact = total * counts / max(int(counts.sum()), 1)
     shares: Counts = np.minimum(np.floor(exact).astype(np.int64), counts)
-    rounded_up = np.argsort(np.where(shares < counts, shares - exact, np.inf), kind="stable")[
-        : total - int(shares.sum())
-    ]
-    shares[rounded_up] += 1
+    extra = np.argsort(np.where(shares < counts, shares - exact, np.inf), kind="stable")[: total - int(shares.sum())]
+    shares[extra] += 1
     return shares

@@ -44,12 +44,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 MAX_SHORTAGES = 5  # listed in a card
 _BAR_WIDTH = 24  # characters of the longest bar
-_PROBE_KEYS = (
-    "kind",
-    "folds",
-    "repeats",
-    "learn_from",
-)  # the probe settings with the largest influence on a confidence
+_PROBE_KEYS = ("kind", "folds", "repeats", "learn_from")  # settings with the largest influence on a confidence
 _REQUIRED_KEYS = ("between", "kept", "scored", "before", "after", "bins", "counts_before", "counts_after", "classes")
 _PAPER = "Xia et al., Balanced Audiovisual Dataset for Imbalance Analysis, arXiv 2302.10912"
 
@@ -67,7 +62,7 @@ def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: st
         ManifestError: the file is not a manifest, or the numbers or dropped rows belong to another manifest.
     """
     manifest = Path(manifest)
-    provenance, file_record = provenance_of(manifest), rows_of(manifest)
+    provenance, record = provenance_of(manifest), rows_of(manifest)
     rows = num_rows_of(manifest)
     balance_file = manifest.with_name(f"{manifest.stem}.balance.json")
     if balance is None and balance_file.is_file():
@@ -76,7 +71,7 @@ def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: st
     between = str((balance or provenance).get("between", ""))
     sections = [["## Modality balance"], [_introduction(name, rows, between, balance, provenance)]]
     if balance is not None:
-        _check_numbers(balance, rows, file_record.get("digest"), manifest)
+        _check_numbers(balance, rows, record.get("digest"), manifest)
         sections += [
             _before_after(balance, between),
             _histogram(balance, between),
@@ -86,8 +81,8 @@ def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: st
             _curve(balance),
         ]
     sections += [
-        _dropped(manifest, file_record),
-        _how_made(provenance, file_record, balance),
+        _dropped(manifest, record),
+        _how_made(provenance, record, balance),
         _caveats(between, provenance),
     ]
     sections += [_loading(name), _citation()]
@@ -111,7 +106,7 @@ def _introduction(
     name: str, rows: int, between: str, balance: dict[str, Any] | None, provenance: dict[str, Any]
 ) -> str:
     scored = None if balance is None else int(balance.get("scored", 0))
-    share_text = f" of {scored:,} scored samples ({_format_percent(rows / scored)})" if scored else " samples"
+    share_text = f" of {scored:,} scored samples ({_percent(rows / scored)})" if scored else " samples"
     subset = provenance.get("subset")
     subset_text = f"the subset **{escape_markdown(subset)}**" if subset else "a subset"
     first, second = _side_names(between)
@@ -129,11 +124,11 @@ def _side_names(between: str) -> tuple[str, str]:
 def _before_after(balance: dict[str, Any], between: str) -> list[str]:
     before, after = balance["before"], balance["after"]
     first, second = _side_names(between)
-    not_positive = [_format_percent(1 - side["positive"]) for side in (before, after)]
+    not_positive = [_percent(1 - side["positive"]) for side in (before, after)]
     rows = [
         ("samples", f"{balance['scored']:,}", f"{balance['kept']:,}"),
         *(
-            (label, _format_number(before[key]), _format_number(after[key]))
+            (label, _number(before[key]), _number(after[key]))
             for label, key in (
                 ("total-variation distance to uniform (0 = uniform)", "distance"),
                 ("Kolmogorov-Smirnov distance to uniform (0 = uniform)", "ks"),
@@ -141,8 +136,8 @@ def _before_after(balance: dict[str, Any], between: str) -> list[str]:
         ),
         (
             f"share of {first}-preferred samples",
-            _format_percent(before["positive"]),
-            _format_percent(after["positive"]),
+            _percent(before["positive"]),
+            _percent(after["positive"]),
         ),
         (f"remaining share: {second}-preferred, or neither", *not_positive),
     ]
@@ -176,13 +171,13 @@ def _splits(balance: dict[str, Any]) -> list[str]:
     distances = balance.get("distances", {})
     if len(distances) < 2:
         return []
-    distances_text = ", ".join(f"{escape_markdown(name)} {_format_number(value)}" for name, value in distances.items())
+    distances_text = ", ".join(f"{escape_markdown(name)} {_number(value)}" for name, value in distances.items())
     return [f"Distance to uniform by split: {distances_text}."]
 
 
 def _worst_class(balance: dict[str, Any]) -> list[str]:
     kept_classes = [entry for entry in balance["classes"] if entry["after"] > 0]
-    lost_names = [
+    lost = [
         escape_markdown(entry["name"]) for entry in balance["classes"] if entry["before"] > 0 and not entry["after"]
     ]
     sentences = []
@@ -190,12 +185,12 @@ def _worst_class(balance: dict[str, Any]) -> list[str]:
         worst = max(kept_classes, key=lambda entry: entry["distance_after"])
         sentences.append(
             f"Of {len(balance['classes']):,} classes, **{escape_markdown(worst['name'])}** is the least uniform: "
-            f"distance {_format_number(worst['distance_after'])} (before: {_format_number(worst['distance_before'])}), "
+            f"distance {_number(worst['distance_after'])} (before: {_number(worst['distance_before'])}), "
             f"{worst['after']:,.0f} of its {worst['before']:,} samples kept."
         )
-    if lost_names:
-        remainder = f" and {len(lost_names) - 5:,} more" if len(lost_names) > 5 else ""
-        sentences.append(f"Classes without kept samples: {', '.join(lost_names[:5])}{remainder}.")
+    if lost:
+        remainder = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
+        sentences.append(f"Classes without kept samples: {', '.join(lost[:5])}{remainder}.")
     return sentences
 
 
@@ -215,16 +210,16 @@ def _curve(balance: dict[str, Any]) -> list[str]:
     points = balance.get("curve") or []
     if not points:
         return []
-    rows = [(f"{point['tolerance']:g}", f"{point['size']:,}", _format_number(point["distance"])) for point in points]
+    rows = [(f"{point['tolerance']:g}", f"{point['size']:,}", _number(point["distance"])) for point in points]
     return ["Sizes at other tolerances:", "", *markdown_table(("tolerance", "samples", "distance"), rows)]
 
 
-def _dropped(manifest: Path, file_record: dict[str, Any]) -> list[str]:
+def _dropped(manifest: Path, record: dict[str, Any]) -> list[str]:
     """Return the counts of dropped samples by reason, if the file of dropped rows is in the same folder."""
     dropped_file = dropped_path(manifest)
     if not dropped_file.is_file():
         return []
-    if rows_of(dropped_file).get("dropped_from") != file_record.get("digest"):
+    if rows_of(dropped_file).get("dropped_from") != record.get("digest"):
         raise ManifestError(f"{dropped_file} holds the rows dropped from another manifest: run mmaudit split again")
     counts: Counter[str] = Counter()
     for table in batches_of(dropped_file, columns=["reason"]):
@@ -236,7 +231,7 @@ def _dropped(manifest: Path, file_record: dict[str, Any]) -> list[str]:
     return [f"Dropped: {counts_text}. {code_span(dropped_file.name)} lists each with its reason, score and threshold."]
 
 
-def _how_made(provenance: dict[str, Any], file_record: dict[str, Any], balance: dict[str, Any] | None) -> list[str]:
+def _how_made(provenance: dict[str, Any], record: dict[str, Any], balance: dict[str, Any] | None) -> list[str]:
     scores = provenance.get("scores", {})
     config = scores.get("config", {})
     recipe = provenance.get("rule") or (balance or {}).get("recipe") or {}
@@ -250,8 +245,8 @@ def _how_made(provenance: dict[str, Any], file_record: dict[str, Any], balance: 
         ("encoders", _flatten_settings(encoders)),
         ("dataset fingerprint", scores.get("fingerprint")),
         ("schema", provenance.get("schema")),
-        ("rows", file_record.get("rows")),
-        ("row digest", file_record.get("digest")),
+        ("rows", record.get("rows")),
+        ("row digest", record.get("digest")),
     ]
     bullets = [f"- {label}: {code_span(value)}" for label, value in facts if value not in (None, "")]
     return ["### How it was made", "", *bullets] if bullets else []
@@ -327,9 +322,9 @@ def _shell_quoted(name: str) -> str:
     return shlex.quote(_one_line(name))
 
 
-def _format_number(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _format_percent(share: float) -> str:
+def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"

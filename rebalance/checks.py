@@ -18,10 +18,10 @@ from .manifest import (
     Digests,
     RowDigest,
     batches_of,
+    manifest_schema,
     metadata_digest,
     num_rows_of,
     provenance_of,
-    read_manifest_schema,
     regroup,
     rows_of,
 )
@@ -57,7 +57,7 @@ class CheckedFile:
     def __init__(self, path: Path, columns: dict[str, pa.DataType], provenance: dict[str, Any]) -> None:
         self.path = path
         self.stated, self.provenance = rows_of(path), provenance_of(path)
-        self.schema = read_manifest_schema(path)
+        self.schema = manifest_schema(path)
         _check_ids(self.schema, path)
         self.num_rows = num_rows_of(path)
         self.missing = [name for name in columns if name not in self.schema.names]
@@ -146,9 +146,7 @@ class CheckedFile:
         if stated != expected:
             return f"{self.path.name} is {stated}, but this mmaudit reads {expected}: run mmaudit split again"
         types = {name: (self.schema.field(name).type, type_) for name, type_ in self.columns.items()}
-        return ", ".join(
-            f"{name} is {type_}, not {expected}" for name, (type_, expected) in types.items() if type_ != expected
-        )
+        return ", ".join(f"{name} is {found}, not {type_}" for name, (found, type_) in types.items() if found != type_)
 
 
 def _compare_stated(name: str, stated: object, actual: object, *, changed_part: str = "") -> Check:

@@ -154,9 +154,7 @@ class _Epoch:
         if self.balance is None:
             raise ManifestError("a weighted order needs balance scores; none found: rescore with mmaudit score")
         balance = np.asarray(self.balance, dtype=np.float64)
-        invalid_rows = np.flatnonzero(
-            ~np.isfinite(balance) | (np.abs(balance) > 1 + 1e-6)
-        )  # float32 may round beyond 1
+        invalid_rows = np.flatnonzero(~np.isfinite(balance) | (np.abs(balance) > 1 + 1e-6))  # float32 rounding
         if len(invalid_rows):
             raise ManifestError(
                 f"{len(invalid_rows)} of {len(balance)} balance scores are not in [-1, 1] (row {invalid_rows[0]} has "
@@ -283,13 +281,11 @@ def _draw_with_replacement(weight: NDArray[np.float64], key: Keys, seed: int, ep
     The numbers are looked up in ascending order: unsorted, 2^24 rows took 25 s, all of it cache misses.
     """
     by_key = _sort_rows(key, key)
-    cumulative_weight = np.cumsum(weight[by_key])
+    cumulative = np.cumsum(weight[by_key])
     hashes = _hash_for_epoch(np.arange(len(by_key), dtype=np.uint64), seed=seed, epoch=epoch)
     by_hash = _sort_rows(hashes, hashes)
     rows = np.empty_like(by_key)
-    rows[by_hash] = by_key[
-        np.searchsorted(cumulative_weight, _to_uniform(hashes[by_hash]) * cumulative_weight[-1], side="right")
-    ]
+    rows[by_hash] = by_key[np.searchsorted(cumulative, _to_uniform(hashes[by_hash]) * cumulative[-1], side="right")]
     return rows
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .join import ManifestJoin, RowIndex, column_keys, column_numbers
-from .manifest import batches_of, check_types, provenance_of, read_manifest_schema
+from .manifest import batches_of, check_types, manifest_schema, provenance_of
 
 NUMBER_COLUMNS = ("discrepancy", "gap", "balance", "p_balanced", "weight", "rank")
 NAME_COLUMNS = ("bin", "split", "label", "label_name", "subset", "group", "content")
@@ -80,9 +80,7 @@ class ManifestDiff:
     def same(self) -> bool:
         """Whether samples, column values and provenance are all equal."""
         changes: list[ChangedNames | ChangedNumbers] = [*self.moved.values(), *self.shifted.values()]
-        return not (
-            self.only_a.count or self.only_b.count or self.provenance or any(change.count for change in changes)
-        )
+        return not (self.only_a.count or self.only_b.count or self.provenance or any(entry.count for entry in changes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the differences as JSON values."""
@@ -99,20 +97,18 @@ class ManifestDiff:
             if unique.count:
                 splits = ", ".join(f"{count:,} {split}" for split, count in unique.by_split.items())
                 lines.append(f"only in {name}: {unique.count:,} ({splits}), first: {', '.join(unique.first[:3])}")
-        for column, names_change in self.moved.items():
-            if names_change.count:
-                name, value_a, value_b = names_change.first[0]
-                lines.append(
-                    f"{column}: {names_change.count:,} differ, the first: {name}, {value_a} in A and {value_b} in B"
-                )
-        for column, numbers_change in self.shifted.items():
-            if numbers_change.count:
-                lines.append(f"{column}: {numbers_change.count:,} differ, {_describe_change(numbers_change)}")
+        for column, names in self.moved.items():
+            if names.count:
+                name, value_a, value_b = names.first[0]
+                lines.append(f"{column}: {names.count:,} differ, the first: {name}, {value_a} in A and {value_b} in B")
+        for column, numbers in self.shifted.items():
+            if numbers.count:
+                lines.append(f"{column}: {numbers.count:,} differ, {_describe_change(numbers)}")
         lines += [f"{path}: {value_a!r} in A, {value_b!r} in B" for path, (value_a, value_b) in self.provenance.items()]
         return lines
 
 
-def diff(a: Path, b: Path, *, tolerance: float = 1e-6, max_listed: int = 20) -> ManifestDiff:
+def diff(a: Path, b: Path, *, tolerance: float = 1e-6, limit: int = 20) -> ManifestDiff:
     """Compare two manifests by id, listing the first `max_listed` differences of each kind.
 
     Numbers that differ by at most `tolerance` count as equal. Two manifests of 10^7 rows take 2.1 GB of memory. Raises
@@ -120,7 +116,7 @@ def diff(a: Path, b: Path, *, tolerance: float = 1e-6, max_listed: int = 20) -> 
     """
     provenances = [provenance_of(path) for path in (a, b)]
     for path in (a, b):
-        check_types(read_manifest_schema(path), where=str(path))
+        check_types(manifest_schema(path), where=str(path))
     join = ManifestJoin.of(a, b)
     fingerprints = [_fingerprint(provenance) for provenance in provenances]
     return ManifestDiff(
@@ -129,19 +125,17 @@ def diff(a: Path, b: Path, *, tolerance: float = 1e-6, max_listed: int = 20) -> 
         rows_a=len(join.codes[0]),
         rows_b=len(join.codes[1]),
         both=len(join.in_a),
-        only_a=_unique_samples(join, 0, max_listed=max_listed),
-        only_b=_unique_samples(join, 1, max_listed=max_listed),
-        moved={name: _changed_names(name, join, max_listed=max_listed) for name in NAME_COLUMNS},
-        shifted={
-            name: _changed_numbers(name, join, tolerance=tolerance, max_listed=max_listed) for name in NUMBER_COLUMNS
-        },
+        only_a=_unique_samples(join, 0, limit=limit),
+        only_b=_unique_samples(join, 1, limit=limit),
+        moved={name: _changed_names(name, join, limit=limit) for name in NAME_COLUMNS},
+        shifted={name: _changed_numbers(name, join, tolerance=tolerance, limit=limit) for name in NUMBER_COLUMNS},
         provenance=_changed_provenance(*provenances),
         same_dataset=None if None in fingerprints else fingerprints[0] == fingerprints[1],
         tolerance=tolerance,
     )
 
 
-def _unique_samples(join: ManifestJoin, side: int, *, max_listed: int) -> UniqueSamples:
+def _unique_samples(join: ManifestJoin, side: int, *, limit: int) -> UniqueSamples:
     """Describe the samples that are only in A (side 0) or only in B (side 1)."""
     rows = (join.only_a, join.only_b)[side]
     is_unique = np.zeros(len(join.codes[side]), dtype=bool)
@@ -160,18 +154,18 @@ def _unique_samples(join: ManifestJoin, side: int, *, max_listed: int) -> Unique
         count=len(rows),
         by_split=dict(sorted(by_split.items())),
         by_class=dict(sorted(by_class.items())),
-        first=tuple(join.sample_ids(join.smallest_codes(join.codes[side][rows], max_ids=max_listed))),
+        first=tuple(join.sample_ids(join.smallest_codes(join.codes[side][rows], max_ids=limit))),
     )
 
 
-def _changed_names(name: str, join: ManifestJoin, *, max_listed: int) -> ChangedNames:
+def _changed_names(name: str, join: ManifestJoin, *, limit: int) -> ChangedNames:
     values_a, values_b = (column_keys(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True))
     changed = np.flatnonzero(values_a[join.in_a] != values_b[join.in_b])
-    first_codes = join.smallest_codes(join.codes[0][join.in_a[changed]], max_ids=max_listed)
+    first_codes = join.smallest_codes(join.codes[0][join.in_a[changed]], max_ids=limit)
     return ChangedNames(count=len(changed), first=join.pairs(name, first_codes))
 
 
-def _changed_numbers(name: str, join: ManifestJoin, *, tolerance: float, max_listed: int) -> ChangedNumbers:
+def _changed_numbers(name: str, join: ManifestJoin, *, tolerance: float, limit: int) -> ChangedNumbers:
     values_a, values_b = (
         column_numbers(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True)
     )
@@ -181,7 +175,7 @@ def _changed_numbers(name: str, join: ManifestJoin, *, tolerance: float, max_lis
     in_both = ~(np.isnan(values_a) | np.isnan(values_b))
     change[np.isnan(change)] = np.inf  # a value in only one of the manifests
     changed = np.flatnonzero(change > tolerance)
-    largest = join.codes[0][join.in_a[_largest_changes(change, changed, join, max_listed=max_listed)]]
+    largest = join.codes[0][join.in_a[_largest_changes(change, changed, join, limit=limit)]]
     return ChangedNumbers(
         count=len(changed),
         largest=float(change[in_both].max()) if in_both.any() else None,
@@ -191,19 +185,13 @@ def _changed_numbers(name: str, join: ManifestJoin, *, tolerance: float, max_lis
     )
 
 
-def _largest_changes(
-    change: NDArray[np.float64], changed: RowIndex, join: ManifestJoin, *, max_listed: int
-) -> RowIndex:
+def _largest_changes(change: NDArray[np.float64], changed: RowIndex, join: ManifestJoin, *, limit: int) -> RowIndex:
     """Return the indices of the largest changes, largest first; ties in order of the ids."""
-    if len(changed) > max_listed:
-        cut = (
-            np.partition(change[changed], len(changed) - max_listed)[len(changed) - max_listed]
-            if max_listed
-            else np.inf
-        )
+    if len(changed) > limit:
+        cut = np.partition(change[changed], len(changed) - limit)[len(changed) - limit] if limit else np.inf
         above, at_cut = changed[change[changed] > cut], changed[change[changed] == cut]
         codes = join.codes[0][join.in_a[at_cut]]
-        at_cut = at_cut[np.isin(codes, join.smallest_codes(codes, max_ids=max_listed - len(above)))]
+        at_cut = at_cut[np.isin(codes, join.smallest_codes(codes, max_ids=limit - len(above)))]
         changed = np.r_[above, at_cut]
     sample_ids = np.array(join.sample_ids(join.codes[0][join.in_a[changed]]), dtype=object)
     order = sorted(range(len(changed)), key=lambda position: (-change[changed[position]], sample_ids[position]))

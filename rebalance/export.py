@@ -20,7 +20,7 @@ from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.hashing import digest
 from ..audit.storage import atomic_folder, atomic_write, scratch_folder
-from .manifest import COLUMNS, batches_of, check_types, num_rows_of, provenance_of, read_manifest_schema, rows_of
+from .manifest import COLUMNS, batches_of, check_types, manifest_schema, num_rows_of, provenance_of, rows_of
 from .webdataset import SAMPLES_PER_SHARD, ExportJob, plain_rows, split_name, write_webdataset
 
 _OGM_FILES = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}  # the names that its readers expect
@@ -110,17 +110,15 @@ def export(
 
 def holds_media(manifest: Path, format: str) -> bool:
     """Return whether an export in this format contains the media of the manifest, so that they must be readable."""
-    return format == "webdataset" and any(name not in COLUMNS for name in read_manifest_schema(manifest).names)
+    return format == "webdataset" and any(name not in COLUMNS for name in manifest_schema(manifest).names)
 
 
 def _check_column_types(schema: pa.Schema, manifest: Path) -> None:
     """Raise ManifestError for a column that a text file cannot hold."""
-    type_tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating)
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating)
     for field in schema:
         type_ = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        if not (
-            any(type_test(type_) for type_test in type_tests) or pa.types.is_boolean(type_) or pa.types.is_null(type_)
-        ):
+        if not (any(test(type_) for test in tests) or pa.types.is_boolean(type_) or pa.types.is_null(type_)):
             raise ManifestError(f"{manifest}: column {field.name} is {type_}; only texts and numbers can be exported")
 
 
@@ -140,10 +138,8 @@ def _check_overwrite(out: Path, manifest: Path, *, format: str, overwrite: bool)
     foreign = (
         [path.name for path in out.iterdir() if not _EXPORT_FILES[format].fullmatch(path.name)] if out.is_dir() else []
     )
-    is_saved_dataset = format != "datasets" or any(
-        (out / name).is_file() for name in ("dataset_dict.json", "state.json")
-    )
-    if foreign or (not is_saved_dataset and any(out.iterdir())):
+    is_dataset = format != "datasets" or any((out / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if foreign or (not is_dataset and any(out.iterdir())):
         content = min(foreign, default="other files")
         raise RunError(f"{out} contains {content}, it is not an export as {format}: choose another path with --out")
 
@@ -221,10 +217,8 @@ def _write_ogm(job: ExportJob, folder: Path) -> dict[str, Any]:
                 )
             if name not in files:
                 files[name] = stack.enter_context((folder / name).open("w", encoding="utf-8", newline=""))
-            clip, label = (
-                _clip_name(row, name_columns),
-                str(row["label"] if row["label_name"] is None else row["label_name"]),
-            )
+            clip = _clip_name(row, name_columns)
+            label = str(row["label"] if row["label_name"] is None else row["label_name"])
             _check_ogm_row(row["sample_id"], clip, label, is_repeated=f"{clip}\0{label}" in written)
             written.add(f"{clip}\0{label}")
             classes.add(label)
@@ -261,7 +255,7 @@ def _write_datasets(job: ExportJob, folder: Path) -> dict[str, Any]:
     try:
         with scratch_folder(folder.parent) as scratch:
             paths_by_split = _arrow_by_split(job, scratch)
-            datasets_by_split = {
+            sets = {
                 split: datasets.Dataset(
                     datasets.table.MemoryMappedTable.from_file(str(path)),
                     info=datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(job.schema)),
@@ -272,11 +266,7 @@ def _write_datasets(job: ExportJob, folder: Path) -> dict[str, Any]:
                 for split, path in paths_by_split.items()
             }
             datasets.disable_progress_bars()
-            whole_set = (
-                datasets.DatasetDict(datasets_by_split)
-                if len(datasets_by_split) > 1
-                else next(iter(datasets_by_split.values()))
-            )
+            whole_set = datasets.DatasetDict(sets) if len(sets) > 1 else next(iter(sets.values()))
             whole_set.save_to_disk(str(folder))
     finally:
         if bars_enabled:

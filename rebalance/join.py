@@ -36,15 +36,13 @@ class ManifestJoin:
     @classmethod
     def of(cls, a: Path, b: Path) -> ManifestJoin:
         """Join two files by their ids themselves, not by a hash of them."""
-        ids_of_files = [_read_ids(path) for path in (a, b)]
+        id_chunks = [_read_ids(path) for path in (a, b)]
         all_ids = pa.chunked_array(
-            [chunk for file_ids in ids_of_files for chunk in file_ids], pa.large_string()
+            [chunk for file_ids in id_chunks for chunk in file_ids], pa.large_string()
         ).dictionary_encode()
         chunks = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in all_ids.chunks]
-        names = (
-            all_ids.chunk(all_ids.num_chunks - 1).dictionary if all_ids.num_chunks else pa.array([], pa.large_string())
-        )
-        codes = [_concatenate(chunks[: len(ids_of_files[0])]), _concatenate(chunks[len(ids_of_files[0]) :])]
+        names = all_ids.chunks[-1].dictionary if all_ids.num_chunks else pa.array([], pa.large_string())
+        codes = [_concatenate(chunks[: len(id_chunks[0])]), _concatenate(chunks[len(id_chunks[0]) :])]
         for path, code in zip((a, b), codes, strict=True):
             _check_unique(path, code, names)
         row_in_b = np.full(len(names), -1, dtype=np.int64)
@@ -114,7 +112,7 @@ def _check_unique(path: Path, codes: NDArray[np.int32], names: pa.Array) -> None
 
 def column_keys(path: Path, name: str, num_rows: int) -> NDArray[np.uint64]:
     """Return 64 bits for each value of a column, (n,); strings are hashed: a change is missed once in 2^64."""
-    return _concatenate_column(
+    return _join_values(
         [np.zeros(0, np.uint64), *(_value_keys(table[name]) for table in batches_of(path, columns=[name]))],
         path,
         num_rows,
@@ -123,12 +121,12 @@ def column_keys(path: Path, name: str, num_rows: int) -> NDArray[np.uint64]:
 
 def column_numbers(path: Path, name: str, num_rows: int) -> NDArray[np.float64]:
     """Read a column of numbers, (n,), null as NaN."""
-    return _concatenate_column(
+    return _join_values(
         [np.zeros(0), *(_floats(table[name]) for table in batches_of(path, columns=[name]))], path, num_rows
     )
 
 
-def _concatenate_column(parts: Sequence[NDArray[Any]], path: Path, num_rows: int) -> NDArray[Any]:
+def _join_values(parts: Sequence[NDArray[Any]], path: Path, num_rows: int) -> NDArray[Any]:
     values = np.concatenate(parts)
     if len(values) != num_rows:
         raise ManifestError(

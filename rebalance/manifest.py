@@ -73,13 +73,8 @@ _RECIPE: Shape = {  # the fields that recipe_of reads are checked there, against
 PROVENANCE: Shape = {"schema": str, "subset": str, "between": str, "rule": _RECIPE, "ranges": {}, "scores": SCORES}
 ROWS: Shape = {"rows": int, "digest": str, "metadata": str, "dropped_from": str}
 
-REPEATING = (
-    "label_name",
-    "split",
-    "subset",
-    "group",
-    "reason",
-)  # columns of few distinct values, stored as dictionary codes
+# Columns of few distinct values, stored as dictionary codes.
+REPEATING = ("label_name", "split", "subset", "group", "reason")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,11 +188,11 @@ def dropped_path(path: Path) -> Path:
 
 def provenance_of(path: Path) -> dict[str, Any]:
     """Read the provenance of a manifest, without its rows."""
-    metadata = read_manifest_schema(path).metadata or {}
+    metadata = manifest_schema(path).metadata or {}
     return parse_provenance(metadata, error=ManifestError, where=str(path), shape=PROVENANCE)
 
 
-def read_manifest_schema(path: Path) -> pa.Schema:
+def manifest_schema(path: Path) -> pa.Schema:
     """Read the schema of a manifest, or of its dropped rows."""
     return read_schema(path, error=ManifestError)
 
@@ -219,7 +214,7 @@ def batches_of(path: Path, *, columns: list[str] | None = None, as_stored: bool 
     Columns are cast to the types of COLUMNS; with `as_stored` they keep the types of the file.
     """
     if not as_stored:
-        schema = read_manifest_schema(path)
+        schema = manifest_schema(path)
         names = schema.names if columns is None else columns
         check_types(schema, where=str(path), columns={name: _TYPES[name] for name in names if name in _TYPES})
     for table in read_batches(path, error=ManifestError, rows=GROUP_ROWS, columns=columns):
@@ -296,7 +291,7 @@ def digests_of(path: Path) -> Digests:
     rows = RowDigest()
     for group in regroup(batches_of(path)):
         rows.add(group)
-    return Digests(rows=rows.hexdigest(), metadata=metadata_digest(read_manifest_schema(path).metadata or {}))
+    return Digests(rows=rows.hexdigest(), metadata=metadata_digest(manifest_schema(path).metadata or {}))
 
 
 def metadata_digest(metadata: Mapping[bytes, bytes]) -> str:

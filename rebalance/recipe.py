@@ -205,9 +205,9 @@ def _count_split_classes(score_files: ScoreFiles, path: Path) -> Counts:
     num_classes = len(score_files.classes)
     counts = np.zeros(len(score_files.splits) * num_classes, dtype=np.int64)
     for batch in like.batches():
-        included = batch.excluded_by == 0
+        keep = batch.excluded_by == 0
         counts += np.bincount(
-            batch.split[included].astype(np.int64) * num_classes + batch.label[included], minlength=len(counts)
+            batch.split[keep].astype(np.int64) * num_classes + batch.label[keep], minlength=len(counts)
         )
     return counts
 
@@ -237,14 +237,12 @@ def _check_gate(rule: BalancedRule, selection: Selection) -> None:
     if reached <= config.tolerance + 1e-9:
         return
     if config.by == "weight":
-        explanation = f"weights up to {config.max_weight:g} reach {reached:.4f} at best; raise split.max_weight"
+        reason = f"weights up to {config.max_weight:g} reach {reached:.4f} at best; raise split.max_weight"
     else:
-        reachable_size = rule.curve(selection.counts, (config.tolerance,))[0].size
+        largest = rule.curve(selection.counts, (config.tolerance,))[0].size
         shared_note = ", shared among the splits in proportion," if len(rule.splits) > 1 else ""
-        explanation = (
-            f"{config.size} samples{shared_note} reach {reached:.4f}; {reachable_size} samples reach it, without --size"
-        )
-    raise GateError(f"distance to uniform {config.tolerance:g} not reached: {explanation}; nothing was written")
+        reason = f"{config.size} samples{shared_note} reach {reached:.4f}; without --size, {largest} reach it"
+    raise GateError(f"distance to uniform {config.tolerance:g} not reached: {reason}; nothing was written")
 
 
 def _recipe_record(recipe: Recipe, *, folder: Path, scores: str | Path | None) -> dict[str, Any]:

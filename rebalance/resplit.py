@@ -35,10 +35,8 @@ class ClassBins:
 
     def of(self, batch: ScoreBatch) -> NDArray[np.int32]:
         """Return the cell of each row, (n,)."""
-        discrepancy = batch.discrepancy(self.between)
-        bins = np.where(
-            np.isnan(discrepancy), self.num_bins, bin_of(np.nan_to_num(discrepancy), num_bins=self.num_bins)
-        )
+        values = batch.discrepancy(self.between)
+        bins = np.where(np.isnan(values), self.num_bins, bin_of(np.nan_to_num(values), num_bins=self.num_bins))
         return (batch.label * (self.num_bins + 1) + bins).astype(np.int32)
 
 
@@ -53,10 +51,10 @@ class SplitByHash:
     def __call__(self, batch: ScoreBatch) -> NDArray[np.int16]:
         """Return the split of each row, (n,)."""
         cell, keys = self.cells.of(batch), _split_keys(batch)
-        in_splits_up_to = [
+        in_split = [
             nonzero[cell] & (keys <= last[cell]) for last, nonzero in zip(self.last_keys, self.has_rows, strict=True)
         ]
-        return np.asarray(len(self.last_keys) - np.sum(in_splits_up_to, axis=0, dtype=np.int64), dtype=np.int16)
+        return np.asarray(len(self.last_keys) - np.sum(in_split, axis=0, dtype=np.int64), dtype=np.int16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,20 +81,16 @@ def parse_shares(text: str) -> tuple[float, ...]:
     return tuple(part / sum(parts) for part in parts)
 
 
-def resplit(score_files: ScoreFiles, shares: tuple[float, ...], *, between: str, scratch: Path) -> ScoreFiles:
+def resplit(scores: ScoreFiles, shares: tuple[float, ...], *, between: str, scratch: Path) -> ScoreFiles:
     """Return the score files with new splits, stratified by class and bin, with no group in two of them.
 
     Shares refer to the rows that no manifest excludes. With groups, shares are met as closely as whole groups allow,
     and memory grows with the number of groups.
     """
     names = SPLITS_BY_COUNT[len(shares)]
-    grouped = "group" in score_files.columns and _has_groups(score_files)
-    assign = (
-        _split_by_group(score_files, shares, between)
-        if grouped
-        else _split_by_hash(score_files, shares, between, scratch)
-    )
-    return replace(score_files, splits=names, assign=assign)
+    grouped = "group" in scores.columns and _has_groups(scores)
+    assign = _split_by_group(scores, shares, between) if grouped else _split_by_hash(scores, shares, between, scratch)
+    return replace(scores, splits=names, assign=assign)
 
 
 def group_keys(batch: ScoreBatch, *, seed: int) -> NDArray[np.uint64]:
@@ -106,15 +100,15 @@ def group_keys(batch: ScoreBatch, *, seed: int) -> NDArray[np.uint64]:
     return np.where(missing, batch.key, hash_ids(column.fill_null(""), seed=seed, purpose="group"))
 
 
-def _has_groups(score_files: ScoreFiles) -> bool:
-    return any(batch.table["group"].null_count < len(batch) for batch in score_files.batches())
+def _has_groups(scores: ScoreFiles) -> bool:
+    return any(batch.table["group"].null_count < len(batch) for batch in scores.batches())
 
 
-def _split_by_hash(score_files: ScoreFiles, shares: tuple[float, ...], between: str, scratch: Path) -> SplitByHash:
-    cells = ClassBins(between=between, num_bins=_BINS, num_classes=len(score_files.classes))
+def _split_by_hash(scores: ScoreFiles, shares: tuple[float, ...], between: str, scratch: Path) -> SplitByHash:
+    cells = ClassBins(between=between, num_bins=_BINS, num_classes=len(scores.classes))
     counts = np.zeros(cells.num_cells, dtype=np.int64)
-    with ExternalSort(score_files.num_rows, scratch) as external_sort:
-        for batch in score_files.batches():
+    with ExternalSort(scores.num_rows, scratch) as external_sort:
+        for batch in scores.batches():
             eligible = batch.excluded_by == 0
             cell = cells.of(batch)[eligible]
             counts += np.bincount(cell, minlength=cells.num_cells)
@@ -142,27 +136,27 @@ def _share_cells(counts: Counts, share: float) -> Counts:
     return np.diff(ends, prepend=0)
 
 
-def _split_by_group(score_files: ScoreFiles, shares: tuple[float, ...], between: str) -> SplitByGroup:
+def _split_by_group(scores: ScoreFiles, shares: tuple[float, ...], between: str) -> SplitByGroup:
     """Assign whole groups to splits, the largest first, each to the split with the largest shortage."""
     batch_keys = []
-    for batch in score_files.batches():
-        batch_keys.append(np.unique(group_keys(batch, seed=score_files.seed)))
+    for batch in scores.batches():
+        batch_keys.append(np.unique(group_keys(batch, seed=scores.seed)))
     keys = np.unique(np.concatenate(batch_keys))
-    num_classes = len(score_files.classes)
+    num_classes = len(scores.classes)
     cells = ClassBins(
         between=between,
         num_bins=_BINS if len(keys) * num_classes * (_BINS + 1) <= _MAX_CELLS else 2,
         num_classes=num_classes,
     )
     counts = np.zeros((len(keys), cells.num_cells), dtype=np.int32)
-    for batch in score_files.batches():
+    for batch in scores.batches():
         eligible = batch.excluded_by == 0
-        group_index = np.searchsorted(keys, group_keys(batch, seed=score_files.seed)[eligible])
+        group_index = np.searchsorted(keys, group_keys(batch, seed=scores.seed)[eligible])
         np.add.at(counts, (group_index, cells.of(batch)[eligible]), 1)
     num_groups = int(counts.any(axis=1).sum())
     if num_groups < len(shares):
         raise ScoreError(f"{num_groups} groups cannot fill {len(shares)} splits: a group is never in two splits")
-    return SplitByGroup(seed=score_files.seed, keys=keys, split=_assign_groups(counts, np.array(shares), keys))
+    return SplitByGroup(seed=scores.seed, keys=keys, split=_assign_groups(counts, np.array(shares), keys))
 
 
 def _assign_groups(

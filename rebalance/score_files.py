@@ -30,18 +30,14 @@ def find_score_files(source: str | Path | Sequence[str | Path]) -> list[ScoreFil
     """Return the distinct files of paths, folders or globs; raises ScoreError if one matches no file."""
     sources = [source] if isinstance(source, (str, Path)) else list(source)
     files: list[ScoreFile] = []
-    for source_path in sources:
-        path = Path(source_path)
+    for name in sources:
+        path = Path(name)
         if path.is_dir():
-            matches = sorted(match for match in path.glob("*.parquet") if match.name[0] != ".")
+            matches = sorted(file for file in path.glob("*.parquet") if file.name[0] != ".")
         else:
-            matches = (
-                [path]
-                if path.exists()
-                else sorted(Path(match) for match in glob.glob(str(source_path), recursive=True))
-            )
+            matches = [path] if path.exists() else sorted(Path(file) for file in glob.glob(str(name), recursive=True))
         if not matches:
-            raise ScoreError(f"score table {source_path} not found: pass a Parquet file, a folder of them or a glob")
+            raise ScoreError(f"score table {name} not found: pass a Parquet file, a folder of them or a glob")
         for path in matches:
             _check_regular(path)
         files += matches

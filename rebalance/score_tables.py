@@ -118,9 +118,8 @@ class ScoreFiles:
     provenance: dict[str, Any]
     seed: int
     members: tuple[ManifestMembers, ...] = ()  # manifests that must, or must not, contain a row
-    assign: Callable[[ScoreBatch], NDArray[np.int16]] | None = (
-        None  # new splits instead of the table's, as indices into `splits`
-    )
+    # New splits instead of the table's, as indices into `splits`.
+    assign: Callable[[ScoreBatch], NDArray[np.int16]] | None = None
 
     def batches(self, *, all_columns: bool = False, ordered: bool = True) -> Iterator[ScoreBatch]:
         """Yield all rows once, with read-ahead; unless `ordered`, two files at a time, batches as they come.
@@ -130,10 +129,8 @@ class ScoreFiles:
         """
         if ordered or len(self.files) == 1:
             return prefetch(self._read_batches(self.files, all_columns=all_columns))
-        return prefetch(
-            self._read_batches(self.files[::2], all_columns=all_columns),
-            self._read_batches(self.files[1::2], all_columns=all_columns),
-        )
+        halves = (self.files[::2], self.files[1::2])
+        return prefetch(*(self._read_batches(files, all_columns=all_columns) for files in halves))
 
     def _read_batches(self, files: Sequence[ScoreFile], *, all_columns: bool) -> Iterator[ScoreBatch]:
         unused = {"label_name"} & set(self.coded) if all_columns else {*self.paths, *_ONLY_WRITTEN}

@@ -93,7 +93,7 @@ class Decision:
 class Selection:
     """Result of the first pass: per cell (c,), counts of available rows, quota of kept rows, and last kept keys."""
 
-    score_files: ScoreFiles
+    scores: ScoreFiles
     rule: SelectionRule
     counts: Counts
     quota: Counts
@@ -103,7 +103,7 @@ class Selection:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Reasons for which rows are dropped."""
-        return (self.rule.reason, "missing-modality", *(members.reason for members in self.score_files.members))
+        return (self.rule.reason, "missing-modality", *(members.reason for members in self.scores.members))
 
     def decide(self, batch: ScoreBatch) -> Decision:
         """Return the decision on each row of a batch; rows are independent of each other."""
@@ -112,7 +112,7 @@ class Selection:
         has_quota, last_key = self.quota[cell] > 0, self.last_keys[cell]
         keep = (cell >= 0) & (batch.excluded_by == 0) & has_quota & (key <= last_key)
         reason = (cell < 0).astype(np.int8)
-        if self.score_files.members:
+        if self.scores.members:
             reason = np.where(batch.excluded_by > 0, batch.excluded_by + 1, reason).astype(np.int8)
         # 32 bits of a hash are enough, and take half the space.
         score = (key >> _HALF_BITS) * _HASH_UNIT
@@ -131,7 +131,7 @@ class Selection:
         )
 
 
-def select_rows(score_files: ScoreFiles, rule: SelectionRule, *, scratch: Path) -> Selection:
+def select_rows(scores: ScoreFiles, rule: SelectionRule, *, scratch: Path) -> Selection:
     """Run the first pass: count the rows of each cell and compute the last key that each keeps.
 
     `scratch` is a folder for files of 16 bytes per row, used above a million rows.
@@ -139,9 +139,9 @@ def select_rows(score_files: ScoreFiles, rule: SelectionRule, *, scratch: Path) 
     """
     counts = np.zeros(rule.num_cells, dtype=np.int64)
     with ExitStack() as stack:
-        ids = stack.enter_context(ExternalSort(score_files.num_rows, scratch))
-        sort_by_key = stack.enter_context(ExternalSort(score_files.num_rows, scratch)) if rule.by_score else ids
-        for batch in score_files.batches(ordered=False):
+        ids = stack.enter_context(ExternalSort(scores.num_rows, scratch))
+        sort_by_key = stack.enter_context(ExternalSort(scores.num_rows, scratch)) if rule.by_score else ids
+        for batch in scores.batches(ordered=False):
             cell, imbalance = rule.cells(batch), imbalance_key(batch)
             cell = np.where(batch.excluded_by > 0, -1, cell).astype(np.int32)
             counts += np.bincount(cell[cell >= 0], minlength=rule.num_cells)
@@ -151,14 +151,12 @@ def select_rows(score_files: ScoreFiles, rule: SelectionRule, *, scratch: Path) 
         repeated = stack.enter_context(ThreadPoolExecutor(1)).submit(ids.repeated)  # runs while this thread sorts
         quota = np.minimum(rule.quotas(counts), counts)
         if not quota.any():
-            raise ManifestError(
-                f"{rule.name}: none of the {score_files.num_rows} scored samples qualifies; relax the rule"
-            )
+            raise ManifestError(f"{rule.name}: none of the {scores.num_rows} scored samples qualifies; relax the rule")
         kept_by_imbalance = np.zeros(_RANKS, dtype=np.int64)
         last_keys = sort_by_key.last_keys(quota, kept_imbalance=kept_by_imbalance)
-        check_unique(score_files, repeated.result())
+        check_unique(scores, repeated.result())
     return Selection(
-        score_files=score_files,
+        scores=scores,
         rule=rule,
         counts=counts,
         quota=quota,
@@ -175,12 +173,12 @@ def imbalance_key(batch: ScoreBatch) -> NDArray[np.uint32]:
     return np.where(np.isnan(steps), _RANKS - 1, np.clip(steps, 0, _RANKS - 1)).astype(np.uint32)
 
 
-def check_unique(score_files: ScoreFiles, repeated: NDArray[np.uint64]) -> None:
+def check_unique(scores: ScoreFiles, repeated: NDArray[np.uint64]) -> None:
     """Raise ScoreError if any rows with repeated keys have the same id."""
     if len(repeated) == 0:
         return
     count_of_id: dict[str, int] = {}
-    for batch in score_files.batches():
+    for batch in scores.batches():
         for index in np.flatnonzero(np.isin(batch.key, repeated)):
             sample_id = str(batch.table["sample_id"][int(index)].as_py())
             count_of_id[sample_id] = count_of_id.get(sample_id, 0) + 1

@@ -36,7 +36,7 @@ from .selection import Decision, Selection
 from .split_stats import SplitStats
 
 _NOT_REPEATED = ("ranges", "schema", "source")  # metadata of the score table that a manifest does not copy
-_STATISTICS_COLUMNS = (
+_STATISTICS = (
     "label",
     "label_name",
     "split",
@@ -59,25 +59,25 @@ def write_split(
 
     With path None nothing is written and the numbers are the same. The same scores and recipe give the same bytes.
     """
-    score_files = selection.score_files
-    stats = SplitStats(score_files, between=selection.rule.between, num_bins=num_bins)
+    scores = selection.scores
+    stats = SplitStats(scores, between=selection.rule.between, num_bins=num_bins)
     provenance = _provenance(selection, name=name, recipe=recipe)
     with ExitStack() as stack:
-        kept_writer = dropped_writer = None
+        kept_rows = dropped_rows = None
         if path is not None:
-            kept_writer = stack.enter_context(_open_writer(path, _schema(score_files, COLUMNS), provenance))
-            dropped_writer = stack.enter_context(
-                _open_writer(dropped_path(path), _schema(score_files, DROPPED_COLUMNS), provenance)
+            kept_rows = stack.enter_context(_open_writer(path, _schema(scores, COLUMNS), provenance))
+            dropped_rows = stack.enter_context(
+                _open_writer(dropped_path(path), _schema(scores, DROPPED_COLUMNS), provenance)
             )
-        for batch in score_files.batches(all_columns=True):
+        for batch in scores.batches(all_columns=True):
             decision = selection.decide(batch)
             stats.add(batch, decision, selection.reasons)
-            if kept_writer is not None and dropped_writer is not None:
-                columns = _columns(batch, decision, score_files, selection, name=name)
-                kept_writer.add(columns, decision.keep)
-                dropped_writer.add(columns, ~decision.keep)
-        if kept_writer is not None and dropped_writer is not None:
-            dropped_writer.file_record["dropped_from"] = kept_writer.finish()
+            if kept_rows is not None and dropped_rows is not None:
+                columns = _columns(batch, decision, scores, selection, name=name)
+                kept_rows.add(columns, decision.keep)
+                dropped_rows.add(columns, ~decision.keep)
+        if kept_rows is not None and dropped_rows is not None:
+            dropped_rows.file_record["dropped_from"] = kept_rows.finish()
     return stats.numbers()
 
 
@@ -97,7 +97,7 @@ class _ManifestWriter:
             if "reason" in schema.names
             else "zstd",  # dropped rows: lz4 is a third faster, a fifth larger
             use_dictionary=[*coded, "label", "bin", "weight", "threshold"],
-            write_statistics=[name for name in schema.names if name in _STATISTICS_COLUMNS],
+            write_statistics=[name for name in schema.names if name in _STATISTICS],
             write_batch_size=_WRITE_BATCH_ROWS,
             store_schema=False,
         )
@@ -196,20 +196,20 @@ def _open_writer(path: Path, schema: pa.Schema, provenance: dict[str, Any]) -> I
         yield sink
 
 
-def _schema(score_files: ScoreFiles, columns: dict[str, pa.DataType]) -> pa.Schema:
+def _schema(scores: ScoreFiles, columns: dict[str, pa.DataType]) -> pa.Schema:
     own = [pa.field(name, type_) for name, type_ in columns.items()]
-    return pa.schema(own + [pa.field(name, pa.string()) for name in score_files.paths if name not in columns])
+    return pa.schema(own + [pa.field(name, pa.string()) for name in scores.paths if name not in columns])
 
 
 def _columns(
-    batch: ScoreBatch, decision: Decision, score_files: ScoreFiles, selection: Selection, *, name: str
+    batch: ScoreBatch, decision: Decision, scores: ScoreFiles, selection: Selection, *, name: str
 ) -> dict[str, pa.Array | pa.ChunkedArray]:
     """Return every column of a manifest and of dropped rows; columns missing in the scores are null."""
     outcome, table, n = decision.outcome, batch.table, len(batch)
     codes = pa.array(batch.label)
-    numeric = pa.types.is_integer(score_files.classes.type)
+    numeric = pa.types.is_integer(scores.classes.type)
     arrays: dict[str, pa.Array | pa.ChunkedArray] = {
-        "label": score_files.classes.cast(pa.int32()).take(codes) if numeric else codes,
+        "label": scores.classes.cast(pa.int32()).take(codes) if numeric else codes,
         "subset": _dictionary_column(pa.array(np.zeros(n, dtype=np.int8)), (name,)),
         "bin": None if outcome.bin is None else pa.array(outcome.bin, mask=outcome.bin < 0),
         "rank": pa.array(decision.rank),
@@ -220,11 +220,11 @@ def _columns(
         "score": pa.array(outcome.score, from_pandas=True),
         "threshold": pa.array(outcome.threshold, from_pandas=True),
     }
-    if "label_name" in score_files.coded or "label_name" not in table.column_names:
-        arrays["label_name"] = _dictionary_column(codes, score_files.class_names)
-    if score_files.assign is not None or ("split" in score_files.coded and "split" in table.column_names):
-        arrays["split"] = _dictionary_column(pa.array(batch.split), score_files.splits)
-    for column in (*COLUMNS, *score_files.paths):
+    if "label_name" in scores.coded or "label_name" not in table.column_names:
+        arrays["label_name"] = _dictionary_column(codes, scores.class_names)
+    if scores.assign is not None or ("split" in scores.coded and "split" in table.column_names):
+        arrays["split"] = _dictionary_column(pa.array(batch.split), scores.splits)
+    for column in (*COLUMNS, *scores.paths):
         if arrays.get(column) is None:
             arrays[column] = table[column] if column in table.column_names else pa.nulls(n)
     return arrays
@@ -235,7 +235,7 @@ def _dictionary_column(codes: pa.Array, names: tuple[str, ...]) -> pa.Dictionary
 
 
 def _provenance(selection: Selection, *, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    scores = selection.score_files.provenance
+    scores = selection.scores.provenance
     return {
         "schema": f"mmaudit.manifest/{SCHEMA_VERSION}",
         "subset": name,

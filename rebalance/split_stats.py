@@ -79,13 +79,11 @@ class SplitStats:
     Both masses are arrays by split, class, bin, and fine bin within each bin: (s, k, b, f / b).
     """
 
-    def __init__(self, score_files: ScoreFiles, *, between: str, num_bins: int) -> None:
-        self.between, self.num_bins, self.score_files = between, num_bins, score_files
-        cells = len(score_files.splits) * len(score_files.classes) * num_bins
+    def __init__(self, scores: ScoreFiles, *, between: str, num_bins: int) -> None:
+        self.between, self.num_bins, self.scores = between, num_bins, scores
+        cells = len(scores.splits) * len(scores.classes) * num_bins
         fine_per_bin = max(1, min(_MAX_FINE_BINS // num_bins, _MAX_CELLS // cells))
-        self._masses = [
-            np.zeros((len(score_files.splits), len(score_files.classes), num_bins, fine_per_bin)) for _ in range(2)
-        ]
+        self._masses = [np.zeros((len(scores.splits), len(scores.classes), num_bins, fine_per_bin)) for _ in range(2)]
         self._positive = [0.0, 0.0]
         self._squares = 0.0  # sum of squared weights of the kept rows
         self.num_kept = self.num_dropped = 0
@@ -170,14 +168,14 @@ class SplitStats:
         before, after = (mass.sum(axis=(1, 3)) for mass in self._masses)  # (s, b)
         return {
             name: distance_to_uniform(after[split_index], available=before[split_index])
-            for split_index, name in enumerate(self.score_files.splits)
+            for split_index, name in enumerate(self.scores.splits)
             if before[split_index].any()
         }
 
     def _by_class(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> list[dict[str, Any]]:
         classes = []
-        fine = [mass.sum(axis=0).reshape(len(self.score_files.classes), -1) for mass in self._masses]
-        for class_index, name in enumerate(self.score_files.class_names):
+        fine = [mass.sum(axis=0).reshape(len(self.scores.classes), -1) for mass in self._masses]
+        for class_index, name in enumerate(self.scores.class_names):
             class_before = before[:, class_index]
             classes.append(
                 {
@@ -196,16 +194,14 @@ class SplitStats:
     def _shortages(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> list[dict[str, Any]]:
         """Return the cells furthest below a uniform share of their bin, largest shortage first."""
         uniform_share = after.sum(axis=1, keepdims=True) / max(1, int(before.any(axis=0).sum()))
-        may_be_short = before.any(axis=1, keepdims=True) & before.any(
-            axis=0
-        )  # a class without samples counts as short in no bin
+        may_be_short = before.any(axis=1, keepdims=True) & before.any(axis=0)  # no shortage of empty classes
         shortage = np.where(may_be_short, uniform_share - before, 0)
         worst = np.argsort(-shortage, axis=None, kind="stable")[:MAX_SHORTAGES]
         bins, classes = np.unravel_index(worst, shortage.shape)
         width = 2 / self.num_bins
         return [
             {
-                "class": self.score_files.class_names[class_index],
+                "class": self.scores.class_names[class_index],
                 "bin": int(bin_index),
                 "low": -1 + width * int(bin_index),
                 "high": -1 + width * (int(bin_index) + 1),

@@ -196,40 +196,40 @@ def within_threshold(between: str, *, threshold: float = BALANCED_WITHIN) -> Thr
     return ThresholdRule(name=f"balanced-within-{threshold:g}", between=between, kind="within", threshold=threshold)
 
 
-def by_mixture(score_files: ScoreFiles, side: str, *, between: str, posterior: float = 0.5) -> ThresholdRule:
+def by_mixture(scores: ScoreFiles, side: str, *, between: str, posterior: float = 0.5) -> ThresholdRule:
     """Select by the gap mixture: `balanced` has P(balanced) >= posterior, `imbalanced` the rest."""
     if side not in ("balanced", "imbalanced"):
         raise ConfigError(f"--gmm {side}: unknown component; {choices(side, ('balanced', 'imbalanced'))}")
     if not 0 < posterior <= 1:
         raise ConfigError(f"the posterior of a mixture's subset is {posterior}; it lies in (0, 1]")
-    _require_column(score_files, "p_balanced", f"--gmm {side}")
+    _require_column(scores, "p_balanced", f"--gmm {side}")
     return ThresholdRule(name=f"gmm-{side}", between=between, kind=side, threshold=posterior)
 
 
-def by_balance(score_files: ScoreFiles, side: str, amount: str, *, between: str) -> ExtremeRule:
+def by_balance(scores: ScoreFiles, side: str, amount: str, *, between: str) -> ExtremeRule:
     """Select the `most-balanced` or `least-balanced` samples, a number or a share (`20%`), in proportion per split."""
-    _require_column(score_files, "balance", f"--subset {side}")
+    _require_column(scores, "balance", f"--subset {side}")
     return ExtremeRule(
         name=f"{side}-{amount.replace('%', 'pc')}",
         between=between,
         keep_most=side == "most-balanced",
         amount=parse_amount(f"--subset {side}:{amount}", amount),
-        num_cells=len(score_files.splits),
+        num_cells=len(scores.splits),
     )
 
 
 def at_random(
-    score_files: ScoreFiles, *, between: str, amount: str = "", like: tuple[str, Counts] | None = None
+    scores: ScoreFiles, *, between: str, amount: str = "", like: tuple[str, Counts] | None = None
 ) -> RandomRule:
     """Select at random: an amount, or as many per split and class as in `like` (name, counts (s * k,))."""
     if bool(amount) == (like is not None):
         raise ConfigError("--subset random: pass either an amount, as random:500 or random:20%, or --like MANIFEST")
-    num_classes = len(score_files.classes)
+    num_classes = len(scores.classes)
     return RandomRule(
         name=f"random-{amount.replace('%', 'pc')}" if like is None else f"random-like-{like[0]}",
         between=between,
         num_classes=num_classes,
-        num_cells=len(score_files.splits) * num_classes,
+        num_cells=len(scores.splits) * num_classes,
         amount=None if like is not None else parse_amount(f"--subset random:{amount}", amount),
         like=None if like is None else like[1],
     )
@@ -241,11 +241,11 @@ def all_samples(between: str, *, name: str) -> ThresholdRule:
 
 
 def parse_subset(
-    score_files: ScoreFiles, text: str, *, between: str | None, like: tuple[str, Counts] | None = None
+    scores: ScoreFiles, text: str, *, between: str | None, like: tuple[str, Counts] | None = None
 ) -> SelectionRule:
     """Parse `MODALITY-preferred`, `balanced[:T]`, `most-balanced:N`, `least-balanced:N`, `random:N`; N may be `20%`."""
     name, _, value = text.partition(":")
-    by_side = [f"{modality}-preferred" for modality in positive_sides(score_files.modalities, between)]
+    by_side = [f"{modality}-preferred" for modality in positive_sides(scores.modalities, between)]
     names = [*by_side, "balanced", "most-balanced", "least-balanced", "random"]
     if name not in names:
         raise ConfigError(f"--subset {text}: unknown subset; {choices(name, names)}")
@@ -253,15 +253,15 @@ def parse_subset(
         modality = name.removesuffix("-preferred")
         if value:
             raise ConfigError(f"--subset {text}: {name} has no threshold; use --dominated {modality}:{value}")
-        return prefer_modality(score_files.modalities, modality, between=between)
-    between_or_default = between or score_files.default_between()
+        return prefer_modality(scores.modalities, modality, between=between)
+    between_or_default = between or scores.default_between()
     if name == "balanced":
         return within_threshold(
             between_or_default, threshold=_parse_number("--subset", text, value or str(BALANCED_WITHIN))
         )
     if name == "random":
-        return at_random(score_files, between=between_or_default, amount=value, like=like)
-    return by_balance(score_files, name, value, between=between_or_default)
+        return at_random(scores, between=between_or_default, amount=value, like=like)
+    return by_balance(scores, name, value, between=between_or_default)
 
 
 def parse_dominated(modalities: tuple[str, ...], text: str, *, between: str | None = None) -> ThresholdRule:
@@ -295,8 +295,8 @@ def _parse_number(option: str, text: str, value: str) -> float:
         raise ConfigError(f"{option} {text}: {value!r} is not a number") from error
 
 
-def _require_column(score_files: ScoreFiles, column: str, option: str) -> None:
-    if column not in score_files.columns:
+def _require_column(scores: ScoreFiles, column: str, option: str) -> None:
+    if column not in scores.columns:
         raise ManifestError(
             f"{option}: the score table has no column {column}: rescore with mmaudit score, or use --balanced"
         )

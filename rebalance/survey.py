@@ -102,12 +102,10 @@ def _sort_labels(labels: Iterable[Any]) -> list[Any]:
         raise ScoreError(
             f"column label is {' in label shard and '.join(kinds)} in another: use one type for all labels"
         )
-    sorted_labels = sorted(labels)
-    if kinds == ["int"] and (
-        out_of_range := [label for label in (sorted_labels[0], sorted_labels[-1]) if not -(2**31) <= label < 2**31]
-    ):
-        raise ScoreError(f"label {out_of_range[0]} has more than 32 bits: renumber the classes, or use label_name only")
-    return sorted_labels
+    ordered = sorted(labels)
+    if kinds == ["int"] and (beyond := [label for label in (ordered[0], ordered[-1]) if not -(2**31) <= label < 2**31]):
+        raise ScoreError(f"label {beyond[0]} has more than 32 bits: renumber the classes, or use label_name only")
+    return ordered
 
 
 def _label_name_pairs(table: pa.Table) -> list[tuple[Any, str]]:

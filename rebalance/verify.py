@@ -26,8 +26,8 @@ from .manifest import (
     batches_of,
     check_columns,
     dropped_path,
+    manifest_schema,
     provenance_of,
-    read_manifest_schema,
 )
 from .recipe import balance_path
 from .score_tables import hash_keys
@@ -96,7 +96,7 @@ def verify(
 def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verification:
     """Check a manifest and its dropped rows as `verify` does, without their source."""
     provenance = provenance_of(manifest)
-    check_columns(read_manifest_schema(manifest), where=str(manifest))
+    check_columns(manifest_schema(manifest), where=str(manifest))
     dropped_file = dropped_path(manifest)
     files = [CheckedFile(manifest, COLUMNS, provenance)]
     if dropped_file.exists():
@@ -106,13 +106,8 @@ def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verification:
         for file_index, file in enumerate(readable):
             file.read_all(ids, file_index)
         repeated = ids.repeated()
-    checks = [
-        *files[0].checks(""),
-        *_check_unique_ids(readable, repeated),
-        _check_labels(readable),
-        _check_subset(readable, provenance),
-    ]
-    checks += _check_dropped(files, dropped_file)
+    checks = [*files[0].checks(""), *_check_unique_ids(readable, repeated), _check_labels(readable)]
+    checks += [_check_subset(readable, provenance), *_check_dropped(files, dropped_file)]
     numbers_file = balance_path(manifest)
     checks += _check_complete(
         readable, read_numbers(numbers_file, error=ManifestError) if numbers_file.exists() else None
@@ -145,21 +140,19 @@ def _check_unique_ids(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]
     counts_of_id = _count_by_file(files, repeated)
     checks = []
     for file_index, name in enumerate(("ids", "dropped ids")[: len(files)]):
-        repeated_ids = sorted(sample_id for sample_id, counts in counts_of_id.items() if counts[file_index] > 1)
+        repeats = sorted(sample_id for sample_id, counts in counts_of_id.items() if counts[file_index] > 1)
         detail = (
-            f"{len(repeated_ids):,} ids occur more than once (the first: {repeated_ids[0]})"
-            if repeated_ids
-            else "all ids are unique"
+            f"{len(repeats):,} ids occur more than once (the first: {repeats[0]})" if repeats else "all ids are unique"
         )
-        checks.append(Check(name=name, held=not repeated_ids, detail=detail))
+        checks.append(Check(name=name, held=not repeats, detail=detail))
     if len(files) > 1:
-        in_both = sorted(sample_id for sample_id, counts in counts_of_id.items() if all(counts))
+        shared = sorted(sample_id for sample_id, counts in counts_of_id.items() if all(counts))
         detail = (
-            f"{len(in_both):,} samples are both kept and dropped (the first: {in_both[0]})"
-            if in_both
+            f"{len(shared):,} samples are both kept and dropped (the first: {shared[0]})"
+            if shared
             else "no id is in both"
         )
-        checks.append(Check(name="disjoint", held=not in_both, detail=detail))
+        checks.append(Check(name="disjoint", held=not shared, detail=detail))
     return checks
 
 
@@ -212,11 +205,7 @@ def _check_dropped(files: Sequence[CheckedFile], dropped_file: Path) -> list[Che
 def _check_complete(files: Sequence[CheckedFile], numbers: dict[str, Any] | None) -> list[Check]:
     """Check that NAME.balance.json belongs to the manifest, and that no scored row is missing."""
     if numbers is None:
-        return [
-            Check(
-                name="complete", held=None, detail="NAME.balance.json not found: the number of scored rows is unknown"
-            )
-        ]
+        return [Check(name="complete", held=None, detail="NAME.balance.json not found")]
     digest, stated_digest = files[0].stated.get("digest", files[0].digest.hexdigest()), numbers.get("digest")
     file_name = balance_path(files[0].path).name
     belongs = digest == stated_digest
@@ -227,7 +216,7 @@ def _check_complete(files: Sequence[CheckedFile], numbers: dict[str, Any] | None
     if not belongs or len(files) < 2:
         return [
             *checks,
-            Check(name="complete", held=None, detail="the numbers or dropped rows of this manifest are missing"),
+            Check(name="complete", held=None, detail="numbers or dropped rows of this manifest missing"),
         ]
     (kept, dropped), scored = (file.num_rows for file in files), numbers.get("scored")
     detail = f"{kept:,} kept and {dropped:,} dropped of {scored} scored"
@@ -251,7 +240,7 @@ def _check_contents(
         expected.update(zip(recorded["sample_id"].to_pylist(), recorded["content"].to_pylist(), strict=True))
     if not expected:
         return Check(name="media", held=None, detail="the scores have no content hashes")
-    num_expected = len(expected)
+    total = len(expected)
     current: Iterable[ContentHashes] = (contents or {}).values()
     if contents is None and dataset is not None:
         current = content_hashes(dataset, only=frozenset(expected), num_threads=num_threads)
@@ -260,10 +249,8 @@ def _check_contents(
         if expected.pop(hashes.sample_id, hashes.content) != hashes.content:
             changed[hashes.sample_id] = hashes.problem
     if not changed and not expected:
-        return Check(name="media", held=True, detail=f"{num_expected:,} samples are unchanged since they were scored")
-    return Check(
-        name="media", held=False, detail=_describe_changed(manifest, changed, lost=expected, total=num_expected)
-    )
+        return Check(name="media", held=True, detail=f"{total:,} samples are unchanged since they were scored")
+    return Check(name="media", held=False, detail=_describe_changed(manifest, changed, lost=expected, total=total))
 
 
 def _describe_changed(manifest: Path, changed: dict[str, str | None], *, lost: Iterable[str], total: int) -> str:
@@ -273,7 +260,7 @@ def _describe_changed(manifest: Path, changed: dict[str, str | None], *, lost: I
         files = changed[sample_id] or ", ".join(_media_paths(manifest, sample_id))
         example = f"{sample_id}, {files}" if files else sample_id
         sentences.append(
-            f"{len(changed):,} of {total:,} samples' media have changed since they were scored, the first: {example}"
+            f"{len(changed):,} of {total:,} samples' media changed since they were scored, the first: {example}"
         )
     if lost:
         sentences.append(f"{len(lost):,} of {total:,} samples are no longer in the source, the first: {lost[0]}")
@@ -282,7 +269,7 @@ def _describe_changed(manifest: Path, changed: dict[str, str | None], *, lost: I
 
 def _media_paths(manifest: Path, sample_id: str) -> list[str]:
     """Return the media paths of a sample in the manifest."""
-    columns = [column for column in read_manifest_schema(manifest).names if column not in COLUMNS]
+    columns = [column for column in manifest_schema(manifest).names if column not in COLUMNS]
     for table in batches_of(manifest, columns=["sample_id", *columns]) if columns else ():
         for row in table.filter(pc.equal(table["sample_id"], sample_id)).to_pylist():
             return [str(row[column]) for column in columns if row[column] is not None]

@@ -109,19 +109,17 @@ def webdataset_key(sample_id: str) -> str:
 
 def _modality_of(column: str, job: ExportJob) -> Modality:
     """Return a modality named after the only one read from the column, else after the column; never of kind frames."""
-    column_modalities = [
-        modality
-        for modality in job.provenance.get("scores", {}).get("modalities", [])
-        if modality.get("column") == column
+    readers = [
+        entry for entry in job.provenance.get("scores", {}).get("modalities", []) if entry.get("column") == column
     ]
-    if any(modality.get("kind") == "frames" for modality in column_modalities):
+    if any(entry.get("kind") == "frames" for entry in readers):
         raise ConfigError(
             f"{column} has folders of frames, but samples of a WebDataset are files: export as jsonl or ogm"
         )
     stem = next((column.removesuffix(end) for end in _FILE_SUFFIXES if column.endswith(end)), column)
-    if len(column_modalities) > 1 and column in _GENERIC_COLUMNS:
+    if len(readers) > 1 and column in _GENERIC_COLUMNS:
         stem = "video"  # audio and visual are read from the same file
-    name = str(column_modalities[0]["name"]) if len(column_modalities) == 1 else stem or column
+    name = str(readers[0]["name"]) if len(readers) == 1 else stem or column
     return Modality(name=re.sub(r"[^a-z0-9_-]", "_", name.lower()), column=column, kind="audio")
 
 

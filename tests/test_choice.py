@@ -74,7 +74,7 @@ def opened(folder: Path, whole: pa.Table, *, seed: int = 0) -> ScoreFiles:
 
 def decided(made: Selection) -> dict[str, NDArray[Any]]:
     """Decide about all rows, in their order."""
-    each = [(rows, made.decide(rows)) for rows in made.score_files.batches()]
+    each = [(rows, made.decide(rows)) for rows in made.scores.batches()]
     return {
         "id": np.concatenate([rows.table["sample_id"].to_pylist() for rows, _ in each]),
         "keep": np.concatenate([found.keep for _, found in each]),

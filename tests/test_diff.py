@@ -135,7 +135,7 @@ def test_it_counts_as_python_does_and_mirrors(
     tmp_path: Path, here: dict[str, Row], there: dict[str, Row], most: int
 ) -> None:
     a, b = write(tmp_path / "a.parquet", here), write(tmp_path / "b.parquet", there)
-    found = diff(a, b, max_listed=most)
+    found = diff(a, b, limit=most)
     both = sorted(here.keys() & there.keys())
     assert found.both == len(both)
     assert list(found.only_a.first) == sorted(here.keys() - there.keys())[:most]
@@ -155,7 +155,7 @@ def test_it_counts_as_python_does_and_mirrors(
         assert shift.largest == (max(told) if told else None)
         assert shift.mean == (pytest.approx(np.mean(told)) if told else None)
     assert found.same == (here == there or all(_close(here, there)))
-    assert swapped(diff(b, a, max_listed=most)) == rounded(found.to_dict())
+    assert swapped(diff(b, a, limit=most)) == rounded(found.to_dict())
     json.dumps(found.to_dict(), allow_nan=False)
 
 
@@ -183,10 +183,10 @@ def test_the_largest_changes_come_first_and_a_missing_value_before_them(tmp_path
     a = write(tmp_path / "a.parquet", dict.fromkeys("abcde", row))
     b = write(tmp_path / "b.parquet", {name: row | {"gap": gap} for name, gap in gaps.items()})
     first = (("d", 0.0, None), ("b", 0.0, 0.5), ("c", 0.0, 0.5))
-    assert diff(a, b, max_listed=3).shifted["gap"] == ChangedNumbers(
+    assert diff(a, b, limit=3).shifted["gap"] == ChangedNumbers(
         count=4, largest=0.5, mean=0.3125, correlation=None, first=first
     )
-    assert diff(a, b, max_listed=2).shifted["gap"].first == first[:2]
+    assert diff(a, b, limit=2).shifted["gap"].first == first[:2]
     assert diff(a, b, tolerance=0.3).shifted["gap"].count == 3
 
 

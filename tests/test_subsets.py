@@ -78,7 +78,7 @@ class Decided:
 def decide(scores: ScoreTable, rule: SelectionRule, *, seed: int = 0) -> Decided:
     """Choose by a rule; ManifestError where nothing qualifies."""
     selection = select_rows(open_scores(scores, seed=seed), rule, scratch=Path("unused"))
-    (rows,) = selection.score_files.batches()
+    (rows,) = selection.scores.batches()
     found = selection.decide(rows)
     reasons = [selection.reasons[place] for place in found.reason]
     return Decided(found.keep, reasons, found.outcome.score, found.outcome.threshold)

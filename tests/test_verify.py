@@ -372,10 +372,10 @@ def test_media_that_have_changed_are_counted_and_named(clips: Path, tmp_path: Pa
     shutil.copy(clips / "5.wav", clips / "3.wav")
     found = verify(path, dataset=open_clips(clips), num_threads=2)
     assert failed(found) == {"media"}
-    said = "1 of 24 samples' media have changed since they were scored, the first: 003, 3.wav, 3.png"
+    said = "1 of 24 samples' media changed since they were scored, the first: 003, 3.wav, 3.png"
     assert detail(found, "media") == said
     (clips / "2.png").unlink()
-    said = "2 of 24 samples' media have changed since they were scored, the first: 002, no file 2.png"
+    said = "2 of 24 samples' media changed since they were scored, the first: 002, no file 2.png"
     assert detail(verify(path, dataset=open_clips(clips)), "media") == said
 
 
