@@ -180,9 +180,11 @@ class BalancedRule:
 
     def distances(self, counts: Counts, quota: Counts) -> dict[str, float]:
         """Compute the distance to uniform of each split, over the bins, or grid cells, in which it has samples."""
-        available, kept = (cell_counts.reshape(self.shape).sum(axis=2) for cell_counts in (counts, quota))  # (s, b)
+        available, num_kept = (cell_counts.reshape(self.shape).sum(axis=2) for cell_counts in (counts, quota))  # (s, b)
         return {
-            name: distance_to_uniform(kept[split_index] * self.weight[split_index], available=available[split_index])
+            name: distance_to_uniform(
+                num_kept[split_index] * self.weight[split_index], available=available[split_index]
+            )
             for split_index, name in enumerate(self.splits)
             if available[split_index].any()
         }

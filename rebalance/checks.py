@@ -146,7 +146,9 @@ class CheckedFile:
         if stated != expected:
             return f"{self.path.name} is {stated}, but this mmaudit reads {expected}: run mmaudit split again"
         types = {name: (self.schema.field(name).type, type_) for name, type_ in self.columns.items()}
-        return ", ".join(f"{name} is {found}, not {type_}" for name, (found, type_) in types.items() if found != type_)
+        return ", ".join(
+            f"{name} is {stored}, not {type_}" for name, (stored, type_) in types.items() if stored != type_
+        )
 
 
 def _compare_stated(name: str, stated: object, actual: object, *, changed_part: str = "") -> Check:
