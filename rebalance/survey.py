@@ -100,7 +100,7 @@ def _sort_labels(labels: Iterable[Any]) -> list[Any]:
     kinds = sorted({type(label).__name__ for label in labels})
     if len(kinds) > 1:
         raise ScoreError(
-            f"column label is {' in label shard and '.join(kinds)} in another: use one type for all labels"
+            f"column label is {' in one shard and '.join(kinds)} in another: use one type for all labels"
         )
     ordered = sorted(labels)
     if kinds == ["int"] and (beyond := [label for label in (ordered[0], ordered[-1]) if not -(2**31) <= label < 2**31]):

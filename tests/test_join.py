@@ -25,30 +25,30 @@ def write(path: Path, ids: list[Any], **columns: pa.Array) -> Path:
 
 
 @relaxed
-@given(here=IDS, there=IDS, max_ids=st.integers(0, 4))
-def test_it_joins_as_python_does(tmp_path: Path, here: list[str], there: list[str], max_ids: int) -> None:
-    places = [pa.array([f"{side}{row}" for row in range(len(ids))]) for side, ids in (("A", here), ("B", there))]
-    a = write(tmp_path / "a.parquet", here, place=places[0])
-    join = ManifestJoin.of(a, write(tmp_path / "b.parquet", there, place=places[1]))
-    both = [name for name in here if name in there]
-    assert [here[row] for row in join.in_a] == [there[row] for row in join.in_b] == both
-    assert [here[row] for row in join.only_a] == [name for name in here if name not in there]
-    assert [there[row] for row in join.only_b] == [name for name in there if name not in here]
-    assert [join.sample_ids(codes) for codes in join.codes] == [here, there]
-    least = join.smallest_codes(join.codes[0][join.in_a], max_ids=max_ids)
-    assert join.sample_ids(least) == sorted(both, key=str.encode)[:max_ids]
-    expected = [(name, f"A{here.index(name)}", f"B{there.index(name)}") for name in join.sample_ids(least)]
-    assert list(join.pairs("place", least)) == expected
+@given(ids_a=IDS, ids_b=IDS, max_ids=st.integers(0, 4))
+def test_join_matches_python(tmp_path: Path, ids_a: list[str], ids_b: list[str], max_ids: int) -> None:
+    positions = [pa.array([f"{side}{row}" for row in range(len(ids))]) for side, ids in (("A", ids_a), ("B", ids_b))]
+    a = write(tmp_path / "a.parquet", ids_a, place=positions[0])
+    join = ManifestJoin.of(a, write(tmp_path / "b.parquet", ids_b, place=positions[1]))
+    shared = [name for name in ids_a if name in ids_b]
+    assert [ids_a[row] for row in join.in_a] == [ids_b[row] for row in join.in_b] == shared
+    assert [ids_a[row] for row in join.only_a] == [name for name in ids_a if name not in ids_b]
+    assert [ids_b[row] for row in join.only_b] == [name for name in ids_b if name not in ids_a]
+    assert [join.sample_ids(codes) for codes in join.codes] == [ids_a, ids_b]
+    smallest = join.smallest_codes(join.codes[0][join.in_a], max_ids=max_ids)
+    assert join.sample_ids(smallest) == sorted(shared, key=str.encode)[:max_ids]
+    expected = [(name, f"A{ids_a.index(name)}", f"B{ids_b.index(name)}") for name in join.sample_ids(smallest)]
+    assert list(join.pairs("place", smallest)) == expected
 
 
 @relaxed
 @given(st.lists(st.tuples(st.none() | st.sampled_from(["x", "y", "xy"]), st.none() | st.floats(-1, 1, width=32))))
-def test_columns_are_keys_that_tell_values_apart_and_numbers(tmp_path: Path, rows: list[tuple[Any, Any]]) -> None:
+def test_column_keys_and_numbers_match_the_values(tmp_path: Path, rows: list[tuple[Any, Any]]) -> None:
     text, number = pa.array([row[0] for row in rows], pa.string()), pa.array([row[1] for row in rows], pa.float32())
     path = write(tmp_path / "a.parquet", [str(row) for row in range(len(rows))], text=text, number=number)
     keys = column_keys(path, "text", len(rows))
-    assert [[one == other for other in keys] for one in keys] == [
-        [one[0] == other[0] for other in rows] for one in rows
+    assert [[first == second for second in keys] for first in keys] == [
+        [first[0] == second[0] for second in rows] for first in rows
     ]
     expected = [np.nan if row[1] is None else row[1] for row in rows]
     np.testing.assert_array_equal(column_numbers(path, "number", len(rows)), np.array(expected, np.float64))
@@ -58,7 +58,7 @@ def test_columns_are_keys_that_tell_values_apart_and_numbers(tmp_path: Path, row
         column_numbers(path, "number", len(rows) + 1)
 
 
-def test_ids_that_stand_twice_or_are_null_are_refused(tmp_path: Path) -> None:
+def test_repeated_or_null_ids_raise(tmp_path: Path) -> None:
     good, bad = write(tmp_path / "good.parquet", ["a", "b"]), tmp_path / "bad.parquet"
     write(bad, ["a", "b", "a"])
     with pytest.raises(ManifestError, match=r"1 ids occur more than once in .*bad\.parquet \(for example a\)"):

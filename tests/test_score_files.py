@@ -1,4 +1,4 @@
-"""Laws of the parts of a table: files are found once and ordered by what they hold; what is read ahead is all there."""
+"""Tests of score files: files are found once and sorted by content; prefetch is complete and in order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.rebalance import score_files as parts
+from mmaudit.rebalance import score_files
 from mmaudit.rebalance.score_files import (
     check_schema,
     display_name,
@@ -26,13 +26,13 @@ from mmaudit.rebalance.score_files import (
 )
 
 
-def write(path: Path, ids: list[str], **more: pa.Array) -> Path:
+def write(path: Path, ids: list[str], **columns: pa.Array) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"sample_id": pa.array(ids, pa.string()), **more}), path)
+    pq.write_table(pa.table({"sample_id": pa.array(ids, pa.string()), **columns}), path)
     return path
 
 
-def test_a_folder_a_glob_and_a_list_are_the_same_files(tmp_path: Path) -> None:
+def test_folder_glob_and_list_find_the_same_files(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{name}.parquet", [name]) for name in "ab"]
     write(tmp_path / ".hidden.parquet", ["c"])
     (tmp_path / "notes.txt").write_text("d")
@@ -47,30 +47,31 @@ def test_a_folder_a_glob_and_a_list_are_the_same_files(tmp_path: Path) -> None:
 
 @given(st.permutations("abcd"), st.sets(st.sampled_from("abcd"), min_size=1))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_parts_come_by_their_first_id_and_empty_ones_not_at_all(
-    tmp_path: Path, firsts: list[str], full: set[str]
-) -> None:
-    paths = [write(tmp_path / f"{n}.parquet", [one, "0"] if one in full else []) for n, one in enumerate(firsts)]
-    assert [firsts[paths.index(path)] for path in sort_by_first_id(paths)] == sorted(full)
+def test_files_are_sorted_by_first_id_without_empty_ones(tmp_path: Path, first_ids: list[str], full: set[str]) -> None:
+    paths = [
+        write(tmp_path / f"{n}.parquet", [first_id, "0"] if first_id in full else [])
+        for n, first_id in enumerate(first_ids)
+    ]
+    assert [first_ids[paths.index(path)] for path in sort_by_first_id(paths)] == sorted(full)
 
 
 @given(st.integers(0, 20), st.integers(1, 7))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_batches_are_the_rows_of_a_file_or_a_table(tmp_path: Path, num_rows: int, batch: int) -> None:
+def test_batches_hold_the_rows_of_a_file_or_table(tmp_path: Path, num_rows: int, batch: int) -> None:
     ids = [f"s{row}" for row in range(num_rows)]
     path = write(tmp_path / "x.parquet", ids, split=pa.array(ids), other=pa.array(range(num_rows)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "BATCH_ROWS", batch)
-        for part in (path, pq.read_table(path)):
-            tables = list(read_tables(part, ["split", "sample_id"], dictionary=["split"]))
+        patch.setattr(score_files, "BATCH_ROWS", batch)
+        for file in (path, pq.read_table(path)):
+            tables = list(read_tables(file, ["split", "sample_id"], dictionary=["split"]))
             assert all(table.column_names == ["split", "sample_id"] for table in tables)
             assert [len(table) for table in tables if len(table) not in (0, batch)] == [num_rows % batch] * (
                 num_rows % batch > 0
             )
-            assert [each for table in tables for each in table["split"].to_pylist()] == ids
+            assert [split for table in tables for split in table["split"].to_pylist()] == ids
 
 
-def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_not_parquet_raises(tmp_path: Path) -> None:
     path = tmp_path / "text.parquet"
     path.write_text("sample_id,label\n")
     for read in (lambda: read_score_schema(path), lambda: list(read_tables(path, ["sample_id"]))):
@@ -78,7 +79,7 @@ def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
             read()
 
 
-def test_a_schema_names_each_column_once(tmp_path: Path) -> None:
+def test_repeated_columns_raise(tmp_path: Path) -> None:
     check_schema(pa.schema([("sample_id", pa.string()), ("extra", pa.list_(pa.int8()))]), tmp_path)
     with pytest.raises(ScoreError, match="has 2 columns named label: column names must be unique"):
         check_schema(pa.schema([("label", pa.int32()), ("label", pa.int32())]), tmp_path)
@@ -86,49 +87,49 @@ def test_a_schema_names_each_column_once(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers()), st.integers(1, 5))
-def test_what_is_read_ahead_keeps_its_order(items: list[int], depth: int) -> None:
+def test_prefetch_keeps_the_order(items: list[int], depth: int) -> None:
     assert list(prefetch(items, depth=depth)) == items
 
 
-def test_no_more_is_read_ahead_than_asked() -> None:
+def test_prefetch_reads_at_most_depth_ahead() -> None:
     read: list[int] = []
 
     def source() -> Iterator[int]:
-        for one in range(100):
-            read.append(one)
-            yield one
+        for number in range(100):
+            read.append(number)
+            yield number
 
     items = prefetch(source(), depth=2)
     assert next(items) == 0
     time.sleep(0.1)
-    assert len(read) <= 4  # the one given, two that wait, and one in hand
+    assert len(read) <= 4  # one yielded, two queued, one being queued
     items.close()  # type: ignore[attr-defined]
 
 
-class Spoiled(Exception):
-    """What a source may raise."""
+class SourceError(Exception):
+    """Error raised by a source."""
 
 
-def test_an_error_of_the_source_comes_after_what_was_read() -> None:
+def test_source_error_is_raised_after_its_items() -> None:
     def source() -> Iterator[int]:
         yield 1
         yield 2
-        raise Spoiled("here")
+        raise SourceError("here")
 
     items = prefetch(source())
     assert [next(items), next(items)] == [1, 2]
-    with pytest.raises(Spoiled, match="here"):
+    with pytest.raises(SourceError, match="here"):
         next(items)
 
 
-@pytest.mark.parametrize("taken", [0, 1, 5])
-def test_the_thread_ends_when_nobody_reads_on(taken: int) -> None:
+@pytest.mark.parametrize("num_read", [0, 1, 5])
+def test_thread_ends_when_the_iterator_is_closed(num_read: int) -> None:
     before = set(threading.enumerate())
     items = prefetch(iter(range(10**9)))
-    for number in range(taken):
+    for number in range(num_read):
         assert next(items) == number
     items.close()  # type: ignore[attr-defined]
-    late = time.monotonic() + 5
-    while set(threading.enumerate()) - before and time.monotonic() < late:
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not set(threading.enumerate()) - before
