@@ -1,4 +1,4 @@
-"""Laws of a card: its numbers are those of the manifest, any name stands in it as it is, and nothing is said unseen."""
+"""Tests of dataset cards: numbers match the manifest, and any names are escaped."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def make(
 
 
 def write_numbers(path: Path, numbers: dict[str, Any]) -> None:
-    """Write numbers to the file beside a manifest, as `mmaudit split` does."""
+    """Write NAME.balance.json of a manifest, as `mmaudit split` does."""
     text = json.dumps({"digest": rows_of(path)["digest"], **numbers})
     path.with_name(f"{path.stem}.balance.json").write_text(text, encoding="utf-8")
 

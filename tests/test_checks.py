@@ -1,4 +1,4 @@
-"""Laws of the checks of one file: every value within its bounds passes, and each other one is counted and named."""
+"""Tests of the checks of one file: values in range pass, others are counted and named."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ COLUMN: dict[str, list[Any]] = {
 def write(
     path: Path, changed: dict[str, list[Any]] | None = None, *, columns: dict[str, pa.DataType] = COLUMNS
 ) -> Path:
-    """Write a file whose metadata hold, whatever its values are."""
+    """Write a file whose metadata match its rows."""
     table = pa.table({name: pa.array({**COLUMN, **(changed or {})}[name], type_) for name, type_ in columns.items()})
     metadata = {KEY: json.dumps(PROVENANCE).encode()}
     stated = {"rows": len(table), "digest": digest_of(table), "metadata": metadata_digest(metadata)}

@@ -1,4 +1,4 @@
-"""Laws of the curriculum: pacing by published formulas, and orders that depend on ids, seed and epoch alone."""
+"""Tests of curriculum orders: they depend on ids, seed and epoch only, and draws match closed forms."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ PURE = [
 
 
 def columns_of(balance: list[float], *, first_id: int = 0) -> dict[str, Any]:
-    """Give rank, balance and key of a manifest; equal scores share a rank."""
+    """Return rank, balance and key of a manifest; equal scores share a rank."""
     scores = np.array(balance)
     rank = (scores[:, None] < scores).sum(axis=1).astype(np.int32)
     return {"rank": rank, "balance": scores, "key": id_key(f"s{first_id + row}" for row in range(len(scores)))}
 
 
 def paced_rows(columns: dict[str, Any], config: OrderConfig, epoch: int) -> set[int]:
-    """Pick the rows of a curriculum the slow way: sort by rank and key, and cut."""
+    """Select the rows of a curriculum by a full sort by rank and key."""
     side = 1 if config.order == "curriculum" else -1
     by_rank = sorted(range(len(columns["key"])), key=lambda row: (side * columns["rank"][row], columns["key"][row]))
     return set(by_rank[: max(1, math.floor(len(by_rank) * config.share(epoch)))])
@@ -77,7 +77,7 @@ def test_default_pacing_is_that_of_the_paper() -> None:
     ]
 
 
-# --- which samples
+# --- rows of an epoch
 
 
 @given(BALANCE, CONFIGS, st.integers(0, 99), st.integers(1, 40))
@@ -143,7 +143,7 @@ def test_anti_curriculum_uses_the_least_balanced(n: int, epoch: int) -> None:
     assert sorted(columns["rank"][backward]) == sorted(n - 1 - columns["rank"][forward])
 
 
-# --- in which order
+# --- order of the rows
 
 
 @pytest.mark.parametrize("config", PURE)
@@ -157,7 +157,7 @@ def test_orders_differ_by_epoch_and_seed(config: OrderConfig) -> None:
 
 @pytest.mark.parametrize("key", [np.arange(5, dtype=np.uint64), np.arange(5, dtype=np.uint64) << np.uint64(60)])
 def test_permutations_are_equally_likely(key: NDArray[np.uint64]) -> None:
-    # Even for keys that are no hashes.
+    # Also for keys that are not hashes.
     shuffled = OrderConfig(order="shuffled")
     counts = Counter(
         tuple(order_of(rank=np.zeros(5, np.int32), key=key, config=shuffled, seed=0, epoch=epoch))
@@ -234,7 +234,7 @@ def test_draws_with_replacement_are_proportional_to_weights(weight: str) -> None
     chance /= chance.sum()
     of_level = np.bincount(level_of_row, weights=chance) * n
     assert chisquare(np.bincount(level_of_row[order], minlength=len(levels)), of_level).pvalue > 1e-3
-    # Early and late draws are alike, and rows of one level too: so many are left out, by the binomial.
+    # Early and late draws have the same distribution; the number of rows never drawn follows the binomial.
     assert chisquare(np.bincount(level_of_row[order[: n // 5]], minlength=len(levels)), of_level / 5).pvalue > 1e-3
     by_key = np.argsort(np.argsort(columns["key"]))
     assert abs(float(np.corrcoef(by_key[order], np.arange(n))[0, 1])) < 4 / math.sqrt(n)
@@ -243,7 +243,7 @@ def test_draws_with_replacement_are_proportional_to_weights(weight: str) -> None
 
 
 def test_more_than_2_to_the_24_rows_are_all_drawn_once() -> None:
-    n = 2**24 + 3  # where torch.multinomial stops
+    n = 2**24 + 3  # above the limit of torch.multinomial
     config = OrderConfig(order="weighted")
     order = order_of(
         rank=np.broadcast_to(np.int8(0), n),
@@ -281,7 +281,7 @@ def test_steps_partition_the_order_and_ranks_partition_the_step(n: int, batch_si
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-# --- what goes wrong
+# --- errors
 
 
 @pytest.mark.parametrize(

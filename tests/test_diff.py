@@ -1,4 +1,4 @@
-"""Laws of diff: a manifest does not differ from itself, A from B as B from A, and sets are counted as Python does."""
+"""Tests of diff: symmetric, zero for a manifest and itself, and equal to set operations in Python."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def read(path: Path) -> dict[str, Row]:
 
 
 def swapped(difference: ManifestDiff) -> dict[str, Any]:
-    """Give to_dict as it would be with A and B the other way round; means are rounded, being sums in another order."""
+    """Return to_dict with A and B swapped; means are rounded, since the order of summation differs."""
     content = difference.to_dict()
     for name in ("a", "rows_a", "only_a"):
         name_b = f"{name[:-1]}b"
@@ -166,7 +166,7 @@ def test_diff_matches_python_and_is_symmetric(
 
 
 def _close(rows_a: dict[str, Row], rows_b: dict[str, Row]) -> list[bool]:
-    """Tell of each value whether it is the same, within the tolerance where it is a score."""
+    """Return for each value whether it is equal, scores within the tolerance."""
     if rows_a.keys() != rows_b.keys():
         return [False]
     pairs = [(name, rows_a[sample_id][name], rows_b[sample_id][name]) for sample_id in rows_a for name in ROW]

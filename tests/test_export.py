@@ -1,4 +1,4 @@
-"""Laws of exports: what was written is read back by its readers and ours, whole or not at all, the same each time."""
+"""Tests of exports: they are read back unchanged, written atomically, and deterministic."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def export(manifest: Path, out: Path, **options: Any) -> dict[str, Any]:
 
 
 def make(folder: Path, ids: list[str] | None = None, **changes: Any) -> Path:
-    """Make a manifest of all of these samples, with media folder/data/a/0.wav and folder/data/0.png."""
+    """Write a manifest of all samples, with media folder/data/a/0.wav and folder/data/0.png."""
     n = NUMBER if ids is None else len(ids)
     rng = np.random.default_rng(0)
     columns: dict[str, Any] = {
@@ -116,7 +116,7 @@ def test_export_is_deterministic_and_lists_its_files(manifest: Path, tmp_path: P
     assert files == tree(tmp_path / "two" / "out")
     assert first["files"] == sorted(str(tmp_path / "one" / "out" / name).rstrip("/") for name in files)
     assert (first["rows"], first["format"]) == (NUMBER, format_)
-    assert [file.name for file in (tmp_path / "one").iterdir()] == ["out"]  # nothing temporary is left
+    assert [file.name for file in (tmp_path / "one").iterdir()] == ["out"]  # no temporary files
 
 
 def test_score_table_is_not_overwritten(manifest: Path, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_ogm_lists_are_read_by_the_adapter(tmp_path: Path) -> None:
     manifest = make(tmp_path)
     lists = export(manifest, tmp_path / "download", format="ogm")
     assert [Path(entry).name for entry in lists["files"]] == ["stat.csv", "test.csv", "train.csv", "val.csv"]
-    for number in range(NUMBER):  # clips are called by their files
+    for number in range(NUMBER):  # clips are named after their files
         (tmp_path / "download" / "Image-01-FPS" / str(number)).mkdir(parents=True)
         (tmp_path / "download" / "Image-01-FPS" / str(number) / "1.png").write_bytes(b"x")
         (tmp_path / "download" / "AudioWAV").mkdir(exist_ok=True)

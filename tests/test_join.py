@@ -1,4 +1,4 @@
-"""Laws of a join: rows of one id stand together, the others alone, and the least ids come first, as Python says."""
+"""Tests of joins by sample id against Python sets and sorting."""
 
 from __future__ import annotations
 

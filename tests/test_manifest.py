@@ -1,4 +1,4 @@
-"""Laws of a manifest: read it is as it was written, its digest tells any change, and anybody's reader opens it."""
+"""Tests of manifests: round trips, digests that detect any change, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from mmaudit.rebalance.split import write_split
 
 
 def written(folder: Path, n: int = 40, *, seed: int = 0) -> Path:
-    """Split n scored samples into folder/m.parquet and what it drops."""
+    """Split n scored samples into folder/m.parquet and its dropped rows."""
     rng = np.random.default_rng(seed)
     scores = pa.table(
         {
@@ -88,7 +88,7 @@ def test_strings_and_numbers_mark_missing_values(tmp_path: Path) -> None:
     loaded = read_manifest(written(tmp_path))
     assert loaded.strings("label_name").tolist() == loaded.table["label_name"].to_pylist()
     assert loaded.numbers("rank").tolist() == loaded.table["rank"].to_pylist()
-    assert np.isnan(loaded.numbers("balance")).all()  # which the scores do not have
+    assert np.isnan(loaded.numbers("balance")).all()  # not in the scores
     without = loaded.table.set_column(3, "split", pa.nulls(len(loaded), pa.string()))
     assert replace(loaded, table=without).strings("split").tolist() == [None] * len(loaded)
 
@@ -140,7 +140,7 @@ def test_digest_is_independent_of_batches_and_encoding(
         assert [len(piece) for piece in regroup(pieces)] == [len(piece) for piece in regroup([table])]
         digest = RowDigest()
         for piece in regroup(pieces):
-            if coded:  # a dictionary of more than occurs, in another order
+            if coded:  # a dictionary with unused values, in another order
                 codes = pa.array(["z", *piece["label_name"].to_pylist()], pa.string()).dictionary_encode().slice(1)
                 piece = piece.set_column(0, "label_name", codes)
             digest.add(piece.select(piece.column_names[::-1]))
@@ -258,7 +258,7 @@ def test_dropped_rows_of_another_manifest_raise(tmp_path: Path) -> None:
 
 
 def invalid_utf8(values: list[bytes]) -> pa.Array:
-    """Give strings that are none."""
+    """Return a string column of invalid UTF-8."""
     binary = pa.array(values, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(values), binary.buffers())
 

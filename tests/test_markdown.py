@@ -1,4 +1,4 @@
-"""Laws of Markdown: what is written reads as the text it was, on one line, in a table too."""
+"""Tests of Markdown escaping: text is shown unchanged, on one line, also in tables."""
 
 from __future__ import annotations
 

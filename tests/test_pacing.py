@@ -1,4 +1,4 @@
-"""Laws of pacing: each rises as its published formula says, and ends at everything."""
+"""Tests of pacing functions against their published formulas."""
 
 from __future__ import annotations
 

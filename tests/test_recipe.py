@@ -1,4 +1,4 @@
-"""Laws of a recipe: sets combine as sets do, a gate writes nothing, and what was made can be made again."""
+"""Tests of recipes: set operations, tolerances that write nothing if missed, and replay."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def table(n: int = N, *, seed: int = 0, **changes: Any) -> ScoreTable:
 
 
 class RunFolder:
-    """A run folder with a score table, in which manifests are made."""
+    """A run folder with a score table and its manifests."""
 
     def __init__(self, folder: Path, scores: ScoreTable | None = None) -> None:
         self.folder = folder
@@ -69,7 +69,7 @@ class RunFolder:
         return make_split(score_files, recipe, self.place, scratch=self.folder, name=name, scores=file_name, dry=dry)
 
     def of(self, name: str, **recipe: Any) -> str:
-        """Make a manifest and give its file, as recipes name it."""
+        """Write a manifest and return its path as a string."""
         return str(self.split(name=name, **recipe).path)
 
     def files(self) -> dict[str, bytes]:
@@ -136,7 +136,7 @@ def test_excluded_rows_name_the_manifest(run_folder: RunFolder) -> None:
 
 
 def test_excluded_rows_do_not_influence_the_selection(run_folder: RunFolder) -> None:
-    """Among the members alone, a rule chooses what it would choose if there were no others."""
+    """A selection restricted to members equals one from a table of the members only."""
     a = run_folder.of("a", subset="random:250")
     scores = read_scores(run_folder.scores).to_arrow()
     pq.write_table(
@@ -271,7 +271,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def split_all_kinds(run_folder: RunFolder) -> dict[str, Split]:
-    """Make a manifest of every kind."""
+    """Write a manifest of every kind."""
     inputs = {"a": "random:300", "b": "random:200", "c": "audio-preferred"}
     files = {name: run_folder.of(name, subset=text, seed=number) for number, (name, text) in enumerate(inputs.items())}
     splits = {}
@@ -339,7 +339,7 @@ def test_replay_detects_a_changed_score(run_folder: RunFolder, name: str) -> Non
 
 
 def only(run_folder: RunFolder, name: str) -> Split:
-    """Make a manifest of one kind, with what it is made from."""
+    """Write a manifest of one kind, and its inputs."""
     recipe = dict(KINDS[name])
     files = {
         file_name: run_folder.of(file_name, subset="random:200", seed=seed) for seed, file_name in enumerate("abc")
@@ -457,7 +457,7 @@ def test_recipe_round_trips_through_the_manifest(
 
 
 def absolute(recipe: Recipe) -> Recipe:
-    """Name all files in full."""
+    """Return the recipe with absolute paths."""
     return replace(
         recipe,
         like=None if recipe.like is None else str(Path(recipe.like).resolve()),

@@ -1,4 +1,4 @@
-"""Laws of the resplit: shares hold in every class and bin, no group is in two splits, and no order matters."""
+"""Tests of resplits: shares hold per class and bin, groups stay together, and row order does not matter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mmaudit.rebalance.selection import SelectionRule, select_rows
 from mmaudit.rebalance.subsets import parse_subset
 
 AV = "audio:visual"
-NOWHERE = Path("unused")  # nothing is spilled of so few rows
+NOWHERE = Path("unused")  # unused for so few rows
 SHARES = st.sampled_from(["80/8/12", "80/20", "1/1/1", "50/49/1", "0.7/0.3", "98/1/1"])
 SHAPES = st.sampled_from(["uniform", "peaked", "saturated"])
 
@@ -47,7 +47,7 @@ def table(n: int, *, seed: int = 0, classes: int = 5, shape: str = "uniform", **
 
 
 def splits(score_files: ScoreFiles) -> NDArray[np.object_]:
-    """Give the name of the split of each row (n,)."""
+    """Return the split name of each row (n,)."""
     return np.concatenate([np.array(score_files.splits, dtype=object)[batch.split] for batch in score_files.batches()])
 
 
@@ -57,7 +57,7 @@ def resplit_names(scores: ScoreTable, text: str, *, between: str = AV, seed: int
 
 
 def cells_of(scores: ScoreTable, between: str = AV) -> NDArray[np.int64]:
-    """Number class by bin of 20; a bin of their own for those without a discrepancy."""
+    """Return the cell of each row: class by 20 bins, plus a bin for rows without discrepancy."""
     values = scores.discrepancy(between)
     bins = np.where(np.isnan(values), 20, bin_of(np.nan_to_num(values), num_bins=20))
     return np.asarray(scores.label * 21 + bins, dtype=np.int64)
@@ -66,7 +66,7 @@ def cells_of(scores: ScoreTable, between: str = AV) -> NDArray[np.int64]:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 400), st.integers(0, 99), SHARES, SHAPES, st.sampled_from([1, 5, 40]))
 def test_shares_hold_overall_and_per_class_and_bin(n: int, seed: int, text: str, shape: str, classes: int) -> None:
-    """Also where every cell holds a sample or two, as with 40 classes: what one cell lacks the next one has."""
+    """Also if cells have one or two samples, as with 40 classes: rounding errors carry over to the next cell."""
     scores = table(n, seed=seed, shape=shape, classes=classes)
     split, cell, shares = resplit_names(scores, text), cells_of(scores), parse_shares(text)
     for name, share in zip(SPLITS_BY_COUNT[len(shares)], shares, strict=True):
@@ -77,7 +77,7 @@ def test_shares_hold_overall_and_per_class_and_bin(n: int, seed: int, text: str,
 
 
 def test_cells_of_single_samples_add_up_to_the_shares() -> None:
-    """2,000 samples in 2,000 cells: each split's share is of all of them, since none is of one."""
+    """2,000 samples in 2,000 cells: shares hold over all of them, since a single sample cannot be divided."""
     n = 2_000
     scores = table(n, label=np.arange(n, dtype=np.int32))
     split = resplit_names(scores, "80/8/12")
@@ -124,7 +124,7 @@ def test_rows_without_discrepancy_are_split() -> None:
 def test_groups_stay_together_and_no_split_is_empty(
     num_groups: int, seed: int, text: str, share_without_group: float, skewed: bool
 ) -> None:
-    """A sample without a group is one by itself; a group may be as large as half of all."""
+    """A sample without a group is a group of its own; a group may have half of all samples."""
     rng = np.random.default_rng(seed)
     drawn = np.minimum(rng.geometric(0.5, 300) - 1, num_groups - 1) if skewed else rng.integers(0, num_groups, 300)
     drawn[:num_groups] = np.arange(num_groups)
@@ -180,7 +180,7 @@ def test_too_few_groups_raise() -> None:
 
 @pytest.mark.parametrize("num_groups", [None, 150])
 def test_shares_refer_to_rows_that_are_not_excluded(num_groups: int | None) -> None:
-    """Ruled out is whoever has D > 0 of class 0: a share of all would leave the others uneven."""
+    """Rows with D > 0 of class 0 are excluded: shares of all rows would leave the others uneven."""
     rng = np.random.default_rng(2)
     scores = table(2_000)
     if num_groups is not None:
@@ -234,7 +234,7 @@ def kept_by(score_files: ScoreFiles, rule: SelectionRule) -> NDArray[np.bool_]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_selection_is_independent_of_the_new_split(seed: int) -> None:
-    """With one hash for both, whoever is kept would be of the training split."""
+    """With the same hash for both, all kept rows would be in the training split."""
     scores = table(4_000, classes=2, split=None)
     score_files = open_scores(scores, seed=seed)
     train = resplit_names(scores, "60/40", seed=seed) == "train"

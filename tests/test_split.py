@@ -1,4 +1,4 @@
-"""Laws of writing a split: every scored row once, the same bytes however the scores lie, and whole files or none."""
+"""Tests of writing a split: every row once, bytes independent of the input layout, and atomic files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROVENANCE = {"source": "data", "config": {"seed": 0}, "ranges": {}, "schema": "
 
 
 def table(n: int, *, seed: int = 0, **changes: Any) -> pa.Table:
-    """Give a score table with all that a manifest takes over, sorted by id; a column of None is left out."""
+    """Return a score table with all columns that a manifest copies, sorted by id; columns set to None are left out."""
     rng = np.random.default_rng(seed)
     holes = rng.random(n) < 0.1
     columns: dict[str, Any] = {
@@ -88,7 +88,7 @@ def test_bytes_are_independent_of_files_and_batches(
     coded: bool,
     random: Any,
 ) -> None:
-    """Of any names, order, number of shards, row groups and batches, in memory or spilled, of texts or codes."""
+    """For any file names, order, row groups and batches, sorted in memory or on disk, strings or dictionaries."""
     folder, scores = tmp_path_factory.mktemp("split"), table(300)
     pq.write_table(scores, folder / "whole.parquet")
     slices = list(zip([0, *cuts], [*cuts, 300], strict=True))
@@ -123,7 +123,7 @@ def test_bytes_are_independent_of_files_and_batches(
 
 
 def test_table_in_memory_gives_the_bytes_of_its_file(tmp_path: Path) -> None:
-    balance = np.random.default_rng(1).uniform(-1, 1, 80).astype(np.float32)  # a ScoreTable has it of all or of none
+    balance = np.random.default_rng(1).uniform(-1, 1, 80).astype(np.float32)  # a ScoreTable has no nulls in balance
     pq.write_table(table(80, balance=balance), tmp_path / "plain.parquet")
     scores = read_scores(tmp_path / "plain.parquet")
     write_scores(scores, tmp_path / "ours.parquet")
@@ -169,12 +169,10 @@ def test_every_scored_row_is_written_once_unchanged(tmp_path: Path) -> None:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "nothing but what is needed": dict.fromkeys(
-        ("label_name", "split", "group", "balance", "p_balanced", "content", "wav")
-    ),
-    "names alone": {"label": None},
-    "words for labels": {"label": [f"w{number % 4}" for number in range(60)], "label_name": None},
-    "numbers for texts": {
+    "required columns only": dict.fromkeys(("label_name", "split", "group", "balance", "p_balanced", "content", "wav")),
+    "label_name only": {"label": None},
+    "strings as labels": {"label": [f"w{number % 4}" for number in range(60)], "label_name": None},
+    "numbers as strings": {
         "sample_id": pa.array(range(60)),
         "label": [number % 3 for number in range(60)],
         "label_name": [number % 3 for number in range(60)],
@@ -247,7 +245,7 @@ def test_files_record_their_provenance(tmp_path: Path) -> None:
         assert metadata["schema"] == "mmaudit.manifest/3"
         assert (metadata["subset"], metadata["between"]) == ("even", "audio:visual")
         assert metadata["rule"] == {"seed": 3}
-        assert metadata["scores"] == {"config": {"seed": 0}}  # no path: the bytes are those of any folder
+        assert metadata["scores"] == {"config": {"seed": 0}}  # no path, so that the bytes do not depend on the folder
         assert {name: (entry["range"], entry["meaning"]) for name, entry in metadata["ranges"].items()} == RANGES
 
 
@@ -271,7 +269,7 @@ def test_interrupted_split_leaves_the_old_files_only(
 
 
 def fail(patch: pytest.MonkeyPatch, when: str) -> type[BaseException]:
-    """Make the second batch of rows, or of writing, fail."""
+    """Patch the second batch of rows, or the second write, to fail."""
     patch.setattr(score_files, "BATCH_ROWS", 20)
     patch.setattr(split, "GROUP_ROWS", 5)
     if when == "writer":

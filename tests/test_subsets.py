@@ -1,4 +1,4 @@
-"""Laws of the subsets: who prefers what is a partition, thresholds nest, amounts are exact, and chance is chance."""
+"""Tests of subsets: partitions, nested thresholds, exact amounts, and independent random draws."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Mask = NDArray[np.bool_]
 NAMES = ("audio", "visual", "text")
 AV = "audio:visual"
 
-# Ties, thresholds and what float32 makes of them, besides any other confidence.
+# Ties and thresholds, also rounded to float32, and any other confidence.
 CONFIDENCE = st.one_of(st.sampled_from([0.0, 0.2, 0.4, 0.5, 1.0]), st.floats(0, 1, width=32))
 
 
@@ -67,7 +67,7 @@ def table(confidence: Any, **columns: Any) -> ScoreTable:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of each row, and why."""
+    """Outcome of each row."""
 
     keep: Mask
     reason: list[str]
@@ -76,7 +76,7 @@ class Outcome:
 
 
 def decide(scores: ScoreTable, rule: SelectionRule, *, seed: int = 0) -> Outcome:
-    """Choose by a rule; ManifestError where nothing qualifies."""
+    """Apply a rule; raises ManifestError if no row qualifies."""
     selection = select_rows(open_scores(scores, seed=seed), rule, scratch=Path("unused"))
     (batch,) = selection.scores.batches()
     decision = selection.decide(batch)
@@ -85,7 +85,7 @@ def decide(scores: ScoreTable, rule: SelectionRule, *, seed: int = 0) -> Outcome
 
 
 def keep(scores: ScoreTable, rule: SelectionRule, *, seed: int = 0) -> Mask:
-    """Tell who is kept. Of a threshold that is who is in its cell 0; the dropped below show that `decide` agrees."""
+    """Return which rows are kept; for thresholds, the rows of cell 0, which a test below compares with `decide`."""
     if isinstance(rule, ThresholdRule):
         (batch,) = open_scores(scores, seed=seed).batches()
         return np.asarray(rule.cells(batch) == 0)
@@ -143,7 +143,7 @@ def test_between_defines_both_sides(confidence: Floats) -> None:
 @settings(deadline=None, max_examples=30)
 @given(confidences(3), st.lists(st.sampled_from([None, 0, 1, 2]), min_size=30, max_size=30))
 def test_rows_without_the_modality_are_never_kept(confidence: Floats, missing: list[int | None]) -> None:
-    """Of three, a sample without one is a sample of two; without the one that is asked for it is out."""
+    """With three modalities, a missing one is ignored unless the subset needs it."""
     confidence_with_nan = confidence.copy()
     for row, missing_index in enumerate(missing[: len(confidence_with_nan)]):
         if missing_index is not None:
@@ -217,7 +217,7 @@ def test_subsets_match_those_of_evaluation(confidence: Floats) -> None:
     assert masks[within_threshold(AV).name].tolist() == keep(scores, within_threshold(AV)).tolist()
 
 
-# By reason: how its rule is made, and what is true of score and threshold of whoever it drops.
+# By reason: the rule, and what holds for score and threshold of the rows it drops.
 RULES: dict[str, tuple[Callable[[ScoreFiles], ThresholdRule], Callable[[float, float], bool]]] = {
     "discrepancy-too-low": (lambda scores: prefer_modality(scores.modalities, "visual", threshold=0.2), operator.le),
     "discrepancy-too-large": (lambda scores: within_threshold(AV, threshold=0.2), operator.gt),
@@ -296,7 +296,7 @@ def test_invalid_mixture_subset_raises() -> None:
     for posterior in (0.0, -0.5, 1.5, float("nan")):
         with pytest.raises(ConfigError, match=r"the posterior of a mixture's subset is .*; it lies in \(0, 1\]"):
             by_mixture(opened, "balanced", between=AV, posterior=posterior)
-    with pytest.raises(ManifestError, match="no p_balanced: rescore with mmaudit score"):
+    with pytest.raises(ManifestError, match="no column p_balanced: rescore with mmaudit score"):
         by_mixture(score_files(ONE), "balanced", between=AV)
 
 
@@ -327,7 +327,7 @@ def test_subset_names() -> None:
 
 
 def large(n: int, *, seed: int = 0, classes: int = 4) -> ScoreTable:
-    """Give n samples in uneven splits and classes, with balance scores among which many are equal."""
+    """Return n samples in uneven splits and classes, with many equal balance scores."""
     rng = np.random.default_rng(seed)
     return table(
         rng.random((n, 2)),
@@ -340,7 +340,7 @@ def large(n: int, *, seed: int = 0, classes: int = 4) -> ScoreTable:
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 200), st.integers(0, 99), st.booleans(), st.data())
 def test_extremes_match_a_sort(n: int, seed: int, keep_most: bool, data: st.DataObject) -> None:
-    """Of each split in proportion, to one sample; among equals it is up to the hash, so scores are compared."""
+    """In proportion per split, up to one sample; ties are decided by hash, so scores are compared."""
     scores = large(n, seed=seed)
     amount = data.draw(st.integers(1, n))
     subset = "most-balanced" if keep_most else "least-balanced"
@@ -437,7 +437,7 @@ def test_like_copies_counts_per_split_and_class(n: int, seed: int, data: st.Data
 
 
 def test_random_control_is_independent_of_the_balanced_split() -> None:
-    """A control drawn by the hash that balances would share most of its samples with what it controls."""
+    """With the hash of the balanced split, the control would share most of its samples with it."""
     scores = large(4_000, classes=2)
     assert scores.split is not None
     for seed in range(3):

@@ -1,4 +1,4 @@
-"""Laws of a survey: it counts as Python does, whatever parts the rows lie in, and names labels that are none."""
+"""Tests of the survey of a score table: it matches Python for any files, and invalid labels raise."""
 
 from __future__ import annotations
 

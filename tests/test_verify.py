@@ -1,4 +1,4 @@
-"""Laws of verify: what was written holds, and whatever is changed afterwards is found, by the check that names it."""
+"""Tests of verify: unchanged manifests pass, and each change fails the check that names it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def scores_of(num_samples: int = 60, *, seed: int = 0, **changes: Any) -> ScoreT
 
 
 def write(path: Path, table: ScoreTable | None = None, *, seed: int = 0, **config: Any) -> Path:
-    """Make a balanced split of a score table."""
+    """Write a balanced split of a score table."""
     score_files = open_scores(scores_of() if table is None else table, seed=seed)
     config = {"bins": 4, "tolerance": 0.0} | config
     rule = plan_balanced(score_files, BalancedConfig(**config))
@@ -65,7 +65,7 @@ def write(path: Path, table: ScoreTable | None = None, *, seed: int = 0, **confi
 def rewrite(
     path: Path, change: Callable[[pa.Table], pa.Table] | None = None, *, forge: bool = False, **provenance: Any
 ) -> None:
-    """Change a file's rows or provenance; `forge`: its metadata then tell the rows and digest of what is there."""
+    """Change a file's rows or provenance; `forge` also updates the stated row count and digest."""
     table, stated = pq.read_table(path).replace_schema_metadata(None), rows_of(path)
     table = table if change is None else change(table)
     if forge:
@@ -75,7 +75,7 @@ def rewrite(
 
 
 def with_cell(name: str, row: int, value: Any) -> Callable[[pa.Table], pa.Table]:
-    """Put a value into one cell."""
+    """Return a change of one cell."""
 
     def change(table: pa.Table) -> pa.Table:
         values = table[name].to_pylist()
@@ -101,7 +101,7 @@ def manifest(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A manifest to be copied, for hypothesis; read only."""
+    """A read-only manifest that hypothesis tests copy."""
     return write(tmp_path_factory.mktemp("source") / "m.parquet")
 
 
@@ -350,7 +350,7 @@ def open_clips(folder: Path) -> Dataset:
 
 
 def write_scored_manifest(dataset: Dataset, path: Path) -> Path:
-    """Make a manifest of all of a dataset's samples."""
+    """Write a manifest of all samples of a dataset."""
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
     content = {hashes.sample_id: hashes.content for hashes in content_hashes(dataset)}
     table = scores_of(

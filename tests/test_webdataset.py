@@ -1,4 +1,4 @@
-"""Laws of WebDataset tars: our own reader reads them back, any id has a key of its own, what is gone is named."""
+"""Tests of WebDataset tars: they are read back, keys are unique, and missing media are named."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MODALITIES = [
 
 
 def make(folder: Path, ids: list[str] | None = None, *, paths: pa.Table | None = None, **changes: Any) -> Path:
-    """Write a manifest of these samples, with media folder/data/a/0.wav and folder/data/0.PNG unless told otherwise."""
+    """Write a manifest of these samples, by default with media folder/data/a/0.wav and folder/data/0.PNG."""
     numbers = np.arange(NUMBER if ids is None else len(ids))
     scores_record = changes.pop("provenance", {"modalities": MODALITIES})
     if paths is None:
