@@ -274,7 +274,6 @@ def test_ogm_lists_hold_any_valid_name(tmp_path: Path, ids: list[str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"split": np.array(["fold1"] * NUMBER, dtype=object)}, {}, "is in split 'fold1'; OGM lists exist for train"),
         ({"split": None}, {}, "is in split None"),
         ({}, {"clip": "sound"}, "clip column 'sound' not found; did you mean"),
         (
@@ -290,6 +289,15 @@ def test_rows_that_ogm_lists_cannot_hold_raise(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         export(make(tmp_path, **changes), tmp_path / "lists", format="ogm", **options)
+    assert not (tmp_path / "lists").exists()
+
+
+def test_ogm_lists_of_another_split_raise(manifest: Path, tmp_path: Path) -> None:
+    table = pq.read_table(manifest)
+    split = pa.array(["fold1"] * len(table))
+    pq.write_table(table.set_column(table.column_names.index("split"), "split", split), manifest)
+    with pytest.raises(ConfigError, match="is in split 'fold1'; OGM lists exist for train"):
+        export(manifest, tmp_path / "lists", format="ogm")
     assert not (tmp_path / "lists").exists()
 
 
