@@ -135,13 +135,12 @@ def test_any_ids_have_keys_and_are_in_the_json(tmp_path: Path, ids: list[str]) -
     row_of_id = {row["sample_id"]: row for row in rows_of(manifest).to_pylist()}
     for path in (tmp_path / "tars").glob("*.tar"):
         with tarfile.open(path) as archive:
-            texts = [
-                json.loads(archive.extractfile(member).read()) for member in archive if member.name.endswith(".json")
-            ]  # type: ignore[union-attr]
+            files = [archive.extractfile(member) for member in archive if member.name.endswith(".json")]
+            texts = [json.loads(file.read()) for file in files if file is not None]
         for content in texts:
             row = row_of_id.pop(content["sample_id"])
-            files = content.pop("files")
-            assert files == {name: row.pop(name) for name in list(row) if name.endswith("_file_name")}
+            paths = content.pop("files")
+            assert paths == {name: row.pop(name) for name in list(row) if name.endswith("_file_name")}
             assert set(content) == {name for name, value in row.items() if value is not None}
             assert np.float32(content["gap"]) == np.float32(row["gap"])
     assert not row_of_id
