@@ -99,9 +99,7 @@ def _sort_labels(labels: Iterable[Any]) -> list[Any]:
     """Sort labels; raises ScoreError for mixed types, or integers beyond the 32 bits of a manifest."""
     kinds = sorted({type(label).__name__ for label in labels})
     if len(kinds) > 1:
-        raise ScoreError(
-            f"column label is {' in one shard and '.join(kinds)} in another: use one type for all labels"
-        )
+        raise ScoreError(f"column label is {' in one shard and '.join(kinds)} in another: use one type for all labels")
     ordered = sorted(labels)
     if kinds == ["int"] and (beyond := [label for label in (ordered[0], ordered[-1]) if not -(2**31) <= label < 2**31]):
         raise ScoreError(f"label {beyond[0]} has more than 32 bits: renumber the classes, or use label_name only")
