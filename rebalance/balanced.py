@@ -1,8 +1,8 @@
 """The balanced split: as many samples as possible with a uniform discrepancy.
 
-The dataset of Xia et al., arXiv 2302.10912, was filtered to a uniform discrepancy; how was not published. The builder
-is mmaudit's: bins over [-1, 1], one level L that every bin is cut to, and within a bin the classes share evenly. Each
-split (train, validation, test) is balanced on its own: what test samples are like has no part in choosing the others.
+The dataset of Xia et al., arXiv 2302.10912, was filtered to a uniform discrepancy; the procedure was not published.
+This one is mmaudit's: bins over [-1, 1], every bin cut to one level L, and each bin's quota shared evenly among the
+classes. Each split (train, validation, test) is balanced separately, so test samples do not influence the others.
 Letters: s splits, b bins, k classes.
 """
 
@@ -19,10 +19,10 @@ from ..audit.errors import ConfigError, ScoreError, choices
 from .binning import (
     CURVE,
     Counts,
-    Point,
+    CurvePoint,
     balancing_weights,
-    best_bins,
     bin_of,
+    choose_num_bins,
     distance_to_uniform,
     largest_level,
     share_among_classes,
@@ -33,50 +33,65 @@ from .binning import (
 from .score_tables import ScoreBatch, ScoreFiles
 from .selection import RowOutcome
 
-AUTO = 0  # bins: as many as the data bear
+AUTO = 0  # number of bins chosen from the data
 TOLERANCE = 0.05  # mmaudit's default
 METHODS = ("dropping", "weight")
-_MOST_BINS = np.iinfo(np.int16).max
-_FINE = 4_096  # bins of the histogram that the number of bins is chosen by
+_MAX_BINS = np.iinfo(np.int16).max
+_FINE_BINS = 4_096  # bins of the histogram from which the number of bins is chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BalancedConfig:
-    """How the balanced split is built. With a size, or weights, a tolerance is a gate: see `allowed`."""
+    """How the balanced split is built.
 
-    bins: int = 20  # over [-1, 1]; of each confidence over [0, 1], with `grid`; 0: by the rule of Freedman & Diaconis
-    tolerance: float | None = None  # total-variation distance to uniform over the bins that hold samples: 0.05
+    Args:
+        bins: number of bins over [-1, 1]; with `grid`, of each confidence over [0, 1]. At least 2; 0 chooses it by the
+            rule of Freedman & Diaconis.
+        tolerance: largest total-variation distance to uniform, in [0, 1], over the bins that hold samples; None is
+            0.05. With a size, or weights, a split that misses a tolerance given here is refused: see `allowed`.
+        size: number of samples to keep; None keeps as many as the tolerance allows.
+        by: "dropping", or "weight": keep all samples, with weights that make the discrepancy uniform.
+        max_weight: largest weight of a sample, at least 1, where the mean is 1; the default is mmaudit's.
+        grid: uniform over both confidences instead of their difference.
+        per_class: every class uniform by itself.
+
+    Raises:
+        ConfigError: a value is out of range, or options exclude each other.
+    """
+
+    bins: int = 20
+    tolerance: float | None = None
     size: int | None = None
-    by: str = "dropping"  # or "weight": keep all samples, with weights that make the discrepancy uniform
-    max_weight: float = 10.0  # that a sample may have, where the mean is 1: mmaudit's default
-    grid: bool = False  # uniform over both confidences, in place of their difference
-    per_class: bool = False  # every class uniform by itself
+    by: str = "dropping"
+    max_weight: float = 10.0
+    grid: bool = False
+    per_class: bool = False
 
     def __post_init__(self) -> None:
         if self.bins != AUTO and self.bins < 2:
-            raise ConfigError(f"split.bins is {self.bins}; a distribution needs at least 2, and 0 lets the data choose")
+            raise ConfigError(f"split.bins is {self.bins}; it must be at least 2, or 0 to choose it from the data")
         if self.tolerance is not None and not 0 <= self.tolerance <= 1:
-            raise ConfigError(f"split.tolerance is {self.tolerance}; a total-variation distance lies in [0, 1]")
+            raise ConfigError(f"split.tolerance is {self.tolerance}; it must lie in [0, 1]")
         if self.size is not None and self.size < 1:
             raise ConfigError(f"split.size is {self.size}; it must be at least 1")
         if self.by not in METHODS:
             raise ConfigError(f"split.by is {self.by!r}; {choices(self.by, METHODS)}")
         if self.max_weight < 1:
-            raise ConfigError(f"split.max_weight is {self.max_weight}; it must be at least 1, the mean")
+            raise ConfigError(f"split.max_weight is {self.max_weight}; it must be at least 1, the mean weight")
         if self.by == "weight" and (self.size is not None or self.per_class):
-            raise ConfigError("split.by is 'weight', which keeps all samples: leave out the size and per_class")
+            raise ConfigError("split.by is 'weight', which keeps all samples: remove split.size and split.per_class")
         if self.per_class and self.size is not None:
-            raise ConfigError("split.per_class takes a tolerance, not a size")
+            raise ConfigError("split.per_class cannot be combined with split.size; use split.tolerance")
 
     @property
     def allowed(self) -> float:
-        """The distance up to which samples are kept."""
+        """Largest total-variation distance to uniform at which samples are kept; 0.05 where none is set."""
         return TOLERANCE if self.tolerance is None else self.tolerance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Balanced:
-    """The rule: cells are split by bin by class, each cut to its share of the level."""
+class BalancedRule:
+    """Selection rule of the balanced split: cells are split by bin by class, each cut to its share of the level."""
 
     config: BalancedConfig
     between: str
@@ -84,64 +99,64 @@ class Balanced:
     splits: tuple[str, ...]
     num_classes: int
     class_names: tuple[str, ...]
-    weight: NDArray[np.float32]  # (s, b), by weight; all 1 otherwise
+    weight: NDArray[np.float32]  # (s, b); all 1 unless config.by is "weight"
     name: str = "balanced"
     by_score: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(s, b, k)."""
+        """Shape of the cells, (s, b, k)."""
         return len(self.splits), self.num_bins ** (2 if self.config.grid else 1), self.num_classes
 
     @property
     def num_cells(self) -> int:
-        """Cells there are."""
+        """Number of cells."""
         return int(np.prod(self.shape))
 
     @property
     def reason(self) -> str:
-        """Why others are dropped."""
+        """Reason recorded for the rows that are not kept."""
         return "bin-full"
 
-    def bins(self, rows: ScoreBatch) -> NDArray[np.int32]:
-        """Give the bin of each row, (n,); -1 where a modality is missing. Of a grid: row by row of the first's bins."""
-        values = rows.discrepancy(self.between)
-        present = ~np.isnan(values) & (rows.excluded_by == 0)
+    def bins(self, batch: ScoreBatch) -> NDArray[np.int32]:
+        """Return the bin of each row, (n,); -1 where a modality is missing. Grid bins: first * num_bins + second."""
+        values = batch.discrepancy(self.between)
+        present = ~np.isnan(values) & (batch.excluded_by == 0)
         if self.config.grid:
-            first, second = (rows.confidence[:, rows.modalities.index(name)] for name in self.between.split(":"))
-            places = [bin_of(2 * np.nan_to_num(each) - 1, num_bins=self.num_bins) for each in (first, second)]
-            found = places[0].astype(np.int32) * self.num_bins + places[1]
+            first, second = (batch.confidence[:, batch.modalities.index(name)] for name in self.between.split(":"))
+            bins_of_axes = [bin_of(2 * np.nan_to_num(values) - 1, num_bins=self.num_bins) for values in (first, second)]
+            bin_index = bins_of_axes[0].astype(np.int32) * self.num_bins + bins_of_axes[1]
         else:
-            found = bin_of(np.where(present, values, 0), num_bins=self.num_bins).astype(np.int32)
-        return np.where(present, found, -1).astype(np.int32)
+            bin_index = bin_of(np.where(present, values, 0), num_bins=self.num_bins).astype(np.int32)
+        return np.where(present, bin_index, -1).astype(np.int32)
 
-    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
-        """Give the cell of each row, (n,); -1 where a modality is missing."""
-        bins = self.bins(rows)
+    def cells(self, batch: ScoreBatch) -> NDArray[np.int32]:
+        """Return the cell of each row, (n,); -1 where a modality is missing."""
+        bins = self.bins(batch)
         _, num_bins, num_classes = self.shape
-        found = (rows.split.astype(np.int64) * num_bins + bins) * num_classes + rows.label
-        return np.where(bins < 0, -1, found).astype(np.int32)
+        cell = (batch.split.astype(np.int64) * num_bins + bins) * num_classes + batch.label
+        return np.where(bins < 0, -1, cell).astype(np.int32)
 
     def quotas(self, counts: Counts) -> Counts:
-        """Give how many of each cell to keep: the balanced split of each split on its own."""
+        """Compute how many rows of each cell to keep, each split balanced separately."""
         if not counts.any():
-            raise ScoreError(f"no sample that may be kept has a discrepancy between {self.between}: name another pair")
+            raise ScoreError(f"no eligible sample has a discrepancy between {self.between}; use another pair")
         available = counts.reshape(self.shape)
         if self.config.by == "weight":
             return counts
-        sizes = _sizes(available.sum(axis=(1, 2)), self.config.size, self.splits)
-        found = [self._quotas_of(part, size) for part, size in zip(available, sizes, strict=True)]
-        return np.stack(found).reshape(-1)
+        sizes = _sizes_by_split(available.sum(axis=(1, 2)), self.config.size, self.splits)
+        quotas = [self._quotas_of(split_counts, size) for split_counts, size in zip(available, sizes, strict=True)]
+        return np.stack(quotas).reshape(-1)
 
     def _quotas_of(self, available: Counts, size: int | None) -> Counts:
-        """Give how many to keep of each bin and class, (b, k), of one split."""
+        """Compute how many rows of each bin and class of one split to keep, (b, k)."""
         if not available.any():
             return available
         if self.config.per_class:
-            levels = [largest_level(column, tolerance=self.config.allowed) for column in available.T if column.any()]
-            taken = np.zeros_like(available)
-            taken[:, available.any(axis=0)] = np.minimum(available[:, available.any(axis=0)], levels)
-            return taken
+            levels = [largest_level(counts, tolerance=self.config.allowed) for counts in available.T if counts.any()]
+            quota = np.zeros_like(available)
+            quota[:, available.any(axis=0)] = np.minimum(available[:, available.any(axis=0)], levels)
+            return quota
         by_bin = available.sum(axis=1)
         if size is None:
             quota = np.minimum(by_bin, largest_level(by_bin, tolerance=self.config.allowed))
@@ -149,113 +164,118 @@ class Balanced:
             quota = water_fill(by_bin, size, np.argsort(-by_bin, kind="stable"))
         return share_among_classes(available, quota)
 
-    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
-        """Choose by hash."""
-        return rows.key
+    def order(self, batch: ScoreBatch) -> NDArray[np.uint64]:
+        """Return the hash of each row, (n,), by which rows are selected."""
+        return batch.key
 
-    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
-        """Give the bin and the weight; score is the hash of a row, threshold the last hash that its cell keeps."""
+    def explain(self, batch: ScoreBatch, cell: NDArray[np.int32], hash_outcome: RowOutcome) -> RowOutcome:
+        """Return each row's bin and weight; score is its hash, threshold the last hash that its cell keeps."""
         bins = np.where(cell < 0, -1, cell // self.num_classes % self.shape[1]).astype(np.int16)
-        weight = np.where(bins < 0, 0, self.weight[rows.split, bins]).astype(np.float32)
-        return RowOutcome(score=chance.score, threshold=chance.threshold, bin=bins, weight=weight)
+        weight = np.where(bins < 0, 0, self.weight[batch.split, bins]).astype(np.float32)
+        return RowOutcome(score=hash_outcome.score, threshold=hash_outcome.threshold, bin=bins, weight=weight)
 
-    def curve(self, counts: Counts, tolerances: tuple[float, ...] = CURVE) -> tuple[Point, ...]:
-        """Give what these tolerances would keep: the largest set within each, and the distance it has."""
-        return size_curve([part.sum(axis=1) for part in counts.reshape(self.shape) if part.any()], tolerances)
+    def curve(self, counts: Counts, tolerances: tuple[float, ...] = CURVE) -> tuple[CurvePoint, ...]:
+        """Compute the largest set within each tolerance, and its distance to uniform."""
+        return size_curve([bins.sum(axis=1) for bins in counts.reshape(self.shape) if bins.any()], tolerances)
 
     def distances(self, counts: Counts, quota: Counts) -> dict[str, float]:
-        """Give the distance to uniform of each split, over the bins, or the cells of the grid, that it fills."""
-        there, kept = (each.reshape(self.shape).sum(axis=2) for each in (counts, quota))  # (s, b)
+        """Compute the distance to uniform of each split, over the bins, or grid cells, in which it has samples."""
+        available, num_kept = (cell_counts.reshape(self.shape).sum(axis=2) for cell_counts in (counts, quota))  # (s, b)
         return {
-            name: distance_to_uniform(kept[place] * self.weight[place], available=there[place])
-            for place, name in enumerate(self.splits)
-            if there[place].any()
+            name: distance_to_uniform(
+                num_kept[split_index] * self.weight[split_index], available=available[split_index]
+            )
+            for split_index, name in enumerate(self.splits)
+            if available[split_index].any()
         }
 
 
-def plan_balanced(shards: ScoreFiles, config: BalancedConfig, *, between: str | None = None) -> Balanced:
-    """Make the rule of a balanced split of these scores.
+def plan_balanced(scores: ScoreFiles, config: BalancedConfig, *, between: str | None = None) -> BalancedRule:
+    """Build the rule of a balanced split of these scores.
 
-    `between` is as in ScoreTable.discrepancy; None is the one pair of two modalities, and of more the pair of which
-    most samples can be kept. Raises ScoreError where no sample has such a discrepancy.
+    `between` is as in ScoreTable.discrepancy; None is the only pair of two modalities, or, of more modalities, the
+    pair of which most samples can be kept. Raises ScoreError if no sample has such a discrepancy.
     """
     if between is None:
-        between = ":".join(shards.modalities) if len(shards.modalities) == 2 else largest_pair(shards, config)
+        between = ":".join(scores.modalities) if len(scores.modalities) == 2 else largest_pair(scores, config)
     if config.grid and ":" not in between:
-        if len(shards.modalities) > 2:
-            raise ConfigError(f"--between {between}: a grid has two confidences; name two modalities, A:B")
-        between = f"{between}:{next(name for name in shards.modalities if name != between)}"
-    num_bins = config.bins if config.bins != AUTO else _chosen_bins(shards, between)
+        if len(scores.modalities) > 2:
+            raise ConfigError(f"--between {between}: a grid needs two confidences; name two modalities as A:B")
+        between = f"{between}:{next(name for name in scores.modalities if name != between)}"
+    num_bins = config.bins if config.bins != AUTO else _choose_num_bins(scores, between)
     total = num_bins ** (2 if config.grid else 1)
-    if total > _MOST_BINS:
+    if total > _MAX_BINS:
         raise ConfigError(
-            f"split.bins: {total} bins are too many, a manifest numbers {_MOST_BINS:,} at most; take fewer"
+            f"split.bins: {total} bins requested, a manifest can number at most {_MAX_BINS:,}; use fewer bins"
         )
-    rule = Balanced(
+    rule = BalancedRule(
         config=config,
         between=between,
         num_bins=num_bins,
-        splits=shards.splits,
-        num_classes=len(shards.classes),
-        class_names=shards.class_names,
-        weight=np.ones((len(shards.splits), total), dtype=np.float32),
+        splits=scores.splits,
+        num_classes=len(scores.classes),
+        class_names=scores.class_names,
+        weight=np.ones((len(scores.splits), total), dtype=np.float32),
     )
     if rule.num_cells > np.iinfo(np.int32).max // 8:
-        raise ConfigError(f"{rule.num_cells} cells of split, bin and class are too many; take fewer bins")
+        raise ConfigError(f"{rule.num_cells} cells (split x bin x class) are too many; use fewer bins")
     if config.by != "weight":
         return rule
-    return _weighted(rule, shards)
+    return _with_weights(rule, scores)
 
 
-def largest_pair(shards: ScoreFiles, config: BalancedConfig) -> str:
-    """Give the pair `A:B` of modalities of which most samples can be kept, test samples not counted."""
-    pairs = [f"{first}:{second}" for first, second in combinations(shards.modalities, 2)]
+def largest_pair(scores: ScoreFiles, config: BalancedConfig) -> str:
+    """Return the modality pair `A:B` of which most samples can be kept, test samples not counted."""
+    pairs = [f"{first}:{second}" for first, second in combinations(scores.modalities, 2)]
     num_bins = 20 if config.bins == AUTO else config.bins
-    counts = _histograms(shards, pairs, num_bins=num_bins)
+    pair_histograms = _histograms(scores, pairs, num_bins=num_bins)
     sizes = {
-        pair: size_curve([each], (config.allowed,))[0].size
-        for pair, each in zip(pairs, counts, strict=True)
-        if each.any()
+        pair: size_curve([pair_counts], (config.allowed,))[0].size
+        for pair, pair_counts in zip(pairs, pair_histograms, strict=True)
+        if pair_counts.any()
     }
     if not sizes:
-        raise ScoreError("no sample has two modalities to tell apart: a discrepancy needs both in one sample")
+        raise ScoreError(
+            "no sample has two modalities; a discrepancy needs confidences of two modalities in one sample"
+        )
     return max(sizes, key=lambda pair: sizes[pair])
 
 
-def _chosen_bins(shards: ScoreFiles, between: str) -> int:
-    counts = _histograms(shards, [between], num_bins=_FINE)[0]
-    return best_bins((np.arange(_FINE) + 0.5) * 2 / _FINE - 1, counts)
+def _choose_num_bins(scores: ScoreFiles, between: str) -> int:
+    counts = _histograms(scores, [between], num_bins=_FINE_BINS)[0]
+    return choose_num_bins((np.arange(_FINE_BINS) + 0.5) * 2 / _FINE_BINS - 1, counts)
 
 
-def _histograms(shards: ScoreFiles, between: Sequence[str], *, num_bins: int) -> list[Counts]:
-    """Count the discrepancies outside the test split by bin, (b,), for each of these."""
-    counts = [np.zeros(num_bins, dtype=np.int64) for _ in between]
-    for rows in shards.rows():
-        chooses = shards.chooses(rows)
-        for place, each in enumerate(between):
-            values = rows.discrepancy(each)[chooses]
+def _histograms(scores: ScoreFiles, pairs: Sequence[str], *, num_bins: int) -> list[Counts]:
+    """Count the discrepancies outside the test split by bin, (b,), for each pair."""
+    counts = [np.zeros(num_bins, dtype=np.int64) for _ in pairs]
+    for batch in scores.batches():
+        used = scores.non_test_mask(batch)
+        for pair_index, pair in enumerate(pairs):
+            values = batch.discrepancy(pair)[used]
             bins = bin_of(values[~np.isnan(values)], num_bins=num_bins)
-            counts[place] += np.bincount(bins, minlength=num_bins)
+            counts[pair_index] += np.bincount(bins, minlength=num_bins)
     return counts
 
 
-def _weighted(rule: Balanced, shards: ScoreFiles) -> Balanced:
+def _with_weights(rule: BalancedRule, scores: ScoreFiles) -> BalancedRule:
+    """Return the rule with the weights (s, b) that make each split's discrepancy uniform."""
     num_splits, num_bins, _ = rule.shape
     counts = np.zeros((num_splits, num_bins), dtype=np.int64)
-    for rows in shards.rows():
-        bins = rule.bins(rows)
-        there = bins >= 0
-        found = np.bincount(rows.split[there] * num_bins + bins[there], minlength=counts.size)
-        counts += found.reshape(counts.shape)
-    weight = [balancing_weights(part, most=rule.config.max_weight) for part in counts]
+    for batch in scores.batches():
+        bins = rule.bins(batch)
+        has_bin = bins >= 0
+        batch_counts = np.bincount(batch.split[has_bin] * num_bins + bins[has_bin], minlength=counts.size)
+        counts += batch_counts.reshape(counts.shape)
+    weight = [balancing_weights(split_counts, max_weight=rule.config.max_weight) for split_counts in counts]
     return replace(rule, weight=np.stack(weight).astype(np.float32))
 
 
-def _sizes(counts: Counts, size: int | None, splits: Sequence[str]) -> list[int | None]:
-    """Share a size among the splits (s,) in proportion to theirs."""
+def _sizes_by_split(counts: Counts, size: int | None, splits: Sequence[str]) -> list[int | None]:
+    """Share a total size among the splits (s,) in proportion to their counts."""
     if size is None:
         return [None] * len(splits)
     total = int(counts.sum())
     if size > total:
-        raise ConfigError(f"--size {size} cannot be had: the largest is {total}, all samples that may be kept")
-    return [int(each) for each in share_total(size, counts)]
+        raise ConfigError(f"--size: requested {size} samples, available {total}")
+    return [int(split_size) for split_size in share_total(size, counts)]

@@ -20,7 +20,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 
 
 def escape_markdown(text: object) -> str:
-    """Give a name as Markdown that reads as the name, on one line, in a table too."""
+    """Return text escaped for Markdown, on one line, also safe in a table cell."""
     return _SPECIAL.sub(r"\\\1", _one_line(text))
 
 
@@ -29,7 +29,7 @@ def _one_line(text: object) -> str:
 
 
 def code_span(value: object) -> str:
-    """Give text as a code span, whatever backticks it holds."""
+    """Return text as a Markdown code span, with a fence longer than any run of backticks in it."""
     text = _one_line(value)
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") or not text else ""
@@ -37,38 +37,42 @@ def code_span(value: object) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Write a table; all columns but the first are of numbers, or bars."""
+    """Return the lines of a table; columns after the first are right-aligned unless their header is empty."""
     marks = ["---", *("---" if name == "" else "---:" for name in head[1:])]
     return [f"| {' | '.join(cells)} |" for cells in (head, marks, *rows)]
 
 
-MOST_SHORTAGES = 5  # that a card lists
-_BAR = 24  # characters of the longest bar
-_PROBE = ("kind", "folds", "repeats", "learn_from")  # what decides most about a confidence
-_NEEDED = ("between", "kept", "scored", "before", "after", "bins", "counts_before", "counts_after", "classes")
+MAX_SHORTAGES = 5  # listed in a card
+_BAR_WIDTH = 24  # characters of the longest bar
+_PROBE_KEYS = ("kind", "folds", "repeats", "learn_from")  # settings with the largest influence on a confidence
+_REQUIRED_KEYS = ("between", "kept", "scored", "before", "after", "bins", "counts_before", "counts_after", "classes")
 _PAPER = "Xia et al., Balanced Audiovisual Dataset for Imbalance Analysis, arXiv 2302.10912"
 
 
 def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: str | None = None) -> str:
-    """Give the section of a dataset card on a manifest, as Markdown that begins with `## Modality balance`.
+    """Return the dataset-card section on a manifest, as Markdown that begins with `## Modality balance`.
 
-    `balance` is Tally.numbers with name, recipe and, of a balanced split, curve; None is NAME.balance.json where it
-    lies beside, and a section without them otherwise. `file_name` is what the manifest is called in the text. What
-    was dropped is counted in NAME.dropped.parquet where that lies beside. Raises ManifestError for a file that is no
-    manifest, and for numbers, or dropped rows, of another one.
+    Args:
+        manifest: path of the manifest; dropped rows are counted in NAME.dropped.parquet if it is in the same folder.
+        balance: SplitStats.numbers with name, recipe and, for a balanced split, curve; None reads NAME.balance.json
+            from the same folder, or leaves these sections out if there is none.
+        file_name: name of the manifest in the text; None is its file name.
+
+    Raises:
+        ManifestError: the file is not a manifest, or the numbers or dropped rows belong to another manifest.
     """
     manifest = Path(manifest)
-    provenance, about = provenance_of(manifest), rows_of(manifest)
+    provenance, record = provenance_of(manifest), rows_of(manifest)
     rows = num_rows_of(manifest)
-    beside = manifest.with_name(f"{manifest.stem}.balance.json")
-    if balance is None and beside.is_file():
-        balance = read_numbers(beside, error=ManifestError)
+    balance_file = manifest.with_name(f"{manifest.stem}.balance.json")
+    if balance is None and balance_file.is_file():
+        balance = read_numbers(balance_file, error=ManifestError)
     name = file_name or manifest.name
     between = str((balance or provenance).get("between", ""))
-    parts = [["## Modality balance"], [_opening(name, rows, between, balance, provenance)]]
+    sections = [["## Modality balance"], [_introduction(name, rows, between, balance, provenance)]]
     if balance is not None:
-        _check(balance, rows, about.get("digest"), manifest)
-        parts += [
+        _check_numbers(balance, rows, record.get("digest"), manifest)
+        sections += [
             _before_after(balance, between),
             _histogram(balance, between),
             _splits(balance),
@@ -76,78 +80,88 @@ def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: st
             _shortages(balance),
             _curve(balance),
         ]
-    parts += [_dropped(manifest, about), _made(provenance, about, balance), _caveats(between, provenance)]
-    parts += [_loading(name), _citation()]
-    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+    sections += [
+        _dropped(manifest, record),
+        _how_made(provenance, record, balance),
+        _caveats(between, provenance),
+    ]
+    sections += [_loading(name), _citation()]
+    return "\n\n".join("\n".join(section_lines) for section_lines in sections if section_lines) + "\n"
 
 
-def _check(balance: dict[str, Any], rows: int, digest: object, manifest: Path) -> None:
-    missing = [key for key in _NEEDED if key not in balance]
+def _check_numbers(balance: dict[str, Any], rows: int, digest: object, manifest: Path) -> None:
+    missing = [key for key in _REQUIRED_KEYS if key not in balance]
     if missing:
-        raise ManifestError(f"the numbers of {manifest} lack {', '.join(missing)}: make them anew with mmaudit split")
+        raise ManifestError(f"the numbers of {manifest} lack {', '.join(missing)}: run mmaudit split again")
     if not len(balance["counts_before"]) == len(balance["counts_after"]) == balance["bins"]:
-        raise ManifestError(f"the numbers of {manifest} do not count {balance['bins']} bins: run mmaudit split again")
+        raise ManifestError(f"the numbers of {manifest} do not have {balance['bins']} bins: run mmaudit split again")
     if balance["kept"] != rows or balance.get("digest", digest) != digest:
         raise ManifestError(
-            f"the numbers of {manifest} are those of {balance['kept']:,} other rows than the {rows:,} it holds: "
+            f"the numbers of {manifest} belong to another manifest of {balance['kept']:,} rows; it holds {rows:,}: "
             "run mmaudit split again"
         )
 
 
-def _opening(name: str, rows: int, between: str, balance: dict[str, Any] | None, provenance: dict[str, Any]) -> str:
+def _introduction(
+    name: str, rows: int, between: str, balance: dict[str, Any] | None, provenance: dict[str, Any]
+) -> str:
     scored = None if balance is None else int(balance.get("scored", 0))
-    share = f" of {scored:,} scored samples ({_percent(rows / scored)})" if scored else " samples"
+    share_text = f" of {scored:,} scored samples ({_percent(rows / scored)})" if scored else " samples"
     subset = provenance.get("subset")
-    what = f"the subset **{escape_markdown(subset)}**" if subset else "a subset"
-    first, second = _sides(between)
-    told = f" Its modality discrepancy is taken between **{first}** and **{second}**." if first else ""
-    lacking = "" if balance is not None else " No numbers of its balance lie beside it; `mmaudit split` writes them."
-    return f"{code_span(name)} is {what}: {rows:,}{share} are kept.{told}{lacking}"
+    subset_text = f"the subset **{escape_markdown(subset)}**" if subset else "a subset"
+    first, second = _side_names(between)
+    between_text = f" The modality discrepancy is computed between **{first}** and **{second}**." if first else ""
+    missing_note = "" if balance is not None else " Its balance numbers were not found; `mmaudit split` writes them."
+    return f"{code_span(name)} is {subset_text}: {rows:,}{share_text} are kept.{between_text}{missing_note}"
 
 
-def _sides(between: str) -> tuple[str, str]:
-    """Name the sides of a discrepancy: +1 is the first, -1 the second."""
+def _side_names(between: str) -> tuple[str, str]:
+    """Return the names of both sides of a discrepancy: +1 is the first, -1 the second."""
     first, _, second = between.partition(":")
     return escape_markdown(first), escape_markdown(second) if second else "the others"
 
 
 def _before_after(balance: dict[str, Any], between: str) -> list[str]:
     before, after = balance["before"], balance["after"]
-    first, second = _sides(between)
-    left = [_percent(1 - each["positive"]) for each in (before, after)]
+    first, second = _side_names(between)
+    not_positive = [_percent(1 - side["positive"]) for side in (before, after)]
     rows = [
         ("samples", f"{balance['scored']:,}", f"{balance['kept']:,}"),
         *(
-            (what, _number(before[key]), _number(after[key]))
-            for what, key in (
-                ("total-variation distance to uniform (0 = even)", "distance"),
-                ("Kolmogorov-Smirnov distance to uniform (0 = even)", "ks"),
+            (label, _number(before[key]), _number(after[key]))
+            for label, key in (
+                ("total-variation distance to uniform (0 = uniform)", "distance"),
+                ("Kolmogorov-Smirnov distance to uniform (0 = uniform)", "ks"),
             )
         ),
-        (f"share that prefers {first}", _percent(before["positive"]), _percent(after["positive"])),
-        (f"share that does not: it prefers {second}, or neither", *left),
+        (
+            f"share of {first}-preferred samples",
+            _percent(before["positive"]),
+            _percent(after["positive"]),
+        ),
+        (f"remaining share: {second}-preferred, or neither", *not_positive),
     ]
     effective = balance.get("effective_size")
     if effective is not None and abs(effective - balance["kept"]) > 0.5:
-        rows.append(("effective size, by weights", "", f"{effective:,.0f}"))
+        rows.append(("effective size of the weighted samples", "", f"{effective:,.0f}"))
     return markdown_table(("", "all scored", "kept"), rows)
 
 
 def _histogram(balance: dict[str, Any], between: str) -> list[str]:
-    """Give samples by bin, and bars of the kept ones, each of at most 24 characters."""
+    """Return a table of samples by bin, with bars of at most 24 characters for the kept ones."""
     num_bins = int(balance["bins"])
-    most = max([float(each) for each in balance["counts_after"]] or [0]) or 1.0
-    first, second = _sides(between)
-    pairs = zip(balance["counts_before"], balance["counts_after"], strict=True)
-    edges = [2 * place / num_bins - 1 for place in range(num_bins + 1)]
+    largest_count = max([float(count) for count in balance["counts_after"]] or [0]) or 1.0
+    first, second = _side_names(between)
+    counts = zip(balance["counts_before"], balance["counts_after"], strict=True)
+    edges = [2 * bin_index / num_bins - 1 for bin_index in range(num_bins + 1)]
     rows = [
         (
-            f"{edges[place]:+.2f} to {edges[place + 1]:+.2f}",
+            f"{edges[bin_index]:+.2f} to {edges[bin_index + 1]:+.2f}",
             f"{before:,}",
             f"{after:,.0f}",
-            "█" * max(round(_BAR * after / most), int(after > 0)),
+            "█" * max(round(_BAR_WIDTH * after / largest_count), int(after > 0)),
         )
-        for place, (before, after) in enumerate(pairs)
+        for bin_index, (before, after) in enumerate(counts)
     ]
     head = (f"discrepancy (-1 {second}, +1 {first})", "scored", "kept", "")
     return markdown_table(head, rows)
@@ -157,116 +171,118 @@ def _splits(balance: dict[str, Any]) -> list[str]:
     distances = balance.get("distances", {})
     if len(distances) < 2:
         return []
-    each = ", ".join(f"{escape_markdown(name)} {_number(value)}" for name, value in distances.items())
-    return [f"Distance to uniform by split: {each}."]
+    distances_text = ", ".join(f"{escape_markdown(name)} {_number(value)}" for name, value in distances.items())
+    return [f"Distance to uniform by split: {distances_text}."]
 
 
 def _worst_class(balance: dict[str, Any]) -> list[str]:
-    kept = [each for each in balance["classes"] if each["after"] > 0]
-    lost = [escape_markdown(each["name"]) for each in balance["classes"] if each["before"] > 0 and not each["after"]]
-    said = []
-    if kept:
-        worst = max(kept, key=lambda each: each["distance_after"])
-        said.append(
-            f"Of {len(balance['classes']):,} classes, **{escape_markdown(worst['name'])}** is the least even: distance "
-            f"{_number(worst['distance_after'])} (before: {_number(worst['distance_before'])}), "
+    kept_classes = [entry for entry in balance["classes"] if entry["after"] > 0]
+    lost = [
+        escape_markdown(entry["name"]) for entry in balance["classes"] if entry["before"] > 0 and not entry["after"]
+    ]
+    sentences = []
+    if kept_classes:
+        worst = max(kept_classes, key=lambda entry: entry["distance_after"])
+        sentences.append(
+            f"Of {len(balance['classes']):,} classes, **{escape_markdown(worst['name'])}** is the least uniform: "
+            f"distance {_number(worst['distance_after'])} (before: {_number(worst['distance_before'])}), "
             f"{worst['after']:,.0f} of its {worst['before']:,} samples kept."
         )
     if lost:
-        more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
-        said.append(f"Classes of which nothing is kept: {', '.join(lost[:5])}{more}.")
-    return said
+        remainder = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
+        sentences.append(f"Classes without kept samples: {', '.join(lost[:5])}{remainder}.")
+    return sentences
 
 
 def _shortages(balance: dict[str, Any]) -> list[str]:
-    found = balance.get("shortages", [])[:MOST_SHORTAGES]
-    if not found:
+    shortages = balance.get("shortages", [])[:MAX_SHORTAGES]
+    if not shortages:
         return []
-    said = [
-        f"- {escape_markdown(each['class'])} has {each['has']:,} samples in [{each['low']:+.2f}, {each['high']:+.2f}), "
-        f"where an even share is {each['even']:,.1f}"
-        for each in found
+    bullets = [
+        f"- {escape_markdown(shortage['class'])} has {shortage['has']:,} samples in "
+        f"[{shortage['low']:+.2f}, {shortage['high']:+.2f}), where a uniform share is {shortage['even']:,.1f}"
+        for shortage in shortages
     ]
-    return ["What is short, the worst first:", "", *said]
+    return ["Bins short of samples, largest shortage first:", "", *bullets]
 
 
 def _curve(balance: dict[str, Any]) -> list[str]:
     points = balance.get("curve") or []
     if not points:
         return []
-    rows = [(f"{each['tolerance']:g}", f"{each['size']:,}", _number(each["distance"])) for each in points]
-    return ["What other tolerances would keep:", "", *markdown_table(("tolerance", "samples", "distance"), rows)]
+    rows = [(f"{point['tolerance']:g}", f"{point['size']:,}", _number(point["distance"])) for point in points]
+    return ["Sizes at other tolerances:", "", *markdown_table(("tolerance", "samples", "distance"), rows)]
 
 
-def _dropped(manifest: Path, about: dict[str, Any]) -> list[str]:
-    """Count why samples were dropped, where the file that says so lies beside."""
-    beside = dropped_path(manifest)
-    if not beside.is_file():
+def _dropped(manifest: Path, record: dict[str, Any]) -> list[str]:
+    """Return the counts of dropped samples by reason, if the file of dropped rows is in the same folder."""
+    dropped_file = dropped_path(manifest)
+    if not dropped_file.is_file():
         return []
-    if rows_of(beside).get("dropped_from") != about.get("digest"):
-        raise ManifestError(f"{beside} holds the rows dropped from another manifest: run mmaudit split again")
+    if rows_of(dropped_file).get("dropped_from") != record.get("digest"):
+        raise ManifestError(f"{dropped_file} holds the rows dropped from another manifest: run mmaudit split again")
     counts: Counter[str] = Counter()
-    for table in batches_of(beside, columns=["reason"]):
-        for pair in pc.value_counts(table["reason"]).to_pylist():
-            counts[str(pair["values"])] += int(pair["counts"])
+    for table in batches_of(dropped_file, columns=["reason"]):
+        for value_count in pc.value_counts(table["reason"]).to_pylist():
+            counts[str(value_count["values"])] += int(value_count["counts"])
     if not counts:
-        return ["Nothing was dropped."]
-    each = ", ".join(f"{number:,} {code_span(reason)}" for reason, number in sorted(counts.items()))
-    return [f"Dropped: {each}. Each stands in {code_span(beside.name)} with its reason, score and threshold."]
+        return ["No samples were dropped."]
+    counts_text = ", ".join(f"{count:,} {code_span(reason)}" for reason, count in sorted(counts.items()))
+    return [f"Dropped: {counts_text}. {code_span(dropped_file.name)} lists each with its reason, score and threshold."]
 
 
-def _made(provenance: dict[str, Any], about: dict[str, Any], balance: dict[str, Any] | None) -> list[str]:
+def _how_made(provenance: dict[str, Any], record: dict[str, Any], balance: dict[str, Any] | None) -> list[str]:
     scores = provenance.get("scores", {})
     config = scores.get("config", {})
     recipe = provenance.get("rule") or (balance or {}).get("recipe") or {}
-    probe = {name: config["probe"][name] for name in _PROBE if name in config.get("probe", {})}
-    encoders = {each["name"]: each.get("encoder", "statistics") for each in scores.get("modalities", [])}
+    probe = {name: config["probe"][name] for name in _PROBE_KEYS if name in config.get("probe", {})}
+    encoders = {modality["name"]: modality.get("encoder", "statistics") for modality in scores.get("modalities", [])}
     facts: list[tuple[str, object]] = [
         ("mmaudit", scores.get("version")),
-        ("rule", _flat(recipe)),
+        ("rule", _flatten_settings(recipe)),
         ("seed", recipe.get("seed", config.get("seed"))),
-        ("probes", _flat(probe)),
-        ("encoders", _flat(encoders)),
+        ("probes", _flatten_settings(probe)),
+        ("encoders", _flatten_settings(encoders)),
         ("dataset fingerprint", scores.get("fingerprint")),
         ("schema", provenance.get("schema")),
-        ("rows", about.get("rows")),
-        ("row digest", about.get("digest")),
+        ("rows", record.get("rows")),
+        ("row digest", record.get("digest")),
     ]
-    told = [f"- {what}: {code_span(value)}" for what, value in facts if value not in (None, "")]
-    return ["### How it was made", "", *told] if told else []
+    bullets = [f"- {label}: {code_span(value)}" for label, value in facts if value not in (None, "")]
+    return ["### How it was made", "", *bullets] if bullets else []
 
 
-def _flat(content: dict[str, Any]) -> str:
-    """Write nested settings as `name=value, section.name=value`, those without a value left out."""
-    return ", ".join(f"{name}={value}" for name, value in _pairs(content, ""))
+def _flatten_settings(content: dict[str, Any]) -> str:
+    """Return nested settings as `name=value, section.name=value`, leaving out those without a value."""
+    return ", ".join(f"{name}={value}" for name, value in _setting_pairs(content, ""))
 
 
-def _pairs(content: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
+def _setting_pairs(content: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
     for name, value in content.items():
         if isinstance(value, dict):
-            yield from _pairs(value, f"{prefix}{name}.")
+            yield from _setting_pairs(value, f"{prefix}{name}.")
         elif value is not None:
             yield prefix + name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _caveats(between: str, provenance: dict[str, Any]) -> list[str]:
-    first, second = _sides(between) if between else ("one modality", "the other")
-    said = [
+    first, second = _side_names(between) if between else ("one modality", "the other")
+    bullets = [
         f"- The discrepancy is the confidence in the true class of a probe of {first} minus that of {second}, each "
-        "read by a probe that never saw the sample. Other probes or encoders give other discrepancies: what is even "
-        "for these need not be even for a larger model.",
-        "- A discrepancy near 0 means that both modalities carry the sample, or that neither does.",
-        "- Uniformity is of the whole set and of each split over the bins that hold samples; of single classes it is "
-        "relative only.",
+        "out of fold: the probe was not trained on the sample. Other probes or encoders give other discrepancies: a "
+        "set that is uniform for these need not be uniform for a larger model.",
+        "- A discrepancy near 0 means that both modalities are informative for the sample, or that neither is.",
+        "- Uniformity holds for the whole set and for each split over the bins that hold samples; for single classes "
+        "it is relative only.",
     ]
-    learned = provenance.get("scores", {}).get("config", {}).get("probe", {}).get("learn_from")
-    if learned == "all":
-        said.append("- The probes learned from all splits, the test split too, always out of fold.")
-    return ["### What to keep in mind", "", *said]
+    learn_from = provenance.get("scores", {}).get("config", {}).get("probe", {}).get("learn_from")
+    if learn_from == "all":
+        bullets.append("- The probes were trained on all splits, including the test split, always out of fold.")
+    return ["### Limitations", "", *bullets]
 
 
 def _loading(name: str) -> list[str]:
-    written = json.dumps(name, ensure_ascii=not name.isprintable())
+    quoted_name = json.dumps(name, ensure_ascii=not name.isprintable())
     return [
         "### How to load it",
         "",
@@ -274,13 +290,13 @@ def _loading(name: str) -> list[str]:
         "import pandas as pd",
         "from datasets import load_dataset",
         "",
-        f"frame = pd.read_parquet({written})",
-        f'rows = load_dataset("parquet", data_files={written})',
+        f"frame = pd.read_parquet({quoted_name})",
+        f'rows = load_dataset("parquet", data_files={quoted_name})',
         "```",
         "",
         "```bash",
-        f"mmaudit verify {_quoted(name)}   # are these rows, and this source, still what they were?",
-        f"mmaudit replay {_quoted(name)}   # make it again from the same scores and rule",
+        f"mmaudit verify {_shell_quoted(name)}   # check that the rows and the source are unchanged",
+        f"mmaudit replay {_shell_quoted(name)}   # rebuild it from the same scores and recipe",
         "```",
     ]
 
@@ -289,7 +305,7 @@ def _citation() -> list[str]:
     return [
         "### Citation",
         "",
-        f"The balanced split follows the idea of {_PAPER}; its builder is mmaudit's.",
+        f"The balanced split follows the idea of {_PAPER}; the algorithm is mmaudit's.",
         "",
         "```bibtex",
         "@article{xia2023balanced,",
@@ -302,7 +318,7 @@ def _citation() -> list[str]:
     ]
 
 
-def _quoted(name: str) -> str:
+def _shell_quoted(name: str) -> str:
     return shlex.quote(_one_line(name))
 
 

@@ -1,4 +1,4 @@
-"""Checks of the rows of one file: ranges, types, and what the file says of itself."""
+"""Checks of the rows of one manifest file: ranges, types, and the digests stated in its metadata."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from .manifest import (
     Digests,
     RowDigest,
     batches_of,
+    manifest_schema,
     metadata_digest,
     num_rows_of,
     provenance_of,
-    regrouped,
+    regroup,
     rows_of,
-    schema_of,
 )
-from .score_files import prefetched
-from .score_tables import keys_of
+from .score_files import prefetch
+from .score_tables import hash_keys
 
-BOUNDS: dict[
-    str, tuple[float, float]
-] = {  # both ends are within; the last bin and the last rank are the manifest's own
+# Inclusive bounds of each column; the largest bin and rank depend on the manifest.
+BOUNDS: dict[str, tuple[float, float]] = {
     "bin": (0.0, np.inf),
     "rank": (0.0, np.inf),
     "weight": (5e-324, float(np.finfo(np.float32).max)),
@@ -39,13 +38,13 @@ BOUNDS: dict[
     "balance": (-1.0, 1.0),
     "p_balanced": (0.0, 1.0),
 }
-REQUIRED = ("sample_id", "label", "subset", "rank", "weight", "gap", "reason")  # those of them that a file has
-_SLACK = 2e-6  # a confidence may lie 1e-6 outside [0, 1], and a discrepancy has two of them
+REQUIRED = ("sample_id", "label", "subset", "rank", "weight", "gap", "reason")  # columns without nulls, if present
+_SLACK = 2e-6  # a confidence may be 1e-6 outside [0, 1], and a discrepancy is a difference of two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that was looked at. held: None where it was not, and `detail` says why."""
+    """Result of one check. held: True if passed, False if failed, None if skipped; `detail` has the reason."""
 
     name: str
     held: bool | None
@@ -53,46 +52,46 @@ class Check:
 
 
 class CheckedFile:
-    """What one file says of its rows, and what they are."""
+    """Statistics of one manifest file, and what its metadata state; `read_all` collects them in one pass."""
 
     def __init__(self, path: Path, columns: dict[str, pa.DataType], provenance: dict[str, Any]) -> None:
         self.path = path
-        self.about, self.provenance = rows_of(path), provenance_of(path)
-        self.schema = schema_of(path)
+        self.stated, self.provenance = rows_of(path), provenance_of(path)
+        self.schema = manifest_schema(path)
         _check_ids(self.schema, path)
         self.num_rows = num_rows_of(path)
         self.missing = [name for name in columns if name not in self.schema.names]
         self.columns = columns
         self.bounds: dict[str, tuple[float, float]] = {
             **BOUNDS,
-            "bin": (0.0, _num_bins(provenance) - 1.0),
+            "bin": (0.0, _rule_num_bins(provenance) - 1.0),
             "rank": (0.0, max(self.num_rows - 1.0, 0.0)),
         }
         self.digest = RowDigest()
         self.metadata = metadata_digest(self.schema.metadata or {})
         self.nulls: Counter[str] = Counter()
-        self.beyond: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-        self.names: dict[Any, set[Any]] = {}
+        self.out_of_range: Counter[str] = Counter()
+        self.first_out_of_range: dict[str, str] = {}
+        self.names_of_label: dict[Any, set[Any]] = {}
         self.subsets: set[Any] = set()
 
     @property
     def digests(self) -> Digests:
-        """The digests of what the file holds, once all is read."""
+        """Digests of the rows and metadata read; call read_all first."""
         return Digests(rows=self.digest.hexdigest(), metadata=self.metadata)
 
-    def read_all(self, ids: ExternalSort, number: int) -> None:
-        """Look at every row once."""
-        for table in prefetched(regrouped(batches_of(self.path, as_stored=True))):
+    def read_all(self, ids: ExternalSort, file_index: int) -> None:
+        """Read every row once and add its id's hash to `ids`, with `file_index` as cell."""
+        for table in prefetch(regroup(batches_of(self.path, as_stored=True))):
             self.digest.add(table)
             self._note_nulls(table)
             self._note_ranges(table)
             self.subsets |= set(pc.unique(table["subset"]).to_pylist())
             pairs = table.select(["label", "label_name"]).group_by(["label", "label_name"]).aggregate([])
             for pair in pairs.to_pylist():
-                self.names.setdefault(pair["label"], set()).add(pair["label_name"])
-            key = keys_of(named(table["sample_id"]), seed=0)
-            ids.add(key, np.full(len(key), number, np.int32), np.zeros(len(key), np.uint32))
+                self.names_of_label.setdefault(pair["label"], set()).add(pair["label_name"])
+            keys = hash_keys(non_null_ids(table["sample_id"]), seed=0)
+            ids.add(keys, np.full(len(keys), file_index, np.int32), np.zeros(len(keys), np.uint32))
 
     def _note_nulls(self, table: pa.Table) -> None:
         for name in REQUIRED:
@@ -103,60 +102,67 @@ class CheckedFile:
         for name, (low, high) in self.bounds.items():
             if name not in table.column_names or not _is_number(table[name].type):
                 continue
-            there = table[name].is_valid().to_numpy()
+            valid = table[name].is_valid().to_numpy()
             values = table[name].cast(pa.float64(), safe=False).fill_null(0).to_numpy()
             slack = _SLACK if low == -1 or high == 1 else 0.0
-            wrong = there & ~((values >= low - slack) & (values <= high + slack))
-            if wrong.any():
-                place = int(np.argmax(wrong))
-                self.beyond[name] += int(wrong.sum())
-                self.first.setdefault(name, f"{values[place]:g} of sample {table['sample_id'][place]}")
+            out_of_range = valid & ~((values >= low - slack) & (values <= high + slack))
+            if out_of_range.any():
+                first_row = int(np.argmax(out_of_range))
+                self.out_of_range[name] += int(out_of_range.sum())
+                self.first_out_of_range.setdefault(
+                    name, f"{values[first_row]:g} of sample {table['sample_id'][first_row]}"
+                )
 
     def checks(self, prefix: str) -> list[Check]:
-        """Give the checks of this file alone; `prefix` tells the dropped rows'."""
+        """Return the checks of this file alone; `prefix` marks those of the dropped rows."""
         schema = self._schema()
         if self.missing:
             return [Check(name=f"{prefix}schema", held=False, detail=schema)]
         expected = f"{self.path.name} is mmaudit.manifest/{SCHEMA_VERSION}, {len(self.columns)} columns"
-        nulls = ", ".join(f"{number:,} of {name}" for name, number in self.nulls.items())
+        nulls = ", ".join(f"{count:,} of {name}" for name, count in self.nulls.items())
         ranges = "; ".join(
-            f"{number:,} of {name} outside {_span(*self.bounds[name])} (the first: {self.first[name]})"
-            for name, number in self.beyond.items()
+            f"{count:,} of {name} outside {_format_range(*self.bounds[name])} "
+            f"(the first: {self.first_out_of_range[name]})"
+            for name, count in self.out_of_range.items()
         )
         return [
             Check(name=f"{prefix}schema", held=not schema, detail=schema or expected),
-            _stated(f"{prefix}rows", self.about.get("rows"), self.num_rows),
-            _stated(f"{prefix}digest", self.about.get("digest"), self.digests.rows, what="rows"),
-            _stated(f"{prefix}metadata", self.about.get("metadata"), self.digests.metadata, what="metadata"),
-            Check(name=f"{prefix}nulls", held=not nulls, detail=nulls or "none where a value must be"),
-            Check(name=f"{prefix}ranges", held=not ranges, detail=ranges or "every value lies within its range"),
+            _compare_stated(f"{prefix}rows", self.stated.get("rows"), self.num_rows),
+            _compare_stated(f"{prefix}digest", self.stated.get("digest"), self.digests.rows, changed_part="rows"),
+            _compare_stated(
+                f"{prefix}metadata", self.stated.get("metadata"), self.digests.metadata, changed_part="metadata"
+            ),
+            Check(name=f"{prefix}nulls", held=not nulls, detail=nulls or "no nulls in required columns"),
+            Check(name=f"{prefix}ranges", held=not ranges, detail=ranges or "all values are in range"),
         ]
 
     def _schema(self) -> str:
-        """Say what is wrong with the schema; nothing: ""."""
+        """Return a description of what is wrong with the schema, or ""."""
         if self.missing:
             return f"{self.path.name} lacks {', '.join(self.missing)}: run mmaudit split again"
-        stated, right = self.provenance.get("schema"), f"mmaudit.manifest/{SCHEMA_VERSION}"
+        stated, expected = self.provenance.get("schema"), f"mmaudit.manifest/{SCHEMA_VERSION}"
         if stated is None:
-            return f"{self.path.name} has no metadata under the key mmaudit: another tool has written it since"
-        if stated != right:
-            return f"{self.path.name} is {stated}, and this mmaudit reads {right}: run mmaudit split again"
+            return f"{self.path.name} has no metadata under the key mmaudit: it was rewritten by another tool"
+        if stated != expected:
+            return f"{self.path.name} is {stated}, but this mmaudit reads {expected}: run mmaudit split again"
         types = {name: (self.schema.field(name).type, type_) for name, type_ in self.columns.items()}
-        return ", ".join(f"{name} is {type_}, not {right}" for name, (type_, right) in types.items() if type_ != right)
+        return ", ".join(
+            f"{name} is {stored}, not {type_}" for name, (stored, type_) in types.items() if stored != type_
+        )
 
 
-def _stated(name: str, stated: object, found: object, *, what: str = "") -> Check:
-    """Compare what a file states of itself with what is there; `what` has changed where they differ."""
+def _compare_stated(name: str, stated: object, actual: object, *, changed_part: str = "") -> Check:
+    """Compare a stated value with the actual one; `changed_part` names what changed if they differ."""
     if stated is None:
-        detail = f"the metadata do not state it; found {found}: another tool has written the file since"
+        detail = f"not stated in the metadata; found {actual}: the file was rewritten by another tool"
         return Check(name=name, held=False, detail=detail)
-    same = stated == found
-    changed = f"{what} changed: " if what else ""
-    return Check(name=name, held=same, detail=str(found) if same else f"{changed}{stated} when written, {found} now")
+    same = stated == actual
+    changed = f"{changed_part} changed: " if changed_part else ""
+    return Check(name=name, held=same, detail=str(actual) if same else f"{changed}{stated} when written, {actual} now")
 
 
-def _num_bins(provenance: dict[str, Any]) -> float:
-    """Give how many bins the rule has, of a grid those of both axes; infinity where it does not tell."""
+def _rule_num_bins(provenance: dict[str, Any]) -> float:
+    """Return the number of bins of the recorded rule (of a grid, over both axes); infinity if not recorded."""
     rule = section(section(provenance, "rule"), "balanced")
     bins = rule.get("bins")
     if not isinstance(bins, int) or bins < 1:
@@ -165,7 +171,7 @@ def _num_bins(provenance: dict[str, Any]) -> float:
 
 
 def _check_ids(schema: pa.Schema, path: Path) -> None:
-    """Raise ManifestError for columns that no manifest could have."""
+    """Raise ManifestError if the ids are not strings or a column is nested."""
     type_ = schema.field("sample_id").type if "sample_id" in schema.names else pa.string()
     if not (pa.types.is_string(type_) or pa.types.is_large_string(type_)):
         raise ManifestError(f"{path} is not a manifest: its sample_id is {type_}, not string")
@@ -178,18 +184,18 @@ def _is_number(type_: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_))
 
 
-def named(ids: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Give the ids that are not null, as strings that a column of any size can hold."""
+def non_null_ids(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the non-null ids as large strings, whose column size is not limited."""
     return ids.drop_null().cast(pa.large_string())
 
 
-def _span(low: float, high: float) -> str:
+def _format_range(low: float, high: float) -> str:
     if low > 0:
         return "(0, inf)"
     return f"[{low:g}, inf)" if np.isinf(high) else f"[{low:g}, {high:g}]"
 
 
 def section(provenance: dict[str, Any], name: str) -> dict[str, Any]:
-    """Give a part of what a manifest was made from, {} where it has none of that name."""
-    found = provenance.get(name)
-    return found if isinstance(found, dict) else {}
+    """Return a section of a manifest's provenance, or {} if there is none of that name."""
+    value = provenance.get(name)
+    return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""Differences of two manifests."""
+"""Comparison of two manifests."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .join import Join, Rows, keys_of_column, numbers_of_column
-from .manifest import batches_of, check_types, provenance_of, schema_of
+from .join import ManifestJoin, RowIndex, column_keys, column_numbers
+from .manifest import batches_of, check_types, manifest_schema, provenance_of
 
-SCORES = ("discrepancy", "gap", "balance", "p_balanced", "weight", "rank")
-NAMES = ("bin", "split", "label", "label_name", "subset", "group", "content")
+NUMBER_COLUMNS = ("discrepancy", "gap", "balance", "p_balanced", "weight", "rank")
+NAME_COLUMNS = ("bin", "split", "label", "label_name", "subset", "group", "content")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Only:
-    """Samples that one manifest has alone: how many, by split, by class, and the least ids of them."""
+class UniqueSamples:
+    """Samples in one manifest only: their number, also by split and by class, and the smallest ids."""
 
     count: int
     by_split: dict[str, int]
@@ -32,20 +32,20 @@ class Only:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
-    """Samples of both of which a column says other things: how many, and the least ids, with A's and B's value."""
+class ChangedNames:
+    """Samples in both manifests that differ in a column: number, and the smallest ids with both values."""
 
     count: int
     first: tuple[tuple[str, Any, Any], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shift:
-    """How far a column of numbers has moved over the samples of both.
+class ChangedNumbers:
+    """Change of a column of numbers over the samples in both manifests.
 
-    count: those further apart than the tolerance, and those that only one of the manifests has a value for. largest
-    and mean are of the absolute change, correlation is Pearson's r; None where there is nothing to tell it from.
-    first: the largest changes, with A's and B's value.
+    count: samples that differ by more than the tolerance, or have a value in only one manifest. largest and mean are
+    of the absolute change, correlation is Pearson's r; None where undefined. first: the largest changes, with A's and
+    B's value.
     """
 
     count: int
@@ -56,11 +56,11 @@ class Shift:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """What two manifests, A and B, do not share. Rows are joined by id; their order does not count.
+class ManifestDiff:
+    """Differences of two manifests, A and B. Rows are joined by id; their order is ignored.
 
-    moved: the columns of names and of bins; shifted: those of numbers. provenance: what differs of it, as
-    {path: (A's value, B's)}. same_dataset: whether the fingerprints agree; None where one of them is not told.
+    moved: changes in columns of names and bins; shifted: in columns of numbers. provenance: the entries that differ, as
+    {path: (A's value, B's)}. same_dataset: whether the fingerprints are equal; None if one of them is not recorded.
     """
 
     a: str
@@ -68,180 +68,184 @@ class Difference:
     rows_a: int
     rows_b: int
     both: int
-    only_a: Only
-    only_b: Only
-    moved: dict[str, Moved]
-    shifted: dict[str, Shift]
+    only_a: UniqueSamples
+    only_b: UniqueSamples
+    moved: dict[str, ChangedNames]
+    shifted: dict[str, ChangedNumbers]
     provenance: dict[str, tuple[Any, Any]]
     same_dataset: bool | None
     tolerance: float
 
     @property
     def same(self) -> bool:
-        """Whether they hold the same samples, say the same of them, and were made from the same."""
-        columns: list[Moved | Shift] = [*self.moved.values(), *self.shifted.values()]
-        return not (self.only_a.count or self.only_b.count or self.provenance or any(each.count for each in columns))
+        """Whether samples, column values and provenance are all equal."""
+        changes: list[ChangedNames | ChangedNumbers] = [*self.moved.values(), *self.shifted.values()]
+        return not (self.only_a.count or self.only_b.count or self.provenance or any(entry.count for entry in changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it in plain values."""
-        return {"same": self.same, **{each.name: _plain(getattr(self, each.name)) for each in fields(self)}}
+        """Return the differences as JSON values."""
+        return {"same": self.same, **{field.name: _to_json_value(getattr(self, field.name)) for field in fields(self)}}
 
     def lines(self) -> list[str]:
-        """Give it in lines, for people."""
+        """Return the differences as lines of text for the terminal."""
         if self.same:
             return [f"{self.a} and {self.b} are the same: {self.rows_a:,} samples"]
-        said = [f"A {self.a}: {self.rows_a:,} samples, B {self.b}: {self.rows_b:,}; in both {self.both:,}"]
+        lines = [f"A {self.a}: {self.rows_a:,} samples, B {self.b}: {self.rows_b:,}; {self.both:,} in both"]
         if self.same_dataset is False:
-            said.append("they were made from different datasets: their fingerprints differ")
-        for name, only in (("A", self.only_a), ("B", self.only_b)):
-            if only.count:
-                splits = ", ".join(f"{number:,} {split}" for split, number in only.by_split.items())
-                said.append(f"only in {name}: {only.count:,} ({splits}), the first: {', '.join(only.first[:3])}")
-        for column, moved in self.moved.items():
-            if moved.count:
-                name, here, there = moved.first[0]
-                said.append(f"{column}: {moved.count:,} differ, the first: {name}, {here} in A and {there} in B")
-        for column, shift in self.shifted.items():
-            if shift.count:
-                said.append(f"{column}: {shift.count:,} differ, {_say_shift(shift)}")
-        said += [f"{path}: {here!r} in A, {there!r} in B" for path, (here, there) in self.provenance.items()]
-        return said
+            lines.append("different datasets: the fingerprints of the sources differ")
+        for name, unique in (("A", self.only_a), ("B", self.only_b)):
+            if unique.count:
+                splits = ", ".join(f"{count:,} {split}" for split, count in unique.by_split.items())
+                lines.append(f"only in {name}: {unique.count:,} ({splits}), first: {', '.join(unique.first[:3])}")
+        for column, names in self.moved.items():
+            if names.count:
+                name, value_a, value_b = names.first[0]
+                lines.append(f"{column}: {names.count:,} differ, the first: {name}, {value_a} in A and {value_b} in B")
+        for column, numbers in self.shifted.items():
+            if numbers.count:
+                lines.append(f"{column}: {numbers.count:,} differ, {_describe_change(numbers)}")
+        lines += [f"{path}: {value_a!r} in A, {value_b!r} in B" for path, (value_a, value_b) in self.provenance.items()]
+        return lines
 
 
-def diff(a: Path, b: Path, *, tolerance: float = 1e-6, most: int = 20) -> Difference:
-    """Compare two manifests by id; of each kind of difference the first `most` are named.
+def diff(a: Path, b: Path, *, tolerance: float = 1e-6, limit: int = 20) -> ManifestDiff:
+    """Compare two manifests by id, listing the first `max_listed` differences of each kind.
 
-    Numbers that differ by no more than `tolerance` are the same. Two of 10^7 rows take 2.1 GB. Raises ManifestError
-    where one of them is none, or has an id twice.
+    Numbers that differ by at most `tolerance` count as equal. Two manifests of 10^7 rows take 2.1 GB of memory. Raises
+    ManifestError if one of the files is not a manifest, or repeats an id.
     """
-    told = [provenance_of(path) for path in (a, b)]
+    provenances = [provenance_of(path) for path in (a, b)]
     for path in (a, b):
-        check_types(schema_of(path), where=str(path))
-    join = Join.of(a, b)
-    prints = [_fingerprint(each) for each in told]
-    return Difference(
+        check_types(manifest_schema(path), where=str(path))
+    join = ManifestJoin.of(a, b)
+    fingerprints = [_fingerprint(provenance) for provenance in provenances]
+    return ManifestDiff(
         a=str(a),
         b=str(b),
         rows_a=len(join.codes[0]),
         rows_b=len(join.codes[1]),
         both=len(join.in_a),
-        only_a=_only(join, 0, most=most),
-        only_b=_only(join, 1, most=most),
-        moved={name: _moved(name, join, most=most) for name in NAMES},
-        shifted={name: _shift(name, join, tolerance=tolerance, most=most) for name in SCORES},
-        provenance=_differing(*told),
-        same_dataset=None if None in prints else prints[0] == prints[1],
+        only_a=_unique_samples(join, 0, limit=limit),
+        only_b=_unique_samples(join, 1, limit=limit),
+        moved={name: _changed_names(name, join, limit=limit) for name in NAME_COLUMNS},
+        shifted={name: _changed_numbers(name, join, tolerance=tolerance, limit=limit) for name in NUMBER_COLUMNS},
+        provenance=_changed_provenance(*provenances),
+        same_dataset=None if None in fingerprints else fingerprints[0] == fingerprints[1],
         tolerance=tolerance,
     )
 
 
-def _only(join: Join, side: int, *, most: int) -> Only:
-    """Tell of the samples that A (side 0) or B (side 1) has alone."""
-    rows = (join.alone_a, join.alone_b)[side]
-    alone = np.zeros(len(join.codes[side]), dtype=bool)
-    alone[rows] = True
+def _unique_samples(join: ManifestJoin, side: int, *, limit: int) -> UniqueSamples:
+    """Describe the samples that are only in A (side 0) or only in B (side 1)."""
+    rows = (join.only_a, join.only_b)[side]
+    is_unique = np.zeros(len(join.codes[side]), dtype=bool)
+    is_unique[rows] = True
     by_split, by_class = Counter[str](), Counter[str]()
     start = 0
     for table in batches_of(join.paths[side], columns=["split", "label", "label_name"]) if len(rows) else ():
-        some = table.filter(pa.array(alone[start : start + len(table)]))
+        unique_rows = table.filter(pa.array(is_unique[start : start + len(table)]))
         start += len(table)
-        for each in some.group_by(some.column_names).aggregate([([], "count_all")]).to_pylist():
-            by_split[_word(each["split"])] += each["count_all"]
-            by_class[_word(each["label"] if each["label_name"] is None else each["label_name"])] += each["count_all"]
-    return Only(
+        for group in unique_rows.group_by(unique_rows.column_names).aggregate([([], "count_all")]).to_pylist():
+            by_split[_name_or_none(group["split"])] += group["count_all"]
+            by_class[_name_or_none(group["label"] if group["label_name"] is None else group["label_name"])] += group[
+                "count_all"
+            ]
+    return UniqueSamples(
         count=len(rows),
         by_split=dict(sorted(by_split.items())),
         by_class=dict(sorted(by_class.items())),
-        first=tuple(join.named(join.least(join.codes[side][rows], most=most))),
+        first=tuple(join.sample_ids(join.smallest_codes(join.codes[side][rows], max_ids=limit))),
     )
 
 
-def _moved(name: str, join: Join, *, most: int) -> Moved:
-    here, there = (keys_of_column(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True))
-    changed = np.flatnonzero(here[join.in_a] != there[join.in_b])
-    least = join.least(join.codes[0][join.in_a[changed]], most=most)
-    return Moved(count=len(changed), first=join.pairs(name, least))
+def _changed_names(name: str, join: ManifestJoin, *, limit: int) -> ChangedNames:
+    values_a, values_b = (column_keys(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True))
+    changed = np.flatnonzero(values_a[join.in_a] != values_b[join.in_b])
+    first_codes = join.smallest_codes(join.codes[0][join.in_a[changed]], max_ids=limit)
+    return ChangedNames(count=len(changed), first=join.pairs(name, first_codes))
 
 
-def _shift(name: str, join: Join, *, tolerance: float, most: int) -> Shift:
-    here, there = (numbers_of_column(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True))
-    here, there = here[join.in_a], there[join.in_b]
-    change = np.abs(here - there)
-    change[np.isnan(here) & np.isnan(there)] = 0
-    told = ~(np.isnan(here) | np.isnan(there))
-    change[np.isnan(change)] = np.inf  # one of them has no value
-    beyond = np.flatnonzero(change > tolerance)
-    largest = join.codes[0][join.in_a[_largest(change, beyond, join, most=most)]]
-    return Shift(
-        count=len(beyond),
-        largest=float(change[told].max()) if told.any() else None,
-        mean=float(change[told].mean()) if told.any() else None,
-        correlation=_correlation(here[told], there[told]),
+def _changed_numbers(name: str, join: ManifestJoin, *, tolerance: float, limit: int) -> ChangedNumbers:
+    values_a, values_b = (
+        column_numbers(path, name, len(rows)) for path, rows in zip(join.paths, join.codes, strict=True)
+    )
+    values_a, values_b = values_a[join.in_a], values_b[join.in_b]
+    change = np.abs(values_a - values_b)
+    change[np.isnan(values_a) & np.isnan(values_b)] = 0
+    in_both = ~(np.isnan(values_a) | np.isnan(values_b))
+    change[np.isnan(change)] = np.inf  # a value in only one of the manifests
+    changed = np.flatnonzero(change > tolerance)
+    largest = join.codes[0][join.in_a[_largest_changes(change, changed, join, limit=limit)]]
+    return ChangedNumbers(
+        count=len(changed),
+        largest=float(change[in_both].max()) if in_both.any() else None,
+        mean=float(change[in_both].mean()) if in_both.any() else None,
+        correlation=_correlation(values_a[in_both], values_b[in_both]),
         first=join.pairs(name, largest),
     )
 
 
-def _largest(change: NDArray[np.float64], beyond: Rows, join: Join, *, most: int) -> Rows:
-    """Give the places of the largest changes, largest first; of equals those of the least ids."""
-    if len(beyond) > most:
-        least = np.partition(change[beyond], len(beyond) - most)[len(beyond) - most] if most else np.inf
-        above, equal = beyond[change[beyond] > least], beyond[change[beyond] == least]
-        codes = join.codes[0][join.in_a[equal]]
-        equal = equal[np.isin(codes, join.least(codes, most=most - len(above)))]
-        beyond = np.r_[above, equal]
-    names = np.array(join.named(join.codes[0][join.in_a[beyond]]), dtype=object)
-    order = sorted(range(len(beyond)), key=lambda at: (-change[beyond[at]], names[at]))
-    return beyond[np.array(order, dtype=np.intp)]
+def _largest_changes(change: NDArray[np.float64], changed: RowIndex, join: ManifestJoin, *, limit: int) -> RowIndex:
+    """Return the indices of the largest changes, largest first; ties in order of the ids."""
+    if len(changed) > limit:
+        cut = np.partition(change[changed], len(changed) - limit)[len(changed) - limit] if limit else np.inf
+        above, at_cut = changed[change[changed] > cut], changed[change[changed] == cut]
+        codes = join.codes[0][join.in_a[at_cut]]
+        at_cut = at_cut[np.isin(codes, join.smallest_codes(codes, max_ids=limit - len(above)))]
+        changed = np.r_[above, at_cut]
+    sample_ids = np.array(join.sample_ids(join.codes[0][join.in_a[changed]]), dtype=object)
+    order = sorted(range(len(changed)), key=lambda position: (-change[changed[position]], sample_ids[position]))
+    return changed[np.array(order, dtype=np.intp)]
 
 
-def _correlation(here: NDArray[np.float64], there: NDArray[np.float64]) -> float | None:
-    if len(here) < 2 or np.ptp(here) == 0 or np.ptp(there) == 0:
+def _correlation(values_a: NDArray[np.float64], values_b: NDArray[np.float64]) -> float | None:
+    if len(values_a) < 2 or np.ptp(values_a) == 0 or np.ptp(values_b) == 0:
         return None
-    here, there = here - here.mean(), there - there.mean()
-    found = float((here @ there) / np.sqrt((here @ here) * (there @ there)))
-    return found if np.isfinite(found) else None
+    values_a, values_b = values_a - values_a.mean(), values_b - values_b.mean()
+    correlation = float((values_a @ values_b) / np.sqrt((values_a @ values_a) * (values_b @ values_b)))
+    return correlation if np.isfinite(correlation) else None
 
 
 def _fingerprint(provenance: dict[str, Any]) -> str | None:
     scores = provenance.get("scores")
-    found = scores.get("fingerprint") if isinstance(scores, dict) else None
-    return None if found is None else str(found)
+    fingerprint = scores.get("fingerprint") if isinstance(scores, dict) else None
+    return None if fingerprint is None else str(fingerprint)
 
 
-def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Give what two provenances say differently, by path; what one does not say is None."""
-    here, there = dict(_leaves(a, "")), dict(_leaves(b, ""))
-    pairs = {path: (here.get(path), there.get(path)) for path in sorted(here.keys() | there.keys())}
+def _changed_provenance(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the entries that differ between two provenances, by path; a missing entry is None."""
+    leaves_a, leaves_b = dict(_leaves(a, "")), dict(_leaves(b, ""))
+    pairs = {path: (leaves_a.get(path), leaves_b.get(path)) for path in sorted(leaves_a.keys() | leaves_b.keys())}
     return {path: pair for path, pair in pairs.items() if json.dumps(pair[0]) != json.dumps(pair[1])}
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
-        for key, each in value.items():
-            yield from _leaves(each, f"{path}.{key}" if path else str(key))
+        for key, child in value.items():
+            yield from _leaves(child, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list) and value:
-        for number, each in enumerate(value):
-            yield from _leaves(each, f"{path}[{number}]")
+        for index, child in enumerate(value):
+            yield from _leaves(child, f"{path}[{index}]")
     else:
         yield path, value
 
 
-def _plain(value: Any) -> Any:
-    """Give a value as JSON knows it: no tuples, and no number that is not one."""
+def _to_json_value(value: Any) -> Any:
+    """Return a value as JSON types: tuples as lists, NaN and infinity as None."""
     if is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+        return {element.name: _to_json_value(getattr(value, element.name)) for element in fields(value)}
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _to_json_value(element) for key, element in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_to_json_value(element) for element in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _word(value: object) -> str:
+def _name_or_none(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _say_shift(shift: Shift) -> str:
-    name, here, there = shift.first[0]
-    said = f"the largest change: {name}, {here} in A and {there} in B"
-    return said if shift.correlation is None else f"{said}; correlation {shift.correlation:.4f}"
+def _describe_change(change: ChangedNumbers) -> str:
+    sample_id, value_a, value_b = change.first[0]
+    text = f"largest change: {sample_id}, {value_a} in A and {value_b} in B"
+    return text if change.correlation is None else f"{text}; correlation {change.correlation:.4f}"

@@ -20,23 +20,23 @@ from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.hashing import digest
 from ..audit.storage import atomic_folder, atomic_write, scratch_folder
-from .manifest import COLUMNS, batches_of, check_types, num_rows_of, provenance_of, rows_of, schema_of
-from .webdataset import SAMPLES_PER_SHARD, Job, plain_rows, split_name, write_webdataset
+from .manifest import COLUMNS, batches_of, check_types, manifest_schema, num_rows_of, provenance_of, rows_of
+from .webdataset import SAMPLES_PER_SHARD, ExportJob, plain_rows, split_name, write_webdataset
 
-_OGM_FILES = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}  # by those names its readers look
-_OURS = {  # what an export of a folder writes, and may write over
+_OGM_FILES = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}  # the names that its readers expect
+_EXPORT_FILES = {  # files that an export to a folder writes, and may overwrite
     "ogm": re.compile(r"(train|val|test|stat)\.csv"),
     "webdataset": re.compile(r"\w+-\d{6}\.tar"),
     "datasets": re.compile(r"dataset_dict\.json|state\.json|dataset_info\.json|data-\d{5}-of-\d{5}\.arrow|\w+"),
 }
-# How a text begins that a spreadsheet runs as a formula, with the apostrophes of one that is escaped already.
+# Start of a text that a spreadsheet evaluates as a formula, including apostrophes of an escaped one.
 _FORMULA, _ESCAPED = "^('*[=+\\-@\\t\\r\\n＝＋－＠])", "'\\1"
 
 
 def escape_formula(text: str) -> str:
-    """Put an apostrophe before a text that a spreadsheet would run: one that begins with = + - @, tab or line end.
+    """Return text with an apostrophe prepended if a spreadsheet would run it: it begins with = + - @, tab or newline.
 
-    Taking one apostrophe off each text that begins with apostrophes and such a sign gives the texts again.
+    The inverse removes one apostrophe from each text that begins with apostrophes followed by such a character.
     """
     return re.sub(_FORMULA, r"'\1", text)
 
@@ -54,29 +54,43 @@ def export(
     clip: str | None = None,
     escape_formulas: bool = True,
 ) -> dict[str, Any]:
-    """Write a manifest in one of FORMATS to a file or a folder, whole or not at all, and give format, files and rows.
+    """Write a manifest in another format, atomically. The same manifest gives the same bytes.
 
-    csv and jsonl have all columns; npy the sample ids, (n,) unicode, in the order of the manifest; ogm a folder of
-    CLIP,LABEL lists by split; webdataset a folder of tars by split with the media; datasets a folder of save_to_disk.
-    Media are looked for in `dataset`'s folder, else in `root`, and nowhere that the manifest itself names;
-    `skip_missing` leaves out, and counts, those that are not there. `clip` names the column that an OGM list calls
-    clips by: the name of its file, without the extension; None is the first path column. `escape_formulas` is of csv:
-    see escape_formula. The same manifest gives the same bytes.
-    Raises ConfigError for what the format cannot hold, RunError where `out` exists.
+    Args:
+        manifest: path of the manifest.
+        out: file or folder to write.
+        format: one of FORMATS. csv and jsonl have all columns; npy the sample ids, (n,) unicode, in the order of the
+            manifest; ogm a folder of CLIP,LABEL lists by split; webdataset a folder of tars by split with the media;
+            datasets a folder as of save_to_disk.
+        dataset: source of the media, which are read from its folder only.
+        root: folder of the media if there is no dataset; folders named in the manifest are never used.
+        overwrite: replace `out` if it is an export of the same format.
+        samples_per_shard: samples per tar of a webdataset, at least 1.
+        skip_missing: skip and count missing media instead of raising.
+        clip: column by whose file name, without extension, an OGM list names clips; None is the first path column.
+        escape_formulas: escape csv texts, see escape_formula.
+
+    Returns:
+        format, files, rows, and counts of the format.
+
+    Raises:
+        ConfigError: the format is unknown or cannot hold the manifest.
+        ManifestError: the file is not a manifest, or media cannot be read.
+        RunError: `out` exists and may not be overwritten.
     """
     if format not in FORMATS:
-        raise ConfigError(f"--format {format}: no such format; {choices(format, FORMATS)}")
+        raise ConfigError(f"--format {format}: unknown format; {choices(format, FORMATS)}")
     if samples_per_shard < 1:
-        raise ConfigError(f"{samples_per_shard} samples per shard; there must be at least 1")
+        raise ConfigError(f"samples per shard is {samples_per_shard}; it must be at least 1")
     manifest, out = Path(manifest), Path(out)
     provenance = provenance_of(manifest)
     first = next(batches_of(manifest), None)
     if first is None:
-        raise ManifestError(f"{manifest} holds no rows: make it anew with mmaudit split")
+        raise ManifestError(f"{manifest} holds no rows: recreate it with mmaudit split")
     check_types(first.schema, where=str(manifest))
-    _check_plain(first.schema, manifest)
-    _check_place(out, manifest, format=format, overwrite=overwrite)
-    job = Job(
+    _check_column_types(first.schema, manifest)
+    _check_overwrite(out, manifest, format=format, overwrite=overwrite)
+    job = ExportJob(
         manifest=manifest,
         schema=first.schema.remove_metadata(),
         paths=tuple(name for name in first.schema.names if name not in COLUMNS),
@@ -88,47 +102,51 @@ def export(
         clip=clip,
         escape_formulas=escape_formulas,
     )
-    with (atomic_folder if format in _OURS else atomic_write)(out) as temporary:
-        more = _WRITERS[format](job, temporary)
-    files = sorted(str(each) for each in out.rglob("*") if each.is_file()) if out.is_dir() else [str(out)]
-    return {"format": format, "files": files, "rows": num_rows_of(manifest), **more}
+    with (atomic_folder if format in _EXPORT_FILES else atomic_write)(out) as temporary:
+        extra = _WRITERS[format](job, temporary)
+    files = sorted(str(path) for path in out.rglob("*") if path.is_file()) if out.is_dir() else [str(out)]
+    return {"format": format, "files": files, "rows": num_rows_of(manifest), **extra}
 
 
 def holds_media(manifest: Path, format: str) -> bool:
-    """Return whether an export in this format holds the media that a manifest names, so that these are opened."""
-    return format == "webdataset" and any(name not in COLUMNS for name in schema_of(manifest).names)
+    """Return whether an export in this format contains the media of the manifest, so that they must be readable."""
+    return format == "webdataset" and any(name not in COLUMNS for name in manifest_schema(manifest).names)
 
 
-def _check_plain(schema: pa.Schema, manifest: Path) -> None:
-    """Raise ManifestError for a column that a text file has no way to hold."""
+def _check_column_types(schema: pa.Schema, manifest: Path) -> None:
+    """Raise ManifestError for a column that a text file cannot hold."""
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating)
     for field in schema:
         type_ = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         if not (any(test(type_) for test in tests) or pa.types.is_boolean(type_) or pa.types.is_null(type_)):
-            raise ManifestError(f"{manifest}: its column {field.name} holds {type_}; export takes texts and numbers")
+            raise ManifestError(f"{manifest}: column {field.name} is {type_}; only texts and numbers can be exported")
 
 
-def _check_place(out: Path, manifest: Path, *, format: str, overwrite: bool) -> None:
-    """Refuse to write over anything, unless told to; and then over an export of this format only."""
+def _check_overwrite(out: Path, manifest: Path, *, format: str, overwrite: bool) -> None:
+    """Raise if `out` exists, unless `overwrite` is set and it is an export of this format."""
     if not out.exists():
         return
     if not overwrite:
-        raise RunError(f"{out} exists: name another with --out, or pass --overwrite")
+        raise RunError(f"{out} exists: choose another path with --out, or pass --overwrite")
     if out.resolve() == manifest.resolve():
-        raise ConfigError(f"{out} is the manifest itself: name another file with --out")
-    if out.is_dir() != (format in _OURS):
-        raise RunError(f"{out} is a {'folder' if out.is_dir() else 'file'}, and no export as {format}: name another")
+        raise ConfigError(f"{out} is the manifest itself: choose another path with --out")
+    if out.is_dir() != (format in _EXPORT_FILES):
+        kind = "folder" if out.is_dir() else "file"
+        raise RunError(f"{out} is a {kind}, not an export as {format}: choose another path with --out")
     if out.suffix.lower() in (".parquet", ".arrow", ".html", ".toml"):
-        raise RunError(f"{out} is no {format} file: name another with --out")
-    odd = [each.name for each in out.iterdir() if not _OURS[format].fullmatch(each.name)] if out.is_dir() else []
-    saved = format != "datasets" or any((out / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    if odd or (not saved and any(out.iterdir())):
-        raise RunError(f"{out} holds {min(odd, default='other things')}, and is no export as {format}: name another")
+        raise RunError(f"{out} is not a {format} file: choose another path with --out")
+    foreign = (
+        [path.name for path in out.iterdir() if not _EXPORT_FILES[format].fullmatch(path.name)] if out.is_dir() else []
+    )
+    is_dataset = format != "datasets" or any((out / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if foreign or (not is_dataset and any(out.iterdir())):
+        content = min(foreign, default="other files")
+        raise RunError(f"{out} contains {content}, it is not an export as {format}: choose another path with --out")
 
 
-def _write_csv(job: Job, path: Path) -> dict[str, Any]:
-    """Write a header and the rows; strings stand in quotes, a null is empty without them."""
-    escape = _escape_texts if job.escape_formulas else _as_it_is
+def _write_csv(job: ExportJob, path: Path) -> dict[str, Any]:
+    """Write a header and the rows; strings are quoted, a null is empty and unquoted."""
+    escape = _escape_texts if job.escape_formulas else _unchanged
     head = escape(job.schema.empty_table())
     with pa.csv.CSVWriter(path, head.schema) as writer:
         for table in batches_of(job.manifest):
@@ -136,12 +154,12 @@ def _write_csv(job: Job, path: Path) -> dict[str, Any]:
     return {}
 
 
-def _as_it_is(table: pa.Table) -> pa.Table:
+def _unchanged(table: pa.Table) -> pa.Table:
     return table
 
 
 def _escape_texts(table: pa.Table) -> pa.Table:
-    """Escape formulas in text columns and in the names of columns; numbers stay as they are."""
+    """Escape formulas in text columns and in column names; numbers are unchanged."""
     columns = [
         pc.replace_substring_regex(column, _FORMULA, _ESCAPED) if _is_text(column.type) else column
         for column in table.columns
@@ -153,55 +171,56 @@ def _is_text(type_: pa.DataType) -> bool:
     return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 
-def _write_jsonl(job: Job, path: Path) -> dict[str, Any]:
+def _write_jsonl(job: ExportJob, path: Path) -> dict[str, Any]:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in plain_rows(job):
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     return {}
 
 
-def _write_npy(job: Job, path: Path) -> dict[str, Any]:
-    """Write the ids as fixed-width unicode, which needs no pickle; a first pass finds the width."""
+def _write_npy(job: ExportJob, path: Path) -> dict[str, Any]:
+    """Write the ids as fixed-width unicode, which needs no pickle; a first pass computes the width."""
     width = count = 0
     for table in batches_of(job.manifest, columns=["sample_id"]):
         ids = table["sample_id"]
         width = max(width, pc.max(pc.utf8_length(ids)).as_py() or 0)
         count += len(ids)
-        if (cut := pc.filter(ids, pc.ends_with(ids, pattern="\0"))).length():
-            raise ConfigError(f"sample {cut[0].as_py()!r} ends in a NUL, which numpy cuts off: export as jsonl")
+        if (ends_in_nul := pc.filter(ids, pc.ends_with(ids, pattern="\0"))).length():
+            raise ConfigError(f"sample {ends_in_nul[0].as_py()!r} ends in NUL, which numpy strips: export as jsonl")
     dtype = np.dtype(f"<U{max(1, width)}")
     header = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
-    with path.open("wb") as file:  # no memory map: on a full disk a write to one is a SIGBUS
+    with path.open("wb") as file:  # no memory map: on a full disk, writing to one raises SIGBUS
         np.lib.format.write_array_header_1_0(file, header)
         for table in batches_of(job.manifest, columns=["sample_id"]):
             file.write(np.array(table["sample_id"].to_pylist(), dtype=dtype).tobytes())
     return {}
 
 
-def _write_ogm(job: Job, folder: Path) -> dict[str, Any]:
+def _write_ogm(job: ExportJob, folder: Path) -> dict[str, Any]:
     """Write train.csv, val.csv and test.csv of CLIP,LABEL without a header, and stat.csv, which lists the classes.
 
-    A clip is called by its file, as the OGM code joins AudioWAV/ and Image-01-FPS/ with it; an id where it has none.
+    A clip is named after its file, since the OGM code appends it to AudioWAV/ and Image-01-FPS/; without a file, by id.
     """
     if job.clip is not None and job.clip not in job.schema.names:
-        raise ConfigError(f"no column {job.clip!r} to name clips by; {choices(job.clip, ('sample_id', *job.paths))}")
-    named = job.paths if job.clip is None else (job.clip,)
+        raise ConfigError(f"clip column {job.clip!r} not found; {choices(job.clip, ('sample_id', *job.paths))}")
+    name_columns = job.paths if job.clip is None else (job.clip,)
     classes: set[str] = set()
-    seen: set[str] = set()
+    written: set[str] = set()
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
-        for row in plain_rows(job, "sample_id", "label", "label_name", "split", *named):
+        for row in plain_rows(job, "sample_id", "label", "label_name", "split", *name_columns):
             name = _OGM_FILES.get(SPLIT_NAMES.get(str(row["split"]).lower(), ""))
             if name is None:
                 raise ConfigError(
-                    f"sample {row['sample_id']!r} is of split {row['split']!r}; OGM lists are of train, validation and "
-                    "test: export as csv, or score data that have these splits"
+                    f"sample {row['sample_id']!r} is in split {row['split']!r}; OGM lists exist for train, validation "
+                    "and test only: export as csv, or score data with these splits"
                 )
             if name not in files:
                 files[name] = stack.enter_context((folder / name).open("w", encoding="utf-8", newline=""))
-            clip, label = _clip(row, named), str(row["label"] if row["label_name"] is None else row["label_name"])
-            _check_ogm(row["sample_id"], clip, label, twice=f"{clip}\0{label}" in seen)
-            seen.add(f"{clip}\0{label}")
+            clip = _clip_name(row, name_columns)
+            label = str(row["label"] if row["label_name"] is None else row["label_name"])
+            _check_ogm_row(row["sample_id"], clip, label, is_repeated=f"{clip}\0{label}" in written)
+            written.add(f"{clip}\0{label}")
             classes.add(label)
             csv.writer(files[name], lineterminator="\n").writerow([clip, label])
     with (folder / "stat.csv").open("w", encoding="utf-8", newline="") as file:
@@ -209,52 +228,54 @@ def _write_ogm(job: Job, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _clip(row: dict[str, Any], named: tuple[str, ...]) -> str:
-    path = next((row[name] for name in named if name != "sample_id" and row[name] is not None), None)
+def _clip_name(row: dict[str, Any], name_columns: tuple[str, ...]) -> str:
+    path = next((row[name] for name in name_columns if name != "sample_id" and row[name] is not None), None)
     return str(row["sample_id"]) if path is None else PurePosixPath(str(path)).stem
 
 
-def _check_ogm(sample_id: str, clip: str, label: str, *, twice: bool) -> None:
-    for what, text in (("clip", clip), ("class", label)):
+def _check_ogm_row(sample_id: str, clip: str, label: str, *, is_repeated: bool) -> None:
+    for part_name, text in (("clip", clip), ("class", label)):
         if text != text.strip() or len(text.splitlines()) != 1 or "\0" in text:
-            raise ConfigError(f"sample {sample_id!r}: an OGM list cannot hold the {what} {text!r}; export as csv")
+            raise ConfigError(f"sample {sample_id!r}: an OGM list cannot hold the {part_name} {text!r}; export as csv")
     if "/" in clip:
-        raise ConfigError(f"sample {sample_id!r}: the clip {clip!r} is no name of a file; name a column of files")
-    if twice:
+        raise ConfigError(f"sample {sample_id!r}: the clip {clip!r} is not a file name; choose a column of files")
+    if is_repeated:
         raise ConfigError(
-            f"sample {sample_id!r}: another is called {clip!r} and of class {label!r}, too; "
-            "name a column whose files have names of their own, or sample_id"
+            f"sample {sample_id!r}: another sample has the same clip {clip!r} and class {label!r}; "
+            "choose a column with unique file names, or sample_id"
         )
 
 
-def _write_datasets(job: Job, folder: Path) -> dict[str, Any]:
-    """Write what Dataset.save_to_disk does, a DatasetDict where there are several splits, from Arrow files on disk."""
+def _write_datasets(job: ExportJob, folder: Path) -> dict[str, Any]:
+    """Write as Dataset.save_to_disk does, a DatasetDict for several splits, from Arrow files on disk."""
     import datasets
 
-    mark = str(rows_of(job.manifest).get("digest", "")) or digest(job.manifest.read_bytes())
-    shown = not datasets.are_progress_bars_disabled()
+    manifest_digest = str(rows_of(job.manifest).get("digest", "")) or digest(job.manifest.read_bytes())
+    bars_enabled = not datasets.are_progress_bars_disabled()
     try:
         with scratch_folder(folder.parent) as scratch:
-            parts = _arrow_by_split(job, scratch)
-            found = {
+            paths_by_split = _arrow_by_split(job, scratch)
+            sets = {
                 split: datasets.Dataset(
                     datasets.table.MemoryMappedTable.from_file(str(path)),
                     info=datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(job.schema)),
-                    fingerprint=digest(mark.encode(), split.encode())[:16],  # that of `datasets` itself differs by run
+                    fingerprint=digest(manifest_digest.encode(), split.encode())[
+                        :16
+                    ],  # the default of `datasets` differs by run
                 )
-                for split, path in parts.items()
+                for split, path in paths_by_split.items()
             }
             datasets.disable_progress_bars()
-            whole_set = datasets.DatasetDict(found) if len(found) > 1 else next(iter(found.values()))
+            whole_set = datasets.DatasetDict(sets) if len(sets) > 1 else next(iter(sets.values()))
             whole_set.save_to_disk(str(folder))
     finally:
-        if shown:
+        if bars_enabled:
             datasets.enable_progress_bars()
     return {}
 
 
-def _arrow_by_split(job: Job, folder: Path) -> dict[str, Path]:
-    """Write an Arrow stream of the rows of each split, in their order."""
+def _arrow_by_split(job: ExportJob, folder: Path) -> dict[str, Path]:
+    """Write an Arrow stream of the rows of each split, in row order."""
     with ExitStack() as stack:
         writers: dict[str, Any] = {}
         for table in batches_of(job.manifest):
@@ -267,7 +288,7 @@ def _arrow_by_split(job: Job, folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.arrow" for name in sorted(writers)}
 
 
-_WRITERS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
+_WRITERS: dict[str, Callable[[ExportJob, Path], dict[str, Any]]] = {
     "csv": _write_csv,
     "jsonl": _write_jsonl,
     "npy": _write_npy,

@@ -1,4 +1,4 @@
-"""Manifests: the samples of a subset, how they were chosen, and what was left out."""
+"""Manifest files: the selected samples, the dropped ones, provenance and digests."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..audit.parsing import Shape
 from ..audit.scores.table import PROVENANCE as SCORES
 
 SCHEMA_VERSION = 3
-ROWS_KEY = "mmaudit.rows"  # in the file's own metadata, which are written last: how many rows, and both digests
-_NOT_DIGESTED = (ROWS_KEY.encode(), b"ARROW:schema")  # the digests themselves, and Arrow's copy of the columns' types
-GROUP_ROWS = 131_072  # rows of a row group, and of a step of the digest
+ROWS_KEY = "mmaudit.rows"  # key in the file metadata, written last: number of rows and both digests
+_NOT_DIGESTED = (ROWS_KEY.encode(), b"ARROW:schema")  # the digests themselves, and Arrow's copy of the schema
+GROUP_ROWS = 131_072  # rows per row group, and per update of the digest
 
 RANGES = {
     "bin": ("[0, bins)", "bin of the discrepancy over [-1, 1]; null where the subset was not made by bins"),
@@ -60,7 +60,7 @@ DROPPED_COLUMNS = {
 
 _TYPES = {**COLUMNS, **DROPPED_COLUMNS}
 _MAYBE_TEXT = (str, type(None))
-_RECIPE: Shape = {  # what `recipe_of` reads is checked there, against the types of a Recipe
+_RECIPE: Shape = {  # the fields that recipe_of reads are checked there, against the types of a Recipe
     "seed": int,
     "resplit": _MAYBE_TEXT,
     "scores": _MAYBE_TEXT,
@@ -73,20 +73,29 @@ _RECIPE: Shape = {  # what `recipe_of` reads is checked there, against the types
 PROVENANCE: Shape = {"schema": str, "subset": str, "between": str, "rule": _RECIPE, "ranges": {}, "scores": SCORES}
 ROWS: Shape = {"rows": int, "digest": str, "metadata": str, "dropped_from": str}
 
-REPEATING = ("label_name", "split", "subset", "group", "reason")  # few different values each: stored as codes
+# Columns of few distinct values, stored as dictionary codes.
+REPEATING = ("label_name", "split", "subset", "group", "reason")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digests:
-    """Fingerprints of a manifest's rows and of its metadata, 32 hexadecimal digits each."""
+    """Digests of a manifest's rows and of its metadata, 32 hexadecimal digits each."""
 
     rows: str
     metadata: str
 
 
-@dataclass(frozen=True, kw_only=True)  # without slots: its digests are computed once
+@dataclass(frozen=True, kw_only=True)  # no slots, so that digests can be cached
 class Manifest:
-    """The rows of a manifest as an Arrow table with the columns of COLUMNS, plus the source's path columns."""
+    """A manifest in memory.
+
+    Args:
+        table: rows with the columns of COLUMNS, plus the path columns of the source.
+        provenance: metadata of how the manifest was made.
+
+    Raises:
+        ManifestError: a column is missing, sample_id, label or rank holds nulls, or ids are not unique.
+    """
 
     table: pa.Table
     provenance: dict[str, Any]
@@ -95,43 +104,53 @@ class Manifest:
         check_columns(self.table.schema, where="the table")
         nulls = [name for name in ("sample_id", "label", "rank") if self.table[name].null_count]
         if nulls:
-            raise ManifestError(f"column {nulls[0]} of the manifest holds nulls: make it anew with mmaudit split")
+            raise ManifestError(f"column {nulls[0]} of the manifest holds nulls: recreate it with mmaudit split")
         _check_unique(self.table["sample_id"])
 
     def __len__(self) -> int:
         return len(self.table)
 
     def digest(self) -> str:
-        """Fingerprint the rows: every column, in their order."""
+        """Return the digest of the rows: all columns, in row order."""
         return self.digests.rows
 
     @cached_property
     def digests(self) -> Digests:
-        """Fingerprints of the rows and of the metadata."""
+        """Digests of the rows and of the metadata."""
         return Digests(rows=digest_of(self.table), metadata=metadata_digest(self.table.schema.metadata or {}))
 
     def strings(self, name: str) -> NDArray[np.object_]:
-        """Give a column of strings, (n,), null as None."""
+        """Return a column of strings, (n,), null as None."""
         return np.array(self.table[name].to_pylist(), dtype=object)
 
     def numbers(self, name: str) -> NDArray[np.float64]:
-        """Give a column of numbers, (n,), null as NaN."""
+        """Return a column of numbers, (n,), null as NaN."""
         return np.array(self.table[name].to_pandas(), dtype=np.float64)
 
 
 def _check_unique(ids: pa.ChunkedArray) -> None:
-    """Raise ManifestError for ids that stand twice; only those whose hashes do are compared."""
+    """Raise ManifestError for repeated ids; only ids whose hashes are repeated are compared."""
     keys = hash_ids(ids.combine_chunks(), seed=0, purpose="unique")
-    found, number = np.unique(keys, return_counts=True)
-    if (number == 1).all():
+    unique_keys, num_rows = np.unique(keys, return_counts=True)
+    if (num_rows == 1).all():
         return
-    same = ids.filter(pa.array(np.isin(keys, found[number > 1]))).to_pylist()
-    if repeated := len(same) - len(set(same)):
-        raise ManifestError(f"{repeated} ids stand more than once in the manifest: make it anew with mmaudit split")
+    colliding_ids = ids.filter(pa.array(np.isin(keys, unique_keys[num_rows > 1]))).to_pylist()
+    if repeated := len(colliding_ids) - len(set(colliding_ids)):
+        raise ManifestError(f"{repeated} ids occur more than once in the manifest: recreate it with mmaudit split")
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read a manifest; ManifestError where it is not one."""
+    """Read a manifest.
+
+    Args:
+        path: file that mmaudit split wrote.
+
+    Returns:
+        Rows and provenance, columns cast to the types of COLUMNS.
+
+    Raises:
+        ManifestError: the file is not a manifest, or of another version.
+    """
     table, provenance = read_parquet(Path(path), error=ManifestError, shape=PROVENANCE)
     _check_version(provenance, where=str(path))
     check_types(table.schema, where=str(path))
@@ -139,61 +158,63 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _check_version(provenance: Mapping[str, Any], *, where: str) -> None:
-    """Raise ManifestError for a manifest of another version; metadata that another tool removed state none."""
-    stated, right = provenance.get("schema", ""), f"mmaudit.manifest/{SCHEMA_VERSION}"
-    if str(stated).startswith("mmaudit.manifest/") and stated != right:
-        raise ManifestError(f"{where} is {str(stated)[:40]}, and this mmaudit reads {right}: run mmaudit split again")
+    """Raise ManifestError for another version; if another tool removed the metadata, no version is stated."""
+    stated, expected = provenance.get("schema", ""), f"mmaudit.manifest/{SCHEMA_VERSION}"
+    if str(stated).startswith("mmaudit.manifest/") and stated != expected:
+        raise ManifestError(
+            f"{where} is {str(stated)[:40]}, but this mmaudit reads {expected}: run mmaudit split again"
+        )
 
 
 def read_dropped(path: Path, manifest: Manifest) -> pa.Table | None:
-    """Read the rows that the manifest in `path` left out; None where the file does not lie beside it.
+    """Read the rows that were dropped from the manifest in `path`; None if there is no such file in its folder.
 
-    Raises ManifestError for the rows of another manifest, as a split that was killed half-way leaves them.
+    Raises ManifestError for rows of another manifest, as an interrupted split leaves them.
     """
-    beside = dropped_path(path)
-    if not beside.exists():
+    file = dropped_path(path)
+    if not file.exists():
         return None
-    table, _ = read_parquet(beside, error=ManifestError, shape=PROVENANCE)
-    if rows_of(beside).get("dropped_from") != manifest.digest():
-        raise ManifestError(f"{beside} holds the rows dropped from another manifest: run mmaudit split again")
-    check_types(table.schema, where=str(beside), columns=DROPPED_COLUMNS)
-    return cast_columns(table, where=str(beside))
+    table, _ = read_parquet(file, error=ManifestError, shape=PROVENANCE)
+    if rows_of(file).get("dropped_from") != manifest.digest():
+        raise ManifestError(f"{file} holds the rows dropped from another manifest: run mmaudit split again")
+    check_types(table.schema, where=str(file), columns=DROPPED_COLUMNS)
+    return cast_columns(table, where=str(file))
 
 
 def dropped_path(path: Path) -> Path:
-    """Name the file of dropped rows that belongs to a manifest."""
+    """Return the path of a manifest's file of dropped rows."""
     return path.with_name(f"{path.stem}.dropped.parquet")
 
 
 def provenance_of(path: Path) -> dict[str, Any]:
-    """Read what a manifest was made from, without its rows."""
-    metadata = schema_of(path).metadata or {}
+    """Read the provenance of a manifest, without its rows."""
+    metadata = manifest_schema(path).metadata or {}
     return parse_provenance(metadata, error=ManifestError, where=str(path), shape=PROVENANCE)
 
 
-def schema_of(path: Path) -> pa.Schema:
-    """Read the columns of a manifest, or of its dropped rows."""
+def manifest_schema(path: Path) -> pa.Schema:
+    """Read the schema of a manifest, or of its dropped rows."""
     return read_schema(path, error=ManifestError)
 
 
 def num_rows_of(path: Path) -> int:
-    """Read how many rows a manifest, or its dropped rows, has."""
+    """Read the number of rows of a manifest, or of its dropped rows."""
     return int(read_footer(path, error=ManifestError).num_rows)
 
 
 def rows_of(path: Path) -> dict[str, Any]:
-    """Read what a file states of itself: rows, digest, metadata; dropped rows also dropped_from. {} if nothing."""
+    """Read the stated row count and digests: rows, digest, metadata, for dropped rows also dropped_from; {} if none."""
     metadata = read_footer(path, error=ManifestError).metadata or {}
     return parse_provenance(metadata, error=ManifestError, where=str(path), key=ROWS_KEY.encode(), shape=ROWS)
 
 
 def batches_of(path: Path, *, columns: list[str] | None = None, as_stored: bool = False) -> Iterator[pa.Table]:
-    """Read a manifest, or its dropped rows, a batch at a time; ManifestError where that cannot be done.
+    """Read a manifest, or its dropped rows, in batches; raises ManifestError if that fails.
 
-    Columns of a manifest come in the types that it is written with; `as_stored`: in those that the file has.
+    Columns are cast to the types of COLUMNS; with `as_stored` they keep the types of the file.
     """
     if not as_stored:
-        schema = schema_of(path)
+        schema = manifest_schema(path)
         names = schema.names if columns is None else columns
         check_types(schema, where=str(path), columns={name: _TYPES[name] for name in names if name in _TYPES})
     for table in read_batches(path, error=ManifestError, rows=GROUP_ROWS, columns=columns):
@@ -201,42 +222,42 @@ def batches_of(path: Path, *, columns: list[str] | None = None, as_stored: bool 
 
 
 def check_columns(schema: pa.Schema, *, where: str, columns: Mapping[str, pa.DataType] = COLUMNS) -> None:
-    """Raise ManifestError for a table that lacks any column of a manifest."""
+    """Raise ManifestError if a column of a manifest is missing."""
     missing = [name for name in columns if name not in schema.names]
     if missing:
         raise ManifestError(
-            f"{where} is not a manifest: it lacks {', '.join(missing)}; make one with: mmaudit split --balanced"
+            f"{where} is not a manifest: it lacks {', '.join(missing)}; create one with: mmaudit split --balanced"
         )
 
 
 def check_types(schema: pa.Schema, *, where: str, columns: Mapping[str, pa.DataType] = COLUMNS) -> None:
-    """Raise ManifestError for a table that lacks columns, or has others than texts and numbers under their names."""
+    """Raise ManifestError if a column is missing, or neither text nor number as its type demands."""
     check_columns(schema, where=where, columns=columns)
-    for name, right in columns.items():
+    for name, expected in columns.items():
         type_ = schema.field(name).type
         value_type = type_.value_type if pa.types.is_dictionary(type_) else type_
         texts = pa.types.is_string(value_type) or pa.types.is_large_string(value_type)
         numbers = pa.types.is_integer(value_type) or pa.types.is_floating(value_type)
-        if not (texts if right == pa.string() else numbers) and not pa.types.is_null(type_):
-            raise ManifestError(f"{where} is not a manifest: its {name} is {type_}, not {right}")
+        if not (texts if expected == pa.string() else numbers) and not pa.types.is_null(type_):
+            raise ManifestError(f"{where} is not a manifest: its {name} is {type_}, not {expected}")
 
 
 def cast_columns(table: pa.Table, *, where: str) -> pa.Table:
-    """Return the columns of a manifest in the types that it is written with, whatever rewrote the file since."""
+    """Cast the columns of a manifest to the types of COLUMNS, in case another tool rewrote the file."""
     try:
-        for place, field in enumerate(table.schema):
+        for index, field in enumerate(table.schema):
             if field.type != _TYPES.get(field.name, field.type):
-                table = table.set_column(place, field.name, table.column(place).cast(_TYPES[field.name]))
+                table = table.set_column(index, field.name, table.column(index).cast(_TYPES[field.name]))
     except pa.ArrowException as cause:
         raise ManifestError(f"{where}: column {field.name} cannot be read: {str(cause).splitlines()[0]}") from cause
     return table
 
 
 class RowDigest:
-    """A fingerprint of rows in their order, of each column's name and values, whatever batches they come in."""
+    """Digest of the names and values of columns, in row order, independent of the batches."""
 
     def __init__(self) -> None:
-        self._whole = hashlib.sha256()  # processors have instructions for it: twice as quick as blake2b
+        self._hash = hashlib.sha256()  # hardware support: twice as fast as blake2b
 
     def add(self, table: pa.Table) -> None:
         """Add the next GROUP_ROWS rows, or the last ones."""
@@ -244,61 +265,61 @@ class RowDigest:
             column = table[name].combine_chunks()
             if name in REPEATING and not pa.types.is_dictionary(column.type):
                 column = column.dictionary_encode()
-            self._whole.update(f"{name}\0{len(column)}\0{column.null_count}\0".encode())
+            self._hash.update(f"{name}\0{len(column)}\0{column.null_count}\0".encode())
             if column.null_count == len(column):
                 continue
             if column.null_count:
-                self._whole.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
-            for block in _values(column):
-                self._whole.update(block)
+                self._hash.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+            for block in _value_bytes(column):
+                self._hash.update(block)
 
     def hexdigest(self) -> str:
-        """Give it in 32 hexadecimal digits."""
-        return self._whole.hexdigest()[:32]
+        """Return the digest as 32 hexadecimal digits."""
+        return self._hash.hexdigest()[:32]
 
 
 def digest_of(table: pa.Table) -> str:
-    """Fingerprint the rows of a table."""
-    found = RowDigest()
-    for group in regrouped([table]):
-        found.add(group)
-    return found.hexdigest()
+    """Compute the digest of the rows of a table."""
+    row_digest = RowDigest()
+    for group in regroup([table]):
+        row_digest.add(group)
+    return row_digest.hexdigest()
 
 
 def digests_of(path: Path) -> Digests:
-    """Compute the digests of a file, a batch at a time."""
+    """Compute the digests of a file, batch by batch."""
     rows = RowDigest()
-    for group in regrouped(batches_of(path)):
+    for group in regroup(batches_of(path)):
         rows.add(group)
-    return Digests(rows=rows.hexdigest(), metadata=metadata_digest(schema_of(path).metadata or {}))
+    return Digests(rows=rows.hexdigest(), metadata=metadata_digest(manifest_schema(path).metadata or {}))
 
 
 def metadata_digest(metadata: Mapping[bytes, bytes]) -> str:
-    """Fingerprint all metadata of a file, other tools' too, but for those that state the digests themselves."""
+    """Compute the digest of all metadata of a file, other tools' included, except the stated digests."""
     pairs = sorted((name, value) for name, value in metadata.items() if name not in _NOT_DIGESTED)
     return digest(*(part for pair in pairs for part in pair))
 
 
-def regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Cut tables anew, into ones of GROUP_ROWS rows and a last one."""
-    held: list[pa.Table] = []
-    number = 0
+def regroup(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Regroup tables into ones of GROUP_ROWS rows and a last one with the rest."""
+    pending: list[pa.Table] = []
+    num_pending = 0
     for table in tables:
-        held.append(table)
-        number += len(table)
-        while number >= GROUP_ROWS:
-            whole = pa.concat_tables(held)
-            yield whole.slice(0, GROUP_ROWS)
-            held = [whole.slice(GROUP_ROWS)]
-            number -= GROUP_ROWS
-    if number:
-        yield pa.concat_tables(held)
+        pending.append(table)
+        num_pending += len(table)
+        while num_pending >= GROUP_ROWS:
+            together = pa.concat_tables(pending)
+            yield together.slice(0, GROUP_ROWS)
+            pending = [together.slice(GROUP_ROWS)]
+            num_pending -= GROUP_ROWS
+    if num_pending:
+        yield pa.concat_tables(pending)
 
 
-def _values(column: pa.Array) -> Iterator[bytes | memoryview]:
-    """Give the values of a column as bytes that depend on nothing else; a null as 0, or as an empty text."""
+def _value_bytes(column: pa.Array) -> Iterator[bytes | memoryview]:
+    """Yield the values of a column as bytes that depend on the values only; null as 0, or as an empty string."""
     if pa.types.is_dictionary(column.type):
-        yield from _coded(column)
+        yield from _dictionary_bytes(column)
     elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         filled = column.fill_null(0) if column.null_count else column
         yield np.ascontiguousarray(filled.to_numpy(zero_copy_only=False)).data.cast("B")
@@ -314,16 +335,16 @@ def _values(column: pa.Array) -> Iterator[bytes | memoryview]:
         yield json.dumps(column.to_pylist(), default=str).encode()
 
 
-def _coded(column: pa.DictionaryArray) -> Iterator[bytes | memoryview]:
-    """Give the values that occur, sorted, and the place of each row's among them; a null has the first."""
+def _dictionary_bytes(column: pa.DictionaryArray) -> Iterator[bytes | memoryview]:
+    """Yield the sorted occurring values as JSON, then the index of each row's value among them; null has index 0."""
     names = column.dictionary.to_pylist()
     codes = column.indices.to_numpy(zero_copy_only=False) if not column.null_count else None
     if codes is None:
         codes = column.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)
     used = np.flatnonzero(np.bincount(codes, minlength=len(names))[: len(names)]).tolist()
-    among = sorted({names[code] for code in used})
-    number = {name: place for place, name in enumerate(among)}
-    place = np.zeros(len(names) + 1, dtype=np.min_scalar_type(len(among)))
-    place[used] = [number[names[code]] for code in used]
-    yield json.dumps(among, default=str).encode()
-    yield place[codes].data.cast("B")
+    occurring = sorted({names[code] for code in used})
+    rank_of_name = {name: rank for rank, name in enumerate(occurring)}
+    rank_of_code = np.zeros(len(names) + 1, dtype=np.min_scalar_type(len(occurring)))
+    rank_of_code[used] = [rank_of_name[names[code]] for code in used]
+    yield json.dumps(occurring, default=str).encode()
+    yield rank_of_code[codes].data.cast("B")

@@ -1,4 +1,4 @@
-"""Recipes: all that decides a split, so that it can be made again."""
+"""Recipes: all settings that determine a split, so that it can be reproduced."""
 
 from __future__ import annotations
 
@@ -14,63 +14,77 @@ import numpy as np
 from ..audit.errors import ConfigError, GateError, ManifestError
 from ..audit.parsing import build
 from ..audit.storage import write_json
-from .balanced import Balanced, BalancedConfig, plan_balanced
+from .balanced import BalancedConfig, BalancedRule, plan_balanced
 from .binning import Counts
 from .manifest import batches_of, provenance_of, rows_of
 from .resplit import parse_shares, resplit
-from .score_tables import ManifestMembers, ScoreFiles, keys_of, same_dataset
+from .score_tables import ManifestMembers, ScoreFiles, check_same_dataset, hash_keys
 from .selection import Selection, SelectionRule, select_rows
 from .split import write_split
-from .subsets import by_mixture, everything, parse_dominated, parse_subset
+from .subsets import all_samples, by_mixture, parse_dominated, parse_subset
 
 log = logging.getLogger("mmaudit")
 
-_FILES = ("like", "intersect", "exclude")  # what names other manifests
-_BINS = 20  # of the report of subsets that are not made by bins
+_MANIFEST_FIELDS = ("like", "intersect", "exclude")  # fields that name other manifests
+_REPORT_BINS = 20  # in the numbers of subsets that are not made by bins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One kind of samples (balanced, subset, dominated or gmm; none of them: all), and what else decides.
+    """Settings of a split: at most one kind of samples (balanced, subset, dominated or gmm; none: all), and the rest.
 
-    like, intersect and exclude name manifests by their files.
+    Args:
+        seed: seed of the hash by which rows are drawn.
+        balanced: settings of the balanced split.
+        subset: subset as `parse_subset` reads it.
+        dominated: MODALITY:T.
+        gmm: side of the gap mixture, balanced or imbalanced.
+        posterior: threshold on P(balanced) for `gmm`, in (0, 1].
+        between: discrepancy as in ScoreTable.discrepancy; None is the default pair.
+        like: manifest file whose counts by split and class a random subset copies.
+        intersect: manifest files that must all contain a sample.
+        exclude: manifest files that must not contain a sample.
+        resplit: shares of new splits, such as 80/8/12.
+
+    Raises:
+        ConfigError: several kinds, or no kind and no other criterion; `like` without a random subset.
     """
 
     seed: int = 0
     balanced: BalancedConfig | None = None
-    subset: str | None = None  # as `parse_subset` reads it
-    dominated: str | None = None  # MODALITY:T
-    gmm: str | None = None  # balanced or imbalanced
-    posterior: float = 0.5  # of `gmm`
+    subset: str | None = None
+    dominated: str | None = None
+    gmm: str | None = None
+    posterior: float = 0.5
     between: str | None = None
     like: str | None = None
     intersect: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    resplit: str | None = None  # 80/8/12
+    resplit: str | None = None
 
     def __post_init__(self) -> None:
         kinds = [self.balanced is not None, self.subset is not None, self.dominated is not None, self.gmm is not None]
         if sum(kinds) > 1 or (sum(kinds) == 0 and not (self.intersect or self.exclude or self.resplit)):
             raise ConfigError(
-                "say which samples: exactly one of --balanced, --subset, --dominated and --gmm, "
+                "no subset, or several, requested: pass exactly one of --balanced, --subset, --dominated and --gmm, "
                 "or --intersect, --exclude or --resplit alone"
             )
         if self.like is not None and (self.subset or "").partition(":")[0] != "random":
-            raise ConfigError("--like goes with --subset random: as many samples of each class as that manifest has")
+            raise ConfigError("--like requires --subset random: it draws as many of each class as that manifest has")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """What came of a recipe: the file, unless it was a trial, and Tally.numbers with what else is to be told."""
+    """Outcome of a recipe: path of the manifest, None for a dry run, and SplitStats.numbers with name and curve."""
 
     path: Path | None
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
 def make_split(
-    shards: ScoreFiles,
+    score_files: ScoreFiles,
     recipe: Recipe,
-    place: Callable[[str], Path],
+    path_of: Callable[[str], Path],
     *,
     scratch: Path,
     name: str | None = None,
@@ -78,57 +92,57 @@ def make_split(
     beside: Path | None = None,
     dry: bool = False,
 ) -> Split:
-    """Choose by a recipe and write the manifest where `place` says for its name, with NAME.balance.json beside it.
+    """Select samples by a recipe; write the manifest to `path_of(name)` and NAME.balance.json to the same folder.
 
-    `scores` is the file that the manifest says it was made from; it and other manifests are named as they are found
-    from the manifest's folder, or from `beside`. A dry run writes nothing.
-    Raises GateError where a size, or weights, are farther from uniform than the tolerance given with them.
+    `scores` is the score file recorded in the manifest; it and other manifests are recorded relative to the
+    manifest's folder, or to `beside`. A dry run writes nothing.
+    Raises GateError if a size, or weights, give a larger distance to uniform than the tolerance set with them.
     """
     members = [
-        _members(shards, Path(file), inside=inside)
-        for inside, files in ((True, recipe.intersect), (False, recipe.exclude))
+        _read_members(score_files, Path(file), include=include)
+        for include, files in ((True, recipe.intersect), (False, recipe.exclude))
         for file in files
     ]
-    shards = replace(shards, members=tuple(members))
+    score_files = replace(score_files, members=tuple(members))
     if recipe.resplit is not None:
-        between = recipe.between or shards.default_between()
-        shards = resplit(shards, parse_shares(recipe.resplit), between=between, scratch=scratch)
-    _check_found(shards)
-    rule = _rule(shards, recipe, name="all" if recipe.resplit is None else "resplit")
-    choice = select_rows(shards, rule, scratch=scratch)
-    name = name or _named(rule.name, members)
+        between = recipe.between or score_files.default_between()
+        score_files = resplit(score_files, parse_shares(recipe.resplit), between=between, scratch=scratch)
+    _check_members_scored(score_files)
+    rule = _build_rule(score_files, recipe, name="all" if recipe.resplit is None else "resplit")
+    selection = select_rows(score_files, rule, scratch=scratch)
+    name = name or _default_name(rule.name, members)
     extra: dict[str, Any] = {"name": name}
-    if isinstance(rule, Balanced):
+    if isinstance(rule, BalancedRule):
         if not dry:
-            _check_gate(rule, choice)
+            _check_gate(rule, selection)
         if rule.config.grid:
-            extra["grid_distances"] = rule.distances(choice.counts, choice.quota)
-        extra |= {"curve": [asdict(point) for point in rule.curve(choice.counts)], "grid": rule.config.grid}
-    num_bins = rule.num_bins if isinstance(rule, Balanced) else _BINS
-    path = place(name)
+            extra["grid_distances"] = rule.distances(selection.counts, selection.quota)
+        extra |= {"curve": [asdict(point) for point in rule.curve(selection.counts)], "grid": rule.config.grid}
+    num_bins = rule.num_bins if isinstance(rule, BalancedRule) else _REPORT_BINS
+    path = path_of(name)
     folder = beside or path.parent
-    _check_place(folder / path.name, recipe)
-    record = _record(recipe, folder=folder, scores=scores)
-    numbers = write_split(choice, None if dry else path, name=name, recipe=record, num_bins=num_bins) | extra
+    _check_no_overwrite(folder / path.name, recipe)
+    record = _recipe_record(recipe, folder=folder, scores=scores)
+    numbers = write_split(selection, None if dry else path, name=name, recipe=record, num_bins=num_bins) | extra
     if not dry:
         write_json({**numbers, "recipe": record, "digest": rows_of(path)["digest"]}, balance_path(path))
     return Split(path=None if dry else path, numbers=numbers)
 
 
 def balance_path(path: Path) -> Path:
-    """Name the file of numbers that belongs to a manifest."""
+    """Return the path of a manifest's file of numbers."""
     return path.with_name(f"{path.stem}.balance.json")
 
 
 def recipe_of(record: dict[str, Any], *, folder: Path) -> Recipe:
-    """Give the recipe that a manifest in `folder` records; ManifestError where it records none."""
+    """Build the recipe recorded in a manifest in `folder`; raises ManifestError if there is none."""
     if "seed" not in record or "scores" not in record:
-        raise ManifestError("the manifest does not say how it was made: it was not written by this mmaudit split")
-    values = {each.name: record[each.name] for each in fields(Recipe) if each.name in record}
+        raise ManifestError("the manifest records no recipe: it was not written by mmaudit split")
+    values = {field.name: record[field.name] for field in fields(Recipe) if field.name in record}
     try:
         recipe = build(Recipe, {name: value for name, value in values.items() if value is not None}, where="rule.")
     except ConfigError as error:
-        raise ManifestError(f"the manifest does not say how it can be made again: {error}") from error
+        raise ManifestError(f"the recipe recorded in the manifest cannot be used: {error}") from error
     return replace(
         recipe,
         intersect=tuple(str(folder / name) for name in recipe.intersect),
@@ -137,107 +151,113 @@ def recipe_of(record: dict[str, Any], *, folder: Path) -> Recipe:
     )
 
 
-def _rule(shards: ScoreFiles, recipe: Recipe, *, name: str) -> SelectionRule:
+def _build_rule(score_files: ScoreFiles, recipe: Recipe, *, name: str) -> SelectionRule:
     between = recipe.between
     if recipe.balanced is not None:
-        return plan_balanced(shards, recipe.balanced, between=between)
+        return plan_balanced(score_files, recipe.balanced, between=between)
     if recipe.subset is not None:
-        like = None if recipe.like is None else (Path(recipe.like).stem, _count_like(shards, Path(recipe.like)))
-        return parse_subset(shards, recipe.subset, between=between, like=like)
+        like = (
+            None
+            if recipe.like is None
+            else (Path(recipe.like).stem, _count_split_classes(score_files, Path(recipe.like)))
+        )
+        return parse_subset(score_files, recipe.subset, between=between, like=like)
     if recipe.dominated is not None:
-        return parse_dominated(shards.modalities, recipe.dominated, between=between)
-    chosen = between or shards.default_between()
+        return parse_dominated(score_files.modalities, recipe.dominated, between=between)
+    between_or_default = between or score_files.default_between()
     if recipe.gmm is not None:
-        return by_mixture(shards, recipe.gmm, between=chosen, posterior=recipe.posterior)
-    return everything(chosen, name=name)
+        return by_mixture(score_files, recipe.gmm, between=between_or_default, posterior=recipe.posterior)
+    return all_samples(between_or_default, name=name)
 
 
-def _members(shards: ScoreFiles, path: Path, *, inside: bool) -> ManifestMembers:
-    """Read the ids of a manifest as keys: 8 bytes a row."""
-    same_dataset(shards.provenance, provenance_of(path).get("scores", {}), name=str(path))
+def _read_members(score_files: ScoreFiles, path: Path, *, include: bool) -> ManifestMembers:
+    """Read the ids of a manifest as hash keys, 8 bytes per row."""
+    check_same_dataset(score_files.provenance, provenance_of(path).get("scores", {}), name=str(path))
     ids = [batch["sample_id"] for batch in batches_of(path, columns=["sample_id"])]
     if not ids or any(column.null_count for column in ids):
-        raise ManifestError(
-            f"{path} holds {'ids that are null' if ids else 'no rows'}: make it anew with mmaudit split"
-        )
-    keys = [keys_of(column, seed=shards.seed) for column in ids]
-    return ManifestMembers(name=path.stem, keys=np.sort(np.concatenate(keys)), inside=inside)
+        raise ManifestError(f"{path} holds {'ids that are null' if ids else 'no rows'}: recreate it with mmaudit split")
+    keys = [hash_keys(column, seed=score_files.seed) for column in ids]
+    return ManifestMembers(name=path.stem, keys=np.sort(np.concatenate(keys)), include=include)
 
 
-def _check_found(shards: ScoreFiles) -> None:
-    """Raise ManifestError for a manifest that names samples which these scores do not have."""
-    if not shards.members:
+def _check_members_scored(score_files: ScoreFiles) -> None:
+    """Raise ManifestError for a manifest with samples that are not in these scores."""
+    if not score_files.members:
         return
-    found = [0] * len(shards.members)
-    for rows in shards.rows():
-        for number, members in enumerate(shards.members):
-            found[number] += int((members.admits(rows.key) == members.inside).sum())
-    for members, number in zip(shards.members, found, strict=True):
-        if number < len(members.keys):
+    num_found = [0] * len(score_files.members)
+    for batch in score_files.batches():
+        for index, members in enumerate(score_files.members):
+            num_found[index] += int((members.admitted_mask(batch.key) == members.include).sum())
+    for members, count in zip(score_files.members, num_found, strict=True):
+        if count < len(members.keys):
             raise ManifestError(
-                f"{len(members.keys) - number} of the {len(members.keys)} samples of {members.name} are not among "
-                "these scores: it was made from others"
+                f"{len(members.keys) - count} of the {len(members.keys)} samples of {members.name} are not in these "
+                "scores: it was made from other scores"
             )
 
 
-def _count_like(shards: ScoreFiles, path: Path) -> Counts:
+def _count_split_classes(score_files: ScoreFiles, path: Path) -> Counts:
     """Count a manifest's samples by split and class, (s * k,)."""
-    same_dataset(shards.provenance, provenance_of(path).get("scores", {}), name=str(path))
-    members = _members(shards, path, inside=True)
-    like = replace(shards, members=(members,))
-    _check_found(like)
-    k = len(shards.classes)
-    counts = np.zeros(len(shards.splits) * k, dtype=np.int64)
-    for rows in like.rows():
-        kept = rows.excluded_by == 0
-        counts += np.bincount(rows.split[kept].astype(np.int64) * k + rows.label[kept], minlength=len(counts))
+    check_same_dataset(score_files.provenance, provenance_of(path).get("scores", {}), name=str(path))
+    members = _read_members(score_files, path, include=True)
+    like = replace(score_files, members=(members,))
+    _check_members_scored(like)
+    num_classes = len(score_files.classes)
+    counts = np.zeros(len(score_files.splits) * num_classes, dtype=np.int64)
+    for batch in like.batches():
+        keep = batch.excluded_by == 0
+        counts += np.bincount(
+            batch.split[keep].astype(np.int64) * num_classes + batch.label[keep], minlength=len(counts)
+        )
     return counts
 
 
-def _check_place(path: Path, recipe: Recipe) -> None:
-    """Raise ConfigError where a manifest would overwrite one that it is made from."""
-    named = [*recipe.intersect, *recipe.exclude, *([] if recipe.like is None else [recipe.like])]
-    if path.resolve() in [Path(each).resolve() for each in named]:
-        raise ConfigError(f"{path.stem} would overwrite the manifest that it is made from; give it another --name")
+def _check_no_overwrite(path: Path, recipe: Recipe) -> None:
+    """Raise ConfigError if the manifest would overwrite one of its inputs."""
+    input_files = [*recipe.intersect, *recipe.exclude, *([] if recipe.like is None else [recipe.like])]
+    if path.resolve() in [Path(file).resolve() for file in input_files]:
+        raise ConfigError(f"{path.stem} would overwrite the manifest that it is made from; choose another --name")
 
 
-def _named(name: str, members: list[ManifestMembers]) -> str:
-    """Name a manifest by its kind of samples and the manifests that these are in, or are not: A-and-B-without-C."""
-    inside = [each.name for each in members if each.inside]
-    without = "".join(f"-without-{each.name}" for each in members if not each.inside)
-    if name == "all" and len(members) > 1 and inside:
-        return "-and-".join(inside) + without
-    return name + "".join(f"-in-{each}" for each in inside) + without
+def _default_name(name: str, members: list[ManifestMembers]) -> str:
+    """Return a name built from the kind of samples and the input manifests: A-and-B-without-C."""
+    included = [member.name for member in members if member.include]
+    excluded = "".join(f"-without-{member.name}" for member in members if not member.include)
+    if name == "all" and len(members) > 1 and included:
+        return "-and-".join(included) + excluded
+    return name + "".join(f"-in-{member}" for member in included) + excluded
 
 
-def _check_gate(rule: Balanced, choice: Selection) -> None:
-    """Raise GateError where a tolerance is not reached by the size, or the weights, that were asked for."""
+def _check_gate(rule: BalancedRule, selection: Selection) -> None:
+    """Raise GateError if the requested size or weights do not reach the tolerance set with them."""
     config = rule.config
     if config.tolerance is None or (config.size is None and config.by != "weight"):
         return
-    reached = max(rule.distances(choice.counts, choice.quota).values())
+    reached = max(rule.distances(selection.counts, selection.quota).values())
     if reached <= config.tolerance + 1e-9:
         return
     if config.by == "weight":
-        mend = f"the best that weights up to {config.max_weight:g} reach is {reached:.4f}; raise split.max_weight"
+        reason = f"weights up to {config.max_weight:g} reach {reached:.4f} at best; raise split.max_weight"
     else:
-        within = rule.curve(choice.counts, (config.tolerance,))[0].size
-        shared = ", shared among the splits in proportion," if len(rule.splits) > 1 else ""
-        mend = f"{config.size} samples{shared} reach {reached:.4f}; without --size it is reached by {within}"
-    raise GateError(f"a distance to uniform of {config.tolerance:g} cannot be reached: {mend}; nothing was written")
+        largest = rule.curve(selection.counts, (config.tolerance,))[0].size
+        shared_note = ", shared among the splits in proportion," if len(rule.splits) > 1 else ""
+        reason = f"{config.size} samples{shared_note} reach {reached:.4f}; without --size, {largest} reach it"
+    raise GateError(f"distance to uniform {config.tolerance:g} not reached: {reason}; nothing was written")
 
 
-def _record(recipe: Recipe, *, folder: Path, scores: str | Path | None) -> dict[str, Any]:
-    """Give the recipe as plain values, without what was not said; files relative to the manifest's folder."""
-    found = {name: value for name, value in asdict(recipe).items() if value not in (None, ())}
-    files = {name: [found[name]] if name == "like" else list(found[name]) for name in _FILES if name in found}
+def _recipe_record(recipe: Recipe, *, folder: Path, scores: str | Path | None) -> dict[str, Any]:
+    """Return the set fields of a recipe as JSON values, files relative to the manifest's folder, with input digests."""
+    record = {name: value for name, value in asdict(recipe).items() if value not in (None, ())}
+    files = {
+        name: [record[name]] if name == "like" else list(record[name]) for name in _MANIFEST_FIELDS if name in record
+    }
     digests: dict[str, Any] = {}
-    for name, named in files.items():
-        there = [_relative(each, folder) for each in named]
-        found[name] = there[0] if name == "like" else there
-        digests |= {each: rows_of(Path(file)).get("digest") for each, file in zip(there, named, strict=True)}
-    return {**found, "scores": None if scores is None else _relative(scores, folder), "inputs": digests}
+    for name, paths in files.items():
+        relative_paths = [_relative_path(path, folder) for path in paths]
+        record[name] = relative_paths[0] if name == "like" else relative_paths
+        digests |= {key: rows_of(Path(path)).get("digest") for key, path in zip(relative_paths, paths, strict=True)}
+    return {**record, "scores": None if scores is None else _relative_path(scores, folder), "inputs": digests}
 
 
-def _relative(path: str | Path, folder: Path) -> str:
+def _relative_path(path: str | Path, folder: Path) -> str:
     return Path(os.path.relpath(Path(path).absolute(), folder.absolute())).as_posix()

@@ -15,164 +15,172 @@ from .binning import Counts, bin_of
 from .external_sort import ExternalSort
 from .score_tables import ScoreBatch, ScoreFiles
 
-NAMES = {2: ("train", "test"), 3: ("train", "validation", "test")}
+SPLITS_BY_COUNT = {2: ("train", "test"), 3: ("train", "validation", "test")}
 _BINS = 20
-_MOST_CELLS = 1 << 27  # of groups by class and bin: above, only the sign of the discrepancy is told apart
+_MAX_CELLS = 1 << 27  # groups x classes x bins; above, only the sign of the discrepancy is used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cells:
-    """Class by bin of the discrepancy; one more bin holds samples that have none."""
+class ClassBins:
+    """Cells of class by bin of the discrepancy; an extra bin holds samples without one."""
 
     between: str
     num_bins: int
     num_classes: int
 
     @property
-    def number(self) -> int:
-        """Cells there are."""
+    def num_cells(self) -> int:
+        """Number of cells."""
         return (self.num_bins + 1) * self.num_classes
 
-    def of(self, rows: ScoreBatch) -> NDArray[np.int32]:
-        """Give the cell of each row, (n,)."""
-        values = rows.discrepancy(self.between)
+    def of(self, batch: ScoreBatch) -> NDArray[np.int32]:
+        """Return the cell of each row, (n,)."""
+        values = batch.discrepancy(self.between)
         bins = np.where(np.isnan(values), self.num_bins, bin_of(np.nan_to_num(values), num_bins=self.num_bins))
-        return (rows.label * (self.num_bins + 1) + bins).astype(np.int32)
+        return (batch.label * (self.num_bins + 1) + bins).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ByHash:
-    """The split of each row by where its hash lies among those of its cell. last (s - 1, c)."""
+class SplitByHash:
+    """Split of each row by the rank of its hash in its cell."""
 
-    cells: Cells
-    last: NDArray[np.uint64]
-    some: NDArray[np.bool_]  # (s - 1, c) whether the splits up to this one hold any of the cell
+    cells: ClassBins
+    last_keys: NDArray[np.uint64]  # (s - 1, c) last key of the cell in the splits up to this one
+    has_rows: NDArray[np.bool_]  # (s - 1, c) whether the splits up to this one have any rows of the cell
 
-    def __call__(self, rows: ScoreBatch) -> NDArray[np.int16]:
-        """Give the split of each row, (n,)."""
-        cell, key = self.cells.of(rows), _order(rows)
-        within = [some[cell] & (key <= last[cell]) for last, some in zip(self.last, self.some, strict=True)]
-        return np.asarray(len(self.last) - np.sum(within, axis=0, dtype=np.int64), dtype=np.int16)
+    def __call__(self, batch: ScoreBatch) -> NDArray[np.int16]:
+        """Return the split of each row, (n,)."""
+        cell, keys = self.cells.of(batch), _split_keys(batch)
+        in_split = [
+            nonzero[cell] & (keys <= last[cell]) for last, nonzero in zip(self.last_keys, self.has_rows, strict=True)
+        ]
+        return np.asarray(len(self.last_keys) - np.sum(in_split, axis=0, dtype=np.int64), dtype=np.int16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ByGroup:
-    """The split of each row by its group's: sorted keys (g,) of groups and their splits (g,)."""
+class SplitByGroup:
+    """Split of each row by its group: sorted keys (g,) of the groups, and their splits (g,)."""
 
     seed: int
     keys: NDArray[np.uint64]
     split: NDArray[np.int16]
 
-    def __call__(self, rows: ScoreBatch) -> NDArray[np.int16]:
-        """Give the split of each row, (n,)."""
-        return np.asarray(self.split[np.searchsorted(self.keys, group_keys(rows, seed=self.seed))])
+    def __call__(self, batch: ScoreBatch) -> NDArray[np.int16]:
+        """Return the split of each row, (n,)."""
+        return np.asarray(self.split[np.searchsorted(self.keys, group_keys(batch, seed=self.seed))])
 
 
 def parse_shares(text: str) -> tuple[float, ...]:
-    """Read `80/8/12` (train, validation, test) or `80/20` (train, test) as shares that add up to 1."""
+    """Parse `80/8/12` (train, validation, test) or `80/20` (train, test) to shares that sum to 1."""
     try:
-        parts = [float(each) for each in text.split("/")]
+        parts = [float(part) for part in text.split("/")]
     except ValueError:
         parts = []
-    if len(parts) not in NAMES or min(parts) <= 0 or not np.isfinite(parts).all():
+    if len(parts) not in SPLITS_BY_COUNT or min(parts) <= 0 or not np.isfinite(parts).all():
         raise ConfigError(f"--resplit {text}: not of the form 80/8/12 (train, validation, test) or 80/20 (train, test)")
-    return tuple(each / sum(parts) for each in parts)
+    return tuple(part / sum(parts) for part in parts)
 
 
-def resplit(shards: ScoreFiles, shares: tuple[float, ...], *, between: str, scratch: Path) -> ScoreFiles:
-    """Give the scores with other splits: stratified by class and bin, and no group in two of them.
+def resplit(scores: ScoreFiles, shares: tuple[float, ...], *, between: str, scratch: Path) -> ScoreFiles:
+    """Return the score files with new splits, stratified by class and bin, with no group in two of them.
 
-    The shares are those of the rows that no manifest rules out.
-    With groups the shares are held as nearly as whole groups allow, and memory grows with their number.
+    Shares refer to the rows that no manifest excludes. With groups, shares are met as closely as whole groups allow,
+    and memory grows with the number of groups.
     """
-    names = NAMES[len(shares)]
-    grouped = "group" in shards.columns and _has_groups(shards)
-    assign = _by_group(shards, shares, between) if grouped else _by_hash(shards, shares, between, scratch)
-    return replace(shards, splits=names, assign=assign)
+    names = SPLITS_BY_COUNT[len(shares)]
+    grouped = "group" in scores.columns and _has_groups(scores)
+    assign = _split_by_group(scores, shares, between) if grouped else _split_by_hash(scores, shares, between, scratch)
+    return replace(scores, splits=names, assign=assign)
 
 
-def group_keys(rows: ScoreBatch, *, seed: int) -> NDArray[np.uint64]:
-    """Hash the group of each row, (n,); a sample without a group is one by itself."""
-    column = rows.table["group"].cast(pa.string()).combine_chunks()
+def group_keys(batch: ScoreBatch, *, seed: int) -> NDArray[np.uint64]:
+    """Hash the group of each row, (n,); a sample without a group is a group of its own."""
+    column = batch.table["group"].cast(pa.string()).combine_chunks()
     missing = column.is_null().to_numpy(zero_copy_only=False)
-    return np.where(missing, rows.key, hash_ids(column.fill_null(""), seed=seed, purpose="group"))
+    return np.where(missing, batch.key, hash_ids(column.fill_null(""), seed=seed, purpose="group"))
 
 
-def _has_groups(shards: ScoreFiles) -> bool:
-    return any(rows.table["group"].null_count < len(rows) for rows in shards.rows())
+def _has_groups(scores: ScoreFiles) -> bool:
+    return any(batch.table["group"].null_count < len(batch) for batch in scores.batches())
 
 
-def _by_hash(shards: ScoreFiles, shares: tuple[float, ...], between: str, scratch: Path) -> ByHash:
-    cells = Cells(between=between, num_bins=_BINS, num_classes=len(shards.classes))
-    counts = np.zeros(cells.number, dtype=np.int64)
-    with ExternalSort(shards.num_rows, scratch) as spill:
-        for rows in shards.rows():
-            free = rows.excluded_by == 0
-            cell = cells.of(rows)[free]
-            counts += np.bincount(cell, minlength=cells.number)
-            spill.add(_order(rows)[free], cell, np.zeros(len(cell), dtype=np.uint32))
-        quotas = _quotas(counts, shares)
-        last = [spill.last_keys(quota) for quota in quotas]
-    return ByHash(cells=cells, last=np.stack(last), some=np.stack(quotas) > 0)
+def _split_by_hash(scores: ScoreFiles, shares: tuple[float, ...], between: str, scratch: Path) -> SplitByHash:
+    cells = ClassBins(between=between, num_bins=_BINS, num_classes=len(scores.classes))
+    counts = np.zeros(cells.num_cells, dtype=np.int64)
+    with ExternalSort(scores.num_rows, scratch) as external_sort:
+        for batch in scores.batches():
+            eligible = batch.excluded_by == 0
+            cell = cells.of(batch)[eligible]
+            counts += np.bincount(cell, minlength=cells.num_cells)
+            external_sort.add(_split_keys(batch)[eligible], cell, np.zeros(len(cell), dtype=np.uint32))
+        quotas = _cumulative_quotas(counts, shares)
+        last_keys = [external_sort.last_keys(quota) for quota in quotas]
+    return SplitByHash(cells=cells, last_keys=np.stack(last_keys), has_rows=np.stack(quotas) > 0)
 
 
-def _quotas(counts: Counts, shares: tuple[float, ...]) -> list[Counts]:
-    """Give how many of each cell (c,) are in the splits up to each but the last.
+def _cumulative_quotas(counts: Counts, shares: tuple[float, ...]) -> list[Counts]:
+    """Compute how many rows of each cell (c,) are in the splits up to each one but the last.
 
-    Each split takes from what the ones before it left: dealt on their own, the ends of two could cross in a cell.
+    Each split is filled from the rest of the ones before: rounded separately, two boundaries could cross in a cell.
     """
-    found, taken = [], np.zeros_like(counts)
-    for place, share in enumerate(shares[:-1]):
-        taken = taken + _dealt(counts - taken, share / sum(shares[place:]))
-        found.append(taken)
-    return found
+    quotas, total = [], np.zeros_like(counts)
+    for split_index, share in enumerate(shares[:-1]):
+        total = total + _share_cells(counts - total, share / sum(shares[split_index:]))
+        quotas.append(total)
+    return quotas
 
 
-def _dealt(counts: Counts, share: float) -> Counts:
-    """Give a share of each cell (c,) in whole samples that add up: what one cell lacks the next one has."""
+def _share_cells(counts: Counts, share: float) -> Counts:
+    """Compute a share of each cell (c,) in whole samples; rounding errors carry over to the next cell."""
     ends: Counts = np.floor(np.cumsum(counts) * share + 0.5).astype(np.int64)
     return np.diff(ends, prepend=0)
 
 
-def _by_group(shards: ScoreFiles, shares: tuple[float, ...], between: str) -> ByGroup:
-    """Place the groups, the largest first, where they are most wanted."""
-    found = []
-    for rows in shards.rows():
-        found.append(np.unique(group_keys(rows, seed=shards.seed)))
-    keys = np.unique(np.concatenate(found))
-    k = len(shards.classes)
-    cells = Cells(between=between, num_bins=_BINS if len(keys) * k * (_BINS + 1) <= _MOST_CELLS else 2, num_classes=k)
-    counts = np.zeros((len(keys), cells.number), dtype=np.int32)
-    for rows in shards.rows():
-        free = rows.excluded_by == 0
-        place = np.searchsorted(keys, group_keys(rows, seed=shards.seed)[free])
-        np.add.at(counts, (place, cells.of(rows)[free]), 1)
-    number = int(counts.any(axis=1).sum())
-    if number < len(shares):
-        raise ScoreError(f"{number} groups cannot be in {len(shares)} splits: no group may be in two")
-    return ByGroup(seed=shards.seed, keys=keys, split=_place(counts, np.array(shares), keys))
+def _split_by_group(scores: ScoreFiles, shares: tuple[float, ...], between: str) -> SplitByGroup:
+    """Assign whole groups to splits, the largest first, each to the split with the largest shortage."""
+    batch_keys = []
+    for batch in scores.batches():
+        batch_keys.append(np.unique(group_keys(batch, seed=scores.seed)))
+    keys = np.unique(np.concatenate(batch_keys))
+    num_classes = len(scores.classes)
+    cells = ClassBins(
+        between=between,
+        num_bins=_BINS if len(keys) * num_classes * (_BINS + 1) <= _MAX_CELLS else 2,
+        num_classes=num_classes,
+    )
+    counts = np.zeros((len(keys), cells.num_cells), dtype=np.int32)
+    for batch in scores.batches():
+        eligible = batch.excluded_by == 0
+        group_index = np.searchsorted(keys, group_keys(batch, seed=scores.seed)[eligible])
+        np.add.at(counts, (group_index, cells.of(batch)[eligible]), 1)
+    num_groups = int(counts.any(axis=1).sum())
+    if num_groups < len(shares):
+        raise ScoreError(f"{num_groups} groups cannot fill {len(shares)} splits: a group is never in two splits")
+    return SplitByGroup(seed=scores.seed, keys=keys, split=_assign_groups(counts, np.array(shares), keys))
 
 
-def _place(counts: NDArray[np.int32], shares: NDArray[np.float64], keys: NDArray[np.uint64]) -> NDArray[np.int16]:
-    """Give each group (g, c) a split, (g,): that which lacks most of what the group has, for its share.
+def _assign_groups(
+    counts: NDArray[np.int32], shares: NDArray[np.float64], keys: NDArray[np.uint64]
+) -> NDArray[np.int16]:
+    """Compute the split of each group (g, c), (g,): the one with the largest relative shortage of the group's cells.
 
-    A split that has more than its share of all samples is full, as long as another is not; every split gets one.
+    A split that would exceed its share of all samples is full as long as another is not; every split gets a group.
     """
     size = counts.sum(axis=1)
-    wanted = shares[:, None] * counts.sum(axis=0)  # (s, c)
-    has, room = np.zeros_like(wanted), shares * size.sum()
-    split = np.zeros(len(counts), dtype=np.int16)
+    target = shares[:, None] * counts.sum(axis=0)  # (s, c)
+    assigned, capacity = np.zeros_like(target), shares * size.sum()
+    split_of_group = np.zeros(len(counts), dtype=np.int16)
     order = np.lexsort((keys, -size))[: int((size > 0).sum())]
-    for place, group in enumerate(order):
-        lack = ((wanted - has) / np.maximum(wanted, 1e-9)) @ counts[group] / max(int(size[group]), 1)
-        waiting = (has.sum(axis=1) == 0) & (len(order) - place <= int((has.sum(axis=1) == 0).sum()))
-        fits = has.sum(axis=1) + size[group] / 2 <= room
-        among = waiting if waiting.any() else fits if fits.any() else np.ones(len(shares), dtype=bool)
-        split[group] = int(np.argmax(np.where(among, lack, -np.inf)))
-        has[split[group]] += counts[group]
-    return split
+    for position, group in enumerate(order):
+        shortage = ((target - assigned) / np.maximum(target, 1e-9)) @ counts[group] / max(int(size[group]), 1)
+        must_fill = (assigned.sum(axis=1) == 0) & (len(order) - position <= int((assigned.sum(axis=1) == 0).sum()))
+        fits = assigned.sum(axis=1) + size[group] / 2 <= capacity
+        candidates = must_fill if must_fill.any() else fits if fits.any() else np.ones(len(shares), dtype=bool)
+        split_of_group[group] = int(np.argmax(np.where(candidates, shortage, -np.inf)))
+        assigned[split_of_group[group]] += counts[group]
+    return split_of_group
 
 
-def _order(rows: ScoreBatch) -> NDArray[np.uint64]:
-    """Give other keys (n,) than a balanced split chooses by, or it would keep the training samples."""
-    return splitmix64(~rows.key)
+def _split_keys(batch: ScoreBatch) -> NDArray[np.uint64]:
+    """Return keys (n,) unlike those a balanced split selects by, or it would favour the training samples."""
+    return splitmix64(~batch.key)

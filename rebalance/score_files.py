@@ -1,4 +1,4 @@
-"""Files of a score table: their columns, and reading in batches."""
+"""Files of a score table: their columns, and reading them in batches."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from ..audit.storage import check_regular
 
 BATCH_ROWS = 131_072
 
-Part: TypeAlias = "Path | pa.Table"
+ScoreFile: TypeAlias = "Path | pa.Table"
 Item = TypeVar("Item")
 
 
-def files_of(source: str | Path | Sequence[str | Path]) -> list[Part]:
-    """Give the files that are named, each once; ScoreError where a name leads to none."""
-    named = [source] if isinstance(source, (str, Path)) else list(source)
-    found: list[Part] = []
-    for each in named:
-        path = Path(each)
+def find_score_files(source: str | Path | Sequence[str | Path]) -> list[ScoreFile]:
+    """Return the distinct files of paths, folders or globs; raises ScoreError if one matches no file."""
+    sources = [source] if isinstance(source, (str, Path)) else list(source)
+    files: list[ScoreFile] = []
+    for name in sources:
+        path = Path(name)
         if path.is_dir():
-            some = sorted(one for one in path.glob("*.parquet") if one.name[0] != ".")
+            matches = sorted(file for file in path.glob("*.parquet") if file.name[0] != ".")
         else:
-            some = [path] if path.exists() else sorted(Path(one) for one in glob.glob(str(each), recursive=True))
-        if not some:
-            raise ScoreError(f"no score table {each}: name a Parquet file, a folder of them or a glob")
-        for path in some:
+            matches = [path] if path.exists() else sorted(Path(file) for file in glob.glob(str(name), recursive=True))
+        if not matches:
+            raise ScoreError(f"score table {name} not found: pass a Parquet file, a folder of them or a glob")
+        for path in matches:
             _check_regular(path)
-        found += some
-    return list(dict.fromkeys(found))
+        files += matches
+    return list(dict.fromkeys(files))
 
 
 def _check_regular(path: Path) -> None:
@@ -51,53 +51,53 @@ def _check_regular(path: Path) -> None:
         raise ScoreError(f"the score table {path} cannot be read: {error.strerror}") from error
 
 
-def schema_of(part: Part) -> pa.Schema:
-    """Read the schema of a part; ScoreError where it is no Parquet."""
-    return part.schema if isinstance(part, pa.Table) else read_schema(part, error=ScoreError)
+def read_score_schema(file: ScoreFile) -> pa.Schema:
+    """Read the schema of a file; raises ScoreError if it is not Parquet."""
+    return file.schema if isinstance(file, pa.Table) else read_schema(file, error=ScoreError)
 
 
-def name_of(part: Part) -> str:
-    """Say what an error calls a part."""
-    return str(part) if isinstance(part, Path) else "the score table"
+def display_name(file: ScoreFile) -> str:
+    """Return the name of a file in error messages."""
+    return str(file) if isinstance(file, Path) else "the score table"
 
 
-def check_schema(schema: pa.Schema, part: Part) -> None:
-    """Raise ScoreError for columns that stand twice."""
-    where = name_of(part)
+def check_schema(schema: pa.Schema, file: ScoreFile) -> None:
+    """Raise ScoreError for repeated columns."""
+    where = display_name(file)
     for name in schema.names:
-        if len(places := schema.get_all_field_indices(name)) > 1:
-            raise ScoreError(f"{where} has {len(places)} columns {name}: name each once")
+        if len(positions := schema.get_all_field_indices(name)) > 1:
+            raise ScoreError(f"{where} has {len(positions)} columns named {name}: column names must be unique")
 
 
-def batches_of_part(part: Part, columns: Iterable[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.Table]:
-    """Read a part in batches; of a file no more than that is held."""
+def read_tables(file: ScoreFile, columns: Iterable[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.Table]:
+    """Read a file in batches, with one batch in memory at a time."""
     names = list(columns)
-    if isinstance(part, pa.Table):
-        for first in range(0, len(part), BATCH_ROWS):
-            yield part.select(names).slice(first, BATCH_ROWS)
+    if isinstance(file, pa.Table):
+        for start in range(0, len(file), BATCH_ROWS):
+            yield file.select(names).slice(start, BATCH_ROWS)
         return
-    coded = [name for name in dictionary if name in names]
-    for table in read_batches(part, error=ScoreError, rows=BATCH_ROWS, columns=names, dictionary=coded):
+    dictionary_columns = [name for name in dictionary if name in names]
+    for table in read_batches(file, error=ScoreError, rows=BATCH_ROWS, columns=names, dictionary=dictionary_columns):
         yield table.select(names)
 
 
-def in_order(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Order the parts by the first id of each, and leave out those without rows."""
-    first = {}
-    for place, part in enumerate(parts):
-        if isinstance(part, pa.Table):
-            return tuple(parts)
-        with closing(read_batches(part, error=ScoreError, rows=1, columns=["sample_id"])) as batches:
+def sort_by_first_id(files: Sequence[ScoreFile]) -> tuple[ScoreFile, ...]:
+    """Sort the files by the first id of each, without empty ones."""
+    first_ids = {}
+    for index, file in enumerate(files):
+        if isinstance(file, pa.Table):
+            return tuple(files)
+        with closing(read_batches(file, error=ScoreError, rows=1, columns=["sample_id"])) as batches:
             batch = next(batches, None)
         if batch is not None and len(batch):
-            first[place] = str(batch["sample_id"][0].as_py())
-    return tuple(parts[place] for place in sorted(first, key=lambda place: (first[place], str(parts[place]))))
+            first_ids[index] = str(batch["sample_id"][0].as_py())
+    return tuple(files[index] for index in sorted(first_ids, key=lambda index: (first_ids[index], str(files[index]))))
 
 
-def prefetched(*sources: Iterable[Item], depth: int = 1) -> Iterator[Item]:
-    """Let a thread for each source work ahead: reading then goes on while what was read is worked on.
+def prefetch(*sources: Iterable[Item], depth: int = 1) -> Iterator[Item]:
+    """Iterate over sources with read-ahead, one thread per source.
 
-    The items of one source come in its order; those of several as they are ready.
+    Items of one source are in its order; those of several come as they are ready.
     """
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth * len(sources))
     stopped = threading.Event()
@@ -122,40 +122,40 @@ def prefetched(*sources: Iterable[Item], depth: int = 1) -> Iterator[Item]:
 
     for source in sources:
         threading.Thread(target=work, args=(source,), daemon=True).start()
-    going = len(sources)
+    num_running = len(sources)
     try:
-        while going:
-            more, item = ready.get()
-            if more:
+        while num_running:
+            has_item, item = ready.get()
+            if has_item:
                 yield item
             elif item is None:
-                going -= 1
+                num_running -= 1
             else:
                 raise item
     finally:
         stopped.set()
 
 
-NO_SPLIT = "all"  # what the only split is called where there are none
-LEAST = {"balance": -1.0, "p_balanced": 0.0}  # the least of each; the largest is 1
-_MOST_LABELS = 1 << 16
+NO_SPLIT = "all"  # name of the only split of a table without splits
+LOWER_BOUNDS = {"balance": -1.0, "p_balanced": 0.0}  # lower bound of each column; the upper bound is 1
+_MAX_LOOKUP_SIZE = 1 << 16
 
 
 def label_column(table: pa.Table) -> str:
-    """Name the column that tells classes apart."""
+    """Return the name of the column that identifies classes."""
     return "label" if "label" in table.column_names else "label_name"
 
 
 def name_column(table: pa.Table) -> str:
-    """Name the column that classes are called by."""
+    """Return the name of the column of class names."""
     return "label_name" if "label_name" in table.column_names else "label"
 
 
-def labels_of(table: pa.Table) -> Any:
-    """Give what tells classes apart: the numbers, or the names where the table has no numbers."""
+def class_values(table: pa.Table) -> Any:
+    """Return the column that identifies classes: label, or label_name if there is no label."""
     if "label" not in table.column_names:
-        return plain(table["label_name"])
-    label = plain(table["label"])
+        return decode_dictionary(table["label_name"])
+    label = decode_dictionary(table["label"])
     if pa.types.is_floating(label.type):
         try:
             return label.cast(pa.int64())
@@ -164,46 +164,46 @@ def labels_of(table: pa.Table) -> Any:
     return label
 
 
-def plain(column: Any) -> Any:
-    """Give a column as strings or numbers, not as a dictionary of them."""
+def decode_dictionary(column: Any) -> Any:
+    """Return a column as plain values, not as a dictionary."""
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def coded_of(column: pa.ChunkedArray) -> pa.DictionaryArray:
-    """Give a column as codes of the values it has."""
+def encode_dictionary(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    """Return a column as dictionary codes."""
     coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
     return coded.unify_dictionaries().combine_chunks()
 
 
-def places_of(column: pa.ChunkedArray, among: pa.Array, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
-    """Give the place among sorted values of each row's, (n,); each is there."""
+def indices_among(column: pa.ChunkedArray, sorted_values: pa.Array, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
+    """Return the index of each row's value, (n,), in sorted values that contain all of them."""
     if (
-        pa.types.is_integer(among.type)
-        and len(among)
-        and (least := among[0].as_py()) >= 0
-        and ((size := among[-1].as_py() - least + 1) <= _MOST_LABELS)
+        pa.types.is_integer(sorted_values.type)
+        and len(sorted_values)
+        and (smallest := sorted_values[0].as_py()) >= 0
+        and ((size := sorted_values[-1].as_py() - smallest + 1) <= _MAX_LOOKUP_SIZE)
     ):
-        table = np.zeros(size, dtype=dtype)  # a table of small numbers is ten times as quick
-        table[among.to_numpy() - least] = np.arange(len(among))
-        return np.asarray(table[column.to_numpy() - least])
-    column = plain(column)
-    found = pc.index_in(column, value_set=among.cast(column.type))
-    return np.asarray(found.to_numpy().astype(dtype))
+        lookup = np.zeros(size, dtype=dtype)  # a lookup table for small integers is ten times as fast
+        lookup[sorted_values.to_numpy() - smallest] = np.arange(len(sorted_values))
+        return np.asarray(lookup[column.to_numpy() - smallest])
+    column = decode_dictionary(column)
+    indices = pc.index_in(column, value_set=sorted_values.cast(column.type))
+    return np.asarray(indices.to_numpy().astype(dtype))
 
 
-def splits_of(table: pa.Table, splits: Sequence[str] | None) -> NDArray[np.int16]:
-    """Return the place among `splits` of each row's, (n,); a row of none is in NO_SPLIT. None: they are made anew."""
+def split_indices(table: pa.Table, splits: Sequence[str] | None) -> NDArray[np.int16]:
+    """Return the index of each row's split, (n,); a null is NO_SPLIT. With splits None, all are 0."""
     if splits is None or "split" not in table.column_names:
         return np.zeros(len(table), dtype=np.int16)
-    coded = coded_of(table["split"])
-    among = {name: place for place, name in enumerate(splits)}
-    names = [NO_SPLIT if each is None else str(each) for each in coded.dictionary.to_pylist()]
-    place = np.array([*(among[name] for name in names), among.get(NO_SPLIT, 0)], np.int16)
-    return np.asarray(place[coded.indices.fill_null(len(place) - 1).to_numpy()])
+    codes = encode_dictionary(table["split"])
+    index_of_split = {name: index for index, name in enumerate(splits)}
+    names = [NO_SPLIT if value is None else str(value) for value in codes.dictionary.to_pylist()]
+    index_of_code = np.array([*(index_of_split[name] for name in names), index_of_split.get(NO_SPLIT, 0)], np.int16)
+    return np.asarray(index_of_code[codes.indices.fill_null(len(index_of_code) - 1).to_numpy()])
 
 
-def floats_of(table: pa.Table, name: str) -> Floats:
-    """Give a column of numbers (n,), null as NaN; ScoreError where it holds none."""
+def float_column(table: pa.Table, name: str) -> Floats:
+    """Return a column of numbers (n,), null as NaN; raises ScoreError if it is not numeric."""
     try:
         column = table[name].cast(pa.float32(), safe=False)
     except pa.ArrowException as cause:
@@ -211,9 +211,9 @@ def floats_of(table: pa.Table, name: str) -> Floats:
     return np.asarray(column.to_numpy(), dtype=np.float32)
 
 
-def check_no_nulls(table: pa.Table, names: Sequence[str], part: Part) -> None:
-    """Raise ScoreError where one of these columns holds nulls."""
-    where = name_of(part)
+def check_no_nulls(table: pa.Table, names: Sequence[str], file: ScoreFile) -> None:
+    """Raise ScoreError if one of these columns holds nulls."""
+    where = display_name(file)
     for name in names:
         if table[name].null_count:
-            raise ScoreError(f"{where}: column {name} holds nulls; every scored sample has an id and a label")
+            raise ScoreError(f"{where}: column {name} holds nulls; every sample needs an id and a label")

@@ -1,8 +1,8 @@
 """Selection of rows by a rule, for score tables of any size.
 
-A rule puts each row into a cell and says how many of each cell are kept; which ones is up to hash(seed, id). So two
-passes are enough: one counts the cells and spills the hashes, from which the last hash that each cell keeps is read;
-the other compares.
+A rule maps each row to a cell and sets how many rows of each cell are kept; which ones depends on hash(seed, id). Two
+passes are enough: the first counts the cells and sorts the hashes on disk, which gives the last hash that each cell
+keeps; the second compares.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .binning import Counts
 from .external_sort import ExternalSort
 from .score_tables import ScoreBatch, ScoreFiles
 
-_RANKS = 1 << 20  # steps of balance that ranks tell apart: 2e-6 of it
-_HALF, _UNIT = np.uint64(32), np.float64(2.0**-32)
+_RANKS = 1 << 20  # steps of balance that ranks distinguish: 2e-6 each
+_HALF_BITS, _HASH_UNIT = np.uint64(32), np.float64(2.0**-32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowOutcome:
-    """What a rule says of each row (n,): a dropped one was on the wrong side of `threshold` with its `score`.
+    """Outcome of a rule for each row (n,): the score of a dropped row is on the wrong side of the threshold.
 
-    Both are NaN of a row that was ruled out before. bin: -1 where there is none; weight: that of the loss.
+    Both are NaN for rows excluded before the rule. bin: -1 where there is none; weight: weight in the loss.
     """
 
     score: NDArray[np.float64]
@@ -40,44 +40,44 @@ class RowOutcome:
 
 
 class SelectionRule(Protocol):
-    """Which samples are wanted. Cells are numbered from 0; -1 is a row that lacks a modality, and is never kept."""
+    """Rule that selects rows. Cells are numbered from 0; -1 is a row without a needed modality, never kept."""
 
     @property
     def name(self) -> str:
-        """What the manifest is called unless it is told otherwise."""
+        """Default name of the manifest."""
 
     @property
     def between(self) -> str:
-        """The discrepancy that the manifest holds, as ScoreTable.discrepancy takes it."""
+        """Modality pair of the manifest's discrepancy, as in ScoreTable.discrepancy."""
 
     @property
     def reason(self) -> str:
-        """Why the others are dropped, in one word."""
+        """Reason recorded for the rows that are not kept, in one word."""
 
     @property
     def num_cells(self) -> int:
-        """Cells there are."""
+        """Number of cells."""
 
-    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
-        """Give the cell of each row, (n,)."""
+    def cells(self, batch: ScoreBatch) -> NDArray[np.int32]:
+        """Return the cell of each row, (n,)."""
 
     def quotas(self, counts: Counts) -> Counts:
-        """Give how many rows of each cell to keep, (c,), from how many there are."""
+        """Compute how many rows of each cell to keep, (c,), from the counts of the cells (c,)."""
 
     @property
     def by_score(self) -> bool:
-        """Whether a cell keeps the rows of least `order`, not those of least hash."""
+        """Whether a cell keeps the rows of smallest `order` instead of smallest hash."""
 
-    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
-        """Give the keys (n,) by which rows are chosen where that is not by hash."""
+    def order(self, batch: ScoreBatch) -> NDArray[np.uint64]:
+        """Return the keys (n,) by which rows are selected if by_score is set."""
 
-    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
-        """Say why each row is kept or dropped; `chance` has its hash and its cell's last one, both in [0, 1]."""
+    def explain(self, batch: ScoreBatch, cell: NDArray[np.int32], hash_outcome: RowOutcome) -> RowOutcome:
+        """Return the outcome of each row; `hash_outcome` has its hash and its cell's last one, both in [0, 1]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What becomes of each row (n,). rank: kept rows that are more balanced; reason: a place in Choice.reasons.
+    """Decision on each row (n,). rank: number of kept rows that are more balanced; reason: index in Selection.reasons.
 
     discrepancy is that of the rule's `between`.
     """
@@ -91,92 +91,100 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """A rule made up its mind. counts and quota (c,) are rows by cell, there and kept; last (c,) their last keys."""
+    """Result of the first pass: per cell (c,), counts of available rows, quota of kept rows, and last kept keys."""
 
-    shards: ScoreFiles
+    scores: ScoreFiles
     rule: SelectionRule
     counts: Counts
     quota: Counts
-    last: NDArray[np.uint64]
-    starts: NDArray[np.int64]  # rank at which each step of balance starts
+    last_keys: NDArray[np.uint64]
+    first_ranks: NDArray[np.int64]  # first rank of each step of balance
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why rows are dropped, in words."""
-        return (self.rule.reason, "missing-modality", *(each.reason for each in self.shards.members))
+        """Reasons for which rows are dropped."""
+        return (self.rule.reason, "missing-modality", *(members.reason for members in self.scores.members))
 
-    def decide(self, rows: ScoreBatch) -> Decision:
-        """Decide about some rows; what is decided of one depends on no other."""
-        cell = self.rule.cells(rows)
-        key = self.rule.order(rows) if self.rule.by_score else rows.key
-        some, last = self.quota[cell] > 0, self.last[cell]
-        keep = (cell >= 0) & (rows.excluded_by == 0) & some & (key <= last)
+    def decide(self, batch: ScoreBatch) -> Decision:
+        """Return the decision on each row of a batch; rows are independent of each other."""
+        cell = self.rule.cells(batch)
+        key = self.rule.order(batch) if self.rule.by_score else batch.key
+        has_quota, last_key = self.quota[cell] > 0, self.last_keys[cell]
+        keep = (cell >= 0) & (batch.excluded_by == 0) & has_quota & (key <= last_key)
         reason = (cell < 0).astype(np.int8)
-        if self.shards.members:
-            reason = np.where(rows.excluded_by > 0, rows.excluded_by + 1, reason).astype(np.int8)
-        # 32 bits of a hash say enough, and take half the space.
-        score, threshold = (key >> _HALF) * _UNIT, np.where(self.quota > 0, (self.last >> _HALF) * _UNIT, 0.0)[cell]
-        if reason.any():  # those had no part in it
+        if self.scores.members:
+            reason = np.where(batch.excluded_by > 0, batch.excluded_by + 1, reason).astype(np.int8)
+        # 32 bits of a hash are enough, and take half the space.
+        score = (key >> _HALF_BITS) * _HASH_UNIT
+        threshold = np.where(self.quota > 0, (self.last_keys >> _HALF_BITS) * _HASH_UNIT, 0.0)[cell]
+        if reason.any():  # rows that the rule did not consider
             score[reason > 0] = threshold[reason > 0] = np.nan
-        chance = RowOutcome(score=score, threshold=threshold)
-        rank = np.zeros(len(rows), dtype=np.int32)
-        rank[keep] = self.starts[imbalance_key(rows)[keep]]
+        hash_outcome = RowOutcome(score=score, threshold=threshold)
+        rank = np.zeros(len(batch), dtype=np.int32)
+        rank[keep] = self.first_ranks[imbalance_key(batch)[keep]]
         return Decision(
             keep=keep,
-            discrepancy=rows.discrepancy(self.rule.between),
+            discrepancy=batch.discrepancy(self.rule.between),
             rank=rank,
             reason=reason,
-            outcome=self.rule.explain(rows, cell, chance),
+            outcome=self.rule.explain(batch, cell, hash_outcome),
         )
 
 
-def select_rows(shards: ScoreFiles, rule: SelectionRule, *, scratch: Path) -> Selection:
-    """Make the first pass: count the rows of each cell and find the last key each keeps.
+def select_rows(scores: ScoreFiles, rule: SelectionRule, *, scratch: Path) -> Selection:
+    """Run the first pass: count the rows of each cell and compute the last key that each keeps.
 
-    `scratch` is a folder for files of 16 bytes a row, where there are more than a million.
-    Raises ScoreError for ids that stand twice, and ManifestError where nothing is kept.
+    `scratch` is a folder for files of 16 bytes per row, used above a million rows.
+    Raises ScoreError for repeated ids, and ManifestError if no row is kept.
     """
     counts = np.zeros(rule.num_cells, dtype=np.int64)
     with ExitStack() as stack:
-        ids = stack.enter_context(ExternalSort(shards.num_rows, scratch))
-        order = stack.enter_context(ExternalSort(shards.num_rows, scratch)) if rule.by_score else ids
-        for rows in shards.rows(ordered=False):
-            cell, bad = rule.cells(rows), imbalance_key(rows)
-            cell = np.where(rows.excluded_by > 0, -1, cell).astype(np.int32)
+        ids = stack.enter_context(ExternalSort(scores.num_rows, scratch))
+        sort_by_key = stack.enter_context(ExternalSort(scores.num_rows, scratch)) if rule.by_score else ids
+        for batch in scores.batches(ordered=False):
+            cell, imbalance = rule.cells(batch), imbalance_key(batch)
+            cell = np.where(batch.excluded_by > 0, -1, cell).astype(np.int32)
             counts += np.bincount(cell[cell >= 0], minlength=rule.num_cells)
-            ids.add(rows.key, cell, bad)
+            ids.add(batch.key, cell, imbalance)
             if rule.by_score:
-                order.add(rule.order(rows), cell, bad)
-        repeated = stack.enter_context(ThreadPoolExecutor(1)).submit(ids.repeated)  # while this thread sorts as well
+                sort_by_key.add(rule.order(batch), cell, imbalance)
+        repeated = stack.enter_context(ThreadPoolExecutor(1)).submit(ids.repeated)  # runs while this thread sorts
         quota = np.minimum(rule.quotas(counts), counts)
         if not quota.any():
-            raise ManifestError(f"{rule.name}: none of the {shards.num_rows} scored samples qualifies; widen the rule")
-        number = np.zeros(_RANKS, dtype=np.int64)
-        last = order.last_keys(quota, kept_imbalance=number)
-        check_unique(shards, repeated.result())
-    return Selection(shards=shards, rule=rule, counts=counts, quota=quota, last=last, starts=np.cumsum(number) - number)
+            raise ManifestError(f"{rule.name}: none of the {scores.num_rows} scored samples qualifies; relax the rule")
+        kept_by_imbalance = np.zeros(_RANKS, dtype=np.int64)
+        last_keys = sort_by_key.last_keys(quota, kept_imbalance=kept_by_imbalance)
+        check_unique(scores, repeated.result())
+    return Selection(
+        scores=scores,
+        rule=rule,
+        counts=counts,
+        quota=quota,
+        last_keys=last_keys,
+        first_ranks=np.cumsum(kept_by_imbalance) - kept_by_imbalance,
+    )
 
 
-def imbalance_key(rows: ScoreBatch) -> NDArray[np.uint32]:
-    """Give how far from balanced each row is, (n,) in steps: by balance score, or by the gap where there is none."""
-    balance = rows.numbers("balance")
-    low = rows.gap if balance is None else (1 - balance) / 2
-    steps = low * np.float32(_RANKS - 1)
+def imbalance_key(batch: ScoreBatch) -> NDArray[np.uint32]:
+    """Compute the imbalance of each row, (n,) in steps: from the balance score, or from the gap if there is none."""
+    balance = batch.numbers("balance")
+    imbalance = batch.gap if balance is None else (1 - balance) / 2
+    steps = imbalance * np.float32(_RANKS - 1)
     return np.where(np.isnan(steps), _RANKS - 1, np.clip(steps, 0, _RANKS - 1)).astype(np.uint32)
 
 
-def check_unique(shards: ScoreFiles, repeated: NDArray[np.uint64]) -> None:
-    """Raise ScoreError if any of the rows whose keys stand twice are of one id."""
+def check_unique(scores: ScoreFiles, repeated: NDArray[np.uint64]) -> None:
+    """Raise ScoreError if any rows with repeated keys have the same id."""
     if len(repeated) == 0:
         return
-    seen: dict[str, int] = {}
-    for rows in shards.rows():
-        for place in np.flatnonzero(np.isin(rows.key, repeated)):
-            name = str(rows.table["sample_id"][int(place)].as_py())
-            seen[name] = seen.get(name, 0) + 1
-    twice = sorted(name for name, times in seen.items() if times > 1)
-    if twice:
+    count_of_id: dict[str, int] = {}
+    for batch in scores.batches():
+        for index in np.flatnonzero(np.isin(batch.key, repeated)):
+            sample_id = str(batch.table["sample_id"][int(index)].as_py())
+            count_of_id[sample_id] = count_of_id.get(sample_id, 0) + 1
+    repeated_ids = sorted(sample_id for sample_id, count in count_of_id.items() if count > 1)
+    if repeated_ids:
         raise ScoreError(
-            f"{sum(seen[name] - 1 for name in twice)} ids stand more than once in the score table "
-            f"(the first: {twice[0]}): ids are unique"
+            f"{sum(count_of_id[sample_id] - 1 for sample_id in repeated_ids)} ids occur more than once in the score "
+            f"table (the first: {repeated_ids[0]}): ids must be unique"
         )

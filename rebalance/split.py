@@ -1,4 +1,4 @@
-"""Writing of the rows that a selection keeps and drops."""
+"""Second pass of a split: writing the kept and dropped rows of a selection."""
 
 from __future__ import annotations
 
@@ -35,65 +35,80 @@ from .score_tables import ScoreBatch, ScoreFiles
 from .selection import Decision, Selection
 from .split_stats import SplitStats
 
-_NOT_REPEATED = ("ranges", "schema", "source")  # what a manifest does not repeat of its score table's metadata
-_SEARCHED = ("label", "label_name", "split", "bin", "rank", "discrepancy", "gap", "balance", "p_balanced", "reason")
-_AT_ONCE = 16_384  # values that are encoded at once: a tenth quicker than 1,024
-_MOST_WAITING = 1  # batches that a thread may be behind
+_NOT_REPEATED = ("ranges", "schema", "source")  # metadata of the score table that a manifest does not copy
+_STATISTICS = (
+    "label",
+    "label_name",
+    "split",
+    "bin",
+    "rank",
+    "discrepancy",
+    "gap",
+    "balance",
+    "p_balanced",
+    "reason",
+)
+_WRITE_BATCH_ROWS = 16_384  # values encoded at a time: 10% faster than 1,024
+_MAX_QUEUED = 1  # batches that may wait for the writing thread
 
 
 def write_split(
-    choice: Selection, path: Path | None, *, name: str, recipe: dict[str, Any], num_bins: int = 20
+    selection: Selection, path: Path | None, *, name: str, recipe: dict[str, Any], num_bins: int = 20
 ) -> dict[str, Any]:
-    """Make the second pass: write the manifest and its dropped rows, and give Tally.numbers.
+    """Run the second pass: write the manifest and its dropped rows, and return SplitStats.numbers.
 
-    With no path nothing is written: the numbers are what would be. The same scores and recipe give the same bytes.
+    With path None nothing is written and the numbers are the same. The same scores and recipe give the same bytes.
     """
-    shards = choice.shards
-    stats = SplitStats(shards, between=choice.rule.between, num_bins=num_bins)
-    provenance = _provenance(choice, name=name, recipe=recipe)
+    scores = selection.scores
+    stats = SplitStats(scores, between=selection.rule.between, num_bins=num_bins)
+    provenance = _provenance(selection, name=name, recipe=recipe)
     with ExitStack() as stack:
-        kept = dropped = None
+        kept_rows = dropped_rows = None
         if path is not None:
-            kept = stack.enter_context(_writing(path, _schema(shards, COLUMNS), provenance))
-            dropped = stack.enter_context(_writing(dropped_path(path), _schema(shards, DROPPED_COLUMNS), provenance))
-        for rows in shards.rows(whole=True):
-            decision = choice.decide(rows)
-            stats.add(rows, decision, choice.reasons)
-            if kept is not None and dropped is not None:
-                columns = _columns(rows, decision, shards, choice, name=name)
-                kept.add(columns, decision.keep)
-                dropped.add(columns, ~decision.keep)
-        if kept is not None and dropped is not None:
-            dropped.about["dropped_from"] = kept.finish()
+            kept_rows = stack.enter_context(_open_writer(path, _schema(scores, COLUMNS), provenance))
+            dropped_rows = stack.enter_context(
+                _open_writer(dropped_path(path), _schema(scores, DROPPED_COLUMNS), provenance)
+            )
+        for batch in scores.batches(all_columns=True):
+            decision = selection.decide(batch)
+            stats.add(batch, decision, selection.reasons)
+            if kept_rows is not None and dropped_rows is not None:
+                columns = _columns(batch, decision, scores, selection, name=name)
+                kept_rows.add(columns, decision.keep)
+                dropped_rows.add(columns, ~decision.keep)
+        if kept_rows is not None and dropped_rows is not None:
+            dropped_rows.file_record["dropped_from"] = kept_rows.finish()
     return stats.numbers()
 
 
-class _Sink:
+class _ManifestWriter:
     """A Parquet file in row groups of a fixed size, written by a thread, with a digest of its rows in its metadata."""
 
     def __init__(self, path: Path, schema: pa.Schema, provenance: dict[str, Any]) -> None:
-        # Columns of few values are handed over as codes; that they are plain strings is what is stored.
+        # Columns of few distinct values are passed as dictionary codes, and stored as plain strings.
         coded = {name: pa.dictionary(pa.int32(), pa.string()) for name in schema.names if name in REPEATING}
         fields = [pa.field(field.name, coded.get(field.name, field.type)) for field in schema]
         self._schema = pa.schema(fields)
         self._provenance = provenance
         self._writer = pq.ParquetWriter(
-            path.absolute(),  # Arrow takes a relative one such as hf:/a for a remote file system's
+            path.absolute(),  # Arrow reads a relative path such as hf:/a as a remote file system
             self._schema,
-            compression="lz4" if "reason" in schema.names else "zstd",  # dropped rows: a third quicker, a fifth larger
+            compression="lz4"
+            if "reason" in schema.names
+            else "zstd",  # dropped rows: lz4 is a third faster, a fifth larger
             use_dictionary=[*coded, "label", "bin", "weight", "threshold"],
-            write_statistics=[name for name in schema.names if name in _SEARCHED],
-            write_batch_size=_AT_ONCE,
+            write_statistics=[name for name in schema.names if name in _STATISTICS],
+            write_batch_size=_WRITE_BATCH_ROWS,
             store_schema=False,
         )
         self._thread = ThreadPoolExecutor(1)
-        self._waiting: deque[Future[None]] = deque()
-        self.about: dict[str, Any] = {}
+        self._queue: deque[Future[None]] = deque()
+        self.file_record: dict[str, Any] = {}
         self._digest = RowDigest()
-        self._held: list[pa.Table] = []
-        self._number = self._rows = 0
+        self._pending: list[pa.Table] = []
+        self._num_pending = self._num_written = 0
 
-    def __enter__(self) -> _Sink:
+    def __enter__(self) -> _ManifestWriter:
         return self
 
     def __exit__(
@@ -103,7 +118,7 @@ class _Sink:
             if kind is None:
                 self.finish()
                 provenance = json.dumps(self._provenance, sort_keys=True)
-                about = self.about | {"metadata": metadata_digest({KEY: provenance.encode()})}
+                about = self.file_record | {"metadata": metadata_digest({KEY: provenance.encode()})}
                 self._writer.add_key_value_metadata(
                     {KEY.decode(): provenance, ROWS_KEY: json.dumps(about, sort_keys=True)}
                 )
@@ -111,121 +126,121 @@ class _Sink:
             self._thread.shutdown(cancel_futures=True)
             self._writer.close()
 
-    def add(self, columns: dict[str, Any], which: NDArray[np.bool_]) -> None:
-        """Add the rows (n,) that `which` says of these columns; they are written later, but not much."""
-        self._waiting.append(self._thread.submit(self._take, columns, which))
-        while len(self._waiting) > _MOST_WAITING:
-            self._waiting.popleft().result()
+    def add(self, columns: dict[str, Any], mask: NDArray[np.bool_]) -> None:
+        """Queue the rows of these columns that `mask` (n,) selects; blocks while the queue is full."""
+        self._queue.append(self._thread.submit(self._append, columns, mask))
+        while len(self._queue) > _MAX_QUEUED:
+            self._queue.popleft().result()
 
     def finish(self) -> str:
-        """Write all that was added, and give the digest of all rows."""
-        while self._waiting:
-            self._waiting.popleft().result()
-        if self._number:
-            self._write(pa.concat_tables(self._held))
-        self._held, self._number = [], 0
-        self.about |= {"rows": self._rows, "digest": self._digest.hexdigest()}
+        """Write all queued rows, and return the digest of all rows."""
+        while self._queue:
+            self._queue.popleft().result()
+        if self._num_pending:
+            self._write(pa.concat_tables(self._pending))
+        self._pending, self._num_pending = [], 0
+        self.file_record |= {"rows": self._num_written, "digest": self._digest.hexdigest()}
         return self._digest.hexdigest()
 
-    def _take(self, columns: dict[str, Any], which: NDArray[np.bool_]) -> None:
-        rows = pa.array(np.flatnonzero(which))
-        some = [_stored(columns[field.name], field.type, rows) for field in self._schema]
-        self._held.append(pa.table(some, schema=self._schema))
-        self._number += len(rows)
-        while self._number >= GROUP_ROWS:
-            together = pa.concat_tables(self._held)
+    def _append(self, columns: dict[str, Any], mask: NDArray[np.bool_]) -> None:
+        rows = pa.array(np.flatnonzero(mask))
+        arrays = [_take_rows(columns[field.name], field.type, rows) for field in self._schema]
+        self._pending.append(pa.table(arrays, schema=self._schema))
+        self._num_pending += len(rows)
+        while self._num_pending >= GROUP_ROWS:
+            together = pa.concat_tables(self._pending)
             self._write(together.slice(0, GROUP_ROWS))
-            self._held = [together.slice(GROUP_ROWS)]
-            self._number -= GROUP_ROWS
+            self._pending = [together.slice(GROUP_ROWS)]
+            self._num_pending -= GROUP_ROWS
 
     def _write(self, table: pa.Table) -> None:
         table = table.unify_dictionaries().combine_chunks()
-        for place, field in enumerate(self._schema):
+        for index, field in enumerate(self._schema):
             if pa.types.is_dictionary(field.type):
-                table = table.set_column(place, field, _in_order(table.column(place).combine_chunks()))
+                table = table.set_column(index, field, _sort_dictionary(table.column(index).combine_chunks()))
         self._digest.add(table)
         self._writer.write_table(table, row_group_size=GROUP_ROWS)
-        self._rows += len(table)
+        self._num_written += len(table)
 
 
-def _in_order(column: pa.DictionaryArray) -> pa.DictionaryArray:
-    """Code the values that occur, sorted: the bytes then do not depend on the batches in which rows came."""
+def _sort_dictionary(column: pa.DictionaryArray) -> pa.DictionaryArray:
+    """Recode to the sorted occurring values, so that the bytes do not depend on the batches."""
     if column.null_count == len(column):
         return pa.nulls(len(column), column.type)
-    null = column.is_null().to_numpy(zero_copy_only=False) if column.null_count else None
+    is_null = column.is_null().to_numpy(zero_copy_only=False) if column.null_count else None
     codes = column.indices.fill_null(0).to_numpy()
-    used = np.flatnonzero(np.bincount(codes if null is None else codes[~null], minlength=len(column.dictionary)))
+    used = np.flatnonzero(np.bincount(codes if is_null is None else codes[~is_null], minlength=len(column.dictionary)))
     names = column.dictionary.take(pa.array(used))
     order = pc.sort_indices(names)
-    if null is None and len(used) == len(column.dictionary) and (order.to_numpy() == np.arange(len(used))).all():
+    if is_null is None and len(used) == len(column.dictionary) and (order.to_numpy() == np.arange(len(used))).all():
         return column
-    place = np.zeros(len(column.dictionary), dtype=np.int32)
-    place[used[order.to_numpy()]] = np.arange(len(used))
-    return pa.DictionaryArray.from_arrays(pa.array(place[codes], mask=null), names.take(order))
+    rank_of_code = np.zeros(len(column.dictionary), dtype=np.int32)
+    rank_of_code[used[order.to_numpy()]] = np.arange(len(used))
+    return pa.DictionaryArray.from_arrays(pa.array(rank_of_code[codes], mask=is_null), names.take(order))
 
 
-def _stored(column: Any, type_: pa.DataType, rows: pa.Array) -> Any:
-    """Take some rows of a column as what is stored: whatever came as text or number, of any width, becomes text."""
+def _take_rows(column: Any, type_: pa.DataType, rows: pa.Array) -> Any:
+    """Return some rows of a column in the stored type: dictionary columns from text or numbers of any width."""
     if pa.types.is_string_view(column.type):
-        column = column.cast(pa.string())  # which cannot be taken from
-    some = column.take(rows)
-    if pa.types.is_dictionary(type_) and not pa.types.is_dictionary(some.type):
-        some = some.cast(pa.string())  # numbers have no way to codes of texts but this
-    return some.cast(type_)
+        column = column.cast(pa.string())  # string views do not support take
+    values = column.take(rows)
+    if pa.types.is_dictionary(type_) and not pa.types.is_dictionary(values.type):
+        values = values.cast(pa.string())  # numbers can be cast to string codes only via strings
+    return values.cast(type_)
 
 
 @contextmanager
-def _writing(path: Path, schema: pa.Schema, provenance: dict[str, Any]) -> Iterator[_Sink]:
-    """Write a file whole or not at all."""
-    with atomic_write(path) as temporary, _Sink(temporary, schema, provenance) as sink:
+def _open_writer(path: Path, schema: pa.Schema, provenance: dict[str, Any]) -> Iterator[_ManifestWriter]:
+    """Open a writer whose file appears only if the block succeeds."""
+    with atomic_write(path) as temporary, _ManifestWriter(temporary, schema, provenance) as sink:
         yield sink
 
 
-def _schema(shards: ScoreFiles, columns: dict[str, pa.DataType]) -> pa.Schema:
+def _schema(scores: ScoreFiles, columns: dict[str, pa.DataType]) -> pa.Schema:
     own = [pa.field(name, type_) for name, type_ in columns.items()]
-    return pa.schema(own + [pa.field(name, pa.string()) for name in shards.paths if name not in columns])
+    return pa.schema(own + [pa.field(name, pa.string()) for name in scores.paths if name not in columns])
 
 
 def _columns(
-    rows: ScoreBatch, decision: Decision, shards: ScoreFiles, choice: Selection, *, name: str
+    batch: ScoreBatch, decision: Decision, scores: ScoreFiles, selection: Selection, *, name: str
 ) -> dict[str, pa.Array | pa.ChunkedArray]:
-    """Give every column of a manifest and of dropped rows; what the scores do not have is null."""
-    told, table, n = decision.outcome, rows.table, len(rows)
-    codes = pa.array(rows.label)
-    numeric = pa.types.is_integer(shards.classes.type)
-    found: dict[str, pa.Array | pa.ChunkedArray] = {
-        "label": shards.classes.cast(pa.int32()).take(codes) if numeric else codes,
-        "subset": _named(pa.array(np.zeros(n, dtype=np.int8)), (name,)),
-        "bin": None if told.bin is None else pa.array(told.bin, mask=told.bin < 0),
+    """Return every column of a manifest and of dropped rows; columns missing in the scores are null."""
+    outcome, table, n = decision.outcome, batch.table, len(batch)
+    codes = pa.array(batch.label)
+    numeric = pa.types.is_integer(scores.classes.type)
+    arrays: dict[str, pa.Array | pa.ChunkedArray] = {
+        "label": scores.classes.cast(pa.int32()).take(codes) if numeric else codes,
+        "subset": _dictionary_column(pa.array(np.zeros(n, dtype=np.int8)), (name,)),
+        "bin": None if outcome.bin is None else pa.array(outcome.bin, mask=outcome.bin < 0),
         "rank": pa.array(decision.rank),
-        "weight": pa.array(np.ones(n, dtype=np.float32) if told.weight is None else told.weight),
+        "weight": pa.array(np.ones(n, dtype=np.float32) if outcome.weight is None else outcome.weight),
         "discrepancy": pa.array(decision.discrepancy, from_pandas=True),
-        "gap": pa.array(rows.gap),
-        "reason": _named(pa.array(decision.reason), choice.reasons),
-        "score": pa.array(told.score, from_pandas=True),
-        "threshold": pa.array(told.threshold, from_pandas=True),
+        "gap": pa.array(batch.gap),
+        "reason": _dictionary_column(pa.array(decision.reason), selection.reasons),
+        "score": pa.array(outcome.score, from_pandas=True),
+        "threshold": pa.array(outcome.threshold, from_pandas=True),
     }
-    if "label_name" in shards.coded or "label_name" not in table.column_names:
-        found["label_name"] = _named(codes, shards.class_names)
-    if shards.assign is not None or ("split" in shards.coded and "split" in table.column_names):
-        found["split"] = _named(pa.array(rows.split), shards.splits)
-    for column in (*COLUMNS, *shards.paths):
-        if found.get(column) is None:
-            found[column] = table[column] if column in table.column_names else pa.nulls(n)
-    return found
+    if "label_name" in scores.coded or "label_name" not in table.column_names:
+        arrays["label_name"] = _dictionary_column(codes, scores.class_names)
+    if scores.assign is not None or ("split" in scores.coded and "split" in table.column_names):
+        arrays["split"] = _dictionary_column(pa.array(batch.split), scores.splits)
+    for column in (*COLUMNS, *scores.paths):
+        if arrays.get(column) is None:
+            arrays[column] = table[column] if column in table.column_names else pa.nulls(n)
+    return arrays
 
 
-def _named(codes: pa.Array, names: tuple[str, ...]) -> pa.DictionaryArray:
+def _dictionary_column(codes: pa.Array, names: tuple[str, ...]) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(codes, pa.array(list(names), pa.string()))
 
 
-def _provenance(choice: Selection, *, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    scores = choice.shards.provenance
+def _provenance(selection: Selection, *, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    scores = selection.scores.provenance
     return {
         "schema": f"mmaudit.manifest/{SCHEMA_VERSION}",
         "subset": name,
-        "between": choice.rule.between,
+        "between": selection.rule.between,
         "rule": recipe,
-        "ranges": {name: {"range": span, "meaning": meaning} for name, (span, meaning) in RANGES.items()},
+        "ranges": {name: {"range": value_range, "meaning": meaning} for name, (value_range, meaning) in RANGES.items()},
         "scores": {key: value for key, value in scores.items() if key not in _NOT_REPEATED},
     }

@@ -1,6 +1,6 @@
 """Statistics of a split before and after: distances to uniform, counts by class, shortages.
 
-Kept while rows pass by, in memory that depends on the numbers of bins and classes only. Letters: s splits, b bins over
+Updated batch by batch, in memory that depends on the numbers of bins and classes only. Letters: s splits, b bins over
 [-1, 1], k classes, f fine bins.
 """
 
@@ -19,12 +19,12 @@ from .binning import distance_to_uniform
 from .score_tables import ScoreBatch, ScoreFiles
 from .selection import Decision
 
-_MOST_FINE = 1_024  # bins in whose steps KS is taken, which is right to 0.001 then
-_MOST_CELLS = 1 << 18  # of all counts together: what stays in the cache is added to ten times as quickly
-MOST_SHORTAGES = 20
+_MAX_FINE_BINS = 1_024  # fine bins of the KS distance, which is then exact to 0.001
+_MAX_CELLS = 1 << 18  # of all counts together: they stay in the cache, where adding is ten times as fast
+MAX_SHORTAGES = 20
 
-_EVENNESS = Complete(distance=float, ks=float, positive=float)
-_SHAPE = Complete(  # of NAME.balance.json, where some of it comes from the recipe
+_UNIFORMITY = Complete(distance=float, ks=float, positive=float)
+_SHAPE = Complete(  # of NAME.balance.json, which also has the recipe
     {
         "name": str,
         "between": str,
@@ -34,8 +34,8 @@ _SHAPE = Complete(  # of NAME.balance.json, where some of it comes from the reci
         "scored": int,
         "reasons": {"*": int},
         "effective_size": float,
-        "before": _EVENNESS,
-        "after": _EVENNESS,
+        "before": _UNIFORMITY,
+        "after": _UNIFORMITY,
         "distances": {"*": float},
         "counts_before": [int],
         "counts_after": [float],
@@ -62,163 +62,165 @@ _SHAPE = Complete(  # of NAME.balance.json, where some of it comes from the reci
 
 
 def read_numbers(path: Path, *, error: type[MmauditError]) -> dict[str, Any]:
-    """Read NAME.balance.json: Tally.numbers of a split with its name, recipe and digest, `curve` if it is balanced."""
+    """Read NAME.balance.json: SplitStats.numbers with name, recipe and digest, and `curve` of a balanced split."""
     numbers = read_json(path, error=error, shape=_SHAPE)
     bins = numbers["bins"]
-    places = [*numbers["empty_bins"], *(shortage["bin"] for shortage in numbers["shortages"])]
-    if not len(numbers["counts_before"]) == len(numbers["counts_after"]) == bins > max([0, *places]):
-        raise error(f"{path} does not count {bins} bins: make the manifest anew with mmaudit split")
-    if min([0, *places]) < 0:
-        raise error(f"{path} names bin {min(places)}: make the manifest anew with mmaudit split")
+    bin_indices = [*numbers["empty_bins"], *(shortage["bin"] for shortage in numbers["shortages"])]
+    if not len(numbers["counts_before"]) == len(numbers["counts_after"]) == bins > max([0, *bin_indices]):
+        raise error(f"{path} does not have {bins} bins: recreate the manifest with mmaudit split")
+    if min([0, *bin_indices]) < 0:
+        raise error(f"{path} names bin {min(bin_indices)}: recreate the manifest with mmaudit split")
     return numbers
 
 
 class SplitStats:
-    """Counts of a discrepancy among all rows and the kept ones; the kept ones weigh what their manifest says.
+    """Mass of a discrepancy over all rows (counts) and over the kept rows (their weights in the manifest).
 
-    They are held by split, class, bin, and fine bins within each bin: (s, k, b, f / b).
+    Both masses are arrays by split, class, bin, and fine bin within each bin: (s, k, b, f / b).
     """
 
-    def __init__(self, shards: ScoreFiles, *, between: str, num_bins: int) -> None:
-        self.between, self.num_bins, self.shards = between, num_bins, shards
-        cells = len(shards.splits) * len(shards.classes) * num_bins
-        within = max(1, min(_MOST_FINE // num_bins, _MOST_CELLS // cells))
-        self._held = [np.zeros((len(shards.splits), len(shards.classes), num_bins, within)) for _ in range(2)]
+    def __init__(self, scores: ScoreFiles, *, between: str, num_bins: int) -> None:
+        self.between, self.num_bins, self.scores = between, num_bins, scores
+        cells = len(scores.splits) * len(scores.classes) * num_bins
+        fine_per_bin = max(1, min(_MAX_FINE_BINS // num_bins, _MAX_CELLS // cells))
+        self._masses = [np.zeros((len(scores.splits), len(scores.classes), num_bins, fine_per_bin)) for _ in range(2)]
         self._positive = [0.0, 0.0]
-        self._squares = 0.0  # sum of squared weights of the kept
-        self.kept = self.dropped = 0
+        self._squares = 0.0  # sum of squared weights of the kept rows
+        self.num_kept = self.num_dropped = 0
         self.reasons: dict[str, int] = {}
 
-    def add(self, rows: ScoreBatch, decision: Decision, reasons: tuple[str, ...]) -> None:
-        """Count some rows."""
+    def add(self, batch: ScoreBatch, decision: Decision, reasons: tuple[str, ...]) -> None:
+        """Add the rows of a batch."""
         keep, values, weight = decision.keep, decision.discrepancy, decision.outcome.weight
-        kept = int(np.count_nonzero(keep))
-        self.kept += kept
-        self.dropped += len(rows) - kept
-        self._count_reasons(decision.reason[~keep] if decision.reason.any() else None, len(rows) - kept, reasons)
-        there = ~np.isnan(values)
-        cell = self._cells(rows, np.where(there, values, 0).astype(np.float64))
-        if not there.all():
-            cell, values, keep = cell[there], values[there], keep[there]
-            weight = None if weight is None else weight[there]
-        size = self._held[0].size
-        both = np.bincount(cell * 2 + keep, minlength=2 * size).reshape((*self._held[0].shape, 2))
-        self._held[0] += both.sum(axis=-1)
+        num_kept = int(np.count_nonzero(keep))
+        self.num_kept += num_kept
+        self.num_dropped += len(batch) - num_kept
+        self._count_reasons(decision.reason[~keep] if decision.reason.any() else None, len(batch) - num_kept, reasons)
+        valid = ~np.isnan(values)
+        cell = self._cells(batch, np.where(valid, values, 0).astype(np.float64))
+        if not valid.all():
+            cell, values, keep = cell[valid], values[valid], keep[valid]
+            weight = None if weight is None else weight[valid]
+        size = self._masses[0].size
+        counts_by_keep = np.bincount(cell * 2 + keep, minlength=2 * size).reshape((*self._masses[0].shape, 2))
+        self._masses[0] += counts_by_keep.sum(axis=-1)
         self._positive[0] += np.count_nonzero(values > 0)
         if weight is None or (weight == 1).all():
-            self._held[1] += both[..., 1]
+            self._masses[1] += counts_by_keep[..., 1]
             self._positive[1] += np.count_nonzero((values > 0) & keep)
-            self._squares += int(both[..., 1].sum())
+            self._squares += int(counts_by_keep[..., 1].sum())
         else:
             mass = weight[keep].astype(np.float64)
-            found = np.bincount(cell[keep], weights=mass, minlength=size)
-            self._held[1] += found.reshape(self._held[1].shape)
+            kept_mass = np.bincount(cell[keep], weights=mass, minlength=size)
+            self._masses[1] += kept_mass.reshape(self._masses[1].shape)
             self._positive[1] += float(mass[values[keep] > 0].sum())
             self._squares += float((mass**2).sum())
 
-    def _cells(self, rows: ScoreBatch, values: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Give the place of each row among what is held, (n,)."""
-        _, k, b, within = self._held[0].shape
-        place = (values + 1) / 2 * b
-        bins = np.clip(place, 0, b - 1).astype(np.int64)  # as bin_of has them
-        fine = np.clip((place - bins) * within, 0, within - 1).astype(np.int64)
-        return np.asarray(((rows.split.astype(np.int64) * k + rows.label) * b + bins) * within + fine)
+    def _cells(self, batch: ScoreBatch, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the flat index of each row's fine bin in the masses, (n,)."""
+        _, num_classes, num_bins, fine_per_bin = self._masses[0].shape
+        position = (values + 1) / 2 * num_bins
+        bins = np.clip(position, 0, num_bins - 1).astype(np.int64)  # as in bin_of
+        fine = np.clip((position - bins) * fine_per_bin, 0, fine_per_bin - 1).astype(np.int64)
+        return np.asarray(
+            ((batch.split.astype(np.int64) * num_classes + batch.label) * num_bins + bins) * fine_per_bin + fine
+        )
 
-    def _count_reasons(self, reason: NDArray[np.int8] | None, number: int, reasons: tuple[str, ...]) -> None:
-        counts = [number] if reason is None else np.bincount(reason, minlength=len(reasons)).tolist()
-        for name, found in zip(reasons, counts, strict=False):
-            if found:
-                self.reasons[name] = self.reasons.get(name, 0) + found
+    def _count_reasons(self, reason: NDArray[np.int8] | None, num_dropped: int, reasons: tuple[str, ...]) -> None:
+        counts = [num_dropped] if reason is None else np.bincount(reason, minlength=len(reasons)).tolist()
+        for name, count in zip(reasons, counts, strict=False):
+            if count:
+                self.reasons[name] = self.reasons.get(name, 0) + count
 
     def numbers(self) -> dict[str, Any]:
-        """Give all that is to be told of the split, as plain values."""
-        before, after = (held.sum(axis=(0, 3)).T for held in self._held)  # (b, k)
+        """Return all statistics of the split as JSON values."""
+        before, after = (mass.sum(axis=(0, 3)).T for mass in self._masses)  # (b, k)
         total = float(after.sum())
         return {
             "between": self.between,
             "bins": self.num_bins,
-            "kept": self.kept,
-            "dropped": self.dropped,
-            "scored": self.kept + self.dropped,
+            "kept": self.num_kept,
+            "dropped": self.num_dropped,
+            "scored": self.num_kept + self.num_dropped,
             "reasons": dict(sorted(self.reasons.items())),
             "effective_size": total**2 / self._squares if self._squares else 0.0,
             "before": self._uniformity(0),
             "after": self._uniformity(1),
             "distances": self._by_split(),
-            "counts_before": [int(each) for each in before.sum(axis=1)],
-            "counts_after": [float(each) for each in after.sum(axis=1)],
+            "counts_before": [int(mass) for mass in before.sum(axis=1)],
+            "counts_after": [float(mass) for mass in after.sum(axis=1)],
             "empty_bins": np.flatnonzero(before.sum(axis=1) == 0).tolist(),
             "classes": self._by_class(before, after),
             "shortages": self._shortages(before, after),
         }
 
-    def _uniformity(self, place: int) -> dict[str, float]:
-        by_bin = self._held[place].sum(axis=(0, 1, 3))
+    def _uniformity(self, index: int) -> dict[str, float]:
+        by_bin = self._masses[index].sum(axis=(0, 1, 3))
         mass = float(by_bin.sum())
         return {
-            "distance": distance_to_uniform(by_bin, available=self._held[0].sum(axis=(0, 1, 3))),
-            "ks": _ks(self._held[place].sum(axis=(0, 1)).reshape(-1)),
-            "positive": float(self._positive[place] / mass) if mass else 0.0,
+            "distance": distance_to_uniform(by_bin, available=self._masses[0].sum(axis=(0, 1, 3))),
+            "ks": _ks_distance(self._masses[index].sum(axis=(0, 1)).reshape(-1)),
+            "positive": float(self._positive[index] / mass) if mass else 0.0,
         }
 
     def _by_split(self) -> dict[str, float]:
-        """Give the distance to uniform of each split, over the bins that the split itself fills."""
-        before, after = (held.sum(axis=(1, 3)) for held in self._held)  # (s, b)
+        """Compute the distance to uniform of each split, over the bins in which it has samples."""
+        before, after = (mass.sum(axis=(1, 3)) for mass in self._masses)  # (s, b)
         return {
-            name: distance_to_uniform(after[place], available=before[place])
-            for place, name in enumerate(self.shards.splits)
-            if before[place].any()
+            name: distance_to_uniform(after[split_index], available=before[split_index])
+            for split_index, name in enumerate(self.scores.splits)
+            if before[split_index].any()
         }
 
     def _by_class(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> list[dict[str, Any]]:
-        found = []
-        fine = [held.sum(axis=0).reshape(len(self.shards.classes), -1) for held in self._held]
-        for place, name in enumerate(self.shards.class_names):
-            there = before[:, place]
-            found.append(
+        classes = []
+        fine = [mass.sum(axis=0).reshape(len(self.scores.classes), -1) for mass in self._masses]
+        for class_index, name in enumerate(self.scores.class_names):
+            class_before = before[:, class_index]
+            classes.append(
                 {
                     "name": name,
-                    "before": int(there.sum()),
-                    "after": float(after[:, place].sum()),
-                    "distance_before": distance_to_uniform(there, available=there),
-                    "distance_after": distance_to_uniform(after[:, place], available=there),
-                    "ks_before": _ks(fine[0][place]),
-                    "ks_after": _ks(fine[1][place]),
-                    "empty_bins": int((there == 0).sum()),
+                    "before": int(class_before.sum()),
+                    "after": float(after[:, class_index].sum()),
+                    "distance_before": distance_to_uniform(class_before, available=class_before),
+                    "distance_after": distance_to_uniform(after[:, class_index], available=class_before),
+                    "ks_before": _ks_distance(fine[0][class_index]),
+                    "ks_after": _ks_distance(fine[1][class_index]),
+                    "empty_bins": int((class_before == 0).sum()),
                 }
             )
-        return found
+        return classes
 
     def _shortages(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> list[dict[str, Any]]:
-        """Give the bins and classes that have least of what an even share of their bin would be, the worst first."""
-        wanted = after.sum(axis=1, keepdims=True) / max(1, int(before.any(axis=0).sum()))
-        there = before.any(axis=1, keepdims=True) & before.any(axis=0)  # a class without any is short of no bin
-        lacking = np.where(there, wanted - before, 0)
-        worst = np.argsort(-lacking, axis=None, kind="stable")[:MOST_SHORTAGES]
-        bins, classes = np.unravel_index(worst, lacking.shape)
+        """Return the cells furthest below a uniform share of their bin, largest shortage first."""
+        uniform_share = after.sum(axis=1, keepdims=True) / max(1, int(before.any(axis=0).sum()))
+        may_be_short = before.any(axis=1, keepdims=True) & before.any(axis=0)  # no shortage of empty classes
+        shortage = np.where(may_be_short, uniform_share - before, 0)
+        worst = np.argsort(-shortage, axis=None, kind="stable")[:MAX_SHORTAGES]
+        bins, classes = np.unravel_index(worst, shortage.shape)
         width = 2 / self.num_bins
         return [
             {
-                "class": self.shards.class_names[one],
-                "bin": int(row),
-                "low": -1 + width * int(row),
-                "high": -1 + width * (int(row) + 1),
-                "has": int(before[row, one]),
-                "even": float(wanted[row, 0]),
+                "class": self.scores.class_names[class_index],
+                "bin": int(bin_index),
+                "low": -1 + width * int(bin_index),
+                "high": -1 + width * (int(bin_index) + 1),
+                "has": int(before[bin_index, class_index]),
+                "even": float(uniform_share[bin_index, 0]),
             }
-            for row, one in zip(bins, classes, strict=True)
-            if lacking[row, one] > 0
+            for bin_index, class_index in zip(bins, classes, strict=True)
+            if shortage[bin_index, class_index] > 0
         ]
 
 
-def _ks(fine: NDArray[np.float64]) -> float:
-    """Largest difference of the distribution function to that of uniform over [-1, 1], at the edges of fine bins (f,).
+def _ks_distance(fine: NDArray[np.float64]) -> float:
+    """Compute the Kolmogorov-Smirnov distance, in [0, 1], to uniform over [-1, 1] at the edges of fine bins (f,).
 
-    In between it can be larger by 1 / f at most. 0 of nothing.
+    Between the edges it can be larger by 1 / f at most. It is 0 without samples.
     """
     total = float(fine.sum())
     if total == 0:
         return 0.0
-    share = np.r_[0.0, np.cumsum(fine) / total]
-    even = np.arange(len(share)) / (len(share) - 1)
-    return float(np.abs(share - even).max())
+    cumulative_share = np.r_[0.0, np.cumsum(fine) / total]
+    uniform = np.arange(len(cumulative_share)) / (len(cumulative_share) - 1)
+    return float(np.abs(cumulative_share - uniform).max())

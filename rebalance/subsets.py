@@ -1,4 +1,4 @@
-"""Subsets by threshold, by mixture, by extremes, and at random."""
+"""Selection rules of subsets: by threshold, by mixture, by balance score, and at random."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .binning import Counts, share_total
 from .score_tables import ScoreBatch, ScoreFiles
 from .selection import RowOutcome, SelectionRule
 
-BALANCED_WITHIN = 0.2  # |D| up to which a sample counts as balanced: mmaudit's default
+BALANCED_WITHIN = 0.2  # largest |D| of a balanced sample: mmaudit's default
 _REASONS = {
     "above": "discrepancy-too-low",
     "within": "discrepancy-too-large",
@@ -23,8 +23,8 @@ _REASONS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Threshold:
-    """The samples on one side of a threshold: all of one cell, none of the other.
+class ThresholdRule:
+    """Rule that keeps all samples on one side of a threshold: cell 0 passes, cell 1 does not.
 
     kind: "above" D > T, "within" |D| <= T, "balanced" P(balanced) >= T, "imbalanced" P(balanced) < T.
     """
@@ -38,96 +38,96 @@ class Threshold:
 
     @property
     def reason(self) -> str:
-        """Why others are dropped."""
+        """Reason recorded for the rows that are not kept."""
         return _REASONS[self.kind]
 
-    def score(self, rows: ScoreBatch) -> NDArray[np.float64]:
-        """Give what is compared with the threshold, (n,), NaN where it is missing."""
+    def score(self, batch: ScoreBatch) -> NDArray[np.float64]:
+        """Return the values that are compared with the threshold, (n,), NaN where missing."""
         if self.kind in ("above", "within"):
-            values = rows.discrepancy(self.between).astype(np.float64)  # as evaluation compares, and as is recorded
+            values = batch.discrepancy(self.between).astype(np.float64)  # as in evaluation and in the recorded score
             return values if self.kind == "above" else np.abs(values)
-        posterior = rows.numbers("p_balanced")
-        return np.full(len(rows), np.nan) if posterior is None else posterior.astype(np.float64)
+        posterior = batch.numbers("p_balanced")
+        return np.full(len(batch), np.nan) if posterior is None else posterior.astype(np.float64)
 
-    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
-        """Give 0 to those that are kept, 1 to the others, -1 to those that cannot be told."""
-        score = self.score(rows)
-        held = {
+    def cells(self, batch: ScoreBatch) -> NDArray[np.int32]:
+        """Return 0 for rows that pass, 1 for others, -1 for missing values, (n,)."""
+        score = self.score(batch)
+        passes = {
             "above": score > self.threshold,
             "within": score <= self.threshold,
             "balanced": score >= self.threshold,
             "imbalanced": score < self.threshold,
         }[self.kind]
-        return np.where(np.isnan(score), -1, np.where(held, 0, 1)).astype(np.int32)
+        return np.where(np.isnan(score), -1, np.where(passes, 0, 1)).astype(np.int32)
 
     def quotas(self, counts: Counts) -> Counts:
-        """Keep all that are on the right side."""
+        """Return the quotas: all of cell 0, none of cell 1."""
         return np.array([counts[0], 0], dtype=np.int64)
 
-    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
-        """Nothing is left to chance."""
-        return rows.key
+    def order(self, batch: ScoreBatch) -> NDArray[np.uint64]:
+        """Return the hash of each row, (n,); it has no effect, since cells are kept whole."""
+        return batch.key
 
-    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
-        """Give what was compared."""
-        return RowOutcome(score=self.score(rows), threshold=np.full(len(rows), self.threshold))
+    def explain(self, batch: ScoreBatch, cell: NDArray[np.int32], hash_outcome: RowOutcome) -> RowOutcome:
+        """Return the compared values and the threshold."""
+        return RowOutcome(score=self.score(batch), threshold=np.full(len(batch), self.threshold))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amount:
-    """So many samples: a number, or a share of what there is in (0, 1]."""
+    """An amount of samples: a number, or a share in (0, 1] of the available ones."""
 
     number: int | None = None
     share: float | None = None
 
     def of(self, counts: Counts) -> Counts:
-        """Share the amount among cells (c,) in proportion to theirs."""
+        """Share the amount among cells (c,) in proportion to their counts."""
         total = int(counts.sum())
         if self.number is not None and self.number > total:
-            raise ConfigError(f"{self.number} samples cannot be had: the largest is {total}, all that may be kept")
+            raise ConfigError(f"requested {self.number} samples, available {total}")
         return share_total(self.number if self.number is not None else round((self.share or 0) * total), counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Extreme:
-    """The most, or the least, balanced samples of each split, by the balance score of BSS; equals by hash."""
+class ExtremeRule:
+    """Rule that keeps the most, or least, balanced samples of each split by the BSS balance score; ties by hash."""
 
     name: str
     between: str
-    most: bool
+    keep_most: bool
     amount: Amount
     num_cells: int
     by_score: bool = True
 
     @property
     def reason(self) -> str:
-        """Why others are dropped."""
-        return "balance-too-low" if self.most else "balance-too-high"
+        """Reason recorded for the rows that are not kept."""
+        return "balance-too-low" if self.keep_most else "balance-too-high"
 
-    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
-        """Give the split; -1 to those without a balance score."""
-        return np.where(np.isnan(_balance(rows)), -1, rows.split).astype(np.int32)
+    def cells(self, batch: ScoreBatch) -> NDArray[np.int32]:
+        """Return the split of each row, -1 without a balance score, (n,)."""
+        return np.where(np.isnan(_balance_scores(batch)), -1, batch.split).astype(np.int32)
 
     def quotas(self, counts: Counts) -> Counts:
-        """Share the amount among the splits."""
+        """Compute the quota of each split, in proportion to its size."""
         return self.amount.of(counts)
 
-    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
-        """Give the balance score in its first 32 bits, the least first, and the hash in the others."""
-        side = -1 if self.most else 1
-        place = np.nan_to_num((1 + side * _balance(rows)) / 2, nan=1.0)
-        steps = (np.clip(place, 0, 1) * (2**32 - 1)).astype(np.uint64)
-        return np.asarray((steps << np.uint64(32)) | (rows.key >> np.uint64(32)))
+    def order(self, batch: ScoreBatch) -> NDArray[np.uint64]:
+        """Return keys with the balance score in the upper 32 bits, first to keep lowest, and the hash in the lower."""
+        sign = -1 if self.keep_most else 1
+        position = np.nan_to_num((1 + sign * _balance_scores(batch)) / 2, nan=1.0)
+        steps = (np.clip(position, 0, 1) * (2**32 - 1)).astype(np.uint64)
+        return np.asarray((steps << np.uint64(32)) | (batch.key >> np.uint64(32)))
 
-    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
-        """Give the balance score, and that of the last sample kept."""
-        last = 1 - 2 * chance.threshold if self.most else 2 * chance.threshold - 1
-        return RowOutcome(score=_balance(rows), threshold=last)
+    def explain(self, batch: ScoreBatch, cell: NDArray[np.int32], hash_outcome: RowOutcome) -> RowOutcome:
+        """Return the balance score of each row, and that of the last one kept."""
+        last_balance = 1 - 2 * hash_outcome.threshold if self.keep_most else 2 * hash_outcome.threshold - 1
+        return RowOutcome(score=_balance_scores(batch), threshold=last_balance)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Random:
-    """Samples by chance: an amount, or as many of each split and class as another manifest has; the control."""
+class RandomRule:
+    """Rule that draws samples at random: an amount, or as many per split and class as another manifest; a control."""
 
     name: str
     between: str
@@ -139,167 +139,175 @@ class Random:
 
     @property
     def reason(self) -> str:
-        """Why others are dropped."""
+        """Reason recorded for the rows that are not kept."""
         return "not-drawn"
 
-    def cells(self, rows: ScoreBatch) -> NDArray[np.int32]:
-        """Give split by class."""
-        return np.asarray(rows.split.astype(np.int32) * self.num_classes + rows.label)
+    def cells(self, batch: ScoreBatch) -> NDArray[np.int32]:
+        """Return the cell of each row, split by class, (n,)."""
+        return np.asarray(batch.split.astype(np.int32) * self.num_classes + batch.label)
 
     def quotas(self, counts: Counts) -> Counts:
-        """Give the other manifest's counts, or share the amount by split and class."""
+        """Return the other manifest's counts, or share the amount by split and class."""
         if self.like is None:
             return (self.amount or Amount(share=1.0)).of(counts)
         if (self.like > counts).any():
-            raise ManifestError(f"{self.name}: there are too few samples to draw as many of each class: fewer are left")
+            raise ManifestError(f"{self.name}: too few samples available to draw as many of each split and class")
         return self.like
 
-    def order(self, rows: ScoreBatch) -> NDArray[np.uint64]:
-        """Draw by another hash than other rules do, or the control would be part of what it controls."""
-        return splitmix64(rows.key)
+    def order(self, batch: ScoreBatch) -> NDArray[np.uint64]:
+        """Return another hash than other rules use, so that the control is independent of their subsets."""
+        return splitmix64(batch.key)
 
-    def explain(self, rows: ScoreBatch, cell: NDArray[np.int32], chance: RowOutcome) -> RowOutcome:
-        """Give the hash, and the last one kept."""
-        return chance
+    def explain(self, batch: ScoreBatch, cell: NDArray[np.int32], hash_outcome: RowOutcome) -> RowOutcome:
+        """Return the hash of each row, and the last one kept."""
+        return hash_outcome
 
 
-def sides(modalities: tuple[str, ...], between: str | None) -> dict[str, str]:
-    """Give the discrepancy, as ScoreTable.discrepancy takes it, in which each name is the positive side."""
+def positive_sides(modalities: tuple[str, ...], between: str | None) -> dict[str, str]:
+    """Return, per modality, the pair as in ScoreTable.discrepancy in which it is the positive side."""
     if between is None:
-        return {name: _against_the_rest(modalities, name) for name in modalities}
+        return {name: _against_others(modalities, name) for name in modalities}
     first, _, second = between.partition(":")
     if not second and len(modalities) == 2:
-        return sides(modalities, None)
+        return positive_sides(modalities, None)
     return {first: between, second: f"{second}:{first}"} if second else {first: between}
 
 
-def preferred(
+def prefer_modality(
     modalities: tuple[str, ...], modality: str, *, threshold: float = 0.0, between: str | None = None
-) -> Threshold:
+) -> ThresholdRule:
     """Select the samples with D > T, D being this modality's discrepancy; T = 0 is "preferred", above "dominated by".
 
     The subsets of Xia et al., arXiv 2302.10912, with T in {0, 0.2, 0.4}.
     """
-    known = sides(modalities, between)
-    if modality not in known:
-        raise ConfigError(f"no modality {modality!r} to prefer; {choices(modality, known)}")
+    between_of = positive_sides(modalities, between)
+    if modality not in between_of:
+        raise ConfigError(f"modality {modality!r} not found; {choices(modality, between_of)}")
     if not 0 <= threshold < 1:
         raise ConfigError(f"the threshold of a dominated subset is {threshold}; it lies in [0, 1)")
     name = f"{modality}-preferred" if threshold == 0 else f"{modality}-dominated-{threshold:g}"
-    return Threshold(name=name, between=known[modality], kind="above", threshold=threshold)
+    return ThresholdRule(name=name, between=between_of[modality], kind="above", threshold=threshold)
 
 
-def within(between: str, *, threshold: float = BALANCED_WITHIN) -> Threshold:
-    """Select the samples with |D| <= T: nearly equal confidence on both sides. mmaudit's own class."""
+def within_threshold(between: str, *, threshold: float = BALANCED_WITHIN) -> ThresholdRule:
+    """Select the samples with |D| <= T: nearly equal confidence on both sides. The class is mmaudit's."""
     if not 0 <= threshold <= 1:
         raise ConfigError(f"the threshold of the balanced subset is {threshold}; it lies in [0, 1]")
-    return Threshold(name=f"balanced-within-{threshold:g}", between=between, kind="within", threshold=threshold)
+    return ThresholdRule(name=f"balanced-within-{threshold:g}", between=between, kind="within", threshold=threshold)
 
 
-def by_mixture(shards: ScoreFiles, which: str, *, between: str, posterior: float = 0.5) -> Threshold:
+def by_mixture(scores: ScoreFiles, side: str, *, between: str, posterior: float = 0.5) -> ThresholdRule:
     """Select by the gap mixture: `balanced` has P(balanced) >= posterior, `imbalanced` the rest."""
-    if which not in ("balanced", "imbalanced"):
-        raise ConfigError(f"--gmm {which}: no such side of the mixture; {choices(which, ('balanced', 'imbalanced'))}")
+    if side not in ("balanced", "imbalanced"):
+        raise ConfigError(f"--gmm {side}: unknown component; {choices(side, ('balanced', 'imbalanced'))}")
     if not 0 < posterior <= 1:
         raise ConfigError(f"the posterior of a mixture's subset is {posterior}; it lies in (0, 1]")
-    _need(shards, "p_balanced", f"--gmm {which}")
-    return Threshold(name=f"gmm-{which}", between=between, kind=which, threshold=posterior)
+    _require_column(scores, "p_balanced", f"--gmm {side}")
+    return ThresholdRule(name=f"gmm-{side}", between=between, kind=side, threshold=posterior)
 
 
-def extreme(shards: ScoreFiles, which: str, amount: str, *, between: str) -> Extreme:
-    """Select the `most-balanced` or `least-balanced` samples, so many or such a share (`20%`) of each split."""
-    _need(shards, "balance", f"--subset {which}")
-    return Extreme(
-        name=f"{which}-{amount.replace('%', 'pc')}",
+def by_balance(scores: ScoreFiles, side: str, amount: str, *, between: str) -> ExtremeRule:
+    """Select the `most-balanced` or `least-balanced` samples, a number or a share (`20%`), in proportion per split."""
+    _require_column(scores, "balance", f"--subset {side}")
+    return ExtremeRule(
+        name=f"{side}-{amount.replace('%', 'pc')}",
         between=between,
-        most=which == "most-balanced",
-        amount=parse_amount(f"--subset {which}:{amount}", amount),
-        num_cells=len(shards.splits),
+        keep_most=side == "most-balanced",
+        amount=parse_amount(f"--subset {side}:{amount}", amount),
+        num_cells=len(scores.splits),
     )
 
 
-def at_random(shards: ScoreFiles, *, between: str, amount: str = "", like: tuple[str, Counts] | None = None) -> Random:
-    """Select by chance: an amount, or `like` (name, counts (s * k,)), as many as it of each split and class."""
+def at_random(
+    scores: ScoreFiles, *, between: str, amount: str = "", like: tuple[str, Counts] | None = None
+) -> RandomRule:
+    """Select at random: an amount, or as many per split and class as in `like` (name, counts (s * k,))."""
     if bool(amount) == (like is not None):
-        raise ConfigError("--subset random: say how many, as random:500 or random:20%, or as what, by --like MANIFEST")
-    k = len(shards.classes)
-    return Random(
+        raise ConfigError("--subset random: pass either an amount, as random:500 or random:20%, or --like MANIFEST")
+    num_classes = len(scores.classes)
+    return RandomRule(
         name=f"random-{amount.replace('%', 'pc')}" if like is None else f"random-like-{like[0]}",
         between=between,
-        num_classes=k,
-        num_cells=len(shards.splits) * k,
+        num_classes=num_classes,
+        num_cells=len(scores.splits) * num_classes,
         amount=None if like is not None else parse_amount(f"--subset random:{amount}", amount),
         like=None if like is None else like[1],
     )
 
 
-def everything(between: str, *, name: str) -> Threshold:
-    """Select all samples that have this discrepancy: what set algebra starts from."""
-    return Threshold(name=name, between=between, kind="within", threshold=1.0)
+def all_samples(between: str, *, name: str) -> ThresholdRule:
+    """Select all samples that have this discrepancy, the base of --intersect and --exclude."""
+    return ThresholdRule(name=name, between=between, kind="within", threshold=1.0)
 
 
 def parse_subset(
-    shards: ScoreFiles, text: str, *, between: str | None, like: tuple[str, Counts] | None = None
+    scores: ScoreFiles, text: str, *, between: str | None, like: tuple[str, Counts] | None = None
 ) -> SelectionRule:
-    """Read `MODALITY-preferred`, `balanced[:T]`, `most-balanced:N`, `least-balanced:N`, `random:N`; N also as `20%`."""
+    """Parse `MODALITY-preferred`, `balanced[:T]`, `most-balanced:N`, `least-balanced:N`, `random:N`; N may be `20%`."""
     name, _, value = text.partition(":")
-    by_side = [f"{modality}-preferred" for modality in sides(shards.modalities, between)]
+    by_side = [f"{modality}-preferred" for modality in positive_sides(scores.modalities, between)]
     names = [*by_side, "balanced", "most-balanced", "least-balanced", "random"]
     if name not in names:
-        raise ConfigError(f"--subset {text}: no such subset; {choices(name, names)}")
+        raise ConfigError(f"--subset {text}: unknown subset; {choices(name, names)}")
     if name in by_side:
         modality = name.removesuffix("-preferred")
         if value:
-            raise ConfigError(f"--subset {text}: {name} takes no threshold; that is --dominated {modality}:{value}")
-        return preferred(shards.modalities, modality, between=between)
-    chosen = between or shards.default_between()
+            raise ConfigError(f"--subset {text}: {name} has no threshold; use --dominated {modality}:{value}")
+        return prefer_modality(scores.modalities, modality, between=between)
+    between_or_default = between or scores.default_between()
     if name == "balanced":
-        return within(chosen, threshold=_number("--subset", text, value or str(BALANCED_WITHIN)))
+        return within_threshold(
+            between_or_default, threshold=_parse_number("--subset", text, value or str(BALANCED_WITHIN))
+        )
     if name == "random":
-        return at_random(shards, between=chosen, amount=value, like=like)
-    return extreme(shards, name, value, between=chosen)
+        return at_random(scores, between=between_or_default, amount=value, like=like)
+    return by_balance(scores, name, value, between=between_or_default)
 
 
-def parse_dominated(modalities: tuple[str, ...], text: str, *, between: str | None = None) -> Threshold:
-    """Read `MODALITY:T`."""
+def parse_dominated(modalities: tuple[str, ...], text: str, *, between: str | None = None) -> ThresholdRule:
+    """Parse `MODALITY:T`."""
     modality, colon, value = text.rpartition(":")
     if not colon:
         raise ConfigError(f"--dominated {text}: not of the form MODALITY:T, such as {modalities[0]}:0.2")
-    return preferred(modalities, modality, threshold=_number("--dominated", text, value), between=between)
+    return prefer_modality(modalities, modality, threshold=_parse_number("--dominated", text, value), between=between)
 
 
-def parse_amount(what: str, text: str) -> Amount:
-    """Read a number of samples, or a share as `20%`."""
+def parse_amount(option: str, text: str) -> Amount:
+    """Parse a number of samples, or a share such as `20%`."""
     share = text.endswith("%")
     try:
         value = float(text[:-1]) / 100 if share else int(text)
     except ValueError as error:
         raise ConfigError(
-            f"{what}: {text!r} is no number of samples, such as 500, and no share, such as 20%"
+            f"{option}: {text!r} is neither a number of samples, such as 500, nor a share, such as 20%"
         ) from error
     if not (0 < value <= 1 if share else value >= 1):
-        raise ConfigError(f"{what}: {text} is nothing to keep; give a number above 0, or a share up to 100%")
+        raise ConfigError(
+            f"{option}: {text} is out of range; use a number of at least 1, or a share above 0% up to 100%"
+        )
     return Amount(share=value) if share else Amount(number=int(value))
 
 
-def _number(option: str, text: str, value: str) -> float:
+def _parse_number(option: str, text: str, value: str) -> float:
     try:
         return float(value)
     except ValueError as error:
         raise ConfigError(f"{option} {text}: {value!r} is not a number") from error
 
 
-def _need(shards: ScoreFiles, column: str, what: str) -> None:
-    if column not in shards.columns:
-        raise ManifestError(f"{what}: the score table has no {column}: rescore with mmaudit score, or use --balanced")
+def _require_column(scores: ScoreFiles, column: str, option: str) -> None:
+    if column not in scores.columns:
+        raise ManifestError(
+            f"{option}: the score table has no column {column}: rescore with mmaudit score, or use --balanced"
+        )
 
 
-def _balance(rows: ScoreBatch) -> NDArray[np.float64]:
-    found = rows.numbers("balance")
-    return np.full(len(rows), np.nan) if found is None else found.astype(np.float64)
+def _balance_scores(batch: ScoreBatch) -> NDArray[np.float64]:
+    balance = batch.numbers("balance")
+    return np.full(len(batch), np.nan) if balance is None else balance.astype(np.float64)
 
 
-def _against_the_rest(modalities: tuple[str, ...], name: str) -> str:
+def _against_others(modalities: tuple[str, ...], name: str) -> str:
     if len(modalities) > 2:
         return name
-    return f"{name}:{next(other for other in modalities if other != name)}"
+    return f"{name}:{next(modality for modality in modalities if modality != name)}"

@@ -16,95 +16,99 @@ from ..audit.errors import ScoreError
 from ..audit.parquet import read_footer
 from ..audit.scores.table import check_splits
 from .score_files import (
-    LEAST,
+    LOWER_BOUNDS,
     NO_SPLIT,
-    Part,
-    batches_of_part,
+    ScoreFile,
     check_no_nulls,
-    coded_of,
+    class_values,
+    encode_dictionary,
     label_column,
-    labels_of,
     name_column,
+    read_tables,
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
-    """What a pass over labels and splits finds. classes are sorted; class_names are in their order."""
+class TableSurvey:
+    """Result of a pass over labels and splits; classes are sorted, class_names in the same order."""
 
     num_rows: int
     classes: pa.Array
     class_names: tuple[str, ...]
     splits: tuple[str, ...]
-    empty: frozenset[str]  # columns of numbers that are null throughout
-    named: bool  # each class has one name
-    all_split: bool  # each row has a split
+    empty_columns: frozenset[str]  # score columns without any value
+    one_name_per_class: bool
+    every_row_has_split: bool
 
 
-def survey_of(parts: Sequence[Part], columns: Sequence[str]) -> Survey:
-    """Count the rows, and find which labels and splits there are: two parts at a time."""
+def survey_table(files: Sequence[ScoreFile], columns: Sequence[str]) -> TableSurvey:
+    """Count rows and collect labels and splits, two files at a time."""
     names = [name for name in ("label", "label_name", "split") if name in columns]
     with ThreadPoolExecutor(2) as threads:
-        looked = list(threads.map(partial(_look, names=names), parts))
-    called: dict[Any, set[str]] = {}
-    for label, name in sorted({pair for pairs, _, _ in looked for pair in pairs}, key=str):
-        called.setdefault(label, set()).add(name)
-    splits = {each for _, found, _ in looked for each in found}
+        surveys = list(threads.map(partial(_survey_file, names=names), files))
+    names_of_label: dict[Any, set[str]] = {}
+    for label, name in sorted({pair for pairs, _, _ in surveys for pair in pairs}, key=str):
+        names_of_label.setdefault(label, set()).add(name)
+    splits = {split for _, file_splits, _ in surveys for split in file_splits}
     check_splits(splits)
-    numbers = {name for name in LEAST if name in columns}
-    classes = _sorted(called)
-    _check_names(called)
-    return Survey(
-        num_rows=sum(number for _, _, number in looked),
+    number_columns = {name for name in LOWER_BOUNDS if name in columns}
+    classes = _sort_labels(names_of_label)
+    _check_names(names_of_label)
+    return TableSurvey(
+        num_rows=sum(num_rows for _, _, num_rows in surveys),
         classes=pa.array(classes),
-        class_names=tuple(min(called[one]) for one in classes),
-        splits=tuple(sorted({NO_SPLIT if one is None else str(one) for one in splits})) or (NO_SPLIT,),
-        empty=frozenset(numbers - {name for part in parts for name in _not_empty(part, numbers)}),
-        named=all(len(each) == 1 and "" not in each for each in called.values()),
-        all_split=None not in splits,
+        class_names=tuple(min(names_of_label[label]) for label in classes),
+        splits=tuple(sorted({NO_SPLIT if split is None else str(split) for split in splits})) or (NO_SPLIT,),
+        empty_columns=frozenset(
+            number_columns - {name for file in files for name in _non_empty_columns(file, number_columns)}
+        ),
+        one_name_per_class=all(
+            len(class_names) == 1 and "" not in class_names for class_names in names_of_label.values()
+        ),
+        every_row_has_split=None not in splits,
     )
 
 
-def _look(part: Part, *, names: Sequence[str]) -> tuple[set[tuple[Any, str]], set[str | None], int]:
-    """Give the labels of a part with their names, its splits, and its number of rows."""
+def _survey_file(file: ScoreFile, *, names: Sequence[str]) -> tuple[set[tuple[Any, str]], set[str | None], int]:
+    """Return the (label, name) pairs of a file, its splits, and its number of rows."""
     pairs: set[tuple[Any, str]] = set()
     splits: set[str | None] = set()
-    number = 0
-    for table in batches_of_part(part, names, dictionary=names):
-        number += len(table)
-        check_no_nulls(table, [label_column(table)], part)
+    num_rows = 0
+    for table in read_tables(file, names, dictionary=names):
+        num_rows += len(table)
+        check_no_nulls(table, [label_column(table)], file)
         if "split" in names:
             splits |= set(pc.unique(table["split"]).to_pylist())
-        pairs |= set(_pairs(table))
-    return pairs, splits, number
+        pairs |= set(_label_name_pairs(table))
+    return pairs, splits, num_rows
 
 
-def _check_names(called: Mapping[Any, set[str]]) -> None:
-    """Raise ScoreError for a class of two names: no manifest of it would hold what `verify` expects."""
-    twice = [(label, names) for label, names in called.items() if len(names) > 1]
-    if twice:
-        label, names = twice[0]
+def _check_names(names_of_label: Mapping[Any, set[str]]) -> None:
+    """Raise ScoreError for a class with several names: `verify` expects one name per class in a manifest."""
+    ambiguous = [(label, names) for label, names in names_of_label.items() if len(names) > 1]
+    if ambiguous:
+        label, names = ambiguous[0]
         shown = ", ".join(repr(name) if name else "none" for name in sorted(names)[:3])
         raise ScoreError(
-            f"{len(twice):,} labels have more than one label_name (the first: {label} is {shown}): "
+            f"{len(ambiguous):,} labels have more than one label_name (the first: {label} is {shown}): "
             "give each class one name, or leave label_name out"
         )
 
 
-def _sorted(labels: Iterable[Any]) -> list[Any]:
-    """Sort labels; ScoreError for those of two kinds, and for numbers that a manifest has no room for."""
-    kinds = sorted({type(one).__name__ for one in labels})
+def _sort_labels(labels: Iterable[Any]) -> list[Any]:
+    """Sort labels; raises ScoreError for mixed types, or integers beyond the 32 bits of a manifest."""
+    kinds = sorted({type(label).__name__ for label in labels})
     if len(kinds) > 1:
-        raise ScoreError(f"column label is {' in one shard and '.join(kinds)} in another: write all labels alike")
-    found = sorted(labels)
-    if kinds == ["int"] and (wrong := [one for one in (found[0], found[-1]) if not -(2**31) <= one < 2**31]):
-        raise ScoreError(f"label {wrong[0]} has more than 32 bits: number the classes anew, or give label_name alone")
-    return found
+        raise ScoreError(f"column label is {' in one shard and '.join(kinds)} in another: use one type for all labels")
+    ordered = sorted(labels)
+    if kinds == ["int"] and (beyond := [label for label in (ordered[0], ordered[-1]) if not -(2**31) <= label < 2**31]):
+        raise ScoreError(f"label {beyond[0]} has more than 32 bits: renumber the classes, or use label_name only")
+    return ordered
 
 
-def _pairs(table: pa.Table) -> list[tuple[Any, str]]:
-    """Give each label of a table with each name it has."""
-    label, name = (coded_of(column) for column in (labels_of(table), table[name_column(table)]))
+def _label_name_pairs(table: pa.Table) -> list[tuple[Any, str]]:
+    """Return the distinct (label, name) pairs of a table."""
+    label, name = (encode_dictionary(column) for column in (class_values(table), table[name_column(table)]))
     codes = label.indices.to_numpy().astype(np.int64) * (len(name.dictionary) + 1)
     codes += name.indices.fill_null(len(name.dictionary)).to_numpy()
     labels, names = label.dictionary.to_pylist(), [*map(str, name.dictionary.to_pylist()), ""]
@@ -113,23 +117,23 @@ def _pairs(table: pa.Table) -> list[tuple[Any, str]]:
     ]
 
 
-def _not_empty(part: Part, names: set[str]) -> set[str]:
-    """Tell which of these columns hold anything; by the statistics of a file, and if it has none by what they hold."""
-    if isinstance(part, pa.Table):
-        return {name for name in names if part[name].null_count < len(part)}
-    about = read_footer(part, error=ScoreError)
-    found: set[str] = set()
+def _non_empty_columns(file: ScoreFile, names: set[str]) -> set[str]:
+    """Return which of these columns have any value: from the statistics of a file, or, without, from the data."""
+    if isinstance(file, pa.Table):
+        return {name for name in names if file[name].null_count < len(file)}
+    footer = read_footer(file, error=ScoreError)
+    non_empty: set[str] = set()
     unknown: set[str] = set()
-    for group in range(about.num_row_groups):
-        rows = about.row_group(group)
-        for column in range(rows.num_columns):
-            chunk = rows.column(column)
+    for group in range(footer.num_row_groups):
+        row_group = footer.row_group(group)
+        for column in range(row_group.num_columns):
+            chunk = row_group.column(column)
             if chunk.path_in_schema in names:
-                known = chunk.statistics is not None and chunk.statistics.has_null_count
-                if not known:
+                has_count = chunk.statistics is not None and chunk.statistics.has_null_count
+                if not has_count:
                     unknown.add(chunk.path_in_schema)
-                elif chunk.statistics.null_count < rows.num_rows:
-                    found.add(chunk.path_in_schema)
-    for table in batches_of_part(part, unknown - found) if unknown - found else ():
-        found |= {name for name in table.column_names if table[name].null_count < len(table)}
-    return found
+                elif chunk.statistics.null_count < row_group.num_rows:
+                    non_empty.add(chunk.path_in_schema)
+    for table in read_tables(file, unknown - non_empty) if unknown - non_empty else ():
+        non_empty |= {name for name in table.column_names if table[name].null_count < len(table)}
+    return non_empty

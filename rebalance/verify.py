@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ManifestError
 from ..audit.features.encoded_samples import ContentHashes, content_hashes
-from .checks import Check, CheckedFile, named, section
+from .checks import Check, CheckedFile, non_null_ids, section
 from .external_sort import ExternalSort
 from .manifest import (
     COLUMNS,
@@ -26,19 +26,19 @@ from .manifest import (
     batches_of,
     check_columns,
     dropped_path,
+    manifest_schema,
     provenance_of,
-    schema_of,
 )
 from .recipe import balance_path
-from .score_tables import keys_of
+from .score_tables import hash_keys
 from .split_stats import read_numbers
 
-_MARKS = {True: "held", False: "FAILED", None: "not looked at"}
+_STATUS = {True: "passed", False: "FAILED", None: "skipped"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verified:
-    """What was found of a manifest, one check after another; `digests` are those of what it holds now."""
+class Verification:
+    """Results of all checks of a manifest; `digests` are those of its current content."""
 
     manifest: Path
     checks: tuple[Check, ...]
@@ -46,7 +46,7 @@ class Verified:
 
     @property
     def held(self) -> bool:
-        """Whether no check failed; those that were not looked at do not count."""
+        """Whether no check failed; skipped checks do not count."""
         return not self.failed
 
     @property
@@ -55,12 +55,12 @@ class Verified:
         return tuple(check for check in self.checks if check.held is False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it in plain values."""
+        """Return the results as JSON values."""
         return {"manifest": str(self.manifest), "held": self.held, "checks": [asdict(check) for check in self.checks]}
 
     def lines(self) -> list[str]:
-        """Give one line for each check."""
-        return [f"{_MARKS[check.held]:<14}{check.name}: {check.detail}" for check in self.checks]
+        """Return one line of text per check."""
+        return [f"{_STATUS[check.held]:<14}{check.name}: {check.detail}" for check in self.checks]
 
 
 def verify(
@@ -71,37 +71,48 @@ def verify(
     fingerprint: str | None = None,
     scratch: Path | None = None,
     num_threads: int = 0,
-) -> Verified:
-    """Look at all that a manifest and its dropped rows say of themselves, a batch at a time.
+) -> Verification:
+    """Verify a manifest, its dropped rows and the media of its source, in batches.
 
-    `dataset` is its source, whose media are then hashed; or `contents` gives them by id where they are known already.
-    The ids and contents of the kept samples are then held in memory. `fingerprint` is the source's, Stock.fingerprint.
-    `scratch` is a folder for 16 bytes a row of more than 262,144, by default the system's.
-    Drift is in what is given back; ManifestError is raised where there is no manifest that could be read.
+    Args:
+        manifest: path of the manifest.
+        dataset: source, whose media are hashed; ids and hashes of the kept samples are then in memory.
+        contents: hashes of the media by id, instead of a dataset.
+        fingerprint: fingerprint of the source, as EncodedSamples.fingerprint.
+        scratch: folder for files of 16 bytes per row, used above a million rows; None is the system's.
+        num_threads: threads that hash media.
+
+    Returns:
+        One result per check; differences are failed checks, not errors.
+
+    Raises:
+        ManifestError: the file cannot be read as a manifest.
     """
-    rows = verify_rows(manifest, scratch=scratch)
+    verification = verify_rows(manifest, scratch=scratch)
     media = check_media(manifest, dataset=dataset, contents=contents, fingerprint=fingerprint, num_threads=num_threads)
-    return replace(rows, checks=(*rows.checks, *media))
+    return replace(verification, checks=(*verification.checks, *media))
 
 
-def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verified:
-    """Check a manifest and its dropped rows as `verify` does, without the data that they were made from."""
+def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verification:
+    """Check a manifest and its dropped rows as `verify` does, without their source."""
     provenance = provenance_of(manifest)
-    check_columns(schema_of(manifest), where=str(manifest))
-    beside = dropped_path(manifest)
+    check_columns(manifest_schema(manifest), where=str(manifest))
+    dropped_file = dropped_path(manifest)
     files = [CheckedFile(manifest, COLUMNS, provenance)]
-    if beside.exists():
-        files.append(CheckedFile(beside, DROPPED_COLUMNS, provenance))
-    whole = [file for file in files if not file.missing]
-    with ExternalSort(sum(file.num_rows for file in whole), scratch or Path(tempfile.gettempdir())) as ids:
-        for number, file in enumerate(whole):
-            file.read_all(ids, number)
+    if dropped_file.exists():
+        files.append(CheckedFile(dropped_file, DROPPED_COLUMNS, provenance))
+    readable = [file for file in files if not file.missing]
+    with ExternalSort(sum(file.num_rows for file in readable), scratch or Path(tempfile.gettempdir())) as ids:
+        for file_index, file in enumerate(readable):
+            file.read_all(ids, file_index)
         repeated = ids.repeated()
-    checks = [*files[0].checks(""), *_ids(whole, repeated), _labels(whole), _subset(whole, provenance)]
-    checks += _dropped(files, beside)
-    numbers = balance_path(manifest)
-    checks += _complete(whole, read_numbers(numbers, error=ManifestError) if numbers.exists() else None)
-    return Verified(manifest=manifest, checks=tuple(checks), digests=files[0].digests)
+    checks = [*files[0].checks(""), *_check_unique_ids(readable, repeated), _check_labels(readable)]
+    checks += [_check_subset(readable, provenance), *_check_dropped(files, dropped_file)]
+    numbers_file = balance_path(manifest)
+    checks += _check_complete(
+        readable, read_numbers(numbers_file, error=ManifestError) if numbers_file.exists() else None
+    )
+    return Verification(manifest=manifest, checks=tuple(checks), digests=files[0].digests)
 
 
 def check_media(
@@ -115,92 +126,104 @@ def check_media(
 ) -> list[Check]:
     """Compare the media and the fingerprint of a manifest's source with those that were scored.
 
-    Arguments as of `verify`; `unopened` says why there are neither a dataset nor contents.
+    Arguments are those of `verify`; `unopened` is the reason given if there are neither a dataset nor contents.
     """
     provenance = provenance_of(manifest)
     media = Check(name="media", held=None, detail=unopened)
     if dataset is not None or contents is not None:
-        media = _media(manifest, provenance, dataset=dataset, contents=contents, num_threads=num_threads)
-    return [media, _fingerprint(provenance, fingerprint, unopened=unopened)]
+        media = _check_contents(manifest, provenance, dataset=dataset, contents=contents, num_threads=num_threads)
+    return [media, _check_fingerprint(provenance, fingerprint, unopened=unopened)]
 
 
-def _ids(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -> list[Check]:
+def _check_unique_ids(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -> list[Check]:
     """Check that ids are unique, and that none is both kept and dropped."""
-    times = _times(files, repeated)
-    found = []
-    for number, name in enumerate(("ids", "dropped ids")[: len(files)]):
-        twice = sorted(each for each, counts in times.items() if counts[number] > 1)
-        more = f"{len(twice):,} ids stand more than once (the first: {twice[0]})" if twice else "no id stands twice"
-        found.append(Check(name=name, held=not twice, detail=more))
+    counts_of_id = _count_by_file(files, repeated)
+    checks = []
+    for file_index, name in enumerate(("ids", "dropped ids")[: len(files)]):
+        repeats = sorted(sample_id for sample_id, counts in counts_of_id.items() if counts[file_index] > 1)
+        detail = (
+            f"{len(repeats):,} ids occur more than once (the first: {repeats[0]})" if repeats else "all ids are unique"
+        )
+        checks.append(Check(name=name, held=not repeats, detail=detail))
     if len(files) > 1:
-        both = sorted(each for each, counts in times.items() if all(counts))
-        more = f"{len(both):,} samples are both kept and dropped (the first: {both[0]})" if both else "no id is in both"
-        found.append(Check(name="disjoint", held=not both, detail=more))
-    return found
+        shared = sorted(sample_id for sample_id, counts in counts_of_id.items() if all(counts))
+        detail = (
+            f"{len(shared):,} samples are both kept and dropped (the first: {shared[0]})"
+            if shared
+            else "no id is in both"
+        )
+        checks.append(Check(name="disjoint", held=not shared, detail=detail))
+    return checks
 
 
-def _times(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -> dict[str, list[int]]:
-    """Count the rows of each id in each file; of those alone whose keys stand twice, which two ids may share."""
-    times: dict[str, list[int]] = {}
-    for number, file in enumerate(files if len(repeated) else ()):
+def _count_by_file(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -> dict[str, list[int]]:
+    """Count the rows of each id per file, for ids with repeated keys only, since different ids may share a key."""
+    counts_of_id: dict[str, list[int]] = {}
+    for file_index, file in enumerate(files if len(repeated) else ()):
         for table in batches_of(file.path, columns=["sample_id"]):
-            ids = named(table["sample_id"])
-            mask = np.isin(keys_of(ids, seed=0), repeated)
-            for name in ids.filter(pa.array(mask)).to_pylist():
-                times.setdefault(str(name), [0] * len(files))[number] += 1
-    return times
+            ids = non_null_ids(table["sample_id"])
+            mask = np.isin(hash_keys(ids, seed=0), repeated)
+            for sample_id in ids.filter(pa.array(mask)).to_pylist():
+                counts_of_id.setdefault(str(sample_id), [0] * len(files))[file_index] += 1
+    return counts_of_id
 
 
-def _labels(files: Sequence[CheckedFile]) -> Check:
-    names: dict[Any, set[Any]] = {}
-    for label, called in chain.from_iterable(file.names.items() for file in files):
-        names.setdefault(label, set()).update(called)
-    twice = [label for label, called in names.items() if len(called) > 1]
-    if not twice:
-        return Check(name="labels", held=True, detail=f"{len(names):,} labels, each with one name")
-    some = ", ".join(sorted(repr(each) for each in names[twice[0]])[:3])
-    detail = f"{len(twice):,} labels have more than one name (the first: {twice[0]} is {some})"
+def _check_labels(files: Sequence[CheckedFile]) -> Check:
+    names_of_label: dict[Any, set[Any]] = {}
+    for label, label_names in chain.from_iterable(file.names_of_label.items() for file in files):
+        names_of_label.setdefault(label, set()).update(label_names)
+    ambiguous = [label for label, label_names in names_of_label.items() if len(label_names) > 1]
+    if not ambiguous:
+        return Check(name="labels", held=True, detail=f"{len(names_of_label):,} labels, each with one name")
+    examples = ", ".join(sorted(repr(name) for name in names_of_label[ambiguous[0]])[:3])
+    detail = f"{len(ambiguous):,} labels have more than one name (the first: {ambiguous[0]} is {examples})"
     return Check(name="labels", held=False, detail=detail)
 
 
-def _subset(files: Sequence[CheckedFile], provenance: dict[str, Any]) -> Check:
+def _check_subset(files: Sequence[CheckedFile], provenance: dict[str, Any]) -> Check:
     stated = provenance.get("subset")
-    other = sorted({str(each) for file in files for each in file.subsets} - {str(stated)})
-    detail = f"the rows are of {other[0]!r}, the metadata of {stated!r}" if other else repr(stated)
-    return Check(name="subset", held=not other, detail=detail)
+    foreign = sorted({str(subset) for file in files for subset in file.subsets} - {str(stated)})
+    detail = f"rows have subset {foreign[0]!r}, the metadata {stated!r}" if foreign else repr(stated)
+    return Check(name="subset", held=not foreign, detail=detail)
 
 
-def _dropped(files: Sequence[CheckedFile], beside: Path) -> list[Check]:
-    """Check the dropped rows by themselves, and that they are this manifest's."""
+def _check_dropped(files: Sequence[CheckedFile], dropped_file: Path) -> list[Check]:
+    """Check the dropped rows, and that they belong to this manifest."""
     if len(files) < 2:
-        return [Check(name="dropped", held=None, detail=f"there is no {beside.name} beside it")]
+        return [Check(name="dropped", held=None, detail=f"{dropped_file.name} not found")]
     kept, dropped = files
-    mine, theirs = kept.about.get("digest", kept.digest.hexdigest()), dropped.about.get("dropped_from")
-    detail = "they were dropped from this manifest"
-    if mine != theirs:
-        detail = f"{beside.name} holds the rows dropped from another manifest: run mmaudit split again"
+    digest, stated_digest = kept.stated.get("digest", kept.digest.hexdigest()), dropped.stated.get("dropped_from")
+    detail = "the dropped rows belong to this manifest"
+    if digest != stated_digest:
+        detail = f"{dropped_file.name} holds the rows dropped from another manifest: run mmaudit split again"
     elif kept.provenance != dropped.provenance:
-        detail = f"the metadata of {beside.name} are not those of {kept.path.name}: one of them was changed"
-    same = mine == theirs and kept.provenance == dropped.provenance
+        detail = f"the metadata of {dropped_file.name} and {kept.path.name} differ: one of them was changed"
+    same = digest == stated_digest and kept.provenance == dropped.provenance
     return [*dropped.checks("dropped "), Check(name="dropped from", held=same, detail=detail)]
 
 
-def _complete(files: Sequence[CheckedFile], numbers: dict[str, Any] | None) -> list[Check]:
-    """Check that the numbers beside a manifest are its own, and that kept and dropped are all that were scored."""
+def _check_complete(files: Sequence[CheckedFile], numbers: dict[str, Any] | None) -> list[Check]:
+    """Check that NAME.balance.json belongs to the manifest, and that no scored row is missing."""
     if numbers is None:
-        return [Check(name="complete", held=None, detail="no file of numbers beside it tells how many were scored")]
-    mine, theirs = files[0].about.get("digest", files[0].digest.hexdigest()), numbers.get("digest")
-    beside = balance_path(files[0].path).name
-    said = f"{beside} is this manifest's" if mine == theirs else f"{beside} tells of another manifest: split again"
-    checks = [Check(name="numbers", held=mine == theirs, detail=said)]
-    if mine != theirs or len(files) < 2:
-        return [*checks, Check(name="complete", held=None, detail="there is nothing of its own to count by")]
+        return [Check(name="complete", held=None, detail="NAME.balance.json not found")]
+    digest, stated_digest = files[0].stated.get("digest", files[0].digest.hexdigest()), numbers.get("digest")
+    file_name = balance_path(files[0].path).name
+    belongs = digest == stated_digest
+    detail = f"{file_name} belongs to this manifest"
+    if not belongs:
+        detail = f"{file_name} belongs to another manifest: run mmaudit split again"
+    checks = [Check(name="numbers", held=belongs, detail=detail)]
+    if not belongs or len(files) < 2:
+        return [
+            *checks,
+            Check(name="complete", held=None, detail="numbers or dropped rows of this manifest missing"),
+        ]
     (kept, dropped), scored = (file.num_rows for file in files), numbers.get("scored")
-    said = f"{kept:,} kept and {dropped:,} dropped of {scored} scored"
-    return [*checks, Check(name="complete", held=kept + dropped == scored, detail=said)]
+    detail = f"{kept:,} kept and {dropped:,} dropped of {scored} scored"
+    return [*checks, Check(name="complete", held=kept + dropped == scored, detail=detail)]
 
 
-def _media(
+def _check_contents(
     manifest: Path,
     provenance: dict[str, Any],
     *,
@@ -208,63 +231,70 @@ def _media(
     contents: Mapping[str, ContentHashes] | None,
     num_threads: int,
 ) -> Check:
-    """Check that the kept samples are made of what they were made of when they were scored."""
-    if dataset is not None and (odd := _other_modalities(provenance, dataset)):
-        return Check(name="media", held=False, detail=odd)
+    """Check that the media of the kept samples are those that were scored."""
+    if dataset is not None and (mismatch := _modality_mismatch(provenance, dataset)):
+        return Check(name="media", held=False, detail=mismatch)
     expected: dict[str, str] = {}
     for table in batches_of(manifest, columns=["sample_id", "content"]):
-        told = table.filter(pc.and_(table["content"].is_valid(), table["sample_id"].is_valid()))
-        expected.update(zip(told["sample_id"].to_pylist(), told["content"].to_pylist(), strict=True))
+        recorded = table.filter(pc.and_(table["content"].is_valid(), table["sample_id"].is_valid()))
+        expected.update(zip(recorded["sample_id"].to_pylist(), recorded["content"].to_pylist(), strict=True))
     if not expected:
-        return Check(name="media", held=None, detail="the scores do not tell what the samples were made of")
-    number = len(expected)
-    now: Iterable[ContentHashes] = (contents or {}).values()
+        return Check(name="media", held=None, detail="the scores have no content hashes")
+    total = len(expected)
+    current: Iterable[ContentHashes] = (contents or {}).values()
     if contents is None and dataset is not None:
-        now = content_hashes(dataset, only=frozenset(expected), num_threads=num_threads)
+        current = content_hashes(dataset, only=frozenset(expected), num_threads=num_threads)
     changed: dict[str, str | None] = {}
-    for each in now:
-        if expected.pop(each.sample_id, each.content) != each.content:
-            changed[each.sample_id] = each.problem
+    for hashes in current:
+        if expected.pop(hashes.sample_id, hashes.content) != hashes.content:
+            changed[hashes.sample_id] = hashes.problem
     if not changed and not expected:
-        return Check(name="media", held=True, detail=f"{number:,} samples are what they were when they were scored")
-    return Check(name="media", held=False, detail=_say_changed(manifest, changed, lost=expected, of=number))
+        return Check(name="media", held=True, detail=f"{total:,} samples are unchanged since they were scored")
+    return Check(name="media", held=False, detail=_describe_changed(manifest, changed, lost=expected, total=total))
 
 
-def _say_changed(manifest: Path, changed: dict[str, str | None], *, lost: Iterable[str], of: int) -> str:
-    said, lost = [], sorted(lost)
+def _describe_changed(manifest: Path, changed: dict[str, str | None], *, lost: Iterable[str], total: int) -> str:
+    sentences, lost = [], sorted(lost)
     if changed:
-        name = min(changed)
-        files = changed[name] or ", ".join(_files_of(manifest, name))
-        more = f"{name}, {files}" if files else name
-        said.append(f"{len(changed):,} of {of:,} samples' media have changed since they were scored, the first: {more}")
+        sample_id = min(changed)
+        files = changed[sample_id] or ", ".join(_media_paths(manifest, sample_id))
+        example = f"{sample_id}, {files}" if files else sample_id
+        sentences.append(
+            f"{len(changed):,} of {total:,} samples' media changed since they were scored, the first: {example}"
+        )
     if lost:
-        said.append(f"{len(lost):,} of {of:,} samples are no longer in the source, the first: {lost[0]}")
-    return "; ".join(said)
+        sentences.append(f"{len(lost):,} of {total:,} samples are no longer in the source, the first: {lost[0]}")
+    return "; ".join(sentences)
 
 
-def _files_of(manifest: Path, name: str) -> list[str]:
-    """Give the files that the manifest names for a sample."""
-    columns = [column for column in schema_of(manifest).names if column not in COLUMNS]
+def _media_paths(manifest: Path, sample_id: str) -> list[str]:
+    """Return the media paths of a sample in the manifest."""
+    columns = [column for column in manifest_schema(manifest).names if column not in COLUMNS]
     for table in batches_of(manifest, columns=["sample_id", *columns]) if columns else ():
-        for row in table.filter(pc.equal(table["sample_id"], name)).to_pylist():
+        for row in table.filter(pc.equal(table["sample_id"], sample_id)).to_pylist():
             return [str(row[column]) for column in columns if row[column] is not None]
     return []
 
 
-def _other_modalities(provenance: dict[str, Any], dataset: Dataset) -> str:
-    """Say if the data were opened with other modalities than were scored: every content differs then."""
-    told = section(provenance, "scores").get("modalities")
-    then = [each.get("name") for each in told if isinstance(each, dict)] if isinstance(told, list) else []
-    now = [modality.name for modality in dataset.modalities]
-    if not then or then == now:
+def _modality_mismatch(provenance: dict[str, Any], dataset: Dataset) -> str:
+    """Return an error text if the data were opened with other modalities than were scored, where all hashes differ."""
+    recorded = section(provenance, "scores").get("modalities")
+    scored = (
+        [modality.get("name") for modality in recorded if isinstance(modality, dict)]
+        if isinstance(recorded, list)
+        else []
+    )
+    opened = [modality.name for modality in dataset.modalities]
+    if not scored or scored == opened:
         return ""
-    return f"the data were opened as {', '.join(now)}, and scored as {', '.join(map(str, then))}: name them so"
+    names = ", ".join(map(str, scored))
+    return f"the data were opened as {', '.join(opened)}, but scored as {names}: use those modalities"
 
 
-def _fingerprint(provenance: dict[str, Any], now: str | None, *, unopened: str) -> Check:
-    then = section(provenance, "scores").get("fingerprint")
-    if now is None or then is None:
-        why = unopened if now is None else "the scores do not tell it"
-        return Check(name="fingerprint", held=None, detail=why)
-    detail = str(now) if then == now else f"the scores were made from {then}, and here is {now}: rescore the data"
-    return Check(name="fingerprint", held=then == now, detail=detail)
+def _check_fingerprint(provenance: dict[str, Any], current: str | None, *, unopened: str) -> Check:
+    scored = section(provenance, "scores").get("fingerprint")
+    if current is None or scored is None:
+        detail = unopened if current is None else "the scores have no fingerprint"
+        return Check(name="fingerprint", held=None, detail=detail)
+    detail = str(current) if scored == current else f"expected {scored} as scored, found {current}: rescore the data"
+    return Check(name="fingerprint", held=scored == current, detail=detail)

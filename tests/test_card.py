@@ -1,4 +1,4 @@
-"""Laws of a card: its numbers are those of the manifest, any name stands in it as it is, and nothing is said unseen."""
+"""Tests of dataset cards: numbers match the manifest, and any names are escaped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.card import MOST_SHORTAGES, card
+from mmaudit.rebalance.card import MAX_SHORTAGES, card
 from mmaudit.rebalance.manifest import dropped_path, rows_of
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
@@ -47,71 +47,73 @@ def make(
         split=np.array([("train", "test")[number % 4 == 0] for number in range(n)], dtype=object),
         provenance=PROVENANCE,
     )
-    shards = open_scores(table, seed=5)
-    rule = plan_balanced(shards, BalancedConfig(bins=10, tolerance=0.1))
-    choice = select_rows(shards, rule, scratch=folder / "scratch")
+    score_files = open_scores(table, seed=5)
+    rule = plan_balanced(score_files, BalancedConfig(bins=10, tolerance=0.1))
+    selection = select_rows(score_files, rule, scratch=folder / "scratch")
     recipe = {"balanced": {"bins": 10, "tolerance": 0.1}, "seed": 5}
     path = folder / "even.parquet"
-    numbers = write_split(choice, path, name="even", recipe=recipe, num_bins=10)
+    numbers = write_split(selection, path, name="even", recipe=recipe, num_bins=10)
     curve = [{"tolerance": 0.0, "size": 20, "distance": 0.0}, {"tolerance": 0.1, "size": 120, "distance": 0.09}]
     return path, {**numbers, "name": "even", "recipe": recipe, "curve": curve}
 
 
-def write_beside(path: Path, numbers: dict[str, Any]) -> None:
-    """Write numbers to the file beside a manifest, as `mmaudit split` does."""
+def write_numbers(path: Path, numbers: dict[str, Any]) -> None:
+    """Write NAME.balance.json of a manifest, as `mmaudit split` does."""
     text = json.dumps({"digest": rows_of(path)["digest"], **numbers})
     path.with_name(f"{path.stem}.balance.json").write_text(text, encoding="utf-8")
 
 
 def tables(text: str) -> list[list[list[str]]]:
     """Read the Markdown tables as lists of rows of cells, without the line of dashes."""
-    found, rows = [], []
+    tables_, rows = [], []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):
             rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
         elif rows:
-            found.append([row for row in rows if not set("".join(row)) <= set("-:")])
+            tables_.append([row for row in rows if not set("".join(row)) <= set("-:")])
             rows = []
-    return found
+    return tables_
 
 
-def test_numbers_are_those_of_the_tally(tmp_path: Path) -> None:
+def test_numbers_match_the_split_stats(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     text = card(path, balance=numbers)
     measures, bins, curve = tables(text)
-    told = {row[0]: row[1:] for row in measures[1:]}
-    assert told["samples"] == [str(numbers["scored"]), str(numbers["kept"])]
-    for place, when in enumerate(("before", "after")):
-        assert float(told["total-variation distance to uniform (0 = even)"][place]) == round(
+    measure = {row[0]: row[1:] for row in measures[1:]}
+    assert measure["samples"] == [str(numbers["scored"]), str(numbers["kept"])]
+    for column, when in enumerate(("before", "after")):
+        assert float(measure["total-variation distance to uniform (0 = uniform)"][column]) == round(
             numbers[when]["distance"], 3
         )
-        assert float(told["Kolmogorov-Smirnov distance to uniform (0 = even)"][place]) == round(numbers[when]["ks"], 3)
-        positive = float(told["share that prefers audio"][place].removesuffix(" %"))
+        assert float(measure["Kolmogorov-Smirnov distance to uniform (0 = uniform)"][column]) == round(
+            numbers[when]["ks"], 3
+        )
+        positive = float(measure["share of audio-preferred samples"][column].removesuffix(" %"))
         assert positive == pytest.approx(100 * numbers[when]["positive"], abs=0.051)
     assert [int(row[1]) for row in bins[1:]] == numbers["counts_before"]
     assert [int(row[2]) for row in bins[1:]] == numbers["counts_after"]
     assert bins[1][0] == "-1.00 to -0.80"
     assert bins[-1][0] == "+0.80 to +1.00"
     bars = [len(row[3]) for row in bins[1:]]
-    assert sorted(bars) == [bars[place] for place in np.argsort(numbers["counts_after"], kind="stable")]
+    assert sorted(bars) == [bars[index] for index in np.argsort(numbers["counts_after"], kind="stable")]
     assert all((bar > 0) == (count > 0) for bar, count in zip(bars, numbers["counts_after"], strict=True))
     assert curve[1:] == [["0", "20", "0.000"], ["0.1", "120", "0.090"]]
 
 
-def test_the_worst_class_and_the_worst_shortages_are_told(tmp_path: Path) -> None:
+def test_worst_class_and_shortages_are_listed(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     text = card(path, balance=numbers)
-    worst = max(numbers["classes"], key=lambda each: float(each["distance_after"]))
-    assert f"Of 3 classes, **{worst['name']}** is the least even: distance {worst['distance_after']:.3f}" in text
-    lines = [line for line in text.splitlines() if "where an even share is" in line]
-    assert 0 < len(lines) == min(MOST_SHORTAGES, len(numbers["shortages"]))
+    worst = max(numbers["classes"], key=lambda entry: float(entry["distance_after"]))
+    assert f"Of 3 classes, **{worst['name']}** is the least uniform: distance {worst['distance_after']:.3f}" in text
+    lines = [line for line in text.splitlines() if "where a uniform share is" in line]
+    assert 0 < len(lines) == min(MAX_SHORTAGES, len(numbers["shortages"]))
     assert lines[0].startswith(f"- {numbers['shortages'][0]['class']} has {numbers['shortages'][0]['has']} samples")
 
 
-def test_how_it_was_made_is_told(tmp_path: Path) -> None:
+def test_recipe_and_provenance_are_listed(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     text = card(path, balance=numbers)
-    about = rows_of(path)
+    record = rows_of(path)
     for line in (
         "- mmaudit: `9.8.7`",
         "- rule: `balanced.bins=10, balanced.tolerance=0.1, seed=5`",
@@ -120,32 +122,32 @@ def test_how_it_was_made_is_told(tmp_path: Path) -> None:
         "- encoders: `audio=resnet18`",
         "- dataset fingerprint: `f00d`",
         "- schema: `mmaudit.manifest/3`",
-        f"- row digest: `{about['digest']}`",
+        f"- row digest: `{record['digest']}`",
     ):
         assert line in text.splitlines()
-    assert "The probes learned from all splits, the test split too" in text
+    assert "The probes were trained on all splits, including the test split" in text
     assert "arXiv 2302.10912" in text
 
 
-def test_what_was_dropped_is_counted_where_it_lies_beside(tmp_path: Path) -> None:
+def test_dropped_rows_are_counted_if_their_file_exists(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     (reason, count), = numbers["reasons"].items()  # fmt: skip
-    assert f"Dropped: {count} `{reason}`. Each stands in `even.dropped.parquet`" in card(path, balance=numbers)
-    other, _ = make(tmp_path / "other", n=200)
-    shutil.copy(dropped_path(other), dropped_path(path))
+    assert f"Dropped: {count} `{reason}`. `even.dropped.parquet` lists each with" in card(path, balance=numbers)
+    other_manifest, _ = make(tmp_path / "other", n=200)
+    shutil.copy(dropped_path(other_manifest), dropped_path(path))
     with pytest.raises(ManifestError, match="holds the rows dropped from another manifest: run mmaudit split again"):
         card(path, balance=numbers)
     dropped_path(path).unlink()
     assert "Dropped" not in card(path, balance=numbers)
 
 
-def test_numbers_that_lie_beside_are_found(tmp_path: Path) -> None:
+def test_numbers_are_read_from_the_same_folder(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     without = card(path)
     assert tables(without) == []
-    assert "No numbers of its balance lie beside it" in without
+    assert "Its balance numbers were not found" in without
     assert "### How it was made" in without
-    write_beside(path, numbers)
+    write_numbers(path, numbers)
     assert card(path) == card(path, balance=numbers)
     assert "No numbers" not in card(path)
 
@@ -155,34 +157,34 @@ def test_numbers_that_lie_beside_are_found(tmp_path: Path) -> None:
     [
         ("before", {}, "before lacks distance, ks, positive"),
         ("counts_before", ["x"], r"counts_before\[0\] is .x.; it must be an integer"),
-        ("counts_before", [1], "does not count 10 bins"),
+        ("counts_before", [1], "does not have 10 bins"),
         ("classes", [{"name": 5}], r"classes\[0\] lacks before"),
         ("curve", 5, "curve is 5; it must be a list"),
         ("distances", {"train": None}, r"distances\.train is null; it must be a number"),
         ("scored", "many", "scored is .many.; it must be an integer"),
     ],
 )
-def test_numbers_of_another_shape_are_named(tmp_path: Path, key: str, value: object, reason: str) -> None:
+def test_invalid_numbers_raise_and_name_the_key(tmp_path: Path, key: str, value: object, reason: str) -> None:
     path, numbers = make(tmp_path)
-    write_beside(path, {**numbers, key: value})
+    write_numbers(path, {**numbers, key: value})
     with pytest.raises(ManifestError, match=reason):
         card(path)
 
 
-def test_numbers_of_another_manifest_are_refused(tmp_path: Path) -> None:
+def test_numbers_of_another_manifest_raise(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     with pytest.raises(ManifestError, match="run mmaudit split again"):
         card(path, balance={**numbers, "kept": numbers["kept"] + 1})
     with pytest.raises(ManifestError, match="run mmaudit split again"):
         card(path, balance={**numbers, "digest": "another"})
     assert card(path, balance={**numbers, "digest": rows_of(path)["digest"]}) == card(path, balance=numbers)
-    with pytest.raises(ManifestError, match="lack after, classes: make them anew with mmaudit split"):
+    with pytest.raises(ManifestError, match="lack after, classes: run mmaudit split again"):
         card(path, balance={name: value for name, value in numbers.items() if name not in ("after", "classes")})
     with pytest.raises(ManifestError, match="no such file"):
         card(tmp_path / "none.parquet")
 
 
-def test_what_it_says_about_loading_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_code_of_the_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, numbers = make(tmp_path)
     text = card(path, balance=numbers)
     code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
@@ -198,7 +200,7 @@ def test_what_it_says_about_loading_works(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["\x85|", "a\x1b[31m.parquet", "a\u2028b.parquet"])
-def test_a_file_name_of_several_lines_stays_on_one(tmp_path: Path, name: str) -> None:
+def test_file_name_is_written_on_one_line(tmp_path: Path, name: str) -> None:
     path, numbers = make(tmp_path)
     text = card(path, balance=numbers, file_name=name)
     assert not set(text) & {"\x85", "\x1b", "\u2028"}
@@ -206,7 +208,7 @@ def test_a_file_name_of_several_lines_stays_on_one(tmp_path: Path, name: str) ->
     assert json.loads(loads.removeprefix("frame = pd.read_parquet(").removesuffix(")")) == name
 
 
-def test_a_card_begins_with_its_section_and_has_no_front_matter(tmp_path: Path) -> None:
+def test_card_has_one_section_and_no_front_matter(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     lines = card(path, balance=numbers).splitlines()
     assert lines[0] == "## Modality balance"
@@ -216,20 +218,20 @@ def test_a_card_begins_with_its_section_and_has_no_front_matter(tmp_path: Path) 
     assert "between **audio** and **visual**" in lines[2]
 
 
-def test_weights_tell_the_effective_size(tmp_path: Path) -> None:
+def test_effective_size_is_shown_for_weights(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     assert "effective size" not in card(path, balance={**numbers, "effective_size": float(numbers["kept"])})
-    told = {row[0]: row[2] for row in tables(card(path, balance={**numbers, "effective_size": 12.4}))[0]}
-    assert told["effective size, by weights"] == "12"
+    measure = {row[0]: row[2] for row in tables(card(path, balance={**numbers, "effective_size": 12.4}))[0]}
+    assert measure["effective size of the weighted samples"] == "12"
 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(texts, min_size=2, max_size=4, unique=True), texts)
-def test_any_names_leave_the_tables_and_fences_whole(tmp_path: Path, classes: list[str], file_name: str) -> None:
+def test_any_names_keep_tables_and_fences_intact(tmp_path: Path, classes: list[str], file_name: str) -> None:
     path, numbers = make(tmp_path, tuple(classes), n=80)
     numbers["distances"] = {**numbers["distances"], "a|b": 0.5}
     text = card(path, balance=numbers, file_name=file_name)
-    plain = card(path, balance={**numbers, "classes": [{**each, "name": "x"} for each in numbers["classes"]]})
+    plain = card(path, balance={**numbers, "classes": [{**entry, "name": "x"} for entry in numbers["classes"]]})
     assert [[len(row) for row in table] for table in tables(text)] == [
         [len(row) for row in table] for table in tables(plain)
     ]

@@ -1,4 +1,4 @@
-"""Laws of the checks of one file: every value within its bounds passes, and each other one is counted and named."""
+"""Tests of the checks of one file: values in range pass, others are counted and named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.parquet import KEY
-from mmaudit.rebalance.checks import BOUNDS, CheckedFile, named, section
+from mmaudit.rebalance.checks import BOUNDS, CheckedFile, non_null_ids, section
 from mmaudit.rebalance.external_sort import ExternalSort
 from mmaudit.rebalance.manifest import COLUMNS, RANGES, ROWS_KEY, SCHEMA_VERSION, digest_of, metadata_digest
 
@@ -43,32 +43,32 @@ COLUMN: dict[str, list[Any]] = {
 def write(
     path: Path, changed: dict[str, list[Any]] | None = None, *, columns: dict[str, pa.DataType] = COLUMNS
 ) -> Path:
-    """Write a file whose metadata hold, whatever its values are."""
+    """Write a file whose metadata match its rows."""
     table = pa.table({name: pa.array({**COLUMN, **(changed or {})}[name], type_) for name, type_ in columns.items()})
-    told = {KEY: json.dumps(PROVENANCE).encode()}
-    about = {"rows": len(table), "digest": digest_of(table), "metadata": metadata_digest(told)}
-    pq.write_table(table.replace_schema_metadata({**told, ROWS_KEY.encode(): json.dumps(about).encode()}), path)
+    metadata = {KEY: json.dumps(PROVENANCE).encode()}
+    stated = {"rows": len(table), "digest": digest_of(table), "metadata": metadata_digest(metadata)}
+    pq.write_table(table.replace_schema_metadata({**metadata, ROWS_KEY.encode(): json.dumps(stated).encode()}), path)
     return path
 
 
 def checked(path: Path, provenance: dict[str, Any] = PROVENANCE) -> CheckedFile:
-    found = CheckedFile(path, COLUMNS, provenance)
-    with ExternalSort(found.num_rows, path.parent) as ids:
-        found.read_all(ids, 0)
-    return found
+    file = CheckedFile(path, COLUMNS, provenance)
+    with ExternalSort(file.num_rows, path.parent) as ids:
+        file.read_all(ids, 0)
+    return file
 
 
 def failed(file: CheckedFile) -> Iterator[str]:
     return (check.name for check in file.checks("") if not check.held)
 
 
-def test_every_range_of_a_manifest_is_looked_at() -> None:
+def test_every_range_of_a_manifest_is_checked() -> None:
     assert BOUNDS.keys() == RANGES.keys()
 
 
-def test_a_file_that_holds_passes_every_check(tmp_path: Path) -> None:
-    found = checked(write(tmp_path / "m.parquet"))
-    assert [check.name for check in found.checks("x ")] == [
+def test_valid_file_passes_every_check(tmp_path: Path) -> None:
+    file = checked(write(tmp_path / "m.parquet"))
+    assert [check.name for check in file.checks("x ")] == [
         "x schema",
         "x rows",
         "x digest",
@@ -76,31 +76,31 @@ def test_a_file_that_holds_passes_every_check(tmp_path: Path) -> None:
         "x nulls",
         "x ranges",
     ]
-    assert all(check.held for check in found.checks(""))
-    assert (found.names, found.subsets) == ({0: {"a"}, 1: {"b"}}, {"balanced"})
+    assert all(check.held for check in file.checks(""))
+    assert (file.names_of_label, file.subsets) == ({0: {"a"}, 1: {"b"}}, {"balanced"})
 
 
 @given(st.lists(st.none() | st.floats(-3, 3, width=32), min_size=N, max_size=N), st.sampled_from(["gap", "balance"]))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_values_out_of_range_and_nulls_are_counted(tmp_path: Path, values: list[Any], name: str) -> None:
-    found = checked(write(tmp_path / "m.parquet", {name: values}))
+    file = checked(write(tmp_path / "m.parquet", {name: values}))
     low, high = BOUNDS[name]
-    beyond = [each for each in values if each is not None and not low - 2e-6 <= each <= high + 2e-6]
+    beyond = [value for value in values if value is not None and not low - 2e-6 <= value <= high + 2e-6]
     nulls = values.count(None) if name == "gap" else 0
-    assert found.beyond[name] == len(beyond)
-    assert found.nulls[name] == nulls
-    assert set(failed(found)) == {each for each, number in (("ranges", len(beyond)), ("nulls", nulls)) if number}
+    assert file.out_of_range[name] == len(beyond)
+    assert file.nulls[name] == nulls
+    assert set(failed(file)) == {value for value, number in (("ranges", len(beyond)), ("nulls", nulls)) if number}
 
 
 @pytest.mark.parametrize(
     ("rule", "beyond"), [({}, 0), ({"bins": 4}, 0), ({"bins": 3}, 1), ({"bins": 2, "grid": True}, 0), ({"bins": 0}, 0)]
 )
-def test_the_last_bin_is_the_rule_s(tmp_path: Path, rule: dict[str, Any], beyond: int) -> None:
-    found = checked(write(tmp_path / "m.parquet"), {**PROVENANCE, "rule": {"balanced": rule}})
-    assert found.beyond["bin"] == beyond
+def test_largest_bin_follows_from_the_rule(tmp_path: Path, rule: dict[str, Any], beyond: int) -> None:
+    file = checked(write(tmp_path / "m.parquet"), {**PROVENANCE, "rule": {"balanced": rule}})
+    assert file.out_of_range["bin"] == beyond
 
 
-def test_rows_and_digest_are_held_against_what_was_written(tmp_path: Path) -> None:
+def test_rows_and_digest_are_compared_with_the_metadata(tmp_path: Path) -> None:
     path = write(tmp_path / "m.parquet")
     table = pq.read_table(path)
     pq.write_table(table.slice(1), path)
@@ -111,13 +111,13 @@ def test_rows_and_digest_are_held_against_what_was_written(tmp_path: Path) -> No
     assert set(failed(checked(path))) == {"schema"} | {"digest"}
 
 
-def test_a_column_that_is_not_there_ends_the_checks(tmp_path: Path) -> None:
+def test_missing_column_ends_the_checks(tmp_path: Path) -> None:
     path = write(tmp_path / "m.parquet", columns={name: type_ for name, type_ in COLUMNS.items() if name != "gap"})
     (check,) = CheckedFile(path, COLUMNS, PROVENANCE).checks("")
     assert (check.held, check.detail) == (False, "m.parquet lacks gap: run mmaudit split again")
 
 
-def test_columns_that_no_manifest_has_are_refused(tmp_path: Path) -> None:
+def test_invalid_columns_raise(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
     pq.write_table(pa.table({"sample_id": [1]}), path)
     with pytest.raises(ManifestError, match="its sample_id is int64, not string"):
@@ -127,8 +127,8 @@ def test_columns_that_no_manifest_has_are_refused(tmp_path: Path) -> None:
         CheckedFile(path, COLUMNS, {})
 
 
-def test_sections_and_ids_that_are_none_are_left_out() -> None:
+def test_missing_sections_and_null_ids() -> None:
     assert section({"rule": {"a": 1}}, "rule") == {"a": 1}
     assert section({"rule": "a"}, "rule") == section({}, "rule") == {}
-    assert named(pa.chunked_array([["a", None, "b"]])).to_pylist() == ["a", "b"]
+    assert non_null_ids(pa.chunked_array([["a", None, "b"]])).to_pylist() == ["a", "b"]
     assert np.isinf(BOUNDS["rank"][1])

@@ -109,10 +109,16 @@ def write_features(path: Path, *, num_rows: int = 60, bad: dict[int, list[float]
         ),
         (
             ["split", "--run", "SCORED", "--balanced", "--size", "100000"],
-            "--size 100000 cannot be had: the largest is 120",
+            "--size: requested 100000 samples, available 120",
         ),
-        (["split", "--run", "SCORED", "--balanced", "--tolerance", "2"], "a total-variation distance lies in [0, 1]"),
-        (["split", "--run", "SCORED", "--balanced", "--scores", "absent.parquet"], "no score table absent.parquet"),
+        (
+            ["split", "--run", "SCORED", "--balanced", "--tolerance", "2"],
+            "split.tolerance is 2.0; it must lie in [0, 1]",
+        ),
+        (
+            ["split", "--run", "SCORED", "--balanced", "--scores", "absent.parquet"],
+            "score table absent.parquet not found",
+        ),
         (["finetune", "--run", "SCORED", "--manifest", "balancd"], "no manifest balancd; did you mean balanced?"),
         (["finetune", "--run", "SCORED", "--manifest", "balanced", "--sampling", "bssh"], "did you mean bss-h?"),
         (

@@ -1,4 +1,4 @@
-"""Laws of the curriculum: pacing by published formulas, and orders that depend on ids, seed and epoch alone."""
+"""Tests of curriculum orders: they depend on ids, seed and epoch only, and draws match closed forms."""
 
 from __future__ import annotations
 
@@ -57,93 +57,97 @@ PURE = [
 
 
 def columns_of(balance: list[float], *, first_id: int = 0) -> dict[str, Any]:
-    """Give rank, balance and key of a manifest; equal scores share a rank."""
+    """Return rank, balance and key of a manifest; equal scores share a rank."""
     scores = np.array(balance)
     rank = (scores[:, None] < scores).sum(axis=1).astype(np.int32)
     return {"rank": rank, "balance": scores, "key": id_key(f"s{first_id + row}" for row in range(len(scores)))}
 
 
 def paced_rows(columns: dict[str, Any], config: OrderConfig, epoch: int) -> set[int]:
-    """Pick the rows of a curriculum the slow way: sort by rank and key, and cut."""
+    """Select the rows of a curriculum by a full sort by rank and key."""
     side = 1 if config.order == "curriculum" else -1
     by_rank = sorted(range(len(columns["key"])), key=lambda row: (side * columns["rank"][row], columns["key"][row]))
     return set(by_rank[: max(1, math.floor(len(by_rank) * config.share(epoch)))])
 
 
-def test_an_order_by_default_is_paced_as_in_the_paper() -> None:
+def test_default_pacing_is_that_of_the_paper() -> None:
     assert OrderConfig().share(1) == pytest.approx(0.1864, abs=1e-4)
     assert [OrderConfig().share(epoch) for epoch in range(1, 60)] == [
         root_pacing(epoch, start=0.1, grow_epochs=40) for epoch in range(1, 60)
     ]
 
 
-# --- which samples
+# --- rows of an epoch
 
 
 @given(BALANCE, CONFIGS, st.integers(0, 99), st.integers(1, 40))
-def test_an_epoch_sees_whom_it_should(balance: list[float], config: OrderConfig, seed: int, epoch: int) -> None:
+def test_epoch_has_the_expected_rows(balance: list[float], config: OrderConfig, seed: int, epoch: int) -> None:
     columns = columns_of(balance)
     before = {name: column.tolist() for name, column in columns.items()}
     order = order_of(**columns, config=config, seed=seed, epoch=epoch)
     assert order.dtype == np.int64
     assert {name: column.tolist() for name, column in columns.items()} == before
-    everyone = set(range(len(balance)))
+    all_rows = set(range(len(balance)))
     if config.order.endswith("curriculum"):
         assert set(order.tolist()) == paced_rows(columns, config, epoch)
     elif config.order == "weighted" and config.draw == "replacement":
         assert len(order) == len(balance)
-        assert set(order.tolist()) <= everyone
+        assert set(order.tolist()) <= all_rows
         return
     else:
-        assert set(order.tolist()) == everyone
+        assert set(order.tolist()) == all_rows
     assert len(set(order.tolist())) == len(order)
 
 
 @given(BALANCE, CONFIGS, st.integers(1, 40), st.randoms(use_true_random=False))
-def test_the_order_is_one_of_ids_not_of_rows(balance: list[float], config: OrderConfig, epoch: int, rnd: Any) -> None:
+def test_order_depends_on_ids_not_on_rows(balance: list[float], config: OrderConfig, epoch: int, rnd: Any) -> None:
     columns = columns_of(balance)
-    moved = list(range(len(balance)))
-    rnd.shuffle(moved)
+    permutation = list(range(len(balance)))
+    rnd.shuffle(permutation)
     order = order_of(**columns, config=config, seed=3, epoch=epoch)
-    again = order_of(**{name: column[moved] for name, column in columns.items()}, config=config, seed=3, epoch=epoch)
-    assert np.array(moved)[again].tolist() == order.tolist()
+    permuted_order = order_of(
+        **{name: column[permutation] for name, column in columns.items()}, config=config, seed=3, epoch=epoch
+    )
+    assert np.array(permutation)[permuted_order].tolist() == order.tolist()
 
 
 @pytest.mark.parametrize("config", PURE)
-def test_row_order_does_not_matter_where_words_nearly_tie(config: OrderConfig) -> None:
+def test_row_order_does_not_matter_with_nearly_equal_keys(config: OrderConfig) -> None:
     # 2^17 rows leave 46 bits for the word, and keys that differ in their lowest bits alone do not fit in.
     n = 2**17
     key = np.arange(n, dtype=np.uint64)
     rank, balance = np.zeros(n, np.int32), np.full(n, 0.3, np.float32)
-    moved = np.random.default_rng(0).permutation(n)
+    permutation = np.random.default_rng(0).permutation(n)
     order = order_of(rank=rank, balance=balance, key=key, config=config, seed=0, epoch=1)
-    again = order_of(rank=rank, balance=balance, key=key[moved], config=config, seed=0, epoch=1)
-    assert (moved[again] == order).all()
+    permuted_order = order_of(rank=rank, balance=balance, key=key[permutation], config=config, seed=0, epoch=1)
+    assert (permutation[permuted_order] == order).all()
 
 
 @given(BALANCE, st.sampled_from(sorted(PACINGS)), st.sampled_from(["curriculum", "anti-curriculum"]))
-def test_who_is_in_stays_in(balance: list[float], pacing: str, order: str) -> None:
+def test_rows_of_an_epoch_stay_in_later_ones(balance: list[float], pacing: str, order: str) -> None:
     config = OrderConfig(order=order, pacing=pacing, start=0.05, grow_epochs=10)
-    seen = [set(order_of(**columns_of(balance), config=config, seed=0, epoch=epoch).tolist()) for epoch in range(1, 12)]
-    assert all(before <= after for before, after in pairwise(seen))
-    assert len(seen[-1]) == len(balance)
+    rows_by_epoch = [
+        set(order_of(**columns_of(balance), config=config, seed=0, epoch=epoch).tolist()) for epoch in range(1, 12)
+    ]
+    assert all(before <= after for before, after in pairwise(rows_by_epoch))
+    assert len(rows_by_epoch[-1]) == len(balance)
 
 
 @given(st.integers(2, 60), st.integers(1, 20))
-def test_anti_curriculum_takes_the_other_side(n: int, epoch: int) -> None:
+def test_anti_curriculum_uses_the_least_balanced(n: int, epoch: int) -> None:
     columns = columns_of(np.random.default_rng(n).permutation(np.linspace(-1, 1, n)).tolist())
     config = OrderConfig(order="anti-curriculum", start=0.05, grow_epochs=20)
-    seen = order_of(**columns, config=config, seed=0, epoch=epoch)
+    backward = order_of(**columns, config=config, seed=0, epoch=epoch)
     forward = order_of(**columns, config=OrderConfig(start=0.05, grow_epochs=20), seed=0, epoch=epoch)
-    assert len(seen) == len(forward)
-    assert sorted(columns["rank"][seen]) == sorted(n - 1 - columns["rank"][forward])
+    assert len(backward) == len(forward)
+    assert sorted(columns["rank"][backward]) == sorted(n - 1 - columns["rank"][forward])
 
 
-# --- in which order
+# --- order of the rows
 
 
 @pytest.mark.parametrize("config", PURE)
-def test_epochs_and_seeds_have_orders_of_their_own(config: OrderConfig) -> None:
+def test_orders_differ_by_epoch_and_seed(config: OrderConfig) -> None:
     columns = columns_of(np.linspace(-1, 1, 50).tolist())
     pairs = [(seed, epoch) for seed in range(12) for epoch in range(1, 13)]
     orders = [tuple(order_of(**columns, config=config, seed=seed, epoch=epoch)) for seed, epoch in pairs]
@@ -152,29 +156,29 @@ def test_epochs_and_seeds_have_orders_of_their_own(config: OrderConfig) -> None:
 
 
 @pytest.mark.parametrize("key", [np.arange(5, dtype=np.uint64), np.arange(5, dtype=np.uint64) << np.uint64(60)])
-def test_all_permutations_are_alike(key: NDArray[np.uint64]) -> None:
-    # Even for keys that are no hashes.
+def test_permutations_are_equally_likely(key: NDArray[np.uint64]) -> None:
+    # Also for keys that are not hashes.
     shuffled = OrderConfig(order="shuffled")
-    found = Counter(
+    counts = Counter(
         tuple(order_of(rank=np.zeros(5, np.int32), key=key, config=shuffled, seed=0, epoch=epoch))
         for epoch in range(1, 6001)
     )
-    assert len(found) == 120
-    assert chisquare(list(found.values())).pvalue > 1e-3
+    assert len(counts) == 120
+    assert chisquare(list(counts.values())).pvalue > 1e-3
 
 
-def test_an_order_tells_nothing_of_the_next_nor_of_the_keys() -> None:
+def test_orders_are_uncorrelated() -> None:
     n = 20_000
     key = np.arange(n, dtype=np.uint64)
-    place = [np.argsort(key)]
+    positions = [np.argsort(key)]
     for seed, epoch in [(0, 1), (0, 2), (1, 1), (1, 2)]:
         order = order_of(rank=key.astype(int), key=key, config=OrderConfig(order="shuffled"), seed=seed, epoch=epoch)
-        place.append(np.argsort(order))
-    correlation = np.abs(np.array(np.corrcoef(place)) - np.eye(len(place)))
+        positions.append(np.argsort(order))
+    correlation = np.abs(np.array(np.corrcoef(positions)) - np.eye(len(positions)))
     assert correlation.max() < 4 / math.sqrt(n)
 
 
-def test_mixing_gives_the_published_sequence() -> None:
+def test_splitmix64_matches_the_published_sequence() -> None:
     # The first numbers of SplitMix64 from state 1234567, as published with its reference code.
     gamma = 0x9E3779B97F4A7C15
     states = np.array([(1234567 + step * gamma) % 2**64 for step in range(5)], dtype=np.uint64)
@@ -187,7 +191,7 @@ def test_mixing_gives_the_published_sequence() -> None:
     ]
 
 
-def test_mixing_flips_half_of_the_bits_for_any_bit() -> None:
+def test_splitmix64_flips_half_of_the_bits() -> None:
     words = np.random.default_rng(0).integers(0, 2**64, 4_000, dtype=np.uint64)
     for bit in range(64):
         changed = splitmix64(words) ^ splitmix64(words ^ (np.uint64(1) << np.uint64(bit)))
@@ -204,42 +208,42 @@ WEIGHT_OF: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
 
 
 @pytest.mark.parametrize("weight", WEIGHT_OF)
-def test_draws_without_replacement_have_their_closed_form(weight: str) -> None:
+def test_draws_without_replacement_match_the_closed_form(weight: str) -> None:
     columns = columns_of([-0.9, -0.2, 0.4, 1.0])
     chance = WEIGHT_OF[weight](columns["balance"])
     chance /= chance.sum()
     config = OrderConfig(order="weighted", weight=weight)
     draws = 8_000
     orders = [order_of(**columns, config=config, seed=seed, epoch=1) for seed in range(draws)]
-    found = Counter((int(order[0]), int(order[1])) for order in orders)
+    counts = Counter((int(order[0]), int(order[1])) for order in orders)
     pairs = [(first, second) for first in range(4) for second in range(4) if first != second]
     # P(first, second) = p_first p_second / (1 - p_first)
     expected = [draws * chance[first] * chance[second] / (1 - chance[first]) for first, second in pairs]
-    assert chisquare([found[pair] for pair in pairs], expected).pvalue > 1e-3
+    assert chisquare([counts[pair] for pair in pairs], expected).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("weight", WEIGHT_OF)
-def test_draws_with_replacement_come_as_often_as_weighted(weight: str) -> None:
+def test_draws_with_replacement_are_proportional_to_weights(weight: str) -> None:
     levels = np.array([-1.0, -0.3, 0.0, 0.6, 1.0])
     n = 50_000
-    which = np.random.default_rng(0).integers(0, len(levels), n)
-    columns = {"rank": np.zeros(n, np.int32), "balance": levels[which], "key": id_key(map(str, range(n)))}
+    level_of_row = np.random.default_rng(0).integers(0, len(levels), n)
+    columns = {"rank": np.zeros(n, np.int32), "balance": levels[level_of_row], "key": id_key(map(str, range(n)))}
     config = OrderConfig(order="weighted", draw="replacement", weight=weight)
     order = order_of(**columns, config=config, seed=0, epoch=1)
     chance = WEIGHT_OF[weight](columns["balance"])
     chance /= chance.sum()
-    of_level = np.bincount(which, weights=chance) * n
-    assert chisquare(np.bincount(which[order], minlength=len(levels)), of_level).pvalue > 1e-3
-    # Early and late draws are alike, and rows of one level too: so many are left out, by the binomial.
-    assert chisquare(np.bincount(which[order[: n // 5]], minlength=len(levels)), of_level / 5).pvalue > 1e-3
+    of_level = np.bincount(level_of_row, weights=chance) * n
+    assert chisquare(np.bincount(level_of_row[order], minlength=len(levels)), of_level).pvalue > 1e-3
+    # Early and late draws have the same distribution; the number of rows never drawn follows the binomial.
+    assert chisquare(np.bincount(level_of_row[order[: n // 5]], minlength=len(levels)), of_level / 5).pvalue > 1e-3
     by_key = np.argsort(np.argsort(columns["key"]))
     assert abs(float(np.corrcoef(by_key[order], np.arange(n))[0, 1])) < 4 / math.sqrt(n)
     left_out = n - len(np.unique(order))
     assert left_out == pytest.approx(np.sum((1 - chance) ** n), abs=4 * math.sqrt(left_out))
 
 
-def test_past_2_to_the_24_rows_nobody_is_skipped_or_repeated() -> None:
-    n = 2**24 + 3  # where torch.multinomial stops
+def test_more_than_2_to_the_24_rows_are_all_drawn_once() -> None:
+    n = 2**24 + 3  # above the limit of torch.multinomial
     config = OrderConfig(order="weighted")
     order = order_of(
         rank=np.broadcast_to(np.int8(0), n),
@@ -249,10 +253,10 @@ def test_past_2_to_the_24_rows_nobody_is_skipped_or_repeated() -> None:
         seed=0,
         epoch=1,
     )
-    seen = np.zeros(n, dtype=bool)
-    seen[order] = True
+    is_drawn = np.zeros(n, dtype=bool)
+    is_drawn[order] = True
     assert len(order) == n
-    assert seen.all()
+    assert is_drawn.all()
     assert (order[: n // 2] >= n // 2).mean() == pytest.approx(0.5, abs=0.001)
 
 
@@ -260,7 +264,7 @@ def test_past_2_to_the_24_rows_nobody_is_skipped_or_repeated() -> None:
 
 
 @given(st.integers(1, 80), st.integers(1, 90), st.integers(1, 9))
-def test_steps_cut_the_order_and_processes_cut_the_step(n: int, batch_size: int, num_ranks: int) -> None:
+def test_steps_partition_the_order_and_ranks_partition_the_step(n: int, batch_size: int, num_ranks: int) -> None:
     order = np.random.default_rng(n).permutation(n)
     steps = [
         batch_of(order, step=step, batch_size=batch_size) for step in range(num_steps(order, batch_size=batch_size))
@@ -268,78 +272,78 @@ def test_steps_cut_the_order_and_processes_cut_the_step(n: int, batch_size: int,
     assert np.concatenate(steps).tolist() == order.tolist()
     assert {len(step) for step in steps[:-1]} <= {batch_size}
     assert 0 < len(steps[-1]) <= batch_size
-    for number, whole in enumerate(steps):
+    for step_number, step_rows in enumerate(steps):
         shares = [
-            batch_of(order, step=number, batch_size=batch_size, num_ranks=num_ranks, rank=rank)
+            batch_of(order, step=step_number, batch_size=batch_size, num_ranks=num_ranks, rank=rank)
             for rank in range(num_ranks)
         ]
-        assert np.concatenate(shares).tolist() == whole.tolist()
+        assert np.concatenate(shares).tolist() == step_rows.tolist()
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-# --- what goes wrong
+# --- errors
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("options", "message"),
     [
         ({"order": "curicculum"}, r"order\.order is curicculum: did you mean curriculum\? \(available: .*shuffled"),
         ({"pacing": "log"}, r"order\.pacing is log: .*root, linear, step, geometric, exponential"),
         ({"draw": "replace"}, r"order\.draw is replace: did you mean replacement\?"),
         ({"weight": "soft"}, r"order\.weight is soft: did you mean softmax\?"),
-        ({"start": 0.0}, r"order\.start is 0\.0; a share lies in \(0, 1\]"),
-        ({"start": math.nan}, r"order\.start is nan; a share"),
-        ({"start": 1.5}, r"order\.start is 1\.5; a share"),
+        ({"start": 0.0}, r"order\.start is 0\.0; it must lie in \(0, 1\]"),
+        ({"start": math.nan}, r"order\.start is nan; it must lie"),
+        ({"start": 1.5}, r"order\.start is 1\.5; it must lie"),
         ({"grow_epochs": 0}, r"order\.grow_epochs is 0; it must be at least 1"),
         ({"steps": 0}, r"order\.steps is 0; it must be at least 1"),
     ],
 )
-def test_a_wrong_setting_is_named_with_the_right_ones(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_order_config_raises(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        OrderConfig(**wrong)
+        OrderConfig(**options)
 
 
 @pytest.mark.parametrize(
     ("balance", "message"),
     [
-        (None, r"draws by balance scores; there are none: rescore with mmaudit score"),
+        (None, r"a weighted order needs balance scores; none found: rescore with mmaudit score"),
         ([0.5, math.nan, math.nan], r"2 of 3 balance scores .* \(row 1 has nan\)"),
-        ([0.5, 0.1, -1.02], r"1 of 3 balance scores are no number in \[-1, 1\] \(row 2 has -1\.02\)"),
-        ([0.5], r"balance has shape \(1,\) beside 3 ranks"),
+        ([0.5, 0.1, -1.02], r"1 of 3 balance scores are not in \[-1, 1\] \(row 2 has -1\.02\)"),
+        ([0.5], r"balance has shape \(1,\), expected \(3,\) as rank"),
     ],
 )
-def test_a_weighted_order_wants_every_score(balance: list[float] | None, message: str) -> None:
+def test_weighted_order_needs_all_scores(balance: list[float] | None, message: str) -> None:
     columns = {**columns_of([0, 0, 0]), "balance": None if balance is None else np.array(balance)}
     with pytest.raises(ManifestError, match=message):
         order_of(**columns, config=OrderConfig(order="weighted"), seed=0, epoch=1)
 
 
-def test_orders_by_rank_want_no_scores() -> None:
+def test_orders_by_rank_need_no_scores() -> None:
     columns = columns_of([0.1, 0.2, 0.3])
     order = order_of(rank=columns["rank"], key=columns["key"], config=OrderConfig(grow_epochs=1), seed=0, epoch=1)
     assert sorted(order) == [0, 1, 2]
 
 
-def test_epochs_and_columns_are_checked() -> None:
+def test_invalid_epochs_and_columns_raise() -> None:
     columns = columns_of([0.1, 0.2, 0.3])
-    with pytest.raises(ConfigError, match="epoch 0: epochs are counted from 1"):
+    with pytest.raises(ConfigError, match="epoch 0: it must be at least 1"):
         order_of(**columns, config=OrderConfig(), seed=0, epoch=0)
-    with pytest.raises(ManifestError, match=r"key has shape \(2,\) beside 3 ranks"):
+    with pytest.raises(ManifestError, match=r"key has shape \(2,\), expected \(3,\) as rank"):
         order_of(**{**columns, "key": columns["key"][:2]}, config=OrderConfig(), seed=0, epoch=1)
-    with pytest.raises(ManifestError, match="there are no samples to order"):
+    with pytest.raises(ManifestError, match="no samples to order"):
         order_of(**{name: column[:0] for name, column in columns.items()}, config=OrderConfig(), seed=0, epoch=1)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("options", "message"),
     [
-        ({"step": 3}, "step 3 of 10 samples in batches of 4: .* from 0 to 2"),
+        ({"step": 3}, "step 3 of 10 samples in batches of 4: .* between 0 and 2"),
         ({"step": -1}, "step -1 of 10 samples"),
         ({"batch_size": 0}, "batches of 0"),
-        ({"num_ranks": 2, "rank": 2}, "rank 2 of 2 processes: ranks are counted from 0 to 1"),
+        ({"num_ranks": 2, "rank": 2}, "rank 2 of 2 processes: rank must be between 0 and 1"),
         ({"rank": -1}, "rank -1 of 1 processes"),
     ],
 )
-def test_a_step_or_process_that_does_not_exist(wrong: dict[str, int], message: str) -> None:
+def test_invalid_step_or_rank_raises(options: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        batch_of(np.arange(10), **{"step": 0, "batch_size": 4, **wrong})
+        batch_of(np.arange(10), **{"step": 0, "batch_size": 4, **options})

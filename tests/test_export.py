@@ -1,4 +1,4 @@
-"""Laws of exports: what was written is read back by its readers and ours, whole or not at all, the same each time."""
+"""Tests of exports: they are read back unchanged, written atomically, and deterministic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmaudit.audit.downloads.ingest import ingest
 from mmaudit.audit.errors import ConfigError, ManifestError, RunError
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance import export as export_file
-from mmaudit.rebalance import webdataset as job
+from mmaudit.rebalance import webdataset
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.export import FORMATS, escape_formula
 from mmaudit.rebalance.export import export as write_export
@@ -39,7 +39,7 @@ odd_names = st.one_of(
 )
 many_names = st.lists(odd_names, min_size=2, max_size=6, unique=True)
 relaxed = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-Make = Callable[..., Path]
+MakeManifest = Callable[..., Path]
 
 
 def export(manifest: Path, out: Path, **options: Any) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def export(manifest: Path, out: Path, **options: Any) -> dict[str, Any]:
     return write_export(manifest, out, **{"root": manifest.parent / "data", **options})
 
 
-def make(folder: Path, ids: list[str] | None = None, **more: Any) -> Path:
-    """Make a manifest of all of these samples, with media folder/data/a/0.wav and folder/data/0.png."""
+def make(folder: Path, ids: list[str] | None = None, **changes: Any) -> Path:
+    """Write a manifest of all samples, with media folder/data/a/0.wav and folder/data/0.png."""
     n = NUMBER if ids is None else len(ids)
     rng = np.random.default_rng(0)
     columns: dict[str, Any] = {
@@ -72,14 +72,16 @@ def make(folder: Path, ids: list[str] | None = None, **more: Any) -> Path:
             ],
         },
     }
-    table = ScoreTable(**{**columns, **more})
-    shards = open_scores(table, seed=0)
-    choice = select_rows(shards, plan_balanced(shards, BalancedConfig(tolerance=1.0)), scratch=folder / "scratch")
-    write_split(choice, folder / "m.parquet", name="balanced", recipe={})
+    table = ScoreTable(**{**columns, **changes})
+    score_files = open_scores(table, seed=0)
+    selection = select_rows(
+        score_files, plan_balanced(score_files, BalancedConfig(tolerance=1.0)), scratch=folder / "scratch"
+    )
+    write_split(selection, folder / "m.parquet", name="balanced", recipe={})
     return folder / "m.parquet"
 
 
-def lay_media(folder: Path, n: int = NUMBER) -> None:
+def write_media(folder: Path, n: int = NUMBER) -> None:
     (folder / "data" / "a").mkdir(parents=True)
     for number in range(n):
         (folder / "data" / "a" / f"{number}.wav").write_bytes(b"sound %d" % number)
@@ -88,7 +90,7 @@ def lay_media(folder: Path, n: int = NUMBER) -> None:
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    lay_media(tmp_path)
+    write_media(tmp_path)
     return make(tmp_path)
 
 
@@ -99,7 +101,7 @@ def rows_of(path: Path) -> pa.Table:
 def tree(path: Path) -> dict[str, bytes]:
     if path.is_file():
         return {"": path.read_bytes()}
-    return {each.relative_to(path).as_posix(): each.read_bytes() for each in path.rglob("*") if each.is_file()}
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def as_manifest(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
@@ -107,55 +109,53 @@ def as_manifest(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_the_same_manifest_gives_the_same_bytes_and_says_what_was_written(
-    manifest: Path, tmp_path: Path, format_: str
-) -> None:
+def test_export_is_deterministic_and_lists_its_files(manifest: Path, tmp_path: Path, format_: str) -> None:
     first = export(manifest, tmp_path / "one" / "out", format=format_)
     export(manifest, tmp_path / "two" / "out", format=format_)
-    found = tree(tmp_path / "one" / "out")
-    assert found == tree(tmp_path / "two" / "out")
-    assert first["files"] == sorted(str(tmp_path / "one" / "out" / name).rstrip("/") for name in found)
+    files = tree(tmp_path / "one" / "out")
+    assert files == tree(tmp_path / "two" / "out")
+    assert first["files"] == sorted(str(tmp_path / "one" / "out" / name).rstrip("/") for name in files)
     assert (first["rows"], first["format"]) == (NUMBER, format_)
-    assert [each.name for each in (tmp_path / "one").iterdir()] == ["out"]  # nothing temporary is left
+    assert [file.name for file in (tmp_path / "one").iterdir()] == ["out"]  # no temporary files
 
 
-def test_a_score_table_is_not_written_over(manifest: Path, tmp_path: Path) -> None:
+def test_score_table_is_not_overwritten(manifest: Path, tmp_path: Path) -> None:
     scores = tmp_path / "scores.parquet"
     scores.write_bytes(b"scores")
-    with pytest.raises(RunError, match=r"scores\.parquet is no csv file: name another with --out"):
+    with pytest.raises(RunError, match=r"scores\.parquet is not a csv file: choose another path with --out"):
         export(manifest, scores, format="csv", overwrite=True)
     assert scores.read_bytes() == b"scores"
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_what_exists_is_written_over_only_if_told_so(manifest: Path, tmp_path: Path, format_: str) -> None:
+def test_existing_export_is_overwritten_only_on_request(manifest: Path, tmp_path: Path, format_: str) -> None:
     out = tmp_path / "out"
     export(manifest, out, format=format_)
     before = tree(out)
-    with pytest.raises(RunError, match="out exists: name another with --out, or pass --overwrite"):
+    with pytest.raises(RunError, match="out exists: choose another path with --out, or pass --overwrite"):
         export(manifest, out, format=format_)
-    other = make(tmp_path / "other", [f"t{number}" for number in range(9)], provenance={})
-    export(other, out, format=format_, root=tmp_path / "data", overwrite=True)
-    fresh = tmp_path / "fresh"
-    export(other, fresh, format=format_, root=tmp_path / "data")
-    assert tree(out) == tree(fresh) != before
+    other_manifest = make(tmp_path / "other", [f"t{number}" for number in range(9)], provenance={})
+    export(other_manifest, out, format=format_, root=tmp_path / "data", overwrite=True)
+    new_out = tmp_path / "fresh"
+    export(other_manifest, new_out, format=format_, root=tmp_path / "data")
+    assert tree(out) == tree(new_out) != before
 
 
 @pytest.mark.parametrize("format_", FOLDERS)
-def test_a_folder_of_other_things_is_never_written_over(manifest: Path, tmp_path: Path, format_: str) -> None:
-    with pytest.raises(RunError, match="and is no export as"):
+def test_folder_of_other_files_is_never_overwritten(manifest: Path, tmp_path: Path, format_: str) -> None:
+    with pytest.raises(RunError, match="not an export as"):
         export(manifest, tmp_path / "data", format=format_, overwrite=True)
-    with pytest.raises(RunError, match=r"0\.PNG is a file, and no export"):
+    with pytest.raises(RunError, match=r"0\.PNG is a file, not an export"):
         export(manifest, tmp_path / "data" / "0.PNG", format=format_, overwrite=True)
     assert (tmp_path / "data" / "a" / "0.wav").read_bytes() == b"sound 0"
 
 
-def test_bad_orders_are_refused(manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--format cvs: no such format; did you mean csv\? \(available: csv, jsonl"):
+def test_invalid_arguments_raise(manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--format cvs: unknown format; did you mean csv\? \(available: csv, jsonl"):
         export(manifest, tmp_path / "x", format="cvs")
     with pytest.raises(ConfigError, match="is the manifest itself"):
         export(manifest, manifest, format="csv", overwrite=True)
-    with pytest.raises(ConfigError, match="0 samples per shard"):
+    with pytest.raises(ConfigError, match="samples per shard is 0; it must be at least 1"):
         export(manifest, tmp_path / "x", format="webdataset", samples_per_shard=0)
     with pytest.raises(ManifestError, match="no such file"):
         export(tmp_path / "none.parquet", tmp_path / "x", format="csv")
@@ -166,22 +166,22 @@ def test_bad_orders_are_refused(manifest: Path, tmp_path: Path) -> None:
 
 @relaxed
 @given(many_names)
-def test_csv_and_jsonl_are_read_back_as_they_were(tmp_path: Path, ids: list[str]) -> None:
+def test_csv_and_jsonl_round_trip(tmp_path: Path, ids: list[str]) -> None:
     manifest = make(tmp_path, ids, label_name=np.array(ids, dtype=object), label=np.arange(len(ids), dtype=np.int32))
-    there = rows_of(manifest)
+    rows = rows_of(manifest)
     export(manifest, tmp_path / "m.csv", format="csv", overwrite=True, escape_formulas=False)
     with (tmp_path / "m.csv").open(encoding="utf-8", newline="") as file:
         header, *lines = csv.reader(file)
     columns = {
         name: [value or None for value in column] for name, column in zip(header, zip(*lines, strict=True), strict=True)
     }
-    assert header == there.column_names
-    assert as_manifest(columns, there.schema).equals(there)
+    assert header == rows.column_names
+    assert as_manifest(columns, rows.schema).equals(rows)
     export(manifest, tmp_path / "m.jsonl", format="jsonl", overwrite=True)
     records = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
-    assert all(list(record) == there.column_names for record in records)
-    assert as_manifest({name: [each[name] for each in records] for name in there.column_names}, there.schema).equals(
-        there
+    assert all(list(record) == rows.column_names for record in records)
+    assert as_manifest({name: [record[name] for record in records] for name in rows.column_names}, rows.schema).equals(
+        rows
     )
 
 
@@ -189,27 +189,27 @@ FORMULAS = ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", "'=1", "''-x", '=HYPE
 PLAIN = ["a=b", "1-2", "'quoted'", "x@y.z", "ordinary", "'"]
 
 
-def test_csv_escapes_what_a_spreadsheet_would_run_in_text_cells_alone(tmp_path: Path) -> None:
+def test_csv_escapes_formulas_in_text_cells_only(tmp_path: Path) -> None:
     ids = [*FORMULAS, *PLAIN]
     manifest = make(tmp_path, ids, label_name=np.array(ids, dtype=object), label=np.arange(len(ids), dtype=np.int32))
     export(manifest, tmp_path / "m.csv", format="csv")
     with (tmp_path / "m.csv").open(encoding="utf-8", newline="") as file:
         header, *lines = csv.reader(file)
     columns = dict(zip(header, zip(*lines, strict=True), strict=True))
-    there = rows_of(manifest)
+    rows = rows_of(manifest)
     for name in ("sample_id", "label_name"):
-        for cell, text in zip(columns[name], there[name].to_pylist(), strict=True):
+        for cell, text in zip(columns[name], rows[name].to_pylist(), strict=True):
             assert cell == (f"'{text}" if text in FORMULAS else text)
             assert re.sub(r"^'('*[=+\-@\t\r\n＝＋－＠])", r"\1", cell) == text
     assert any(value.startswith("-") for value in columns["discrepancy"])
-    assert [float(value) for value in columns["discrepancy"]] == pytest.approx(there["discrepancy"].to_pylist())
+    assert [float(value) for value in columns["discrepancy"]] == pytest.approx(rows["discrepancy"].to_pylist())
 
 
-def test_the_name_of_a_column_is_escaped_as_well() -> None:
+def test_column_names_are_escaped() -> None:
     assert [escape_formula(name) for name in ("=cmd()", "'=x", "label")] == ["'=cmd()", "''=x", "label"]
 
 
-def test_floats_are_written_by_their_shortest_digits(tmp_path: Path) -> None:
+def test_floats_are_written_with_shortest_digits(tmp_path: Path) -> None:
     manifest = make(tmp_path, ["a", "b"], confidence=np.array([[0.1, 0], [0.7, 0]], dtype=np.float32))
     export(manifest, tmp_path / "m.jsonl", format="jsonl")
     assert {json.loads(line)["gap"] for line in (tmp_path / "m.jsonl").read_text().splitlines()} == {0.1, 0.7}
@@ -220,46 +220,46 @@ def test_floats_are_written_by_their_shortest_digits(tmp_path: Path) -> None:
 
 @relaxed
 @given(many_names)
-def test_ids_are_an_array_without_pickle_in_the_order_of_the_manifest(tmp_path: Path, ids: list[str]) -> None:
+def test_npy_holds_the_ids_in_order_without_pickle(tmp_path: Path, ids: list[str]) -> None:
     manifest = make(tmp_path, ids)
     export(manifest, tmp_path / "uid", format="npy", overwrite=True)
-    found = np.load(tmp_path / "uid", allow_pickle=False)
-    assert found.dtype.kind == "U"
-    assert found.tolist() == rows_of(manifest)["sample_id"].to_pylist()
+    array = np.load(tmp_path / "uid", allow_pickle=False)
+    assert array.dtype.kind == "U"
+    assert array.tolist() == rows_of(manifest)["sample_id"].to_pylist()
 
 
-def test_an_id_that_numpy_would_cut_is_refused(tmp_path: Path) -> None:
+def test_id_ending_in_nul_raises(tmp_path: Path) -> None:
     manifest = make(tmp_path, ["a", "b\0"])
-    with pytest.raises(ConfigError, match="ends in a NUL, which numpy cuts off"):
+    with pytest.raises(ConfigError, match="ends in NUL, which numpy strips"):
         export(manifest, tmp_path / "uid.npy", format="npy")
     assert not (tmp_path / "uid.npy").exists()
 
 
-def test_ogm_lists_are_read_back_by_the_adapter(tmp_path: Path) -> None:
+def test_ogm_lists_are_read_by_the_adapter(tmp_path: Path) -> None:
     manifest = make(tmp_path)
     lists = export(manifest, tmp_path / "download", format="ogm")
-    assert [Path(each).name for each in lists["files"]] == ["stat.csv", "test.csv", "train.csv", "val.csv"]
-    for number in range(NUMBER):  # clips are called by their files
+    assert [Path(entry).name for entry in lists["files"]] == ["stat.csv", "test.csv", "train.csv", "val.csv"]
+    for number in range(NUMBER):  # clips are named after their files
         (tmp_path / "download" / "Image-01-FPS" / str(number)).mkdir(parents=True)
         (tmp_path / "download" / "Image-01-FPS" / str(number) / "1.png").write_bytes(b"x")
         (tmp_path / "download" / "AudioWAV").mkdir(exist_ok=True)
         (tmp_path / "download" / "AudioWAV" / f"{number}.wav").write_bytes(b"x")
     done = ingest("ogm-ge", tmp_path / "download")
     assert (done.listed, done.present) == (NUMBER, NUMBER)
-    there, found = rows_of(manifest), pq.read_table(done.path)
-    wanted = zip(
-        there["sample_id"].to_pylist(), there["label_name"].to_pylist(), there["split"].to_pylist(), strict=True
+    rows, ingested = rows_of(manifest), pq.read_table(done.path)
+    expected = zip(
+        rows["sample_id"].to_pylist(), rows["label_name"].to_pylist(), rows["split"].to_pylist(), strict=True
     )
-    assert {(f"s{each['id']}", each["label"], each["split"]) for each in found.to_pylist()} == set(wanted)
+    assert {(f"s{entry['id']}", entry["label"], entry["split"]) for entry in ingested.to_pylist()} == set(expected)
 
 
 @relaxed
 @given(many_names)
-def test_ogm_lists_hold_any_name_or_refuse_it(tmp_path: Path, ids: list[str]) -> None:
+def test_ogm_lists_hold_any_valid_name(tmp_path: Path, ids: list[str]) -> None:
     manifest = make(tmp_path, ids, label_name=np.array(ids, dtype=object), label=np.arange(len(ids), dtype=np.int32))
-    bad = any(each != each.strip() or len(each.splitlines()) != 1 or "/" in each for each in ids)
-    if bad:
-        with pytest.raises(ConfigError, match=r"OGM list cannot hold|is no name of a file"):
+    is_invalid = any(name != name.strip() or len(name.splitlines()) != 1 or "/" in name for name in ids)
+    if is_invalid:
+        with pytest.raises(ConfigError, match=r"OGM list cannot hold|is not a file name"):
             export(manifest, tmp_path / "lists", format="ogm", clip="sample_id", overwrite=True)
         return
     export(manifest, tmp_path / "lists", format="ogm", clip="sample_id", overwrite=True)
@@ -268,51 +268,60 @@ def test_ogm_lists_hold_any_name_or_refuse_it(tmp_path: Path, ids: list[str]) ->
         if (path := tmp_path / "lists" / f"{name}.csv").exists():
             with path.open(encoding="utf-8", newline="") as file:
                 lines += list(csv.reader(file))
-    assert sorted(lines) == sorted([each, each] for each in ids)
+    assert sorted(lines) == sorted([name, name] for name in ids)
 
 
 @pytest.mark.parametrize(
-    ("more", "options", "message"),
+    ("changes", "options", "message"),
     [
-        ({"split": None}, {}, "is of split None; OGM lists are of train"),
-        ({}, {"clip": "sound"}, "no column 'sound' to name clips by; did you mean"),
+        ({"split": None}, {}, "is in split None"),
+        ({}, {"clip": "sound"}, "clip column 'sound' not found; did you mean"),
         (
             {"paths": pa.table({"wav": ["x.wav"] * NUMBER}), "label": np.zeros(NUMBER, dtype=np.int32),
              "label_name": np.array(["c"] * NUMBER, dtype=object)},
             {},
-            "another is called 'x' and of class 'c', too",
+            "another sample has the same clip 'x' and class 'c'",
         ),
     ],
 )  # fmt: skip
-def test_what_ogm_lists_cannot_say_is_refused(
-    tmp_path: Path, more: dict[str, Any], options: dict[str, Any], message: str
+def test_rows_that_ogm_lists_cannot_hold_raise(
+    tmp_path: Path, changes: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        export(make(tmp_path, **more), tmp_path / "lists", format="ogm", **options)
+        export(make(tmp_path, **changes), tmp_path / "lists", format="ogm", **options)
+    assert not (tmp_path / "lists").exists()
+
+
+def test_ogm_lists_of_another_split_raise(manifest: Path, tmp_path: Path) -> None:
+    table = pq.read_table(manifest)
+    split = pa.array(["fold1"] * len(table))
+    pq.write_table(table.set_column(table.column_names.index("split"), "split", split), manifest)
+    with pytest.raises(ConfigError, match="is in split 'fold1'; OGM lists exist for train"):
+        export(manifest, tmp_path / "lists", format="ogm")
     assert not (tmp_path / "lists").exists()
 
 
 @pytest.mark.parametrize("splits", [("train",), ("train", "test"), None])
-def test_saved_rows_are_read_back_by_datasets_and_by_us(tmp_path: Path, splits: tuple[str, ...] | None) -> None:
+def test_saved_dataset_round_trips(tmp_path: Path, splits: tuple[str, ...] | None) -> None:
     import datasets
 
     split = None if splits is None else np.array([splits[n % len(splits)] for n in range(NUMBER)], dtype=object)
     manifest = make(tmp_path, split=split)
     export(manifest, tmp_path / "saved", format="datasets")
     loaded = datasets.load_from_disk(str(tmp_path / "saved"))
-    there = rows_of(manifest).to_pylist()
+    rows = rows_of(manifest).to_pylist()
     if splits is not None and len(splits) > 1:
         assert set(loaded) == set(splits)
         for name in splits:
-            assert loaded[name].to_list() == [row for row in there if row["split"] == name]
+            assert loaded[name].to_list() == [row for row in rows if row["split"] == name]
     else:
-        assert loaded.to_list() == there
+        assert loaded.to_list() == rows
     dataset = open_dataset(tmp_path / "saved", DataConfig(split=None if splits else "none"))
     ids = [name for shard in dataset.shards for name in dataset.sample_ids(dataset.read(shard), shard)]
-    assert sorted(ids) == sorted(row["sample_id"] for row in there)
+    assert sorted(ids) == sorted(row["sample_id"] for row in rows)
 
 
-def test_a_large_manifest_passes_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_in_batches_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = make(tmp_path)
     whole_tables = {format_: tmp_path / f"one.{format_}" for format_ in ("csv", "jsonl", "npy", "ogm")}
     for format_, out in whole_tables.items():
@@ -323,7 +332,7 @@ def test_a_large_manifest_passes_in_batches(tmp_path: Path, monkeypatch: pytest.
             for first in range(0, len(table), 5):
                 yield table.slice(first, 5)
 
-    for module in (export_file, job):
+    for module in (export_file, webdataset):
         monkeypatch.setattr(module, "batches_of", in_fives)
     for format_, out in whole_tables.items():
         export(manifest, tmp_path / "again" / format_, format=format_)

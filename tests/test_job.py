@@ -1,4 +1,4 @@
-"""Laws of a job of exporting: its rows are plain values that JSON writes and float32 reads back."""
+"""Tests of the rows of an export: plain values, valid JSON, exact when read back as float32."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.rebalance.webdataset import Job, plain_rows, split_name
+from mmaudit.rebalance.webdataset import ExportJob, plain_rows, split_name
 
 
-def job_of(path: Path, table: pa.Table) -> Job:
+def job_of(path: Path, table: pa.Table) -> ExportJob:
     pq.write_table(table, path)
-    return Job(
+    return ExportJob(
         manifest=path,
         schema=table.schema,
         paths=(),
@@ -39,7 +39,7 @@ def num_digits(value: float) -> int:
 
 @given(st.lists(st.none() | st.floats(width=32), max_size=9))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_numbers_are_written_by_their_shortest_digits(tmp_path: Path, values: list[float | None]) -> None:
+def test_floats_are_written_with_shortest_digits(tmp_path: Path, values: list[float | None]) -> None:
     table = pa.table({"gap": pa.array(values, pa.float32()), "score": pa.array(values, pa.float64())})
     rows = [json.loads(json.dumps(row, allow_nan=False)) for row in plain_rows(job_of(tmp_path / "m.parquet", table))]
     assert len(rows) == len(values)
@@ -51,14 +51,14 @@ def test_numbers_are_written_by_their_shortest_digits(tmp_path: Path, values: li
             assert num_digits(row["gap"]) <= num_digits(value)
 
 
-def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path) -> None:
+def test_only_requested_columns_are_read(tmp_path: Path) -> None:
     job = job_of(tmp_path / "m.parquet", pa.table({"a": ["x"], "b": [1], "c": [0.5]}))
     assert list(plain_rows(job, "c", "a", "c")) == [{"c": 0.5, "a": "x"}]
     assert list(plain_rows(job)) == [{"a": "x", "b": 1, "c": 0.5}]
 
 
-def test_a_split_is_called_by_a_name_that_a_file_may_have() -> None:
+def test_split_name_must_be_usable_in_file_names() -> None:
     assert (split_name(None), split_name("train_2")) == ("all", "train_2")
     for name in ("a/b", "", "..", "a b"):
-        with pytest.raises(ConfigError, match="can name no file: a split is letters, digits and _"):
+        with pytest.raises(ConfigError, match="is not usable in file names: use letters, digits and _"):
             split_name(name)

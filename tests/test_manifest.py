@@ -1,4 +1,4 @@
-"""Laws of a manifest: read it is as it was written, its digest tells any change, and anybody's reader opens it."""
+"""Tests of manifests: round trips, digests that detect any change, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mmaudit.rebalance.manifest import (
     provenance_of,
     read_dropped,
     read_manifest,
-    regrouped,
+    regroup,
     rows_of,
 )
 from mmaudit.rebalance.score_tables import open_scores
@@ -43,57 +43,57 @@ from mmaudit.rebalance.split import write_split
 
 
 def written(folder: Path, n: int = 40, *, seed: int = 0) -> Path:
-    """Split n scored samples into folder/m.parquet and what it drops."""
+    """Split n scored samples into folder/m.parquet and its dropped rows."""
     rng = np.random.default_rng(seed)
     scores = pa.table(
         {
-            "sample_id": [f"s{one}" for one in range(n)],
+            "sample_id": [f"s{number}" for number in range(n)],
             "label": np.arange(n) % 3,
-            "label_name": [f"class {one % 3}" for one in range(n)],
-            "split": ["test" if one % 5 == 0 else "train" for one in range(n)],
-            "group": [f"g{one % 4}" for one in range(n)],
+            "label_name": [f"class {number % 3}" for number in range(n)],
+            "split": ["test" if number % 5 == 0 else "train" for number in range(n)],
+            "group": [f"g{number % 4}" for number in range(n)],
             "confidence_audio": rng.random(n).astype(np.float32),
             "confidence_visual": rng.random(n).astype(np.float32),
             "p_balanced": rng.random(n).astype(np.float32),
-            "content": [f"{one:032x}" for one in range(n)],
+            "content": [f"{number:032x}" for number in range(n)],
         }
     )
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(scores, folder / "scores.parquet")
-    shards = open_scores(folder / "scores.parquet", seed=0)
-    rule = plan_balanced(shards, BalancedConfig(bins=4))
-    write_split(select_rows(shards, rule, scratch=folder), folder / "m.parquet", name="even", recipe={"seed": 3})
+    score_files = open_scores(folder / "scores.parquet", seed=0)
+    rule = plan_balanced(score_files, BalancedConfig(bins=4))
+    write_split(select_rows(score_files, rule, scratch=folder), folder / "m.parquet", name="even", recipe={"seed": 3})
     return folder / "m.parquet"
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_manifest_round_trips(tmp_path: Path) -> None:
     path = written(tmp_path)
-    found = read_manifest(path)
-    left = read_dropped(path, found)
-    assert left is not None
-    assert len(found) + len(left) == 40
-    metadata = found.digests.metadata
-    assert rows_of(path) == {"rows": len(found), "digest": found.digest(), "metadata": metadata}
-    stated = {"rows": len(left), "digest": digest_of(left), "metadata": metadata, "dropped_from": found.digest()}
+    loaded = read_manifest(path)
+    dropped = read_dropped(path, loaded)
+    assert dropped is not None
+    assert len(loaded) + len(dropped) == 40
+    metadata = loaded.digests.metadata
+    assert rows_of(path) == {"rows": len(loaded), "digest": loaded.digest(), "metadata": metadata}
+    stated = {"rows": len(dropped), "digest": digest_of(dropped), "metadata": metadata, "dropped_from": loaded.digest()}
     assert rows_of(dropped_path(path)) == stated
-    assert digests_of(path) == found.digests
-    assert provenance_of(path) == found.provenance
-    assert found.provenance["rule"] == {"seed": 3}
-    assert pa.concat_tables(batches_of(path)).equals(found.table.replace_schema_metadata(None))
-    assert [each.column_names for each in batches_of(path, columns=["sample_id"])] == [["sample_id"]]
+    assert digests_of(path) == loaded.digests
+    assert provenance_of(path) == loaded.provenance
+    assert loaded.provenance["rule"] == {"seed": 3}
+    assert pa.concat_tables(batches_of(path)).equals(loaded.table.replace_schema_metadata(None))
+    assert [table.column_names for table in batches_of(path, columns=["sample_id"])] == [["sample_id"]]
     assert set(RANGES) <= set(COLUMNS)
 
 
-def test_strings_and_numbers_are_columns_with_what_is_missing(tmp_path: Path) -> None:
-    found = read_manifest(written(tmp_path))
-    assert found.strings("label_name").tolist() == found.table["label_name"].to_pylist()
-    assert found.numbers("rank").tolist() == found.table["rank"].to_pylist()
-    assert np.isnan(found.numbers("balance")).all()  # which the scores do not have
-    without = found.table.set_column(3, "split", pa.nulls(len(found), pa.string()))
-    assert replace(found, table=without).strings("split").tolist() == [None] * len(found)
+def test_strings_and_numbers_mark_missing_values(tmp_path: Path) -> None:
+    loaded = read_manifest(written(tmp_path))
+    assert loaded.strings("label_name").tolist() == loaded.table["label_name"].to_pylist()
+    assert loaded.numbers("rank").tolist() == loaded.table["rank"].to_pylist()
+    assert np.isnan(loaded.numbers("balance")).all()  # not in the scores
+    without = loaded.table.set_column(3, "split", pa.nulls(len(loaded), pa.string()))
+    assert replace(loaded, table=without).strings("split").tolist() == [None] * len(loaded)
 
 
-def test_pandas_and_datasets_read_it_as_it_is(tmp_path: Path) -> None:
+def test_pandas_and_datasets_read_a_manifest(tmp_path: Path) -> None:
     import datasets
 
     path = written(tmp_path)
@@ -121,96 +121,98 @@ TYPES = {
 }
 
 
-def tables(least: int = 0) -> st.SearchStrategy[pa.Table]:
-    rows = st.lists(st.fixed_dictionaries(VALUES), min_size=least, max_size=14)
+def tables(min_rows: int = 0) -> st.SearchStrategy[pa.Table]:
+    rows = st.lists(st.fixed_dictionaries(VALUES), min_size=min_rows, max_size=14)
     return rows.map(
-        lambda found: pa.table({name: pa.array([one[name] for one in found], TYPES[name]) for name in TYPES})
+        lambda records: pa.table({name: pa.array([record[name] for record in records], TYPES[name]) for name in TYPES})
     )
 
 
 @settings(deadline=None)
 @given(tables(), st.lists(st.integers(0, 14), max_size=4).map(sorted), st.booleans(), st.integers(1, 6))
-def test_the_digest_is_of_the_rows_not_of_how_they_lie(
+def test_digest_is_independent_of_batches_and_encoding(
     table: pa.Table, cuts: list[int], coded: bool, group: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "GROUP_ROWS", group)
-        ends = [0, *(min(one, len(table)) for one in cuts), len(table)]
+        ends = [0, *(min(cut, len(table)) for cut in cuts), len(table)]
         pieces = [table.slice(first, end - first) for first, end in pairwise(ends)]
-        assert [len(each) for each in regrouped(pieces)] == [len(each) for each in regrouped([table])]
-        found = RowDigest()
-        for each in regrouped(pieces):
-            if coded:  # a dictionary of more than occurs, in another order
-                many = pa.array(["z", *each["label_name"].to_pylist()], pa.string()).dictionary_encode().slice(1)
-                each = each.set_column(0, "label_name", many)
-            found.add(each.select(each.column_names[::-1]))
-        assert found.hexdigest() == digest_of(table)
+        assert [len(piece) for piece in regroup(pieces)] == [len(piece) for piece in regroup([table])]
+        digest = RowDigest()
+        for piece in regroup(pieces):
+            if coded:  # a dictionary with unused values, in another order
+                codes = pa.array(["z", *piece["label_name"].to_pylist()], pa.string()).dictionary_encode().slice(1)
+                piece = piece.set_column(0, "label_name", codes)
+            digest.add(piece.select(piece.column_names[::-1]))
+        assert digest.hexdigest() == digest_of(table)
 
 
 @settings(deadline=None, max_examples=300)
 @given(tables(), tables())
-def test_the_digest_tells_any_two_tables_apart(one: pa.Table, other: pa.Table) -> None:
-    assert (digest_of(one) == digest_of(other)) == one.equals(other)
+def test_digests_are_equal_only_for_equal_tables(first: pa.Table, second: pa.Table) -> None:
+    assert (digest_of(first) == digest_of(second)) == first.equals(second)
 
 
 @settings(deadline=None)
-@given(tables(least=1), st.sampled_from(sorted(VALUES)), st.data())
-def test_the_digest_tells_one_changed_value(table: pa.Table, name: str, data: st.DataObject) -> None:
-    place = data.draw(st.integers(0, len(table) - 1))
+@given(tables(min_rows=1), st.sampled_from(sorted(VALUES)), st.data())
+def test_digest_changes_with_any_value(table: pa.Table, name: str, data: st.DataObject) -> None:
+    row = data.draw(st.integers(0, len(table) - 1))
     values = table[name].to_pylist()
-    other = data.draw(VALUES[name].filter(lambda one: one != values[place] or type(one) is not type(values[place])))
-    values[place] = other
+    new_value = data.draw(
+        VALUES[name].filter(lambda value: value != values[row] or type(value) is not type(values[row]))
+    )
+    values[row] = new_value
     changed = table.set_column(table.column_names.index(name), name, pa.array(values, TYPES[name]))
     assert digest_of(changed) != digest_of(table)
 
 
-def test_the_digest_tells_order_names_and_where_texts_end() -> None:
+def test_digest_depends_on_order_names_and_text_boundaries() -> None:
     table = pa.table({"a": ["ab", "c"], "b": ["x", "y"]})
-    others = [
+    changed = [
         table.take(pa.array([1, 0])),
         table.rename_columns(["a", "c"]),
         table.rename_columns(["b", "a"]),
         pa.table({"a": ["a", "bc"], "b": ["x", "y"]}),
         pa.table({"a": ["ab", "c"]}),
     ]
-    digests = {digest_of(each) for each in [table, *others]}
-    assert len(digests) == 1 + len(others)
-    assert {len(each) for each in digests} == {32}
+    digests = {digest_of(entry) for entry in [table, *changed]}
+    assert len(digests) == 1 + len(changed)
+    assert {len(entry) for entry in digests} == {32}
 
 
 @pytest.mark.parametrize("column", sorted(COLUMNS))
-def test_the_digest_tells_all_that_training_depends_on(tmp_path: Path, column: str) -> None:
-    found = read_manifest(written(tmp_path))
-    values = found.table[column].to_pylist()
-    other: Any = "other" if COLUMNS[column] == pa.string() else (values[0] or 0) + 1
-    index = found.table.column_names.index(column)
-    changed = found.table.set_column(index, column, pa.array([other, *values[1:]], COLUMNS[column]))
-    assert replace(found, table=changed).digest() != found.digest()
+def test_digest_depends_on_every_column(tmp_path: Path, column: str) -> None:
+    loaded = read_manifest(written(tmp_path))
+    values = loaded.table[column].to_pylist()
+    new_value: Any = "other" if COLUMNS[column] == pa.string() else (values[0] or 0) + 1
+    index = loaded.table.column_names.index(column)
+    changed = loaded.table.set_column(index, column, pa.array([new_value, *values[1:]], COLUMNS[column]))
+    assert replace(loaded, table=changed).digest() != loaded.digest()
     assert set(REPEATING) - {"reason"} <= set(COLUMNS)
 
 
-def test_tables_are_cut_anew_without_a_row_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regroup_keeps_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "GROUP_ROWS", 4)
     pieces = [pa.table({"a": np.arange(first, end)}) for first, end in pairwise([0, 1, 1, 9, 11])]
-    cut = list(regrouped(pieces))
-    assert [len(each) for each in cut] == [4, 4, 3]
-    assert pa.concat_tables(cut)["a"].to_pylist() == list(range(11))
-    assert list(regrouped([])) == []
+    regrouped = list(regroup(pieces))
+    assert [len(table) for table in regrouped] == [4, 4, 3]
+    assert pa.concat_tables(regrouped)["a"].to_pylist() == list(range(11))
+    assert list(regroup([])) == []
 
 
-def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_no_manifest_raises(tmp_path: Path) -> None:
     table = read_manifest(written(tmp_path)).table
-    spoiled = {
-        "is not a manifest: it lacks rank, content; make one with: mmaudit split": table.drop_columns(
+    invalid = {
+        "is not a manifest: it lacks rank, content; create one with: mmaudit split": table.drop_columns(
             ["rank", "content"]
         ),
         "column label of the manifest holds nulls": table.set_column(1, "label", pa.nulls(len(table), pa.int32())),
         "column sample_id of the manifest holds nulls": table.set_column(
             0, "sample_id", pa.nulls(len(table), pa.string())
         ),
-        "2 ids stand more than once in the manifest": pa.concat_tables([table, table.slice(0, 2)]),
+        "2 ids occur more than once in the manifest": pa.concat_tables([table, table.slice(0, 2)]),
     }
-    for words, content in spoiled.items():
+    for words, content in invalid.items():
         pq.write_table(content, tmp_path / "bad.parquet")
         with pytest.raises(ManifestError, match=words):
             read_manifest(tmp_path / "bad.parquet")
@@ -218,7 +220,7 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
         check_columns(pa.schema([]), where="somewhere")
 
 
-def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_unreadable_file_raises(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("sample_id,label\n")
     for read in (read_manifest, provenance_of, rows_of, lambda path: list(batches_of(path))):
         with pytest.raises(ManifestError, match=r"text\.parquet cannot be read as Parquet"):
@@ -227,61 +229,61 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
             read(tmp_path / "none.parquet")
 
 
-def test_hashes_that_collide_are_no_repeated_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = read_manifest(written(tmp_path))
+def test_hash_collision_is_no_repeated_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = read_manifest(written(tmp_path))
     monkeypatch.setattr(manifest, "hash_ids", lambda ids, **_: np.zeros(len(ids), dtype=np.uint64))
-    assert len(Manifest(table=found.table, provenance={})) == len(found)
-    with pytest.raises(ManifestError, match="1 ids stand more than once"):
-        Manifest(table=pa.concat_tables([found.table, found.table.slice(0, 1)]), provenance={})
+    assert len(Manifest(table=loaded.table, provenance={})) == len(loaded)
+    with pytest.raises(ManifestError, match="1 ids occur more than once"):
+        Manifest(table=pa.concat_tables([loaded.table, loaded.table.slice(0, 1)]), provenance={})
 
 
-def test_a_file_of_another_make_says_nothing_of_its_rows(tmp_path: Path) -> None:
+def test_file_without_metadata_states_nothing(tmp_path: Path) -> None:
     pq.write_table(read_manifest(written(tmp_path)).table.replace_schema_metadata(None), tmp_path / "other.parquet")
     assert rows_of(tmp_path / "other.parquet") == {}
     assert provenance_of(tmp_path / "other.parquet") == {}
 
 
-def test_the_dropped_rows_may_not_be_there(tmp_path: Path) -> None:
+def test_dropped_rows_may_be_absent(tmp_path: Path) -> None:
     path = written(tmp_path)
     dropped_path(path).unlink()
     assert read_dropped(path, read_manifest(path)) is None
 
 
-def test_dropped_rows_of_another_manifest_are_refused(tmp_path: Path) -> None:
+def test_dropped_rows_of_another_manifest_raise(tmp_path: Path) -> None:
     path = written(tmp_path)
-    found = read_manifest(path)
-    other = replace(found, table=found.table.slice(1))
+    loaded = read_manifest(path)
+    shorter = replace(loaded, table=loaded.table.slice(1))
     with pytest.raises(ManifestError, match=r"m\.dropped\.parquet holds the rows dropped from another manifest"):
-        read_dropped(path, other)
+        read_dropped(path, shorter)
 
 
-def no_utf8(values: list[bytes]) -> pa.Array:
-    """Give strings that are none."""
+def invalid_utf8(values: list[bytes]) -> pa.Array:
+    """Return a string column of invalid UTF-8."""
     binary = pa.array(values, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(values), binary.buffers())
 
 
-def test_texts_that_are_no_utf8_are_damage(tmp_path: Path) -> None:
+def test_invalid_utf8_text_raises(tmp_path: Path) -> None:
     path = written(tmp_path)
     table = pq.read_table(path)
-    place = table.column_names.index("group")
-    for column in (no_utf8([b"\xff"] * len(table)), no_utf8([b"\xff"] * len(table)).dictionary_encode()):
-        pq.write_table(table.set_column(place, "group", column), path)
+    index = table.column_names.index("group")
+    for column in (invalid_utf8([b"\xff"] * len(table)), invalid_utf8([b"\xff"] * len(table)).dictionary_encode()):
+        pq.write_table(table.set_column(index, "group", column), path)
         with pytest.raises(ManifestError, match=r"cannot be read as Parquet: .*UTF8"):
             list(batches_of(path))
-        assert sum(len(each) for each in batches_of(path, columns=["sample_id"])) == len(table)
+        assert sum(len(table_) for table_ in batches_of(path, columns=["sample_id"])) == len(table)
 
 
-def test_a_name_of_a_column_that_is_no_utf8_is_damage(tmp_path: Path) -> None:
+def test_invalid_utf8_column_name_raises(tmp_path: Path) -> None:
     path = written(tmp_path)
     pq.write_table(pq.read_table(path), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"group", b"gr\xffup"))
-    for read in (provenance_of, rows_of, lambda one: list(batches_of(one))):
+    for read in (provenance_of, rows_of, lambda file: list(batches_of(file))):
         with pytest.raises(ManifestError, match="cannot be read as Parquet"):
             read(path)
 
 
-def test_pages_that_are_spoiled_are_damage(tmp_path: Path) -> None:
+def test_damaged_pages_raise(tmp_path: Path) -> None:
     path = written(tmp_path)
     content = bytearray(path.read_bytes())
     content[4:200] = bytes(196)
@@ -290,7 +292,7 @@ def test_pages_that_are_spoiled_are_damage(tmp_path: Path) -> None:
         list(batches_of(path))
 
 
-def test_bytes_in_a_column_of_texts_have_a_digest() -> None:
+def test_binary_columns_have_a_digest() -> None:
     def of(*values: bytes | None) -> str:
         return digest_of(pa.table({"group": pa.array(values, pa.binary()), "sample_id": pa.array(values, pa.binary())}))
 
@@ -298,12 +300,12 @@ def test_bytes_in_a_column_of_texts_have_a_digest() -> None:
     assert len({of(b"\xff", None, b"a"), of(None, b"\xff", b"a"), of(b"\xfe", None, b"a")}) == 3
 
 
-def test_a_manifest_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_manifest_of_another_version_raises(tmp_path: Path) -> None:
     path = written(tmp_path)
     table = pq.read_table(path)
-    told = {**table.schema.metadata, b"mmaudit": b'{"schema": "mmaudit.manifest/2"}'}
-    pq.write_table(table.replace_schema_metadata(told), path)
-    with pytest.raises(ManifestError, match=r"is mmaudit\.manifest/2, and this mmaudit reads mmaudit\.manifest/3: run"):
+    metadata = {**table.schema.metadata, b"mmaudit": b'{"schema": "mmaudit.manifest/2"}'}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(ManifestError, match=r"is mmaudit\.manifest/2, but this mmaudit reads mmaudit\.manifest/3: run"):
         read_manifest(path)
 
 
@@ -325,7 +327,7 @@ def test_a_manifest_of_another_version_is_refused_in_one_line(tmp_path: Path) ->
         ("between", 3),
     ],
 )
-def test_metadata_of_another_shape_are_named_by_their_key(tmp_path: Path, key: str, value: Any) -> None:
+def test_invalid_metadata_raise_and_name_the_key(tmp_path: Path, key: str, value: Any) -> None:
     content: Any = value
     for name in reversed(key.split(".") if key else []):
         content = {name: content}
@@ -337,15 +339,17 @@ def test_metadata_of_another_shape_are_named_by_their_key(tmp_path: Path, key: s
             read(path)
 
 
-def test_a_manifest_that_another_tool_wrote_is_read_as_the_same_rows(tmp_path: Path) -> None:
+def test_manifest_rewritten_with_other_types_has_the_same_digest(tmp_path: Path) -> None:
     path = written(tmp_path)
     table, digest = pq.read_table(path), read_manifest(path).digest()
     for type_ in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
-        texts = [name for name, right in COLUMNS.items() if right == pa.string()]
-        other = table
+        texts = [name for name, type_of_column in COLUMNS.items() if type_of_column == pa.string()]
+        rewritten = table
         for name in texts:
-            other = other.set_column(other.column_names.index(name), name, other[name].combine_chunks().cast(type_))
-        pq.write_table(other, path)
+            rewritten = rewritten.set_column(
+                rewritten.column_names.index(name), name, rewritten[name].combine_chunks().cast(type_)
+            )
+        pq.write_table(rewritten, path)
         assert read_manifest(path).digest() == digest
 
 
@@ -360,7 +364,7 @@ def test_a_manifest_that_another_tool_wrote_is_read_as_the_same_rows(tmp_path: P
         ("gap", pa.array([True] * 9), "its gap is bool, not float"),
     ],
 )
-def test_columns_of_other_types_are_refused(tmp_path: Path, name: str, values: pa.Array, reason: str) -> None:
+def test_columns_of_invalid_types_raise(tmp_path: Path, name: str, values: pa.Array, reason: str) -> None:
     path = written(tmp_path)
     table = pq.read_table(path).slice(0, 9)
     pq.write_table(table.set_column(table.column_names.index(name), name, values), path)

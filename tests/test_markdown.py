@@ -1,4 +1,4 @@
-"""Laws of Markdown: what is written reads as the text it was, on one line, in a table too."""
+"""Tests of Markdown escaping: text is shown unchanged, on one line, also in tables."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def test_escaped_names_read_as_they_are(name: str) -> None:
 
 @given(st.text("` ab\n", max_size=12))
 def test_a_code_span_ends_only_where_it_ends(text: str) -> None:
-    written, told = code_span(text), " ".join(text.split())
+    written, unescaped = code_span(text), " ".join(text.split())
     (fence,) = re.findall("^`+", written)
     inner = written[len(fence) :].removesuffix(fence)
     assert fence not in re.findall("`+", inner)
-    assert inner.removeprefix(" ").removesuffix(" ") == told
+    assert inner.removeprefix(" ").removesuffix(" ") == unescaped
 
 
 @pytest.mark.parametrize("name", ["a|b", "`x`", "# head", "<script>", "$x$", "a\x1b[31mb", "\u202eb", "a\n- forged"])

@@ -1,4 +1,4 @@
-"""Laws of pacing: each rises as its published formula says, and ends at everything."""
+"""Tests of pacing functions against their published formulas."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ GROW = st.integers(1, 200)
     # lambda0 = 0.1, T_grow = 40: lambda(t)^2 = 0.99 t / 40 + 0.01, by hand
     [(0, 0.1), (1, math.sqrt(0.03475)), (10, math.sqrt(0.2575)), (20, math.sqrt(0.505)), (40, 1.0), (41, 1.0)],
 )
-def test_the_paper_s_pacing(epoch: int, share: float) -> None:
+def test_root_pacing_matches_the_paper(epoch: int, share: float) -> None:
     assert root_pacing(epoch, start=0.1, grow_epochs=40) == pytest.approx(share, rel=1e-12)
 
 
 @pytest.mark.parametrize("pacing", PACINGS)
 @given(START, GROW)
-def test_pacing_grows_and_ends_at_everything(pacing: str, start: float, grow_epochs: int) -> None:
+def test_pacing_is_monotone_and_ends_at_one(pacing: str, start: float, grow_epochs: int) -> None:
     shares = [PACINGS[pacing](epoch, start=start, grow_epochs=grow_epochs) for epoch in range(grow_epochs + 3)]
     assert shares == sorted(shares)
     assert shares[0] == pytest.approx(start)
@@ -35,7 +35,7 @@ def test_pacing_grows_and_ends_at_everything(pacing: str, start: float, grow_epo
 
 
 @given(START, st.integers(1, 20), st.integers(1, 10))
-def test_the_staircase_has_equal_rises(start: float, width: int, steps: int) -> None:
+def test_step_pacing_has_equal_steps(start: float, width: int, steps: int) -> None:
     shares = [step_pacing(t, start=start, grow_epochs=width * steps, steps=steps) for t in range(width * steps + 1)]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0  # exactly: 0.9999 of n samples would be n - 1
@@ -53,7 +53,7 @@ def test_the_staircase_has_equal_rises(start: float, width: int, steps: int) -> 
         ("step", [0.04, 0.232, 0.424, 0.616, 0.808]),
     ],
 )
-def test_the_other_pacings_by_hand(pacing: str, shares: list[float]) -> None:
+def test_other_pacings_match_hand_calculation(pacing: str, shares: list[float]) -> None:
     assert [PACINGS[pacing](epoch, start=0.04, grow_epochs=20) for epoch in (1, 5, 10, 15, 19)] == pytest.approx(
         shares, rel=1e-5
     )

@@ -1,4 +1,4 @@
-"""Laws of a recipe: sets combine as sets do, a gate writes nothing, and what was made can be made again."""
+"""Tests of recipes: set operations, tolerances that write nothing if missed, and replay."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ N = 400
 AV = "audio:visual"
 
 
-def table(n: int = N, *, seed: int = 0, **more: Any) -> ScoreTable:
+def table(n: int = N, *, seed: int = 0, **changes: Any) -> ScoreTable:
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 3, n).astype(np.int32)
     columns: dict[str, Any] = {
         "sample_id": np.array([f"s{number:04d}" for number in range(n)], dtype=object),
         "label": label,
-        "label_name": np.array([f"class {one}" for one in label], dtype=object),
+        "label_name": np.array([f"class {class_index}" for class_index in label], dtype=object),
         "modalities": ("audio", "visual"),
         "confidence": rng.beta(2, 2, (n, 2)).astype(np.float32),
         "split": rng.choice(np.array(["train", "test"], dtype=object), n, p=[0.75, 0.25]),
@@ -43,11 +43,11 @@ def table(n: int = N, *, seed: int = 0, **more: Any) -> ScoreTable:
         "p_balanced": rng.random(n).astype(np.float32),
         "provenance": {"fingerprint": "one"},
     }
-    return ScoreTable(**{**columns, **more})
+    return ScoreTable(**{**columns, **changes})
 
 
-class Workshop:
-    """A run folder with a score table, in which manifests are made."""
+class RunFolder:
+    """A run folder with a score table and its manifests."""
 
     def __init__(self, folder: Path, scores: ScoreTable | None = None) -> None:
         self.folder = folder
@@ -64,12 +64,12 @@ class Workshop:
 
     def make(self, recipe: Recipe, *, name: str | None = None, dry: bool = False, scores: Any = None) -> Split:
         source = scores or self.scores
-        shards = open_scores(source, seed=recipe.seed)
-        named = source if isinstance(source, (str, Path)) else None
-        return make_split(shards, recipe, self.place, scratch=self.folder, name=name, scores=named, dry=dry)
+        score_files = open_scores(source, seed=recipe.seed)
+        file_name = source if isinstance(source, (str, Path)) else None
+        return make_split(score_files, recipe, self.place, scratch=self.folder, name=name, scores=file_name, dry=dry)
 
     def of(self, name: str, **recipe: Any) -> str:
-        """Make a manifest and give its file, as recipes name it."""
+        """Write a manifest and return its path as a string."""
         return str(self.split(name=name, **recipe).path)
 
     def files(self) -> dict[str, bytes]:
@@ -77,66 +77,71 @@ class Workshop:
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Workshop:
-    return Workshop(tmp_path / "run")
+def run_folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
 
 
-def path_of(made: Split) -> Path:
-    assert made.path is not None
-    return made.path
+def path_of(split: Split) -> Path:
+    assert split.path is not None
+    return split.path
 
 
-def ids(made: Split | str) -> set[str]:
-    path = Path(made) if isinstance(made, str) else path_of(made)
+def ids(split: Split | str) -> set[str]:
+    path = Path(split) if isinstance(split, str) else path_of(split)
     return set(read_manifest(path).table["sample_id"].to_pylist())
 
 
-def reasons(made: Split) -> dict[str, str]:
-    path = path_of(made)
-    left = read_dropped(path, read_manifest(path))
-    assert left is not None
-    return dict(zip(left["sample_id"].to_pylist(), left["reason"].to_pylist(), strict=True))
+def reasons(split: Split) -> dict[str, str]:
+    path = path_of(split)
+    dropped = read_dropped(path, read_manifest(path))
+    assert dropped is not None
+    return dict(zip(dropped["sample_id"].to_pylist(), dropped["reason"].to_pylist(), strict=True))
 
 
-def test_sets_combine_as_sets_do(shop: Workshop) -> None:
-    a = shop.of("a", subset="random:250")
-    b = shop.of("b", subset="audio-preferred")
-    c = shop.of("c", subset="most-balanced:100")
-    audio, everyone = ids(b), set(read_scores(shop.scores).sample_id)
-    assert len(everyone) == N
+def test_intersect_and_exclude_match_python_sets(run_folder: RunFolder) -> None:
+    a = run_folder.of("a", subset="random:250")
+    b = run_folder.of("b", subset="audio-preferred")
+    c = run_folder.of("c", subset="most-balanced:100")
+    audio, all_ids = ids(b), set(read_scores(run_folder.scores).sample_id)
+    assert len(all_ids) == N
     cases: list[tuple[dict[str, Any], set[str]]] = [
         ({"intersect": (a, b)}, ids(a) & ids(b)),
         ({"intersect": (a, b, c)}, ids(a) & ids(b) & ids(c)),
-        ({"exclude": (a,)}, everyone - ids(a)),
-        ({"exclude": (a, b)}, everyone - ids(a) - ids(b)),
+        ({"exclude": (a,)}, all_ids - ids(a)),
+        ({"exclude": (a, b)}, all_ids - ids(a) - ids(b)),
         ({"intersect": (a,), "exclude": (b, c)}, ids(a) - ids(b) - ids(c)),
         ({"intersect": (a, a)}, ids(a)),
         ({"subset": "audio-preferred", "intersect": (a,)}, audio & ids(a)),
-        ({"dominated": "visual:0.2", "exclude": (a, c)}, ids(shop.of("d", dominated="visual:0.2")) - ids(a) - ids(c)),
-        ({"gmm": "balanced", "intersect": (a,)}, ids(shop.of("g", gmm="balanced")) & ids(a)),
+        (
+            {"dominated": "visual:0.2", "exclude": (a, c)},
+            ids(run_folder.of("d", dominated="visual:0.2")) - ids(a) - ids(c),
+        ),
+        ({"gmm": "balanced", "intersect": (a,)}, ids(run_folder.of("g", gmm="balanced")) & ids(a)),
     ]
     for number, (recipe, expected) in enumerate(cases):
-        made = shop.split(name=f"case-{number}", **recipe)
-        assert ids(made) == expected
-        assert ids(made) | set(reasons(made)) == everyone
-        assert len(reasons(made)) == N - len(expected) == made.numbers["dropped"]
+        split = run_folder.split(name=f"case-{number}", **recipe)
+        assert ids(split) == expected
+        assert ids(split) | set(reasons(split)) == all_ids
+        assert len(reasons(split)) == N - len(expected) == split.numbers["dropped"]
 
 
-def test_the_ruled_out_say_by_what(shop: Workshop) -> None:
-    a, b = shop.of("a", subset="random:250"), shop.of("b", subset="random:100", seed=5)
-    found = reasons(shop.split(subset="audio-preferred", intersect=(a,), exclude=(b,)))
-    everyone = set(read_scores(shop.scores).sample_id)
-    assert {one for one, reason in found.items() if reason == "not-in-a"} == everyone - ids(a)
-    assert {one for one, reason in found.items() if reason == "in-b"} == ids(a) & ids(b)
-    left = {one for one, reason in found.items() if reason == "discrepancy-too-low"}
-    assert left == (ids(a) - ids(b)) - ids(shop.of("p", subset="audio-preferred"))
+def test_excluded_rows_name_the_manifest(run_folder: RunFolder) -> None:
+    a, b = run_folder.of("a", subset="random:250"), run_folder.of("b", subset="random:100", seed=5)
+    reason_of_id = reasons(run_folder.split(subset="audio-preferred", intersect=(a,), exclude=(b,)))
+    all_ids = set(read_scores(run_folder.scores).sample_id)
+    assert {name for name, reason in reason_of_id.items() if reason == "not-in-a"} == all_ids - ids(a)
+    assert {name for name, reason in reason_of_id.items() if reason == "in-b"} == ids(a) & ids(b)
+    below_threshold = {name for name, reason in reason_of_id.items() if reason == "discrepancy-too-low"}
+    assert below_threshold == (ids(a) - ids(b)) - ids(run_folder.of("p", subset="audio-preferred"))
 
 
-def test_the_ruled_out_have_no_part_in_what_is_chosen(shop: Workshop) -> None:
-    """Among the members alone, a rule chooses what it would choose if there were no others."""
-    a = shop.of("a", subset="random:250")
-    some = read_scores(shop.scores).to_arrow()
-    pq.write_table(some.filter(pa.array([one in ids(a) for one in some["sample_id"].to_pylist()])), shop.folder / "few")
+def test_excluded_rows_do_not_influence_the_selection(run_folder: RunFolder) -> None:
+    """A selection restricted to members equals one from a table of the members only."""
+    a = run_folder.of("a", subset="random:250")
+    scores = read_scores(run_folder.scores).to_arrow()
+    pq.write_table(
+        scores.filter(pa.array([name in ids(a) for name in scores["sample_id"].to_pylist()])), run_folder.folder / "few"
+    )
     recipes: list[dict[str, Any]] = [
         {"balanced": BalancedConfig(bins=5)},
         {"balanced": BalancedConfig(bins=5, size=60)},
@@ -146,29 +151,31 @@ def test_the_ruled_out_have_no_part_in_what_is_chosen(shop: Workshop) -> None:
         {"resplit": "80/20", "balanced": BalancedConfig(bins=5)},
     ]
     for number, recipe in enumerate(recipes):
-        within = shop.split(name=f"w{number}", intersect=(a,), **recipe)
-        alone = shop.split(name=f"a{number}", scores=shop.folder / "few", **recipe)
-        one, other = (read_manifest(path_of(made)).table.drop_columns("subset") for made in (within, alone))
-        assert one.equals(other)
-        assert len(one) > 10
+        restricted = run_folder.split(name=f"w{number}", intersect=(a,), **recipe)
+        reference = run_folder.split(name=f"a{number}", scores=run_folder.folder / "few", **recipe)
+        first, second = (
+            read_manifest(path_of(split)).table.drop_columns("subset") for split in (restricted, reference)
+        )
+        assert first.equals(second)
+        assert len(first) > 10
 
 
-def test_like_counts_each_split_and_class_of_another(shop: Workshop) -> None:
-    a = shop.of("a", subset="visual-preferred")
-    made = shop.split(subset="random", like=a)
+def test_like_copies_counts_by_split_and_class(run_folder: RunFolder) -> None:
+    a = run_folder.of("a", subset="visual-preferred")
+    split = run_folder.split(subset="random", like=a)
     pairs = [
         Counter(zip(*(read_manifest(path).table[name].to_pylist() for name in ("split", "label")), strict=True))
-        for path in (Path(a), path_of(made))
+        for path in (Path(a), path_of(split))
     ]
     assert pairs[0] == pairs[1]
-    assert path_of(made).stem == "random-like-a"
-    assert not ids(made) <= ids(a)
-    with pytest.raises(ManifestError, match="random-like-a: there are too few samples to draw as many"):
-        shop.split(subset="random", like=a, exclude=(a,))
+    assert path_of(split).stem == "random-like-a"
+    assert not ids(split) <= ids(a)
+    with pytest.raises(ManifestError, match="random-like-a: too few samples available to draw as many"):
+        run_folder.split(subset="random", like=a, exclude=(a,))
 
 
-def test_names_say_what_and_in_what(shop: Workshop) -> None:
-    a, b = shop.of("a", subset="random:300"), shop.of("b", subset="random:100", seed=1)
+def test_default_names(run_folder: RunFolder) -> None:
+    a, b = run_folder.of("a", subset="random:300"), run_folder.of("b", subset="random:100", seed=1)
     balanced = BalancedConfig(bins=4)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"balanced": balanced}, "balanced"),
@@ -183,60 +190,63 @@ def test_names_say_what_and_in_what(shop: Workshop) -> None:
         ({"resplit": "80/20", "intersect": (a,)}, "resplit-in-a"),
     ]
     for recipe, name in cases:
-        made = shop.split(dry=True, **recipe)
-        assert made.numbers["name"] == name
-    assert path_of(shop.split(name="mine", exclude=(b,))).stem == "mine"
+        split = run_folder.split(dry=True, **recipe)
+        assert split.numbers["name"] == name
+    assert path_of(run_folder.split(name="mine", exclude=(b,))).stem == "mine"
 
 
-def test_no_manifest_overwrites_what_it_is_made_from(shop: Workshop) -> None:
-    a = shop.of("balanced", subset="random:300")
-    before = shop.files()
+def test_manifest_never_overwrites_its_inputs(run_folder: RunFolder) -> None:
+    a = run_folder.of("balanced", subset="random:300")
+    before = run_folder.files()
     for recipe in ({"intersect": (a,)}, {"exclude": (a,)}, {"subset": "random", "like": a}):
         with pytest.raises(ConfigError, match=r"balanced would overwrite the manifest that it is made from; .*--name"):
-            shop.split(name="balanced", **recipe)
-    assert shop.files() == before
-    assert path_of(shop.split(balanced=BalancedConfig(bins=4), intersect=(a,))).stem == "balanced-in-balanced"
+            run_folder.split(name="balanced", **recipe)
+    assert run_folder.files() == before
+    assert path_of(run_folder.split(balanced=BalancedConfig(bins=4), intersect=(a,))).stem == "balanced-in-balanced"
 
 
-def test_manifests_of_other_data_are_refused(shop: Workshop, tmp_path: Path) -> None:
-    other = Workshop(tmp_path / "other", table(provenance={"fingerprint": "two"}))
-    more = Workshop(tmp_path / "more", table(N + 50))
-    strange, wide = other.of("strange", subset="random:50"), more.of("wide", exclude=(more.of("x", subset="random:9"),))
-    outside = len(ids(wide) - set(read_scores(shop.scores).sample_id))
-    for recipe in ({"intersect": (strange,)}, {"exclude": (strange,)}, {"subset": "random", "like": strange}):
+def test_manifests_of_other_data_raise(run_folder: RunFolder, tmp_path: Path) -> None:
+    other_data = RunFolder(tmp_path / "other", table(provenance={"fingerprint": "two"}))
+    larger_data = RunFolder(tmp_path / "more", table(N + 50))
+    foreign, wide = (
+        other_data.of("strange", subset="random:50"),
+        larger_data.of("wide", exclude=(larger_data.of("x", subset="random:9"),)),
+    )
+    outside = len(ids(wide) - set(read_scores(run_folder.scores).sample_id))
+    for recipe in ({"intersect": (foreign,)}, {"exclude": (foreign,)}, {"subset": "random", "like": foreign}):
         with pytest.raises(ManifestError, match=r"strange\.parquet was made from another dataset than these scores"):
-            shop.split(**recipe)
+            run_folder.split(**recipe)
     for recipe in ({"intersect": (wide,)}, {"exclude": (wide,)}, {"subset": "random", "like": wide}):
-        with pytest.raises(ManifestError, match=f"{outside} of the {N + 41} samples of wide are not among these"):
-            shop.split(**recipe)
+        with pytest.raises(ManifestError, match=f"{outside} of the {N + 41} samples of wide are not in these"):
+            run_folder.split(**recipe)
     with pytest.raises(ManifestError, match="no such file"):
-        shop.split(intersect=("nowhere.parquet",))
+        run_folder.split(intersect=("nowhere.parquet",))
 
 
-def test_a_size_beyond_the_tolerance_is_refused_and_nothing_written(shop: Workshop) -> None:
-    before = shop.files()
+def test_size_that_misses_the_tolerance_raises_and_writes_nothing(run_folder: RunFolder) -> None:
+    before = run_folder.files()
     hard = BalancedConfig(bins=10, size=300, tolerance=0.01)
     with pytest.raises(
-        GateError, match=r"uniform of 0\.01 cannot be reached: 300 samples.* reach 0\.\d+; without --size"
-    ) as told:
-        shop.split(balanced=hard)
-    reached = float(str(told.value).split("reach ")[1].split(";")[0])
-    assert "nothing was written" in str(told.value)
-    assert shop.files() == before
-    free = shop.split(balanced=replace(hard, tolerance=None), dry=True).numbers
+        GateError, match=r"uniform 0\.01 not reached: 300 samples.* reach 0\.\d+; without --size, \d+ reach it"
+    ) as error:
+        run_folder.split(balanced=hard)
+    reached = float(str(error.value).split("reach ")[1].split(";")[0])
+    assert "nothing was written" in str(error.value)
+    assert run_folder.files() == before
+    free = run_folder.split(balanced=replace(hard, tolerance=None), dry=True).numbers
     assert reached == pytest.approx(max(free["distances"].values()), abs=1e-4)
-    assert shop.split(balanced=replace(hard, tolerance=reached + 1e-3)).numbers["kept"] == 300
+    assert run_folder.split(balanced=replace(hard, tolerance=reached + 1e-3)).numbers["kept"] == 300
 
 
-def test_weights_beyond_the_tolerance_are_refused(shop: Workshop) -> None:
-    before = shop.files()
+def test_weights_that_miss_the_tolerance_raise(run_folder: RunFolder) -> None:
+    before = run_folder.files()
     light = BalancedConfig(bins=10, by="weight", max_weight=1.0, tolerance=0.05)
-    with pytest.raises(GateError, match=r"the best that weights up to 1 reach is 0\.\d+; raise split\.max_weight"):
-        shop.split(balanced=light)
-    assert shop.files() == before
-    made = shop.split(balanced=replace(light, max_weight=1e6))
-    assert max(made.numbers["distances"].values()) < 1e-6
-    assert made.numbers["kept"] == N
+    with pytest.raises(GateError, match=r"weights up to 1 reach 0\.\d+ at best; raise split\.max_weight"):
+        run_folder.split(balanced=light)
+    assert run_folder.files() == before
+    split = run_folder.split(balanced=replace(light, max_weight=1e6))
+    assert max(split.numbers["distances"].values()) < 1e-6
+    assert split.numbers["kept"] == N
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -260,33 +270,33 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def made_all(shop: Workshop) -> dict[str, Split]:
-    """Make a manifest of every kind."""
+def split_all_kinds(run_folder: RunFolder) -> dict[str, Split]:
+    """Write a manifest of every kind."""
     inputs = {"a": "random:300", "b": "random:200", "c": "audio-preferred"}
-    files = {name: shop.of(name, subset=text, seed=number) for number, (name, text) in enumerate(inputs.items())}
-    found = {}
+    files = {name: run_folder.of(name, subset=text, seed=number) for number, (name, text) in enumerate(inputs.items())}
+    splits = {}
     for name, options in KINDS.items():
-        told = dict(options)
+        recipe = dict(options)
         for key in ("intersect", "exclude"):
-            told |= {key: tuple(files[each] for each in told[key])} if key in told else {}
-        told |= {"like": files[told["like"]]} if "like" in told else {}
-        found[name] = shop.split(name=name, **told)
-    return found
+            recipe |= {key: tuple(files[file_name] for file_name in recipe[key])} if key in recipe else {}
+        recipe |= {"like": files[recipe["like"]]} if "like" in recipe else {}
+        splits[name] = run_folder.split(name=name, **recipe)
+    return splits
 
 
-def test_a_dry_run_writes_nothing_and_tells_the_same(shop: Workshop) -> None:
-    made = made_all(shop)
-    before = shop.files()
-    for name, split in made.items():
+def test_dry_run_writes_nothing_and_returns_the_same_numbers(run_folder: RunFolder) -> None:
+    splits = split_all_kinds(run_folder)
+    before = run_folder.files()
+    for name, split in splits.items():
         recipe = recipe_of(provenance_of(path_of(split))["rule"], folder=path_of(split).parent)
-        dry = shop.make(recipe, name=name, dry=True)
+        dry = run_folder.make(recipe, name=name, dry=True)
         assert dry.path is None
         assert dry.numbers == split.numbers
-    assert shop.files() == before
+    assert run_folder.files() == before
 
 
-def test_the_numbers_lie_beside_the_manifest(shop: Workshop) -> None:
-    for name, split in made_all(shop).items():
+def test_numbers_are_written_next_to_the_manifest(run_folder: RunFolder) -> None:
+    for name, split in split_all_kinds(run_folder).items():
         path = path_of(split)
         numbers = json.loads(balance_path(path).read_text())
         assert balance_path(path).name == f"{name}.balance.json"
@@ -298,51 +308,53 @@ def test_the_numbers_lie_beside_the_manifest(shop: Workshop) -> None:
         assert Counter(reasons(split).values()) == numbers["reasons"]
 
 
-def test_replay_is_identical_also_where_the_run_has_moved(shop: Workshop, tmp_path: Path) -> None:
-    made = made_all(shop)
+def test_replay_is_identical_after_moving_the_run(run_folder: RunFolder, tmp_path: Path) -> None:
+    splits = split_all_kinds(run_folder)
     moved = tmp_path / "elsewhere" / "deep" / "run"
-    shutil.copytree(shop.folder, moved)
-    for folder in (shop.folder, moved):
+    shutil.copytree(run_folder.folder, moved)
+    for folder in (run_folder.folder, moved):
         if folder == moved:
-            shutil.rmtree(shop.folder)
+            shutil.rmtree(run_folder.folder)
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for name in made:
-            found = replay(name, run=folder)
-            assert found["identical"], name
-            assert found["differ"] == []
-            assert Path(found["scores"]).resolve() == (folder / "scores.parquet").resolve()
+        for name in splits:
+            replayed = replay(name, run=folder)
+            assert replayed["identical"], name
+            assert replayed["differ"] == []
+            assert Path(replayed["scores"]).resolve() == (folder / "scores.parquet").resolve()
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
         assert not [path for path in folder.rglob(".*")]
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
-def test_replay_tells_where_one_score_has_changed(shop: Workshop, name: str) -> None:
-    path = path_of(only(shop, name))
-    scores = read_scores(shop.scores)
+def test_replay_detects_a_changed_score(run_folder: RunFolder, name: str) -> None:
+    path = path_of(only(run_folder, name))
+    scores = read_scores(run_folder.scores)
     confidence = scores.confidence.copy()
     confidence[0, 0] = 1 - confidence[0, 0]
-    write_scores(replace(scores, confidence=confidence), shop.scores)
-    found = replay(path)
-    assert not found["identical"]
-    kept = scores.sample_id[0] in ids(str(path))
-    assert (f"{name}.parquet" if kept else f"{name}.dropped.parquet") in found["differ"]
+    write_scores(replace(scores, confidence=confidence), run_folder.scores)
+    replayed = replay(path)
+    assert not replayed["identical"]
+    is_kept = scores.sample_id[0] in ids(str(path))
+    assert (f"{name}.parquet" if is_kept else f"{name}.dropped.parquet") in replayed["differ"]
 
 
-def only(shop: Workshop, name: str) -> Split:
-    """Make a manifest of one kind, with what it is made from."""
-    told = dict(KINDS[name])
-    files = {each: shop.of(each, subset="random:200", seed=seed) for seed, each in enumerate("abc")}
+def only(run_folder: RunFolder, name: str) -> Split:
+    """Write a manifest of one kind, and its inputs."""
+    recipe = dict(KINDS[name])
+    files = {
+        file_name: run_folder.of(file_name, subset="random:200", seed=seed) for seed, file_name in enumerate("abc")
+    }
     for key in ("intersect", "exclude"):
-        told |= {key: tuple(files[each] for each in told[key])} if key in told else {}
-    told |= {"like": files["a"]} if "like" in told else {}
-    return shop.split(name=name, **told)
+        recipe |= {key: tuple(files[file_name] for file_name in recipe[key])} if key in recipe else {}
+    recipe |= {"like": files["a"]} if "like" in recipe else {}
+    return run_folder.split(name=name, **recipe)
 
 
-def test_replay_tells_where_a_manifest_it_was_made_from_has_changed(shop: Workshop) -> None:
-    a = shop.of("a", subset="random:300")
-    path = path_of(shop.split(name="m", exclude=(a,)))
+def test_replay_detects_a_changed_input_manifest(run_folder: RunFolder) -> None:
+    a = run_folder.of("a", subset="random:300")
+    path = path_of(run_folder.split(name="m", exclude=(a,)))
     assert replay(path)["identical"]
-    shop.of("a", subset="random:299")
+    run_folder.of("a", subset="random:299")
     assert replay(path)["differ"] == ["m.parquet", "m.dropped.parquet"]
     dropped_path(Path(a)).unlink()
     Path(a).unlink()
@@ -350,49 +362,49 @@ def test_replay_tells_where_a_manifest_it_was_made_from_has_changed(shop: Worksh
         replay(path)
 
 
-def test_replay_needs_the_scores(shop: Workshop, tmp_path: Path) -> None:
-    path = path_of(shop.split(subset="audio-preferred"))
-    away = tmp_path / "away.parquet"
-    shop.scores.rename(away)
+def test_replay_needs_the_scores(run_folder: RunFolder, tmp_path: Path) -> None:
+    path = path_of(run_folder.split(subset="audio-preferred"))
+    moved = tmp_path / "away.parquet"
+    run_folder.scores.rename(moved)
     with pytest.raises(
         ManifestError, match=r"the score table .*scores\.parquet that .* is gone; name it with --scores"
     ):
         replay(path)
-    with pytest.raises(ScoreError, match=r"no score table .*nowhere"):
+    with pytest.raises(ScoreError, match=r"score table .*nowhere\.parquet not found"):
         replay(path, scores=tmp_path / "nowhere.parquet")
-    found = replay(path, scores=away)
-    assert (found["identical"], found["scores"]) == (True, str(away))
+    replayed = replay(path, scores=moved)
+    assert (replayed["identical"], replayed["scores"]) == (True, str(moved))
     dropped_path(path).unlink()
-    assert replay(path, scores=away)["differ"] == [dropped_path(path).name]
+    assert replay(path, scores=moved)["differ"] == [dropped_path(path).name]
 
 
 @pytest.mark.parametrize("how", ["folder", "glob", "files"])
-def test_shards_are_replayed_as_they_were_named(shop: Workshop, how: str) -> None:
-    folder = shop.folder / "shards"
+def test_shards_are_replayed_from_their_recorded_path(run_folder: RunFolder, how: str) -> None:
+    folder = run_folder.folder / "shards"
     folder.mkdir()
-    whole = pq.read_table(shop.scores)
+    scores = pq.read_table(run_folder.scores)
     for number in range(4):
-        pq.write_table(whole.slice(number * 100, 100), folder / f"{3 - number}.parquet")
-    named: dict[str, Any] = {"folder": folder, "glob": str(folder / "*.parquet"), "files": sorted(folder.iterdir())}
-    made = shop.split(balanced=BalancedConfig(bins=5), scores=named[how])
+        pq.write_table(scores.slice(number * 100, 100), folder / f"{3 - number}.parquet")
+    sources: dict[str, Any] = {"folder": folder, "glob": str(folder / "*.parquet"), "files": sorted(folder.iterdir())}
+    split = run_folder.split(balanced=BalancedConfig(bins=5), scores=sources[how])
     if how == "files":
         with pytest.raises(ManifestError, match=r"does not name the score tables .*; name them with --scores"):
-            replay(path_of(made))
-        assert replay(path_of(made), scores=folder)["identical"]
+            replay(path_of(split))
+        assert replay(path_of(split), scores=folder)["identical"]
     else:
-        assert replay(path_of(made))["identical"]
+        assert replay(path_of(split))["identical"]
 
 
-def test_a_manifest_without_a_recipe_cannot_be_made_again(shop: Workshop) -> None:
+def test_manifest_without_recipe_raises(run_folder: RunFolder) -> None:
     for record in ({}, {"seed": 0}, {"scores": "x.parquet"}):
-        with pytest.raises(ManifestError, match="the manifest does not say how it was made"):
-            recipe_of(record, folder=shop.folder)
+        with pytest.raises(ManifestError, match="the manifest records no recipe"):
+            recipe_of(record, folder=run_folder.folder)
 
 
 @pytest.fixture(scope="module")
-def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workshop, list[str]]:
-    shop = Workshop(tmp_path_factory.mktemp("recipes") / "run", table(60))
-    return shop, [shop.of(name, subset="random:55", seed=seed) for seed, name in enumerate("ab")]
+def prepared_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, list[str]]:
+    run_folder = RunFolder(tmp_path_factory.mktemp("recipes") / "run", table(60))
+    return run_folder, [run_folder.of(name, subset="random:55", seed=seed) for seed, name in enumerate("ab")]
 
 
 BALANCED = st.builds(
@@ -421,41 +433,41 @@ KIND: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.lists(st.integers(0, 1), max_size=2),
     st.none() | st.sampled_from(["80/20", "60/20/20"]),
 )
-def test_a_recipe_is_what_its_manifest_records(
-    stocked: tuple[Workshop, list[str]],
+def test_recipe_round_trips_through_the_manifest(
+    prepared_run: tuple[RunFolder, list[str]],
     kind: dict[str, Any],
     seed: int,
     between: str | None,
-    within: list[int],
-    again: str | None,
+    input_indices: list[int],
+    resplit: str | None,
 ) -> None:
-    shop, inputs = stocked
+    run_folder, inputs = prepared_run
     if kind.get("like"):
-        kind, within, again = {**kind, "like": inputs[0]}, [], None
-    if not (kind or within):
-        again = "80/20"
-    named = tuple(inputs[each] for each in within)
+        kind, input_indices, resplit = {**kind, "like": inputs[0]}, [], None
+    if not (kind or input_indices):
+        resplit = "80/20"
+    intersect = tuple(inputs[index] for index in input_indices)
     if kind.get("balanced") is not None and kind["balanced"].size is not None:
         kind = {"balanced": replace(kind["balanced"], size=min(kind["balanced"].size, 20))}
-    recipe = Recipe(seed=seed, between=between, intersect=named, resplit=again, **kind)
-    path = path_of(shop.make(recipe, name="m"))
+    recipe = Recipe(seed=seed, between=between, intersect=intersect, resplit=resplit, **kind)
+    path = path_of(run_folder.make(recipe, name="m"))
     record = json.loads(json.dumps(provenance_of(path)["rule"]))
-    found = recipe_of(record, folder=path.parent)
-    assert absolute(found) == absolute(recipe)
+    parsed = recipe_of(record, folder=path.parent)
+    assert absolute(parsed) == absolute(recipe)
 
 
 def absolute(recipe: Recipe) -> Recipe:
-    """Name all files in full."""
+    """Return the recipe with absolute paths."""
     return replace(
         recipe,
         like=None if recipe.like is None else str(Path(recipe.like).resolve()),
-        intersect=tuple(str(Path(each).resolve()) for each in recipe.intersect),
-        exclude=tuple(str(Path(each).resolve()) for each in recipe.exclude),
+        intersect=tuple(str(Path(path).resolve()) for path in recipe.intersect),
+        exclude=tuple(str(Path(path).resolve()) for path in recipe.exclude),
     )
 
 
-def test_a_recipe_records_only_what_was_said(shop: Workshop) -> None:
-    record = provenance_of(path_of(shop.split(subset="audio-preferred")))["rule"]
+def test_record_has_only_set_fields(run_folder: RunFolder) -> None:
+    record = provenance_of(path_of(run_folder.split(subset="audio-preferred")))["rule"]
     assert record == {
         "seed": 0,
         "subset": "audio-preferred",
@@ -463,24 +475,27 @@ def test_a_recipe_records_only_what_was_said(shop: Workshop) -> None:
         "scores": "../scores.parquet",
         "inputs": {},
     }
-    a = shop.of("a", subset="random:300")
-    record = provenance_of(path_of(shop.split(exclude=(a,))))["rule"]
+    a = run_folder.of("a", subset="random:300")
+    record = provenance_of(path_of(run_folder.split(exclude=(a,))))["rule"]
     assert record["exclude"] == ["a.parquet"]
     assert record["inputs"] == {"a.parquet": read_manifest(a).digest()}
     assert set(asdict(Recipe(subset="balanced"))) == {field.name for field in fields(Recipe)}
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({}, "say which samples: exactly one of --balanced, --subset, --dominated and --gmm, or --intersect"),
+    (
+        {},
+        "no subset, or several, requested: pass exactly one of --balanced, --subset, --dominated and --gmm",
+    ),
     ({"subset": "balanced", "gmm": "balanced"}, "exactly one of"),
     ({"balanced": BalancedConfig(), "dominated": "audio:0.2"}, "exactly one of"),
-    ({"like": "x", "subset": "balanced"}, "--like goes with --subset random"),
-    ({"like": "x", "resplit": "80/20"}, "--like goes with --subset random"),
+    ({"like": "x", "subset": "balanced"}, "--like requires --subset random"),
+    ({"like": "x", "resplit": "80/20"}, "--like requires --subset random"),
 ]
 
 
 @pytest.mark.parametrize(("options", "words"), WRONG)
-def test_wrong_recipes_are_refused(options: dict[str, Any], words: str) -> None:
+def test_invalid_recipes_raise(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Recipe(**options)
 
@@ -489,23 +504,25 @@ def test_wrong_recipes_are_refused(options: dict[str, Any], words: str) -> None:
     ("options", "error", "words"),
     [
         ({"resplit": "80/x"}, ConfigError, "--resplit 80/x: not of the form"),
-        ({"subset": "ballanced"}, ConfigError, "--subset ballanced: no such subset; did you mean balanced"),
+        ({"subset": "ballanced"}, ConfigError, "--subset ballanced: unknown subset; did you mean balanced"),
         ({"dominated": "visual"}, ConfigError, "not of the form MODALITY:T"),
-        ({"gmm": "both"}, ConfigError, "--gmm both: no such side"),
+        ({"gmm": "both"}, ConfigError, "--gmm both: unknown component"),
         ({"subset": "balanced", "between": "audio:text"}, ConfigError, "no modality 'text'"),
-        ({"subset": "random:401"}, ConfigError, "401 samples cannot be had: the largest is 400"),
-        ({"balanced": BalancedConfig(size=401)}, ConfigError, "--size 401 cannot be had: the largest is 400"),
+        ({"subset": "random:401"}, ConfigError, "requested 401 samples, available 400"),
+        ({"balanced": BalancedConfig(size=401)}, ConfigError, "--size: requested 401 samples, available 400"),
         ({"dominated": "audio:0.999"}, ManifestError, "audio-dominated-0.999: none of the 400 scored samples"),
     ],
 )
-def test_wrong_words_write_nothing(shop: Workshop, options: dict[str, Any], error: Any, words: str) -> None:
-    before = shop.files()
+def test_invalid_options_raise_and_write_nothing(
+    run_folder: RunFolder, options: dict[str, Any], error: Any, words: str
+) -> None:
+    before = run_folder.files()
     with pytest.raises(error, match=words):
-        shop.split(**options)
-    assert shop.files() == before
+        run_folder.split(**options)
+    assert run_folder.files() == before
 
 
-def test_a_set_without_samples_is_refused(shop: Workshop) -> None:
-    a = shop.of("a", subset="random:300")
+def test_empty_set_raises(run_folder: RunFolder) -> None:
+    a = run_folder.of("a", subset="random:300")
     with pytest.raises(ManifestError, match="all: none of the 400 scored samples qualifies"):
-        shop.split(intersect=(a,), exclude=(a,))
+        run_folder.split(intersect=(a,), exclude=(a,))

@@ -1,4 +1,4 @@
-"""Laws of a survey: it counts as Python does, whatever parts the rows lie in, and names labels that are none."""
+"""Tests of the survey of a score table: it matches Python for any files, and invalid labels raise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.rebalance.survey import survey_of
+from mmaudit.rebalance.survey import survey_table
 
 ROW = st.tuples(
     st.integers(-2, 3),
@@ -25,37 +25,39 @@ TYPES = {"label": pa.int32(), "label_name": pa.string(), "split": pa.string(), "
 
 def table(rows: list[tuple[Any, ...]]) -> pa.Table:
     return pa.table(
-        {name: pa.array([row[at] for row in rows], type_) for at, (name, type_) in enumerate(TYPES.items())}
+        {name: pa.array([row[index] for row in rows], type_) for index, (name, type_) in enumerate(TYPES.items())}
     )
 
 
 @given(st.lists(ROW, min_size=1, max_size=12), st.integers(0, 12), st.booleans())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_it_counts_as_python_does(tmp_path: Path, rows: list[tuple[Any, ...]], cut: int, statistics: bool) -> None:
+def test_survey_matches_python(tmp_path: Path, rows: list[tuple[Any, ...]], cut: int, statistics: bool) -> None:
     paths = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
-    for path, some in zip(paths, (rows[:cut], rows[cut:]), strict=True):
-        pq.write_table(table(some), path, write_statistics=statistics)
-    called: dict[int, set[str]] = {}
+    for path, part in zip(paths, (rows[:cut], rows[cut:]), strict=True):
+        pq.write_table(table(part), path, write_statistics=statistics)
+    names_of_label: dict[int, set[str]] = {}
     for label, name, _, _ in rows:
-        called.setdefault(label, set()).add(name or "")
-    for parts in (paths, [table(rows)]):
-        if any(len(names) > 1 for names in called.values()):
+        names_of_label.setdefault(label, set()).add(name or "")
+    for files in (paths, [table(rows)]):
+        if any(len(names) > 1 for names in names_of_label.values()):
             with pytest.raises(ScoreError, match="more than one label_name"):
-                survey_of(parts, list(TYPES))
+                survey_table(files, list(TYPES))
             continue
-        found = survey_of(parts, list(TYPES))
-        assert found.num_rows == len(rows)
-        assert found.classes.to_pylist() == sorted(called)
-        assert list(found.class_names) == [min(called[label]) for label in sorted(called)]
-        assert list(found.splits) == sorted({split or "all" for _, _, split, _ in rows})
-        assert found.all_split == all(split for _, _, split, _ in rows)
-        assert found.named == all(len(names) == 1 and "" not in names for names in called.values())
-        assert found.empty == ({"balance"} if all(value is None for *_, value in rows) else set())
+        survey = survey_table(files, list(TYPES))
+        assert survey.num_rows == len(rows)
+        assert survey.classes.to_pylist() == sorted(names_of_label)
+        assert list(survey.class_names) == [min(names_of_label[label]) for label in sorted(names_of_label)]
+        assert list(survey.splits) == sorted({split or "all" for _, _, split, _ in rows})
+        assert survey.every_row_has_split == all(split for _, _, split, _ in rows)
+        assert survey.one_name_per_class == all(
+            len(names) == 1 and "" not in names for names in names_of_label.values()
+        )
+        assert survey.empty_columns == ({"balance"} if all(value is None for *_, value in rows) else set())
 
 
-def test_without_names_and_splits_labels_are_their_own_names() -> None:
-    found = survey_of([pa.table({"label": [2, 1, 1]})], ["label"])
-    assert (found.classes.to_pylist(), found.class_names, found.splits) == ([1, 2], ("1", "2"), ("all",))
+def test_labels_are_names_if_there_are_no_names() -> None:
+    survey = survey_table([pa.table({"label": [2, 1, 1]})], ["label"])
+    assert (survey.classes.to_pylist(), survey.class_names, survey.splits) == ([1, 2], ("1", "2"), ("all",))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,6 @@ def test_without_names_and_splits_labels_are_their_own_names() -> None:
         ([[0.5]], "column label does not hold classes"),
     ],
 )
-def test_labels_that_are_none_are_named(labels: list[list[Any]], words: str) -> None:
+def test_invalid_labels_raise(labels: list[list[Any]], words: str) -> None:
     with pytest.raises(ScoreError, match=words):
-        survey_of([pa.table({"label": pa.array(each)}) for each in labels], ["label"])
+        survey_table([pa.table({"label": pa.array(values)}) for values in labels], ["label"])

@@ -1,4 +1,4 @@
-"""Laws of verify: what was written holds, and whatever is changed afterwards is found, by the check that names it."""
+"""Tests of verify: unchanged manifests pass, and each change fails the check that names it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from mmaudit.rebalance.recipe import balance_path
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
-from mmaudit.rebalance.verify import Verified, verify
+from mmaudit.rebalance.verify import Verification, verify
 
 
-def scores_of(num_samples: int = 60, *, seed: int = 0, **more: Any) -> ScoreTable:
+def scores_of(num_samples: int = 60, *, seed: int = 0, **changes: Any) -> ScoreTable:
     rng = np.random.default_rng(seed)
     label = (np.arange(num_samples) % 3).astype(np.int32)
     columns: dict[str, Any] = {
@@ -43,55 +43,55 @@ def scores_of(num_samples: int = 60, *, seed: int = 0, **more: Any) -> ScoreTabl
     }
     return ScoreTable(
         label=label,
-        label_name=np.array([f"class-{one}" for one in label], dtype=object),
+        label_name=np.array([f"class-{class_index}" for class_index in label], dtype=object),
         modalities=("audio", "image"),
         confidence=rng.uniform(size=(num_samples, 2)).astype(np.float32),
         balance=rng.uniform(-1, 1, num_samples).astype(np.float32),
         p_balanced=rng.uniform(size=num_samples).astype(np.float32),
-        **(columns | more),
+        **(columns | changes),
     )
 
 
 def write(path: Path, table: ScoreTable | None = None, *, seed: int = 0, **config: Any) -> Path:
-    """Make a balanced split of a score table."""
-    shards = open_scores(scores_of() if table is None else table, seed=seed)
+    """Write a balanced split of a score table."""
+    score_files = open_scores(scores_of() if table is None else table, seed=seed)
     config = {"bins": 4, "tolerance": 0.0} | config
-    rule = plan_balanced(shards, BalancedConfig(**config))
-    chosen = select_rows(shards, rule, scratch=path.parent)
-    write_split(chosen, path, name="balanced", recipe={"balanced": config})
+    rule = plan_balanced(score_files, BalancedConfig(**config))
+    selection = select_rows(score_files, rule, scratch=path.parent)
+    write_split(selection, path, name="balanced", recipe={"balanced": config})
     return path
 
 
 def rewrite(
     path: Path, change: Callable[[pa.Table], pa.Table] | None = None, *, forge: bool = False, **provenance: Any
 ) -> None:
-    """Change a file's rows or provenance; `forge`: its metadata then tell the rows and digest of what is there."""
-    table, about = pq.read_table(path).replace_schema_metadata(None), rows_of(path)
+    """Change a file's rows or provenance; `forge` also updates the stated row count and digest."""
+    table, stated = pq.read_table(path).replace_schema_metadata(None), rows_of(path)
     table = table if change is None else change(table)
     if forge:
-        about |= {"rows": len(table), "digest": digest_of(table)}
-    told = {KEY: json.dumps(provenance_of(path) | provenance), ROWS_KEY: json.dumps(about)}
-    pq.write_table(table.replace_schema_metadata(told), path)
+        stated |= {"rows": len(table), "digest": digest_of(table)}
+    metadata = {KEY: json.dumps(provenance_of(path) | provenance), ROWS_KEY: json.dumps(stated)}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
 
 
 def with_cell(name: str, row: int, value: Any) -> Callable[[pa.Table], pa.Table]:
-    """Put a value into one cell."""
+    """Return a change of one cell."""
 
     def change(table: pa.Table) -> pa.Table:
         values = table[name].to_pylist()
         values[row] = value
-        place, field = table.column_names.index(name), table.schema.field(name)
-        return table.set_column(place, field, pa.array(values, field.type))
+        index, field = table.column_names.index(name), table.schema.field(name)
+        return table.set_column(index, field, pa.array(values, field.type))
 
     return change
 
 
-def failed(found: Verified) -> set[str]:
-    return {check.name for check in found.failed}
+def failed(verification: Verification) -> set[str]:
+    return {check.name for check in verification.failed}
 
 
-def detail(found: Verified, name: str) -> str:
-    return next(check.detail for check in found.checks if check.name == name)
+def detail(verification: Verification, name: str) -> str:
+    return next(check.detail for check in verification.checks if check.name == name)
 
 
 @pytest.fixture
@@ -101,29 +101,29 @@ def manifest(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A manifest to be copied, for hypothesis; read only."""
+    """A read-only manifest that hypothesis tests copy."""
     return write(tmp_path_factory.mktemp("source") / "m.parquet")
 
 
-def copied(source: Path, folder: Path) -> Path:
+def copy_manifest(source: Path, folder: Path) -> Path:
     for path in (source, dropped_path(source)):
         shutil.copy(path, folder / path.name)
     return folder / source.name
 
 
 @pytest.mark.parametrize("config", [{}, {"by": "weight"}, {"grid": True}, {"per_class": True}], ids=str)
-def test_what_was_written_holds(tmp_path: Path, config: dict[str, Any]) -> None:
-    found = verify(write(tmp_path / "m.parquet", **config), fingerprint="f0")
-    assert found.held, found.lines()
-    assert [check.name for check in found.checks if check.held is None] in (["complete", "media"], ["media"])
-    json.dumps(found.to_dict(), allow_nan=False)
-    assert len(found.lines()) == len(found.checks)
+def test_unchanged_manifest_passes(tmp_path: Path, config: dict[str, Any]) -> None:
+    verification = verify(write(tmp_path / "m.parquet", **config), fingerprint="f0")
+    assert verification.held, verification.lines()
+    assert [check.name for check in verification.checks if check.held is None] in (["complete", "media"], ["media"])
+    json.dumps(verification.to_dict(), allow_nan=False)
+    assert len(verification.lines()) == len(verification.checks)
 
 
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_change_of_any_cell_is_found(source: Path, tmp_path: Path, data: st.DataObject) -> None:
-    path = copied(source, tmp_path)
+def test_any_changed_cell_is_detected(source: Path, tmp_path: Path, data: st.DataObject) -> None:
+    path = copy_manifest(source, tmp_path)
     file = data.draw(st.sampled_from([path, dropped_path(path)]))
     table = pq.read_table(file)
     name = data.draw(st.sampled_from(table.column_names))
@@ -138,9 +138,9 @@ def test_a_change_of_any_cell_is_found(source: Path, tmp_path: Path, data: st.Da
     assert which in failed(verify(path))
     if file == path:
         rewrite(file, forge=True)
-        found = failed(verify(path))
-        assert "dropped from" in found
-        assert "digest" not in found
+        verification = failed(verify(path))
+        assert "dropped from" in verification
+        assert "digest" not in verification
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_change_of_any_cell_is_found(source: Path, tmp_path: Path, data: st.Da
     ],
     ids=["removed", "all removed", "repeated", "reordered", "replaced"],
 )
-def test_a_change_of_rows_is_found(manifest: Path, change: Callable[[pa.Table], pa.Table], names: set[str]) -> None:
+def test_changed_rows_are_detected(manifest: Path, change: Callable[[pa.Table], pa.Table], names: set[str]) -> None:
     rewrite(manifest, change)
     assert failed(verify(manifest)) - {"ranges"} == names  # a rank may now be past the last row
 
@@ -177,119 +177,117 @@ def test_a_change_of_rows_is_found(manifest: Path, change: Callable[[pa.Table], 
         ("p_balanced", 1.5),
     ],
 )
-def test_a_value_out_of_its_range_is_named_even_where_the_digest_is_forged(
-    manifest: Path, name: str, value: float
-) -> None:
+def test_value_out_of_range_is_named_despite_a_forged_digest(manifest: Path, name: str, value: float) -> None:
     rewrite(manifest, with_cell(name, 2, value), forge=True)
-    found = verify(manifest)
+    verification = verify(manifest)
     sample = pq.read_table(manifest)["sample_id"][2]
-    assert failed(found) == {"ranges", "dropped from"}
-    assert f"1 of {name} outside" in detail(found, "ranges")
-    assert f"{value:g} of sample {sample}" in detail(found, "ranges")
+    assert failed(verification) == {"ranges", "dropped from"}
+    assert f"1 of {name} outside" in detail(verification, "ranges")
+    assert f"{value:g} of sample {sample}" in detail(verification, "ranges")
 
 
-def test_a_dropped_row_is_held_to_its_ranges_too(manifest: Path) -> None:
+def test_ranges_of_dropped_rows_are_checked(manifest: Path) -> None:
     rewrite(dropped_path(manifest), with_cell("gap", 0, 2.0), forge=True)
     assert failed(verify(manifest)) == {"dropped ranges"}
 
 
 @pytest.mark.parametrize("name", ["sample_id", "label", "subset", "rank", "weight", "gap"])
-def test_a_null_where_a_value_must_be_is_named(manifest: Path, name: str) -> None:
+def test_null_in_a_required_column_is_named(manifest: Path, name: str) -> None:
     rewrite(manifest, with_cell(name, 1, None))
-    found = verify(manifest)
-    assert {"digest", "nulls"} <= failed(found)
-    assert detail(found, "nulls") == f"1 of {name}"
+    verification = verify(manifest)
+    assert {"digest", "nulls"} <= failed(verification)
+    assert detail(verification, "nulls") == f"1 of {name}"
 
 
-def test_a_sample_both_kept_and_dropped_is_named(manifest: Path) -> None:
+def test_sample_both_kept_and_dropped_is_named(manifest: Path) -> None:
     name = pq.read_table(manifest)["sample_id"][5].as_py()
     rewrite(dropped_path(manifest), with_cell("sample_id", 0, name), forge=True)
-    found = verify(manifest)
-    assert failed(found) == {"disjoint"}
-    assert f"1 samples are both kept and dropped (the first: {name})" == detail(found, "disjoint")
+    verification = verify(manifest)
+    assert failed(verification) == {"disjoint"}
+    assert f"1 samples are both kept and dropped (the first: {name})" == detail(verification, "disjoint")
 
 
-def test_an_id_that_was_dropped_twice_is_named(manifest: Path) -> None:
+def test_repeated_dropped_id_fails(manifest: Path) -> None:
     rewrite(dropped_path(manifest), lambda table: pa.concat_tables([table, table.slice(0, 1)]), forge=True)
     assert failed(verify(manifest)) == {"dropped ids"}
 
 
-def test_a_label_has_one_name_in_both_files(manifest: Path) -> None:
+def test_label_with_two_names_fails(manifest: Path) -> None:
     rewrite(dropped_path(manifest), with_cell("label_name", 0, "dog"), forge=True)
-    found = verify(manifest)
-    assert failed(found) == {"labels"}
-    assert "'dog'" in detail(found, "labels")
+    verification = verify(manifest)
+    assert failed(verification) == {"labels"}
+    assert "'dog'" in detail(verification, "labels")
 
 
-def test_rows_of_another_subset_are_found(manifest: Path) -> None:
+def test_rows_of_another_subset_fail(manifest: Path) -> None:
     rewrite(dropped_path(manifest), with_cell("subset", 0, "random"), forge=True)
     assert failed(verify(manifest)) == {"subset"}
 
 
-def test_other_metadata_are_found(manifest: Path) -> None:
+def test_changed_metadata_fail(manifest: Path) -> None:
     rewrite(manifest, rule={"balanced": {"bins": 4, "tolerance": 0.9}})
-    found = verify(manifest)
-    assert failed(found) == {"metadata", "dropped from"}
-    assert "metadata changed: " in detail(found, "metadata")
-    assert "metadata" in detail(found, "dropped from")
+    verification = verify(manifest)
+    assert failed(verification) == {"metadata", "dropped from"}
+    assert "metadata changed: " in detail(verification, "metadata")
+    assert "metadata" in detail(verification, "dropped from")
 
 
-def test_metadata_that_another_tool_adds_are_found(manifest: Path) -> None:
+def test_added_metadata_fail(manifest: Path) -> None:
     table = pq.read_table(manifest)
     pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"huggingface": b"{}"}), manifest)
     assert failed(verify(manifest)) == {"metadata"}
 
 
-def test_rows_and_metadata_are_told_apart(manifest: Path) -> None:
+def test_rows_and_metadata_are_checked_separately(manifest: Path) -> None:
     rewrite(manifest, with_cell("gap", 0, 0.5))
-    found = verify(manifest)
-    assert failed(found) == {"digest"}
-    assert detail(found, "digest").startswith("rows changed: ")
+    verification = verify(manifest)
+    assert failed(verification) == {"digest"}
+    assert detail(verification, "digest").startswith("rows changed: ")
 
 
-def test_another_schema_is_named(manifest: Path) -> None:
+def test_other_schema_version_is_named(manifest: Path) -> None:
     rewrite(manifest, schema="mmaudit.manifest/9")
-    found = verify(manifest)
-    assert {"schema", "metadata"} <= failed(found)
-    assert "mmaudit.manifest/9" in detail(found, "schema")
+    verification = verify(manifest)
+    assert {"schema", "metadata"} <= failed(verification)
+    assert "mmaudit.manifest/9" in detail(verification, "schema")
 
 
-def test_a_column_of_another_type_is_named(manifest: Path) -> None:
+def test_column_of_another_type_is_named(manifest: Path) -> None:
     rewrite(manifest, lambda table: table.set_column(5, "bin", table["bin"].cast(pa.float64())))
     assert "bin is double, not int16" in detail(verify(manifest), "schema")
 
 
-def test_pandas_loses_the_metadata_and_that_is_said(manifest: Path) -> None:
+def test_file_rewritten_by_pandas_fails(manifest: Path) -> None:
     pd.read_parquet(manifest).to_parquet(manifest)
-    found = verify(manifest)
-    assert {"schema", "rows", "digest"} <= failed(found)
-    assert "another tool has written it since" in detail(found, "schema")
-    assert "the metadata do not state it" in detail(found, "digest")
-    assert "ids" not in failed(found)
+    verification = verify(manifest)
+    assert {"schema", "rows", "digest"} <= failed(verification)
+    assert "it was rewritten by another tool" in detail(verification, "schema")
+    assert "not stated in the metadata" in detail(verification, "digest")
+    assert "ids" not in failed(verification)
 
 
-def test_the_dropped_rows_of_another_split_are_found(manifest: Path, tmp_path: Path) -> None:
-    other = write(tmp_path / "other.parquet", scores_of(seed=1))
-    shutil.copy(dropped_path(other), dropped_path(manifest))
+def test_dropped_rows_of_another_split_fail(manifest: Path, tmp_path: Path) -> None:
+    other_manifest = write(tmp_path / "other.parquet", scores_of(seed=1))
+    shutil.copy(dropped_path(other_manifest), dropped_path(manifest))
     assert "dropped from" in failed(verify(manifest))
     assert "another manifest" in detail(verify(manifest), "dropped from")
 
 
-def test_without_dropped_rows_there_is_nothing_to_compare(manifest: Path) -> None:
+def test_missing_dropped_rows_are_skipped(manifest: Path) -> None:
     dropped_path(manifest).unlink()
-    found = verify(manifest)
-    assert found.held
-    assert detail(found, "dropped") == "there is no m.dropped.parquet beside it"
+    verification = verify(manifest)
+    assert verification.held
+    assert detail(verification, "dropped") == "m.dropped.parquet not found"
 
 
-def test_a_file_of_dropped_rows_that_is_none_is_named(manifest: Path) -> None:
+def test_invalid_dropped_file_fails(manifest: Path) -> None:
     shutil.copy(manifest, dropped_path(manifest))
-    found = verify(manifest)
-    assert {"dropped schema", "dropped from"} <= failed(found)
-    assert "lacks reason, score, threshold" in detail(found, "dropped schema")
+    verification = verify(manifest)
+    assert {"dropped schema", "dropped from"} <= failed(verification)
+    assert "lacks reason, score, threshold" in detail(verification, "dropped schema")
 
 
-def test_kept_and_dropped_are_all_that_were_scored(manifest: Path) -> None:
+def test_kept_and_dropped_rows_add_up_to_the_scored(manifest: Path) -> None:
     evenness = {"distance": 0.0, "ks": 0.0, "positive": 0.5}
     numbers = {
         **{"name": "m", "between": "audio:visual", "bins": 1, "scored": 60, "kept": 0, "dropped": 0, "reasons": {}},
@@ -309,22 +307,22 @@ def test_kept_and_dropped_are_all_that_were_scored(manifest: Path) -> None:
         verify(manifest)
 
 
-def test_another_fingerprint_is_drift(manifest: Path) -> None:
-    found = verify(manifest, fingerprint="f1")
-    assert failed(found) == {"fingerprint"}
-    assert "f0" in detail(found, "fingerprint")
+def test_other_fingerprint_fails(manifest: Path) -> None:
+    verification = verify(manifest, fingerprint="f1")
+    assert failed(verification) == {"fingerprint"}
+    assert "f0" in detail(verification, "fingerprint")
 
 
-def test_what_is_no_manifest_is_refused(manifest: Path, tmp_path: Path) -> None:
+def test_file_that_is_no_manifest_raises(manifest: Path, tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no such file"):
         verify(tmp_path / "none.parquet")
-    other = tmp_path / "other.parquet"
-    pq.write_table(pa.table({"sample_id": ["a"]}), other)
+    invalid = tmp_path / "other.parquet"
+    pq.write_table(pa.table({"sample_id": ["a"]}), invalid)
     with pytest.raises(ManifestError, match="not a manifest: it lacks label"):
-        verify(other)
-    other.write_bytes(manifest.read_bytes()[:-100])
+        verify(invalid)
+    invalid.write_bytes(manifest.read_bytes()[:-100])
     with pytest.raises(ManifestError, match="cannot be read as Parquet"):
-        verify(other)
+        verify(invalid)
     rewrite(manifest, lambda table: table.set_column(0, "sample_id", pa.array(np.arange(len(table)))))
     with pytest.raises(ManifestError, match="sample_id is int64, not string"):
         verify(manifest)
@@ -332,18 +330,16 @@ def test_what_is_no_manifest_is_refused(manifest: Path, tmp_path: Path) -> None:
 
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_byte_of_a_file_can_be_spoiled_so_that_other_rows_pass(
-    source: Path, tmp_path: Path, data: st.DataObject
-) -> None:
-    path = copied(source, tmp_path)
+def test_flipped_byte_never_passes_with_other_rows(source: Path, tmp_path: Path, data: st.DataObject) -> None:
+    path = copy_manifest(source, tmp_path)
     before, content = pq.read_table(path), bytearray(path.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(bytes(content))
     try:
-        held = verify(path).held
+        has_passed = verify(path).held
     except ManifestError:
         return
-    assert not held or pq.read_table(path).equals(before)
+    assert not has_passed or pq.read_table(path).equals(before)
 
 
 # The media.
@@ -353,10 +349,10 @@ def open_clips(folder: Path) -> Dataset:
     return open_dataset(folder, DataConfig(id="id"))
 
 
-def scored(dataset: Dataset, path: Path) -> Path:
-    """Make a manifest of all of a dataset's samples."""
+def write_scored_manifest(dataset: Dataset, path: Path) -> Path:
+    """Write a manifest of all samples of a dataset."""
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
-    content = {each.sample_id: each.content for each in content_hashes(dataset)}
+    content = {hashes.sample_id: hashes.content for hashes in content_hashes(dataset)}
     table = scores_of(
         len(samples),
         sample_id=samples.sample_id,
@@ -366,47 +362,47 @@ def scored(dataset: Dataset, path: Path) -> Path:
     return write(path, table, by="weight")
 
 
-def test_media_that_have_changed_are_counted_and_named(clips: Path, tmp_path: Path) -> None:
-    path = scored(open_clips(clips), tmp_path / "m.parquet")
+def test_changed_media_are_counted_and_named(clips: Path, tmp_path: Path) -> None:
+    path = write_scored_manifest(open_clips(clips), tmp_path / "m.parquet")
     assert verify(path, dataset=open_clips(clips)).held
     shutil.copy(clips / "5.wav", clips / "3.wav")
-    found = verify(path, dataset=open_clips(clips), num_threads=2)
-    assert failed(found) == {"media"}
-    said = "1 of 24 samples' media have changed since they were scored, the first: 003, 3.wav, 3.png"
-    assert detail(found, "media") == said
+    verification = verify(path, dataset=open_clips(clips), num_threads=2)
+    assert failed(verification) == {"media"}
+    expected = "1 of 24 samples' media changed since they were scored, the first: 003, 3.wav, 3.png"
+    assert detail(verification, "media") == expected
     (clips / "2.png").unlink()
-    said = "2 of 24 samples' media have changed since they were scored, the first: 002, no file 2.png"
-    assert detail(verify(path, dataset=open_clips(clips)), "media") == said
+    expected = "2 of 24 samples' media changed since they were scored, the first: 002, no file 2.png"
+    assert detail(verify(path, dataset=open_clips(clips)), "media") == expected
 
 
-def test_samples_that_are_gone_from_the_source_are_named(clips: Path, tmp_path: Path) -> None:
-    path = scored(open_clips(clips), tmp_path / "m.parquet")
+def test_samples_missing_in_the_source_are_named(clips: Path, tmp_path: Path) -> None:
+    path = write_scored_manifest(open_clips(clips), tmp_path / "m.parquet")
     text = (clips / "metadata.csv").read_text().splitlines()
     (clips / "metadata.csv").write_text("\n".join([text[0], *text[3:]]))
-    said = "2 of 24 samples are no longer in the source, the first: 000"
-    assert detail(verify(path, dataset=open_clips(clips)), "media") == said
+    expected = "2 of 24 samples are no longer in the source, the first: 000"
+    assert detail(verify(path, dataset=open_clips(clips)), "media") == expected
 
 
-def test_other_modalities_than_were_scored_are_named(clips: Path, tmp_path: Path) -> None:
-    path = scored(open_clips(clips), tmp_path / "m.parquet")
+def test_other_modalities_than_scored_are_named(clips: Path, tmp_path: Path) -> None:
+    path = write_scored_manifest(open_clips(clips), tmp_path / "m.parquet")
     config = DataConfig(id="id", modality=("image=image_file_name:image", "audio=audio_file_name:audio"))
-    found = verify(path, dataset=open_dataset(clips, config))
-    assert "opened as image, audio, and scored as audio, image" in detail(found, "media")
+    verification = verify(path, dataset=open_dataset(clips, config))
+    assert "opened as image, audio, but scored as audio, image" in detail(verification, "media")
 
 
-def test_contents_may_be_given(clips: Path, tmp_path: Path) -> None:
+def test_content_hashes_may_be_passed(clips: Path, tmp_path: Path) -> None:
     dataset = open_clips(clips)
-    path = scored(dataset, tmp_path / "m.parquet")
-    contents = {each.sample_id: each for each in content_hashes(dataset)}
+    path = write_scored_manifest(dataset, tmp_path / "m.parquet")
+    contents = {hashes.sample_id: hashes for hashes in content_hashes(dataset)}
     assert verify(path, contents=contents).held
-    other = replace(contents["001"], content="0" * 32, problem="no file 1.wav")
-    found = verify(path, contents=contents | {"001": other})
-    assert failed(found) == {"media"}
-    assert "the first: 001, no file 1.wav" in detail(found, "media")
+    changed = replace(contents["001"], content="0" * 32, problem="no file 1.wav")
+    verification = verify(path, contents=contents | {"001": changed})
+    assert failed(verification) == {"media"}
+    assert "the first: 001, no file 1.wav" in detail(verification, "media")
     assert "24 of 24 samples are no longer" in detail(verify(path, contents={}), "media")
 
 
-def test_scores_without_contents_have_no_media_to_compare(manifest: Path) -> None:
-    found = verify(manifest, contents={})
-    assert found.held
-    assert detail(found, "media") == "the scores do not tell what the samples were made of"
+def test_media_check_is_skipped_without_content_hashes(manifest: Path) -> None:
+    verification = verify(manifest, contents={})
+    assert verification.held
+    assert detail(verification, "media") == "the scores have no content hashes"

@@ -90,7 +90,7 @@ def test_draws_by_balance_are_those_of_the_weighted_order(draw: str, weight: str
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
 def test_weights_are_numbers_above_0(wrong: float) -> None:
-    with pytest.raises(ManifestError, match=r"1 weights are no number above 0 \(row 1 has"):
+    with pytest.raises(ManifestError, match=r"1 weights are not above 0 \(row 1 has"):
         draw_rows(np.array([1.0, wrong, 2.0]), key=id_key("abc"), draw="order", seed=0, epoch=1)
 
 
@@ -98,7 +98,7 @@ def test_draws_are_checked_at_the_door() -> None:
     weight, key = np.ones(3), id_key("abc")
     with pytest.raises(ConfigError, match="did you mean replacement"):
         draw_rows(weight, key=key, draw="replace", seed=0, epoch=1)
-    with pytest.raises(ConfigError, match="epochs are counted from 1"):
+    with pytest.raises(ConfigError, match="epoch 0: it must be at least 1"):
         draw_rows(weight, key=key, draw="order", seed=0, epoch=0)
-    with pytest.raises(ManifestError, match="take one manifest's"):
+    with pytest.raises(ManifestError, match="use one manifest's"):
         draw_rows(weight, key=key[:2], draw="order", seed=0, epoch=1)
