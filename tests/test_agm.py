@@ -104,7 +104,7 @@ def test_responses_are_mean_gains_over_all_orders(fusion: str) -> None:
         for order in permutations(range(3)):
             before = torch.zeros_like(outputs.fused)
             for place, j in enumerate(order):
-                after = method.net.fused_of(outputs.features, [each in order[: place + 1] for each in range(3)])
+                after = method.net.fused_logits(outputs.features, [each in order[: place + 1] for each in range(3)])
                 wanted[j] += (after - before) / 6
                 before = after
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
@@ -153,7 +153,7 @@ def test_two_steps_by_hand() -> None:
         wanted = [math.exp(0.7 * (math.exp(usual[1 - j] - usual[j]) - math.exp(now[1 - j] - now[j]))) for j in range(2)]
         plain.net.load_state_dict(method.net.state_dict())
         whole, found = moved(plain, given), moved(method, given)
-        assert list(method.numbers().values()) == pytest.approx(wanted, rel=1e-4)
+        assert list(method.epoch_metrics().values()) == pytest.approx(wanted, rel=1e-4)
         assert max(abs(each - 1) for each in wanted) > 0.01
         for name, step in whole.items():
             factor = next((wanted[j] for j in range(2) if name.startswith(f"encoders.{j}.")), 1.0)
@@ -167,8 +167,8 @@ def test_a_modality_that_runs_ahead_is_slowed_and_the_other_hastened() -> None:
     method.load_state_dict({"mean": torch.ones(2), "steps": torch.ones(2), "coefficient": torch.ones(2)})
     method.net.fusion.heads[1].weight.data[:] = torch.eye(3, 8)  # type: ignore[index, union-attr]
     features = (torch.zeros(9, 8), 5.0 * torch.nn.functional.one_hot(given.label, 8).float())
-    method.modulate(method.net.answer(features), given)
-    behind, ahead = method.numbers().values()
+    method.modulate(method.net.classify(features), given)
+    behind, ahead = method.epoch_metrics().values()
     assert ahead < 1 < behind
 
 
@@ -179,14 +179,14 @@ def test_the_exponent_has_a_ceiling() -> None:
         {"mean": torch.tensor([0.0, 9.0]), "steps": torch.tensor([5.0, 5.0]), "coefficient": torch.ones(2)}
     )
     method.step(batch())
-    assert method.numbers()["coefficient_a"] == pytest.approx(math.exp(5.0), rel=1e-4)
+    assert method.epoch_metrics()["coefficient_a"] == pytest.approx(math.exp(5.0), rel=1e-4)
 
 
 def test_probabilities_have_a_floor() -> None:
     method, given = make(), batch()
     method.net.fusion.heads[1].weight.data[:] = torch.eye(3, 8)  # type: ignore[index, union-attr]
     wrong = 1e4 * torch.nn.functional.one_hot((given.label + 1) % 3, 8).float()
-    method.modulate(method.net.answer((torch.zeros(9, 8), wrong)), given)
+    method.modulate(method.net.classify((torch.zeros(9, 8), wrong)), given)
     assert method.state_dict()["mean"].tolist() == pytest.approx([math.log(3), -math.log(1e-8)], rel=1e-5)
 
 
@@ -204,7 +204,7 @@ def test_a_modality_that_nobody_has_is_not_compared() -> None:
     )
     before = method.state_dict()
     method.step(absent)
-    assert list(method.numbers().values()) == [1.0, 1.0]
+    assert list(method.epoch_metrics().values()) == [1.0, 1.0]
     assert torch.equal(method.state_dict()["mean"], before["mean"])
 
 
@@ -222,6 +222,6 @@ def test_a_resumed_run_goes_on_exactly() -> None:
         one.step(batch(seed=seed))
     other.net.load_state_dict(one.net.state_dict())
     other.load_state_dict(one.state_dict())
-    assert other.numbers() == one.numbers()
+    assert other.epoch_metrics() == one.epoch_metrics()
     for a, b in zip(moved(one, batch(seed=3)).values(), moved(other, batch(seed=3)).values(), strict=True):
         assert torch.equal(a, b)

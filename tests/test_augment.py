@@ -80,7 +80,7 @@ def test_masks_are_whole_bands_and_times_of_at_most_their_share(number: int) -> 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"least_crop": 0.0}, "augment.least_crop is 0.0"),
+        ({"min_crop": 0.0}, "augment.min_crop is 0.0"),
         ({"time_masks": -1}, "augment.time_masks is -1"),
         ({"band_share": 1.5}, "augment.band_share is 1.5"),
         ({"time_share": float("nan")}, "augment.time_share is nan"),

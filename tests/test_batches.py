@@ -51,21 +51,21 @@ def test_parts_by_hand() -> None:
         present=np.array([[True, False], [True, True], [True, True]]),
         fused=np.array([True, True, False]),
     )
-    found = step.parts(WEIGHT, num_modalities=2)
+    found = step.loss_weights(WEIGHT, num_modalities=2)
     assert found.dtype == np.float32
     expected = np.array([[3 / 4, 1 / 4, 0], [3 / 6, 1 / 6, 2 / 6], [0, 1 / 3, 2 / 3]])
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_a_row_that_stands_twice_counts_twice() -> None:
-    found = Step(rows=np.array([2, 2, 0])).parts(WEIGHT, num_modalities=1)
+    found = Step(rows=np.array([2, 2, 0])).loss_weights(WEIGHT, num_modalities=1)
     np.testing.assert_allclose(found, [[0.25, 0.25, 0.5]] * 2, rtol=1e-6)
 
 
 @settings(deadline=None)
 @given(STEPS)
 def test_parts_sum_to_1_or_nothing_counts(step: Step) -> None:
-    parts = step.parts(WEIGHT, num_modalities=2)
+    parts = step.loss_weights(WEIGHT, num_modalities=2)
     assert parts.shape == (3, len(step.rows))
     assert (parts >= 0).all()
     heard = [step.fused, *((None, None) if step.present is None else step.present.T)]
@@ -78,7 +78,7 @@ def test_parts_sum_to_1_or_nothing_counts(step: Step) -> None:
 @settings(deadline=None)
 @given(STEPS, st.integers(1, 5))
 def test_shares_one_after_another_are_the_step(step: Step, size: int) -> None:
-    shares = [step.share(DistributedContext(rank=rank, world_size=size)) for rank in range(size)]
+    shares = [step.shard(DistributedContext(rank=rank, world_size=size)) for rank in range(size)]
     np.testing.assert_array_equal(np.concatenate([share.rows for share in shares]), step.rows)
     for name in ("present", "fused"):
         whole = getattr(step, name)
@@ -94,7 +94,7 @@ def batches_of(step: Step, size: int) -> list[Batch]:
     found = []
     for rank in range(size):
         distributed = DistributedContext(rank=rank, world_size=size) if size > 1 else SINGLE_PROCESS
-        mine = torch.from_numpy(step.share(distributed).rows)
+        mine = torch.from_numpy(step.shard(distributed).rows)
         inputs = (torch.stack([mine, mine], dim=1).float(), -mine[:, None].float())
         found.append(to_batch(step, inputs, label=label, weight=WEIGHT, distributed=distributed))
     return found
@@ -118,9 +118,9 @@ def test_what_processes_have_is_what_one_alone_would(step: Step, size: int) -> N
     values = torch.randn(3, len(step.rows), generator=torch.Generator().manual_seed(0))
     cut = [values[:, DistributedContext(rank=rank, world_size=size).slice(len(step.rows))] for rank in range(size)]
     fused = torch.stack([each.mean_fused(some[0]) for each, some in zip(several, cut, strict=True)]).sum()
-    own = torch.stack([each.mean_own(some[1:]) for each, some in zip(several, cut, strict=True)]).sum(dim=0)
+    own = torch.stack([each.mean_unimodal(some[1:]) for each, some in zip(several, cut, strict=True)]).sum(dim=0)
     torch.testing.assert_close(fused, alone.mean_fused(values[0]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(own, alone.mean_own(values[1:]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own, alone.mean_unimodal(values[1:]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("heard", [None, "some"])
@@ -137,7 +137,7 @@ def test_means_are_weighted_over_what_is_heard(heard: str | None) -> None:
     masks = np.ones((3, 4), bool) if present is None else np.vstack([present.all(axis=1), present.T])
     expected = [float(np.average(values[0].numpy(), weights=weight * mask)) for mask in masks]
     assert batch.mean_fused(values[0]).item() == pytest.approx(expected[0], rel=1e-5)
-    assert batch.mean_own(values[1:]).tolist() == pytest.approx(expected[1:], rel=1e-5)
+    assert batch.mean_unimodal(values[1:]).tolist() == pytest.approx(expected[1:], rel=1e-5)
 
 
 def test_what_nobody_hears_has_a_mean_of_0() -> None:
@@ -145,4 +145,4 @@ def test_what_nobody_hears_has_a_mean_of_0() -> None:
     (batch,) = batches_of(Step(rows=np.array([0, 1]), present=present, fused=np.zeros(2, bool)), 1)
     values = torch.ones(2, 2)
     assert batch.mean_fused(values[0]).item() == 0
-    assert batch.mean_own(values).tolist() == [1, 0]
+    assert batch.mean_unimodal(values).tolist() == [1, 0]

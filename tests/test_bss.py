@@ -13,7 +13,7 @@ from torch import Tensor
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.metrics import similarity
 from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
-from mmaudit.train.batches import ModelReader, Reading
+from mmaudit.train.batches import ModelReader, OutputFunction
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import Outputs
 from mmaudit.train.sampling.bss_l import BssL
@@ -33,7 +33,7 @@ class Told:
         self.outputs = Outputs(fused, unimodal, ())
         self.num_reads = 0
 
-    def read(self, what: Reading) -> Tensor:
+    def read(self, what: OutputFunction) -> Tensor:
         self.num_reads += 1
         return what(self.outputs, torch.from_numpy(LABEL))
 

@@ -68,7 +68,7 @@ def test_a_damaged_state_says_so(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (b"", b"nonsense", whole[: len(whole) // 2], pickle.dumps(Danger(tmp_path / "ran"))):
         path.write_bytes(content)
-        with pytest.raises(RunError, match=r"last.pt is damaged \(\w+\): delete it to start this fine-tuning anew"):
+        with pytest.raises(RunError, match=r"last.pt is damaged \(\w+\): delete it to start this fine-tuning again"):
             load_state(path, device="cpu")
     torch.save({"net": Danger(tmp_path / "ran")}, path)
     with pytest.raises(RunError, match="is damaged"):
@@ -116,7 +116,7 @@ def net_of(
 
 
 def saved(net: FusionNet, path: Path) -> Path:
-    save_model(net.state_dict(), path, about=asdict(net.plan))
+    save_model(net.state_dict(), path, about=asdict(net.config))
     return path
 
 
@@ -174,7 +174,7 @@ def test_heads_of_other_classes_are_drawn_anew(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"hidden": 7}, r"do not fit the encoder of audio .*hidden 6"),
-        ({"modalities": ("text",)}, "was trained on audio, visual, and none of them is trained here"),
+        ({"modalities": ("text",)}, "was trained on audio, visual, none of which is trained now"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:

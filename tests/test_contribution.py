@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from mmaudit.audit.intervals import wilson
-from mmaudit.train.contribution import confusion, contribution, measure_contribution, right_of_sets, sets_to_ask
+from mmaudit.train.contribution import confusion, contribution, correct_by_set, measure_contribution, shapley_sets
 from mmaudit.train.network import FusionNet, ModelConfig
 
 torch.set_num_threads(1)
@@ -31,7 +31,7 @@ def both(nobody: str, first: str, second: str, together: str) -> Right:
 
 def some(num_modalities: int, n: int, seed: int = 0) -> Right:
     rng = np.random.default_rng(seed)
-    return {chosen: rng.random(n) < 0.2 + 0.1 * len(chosen) for chosen in sets_to_ask(num_modalities)}
+    return {chosen: rng.random(n) < 0.2 + 0.1 * len(chosen) for chosen in shapley_sets(num_modalities)}
 
 
 def test_two_modalities_by_hand() -> None:
@@ -111,14 +111,14 @@ def test_modalities_that_do_the_same_contribute_the_same_and_swap() -> None:
 
 @pytest.mark.parametrize("num_modalities", [1, 2, 3, 6])
 def test_all_sets_are_asked_up_to_six_modalities(num_modalities: int) -> None:
-    asked = sets_to_ask(num_modalities)
+    asked = shapley_sets(num_modalities)
     assert asked[0] == frozenset()
     assert asked[-1] == frozenset(range(num_modalities))
     assert len(asked) == len(set(asked)) == 2**num_modalities
 
 
 def test_beyond_six_modalities_the_sets_asked_are_those_that_are_needed() -> None:
-    asked = sets_to_ask(9, seed=3)
+    asked = shapley_sets(9, seed=3)
     assert len(asked) < 2**9
     assert {len(chosen) for chosen in asked} == set(range(10))
     right = {chosen: np.random.default_rng(len(chosen)).random(20) < 0.5 for chosen in asked}
@@ -176,7 +176,7 @@ def test_a_reading_tells_what_the_network_says_of_each_set(fusion: str) -> None:
     net = FusionNet(plan).eval()
     outputs = net([torch.randn(30, 4), torch.randn(30, 3)])
     label = torch.arange(30) % 3
-    nobody, first, second, together = right_of_sets(net, sets_to_ask(2))(outputs, label)
+    nobody, first, second, together = correct_by_set(net, shapley_sets(2))(outputs, label)
     f, g = outputs.features
     assert torch.equal(together, outputs.fused.argmax(dim=1) == label)
     assert torch.equal(first, net.fusion([f, torch.zeros_like(g)]).argmax(dim=1) == label)

@@ -17,7 +17,7 @@ from mmaudit.train.config import TrainConfig
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.examples import Examples, Store
 from mmaudit.train.network import FusionNet, Outputs, cross_entropies
-from mmaudit.train.setup import model_config_of, set_up
+from mmaudit.train.setup import build_model_config, set_up
 from mmaudit.train.training_data import NetworkReader, TrainingData, validate
 
 torch.set_num_threads(1)
@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 def opened(examples: Examples, config: TrainConfig = QUICK) -> tuple[TrainingData, FusionNet]:
     training_data = set_up(examples, config, seed=0, device="cpu", distributed=SINGLE_PROCESS)
     torch.manual_seed(0)
-    net = FusionNet(model_config_of(examples, config))
+    net = FusionNet(build_model_config(examples, config))
     training_data.standardise(net)
     return training_data, net
 
@@ -80,10 +80,10 @@ def test_validation_is_the_mean_over_its_samples() -> None:
     label = torch.from_numpy(examples.label[rows])
     fused, own = cross_entropies(outputs, label)
     assert found.loss == pytest.approx(float(fused.mean()), rel=1e-5)
-    assert found.own_loss == pytest.approx(own.mean(dim=1).tolist(), rel=1e-5)
+    assert found.unimodal_loss == pytest.approx(own.mean(dim=1).tolist(), rel=1e-5)
     assert found.accuracy == pytest.approx(float((outputs.fused.argmax(dim=1) == label).float().mean()))
     expected = (outputs.unimodal.argmax(dim=2) == label).float().mean(dim=1)
-    assert found.own_accuracy == pytest.approx(expected.tolist())
+    assert found.unimodal_accuracy == pytest.approx(expected.tolist())
 
 
 def test_a_copy_is_trained_and_the_model_is_not() -> None:
@@ -127,10 +127,10 @@ def test_a_modality_that_no_training_sample_has_is_missed() -> None:
 
 def test_chance_differs_by_purpose_and_seed() -> None:
     training_data, _ = opened(examples_of(40))
-    drawn = {training_data.chance("step", epoch, step) for epoch in range(5) for step in range(5)}
+    drawn = {training_data.derive_seed("step", epoch, step) for epoch in range(5) for step in range(5)}
     assert len(drawn) == 25
-    assert training_data.chance("step", 1, 1) == opened(examples_of(40))[0].chance("step", 1, 1)
-    assert replace(training_data, seed=1).chance("step", 1, 1) not in drawn
+    assert training_data.derive_seed("step", 1, 1) == opened(examples_of(40))[0].derive_seed("step", 1, 1)
+    assert replace(training_data, seed=1).derive_seed("step", 1, 1) not in drawn
 
 
 def test_a_modality_that_a_sample_lacks_is_not_present_in_its_batch() -> None:
@@ -145,7 +145,7 @@ def test_a_modality_that_a_sample_lacks_is_not_present_in_its_batch() -> None:
         examples = replace(whole, inputs=(MatrixInputs(matrix=matrix), whole.inputs[1]), present=present)
         training_data, net = opened(whole)
         training_data = replace(
-            training_data, store=Store(examples.inputs, device="cpu", most_bytes=1 << 20), present=present
+            training_data, store=Store(examples.inputs, device="cpu", max_bytes=1 << 20), present=present
         )
         rows = np.arange(len(training_data.train))
         (batch,) = training_data.batches([Step(rows=rows)], epoch=1)
@@ -165,10 +165,10 @@ def test_a_modality_that_a_sample_lacks_is_not_present_in_its_batch() -> None:
 
 
 def test_a_sample_without_any_modality_teaches_nothing() -> None:
-    step = Step(rows=np.array([0, 1, 1])).there(np.array([[True, False], [False, False]]))
+    step = Step(rows=np.array([0, 1, 1])).masked_by(np.array([[True, False], [False, False]]))
     assert step.present is not None
     assert step.fused is not None
     assert step.present.tolist() == [[True, False], [False, False], [False, False]]
     assert step.fused.tolist() == [True, False, False]
     everywhere = Step(rows=np.array([0]))
-    assert everywhere.there(np.ones((1, 2), dtype=bool)) is everywhere
+    assert everywhere.masked_by(np.ones((1, 2), dtype=bool)) is everywhere

@@ -72,7 +72,7 @@ def answer(
     c = np.asarray(confidence, dtype=np.float64)
     m = len(c) - 1
     c = np.broadcast_to(c.reshape(1 + m, -1), (1 + m, N))
-    inputs = tuple(torch.zeros(len(step.share(distributed).rows), 1) for _ in range(m))
+    inputs = tuple(torch.zeros(len(step.shard(distributed).rows), 1) for _ in range(m))
     label = torch.zeros(N, dtype=torch.int64)
     batch = to_batch(step, inputs, label=label, weight=np.ones(N, np.float32), distributed=distributed)
     logits = torch.from_numpy(np.stack([np.log(c), np.log1p(-c)], axis=2))[:, batch.rows]
@@ -103,7 +103,7 @@ def test_the_cumulative_confidence_is_the_running_mean_from_the_start() -> None:
         observe(sampler, confidence)
     assert sampler.confidence == pytest.approx([(0.9 + 0.6 + 0.3) / 3, (0.1 + 0.4 + 0.1) / 3])
     assert sampler.fused == pytest.approx(0.6)
-    numbers = sampler.numbers()
+    numbers = sampler.epoch_metrics()
     assert numbers["cumulative_confidence_0"] == pytest.approx(0.6)
     assert numbers["cumulative_discrepancy_0"] == pytest.approx(0.4)
     assert numbers["cumulative_discrepancy_1"] == pytest.approx(-0.4)
@@ -187,10 +187,10 @@ def test_quantities_by_hand(confidence: list[float], quantities: list[int]) -> N
 
 
 def test_quantities_with_other_constants_by_hand() -> None:
-    config = DusConfig(kappa=2.0, least=0.5, most=1.5, dead_zone=0.3)
+    config = DusConfig(kappa=2.0, min_share=0.5, max_share=1.5, dead_zone=0.3)
     assert lagging_quantities([0.6, 0.4], batch_size=10, config=config) == [10, 10]
     assert lagging_quantities([0.75, 0.25], batch_size=10, config=config) == [5, 15]
-    assert lagging_quantities([0.7, 0.3], batch_size=1, config=DusConfig(least=0.01, most=1.0)) == [1, 1]
+    assert lagging_quantities([0.7, 0.3], batch_size=1, config=DusConfig(min_share=0.01, max_share=1.0)) == [1, 1]
 
 
 @given(CONFIDENCES, st.integers(1, 300))
@@ -243,8 +243,8 @@ def test_the_last_step_gives_each_modality_what_is_left() -> None:
     assert len(last.rows) == 36
     assert len(heard_by(last, 0)) == 32
     assert len(heard_by(last, 1)) == 36
-    assert sampler.numbers()["samples_0"] == 32
-    assert sampler.numbers()["samples_1"] == 50
+    assert sampler.epoch_metrics()["samples_0"] == 32
+    assert sampler.epoch_metrics()["samples_1"] == 50
 
 
 def test_without_pairs_each_modality_passes_over_rows_of_its_own() -> None:
@@ -290,14 +290,14 @@ def test_without_pairs_only_a_sum_of_what_each_says_can_be_learned() -> None:
         (lab_of("concat", own_heads=True), "concat beside each modality's own head;"),
     ):
         sampler_of().begin_epoch(1, model_reader)
-        with pytest.raises(ConfigError, match=f"nothing else teaches the classifier of --fusion {name}"):
+        with pytest.raises(ConfigError, match=f"nothing else trains the classifier of --fusion {name}"):
             sampler_of(paired=False).begin_epoch(1, model_reader)
 
 
 def test_columns_of_history_are_named_by_modality() -> None:
     sampler = sampler_of()
     sampler.begin_epoch(1, lab_of())
-    assert {name.rpartition("_")[2] for name in sampler.numbers()} == {"audio", "visual"}
+    assert {name.rpartition("_")[2] for name in sampler.epoch_metrics()} == {"audio", "visual"}
 
 
 # --- the learned quantities
@@ -314,7 +314,7 @@ def test_the_policy_chooses_multiples_of_the_batch_size() -> None:
 
 
 def test_least_and_most_bound_the_policy_too() -> None:
-    sampler = sampler_of(DusRl, least=0.75, most=1.25)
+    sampler = sampler_of(DusRl, min_share=0.75, max_share=1.25)
     seen = set()
     for _ in range(60):
         observe(sampler, (0.5, 0.6, 0.4))
@@ -327,16 +327,16 @@ def test_the_reward_by_hand(eta: float) -> None:
     """|D| falls from 0.4 to 0.3, while the fused answer's cumulative confidence rises from 0.5 to 0.6."""
     sampler = sampler_of(DusRl, eta=eta)
     observe(sampler, (0.5, 0.8, 0.4))
-    assert sampler.numbers()["policy_reward"] == 0
+    assert sampler.epoch_metrics()["policy_reward"] == 0
     observe(sampler, (0.7, 0.6, 0.4))  # s_hat = 0.7, 0.4
-    assert sampler.numbers()["policy_reward"] == pytest.approx(0.1 * (0.1 + eta * 0.1))
+    assert sampler.epoch_metrics()["policy_reward"] == pytest.approx(0.1 * (0.1 + eta * 0.1))
 
 
 def test_of_three_modalities_the_largest_discrepancy_counts() -> None:
     sampler = sampler_of(DusRl, num_modalities=3, eta=0.0)
     observe(sampler, (0.5, 0.9, 0.3, 0.3))  # D = 0.6, -0.3, -0.3
     observe(sampler, (0.5, 0.3, 0.3, 0.3))  # s_hat = 0.6, 0.3, 0.3: D = 0.3, -0.15, -0.15
-    assert sampler.numbers()["policy_reward"] == pytest.approx(0.1 * 0.3)
+    assert sampler.epoch_metrics()["policy_reward"] == pytest.approx(0.1 * 0.3)
 
 
 def test_the_policy_is_that_of_the_seed_in_all_processes() -> None:
@@ -365,4 +365,4 @@ def test_the_policy_chooses_once_in_so_many_steps(every: int) -> None:
     for _ in range(7):
         sampler.observe(outputs, batch)
     assert len(calls) == {1: 7, 3: 3}[every]
-    assert sampler.heard == 7
+    assert sampler.num_observed == 7

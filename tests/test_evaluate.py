@@ -14,7 +14,14 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score
 
 from mmaudit.audit.intervals import wilson
-from mmaudit.train.evaluate import evaluate, evaluate_branches, evaluate_classes, measure, measure_classes, subsets
+from mmaudit.train.evaluate import (
+    compute_class_metrics,
+    compute_metrics,
+    evaluate,
+    evaluate_branches,
+    evaluate_classes,
+    subsets,
+)
 
 
 def answers(n: int, k: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -27,7 +34,7 @@ def answers(n: int, k: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.
 @pytest.mark.parametrize(("n", "k", "seed"), [(200, 2, 0), (300, 5, 1), (90, 7, 2)])
 def test_figures_are_those_of_scikit_learn(n: int, k: int, seed: int) -> None:
     probability, label = answers(n, k, seed)
-    found = measure(probability, label)
+    found = compute_metrics(probability, label)
     predicted = probability.argmax(axis=1)
     assert set(label.tolist()) == set(range(k))
     assert found["accuracy"] == pytest.approx(accuracy_score(label, predicted))
@@ -40,7 +47,7 @@ def test_figures_are_those_of_scikit_learn(n: int, k: int, seed: int) -> None:
 def test_map_and_f1_are_over_the_classes_that_occur() -> None:
     probability, label = answers(120, 4, 3)
     rows = label < 2
-    found = measure(probability[rows], label[rows])
+    found = compute_metrics(probability[rows], label[rows])
     predicted = probability[rows].argmax(axis=1)
     assert (predicted > 1).any()  # so that an average over all classes would differ
     precisions = [average_precision_score(label[rows] == one, probability[rows, one]) for one in (0, 1)]
@@ -49,7 +56,7 @@ def test_map_and_f1_are_over_the_classes_that_occur() -> None:
 
 
 def test_a_class_that_is_never_predicted_counts_as_zero() -> None:
-    found = measure(np.array([[0.9, 0.1], [0.8, 0.2]], np.float32), np.array([0, 1]))
+    found = compute_metrics(np.array([[0.9, 0.1], [0.8, 0.2]], np.float32), np.array([0, 1]))
     assert found["accuracy"] == 0.5
     assert found["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
 
@@ -59,7 +66,7 @@ def test_a_class_that_is_never_predicted_counts_as_zero() -> None:
 def test_row_order_does_not_matter(n: int, k: int, seed: int) -> None:
     probability, label = answers(n, k, seed)
     order = np.random.default_rng(seed).permutation(n)
-    assert measure(probability[order], label[order]) == pytest.approx(measure(probability, label))
+    assert compute_metrics(probability[order], label[order]) == pytest.approx(compute_metrics(probability, label))
 
 
 @given(st.integers(1, 500), st.data())
@@ -98,17 +105,20 @@ def test_every_branch_is_measured_on_every_subset() -> None:
     members = {"all": np.ones(60, bool), "few": np.arange(60) < 12, "none": np.zeros(60, bool)}
     report: dict[str, Any] = evaluate({"fused": fused, "audio": audio}, label, members)
     assert report["none"] == {"n": 0}
-    assert report["all"] == {"n": 60, "branches": {"fused": measure(fused, label), "audio": measure(audio, label)}}
+    assert report["all"] == {
+        "n": 60,
+        "branches": {"fused": compute_metrics(fused, label), "audio": compute_metrics(audio, label)},
+    }
     assert report["few"]["n"] == 12
-    assert report["few"]["branches"]["audio"] == measure(audio[:12], label[:12])
+    assert report["few"]["branches"]["audio"] == compute_metrics(audio[:12], label[:12])
 
 
 def test_calibration_by_hand() -> None:
     """Bins (12/15, 13/15] and (14/15, 1], two samples each, one of them wrong."""
     sure = np.array([0.85, 0.86, 0.95, 1.0])
-    found = measure(np.stack([sure, 1 - sure], axis=1).astype(np.float32), np.array([0, 1, 0, 1]))
+    found = compute_metrics(np.stack([sure, 1 - sure], axis=1).astype(np.float32), np.array([0, 1, 0, 1]))
     assert found["ece"] == pytest.approx((abs(0.85 + 0.86 - 1) + abs(0.95 + 1.0 - 1)) / 4, abs=1e-6)
-    perfect = measure(np.eye(3, dtype=np.float32)[[0, 1, 2, 1]], np.array([0, 1, 2, 1]))
+    perfect = compute_metrics(np.eye(3, dtype=np.float32)[[0, 1, 2, 1]], np.array([0, 1, 2, 1]))
     assert perfect["ece"] == 0
     assert perfect["map"] == perfect["macro_f1"] == perfect["accuracy"] == 1
 
@@ -118,9 +128,9 @@ def test_a_branch_that_says_its_true_chances_is_calibrated() -> None:
     rng = np.random.default_rng(0)
     chance = rng.uniform(0.55, 0.95, 20_000)
     label = (rng.random(20_000) > chance).astype(np.int64)
-    honest = measure(np.stack([chance, 1 - chance], axis=1).astype(np.float32), label)
+    honest = compute_metrics(np.stack([chance, 1 - chance], axis=1).astype(np.float32), label)
     boast = np.minimum(chance + 0.04, 1)
-    boasted = measure(np.stack([boast, 1 - boast], axis=1).astype(np.float32), label)
+    boasted = compute_metrics(np.stack([boast, 1 - boast], axis=1).astype(np.float32), label)
     assert honest["ece"] < 0.02
     assert boasted["ece"] == pytest.approx(0.04, abs=0.01)
     assert boasted["accuracy"] == honest["accuracy"]
@@ -129,7 +139,7 @@ def test_a_branch_that_says_its_true_chances_is_calibrated() -> None:
 @pytest.mark.parametrize(("n", "k", "seed"), [(200, 2, 0), (300, 5, 1), (90, 7, 2)])
 def test_figures_by_class_are_those_of_scikit_learn(n: int, k: int, seed: int) -> None:
     probability, label = answers(n, k, seed)
-    found = measure_classes(probability, label)
+    found = compute_class_metrics(probability, label)
     predicted = probability.argmax(axis=1)
     assert list(found) == list(range(k))
     for name, expected in (
@@ -148,7 +158,7 @@ def test_figures_by_class_are_those_of_scikit_learn(n: int, k: int, seed: int) -
 @given(st.integers(1, 40), st.integers(2, 6), st.integers(0, 999))
 def test_the_whole_is_made_of_its_classes(n: int, k: int, seed: int) -> None:
     probability, label = answers(n, k, seed)
-    whole, classes = measure(probability, label), measure_classes(probability, label)
+    whole, classes = compute_metrics(probability, label), compute_class_metrics(probability, label)
     assert sorted(classes) == np.unique(label).tolist()
     number = np.bincount(label)
     assert whole["accuracy"] == pytest.approx(
@@ -170,8 +180,8 @@ def test_every_branch_is_measured_on_every_class() -> None:
     ]
     assert report["d"] == {"n": 0}
     assert report["b"]["branches"] == {
-        "fused": measure_classes(fused, label)[1],
-        "audio": measure_classes(audio, label)[1],
+        "fused": compute_class_metrics(fused, label)[1],
+        "audio": compute_class_metrics(audio, label)[1],
     }
 
 
@@ -180,7 +190,7 @@ def test_one_report_holds_subsets_and_classes() -> None:
     label[label == 2] = 0  # a class that does not occur, and a subset of nobody
     members = {"all": np.ones(60, bool), "none": np.zeros(60, bool)}
     names = ["a", "b", "c"]
-    report = evaluate_branches({"fused": fused}, label, members=members, class_names=names)
+    report = evaluate_branches({"fused": fused}, label, subset_masks=members, class_names=names)
     assert report == {
         "test": evaluate({"fused": fused}, label, members),
         "test_by_class": evaluate_classes({"fused": fused}, label, names),

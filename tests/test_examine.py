@@ -13,7 +13,7 @@ from training import QUICK, examples_of, tune
 from mmaudit.audit.errors import ManifestError
 from mmaudit.train.checkpoint import load_model, read_model_config, save_model
 from mmaudit.train.distributed import SINGLE_PROCESS
-from mmaudit.train.evaluate import evaluate_file, evaluate_network, measure, probabilities
+from mmaudit.train.evaluate import compute_metrics, evaluate_file, evaluate_network, predict_probabilities
 from mmaudit.train.examples import Examples
 from mmaudit.train.network import FusionNet
 from mmaudit.train.setup import set_up
@@ -49,15 +49,15 @@ def test_rows_are_measured_by_themselves(tmp_path: Path) -> None:
     examples = examples_of(160, noise=2.0)
     tune(examples, tmp_path)
     reader, rows = reader_of(examples, tmp_path), np.array([5, 77, 31, 140])
-    answers = probabilities(reader, rows, examples.modalities)
-    whole = probabilities(reader, np.arange(160), examples.modalities)
+    answers = predict_probabilities(reader, rows, examples.modalities)
+    whole = predict_probabilities(reader, np.arange(160), examples.modalities)
     for branch, found in answers.items():
         assert found.shape == (4, 4)
         np.testing.assert_allclose(found, whole[branch][rows], atol=1e-6)
         np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
     measured = evaluate_network(reader, rows, examples, between="audio:visual", seed=0)["test"]["all"]
     assert measured["n"] == 4
-    assert measured["branches"]["fused"] == measure(answers["fused"], examples.label[rows])
+    assert measured["branches"]["fused"] == compute_metrics(answers["fused"], examples.label[rows])
 
 
 def test_the_contribution_is_of_two_modalities_that_need_each_other(tmp_path: Path) -> None:

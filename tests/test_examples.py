@@ -254,7 +254,7 @@ def test_a_sample_that_cannot_be_used_is_named(write: Write) -> None:
     columns["visual"][7] = [float("nan"), 1.0]
     source = write(columns)
     manifest, dropped = split_of(scores_of(source))
-    with pytest.raises(ManifestError, match="1 samples of the manifest have no usable visual: s007"):
+    with pytest.raises(ManifestError, match="1 samples of the manifest have no usable visual \(the first: s007\)"):
         load(source, manifest, dropped)
 
 
@@ -335,7 +335,7 @@ def test_an_unknown_split_is_refused(write: Write, odd: str | None) -> None:
     source = write(columns_of())
     scores = scores_of(source)
     split = np.array([odd if number == 1 else name for number, name in enumerate(SPLITS)], dtype=object)
-    line = "have changed their split since the manifest was made" if odd else "holds 'None': train, validation or test"
+    line = "have changed their split since the manifest was made" if odd else "has 'None', must be one of train, validation, test"
     with pytest.raises(ManifestError, match=line):
         load(source, *split_of(replace(scores, split=split)))
 

@@ -20,7 +20,7 @@ from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.rebalance.curriculum import OrderConfig, root_pacing
 from mmaudit.train.checkpoint import read_model_config, save_state
 from mmaudit.train.config import LEAST_VALIDATION
-from mmaudit.train.evaluate import measure
+from mmaudit.train.evaluate import compute_metrics
 from mmaudit.train.examples import Examples
 from mmaudit.train.network import FusionNet, ModelConfig
 
@@ -244,7 +244,7 @@ def test_the_model_file_alone_gives_the_figures_again(tmp_path: Path, fusion: st
     outputs, label = ask(net, examples, "test")
     branches = metrics["test"]["all"]["branches"]
     for name, logits in zip(("fused", "audio", "visual"), (outputs.fused, *outputs.unimodal), strict=True):
-        assert branches[name] == pytest.approx(measure(logits.softmax(dim=1).numpy(), label.numpy()))
+        assert branches[name] == pytest.approx(compute_metrics(logits.softmax(dim=1).numpy(), label.numpy()))
     assert metrics["num_parameters"] == sum(parameter.numel() for parameter in net.parameters())
 
 

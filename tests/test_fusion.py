@@ -124,9 +124,9 @@ def test_an_absent_modality_adds_to_a_sum_nothing_but_its_bias() -> None:
         fusion = fusion_of(name)
         bias = fusion.state_dict().get("heads.1.bias", torch.zeros(6))
         less = fusion(some()) - fusion(some(absent=1))
-        whole = fusion.alone(some())[1] - fusion.alone(some(absent=1))[1]
+        whole = fusion.unimodal_logits(some())[1] - fusion.unimodal_logits(some(absent=1))[1]
         torch.testing.assert_close(less, whole)
-        shift = fusion.alone(some(absent=1))[1]
+        shift = fusion.unimodal_logits(some(absent=1))[1]
         torch.testing.assert_close(shift, (bias if name == "late" else fusion.state_dict()["bias"] / 3).expand(11, 6))
 
 
@@ -135,7 +135,7 @@ def test_an_absent_modality_adds_to_a_sum_nothing_but_its_bias() -> None:
 @pytest.mark.parametrize("dims", [(5,), (5, 3), DIMS])
 def test_what_each_says_alone_sums_to_the_fused_answer(name: str, dims: tuple[int, ...]) -> None:
     fusion, features = fusion_of(name, dims), some(dims)
-    alone = fusion.alone(features)
+    alone = fusion.unimodal_logits(features)
     assert alone.shape == (len(dims), 11, 6)
     torch.testing.assert_close(alone.sum(dim=0), fusion(features), rtol=1e-5, atol=1e-5)
 
@@ -154,16 +154,16 @@ def test_alone_is_the_modality_s_part_of_the_classifier(name: str) -> None:
     fusion, features = fusion_of(name), some()
     for j, f in enumerate(features):
         expected = alone_by_hand(name, fusion.state_dict(), j, f)
-        torch.testing.assert_close(fusion.alone(features)[j], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fusion.unimodal_logits(features)[j], expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", DECOMPOSE)
 def test_alone_a_modality_hears_itself_alone(name: str) -> None:
     fusion, features = fusion_of(name), some()
-    before, fused = fusion.alone(features), fusion(features)
+    before, fused = fusion.unimodal_logits(features), fusion(features)
     features[1] = features[1] + 1
-    moved = (fusion.alone(features) - before).abs().amax(dim=(1, 2))
+    moved = (fusion.unimodal_logits(features) - before).abs().amax(dim=(1, 2))
     assert moved[0] == moved[2] == 0
     assert moved[1] > 0.01
     assert (fusion(features) - fused).abs().max() > 0.01
@@ -171,8 +171,8 @@ def test_alone_a_modality_hears_itself_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(FUSIONS) - set(DECOMPOSE)))
 def test_a_fusion_that_does_not_decompose_says_so(name: str) -> None:
-    with pytest.raises(TypeError, match="gives no modality a say of its own"):
-        fusion_of(name).alone(some())
+    with pytest.raises(TypeError, match="has no unimodal logits"):
+        fusion_of(name).unimodal_logits(some())
 
 
 @pytest.mark.parametrize("name", sorted(FUSIONS))
@@ -225,7 +225,7 @@ def test_mmtm_cut_takes_the_path_without_the_others_news(cut: tuple[int, ...]) -
     torch.testing.assert_close(fusion(features), expected, rtol=1e-4, atol=1e-5)
     assert (fusion(features) - whole).abs().max() > 0.01
     if len(cut) == 3:
-        torch.testing.assert_close(fusion(features), fusion.alone(features).sum(dim=0))
+        torch.testing.assert_close(fusion(features), fusion.unimodal_logits(features).sum(dim=0))
 
 
 def test_mmtm_cut_gives_the_others_no_gradient_by_its_own_path() -> None:

@@ -15,8 +15,8 @@ from torch.nn import functional
 from training import draw_batch
 
 from mmaudit.train.balancing.config import BalancingConfig, GblendConfig
-from mmaudit.train.balancing.gblend import LEAST_OVERFIT, LEAST_WEIGHT, READ_ROWS, Gblend, blend_weights
-from mmaudit.train.batches import Batch, Loss, Reading, Rows
+from mmaudit.train.balancing.gblend import MIN_OVERFIT, MIN_WEIGHT, NUM_TRAIN_ROWS, Gblend, blend_weights
+from mmaudit.train.batches import Batch, Loss, OutputFunction, RowIndex
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
@@ -47,7 +47,7 @@ class Table:
     def __init__(self, train: list[list[float]], validation: list[list[float]], *, num_train: int = 10) -> None:
         self.train, self.validation, self.num_train = train, validation, num_train
         self.net = make().net
-        self.rows: list[Rows] = []
+        self.rows: list[RowIndex] = []
         self.losses: list[float] = []
         self.epochs: list[int] = []
         self.copies: list[FusionNet] = []
@@ -56,12 +56,12 @@ class Table:
         place = 0 if net is None else 1 + next(k for k, each in enumerate(self.copies) if each is net)
         return torch.tensor(table[place])[:, None] + torch.tensor([-0.5, 0.5])  # two samples, of that mean
 
-    def read(self, what: Reading, *, rows: Rows | None = None, net: FusionNet | None = None) -> Tensor:
+    def read(self, what: OutputFunction, *, rows: RowIndex | None = None, net: FusionNet | None = None) -> Tensor:
         assert rows is not None
         self.rows.append(rows)
         return self._row(self.train, net)
 
-    def read_validation(self, what: Reading, *, net: FusionNet | None = None) -> Tensor:
+    def read_validation(self, what: OutputFunction, *, net: FusionNet | None = None) -> Tensor:
         return self._row(self.validation, net)
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
@@ -87,7 +87,7 @@ def test_weights_are_the_published_ones() -> None:
 def test_what_does_not_generalise_is_left_the_least_weight() -> None:
     for bad in (-0.3, 0.0, float("nan"), float("-inf")):
         weights = blend_weights([1.0, bad, 1.0], [0.5, 0.5, 0.5])
-        assert weights == pytest.approx(np.array([0.5, LEAST_WEIGHT, 0.5]) / (1 + LEAST_WEIGHT))
+        assert weights == pytest.approx(np.array([0.5, MIN_WEIGHT, 0.5]) / (1 + MIN_WEIGHT))
 
 
 def test_where_nothing_generalises_all_weigh_the_same() -> None:
@@ -95,7 +95,7 @@ def test_where_nothing_generalises_all_weigh_the_same() -> None:
 
 
 def test_no_overfitting_counts_as_a_little() -> None:
-    floor = LEAST_OVERFIT * 0.5
+    floor = MIN_OVERFIT * 0.5
     expected = blend_weights([0.5, 0.4, 0.4], [floor, floor, 0.2])
     assert blend_weights([0.5, 0.4, 0.4], [0.0, -7.0, 0.2]) == pytest.approx(expected)
 
@@ -104,7 +104,7 @@ def test_no_overfitting_counts_as_a_little() -> None:
 def test_weights_sum_to_one_and_know_no_unit(gain: list[float], overfit: list[float], unit: float) -> None:
     weights = blend_weights(gain, overfit)
     assert weights.sum() == pytest.approx(1)
-    assert weights.min() > LEAST_WEIGHT / (1 + 3 * LEAST_WEIGHT) - 1e-9
+    assert weights.min() > MIN_WEIGHT / (1 + 3 * MIN_WEIGHT) - 1e-9
     if not any(0 < each < 1e-7 for each in gain):  # where the unit decides whether there is a gain at all
         scaled = blend_weights([unit * each for each in gain], [unit * each for each in overfit])
         assert scaled == pytest.approx(weights)
@@ -114,8 +114,8 @@ def test_each_is_measured_on_a_copy_trained_for_it_alone() -> None:
     balancer, model_reader = make(), Table(TRAIN, VALIDATION)
     before = copy.deepcopy(balancer.net.state_dict())
     balancer.begin_epoch(1, model_reader)
-    assert list(balancer.numbers()) == ["weight_fused", "weight_audio", "weight_visual"]
-    assert list(balancer.numbers().values()) == pytest.approx(blend_weights(GAIN, OVERFIT), rel=1e-5)
+    assert list(balancer.epoch_metrics()) == ["weight_fused", "weight_audio", "weight_visual"]
+    assert list(balancer.epoch_metrics().values()) == pytest.approx(blend_weights(GAIN, OVERFIT), rel=1e-5)
     batch = draw()
     outputs = balancer.net(batch.inputs)
     logits = [outputs.fused, *outputs.unimodal]
@@ -134,11 +134,11 @@ def test_measures_once_in_a_super_epoch() -> None:
     assert measured == [True, False, False, True, False, False, True]
 
 
-@pytest.mark.parametrize("num_train", [7, 10 * READ_ROWS])
+@pytest.mark.parametrize("num_train", [7, 10 * NUM_TRAIN_ROWS])
 def test_reads_the_same_bounded_rows_every_time(num_train: int) -> None:
     model_reader = Table(TRAIN, VALIDATION, num_train=num_train)
     make().begin_epoch(1, model_reader)
-    assert len(np.unique(model_reader.rows[0])) == len(model_reader.rows[0]) == min(num_train, READ_ROWS)
+    assert len(np.unique(model_reader.rows[0])) == len(model_reader.rows[0]) == min(num_train, NUM_TRAIN_ROWS)
     assert model_reader.rows[0].max() < num_train
     assert len(model_reader.rows) == 4
     assert all(np.array_equal(rows, model_reader.rows[0]) for rows in model_reader.rows)
@@ -175,4 +175,4 @@ def test_a_state_is_gone_on_from() -> None:
     balancer.begin_epoch(1, Table(TRAIN, VALIDATION))
     state: dict[str, Any] = balancer.state_dict()
     other.load_state_dict(state)
-    assert other.numbers() == balancer.numbers()
+    assert other.epoch_metrics() == balancer.epoch_metrics()

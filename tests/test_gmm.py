@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import BalancingConfig, GmmConfig
-from mmaudit.train.balancing.gmm import modality_gap, refit
-from mmaudit.train.batches import Batch, Loss, Reading, Rows
+from mmaudit.train.balancing.gmm import fit_gap_mixture, modality_gap
+from mmaudit.train.batches import Batch, Loss, OutputFunction, RowIndex
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
@@ -42,16 +42,16 @@ class Planted:
 
     def __init__(self, gap: NDArray[np.float64]) -> None:
         self.net, self.num_train, self.gap = NET, len(gap), gap
-        self.asked: list[Rows] = []
+        self.asked: list[RowIndex] = []
 
-    def read(self, what: Reading, *, rows: Rows | None = None, net: FusionNet | None = None) -> Tensor:
+    def read(self, what: OutputFunction, *, rows: RowIndex | None = None, net: FusionNet | None = None) -> Tensor:
         assert rows is not None
         self.asked.append(rows)
         gap = torch.from_numpy(self.gap[rows])
         label = torch.arange(len(gap)) % 3
         return what(said(torch.full_like(gap, 0.99), gap * 0.98, label), label).float()
 
-    def read_validation(self, what: Reading, *, net: FusionNet | None = None) -> Tensor:
+    def read_validation(self, what: OutputFunction, *, net: FusionNet | None = None) -> Tensor:
         raise NotImplementedError
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
@@ -96,7 +96,7 @@ def batch(*, loss_weight: Tensor = PART, present: Tensor | None = None) -> Batch
 
 
 def gammas(gap: Tensor = GAP) -> NDArray[np.float64]:
-    return refit(read_gaps(), device=CPU).balanced(gap).double().numpy()
+    return fit_gap_mixture(read_gaps(), device=CPU).balanced(gap).double().numpy()
 
 
 def read_gaps() -> NDArray[np.float64]:
@@ -119,7 +119,7 @@ def test_the_gap_is_the_most_less_the_least_confidence() -> None:
 
 def test_the_loss_by_hand() -> None:
     method, given = make(gmm=GmmConfig(warmup_epochs=0, lam_gap=0.7, lam_align=0.3)), batch()
-    known = refit(read_gaps(), device=CPU)
+    known = fit_gap_mixture(read_gaps(), device=CPU)
     g, w, gamma = GAP.double().numpy(), PART.double().numpy(), gammas()
     own = -np.log(STRONG.double().numpy()) - np.log((STRONG - GAP).double().numpy())
     excess = np.maximum(g - known.mean, 0) ** 2 / (2 * known.variance)
@@ -144,10 +144,10 @@ def test_the_posterior_parts_the_two_groups() -> None:
     gamma = gammas()
     assert gamma[:2].min() > 0.99
     assert gamma[2:].max() < 0.01
-    known = refit(read_gaps(), device=CPU)
+    known = fit_gap_mixture(read_gaps(), device=CPU)
     assert known.mean == pytest.approx(0.98 * 0.08, abs=0.01)
     assert known.variance == pytest.approx(0.01)  # that of the component, 0.05 squared, would make alignment all
-    assert make().numbers() == pytest.approx({"gmm_balanced": 0.6, "gmm_gap": 0.32, "gmm_bimodal": 1.0}, abs=0.03)
+    assert make().epoch_metrics() == pytest.approx({"gmm_balanced": 0.6, "gmm_gap": 0.32, "gmm_bimodal": 1.0}, abs=0.03)
 
 
 @pytest.mark.parametrize("stop_strong", [True, False])
@@ -239,7 +239,7 @@ def test_a_refit_reads_as_many_rows_as_it_may_and_always_the_same() -> None:
     ids=["none", "all", "constant", "one", "two", "uniform", "none-balanced"],
 )
 def test_where_there_are_no_two_groups_the_threshold_decides(gap: list[float]) -> None:
-    found = refit(np.array(gap), device=CPU)
+    found = fit_gap_mixture(np.array(gap), device=CPU)
     assert not found.bimodal
     assert found.balanced(torch.tensor([0.0, 0.19, 0.21, 1.0])).tolist() == [1.0, 1.0, 0.0, 0.0]
     assert 0 <= found.mean <= 0.2
@@ -248,7 +248,7 @@ def test_where_there_are_no_two_groups_the_threshold_decides(gap: list[float]) -
 
 
 def test_the_table_is_the_posterior() -> None:
-    found = refit(read_gaps(), device=CPU)
+    found = fit_gap_mixture(read_gaps(), device=CPU)
     gap = torch.linspace(0, 1, 9001)
     gamma = found.balanced(gap)
     assert bool((gamma[1:] <= gamma[:-1]).all())
@@ -280,12 +280,12 @@ def test_a_resumed_run_goes_on_exactly() -> None:
     other.begin_epoch(1, Planted(np.full(50, 0.1)))
     other.net.load_state_dict(one.net.state_dict())
     other.load_state_dict(one.state_dict())
-    assert other.numbers() == one.numbers()
+    assert other.epoch_metrics() == one.epoch_metrics()
     for _ in range(2):
         assert torch.equal(one.step(batch())[1], other.step(batch())[1])
     warm = make(gmm=GmmConfig(warmup_epochs=5))
     other.load_state_dict(warm.state_dict())
-    assert other.numbers() == {}
+    assert other.epoch_metrics() == {}
 
 
 def test_training_closes_the_gap_and_spoils_nothing() -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from training import draw_batch
 
 from mmaudit.train.balancing.config import BalancingConfig, GreedyConfig
-from mmaudit.train.balancing.greedy import Greedy, conditional_speeds, slowest
+from mmaudit.train.balancing.greedy import Greedy, conditional_speeds, slowest_modality
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
@@ -88,9 +88,9 @@ def test_speeds_by_hand() -> None:
 
 
 def test_the_slow_one_and_its_lead() -> None:
-    assert slowest([0.3, -0.2]) == pytest.approx((0, 0.5))
-    assert slowest([0.3, 0.9, -0.1]) == pytest.approx((1, 0.8))
-    assert slowest([0.4, 0.4]) == (0, 0)
+    assert slowest_modality([0.3, -0.2]) == pytest.approx((0, 0.5))
+    assert slowest_modality([0.3, 0.9, -0.1]) == pytest.approx((1, 0.8))
+    assert slowest_modality([0.4, 0.4]) == (0, 0)
 
 
 @pytest.mark.parametrize("m", [2, 3])
@@ -112,7 +112,7 @@ def test_mu_adds_up_squared_gradients_over_squared_weights(m: int) -> None:
         balancer.step(batch)
     assert balancer.state_dict()["total"].flatten().tolist() == pytest.approx(expected.flatten().tolist(), rel=1e-4)
     speeds = conditional_speeds(*expected.tolist())
-    numbers = balancer.numbers()
+    numbers = balancer.epoch_metrics()
     assert [numbers[f"speed_{name}"] for name in NAMES[:m]] == pytest.approx(speeds, abs=1e-4)
 
 
@@ -121,7 +121,7 @@ def test_speeds_are_compared_after_the_rest_and_rebalanced_for_the_window() -> N
     balancer.load_state_dict(state(AUDIO_SLOW))
     whole = [len(moves(balancer, draw(step))) > 10 for step in range(12)]
     assert whole == [True, True, True, False, False, False, True, True, True, False, False, False]
-    assert balancer.numbers()["rebalanced"] == 6
+    assert balancer.epoch_metrics()["rebalanced"] == 6
 
 
 def test_no_rest_compares_at_every_step() -> None:
@@ -136,14 +136,14 @@ def test_up_to_alpha_nothing_is_rebalanced(total: Tensor, alpha: float) -> None:
     balancer.load_state_dict(state(total))
     for step in range(4):
         balancer.step(draw(step))
-    assert balancer.numbers()["rebalanced"] == 0
+    assert balancer.epoch_metrics()["rebalanced"] == 0
 
 
 @pytest.mark.parametrize("slow", [0, 1])
 @pytest.mark.parametrize("own_heads", [False, True])
 def test_only_the_slow_modality_moves_in_a_rebalancing_step(slow: int, own_heads: bool) -> None:
     balancer = make(own_heads=own_heads)  # AdamW with decay: what has a gradient of 0 would move too
-    balancer.load_state_dict(state(BALANCED, slow=slow, left=1))
+    balancer.load_state_dict(state(BALANCED, slow=slow, steps_left=1))
     moved = moves(balancer, draw())
     own = {f"encoders.{slow}.", f"fusion.heads.{slow}."}
     assert {name for name in moved if not name.startswith("heads.")} == {
@@ -159,14 +159,14 @@ def test_the_slow_modality_is_excited_by_the_usual_in_a_rebalancing_step_alone()
         balancer.step(draw(step))
     fusion = balancer.net.fusion
     assert isinstance(fusion, Mmtm)
-    balancer.load_state_dict(state(BALANCED, slow=1, left=1))
+    balancer.load_state_dict(state(BALANCED, slow=1, steps_left=1))
     with torch.no_grad():
         reference = copy.deepcopy(balancer.net)
         features = reference.encode(batch.inputs)
         assert isinstance(reference.fusion, Mmtm)
         now = reference.fusion.excitations(features)[0]
         reference.fusion(features)  # the running mean moves first
-        heads, usual = reference.fusion.heads, reference.fusion.usual()[1]
+        heads, usual = reference.fusion.heads, reference.fusion.mean_excitations()[1]
         expected = heads[0](features[0] * 2 * now.sigmoid()) + heads[1](features[1] * 2 * usual.sigmoid())
     outputs, _ = balancer.step(batch)
     assert torch.allclose(outputs.fused, expected, atol=1e-6)
@@ -175,7 +175,7 @@ def test_the_slow_modality_is_excited_by_the_usual_in_a_rebalancing_step_alone()
 
 def test_the_path_is_whole_again_when_a_step_fails() -> None:
     balancer = make()
-    balancer.load_state_dict(state(BALANCED, slow=1, left=1))
+    balancer.load_state_dict(state(BALANCED, slow=1, steps_left=1))
     with pytest.raises(ValueError, match="shorter"):
         balancer.step(draw(m=1))
     assert isinstance(balancer.net.fusion, Mmtm)
@@ -209,7 +209,7 @@ def test_an_interrupted_run_goes_on_the_same() -> None:
     for step in range(2, 7):
         assert moves(fresh, draw(step)) == moves(one, draw(step))
     assert torch.equal(fresh.state_dict()["total"], one.state_dict()["total"])
-    assert fresh.numbers() == one.numbers()
+    assert fresh.epoch_metrics() == one.epoch_metrics()
 
 
 def test_two_processes_with_halves_of_a_batch_do_what_one_does() -> None:
@@ -221,7 +221,7 @@ def test_two_processes_with_halves_of_a_batch_do_what_one_does() -> None:
     found = dict(twin.net.named_parameters())
     for name, p in one.net.named_parameters():
         assert torch.allclose(p, found[name], atol=1e-5)
-    assert twin.numbers() == pytest.approx(one.numbers(), rel=1e-3)
-    assert twin.numbers()["rebalanced"] > 0
+    assert twin.epoch_metrics() == pytest.approx(one.epoch_metrics(), rel=1e-3)
+    assert twin.epoch_metrics()["rebalanced"] > 0
     buffers = dict(twin.net.named_buffers())
     assert torch.allclose(buffers["fusion.mean"], dict(one.net.named_buffers())["fusion.mean"], atol=1e-5)

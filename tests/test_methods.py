@@ -20,7 +20,7 @@ from mmaudit.train.balancing.config import BALANCERS, BalancingConfig, GblendCon
 from mmaudit.train.config import FinetuneConfig, TrainConfig
 from mmaudit.train.network import FusionNet
 from mmaudit.train.sampling.config import SAMPLERS, BssConfig, DusConfig, SamplingConfig, SmvConfig
-from mmaudit.train.setup import model_config_of
+from mmaudit.train.setup import build_model_config
 
 torch.set_num_threads(1)
 
@@ -78,7 +78,7 @@ def test_a_pair_moves_the_parameters_it_should_and_no_others(tmp_path: Path, sam
     config = config_of(sampling, balancing, freeze=("audio",), own_heads=balancing != "mla")
     tune(examples, tmp_path, config)
     torch.manual_seed(0)
-    before = FusionNet(model_config_of(examples, config)).state_dict()
+    before = FusionNet(build_model_config(examples, config)).state_dict()
     after = load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
     still = {name for name in before if torch.equal(before[name], after[name])}

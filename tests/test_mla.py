@@ -17,7 +17,7 @@ from torch.nn import functional
 from training import cut_to, draw_batch
 
 from mmaudit.train.balancing.config import BalancingConfig, MlaConfig
-from mmaudit.train.balancing.mla import Mla, absorb, forget
+from mmaudit.train.balancing.mla import Mla, project_out, relax_to_identity
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
@@ -109,22 +109,22 @@ def test_absorbing_is_the_inverse_of_what_was_seen(seed: int, number: int) -> No
     seen = torch.from_numpy(np.random.default_rng(seed).standard_normal((number, 4)))
     projection, ridge = torch.eye(4, dtype=torch.float64), 0.5
     for direction in seen:
-        projection = absorb(projection, direction, ridge=ridge)
+        projection = project_out(projection, direction, ridge=ridge)
     expected = torch.linalg.inv(torch.eye(4, dtype=torch.float64) + seen.T @ seen / ridge)
     assert torch.allclose(projection, expected)
     assert torch.equal(projection, projection.T)
 
 
 def test_absorbing_by_hand() -> None:
-    found = absorb(torch.eye(2), torch.tensor([3.0, 0.0]), ridge=1.0)
+    found = project_out(torch.eye(2), torch.tensor([3.0, 0.0]), ridge=1.0)
     assert found.flatten().tolist() == pytest.approx([0.1, 0, 0, 1])
-    assert torch.equal(absorb(found, torch.zeros(2), ridge=1.0), found)  # nothing was seen
+    assert torch.equal(project_out(found, torch.zeros(2), ridge=1.0), found)  # nothing was seen
 
 
 def test_forgetting_by_hand() -> None:
-    found = forget(torch.tensor([[0.2, 0.4], [0.4, 1.0]]))
+    found = relax_to_identity(torch.tensor([[0.2, 0.4], [0.4, 1.0]]))
     assert found.flatten().tolist() == pytest.approx([0.6, 0.2, 0.2, 1.0])
-    assert torch.equal(forget(torch.eye(4)), torch.eye(4))
+    assert torch.equal(relax_to_identity(torch.eye(4)), torch.eye(4))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -135,7 +135,7 @@ def test_it_stays_between_nothing_and_the_identity_and_does_not_fade(seed: int) 
     for _ in range(200):
         direction = usual + torch.randn(8)
         direction[0] = 0  # a feature that is never there
-        projection = absorb(forget(projection), direction, ridge=1e-3)
+        projection = project_out(relax_to_identity(projection), direction, ridge=1e-3)
         assert float((projection @ direction).norm()) < 1e-2 * float(direction.norm())
     eigenvalues = torch.linalg.eigvalsh(projection)
     assert float(eigenvalues.min()) > -1e-5
@@ -172,7 +172,7 @@ def test_the_classifier_does_not_move_along_what_the_last_turn_saw(alike: bool) 
 def test_the_first_turn_of_all_takes_the_whole_gradient() -> None:
     balancer, batch = make(PLAIN), draw()
     net = copy.deepcopy(balancer.net)
-    logits = net.fusion.alone(net.encode(batch.inputs))[0]
+    logits = net.fusion.unimodal_logits(net.encode(batch.inputs))[0]
     each = functional.cross_entropy(logits, batch.label, reduction="none")
     (each @ torch.from_numpy(WEIGHT / WEIGHT.sum())).backward()  # type: ignore[no-untyped-call]
     first = turns(balancer, batch)[0]
@@ -223,7 +223,7 @@ def test_a_turn_learns_from_those_who_have_the_modality() -> None:
 def test_what_is_frozen_or_fixed_stays() -> None:
     balancer = make(ADAMW)
     balancer.optimization.frozen[1] = True
-    balancer.net.fix_encoders([2])
+    balancer.net.freeze_encoders([2])
     for moved in turns(balancer, draw()):
         assert not any(
             bool(change.any()) for name, change in moved.items() if name.startswith(("encoders.1", "encoders.2"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from training import draw_batch
 
 from mmaudit.train.balancing.config import BalancingConfig, MmParetoConfig
-from mmaudit.train.balancing.mmpareto import MmPareto, combine
+from mmaudit.train.balancing.mmpareto import MmPareto, combine_gradients
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
@@ -60,7 +60,7 @@ def make(
         dropout=0.0,
     )
     net = FusionNet(plan)
-    net.fix_encoders(freeze)
+    net.freeze_encoders(freeze)
     config = OptimConfig(optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, precision=precision)
     return MmPareto(net, Optimization(net, config, device="cpu", distributed=distributed), BalancingConfig(), epochs=2)
 
@@ -93,7 +93,7 @@ def expected(balancer: MmPareto, batch: Batch) -> tuple[dict[str, Tensor], dict[
 def test_against_a_search_for_the_shortest_vector(seed: int, length: float) -> None:
     rng = np.random.default_rng(seed)
     f, u = rng.standard_normal(4), length * rng.standard_normal(4)
-    found = combine(torch.from_numpy(f), torch.from_numpy(u), gamma=GAMMA).numpy()
+    found = combine_gradients(torch.from_numpy(f), torch.from_numpy(u), gamma=GAMMA).numpy()
     if f @ u > 0:
         assert found == pytest.approx(GAMMA * (f + u))
         return
@@ -107,31 +107,35 @@ def test_against_a_search_for_the_shortest_vector(seed: int, length: float) -> N
 
 def test_by_hand() -> None:
     f, u = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])  # a = (2 + 1) / 5; shortest (1, 2) / 5; their sum (0, 1)
-    assert combine(f, u, gamma=1.0).tolist() == pytest.approx([1 / 5**0.5, 2 / 5**0.5])
+    assert combine_gradients(f, u, gamma=1.0).tolist() == pytest.approx([1 / 5**0.5, 2 / 5**0.5])
 
 
 @given(SEEDS)
 def test_neither_loss_is_made_worse(seed: int) -> None:
     rng = np.random.default_rng(seed)
     f, u = torch.from_numpy(rng.standard_normal(5)), torch.from_numpy(rng.standard_normal(5))
-    found = combine(f, u, gamma=GAMMA)
+    found = combine_gradients(f, u, gamma=GAMMA)
     assert float(found @ f) >= -1e-9
     assert float(found @ u) >= -1e-9
     assert float(found.norm()) == pytest.approx(GAMMA * float((f + u).norm()))
-    assert combine(u, f, gamma=GAMMA).tolist() == pytest.approx(found.tolist())
+    assert combine_gradients(u, f, gamma=GAMMA).tolist() == pytest.approx(found.tolist())
 
 
 def test_where_one_is_nothing_the_other_is_followed() -> None:
     f, nothing = torch.tensor([3.0, -4.0]), torch.zeros(2)
-    assert combine(f, nothing, gamma=GAMMA).tolist() == combine(nothing, f, gamma=GAMMA).tolist() == [4.5, -6.0]
-    assert combine(nothing, nothing, gamma=GAMMA).tolist() == [0, 0]
+    assert (
+        combine_gradients(f, nothing, gamma=GAMMA).tolist()
+        == combine_gradients(nothing, f, gamma=GAMMA).tolist()
+        == [4.5, -6.0]
+    )
+    assert combine_gradients(nothing, nothing, gamma=GAMMA).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0, 1e6])
 def test_opposite_gradients_stay_finite_at_any_size(size: float) -> None:
     f = size * torch.tensor([1.0, 2.0, -1.0])
     for u in (-f, -3 * f, -f + size * torch.tensor([1e-6, 0.0, 0.0])):
-        found = combine(f, u, gamma=GAMMA)
+        found = combine_gradients(f, u, gamma=GAMMA)
         assert torch.isfinite(found).all()
         assert float(found.norm()) <= 1.01 * GAMMA * float((f + u).norm())
 
@@ -145,7 +149,7 @@ def test_encoders_follow_the_combination_and_all_else_the_sum(fusion: str, seed:
     for j in range(2):
         names = [name for name in found if name.startswith(f"encoders.{j}.")]
         f, u, combined = (torch.cat([each[name].reshape(-1) for name in names]) for each in (fused, own, found))
-        assert combined.tolist() == pytest.approx(combine(f, u, gamma=GAMMA).tolist(), rel=1e-3, abs=1e-5)
+        assert combined.tolist() == pytest.approx(combine_gradients(f, u, gamma=GAMMA).tolist(), rel=1e-3, abs=1e-5)
     rest = [name for name in found if not name.startswith("encoders.")]
     assert any(name.startswith("heads.") for name in rest)
     for name in rest:

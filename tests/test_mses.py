@@ -34,7 +34,7 @@ def make(*, patience: int = 2, own_heads: bool = False, freeze: tuple[int, ...] 
         dropout=0.5,
     )
     net = FusionNet(plan)
-    net.fix_encoders(freeze)
+    net.freeze_encoders(freeze)
     optimization = Optimization(net, OptimConfig(precision="float32", lr=0.1), device="cpu", distributed=SINGLE_PROCESS)
     config = BalancingConfig(mses=MsesConfig(patience=patience))
     return Mses(net, optimization, config, epochs=9)
@@ -48,7 +48,7 @@ def end(balancer: Mses, *losses: tuple[float, float]) -> list[tuple[bool, bool]]
     """End epochs with these own validation losses, and tell after each who is frozen."""
     found = []
     for epoch, own in enumerate(losses, start=1):
-        balancer.end_epoch(epoch, Validation(loss=1.0, accuracy=0.5, own_loss=own, own_accuracy=(0.5, 0.5)))
+        balancer.end_epoch(epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=own, unimodal_accuracy=(0.5, 0.5)))
         found.append((balancer.optimization.frozen[0], balancer.optimization.frozen[1]))
     return found
 
@@ -109,7 +109,7 @@ def losses_of(balancer: Mses, batch: Batch) -> tuple[float, list[float], Tensor]
     balancer.net.eval()
     outputs = balancer.net(batch.inputs, batch.present)
     fused, own = cross_entropies(outputs, batch.label)
-    means = batch.mean_own(own).tolist()
+    means = batch.mean_unimodal(own).tolist()
     return float(batch.mean_fused(fused).detach()), means, balancer.loss(outputs, batch).detach()
 
 
@@ -133,7 +133,7 @@ def test_when_all_are_frozen_the_fused_part_goes_on() -> None:
 def test_numbers_tell_who_is_frozen() -> None:
     balancer = make(patience=1)
     end(balancer, (1.0, 1.0), (0.9, 1.0))
-    assert balancer.numbers() == {"frozen_audio": 0.0, "frozen_visual": 1.0}
+    assert balancer.epoch_metrics() == {"frozen_audio": 0.0, "frozen_visual": 1.0}
 
 
 def test_a_state_is_gone_on_from() -> None:

@@ -14,8 +14,8 @@ from training import draw_batch
 
 from mmaudit.train.balancing.balancer import Validation
 from mmaudit.train.balancing.config import BalancingConfig, MslrConfig
-from mmaudit.train.balancing.mslr import Mslr, dynamic_rates, smooth_rate
-from mmaudit.train.batches import Loss, Reading, Rows
+from mmaudit.train.balancing.mslr import Mslr, dynamic_factors, smooth_factor
+from mmaudit.train.batches import Loss, OutputFunction, RowIndex
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropies
@@ -34,10 +34,10 @@ class Start:
     def __init__(self, net: FusionNet) -> None:
         self.net = net
 
-    def read(self, what: Reading, *, rows: Rows | None = None, net: FusionNet | None = None) -> Tensor:
+    def read(self, what: OutputFunction, *, rows: RowIndex | None = None, net: FusionNet | None = None) -> Tensor:
         raise AssertionError("training samples decide about no rate")
 
-    def read_validation(self, what: Reading, *, net: FusionNet | None = None) -> Tensor:
+    def read_validation(self, what: OutputFunction, *, net: FusionNet | None = None) -> Tensor:
         even, odd = torch.zeros(4, 3), torch.tensor([math.log(2), 0, 0]).repeat(4, 1)
         return what(Outputs(even, torch.stack([even, odd]), ()), torch.tensor([0, 1, 2, 0]))
 
@@ -54,7 +54,7 @@ def make(mode: str, *, factors: tuple[str, ...] = (), most: float = 10.0, epochs
         ModelConfig(modalities=("audio", "visual"), shapes=((5,), (4,)), classes=("a", "b", "c"), hidden=6, dropout=0.0)
     )
     optim = OptimConfig(precision="float32", lr=0.1, schedule="constant", modality_lr=factors)
-    config = BalancingConfig(mslr=MslrConfig(mode=mode, most=most))
+    config = BalancingConfig(mslr=MslrConfig(mode=mode, max_factor=most))
     return Mslr(net, Optimization(net, optim, device="cpu", distributed=SINGLE_PROCESS), config, epochs=epochs)
 
 
@@ -68,7 +68,7 @@ def rates(balancer: Mslr, epoch: int) -> list[float]:
 def end(balancer: Mslr, epoch: int, *left: float) -> None:
     """End an epoch with these shares left of the own losses at the start."""
     own = tuple(share * first for share, first in zip(left, FIRST, strict=True))
-    balancer.end_epoch(epoch, Validation(loss=1.0, accuracy=0.5, own_loss=own, own_accuracy=(0.5, 0.5)))
+    balancer.end_epoch(epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=own, unimodal_accuracy=(0.5, 0.5)))
 
 
 def test_keep_keeps_what_was_given() -> None:
@@ -88,9 +88,9 @@ def test_smooth_goes_from_what_was_given_to_the_common_rate_in_even_ratios() -> 
 
 @given(st.floats(0.001, 100), st.integers(1, 50))
 def test_smooth_begins_at_the_factor(given_factor: float, epochs: int) -> None:
-    assert given_factor * smooth_rate(given_factor, epoch=1, epochs=epochs) == pytest.approx(given_factor)
+    assert given_factor * smooth_factor(given_factor, epoch=1, epochs=epochs) == pytest.approx(given_factor)
     if epochs > 1:
-        assert given_factor * smooth_rate(given_factor, epoch=epochs, epochs=epochs) == pytest.approx(1)
+        assert given_factor * smooth_factor(given_factor, epoch=epochs, epochs=epochs) == pytest.approx(1)
 
 
 def test_a_factor_of_0_stays_0() -> None:
@@ -98,22 +98,24 @@ def test_a_factor_of_0_stays_0() -> None:
 
 
 def test_dynamic_by_hand() -> None:
-    found = dynamic_rates([0.9, 0.1], strength=1.0, least=0.01, most=100)  # over their geometric mean, 0.3
+    found = dynamic_factors([0.9, 0.1], strength=1.0, min_factor=0.01, max_factor=100)  # over their geometric mean, 0.3
     assert found == pytest.approx([3, 1 / 3])
-    assert dynamic_rates([0.9, 0.1], strength=0.5, least=0.01, most=100) == pytest.approx([3**0.5, 3**-0.5])
-    assert dynamic_rates([0.9, 0.1], strength=0.0, least=0.01, most=100) == pytest.approx([1, 1])
-    assert dynamic_rates([0.9, 0.1], strength=1.0, least=0.5, most=2) == pytest.approx([2, 0.5])
+    assert dynamic_factors([0.9, 0.1], strength=0.5, min_factor=0.01, max_factor=100) == pytest.approx(
+        [3**0.5, 3**-0.5]
+    )
+    assert dynamic_factors([0.9, 0.1], strength=0.0, min_factor=0.01, max_factor=100) == pytest.approx([1, 1])
+    assert dynamic_factors([0.9, 0.1], strength=1.0, min_factor=0.5, max_factor=2) == pytest.approx([2, 0.5])
 
 
 @given(LEFT, st.floats(0, 3))
 def test_who_lags_is_given_more_within_bounds(left: list[float], strength: float) -> None:
-    found = np.array(dynamic_rates(left, strength=strength, least=0.1, most=10))
+    found = np.array(dynamic_factors(left, strength=strength, min_factor=0.1, max_factor=10))
     assert (found >= 0.1 - 1e-9).all()
     assert (found <= 10 + 1e-9).all()
     assert (np.diff(found[np.argsort(left)]) >= -1e-9).all()
-    unbounded = np.array(dynamic_rates(left, strength=strength, least=1e-9, most=1e9))
+    unbounded = np.array(dynamic_factors(left, strength=strength, min_factor=1e-9, max_factor=1e9))
     assert np.log(unbounded).mean() == pytest.approx(0, abs=1e-9)
-    assert dynamic_rates(left[::-1], strength=strength, least=0.1, most=10) == pytest.approx(found[::-1])
+    assert dynamic_factors(left[::-1], strength=strength, min_factor=0.1, max_factor=10) == pytest.approx(found[::-1])
 
 
 def test_dynamic_follows_what_each_has_left_of_its_own_loss() -> None:
@@ -121,7 +123,7 @@ def test_dynamic_follows_what_each_has_left_of_its_own_loss() -> None:
     assert rates(balancer, 1) == pytest.approx([0.5, 1, 1])
     end(balancer, 1, 0.9, 0.1)
     assert rates(balancer, 2) == pytest.approx([0.5 * 3, 1 / 3, 1], rel=1e-5)
-    assert balancer.numbers() == pytest.approx({"rate_audio": 1.5, "rate_visual": 1 / 3}, rel=1e-5)
+    assert balancer.epoch_metrics() == pytest.approx({"rate_audio": 1.5, "rate_visual": 1 / 3}, rel=1e-5)
 
 
 @pytest.mark.parametrize("risen", [5.0, float("nan"), float("inf")])
@@ -134,7 +136,7 @@ def test_a_modality_that_overfits_is_not_driven_on(risen: float) -> None:
 
 
 def test_a_loss_of_0_stays_within_bounds() -> None:
-    balancer = make("dynamic", most=4.0)
+    balancer = make("dynamic", max_factor=4.0)
     rates(balancer, 1)
     end(balancer, 1, 1.0, 0.0)
     assert rates(balancer, 2) == pytest.approx([4, 0.1, 1])

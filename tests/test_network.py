@@ -79,9 +79,9 @@ def test_a_modality_that_nobody_has_is_features_of_0() -> None:
     net, inputs = net_of(), some()
     present = torch.ones(11, 3, dtype=torch.bool)
     present[:, 2] = False
-    outputs = net(cut_to(present, inputs), present, each=False)
+    outputs = net(cut_to(present, inputs), present, unimodal=False)
     assert torch.equal(outputs.features[2], torch.zeros(11, 7))
-    assert torch.equal(outputs.fused, net.fused_of(net.encode(inputs), [True, True, False]))
+    assert torch.equal(outputs.fused, net.fused_logits(net.encode(inputs), [True, True, False]))
 
 
 @torch.no_grad()
@@ -90,9 +90,9 @@ def test_the_fused_answer_of_some_is_that_of_features_of_0(fusion: str) -> None:
     net, inputs = net_of(fusion=fusion).eval(), some()
     features = net.encode(inputs)
     present = torch.tensor([True, False, True]).expand(11, 3)
-    assert torch.equal(net.fused_of(features, [True, False, True]), net(inputs, present, each=False).fused)
-    assert torch.equal(net.fused_of(features, [True] * 3), net(inputs, each=False).fused)
-    nobody = net.fused_of(features, [False] * 3)
+    assert torch.equal(net.fused_logits(features, [True, False, True]), net(inputs, present, unimodal=False).fused)
+    assert torch.equal(net.fused_logits(features, [True] * 3), net(inputs, unimodal=False).fused)
+    nobody = net.fused_logits(features, [False] * 3)
     torch.testing.assert_close(nobody, nobody[:1].expand(11, 6))
 
 
@@ -100,7 +100,7 @@ def test_the_fused_answer_of_some_is_that_of_features_of_0(fusion: str) -> None:
 def test_a_fixed_encoder_stays_as_it_is(plan: ModelConfig) -> None:
     net, inputs = net_of(plan, dropout=0.5), some(plan)
     buffers = [buffer.clone() for buffer in net.encoders[1].buffers()]
-    net.fix_encoders([1])
+    net.freeze_encoders([1])
     first, second = net(inputs).features, net(inputs).features  # at once, and dropout is for those in training
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[0], second[0])
@@ -137,7 +137,7 @@ def test_each_modality_has_a_say_of_its_own(fusion: str, own_heads: bool) -> Non
             torch.testing.assert_close(outputs.unimodal[j], expected, rtol=1e-5, atol=1e-5)
     else:
         assert len(net.heads) == 0
-        assert torch.equal(outputs.unimodal, net.fusion.alone(outputs.features))
+        assert torch.equal(outputs.unimodal, net.fusion.unimodal_logits(outputs.features))
     changed = net([inputs[0], inputs[1] + 1, inputs[2]])
     moved = (changed.unimodal - outputs.unimodal).abs().amax(dim=(1, 2))
     assert moved[0] == moved[2] == 0
@@ -149,13 +149,13 @@ def test_each_modality_has_a_say_of_its_own(fusion: str, own_heads: bool) -> Non
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_fused_answer_alone_is_the_same_answer(fusion: str, own_heads: bool) -> None:
     net, inputs = net_of(fusion=fusion, own_heads=own_heads).eval(), some()
-    fused, whole = net(inputs, each=False), net(inputs)
+    fused, whole = net(inputs, unimodal=False), net(inputs)
     torch.testing.assert_close(fused.fused, whole.fused, rtol=1e-4, atol=1e-5)
     names = [name for name, _ in net.named_parameters() if not name.startswith("heads")]  # those only listen
     one, other = (gradients(net, found.fused.square().sum()) for found in (fused, whole))
     assert {name: one[name] is None for name in names} == {name: other[name] is None for name in names}
     torch.testing.assert_close(*({name: each[name] for name in names} for each in (one, other)), rtol=1e-3, atol=1e-3)
-    with pytest.raises(RuntimeError, match="asked for its fused answer alone"):
+    with pytest.raises(RuntimeError, match="computed fused logits only"):
         _ = fused.unimodal
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import BalancingConfig, OgmConfig
-from mmaudit.train.balancing.ogm import damping, mean_of_others
+from mmaudit.train.balancing.ogm import mean_of_others, ogm_coefficients
 from mmaudit.train.batches import Batch, ModelReader
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
@@ -78,13 +78,13 @@ def moved(method: Balancer, given_: Batch) -> dict[str, Tensor]:
 
 def test_two_coefficients_by_hand() -> None:
     """S = 6, 4: rho = 1.5 and 2/3; the first is damped by tanh(0.3 * 1.5), the other left."""
-    found = damping(torch.tensor([6.0, 4.0]), alpha=0.3)
+    found = ogm_coefficients(torch.tensor([6.0, 4.0]), alpha=0.3)
     assert found.tolist() == pytest.approx([1 - math.tanh(0.45), 1.0])
 
 
 def test_three_coefficients_by_hand() -> None:
     """S = 6, 4, 1: rho = 6 / 2.5, 4 / 3.5, 1 / 5."""
-    found = damping(torch.tensor([6.0, 4.0, 1.0]), alpha=0.5)
+    found = ogm_coefficients(torch.tensor([6.0, 4.0, 1.0]), alpha=0.5)
     assert found.tolist() == pytest.approx([1 - math.tanh(0.5 * 2.4), 1 - math.tanh(0.5 * 4 / 3.5), 1.0])
 
 
@@ -93,9 +93,9 @@ def test_coefficients_damp_the_leader_whatever_the_unit(scores: list[float], alp
     score = torch.tensor(scores, dtype=torch.float64)
     lead = (len(scores) - 1) * score / (score.sum() - score) - 1
     assume(not bool(((lead > 1e-7) & (lead < 1e-5)).any()))  # k leaps there, and a unit rounds
-    found = damping(score, alpha=alpha)
-    torch.testing.assert_close(damping(unit * score, alpha=alpha), found, atol=1e-9, rtol=1e-6)
-    torch.testing.assert_close(damping(score.flip(0), alpha=alpha).flip(0), found)
+    found = ogm_coefficients(score, alpha=alpha)
+    torch.testing.assert_close(ogm_coefficients(unit * score, alpha=alpha), found, atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(ogm_coefficients(score.flip(0), alpha=alpha).flip(0), found)
     assert float(found.min()) >= 0
     assert float(found.max()) <= 1
     assert float(found[score.argmin()]) == pytest.approx(1.0)
@@ -106,12 +106,12 @@ def test_coefficients_damp_the_leader_whatever_the_unit(scores: list[float], alp
 def test_equals_are_not_damped(score: float, number: int) -> None:
     """Their mean may be rounded below them."""
     for dtype in (torch.float32, torch.float64):
-        assert damping(torch.full((number,), score, dtype=dtype), alpha=1.0).tolist() == [1.0] * number
+        assert ogm_coefficients(torch.full((number,), score, dtype=dtype), alpha=1.0).tolist() == [1.0] * number
 
 
 def test_a_modality_that_nobody_has_is_compared_with_none() -> None:
-    assert damping(torch.tensor([5.0, 0.0]), alpha=0.5).tolist() == [1.0, 1.0]
-    both = damping(torch.tensor([6.0, 0.0, 4.0]), alpha=0.3)
+    assert ogm_coefficients(torch.tensor([5.0, 0.0]), alpha=0.5).tolist() == [1.0, 1.0]
+    both = ogm_coefficients(torch.tensor([6.0, 0.0, 4.0]), alpha=0.3)
     assert both.tolist() == pytest.approx([1 - math.tanh(0.45), 1.0, 1.0])
 
 
@@ -126,13 +126,13 @@ def test_encoders_are_damped_and_nothing_else_is_touched() -> None:
         each.net.fusion.heads[0].weight.data[:] = 0.5 * torch.eye(3, 8)  # type: ignore[index, union-attr]
     outputs = method.net(batch().inputs)
     score = outputs.confidence(batch().label)[1:].sum(dim=1)
-    wanted = damping(score, alpha=0.5)
+    wanted = ogm_coefficients(score, alpha=0.5)
     assert wanted.min() < 1
     whole, damped = moved(plain, batch()), moved(method, batch())
     for name, step in whole.items():
         factor = next((wanted[j] for j in range(2) if name.startswith(f"encoders.{j}.")), torch.ones(()))
         torch.testing.assert_close(damped[name], factor * step, atol=1e-6, rtol=1e-4)
-    assert list(method.numbers().values()) == pytest.approx(wanted.tolist(), rel=1e-5)
+    assert list(method.epoch_metrics().values()) == pytest.approx(wanted.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ogm", "ogm-ge"])
@@ -182,7 +182,7 @@ def test_two_processes_are_one() -> None:
     whole = moved(alone, batch(copies=2))
     for name, step in moved(two, batch(share=0.5)).items():
         torch.testing.assert_close(step, whole[name], atol=1e-6, rtol=1e-4)
-    assert two.numbers() == pytest.approx(alone.numbers(), rel=1e-5)
+    assert two.epoch_metrics() == pytest.approx(alone.epoch_metrics(), rel=1e-5)
 
 
 def test_a_resumed_run_knows_where_it_is() -> None:
@@ -193,6 +193,6 @@ def test_a_resumed_run_knows_where_it_is() -> None:
     other = make("ogm", ogm=config)
     other.net.load_state_dict(one.net.state_dict())
     other.load_state_dict(one.state_dict())
-    assert other.numbers() == one.numbers()
+    assert other.epoch_metrics() == one.epoch_metrics()
     for a, b in zip(moved(one, batch()).values(), moved(other, batch()).values(), strict=True):
         assert torch.equal(a, b)

@@ -15,7 +15,7 @@ from mmaudit.audit.errors import ConfigError
 from mmaudit.train.config import TrainConfig
 from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.examples import Examples
-from mmaudit.train.setup import identity_of, model_config_of, set_up
+from mmaudit.train.setup import build_model_config, run_identity, set_up
 
 torch.set_num_threads(1)
 
@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 def identity(examples: Examples, config: TrainConfig = QUICK, *, seed: int = 0, **options: Any) -> str:
     distributed = options.pop("world", SINGLE_PROCESS)
     training_data = set_up(examples, config, seed=seed, device="cpu", distributed=distributed)
-    return identity_of(examples, training_data, init=options.pop("init", None))
+    return run_identity(examples, training_data, init=options.pop("init", None))
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_other_weights_to_begin_with_make_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"freeze": ("audo",)}, "no modality audo here; the modalities are audio, visual"),
-        ({"modality_lr": ("text=0.1",)}, "no modality text here; the modalities are audio, visual"),
+        ({"freeze": ("audo",)}, "no modality audo; the modalities are audio, visual"),
+        ({"modality_lr": ("text=0.1",)}, "no modality text; the modalities are audio, visual"),
     ],
 )
 def test_a_modality_that_is_not_there_is_missed(options: dict[str, Any], words: str) -> None:
@@ -86,5 +86,5 @@ def test_the_pool_is_of_the_training_rows() -> None:
     [("joint", "concat", False), ("mmpareto", "concat", True), ("greedy", "mmtm", False), ("mla", "shared", False)],
 )
 def test_a_method_has_the_network_it_needs(balancing: str, fusion: str, own_heads: bool) -> None:
-    plan = model_config_of(examples_of(), setting(balancing=balancing))
+    plan = build_model_config(examples_of(), setting(balancing=balancing))
     assert (plan.fusion, plan.own_heads) == (fusion, own_heads)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import BalancingConfig, PmrConfig
-from mmaudit.train.balancing.pmr import distances, lag
-from mmaudit.train.batches import Batch, Loss, Reading, Rows
+from mmaudit.train.balancing.pmr import distances, lag_weights
+from mmaudit.train.batches import Batch, Loss, OutputFunction, RowIndex
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -40,7 +40,7 @@ class Desk:
         self.num_train, self.asked = len(label), list[int]()
 
     @torch.no_grad()
-    def read(self, what: Reading, *, rows: Rows | None = None, net: FusionNet | None = None) -> Tensor:
+    def read(self, what: OutputFunction, *, rows: RowIndex | None = None, net: FusionNet | None = None) -> Tensor:
         some = torch.from_numpy(np.arange(self.num_train) if rows is None else rows)
         self.asked.append(len(some))
         self.net.eval()
@@ -48,7 +48,7 @@ class Desk:
         self.net.train()
         return found
 
-    def read_validation(self, what: Reading, *, net: FusionNet | None = None) -> Tensor:
+    def read_validation(self, what: OutputFunction, *, net: FusionNet | None = None) -> Tensor:
         raise NotImplementedError
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
@@ -122,17 +122,17 @@ def test_distances_are_euclidean_and_have_a_slope_everywhere() -> None:
 
 def test_weights_by_hand() -> None:
     """S = 4, 5: the first lags by 5 / 4 - 1; 1, 5: by more than 1, which is the most; 4, 5, 6: by 5.5 / 4 - 1."""
-    assert lag(torch.tensor([4.0, 5.0])).tolist() == pytest.approx([0.25, 0.0])
-    assert lag(torch.tensor([1.0, 5.0])).tolist() == [1.0, 0.0]
-    assert lag(torch.tensor([4.0, 5.0, 6.0])).tolist() == pytest.approx([0.375, 0.0, 0.0])
-    assert lag(torch.tensor([4.0, 0.0])).tolist() == [0.0, 0.0]
+    assert lag_weights(torch.tensor([4.0, 5.0])).tolist() == pytest.approx([0.25, 0.0])
+    assert lag_weights(torch.tensor([1.0, 5.0])).tolist() == [1.0, 0.0]
+    assert lag_weights(torch.tensor([4.0, 5.0, 6.0])).tolist() == pytest.approx([0.375, 0.0, 0.0])
+    assert lag_weights(torch.tensor([4.0, 0.0])).tolist() == [0.0, 0.0]
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=2, max_size=4), st.floats(0.1, 10))
 def test_the_surest_has_no_weight_whatever_the_unit(scores: list[float], unit: float) -> None:
     score = torch.tensor(scores, dtype=torch.float64)
-    found = lag(score)
-    torch.testing.assert_close(lag(unit * score), found, atol=1e-9, rtol=1e-6)
+    found = lag_weights(score)
+    torch.testing.assert_close(lag_weights(unit * score), found, atol=1e-9, rtol=1e-6)
     assert float(found[score.argmax()]) == pytest.approx(0, abs=1e-9)
     assert float(found.min()) >= 0
     assert float(found.max()) <= 1
@@ -163,7 +163,7 @@ def test_the_loss_by_hand_and_its_gradient_reaches_what_lags_alone() -> None:
     assert weight[1] > 0.1
     wanted = plain.loss(outputs, given_).item() + 0.6 * weight[1] * pce[1]
     assert method.loss(outputs, given_).item() == pytest.approx(wanted, rel=1e-5)
-    assert list(method.numbers().values()) == pytest.approx(weight, rel=1e-4)
+    assert list(method.epoch_metrics().values()) == pytest.approx(weight, rel=1e-4)
     whole, found = moved(plain, given_), moved(method, given_)
     for name, step in whole.items():
         same = torch.allclose(step, found[name], atol=1e-7)
@@ -251,7 +251,7 @@ def test_two_processes_are_one() -> None:
     whole = moved(alone, batch(copies=2))
     for name, step in moved(two, batch(share=0.5)).items():
         torch.testing.assert_close(step, whole[name], atol=1e-6, rtol=1e-4)
-    assert two.numbers() == pytest.approx(alone.numbers(), rel=1e-5)
+    assert two.epoch_metrics() == pytest.approx(alone.epoch_metrics(), rel=1e-5)
 
 
 def test_scores_are_those_of_all_processes() -> None:
@@ -267,8 +267,8 @@ def test_scores_are_those_of_all_processes() -> None:
     outputs = alone.net(batch().inputs)
     for method in (alone, beside):
         method.loss(outputs, batch())
-    assert alone.numbers()["lag_a"] == 0 < alone.numbers()["lag_v"]
-    assert beside.numbers() == {"lag_a": 1.0, "lag_v": 0.0}
+    assert alone.epoch_metrics()["lag_a"] == 0 < alone.epoch_metrics()["lag_v"]
+    assert beside.epoch_metrics() == {"lag_a": 1.0, "lag_v": 0.0}
 
 
 def test_a_resumed_run_goes_on_exactly() -> None:
@@ -276,7 +276,7 @@ def test_a_resumed_run_goes_on_exactly() -> None:
     one.step(batch())
     other.net.load_state_dict(one.net.state_dict())
     other.load_state_dict(one.state_dict())
-    assert other.numbers() == one.numbers()
+    assert other.epoch_metrics() == one.epoch_metrics()
     for a, b in zip(moved(one, batch()).values(), moved(other, batch()).values(), strict=True):
         assert torch.equal(a, b)
     for method in (one, other):

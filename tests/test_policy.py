@@ -41,7 +41,7 @@ def saved(state: dict[str, Any]) -> dict[str, Any]:
 
 def test_at_first_every_choice_is_as_likely_as_any_other() -> None:
     policy = policy_of()
-    assert policy.chances(STATE).tolist() == [[pytest.approx(0.2)] * 5] * 2
+    assert policy.probabilities(STATE).tolist() == [[pytest.approx(0.2)] * 5] * 2
     chosen = torch.tensor([policy.act(STATE) for _ in range(500)])
     for modality in range(2):
         counts = torch.bincount(chosen[:, modality], minlength=5)
@@ -77,7 +77,7 @@ class Reference:
             torch.autograd.backward(-gain.mean())
             self.optimizer.step()
 
-    def chances(self) -> list[list[float]]:
+    def probabilities(self) -> list[list[float]]:
         found: list[list[float]] = self.net(torch.tensor(STATE).double()).view(2, 5).softmax(dim=1).tolist()
         return found
 
@@ -93,7 +93,7 @@ def test_reinforce_is_that_of_torch() -> None:
         advantage = reward - policy.baseline
         reference.learn([policy.act(STATE)], [advantage])
         policy.learn(reward)
-    assert policy.chances(STATE).ravel() == pytest.approx(np.ravel(reference.chances()), rel=1e-5)
+    assert policy.probabilities(STATE).ravel() == pytest.approx(np.ravel(reference.probabilities()), rel=1e-5)
 
 
 def test_ppo_is_that_of_torch() -> None:
@@ -106,7 +106,7 @@ def test_ppo_is_that_of_torch() -> None:
             chosen.append(policy.act(STATE))
             policy.learn(reward)
         reference.learn(chosen, advantage, passes=6)
-    assert policy.chances(STATE).ravel() == pytest.approx(np.ravel(reference.chances()), rel=1e-5)
+    assert policy.probabilities(STATE).ravel() == pytest.approx(np.ravel(reference.probabilities()), rel=1e-5)
 
 
 @pytest.mark.parametrize("reward", [0.3, -0.3])
@@ -115,7 +115,7 @@ def test_the_first_step_of_reinforce_by_hand(reward: float) -> None:
     policy = policy_of()
     chosen = policy.act(STATE)
     policy.learn(reward)
-    for chances, choice in zip(policy.chances(STATE).tolist(), chosen, strict=True):
+    for chances, choice in zip(policy.probabilities(STATE).tolist(), chosen, strict=True):
         others = chances[:choice] + chances[choice + 1 :]
         assert others == pytest.approx([others[0]] * 4)
         assert (chances[choice] > 0.2) == (reward > 0)
@@ -126,7 +126,7 @@ def test_no_surprise_no_step() -> None:
     policy = policy_of()
     policy.act(STATE)
     policy.learn(0.0)  # what the baseline expects
-    assert policy.chances(STATE).tolist() == [[pytest.approx(0.2)] * 5] * 2
+    assert policy.probabilities(STATE).tolist() == [[pytest.approx(0.2)] * 5] * 2
 
 
 def test_the_baseline_is_the_running_mean_of_rewards() -> None:
@@ -141,7 +141,7 @@ def test_the_baseline_is_the_running_mean_of_rewards() -> None:
 def test_what_is_rewarded_becomes_likely(kind: str) -> None:
     policy = policy_of(policy=kind, lr=1e-2)
     rewarded(policy, [4, 1], 400)
-    chances = policy.chances(STATE)
+    chances = policy.probabilities(STATE)
     assert float(chances[0, 4]) > 0.8
     assert float(chances[1, 1]) > 0.8
 
@@ -152,8 +152,8 @@ def test_the_choice_may_depend_on_the_state() -> None:
     for step in range(800):
         state, want = (ahead, 0) if step % 2 else (behind, 4)
         policy.learn(float(policy.act(state)[0] == want))
-    assert float(policy.chances(ahead)[0, 0]) > 0.7
-    assert float(policy.chances(behind)[0, 4]) > 0.7
+    assert float(policy.probabilities(ahead)[0, 0]) > 0.7
+    assert float(policy.probabilities(behind)[0, 4]) > 0.7
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,13 @@ def test_the_clip_of_ppo_by_hand(ratio: float, advantage: float, slope: float) -
 
 def test_ppo_learns_from_as_many_steps_as_its_horizon() -> None:
     policy = policy_of(policy="ppo", horizon=3)
-    before = policy.chances(STATE).tolist()
+    before = policy.probabilities(STATE).tolist()
     rewarded(policy, [4, 1], 2)
     policy.act(STATE)
-    assert policy.chances(STATE).tolist() == before
+    assert policy.probabilities(STATE).tolist() == before
     policy.learn(1.0)
-    assert policy.chances(STATE).tolist() != before
-    assert policy.waiting == []
+    assert policy.probabilities(STATE).tolist() != before
+    assert policy.pending == []
 
 
 def test_the_clip_stops_ppo_where_reinforce_would_go_on() -> None:
@@ -191,7 +191,7 @@ def test_the_clip_stops_ppo_where_reinforce_would_go_on() -> None:
         policy = policy_of(policy="ppo", horizon=1, passes=200, lr=1e-3, clip=clip)
         chosen = policy.act(STATE)
         policy.learn(1.0)
-        chances = policy.chances(STATE)
+        chances = policy.probabilities(STATE)
         risen[clip] = float(chances[0, chosen[0]] * chances[1, chosen[1]]) / 0.04
     assert 1.2 < risen[0.2] < 2.5
     assert risen[100.0] > 10
@@ -201,7 +201,7 @@ def test_without_a_choice_there_is_nothing_to_learn() -> None:
     policy = policy_of()
     policy.learn(5.0)
     assert policy.baseline == 0
-    assert policy.chances(STATE).tolist() == [[pytest.approx(0.2)] * 5] * 2
+    assert policy.probabilities(STATE).tolist() == [[pytest.approx(0.2)] * 5] * 2
 
 
 @pytest.mark.parametrize("kind", ["reinforce", "ppo"])
@@ -214,7 +214,7 @@ def test_a_policy_goes_on_from_its_state_as_if_nothing_had_been(kind: str) -> No
     for each in (policy, other):
         each.learn(0.7)
         rewarded(each, [4, 1], 10)
-        drawn.append(([each.act(STATE) for _ in range(30)], each.chances(STATE).tolist(), each.baseline))
+        drawn.append(([each.act(STATE) for _ in range(30)], each.probabilities(STATE).tolist(), each.baseline))
     assert drawn[0] == drawn[1]
 
 

@@ -17,18 +17,18 @@ from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig, check
     [
         (
             {"epochs": 10, "sampling": "bss-h"},
-            r"sees 50\.7% .* last one, and never the others; it sees all from epoch 40",
+            r"uses 50\.7% .* last one and never the rest; it uses all of them from epoch 40",
         ),
-        ({"epochs": 39, "sampling": "anti-curriculum"}, r"sees 98\.7% "),
+        ({"epochs": 39, "sampling": "anti-curriculum"}, r"uses 98\.7% "),
         (
             {"epochs": 5, "sampling": "smv", "balancing": "sum"},
-            "smv begins in epoch 6 .*, and until then it is uniform",
+            "smv starts in epoch 6 .*; until then it is uniform",
         ),
-        ({"epochs": 10, "balancing": "gmm"}, r"gmm begins in epoch 11 \(balancing.gmm.warmup_epochs\), .* it is sum"),
-        ({"epochs": 2, "balancing": "ogm"}, "ogm begins in epoch 3 .* it is joint"),
-        ({"epochs": 2, "balancing": "ogm-ge"}, "ogm-ge begins in epoch 3"),
-        ({"epochs": 5, "optim": OptimConfig(warmup_epochs=5)}, "is whole in epoch 6 only"),
-        ({"epochs": 70, "optim": OptimConfig(schedule="step")}, "falls after epoch 70 only .*constant"),
+        ({"epochs": 10, "balancing": "gmm"}, r"gmm starts in epoch 11 \(balancing.gmm.warmup_epochs\); .* it is sum"),
+        ({"epochs": 2, "balancing": "ogm"}, "ogm starts in epoch 3 .* it is joint"),
+        ({"epochs": 2, "balancing": "ogm-ge"}, "ogm-ge starts in epoch 3"),
+        ({"epochs": 5, "optim": OptimConfig(warmup_epochs=5)}, "is at its full value only from epoch 6 on"),
+        ({"epochs": 70, "optim": OptimConfig(schedule="step")}, "falls only after epoch 70 .*constant"),
     ],
 )
 def test_what_training_ends_too_soon_for_is_told(options: dict[str, Any], words: str) -> None:
@@ -46,7 +46,7 @@ def test_what_training_ends_too_soon_for_is_told(options: dict[str, Any], words:
 def test_nearly_all_is_not_all() -> None:
     config = TrainConfig(finetune=FinetuneConfig(epochs=999, sampling="bss-h"), order=OrderConfig(grow_epochs=1000))
     (found,) = check_schedule(config)
-    assert "sees 99.9% of" in found
+    assert "uses 99.9% of" in found
 
 
 def test_nothing_is_told_of_what_is_not_asked_for() -> None:

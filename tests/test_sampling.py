@@ -16,7 +16,7 @@ from torch import Tensor
 from training import cut_to
 
 from mmaudit.rebalance.curriculum import OrderConfig, id_key
-from mmaudit.train.batches import Loss, Reading, Step, to_batch
+from mmaudit.train.batches import Loss, OutputFunction, Step, to_batch
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import FusionNet, ModelConfig
 from mmaudit.train.sampling.config import SAMPLERS, BssConfig, DusConfig, SamplingConfig, SmvConfig
@@ -66,10 +66,12 @@ class Studio:
         self.num_train = N
 
     @torch.no_grad()
-    def read(self, what: Reading, *, rows: NDArray[np.int64] | None = None, net: FusionNet | None = None) -> Tensor:
+    def read(
+        self, what: OutputFunction, *, rows: NDArray[np.int64] | None = None, net: FusionNet | None = None
+    ) -> Tensor:
         return what((net or self.net)(self.inputs), self.label).float()
 
-    def read_validation(self, what: Reading, *, net: FusionNet | None = None) -> Tensor:
+    def read_validation(self, what: OutputFunction, *, net: FusionNet | None = None) -> Tensor:
         raise AssertionError("samplers learn nothing of validation samples")
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
@@ -152,7 +154,7 @@ def test_the_same_seed_repeats(kind: str) -> None:
     first, second = build(kind, studio.pool), build(kind, studio.pool)
     for epoch in range(1, 4):
         assert plain(studio.train(first, epoch)) == plain(studio.train(second, epoch))
-    assert first.numbers() == second.numbers()
+    assert first.epoch_metrics() == second.epoch_metrics()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,7 +181,7 @@ def test_an_interrupted_epoch_goes_on_exactly(kind: str, taken: int) -> None:
     resumed.load_state_dict(saved(broken.state_dict()))
     assert plain(studio.train(resumed, 4, after=taken)) == expected[3][taken:]
     assert plain(studio.train(resumed, 5)) == expected[4]
-    assert resumed.numbers() == whole.numbers()
+    assert resumed.epoch_metrics() == whole.epoch_metrics()
     assert str(saved(resumed.state_dict())) == str(saved(whole.state_dict()))
 
 
@@ -200,7 +202,7 @@ def test_numbers_are_columns_of_history(kind: str) -> None:
     sampler = build(kind, studio.pool)
     for epoch in range(1, 4):
         studio.train(sampler, epoch)
-        numbers = json.loads(json.dumps(sampler.numbers()))
+        numbers = json.loads(json.dumps(sampler.epoch_metrics()))
         assert all(math.isfinite(value) for value in numbers.values())
 
 

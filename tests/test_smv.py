@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
-from mmaudit.train.batches import ModelReader, Reading, Step
+from mmaudit.train.batches import ModelReader, OutputFunction, Step
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import Outputs
 from mmaudit.train.sampling.config import SamplingConfig, SmvConfig
@@ -39,18 +39,18 @@ class Told:
     def __init__(self, said: Tensor = SAID) -> None:
         self.said, self.num_reads = said, 0
         plan = SimpleNamespace(modalities=("audio", "visual"))
-        self.net = SimpleNamespace(plan=plan, num_modalities=2, fused_of=self.fused_of)
+        self.net = SimpleNamespace(config=plan, num_modalities=2, fused_logits=self.fused_logits)
 
     @staticmethod
-    def fused_of(features: Sequence[Tensor], heard: Sequence[bool]) -> Tensor:
+    def fused_logits(features: Sequence[Tensor], heard: Sequence[bool]) -> Tensor:
         total = torch.stack([f if h else torch.zeros_like(f) for f, h in zip(features, heard, strict=True)]).sum(dim=0)
         return torch.stack([total, torch.zeros_like(total)], dim=1)
 
-    def read(self, what: Reading) -> Tensor:
+    def read(self, what: OutputFunction) -> Tensor:
         self.num_reads += 1
         features = tuple(self.said)
         label = torch.zeros(self.said.shape[1], dtype=torch.int64)
-        return what(Outputs(self.fused_of(features, (True, True)), torch.zeros(2, 5, 2), features), label).float()
+        return what(Outputs(self.fused_logits(features, (True, True)), torch.zeros(2, 5, 2), features), label).float()
 
 
 def sampler_of(n: int = 5, *, batch_size: int = 4, seed: int = 0, **changes: int) -> Smv:
@@ -97,9 +97,9 @@ def test_copies_by_hand() -> None:
 
 def test_the_numbers_are_mean_values_and_mean_copies() -> None:
     sampler = sampler_of()
-    assert sampler.numbers() == {"copies_0": 0.0, "copies_1": 0.0}
+    assert sampler.epoch_metrics() == {"copies_0": 0.0, "copies_1": 0.0}
     begin(sampler, 1, Told())
-    assert sampler.numbers() == pytest.approx(
+    assert sampler.epoch_metrics() == pytest.approx(
         {
             "shapley_audio": np.mean(PHI[0]),
             "shapley_visual": np.mean(PHI[1]),
@@ -110,17 +110,17 @@ def test_the_numbers_are_mean_values_and_mean_copies() -> None:
 
 
 def test_copies_follow_from_shapley_values() -> None:
-    assert num_copies(np.array(PHI, np.float32).T, most=3).T.tolist() == COPIES
-    assert num_copies(np.array(PHI, np.float32).T, most=1).max() == 1
+    assert num_copies(np.array(PHI, np.float32).T, max_copies=3).T.tolist() == COPIES
+    assert num_copies(np.array(PHI, np.float32).T, max_copies=1).max() == 1
     # Three modalities: the least value is -1, so that a third of the way from 1 to it is one copy of three.
     value = np.array([[1.0, 1 / 3, 0.3], [0.0, -1 / 3, -1.0]], np.float32)
-    assert num_copies(value, most=3).tolist() == [[0, 1, 2], [2, 2, 3]]
+    assert num_copies(value, max_copies=3).tolist() == [[0, 1, 2], [2, 2, 3]]
 
 
 @given(st.lists(st.floats(-2, 3, width=32), min_size=2, max_size=40), st.integers(2, 4), st.integers(1, 5))
 def test_the_lower_the_value_the_more_copies(values: list[float], m: int, most: int) -> None:
     column = np.sort(np.array(values, np.float32))
-    copies = num_copies(np.repeat(column[:, None], m, axis=1), most=most)[:, 0].astype(int)
+    copies = num_copies(np.repeat(column[:, None], m, axis=1), max_copies=most)[:, 0].astype(int)
     assert (np.diff(copies) <= 0).all()
     assert copies.min() >= 0
     assert copies.max() <= most

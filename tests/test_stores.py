@@ -31,8 +31,8 @@ class Counted:
 
 @pytest.mark.parametrize("most_bytes", [0, 1_000, 1 << 20])
 def test_what_is_read_is_the_same_wherever_it_lies(most_bytes: int) -> None:
-    store = Store([MatrixInputs(matrix=WIDE), MatrixInputs(matrix=BYTES)], device="cpu", most_bytes=most_bytes)
-    assert [held is not None for held in store.held] == [most_bytes > 20_000, most_bytes >= 480]
+    store = Store([MatrixInputs(matrix=WIDE), MatrixInputs(matrix=BYTES)], device="cpu", max_bytes=most_bytes)
+    assert [held is not None for held in store.resident] == [most_bytes > 20_000, most_bytes >= 480]
     assert store.is_resident == (most_bytes > 20_000)
     cuts = [np.array(rows, dtype=np.int64) for rows in ([3, 1, 3], [39], [], [0, 5, 6, 7])]
     matrices: tuple[NDArray[Any], ...] = (WIDE, BYTES)
@@ -45,7 +45,7 @@ def test_what_is_read_is_the_same_wherever_it_lies(most_bytes: int) -> None:
 
 def test_what_does_not_fit_is_never_read_whole() -> None:
     inputs = Counted()
-    store = Store([inputs], device="cpu", most_bytes=100)
+    store = Store([inputs], device="cpu", max_bytes=100)
     for _ in store.stream([np.arange(start, start + 4) for start in range(0, 40, 4)], lambda rows: [rows]):
         pass
     assert inputs.most == 4
@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_never_read_whole() -> None:
 
 def test_nothing_is_read_ahead_if_it_is_not_wanted() -> None:
     """A sampler that waits for what the network says must not be asked for its next step before."""
-    store = Store([MatrixInputs(matrix=WIDE)], device="cpu", most_bytes=0)
+    store = Store([MatrixInputs(matrix=WIDE)], device="cpu", max_bytes=0)
     asked = []
 
     def steps() -> Any:

@@ -82,7 +82,7 @@ def test_a_tracker_that_cannot_begin_says_why(tmp_path: Path, told: Told, monkey
     monkeypatch.setattr(sys.modules["wandb"], "init", init)
     with pytest.raises(
         ConfigError,
-        match=r"^--report-to wandb: wandb cannot begin, mend that or leave it out: no account: log in first$",
+        match=r"^--report-to wandb: wandb cannot start, fix that or remove it: no account: log in first$",
     ):
         tune(examples_of(), tmp_path, setting(report_to=("tensorboard", "wandb")))
     assert told.closed == 1  # the one that had begun

@@ -53,39 +53,39 @@ def test_every_combination_is_taken_or_refused() -> None:
     [
         (
             {"balancing": "greedy", "fusion": "concat"},
-            "--balancing greedy does not go with --fusion concat: it measures and cuts the cross-modal path, which no "
-            "other fusion has; take --fusion mmtm",
+            "--balancing greedy does not support --fusion concat: it measures and cuts the cross-modal path, which no "
+            "other fusion has; use --fusion mmtm",
         ),
         (
             {"balancing": "mla", "fusion": "late"},
-            "--balancing mla does not go with --fusion late: it trains one classifier that all modalities share, by "
-            "turns; take --fusion shared",
+            "--balancing mla does not support --fusion late: it trains one classifier that all modalities share, one "
+            "modality after another; use --fusion shared",
         ),
         (
             {"balancing": "ogm", "fusion": "shared"},
-            "--balancing ogm does not go with --fusion shared: a shared classifier is trained by turns, which only mla "
-            "does; take --fusion concat or late or gated or film or mmtm",
+            "--balancing ogm does not support --fusion shared: a shared classifier is trained one modality at a time, "
+            "which only mla does; use --fusion concat or late or gated or film or mmtm",
         ),
         (
             {"sampling": "dus-h", "balancing": "ogm"},
-            "--sampling dus-h chooses samples for each modality, and --balancing ogm has no loss of each modality's "
-            "own to learn from them; take --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, mla",
+            "--sampling dus-h selects samples per modality, and --balancing ogm has no unimodal loss that trains on "
+            "them; use --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, mla",
         ),
         (
             {"only": "audio", "balancing": "pmr"},
-            "--only audio leaves one modality, and --balancing pmr is between modalities; take --balancing joint",
+            "--only audio leaves one modality, and --balancing pmr needs at least 2; use --balancing joint",
         ),
         (
             {"only": "audio", "sampling": "smv"},
-            "--only audio leaves one modality, and --sampling smv chooses between modalities",
+            "--only audio leaves one modality, and --sampling smv needs at least 2",
         ),
         (
             {"only": "audio", "sampling": "dus-rl", "balancing": "sum"},
-            "--only audio leaves one modality, and --sampling dus-rl chooses between modalities",
+            "--only audio leaves one modality, and --sampling dus-rl needs at least 2",
         ),
         (
             {"only": "audio", "fusion": "film"},
-            "--only audio leaves nothing to fuse: leave --fusion film out",
+            "--only audio leaves nothing to fuse: remove --fusion film",
         ),
     ],
 )
@@ -137,15 +137,15 @@ def test_wrong_settings_of_the_training_are_refused(options: dict[str, Any], wor
         ({"lr": 0.0}, "optim.lr must be a number above 0"),
         ({"lr": math.nan}, "optim.lr must be a number above 0"),
         ({"lr": math.inf}, "optim.lr must be a number above 0"),
-        ({"weight_decay": -1.0}, "optim.weight_decay one not below"),
-        ({"weight_decay": math.nan}, "optim.weight_decay one not below"),
+        ({"weight_decay": -1.0}, "optim.weight_decay a number of at least 0"),
+        ({"weight_decay": math.nan}, "optim.weight_decay a number of at least 0"),
         ({"momentum": 1.0}, r"optim.momentum is 1.0; it must lie in \[0, 1\)"),
         ({"ema": -0.1}, r"optim.ema is -0.1; it must lie in \[0, 1\)"),
-        ({"warmup_epochs": -1}, "warmup_epochs is at least 0"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be at least 0"),
         ({"lr_step": 0}, "lr_step at least 1"),
         ({"lr_fall": 0.0}, r"lr_fall in \(0, 1\]"),
         ({"lr_fall": math.nan}, r"lr_fall in \(0, 1\]"),
-        ({"clip_norm": -1.0}, "optim.clip_norm is -1.0; it must be a number not below 0"),
+        ({"clip_norm": -1.0}, "optim.clip_norm is -1.0; it must be a number of at least 0"),
         ({"clip_norm": math.inf}, "optim.clip_norm is inf"),
     ],
 )
@@ -157,8 +157,8 @@ def test_wrong_settings_of_the_optimiser_are_refused(options: dict[str, Any], wo
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"least_crop": 0.0}, "augment.least_crop is 0.0; it must be above 0 and at most 1"),
-        ({"least_crop": math.nan}, "augment.least_crop is nan"),
+        ({"min_crop": 0.0}, "augment.min_crop is 0.0; it must be above 0 and at most 1"),
+        ({"min_crop": math.nan}, "augment.min_crop is nan"),
         ({"time_masks": -1}, "augment.time_masks is -1; it must be at least 0"),
         ({"band_masks": -1}, "augment.band_masks is -1"),
         ({"time_share": 1.5}, r"augment.time_share is 1.5; a share lies in \[0, 1\]"),
@@ -171,8 +171,8 @@ def test_wrong_settings_of_augmentation_are_refused(options: dict[str, Any], wor
 
 
 def test_rates_of_modalities_are_read_by_name() -> None:
-    assert OptimConfig().factors() == {}
-    found = OptimConfig(modality_lr=("audio=0.1", "visual=2", "a=b=1e-3", "text=0")).factors()
+    assert OptimConfig().modality_lr_factors() == {}
+    found = OptimConfig(modality_lr=("audio=0.1", "visual=2", "a=b=1e-3", "text=0")).modality_lr_factors()
     assert found == {"audio": 0.1, "visual": 2.0, "a=b": 1e-3, "text": 0.0}
 
 
@@ -186,7 +186,7 @@ def test_a_rate_that_cannot_be_read_is_refused(text: str) -> None:
 def test_rates_of_modalities_that_are_kept_have_to_be_there(mode: str) -> None:
     balancing = BalancingConfig(mslr=MslrConfig(mode=mode))
     mslr, optim = FinetuneConfig(balancing="mslr"), OptimConfig(modality_lr=("audio=0.1",))
-    with pytest.raises(ConfigError, match=f"balancing.mslr.mode = {mode} begins with the rates of optim.modality_lr"):
+    with pytest.raises(ConfigError, match=f"balancing.mslr.mode = {mode} starts from the rates of optim.modality_lr"):
         TrainConfig(finetune=mslr, balancing=balancing)
     TrainConfig(finetune=mslr, balancing=balancing, optim=optim)
     TrainConfig(finetune=mslr)
@@ -195,7 +195,7 @@ def test_rates_of_modalities_that_are_kept_have_to_be_there(mode: str) -> None:
 
 def shares(epochs: int, **options: Any) -> list[float]:
     config = OptimConfig(**options)
-    return [config.share_of_rate(epoch, epochs=epochs) for epoch in range(1, epochs + 1)]
+    return [config.lr_multiplier(epoch, epochs=epochs) for epoch in range(1, epochs + 1)]
 
 
 def test_the_cosine_falls_from_1_towards_0() -> None:
@@ -235,7 +235,7 @@ def test_what_can_be_asked_for_is_what_there_is() -> None:
 
 @pytest.mark.parametrize("name", BALANCERS)
 def test_every_balancer_has_a_home(name: str) -> None:
-    module, _, found = BALANCERS[name].home.partition(":")
+    module, _, found = BALANCERS[name].class_path.partition(":")
     type_ = getattr(import_module(f"mmaudit.train.balancing.{module}"), found)
     assert issubclass(type_, Balancer)
     assert not type_.__abstractmethods__
@@ -250,6 +250,6 @@ def test_every_sampler_has_a_home(name: str) -> None:
 
 
 def test_an_end_before_the_beginning_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after the last_epoch, 50"):
+    with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after last_epoch 50"):
         OgmConfig(first_epoch=55)
     assert OgmConfig(first_epoch=50).last_epoch == 50

@@ -122,7 +122,7 @@ def test_rates_by_epoch_and_modality(options: dict[str, Any], shares: list[float
     """The common rate by the schedule; a modality's times its own factor and the method's; fusion's is the common."""
     optimization = update_of(net_of(), lr=2e-3, modality_lr=("visual=0.5",), **options)
     for epoch, share in enumerate(shares, start=1):
-        optimization.rate = [3.0, 10.0] if epoch > 1 else [1.0, 1.0]
+        optimization.lr_factors = [3.0, 10.0] if epoch > 1 else [1.0, 1.0]
         assert optimization.begin_epoch(epoch, epochs=4) == pytest.approx(2e-3 * share)
         rates = [group["lr"] for group in optimization.optimizer.param_groups]
         factors = [3.0, 5.0, 1.0] if epoch > 1 else [1.0, 0.5, 1.0]
@@ -182,7 +182,7 @@ def test_a_frozen_modality_is_neither_moved_nor_decayed_nor_carried_on(optimizer
 
 def test_an_encoder_that_is_fixed_takes_no_part() -> None:
     net, before = net_of(), net_of()
-    net.fix_encoders([0])
+    net.freeze_encoders([0])
     take_steps(update_of(net))
     for name, parameter in net.named_parameters():
         assert torch.equal(parameter, before.get_parameter(name)) is name.startswith("encoders.0."), name
@@ -252,7 +252,7 @@ def test_a_step_of_float16_that_overflows_is_not_taken_and_the_next_is() -> None
 def test_a_state_goes_on_exactly(options: dict[str, Any]) -> None:
     net = net_of()
     optimization = update_of(net, **options)
-    optimization.rate, optimization.frozen = [0.5, 2.0], [False, False]
+    optimization.lr_factors, optimization.frozen = [0.5, 2.0], [False, False]
     optimization.begin_epoch(1, epochs=4)
     take_steps(optimization)
     optimization.frozen = [True, False]
@@ -264,7 +264,7 @@ def test_a_state_goes_on_exactly(options: dict[str, Any]) -> None:
     state = torch.load(file, weights_only=True)
     other.load_state_dict(state["net"])
     resumed.load_state_dict(state["update"])
-    assert (resumed.rate, resumed.frozen) == ([0.5, 2.0], [True, False])
+    assert (resumed.lr_factors, resumed.frozen) == ([0.5, 2.0], [True, False])
     for each in (optimization, resumed):
         each.begin_epoch(2, epochs=4)
         take_steps(each, first=3)

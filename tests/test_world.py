@@ -141,8 +141,8 @@ def test_each_process_has_the_device_of_its_number(
 @pytest.mark.parametrize(
     ("device", "rank", "line"),
     [
-        ("cuda:0", "1", "--device cuda:0 is one for all processes: under torchrun say --device cuda"),
-        ("cuda", "2", "process 2 has no GPU of its own: --nproc-per-node 2 at most"),
+        ("cuda:0", "1", "--device cuda:0 would be shared by all processes: use --device cuda"),
+        ("cuda", "2", "process 2 has no GPU: 2 available, set --nproc-per-node to at most 2"),
     ],
 )
 def test_no_two_processes_share_a_gpu(device: str, rank: str, line: str, two_gpus: pytest.MonkeyPatch) -> None:
