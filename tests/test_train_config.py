@@ -18,38 +18,38 @@ from mmaudit.train.sampling.config import SAMPLERS
 from mmaudit.train.sampling.sampler import Sampler
 
 # What each method needs, told here a second time.
-OWN_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "mla"}
+HAS_UNIMODAL_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "mla"}
 ONE_MODALITY = {"joint", "sum"}
 FUSION_OF = {"greedy": {"mmtm"}, "mla": {"shared"}}
-BY_MODALITY = {"dus-h", "dus-rl"}
+PER_MODALITY_SAMPLERS = {"dus-h", "dus-rl"}
 
 
-def makes_sense(fusion: str, sampling: str, balancing: str, only: str | None) -> bool:
+def is_valid(fusion: str, sampling: str, balancing: str, only: str | None) -> bool:
     if fusion != "auto" and fusion not in FUSION_OF.get(balancing, set(FUSIONS) - {"shared"}):
         return False
-    if sampling in BY_MODALITY and balancing not in OWN_LOSS:
+    if sampling in PER_MODALITY_SAMPLERS and balancing not in HAS_UNIMODAL_LOSS:
         return False
     if only is None:
         return True
-    alone = balancing in ONE_MODALITY and sampling not in {*BY_MODALITY, "smv"}
-    return alone and fusion in ("auto", "concat", "late")
+    is_unimodal = balancing in ONE_MODALITY and sampling not in {*PER_MODALITY_SAMPLERS, "smv"}
+    return is_unimodal and fusion in ("auto", "concat", "late")
 
 
-def test_every_combination_is_taken_or_refused() -> None:
-    taken = 0
+def test_every_combination_is_accepted_or_raises() -> None:
+    num_valid = 0
     for fused, sampling, balancing, only in product(("auto", *FUSIONS), SAMPLERS, BALANCERS, (None, "audio")):
         options: dict[str, Any] = {"fusion": fused, "sampling": sampling, "balancing": balancing, "only": only}
-        if makes_sense(**options):
+        if is_valid(**options):
             FinetuneConfig(**options)
-            taken += 1
+            num_valid += 1
         else:
             with pytest.raises(ConfigError, match=f"--balancing {balancing}|--only {only}"):
                 FinetuneConfig(**options)
-    assert taken > 100
+    assert num_valid > 100
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (
             {"balancing": "greedy", "fusion": "concat"},
@@ -89,17 +89,17 @@ def test_every_combination_is_taken_or_refused() -> None:
         ),
     ],
 )
-def test_the_reason_is_told(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError) as told:
+def test_error_states_the_reason(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
         FinetuneConfig(**options)
-    assert str(told.value) == words
+    assert str(raised.value) == message
 
 
 @pytest.mark.parametrize(
     ("balancing", "fused", "expected"),
     [("joint", "auto", "concat"), ("greedy", "auto", "mmtm"), ("mla", "auto", "shared"), ("gmm", "late", "late")],
 )
-def test_the_fusion_follows_from_the_method_unless_it_is_said(balancing: str, fused: str, expected: str) -> None:
+def test_auto_fusion_follows_from_the_method(balancing: str, fused: str, expected: str) -> None:
     assert FinetuneConfig(balancing=balancing, fusion=fused).fusion_used == expected
 
 
@@ -123,7 +123,7 @@ def test_the_fusion_follows_from_the_method_unless_it_is_said(balancing: str, fu
         ({"keep_posterior": math.nan}, "--keep-posterior nan"),
     ],
 )
-def test_wrong_settings_of_the_training_are_refused(options: dict[str, Any], words: str) -> None:
+def test_invalid_finetune_settings_raise(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         FinetuneConfig(**options)
 
@@ -149,7 +149,7 @@ def test_wrong_settings_of_the_training_are_refused(options: dict[str, Any], wor
         ({"clip_norm": math.inf}, "optim.clip_norm is inf"),
     ],
 )
-def test_wrong_settings_of_the_optimiser_are_refused(options: dict[str, Any], words: str) -> None:
+def test_invalid_optim_settings_raise(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         OptimConfig(**options)
 
@@ -165,25 +165,25 @@ def test_wrong_settings_of_the_optimiser_are_refused(options: dict[str, Any], wo
         ({"band_share": math.nan}, "augment.band_share is nan"),
     ],
 )
-def test_wrong_settings_of_augmentation_are_refused(options: dict[str, Any], words: str) -> None:
+def test_invalid_augment_settings_raise(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         AugmentConfig(**options)
 
 
-def test_rates_of_modalities_are_read_by_name() -> None:
+def test_modality_rates_are_parsed_by_name() -> None:
     assert OptimConfig().modality_lr_factors() == {}
-    found = OptimConfig(modality_lr=("audio=0.1", "visual=2", "a=b=1e-3", "text=0")).modality_lr_factors()
-    assert found == {"audio": 0.1, "visual": 2.0, "a=b": 1e-3, "text": 0.0}
+    factors = OptimConfig(modality_lr=("audio=0.1", "visual=2", "a=b=1e-3", "text=0")).modality_lr_factors()
+    assert factors == {"audio": 0.1, "visual": 2.0, "a=b": 1e-3, "text": 0.0}
 
 
 @pytest.mark.parametrize("text", ["audio", "audio=", "audio=fast", "=0.5", "0.5", "audio=-1", "audio=nan", "audio=inf"])
-def test_a_rate_that_cannot_be_read_is_refused(text: str) -> None:
+def test_unparsable_modality_rate_raises(text: str) -> None:
     with pytest.raises(ConfigError, match=f"optim.modality_lr {text}: not of the form NAME=FACTOR, such as audio=0.1"):
         OptimConfig(modality_lr=("visual=1", text))
 
 
 @pytest.mark.parametrize("mode", ["keep", "smooth"])
-def test_rates_of_modalities_that_are_kept_have_to_be_there(mode: str) -> None:
+def test_mslr_keep_and_smooth_require_modality_rates(mode: str) -> None:
     balancing = BalancingConfig(mslr=MslrConfig(mode=mode))
     mslr, optim = FinetuneConfig(balancing="mslr"), OptimConfig(modality_lr=("audio=0.1",))
     with pytest.raises(ConfigError, match=f"balancing.mslr.mode = {mode} starts from the rates of optim.modality_lr"):
@@ -193,39 +193,39 @@ def test_rates_of_modalities_that_are_kept_have_to_be_there(mode: str) -> None:
     TrainConfig(balancing=balancing)
 
 
-def shares(epochs: int, **options: Any) -> list[float]:
+def lr_multipliers(epochs: int, **options: Any) -> list[float]:
     config = OptimConfig(**options)
     return [config.lr_multiplier(epoch, epochs=epochs) for epoch in range(1, epochs + 1)]
 
 
-def test_the_cosine_falls_from_1_towards_0() -> None:
+def test_cosine_falls_from_1_towards_0() -> None:
     half = math.sqrt(0.5)
-    assert shares(4) == pytest.approx([1, (1 + half) / 2, 0.5, (1 - half) / 2])
-    assert shares(1) == [1]
-    assert all(later < earlier for earlier, later in zip(shares(50), shares(50)[1:], strict=False))
+    assert lr_multipliers(4) == pytest.approx([1, (1 + half) / 2, 0.5, (1 - half) / 2])
+    assert lr_multipliers(1) == [1]
+    assert all(later < earlier for earlier, later in zip(lr_multipliers(50), lr_multipliers(50)[1:], strict=False))
 
 
-def test_warming_up_rises_evenly_and_the_cosine_follows() -> None:
+def test_warm_up_rises_evenly_before_the_cosine() -> None:
     half = math.sqrt(0.5)
-    found = shares(7, warmup_epochs=3)
-    assert found == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, (1 + half) / 2, 0.5, (1 - half) / 2])
-    assert shares(2, warmup_epochs=5) == pytest.approx([1 / 6, 2 / 6])
+    multipliers = lr_multipliers(7, warmup_epochs=3)
+    assert multipliers == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, (1 + half) / 2, 0.5, (1 - half) / 2])
+    assert lr_multipliers(2, warmup_epochs=5) == pytest.approx([1 / 6, 2 / 6])
 
 
-def test_steps_fall_by_the_epochs_of_the_whole_training() -> None:
+def test_step_schedule_counts_all_epochs() -> None:
     """BSS's: times 0.1 after 70 epochs."""
-    found = shares(150, schedule="step", lr_step=70, lr_fall=0.1)
-    assert found == pytest.approx([1.0] * 70 + [0.1] * 70 + [0.01] * 10)
-    warm = shares(5, schedule="step", lr_step=2, lr_fall=0.5, warmup_epochs=1)
-    assert warm == pytest.approx([0.5, 1, 0.5, 0.5, 0.25])
+    multipliers = lr_multipliers(150, schedule="step", lr_step=70, lr_fall=0.1)
+    assert multipliers == pytest.approx([1.0] * 70 + [0.1] * 70 + [0.01] * 10)
+    warmed_up = lr_multipliers(5, schedule="step", lr_step=2, lr_fall=0.5, warmup_epochs=1)
+    assert warmed_up == pytest.approx([0.5, 1, 0.5, 0.5, 0.25])
 
 
-def test_a_constant_rate_is_constant() -> None:
-    assert shares(4, schedule="constant") == [1] * 4
-    assert shares(4, schedule="constant", warmup_epochs=1) == [0.5, 1, 1, 1]
+def test_constant_schedule_is_constant() -> None:
+    assert lr_multipliers(4, schedule="constant") == [1] * 4
+    assert lr_multipliers(4, schedule="constant", warmup_epochs=1) == [0.5, 1, 1, 1]
 
 
-def test_what_can_be_asked_for_is_what_there_is() -> None:
+def test_config_names_are_the_implemented_fusions() -> None:
     assert set(FUSIONS) == set(fusion.FUSIONS)
     assert TrainConfig().finetune.fusion_used in FUSIONS
     for method in BALANCERS.values():
@@ -234,22 +234,22 @@ def test_what_can_be_asked_for_is_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("name", BALANCERS)
-def test_every_balancer_has_a_home(name: str) -> None:
-    module, _, found = BALANCERS[name].class_path.partition(":")
-    type_ = getattr(import_module(f"mmaudit.train.balancing.{module}"), found)
-    assert issubclass(type_, Balancer)
-    assert not type_.__abstractmethods__
+def test_every_balancer_class_exists(name: str) -> None:
+    module, _, class_name = BALANCERS[name].class_path.partition(":")
+    balancer_class = getattr(import_module(f"mmaudit.train.balancing.{module}"), class_name)
+    assert issubclass(balancer_class, Balancer)
+    assert not balancer_class.__abstractmethods__
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_has_a_home(name: str) -> None:
-    module, _, found = SAMPLERS[name].partition(":")
-    type_ = getattr(import_module(f"mmaudit.train.sampling.{module}"), found)
-    assert issubclass(type_, Sampler)
-    assert not type_.__abstractmethods__
+def test_every_sampler_class_exists(name: str) -> None:
+    module, _, class_name = SAMPLERS[name].partition(":")
+    sampler_class = getattr(import_module(f"mmaudit.train.sampling.{module}"), class_name)
+    assert issubclass(sampler_class, Sampler)
+    assert not sampler_class.__abstractmethods__
 
 
-def test_an_end_before_the_beginning_is_refused() -> None:
+def test_last_epoch_before_first_epoch_raises() -> None:
     with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after last_epoch 50"):
         OgmConfig(first_epoch=55)
     assert OgmConfig(first_epoch=50).last_epoch == 50

@@ -228,7 +228,8 @@ def _with_dropped_test(manifest_table: pa.Table, dropped: pa.Table | None) -> tu
     duplicates = set(manifest_table["sample_id"].to_pylist()) & set(dropped["sample_id"].to_pylist())
     if duplicates:
         raise ManifestError(
-            f"{len(duplicates)} samples are both kept and dropped (the first: {min(duplicates)}): run mmaudit split again"
+            f"{len(duplicates)} samples are both kept and dropped (the first: {min(duplicates)}): "
+            "run mmaudit split again"
         )
     test = dropped.filter(pa.compute.equal(dropped["split"], "test"))
     table = pa.concat_tables([manifest_table, test.select(names)], promote_options="default")
@@ -264,7 +265,8 @@ def _check_usable(ids: NDArray[np.object_], rows: NDArray[np.intp], statuses: Se
         unusable = ids[~(status.usable | without_usable(status))[rows]]
         if len(unusable):
             raise ManifestError(
-                f"{len(unusable)} samples of the manifest have no usable {status.modality.name} (the first: {unusable[0]})"
+                f"{len(unusable)} samples of the manifest have no usable {status.modality.name} "
+                f"(the first: {unusable[0]})"
             )
 
 

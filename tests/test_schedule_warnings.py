@@ -13,7 +13,7 @@ from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig, check
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (
             {"epochs": 10, "sampling": "bss-h"},
@@ -31,24 +31,24 @@ from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig, check
         ({"epochs": 70, "optim": OptimConfig(schedule="step")}, "falls only after epoch 70 .*constant"),
     ],
 )
-def test_what_training_ends_too_soon_for_is_told(options: dict[str, Any], words: str) -> None:
+def test_setting_that_never_starts_gives_a_warning(options: dict[str, Any], message: str) -> None:
     optim, finetune = options.pop("optim", OptimConfig()), FinetuneConfig(**options)
     balancing = BalancingConfig(ogm=OgmConfig(first_epoch=3))
     config = TrainConfig(finetune=finetune, optim=optim, balancing=balancing)
-    (found,) = check_schedule(config)
-    assert re.search(f"^{finetune.epochs} epochs are too few: .*{words}", found)
-    enough = {**options, "epochs": finetune.epochs + 1}
-    assert check_schedule(TrainConfig(finetune=FinetuneConfig(**enough), optim=optim, balancing=balancing)) == [] or (
+    (warning,) = check_schedule(config)
+    assert re.search(f"^{finetune.epochs} epochs are too few: .*{message}", warning)
+    longer = {**options, "epochs": finetune.epochs + 1}
+    assert check_schedule(TrainConfig(finetune=FinetuneConfig(**longer), optim=optim, balancing=balancing)) == [] or (
         finetune.sampling == "bss-h"  # which wants 30 more
     )
 
 
-def test_nearly_all_is_not_all() -> None:
+def test_share_just_below_1_gives_a_warning() -> None:
     config = TrainConfig(finetune=FinetuneConfig(epochs=999, sampling="bss-h"), order=OrderConfig(grow_epochs=1000))
-    (found,) = check_schedule(config)
-    assert "uses 99.9% of" in found
+    (warning,) = check_schedule(config)
+    assert "uses 99.9% of" in warning
 
 
-def test_nothing_is_told_of_what_is_not_asked_for() -> None:
+def test_unused_settings_give_no_warning() -> None:
     assert check_schedule(TrainConfig(finetune=FinetuneConfig(epochs=1))) == []
     assert check_schedule(TrainConfig(finetune=FinetuneConfig(sampling="bss-h", balancing="gmm"))) == []  # the defaults

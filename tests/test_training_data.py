@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training import QUICK, examples_of, setting
+from training import QUICK, make_examples, with_options
 
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.features.matrix import MatrixInputs
@@ -23,7 +23,7 @@ from mmaudit.train.training_data import NetworkReader, TrainingData, validate
 torch.set_num_threads(1)
 
 
-def opened(examples: Examples, config: TrainConfig = QUICK) -> tuple[TrainingData, FusionNet]:
+def build_training_data(examples: Examples, config: TrainConfig = QUICK) -> tuple[TrainingData, FusionNet]:
     training_data = set_up(examples, config, seed=0, device="cpu", distributed=SINGLE_PROCESS)
     torch.manual_seed(0)
     net = FusionNet(build_model_config(examples, config))
@@ -35,136 +35,138 @@ def confidence(outputs: Outputs, label: Tensor) -> Tensor:
     return outputs.confidence(label)
 
 
-def whole_loss(outputs: Outputs, batch: Batch) -> Tensor:
+def fused_loss(outputs: Outputs, batch: Batch) -> Tensor:
     return batch.mean_fused(cross_entropies(outputs, batch.label)[0])
 
 
 @pytest.mark.parametrize("resident_mib", [0, 10])
-def test_batches_are_the_training_rows_of_each_step(resident_mib: int) -> None:
-    examples = examples_of(40)
-    training_data, _ = opened(examples, setting(resident_mib=resident_mib))
+def test_batches_have_the_training_rows_of_each_step(resident_mib: int) -> None:
+    examples = make_examples(40)
+    training_data, _ = build_training_data(examples, with_options(resident_mib=resident_mib))
     steps = [Step(rows=np.array([2, 0, 2])), Step(rows=np.array([5]))]
     for step, batch in zip(steps, training_data.batches(steps, epoch=1), strict=True):
         rows = training_data.train[step.rows]
         assert batch.label.tolist() == examples.label[rows].tolist()
         assert batch.rows.tolist() == step.rows.tolist()
-        for found, inputs in zip(batch.inputs, examples.inputs, strict=True):
-            np.testing.assert_array_equal(found, inputs.read(rows))
+        for actual, inputs in zip(batch.inputs, examples.inputs, strict=True):
+            np.testing.assert_array_equal(actual, inputs.read(rows))
 
 
 @pytest.mark.parametrize("resident_mib", [0, 10])
-def test_a_reading_is_in_eval_mode_and_leaves_the_model_as_it_was(resident_mib: int) -> None:
-    examples = examples_of(1500)
-    training_data, net = opened(examples, setting(resident_mib=resident_mib, dropout=0.5))
+def test_reading_uses_eval_mode_and_does_not_change_the_model(resident_mib: int) -> None:
+    examples = make_examples(1500)
+    training_data, net = build_training_data(examples, with_options(resident_mib=resident_mib, dropout=0.5))
     net.train()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     reader = NetworkReader(training_data, net)
-    first, again = reader.read(confidence), reader.read(confidence)
+    first, repeated = reader.read(confidence), reader.read(confidence)
     assert first.shape == (3, 750) == (3, reader.num_train)
-    assert torch.equal(first, again)  # no dropout
+    assert torch.equal(first, repeated)  # no dropout
     assert net.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
-    some = np.array([7, 3, 700])
-    torch.testing.assert_close(reader.read(confidence, rows=some), first[:, some])
+    rows = np.array([7, 3, 700])
+    torch.testing.assert_close(reader.read(confidence, rows=rows), first[:, rows])
     assert reader.read_validation(confidence).shape == (3, 375)
 
 
-def test_validation_is_the_mean_over_its_samples() -> None:
-    examples = examples_of(200)
-    training_data, net = opened(examples)
-    found = validate(NetworkReader(training_data, net))
+def test_validation_is_the_mean_over_validation_samples() -> None:
+    examples = make_examples(200)
+    training_data, net = build_training_data(examples)
+    validation = validate(NetworkReader(training_data, net))
     net.eval()
     rows = training_data.validation
     with torch.no_grad():
-        outputs = net([torch.from_numpy(each.read(rows)) for each in examples.inputs])
+        outputs = net([torch.from_numpy(inputs.read(rows)) for inputs in examples.inputs])
     label = torch.from_numpy(examples.label[rows])
-    fused, own = cross_entropies(outputs, label)
-    assert found.loss == pytest.approx(float(fused.mean()), rel=1e-5)
-    assert found.unimodal_loss == pytest.approx(own.mean(dim=1).tolist(), rel=1e-5)
-    assert found.accuracy == pytest.approx(float((outputs.fused.argmax(dim=1) == label).float().mean()))
+    fused, unimodal = cross_entropies(outputs, label)
+    assert validation.loss == pytest.approx(float(fused.mean()), rel=1e-5)
+    assert validation.unimodal_loss == pytest.approx(unimodal.mean(dim=1).tolist(), rel=1e-5)
+    assert validation.accuracy == pytest.approx(float((outputs.fused.argmax(dim=1) == label).float().mean()))
     expected = (outputs.unimodal.argmax(dim=2) == label).float().mean(dim=1)
-    assert found.unimodal_accuracy == pytest.approx(expected.tolist())
+    assert validation.unimodal_accuracy == pytest.approx(expected.tolist())
 
 
-def test_a_copy_is_trained_and_the_model_is_not() -> None:
-    training_data, net = opened(examples_of(400))
+def test_train_copy_does_not_change_the_model() -> None:
+    training_data, net = build_training_data(make_examples(400))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     reader = NetworkReader(training_data, net)
-    copy, again = (reader.train_copy(whole_loss, epochs=3) for _ in range(2))
+    copy, repeated = (reader.train_copy(fused_loss, epochs=3) for _ in range(2))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
-    old, new = (reader.read(confidence, net=each)[0].mean() for each in (net, copy))
-    assert new > old + 0.1
-    assert all(torch.equal(p, q) for p, q in zip(copy.parameters(), again.parameters(), strict=True))
+    confidence_before, confidence_after = (reader.read(confidence, net=network)[0].mean() for network in (net, copy))
+    assert confidence_after > confidence_before + 0.1
+    assert all(torch.equal(p, q) for p, q in zip(copy.parameters(), repeated.parameters(), strict=True))
 
 
-def test_pictures_are_standardised_by_channel_and_rows_that_are_there() -> None:
+def test_pictures_are_standardised_by_channel_over_available_rows() -> None:
     """Frames of three channels, a spectrogram of one: means and deviations of the training rows."""
     rng = np.random.default_rng(0)
     frames = (rng.random((80, 2 * 4 * 4 * 3)) * 50 * np.tile([1, 2, 3], 32)).astype(np.float32)
     sound = (3 * rng.standard_normal((80, 30)) - 7).astype(np.float32)
     frames[::9] = np.nan
     examples = replace(
-        examples_of(80),
+        make_examples(80),
         inputs=(MatrixInputs(matrix=sound), MatrixInputs(matrix=frames)),
         shapes=((5, 6), (2, 4, 4, 3)),
     )
-    training_data, net = opened(examples, replace(QUICK, width=0.02))
+    training_data, net = build_training_data(examples, replace(QUICK, width=0.02))
     train = training_data.train
     state = net.state_dict()
-    there = frames[train][~np.isnan(frames[train]).any(axis=1)].reshape(-1, 3)
-    for place, rows in ((0, sound[train].reshape(-1, 1)), (1, there)):
-        np.testing.assert_allclose(state[f"encoders.{place}.trunk.mean"].flatten(), rows.mean(axis=0), rtol=1e-4)
-        np.testing.assert_allclose(state[f"encoders.{place}.trunk.scale"].flatten(), rows.std(axis=0), rtol=1e-4)
+    available = frames[train][~np.isnan(frames[train]).any(axis=1)].reshape(-1, 3)
+    for modality, rows in ((0, sound[train].reshape(-1, 1)), (1, available)):
+        np.testing.assert_allclose(state[f"encoders.{modality}.trunk.mean"].flatten(), rows.mean(axis=0), rtol=1e-4)
+        np.testing.assert_allclose(state[f"encoders.{modality}.trunk.scale"].flatten(), rows.std(axis=0), rtol=1e-4)
 
 
-def test_a_modality_that_no_training_sample_has_is_missed() -> None:
-    examples = examples_of(40)
+def test_modality_absent_from_all_training_samples_raises() -> None:
+    examples = make_examples(40)
     matrix = examples.inputs[1].read(np.arange(40)).copy()
     matrix[examples.split == "train"] = np.nan
     with pytest.raises(ManifestError, match="none of 20 training samples has the modality visual: train without it"):
-        opened(replace(examples, inputs=(examples.inputs[0], MatrixInputs(matrix=matrix))))
+        build_training_data(replace(examples, inputs=(examples.inputs[0], MatrixInputs(matrix=matrix))))
 
 
-def test_chance_differs_by_purpose_and_seed() -> None:
-    training_data, _ = opened(examples_of(40))
-    drawn = {training_data.derive_seed("step", epoch, step) for epoch in range(5) for step in range(5)}
-    assert len(drawn) == 25
-    assert training_data.derive_seed("step", 1, 1) == opened(examples_of(40))[0].derive_seed("step", 1, 1)
-    assert replace(training_data, seed=1).derive_seed("step", 1, 1) not in drawn
+def test_derived_seed_depends_on_purpose_and_seed() -> None:
+    training_data, _ = build_training_data(make_examples(40))
+    seeds = {training_data.derive_seed("step", epoch, step) for epoch in range(5) for step in range(5)}
+    assert len(seeds) == 25
+    assert training_data.derive_seed("step", 1, 1) == build_training_data(make_examples(40))[0].derive_seed(
+        "step", 1, 1
+    )
+    assert replace(training_data, seed=1).derive_seed("step", 1, 1) not in seeds
 
 
-def test_a_modality_that_a_sample_lacks_is_not_present_in_its_batch() -> None:
+def test_modality_that_a_sample_lacks_is_masked_in_its_batch() -> None:
     """Nor in a reading: what stands in its place changes nothing, and the fused answer is that of the others."""
-    whole = examples_of(60)
+    complete = make_examples(60)
     present = np.ones((60, 2), dtype=bool)
     present[::3, 0] = False
-    found = []
+    readings = []
     for filler in (np.nan, 7.0):
-        matrix = whole.inputs[0].read(np.arange(60)).copy()
+        matrix = complete.inputs[0].read(np.arange(60)).copy()
         matrix[~present[:, 0]] = filler
-        examples = replace(whole, inputs=(MatrixInputs(matrix=matrix), whole.inputs[1]), present=present)
-        training_data, net = opened(whole)
+        examples = replace(complete, inputs=(MatrixInputs(matrix=matrix), complete.inputs[1]), present=present)
+        training_data, net = build_training_data(complete)
         training_data = replace(
             training_data, store=Store(examples.inputs, device="cpu", max_bytes=1 << 20), present=present
         )
         rows = np.arange(len(training_data.train))
         (batch,) = training_data.batches([Step(rows=rows)], epoch=1)
-        there = present[training_data.train]
+        available = present[training_data.train]
         assert batch.present is not None
-        assert batch.present.tolist() == there.tolist()
-        assert len(batch.inputs[0]) == there[:, 0].sum()
-        assert float(batch.loss_weight[1][~torch.from_numpy(there[:, 0])].abs().sum()) == 0
+        assert batch.present.tolist() == available.tolist()
+        assert len(batch.inputs[0]) == available[:, 0].sum()
+        assert float(batch.loss_weight[1][~torch.from_numpy(available[:, 0])].abs().sum()) == 0
         net.eval()
         with torch.no_grad():
             outputs = net(batch.inputs, batch.present)
-        assert (outputs.features[0][~torch.from_numpy(there[:, 0])] == 0).all()
+        assert (outputs.features[0][~torch.from_numpy(available[:, 0])] == 0).all()
         read = NetworkReader(training_data, net).read(confidence)
         torch.testing.assert_close(read, outputs.confidence(batch.label), atol=1e-6, rtol=1e-5)
-        found.append(read)
-    assert torch.equal(found[0], found[1])
+        readings.append(read)
+    assert torch.equal(readings[0], readings[1])
 
 
-def test_a_sample_without_any_modality_teaches_nothing() -> None:
+def test_sample_without_any_modality_has_no_loss() -> None:
     step = Step(rows=np.array([0, 1, 1])).masked_by(np.array([[True, False], [False, False]]))
     assert step.present is not None
     assert step.fused is not None

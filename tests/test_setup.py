@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training import QUICK, examples_of, setting
+from training import QUICK, make_examples, with_options
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train.config import TrainConfig
@@ -20,55 +20,57 @@ from mmaudit.train.setup import build_model_config, run_identity, set_up
 torch.set_num_threads(1)
 
 
-def identity(examples: Examples, config: TrainConfig = QUICK, *, seed: int = 0, **options: Any) -> str:
-    distributed = options.pop("world", SINGLE_PROCESS)
+def identity_of(examples: Examples, config: TrainConfig = QUICK, *, seed: int = 0, **options: Any) -> str:
+    distributed = options.pop("distributed", SINGLE_PROCESS)
     training_data = set_up(examples, config, seed=seed, device="cpu", distributed=distributed)
     return run_identity(examples, training_data, init=options.pop("init", None))
 
 
 @pytest.mark.parametrize(
-    "same",
+    "options",
     [{"report_to": ("wandb",)}, {"save_steps": 5}],
 )
-def test_who_is_told_and_how_often_is_saved_makes_no_other_training(same: dict[str, Any]) -> None:
-    assert identity(examples_of(), setting(**same)) == identity(examples_of())
+def test_reporting_and_saving_do_not_change_the_identity(options: dict[str, Any]) -> None:
+    assert identity_of(make_examples(), with_options(**options)) == identity_of(make_examples())
 
 
-def test_the_number_of_processes_makes_no_other_training() -> None:
-    assert identity(examples_of(), distributed=DistributedContext(rank=1, world_size=4)) == identity(examples_of())
+def test_number_of_processes_does_not_change_the_identity() -> None:
+    assert identity_of(make_examples(), distributed=DistributedContext(rank=1, world_size=4)) == identity_of(
+        make_examples()
+    )
 
 
 @pytest.mark.parametrize("name", ["content", "balance", "p_balanced", "weight", "rank"])
-def test_other_training_samples_make_another(name: str) -> None:
-    examples = examples_of()
+def test_training_samples_change_the_identity(name: str) -> None:
+    examples = make_examples()
     values = getattr(examples, name).copy()
     values[examples.rows("train")[0]] = "other" if name == "content" else 0.123
     if name == "rank":
         values[examples.rows("train")[0]] = 10**6
-    assert identity(replace(examples, **{name: values})) != identity(examples)
+    assert identity_of(replace(examples, **{name: values})) != identity_of(examples)
 
 
-def test_other_weights_to_begin_with_make_another(tmp_path: Path) -> None:
+def test_initial_weights_change_the_identity(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(name.encode())
-    found = {identity(examples_of(), init=init) for init in (None, tmp_path / "a", tmp_path / "b")}
-    assert len(found) == 3
+    identities = {identity_of(make_examples(), init=init) for init in (None, tmp_path / "a", tmp_path / "b")}
+    assert len(identities) == 3
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"freeze": ("audo",)}, "no modality audo; the modalities are audio, visual"),
         ({"modality_lr": ("text=0.1",)}, "no modality text; the modalities are audio, visual"),
     ],
 )
-def test_a_modality_that_is_not_there_is_missed(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        set_up(examples_of(), setting(**options), seed=0, device="cpu", distributed=SINGLE_PROCESS)
+def test_unknown_modality_raises(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        set_up(make_examples(), with_options(**options), seed=0, device="cpu", distributed=SINGLE_PROCESS)
 
 
-def test_the_pool_is_of_the_training_rows() -> None:
-    examples = examples_of()
+def test_pool_has_the_training_rows() -> None:
+    examples = make_examples()
     training_data = set_up(examples, QUICK, seed=0, device="cpu", distributed=SINGLE_PROCESS)
     train = examples.rows("train")
     np.testing.assert_array_equal(training_data.train, train)
@@ -85,6 +87,6 @@ def test_the_pool_is_of_the_training_rows() -> None:
     ("balancing", "fusion", "own_heads"),
     [("joint", "concat", False), ("mmpareto", "concat", True), ("greedy", "mmtm", False), ("mla", "shared", False)],
 )
-def test_a_method_has_the_network_it_needs(balancing: str, fusion: str, own_heads: bool) -> None:
-    plan = build_model_config(examples_of(), setting(balancing=balancing))
-    assert (plan.fusion, plan.own_heads) == (fusion, own_heads)
+def test_method_gets_the_network_it_needs(balancing: str, fusion: str, own_heads: bool) -> None:
+    config = build_model_config(make_examples(), with_options(balancing=balancing))
+    assert (config.fusion, config.own_heads) == (fusion, own_heads)

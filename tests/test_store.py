@@ -19,7 +19,7 @@ WIDE = RNG.standard_normal((40, 100)).astype(np.float32)
 BYTES = RNG.integers(0, 256, (40, 12), dtype=np.uint8)
 
 
-class Counted:
+class CountingInputs:
     """Inputs that note how many rows were read at once."""
 
     num_rows, num_features, most = 40, 100, 0
@@ -29,39 +29,39 @@ class Counted:
         return MatrixInputs(matrix=WIDE).read(rows)
 
 
-@pytest.mark.parametrize("most_bytes", [0, 1_000, 1 << 20])
-def test_what_is_read_is_the_same_wherever_it_lies(most_bytes: int) -> None:
-    store = Store([MatrixInputs(matrix=WIDE), MatrixInputs(matrix=BYTES)], device="cpu", max_bytes=most_bytes)
-    assert [held is not None for held in store.resident] == [most_bytes > 20_000, most_bytes >= 480]
-    assert store.is_resident == (most_bytes > 20_000)
+@pytest.mark.parametrize("max_bytes", [0, 1_000, 1 << 20])
+def test_stream_is_the_same_on_device_and_from_disk(max_bytes: int) -> None:
+    store = Store([MatrixInputs(matrix=WIDE), MatrixInputs(matrix=BYTES)], device="cpu", max_bytes=max_bytes)
+    assert [matrix is not None for matrix in store.resident] == [max_bytes > 20_000, max_bytes >= 480]
+    assert store.is_resident == (max_bytes > 20_000)
     cuts = [np.array(rows, dtype=np.int64) for rows in ([3, 1, 3], [39], [], [0, 5, 6, 7])]
     matrices: tuple[NDArray[Any], ...] = (WIDE, BYTES)
     for rows, (item, streamed) in zip(cuts, store.stream(cuts, lambda item: [item, item[1:]]), strict=True):
         assert item is rows
-        for flowing, whole, wanted in zip(streamed, matrices, (rows, rows[1:]), strict=True):
-            np.testing.assert_array_equal(flowing, whole[wanted])
-            assert flowing.dtype == torch.from_numpy(whole).dtype
+        for tensor, full, row_index in zip(streamed, matrices, (rows, rows[1:]), strict=True):
+            np.testing.assert_array_equal(tensor, full[row_index])
+            assert tensor.dtype == torch.from_numpy(full).dtype
 
 
-def test_what_does_not_fit_is_never_read_whole() -> None:
-    inputs = Counted()
+def test_inputs_that_do_not_fit_are_never_read_completely() -> None:
+    inputs = CountingInputs()
     store = Store([inputs], device="cpu", max_bytes=100)
     for _ in store.stream([np.arange(start, start + 4) for start in range(0, 40, 4)], lambda rows: [rows]):
         pass
     assert inputs.most == 4
 
 
-def test_nothing_is_read_ahead_if_it_is_not_wanted() -> None:
+def test_no_read_ahead_with_0_threads() -> None:
     """A sampler that waits for what the network says must not be asked for its next step before."""
     store = Store([MatrixInputs(matrix=WIDE)], device="cpu", max_bytes=0)
-    asked = []
+    requested = []
 
     def steps() -> Any:
         for number in range(5):
-            asked.append(number)
+            requested.append(number)
             yield np.array([number])
 
     stream = store.stream(steps(), lambda rows: [rows], num_threads=0)
     for number in range(5):
         next(stream)
-        assert asked == list(range(number + 1))
+        assert requested == list(range(number + 1))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from training import cut_to
+from training import select_rows
 
 from mmaudit.rebalance.curriculum import OrderConfig, id_key
 from mmaudit.train.batches import Loss, OutputFunction, Step, to_batch
@@ -41,10 +41,10 @@ KINDS = {
 FIXED_SIZE = [kind for kind, (name, _, _) in KINDS.items() if not name.startswith("dus")]
 
 
-class Studio:
+class FakeTraining:
     """Planted samples, rows moved to `places`, and a network that has learned nothing: a `Lab`, and its answers."""
 
-    def __init__(self, places: Sequence[int] = range(N)) -> None:
+    def __init__(self, order: Sequence[int] = range(N)) -> None:
         rng = np.random.default_rng(0)
         ids = np.array([f"s{number}" for number in range(N)])
         columns: dict[str, NDArray[Any]] = {
@@ -54,24 +54,24 @@ class Studio:
             "p_balanced": rng.random(N) * (rng.random(N) < 0.9),
             "label": rng.choice(K, N, p=[0.7, 0.2, 0.1]),
         }
-        moved = {name: column[list(places)] for name, column in columns.items()}
+        moved = {name: column[list(order)] for name, column in columns.items()}
         for column in moved.values():
             column.flags.writeable = False
         self.pool = Pool(**moved, num_classes=K, num_modalities=2)
         self.label = torch.tensor(moved["label"])
-        self.inputs = [torch.tensor(rng.standard_normal((N, 4)), dtype=torch.float32)[list(places)] for _ in range(2)]
+        self.inputs = [torch.tensor(rng.standard_normal((N, 4)), dtype=torch.float32)[list(order)] for _ in range(2)]
         torch.manual_seed(0)
-        plan = ModelConfig(modalities=("audio", "visual"), shapes=((4,), (4,)), classes=("x", "y", "z"), hidden=8)
-        self.net = FusionNet(plan).eval()
+        config = ModelConfig(modalities=("audio", "visual"), shapes=((4,), (4,)), classes=("x", "y", "z"), hidden=8)
+        self.net = FusionNet(config).eval()
         self.num_train = N
 
     @torch.no_grad()
     def read(
-        self, what: OutputFunction, *, rows: NDArray[np.int64] | None = None, net: FusionNet | None = None
+        self, function: OutputFunction, *, rows: NDArray[np.int64] | None = None, net: FusionNet | None = None
     ) -> Tensor:
-        return what((net or self.net)(self.inputs), self.label).float()
+        return function((net or self.net)(self.inputs), self.label).float()
 
-    def read_validation(self, what: OutputFunction, *, net: FusionNet | None = None) -> Tensor:
+    def read_validation(self, function: OutputFunction, *, net: FusionNet | None = None) -> Tensor:
         raise AssertionError("samplers learn nothing of validation samples")
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
@@ -85,7 +85,7 @@ class Studio:
         steps = []
         for step in sampler.steps(epoch, after=after):
             steps.append(step)
-            inputs = cut_to(step.present, [each[torch.from_numpy(step.rows)] for each in self.inputs])
+            inputs = select_rows(step.present, [matrix[torch.from_numpy(step.rows)] for matrix in self.inputs])
             batch = to_batch(step, inputs, label=self.label, weight=np.ones(N, np.float32), distributed=SINGLE_PROCESS)
             sampler.observe(self.net(batch.inputs, batch.present), batch)
             if after + len(steps) == until:
@@ -93,19 +93,19 @@ class Studio:
         return steps
 
 
-def build(kind: str, pool: Pool, *, seed: int = 0) -> Sampler:
+def build_kind(kind: str, pool: Pool, *, seed: int = 0) -> Sampler:
     name, config, order = KINDS[kind]
     return build_sampler(name, pool, config, order, batch_size=B, seed=seed, distributed=SINGLE_PROCESS)
 
 
-def plain(steps: Sequence[Step]) -> list[tuple[Any, ...]]:
+def comparable(steps: Sequence[Step]) -> list[tuple[Any, ...]]:
     """Give steps as what can be compared."""
     masks = [(step.present, step.fused) for step in steps]
-    told = [tuple(None if mask is None else mask.tolist() for mask in each) for each in masks]
-    return [(step.rows.tolist(), *each) for step, each in zip(steps, told, strict=True)]
+    plain_masks = [tuple(None if mask is None else mask.tolist() for mask in mask_pair) for mask_pair in masks]
+    return [(step.rows.tolist(), *mask_pair) for step, mask_pair in zip(steps, plain_masks, strict=True)]
 
 
-def saved(state: dict[str, Any]) -> dict[str, Any]:
+def round_trip(state: dict[str, Any]) -> dict[str, Any]:
     """Write a state and load it back as a checkpoint does."""
     file = io.BytesIO()
     torch.save(state, file)
@@ -113,16 +113,16 @@ def saved(state: dict[str, Any]) -> dict[str, Any]:
     return dict(torch.load(file, weights_only=True))
 
 
-def test_every_sampler_stands_under_the_contract() -> None:
+def test_contract_covers_every_sampler() -> None:
     assert {name for name, _, _ in KINDS.values()} == set(SAMPLERS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_name_rows_of_the_pool_and_who_hears_them(kind: str) -> None:
-    studio = Studio()
-    sampler = build(kind, studio.pool)
+def test_steps_have_valid_rows_and_masks(kind: str) -> None:
+    training = FakeTraining()
+    sampler = build_kind(kind, training.pool)
     for epoch in range(1, 4):
-        steps = studio.train(sampler, epoch)
+        steps = training.train(sampler, epoch)
         assert steps
         for step in steps:
             assert step.rows.dtype == np.int64
@@ -139,79 +139,79 @@ def test_steps_name_rows_of_the_pool_and_who_hears_them(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FIXED_SIZE)
-def test_all_steps_but_the_last_are_of_the_batch_size(kind: str) -> None:
-    studio = Studio()
-    sampler = build(kind, studio.pool)
+def test_all_steps_but_the_last_have_the_batch_size(kind: str) -> None:
+    training = FakeTraining()
+    sampler = build_kind(kind, training.pool)
     for epoch in range(1, 4):
-        *full, last = [len(step.rows) for step in studio.train(sampler, epoch)]
+        *full, last = [len(step.rows) for step in training.train(sampler, epoch)]
         assert set(full) <= {B}
         assert 1 <= last <= B
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_seed_repeats(kind: str) -> None:
-    studio = Studio()
-    first, second = build(kind, studio.pool), build(kind, studio.pool)
+def test_same_seed_gives_same_steps(kind: str) -> None:
+    training = FakeTraining()
+    first, second = build_kind(kind, training.pool), build_kind(kind, training.pool)
     for epoch in range(1, 4):
-        assert plain(studio.train(first, epoch)) == plain(studio.train(second, epoch))
+        assert comparable(training.train(first, epoch)) == comparable(training.train(second, epoch))
     assert first.epoch_metrics() == second.epoch_metrics()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_seeds_and_epochs_have_draws_of_their_own(kind: str) -> None:
-    studio = Studio()
+def test_seeds_and_epochs_give_different_steps(kind: str) -> None:
+    training = FakeTraining()
     drawn = []
     for seed in range(4):
-        sampler = build(kind, studio.pool, seed=seed)
-        drawn += [str(plain(studio.train(sampler, epoch))) for epoch in range(1, 5)]
+        sampler = build_kind(kind, training.pool, seed=seed)
+        drawn += [str(comparable(training.train(sampler, epoch))) for epoch in range(1, 5)]
     assert len(set(drawn)) == 16
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("taken", [1, 2])
-def test_an_interrupted_epoch_goes_on_exactly(kind: str, taken: int) -> None:
-    studio = Studio()
-    whole = build(kind, studio.pool)
-    expected = [plain(studio.train(whole, epoch)) for epoch in range(1, 6)]
-    broken = build(kind, studio.pool)
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_interrupted_epoch_continues_exactly(kind: str, num_steps: int) -> None:
+    training = FakeTraining()
+    uninterrupted = build_kind(kind, training.pool)
+    expected = [comparable(training.train(uninterrupted, epoch)) for epoch in range(1, 6)]
+    interrupted = build_kind(kind, training.pool)
     for epoch in (1, 2, 3):
-        studio.train(broken, epoch)
-    studio.train(broken, 4, until=taken)
-    resumed = build(kind, studio.pool)
-    resumed.load_state_dict(saved(broken.state_dict()))
-    assert plain(studio.train(resumed, 4, after=taken)) == expected[3][taken:]
-    assert plain(studio.train(resumed, 5)) == expected[4]
-    assert resumed.epoch_metrics() == whole.epoch_metrics()
-    assert str(saved(resumed.state_dict())) == str(saved(whole.state_dict()))
+        training.train(interrupted, epoch)
+    training.train(interrupted, 4, until=num_steps)
+    resumed = build_kind(kind, training.pool)
+    resumed.load_state_dict(round_trip(interrupted.state_dict()))
+    assert comparable(training.train(resumed, 4, after=num_steps)) == expected[3][num_steps:]
+    assert comparable(training.train(resumed, 5)) == expected[4]
+    assert resumed.epoch_metrics() == uninterrupted.epoch_metrics()
+    assert str(round_trip(resumed.state_dict())) == str(round_trip(uninterrupted.state_dict()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_drawn_does_not_depend_on_how_rows_stand(kind: str) -> None:
-    places = np.random.default_rng(1).permutation(N)
-    studio, moved = Studio(), Studio(places.tolist())
-    sampler, other = build(kind, studio.pool), build(kind, moved.pool)
+def test_steps_do_not_depend_on_the_row_order(kind: str) -> None:
+    order = np.random.default_rng(1).permutation(N)
+    training, moved = FakeTraining(), FakeTraining(order.tolist())
+    sampler, moved_sampler = build_kind(kind, training.pool), build_kind(kind, moved.pool)
     for epoch in range(1, 4):
-        steps, again = studio.train(sampler, epoch), moved.train(other, epoch)
-        turned = [Step(rows=places[step.rows], present=step.present, fused=step.fused) for step in again]
-        assert plain(turned) == plain(steps)
+        steps, moved_steps = training.train(sampler, epoch), moved.train(moved_sampler, epoch)
+        mapped = [Step(rows=order[step.rows], present=step.present, fused=step.fused) for step in moved_steps]
+        assert comparable(mapped) == comparable(steps)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_are_columns_of_history(kind: str) -> None:
-    studio = Studio()
-    sampler = build(kind, studio.pool)
+def test_epoch_metrics_are_finite_json(kind: str) -> None:
+    training = FakeTraining()
+    sampler = build_kind(kind, training.pool)
     for epoch in range(1, 4):
-        studio.train(sampler, epoch)
-        numbers = json.loads(json.dumps(sampler.epoch_metrics()))
-        assert all(math.isfinite(value) for value in numbers.values())
+        training.train(sampler, epoch)
+        metrics = json.loads(json.dumps(sampler.epoch_metrics()))
+        assert all(math.isfinite(value) for value in metrics.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_what_listens_to_the_last_step_forbids_reading_ahead(kind: str) -> None:
+def test_only_adaptive_samplers_depend_on_observed_steps(kind: str) -> None:
     """Steps of the others are the same, whether or not the network has answered those before."""
-    studio = Studio()
-    heard, deaf = build(kind, studio.pool), build(kind, studio.pool)
+    training = FakeTraining()
+    observing, not_observing = build_kind(kind, training.pool), build_kind(kind, training.pool)
     for epoch in (1, 2, 3):
-        deaf.begin_epoch(epoch, studio)
-        same = plain(studio.train(heard, epoch)) == plain(list(deaf.steps(epoch)))
-    assert same is not heard.adaptive
+        not_observing.begin_epoch(epoch, training)
+        same = comparable(training.train(observing, epoch)) == comparable(list(not_observing.steps(epoch)))
+    assert same is not observing.adaptive
