@@ -1,4 +1,4 @@
-"""Laws of AGM: Shapley values by their definition, coefficients by hand, and whom they touch."""
+"""Tests of AGM: Shapley logits by definition, coefficients by hand, and which gradients they scale."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 
 class TwoEqualProcesses(DistributedContext):
-    """Two processes that see the same."""
+    """Two processes with the same data."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
@@ -38,7 +38,7 @@ def build_method(
     alpha: float = 1.0,
     distributed: DistributedContext = SINGLE_PROCESS,
 ) -> Balancer:
-    """Give a method; a step of SGD at rate 1 moves a weight by minus its gradient."""
+    """Build a method; a step of SGD at rate 1 changes a weight by minus its gradient."""
     torch.manual_seed(0)
     plan = ModelConfig(
         modalities=tuple("abc"[:modalities]),
@@ -96,7 +96,7 @@ def test_shapley_weights_of_two_and_three_modalities() -> None:
 
 @pytest.mark.parametrize("fusion", ["concat", "late", "gated", "film", "mmtm"])
 def test_responses_are_mean_gains_over_all_orders(fusion: str) -> None:
-    """The definition: what a modality adds when it comes after those before it, over all orders; nothing says 0."""
+    """By definition: the gain of a modality over those before it, averaged over all orders."""
     method = build_agm(fusion, modalities=3)
     outputs = method.net(make_batch(modalities=3).inputs)
     responses = method.responses(outputs)
@@ -142,13 +142,13 @@ def test_modality_lead_by_hand() -> None:
 
 
 def mean_log_losses(method: Balancer, batch: Batch) -> list[float]:
-    """Mean minus log of the true class's probability; of concatenation, by the parts of its logits."""
+    """Compute the mean of minus log of the true class's probability, from the unimodal logits of concatenation."""
     with torch.no_grad():
         return [-float(confidence.log().mean()) for confidence in method.net(batch.inputs).confidence(batch.label)[1:]]
 
 
 def test_coefficients_of_two_steps_by_hand() -> None:
-    """First tau is 1; then it is the lead of the first step's scores, and not of both."""
+    """At first tau is 1, then the lead of the first step's scores only, not of both steps."""
     plain, method = build_method("joint"), build_method(alpha=0.7)
     usual_scores = [0.0, 0.0]
     for seed in (1, 2):
@@ -169,7 +169,7 @@ def test_coefficients_of_two_steps_by_hand() -> None:
 
 
 def test_modality_further_ahead_than_usual_is_slowed_and_the_other_sped_up() -> None:
-    """Usually both are as sure; now the features of the second are the class, and those of the first nothing."""
+    """Usual scores are equal; in this step the second modality's features are the class, those of the first 0."""
     method, batch = build_method(), make_batch()
     method.load_state_dict({"mean": torch.ones(2), "steps": torch.ones(2), "coefficient": torch.ones(2)})
     method.net.fusion.heads[1].weight.data[:] = torch.eye(3, 8)  # type: ignore[index, union-attr]
@@ -180,7 +180,7 @@ def test_modality_further_ahead_than_usual_is_slowed_and_the_other_sped_up() -> 
 
 
 def test_exponent_has_a_ceiling() -> None:
-    """A usual lead of e^9 that is gone: the exponent would be 8,102."""
+    """A usual lead of e^9 that is now absent: the exponent would be 8,102."""
     method = build_method(alpha=0.5)
     method.load_state_dict(
         {"mean": torch.tensor([0.0, 9.0]), "steps": torch.tensor([5.0, 5.0]), "coefficient": torch.ones(2)}

@@ -1,4 +1,4 @@
-"""Laws of augmentation: vectors are left alone, pictures keep their size, masks hide what they should and no more."""
+"""Tests of augmentation: vectors are unchanged, pictures keep their size, masks stay within their share."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_masks_are_complete_bands_and_time_spans_within_their_share(num_masks: i
     assert int(bands.sum(dim=1).max()) <= num_masks * 5
     assert int(times.sum(dim=1).max()) <= num_masks * 12
     if num_masks == 1:
-        assert int(bands.sum(dim=1).max()) == 5  # the widest that may be, among 200
+        assert int(bands.sum(dim=1).max()) == 5  # the widest mask allowed occurs among 200
         assert int(times.sum(dim=1).max()) == 12
     torch.testing.assert_close(masked[~masked.isnan()], spectrograms[~masked.isnan()], rtol=0, atol=0)
 

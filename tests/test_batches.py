@@ -1,4 +1,4 @@
-"""Laws of batches: steps one after another are the order, shares are the step, and parts of a step sum to 1."""
+"""Tests of steps and batches: cuts of an order, shards of a step, and loss weights that sum to 1."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_interrupted_order_continues_with_the_remaining_steps(num_rows: int, bat
 
 
 def test_loss_weights_by_hand() -> None:
-    """Row 1 weighs 3, 0 weighs 1, 3 weighs 2; the fused loss hears the first two, audio all, visual the last two."""
+    """Rows 1, 0, 3 have weights 3, 1, 2; the fused loss uses the first two, audio all, visual the last two."""
     step = Step(
         rows=np.array([1, 0, 3]),
         present=np.array([[True, False], [True, True], [True, True]]),
@@ -103,7 +103,7 @@ def batches_of(step: Step, size: int) -> list[Batch]:
 @settings(deadline=None)
 @given(STEPS, st.integers(1, 4))
 def test_batches_of_several_processes_join_to_that_of_one(step: Step, size: int) -> None:
-    """Also the means: shares of them add up, whatever the number of processes."""
+    """The parts of the means sum to the mean, for any number of processes."""
     (single,), several = batches_of(step, 1), batches_of(step, size)
     for name in ("rows", "label"):
         assert torch.equal(torch.cat([getattr(batch, name) for batch in several]), getattr(single, name))

@@ -1,4 +1,4 @@
-"""Laws of BSS-L: its score by hand, its running mean, and draws by it."""
+"""Tests of BSS-L: its score by hand, its running mean, and draws by it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LABEL = np.arange(N) % 3
 
 
 class FixedOutputs:
-    """A lab whose network says what it is told: fused logits (n, k) and those of m modalities (m, n, k)."""
+    """Model reader with fixed outputs: fused logits (n, k) and those of m modalities (m, n, k)."""
 
     def __init__(self, fused: Tensor, unimodal: Tensor) -> None:
         self.outputs = Outputs(fused, unimodal, ())
@@ -67,7 +67,7 @@ def sampler_of(bss: BssConfig, *, order: OrderConfig | None = None, balance: NDA
 
 
 def expected_score(model_reader: FixedOutputs, *, alpha: float) -> NDArray[np.float64]:
-    """Work s out as the paper has it: minmax of the cosine less minmax of the loss."""
+    """Compute s as in the paper: minmax of the cosine minus minmax of the loss."""
     probabilities = model_reader.outputs.unimodal.softmax(dim=2).numpy()
     log_p = torch.cat([model_reader.outputs.fused[None], model_reader.outputs.unimodal]).log_softmax(dim=2).numpy()
     losses = -log_p[:, np.arange(N), LABEL]
@@ -94,7 +94,7 @@ def test_first_score_is_similarity_minus_loss(alpha: float, num_modalities: int)
 def test_agreement_at_low_loss_scores_1_and_a_confident_error_minus_1() -> None:
     correct_logits = 20.0 * torch.eye(3)[LABEL]
     unimodal = torch.stack([correct_logits, correct_logits])
-    unimodal[1, 0] = unimodal[1, 0].roll(1)  # the second modality is sure of another class
+    unimodal[1, 0] = unimodal[1, 0].roll(1)  # the second modality confidently predicts another class
     sampler = sampler_of(BssConfig())
     sampler.begin_epoch(1, as_model_reader(FixedOutputs(correct_logits, unimodal)))
     assert running_score(sampler)[0] == pytest.approx(-1)

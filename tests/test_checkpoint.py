@@ -1,4 +1,4 @@
-"""Laws of a checkpoint: what is written is read again, whole or not at all, and nobody's code is run."""
+"""Tests of checkpoints: round trips, atomic writes, and no execution of code."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_state_round_trip(tmp_path: Path) -> None:
 
 
 class FileWriter:
-    """What runs code when it is unpickled: it would write a file."""
+    """Object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,7 +121,7 @@ def save_network(net: FusionNet, path: Path) -> Path:
 
 
 def equal_tensors(first: FusionNet, second: FusionNet) -> set[str]:
-    """Name the parts of two networks that are alike, tensor by tensor."""
+    """Return the names of the tensors that are equal in two networks."""
     second_tensors = second.state_dict()
     return {
         name
@@ -150,7 +150,7 @@ def test_modalities_are_matched_by_name(tmp_path: Path) -> None:
         assert torch.equal(new_weights[f"heads.{j}.weight"], old_weights[f"heads.{k}.weight"])
     fused = [name for name in new_weights if name.startswith("fusion")]
     assert fused
-    assert all(torch.equal(new_weights[name], before[name]) for name in fused)  # of other modalities: drawn anew
+    assert all(torch.equal(new_weights[name], before[name]) for name in fused)  # of other modalities: random
 
 
 def test_new_modality_keeps_its_random_weights(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_new_modality_keeps_its_random_weights(tmp_path: Path) -> None:
     warm_start(new, save_network(old, tmp_path / "old"))
     weights = new.state_dict()
     changed = {name for name, tensor in weights.items() if not torch.equal(tensor, before[name])}
-    assert changed == {name for name in weights if name.startswith("encoders.0.layers.0")}  # the others begin alike
+    assert changed == {name for name in weights if name.startswith("encoders.0.layers.0")}  # the others start equal
     assert {name for name in weights if name.startswith("encoders.0.")} <= equal_tensors(new, old)
 
 

@@ -1,4 +1,4 @@
-"""Laws of contributions: they share the accuracy out, and confusion is counted sample by sample."""
+"""Tests of contributions: Shapley values of the accuracy, and counts of confused samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETS_OF_TWO = [frozenset[int](), frozenset({0}), frozenset({1}), frozenset({0, 1
 
 
 def correct_of_two(none: str, first: str, second: str, fused: str) -> CorrectBySet:
-    """Read strings of 1 and 0, a sample a place."""
+    """Parse digits 1 and 0, one per sample, for each set of two modalities."""
     strings = (none, first, second, fused)
     return {
         modality_set: np.array([digit == "1" for digit in string])
@@ -137,7 +137,7 @@ def test_beyond_six_modalities_only_needed_sets_are_used() -> None:
 
 
 def test_confusion_and_synergy_by_hand() -> None:
-    """Samples: right in all ways; audio alone; visual alone; both alone; together alone; never."""
+    """Samples: correct in all ways; audio only; visual only; both alone but not fused; fused only; never."""
     fused_correct = np.array([1, 0, 0, 0, 1, 0], bool)
     unimodal_correct = np.array([[1, 1], [1, 0], [0, 1], [1, 1], [0, 0], [0, 0]], bool)
     result = confusion(fused_correct, unimodal_correct, ["audio", "visual"])
@@ -149,7 +149,7 @@ def test_confusion_and_synergy_by_hand() -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_confusion_and_synergy_are_the_losses_and_gains_of_fusion(rows: list[tuple[bool, bool, bool]]) -> None:
-    """Against an oracle that picks the modality that is right: accuracy = oracle - confused + synergy."""
+    """Against an oracle that selects a correct modality: accuracy = oracle - confused + synergy."""
     fused_correct, unimodal_correct = np.array([row[0] for row in rows]), np.array([row[1:] for row in rows])
     result = confusion(fused_correct, unimodal_correct, ["a", "b"])
     lost, gained = result["confused"]["n"], result["synergy"]["n"]

@@ -1,4 +1,4 @@
-"""Laws of the world: sums and joins are the same in every process, and shares one after another are the whole."""
+"""Tests of the distributed context: sums and gathers are equal in all processes, and slices join to the whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext, local_
 
 torch.set_num_threads(1)
 
-# What each process holds follows from its rank alone, so that the sums are known here.
+# The tensors of each process follow from its rank, so that the sums are known.
 SCRIPT = """
 import json, torch
 from mmaudit.train.distributed import open_distributed
@@ -118,7 +118,7 @@ def test_slices_equal_the_cut_of_batch_of(length: int, batch_size: int, size: in
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine of two GPUs."""
+    """Simulate a machine with two GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return monkeypatch

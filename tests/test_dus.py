@@ -1,4 +1,4 @@
-"""Laws of DUS: the running mean, the discrepancy and the quantities by hand, and who hears which rows."""
+"""Tests of DUS: running mean, discrepancy and quantities by hand, and which rows each modality uses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def reader_of(fusion: str = "concat", *, own_heads: bool = False) -> ModelReader
 def outputs_and_batch(
     step: Step, confidence: Sequence[float] | NDArray[np.float64], *, distributed: DistributedContext = SINGLE_PROCESS
 ) -> tuple[Outputs, Batch]:
-    """Let the fused answer and each modality be as confident in class 0 of 2 as said: (1 + m,) or (1 + m, n)."""
+    """Build outputs with given confidences in class 0 of 2, fused first: (1 + m,) or (1 + m, n)."""
     c = np.asarray(confidence, dtype=np.float64)
     m = len(c) - 1
     c = np.broadcast_to(c.reshape(1 + m, -1), (1 + m, N))
@@ -93,7 +93,7 @@ def rows_of_modality(step: Step, modality: int) -> list[int]:
     return sorted(rows.tolist())
 
 
-# --- what is measured
+# --- cumulative confidence and discrepancy
 
 
 def test_cumulative_confidence_is_the_running_mean_from_the_start() -> None:
@@ -144,13 +144,13 @@ def test_step_that_overflowed_is_ignored() -> None:
 
 @dataclass(frozen=True)
 class SecondProcess(DistributedContext):
-    """The second of two processes; the first one has sent `other` already."""
+    """The second of two processes; `first_sums` are the tensors of the first."""
 
-    other: tuple[float, ...] = ()
+    first_sums: tuple[float, ...] = ()
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
-            tensor += torch.tensor(self.other, dtype=tensor.dtype)
+            tensor += torch.tensor(self.first_sums, dtype=tensor.dtype)
 
 
 def test_several_processes_observe_the_same_as_one() -> None:
@@ -161,14 +161,14 @@ def test_several_processes_observe_the_same_as_one() -> None:
     single.observe(*outputs_and_batch(step, confidence))
     outputs, batch = outputs_and_batch(step, confidence, distributed=DistributedContext(rank=0, world_size=2))
     first_sums = (outputs.confidence(batch.label) * batch.loss_weight).sum(dim=1)
-    second = sampler_of(distributed=SecondProcess(rank=1, world_size=2, other=tuple(first_sums.tolist())))
+    second = sampler_of(distributed=SecondProcess(rank=1, world_size=2, first_sums=tuple(first_sums.tolist())))
     second.observe(*outputs_and_batch(step, confidence, distributed=DistributedContext(rank=1, world_size=2)))
     assert second.confidence == pytest.approx(single.confidence)
     assert second.fused == pytest.approx(single.fused)
     assert second.quantities == single.quantities
 
 
-# --- how many
+# --- quantities
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_several_processes_observe_the_same_as_one() -> None:
     [
         ([0.6, 0.4], [51, 77]),  # mean 0.5: 64 (1 - 0.2) = 51.2, 64 (1 + 0.2) = 76.8
         ([0.9, 0.1], [16, 115]),  # 64 (1 - 0.8) = 12.8, not below 16; 64 * 1.8 = 115.2
-        ([0.51, 0.495], [64, 64]),  # 0.015 apart: in the dead zone
+        ([0.51, 0.495], [64, 64]),  # difference 0.015: in the dead zone
         ([0.515, 0.485], [62, 66]),
         ([0.9, 0.3, 0.3], [16, 90, 90]),  # mean 0.5: 64 * 0.2 = 12.8; 64 * 1.4 = 89.6
         ([0.0, 0.0], [64, 64]),
@@ -203,7 +203,7 @@ def test_lower_confidence_never_gets_fewer_samples(confidence: list[float], batc
     assert by_confidence == sorted(by_confidence)
 
 
-# --- who hears what
+# --- rows of each modality
 
 
 def test_paired_steps_use_the_first_rows_of_one_pass() -> None:
@@ -261,7 +261,7 @@ def test_unpaired_modalities_have_separate_passes() -> None:
             used_rows[modality] += step.rows[step.present[:, modality]].tolist()
         if number < len(steps) - 1:
             assert step.present.sum(axis=0).tolist() == [13, 19]
-    assert len(used_rows[1]) == N  # the lagging one's pass ends first
+    assert len(used_rows[1]) == N  # the pass of the weaker modality ends first
     assert len(used_rows[0]) == 6 * 13
     assert all(len(set(rows)) == len(rows) for rows in used_rows)
     assert used_rows[0] != used_rows[1][: len(used_rows[0])]
@@ -301,7 +301,7 @@ def test_epoch_metrics_are_named_by_modality() -> None:
     assert {name.rpartition("_")[2] for name in sampler.epoch_metrics()} == {"audio", "visual"}
 
 
-# --- the learned quantities
+# --- learned quantities
 
 
 def test_policy_chooses_multiples_of_the_batch_size() -> None:
@@ -325,7 +325,7 @@ def test_min_and_max_share_bound_the_policy() -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 2.0])
 def test_reward_by_hand(eta: float) -> None:
-    """|D| falls from 0.4 to 0.3, while the fused answer's cumulative confidence rises from 0.5 to 0.6."""
+    """|D| falls from 0.4 to 0.3, while the fused cumulative confidence rises from 0.5 to 0.6."""
     sampler = sampler_of(DusRl, eta=eta)
     observe(sampler, (0.5, 0.8, 0.4))
     assert sampler.epoch_metrics()["policy_reward"] == 0
@@ -342,7 +342,7 @@ def test_reward_uses_the_largest_discrepancy_of_three_modalities() -> None:
 
 def test_policy_follows_from_the_seed_in_all_processes() -> None:
     drawn: list[tuple[int, ...]] = []
-    for distributed in (SINGLE_PROCESS, SecondProcess(rank=1, world_size=2, other=(0.0, 0.0, 0.0))):
+    for distributed in (SINGLE_PROCESS, SecondProcess(rank=1, world_size=2, first_sums=(0.0, 0.0, 0.0))):
         torch.manual_seed(len(drawn))
         sampler = sampler_of(DusRl, distributed=distributed)
         for _ in range(20):

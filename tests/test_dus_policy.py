@@ -1,4 +1,4 @@
-"""Laws of the policy: REINFORCE and PPO by hand, and all of it in its state."""
+"""Tests of the policy of DUS-RL: REINFORCE and PPO by hand and against torch, and its state."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def build_policy(seed: int = 0, **changes: Any) -> Policy:
 
 
 def reward_actions(policy: Policy, target_actions: Sequence[int], num_steps: int) -> None:
-    """Reward each modality's wanted choice with a half."""
+    """Reward each modality's target action with a half."""
     for _ in range(num_steps):
         actions = policy.act(STATE)
         policy.learn(sum(0.5 * (action == target) for action, target in zip(actions, target_actions, strict=True)))
 
 
 def round_trip(state: dict[str, Any]) -> dict[str, Any]:
-    """Write a state and load it back as a checkpoint does."""
+    """Write a state and load it as a checkpoint does."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -49,7 +49,7 @@ def test_initial_choices_are_equally_likely() -> None:
 
 
 class Reference:
-    """The same policy in torch, whose gradients and Adam are its own."""
+    """The same policy in torch, with torch's gradients and Adam."""
 
     def __init__(self, policy: Policy, *, clip: float | None, lr: float) -> None:
         first, last = torch.nn.Linear(4, 64), torch.nn.Linear(64, 10)
@@ -86,7 +86,7 @@ REWARDS = [0.5, -0.2, 0.1, 0.3, 0.0, -1.0, 0.7, 0.2, -0.1, 0.4, 0.6, -0.3]
 
 
 def test_reinforce_equals_torch() -> None:
-    """Gradients of A log chance, and Adam's steps along them."""
+    """Gradients of A log p, and steps of Adam along them."""
     policy = build_policy(lr=0.02)
     reference = Reference(policy, clip=None, lr=0.02)
     for reward in REWARDS:
@@ -111,7 +111,7 @@ def test_ppo_equals_torch() -> None:
 
 @pytest.mark.parametrize("reward", [0.3, -0.3])
 def test_first_step_of_reinforce_by_hand(reward: float) -> None:
-    """It goes along A (1[chosen] - p): the chosen one more likely where it was good, all others alike less."""
+    """The step is along A (1[chosen] - p): the chosen action gains probability if A > 0, all others lose equally."""
     policy = build_policy()
     actions = policy.act(STATE)
     policy.learn(reward)
@@ -125,7 +125,7 @@ def test_first_step_of_reinforce_by_hand(reward: float) -> None:
 def test_expected_reward_changes_nothing() -> None:
     policy = build_policy()
     policy.act(STATE)
-    policy.learn(0.0)  # what the baseline expects
+    policy.learn(0.0)  # equal to the baseline
     assert policy.probabilities(STATE).tolist() == [[pytest.approx(0.2)] * 5] * 2
 
 
@@ -161,10 +161,10 @@ def test_choice_depends_on_the_state() -> None:
     [
         (1.0, 2.0, 2.0),
         (1.1, 2.0, 2.2),  # within the clip: r A
-        (1.3, 2.0, 0.0),  # more likely than 1.2 times before, and good: no further
-        (1.3, -2.0, -2.6),  # but back, where it was bad
-        (0.7, -2.0, 0.0),  # less likely than 0.8 times before, and bad: no further
-        (0.7, 2.0, 1.4),  # but back, where it was good
+        (1.3, 2.0, 0.0),  # ratio above 1.2, positive advantage: clipped
+        (1.3, -2.0, -2.6),  # not clipped for a negative advantage
+        (0.7, -2.0, 0.0),  # ratio below 0.8, negative advantage: clipped
+        (0.7, 2.0, 1.4),  # not clipped for a positive advantage
         (0.9, -2.0, -1.8),
     ],
 )
@@ -185,7 +185,7 @@ def test_ppo_updates_after_horizon_steps() -> None:
 
 
 def test_clip_stops_ppo() -> None:
-    """Of 200 passes over one choice, those after its joint chance has risen by a fifth carry on Adam's momentum."""
+    """Of 200 passes over one action, those after its probability has risen by a fifth only continue Adam's momentum."""
     increase = {}
     for clip in (0.2, 100.0):
         policy = build_policy(policy="ppo", horizon=1, passes=200, lr=1e-3, clip=clip)
@@ -208,7 +208,7 @@ def test_reward_without_an_action_has_no_effect() -> None:
 def test_resumed_policy_continues_exactly(kind: str) -> None:
     policy, resumed = build_policy(policy=kind, horizon=4), build_policy(seed=1, policy=kind, horizon=4)
     reward_actions(policy, [4, 1], 6)
-    policy.act(STATE)  # saved between a choice and its reward
+    policy.act(STATE)  # saved between an action and its reward
     resumed.load_state_dict(round_trip(policy.state_dict()))
     drawn = []
     for current in (policy, resumed):

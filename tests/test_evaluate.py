@@ -1,4 +1,4 @@
-"""Figures equal scikit-learn's and scipy's, and subsets are those of the study."""
+"""Tests of test metrics: equal to scikit-learn and scipy, on the subsets of the study."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_calibration_error_by_hand() -> None:
 
 
 def test_true_probabilities_are_calibrated_and_overconfident_ones_are_not() -> None:
-    """And one that is surer than it should be is not: ECE is then what it is too sure by."""
+    """The ECE of overconfident probabilities is the amount by which they are too high."""
     rng = np.random.default_rng(0)
     probability = rng.uniform(0.55, 0.95, 20_000)
     label = (rng.random(20_000) > probability).astype(np.int64)
@@ -173,7 +173,7 @@ def test_overall_metrics_follow_from_class_metrics(n: int, k: int, seed: int) ->
 def test_every_branch_has_metrics_on_every_class() -> None:
     fused, label = random_predictions(60, 3, 0)
     audio, _ = random_predictions(60, 4, 1)
-    fused = np.pad(fused, ((0, 0), (0, 1)))  # class 3 is never true, and audio names it now and then
+    fused = np.pad(fused, ((0, 0), (0, 1)))  # class 3 is never true, and audio predicts it sometimes
     assert (audio.argmax(axis=1) == 3).any()
     report = evaluate_classes({"fused": fused, "audio": audio}, label, ["a", "b", "c", "d"])
     assert [(name, entry["n"]) for name, entry in report.items()] == [
@@ -189,7 +189,7 @@ def test_every_branch_has_metrics_on_every_class() -> None:
 
 def test_evaluate_branches_has_subsets_and_classes() -> None:
     fused, label = random_predictions(60, 3, 0)
-    label[label == 2] = 0  # a class that does not occur, and a subset of nobody
+    label[label == 2] = 0  # a class that does not occur, and an empty subset
     masks = {"all": np.ones(60, bool), "none": np.zeros(60, bool)}
     names = ["a", "b", "c"]
     report = evaluate_branches({"fused": fused}, label, subset_masks=masks, class_names=names)

@@ -1,4 +1,4 @@
-"""Laws of the examination: it measures what the network says, on the rows it is told, and nothing else."""
+"""Tests of the evaluation of a network: from its file, on given rows, and with matching samples only."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_metrics_are_of_the_given_rows(tmp_path: Path) -> None:
 
 
 def test_complementary_modalities_share_the_contribution(tmp_path: Path) -> None:
-    """Each tells one bit of two: together all, alone about half, and nothing gives a quarter."""
+    """Each modality has one bit of two: accuracy 1 together, about a half alone, and a quarter with neither."""
     examples = make_examples(400)
     config = replace(QUICK, finetune=replace(QUICK.finetune, epochs=30, hidden=16))
     contribution = fine_tune(examples, tmp_path, config).metrics["contribution"]["contribution"]

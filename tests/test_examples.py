@@ -1,4 +1,4 @@
-"""Laws of the examples: rows join by id, what has changed is noticed, and no test row is ever trained on."""
+"""Tests of examples: rows join by id, changes of the source raise, and test rows are never trained on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPLITS = ["test" if number % 5 == 0 else "train" for number in range(N)]
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset on disk, encoded."""
+    """An encoded dataset on disk."""
 
     dataset: Dataset
     tasks: list[EncodeTask]
@@ -41,7 +41,7 @@ Write = Callable[..., Source]
 
 
 def make_columns(**extra: list[Any]) -> dict[str, list[Any]]:
-    """Give 60 samples of the classes 3, 5 and 9 with vectors of two lengths, every fifth a test sample."""
+    """Build 60 samples of the classes 3, 5 and 9 with vectors of two lengths, every fifth a test sample."""
     rng = np.random.default_rng(0)
     columns: dict[str, list[Any]] = {
         "id": [f"s{number:03d}" for number in range(N)],
@@ -74,12 +74,12 @@ def write(tmp_path: Path) -> Write:
 
 
 def make_scores(source: Source, **changes: Any) -> ScoreTable:
-    """Give a score table of the source: its own ids, splits, groups and contents, and chance for confidence."""
+    """Build a score table of the source with its ids, splits, groups and contents, and random confidences."""
     samples = read_samples(source.dataset, seed=0, test_fraction=0.2)
     rng = np.random.default_rng(1)
     scores = ScoreTable(
         sample_id=samples.sample_id,
-        label=samples.label * 2 + 1,  # numbers with holes: examples number classes anew
+        label=samples.label * 2 + 1,  # numbers with gaps: examples renumber the classes
         label_name=np.array([samples.class_names[code] for code in samples.label], dtype=object),
         modalities=("audio", "visual"),
         confidence=rng.random((len(samples), 2)).astype(np.float32),
@@ -92,7 +92,7 @@ def make_scores(source: Source, **changes: Any) -> ScoreTable:
 
 
 def make_manifest(scores: ScoreTable, keep: Any = None) -> tuple[Manifest, pa.Table]:
-    """Keep two of three samples, or the ones told."""
+    """Keep two of three samples, or those of the mask."""
     n = len(scores)
     keep_mask = np.arange(n) % 3 > 0 if keep is None else np.asarray(keep)
     values: dict[str, Any] = {
@@ -146,7 +146,7 @@ def test_rows_are_joined_by_id(write: Write) -> None:
     manifest, dropped = make_manifest(make_scores(source))
     examples = load(source, manifest, dropped)
     assert examples.modalities == ("audio", "visual")
-    assert len(examples.sample_id) == 40 + 4  # two of three, and the dropped among the twelve test samples
+    assert len(examples.sample_id) == 40 + 4  # two of three, and the dropped ones of twelve test samples
     assert examples.shapes == ((4,), (2,))
     audio, visual = (read_all(inputs) for inputs in examples.inputs)
     for row, name in enumerate(examples.sample_id):
@@ -219,7 +219,7 @@ def test_changed_samples_raise(write: Write) -> None:
     manifest, dropped = make_manifest(make_scores(write(columns)))
     columns["visual"][7] = [0.0, 0.0]
     columns["audio"][8] = [0.0] * 4
-    columns["audio"][9] = [0.0] * 4  # a training sample that the manifest left out: nobody asks for it
+    columns["audio"][9] = [0.0] * 4  # a training sample outside the manifest: not checked
     with pytest.raises(
         ManifestError, match=r"2 of 44 samples have changed .* \(the first: s007\); rescore with mmaudit score"
     ):
@@ -319,7 +319,7 @@ def test_dropped_validation_samples_stay_out(write: Write) -> None:
 
 
 def test_splits_of_a_resplit_manifest_are_used(write: Write) -> None:
-    """`split --resplit` cuts other splits than the source has: these are then the ones that count."""
+    """`split --resplit` cuts other splits than the source has: those of the manifest are used."""
     source = write(make_columns())
     manifest, dropped = make_manifest(make_scores(source))
     split = ["test" if name == "train" else "train" for name in manifest.table["split"].to_pylist()]

@@ -1,4 +1,4 @@
-"""Laws of fine-tuning: it learns what is there, selects on validation, and goes on exactly where it stopped."""
+"""Tests of fine-tuning: it learns a planted signal, selects on validation, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_history_is_complete_after_an_interrupted_last_state(tmp_path: Path, mon
         assert history == (tmp_path / "whole" / "history.jsonl").read_bytes()
 
 
-Arguments = dict[str, Any]  # the arguments of tune that decide about the weights
+Arguments = dict[str, Any]  # the arguments of fine_tune that determine the weights
 
 
 def change_config(**options: Any) -> Callable[[Arguments], Arguments]:
@@ -143,9 +143,15 @@ CHANGES: dict[str, Callable[[Arguments], Arguments]] = {
     "lr": change_config(lr=2e-2),
     "epochs": change_config(epochs=6),
     "sampler": change_config(sampling="bss-h"),
-    "pacing": lambda now: {**now, "config": replace(now["config"], order=OrderConfig(start=0.9, grow_epochs=4))},
-    "seed": lambda now: {**now, "seed": 1},
-    "classes": lambda now: {**now, "examples": replace(now["examples"], class_names=("a", "b", "c", "d", "e"))},
+    "pacing": lambda arguments: {
+        **arguments,
+        "config": replace(arguments["config"], order=OrderConfig(start=0.9, grow_epochs=4)),
+    },
+    "seed": lambda arguments: {**arguments, "seed": 1},
+    "classes": lambda arguments: {
+        **arguments,
+        "examples": replace(arguments["examples"], class_names=("a", "b", "c", "d", "e")),
+    },
     "train vector": with_changed_sample("train", "inputs"),
     "train label": with_changed_sample("train", "label"),
     "train rank": with_changed_sample("train", "rank"),
@@ -192,7 +198,7 @@ def test_test_samples_do_not_affect_training(tmp_path: Path) -> None:
 
 
 def rebuild(folder: Path) -> tuple[FusionNet, ModelConfig]:
-    """Build the network from its file alone."""
+    """Build the network from its file only."""
     config = read_model_config(folder / "model.safetensors")
     net = FusionNet(config)
     net.load_state_dict(load_file(folder / "model.safetensors"))
@@ -223,7 +229,7 @@ def test_selected_epoch_is_the_best_on_validation(tmp_path: Path) -> None:
 
 
 def test_too_few_validation_samples_select_the_last_epoch(tmp_path: Path) -> None:
-    """Of a few, one epoch is best by chance: at just enough the best is kept, at one fewer the last."""
+    """Among few samples one epoch is best by chance: with just enough the best is kept, with one fewer the last."""
     epochs = {}
     for num_validation in (LEAST_VALIDATION, LEAST_VALIDATION - 1):
         examples = make_examples(4 * num_validation, noise=3.0)
@@ -239,7 +245,7 @@ def test_too_few_validation_samples_select_the_last_epoch(tmp_path: Path) -> Non
 def test_model_file_reproduces_the_metrics(tmp_path: Path, fusion: str) -> None:
     examples = make_examples(noise=3.0)
     metrics = fine_tune(examples, tmp_path, with_options(fusion=fusion, epochs=12, hidden=32, lr=3e-2)).metrics
-    assert metrics["best_epoch"] < 12  # the last weights are others
+    assert metrics["best_epoch"] < 12  # the last weights differ
     net, config = rebuild(tmp_path)
     assert config.modalities == ("audio", "visual")
     assert config.classes == ("a", "b", "c", "d")

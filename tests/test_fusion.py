@@ -1,4 +1,4 @@
-"""Laws of fusion: each equals its formula, computed from the weights alone, also where a modality is absent."""
+"""Tests of fusion: each equals its formula, computed from the weights, also where a modality is absent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fusion_of(name: str, dims: tuple[int, ...] = DIMS) -> Fusion:
     for tensor in (
         *fusion.parameters(),
         *fusion.buffers(),
-    ):  # biases start at 0, and a zero hides what is added to what
+    ):  # biases start at 0, which would hide errors in sums
         nn.init.normal_(tensor, std=0.5)
     return fusion.eval()
 
@@ -84,7 +84,7 @@ def mmtm_by_hand(w: Weights, features: list[Tensor], *, cut: tuple[int, ...] = (
 
 
 def shared_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
-    """Sample by sample: weights exp(-H_j) / sum of all, H_j the entropy of what j says."""
+    """Sample by sample: weights exp(-H_j) / sum of all, H_j the entropy of modality j's probabilities."""
     logits = torch.zeros(11, 6)
     for row in range(11):
         unimodal = [
@@ -212,7 +212,7 @@ def test_mmtm_updates_mean_excitations_in_training_only() -> None:
         fusion.eval()(features)
         torch.testing.assert_close(fusion.mean, expected)
     assert expected.abs().min() > 1e-4
-    fusion.train()([torch.zeros(0, dim) for dim in DIMS])  # what a process has of a last step may be empty
+    fusion.train()([torch.zeros(0, dim) for dim in DIMS])  # a process may have no row of a last step
     torch.testing.assert_close(fusion.mean, expected)
 
 

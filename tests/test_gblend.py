@@ -1,4 +1,4 @@
-"""Laws of G-Blending: the paper's weights, what happens at their edges, when they are measured, what they weigh."""
+"""Tests of G-Blending: the paper's weights, their edge cases, and when they are measured."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_batch(present: list[list[bool]] | None = None) -> Batch:
 
 
 class TableReader:
-    """A laboratory in which copy k has losses that are written down: train and validation (k, 1 + m)."""
+    """Model reader whose copy k has tabulated losses: train and validation (k, 1 + m)."""
 
     def __init__(self, train: list[list[float]], validation: list[list[float]], *, num_train: int = 10) -> None:
         self.train, self.validation, self.num_train = train, validation, num_train
@@ -54,7 +54,7 @@ class TableReader:
 
     def _row(self, table: list[list[float]], net: FusionNet | None) -> Tensor:
         index = 0 if net is None else 1 + next(k for k, copied_net in enumerate(self.copies) if copied_net is net)
-        return torch.tensor(table[index])[:, None] + torch.tensor([-0.5, 0.5])  # two samples, of that mean
+        return torch.tensor(table[index])[:, None] + torch.tensor([-0.5, 0.5])  # two samples with this mean
 
     def read(self, function: OutputFunction, *, rows: RowIndex | None = None, net: FusionNet | None = None) -> Tensor:
         assert rows is not None
@@ -72,7 +72,7 @@ class TableReader:
         return self.copies[-1]
 
 
-# What each of the three copies gains in its own loss is on the diagonal; the rest must not matter.
+# The gain of each of the three copies in its own loss is on the diagonal; other values must not matter.
 TRAIN = [[1.0, 1.1, 1.2], [0.2, 9, 9], [9, 0.9, 9], [9, 9, 0.7]]
 VALIDATION = [[1.0, 1.2, 1.3], [0.6, 9, 9], [9, 1.1, 9], [9, 9, 1.2]]
 GAIN = [0.4, 0.1, 0.1]
@@ -105,7 +105,7 @@ def test_weights_sum_to_1_and_ignore_the_unit(gain: list[float], overfit: list[f
     weights = blend_weights(gain, overfit)
     assert weights.sum() == pytest.approx(1)
     assert weights.min() > MIN_WEIGHT / (1 + 3 * MIN_WEIGHT) - 1e-9
-    if not any(0 < value < 1e-7 for value in gain):  # where the unit decides whether there is a gain at all
+    if not any(0 < value < 1e-7 for value in gain):  # such a gain counts as 0 in some units
         scaled = blend_weights([unit * value for value in gain], [unit * value for value in overfit])
         assert scaled == pytest.approx(weights)
 

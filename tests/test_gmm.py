@@ -1,4 +1,4 @@
-"""Laws of the adaptive loss: the formula by hand, its three properties, two stages, and gaps of any shape."""
+"""Tests of the adaptive loss: the formula by hand, its three properties, two stages, and gaps of any shape."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 LABEL = torch.tensor([0, 1, 2, 0])
 STRONG = torch.tensor([0.90, 0.95, 0.80, 0.90])
-GAP = torch.tensor([0.02, 0.10, 0.55, 0.80])  # two are balanced and two are not
+GAP = torch.tensor([0.02, 0.10, 0.55, 0.80])  # two balanced, two imbalanced
 NET = FusionNet(ModelConfig(modalities=("a",), shapes=((1,),), classes=("x", "y")))
 LOSS_WEIGHT = torch.tensor([0.1, 0.2, 0.3, 0.4])
 
 
 class TwoEqualProcesses(DistributedContext):
-    """Two processes that see the same."""
+    """Two processes with the same data."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
@@ -38,7 +38,7 @@ class TwoEqualProcesses(DistributedContext):
 
 
 class PlantedGaps:
-    """A laboratory where gaps are read that were planted; it notes which rows."""
+    """Model reader with planted gaps; it records the rows that are read."""
 
     def __init__(self, gap: NDArray[np.float64]) -> None:
         self.net, self.num_train, self.gap = NET, len(gap), gap
@@ -59,7 +59,7 @@ class PlantedGaps:
 
 
 def make_outputs(strong: Tensor, gap: Tensor, label: Tensor) -> Outputs:
-    """Outputs where the first modality gives the true class `strong`, the second less by the gap; fused gives 0.7."""
+    """Build outputs: true-class probability `strong` in the first modality, less the gap in the second, fused 0.7."""
     is_other = (1 - torch.nn.functional.one_hot(label, 3)).bool()
 
     def logits(confidence: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def posteriors(gap: Tensor = GAP) -> NDArray[np.float64]:
 
 
 def read_gaps() -> NDArray[np.float64]:
-    """What a method reads of `two_groups`, at some of its rows."""
+    """Return the gaps that a method reads of `two_groups`, at some of its rows."""
     model_reader = PlantedGaps(two_groups())
     build_method().begin_epoch(1, model_reader)
     return np.asarray(0.98 * two_groups()[model_reader.rows_read[0]])
@@ -131,7 +131,7 @@ def test_loss_by_hand() -> None:
 
 
 def test_loss_by_hand_with_wide_balanced_gaps() -> None:
-    """P = 1 - g, mean 0.5: a gap of 0.1 is partly imbalanced, and not drawn up to the balanced mean."""
+    """P = 1 - g, mean 0.5: a gap of 0.1 is partly imbalanced, and not pulled up to the balanced mean."""
     method = build_method(gmm=GmmConfig(warmup_epochs=0, lam_gap=0.0, lam_align=1.0))
     mixture = {"posterior": 1 - torch.linspace(0, 1, 4097), "mean": 0.5, "variance": 0.04}
     method.load_state_dict({"refit": {**mixture, "share": 0.0, "gap": 0.0, "bimodal": True}})
@@ -148,7 +148,7 @@ def test_posterior_separates_the_two_groups() -> None:
     assert gamma[2:].max() < 0.01
     mixture = fit_gap_mixture(read_gaps(), device=CPU)
     assert mixture.mean == pytest.approx(0.98 * 0.08, abs=0.01)
-    assert mixture.variance == pytest.approx(0.01)  # that of the component, 0.05 squared, would make alignment all
+    assert mixture.variance == pytest.approx(0.01)  # the component's own, 0.05 squared, would let alignment dominate
     assert build_method().epoch_metrics() == pytest.approx(
         {"gmm_balanced": 0.6, "gmm_gap": 0.32, "gmm_bimodal": 1.0}, abs=0.03
     )
@@ -156,7 +156,7 @@ def test_posterior_separates_the_two_groups() -> None:
 
 @pytest.mark.parametrize("stop_strong", [True, False])
 def test_step_down_the_loss_shrinks_every_gap(stop_strong: bool) -> None:
-    """The first property, of the terms of the gap alone: every gap is smaller after a small step."""
+    """The first property, for the gap terms only: every gap is smaller after a small step."""
     batch = make_batch()
     terms = {}
     for lam in (1.0, 0.0):
@@ -170,7 +170,7 @@ def test_step_down_the_loss_shrinks_every_gap(stop_strong: bool) -> None:
 
 
 def test_alignment_moves_only_imbalanced_samples() -> None:
-    """The second property: alignment alone closes gaps beyond the balanced mean, the further the stronger."""
+    """The second property: alignment closes only gaps above the balanced mean, larger ones more."""
     batch = make_batch()
     with_alignment = gradient(build_method(), make_outputs(STRONG, GAP, LABEL), batch)
     without_alignment = gradient(
@@ -178,15 +178,15 @@ def test_alignment_moves_only_imbalanced_samples() -> None:
     )
     pull = (
         (without_alignment - with_alignment)[1].gather(1, LABEL[:, None]).squeeze(1)
-    )  # on the true class's logit, of the lagging one
-    slope = (STRONG - GAP) * (1 - STRONG + GAP)  # of a confidence by its logit
+    )  # on the true class's logit of the weaker modality
+    slope = (STRONG - GAP) * (1 - STRONG + GAP)  # derivative of a confidence by its logit
     per_gap = pull / slope / LOSS_WEIGHT
     assert per_gap[:2].abs().max() < 0.01 * per_gap[3]
     assert 0 < per_gap[2] < per_gap[3]
 
 
 def test_imbalance_raises_the_gap_weight_and_lowers_the_fused_weight() -> None:
-    """The third property, on gradients: 1 + gamma on the fused cross entropy's, 2 - gamma on the gap's."""
+    """The third property, for gradients: 1 + gamma for the fused cross entropy, 2 - gamma for the gap."""
     batch, gamma = make_batch(), posteriors()
     outputs = make_outputs(STRONG, GAP, LABEL)
     loss = build_method(gmm=GmmConfig(warmup_epochs=0, lam_align=0.0)).loss(outputs, batch)
@@ -202,7 +202,7 @@ def test_imbalance_raises_the_gap_weight_and_lowers_the_fused_weight() -> None:
 
 
 def test_stop_strong_leaves_the_stronger_branch_its_own_gradient() -> None:
-    """With stop_strong the stronger branch has the gradient of its own cross entropy alone; without, less of it."""
+    """With stop_strong the stronger branch has the gradient of its own cross entropy only; without, less of it."""
     batch = make_batch()
     plain = build_method(gmm=GmmConfig(warmup_epochs=99))
     ordinary = gradient(plain, make_outputs(STRONG, GAP, LABEL), batch)[0]
@@ -307,7 +307,7 @@ def test_resumed_method_continues_exactly() -> None:
 
 
 def test_training_closes_the_gap_without_degrading_the_stronger() -> None:
-    """One modality tells the class, the other a little: beside the sum of losses the second has learnt more by then."""
+    """The weaker modality has learned more than with the summed losses after the same number of steps."""
     generator = torch.Generator().manual_seed(2)
     label = torch.arange(60) % 3
     strong_inputs = torch.randn(60, 4, generator=generator) * 0.3

@@ -1,4 +1,4 @@
-"""Laws of Greedy: speeds by hand, when a rebalancing starts and ends, what moves in it and what the answer is then."""
+"""Tests of Greedy: speeds by hand, start and end of rebalancing, and which parameters it updates."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from mmaudit.train.optimizer import Optimization
 torch.set_num_threads(1)
 
 NAMES = ("audio", "visual", "text")
-AUDIO_SLOW = torch.tensor([[1e9, 1e7], [1e8, 1e8]])  # so large that a few steps do not change the verdict
+AUDIO_SLOW = torch.tensor([[1e9, 1e7], [1e8, 1e8]])  # so large that a few steps do not change the comparison
 BALANCED = torch.tensor([[1e8, 1e8], [1e8, 1e8]])
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoEqualProcesses(DistributedContext):
-    """Two processes with the same rows: sums are twice what one has."""
+    """Two processes with the same rows: sums are twice those of one."""
 
     world_size: int = 2
 
@@ -84,7 +84,7 @@ def changed_parameters(balancer: Greedy, batch: Batch) -> set[str]:
 
 def test_conditional_speeds_by_hand() -> None:
     assert conditional_speeds([1.0, 0.2], [0.1, 20.0]) == pytest.approx([1, -2])
-    assert conditional_speeds([0.0], [0.0]) == [0]  # nothing is known of it yet
+    assert conditional_speeds([0.0], [0.0]) == [0]  # before any step
 
 
 def test_slowest_modality_by_hand() -> None:
@@ -142,15 +142,15 @@ def test_nothing_is_rebalanced_up_to_alpha(total: Tensor, alpha: float) -> None:
 @pytest.mark.parametrize("slow", [0, 1])
 @pytest.mark.parametrize("own_heads", [False, True])
 def test_rebalancing_step_updates_only_the_slow_modality(slow: int, own_heads: bool) -> None:
-    balancer = build_greedy(own_heads=own_heads)  # AdamW with decay: what has a gradient of 0 would move too
+    balancer = build_greedy(own_heads=own_heads)  # AdamW with decay would also update parameters with a gradient of 0
     balancer.load_state_dict(make_state(BALANCED, slow=slow, steps_left=1))
     changed = changed_parameters(balancer, make_batch())
     prefixes = {f"encoders.{slow}.", f"fusion.heads.{slow}."}
     assert {name for name in changed if not name.startswith("heads.")} == {
         name for name, _ in balancer.net.named_parameters() if any(name.startswith(prefix) for prefix in prefixes)
     }
-    assert any(name.startswith("heads.") for name in changed) == own_heads  # which only listen
-    assert len(changed_parameters(balancer, make_batch())) == len(list(balancer.net.parameters()))  # over again
+    assert any(name.startswith("heads.") for name in changed) == own_heads  # they train on detached features
+    assert len(changed_parameters(balancer, make_batch())) == len(list(balancer.net.parameters()))  # ordinary step
 
 
 def test_rebalancing_step_uses_the_mean_excitation() -> None:
@@ -165,7 +165,7 @@ def test_rebalancing_step_uses_the_mean_excitation() -> None:
         features = reference.encode(batch.inputs)
         assert isinstance(reference.fusion, Mmtm)
         excitation = reference.fusion.excitations(features)[0]
-        reference.fusion(features)  # the running mean moves first
+        reference.fusion(features)  # updates the running mean first
         heads, mean_excitation = reference.fusion.heads, reference.fusion.mean_excitations()[1]
         expected = heads[0](features[0] * 2 * excitation.sigmoid()) + heads[1](
             features[1] * 2 * mean_excitation.sigmoid()

@@ -1,4 +1,4 @@
-"""Laws of the two plain losses: what they are, that listening moves no encoder, and that only what is heard counts."""
+"""Tests of the joint and summed losses: formulas, separate heads, and weights of 0."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_sum_adds_the_unimodal_cross_entropies() -> None:
 
 
 def test_weight_of_0_removes_a_sample_from_one_loss_only() -> None:
-    """Parts of 0 take a sample out of one loss, and out of that one alone."""
+    """Each of the fused and unimodal losses has its own weights."""
     method, batch = build_method("sum"), make_batch()
     loss_weight = batch.loss_weight.clone()
     loss_weight[0, 0] = loss_weight[2, 1] = 0.0

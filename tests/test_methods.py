@@ -1,4 +1,4 @@
-"""The contract of every sampler and every balancer, in all pairs that are admitted."""
+"""Contract of every sampler and every balancer, in all pairs that the config accepts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mmaudit.train.setup import build_model_config
 
 torch.set_num_threads(1)
 
-# Every method does what it is for within two epochs.
+# Settings in which every method is active within two epochs.
 ACTIVE = replace(
     with_options(QUICK, epochs=2),
     balancing=BalancingConfig(
@@ -117,7 +117,7 @@ def test_run_killed_within_an_epoch_resumes_at_the_step(
 def test_every_balancer_learns_the_planted_signal(tmp_path: Path, balancing: str) -> None:
     config = with_options(QUICK, balancing=balancing, epochs=30, hidden=16)
     branches = fine_tune(make_examples(240), tmp_path, config).metrics["test"]["all"]["branches"]
-    # MLA trains each modality alone: one bit each, and the surer one is right half the time or more.
+    # MLA trains each modality alone: one bit each, so the more confident one is correct at least half the time.
     assert branches["fused"]["accuracy"] > (0.4 if balancing == "mla" else 0.9)
 
 

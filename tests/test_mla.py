@@ -1,4 +1,4 @@
-"""Laws of MLA: the projection's algebra, what moves at which turn, and in which directions the classifier does not."""
+"""Tests of MLA: algebra of the projection, and which parameters and directions each turn updates."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PLAIN = OptimConfig(precision="float32", lr=0.5, optimizer="sgd", momentum=0.0, 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoEqualProcesses(DistributedContext):
-    """Two processes with the same rows: sums are twice what one has."""
+    """Two processes with the same rows: sums are twice those of one."""
 
     world_size: int = 2
 
@@ -45,7 +45,7 @@ class TwoEqualProcesses(DistributedContext):
 
 
 class RecordingOptimization(Optimization):
-    """Keeps what the parameters are after each turn."""
+    """Records the parameters after each turn."""
 
     def apply(self) -> None:
         super().apply()
@@ -86,7 +86,7 @@ def make_batch(seed: int = 1, *, present: list[list[bool]] | None = None) -> Bat
 
 
 def weight_changes_by_turn(balancer: Mla, batch: Batch) -> list[dict[str, Tensor]]:
-    """Take a step, and give what every turn added to each parameter."""
+    """Run a step and return the change of each parameter in every turn."""
     before = weights(balancer.net)
     assert isinstance(balancer.optimization, RecordingOptimization)
     balancer.optimization.weights_after_turns = []
@@ -96,7 +96,7 @@ def weight_changes_by_turn(balancer: Mla, batch: Batch) -> list[dict[str, Tensor
 
 
 def mean_feature(balancer: Mla, batch: Batch, modality: int) -> Tensor:
-    """The weighted mean of what the classifier sees of a modality."""
+    """Compute the weighted mean of the classifier's inputs of a modality."""
     assert isinstance(balancer.net.fusion, Shared)
     with torch.no_grad():
         feature = balancer.net.encoders[modality](batch.inputs[modality])
@@ -118,7 +118,7 @@ def test_project_out_equals_the_inverse_of_the_second_moment(seed: int, num_dire
 def test_project_out_by_hand() -> None:
     projection = project_out(torch.eye(2), torch.tensor([3.0, 0.0]), ridge=1.0)
     assert projection.flatten().tolist() == pytest.approx([0.1, 0, 0, 1])
-    assert torch.equal(project_out(projection, torch.zeros(2), ridge=1.0), projection)  # nothing was seen
+    assert torch.equal(project_out(projection, torch.zeros(2), ridge=1.0), projection)  # unchanged
 
 
 def test_relax_to_identity_by_hand() -> None:
@@ -134,7 +134,7 @@ def test_projection_stays_between_0_and_identity_and_does_not_fade(seed: int) ->
     mean_direction[0] = 0
     for _ in range(200):
         direction = mean_direction + torch.randn(8)
-        direction[0] = 0  # a feature that is never there
+        direction[0] = 0  # a feature that is always 0
         projection = project_out(relax_to_identity(projection), direction, ridge=1e-3)
         assert float((projection @ direction).norm()) < 1e-2 * float(direction.norm())
     eigenvalues = torch.linalg.eigvalsh(projection)
@@ -148,7 +148,7 @@ def test_projection_stays_between_0_and_identity_and_does_not_fade(seed: int) ->
 def test_turn_updates_only_its_encoder_and_the_classifier(same_width: bool) -> None:
     balancer = build_mla(
         ADAMW, same_width=same_width
-    )  # AdamW would decay whatever has a gradient, and have moments for it
+    )  # AdamW would decay every parameter with a gradient and keep moments for it
     balancer.step(make_batch(0))
     for j, changes in enumerate(weight_changes_by_turn(balancer, make_batch(1))):
         names = {name for name, change in changes.items() if bool(change.any())}
@@ -194,7 +194,7 @@ def test_step_returns_outputs_before_the_turns_and_the_mean_loss() -> None:
     assert not loss.requires_grad
     still = build_mla(OptimConfig(precision="float32", optimizer="sgd", lr=1e-9, momentum=0.0, weight_decay=0.0))
     outputs, loss = still.step(batch)
-    assert float(loss) == pytest.approx(float(still.loss(outputs, batch)), rel=1e-5)  # where turns change nothing
+    assert float(loss) == pytest.approx(float(still.loss(outputs, batch)), rel=1e-5)  # at a rate near 0
 
 
 def test_separate_heads_do_not_change_the_turns() -> None:
@@ -211,7 +211,7 @@ def test_separate_heads_do_not_change_the_turns() -> None:
 def test_turn_uses_only_rows_with_the_modality() -> None:
     present = [[True, False, True], [False, False, True]] * 3
     balancer = build_mla(PLAIN)
-    changes = weight_changes_by_turn(balancer, make_batch(present=present))[1]  # the turn of one that nobody has
+    changes = weight_changes_by_turn(balancer, make_batch(present=present))[1]  # the turn of a modality without rows
     assert not any(bool(change.any()) for change in changes.values())
     batch = make_batch(present=present)
     assert len(batch.inputs[0]) == 3

@@ -1,4 +1,4 @@
-"""Laws of MMPareto: the closed form against a search for the shortest vector, and what moves by which gradient."""
+"""Tests of MMPareto: the closed form against a numerical search, and which gradient each parameter uses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SEEDS = st.integers(0, 10**6)
 
 @dataclass(frozen=True, kw_only=True)
 class TwoEqualProcesses(DistributedContext):
-    """Two processes with the same rows: sums are twice what one has."""
+    """Two processes with the same rows: sums are twice those of one."""
 
     world_size: int = 2
 
@@ -48,7 +48,7 @@ def build_mmpareto(
     freeze: tuple[int, ...] = (),
     distributed: DistributedContext = SINGLE_PROCESS,
 ) -> MmPareto:
-    """One step of plain gradient descent at rate 1: what a parameter loses is its gradient."""
+    """Build the method with gradient descent at rate 1: the change of a parameter is minus its gradient."""
     torch.manual_seed(0)
     plan = ModelConfig(
         modalities=("audio", "visual"),
@@ -76,7 +76,7 @@ def weight_changes(balancer: MmPareto, batch: Batch) -> dict[str, Tensor]:
 
 
 def loss_gradients(balancer: MmPareto, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Give the gradients of the fused loss and of the sum of the own ones."""
+    """Return the gradients of the fused loss and of the sum of unimodal losses."""
     net = copy.deepcopy(balancer.net)
     fused, unimodal = cross_entropies(net(batch.inputs, batch.present), batch.label)
     trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
@@ -169,7 +169,7 @@ def test_seeds_include_conflicting_and_agreeing_gradients() -> None:
         for j in range(2):
             names = [name for name in fused if name.startswith(f"encoders.{j}.")]
             signs.add(sum(float((fused[name] * unimodal[name]).sum()) for name in names) > 0)
-    assert signs == {True, False}  # else the test above would have seen one case alone
+    assert signs == {True, False}  # otherwise the test above would cover one case only
 
 
 def test_step_returns_the_detached_sum_of_losses() -> None:

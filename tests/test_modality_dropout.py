@@ -1,4 +1,4 @@
-"""Laws of modality dropout: one modality is always left, and own means are over what is left."""
+"""Tests of modality dropout: one modality always remains, and unimodal means are over the remaining rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 
 class TwoEqualProcesses(DistributedContext):
-    """Two processes that see the same."""
+    """Two processes with the same data."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
@@ -85,7 +85,7 @@ def test_absent_modalities_stay_absent(seed: int) -> None:
 
 
 def test_modalities_are_dropped_with_the_right_frequency() -> None:
-    """P(dropped) = p but for the p^2 of both, where one of the two at random is left."""
+    """P(dropped) = p - p^2 / 2: where both would be dropped, a random one remains."""
     torch.manual_seed(3)
     dropped = ~modality_mask_of(build_method(0.3).prepare(make_batch(40_000)))
     assert dropped.float().mean(dim=0).tolist() == pytest.approx([0.3 - 0.09 / 2] * 2, abs=0.01)
@@ -100,7 +100,7 @@ def test_unimodal_weights_are_over_remaining_rows_and_fused_over_all() -> None:
     remaining = modality_mask_of(prepared).T
     assert not remaining.all()
     assert float(prepared.loss_weight[1:][~remaining].abs().sum()) == 0.0
-    for j in range(2):  # weights of samples stand to each other as before
+    for j in range(2):  # ratios of sample weights are unchanged
         ratio = prepared.loss_weight[1 + j][remaining[j]] / batch.loss_weight[1 + j][remaining[j]]
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
 
@@ -122,7 +122,7 @@ def test_same_seed_drops_the_same_modalities() -> None:
 
 
 def test_encoder_trains_only_on_rows_with_its_modality() -> None:
-    """Where the first modality is never there, its encoder gets no gradient, and the fused answer is the other's."""
+    """If the first modality is never used its encoder has no gradient, and the fused logits depend on the other."""
     method = build_method(0.0)
     prepared = method.prepare(make_batch(10, present=torch.tensor([[False, True]]).repeat(10, 1)))
     outputs, loss = method.step(prepared)

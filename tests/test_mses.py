@@ -1,4 +1,4 @@
-"""Laws of early stopping by modality: who is frozen when, what then stays, and what is learned still."""
+"""Tests of early stopping by modality: when a modality is frozen, and what still trains."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_batch(present: list[list[bool]] | None = None) -> Batch:
 
 
 def end_epochs(balancer: Mses, *losses: tuple[float, float]) -> list[tuple[bool, bool]]:
-    """End epochs with these own validation losses, and tell after each who is frozen."""
+    """End epochs with these unimodal validation losses; return which modalities are frozen after each."""
     frozen = []
     for epoch, unimodal_loss in enumerate(losses, start=1):
         balancer.end_epoch(
@@ -56,7 +56,7 @@ def end_epochs(balancer: Mses, *losses: tuple[float, float]) -> list[tuple[bool,
 
 
 def changed_tensors(balancer: Mses) -> set[str]:
-    """Take a step as the loop does, and name what it moves."""
+    """Run a step as the training loop does and return the names of the tensors it changes."""
     before = copy.deepcopy(balancer.net.state_dict())
     balancer.net.train()
     balancer.step(make_batch())
@@ -66,7 +66,7 @@ def changed_tensors(balancer: Mses) -> set[str]:
 def test_modality_is_frozen_after_patience_epochs() -> None:
     losses = [(1.0, 1.0), (0.9, 1.0), (0.8, 0.9), (0.8, 0.8), (0.9, 0.7), (0.1, 0.6)]
     frozen = end_epochs(build_mses(patience=2), *losses)
-    assert [audio for audio, _ in frozen] == [False, False, False, False, True, True]  # and stays so, at a loss of 0.1
+    assert [audio for audio, _ in frozen] == [False, False, False, False, True, True]  # still frozen at a loss of 0.1
     assert not any(visual for _, visual in frozen)
 
 

@@ -1,4 +1,4 @@
-"""Laws of learning rates by modality: where they begin and end, who is given more, and what the optimiser sees."""
+"""Tests of learning rates by modality: start and end of each mode, bounds, and the optimiser's rates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REMAINING = st.lists(st.floats(0.01, 1), min_size=2, max_size=5)
 
 
 class InitialLosses:
-    """A laboratory that knows what each modality says of four samples at the start."""
+    """Model reader with fixed outputs for four samples before training."""
 
     num_train = 4
 
@@ -45,7 +45,7 @@ class InitialLosses:
         raise AssertionError("nothing is tried out")
 
 
-INITIAL_LOSSES = (math.log(3), 1.5 * math.log(2))  # the own losses at the start, there
+INITIAL_LOSSES = (math.log(3), 1.5 * math.log(2))  # unimodal losses of InitialLosses
 
 
 def build_mslr(mode: str, *, factors: tuple[str, ...] = (), max_factor: float = 10.0, epochs: int = 5) -> Mslr:
@@ -59,14 +59,14 @@ def build_mslr(mode: str, *, factors: tuple[str, ...] = (), max_factor: float = 
 
 
 def rates_of_epoch(balancer: Mslr, epoch: int) -> list[float]:
-    """Begin an epoch as the loop does; give the optimiser's rates over the common one: modalities', and the rest's."""
+    """Begin an epoch as the loop does; return the rates of modalities and of the rest over the common rate."""
     balancer.begin_epoch(epoch, InitialLosses(balancer.net))
     balancer.optimization.begin_epoch(epoch, epochs=balancer.epochs)
     return [group["lr"] / 0.1 for group in balancer.optimization.optimizer.param_groups]
 
 
 def end_epoch(balancer: Mslr, epoch: int, *remaining: float) -> None:
-    """End an epoch with these shares left of the own losses at the start."""
+    """End an epoch with unimodal losses that are these shares of the initial ones."""
     unimodal_loss = tuple(share * initial for share, initial in zip(remaining, INITIAL_LOSSES, strict=True))
     balancer.end_epoch(
         epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=unimodal_loss, unimodal_accuracy=(0.5, 0.5))
@@ -100,9 +100,7 @@ def test_factor_of_0_stays_0() -> None:
 
 
 def test_dynamic_factors_by_hand() -> None:
-    factors = dynamic_factors(
-        [0.9, 0.1], strength=1.0, min_factor=0.01, max_factor=100
-    )  # over their geometric mean, 0.3
+    factors = dynamic_factors([0.9, 0.1], strength=1.0, min_factor=0.01, max_factor=100)  # geometric mean 0.3
     assert factors == pytest.approx([3, 1 / 3])
     assert dynamic_factors([0.9, 0.1], strength=0.5, min_factor=0.01, max_factor=100) == pytest.approx(
         [3**0.5, 3**-0.5]

@@ -1,4 +1,4 @@
-"""Laws of the network: who is encoded, who is left as it is, and what it says of whom."""
+"""Tests of the network: masked encoding, frozen encoders, unimodal logits and cross entropy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FRAMES_CONFIG = replace(VECTORS_CONFIG, modalities=("audio", "frames"), shapes=(
 def build_net(config: ModelConfig = VECTORS_CONFIG, **options: Any) -> FusionNet:
     torch.manual_seed(0)
     net = FusionNet(replace(config, **options))
-    for name, parameter in net.named_parameters():  # biases start at 0, and a zero hides what is added to what
+    for name, parameter in net.named_parameters():  # biases start at 0, which would hide errors in sums
         if "trunk" not in name:
             nn.init.normal_(parameter, std=0.5)
     return net
@@ -60,7 +60,7 @@ def test_only_used_rows_are_encoded(config: ModelConfig) -> None:
 
 
 def test_encoder_trains_on_used_rows_only() -> None:
-    """In training: its gradients, and pictures' running means, are those of a batch of these rows."""
+    """In training its gradients, and the running means of pictures, are those of a batch of these rows."""
     for config in (VECTORS_CONFIG, FRAMES_CONFIG):
         modality_mask = torch.ones(6, len(config.shapes), dtype=torch.bool)
         modality_mask[2:4, 1] = False
@@ -105,7 +105,7 @@ def test_frozen_encoder_does_not_change(config: ModelConfig) -> None:
     net, inputs = build_net(config, dropout=0.5), random_inputs(config)
     buffers = [buffer.clone() for buffer in net.encoders[1].buffers()]
     net.freeze_encoders([1])
-    first, second = net(inputs).features, net(inputs).features  # at once, and dropout is for those in training
+    first, second = net(inputs).features, net(inputs).features  # dropout is off in a frozen encoder at once
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[0], second[0])
     for _ in range(2):
@@ -155,7 +155,7 @@ def test_fused_logits_alone_equal_those_with_unimodal_logits(fusion: str, own_he
     net, inputs = build_net(fusion=fusion, own_heads=own_heads).eval(), random_inputs()
     fused, full = net(inputs, unimodal=False), net(inputs)
     torch.testing.assert_close(fused.fused, full.fused, rtol=1e-4, atol=1e-5)
-    names = [name for name, _ in net.named_parameters() if not name.startswith("heads")]  # those only listen
+    names = [name for name, _ in net.named_parameters() if not name.startswith("heads")]  # not in fused logits
     fused_gradients, full_gradients = (gradients(net, outputs.fused.square().sum()) for outputs in (fused, full))
     assert {name: fused_gradients[name] is None for name in names} == {
         name: full_gradients[name] is None for name in names

@@ -1,4 +1,4 @@
-"""Laws of OGM-GE: the coefficients by hand, whom they touch and when, and noise of the gradient's own size."""
+"""Tests of OGM-GE: coefficients by hand, which gradients they scale and when, and the size of the noise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NO_READER: ModelReader = None  # type: ignore[assignment]  # nothing is read
 
 
 class TwoEqualProcesses(DistributedContext):
-    """Two processes that see the same."""
+    """Two processes with the same data."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
@@ -36,7 +36,7 @@ class TwoEqualProcesses(DistributedContext):
 def build_method(
     name: str, *, ogm: OgmConfig = DEFAULT, distributed: DistributedContext = SINGLE_PROCESS, width: int = 8
 ) -> Balancer:
-    """Give a method at the beginning of epoch 1; a step of SGD at rate 1 moves a weight by minus its gradient."""
+    """Build a method at the start of epoch 1; a step of SGD at rate 1 changes a weight by minus its gradient."""
     torch.manual_seed(0)
     plan = ModelConfig(modalities=("a", "v"), shapes=((40,), (30,)), classes=("x", "y", "z"), hidden=width, dropout=0.0)
     optimization = Optimization(
@@ -53,7 +53,7 @@ def build_method(
 
 
 def make_batch(num_samples: int = 12, *, share: float = 1.0, copies: int = 1) -> Batch:
-    """The first modality tells the class, so that it is ahead after some steps."""
+    """Build a batch whose first modality determines the class, so that it is ahead after some steps."""
     generator = torch.Generator().manual_seed(1)
     label = torch.arange(num_samples) % 3
     first = torch.randn(num_samples, 40, generator=generator) * 0.1
@@ -77,7 +77,7 @@ def weight_changes(method: Balancer, batch: Batch) -> dict[str, Tensor]:
 
 
 def test_two_coefficients_by_hand() -> None:
-    """S = 6, 4: rho = 1.5 and 2/3; the first is damped by tanh(0.3 * 1.5), the other left."""
+    """S = 6, 4: rho = 1.5 and 2/3; the first is damped by tanh(0.3 * 1.5), the other is not."""
     coefficients = ogm_coefficients(torch.tensor([6.0, 4.0]), alpha=0.3)
     assert coefficients.tolist() == pytest.approx([1 - math.tanh(0.45), 1.0])
 
@@ -92,7 +92,7 @@ def test_three_coefficients_by_hand() -> None:
 def test_coefficients_damp_the_leader_in_any_unit(scores: list[float], alpha: float, unit: float) -> None:
     score = torch.tensor(scores, dtype=torch.float64)
     lead = (len(scores) - 1) * score / (score.sum() - score) - 1
-    assume(not bool(((lead > 1e-7) & (lead < 1e-5)).any()))  # k leaps there, and a unit rounds
+    assume(not bool(((lead > 1e-7) & (lead < 1e-5)).any()))  # k jumps there, and scaling rounds
     coefficients = ogm_coefficients(score, alpha=alpha)
     torch.testing.assert_close(ogm_coefficients(unit * score, alpha=alpha), coefficients, atol=1e-9, rtol=1e-6)
     torch.testing.assert_close(ogm_coefficients(score.flip(0), alpha=alpha).flip(0), coefficients)
@@ -104,7 +104,7 @@ def test_coefficients_damp_the_leader_in_any_unit(scores: list[float], alpha: fl
 @pytest.mark.parametrize("num_modalities", [2, 3, 4, 7])
 @pytest.mark.parametrize("score", [0.1, 1.7695536143097428, 42.76955361430974])
 def test_equal_scores_are_not_damped(score: float, num_modalities: int) -> None:
-    """Their mean may be rounded below them."""
+    """Rounding may bring the mean of equal scores below them."""
     for dtype in (torch.float32, torch.float64):
         assert (
             ogm_coefficients(torch.full((num_modalities,), score, dtype=dtype), alpha=1.0).tolist()
@@ -142,7 +142,7 @@ def test_only_encoder_gradients_are_damped() -> None:
 @pytest.mark.parametrize("epoch", [1, 4])
 def test_no_modulation_outside_its_epochs(name: str, epoch: int) -> None:
     plain, method = build_method("joint"), build_method(name, ogm=OgmConfig(alpha=0.5, first_epoch=2, last_epoch=3))
-    plain.needs_unimodal_logits = True  # otherwise it adds up in another order
+    plain.needs_unimodal_logits = True  # otherwise it sums in another order
     method.begin_epoch(epoch, NO_READER)
     for plain_change, change in zip(
         weight_changes(plain, make_batch()).values(), weight_changes(method, make_batch()).values(), strict=True

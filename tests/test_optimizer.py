@@ -1,4 +1,4 @@
-"""Laws of the update: a step is torch's own, whatever stands around it, and so in one process or two."""
+"""Tests of optimiser steps: equal to torch's, in one process or two."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_step_equals_torch_sgd_bitwise(clip_norm: float) -> None:
 
 
 def test_clipping_by_hand() -> None:
-    """All gradients together are brought to a length of 0.5, and SGD without momentum goes that far."""
+    """All gradients together are scaled to a norm of 0.5, which SGD without momentum multiplies by the rate."""
     net = build_net()
     before = copy.deepcopy(net)
     optimization = build_optimization(net, optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.5)
@@ -121,7 +121,7 @@ def test_gradients_below_the_norm_are_not_clipped() -> None:
     ],
 )
 def test_rates_by_epoch_and_modality(options: dict[str, Any], multipliers: list[float]) -> None:
-    """The common rate by the schedule; a modality's times its own factor and the method's; fusion's is the common."""
+    """A modality's rate is the scheduled one times its configured and its method's factor; fusion has the scheduled one."""
     optimization = build_optimization(build_net(), lr=2e-3, modality_lr=("visual=0.5",), **options)
     for epoch, multiplier in enumerate(multipliers, start=1):
         optimization.lr_factors = [3.0, 10.0] if epoch > 1 else [1.0, 1.0]
@@ -133,7 +133,7 @@ def test_rates_by_epoch_and_modality(options: dict[str, Any], multipliers: list[
 
 @pytest.mark.parametrize("factors", [(), ("audio=0.5",)])
 def test_one_parameter_group_without_modality_rates(factors: tuple[str, ...]) -> None:
-    """It is the same update; a factor that is given takes the groups apart again."""
+    """The steps are equal; a configured factor needs the separate groups again."""
     grouped, ungrouped = build_net(), build_net()
     config = OptimConfig(schedule="constant", modality_lr=factors)
     for net, by_modality in ((grouped, True), (ungrouped, False)):
@@ -166,7 +166,7 @@ def test_rate_of_0_does_not_update_the_modality() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_frozen_modality_is_neither_updated_nor_decayed(optimizer: str) -> None:
-    """Not even by the momentum of the steps before; and thawed it moves again."""
+    """Momentum of earlier steps has no effect either; after unfreezing it is updated again."""
     net = build_net(own_heads=True)
     optimization = build_optimization(net, optimizer=optimizer, lr=1e-2)
     take_steps(optimization)
@@ -198,11 +198,11 @@ def test_gradients_equal_autograd_and_change_nothing() -> None:
     expected = torch.autograd.grad(unimodal[0].mean(), parameters, retain_graph=True, allow_unused=True)
     for grad, expected_grad, parameter in zip(grads, expected, parameters, strict=True):
         assert torch.equal(grad, torch.zeros_like(parameter) if expected_grad is None else expected_grad)
-    assert sum(expected_grad is None for expected_grad in expected) == 3  # the fused classifier has no part in it
+    assert sum(expected_grad is None for expected_grad in expected) == 3  # the fused classifier
     assert all(parameter.grad is None for parameter in net.parameters())
     assert (
         optimization.gradients(unimodal[1].mean(), [net.get_parameter("heads.1.bias")])[0].abs().max() > 0
-    )  # the graph is there
+    )  # the graph is kept
 
 
 def test_backward_replaces_old_gradients() -> None:
@@ -294,7 +294,7 @@ def test_random_numbers_follow_from_the_step_seed() -> None:
     assert drawn[0][1] != drawn[1][1]
 
 
-# Rows 0 to 10 over one process or two; visual is absent from all rows that the first of two has.
+# Rows 0 to 10 over one process or two; visual is absent from all rows of the first of two.
 SCRIPT = """
 import json, torch
 from mmaudit.train.config import OptimConfig
@@ -343,7 +343,7 @@ def flat(nested: Any) -> list[float]:
 
 
 def test_two_processes_take_the_step_of_one() -> None:
-    """A process that has no row of a modality hears of its gradient all the same."""
+    """A process without a row of a modality still gets the gradient of the other process."""
     script = SCRIPT.replace("PRECISION", '"float32"').replace("OVERFLOW", "1.0")
     with redirect_stdout(io.StringIO()) as output:
         exec(script, {})
@@ -357,8 +357,8 @@ def test_two_processes_take_the_step_of_one() -> None:
         assert flat(distributed_grads) == pytest.approx(flat(single_grads), rel=1e-4, abs=1e-6)
     for name, values in single["weights"].items():
         assert flat(first["weights"][name]) == pytest.approx(flat(values), rel=1e-3, abs=1e-4)
-    assert first["draws"] != second["draws"]  # each process's own dropout ...
-    assert [draw[1] for draw in first["draws"]] == [draw[1] for draw in second["draws"]]  # ... and what all share
+    assert first["draws"] != second["draws"]  # random numbers of each process ...
+    assert [draw[1] for draw in first["draws"]] == [draw[1] for draw in second["draws"]]  # ... and shared ones
 
 
 def test_step_that_overflows_in_one_process_is_skipped_in_all() -> None:

@@ -1,4 +1,4 @@
-"""Laws of the orders: what `mmaudit order` shows is what training sees, and BSS-H paces as in its paper."""
+"""Tests of ordered samplers: training uses the order that `mmaudit order` prints; BSS-H is paced as in its paper."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmaudit.train.sampling.config import SamplingConfig
 from mmaudit.train.sampling.ordered import AntiCurriculum, BssH, Ordered, Uniform
 from mmaudit.train.sampling.sampler import Pool
 
-# Ranks of training rows: any, because the manifest's other rows have some of them.
+# Ranks of training rows: any distinct numbers, because other rows of the manifest have ranks too.
 RANKS = st.lists(st.integers(0, 10**6), min_size=1, max_size=60, unique=True).map(np.array)
 ORDERS = st.builds(
     OrderConfig,
@@ -33,7 +33,7 @@ ORDER_OF_SAMPLER: dict[type[Ordered], str] = {
 
 
 def make_pool(rank: NDArray[np.int64]) -> Pool:
-    """Give samples that are called by their ranks, and have no scores."""
+    """Build a pool of samples named by their ranks, without scores."""
     none = np.full(len(rank), np.nan)
     return Pool(
         key=id_key(map(str, rank)),
@@ -55,7 +55,7 @@ def rows_of_epoch(
     seed: int = 0,
     batch_size: int = 8,
 ) -> NDArray[np.int64]:
-    """Give what an epoch sees, step after step."""
+    """Return the rows of an epoch in order."""
     pool = make_pool(rank)
     sampler = sampler_class(pool, SamplingConfig(), order, batch_size=batch_size, seed=seed, distributed=SINGLE_PROCESS)
     steps = list(sampler.steps(epoch))
@@ -103,7 +103,7 @@ def test_bss_h_has_the_constants_of_the_paper() -> None:
 
 @pytest.mark.parametrize("sampler_class", ORDER_OF_SAMPLER)
 def test_name_of_the_configured_order_does_not_matter(sampler_class: type[Ordered]) -> None:
-    """`--sampling` says which order; the section `order` says how it is paced."""
+    """`--sampling` selects the order; the section `order` sets its pacing."""
     rank = np.random.default_rng(0).permutation(50)
     drawn = [
         rows_of_epoch(sampler_class, rank, OrderConfig(order=order), 3).tolist()

@@ -1,4 +1,4 @@
-"""Laws of PMR: prototypes are class means with a memory, and what lags is drawn to its own, by hand."""
+"""Tests of PMR: prototypes are class means with momentum, and the prototype loss by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM = 12
 
 
 class TwoEqualProcesses(DistributedContext):
-    """Two processes that see the same."""
+    """Two processes with the same data."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
@@ -33,9 +33,9 @@ class TwoEqualProcesses(DistributedContext):
 
 
 class CountingReader:
-    """A laboratory of some samples; it counts how often and how much is read."""
+    """Model reader on given samples that records the number of rows of each call."""
 
-    def __init__(self, net: FusionNet, make_inputs: tuple[Tensor, ...], label: Tensor) -> None:
+    def __init__(self, net: FusionNet, inputs: tuple[Tensor, ...], label: Tensor) -> None:
         self.net, self.inputs, self.label = net, make_inputs, label
         self.num_train, self.rows_read = len(label), list[int]()
 
@@ -44,7 +44,7 @@ class CountingReader:
         row_index = torch.from_numpy(np.arange(self.num_train) if rows is None else rows)
         self.rows_read.append(len(row_index))
         self.net.eval()
-        values = function(self.net([rows[row_index] for rows in self.inputs]), self.label[row_index]).float()
+        values = function(self.net([matrix[row_index] for matrix in self.inputs]), self.label[row_index]).float()
         self.net.train()
         return values
 
@@ -56,7 +56,7 @@ class CountingReader:
 
 
 def make_inputs(num_samples: int = NUM) -> tuple[Tensor, Tensor]:
-    """The first modality tells the class, the second does not."""
+    """Build inputs whose first modality determines the class and whose second does not."""
     generator = torch.Generator().manual_seed(1)
     first = 0.1 * torch.randn(num_samples, 4, generator=generator)
     first[torch.arange(num_samples), torch.arange(num_samples) % 3] += 3.0
@@ -121,7 +121,7 @@ def test_distances_are_euclidean_and_differentiable_everywhere() -> None:
 
 
 def test_lag_weights_by_hand() -> None:
-    """S = 4, 5: the first lags by 5 / 4 - 1; 1, 5: by more than 1, which is the most; 4, 5, 6: by 5.5 / 4 - 1."""
+    """S = 4, 5: w = 5 / 4 - 1 for the first; 1, 5: above 1, clipped to 1; 4, 5, 6: 5.5 / 4 - 1."""
     assert lag_weights(torch.tensor([4.0, 5.0])).tolist() == pytest.approx([0.25, 0.0])
     assert lag_weights(torch.tensor([1.0, 5.0])).tolist() == [1.0, 0.0]
     assert lag_weights(torch.tensor([4.0, 5.0, 6.0])).tolist() == pytest.approx([0.375, 0.0, 0.0])
@@ -173,13 +173,13 @@ def test_loss_by_hand_and_gradient_for_the_weaker_modality_only() -> None:
 def test_a_modality_is_drawn_to_its_prototypes() -> None:
     method, plain = build_in_epoch(), build_in_epoch("joint")
     prototypes = class_means(method)[1]
-    for each in (method, plain):
-        for group in each.optimization.optimizer.param_groups:
+    for balancer in (method, plain):
+        for group in balancer.optimization.optimizer.param_groups:
             group["lr"] = 0.05
     ends = []
-    for each in (plain, method):
+    for balancer in (plain, method):
         for _ in range(20):
-            outputs, _ = each.step(make_batch())
+            outputs, _ = balancer.step(make_batch())
         logits = -torch.cdist(outputs.features[1].detach(), prototypes)
         ends.append(float(torch.nn.functional.cross_entropy(logits, make_batch().label)))
     assert ends[1] < ends[0]
@@ -220,14 +220,14 @@ def test_class_without_samples_has_no_prototype_and_no_loss() -> None:
     before = [matrix.clone() for matrix in method.state_dict()["prototypes"]]
     method.begin_epoch(2, CountingReader(method.net, make_inputs(), label))
     for prototype, old, mean in zip(method.state_dict()["prototypes"], before, class_means(method), strict=True):
-        torch.testing.assert_close(prototype[2], mean[2])  # a class that is met for the first time has no past
+        torch.testing.assert_close(prototype[2], mean[2])  # the first mean of a class has no momentum
         torch.testing.assert_close(prototype[:2], (old[:2] + mean[:2]) / 2)
     last = [matrix[2].clone() for matrix in method.state_dict()["prototypes"]]
     method.begin_epoch(
         3, CountingReader(method.net, tuple(matrix[is_known] for matrix in make_inputs()), label[is_known])
     )
     for prototype, old in zip(method.state_dict()["prototypes"], last, strict=True):
-        assert torch.equal(prototype[2], old)  # and one that is not met again stays
+        assert torch.equal(prototype[2], old)  # without samples the prototype stays
 
 
 def test_number_of_rows_read_is_bounded() -> None:
@@ -238,7 +238,7 @@ def test_number_of_rows_read_is_bounded() -> None:
 
 
 def test_samples_outside_the_fused_loss_train_the_weaker_modality() -> None:
-    """Samples that the fused answer does not see still draw what lags, and nothing else."""
+    """Samples with a fused weight of 0 still train the weaker modality, and nothing else."""
     method, batch = build_in_epoch(), make_batch()
     loss_weight = batch.loss_weight.clone()
     loss_weight[0] = 0.0
@@ -264,7 +264,7 @@ def test_two_processes_take_the_step_of_one() -> None:
 
 
 def test_scores_are_over_all_processes() -> None:
-    """The other process saw that the first modality lags."""
+    """The data of the other process make the first modality the weaker one."""
 
     class OtherProcess(DistributedContext):
         def sum_(self, tensors: Sequence[Tensor]) -> None:

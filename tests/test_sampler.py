@@ -1,4 +1,4 @@
-"""The contract of every sampler: what it draws follows from pool, seed, epoch and state, and from nothing else."""
+"""Contract of every sampler: its draws follow from pool, seed, epoch and state only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ N, B, K = 60, 8, 3
 SOON = SmvConfig(warmup_epochs=1, every_epochs=2)
 PAIRS = SamplingConfig(smv=SOON, bss=BssConfig(every_epochs=2), dus=DusConfig(dead_zone=0.0, kappa=3.0))
 PACED = OrderConfig(start=0.3, grow_epochs=4)
-# Every sampler, and those of its forms that draw otherwise.
+# Every sampler, and its settings that draw differently.
 KINDS = {
     **{name: (name, PAIRS, PACED) for name in SAMPLERS},
     "bss-l-manifest": ("bss-l", SamplingConfig(bss=BssConfig(score_source="manifest")), PACED),
@@ -42,7 +42,7 @@ FIXED_SIZE = [kind for kind, (name, _, _) in KINDS.items() if not name.startswit
 
 
 class FakeTraining:
-    """Planted samples, rows moved to `places`, and a network that has learned nothing: a `Lab`, and its answers."""
+    """Planted samples in a given row order and an untrained network: a ModelReader and a training loop."""
 
     def __init__(self, order: Sequence[int] = range(N)) -> None:
         rng = np.random.default_rng(0)
@@ -79,7 +79,7 @@ class FakeTraining:
 
     @torch.no_grad()
     def train(self, sampler: Sampler, epoch: int, *, after: int = 0, until: int = 10**6) -> list[Step]:
-        """Go through an epoch as the loop does, from one step to another."""
+        """Run an epoch as the training loop does, from step `after` to step `until`."""
         if after == 0:
             sampler.begin_epoch(epoch, self)
         steps = []
@@ -99,14 +99,14 @@ def build_kind(kind: str, pool: Pool, *, seed: int = 0) -> Sampler:
 
 
 def comparable(steps: Sequence[Step]) -> list[tuple[Any, ...]]:
-    """Give steps as what can be compared."""
+    """Convert steps to lists that can be compared."""
     masks = [(step.present, step.fused) for step in steps]
     plain_masks = [tuple(None if mask is None else mask.tolist() for mask in mask_pair) for mask_pair in masks]
     return [(step.rows.tolist(), *mask_pair) for step, mask_pair in zip(steps, plain_masks, strict=True)]
 
 
 def round_trip(state: dict[str, Any]) -> dict[str, Any]:
-    """Write a state and load it back as a checkpoint does."""
+    """Write a state and load it as a checkpoint does."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -208,7 +208,7 @@ def test_epoch_metrics_are_finite_json(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_adaptive_samplers_depend_on_observed_steps(kind: str) -> None:
-    """Steps of the others are the same, whether or not the network has answered those before."""
+    """Steps of the other samplers are the same whether or not earlier steps were observed."""
     training = FakeTraining()
     observing, not_observing = build_kind(kind, training.pool), build_kind(kind, training.pool)
     for epoch in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""Laws of the reach: what training ends too soon for is told, and nothing else."""
+"""Tests of check_schedule: a warning for every setting that never takes effect, and no other."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_setting_that_never_starts_gives_a_warning(options: dict[str, Any], mess
     assert re.search(f"^{finetune.epochs} epochs are too few: .*{message}", warning)
     longer = {**options, "epochs": finetune.epochs + 1}
     assert check_schedule(TrainConfig(finetune=FinetuneConfig(**longer), optim=optim, balancing=balancing)) == [] or (
-        finetune.sampling == "bss-h"  # which wants 30 more
+        finetune.sampling == "bss-h"  # it needs 30 more
     )
 
 

@@ -1,4 +1,4 @@
-"""Laws of the opening: what a training begins with is checked at the door, and known again."""
+"""Tests of the set-up of a training: checks of its settings, and its identity for a resume."""
 
 from __future__ import annotations
 

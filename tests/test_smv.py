@@ -1,4 +1,4 @@
-"""Laws of SMV: Shapley values and copies by hand, and where the copies stand."""
+"""Tests of SMV: Shapley values and copies by hand, and the positions of copies."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from mmaudit.train.sampling.smv import Smv, num_copies
 
 torch.set_num_threads(1)
 
-# What audio and visual say of five samples of class 0 of 2, as its logit; the fused answer is their sum, and right
-# above 0. Right alone, alone, together: (yes, yes, yes), (yes, no, yes), (yes, no, no), (no, no, no), (no, yes, yes).
+# Logits of class 0 of 2 by audio and visual for five samples of class 0; the fused logit is their sum, correct above 0.
+# Correct audio, visual, fused: (yes, yes, yes), (yes, no, yes), (yes, no, no), (no, no, no), (no, yes, yes).
 LOGITS = torch.tensor([[1.0, 2.0, 1.0, -1.0, -1.0], [1.0, -1.0, -2.0, -1.0, 2.0]])
-# phi^audio, phi^visual by hand, where a set is worth its size if right: (1, 1), (1.5, 0.5), (0.5, -0.5), (0, 0),
-# (0.5, 1.5); and copies at 1, 0.5, 0, -0.5: 0, 1, 2, 3.
+# phi^audio, phi^visual by hand, where the value of a set is its size if correct: (1, 1), (1.5, 0.5), (0.5, -0.5),
+# (0, 0), (0.5, 1.5); and copies at 1, 0.5, 0, -0.5: 0, 1, 2, 3.
 PHI = [[1.0, 1.5, 0.5, 0.0, 0.5], [1.0, 0.5, -0.5, 0.0, 1.5]]
 COPIES = [[0, 0, 1, 2, 1], [0, 1, 3, 2, 0]]
 
 
 class FixedReader:
-    """A lab and its network, whose features are logits of class 0 and whose fused logits are their sum."""
+    """Model reader whose features are logits of class 0 and whose fused logits are their sum."""
 
     def __init__(self, logits: Tensor = LOGITS) -> None:
         self.said, self.num_reads = logits, 0
@@ -77,7 +77,7 @@ def begin_epoch(sampler: Smv, epoch: int, model_reader: FixedReader) -> None:
 
 
 def rows_and_modalities(steps: Sequence[Step]) -> list[tuple[int, str]]:
-    """Give who is heard of which row, in order."""
+    """Return the rows of steps with the modalities used, in order."""
     pairs = []
     for step in steps:
         present = np.ones((len(step.rows), 2), bool) if step.present is None else step.present
@@ -116,7 +116,7 @@ def test_epoch_metrics_are_mean_values_and_mean_copies() -> None:
 def test_num_copies_by_hand() -> None:
     assert num_copies(np.array(PHI, np.float32).T, max_copies=3).T.tolist() == COPIES
     assert num_copies(np.array(PHI, np.float32).T, max_copies=1).max() == 1
-    # Three modalities: the least value is -1, so that a third of the way from 1 to it is one copy of three.
+    # Three modalities: the smallest value is -1, so that a third of the way from 1 to it is one copy of three.
     value = np.array([[1.0, 1 / 3, 0.3], [0.0, -1 / 3, -1.0]], np.float32)
     assert num_copies(value, max_copies=3).tolist() == [[0, 1, 2], [2, 2, 3]]
 
@@ -144,7 +144,7 @@ def test_model_is_evaluated_every_few_epochs_after_warm_up() -> None:
 def test_new_evaluation_replaces_the_old_one() -> None:
     sampler = sampler_of(every_epochs=1)
     begin_epoch(sampler, 1, FixedReader())
-    begin_epoch(sampler, 2, FixedReader(torch.ones(2, 5)))  # all is right now
+    begin_epoch(sampler, 2, FixedReader(torch.ones(2, 5)))  # all sets are correct
     assert sampler.copies.tolist() == [[0] * 5] * 2
     assert rows_and_modalities(list(sampler.steps(2))) == [
         (row, "both") for step in sampler.steps(2) for row in step.rows.tolist()
@@ -160,7 +160,7 @@ def test_epoch_before_the_first_evaluation_is_uniform() -> None:
 
 
 def test_copies_are_spread_over_the_epoch() -> None:
-    """Neither beside their sample nor beside each other: places of originals and copies are alike."""
+    """Positions of originals and copies are uncorrelated and equally distributed."""
     sampler = sampler_of(1_000, batch_size=64)
     sampler.copies = np.ones((2, 1_000), np.int16)
     order = rows_and_modalities(list(sampler.steps(1)))

@@ -1,4 +1,4 @@
-"""Laws of the store: what is read does not depend on where it lies, and little of it lies anywhere."""
+"""Tests of the store: resident and streamed inputs are equal, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ BYTES = RNG.integers(0, 256, (40, 12), dtype=np.uint8)
 
 
 class CountingInputs:
-    """Inputs that note how many rows were read at once."""
+    """Inputs that record the largest number of rows read at once."""
 
-    num_rows, num_features, most = 40, 100, 0
+    num_rows, num_features, max_rows = 40, 100, 0
 
     def read(self, rows: Rows) -> NDArray[Any]:
-        self.most = max(self.most, len(rows))
+        self.max_rows = max(self.max_rows, len(rows))
         return MatrixInputs(matrix=WIDE).read(rows)
 
 
@@ -48,11 +48,11 @@ def test_inputs_that_do_not_fit_are_never_read_completely() -> None:
     store = Store([inputs], device="cpu", max_bytes=100)
     for _ in store.stream([np.arange(start, start + 4) for start in range(0, 40, 4)], lambda rows: [rows]):
         pass
-    assert inputs.most == 4
+    assert inputs.max_rows == 4
 
 
 def test_no_read_ahead_with_0_threads() -> None:
-    """A sampler that waits for what the network says must not be asked for its next step before."""
+    """The next step of an adaptive sampler must not be requested before the last one was observed."""
     store = Store([MatrixInputs(matrix=WIDE)], device="cpu", max_bytes=0)
     requested = []
 

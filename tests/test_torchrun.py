@@ -1,4 +1,4 @@
-"""Laws of several processes: they see the same batches as one, learn the same, and the command line is the same."""
+"""Tests of several processes: the same batches and results as one process, also from the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAIRS = [
     ("class-balanced", "mmpareto"),
 ]
 
-# Says which rows each step of each epoch sees in this process, and what the history is in the end.
+# Prints the rows of each step of each epoch in this process, the history and the test metrics.
 SCRIPT = """
 import json, sys, tempfile
 from pathlib import Path
@@ -59,13 +59,16 @@ print(json.dumps(found))
 
 
 def config_of(sampling: str, balancing: str) -> TrainConfig:
-    """Without dropout, whose chance is each process's own. One of four has no row of the last step: 60 = 3 * 19 + 3."""
+    """Build a config without dropout, whose random numbers differ by process.
+
+    Of four processes one has no row of the last step: 60 = 3 * 19 + 3.
+    """
     return with_options(sampling=sampling, balancing=balancing, epochs=3, dropout=0.0, batch_size=19)
 
 
 @functools.cache
 def trained_by(size: int) -> list[Any]:
-    """Train every pair with so many processes: what each of them saw, its history and its test metrics."""
+    """Train every pair with `size` processes; return the batches of each process, its history and its test metrics."""
     return in_processes(SCRIPT.format(tests=str(Path(__file__).parent)), size=size)
 
 
@@ -75,7 +78,7 @@ def test_any_number_of_processes_trains_on_the_same_batches(size: int, pair: int
     single, shared = trained_by(1)[0][pair], [process[pair] for process in trained_by(size)]
     steps = [list(chain(*row_lists)) for row_lists in zip(*(rows for rows, _, _ in shared), strict=True)]
     assert steps == single[0]
-    assert any(len(rows) % size for rows in single[0])  # shares are uneven
+    assert any(len(rows) % size for rows in single[0])  # shards are uneven
     for _, history, tested in shared:
         assert history == shared[0][1]
         assert tested == shared[0][2]
@@ -83,7 +86,7 @@ def test_any_number_of_processes_trains_on_the_same_batches(size: int, pair: int
             assert record == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 
-# Excitations have running means, which each process takes over what it sees; and so has the mean of the weights.
+# Running means of excitations are over each process's own rows, and so are those in the mean of the weights.
 AVERAGED = """
 import json, sys, tempfile
 from pathlib import Path
@@ -107,7 +110,7 @@ print(json.dumps(found))
 
 
 def test_metrics_of_several_processes_are_those_of_the_saved_model() -> None:
-    """Also of a running mean of the weights, whose buffers each process has gathered for itself."""
+    """Also with a running mean of the weights, whose buffers each process collects separately."""
     (measured, reread), *other_processes = in_processes(AVERAGED.format(tests=str(Path(__file__).parent)), size=2)
     assert measured == other_processes[0][0]
     for branch, expected in reread["branches"].items():
@@ -143,7 +146,7 @@ def test_command_line_gives_the_same_results_under_torchrun(planted: Callable[..
     assert together.returncode == 0, together.stderr
     alone_report, together_report = (
         json.loads(done.stdout) for done in (alone, together)
-    )  # said once, by the first process
+    )  # printed once, by the first process
     for branch, expected in alone_report["test"]["all"]["branches"].items():
         assert together_report["test"]["all"]["branches"][branch] == pytest.approx(expected, abs=1e-3)
     folder = tmp_path / "mmaudit-run" / "finetune"

@@ -1,4 +1,4 @@
-"""Laws of trackers: nobody is told unless asked for, and what is told is the history."""
+"""Tests of trackers: they are off by default, and get the history."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmaudit.train.tracking import open_trackers
 
 
 class FakeTracker:
-    """What a tracking package was told, under any of the three packages' names for it."""
+    """Records of a tracking package, under any of the three packages' names for them."""
 
     def __init__(self) -> None:
         self.records: dict[int, dict[str, float]] = {}
@@ -34,7 +34,7 @@ class FakeTracker:
 
 @pytest.fixture
 def tracker(monkeypatch: pytest.MonkeyPatch) -> FakeTracker:
-    """Packages of the three names that take down what they are told."""
+    """Install fake packages under the three names."""
     fake = FakeTracker()
     writer = SimpleNamespace(add_scalar=fake.scalar, close=fake.close)
     run = SimpleNamespace(log=fake.record, finish=fake.close)
@@ -87,4 +87,4 @@ def test_tracker_that_cannot_start_raises_with_its_reason(
         match=r"^--report-to wandb: wandb cannot start, fix that or remove it: no account: log in first$",
     ):
         fine_tune(make_examples(), tmp_path, with_options(report_to=("tensorboard", "wandb")))
-    assert tracker.closed == 1  # the one that had begun
+    assert tracker.closed == 1  # the tracker that had started

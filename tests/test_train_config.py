@@ -1,4 +1,4 @@
-"""Laws of the training's settings: what makes no sense together is refused with its reason, and names have a home."""
+"""Tests of the training settings: contradictory ones raise with the reason, and every name has a class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmaudit.train.config import FUSIONS, AugmentConfig, FinetuneConfig, OptimCo
 from mmaudit.train.sampling.config import SAMPLERS
 from mmaudit.train.sampling.sampler import Sampler
 
-# What each method needs, told here a second time.
+# Requirements of each method, stated independently of the source.
 HAS_UNIMODAL_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "mla"}
 ONE_MODALITY = {"joint", "sum"}
 FUSION_OF = {"greedy": {"mmtm"}, "mla": {"shared"}}

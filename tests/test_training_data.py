@@ -1,4 +1,4 @@
-"""Laws of the course: batches are the training rows, readings leave the model alone, and a copy is a copy."""
+"""Tests of training data: batches of the training rows, evaluation in eval mode, and trained copies."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_derived_seed_depends_on_purpose_and_seed() -> None:
 
 
 def test_modality_that_a_sample_lacks_is_masked_in_its_batch() -> None:
-    """Nor in a reading: what stands in its place changes nothing, and the fused answer is that of the others."""
+    """The values in its place change nothing, and the fused logits are those of the other modalities."""
     complete = make_examples(60)
     present = np.ones((60, 2), dtype=bool)
     present[::3, 0] = False

@@ -1,4 +1,4 @@
-"""Laws of the weighted draws: chances by class and by posterior, to the letter."""
+"""Tests of weighted draws: probabilities by class and by posterior."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_order_has_every_sample_and_likely_balanced_ones_early() -> None:
     p = np.repeat([0.0, 1.0], 500)
     drawn = rows_of_epoch(sampler_of("posterior", p_balanced=p))
     assert sorted(drawn.tolist()) == list(range(1_000))
-    # Efraimidis-Spirakis: P(the first is likely) = 1 / 1.01; half way down, few of the unlikely have come.
+    # Efraimidis-Spirakis: P(the first is likely) = 1 / 1.01; in the first half few of the unlikely occur.
     assert p[drawn[:250]].mean() > 0.95
     assert p[drawn[-250:]].mean() == 0
 
@@ -88,10 +88,10 @@ def test_draws_by_balance_equal_the_weighted_order(draw: str, weight: str) -> No
     assert draw_rows(weights, key=key, draw=draw, seed=5, epoch=2).tolist() == order.tolist()
 
 
-@pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
-def test_weights_must_be_numbers_above_0(wrong: float) -> None:
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_weights_must_be_numbers_above_0(weight: float) -> None:
     with pytest.raises(ManifestError, match=r"1 weights are no number above 0 \(row 1 has"):
-        draw_rows(np.array([1.0, wrong, 2.0]), key=id_key("abc"), draw="order", seed=0, epoch=1)
+        draw_rows(np.array([1.0, weight, 2.0]), key=id_key("abc"), draw="order", seed=0, epoch=1)
 
 
 def test_draw_rows_checks_its_arguments() -> None:
