@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmaudit.train.balancing.balancer import Balancer, build_balancer
-from mmaudit.train.balancing.build_agm import Agm, modality_lead, shapley_weights
+from mmaudit.train.balancing.agm import Agm, modality_lead, shapley_weights
 from mmaudit.train.balancing.config import AgmConfig, BalancingConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
@@ -56,7 +56,7 @@ def build_method(
     )
     optimization.begin_epoch(1, epochs=1)
     return build_balancer(
-        name, optimization.net, optimization, BalancingConfig(build_agm=AgmConfig(alpha=alpha)), epochs=9
+        name, optimization.net, optimization, BalancingConfig(agm=AgmConfig(alpha=alpha)), epochs=9
     )
 
 

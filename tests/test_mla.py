@@ -49,7 +49,7 @@ class RecordingOptimization(Optimization):
 
     def apply(self) -> None:
         super().apply()
-        self.weights_after_turns = [*getattr(self, "told", []), weights(self.net)]
+        self.weights_after_turns = [*getattr(self, "weights_after_turns", []), weights(self.net)]
 
 
 def weights(net: FusionNet) -> dict[str, Tensor]:

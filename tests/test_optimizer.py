@@ -121,7 +121,7 @@ def test_gradients_below_the_norm_are_not_clipped() -> None:
     ],
 )
 def test_rates_by_epoch_and_modality(options: dict[str, Any], multipliers: list[float]) -> None:
-    """A modality's rate is the scheduled one times its configured and its method's factor; fusion has the scheduled one."""
+    """A modality's rate: the scheduled one times its configured and its method's factor; fusion has no factor."""
     optimization = build_optimization(build_net(), lr=2e-3, modality_lr=("visual=0.5",), **options)
     for epoch, multiplier in enumerate(multipliers, start=1):
         optimization.lr_factors = [3.0, 10.0] if epoch > 1 else [1.0, 1.0]

@@ -36,7 +36,7 @@ class CountingReader:
     """Model reader on given samples that records the number of rows of each call."""
 
     def __init__(self, net: FusionNet, inputs: tuple[Tensor, ...], label: Tensor) -> None:
-        self.net, self.inputs, self.label = net, make_inputs, label
+        self.net, self.inputs, self.label = net, inputs, label
         self.num_train, self.rows_read = len(label), list[int]()
 
     @torch.no_grad()

@@ -228,7 +228,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_crop <= 1:
-            raise ConfigError(f"augment.least_crop is {self.min_crop}; it must be above 0 and at most 1")
+            raise ConfigError(f"augment.min_crop is {self.min_crop}; it must be above 0 and at most 1")
         for name in ("time_masks", "band_masks"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"augment.{name} is {getattr(self, name)}; it must be at least 0")
