@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.agm import Agm, modality_lead, shapley_weights
+from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import AgmConfig, BalancingConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
