@@ -55,9 +55,7 @@ def build_method(
         distributed=distributed,
     )
     optimization.begin_epoch(1, epochs=1)
-    return build_balancer(
-        name, optimization.net, optimization, BalancingConfig(agm=AgmConfig(alpha=alpha)), epochs=9
-    )
+    return build_balancer(name, optimization.net, optimization, BalancingConfig(agm=AgmConfig(alpha=alpha)), epochs=9)
 
 
 def build_agm(fusion: str, *, modalities: int) -> Agm:
