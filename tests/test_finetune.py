@@ -52,7 +52,7 @@ def test_planted_signal_is_learned(tmp_path: Path, fusion: str, sampling: str) -
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; test_what_is_planted_is_learnt is its CPU twin")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; test_planted_signal_is_learned is its CPU twin")
 @pytest.mark.parametrize("sampling", ["uniform", "bss-h"])
 def test_planted_signal_is_learned_in_bf16_on_a_gpu(tmp_path: Path, sampling: str) -> None:
     config = with_options(epochs=25, hidden=16, sampling=sampling)
