@@ -1,4 +1,4 @@
-"""Laws of augmentation: vectors are left alone, pictures keep their size, masks hide what they should and no more."""
+"""Tests of augmentation: vectors are unchanged, pictures keep their size, masks stay within their share."""
 
 from __future__ import annotations
 
@@ -33,59 +33,59 @@ def batch_of(size: int = 7) -> Batch:
     )
 
 
-def test_each_kind_is_varied_in_its_own_way() -> None:
+def test_pictures_are_cropped_spectrograms_masked_vectors_unchanged() -> None:
     batch = batch_of()
-    found = augment(batch, SHAPES, CONFIG, seed=3).inputs
-    assert found[0] is batch.inputs[0]
-    assert [each.shape[1:] for each in found[1:]] == [(1, 1, 6, 10), (1, 3, 8, 8), (2, 3, 8, 8)]
-    assert found[1].isnan().any()
-    assert not any(each.isnan().any() for each in found[2:])
+    augmented = augment(batch, SHAPES, CONFIG, seed=3).inputs
+    assert augmented[0] is batch.inputs[0]
+    assert [inputs.shape[1:] for inputs in augmented[1:]] == [(1, 1, 6, 10), (1, 3, 8, 8), (2, 3, 8, 8)]
+    assert augmented[1].isnan().any()
+    assert not any(inputs.isnan().any() for inputs in augmented[2:])
 
 
-def test_a_seed_gives_the_same_and_another_something_else() -> None:
-    first, again, other = (augment(batch_of(), SHAPES, CONFIG, seed=seed).inputs for seed in (3, 3, 4))
-    for one, two, three in zip(first[1:], again[1:], other[1:], strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
-        assert not torch.equal(one.nan_to_num(9.0), three.nan_to_num(9.0))
+def test_same_seed_gives_same_augmentation_and_another_seed_another() -> None:
+    first, repeated, different = (augment(batch_of(), SHAPES, CONFIG, seed=seed).inputs for seed in (3, 3, 4))
+    for first_inputs, repeated_inputs, different_inputs in zip(first[1:], repeated[1:], different[1:], strict=True):
+        torch.testing.assert_close(first_inputs, repeated_inputs, rtol=0, atol=0, equal_nan=True)
+        assert not torch.equal(first_inputs.nan_to_num(9.0), different_inputs.nan_to_num(9.0))
 
 
-def test_a_process_may_have_no_row_of_a_step() -> None:
-    assert [len(each) for each in augment(batch_of(0), SHAPES, CONFIG, seed=3).inputs] == [0] * len(SHAPES)
+def test_batch_without_rows_is_accepted() -> None:
+    assert [len(inputs) for inputs in augment(batch_of(0), SHAPES, CONFIG, seed=3).inputs] == [0] * len(SHAPES)
 
 
-def test_what_is_switched_off_stays_as_it_is() -> None:
-    off = replace(CONFIG, pictures=False, sound=False)
+def test_disabled_augmentation_changes_nothing() -> None:
+    disabled = replace(CONFIG, pictures=False, sound=False)
     batch = batch_of()
-    assert all(a is b for a, b in zip(augment(batch, SHAPES, off, seed=0).inputs, batch.inputs, strict=True))
+    assert all(a is b for a, b in zip(augment(batch, SHAPES, disabled, seed=0).inputs, batch.inputs, strict=True))
     vectors = replace(batch, inputs=batch.inputs[:1])
     assert augment(vectors, SHAPES[:1], CONFIG, seed=0).inputs[0] is vectors.inputs[0]
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_masks_are_whole_bands_and_times_of_at_most_their_share(number: int) -> None:
-    config = AugmentConfig(time_masks=number, band_masks=number, time_share=0.3, band_share=0.25)
-    sound = torch.randn(200, 1, 1, 20, 40)
-    found = mask_spectrograms(sound, config, np.random.default_rng(0))
-    hidden: Tensor = found.isnan()[:, 0, 0]
-    bands, times = hidden.all(dim=2), hidden.all(dim=1)
-    assert torch.equal(hidden, bands[:, :, None] | times[:, None, :])
-    assert int(bands.sum(dim=1).max()) <= number * 5
-    assert int(times.sum(dim=1).max()) <= number * 12
-    if number == 1:
-        assert int(bands.sum(dim=1).max()) == 5  # the widest that may be, among 200
+@pytest.mark.parametrize("num_masks", [0, 1, 2])
+def test_masks_are_complete_bands_and_time_spans_within_their_share(num_masks: int) -> None:
+    config = AugmentConfig(time_masks=num_masks, band_masks=num_masks, time_share=0.3, band_share=0.25)
+    spectrograms = torch.randn(200, 1, 1, 20, 40)
+    masked = mask_spectrograms(spectrograms, config, np.random.default_rng(0))
+    is_masked: Tensor = masked.isnan()[:, 0, 0]
+    bands, times = is_masked.all(dim=2), is_masked.all(dim=1)
+    assert torch.equal(is_masked, bands[:, :, None] | times[:, None, :])
+    assert int(bands.sum(dim=1).max()) <= num_masks * 5
+    assert int(times.sum(dim=1).max()) <= num_masks * 12
+    if num_masks == 1:
+        assert int(bands.sum(dim=1).max()) == 5  # the widest mask allowed occurs among 200
         assert int(times.sum(dim=1).max()) == 12
-    torch.testing.assert_close(found[~found.isnan()], sound[~found.isnan()], rtol=0, atol=0)
+    torch.testing.assert_close(masked[~masked.isnan()], spectrograms[~masked.isnan()], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
-        ({"least_crop": 0.0}, "augment.least_crop is 0.0"),
+        ({"min_crop": 0.0}, "augment.min_crop is 0.0"),
         ({"time_masks": -1}, "augment.time_masks is -1"),
         ({"band_share": 1.5}, "augment.band_share is 1.5"),
         ({"time_share": float("nan")}, "augment.time_share is nan"),
     ],
 )
-def test_wrong_settings_are_refused(options: dict[str, float], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_settings_raise(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         AugmentConfig(**options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Laws of DUS: the running mean, the discrepancy and the quantities by hand, and who hears which rows."""
+"""Tests of DUS: running mean, discrepancy and quantities by hand, and which rows each modality uses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIDENCES = st.lists(st.floats(0.01, 1), min_size=2, max_size=4)
 
 
 def sampler_of(
-    type_: type[Dus] = DusH,
+    sampler_class: type[Dus] = DusH,
     *,
     num_modalities: int = 2,
     distributed: DistributedContext = SINGLE_PROCESS,
@@ -50,11 +50,11 @@ def sampler_of(
         num_modalities=num_modalities,
     )
     config = SamplingConfig(dus=DusConfig(**{"every_steps": 1, **changes}))
-    return type_(pool, config, OrderConfig(), batch_size=batch_size, seed=0, distributed=distributed)
+    return sampler_class(pool, config, OrderConfig(), batch_size=batch_size, seed=0, distributed=distributed)
 
 
-def lab_of(fusion: str = "concat", *, own_heads: bool = False) -> ModelReader:
-    plan = ModelConfig(
+def reader_of(fusion: str = "concat", *, own_heads: bool = False) -> ModelReader:
+    config = ModelConfig(
         modalities=("audio", "visual"),
         shapes=((2,), (2,)),
         classes=("x", "y"),
@@ -62,17 +62,17 @@ def lab_of(fusion: str = "concat", *, own_heads: bool = False) -> ModelReader:
         own_heads=own_heads,
         hidden=4,
     )
-    return cast(ModelReader, SimpleNamespace(net=FusionNet(plan)))
+    return cast(ModelReader, SimpleNamespace(net=FusionNet(config)))
 
 
-def answer(
+def outputs_and_batch(
     step: Step, confidence: Sequence[float] | NDArray[np.float64], *, distributed: DistributedContext = SINGLE_PROCESS
 ) -> tuple[Outputs, Batch]:
-    """Let the fused answer and each modality be as confident in class 0 of 2 as said: (1 + m,) or (1 + m, n)."""
+    """Build outputs with given confidences in class 0 of 2, fused first: (1 + m,) or (1 + m, n)."""
     c = np.asarray(confidence, dtype=np.float64)
     m = len(c) - 1
     c = np.broadcast_to(c.reshape(1 + m, -1), (1 + m, N))
-    inputs = tuple(torch.zeros(len(step.share(distributed).rows), 1) for _ in range(m))
+    inputs = tuple(torch.zeros(len(step.shard(distributed).rows), 1) for _ in range(m))
     label = torch.zeros(N, dtype=torch.int64)
     batch = to_batch(step, inputs, label=label, weight=np.ones(N, np.float32), distributed=distributed)
     logits = torch.from_numpy(np.stack([np.log(c), np.log1p(-c)], axis=2))[:, batch.rows]
@@ -80,7 +80,7 @@ def answer(
 
 
 def observe(sampler: Dus, confidence: Sequence[float]) -> None:
-    sampler.observe(*answer(Step(rows=np.arange(B)), confidence))
+    sampler.observe(*outputs_and_batch(Step(rows=np.arange(B)), confidence))
 
 
 def shuffled(sampler: Dus, *, epoch: int = 1) -> NDArray[np.int64]:
@@ -88,87 +88,87 @@ def shuffled(sampler: Dus, *, epoch: int = 1) -> NDArray[np.int64]:
     return order_of(rank=pool.rank, key=pool.key, config=OrderConfig(order="shuffled"), seed=0, epoch=epoch)
 
 
-def heard_by(step: Step, modality: int) -> list[int]:
+def rows_of_modality(step: Step, modality: int) -> list[int]:
     rows = step.rows if step.present is None else step.rows[step.present[:, modality]]
     return sorted(rows.tolist())
 
 
-# --- what is measured
+# --- cumulative confidence and discrepancy
 
 
-def test_the_cumulative_confidence_is_the_running_mean_from_the_start() -> None:
+def test_cumulative_confidence_is_the_running_mean_from_the_start() -> None:
     sampler = sampler_of()
-    told = [(0.5, 0.9, 0.1), (0.5, 0.6, 0.4), (0.8, 0.3, 0.1)]
-    for confidence in told:
+    confidences = [(0.5, 0.9, 0.1), (0.5, 0.6, 0.4), (0.8, 0.3, 0.1)]
+    for confidence in confidences:
         observe(sampler, confidence)
     assert sampler.confidence == pytest.approx([(0.9 + 0.6 + 0.3) / 3, (0.1 + 0.4 + 0.1) / 3])
     assert sampler.fused == pytest.approx(0.6)
-    numbers = sampler.numbers()
-    assert numbers["cumulative_confidence_0"] == pytest.approx(0.6)
-    assert numbers["cumulative_discrepancy_0"] == pytest.approx(0.4)
-    assert numbers["cumulative_discrepancy_1"] == pytest.approx(-0.4)
+    metrics = sampler.epoch_metrics()
+    assert metrics["cumulative_confidence_0"] == pytest.approx(0.6)
+    assert metrics["cumulative_discrepancy_0"] == pytest.approx(0.4)
+    assert metrics["cumulative_discrepancy_1"] == pytest.approx(-0.4)
 
 
-def test_each_step_counts_the_same_and_within_it_those_who_are_heard() -> None:
+def test_steps_count_equally_and_within_a_step_only_used_rows() -> None:
     sampler = sampler_of()
-    each = np.full((3, N), 0.5)
-    each[1] = np.linspace(0.1, 0.9, N)
+    confidence = np.full((3, N), 0.5)
+    confidence[1] = np.linspace(0.1, 0.9, N)
     rows = np.array([0, 99, 50, 20])
-    present = np.array([[True, True], [True, True], [False, True], [True, False]])
-    step = Step(rows=rows, present=present, fused=present[:, 0] & present[:, 1])
-    sampler.observe(*answer(step, each))
-    assert sampler.confidence == pytest.approx([each[1, [0, 99, 20]].mean(), 0.5])
+    modality_mask = np.array([[True, True], [True, True], [False, True], [True, False]])
+    step = Step(rows=rows, present=modality_mask, fused=modality_mask[:, 0] & modality_mask[:, 1])
+    sampler.observe(*outputs_and_batch(step, confidence))
+    assert sampler.confidence == pytest.approx([confidence[1, [0, 99, 20]].mean(), 0.5])
 
 
-def test_the_discrepancy_by_hand() -> None:
+def test_cumulative_discrepancy_by_hand() -> None:
     assert cumulative_discrepancy([0.7, 0.2]) == pytest.approx([0.5, -0.5])
     assert cumulative_discrepancy([0.9, 0.3, 0.6]) == pytest.approx([0.45, -0.45, 0.0])
 
 
 @given(CONFIDENCES)
-def test_the_discrepancy_is_that_of_the_audit(confidence: list[float]) -> None:
-    found = cumulative_discrepancy(confidence)
+def test_cumulative_discrepancy_equals_the_audit_discrepancy(confidence: list[float]) -> None:
+    cumulative = cumulative_discrepancy(confidence)
     audited = discrepancy(np.array([confidence], dtype=np.float32)).ravel()
-    assert found[: len(audited)] == pytest.approx(audited.tolist(), abs=1e-6)
-    assert sum(found) == pytest.approx(0, abs=1e-9)
+    assert cumulative[: len(audited)] == pytest.approx(audited.tolist(), abs=1e-6)
+    assert sum(cumulative) == pytest.approx(0, abs=1e-9)
 
 
-def test_a_step_that_overflowed_says_nothing() -> None:
+def test_step_that_overflowed_is_ignored() -> None:
     sampler = sampler_of()
     observe(sampler, (0.5, 0.8, 0.2))
     before = sampler.state_dict()
-    outputs, batch = answer(Step(rows=np.arange(B)), (0.5, 0.5, 0.5))
+    outputs, batch = outputs_and_batch(Step(rows=np.arange(B)), (0.5, 0.5, 0.5))
     sampler.observe(Outputs(outputs.fused, outputs.unimodal * float("nan"), outputs.features), batch)
     assert sampler.state_dict() == before
 
 
 @dataclass(frozen=True)
-class Second(DistributedContext):
-    """The second of two processes; the first one has sent `other` already."""
+class SecondProcess(DistributedContext):
+    """The second of two processes; `first_sums` are the tensors of the first."""
 
-    other: tuple[float, ...] = ()
+    first_sums: tuple[float, ...] = ()
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
-            tensor += torch.tensor(self.other, dtype=tensor.dtype)
+            tensor += torch.tensor(self.first_sums, dtype=tensor.dtype)
 
 
-def test_processes_observe_what_one_would() -> None:
-    each = np.random.default_rng(0).uniform(0.1, 0.9, (3, N))
-    present = np.random.default_rng(1).random((11, 2)) < 0.6
-    step = Step(rows=np.arange(11), present=present, fused=present[:, 0] & present[:, 1])
-    whole = sampler_of()
-    whole.observe(*answer(step, each))
-    outputs, batch = answer(step, each, distributed=DistributedContext(rank=0, world_size=2))
-    sent = (outputs.confidence(batch.label) * batch.loss_weight).sum(dim=1)
-    second = sampler_of(distributed=Second(rank=1, world_size=2, other=tuple(sent.tolist())))
-    second.observe(*answer(step, each, distributed=DistributedContext(rank=1, world_size=2)))
-    assert second.confidence == pytest.approx(whole.confidence)
-    assert second.fused == pytest.approx(whole.fused)
-    assert second.quantities == whole.quantities
+def test_several_processes_observe_the_same_as_one() -> None:
+    confidence = np.random.default_rng(0).uniform(0.1, 0.9, (3, N))
+    modality_mask = np.random.default_rng(1).random((11, 2)) < 0.6
+    step = Step(rows=np.arange(11), present=modality_mask, fused=modality_mask[:, 0] & modality_mask[:, 1])
+    single = sampler_of()
+    single.observe(*outputs_and_batch(step, confidence))
+    outputs, batch = outputs_and_batch(step, confidence, distributed=DistributedContext(rank=0, world_size=2))
+    first_sums = (outputs.confidence(batch.label) * batch.loss_weight).sum(dim=1)
+    second = sampler_of(distributed=SecondProcess(rank=1, world_size=2, first_sums=tuple(first_sums.tolist())))
+    second.observe(*outputs_and_batch(step, confidence, distributed=DistributedContext(rank=1, world_size=2)))
+    assert second.confidence == pytest.approx(single.confidence)
+    assert second.fused == pytest.approx(single.fused)
+    assert second.quantities == single.quantities
 
 
-# --- how many
+# --- quantities
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_processes_observe_what_one_would() -> None:
     [
         ([0.6, 0.4], [51, 77]),  # mean 0.5: 64 (1 - 0.2) = 51.2, 64 (1 + 0.2) = 76.8
         ([0.9, 0.1], [16, 115]),  # 64 (1 - 0.8) = 12.8, not below 16; 64 * 1.8 = 115.2
-        ([0.51, 0.495], [64, 64]),  # 0.015 apart: in the dead zone
+        ([0.51, 0.495], [64, 64]),  # difference 0.015: in the dead zone
         ([0.515, 0.485], [62, 66]),
         ([0.9, 0.3, 0.3], [16, 90, 90]),  # mean 0.5: 64 * 0.2 = 12.8; 64 * 1.4 = 89.6
         ([0.0, 0.0], [64, 64]),
@@ -187,26 +187,26 @@ def test_quantities_by_hand(confidence: list[float], quantities: list[int]) -> N
 
 
 def test_quantities_with_other_constants_by_hand() -> None:
-    config = DusConfig(kappa=2.0, least=0.5, most=1.5, dead_zone=0.3)
+    config = DusConfig(kappa=2.0, min_share=0.5, max_share=1.5, dead_zone=0.3)
     assert lagging_quantities([0.6, 0.4], batch_size=10, config=config) == [10, 10]
     assert lagging_quantities([0.75, 0.25], batch_size=10, config=config) == [5, 15]
-    assert lagging_quantities([0.7, 0.3], batch_size=1, config=DusConfig(least=0.01, most=1.0)) == [1, 1]
+    assert lagging_quantities([0.7, 0.3], batch_size=1, config=DusConfig(min_share=0.01, max_share=1.0)) == [1, 1]
 
 
 @given(CONFIDENCES, st.integers(1, 300))
-def test_who_lags_is_given_no_less(confidence: list[float], batch_size: int) -> None:
+def test_lower_confidence_never_gets_fewer_samples(confidence: list[float], batch_size: int) -> None:
     config = DusConfig()
-    found = lagging_quantities(confidence, batch_size=batch_size, config=config)
-    by_confidence = [number for _, number in sorted(zip(confidence, found, strict=True), reverse=True)]
-    assert all(1 <= number <= 2 * batch_size for number in found)
-    assert all(number >= round(batch_size / 4) for number in found)
+    quantities = lagging_quantities(confidence, batch_size=batch_size, config=config)
+    by_confidence = [quantity for _, quantity in sorted(zip(confidence, quantities, strict=True), reverse=True)]
+    assert all(1 <= quantity <= 2 * batch_size for quantity in quantities)
+    assert all(quantity >= round(batch_size / 4) for quantity in quantities)
     assert by_confidence == sorted(by_confidence)
 
 
-# --- who hears what
+# --- rows of each modality
 
 
-def test_paired_steps_hear_the_first_rows_of_one_pass() -> None:
+def test_paired_steps_use_the_first_rows_of_one_pass() -> None:
     sampler = sampler_of()
     order = shuffled(sampler)
     steps = sampler.steps(1)
@@ -216,17 +216,17 @@ def test_paired_steps_hear_the_first_rows_of_one_pass() -> None:
     assert first.fused is None
     observe(sampler, (0.5, 0.6, 0.4))  # 16 * 0.8 = 12.8, 16 * 1.2 = 19.2
     second = next(steps)
-    after = order[B:]
-    assert sorted(second.rows.tolist()) == sorted(after[:19].tolist())
-    assert heard_by(second, 0) == sorted(after[:13].tolist())
-    assert heard_by(second, 1) == sorted(after[:19].tolist())
+    remaining = order[B:]
+    assert sorted(second.rows.tolist()) == sorted(remaining[:19].tolist())
+    assert rows_of_modality(second, 0) == sorted(remaining[:13].tolist())
+    assert rows_of_modality(second, 1) == sorted(remaining[:19].tolist())
     assert second.fused is not None
-    assert sorted(second.rows[second.fused].tolist()) == sorted(after[:13].tolist())
-    assert sorted(next(steps).rows.tolist()) == sorted(after[19:38].tolist())
+    assert sorted(second.rows[second.fused].tolist()) == sorted(remaining[:13].tolist())
+    assert sorted(next(steps).rows.tolist()) == sorted(remaining[19:38].tolist())
 
 
 @pytest.mark.parametrize("confidence", [(0.5, 0.6, 0.4), (0.5, 0.1, 0.9), (0.5, 0.5, 0.5)])
-def test_an_epoch_of_pairs_passes_over_every_row_once(confidence: tuple[float, ...]) -> None:
+def test_paired_epoch_uses_every_row_once(confidence: tuple[float, ...]) -> None:
     sampler = sampler_of()
     rows: list[int] = []
     for step in sampler.steps(1):
@@ -235,113 +235,114 @@ def test_an_epoch_of_pairs_passes_over_every_row_once(confidence: tuple[float, .
     assert sorted(rows) == list(range(N))
 
 
-def test_the_last_step_gives_each_modality_what_is_left() -> None:
+def test_last_step_uses_the_remaining_rows() -> None:
     sampler = sampler_of(batch_size=48)
     observe(sampler, (0.5, 0.8, 0.4))  # 48 (1 - 1/3) = 32, 48 (1 + 1/3) = 64
     first, last = list(sampler.steps(1))
     assert len(first.rows) == 64
     assert len(last.rows) == 36
-    assert len(heard_by(last, 0)) == 32
-    assert len(heard_by(last, 1)) == 36
-    assert sampler.numbers()["samples_0"] == 32
-    assert sampler.numbers()["samples_1"] == 50
+    assert len(rows_of_modality(last, 0)) == 32
+    assert len(rows_of_modality(last, 1)) == 36
+    assert sampler.epoch_metrics()["samples_0"] == 32
+    assert sampler.epoch_metrics()["samples_1"] == 50
 
 
-def test_without_pairs_each_modality_passes_over_rows_of_its_own() -> None:
+def test_unpaired_modalities_have_separate_passes() -> None:
     sampler = sampler_of(paired=False)
     observe(sampler, (0.5, 0.6, 0.4))
     steps = list(sampler.steps(1))
-    heard: list[list[int]] = [[], []]
+    used_rows: list[list[int]] = [[], []]
     for number, step in enumerate(steps):
         assert step.present is not None
         assert step.fused is not None
         assert (step.present.sum(axis=1) == 1).all()
         assert not step.fused.any()
         for modality in range(2):
-            heard[modality] += step.rows[step.present[:, modality]].tolist()
+            used_rows[modality] += step.rows[step.present[:, modality]].tolist()
         if number < len(steps) - 1:
             assert step.present.sum(axis=0).tolist() == [13, 19]
-    assert len(heard[1]) == N  # the lagging one's pass ends first
-    assert len(heard[0]) == 6 * 13
-    assert all(len(set(each)) == len(each) for each in heard)
-    assert heard[0] != heard[1][: len(heard[0])]
+    assert len(used_rows[1]) == N  # the pass of the weaker modality ends first
+    assert len(used_rows[0]) == 6 * 13
+    assert all(len(set(rows)) == len(rows) for rows in used_rows)
+    assert used_rows[0] != used_rows[1][: len(used_rows[0])]
 
 
 @pytest.mark.parametrize("paired", [True, False])
 @given(st.floats(0.1, 0.9), st.floats(0.1, 0.9), st.integers(2, 5))
-def test_processes_share_every_modality_evenly(paired: bool, audio: float, visual: float, size: int) -> None:
+def test_processes_get_every_modality_evenly(paired: bool, audio: float, visual: float, size: int) -> None:
     sampler = sampler_of(paired=paired, batch_size=30)
     observe(sampler, (0.5, audio, visual))
     step = next(sampler.steps(1))
-    present = np.ones((len(step.rows), 2), bool) if step.present is None else step.present
-    shares = [
-        present[DistributedContext(rank=rank, world_size=size).slice(len(present))].sum(axis=0) for rank in range(size)
+    modality_mask = np.ones((len(step.rows), 2), bool) if step.present is None else step.present
+    counts = [
+        modality_mask[DistributedContext(rank=rank, world_size=size).slice(len(modality_mask))].sum(axis=0)
+        for rank in range(size)
     ]
-    assert (np.ptp(shares, axis=0) <= 3).all()
-    assert np.min(shares) >= 1
+    assert (np.ptp(counts, axis=0) <= 3).all()
+    assert np.min(counts) >= 1
 
 
-def test_without_pairs_only_a_sum_of_what_each_says_can_be_learned() -> None:
-    for model_reader in (lab_of("concat"), lab_of("late"), lab_of("shared")):
+def test_unpaired_sampling_requires_a_sum_of_unimodal_logits() -> None:
+    for model_reader in (reader_of("concat"), reader_of("late"), reader_of("shared")):
         sampler_of(paired=False).begin_epoch(1, model_reader)
     for model_reader, name in (
-        (lab_of("gated"), "gated;"),
-        (lab_of("mmtm"), "mmtm;"),
-        (lab_of("concat", own_heads=True), "concat beside each modality's own head;"),
+        (reader_of("gated"), "gated;"),
+        (reader_of("mmtm"), "mmtm;"),
+        (reader_of("concat", own_heads=True), "concat beside each modality's own head;"),
     ):
         sampler_of().begin_epoch(1, model_reader)
-        with pytest.raises(ConfigError, match=f"nothing else teaches the classifier of --fusion {name}"):
+        with pytest.raises(ConfigError, match=f"nothing else trains the classifier of --fusion {name}"):
             sampler_of(paired=False).begin_epoch(1, model_reader)
 
 
-def test_columns_of_history_are_named_by_modality() -> None:
+def test_epoch_metrics_are_named_by_modality() -> None:
     sampler = sampler_of()
-    sampler.begin_epoch(1, lab_of())
-    assert {name.rpartition("_")[2] for name in sampler.numbers()} == {"audio", "visual"}
+    sampler.begin_epoch(1, reader_of())
+    assert {name.rpartition("_")[2] for name in sampler.epoch_metrics()} == {"audio", "visual"}
 
 
-# --- the learned quantities
+# --- learned quantities
 
 
-def test_the_policy_chooses_multiples_of_the_batch_size() -> None:
+def test_policy_chooses_multiples_of_the_batch_size() -> None:
     sampler = sampler_of(DusRl)
     assert sampler.quantities == [B, B]
-    seen = set()
+    quantities = set()
     for _ in range(60):
         observe(sampler, (0.5, 0.6, 0.4))
-        seen |= set(sampler.quantities)
-    assert seen == {8, 12, 16, 20, 24}
+        quantities |= set(sampler.quantities)
+    assert quantities == {8, 12, 16, 20, 24}
 
 
-def test_least_and_most_bound_the_policy_too() -> None:
-    sampler = sampler_of(DusRl, least=0.75, most=1.25)
-    seen = set()
+def test_min_and_max_share_bound_the_policy() -> None:
+    sampler = sampler_of(DusRl, min_share=0.75, max_share=1.25)
+    quantities = set()
     for _ in range(60):
         observe(sampler, (0.5, 0.6, 0.4))
-        seen |= set(sampler.quantities)
-    assert seen == {12, 16, 20}
+        quantities |= set(sampler.quantities)
+    assert quantities == {12, 16, 20}
 
 
 @pytest.mark.parametrize("eta", [0.0, 2.0])
-def test_the_reward_by_hand(eta: float) -> None:
-    """|D| falls from 0.4 to 0.3, while the fused answer's cumulative confidence rises from 0.5 to 0.6."""
+def test_reward_by_hand(eta: float) -> None:
+    """|D| falls from 0.4 to 0.3, while the fused cumulative confidence rises from 0.5 to 0.6."""
     sampler = sampler_of(DusRl, eta=eta)
     observe(sampler, (0.5, 0.8, 0.4))
-    assert sampler.numbers()["policy_reward"] == 0
+    assert sampler.epoch_metrics()["policy_reward"] == 0
     observe(sampler, (0.7, 0.6, 0.4))  # s_hat = 0.7, 0.4
-    assert sampler.numbers()["policy_reward"] == pytest.approx(0.1 * (0.1 + eta * 0.1))
+    assert sampler.epoch_metrics()["policy_reward"] == pytest.approx(0.1 * (0.1 + eta * 0.1))
 
 
-def test_of_three_modalities_the_largest_discrepancy_counts() -> None:
+def test_reward_uses_the_largest_discrepancy_of_three_modalities() -> None:
     sampler = sampler_of(DusRl, num_modalities=3, eta=0.0)
     observe(sampler, (0.5, 0.9, 0.3, 0.3))  # D = 0.6, -0.3, -0.3
     observe(sampler, (0.5, 0.3, 0.3, 0.3))  # s_hat = 0.6, 0.3, 0.3: D = 0.3, -0.15, -0.15
-    assert sampler.numbers()["policy_reward"] == pytest.approx(0.1 * 0.3)
+    assert sampler.epoch_metrics()["policy_reward"] == pytest.approx(0.1 * 0.3)
 
 
-def test_the_policy_is_that_of_the_seed_in_all_processes() -> None:
+def test_policy_follows_from_the_seed_in_all_processes() -> None:
     drawn: list[tuple[int, ...]] = []
-    for distributed in (SINGLE_PROCESS, Second(rank=1, world_size=2, other=(0.0, 0.0, 0.0))):
+    for distributed in (SINGLE_PROCESS, SecondProcess(rank=1, world_size=2, first_sums=(0.0, 0.0, 0.0))):
         torch.manual_seed(len(drawn))
         sampler = sampler_of(DusRl, distributed=distributed)
         for _ in range(20):
@@ -351,7 +352,7 @@ def test_the_policy_is_that_of_the_seed_in_all_processes() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_the_policy_chooses_once_in_so_many_steps(every: int) -> None:
+def test_policy_acts_once_in_every_steps(every: int) -> None:
     sampler = sampler_of(DusRl, every_steps=every)
     calls: list[list[float]] = []
 
@@ -361,8 +362,8 @@ def test_the_policy_chooses_once_in_so_many_steps(every: int) -> None:
 
     policy = SimpleNamespace(act=act, learn=lambda reward: None, baseline=0.0)
     sampler.policy = cast(Any, policy)  # type: ignore[attr-defined]
-    outputs, batch = answer(Step(rows=np.arange(B)), (0.5, 0.5, 0.6))
+    outputs, batch = outputs_and_batch(Step(rows=np.arange(B)), (0.5, 0.5, 0.6))
     for _ in range(7):
         sampler.observe(outputs, batch)
     assert len(calls) == {1: 7, 3: 3}[every]
-    assert sampler.heard == 7
+    assert sampler.num_observed == 7

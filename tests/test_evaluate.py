@@ -1,4 +1,4 @@
-"""Figures equal scikit-learn's and scipy's, and subsets are those of the study."""
+"""Tests of test metrics: equal to scikit-learn and scipy, on the subsets of the study."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score
 
 from mmaudit.audit.intervals import wilson
-from mmaudit.train.evaluate import evaluate, evaluate_branches, evaluate_classes, measure, measure_classes, subsets
+from mmaudit.train.evaluate import (
+    compute_class_metrics,
+    compute_metrics,
+    evaluate,
+    evaluate_branches,
+    evaluate_classes,
+    subsets,
+)
 
 
-def answers(n: int, k: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def random_predictions(n: int, k: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     rng = np.random.default_rng(seed)
     label = rng.integers(0, k, n)
     logits = rng.standard_normal((n, k)) + 1.5 * np.eye(k)[label]
@@ -25,45 +32,45 @@ def answers(n: int, k: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.
 
 
 @pytest.mark.parametrize(("n", "k", "seed"), [(200, 2, 0), (300, 5, 1), (90, 7, 2)])
-def test_figures_are_those_of_scikit_learn(n: int, k: int, seed: int) -> None:
-    probability, label = answers(n, k, seed)
-    found = measure(probability, label)
+def test_metrics_equal_scikit_learn(n: int, k: int, seed: int) -> None:
+    probability, label = random_predictions(n, k, seed)
+    metrics = compute_metrics(probability, label)
     predicted = probability.argmax(axis=1)
     assert set(label.tolist()) == set(range(k))
-    assert found["accuracy"] == pytest.approx(accuracy_score(label, predicted))
-    assert found["macro_f1"] == pytest.approx(f1_score(label, predicted, average="macro"))
-    assert found["map"] == pytest.approx(average_precision_score(np.eye(k)[label], probability, average="macro"))
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(label, predicted))
+    assert metrics["macro_f1"] == pytest.approx(f1_score(label, predicted, average="macro"))
+    assert metrics["map"] == pytest.approx(average_precision_score(np.eye(k)[label], probability, average="macro"))
     interval = binomtest(int((predicted == label).sum()), n).proportion_ci(method="wilson")
-    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx(tuple(interval), abs=1e-6)
+    assert (metrics["accuracy_low"], metrics["accuracy_high"]) == pytest.approx(tuple(interval), abs=1e-6)
 
 
-def test_map_and_f1_are_over_the_classes_that_occur() -> None:
-    probability, label = answers(120, 4, 3)
+def test_map_and_f1_are_over_occurring_classes() -> None:
+    probability, label = random_predictions(120, 4, 3)
     rows = label < 2
-    found = measure(probability[rows], label[rows])
+    metrics = compute_metrics(probability[rows], label[rows])
     predicted = probability[rows].argmax(axis=1)
     assert (predicted > 1).any()  # so that an average over all classes would differ
-    precisions = [average_precision_score(label[rows] == one, probability[rows, one]) for one in (0, 1)]
-    assert found["map"] == pytest.approx(np.mean(precisions))
-    assert found["macro_f1"] == pytest.approx(np.mean(f1_score(label[rows], predicted, average=None, labels=[0, 1])))
+    precisions = [average_precision_score(label[rows] == index, probability[rows, index]) for index in (0, 1)]
+    assert metrics["map"] == pytest.approx(np.mean(precisions))
+    assert metrics["macro_f1"] == pytest.approx(np.mean(f1_score(label[rows], predicted, average=None, labels=[0, 1])))
 
 
-def test_a_class_that_is_never_predicted_counts_as_zero() -> None:
-    found = measure(np.array([[0.9, 0.1], [0.8, 0.2]], np.float32), np.array([0, 1]))
-    assert found["accuracy"] == 0.5
-    assert found["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
+def test_class_never_predicted_has_f1_of_0() -> None:
+    metrics = compute_metrics(np.array([[0.9, 0.1], [0.8, 0.2]], np.float32), np.array([0, 1]))
+    assert metrics["accuracy"] == 0.5
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
 
 
 @settings(deadline=None)
 @given(st.integers(2, 40), st.integers(2, 5), st.integers(0, 999))
-def test_row_order_does_not_matter(n: int, k: int, seed: int) -> None:
-    probability, label = answers(n, k, seed)
+def test_row_order_does_not_change_metrics(n: int, k: int, seed: int) -> None:
+    probability, label = random_predictions(n, k, seed)
     order = np.random.default_rng(seed).permutation(n)
-    assert measure(probability[order], label[order]) == pytest.approx(measure(probability, label))
+    assert compute_metrics(probability[order], label[order]) == pytest.approx(compute_metrics(probability, label))
 
 
 @given(st.integers(1, 500), st.data())
-def test_wilson_is_scipy_s(trials: int, data: st.DataObject) -> None:
+def test_wilson_interval_equals_scipy(trials: int, data: st.DataObject) -> None:
     successes = data.draw(st.integers(0, trials))
     expected = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
     low, high = wilson(successes, trials)
@@ -72,8 +79,8 @@ def test_wilson_is_scipy_s(trials: int, data: st.DataObject) -> None:
 
 
 def test_subsets_by_hand() -> None:
-    found = subsets(np.array([-1, -0.4, -0.3, -0.2, 0, 0.2, 0.3, 0.5]), first="audio", second="visual")
-    assert {name: np.flatnonzero(rows).tolist() for name, rows in found.items()} == {
+    masks = subsets(np.array([-1, -0.4, -0.3, -0.2, 0, 0.2, 0.3, 0.5]), first="audio", second="visual")
+    assert {name: np.flatnonzero(rows).tolist() for name, rows in masks.items()} == {
         "all": [0, 1, 2, 3, 4, 5, 6, 7],
         "audio-preferred": [5, 6, 7],
         "audio-dominated-0.2": [6, 7],
@@ -86,103 +93,108 @@ def test_subsets_by_hand() -> None:
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=30))
-def test_swapping_the_sides_swaps_the_subsets(values: list[float]) -> None:
-    one = subsets(np.array(values), first="a", second="b")
-    other = subsets(-np.array(values), first="b", second="a")
-    assert {name: rows.tolist() for name, rows in one.items()} == {name: rows.tolist() for name, rows in other.items()}
+def test_swapping_modalities_swaps_the_subsets(values: list[float]) -> None:
+    original = subsets(np.array(values), first="a", second="b")
+    swapped = subsets(-np.array(values), first="b", second="a")
+    assert {name: rows.tolist() for name, rows in original.items()} == {
+        name: rows.tolist() for name, rows in swapped.items()
+    }
 
 
-def test_every_branch_is_measured_on_every_subset() -> None:
-    fused, label = answers(60, 3, 0)
-    audio, _ = answers(60, 3, 1)
-    members = {"all": np.ones(60, bool), "few": np.arange(60) < 12, "none": np.zeros(60, bool)}
-    report: dict[str, Any] = evaluate({"fused": fused, "audio": audio}, label, members)
+def test_every_branch_has_metrics_on_every_subset() -> None:
+    fused, label = random_predictions(60, 3, 0)
+    audio, _ = random_predictions(60, 3, 1)
+    masks = {"all": np.ones(60, bool), "few": np.arange(60) < 12, "none": np.zeros(60, bool)}
+    report: dict[str, Any] = evaluate({"fused": fused, "audio": audio}, label, masks)
     assert report["none"] == {"n": 0}
-    assert report["all"] == {"n": 60, "branches": {"fused": measure(fused, label), "audio": measure(audio, label)}}
+    assert report["all"] == {
+        "n": 60,
+        "branches": {"fused": compute_metrics(fused, label), "audio": compute_metrics(audio, label)},
+    }
     assert report["few"]["n"] == 12
-    assert report["few"]["branches"]["audio"] == measure(audio[:12], label[:12])
+    assert report["few"]["branches"]["audio"] == compute_metrics(audio[:12], label[:12])
 
 
-def test_calibration_by_hand() -> None:
+def test_calibration_error_by_hand() -> None:
     """Bins (12/15, 13/15] and (14/15, 1], two samples each, one of them wrong."""
-    sure = np.array([0.85, 0.86, 0.95, 1.0])
-    found = measure(np.stack([sure, 1 - sure], axis=1).astype(np.float32), np.array([0, 1, 0, 1]))
-    assert found["ece"] == pytest.approx((abs(0.85 + 0.86 - 1) + abs(0.95 + 1.0 - 1)) / 4, abs=1e-6)
-    perfect = measure(np.eye(3, dtype=np.float32)[[0, 1, 2, 1]], np.array([0, 1, 2, 1]))
+    confidence = np.array([0.85, 0.86, 0.95, 1.0])
+    metrics = compute_metrics(np.stack([confidence, 1 - confidence], axis=1).astype(np.float32), np.array([0, 1, 0, 1]))
+    assert metrics["ece"] == pytest.approx((abs(0.85 + 0.86 - 1) + abs(0.95 + 1.0 - 1)) / 4, abs=1e-6)
+    perfect = compute_metrics(np.eye(3, dtype=np.float32)[[0, 1, 2, 1]], np.array([0, 1, 2, 1]))
     assert perfect["ece"] == 0
     assert perfect["map"] == perfect["macro_f1"] == perfect["accuracy"] == 1
 
 
-def test_a_branch_that_says_its_true_chances_is_calibrated() -> None:
-    """And one that is surer than it should be is not: ECE is then what it is too sure by."""
+def test_true_probabilities_are_calibrated_and_overconfident_ones_are_not() -> None:
+    """The ECE of overconfident probabilities is the amount by which they are too high."""
     rng = np.random.default_rng(0)
-    chance = rng.uniform(0.55, 0.95, 20_000)
-    label = (rng.random(20_000) > chance).astype(np.int64)
-    honest = measure(np.stack([chance, 1 - chance], axis=1).astype(np.float32), label)
-    boast = np.minimum(chance + 0.04, 1)
-    boasted = measure(np.stack([boast, 1 - boast], axis=1).astype(np.float32), label)
-    assert honest["ece"] < 0.02
-    assert boasted["ece"] == pytest.approx(0.04, abs=0.01)
-    assert boasted["accuracy"] == honest["accuracy"]
+    probability = rng.uniform(0.55, 0.95, 20_000)
+    label = (rng.random(20_000) > probability).astype(np.int64)
+    calibrated = compute_metrics(np.stack([probability, 1 - probability], axis=1).astype(np.float32), label)
+    raised = np.minimum(probability + 0.04, 1)
+    overconfident = compute_metrics(np.stack([raised, 1 - raised], axis=1).astype(np.float32), label)
+    assert calibrated["ece"] < 0.02
+    assert overconfident["ece"] == pytest.approx(0.04, abs=0.01)
+    assert overconfident["accuracy"] == calibrated["accuracy"]
 
 
 @pytest.mark.parametrize(("n", "k", "seed"), [(200, 2, 0), (300, 5, 1), (90, 7, 2)])
-def test_figures_by_class_are_those_of_scikit_learn(n: int, k: int, seed: int) -> None:
-    probability, label = answers(n, k, seed)
-    found = measure_classes(probability, label)
+def test_class_metrics_equal_scikit_learn(n: int, k: int, seed: int) -> None:
+    probability, label = random_predictions(n, k, seed)
+    classes = compute_class_metrics(probability, label)
     predicted = probability.argmax(axis=1)
-    assert list(found) == list(range(k))
+    assert list(classes) == list(range(k))
     for name, expected in (
         ("recall", recall_score(label, predicted, average=None)),
         ("f1", f1_score(label, predicted, average=None)),
         ("average_precision", average_precision_score(np.eye(k)[label], probability, average=None)),
     ):
-        assert [each[name] for each in found.values()] == pytest.approx(expected.tolist())
-    for index, each in found.items():
+        assert [metrics[name] for metrics in classes.values()] == pytest.approx(expected.tolist())
+    for index, metrics in classes.items():
         rows = label == index
         interval = binomtest(int((predicted[rows] == index).sum()), int(rows.sum())).proportion_ci(method="wilson")
-        assert (each["recall_low"], each["recall_high"]) == pytest.approx(tuple(interval), abs=1e-6)
+        assert (metrics["recall_low"], metrics["recall_high"]) == pytest.approx(tuple(interval), abs=1e-6)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(2, 6), st.integers(0, 999))
-def test_the_whole_is_made_of_its_classes(n: int, k: int, seed: int) -> None:
-    probability, label = answers(n, k, seed)
-    whole, classes = measure(probability, label), measure_classes(probability, label)
+def test_overall_metrics_follow_from_class_metrics(n: int, k: int, seed: int) -> None:
+    probability, label = random_predictions(n, k, seed)
+    overall, classes = compute_metrics(probability, label), compute_class_metrics(probability, label)
     assert sorted(classes) == np.unique(label).tolist()
-    number = np.bincount(label)
-    assert whole["accuracy"] == pytest.approx(
-        sum(number[index] * each["recall"] for index, each in classes.items()) / n
+    counts = np.bincount(label)
+    assert overall["accuracy"] == pytest.approx(
+        sum(counts[index] * metrics["recall"] for index, metrics in classes.items()) / n
     )
-    assert whole["macro_f1"] == pytest.approx(np.mean([each["f1"] for each in classes.values()]))
-    assert whole["map"] == pytest.approx(np.mean([each["average_precision"] for each in classes.values()]))
+    assert overall["macro_f1"] == pytest.approx(np.mean([metrics["f1"] for metrics in classes.values()]))
+    assert overall["map"] == pytest.approx(np.mean([metrics["average_precision"] for metrics in classes.values()]))
 
 
-def test_every_branch_is_measured_on_every_class() -> None:
-    fused, label = answers(60, 3, 0)
-    audio, _ = answers(60, 4, 1)
-    fused = np.pad(fused, ((0, 0), (0, 1)))  # class 3 is never true, and audio names it now and then
+def test_every_branch_has_metrics_on_every_class() -> None:
+    fused, label = random_predictions(60, 3, 0)
+    audio, _ = random_predictions(60, 4, 1)
+    fused = np.pad(fused, ((0, 0), (0, 1)))  # class 3 is never true, and audio predicts it sometimes
     assert (audio.argmax(axis=1) == 3).any()
     report = evaluate_classes({"fused": fused, "audio": audio}, label, ["a", "b", "c", "d"])
-    assert [(name, found["n"]) for name, found in report.items()] == [
+    assert [(name, entry["n"]) for name, entry in report.items()] == [
         *zip("abc", np.bincount(label).tolist(), strict=True),
         ("d", 0),
     ]
     assert report["d"] == {"n": 0}
     assert report["b"]["branches"] == {
-        "fused": measure_classes(fused, label)[1],
-        "audio": measure_classes(audio, label)[1],
+        "fused": compute_class_metrics(fused, label)[1],
+        "audio": compute_class_metrics(audio, label)[1],
     }
 
 
-def test_one_report_holds_subsets_and_classes() -> None:
-    fused, label = answers(60, 3, 0)
-    label[label == 2] = 0  # a class that does not occur, and a subset of nobody
-    members = {"all": np.ones(60, bool), "none": np.zeros(60, bool)}
+def test_evaluate_branches_has_subsets_and_classes() -> None:
+    fused, label = random_predictions(60, 3, 0)
+    label[label == 2] = 0  # a class that does not occur, and an empty subset
+    masks = {"all": np.ones(60, bool), "none": np.zeros(60, bool)}
     names = ["a", "b", "c"]
-    report = evaluate_branches({"fused": fused}, label, members=members, class_names=names)
+    report = evaluate_branches({"fused": fused}, label, subset_masks=masks, class_names=names)
     assert report == {
-        "test": evaluate({"fused": fused}, label, members),
+        "test": evaluate({"fused": fused}, label, masks),
         "test_by_class": evaluate_classes({"fused": fused}, label, names),
     }
     assert json.loads(json.dumps(report, allow_nan=False)) == report

@@ -1,4 +1,4 @@
-"""Laws of fine-tuning: it learns what is there, selects on validation, and goes on exactly where it stopped."""
+"""Tests of fine-tuning: it learns a planted signal, selects on validation, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import QUICK, examples_of, setting, stop_after, tune, untimed, weights
+from training import QUICK, fine_tune, make_examples, metrics_without_seconds, model_bytes, stop_after, with_options
 
 from mmaudit.audit.errors import ManifestError, RunError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.rebalance.curriculum import OrderConfig, root_pacing
 from mmaudit.train.checkpoint import read_model_config, save_state
 from mmaudit.train.config import LEAST_VALIDATION
-from mmaudit.train.evaluate import measure
+from mmaudit.train.evaluate import compute_metrics
 from mmaudit.train.examples import Examples
 from mmaudit.train.network import FusionNet, ModelConfig
 
 torch.set_num_threads(1)
 
 
-def changed(examples: Examples, split: str, name: str) -> Examples:
+def change_sample(examples: Examples, split: str, name: str) -> Examples:
     """Change one value of one sample of a split."""
     row = examples.rows(split)[0]
     if name == "inputs":
@@ -41,82 +41,80 @@ def changed(examples: Examples, split: str, name: str) -> Examples:
 
 @pytest.mark.parametrize("fusion", ["concat", "late"])
 @pytest.mark.parametrize("sampling", ["uniform", "bss-h"])
-def test_what_is_planted_is_learnt(tmp_path: Path, fusion: str, sampling: str) -> None:
-    config = setting(epochs=25, hidden=16, fusion=fusion, sampling=sampling)
-    metrics = tune(examples_of(240), tmp_path, config).metrics
-    found = {name: branch["accuracy"] for name, branch in metrics["test"]["all"]["branches"].items()}
+def test_planted_signal_is_learned(tmp_path: Path, fusion: str, sampling: str) -> None:
+    config = with_options(epochs=25, hidden=16, fusion=fusion, sampling=sampling)
+    metrics = fine_tune(make_examples(240), tmp_path, config).metrics
+    accuracies = {name: branch["accuracy"] for name, branch in metrics["test"]["all"]["branches"].items()}
     assert metrics["chance"]["uniform"] == 0.25
-    assert found["fused"] > 0.9
+    assert accuracies["fused"] > 0.9
     for name in ("audio", "visual"):  # one bit of two
-        assert 0.3 < found[name] < 0.75
+        assert 0.3 < accuracies[name] < 0.75
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; test_what_is_planted_is_learnt is its CPU twin")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; test_planted_signal_is_learned is its CPU twin")
 @pytest.mark.parametrize("sampling", ["uniform", "bss-h"])
-def test_what_is_planted_is_learnt_in_bf16_on_a_gpu(tmp_path: Path, sampling: str) -> None:
-    config = setting(epochs=25, hidden=16, sampling=sampling)
-    metrics = tune(examples_of(240), tmp_path, config, device="cuda").metrics
+def test_planted_signal_is_learned_in_bf16_on_a_gpu(tmp_path: Path, sampling: str) -> None:
+    config = with_options(epochs=25, hidden=16, sampling=sampling)
+    metrics = fine_tune(make_examples(240), tmp_path, config, device="cuda").metrics
     assert metrics["test"]["all"]["branches"]["fused"]["accuracy"] > 0.9
 
 
-def test_noise_is_not_learnt(tmp_path: Path) -> None:
-    examples = examples_of(400)
+def test_noise_is_not_learned(tmp_path: Path) -> None:
+    examples = make_examples(400)
     shuffled = replace(examples, label=np.random.default_rng(1).permutation(examples.label))
-    metrics = tune(shuffled, tmp_path).metrics
+    metrics = fine_tune(shuffled, tmp_path).metrics
     assert metrics["test"]["all"]["branches"]["fused"]["accuracy"] < 0.4  # 100 test samples at chance 0.25: sd 0.04
 
 
-def test_a_seed_gives_the_same_bytes(tmp_path: Path) -> None:
-    first, again = (tune(examples_of(), tmp_path / name) for name in ("a", "b"))
-    tune(examples_of(), tmp_path / "c", seed=1)
-    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
-    assert untimed(first) == untimed(again)
-    assert first.history == again.history
+def test_same_seed_gives_same_bytes(tmp_path: Path) -> None:
+    first, repeated = (fine_tune(make_examples(), tmp_path / name) for name in ("a", "b"))
+    fine_tune(make_examples(), tmp_path / "c", seed=1)
+    assert model_bytes(tmp_path / "a") == model_bytes(tmp_path / "b") != model_bytes(tmp_path / "c")
+    assert metrics_without_seconds(first) == metrics_without_seconds(repeated)
+    assert first.history == repeated.history
 
 
-def test_chance_elsewhere_does_not_matter(tmp_path: Path) -> None:
-    tune(examples_of(), tmp_path / "a")
+def test_random_numbers_drawn_elsewhere_do_not_matter(tmp_path: Path) -> None:
+    fine_tune(make_examples(), tmp_path / "a")
 
     def disturb(stage: str, done: int, total: int) -> None:
         torch.rand(done)
         np.random.default_rng().random()
 
-    tune(examples_of(), tmp_path / "b", progress=disturb)
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    fine_tune(make_examples(), tmp_path / "b", progress=disturb)
+    assert model_bytes(tmp_path / "a") == model_bytes(tmp_path / "b")
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 5])
 @pytest.mark.parametrize(("fusion", "sampling"), [("concat", "bss-h"), ("late", "uniform")])
-def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, epochs: int, fusion: str, sampling: str) -> None:
-    config = setting(fusion=fusion, sampling=sampling)
-    whole = tune(examples_of(), tmp_path / "whole", config)
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, epochs: int, fusion: str, sampling: str) -> None:
+    config = with_options(fusion=fusion, sampling=sampling)
+    uninterrupted = fine_tune(make_examples(), tmp_path / "whole", config)
     with pytest.raises(KeyboardInterrupt):
-        tune(examples_of(), tmp_path / "part", config, progress=stop_after(epochs))
+        fine_tune(make_examples(), tmp_path / "part", config, progress=stop_after(epochs))
     assert not (tmp_path / "part" / "model.safetensors").exists()
-    seen: list[tuple[int, int]] = []
-    resumed = tune(
-        examples_of(), tmp_path / "part", config, progress=lambda stage, done, total: seen.append((done, total))
+    calls: list[tuple[int, int]] = []
+    resumed = fine_tune(
+        make_examples(), tmp_path / "part", config, progress=lambda stage, done, total: calls.append((done, total))
     )
-    assert seen == [(epoch, 5) for epoch in range(epochs + 1, 6)]
-    assert weights(tmp_path / "part") == weights(tmp_path / "whole")
-    assert resumed.history == whole.history
-    assert untimed(resumed) == untimed(whole)
+    assert calls == [(epoch, 5) for epoch in range(epochs + 1, 6)]
+    assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "whole")
+    assert resumed.history == uninterrupted.history
+    assert metrics_without_seconds(resumed) == metrics_without_seconds(uninterrupted)
 
 
-def test_the_history_is_whole_whenever_the_last_state_was_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tune(examples_of(), tmp_path / "whole")
-    for place in ("before", "after"):
+def test_history_is_complete_after_an_interrupted_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fine_tune(make_examples(), tmp_path / "whole")
+    for moment in ("before", "after"):
         saved: list[Path] = []
 
         def save(
-            state: dict[str, Any], path: Path, place: str = place, saved: list[Path] = saved, save: Any = save_state
+            state: dict[str, Any], path: Path, moment: str = moment, saved: list[Path] = saved, save: Any = save_state
         ) -> None:
             saved.append(path)
             last = len(saved) == QUICK.finetune.epochs
-            if not last or place == "after":
+            if not last or moment == "after":
                 save(state, path)
             if last:
                 raise KeyboardInterrupt
@@ -124,145 +122,155 @@ def test_the_history_is_whole_whenever_the_last_state_was_interrupted(
         with monkeypatch.context() as patch:
             patch.setattr("mmaudit.train.finetune.save_state", save)
             with pytest.raises(KeyboardInterrupt):
-                tune(examples_of(), tmp_path / place)
-        tune(examples_of(), tmp_path / place)
-        history = (tmp_path / place / "history.jsonl").read_bytes()
+                fine_tune(make_examples(), tmp_path / moment)
+        fine_tune(make_examples(), tmp_path / moment)
+        history = (tmp_path / moment / "history.jsonl").read_bytes()
         assert history == (tmp_path / "whole" / "history.jsonl").read_bytes()
 
 
-Settings = dict[str, Any]  # the arguments of tune that decide about the weights
+Arguments = dict[str, Any]  # the arguments of fine_tune that determine the weights
 
 
-def with_config(**options: Any) -> Callable[[Settings], Settings]:
-    return lambda now: {**now, "config": setting(now["config"], **options)}
+def change_config(**options: Any) -> Callable[[Arguments], Arguments]:
+    return lambda arguments: {**arguments, "config": with_options(arguments["config"], **options)}
 
 
-def with_changed(split: str, name: str) -> Callable[[Settings], Settings]:
-    return lambda now: {**now, "examples": changed(now["examples"], split, name)}
+def with_changed_sample(split: str, name: str) -> Callable[[Arguments], Arguments]:
+    return lambda arguments: {**arguments, "examples": change_sample(arguments["examples"], split, name)}
 
 
-OTHERS: dict[str, Callable[[Settings], Settings]] = {
-    "lr": with_config(lr=2e-2),
-    "epochs": with_config(epochs=6),
-    "sampler": with_config(sampling="bss-h"),
-    "pacing": lambda now: {**now, "config": replace(now["config"], order=OrderConfig(start=0.9, grow_epochs=4))},
-    "seed": lambda now: {**now, "seed": 1},
-    "classes": lambda now: {**now, "examples": replace(now["examples"], class_names=("a", "b", "c", "d", "e"))},
-    "train vector": with_changed("train", "inputs"),
-    "train label": with_changed("train", "label"),
-    "train rank": with_changed("train", "rank"),
-    "train weight": with_changed("train", "weight"),
-    "validation vector": with_changed("validation", "inputs"),
-    "validation label": with_changed("validation", "label"),
+CHANGES: dict[str, Callable[[Arguments], Arguments]] = {
+    "lr": change_config(lr=2e-2),
+    "epochs": change_config(epochs=6),
+    "sampler": change_config(sampling="bss-h"),
+    "pacing": lambda arguments: {
+        **arguments,
+        "config": replace(arguments["config"], order=OrderConfig(start=0.9, grow_epochs=4)),
+    },
+    "seed": lambda arguments: {**arguments, "seed": 1},
+    "classes": lambda arguments: {
+        **arguments,
+        "examples": replace(arguments["examples"], class_names=("a", "b", "c", "d", "e")),
+    },
+    "train vector": with_changed_sample("train", "inputs"),
+    "train label": with_changed_sample("train", "label"),
+    "train rank": with_changed_sample("train", "rank"),
+    "train weight": with_changed_sample("train", "weight"),
+    "validation vector": with_changed_sample("validation", "inputs"),
+    "validation label": with_changed_sample("validation", "label"),
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_the_state_of_something_else_is_not_gone_on_from(tmp_path: Path, what: str) -> None:
-    now: Settings = {"examples": examples_of(), "config": QUICK, "seed": 0}
+@pytest.mark.parametrize("change", CHANGES)
+def test_state_of_another_training_is_not_resumed(tmp_path: Path, change: str) -> None:
+    arguments: Arguments = {"examples": make_examples(), "config": QUICK, "seed": 0}
     with pytest.raises(KeyboardInterrupt):
-        tune(**now, folder=tmp_path / "old", progress=stop_after(3))
-    other, seen = OTHERS[what](now), list[int]()
-    found = tune(**other, folder=tmp_path / "old", progress=lambda stage, done, total: seen.append(done))
-    assert seen == list(range(1, other["config"].finetune.epochs + 1))
-    expected = tune(**other, folder=tmp_path / "new")
-    assert found.history == expected.history
-    assert weights(tmp_path / "old") == weights(tmp_path / "new")
+        fine_tune(**arguments, folder=tmp_path / "old", progress=stop_after(3))
+    changed, epochs_done = CHANGES[change](arguments), list[int]()
+    resumed = fine_tune(
+        **changed, folder=tmp_path / "old", progress=lambda stage, done, total: epochs_done.append(done)
+    )
+    assert epochs_done == list(range(1, changed["config"].finetune.epochs + 1))
+    expected = fine_tune(**changed, folder=tmp_path / "new")
+    assert resumed.history == expected.history
+    assert model_bytes(tmp_path / "old") == model_bytes(tmp_path / "new")
 
 
-def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
-    tune(examples_of(), tmp_path)
+def test_damaged_state_raises(tmp_path: Path) -> None:
+    fine_tune(make_examples(), tmp_path)
     state = tmp_path / "state" / "last.pt"
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(RunError, match=r"last\.pt is damaged"):
-        tune(examples_of(), tmp_path)
+        fine_tune(make_examples(), tmp_path)
 
 
-def test_test_samples_choose_nothing(tmp_path: Path) -> None:
-    examples = examples_of()
+def test_test_samples_do_not_affect_training(tmp_path: Path) -> None:
+    examples = make_examples()
     spoiled = examples
     for name in ("label", "inputs", "discrepancy", "p_balanced"):
-        spoiled = changed(spoiled, "test", name)
+        spoiled = change_sample(spoiled, "test", name)
     label = spoiled.label.copy()
     label[examples.rows("test")] = (label[examples.rows("test")] + 1) % 4
-    first, second = tune(examples, tmp_path / "a"), tune(replace(spoiled, label=label), tmp_path / "b")
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    first, second = fine_tune(examples, tmp_path / "a"), fine_tune(replace(spoiled, label=label), tmp_path / "b")
+    assert model_bytes(tmp_path / "a") == model_bytes(tmp_path / "b")
     assert first.history == second.history
     assert first.metrics["test"] != second.metrics["test"]
 
 
 def rebuild(folder: Path) -> tuple[FusionNet, ModelConfig]:
-    """Build the network from its file alone."""
-    plan = read_model_config(folder / "model.safetensors")
-    net = FusionNet(plan)
+    """Build the network from its file only."""
+    config = read_model_config(folder / "model.safetensors")
+    net = FusionNet(config)
     net.load_state_dict(load_file(folder / "model.safetensors"))
     net.eval()
-    return net, plan
+    return net, config
 
 
 @torch.no_grad()
-def ask(net: FusionNet, examples: Examples, split: str) -> tuple[Any, torch.Tensor]:
+def evaluate_split(net: FusionNet, examples: Examples, split: str) -> tuple[Any, torch.Tensor]:
     rows = examples.rows(split)
-    return net([torch.from_numpy(each.read(rows)) for each in examples.inputs]), torch.from_numpy(examples.label[rows])
+    return net([torch.from_numpy(inputs.read(rows)) for inputs in examples.inputs]), torch.from_numpy(
+        examples.label[rows]
+    )
 
 
-def test_the_epoch_kept_is_the_best_on_validation(tmp_path: Path) -> None:
-    examples = examples_of(noise=3.0)  # hard enough to overfit
-    result = tune(examples, tmp_path, setting(epochs=12, hidden=32, lr=3e-2))
+def test_selected_epoch_is_the_best_on_validation(tmp_path: Path) -> None:
+    examples = make_examples(noise=3.0)  # hard enough to overfit
+    result = fine_tune(examples, tmp_path, with_options(epochs=12, hidden=32, lr=3e-2))
     best = max(result.history, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
     assert 1 < best["epoch"] < 12
     assert result.metrics["best_epoch"] == best["epoch"]
     net, _ = rebuild(tmp_path)
-    outputs, label = ask(net, examples, "validation")
+    outputs, label = evaluate_split(net, examples, "validation")
     accuracy = (outputs.fused.argmax(dim=1) == label).float().mean().item()
     assert accuracy == pytest.approx(best["validation_accuracy"])
     loss = torch.nn.functional.cross_entropy(outputs.fused, label).item()
     assert loss == pytest.approx(best["validation_loss"], rel=1e-5)
 
 
-def test_too_few_validation_samples_choose_no_epoch(tmp_path: Path) -> None:
-    """Of a few, one epoch is best by chance: at just enough the best is kept, at one fewer the last."""
-    kept = {}
-    for number in (LEAST_VALIDATION, LEAST_VALIDATION - 1):
-        examples = examples_of(4 * number, noise=3.0)
-        assert len(examples.rows("validation")) == number
-        result = tune(examples, tmp_path / str(number), setting(epochs=12, hidden=32, lr=3e-2))
+def test_too_few_validation_samples_select_the_last_epoch(tmp_path: Path) -> None:
+    """Among few samples one epoch is best by chance: with just enough the best is kept, with one fewer the last."""
+    epochs = {}
+    for num_validation in (LEAST_VALIDATION, LEAST_VALIDATION - 1):
+        examples = make_examples(4 * num_validation, noise=3.0)
+        assert len(examples.rows("validation")) == num_validation
+        result = fine_tune(examples, tmp_path / str(num_validation), with_options(epochs=12, hidden=32, lr=3e-2))
         best = max(result.history, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
-        kept[number] = result.metrics["best_epoch"], best["epoch"]
-    assert kept[LEAST_VALIDATION][0] == kept[LEAST_VALIDATION][1] < 12
-    assert kept[LEAST_VALIDATION - 1][0] == 12 > kept[LEAST_VALIDATION - 1][1]
+        epochs[num_validation] = result.metrics["best_epoch"], best["epoch"]
+    assert epochs[LEAST_VALIDATION][0] == epochs[LEAST_VALIDATION][1] < 12
+    assert epochs[LEAST_VALIDATION - 1][0] == 12 > epochs[LEAST_VALIDATION - 1][1]
 
 
 @pytest.mark.parametrize("fusion", ["concat", "late"])
-def test_the_model_file_alone_gives_the_figures_again(tmp_path: Path, fusion: str) -> None:
-    examples = examples_of(noise=3.0)
-    metrics = tune(examples, tmp_path, setting(fusion=fusion, epochs=12, hidden=32, lr=3e-2)).metrics
-    assert metrics["best_epoch"] < 12  # the last weights are others
-    net, plan = rebuild(tmp_path)
-    assert plan.modalities == ("audio", "visual")
-    assert plan.classes == ("a", "b", "c", "d")
-    outputs, label = ask(net, examples, "test")
+def test_model_file_reproduces_the_metrics(tmp_path: Path, fusion: str) -> None:
+    examples = make_examples(noise=3.0)
+    metrics = fine_tune(examples, tmp_path, with_options(fusion=fusion, epochs=12, hidden=32, lr=3e-2)).metrics
+    assert metrics["best_epoch"] < 12  # the last weights differ
+    net, config = rebuild(tmp_path)
+    assert config.modalities == ("audio", "visual")
+    assert config.classes == ("a", "b", "c", "d")
+    outputs, label = evaluate_split(net, examples, "test")
     branches = metrics["test"]["all"]["branches"]
     for name, logits in zip(("fused", "audio", "visual"), (outputs.fused, *outputs.unimodal), strict=True):
-        assert branches[name] == pytest.approx(measure(logits.softmax(dim=1).numpy(), label.numpy()))
+        assert branches[name] == pytest.approx(compute_metrics(logits.softmax(dim=1).numpy(), label.numpy()))
     assert metrics["num_parameters"] == sum(parameter.numel() for parameter in net.parameters())
 
 
-def test_a_sample_of_no_weight_teaches_nothing(tmp_path: Path) -> None:
-    examples = examples_of()
+def test_sample_of_weight_0_does_not_affect_training(tmp_path: Path) -> None:
+    examples = make_examples()
     label, weight = examples.label.copy(), examples.weight.copy()
     spoiled = examples.rows("train")[:10]
     label[spoiled] = (label[spoiled] + 1) % 4
     weight[spoiled] = 0
-    tune(replace(examples, weight=weight), tmp_path / "a")
-    tune(replace(examples, weight=weight, label=label), tmp_path / "b")
-    tune(replace(examples, label=label), tmp_path / "c")
-    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+    fine_tune(replace(examples, weight=weight), tmp_path / "a")
+    fine_tune(replace(examples, weight=weight, label=label), tmp_path / "b")
+    fine_tune(replace(examples, label=label), tmp_path / "c")
+    assert model_bytes(tmp_path / "a") == model_bytes(tmp_path / "b") != model_bytes(tmp_path / "c")
 
 
-def test_standardisation_is_the_training_samples_alone(tmp_path: Path) -> None:
-    examples = examples_of()
-    tune(examples, tmp_path)
+def test_standardisation_is_of_training_samples_only(tmp_path: Path) -> None:
+    examples = make_examples()
+    fine_tune(examples, tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     for index, inputs in enumerate(examples.inputs):
         rows = inputs.read(examples.rows("train")).astype(np.float64)
@@ -270,30 +278,30 @@ def test_standardisation_is_the_training_samples_alone(tmp_path: Path) -> None:
         np.testing.assert_allclose(state[f"encoders.{index}.scale"], rows.std(axis=0), rtol=1e-4)
 
 
-def test_subsets_of_the_test_samples_are_counted(tmp_path: Path) -> None:
-    examples = examples_of()
-    metrics = tune(examples, tmp_path).metrics
+def test_metrics_count_the_subsets_of_the_test_samples(tmp_path: Path) -> None:
+    examples = make_examples()
+    metrics = fine_tune(examples, tmp_path).metrics
     test = examples.rows("test")
-    values, found = examples.discrepancy[test], metrics["test"]
+    values, subsets = examples.discrepancy[test], metrics["test"]
     assert metrics["counts"] == {split: len(examples.rows(split)) for split in ("train", "validation", "test")}
-    assert found["all"]["n"] == len(test)
-    assert found["audio-preferred"]["n"] == (values > 0).sum()
-    assert found["visual-dominated-0.4"]["n"] == (values < -0.4).sum()
-    assert found["balanced-within-0.2"]["n"] == (np.abs(values) <= 0.2).sum()
-    assert found["in-manifest"]["n"] == examples.chosen[test].sum() < len(test)
-    common = np.bincount(examples.label[examples.rows("train")]).argmax()
-    assert metrics["chance"]["majority"] == pytest.approx((examples.label[test] == common).mean())
+    assert subsets["all"]["n"] == len(test)
+    assert subsets["audio-preferred"]["n"] == (values > 0).sum()
+    assert subsets["visual-dominated-0.4"]["n"] == (values < -0.4).sum()
+    assert subsets["balanced-within-0.2"]["n"] == (np.abs(values) <= 0.2).sum()
+    assert subsets["in-manifest"]["n"] == examples.chosen[test].sum() < len(test)
+    most_common = np.bincount(examples.label[examples.rows("train")]).argmax()
+    assert metrics["chance"]["majority"] == pytest.approx((examples.label[test] == most_common).mean())
     json.dumps(metrics, allow_nan=False)
 
 
-def test_one_modality_against_the_rest_is_called_so(tmp_path: Path) -> None:
-    found = tune(examples_of(), tmp_path, between="audio").metrics["test"]
-    assert {"audio-preferred", "rest-preferred"} <= set(found)
+def test_one_modality_against_the_rest_names_the_subset_rest(tmp_path: Path) -> None:
+    subsets = fine_tune(make_examples(), tmp_path, between="audio").metrics["test"]
+    assert {"audio-preferred", "rest-preferred"} <= set(subsets)
 
 
-def test_history_counts_what_was_seen(tmp_path: Path) -> None:
-    config = setting(sampling="bss-h")
-    result = tune(examples_of(), tmp_path, config)
+def test_history_counts_samples_and_rates(tmp_path: Path) -> None:
+    config = with_options(sampling="bss-h")
+    result = fine_tune(make_examples(), tmp_path, config)
     shares = [root_pacing(epoch, start=0.1, grow_epochs=4) for epoch in range(1, 6)]
     assert [record["samples"] for record in result.history] == [math.floor(60 * share) for share in shares]
     assert [record["epoch"] for record in result.history] == [1, 2, 3, 4, 5]
@@ -303,42 +311,42 @@ def test_history_counts_what_was_seen(tmp_path: Path) -> None:
     assert [record["lr"] for record in result.history] == pytest.approx(cosine)
 
 
-def test_filtering_by_posterior_is_training_without_the_rest(tmp_path: Path) -> None:
-    examples = examples_of()
-    filtered = tune(examples, tmp_path / "a", setting(keep_posterior=0.5))
-    out = (examples.split == "train") & (examples.p_balanced < 0.5)
-    split = np.where(out, "unused", examples.split).astype(object)
-    expected = tune(replace(examples, split=split), tmp_path / "b")
-    assert 0 < filtered.metrics["counts"]["train"] == (~out & (examples.split == "train")).sum()
+def test_keep_posterior_equals_training_without_the_filtered_samples(tmp_path: Path) -> None:
+    examples = make_examples()
+    filtered = fine_tune(examples, tmp_path / "a", with_options(keep_posterior=0.5))
+    filtered_out = (examples.split == "train") & (examples.p_balanced < 0.5)
+    split = np.where(filtered_out, "unused", examples.split).astype(object)
+    expected = fine_tune(replace(examples, split=split), tmp_path / "b")
+    assert 0 < filtered.metrics["counts"]["train"] == (~filtered_out & (examples.split == "train")).sum()
     assert filtered.history == expected.history
     assert filtered.metrics["test"] == expected.metrics["test"]
-    none = tune(examples, tmp_path / "c", setting(keep_posterior=0.0))
-    assert none.metrics["counts"]["train"] == 60
+    unfiltered = fine_tune(examples, tmp_path / "c", with_options(keep_posterior=0.0))
+    assert unfiltered.metrics["counts"]["train"] == 60
 
 
-def test_a_posterior_that_is_not_there_is_missed(tmp_path: Path) -> None:
-    examples = examples_of()
+def test_keep_posterior_without_posteriors_raises(tmp_path: Path) -> None:
+    examples = make_examples()
     unknown = replace(examples, p_balanced=np.full(120, np.nan))
     with pytest.raises(ManifestError, match="--keep-posterior: the manifest has no p_balanced; rescore"):
-        tune(unknown, tmp_path, setting(keep_posterior=0.5))
-    assert tune(unknown, tmp_path).history
+        fine_tune(unknown, tmp_path, with_options(keep_posterior=0.5))
+    assert fine_tune(unknown, tmp_path).history
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
-def test_an_empty_split_is_refused(tmp_path: Path, name: str) -> None:
-    examples = examples_of()
+def test_empty_split_raises(tmp_path: Path, name: str) -> None:
+    examples = make_examples()
     split = np.where(examples.split == name, "unused", examples.split).astype(object)
-    with pytest.raises(ManifestError, match=f"the manifest leaves no {name} samples: loosen its rule"):
-        tune(replace(examples, split=split), tmp_path)
+    with pytest.raises(ManifestError, match=f"the manifest leaves no {name} samples: relax its rule"):
+        fine_tune(replace(examples, split=split), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_filter_that_leaves_nobody_is_refused(tmp_path: Path) -> None:
+def test_filter_that_leaves_no_sample_raises(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"leaves no train samples: .*--keep-posterior"):
-        tune(examples_of(), tmp_path, setting(keep_posterior=1.0))
+        fine_tune(make_examples(), tmp_path, with_options(keep_posterior=1.0))
 
 
-def test_what_is_left_is_whole(tmp_path: Path) -> None:
-    tune(examples_of(), tmp_path)
+def test_no_temporary_files_remain(tmp_path: Path) -> None:
+    fine_tune(make_examples(), tmp_path)
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert files == ["history.jsonl", "model.safetensors", "state/last.pt"]

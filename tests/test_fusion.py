@@ -1,4 +1,4 @@
-"""Laws of fusion: each equals its formula, computed from the weights alone, also where a modality is absent."""
+"""Tests of fusion: each equals its formula, computed from the weights, also where a modality is absent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmaudit.train.fusion import FUSIONS, Fusion, Mmtm, Shared
 torch.set_num_threads(1)
 
 DIMS = (5, 3, 4)
-DECOMPOSE = sorted(name for name, type_ in FUSIONS.items() if type_.decomposes)
+DECOMPOSING = sorted(name for name, type_ in FUSIONS.items() if type_.decomposes)
 Weights = dict[str, Tensor]
 
 
@@ -21,15 +21,15 @@ def fusion_of(name: str, dims: tuple[int, ...] = DIMS) -> Fusion:
     for tensor in (
         *fusion.parameters(),
         *fusion.buffers(),
-    ):  # biases start at 0, and a zero hides what is added to what
+    ):  # biases start at 0, which would hide errors in sums
         nn.init.normal_(tensor, std=0.5)
     return fusion.eval()
 
 
-def some(dims: tuple[int, ...] = DIMS, *, absent: int | None = None) -> list[Tensor]:
+def random_features(dims: tuple[int, ...] = DIMS, *, absent: int | None = None) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    found = [torch.randn(11, dim, generator=generator).relu() for dim in dims]
-    return [torch.zeros_like(f) if j == absent else f for j, f in enumerate(found)]
+    features = [torch.randn(11, dim, generator=generator).relu() for dim in dims]
+    return [torch.zeros_like(f) if j == absent else f for j, f in enumerate(features)]
 
 
 def linear(weights: Weights, name: str, rows: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ def concat_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
 
 
 def late_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
-    found = torch.zeros(11, 6)
+    logits = torch.zeros(11, 6)
     for j, f in enumerate(features):
-        found = found + linear(w, f"heads.{j}", f)
-    return found
+        logits = logits + linear(w, f"heads.{j}", f)
+    return logits
 
 
 def gated_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
@@ -65,36 +65,36 @@ def film_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
     return linear(w, "head", hidden)
 
 
-def excited(features: Tensor, by: Tensor) -> Tensor:
-    return features * 2 / (1 + (-by).exp())
+def excited(features: Tensor, excitation: Tensor) -> Tensor:
+    return features * 2 / (1 + (-excitation).exp())
 
 
-def usual_by_hand(w: Weights, dims: tuple[int, ...] = DIMS) -> list[Tensor]:
+def mean_excitations_by_hand(w: Weights, dims: tuple[int, ...] = DIMS) -> list[Tensor]:
     return [w["mean"][sum(dims[:j]) : sum(dims[: j + 1])] for j in range(len(dims))]
 
 
 def mmtm_by_hand(w: Weights, features: list[Tensor], *, cut: tuple[int, ...] = ()) -> Tensor:
     squeezed = linear(w, "squeeze", torch.cat(features, dim=1)).clamp(min=0)
-    usual = usual_by_hand(w, tuple(f.shape[1] for f in features))
-    found = torch.zeros(11, 6)
+    means = mean_excitations_by_hand(w, tuple(f.shape[1] for f in features))
+    logits = torch.zeros(11, 6)
     for j, f in enumerate(features):
-        by = usual[j] if j in cut else linear(w, f"excite.{j}", squeezed)
-        found = found + linear(w, f"heads.{j}", excited(f, by))
-    return found
+        excitation = means[j] if j in cut else linear(w, f"excite.{j}", squeezed)
+        logits = logits + linear(w, f"heads.{j}", excited(f, excitation))
+    return logits
 
 
 def shared_by_hand(w: Weights, features: list[Tensor]) -> Tensor:
-    """Sample by sample: weights exp(-H_j) / sum of all, H_j the entropy of what j says."""
-    found = torch.zeros(11, 6)
+    """Sample by sample: weights exp(-H_j) / sum of all, H_j the entropy of modality j's probabilities."""
+    logits = torch.zeros(11, 6)
     for row in range(11):
-        says = [
+        unimodal = [
             linear(w, "head", linear(w, f"bring.{j}", f[row]) if f"bring.{j}.weight" in w else f[row])
             for j, f in enumerate(features)
         ]
-        p = [z.exp() / z.exp().sum() for z in says]
-        sure = [float((each * each.log()).sum().exp()) for each in p]
-        found[row] = sum(z * each / sum(sure) for z, each in zip(says, sure, strict=True))
-    return found
+        p = [z.exp() / z.exp().sum() for z in unimodal]
+        weights = [float((weight * weight.log()).sum().exp()) for weight in p]
+        logits[row] = sum(z * weight / sum(weights) for z, weight in zip(unimodal, weights, strict=True))
+    return logits
 
 
 BY_HAND = {
@@ -111,80 +111,82 @@ BY_HAND = {
 @pytest.mark.parametrize("absent", [None, 0, 1])
 @pytest.mark.parametrize("dims", [(5, 3), DIMS, (4, 4, 4)])
 @pytest.mark.parametrize("name", sorted(FUSIONS))
-def test_the_fused_answer_is_that_of_its_formula(name: str, dims: tuple[int, ...], absent: int | None) -> None:
-    fusion, features = fusion_of(name, dims), some(dims, absent=absent)
+def test_fused_logits_follow_the_formula(name: str, dims: tuple[int, ...], absent: int | None) -> None:
+    fusion, features = fusion_of(name, dims), random_features(dims, absent=absent)
     expected = BY_HAND[name](fusion.state_dict(), features)
     torch.testing.assert_close(fusion(features), expected, rtol=1e-4, atol=1e-5)
     assert expected.std(dim=0).min() > 1e-3  # it depends on the features
 
 
 @torch.no_grad()
-def test_an_absent_modality_adds_to_a_sum_nothing_but_its_bias() -> None:
+def test_absent_modality_adds_only_its_bias_to_a_sum() -> None:
     for name in ("concat", "late"):
         fusion = fusion_of(name)
         bias = fusion.state_dict().get("heads.1.bias", torch.zeros(6))
-        less = fusion(some()) - fusion(some(absent=1))
-        whole = fusion.alone(some())[1] - fusion.alone(some(absent=1))[1]
-        torch.testing.assert_close(less, whole)
-        shift = fusion.alone(some(absent=1))[1]
+        fused_change = fusion(random_features()) - fusion(random_features(absent=1))
+        unimodal_change = (
+            fusion.unimodal_logits(random_features())[1] - fusion.unimodal_logits(random_features(absent=1))[1]
+        )
+        torch.testing.assert_close(fused_change, unimodal_change)
+        shift = fusion.unimodal_logits(random_features(absent=1))[1]
         torch.testing.assert_close(shift, (bias if name == "late" else fusion.state_dict()["bias"] / 3).expand(11, 6))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["concat", "late"])
 @pytest.mark.parametrize("dims", [(5,), (5, 3), DIMS])
-def test_what_each_says_alone_sums_to_the_fused_answer(name: str, dims: tuple[int, ...]) -> None:
-    fusion, features = fusion_of(name, dims), some(dims)
-    alone = fusion.alone(features)
-    assert alone.shape == (len(dims), 11, 6)
-    torch.testing.assert_close(alone.sum(dim=0), fusion(features), rtol=1e-5, atol=1e-5)
+def test_unimodal_logits_sum_to_the_fused_logits(name: str, dims: tuple[int, ...]) -> None:
+    fusion, features = fusion_of(name, dims), random_features(dims)
+    unimodal = fusion.unimodal_logits(features)
+    assert unimodal.shape == (len(dims), 11, 6)
+    torch.testing.assert_close(unimodal.sum(dim=0), fusion(features), rtol=1e-5, atol=1e-5)
 
 
-def alone_by_hand(name: str, w: Weights, j: int, f: Tensor) -> Tensor:
+def unimodal_by_hand(name: str, w: Weights, j: int, f: Tensor) -> Tensor:
     if name == "concat":
         return f @ w[f"heads.{j}.weight"].T + w["bias"] / 3
     if name == "shared":
         return linear(w, "head", linear(w, f"bring.{j}", f))
-    return linear(w, f"heads.{j}", excited(f, usual_by_hand(w)[j]) if name == "mmtm" else f)
+    return linear(w, f"heads.{j}", excited(f, mean_excitations_by_hand(w)[j]) if name == "mmtm" else f)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", DECOMPOSE)
-def test_alone_is_the_modality_s_part_of_the_classifier(name: str) -> None:
-    fusion, features = fusion_of(name), some()
+@pytest.mark.parametrize("name", DECOMPOSING)
+def test_unimodal_logits_follow_the_formula(name: str) -> None:
+    fusion, features = fusion_of(name), random_features()
     for j, f in enumerate(features):
-        expected = alone_by_hand(name, fusion.state_dict(), j, f)
-        torch.testing.assert_close(fusion.alone(features)[j], expected, rtol=1e-4, atol=1e-5)
+        expected = unimodal_by_hand(name, fusion.state_dict(), j, f)
+        torch.testing.assert_close(fusion.unimodal_logits(features)[j], expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", DECOMPOSE)
-def test_alone_a_modality_hears_itself_alone(name: str) -> None:
-    fusion, features = fusion_of(name), some()
-    before, fused = fusion.alone(features), fusion(features)
+@pytest.mark.parametrize("name", DECOMPOSING)
+def test_unimodal_logits_depend_on_their_modality_only(name: str) -> None:
+    fusion, features = fusion_of(name), random_features()
+    before, fused = fusion.unimodal_logits(features), fusion(features)
     features[1] = features[1] + 1
-    moved = (fusion.alone(features) - before).abs().amax(dim=(1, 2))
+    moved = (fusion.unimodal_logits(features) - before).abs().amax(dim=(1, 2))
     assert moved[0] == moved[2] == 0
     assert moved[1] > 0.01
     assert (fusion(features) - fused).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", sorted(set(FUSIONS) - set(DECOMPOSE)))
-def test_a_fusion_that_does_not_decompose_says_so(name: str) -> None:
-    with pytest.raises(TypeError, match="gives no modality a say of its own"):
-        fusion_of(name).alone(some())
+@pytest.mark.parametrize("name", sorted(set(FUSIONS) - set(DECOMPOSING)))
+def test_unimodal_logits_of_other_fusions_raise(name: str) -> None:
+    with pytest.raises(TypeError, match="has no unimodal logits"):
+        fusion_of(name).unimodal_logits(random_features())
 
 
 @pytest.mark.parametrize("name", sorted(FUSIONS))
-def test_gradients_reach_every_parameter_and_every_feature(name: str) -> None:
-    fusion, features = fusion_of(name), [f.requires_grad_() for f in some()]
+def test_gradients_reach_every_parameter_and_feature(name: str) -> None:
+    fusion, features = fusion_of(name), [f.requires_grad_() for f in random_features()]
     torch.autograd.backward(nn.functional.cross_entropy(fusion(features), torch.arange(11) % 6))
-    for what, tensor in (*fusion.named_parameters(), *((f"feature {j}", f) for j, f in enumerate(features))):
-        assert tensor.grad is not None, what
-        assert tensor.grad.abs().max() > 1e-6, what
+    for tensor_name, tensor in (*fusion.named_parameters(), *((f"feature {j}", f) for j, f in enumerate(features))):
+        assert tensor.grad is not None, tensor_name
+        assert tensor.grad.abs().max() > 1e-6, tensor_name
 
 
-def fresh_mmtm() -> Mmtm:
+def random_mmtm() -> Mmtm:
     torch.manual_seed(0)
     fusion = Mmtm(DIMS, num_classes=6, hidden=7)
     for parameter in fusion.parameters():
@@ -197,11 +199,11 @@ def test_mmtm_squeezes_two_modalities_to_a_quarter() -> None:
 
 
 @torch.no_grad()
-def test_mmtm_keeps_the_running_mean_of_its_excitations_in_training_alone() -> None:
-    fusion = fresh_mmtm()
+def test_mmtm_updates_mean_excitations_in_training_only() -> None:
+    fusion = random_mmtm()
     w, expected = fusion.state_dict(), torch.zeros(12)
-    for number in range(3):
-        features = [f + number for f in some()]
+    for step in range(3):
+        features = [f + step for f in random_features()]
         squeezed = linear(w, "squeeze", torch.cat(features, dim=1)).clamp(min=0)
         mean = torch.cat([linear(w, f"excite.{j}", squeezed).mean(dim=0) for j in range(3)])
         expected = 0.9 * expected + 0.1 * mean
@@ -210,26 +212,26 @@ def test_mmtm_keeps_the_running_mean_of_its_excitations_in_training_alone() -> N
         fusion.eval()(features)
         torch.testing.assert_close(fusion.mean, expected)
     assert expected.abs().min() > 1e-4
-    fusion.train()([torch.zeros(0, dim) for dim in DIMS])  # what a process has of a last step may be empty
+    fusion.train()([torch.zeros(0, dim) for dim in DIMS])  # a process may have no row of a last step
     torch.testing.assert_close(fusion.mean, expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("cut", [(0,), (1, 2), (0, 1, 2)])
-def test_mmtm_cut_takes_the_path_without_the_others_news(cut: tuple[int, ...]) -> None:
-    fusion, features = fusion_of("mmtm"), some()
+def test_mmtm_cut_uses_the_mean_excitation(cut: tuple[int, ...]) -> None:
+    fusion, features = fusion_of("mmtm"), random_features()
     assert isinstance(fusion, Mmtm)
-    whole = fusion(features)
+    uncut = fusion(features)
     fusion.cut = [j in cut for j in range(3)]
     expected = mmtm_by_hand(fusion.state_dict(), features, cut=cut)
     torch.testing.assert_close(fusion(features), expected, rtol=1e-4, atol=1e-5)
-    assert (fusion(features) - whole).abs().max() > 0.01
+    assert (fusion(features) - uncut).abs().max() > 0.01
     if len(cut) == 3:
-        torch.testing.assert_close(fusion(features), fusion.alone(features).sum(dim=0))
+        torch.testing.assert_close(fusion(features), fusion.unimodal_logits(features).sum(dim=0))
 
 
-def test_mmtm_cut_gives_the_others_no_gradient_by_its_own_path() -> None:
-    fusion, features = fusion_of("mmtm"), [f.requires_grad_() for f in some()]
+def test_mmtm_cut_passes_no_gradient_to_its_excitation() -> None:
+    fusion, features = fusion_of("mmtm"), [f.requires_grad_() for f in random_features()]
     assert isinstance(fusion, Mmtm)
     for cut, reached in ((False, True), (True, False)):
         fusion.cut = [cut, False, False]
@@ -239,7 +241,7 @@ def test_mmtm_cut_gives_the_others_no_gradient_by_its_own_path() -> None:
         assert (grad is not None and bool(grad.abs().max() > 0)) is reached
 
 
-def test_shared_brings_different_widths_to_one_and_leaves_equal_ones() -> None:
+def test_shared_maps_different_widths_to_one() -> None:
     assert [name for name, _ in Shared((4, 4), num_classes=6, hidden=7).named_parameters()] == [
         "head.weight",
         "head.bias",
@@ -253,7 +255,7 @@ def test_shared_brings_different_widths_to_one_and_leaves_equal_ones() -> None:
 
 
 @torch.no_grad()
-def test_shared_listens_to_the_surer_modality() -> None:
+def test_shared_weights_the_more_confident_modality_higher() -> None:
     """Two modalities of one feature, classes a and b: logits (z, -z), entropies by hand."""
     fusion = Shared((1, 1), num_classes=2, hidden=7)
     fusion.head.weight.copy_(torch.tensor([[1.0], [-1.0]]))
@@ -265,5 +267,5 @@ def test_shared_listens_to_the_surer_modality() -> None:
     assert weight[0] > 0.6
     fused = fusion([torch.tensor([[sure]]), torch.tensor([[unsure]])])
     assert fused[0, 0].item() == pytest.approx(float(weight[0] * sure + weight[1] * unsure), rel=1e-5)
-    same = fusion([torch.tensor([[0.7]]), torch.tensor([[0.7]])])
-    assert same[0].tolist() == pytest.approx([0.7, -0.7])  # weights sum to 1
+    equal = fusion([torch.tensor([[0.7]]), torch.tensor([[0.7]])])
+    assert equal[0].tolist() == pytest.approx([0.7, -0.7])  # weights sum to 1

@@ -1,4 +1,4 @@
-"""Laws of G-Blending: the paper's weights, what happens at their edges, when they are measured, what they weigh."""
+"""Tests of G-Blending: the paper's weights, their edge cases, and when they are measured."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.nn import functional
 from training import draw_batch
 
 from mmaudit.train.balancing.config import BalancingConfig, GblendConfig
-from mmaudit.train.balancing.gblend import LEAST_OVERFIT, LEAST_WEIGHT, READ_ROWS, Gblend, blend_weights
-from mmaudit.train.batches import Batch, Loss, Reading, Rows
+from mmaudit.train.balancing.gblend import MIN_OVERFIT, MIN_WEIGHT, NUM_TRAIN_ROWS, Gblend, blend_weights
+from mmaudit.train.batches import Batch, Loss, OutputFunction, RowIndex
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 NUMBERS = st.lists(st.floats(-3, 3), min_size=3, max_size=3)
 
 
-def make(super_epoch: int = 2) -> Gblend:
+def build_gblend(super_epoch: int = 2) -> Gblend:
     torch.manual_seed(0)
     net = FusionNet(
         ModelConfig(modalities=("audio", "visual"), shapes=((5,), (4,)), classes=("a", "b", "c"), hidden=6, dropout=0.0)
@@ -37,57 +37,57 @@ def make(super_epoch: int = 2) -> Gblend:
     return Gblend(net, optimization, config, epochs=8)
 
 
-def draw(present: list[list[bool]] | None = None) -> Batch:
+def make_batch(present: list[list[bool]] | None = None) -> Batch:
     return draw_batch([0, 1, 2, 1], weight=[1, 2, 3, 2], present=present)
 
 
-class Table:
-    """A laboratory in which copy k has losses that are written down: train and validation (k, 1 + m)."""
+class TableReader:
+    """Model reader whose copy k has tabulated losses: train and validation (k, 1 + m)."""
 
     def __init__(self, train: list[list[float]], validation: list[list[float]], *, num_train: int = 10) -> None:
         self.train, self.validation, self.num_train = train, validation, num_train
-        self.net = make().net
-        self.rows: list[Rows] = []
+        self.net = build_gblend().net
+        self.rows: list[RowIndex] = []
         self.losses: list[float] = []
         self.epochs: list[int] = []
         self.copies: list[FusionNet] = []
 
     def _row(self, table: list[list[float]], net: FusionNet | None) -> Tensor:
-        place = 0 if net is None else 1 + next(k for k, each in enumerate(self.copies) if each is net)
-        return torch.tensor(table[place])[:, None] + torch.tensor([-0.5, 0.5])  # two samples, of that mean
+        index = 0 if net is None else 1 + next(k for k, copied_net in enumerate(self.copies) if copied_net is net)
+        return torch.tensor(table[index])[:, None] + torch.tensor([-0.5, 0.5])  # two samples with this mean
 
-    def read(self, what: Reading, *, rows: Rows | None = None, net: FusionNet | None = None) -> Tensor:
+    def read(self, function: OutputFunction, *, rows: RowIndex | None = None, net: FusionNet | None = None) -> Tensor:
         assert rows is not None
         self.rows.append(rows)
         return self._row(self.train, net)
 
-    def read_validation(self, what: Reading, *, net: FusionNet | None = None) -> Tensor:
+    def read_validation(self, function: OutputFunction, *, net: FusionNet | None = None) -> Tensor:
         return self._row(self.validation, net)
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
-        balancer, batch = make(), draw()
+        balancer, batch = build_gblend(), make_batch()
         self.losses.append(float(loss(balancer.net(batch.inputs), batch).detach()))
         self.epochs.append(epochs)
         self.copies.append(copy.deepcopy(balancer.net))
         return self.copies[-1]
 
 
-# What each of the three copies gains in its own loss is on the diagonal; the rest must not matter.
+# The gain of each of the three copies in its own loss is on the diagonal; other values must not matter.
 TRAIN = [[1.0, 1.1, 1.2], [0.2, 9, 9], [9, 0.9, 9], [9, 9, 0.7]]
 VALIDATION = [[1.0, 1.2, 1.3], [0.6, 9, 9], [9, 1.1, 9], [9, 9, 1.2]]
 GAIN = [0.4, 0.1, 0.1]
 OVERFIT = [0.4 - 0.0, 0.2 - 0.1, 0.5 - 0.1]
 
 
-def test_weights_are_the_published_ones() -> None:
+def test_weights_by_the_published_formula() -> None:
     weights = blend_weights([1.0, 0.5, 0.2], [0.5, 0.25, 0.4])
     assert weights == pytest.approx(np.array([4, 8, 1.25]) / 13.25)
 
 
-def test_what_does_not_generalise_is_left_the_least_weight() -> None:
-    for bad in (-0.3, 0.0, float("nan"), float("-inf")):
-        weights = blend_weights([1.0, bad, 1.0], [0.5, 0.5, 0.5])
-        assert weights == pytest.approx(np.array([0.5, LEAST_WEIGHT, 0.5]) / (1 + LEAST_WEIGHT))
+def test_loss_without_gain_gets_the_smallest_weight() -> None:
+    for gain in (-0.3, 0.0, float("nan"), float("-inf")):
+        weights = blend_weights([1.0, gain, 1.0], [0.5, 0.5, 0.5])
+        assert weights == pytest.approx(np.array([0.5, MIN_WEIGHT, 0.5]) / (1 + MIN_WEIGHT))
 
 
 def test_where_nothing_generalises_all_weigh_the_same() -> None:
@@ -95,37 +95,39 @@ def test_where_nothing_generalises_all_weigh_the_same() -> None:
 
 
 def test_no_overfitting_counts_as_a_little() -> None:
-    floor = LEAST_OVERFIT * 0.5
+    floor = MIN_OVERFIT * 0.5
     expected = blend_weights([0.5, 0.4, 0.4], [floor, floor, 0.2])
     assert blend_weights([0.5, 0.4, 0.4], [0.0, -7.0, 0.2]) == pytest.approx(expected)
 
 
 @given(NUMBERS, NUMBERS, st.floats(0.1, 10))
-def test_weights_sum_to_one_and_know_no_unit(gain: list[float], overfit: list[float], unit: float) -> None:
+def test_weights_sum_to_1_and_ignore_the_unit(gain: list[float], overfit: list[float], unit: float) -> None:
     weights = blend_weights(gain, overfit)
     assert weights.sum() == pytest.approx(1)
-    assert weights.min() > LEAST_WEIGHT / (1 + 3 * LEAST_WEIGHT) - 1e-9
-    if not any(0 < each < 1e-7 for each in gain):  # where the unit decides whether there is a gain at all
-        scaled = blend_weights([unit * each for each in gain], [unit * each for each in overfit])
+    assert weights.min() > MIN_WEIGHT / (1 + 3 * MIN_WEIGHT) - 1e-9
+    if not any(0 < value < 1e-7 for value in gain):  # such a gain counts as 0 in some units
+        scaled = blend_weights([unit * value for value in gain], [unit * value for value in overfit])
         assert scaled == pytest.approx(weights)
 
 
-def test_each_is_measured_on_a_copy_trained_for_it_alone() -> None:
-    balancer, model_reader = make(), Table(TRAIN, VALIDATION)
+def test_each_loss_is_measured_on_its_own_copy() -> None:
+    balancer, model_reader = build_gblend(), TableReader(TRAIN, VALIDATION)
     before = copy.deepcopy(balancer.net.state_dict())
     balancer.begin_epoch(1, model_reader)
-    assert list(balancer.numbers()) == ["weight_fused", "weight_audio", "weight_visual"]
-    assert list(balancer.numbers().values()) == pytest.approx(blend_weights(GAIN, OVERFIT), rel=1e-5)
-    batch = draw()
+    assert list(balancer.epoch_metrics()) == ["weight_fused", "weight_audio", "weight_visual"]
+    assert list(balancer.epoch_metrics().values()) == pytest.approx(blend_weights(GAIN, OVERFIT), rel=1e-5)
+    batch = make_batch()
     outputs = balancer.net(batch.inputs)
     logits = [outputs.fused, *outputs.unimodal]
-    assert model_reader.losses == pytest.approx([weighted(each, batch) for each in logits], rel=1e-5)
+    assert model_reader.losses == pytest.approx(
+        [weighted_loss(branch_logits, batch) for branch_logits in logits], rel=1e-5
+    )
     assert model_reader.epochs == [3, 3, 3]
     assert all(torch.equal(tensor, before[name]) for name, tensor in balancer.net.state_dict().items())
 
 
-def test_measures_once_in_a_super_epoch() -> None:
-    balancer, model_reader = make(super_epoch=3), Table(TRAIN, VALIDATION)
+def test_measures_once_per_super_epoch() -> None:
+    balancer, model_reader = build_gblend(super_epoch=3), TableReader(TRAIN, VALIDATION)
     measured = []
     for epoch in range(1, 8):
         model_reader.copies.clear()
@@ -134,34 +136,37 @@ def test_measures_once_in_a_super_epoch() -> None:
     assert measured == [True, False, False, True, False, False, True]
 
 
-@pytest.mark.parametrize("num_train", [7, 10 * READ_ROWS])
+@pytest.mark.parametrize("num_train", [7, 10 * NUM_TRAIN_ROWS])
 def test_reads_the_same_bounded_rows_every_time(num_train: int) -> None:
-    model_reader = Table(TRAIN, VALIDATION, num_train=num_train)
-    make().begin_epoch(1, model_reader)
-    assert len(np.unique(model_reader.rows[0])) == len(model_reader.rows[0]) == min(num_train, READ_ROWS)
+    model_reader = TableReader(TRAIN, VALIDATION, num_train=num_train)
+    build_gblend().begin_epoch(1, model_reader)
+    assert len(np.unique(model_reader.rows[0])) == len(model_reader.rows[0]) == min(num_train, NUM_TRAIN_ROWS)
     assert model_reader.rows[0].max() < num_train
     assert len(model_reader.rows) == 4
     assert all(np.array_equal(rows, model_reader.rows[0]) for rows in model_reader.rows)
 
 
-def weighted(logits: Tensor, batch: Batch) -> float:
-    each = functional.cross_entropy(logits, batch.label, reduction="none")
+def weighted_loss(logits: Tensor, batch: Batch) -> float:
+    losses = functional.cross_entropy(logits, batch.label, reduction="none")
     weight = torch.tensor([1.0, 2.0, 3.0, 2.0])
-    return float((each * weight).sum().detach() / weight.sum())
+    return float((losses * weight).sum().detach() / weight.sum())
 
 
-def test_the_loss_is_the_weighted_sum() -> None:
-    balancer, batch = make(), draw()
+def test_loss_is_the_weighted_sum() -> None:
+    balancer, batch = build_gblend(), make_batch()
     balancer.load_state_dict({"weights": torch.tensor([0.2, 0.7, 0.1])})
     outputs: Outputs = balancer.net(batch.inputs)
     logits = [outputs.fused, *outputs.unimodal]
-    expected = sum(w * weighted(each, batch) for w, each in zip((0.2, 0.7, 0.1), logits, strict=True))
+    expected = sum(
+        weight * weighted_loss(branch_logits, batch)
+        for weight, branch_logits in zip((0.2, 0.7, 0.1), logits, strict=True)
+    )
     assert float(balancer.loss(outputs, batch).detach()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_absent_modality_teaches_its_encoder_nothing() -> None:
-    batch = draw([[True, False]] * 4)
-    balancer = make()
+def test_absent_modality_does_not_train_its_encoder() -> None:
+    batch = make_batch([[True, False]] * 4)
+    balancer = build_gblend()
     before = copy.deepcopy(balancer.net.state_dict())
     _, loss = balancer.step(batch)
     assert torch.isfinite(loss)
@@ -170,9 +175,9 @@ def test_an_absent_modality_teaches_its_encoder_nothing() -> None:
     assert not any(name.startswith("encoders.1") for name in moved)
 
 
-def test_a_state_is_gone_on_from() -> None:
-    balancer, other = make(), make()
-    balancer.begin_epoch(1, Table(TRAIN, VALIDATION))
+def test_state_round_trip() -> None:
+    balancer, resumed = build_gblend(), build_gblend()
+    balancer.begin_epoch(1, TableReader(TRAIN, VALIDATION))
     state: dict[str, Any] = balancer.state_dict()
-    other.load_state_dict(state)
-    assert other.numbers() == balancer.numbers()
+    resumed.load_state_dict(state)
+    assert resumed.epoch_metrics() == balancer.epoch_metrics()

@@ -1,4 +1,4 @@
-"""Laws of Greedy: speeds by hand, when a rebalancing starts and ends, what moves in it and what the answer is then."""
+"""Tests of Greedy: speeds by hand, start and end of rebalancing, and which parameters it updates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 from training import draw_batch
 
 from mmaudit.train.balancing.config import BalancingConfig, GreedyConfig
-from mmaudit.train.balancing.greedy import Greedy, conditional_speeds, slowest
+from mmaudit.train.balancing.greedy import Greedy, conditional_speeds, slowest_modality
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
@@ -24,22 +24,22 @@ from mmaudit.train.optimizer import Optimization
 torch.set_num_threads(1)
 
 NAMES = ("audio", "visual", "text")
-AUDIO_SLOW = torch.tensor([[1e9, 1e7], [1e8, 1e8]])  # so large that a few steps do not change the verdict
+AUDIO_SLOW = torch.tensor([[1e9, 1e7], [1e8, 1e8]])  # so large that a few steps do not change the comparison
 BALANCED = torch.tensor([[1e8, 1e8], [1e8, 1e8]])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twins(DistributedContext):
-    """Two processes with the same rows: sums are twice what one has."""
+class TwoEqualProcesses(DistributedContext):
+    """Two processes with the same rows: sums are twice those of one."""
 
-    size: int = 2
+    world_size: int = 2
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             tensor *= 2
 
 
-def make(
+def build_greedy(
     *,
     m: int = 2,
     alpha: float = 0.5,
@@ -68,160 +68,165 @@ def make(
     )
 
 
-def draw(seed: int = 1, *, m: int = 2, present: list[list[bool]] | None = None) -> Batch:
+def make_batch(seed: int = 1, *, m: int = 2, present: list[list[bool]] | None = None) -> Batch:
     return draw_batch([0, 1, 2, 1, 0, 0], sizes=(5, 4, 3)[:m], present=present, seed=seed)
 
 
-def state(total: Tensor, *, ordinary: int = 0, slow: int = 0, left: int = 0) -> dict[str, object]:
-    return {"total": total, "ordinary": ordinary, "slow": slow, "left": left, "rebalanced": 0}
+def make_state(total: Tensor, *, ordinary: int = 0, slow: int = 0, steps_left: int = 0) -> dict[str, object]:
+    return {"total": total, "ordinary": ordinary, "slow": slow, "left": steps_left, "rebalanced": 0}
 
 
-def moves(balancer: Greedy, batch: Batch) -> set[str]:
+def changed_parameters(balancer: Greedy, batch: Batch) -> set[str]:
     before = copy.deepcopy(dict(balancer.net.named_parameters()))
     balancer.step(batch)
     return {name for name, p in balancer.net.named_parameters() if not torch.equal(p, before[name])}
 
 
-def test_speeds_by_hand() -> None:
+def test_conditional_speeds_by_hand() -> None:
     assert conditional_speeds([1.0, 0.2], [0.1, 20.0]) == pytest.approx([1, -2])
-    assert conditional_speeds([0.0], [0.0]) == [0]  # nothing is known of it yet
+    assert conditional_speeds([0.0], [0.0]) == [0]  # before any step
 
 
-def test_the_slow_one_and_its_lead() -> None:
-    assert slowest([0.3, -0.2]) == pytest.approx((0, 0.5))
-    assert slowest([0.3, 0.9, -0.1]) == pytest.approx((1, 0.8))
-    assert slowest([0.4, 0.4]) == (0, 0)
+def test_slowest_modality_by_hand() -> None:
+    assert slowest_modality([0.3, -0.2]) == pytest.approx((0, 0.5))
+    assert slowest_modality([0.3, 0.9, -0.1]) == pytest.approx((1, 0.8))
+    assert slowest_modality([0.4, 0.4]) == (0, 0)
 
 
 @pytest.mark.parametrize("m", [2, 3])
-def test_mu_adds_up_squared_gradients_over_squared_weights(m: int) -> None:
-    balancer = make(m=m, alpha=1e3)
+def test_mu_sums_squared_gradients_over_squared_weights(m: int) -> None:
+    balancer = build_greedy(m=m, alpha=1e3)
     expected = torch.zeros(2, m)
     for seed in range(3):
-        batch, net = draw(seed, m=m), copy.deepcopy(balancer.net)
+        batch, net = make_batch(seed, m=m), copy.deepcopy(balancer.net)
         fusion = net.fusion
         assert isinstance(fusion, Mmtm)
         functional.cross_entropy(net(batch.inputs).fused, batch.label).backward()  # type: ignore[no-untyped-call]
         for j in range(m):
             paths = ((fusion.excite[j], fusion.squeeze), (net.encoders[j], fusion.heads[j]))
             for row, parts in enumerate(paths):
-                every = [p for part in parts for p in part.parameters()]
-                grads = [p.grad.square().sum() for p in every if p.grad is not None]
-                assert len(grads) == len(every)
-                expected[row, j] += sum(grads) / sum(p.detach().square().sum() for p in every)
+                parameters = [p for part in parts for p in part.parameters()]
+                grads = [p.grad.square().sum() for p in parameters if p.grad is not None]
+                assert len(grads) == len(parameters)
+                expected[row, j] += sum(grads) / sum(p.detach().square().sum() for p in parameters)
         balancer.step(batch)
     assert balancer.state_dict()["total"].flatten().tolist() == pytest.approx(expected.flatten().tolist(), rel=1e-4)
     speeds = conditional_speeds(*expected.tolist())
-    numbers = balancer.numbers()
-    assert [numbers[f"speed_{name}"] for name in NAMES[:m]] == pytest.approx(speeds, abs=1e-4)
+    metrics = balancer.epoch_metrics()
+    assert [metrics[f"speed_{name}"] for name in NAMES[:m]] == pytest.approx(speeds, abs=1e-4)
 
 
-def test_speeds_are_compared_after_the_rest_and_rebalanced_for_the_window() -> None:
-    balancer = make(window=3, rest=2)
-    balancer.load_state_dict(state(AUDIO_SLOW))
-    whole = [len(moves(balancer, draw(step))) > 10 for step in range(12)]
-    assert whole == [True, True, True, False, False, False, True, True, True, False, False, False]
-    assert balancer.numbers()["rebalanced"] == 6
+def test_comparison_after_rest_and_rebalancing_for_window_steps() -> None:
+    balancer = build_greedy(window=3, rest=2)
+    balancer.load_state_dict(make_state(AUDIO_SLOW))
+    is_ordinary = [len(changed_parameters(balancer, make_batch(step))) > 10 for step in range(12)]
+    assert is_ordinary == [True, True, True, False, False, False, True, True, True, False, False, False]
+    assert balancer.epoch_metrics()["rebalanced"] == 6
 
 
-def test_no_rest_compares_at_every_step() -> None:
-    balancer = make(window=1, rest=0)
-    balancer.load_state_dict(state(AUDIO_SLOW))
-    assert [len(moves(balancer, draw(step))) > 10 for step in range(4)] == [True, False, True, False]
+def test_rest_0_compares_at_every_step() -> None:
+    balancer = build_greedy(window=1, rest=0)
+    balancer.load_state_dict(make_state(AUDIO_SLOW))
+    assert [len(changed_parameters(balancer, make_batch(step))) > 10 for step in range(4)] == [True, False, True, False]
 
 
 @pytest.mark.parametrize(("total", "alpha"), [(BALANCED, 0.01), (AUDIO_SLOW, 2.1)])
-def test_up_to_alpha_nothing_is_rebalanced(total: Tensor, alpha: float) -> None:
-    balancer = make(alpha=alpha, rest=0)
-    balancer.load_state_dict(state(total))
+def test_nothing_is_rebalanced_up_to_alpha(total: Tensor, alpha: float) -> None:
+    balancer = build_greedy(alpha=alpha, rest=0)
+    balancer.load_state_dict(make_state(total))
     for step in range(4):
-        balancer.step(draw(step))
-    assert balancer.numbers()["rebalanced"] == 0
+        balancer.step(make_batch(step))
+    assert balancer.epoch_metrics()["rebalanced"] == 0
 
 
 @pytest.mark.parametrize("slow", [0, 1])
 @pytest.mark.parametrize("own_heads", [False, True])
-def test_only_the_slow_modality_moves_in_a_rebalancing_step(slow: int, own_heads: bool) -> None:
-    balancer = make(own_heads=own_heads)  # AdamW with decay: what has a gradient of 0 would move too
-    balancer.load_state_dict(state(BALANCED, slow=slow, left=1))
-    moved = moves(balancer, draw())
-    own = {f"encoders.{slow}.", f"fusion.heads.{slow}."}
-    assert {name for name in moved if not name.startswith("heads.")} == {
-        name for name, _ in balancer.net.named_parameters() if any(name.startswith(each) for each in own)
+def test_rebalancing_step_updates_only_the_slow_modality(slow: int, own_heads: bool) -> None:
+    balancer = build_greedy(own_heads=own_heads)  # AdamW with decay would also update parameters with a gradient of 0
+    balancer.load_state_dict(make_state(BALANCED, slow=slow, steps_left=1))
+    changed = changed_parameters(balancer, make_batch())
+    prefixes = {f"encoders.{slow}.", f"fusion.heads.{slow}."}
+    assert {name for name in changed if not name.startswith("heads.")} == {
+        name for name, _ in balancer.net.named_parameters() if any(name.startswith(prefix) for prefix in prefixes)
     }
-    assert any(name.startswith("heads.") for name in moved) == own_heads  # which only listen
-    assert len(moves(balancer, draw())) == len(list(balancer.net.parameters()))  # over again
+    assert any(name.startswith("heads.") for name in changed) == own_heads  # they train on detached features
+    assert len(changed_parameters(balancer, make_batch())) == len(list(balancer.net.parameters()))  # ordinary step
 
 
-def test_the_slow_modality_is_excited_by_the_usual_in_a_rebalancing_step_alone() -> None:
-    balancer, batch = make(), draw()
+def test_rebalancing_step_uses_the_mean_excitation() -> None:
+    balancer, batch = build_greedy(), make_batch()
     for step in range(3):
-        balancer.step(draw(step))
+        balancer.step(make_batch(step))
     fusion = balancer.net.fusion
     assert isinstance(fusion, Mmtm)
-    balancer.load_state_dict(state(BALANCED, slow=1, left=1))
+    balancer.load_state_dict(make_state(BALANCED, slow=1, steps_left=1))
     with torch.no_grad():
         reference = copy.deepcopy(balancer.net)
         features = reference.encode(batch.inputs)
         assert isinstance(reference.fusion, Mmtm)
-        now = reference.fusion.excitations(features)[0]
-        reference.fusion(features)  # the running mean moves first
-        heads, usual = reference.fusion.heads, reference.fusion.usual()[1]
-        expected = heads[0](features[0] * 2 * now.sigmoid()) + heads[1](features[1] * 2 * usual.sigmoid())
+        excitation = reference.fusion.excitations(features)[0]
+        reference.fusion(features)  # updates the running mean first
+        heads, mean_excitation = reference.fusion.heads, reference.fusion.mean_excitations()[1]
+        expected = heads[0](features[0] * 2 * excitation.sigmoid()) + heads[1](
+            features[1] * 2 * mean_excitation.sigmoid()
+        )
     outputs, _ = balancer.step(batch)
     assert torch.allclose(outputs.fused, expected, atol=1e-6)
     assert fusion.cut == [False, False]
 
 
-def test_the_path_is_whole_again_when_a_step_fails() -> None:
-    balancer = make()
-    balancer.load_state_dict(state(BALANCED, slow=1, left=1))
+def test_failed_step_restores_the_path() -> None:
+    balancer = build_greedy()
+    balancer.load_state_dict(make_state(BALANCED, slow=1, steps_left=1))
     with pytest.raises(ValueError, match="shorter"):
-        balancer.step(draw(m=1))
+        balancer.step(make_batch(m=1))
     assert isinstance(balancer.net.fusion, Mmtm)
     assert balancer.net.fusion.cut == [False, False]
 
 
-def test_what_is_frozen_stays_and_has_no_speed() -> None:
-    balancer = make(own_heads=True)
+def test_frozen_modality_is_not_updated_and_has_no_speed() -> None:
+    balancer = build_greedy(own_heads=True)
     balancer.optimization.frozen[0] = True
-    moved = moves(balancer, draw())
+    moved = changed_parameters(balancer, make_batch())
     assert not any(name.startswith(("encoders.0.", "heads.0.")) for name in moved)
     assert any(name.startswith("encoders.1.") for name in moved)
     assert torch.isfinite(balancer.state_dict()["total"]).all()
 
 
-def test_an_absent_modality_moves_nothing_of_its_own() -> None:
-    balancer = make()
-    moved = moves(balancer, draw(present=[[True, False]] * 6))
+def test_absent_modality_updates_no_encoder() -> None:
+    balancer = build_greedy()
+    moved = changed_parameters(balancer, make_batch(present=[[True, False]] * 6))
     assert not any(name.startswith("encoders.1.") for name in moved)
     assert torch.isfinite(balancer.state_dict()["total"]).all()
 
 
-def test_an_interrupted_run_goes_on_the_same() -> None:
-    one = make(window=2, rest=1)
-    one.load_state_dict(state(AUDIO_SLOW, ordinary=1))
+def test_resumed_method_continues_exactly() -> None:
+    original = build_greedy(window=2, rest=1)
+    original.load_state_dict(make_state(AUDIO_SLOW, ordinary=1))
     for step in range(2):  # into the middle of a window
-        one.step(draw(step))
-    other = copy.deepcopy(one)
-    fresh = Greedy(other.net, other.optimization, other.config, epochs=2)
-    fresh.load_state_dict(one.state_dict())
+        original.step(make_batch(step))
+    copied = copy.deepcopy(original)
+    resumed = Greedy(copied.net, copied.optimization, copied.config, epochs=2)
+    resumed.load_state_dict(original.state_dict())
     for step in range(2, 7):
-        assert moves(fresh, draw(step)) == moves(one, draw(step))
-    assert torch.equal(fresh.state_dict()["total"], one.state_dict()["total"])
-    assert fresh.numbers() == one.numbers()
+        assert changed_parameters(resumed, make_batch(step)) == changed_parameters(original, make_batch(step))
+    assert torch.equal(resumed.state_dict()["total"], original.state_dict()["total"])
+    assert resumed.epoch_metrics() == original.epoch_metrics()
 
 
-def test_two_processes_with_halves_of_a_batch_do_what_one_does() -> None:
-    one, twin = make(alpha=0.0, window=2, distributed=SINGLE_PROCESS), make(alpha=0.0, window=2, distributed=Twins())
+def test_two_processes_take_the_step_of_one() -> None:
+    single, distributed = (
+        build_greedy(alpha=0.0, window=2, distributed=SINGLE_PROCESS),
+        build_greedy(alpha=0.0, window=2, distributed=TwoEqualProcesses()),
+    )
     for seed in range(6):
-        batch = draw(seed)
-        one.step(batch)
-        twin.step(replace(batch, loss_weight=batch.loss_weight / 2))
-    found = dict(twin.net.named_parameters())
-    for name, p in one.net.named_parameters():
-        assert torch.allclose(p, found[name], atol=1e-5)
-    assert twin.numbers() == pytest.approx(one.numbers(), rel=1e-3)
-    assert twin.numbers()["rebalanced"] > 0
-    buffers = dict(twin.net.named_buffers())
-    assert torch.allclose(buffers["fusion.mean"], dict(one.net.named_buffers())["fusion.mean"], atol=1e-5)
+        batch = make_batch(seed)
+        single.step(batch)
+        distributed.step(replace(batch, loss_weight=batch.loss_weight / 2))
+    parameters = dict(distributed.net.named_parameters())
+    for name, p in single.net.named_parameters():
+        assert torch.allclose(p, parameters[name], atol=1e-5)
+    assert distributed.epoch_metrics() == pytest.approx(single.epoch_metrics(), rel=1e-3)
+    assert distributed.epoch_metrics()["rebalanced"] > 0
+    buffers = dict(distributed.net.named_buffers())
+    assert torch.allclose(buffers["fusion.mean"], dict(single.net.named_buffers())["fusion.mean"], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Laws of the two plain losses: what they are, that listening moves no encoder, and that only what is heard counts."""
+"""Tests of the joint and summed losses: formulas, separate heads, and weights of 0."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 NUM, CLASSES = 6, 3
-PART = torch.tensor([0.1, 0.3, 0.2, 0.2, 0.1, 0.1])
+LOSS_WEIGHT = torch.tensor([0.1, 0.3, 0.2, 0.2, 0.1, 0.1])
 
 
-def make(name: str, *, own_heads: bool = False, precision: str = "float32") -> Balancer:
+def build_method(name: str, *, own_heads: bool = False, precision: str = "float32") -> Balancer:
     torch.manual_seed(0)
     shapes, classes = ((4,), (5,)), tuple(map(str, range(CLASSES)))
     net = FusionNet(
@@ -33,12 +33,12 @@ def make(name: str, *, own_heads: bool = False, precision: str = "float32") -> B
     return build_balancer(name, net, optimization, BalancingConfig(), epochs=1)
 
 
-def batch() -> Batch:
-    chance = torch.Generator().manual_seed(1)
-    inputs = (torch.randn(NUM, 4, generator=chance), torch.randn(NUM, 5, generator=chance))
+def make_batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    inputs = (torch.randn(NUM, 4, generator=generator), torch.randn(NUM, 5, generator=generator))
     label = torch.arange(NUM) % CLASSES
     return Batch(
-        rows=torch.arange(NUM), inputs=inputs, label=label, present=None, loss_weight=PART.repeat(3, 1), size=NUM
+        rows=torch.arange(NUM), inputs=inputs, label=label, present=None, loss_weight=LOSS_WEIGHT.repeat(3, 1), size=NUM
     )
 
 
@@ -48,51 +48,55 @@ def cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> np.ndarray[tuple
     return np.asarray(-np.log(p[np.arange(len(z)), label.numpy()]))
 
 
-def test_joint_is_the_weighted_cross_entropy_of_the_fused_answer() -> None:
-    method, given = make("joint"), batch()
-    outputs = method.net(given.inputs)
-    wanted = PART.numpy() @ cross_entropy(outputs.fused, given.label)
-    assert method.loss(outputs, given).item() == pytest.approx(wanted, rel=1e-5)
+def test_joint_is_the_weighted_fused_cross_entropy() -> None:
+    method, batch = build_method("joint"), make_batch()
+    outputs = method.net(batch.inputs)
+    expected = LOSS_WEIGHT.numpy() @ cross_entropy(outputs.fused, batch.label)
+    assert method.loss(outputs, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_sum_adds_each_modalitys_own() -> None:
-    method, given = make("sum"), batch()
-    outputs = method.net(given.inputs)
-    wanted = sum(PART.numpy() @ cross_entropy(z, given.label) for z in (outputs.fused, *outputs.unimodal))
-    assert method.loss(outputs, given).item() == pytest.approx(wanted, rel=1e-5)
+def test_sum_adds_the_unimodal_cross_entropies() -> None:
+    method, batch = build_method("sum"), make_batch()
+    outputs = method.net(batch.inputs)
+    expected = sum(LOSS_WEIGHT.numpy() @ cross_entropy(z, batch.label) for z in (outputs.fused, *outputs.unimodal))
+    assert method.loss(outputs, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_sum_learns_alone_from_what_the_fused_answer_does_not_see() -> None:
-    """Parts of 0 take a sample out of one loss, and out of that one alone."""
-    method, given = make("sum"), batch()
-    part = given.loss_weight.clone()
-    part[0, 0] = part[2, 1] = 0.0
-    outputs = method.net(given.inputs)
-    lost = 0.1 * cross_entropy(outputs.fused, given.label)[0] + 0.3 * cross_entropy(outputs.unimodal[1], given.label)[1]
-    before, after = method.loss(outputs, given), method.loss(outputs, replace(given, loss_weight=part))
-    assert (before - after).item() == pytest.approx(lost, rel=1e-4)
+def test_weight_of_0_removes_a_sample_from_one_loss_only() -> None:
+    """Each of the fused and unimodal losses has its own weights."""
+    method, batch = build_method("sum"), make_batch()
+    loss_weight = batch.loss_weight.clone()
+    loss_weight[0, 0] = loss_weight[2, 1] = 0.0
+    outputs = method.net(batch.inputs)
+    removed = (
+        0.1 * cross_entropy(outputs.fused, batch.label)[0] + 0.3 * cross_entropy(outputs.unimodal[1], batch.label)[1]
+    )
+    before, after = method.loss(outputs, batch), method.loss(outputs, replace(batch, loss_weight=loss_weight))
+    assert (before - after).item() == pytest.approx(removed, rel=1e-4)
 
 
-def test_heads_that_listen_move_no_encoder() -> None:
-    plain, listening = make("joint"), make("joint", own_heads=True)
-    listening.net.load_state_dict(plain.net.state_dict(), strict=False)
-    heads = [p.clone() for p in listening.net.heads.parameters()]
-    for method in (plain, listening):
-        method.step(batch())
+def test_separate_heads_do_not_train_encoders() -> None:
+    plain, with_heads = build_method("joint"), build_method("joint", own_heads=True)
+    with_heads.net.load_state_dict(plain.net.state_dict(), strict=False)
+    heads = [p.clone() for p in with_heads.net.heads.parameters()]
+    for method in (plain, with_heads):
+        method.step(make_batch())
     for name, weight in plain.net.state_dict().items():
-        assert torch.equal(weight, listening.net.state_dict()[name])
-    assert all(not torch.equal(old, new) for old, new in zip(heads, listening.net.heads.parameters(), strict=True))
+        assert torch.equal(weight, with_heads.net.state_dict()[name])
+    assert all(not torch.equal(old, new) for old, new in zip(heads, with_heads.net.heads.parameters(), strict=True))
 
 
-def test_sum_moves_encoders_by_their_own_loss_too() -> None:
-    plain, both = make("joint"), make("sum")
-    for method in (plain, both):
-        method.step(batch())
-    for one, other in zip(plain.net.encoders.parameters(), both.net.encoders.parameters(), strict=True):
-        assert not torch.equal(one, other)
+def test_sum_trains_encoders_with_unimodal_losses() -> None:
+    plain, summed = build_method("joint"), build_method("sum")
+    for method in (plain, summed):
+        method.step(make_batch())
+    for plain_weight, summed_weight in zip(
+        plain.net.encoders.parameters(), summed.net.encoders.parameters(), strict=True
+    ):
+        assert not torch.equal(plain_weight, summed_weight)
 
 
 @pytest.mark.parametrize("name", ["joint", "sum"])
-def test_half_precision_gives_nearly_the_same(name: str) -> None:
-    whole, half = make(name, own_heads=True), make(name, own_heads=True, precision="bfloat16")
-    assert half.step(batch())[1].item() == pytest.approx(whole.step(batch())[1].item(), rel=0.02)
+def test_half_precision_gives_nearly_the_same_loss(name: str) -> None:
+    full, half = build_method(name, own_heads=True), build_method(name, own_heads=True, precision="bfloat16")
+    assert half.step(make_batch())[1].item() == pytest.approx(full.step(make_batch())[1].item(), rel=0.02)

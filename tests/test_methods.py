@@ -1,4 +1,4 @@
-"""The contract of every sampler and every balancer, in all pairs that are admitted."""
+"""Contract of every sampler and every balancer, in all pairs that the config accepts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import QUICK, examples_of, setting, stop_after, tune, untimed, weights
+from training import QUICK, fine_tune, make_examples, metrics_without_seconds, model_bytes, stop_after, with_options
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.features.matrix import MatrixInputs
@@ -20,13 +20,13 @@ from mmaudit.train.balancing.config import BALANCERS, BalancingConfig, GblendCon
 from mmaudit.train.config import FinetuneConfig, TrainConfig
 from mmaudit.train.network import FusionNet
 from mmaudit.train.sampling.config import SAMPLERS, BssConfig, DusConfig, SamplingConfig, SmvConfig
-from mmaudit.train.setup import model_config_of
+from mmaudit.train.setup import build_model_config
 
 torch.set_num_threads(1)
 
-# Every method does what it is for within two epochs.
+# Settings in which every method is active within two epochs.
 ACTIVE = replace(
-    setting(QUICK, epochs=2),
+    with_options(QUICK, epochs=2),
     balancing=BalancingConfig(
         gmm=GmmConfig(warmup_epochs=1), gblend=GblendConfig(super_epoch=1), mses=MsesConfig(patience=1)
     ),
@@ -36,7 +36,7 @@ ACTIVE = replace(
 )
 
 
-def admitted(sampling: str, balancing: str, **options: Any) -> bool:
+def is_admitted(sampling: str, balancing: str, **options: Any) -> bool:
     try:
         FinetuneConfig(sampling=sampling, balancing=balancing, **options)
     except ConfigError:
@@ -44,11 +44,11 @@ def admitted(sampling: str, balancing: str, **options: Any) -> bool:
     return True
 
 
-PAIRS = [(sampling, balancing) for sampling in SAMPLERS for balancing in BALANCERS if admitted(sampling, balancing)]
+PAIRS = [(sampling, balancing) for sampling in SAMPLERS for balancing in BALANCERS if is_admitted(sampling, balancing)]
 
 
 def config_of(sampling: str, balancing: str, **options: Any) -> TrainConfig:
-    return setting(ACTIVE, sampling=sampling, balancing=balancing, **options)
+    return with_options(ACTIVE, sampling=sampling, balancing=balancing, **options)
 
 
 def test_most_pairs_are_admitted() -> None:
@@ -58,41 +58,43 @@ def test_most_pairs_are_admitted() -> None:
 
 
 @pytest.mark.parametrize(("sampling", "balancing"), PAIRS)
-def test_a_pair_trains_alike_again_and_after_an_interruption(tmp_path: Path, sampling: str, balancing: str) -> None:
-    config, examples = config_of(sampling, balancing), examples_of(80)
-    whole = tune(examples, tmp_path / "whole", config)
-    assert all(math.isfinite(value) for record in whole.history for value in record.values())
-    again = tune(examples, tmp_path / "again", config)
-    assert again.history == whole.history
+def test_pair_repeats_exactly_and_after_an_interruption(tmp_path: Path, sampling: str, balancing: str) -> None:
+    config, examples = config_of(sampling, balancing), make_examples(80)
+    uninterrupted = fine_tune(examples, tmp_path / "whole", config)
+    assert all(math.isfinite(value) for record in uninterrupted.history for value in record.values())
+    repeated = fine_tune(examples, tmp_path / "again", config)
+    assert repeated.history == uninterrupted.history
     with pytest.raises(KeyboardInterrupt):
-        tune(examples, tmp_path / "part", config, progress=stop_after(1))
-    resumed = tune(examples, tmp_path / "part", config)
-    assert resumed.history == whole.history
-    assert untimed(resumed) == untimed(again) == untimed(whole)
-    assert weights(tmp_path / "part") == weights(tmp_path / "again") == weights(tmp_path / "whole")
+        fine_tune(examples, tmp_path / "part", config, progress=stop_after(1))
+    resumed = fine_tune(examples, tmp_path / "part", config)
+    assert resumed.history == uninterrupted.history
+    assert (
+        metrics_without_seconds(resumed) == metrics_without_seconds(repeated) == metrics_without_seconds(uninterrupted)
+    )
+    assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "again") == model_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("sampling", "balancing"), PAIRS)
-def test_a_pair_moves_the_parameters_it_should_and_no_others(tmp_path: Path, sampling: str, balancing: str) -> None:
-    examples = examples_of(80)
+def test_pair_updates_all_parameters_but_frozen_encoders(tmp_path: Path, sampling: str, balancing: str) -> None:
+    examples = make_examples(80)
     config = config_of(sampling, balancing, freeze=("audio",), own_heads=balancing != "mla")
-    tune(examples, tmp_path, config)
+    fine_tune(examples, tmp_path, config)
     torch.manual_seed(0)
-    before = FusionNet(model_config_of(examples, config)).state_dict()
+    before = FusionNet(build_model_config(examples, config)).state_dict()
     after = load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
-    still = {name for name in before if torch.equal(before[name], after[name])}
-    fixed = {name for name in before if name.startswith("encoders.0.layers")}
-    assert still == fixed
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    frozen = {name for name in before if name.startswith("encoders.0.layers")}
+    assert unchanged == frozen
 
 
 @pytest.mark.parametrize(("sampling", "balancing"), PAIRS)
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_run_killed_within_an_epoch_goes_on_at_the_step(
+def test_run_killed_within_an_epoch_resumes_at_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: str, balancing: str, steps: int
 ) -> None:
-    config, examples = config_of(sampling, balancing, save_steps=steps, batch_size=8), examples_of(80)
-    whole = tune(examples, tmp_path / "whole", config)
+    config, examples = config_of(sampling, balancing, save_steps=steps, batch_size=8), make_examples(80)
+    uninterrupted = fine_tune(examples, tmp_path / "whole", config)
     saved: list[Path] = []
     save = checkpoint.save_state
 
@@ -104,75 +106,73 @@ def test_a_run_killed_within_an_epoch_goes_on_at_the_step(
 
     monkeypatch.setattr(finetune, "save_state", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        tune(examples, tmp_path / "part", config)
+        fine_tune(examples, tmp_path / "part", config)
     monkeypatch.setattr(finetune, "save_state", save)
-    resumed = tune(examples, tmp_path / "part", config)
-    assert resumed.history == whole.history
-    assert weights(tmp_path / "part") == weights(tmp_path / "whole")
+    resumed = fine_tune(examples, tmp_path / "part", config)
+    assert resumed.history == uninterrupted.history
+    assert model_bytes(tmp_path / "part") == model_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("balancing", BALANCERS)
-def test_every_balancer_learns_what_is_planted(tmp_path: Path, balancing: str) -> None:
-    config = setting(QUICK, balancing=balancing, epochs=30, hidden=16)
-    found = tune(examples_of(240), tmp_path, config).metrics["test"]["all"]["branches"]
-    # MLA trains each modality alone: one bit each, and the surer one is right half the time or more.
-    assert found["fused"]["accuracy"] > (0.4 if balancing == "mla" else 0.9)
+def test_every_balancer_learns_the_planted_signal(tmp_path: Path, balancing: str) -> None:
+    config = with_options(QUICK, balancing=balancing, epochs=30, hidden=16)
+    branches = fine_tune(make_examples(240), tmp_path, config).metrics["test"]["all"]["branches"]
+    # MLA trains each modality alone: one bit each, so the more confident one is correct at least half the time.
+    assert branches["fused"]["accuracy"] > (0.4 if balancing == "mla" else 0.9)
 
 
 @pytest.mark.parametrize("sampling", SAMPLERS)
-def test_every_sampler_learns_what_is_planted(tmp_path: Path, sampling: str) -> None:
-    config = setting(QUICK, sampling=sampling, balancing="sum", epochs=30, hidden=16)
-    found = tune(examples_of(240), tmp_path, config).metrics["test"]["all"]["branches"]
-    assert found["fused"]["accuracy"] > 0.9
+def test_every_sampler_learns_the_planted_signal(tmp_path: Path, sampling: str) -> None:
+    config = with_options(QUICK, sampling=sampling, balancing="sum", epochs=30, hidden=16)
+    branches = fine_tune(make_examples(240), tmp_path, config).metrics["test"]["all"]["branches"]
+    assert branches["fused"]["accuracy"] > 0.9
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; the tests above are its CPU twins")
 @pytest.mark.parametrize(("sampling", "balancing"), PAIRS)
-def test_a_pair_trains_in_bf16_on_a_gpu_and_goes_on_after_an_interruption(
-    tmp_path: Path, sampling: str, balancing: str
-) -> None:
-    config, examples = config_of(sampling, balancing), examples_of(80)
-    whole = tune(examples, tmp_path / "whole", config, device="cuda")
-    assert all(math.isfinite(value) for record in whole.history for value in record.values())
+def test_pair_trains_in_bf16_on_a_gpu_and_resumes(tmp_path: Path, sampling: str, balancing: str) -> None:
+    config, examples = config_of(sampling, balancing), make_examples(80)
+    uninterrupted = fine_tune(examples, tmp_path / "whole", config, device="cuda")
+    assert all(math.isfinite(value) for record in uninterrupted.history for value in record.values())
     with pytest.raises(KeyboardInterrupt):
-        tune(examples, tmp_path / "part", config, device="cuda", progress=stop_after(1))
-    resumed = tune(examples, tmp_path / "part", config, device="cuda")
-    for record, expected in zip(resumed.history, whole.history, strict=True):
+        fine_tune(examples, tmp_path / "part", config, device="cuda", progress=stop_after(1))
+    resumed = fine_tune(examples, tmp_path / "part", config, device="cuda")
+    for record, expected in zip(resumed.history, uninterrupted.history, strict=True):
         assert record == pytest.approx(expected, rel=1e-2, abs=1e-2)
 
 
 @pytest.mark.parametrize("balancing", BALANCERS)
-def test_every_balancer_takes_three_modalities(tmp_path: Path, balancing: str) -> None:
+def test_every_balancer_trains_three_modalities(tmp_path: Path, balancing: str) -> None:
     config = config_of("uniform", balancing)
-    history = tune(examples_of(80, num_modalities=3), tmp_path, config).history
+    history = fine_tune(make_examples(80, num_modalities=3), tmp_path, config).history
     assert all(math.isfinite(record["train_loss"]) for record in history)
 
 
 @pytest.mark.parametrize("sampling", SAMPLERS)
-def test_every_sampler_takes_three_modalities(tmp_path: Path, sampling: str) -> None:
-    history = tune(examples_of(80, num_modalities=3), tmp_path, config_of(sampling, "sum")).history
+def test_every_sampler_trains_three_modalities(tmp_path: Path, sampling: str) -> None:
+    history = fine_tune(make_examples(80, num_modalities=3), tmp_path, config_of(sampling, "sum")).history
     assert all(math.isfinite(record["train_loss"]) for record in history)
 
 
 @pytest.mark.parametrize("balancing", ["joint", "sum"])
-def test_one_modality_alone_is_trained_by_the_same_loop(tmp_path: Path, balancing: str) -> None:
-    examples = examples_of(240).only("audio")
-    config = setting(QUICK, balancing=balancing, only="audio", epochs=25, hidden=16)
-    found = tune(examples, tmp_path, config).metrics["test"]["all"]["branches"]
-    assert set(found) == {"fused", "audio"}
-    assert 0.4 < found["fused"]["accuracy"] < 0.65  # one bit of two
+def test_one_modality_is_trained_by_the_same_loop(tmp_path: Path, balancing: str) -> None:
+    examples = make_examples(240).only("audio")
+    config = with_options(QUICK, balancing=balancing, only="audio", epochs=25, hidden=16)
+    branches = fine_tune(examples, tmp_path, config).metrics["test"]["all"]["branches"]
+    assert set(branches) == {"fused", "audio"}
+    assert 0.4 < branches["fused"]["accuracy"] < 0.65  # one bit of two
 
 
 @pytest.mark.parametrize("balancing", sorted(set(BALANCERS) - {"joint", "sum"}))
-def test_a_balancer_between_modalities_refuses_one(tmp_path: Path, balancing: str) -> None:
+def test_balancer_with_one_modality_raises(tmp_path: Path, balancing: str) -> None:
     with pytest.raises(ConfigError, match=f"--balancing {balancing} needs 2 modalities; the modalities are audio"):
-        tune(examples_of(80).only("audio"), tmp_path, config_of("uniform", balancing))
+        fine_tune(make_examples(80).only("audio"), tmp_path, config_of("uniform", balancing))
 
 
 @pytest.mark.parametrize("balancing", BALANCERS)
-def test_missing_modalities_and_weights_are_borne(tmp_path: Path, balancing: str) -> None:
-    examples = examples_of(80)
+def test_missing_modalities_and_weights_are_supported(tmp_path: Path, balancing: str) -> None:
+    examples = make_examples(80)
     matrix = examples.inputs[0].read(np.arange(80)).copy()
     matrix[::5] = np.nan
     weight = np.linspace(0, 2, 80).astype(np.float32)
@@ -180,5 +180,5 @@ def test_missing_modalities_and_weights_are_borne(tmp_path: Path, balancing: str
     present[::5, 0] = False
     inputs = (MatrixInputs(matrix=matrix), examples.inputs[1])
     examples = replace(examples, inputs=inputs, present=present, weight=weight)
-    history = tune(examples, tmp_path, config_of("uniform", balancing)).history
+    history = fine_tune(examples, tmp_path, config_of("uniform", balancing)).history
     assert all(math.isfinite(record["train_loss"]) for record in history)

@@ -1,4 +1,4 @@
-"""Laws of early stopping by modality: who is frozen when, what then stays, and what is learned still."""
+"""Tests of early stopping by modality: when a modality is frozen, and what still trains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 NAN = float("nan")
 
 
-def make(*, patience: int = 2, own_heads: bool = False, freeze: tuple[int, ...] = ()) -> Mses:
+def build_mses(*, patience: int = 2, own_heads: bool = False, freeze: tuple[int, ...] = ()) -> Mses:
     torch.manual_seed(0)
     plan = ModelConfig(
         modalities=("audio", "visual"),
@@ -34,73 +34,75 @@ def make(*, patience: int = 2, own_heads: bool = False, freeze: tuple[int, ...] 
         dropout=0.5,
     )
     net = FusionNet(plan)
-    net.fix_encoders(freeze)
+    net.freeze_encoders(freeze)
     optimization = Optimization(net, OptimConfig(precision="float32", lr=0.1), device="cpu", distributed=SINGLE_PROCESS)
     config = BalancingConfig(mses=MsesConfig(patience=patience))
     return Mses(net, optimization, config, epochs=9)
 
 
-def draw(present: list[list[bool]] | None = None) -> Batch:
+def make_batch(present: list[list[bool]] | None = None) -> Batch:
     return draw_batch([0, 1, 2, 1], weight=[1, 2, 3, 2], present=present)
 
 
-def end(balancer: Mses, *losses: tuple[float, float]) -> list[tuple[bool, bool]]:
-    """End epochs with these own validation losses, and tell after each who is frozen."""
-    found = []
-    for epoch, own in enumerate(losses, start=1):
-        balancer.end_epoch(epoch, Validation(loss=1.0, accuracy=0.5, own_loss=own, own_accuracy=(0.5, 0.5)))
-        found.append((balancer.optimization.frozen[0], balancer.optimization.frozen[1]))
-    return found
+def end_epochs(balancer: Mses, *losses: tuple[float, float]) -> list[tuple[bool, bool]]:
+    """End epochs with these unimodal validation losses; return which modalities are frozen after each."""
+    frozen = []
+    for epoch, unimodal_loss in enumerate(losses, start=1):
+        balancer.end_epoch(
+            epoch, Validation(loss=1.0, accuracy=0.5, unimodal_loss=unimodal_loss, unimodal_accuracy=(0.5, 0.5))
+        )
+        frozen.append((balancer.optimization.frozen[0], balancer.optimization.frozen[1]))
+    return frozen
 
 
-def moves(balancer: Mses) -> set[str]:
-    """Take a step as the loop does, and name what it moves."""
+def changed_tensors(balancer: Mses) -> set[str]:
+    """Run a step as the training loop does and return the names of the tensors it changes."""
     before = copy.deepcopy(balancer.net.state_dict())
     balancer.net.train()
-    balancer.step(draw())
+    balancer.step(make_batch())
     return {name for name, tensor in balancer.net.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
-def test_frozen_after_so_many_epochs_without_a_lower_loss() -> None:
+def test_modality_is_frozen_after_patience_epochs() -> None:
     losses = [(1.0, 1.0), (0.9, 1.0), (0.8, 0.9), (0.8, 0.8), (0.9, 0.7), (0.1, 0.6)]
-    frozen = end(make(patience=2), *losses)
-    assert [audio for audio, _ in frozen] == [False, False, False, False, True, True]  # and stays so, at a loss of 0.1
+    frozen = end_epochs(build_mses(patience=2), *losses)
+    assert [audio for audio, _ in frozen] == [False, False, False, False, True, True]  # still frozen at a loss of 0.1
     assert not any(visual for _, visual in frozen)
 
 
 @pytest.mark.parametrize("patience", [1, 3])
 def test_patience_is_counted_from_the_lowest_loss(patience: int) -> None:
-    frozen = end(make(patience=patience), *[(1.0, 1.0)] * 5)
+    frozen = end_epochs(build_mses(patience=patience), *[(1.0, 1.0)] * 5)
     assert frozen == [(epoch > patience, epoch > patience) for epoch in range(1, 6)]
 
 
-def test_a_loss_that_is_no_number_is_not_lower() -> None:
-    assert end(make(patience=2), (1.0, NAN), (NAN, NAN), (0.5, 1.0))[-1] == (False, True)
+def test_nan_loss_is_not_lower() -> None:
+    assert end_epochs(build_mses(patience=2), (1.0, NAN), (NAN, NAN), (0.5, 1.0))[-1] == (False, True)
 
 
 @pytest.mark.parametrize("own_heads", [False, True])
-def test_encoder_and_own_head_of_the_frozen_stay_and_the_rest_moves(own_heads: bool) -> None:
-    balancer = make(own_heads=own_heads)
-    everything = moves(balancer)
-    end(balancer, (1.0, 1.0), (1.0, 0.9), (1.0, 0.8))
-    moved = moves(balancer)
-    assert {name for name in everything if name.startswith(("encoders.0.", "heads.0."))} == everything - moved
-    assert "fusion.heads.0.weight" in moved
+def test_frozen_modality_is_not_updated_and_the_rest_is(own_heads: bool) -> None:
+    balancer = build_mses(own_heads=own_heads)
+    all_changed = changed_tensors(balancer)
+    end_epochs(balancer, (1.0, 1.0), (1.0, 0.9), (1.0, 0.8))
+    changed = changed_tensors(balancer)
+    assert {name for name in all_changed if name.startswith(("encoders.0.", "heads.0."))} == all_changed - changed
+    assert "fusion.heads.0.weight" in changed
 
 
-def test_the_frozen_encoder_says_the_same_in_training() -> None:
-    balancer, batch = make(), draw()
-    end(balancer, *[(1.0, 1.0 - epoch / 10) for epoch in range(3)])
+def test_frozen_encoder_is_deterministic_in_training() -> None:
+    balancer, batch = build_mses(), make_batch()
+    end_epochs(balancer, *[(1.0, 1.0 - epoch / 10) for epoch in range(3)])
     balancer.net.train()
     first, second = balancer.net.encode(batch.inputs), balancer.net.encode(batch.inputs)
     assert torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])  # dropout
 
 
-def test_what_was_fixed_from_the_start_stays_fixed() -> None:
-    balancer = make(freeze=(1,))
-    end(balancer, *[(1.0, 1.0 - epoch / 10) for epoch in range(3)])
-    assert not any(name.startswith("encoders.") for name in moves(balancer))
+def test_encoders_frozen_from_the_start_stay_frozen() -> None:
+    balancer = build_mses(freeze=(1,))
+    end_epochs(balancer, *[(1.0, 1.0 - epoch / 10) for epoch in range(3)])
+    assert not any(name.startswith("encoders.") for name in changed_tensors(balancer))
     assert not any(encoder.training for encoder in balancer.net.encoders)
     assert balancer.optimization.frozen == [True, False]
 
@@ -108,37 +110,37 @@ def test_what_was_fixed_from_the_start_stays_fixed() -> None:
 def losses_of(balancer: Mses, batch: Batch) -> tuple[float, list[float], Tensor]:
     balancer.net.eval()
     outputs = balancer.net(batch.inputs, batch.present)
-    fused, own = cross_entropies(outputs, batch.label)
-    means = batch.mean_own(own).tolist()
+    fused, unimodal = cross_entropies(outputs, batch.label)
+    means = batch.mean_unimodal(unimodal).tolist()
     return float(batch.mean_fused(fused).detach()), means, balancer.loss(outputs, batch).detach()
 
 
-def test_the_loss_of_the_frozen_leaves_the_sum() -> None:
-    balancer, batch = make(), draw([[True, True], [True, False], [False, True], [True, True]])
-    fused, own, loss = losses_of(balancer, batch)
-    assert float(loss) == pytest.approx(fused + own[0] + own[1], rel=1e-5)
-    end(balancer, *[(1.0, 1.0 - epoch / 10) for epoch in range(3)])
-    fused, own, loss = losses_of(balancer, batch)
-    assert float(loss) == pytest.approx(fused + own[1], rel=1e-5)
+def test_loss_of_a_frozen_modality_leaves_the_sum() -> None:
+    balancer, batch = build_mses(), make_batch([[True, True], [True, False], [False, True], [True, True]])
+    fused, unimodal, loss = losses_of(balancer, batch)
+    assert float(loss) == pytest.approx(fused + unimodal[0] + unimodal[1], rel=1e-5)
+    end_epochs(balancer, *[(1.0, 1.0 - epoch / 10) for epoch in range(3)])
+    fused, unimodal, loss = losses_of(balancer, batch)
+    assert float(loss) == pytest.approx(fused + unimodal[1], rel=1e-5)
 
 
-def test_when_all_are_frozen_the_fused_part_goes_on() -> None:
-    balancer, batch = make(patience=1), draw()
-    end(balancer, (1.0, 1.0), (1.0, 1.0))
+def test_fusion_still_trains_when_all_are_frozen() -> None:
+    balancer, batch = build_mses(patience=1), make_batch()
+    end_epochs(balancer, (1.0, 1.0), (1.0, 1.0))
     fused, _, loss = losses_of(balancer, batch)
     assert float(loss) == pytest.approx(fused, rel=1e-5)
-    assert moves(balancer) == {"fusion.heads.0.weight", "fusion.heads.1.weight", "fusion.bias"}
+    assert changed_tensors(balancer) == {"fusion.heads.0.weight", "fusion.heads.1.weight", "fusion.bias"}
 
 
-def test_numbers_tell_who_is_frozen() -> None:
-    balancer = make(patience=1)
-    end(balancer, (1.0, 1.0), (0.9, 1.0))
-    assert balancer.numbers() == {"frozen_audio": 0.0, "frozen_visual": 1.0}
+def test_epoch_metrics_mark_frozen_modalities() -> None:
+    balancer = build_mses(patience=1)
+    end_epochs(balancer, (1.0, 1.0), (0.9, 1.0))
+    assert balancer.epoch_metrics() == {"frozen_audio": 0.0, "frozen_visual": 1.0}
 
 
-def test_a_state_is_gone_on_from() -> None:
-    one, other = make(), make()
-    end(one, (1.0, 1.0), (0.9, 1.0), (0.9, 1.0))
-    other.load_state_dict(one.state_dict())
-    assert moves(other) == moves(one)
-    assert end(other, (0.9, 0.1)) == end(one, (0.9, 0.1)) == [(True, True)]
+def test_state_round_trip() -> None:
+    original, resumed = build_mses(), build_mses()
+    end_epochs(original, (1.0, 1.0), (0.9, 1.0), (0.9, 1.0))
+    resumed.load_state_dict(original.state_dict())
+    assert changed_tensors(resumed) == changed_tensors(original)
+    assert end_epochs(resumed, (0.9, 0.1)) == end_epochs(original, (0.9, 0.1)) == [(True, True)]

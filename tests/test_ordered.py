@@ -1,4 +1,4 @@
-"""Laws of the orders: what `mmaudit order` shows is what training sees, and BSS-H paces as in its paper."""
+"""Tests of ordered samplers: training uses the order that `mmaudit order` prints; BSS-H is paced as in its paper."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmaudit.train.sampling.config import SamplingConfig
 from mmaudit.train.sampling.ordered import AntiCurriculum, BssH, Ordered, Uniform
 from mmaudit.train.sampling.sampler import Pool
 
-# Ranks of training rows: any, because the manifest's other rows have some of them.
+# Ranks of training rows: any distinct numbers, because other rows of the manifest have ranks too.
 RANKS = st.lists(st.integers(0, 10**6), min_size=1, max_size=60, unique=True).map(np.array)
 ORDERS = st.builds(
     OrderConfig,
@@ -25,11 +25,15 @@ ORDERS = st.builds(
     grow_epochs=st.integers(1, 50),
     steps=st.integers(1, 9),
 )
-NAMED: dict[type[Ordered], str] = {Uniform: "shuffled", BssH: "curriculum", AntiCurriculum: "anti-curriculum"}
+ORDER_OF_SAMPLER: dict[type[Ordered], str] = {
+    Uniform: "shuffled",
+    BssH: "curriculum",
+    AntiCurriculum: "anti-curriculum",
+}
 
 
-def pool_of(rank: NDArray[np.int64]) -> Pool:
-    """Give samples that are called by their ranks, and have no scores."""
+def make_pool(rank: NDArray[np.int64]) -> Pool:
+    """Build a pool of samples named by their ranks, without scores."""
     none = np.full(len(rank), np.nan)
     return Pool(
         key=id_key(map(str, rank)),
@@ -42,56 +46,67 @@ def pool_of(rank: NDArray[np.int64]) -> Pool:
     )
 
 
-def rows_of(
-    type_: type[Ordered], rank: NDArray[np.int64], order: OrderConfig, epoch: int, *, seed: int = 0, batch_size: int = 8
+def rows_of_epoch(
+    sampler_class: type[Ordered],
+    rank: NDArray[np.int64],
+    order: OrderConfig,
+    epoch: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
 ) -> NDArray[np.int64]:
-    """Give what an epoch sees, step after step."""
-    pool = pool_of(rank)
-    sampler = type_(pool, SamplingConfig(), order, batch_size=batch_size, seed=seed, distributed=SINGLE_PROCESS)
+    """Return the rows of an epoch in order."""
+    pool = make_pool(rank)
+    sampler = sampler_class(pool, SamplingConfig(), order, batch_size=batch_size, seed=seed, distributed=SINGLE_PROCESS)
     steps = list(sampler.steps(epoch))
     assert all(step.present is None and step.fused is None for step in steps)
     return np.concatenate([step.rows for step in steps])
 
 
-@pytest.mark.parametrize("type_", NAMED)
+@pytest.mark.parametrize("sampler_class", ORDER_OF_SAMPLER)
 @given(RANKS, ORDERS, st.integers(0, 99), st.integers(1, 60))
-def test_training_sees_what_order_shows(
-    type_: type[Ordered], rank: NDArray[np.int64], order: OrderConfig, seed: int, epoch: int
+def test_training_order_equals_order_of(
+    sampler_class: type[Ordered], rank: NDArray[np.int64], order: OrderConfig, seed: int, epoch: int
 ) -> None:
-    shown = order_of(
-        rank=rank, key=id_key(map(str, rank)), config=replace(order, order=NAMED[type_]), seed=seed, epoch=epoch
+    expected = order_of(
+        rank=rank,
+        key=id_key(map(str, rank)),
+        config=replace(order, order=ORDER_OF_SAMPLER[sampler_class]),
+        seed=seed,
+        epoch=epoch,
     )
-    assert rows_of(type_, rank, order, epoch, seed=seed).tolist() == shown.tolist()
+    assert rows_of_epoch(sampler_class, rank, order, epoch, seed=seed).tolist() == expected.tolist()
 
 
 @given(RANKS, st.integers(1, 80))
-def test_uniform_sees_every_row_once(rank: NDArray[np.int64], epoch: int) -> None:
-    rows = rows_of(Uniform, rank, OrderConfig(start=0.1), epoch)
+def test_uniform_uses_every_row_once(rank: NDArray[np.int64], epoch: int) -> None:
+    rows = rows_of_epoch(Uniform, rank, OrderConfig(start=0.1), epoch)
     assert sorted(rows.tolist()) == list(range(len(rank)))
 
 
-@pytest.mark.parametrize(("type_", "side"), [(BssH, 1), (AntiCurriculum, -1)])
+@pytest.mark.parametrize(("sampler_class", "sign"), [(BssH, 1), (AntiCurriculum, -1)])
 @given(RANKS, st.floats(0.01, 1), st.integers(1, 50), st.integers(1, 80))
-def test_an_epoch_sees_exactly_one_side_of_the_ranks(
-    type_: type[Ordered], side: int, rank: NDArray[np.int64], start: float, grow_epochs: int, epoch: int
+def test_epoch_is_exactly_one_end_of_the_ranks(
+    sampler_class: type[Ordered], sign: int, rank: NDArray[np.int64], start: float, grow_epochs: int, epoch: int
 ) -> None:
-    rows = rows_of(type_, rank, OrderConfig(start=start, grow_epochs=grow_epochs), epoch)
+    rows = rows_of_epoch(sampler_class, rank, OrderConfig(start=start, grow_epochs=grow_epochs), epoch)
     size = max(1, int(len(rank) * root_pacing(epoch, start=start, grow_epochs=grow_epochs)))
-    assert sorted((side * rank[rows]).tolist()) == sorted((side * rank).tolist())[:size]
+    assert sorted((sign * rank[rows]).tolist()) == sorted((sign * rank).tolist())[:size]
 
 
-def test_the_constants_of_bss_h_are_the_paper_s() -> None:
+def test_bss_h_has_the_constants_of_the_paper() -> None:
     rank = np.random.default_rng(0).permutation(1_000)
     # 1000 sqrt(0.99 t / 40 + 0.01), by hand: lambda(1) = 0.186, lambda(40) = 1
-    sizes = [len(rows_of(BssH, rank, OrderConfig(), epoch)) for epoch in (1, 10, 20, 39, 40, 60)]
+    sizes = [len(rows_of_epoch(BssH, rank, OrderConfig(), epoch)) for epoch in (1, 10, 20, 39, 40, 60)]
     assert sizes == [186, 507, 710, 987, 1_000, 1_000]
 
 
-@pytest.mark.parametrize("type_", NAMED)
-def test_the_name_of_the_configured_order_does_not_matter(type_: type[Ordered]) -> None:
-    """`--sampling` says which order; the section `order` says how it is paced."""
+@pytest.mark.parametrize("sampler_class", ORDER_OF_SAMPLER)
+def test_name_of_the_configured_order_does_not_matter(sampler_class: type[Ordered]) -> None:
+    """`--sampling` selects the order; the section `order` sets its pacing."""
     rank = np.random.default_rng(0).permutation(50)
     drawn = [
-        rows_of(type_, rank, OrderConfig(order=order), 3).tolist() for order in ("curriculum", "weighted", "shuffled")
+        rows_of_epoch(sampler_class, rank, OrderConfig(order=order), 3).tolist()
+        for order in ("curriculum", "weighted", "shuffled")
     ]
     assert drawn[0] == drawn[1] == drawn[2]

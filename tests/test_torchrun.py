@@ -1,4 +1,4 @@
-"""Laws of several processes: they see the same batches as one, learn the same, and the command line is the same."""
+"""Tests of several processes: the same batches and results as one process, also from the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from processes import in_processes
 from safetensors.torch import load_file
-from training import setting
+from training import with_options
 
 from mmaudit.train.config import TrainConfig
 
@@ -29,7 +29,7 @@ PAIRS = [
     ("class-balanced", "mmpareto"),
 ]
 
-# Says which rows each step of each epoch sees in this process, and what the history is in the end.
+# Prints the rows of each step of each epoch in this process, the history and the test metrics.
 SCRIPT = """
 import json, sys, tempfile
 from pathlib import Path
@@ -37,7 +37,7 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from test_torchrun import PAIRS, config_of
-from training import examples_of, tune
+from training import fine_tune, make_examples
 from mmaudit.train.training_data import TrainingData
 from mmaudit.train.distributed import open_distributed
 
@@ -52,65 +52,68 @@ with open_distributed("cpu") as context:
     for pair in PAIRS:
         seen.clear()
         with tempfile.TemporaryDirectory() as folder:
-            result = tune(examples_of(120), Path(folder), config_of(*pair), distributed=context)
+            result = fine_tune(make_examples(120), Path(folder), config_of(*pair), distributed=context)
         found.append([list(seen), result.history, result.metrics["test"]["all"]])
 print(json.dumps(found))
 """
 
 
 def config_of(sampling: str, balancing: str) -> TrainConfig:
-    """Without dropout, whose chance is each process's own. One of four has no row of the last step: 60 = 3 * 19 + 3."""
-    return setting(sampling=sampling, balancing=balancing, epochs=3, dropout=0.0, batch_size=19)
+    """Build a config without dropout, whose random numbers differ by process.
+
+    Of four processes one has no row of the last step: 60 = 3 * 19 + 3.
+    """
+    return with_options(sampling=sampling, balancing=balancing, epochs=3, dropout=0.0, batch_size=19)
 
 
 @functools.cache
 def trained_by(size: int) -> list[Any]:
-    """Train every pair with so many processes: what each of them saw, its history and its test metrics."""
+    """Train every pair with `size` processes; return the batches of each process, its history and its test metrics."""
     return in_processes(SCRIPT.format(tests=str(Path(__file__).parent)), size=size)
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pair", range(len(PAIRS)), ids=lambda number: "-".join(PAIRS[number]))
-def test_any_number_of_processes_sees_the_same_batches_and_learns_the_same(size: int, pair: int) -> None:
-    alone, shared = trained_by(1)[0][pair], [process[pair] for process in trained_by(size)]
-    steps = [list(chain(*parts)) for parts in zip(*(rows for rows, _, _ in shared), strict=True)]
-    assert steps == alone[0]
-    assert any(len(rows) % size for rows in alone[0])  # shares are uneven
+def test_any_number_of_processes_trains_on_the_same_batches(size: int, pair: int) -> None:
+    single, shared = trained_by(1)[0][pair], [process[pair] for process in trained_by(size)]
+    steps = [list(chain(*row_lists)) for row_lists in zip(*(rows for rows, _, _ in shared), strict=True)]
+    assert steps == single[0]
+    assert any(len(rows) % size for rows in single[0])  # shards are uneven
     for _, history, tested in shared:
         assert history == shared[0][1]
         assert tested == shared[0][2]
-        for record, expected in zip(history, alone[1], strict=True):
+        for record, expected in zip(history, single[1], strict=True):
             assert record == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 
-# Excitations have running means, which each process takes over what it sees; and so has the mean of the weights.
+# Running means of excitations are over each process's own rows, and so are those in the mean of the weights.
 AVERAGED = """
 import json, sys, tempfile
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from training import examples_of, setting, tune
+from training import fine_tune, make_examples, with_options
 from mmaudit.train.evaluate import evaluate_file
 from mmaudit.train.distributed import open_distributed
 
-config = setting(fusion="mmtm", balancing="sum", ema=0.5, epochs=2)
+config = with_options(fusion="mmtm", balancing="sum", ema=0.5, epochs=2)
 found = []
 with open_distributed("cpu") as context, tempfile.TemporaryDirectory() as folder:
-    found.append(tune(examples_of(120), Path(folder), config, distributed=context).metrics["test"]["all"])
+    found.append(fine_tune(make_examples(120), Path(folder), config, distributed=context).metrics["test"]["all"])
     if context.is_first:
         file = Path(folder) / "model.safetensors"
         asked = dict(split="test", between="audio:visual", config=config, seed=0, device="cpu")
-        found.append(evaluate_file(file, examples_of(120), **asked)["test"]["all"])
+        found.append(evaluate_file(file, make_examples(120), **asked)["test"]["all"])
 print(json.dumps(found))
 """
 
 
-def test_what_several_processes_measure_is_the_model_that_they_leave() -> None:
-    """Also of a running mean of the weights, whose buffers each process has gathered for itself."""
-    (measured, left), *others = in_processes(AVERAGED.format(tests=str(Path(__file__).parent)), size=2)
-    assert measured == others[0][0]
-    for branch, expected in left["branches"].items():
+def test_metrics_of_several_processes_are_those_of_the_saved_model() -> None:
+    """Also with a running mean of the weights, whose buffers each process collects separately."""
+    (measured, reread), *other_processes = in_processes(AVERAGED.format(tests=str(Path(__file__).parent)), size=2)
+    assert measured == other_processes[0][0]
+    for branch, expected in reread["branches"].items():
         assert measured["branches"][branch] == pytest.approx(expected, abs=2e-3)
 
 
@@ -126,7 +129,7 @@ def run_torchrun(folder: Path, *words: str, size: int) -> subprocess.CompletedPr
     )
 
 
-def test_the_command_line_is_the_same_under_torchrun(planted: Callable[..., Path], tmp_path: Path) -> None:
+def test_command_line_gives_the_same_results_under_torchrun(planted: Callable[..., Path], tmp_path: Path) -> None:
     data = planted(num_samples=300)
     for words in (["score", str(data), "--repeats", "1"], ["split", "--subset", "most-balanced:100%", "--name", "all"]):
         subprocess.run([sys.executable, "-m", "mmaudit", *words], cwd=tmp_path, check=True, capture_output=True)
@@ -141,16 +144,18 @@ def test_the_command_line_is_the_same_under_torchrun(planted: Callable[..., Path
     # Without the -- before mmaudit, torchrun takes --run for an option of its own.
     together = run_torchrun(tmp_path, *tuning, "--run", "mmaudit-run", "--name", "together", "--json", size=2)
     assert together.returncode == 0, together.stderr
-    one, two = (json.loads(done.stdout) for done in (alone, together))  # said once, by the first process
-    for branch, expected in one["test"]["all"]["branches"].items():
-        assert two["test"]["all"]["branches"][branch] == pytest.approx(expected, abs=1e-3)
+    alone_report, together_report = (
+        json.loads(done.stdout) for done in (alone, together)
+    )  # printed once, by the first process
+    for branch, expected in alone_report["test"]["all"]["branches"].items():
+        assert together_report["test"]["all"]["branches"][branch] == pytest.approx(expected, abs=1e-3)
     folder = tmp_path / "mmaudit-run" / "finetune"
-    mine, theirs = (load_file(folder / name / "model.safetensors") for name in ("alone", "together"))
-    for name, tensor in mine.items():
-        assert (tensor - theirs[name]).abs().max() < 1e-4
+    alone_weights, together_weights = (load_file(folder / name / "model.safetensors") for name in ("alone", "together"))
+    for name, tensor in alone_weights.items():
+        assert (tensor - together_weights[name]).abs().max() < 1e-4
 
 
-def test_an_error_under_torchrun_is_said_and_ends_all_processes(tmp_path: Path) -> None:
+def test_error_under_torchrun_ends_all_processes(tmp_path: Path) -> None:
     done = run_torchrun(tmp_path, "finetune", "--manifest", "absent", size=2)
     assert done.returncode != 0
     assert "no manifest absent" in done.stderr

@@ -1,4 +1,4 @@
-"""Laws of trackers: nobody is told unless asked for, and what is told is the history."""
+"""Tests of trackers: they are off by default, and get the history."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from training import examples_of, setting, tune
+from training import fine_tune, make_examples, with_options
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.train.tracking import open_trackers
 
 
-class Told:
-    """What a tracking package was told, under any of the three packages' names for it."""
+class FakeTracker:
+    """Records of a tracking package, under any of the three packages' names for them."""
 
     def __init__(self) -> None:
         self.records: dict[int, dict[str, float]] = {}
@@ -33,18 +33,18 @@ class Told:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    """Packages of the three names that take down what they are told."""
-    found = Told()
-    writer = SimpleNamespace(add_scalar=found.scalar, close=found.close)
-    run = SimpleNamespace(log=found.record, finish=found.close)
+def tracker(monkeypatch: pytest.MonkeyPatch) -> FakeTracker:
+    """Install fake packages under the three names."""
+    fake = FakeTracker()
+    writer = SimpleNamespace(add_scalar=fake.scalar, close=fake.close)
+    run = SimpleNamespace(log=fake.record, finish=fake.close)
     packages: dict[str, dict[str, Any]] = {
         "torch.utils.tensorboard": {"SummaryWriter": lambda folder: writer},
         "wandb": {"init": lambda **options: run},
         "mlflow": {
             "start_run": lambda run_name: None,
-            "end_run": found.close,
-            "log_metrics": found.record,
+            "end_run": fake.close,
+            "log_metrics": fake.record,
         },
     }
     for name, content in packages.items():
@@ -52,37 +52,39 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
         for key, value in content.items():
             setattr(module, key, value)
         monkeypatch.setitem(sys.modules, name, module)
-    return found
+    return fake
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_a_tracker_is_told_the_history(tmp_path: Path, told: Told, name: str) -> None:
-    history = tune(examples_of(), tmp_path, setting(report_to=(name,))).history
-    assert told.records == {int(record["epoch"]): record for record in history}
-    assert told.closed == 1
+def test_tracker_gets_the_history(tmp_path: Path, tracker: FakeTracker, name: str) -> None:
+    history = fine_tune(make_examples(), tmp_path, with_options(report_to=(name,))).history
+    assert tracker.records == {int(record["epoch"]): record for record in history}
+    assert tracker.closed == 1
 
 
-def test_nobody_is_told_unasked(tmp_path: Path, told: Told) -> None:
-    tune(examples_of(), tmp_path)
-    assert not told.records
-    assert not told.closed
+def test_trackers_are_off_by_default(tmp_path: Path, tracker: FakeTracker) -> None:
+    fine_tune(make_examples(), tmp_path)
+    assert not tracker.records
+    assert not tracker.closed
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_a_package_that_is_not_there_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_missing_package_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
     with ExitStack() as stack, pytest.raises(ConfigError, match=f"{name} is not installed: pip install {name}"):
         open_trackers([name], tmp_path, stack=stack)
 
 
-def test_a_tracker_that_cannot_begin_says_why(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker_that_cannot_start_raises_with_its_reason(
+    tmp_path: Path, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def init(**options: Any) -> None:
         raise RuntimeError("no account:\nlog in first")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", init)
     with pytest.raises(
         ConfigError,
-        match=r"^--report-to wandb: wandb cannot begin, mend that or leave it out: no account: log in first$",
+        match=r"^--report-to wandb: wandb cannot start, fix that or remove it: no account: log in first$",
     ):
-        tune(examples_of(), tmp_path, setting(report_to=("tensorboard", "wandb")))
-    assert told.closed == 1  # the one that had begun
+        fine_tune(make_examples(), tmp_path, with_options(report_to=("tensorboard", "wandb")))
+    assert tracker.closed == 1  # the tracker that had started

@@ -1,4 +1,4 @@
-"""Laws of the training's settings: what makes no sense together is refused with its reason, and names have a home."""
+"""Tests of the training settings: contradictory ones raise with the reason, and every name has a class."""
 
 from __future__ import annotations
 
@@ -17,89 +17,89 @@ from mmaudit.train.config import FUSIONS, AugmentConfig, FinetuneConfig, OptimCo
 from mmaudit.train.sampling.config import SAMPLERS
 from mmaudit.train.sampling.sampler import Sampler
 
-# What each method needs, told here a second time.
-OWN_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "mla"}
+# Requirements of each method, stated independently of the source.
+HAS_UNIMODAL_LOSS = {"sum", "gmm", "gblend", "pmr", "mmpareto", "mses", "mslr", "mla"}
 ONE_MODALITY = {"joint", "sum"}
 FUSION_OF = {"greedy": {"mmtm"}, "mla": {"shared"}}
-BY_MODALITY = {"dus-h", "dus-rl"}
+PER_MODALITY_SAMPLERS = {"dus-h", "dus-rl"}
 
 
-def makes_sense(fusion: str, sampling: str, balancing: str, only: str | None) -> bool:
+def is_valid(fusion: str, sampling: str, balancing: str, only: str | None) -> bool:
     if fusion != "auto" and fusion not in FUSION_OF.get(balancing, set(FUSIONS) - {"shared"}):
         return False
-    if sampling in BY_MODALITY and balancing not in OWN_LOSS:
+    if sampling in PER_MODALITY_SAMPLERS and balancing not in HAS_UNIMODAL_LOSS:
         return False
     if only is None:
         return True
-    alone = balancing in ONE_MODALITY and sampling not in {*BY_MODALITY, "smv"}
-    return alone and fusion in ("auto", "concat", "late")
+    is_unimodal = balancing in ONE_MODALITY and sampling not in {*PER_MODALITY_SAMPLERS, "smv"}
+    return is_unimodal and fusion in ("auto", "concat", "late")
 
 
-def test_every_combination_is_taken_or_refused() -> None:
-    taken = 0
+def test_every_combination_is_accepted_or_raises() -> None:
+    num_valid = 0
     for fused, sampling, balancing, only in product(("auto", *FUSIONS), SAMPLERS, BALANCERS, (None, "audio")):
         options: dict[str, Any] = {"fusion": fused, "sampling": sampling, "balancing": balancing, "only": only}
-        if makes_sense(**options):
+        if is_valid(**options):
             FinetuneConfig(**options)
-            taken += 1
+            num_valid += 1
         else:
             with pytest.raises(ConfigError, match=f"--balancing {balancing}|--only {only}"):
                 FinetuneConfig(**options)
-    assert taken > 100
+    assert num_valid > 100
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (
             {"balancing": "greedy", "fusion": "concat"},
-            "--balancing greedy does not go with --fusion concat: it measures and cuts the cross-modal path, which no "
-            "other fusion has; take --fusion mmtm",
+            "--balancing greedy does not support --fusion concat: it measures and cuts the cross-modal path, which no "
+            "other fusion has; use --fusion mmtm",
         ),
         (
             {"balancing": "mla", "fusion": "late"},
-            "--balancing mla does not go with --fusion late: it trains one classifier that all modalities share, by "
-            "turns; take --fusion shared",
+            "--balancing mla does not support --fusion late: it trains one classifier that all modalities share, one "
+            "modality after another; use --fusion shared",
         ),
         (
             {"balancing": "ogm", "fusion": "shared"},
-            "--balancing ogm does not go with --fusion shared: a shared classifier is trained by turns, which only mla "
-            "does; take --fusion concat or late or gated or film or mmtm",
+            "--balancing ogm does not support --fusion shared: a shared classifier is trained one modality at a time, "
+            "which only mla does; use --fusion concat or late or gated or film or mmtm",
         ),
         (
             {"sampling": "dus-h", "balancing": "ogm"},
-            "--sampling dus-h chooses samples for each modality, and --balancing ogm has no loss of each modality's "
-            "own to learn from them; take --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, mla",
+            "--sampling dus-h selects samples per modality, and --balancing ogm has no unimodal loss that trains on "
+            "them; use --balancing sum, gmm, gblend, pmr, mmpareto, mses, mslr, mla",
         ),
         (
             {"only": "audio", "balancing": "pmr"},
-            "--only audio leaves one modality, and --balancing pmr is between modalities; take --balancing joint",
+            "--only audio leaves one modality, and --balancing pmr needs at least 2; use --balancing joint",
         ),
         (
             {"only": "audio", "sampling": "smv"},
-            "--only audio leaves one modality, and --sampling smv chooses between modalities",
+            "--only audio leaves one modality, and --sampling smv needs at least 2",
         ),
         (
             {"only": "audio", "sampling": "dus-rl", "balancing": "sum"},
-            "--only audio leaves one modality, and --sampling dus-rl chooses between modalities",
+            "--only audio leaves one modality, and --sampling dus-rl needs at least 2",
         ),
         (
             {"only": "audio", "fusion": "film"},
-            "--only audio leaves nothing to fuse: leave --fusion film out",
+            "--only audio leaves nothing to fuse: remove --fusion film",
         ),
     ],
 )
-def test_the_reason_is_told(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError) as told:
+def test_error_states_the_reason(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
         FinetuneConfig(**options)
-    assert str(told.value) == words
+    assert str(raised.value) == message
 
 
 @pytest.mark.parametrize(
     ("balancing", "fused", "expected"),
     [("joint", "auto", "concat"), ("greedy", "auto", "mmtm"), ("mla", "auto", "shared"), ("gmm", "late", "late")],
 )
-def test_the_fusion_follows_from_the_method_unless_it_is_said(balancing: str, fused: str, expected: str) -> None:
+def test_auto_fusion_follows_from_the_method(balancing: str, fused: str, expected: str) -> None:
     assert FinetuneConfig(balancing=balancing, fusion=fused).fusion_used == expected
 
 
@@ -123,7 +123,7 @@ def test_the_fusion_follows_from_the_method_unless_it_is_said(balancing: str, fu
         ({"keep_posterior": math.nan}, "--keep-posterior nan"),
     ],
 )
-def test_wrong_settings_of_the_training_are_refused(options: dict[str, Any], words: str) -> None:
+def test_invalid_finetune_settings_raise(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         FinetuneConfig(**options)
 
@@ -137,19 +137,19 @@ def test_wrong_settings_of_the_training_are_refused(options: dict[str, Any], wor
         ({"lr": 0.0}, "optim.lr must be a number above 0"),
         ({"lr": math.nan}, "optim.lr must be a number above 0"),
         ({"lr": math.inf}, "optim.lr must be a number above 0"),
-        ({"weight_decay": -1.0}, "optim.weight_decay one not below"),
-        ({"weight_decay": math.nan}, "optim.weight_decay one not below"),
+        ({"weight_decay": -1.0}, "optim.weight_decay a number of at least 0"),
+        ({"weight_decay": math.nan}, "optim.weight_decay a number of at least 0"),
         ({"momentum": 1.0}, r"optim.momentum is 1.0; it must lie in \[0, 1\)"),
         ({"ema": -0.1}, r"optim.ema is -0.1; it must lie in \[0, 1\)"),
-        ({"warmup_epochs": -1}, "warmup_epochs is at least 0"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be at least 0"),
         ({"lr_step": 0}, "lr_step at least 1"),
         ({"lr_fall": 0.0}, r"lr_fall in \(0, 1\]"),
         ({"lr_fall": math.nan}, r"lr_fall in \(0, 1\]"),
-        ({"clip_norm": -1.0}, "optim.clip_norm is -1.0; it must be a number not below 0"),
+        ({"clip_norm": -1.0}, "optim.clip_norm is -1.0; it must be a number of at least 0"),
         ({"clip_norm": math.inf}, "optim.clip_norm is inf"),
     ],
 )
-def test_wrong_settings_of_the_optimiser_are_refused(options: dict[str, Any], words: str) -> None:
+def test_invalid_optim_settings_raise(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         OptimConfig(**options)
 
@@ -157,75 +157,75 @@ def test_wrong_settings_of_the_optimiser_are_refused(options: dict[str, Any], wo
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"least_crop": 0.0}, "augment.least_crop is 0.0; it must be above 0 and at most 1"),
-        ({"least_crop": math.nan}, "augment.least_crop is nan"),
+        ({"min_crop": 0.0}, "augment.min_crop is 0.0; it must be above 0 and at most 1"),
+        ({"min_crop": math.nan}, "augment.min_crop is nan"),
         ({"time_masks": -1}, "augment.time_masks is -1; it must be at least 0"),
         ({"band_masks": -1}, "augment.band_masks is -1"),
         ({"time_share": 1.5}, r"augment.time_share is 1.5; a share lies in \[0, 1\]"),
         ({"band_share": math.nan}, "augment.band_share is nan"),
     ],
 )
-def test_wrong_settings_of_augmentation_are_refused(options: dict[str, Any], words: str) -> None:
+def test_invalid_augment_settings_raise(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         AugmentConfig(**options)
 
 
-def test_rates_of_modalities_are_read_by_name() -> None:
-    assert OptimConfig().factors() == {}
-    found = OptimConfig(modality_lr=("audio=0.1", "visual=2", "a=b=1e-3", "text=0")).factors()
-    assert found == {"audio": 0.1, "visual": 2.0, "a=b": 1e-3, "text": 0.0}
+def test_modality_rates_are_parsed_by_name() -> None:
+    assert OptimConfig().modality_lr_factors() == {}
+    factors = OptimConfig(modality_lr=("audio=0.1", "visual=2", "a=b=1e-3", "text=0")).modality_lr_factors()
+    assert factors == {"audio": 0.1, "visual": 2.0, "a=b": 1e-3, "text": 0.0}
 
 
 @pytest.mark.parametrize("text", ["audio", "audio=", "audio=fast", "=0.5", "0.5", "audio=-1", "audio=nan", "audio=inf"])
-def test_a_rate_that_cannot_be_read_is_refused(text: str) -> None:
+def test_unparsable_modality_rate_raises(text: str) -> None:
     with pytest.raises(ConfigError, match=f"optim.modality_lr {text}: not of the form NAME=FACTOR, such as audio=0.1"):
         OptimConfig(modality_lr=("visual=1", text))
 
 
 @pytest.mark.parametrize("mode", ["keep", "smooth"])
-def test_rates_of_modalities_that_are_kept_have_to_be_there(mode: str) -> None:
+def test_mslr_keep_and_smooth_require_modality_rates(mode: str) -> None:
     balancing = BalancingConfig(mslr=MslrConfig(mode=mode))
     mslr, optim = FinetuneConfig(balancing="mslr"), OptimConfig(modality_lr=("audio=0.1",))
-    with pytest.raises(ConfigError, match=f"balancing.mslr.mode = {mode} begins with the rates of optim.modality_lr"):
+    with pytest.raises(ConfigError, match=f"balancing.mslr.mode = {mode} starts from the rates of optim.modality_lr"):
         TrainConfig(finetune=mslr, balancing=balancing)
     TrainConfig(finetune=mslr, balancing=balancing, optim=optim)
     TrainConfig(finetune=mslr)
     TrainConfig(balancing=balancing)
 
 
-def shares(epochs: int, **options: Any) -> list[float]:
+def lr_multipliers(epochs: int, **options: Any) -> list[float]:
     config = OptimConfig(**options)
-    return [config.share_of_rate(epoch, epochs=epochs) for epoch in range(1, epochs + 1)]
+    return [config.lr_multiplier(epoch, epochs=epochs) for epoch in range(1, epochs + 1)]
 
 
-def test_the_cosine_falls_from_1_towards_0() -> None:
+def test_cosine_falls_from_1_towards_0() -> None:
     half = math.sqrt(0.5)
-    assert shares(4) == pytest.approx([1, (1 + half) / 2, 0.5, (1 - half) / 2])
-    assert shares(1) == [1]
-    assert all(later < earlier for earlier, later in zip(shares(50), shares(50)[1:], strict=False))
+    assert lr_multipliers(4) == pytest.approx([1, (1 + half) / 2, 0.5, (1 - half) / 2])
+    assert lr_multipliers(1) == [1]
+    assert all(later < earlier for earlier, later in zip(lr_multipliers(50), lr_multipliers(50)[1:], strict=False))
 
 
-def test_warming_up_rises_evenly_and_the_cosine_follows() -> None:
+def test_warm_up_rises_evenly_before_the_cosine() -> None:
     half = math.sqrt(0.5)
-    found = shares(7, warmup_epochs=3)
-    assert found == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, (1 + half) / 2, 0.5, (1 - half) / 2])
-    assert shares(2, warmup_epochs=5) == pytest.approx([1 / 6, 2 / 6])
+    multipliers = lr_multipliers(7, warmup_epochs=3)
+    assert multipliers == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, (1 + half) / 2, 0.5, (1 - half) / 2])
+    assert lr_multipliers(2, warmup_epochs=5) == pytest.approx([1 / 6, 2 / 6])
 
 
-def test_steps_fall_by_the_epochs_of_the_whole_training() -> None:
+def test_step_schedule_counts_all_epochs() -> None:
     """BSS's: times 0.1 after 70 epochs."""
-    found = shares(150, schedule="step", lr_step=70, lr_fall=0.1)
-    assert found == pytest.approx([1.0] * 70 + [0.1] * 70 + [0.01] * 10)
-    warm = shares(5, schedule="step", lr_step=2, lr_fall=0.5, warmup_epochs=1)
-    assert warm == pytest.approx([0.5, 1, 0.5, 0.5, 0.25])
+    multipliers = lr_multipliers(150, schedule="step", lr_step=70, lr_fall=0.1)
+    assert multipliers == pytest.approx([1.0] * 70 + [0.1] * 70 + [0.01] * 10)
+    warmed_up = lr_multipliers(5, schedule="step", lr_step=2, lr_fall=0.5, warmup_epochs=1)
+    assert warmed_up == pytest.approx([0.5, 1, 0.5, 0.5, 0.25])
 
 
-def test_a_constant_rate_is_constant() -> None:
-    assert shares(4, schedule="constant") == [1] * 4
-    assert shares(4, schedule="constant", warmup_epochs=1) == [0.5, 1, 1, 1]
+def test_constant_schedule_is_constant() -> None:
+    assert lr_multipliers(4, schedule="constant") == [1] * 4
+    assert lr_multipliers(4, schedule="constant", warmup_epochs=1) == [0.5, 1, 1, 1]
 
 
-def test_what_can_be_asked_for_is_what_there_is() -> None:
+def test_config_names_are_the_implemented_fusions() -> None:
     assert set(FUSIONS) == set(fusion.FUSIONS)
     assert TrainConfig().finetune.fusion_used in FUSIONS
     for method in BALANCERS.values():
@@ -234,22 +234,22 @@ def test_what_can_be_asked_for_is_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("name", BALANCERS)
-def test_every_balancer_has_a_home(name: str) -> None:
-    module, _, found = BALANCERS[name].home.partition(":")
-    type_ = getattr(import_module(f"mmaudit.train.balancing.{module}"), found)
-    assert issubclass(type_, Balancer)
-    assert not type_.__abstractmethods__
+def test_every_balancer_class_exists(name: str) -> None:
+    module, _, class_name = BALANCERS[name].class_path.partition(":")
+    balancer_class = getattr(import_module(f"mmaudit.train.balancing.{module}"), class_name)
+    assert issubclass(balancer_class, Balancer)
+    assert not balancer_class.__abstractmethods__
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_has_a_home(name: str) -> None:
-    module, _, found = SAMPLERS[name].partition(":")
-    type_ = getattr(import_module(f"mmaudit.train.sampling.{module}"), found)
-    assert issubclass(type_, Sampler)
-    assert not type_.__abstractmethods__
+def test_every_sampler_class_exists(name: str) -> None:
+    module, _, class_name = SAMPLERS[name].partition(":")
+    sampler_class = getattr(import_module(f"mmaudit.train.sampling.{module}"), class_name)
+    assert issubclass(sampler_class, Sampler)
+    assert not sampler_class.__abstractmethods__
 
 
-def test_an_end_before_the_beginning_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after the last_epoch, 50"):
+def test_last_epoch_before_first_epoch_raises() -> None:
+    with pytest.raises(ConfigError, match=r"balancing.ogm.first_epoch is 55, after last_epoch 50"):
         OgmConfig(first_epoch=55)
     assert OgmConfig(first_epoch=50).last_epoch == 50

@@ -1,4 +1,4 @@
-"""Laws of the weighted draws: chances by class and by posterior, to the letter."""
+"""Tests of weighted draws: probabilities by class and by posterior."""
 
 from __future__ import annotations
 
@@ -32,55 +32,55 @@ def sampler_of(name: str, *, order: OrderConfig | None = None, **columns: NDArra
     )
 
 
-def rows_of(sampler: Sampler, epoch: int = 1) -> NDArray[np.int64]:
+def rows_of_epoch(sampler: Sampler, epoch: int = 1) -> NDArray[np.int64]:
     return np.concatenate([step.rows for step in sampler.steps(epoch)])
 
 
-def test_classes_are_drawn_alike_and_samples_alike_within_them() -> None:
+def test_classes_and_samples_within_them_are_equally_likely() -> None:
     label = np.repeat([0, 1, 3], [2_000, 300, 100])  # no sample of class 2
     sampler = sampler_of("class-balanced", label=label)
-    drawn = np.concatenate([rows_of(sampler, epoch) for epoch in range(1, 11)])
+    drawn = np.concatenate([rows_of_epoch(sampler, epoch) for epoch in range(1, 11)])
     assert len(drawn) == 10 * len(label)
     assert chisquare(np.bincount(label[drawn])[[0, 1, 3]]).pvalue > 1e-3
     assert chisquare(np.bincount(drawn, minlength=len(label))[-100:]).pvalue > 1e-3
 
 
-def test_a_balanced_set_is_drawn_uniformly() -> None:
-    drawn = rows_of(sampler_of("class-balanced", label=np.arange(4_000) % 4))
+def test_balanced_set_is_drawn_uniformly() -> None:
+    drawn = rows_of_epoch(sampler_of("class-balanced", label=np.arange(4_000) % 4))
     left_out = 4_000 - len(set(drawn.tolist()))
     assert left_out == pytest.approx(4_000 / math.e, abs=4 * math.sqrt(4_000 / math.e))
 
 
-def test_posteriors_are_chances_of_draws_with_replacement() -> None:
+def test_posteriors_are_probabilities_of_draws_with_replacement() -> None:
     p = np.repeat([0.0, 0.005, 0.25, 1.0], 500)
-    drawn = rows_of(sampler_of("posterior", order=OrderConfig(draw="replacement"), p_balanced=p))
+    drawn = rows_of_epoch(sampler_of("posterior", order=OrderConfig(draw="replacement"), p_balanced=p))
     assert len(drawn) == len(p)
-    chance = np.array([0.01, 0.01, 0.25, 1.0])
-    assert chisquare(np.bincount(drawn // 500, minlength=4), len(p) * chance / chance.sum()).pvalue > 1e-3
+    probability = np.array([0.01, 0.01, 0.25, 1.0])
+    assert chisquare(np.bincount(drawn // 500, minlength=4), len(p) * probability / probability.sum()).pvalue > 1e-3
 
 
-def test_in_an_order_everybody_comes_and_the_likely_balanced_come_early() -> None:
+def test_order_has_every_sample_and_likely_balanced_ones_early() -> None:
     p = np.repeat([0.0, 1.0], 500)
-    drawn = rows_of(sampler_of("posterior", p_balanced=p))
+    drawn = rows_of_epoch(sampler_of("posterior", p_balanced=p))
     assert sorted(drawn.tolist()) == list(range(1_000))
-    # Efraimidis-Spirakis: P(the first is likely) = 1 / 1.01; half way down, few of the unlikely have come.
+    # Efraimidis-Spirakis: P(the first is likely) = 1 / 1.01; in the first half few of the unlikely occur.
     assert p[drawn[:250]].mean() > 0.95
     assert p[drawn[-250:]].mean() == 0
 
 
-def test_a_posterior_of_zero_everywhere_draws_uniformly() -> None:
+def test_posterior_of_0_everywhere_draws_uniformly() -> None:
     uniform = sampler_of("posterior", p_balanced=np.full(20, 0.5))
-    assert rows_of(sampler_of("posterior", p_balanced=np.zeros(20))).tolist() == rows_of(uniform).tolist()
+    assert rows_of_epoch(sampler_of("posterior", p_balanced=np.zeros(20))).tolist() == rows_of_epoch(uniform).tolist()
 
 
-def test_a_manifest_without_posteriors_is_refused_with_the_mend() -> None:
+def test_manifest_without_posteriors_raises() -> None:
     with pytest.raises(ManifestError, match=r"1 of 3 training samples have none .*rescore with mmaudit score"):
         sampler_of("posterior", p_balanced=np.array([0.2, np.nan, 0.3]))
 
 
 @pytest.mark.parametrize("draw", ["order", "replacement"])
 @pytest.mark.parametrize("weight", ["linear", "softmax"])
-def test_draws_by_balance_are_those_of_the_weighted_order(draw: str, weight: str) -> None:
+def test_draws_by_balance_equal_the_weighted_order(draw: str, weight: str) -> None:
     balance, key = np.linspace(-1, 1, 100), id_key(map(str, range(100)))
     weights = 1.01 + balance if weight == "linear" else np.exp(balance)
     config = OrderConfig(order="weighted", draw=draw, weight=weight)
@@ -88,13 +88,13 @@ def test_draws_by_balance_are_those_of_the_weighted_order(draw: str, weight: str
     assert draw_rows(weights, key=key, draw=draw, seed=5, epoch=2).tolist() == order.tolist()
 
 
-@pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
-def test_weights_are_numbers_above_0(wrong: float) -> None:
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_weights_must_be_numbers_above_0(weight: float) -> None:
     with pytest.raises(ManifestError, match=r"1 weights are not above 0 \(row 1 has"):
-        draw_rows(np.array([1.0, wrong, 2.0]), key=id_key("abc"), draw="order", seed=0, epoch=1)
+        draw_rows(np.array([1.0, weight, 2.0]), key=id_key("abc"), draw="order", seed=0, epoch=1)
 
 
-def test_draws_are_checked_at_the_door() -> None:
+def test_draw_rows_checks_its_arguments() -> None:
     weight, key = np.ones(3), id_key("abc")
     with pytest.raises(ConfigError, match="did you mean replacement"):
         draw_rows(weight, key=key, draw="replace", seed=0, epoch=1)

@@ -1,4 +1,4 @@
-"""Small trainings for the tests: four classes of which each modality tells one bit."""
+"""Small trainings for tests: four classes, of which each modality determines one bit."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ QUICK = TrainConfig(
 )
 
 
-def examples_of(n: int = 120, *, noise: float = 0.3, seed: int = 0, num_modalities: int = 2) -> Examples:
-    """Give four classes of which audio tells one bit and visual the other: neither modality alone knows the class."""
+def make_examples(n: int = 120, *, noise: float = 0.3, seed: int = 0, num_modalities: int = 2) -> Examples:
+    """Build four classes of which audio determines one bit and visual the other: neither alone knows the class."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 4, n)
     bits = 2.0 * np.stack([label // 2, label % 2], axis=1) - 1
@@ -56,21 +56,21 @@ def examples_of(n: int = 120, *, noise: float = 0.3, seed: int = 0, num_modaliti
     )
 
 
-def setting(config: TrainConfig = QUICK, **options: Any) -> TrainConfig:
-    """Change settings by name, whichever of finetune and optim they stand in."""
+def with_options(config: TrainConfig = QUICK, **options: Any) -> TrainConfig:
+    """Change settings by name, in the section finetune or optim that has them."""
     of_finetune = {name: value for name, value in options.items() if name in FinetuneConfig.__dataclass_fields__}
     of_optim = {name: value for name, value in options.items() if name not in of_finetune}
     return replace(config, finetune=replace(config.finetune, **of_finetune), optim=replace(config.optim, **of_optim))
 
 
-def tune(examples: Examples, folder: Path, config: TrainConfig = QUICK, **options: Any) -> Finetuned:
-    """Train on the CPU in silence."""
+def fine_tune(examples: Examples, folder: Path, config: TrainConfig = QUICK, **options: Any) -> Finetuned:
+    """Train on the CPU without progress output."""
     settings: dict[str, Any] = {"between": "audio:visual", "seed": 0, "device": "cpu", "progress": no_progress}
     return finetune_on(examples, folder, config=config, **{**settings, **options})
 
 
 def stop_after(epochs: int) -> Progress:
-    """Interrupt training after so many epochs."""
+    """Return a progress callback that raises KeyboardInterrupt after `epochs` epochs."""
 
     def progress(stage: str, done: int, total: int) -> None:
         if done == epochs:
@@ -79,22 +79,22 @@ def stop_after(epochs: int) -> Progress:
     return progress
 
 
-def weights(folder: Path) -> bytes:
-    """Give the bytes of the model's file."""
+def model_bytes(folder: Path) -> bytes:
+    """Return the bytes of the model file."""
     return (folder / "model.safetensors").read_bytes()
 
 
-def untimed(found: Finetuned) -> dict[str, Any]:
-    """Give the metrics, but for the time that it took."""
-    return {name: value for name, value in found.metrics.items() if name != "seconds"}
+def metrics_without_seconds(result: Finetuned) -> dict[str, Any]:
+    """Return the metrics without the duration."""
+    return {name: value for name, value in result.metrics.items() if name != "seconds"}
 
 
-def cut_to(present: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Give of m inputs (b, ...) the rows that are present (b, m), or all of them where that is None."""
+def select_rows(present: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the used rows (b, m) of m inputs (b, ...), or all rows where the mask is None."""
     if present is None:
         return tuple(inputs)
-    there = torch.as_tensor(np.asarray(present))
-    return tuple(x[there[:, j]] for j, x in enumerate(inputs))
+    modality_mask = torch.as_tensor(np.asarray(present))
+    return tuple(x[modality_mask[:, j]] for j, x in enumerate(inputs))
 
 
 def draw_batch(
@@ -105,12 +105,12 @@ def draw_batch(
     present: list[list[bool]] | None = None,
     seed: int = 1,
 ) -> Batch:
-    """Give a batch of normal vectors of m sizes with labels (b,); weights (b,) of 1; all present, or as (b, m) says."""
+    """Build a batch of normal vectors with labels (b,), weights (b,), by default 1, and used modalities (b, m)."""
     torch.manual_seed(seed)
-    b, heard = len(label), None if present is None else np.array(present)
+    b, modality_mask = len(label), None if present is None else np.array(present)
     return to_batch(
-        Step(rows=np.arange(b), present=heard),
-        cut_to(heard, [torch.randn(b, size) for size in sizes]),
+        Step(rows=np.arange(b), present=modality_mask),
+        select_rows(modality_mask, [torch.randn(b, size) for size in sizes]),
         label=torch.tensor(label),
         weight=np.ones(b, np.float32) if weight is None else np.array(weight, dtype=np.float32),
         distributed=SINGLE_PROCESS,

@@ -1,4 +1,4 @@
-"""Batches of a step, and reading of the model by a method between epochs."""
+"""Steps, batches, and the interface through which methods evaluate the model between epochs."""
 
 from __future__ import annotations
 
@@ -14,72 +14,79 @@ from torch import Tensor
 from .distributed import DistributedContext
 from .network import FusionNet, Outputs
 
-Rows = NDArray[np.int64]
+RowIndex = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What one step sees, over all processes: rows (b,) of the training samples; a row may stand more than once.
+    """Rows of one step over all processes: rows (b,) of the training samples; a row may occur more than once.
 
-    present (b, m): whether a modality of a row is heard; None: all are. A row is learned from by the own losses of
-    those that are. fused (b,): whether the fused loss learns from a row; None: it does from all.
+    present (b, m): whether a modality of a row is used; None: all are. The unimodal losses of a row's used modalities
+    train on it. fused (b,): whether the fused loss trains on a row; None: on all rows.
     """
 
-    rows: Rows
+    rows: RowIndex
     present: Mask | None = None
     fused: Mask | None = None
 
-    def share(self, distributed: DistributedContext) -> Step:
-        """Give what this process has of it."""
+    def shard(self, distributed: DistributedContext) -> Step:
+        """Return this process's part of the step."""
         if distributed.world_size == 1:
             return self
-        mine = distributed.slice(len(self.rows))
+        local_slice = distributed.slice(len(self.rows))
         return Step(
-            rows=self.rows[mine],
-            present=None if self.present is None else self.present[mine],
-            fused=None if self.fused is None else self.fused[mine],
+            rows=self.rows[local_slice],
+            present=None if self.present is None else self.present[local_slice],
+            fused=None if self.fused is None else self.fused[local_slice],
         )
 
-    def there(self, present: Mask) -> Step:
-        """Give the same step where training samples have some modalities alone, (n, m); none: not learned from."""
-        mine = present[self.rows]
-        if mine.all():
-            return self
-        both = mine if self.present is None else mine & self.present
-        some: Mask = np.any(both, axis=1)
-        return Step(rows=self.rows, present=both, fused=some if self.fused is None else some & self.fused)
+    def masked_by(self, available: Mask) -> Step:
+        """Return the step restricted to the available modalities (n, m) of the training samples.
 
-    def rows_of(self, modality: int) -> Rows:
-        """Give the rows (b_j,) that are heard in a modality."""
+        A row without any available modality has no loss.
+        """
+        available_rows = available[self.rows]
+        if available_rows.all():
+            return self
+        modality_mask = available_rows if self.present is None else available_rows & self.present
+        any_modality: Mask = np.any(modality_mask, axis=1)
+        return Step(
+            rows=self.rows,
+            present=modality_mask,
+            fused=any_modality if self.fused is None else any_modality & self.fused,
+        )
+
+    def rows_of(self, modality: int) -> RowIndex:
+        """Return the rows (b_j,) that use a modality."""
         return self.rows if self.present is None else self.rows[self.present[:, modality]]
 
-    def parts(self, weight: NDArray[np.float32], *, num_modalities: int) -> NDArray[np.float32]:
-        """Give the part (1 + m, b) that each row has in the mean loss: the fused one first, then each modality's own.
+    def loss_weights(self, weight: NDArray[np.float32], *, num_modalities: int) -> NDArray[np.float32]:
+        """Return the weight (1 + m, b) of each row in the mean losses: the fused loss first, then one row per modality.
 
-        `weight` is that of all training samples (n,). Parts of the whole step sum to 1, or are 0 where nothing counts.
+        `weight` is that of all training samples (n,). Weights of the whole step sum to 1, or are 0 where no row counts.
         """
-        whole = weight[self.rows]
+        row_weight = weight[self.rows]
         if self.fused is None and self.present is None:
-            parts = np.empty((1 + num_modalities, len(whole)), np.float32)
-            parts[:] = whole / (whole.sum() or 1.0)
-            return parts
-        parts = np.repeat(whole[None], 1 + num_modalities, axis=0)
+            weights = np.empty((1 + num_modalities, len(row_weight)), np.float32)
+            weights[:] = row_weight / (row_weight.sum() or 1.0)
+            return weights
+        weights = np.repeat(row_weight[None], 1 + num_modalities, axis=0)
         if self.fused is not None:
-            parts[0] *= self.fused
+            weights[0] *= self.fused
         if self.present is not None:
-            parts[1:] *= self.present.T
-        total = parts.sum(axis=1, keepdims=True, dtype=np.float64)
-        return (parts / np.where(total > 0, total, 1.0)).astype(np.float32)
+            weights[1:] *= self.present.T
+        total = weights.sum(axis=1, keepdims=True, dtype=np.float64)
+        return (weights / np.where(total > 0, total, 1.0)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """This process's share of a step on the device: b rows, m modalities.
+    """This process's part of a step on the device: b rows, m modalities.
 
-    rows (b,) among the training samples; label (b,); present (b, m) or None: all are. inputs: m tensors (b_j, ...) of
-    the rows that are present, b_j <= b.
-    part (1 + m, b): see Step.parts; over all processes each of its rows sums to 1. size: samples of the whole step.
+    rows (b,) among the training samples; label (b,); present (b, m) or None: all modalities are used. inputs: m tensors
+    (b_j, ...) of the rows that use the modality, b_j <= b. loss_weight (1 + m, b): see Step.loss_weights; over all
+    processes each of its rows sums to 1. size: samples of the whole step.
     """
 
     rows: Tensor
@@ -89,23 +96,25 @@ class Batch:
     loss_weight: Tensor
     size: int
 
-    def keep(self, present: Tensor) -> Batch:
-        """Give the same rows, present in some modalities (b, m) alone of those that they are present in."""
-        had = self.present
-        stays = [present[:, j] if had is None else present[had[:, j], j] for j in range(len(self.inputs))]
-        return replace(self, present=present, inputs=tuple(x[rows] for x, rows in zip(self.inputs, stays, strict=True)))
+    def with_modality_mask(self, present: Tensor) -> Batch:
+        """Return the same rows with the modalities (b, m) that are still used, a subset of those used so far."""
+        previous = self.present
+        row_masks = [present[:, j] if previous is None else present[previous[:, j], j] for j in range(len(self.inputs))]
+        return replace(
+            self, present=present, inputs=tuple(x[rows] for x, rows in zip(self.inputs, row_masks, strict=True))
+        )
 
     def mean_fused(self, values: Tensor) -> Tensor:
-        """Give this process's share of the step's mean of values (b,) over what the fused loss learns from."""
+        """Return this process's part of the step's mean of values (b,) over the rows of the fused loss."""
         return (values * self.loss_weight[0]).sum()
 
-    def mean_own(self, values: Tensor) -> Tensor:
-        """Give this process's shares (m,) of the step's means of values (m, b), each over what its modality hears."""
+    def mean_unimodal(self, values: Tensor) -> Tensor:
+        """Return this process's parts (m,) of the step's means of values (m, b), each over its modality's rows."""
         return (values * self.loss_weight[1:]).sum(dim=1)
 
 
-def split_order(order: Rows, *, batch_size: int, after: int = 0) -> list[Step]:
-    """Cut an epoch's order into steps, but for the first `after`; the last may be smaller, and no row is left out."""
+def split_order(order: RowIndex, *, batch_size: int, after: int = 0) -> list[Step]:
+    """Cut an epoch's order into steps, without the first `after`; the last may be smaller, and no row is left out."""
     starts = range(after * batch_size, len(order), batch_size)
     return [Step(rows=order[start : start + batch_size]) for start in starts]
 
@@ -118,48 +127,50 @@ def to_batch(
     weight: NDArray[np.float32],
     distributed: DistributedContext,
 ) -> Batch:
-    """Bring this process's share of a step to the device of `label` (n,); `inputs` are there already."""
-    device, mine = label.device, step.share(distributed)
-    rows = torch.from_numpy(mine.rows).to(device, non_blocking=True)
-    part = step.parts(weight, num_modalities=len(inputs))[:, distributed.slice(len(step.rows))]
-    present = None if mine.present is None else torch.from_numpy(mine.present).to(device, non_blocking=True)
+    """Copy this process's part of a step to the device of `label` (n,); `inputs` are on it already."""
+    device, local_step = label.device, step.shard(distributed)
+    rows = torch.from_numpy(local_step.rows).to(device, non_blocking=True)
+    loss_weight = step.loss_weights(weight, num_modalities=len(inputs))[:, distributed.slice(len(step.rows))]
+    modality_mask = (
+        None if local_step.present is None else torch.from_numpy(local_step.present).to(device, non_blocking=True)
+    )
     return Batch(
         rows=rows,
         inputs=inputs,
         label=label.index_select(0, rows),
-        present=present,
-        loss_weight=torch.from_numpy(np.ascontiguousarray(part)).to(device, non_blocking=True),
+        present=modality_mask,
+        loss_weight=torch.from_numpy(np.ascontiguousarray(loss_weight)).to(device, non_blocking=True),
         size=len(step.rows),
     )
 
 
-Reading = Callable[[Outputs, Tensor], Tensor]
+OutputFunction = Callable[[Outputs, Tensor], Tensor]
 Loss = Callable[[Outputs, Batch], Tensor]
 
 
 class ModelReader(Protocol):
-    """Readings of the model, in eval mode and without augmentation, on training or validation samples.
+    """Evaluation of the model in eval mode and without augmentation on training or validation samples.
 
-    Every process reads a share, and all get the whole. net: the model in training.
+    Every process evaluates its part, and all get the whole result. net: the model in training.
     """
 
     net: FusionNet
     num_train: int
 
-    def read(self, what: Reading, *, rows: Rows | None = None, net: FusionNet | None = None) -> Tensor:
-        """Give what(outputs, label), whose last dimension is the samples', of training samples: all, or `rows`.
+    def read(self, function: OutputFunction, *, rows: RowIndex | None = None, net: FusionNet | None = None) -> Tensor:
+        """Return function(outputs, label), samples in its last dimension, on training samples: all, or `rows`.
 
-        It must depend on each sample alone. net: another than the one in training.
+        The value of a sample must depend on that sample alone. net: another network than the one in training.
         """
 
-    def read_validation(self, what: Reading, *, net: FusionNet | None = None) -> Tensor:
-        """Give the same of all validation samples."""
+    def read_validation(self, function: OutputFunction, *, net: FusionNet | None = None) -> Tensor:
+        """Return function(outputs, label) on all validation samples."""
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
-        """Give a copy of the model, trained on by another loss over uniform batches; the model stays as it is."""
+        """Return a copy of the model trained further with another loss on uniform batches; the model is not changed."""
 
 
-def some_rows(model_reader: ModelReader, number: int) -> Rows:
-    """Choose training rows to read, ascending: all, or `number`; the same at every reading and in all processes."""
-    number = min(number, model_reader.num_train)
-    return np.sort(np.random.default_rng(0).choice(model_reader.num_train, number, replace=False, shuffle=False))
+def sample_rows(model_reader: ModelReader, num_rows: int) -> RowIndex:
+    """Draw training rows to evaluate, ascending: all, or `num_rows`; the same on every call and in all processes."""
+    num_rows = min(num_rows, model_reader.num_train)
+    return np.sort(np.random.default_rng(0).choice(model_reader.num_train, num_rows, replace=False, shuffle=False))

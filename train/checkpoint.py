@@ -1,4 +1,4 @@
-"""Checkpoints, written whole or not at all, and read without running code."""
+"""Checkpoints: written atomically, and read without executing code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger("mmaudit")
 
 
 def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -> None:
-    """Write weights as safetensors; `about` (what the network is) goes into the file's metadata under `mmaudit`."""
+    """Write weights as safetensors; `about` (the network's architecture) goes into the metadata under `mmaudit`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with atomic_write(path) as temporary:
         try:
@@ -35,19 +35,19 @@ def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
-    """Read weights; RunError where the file is no safetensors file, or one of them is not finite."""
+    """Read weights; RunError where the file is not a safetensors file or a tensor is not finite."""
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path} cannot be read as weights: {error}") from error
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
-            raise RunError(f"{path} is damaged, its weights {name} are not all finite: train it anew")
+            raise RunError(f"{path} is damaged, its weights {name} are not all finite: train it again")
     return weights
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """Read which network a file's weights belong to; RunError where it is not one of mmaudit's."""
+    """Read the architecture from a model file; RunError where it was not written by mmaudit."""
     try:
         with safe_open(path, "pt") as file:
             return ModelConfig.of(json.loads((file.metadata() or {})["mmaudit"]))
@@ -56,55 +56,59 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def warm_start(net: FusionNet, path: Path) -> None:
-    """Begin with the weights of another fine-tuning: every tensor of the same name and shape.
+    """Copy the weights of another fine-tuning: every tensor of the same name and shape.
 
-    Modalities are matched by name; what has no counterpart, as heads for other classes or a modality that was not
-    there, stays as it was drawn. Raises TrainError where no modality has one, or one of another shape.
+    Modalities are matched by name; tensors without a counterpart, such as heads for other classes or a new modality,
+    keep their random values. Raises TrainError where no modality matches, or one has another shape.
     """
-    old, weights = read_model_config(path), load_model(path)
-    here, names = net.state_dict(), net.plan.modalities
-    place = {str(old.modalities.index(name)): str(names.index(name)) for name in names if name in old.modalities}
-    if not place:
-        raise TrainError(f"--init {path} was trained on {', '.join(old.modalities)}, and none of them is trained here")
-    same_classes, same_modalities = old.classes == net.plan.classes, old.modalities == names
-    taken = {}
+    source, weights = read_model_config(path), load_model(path)
+    target_weights, names = net.state_dict(), net.config.modalities
+    target_index = {
+        str(source.modalities.index(name)): str(names.index(name)) for name in names if name in source.modalities
+    }
+    if not target_index:
+        raise TrainError(f"--init {path} was trained on {', '.join(source.modalities)}, none of which is trained now")
+    same_classes, same_modalities = source.classes == net.config.classes, source.modalities == names
+    transferred = {}
     for name, tensor in weights.items():
         kind, _, rest = name.partition(".")
         number, _, leaf = rest.partition(".")
         if kind in ("encoders", "heads"):
-            name = f"{kind}.{place.get(number, '-')}.{leaf}"
+            name = f"{kind}.{target_index.get(number, '-')}.{leaf}"
         usable = kind == "encoders" or (same_classes and (kind == "heads" or same_modalities))
-        if usable and name in here and here[name].shape == tensor.shape:
-            taken[name] = tensor
-    wanted = tuple(f"encoders.{number}." for number in place.values())
-    lacking = [name for name in here if name.startswith(wanted) and name not in taken]
-    if lacking:
-        modality = names[int(lacking[0].split(".")[1])]
+        if usable and name in target_weights and target_weights[name].shape == tensor.shape:
+            transferred[name] = tensor
+    prefixes = tuple(f"encoders.{number}." for number in target_index.values())
+    missing = [name for name in target_weights if name.startswith(prefixes) and name not in transferred]
+    if missing:
+        modality = names[int(missing[0].split(".")[1])]
         raise TrainError(
-            f"--init {path}: its weights do not fit the encoder of {modality} ({lacking[0]} is missing or of another "
-            f"shape); it was trained on {', '.join(old.modalities)} with hidden {old.hidden} and width {old.width:g}"
+            f"--init {path}: its weights do not fit the encoder of {modality} ({missing[0]} is missing or of another "
+            f"shape); it was trained on {', '.join(source.modalities)} with hidden {source.hidden} and width "
+            f"{source.width:g}"
         )
-    net.load_state_dict(taken, strict=False)
-    fresh = sorted({name.split(".")[0] for name in here if name not in taken})
-    log.info("begun with the weights of %s%s", path, f"; drawn anew in part: {', '.join(fresh)}" if fresh else "")
+    net.load_state_dict(transferred, strict=False)
+    initialized = sorted({name.split(".")[0] for name in target_weights if name not in transferred})
+    partly = f"; random in part: {', '.join(initialized)}" if initialized else ""
+    log.info("started from the weights of %s%s", path, partly)
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
-    """Write what a run needs to go on: tensors and plain values only."""
+    """Write the training state for a resume: tensors and plain values only."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         try:
-            torch.save(state, file)  # to a path, it would hide why a write failed
-        except RuntimeError as error:  # closing its archive fails once more, after the write that says why
+            torch.save(state, file)  # given a path, torch hides why a write failed
+        except RuntimeError as error:  # closing the archive fails too, after the write error that has the cause
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def load_state(path: Path, *, device: str) -> dict[str, Any]:
-    """Read a state; RunError where the file is damaged."""
+    """Read a training state; RunError where the file is damaged."""
     try:
         return dict(torch.load(path, map_location=device, weights_only=True))
-    except Exception as error:  # torch raises a different type for each way a file can be broken
+    except Exception as error:  # torch raises a different type for each kind of damage
         raise RunError(
-            f"{path} is damaged ({type(error).__name__}): delete it to start this fine-tuning anew"
+            f"{path} is damaged ({type(error).__name__}): delete it to start this fine-tuning again"
         ) from error

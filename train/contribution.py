@@ -1,7 +1,7 @@
 """Contribution of each modality to the accuracy of the fused prediction.
 
-Letters: n samples, m modalities. A set of modalities is a frozenset of their numbers; what is not in it is absent: it
-has features of 0 (`FusionNet.fused_of`).
+Letters: n samples, m modalities. A set of modalities is a frozenset of their indices; a modality outside the set is
+absent: its features are 0 (`FusionNet.fused_logits`).
 """
 
 from __future__ import annotations
@@ -19,100 +19,105 @@ from ..audit.intervals import Groups
 from ..audit.metrics import Floats, shapley
 from .network import FusionNet, Outputs
 
-Modalities = frozenset[int]
-Right = NDArray[np.bool_]
-NOBODY: Modalities = frozenset()
+ModalitySet = frozenset[int]
+CorrectMask = NDArray[np.bool_]
+NO_MODALITY: ModalitySet = frozenset()
 
 
-def sets_to_ask(num_modalities: int, *, seed: int = 0) -> list[Modalities]:
-    """Give the sets that `contribution` needs, smallest first: nobody, ..., all of them.
+def shapley_sets(num_modalities: int, *, seed: int = 0) -> list[ModalitySet]:
+    """Return the sets of modalities that `contribution` needs, smallest first, from the empty set to all modalities.
 
     All 2^m up to six modalities; beyond that those of the orders that `shapley` draws with the seed.
     """
-    asked = {NOBODY}
+    sets = {NO_MODALITY}
 
-    def note(chosen: Modalities) -> Floats:
-        asked.add(chosen)
+    def record(modality_set: ModalitySet) -> Floats:
+        sets.add(modality_set)
         return np.zeros(1, np.float32)
 
-    shapley(note, num_modalities, seed=seed)
-    return sorted(asked, key=lambda chosen: (len(chosen), sorted(chosen)))
+    shapley(record, num_modalities, seed=seed)
+    return sorted(sets, key=lambda modality_set: (len(modality_set), sorted(modality_set)))
 
 
-def right_of_sets(net: FusionNet, sets: Sequence[Modalities]) -> Callable[[Outputs, Tensor], Tensor]:
-    """Give a reading for `Lab.read`: is the fused answer right if only a set of the s sets is there? (s, b)."""
+def correct_by_set(net: FusionNet, sets: Sequence[ModalitySet]) -> Callable[[Outputs, Tensor], Tensor]:
+    """Return a function of outputs and label: is the fused prediction correct with only a set present, (s, b)?"""
 
     def read(outputs: Outputs, label: Tensor) -> Tensor:
-        heard = [[index in chosen for index in range(net.num_modalities)] for chosen in sets]
-        return torch.stack([net.fused_of(outputs.features, each).argmax(dim=1) == label for each in heard])
+        used_modalities = [[index in modality_set for index in range(net.num_modalities)] for modality_set in sets]
+        return torch.stack(
+            [net.fused_logits(outputs.features, used).argmax(dim=1) == label for used in used_modalities]
+        )
 
     return read
 
 
 def measure_contribution(
-    right: Mapping[Modalities, Right],
-    own_right: Right,
+    correct: Mapping[ModalitySet, CorrectMask],
+    unimodal_correct: CorrectMask,
     modalities: Sequence[str],
     *,
     groups: Groups = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Tell who carries the fused answer: {n, contribution, confusion}, or {n: 0}; see the two functions.
+    """Compute how the modalities contribute to the fused prediction: {n, contribution, confusion}, or {n: 0}.
 
-    right: of each set of `sets_to_ask`, whether the fused answer is right (n,). own_right (n, m): whether what each
-    modality says alone is. groups (n,): samples that stand or fall together.
+    correct: for each set of `shapley_sets`, whether the fused prediction is correct (n,). unimodal_correct (n, m):
+    whether each modality's own prediction is. groups (n,): samples that are resampled together. See `contribution`,
+    `confusion`.
     """
-    together = right[frozenset(range(len(modalities)))]
-    if len(together) == 0:
+    fused_correct = correct[frozenset(range(len(modalities)))]
+    if len(fused_correct) == 0:
         return {"n": 0}
     return {
-        "n": len(together),
-        "contribution": contribution(right, modalities, groups=groups, seed=seed),
-        "confusion": confusion(together, own_right, modalities, groups=groups),
+        "n": len(fused_correct),
+        "contribution": contribution(correct, modalities, groups=groups, seed=seed),
+        "confusion": confusion(fused_correct, unimodal_correct, modalities, groups=groups),
     }
 
 
 def contribution(
-    right: Mapping[Modalities, Right], modalities: Sequence[str], *, groups: Groups = None, seed: int = 0
+    correct: Mapping[ModalitySet, CorrectMask], modalities: Sequence[str], *, groups: Groups = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Share the accuracy v(all) - v(nobody) among modalities by their Shapley values: {nobody, all, modalities, sets}.
+    """Split the accuracy v(all) - v(none) by Shapley values: {nobody, all, modalities, sets}.
 
-    v(S) in [0, 1] is the accuracy of the fused answer if only the set S is there; v(nobody) that of what the network
-    says with everything absent, one class for all samples: its chance level. modalities: {name: {mean, low, high}} in
-    [-1, 1], above 0 where a modality helps, with a 95% interval over samples; they sum to v(all) - v(nobody). sets:
-    {modalities, accuracy} of each set. The value is the accuracy; that nobody's is taken off is ours. Exact up to six
-    modalities.
+    v(S) in [0, 1] is the accuracy of the fused prediction with only the set S present; v(none), key `nobody`, is that
+    of the prediction with every modality absent, one class for all samples: its chance level. modalities: {name: {mean,
+    low, high}} in [-1, 1], above 0 where a modality helps, with a 95% interval over samples; they sum to v(all) -
+    v(none). sets: {modalities, accuracy} of each set. The value is the accuracy; subtracting v(none) is ours. Exact up
+    to six modalities.
     """
-    nobody = right[NOBODY].astype(np.float32)
-    each = shapley(lambda chosen: right[chosen] - nobody, len(modalities), seed=seed)
-    accuracy = {chosen: float(found.mean()) for chosen, found in right.items()}
+    baseline = correct[NO_MODALITY].astype(np.float32)
+    shapley_values = shapley(lambda modality_set: correct[modality_set] - baseline, len(modalities), seed=seed)
+    accuracy = {modality_set: float(is_correct.mean()) for modality_set, is_correct in correct.items()}
     return {
-        "nobody": accuracy[NOBODY],
+        "nobody": accuracy[NO_MODALITY],
         "all": accuracy[frozenset(range(len(modalities)))],
         "modalities": {
             name: intervals.mean(values.astype(np.float64), groups)
-            for name, values in zip(modalities, each.T, strict=True)
+            for name, values in zip(modalities, shapley_values.T, strict=True)
         },
         "sets": [
-            {"modalities": [modalities[index] for index in sorted(chosen)], "accuracy": accuracy[chosen]}
-            for chosen in sorted(accuracy, key=lambda chosen: (len(chosen), sorted(chosen)))
+            {"modalities": [modalities[index] for index in sorted(modality_set)], "accuracy": accuracy[modality_set]}
+            for modality_set in sorted(accuracy, key=lambda modality_set: (len(modality_set), sorted(modality_set)))
         ],
     }
 
 
-def confusion(together: Right, own_right: Right, modalities: Sequence[str], *, groups: Groups = None) -> dict[str, Any]:
-    """Count the samples that fusion spoils, and those that it alone gets right: {confused, confused_by, synergy}.
+def confusion(
+    fused_correct: CorrectMask, unimodal_correct: CorrectMask, modalities: Sequence[str], *, groups: Groups = None
+) -> dict[str, Any]:
+    """Count the samples that fusion gets wrong although a modality is correct, and those that only fusion gets right.
 
-    together (n,): whether the fused answer is right; own_right (n, m): whether what each modality says alone is.
-    confused_by: of each modality, right alone and wrong together; confused: with one of them at least; synergy: wrong
-    with each alone and right together. Each is {n, share, low, high}, a share of all samples in [0, 1] with its 95%
-    interval. The definitions are ours.
+    fused_correct (n,), unimodal_correct (n, m): whether the fused prediction and that of each modality are correct.
+    Returns {confused, confused_by, synergy}. confused_by: per modality, correct alone and wrong when fused; confused:
+    with at least one of them; synergy: every modality wrong and fused correct. Each is {n, share, low, high}, a share
+    of all samples in [0, 1] with its 95% interval. The definitions are ours.
     """
     return {
-        "confused": intervals.share(own_right.any(axis=1) & ~together, groups),
+        "confused": intervals.share(unimodal_correct.any(axis=1) & ~fused_correct, groups),
         "confused_by": {
-            name: intervals.share(alone & ~together, groups)
-            for name, alone in zip(modalities, own_right.T, strict=True)
+            name: intervals.share(correct_alone & ~fused_correct, groups)
+            for name, correct_alone in zip(modalities, unimodal_correct.T, strict=True)
         },
-        "synergy": intervals.share(~own_right.any(axis=1) & together, groups),
+        "synergy": intervals.share(~unimodal_correct.any(axis=1) & fused_correct, groups),
     }

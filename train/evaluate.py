@@ -17,192 +17,204 @@ from ..audit.probes.prediction import expected_calibration_error
 from ..audit.threads import NETWORK_THREADS, fixed_threads
 from .checkpoint import load_model, read_model_config
 from .config import TrainConfig
-from .contribution import measure_contribution, right_of_sets, sets_to_ask
+from .contribution import correct_by_set, measure_contribution, shapley_sets
 from .distributed import SINGLE_PROCESS
-from .examples import Examples, Rows, Store
+from .examples import Examples, RowIndex, Store
 from .network import FusionNet, Outputs
 from .training_data import NetworkReader, TrainingData
 
-Scores = NDArray[np.float32]
+Probabilities = NDArray[np.float32]
 Labels = NDArray[np.integer[Any]]
-DOMINATED = (0.2, 0.4)  # thresholds of Xia et al., arXiv 2302.10912, besides 0
+DOMINATED_THRESHOLDS = (0.2, 0.4)  # thresholds of Xia et al., arXiv 2302.10912, in addition to 0
 
 
 def subsets(discrepancy: NDArray[np.floating[Any]], *, first: str, second: str) -> dict[str, NDArray[np.bool_]]:
-    """Give the rows of each subset of the study in arXiv 2302.10912, from signed discrepancies (n,).
+    """Return the masks of each subset of the study in arXiv 2302.10912, from signed discrepancies (n,).
 
     `first` is the side where D > 0. `balanced` is |D| <= 0.2, mmaudit's own.
     """
-    found = {"all": np.ones(len(discrepancy), dtype=bool)}
+    masks = {"all": np.ones(len(discrepancy), dtype=bool)}
     for name, signed in ((first, discrepancy), (second, -discrepancy)):
-        found[f"{name}-preferred"] = signed > 0
-        found |= {f"{name}-dominated-{threshold:g}": signed > threshold for threshold in DOMINATED}
-    found["balanced-within-0.2"] = np.abs(discrepancy) <= DOMINATED[0]
-    return found
+        masks[f"{name}-preferred"] = signed > 0
+        masks |= {f"{name}-dominated-{threshold:g}": signed > threshold for threshold in DOMINATED_THRESHOLDS}
+    masks["balanced-within-0.2"] = np.abs(discrepancy) <= DOMINATED_THRESHOLDS[0]
+    return masks
 
 
 def evaluate_branches(
-    probabilities: Mapping[str, Scores],
+    probabilities: Mapping[str, Probabilities],
     label: Labels,
     *,
-    members: Mapping[str, NDArray[np.bool_]],
+    subset_masks: Mapping[str, NDArray[np.bool_]],
     class_names: Sequence[str],
 ) -> dict[str, Any]:
-    """Measure each branch's class probabilities (n, k) against label (n,): {test: by subset, test_by_class: by class}.
+    """Compute each branch's metrics from class probabilities (n, k) and label (n,): {test, test_by_class}.
 
-    Both are {name: {n, branches: {branch: measurements}}}, without `branches` where n = 0.
+    test is by subset, test_by_class by class. Both are {name: {n, branches: {branch: metrics}}}, without `branches`
+    where n = 0.
     """
     return {
-        "test": evaluate(probabilities, label, members),
+        "test": evaluate(probabilities, label, subset_masks),
         "test_by_class": evaluate_classes(probabilities, label, class_names),
     }
 
 
 def evaluate(
-    probabilities: Mapping[str, Scores], label: Labels, members: Mapping[str, NDArray[np.bool_]]
+    probabilities: Mapping[str, Probabilities], label: Labels, subset_masks: Mapping[str, NDArray[np.bool_]]
 ) -> dict[str, Any]:
-    """Measure each branch's class probabilities (n, k) against label (n,) on each subset: {subset: {n, branches}}.
+    """Compute each branch's metrics from probabilities (n, k) and label (n,) on each subset: {subset: {n, branches}}.
 
-    A subset without samples has n = 0 and no measurements.
+    A subset without samples has n = 0 and no metrics.
     """
     report: dict[str, Any] = {}
-    for name, rows in members.items():
+    for name, rows in subset_masks.items():
         report[name] = {"n": int(rows.sum())}
         if rows.any():
             report[name]["branches"] = {
-                branch: measure(scores[rows], label[rows]) for branch, scores in probabilities.items()
+                branch: compute_metrics(scores[rows], label[rows]) for branch, scores in probabilities.items()
             }
     return report
 
 
-def evaluate_classes(probabilities: Mapping[str, Scores], label: Labels, class_names: Sequence[str]) -> dict[str, Any]:
-    """Measure each branch on each of the k classes: {class: {n, branches}}, n counts the class's samples.
+def evaluate_classes(
+    probabilities: Mapping[str, Probabilities], label: Labels, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Compute each branch's metrics on each of the k classes: {class: {n, branches}}; n counts the class's samples.
 
-    A class without samples has n = 0 and no measurements.
+    A class without samples has n = 0 and no metrics.
     """
-    by_branch = {branch: measure_classes(scores, label) for branch, scores in probabilities.items()}
-    number = np.bincount(label, minlength=len(class_names)).tolist()
+    by_branch = {branch: compute_class_metrics(scores, label) for branch, scores in probabilities.items()}
+    counts = np.bincount(label, minlength=len(class_names)).tolist()
     report: dict[str, Any] = {}
     for index, name in enumerate(class_names):
-        report[name] = {"n": number[index]}
-        if number[index]:
-            report[name]["branches"] = {branch: found[index] for branch, found in by_branch.items()}
+        report[name] = {"n": counts[index]}
+        if counts[index]:
+            report[name]["branches"] = {branch: metrics[index] for branch, metrics in by_branch.items()}
     return report
 
 
-def measure(probability: Scores, label: Labels) -> dict[str, float]:
-    """ACC with its 95% Wilson interval, MAP (mean over classes of average precision), macro-F1 and ECE, in [0, 1].
+def compute_metrics(probability: Probabilities, label: Labels) -> dict[str, float]:
+    """Compute ACC with its 95% Wilson interval, MAP (mean over classes of average precision), macro-F1 and ECE.
 
-    MAP and macro-F1 are over the classes that occur in `label`; a class that is never named has F1 = 0. ECE: 0 is best,
-    of the class named first, in 15 bins; see `expected_calibration_error`.
+    All lie in [0, 1]. MAP and macro-F1 are over the classes that occur in `label`; a class that is never predicted has
+    F1 = 0. ECE: 0 is best, of the predicted class, in 15 bins; see `expected_calibration_error`.
     """
-    right = probability.argmax(axis=1) == label
-    classes = measure_classes(probability, label).values()
-    low, high = wilson(int(right.sum()), len(label))
+    correct = probability.argmax(axis=1) == label
+    classes = compute_class_metrics(probability, label).values()
+    low, high = wilson(int(correct.sum()), len(label))
     return {
-        "accuracy": float(right.mean()),
+        "accuracy": float(correct.mean()),
         "accuracy_low": low,
         "accuracy_high": high,
-        "map": float(np.mean([each["average_precision"] for each in classes])),
-        "macro_f1": float(np.mean([each["f1"] for each in classes])),
+        "map": float(np.mean([metrics["average_precision"] for metrics in classes])),
+        "macro_f1": float(np.mean([metrics["f1"] for metrics in classes])),
         "ece": expected_calibration_error(probability, label),
     }
 
 
-def measure_classes(probability: Scores, label: Labels) -> dict[int, dict[str, float]]:
-    """Measure each class that occurs in `label`: recall with its 95% Wilson interval, F1, average precision.
+def compute_class_metrics(probability: Probabilities, label: Labels) -> dict[int, dict[str, float]]:
+    """Compute recall with its 95% Wilson interval, F1 and average precision of each class that occurs in `label`.
 
-    Recall is the accuracy on the class's samples; F1 and average precision count what is taken for it elsewhere too.
+    Recall is the accuracy on the class's samples; F1 and average precision also count samples of other classes that are
+    predicted as it.
     """
     num_classes = probability.shape[1]
-    named = probability.argmax(axis=1)
-    number, said, hit = (
-        np.bincount(each, minlength=num_classes).tolist() for each in (label, named, label[named == label])
+    predicted = probability.argmax(axis=1)
+    num_true, num_predicted, num_correct = (
+        np.bincount(labels, minlength=num_classes).tolist() for labels in (label, predicted, label[predicted == label])
     )
-    found = {}
+    metrics = {}
     for index in np.unique(label).tolist():
-        low, high = wilson(hit[index], number[index])
-        found[index] = {
-            "recall": hit[index] / number[index],
+        low, high = wilson(num_correct[index], num_true[index])
+        metrics[index] = {
+            "recall": num_correct[index] / num_true[index],
             "recall_low": low,
             "recall_high": high,
-            "f1": 2 * hit[index] / (number[index] + said[index]),
+            "f1": 2 * num_correct[index] / (num_true[index] + num_predicted[index]),
             "average_precision": average_precision(probability[:, index], label == index),
         }
-    return found
+    return metrics
 
 
-def average_precision(scores: Scores, positive: NDArray[np.bool_]) -> float:
+def average_precision(scores: Probabilities, positive: NDArray[np.bool_]) -> float:
     """Compute the average precision in [0, 1] of scores (n,), at least one of which is positive.
 
-    It is that of scikit-learn, as the mean over positives of the precision at each one's score, in a tenth of the time:
+    Equal to scikit-learn's, as the mean over positives of the precision at each one's score, in a tenth of the time:
     with 5,000 classes, three branches and ten subsets it is computed 165,000 times.
     """
-    own = np.sort(scores[positive])
-    num_above = len(scores) - np.searchsorted(np.sort(scores), own, side="left")
-    num_positive_above = len(own) - np.searchsorted(own, own, side="left")
+    positive_scores = np.sort(scores[positive])
+    num_above = len(scores) - np.searchsorted(np.sort(scores), positive_scores, side="left")
+    num_positive_above = len(positive_scores) - np.searchsorted(positive_scores, positive_scores, side="left")
     return float((num_positive_above / num_above).mean())
 
 
 def evaluate_network(
-    reader: NetworkReader, rows: Rows, examples: Examples, *, between: str, seed: int
+    reader: NetworkReader, rows: RowIndex, examples: Examples, *, between: str, seed: int
 ) -> dict[str, Any]:
-    """Measure the reader's network on some rows: {test, test_by_class, contribution}.
+    """Evaluate the reader's network on some rows: {test, test_by_class, contribution}.
 
-    Fused and each modality alone, overall, by subset and by class; see `evaluate_branches`; what each modality
-    contributes and where they confuse each other, see `measure_contribution`.
+    The fused prediction and each modality alone, overall, by subset and by class, see `evaluate_branches`; each
+    modality's contribution and the confused samples, see `measure_contribution`.
     """
     label = examples.label[rows]
     first, _, second = between.partition(":")
-    members = subsets(examples.discrepancy[rows], first=first, second=second or "rest")
-    members["in-manifest"] = examples.chosen[rows]
-    answers = probabilities(reader, rows, examples.modalities)
-    sets = sets_to_ask(len(examples.modalities), seed=seed)
-    right = reader.read_samples(right_of_sets(reader.net, sets), rows).cpu().numpy() > 0.5
-    own = np.stack([answers[name].argmax(axis=1) == label for name in examples.modalities], axis=1)
-    measured = measure_contribution(dict(zip(sets, right, strict=True)), own, examples.modalities, seed=seed)
-    by_branch = evaluate_branches(answers, label, members=members, class_names=examples.class_names)
-    return {**by_branch, "contribution": measured}
+    subset_masks = subsets(examples.discrepancy[rows], first=first, second=second or "rest")
+    subset_masks["in-manifest"] = examples.chosen[rows]
+    branch_probabilities = predict_probabilities(reader, rows, examples.modalities)
+    sets = shapley_sets(len(examples.modalities), seed=seed)
+    correct = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy() > 0.5
+    unimodal_correct = np.stack(
+        [branch_probabilities[name].argmax(axis=1) == label for name in examples.modalities], axis=1
+    )
+    contribution = measure_contribution(
+        dict(zip(sets, correct, strict=True)), unimodal_correct, examples.modalities, seed=seed
+    )
+    by_branch = evaluate_branches(
+        branch_probabilities, label, subset_masks=subset_masks, class_names=examples.class_names
+    )
+    return {**by_branch, "contribution": contribution}
 
 
 @fixed_threads(NETWORK_THREADS)
 def evaluate_file(
     path: Path, examples: Examples, *, split: str, between: str, config: TrainConfig, seed: int, device: str
 ) -> dict[str, Any]:
-    """Measure the network in a file on one split of the examples, {n, test, ...}: see `examine`.
+    """Evaluate the network in a file on one split of the examples: {n, test, test_by_class, contribution}.
 
-    Raises RunError for a file that is no model, ManifestError where the samples are of other modalities or classes, or
-    none is of the split.
+    Raises RunError for a file that is not a model, ManifestError where its modalities, inputs or classes differ from
+    those of the samples, or the split has no samples.
     """
-    plan = read_model_config(path)
-    for what, then, now in (
-        ("modalities", plan.modalities, examples.modalities),
-        ("inputs", plan.shapes, examples.shapes),
-        ("classes", plan.classes, examples.class_names),
+    model_config = read_model_config(path)
+    for field_name, trained_on, current in (
+        ("modalities", model_config.modalities, examples.modalities),
+        ("inputs", model_config.shapes, examples.shapes),
+        ("classes", model_config.classes, examples.class_names),
     ):
-        if then != now:
-            raise ManifestError(f"{path} was trained on other {what}: {then} there and {now} here")
+        if trained_on != current:
+            raise ManifestError(f"{path} was trained on other {field_name}: {trained_on}, the samples have {current}")
     rows = examples.rows(split)
     if len(rows) == 0:
         raise ManifestError(f"no samples of split {split}; {choices(split, sorted(set(examples.split)))}")
-    net = FusionNet(plan)
+    net = FusionNet(model_config)
     try:
         net.load_state_dict(load_model(path))
     except RuntimeError as error:  # torch's, for tensors that are missing or of another shape
-        raise RunError(f"{path} is damaged, its weights do not fit its own description: train it anew") from error
-    store = Store(examples.inputs, device=device, most_bytes=config.finetune.resident_mib << 20)
+        raise RunError(f"{path} is damaged, its weights do not fit its own architecture: train it again") from error
+    store = Store(examples.inputs, device=device, max_bytes=config.finetune.resident_mib << 20)
     training_data = TrainingData.of(
         examples, store, train=rows, config=config, seed=seed, device=device, distributed=SINGLE_PROCESS
     )
-    found = evaluate_network(NetworkReader(training_data, net.to(device)), rows, examples, between=between, seed=seed)
-    return {"n": len(rows), **found}
+    metrics = evaluate_network(NetworkReader(training_data, net.to(device)), rows, examples, between=between, seed=seed)
+    return {"n": len(rows), **metrics}
 
 
-def probabilities(reader: NetworkReader, rows: Rows, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    """Give class probabilities (n, k) of the fused answer and of each modality alone."""
+def predict_probabilities(
+    reader: NetworkReader, rows: RowIndex, names: Sequence[str]
+) -> dict[str, NDArray[np.float32]]:
+    """Compute class probabilities (n, k) of the fused prediction and of each modality alone."""
 
-    def what(outputs: Outputs, label: Tensor) -> Tensor:
+    def softmax_of_branches(outputs: Outputs, label: Tensor) -> Tensor:
         return torch.cat([outputs.fused[None], outputs.unimodal]).float().softmax(dim=2).movedim(1, 2)
 
-    found = reader.read_samples(what, rows).cpu().numpy()
-    return {name: np.ascontiguousarray(each.T) for name, each in zip(("fused", *names), found, strict=True)}
+    stacked = reader.read_samples(softmax_of_branches, rows).cpu().numpy()
+    return {name: np.ascontiguousarray(branch.T) for name, branch in zip(("fused", *names), stacked, strict=True)}

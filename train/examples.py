@@ -23,84 +23,84 @@ from ..audit.hashing import canonical_order
 from ..audit.workers import prefetch_map
 from ..rebalance.manifest import Manifest
 
-Rows = NDArray[np.int64]
+RowIndex = NDArray[np.int64]
 Item = TypeVar("Item")
 
-READERS = 2  # threads that read ahead
+NUM_READERS = 2  # threads that read ahead
 
 
 class Store:
-    """The inputs of n samples, m modalities. What fits in `most_bytes` stays on the device; the rest is read in time.
+    """Inputs of n samples in m modalities: matrices that fit into `max_bytes` are on the device, others read ahead.
 
-    Everything was decoded and encoded once, by worker processes, into the feature cache: what is read here are rows of
-    matrices, by threads, into pinned memory where the device is CUDA.
+    All samples were decoded and encoded once, by worker processes, into the feature cache: threads read rows of its
+    matrices, into pinned memory where the device is CUDA.
     """
 
-    def __init__(self, inputs: Sequence[Inputs], *, device: str, most_bytes: int) -> None:
+    def __init__(self, inputs: Sequence[Inputs], *, device: str, max_bytes: int) -> None:
         self.inputs = tuple(inputs)
         self.device = torch.device(device)
-        self.held: list[Tensor | None] = [None] * len(inputs)
-        left = most_bytes
-        for place in sorted(range(len(inputs)), key=lambda index: _bytes_of(inputs[index])):
-            size = _bytes_of(inputs[place])
-            if size <= left:
-                self.held[place] = self._whole(inputs[place])
-                left -= size
+        self.resident: list[Tensor | None] = [None] * len(inputs)
+        bytes_left = max_bytes
+        for modality in sorted(range(len(inputs)), key=lambda index: _bytes_of(inputs[index])):
+            size = _bytes_of(inputs[modality])
+            if size <= bytes_left:
+                self.resident[modality] = self._load(inputs[modality])
+                bytes_left -= size
 
     @property
     def is_resident(self) -> bool:
-        """Tell whether all inputs are on the device."""
-        return all(each is not None for each in self.held)
+        """Whether all inputs are on the device."""
+        return all(matrix is not None for matrix in self.resident)
 
     def stream(
-        self, items: Iterable[Item], rows_of: Callable[[Item], Sequence[Rows]], *, num_threads: int = READERS
+        self, items: Iterable[Item], rows_of: Callable[[Item], Sequence[RowIndex]], *, num_threads: int = NUM_READERS
     ) -> Iterator[tuple[Item, tuple[Tensor, ...]]]:
-        """Give each item with its inputs on the device, m tensors (b_j, d_j): of the rows (b_j,) of each modality.
+        """Yield each item with its inputs on the device, m tensors (b_j, d_j), for the rows (b_j,) of each modality.
 
-        Threads read what follows, unless all is on the device.
+        Threads read ahead, unless all inputs are on the device.
         """
 
-        def read(item: Item) -> tuple[Item, Sequence[Rows], list[Tensor | None]]:
+        def read(item: Item) -> tuple[Item, Sequence[RowIndex], list[Tensor | None]]:
             rows = rows_of(item)
             return item, rows, self._read(rows)
 
-        for item, rows, found in prefetch_map(read, items, num_threads=0 if self.is_resident else num_threads):
-            yield item, self._to_device(rows, found)
+        for item, rows, loaded in prefetch_map(read, items, num_threads=0 if self.is_resident else num_threads):
+            yield item, self._to_device(rows, loaded)
 
-    def _whole(self, inputs: Inputs) -> Tensor:
+    def _load(self, inputs: Inputs) -> Tensor:
         parts = [_tensor(inputs.read(rows)) for rows in chunks(inputs)]
         return torch.cat(parts).to(self.device)
 
-    def _read(self, rows: Sequence[Rows]) -> list[Tensor | None]:
-        """Read what is not on the device yet."""
-        found = [
-            _tensor(each.read(some)) if held is None else None
-            for each, some, held in zip(self.inputs, rows, self.held, strict=True)
+    def _read(self, rows: Sequence[RowIndex]) -> list[Tensor | None]:
+        """Read the rows of matrices that are not on the device."""
+        tensors = [
+            _tensor(matrix.read(row_index)) if resident is None else None
+            for matrix, row_index, resident in zip(self.inputs, rows, self.resident, strict=True)
         ]
         if self.device.type == "cuda":
-            return [None if each is None else each.pin_memory() for each in found]
-        return found
+            return [None if tensor is None else tensor.pin_memory() for tensor in tensors]
+        return tensors
 
-    def _to_device(self, rows: Sequence[Rows], found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def _to_device(self, rows: Sequence[RowIndex], loaded: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         return tuple(
-            _there(each).to(self.device, non_blocking=True)
-            if held is None
-            else held.index_select(0, torch.from_numpy(some).to(self.device, non_blocking=True))
-            for held, some, each in zip(self.held, rows, found, strict=True)
+            _require(tensor).to(self.device, non_blocking=True)
+            if resident is None
+            else resident.index_select(0, torch.from_numpy(row_index).to(self.device, non_blocking=True))
+            for resident, row_index, tensor in zip(self.resident, rows, loaded, strict=True)
         )
 
 
-def _there(each: Tensor | None) -> Tensor:
-    assert each is not None
-    return each
+def _require(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
-def _tensor(read: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.require(read, requirements=("C", "W")))
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))
 
 
 def _bytes_of(inputs: Inputs) -> int:
-    """Give the size of the whole matrix, by what its first row is made of."""
+    """Compute the size of the whole matrix from the dtype of its first row."""
     if inputs.num_rows == 0:
         return 0
     return int(inputs.num_rows * inputs.num_features * inputs.read(np.arange(1)).dtype.itemsize)
@@ -108,14 +108,13 @@ def _bytes_of(inputs: Inputs) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """n samples, those of the manifest and the test samples it left out, by a hash of their ids: arrays (n,).
+    """n samples, those of the manifest and the test samples it left out, ordered by a hash of their ids: arrays (n,).
 
-    inputs: m matrices (n, d_j), NaN where a modality is missing; present (n, m): whether it is there. shapes: what a
-    row of each is, (d_j,) for vectors, or the shape of what a network reads. content: digests of what each sample is
-    made of.
-    label: int64 in [0, k), numbering `class_names`. split: train, validation, test.
-    rank: 0 = most balanced, -1 outside the manifest. balance in [-1, 1] and p_balanced in [0, 1] may be NaN.
-    `chosen` tells the manifest's own samples.
+    inputs: m matrices (n, d_j), NaN where a modality is missing; present (n, m): whether it is available. shapes: shape
+    of a row of each modality, (d_j,) for vectors, or that of a network's input. content: digests of each sample's
+    media. label: int64 in [0, k), indexing `class_names`. split: train, validation, test. rank: 0 = most balanced, -1
+    outside the manifest. balance in [-1, 1] and p_balanced in [0, 1] may be NaN. chosen: whether a sample is in the
+    manifest.
     """
 
     sample_id: NDArray[np.object_]
@@ -135,25 +134,25 @@ class Examples:
     chosen: NDArray[np.bool_]
 
     @property
-    def named(self) -> str:
+    def modalities_text(self) -> str:
         """The modalities, for the end of a message."""
         return f"the modalities are {', '.join(self.modalities)}"
 
     def rows(self, split: str) -> NDArray[np.intp]:
-        """Give the rows of one split."""
+        """Return the rows of one split."""
         return np.flatnonzero(self.split == split)
 
     def only(self, modality: str) -> Examples:
-        """Give the same samples in one modality alone. Raises ConfigError where there is no such one."""
+        """Return the same samples with one modality. Raises ConfigError where there is no such modality."""
         if modality not in self.modalities:
             raise ConfigError(f"--only {modality}: {choices(modality, self.modalities)}")
-        place = self.modalities.index(modality)
+        index = self.modalities.index(modality)
         return replace(
             self,
-            inputs=(self.inputs[place],),
-            present=self.present[:, [place]],
-            shapes=(self.shapes[place],),
-            modalities=(self.modalities[place],),
+            inputs=(self.inputs[index],),
+            present=self.present[:, [index]],
+            shapes=(self.shapes[index],),
+            modalities=(self.modalities[index],),
         )
 
 
@@ -169,25 +168,31 @@ def load_examples(
 ) -> Examples:
     """Join a manifest, and the test rows dropped from it, with the features of its source, by id.
 
-    Every figure then stands on the same test set, whatever a manifest keeps. Without a validation split one is cut
+    All results are then computed on the same test set, whatever a manifest keeps. Without a validation split one is cut
     from train by hash(seed, group or id). Raises ManifestError where the source has changed.
     """
-    table, chosen = _with_dropped_test(manifest.table, dropped)
+    table, in_manifest = _with_dropped_test(manifest.table, dropped)
     ids = np.array(table["sample_id"].to_pylist(), dtype=object)
     rows = _find_rows(ids, samples.sample_id)
     names = np.array(samples.class_names, dtype=object)[samples.label[rows]]
     content = row_content(statuses)[rows]
-    for what, column, now in (
+    for field_name, column, current in (
         ("content", "content", content),
         ("label", "label_name", names),
         ("split", "split", samples.split[rows]),
     ):
         if column == "split" and manifest.provenance.get("rule", {}).get("resplit"):
-            continue  # the manifest has splits of its own
-        _check_same(what, ids, np.array(table[column].to_pylist(), dtype=object), now)
+            continue  # the manifest has its own splits
+        _check_same(field_name, ids, np.array(table[column].to_pylist(), dtype=object), current)
     _check_usable(ids, rows, statuses)
-    order = canonical_order(ids)  # whatever the order of the manifest, a training is the same
-    table, chosen, ids, rows, content = table.take(order), chosen[order], ids[order], rows[order], content[order]
+    order = canonical_order(ids)  # the order of the manifest does not change a training
+    table, in_manifest, ids, rows, content = (
+        table.take(order),
+        in_manifest[order],
+        ids[order],
+        rows[order],
+        content[order],
+    )
     codes, label = np.unique(table["label"].to_numpy(), return_inverse=True)
     inputs = [FeatureMatrix.of(tasks, status, rows) for status in statuses]
     class_names = dict(zip(table["label"].to_pylist(), table["label_name"].to_pylist(), strict=True))
@@ -195,19 +200,19 @@ def load_examples(
     return Examples(
         sample_id=ids,
         inputs=tuple(inputs),
-        present=np.stack([each.present for each in inputs], axis=1),
-        shapes=tuple(_shape_of(each, tasks) for each in inputs),
+        present=np.stack([matrix.present for matrix in inputs], axis=1),
+        shapes=tuple(_shape_of(matrix, tasks) for matrix in inputs),
         content=content,
         modalities=tuple(status.modality.name for status in statuses),
         label=label.astype(np.int64),
         class_names=tuple(str(class_names[code]) for code in codes.tolist()),
         split=split,
-        rank=np.where(chosen, table["rank"].to_pandas().fillna(-1), -1).astype(np.int64),
+        rank=np.where(in_manifest, table["rank"].to_pandas().fillna(-1), -1).astype(np.int64),
         weight=np.array(table["weight"].to_pandas().fillna(1.0), dtype=np.float32),
         discrepancy=np.array(table["discrepancy"].to_pandas(), dtype=np.float64),
         balance=np.array(table["balance"].to_pandas(), dtype=np.float64),
         p_balanced=np.array(table["p_balanced"].to_pandas(), dtype=np.float64),
-        chosen=chosen,
+        chosen=in_manifest,
     )
 
 
@@ -216,58 +221,70 @@ def _shape_of(matrix: FeatureMatrix, tasks: Sequence[EncodeTask]) -> tuple[int, 
     return input_shape(modality, tasks[0].media) if is_network(modality) else (matrix.num_features,)
 
 
-def _with_dropped_test(kept: pa.Table, dropped: pa.Table | None) -> tuple[pa.Table, NDArray[np.bool_]]:
+def _with_dropped_test(manifest_table: pa.Table, dropped: pa.Table | None) -> tuple[pa.Table, NDArray[np.bool_]]:
     if dropped is None:
-        return kept, np.ones(len(kept), dtype=bool)
-    names = [name for name in kept.column_names if name in dropped.column_names]
-    both = set(kept["sample_id"].to_pylist()) & set(dropped["sample_id"].to_pylist())
-    if both:
-        raise ManifestError(f"{len(both)} samples are both kept and dropped ({min(both)}): run mmaudit split again")
+        return manifest_table, np.ones(len(manifest_table), dtype=bool)
+    names = [name for name in manifest_table.column_names if name in dropped.column_names]
+    duplicates = set(manifest_table["sample_id"].to_pylist()) & set(dropped["sample_id"].to_pylist())
+    if duplicates:
+        raise ManifestError(
+            f"{len(duplicates)} samples are both kept and dropped (the first: {min(duplicates)}): "
+            "run mmaudit split again"
+        )
     test = dropped.filter(pa.compute.equal(dropped["split"], "test"))
-    table = pa.concat_tables([kept, test.select(names)], promote_options="default")
-    return table, np.arange(len(table)) < len(kept)
+    table = pa.concat_tables([manifest_table, test.select(names)], promote_options="default")
+    return table, np.arange(len(table)) < len(manifest_table)
 
 
 def _find_rows(ids: NDArray[np.object_], all_ids: NDArray[np.object_]) -> NDArray[np.intp]:
-    number = {name: row for row, name in enumerate(all_ids)}
-    lost = [name for name in ids if name not in number]
-    if lost:
+    row_of_id = {sample_id: row for row, sample_id in enumerate(all_ids)}
+    missing = [sample_id for sample_id in ids if sample_id not in row_of_id]
+    if missing:
         raise ManifestError(
-            f"{len(lost)} of {len(ids)} samples of the manifest are not in its source (the first: {lost[0]}); "
-            "rescore with mmaudit score, or say where the data are with --data"
+            f"{len(missing)} of {len(ids)} samples of the manifest are not in its source (the first: {missing[0]}); "
+            "rescore with mmaudit score, or set the folder of the data with --data"
         )
-    return np.array([number[name] for name in ids], dtype=np.intp)
+    return np.array([row_of_id[sample_id] for sample_id in ids], dtype=np.intp)
 
 
-def _check_same(what: str, ids: NDArray[np.object_], then: NDArray[np.object_], now: NDArray[np.object_]) -> None:
-    changed = [name for name, old, new in zip(ids, then, now, strict=True) if old is not None and old != new]
+def _check_same(
+    field_name: str, ids: NDArray[np.object_], recorded: NDArray[np.object_], current: NDArray[np.object_]
+) -> None:
+    changed = [
+        sample_id for sample_id, old, new in zip(ids, recorded, current, strict=True) if old is not None and old != new
+    ]
     if changed:
         raise ManifestError(
-            f"{len(changed)} of {len(ids)} samples have changed their {what} since the manifest was made "
+            f"{len(changed)} of {len(ids)} samples have changed their {field_name} since the manifest was made "
             f"(the first: {changed[0]}); rescore with mmaudit score and split again"
         )
 
 
 def _check_usable(ids: NDArray[np.object_], rows: NDArray[np.intp], statuses: Sequence[Status]) -> None:
     for status in statuses:
-        bad = ids[~(status.usable | without_usable(status))[rows]]
-        if len(bad):
-            raise ManifestError(f"{len(bad)} samples of the manifest have no usable {status.modality.name}: {bad[0]}")
+        unusable = ids[~(status.usable | without_usable(status))[rows]]
+        if len(unusable):
+            raise ManifestError(
+                f"{len(unusable)} samples of the manifest have no usable {status.modality.name} "
+                f"(the first: {unusable[0]})"
+            )
 
 
 def with_validation(
     table: pa.Table, ids: NDArray[np.object_], label: NDArray[np.int32], *, fraction: float, seed: int
 ) -> NDArray[np.object_]:
-    """Give the split of each row (n,), with a validation split cut from the training rows where there is none."""
+    """Return the split of each row (n,), with a validation split cut from the training rows where there is none."""
     split = np.array(table["split"].to_pylist(), dtype=object)
     unknown = {str(name) for name in split} - set(SPLITS)
     if unknown:
-        raise ManifestError(f"column split of the manifest holds {sorted(unknown)[0]!r}: train, validation or test")
+        raise ManifestError(
+            f"column split of the manifest has {sorted(unknown)[0]!r}, must be one of train, validation, test"
+        )
     if "validation" in split:
         return split
     train = np.flatnonzero(split == "train")
     groups = table["group"].to_pylist() if "group" in table.column_names else [None]
     group = None if None in groups else np.array(groups, dtype=object)[train]
-    drawn = stratified_cut(ids[train], label[train], group, fraction=fraction, seed=seed, purpose="validation split")
-    split[train[drawn]] = "validation"
+    selected = stratified_cut(ids[train], label[train], group, fraction=fraction, seed=seed, purpose="validation split")
+    split[train[selected]] = "validation"
     return split

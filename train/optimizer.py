@@ -15,12 +15,12 @@ from .network import FusionNet
 
 
 class Optimization:
-    """The optimiser of a network, with what stands around it: precision, all processes, clipping, rates by modality.
+    """Optimiser of a network with precision, gradient sums over processes, clipping, and learning rates per modality.
 
-    A loss given to it is this process's share of the step's mean loss; gradients are sums over all processes,
-    unscaled. `generator` is reseeded for every step, alike everywhere: for chance that all processes must share.
-    by_modality: whether a method sets `rate`. Where nobody does and no factor is given, the optimiser has one group of
-    parameters in place of 1 + m, which saves 3% of a small step.
+    A loss passed to it is this process's part of the step's mean loss; gradients are sums over all processes, unscaled.
+    `generator` is reseeded for every step with the same seed in all processes, for random numbers that all must share.
+    by_modality: whether a method sets `lr_factors`. Where none does and no factor is configured, the optimiser has one
+    parameter group instead of 1 + m, which saves 3% of a small step.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class Optimization:
         self.device_type = torch.device(device).type
         self.generator = torch.Generator(device=device)
         self._cuda_index = torch.device(device).index or 0
-        self.rate = [1.0] * net.num_modalities  # a method's factor on each modality's learning rate
-        self.frozen = [False] * net.num_modalities  # a method's choice
-        self._given = [config.factors().get(name, 1.0) for name in net.plan.modalities]
+        self.lr_factors = [1.0] * net.num_modalities  # set by a method, on each modality's learning rate
+        self.frozen = [False] * net.num_modalities  # set by a method
+        self._configured_factors = [config.modality_lr_factors().get(name, 1.0) for name in net.config.modalities]
         precision = config.precision
         if precision == "auto":
             precision = "bfloat16" if self.device_type == "cuda" else "float32"
@@ -48,13 +48,16 @@ class Optimization:
         self.grad_norm: Tensor | None = None
 
     def _build(self, *, by_modality: bool) -> torch.optim.Optimizer:
-        own = range(self.net.num_modalities if by_modality else 0)
-        mine: list[list[nn.Parameter]] = [list(self.net.parameters_of(j)) for j in own]
-        taken = {id(parameter) for group in mine for parameter in group}
-        rest = [parameter for parameter in self.net.parameters() if id(parameter) not in taken]
-        groups = [{"params": group, "modality": j} for j, group in zip([*own, None], [*mine, rest], strict=True)]
+        modality_indices = range(self.net.num_modalities if by_modality else 0)
+        modality_parameters: list[list[nn.Parameter]] = [list(self.net.parameters_of(j)) for j in modality_indices]
+        assigned = {id(parameter) for group in modality_parameters for parameter in group}
+        shared_parameters = [parameter for parameter in self.net.parameters() if id(parameter) not in assigned]
+        groups = [
+            {"params": group, "modality": j}
+            for j, group in zip([*modality_indices, None], [*modality_parameters, shared_parameters], strict=True)
+        ]
         config = self.config
-        # A fused SGD whose first step the scaler skips begins with whatever lay in memory as its momentum.
+        # A fused SGD whose first step the scaler skips starts with uninitialised memory as its momentum.
         fused = not self._scaler.is_enabled()
         if config.optimizer == "sgd":
             return torch.optim.SGD(
@@ -63,82 +66,88 @@ class Optimization:
         return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
     def begin_epoch(self, epoch: int, *, epochs: int) -> float:
-        """Set the learning rates of epoch 1, 2, ... and give the common one."""
-        common = self.config.lr * self.config.share_of_rate(epoch, epochs=epochs)
-        assert len(self.optimizer.param_groups) > 1 or set(self.rate) == {1.0}, "a method that sets rates says so"
+        """Set the learning rates of epoch 1, 2, ... and return the base rate."""
+        base_lr = self.config.lr * self.config.lr_multiplier(epoch, epochs=epochs)
+        assert len(self.optimizer.param_groups) > 1 or set(self.lr_factors) == {1.0}, (
+            "a method that sets factors must declare sets_rates"
+        )
         for group in self.optimizer.param_groups:
             j = group["modality"]
-            group["lr"] = common * (1.0 if j is None else self._given[j] * self.rate[j])
-        return common
+            group["lr"] = base_lr * (1.0 if j is None else self._configured_factors[j] * self.lr_factors[j])
+        return base_lr
 
     def begin_step(self, seed: int) -> None:
-        """Reseed all chance of a step: that of all processes alike, and that of each on its own (dropout)."""
+        """Reseed the random numbers of a step: those shared by all processes, and each process's own (dropout)."""
         self.generator.manual_seed(seed)
-        # Not torch.manual_seed: where CUDA sleeps it writes down who called, which takes a tenth of a small step.
-        own = torch.cuda.default_generators[self._cuda_index] if self.device_type == "cuda" else torch.default_generator
-        own.manual_seed(seed + self.distributed.rank)
+        # Not torch.manual_seed: where CUDA is not initialised it records the call stack, a tenth of a small step.
+        device_generator = (
+            torch.cuda.default_generators[self._cuda_index] if self.device_type == "cuda" else torch.default_generator
+        )
+        device_generator.manual_seed(seed + self.distributed.rank)
 
     def autocast(self) -> Any:
-        """Compute in the precision wanted."""
+        """Return the autocast context of the configured precision."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Replace all gradients by those of the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self._scaler.scale(loss))
-        self._still()
-        self._share()  # before what is no number is looked for: all processes must find the same
+        self._clear_frozen_gradients()
+        self._sum_gradients()  # before the scaler looks for inf and NaN: all processes must find the same
         if self._scaler.is_enabled():
             self._scaler.unscale_(self.optimizer)
 
     def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Give the gradients of a loss by some parameters, 0 where it does not depend on one; the graph is kept."""
+        """Return the gradients of a loss by some parameters, 0 where it does not depend on one; the graph is kept."""
         scaled = self._scaler.scale(loss)
-        found = torch.autograd.grad(scaled, parameters, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(scaled, parameters, retain_graph=True, allow_unused=True)
         scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
-        whole = [
+        unscaled = [
             torch.zeros_like(p) if g is None else g / scale if scale != 1.0 else g
-            for p, g in zip(parameters, found, strict=True)
+            for p, g in zip(parameters, gradients, strict=True)
         ]
-        self.distributed.sum_(whole)
-        return whole
+        self.distributed.sum_(unscaled)
+        return unscaled
 
     def apply(self) -> None:
-        """Clip and take the step."""
+        """Clip the gradients and step."""
         if self.config.clip_norm > 0:
             self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
 
-    def _share(self) -> None:
-        """Add up the gradients of all processes. One that no process has stays None: the parameter is not moved."""
+    def _sum_gradients(self) -> None:
+        """Sum the gradients over all processes. One that no process has stays None: the parameter is not updated."""
         if self.distributed.world_size == 1:
             return
-        every = [p for p in self.net.parameters() if p.requires_grad]
-        known = torch.tensor([p.grad is not None for p in every], dtype=torch.float32, device=every[0].device)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in every]
-        self.distributed.sum_([known, *grads])
-        for p, grad, some in zip(every, grads, known.tolist(), strict=True):
-            p.grad = grad if some else None
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        has_gradient = torch.tensor(
+            [p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device
+        )
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.distributed.sum_([has_gradient, *grads])
+        for p, grad, any_gradient in zip(parameters, grads, has_gradient.tolist(), strict=True):
+            p.grad = grad if any_gradient else None
 
-    def _still(self) -> None:
-        """Take the gradients from frozen modalities: without one, a parameter is not moved, nor its weight decayed."""
+    def _clear_frozen_gradients(self) -> None:
+        """Set the gradients of frozen modalities to None, so that their parameters are neither updated nor decayed."""
         for j, frozen in enumerate(self.frozen):
             if frozen:
                 for parameter in self.net.parameters_of(j):
                     parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what the next step depends on: tensors and plain values."""
+        """Return the state that the next step depends on: tensors and plain values."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "rate": list(self.rate),
+            "rate": list(self.lr_factors),
             "frozen": list(self.frozen),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state."""
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
-        self.rate, self.frozen = list(state["rate"]), list(state["frozen"])
+        self.lr_factors, self.frozen = list(state["rate"]), list(state["frozen"])

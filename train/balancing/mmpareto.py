@@ -14,72 +14,69 @@ from ..optimizer import Optimization
 from .balancer import Balancer
 from .config import BalancingConfig
 
-LEAST_SQUARED_SINE = 1e-6  # ours: of the angle; nearer to opposite, the vanishing min-norm vector is not blown up
+# Ours: of the angle; closer to opposite directions, the vanishing min-norm vector is not scaled up.
+MIN_SQUARED_SINE = 1e-6
 
 
-def combine(fused: Tensor, own: Tensor, *, gamma: float) -> Tensor:
-    """Give the gradient (p,) that an encoder follows, from those of the fused loss and of its own (p,).
+def combine_gradients(fused: Tensor, unimodal: Tensor, *, gamma: float) -> Tensor:
+    """Combine the gradients (p,) of an encoder from the fused loss, f, and from its unimodal loss, u.
 
-    cos(f, u) > 0: their sum. Otherwise the shortest vector a f + (1 - a) u, 0 <= a <= 1, brought to the length of the
+    cos(f, u) > 0: their sum. Otherwise the shortest vector a f + (1 - a) u, 0 <= a <= 1, scaled to the length of the
     sum: a = (u.u - f.u) / |f - u|^2, and |f| |u| sin(f, u) / |f - u| is its length. All times gamma. Where one of the
-    two is 0 the sum is taken (ours).
+    two is 0 the sum is used (ours).
     """
-    ff, fu, uu = fused @ fused, fused @ own, own @ own
-    least = torch.finfo(ff.dtype).tiny
-    apart = (ff + uu - 2 * fu).clamp_min(least)
-    share = (uu - fu) / apart
-    product = (ff.sqrt() * uu.sqrt()).clamp_min(least)
-    sine = (1 - (fu / product).square()).clamp_min(LEAST_SQUARED_SINE).sqrt()
-    shortest = product * sine / apart.sqrt()
+    ff, fu, uu = fused @ fused, fused @ unimodal, unimodal @ unimodal
+    tiny = torch.finfo(ff.dtype).tiny
+    squared_difference = (ff + uu - 2 * fu).clamp_min(tiny)
+    share = (uu - fu) / squared_difference
+    product = (ff.sqrt() * uu.sqrt()).clamp_min(tiny)
+    sine = (1 - (fu / product).square()).clamp_min(MIN_SQUARED_SINE).sqrt()
+    shortest = product * sine / squared_difference.sqrt()
     scale = (ff + uu + 2 * fu).clamp_min(0).sqrt() / shortest
-    together = (fu > 0) | (ff == 0) | (uu == 0)
-    on_fused = torch.where(together, 1.0, scale * share)
-    on_own = torch.where(together, 1.0, scale * (1 - share))
-    return gamma * (on_fused * fused + on_own * own)
+    use_sum = (fu > 0) | (ff == 0) | (uu == 0)
+    on_fused = torch.where(use_sum, 1.0, scale * share)
+    on_own = torch.where(use_sum, 1.0, scale * (1 - share))
+    return gamma * (on_fused * fused + on_own * unimodal)
 
 
 class MmPareto(Balancer):
-    """L = CE(fused) + sum_j CE(z^j), z^j by a head of its own; the encoders' two gradients are combined, see combine.
-
-    Heads and fusion follow the sum as it is. Two passes back: all own losses at once, because each reaches its own
-    encoder alone; and the whole, less which is the fused loss's.
-    """
+    """L = CE(fused) + sum_j CE(z^j), z^j by separate heads; see combine_gradients for the encoders' gradients."""
 
     def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
         super().__init__(net, optimization, config, epochs=epochs)
-        every = [[p for p in encoder.parameters() if p.requires_grad] for encoder in net.encoders]
-        self.encoders: list[list[nn.Parameter]] = [mine for mine in every if mine]
+        trainable = [[p for p in encoder.parameters() if p.requires_grad] for encoder in net.encoders]
+        self.encoders: list[list[nn.Parameter]] = [group for group in trainable if group]
 
     def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
-        """Learn from one batch."""
+        """Train on one batch."""
         with self.optimization.autocast():
             outputs: Outputs = self.net(batch.inputs, batch.present)
-        fused, own = cross_entropies(outputs, batch.label)
-        alone = batch.mean_own(own).sum()
-        loss = batch.mean_fused(fused) + alone
-        parameters = [p for mine in self.encoders for p in mine]
-        gradients = iter(self.optimization.gradients(alone, parameters) if parameters else [])
+        fused, unimodal = cross_entropies(outputs, batch.label)
+        unimodal_loss = batch.mean_unimodal(unimodal).sum()
+        loss = batch.mean_fused(fused) + unimodal_loss
+        parameters = [p for group in self.encoders for p in group]
+        gradients = iter(self.optimization.gradients(unimodal_loss, parameters) if parameters else [])
         self.optimization.backward(loss)
-        for mine in self.encoders:
-            self._replace(mine, [next(gradients) for _ in mine])
+        for group in self.encoders:
+            self._replace(group, [next(gradients) for _ in group])
         self.optimization.apply()
         return outputs, loss.detach()
 
-    def _replace(self, parameters: list[nn.Parameter], own: list[Tensor]) -> None:
-        """Put the combination in the place of an encoder's gradients; what has none is left without."""
-        pairs = [(p, p.grad, u) for p, u in zip(parameters, own, strict=True) if p.grad is not None]
+    def _replace(self, parameters: list[nn.Parameter], unimodal_gradients: list[Tensor]) -> None:
+        """Replace an encoder's gradients by the combination; a parameter without gradient stays without."""
+        pairs = [(p, p.grad, u) for p, u in zip(parameters, unimodal_gradients, strict=True) if p.grad is not None]
         if not pairs:
             return
-        whole = torch.cat([grad.reshape(-1) for _, grad, _ in pairs])
-        alone = torch.cat([u.reshape(-1) for *_, u in pairs])
-        if self.optimization.dtype == torch.float16:  # may overflow where the sum, by which a step is dropped, does not
-            alone = alone.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        combined = combine(whole - alone, alone, gamma=self.config.mmpareto.gamma)
+        total = torch.cat([grad.reshape(-1) for _, grad, _ in pairs])
+        unimodal = torch.cat([u.reshape(-1) for *_, u in pairs])
+        if self.optimization.dtype == torch.float16:  # may overflow where the sum, by which a step is skipped, does not
+            unimodal = unimodal.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        combined = combine_gradients(total - unimodal, unimodal, gamma=self.config.mmpareto.gamma)
         end = 0
         for parameter, grad, _ in pairs:
             start, end = end, end + grad.numel()
             parameter.grad = combined[start:end].view_as(grad)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Add up."""
+        """Compute the sum of the losses."""
         return self.summed_losses(outputs, batch)

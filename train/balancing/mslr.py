@@ -19,76 +19,86 @@ from .balancer import Balancer, Validation
 from .config import BalancingConfig
 
 
-def smooth_rate(given: float, *, epoch: int, epochs: int) -> float:
-    """Give what a given factor is multiplied by in epoch 1, 2, ..., so that the product goes from it to 1.
+def smooth_factor(initial: float, *, epoch: int, epochs: int) -> float:
+    """Return the multiplier of an initial factor in epoch 1, 2, ..., such that the product moves from the factor to 1.
 
-    given ** -t, t from 0 in the first epoch to 1 in the last: the product is given ** (1 - t), even steps of its
+    initial ** -t, t from 0 in the first epoch to 1 in the last: the product is initial ** (1 - t), even steps of its
     logarithm. A factor of 0 stays 0.
     """
     elapsed = (epoch - 1) / max(epochs - 1, 1)
-    return float(given**-elapsed) if given > 0 else 1.0
+    return float(initial**-elapsed) if initial > 0 else 1.0
 
 
-def dynamic_rates(left: Sequence[float], *, strength: float, least: float, most: float) -> list[float]:
-    """Give factors (m,) in [least, most]: (r_j / geometric mean of r) ** strength; above 1 for one that lags behind.
+def dynamic_factors(
+    remaining: Sequence[float], *, strength: float, min_factor: float, max_factor: float
+) -> list[float]:
+    """Compute factors (m,) in [min_factor, max_factor]: (r_j / geometric mean of r) ** strength; above 1 = behind.
 
-    left, r (m,) in (0, 1]: share of its own validation loss that each has left, see Mslr.
+    remaining, r (m,) in (0, 1]: lowest unimodal validation loss so far, as a share of the initial one, see Mslr.
     """
-    logs = [math.log(max(each, 1e-12)) for each in left]
+    logs = [math.log(max(ratio, 1e-12)) for ratio in remaining]
     mean = sum(logs) / len(logs)
-    bounds = (math.log(least), math.log(most))
-    return [math.exp(min(max(strength * (each - mean), bounds[0]), bounds[1])) for each in logs]
+    bounds = (math.log(min_factor), math.log(max_factor))
+    return [math.exp(min(max(strength * (ratio - mean), bounds[0]), bounds[1])) for ratio in logs]
 
 
-def _own(outputs: Outputs, label: Tensor) -> Tensor:
+def _unimodal_cross_entropy(outputs: Outputs, label: Tensor) -> Tensor:
     return cross_entropies(outputs, label)[1]
 
 
 class Mslr(Balancer):
-    """L = CE(fused) + sum_j CE(z^j); the rates of the encoders and of own heads differ.
+    """L = CE(fused) + sum_j CE(z^j); the rates of the encoders and of separate heads differ.
 
-    keep: the factors of optim.modality_lr throughout. smooth: from those to the common rate, see smooth_rate. dynamic:
-    times dynamic_rates of r_j = lowest own validation loss so far / the one before training. The lowest and not the
-    last, so that a modality that overfits is not driven on.
+    keep: the factors of optim.modality_lr throughout. smooth: from those to the common rate, see smooth_factor.
+    dynamic: times dynamic_factors of r_j = lowest unimodal validation loss so far / the one before training. The lowest
+    and not the last, so that the rate of a modality that overfits does not rise.
     """
 
     def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
         super().__init__(net, optimization, config, epochs=epochs)
-        factors = optimization.config.factors()
-        self.given = [factors.get(name, 1.0) for name in net.plan.modalities]
-        self.first = [1.0] * net.num_modalities
-        self.lowest = [1.0] * net.num_modalities
+        factors = optimization.config.modality_lr_factors()
+        self.initial_factors = [factors.get(name, 1.0) for name in net.config.modalities]
+        self.initial_loss = [1.0] * net.num_modalities
+        self.lowest_loss = [1.0] * net.num_modalities
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
-        """Set the rates, which Update.begin_epoch reads."""
+        """Set the factors that Optimization.begin_epoch uses."""
         super().begin_epoch(epoch, model_reader)
         config = self.config.mslr
         if config.mode == "smooth":
-            self.optimization.rate = [smooth_rate(each, epoch=epoch, epochs=self.epochs) for each in self.given]
+            self.optimization.lr_factors = [
+                smooth_factor(factor, epoch=epoch, epochs=self.epochs) for factor in self.initial_factors
+            ]
         elif config.mode == "dynamic":
             if epoch == 1:
-                self.first = model_reader.read_validation(_own).double().mean(dim=1).tolist()
-                self.lowest = list(self.first)
-            left = [low / max(first, 1e-12) for low, first in zip(self.lowest, self.first, strict=True)]
-            self.optimization.rate = dynamic_rates(left, strength=config.strength, least=config.least, most=config.most)
+                self.initial_loss = model_reader.read_validation(_unimodal_cross_entropy).double().mean(dim=1).tolist()
+                self.lowest_loss = list(self.initial_loss)
+            remaining = [
+                low / max(first, 1e-12) for low, first in zip(self.lowest_loss, self.initial_loss, strict=True)
+            ]
+            self.optimization.lr_factors = dynamic_factors(
+                remaining, strength=config.strength, min_factor=config.min_factor, max_factor=config.max_factor
+            )
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Add up."""
+        """Compute the sum of the losses."""
         return self.summed_losses(outputs, batch)
 
-    def end_epoch(self, epoch: int, found: Validation) -> None:
-        """Note how far each has come."""
-        self.lowest = [min(low, loss) for low, loss in zip(self.lowest, found.own_loss, strict=True)]
+    def end_epoch(self, epoch: int, validation: Validation) -> None:
+        """Update the lowest losses."""
+        self.lowest_loss = [
+            min(low, loss) for low, loss in zip(self.lowest_loss, validation.unimodal_loss, strict=True)
+        ]
 
-    def numbers(self) -> dict[str, float]:
-        """Each modality's factor on the common learning rate."""
-        factors = zip(self.net.plan.modalities, self.given, self.optimization.rate, strict=True)
-        return {f"rate_{name}": given * rate for name, given, rate in factors}
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return each modality's factor on the common learning rate."""
+        factors = zip(self.net.config.modalities, self.initial_factors, self.optimization.lr_factors, strict=True)
+        return {f"rate_{name}": initial * rate for name, initial, rate in factors}
 
     def state_dict(self) -> dict[str, Any]:
-        """How far each has come."""
-        return {"first": list(self.first), "lowest": list(self.lowest)}
+        """Return the initial and the lowest losses."""
+        return {"first": list(self.initial_loss), "lowest": list(self.lowest_loss)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.first, self.lowest = list(state["first"]), list(state["lowest"])
+        """Load a state."""
+        self.initial_loss, self.lowest_loss = list(state["first"]), list(state["lowest"])

@@ -7,11 +7,11 @@ OGM-GE, Peng et al., "Balanced Multimodal Learning via On-the-fly Gradient Modul
 
 over the samples i of a step, c_i^j the probability of the true class by modality j alone. All gradients of encoder j
 are multiplied by k^j. GE, generalisation enhancement, adds Gaussian noise to them, in place of the noise of gradients
-that modulation took away. Only in epochs `first_epoch` to `last_epoch`.
+that modulation removed. Only in epochs `first_epoch` to `last_epoch`.
 
 Ours: the mean of the others for more than two modalities; weights of samples count in S; all parameters of an encoder
-are modulated and all its weights get noise (their code: those of convolutions alone); and where the noise comes from.
-Note that AdamW divides out a coefficient that stays the same; the paper's optimiser is SGD.
+are modulated and all its weights get noise (their code: those of convolutions alone); and the source of the noise. Note
+that AdamW divides out a coefficient that stays the same; the paper's optimiser is SGD.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from ..optimizer import Optimization
 from .balancer import Balancer
 from .config import BalancingConfig
 
-_SHIFTS = 1 << 20  # places of a window of noise: two windows are the same with a chance of one in a million
-_TIE = 1e-6  # a lead that rounding can give to one of several equals, where k would leap
+_NUM_OFFSETS = 1 << 20  # offsets of a window of noise: two windows are the same with a probability of one in a million
+_RATIO_TOLERANCE = 1e-6  # a lead that rounding can cause among equal modalities, where k would jump
 
 
-def mean_of_others(values: Tensor, known: Tensor) -> Tensor:
-    """Give for each modality the mean (m,) of the values (m,) of the others that are known (m,); 0 if none is."""
-    others = 1.0 - torch.eye(len(values), dtype=values.dtype, device=values.device)
-    count = others @ known.to(values.dtype)
-    return others @ torch.where(known, values, 0.0) / count.clamp(min=1.0)
+def mean_of_others(values: Tensor, valid: Tensor) -> Tensor:
+    """Compute for each modality the mean (m,) of the other modalities' valid values (m,); 0 if none is valid."""
+    off_diagonal = 1.0 - torch.eye(len(values), dtype=values.dtype, device=values.device)
+    count = off_diagonal @ valid.to(values.dtype)
+    return off_diagonal @ torch.where(valid, values, 0.0) / count.clamp(min=1.0)
 
 
-def damping(score: Tensor, *, alpha: float) -> Tensor:
-    """Give OGM's coefficients k (m,) in [0, 1] from scores S (m,), any multiple of them; low = far ahead.
+def ogm_coefficients(score: Tensor, *, alpha: float) -> Tensor:
+    """Compute OGM's coefficients k (m,) in [0, 1] from scores S (m,), any multiple of them; low = far ahead.
 
-    A modality that no sample of the step had has a score of 0: it is compared with none, and none with it.
+    A modality that no sample of the step uses has a score of 0: it is compared with none, and none with it.
     """
-    others = mean_of_others(score, score > 0)
-    ratio = score / torch.where(others > 0, others, torch.inf)
-    return torch.where(ratio > 1 + _TIE, 1.0 - (alpha * ratio).tanh(), 1.0)
+    other_scores = mean_of_others(score, score > 0)
+    ratio = score / torch.where(other_scores > 0, other_scores, torch.inf)
+    return torch.where(ratio > 1 + _RATIO_TOLERANCE, 1.0 - (alpha * ratio).tanh(), 1.0)
 
 
 class Ogm(Balancer):
-    """The modulation without the noise. The loss is the fused answer's; state: the epoch, and the last coefficients."""
+    """Modulation without noise. The loss is the fused one; state: the epoch, and the last coefficients."""
 
     def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
         super().__init__(net, optimization, config, epochs=epochs)
@@ -58,68 +58,68 @@ class Ogm(Balancer):
         self._coefficient = torch.ones(net.num_modalities, device=optimization.generator.device)
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
-        """Forget the last epoch's coefficients."""
+        """Reset the coefficients."""
         super().begin_epoch(epoch, model_reader)
         self._coefficient = torch.ones_like(self._coefficient)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Give the mean cross entropy of the fused answer."""
+        """Compute the mean cross entropy of the fused logits."""
         return self.fused_loss(outputs, batch)
 
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
-        """Slow the encoder of the modality that is ahead."""
+        """Scale down the gradients of the encoder that is ahead."""
         if not self.config.ogm.first_epoch <= self.epoch <= self.config.ogm.last_epoch:
             return
-        self._coefficient = damping(self.mean_confidence(outputs, batch)[1:], alpha=self.config.ogm.alpha)
+        self._coefficient = ogm_coefficients(self.mean_confidence(outputs, batch)[1:], alpha=self.config.ogm.alpha)
         self.scale_gradients(self._coefficient)
 
-    def numbers(self) -> dict[str, float]:
-        """Give the coefficients of the last step, by modality."""
-        named = zip(self.net.plan.modalities, self._coefficient.tolist(), strict=True)
-        return {f"coefficient_{name}": value for name, value in named}
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return the coefficients of the last step by modality."""
+        coefficients = zip(self.net.config.modalities, self._coefficient.tolist(), strict=True)
+        return {f"coefficient_{name}": value for name, value in coefficients}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what the next step depends on."""
+        """Return the state that the next step depends on."""
         return {"epoch": self.epoch, "coefficient": self._coefficient}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state."""
         self.epoch, self._coefficient = state["epoch"], state["coefficient"]
 
 
 class OgmGe(Ogm):
-    """The modulation with the noise: every weight of every encoder gets noise of its gradient's own deviation.
+    """Modulation with noise: every weight of every encoder gets noise with its gradient's standard deviation.
 
-    As in their code the deviation, + 1e-8, is that before the modulation, and the encoders that are not ahead get noise
-    too. What the noise is drawn from is ours: windows, at a chance place and with a chance sign, of one long row of
-    draws. Within a weight and a step they are independent; drawn anew, on a CPU they took 13% of a step of two encoders
-    of 1024 x 512.
+    As in their code the deviation, + 1e-8, is that before the modulation, and encoders that are not ahead get noise
+    too. The source of the noise is ours: windows, at a random offset and with a random sign, of one long row of draws.
+    Within a weight and a step they are independent; new draws took 13% of a step of two encoders of 1024 x 512 on a
+    CPU.
     """
 
     def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
         super().__init__(net, optimization, config, epochs=epochs)
         device = optimization.generator.device
         largest = max(weight.numel() for weight in net.encoders.parameters())
-        self._row = torch.empty(largest + _SHIFTS, device=device)
+        self._row = torch.empty(largest + _NUM_OFFSETS, device=device)
         self._row.normal_(generator=torch.Generator(device).manual_seed(0))
 
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
-        """Slow the encoder of the modality that is ahead, and shake all."""
+        """Scale down the gradients of the encoder that is ahead, and add noise to all."""
         if not self.config.ogm.first_epoch <= self.epoch <= self.config.ogm.last_epoch:
             return
         gradients = [p.grad for p in self.net.encoders.parameters() if p.grad is not None and p.ndim >= 2]
-        deviations = [_deviation(gradient) + 1e-8 for gradient in gradients]
+        deviations = [_standard_deviation(gradient) + 1e-8 for gradient in gradients]
         super().modulate(outputs, batch)
-        # The seed of the step, alike in all processes; known without asking the device.
-        chance = Random(self.optimization.generator.initial_seed())
+        # The seed of the step, equal in all processes; available without synchronising the device.
+        rng = Random(self.optimization.generator.initial_seed())
         for gradient, deviation in zip(gradients, deviations, strict=True):
-            start, sign = chance.randrange(_SHIFTS), chance.choice((-1.0, 1.0))
+            start, sign = rng.randrange(_NUM_OFFSETS), rng.choice((-1.0, 1.0))
             noise = self._row[start : start + gradient.numel()].view_as(gradient)
             gradient.addcmul_(noise, deviation, value=sign)
 
 
-def _deviation(gradient: Tensor) -> Tensor:
-    """Give the standard deviation, by the mean square: on a CPU torch's own takes five times as long."""
+def _standard_deviation(gradient: Tensor) -> Tensor:
+    """Compute the standard deviation from the mean square: on a CPU torch's function takes five times as long."""
     square = torch.linalg.vector_norm(gradient).square() / gradient.numel()
-    found: Tensor = (square - gradient.mean().square()).clamp(min=0).sqrt()
-    return found
+    deviation: Tensor = (square - gradient.mean().square()).clamp(min=0).sqrt()
+    return deviation

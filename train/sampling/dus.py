@@ -17,7 +17,7 @@ import numpy as np
 from ...audit.errors import ConfigError
 from ...audit.hashing import hash_rank
 from ...rebalance.curriculum import OrderConfig, order_of
-from ..batches import Batch, ModelReader, Rows, Step
+from ..batches import Batch, ModelReader, RowIndex, Step
 from ..fusion import Mmtm
 from ..network import FusionNet, Outputs
 from .config import DusConfig
@@ -28,222 +28,234 @@ log = logging.getLogger("mmaudit")
 
 
 def cumulative_discrepancy(confidence: Sequence[float]) -> list[float]:
-    """D^j = s_hat^j - mean of the others' s_hat, (m,) in [-1, 1]: above 0, modality j is ahead. The form is ours."""
-    total, others = sum(confidence), len(confidence) - 1
-    return [each - (total - each) / others for each in confidence]
+    """Compute D^j = s_hat^j - mean of the others' s_hat, (m,) in [-1, 1]: above 0, j is ahead. The form is ours."""
+    total, num_others = sum(confidence), len(confidence) - 1
+    return [value - (total - value) / num_others for value in confidence]
 
 
 def lagging_quantities(confidence: Sequence[float], *, batch_size: int, config: DusConfig) -> list[int]:
-    """Give the samples of each modality (m,): more for the one that lags in cumulative confidence. The form is ours.
+    """Compute the samples of each modality (m,): more for a lower cumulative confidence. The form is ours.
 
-    n^j = clip(round(b (1 + kappa (mean - s_hat^j) / mean)), least b, most b), mean over the modalities; b for all where
-    the confidences differ by no more than the dead zone.
+    n^j = clip(round(b (1 + kappa (mean - s_hat^j) / mean)), min_share b, max_share b), mean over the modalities; b for
+    all where the confidences differ by no more than the dead zone.
     """
     mean = sum(confidence) / len(confidence)
     if mean <= 0 or max(confidence) - min(confidence) <= config.dead_zone:
         return [batch_size] * len(confidence)
-    shares = [1 + config.kappa * (mean - each) / mean for each in confidence]
+    shares = [1 + config.kappa * (mean - value) / mean for value in confidence]
     return [_quantity(share, batch_size=batch_size, config=config) for share in shares]
 
 
 def _quantity(share: float, *, batch_size: int, config: DusConfig) -> int:
-    """Give a share of the batch size in whole samples, one at least."""
-    least, most = max(1, round(config.least * batch_size)), round(config.most * batch_size)
-    return min(max(round(share * batch_size), least), most)
+    """Return a share of the batch size in whole samples, at least one, within the configured bounds."""
+    minimum, maximum = max(1, round(config.min_share * batch_size)), round(config.max_share * batch_size)
+    return min(max(round(share * batch_size), minimum), maximum)
 
 
 class Dus(Sampler):
     """DUS (arXiv 2503.03792): each step has n^j samples of modality j, by the cumulative confidences.
 
-    s_hat_t^j = (t - 1) / t s_hat_{t-1}^j + s_t^j / t, where s_t^j is the step's mean confidence of modality j in the
-    true class over the samples that it hears, by their weights.
-    Paired (ours): a step has the next max_j n^j rows of a shuffled pass. Modality j hears the first n^j of them, the
-    fused loss learns from the first min_j n^j. The epoch ends when the pass does; its last step may have fewer rows.
-    Not paired: each modality has a pass of its own, no row is heard in two modalities at once, and the epoch ends when
-    the first pass does. There is nothing then that a fused loss could learn from: it is refused where the fused answer
-    is more than what the modalities say alone.
-    Within a step rows are dealt out evenly by the modalities that hear them, so that every process has some of all.
+    s_hat_t^j = (t - 1) / t s_hat_{t-1}^j + s_t^j / t, where s_t^j is the step's weighted mean confidence of modality j
+    in the true class over the samples that use it.
+
+    Paired (ours): a step has the next max_j n^j rows of a shuffled pass. Modality j uses the first n^j of them, the
+    fused loss the first min_j n^j. The epoch ends when the pass does; its last step may have fewer rows. Not paired:
+    each modality has its own pass, no row is used in two modalities at once, and the epoch ends when the first pass
+    does. There are then no samples for a fused loss: unpaired sampling is an error where the fusion has weights that
+    the unimodal logits do not use.
+
+    Within a step rows are interleaved evenly by the modalities that use them, so that every process gets some of each.
     """
 
     adaptive = True
 
-    def begin(self) -> None:
-        """Begin with the batch size for all."""
+    def initialize(self) -> None:
+        """Start with the batch size for all modalities."""
         m = self.pool.num_modalities
-        self.heard = 0  # steps, t
+        self.num_observed = 0  # steps, t
         self.confidence = [0.0] * m  # s_hat
-        self.fused = 0.0  # the same of the fused answer
+        self.fused = 0.0  # s_hat of the fused logits
         self.quantities = [self.batch_size] * m
         self._names = [str(j) for j in range(m)]
-        self._epoch, self._taken, self._at = 0, 0, [0] * m
+        self._epoch, self._num_steps, self._positions = 0, 0, [0] * m
         self._sampled = [0] * m  # in this epoch
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
-        """Refuse samples without pairs where only pairs would teach the fused answer."""
-        self._names = list(model_reader.net.plan.modalities)
-        if not self.config.dus.paired and _wants_pairs(model_reader.net):
-            beside = " beside each modality's own head" if model_reader.net.plan.own_heads else ""
+        """Raise ConfigError for unpaired samples where only pairs train the fusion."""
+        self._names = list(model_reader.net.config.modalities)
+        if not self.config.dus.paired and _needs_pairs(model_reader.net):
+            own_heads_text = " beside each modality's own head" if model_reader.net.config.own_heads else ""
             raise ConfigError(
-                f"sampling.dus.paired = false leaves no pairs, and nothing else teaches the classifier of "
-                f"--fusion {model_reader.net.plan.fusion}{beside}; "
-                "take --fusion concat or late, without heads of their own, or pairs"
+                f"sampling.dus.paired = false leaves no pairs, and nothing else trains the classifier of "
+                f"--fusion {model_reader.net.config.fusion}{own_heads_text}; "
+                "use --fusion concat or late without own_heads, or paired samples"
             )
 
     def steps(self, epoch: int, *, after: int = 0) -> Iterator[Step]:
-        """Give steps by what has been observed until each is asked for; `after` > 0 goes on from a state."""
+        """Yield steps by the quantities at the time each is requested; `after` > 0 continues from a state."""
         passes = self._passes(epoch)
         if after == 0:
-            self._epoch, self._taken, self._at = epoch, 0, [0] * len(passes)
+            self._epoch, self._num_steps, self._positions = epoch, 0, [0] * len(passes)
             self._sampled = [0] * self.pool.num_modalities
-        assert (self._epoch, self._taken) == (epoch, after), "a run goes on from the state after its last step"
-        while max(self._at) < len(self.pool):
-            step = self._paired(passes[0]) if self.config.dus.paired else self._single(passes)
-            self._taken += 1
+        assert (self._epoch, self._num_steps) == (epoch, after), "a run resumes from the state after its last step"
+        while max(self._positions) < len(self.pool):
+            step = self._paired_step(passes[0]) if self.config.dus.paired else self._unpaired_step(passes)
+            self._num_steps += 1
             yield step
 
-    def _passes(self, epoch: int) -> list[Rows]:
-        """Give the shuffled pass of all modalities, or that of each."""
+    def _passes(self, epoch: int) -> list[RowIndex]:
+        """Return one shuffled pass for all modalities, or one for each."""
         pool, config = self.pool, OrderConfig(order="shuffled")
         seeds = [self.seed]
         if not self.config.dus.paired:
             seeds = hash_rank(map(str, range(pool.num_modalities)), seed=self.seed, purpose="dus").tolist()
         return [order_of(rank=pool.rank, key=pool.key, config=config, seed=seed, epoch=epoch) for seed in seeds]
 
-    def _paired(self, order: Rows) -> Step:
-        rows = order[self._at[0] : self._at[0] + max(self.quantities)]
-        self._at[0] += len(rows)
-        found = [min(number, len(rows)) for number in self.quantities]
-        self._count(found)
-        if min(found) == len(rows):
+    def _paired_step(self, order: RowIndex) -> Step:
+        rows = order[self._positions[0] : self._positions[0] + max(self.quantities)]
+        self._positions[0] += len(rows)
+        counts = [min(number, len(rows)) for number in self.quantities]
+        self._count(counts)
+        if min(counts) == len(rows):
             return Step(rows=rows)
-        ends = sorted({0, *found})
-        turn = _deal([last - first for first, last in pairwise(ends)])
-        present = turn[:, None] < np.array(found)
-        return Step(rows=rows[turn], present=present, fused=turn < min(found))
+        ends = sorted({0, *counts})
+        order_of_rows = _interleave([last - first for first, last in pairwise(ends)])
+        modality_mask = order_of_rows[:, None] < np.array(counts)
+        return Step(rows=rows[order_of_rows], present=modality_mask, fused=order_of_rows < min(counts))
 
-    def _single(self, orders: Sequence[Rows]) -> Step:
-        each = [order[at : at + n] for order, at, n in zip(orders, self._at, self.quantities, strict=True)]
-        found = [len(rows) for rows in each]
-        self._at = [at + n for at, n in zip(self._at, found, strict=True)]
-        self._count(found)
-        turn = _deal(found)
-        modality = np.repeat(np.arange(len(each)), found)[turn]
-        present = modality[:, None] == np.arange(len(each))
-        return Step(rows=np.concatenate(each)[turn], present=present, fused=np.zeros(len(turn), dtype=np.bool_))
+    def _unpaired_step(self, orders: Sequence[RowIndex]) -> Step:
+        rows_by_modality = [
+            order[start : start + n] for order, start, n in zip(orders, self._positions, self.quantities, strict=True)
+        ]
+        counts = [len(rows) for rows in rows_by_modality]
+        self._positions = [start + n for start, n in zip(self._positions, counts, strict=True)]
+        self._count(counts)
+        order_of_rows = _interleave(counts)
+        modality = np.repeat(np.arange(len(rows_by_modality)), counts)[order_of_rows]
+        modality_mask = modality[:, None] == np.arange(len(rows_by_modality))
+        return Step(
+            rows=np.concatenate(rows_by_modality)[order_of_rows],
+            present=modality_mask,
+            fused=np.zeros(len(order_of_rows), dtype=np.bool_),
+        )
 
-    def _count(self, found: Sequence[int]) -> None:
-        self._sampled = [before + n for before, n in zip(self._sampled, found, strict=True)]
+    def _count(self, counts: Sequence[int]) -> None:
+        self._sampled = [before + n for before, n in zip(self._sampled, counts, strict=True)]
 
     def observe(self, outputs: Outputs, batch: Batch) -> None:
-        """Take the step's confidences into the running means, and choose the next quantities by them."""
+        """Update the running means with the step's confidences, and the next quantities by them."""
         means = (outputs.confidence(batch.label) * batch.loss_weight).sum(dim=1)
         self.distributed.sum_([means])
-        fused, *own = means.tolist()
-        if not all(map(math.isfinite, (fused, *own))):
-            return  # a step that overflowed in float16 says nothing, and its gradients are not taken either
-        self.heard += 1
-        self.fused += (fused - self.fused) / self.heard
-        self.confidence = [mean + (new - mean) / self.heard for mean, new in zip(self.confidence, own, strict=True)]
+        fused, *unimodal = means.tolist()
+        if not all(map(math.isfinite, (fused, *unimodal))):
+            return  # a step that overflowed in float16 is ignored; its gradients are not applied either
+        self.num_observed += 1
+        self.fused += (fused - self.fused) / self.num_observed
+        self.confidence = [
+            mean + (new - mean) / self.num_observed for mean, new in zip(self.confidence, unimodal, strict=True)
+        ]
         discrepancy = cumulative_discrepancy(self.confidence)
-        self.quantities = self.choose(discrepancy)
-        log.debug("step %d: cumulative discrepancy %s, next samples %s", self.heard, discrepancy, self.quantities)
+        self.quantities = self.choose_quantities(discrepancy)
+        log.debug(
+            "step %d: cumulative discrepancy %s, next samples %s", self.num_observed, discrepancy, self.quantities
+        )
 
     @abstractmethod
-    def choose(self, discrepancy: list[float]) -> list[int]:
-        """Give the next quantities (m,), which follow from the cumulative confidences and their discrepancy (m,)."""
+    def choose_quantities(self, discrepancy: list[float]) -> list[int]:
+        """Return the next quantities (m,), from the cumulative confidences and their discrepancy (m,)."""
 
-    def numbers(self) -> dict[str, float]:
-        """Give the last cumulative confidences and discrepancies, and the mean number of samples a step."""
-        named = list(enumerate(self._names))
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return the last cumulative confidences and discrepancies, and the mean number of samples per step."""
+        names = list(enumerate(self._names))
         discrepancy = cumulative_discrepancy(self.confidence)
         return {
-            **{f"cumulative_confidence_{name}": self.confidence[j] for j, name in named},
-            **{f"cumulative_discrepancy_{name}": discrepancy[j] for j, name in named},
-            **{f"samples_{name}": self._sampled[j] / max(1, self._taken) for j, name in named},
+            **{f"cumulative_confidence_{name}": self.confidence[j] for j, name in names},
+            **{f"cumulative_discrepancy_{name}": discrepancy[j] for j, name in names},
+            **{f"samples_{name}": self._sampled[j] / max(1, self._num_steps) for j, name in names},
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the running means, what was chosen for the next step, and where the epoch stands."""
+        """Return the running means, the quantities of the next step, and the position in the epoch."""
         return {
-            "heard": self.heard,
+            "heard": self.num_observed,
             "confidence": list(self.confidence),
             "fused": self.fused,
             "quantities": list(self.quantities),
             "names": list(self._names),
             "epoch": self._epoch,
-            "taken": self._taken,
-            "at": list(self._at),
+            "taken": self._num_steps,
+            "at": list(self._positions),
             "sampled": list(self._sampled),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.heard, self.confidence, self.fused = state["heard"], list(state["confidence"]), state["fused"]
+        """Load a state."""
+        self.num_observed, self.confidence, self.fused = state["heard"], list(state["confidence"]), state["fused"]
         self.quantities, self._names = list(state["quantities"]), list(state["names"])
-        self._epoch, self._taken = state["epoch"], state["taken"]
-        self._at, self._sampled = list(state["at"]), list(state["sampled"])
+        self._epoch, self._num_steps = state["epoch"], state["taken"]
+        self._positions, self._sampled = list(state["at"]), list(state["sampled"])
 
 
 class DusH(Dus):
-    """DUS-H, the heuristic: the quantities follow from how far each modality lags."""
+    """DUS-H, the heuristic: the quantities follow from how far each modality is behind."""
 
-    def choose(self, discrepancy: list[float]) -> list[int]:
+    def choose_quantities(self, discrepancy: list[float]) -> list[int]:
         """See lagging_quantities."""
         return lagging_quantities(self.confidence, batch_size=self.batch_size, config=self.config.dus)
 
 
 class DusRl(Dus):
-    """DUS-RL, learned: a policy sees (s_hat^1..m, D^1..m) and chooses a multiple of the batch size for each modality.
+    """DUS-RL, learned: a policy maps (s_hat^1..m, D^1..m) to a multiple of the batch size for each modality.
 
-    reward = max_j |D_t^j| - max_j |D_{t+1}^j| + eta (change of the fused answer's cumulative confidence). The paper has
-    such a policy, state and action; the multiples, the reward and the policy's constants are ours, and so is that the
-    fused confidence is cumulative, as D is: a step's own would be all noise beside it. No pairs, no such change. It
-    chooses once in `every_steps` steps (ours), where the paper chooses in each: beside a step of 14 ms a choice takes
-    half a millisecond, since all that it needs has left the processor's cache.
+    reward = max_j |D_t^j| - max_j |D_{t+1}^j| + eta (change of the fused prediction's cumulative confidence). The paper
+    has such a policy, state and action; the multiples, the reward and the policy's constants are ours, and so is that
+    the fused confidence is cumulative, as D is: a single step's would be mostly noise. Without pairs that change is 0.
+    It acts once in `every_steps` steps (ours), where the paper acts in each: an action takes half a millisecond beside
+    a step of 14 ms, since all its data has left the processor's cache.
     """
 
-    def begin(self) -> None:
+    def initialize(self) -> None:
         """Draw the policy from the seed, the same one in all processes."""
-        super().begin()
+        super().initialize()
         m = self.pool.num_modalities
         seed = int(hash_rank(["policy"], seed=self.seed, purpose="dus")[0] >> np.uint64(1))
         self.policy = Policy(self.config.dus, num_inputs=2 * m, num_modalities=m, seed=seed)
-        self._before: tuple[float, float] | None = None  # largest |D| and fused confidence at the last choice
+        self._last_values: tuple[float, float] | None = None  # largest |D| and fused confidence at the last action
 
-    def choose(self, discrepancy: list[float]) -> list[int]:
-        """Learn from what came of the last choice, and make the next, if it is time."""
-        if (self.heard - 1) % self.config.dus.every_steps:
+    def choose_quantities(self, discrepancy: list[float]) -> list[int]:
+        """Update the policy with the reward of the last action and choose the next, every `every_steps` steps."""
+        if (self.num_observed - 1) % self.config.dus.every_steps:
             return self.quantities
         dus, largest = self.config.dus, max(map(abs, discrepancy))
-        if self._before is not None:
-            reward = self._before[0] - largest + dus.eta * (self.fused - self._before[1])
+        if self._last_values is not None:
+            reward = self._last_values[0] - largest + dus.eta * (self.fused - self._last_values[1])
             self.policy.learn(reward)
-        self._before = (largest, self.fused)
-        chosen = self.policy.act([*self.confidence, *discrepancy])
-        return [_quantity(dus.multipliers[c], batch_size=self.batch_size, config=dus) for c in chosen]
+        self._last_values = (largest, self.fused)
+        actions = self.policy.act([*self.confidence, *discrepancy])
+        return [_quantity(dus.multipliers[c], batch_size=self.batch_size, config=dus) for c in actions]
 
-    def numbers(self) -> dict[str, float]:
+    def epoch_metrics(self) -> dict[str, float]:
         """Add the running mean of rewards."""
-        return {**super().numbers(), "policy_reward": self.policy.baseline}
+        return {**super().epoch_metrics(), "policy_reward": self.policy.baseline}
 
     def state_dict(self) -> dict[str, Any]:
         """Add the policy."""
-        before = None if self._before is None else list(self._before)
+        before = None if self._last_values is None else list(self._last_values)
         return {**super().state_dict(), "policy": self.policy.state_dict(), "before": before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state."""
         super().load_state_dict(state)
         self.policy.load_state_dict(state["policy"])
-        self._before = None if state["before"] is None else (state["before"][0], state["before"][1])
+        self._last_values = None if state["before"] is None else (state["before"][0], state["before"][1])
 
 
-def _deal(sizes: Sequence[int]) -> Rows:
-    """Give an order of blocks that follow each other, of these sizes, in which each is evenly spread over the whole."""
-    place = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
-    return np.argsort(place, kind="stable")
+def _interleave(sizes: Sequence[int]) -> RowIndex:
+    """Return an order of consecutive blocks of these sizes that spreads each block evenly over the whole."""
+    positions = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    return np.argsort(positions, kind="stable")
 
 
-def _wants_pairs(net: FusionNet) -> bool:
-    """Tell whether the fused answer has weights that what each modality says alone has no part in."""
+def _needs_pairs(net: FusionNet) -> bool:
+    """Whether the fused logits have weights that the unimodal logits do not use."""
     return net.has_own_heads or isinstance(net.fusion, Mmtm)

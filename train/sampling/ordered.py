@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...rebalance.curriculum import order_of
-from ..batches import Rows, Step, split_order
+from ..batches import RowIndex, Step, split_order
 from .sampler import Sampler
 
 
@@ -18,15 +18,15 @@ class Ordered(Sampler):
     """An epoch is an order of rows, cut into batches."""
 
     @abstractmethod
-    def rows(self, epoch: int) -> Rows:
-        """Give the rows (n',) that epoch 1, 2, ... sees, in order."""
+    def rows(self, epoch: int) -> RowIndex:
+        """Return the rows (n',) of epoch 1, 2, ..., in order."""
 
     def steps(self, epoch: int, *, after: int = 0) -> Iterator[Step]:
         """Cut the order into steps of the batch size; the last may be smaller."""
         return iter(split_order(self.rows(epoch), batch_size=self.batch_size, after=after))
 
-    def in_order(self, name: str, epoch: int, *, balance: NDArray[np.float64] | None = None) -> Rows:
-        """Give the rows of the order of that name, one of ORDERS: what `mmaudit order` shows. balance: see order_of."""
+    def in_order(self, name: str, epoch: int, *, balance: NDArray[np.float64] | None = None) -> RowIndex:
+        """Return the rows in an order of ORDERS, as `mmaudit order` prints it. balance: see order_of."""
         pool, config = self.pool, replace(self.order, order=name)
         return order_of(rank=pool.rank, key=pool.key, balance=balance, config=config, seed=self.seed, epoch=epoch)
 
@@ -34,7 +34,7 @@ class Ordered(Sampler):
 class Uniform(Ordered):
     """Every sample once an epoch, shuffled."""
 
-    def rows(self, epoch: int) -> Rows:
+    def rows(self, epoch: int) -> RowIndex:
         """Shuffle all rows."""
         return self.in_order("shuffled", epoch)
 
@@ -46,14 +46,14 @@ class BssH(Ordered):
     0.186 at t = 1, and all from t = 40 on.
     """
 
-    def rows(self, epoch: int) -> Rows:
+    def rows(self, epoch: int) -> RowIndex:
         """Shuffle the most balanced floor(n lambda(epoch)) rows."""
         return self.in_order("curriculum", epoch)
 
 
 class AntiCurriculum(Ordered):
-    """The control of BSS-H: the least balanced share comes first. It should hurt."""
+    """The control of BSS-H: the least balanced share comes first. It should reduce the accuracy."""
 
-    def rows(self, epoch: int) -> Rows:
+    def rows(self, epoch: int) -> RowIndex:
         """Shuffle the least balanced floor(n lambda(epoch)) rows."""
         return self.in_order("anti-curriculum", epoch)

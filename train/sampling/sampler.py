@@ -39,9 +39,9 @@ class Pool:
 
 
 class Sampler(ABC):
-    """One way to sample. What it draws follows from pool, seed, epoch, step and its state, in all processes alike."""
+    """One sampling method. Its draws follow from pool, seed, epoch, step and its state, equal in all processes."""
 
-    adaptive = False  # whether a step depends on what the network said at the last one: then nothing is read ahead
+    adaptive = False  # whether a step depends on the outputs of the last one, which rules out reading ahead
 
     def __init__(
         self,
@@ -55,31 +55,31 @@ class Sampler(ABC):
     ) -> None:
         self.pool, self.config, self.order = pool, config, order
         self.batch_size, self.seed, self.distributed = batch_size, seed, distributed
-        self.begin()
+        self.initialize()
 
-    def begin(self) -> None:
-        """Check that the pool has what is drawn by (ManifestError), and make what is carried from step to step."""
+    def initialize(self) -> None:
+        """Check that the pool has the columns it draws by (ManifestError), and set up the state."""
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
-        """Look at the model before epoch 1, 2, ..., if need be."""
+        """Evaluate the model before epoch 1, 2, ..., if the method needs it."""
 
     @abstractmethod
     def steps(self, epoch: int, *, after: int = 0) -> Iterator[Step]:
-        """Give the steps of an epoch, but for the first `after`, which a run that was interrupted has taken."""
+        """Yield the steps of an epoch without the first `after`, which an interrupted run has done."""
 
     def observe(self, outputs: Outputs, batch: Batch) -> None:
-        """Take note of what the network said of a step, in training."""
+        """Update the sampler with the outputs of a training step."""
 
-    def numbers(self) -> dict[str, float]:
-        """Give what is worth a column of history.jsonl, as it stands after an epoch."""
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return the sampler's columns of history.jsonl at the end of an epoch."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what the next steps depend on: tensors and plain values."""
+        """Return the state that the next steps depend on: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state."""
 
 
 def build_sampler(
@@ -92,8 +92,8 @@ def build_sampler(
     seed: int,
     distributed: DistributedContext,
 ) -> Sampler:
-    """Make the sampler of that name, one of SAMPLERS. Raises ManifestError where the pool lacks what it draws by."""
-    module, _, found = SAMPLERS[name].partition(":")
-    type_ = getattr(import_module(f".{module}", __package__), found)
-    made: Sampler = type_(pool, config, order, batch_size=batch_size, seed=seed, distributed=distributed)
-    return made
+    """Build the sampler of a name in SAMPLERS. Raises ManifestError where the pool lacks a column it draws by."""
+    module, _, class_name = SAMPLERS[name].partition(":")
+    sampler_class = getattr(import_module(f".{module}", __package__), class_name)
+    sampler: Sampler = sampler_class(pool, config, order, batch_size=batch_size, seed=seed, distributed=distributed)
+    return sampler

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ...audit.hashing import hash_rank
 from ...audit.metrics import Floats, shapley
 from ...rebalance.curriculum import OrderConfig, order_of
-from ..batches import ModelReader, Rows, Step, split_order
-from ..contribution import right_of_sets, sets_to_ask
+from ..batches import ModelReader, RowIndex, Step, split_order
+from ..contribution import correct_by_set, shapley_sets
 from .sampler import Sampler
 
 Copies = NDArray[np.int16]
@@ -25,78 +25,78 @@ Copies = NDArray[np.int16]
 class Smv(Sampler):
     """Sample-level resampling of SMV (Wei et al., CVPR 2024), by each modality's Shapley value for each sample.
 
-    Before some epochs the model is read: phi_i^j is the Shapley value of modality j for sample i, where a set of
-    modalities is worth their number if the fused answer is right when only they are there, else 0. A modality with
-    phi < 1 adds less than its share; the sample is then seen some more times in that modality alone (see `num_copies`),
-    shuffled among the others, and the fused loss learns from these copies too. Until the first reading an epoch is a
-    shuffled pass. When the model is read, and how many copies there are between 1 and 3, are ours.
+    Before some epochs the model is evaluated: phi_i^j is the Shapley value of modality j for sample i, where the value
+    of a set of modalities is its size if the fused prediction is correct with only the set present, else 0. A modality
+    with phi < 1 contributes less than its share; the sample is then repeated in that modality alone (see `num_copies`),
+    shuffled among the others, and the fused loss trains on these copies too. Until the first evaluation an epoch is a
+    shuffled pass. When the model is evaluated, and the number of copies between 1 and 3, are ours.
     """
 
-    def begin(self) -> None:
-        """Begin without copies."""
+    def initialize(self) -> None:
+        """Start without copies."""
         self.copies: Copies = np.zeros((self.pool.num_modalities, len(self.pool)), dtype=np.int16)
-        self._values: list[float] = []  # mean phi by modality, none as yet
+        self._values: list[float] = []  # mean phi by modality, empty before the first evaluation
         self._names = [str(j) for j in range(self.pool.num_modalities)]
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
-        """Read the model, if it is time."""
-        self._names = list(model_reader.net.plan.modalities)
+        """Evaluate the model every `every_epochs` epochs after the warm-up."""
+        self._names = list(model_reader.net.config.modalities)
         smv = self.config.smv
         since = epoch - 1 - smv.warmup_epochs
         if since < 0 or since % smv.every_epochs:
             return
-        sets = [chosen for chosen in sets_to_ask(self.pool.num_modalities) if chosen]
-        right = dict(zip(sets, model_reader.read(right_of_sets(model_reader.net, sets)).cpu().numpy(), strict=True))
-        phi = shapley(lambda chosen: len(chosen) * right[chosen], self.pool.num_modalities)
-        self.copies = num_copies(phi, most=smv.most_copies).T.copy()
+        sets = [modality_set for modality_set in shapley_sets(self.pool.num_modalities) if modality_set]
+        correct = dict(zip(sets, model_reader.read(correct_by_set(model_reader.net, sets)).cpu().numpy(), strict=True))
+        phi = shapley(lambda modality_set: len(modality_set) * correct[modality_set], self.pool.num_modalities)
+        self.copies = num_copies(phi, max_copies=smv.max_copies).T.copy()
         self._values = phi.mean(axis=0).tolist()
 
     def steps(self, epoch: int, *, after: int = 0) -> Iterator[Step]:
-        """Give a shuffled pass over all samples and their copies."""
-        rows, alone, key = self._everything()
+        """Yield a shuffled pass over all samples and their copies."""
+        rows, alone, key = self._samples_and_copies()
         rank, config = np.zeros(len(rows), dtype=np.int64), OrderConfig(order="shuffled")
         order = order_of(rank=rank, key=key, config=config, seed=self.seed, epoch=epoch)
-        everyone = np.arange(self.pool.num_modalities)
+        modalities = np.arange(self.pool.num_modalities)
         for step in split_order(order, batch_size=self.batch_size, after=after):
-            only = alone[step.rows][:, None]
-            present = (only < 0) | (only == everyone)
-            yield Step(rows=rows[step.rows], present=None if present.all() else present)
+            single_modality = alone[step.rows][:, None]
+            modality_mask = (single_modality < 0) | (single_modality == modalities)
+            yield Step(rows=rows[step.rows], present=None if modality_mask.all() else modality_mask)
 
-    def _everything(self) -> tuple[Rows, NDArray[np.int8], NDArray[np.uint64]]:
-        """Give samples and copies (n',): rows, the modality that is there alone or -1, and keys, each one's own."""
-        every = np.arange(len(self.pool))
-        rows, alone, key = [every], [np.full(len(every), -1, dtype=np.int8)], [self.pool.key]
+    def _samples_and_copies(self) -> tuple[RowIndex, NDArray[np.int8], NDArray[np.uint64]]:
+        """Return rows of samples and copies (n',), the only modality of a copy or -1, and a unique key of each."""
+        all_rows = np.arange(len(self.pool))
+        rows, alone, key = [all_rows], [np.full(len(all_rows), -1, dtype=np.int8)], [self.pool.key]
         for j, copies in enumerate(self.copies):
-            for number in range(int(copies.max())):
-                some = np.flatnonzero(copies > number)
-                word = hash_rank([f"{j} {number}"], seed=0, purpose="smv")
-                rows.append(some)
-                alone.append(np.full(len(some), j, dtype=np.int8))
-                key.append(self.pool.key[some] ^ word)
+            for copy_number in range(int(copies.max())):
+                copied_rows = np.flatnonzero(copies > copy_number)
+                salt = hash_rank([f"{j} {copy_number}"], seed=0, purpose="smv")
+                rows.append(copied_rows)
+                alone.append(np.full(len(copied_rows), j, dtype=np.int8))
+                key.append(self.pool.key[copied_rows] ^ salt)
         return np.concatenate(rows), np.concatenate(alone), np.concatenate(key)
 
-    def numbers(self) -> dict[str, float]:
-        """Give the mean Shapley value of each modality at the last reading, and its mean number of copies a sample."""
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return each modality's mean Shapley value at the last evaluation and mean copies per sample."""
         copies = self.copies.mean(axis=1).tolist()
         values = {f"shapley_{name}": value for name, value in zip(self._names, self._values, strict=False)}
         return {**values, **{f"copies_{name}": mean for name, mean in zip(self._names, copies, strict=True)}}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what the last reading found."""
+        """Return the results of the last evaluation."""
         return {"copies": torch.from_numpy(self.copies), "values": list(self._values), "names": list(self._names)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state."""
         self.copies = state["copies"].cpu().numpy()
         self._values, self._names = list(state["values"]), list(state["names"])
 
 
-def num_copies(value: Floats, *, most: int) -> Copies:
-    """Give the extra copies of each modality of each sample, (n, m) in [0, most], from Shapley values (n, m).
+def num_copies(value: Floats, *, max_copies: int) -> Copies:
+    """Compute the extra copies of each modality of each sample, (n, m) in [0, max_copies], from Shapley values (n, m).
 
-    None from 1 on, then evenly more, rounded up, to `most` at the least value that there can be, -(m - 1) / 2: of two
-    modalities 1 copy at 1/2, 2 at 0, 3 at -1/2. The lower the value the more often is SMV's; the steps are ours.
+    None from 1 on, then evenly more, rounded up, to `max_copies` at the smallest possible value, -(m - 1) / 2: of two
+    modalities 1 copy at 1/2, 2 at 0, 3 at -1/2. More copies for lower values are SMV's; the steps are ours.
     """
-    lacks = (1 - value.astype(np.float64)) / (1 + (value.shape[1] - 1) / 2)
-    copies: Copies = np.clip(np.ceil(most * lacks - 1e-6), 0, most).astype(np.int16)
+    deficit = (1 - value.astype(np.float64)) / (1 + (value.shape[1] - 1) / 2)
+    copies: Copies = np.clip(np.ceil(max_copies * deficit - 1e-6), 0, max_copies).astype(np.int16)
     return copies

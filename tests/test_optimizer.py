@@ -1,4 +1,4 @@
-"""Laws of the update: a step is torch's own, whatever stands around it, and so in one process or two."""
+"""Tests of optimiser steps: equal to torch's, in one process or two."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from mmaudit.train.optimizer import Optimization
 
 torch.set_num_threads(1)
 
-PLAN = ModelConfig(modalities=("audio", "visual"), shapes=((5,), (3,)), classes=tuple("abcd"), hidden=7, dropout=0.0)
+CONFIG = ModelConfig(modalities=("audio", "visual"), shapes=((5,), (3,)), classes=tuple("abcd"), hidden=7, dropout=0.0)
 LABEL = torch.arange(11) % 4
 
 
-def net_of(**options: Any) -> FusionNet:
+def build_net(**options: Any) -> FusionNet:
     torch.manual_seed(0)
-    return FusionNet(ModelConfig(**{**{name: getattr(PLAN, name) for name in PLAN.__slots__}, **options}))
+    return FusionNet(ModelConfig(**{**{name: getattr(CONFIG, name) for name in CONFIG.__slots__}, **options}))
 
 
-def update_of(net: FusionNet, **options: Any) -> Optimization:
+def build_optimization(net: FusionNet, **options: Any) -> Optimization:
     settings: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.1, **options}
     return Optimization(net, OptimConfig(**settings), device="cpu", distributed=SINGLE_PROCESS)
 
 
-def some(step: int = 0) -> list[Tensor]:
+def random_inputs(step: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(step)
     return [torch.randn(11, 5, generator=generator), torch.randn(11, 3, generator=generator)]
 
 
 def loss_of(net: FusionNet, step: int = 0) -> Tensor:
-    fused, own = cross_entropies(net(some(step)), LABEL)
-    return fused.mean() + own.mean(dim=1).sum()
+    fused, unimodal = cross_entropies(net(random_inputs(step)), LABEL)
+    return fused.mean() + unimodal.mean(dim=1).sum()
 
 
-def take_steps(optimization: Optimization, number: int = 3, *, first: int = 0) -> None:
-    for step in range(first, first + number):
+def take_steps(optimization: Optimization, num_steps: int = 3, *, first: int = 0) -> None:
+    for step in range(first, first + num_steps):
         optimization.begin_step(step)
         with optimization.autocast():
             loss = loss_of(optimization.net, step)
@@ -54,7 +54,7 @@ def take_steps(optimization: Optimization, number: int = 3, *, first: int = 0) -
         optimization.apply()
 
 
-def plain(net: FusionNet, optimizer: torch.optim.Optimizer, *, clip_norm: float = 0.0) -> None:
+def take_torch_steps(net: FusionNet, optimizer: torch.optim.Optimizer, *, clip_norm: float = 0.0) -> None:
     for step in range(3):
         loss = loss_of(net, step)
         optimizer.zero_grad()
@@ -64,34 +64,36 @@ def plain(net: FusionNet, optimizer: torch.optim.Optimizer, *, clip_norm: float 
         optimizer.step()
 
 
-def assert_equal(one: FusionNet, other: FusionNet) -> None:
-    for name, parameter in one.named_parameters():
-        assert torch.equal(parameter, other.get_parameter(name)), name
+def assert_equal(first: FusionNet, second: FusionNet) -> None:
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.3])
-def test_a_step_is_bit_for_bit_that_of_adamw(clip_norm: float) -> None:
-    net, other = net_of(), net_of()
-    take_steps(update_of(net, lr=3e-2, clip_norm=clip_norm))
-    plain(other, torch.optim.AdamW(other.parameters(), lr=3e-2, weight_decay=0.1, fused=True), clip_norm=clip_norm)
-    assert_equal(net, other)
-    assert not torch.equal(net.get_parameter("fusion.bias"), net_of().get_parameter("fusion.bias"))
+def test_step_equals_torch_adamw_bitwise(clip_norm: float) -> None:
+    net, reference = build_net(), build_net()
+    take_steps(build_optimization(net, lr=3e-2, clip_norm=clip_norm))
+    take_torch_steps(
+        reference, torch.optim.AdamW(reference.parameters(), lr=3e-2, weight_decay=0.1, fused=True), clip_norm=clip_norm
+    )
+    assert_equal(net, reference)
+    assert not torch.equal(net.get_parameter("fusion.bias"), build_net().get_parameter("fusion.bias"))
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.3])
-def test_a_step_is_bit_for_bit_that_of_sgd(clip_norm: float) -> None:
-    net, other = net_of(), net_of()
-    take_steps(update_of(net, optimizer="sgd", lr=3e-2, momentum=0.8, clip_norm=clip_norm))
-    optimizer = torch.optim.SGD(other.parameters(), lr=3e-2, momentum=0.8, weight_decay=0.1, fused=True)
-    plain(other, optimizer, clip_norm=clip_norm)
-    assert_equal(net, other)
+def test_step_equals_torch_sgd_bitwise(clip_norm: float) -> None:
+    net, reference = build_net(), build_net()
+    take_steps(build_optimization(net, optimizer="sgd", lr=3e-2, momentum=0.8, clip_norm=clip_norm))
+    optimizer = torch.optim.SGD(reference.parameters(), lr=3e-2, momentum=0.8, weight_decay=0.1, fused=True)
+    take_torch_steps(reference, optimizer, clip_norm=clip_norm)
+    assert_equal(net, reference)
 
 
 def test_clipping_by_hand() -> None:
-    """All gradients together are brought to a length of 0.5, and SGD without momentum goes that far."""
-    net = net_of()
+    """All gradients together are scaled to a norm of 0.5, which SGD without momentum multiplies by the rate."""
+    net = build_net()
     before = copy.deepcopy(net)
-    optimization = update_of(net, optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.5)
+    optimization = build_optimization(net, optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.5)
     grads = optimization.gradients(loss_of(net), list(net.parameters()))
     length = math.sqrt(sum(float(grad.square().sum()) for grad in grads))
     take_steps(optimization, 1)
@@ -102,15 +104,15 @@ def test_clipping_by_hand() -> None:
         torch.testing.assert_close(parameter, old - 0.1 * grad * 0.5 / length, rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_below_the_norm_are_left_alone() -> None:
-    net, other = net_of(), net_of()
-    take_steps(update_of(net, clip_norm=1e6))
-    take_steps(update_of(other))
-    assert_equal(net, other)
+def test_gradients_below_the_norm_are_not_clipped() -> None:
+    net, unclipped = build_net(), build_net()
+    take_steps(build_optimization(net, clip_norm=1e6))
+    take_steps(build_optimization(unclipped))
+    assert_equal(net, unclipped)
 
 
 @pytest.mark.parametrize(
-    ("options", "shares"),
+    ("options", "multipliers"),
     [
         ({"schedule": "constant"}, [1, 1, 1, 1]),
         ({"schedule": "cosine"}, [1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2]),
@@ -118,34 +120,34 @@ def test_gradients_below_the_norm_are_left_alone() -> None:
         ({"schedule": "constant", "warmup_epochs": 2}, [1 / 3, 2 / 3, 1, 1]),
     ],
 )
-def test_rates_by_epoch_and_modality(options: dict[str, Any], shares: list[float]) -> None:
-    """The common rate by the schedule; a modality's times its own factor and the method's; fusion's is the common."""
-    optimization = update_of(net_of(), lr=2e-3, modality_lr=("visual=0.5",), **options)
-    for epoch, share in enumerate(shares, start=1):
-        optimization.rate = [3.0, 10.0] if epoch > 1 else [1.0, 1.0]
-        assert optimization.begin_epoch(epoch, epochs=4) == pytest.approx(2e-3 * share)
+def test_rates_by_epoch_and_modality(options: dict[str, Any], multipliers: list[float]) -> None:
+    """A modality's rate: the scheduled one times its configured and its method's factor; fusion has no factor."""
+    optimization = build_optimization(build_net(), lr=2e-3, modality_lr=("visual=0.5",), **options)
+    for epoch, multiplier in enumerate(multipliers, start=1):
+        optimization.lr_factors = [3.0, 10.0] if epoch > 1 else [1.0, 1.0]
+        assert optimization.begin_epoch(epoch, epochs=4) == pytest.approx(2e-3 * multiplier)
         rates = [group["lr"] for group in optimization.optimizer.param_groups]
         factors = [3.0, 5.0, 1.0] if epoch > 1 else [1.0, 0.5, 1.0]
-        assert rates == pytest.approx([2e-3 * share * factor for factor in factors])
+        assert rates == pytest.approx([2e-3 * multiplier * factor for factor in factors])
 
 
 @pytest.mark.parametrize("factors", [(), ("audio=0.5",)])
-def test_one_group_where_no_modality_has_a_rate_of_its_own(factors: tuple[str, ...]) -> None:
-    """It is the same update; a factor that is given takes the groups apart again."""
-    apart, together = net_of(), net_of()
+def test_one_parameter_group_without_modality_rates(factors: tuple[str, ...]) -> None:
+    """The steps are equal; a configured factor needs the separate groups again."""
+    grouped, ungrouped = build_net(), build_net()
     config = OptimConfig(schedule="constant", modality_lr=factors)
-    for net, by_modality in ((apart, True), (together, False)):
+    for net, by_modality in ((grouped, True), (ungrouped, False)):
         optimization = Optimization(net, config, device="cpu", distributed=SINGLE_PROCESS, by_modality=by_modality)
         assert len(optimization.optimizer.param_groups) == (3 if by_modality or factors else 1)
         optimization.begin_epoch(1, epochs=4)
         take_steps(optimization)
-    assert_equal(apart, together)
+    assert_equal(grouped, ungrouped)
 
 
 @pytest.mark.parametrize("fusion", ["concat", "gated"])
-def test_every_parameter_moves_at_the_rate_of_its_modality(fusion: str) -> None:
-    net = net_of(fusion=fusion)
-    optimization = update_of(net, modality_lr=("audio=0.5",))
+def test_every_parameter_has_the_rate_of_its_modality(fusion: str) -> None:
+    net = build_net(fusion=fusion)
+    optimization = build_optimization(net, modality_lr=("audio=0.5",))
     optimization.begin_epoch(1, epochs=4)
     rate = {id(p): group["lr"] / 1e-3 for group in optimization.optimizer.param_groups for p in group["params"]}
     expected = {id(p): 0.5 for p in net.parameters_of(0)}
@@ -153,9 +155,9 @@ def test_every_parameter_moves_at_the_rate_of_its_modality(fusion: str) -> None:
     assert len(expected) == (6 if net.has_own_heads else 4)
 
 
-def test_a_rate_of_0_holds_a_modality_where_it_is() -> None:
-    net, before = net_of(), net_of()
-    optimization = update_of(net, modality_lr=("visual=0",))
+def test_rate_of_0_does_not_update_the_modality() -> None:
+    net, before = build_net(), build_net()
+    optimization = build_optimization(net, modality_lr=("visual=0",))
     optimization.begin_epoch(1, epochs=4)
     take_steps(optimization)
     moved = {name: not torch.equal(p, before.get_parameter(name)) for name, p in net.named_parameters()}
@@ -163,81 +165,89 @@ def test_a_rate_of_0_holds_a_modality_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_frozen_modality_is_neither_moved_nor_decayed_nor_carried_on(optimizer: str) -> None:
-    """Not even by the momentum of the steps before; and thawed it moves again."""
-    net = net_of(own_heads=True)
-    optimization = update_of(net, optimizer=optimizer, lr=1e-2)
+def test_frozen_modality_is_neither_updated_nor_decayed(optimizer: str) -> None:
+    """Momentum of earlier steps has no effect either; after unfreezing it is updated again."""
+    net = build_net(own_heads=True)
+    optimization = build_optimization(net, optimizer=optimizer, lr=1e-2)
     take_steps(optimization)
     optimization.frozen = [False, True]
     before = copy.deepcopy(net)
     take_steps(optimization, first=3)
-    mine = {id(parameter) for parameter in net.parameters_of(1)}
-    assert len(mine) == 6
+    frozen_parameters = {id(parameter) for parameter in net.parameters_of(1)}
+    assert len(frozen_parameters) == 6
     for name, parameter in net.named_parameters():
-        assert torch.equal(parameter, before.get_parameter(name)) is (id(parameter) in mine), name
+        assert torch.equal(parameter, before.get_parameter(name)) is (id(parameter) in frozen_parameters), name
     optimization.frozen = [False, False]
     take_steps(optimization, 1, first=6)
     assert all(not torch.equal(p, q) for p, q in zip(net.parameters_of(1), before.parameters_of(1), strict=True))
 
 
-def test_an_encoder_that_is_fixed_takes_no_part() -> None:
-    net, before = net_of(), net_of()
-    net.fix_encoders([0])
-    take_steps(update_of(net))
+def test_frozen_encoder_is_not_updated() -> None:
+    net, before = build_net(), build_net()
+    net.freeze_encoders([0])
+    take_steps(build_optimization(net))
     for name, parameter in net.named_parameters():
         assert torch.equal(parameter, before.get_parameter(name)) is name.startswith("encoders.0."), name
 
 
-def test_gradients_are_those_of_autograd_and_leave_no_trace() -> None:
-    net = net_of(own_heads=True)
-    optimization, every = update_of(net), list(net.parameters())
-    own = cross_entropies(net(some()), LABEL)[1]
-    found = optimization.gradients(own[0].mean(), every)
-    expected = torch.autograd.grad(own[0].mean(), every, retain_graph=True, allow_unused=True)
-    for grad, wanted, parameter in zip(found, expected, every, strict=True):
-        assert torch.equal(grad, torch.zeros_like(parameter) if wanted is None else wanted)
-    assert sum(wanted is None for wanted in expected) == 3  # the fused classifier has no part in it
+def test_gradients_equal_autograd_and_change_nothing() -> None:
+    net = build_net(own_heads=True)
+    optimization, parameters = build_optimization(net), list(net.parameters())
+    unimodal = cross_entropies(net(random_inputs()), LABEL)[1]
+    grads = optimization.gradients(unimodal[0].mean(), parameters)
+    expected = torch.autograd.grad(unimodal[0].mean(), parameters, retain_graph=True, allow_unused=True)
+    for grad, expected_grad, parameter in zip(grads, expected, parameters, strict=True):
+        assert torch.equal(grad, torch.zeros_like(parameter) if expected_grad is None else expected_grad)
+    assert sum(expected_grad is None for expected_grad in expected) == 3  # the fused classifier
     assert all(parameter.grad is None for parameter in net.parameters())
     assert (
-        optimization.gradients(own[1].mean(), [net.get_parameter("heads.1.bias")])[0].abs().max() > 0
-    )  # the graph is there
+        optimization.gradients(unimodal[1].mean(), [net.get_parameter("heads.1.bias")])[0].abs().max() > 0
+    )  # the graph is kept
 
 
-def test_backward_replaces_what_was_there() -> None:
-    net = net_of()
-    optimization = update_of(net)
+def test_backward_replaces_old_gradients() -> None:
+    net = build_net()
+    optimization = build_optimization(net)
     optimization.backward(loss_of(net, 0))
     optimization.backward(loss_of(net, 1))
-    once = [parameter.grad for parameter in net.parameters()]
+    grads = [parameter.grad for parameter in net.parameters()]
     expected = optimization.gradients(loss_of(net, 1), list(net.parameters()))
-    assert all(grad is not None and torch.equal(grad, wanted) for grad, wanted in zip(once, expected, strict=True))
+    assert all(
+        grad is not None and torch.equal(grad, expected_grad)
+        for grad, expected_grad in zip(grads, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
-def test_half_precision_computes_in_it_and_learns_the_same(precision: str, dtype: torch.dtype) -> None:
-    net, other = net_of(), net_of()
+def test_half_precision_takes_nearly_the_same_steps(precision: str, dtype: torch.dtype) -> None:
+    net, reference = build_net(), build_net()
     half, full = (
-        update_of(each, precision=name, optimizer="sgd") for each, name in ((net, precision), (other, "auto"))
+        build_optimization(network, precision=name, optimizer="sgd")
+        for network, name in ((net, precision), (reference, "auto"))
     )
     with half.autocast():
-        assert net.encode(some())[0].dtype == dtype
-        found = half.gradients(loss_of(net), list(net.parameters()))
+        assert net.encode(random_inputs())[0].dtype == dtype
+        grads = half.gradients(loss_of(net), list(net.parameters()))
     with full.autocast():
-        assert other.encode(some())[0].dtype == torch.float32
-    expected = full.gradients(loss_of(other), list(other.parameters()))
-    for grad, wanted in zip(found, expected, strict=True):
+        assert reference.encode(random_inputs())[0].dtype == torch.float32
+    expected = full.gradients(loss_of(reference), list(reference.parameters()))
+    for grad, expected_grad in zip(grads, expected, strict=True):
         assert grad.dtype == torch.float32
-        assert (grad - wanted).abs().max() < 0.05 * wanted.abs().max() + 1e-3  # unscaled, and rounded by 2^-8 at most
+        assert (
+            grad - expected_grad
+        ).abs().max() < 0.05 * expected_grad.abs().max() + 1e-3  # unscaled, and rounded by 2^-8 at most
     take_steps(half)
     take_steps(full)
-    for one, two, start in zip(net.parameters(), other.parameters(), net_of().parameters(), strict=True):
-        assert one.dtype == torch.float32
-        assert (one - two).abs().max() < 0.1 * (two - start).abs().max() + 1e-5
+    for half_parameter, full_parameter, start in zip(
+        net.parameters(), reference.parameters(), build_net().parameters(), strict=True
+    ):
+        assert half_parameter.dtype == torch.float32
+        assert (half_parameter - full_parameter).abs().max() < 0.1 * (full_parameter - start).abs().max() + 1e-5
 
 
-def test_a_step_of_float16_that_overflows_is_not_taken_and_the_next_is() -> None:
-    net, before = net_of(), net_of()
-    optimization = update_of(net, precision="float16", optimizer="sgd")
+def test_overflowing_float16_step_is_skipped() -> None:
+    net, before = build_net(), build_net()
+    optimization = build_optimization(net, precision="float16", optimizer="sgd")
     scale = optimization.state_dict()["scaler"]["scale"]
     optimization.backward(loss_of(net) * 1e36)
     optimization.apply()
@@ -249,42 +259,42 @@ def test_a_step_of_float16_that_overflows_is_not_taken_and_the_next_is() -> None
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "sgd"}, {"precision": "float16"}])
-def test_a_state_goes_on_exactly(options: dict[str, Any]) -> None:
-    net = net_of()
-    optimization = update_of(net, **options)
-    optimization.rate, optimization.frozen = [0.5, 2.0], [False, False]
+def test_resumed_state_continues_exactly(options: dict[str, Any]) -> None:
+    net = build_net()
+    optimization = build_optimization(net, **options)
+    optimization.lr_factors, optimization.frozen = [0.5, 2.0], [False, False]
     optimization.begin_epoch(1, epochs=4)
     take_steps(optimization)
     optimization.frozen = [True, False]
     file = io.BytesIO()
     torch.save({"net": net.state_dict(), "update": optimization.state_dict()}, file)
-    other = net_of()
-    resumed = update_of(other, **options)
+    resumed_net = build_net()
+    resumed = build_optimization(resumed_net, **options)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    other.load_state_dict(state["net"])
+    resumed_net.load_state_dict(state["net"])
     resumed.load_state_dict(state["update"])
-    assert (resumed.rate, resumed.frozen) == ([0.5, 2.0], [True, False])
-    for each in (optimization, resumed):
-        each.begin_epoch(2, epochs=4)
-        take_steps(each, first=3)
-    assert_equal(net, other)
+    assert (resumed.lr_factors, resumed.frozen) == ([0.5, 2.0], [True, False])
+    for optimizer_state in (optimization, resumed):
+        optimizer_state.begin_epoch(2, epochs=4)
+        take_steps(optimizer_state, first=3)
+    assert_equal(net, resumed_net)
 
 
-def test_chance_follows_from_the_step_s_seed() -> None:
-    optimization = update_of(net_of(dropout=0.5))
+def test_random_numbers_follow_from_the_step_seed() -> None:
+    optimization = build_optimization(build_net(dropout=0.5))
     drawn = []
     for seed in (5, 6, 5):
         optimization.begin_step(seed)
         drawn.append(
-            [optimization.net(some()).fused.tolist(), torch.rand(3, generator=optimization.generator).tolist()]
+            [optimization.net(random_inputs()).fused.tolist(), torch.rand(3, generator=optimization.generator).tolist()]
         )
     assert drawn[0] == drawn[2]
     assert drawn[0][0] != drawn[1][0]
     assert drawn[0][1] != drawn[1][1]
 
 
-# Rows 0 to 10 over one process or two; visual is absent from all rows that the first of two has.
+# Rows 0 to 10 over one process or two; visual is absent from all rows of the first of two.
 SCRIPT = """
 import json, torch
 from mmaudit.train.config import OptimConfig
@@ -333,25 +343,25 @@ def flat(nested: Any) -> list[float]:
 
 
 def test_two_processes_take_the_step_of_one() -> None:
-    """A process that has no row of a modality hears of its gradient all the same."""
+    """A process without a row of a modality still gets the gradient of the other process."""
     script = SCRIPT.replace("PRECISION", '"float32"').replace("OVERFLOW", "1.0")
-    with redirect_stdout(io.StringIO()) as said:
+    with redirect_stdout(io.StringIO()) as output:
         exec(script, {})
-    alone = json.loads(said.getvalue())
+    single = json.loads(output.getvalue())
     first, second = in_processes(script, size=2)
     assert first["weights"] == second["weights"]
-    assert first["none"] == second["none"] == alone["none"]
-    assert sum(alone["none"][2]) == 4  # of the frozen encoder
-    assert first["asked"] == pytest.approx(alone["asked"], rel=1e-5, abs=1e-7)
-    for two, one in zip(first["grads"], alone["grads"], strict=True):
-        assert flat(two) == pytest.approx(flat(one), rel=1e-4, abs=1e-6)
-    for name, values in alone["weights"].items():
+    assert first["none"] == second["none"] == single["none"]
+    assert sum(single["none"][2]) == 4  # of the frozen encoder
+    assert first["asked"] == pytest.approx(single["asked"], rel=1e-5, abs=1e-7)
+    for distributed_grads, single_grads in zip(first["grads"], single["grads"], strict=True):
+        assert flat(distributed_grads) == pytest.approx(flat(single_grads), rel=1e-4, abs=1e-6)
+    for name, values in single["weights"].items():
         assert flat(first["weights"][name]) == pytest.approx(flat(values), rel=1e-3, abs=1e-4)
-    assert first["draws"] != second["draws"]  # each process's own dropout ...
-    assert [draw[1] for draw in first["draws"]] == [draw[1] for draw in second["draws"]]  # ... and what all share
+    assert first["draws"] != second["draws"]  # random numbers of each process ...
+    assert [draw[1] for draw in first["draws"]] == [draw[1] for draw in second["draws"]]  # ... and shared ones
 
 
-def test_a_step_that_overflows_in_one_process_is_taken_in_none() -> None:
+def test_step_that_overflows_in_one_process_is_skipped_in_all() -> None:
     script = SCRIPT.replace("PRECISION", '"float16"').replace("OVERFLOW", "1e38")
     first, second = in_processes(script, size=2)
     assert first["weights"] == second["weights"]

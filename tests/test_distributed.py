@@ -1,4 +1,4 @@
-"""Laws of the world: sums and joins are the same in every process, and shares one after another are the whole."""
+"""Tests of the distributed context: sums and gathers are equal in all processes, and slices join to the whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext, local_
 
 torch.set_num_threads(1)
 
-# What each process holds follows from its rank alone, so that the sums are known here.
+# The tensors of each process follow from its rank, so that the sums are known.
 SCRIPT = """
 import json, torch
 from mmaudit.train.distributed import open_distributed
@@ -51,76 +51,74 @@ print(json.dumps({**found, "open": torch.distributed.is_initialized()}))
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def told(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = in_processes(SCRIPT, size=request.param)
-    return found
+def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    outputs: list[dict[str, Any]] = in_processes(SCRIPT, size=request.param)
+    return outputs
 
 
-def test_processes_know_who_they_are(told: list[dict[str, Any]]) -> None:
-    size = len(told)
-    assert [each["rank"] for each in told] == [[rank, size, rank == 0] for rank in range(size)]
-    assert not any(each["open"] for each in told)
+def test_processes_have_their_rank_and_world_size(results: list[dict[str, Any]]) -> None:
+    size = len(results)
+    assert [result["rank"] for result in results] == [[rank, size, rank == 0] for rank in range(size)]
+    assert not any(result["open"] for result in results)
 
 
-def test_sums_are_over_all_processes_and_alike_in_all(told: list[dict[str, Any]]) -> None:
-    total, size = sum(range(len(told))), len(told)
-    for each in told:
-        weight, count, wide, halves, scalar = each["sums"]
+def test_sums_are_over_all_processes_and_equal_in_all(results: list[dict[str, Any]]) -> None:
+    total, size = sum(range(len(results))), len(results)
+    for result in results:
+        weight, count, wide, halves, scalar = result["sums"]
         assert weight == (np.arange(6.0).reshape(2, 3) * (total + size)).tolist()
         assert count == [total, 10 * total]
         assert wide == np.full((2, 1, 2, 3), float(total)).tolist()
         assert halves == [total / 2]
         assert scalar == total
-        assert each["kinds"] == ["torch.float32", "torch.int64", "torch.float64"]
+        assert result["kinds"] == ["torch.float32", "torch.int64", "torch.float64"]
 
 
-def test_what_is_gathered_stands_in_the_order_of_the_ranks(told: list[dict[str, Any]]) -> None:
-    for each in told:
-        assert each["joined"] == [[0, 1, 2, 3, 4], [0, -1, -2, -3, -4]]
-        assert each["yes"] == [False, True, False, True, False]
-        assert each["few"] == [0.0, 1.0]
-        assert each["none"] == [3, 0]
-        assert each["uneven"] == [rank for rank in range(len(told)) for _ in range(rank * rank)]
+def test_gathered_tensors_are_in_the_order_of_ranks(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert result["joined"] == [[0, 1, 2, 3, 4], [0, -1, -2, -3, -4]]
+        assert result["yes"] == [False, True, False, True, False]
+        assert result["few"] == [0.0, 1.0]
+        assert result["none"] == [3, 0]
+        assert result["uneven"] == [rank for rank in range(len(results)) for _ in range(rank * rank)]
 
 
-def test_alone_nothing_is_said_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_process_communicates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with open_distributed("cpu") as context:
         assert context == SINGLE_PROCESS
         assert (context.rank, context.world_size, context.is_first) == (0, 1, True)
-        one = torch.arange(3.0)
-        context.sum_([one])
+        tensor = torch.arange(3.0)
+        context.sum_([tensor])
         context.wait()
-        assert one.tolist() == context.gather(one).tolist() == [0, 1, 2]
+        assert tensor.tolist() == context.gather(tensor).tolist() == [0, 1, 2]
         assert not distributed.is_initialized()
 
 
 @settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 9))
-def test_shares_one_after_another_are_the_whole(number: int, size: int) -> None:
-    things = list(range(number))
-    shares = [things[DistributedContext(rank=rank, world_size=size).slice(number)] for rank in range(size)]
-    assert [thing for share in shares for thing in share] == things
-    lengths = [len(share) for share in shares]
+def test_slices_of_all_ranks_join_to_the_whole(length: int, size: int) -> None:
+    elements = list(range(length))
+    slices = [elements[DistributedContext(rank=rank, world_size=size).slice(length)] for rank in range(size)]
+    assert [element for part in slices for element in part] == elements
+    lengths = [len(part) for part in slices]
     assert max(lengths) - min(lengths) <= 1
 
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 9), st.data())
-def test_shares_are_the_cut_that_an_order_s_batches_have(
-    number: int, batch_size: int, size: int, data: st.DataObject
-) -> None:
-    order = np.random.default_rng(0).permutation(number)
-    step = data.draw(st.integers(0, (number - 1) // batch_size))
-    whole = batch_of(order, step=step, batch_size=batch_size)
+def test_slices_equal_the_cut_of_batch_of(length: int, batch_size: int, size: int, data: st.DataObject) -> None:
+    order = np.random.default_rng(0).permutation(length)
+    step = data.draw(st.integers(0, (length - 1) // batch_size))
+    batch = batch_of(order, step=step, batch_size=batch_size)
     for rank in range(size):
-        mine = batch_of(order, step=step, batch_size=batch_size, num_ranks=size, rank=rank)
-        assert mine.tolist() == whole[DistributedContext(rank=rank, world_size=size).slice(len(whole))].tolist()
+        local = batch_of(order, step=step, batch_size=batch_size, num_ranks=size, rank=rank)
+        assert local.tolist() == batch[DistributedContext(rank=rank, world_size=size).slice(len(batch))].tolist()
 
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine of two GPUs."""
+    """Simulate a machine with two GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return monkeypatch
@@ -130,7 +128,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ("device", "rank", "expected"),
     [("cuda", "1", "cuda:1"), ("cuda", None, "cuda"), ("cuda:0", None, "cuda:0"), ("cpu", "5", "cpu")],
 )
-def test_each_process_has_the_device_of_its_number(
+def test_process_uses_the_device_of_its_local_rank(
     device: str, rank: str | None, expected: str, two_gpus: pytest.MonkeyPatch
 ) -> None:
     if rank is not None:
@@ -141,11 +139,11 @@ def test_each_process_has_the_device_of_its_number(
 @pytest.mark.parametrize(
     ("device", "rank", "line"),
     [
-        ("cuda:0", "1", "--device cuda:0 is one for all processes: under torchrun say --device cuda"),
-        ("cuda", "2", "process 2 has no GPU of its own: --nproc-per-node 2 at most"),
+        ("cuda:0", "1", "--device cuda:0 would be shared by all processes: use --device cuda"),
+        ("cuda", "2", "process 2 has no GPU: 2 available, set --nproc-per-node to at most 2"),
     ],
 )
-def test_no_two_processes_share_a_gpu(device: str, rank: str, line: str, two_gpus: pytest.MonkeyPatch) -> None:
+def test_two_processes_on_one_gpu_raise(device: str, rank: str, line: str, two_gpus: pytest.MonkeyPatch) -> None:
     two_gpus.setenv("LOCAL_RANK", rank)
     with pytest.raises(ConfigError, match=line):
         local_device(device)

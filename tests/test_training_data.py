@@ -1,0 +1,176 @@
+"""Tests of training data: batches of the training rows, evaluation in eval mode, and trained copies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from training import QUICK, make_examples, with_options
+
+from mmaudit.audit.errors import ManifestError
+from mmaudit.audit.features.matrix import MatrixInputs
+from mmaudit.train.batches import Batch, Step
+from mmaudit.train.config import TrainConfig
+from mmaudit.train.distributed import SINGLE_PROCESS
+from mmaudit.train.examples import Examples, Store
+from mmaudit.train.network import FusionNet, Outputs, cross_entropies
+from mmaudit.train.setup import build_model_config, set_up
+from mmaudit.train.training_data import NetworkReader, TrainingData, validate
+
+torch.set_num_threads(1)
+
+
+def build_training_data(examples: Examples, config: TrainConfig = QUICK) -> tuple[TrainingData, FusionNet]:
+    training_data = set_up(examples, config, seed=0, device="cpu", distributed=SINGLE_PROCESS)
+    torch.manual_seed(0)
+    net = FusionNet(build_model_config(examples, config))
+    training_data.standardise(net)
+    return training_data, net
+
+
+def confidence(outputs: Outputs, label: Tensor) -> Tensor:
+    return outputs.confidence(label)
+
+
+def fused_loss(outputs: Outputs, batch: Batch) -> Tensor:
+    return batch.mean_fused(cross_entropies(outputs, batch.label)[0])
+
+
+@pytest.mark.parametrize("resident_mib", [0, 10])
+def test_batches_have_the_training_rows_of_each_step(resident_mib: int) -> None:
+    examples = make_examples(40)
+    training_data, _ = build_training_data(examples, with_options(resident_mib=resident_mib))
+    steps = [Step(rows=np.array([2, 0, 2])), Step(rows=np.array([5]))]
+    for step, batch in zip(steps, training_data.batches(steps, epoch=1), strict=True):
+        rows = training_data.train[step.rows]
+        assert batch.label.tolist() == examples.label[rows].tolist()
+        assert batch.rows.tolist() == step.rows.tolist()
+        for actual, inputs in zip(batch.inputs, examples.inputs, strict=True):
+            np.testing.assert_array_equal(actual, inputs.read(rows))
+
+
+@pytest.mark.parametrize("resident_mib", [0, 10])
+def test_reading_uses_eval_mode_and_does_not_change_the_model(resident_mib: int) -> None:
+    examples = make_examples(1500)
+    training_data, net = build_training_data(examples, with_options(resident_mib=resident_mib, dropout=0.5))
+    net.train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    reader = NetworkReader(training_data, net)
+    first, repeated = reader.read(confidence), reader.read(confidence)
+    assert first.shape == (3, 750) == (3, reader.num_train)
+    assert torch.equal(first, repeated)  # no dropout
+    assert net.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    rows = np.array([7, 3, 700])
+    torch.testing.assert_close(reader.read(confidence, rows=rows), first[:, rows])
+    assert reader.read_validation(confidence).shape == (3, 375)
+
+
+def test_validation_is_the_mean_over_validation_samples() -> None:
+    examples = make_examples(200)
+    training_data, net = build_training_data(examples)
+    validation = validate(NetworkReader(training_data, net))
+    net.eval()
+    rows = training_data.validation
+    with torch.no_grad():
+        outputs = net([torch.from_numpy(inputs.read(rows)) for inputs in examples.inputs])
+    label = torch.from_numpy(examples.label[rows])
+    fused, unimodal = cross_entropies(outputs, label)
+    assert validation.loss == pytest.approx(float(fused.mean()), rel=1e-5)
+    assert validation.unimodal_loss == pytest.approx(unimodal.mean(dim=1).tolist(), rel=1e-5)
+    assert validation.accuracy == pytest.approx(float((outputs.fused.argmax(dim=1) == label).float().mean()))
+    expected = (outputs.unimodal.argmax(dim=2) == label).float().mean(dim=1)
+    assert validation.unimodal_accuracy == pytest.approx(expected.tolist())
+
+
+def test_train_copy_does_not_change_the_model() -> None:
+    training_data, net = build_training_data(make_examples(400))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    reader = NetworkReader(training_data, net)
+    copy, repeated = (reader.train_copy(fused_loss, epochs=3) for _ in range(2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    confidence_before, confidence_after = (reader.read(confidence, net=network)[0].mean() for network in (net, copy))
+    assert confidence_after > confidence_before + 0.1
+    assert all(torch.equal(p, q) for p, q in zip(copy.parameters(), repeated.parameters(), strict=True))
+
+
+def test_pictures_are_standardised_by_channel_over_available_rows() -> None:
+    """Frames of three channels, a spectrogram of one: means and deviations of the training rows."""
+    rng = np.random.default_rng(0)
+    frames = (rng.random((80, 2 * 4 * 4 * 3)) * 50 * np.tile([1, 2, 3], 32)).astype(np.float32)
+    sound = (3 * rng.standard_normal((80, 30)) - 7).astype(np.float32)
+    frames[::9] = np.nan
+    examples = replace(
+        make_examples(80),
+        inputs=(MatrixInputs(matrix=sound), MatrixInputs(matrix=frames)),
+        shapes=((5, 6), (2, 4, 4, 3)),
+    )
+    training_data, net = build_training_data(examples, replace(QUICK, width=0.02))
+    train = training_data.train
+    state = net.state_dict()
+    available = frames[train][~np.isnan(frames[train]).any(axis=1)].reshape(-1, 3)
+    for modality, rows in ((0, sound[train].reshape(-1, 1)), (1, available)):
+        np.testing.assert_allclose(state[f"encoders.{modality}.trunk.mean"].flatten(), rows.mean(axis=0), rtol=1e-4)
+        np.testing.assert_allclose(state[f"encoders.{modality}.trunk.scale"].flatten(), rows.std(axis=0), rtol=1e-4)
+
+
+def test_modality_absent_from_all_training_samples_raises() -> None:
+    examples = make_examples(40)
+    matrix = examples.inputs[1].read(np.arange(40)).copy()
+    matrix[examples.split == "train"] = np.nan
+    with pytest.raises(ManifestError, match="none of 20 training samples has the modality visual: train without it"):
+        build_training_data(replace(examples, inputs=(examples.inputs[0], MatrixInputs(matrix=matrix))))
+
+
+def test_derived_seed_depends_on_purpose_and_seed() -> None:
+    training_data, _ = build_training_data(make_examples(40))
+    seeds = {training_data.derive_seed("step", epoch, step) for epoch in range(5) for step in range(5)}
+    assert len(seeds) == 25
+    assert training_data.derive_seed("step", 1, 1) == build_training_data(make_examples(40))[0].derive_seed(
+        "step", 1, 1
+    )
+    assert replace(training_data, seed=1).derive_seed("step", 1, 1) not in seeds
+
+
+def test_modality_that_a_sample_lacks_is_masked_in_its_batch() -> None:
+    """The values in its place change nothing, and the fused logits are those of the other modalities."""
+    complete = make_examples(60)
+    present = np.ones((60, 2), dtype=bool)
+    present[::3, 0] = False
+    readings = []
+    for filler in (np.nan, 7.0):
+        matrix = complete.inputs[0].read(np.arange(60)).copy()
+        matrix[~present[:, 0]] = filler
+        examples = replace(complete, inputs=(MatrixInputs(matrix=matrix), complete.inputs[1]), present=present)
+        training_data, net = build_training_data(complete)
+        training_data = replace(
+            training_data, store=Store(examples.inputs, device="cpu", max_bytes=1 << 20), present=present
+        )
+        rows = np.arange(len(training_data.train))
+        (batch,) = training_data.batches([Step(rows=rows)], epoch=1)
+        available = present[training_data.train]
+        assert batch.present is not None
+        assert batch.present.tolist() == available.tolist()
+        assert len(batch.inputs[0]) == available[:, 0].sum()
+        assert float(batch.loss_weight[1][~torch.from_numpy(available[:, 0])].abs().sum()) == 0
+        net.eval()
+        with torch.no_grad():
+            outputs = net(batch.inputs, batch.present)
+        assert (outputs.features[0][~torch.from_numpy(available[:, 0])] == 0).all()
+        read = NetworkReader(training_data, net).read(confidence)
+        torch.testing.assert_close(read, outputs.confidence(batch.label), atol=1e-6, rtol=1e-5)
+        readings.append(read)
+    assert torch.equal(readings[0], readings[1])
+
+
+def test_sample_without_any_modality_has_no_loss() -> None:
+    step = Step(rows=np.array([0, 1, 1])).masked_by(np.array([[True, False], [False, False]]))
+    assert step.present is not None
+    assert step.fused is not None
+    assert step.present.tolist() == [[True, False], [False, False], [False, False]]
+    assert step.fused.tolist() == [True, False, False]
+    everywhere = Step(rows=np.array([0]))
+    assert everywhere.masked_by(np.ones((1, 2), dtype=bool)) is everywhere
