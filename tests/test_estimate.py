@@ -47,7 +47,7 @@ def test_a_long_fit_has_one_line_with_the_settings(
         estimate.log_estimate(*problem(), max_steps=300)
         estimate.log_estimate(*problem(), max_steps=9)
     (line,) = caplog.messages
-    for part in ("6.1 s a step", "10 steps 61 s", "300 steps 30 min", "probe.max_steps=N", "--repeats 1"):
+    for part in ("6.1 s per step", "10 steps 61 s", "300 steps 30 min", "probe.max_steps=N", "--repeats 1"):
         assert part in line
 
 
@@ -58,7 +58,7 @@ def test_a_step_is_timed_by_some_of_its_rows() -> None:
     for _ in range(3):
         start = time.perf_counter()
         evaluate_rows(
-            design, torch_target.found, task=torch_target.task, train_mask=train_mask, theta=theta, num_rows=NUM_ROWS
+            design, torch_target.values, task=torch_target.task, train_mask=train_mask, theta=theta, num_rows=NUM_ROWS
         )
         whole.append(time.perf_counter() - start)
     assert 0.02 * min(whole) <= estimate.step_seconds(design, torch_target, fit_rows) <= 50 * max(whole)
@@ -68,7 +68,7 @@ def test_it_times_the_loss_and_gradient_that_a_fit_computes() -> None:
     design, torch_target, fit_rows = problem()
     theta, train_mask = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.from_numpy(fit_rows.train_mask)
     loss, gradient = evaluate_rows(
-        design, torch_target.found, task=torch_target.task, train_mask=train_mask, theta=theta, num_rows=NUM_ROWS
+        design, torch_target.values, task=torch_target.task, train_mask=train_mask, theta=theta, num_rows=NUM_ROWS
     )
     np.testing.assert_allclose(loss, np.log(NUM_CLASSES), rtol=1e-3)  # all logits are alike
     assert gradient.shape == theta.shape

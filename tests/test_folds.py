@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.audit.probes.cross_fit import assign_folds, in_one_fold
+from mmaudit.audit.probes.cross_fit import assign_folds, has_single_fold
 
 Strings = NDArray[np.object_]
 
@@ -122,11 +122,11 @@ def test_fewer_samples_than_folds_leave_one_out() -> None:
 def test_a_class_in_one_fold_is_told() -> None:
     label = np.array([0, 0, 1, 1, 2, 2, 3], dtype=np.int32)
     fold = np.array([0, 1, 1, 1, 0, 1, 0], dtype=np.int16)
-    assert in_one_fold(label, fold, everyone(7)).tolist() == [False, False, True, True, False, False, True]
+    assert has_single_fold(label, fold, everyone(7)).tolist() == [False, False, True, True, False, False, True]
     # Test samples do not count: no probe learns class 2 but from its row in fold 0.
     fits = np.array([True, True, True, True, True, False, True])
-    assert in_one_fold(label, fold, fits).tolist() == [False, False, True, True, True, True, True]
-    assert in_one_fold(label, fold, ~fits).all()
+    assert has_single_fold(label, fold, fits).tolist() == [False, False, True, True, True, True, True]
+    assert has_single_fold(label, fold, ~fits).all()
 
 
 @settings(deadline=None)
@@ -134,4 +134,4 @@ def test_a_class_in_one_fold_is_told() -> None:
 def test_without_groups_only_classes_of_one_are_in_one_fold(label: NDArray[np.int32], num_folds: int) -> None:
     fits = everyone(len(label))
     fold = assign_folds(named(len(label)), label, None, fits, num_folds=num_folds, seed=0)
-    np.testing.assert_array_equal(in_one_fold(label, fold, fits), np.bincount(label)[label] == 1)
+    np.testing.assert_array_equal(has_single_fold(label, fold, fits), np.bincount(label)[label] == 1)

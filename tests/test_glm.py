@@ -136,7 +136,7 @@ def test_above_the_limit_of_axes_nothing_changes_but_the_way(monkeypatch: pytest
     x, label = planted(150, 12, 3)
     mask = np.stack([np.arange(150) % 2 == fold for fold in range(2)], axis=1)
     whitened = fit(x, label, mask=mask, l2=(1e-3, 1e-1))
-    monkeypatch.setattr(designs, "_AXES_UP_TO", 11)
+    monkeypatch.setattr(designs, "_MAX_FEATURES_FOR_AXES", 11)
     plain = fit(x, label, mask=mask, l2=(1e-3, 1e-1))
     for index in range(2):
         np.testing.assert_allclose(shares(plain, x, index), shares(whitened, x, index), atol=1e-4)
@@ -145,7 +145,7 @@ def test_above_the_limit_of_axes_nothing_changes_but_the_way(monkeypatch: pytest
 def test_chunks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     x, label = planted(1_000, 4, 3)
     whole = fit(x, label)
-    monkeypatch.setattr(glm, "_LOGITS_AT_ONCE", 1)  # the least chunk has 512 rows
+    monkeypatch.setattr(glm, "_CHUNK_LOGITS", 1)  # the smallest chunk has 512 rows
     np.testing.assert_allclose(shares(fit(x, label), x), shares(whole, x), atol=1e-6)
 
 
@@ -279,8 +279,8 @@ def test_bfloat16_products_are_close_to_float64() -> None:
 @pytest.mark.parametrize("columns", [1, 6, 1_200])
 def test_many_strengths_of_few_masks_are_as_if_each_had_its_own(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows come fold by fold, so that chunks end where folds do; a product takes some of the models or all."""
-    monkeypatch.setattr(glm, "_LEAST_CHUNK", 64)
-    monkeypatch.setattr(glm, "_COLUMNS_AT_ONCE", columns)
+    monkeypatch.setattr(glm, "_MIN_CHUNK", 64)
+    monkeypatch.setattr(glm, "_CHUNK_COLUMNS", columns)
     x, label = planted(300, 6, 3)
     mask = np.stack([np.arange(300) // 100 != fold for fold in range(3)], axis=1)
     l2 = tuple(np.repeat(STRENGTHS, 3))

@@ -80,12 +80,12 @@ def test_whom_the_judge_sends_away_stays_where_it_was_and_the_others_go_on() -> 
     start = torch.zeros_like(problem.centre)
     told: list[list[int]] = []
 
-    def judge(alive: Tensor, theta: Tensor) -> Tensor:
+    def select_active(alive: Tensor, theta: Tensor) -> Tensor:
         assert len(theta) == len(alive)
         told.append(alive.tolist())
         return alive != 1
 
-    found = minimize(problem, start, max_steps=300, tolerance=1e-14, patience=2, judge=judge)
+    found = minimize(problem, start, max_steps=300, tolerance=1e-14, patience=2, select_active=select_active)
     one = minimize(problem, start, max_steps=1, tolerance=0.0, patience=2)
     assert told[:2] == [[0, 1, 2], [0, 2]]
     assert torch.equal(found.theta[1], one.theta[1])

@@ -226,10 +226,10 @@ def test_numbers_are_standardised_by_the_rows_that_are_learned_from() -> None:
     values = np.array([[10.0], [20.0], [30.0], [1000.0]], np.float32)
     target = Target(task="regression", label=np.zeros(4, np.int32), num_outputs=1, values=values)
     truth = NetworkTarget.of(target, np.arange(3), "cpu")
-    learnt = truth.found[:3]
+    learnt = truth.values[:3]
     assert float(learnt.mean()) == pytest.approx(0, abs=1e-6)
     assert float(learnt.std(correction=0)) == pytest.approx(1)
-    np.testing.assert_allclose(truth.in_units(truth.found), values, rtol=1e-6)
+    np.testing.assert_allclose(truth.in_units(truth.values), values, rtol=1e-6)
     wrong = torch.tensor([[0.5], [0.0]])
     expected = ((truth.in_units(wrong) - values[[0, 3]]) ** 2).mean() / np.var([10, 20, 30])
     assert float(truth.loss(wrong, torch.tensor([0, 3]))) == pytest.approx(float(expected), rel=1e-4)
@@ -239,7 +239,7 @@ def test_numbers_are_standardised_by_the_rows_that_are_learned_from() -> None:
 
 @given(epochs=st.integers(1, 1000))
 def test_epochs_kept_are_spread_from_the_first_to_the_last(epochs: int) -> None:
-    kept = NetworkConfig(epochs=epochs).epochs_kept
+    kept = NetworkConfig(epochs=epochs).recorded_epochs
     assert len(kept) == min(epochs, 8)
     assert kept[-1] == epochs
     assert kept[0] == 1

@@ -67,14 +67,14 @@ def _choice_data(
     torch_target: TorchTarget, key: NDArray[np.uint64], *, max_rows: int
 ) -> tuple[TorchTarget, NDArray[np.bool_]]:
     """Return the target with the outputs that a strength is chosen on, and which of the n rows, with keys (n,)."""
-    label, k = torch_target.found, torch_target.num_outputs
+    label, k = torch_target.values, torch_target.num_outputs
     rows, outputs = choose_outputs(label.cpu().numpy(), key, task=torch_target.task, num_outputs=k, max_rows=max_rows)
     mask = np.isin(np.arange(len(key)), rows)
     if len(outputs) == k:
         return torch_target, mask
     index = torch.from_numpy(outputs).to(label.device)
     label = torch.searchsorted(index, label) if torch_target.task == "classification" else label[:, index]
-    return replace(torch_target, found=label, num_outputs=len(outputs)), mask
+    return replace(torch_target, values=label, num_outputs=len(outputs)), mask
 
 
 Part = tuple[Design, Tensor, Tensor]
@@ -84,7 +84,7 @@ def _part(design: Design, torch_target: TorchTarget, chosen: NDArray[np.bool_], 
     """Give the rows among the chosen that the mask (s, p) has any use for: design, answer and mask."""
     some = mask.any(axis=1)
     rows = torch.from_numpy(np.flatnonzero(chosen)[some]).to(design.rows.device)
-    return design.take(rows), torch_target.found[rows], torch.from_numpy(mask[some]).to(rows.device)
+    return design.take(rows), torch_target.values[rows], torch.from_numpy(mask[some]).to(rows.device)
 
 
 def _compare_l2(seen: Part, holdout_mask: Part, path: list[float], *, task: str, num_outputs: int) -> Tensor:
@@ -107,7 +107,7 @@ def _compare_l2(seen: Part, holdout_mask: Part, path: list[float], *, task: str,
         max_steps=_MAX_STEPS,
         tolerance=_TOLERANCE,
         patience=1,
-        judge=race.judge,
+        select_active=race.select_active,
     )
     return _least_between(race.losses, l2_penalties)
 
@@ -120,7 +120,7 @@ class _L2Trial:
     task: str
     losses: Tensor
 
-    def judge(self, alive: Tensor, theta: Tensor) -> Tensor:
+    def select_active(self, alive: Tensor, theta: Tensor) -> Tensor:
         """Write down the losses of those that still run, and tell which of them stay.
 
         A fit of a weak strength that is farther behind than it gains is out: what it does from here on is overfit. Who
@@ -129,7 +129,7 @@ class _L2Trial:
         """
         design, torch_target, rows = self.holdout_mask
         place, probe = alive // rows.shape[1], alive % rows.shape[1]
-        loss = mean_loss(design, torch_target, task=self.task, rows=rows, whose=probe, theta=theta)
+        loss = mean_loss(design, torch_target, task=self.task, rows=rows, column=probe, theta=theta)
         gain = self.losses[place, probe] - loss
         self.losses[place, probe] = loss
         best = _first_least(self.losses)
@@ -235,7 +235,7 @@ def fit_linear(
     if _wants_gaussian(design, torch_target, fit_rows, config):
         mixed = mix_in_gaussian(
             design,
-            torch_target.found,
+            torch_target.values,
             fit_rows,
             cross_fits,
             theta=found.theta,
@@ -262,7 +262,7 @@ def _fit(design: Design, torch_target: TorchTarget, fit_rows: FitRows, l2: Tenso
     coarse = design.rows.dtype == torch.bfloat16
     return fit_glm(
         design,
-        torch_target.found,
+        torch_target.values,
         task=torch_target.task,
         train_mask=train_mask,
         l2=l2,

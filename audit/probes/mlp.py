@@ -191,7 +191,7 @@ def _one_epoch(
         batch = batch.to(device)
         mask = train_mask[batch].repeat(1, copies).to(nets.first.dtype)
         logits = nets.logits(design.rows[batch], left.to(device) / (1 - config.dropout))
-        _, residual = loss_and_residual(logits.detach().clone(), torch_target.found[batch], task=torch_target.task)
+        _, residual = loss_and_residual(logits.detach().clone(), torch_target.values[batch], task=torch_target.task)
         residual *= (mask / mask.sum(dim=0).clamp_min(1))[:, :, None]
         optimiser.zero_grad()
         torch.autograd.backward(logits, residual)
@@ -208,7 +208,7 @@ def _mean_loss(nets: Nets, design: Design, torch_target: TorchTarget, mask: Tens
     copies = len(nets.first) // mask.shape[1]
     total = nets.first.new_zeros(len(nets.first))
     for some in mask.any(dim=1).nonzero().squeeze(1).chunk(max(1, len(mask) // _ROWS_AT_ONCE)):
-        loss, _ = loss_and_residual(nets.logits(design.rows[some]), torch_target.found[some], task=torch_target.task)
+        loss, _ = loss_and_residual(nets.logits(design.rows[some]), torch_target.values[some], task=torch_target.task)
         total += (loss * mask[some].repeat(1, copies)).sum(dim=0)
     return total / mask.sum(dim=0).repeat(copies)
 

@@ -172,7 +172,7 @@ def input_statistics(inputs: Inputs, shape: tuple[int, ...], *, batch_size: int)
 class NetworkTarget:
     """What the rows (n,) are to be recognised as, on the device; numbers are standardised by the training rows."""
 
-    found: Tensor
+    values: Tensor
     task: str
     centre: float
     scale: float
@@ -182,21 +182,21 @@ class NetworkTarget:
         """Bring a target to the device."""
         if target.values is None:
             found = torch.from_numpy(target.label.astype(np.int64)).to(device)
-            return cls(found=found, task=target.task, centre=0.0, scale=1.0)
+            return cls(values=found, task=target.task, centre=0.0, scale=1.0)
         centre, scale = 0.0, 1.0
         if target.task == "regression":
             centre = float(target.values[train_mask].mean(dtype=np.float64))
             scale = float(target.values[train_mask].std(dtype=np.float64)) or 1.0
         found = torch.from_numpy(((target.values - centre) / scale).astype(np.float32)).to(device)
-        return cls(found=found, task=target.task, centre=centre, scale=scale)
+        return cls(values=found, task=target.task, centre=centre, scale=scale)
 
     def loss(self, outputs: Tensor, rows: Tensor) -> Tensor:
         """Mean cross entropy, binary cross entropy over labels, or squared error, of raw outputs (b, k)."""
         if self.task == "classification":
-            return nn.functional.cross_entropy(outputs, self.found[rows])
+            return nn.functional.cross_entropy(outputs, self.values[rows])
         if self.task == "multilabel":
-            return nn.functional.binary_cross_entropy_with_logits(outputs, self.found[rows])
-        return nn.functional.mse_loss(outputs, self.found[rows])
+            return nn.functional.binary_cross_entropy_with_logits(outputs, self.values[rows])
+        return nn.functional.mse_loss(outputs, self.values[rows])
 
     def in_units(self, outputs: Tensor) -> NDArray[np.float32]:
         """Give outputs in the units of the target."""

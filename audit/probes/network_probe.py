@@ -144,7 +144,7 @@ def fit_network(
     )
     folds = [fold for number, cross_fit in enumerate(cross_fits) for fold in plan_folds(network_fit, cross_fit, number)]
     by_round = np.zeros((len(cross_fits), inputs.num_rows, target.num_outputs), np.float32)
-    by_epoch = np.zeros((len(config.epochs_kept), *by_round.shape[1:]), np.float32)
+    by_epoch = np.zeros((len(config.recorded_epochs), *by_round.shape[1:]), np.float32)
     for place, fold in enumerate(folds):
 
         def tick(epoch: int, before: int = place * config.epochs) -> None:
@@ -233,7 +233,7 @@ def _train(network_fit: NetworkFit, fold: Fold, tick: Callable[[int], None]) -> 
         schedule.step()
         if len(fold.holdout_mask) and (loss := _holdout_loss(network_fit, network, network_target, fold)) < least:
             least, best = loss, {name: value.clone() for name, value in network.state_dict().items()}
-        if fold.round == 0 and epoch in config.epochs_kept:
+        if fold.round == 0 and epoch in config.recorded_epochs:
             kept.append(network_target.in_units(_predict(network_fit, network, fold.held)))
         tick(epoch)
     if best is not None:

@@ -164,7 +164,7 @@ def fit_calibrated_probe(
     probe = fit(inputs, target, mine)
     first = mine[0]
     most = min(CALIBRATION_ROWS, max(_LEAST_CALIBRATION_ROWS, _CALIBRATION_LOGITS // target.num_outputs))
-    rows = first_rows(np.flatnonzero(first.fits), first.key, most=most)
+    rows = first_rows(np.flatnonzero(first.fits), first.key, max_rows=most)
     logits, truth = probe.logits(rows), target.take(rows)
     everyone = np.ones(len(rows), dtype=bool)
     by_fold = fit_temperature(logits.mean(axis=0)[None], truth, first.fold[None, rows], everyone)[0].astype(np.float32)
