@@ -39,7 +39,9 @@ def test_the_most_rows_are_the_first_by_key() -> None:
     left_out = [row for row in range(90) if row % 6 and row not in fit_rows.rows]
     assert len(fit_rows.rows) == 20
     assert key[fit_rows.rows].max() < key[left_out].min()
-    np.testing.assert_array_equal(np.sort(fit_rows.rows), first_rows(np.arange(90)[CROSSINGS[0].fits], key, max_rows=20))
+    np.testing.assert_array_equal(
+        np.sort(fit_rows.rows), first_rows(np.arange(90)[CROSSINGS[0].fits], key, max_rows=20)
+    )
 
 
 def test_without_rows_aside_there_is_no_choice() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.audit.probes.cross_fit import assign_folds, has_single_fold
+from mmaudit.audit.probes.cross_fit import assign_folds, in_single_fold
 
 Strings = NDArray[np.object_]
 
@@ -110,7 +110,7 @@ def test_groups_are_placed_so_that_classes_lie_evenly() -> None:
 
 
 def test_too_few_samples_are_refused() -> None:
-    with pytest.raises(ScoreError, match="1 usable samples cannot be cross-fitted"):
+    with pytest.raises(ScoreError, match="needs at least 2 usable samples, found 1"):
         assign_folds(named(1), np.zeros(1, dtype=np.int32), None, everyone(1), num_folds=5, seed=0)
 
 
@@ -122,11 +122,11 @@ def test_fewer_samples_than_folds_leave_one_out() -> None:
 def test_a_class_in_one_fold_is_told() -> None:
     label = np.array([0, 0, 1, 1, 2, 2, 3], dtype=np.int32)
     fold = np.array([0, 1, 1, 1, 0, 1, 0], dtype=np.int16)
-    assert has_single_fold(label, fold, everyone(7)).tolist() == [False, False, True, True, False, False, True]
+    assert in_single_fold(label, fold, everyone(7)).tolist() == [False, False, True, True, False, False, True]
     # Test samples do not count: no probe learns class 2 but from its row in fold 0.
     fits = np.array([True, True, True, True, True, False, True])
-    assert has_single_fold(label, fold, fits).tolist() == [False, False, True, True, True, True, True]
-    assert has_single_fold(label, fold, ~fits).all()
+    assert in_single_fold(label, fold, fits).tolist() == [False, False, True, True, True, True, True]
+    assert in_single_fold(label, fold, ~fits).all()
 
 
 @settings(deadline=None)
@@ -134,4 +134,4 @@ def test_a_class_in_one_fold_is_told() -> None:
 def test_without_groups_only_classes_of_one_are_in_one_fold(label: NDArray[np.int32], num_folds: int) -> None:
     fits = everyone(len(label))
     fold = assign_folds(named(len(label)), label, None, fits, num_folds=num_folds, seed=0)
-    np.testing.assert_array_equal(has_single_fold(label, fold, fits), np.bincount(label)[label] == 1)
+    np.testing.assert_array_equal(in_single_fold(label, fold, fits), np.bincount(label)[label] == 1)

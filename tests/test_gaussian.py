@@ -14,7 +14,7 @@ from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit
-from mmaudit.audit.probes.gaussian import MARGIN, MOST_ROWS, Sums, first_least, fit_gaussian
+from mmaudit.audit.probes.gaussian import MARGIN, MAX_ROWS, ClassSums, first_minimum, fit_gaussian
 from mmaudit.audit.probes.probe_set import fit_probe
 
 K = 4
@@ -58,7 +58,7 @@ def test_the_covariance_is_shrunk_as_sklearn_s(n: int, d: int) -> None:
     train_mask = torch.arange(n) % 5 != 0
     seen, one_hot = z[train_mask], functional.one_hot(y[train_mask], K).double()
     none = torch.zeros(K, 1, 1, dtype=torch.float64)
-    sums = Sums(count=one_hot.sum(dim=0), total=one_hot.T @ seen, square=seen.T @ seen, moments=none)
+    sums = ClassSums(count=one_hot.sum(dim=0), total=one_hot.T @ seen, square=seen.T @ seen, moments=none)
     theta = fit_gaussian(z, y, train_mask=train_mask, sums=sums).theta().numpy()
     rows = train_mask.numpy()
     means = np.stack([x[rows & (label == k)].mean(axis=0) for k in range(K)]).astype(np.float64)
@@ -104,11 +104,11 @@ def test_a_given_strength_or_a_wish_leaves_it_out(options: dict[str, object]) ->
 
 
 def test_many_rows_do_without() -> None:
-    x, label = planted(MOST_ROWS + 10, 3)
+    x, label = planted(MAX_ROWS + 10, 3)
     np.testing.assert_array_equal(logits(x, label), logits(x, label, gaussian=False))
 
 
 def test_of_options_that_rounding_alone_parts_the_simplest_is_chosen() -> None:
-    assert first_least([0.5 + MARGIN / 2, 0.7, 0.5, 0.5 - MARGIN / 4]) == 0
-    assert first_least([0.5 + 2 * MARGIN, 0.7, 0.5, 0.5]) == 2
-    assert first_least([0.5]) == 0
+    assert first_minimum([0.5 + MARGIN / 2, 0.7, 0.5, 0.5 - MARGIN / 4]) == 0
+    assert first_minimum([0.5 + 2 * MARGIN, 0.7, 0.5, 0.5]) == 2
+    assert first_minimum([0.5]) == 0

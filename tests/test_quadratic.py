@@ -16,9 +16,17 @@ from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit, gather_fit_rows
 from mmaudit.audit.probes.design import read_design
-from mmaudit.audit.probes.gaussian import MOST_ROWS, Gaussian
+from mmaudit.audit.probes.gaussian import MAX_ROWS, Gaussian
 from mmaudit.audit.probes.linear import LinearProbe, fit_linear
-from mmaudit.audit.probes.quadratic import Curve, Shape, cholesky, fit_curve, shapes_of, sum_moments, widest_axes
+from mmaudit.audit.probes.quadratic import (
+    CovarianceShape,
+    Curve,
+    cholesky,
+    covariance_shapes,
+    fit_curve,
+    sum_moments,
+    widest_axes,
+)
 
 K = 3
 Floats = NDArray[np.floating[Any]]
@@ -81,13 +89,13 @@ def drawn_gaussian(d: int, *, dtype: torch.dtype = torch.float64) -> tuple[Float
     return x.astype(np.float64), label, gaussian, sum_moments(z, y, num_classes=K)
 
 
-@pytest.mark.parametrize(("d", "width", "borrowed"), [(12, 12, 0.2), (12, 9, 0.8), (3, 3, 0.5)])
-def test_it_is_the_density_of_a_t_distribution_around_each_class(d: int, width: int, borrowed: float) -> None:
+@pytest.mark.parametrize(("d", "width", "shrinkage"), [(12, 12, 0.2), (12, 9, 0.8), (3, 3, 0.5)])
+def test_it_is_the_density_of_a_t_distribution_around_each_class(d: int, width: int, shrinkage: float) -> None:
     """Axes are the features themselves, the last ones the widest; what a class borrows counts in rows."""
     x, label, gaussian, moments = drawn_gaussian(d)
-    curve = fit_curve(gaussian, moments, torch.eye(d).double(), shape=Shape(width=width, borrowed=borrowed))
+    curve = fit_curve(gaussian, moments, torch.eye(d).double(), shape=CovarianceShape(width=width, shrinkage=shrinkage))
     some, shared = x[:, -width:], np.diag(np.linspace(1, 2, d)[-width:])
-    lent, degrees = borrowed / (1 - borrowed) * len(x) / K, max(8, width)
+    lent, degrees = shrinkage / (1 - shrinkage) * len(x) / K, max(8, width)
     expected = np.empty((len(x), K))
     for k in range(K):
         own = some[label == k]
@@ -100,7 +108,7 @@ def test_it_is_the_density_of_a_t_distribution_around_each_class(d: int, width: 
 
 
 def test_single_precision_is_double_but_for_rounding() -> None:
-    shape = Shape(width=12, borrowed=0.2)
+    shape = CovarianceShape(width=12, shrinkage=0.2)
     found = []
     for dtype in (torch.float32, torch.float64):
         x, _, gaussian, moments = drawn_gaussian(12, dtype=dtype)
@@ -113,7 +121,7 @@ def test_single_precision_is_double_but_for_rounding() -> None:
 def test_a_wild_row_is_not_decided_for_good() -> None:
     """Along a ray the logits differ by no more than a bound, where a Gaussian's differ by the square of the way."""
     _, _, gaussian, moments = drawn_gaussian(6)
-    curve = fit_curve(gaussian, moments, torch.eye(6).double(), shape=Shape(width=6, borrowed=0.2))
+    curve = fit_curve(gaussian, moments, torch.eye(6).double(), shape=CovarianceShape(width=6, shrinkage=0.2))
     ray = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).double()
     far, farther = (curve.logits(ray * way) for way in (1e3, 1e6))
     spread = (farther.max(dim=1).values - farther.min(dim=1).values).max()
@@ -146,7 +154,7 @@ def test_linear_stays_straight_and_so_do_many_rows_and_a_wish() -> None:
     assert all(isinstance(curve, Curve) for curve in fit(x, label).curves)
     assert fit(x, label, kind="linear").curves == (None,) * 3
     assert fit(x, label, gaussian=False).curves == (None,) * 3
-    many, theirs, _ = unlike(MOST_ROWS + 10, 3)
+    many, theirs, _ = unlike(MAX_ROWS + 10, 3)
     assert fit(many, theirs).curves == (None,) * 3
 
 
@@ -215,7 +223,7 @@ def test_axes_are_the_widest_and_so_few_that_they_keep_within_memory() -> None:
 
 
 def test_shapes_grow_with_the_axes() -> None:
-    widths = [sorted({shape.width for shape in shapes_of(torch.zeros(200, q))}) for q in (0, 5, 40, 128)]
+    widths = [sorted({shape.width for shape in covariance_shapes(torch.zeros(200, q))}) for q in (0, 5, 40, 128)]
     assert widths == [[], [5], [32, 40], [32, 64, 128]]
 
 

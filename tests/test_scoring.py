@@ -281,7 +281,7 @@ def test_one_class_alone_is_refused(planted: Planted, tmp_path: Path) -> None:
 
 
 def test_a_sample_alone_is_refused(planted: Planted, tmp_path: Path) -> None:
-    with pytest.raises(ScoreError, match="1 usable samples cannot be cross-fitted"):
+    with pytest.raises(ScoreError, match="needs at least 2 usable samples, found 1"):
         audit(planted(num_samples=1, num_classes=1), tmp_path / "cache")
 
 

@@ -33,23 +33,17 @@ def assign_folds(
     """
     if group is None:
         if len(sample_id) < 2:
-            raise ScoreError(
-                f"cross-fitting needs at least 2 usable samples, found {len(sample_id)}"
-            )
+            raise ScoreError(f"cross-fitting needs at least 2 usable samples, found {len(sample_id)}")
         return _assign_samples(hash_rank(sample_id, seed=seed, purpose=purpose), label, fits, num_folds=num_folds)
     names, group_index = np.unique(group.astype(str), return_inverse=True)
     if len(names) < 2:
-        raise ScoreError(
-            "all usable samples are of one group, and a probe must not train on the group that it scores; drop --group"
-        )
+        raise ScoreError("all usable samples are of one group, which a probe cannot train on and score; drop --group")
     keys = hash_rank(names.tolist(), seed=seed, purpose=purpose)
     fold = np.zeros(len(names), dtype=np.int16)
     # Groups with training rows are placed by those rows only.
     trains = np.isin(np.arange(len(names)), group_index[fits])
     if trains.sum() < 2:
-        raise ScoreError(
-            "all training samples are of one group, and a probe must not train on the group that it scores; drop --group"
-        )
+        raise ScoreError("all training samples are of one group, which a probe cannot train on and score; drop --group")
     num_folds = min(num_folds, int(trains.sum()))
     for groups, rows in ((trains, fits), (~trains, ~fits)):
         counts = np.zeros((len(names), int(label.max()) + 1))
@@ -58,7 +52,7 @@ def assign_folds(
     return fold[group_index]
 
 
-def has_single_fold(label: NDArray[np.int32], fold: NDArray[np.int16], fits: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def in_single_fold(label: NDArray[np.int32], fold: NDArray[np.int16], fits: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return for each sample, (n,) bool, whether its class cannot be cross-fitted.
 
     That is a class whose training samples (`fits`) lie in fewer than two folds: some probe would score a class that is
@@ -72,7 +66,7 @@ def has_single_fold(label: NDArray[np.int32], fold: NDArray[np.int16], fits: NDA
 def _assign_samples(
     keys: NDArray[np.uint64], label: NDArray[np.int32], fits: NDArray[np.bool_], *, num_folds: int
 ) -> NDArray[np.int16]:
-    """Assign samples to folds in turn, class by class: each class starts at the fold after the last one of the previous.
+    """Assign samples to folds in turn, class by class: a class starts at the fold after the last one of the previous.
 
     Within a class, training samples come first, and only they count for where the next class starts, so that other
     samples do not change the folds of training samples.
@@ -170,10 +164,10 @@ def first_rows(rows: Rows, key: NDArray[np.uint64], *, max_rows: int) -> Rows:
     return rows if len(rows) <= max_rows else np.sort(rows[np.argsort(key[rows], kind="stable")[:max_rows]])
 
 
-def predict_out_of_fold(cross_fits: Sequence[CrossFit], rows: Rows, predict_rows: Callable[[int, Tensor], Tensor]) -> Tensor:
+def predict_out_of_fold(cross_fits: Sequence[CrossFit], rows: Rows, predict: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Predict each row, in each repeat, with the probe that did not train on it: (r, b, k).
 
-    `predict_rows` returns the logits (c, k) of a probe, by number, for the rows at the given positions (c,).
+    `predict` returns the logits (c, k) of a probe, by number, for the rows at the given positions (c,).
     """
     out: Tensor | None = None
     first = 0
@@ -182,7 +176,7 @@ def predict_out_of_fold(cross_fits: Sequence[CrossFit], rows: Rows, predict_rows
         order = torch.from_numpy(np.argsort(fold, kind="stable"))
         ends = np.cumsum(np.bincount(fold, minlength=cross_fit.num_folds))
         for probe, positions in enumerate(torch.tensor_split(order, torch.from_numpy(ends[:-1])), start=first):
-            logits = predict_rows(probe, positions)
+            logits = predict(probe, positions)
             if out is None:
                 out = logits.new_empty(len(cross_fits), len(rows), logits.shape[1])
             out[index, positions.to(out.device)] = logits

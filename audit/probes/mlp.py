@@ -19,7 +19,7 @@ from ..threads import NETWORK_THREADS, fixed_threads
 from .cross_fit import CrossFit, FitRows, predict_out_of_fold
 from .design import Design, Units, read_design
 from .glm import loss_and_residual
-from .linear import products_of
+from .linear import product_dtype
 from .targets import TorchTarget
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def fit_mlp(
     Each probe is the network, of all epochs and decays, with the least loss on what its probe set aside; with nothing
     aside, the last of the strongest decay. All start alike and forget the same units, so that none depends on others.
     """
-    products = products_of(config.precision, device, size=len(fit_rows.rows) * inputs.num_features)
+    products = product_dtype(config.precision, device, size=len(fit_rows.rows) * inputs.num_features)
     design = read_design(inputs, fit_rows.rows, products=products, device=device, with_axes=False)
     design.rows.clamp_(-_FARTHEST, _FARTHEST)
     torch_target = TorchTarget.of(target, fit_rows.rows, design.curvature)

@@ -24,7 +24,7 @@ from ..features.matrix import FeatureMatrix, Inputs, Rows
 from ..hashing import canonical_order, hash_rank
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
-from ..probes.cross_fit import CrossFit, assign_folds, has_single_fold
+from ..probes.cross_fit import CrossFit, assign_folds, in_single_fold
 from ..probes.network_probe import fit_network
 from ..probes.probe_set import (
     CalibratedProbe,
@@ -59,7 +59,7 @@ def plan_rounds(
         if samples.task != "classification":
             return rows, cross_fits, left_out
         label = samples.label[rows]
-        rare = np.logical_or.reduce([has_single_fold(label, cross_fit.fold, cross_fit.fits) for cross_fit in cross_fits])
+        rare = np.logical_or.reduce([in_single_fold(label, cross_fit.fold, cross_fit.fits) for cross_fit in cross_fits])
         if not rare.any():
             return rows, cross_fits, left_out
         left_out += [_rare(samples, rows, row) for row in rows[rare]]
