@@ -33,11 +33,11 @@ LABELS = Target(task="multilabel", label=LABEL, num_outputs=K, values=(RNG.rando
 class Told:
     """A probe that says what it is told to: by_round (r, n, k), by_epoch (e, n, k)."""
 
-    by_round: Floats
+    by_repeat: Floats
     by_epoch: Floats
 
     def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
-        return self.by_round[:, rows]
+        return self.by_repeat[:, rows]
 
     def logits_by_epoch(self, rows: Rows) -> Floats:
         return self.by_epoch[:, rows]
@@ -47,14 +47,14 @@ class Told:
 class Hears:
     """A joint probe that is right (n,) or not by which modalities it hears."""
 
-    right: Mapping[frozenset[int], NDArray[np.bool_]]
+    correct: Mapping[frozenset[int], NDArray[np.bool_]]
     label: NDArray[np.int32]
     num_outputs: int
 
     def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
         masked = inputs.masked if isinstance(inputs, JointInputs) else frozenset()
-        everyone = max(self.right, key=len)
-        named = np.where(self.right[everyone - masked], self.label, (self.label + 1) % self.num_outputs)
+        everyone = max(self.correct, key=len)
+        named = np.where(self.correct[everyone - masked], self.label, (self.label + 1) % self.num_outputs)
         return np.asarray(3 * np.eye(self.num_outputs, dtype=np.float32)[named][None, rows])
 
     def logits_by_epoch(self, rows: Rows) -> Floats:
@@ -77,7 +77,7 @@ def calibrated(
 def told(seed: int, k: int = K) -> Told:
     rng = np.random.default_rng(seed)
     draw = rng.normal(0, 2, (ROUNDS + 4, N, k)).astype(np.float32)
-    return Told(by_round=draw[:ROUNDS], by_epoch=draw[ROUNDS:])
+    return Told(by_repeat=draw[:ROUNDS], by_epoch=draw[ROUNDS:])
 
 
 def panel_of(m: int, target: Target = CLASSES, *, present: Any = None, **rest: Any) -> ProbeSet:
@@ -108,7 +108,7 @@ def test_what_is_missing_is_nan_and_the_rest_is_as_if_it_were_there(target: Targ
         np.testing.assert_array_equal(other[complete], one[complete], err_msg=field.name)
         if one.ndim == 1:
             assert np.isnan(one).all() == np.isnan(other).any(), field.name
-        elif field.name not in ("spread", "without_right"):  # which are by the modalities there are
+        elif field.name not in ("spread", "without_correct"):  # which are by the modalities there are
             np.testing.assert_array_equal(other, np.where(present, one, np.nan), err_msg=field.name)
     np.testing.assert_array_equal(np.isnan(holed.spread), ~present)
 
@@ -116,25 +116,25 @@ def test_what_is_missing_is_nan_and_the_rest_is_as_if_it_were_there(target: Targ
 def test_confidence_is_of_the_mean_and_spread_of_the_rounds() -> None:
     probe_set = panel_of(2)
     found = answers_of(probe_set)
-    by_round = []
+    by_repeat = []
     for each in probe_set.probes:
         probe = each.probe
         assert isinstance(probe, Told)
-        logs = log_softmax(probe.by_round.astype(np.float64), axis=2)
+        logs = log_softmax(probe.by_repeat.astype(np.float64), axis=2)
         mean = softmax(logs.mean(axis=0) / each.scale[0], axis=1)
         np.testing.assert_allclose(found.confidence[:, int(each.name)], mean[np.arange(N), LABEL], atol=1e-5)
-        by_round.append(softmax(logs / each.scale[0], axis=2)[:, np.arange(N), LABEL])
+        by_repeat.append(softmax(logs / each.scale[0], axis=2)[:, np.arange(N), LABEL])
         epochs = softmax(probe.by_epoch.astype(np.float64) / each.scale[0], axis=2)[:, np.arange(N), LABEL]
         np.testing.assert_allclose(found.training_confidence[:, int(each.name)], epochs.mean(axis=0), atol=1e-5)
         np.testing.assert_allclose(found.training_variability[:, int(each.name)], epochs.std(axis=0), atol=1e-5)
-    discrepancy = by_round[0] - by_round[1]
+    discrepancy = by_repeat[0] - by_repeat[1]
     np.testing.assert_allclose(found.spread[:, 0], discrepancy.std(axis=0, ddof=1), atol=1e-5)
     assert found.spread.shape == (N, 1)
 
 
 def test_after_one_round_there_is_no_spread() -> None:
     probes = tuple(
-        calibrated(name, Told(by_round=told(seed).by_round[:1], by_epoch=told(seed).by_epoch))
+        calibrated(name, Told(by_repeat=told(seed).by_repeat[:1], by_epoch=told(seed).by_epoch))
         for seed, name in enumerate(("a", "b"))
     )
     found = answers_of(ProbeSet(probes=probes, joint=None, target=CLASSES))
@@ -145,11 +145,11 @@ def test_after_one_round_there_is_no_spread() -> None:
 def test_without_a_joint_probe_the_modalities_are_fused_and_have_no_shapley_values() -> None:
     probe_set = panel_of(2)
     found = answers_of(probe_set)
-    shares = [each.read(np.arange(N), CLASSES).probability for each in probe_set.probes]
+    shares = [each.predict(np.arange(N), CLASSES).probability for each in probe_set.probes]
     fused = measures.fuse_probabilities(shares)
     np.testing.assert_allclose(found.fused_confidence, fused[np.arange(N), LABEL], atol=1e-5)
     np.testing.assert_array_equal(found.fused_predicted, fused.argmax(axis=1))
-    np.testing.assert_array_equal(found.fused_right, fused.argmax(axis=1) == LABEL)
+    np.testing.assert_array_equal(found.fused_correct, fused.argmax(axis=1) == LABEL)
     np.testing.assert_allclose(found.similarity, measures.similarity(shares), atol=1e-6)
     assert np.isnan(found.shapley).all()
 
@@ -161,7 +161,7 @@ def test_numbers_are_as_likely_as_the_best_modality_s_gaussian_allows() -> None:
     for index, each in enumerate(probe_set.probes):
         probe, sigma = each.probe, float(each.scale[0])
         assert isinstance(probe, Told)
-        mean = probe.by_round.mean(axis=0)[:, 0]
+        mean = probe.by_repeat.mean(axis=0)[:, 0]
         density = norm.pdf(NUMBERS.values[:, 0], loc=mean, scale=sigma)
         np.testing.assert_allclose(found.confidence[:, index], density / norm.pdf(0, scale=1.0), atol=1e-5)
         np.testing.assert_allclose(found.predicted[:, index], mean, atol=1e-6)
@@ -175,9 +175,9 @@ def test_without_one_modality_the_others_are_fused() -> None:
     found = answers_of(probe_set)
     for index in range(3):
         others = replace(probe_set, probes=tuple(each for place, each in enumerate(probe_set.probes) if place != index))
-        left, here = answers_of(others).fused_right, present[:, index]
-        np.testing.assert_array_equal(found.without_right[here, index], left[here])
-        assert np.isnan(found.without_right[~here, index]).all()
+        left, here = answers_of(others).fused_correct, present[:, index]
+        np.testing.assert_array_equal(found.without_correct[here, index], left[here])
+        assert np.isnan(found.without_correct[~here, index]).all()
 
 
 def game(m: int, *, seed: int) -> dict[frozenset[int], NDArray[np.bool_]]:
@@ -188,7 +188,7 @@ def game(m: int, *, seed: int) -> dict[frozenset[int], NDArray[np.bool_]]:
 
 def shapley_of(right: Mapping[frozenset[int], NDArray[np.bool_]], *, present: Any = None, seed: int = 0) -> Floats:
     m = len(max(right, key=len))
-    probe = Hears(right=right, label=LABEL, num_outputs=K)
+    probe = Hears(correct=right, label=LABEL, num_outputs=K)
     return answers_of(panel_of(m, present=present, joint=calibrated("joint", probe, width=m)), seed).shapley
 
 
@@ -253,7 +253,7 @@ def test_it_does_not_matter_how_many_samples_are_asked_about_at_once(
 ) -> None:
     probe_set = panel_of(3, present=some_missing(3))
     whole = answers_of(probe_set)
-    monkeypatch.setattr("mmaudit.audit.scores.sample_scores._LOGITS_AT_ONCE", num_outputs_at_once)
+    monkeypatch.setattr("mmaudit.audit.scores.sample_scores._CHUNK_LOGITS", num_outputs_at_once)
     pieces = answers_of(probe_set)
     for field in fields(SampleScores):
         np.testing.assert_array_equal(getattr(pieces, field.name), getattr(whole, field.name), err_msg=field.name)

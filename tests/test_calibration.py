@@ -132,6 +132,6 @@ def test_it_does_not_depend_on_how_many_rows_are_read_at_once(task: str, monkeyp
     logits, target = drawn(task)
     fold = np.arange(len(target))[None] % 3
     whole = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
-    monkeypatch.setattr("mmaudit.audit.probes.prediction._LOGITS_AT_ONCE", 100)
+    monkeypatch.setattr("mmaudit.audit.probes.prediction._CHUNK_LOGITS", 100)
     pieces = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
     np.testing.assert_allclose(pieces, whole, rtol=1e-6)

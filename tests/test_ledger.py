@@ -56,20 +56,20 @@ def cross(target: Target) -> CrossFit:
 class Told:
     """A probe that says what it is told to: by_round (r, n, k)."""
 
-    by_round: Floats
+    by_repeat: Floats
 
     def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
-        return self.by_round[:, rows]
+        return self.by_repeat[:, rows]
 
     def logits_by_epoch(self, rows: Rows) -> Floats:
-        return self.by_round[:, rows]
+        return self.by_repeat[:, rows]
 
 
 def peek(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
     """Fit nothing and look the answers up: what a probe would say that sees the rows it is asked about."""
     if target.values is not None:
-        return Told(by_round=(target.values - 0.5 * (target.task == "multilabel"))[None])
-    return Told(by_round=np.eye(target.num_outputs, dtype=np.float32)[target.label][None])
+        return Told(by_repeat=(target.values - 0.5 * (target.task == "multilabel"))[None])
+    return Told(by_repeat=np.eye(target.num_outputs, dtype=np.float32)[target.label][None])
 
 
 def seated(target: Target, *said: Floats, scale: float = 1.0) -> ProbeSet:
@@ -79,7 +79,7 @@ def seated(target: Target, *said: Floats, scale: float = 1.0) -> ProbeSet:
             name=f"m{index}",
             inputs=MatrixInputs(matrix=np.zeros((len(target), 2), np.float32)),
             present=np.ones(len(target), bool),
-            probe=Told(by_round=each[None]),
+            probe=Told(by_repeat=each[None]),
             scale=np.full(len(target), scale, np.float32),
             calibration=FREE,
         )
@@ -272,7 +272,7 @@ def test_the_control_of_a_network_is_two_of_half_the_rows_each() -> None:
 
     probe_set = seated(CLASSES, said, said)
     first, second = (replace(calibrated, inputs=rows) for calibrated in probe_set.probes)
-    network = replace(second, probe=NetworkProbe(by_round=said[None], by_epoch=said[None]))
+    network = replace(second, probe=NetworkProbe(by_repeat=said[None], by_epoch=said[None]))
     cross_fit = replace(cross(CLASSES), fits=np.arange(N) % 4 != 0)
     found = books(replace(probe_set, probes=(first, network)), cross_fit, fit=note, controls=True)
     assert [(control.name, control.leaks) for control in found.controls] == [("m0", True), ("m1", True)]
@@ -308,7 +308,7 @@ def test_a_network_that_has_seen_the_rows_it_scores_is_above_chance_on_shuffled_
 
     said = np.zeros((24, K), np.float32)
     probe_set = seated(target, said, said)
-    network = replace(probe_set.probes[0], inputs=rows, probe=NetworkProbe(by_round=said[None], by_epoch=said[None]))
+    network = replace(probe_set.probes[0], inputs=rows, probe=NetworkProbe(by_repeat=said[None], by_epoch=said[None]))
     found = books(replace(probe_set, probes=(network, probe_set.probes[1])), fit=train, controls=True)
     assert found.controls[0].leaks == told
 
@@ -365,9 +365,9 @@ def test_a_gain_is_paired() -> None:
     """Of two probes that are right about nearly the same samples the difference is known better than either."""
     probe_set = seated(CLASSES, guesses(0.6, seed=0), guesses(0.5, seed=1))
     sample_scores = compute_sample_scores(probe_set, seed=0, progress=no_progress)
-    right = sample_scores.right[:, 0].copy()
+    right = sample_scores.correct[:, 0].copy()
     right[np.flatnonzero(right == 0)[:20]] = 1
-    found = books(probe_set, sample_scores=replace(sample_scores, fused_right=right))
+    found = books(probe_set, sample_scores=replace(sample_scores, fused_correct=right))
     assert found.gain_over_best.gain == pytest.approx(20 / N, abs=1e-6)
     best = found.probe_metrics[0]
     assert found.gain_over_best.high - found.gain_over_best.low < (best.high - best.low) / 3

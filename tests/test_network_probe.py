@@ -355,19 +355,19 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     fit(rows, target, config=quick, folder=tmp_path)
     path = min(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DatasetError, match=rf"{path.name} is damaged .*: delete it, and its network is trained anew"):
+    with pytest.raises(DatasetError, match=rf"{path.name} is damaged .*: delete it to train its network again"):
         fit(rows, target, config=quick, folder=tmp_path)
 
 
 def test_masked_inputs_are_refused(fitted: Fitted) -> None:
     rows, _, probe = fitted
-    with pytest.raises(ConfigError, match=r"cannot be asked about masked inputs: set probe\.joint = false"):
+    with pytest.raises(ConfigError, match=r"cannot score masked inputs, .*: set probe\.joint = false"):
         probe.logits(ROWS, inputs=MatrixInputs(matrix=rows))
 
 
 def test_a_training_that_diverges_says_so() -> None:
     rows, target = planted(PICTURE)
-    with pytest.raises(ScoreError, match=r"round 0, fold 0 diverges in epoch 1: its loss is .*; lower network\.lr"):
+    with pytest.raises(ScoreError, match=r"repeat 0, fold 0 diverged in epoch 1: its loss is .*; lower network\.lr"):
         fit(rows, target, config=replace(QUICK, lr=1e30))
 
 

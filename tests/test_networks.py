@@ -94,7 +94,7 @@ def test_levels_do_not_matter_once_standardised() -> None:
     for each in (rows, louder):
         net = network()
         net.trunk.standardise_by(
-            *input_statistics(MatrixInputs(matrix=each), PICTURE, batch_size=6).levels(np.arange(20))
+            *input_statistics(MatrixInputs(matrix=each), PICTURE, batch_size=6).channel_moments(np.arange(20))
         )
         found.append(net(to_pictures(torch.from_numpy(each), PICTURE)))
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
@@ -133,7 +133,7 @@ def test_shapes_that_no_network_reads_are_refused(missing: tuple[int, ...]) -> N
 
 def test_rows_of_another_length_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"shape \(9, 8, 3\) have 216 numbers, but a row has 200: .* encode them anew"
+        ConfigError, match=r"shape \(9, 8, 3\) have 216 numbers, but a row has 200: .* encode them again"
     ):
         check_shape(PICTURE, 200)
     check_shape(PICTURE, 216)
@@ -188,11 +188,11 @@ def test_a_survey_measures_each_channel_over_any_rows(dtype: Any) -> None:
     whole = RNG.integers(0, 256, (20, 216)).astype(dtype)
     survey = input_statistics(MatrixInputs(matrix=whole), PICTURE, batch_size=6)
     rows = np.array([3, 19, 7])
-    mean, scale = survey.levels(rows)
+    mean, scale = survey.channel_moments(rows)
     pixels = whole[rows].reshape(-1, 3).astype(float)
     np.testing.assert_allclose(mean, pixels.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(scale, pixels.std(axis=0), rtol=1e-5)
-    assert survey.there.all()
+    assert survey.present.all()
     touched = whole.copy()
     touched[11, 5] += 1
     contents = {input_statistics(MatrixInputs(matrix=each), PICTURE, batch_size=6).content for each in (whole, touched)}
@@ -204,7 +204,7 @@ def test_a_survey_tells_what_is_missing() -> None:
     whole = np.ones((5, 216), np.float32)
     whole[2] = np.nan
     survey = input_statistics(MatrixInputs(matrix=whole), PICTURE, batch_size=2)
-    assert survey.there.tolist() == [True, True, False, True, True]
+    assert survey.present.tolist() == [True, True, False, True, True]
 
 
 def test_losses_equal_the_references() -> None:

@@ -34,18 +34,18 @@ N, FOLDS = 600, 5
 class Told:
     """A probe that says what it is told to: by_round (r, n, k)."""
 
-    by_round: Floats
+    by_repeat: Floats
 
     def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
-        return self.by_round[:, rows]
+        return self.by_repeat[:, rows]
 
     def logits_by_epoch(self, rows: Rows) -> Floats:
-        return self.by_round[:1, rows] * np.array([0.5, 1], np.float32)[:, None, None]
+        return self.by_repeat[:1, rows] * np.array([0.5, 1], np.float32)[:, None, None]
 
 
-def says(by_round: Floats) -> Fit:
+def says(by_repeat: Floats) -> Fit:
     def fit(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
-        return Told(by_round=by_round)
+        return Told(by_repeat=by_repeat)
 
     return fit
 
@@ -137,7 +137,7 @@ def test_rows_without_the_modality_neither_teach_nor_calibrate(task: str) -> Non
 
     def fit(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         taught.extend([cross_fit.fits for cross_fit in cross_fits])
-        return Told(by_round=logits)
+        return Told(by_repeat=logits)
 
     cross_fits = [replace(cross_fit, fits=fits) for cross_fit in CROSSINGS]
     before = seat(target, logits, cross_fits=cross_fits, present=present, fit=fit)
@@ -170,9 +170,9 @@ def test_a_real_probe_does_not_learn_from_rows_without_the_modality() -> None:
         inputs = MatrixInputs(matrix=np.where(present[:, None], x, np.float32(gone)))
         calibrated = fit_calibrated_probe("audio", inputs, told, CROSSINGS, present=present, fit=fit)
         rows = np.flatnonzero(present)
-        found.append(calibrated.read(rows, told.take(rows)).confidence)
+        found.append(calibrated.predict(rows, told.take(rows)).confidence)
         everyone = fit_calibrated_probe("audio", inputs, told, CROSSINGS, present=np.ones(N, bool), fit=fit)
-        found.append(everyone.read(rows, told.take(rows)).confidence)
+        found.append(everyone.predict(rows, told.take(rows)).confidence)
     np.testing.assert_array_equal(found[0], found[2])
     assert np.abs(found[1] - found[3]).max() > 0.01
 
@@ -212,13 +212,13 @@ def test_a_member_reads_at_its_own_scale() -> None:
     target, logits = drawn("classification")
     calibrated = seat(target, 4 * logits)
     rows = np.array([599, 3, 3])
-    found = calibrated.read(rows, target.take(rows))
+    found = calibrated.predict(rows, target.take(rows))
     scaled = 4 * logits[0, rows].astype(np.float64) / calibrated.scale[rows][:, None]
     expected = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(found.probability, expected, atol=1e-5)
-    by_epoch = calibrated.read_epochs(rows, target.take(rows))
+    by_epoch = calibrated.confidence_by_epoch(rows, target.take(rows))
     assert by_epoch.shape == (2, 3)
-    np.testing.assert_allclose(by_epoch[1], found.by_round[0], atol=1e-6)
+    np.testing.assert_allclose(by_epoch[1], found.by_repeat[0], atol=1e-6)
     assert not np.allclose(by_epoch[0], by_epoch[1])
 
 
@@ -235,19 +235,19 @@ def test_together_they_stand_side_by_side_and_hear_who_has_any() -> None:
 
     def fit(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         heard.append(inputs)
-        return Told(by_round=logits)
+        return Told(by_repeat=logits)
 
     joint = fit_joint_probe(probes, target, CROSSINGS, fit=fit)
     assert joint.present.all()
     rows = np.arange(N)
     np.testing.assert_array_equal(heard[0].read(rows), np.hstack([part.matrix for part in parts]))
     probe_set = ProbeSet(probes=tuple(probes), joint=joint, target=target)
-    np.testing.assert_array_equal(probe_set.side_by_side.read(rows), heard[0].read(rows))
+    np.testing.assert_array_equal(probe_set.joint_inputs.read(rows), heard[0].read(rows))
 
 
 def test_the_least_scale_is_that_of_the_best_member() -> None:
     target, logits = drawn("regression")
     good, bad = seat(target, logits), seat(target, logits + 3)
     probe_set = ProbeSet(probes=(bad, good), joint=None, target=target)
-    assert probe_set.least_scale == pytest.approx(float(good.scale.mean()))
-    assert probe_set.least_scale < bad.least_scale
+    assert probe_set.min_scale == pytest.approx(float(good.scale.mean()))
+    assert probe_set.min_scale < bad.mean_scale

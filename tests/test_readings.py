@@ -36,15 +36,15 @@ def test_confidence_of_a_class_is_the_softmax_at_its_temperature(logits: np.ndar
     found = predict(logits, np.full(6, temperature, np.float32), classes())
     each = log_softmax(logits.astype(np.float64), axis=2)
     rows = np.arange(6)
-    by_round = softmax(each / temperature, axis=2)
-    np.testing.assert_allclose(found.by_round, by_round[:, rows, classes().label], atol=1e-4)
+    by_repeat = softmax(each / temperature, axis=2)
+    np.testing.assert_allclose(found.by_repeat, by_repeat[:, rows, classes().label], atol=1e-4)
     mean = softmax(each.mean(axis=0) / temperature, axis=1)
     np.testing.assert_allclose(found.probability, mean, atol=1e-4)
     np.testing.assert_allclose(found.confidence, mean[rows, classes().label], atol=1e-4)
     np.testing.assert_allclose(found.entropy, entropy(mean, axis=1), atol=1e-3)
     ordered = np.sort(mean, axis=1)
     np.testing.assert_allclose(found.margin, ordered[:, -1] - ordered[:, -2], atol=1e-4)
-    np.testing.assert_array_equal(found.right, found.predicted == classes().label)
+    np.testing.assert_array_equal(found.correct, found.predicted == classes().label)
 
 
 @given(LOGITS)
@@ -58,7 +58,7 @@ def test_several_labels_are_as_likely_as_their_geometric_mean(logits: np.ndarray
     np.testing.assert_allclose(found.confidence, each.prod(axis=1) ** (1 / 3), atol=1e-5)
     assert ((found.confidence >= 0) & (found.confidence <= 1)).all()
     assume(np.abs(mean).min() > 1e-5)  # rounding decides what stands on the edge
-    np.testing.assert_allclose(found.right, ((mean > 0) == (target.values > 0.5)).mean(axis=1), atol=1e-6)
+    np.testing.assert_allclose(found.correct, ((mean > 0) == (target.values > 0.5)).mean(axis=1), atol=1e-6)
     assert np.isnan(found.predicted).all()
 
 
@@ -78,11 +78,11 @@ def test_a_number_is_as_likely_as_its_gaussian_says_in_the_units_of_the_best_mod
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (2, 6, 1)).astype(np.float32)
     for deviation in (0.5, 1.0, 3.0):
-        found = predict(logits, np.full(6, deviation, np.float32), target, least_scale=0.5)
+        found = predict(logits, np.full(6, deviation, np.float32), target, min_scale=0.5)
         density = norm.pdf(target.values[:, 0], loc=logits.mean(axis=0)[:, 0], scale=deviation)
         np.testing.assert_allclose(found.confidence, density / norm.pdf(0, scale=0.5), atol=1e-5)
         np.testing.assert_allclose(found.entropy, norm.entropy(scale=deviation), atol=1e-5)
-        right = 1 + found.right / target.values.var()
+        right = 1 + found.correct / target.values.var()
         assert right.mean() == pytest.approx(r2_score(target.values[:, 0], logits[:, :, 0].mean(axis=0)), abs=1e-5)
 
 
@@ -113,9 +113,9 @@ def test_parts_of_a_reading_are_those_of_the_whole(target: Target, num_rounds: i
     logits = 3 * rng.standard_normal((num_rounds, len(target), target.num_outputs)).astype(np.float32)
     scale = rng.uniform(0.5, 2, len(target)).astype(np.float32)
     prediction = predict(logits, scale, target)
-    np.testing.assert_array_equal(likelihoods(logits, scale, target), prediction.by_round)
+    np.testing.assert_array_equal(likelihoods(logits, scale, target), prediction.by_repeat)
     np.testing.assert_array_equal(target_probability(logits, scale, target), prediction.probability)
-    np.testing.assert_array_equal(correctness(logits, scale, target), prediction.right)
+    np.testing.assert_array_equal(correctness(logits, scale, target), prediction.correct)
 
 
 def test_the_margin_is_between_the_two_likeliest_classes() -> None:

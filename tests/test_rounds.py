@@ -15,7 +15,7 @@ from mmaudit.audit.dataset.samples import Samples
 from mmaudit.audit.errors import ScoreError
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.quarantine import Reason
-from mmaudit.audit.scores.score_dataset import plan_rounds
+from mmaudit.audit.scores.score_dataset import plan_cross_fits
 
 CONFIG = ProbeConfig(folds=5, repeats=3)
 
@@ -57,7 +57,7 @@ def test_who_stays_is_crossfitted_in_every_round_and_the_rest_is_rare(
 ) -> None:
     config = replace(CONFIG, learn_from=learn_from)
     try:
-        rows, cross_fits, left_out = plan_rounds(samples, every(samples), config, seed=seed)
+        rows, cross_fits, left_out = plan_cross_fits(samples, every(samples), config, seed=seed)
     except ScoreError:
         return  # too few groups, or no class large enough: said elsewhere
     names = {each.sample_id for each in left_out}
@@ -80,13 +80,13 @@ def test_who_stays_is_crossfitted_in_every_round_and_the_rest_is_rare(
 def test_rounds_and_seeds_differ() -> None:
     """Five folds by chance agree on a fifth of the rows."""
     samples = samples_of(np.arange(400) % 2)
-    _, cross_fits, _ = plan_rounds(samples, every(samples), CONFIG, seed=5)
-    _, others, _ = plan_rounds(samples, every(samples), CONFIG, seed=6)
+    _, cross_fits, _ = plan_cross_fits(samples, every(samples), CONFIG, seed=5)
+    _, others, _ = plan_cross_fits(samples, every(samples), CONFIG, seed=6)
     deals = [deal for each in [*cross_fits, *others] for deal in (each.fold, each.inner)]
     for place, one in enumerate(deals):
         for other in deals[:place]:
             assert (one == other).mean() < 0.4
-    _, again, _ = plan_rounds(samples, every(samples), replace(CONFIG, repeats=1), seed=5)
+    _, again, _ = plan_cross_fits(samples, every(samples), replace(CONFIG, repeats=1), seed=5)
     np.testing.assert_array_equal(again[0].fold, cross_fits[0].fold)  # a repeat more does not change those before
 
 
@@ -94,8 +94,8 @@ def test_rounds_follow_the_ids_and_not_the_rows() -> None:
     samples = samples_of(np.arange(80) % 3)
     order = np.random.default_rng(0).permutation(80)
     moved = samples_of(samples.label[order], ids=samples.sample_id[order])
-    _, (one, *_), _ = plan_rounds(samples, every(samples), CONFIG, seed=0)
-    _, (two, *_), _ = plan_rounds(moved, every(moved), CONFIG, seed=0)
+    _, (one, *_), _ = plan_cross_fits(samples, every(samples), CONFIG, seed=0)
+    _, (two, *_), _ = plan_cross_fits(moved, every(moved), CONFIG, seed=0)
     for name in ("fold", "inner", "key"):
         np.testing.assert_array_equal(getattr(two, name), getattr(one, name)[order])
 
@@ -107,7 +107,7 @@ def test_what_test_samples_are_changes_nothing_among_the_others() -> None:
     found = []
     for each in (label, np.where(split == "test", 0, label)):
         samples = samples_of(each, split=split)
-        _, cross_fits, _ = plan_rounds(samples, every(samples), config, seed=0)
+        _, cross_fits, _ = plan_cross_fits(samples, every(samples), config, seed=0)
         found.append(
             [(one.fold[split == "train"].tolist(), one.inner[split == "train"].tolist()) for one in cross_fits]
         )
@@ -116,20 +116,20 @@ def test_what_test_samples_are_changes_nothing_among_the_others() -> None:
 
 def test_a_rare_class_is_told_with_its_number() -> None:
     samples = samples_of([0, 1] * 10 + [2])
-    rows, _, left_out = plan_rounds(samples, every(samples), CONFIG, seed=0)
+    rows, _, left_out = plan_cross_fits(samples, every(samples), CONFIG, seed=0)
     assert rows.tolist() == list(range(20))
     assert [(each.sample_id, each.modality, each.reason, each.detail) for each in left_out] == [
         ("s20", None, Reason.RARE_CLASS, "class 'class 2' has 1 usable samples, all in one fold")
     ]
     grouped = samples_of([0, 1] * 10 + [2, 2, 2], group=[f"g{row // 2 % 5}" for row in range(20)] + ["g0"] * 3)
-    _, _, left_out = plan_rounds(grouped, every(grouped), CONFIG, seed=0)
+    _, _, left_out = plan_cross_fits(grouped, every(grouped), CONFIG, seed=0)
     assert {each.detail for each in left_out} == {"class 'class 2' has 3 usable samples, of 1 groups, all in one fold"}
     assert len(left_out) == 3
 
 
 def test_only_the_rows_that_are_given_count() -> None:
     samples = samples_of([0, 1] * 10 + [2, 2])
-    rows, _, left_out = plan_rounds(samples, np.arange(21), CONFIG, seed=0)
+    rows, _, left_out = plan_cross_fits(samples, np.arange(21), CONFIG, seed=0)
     assert rows.tolist() == list(range(20))
     assert [each.sample_id for each in left_out] == ["s20"]
 
@@ -137,18 +137,18 @@ def test_only_the_rows_that_are_given_count() -> None:
 def test_strata_of_a_regression_are_never_too_rare() -> None:
     label = np.array([0, 1] * 10 + [2])
     samples = samples_of(label, task="regression", values=label[:, None].astype(np.float32), outputs=("y",))
-    rows, _, left_out = plan_rounds(samples, every(samples), CONFIG, seed=0)
+    rows, _, left_out = plan_cross_fits(samples, every(samples), CONFIG, seed=0)
     assert (len(rows), left_out) == (21, [])
 
 
 def test_what_cannot_be_crossed_is_refused() -> None:
     tests = samples_of([0, 1] * 5, split=["test"] * 10)
     for learn_from in ("all", "train"):
-        with pytest.raises(ScoreError, match=r"every usable sample is a test sample: .* pass --split none"):
-            plan_rounds(tests, every(tests), replace(CONFIG, learn_from=learn_from), seed=0)
+        with pytest.raises(ScoreError, match=r"every usable sample is in the test split: .* pass --split none"):
+            plan_cross_fits(tests, every(tests), replace(CONFIG, learn_from=learn_from), seed=0)
     alone = samples_of([0, 1, 2, 3])
-    with pytest.raises(ScoreError, match="no class can be cross-fitted; the first: class 'class 0' has 1 usable"):
-        plan_rounds(alone, every(alone), CONFIG, seed=0)
+    with pytest.raises(ScoreError, match="no class can be cross-fitted; the first of them: class 'class 0' has 1"):
+        plan_cross_fits(alone, every(alone), CONFIG, seed=0)
     together = samples_of([0, 1] * 5, group=["g"] * 10)
     with pytest.raises(ScoreError, match="all usable samples are of one group"):
-        plan_rounds(together, every(together), CONFIG, seed=0)
+        plan_cross_fits(together, every(together), CONFIG, seed=0)

@@ -276,7 +276,7 @@ def test_two_runs_are_bit_equal(planted: Planted, tmp_path: Path) -> None:
 
 
 def test_one_class_alone_is_refused(planted: Planted, tmp_path: Path) -> None:
-    with pytest.raises(ScoreError, match=r"only one class is left to score \('0'\): a probe needs two"):
+    with pytest.raises(ScoreError, match=r"only one class is left to score \('0'\); probes need two"):
         audit(planted(num_classes=1), tmp_path / "cache")
 
 
@@ -294,7 +294,7 @@ def test_a_modality_of_a_sample_alone_is_refused(planted: Planted, tmp_path: Pat
     columns["touch"][(9 if grouped else 1) :] = [None] * (81 if grouped else 89)
     data = rewrite(tmp_path / "one.parquet", columns)
     what = "groups of samples" if grouped else "samples"
-    with pytest.raises(ScoreError, match=f"too few usable {what} of modality touch: 1 that probes may learn from"):
+    with pytest.raises(ScoreError, match=f"modality touch has 1 usable {what} that probes can train on, 2 needed"):
         audit(data, tmp_path / "cache", config=DataConfig(group="group") if grouped else None)
 
 
@@ -312,7 +312,7 @@ def test_test_samples_alone_are_refused(planted: Planted, tmp_path: Path, learn_
     columns["split"] = ["test"] * 90
     data = rewrite(tmp_path / "d.parquet", columns)
     probe = replace(QUICK, learn_from=learn_from)
-    with pytest.raises(ScoreError, match=r"every usable sample is a test sample: .* pass --split none"):
+    with pytest.raises(ScoreError, match=r"every usable sample is in the test split: .* pass --split none"):
         audit(data, tmp_path / "cache", probe=probe)
     assert len(audit(data, tmp_path / "cache", config=DataConfig(split="none"), probe=probe).scores) == 90
 

@@ -104,9 +104,9 @@ def alone(x: NDArray[Any], label: Label, crossed: CrossFit, path: list[float]) -
             max_steps=200,
             tolerance=1e-6,
         ).theta
-        whose = torch.zeros(1, dtype=torch.long)
+        column = torch.zeros(1, dtype=torch.long)
         losses[place, probe] = mean_loss(
-            design, torch_target, task="classification", rows=holdout_mask, whose=whose, theta=found
+            design, torch_target, task="classification", rows=holdout_mask, column=column, theta=found
         )
     return losses
 
