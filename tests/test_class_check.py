@@ -67,8 +67,8 @@ def test_small_second_groups_are_undecided() -> None:
 @pytest.mark.parametrize(
     ("num_classes", "size", "reason"),
     [
-        (40, 49, "of 40 classes 0 have 50 samples; two are needed, and the largest has 49"),
-        (1, 500, "there is one class only"),
+        (40, 49, "0 of 40 classes have 50 or more samples, two are needed; the largest has 49"),
+        (1, 500, "there is only one class"),
     ],
 )
 def test_too_little_is_not_tested(num_classes: int, size: int, reason: str) -> None:
@@ -84,13 +84,13 @@ def test_two_large_classes_do_not_speak_for_a_hundred_small_ones() -> None:
     gap, label = planted("within", num_classes=100, size=20)
     label = np.where(label < 10, label % 2, label)
     check = fit_by_class(gap, label, config=CONFIG, seed=0)
-    assert check.verdict == "not tested: of 92 classes 2 have 50 samples, with 10% of all samples"
+    assert check.verdict == "not tested: 2 of 92 classes have 50 or more samples, 10% of all samples"
 
 
 def test_one_group_altogether_is_not_tested() -> None:
     gap = np.random.default_rng(0).random(NUM_SAMPLES)
     check = fit_by_class(gap, np.arange(NUM_SAMPLES) % 3, config=CONFIG, seed=0)
-    assert check.verdict.startswith("not tested: the gap as a whole is not bimodal (dip 0.00")
+    assert check.verdict.startswith("not tested: the gap of all samples is not bimodal (dip 0.00")
 
 
 @settings(max_examples=10, deadline=None)
@@ -119,5 +119,7 @@ def test_refuses_another_class_check(found: dict[str, object]) -> None:
 
 
 def test_refuses_labels_of_other_rows() -> None:
-    with pytest.raises(MixtureError, match=r"one label per gap is needed: found \(3,\) labels and \(20000,\) gaps"):
+    with pytest.raises(
+        MixtureError, match=r"labels and gaps must have the same shape: found \(3,\) labels and \(20000,\) gaps"
+    ):
         fit_by_class(np.random.default_rng(0).random(NUM_SAMPLES), np.arange(3), config=CONFIG, seed=0)

@@ -114,7 +114,7 @@ def test_shares_are_counts_of_equal_values(name: str) -> None:
 def test_posterior_is_its_closed_form(dtype: type[np.floating], two: Pair, gaps: list[float]) -> None:
     """Also where it falls most steeply, which is where a table and float32 are worst."""
     logit = MonotoneLogit.of(two)
-    ends = np.linspace(logit.reaches(17.0), logit.reaches(-17.0), 501)
+    ends = np.linspace(logit.gap_at(17.0), logit.gap_at(-17.0), 501)
     gap = np.sort(np.concatenate([gaps, ends])).astype(dtype)
     p = posterior(gap, two)
     assert p.dtype == np.float32
@@ -143,7 +143,7 @@ def test_logit_is_that_of_bayes_where_it_falls(two: Pair) -> None:
 @given(pairs(), st.floats(-30, 30))
 def test_where_the_logit_reaches_a_value(two: Pair, value: float) -> None:
     logit = MonotoneLogit.of(two)
-    at = logit.reaches(value)
+    at = logit.gap_at(value)
     assert 0.0 <= at <= 1.0
     found = float(logit.at(np.array(at)))
     low, high = float(logit.at(np.array(1.0))), float(logit.at(np.array(0.0)))
@@ -172,7 +172,7 @@ def test_threads_change_no_byte(dtype: type[np.floating], num_threads: int, monk
     two = pair(NUMBERS["clear"])
     alone = posterior(gap, two)
     monkeypatch.setattr(em, "default_workers", lambda: num_threads)
-    monkeypatch.setattr(em, "ROWS_A_THREAD", 10_000)
+    monkeypatch.setattr(em, "ROWS_PER_THREAD", 10_000)
     assert em.in_threads(lambda rows: rows.stop - rows.start, len(gap)) != [len(gap)]
     assert posterior(gap, two).tobytes() == alone.tobytes()
     assert posterior(gap[::-1], two).tobytes() == alone[::-1].tobytes()
@@ -183,10 +183,10 @@ def test_threads_change_no_byte(dtype: type[np.floating], num_threads: int, monk
 @pytest.mark.parametrize("wrong", [np.nan, -0.01, 1.01])
 def test_a_wrong_gap_is_found_in_any_thread(row: int, wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(em, "default_workers", lambda: 3)
-    monkeypatch.setattr(em, "ROWS_A_THREAD", 10_000)
+    monkeypatch.setattr(em, "ROWS_PER_THREAD", 10_000)
     gap = np.full(300_000, 0.5)
     gap[row] = wrong
-    for use in (em.check, lambda g: posterior(g, pair(NUMBERS["clear"])), lambda g: em.rule(g, 0.2)):
+    for use in (em.check_gap, lambda g: posterior(g, pair(NUMBERS["clear"])), lambda g: em.threshold_rule(g, 0.2)):
         with pytest.raises(MixtureError, match=rf"1 of 300000 values do not, the first is {wrong} at row {row}"):
             use(gap)
 
@@ -196,7 +196,7 @@ def test_threads_share_every_row_once(num_rows: int, num_threads: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(em, "default_workers", lambda: num_threads)
         ranges = em.in_threads(lambda rows: (rows.start, rows.stop), num_rows)
-    assert len(ranges) <= min(num_threads, em.MOST_THREADS)
+    assert len(ranges) <= min(num_threads, em.MAX_THREADS)
     assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
     assert ranges[-1][1] == num_rows
 

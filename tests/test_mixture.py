@@ -223,7 +223,7 @@ def test_threads_change_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = histogram(gap, num_bins=4096)
     assert np.array_equal(alone, np.bincount(np.rint(gap * 4095).astype(int), minlength=4096))
     monkeypatch.setattr(em, "default_workers", lambda: 3)
-    monkeypatch.setattr(em, "ROWS_A_THREAD", 1000)
+    monkeypatch.setattr(em, "ROWS_PER_THREAD", 1000)
     assert np.array_equal(histogram(gap, num_bins=4096), alone)
 
 
@@ -252,7 +252,7 @@ def test_json_round_trip_is_equality(gaps: list[float]) -> None:
         ({"components": [{"weight": "x", "mean": 0.1, "sd": 0.1}] * 2}, "weight is"),
         ({"components": [{"weight": 0.5, "mean": 0.1, "sd": 0.0}] * 2}, "not above 0"),
         ({"components": [{"weight": 0.5, "mean": 0.1}] * 2}, "lacks sd"),
-        ({"bic_one": None}, "bic_one beside its components"),
+        ({"bic_one": None}, "bic_one of a mixture with components"),
     ],
 )
 def test_json_of_another_shape_is_no_mixture(change: dict[str, object], reason: str) -> None:
@@ -268,7 +268,7 @@ def test_fully_saturated_gaps_are_two_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gaps", "reason"), [([0.3] * 50, "constant: 0.300"), ([0.1, 0.9], "2 samples"), ([1], "1 samp")]
+    ("gaps", "reason"), [([0.3] * 50, "constant: 0.300"), ([0.1, 0.9], "available 2"), ([1], "available 1")]
 )
 def test_score_can_finish_where_nothing_can_be_fitted(gaps: list[float], reason: str) -> None:
     mixture = fit_mixture(np.array(gaps), config=CONFIG, seed=0)
@@ -310,4 +310,4 @@ def test_a_tail_is_not_a_group() -> None:
     rng = np.random.default_rng(0)
     gap = np.concatenate([np.abs(rng.normal(0.1, 0.05, 9_700)), rng.normal(0.8, 0.02, 300)])
     mixture = fit_mixture(gap, config=CONFIG, seed=0)
-    assert mixture.reasons == ("the smaller component weighs 0.030, less than 0.05",)
+    assert mixture.reasons == ("the smaller weight 0.030 is below 0.05",)

@@ -278,7 +278,7 @@ def test_rows_without_a_split_are_dealt_out_as_others_are() -> None:
 @pytest.mark.parametrize("names", [["holdout"] * 60, ["train", "holdout"] * 30, [1, 2] * 30])
 def test_a_split_by_another_name_is_refused_at_every_door(tmp_path: Path, names: list[Any]) -> None:
     shown = ", ".join(repr(str(one)) for one in dict.fromkeys(names) if one != "train")
-    line = f"column split holds {shown}: a split is train, validation or test"
+    line = f"column split holds {shown}: must be one of train, validation, test"
     path = tmp_path / "scores.parquet"
     whole = table(60).to_arrow()
     place = whole.column_names.index("split")

@@ -79,9 +79,8 @@ def drawn(task: str, *, seed: int = 0) -> tuple[Target, Floats]:
 
 
 def seat(target: Target, logits: Floats, **changes: Any) -> CalibratedProbe:
-    options: dict[str, Any] = {"crossings": CROSSINGS, "present": np.ones(N, bool), "fit": says(logits), **changes}
-    cross_fits = options.pop("crossings")
-    return fit_calibrated_probe("audio", NOTHING, target, cross_fits, **options)
+    options: dict[str, Any] = {"cross_fits": CROSSINGS, "present": np.ones(N, bool), "fit": says(logits), **changes}
+    return fit_calibrated_probe("audio", NOTHING, target, **options)
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel"])

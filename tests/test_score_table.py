@@ -132,7 +132,7 @@ def test_all_together_are_no_modality(tmp_path: Path, m: int) -> None:
     write_scores(scores(m), tmp_path / "scores.parquet")
     assert read_scores(tmp_path / "scores.parquet").modalities == NAMES[:m]
     with_fused = foreign(tmp_path / "t.parquet", confidence_y=None, confidence_fused=[0.5, 0.6])
-    with pytest.raises(ScoreError, match="is no score table: it needs sample_id"):
+    with pytest.raises(ScoreError, match="is not a score table: it needs sample_id"):
         read_scores(with_fused)
 
 
@@ -232,15 +232,15 @@ def test_whole_numbers_are_ids_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"sample_id": None}, "is no score table: it needs sample_id, .*; it has label, confidence_x"),
-        ({"label": None}, "is no score table"),
-        ({"confidence_y": None}, "is no score table"),
-        ({"sample_id": ["a", "a"]}, "1 ids stand more than once"),
+        ({"sample_id": None}, "is not a score table: it needs sample_id, .*; it has label, confidence_x"),
+        ({"label": None}, "is not a score table"),
+        ({"confidence_y": None}, "is not a score table"),
+        ({"sample_id": ["a", "a"]}, "1 duplicate sample ids"),
         ({"sample_id": ["a", None]}, "sample_id, a label or a column confidence_M is null"),
         ({"sample_id": pa.nulls(2)}, "sample_id, a label or a column confidence_M is null"),
         ({"label": [0, None]}, "column label holds 1 nulls"),
         ({"label_name": ["a", None]}, "column label_name holds 1 nulls"),
-        ({"label": [0.5, 1.0]}, "column label does not hold what it should"),
+        ({"label": [0.5, 1.0]}, "column label cannot be read as int32"),
         (
             {"confidence_x": [None, 0.5]},
             r"1 samples have fewer than two values of confidence \(the first: a\): a discrepancy needs two; rescore",
@@ -249,7 +249,7 @@ def test_whole_numbers_are_ids_too(tmp_path: Path) -> None:
         ({"confidence_x": [0.1, float("nan")]}, r"1 samples have fewer than two values .* \(the first: b\)"),
         ({"confidence_x": [None, 0.5], "confidence_z": [None, 0.1]}, r"1 samples have .* \(the first: a\)"),
         ({"confidence_x": [-0.1, 0.5], "confidence_z": [None, 1.5]}, "2 values of confidence are null or outside"),
-        ({"confidence_x": ["much", "0.5"]}, "column confidence_x does not hold what it should"),
+        ({"confidence_x": ["much", "0.5"]}, "column confidence_x cannot be read as float32"),
         ({"confidence_x": pa.nulls(2, pa.float32())}, "a column confidence_M is null"),
         ({"similarity": [0.0, 1.5]}, r"1 values of similarity are null or outside \[-1, 1\]"),
         ({"balance": [None, 0.5]}, "1 values of balance"),
@@ -271,9 +271,9 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_table_checks_its_own_birth() -> None:
-    with pytest.raises(ScoreError, match="holds no rows"):
+    with pytest.raises(ScoreError, match="has no rows"):
         scores(num_rows=0)
-    with pytest.raises(ScoreError, match="a discrepancy needs two or more"):
+    with pytest.raises(ScoreError, match="two or more are needed"):
         replace(scores(), modalities=("audio",), confidence=scores().confidence[:, :1])
     with pytest.raises(ScoreError, match="3 columns confidence_M for 6 rows"):
         replace(scores(), modalities=NAMES)
