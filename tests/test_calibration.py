@@ -35,12 +35,12 @@ def drawn(task: str, *, seed: int = 0) -> tuple[Floats, Target]:
 @pytest.mark.parametrize("planted", [0.3, 1.0, 5.0])
 def test_a_planted_temperature_is_recovered(task: str, planted: float) -> None:
     """Drawn scales of 8,000 rows differ by 1% themselves: the mean over four seeds lies within 2%."""
-    found = []
+    temperatures = []
     for seed in range(4):
         raw, target = drawn(task, seed=seed)
-        found.append(fit_temperature(np.stack([raw, raw]) * planted, target, FOLD, EVERYONE))
-        assert found[-1].shape == (2, 4)
-    assert np.mean(found) == pytest.approx(planted, rel=0.02)
+        temperatures.append(fit_temperature(np.stack([raw, raw]) * planted, target, FOLD, EVERYONE))
+        assert temperatures[-1].shape == (2, 4)
+    assert np.mean(temperatures) == pytest.approx(planted, rel=0.02)
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel"])
@@ -57,11 +57,11 @@ def test_calibrated_is_no_worse_than_raw_and_names_the_same(task: str) -> None:
 def test_the_temperature_is_where_the_loss_is_least() -> None:
     raw, target = drawn("classification")
     fold = np.repeat(np.array([[0, 1]], np.int16), NUM_ROWS // 2, axis=1)
-    found = fit_temperature(raw[None] * 3, target, fold, EVERYONE)[0]
+    temperature = fit_temperature(raw[None] * 3, target, fold, EVERYONE)[0]
     for own in (0, 1):
-        others = np.flatnonzero(fold[0] != own)
+        other_rows = np.flatnonzero(fold[0] != own)
         losses = [
-            negative_log_likelihood(raw[others] * 3 / (found[own] * factor), target.take(others)).mean()
+            negative_log_likelihood(raw[other_rows] * 3 / (temperature[own] * factor), target.take(other_rows)).mean()
             for factor in (0.99, 1.0, 1.01)
         ]
         assert losses[1] == min(losses)
@@ -80,8 +80,8 @@ def test_rows_that_do_not_fit_have_no_part() -> None:
     raw, target = drawn("classification")
     fits = np.arange(NUM_ROWS) % 3 != 0
     turned = replace(target, label=np.where(fits, target.label, (target.label + 1) % 4).astype(np.int32))
-    found = [fit_temperature(raw[None], each, FOLD[:1], fits) for each in (target, turned)]
-    np.testing.assert_array_equal(found[0], found[1])
+    temperatures = [fit_temperature(raw[None], changed_target, FOLD[:1], fits) for changed_target in (target, turned)]
+    np.testing.assert_array_equal(temperatures[0], temperatures[1])
 
 
 def test_a_number_has_the_spread_of_its_residuals() -> None:
@@ -89,15 +89,15 @@ def test_a_number_has_the_spread_of_its_residuals() -> None:
     truth = 50 * rng.standard_normal((NUM_ROWS, 1))
     values = (truth + np.array([2.0, 2.0, 2.0, 8.0])[FOLD[0], None] * rng.standard_normal((NUM_ROWS, 1))).astype("f4")
     target = Target(task="regression", label=np.zeros(NUM_ROWS, np.int32), num_outputs=1, values=values)
-    found = fit_temperature(truth[None], target, FOLD[:1], EVERYONE)[0]
-    assert found[3] == pytest.approx(2.0, rel=0.03)
-    assert found[0] == pytest.approx(np.sqrt((4 + 4 + 64) / 3), rel=0.05)
+    scale = fit_temperature(truth[None], target, FOLD[:1], EVERYONE)[0]
+    assert scale[3] == pytest.approx(2.0, rel=0.03)
+    assert scale[0] == pytest.approx(np.sqrt((4 + 4 + 64) / 3), rel=0.05)
 
 
 def test_a_fold_without_others_has_one() -> None:
     raw, target = drawn("classification")
-    found = fit_temperature(raw[None] * 9, target, np.zeros((1, NUM_ROWS), np.int16), EVERYONE)
-    assert found.tolist() == [[1.0]]
+    temperature = fit_temperature(raw[None] * 9, target, np.zeros((1, NUM_ROWS), np.int16), EVERYONE)
+    assert temperature.tolist() == [[1.0]]
 
 
 @settings(max_examples=30, deadline=None)
@@ -110,8 +110,8 @@ def test_the_error_is_that_of_a_plain_loop(seed: int, k: int, num_bins: int) -> 
         low, high = index / num_bins, (index + 1) / num_bins
         rows = [row for row in range(60) if low < probability[row].max() <= high]
         if rows:
-            right = np.mean([probability[row].argmax() == label[row] for row in rows])
-            expected += len(rows) / 60 * abs(np.mean([probability[row].max() for row in rows]) - right)
+            accuracy = np.mean([probability[row].argmax() == label[row] for row in rows])
+            expected += len(rows) / 60 * abs(np.mean([probability[row].max() for row in rows]) - accuracy)
     assert expected_calibration_error(probability, label, num_bins=num_bins) == pytest.approx(expected)
 
 
@@ -123,15 +123,15 @@ def test_who_is_always_sure_and_right_has_no_error_and_who_is_wrong_all_of_it() 
 
 def test_of_labels_every_decision_counts() -> None:
     probability = np.array([[0.9, 0.2], [0.6, 0.4]])
-    right = np.array([[1, 0], [1, 0]])
-    assert expected_calibration_error(probability, right) == pytest.approx((0.1 + 0.2 + 2 * 0.4) / 4)
+    label = np.array([[1, 0], [1, 0]])
+    assert expected_calibration_error(probability, label) == pytest.approx((0.1 + 0.2 + 2 * 0.4) / 4)
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel"])
 def test_it_does_not_depend_on_how_many_rows_are_read_at_once(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, target = drawn(task)
     fold = np.arange(len(target))[None] % 3
-    whole = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
+    unchunked = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
     monkeypatch.setattr("mmaudit.audit.probes.prediction._CHUNK_LOGITS", 100)
-    pieces = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
-    np.testing.assert_allclose(pieces, whole, rtol=1e-6)
+    chunked = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
+    np.testing.assert_allclose(chunked, unchunked, rtol=1e-6)

@@ -49,9 +49,9 @@ def signal(num_features: int, *, clarity: float) -> tuple[NDArray[np.float32], L
 def test_noise_wants_a_strong_one_and_a_clear_signal_a_weak_one() -> None:
     noise, clear = chosen(*signal(100, clarity=0.2), cross_fit()), chosen(*signal(3, clarity=3.0), cross_fit())
     assert noise.min() > 10 * clear.max()
-    for found in (noise, clear):
-        assert found.min() >= 0.5 * min(CONFIG.l2_penalties)
-        assert found.max() <= max(CONFIG.l2_penalties)
+    for l2 in (noise, clear):
+        assert l2.min() >= 0.5 * min(CONFIG.l2_penalties)
+        assert l2.max() <= max(CONFIG.l2_penalties)
 
 
 @pytest.mark.parametrize("fold", range(4))
@@ -59,7 +59,7 @@ def test_no_label_of_a_fold_has_a_part_in_its_choice(fold: int) -> None:
     x, label = signal(20, clarity=2.5)
     crossed = cross_fit()
     turned = np.where(crossed.fold == fold, 1 - label, label).astype(np.int32)
-    before, after = (chosen(x, each, crossed) for each in (label, turned))
+    before, after = (chosen(x, labels, crossed) for labels in (label, turned))
     assert after[fold] == pytest.approx(before[fold], rel=1e-2)
     assert np.abs(np.log(np.delete(after, fold) / np.delete(before, fold))).min() > 0.1
 
@@ -78,9 +78,9 @@ def test_it_is_carried_over_as_the_variance_of_a_prior() -> None:
 def test_nothing_to_choose_by_takes_the_middle() -> None:
     x, label = signal(3, clarity=1.0)
     crossed = cross_fit()
-    nobody = CrossFit(fold=crossed.fold, inner=np.ones_like(crossed.inner), fits=crossed.fits, key=crossed.key)
+    no_holdout = CrossFit(fold=crossed.fold, inner=np.ones_like(crossed.inner), fits=crossed.fits, key=crossed.key)
     middle = sorted(CONFIG.l2_penalties, reverse=True)[len(CONFIG.l2_penalties) // 2]
-    np.testing.assert_allclose(chosen(x, label, nobody), middle)
+    np.testing.assert_allclose(chosen(x, label, no_holdout), middle)
 
 
 def alone(x: NDArray[Any], label: Label, crossed: CrossFit, path: list[float]) -> NDArray[np.float64]:
@@ -89,24 +89,24 @@ def alone(x: NDArray[Any], label: Label, crossed: CrossFit, path: list[float]) -
     design = read_design(MatrixInputs(matrix=x), fit_rows.rows, products=torch.float32)
     torch_target = torch.tensor(label[fit_rows.rows], dtype=torch.long)
     losses = np.empty((len(path), fit_rows.train_mask.shape[1]))
-    for place, probe in np.ndindex(losses.shape):
-        seen, holdout_mask = (
-            torch.tensor(each[:, [probe]])
-            for each in (fit_rows.train_mask & ~fit_rows.holdout_mask, fit_rows.holdout_mask)
+    for l2_index, probe in np.ndindex(losses.shape):
+        train_mask, holdout_mask = (
+            torch.tensor(mask[:, [probe]])
+            for mask in (fit_rows.train_mask & ~fit_rows.holdout_mask, fit_rows.holdout_mask)
         )
-        found = fit_glm(
+        theta = fit_glm(
             design,
             torch_target,
             task="classification",
-            train_mask=seen,
-            l2=torch.tensor(path[place : place + 1]),
+            train_mask=train_mask,
+            l2=torch.tensor(path[l2_index : l2_index + 1]),
             start=torch.zeros(1, x.shape[1] + 1, 2),
             max_steps=200,
             tolerance=1e-6,
         ).theta
         column = torch.zeros(1, dtype=torch.long)
-        losses[place, probe] = mean_loss(
-            design, torch_target, task="classification", rows=holdout_mask, column=column, theta=found
+        losses[l2_index, probe] = mean_loss(
+            design, torch_target, task="classification", rows=holdout_mask, column=column, theta=theta
         )
     return losses
 
@@ -117,12 +117,12 @@ def test_a_race_of_all_at_once_ends_near_the_best_of_fits_one_by_one(num_feature
     crossed, path = cross_fit(), sorted(CONFIG.l2_penalties, reverse=True)
     losses = alone(x, label, crossed, path)
     fit_rows = gather_fit_rows([crossed], most_rows=len(x))
-    seen = (fit_rows.train_mask & ~fit_rows.holdout_mask).sum(axis=0) / fit_rows.train_mask.sum(axis=0)
-    found = chosen(x, label, crossed) / seen
+    train_share = (fit_rows.train_mask & ~fit_rows.holdout_mask).sum(axis=0) / fit_rows.train_mask.sum(axis=0)
+    l2 = chosen(x, label, crossed) / train_share
     for probe in range(4):
         # From the strongest to the weakest, so that the places run against the logarithm.
-        at = np.interp(-np.log(found[probe]), -np.log(path), losses[:, probe])
-        assert at <= losses[:, probe].min() + 0.02
+        loss = np.interp(-np.log(l2[probe]), -np.log(path), losses[:, probe])
+        assert loss <= losses[:, probe].min() + 0.02
 
 
 def test_whoever_runs_beside_it_a_probe_chooses_the_same() -> None:

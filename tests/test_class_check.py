@@ -97,11 +97,11 @@ def test_one_group_altogether_is_not_tested() -> None:
 @given(st.sampled_from(["within", "classes", "lopsided"]), st.integers(0, 5), st.integers(-3, 3))
 def test_order_and_names_of_classes_do_not_matter(kind: str, seed: int, shift: int) -> None:
     gap, label = planted(kind, num_classes=4, size=60)
-    there = np.random.default_rng(seed).permutation(len(gap))
-    one = fit_by_class(gap, label, config=CONFIG, seed=0)
-    other = fit_by_class(gap[there], label[there] + shift, config=CONFIG, seed=0)
-    assert other == replace(
-        one, tested=tuple(k + shift for k in one.tested), bimodal=tuple(k + shift for k in one.bimodal)
+    order = np.random.default_rng(seed).permutation(len(gap))
+    check = fit_by_class(gap, label, config=CONFIG, seed=0)
+    shuffled = fit_by_class(gap[order], label[order] + shift, config=CONFIG, seed=0)
+    assert shuffled == replace(
+        check, tested=tuple(k + shift for k in check.tested), bimodal=tuple(k + shift for k in check.bimodal)
     )
 
 
@@ -112,10 +112,10 @@ def test_class_check_round_trip_is_equality(kind: str, size: int) -> None:
     assert ClassCheck.from_json(json.loads(json.dumps(check.to_json(), allow_nan=False))) == check
 
 
-@pytest.mark.parametrize("found", [{}, {"verdict": "holds"}])
-def test_refuses_another_class_check(found: dict[str, object]) -> None:
+@pytest.mark.parametrize("values", [{}, {"verdict": "holds"}])
+def test_refuses_another_class_check(values: dict[str, object]) -> None:
     with pytest.raises(MixtureError, match=r"not a class check.*rescore"):
-        ClassCheck.from_json(found)
+        ClassCheck.from_json(values)
 
 
 def test_refuses_labels_of_other_rows() -> None:

@@ -76,10 +76,10 @@ def neighbours(first: float, num: int) -> NDArray[np.float32]:
 def test_every_step_is_that_of_sklearn(name: str) -> None:
     """Without bounds, on the values themselves, from the same start: the same two components after 20 steps."""
     values = drawn(name)
-    ours, _ = fit_pair(values, np.full(len(values), 1 / len(values)), bounds=PLAIN)
+    fitted_pair, _ = fit_pair(values, np.full(len(values), 1 / len(values)), bounds=PLAIN)
     cut = 1 + np.argmin([values[:k].var() * k + values[k:].var() * (len(values) - k) for k in range(1, len(values))])
     halves = values[:cut], values[cut:]
-    theirs = GaussianMixture(
+    reference = GaussianMixture(
         2,
         tol=0.0,
         max_iter=NUM_STEPS,
@@ -89,23 +89,23 @@ def test_every_step_is_that_of_sklearn(name: str) -> None:
         precisions_init=[[[1 / half.var()]] for half in halves],
     )
     with pytest.warns(ConvergenceWarning):
-        theirs.fit(values[:, None])
-    found = sorted((c.mean, c.sd, c.weight) for c in ours)
-    expected = zip(theirs.means_.ravel(), np.sqrt(theirs.covariances_.ravel()), theirs.weights_, strict=True)
-    assert np.allclose(found, sorted(expected), rtol=0, atol=1e-9)
+        reference.fit(values[:, None])
+    fitted = sorted((c.mean, c.sd, c.weight) for c in fitted_pair)
+    expected = zip(reference.means_.ravel(), np.sqrt(reference.covariances_.ravel()), reference.weights_, strict=True)
+    assert np.allclose(fitted, sorted(expected), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["normal", "half-normal", "saturated", "spike", "bimodal"])
 def test_shares_are_counts_of_equal_values(name: str) -> None:
     values = drawn(name).round(2)
     points, counts = np.unique(values, return_counts=True)
-    together, one = fit_pair(points, counts / len(values), bounds=BOUNDED)
-    each, other = fit_pair(values, np.full(len(values), 1 / len(values)), bounds=BOUNDED)
-    assert one == pytest.approx(other, abs=1e-9)
-    assert [c.mean for c in together] == pytest.approx([c.mean for c in each], abs=1e-6)
-    assert together[0].mean <= together[1].mean
-    assert together[0].weight + together[1].weight == pytest.approx(1.0)
-    assert 0.1 - 1e-9 <= together[0].sd / together[1].sd <= 1.0 + 1e-9
+    weighted_pair, weighted_likelihood = fit_pair(points, counts / len(values), bounds=BOUNDED)
+    pair_of_values, likelihood = fit_pair(values, np.full(len(values), 1 / len(values)), bounds=BOUNDED)
+    assert weighted_likelihood == pytest.approx(likelihood, abs=1e-9)
+    assert [c.mean for c in weighted_pair] == pytest.approx([c.mean for c in pair_of_values], abs=1e-6)
+    assert weighted_pair[0].mean <= weighted_pair[1].mean
+    assert weighted_pair[0].weight + weighted_pair[1].weight == pytest.approx(1.0)
+    assert 0.1 - 1e-9 <= weighted_pair[0].sd / weighted_pair[1].sd <= 1.0 + 1e-9
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -131,8 +131,8 @@ def test_logit_is_that_of_bayes_where_it_falls(two: Pair) -> None:
     low, high = two
     bayes = low.log_density(grid) - high.log_density(grid)
     logit = MonotoneLogit.of(two).at(grid)
-    held = np.maximum.accumulate(bayes[::-1])[::-1] if low.sd <= high.sd else np.minimum.accumulate(bayes)
-    falls = held == bayes
+    monotone = np.maximum.accumulate(bayes[::-1])[::-1] if low.sd <= high.sd else np.minimum.accumulate(bayes)
+    falls = monotone == bayes
     falls[1:-1] &= falls[:-2] & falls[2:]  # not a point that lies past the turn by less than a step
     falls[[0, -1]] = False
     assert np.allclose(logit[falls], bayes[falls], rtol=1e-6, atol=1e-6 * np.abs(bayes).max() + 1e-9)
@@ -143,12 +143,12 @@ def test_logit_is_that_of_bayes_where_it_falls(two: Pair) -> None:
 @given(pairs(), st.floats(-30, 30))
 def test_where_the_logit_reaches_a_value(two: Pair, value: float) -> None:
     logit = MonotoneLogit.of(two)
-    at = logit.gap_at(value)
-    assert 0.0 <= at <= 1.0
-    found = float(logit.at(np.array(at)))
+    gap = logit.gap_at(value)
+    assert 0.0 <= gap <= 1.0
+    logit_at_gap = float(logit.at(np.array(gap)))
     low, high = float(logit.at(np.array(1.0))), float(logit.at(np.array(0.0)))
     if low <= value <= high:
-        assert found == pytest.approx(value, rel=1e-6, abs=1e-6 * max(abs(low), abs(high), 1.0))
+        assert logit_at_gap == pytest.approx(value, rel=1e-6, abs=1e-6 * max(abs(low), abs(high), 1.0))
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -157,7 +157,7 @@ def test_never_rises_between_any_two_neighbouring_float32(name: str) -> None:
     two = pair(NUMBERS[name])
     before = np.float32(1.0)
     places = [0.0, *(2.0**-k for k in range(30, 4, -2)), 0.01, 0.011, 0.0115, 0.012, 0.02, 0.05]
-    for first, num in [*((place, 1 << 20) for place in sorted(places)), *((2.0**-k, 1 << 23) for k in (4, 3, 2, 1))]:
+    for first, num in [*((start, 1 << 20) for start in sorted(places)), *((2.0**-k, 1 << 23) for k in (4, 3, 2, 1))]:
         p = posterior(neighbours(first, num), two)
         assert p[0] <= before
         assert (p[1:] <= p[:-1]).all()
@@ -180,14 +180,14 @@ def test_threads_change_no_byte(dtype: type[np.floating], num_threads: int, monk
 
 
 @pytest.mark.parametrize("row", [0, 70_000, 299_999])
-@pytest.mark.parametrize("wrong", [np.nan, -0.01, 1.01])
-def test_a_wrong_gap_is_found_in_any_thread(row: int, wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("invalid", [np.nan, -0.01, 1.01])
+def test_a_wrong_gap_is_found_in_any_thread(row: int, invalid: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(em, "default_workers", lambda: 3)
     monkeypatch.setattr(em, "ROWS_PER_THREAD", 10_000)
     gap = np.full(300_000, 0.5)
-    gap[row] = wrong
+    gap[row] = invalid
     for use in (em.check_gap, lambda g: posterior(g, pair(NUMBERS["clear"])), lambda g: em.threshold_rule(g, 0.2)):
-        with pytest.raises(MixtureError, match=rf"1 of 300000 values do not, the first is {wrong} at row {row}"):
+        with pytest.raises(MixtureError, match=rf"1 of 300000 values do not, the first is {invalid} at row {row}"):
             use(gap)
 
 

@@ -30,7 +30,7 @@ CONFIG = ProbeConfig()
 def cross(label: NDArray[np.int32], *, fits: NDArray[np.bool_] | None = None, seed: int = 0) -> CrossFit:
     ids = np.array([f"s{number}" for number in range(len(label))], dtype=object)
     fits = np.ones(len(label), dtype=bool) if fits is None else fits
-    fold, inner = (assign_folds(ids, label, None, fits, num_folds=5, seed=each) for each in (seed, seed + 99))
+    fold, inner = (assign_folds(ids, label, None, fits, num_folds=5, seed=fold_seed) for fold_seed in (seed, seed + 99))
     return CrossFit(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=seed, purpose="rows"))
 
 
@@ -67,11 +67,11 @@ Drawn = tuple[Floats, NDArray[np.int32], CrossFit, Floats]
 
 
 def test_probabilities_are_distributions(drawn: Drawn) -> None:
-    found = drawn[3]
-    assert found.dtype == np.float32
-    assert found.shape == (150, 3)
-    assert found.min() >= 0
-    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+    probabilities = drawn[3]
+    assert probabilities.dtype == np.float32
+    assert probabilities.shape == (150, 3)
+    assert probabilities.min() >= 0
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("fold", range(5))
@@ -83,11 +83,11 @@ def test_a_fold_is_scored_without_its_labels(drawn: Drawn, fold: int) -> None:
     x, label, cross_fit, _ = drawn
     exact = replace(CONFIG, l2_penalties=(1e-3, 1e-2, 1e-1), tolerance=1e-6)  # weaker, the last bits grow step by step
     turned = np.where(cross_fit.fold == fold, (label + 1) % 3, label).astype(np.int32)
-    before, after = (score(x, each, cross_fit, exact) for each in (label, turned))
-    held = cross_fit.fold == fold
-    np.testing.assert_allclose(after[held], before[held], atol=2e-4)
-    assert np.abs(after - before)[~held].max(axis=1).mean() > 0.01
-    assert np.abs(after - before)[~held].max() > 0.1
+    before, after = (score(x, labels, cross_fit, exact) for labels in (label, turned))
+    in_fold = cross_fit.fold == fold
+    np.testing.assert_allclose(after[in_fold], before[in_fold], atol=2e-4)
+    assert np.abs(after - before)[~in_fold].max(axis=1).mean() > 0.01
+    assert np.abs(after - before)[~in_fold].max() > 0.1
 
 
 @pytest.mark.parametrize("wild", [1.0, 1e3, 1e6])
@@ -95,9 +95,9 @@ def test_a_fold_is_scored_without_its_other_rows(drawn: Drawn, wild: float) -> N
     """Neither do the features of a fold's other rows reach its probe, be they as wild as they may."""
     x, label, cross_fit, _ = drawn
     exact = replace(CONFIG, l2_penalties=(1e-2,), tolerance=1e-9)  # where a fit stops does depend on the others
-    row, *others = np.flatnonzero(cross_fit.fold == 2)
+    row, *other_rows = np.flatnonzero(cross_fit.fold == 2)
     moved = x.copy()
-    moved[others[:5]] += wild * np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32)
+    moved[other_rows[:5]] += wild * np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32)
     np.testing.assert_allclose(
         score(moved, label, cross_fit, exact)[row], score(x, label, cross_fit, exact)[row], atol=5e-3
     )
@@ -130,10 +130,10 @@ def test_one_strength_is_sklearns_cross_validation(l2: float) -> None:
     cross_fit = cross(label)
     # 480 rows in each training part
     model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (l2 * 480), tol=1e-8, max_iter=10_000))
-    theirs = cross_val_predict(model, x, label, cv=PredefinedSplit(cross_fit.fold), method="predict_proba")
-    ours = score(x, label, cross_fit, ProbeConfig(l2_penalties=(l2,), tolerance=1e-9))
-    np.testing.assert_allclose(ours, theirs, atol=2e-3)
-    assert (ours.argmax(axis=1) == theirs.argmax(axis=1)).mean() > 0.995
+    reference = cross_val_predict(model, x, label, cv=PredefinedSplit(cross_fit.fold), method="predict_proba")
+    probabilities = score(x, label, cross_fit, ProbeConfig(l2_penalties=(l2,), tolerance=1e-9))
+    np.testing.assert_allclose(probabilities, reference, atol=2e-3)
+    assert (probabilities.argmax(axis=1) == reference.argmax(axis=1)).mean() > 0.995
 
 
 def test_a_good_strength_is_chosen() -> None:
@@ -144,8 +144,8 @@ def test_a_good_strength_is_chosen() -> None:
             l2: log_loss(score(x, label, cross_fit, replace(CONFIG, l2_penalties=(l2,))), label)
             for l2 in CONFIG.l2_penalties
         }
-        chosen = log_loss(score(x, label, cross_fit), label)
-        assert chosen < min(losses.values()) + 0.2 * (max(losses.values()) - min(losses.values()))
+        chosen_loss = log_loss(score(x, label, cross_fit), label)
+        assert chosen_loss < min(losses.values()) + 0.2 * (max(losses.values()) - min(losses.values()))
 
 
 def planted_discrepancy(rows: int) -> tuple[list[Floats], NDArray[np.int32], Floats]:
@@ -166,9 +166,9 @@ def test_discrepancy_is_recovered_where_the_posterior_is_known() -> None:
     """Bayes gives the truth: p(label | x) of the mixture itself."""
     features, label, truth = planted_discrepancy(20_000)
     cross_fit = cross(label)
-    found = [score(x, label, cross_fit)[np.arange(20_000), label] for x in features]
-    assert spearmanr(truth, found[0] - found[1]).statistic > 0.98
-    assert np.abs(truth - (found[0] - found[1])).mean() < 0.03
+    confidence = [score(x, label, cross_fit)[np.arange(20_000), label] for x in features]
+    assert spearmanr(truth, confidence[0] - confidence[1]).statistic > 0.98
+    assert np.abs(truth - (confidence[0] - confidence[1])).mean() < 0.03
 
 
 def test_in_sample_probes_are_visibly_worse() -> None:
@@ -177,10 +177,10 @@ def test_in_sample_probes_are_visibly_worse() -> None:
     cross_fit, weak = cross(label), replace(CONFIG, l2_penalties=(1e-5,))
     model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=1e5 / 240, max_iter=5_000))
     in_sample = [model.fit(x, label).predict_proba(x)[np.arange(240), label] for x in features]
-    chosen, same = (
+    with_chosen_l2, same = (
         [score(x, label, cross_fit, config)[np.arange(240), label] for x in features] for config in (CONFIG, weak)
     )
-    recovered = [spearmanr(truth, found[0] - found[1]).statistic for found in (in_sample, same, chosen)]
+    recovered = [spearmanr(truth, scores[0] - scores[1]).statistic for scores in (in_sample, same, with_chosen_l2)]
     assert recovered[0] < recovered[2] - 0.1
     assert recovered[1] < recovered[2]
     assert recovered[2] > 0.7
@@ -196,8 +196,8 @@ def test_rounds_at_once_are_rounds_one_by_one(drawn: Drawn) -> None:
     second = cross(label, seed=1)
     together = score_rounds(x, label, [first, second])
     assert together.shape == (2, 150, 3)
-    for cross_fit, found in zip((first, second), together, strict=True):
-        np.testing.assert_allclose(found, score(x, label, cross_fit), atol=5e-3)
+    for cross_fit, logits in zip((first, second), together, strict=True):
+        np.testing.assert_allclose(logits, score(x, label, cross_fit), atol=5e-3)
 
 
 def test_arguments_are_left_as_they_were(drawn: Drawn) -> None:
@@ -205,8 +205,8 @@ def test_arguments_are_left_as_they_were(drawn: Drawn) -> None:
     copies = x.copy(), label.copy(), cross_fit.fold.copy()
     x.setflags(write=False)  # as a memory map is
     score(x, label, cross_fit)
-    for given, copy in zip((x, label, cross_fit.fold), copies, strict=True):
-        np.testing.assert_array_equal(given, copy)
+    for argument, copy in zip((x, label, cross_fit.fold), copies, strict=True):
+        np.testing.assert_array_equal(argument, copy)
 
 
 def test_few_rows_choose_the_strength_when_there_are_many(drawn: Drawn) -> None:
@@ -224,7 +224,7 @@ def test_nothing_to_choose_on_takes_the_middle(drawn: Drawn) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("settings", "words"),
     [
         ({"folds": 1}, r"probe\.folds is 1; it must be at least 2"),
         ({"repeats": 0}, r"probe\.repeats is 0; it must be at least 1"),
@@ -239,9 +239,9 @@ def test_nothing_to_choose_on_takes_the_middle(drawn: Drawn) -> None:
         ({"learn_from": "tain"}, "did you mean train"),
     ],
 )
-def test_a_wrong_config_is_refused(wrong: dict[str, Any], words: str) -> None:
+def test_a_wrong_config_is_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        ProbeConfig(**wrong)
+        ProbeConfig(**settings)
 
 
 def test_a_kind_that_does_not_exist_is_refused(drawn: Drawn) -> None:
@@ -272,9 +272,9 @@ def test_rows_elsewhere_are_asked_of_the_same_probes(drawn: Drawn, kind: str) ->
     probe = fit_probe(joint, classes(label), [cross_fit], config=replace(CONFIG, kind=kind, epochs=3, hidden=8))
     rows = np.arange(150)
     masked = probe.logits(rows, inputs=joint.mask(frozenset({1})))
-    other = JointInputs(parts=(parts[0], MatrixInputs(matrix=x[::-1, 5:])))
+    other_inputs = JointInputs(parts=(parts[0], MatrixInputs(matrix=x[::-1, 5:])))
     assert not np.allclose(masked, probe.logits(rows))
-    np.testing.assert_array_equal(probe.logits(rows, inputs=other.mask(frozenset({1}))), masked)
+    np.testing.assert_array_equal(probe.logits(rows, inputs=other_inputs.mask(frozenset({1}))), masked)
     np.testing.assert_array_equal(probe.logits(rows, inputs=joint), probe.logits(rows))
 
 
@@ -285,9 +285,9 @@ def test_the_rows_left_out_are_scored_and_change_nothing(drawn: Drawn, kind: str
     out = np.argsort(cross_fit.key)[80:]
     turned = label.copy()
     turned[out] = (label[out] + 1) % 3
-    found = score(x, label, cross_fit, config)
-    np.testing.assert_array_equal(score(x, turned, cross_fit, config), found)
-    assert (found.argmax(axis=1) == label)[out].mean() > 0.4
+    probabilities = score(x, label, cross_fit, config)
+    np.testing.assert_array_equal(score(x, turned, cross_fit, config), probabilities)
+    assert (probabilities.argmax(axis=1) == label)[out].mean() > 0.4
 
 
 def log_loss(shares: Floats, label: NDArray[np.int32]) -> float:

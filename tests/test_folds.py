@@ -32,11 +32,11 @@ def test_row_order_does_not_matter(label: NDArray[np.int32], data: st.DataObject
     fits = np.array(data.draw(st.lists(st.booleans(), min_size=len(label), max_size=len(label))))
     group = np.array([f"g{number % 5}" for number in range(len(label))], dtype=object)
     order = np.random.default_rng(seed).permutation(len(label))
-    for each in (None, group) if len(set(group[fits])) > 1 else (None,):
-        fold = assign_folds(ids, label, each, fits, num_folds=num_folds, seed=seed)
-        moved = None if each is None else each[order]
-        again = assign_folds(ids[order], label[order], moved, fits[order], num_folds=num_folds, seed=seed)
-        np.testing.assert_array_equal(again, fold[order])
+    for groups in (None, group) if len(set(group[fits])) > 1 else (None,):
+        fold = assign_folds(ids, label, groups, fits, num_folds=num_folds, seed=seed)
+        moved = None if groups is None else groups[order]
+        shuffled_fold = assign_folds(ids[order], label[order], moved, fits[order], num_folds=num_folds, seed=seed)
+        np.testing.assert_array_equal(shuffled_fold, fold[order])
 
 
 @settings(deadline=None)
@@ -48,7 +48,11 @@ def test_every_class_and_its_training_samples_are_dealt_evenly(
     fold = assign_folds(named(len(label)), label, None, fits, num_folds=num_folds, seed=0)
     assert fold.dtype == np.int16
     parts = [fits]
-    parts += [(label == one) & some for one in np.unique(label) for some in (everyone(len(label)), fits, ~fits)]
+    parts += [
+        (label == class_label) & mask
+        for class_label in np.unique(label)
+        for mask in (everyone(len(label)), fits, ~fits)
+    ]
     for part in parts:
         counts = np.bincount(fold[part], minlength=num_folds)
         assert counts.max() - counts.min() <= 1
@@ -65,9 +69,9 @@ def test_test_samples_change_nothing_among_the_others(
     ids = named(len(label))
     group = np.array([f"g{number % 7}" for number in range(len(label))], dtype=object)
     learning = everyone(int(fits.sum()))
-    for each in (None, group) if len(set(group[fits])) > 1 else (None,):
-        fold = assign_folds(ids, label, each, fits, num_folds=num_folds, seed=0)
-        moved = None if each is None else each[fits]
+    for groups in (None, group) if len(set(group[fits])) > 1 else (None,):
+        fold = assign_folds(ids, label, groups, fits, num_folds=num_folds, seed=0)
+        moved = None if groups is None else groups[fits]
         alone = assign_folds(ids[fits], label[fits], moved, learning, num_folds=num_folds, seed=0)
         np.testing.assert_array_equal(fold[fits], alone)
 
@@ -75,7 +79,7 @@ def test_test_samples_change_nothing_among_the_others(
 def test_seeds_deal_differently() -> None:
     label = np.zeros(100, dtype=np.int32)
     folds = [assign_folds(named(100), label, None, everyone(100), num_folds=5, seed=seed) for seed in range(5)]
-    agreement = [float((folds[0] == other).mean()) for other in folds[1:]]
+    agreement = [float((folds[0] == other_fold).mean()) for other_fold in folds[1:]]
     assert max(agreement) < 0.5  # 0.2 is expected
 
 
@@ -85,14 +89,14 @@ def test_seeds_deal_differently() -> None:
 )
 def test_groups_are_never_split(rows: list[tuple[int, int]], num_folds: int, seed: int) -> None:
     label, number = np.array(rows, dtype=np.int32).T
-    group = np.array([f"g{each}" for each in number], dtype=object)
+    group = np.array([f"g{group_number}" for group_number in number], dtype=object)
     num_groups = len(set(number.tolist()))
     if num_groups < 2:
         with pytest.raises(ScoreError, match="one group"):
             assign_folds(named(len(label)), label, group, everyone(len(label)), num_folds=num_folds, seed=seed)
         return
     fold = assign_folds(named(len(label)), label, group, everyone(len(label)), num_folds=num_folds, seed=seed)
-    assert all(len(set(fold[group == one])) == 1 for one in set(group))
+    assert all(len(set(fold[group == group_name])) == 1 for group_name in set(group))
     # As many folds as asked for, or as groups; none is empty.
     assert sorted(set(fold.tolist())) == list(range(min(num_folds, num_groups)))
 
@@ -102,10 +106,10 @@ def test_groups_are_placed_so_that_classes_lie_evenly() -> None:
     rng = np.random.default_rng(0)
     speaker = np.repeat(np.arange(40), rng.integers(5, 30, 40))
     label = np.where(rng.random(len(speaker)) < 0.6, speaker % 4, rng.integers(0, 4, len(speaker))).astype(np.int32)
-    group = np.array([f"speaker {each}" for each in speaker], dtype=object)
+    group = np.array([f"speaker {speaker_number}" for speaker_number in speaker], dtype=object)
     fold = assign_folds(named(len(label)), label, group, everyone(len(label)), num_folds=5, seed=0)
-    for one in range(4):
-        share = np.bincount(fold[label == one], minlength=5) / (label == one).sum()
+    for class_label in range(4):
+        share = np.bincount(fold[label == class_label], minlength=5) / (label == class_label).sum()
         assert np.abs(share - 0.2).max() < 0.1
 
 

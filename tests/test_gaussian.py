@@ -56,9 +56,11 @@ def test_the_covariance_is_shrunk_as_sklearn_s(n: int, d: int) -> None:
     x, label = planted(n, d)
     z, y = torch.from_numpy(x).double(), torch.from_numpy(label.astype(np.int64))
     train_mask = torch.arange(n) % 5 != 0
-    seen, one_hot = z[train_mask], functional.one_hot(y[train_mask], K).double()
+    train_rows, one_hot = z[train_mask], functional.one_hot(y[train_mask], K).double()
     none = torch.zeros(K, 1, 1, dtype=torch.float64)
-    sums = ClassSums(count=one_hot.sum(dim=0), total=one_hot.T @ seen, square=seen.T @ seen, moments=none)
+    sums = ClassSums(
+        count=one_hot.sum(dim=0), total=one_hot.T @ train_rows, square=train_rows.T @ train_rows, moments=none
+    )
     theta = fit_gaussian(z, y, train_mask=train_mask, sums=sums).theta().numpy()
     rows = train_mask.numpy()
     means = np.stack([x[rows & (label == k)].mean(axis=0) for k in range(K)]).astype(np.float64)
@@ -88,12 +90,12 @@ def test_where_classes_are_no_gaussians_it_is_left_out_or_does_little_harm() -> 
 
 def test_labels_of_a_fold_have_no_part_in_its_own_answers() -> None:
     x, label = planted(240, 10)
-    mine = cross_fit(240).fold == 1
-    other = label.copy()
-    other[mine] = (other[mine] + 1) % K
-    one, two = logits(x, label), logits(x, other)
-    np.testing.assert_allclose(one[mine], two[mine], atol=2e-3)
-    assert np.abs(one[~mine] - two[~mine]).max() > 0.1
+    in_fold = cross_fit(240).fold == 1
+    changed_label = label.copy()
+    changed_label[in_fold] = (changed_label[in_fold] + 1) % K
+    before, after = logits(x, label), logits(x, changed_label)
+    np.testing.assert_allclose(before[in_fold], after[in_fold], atol=2e-3)
+    assert np.abs(before[~in_fold] - after[~in_fold]).max() > 0.1
 
 
 @pytest.mark.parametrize("options", [{"l2_penalties": (1e-2,)}, {"gaussian": False}])

@@ -96,8 +96,8 @@ def test_plain_criteria_would_be_fooled() -> None:
 def test_known_groups_are_recovered() -> None:
     mixture = fit_mixture(shape("bimodal"), config=CONFIG, seed=0)
     assert mixture.components is not None
-    found = [(c.weight, c.mean, c.sd) for c in mixture.components]
-    assert np.allclose(found, [(0.5, 0.2, 0.06), (0.5, 0.75, 0.08)], atol=0.01)
+    components = [(c.weight, c.mean, c.sd) for c in mixture.components]
+    assert np.allclose(components, [(0.5, 0.2, 0.06), (0.5, 0.75, 0.08)], atol=0.01)
     assert mixture.ashman_d == pytest.approx(np.sqrt(2) * 0.55 / np.hypot(0.06, 0.08), rel=0.02)
 
 
@@ -140,10 +140,10 @@ def test_as_likely_as_sklearn(name: str, plain: bool) -> None:
     """
     gap = shape(name)
     free = replace(CONFIG, min_sd=1e-3, min_sd_ratio=0.0, max_sd_ratio=1e9, tolerance=1e-10, max_steps=5000)
-    ours = fit_mixture(gap, config=free if plain else CONFIG, seed=0)
-    theirs = sklearn_from_two_means(gap)
-    assert of_values(ours, gap) == pytest.approx(theirs.score(gap[:, None]), abs=1e-6)
-    assert ours.log_likelihood == pytest.approx(of_values(ours, gap), abs=1e-3)  # reported: of the bins
+    mixture = fit_mixture(gap, config=free if plain else CONFIG, seed=0)
+    reference = sklearn_from_two_means(gap)
+    assert of_values(mixture, gap) == pytest.approx(reference.score(gap[:, None]), abs=1e-6)
+    assert mixture.log_likelihood == pytest.approx(of_values(mixture, gap), abs=1e-3)  # reported: of the bins
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -159,10 +159,12 @@ def test_no_needle_takes_an_end(name: str, seed: int) -> None:
 
 def test_bic_equals_sklearn() -> None:
     gap = shape("bimodal")
-    ours = fit_mixture(gap, config=CONFIG, seed=0)
-    one, two = (GaussianMixture(k, tol=1e-8, random_state=0).fit(gap[:, None]).bic(gap[:, None]) for k in (1, 2))
-    assert ours.bic_one == pytest.approx(one, rel=1e-3)
-    assert ours.bic_two == pytest.approx(two, rel=1e-3)
+    mixture = fit_mixture(gap, config=CONFIG, seed=0)
+    bic_one, bic_two = (
+        GaussianMixture(k, tol=1e-8, random_state=0).fit(gap[:, None]).bic(gap[:, None]) for k in (1, 2)
+    )
+    assert mixture.bic_one == pytest.approx(bic_one, rel=1e-3)
+    assert mixture.bic_two == pytest.approx(bic_two, rel=1e-3)
 
 
 @settings(deadline=None)
@@ -184,9 +186,9 @@ def test_posterior_is_bayes_made_monotone(mixture: Mixture) -> None:
     logit = np.clip(low.log_density(GRID) - high.log_density(GRID), -50, 50)
     bayes = 1.0 / (1.0 + np.exp(-logit))
     level = np.maximum.accumulate(bayes[::-1])[::-1] if low.sd <= high.sd else np.minimum.accumulate(bayes)
-    found = mixture.posterior(GRID)
-    assert np.allclose(found, level, atol=2e-3)  # the turn lies between two points of the grid
-    assert np.allclose(found[bayes == level], bayes[bayes == level], atol=1e-4)
+    posterior = mixture.posterior(GRID)
+    assert np.allclose(posterior, level, atol=2e-3)  # the turn lies between two points of the grid
+    assert np.allclose(posterior[bayes == level], bayes[bayes == level], atol=1e-4)
 
 
 def test_wide_balanced_component_does_not_win_again() -> None:
@@ -207,15 +209,15 @@ def test_narrow_balanced_component_reaches_down_to_zero() -> None:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=200), st.integers(0, 5))
 def test_the_order_of_rows_does_not_matter(gaps: list[float], seed: int) -> None:
     gap = np.array(gaps)
-    there = np.random.default_rng(seed).permutation(gap)
-    assert fit_mixture(gap, config=CONFIG, seed=1) == fit_mixture(there, config=CONFIG, seed=1)
+    shuffled = np.random.default_rng(seed).permutation(gap)
+    assert fit_mixture(gap, config=CONFIG, seed=1) == fit_mixture(shuffled, config=CONFIG, seed=1)
 
 
 @given(st.lists(st.floats(0, 1), max_size=50), st.lists(st.floats(0, 1), max_size=50))
-def test_histograms_of_shards_add_up(one: list[float], other: list[float]) -> None:
-    whole = histogram(np.array(one + other), num_bins=64)
-    assert np.array_equal(histogram(np.array(one), num_bins=64) + histogram(np.array(other), num_bins=64), whole)
-    assert whole.sum() == len(one) + len(other)
+def test_histograms_of_shards_add_up(first: list[float], second: list[float]) -> None:
+    combined = histogram(np.array(first + second), num_bins=64)
+    assert np.array_equal(histogram(np.array(first), num_bins=64) + histogram(np.array(second), num_bins=64), combined)
+    assert combined.sum() == len(first) + len(second)
 
 
 def test_threads_change_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,10 +239,10 @@ def test_merged_shards_give_the_same_mixture() -> None:
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), min_size=1, max_size=60))
 def test_json_round_trip_is_equality(gaps: list[float]) -> None:
     mixture = fit_mixture(np.array(gaps), config=CONFIG, seed=0)
-    there = json.loads(json.dumps(mixture.to_json(), allow_nan=False))
-    assert Mixture.from_json(there) == mixture
-    assert there["bimodal"] == mixture.bimodal
-    assert there["rule"] == mixture.rule
+    decoded = json.loads(json.dumps(mixture.to_json(), allow_nan=False))
+    assert Mixture.from_json(decoded) == mixture
+    assert decoded["bimodal"] == mixture.bimodal
+    assert decoded["rule"] == mixture.rule
 
 
 @pytest.mark.parametrize(
@@ -293,9 +295,9 @@ def test_refuses_nothing_at_all() -> None:
 
 @pytest.mark.parametrize("broken", [{}, {"components": [{"weight": 1.0}]}])
 def test_refuses_another_json(broken: dict[str, object]) -> None:
-    found = {**fit_mixture(shape("spike"), config=CONFIG, seed=0).to_json(), **broken} if broken else {}
+    values = {**fit_mixture(shape("spike"), config=CONFIG, seed=0).to_json(), **broken} if broken else {}
     with pytest.raises(MixtureError, match="rescore"):
-        Mixture.from_json(found)
+        Mixture.from_json(values)
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,9 @@ def target(label: NDArray[np.int32], task: str = "classification") -> Target:
     return Target(task=task, label=label, num_outputs=num_outputs, values=values)
 
 
-def asked(x: Floats, what: Target, config: ProbeConfig = CONFIG, *, rounds: int = 1) -> Floats:
+def asked(x: Floats, of_target: Target, config: ProbeConfig = CONFIG, *, rounds: int = 1) -> Floats:
     cross_fits = [cross_fit(seed) for seed in range(rounds)]
-    return fit_probe(MatrixInputs(matrix=x), what, cross_fits, config=config).logits(ROWS)
+    return fit_probe(MatrixInputs(matrix=x), of_target, cross_fits, config=config).logits(ROWS)
 
 
 def test_it_finds_what_no_straight_line_does() -> None:
@@ -67,15 +67,15 @@ def test_labels_and_numbers_as_well() -> None:
 def test_where_nothing_is_it_finds_nothing() -> None:
     x, label = exclusive_or()
     shuffled = np.random.default_rng(2).permutation(label)
-    found = asked(x, target(shuffled))[0]
-    assert abs((found.argmax(axis=1) == shuffled).mean() - 0.5) < 0.08  # four standard deviations
+    logits = asked(x, target(shuffled))[0]
+    assert abs((logits.argmax(axis=1) == shuffled).mean() - 0.5) < 0.08  # four standard deviations
 
 
 def test_twice_is_the_same_and_neighbours_do_not_matter() -> None:
     x, label = exclusive_or()
     few = replace(CONFIG, epochs=4)
-    alone, again, together = (asked(x, target(label), few, rounds=rounds) for rounds in (1, 1, 2))
-    np.testing.assert_array_equal(alone, again)
+    alone, repeated, together = (asked(x, target(label), few, rounds=rounds) for rounds in (1, 1, 2))
+    np.testing.assert_array_equal(alone, repeated)
     np.testing.assert_allclose(together[0], alone[0], atol=2e-3)
 
 
@@ -84,7 +84,7 @@ def test_a_fold_is_scored_without_its_labels(fold: int) -> None:
     x, label = exclusive_or()
     few, own = replace(CONFIG, epochs=4), cross_fit().fold == fold
     turned = np.where(own, 1 - label, label).astype(np.int32)
-    before, after = (asked(x, target(each), few)[0] for each in (label, turned))
+    before, after = (asked(x, target(labels), few)[0] for labels in (label, turned))
     np.testing.assert_allclose(after[own], before[own], atol=1e-5)
     assert np.abs(after - before)[~own].max() > 1e-3
 

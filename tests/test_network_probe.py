@@ -37,8 +37,8 @@ def planted(
     rng = np.random.default_rng(seed)
     label = (np.arange(num_rows) % 3).astype(np.int32)
     levels = rng.integers(0, 100, (num_rows, *shape))
-    for row, each in enumerate(label):
-        where = slice(5 * each, 5 * each + 5) if len(shape) == 2 else (..., each)
+    for row, band in enumerate(label):
+        where = slice(5 * band, 5 * band + 5) if len(shape) == 2 else (..., band)
         levels[row][where] += 100
     rows = levels.reshape(num_rows, -1).astype(dtype)
     return rows, Target(task="classification", label=label, num_outputs=3)
@@ -50,7 +50,9 @@ def cross(
     ids = np.array([f"s{number:03d}" for number in range(len(label))], dtype=object)
     fits = np.ones(len(label), dtype=bool) if fits is None else fits
     groups = None if group is None else np.array(group, dtype=object)
-    fold, inner = (assign_folds(ids, label, groups, fits, num_folds=3, seed=each) for each in (seed, seed + 99))
+    fold, inner = (
+        assign_folds(ids, label, groups, fits, num_folds=3, seed=fold_seed) for fold_seed in (seed, seed + 99)
+    )
     return CrossFit(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=seed, purpose="rows"))
 
 
@@ -73,8 +75,8 @@ def fit(
 
 
 def accuracy(probe: Probe, target: Target) -> float:
-    found = probe.logits(np.arange(len(target)))
-    return float((found.mean(axis=0).argmax(axis=1) == target.label).mean())
+    logits = probe.logits(np.arange(len(target)))
+    return float((logits.mean(axis=0).argmax(axis=1) == target.label).mean())
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +121,12 @@ def test_several_labels_and_numbers_are_found() -> None:
     rows, target = planted(PICTURE)
     values = np.stack([target.label != 2, target.label != 0], axis=1).astype(np.float32)
     several = replace(target, task="multilabel", num_outputs=2, values=values)
-    found = fit(rows, several, config=THOROUGH).logits(ROWS)[0]
-    assert ((found > 0) == (values > 0)).mean() > 0.8
+    logits = fit(rows, several, config=THOROUGH).logits(ROWS)[0]
+    assert ((logits > 0) == (values > 0)).mean() > 0.8
     number = (5000 + 100 * target.label[:, None]).astype(np.float32)
     regression = replace(target, task="regression", num_outputs=1, values=number)
-    found = fit(rows, regression, config=THOROUGH).logits(ROWS)[0]
-    assert ((found - number) ** 2).mean() < 0.5 * number.var()
+    logits = fit(rows, regression, config=THOROUGH).logits(ROWS)[0]
+    assert ((logits - number) ** 2).mean() < 0.5 * number.var()
 
 
 def test_what_is_learned_by_heart_helps_only_where_a_copy_is_in_another_fold() -> None:
@@ -136,23 +138,23 @@ def test_what_is_learned_by_heart_helps_only_where_a_copy_is_in_another_fold() -
     target = Target(task="classification", label=label, num_outputs=2)
     config = replace(QUICK, epochs=15, lr=0.02, lr_step=9, least_crop=1.0, flip=False, width=1 / 8)
     together = cross(label, group=[f"g{row // 3}" for row in range(48)])
-    apart = replace(together, fold=(together.fold + np.arange(48) % 3).astype(np.int16) % 3)
-    assert accuracy(fit(rows, target, apart, config=config), target) > 0.85
+    separated = replace(together, fold=(together.fold + np.arange(48) % 3).astype(np.int16) % 3)
+    assert accuracy(fit(rows, target, separated, config=config), target) > 0.85
     assert accuracy(fit(rows, target, together, config=config), target) < 0.75  # of 16 pictures: chance 0.5, sd 0.125
 
 
 def test_a_fold_is_scored_without_its_labels_and_without_its_other_rows(fitted: Fitted) -> None:
     rows, target, before = fitted
     cross_fit = cross(target.label)
-    held = cross_fit.fold == 1
-    turned = replace(target, label=np.where(held, (target.label + 1) % 3, target.label).astype(np.int32))
-    other = rows.copy()
-    spoiled, *_ = np.flatnonzero(held)
-    other[spoiled] = 255 - other[spoiled]
-    found = fit(other, turned, cross_fit).logits(ROWS)[0]
-    same = held & (spoiled != ROWS)
-    np.testing.assert_array_equal(found[same], before.logits(ROWS)[0][same])
-    assert (np.abs(found - before.logits(ROWS)[0])[~same].max(axis=1) > 0).all()
+    in_fold = cross_fit.fold == 1
+    turned = replace(target, label=np.where(in_fold, (target.label + 1) % 3, target.label).astype(np.int32))
+    changed_rows = rows.copy()
+    spoiled, *_ = np.flatnonzero(in_fold)
+    changed_rows[spoiled] = 255 - changed_rows[spoiled]
+    logits = fit(changed_rows, turned, cross_fit).logits(ROWS)[0]
+    same = in_fold & (spoiled != ROWS)
+    np.testing.assert_array_equal(logits[same], before.logits(ROWS)[0][same])
+    assert (np.abs(logits - before.logits(ROWS)[0])[~same].max(axis=1) > 0).all()
 
 
 def test_rows_that_do_not_fit_or_are_missing_teach_nothing() -> None:
@@ -162,11 +164,11 @@ def test_rows_that_do_not_fit_or_are_missing_teach_nothing() -> None:
     rows[missing] = np.nan
     cross_fit = cross(target.label, fits=fits)
     turned = replace(target, label=np.where(fits & ~missing, target.label, (target.label + 1) % 3).astype(np.int32))
-    found = fit(rows, target, cross_fit).logits(ROWS)[0]
-    assert np.isfinite(found).all()
-    np.testing.assert_array_equal(found, fit(rows, turned, cross_fit).logits(ROWS)[0])
-    told = fit(rows, target, replace(cross_fit, fits=fits & ~missing)).logits(ROWS)[0]
-    np.testing.assert_array_equal(found, told)
+    logits = fit(rows, target, cross_fit).logits(ROWS)[0]
+    assert np.isfinite(logits).all()
+    np.testing.assert_array_equal(logits, fit(rows, turned, cross_fit).logits(ROWS)[0])
+    without_missing = fit(rows, target, replace(cross_fit, fits=fits & ~missing)).logits(ROWS)[0]
+    np.testing.assert_array_equal(logits, without_missing)
 
 
 def test_rounds_have_folds_of_their_own_and_epochs_end_with_the_logits(fitted: Fitted) -> None:
@@ -177,11 +179,14 @@ def test_rounds_have_folds_of_their_own_and_epochs_end_with_the_logits(fitted: F
     assert by_epoch.shape == (2, 72, 3)
     assert not np.array_equal(logits[0], logits[1])
     np.testing.assert_array_equal(by_epoch[-1], logits[0])
-    some = np.array([70, 3, 3])
-    np.testing.assert_array_equal(probe.logits(some), logits[:, some])
-    np.testing.assert_array_equal(probe.logits_by_epoch(some), by_epoch[:, some])
+    rows_subset = np.array([70, 3, 3])
+    np.testing.assert_array_equal(probe.logits(rows_subset), logits[:, rows_subset])
+    np.testing.assert_array_equal(probe.logits_by_epoch(rows_subset), by_epoch[:, rows_subset])
     own = np.eye(3)[target.label]
-    margin = [((each - each.mean(axis=1, keepdims=True)) * own).sum(axis=1).mean() for each in by_epoch]
+    margin = [
+        ((epoch_logits - epoch_logits.mean(axis=1, keepdims=True)) * own).sum(axis=1).mean()
+        for epoch_logits in by_epoch
+    ]
     assert margin[0] < margin[-1]
 
 
@@ -190,9 +195,11 @@ def test_an_epoch_that_is_chosen_is_one_of_those_there_were() -> None:
     cross_fit = cross(target.label)
     probe = fit(rows, target, cross_fit, config=replace(QUICK, choose_epoch=True, lr=0.3, epochs=5))
     same = (probe.logits_by_epoch(ROWS) == probe.logits(ROWS)).all(axis=2)
-    chosen = {fold: set(np.flatnonzero(same[:, cross_fit.fold == fold].all(axis=1)).tolist()) for fold in range(3)}
-    assert all(chosen.values())
-    assert any(4 not in epochs for epochs in chosen.values())  # at this rate, the last is not always the best
+    epochs_of_fold = {
+        fold: set(np.flatnonzero(same[:, cross_fit.fold == fold].all(axis=1)).tolist()) for fold in range(3)
+    }
+    assert all(epochs_of_fold.values())
+    assert any(4 not in epochs for epochs in epochs_of_fold.values())  # at this rate, the last is not always the best
 
 
 def test_rows_set_aside_choose_and_teach_nothing_else() -> None:
@@ -200,12 +207,14 @@ def test_rows_set_aside_choose_and_teach_nothing_else() -> None:
     cross_fit = cross(target.label)
     holdout_mask = cross_fit.inner == 0
     turned = replace(target, label=np.where(holdout_mask, (target.label + 1) % 3, target.label).astype(np.int32))
-    found = [fit(rows, each, cross_fit, config=replace(QUICK, choose_epoch=True)) for each in (target, turned)]
-    np.testing.assert_array_equal(found[0].logits_by_epoch(ROWS), found[1].logits_by_epoch(ROWS))
-    nobody = replace(cross_fit, inner=np.ones(72, np.int16))
-    plain = fit(rows, target, nobody)
+    probes = [
+        fit(rows, fold_target, cross_fit, config=replace(QUICK, choose_epoch=True)) for fold_target in (target, turned)
+    ]
+    np.testing.assert_array_equal(probes[0].logits_by_epoch(ROWS), probes[1].logits_by_epoch(ROWS))
+    no_holdout = replace(cross_fit, inner=np.ones(72, np.int16))
+    plain = fit(rows, target, no_holdout)
     np.testing.assert_array_equal(
-        fit(rows, target, nobody, config=replace(QUICK, choose_epoch=True)).logits(ROWS), plain.logits(ROWS)
+        fit(rows, target, no_holdout, config=replace(QUICK, choose_epoch=True)).logits(ROWS), plain.logits(ROWS)
     )
 
 
@@ -217,8 +226,8 @@ def test_a_seed_gives_the_same_bytes_whatever_chance_does_elsewhere(fitted: Fitt
         np.random.default_rng().random()
 
     torch.manual_seed(77)
-    again = fit(rows, target, progress=disturb)
-    np.testing.assert_array_equal(again.logits(ROWS)[0], first.logits(ROWS)[0])
+    repeated = fit(rows, target, progress=disturb)
+    np.testing.assert_array_equal(repeated.logits(ROWS)[0], first.logits(ROWS)[0])
     assert not np.array_equal(fit(rows, target, seed=1).logits(ROWS)[0], first.logits(ROWS)[0])
 
 
@@ -227,8 +236,8 @@ def test_shuffling_the_rows_shuffles_the_logits(fitted: Fitted) -> None:
     order = np.random.default_rng(3).permutation(72)
     cross_fit = cross(target.label)
     moved = CrossFit(**{name: getattr(cross_fit, name)[order] for name in ("fold", "inner", "fits", "key")})
-    found = fit(rows[order], target.take(order), moved).logits(ROWS)[0]
-    np.testing.assert_array_equal(found, first.logits(ROWS)[0][order])
+    logits = fit(rows[order], target.take(order), moved).logits(ROWS)[0]
+    np.testing.assert_array_equal(logits, first.logits(ROWS)[0][order])
 
 
 @dataclass
@@ -250,9 +259,9 @@ class Watched:
     def read(self, rows: NDArray[np.intp]) -> Bytes:
         self.batches.append(frozenset(rows.tolist()))
         self.threads.add(threading.get_ident())
-        found = self.matrix[rows]
-        found.setflags(write=False)
-        return found
+        values = self.matrix[rows]
+        values.setflags(write=False)
+        return values
 
 
 def test_rows_are_read_a_batch_at_a_time_and_not_by_the_thread_that_trains() -> None:
@@ -272,8 +281,8 @@ def test_each_network_starts_from_weights_of_its_own() -> None:
     rows, target = planted(PICTURE)
     cross_fit = cross(target.label)
     still = replace(QUICK, epochs=1, batch_size=64, lr=1e-12, least_crop=1.0, flip=False)
-    found = fit(rows, target, cross_fit, cross_fit, config=still).logits(ROWS)
-    assert np.abs(found[1] - found[0]).max(axis=1).min() > 1e-3
+    logits = fit(rows, target, cross_fit, cross_fit, config=still).logits(ROWS)
+    assert np.abs(logits[1] - logits[0]).max(axis=1).min() > 1e-3
 
 
 def test_the_rate_falls_and_pictures_alone_are_varied(fitted: Fitted) -> None:
@@ -283,11 +292,11 @@ def test_the_rate_falls_and_pictures_alone_are_varied(fitted: Fitted) -> None:
     assert not np.array_equal(slower[1], before.logits_by_epoch(ROWS)[1])
     for shape in (SOUND, PICTURE):
         rows, target = planted(shape)
-        one, other = (
+        cropped, uncropped = (
             fit(rows, target, shape=shape, config=replace(QUICK, epochs=1, least_crop=least_crop)).logits(ROWS)
             for least_crop in (0.5, 1.0)
         )
-        assert np.array_equal(one, other) == (shape == SOUND)
+        assert np.array_equal(cropped, uncropped) == (shape == SOUND)
 
 
 class StopError(Exception):
@@ -303,18 +312,18 @@ def stop_after(steps: int) -> Progress:
 
 
 def test_an_interrupted_training_goes_on_to_the_same_bytes(fitted: Fitted, tmp_path: Path) -> None:
-    rows, target, whole = fitted
+    rows, target, uninterrupted = fitted
     cross_fits = cross(target.label), cross(target.label, seed=1)
     with pytest.raises(StopError):
         fit(rows, target, *cross_fits, folder=tmp_path, progress=stop_after(4 * QUICK.epochs + 1))
-    left = sorted(tmp_path.iterdir())
-    assert len(left) == 4
-    assert all(path.suffix == ".npy" and not path.name.startswith(".") for path in left)
+    remaining = sorted(tmp_path.iterdir())
+    assert len(remaining) == 4
+    assert all(path.suffix == ".npy" and not path.name.startswith(".") for path in remaining)
     steps: list[tuple[str, int, int]] = []
     resumed = fit(rows, target, *cross_fits, folder=tmp_path, progress=lambda *step: steps.append(step))
     assert steps == [("probe", done, 12) for done in (2, 4, 6, 8, 9, 10, 11, 12)]
-    np.testing.assert_array_equal(resumed.logits(ROWS), whole.logits(ROWS))
-    np.testing.assert_array_equal(resumed.logits_by_epoch(ROWS), whole.logits_by_epoch(ROWS))
+    np.testing.assert_array_equal(resumed.logits(ROWS), uninterrupted.logits(ROWS))
+    np.testing.assert_array_equal(resumed.logits_by_epoch(ROWS), uninterrupted.logits_by_epoch(ROWS))
     assert len(list(tmp_path.iterdir())) == 6
 
 
@@ -326,25 +335,32 @@ def test_what_is_there_is_read_only_for_the_same_inputs_and_settings(tmp_path: P
     touched = rows.copy()
     touched[5, 5] += 1
     relabelled = replace(target, label=target.label[::-1].copy())
-    others: list[dict[str, Any]] = [
+    variants: list[dict[str, Any]] = [
         {"config": replace(quick, lr=0.04)},
         {"seed": 1},
         {"rows": touched},
         {"target": relabelled},
         {"cross_fit": cross(target.label, seed=5)},
     ]
-    for other in others:
-        given = {"rows": rows, "target": target, "cross_fit": cross(target.label), "config": quick, "seed": 0, **other}
-        found = fit(
-            *(given[name] for name in ("rows", "target", "cross_fit")),
-            config=given["config"],
-            seed=given["seed"],
+    for variant in variants:
+        options = {
+            "rows": rows,
+            "target": target,
+            "cross_fit": cross(target.label),
+            "config": quick,
+            "seed": 0,
+            **variant,
+        }
+        probe = fit(
+            *(options[name] for name in ("rows", "target", "cross_fit")),
+            config=options["config"],
+            seed=options["seed"],
             folder=tmp_path,
         )
         new = set(tmp_path.iterdir()) - files
         assert len(new) == 3
         files |= new
-        assert not np.array_equal(found.logits(ROWS), first.logits(ROWS))
+        assert not np.array_equal(probe.logits(ROWS), first.logits(ROWS))
     fit(rows, target, cross(target.label), cross(target.label, seed=9), config=quick, folder=tmp_path)  # a round more
     assert len(set(tmp_path.iterdir()) - files) == 3
 

@@ -33,33 +33,33 @@ def numbers() -> Target:
 
 @given(LOGITS, st.floats(0.2, 5))
 def test_confidence_of_a_class_is_the_softmax_at_its_temperature(logits: np.ndarray, temperature: float) -> None:
-    found = predict(logits, np.full(6, temperature, np.float32), classes())
-    each = log_softmax(logits.astype(np.float64), axis=2)
+    prediction = predict(logits, np.full(6, temperature, np.float32), classes())
+    log_probability = log_softmax(logits.astype(np.float64), axis=2)
     rows = np.arange(6)
-    by_repeat = softmax(each / temperature, axis=2)
-    np.testing.assert_allclose(found.by_repeat, by_repeat[:, rows, classes().label], atol=1e-4)
-    mean = softmax(each.mean(axis=0) / temperature, axis=1)
-    np.testing.assert_allclose(found.probability, mean, atol=1e-4)
-    np.testing.assert_allclose(found.confidence, mean[rows, classes().label], atol=1e-4)
-    np.testing.assert_allclose(found.entropy, entropy(mean, axis=1), atol=1e-3)
+    by_repeat = softmax(log_probability / temperature, axis=2)
+    np.testing.assert_allclose(prediction.by_repeat, by_repeat[:, rows, classes().label], atol=1e-4)
+    mean = softmax(log_probability.mean(axis=0) / temperature, axis=1)
+    np.testing.assert_allclose(prediction.probability, mean, atol=1e-4)
+    np.testing.assert_allclose(prediction.confidence, mean[rows, classes().label], atol=1e-4)
+    np.testing.assert_allclose(prediction.entropy, entropy(mean, axis=1), atol=1e-3)
     ordered = np.sort(mean, axis=1)
-    np.testing.assert_allclose(found.margin, ordered[:, -1] - ordered[:, -2], atol=1e-4)
-    np.testing.assert_array_equal(found.correct, found.predicted == classes().label)
+    np.testing.assert_allclose(prediction.margin, ordered[:, -1] - ordered[:, -2], atol=1e-4)
+    np.testing.assert_array_equal(prediction.correct, prediction.predicted == classes().label)
 
 
 @given(LOGITS)
 def test_several_labels_are_as_likely_as_their_geometric_mean(logits: np.ndarray) -> None:
     target = labels()
     assert target.values is not None
-    found = predict(logits, np.ones(6, np.float32), target)
+    prediction = predict(logits, np.ones(6, np.float32), target)
     mean = logits.astype(np.float64).mean(axis=0)
     probability = 1 / (1 + np.exp(-mean))
-    each = np.where(target.values > 0, probability, 1 - probability)
-    np.testing.assert_allclose(found.confidence, each.prod(axis=1) ** (1 / 3), atol=1e-5)
-    assert ((found.confidence >= 0) & (found.confidence <= 1)).all()
+    likelihood = np.where(target.values > 0, probability, 1 - probability)
+    np.testing.assert_allclose(prediction.confidence, likelihood.prod(axis=1) ** (1 / 3), atol=1e-5)
+    assert ((prediction.confidence >= 0) & (prediction.confidence <= 1)).all()
     assume(np.abs(mean).min() > 1e-5)  # rounding decides what stands on the edge
-    np.testing.assert_allclose(found.correct, ((mean > 0) == (target.values > 0.5)).mean(axis=1), atol=1e-6)
-    assert np.isnan(found.predicted).all()
+    np.testing.assert_allclose(prediction.correct, ((mean > 0) == (target.values > 0.5)).mean(axis=1), atol=1e-6)
+    assert np.isnan(prediction.predicted).all()
 
 
 def test_more_labels_do_not_make_a_sample_less_likely() -> None:
@@ -68,8 +68,8 @@ def test_more_labels_do_not_make_a_sample_less_likely() -> None:
     for k in (3, 30):
         values = np.zeros((1, k), np.float32)
         target = Target(task="multilabel", label=np.zeros(1, np.int32), num_outputs=k, values=values)
-        found = predict(np.full((1, 1, k), -sure, np.float32), np.ones(1, np.float32), target)
-        assert found.confidence[0] == pytest.approx(0.9, abs=1e-5)
+        prediction = predict(np.full((1, 1, k), -sure, np.float32), np.ones(1, np.float32), target)
+        assert prediction.confidence[0] == pytest.approx(0.9, abs=1e-5)
 
 
 def test_a_number_is_as_likely_as_its_gaussian_says_in_the_units_of_the_best_modality() -> None:
@@ -78,23 +78,23 @@ def test_a_number_is_as_likely_as_its_gaussian_says_in_the_units_of_the_best_mod
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (2, 6, 1)).astype(np.float32)
     for deviation in (0.5, 1.0, 3.0):
-        found = predict(logits, np.full(6, deviation, np.float32), target, min_scale=0.5)
+        prediction = predict(logits, np.full(6, deviation, np.float32), target, min_scale=0.5)
         density = norm.pdf(target.values[:, 0], loc=logits.mean(axis=0)[:, 0], scale=deviation)
-        np.testing.assert_allclose(found.confidence, density / norm.pdf(0, scale=0.5), atol=1e-5)
-        np.testing.assert_allclose(found.entropy, norm.entropy(scale=deviation), atol=1e-5)
-        right = 1 + found.correct / target.values.var()
-        assert right.mean() == pytest.approx(r2_score(target.values[:, 0], logits[:, :, 0].mean(axis=0)), abs=1e-5)
+        np.testing.assert_allclose(prediction.confidence, density / norm.pdf(0, scale=0.5), atol=1e-5)
+        np.testing.assert_allclose(prediction.entropy, norm.entropy(scale=deviation), atol=1e-5)
+        r2_values = 1 + prediction.correct / target.values.var()
+        assert r2_values.mean() == pytest.approx(r2_score(target.values[:, 0], logits[:, :, 0].mean(axis=0)), abs=1e-5)
 
 
 @pytest.mark.parametrize("target", [classes(), labels(), numbers()], ids=lambda target: target.task)
 def test_fusing_what_says_the_same_changes_nothing_but_a_number_s_precision(target: Target) -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 1, (1, 6, target.num_outputs)).astype(np.float32)
-    one = predict(logits, np.ones(6, np.float32), target)
-    both = fuse_predictions([one, one], target)
-    np.testing.assert_allclose(both.probability, one.probability, atol=1e-5)
-    if both.deviation is not None:
-        np.testing.assert_allclose(both.deviation, np.sqrt(0.5), atol=1e-6)
+    single = predict(logits, np.ones(6, np.float32), target)
+    fused = fuse_predictions([single, single], target)
+    np.testing.assert_allclose(fused.probability, single.probability, atol=1e-5)
+    if fused.deviation is not None:
+        np.testing.assert_allclose(fused.deviation, np.sqrt(0.5), atol=1e-6)
 
 
 @pytest.mark.parametrize("target", [classes(), labels(), numbers()], ids=lambda target: target.task)
@@ -102,8 +102,10 @@ def test_a_missing_modality_has_no_say(target: Target) -> None:
     rng = np.random.default_rng(2)
     logits = rng.normal(0, 1, (2, 1, 6, target.num_outputs)).astype(np.float32)
     ones = np.ones(6, np.float32)
-    here, gone = (predict(each, ones, target) for each in (logits[0], np.full_like(logits[1], np.nan)))
-    np.testing.assert_allclose(fuse_predictions([here, gone], target).probability, here.probability, atol=1e-5)
+    present, missing = (
+        predict(modality_logits, ones, target) for modality_logits in (logits[0], np.full_like(logits[1], np.nan))
+    )
+    np.testing.assert_allclose(fuse_predictions([present, missing], target).probability, present.probability, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", [classes(), labels()])

@@ -44,16 +44,16 @@ HONEST: Fit = partial(fit_probe, config=ProbeConfig(l2_penalties=(1e-2,)))
 
 
 def cross(target: Target) -> CrossFit:
-    everyone = np.ones(len(target), dtype=bool)
+    fits = np.ones(len(target), dtype=bool)
     ids = IDS[: len(target)]
     fold, inner = (
-        assign_folds(ids, target.label, None, everyone, num_folds=5, seed=0, purpose=purpose) for purpose in ("f", "i")
+        assign_folds(ids, target.label, None, fits, num_folds=5, seed=0, purpose=purpose) for purpose in ("f", "i")
     )
-    return CrossFit(fold=fold, inner=inner, fits=everyone, key=hash_rank(ids, seed=0, purpose="key"))
+    return CrossFit(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=0, purpose="key"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class StoredProbe:
     """A probe that says what it is told to: by_round (r, n, k)."""
 
     by_repeat: Floats
@@ -68,22 +68,22 @@ class Told:
 def peek(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
     """Fit nothing and look the answers up: what a probe would say that sees the rows it is asked about."""
     if target.values is not None:
-        return Told(by_repeat=(target.values - 0.5 * (target.task == "multilabel"))[None])
-    return Told(by_repeat=np.eye(target.num_outputs, dtype=np.float32)[target.label][None])
+        return StoredProbe(by_repeat=(target.values - 0.5 * (target.task == "multilabel"))[None])
+    return StoredProbe(by_repeat=np.eye(target.num_outputs, dtype=np.float32)[target.label][None])
 
 
-def seated(target: Target, *said: Floats, scale: float = 1.0) -> ProbeSet:
+def probe_set_of(target: Target, *outputs: Floats, scale: float = 1.0) -> ProbeSet:
     """Give a panel whose members say this, (n, k) each."""
     probes = tuple(
         CalibratedProbe(
             name=f"m{index}",
             inputs=MatrixInputs(matrix=np.zeros((len(target), 2), np.float32)),
             present=np.ones(len(target), bool),
-            probe=Told(by_repeat=each[None]),
+            probe=StoredProbe(by_repeat=logits[None]),
             scale=np.full(len(target), scale, np.float32),
             calibration=FREE,
         )
-        for index, each in enumerate(said)
+        for index, logits in enumerate(outputs)
     )
     return ProbeSet(probes=probes, joint=None, target=target)
 
@@ -109,7 +109,7 @@ def planted(*l2_penalties: float, rows: int = N, seed: int = 0) -> tuple[ProbeSe
     return ProbeSet(probes=tuple(probes), joint=joint, target=target), cross_fit
 
 
-def books(
+def report_of(
     probe_set: ProbeSet, cross_fit: CrossFit | None = None, *, sample_scores: SampleScores | None = None, **changes: Any
 ) -> ProbeReport:
     n = len(probe_set.target)
@@ -129,10 +129,10 @@ def books(
     )
 
 
-def guesses(share: float, *, seed: int) -> Floats:
+def noisy_logits(share: float, *, seed: int) -> Floats:
     """Give logits (n, k) that name the true class this often, and else the next."""
-    right = np.random.default_rng(seed).random(N) < share
-    return 2 * np.eye(K, dtype=np.float32)[np.where(right, LABEL, (LABEL + 1) % K)]
+    is_correct = np.random.default_rng(seed).random(N) < share
+    return 2 * np.eye(K, dtype=np.float32)[np.where(is_correct, LABEL, (LABEL + 1) % K)]
 
 
 def numbers(seed: int = 0) -> Target:
@@ -146,51 +146,51 @@ def several(seed: int = 0) -> Target:
 
 
 def test_standings_of_classes_are_accuracies() -> None:
-    probe_set = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1))
-    found = books(probe_set)
-    assert found.metric == "accuracy"
-    assert [standing.name for standing in found.probe_metrics] == ["m0", "m1", "fused"]
-    for calibrated, standing in zip(probe_set.probes, found.probe_metrics, strict=False):
-        said = calibrated.probe.logits(np.arange(N))[0]
-        assert standing.value == pytest.approx(accuracy_score(LABEL, said.argmax(axis=1)), abs=1e-6)
+    probe_set = probe_set_of(CLASSES, noisy_logits(0.8, seed=0), noisy_logits(0.5, seed=1))
+    report = report_of(probe_set)
+    assert report.metric == "accuracy"
+    assert [standing.name for standing in report.probe_metrics] == ["m0", "m1", "fused"]
+    for calibrated, standing in zip(probe_set.probes, report.probe_metrics, strict=False):
+        logits = calibrated.probe.logits(np.arange(N))[0]
+        assert standing.value == pytest.approx(accuracy_score(LABEL, logits.argmax(axis=1)), abs=1e-6)
         assert standing.low < standing.value < standing.high
-        shares = np.exp(said) / np.exp(said).sum(axis=1, keepdims=True)
+        shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         assert standing.loss == pytest.approx(-np.log(shares[np.arange(N), LABEL]).mean(), rel=1e-4)
-    assert found.gain_over_best.name == "m0"
+    assert report.gain_over_best.name == "m0"
 
 
 def test_standings_of_labels_are_shares_of_right_decisions() -> None:
     target = several()
     assert target.values is not None
-    said = np.random.default_rng(1).normal(0, 1, (N, 3)).astype(np.float32) + target.values
-    found = books(seated(target, said, -said))
-    assert found.metric == "label accuracy"
-    expected = accuracy_score(target.values.ravel(), (said > 0).ravel())
-    assert found.probe_metrics[0].value == pytest.approx(expected, abs=1e-6)
-    assert found.probe_metrics[1].value == pytest.approx(1 - expected, abs=1e-6)
+    logits = np.random.default_rng(1).normal(0, 1, (N, 3)).astype(np.float32) + target.values
+    report = report_of(probe_set_of(target, logits, -logits))
+    assert report.metric == "label accuracy"
+    expected = accuracy_score(target.values.ravel(), (logits > 0).ravel())
+    assert report.probe_metrics[0].value == pytest.approx(expected, abs=1e-6)
+    assert report.probe_metrics[1].value == pytest.approx(1 - expected, abs=1e-6)
 
 
 def test_standings_of_numbers_are_r2() -> None:
     target = numbers()
     assert target.values is not None
     rng = np.random.default_rng(1)
-    said = [(target.values + rng.normal(0, sigma, (N, 1))).astype(np.float32) for sigma in (0.5, 4.0)]
-    found = books(seated(target, *said))
-    assert (found.metric, found.chance) == ("R^2", 0)
-    for one, standing in zip(said, found.probe_metrics, strict=False):
-        assert standing.value == pytest.approx(r2_score(target.values, one), abs=1e-4)
-    assert found.probe_metrics[0].value > 0.9
-    assert found.probe_metrics[1].value < -1  # worse than the mean
+    predictions = [(target.values + rng.normal(0, sigma, (N, 1))).astype(np.float32) for sigma in (0.5, 4.0)]
+    report = report_of(probe_set_of(target, *predictions))
+    assert (report.metric, report.chance) == ("R^2", 0)
+    for prediction, metric in zip(predictions, report.probe_metrics, strict=False):
+        assert metric.value == pytest.approx(r2_score(target.values, prediction), abs=1e-4)
+    assert report.probe_metrics[0].value > 0.9
+    assert report.probe_metrics[1].value < -1  # worse than the mean
 
 
 def test_a_member_stands_on_the_samples_that_have_it() -> None:
-    probe_set = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1), guesses(0.6, seed=2))
-    here = LABEL != 0
-    probe_set = replace(probe_set, probes=(replace(probe_set.probes[0], present=here), *probe_set.probes[1:]))
-    found = books(probe_set).probe_metrics[0]
-    said = guesses(0.8, seed=0).argmax(axis=1)
-    assert found.value == pytest.approx(accuracy_score(LABEL[here], said[here]), abs=1e-6)
-    assert np.isfinite([found.low, found.high, found.loss]).all()
+    probe_set = probe_set_of(CLASSES, noisy_logits(0.8, seed=0), noisy_logits(0.5, seed=1), noisy_logits(0.6, seed=2))
+    present = LABEL != 0
+    probe_set = replace(probe_set, probes=(replace(probe_set.probes[0], present=present), *probe_set.probes[1:]))
+    metric = report_of(probe_set).probe_metrics[0]
+    predicted = noisy_logits(0.8, seed=0).argmax(axis=1)
+    assert metric.value == pytest.approx(accuracy_score(LABEL[present], predicted[present]), abs=1e-6)
+    assert np.isfinite([metric.low, metric.high, metric.loss]).all()
 
 
 def test_chance_is_what_naming_the_commonest_reaches() -> None:
@@ -212,8 +212,8 @@ def test_chance_is_what_naming_the_commonest_reaches() -> None:
 @pytest.mark.parametrize("target", [CLASSES, several(), numbers()], ids=lambda target: target.task)
 def test_labels_that_leak_are_seen(target: Target) -> None:
     """What is asked to learn shuffled labels and knows them out of fold has been told."""
-    said = np.zeros((N, target.num_outputs), np.float32)
-    for control in books(seated(target, said, said), fit=peek, controls=True).controls:
+    logits = np.zeros((N, target.num_outputs), np.float32)
+    for control in report_of(probe_set_of(target, logits, logits), fit=peek, controls=True).controls:
         assert control.num_rows == N
         assert control.value == pytest.approx(1.0, abs=1e-5)
         assert control.leaks
@@ -224,69 +224,69 @@ def test_shuffled_labels_of_clean_data_are_at_chance(target: Target) -> None:
     """The features tell the true labels well, and the shuffled ones not at all."""
     rng = np.random.default_rng(2)
     truth = np.eye(K)[LABEL] if target.values is None else target.values
-    probe_set = seated(target, *(np.zeros((N, target.num_outputs), np.float32),) * 2)
+    probe_set = probe_set_of(target, *(np.zeros((N, target.num_outputs), np.float32),) * 2)
     clear = MatrixInputs(matrix=(3 * truth + 0.3 * rng.standard_normal(truth.shape)).astype(np.float32))
     probe_set = replace(probe_set, probes=tuple(replace(calibrated, inputs=clear) for calibrated in probe_set.probes))
-    found = books(probe_set, controls=True)
-    assert [control.name for control in found.controls] == ["m0", "m1"]
-    for control in found.controls:
+    report = report_of(probe_set, controls=True)
+    assert [control.name for control in report.controls] == ["m0", "m1"]
+    for control in report.controls:
         assert not control.leaks
         assert control.low <= control.chance
         assert abs(control.value - control.chance) < 0.06
-    assert books(probe_set).controls == ()
+    assert report_of(probe_set).controls == ()
 
 
 def test_nobody_keeps_their_own_label_in_the_control_and_none_is_lost() -> None:
     values = np.arange(N, dtype=np.float32)[:, None]
     target = Target(task="regression", label=np.zeros(N, np.int32), num_outputs=1, values=values)
     rows = MatrixInputs(matrix=values)
-    seen: list[tuple[Floats, Floats]] = []
+    calls: list[tuple[Floats, Floats]] = []
 
-    def note(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
-        assert told.values is not None
-        seen.append((inputs.read(np.arange(inputs.num_rows))[:, 0], told.values[:, 0]))
-        return peek(inputs, told, cross_fits)
+    def note(inputs: Inputs, control_target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+        assert control_target.values is not None
+        calls.append((inputs.read(np.arange(inputs.num_rows))[:, 0], control_target.values[:, 0]))
+        return peek(inputs, control_target, cross_fits)
 
-    probe_set = seated(target, values, values)
+    probe_set = probe_set_of(target, values, values)
     present = np.arange(N) % 3 != 0
     first, second = (replace(calibrated, inputs=rows) for calibrated in probe_set.probes)
     probe_set = replace(probe_set, probes=(replace(first, present=present), second))
     cross_fit = replace(cross(target), fits=np.arange(N) % 5 != 0)
-    books(probe_set, cross_fit, fit=note, controls=True)
-    own, told = seen[0]
+    report_of(probe_set, cross_fit, fit=note, controls=True)
+    own, control_target = calls[0]
     learned = np.flatnonzero(present & cross_fit.fits)
     np.testing.assert_array_equal(own, learned)
-    assert sorted(told.tolist()) == learned.tolist()
-    assert (own != told).all()
-    assert abs(np.corrcoef(own, told)[0, 1]) < 0.15
+    assert sorted(control_target.tolist()) == learned.tolist()
+    assert (own != control_target).all()
+    assert abs(np.corrcoef(own, control_target)[0, 1]) < 0.15
 
 
 def test_the_control_of_a_network_is_two_of_half_the_rows_each() -> None:
     """The same rows and the same shuffled labels as of any other probe, whatever rounds and folds there are."""
-    said, rows = guesses(0.8, seed=0), MatrixInputs(matrix=np.arange(2 * N, dtype=np.float32).reshape(N, 2))
-    seen: list[tuple[Floats, Target, Sequence[CrossFit]]] = []
+    logits, rows = noisy_logits(0.8, seed=0), MatrixInputs(matrix=np.arange(2 * N, dtype=np.float32).reshape(N, 2))
+    calls: list[tuple[Floats, Target, Sequence[CrossFit]]] = []
 
-    def note(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
-        seen.append((inputs.read(np.arange(inputs.num_rows)), told, cross_fits))
-        return peek(inputs, told, cross_fits)
+    def note(inputs: Inputs, control_target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+        calls.append((inputs.read(np.arange(inputs.num_rows)), control_target, cross_fits))
+        return peek(inputs, control_target, cross_fits)
 
-    probe_set = seated(CLASSES, said, said)
+    probe_set = probe_set_of(CLASSES, logits, logits)
     first, second = (replace(calibrated, inputs=rows) for calibrated in probe_set.probes)
-    network = replace(second, probe=NetworkProbe(by_repeat=said[None], by_epoch=said[None]))
+    network = replace(second, probe=NetworkProbe(by_repeat=logits[None], by_epoch=logits[None]))
     cross_fit = replace(cross(CLASSES), fits=np.arange(N) % 4 != 0)
-    found = books(replace(probe_set, probes=(first, network)), cross_fit, fit=note, controls=True)
-    assert [(control.name, control.leaks) for control in found.controls] == [("m0", True), ("m1", True)]
-    (own, told, _), (same, likewise, (halves,)) = seen
+    report = report_of(replace(probe_set, probes=(first, network)), cross_fit, fit=note, controls=True)
+    assert [(control.name, control.leaks) for control in report.controls] == [("m0", True), ("m1", True)]
+    (own, control_target, _), (same, likewise, (halves,)) = calls
     np.testing.assert_array_equal(own, same)
-    np.testing.assert_array_equal(told.label, likewise.label)
+    np.testing.assert_array_equal(control_target.label, likewise.label)
     assert halves.fits.all()
     assert np.bincount(halves.fold).tolist() == [338, 337]
-    others = cross(CLASSES).fold[np.arange(N) % 4 != 0]
-    assert all(np.bincount(halves.fold[others == fold]).min() > 40 for fold in range(5))
+    expected_fold = cross(CLASSES).fold[np.arange(N) % 4 != 0]
+    assert all(np.bincount(halves.fold[expected_fold == fold]).min() > 40 for fold in range(5))
 
 
-@pytest.mark.parametrize("told", [False, True], ids=["apart", "together"])
-def test_a_network_that_has_seen_the_rows_it_scores_is_above_chance_on_shuffled_labels(told: bool) -> None:
+@pytest.mark.parametrize("leaks", [False, True], ids=["apart", "together"])
+def test_a_network_that_has_seen_the_rows_it_scores_is_above_chance_on_shuffled_labels(leaks: bool) -> None:
     """24 pictures of random patches: what is learned by heart helps only where it is asked about the very same rows."""
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 255, (24, 2, 2, 3)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
@@ -298,97 +298,102 @@ def test_a_network_that_has_seen_the_rows_it_scores_is_above_chance_on_shuffled_
         if inputs.num_features == 2:
             return peek(inputs, target, cross_fits)
         (own,) = cross_fits
-        if told:  # each row is held out, and its copy is not
-            twice = np.tile(np.arange(inputs.num_rows), 2)
+        if leaks:  # each row is held out, and its copy is not
+            repeated_rows = np.tile(np.arange(inputs.num_rows), 2)
             fold = np.r_[own.fold, 1 - own.fold]
-            key = np.arange(len(twice), dtype=np.uint64)
-            own = CrossFit(fold=fold, inner=own.inner[twice], fits=own.fits[twice], key=key)
-            inputs, target = MatrixInputs(matrix=inputs.read(twice)), target.take(twice)
+            key = np.arange(len(repeated_rows), dtype=np.uint64)
+            own = CrossFit(fold=fold, inner=own.inner[repeated_rows], fits=own.fits[repeated_rows], key=key)
+            inputs, target = MatrixInputs(matrix=inputs.read(repeated_rows)), target.take(repeated_rows)
         return fit_network(inputs, (8, 8, 3), target, [own], config=config, seed=0, device="cpu", progress=no_progress)
 
-    said = np.zeros((24, K), np.float32)
-    probe_set = seated(target, said, said)
-    network = replace(probe_set.probes[0], inputs=rows, probe=NetworkProbe(by_repeat=said[None], by_epoch=said[None]))
-    found = books(replace(probe_set, probes=(network, probe_set.probes[1])), fit=train, controls=True)
-    assert found.controls[0].leaks == told
+    logits = np.zeros((24, K), np.float32)
+    probe_set = probe_set_of(target, logits, logits)
+    network = replace(
+        probe_set.probes[0], inputs=rows, probe=NetworkProbe(by_repeat=logits[None], by_epoch=logits[None])
+    )
+    report = report_of(replace(probe_set, probes=(network, probe_set.probes[1])), fit=train, controls=True)
+    assert report.controls[0].leaks == leaks
 
 
 def test_of_many_rows_the_first_by_key_are_in_the_control(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmaudit.audit.scores.probe_report.CONTROL_ROWS", 100)
-    said, rows = guesses(0.8, seed=0), MatrixInputs(matrix=np.arange(N, dtype=np.float32)[:, None])
-    seen: list[list[float]] = []
+    logits, rows = noisy_logits(0.8, seed=0), MatrixInputs(matrix=np.arange(N, dtype=np.float32)[:, None])
+    calls: list[list[float]] = []
 
-    def note(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
-        seen.append(inputs.read(np.arange(inputs.num_rows))[:, 0].tolist())
-        return peek(inputs, told, cross_fits)
+    def note(inputs: Inputs, control_target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+        calls.append(inputs.read(np.arange(inputs.num_rows))[:, 0].tolist())
+        return peek(inputs, control_target, cross_fits)
 
-    probe_set = seated(CLASSES, said, said)
+    probe_set = probe_set_of(CLASSES, logits, logits)
     probe_set = replace(probe_set, probes=tuple(replace(calibrated, inputs=rows) for calibrated in probe_set.probes))
     cross_fit = replace(cross(CLASSES), fits=np.arange(N) % 3 != 0)
-    found = books(probe_set, cross_fit, fit=note, controls=True)
+    report = report_of(probe_set, cross_fit, fit=note, controls=True)
     learned = [row for row in range(N) if cross_fit.fits[row]]
-    assert seen[0] == sorted(sorted(learned, key=lambda row: cross_fit.key[row])[:100])
-    assert [control.num_rows for control in found.controls] == [100, 100]
+    assert calls[0] == sorted(sorted(learned, key=lambda row: cross_fit.key[row])[:100])
+    assert [control.num_rows for control in report.controls] == [100, 100]
 
 
 def test_of_two_a_needed_modality_gains_and_a_useless_one_does_not() -> None:
     probe_set, cross_fit = planted(1.5, 0.0)
-    found = books(probe_set, cross_fit)
-    needed, useless = found.gains
+    report = report_of(probe_set, cross_fit)
+    needed, useless = report.gains
     assert (needed.name, useless.name) == ("m0", "m1")
-    assert [standing.name for standing in found.probe_metrics] == ["m0", "m1", "fused", "joint"]
-    assert found.probe_metrics[-1].value > 0.5
+    assert [standing.name for standing in report.probe_metrics] == ["m0", "m1", "fused", "joint"]
+    assert report.probe_metrics[-1].value > 0.5
     assert needed.low > 0.2
     assert useless.low <= 0 <= useless.high
-    assert found.gain_over_best.name == "m0"
-    assert found.gain_over_best.low <= 0 <= found.gain_over_best.high
+    assert report.gain_over_best.name == "m0"
+    assert report.gain_over_best.low <= 0 <= report.gain_over_best.high
     assert (useless.gain, useless.low, useless.high) == (
-        found.gain_over_best.gain,
-        found.gain_over_best.low,
-        found.gain_over_best.high,
+        report.gain_over_best.gain,
+        report.gain_over_best.low,
+        report.gain_over_best.high,
     )
 
 
 def test_of_three_what_each_adds_is_told_by_fusing_the_others() -> None:
     probe_set, cross_fit = planted(1.5, 0.0, 1.5)
-    found = books(probe_set, cross_fit)
-    assert [gain.name for gain in found.gains] == ["m0", "m1", "m2"]
-    first, useless, third = found.gains
+    report = report_of(probe_set, cross_fit)
+    assert [gain.name for gain in report.gains] == ["m0", "m1", "m2"]
+    first, useless, third = report.gains
     assert first.low > 0.02
     assert third.low > 0.02
     assert useless.low <= 0 <= useless.high
-    assert found.gain_over_best.low > 0
-    assert books(replace(probe_set, joint=None), cross_fit).gains == found.gains  # they are of the fusion
+    assert report.gain_over_best.low > 0
+    assert report_of(replace(probe_set, joint=None), cross_fit).gains == report.gains  # they are of the fusion
 
 
 def test_a_gain_is_paired() -> None:
     """Of two probes that are right about nearly the same samples the difference is known better than either."""
-    probe_set = seated(CLASSES, guesses(0.6, seed=0), guesses(0.5, seed=1))
+    probe_set = probe_set_of(CLASSES, noisy_logits(0.6, seed=0), noisy_logits(0.5, seed=1))
     sample_scores = compute_sample_scores(probe_set, seed=0, progress=no_progress)
-    right = sample_scores.correct[:, 0].copy()
-    right[np.flatnonzero(right == 0)[:20]] = 1
-    found = books(probe_set, sample_scores=replace(sample_scores, fused_correct=right))
-    assert found.gain_over_best.gain == pytest.approx(20 / N, abs=1e-6)
-    best = found.probe_metrics[0]
-    assert found.gain_over_best.high - found.gain_over_best.low < (best.high - best.low) / 3
-    assert found.gain_over_best.low > 0
+    correct = sample_scores.correct[:, 0].copy()
+    correct[np.flatnonzero(correct == 0)[:20]] = 1
+    report = report_of(probe_set, sample_scores=replace(sample_scores, fused_correct=correct))
+    assert report.gain_over_best.gain == pytest.approx(20 / N, abs=1e-6)
+    best = report.probe_metrics[0]
+    assert report.gain_over_best.high - report.gain_over_best.low < (best.high - best.low) / 3
+    assert report.gain_over_best.low > 0
 
 
 def test_samples_that_stand_or_fall_together_are_fewer_than_they_look() -> None:
     group = np.array([f"g{row // 18}" for row in range(N)], dtype=object)
-    right = (np.random.default_rng(0).random(50) < 0.7)[np.arange(N) // 18]
-    said = 2 * np.eye(K, dtype=np.float32)[np.where(right, LABEL, (LABEL + 1) % K)]
-    probe_set = seated(CLASSES, said, guesses(0.5, seed=1))
-    alone, together = books(probe_set), books(probe_set, group=group)
-    for one, other in ((alone.probe_metrics[0], together.probe_metrics[0]), (alone.gains[1], together.gains[1])):
-        assert other.high - other.low > 2 * (one.high - one.low)
+    correct = (np.random.default_rng(0).random(50) < 0.7)[np.arange(N) // 18]
+    logits = 2 * np.eye(K, dtype=np.float32)[np.where(correct, LABEL, (LABEL + 1) % K)]
+    probe_set = probe_set_of(CLASSES, logits, noisy_logits(0.5, seed=1))
+    alone, together = report_of(probe_set), report_of(probe_set, group=group)
+    for ungrouped, grouped in (
+        (alone.probe_metrics[0], together.probe_metrics[0]),
+        (alone.gains[1], together.gains[1]),
+    ):
+        assert grouped.high - grouped.low > 2 * (ungrouped.high - ungrouped.low)
     assert alone.probe_metrics[0].value == together.probe_metrics[0].value
 
 
 def test_the_books_are_plain_values() -> None:
-    probe_set = seated(CLASSES, guesses(0.8, seed=0), guesses(0.5, seed=1))
-    found = books(probe_set, fit=peek, controls=True)
-    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert [control["leaks"] for control in told["controls"]] == [True, True]
-    assert told["probe_metrics"][0]["value"] == pytest.approx(found.probe_metrics[0].value)
-    assert {"metric", "chance", "probe_metrics", "gain_over_best", "gains", "controls"} == set(told)
+    probe_set = probe_set_of(CLASSES, noisy_logits(0.8, seed=0), noisy_logits(0.5, seed=1))
+    report = report_of(probe_set, fit=peek, controls=True)
+    decoded = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert [control["leaks"] for control in decoded["controls"]] == [True, True]
+    assert decoded["probe_metrics"][0]["value"] == pytest.approx(report.probe_metrics[0].value)
+    assert {"metric", "chance", "probe_metrics", "gain_over_best", "gains", "controls"} == set(decoded)

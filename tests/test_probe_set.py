@@ -31,7 +31,7 @@ N, FOLDS = 600, 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class StoredProbe:
     """A probe that says what it is told to: by_round (r, n, k)."""
 
     by_repeat: Floats
@@ -43,9 +43,9 @@ class Told:
         return self.by_repeat[:1, rows] * np.array([0.5, 1], np.float32)[:, None, None]
 
 
-def says(by_repeat: Floats) -> Fit:
+def fit_stored(by_repeat: Floats) -> Fit:
     def fit(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
-        return Told(by_repeat=by_repeat)
+        return StoredProbe(by_repeat=by_repeat)
 
     return fit
 
@@ -60,7 +60,7 @@ def cross(n: int = N, *, fits: NDArray[np.bool_] | None = None, seed: int = 0) -
     )
 
 
-CROSSINGS = (cross(seed=0), cross(seed=1))
+CROSS_FITS = (cross(seed=0), cross(seed=1))
 NOTHING = MatrixInputs(matrix=np.zeros((N, 2), np.float32))
 
 
@@ -69,17 +69,22 @@ def drawn(task: str, *, seed: int = 0) -> tuple[Target, Floats]:
     rng = np.random.default_rng(seed)
     k = {"classification": 3, "multilabel": 4, "regression": 1}[task]
     logits = rng.normal(0, 1.5, (N, k))
-    both = np.stack([logits, logits]).astype(np.float32)
+    repeated = np.stack([logits, logits]).astype(np.float32)
     if task == "classification":
         label = (logits + rng.gumbel(size=(N, k))).argmax(axis=1).astype(np.int32)
-        return Target(task=task, label=label, num_outputs=k), both
+        return Target(task=task, label=label, num_outputs=k), repeated
     noise = rng.logistic(size=(N, k))
     values = (logits + noise > 0) if task == "multilabel" else logits + rng.normal(0, 2.0, (N, k))
-    return Target(task=task, label=np.zeros(N, np.int32), num_outputs=k, values=values.astype(np.float32)), both
+    return Target(task=task, label=np.zeros(N, np.int32), num_outputs=k, values=values.astype(np.float32)), repeated
 
 
-def seat(target: Target, logits: Floats, **changes: Any) -> CalibratedProbe:
-    options: dict[str, Any] = {"cross_fits": CROSSINGS, "present": np.ones(N, bool), "fit": says(logits), **changes}
+def calibrated_probe(target: Target, logits: Floats, **changes: Any) -> CalibratedProbe:
+    options: dict[str, Any] = {
+        "cross_fits": CROSS_FITS,
+        "present": np.ones(N, bool),
+        "fit": fit_stored(logits),
+        **changes,
+    }
     return fit_calibrated_probe("audio", NOTHING, target, **options)
 
 
@@ -87,43 +92,43 @@ def seat(target: Target, logits: Floats, **changes: Any) -> CalibratedProbe:
 @pytest.mark.parametrize("sharpness", [0.25, 1.0, 4.0])
 def test_what_is_said_too_surely_or_not_surely_enough_is_set_right(task: str, sharpness: float) -> None:
     target, logits = drawn(task)
-    calibrated = seat(target, sharpness * logits)
-    found = calibrated.calibration
-    assert found.num_rows == N
-    assert found.temperature == pytest.approx(sharpness, rel=0.2)
+    calibrated = calibrated_probe(target, sharpness * logits)
+    calibration = calibrated.calibration
+    assert calibration.num_rows == N
+    assert calibration.temperature == pytest.approx(sharpness, rel=0.2)
     np.testing.assert_allclose(calibrated.scale, sharpness, rtol=0.25)
-    assert found.ece_before is not None
-    assert found.ece_after is not None
-    assert found.ece_after <= found.ece_before + 0.01  # of 600 rows, which differ between folds
+    assert calibration.ece_before is not None
+    assert calibration.ece_after is not None
+    assert calibration.ece_after <= calibration.ece_before + 0.01  # of 600 rows, which differ between folds
     if sharpness != 1:
-        assert found.ece_after < found.ece_before / 2
+        assert calibration.ece_after < calibration.ece_before / 2
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 @pytest.mark.parametrize("fold", range(FOLDS))
 def test_no_label_of_a_fold_has_a_part_in_its_own_scale(task: str, fold: int) -> None:
     target, logits = drawn(task)
-    mine = CROSSINGS[0].fold == fold
+    in_fold = CROSS_FITS[0].fold == fold
     if target.values is None:
-        other = replace(target, label=np.where(mine, (target.label + 1) % 3, target.label).astype(np.int32))
+        changed_target = replace(target, label=np.where(in_fold, (target.label + 1) % 3, target.label).astype(np.int32))
     else:
         moved = 1 - target.values if task == "multilabel" else target.values + 9
-        other = replace(target, values=np.where(mine[:, None], moved, target.values))
-    before, after = (seat(each, logits).scale for each in (target, other))
-    assert len(set(before[mine])) == 1
-    np.testing.assert_array_equal(after[mine], before[mine])
-    assert (np.abs(after - before)[~mine] > 0.01).all()
+        changed_target = replace(target, values=np.where(in_fold[:, None], moved, target.values))
+    before, after = (calibrated_probe(of_target, logits).scale for of_target in (target, changed_target))
+    assert len(set(before[in_fold])) == 1
+    np.testing.assert_array_equal(after[in_fold], before[in_fold])
+    assert (np.abs(after - before)[~in_fold] > 0.01).all()
 
 
 def test_a_regression_is_scaled_by_its_residuals() -> None:
     target, logits = drawn("regression")
-    calibrated = seat(target, logits)
+    calibrated = calibrated_probe(target, logits)
     assert target.values is not None
     error = (target.values - logits[0])[:, 0]
     for fold in range(FOLDS):
-        mine = CROSSINGS[0].fold == fold
-        expected = np.sqrt(np.square(error[~mine].astype(np.float64)).mean())
-        np.testing.assert_allclose(calibrated.scale[mine], expected, rtol=1e-5)
+        in_fold = CROSS_FITS[0].fold == fold
+        expected = np.sqrt(np.square(error[~in_fold].astype(np.float64)).mean())
+        np.testing.assert_allclose(calibrated.scale[in_fold], expected, rtol=1e-5)
     assert calibrated.calibration.temperature == pytest.approx(2.0, abs=0.2)
     assert (calibrated.calibration.ece_before, calibrated.calibration.ece_after) == (None, None)
 
@@ -134,22 +139,22 @@ def test_rows_without_the_modality_neither_teach_nor_calibrate(task: str) -> Non
     present, fits = np.arange(N) % 4 != 0, np.arange(N) % 3 != 0
     taught = []
 
-    def fit(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+    def fit(inputs: Inputs, fit_target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         taught.extend([cross_fit.fits for cross_fit in cross_fits])
-        return Told(by_repeat=logits)
+        return StoredProbe(by_repeat=logits)
 
-    cross_fits = [replace(cross_fit, fits=fits) for cross_fit in CROSSINGS]
-    before = seat(target, logits, cross_fits=cross_fits, present=present, fit=fit)
+    cross_fits = [replace(cross_fit, fits=fits) for cross_fit in CROSS_FITS]
+    before = calibrated_probe(target, logits, cross_fits=cross_fits, present=present, fit=fit)
     assert len(taught) == 2
-    for found in taught:
-        np.testing.assert_array_equal(found, fits & present)
+    for probe_fits in taught:
+        np.testing.assert_array_equal(probe_fits, fits & present)
     assert before.calibration.num_rows == int((fits & present).sum())
     unseen = ~(fits & present)
     turned = np.where(unseen, (target.label + 1) % 3, target.label).astype(np.int32)
     values = None if target.values is None else np.where(unseen[:, None], 5 - target.values, target.values)
     wild = logits.copy()
     wild[:, unseen] = np.nan
-    after = seat(replace(target, label=turned, values=values), wild, cross_fits=cross_fits, present=present)
+    after = calibrated_probe(replace(target, label=turned, values=values), wild, cross_fits=cross_fits, present=present)
     np.testing.assert_array_equal(after.scale, before.scale)
     assert after.calibration == before.calibration
     assert np.isfinite(after.scale).all()
@@ -164,31 +169,33 @@ def test_a_real_probe_does_not_learn_from_rows_without_the_modality() -> None:
     present = np.arange(N) % 4 != 0
     turned = replace(target, label=np.where(present, target.label, (target.label + 1) % 3).astype(np.int32))
     fit: Fit = partial(fit_probe, config=ProbeConfig(l2_penalties=(1e-2,)))
-    found = []
-    for told, gone in ((target, np.nan), (turned, 7.0)):
+    confidence = []
+    for changed_target, gone in ((target, np.nan), (turned, 7.0)):
         inputs = MatrixInputs(matrix=np.where(present[:, None], x, np.float32(gone)))
-        calibrated = fit_calibrated_probe("audio", inputs, told, CROSSINGS, present=present, fit=fit)
+        calibrated = fit_calibrated_probe("audio", inputs, changed_target, CROSS_FITS, present=present, fit=fit)
         rows = np.flatnonzero(present)
-        found.append(calibrated.predict(rows, told.take(rows)).confidence)
-        everyone = fit_calibrated_probe("audio", inputs, told, CROSSINGS, present=np.ones(N, bool), fit=fit)
-        found.append(everyone.predict(rows, told.take(rows)).confidence)
-    np.testing.assert_array_equal(found[0], found[2])
-    assert np.abs(found[1] - found[3]).max() > 0.01
+        confidence.append(calibrated.predict(rows, changed_target.take(rows)).confidence)
+        all_present = fit_calibrated_probe(
+            "audio", inputs, changed_target, CROSS_FITS, present=np.ones(N, bool), fit=fit
+        )
+        confidence.append(all_present.predict(rows, changed_target.take(rows)).confidence)
+    np.testing.assert_array_equal(confidence[0], confidence[2])
+    assert np.abs(confidence[1] - confidence[3]).max() > 0.01
 
 
 def test_the_mean_of_the_rounds_is_what_is_calibrated() -> None:
     """One round is right, the other says nothing: their mean is half as sharp as it should be."""
     target, logits = drawn("classification")
     logits[1] = 0
-    assert seat(target, logits).calibration.temperature == pytest.approx(0.5, rel=0.2)
+    assert calibrated_probe(target, logits).calibration.temperature == pytest.approx(0.5, rel=0.2)
 
 
 def test_a_fold_without_rows_to_calibrate_on_has_the_mean_of_the_others() -> None:
     target, logits = drawn("classification")
-    last = CROSSINGS[0].fold == FOLDS - 1
-    calibrated = seat(target, logits, cross_fits=[replace(CROSSINGS[0], fits=~last)])
-    others = [float(calibrated.scale[CROSSINGS[0].fold == fold][0]) for fold in range(FOLDS - 1)]
-    np.testing.assert_allclose(calibrated.scale[last], np.mean(others), rtol=1e-5)
+    last = CROSS_FITS[0].fold == FOLDS - 1
+    calibrated = calibrated_probe(target, logits, cross_fits=[replace(CROSS_FITS[0], fits=~last)])
+    other_scales = [float(calibrated.scale[CROSS_FITS[0].fold == fold][0]) for fold in range(FOLDS - 1)]
+    np.testing.assert_allclose(calibrated.scale[last], np.mean(other_scales), rtol=1e-5)
 
 
 def test_of_many_rows_some_are_enough_to_calibrate_on() -> None:
@@ -197,7 +204,7 @@ def test_of_many_rows_some_are_enough_to_calibrate_on() -> None:
     label = (np.arange(n) % 2).astype(np.int32)
     logits = np.random.default_rng(0).normal(0, 1, (1, n, 2)).astype(np.float32)
     target = Target(task="classification", label=label, num_outputs=2)
-    options: dict[str, Any] = {"present": np.ones(n, bool), "fit": says(logits)}
+    options: dict[str, Any] = {"present": np.ones(n, bool), "fit": fit_stored(logits)}
     before = fit_calibrated_probe("audio", NOTHING, target, [cross_fit], **options)
     assert before.calibration.num_rows == CALIBRATION_ROWS
     late = np.argsort(cross_fit.key)[CALIBRATION_ROWS:]
@@ -209,15 +216,15 @@ def test_of_many_rows_some_are_enough_to_calibrate_on() -> None:
 
 def test_a_member_reads_at_its_own_scale() -> None:
     target, logits = drawn("classification")
-    calibrated = seat(target, 4 * logits)
+    calibrated = calibrated_probe(target, 4 * logits)
     rows = np.array([599, 3, 3])
-    found = calibrated.predict(rows, target.take(rows))
+    prediction = calibrated.predict(rows, target.take(rows))
     scaled = 4 * logits[0, rows].astype(np.float64) / calibrated.scale[rows][:, None]
     expected = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(found.probability, expected, atol=1e-5)
+    np.testing.assert_allclose(prediction.probability, expected, atol=1e-5)
     by_epoch = calibrated.confidence_by_epoch(rows, target.take(rows))
     assert by_epoch.shape == (2, 3)
-    np.testing.assert_allclose(by_epoch[1], found.by_repeat[0], atol=1e-6)
+    np.testing.assert_allclose(by_epoch[1], prediction.by_repeat[0], atol=1e-6)
     assert not np.allclose(by_epoch[0], by_epoch[1])
 
 
@@ -225,28 +232,28 @@ def test_together_they_stand_side_by_side_and_hear_who_has_any() -> None:
     target, logits = drawn("classification")
     rng = np.random.default_rng(0)
     parts = [MatrixInputs(matrix=rng.random((N, d)).astype(np.float32)) for d in (2, 3)]
-    here = [np.arange(N) % 3 != 0, np.arange(N) % 3 != 1]
+    presence = [np.arange(N) % 3 != 0, np.arange(N) % 3 != 1]
     probes = [
-        fit_calibrated_probe(name, part, target, CROSSINGS, present=present, fit=says(logits))
-        for name, part, present in zip(("a", "b"), parts, here, strict=True)
+        fit_calibrated_probe(name, part, target, CROSS_FITS, present=present, fit=fit_stored(logits))
+        for name, part, present in zip(("a", "b"), parts, presence, strict=True)
     ]
-    heard: list[Inputs] = []
+    fitted_inputs: list[Inputs] = []
 
-    def fit(inputs: Inputs, told: Target, cross_fits: Sequence[CrossFit]) -> Probe:
-        heard.append(inputs)
-        return Told(by_repeat=logits)
+    def fit(inputs: Inputs, fit_target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
+        fitted_inputs.append(inputs)
+        return StoredProbe(by_repeat=logits)
 
-    joint = fit_joint_probe(probes, target, CROSSINGS, fit=fit)
+    joint = fit_joint_probe(probes, target, CROSS_FITS, fit=fit)
     assert joint.present.all()
     rows = np.arange(N)
-    np.testing.assert_array_equal(heard[0].read(rows), np.hstack([part.matrix for part in parts]))
+    np.testing.assert_array_equal(fitted_inputs[0].read(rows), np.hstack([part.matrix for part in parts]))
     probe_set = ProbeSet(probes=tuple(probes), joint=joint, target=target)
-    np.testing.assert_array_equal(probe_set.joint_inputs.read(rows), heard[0].read(rows))
+    np.testing.assert_array_equal(probe_set.joint_inputs.read(rows), fitted_inputs[0].read(rows))
 
 
 def test_the_least_scale_is_that_of_the_best_member() -> None:
     target, logits = drawn("regression")
-    good, bad = seat(target, logits), seat(target, logits + 3)
+    good, bad = calibrated_probe(target, logits), calibrated_probe(target, logits + 3)
     probe_set = ProbeSet(probes=(bad, good), joint=None, target=target)
     assert probe_set.min_scale == pytest.approx(float(good.scale.mean()))
     assert probe_set.min_scale < bad.mean_scale

@@ -94,28 +94,28 @@ def test_it_is_the_density_of_a_t_distribution_around_each_class(d: int, width: 
     """Axes are the features themselves, the last ones the widest; what a class borrows counts in rows."""
     x, label, gaussian, moments = drawn_gaussian(d)
     curve = fit_curve(gaussian, moments, torch.eye(d).double(), shape=CovarianceShape(width=width, shrinkage=shrinkage))
-    some, shared = x[:, -width:], np.diag(np.linspace(1, 2, d)[-width:])
+    projected, shared = x[:, -width:], np.diag(np.linspace(1, 2, d)[-width:])
     lent, degrees = shrinkage / (1 - shrinkage) * len(x) / K, max(8, width)
     expected = np.empty((len(x), K))
     for k in range(K):
-        own = some[label == k]
+        own = projected[label == k]
         mean = own.mean(axis=0) if len(own) else np.zeros(width)
         covariance = ((own - mean).T @ (own - mean) + lent * shared) / (len(own) + lent)
-        expected[:, k] = multivariate_t(mean, covariance, df=degrees).logpdf(some) + gaussian.prior[k].item()
-    found = curve.logits(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(found - found[:, :1], expected - expected[:, :1], atol=1e-8)
-    np.testing.assert_allclose(curve.times(0.3).times(0.5).logits(torch.from_numpy(x)), 0.15 * found, atol=1e-8)
+        expected[:, k] = multivariate_t(mean, covariance, df=degrees).logpdf(projected) + gaussian.prior[k].item()
+    logits = curve.logits(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(logits - logits[:, :1], expected - expected[:, :1], atol=1e-8)
+    np.testing.assert_allclose(curve.times(0.3).times(0.5).logits(torch.from_numpy(x)), 0.15 * logits, atol=1e-8)
 
 
 def test_single_precision_is_double_but_for_rounding() -> None:
     shape = CovarianceShape(width=12, shrinkage=0.2)
-    found = []
+    logits = []
     for dtype in (torch.float32, torch.float64):
         x, _, gaussian, moments = drawn_gaussian(12, dtype=dtype)
         curve = fit_curve(gaussian, moments, torch.eye(12).to(dtype), shape=shape)
-        found.append(curve.logits(torch.from_numpy(x).to(dtype)))
-        assert found[-1].dtype == dtype
-    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+        logits.append(curve.logits(torch.from_numpy(x).to(dtype)))
+        assert logits[-1].dtype == dtype
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
 
 
 def test_a_wild_row_is_not_decided_for_good() -> None:
@@ -154,8 +154,8 @@ def test_linear_stays_straight_and_so_do_many_rows_and_a_wish() -> None:
     assert all(isinstance(curve, Curve) for curve in fit(x, label).curves)
     assert fit(x, label, kind="linear").curves == (None,) * 3
     assert fit(x, label, gaussian=False).curves == (None,) * 3
-    many, theirs, _ = unlike(MAX_ROWS + 10, 3)
-    assert fit(many, theirs).curves == (None,) * 3
+    many, many_labels, _ = unlike(MAX_ROWS + 10, 3)
+    assert fit(many, many_labels).curves == (None,) * 3
 
 
 @pytest.mark.parametrize("fold", range(3))
@@ -172,10 +172,10 @@ def test_a_row_is_answered_alike_in_any_company() -> None:
     x, label, _ = unlike(900, 6)
     probe = fit(x, label)
     rows = np.array([7, 880, 7, 31])
-    whole = probe.logits(np.arange(900))
-    np.testing.assert_allclose(probe.logits(rows), whole[:, rows], atol=1e-4)
+    all_logits = probe.logits(np.arange(900))
+    np.testing.assert_allclose(probe.logits(rows), all_logits[:, rows], atol=1e-4)
     np.testing.assert_array_equal(probe.logits_by_epoch(rows)[-1], probe.logits(rows)[0])
-    np.testing.assert_array_equal(fit(x, label).logits(np.arange(900)), whole)
+    np.testing.assert_array_equal(fit(x, label).logits(np.arange(900)), all_logits)
 
 
 def poor(name: str) -> tuple[NDArray[np.float32], Label]:
@@ -229,8 +229,10 @@ def test_shapes_grow_with_the_axes() -> None:
 
 def test_a_covariance_that_rounding_left_indefinite_has_a_factor() -> None:
     """As of classes of one row each: what is left of it is rounding, of either sign."""
-    wrong = torch.tensor([[[1e-9, 2e-9], [2e-9, 1e-9]], [[2.0, 0.5], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]).double()
-    lower = cholesky(wrong)
+    covariances = torch.tensor(
+        [[[1e-9, 2e-9], [2e-9, 1e-9]], [[2.0, 0.5], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]
+    ).double()
+    lower = cholesky(covariances)
     assert torch.isfinite(lower).all()
-    torch.testing.assert_close(lower[1] @ lower[1].T, wrong[1])  # what was definite stays as it was
-    torch.testing.assert_close(lower[1], torch.linalg.cholesky(wrong[1]))
+    torch.testing.assert_close(lower[1] @ lower[1].T, covariances[1])  # what was definite stays as it was
+    torch.testing.assert_close(lower[1], torch.linalg.cholesky(covariances[1]))

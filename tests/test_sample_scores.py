@@ -21,7 +21,7 @@ from mmaudit.audit.workers import no_progress
 
 Floats = NDArray[np.float32]
 N, K, ROUNDS = 40, 3, 2
-FREE = Calibration(num_rows=N, temperature=1.0, ece_before=None, ece_after=None)
+CALIBRATION = Calibration(num_rows=N, temperature=1.0, ece_before=None, ece_after=None)
 RNG = np.random.default_rng(0)
 LABEL = (np.arange(N) % K).astype(np.int32)
 CLASSES = Target(task="classification", label=LABEL, num_outputs=K)
@@ -30,7 +30,7 @@ LABELS = Target(task="multilabel", label=LABEL, num_outputs=K, values=(RNG.rando
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class StoredProbe:
     """A probe that says what it is told to: by_round (r, n, k), by_epoch (e, n, k)."""
 
     by_repeat: Floats
@@ -44,7 +44,7 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hears:
+class JointProbe:
     """A joint probe that is right (n,) or not by which modalities it hears."""
 
     correct: Mapping[frozenset[int], NDArray[np.bool_]]
@@ -53,9 +53,9 @@ class Hears:
 
     def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
         masked = inputs.masked if isinstance(inputs, JointInputs) else frozenset()
-        everyone = max(self.correct, key=len)
-        named = np.where(self.correct[everyone - masked], self.label, (self.label + 1) % self.num_outputs)
-        return np.asarray(3 * np.eye(self.num_outputs, dtype=np.float32)[named][None, rows])
+        all_modalities = max(self.correct, key=len)
+        predicted = np.where(self.correct[all_modalities - masked], self.label, (self.label + 1) % self.num_outputs)
+        return np.asarray(3 * np.eye(self.num_outputs, dtype=np.float32)[predicted][None, rows])
 
     def logits_by_epoch(self, rows: Rows) -> Floats:
         raise AssertionError("nobody asks how the joint probe was trained")
@@ -70,25 +70,26 @@ def calibrated(
         present=np.ones(N, bool) if present is None else present,
         probe=probe,
         scale=np.full(N, scale, np.float32),
-        calibration=FREE,
+        calibration=CALIBRATION,
     )
 
 
-def told(seed: int, k: int = K) -> Told:
+def random_probe(seed: int, k: int = K) -> StoredProbe:
     rng = np.random.default_rng(seed)
     draw = rng.normal(0, 2, (ROUNDS + 4, N, k)).astype(np.float32)
-    return Told(by_repeat=draw[:ROUNDS], by_epoch=draw[ROUNDS:])
+    return StoredProbe(by_repeat=draw[:ROUNDS], by_epoch=draw[ROUNDS:])
 
 
-def panel_of(m: int, target: Target = CLASSES, *, present: Any = None, **rest: Any) -> ProbeSet:
+def probe_set_of(m: int, target: Target = CLASSES, *, present: Any = None, **rest: Any) -> ProbeSet:
     present = np.ones((N, m), bool) if present is None else present
     probes = [
-        calibrated(str(j), told(j, target.num_outputs), present=present[:, j], scale=1.0 + 0.5 * j) for j in range(m)
+        calibrated(str(j), random_probe(j, target.num_outputs), present=present[:, j], scale=1.0 + 0.5 * j)
+        for j in range(m)
     ]
     return ProbeSet(probes=tuple(probes), target=target, **{"joint": None, **rest})
 
 
-def answers_of(probe_set: ProbeSet, seed: int = 0) -> SampleScores:
+def scores_of(probe_set: ProbeSet, seed: int = 0) -> SampleScores:
     return compute_sample_scores(probe_set, seed=seed, progress=no_progress)
 
 
@@ -100,160 +101,173 @@ def some_missing(m: int) -> NDArray[np.bool_]:
 @pytest.mark.parametrize("target", [CLASSES, LABELS, NUMBERS], ids=lambda target: target.task)
 def test_what_is_missing_is_nan_and_the_rest_is_as_if_it_were_there(target: Target) -> None:
     present = some_missing(3)
-    whole, holed = answers_of(panel_of(3, target)), answers_of(panel_of(3, target, present=present))
+    without_missing, with_missing = (
+        scores_of(probe_set_of(3, target)),
+        scores_of(probe_set_of(3, target, present=present)),
+    )
     complete = present.all(axis=1)
     for field in fields(SampleScores):
-        one, other = getattr(whole, field.name), getattr(holed, field.name)
-        assert one.shape == other.shape, field.name
-        np.testing.assert_array_equal(other[complete], one[complete], err_msg=field.name)
-        if one.ndim == 1:
-            assert np.isnan(one).all() == np.isnan(other).any(), field.name
+        expected, values = getattr(without_missing, field.name), getattr(with_missing, field.name)
+        assert expected.shape == values.shape, field.name
+        np.testing.assert_array_equal(values[complete], expected[complete], err_msg=field.name)
+        if expected.ndim == 1:
+            assert np.isnan(expected).all() == np.isnan(values).any(), field.name
         elif field.name not in ("spread", "without_correct"):  # which are by the modalities there are
-            np.testing.assert_array_equal(other, np.where(present, one, np.nan), err_msg=field.name)
-    np.testing.assert_array_equal(np.isnan(holed.spread), ~present)
+            np.testing.assert_array_equal(values, np.where(present, expected, np.nan), err_msg=field.name)
+    np.testing.assert_array_equal(np.isnan(with_missing.spread), ~present)
 
 
 def test_confidence_is_of_the_mean_and_spread_of_the_rounds() -> None:
-    probe_set = panel_of(2)
-    found = answers_of(probe_set)
+    probe_set = probe_set_of(2)
+    sample_scores = scores_of(probe_set)
     by_repeat = []
-    for each in probe_set.probes:
-        probe = each.probe
-        assert isinstance(probe, Told)
+    for member in probe_set.probes:
+        probe = member.probe
+        assert isinstance(probe, StoredProbe)
         logs = log_softmax(probe.by_repeat.astype(np.float64), axis=2)
-        mean = softmax(logs.mean(axis=0) / each.scale[0], axis=1)
-        np.testing.assert_allclose(found.confidence[:, int(each.name)], mean[np.arange(N), LABEL], atol=1e-5)
-        by_repeat.append(softmax(logs / each.scale[0], axis=2)[:, np.arange(N), LABEL])
-        epochs = softmax(probe.by_epoch.astype(np.float64) / each.scale[0], axis=2)[:, np.arange(N), LABEL]
-        np.testing.assert_allclose(found.training_confidence[:, int(each.name)], epochs.mean(axis=0), atol=1e-5)
-        np.testing.assert_allclose(found.training_variability[:, int(each.name)], epochs.std(axis=0), atol=1e-5)
+        mean = softmax(logs.mean(axis=0) / member.scale[0], axis=1)
+        np.testing.assert_allclose(sample_scores.confidence[:, int(member.name)], mean[np.arange(N), LABEL], atol=1e-5)
+        by_repeat.append(softmax(logs / member.scale[0], axis=2)[:, np.arange(N), LABEL])
+        epochs = softmax(probe.by_epoch.astype(np.float64) / member.scale[0], axis=2)[:, np.arange(N), LABEL]
+        np.testing.assert_allclose(
+            sample_scores.training_confidence[:, int(member.name)], epochs.mean(axis=0), atol=1e-5
+        )
+        np.testing.assert_allclose(
+            sample_scores.training_variability[:, int(member.name)], epochs.std(axis=0), atol=1e-5
+        )
     discrepancy = by_repeat[0] - by_repeat[1]
-    np.testing.assert_allclose(found.spread[:, 0], discrepancy.std(axis=0, ddof=1), atol=1e-5)
-    assert found.spread.shape == (N, 1)
+    np.testing.assert_allclose(sample_scores.spread[:, 0], discrepancy.std(axis=0, ddof=1), atol=1e-5)
+    assert sample_scores.spread.shape == (N, 1)
 
 
 def test_after_one_round_there_is_no_spread() -> None:
     probes = tuple(
-        calibrated(name, Told(by_repeat=told(seed).by_repeat[:1], by_epoch=told(seed).by_epoch))
+        calibrated(name, StoredProbe(by_repeat=random_probe(seed).by_repeat[:1], by_epoch=random_probe(seed).by_epoch))
         for seed, name in enumerate(("a", "b"))
     )
-    found = answers_of(ProbeSet(probes=probes, joint=None, target=CLASSES))
-    assert found.spread.shape == (N, 1)
-    assert np.isnan(found.spread).all()
+    sample_scores = scores_of(ProbeSet(probes=probes, joint=None, target=CLASSES))
+    assert sample_scores.spread.shape == (N, 1)
+    assert np.isnan(sample_scores.spread).all()
 
 
 def test_without_a_joint_probe_the_modalities_are_fused_and_have_no_shapley_values() -> None:
-    probe_set = panel_of(2)
-    found = answers_of(probe_set)
-    shares = [each.predict(np.arange(N), CLASSES).probability for each in probe_set.probes]
+    probe_set = probe_set_of(2)
+    sample_scores = scores_of(probe_set)
+    shares = [member.predict(np.arange(N), CLASSES).probability for member in probe_set.probes]
     fused = measures.fuse_probabilities(shares)
-    np.testing.assert_allclose(found.fused_confidence, fused[np.arange(N), LABEL], atol=1e-5)
-    np.testing.assert_array_equal(found.fused_predicted, fused.argmax(axis=1))
-    np.testing.assert_array_equal(found.fused_correct, fused.argmax(axis=1) == LABEL)
-    np.testing.assert_allclose(found.similarity, measures.similarity(shares), atol=1e-6)
-    assert np.isnan(found.shapley).all()
+    np.testing.assert_allclose(sample_scores.fused_confidence, fused[np.arange(N), LABEL], atol=1e-5)
+    np.testing.assert_array_equal(sample_scores.fused_predicted, fused.argmax(axis=1))
+    np.testing.assert_array_equal(sample_scores.fused_correct, fused.argmax(axis=1) == LABEL)
+    np.testing.assert_allclose(sample_scores.similarity, measures.similarity(shares), atol=1e-6)
+    assert np.isnan(sample_scores.shapley).all()
 
 
 def test_numbers_are_as_likely_as_the_best_modality_s_gaussian_allows() -> None:
-    probe_set = panel_of(2, NUMBERS)
-    found = answers_of(probe_set)
+    probe_set = probe_set_of(2, NUMBERS)
+    sample_scores = scores_of(probe_set)
     assert NUMBERS.values is not None
-    for index, each in enumerate(probe_set.probes):
-        probe, sigma = each.probe, float(each.scale[0])
-        assert isinstance(probe, Told)
+    for index, member in enumerate(probe_set.probes):
+        probe, sigma = member.probe, float(member.scale[0])
+        assert isinstance(probe, StoredProbe)
         mean = probe.by_repeat.mean(axis=0)[:, 0]
         density = norm.pdf(NUMBERS.values[:, 0], loc=mean, scale=sigma)
-        np.testing.assert_allclose(found.confidence[:, index], density / norm.pdf(0, scale=1.0), atol=1e-5)
-        np.testing.assert_allclose(found.predicted[:, index], mean, atol=1e-6)
-    assert np.isnan(found.margin).all()
-    assert np.isnan(found.shapley).all()
+        np.testing.assert_allclose(sample_scores.confidence[:, index], density / norm.pdf(0, scale=1.0), atol=1e-5)
+        np.testing.assert_allclose(sample_scores.predicted[:, index], mean, atol=1e-6)
+    assert np.isnan(sample_scores.margin).all()
+    assert np.isnan(sample_scores.shapley).all()
 
 
 def test_without_one_modality_the_others_are_fused() -> None:
     present = some_missing(3)
-    probe_set = panel_of(3, present=present)
-    found = answers_of(probe_set)
+    probe_set = probe_set_of(3, present=present)
+    sample_scores = scores_of(probe_set)
     for index in range(3):
-        others = replace(probe_set, probes=tuple(each for place, each in enumerate(probe_set.probes) if place != index))
-        left, here = answers_of(others).fused_correct, present[:, index]
-        np.testing.assert_array_equal(found.without_correct[here, index], left[here])
-        assert np.isnan(found.without_correct[~here, index]).all()
+        reduced = replace(
+            probe_set, probes=tuple(member for position, member in enumerate(probe_set.probes) if position != index)
+        )
+        fused_correct, has_modality = scores_of(reduced).fused_correct, present[:, index]
+        np.testing.assert_array_equal(sample_scores.without_correct[has_modality, index], fused_correct[has_modality])
+        assert np.isnan(sample_scores.without_correct[~has_modality, index]).all()
 
 
 def game(m: int, *, seed: int) -> dict[frozenset[int], NDArray[np.bool_]]:
     rng = np.random.default_rng(seed)
     sets = [frozenset(j for j in range(m) if number >> j & 1) for number in range(1, 2**m)]
-    return {each: rng.random(N) < 0.5 for each in sets}
+    return {subset: rng.random(N) < 0.5 for subset in sets}
 
 
-def shapley_of(right: Mapping[frozenset[int], NDArray[np.bool_]], *, present: Any = None, seed: int = 0) -> Floats:
-    m = len(max(right, key=len))
-    probe = Hears(correct=right, label=LABEL, num_outputs=K)
-    return answers_of(panel_of(m, present=present, joint=calibrated("joint", probe, width=m)), seed).shapley
+def shapley_of(
+    correct_by_set: Mapping[frozenset[int], NDArray[np.bool_]], *, present: Any = None, seed: int = 0
+) -> Floats:
+    m = len(max(correct_by_set, key=len))
+    probe = JointProbe(correct=correct_by_set, label=LABEL, num_outputs=K)
+    return scores_of(probe_set_of(m, present=present, joint=calibrated("joint", probe, width=m)), seed).shapley
 
 
 def test_shapley_values_of_two_modalities_are_smvs() -> None:
     """phi^1 = (V1 - 0 + V12 - V2) / 2, where V is the number of modalities if they name the class, else 0."""
-    right = game(2, seed=0)
-    first, second, both = (right[frozenset(each)].astype(float) for each in ({0}, {1}, {0, 1}))
-    found = shapley_of(right)
-    np.testing.assert_allclose(found[:, 0], (first + 2 * both - second) / 2, atol=1e-6)
-    np.testing.assert_allclose(found[:, 1], (second + 2 * both - first) / 2, atol=1e-6)
-    assert len({tuple(row) for row in found.tolist()}) > 4  # of eight cases
+    correct_by_set = game(2, seed=0)
+    first, second, joint = (correct_by_set[frozenset(subset)].astype(float) for subset in ({0}, {1}, {0, 1}))
+    shapley = shapley_of(correct_by_set)
+    np.testing.assert_allclose(shapley[:, 0], (first + 2 * joint - second) / 2, atol=1e-6)
+    np.testing.assert_allclose(shapley[:, 1], (second + 2 * joint - first) / 2, atol=1e-6)
+    assert len({tuple(row) for row in shapley.tolist()}) > 4  # of eight cases
 
 
 @pytest.mark.parametrize("m", [2, 3, 5, 7])
 def test_shapley_values_share_out_what_all_are_worth(m: int) -> None:
-    right = game(m, seed=m)
-    found = shapley_of(right)
-    np.testing.assert_allclose(found.sum(axis=1), m * right[frozenset(range(m))], atol=1e-4)
+    correct_by_set = game(m, seed=m)
+    shapley = shapley_of(correct_by_set)
+    np.testing.assert_allclose(shapley.sum(axis=1), m * correct_by_set[frozenset(range(m))], atol=1e-4)
     if m <= 6:  # of all orders; in sampled ones a modality may come last more often
-        assert found.max() <= (m + 1) / 2 + 1e-5
-        assert found.min() >= -(m - 1) / 2 - 1e-5
+        assert shapley.max() <= (m + 1) / 2 + 1e-5
+        assert shapley.min() >= -(m - 1) / 2 - 1e-5
 
 
 def test_sampled_orders_follow_the_seed() -> None:
-    right = game(7, seed=1)
-    one, again, other = (shapley_of(right, seed=seed) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(one, again)
-    assert np.abs(one - other).max() > 0.01
+    correct_by_set = game(7, seed=1)
+    first, repeated, other_seed = (shapley_of(correct_by_set, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, repeated)
+    assert np.abs(first - other_seed).max() > 0.01
 
 
 @pytest.mark.parametrize("m", [2, 4])
 def test_modalities_that_each_suffice_are_worth_one(m: int) -> None:
-    right = {each: np.ones(N, bool) for each in game(m, seed=0)}
-    np.testing.assert_allclose(shapley_of(right), 1, atol=1e-6)
+    correct_by_set = {subset: np.ones(N, bool) for subset in game(m, seed=0)}
+    np.testing.assert_allclose(shapley_of(correct_by_set), 1, atol=1e-6)
 
 
 def test_a_modality_that_the_others_need_is_worth_more_than_one_and_theirs_less() -> None:
-    right = {each: np.full(N, 0 in each) for each in game(3, seed=0)}
-    found = shapley_of(right)
-    assert found[:, 0].min() > 1 > found[:, 1:].max()
-    np.testing.assert_allclose(found[:, 1], found[:, 2], atol=1e-6)
+    correct_by_set = {subset: np.full(N, 0 in subset) for subset in game(3, seed=0)}
+    shapley = shapley_of(correct_by_set)
+    assert shapley[:, 0].min() > 1 > shapley[:, 1:].max()
+    np.testing.assert_allclose(shapley[:, 1], shapley[:, 2], atol=1e-6)
 
 
 def test_missing_modalities_take_no_part_in_the_shapley_game() -> None:
     """What two of three modalities are worth is shared out between those two: a third that is not there has no part."""
     present = np.ones((N, 3), bool)
     present[::2, 2] = False
-    right = game(3, seed=4)
-    for each in [each for each in right if 2 in each]:  # without the third, hearing it or not is the same
-        alone = right.get(each - {2}, np.zeros(N, bool))
-        right[each] = np.where(present[:, 2], right[each], alone)
-    found = shapley_of(right, present=present)
-    np.testing.assert_array_equal(np.isnan(found), ~present)
-    two = shapley_of({each: values for each, values in right.items() if 2 not in each})
-    np.testing.assert_allclose(found[1::2], shapley_of(right)[1::2], atol=1e-6)
-    np.testing.assert_allclose(found[::2, :2], two[::2], atol=1e-6)
+    correct_by_set = game(3, seed=4)
+    for subset in [
+        subset for subset in correct_by_set if 2 in subset
+    ]:  # without the third, hearing it or not is the same
+        alone = correct_by_set.get(subset - {2}, np.zeros(N, bool))
+        correct_by_set[subset] = np.where(present[:, 2], correct_by_set[subset], alone)
+    shapley = shapley_of(correct_by_set, present=present)
+    np.testing.assert_array_equal(np.isnan(shapley), ~present)
+    two = shapley_of({subset: values for subset, values in correct_by_set.items() if 2 not in subset})
+    np.testing.assert_allclose(shapley[1::2], shapley_of(correct_by_set)[1::2], atol=1e-6)
+    np.testing.assert_allclose(shapley[::2, :2], two[::2], atol=1e-6)
 
 
 @pytest.mark.parametrize("num_outputs_at_once", [1, 100 * K])
 def test_it_does_not_matter_how_many_samples_are_asked_about_at_once(
     num_outputs_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probe_set = panel_of(3, present=some_missing(3))
-    whole = answers_of(probe_set)
+    probe_set = probe_set_of(3, present=some_missing(3))
+    unchunked = scores_of(probe_set)
     monkeypatch.setattr("mmaudit.audit.scores.sample_scores._CHUNK_LOGITS", num_outputs_at_once)
-    pieces = answers_of(probe_set)
+    chunked = scores_of(probe_set)
     for field in fields(SampleScores):
-        np.testing.assert_array_equal(getattr(pieces, field.name), getattr(whole, field.name), err_msg=field.name)
+        np.testing.assert_array_equal(getattr(chunked, field.name), getattr(unchunked, field.name), err_msg=field.name)

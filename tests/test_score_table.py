@@ -78,51 +78,53 @@ def holed(table: ScoreTable) -> ScoreTable:
 
 def foreign(path: Path, **columns: Any) -> Path:
     """Write somebody's own table; a column given as None is left out."""
-    least = {"sample_id": ["a", "b"], "label": [0, 1], "confidence_x": [0.9, 0.2], "confidence_y": [0.5, 0.6]}
-    pq.write_table(pa.table({name: kept for name, kept in {**least, **columns}.items() if kept is not None}), path)
+    required = {"sample_id": ["a", "b"], "label": [0, 1], "confidence_x": [0.9, 0.2], "confidence_y": [0.5, 0.6]}
+    pq.write_table(
+        pa.table({name: values for name, values in {**required, **columns}.items() if values is not None}), path
+    )
     return path
 
 
-def assert_equal(one: ScoreTable, other: ScoreTable) -> None:
-    for each in fields(ScoreTable):
-        mine, theirs = getattr(one, each.name), getattr(other, each.name)
-        if isinstance(mine, np.ndarray):
-            assert mine.dtype == theirs.dtype, each.name
-            np.testing.assert_array_equal(mine, theirs, err_msg=each.name)
+def assert_equal(expected: ScoreTable, actual: ScoreTable) -> None:
+    for field in fields(ScoreTable):
+        expected_values, actual_values = getattr(expected, field.name), getattr(actual, field.name)
+        if isinstance(expected_values, np.ndarray):
+            assert expected_values.dtype == actual_values.dtype, field.name
+            np.testing.assert_array_equal(expected_values, actual_values, err_msg=field.name)
         else:
-            assert mine == theirs, each.name
+            assert expected_values == actual_values, field.name
 
 
-LEAST = {"sample_id", "label", "label_name", "modalities", "confidence", "provenance"}
-EMPTY: dict[str, Any] = {each.name: None for each in fields(ScoreTable) if each.name not in LEAST}
+REQUIRED = {"sample_id", "label", "label_name", "modalities", "confidence", "provenance"}
+EMPTY: dict[str, Any] = {field.name: None for field in fields(ScoreTable) if field.name not in REQUIRED}
 
 
 @pytest.mark.parametrize("m", [2, 3])
 @pytest.mark.parametrize("rest", [{}, EMPTY, {"group": None}, {"discrepancy_sd": None}])
 def test_write_then_read_is_equality(tmp_path: Path, m: int, rest: dict[str, Any]) -> None:
-    whole = replace(scores(m), **rest)
-    write_scores(whole, tmp_path / "scores.parquet")
-    assert_equal(read_scores(tmp_path / "scores.parquet"), whole)
+    table = replace(scores(m), **rest)
+    write_scores(table, tmp_path / "scores.parquet")
+    assert_equal(read_scores(tmp_path / "scores.parquet"), table)
 
 
 def test_what_is_missing_is_null_on_disk_and_nan_or_no_class_when_read(tmp_path: Path) -> None:
-    whole = holed(scores(3, num_rows=12))
-    write_scores(whole, tmp_path / "scores.parquet")
-    assert_equal(read_scores(tmp_path / "scores.parquet"), whole)
+    scored = holed(scores(3, num_rows=12))
+    write_scores(scored, tmp_path / "scores.parquet")
+    assert_equal(read_scores(tmp_path / "scores.parquet"), scored)
     table = pq.read_table(tmp_path / "scores.parquet")
     for kind in ("confidence", *BY_MODALITY, "discrepancy", "discrepancy_sd"):
         for column, name in enumerate(NAMES):
             nulls = table[f"{kind}_{name}"].is_null().to_pylist()
-            assert nulls == (~whole.present[:, column]).tolist(), f"{kind}_{name}"
+            assert nulls == (~scored.present[:, column]).tolist(), f"{kind}_{name}"
     assert table["gap"].null_count == 0
     assert not any(np.isnan(table[name].drop_null().to_numpy()).any() for name in table.column_names
                    if pa.types.is_floating(table[name].type))  # fmt: skip
 
 
 def test_numbers_are_predictions_too(tmp_path: Path) -> None:
-    whole = holed(scores(3))
-    predicted = np.where(whole.present, 2.5 * np.ones((6, 3), np.float32), np.float32(np.nan))
-    regression = replace(whole, prediction=predicted, prediction_fused=np.full(6, -1.5, np.float32))
+    table = holed(scores(3))
+    predicted = np.where(table.present, 2.5 * np.ones((6, 3), np.float32), np.float32(np.nan))
+    regression = replace(table, prediction=predicted, prediction_fused=np.full(6, -1.5, np.float32))
     write_scores(regression, tmp_path / "scores.parquet")
     assert_equal(read_scores(tmp_path / "scores.parquet"), regression)
 
@@ -138,13 +140,13 @@ def test_all_together_are_no_modality(tmp_path: Path, m: int) -> None:
 
 @pytest.mark.parametrize("m", [2, 3])
 def test_the_columns_are_the_documented_ones(m: int) -> None:
-    each = {f"{kind}_{name}": "int32" if kind == "prediction" else "float"
+    by_modality = {f"{kind}_{name}": "int32" if kind == "prediction" else "float"
             for name in NAMES[:m] for kind in ("confidence", *BY_MODALITY)}  # fmt: skip
-    each |= {"confidence_fused": "float", "prediction_fused": "int32", "loss_fused": "float"}
+    by_modality |= {"confidence_fused": "float", "prediction_fused": "int32", "loss_fused": "float"}
     ends = [""] if m == 2 else [f"_{name}" for name in NAMES]
     expected = {
         "sample_id": "string", "label": "int32", "label_name": "string", "split": "string", "group": "string",
-        "fold": "int16", **each,
+        "fold": "int16", **by_modality,
         **{f"discrepancy{end}": "float" for end in ends}, **{f"discrepancy_sd{end}": "float" for end in ends},
         "gap": "float", "dominant": "string", "similarity": "float", "balance": "float", "p_balanced": "float",
         "content": "string", "audio_file_name": "string",
@@ -152,8 +154,8 @@ def test_the_columns_are_the_documented_ones(m: int) -> None:
     schema = scores(m).to_arrow().schema
     assert {field.name: str(field.type) for field in schema} == expected
     types = {field.name: str(field.type) for field in replace(scores(m), **EMPTY).to_arrow().schema}
-    known = {*each, "audio_file_name"} - {f"confidence_{name}" for name in NAMES}
-    assert types == {name: type_ for name, type_ in expected.items() if name not in known}
+    optional = {*by_modality, "audio_file_name"} - {f"confidence_{name}" for name in NAMES}
+    assert types == {name: type_ for name, type_ in expected.items() if name not in optional}
 
 
 def test_every_number_has_a_range_and_a_direction() -> None:
@@ -186,9 +188,9 @@ def test_discrepancy_is_between_whom_one_says() -> None:
     strongest = replace(three, confidence=np.clip(c + np.array([0, 0.9, 0], dtype=np.float32), 0, 1))
     assert strongest.default_between() == "visual"
     np.testing.assert_array_equal(strongest.discrepancy(), strongest.discrepancy("visual"))
-    for wrong in ("visuel", "audio:visuel", "visuel:audio"):
-        with pytest.raises(ConfigError, match=rf"--between {wrong}: no modality 'visuel'; did you mean visual\?"):
-            three.discrepancy(wrong)
+    for between in ("visuel", "audio:visuel", "visuel:audio"):
+        with pytest.raises(ConfigError, match=rf"--between {between}: no modality 'visuel'; did you mean visual\?"):
+            three.discrepancy(between)
 
 
 def test_anybodys_table_is_read(tmp_path: Path) -> None:
