@@ -46,7 +46,7 @@ def signal(num_features: int, *, clarity: float) -> tuple[NDArray[np.float32], L
     return x.astype(np.float32), label
 
 
-def test_noise_wants_a_strong_one_and_a_clear_signal_a_weak_one() -> None:
+def test_noise_gets_a_large_l2_and_a_clear_signal_a_small_one() -> None:
     noise, clear = chosen(*signal(100, clarity=0.2), cross_fit()), chosen(*signal(3, clarity=3.0), cross_fit())
     assert noise.min() > 10 * clear.max()
     for l2 in (noise, clear):
@@ -55,7 +55,7 @@ def test_noise_wants_a_strong_one_and_a_clear_signal_a_weak_one() -> None:
 
 
 @pytest.mark.parametrize("fold", range(4))
-def test_no_label_of_a_fold_has_a_part_in_its_choice(fold: int) -> None:
+def test_l2_does_not_depend_on_labels_of_its_own_fold(fold: int) -> None:
     x, label = signal(20, clarity=2.5)
     crossed = cross_fit()
     turned = np.where(crossed.fold == fold, 1 - label, label).astype(np.int32)
@@ -64,7 +64,7 @@ def test_no_label_of_a_fold_has_a_part_in_its_choice(fold: int) -> None:
     assert np.abs(np.log(np.delete(after, fold) / np.delete(before, fold))).min() > 0.1
 
 
-def test_it_is_carried_over_as_the_variance_of_a_prior() -> None:
+def test_l2_is_scaled_with_the_number_of_rows() -> None:
     """What is chosen on 200 rows, 3/4 of which each probe sees, is halved beside the mean over 400."""
     x, label = signal(30, clarity=1.0)
     crossed = cross_fit()
@@ -75,7 +75,7 @@ def test_it_is_carried_over_as_the_variance_of_a_prior() -> None:
     np.testing.assert_allclose(carried / alone, 0.5, rtol=0.25)  # folds of 200 rows are only nearly even
 
 
-def test_nothing_to_choose_by_takes_the_middle() -> None:
+def test_l2_without_holdout_rows_is_the_middle_candidate() -> None:
     x, label = signal(3, clarity=1.0)
     crossed = cross_fit()
     no_holdout = CrossFit(fold=crossed.fold, inner=np.ones_like(crossed.inner), fits=crossed.fits, key=crossed.key)
@@ -112,7 +112,7 @@ def alone(x: NDArray[Any], label: Label, crossed: CrossFit, path: list[float]) -
 
 
 @pytest.mark.parametrize(("num_features", "clarity"), [(3, 3.0), (20, 2.5), (40, 1.0), (100, 0.2)])
-def test_a_race_of_all_at_once_ends_near_the_best_of_fits_one_by_one(num_features: int, clarity: float) -> None:
+def test_chosen_l2_is_close_to_the_best_of_separate_fits(num_features: int, clarity: float) -> None:
     x, label = signal(num_features, clarity=clarity)
     crossed, path = cross_fit(), sorted(CONFIG.l2_penalties, reverse=True)
     losses = alone(x, label, crossed, path)
@@ -125,14 +125,14 @@ def test_a_race_of_all_at_once_ends_near_the_best_of_fits_one_by_one(num_feature
         assert loss <= losses[:, probe].min() + 0.02
 
 
-def test_whoever_runs_beside_it_a_probe_chooses_the_same() -> None:
+def test_l2_does_not_depend_on_other_probes() -> None:
     x, label = signal(20, clarity=2.5)
     crossed = cross_fit()
     few = ProbeConfig(l2_penalties=CONFIG.l2_penalties[2:])
     np.testing.assert_allclose(chosen(x, label, crossed, few), chosen(x, label, crossed), rtol=0.05)
 
 
-def test_of_many_classes_it_is_chosen_on_some_with_all_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_l2_of_many_classes_is_chosen_on_a_subset_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 150 classes of 6 samples 15,000 logits are those of 50 classes; beside three times the rows it is a third."""
     rng = np.random.default_rng(2)
     label = np.repeat(np.arange(150), 6).astype(np.int32)

@@ -22,7 +22,7 @@ def draw(num_rows: int, *, seed: int, num_folds: int = 4) -> CrossFit:
 CROSS_FITS = (draw(90, seed=0), draw(90, seed=1, num_folds=3))
 
 
-def test_a_probe_never_learns_from_its_fold_or_from_what_does_not_fit() -> None:
+def test_probes_do_not_train_on_their_fold_or_outside_fits() -> None:
     fit_rows = gather_fit_rows(CROSS_FITS, most_rows=1_000)
     assert sorted(fit_rows.rows) == [row for row in range(90) if row % 6]
     assert fit_rows.train_mask.shape == (75, 7)
@@ -33,7 +33,7 @@ def test_a_probe_never_learns_from_its_fold_or_from_what_does_not_fit() -> None:
     assert fit_rows.can_choose
 
 
-def test_the_most_rows_are_the_first_by_key() -> None:
+def test_subsample_has_the_smallest_keys() -> None:
     fit_rows = gather_fit_rows(CROSS_FITS, most_rows=20)
     key = CROSS_FITS[0].key
     left_out = [row for row in range(90) if row % 6 and row not in fit_rows.rows]
@@ -44,13 +44,13 @@ def test_the_most_rows_are_the_first_by_key() -> None:
     )
 
 
-def test_without_rows_aside_there_is_no_choice() -> None:
+def test_can_choose_is_false_without_holdout_rows() -> None:
     fit_rows = gather_fit_rows(CROSS_FITS, most_rows=1_000)
     assert not fit_rows.take(np.flatnonzero(~fit_rows.holdout_mask.any(axis=1))).can_choose
 
 
 @pytest.mark.parametrize("rows", [np.arange(90), np.array([7, 3, 3, 88]), np.array([], dtype=np.intp)])
-def test_each_row_is_asked_of_the_probe_that_never_saw_it(rows: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:
+def test_each_row_is_predicted_by_the_probe_of_its_fold(rows: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:
     predictions = predict_out_of_fold(
         CROSS_FITS, rows, lambda probe, positions: torch.stack([torch.full_like(positions, probe), positions], dim=1)
     )

@@ -57,13 +57,13 @@ def dip_by_definition(values: list[float]) -> float:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.one_of(tied, distinct))
-def test_equals_its_definition(values: list[float]) -> None:
+def test_dip_equals_its_definition(values: list[float]) -> None:
     assert dip(np.array(values)) == pytest.approx(dip_by_definition(values), abs=1e-9)
 
 
 @settings(deadline=None)
 @given(tied, st.sampled_from([0.5, 2.0, -1.0]), st.integers(-3, 3))
-def test_moves_and_mirrors_change_nothing(values: list[float], scale: float, shift: int) -> None:
+def test_dip_is_invariant_to_shift_scale_and_reflection(values: list[float], scale: float, shift: int) -> None:
     points = np.array(values)
     assert dip(scale * points + shift) == pytest.approx(dip(points), abs=1e-9)
     assert dip(points[::-1]) == dip(points)
@@ -71,24 +71,24 @@ def test_moves_and_mirrors_change_nothing(values: list[float], scale: float, shi
 
 
 @pytest.mark.parametrize("num_values", [1, 2, 7, 1000])
-def test_evenly_spaced_values_have_the_least_dip(num_values: int) -> None:
+def test_evenly_spaced_values_have_the_smallest_dip(num_values: int) -> None:
     assert dip(np.linspace(0, 1, num_values)) == pytest.approx(0.5 / num_values)
 
 
 @pytest.mark.parametrize("smaller", [0.01, 0.1, 0.5])
-def test_two_lumps_have_half_the_smaller(smaller: float) -> None:
+def test_two_points_have_half_the_smaller_weight(smaller: float) -> None:
     ones = round(1000 * smaller)
     assert dip(np.repeat([0.0, 1.0], [1000 - ones, ones])) == pytest.approx(smaller / 2)
 
 
-def test_one_lump_is_unimodal_and_a_shoulder_is_too() -> None:
+def test_single_point_and_shoulder_are_unimodal() -> None:
     spread = np.linspace(0, 1, 1001)
     assert dip(np.full(500, 0.3)) == pytest.approx(0.5 / 500)
     assert dip(np.concatenate([spread, np.full(500, 0.5)])) == pytest.approx(0.5 / 1501)
 
 
 @pytest.mark.parametrize("values", [[], [0.1, np.nan], [0.1, np.inf]])
-def test_refuses_what_has_no_order(values: list[float]) -> None:
+def test_non_finite_values_raise(values: list[float]) -> None:
     with pytest.raises(MixtureError, match="finite"):
         dip(np.array(values))
 
@@ -100,19 +100,19 @@ def test_p_value_is_uniform_for_uniform_values() -> None:
         assert np.mean(p <= level) == pytest.approx(level, abs=4 * np.sqrt(level * (1 - level) / 1000))
 
 
-def test_table_agrees_with_the_published_one() -> None:
+def test_quantiles_agree_with_the_published_table() -> None:
     """Hartigan & Hartigan 1985: at n = 100 nine tenths of the uniform samples have a dip below 0.0471."""
     assert QUANTILES[SIZES.index(100), LEVELS.index(0.9)] == pytest.approx(0.471, abs=0.005)
     assert dip_p_value(0.0471, num_values=100) == pytest.approx(0.1, abs=0.01)
 
 
 @given(st.floats(0, 0.25), st.floats(0, 0.25), st.integers(1, 10**9))
-def test_p_value_never_rises_with_the_dip(first: float, second: float, num_values: int) -> None:
+def test_p_value_does_not_increase_with_the_dip(first: float, second: float, num_values: int) -> None:
     small, large = sorted([first, second])
     assert 1.0 >= dip_p_value(small, num_values=num_values) >= dip_p_value(large, num_values=num_values) >= 0.000999
 
 
-def test_a_histogram_has_the_dip_of_its_values() -> None:
+def test_dip_of_histogram_equals_dip_of_values() -> None:
     rng = np.random.default_rng(0)
     lumps = np.where(rng.random(50_000) < 0.3, rng.normal(0.2, 0.05, 50_000), rng.normal(0.7, 0.05, 50_000))
     narrow = rng.normal(0.5, 0.001, 50_000)  # eight bins hold most of it: the bins themselves must not count as modes

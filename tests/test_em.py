@@ -73,7 +73,7 @@ def neighbours(first: float, num: int) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("name", ["normal", "half-normal", "uniform", "saturated", "spike", "bimodal", "two widths"])
-def test_every_step_is_that_of_sklearn(name: str) -> None:
+def test_em_steps_equal_sklearn(name: str) -> None:
     """Without bounds, on the values themselves, from the same start: the same two components after 20 steps."""
     values = drawn(name)
     fitted_pair, _ = fit_pair(values, np.full(len(values), 1 / len(values)), bounds=PLAIN)
@@ -96,7 +96,7 @@ def test_every_step_is_that_of_sklearn(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["normal", "half-normal", "saturated", "spike", "bimodal"])
-def test_shares_are_counts_of_equal_values(name: str) -> None:
+def test_shares_equal_repeated_values(name: str) -> None:
     values = drawn(name).round(2)
     points, counts = np.unique(values, return_counts=True)
     weighted_pair, weighted_likelihood = fit_pair(points, counts / len(values), bounds=BOUNDED)
@@ -111,7 +111,7 @@ def test_shares_are_counts_of_equal_values(name: str) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @settings(deadline=None)
 @given(two=pairs(), gaps=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=50))
-def test_posterior_is_its_closed_form(dtype: type[np.floating], two: Pair, gaps: list[float]) -> None:
+def test_posterior_equals_the_closed_form(dtype: type[np.floating], two: Pair, gaps: list[float]) -> None:
     """Also where it falls most steeply, which is where a table and float32 are worst."""
     logit = MonotoneLogit.of(two)
     ends = np.linspace(logit.gap_at(17.0), logit.gap_at(-17.0), 501)
@@ -126,7 +126,7 @@ def test_posterior_is_its_closed_form(dtype: type[np.floating], two: Pair, gaps:
 
 @settings(deadline=None)
 @given(pairs())
-def test_logit_is_that_of_bayes_where_it_falls(two: Pair) -> None:
+def test_logit_equals_bayes_where_it_decreases(two: Pair) -> None:
     grid = np.linspace(0.0, 1.0, 1001)
     low, high = two
     bayes = low.log_density(grid) - high.log_density(grid)
@@ -141,7 +141,7 @@ def test_logit_is_that_of_bayes_where_it_falls(two: Pair) -> None:
 
 @settings(deadline=None)
 @given(pairs(), st.floats(-30, 30))
-def test_where_the_logit_reaches_a_value(two: Pair, value: float) -> None:
+def test_gap_at_inverts_the_logit(two: Pair, value: float) -> None:
     logit = MonotoneLogit.of(two)
     gap = logit.gap_at(value)
     assert 0.0 <= gap <= 1.0
@@ -152,7 +152,7 @@ def test_where_the_logit_reaches_a_value(two: Pair, value: float) -> None:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_never_rises_between_any_two_neighbouring_float32(name: str) -> None:
+def test_posterior_does_not_increase_between_neighbouring_float32(name: str) -> None:
     """All 33 million from 1/16 to 1, and a million from each of twenty places below."""
     two = pair(NUMBERS[name])
     before = np.float32(1.0)
@@ -167,7 +167,9 @@ def test_never_rises_between_any_two_neighbouring_float32(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("num_threads", [2, 3, 8])
-def test_threads_change_no_byte(dtype: type[np.floating], num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_threads_does_not_change_the_posterior(
+    dtype: type[np.floating], num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gap = np.random.default_rng(0).random(300_001).astype(dtype)
     two = pair(NUMBERS["clear"])
     alone = posterior(gap, two)
@@ -181,7 +183,7 @@ def test_threads_change_no_byte(dtype: type[np.floating], num_threads: int, monk
 
 @pytest.mark.parametrize("row", [0, 70_000, 299_999])
 @pytest.mark.parametrize("invalid", [np.nan, -0.01, 1.01])
-def test_a_wrong_gap_is_found_in_any_thread(row: int, invalid: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_gap_is_found_in_any_thread(row: int, invalid: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(em, "default_workers", lambda: 3)
     monkeypatch.setattr(em, "ROWS_PER_THREAD", 10_000)
     gap = np.full(300_000, 0.5)
@@ -192,7 +194,7 @@ def test_a_wrong_gap_is_found_in_any_thread(row: int, invalid: float, monkeypatc
 
 
 @given(st.integers(0, 10**7), st.integers(1, 16))
-def test_threads_share_every_row_once(num_rows: int, num_threads: int) -> None:
+def test_threads_process_every_row_once(num_rows: int, num_threads: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(em, "default_workers", lambda: num_threads)
         ranges = em.in_threads(lambda rows: (rows.start, rows.stop), num_rows)

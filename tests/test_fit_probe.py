@@ -75,7 +75,7 @@ def test_probabilities_are_distributions(drawn: Drawn) -> None:
 
 
 @pytest.mark.parametrize("fold", range(5))
-def test_a_fold_is_scored_without_its_labels(drawn: Drawn, fold: int) -> None:
+def test_scores_do_not_depend_on_labels_of_their_fold(drawn: Drawn, fold: int) -> None:
     """All labels of a fold are turned: its own rows are scored as before, all others are not.
 
     But for rounding: probes are fitted together, and how many are still in the product changes its last bit.
@@ -91,7 +91,7 @@ def test_a_fold_is_scored_without_its_labels(drawn: Drawn, fold: int) -> None:
 
 
 @pytest.mark.parametrize("wild", [1.0, 1e3, 1e6])
-def test_a_fold_is_scored_without_its_other_rows(drawn: Drawn, wild: float) -> None:
+def test_scores_do_not_depend_on_other_rows_of_their_fold(drawn: Drawn, wild: float) -> None:
     """Neither do the features of a fold's other rows reach its probe, be they as wild as they may."""
     x, label, cross_fit, _ = drawn
     exact = replace(CONFIG, l2_penalties=(1e-2,), tolerance=1e-9)  # where a fit stops does depend on the others
@@ -103,7 +103,7 @@ def test_a_fold_is_scored_without_its_other_rows(drawn: Drawn, wild: float) -> N
     )
 
 
-def test_test_rows_are_learned_from_by_nobody() -> None:
+def test_test_rows_do_not_change_the_probes() -> None:
     x, label = gaussians(150, 3, 6, seed=2)
     fits = np.arange(150) % 7 != 0
     cross_fit = cross(label, fits=fits)
@@ -112,7 +112,7 @@ def test_test_rows_are_learned_from_by_nobody() -> None:
     assert not np.array_equal(score(x, turned, cross(label)), score(x, label, cross(label)))
 
 
-def test_noise_is_learned_by_heart_in_sample_only() -> None:
+def test_noise_is_overfitted_in_sample_only() -> None:
     rng = np.random.default_rng(3)
     x, label = rng.standard_normal((120, 60)).astype(np.float32), (np.arange(120) % 2).astype(np.int32)
     cross_fit = cross(label)
@@ -125,7 +125,7 @@ def test_noise_is_learned_by_heart_in_sample_only() -> None:
 
 
 @pytest.mark.parametrize("strength", [1e-4, 1e-2])
-def test_one_strength_is_sklearns_cross_validation(l2: float) -> None:
+def test_fixed_l2_equals_sklearn_cross_validation(l2: float) -> None:
     x, label = gaussians(600, 5, 12, seed=4)
     cross_fit = cross(label)
     # 480 rows in each training part
@@ -136,7 +136,7 @@ def test_one_strength_is_sklearns_cross_validation(l2: float) -> None:
     assert (probabilities.argmax(axis=1) == reference.argmax(axis=1)).mean() > 0.995
 
 
-def test_a_good_strength_is_chosen() -> None:
+def test_chosen_l2_is_close_to_the_best() -> None:
     """Wide noise wants a strong penalty, a clear signal a weak one: the choice is near the best of all in hindsight."""
     for x, label in (gaussians(200, 2, 150, seed=5), gaussians(400, 3, 4, seed=6)):
         cross_fit = cross(label)
@@ -171,7 +171,7 @@ def test_discrepancy_is_recovered_where_the_posterior_is_known() -> None:
     assert np.abs(truth - (confidence[0] - confidence[1])).mean() < 0.03
 
 
-def test_in_sample_probes_are_visibly_worse() -> None:
+def test_in_sample_probes_recover_the_discrepancy_worse() -> None:
     """They know the labels by heart: of 240 samples and 40 features, the discrepancy that they see is not there."""
     features, label, truth = planted_discrepancy(240)
     cross_fit, weak = cross(label), replace(CONFIG, l2_penalties=(1e-5,))
@@ -191,7 +191,7 @@ def test_two_runs_are_bit_equal(drawn: Drawn) -> None:
     np.testing.assert_array_equal(score(x, label, cross_fit), before)
 
 
-def test_rounds_at_once_are_rounds_one_by_one(drawn: Drawn) -> None:
+def test_repeats_fitted_together_equal_separate_fits(drawn: Drawn) -> None:
     x, label, first, _ = drawn
     second = cross(label, seed=1)
     together = score_rounds(x, label, [first, second])
@@ -200,7 +200,7 @@ def test_rounds_at_once_are_rounds_one_by_one(drawn: Drawn) -> None:
         np.testing.assert_allclose(logits, score(x, label, cross_fit), atol=5e-3)
 
 
-def test_arguments_are_left_as_they_were(drawn: Drawn) -> None:
+def test_arguments_are_not_modified(drawn: Drawn) -> None:
     x, label, cross_fit, _ = drawn
     copies = x.copy(), label.copy(), cross_fit.fold.copy()
     x.setflags(write=False)  # as a memory map is
@@ -209,14 +209,14 @@ def test_arguments_are_left_as_they_were(drawn: Drawn) -> None:
         np.testing.assert_array_equal(argument, copy)
 
 
-def test_few_rows_choose_the_strength_when_there_are_many(drawn: Drawn) -> None:
+def test_l2_is_chosen_on_choice_rows(drawn: Drawn) -> None:
     x, label, cross_fit, before = drawn
     few = score(x, label, cross_fit, replace(CONFIG, choice_rows=40))
     np.testing.assert_array_equal(score(x, label, cross_fit, replace(CONFIG, choice_rows=150)), before)
     assert (few.argmax(axis=1) == before.argmax(axis=1)).mean() > 0.9
 
 
-def test_nothing_to_choose_on_takes_the_middle(drawn: Drawn) -> None:
+def test_l2_without_holdout_rows_is_the_middle(drawn: Drawn) -> None:
     x, label, cross_fit, _ = drawn
     no_choice = replace(cross_fit, inner=np.ones_like(cross_fit.inner))
     middle = replace(CONFIG, l2_penalties=CONFIG.l2_penalties[3:4])
@@ -239,18 +239,18 @@ def test_nothing_to_choose_on_takes_the_middle(drawn: Drawn) -> None:
         ({"learn_from": "tain"}, "did you mean train"),
     ],
 )
-def test_a_wrong_config_is_refused(settings: dict[str, Any], words: str) -> None:
+def test_invalid_config_raises(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         ProbeConfig(**settings)
 
 
-def test_a_kind_that_does_not_exist_is_refused(drawn: Drawn) -> None:
+def test_unknown_kind_raises(drawn: Drawn) -> None:
     with pytest.raises(ConfigError, match=r"probe\.kind is 'linaer'; did you mean linear\?"):
         score(drawn[0], drawn[1], drawn[2], replace(CONFIG, kind="linaer"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_asked_one_by_one_as_all_at_once(drawn: Drawn, kind: str) -> None:
+def test_single_rows_get_the_same_logits_as_all_rows(drawn: Drawn, kind: str) -> None:
     x, label, cross_fit, _ = drawn
     config = replace(CONFIG, kind=kind, epochs=2, hidden=8)
     probe = fit_probe(MatrixInputs(matrix=x), classes(label), [cross_fit, cross(label, seed=1)], config=config)
@@ -264,7 +264,7 @@ def test_rows_are_asked_one_by_one_as_all_at_once(drawn: Drawn, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_elsewhere_are_asked_of_the_same_probes(drawn: Drawn, kind: str) -> None:
+def test_replaced_inputs_are_scored_by_the_same_probes(drawn: Drawn, kind: str) -> None:
     """A masked modality counts as the centre of its features: what is said then depends on the other one alone."""
     x, label, cross_fit, _ = drawn
     parts = (MatrixInputs(matrix=x[:, :5]), MatrixInputs(matrix=x[:, 5:]))
@@ -279,7 +279,7 @@ def test_rows_elsewhere_are_asked_of_the_same_probes(drawn: Drawn, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_rows_left_out_are_scored_and_change_nothing(drawn: Drawn, kind: str) -> None:
+def test_rows_outside_fits_are_scored_and_change_nothing(drawn: Drawn, kind: str) -> None:
     x, label, cross_fit, _ = drawn
     config = replace(CONFIG, kind=kind, most_rows=80, epochs=3, hidden=8)
     out = np.argsort(cross_fit.key)[80:]

@@ -27,7 +27,9 @@ LABELS = st.lists(st.integers(0, 4), min_size=2, max_size=60).map(lambda labels:
 
 @settings(deadline=None)
 @given(LABELS, st.data(), st.integers(2, 7), st.integers(0, 9))
-def test_row_order_does_not_matter(label: NDArray[np.int32], data: st.DataObject, num_folds: int, seed: int) -> None:
+def test_folds_do_not_depend_on_row_order(
+    label: NDArray[np.int32], data: st.DataObject, num_folds: int, seed: int
+) -> None:
     ids = named(len(label))
     fits = np.array(data.draw(st.lists(st.booleans(), min_size=len(label), max_size=len(label))))
     group = np.array([f"g{number % 5}" for number in range(len(label))], dtype=object)
@@ -41,7 +43,7 @@ def test_row_order_does_not_matter(label: NDArray[np.int32], data: st.DataObject
 
 @settings(deadline=None)
 @given(LABELS, st.data(), st.integers(2, 7))
-def test_every_class_and_its_training_samples_are_dealt_evenly(
+def test_classes_and_training_samples_are_spread_evenly(
     label: NDArray[np.int32], data: st.DataObject, num_folds: int
 ) -> None:
     fits = np.array(data.draw(st.lists(st.booleans(), min_size=len(label), max_size=len(label))))
@@ -60,7 +62,7 @@ def test_every_class_and_its_training_samples_are_dealt_evenly(
 
 @settings(deadline=None)
 @given(LABELS, st.data(), st.integers(2, 7))
-def test_test_samples_change_nothing_among_the_others(
+def test_test_samples_do_not_change_the_other_folds(
     label: NDArray[np.int32], data: st.DataObject, num_folds: int
 ) -> None:
     fits = np.array(data.draw(st.lists(st.booleans(), min_size=len(label), max_size=len(label))))
@@ -76,7 +78,7 @@ def test_test_samples_change_nothing_among_the_others(
         np.testing.assert_array_equal(fold[fits], alone)
 
 
-def test_seeds_deal_differently() -> None:
+def test_seeds_give_different_folds() -> None:
     label = np.zeros(100, dtype=np.int32)
     folds = [assign_folds(named(100), label, None, everyone(100), num_folds=5, seed=seed) for seed in range(5)]
     agreement = [float((folds[0] == other_fold).mean()) for other_fold in folds[1:]]
@@ -101,7 +103,7 @@ def test_groups_are_never_split(rows: list[tuple[int, int]], num_folds: int, see
     assert sorted(set(fold.tolist())) == list(range(min(num_folds, num_groups)))
 
 
-def test_groups_are_placed_so_that_classes_lie_evenly() -> None:
+def test_groups_are_assigned_so_that_classes_are_even() -> None:
     """40 speakers of unequal size, each with a favourite class: no fold's share of a class is off by a half."""
     rng = np.random.default_rng(0)
     speaker = np.repeat(np.arange(40), rng.integers(5, 30, 40))
@@ -113,17 +115,17 @@ def test_groups_are_placed_so_that_classes_lie_evenly() -> None:
         assert np.abs(share - 0.2).max() < 0.1
 
 
-def test_too_few_samples_are_refused() -> None:
+def test_too_few_samples_raise() -> None:
     with pytest.raises(ScoreError, match="needs at least 2 usable samples, found 1"):
         assign_folds(named(1), np.zeros(1, dtype=np.int32), None, everyone(1), num_folds=5, seed=0)
 
 
-def test_fewer_samples_than_folds_leave_one_out() -> None:
+def test_fewer_samples_than_folds_are_leave_one_out() -> None:
     fold = assign_folds(named(3), np.zeros(3, dtype=np.int32), None, everyone(3), num_folds=5, seed=0)
     assert sorted(fold.tolist()) == [0, 1, 2]
 
 
-def test_a_class_in_one_fold_is_told() -> None:
+def test_class_in_single_fold_is_detected() -> None:
     label = np.array([0, 0, 1, 1, 2, 2, 3], dtype=np.int32)
     fold = np.array([0, 1, 1, 1, 0, 1, 0], dtype=np.int16)
     assert in_single_fold(label, fold, everyone(7)).tolist() == [False, False, True, True, False, False, True]
@@ -135,7 +137,9 @@ def test_a_class_in_one_fold_is_told() -> None:
 
 @settings(deadline=None)
 @given(LABELS, st.integers(2, 6))
-def test_without_groups_only_classes_of_one_are_in_one_fold(label: NDArray[np.int32], num_folds: int) -> None:
+def test_without_groups_only_classes_of_one_sample_are_in_a_single_fold(
+    label: NDArray[np.int32], num_folds: int
+) -> None:
     fits = everyone(len(label))
     fold = assign_folds(named(len(label)), label, None, fits, num_folds=num_folds, seed=0)
     np.testing.assert_array_equal(in_single_fold(label, fold, fits), np.bincount(label)[label] == 1)

@@ -52,7 +52,7 @@ def loss(raw: NDArray[np.float32], label: NDArray[np.int32]) -> float:
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 30), (400, 20), (30, 50)])
-def test_the_covariance_is_shrunk_as_sklearn_s(n: int, d: int) -> None:
+def test_covariance_shrinkage_equals_sklearn(n: int, d: int) -> None:
     x, label = planted(n, d)
     z, y = torch.from_numpy(x).double(), torch.from_numpy(label.astype(np.int64))
     train_mask = torch.arange(n) % 5 != 0
@@ -72,7 +72,7 @@ def test_the_covariance_is_shrunk_as_sklearn_s(n: int, d: int) -> None:
     np.testing.assert_allclose(theta[-1], bias, rtol=2e-3, atol=1e-3 * np.abs(bias).max())
 
 
-def test_of_few_rows_it_lowers_the_loss() -> None:
+def test_gaussian_lowers_the_loss_with_few_rows() -> None:
     gains = []
     for seed in range(4):
         x, label = planted(240, 40, seed=seed)
@@ -80,7 +80,7 @@ def test_of_few_rows_it_lowers_the_loss() -> None:
     assert np.mean(gains) > 0.01
 
 
-def test_where_classes_are_no_gaussians_it_is_left_out_or_does_little_harm() -> None:
+def test_gaussian_does_little_harm_to_non_gaussian_classes() -> None:
     worse = []
     for seed in range(4):
         x, label = planted(240, 20, seed=seed, heavy=True)
@@ -88,7 +88,7 @@ def test_where_classes_are_no_gaussians_it_is_left_out_or_does_little_harm() -> 
     assert np.mean(worse) < 0.02
 
 
-def test_labels_of_a_fold_have_no_part_in_its_own_answers() -> None:
+def test_predictions_do_not_depend_on_labels_of_their_fold() -> None:
     x, label = planted(240, 10)
     in_fold = cross_fit(240).fold == 1
     changed_label = label.copy()
@@ -99,18 +99,18 @@ def test_labels_of_a_fold_have_no_part_in_its_own_answers() -> None:
 
 
 @pytest.mark.parametrize("options", [{"l2_penalties": (1e-2,)}, {"gaussian": False}])
-def test_a_given_strength_or_a_wish_leaves_it_out(options: dict[str, object]) -> None:
+def test_fixed_l2_or_config_turns_the_gaussian_off(options: dict[str, object]) -> None:
     x, label = planted(240, 10)
     np.testing.assert_array_equal(logits(x, label, **options), logits(x, label, **{**options, "gaussian": False}))
     assert np.abs(logits(x, label) - logits(x, label, **{**options, "gaussian": False})).max() > 1e-3
 
 
-def test_many_rows_do_without() -> None:
+def test_many_rows_use_no_gaussian() -> None:
     x, label = planted(MAX_ROWS + 10, 3)
     np.testing.assert_array_equal(logits(x, label), logits(x, label, gaussian=False))
 
 
-def test_of_options_that_rounding_alone_parts_the_simplest_is_chosen() -> None:
+def test_simplest_of_equal_options_is_chosen() -> None:
     assert first_minimum([0.5 + MARGIN / 2, 0.7, 0.5, 0.5 - MARGIN / 4]) == 0
     assert first_minimum([0.5 + 2 * MARGIN, 0.7, 0.5, 0.5]) == 2
     assert first_minimum([0.5]) == 0

@@ -90,7 +90,7 @@ def sklearns(x: Floats, label: NDArray[np.int64], *, rows: NDArray[np.bool_], l2
 
 
 @pytest.mark.parametrize(("num_rows", "num_features"), [(300, 6), (60, 90), (200, 1)])
-def test_masks_and_strengths_at_once_are_sklearns_one_by_one(num_rows: int, num_features: int) -> None:
+def test_batched_masks_and_penalties_equal_sklearn(num_rows: int, num_features: int) -> None:
     """Among them more features than rows."""
     x, label = planted(num_rows, num_features, 4)
     part = np.arange(num_rows) % 3
@@ -101,7 +101,7 @@ def test_masks_and_strengths_at_once_are_sklearns_one_by_one(num_rows: int, num_
         np.testing.assert_allclose(shares(fitted, x, index), expected, atol=1e-4)
 
 
-def test_two_classes_are_sklearns() -> None:
+def test_two_classes_equal_sklearn() -> None:
     """With two columns of weights each carries half of sklearn's one, under half the penalty: the strength doubles."""
     x, label = planted(200, 5, 2)
     full_mask = np.ones(200, dtype=bool)
@@ -110,7 +110,7 @@ def test_two_classes_are_sklearns() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-4), (torch.float32, 5e-3)])
-def test_neighbours_do_not_matter(dtype: torch.dtype, close: float) -> None:
+def test_models_do_not_depend_on_the_batch(dtype: torch.dtype, close: float) -> None:
     x, label = planted(240, 8, 3)
     mask = np.stack([np.arange(240) % 4 != fold for fold in range(4)], axis=1)
     l2 = (1e-4, 1e-2, 1e-1, 1.0)
@@ -120,7 +120,7 @@ def test_neighbours_do_not_matter(dtype: torch.dtype, close: float) -> None:
         np.testing.assert_allclose(shares(together, x, index), shares(alone, x), atol=close)
 
 
-def test_rows_outside_the_mask_are_not_learned_from() -> None:
+def test_rows_outside_the_mask_do_not_change_the_fit() -> None:
     x, label = planted(120, 5, 3)
     mask = (np.arange(120) % 4 != 0)[:, None]
     rng = np.random.default_rng(1)
@@ -132,7 +132,7 @@ def test_rows_outside_the_mask_are_not_learned_from() -> None:
     np.testing.assert_allclose(shares(fit(moved, label, mask=mask), x), shares(before, x), atol=1e-4)
 
 
-def test_above_the_limit_of_axes_nothing_changes_but_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_without_axes_has_the_same_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     x, label = planted(150, 12, 3)
     mask = np.stack([np.arange(150) % 2 == fold for fold in range(2)], axis=1)
     whitened = fit(x, label, mask=mask, l2=(1e-3, 1e-1))
@@ -142,7 +142,7 @@ def test_above_the_limit_of_axes_nothing_changes_but_the_way(monkeypatch: pytest
         np.testing.assert_allclose(shares(plain, x, index), shares(whitened, x, index), atol=1e-4)
 
 
-def test_chunks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_size_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     x, label = planted(1_000, 4, 3)
     unchunked = fit(x, label)
     monkeypatch.setattr(glm, "_CHUNK_LOGITS", 1)  # the smallest chunk has 512 rows
@@ -159,7 +159,7 @@ def test_float32_is_close_to_float64(offset: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e6])
-def test_constant_features_change_nothing(value: float, dtype: torch.dtype) -> None:
+def test_constant_features_do_not_change_the_fit(value: float, dtype: torch.dtype) -> None:
     """0.1 is the case in point: rounding spreads it by 1e-8, in units of which weights swamp all other features."""
     x, label = planted(301, 4, 3)
     x = (x - x.mean(axis=0)) / x.std(axis=0)
@@ -171,7 +171,7 @@ def test_constant_features_change_nothing(value: float, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_feature_constant_within_a_mask_counts_for_nothing(dtype: torch.dtype) -> None:
+def test_feature_constant_within_a_mask_is_ignored(dtype: torch.dtype) -> None:
     """Whatever it is elsewhere: nothing was learned about it."""
     x, label = planted(200, 4, 3)
     mask = (np.arange(200) % 4 != 0)[:, None]
@@ -183,7 +183,7 @@ def test_a_feature_constant_within_a_mask_counts_for_nothing(dtype: torch.dtype)
 
 @pytest.mark.parametrize("outlier", [1e3, 1e5, 1e10, 1e20])
 @pytest.mark.parametrize(("dtype", "tolerance", "close"), [(torch.float64, 1e-15, 1e-4), (torch.float32, 1e-9, 1e-2)])
-def test_an_outlier_outside_the_mask_changes_nothing(
+def test_outlier_outside_the_mask_does_not_change_the_fit(
     outlier: float, dtype: torch.dtype, tolerance: float, close: float
 ) -> None:
     """One wild row of another fold must not take the features from all who never saw it."""
@@ -196,7 +196,7 @@ def test_an_outlier_outside_the_mask_changes_nothing(
     np.testing.assert_allclose(after, before, atol=close)
 
 
-def test_a_class_absent_from_a_mask_is_given_next_to_nothing() -> None:
+def test_class_without_training_rows_gets_small_probability() -> None:
     x, label = planted(200, 4, 4)
     mask = np.stack([label != 2, np.ones(200, dtype=bool)], axis=1)
     fitted = fit(x, label, mask=mask, l2=(1e-2, 1e-2), tolerance=1e-9)
@@ -216,13 +216,13 @@ def test_perfectly_separable_classes_stay_finite() -> None:
     assert probabilities[np.arange(40), label].min() > 0.999
 
 
-def test_units_do_not_matter() -> None:
+def test_fit_does_not_depend_on_feature_units() -> None:
     x, label = planted(200, 6, 3)
     moved = x * np.geomspace(1e-3, 1e3, 6) - 17
     np.testing.assert_allclose(shares(fit(moved, label), moved), shares(fit(x, label), x), atol=1e-6)
 
 
-def test_labels_are_sklearns_one_by_one() -> None:
+def test_multilabel_equals_sklearn_per_label() -> None:
     x, label = planted(200, 5, 3)
     values = np.stack([label == 0, label == 1, (label == 1) | (x[:, 0] > 0)], axis=1).astype(np.float64)
     probabilities = outputs(fit(x, values, task="multilabel"), x).sigmoid().numpy()
@@ -232,7 +232,7 @@ def test_labels_are_sklearns_one_by_one() -> None:
         np.testing.assert_allclose(probabilities[:, index], expected, atol=1e-4)
 
 
-def test_a_number_is_sklearns_ridge() -> None:
+def test_regression_equals_sklearn_ridge() -> None:
     x, label = planted(150, 6, 4)
     values = (label + 0.1 * np.random.default_rng(2).standard_normal(150))[:, None] * 40 + 1_000
     mask = np.stack([np.arange(150) % 3 != fold for fold in range(3)], axis=1)
@@ -245,7 +245,7 @@ def test_a_number_is_sklearns_ridge() -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
-def test_the_residual_is_the_slope_of_the_loss(task: str) -> None:
+def test_residual_is_the_gradient_of_the_loss(task: str) -> None:
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.standard_normal((7, 2, 3)), requires_grad=True)
     answer = torch.tensor(rng.integers(0, 3, 7) if task == "classification" else rng.integers(0, 2, (7, 3)) * 1.0)
@@ -279,7 +279,7 @@ def test_bfloat16_products_are_close_to_float64() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 6, 1_200])
-def test_many_strengths_of_few_masks_are_as_if_each_had_its_own(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_penalties_sharing_a_mask_equal_separate_masks(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows come fold by fold, so that chunks end where folds do; a product takes some of the models or all."""
     monkeypatch.setattr(glm, "_MIN_CHUNK", 64)
     monkeypatch.setattr(glm, "_CHUNK_COLUMNS", columns)
@@ -293,7 +293,7 @@ def test_many_strengths_of_few_masks_are_as_if_each_had_its_own(columns: int, mo
         np.testing.assert_allclose(shares(stacked, x, index), expected, atol=1e-4)
 
 
-def test_features_that_are_mostly_zero_do_not_make_a_fit_long() -> None:
+def test_sparse_features_need_few_steps() -> None:
     """Axes of the covariance alone, without the units of the penalty, took 161 steps here, and ended elsewhere."""
     rng = np.random.default_rng(0)
     label = rng.integers(0, 5, 120)

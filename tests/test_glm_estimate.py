@@ -32,13 +32,13 @@ def problem() -> tuple[Design, TorchTarget, FitRows]:
     return design, TorchTarget.of(target, fit_rows.rows, design.curvature), fit_rows
 
 
-def test_it_is_silent_about_a_short_fit(caplog: pytest.LogCaptureFixture) -> None:
+def test_short_fit_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="mmaudit"):
         estimate.log_estimate(*problem(), max_steps=300)
     assert not caplog.messages
 
 
-def test_a_long_fit_has_one_line_with_the_settings(
+def test_long_fit_logs_one_line_with_settings(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimate, "_MIN_LOGITS", 0)
@@ -51,7 +51,7 @@ def test_a_long_fit_has_one_line_with_the_settings(
         assert part in line
 
 
-def test_a_step_is_timed_by_some_of_its_rows() -> None:
+def test_step_time_is_measured_on_a_sample_of_rows() -> None:
     design, torch_target, fit_rows = problem()
     theta, train_mask = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.from_numpy(fit_rows.train_mask)
     full_seconds = []
@@ -64,7 +64,7 @@ def test_a_step_is_timed_by_some_of_its_rows() -> None:
     assert 0.02 * min(full_seconds) <= estimate.step_seconds(design, torch_target, fit_rows) <= 50 * max(full_seconds)
 
 
-def test_it_times_the_loss_and_gradient_that_a_fit_computes() -> None:
+def test_timed_loss_and_gradient_are_those_of_the_fit() -> None:
     design, torch_target, fit_rows = problem()
     theta, train_mask = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.from_numpy(fit_rows.train_mask)
     loss, gradient = evaluate_rows(

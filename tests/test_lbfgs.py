@@ -35,14 +35,14 @@ def bowls() -> Bowls:
     return Bowls(centre, 1 + 99 * torch.rand(3, 8, 2, generator=draw, dtype=torch.float64))
 
 
-def test_minima_are_found() -> None:
+def test_minimize_finds_the_minima() -> None:
     problem = bowls()
     minimum = minimize(problem, torch.zeros_like(problem.centre), max_steps=300, tolerance=1e-14, patience=2)
     torch.testing.assert_close(minimum.theta, problem.centre, atol=1e-5, rtol=0)
     assert minimum.num_steps < 100
 
 
-def test_who_starts_at_the_minimum_leaves_and_the_others_go_on() -> None:
+def test_converged_problems_leave_the_batch() -> None:
     problem = bowls()
     start = torch.zeros_like(problem.centre)
     start[1] = problem.centre[1]
@@ -51,7 +51,7 @@ def test_who_starts_at_the_minimum_leaves_and_the_others_go_on() -> None:
     assert torch.equal(minimum.theta[1], problem.centre[1])
 
 
-def test_snapshots_are_the_way_by_powers_of_two_and_the_end() -> None:
+def test_snapshots_are_at_powers_of_two_and_the_last_step() -> None:
     problem = bowls()
     start = torch.zeros_like(problem.centre)
     minimum = minimize(problem, start, max_steps=11, tolerance=0.0, patience=100)
@@ -65,7 +65,7 @@ def test_snapshots_are_the_way_by_powers_of_two_and_the_end() -> None:
         assert torch.equal(alone.theta, snapshot)
 
 
-def test_the_length_of_a_step_is_halved_until_it_helps() -> None:
+def test_step_is_halved_until_the_loss_decreases() -> None:
     """A first guess 100 times too flat: the full step would raise the loss."""
     problem = bowls()
     problem.precondition = lambda gradient: gradient  # type: ignore[method-assign]
@@ -75,7 +75,7 @@ def test_the_length_of_a_step_is_halved_until_it_helps() -> None:
     assert problem.asked > 4
 
 
-def test_whom_the_judge_sends_away_stays_where_it_was_and_the_others_go_on() -> None:
+def test_deselected_problems_stop_and_the_others_continue() -> None:
     problem = bowls()
     start = torch.zeros_like(problem.centre)
     active_losses: list[list[int]] = []
@@ -92,7 +92,7 @@ def test_whom_the_judge_sends_away_stays_where_it_was_and_the_others_go_on() -> 
     torch.testing.assert_close(minimum.theta[[0, 2]], problem.centre[[0, 2]], atol=1e-5, rtol=0)
 
 
-def test_a_first_step_that_gains_little_does_not_end_a_fit() -> None:
+def test_small_gain_of_the_first_step_does_not_stop_a_fit() -> None:
     """With curvatures of 57 the first step, a thirtieth of the gradient, ends almost as far on the other side."""
     centre = torch.full((1, 4, 1), 5.0, dtype=torch.float64)
     problem = Bowls(centre, torch.full_like(centre, 57.0))

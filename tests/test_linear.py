@@ -56,7 +56,7 @@ def fit(x: NDArray[Any], of_target: Target, config: ProbeConfig = CONFIG, *, rou
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
-def test_out_of_fold_it_is_sklearn(task: str) -> None:
+def test_out_of_fold_logits_equal_sklearn(task: str) -> None:
     x, label = planted()
     of_target = target(label, task)
     probe = fit(x, of_target, rounds=2)
@@ -81,7 +81,7 @@ def test_out_of_fold_it_is_sklearn(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
-def test_bfloat16_is_float32_but_for_rounding(task: str) -> None:
+def test_bfloat16_equals_float32_up_to_rounding(task: str) -> None:
     """Mean losses within 1e-3 (of the variance, for a number), though they need not stop at the same step."""
     x, label = planted()
     of_target = target(label, task)
@@ -97,7 +97,7 @@ def test_bfloat16_is_float32_but_for_rounding(task: str) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
-def test_the_way_begins_at_nothing_and_ends_at_the_probe() -> None:
+def test_snapshots_start_near_zero_and_end_at_the_probe() -> None:
     x, label = planted()
     probe = fit(x, target(label, "classification"), rounds=2)
     by_epoch = probe.logits_by_epoch(ROWS)
@@ -107,7 +107,7 @@ def test_the_way_begins_at_nothing_and_ends_at_the_probe() -> None:
     assert np.log(NUM_CLASSES) > losses[0] > losses[-1]
 
 
-def test_bytes_are_numbers() -> None:
+def test_byte_inputs_equal_float_inputs() -> None:
     x, label = planted()
     pixels = np.clip(x * 8 + 60, 0, 255).astype(np.uint8)
     of_target = target(label, "classification")
@@ -115,7 +115,7 @@ def test_bytes_are_numbers() -> None:
     np.testing.assert_allclose(logits, fit(pixels.astype(np.float32), of_target).logits(ROWS), atol=1e-5)
 
 
-def test_what_is_missing_is_the_centre_of_what_is_not() -> None:
+def test_missing_features_equal_their_centre() -> None:
     x, label = planted()
     holes, filled = x.copy(), x.copy()
     gone = np.random.default_rng(5).random(NUM_ROWS) < 0.3

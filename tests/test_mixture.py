@@ -56,7 +56,7 @@ def mixtures(draw: st.DrawFn) -> Mixture:
 
 
 @pytest.mark.parametrize("name", NOT_BIMODAL)
-def test_one_group_is_not_called_two(name: str) -> None:
+def test_unimodal_gaps_are_not_bimodal(name: str) -> None:
     mixture = fit_mixture(shape(name), config=CONFIG, seed=0)
     assert not mixture.bimodal
     assert mixture.rule == "threshold"
@@ -67,7 +67,7 @@ def test_one_group_is_not_called_two(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BIMODAL)
-def test_two_groups_are_found(name: str) -> None:
+def test_two_groups_are_bimodal(name: str) -> None:
     gap = shape(name)
     mixture = fit_mixture(gap, config=CONFIG, seed=0)
     assert mixture.bimodal
@@ -79,7 +79,7 @@ def test_two_groups_are_found(name: str) -> None:
     assert 0.2 < balanced.mean() < 0.7
 
 
-def test_plain_criteria_would_be_fooled() -> None:
+def test_bic_and_ashman_d_alone_give_false_positives() -> None:
     """Why the dip is asked: BIC and Ashman's D both call a uniform gap bimodal, and BIC a half-normal one."""
     uniform = fit_mixture(shape("uniform"), config=CONFIG, seed=0)
     half = fit_mixture(shape("half-normal"), config=CONFIG, seed=0)
@@ -93,7 +93,7 @@ def test_plain_criteria_would_be_fooled() -> None:
     assert half.bic_two < half.bic_one
 
 
-def test_known_groups_are_recovered() -> None:
+def test_planted_groups_are_recovered() -> None:
     mixture = fit_mixture(shape("bimodal"), config=CONFIG, seed=0)
     assert mixture.components is not None
     components = [(c.weight, c.mean, c.sd) for c in mixture.components]
@@ -102,7 +102,7 @@ def test_known_groups_are_recovered() -> None:
 
 
 @pytest.mark.parametrize("name", NOT_BIMODAL + BIMODAL)
-def test_the_decision_flips_once(name: str) -> None:
+def test_posterior_crosses_one_half_once(name: str) -> None:
     """Plain Bayes flips twice on the two widths, and calls both extremes balanced."""
     balanced = fit_mixture(shape(name), config=CONFIG, seed=0).posterior(GRID) >= 0.5
     assert balanced[0]
@@ -133,7 +133,7 @@ def sklearn_from_two_means(gap: NDArray[np.float64]) -> GaussianMixture:
 
 
 @pytest.mark.parametrize(("name", "plain"), [(n, False) for n in UNBOUNDED] + [(n, True) for n in BOUNDED])
-def test_as_likely_as_sklearn(name: str, plain: bool) -> None:
+def test_likelihood_equals_sklearn(name: str, plain: bool) -> None:
     """On the values themselves, to 1e-6 a sample: as configured where the bounds do nothing, elsewhere without them.
 
     Not the normal shape, whose likelihood is so flat that EM takes 6,000 steps: test_em.py compares it step by step.
@@ -148,7 +148,7 @@ def test_as_likely_as_sklearn(name: str, plain: bool) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", ["saturated", "spike", "two widths"])
-def test_no_needle_takes_an_end(name: str, seed: int) -> None:
+def test_no_component_collapses_onto_an_end(name: str, seed: int) -> None:
     """The plain fit calls gaps up to 0.96 of the saturated shape balanced, or none above 0.05, by the seed."""
     mixture = fit_mixture(shape(name, seed), config=CONFIG, seed=0)
     assert mixture.components is not None
@@ -169,7 +169,7 @@ def test_bic_equals_sklearn() -> None:
 
 @settings(deadline=None)
 @given(mixtures(), st.lists(st.floats(0, 1), min_size=2, max_size=50))
-def test_posterior_never_rises(mixture: Mixture, gaps: list[float]) -> None:
+def test_posterior_does_not_increase(mixture: Mixture, gaps: list[float]) -> None:
     p = mixture.posterior(np.sort(np.concatenate([gaps, GRID])))
     assert p.dtype == np.float32
     assert p.min() >= 0.0
@@ -179,7 +179,7 @@ def test_posterior_never_rises(mixture: Mixture, gaps: list[float]) -> None:
 
 @settings(deadline=None)
 @given(mixtures())
-def test_posterior_is_bayes_made_monotone(mixture: Mixture) -> None:
+def test_posterior_is_monotone_bayes(mixture: Mixture) -> None:
     """Bayes up to the turning point of its logit, which is a parabola; beyond, level."""
     assert mixture.components is not None
     low, high = mixture.components
@@ -191,14 +191,14 @@ def test_posterior_is_bayes_made_monotone(mixture: Mixture) -> None:
     assert np.allclose(posterior[bayes == level], bayes[bayes == level], atol=1e-4)
 
 
-def test_wide_balanced_component_does_not_win_again() -> None:
+def test_wide_balanced_component_has_no_second_crossing() -> None:
     mixture = pair((0.5, 0.3, 0.3), (0.5, 0.5, 0.05))
     balanced, imbalanced = mixture.density(GRID)
     assert balanced[-1] > imbalanced[-1]  # plain Bayes calls the largest gaps balanced
     assert mixture.posterior(GRID)[-1] < 0.5
 
 
-def test_narrow_balanced_component_reaches_down_to_zero() -> None:
+def test_narrow_balanced_component_is_balanced_down_to_zero() -> None:
     mixture = pair((0.5, 0.2, 0.02), (0.5, 0.5, 0.3))
     balanced, imbalanced = mixture.density(GRID)
     assert balanced[0] < imbalanced[0]  # plain Bayes calls the smallest gaps imbalanced
@@ -207,7 +207,7 @@ def test_narrow_balanced_component_reaches_down_to_zero() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=200), st.integers(0, 5))
-def test_the_order_of_rows_does_not_matter(gaps: list[float], seed: int) -> None:
+def test_mixture_does_not_depend_on_row_order(gaps: list[float], seed: int) -> None:
     gap = np.array(gaps)
     shuffled = np.random.default_rng(seed).permutation(gap)
     assert fit_mixture(gap, config=CONFIG, seed=1) == fit_mixture(shuffled, config=CONFIG, seed=1)
@@ -220,7 +220,7 @@ def test_histograms_of_shards_add_up(first: list[float], second: list[float]) ->
     assert combined.sum() == len(first) + len(second)
 
 
-def test_threads_change_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_threads_does_not_change_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     gap = shape("saturated")
     alone = histogram(gap, num_bins=4096)
     assert np.array_equal(alone, np.bincount(np.rint(gap * 4095).astype(int), minlength=4096))
@@ -257,7 +257,7 @@ def test_json_round_trip_is_equality(gaps: list[float]) -> None:
         ({"bic_one": None}, "bic_one of a mixture with components"),
     ],
 )
-def test_json_of_another_shape_is_no_mixture(change: dict[str, object], reason: str) -> None:
+def test_malformed_json_raises(change: dict[str, object], reason: str) -> None:
     content = fit_mixture(np.repeat([0.0, 1.0], [60, 40]), config=CONFIG, seed=0).to_json()
     with pytest.raises(MixtureError, match=reason):
         Mixture.from_json({**content, **change})
@@ -272,7 +272,7 @@ def test_fully_saturated_gaps_are_two_groups() -> None:
 @pytest.mark.parametrize(
     ("gaps", "reason"), [([0.3] * 50, "constant: 0.300"), ([0.1, 0.9], "available 2"), ([1], "available 1")]
 )
-def test_score_can_finish_where_nothing_can_be_fitted(gaps: list[float], reason: str) -> None:
+def test_unfittable_gaps_give_a_mixture_without_components(gaps: list[float], reason: str) -> None:
     mixture = fit_mixture(np.array(gaps), config=CONFIG, seed=0)
     assert mixture.components is None
     assert reason in mixture.reasons[0]
@@ -281,20 +281,20 @@ def test_score_can_finish_where_nothing_can_be_fitted(gaps: list[float], reason:
 
 
 @pytest.mark.parametrize("gap", [[0.1, np.nan], [np.inf, 0.1], [0.1, -0.01], [0.1, 1.01], [[0.1]], 0.1])
-def test_refuses_what_is_no_gap(gap: float | list[float]) -> None:
+def test_invalid_gaps_raise(gap: float | list[float]) -> None:
     mixture = pair((0.5, 0.2, 0.1), (0.5, 0.8, 0.1))
     for use in (lambda g: fit_mixture(g, config=CONFIG, seed=0), mixture.posterior):
         with pytest.raises(MixtureError, match="the gap must"):
             use(np.array(gap))
 
 
-def test_refuses_nothing_at_all() -> None:
+def test_empty_gap_raises() -> None:
     with pytest.raises(MixtureError, match="no sample was scored"):
         fit_mixture(np.array([]), config=CONFIG, seed=0)
 
 
 @pytest.mark.parametrize("broken", [{}, {"components": [{"weight": 1.0}]}])
-def test_refuses_another_json(broken: dict[str, object]) -> None:
+def test_incomplete_json_raises(broken: dict[str, object]) -> None:
     values = {**fit_mixture(shape("spike"), config=CONFIG, seed=0).to_json(), **broken} if broken else {}
     with pytest.raises(MixtureError, match="rescore"):
         Mixture.from_json(values)
@@ -303,12 +303,12 @@ def test_refuses_another_json(broken: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "field", ["num_bins", "max_steps", "min_samples", "dip_rows", "tolerance", "min_sd", "dip_level"]
 )
-def test_refuses_a_config_of_zeros(field: str) -> None:
+def test_config_out_of_range_raises(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         replace(CONFIG, **{field: 0})
 
 
-def test_a_tail_is_not_a_group() -> None:
+def test_small_component_is_not_a_group() -> None:
     rng = np.random.default_rng(0)
     gap = np.concatenate([np.abs(rng.normal(0.1, 0.05, 9_700)), rng.normal(0.8, 0.02, 300)])
     mixture = fit_mixture(gap, config=CONFIG, seed=0)

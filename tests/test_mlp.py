@@ -47,14 +47,14 @@ def asked(x: Floats, of_target: Target, config: ProbeConfig = CONFIG, *, rounds:
     return fit_probe(MatrixInputs(matrix=x), of_target, cross_fits, config=config).logits(ROWS)
 
 
-def test_it_finds_what_no_straight_line_does() -> None:
+def test_mlp_learns_exclusive_or() -> None:
     x, label = exclusive_or()
     bent, straight = (asked(x, target(label), replace(CONFIG, kind=kind))[0] for kind in ("mlp", "linear"))
     assert (bent.argmax(axis=1) == label).mean() > 0.85
     assert (straight.argmax(axis=1) == label).mean() < 0.6
 
 
-def test_labels_and_numbers_as_well() -> None:
+def test_mlp_learns_multilabel_and_regression() -> None:
     x, label = exclusive_or()
     several = asked(x, target(label, "multilabel"))[0]
     assert ((several[:, 0] > 0) == label).mean() > 0.85
@@ -64,14 +64,14 @@ def test_labels_and_numbers_as_well() -> None:
     assert abs(number.mean() - (1_000 + 50 * label.mean())) < 5  # in the units of the target
 
 
-def test_where_nothing_is_it_finds_nothing() -> None:
+def test_mlp_is_at_chance_on_shuffled_labels() -> None:
     x, label = exclusive_or()
     shuffled = np.random.default_rng(2).permutation(label)
     logits = asked(x, target(shuffled))[0]
     assert abs((logits.argmax(axis=1) == shuffled).mean() - 0.5) < 0.08  # four standard deviations
 
 
-def test_twice_is_the_same_and_neighbours_do_not_matter() -> None:
+def test_mlp_is_deterministic_and_independent_of_the_batch() -> None:
     x, label = exclusive_or()
     few = replace(CONFIG, epochs=4)
     alone, repeated, together = (asked(x, target(label), few, rounds=rounds) for rounds in (1, 1, 2))
@@ -80,7 +80,7 @@ def test_twice_is_the_same_and_neighbours_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("fold", [0, 2])
-def test_a_fold_is_scored_without_its_labels(fold: int) -> None:
+def test_scores_do_not_depend_on_labels_of_their_fold(fold: int) -> None:
     x, label = exclusive_or()
     few, own = replace(CONFIG, epochs=4), cross_fit().fold == fold
     turned = np.where(own, 1 - label, label).astype(np.int32)
@@ -89,7 +89,7 @@ def test_a_fold_is_scored_without_its_labels(fold: int) -> None:
     assert np.abs(after - before)[~own].max() > 1e-3
 
 
-def test_each_probe_stops_where_its_rows_aside_say() -> None:
+def test_each_probe_stops_at_the_best_holdout_epoch() -> None:
     """Noise is learned by heart if nothing stops it: out of fold, the best epoch is less sure than the last."""
     rng = np.random.default_rng(3)
     x, label = rng.standard_normal((NUM_ROWS, 40)).astype(np.float32), rng.integers(0, 2, NUM_ROWS).astype(np.int32)

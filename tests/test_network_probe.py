@@ -92,7 +92,7 @@ Fitted = tuple[Bytes, Target, Probe]
 @pytest.mark.parametrize(
     ("shape", "dtype"), [(SOUND, np.float32), (PICTURE, np.uint8), (PICTURE, np.float32), (FRAMES, np.uint8)]
 )
-def test_what_is_planted_is_found_out_of_fold(shape: tuple[int, ...], dtype: Any) -> None:
+def test_planted_signal_is_found_out_of_fold(shape: tuple[int, ...], dtype: Any) -> None:
     rows, target = planted(shape, dtype=dtype)
     probe = fit(rows, target, shape=shape, config=THOROUGH)
     assert accuracy(probe, target) > 0.8
@@ -103,21 +103,21 @@ def test_what_is_planted_is_found_out_of_fold(shape: tuple[int, ...], dtype: Any
 @pytest.mark.parametrize(
     ("shape", "dtype"), [(SOUND, np.float32), (PICTURE, np.uint8), (PICTURE, np.float32), (FRAMES, np.uint8)]
 )
-def test_what_is_planted_is_found_in_bfloat16_on_a_gpu(shape: tuple[int, ...], dtype: Any) -> None:
+def test_planted_signal_is_found_in_bfloat16_on_a_gpu(shape: tuple[int, ...], dtype: Any) -> None:
     rows, target = planted(shape, dtype=dtype)
     probe = fit(rows, target, shape=shape, config=THOROUGH, device="cuda")
     assert accuracy(probe, target) > 0.8
 
 
 @pytest.mark.slow
-def test_bfloat16_finds_it_as_well(fitted: Fitted) -> None:
+def test_planted_signal_is_found_in_bfloat16(fitted: Fitted) -> None:
     rows, target, exact = fitted
     assert accuracy(fit(rows, target, config=replace(THOROUGH, precision="bfloat16")), target) > 0.8
     rounded = fit(rows, target, config=replace(QUICK, precision="bfloat16"))
     assert not np.array_equal(rounded.logits(ROWS)[0], exact.logits(ROWS)[0])
 
 
-def test_several_labels_and_numbers_are_found() -> None:
+def test_multilabel_and_regression_signals_are_found() -> None:
     rows, target = planted(PICTURE)
     values = np.stack([target.label != 2, target.label != 0], axis=1).astype(np.float32)
     several = replace(target, task="multilabel", num_outputs=2, values=values)
@@ -129,7 +129,7 @@ def test_several_labels_and_numbers_are_found() -> None:
     assert ((logits - number) ** 2).mean() < 0.5 * number.var()
 
 
-def test_what_is_learned_by_heart_helps_only_where_a_copy_is_in_another_fold() -> None:
+def test_memorisation_helps_only_with_copies_in_other_folds() -> None:
     """Patches of random classes, each three times: out of fold there is nothing to know, but for the copies."""
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 255, (16, 2, 2, 3)).astype(np.uint8)
@@ -143,7 +143,7 @@ def test_what_is_learned_by_heart_helps_only_where_a_copy_is_in_another_fold() -
     assert accuracy(fit(rows, target, together, config=config), target) < 0.75  # of 16 pictures: chance 0.5, sd 0.125
 
 
-def test_a_fold_is_scored_without_its_labels_and_without_its_other_rows(fitted: Fitted) -> None:
+def test_logits_depend_on_neither_labels_nor_other_rows_of_their_fold(fitted: Fitted) -> None:
     rows, target, before = fitted
     cross_fit = cross(target.label)
     in_fold = cross_fit.fold == 1
@@ -157,7 +157,7 @@ def test_a_fold_is_scored_without_its_labels_and_without_its_other_rows(fitted: 
     assert (np.abs(logits - before.logits(ROWS)[0])[~same].max(axis=1) > 0).all()
 
 
-def test_rows_that_do_not_fit_or_are_missing_teach_nothing() -> None:
+def test_rows_outside_fits_or_missing_do_not_change_the_logits() -> None:
     rows, target = planted(PICTURE, dtype=np.float32)
     fits = np.arange(72) % 5 != 0
     missing = np.isin(ROWS, [1, 2, 7])
@@ -171,7 +171,7 @@ def test_rows_that_do_not_fit_or_are_missing_teach_nothing() -> None:
     np.testing.assert_array_equal(logits, without_missing)
 
 
-def test_rounds_have_folds_of_their_own_and_epochs_end_with_the_logits(fitted: Fitted) -> None:
+def test_repeats_have_different_folds_and_the_last_epoch_is_the_logits(fitted: Fitted) -> None:
     _, target, probe = fitted
     logits, by_epoch = probe.logits(ROWS), probe.logits_by_epoch(ROWS)
     assert logits.dtype == by_epoch.dtype == np.float32
@@ -190,7 +190,7 @@ def test_rounds_have_folds_of_their_own_and_epochs_end_with_the_logits(fitted: F
     assert margin[0] < margin[-1]
 
 
-def test_an_epoch_that_is_chosen_is_one_of_those_there_were() -> None:
+def test_chosen_epoch_is_one_of_the_recorded_epochs() -> None:
     rows, target = planted(PICTURE)
     cross_fit = cross(target.label)
     probe = fit(rows, target, cross_fit, config=replace(QUICK, choose_epoch=True, lr=0.3, epochs=5))
@@ -202,7 +202,7 @@ def test_an_epoch_that_is_chosen_is_one_of_those_there_were() -> None:
     assert any(4 not in epochs for epochs in epochs_of_fold.values())  # at this rate, the last is not always the best
 
 
-def test_rows_set_aside_choose_and_teach_nothing_else() -> None:
+def test_holdout_rows_only_choose_the_epoch() -> None:
     rows, target = planted(PICTURE)
     cross_fit = cross(target.label)
     holdout_mask = cross_fit.inner == 0
@@ -218,7 +218,7 @@ def test_rows_set_aside_choose_and_teach_nothing_else() -> None:
     )
 
 
-def test_a_seed_gives_the_same_bytes_whatever_chance_does_elsewhere(fitted: Fitted) -> None:
+def test_logits_depend_on_the_seed_only(fitted: Fitted) -> None:
     rows, target, first = fitted
 
     def disturb(stage: str, done: int, total: int) -> None:
@@ -264,7 +264,7 @@ class Watched:
         return values
 
 
-def test_rows_are_read_a_batch_at_a_time_and_not_by_the_thread_that_trains() -> None:
+def test_rows_are_read_in_batches_by_other_threads() -> None:
     rows, target = planted(PICTURE)
     watched, cross_fit = Watched(matrix=rows), cross(target.label)
     fit(watched, target, cross_fit)
@@ -277,7 +277,7 @@ def test_rows_are_read_a_batch_at_a_time_and_not_by_the_thread_that_trains() -> 
     np.testing.assert_array_equal(times, 2 * QUICK.epochs)  # in both networks that may
 
 
-def test_each_network_starts_from_weights_of_its_own() -> None:
+def test_networks_have_different_initial_weights() -> None:
     rows, target = planted(PICTURE)
     cross_fit = cross(target.label)
     still = replace(QUICK, epochs=1, batch_size=64, lr=1e-12, least_crop=1.0, flip=False)
@@ -285,7 +285,7 @@ def test_each_network_starts_from_weights_of_its_own() -> None:
     assert np.abs(logits[1] - logits[0]).max(axis=1).min() > 1e-3
 
 
-def test_the_rate_falls_and_pictures_alone_are_varied(fitted: Fitted) -> None:
+def test_learning_rate_falls_and_only_pictures_are_augmented(fitted: Fitted) -> None:
     rows, target, before = fitted
     slower = fit(rows, target, config=replace(QUICK, lr_step=1)).logits_by_epoch(ROWS)
     np.testing.assert_array_equal(slower[0], before.logits_by_epoch(ROWS)[0])
@@ -311,7 +311,7 @@ def stop_after(steps: int) -> Progress:
     return stop
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bytes(fitted: Fitted, tmp_path: Path) -> None:
+def test_resumed_training_gives_the_same_bytes(fitted: Fitted, tmp_path: Path) -> None:
     rows, target, uninterrupted = fitted
     cross_fits = cross(target.label), cross(target.label, seed=1)
     with pytest.raises(StopError):
@@ -327,7 +327,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(fitted: Fitted, tmp_p
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_what_is_there_is_read_only_for_the_same_inputs_and_settings(tmp_path: Path) -> None:
+def test_stored_folds_are_reused_only_for_equal_inputs_and_settings(tmp_path: Path) -> None:
     rows, target = planted(PICTURE)
     quick = replace(QUICK, epochs=1)
     first = fit(rows, target, config=quick, folder=tmp_path)
@@ -365,7 +365,7 @@ def test_what_is_there_is_read_only_for_the_same_inputs_and_settings(tmp_path: P
     assert len(set(tmp_path.iterdir()) - files) == 3
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_damaged_file_raises(tmp_path: Path) -> None:
     rows, target = planted(PICTURE)
     quick = replace(QUICK, epochs=1)
     fit(rows, target, config=quick, folder=tmp_path)
@@ -375,32 +375,32 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         fit(rows, target, config=quick, folder=tmp_path)
 
 
-def test_masked_inputs_are_refused(fitted: Fitted) -> None:
+def test_masked_inputs_raise(fitted: Fitted) -> None:
     rows, _, probe = fitted
     with pytest.raises(ConfigError, match=r"cannot score masked inputs, .*: set probe\.joint = false"):
         probe.logits(ROWS, inputs=MatrixInputs(matrix=rows))
 
 
-def test_a_training_that_diverges_says_so() -> None:
+def test_diverging_training_raises() -> None:
     rows, target = planted(PICTURE)
     with pytest.raises(ScoreError, match=r"repeat 0, fold 0 diverged in epoch 1: its loss is .*; lower network\.lr"):
         fit(rows, target, config=replace(QUICK, lr=1e30))
 
 
-def test_too_few_rows_are_refused() -> None:
+def test_too_few_rows_raise() -> None:
     rows, target = planted(PICTURE)
     cross_fit = cross(target.label, fits=ROWS < 1)
     with pytest.raises(ScoreError, match=r"fold \d leaves a network \d rows to learn from, .*\(probe\.folds\)"):
         fit(rows, target, cross_fit)
 
 
-def test_rows_of_another_shape_are_refused() -> None:
+def test_rows_of_another_shape_raise() -> None:
     rows, target = planted(PICTURE)
     with pytest.raises(ConfigError, match=r"shape \(7, 10\) have 70 numbers, but a row has 192"):
         fit(rows, target, shape=(7, 10))
 
 
-def test_without_transformers_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_raises_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     rows, target = planted(PICTURE)
     with pytest.raises(ConfigError, match=r'pip install "mmaudit\[hf\]"'):

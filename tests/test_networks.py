@@ -39,7 +39,7 @@ def some(shape: tuple[int, ...], num: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("shape", "num_channels"), [(PICTURE, 3), (FRAMES, 3), (SOUND, 1)])
-def test_the_trunk_at_width_1_is_a_resnet18(shape: tuple[int, ...], num_channels: int) -> None:
+def test_trunk_of_width_1_is_a_resnet18(shape: tuple[int, ...], num_channels: int) -> None:
     net = build_network(shape, num_outputs=7, width=1.0, seed=0)
     filters = 7 * 7 * 64  # of the first layer, for each channel
     assert sum(parameter.numel() for parameter in net.trunk.parameters()) == 11_176_512 - (3 - num_channels) * filters
@@ -47,7 +47,7 @@ def test_the_trunk_at_width_1_is_a_resnet18(shape: tuple[int, ...], num_channels
 
 
 @pytest.mark.parametrize("shape", [SOUND, PICTURE, FRAMES])
-def test_rows_are_seen_as_pictures_without_a_copy(shape: tuple[int, ...]) -> None:
+def test_rows_are_viewed_as_pictures_without_a_copy(shape: tuple[int, ...]) -> None:
     rows = some(shape)
     pictures = to_pictures(rows, shape)
     inputs = rows.numpy().reshape(5, *shape)
@@ -59,7 +59,7 @@ def test_rows_are_seen_as_pictures_without_a_copy(shape: tuple[int, ...]) -> Non
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [SOUND, PICTURE, FRAMES])
-def test_no_rows_have_no_answers(shape: tuple[int, ...]) -> None:
+def test_empty_batch_gives_empty_outputs(shape: tuple[int, ...]) -> None:
     assert network(shape)(to_pictures(some(shape, num=0), shape)).shape == (0, 4)
 
 
@@ -77,7 +77,7 @@ def test_a_network_is_its_trunk_and_a_linear_head(shape: tuple[int, ...]) -> Non
 
 
 @torch.no_grad()
-def test_frames_are_averaged_whatever_their_order() -> None:
+def test_frame_order_does_not_matter() -> None:
     pictures = to_pictures(some(FRAMES), FRAMES)
     net = network(FRAMES)
     torch.testing.assert_close(net(pictures.flip(1)), net(pictures), atol=1e-5, rtol=1e-5)
@@ -86,7 +86,7 @@ def test_frames_are_averaged_whatever_their_order() -> None:
 
 
 @torch.no_grad()
-def test_levels_do_not_matter_once_standardised() -> None:
+def test_outputs_do_not_depend_on_input_scale() -> None:
     rows = some(PICTURE, 20).numpy()
     gain, offset = np.array([2.0, 50.0, 0.1], np.float32), np.array([0.0, 100.0, -3.0], np.float32)
     louder = (rows.reshape(20, -1, 3) * gain + offset).reshape(20, -1)
@@ -101,7 +101,7 @@ def test_levels_do_not_matter_once_standardised() -> None:
 
 
 @torch.no_grad()
-def test_what_is_missing_is_taken_for_the_mean() -> None:
+def test_missing_inputs_equal_the_mean() -> None:
     net = network()
     net.trunk.standardise_by(np.array([5.0, 6.0, 7.0]), np.array([1.0, 0.0, 2.0]))
     missing = to_pictures(torch.full((1, 216), float("nan")), PICTURE)
@@ -110,7 +110,7 @@ def test_what_is_missing_is_taken_for_the_mean() -> None:
     assert torch.isfinite(net(mean + 1)).all()  # of a channel without spread as well
 
 
-def test_weights_are_a_function_of_the_seed_and_nothing_else() -> None:
+def test_weights_depend_on_the_seed_only() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -126,12 +126,12 @@ def test_weights_are_a_function_of_the_seed_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("missing", [(3,), (2, 2, 2, 2, 2)])
-def test_shapes_that_no_network_reads_are_refused(missing: tuple[int, ...]) -> None:
+def test_unsupported_shapes_raise(missing: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"a network reads \(mel, t\), .* not inputs of shape"):
         check_shape(missing, int(np.prod(missing)))
 
 
-def test_rows_of_another_length_are_refused() -> None:
+def test_rows_of_another_length_raise() -> None:
     with pytest.raises(
         ConfigError, match=r"shape \(9, 8, 3\) have 216 numbers, but a row has 200: .* encode them again"
     ):
@@ -139,19 +139,19 @@ def test_rows_of_another_length_are_refused() -> None:
     check_shape(PICTURE, 216)
 
 
-def test_without_transformers_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_raises_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "mmaudit\[hf\]"'):
         network()
 
 
-def test_nothing_is_varied_where_nothing_shall_be() -> None:
+def test_augmentation_can_be_turned_off() -> None:
     pictures = to_pictures(some(FRAMES), FRAMES)
     augmented = augment_pictures(pictures, np.random.default_rng(0), least_area=1.0, flip=False)
     torch.testing.assert_close(augmented, pictures, atol=1e-5, rtol=1e-5)
 
 
-def test_one_picture_in_two_is_mirrored() -> None:
+def test_half_of_the_pictures_are_flipped() -> None:
     pictures = to_pictures(some(FRAMES, 200), FRAMES)
     augmented = augment_pictures(pictures, np.random.default_rng(0), least_area=1.0, flip=True)
     straight, mirrored = (
@@ -163,7 +163,7 @@ def test_one_picture_in_two_is_mirrored() -> None:
 
 
 @pytest.mark.parametrize("least_area", [0.08, 0.5, 0.9])
-def test_crops_lie_in_the_picture_and_keep_to_their_area(least_area: float) -> None:
+def test_crops_are_inside_the_picture_and_within_the_area_bounds(least_area: float) -> None:
     """Pictures of their own coordinates tell where they were cropped: slopes are sides, means are centres."""
     size = 64
     coordinates = (torch.arange(size) + 0.5) / size
@@ -186,7 +186,7 @@ def test_crops_lie_in_the_picture_and_keep_to_their_area(least_area: float) -> N
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_a_survey_measures_each_channel_over_any_rows(dtype: Any) -> None:
+def test_statistics_give_channel_moments_over_any_rows(dtype: Any) -> None:
     matrix = RNG.integers(0, 256, (20, 216)).astype(dtype)
     statistics = input_statistics(MatrixInputs(matrix=matrix), PICTURE, batch_size=6)
     rows = np.array([3, 19, 7])
@@ -204,7 +204,7 @@ def test_a_survey_measures_each_channel_over_any_rows(dtype: Any) -> None:
     assert len(contents) == 2
 
 
-def test_a_survey_tells_what_is_missing() -> None:
+def test_statistics_mark_missing_rows() -> None:
     matrix = np.ones((5, 216), np.float32)
     matrix[2] = np.nan
     statistics = input_statistics(MatrixInputs(matrix=matrix), PICTURE, batch_size=2)
@@ -226,7 +226,7 @@ def test_losses_equal_the_references() -> None:
     assert loss == pytest.approx(np.mean([log_loss(values[rows, j], sure[:, j]) for j in range(3)]), rel=1e-5)
 
 
-def test_numbers_are_standardised_by_the_rows_that_are_learned_from() -> None:
+def test_regression_targets_are_standardised_by_training_rows() -> None:
     values = np.array([[10.0], [20.0], [30.0], [1000.0]], np.float32)
     target = Target(task="regression", label=np.zeros(4, np.int32), num_outputs=1, values=values)
     truth = NetworkTarget.of(target, np.arange(3), "cpu")
@@ -242,7 +242,7 @@ def test_numbers_are_standardised_by_the_rows_that_are_learned_from() -> None:
 
 
 @given(epochs=st.integers(1, 1000))
-def test_epochs_kept_are_spread_from_the_first_to_the_last(epochs: int) -> None:
+def test_recorded_epochs_are_spread_from_first_to_last(epochs: int) -> None:
     recorded = NetworkConfig(epochs=epochs).recorded_epochs
     assert len(recorded) == min(epochs, 8)
     assert recorded[-1] == epochs
@@ -265,6 +265,6 @@ def test_epochs_kept_are_spread_from_the_first_to_the_last(epochs: int) -> None:
         ({"precision": "bf16"}, r"network\.precision is 'bf16'; did you mean bfloat16\? .*auto, float32, bfloat16"),
     ],
 )
-def test_a_bad_setting_is_refused(settings: dict[str, Any], words: str) -> None:
+def test_invalid_setting_raises(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         NetworkConfig(**settings)

@@ -52,9 +52,7 @@ def crowds(draw: st.DrawFn) -> Samples:
 
 @settings(deadline=None)
 @given(crowds(), st.sampled_from(["all", "train"]), st.integers(0, 99))
-def test_who_stays_is_crossfitted_in_every_round_and_the_rest_is_rare(
-    samples: Samples, learn_from: str, seed: int
-) -> None:
+def test_remaining_classes_are_cross_fitted_in_every_repeat(samples: Samples, learn_from: str, seed: int) -> None:
     config = replace(CONFIG, learn_from=learn_from)
     try:
         rows, cross_fits, left_out = plan_cross_fits(samples, every(samples), config, seed=seed)
@@ -77,7 +75,7 @@ def test_who_stays_is_crossfitted_in_every_round_and_the_rest_is_rare(
                 assert len(pairs) == len({name for name, _ in pairs})
 
 
-def test_rounds_and_seeds_differ() -> None:
+def test_repeats_and_seeds_differ() -> None:
     """Five folds by chance agree on a fifth of the rows."""
     samples = samples_of(np.arange(400) % 2)
     _, cross_fits, _ = plan_cross_fits(samples, every(samples), CONFIG, seed=5)
@@ -94,7 +92,7 @@ def test_rounds_and_seeds_differ() -> None:
     )  # a repeat more does not change those before
 
 
-def test_rounds_follow_the_ids_and_not_the_rows() -> None:
+def test_folds_follow_the_ids() -> None:
     samples = samples_of(np.arange(80) % 3)
     order = np.random.default_rng(0).permutation(80)
     moved = samples_of(samples.label[order], ids=samples.sample_id[order])
@@ -104,7 +102,7 @@ def test_rounds_follow_the_ids_and_not_the_rows() -> None:
         np.testing.assert_array_equal(getattr(second, name), getattr(first, name)[order])
 
 
-def test_what_test_samples_are_changes_nothing_among_the_others() -> None:
+def test_labels_do_not_change_training_folds() -> None:
     split = np.where(np.arange(80) % 4 == 0, "test", "train")
     label = np.arange(80) % 3
     config = replace(CONFIG, learn_from="train")
@@ -121,7 +119,7 @@ def test_what_test_samples_are_changes_nothing_among_the_others() -> None:
     assert assignments[0] == assignments[1]
 
 
-def test_a_rare_class_is_told_with_its_number() -> None:
+def test_rare_class_is_reported_with_its_size() -> None:
     samples = samples_of([0, 1] * 10 + [2])
     rows, _, left_out = plan_cross_fits(samples, every(samples), CONFIG, seed=0)
     assert rows.tolist() == list(range(20))
@@ -136,7 +134,7 @@ def test_a_rare_class_is_told_with_its_number() -> None:
     assert len(left_out) == 3
 
 
-def test_only_the_rows_that_are_given_count() -> None:
+def test_only_selected_rows_count() -> None:
     samples = samples_of([0, 1] * 10 + [2, 2])
     rows, _, left_out = plan_cross_fits(samples, np.arange(21), CONFIG, seed=0)
     assert rows.tolist() == list(range(20))
@@ -150,7 +148,7 @@ def test_strata_of_a_regression_are_never_too_rare() -> None:
     assert (len(rows), left_out) == (21, [])
 
 
-def test_what_cannot_be_crossed_is_refused() -> None:
+def test_data_that_cannot_be_cross_fitted_raises() -> None:
     tests = samples_of([0, 1] * 5, split=["test"] * 10)
     for learn_from in ("all", "train"):
         with pytest.raises(ScoreError, match=r"every usable sample is in the test split: .* pass --split none"):

@@ -32,7 +32,7 @@ def numbers() -> Target:
 
 
 @given(LOGITS, st.floats(0.2, 5))
-def test_confidence_of_a_class_is_the_softmax_at_its_temperature(logits: np.ndarray, temperature: float) -> None:
+def test_class_confidence_is_the_softmax_at_its_temperature(logits: np.ndarray, temperature: float) -> None:
     prediction = predict(logits, np.full(6, temperature, np.float32), classes())
     log_probability = log_softmax(logits.astype(np.float64), axis=2)
     rows = np.arange(6)
@@ -48,7 +48,7 @@ def test_confidence_of_a_class_is_the_softmax_at_its_temperature(logits: np.ndar
 
 
 @given(LOGITS)
-def test_several_labels_are_as_likely_as_their_geometric_mean(logits: np.ndarray) -> None:
+def test_multilabel_confidence_is_the_geometric_mean(logits: np.ndarray) -> None:
     target = labels()
     assert target.values is not None
     prediction = predict(logits, np.ones(6, np.float32), target)
@@ -62,7 +62,7 @@ def test_several_labels_are_as_likely_as_their_geometric_mean(logits: np.ndarray
     assert np.isnan(prediction.predicted).all()
 
 
-def test_more_labels_do_not_make_a_sample_less_likely() -> None:
+def test_multilabel_confidence_does_not_depend_on_the_number_of_labels() -> None:
     """A probe that is 0.9 sure of every label is 0.9 confident, of three labels and of thirty."""
     sure = np.log(9).astype(np.float32)
     for k in (3, 30):
@@ -72,7 +72,7 @@ def test_more_labels_do_not_make_a_sample_less_likely() -> None:
         assert prediction.confidence[0] == pytest.approx(0.9, abs=1e-5)
 
 
-def test_a_number_is_as_likely_as_its_gaussian_says_in_the_units_of_the_best_modality() -> None:
+def test_regression_confidence_is_the_density_relative_to_min_scale() -> None:
     target = numbers()
     assert target.values is not None
     rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def test_a_number_is_as_likely_as_its_gaussian_says_in_the_units_of_the_best_mod
 
 
 @pytest.mark.parametrize("target", [classes(), labels(), numbers()], ids=lambda target: target.task)
-def test_fusing_what_says_the_same_changes_nothing_but_a_number_s_precision(target: Target) -> None:
+def test_fusing_equal_predictions_changes_only_precision(target: Target) -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 1, (1, 6, target.num_outputs)).astype(np.float32)
     single = predict(logits, np.ones(6, np.float32), target)
@@ -98,7 +98,7 @@ def test_fusing_what_says_the_same_changes_nothing_but_a_number_s_precision(targ
 
 
 @pytest.mark.parametrize("target", [classes(), labels(), numbers()], ids=lambda target: target.task)
-def test_a_missing_modality_has_no_say(target: Target) -> None:
+def test_missing_modality_does_not_change_the_fusion(target: Target) -> None:
     rng = np.random.default_rng(2)
     logits = rng.normal(0, 1, (2, 1, 6, target.num_outputs)).astype(np.float32)
     ones = np.ones(6, np.float32)
@@ -110,7 +110,7 @@ def test_a_missing_modality_has_no_say(target: Target) -> None:
 
 @pytest.mark.parametrize("target", [classes(), labels()])
 @pytest.mark.parametrize("num_rounds", [1, 3])
-def test_parts_of_a_reading_are_those_of_the_whole(target: Target, num_rounds: int) -> None:
+def test_helpers_equal_the_fields_of_predict(target: Target, num_rounds: int) -> None:
     rng = np.random.default_rng(num_rounds)
     logits = 3 * rng.standard_normal((num_rounds, len(target), target.num_outputs)).astype(np.float32)
     scale = rng.uniform(0.5, 2, len(target)).astype(np.float32)
@@ -120,7 +120,7 @@ def test_parts_of_a_reading_are_those_of_the_whole(target: Target, num_rounds: i
     np.testing.assert_array_equal(correctness(logits, scale, target), prediction.correct)
 
 
-def test_the_margin_is_between_the_two_likeliest_classes() -> None:
+def test_margin_is_between_the_two_most_probable_classes() -> None:
     logits = np.random.default_rng(0).standard_normal((1, 4, 3)).astype(np.float32)
     logits[0, 0] = 0  # three alike: no margin
     target = Target(task="classification", label=np.zeros(4, np.int32), num_outputs=3)

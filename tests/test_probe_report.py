@@ -145,7 +145,7 @@ def several(seed: int = 0) -> Target:
     return Target(task="multilabel", label=np.zeros(N, np.int32), num_outputs=3, values=values)
 
 
-def test_standings_of_classes_are_accuracies() -> None:
+def test_classification_metrics_are_accuracies() -> None:
     probe_set = probe_set_of(CLASSES, noisy_logits(0.8, seed=0), noisy_logits(0.5, seed=1))
     report = report_of(probe_set)
     assert report.metric == "accuracy"
@@ -159,7 +159,7 @@ def test_standings_of_classes_are_accuracies() -> None:
     assert report.gain_over_best.name == "m0"
 
 
-def test_standings_of_labels_are_shares_of_right_decisions() -> None:
+def test_multilabel_metrics_are_label_accuracies() -> None:
     target = several()
     assert target.values is not None
     logits = np.random.default_rng(1).normal(0, 1, (N, 3)).astype(np.float32) + target.values
@@ -170,7 +170,7 @@ def test_standings_of_labels_are_shares_of_right_decisions() -> None:
     assert report.probe_metrics[1].value == pytest.approx(1 - expected, abs=1e-6)
 
 
-def test_standings_of_numbers_are_r2() -> None:
+def test_regression_metrics_are_r2() -> None:
     target = numbers()
     assert target.values is not None
     rng = np.random.default_rng(1)
@@ -183,7 +183,7 @@ def test_standings_of_numbers_are_r2() -> None:
     assert report.probe_metrics[1].value < -1  # worse than the mean
 
 
-def test_a_member_stands_on_the_samples_that_have_it() -> None:
+def test_metric_is_over_samples_with_the_modality() -> None:
     probe_set = probe_set_of(CLASSES, noisy_logits(0.8, seed=0), noisy_logits(0.5, seed=1), noisy_logits(0.6, seed=2))
     present = LABEL != 0
     probe_set = replace(probe_set, probes=(replace(probe_set.probes[0], present=present), *probe_set.probes[1:]))
@@ -193,7 +193,7 @@ def test_a_member_stands_on_the_samples_that_have_it() -> None:
     assert np.isfinite([metric.low, metric.high, metric.loss]).all()
 
 
-def test_chance_is_what_naming_the_commonest_reaches() -> None:
+def test_chance_is_the_rate_of_the_most_common_class() -> None:
     rng = np.random.default_rng(0)
     label = rng.choice(4, 200, p=[0.1, 0.2, 0.6, 0.1]).astype(np.int32)
     target = Target(task="classification", label=label, num_outputs=4)
@@ -210,7 +210,7 @@ def test_chance_is_what_naming_the_commonest_reaches() -> None:
 
 
 @pytest.mark.parametrize("target", [CLASSES, several(), numbers()], ids=lambda target: target.task)
-def test_labels_that_leak_are_seen(target: Target) -> None:
+def test_leaked_labels_are_detected(target: Target) -> None:
     """What is asked to learn shuffled labels and knows them out of fold has been told."""
     logits = np.zeros((N, target.num_outputs), np.float32)
     for control in report_of(probe_set_of(target, logits, logits), fit=peek, controls=True).controls:
@@ -236,7 +236,7 @@ def test_shuffled_labels_of_clean_data_are_at_chance(target: Target) -> None:
     assert report_of(probe_set).controls == ()
 
 
-def test_nobody_keeps_their_own_label_in_the_control_and_none_is_lost() -> None:
+def test_control_permutes_labels_without_fixed_points() -> None:
     values = np.arange(N, dtype=np.float32)[:, None]
     target = Target(task="regression", label=np.zeros(N, np.int32), num_outputs=1, values=values)
     rows = MatrixInputs(matrix=values)
@@ -261,7 +261,7 @@ def test_nobody_keeps_their_own_label_in_the_control_and_none_is_lost() -> None:
     assert abs(np.corrcoef(own, control_target)[0, 1]) < 0.15
 
 
-def test_the_control_of_a_network_is_two_of_half_the_rows_each() -> None:
+def test_network_control_has_two_folds_of_half_the_rows() -> None:
     """The same rows and the same shuffled labels as of any other probe, whatever rounds and folds there are."""
     logits, rows = noisy_logits(0.8, seed=0), MatrixInputs(matrix=np.arange(2 * N, dtype=np.float32).reshape(N, 2))
     calls: list[tuple[Floats, Target, Sequence[CrossFit]]] = []
@@ -286,7 +286,7 @@ def test_the_control_of_a_network_is_two_of_half_the_rows_each() -> None:
 
 
 @pytest.mark.parametrize("leaks", [False, True], ids=["apart", "together"])
-def test_a_network_that_has_seen_the_rows_it_scores_is_above_chance_on_shuffled_labels(leaks: bool) -> None:
+def test_network_control_detects_training_on_scored_rows(leaks: bool) -> None:
     """24 pictures of random patches: what is learned by heart helps only where it is asked about the very same rows."""
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 255, (24, 2, 2, 3)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
@@ -315,7 +315,7 @@ def test_a_network_that_has_seen_the_rows_it_scores_is_above_chance_on_shuffled_
     assert report.controls[0].leaks == leaks
 
 
-def test_of_many_rows_the_first_by_key_are_in_the_control(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_uses_the_rows_with_the_smallest_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmaudit.audit.scores.probe_report.CONTROL_ROWS", 100)
     logits, rows = noisy_logits(0.8, seed=0), MatrixInputs(matrix=np.arange(N, dtype=np.float32)[:, None])
     calls: list[list[float]] = []
@@ -333,7 +333,7 @@ def test_of_many_rows_the_first_by_key_are_in_the_control(monkeypatch: pytest.Mo
     assert [control.num_rows for control in report.controls] == [100, 100]
 
 
-def test_of_two_a_needed_modality_gains_and_a_useless_one_does_not() -> None:
+def test_needed_modality_gains_and_useless_one_does_not() -> None:
     probe_set, cross_fit = planted(1.5, 0.0)
     report = report_of(probe_set, cross_fit)
     needed, useless = report.gains
@@ -351,7 +351,7 @@ def test_of_two_a_needed_modality_gains_and_a_useless_one_does_not() -> None:
     )
 
 
-def test_of_three_what_each_adds_is_told_by_fusing_the_others() -> None:
+def test_gain_of_three_modalities_is_over_the_fusion_of_the_others() -> None:
     probe_set, cross_fit = planted(1.5, 0.0, 1.5)
     report = report_of(probe_set, cross_fit)
     assert [gain.name for gain in report.gains] == ["m0", "m1", "m2"]
@@ -363,7 +363,7 @@ def test_of_three_what_each_adds_is_told_by_fusing_the_others() -> None:
     assert report_of(replace(probe_set, joint=None), cross_fit).gains == report.gains  # they are of the fusion
 
 
-def test_a_gain_is_paired() -> None:
+def test_gain_interval_is_paired() -> None:
     """Of two probes that are right about nearly the same samples the difference is known better than either."""
     probe_set = probe_set_of(CLASSES, noisy_logits(0.6, seed=0), noisy_logits(0.5, seed=1))
     sample_scores = compute_sample_scores(probe_set, seed=0, progress=no_progress)
@@ -376,7 +376,7 @@ def test_a_gain_is_paired() -> None:
     assert report.gain_over_best.low > 0
 
 
-def test_samples_that_stand_or_fall_together_are_fewer_than_they_look() -> None:
+def test_groups_widen_the_intervals() -> None:
     group = np.array([f"g{row // 18}" for row in range(N)], dtype=object)
     correct = (np.random.default_rng(0).random(50) < 0.7)[np.arange(N) // 18]
     logits = 2 * np.eye(K, dtype=np.float32)[np.where(correct, LABEL, (LABEL + 1) % K)]
@@ -390,7 +390,7 @@ def test_samples_that_stand_or_fall_together_are_fewer_than_they_look() -> None:
     assert alone.probe_metrics[0].value == together.probe_metrics[0].value
 
 
-def test_the_books_are_plain_values() -> None:
+def test_report_round_trips_through_json() -> None:
     probe_set = probe_set_of(CLASSES, noisy_logits(0.8, seed=0), noisy_logits(0.5, seed=1))
     report = report_of(probe_set, fit=peek, controls=True)
     decoded = json.loads(json.dumps(report.to_json(), allow_nan=False))

@@ -90,7 +90,7 @@ def calibrated_probe(target: Target, logits: Floats, **changes: Any) -> Calibrat
 
 @pytest.mark.parametrize("task", ["classification", "multilabel"])
 @pytest.mark.parametrize("sharpness", [0.25, 1.0, 4.0])
-def test_what_is_said_too_surely_or_not_surely_enough_is_set_right(task: str, sharpness: float) -> None:
+def test_overconfident_and_underconfident_logits_are_calibrated(task: str, sharpness: float) -> None:
     target, logits = drawn(task)
     calibrated = calibrated_probe(target, sharpness * logits)
     calibration = calibrated.calibration
@@ -106,7 +106,7 @@ def test_what_is_said_too_surely_or_not_surely_enough_is_set_right(task: str, sh
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 @pytest.mark.parametrize("fold", range(FOLDS))
-def test_no_label_of_a_fold_has_a_part_in_its_own_scale(task: str, fold: int) -> None:
+def test_scale_does_not_depend_on_labels_of_its_fold(task: str, fold: int) -> None:
     target, logits = drawn(task)
     in_fold = CROSS_FITS[0].fold == fold
     if target.values is None:
@@ -120,7 +120,7 @@ def test_no_label_of_a_fold_has_a_part_in_its_own_scale(task: str, fold: int) ->
     assert (np.abs(after - before)[~in_fold] > 0.01).all()
 
 
-def test_a_regression_is_scaled_by_its_residuals() -> None:
+def test_regression_scale_is_that_of_residuals() -> None:
     target, logits = drawn("regression")
     calibrated = calibrated_probe(target, logits)
     assert target.values is not None
@@ -134,7 +134,7 @@ def test_a_regression_is_scaled_by_its_residuals() -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
-def test_rows_without_the_modality_neither_teach_nor_calibrate(task: str) -> None:
+def test_rows_without_the_modality_are_not_used(task: str) -> None:
     target, logits = drawn(task)
     present, fits = np.arange(N) % 4 != 0, np.arange(N) % 3 != 0
     taught = []
@@ -161,7 +161,7 @@ def test_rows_without_the_modality_neither_teach_nor_calibrate(task: str) -> Non
     assert after.scale.shape == (N,)
 
 
-def test_a_real_probe_does_not_learn_from_rows_without_the_modality() -> None:
+def test_linear_probe_does_not_use_rows_without_the_modality() -> None:
     """Whatever their labels and features are, nothing that is said of the others changes, to the last bit."""
     rng = np.random.default_rng(0)
     target, _ = drawn("classification")
@@ -183,14 +183,14 @@ def test_a_real_probe_does_not_learn_from_rows_without_the_modality() -> None:
     assert np.abs(confidence[1] - confidence[3]).max() > 0.01
 
 
-def test_the_mean_of_the_rounds_is_what_is_calibrated() -> None:
+def test_mean_of_the_repeats_is_calibrated() -> None:
     """One round is right, the other says nothing: their mean is half as sharp as it should be."""
     target, logits = drawn("classification")
     logits[1] = 0
     assert calibrated_probe(target, logits).calibration.temperature == pytest.approx(0.5, rel=0.2)
 
 
-def test_a_fold_without_rows_to_calibrate_on_has_the_mean_of_the_others() -> None:
+def test_fold_without_calibration_rows_gets_the_mean_scale() -> None:
     target, logits = drawn("classification")
     last = CROSS_FITS[0].fold == FOLDS - 1
     calibrated = calibrated_probe(target, logits, cross_fits=[replace(CROSS_FITS[0], fits=~last)])
@@ -198,7 +198,7 @@ def test_a_fold_without_rows_to_calibrate_on_has_the_mean_of_the_others() -> Non
     np.testing.assert_allclose(calibrated.scale[last], np.mean(other_scales), rtol=1e-5)
 
 
-def test_of_many_rows_some_are_enough_to_calibrate_on() -> None:
+def test_calibration_uses_a_sample_of_many_rows() -> None:
     n = CALIBRATION_ROWS + 5_000
     cross_fit = cross(n)
     label = (np.arange(n) % 2).astype(np.int32)
@@ -214,7 +214,7 @@ def test_of_many_rows_some_are_enough_to_calibrate_on() -> None:
     np.testing.assert_array_equal(after.scale, before.scale)
 
 
-def test_a_member_reads_at_its_own_scale() -> None:
+def test_predictions_use_the_scale_of_each_row() -> None:
     target, logits = drawn("classification")
     calibrated = calibrated_probe(target, 4 * logits)
     rows = np.array([599, 3, 3])
@@ -228,7 +228,7 @@ def test_a_member_reads_at_its_own_scale() -> None:
     assert not np.allclose(by_epoch[0], by_epoch[1])
 
 
-def test_together_they_stand_side_by_side_and_hear_who_has_any() -> None:
+def test_joint_probe_concatenates_features_of_samples_with_any_modality() -> None:
     target, logits = drawn("classification")
     rng = np.random.default_rng(0)
     parts = [MatrixInputs(matrix=rng.random((N, d)).astype(np.float32)) for d in (2, 3)]
@@ -251,7 +251,7 @@ def test_together_they_stand_side_by_side_and_hear_who_has_any() -> None:
     np.testing.assert_array_equal(probe_set.joint_inputs.read(rows), fitted_inputs[0].read(rows))
 
 
-def test_the_least_scale_is_that_of_the_best_member() -> None:
+def test_min_scale_is_that_of_the_best_probe() -> None:
     target, logits = drawn("regression")
     good, bad = calibrated_probe(target, logits), calibrated_probe(target, logits + 3)
     probe_set = ProbeSet(probes=(bad, good), joint=None, target=target)

@@ -90,7 +90,7 @@ def drawn_gaussian(d: int, *, dtype: torch.dtype = torch.float64) -> tuple[Float
 
 
 @pytest.mark.parametrize(("d", "width", "shrinkage"), [(12, 12, 0.2), (12, 9, 0.8), (3, 3, 0.5)])
-def test_it_is_the_density_of_a_t_distribution_around_each_class(d: int, width: int, shrinkage: float) -> None:
+def test_curve_logits_are_t_densities(d: int, width: int, shrinkage: float) -> None:
     """Axes are the features themselves, the last ones the widest; what a class borrows counts in rows."""
     x, label, gaussian, moments = drawn_gaussian(d)
     curve = fit_curve(gaussian, moments, torch.eye(d).double(), shape=CovarianceShape(width=width, shrinkage=shrinkage))
@@ -107,7 +107,7 @@ def test_it_is_the_density_of_a_t_distribution_around_each_class(d: int, width: 
     np.testing.assert_allclose(curve.times(0.3).times(0.5).logits(torch.from_numpy(x)), 0.15 * logits, atol=1e-8)
 
 
-def test_single_precision_is_double_but_for_rounding() -> None:
+def test_float32_curve_equals_float64_up_to_rounding() -> None:
     shape = CovarianceShape(width=12, shrinkage=0.2)
     logits = []
     for dtype in (torch.float32, torch.float64):
@@ -118,7 +118,7 @@ def test_single_precision_is_double_but_for_rounding() -> None:
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
 
 
-def test_a_wild_row_is_not_decided_for_good() -> None:
+def test_outlier_logits_are_bounded() -> None:
     """Along a ray the logits differ by no more than a bound, where a Gaussian's differ by the square of the way."""
     _, _, gaussian, moments = drawn_gaussian(6)
     curve = fit_curve(gaussian, moments, torch.eye(6).double(), shape=CovarianceShape(width=6, shrinkage=0.2))
@@ -129,7 +129,7 @@ def test_a_wild_row_is_not_decided_for_good() -> None:
     assert spread < 40
 
 
-def test_equal_means_are_told_apart_by_how_classes_spread() -> None:
+def test_classes_of_equal_means_are_separated_by_covariance() -> None:
     x, label, density = unlike(1_500, 9)
     straight, curved = (ask(x, label, kind=kind) for kind in ("linear", "auto"))
     truth = confidence(density, label)
@@ -140,7 +140,7 @@ def test_equal_means_are_told_apart_by_how_classes_spread() -> None:
 
 
 @pytest.mark.parametrize(("n", "d"), [(150, 30), (600, 12), (6_000, 6)])
-def test_of_one_covariance_it_is_no_worse_than_straight(n: int, d: int) -> None:
+def test_common_covariance_is_no_worse_than_linear(n: int, d: int) -> None:
     losses = {"linear": 0.0, "auto": 0.0}
     for seed in range(3):
         x, label = alike(n, d, seed=seed)
@@ -149,7 +149,7 @@ def test_of_one_covariance_it_is_no_worse_than_straight(n: int, d: int) -> None:
     assert losses["auto"] < 1.01 * losses["linear"]
 
 
-def test_linear_stays_straight_and_so_do_many_rows_and_a_wish() -> None:
+def test_linear_kind_many_rows_and_config_use_no_curves() -> None:
     x, label, _ = unlike(600, 6)
     assert all(isinstance(curve, Curve) for curve in fit(x, label).curves)
     assert fit(x, label, kind="linear").curves == (None,) * 3
@@ -159,7 +159,7 @@ def test_linear_stays_straight_and_so_do_many_rows_and_a_wish() -> None:
 
 
 @pytest.mark.parametrize("fold", range(3))
-def test_no_label_of_a_fold_has_a_part_in_its_own_answers(fold: int) -> None:
+def test_logits_do_not_depend_on_labels_of_their_fold(fold: int) -> None:
     x, label, _ = unlike(600, 6)
     own = cross_fit(600).fold == fold
     turned = np.where(own, (label + 1) % K, label).astype(np.int32)
@@ -168,7 +168,7 @@ def test_no_label_of_a_fold_has_a_part_in_its_own_answers(fold: int) -> None:
     assert np.abs(before - after)[~own].max() > 0.5
 
 
-def test_a_row_is_answered_alike_in_any_company() -> None:
+def test_logits_do_not_depend_on_other_rows() -> None:
     x, label, _ = unlike(900, 6)
     probe = fit(x, label)
     rows = np.array([7, 880, 7, 31])
@@ -197,7 +197,7 @@ def poor(name: str) -> tuple[NDArray[np.float32], Label]:
 
 @pytest.mark.parametrize("name", ["few", "constant", "missing", "wide", "wild", "rare"])
 @pytest.mark.parametrize("errors", [2.0, -np.inf])
-def test_poor_data_get_finite_answers(name: str, errors: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_degenerate_data_give_finite_logits(name: str, errors: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of `errors` of -inf curves are always taken."""
     monkeypatch.setattr("mmaudit.audit.probes.gaussian._ERRORS", errors)
     x, label = poor(name)
@@ -206,7 +206,7 @@ def test_poor_data_get_finite_answers(name: str, errors: float, monkeypatch: pyt
     assert errors > 0 or None not in probe.curves
 
 
-def test_axes_are_the_widest_and_so_few_that_they_keep_within_memory() -> None:
+def test_axes_have_the_largest_variance_within_the_memory_limit() -> None:
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((400, 200)) * np.linspace(1, 5, 200)).astype(np.float32)
     x[:, 7] += 40 * rng.integers(0, 2, 400)  # far wider than its middle two thirds
@@ -227,7 +227,7 @@ def test_shapes_grow_with_the_axes() -> None:
     assert widths == [[], [5], [32, 40], [32, 64, 128]]
 
 
-def test_a_covariance_that_rounding_left_indefinite_has_a_factor() -> None:
+def test_indefinite_covariance_has_a_cholesky_factor() -> None:
     """As of classes of one row each: what is left of it is rounding, of either sign."""
     covariances = torch.tensor(
         [[[1e-9, 2e-9], [2e-9, 1e-9]], [[2.0, 0.5], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]

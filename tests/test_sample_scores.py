@@ -99,7 +99,7 @@ def some_missing(m: int) -> NDArray[np.bool_]:
 
 
 @pytest.mark.parametrize("target", [CLASSES, LABELS, NUMBERS], ids=lambda target: target.task)
-def test_what_is_missing_is_nan_and_the_rest_is_as_if_it_were_there(target: Target) -> None:
+def test_missing_modalities_are_nan_and_other_scores_are_unchanged(target: Target) -> None:
     present = some_missing(3)
     without_missing, with_missing = (
         scores_of(probe_set_of(3, target)),
@@ -117,7 +117,7 @@ def test_what_is_missing_is_nan_and_the_rest_is_as_if_it_were_there(target: Targ
     np.testing.assert_array_equal(np.isnan(with_missing.spread), ~present)
 
 
-def test_confidence_is_of_the_mean_and_spread_of_the_rounds() -> None:
+def test_confidence_is_of_the_mean_and_spread_over_repeats() -> None:
     probe_set = probe_set_of(2)
     sample_scores = scores_of(probe_set)
     by_repeat = []
@@ -140,7 +140,7 @@ def test_confidence_is_of_the_mean_and_spread_of_the_rounds() -> None:
     assert sample_scores.spread.shape == (N, 1)
 
 
-def test_after_one_round_there_is_no_spread() -> None:
+def test_spread_of_one_repeat_is_nan() -> None:
     probes = tuple(
         calibrated(name, StoredProbe(by_repeat=random_probe(seed).by_repeat[:1], by_epoch=random_probe(seed).by_epoch))
         for seed, name in enumerate(("a", "b"))
@@ -150,7 +150,7 @@ def test_after_one_round_there_is_no_spread() -> None:
     assert np.isnan(sample_scores.spread).all()
 
 
-def test_without_a_joint_probe_the_modalities_are_fused_and_have_no_shapley_values() -> None:
+def test_without_joint_probe_shapley_values_are_nan() -> None:
     probe_set = probe_set_of(2)
     sample_scores = scores_of(probe_set)
     shares = [member.predict(np.arange(N), CLASSES).probability for member in probe_set.probes]
@@ -162,7 +162,7 @@ def test_without_a_joint_probe_the_modalities_are_fused_and_have_no_shapley_valu
     assert np.isnan(sample_scores.shapley).all()
 
 
-def test_numbers_are_as_likely_as_the_best_modality_s_gaussian_allows() -> None:
+def test_regression_confidence_is_relative_to_the_best_modality() -> None:
     probe_set = probe_set_of(2, NUMBERS)
     sample_scores = scores_of(probe_set)
     assert NUMBERS.values is not None
@@ -177,7 +177,7 @@ def test_numbers_are_as_likely_as_the_best_modality_s_gaussian_allows() -> None:
     assert np.isnan(sample_scores.shapley).all()
 
 
-def test_without_one_modality_the_others_are_fused() -> None:
+def test_without_correct_is_the_fusion_of_the_others() -> None:
     present = some_missing(3)
     probe_set = probe_set_of(3, present=present)
     sample_scores = scores_of(probe_set)
@@ -204,7 +204,7 @@ def shapley_of(
     return scores_of(probe_set_of(m, present=present, joint=calibrated("joint", probe, width=m)), seed).shapley
 
 
-def test_shapley_values_of_two_modalities_are_smvs() -> None:
+def test_shapley_values_of_two_modalities_equal_smv() -> None:
     """phi^1 = (V1 - 0 + V12 - V2) / 2, where V is the number of modalities if they name the class, else 0."""
     correct_by_set = game(2, seed=0)
     first, second, joint = (correct_by_set[frozenset(subset)].astype(float) for subset in ({0}, {1}, {0, 1}))
@@ -215,7 +215,7 @@ def test_shapley_values_of_two_modalities_are_smvs() -> None:
 
 
 @pytest.mark.parametrize("m", [2, 3, 5, 7])
-def test_shapley_values_share_out_what_all_are_worth(m: int) -> None:
+def test_shapley_values_sum_to_the_value_of_all(m: int) -> None:
     correct_by_set = game(m, seed=m)
     shapley = shapley_of(correct_by_set)
     np.testing.assert_allclose(shapley.sum(axis=1), m * correct_by_set[frozenset(range(m))], atol=1e-4)
@@ -232,19 +232,19 @@ def test_sampled_orders_follow_the_seed() -> None:
 
 
 @pytest.mark.parametrize("m", [2, 4])
-def test_modalities_that_each_suffice_are_worth_one(m: int) -> None:
+def test_sufficient_modalities_have_shapley_value_one(m: int) -> None:
     correct_by_set = {subset: np.ones(N, bool) for subset in game(m, seed=0)}
     np.testing.assert_allclose(shapley_of(correct_by_set), 1, atol=1e-6)
 
 
-def test_a_modality_that_the_others_need_is_worth_more_than_one_and_theirs_less() -> None:
+def test_needed_modality_has_the_largest_shapley_value() -> None:
     correct_by_set = {subset: np.full(N, 0 in subset) for subset in game(3, seed=0)}
     shapley = shapley_of(correct_by_set)
     assert shapley[:, 0].min() > 1 > shapley[:, 1:].max()
     np.testing.assert_allclose(shapley[:, 1], shapley[:, 2], atol=1e-6)
 
 
-def test_missing_modalities_take_no_part_in_the_shapley_game() -> None:
+def test_missing_modalities_are_left_out_of_shapley_values() -> None:
     """What two of three modalities are worth is shared out between those two: a third that is not there has no part."""
     present = np.ones((N, 3), bool)
     present[::2, 2] = False
@@ -262,9 +262,7 @@ def test_missing_modalities_take_no_part_in_the_shapley_game() -> None:
 
 
 @pytest.mark.parametrize("num_outputs_at_once", [1, 100 * K])
-def test_it_does_not_matter_how_many_samples_are_asked_about_at_once(
-    num_outputs_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunk_size_does_not_change_scores(num_outputs_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     probe_set = probe_set_of(3, present=some_missing(3))
     unchunked = scores_of(probe_set)
     monkeypatch.setattr("mmaudit.audit.scores.sample_scores._CHUNK_LOGITS", num_outputs_at_once)

@@ -68,7 +68,7 @@ def by_id(result: Audit) -> dict[str, dict[str, Any]]:
 Planted = Callable[..., Path]
 
 
-def test_clips_of_one_telling_feature_are_known(clip_source: Path, tmp_path: Path) -> None:
+def test_clips_with_an_informative_feature_are_predicted(clip_source: Path, tmp_path: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     result = audit(
         clip_source,
@@ -95,7 +95,7 @@ def test_clips_of_one_telling_feature_are_known(clip_source: Path, tmp_path: Pat
     assert not any(control.leaks for control in result.probe_report.controls)
 
 
-def test_a_network_has_a_control_where_probes_have_one(clip_source: Path, tmp_path: Path) -> None:
+def test_network_has_a_control_if_configured(clip_source: Path, tmp_path: Path) -> None:
     """Two networks for it beside the three folds of two rounds; they are kept as well."""
     config = DataConfig(group="speaker", encoder=("image=resnet18",))
     quick = NetworkConfig(epochs=2, batch_size=8, width=1 / 16)
@@ -152,7 +152,7 @@ DEFECTS: dict[str, tuple[str, Any, Reason]] = {
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("grouped", [False, True])
-def test_input_is_scored_plus_quarantined(planted: Planted, tmp_path: Path, seed: int, grouped: bool) -> None:
+def test_every_sample_is_scored_or_quarantined(planted: Planted, tmp_path: Path, seed: int, grouped: bool) -> None:
     """Defects are planted at random; a sample may have several, and a defect makes a whole class rare now and then."""
     rng = np.random.default_rng(seed)
     columns = rows_of(planted(num_samples=60, seed=seed))
@@ -184,7 +184,7 @@ def test_input_is_scored_plus_quarantined(planted: Planted, tmp_path: Path, seed
         assert record.detail
 
 
-def test_a_class_that_becomes_rare_when_others_leave_is_left_out_too(planted: Planted, tmp_path: Path) -> None:
+def test_class_that_becomes_rare_is_quarantined(planted: Planted, tmp_path: Path) -> None:
     """The rest is dealt anew, and the new deal may put another class into one fold: seed 1097 is such a case."""
     rng = np.random.default_rng(1097)
     columns = rows_of(planted(num_samples=60))
@@ -197,7 +197,7 @@ def test_a_class_that_becomes_rare_when_others_leave_is_left_out_too(planted: Pl
     assert sorted([*left_out, *result.scores.sample_id]) == sorted(columns["id"])
 
 
-def test_a_class_of_the_test_split_is_rare_to_probes_of_the_train_split(planted: Planted, tmp_path: Path) -> None:
+def test_class_of_the_test_split_is_rare_when_training_on_train(planted: Planted, tmp_path: Path) -> None:
     columns = rows_of(planted())
     for row in (4, 5, 6, 7):
         columns["label"][row], columns["split"][row] = 9, "test"
@@ -208,7 +208,7 @@ def test_a_class_of_the_test_split_is_rare_to_probes_of_the_train_split(planted:
     assert {record.sample_id for record in train.quarantined} == {columns["id"][row] for row in (4, 5, 6, 7)}
 
 
-def test_test_labels_move_no_training_row_when_probes_learn_from_train(planted: Planted, tmp_path: Path) -> None:
+def test_test_labels_do_not_change_training_scores(planted: Planted, tmp_path: Path) -> None:
     """Neither by probes, alone or together, nor by temperatures, Shapley values, balance or the mixture."""
     columns = rows_of(planted(num_samples=120))
     train = replace(WHOLE, learn_from="train")
@@ -228,7 +228,7 @@ def test_test_labels_move_no_training_row_when_probes_learn_from_train(planted: 
     assert not all_splits.filter(learned)["confidence_audio"].equals(rows_before["confidence_audio"])
 
 
-def test_test_samples_teach_nobody_when_probes_learn_from_train(planted: Planted, tmp_path: Path) -> None:
+def test_test_samples_do_not_change_training_scores(planted: Planted, tmp_path: Path) -> None:
     columns = rows_of(planted())
     train = replace(QUICK, learn_from="train", tolerance=1e-9)
     before = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "one", probe=train)
@@ -281,18 +281,18 @@ def test_two_runs_are_bit_equal(planted: Planted, tmp_path: Path) -> None:
     assert other_seed.fingerprint == first.fingerprint
 
 
-def test_one_class_alone_is_refused(planted: Planted, tmp_path: Path) -> None:
+def test_single_class_raises(planted: Planted, tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match=r"only one class is left to score \('0'\); probes need two"):
         audit(planted(num_classes=1), tmp_path / "cache")
 
 
-def test_a_sample_alone_is_refused(planted: Planted, tmp_path: Path) -> None:
+def test_single_sample_raises(planted: Planted, tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match="needs at least 2 usable samples, found 1"):
         audit(planted(num_samples=1, num_classes=1), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_a_modality_of_a_sample_alone_is_refused(planted: Planted, tmp_path: Path, grouped: bool) -> None:
+def test_modality_of_a_single_sample_raises(planted: Planted, tmp_path: Path, grouped: bool) -> None:
     columns = rows_of(planted(modalities=("audio", "visual", "touch")))
     columns["split"] = ["train"] * 90
     if grouped:
@@ -304,7 +304,7 @@ def test_a_modality_of_a_sample_alone_is_refused(planted: Planted, tmp_path: Pat
         audit(data, tmp_path / "cache", config=DataConfig(group="group") if grouped else None)
 
 
-def test_nothing_usable_in_both_is_refused(planted: Planted, tmp_path: Path) -> None:
+def test_no_usable_sample_raises(planted: Planted, tmp_path: Path) -> None:
     columns = rows_of(planted())
     for row in range(90):
         columns["audio" if row % 2 else "visual"][row] = None
@@ -313,7 +313,7 @@ def test_nothing_usable_in_both_is_refused(planted: Planted, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("learn_from", ["all", "train"])
-def test_test_samples_alone_are_refused(planted: Planted, tmp_path: Path, learn_from: str) -> None:
+def test_test_split_only_raises(planted: Planted, tmp_path: Path, learn_from: str) -> None:
     columns = rows_of(planted())
     columns["split"] = ["test"] * 90
     data = rewrite(tmp_path / "d.parquet", columns)
@@ -337,7 +337,7 @@ def test_more_than_two_modalities(planted: Planted, tmp_path: Path, m: int) -> N
     np.testing.assert_allclose(total, 0, atol=1e-5)
 
 
-def test_the_spread_over_repeats_is_told(planted: Planted, tmp_path: Path) -> None:
+def test_discrepancy_sd_is_over_repeats(planted: Planted, tmp_path: Path) -> None:
     data = planted()
     first = audit(data, tmp_path / "cache").scores
     two_repeats = audit(data, tmp_path / "cache", probe=replace(QUICK, repeats=2)).scores
@@ -348,7 +348,7 @@ def test_the_spread_over_repeats_is_told(planted: Planted, tmp_path: Path) -> No
     assert 0 < two_repeats.discrepancy_sd.mean() < 0.5
 
 
-def test_the_columns_fit_together(planted: Planted, tmp_path: Path) -> None:
+def test_columns_are_consistent(planted: Planted, tmp_path: Path) -> None:
     result = audit(planted(), tmp_path / "cache", probe=replace(QUICK, learn_from="train"))
     scores = result.scores
     assert scores.loss is not None
@@ -364,7 +364,7 @@ def test_the_columns_fit_together(planted: Planted, tmp_path: Path) -> None:
     assert set(scores.prediction_fused.tolist()) <= set(scores.label.tolist())
 
 
-def test_numbers_of_classes_are_those_of_the_source(planted: Planted, tmp_path: Path) -> None:
+def test_predictions_use_the_labels_of_the_source(planted: Planted, tmp_path: Path) -> None:
     """A class left out leaves a hole; predictions name classes by the source's numbers all the same."""
     columns = rows_of(planted())
     columns["label"][0] = -5  # sorted first, and left out as rare
@@ -389,7 +389,7 @@ def holed(columns: dict[str, list[Any]], names: Sequence[str] = THREE, *, every:
     return with_missing
 
 
-def test_what_is_missing_is_null_and_the_others_are_set_against_each_other(planted: Planted, tmp_path: Path) -> None:
+def test_missing_modalities_are_null_and_discrepancy_is_over_the_others(planted: Planted, tmp_path: Path) -> None:
     columns = holed(rows_of(planted(modalities=THREE)))
     result = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache", probe=WHOLE)
     assert result.quarantined == ()
@@ -412,7 +412,7 @@ def test_what_is_missing_is_null_and_the_others_are_set_against_each_other(plant
             assert row[column] is not None
 
 
-def test_what_is_missing_elsewhere_changes_nothing(planted: Planted, tmp_path: Path) -> None:
+def test_missing_modalities_do_not_change_other_modalities(planted: Planted, tmp_path: Path) -> None:
     """Modality c is there in every row: what is said of it is the same, bit by bit, whoever lacks a or b."""
     columns = rows_of(planted(modalities=THREE))
     full = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "one", probe=WHOLE)
@@ -426,7 +426,7 @@ def test_what_is_missing_elsewhere_changes_nothing(planted: Planted, tmp_path: P
     assert less.probe_report.probe_metrics[2] == full.probe_report.probe_metrics[2]
 
 
-def test_a_probe_does_not_learn_from_rows_that_lack_its_modality(tmp_path: Path) -> None:
+def test_probes_do_not_train_on_rows_without_their_modality(tmp_path: Path) -> None:
     """Numbers are dealt into folds by their tenths: moved within one, they change what is learned and nothing else."""
     columns, y = numbers_planted(200, names=THREE)
     columns = holed(columns, ("a",))
@@ -458,7 +458,7 @@ def numbers_planted(n: int, *, names: Sequence[str] = ("signal", "noise")) -> tu
     return columns, y
 
 
-def test_numbers_are_told_by_what_tells_them(tmp_path: Path) -> None:
+def test_regression_is_predicted_by_the_informative_modality(tmp_path: Path) -> None:
     columns, y = numbers_planted(300)
     data = rewrite(tmp_path / "d.parquet", columns)
     result = audit(data, tmp_path / "cache", config=DataConfig(task="regression"), probe=WHOLE)
@@ -485,7 +485,7 @@ def test_numbers_are_told_by_what_tells_them(tmp_path: Path) -> None:
     assert scores.discrepancy().mean() > 0.3
 
 
-def test_several_labels_are_told_by_what_tells_them(tmp_path: Path) -> None:
+def test_multilabel_is_predicted_by_the_informative_modality(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     has = rng.random((300, 3)) < 0.5
     columns: dict[str, list[Any]] = {
@@ -568,7 +568,7 @@ def test_discrepancy_is_recovered_where_the_posterior_is_known(tmp_path: Path) -
     np.testing.assert_allclose(scores.confidence.mean(axis=0), np.mean(truth, axis=1), atol=0.02)
 
 
-def test_what_a_probe_has_seen_it_knows_by_heart(tmp_path: Path) -> None:
+def test_duplicates_inflate_confidence(tmp_path: Path) -> None:
     """Noise of 120 samples and 80 features, each sample told twice: so it is in sample, and it must not be."""
     rng = np.random.default_rng(0)
     features = {name: rng.standard_normal((120, 80)) for name in ("a", "b")}

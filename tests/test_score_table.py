@@ -107,7 +107,7 @@ def test_write_then_read_is_equality(tmp_path: Path, m: int, rest: dict[str, Any
     assert_equal(read_scores(tmp_path / "scores.parquet"), table)
 
 
-def test_what_is_missing_is_null_on_disk_and_nan_or_no_class_when_read(tmp_path: Path) -> None:
+def test_missing_values_are_null_on_disk_and_nan_when_read(tmp_path: Path) -> None:
     scored = holed(scores(3, num_rows=12))
     write_scores(scored, tmp_path / "scores.parquet")
     assert_equal(read_scores(tmp_path / "scores.parquet"), scored)
@@ -121,7 +121,7 @@ def test_what_is_missing_is_null_on_disk_and_nan_or_no_class_when_read(tmp_path:
                    if pa.types.is_floating(table[name].type))  # fmt: skip
 
 
-def test_numbers_are_predictions_too(tmp_path: Path) -> None:
+def test_regression_predictions_are_numbers(tmp_path: Path) -> None:
     table = holed(scores(3))
     predicted = np.where(table.present, 2.5 * np.ones((6, 3), np.float32), np.float32(np.nan))
     regression = replace(table, prediction=predicted, prediction_fused=np.full(6, -1.5, np.float32))
@@ -130,7 +130,7 @@ def test_numbers_are_predictions_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("m", [2, 3])
-def test_all_together_are_no_modality(tmp_path: Path, m: int) -> None:
+def test_fused_columns_are_not_a_modality(tmp_path: Path, m: int) -> None:
     write_scores(scores(m), tmp_path / "scores.parquet")
     assert read_scores(tmp_path / "scores.parquet").modalities == NAMES[:m]
     with_fused = foreign(tmp_path / "t.parquet", confidence_y=None, confidence_fused=[0.5, 0.6])
@@ -158,7 +158,7 @@ def test_the_columns_are_the_documented_ones(m: int) -> None:
     assert types == {name: type_ for name, type_ in expected.items() if name not in optional}
 
 
-def test_every_number_has_a_range_and_a_direction() -> None:
+def test_every_number_has_a_documented_range() -> None:
     numbers = set(RANGES)
     assert {f"{kind}_M" for kind in BY_MODALITY} <= numbers
     for m in (2, 3):
@@ -178,7 +178,7 @@ def test_the_columns_follow_from_the_confidence() -> None:
     assert table["dominant"].to_pylist() == ["audio", "visual", None]
 
 
-def test_discrepancy_is_between_whom_one_says() -> None:
+def test_discrepancy_is_between_the_named_modalities() -> None:
     two, three = scores(2), scores(3)
     c = three.confidence
     np.testing.assert_array_equal(two.discrepancy(), two.discrepancy("audio:visual"))
@@ -193,7 +193,7 @@ def test_discrepancy_is_between_whom_one_says() -> None:
             three.discrepancy(between)
 
 
-def test_anybodys_table_is_read(tmp_path: Path) -> None:
+def test_foreign_table_is_read(tmp_path: Path) -> None:
     table = read_scores(foreign(tmp_path / "t.parquet"))
     assert table.modalities == ("x", "y")
     assert table.sample_id.tolist() == ["a", "b"]
@@ -203,7 +203,7 @@ def test_anybodys_table_is_read(tmp_path: Path) -> None:
     assert all(getattr(table, name) is None for name in EMPTY)
 
 
-def test_anybodys_table_of_three_may_lack_some(tmp_path: Path) -> None:
+def test_foreign_table_of_three_may_have_missing_values(tmp_path: Path) -> None:
     table = read_scores(foreign(tmp_path / "t.parquet", confidence_z=[None, 0.7]))
     np.testing.assert_array_equal(table.present, [[True, True, False], [True, True, True]])
     np.testing.assert_allclose(table.gap, [0.4, 0.5], atol=1e-6)
@@ -227,7 +227,7 @@ def test_labels_are_numbers_or_names(
     assert (table.label.tolist(), table.label_name.tolist()) == (label, names)
 
 
-def test_whole_numbers_are_ids_too(tmp_path: Path) -> None:
+def test_integer_ids_are_read_as_strings(tmp_path: Path) -> None:
     assert read_scores(foreign(tmp_path / "t.parquet", sample_id=[10, 2])).sample_id.tolist() == ["10", "2"]
 
 
@@ -259,12 +259,12 @@ def test_whole_numbers_are_ids_too(tmp_path: Path) -> None:
         ({"fold": [0, None]}, "column fold holds 1 nulls"),
     ],
 )
-def test_a_wrong_table_says_why(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
+def test_invalid_table_raises(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
     with pytest.raises(ScoreError, match=words):
         read_scores(foreign(tmp_path / "t.parquet", **columns))
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_missing_or_invalid_file_raises(tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match="no such file"):
         read_scores(tmp_path / "none.parquet")
     (tmp_path / "odd.parquet").write_text("id")
@@ -272,7 +272,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         read_scores(str(tmp_path / "odd.parquet"))
 
 
-def test_a_table_checks_its_own_birth() -> None:
+def test_invalid_arrays_raise() -> None:
     with pytest.raises(ScoreError, match="has no rows"):
         scores(num_rows=0)
     with pytest.raises(ScoreError, match="two or more are needed"):
@@ -281,7 +281,7 @@ def test_a_table_checks_its_own_birth() -> None:
         replace(scores(), modalities=NAMES)
 
 
-def test_others_open_it(tmp_path: Path) -> None:
+def test_table_opens_in_other_libraries(tmp_path: Path) -> None:
     path = tmp_path / "scores.parquet"
     write_scores(scores(3), path)
     frame = pd.read_parquet(path)
