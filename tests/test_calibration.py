@@ -1,4 +1,4 @@
-"""Laws of calibration: a planted temperature is found, by rows of other folds alone, and nothing gets worse."""
+"""Calibration: temperatures are recovered, do not depend on their own fold, and do not raise the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVERYONE = np.ones(NUM_ROWS, dtype=bool)
 
 
 def drawn(task: str, *, seed: int = 0) -> tuple[Floats, Target]:
-    """True logits (n, k), and a target drawn from them."""
+    """Draw true logits (n, k) and a target from them."""
     rng = np.random.default_rng(seed)
     raw = 2 * rng.standard_normal((NUM_ROWS, 4))
     if task == "multilabel":
@@ -34,7 +34,7 @@ def drawn(task: str, *, seed: int = 0) -> tuple[Floats, Target]:
 @pytest.mark.parametrize("task", ["classification", "multilabel"])
 @pytest.mark.parametrize("planted", [0.3, 1.0, 5.0])
 def test_a_planted_temperature_is_recovered(task: str, planted: float) -> None:
-    """Drawn scales of 8,000 rows differ by 1% themselves: the mean over four seeds lies within 2%."""
+    """Scales of 8,000 drawn rows vary by 1%: the mean over four seeds lies within 2%."""
     temperatures = []
     for seed in range(4):
         raw, target = drawn(task, seed=seed)

@@ -1,4 +1,4 @@
-"""Laws of the choice of strength: no row of a probe's fold has a part in it, and it is near the best."""
+"""The choice of l2 is close to the best and does not depend on labels of the probe's own fold."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_l2_does_not_depend_on_labels_of_its_own_fold(fold: int) -> None:
 
 
 def test_l2_is_scaled_with_the_number_of_rows() -> None:
-    """What is chosen on 200 rows, 3/4 of which each probe sees, is halved beside the mean over 400."""
+    """An l2 chosen on 200 rows, 3/4 of which each probe trains on, is halved for a mean over 400."""
     x, label = signal(30, clarity=1.0)
     crossed = cross_fit()
     few = np.sort(np.argsort(crossed.key)[:200])
@@ -84,7 +84,7 @@ def test_l2_without_holdout_rows_is_the_middle_candidate() -> None:
 
 
 def alone(x: NDArray[Any], label: Label, crossed: CrossFit, path: list[float]) -> NDArray[np.float64]:
-    """Losses (s, p) on the rows set aside, of fits one by one, from nothing to the end."""
+    """Compute holdout losses (s, p) of separate, converged fits."""
     fit_rows = gather_fit_rows([crossed], most_rows=len(x))
     design = read_design(MatrixInputs(matrix=x), fit_rows.rows, products=torch.float32)
     torch_target = torch.tensor(label[fit_rows.rows], dtype=torch.long)
@@ -120,7 +120,7 @@ def test_chosen_l2_is_close_to_the_best_of_separate_fits(num_features: int, clar
     train_share = (fit_rows.train_mask & ~fit_rows.holdout_mask).sum(axis=0) / fit_rows.train_mask.sum(axis=0)
     l2 = chosen(x, label, crossed) / train_share
     for probe in range(4):
-        # From the strongest to the weakest, so that the places run against the logarithm.
+        # The path goes from the largest to the smallest l2, so that -log(path) ascends.
         loss = np.interp(-np.log(l2[probe]), -np.log(path), losses[:, probe])
         assert loss <= losses[:, probe].min() + 0.02
 
@@ -133,7 +133,7 @@ def test_l2_does_not_depend_on_other_probes() -> None:
 
 
 def test_l2_of_many_classes_is_chosen_on_a_subset_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 150 classes of 6 samples 15,000 logits are those of 50 classes; beside three times the rows it is a third."""
+    """Of 150 classes of 6 samples, 15,000 logits are those of 50 classes; for three times the rows l2 is a third."""
     rng = np.random.default_rng(2)
     label = np.repeat(np.arange(150), 6).astype(np.int32)
     x = (0.5 * rng.standard_normal((150, 16))[label] + rng.standard_normal((900, 16))).astype(np.float32)

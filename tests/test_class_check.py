@@ -1,4 +1,4 @@
-"""Laws of the check by class: groups within classes are told from classes."""
+"""The class check separates groups within classes from class structure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUM_SAMPLES = 20_000
 
 
 def planted(kind: str, *, num_classes: int, size: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Gaps and labels: two groups in every class, the same two as one group to a class, or a small second group."""
+    """Draw gaps and labels: two groups in every class, one group per class, or a small second group."""
     rng = np.random.default_rng(0)
     label = np.repeat(np.arange(num_classes), size)
     share = {"within": 0.5, "classes": 0.0, "lopsided": 0.8}[kind]
@@ -56,7 +56,7 @@ def test_one_group_per_class_is_class_structure() -> None:
 
 
 def test_small_second_groups_are_undecided() -> None:
-    """Too few samples a class to see a fifth of them as a group; but the classes do not explain p_balanced."""
+    """Too few samples per class to detect a group of a fifth, but the classes do not explain p_balanced."""
     gap, label = planted("lopsided", num_classes=12, size=60)
     check = fit_by_class(gap, label, config=CONFIG, seed=0)
     assert check.verdict.startswith("undecided: ")

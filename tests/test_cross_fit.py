@@ -1,4 +1,4 @@
-"""Laws of crossings: no probe sees what it must not, and every row is asked of its own."""
+"""Cross-fitting: probes do not train on the rows that they score."""
 
 from __future__ import annotations
 

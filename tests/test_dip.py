@@ -1,4 +1,4 @@
-"""Laws of the dip, and its definition solved as a linear program."""
+"""The dip test, compared with its definition solved as a linear program."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ distinct = st.lists(st.integers(0, 10_000).map(lambda k: k / 10_000), min_size=1
 
 
 def curved(knots: np.ndarray, size: int, offset: int, sign: int) -> list[np.ndarray]:
-    """Rows of A u <= 0 that make u convex (sign 1) or concave (-1) on the knots `at`, u standing from offset on."""
+    """Build rows of A u <= 0 that make u, from offset on, convex (sign 1) or concave (-1) on the knots."""
     rows = []
     for j in range(len(knots) - 2):
         before, after = knots[j + 1] - knots[j], knots[j + 2] - knots[j + 1]
@@ -27,7 +27,7 @@ def curved(knots: np.ndarray, size: int, offset: int, sign: int) -> list[np.ndar
 
 
 def distance_with_mode(knots: np.ndarray, below: np.ndarray, above: np.ndarray, mode: int) -> float:
-    """The least distance to a function convex before knots[mode] and concave after it, which may jump there."""
+    """Compute the distance to the nearest function convex before knots[mode], concave after it, with a jump there."""
     num_before, num_after = mode + 1, len(knots) - mode
     size = num_before + num_after + 1  # u before the mode, u after it, the distance
     rows = curved(knots[:num_before], size, 0, 1) + curved(knots[mode:], size, num_before, -1)
@@ -101,7 +101,7 @@ def test_p_value_is_uniform_for_uniform_values() -> None:
 
 
 def test_quantiles_agree_with_the_published_table() -> None:
-    """Hartigan & Hartigan 1985: at n = 100 nine tenths of the uniform samples have a dip below 0.0471."""
+    """Hartigan & Hartigan 1985: at n = 100, 90% of uniform samples have a dip below 0.0471."""
     assert QUANTILES[SIZES.index(100), LEVELS.index(0.9)] == pytest.approx(0.471, abs=0.005)
     assert dip_p_value(0.0471, num_values=100) == pytest.approx(0.1, abs=0.01)
 

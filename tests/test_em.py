@@ -1,4 +1,4 @@
-"""Laws of the pair of Gaussians: scikit-learn step for step, and a posterior that never rises, in float32 either."""
+"""EM of two Gaussians: equal to scikit-learn step by step, with a monotone posterior in float32."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def closed_form(gap: NDArray[np.floating], two: Pair) -> Floats:
 
 
 def neighbours(first: float, num: int) -> NDArray[np.float32]:
-    """The num float32 numbers from first on."""
+    """Return the num float32 numbers from first on."""
     start = int(np.float32(first).view(np.int32))
     return np.arange(start, start + num, dtype=np.int32).view(np.float32)
 
 
 @pytest.mark.parametrize("name", ["normal", "half-normal", "uniform", "saturated", "spike", "bimodal", "two widths"])
 def test_em_steps_equal_sklearn(name: str) -> None:
-    """Without bounds, on the values themselves, from the same start: the same two components after 20 steps."""
+    """Without bounds, on unbinned values, from the same start: equal components after 20 steps."""
     values = drawn(name)
     fitted_pair, _ = fit_pair(values, np.full(len(values), 1 / len(values)), bounds=PLAIN)
     cut = 1 + np.argmin([values[:k].var() * k + values[k:].var() * (len(values) - k) for k in range(1, len(values))])
@@ -112,7 +112,7 @@ def test_shares_equal_repeated_values(name: str) -> None:
 @settings(deadline=None)
 @given(two=pairs(), gaps=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=50))
 def test_posterior_equals_the_closed_form(dtype: type[np.floating], two: Pair, gaps: list[float]) -> None:
-    """Also where it falls most steeply, which is where a table and float32 are worst."""
+    """Also where it is steepest, where the errors of the table and of float32 are largest."""
     logit = MonotoneLogit.of(two)
     ends = np.linspace(logit.gap_at(17.0), logit.gap_at(-17.0), 501)
     gap = np.sort(np.concatenate([gaps, ends])).astype(dtype)
@@ -153,7 +153,7 @@ def test_gap_at_inverts_the_logit(two: Pair, value: float) -> None:
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_posterior_does_not_increase_between_neighbouring_float32(name: str) -> None:
-    """All 33 million from 1/16 to 1, and a million from each of twenty places below."""
+    """All 33 million numbers from 1/16 to 1, and a million from each of twenty smaller starts."""
     two = pair(NUMBERS[name])
     before = np.float32(1.0)
     places = [0.0, *(2.0**-k for k in range(30, 4, -2)), 0.01, 0.011, 0.0115, 0.012, 0.02, 0.05]

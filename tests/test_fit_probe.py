@@ -1,4 +1,4 @@
-"""Laws of the probes: out of fold is out of fold, and what they say is close to the truth where it is known."""
+"""Probes: out-of-fold scores do not depend on the fold's labels and are close to known posteriors."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def test_probabilities_are_distributions(drawn: Drawn) -> None:
 
 @pytest.mark.parametrize("fold", range(5))
 def test_scores_do_not_depend_on_labels_of_their_fold(drawn: Drawn, fold: int) -> None:
-    """All labels of a fold are turned: its own rows are scored as before, all others are not.
+    """All labels of a fold are changed: its own rows get the same scores, all others do not.
 
-    But for rounding: probes are fitted together, and how many are still in the product changes its last bit.
+    Up to rounding: probes are fitted together, and the number of active ones changes the last bit of products.
     """
     x, label, cross_fit, _ = drawn
     exact = replace(CONFIG, l2_penalties=(1e-3, 1e-2, 1e-1), tolerance=1e-6)  # weaker, the last bits grow step by step
@@ -92,7 +92,7 @@ def test_scores_do_not_depend_on_labels_of_their_fold(drawn: Drawn, fold: int) -
 
 @pytest.mark.parametrize("wild", [1.0, 1e3, 1e6])
 def test_scores_do_not_depend_on_other_rows_of_their_fold(drawn: Drawn, wild: float) -> None:
-    """Neither do the features of a fold's other rows reach its probe, be they as wild as they may."""
+    """Nor do they depend on the features of the fold's other rows, even if these are outliers."""
     x, label, cross_fit, _ = drawn
     exact = replace(CONFIG, l2_penalties=(1e-2,), tolerance=1e-9)  # where a fit stops does depend on the others
     row, *other_rows = np.flatnonzero(cross_fit.fold == 2)
@@ -137,7 +137,7 @@ def test_fixed_l2_equals_sklearn_cross_validation(l2: float) -> None:
 
 
 def test_chosen_l2_is_close_to_the_best() -> None:
-    """Wide noise wants a strong penalty, a clear signal a weak one: the choice is near the best of all in hindsight."""
+    """Noise needs a large l2, a clear signal a small one: the choice is close to the best in hindsight."""
     for x, label in (gaussians(200, 2, 150, seed=5), gaussians(400, 3, 4, seed=6)):
         cross_fit = cross(label)
         losses = {
@@ -149,7 +149,7 @@ def test_chosen_l2_is_close_to_the_best() -> None:
 
 
 def planted_discrepancy(rows: int) -> tuple[list[Floats], NDArray[np.int32], Floats]:
-    """Two modalities of unit Gaussians around known means: features of each, label, and the true discrepancy."""
+    """Draw two modalities of unit Gaussians around known means: features, label, and the true discrepancy."""
     rng = np.random.default_rng(7)
     label = (np.arange(rows) % 3).astype(np.int32)
     features, truth = [], []
@@ -163,7 +163,7 @@ def planted_discrepancy(rows: int) -> tuple[list[Floats], NDArray[np.int32], Flo
 
 
 def test_discrepancy_is_recovered_where_the_posterior_is_known() -> None:
-    """Bayes gives the truth: p(label | x) of the mixture itself."""
+    """The true posterior is p(label | x) of the mixture."""
     features, label, truth = planted_discrepancy(20_000)
     cross_fit = cross(label)
     confidence = [score(x, label, cross_fit)[np.arange(20_000), label] for x in features]
@@ -172,7 +172,7 @@ def test_discrepancy_is_recovered_where_the_posterior_is_known() -> None:
 
 
 def test_in_sample_probes_recover_the_discrepancy_worse() -> None:
-    """They know the labels by heart: of 240 samples and 40 features, the discrepancy that they see is not there."""
+    """They memorise the labels of 240 samples with 40 features, so that their discrepancy is spurious."""
     features, label, truth = planted_discrepancy(240)
     cross_fit, weak = cross(label), replace(CONFIG, l2_penalties=(1e-5,))
     model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=1e5 / 240, max_iter=5_000))
@@ -265,7 +265,7 @@ def test_single_rows_get_the_same_logits_as_all_rows(drawn: Drawn, kind: str) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_replaced_inputs_are_scored_by_the_same_probes(drawn: Drawn, kind: str) -> None:
-    """A masked modality counts as the centre of its features: what is said then depends on the other one alone."""
+    """A masked modality is set to the centre of its features: logits then depend on the other one only."""
     x, label, cross_fit, _ = drawn
     parts = (MatrixInputs(matrix=x[:, :5]), MatrixInputs(matrix=x[:, 5:]))
     joint = JointInputs(parts=parts)

@@ -1,4 +1,4 @@
-"""Laws of folds: a function of ids and a seed, even within every class, and no group in two of them."""
+"""Folds depend on ids and seed only, are stratified by class, and do not split groups."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_groups_are_never_split(rows: list[tuple[int, int]], num_folds: int, see
 
 
 def test_groups_are_assigned_so_that_classes_are_even() -> None:
-    """40 speakers of unequal size, each with a favourite class: no fold's share of a class is off by a half."""
+    """40 speakers of unequal size, each with a preferred class: no fold's share of a class is off by half."""
     rng = np.random.default_rng(0)
     speaker = np.repeat(np.arange(40), rng.integers(5, 30, 40))
     label = np.where(rng.random(len(speaker)) < 0.6, speaker % 4, rng.integers(0, 4, len(speaker))).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Laws of the Gaussian part: it is scikit-learn's shrunk covariance, it helps where rows are few, and sees no fold."""
+"""Gaussian class models: equal to scikit-learn's shrunk covariance, better with few rows, and out of fold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ K = 4
 
 
 def planted(n: int, d: int, *, seed: int = 0, heavy: bool = False) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Classes around means of their own, of one covariance that is far from round; `heavy`: with wild tails."""
+    """Draw classes with different means and one anisotropic covariance; `heavy`: with heavy tails."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, K, n).astype(np.int32)
     rotation, _ = np.linalg.qr(rng.standard_normal((d, d)))

@@ -1,4 +1,4 @@
-"""Laws of the batched linear models: each is scikit-learn's, whatever its neighbours, and nothing makes it NaN."""
+"""Batched linear models: equal to scikit-learn's, independent of the batch, and always finite."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STRENGTHS = (1e-3, 1e-2, 0.3)
 
 
 def planted(num_rows: int, num_features: int, num_classes: int, *, seed: int = 0) -> tuple[Floats, NDArray[np.int64]]:
-    """Correlated features of unequal scale and offset, with classes that overlap."""
+    """Draw correlated features of unequal scale and offset, with overlapping classes."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, num_classes, num_rows)
     means = 1.5 * rng.standard_normal((num_classes, num_features)) / np.sqrt(num_features / 4)
@@ -72,13 +72,13 @@ def fit(
 
 
 def outputs(fitted: Fitted, x: Floats, model: int = 0) -> Tensor:
-    """Logits (n, k) under one of the models."""
+    """Compute the logits (n, k) of one of the models."""
     rows = fitted.design.units.standardise(torch.tensor(x, dtype=fitted.weight.dtype))
     return rows @ fitted.weight[model] + fitted.bias[model]
 
 
 def shares(fitted: Fitted, x: Floats, model: int = 0) -> Floats:
-    """Probabilities (n, k) under one of the models."""
+    """Compute the probabilities (n, k) of one of the models."""
     return np.asarray(outputs(fitted, x, model).softmax(dim=1).numpy(), dtype=np.float64)
 
 
@@ -91,7 +91,7 @@ def sklearns(x: Floats, label: NDArray[np.int64], *, rows: NDArray[np.bool_], l2
 
 @pytest.mark.parametrize(("num_rows", "num_features"), [(300, 6), (60, 90), (200, 1)])
 def test_batched_masks_and_penalties_equal_sklearn(num_rows: int, num_features: int) -> None:
-    """Among them more features than rows."""
+    """Also with more features than rows."""
     x, label = planted(num_rows, num_features, 4)
     part = np.arange(num_rows) % 3
     pairs = [(part != fold, l2) for fold in range(3) for l2 in STRENGTHS]
@@ -102,7 +102,7 @@ def test_batched_masks_and_penalties_equal_sklearn(num_rows: int, num_features: 
 
 
 def test_two_classes_equal_sklearn() -> None:
-    """With two columns of weights each carries half of sklearn's one, under half the penalty: the strength doubles."""
+    """Each of two weight columns is half of sklearn's one, with half the penalty: l2 doubles."""
     x, label = planted(200, 5, 2)
     full_mask = np.ones(200, dtype=bool)
     expected = sklearns(x, label, rows=full_mask, l2=1e-2)
@@ -160,7 +160,7 @@ def test_float32_is_close_to_float64(offset: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e6])
 def test_constant_features_do_not_change_the_fit(value: float, dtype: torch.dtype) -> None:
-    """0.1 is the case in point: rounding spreads it by 1e-8, in units of which weights swamp all other features."""
+    """0.1 is the hard case: it varies by rounding of 1e-8, in units of which its weights would dominate."""
     x, label = planted(301, 4, 3)
     x = (x - x.mean(axis=0)) / x.std(axis=0)
     mask = (np.arange(301) % 5 != 0)[:, None]
@@ -172,7 +172,7 @@ def test_constant_features_do_not_change_the_fit(value: float, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_feature_constant_within_a_mask_is_ignored(dtype: torch.dtype) -> None:
-    """Whatever it is elsewhere: nothing was learned about it."""
+    """Whatever its values on other rows: its weight is not trained."""
     x, label = planted(200, 4, 3)
     mask = (np.arange(200) % 4 != 0)[:, None]
     rare = np.where(mask[:, 0], 7.3, 1e4 * np.arange(200))
@@ -186,7 +186,7 @@ def test_feature_constant_within_a_mask_is_ignored(dtype: torch.dtype) -> None:
 def test_outlier_outside_the_mask_does_not_change_the_fit(
     outlier: float, dtype: torch.dtype, tolerance: float, close: float
 ) -> None:
-    """One wild row of another fold must not take the features from all who never saw it."""
+    """One outlier in another fold must not change the features of probes that do not train on it."""
     x, label = planted(200, 4, 3)
     mask = (np.arange(200) != 17)[:, None]
     before = shares(fit(x, label, mask=mask, dtype=dtype, tolerance=tolerance), x)
@@ -264,7 +264,7 @@ def test_residual_is_the_gradient_of_the_loss(task: str) -> None:
 
 
 def test_bfloat16_products_are_close_to_float64() -> None:
-    """Within 0.1 of the log-probability and 1e-3 of the mean loss, from features far from their centre."""
+    """Within 0.1 of the log-probability and 1e-3 of the mean loss, with features far from 0."""
     x, label = planted(4_000, 24, 5)
     mask = np.stack([np.arange(4_000) % 2 == fold for fold in range(2)], axis=1)
     exact = fit(x, label, mask=mask, l2=(1e-3, 1e-2))
@@ -280,7 +280,7 @@ def test_bfloat16_products_are_close_to_float64() -> None:
 
 @pytest.mark.parametrize("columns", [1, 6, 1_200])
 def test_penalties_sharing_a_mask_equal_separate_masks(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows come fold by fold, so that chunks end where folds do; a product takes some of the models or all."""
+    """Rows are sorted by fold, so that chunks end where folds end; a product covers a subset of the models or all."""
     monkeypatch.setattr(glm, "_MIN_CHUNK", 64)
     monkeypatch.setattr(glm, "_CHUNK_COLUMNS", columns)
     x, label = planted(300, 6, 3)
@@ -294,7 +294,7 @@ def test_penalties_sharing_a_mask_equal_separate_masks(columns: int, monkeypatch
 
 
 def test_sparse_features_need_few_steps() -> None:
-    """Axes of the covariance alone, without the units of the penalty, took 161 steps here, and ended elsewhere."""
+    """Axes of the covariance alone, without the units of the penalty, took 161 steps, to another point."""
     rng = np.random.default_rng(0)
     label = rng.integers(0, 5, 120)
     x = rng.standard_normal((120, 200)) + 0.6 * rng.standard_normal((5, 200))[label]

@@ -1,4 +1,4 @@
-"""Laws of the estimate: silent about what is short, one line about what is long."""
+"""The time estimate of a fit is logged for long fits only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the minimiser: it finds minima, each as if alone, and shows the way it went."""
+"""Batched L-BFGS finds minima, independently of the batch, and records snapshots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mmaudit.audit.probes.lbfgs import Problem, minimize
 
 
 class Bowls:
-    """Quadratic losses around their own centres, of unequal curvature: (x - c)' D (x - c) / 2 + 1."""
+    """Quadratic losses with different centres and curvatures: (x - c)' D (x - c) / 2 + 1."""
 
     rounding = 1e-15
 
@@ -66,7 +66,7 @@ def test_snapshots_are_at_powers_of_two_and_the_last_step() -> None:
 
 
 def test_step_is_halved_until_the_loss_decreases() -> None:
-    """A first guess 100 times too flat: the full step would raise the loss."""
+    """With an initial Hessian 100 times too small, the full step would raise the loss."""
     problem = bowls()
     problem.precondition = lambda gradient: gradient  # type: ignore[method-assign]
     before = problem.loss_and_gradient(torch.zeros_like(problem.centre))[0]
@@ -93,7 +93,7 @@ def test_deselected_problems_stop_and_the_others_continue() -> None:
 
 
 def test_small_gain_of_the_first_step_does_not_stop_a_fit() -> None:
-    """With curvatures of 57 the first step, a thirtieth of the gradient, ends almost as far on the other side."""
+    """With curvatures of 57 the first step, a thirtieth of the gradient, overshoots by almost as much."""
     centre = torch.full((1, 4, 1), 5.0, dtype=torch.float64)
     problem = Bowls(centre, torch.full_like(centre, 57.0))
     minimum = minimize(problem, torch.zeros_like(centre), max_steps=300, tolerance=0.3, patience=1)

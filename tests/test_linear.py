@@ -1,4 +1,4 @@
-"""Laws of the linear probe: scikit-learn's models out of fold, for every task, in any precision, and the way there."""
+"""Linear probes: equal to scikit-learn's out of fold, for every task and precision."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_out_of_fold_logits_equal_sklearn(task: str) -> None:
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 def test_bfloat16_equals_float32_up_to_rounding(task: str) -> None:
-    """Mean losses within 1e-3 (of the variance, for a number), though they need not stop at the same step."""
+    """Mean losses within 1e-3 (of the variance, for a number), although they may stop at different steps."""
     x, label = planted()
     of_target = target(label, task)
     losses = []

@@ -1,4 +1,4 @@
-"""Laws of the mixture on the gap: what is bimodal, what is not, and a posterior that never rises."""
+"""The mixture of the gap: which gaps are bimodal, and a posterior that does not increase."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_two_groups_are_bimodal(name: str) -> None:
 
 
 def test_bic_and_ashman_d_alone_give_false_positives() -> None:
-    """Why the dip is asked: BIC and Ashman's D both call a uniform gap bimodal, and BIC a half-normal one."""
+    """The reason for the dip: BIC and Ashman's D both call a uniform gap bimodal, and BIC a half-normal one."""
     uniform = fit_mixture(shape("uniform"), config=CONFIG, seed=0)
     half = fit_mixture(shape("half-normal"), config=CONFIG, seed=0)
     assert uniform.bic_one is not None
@@ -103,7 +103,7 @@ def test_planted_groups_are_recovered() -> None:
 
 @pytest.mark.parametrize("name", NOT_BIMODAL + BIMODAL)
 def test_posterior_crosses_one_half_once(name: str) -> None:
-    """Plain Bayes flips twice on the two widths, and calls both extremes balanced."""
+    """Plain Bayes crosses 1/2 twice with unequal widths, and calls both extremes balanced."""
     balanced = fit_mixture(shape(name), config=CONFIG, seed=0).posterior(GRID) >= 0.5
     assert balanced[0]
     assert not balanced[-1]
@@ -111,14 +111,14 @@ def test_posterior_crosses_one_half_once(name: str) -> None:
 
 
 def of_values(mixture: Mixture, gap: NDArray[np.float64]) -> float:
-    """Mean log-likelihood of the values themselves, not of their bins."""
+    """Compute the mean log-likelihood of the values, not of their bins."""
     assert mixture.components is not None
     low, high = mixture.components
     return float(np.logaddexp(low.log_density(gap), high.log_density(gap)).mean())
 
 
 def sklearn_from_two_means(gap: NDArray[np.float64]) -> GaussianMixture:
-    """Converged, without bounds, from the start that is ours."""
+    """Fit sklearn without bounds, to convergence, from the two-means start."""
     rising = np.sort(gap)
     weight = np.arange(1, len(gap)) / len(gap)
     moment = np.cumsum(rising)[:-1] / len(gap)
@@ -134,9 +134,9 @@ def sklearn_from_two_means(gap: NDArray[np.float64]) -> GaussianMixture:
 
 @pytest.mark.parametrize(("name", "plain"), [(n, False) for n in UNBOUNDED] + [(n, True) for n in BOUNDED])
 def test_likelihood_equals_sklearn(name: str, plain: bool) -> None:
-    """On the values themselves, to 1e-6 a sample: as configured where the bounds do nothing, elsewhere without them.
+    """On unbinned values, to 1e-6 per sample: as configured where the bounds do not bind, else without them.
 
-    Not the normal shape, whose likelihood is so flat that EM takes 6,000 steps: test_em.py compares it step by step.
+    Without the normal shape, whose likelihood is so flat that EM takes 6,000 steps: see test_em.py.
     """
     gap = shape(name)
     free = replace(CONFIG, min_sd=1e-3, min_sd_ratio=0.0, max_sd_ratio=1e9, tolerance=1e-10, max_steps=5000)
@@ -149,7 +149,7 @@ def test_likelihood_equals_sklearn(name: str, plain: bool) -> None:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", ["saturated", "spike", "two widths"])
 def test_no_component_collapses_onto_an_end(name: str, seed: int) -> None:
-    """The plain fit calls gaps up to 0.96 of the saturated shape balanced, or none above 0.05, by the seed."""
+    """The unbounded fit of the saturated shape calls gaps up to 0.96 or up to 0.05 balanced, by the seed."""
     mixture = fit_mixture(shape(name, seed), config=CONFIG, seed=0)
     assert mixture.components is not None
     low, high = mixture.components
@@ -180,7 +180,7 @@ def test_posterior_does_not_increase(mixture: Mixture, gaps: list[float]) -> Non
 @settings(deadline=None)
 @given(mixtures())
 def test_posterior_is_monotone_bayes(mixture: Mixture) -> None:
-    """Bayes up to the turning point of its logit, which is a parabola; beyond, level."""
+    """Bayes up to the vertex of its logit, a parabola; constant beyond."""
     assert mixture.components is not None
     low, high = mixture.components
     logit = np.clip(low.log_density(GRID) - high.log_density(GRID), -50, 50)

@@ -1,4 +1,4 @@
-"""Laws of the MLP probe: it finds what no straight line does, nothing where nothing is, and the same twice."""
+"""MLP probes learn nonlinear boundaries, stay at chance on noise, and are deterministic."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_scores_do_not_depend_on_labels_of_their_fold(fold: int) -> None:
 
 
 def test_each_probe_stops_at_the_best_holdout_epoch() -> None:
-    """Noise is learned by heart if nothing stops it: out of fold, the best epoch is less sure than the last."""
+    """Noise is memorised without early stopping: out of fold, the best epoch is less confident than the last."""
     rng = np.random.default_rng(3)
     x, label = rng.standard_normal((NUM_ROWS, 40)).astype(np.float32), rng.integers(0, 2, NUM_ROWS).astype(np.int32)
     probe = fit_probe(MatrixInputs(matrix=x), target(label), [cross_fit()], config=replace(CONFIG, decays=(1e-2,)))

@@ -1,4 +1,4 @@
-"""Laws of the networks as probes: no fold is scored by a network that saw it, and an interrupted training goes on."""
+"""Network probes: no network scores its training rows, and an interrupted training resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Bytes = NDArray[Any]
 def planted(
     shape: tuple[int, ...], *, num_rows: int = 72, dtype: Any = np.uint8, seed: int = 0
 ) -> tuple[Bytes, Target]:
-    """Noise of levels 0 to 99, with one of three bands, or colours, 100 above the others: that is the class."""
+    """Draw noise of 0 to 99, with one of three bands, or colours, raised by 100: that is the class."""
     rng = np.random.default_rng(seed)
     label = (np.arange(num_rows) % 3).astype(np.int32)
     levels = rng.integers(0, 100, (num_rows, *shape))
@@ -81,7 +81,7 @@ def accuracy(probe: Probe, target: Target) -> float:
 
 @pytest.fixture(scope="module")
 def fitted() -> tuple[Bytes, Target, Probe]:
-    """Pictures with two rounds of probes."""
+    """Fit probes of two repeats to pictures."""
     rows, target = planted(PICTURE)
     return rows, target, fit(rows, target, cross(target.label), cross(target.label, seed=1))
 
@@ -130,7 +130,7 @@ def test_multilabel_and_regression_signals_are_found() -> None:
 
 
 def test_memorisation_helps_only_with_copies_in_other_folds() -> None:
-    """Patches of random classes, each three times: out of fold there is nothing to know, but for the copies."""
+    """Patches of random classes, each three times: out of fold, only copies are predictable."""
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 255, (16, 2, 2, 3)).astype(np.uint8)
     rows = patches.repeat(4, axis=1).repeat(4, axis=2).reshape(16, 192).repeat(3, axis=0)
@@ -242,7 +242,7 @@ def test_shuffling_the_rows_shuffles_the_logits(fitted: Fitted) -> None:
 
 @dataclass
 class Watched:
-    """Inputs that take note of how they are read."""
+    """Inputs that record how they are read."""
 
     matrix: Bytes
     batches: list[frozenset[int]] = field(default_factory=list)
@@ -300,7 +300,7 @@ def test_learning_rate_falls_and_only_pictures_are_augmented(fitted: Fitted) -> 
 
 
 class StopError(Exception):
-    """The user has pressed Ctrl-C."""
+    """Stands for Ctrl-C by the user."""
 
 
 def stop_after(steps: int) -> Progress:

@@ -1,4 +1,4 @@
-"""Laws of the networks: what they see of an input, what they aim at, and that they are the ResNet-18 of the papers."""
+"""Networks of probes: their inputs, augmentation and targets, and that they are the papers' ResNet-18."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_half_of_the_pictures_are_flipped() -> None:
 
 @pytest.mark.parametrize("least_area", [0.08, 0.5, 0.9])
 def test_crops_are_inside_the_picture_and_within_the_area_bounds(least_area: float) -> None:
-    """Pictures of their own coordinates tell where they were cropped: slopes are sides, means are centres."""
+    """In pictures of their coordinates, the slopes of a crop are its sides and the means its centre."""
     size = 64
     coordinates = (torch.arange(size) + 0.5) / size
     picture = torch.stack([coordinates.expand(size, size), coordinates[:, None].expand(size, size)])

@@ -1,4 +1,4 @@
-"""Laws of the rounds: a class that one fold holds alone leaves, a group stays together, and no two rounds are alike."""
+"""Repeats of cross-fitting: rare classes are dropped, groups stay together, and repeats differ."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def every(samples: Samples) -> Any:
 
 @st.composite
 def crowds(draw: st.DrawFn) -> Samples:
-    """Samples of classes large and small, in groups or not, some of them test samples."""
+    """Draw samples of large and small classes, with or without groups, partly in the test split."""
     n = draw(st.integers(8, 60))
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     label = np.minimum(rng.poisson(1.0, n), 5)
@@ -76,7 +76,7 @@ def test_remaining_classes_are_cross_fitted_in_every_repeat(samples: Samples, le
 
 
 def test_repeats_and_seeds_differ() -> None:
-    """Five folds by chance agree on a fifth of the rows."""
+    """Random assignments to five folds agree on a fifth of the rows."""
     samples = samples_of(np.arange(400) % 2)
     _, cross_fits, _ = plan_cross_fits(samples, every(samples), CONFIG, seed=5)
     _, other_seed, _ = plan_cross_fits(samples, every(samples), CONFIG, seed=6)

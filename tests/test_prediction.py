@@ -1,4 +1,4 @@
-"""Laws of readings: likelihoods in [0, 1], equal to references, whatever the task."""
+"""Predictions: likelihoods in [0, 1] that equal references, for every task."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_multilabel_confidence_is_the_geometric_mean(logits: np.ndarray) -> None
 
 
 def test_multilabel_confidence_does_not_depend_on_the_number_of_labels() -> None:
-    """A probe that is 0.9 sure of every label is 0.9 confident, of three labels and of thirty."""
+    """With probability 0.9 for every label the confidence is 0.9, for three labels and for thirty."""
     sure = np.log(9).astype(np.float32)
     for k in (3, 30):
         values = np.zeros((1, k), np.float32)

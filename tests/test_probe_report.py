@@ -1,4 +1,4 @@
-"""Laws of the probe_report: figures are those of scikit-learn, a leak is seen, and a gain has its interval."""
+"""The probe report: metrics equal scikit-learn's, leaks are detected, and gains have intervals."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def cross(target: Target) -> CrossFit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredProbe:
-    """A probe that says what it is told to: by_round (r, n, k)."""
+    """A probe with stored outputs: by_repeat (r, n, k)."""
 
     by_repeat: Floats
 
@@ -66,14 +66,14 @@ class StoredProbe:
 
 
 def peek(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
-    """Fit nothing and look the answers up: what a probe would say that sees the rows it is asked about."""
+    """Return a probe that outputs the labels it is fitted to, as one trained on the scored rows would."""
     if target.values is not None:
         return StoredProbe(by_repeat=(target.values - 0.5 * (target.task == "multilabel"))[None])
     return StoredProbe(by_repeat=np.eye(target.num_outputs, dtype=np.float32)[target.label][None])
 
 
 def probe_set_of(target: Target, *outputs: Floats, scale: float = 1.0) -> ProbeSet:
-    """Give a panel whose members say this, (n, k) each."""
+    """Build a probe set with these logits, (n, k) per modality."""
     probes = tuple(
         CalibratedProbe(
             name=f"m{index}",
@@ -89,7 +89,7 @@ def probe_set_of(target: Target, *outputs: Floats, scale: float = 1.0) -> ProbeS
 
 
 def planted(*l2_penalties: float, rows: int = N, seed: int = 0) -> tuple[ProbeSet, CrossFit]:
-    """Fit a panel to Gaussian features around class means this far out, with a joint probe."""
+    """Fit a probe set, with a joint probe, to Gaussian features around class means at this distance."""
     rng = np.random.default_rng(seed)
     target = CLASSES.take(np.arange(rows))
     cross_fit = cross(target)
@@ -130,7 +130,7 @@ def report_of(
 
 
 def noisy_logits(share: float, *, seed: int) -> Floats:
-    """Give logits (n, k) that name the true class this often, and else the next."""
+    """Build logits (n, k) that predict the true class with this frequency, else the next class."""
     is_correct = np.random.default_rng(seed).random(N) < share
     return 2 * np.eye(K, dtype=np.float32)[np.where(is_correct, LABEL, (LABEL + 1) % K)]
 
@@ -211,7 +211,7 @@ def test_chance_is_the_rate_of_the_most_common_class() -> None:
 
 @pytest.mark.parametrize("target", [CLASSES, several(), numbers()], ids=lambda target: target.task)
 def test_leaked_labels_are_detected(target: Target) -> None:
-    """What is asked to learn shuffled labels and knows them out of fold has been told."""
+    """A probe that predicts shuffled labels out of fold has access to them."""
     logits = np.zeros((N, target.num_outputs), np.float32)
     for control in report_of(probe_set_of(target, logits, logits), fit=peek, controls=True).controls:
         assert control.num_rows == N
@@ -221,7 +221,7 @@ def test_leaked_labels_are_detected(target: Target) -> None:
 
 @pytest.mark.parametrize("target", [CLASSES, several(), numbers()], ids=lambda target: target.task)
 def test_shuffled_labels_of_clean_data_are_at_chance(target: Target) -> None:
-    """The features tell the true labels well, and the shuffled ones not at all."""
+    """The features predict the true labels well, and the shuffled ones not at all."""
     rng = np.random.default_rng(2)
     truth = np.eye(K)[LABEL] if target.values is None else target.values
     probe_set = probe_set_of(target, *(np.zeros((N, target.num_outputs), np.float32),) * 2)
@@ -262,7 +262,7 @@ def test_control_permutes_labels_without_fixed_points() -> None:
 
 
 def test_network_control_has_two_folds_of_half_the_rows() -> None:
-    """The same rows and the same shuffled labels as of any other probe, whatever rounds and folds there are."""
+    """The same rows and the same shuffled labels as of any other probe, whatever the repeats and folds."""
     logits, rows = noisy_logits(0.8, seed=0), MatrixInputs(matrix=np.arange(2 * N, dtype=np.float32).reshape(N, 2))
     calls: list[tuple[Floats, Target, Sequence[CrossFit]]] = []
 
@@ -287,7 +287,7 @@ def test_network_control_has_two_folds_of_half_the_rows() -> None:
 
 @pytest.mark.parametrize("leaks", [False, True], ids=["apart", "together"])
 def test_network_control_detects_training_on_scored_rows(leaks: bool) -> None:
-    """24 pictures of random patches: what is learned by heart helps only where it is asked about the very same rows."""
+    """24 pictures of random patches: memorisation helps only if the same rows are scored."""
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 255, (24, 2, 2, 3)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
     rows = MatrixInputs(matrix=patches.reshape(24, 192))
@@ -364,7 +364,7 @@ def test_gain_of_three_modalities_is_over_the_fusion_of_the_others() -> None:
 
 
 def test_gain_interval_is_paired() -> None:
-    """Of two probes that are right about nearly the same samples the difference is known better than either."""
+    """For two probes that are correct on nearly the same samples, the difference has a narrower interval."""
     probe_set = probe_set_of(CLASSES, noisy_logits(0.6, seed=0), noisy_logits(0.5, seed=1))
     sample_scores = compute_sample_scores(probe_set, seed=0, progress=no_progress)
     correct = sample_scores.correct[:, 0].copy()

@@ -1,4 +1,4 @@
-"""Laws of the panel: members are calibrated out of fold, and on no label of the fold they are asked about."""
+"""Probe sets are calibrated out of fold, without labels of the fold that is scored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ N, FOLDS = 600, 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredProbe:
-    """A probe that says what it is told to: by_round (r, n, k)."""
+    """A probe with stored outputs: by_repeat (r, n, k)."""
 
     by_repeat: Floats
 
@@ -65,7 +65,7 @@ NOTHING = MatrixInputs(matrix=np.zeros((N, 2), np.float32))
 
 
 def drawn(task: str, *, seed: int = 0) -> tuple[Target, Floats]:
-    """Give outputs (2, n, k) that are right about themselves, and targets drawn as they say."""
+    """Draw calibrated outputs (2, n, k), and targets from them."""
     rng = np.random.default_rng(seed)
     k = {"classification": 3, "multilabel": 4, "regression": 1}[task]
     logits = rng.normal(0, 1.5, (N, k))
@@ -162,7 +162,7 @@ def test_rows_without_the_modality_are_not_used(task: str) -> None:
 
 
 def test_linear_probe_does_not_use_rows_without_the_modality() -> None:
-    """Whatever their labels and features are, nothing that is said of the others changes, to the last bit."""
+    """Changing their labels and features changes no other prediction, bitwise."""
     rng = np.random.default_rng(0)
     target, _ = drawn("classification")
     x = (np.eye(3)[target.label] + rng.standard_normal((N, 3))).astype(np.float32)
@@ -184,7 +184,7 @@ def test_linear_probe_does_not_use_rows_without_the_modality() -> None:
 
 
 def test_mean_of_the_repeats_is_calibrated() -> None:
-    """One round is right, the other says nothing: their mean is half as sharp as it should be."""
+    """One repeat is calibrated, the other outputs 0: their mean is half as sharp as it should be."""
     target, logits = drawn("classification")
     logits[1] = 0
     assert calibrated_probe(target, logits).calibration.temperature == pytest.approx(0.5, rel=0.2)

@@ -1,4 +1,4 @@
-"""Laws of curved boundaries: the textbook's discriminant, taken where classes spread unlike, left where they do not."""
+"""Quadratic discriminant analysis: equal to the textbook, used only where covariances differ."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Label = NDArray[np.int32]
 
 
 def unlike(n: int, d: int, *, seed: int = 0) -> tuple[NDArray[np.float32], Label, Floats]:
-    """Classes of equal means that spread along axes of their own, and the log densities (n, K) they are drawn from."""
+    """Draw classes of equal means and different covariances; also return their log densities (n, K)."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, K, n).astype(np.int32)
     width = np.ones((K, d))
@@ -47,7 +47,7 @@ def unlike(n: int, d: int, *, seed: int = 0) -> tuple[NDArray[np.float32], Label
 
 
 def alike(n: int, d: int, *, seed: int = 0) -> tuple[NDArray[np.float32], Label]:
-    """Classes around means of their own, of one covariance that is far from round."""
+    """Draw classes with different means and one anisotropic covariance."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, K, n).astype(np.int32)
     rotation, _ = np.linalg.qr(rng.standard_normal((d, d)))
@@ -79,7 +79,7 @@ def confidence(raw: Floats, label: Label) -> Floats:
 
 
 def drawn_gaussian(d: int, *, dtype: torch.dtype = torch.float64) -> tuple[Floats, Label, Gaussian, torch.Tensor]:
-    """Rows (n, d), their labels, a Gaussian whose covariance is no part of them, and their moments."""
+    """Draw rows (n, d), their labels, a Gaussian with an unrelated covariance, and their moments."""
     x, label, _ = unlike(200, d)
     label[label == 2] = 1  # a class without a row
     z, y = torch.from_numpy(x).to(dtype), torch.from_numpy(label.astype(np.int64))
@@ -91,7 +91,7 @@ def drawn_gaussian(d: int, *, dtype: torch.dtype = torch.float64) -> tuple[Float
 
 @pytest.mark.parametrize(("d", "width", "shrinkage"), [(12, 12, 0.2), (12, 9, 0.8), (3, 3, 0.5)])
 def test_curve_logits_are_t_densities(d: int, width: int, shrinkage: float) -> None:
-    """Axes are the features themselves, the last ones the widest; what a class borrows counts in rows."""
+    """Axes are the features, the last ones with the largest variance; shrinkage is converted to rows."""
     x, label, gaussian, moments = drawn_gaussian(d)
     curve = fit_curve(gaussian, moments, torch.eye(d).double(), shape=CovarianceShape(width=width, shrinkage=shrinkage))
     projected, shared = x[:, -width:], np.diag(np.linspace(1, 2, d)[-width:])
@@ -119,7 +119,7 @@ def test_float32_curve_equals_float64_up_to_rounding() -> None:
 
 
 def test_outlier_logits_are_bounded() -> None:
-    """Along a ray the logits differ by no more than a bound, where a Gaussian's differ by the square of the way."""
+    """Along a ray the logits stay bounded, where those of a Gaussian grow quadratically."""
     _, _, gaussian, moments = drawn_gaussian(6)
     curve = fit_curve(gaussian, moments, torch.eye(6).double(), shape=CovarianceShape(width=6, shrinkage=0.2))
     ray = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).double()
@@ -198,7 +198,7 @@ def poor(name: str) -> tuple[NDArray[np.float32], Label]:
 @pytest.mark.parametrize("name", ["few", "constant", "missing", "wide", "wild", "rare"])
 @pytest.mark.parametrize("errors", [2.0, -np.inf])
 def test_degenerate_data_give_finite_logits(name: str, errors: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of `errors` of -inf curves are always taken."""
+    """With `errors` of -inf, curves are always chosen."""
     monkeypatch.setattr("mmaudit.audit.probes.gaussian._ERRORS", errors)
     x, label = poor(name)
     probe = fit(x, label)
@@ -228,7 +228,7 @@ def test_shapes_grow_with_the_axes() -> None:
 
 
 def test_indefinite_covariance_has_a_cholesky_factor() -> None:
-    """As of classes of one row each: what is left of it is rounding, of either sign."""
+    """As from classes of one row each, which leave rounding errors of either sign."""
     covariances = torch.tensor(
         [[[1e-9, 2e-9], [2e-9, 1e-9]], [[2.0, 0.5], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]
     ).double()

@@ -1,4 +1,4 @@
-"""Laws of the answers: what is missing stays missing, and Shapley values are those of what the joint probe says."""
+"""Sample scores: missing modalities stay missing, and Shapley values are those of the joint probe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LABELS = Target(task="multilabel", label=LABEL, num_outputs=K, values=(RNG.rando
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredProbe:
-    """A probe that says what it is told to: by_round (r, n, k), by_epoch (e, n, k)."""
+    """A probe with stored outputs: by_repeat (r, n, k), by_epoch (e, n, k)."""
 
     by_repeat: Floats
     by_epoch: Floats
@@ -45,7 +45,7 @@ class StoredProbe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JointProbe:
-    """A joint probe that is right (n,) or not by which modalities it hears."""
+    """A joint probe whose correctness (n,) depends on which modalities are unmasked."""
 
     correct: Mapping[frozenset[int], NDArray[np.bool_]]
     label: NDArray[np.int32]
@@ -58,7 +58,7 @@ class JointProbe:
         return np.asarray(3 * np.eye(self.num_outputs, dtype=np.float32)[predicted][None, rows])
 
     def logits_by_epoch(self, rows: Rows) -> Floats:
-        raise AssertionError("nobody asks how the joint probe was trained")
+        raise AssertionError("the training of the joint probe is not used")
 
 
 def calibrated(
@@ -94,7 +94,7 @@ def scores_of(probe_set: ProbeSet, seed: int = 0) -> SampleScores:
 
 
 def some_missing(m: int) -> NDArray[np.bool_]:
-    """Row by row another modality is missing, and in some none."""
+    """Build a mask (n, m) in which each row lacks another modality, and some rows none."""
     return np.stack([np.arange(N) % (m + 1) != j for j in range(m)], axis=1)
 
 
@@ -205,7 +205,7 @@ def shapley_of(
 
 
 def test_shapley_values_of_two_modalities_equal_smv() -> None:
-    """phi^1 = (V1 - 0 + V12 - V2) / 2, where V is the number of modalities if they name the class, else 0."""
+    """phi^1 = (V1 - 0 + V12 - V2) / 2, where V is the number of modalities if they predict the class, else 0."""
     correct_by_set = game(2, seed=0)
     first, second, joint = (correct_by_set[frozenset(subset)].astype(float) for subset in ({0}, {1}, {0, 1}))
     shapley = shapley_of(correct_by_set)
@@ -245,13 +245,11 @@ def test_needed_modality_has_the_largest_shapley_value() -> None:
 
 
 def test_missing_modalities_are_left_out_of_shapley_values() -> None:
-    """What two of three modalities are worth is shared out between those two: a third that is not there has no part."""
+    """The value of two of three modalities is split between those two; the missing one gets none."""
     present = np.ones((N, 3), bool)
     present[::2, 2] = False
     correct_by_set = game(3, seed=4)
-    for subset in [
-        subset for subset in correct_by_set if 2 in subset
-    ]:  # without the third, hearing it or not is the same
+    for subset in [subset for subset in correct_by_set if 2 in subset]:  # masking a missing modality changes nothing
         alone = correct_by_set.get(subset - {2}, np.zeros(N, bool))
         correct_by_set[subset] = np.where(present[:, 2], correct_by_set[subset], alone)
     shapley = shapley_of(correct_by_set, present=present)

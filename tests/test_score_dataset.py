@@ -1,4 +1,4 @@
-"""Laws of scoring: nothing is lost, order does not matter, and no probe sees what it scores or what is missing."""
+"""Scoring: every sample is accounted for, row order does not matter, and no probe scores its training rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mmaudit.audit.scores.score_dataset import Audit, Networks, audit_dataset
 from mmaudit.audit.scores.table import BY_MODALITY, ScoreTable
 from mmaudit.audit.workers import no_progress
 
-# One strength and one repeat where the law does not ask for more: most tests are about who is scored, not how well.
+# One l2 and one repeat unless a test needs more: most tests are about which rows are scored, not how well.
 QUICK = ProbeConfig(folds=3, repeats=1, l2_penalties=(1e-2,), joint=False, control=False)
 WHOLE = replace(QUICK, repeats=2, joint=True, control=True)
 EXACT = replace(WHOLE, tolerance=1e-9)  # where the last digits count, and not where a fit stops
@@ -54,7 +54,7 @@ def rows_of(path: Path) -> dict[str, list[Any]]:
 
 
 def rewrite(path: Path, columns: dict[str, list[Any]], order: Sequence[int] | None = None) -> Path:
-    """Write rows, in another order if one is given, with vectors of any length."""
+    """Write rows, in the given order if any, with vectors of any length."""
     order = range(len(columns["id"])) if order is None else order
     table = pa.table({name: [values[row] for row in order] for name, values in columns.items()})
     pq.write_table(table, path, row_group_size=16)
@@ -96,7 +96,7 @@ def test_clips_with_an_informative_feature_are_predicted(clip_source: Path, tmp_
 
 
 def test_network_has_a_control_if_configured(clip_source: Path, tmp_path: Path) -> None:
-    """Two networks for it beside the three folds of two rounds; they are kept as well."""
+    """It needs two networks besides the three folds of two repeats; they are stored, too."""
     config = DataConfig(group="speaker", encoder=("image=resnet18",))
     quick = NetworkConfig(epochs=2, batch_size=8, width=1 / 16)
     networks = Networks(config=quick, media=MEDIA, folder=tmp_path / "networks")
@@ -127,7 +127,7 @@ def test_network_has_a_control_if_configured(clip_source: Path, tmp_path: Path) 
 
 
 def test_planted_clarity_is_recovered(tmp_path: Path) -> None:
-    """Of each sample one modality is clear and one is noise, at random: the discrepancy tells which."""
+    """One random modality per sample is informative, the other noise: the discrepancy shows which."""
     rng = np.random.default_rng(0)
     label, first = np.arange(600) % 3, rng.random(600) < 0.5
     columns: dict[str, list[Any]] = {"id": [f"s{number}" for number in range(600)], "label": label.tolist()}
@@ -153,7 +153,7 @@ DEFECTS: dict[str, tuple[str, Any, Reason]] = {
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("grouped", [False, True])
 def test_every_sample_is_scored_or_quarantined(planted: Planted, tmp_path: Path, seed: int, grouped: bool) -> None:
-    """Defects are planted at random; a sample may have several, and a defect makes a whole class rare now and then."""
+    """Defects are random; a sample may have several, and some defects make a class rare."""
     rng = np.random.default_rng(seed)
     columns = rows_of(planted(num_samples=60, seed=seed))
     if grouped:
@@ -162,7 +162,7 @@ def test_every_sample_is_scored_or_quarantined(planted: Planted, tmp_path: Path,
     last: dict[tuple[int, str], Reason] = {}
     for name in DEFECTS:
         column, value, reason = DEFECTS[name]
-        # One sample alone of the rare class: two would be none.
+        # A single sample of the rare class: a class of two is not rare.
         for row in rng.choice(60, 1 if name == "rare" else 3, replace=False):
             columns[column][row] = value
             last[row, column] = reason
@@ -185,7 +185,7 @@ def test_every_sample_is_scored_or_quarantined(planted: Planted, tmp_path: Path,
 
 
 def test_class_that_becomes_rare_is_quarantined(planted: Planted, tmp_path: Path) -> None:
-    """The rest is dealt anew, and the new deal may put another class into one fold: seed 1097 is such a case."""
+    """The rest gets new folds, which may put another class into a single fold, as with seed 1097."""
     rng = np.random.default_rng(1097)
     columns = rows_of(planted(num_samples=60))
     columns["group"] = [f"g{number}" for number in rng.integers(0, 6, 60)]
@@ -209,7 +209,7 @@ def test_class_of_the_test_split_is_rare_when_training_on_train(planted: Planted
 
 
 def test_test_labels_do_not_change_training_scores(planted: Planted, tmp_path: Path) -> None:
-    """Neither by probes, alone or together, nor by temperatures, Shapley values, balance or the mixture."""
+    """Neither through probes, unimodal or joint, nor temperatures, Shapley values, balance or the mixture."""
     columns = rows_of(planted(num_samples=120))
     train = replace(WHOLE, learn_from="train")
     before = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "one", probe=train)
@@ -258,7 +258,7 @@ def test_shuffling_rows_shuffles_the_result(planted: Planted, tmp_path: Path) ->
     for name, row in original_rows.items():
         for column, value in row.items():
             if isinstance(value, float):
-                # Sums in another order; of training, a fit that stops a step later tells of one moment more.
+                # Sums in another order; a fit that stops a step later has one more snapshot.
                 near = 3e-2 if column.startswith("training") else 5e-3
                 assert shuffled_rows[name][column] == pytest.approx(value, abs=near), column
             elif column != "dominant" and not column.startswith("prediction"):
@@ -365,7 +365,7 @@ def test_columns_are_consistent(planted: Planted, tmp_path: Path) -> None:
 
 
 def test_predictions_use_the_labels_of_the_source(planted: Planted, tmp_path: Path) -> None:
-    """A class left out leaves a hole; predictions name classes by the source's numbers all the same."""
+    """With one class dropped, predictions still use the labels of the source."""
     columns = rows_of(planted())
     columns["label"][0] = -5  # sorted first, and left out as rare
     result = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "cache")
@@ -382,7 +382,7 @@ THREE = ("a", "b", "c")
 
 
 def holed(columns: dict[str, list[Any]], names: Sequence[str] = THREE, *, every: int = 4) -> dict[str, list[Any]]:
-    """Leave out one modality of every fourth sample, another one each time."""
+    """Drop one modality, a different one each time, of every fourth sample."""
     with_missing = {name: list(values) for name, values in columns.items()}
     for number, row in enumerate(range(0, len(columns["id"]), every)):
         with_missing[names[number % len(names)]][row] = None
@@ -413,7 +413,7 @@ def test_missing_modalities_are_null_and_discrepancy_is_over_the_others(planted:
 
 
 def test_missing_modalities_do_not_change_other_modalities(planted: Planted, tmp_path: Path) -> None:
-    """Modality c is there in every row: what is said of it is the same, bit by bit, whoever lacks a or b."""
+    """Modality c is complete: its scores are bitwise equal, whichever rows lack a or b."""
     columns = rows_of(planted(modalities=THREE))
     full = audit(rewrite(tmp_path / "d.parquet", columns), tmp_path / "one", probe=WHOLE)
     less = audit(rewrite(tmp_path / "d.parquet", holed(columns, ("a", "b"))), tmp_path / "two", probe=WHOLE)
@@ -427,7 +427,7 @@ def test_missing_modalities_do_not_change_other_modalities(planted: Planted, tmp
 
 
 def test_probes_do_not_train_on_rows_without_their_modality(tmp_path: Path) -> None:
-    """Numbers are dealt into folds by their tenths: moved within one, they change what is learned and nothing else."""
+    """Folds are stratified by tenths of the numbers: moved within a tenth, they change training targets only."""
     columns, y = numbers_planted(200, names=THREE)
     columns = holed(columns, ("a",))
     config = DataConfig(task="regression")
@@ -448,7 +448,7 @@ def test_probes_do_not_train_on_rows_without_their_modality(tmp_path: Path) -> N
 
 
 def numbers_planted(n: int, *, names: Sequence[str] = ("signal", "noise")) -> tuple[dict[str, list[Any]], Any]:
-    """Numbers that the first modality tells up to an error of a fifth; the last is noise."""
+    """Draw numbers that the first modality predicts up to an error of a fifth; the last is noise."""
     rng = np.random.default_rng(0)
     y = rng.normal(5, 2, n)
     columns: dict[str, list[Any]] = {"id": [f"s{row:03d}" for row in range(n)], "label": y.tolist()}
@@ -514,7 +514,7 @@ def test_multilabel_is_predicted_by_the_informative_modality(tmp_path: Path) -> 
 
 
 def spans(scores: ScoreTable, k: int) -> dict[str, tuple[float, float]]:
-    """Give the range of each column by modality, as score.py documents it."""
+    """Return the range of each column by modality, as RANGES documents it."""
     m = len(scores.modalities)
     return {
         "confidence": (0, 1),
@@ -551,7 +551,7 @@ def test_every_score_is_in_its_range(planted: Planted, tmp_path: Path, names: tu
 
 
 def test_discrepancy_is_recovered_where_the_posterior_is_known(tmp_path: Path) -> None:
-    """Bayes gives the truth: p(label | x) of the mixture that each modality is drawn from."""
+    """The true posterior is p(label | x) of the mixture that each modality is drawn from."""
     rng = np.random.default_rng(7)
     label = np.arange(4_000) % 3
     columns: dict[str, list[Any]] = {"id": [f"s{row:04d}" for row in range(4_000)], "label": label.tolist()}
@@ -569,7 +569,7 @@ def test_discrepancy_is_recovered_where_the_posterior_is_known(tmp_path: Path) -
 
 
 def test_duplicates_inflate_confidence(tmp_path: Path) -> None:
-    """Noise of 120 samples and 80 features, each sample told twice: so it is in sample, and it must not be."""
+    """Noise of 120 samples and 80 features, each sample twice: with duplicates kept, scores are partly in sample."""
     rng = np.random.default_rng(0)
     features = {name: rng.standard_normal((120, 80)) for name in ("a", "b")}
     columns: dict[str, list[Any]] = {

@@ -1,4 +1,4 @@
-"""Laws of the score table: write then read is equality, anybody's table is one, and a wrong one says why."""
+"""The score table: write then read is equality, foreign tables are read, and invalid ones raise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def strings(*values: str | None) -> Any:
 
 
 def scores(num_modalities: int = 2, *, num_rows: int = 6, seed: int = 0) -> ScoreTable:
-    """A table in which every field is filled."""
+    """Build a table in which every field is filled."""
     rng = np.random.default_rng(seed)
     numbers = range(num_rows)
     m = num_modalities
@@ -63,7 +63,7 @@ def scores(num_modalities: int = 2, *, num_rows: int = 6, seed: int = 0) -> Scor
 
 
 def holed(table: ScoreTable) -> ScoreTable:
-    """Give the same table with the last modality missing in every third row, and another one in the row after."""
+    """Return the table without the last modality in every third row, and another one in the next row."""
     n, m = table.confidence.shape
     missing = np.zeros((n, m), dtype=bool)
     missing[::3, -1] = missing[1::3, 0] = True
@@ -77,7 +77,7 @@ def holed(table: ScoreTable) -> ScoreTable:
 
 
 def foreign(path: Path, **columns: Any) -> Path:
-    """Write somebody's own table; a column given as None is left out."""
+    """Write a foreign table; columns given as None are left out."""
     required = {"sample_id": ["a", "b"], "label": [0, 1], "confidence_x": [0.9, 0.2], "confidence_y": [0.5, 0.6]}
     pq.write_table(
         pa.table({name: values for name, values in {**required, **columns}.items() if values is not None}), path
