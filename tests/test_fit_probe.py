@@ -124,7 +124,7 @@ def test_noise_is_overfitted_in_sample_only() -> None:
     assert abs(out_of_fold - 0.5) < 0.15  # three standard deviations of a coin thrown 120 times
 
 
-@pytest.mark.parametrize("strength", [1e-4, 1e-2])
+@pytest.mark.parametrize("l2", [1e-4, 1e-2])
 def test_fixed_l2_equals_sklearn_cross_validation(l2: float) -> None:
     x, label = gaussians(600, 5, 12, seed=4)
     cross_fit = cross(label)
