@@ -390,7 +390,7 @@ def test_diverging_training_raises() -> None:
 def test_too_few_rows_raise() -> None:
     rows, target = planted(PICTURE)
     cross_fit = cross(target.label, fits=ROWS < 1)
-    with pytest.raises(ScoreError, match=r"fold \d leaves a network \d rows to learn from, .*\(probe\.folds\)"):
+    with pytest.raises(ScoreError, match=r"network of fold \d has \d rows to train on, .*\(probe\.folds\)"):
         fit(rows, target, cross_fit)
 
 
