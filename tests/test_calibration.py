@@ -1,4 +1,4 @@
-"""Laws of calibration: a planted temperature is found, by rows of other folds alone, and nothing gets worse."""
+"""Calibration: temperatures are recovered, do not depend on their own fold, and do not raise the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVERYONE = np.ones(NUM_ROWS, dtype=bool)
 
 
 def drawn(task: str, *, seed: int = 0) -> tuple[Floats, Target]:
-    """True logits (n, k), and a target drawn from them."""
+    """Draw true logits (n, k) and a target from them."""
     rng = np.random.default_rng(seed)
     raw = 2 * rng.standard_normal((NUM_ROWS, 4))
     if task == "multilabel":
@@ -34,17 +34,17 @@ def drawn(task: str, *, seed: int = 0) -> tuple[Floats, Target]:
 @pytest.mark.parametrize("task", ["classification", "multilabel"])
 @pytest.mark.parametrize("planted", [0.3, 1.0, 5.0])
 def test_a_planted_temperature_is_recovered(task: str, planted: float) -> None:
-    """Drawn scales of 8,000 rows differ by 1% themselves: the mean over four seeds lies within 2%."""
-    found = []
+    """Scales of 8,000 drawn rows vary by 1%: the mean over four seeds lies within 2%."""
+    temperatures = []
     for seed in range(4):
         raw, target = drawn(task, seed=seed)
-        found.append(fit_temperature(np.stack([raw, raw]) * planted, target, FOLD, EVERYONE))
-        assert found[-1].shape == (2, 4)
-    assert np.mean(found) == pytest.approx(planted, rel=0.02)
+        temperatures.append(fit_temperature(np.stack([raw, raw]) * planted, target, FOLD, EVERYONE))
+        assert temperatures[-1].shape == (2, 4)
+    assert np.mean(temperatures) == pytest.approx(planted, rel=0.02)
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel"])
-def test_calibrated_is_no_worse_than_raw_and_names_the_same(task: str) -> None:
+def test_calibration_does_not_raise_the_loss_or_change_predictions(task: str) -> None:
     raw, target = drawn(task)
     for scale in (0.2, 1.0, 6.0):
         temperature = fit_temperature(raw[None] * scale, target, FOLD[:1], EVERYONE)
@@ -54,20 +54,20 @@ def test_calibrated_is_no_worse_than_raw_and_names_the_same(task: str) -> None:
         np.testing.assert_array_equal(calibrated.argmax(axis=1), raw.argmax(axis=1))
 
 
-def test_the_temperature_is_where_the_loss_is_least() -> None:
+def test_temperature_minimises_the_loss() -> None:
     raw, target = drawn("classification")
     fold = np.repeat(np.array([[0, 1]], np.int16), NUM_ROWS // 2, axis=1)
-    found = fit_temperature(raw[None] * 3, target, fold, EVERYONE)[0]
+    temperature = fit_temperature(raw[None] * 3, target, fold, EVERYONE)[0]
     for own in (0, 1):
-        others = np.flatnonzero(fold[0] != own)
+        other_rows = np.flatnonzero(fold[0] != own)
         losses = [
-            negative_log_likelihood(raw[others] * 3 / (found[own] * factor), target.take(others)).mean()
+            negative_log_likelihood(raw[other_rows] * 3 / (temperature[own] * factor), target.take(other_rows)).mean()
             for factor in (0.99, 1.0, 1.01)
         ]
         assert losses[1] == min(losses)
 
 
-def test_a_fold_has_no_part_in_its_temperature() -> None:
+def test_temperature_does_not_depend_on_its_own_fold() -> None:
     raw, target = drawn("classification")
     before = fit_temperature(raw[None], target, FOLD[:1], EVERYONE)[0]
     turned = replace(target, label=np.where(FOLD[0] == 2, (target.label + 1) % 4, target.label).astype(np.int32))
@@ -76,33 +76,33 @@ def test_a_fold_has_no_part_in_its_temperature() -> None:
     assert (np.delete(after, 2) > np.delete(before, 2) * 1.1).all()
 
 
-def test_rows_that_do_not_fit_have_no_part() -> None:
+def test_temperature_does_not_depend_on_rows_outside_fits() -> None:
     raw, target = drawn("classification")
     fits = np.arange(NUM_ROWS) % 3 != 0
     turned = replace(target, label=np.where(fits, target.label, (target.label + 1) % 4).astype(np.int32))
-    found = [fit_temperature(raw[None], each, FOLD[:1], fits) for each in (target, turned)]
-    np.testing.assert_array_equal(found[0], found[1])
+    temperatures = [fit_temperature(raw[None], changed_target, FOLD[:1], fits) for changed_target in (target, turned)]
+    np.testing.assert_array_equal(temperatures[0], temperatures[1])
 
 
-def test_a_number_has_the_spread_of_its_residuals() -> None:
+def test_regression_scale_is_the_standard_deviation_of_residuals() -> None:
     rng = np.random.default_rng(1)
     truth = 50 * rng.standard_normal((NUM_ROWS, 1))
     values = (truth + np.array([2.0, 2.0, 2.0, 8.0])[FOLD[0], None] * rng.standard_normal((NUM_ROWS, 1))).astype("f4")
     target = Target(task="regression", label=np.zeros(NUM_ROWS, np.int32), num_outputs=1, values=values)
-    found = fit_temperature(truth[None], target, FOLD[:1], EVERYONE)[0]
-    assert found[3] == pytest.approx(2.0, rel=0.03)
-    assert found[0] == pytest.approx(np.sqrt((4 + 4 + 64) / 3), rel=0.05)
+    scale = fit_temperature(truth[None], target, FOLD[:1], EVERYONE)[0]
+    assert scale[3] == pytest.approx(2.0, rel=0.03)
+    assert scale[0] == pytest.approx(np.sqrt((4 + 4 + 64) / 3), rel=0.05)
 
 
-def test_a_fold_without_others_has_one() -> None:
+def test_single_fold_has_temperature_one() -> None:
     raw, target = drawn("classification")
-    found = fit_temperature(raw[None] * 9, target, np.zeros((1, NUM_ROWS), np.int16), EVERYONE)
-    assert found.tolist() == [[1.0]]
+    temperature = fit_temperature(raw[None] * 9, target, np.zeros((1, NUM_ROWS), np.int16), EVERYONE)
+    assert temperature.tolist() == [[1.0]]
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), k=st.integers(2, 5), num_bins=st.integers(1, 20))
-def test_the_error_is_that_of_a_plain_loop(seed: int, k: int, num_bins: int) -> None:
+def test_calibration_error_equals_a_plain_loop(seed: int, k: int, num_bins: int) -> None:
     rng = np.random.default_rng(seed)
     probability, label = rng.dirichlet(np.ones(k), 60), rng.integers(0, k, 60)
     expected = 0.0
@@ -110,28 +110,28 @@ def test_the_error_is_that_of_a_plain_loop(seed: int, k: int, num_bins: int) -> 
         low, high = index / num_bins, (index + 1) / num_bins
         rows = [row for row in range(60) if low < probability[row].max() <= high]
         if rows:
-            right = np.mean([probability[row].argmax() == label[row] for row in rows])
-            expected += len(rows) / 60 * abs(np.mean([probability[row].max() for row in rows]) - right)
+            accuracy = np.mean([probability[row].argmax() == label[row] for row in rows])
+            expected += len(rows) / 60 * abs(np.mean([probability[row].max() for row in rows]) - accuracy)
     assert expected_calibration_error(probability, label, num_bins=num_bins) == pytest.approx(expected)
 
 
-def test_who_is_always_sure_and_right_has_no_error_and_who_is_wrong_all_of_it() -> None:
+def test_calibration_error_is_0_if_certain_and_correct_and_1_if_certain_and_wrong() -> None:
     sure = np.eye(3)[[0, 1, 2, 2]]
     assert expected_calibration_error(sure, np.array([0, 1, 2, 2])) == 0
     assert expected_calibration_error(sure, np.array([1, 2, 0, 0])) == 1
 
 
-def test_of_labels_every_decision_counts() -> None:
+def test_multilabel_calibration_error_counts_every_label() -> None:
     probability = np.array([[0.9, 0.2], [0.6, 0.4]])
-    right = np.array([[1, 0], [1, 0]])
-    assert expected_calibration_error(probability, right) == pytest.approx((0.1 + 0.2 + 2 * 0.4) / 4)
+    label = np.array([[1, 0], [1, 0]])
+    assert expected_calibration_error(probability, label) == pytest.approx((0.1 + 0.2 + 2 * 0.4) / 4)
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel"])
-def test_it_does_not_depend_on_how_many_rows_are_read_at_once(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_size_does_not_change_the_temperature(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, target = drawn(task)
     fold = np.arange(len(target))[None] % 3
-    whole = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
-    monkeypatch.setattr("mmaudit.audit.probes.prediction._LOGITS_AT_ONCE", 100)
-    pieces = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
-    np.testing.assert_allclose(pieces, whole, rtol=1e-6)
+    unchunked = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
+    monkeypatch.setattr("mmaudit.audit.probes.prediction._CHUNK_LOGITS", 100)
+    chunked = fit_temperature(logits[None], target, fold, np.ones(len(target), bool))
+    np.testing.assert_allclose(chunked, unchunked, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Laws of the pair of Gaussians: scikit-learn step for step, and a posterior that never rises, in float32 either."""
+"""EM of two Gaussians: equal to scikit-learn step by step, with a monotone posterior in float32."""
 
 from __future__ import annotations
 
@@ -67,19 +67,19 @@ def closed_form(gap: NDArray[np.floating], two: Pair) -> Floats:
 
 
 def neighbours(first: float, num: int) -> NDArray[np.float32]:
-    """The num float32 numbers from first on."""
+    """Return the num float32 numbers from first on."""
     start = int(np.float32(first).view(np.int32))
     return np.arange(start, start + num, dtype=np.int32).view(np.float32)
 
 
 @pytest.mark.parametrize("name", ["normal", "half-normal", "uniform", "saturated", "spike", "bimodal", "two widths"])
-def test_every_step_is_that_of_sklearn(name: str) -> None:
-    """Without bounds, on the values themselves, from the same start: the same two components after 20 steps."""
+def test_em_steps_equal_sklearn(name: str) -> None:
+    """Without bounds, on unbinned values, from the same start: equal components after 20 steps."""
     values = drawn(name)
-    ours, _ = fit_pair(values, np.full(len(values), 1 / len(values)), bounds=PLAIN)
+    fitted_pair, _ = fit_pair(values, np.full(len(values), 1 / len(values)), bounds=PLAIN)
     cut = 1 + np.argmin([values[:k].var() * k + values[k:].var() * (len(values) - k) for k in range(1, len(values))])
     halves = values[:cut], values[cut:]
-    theirs = GaussianMixture(
+    reference = GaussianMixture(
         2,
         tol=0.0,
         max_iter=NUM_STEPS,
@@ -89,32 +89,32 @@ def test_every_step_is_that_of_sklearn(name: str) -> None:
         precisions_init=[[[1 / half.var()]] for half in halves],
     )
     with pytest.warns(ConvergenceWarning):
-        theirs.fit(values[:, None])
-    found = sorted((c.mean, c.sd, c.weight) for c in ours)
-    expected = zip(theirs.means_.ravel(), np.sqrt(theirs.covariances_.ravel()), theirs.weights_, strict=True)
-    assert np.allclose(found, sorted(expected), rtol=0, atol=1e-9)
+        reference.fit(values[:, None])
+    fitted = sorted((c.mean, c.sd, c.weight) for c in fitted_pair)
+    expected = zip(reference.means_.ravel(), np.sqrt(reference.covariances_.ravel()), reference.weights_, strict=True)
+    assert np.allclose(fitted, sorted(expected), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["normal", "half-normal", "saturated", "spike", "bimodal"])
-def test_shares_are_counts_of_equal_values(name: str) -> None:
+def test_shares_equal_repeated_values(name: str) -> None:
     values = drawn(name).round(2)
     points, counts = np.unique(values, return_counts=True)
-    together, one = fit_pair(points, counts / len(values), bounds=BOUNDED)
-    each, other = fit_pair(values, np.full(len(values), 1 / len(values)), bounds=BOUNDED)
-    assert one == pytest.approx(other, abs=1e-9)
-    assert [c.mean for c in together] == pytest.approx([c.mean for c in each], abs=1e-6)
-    assert together[0].mean <= together[1].mean
-    assert together[0].weight + together[1].weight == pytest.approx(1.0)
-    assert 0.1 - 1e-9 <= together[0].sd / together[1].sd <= 1.0 + 1e-9
+    weighted_pair, weighted_likelihood = fit_pair(points, counts / len(values), bounds=BOUNDED)
+    pair_of_values, likelihood = fit_pair(values, np.full(len(values), 1 / len(values)), bounds=BOUNDED)
+    assert weighted_likelihood == pytest.approx(likelihood, abs=1e-9)
+    assert [c.mean for c in weighted_pair] == pytest.approx([c.mean for c in pair_of_values], abs=1e-6)
+    assert weighted_pair[0].mean <= weighted_pair[1].mean
+    assert weighted_pair[0].weight + weighted_pair[1].weight == pytest.approx(1.0)
+    assert 0.1 - 1e-9 <= weighted_pair[0].sd / weighted_pair[1].sd <= 1.0 + 1e-9
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @settings(deadline=None)
 @given(two=pairs(), gaps=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=50))
-def test_posterior_is_its_closed_form(dtype: type[np.floating], two: Pair, gaps: list[float]) -> None:
-    """Also where it falls most steeply, which is where a table and float32 are worst."""
+def test_posterior_equals_the_closed_form(dtype: type[np.floating], two: Pair, gaps: list[float]) -> None:
+    """Also where it is steepest, where the errors of the table and of float32 are largest."""
     logit = MonotoneLogit.of(two)
-    ends = np.linspace(logit.reaches(17.0), logit.reaches(-17.0), 501)
+    ends = np.linspace(logit.gap_at(17.0), logit.gap_at(-17.0), 501)
     gap = np.sort(np.concatenate([gaps, ends])).astype(dtype)
     p = posterior(gap, two)
     assert p.dtype == np.float32
@@ -126,13 +126,13 @@ def test_posterior_is_its_closed_form(dtype: type[np.floating], two: Pair, gaps:
 
 @settings(deadline=None)
 @given(pairs())
-def test_logit_is_that_of_bayes_where_it_falls(two: Pair) -> None:
+def test_logit_equals_bayes_where_it_decreases(two: Pair) -> None:
     grid = np.linspace(0.0, 1.0, 1001)
     low, high = two
     bayes = low.log_density(grid) - high.log_density(grid)
     logit = MonotoneLogit.of(two).at(grid)
-    held = np.maximum.accumulate(bayes[::-1])[::-1] if low.sd <= high.sd else np.minimum.accumulate(bayes)
-    falls = held == bayes
+    monotone = np.maximum.accumulate(bayes[::-1])[::-1] if low.sd <= high.sd else np.minimum.accumulate(bayes)
+    falls = monotone == bayes
     falls[1:-1] &= falls[:-2] & falls[2:]  # not a point that lies past the turn by less than a step
     falls[[0, -1]] = False
     assert np.allclose(logit[falls], bayes[falls], rtol=1e-6, atol=1e-6 * np.abs(bayes).max() + 1e-9)
@@ -141,23 +141,23 @@ def test_logit_is_that_of_bayes_where_it_falls(two: Pair) -> None:
 
 @settings(deadline=None)
 @given(pairs(), st.floats(-30, 30))
-def test_where_the_logit_reaches_a_value(two: Pair, value: float) -> None:
+def test_gap_at_inverts_the_logit(two: Pair, value: float) -> None:
     logit = MonotoneLogit.of(two)
-    at = logit.reaches(value)
-    assert 0.0 <= at <= 1.0
-    found = float(logit.at(np.array(at)))
+    gap = logit.gap_at(value)
+    assert 0.0 <= gap <= 1.0
+    logit_at_gap = float(logit.at(np.array(gap)))
     low, high = float(logit.at(np.array(1.0))), float(logit.at(np.array(0.0)))
     if low <= value <= high:
-        assert found == pytest.approx(value, rel=1e-6, abs=1e-6 * max(abs(low), abs(high), 1.0))
+        assert logit_at_gap == pytest.approx(value, rel=1e-6, abs=1e-6 * max(abs(low), abs(high), 1.0))
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_never_rises_between_any_two_neighbouring_float32(name: str) -> None:
-    """All 33 million from 1/16 to 1, and a million from each of twenty places below."""
+def test_posterior_does_not_increase_between_neighbouring_float32(name: str) -> None:
+    """All 33 million numbers from 1/16 to 1, and a million from each of twenty smaller starts."""
     two = pair(NUMBERS[name])
     before = np.float32(1.0)
     places = [0.0, *(2.0**-k for k in range(30, 4, -2)), 0.01, 0.011, 0.0115, 0.012, 0.02, 0.05]
-    for first, num in [*((place, 1 << 20) for place in sorted(places)), *((2.0**-k, 1 << 23) for k in (4, 3, 2, 1))]:
+    for first, num in [*((start, 1 << 20) for start in sorted(places)), *((2.0**-k, 1 << 23) for k in (4, 3, 2, 1))]:
         p = posterior(neighbours(first, num), two)
         assert p[0] <= before
         assert (p[1:] <= p[:-1]).all()
@@ -167,12 +167,14 @@ def test_never_rises_between_any_two_neighbouring_float32(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("num_threads", [2, 3, 8])
-def test_threads_change_no_byte(dtype: type[np.floating], num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_threads_does_not_change_the_posterior(
+    dtype: type[np.floating], num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gap = np.random.default_rng(0).random(300_001).astype(dtype)
     two = pair(NUMBERS["clear"])
     alone = posterior(gap, two)
     monkeypatch.setattr(em, "default_workers", lambda: num_threads)
-    monkeypatch.setattr(em, "ROWS_A_THREAD", 10_000)
+    monkeypatch.setattr(em, "ROWS_PER_THREAD", 10_000)
     assert em.in_threads(lambda rows: rows.stop - rows.start, len(gap)) != [len(gap)]
     assert posterior(gap, two).tobytes() == alone.tobytes()
     assert posterior(gap[::-1], two).tobytes() == alone[::-1].tobytes()
@@ -180,23 +182,23 @@ def test_threads_change_no_byte(dtype: type[np.floating], num_threads: int, monk
 
 
 @pytest.mark.parametrize("row", [0, 70_000, 299_999])
-@pytest.mark.parametrize("wrong", [np.nan, -0.01, 1.01])
-def test_a_wrong_gap_is_found_in_any_thread(row: int, wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("invalid", [np.nan, -0.01, 1.01])
+def test_invalid_gap_is_found_in_any_thread(row: int, invalid: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(em, "default_workers", lambda: 3)
-    monkeypatch.setattr(em, "ROWS_A_THREAD", 10_000)
+    monkeypatch.setattr(em, "ROWS_PER_THREAD", 10_000)
     gap = np.full(300_000, 0.5)
-    gap[row] = wrong
-    for use in (em.check, lambda g: posterior(g, pair(NUMBERS["clear"])), lambda g: em.rule(g, 0.2)):
-        with pytest.raises(MixtureError, match=rf"1 of 300000 values do not, the first is {wrong} at row {row}"):
+    gap[row] = invalid
+    for use in (em.check_gap, lambda g: posterior(g, pair(NUMBERS["clear"])), lambda g: em.threshold_rule(g, 0.2)):
+        with pytest.raises(MixtureError, match=rf"1 of 300000 values do not, the first is {invalid} at row {row}"):
             use(gap)
 
 
 @given(st.integers(0, 10**7), st.integers(1, 16))
-def test_threads_share_every_row_once(num_rows: int, num_threads: int) -> None:
+def test_threads_process_every_row_once(num_rows: int, num_threads: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(em, "default_workers", lambda: num_threads)
         ranges = em.in_threads(lambda rows: (rows.start, rows.stop), num_rows)
-    assert len(ranges) <= min(num_threads, em.MOST_THREADS)
+    assert len(ranges) <= min(num_threads, em.MAX_THREADS)
     assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
     assert ranges[-1][1] == num_rows
 

@@ -1,4 +1,4 @@
-"""Laws of the Gaussian part: it is scikit-learn's shrunk covariance, it helps where rows are few, and sees no fold."""
+"""Gaussian class models: equal to scikit-learn's shrunk covariance, better with few rows, and out of fold."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit
-from mmaudit.audit.probes.gaussian import MARGIN, MOST_ROWS, Sums, first_least, fit_gaussian
+from mmaudit.audit.probes.gaussian import MARGIN, MAX_ROWS, ClassSums, first_minimum, fit_gaussian
 from mmaudit.audit.probes.probe_set import fit_probe
 
 K = 4
 
 
 def planted(n: int, d: int, *, seed: int = 0, heavy: bool = False) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Classes around means of their own, of one covariance that is far from round; `heavy`: with wild tails."""
+    """Draw classes with different means and one anisotropic covariance; `heavy`: with heavy tails."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, K, n).astype(np.int32)
     rotation, _ = np.linalg.qr(rng.standard_normal((d, d)))
@@ -52,13 +52,15 @@ def loss(raw: NDArray[np.float32], label: NDArray[np.int32]) -> float:
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 30), (400, 20), (30, 50)])
-def test_the_covariance_is_shrunk_as_sklearn_s(n: int, d: int) -> None:
+def test_covariance_shrinkage_equals_sklearn(n: int, d: int) -> None:
     x, label = planted(n, d)
     z, y = torch.from_numpy(x).double(), torch.from_numpy(label.astype(np.int64))
     train_mask = torch.arange(n) % 5 != 0
-    seen, one_hot = z[train_mask], functional.one_hot(y[train_mask], K).double()
+    train_rows, one_hot = z[train_mask], functional.one_hot(y[train_mask], K).double()
     none = torch.zeros(K, 1, 1, dtype=torch.float64)
-    sums = Sums(count=one_hot.sum(dim=0), total=one_hot.T @ seen, square=seen.T @ seen, moments=none)
+    sums = ClassSums(
+        count=one_hot.sum(dim=0), total=one_hot.T @ train_rows, square=train_rows.T @ train_rows, moments=none
+    )
     theta = fit_gaussian(z, y, train_mask=train_mask, sums=sums).theta().numpy()
     rows = train_mask.numpy()
     means = np.stack([x[rows & (label == k)].mean(axis=0) for k in range(K)]).astype(np.float64)
@@ -70,7 +72,7 @@ def test_the_covariance_is_shrunk_as_sklearn_s(n: int, d: int) -> None:
     np.testing.assert_allclose(theta[-1], bias, rtol=2e-3, atol=1e-3 * np.abs(bias).max())
 
 
-def test_of_few_rows_it_lowers_the_loss() -> None:
+def test_gaussian_lowers_the_loss_with_few_rows() -> None:
     gains = []
     for seed in range(4):
         x, label = planted(240, 40, seed=seed)
@@ -78,7 +80,7 @@ def test_of_few_rows_it_lowers_the_loss() -> None:
     assert np.mean(gains) > 0.01
 
 
-def test_where_classes_are_no_gaussians_it_is_left_out_or_does_little_harm() -> None:
+def test_gaussian_does_little_harm_to_non_gaussian_classes() -> None:
     worse = []
     for seed in range(4):
         x, label = planted(240, 20, seed=seed, heavy=True)
@@ -86,29 +88,29 @@ def test_where_classes_are_no_gaussians_it_is_left_out_or_does_little_harm() -> 
     assert np.mean(worse) < 0.02
 
 
-def test_labels_of_a_fold_have_no_part_in_its_own_answers() -> None:
+def test_predictions_do_not_depend_on_labels_of_their_fold() -> None:
     x, label = planted(240, 10)
-    mine = cross_fit(240).fold == 1
-    other = label.copy()
-    other[mine] = (other[mine] + 1) % K
-    one, two = logits(x, label), logits(x, other)
-    np.testing.assert_allclose(one[mine], two[mine], atol=2e-3)
-    assert np.abs(one[~mine] - two[~mine]).max() > 0.1
+    in_fold = cross_fit(240).fold == 1
+    changed_label = label.copy()
+    changed_label[in_fold] = (changed_label[in_fold] + 1) % K
+    before, after = logits(x, label), logits(x, changed_label)
+    np.testing.assert_allclose(before[in_fold], after[in_fold], atol=2e-3)
+    assert np.abs(before[~in_fold] - after[~in_fold]).max() > 0.1
 
 
 @pytest.mark.parametrize("options", [{"l2_penalties": (1e-2,)}, {"gaussian": False}])
-def test_a_given_strength_or_a_wish_leaves_it_out(options: dict[str, object]) -> None:
+def test_fixed_l2_or_config_turns_the_gaussian_off(options: dict[str, object]) -> None:
     x, label = planted(240, 10)
     np.testing.assert_array_equal(logits(x, label, **options), logits(x, label, **{**options, "gaussian": False}))
     assert np.abs(logits(x, label) - logits(x, label, **{**options, "gaussian": False})).max() > 1e-3
 
 
-def test_many_rows_do_without() -> None:
-    x, label = planted(MOST_ROWS + 10, 3)
+def test_many_rows_use_no_gaussian() -> None:
+    x, label = planted(MAX_ROWS + 10, 3)
     np.testing.assert_array_equal(logits(x, label), logits(x, label, gaussian=False))
 
 
-def test_of_options_that_rounding_alone_parts_the_simplest_is_chosen() -> None:
-    assert first_least([0.5 + MARGIN / 2, 0.7, 0.5, 0.5 - MARGIN / 4]) == 0
-    assert first_least([0.5 + 2 * MARGIN, 0.7, 0.5, 0.5]) == 2
-    assert first_least([0.5]) == 0
+def test_simplest_of_equal_options_is_chosen() -> None:
+    assert first_minimum([0.5 + MARGIN / 2, 0.7, 0.5, 0.5 - MARGIN / 4]) == 0
+    assert first_minimum([0.5 + 2 * MARGIN, 0.7, 0.5, 0.5]) == 2
+    assert first_minimum([0.5]) == 0

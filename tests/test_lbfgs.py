@@ -1,4 +1,4 @@
-"""Laws of the minimiser: it finds minima, each as if alone, and shows the way it went."""
+"""Batched L-BFGS finds minima, independently of the batch, and records snapshots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mmaudit.audit.probes.lbfgs import Problem, minimize
 
 
 class Bowls:
-    """Quadratic losses around their own centres, of unequal curvature: (x - c)' D (x - c) / 2 + 1."""
+    """Quadratic losses with different centres and curvatures: (x - c)' D (x - c) / 2 + 1."""
 
     rounding = 1e-15
 
@@ -35,66 +35,66 @@ def bowls() -> Bowls:
     return Bowls(centre, 1 + 99 * torch.rand(3, 8, 2, generator=draw, dtype=torch.float64))
 
 
-def test_minima_are_found() -> None:
+def test_minimize_finds_the_minima() -> None:
     problem = bowls()
-    found = minimize(problem, torch.zeros_like(problem.centre), max_steps=300, tolerance=1e-14, patience=2)
-    torch.testing.assert_close(found.theta, problem.centre, atol=1e-5, rtol=0)
-    assert found.num_steps < 100
+    minimum = minimize(problem, torch.zeros_like(problem.centre), max_steps=300, tolerance=1e-14, patience=2)
+    torch.testing.assert_close(minimum.theta, problem.centre, atol=1e-5, rtol=0)
+    assert minimum.num_steps < 100
 
 
-def test_who_starts_at_the_minimum_leaves_and_the_others_go_on() -> None:
+def test_converged_problems_leave_the_batch() -> None:
     problem = bowls()
     start = torch.zeros_like(problem.centre)
     start[1] = problem.centre[1]
-    found = minimize(problem, start, max_steps=300, tolerance=1e-14, patience=2)
-    torch.testing.assert_close(found.theta, problem.centre, atol=1e-5, rtol=0)
-    assert torch.equal(found.theta[1], problem.centre[1])
+    minimum = minimize(problem, start, max_steps=300, tolerance=1e-14, patience=2)
+    torch.testing.assert_close(minimum.theta, problem.centre, atol=1e-5, rtol=0)
+    assert torch.equal(minimum.theta[1], problem.centre[1])
 
 
-def test_snapshots_are_the_way_by_powers_of_two_and_the_end() -> None:
+def test_snapshots_are_at_powers_of_two_and_the_last_step() -> None:
     problem = bowls()
     start = torch.zeros_like(problem.centre)
-    found = minimize(problem, start, max_steps=11, tolerance=0.0, patience=100)
-    assert found.num_steps == 11
-    assert len(found.snapshots) == 5  # 1, 2, 4, 8, 11
-    assert torch.equal(found.snapshots[-1], found.theta)
-    losses = [float(problem.loss_and_gradient(theta)[0].sum()) for theta in (start, *found.snapshots)]
+    minimum = minimize(problem, start, max_steps=11, tolerance=0.0, patience=100)
+    assert minimum.num_steps == 11
+    assert len(minimum.snapshots) == 5  # 1, 2, 4, 8, 11
+    assert torch.equal(minimum.snapshots[-1], minimum.theta)
+    losses = [float(problem.loss_and_gradient(theta)[0].sum()) for theta in (start, *minimum.snapshots)]
     assert losses == sorted(losses, reverse=True)
-    for steps, snapshot in zip((1, 2, 4, 8), found.snapshots, strict=False):
+    for steps, snapshot in zip((1, 2, 4, 8), minimum.snapshots, strict=False):
         alone = minimize(problem, start, max_steps=steps, tolerance=0.0, patience=100)
         assert torch.equal(alone.theta, snapshot)
 
 
-def test_the_length_of_a_step_is_halved_until_it_helps() -> None:
-    """A first guess 100 times too flat: the full step would raise the loss."""
+def test_step_is_halved_until_the_loss_decreases() -> None:
+    """With an initial Hessian 100 times too small, the full step would raise the loss."""
     problem = bowls()
     problem.precondition = lambda gradient: gradient  # type: ignore[method-assign]
     before = problem.loss_and_gradient(torch.zeros_like(problem.centre))[0]
-    found = minimize(problem, torch.zeros_like(problem.centre), max_steps=1, tolerance=0.0, patience=1)
-    assert (problem.loss_and_gradient(found.theta)[0] < before).all()
+    minimum = minimize(problem, torch.zeros_like(problem.centre), max_steps=1, tolerance=0.0, patience=1)
+    assert (problem.loss_and_gradient(minimum.theta)[0] < before).all()
     assert problem.asked > 4
 
 
-def test_whom_the_judge_sends_away_stays_where_it_was_and_the_others_go_on() -> None:
+def test_deselected_problems_stop_and_the_others_continue() -> None:
     problem = bowls()
     start = torch.zeros_like(problem.centre)
-    told: list[list[int]] = []
+    active_losses: list[list[int]] = []
 
-    def judge(alive: Tensor, theta: Tensor) -> Tensor:
+    def select_active(alive: Tensor, theta: Tensor) -> Tensor:
         assert len(theta) == len(alive)
-        told.append(alive.tolist())
+        active_losses.append(alive.tolist())
         return alive != 1
 
-    found = minimize(problem, start, max_steps=300, tolerance=1e-14, patience=2, judge=judge)
-    one = minimize(problem, start, max_steps=1, tolerance=0.0, patience=2)
-    assert told[:2] == [[0, 1, 2], [0, 2]]
-    assert torch.equal(found.theta[1], one.theta[1])
-    torch.testing.assert_close(found.theta[[0, 2]], problem.centre[[0, 2]], atol=1e-5, rtol=0)
+    minimum = minimize(problem, start, max_steps=300, tolerance=1e-14, patience=2, select_active=select_active)
+    single_step = minimize(problem, start, max_steps=1, tolerance=0.0, patience=2)
+    assert active_losses[:2] == [[0, 1, 2], [0, 2]]
+    assert torch.equal(minimum.theta[1], single_step.theta[1])
+    torch.testing.assert_close(minimum.theta[[0, 2]], problem.centre[[0, 2]], atol=1e-5, rtol=0)
 
 
-def test_a_first_step_that_gains_little_does_not_end_a_fit() -> None:
-    """With curvatures of 57 the first step, a thirtieth of the gradient, ends almost as far on the other side."""
+def test_small_gain_of_the_first_step_does_not_stop_a_fit() -> None:
+    """With curvatures of 57 the first step, a thirtieth of the gradient, overshoots by almost as much."""
     centre = torch.full((1, 4, 1), 5.0, dtype=torch.float64)
     problem = Bowls(centre, torch.full_like(centre, 57.0))
-    found = minimize(problem, torch.zeros_like(centre), max_steps=300, tolerance=0.3, patience=1)
-    torch.testing.assert_close(found.theta, centre)
+    minimum = minimize(problem, torch.zeros_like(centre), max_steps=300, tolerance=0.3, patience=1)
+    torch.testing.assert_close(minimum.theta, centre)

@@ -1,4 +1,4 @@
-"""Laws of the linear probe: scikit-learn's models out of fold, for every task, in any precision, and the way there."""
+"""Linear probes: equal to scikit-learn's out of fold, for every task and precision."""
 
 from __future__ import annotations
 
@@ -49,55 +49,55 @@ def target(label: NDArray[np.int32], task: str) -> Target:
     return Target(task=task, label=label, num_outputs=num_outputs, values=values)
 
 
-def fit(x: NDArray[Any], what: Target, config: ProbeConfig = CONFIG, *, rounds: int = 1) -> LinearProbe:
+def fit(x: NDArray[Any], of_target: Target, config: ProbeConfig = CONFIG, *, rounds: int = 1) -> LinearProbe:
     cross_fits = [cross_fit(seed) for seed in range(rounds)]
     fit_rows = gather_fit_rows(cross_fits, most_rows=config.most_rows)
-    return fit_linear(MatrixInputs(matrix=x), what, cross_fits, fit_rows, config=config, device="cpu")
+    return fit_linear(MatrixInputs(matrix=x), of_target, cross_fits, fit_rows, config=config, device="cpu")
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
-def test_out_of_fold_it_is_sklearn(task: str) -> None:
+def test_out_of_fold_logits_equal_sklearn(task: str) -> None:
     x, label = planted()
-    what = target(label, task)
-    probe = fit(x, what, rounds=2)
-    found = probe.logits(ROWS)
+    of_target = target(label, task)
+    probe = fit(x, of_target, rounds=2)
+    logits = probe.logits(ROWS)
     for seed in range(2):
         for fold in range(3):
             own = cross_fit(seed).fold == fold
             train_mask, size = ~own, int((~own).sum())
-            if what.values is None:
+            if of_target.values is None:
                 model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=100 / size, tol=1e-8, max_iter=5_000))
                 expected = model.fit(x[train_mask], label[train_mask]).predict_proba(x[own])
-                np.testing.assert_allclose(softmax(found[seed, own], axis=1), expected, atol=2e-3)
+                np.testing.assert_allclose(softmax(logits[seed, own], axis=1), expected, atol=2e-3)
             elif task == "multilabel":
-                for column, values in enumerate(what.values.T):
+                for column, values in enumerate(of_target.values.T):
                     model = make_pipeline(StandardScaler(), LogisticRegression(C=100 / size, tol=1e-8, max_iter=5_000))
                     expected = model.fit(x[train_mask], values[train_mask]).predict_proba(x[own])[:, 1]
-                    np.testing.assert_allclose(expit(found[seed, own, column]), expected, atol=2e-3)
+                    np.testing.assert_allclose(expit(logits[seed, own, column]), expected, atol=2e-3)
             else:
                 model = make_pipeline(StandardScaler(), Ridge(alpha=1e-2 * size))
-                expected = model.fit(x[train_mask], what.values[train_mask, 0]).predict(x[own])
-                np.testing.assert_allclose(found[seed, own, 0], expected, atol=0.05)
+                expected = model.fit(x[train_mask], of_target.values[train_mask, 0]).predict(x[own])
+                np.testing.assert_allclose(logits[seed, own, 0], expected, atol=0.05)
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
-def test_bfloat16_is_float32_but_for_rounding(task: str) -> None:
-    """Mean losses within 1e-3 (of the variance, for a number), though they need not stop at the same step."""
+def test_bfloat16_equals_float32_up_to_rounding(task: str) -> None:
+    """Mean losses within 1e-3 (of the variance, for a number), although they may stop at different steps."""
     x, label = planted()
-    what = target(label, task)
+    of_target = target(label, task)
     losses = []
     for precision in ("float32", "bfloat16"):
-        raw = fit(x, what, replace(CONFIG, precision=precision)).logits(ROWS)[0].astype(np.float64)
-        if what.values is None:
+        raw = fit(x, of_target, replace(CONFIG, precision=precision)).logits(ROWS)[0].astype(np.float64)
+        if of_target.values is None:
             losses.append(-log_softmax(raw, axis=1)[ROWS, label].mean())
         elif task == "multilabel":
-            losses.append((np.logaddexp(0, raw) - what.values * raw).mean())
+            losses.append((np.logaddexp(0, raw) - of_target.values * raw).mean())
         else:
-            losses.append(np.square(raw - what.values).mean() / what.values.var())
+            losses.append(np.square(raw - of_target.values).mean() / of_target.values.var())
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
-def test_the_way_begins_at_nothing_and_ends_at_the_probe() -> None:
+def test_snapshots_start_near_zero_and_end_at_the_probe() -> None:
     x, label = planted()
     probe = fit(x, target(label, "classification"), rounds=2)
     by_epoch = probe.logits_by_epoch(ROWS)
@@ -107,27 +107,27 @@ def test_the_way_begins_at_nothing_and_ends_at_the_probe() -> None:
     assert np.log(NUM_CLASSES) > losses[0] > losses[-1]
 
 
-def test_bytes_are_numbers() -> None:
+def test_byte_inputs_equal_float_inputs() -> None:
     x, label = planted()
     pixels = np.clip(x * 8 + 60, 0, 255).astype(np.uint8)
-    what = target(label, "classification")
-    found = fit(pixels, what).logits(ROWS)
-    np.testing.assert_allclose(found, fit(pixels.astype(np.float32), what).logits(ROWS), atol=1e-5)
+    of_target = target(label, "classification")
+    logits = fit(pixels, of_target).logits(ROWS)
+    np.testing.assert_allclose(logits, fit(pixels.astype(np.float32), of_target).logits(ROWS), atol=1e-5)
 
 
-def test_what_is_missing_is_the_centre_of_what_is_not() -> None:
+def test_missing_features_equal_their_centre() -> None:
     x, label = planted()
     holes, filled = x.copy(), x.copy()
     gone = np.random.default_rng(5).random(NUM_ROWS) < 0.3
     holes[gone, 3:] = np.nan
     probe = fit(holes, target(label, "classification"))
     filled[gone, 3:] = probe.units.centre[3:].numpy()
-    found = probe.logits(ROWS)
-    assert np.isfinite(found).all()
+    logits = probe.logits(ROWS)
+    assert np.isfinite(logits).all()
     filled_too = probe.logits(ROWS, inputs=MatrixInputs(matrix=filled))
-    np.testing.assert_allclose(found, filled_too, atol=1e-5)
-    assert (found[0, ~gone].argmax(axis=1) == label[~gone]).mean() > (
-        found[0, gone].argmax(axis=1) == label[gone]
+    np.testing.assert_allclose(logits, filled_too, atol=1e-5)
+    assert (logits[0, ~gone].argmax(axis=1) == label[~gone]).mean() > (
+        logits[0, gone].argmax(axis=1) == label[gone]
     ).mean()
 
 
@@ -135,5 +135,5 @@ def test_what_is_missing_is_the_centre_of_what_is_not() -> None:
 def test_two_runs_are_bit_equal(task: str) -> None:
     x, label = planted()
     config = replace(CONFIG, l2_penalties=ProbeConfig().l2_penalties, precision="bfloat16")
-    found = [fit(x, target(label, task), config).logits(ROWS) for _ in range(2)]
-    np.testing.assert_array_equal(found[0], found[1])
+    logits = [fit(x, target(label, task), config).logits(ROWS) for _ in range(2)]
+    np.testing.assert_array_equal(logits[0], logits[1])

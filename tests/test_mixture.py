@@ -1,4 +1,4 @@
-"""Laws of the mixture on the gap: what is bimodal, what is not, and a posterior that never rises."""
+"""The mixture of the gap: which gaps are bimodal, and a posterior that does not increase."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def mixtures(draw: st.DrawFn) -> Mixture:
 
 
 @pytest.mark.parametrize("name", NOT_BIMODAL)
-def test_one_group_is_not_called_two(name: str) -> None:
+def test_unimodal_gaps_are_not_bimodal(name: str) -> None:
     mixture = fit_mixture(shape(name), config=CONFIG, seed=0)
     assert not mixture.bimodal
     assert mixture.rule == "threshold"
@@ -67,7 +67,7 @@ def test_one_group_is_not_called_two(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BIMODAL)
-def test_two_groups_are_found(name: str) -> None:
+def test_two_groups_are_bimodal(name: str) -> None:
     gap = shape(name)
     mixture = fit_mixture(gap, config=CONFIG, seed=0)
     assert mixture.bimodal
@@ -79,8 +79,8 @@ def test_two_groups_are_found(name: str) -> None:
     assert 0.2 < balanced.mean() < 0.7
 
 
-def test_plain_criteria_would_be_fooled() -> None:
-    """Why the dip is asked: BIC and Ashman's D both call a uniform gap bimodal, and BIC a half-normal one."""
+def test_bic_and_ashman_d_alone_give_false_positives() -> None:
+    """The reason for the dip: BIC and Ashman's D both call a uniform gap bimodal, and BIC a half-normal one."""
     uniform = fit_mixture(shape("uniform"), config=CONFIG, seed=0)
     half = fit_mixture(shape("half-normal"), config=CONFIG, seed=0)
     assert uniform.bic_one is not None
@@ -93,17 +93,17 @@ def test_plain_criteria_would_be_fooled() -> None:
     assert half.bic_two < half.bic_one
 
 
-def test_known_groups_are_recovered() -> None:
+def test_planted_groups_are_recovered() -> None:
     mixture = fit_mixture(shape("bimodal"), config=CONFIG, seed=0)
     assert mixture.components is not None
-    found = [(c.weight, c.mean, c.sd) for c in mixture.components]
-    assert np.allclose(found, [(0.5, 0.2, 0.06), (0.5, 0.75, 0.08)], atol=0.01)
+    components = [(c.weight, c.mean, c.sd) for c in mixture.components]
+    assert np.allclose(components, [(0.5, 0.2, 0.06), (0.5, 0.75, 0.08)], atol=0.01)
     assert mixture.ashman_d == pytest.approx(np.sqrt(2) * 0.55 / np.hypot(0.06, 0.08), rel=0.02)
 
 
 @pytest.mark.parametrize("name", NOT_BIMODAL + BIMODAL)
-def test_the_decision_flips_once(name: str) -> None:
-    """Plain Bayes flips twice on the two widths, and calls both extremes balanced."""
+def test_posterior_crosses_one_half_once(name: str) -> None:
+    """Plain Bayes crosses 1/2 twice with unequal widths, and calls both extremes balanced."""
     balanced = fit_mixture(shape(name), config=CONFIG, seed=0).posterior(GRID) >= 0.5
     assert balanced[0]
     assert not balanced[-1]
@@ -111,14 +111,14 @@ def test_the_decision_flips_once(name: str) -> None:
 
 
 def of_values(mixture: Mixture, gap: NDArray[np.float64]) -> float:
-    """Mean log-likelihood of the values themselves, not of their bins."""
+    """Compute the mean log-likelihood of the values, not of their bins."""
     assert mixture.components is not None
     low, high = mixture.components
     return float(np.logaddexp(low.log_density(gap), high.log_density(gap)).mean())
 
 
 def sklearn_from_two_means(gap: NDArray[np.float64]) -> GaussianMixture:
-    """Converged, without bounds, from the start that is ours."""
+    """Fit sklearn without bounds, to convergence, from the two-means start."""
     rising = np.sort(gap)
     weight = np.arange(1, len(gap)) / len(gap)
     moment = np.cumsum(rising)[:-1] / len(gap)
@@ -133,23 +133,23 @@ def sklearn_from_two_means(gap: NDArray[np.float64]) -> GaussianMixture:
 
 
 @pytest.mark.parametrize(("name", "plain"), [(n, False) for n in UNBOUNDED] + [(n, True) for n in BOUNDED])
-def test_as_likely_as_sklearn(name: str, plain: bool) -> None:
-    """On the values themselves, to 1e-6 a sample: as configured where the bounds do nothing, elsewhere without them.
+def test_likelihood_equals_sklearn(name: str, plain: bool) -> None:
+    """On unbinned values, to 1e-6 per sample: as configured where the bounds do not bind, else without them.
 
-    Not the normal shape, whose likelihood is so flat that EM takes 6,000 steps: test_em.py compares it step by step.
+    Without the normal shape, whose likelihood is so flat that EM takes 6,000 steps: see test_em.py.
     """
     gap = shape(name)
     free = replace(CONFIG, min_sd=1e-3, min_sd_ratio=0.0, max_sd_ratio=1e9, tolerance=1e-10, max_steps=5000)
-    ours = fit_mixture(gap, config=free if plain else CONFIG, seed=0)
-    theirs = sklearn_from_two_means(gap)
-    assert of_values(ours, gap) == pytest.approx(theirs.score(gap[:, None]), abs=1e-6)
-    assert ours.log_likelihood == pytest.approx(of_values(ours, gap), abs=1e-3)  # reported: of the bins
+    mixture = fit_mixture(gap, config=free if plain else CONFIG, seed=0)
+    reference = sklearn_from_two_means(gap)
+    assert of_values(mixture, gap) == pytest.approx(reference.score(gap[:, None]), abs=1e-6)
+    assert mixture.log_likelihood == pytest.approx(of_values(mixture, gap), abs=1e-3)  # reported: of the bins
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", ["saturated", "spike", "two widths"])
-def test_no_needle_takes_an_end(name: str, seed: int) -> None:
-    """The plain fit calls gaps up to 0.96 of the saturated shape balanced, or none above 0.05, by the seed."""
+def test_no_component_collapses_onto_an_end(name: str, seed: int) -> None:
+    """The unbounded fit of the saturated shape calls gaps up to 0.96 or up to 0.05 balanced, by the seed."""
     mixture = fit_mixture(shape(name, seed), config=CONFIG, seed=0)
     assert mixture.components is not None
     low, high = mixture.components
@@ -159,15 +159,17 @@ def test_no_needle_takes_an_end(name: str, seed: int) -> None:
 
 def test_bic_equals_sklearn() -> None:
     gap = shape("bimodal")
-    ours = fit_mixture(gap, config=CONFIG, seed=0)
-    one, two = (GaussianMixture(k, tol=1e-8, random_state=0).fit(gap[:, None]).bic(gap[:, None]) for k in (1, 2))
-    assert ours.bic_one == pytest.approx(one, rel=1e-3)
-    assert ours.bic_two == pytest.approx(two, rel=1e-3)
+    mixture = fit_mixture(gap, config=CONFIG, seed=0)
+    bic_one, bic_two = (
+        GaussianMixture(k, tol=1e-8, random_state=0).fit(gap[:, None]).bic(gap[:, None]) for k in (1, 2)
+    )
+    assert mixture.bic_one == pytest.approx(bic_one, rel=1e-3)
+    assert mixture.bic_two == pytest.approx(bic_two, rel=1e-3)
 
 
 @settings(deadline=None)
 @given(mixtures(), st.lists(st.floats(0, 1), min_size=2, max_size=50))
-def test_posterior_never_rises(mixture: Mixture, gaps: list[float]) -> None:
+def test_posterior_does_not_increase(mixture: Mixture, gaps: list[float]) -> None:
     p = mixture.posterior(np.sort(np.concatenate([gaps, GRID])))
     assert p.dtype == np.float32
     assert p.min() >= 0.0
@@ -177,26 +179,26 @@ def test_posterior_never_rises(mixture: Mixture, gaps: list[float]) -> None:
 
 @settings(deadline=None)
 @given(mixtures())
-def test_posterior_is_bayes_made_monotone(mixture: Mixture) -> None:
-    """Bayes up to the turning point of its logit, which is a parabola; beyond, level."""
+def test_posterior_is_monotone_bayes(mixture: Mixture) -> None:
+    """Bayes up to the vertex of its logit, a parabola; constant beyond."""
     assert mixture.components is not None
     low, high = mixture.components
     logit = np.clip(low.log_density(GRID) - high.log_density(GRID), -50, 50)
     bayes = 1.0 / (1.0 + np.exp(-logit))
     level = np.maximum.accumulate(bayes[::-1])[::-1] if low.sd <= high.sd else np.minimum.accumulate(bayes)
-    found = mixture.posterior(GRID)
-    assert np.allclose(found, level, atol=2e-3)  # the turn lies between two points of the grid
-    assert np.allclose(found[bayes == level], bayes[bayes == level], atol=1e-4)
+    posterior = mixture.posterior(GRID)
+    assert np.allclose(posterior, level, atol=2e-3)  # the turn lies between two points of the grid
+    assert np.allclose(posterior[bayes == level], bayes[bayes == level], atol=1e-4)
 
 
-def test_wide_balanced_component_does_not_win_again() -> None:
+def test_wide_balanced_component_has_no_second_crossing() -> None:
     mixture = pair((0.5, 0.3, 0.3), (0.5, 0.5, 0.05))
     balanced, imbalanced = mixture.density(GRID)
     assert balanced[-1] > imbalanced[-1]  # plain Bayes calls the largest gaps balanced
     assert mixture.posterior(GRID)[-1] < 0.5
 
 
-def test_narrow_balanced_component_reaches_down_to_zero() -> None:
+def test_narrow_balanced_component_is_balanced_down_to_zero() -> None:
     mixture = pair((0.5, 0.2, 0.02), (0.5, 0.5, 0.3))
     balanced, imbalanced = mixture.density(GRID)
     assert balanced[0] < imbalanced[0]  # plain Bayes calls the smallest gaps imbalanced
@@ -205,25 +207,25 @@ def test_narrow_balanced_component_reaches_down_to_zero() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=200), st.integers(0, 5))
-def test_the_order_of_rows_does_not_matter(gaps: list[float], seed: int) -> None:
+def test_mixture_does_not_depend_on_row_order(gaps: list[float], seed: int) -> None:
     gap = np.array(gaps)
-    there = np.random.default_rng(seed).permutation(gap)
-    assert fit_mixture(gap, config=CONFIG, seed=1) == fit_mixture(there, config=CONFIG, seed=1)
+    shuffled = np.random.default_rng(seed).permutation(gap)
+    assert fit_mixture(gap, config=CONFIG, seed=1) == fit_mixture(shuffled, config=CONFIG, seed=1)
 
 
 @given(st.lists(st.floats(0, 1), max_size=50), st.lists(st.floats(0, 1), max_size=50))
-def test_histograms_of_shards_add_up(one: list[float], other: list[float]) -> None:
-    whole = histogram(np.array(one + other), num_bins=64)
-    assert np.array_equal(histogram(np.array(one), num_bins=64) + histogram(np.array(other), num_bins=64), whole)
-    assert whole.sum() == len(one) + len(other)
+def test_histograms_of_shards_add_up(first: list[float], second: list[float]) -> None:
+    combined = histogram(np.array(first + second), num_bins=64)
+    assert np.array_equal(histogram(np.array(first), num_bins=64) + histogram(np.array(second), num_bins=64), combined)
+    assert combined.sum() == len(first) + len(second)
 
 
-def test_threads_change_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_threads_does_not_change_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     gap = shape("saturated")
     alone = histogram(gap, num_bins=4096)
     assert np.array_equal(alone, np.bincount(np.rint(gap * 4095).astype(int), minlength=4096))
     monkeypatch.setattr(em, "default_workers", lambda: 3)
-    monkeypatch.setattr(em, "ROWS_A_THREAD", 1000)
+    monkeypatch.setattr(em, "ROWS_PER_THREAD", 1000)
     assert np.array_equal(histogram(gap, num_bins=4096), alone)
 
 
@@ -237,10 +239,10 @@ def test_merged_shards_give_the_same_mixture() -> None:
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), min_size=1, max_size=60))
 def test_json_round_trip_is_equality(gaps: list[float]) -> None:
     mixture = fit_mixture(np.array(gaps), config=CONFIG, seed=0)
-    there = json.loads(json.dumps(mixture.to_json(), allow_nan=False))
-    assert Mixture.from_json(there) == mixture
-    assert there["bimodal"] == mixture.bimodal
-    assert there["rule"] == mixture.rule
+    decoded = json.loads(json.dumps(mixture.to_json(), allow_nan=False))
+    assert Mixture.from_json(decoded) == mixture
+    assert decoded["bimodal"] == mixture.bimodal
+    assert decoded["rule"] == mixture.rule
 
 
 @pytest.mark.parametrize(
@@ -252,10 +254,10 @@ def test_json_round_trip_is_equality(gaps: list[float]) -> None:
         ({"components": [{"weight": "x", "mean": 0.1, "sd": 0.1}] * 2}, "weight is"),
         ({"components": [{"weight": 0.5, "mean": 0.1, "sd": 0.0}] * 2}, "not above 0"),
         ({"components": [{"weight": 0.5, "mean": 0.1}] * 2}, "lacks sd"),
-        ({"bic_one": None}, "bic_one beside its components"),
+        ({"bic_one": None}, "bic_one of a mixture with components"),
     ],
 )
-def test_json_of_another_shape_is_no_mixture(change: dict[str, object], reason: str) -> None:
+def test_malformed_json_raises(change: dict[str, object], reason: str) -> None:
     content = fit_mixture(np.repeat([0.0, 1.0], [60, 40]), config=CONFIG, seed=0).to_json()
     with pytest.raises(MixtureError, match=reason):
         Mixture.from_json({**content, **change})
@@ -268,9 +270,9 @@ def test_fully_saturated_gaps_are_two_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gaps", "reason"), [([0.3] * 50, "constant: 0.300"), ([0.1, 0.9], "2 samples"), ([1], "1 samp")]
+    ("gaps", "reason"), [([0.3] * 50, "constant: 0.300"), ([0.1, 0.9], "available 2"), ([1], "available 1")]
 )
-def test_score_can_finish_where_nothing_can_be_fitted(gaps: list[float], reason: str) -> None:
+def test_unfittable_gaps_give_a_mixture_without_components(gaps: list[float], reason: str) -> None:
     mixture = fit_mixture(np.array(gaps), config=CONFIG, seed=0)
     assert mixture.components is None
     assert reason in mixture.reasons[0]
@@ -279,35 +281,35 @@ def test_score_can_finish_where_nothing_can_be_fitted(gaps: list[float], reason:
 
 
 @pytest.mark.parametrize("gap", [[0.1, np.nan], [np.inf, 0.1], [0.1, -0.01], [0.1, 1.01], [[0.1]], 0.1])
-def test_refuses_what_is_no_gap(gap: float | list[float]) -> None:
+def test_invalid_gaps_raise(gap: float | list[float]) -> None:
     mixture = pair((0.5, 0.2, 0.1), (0.5, 0.8, 0.1))
     for use in (lambda g: fit_mixture(g, config=CONFIG, seed=0), mixture.posterior):
         with pytest.raises(MixtureError, match="the gap must"):
             use(np.array(gap))
 
 
-def test_refuses_nothing_at_all() -> None:
+def test_empty_gap_raises() -> None:
     with pytest.raises(MixtureError, match="no sample was scored"):
         fit_mixture(np.array([]), config=CONFIG, seed=0)
 
 
 @pytest.mark.parametrize("broken", [{}, {"components": [{"weight": 1.0}]}])
-def test_refuses_another_json(broken: dict[str, object]) -> None:
-    found = {**fit_mixture(shape("spike"), config=CONFIG, seed=0).to_json(), **broken} if broken else {}
+def test_incomplete_json_raises(broken: dict[str, object]) -> None:
+    values = {**fit_mixture(shape("spike"), config=CONFIG, seed=0).to_json(), **broken} if broken else {}
     with pytest.raises(MixtureError, match="rescore"):
-        Mixture.from_json(found)
+        Mixture.from_json(values)
 
 
 @pytest.mark.parametrize(
     "field", ["num_bins", "max_steps", "min_samples", "dip_rows", "tolerance", "min_sd", "dip_level"]
 )
-def test_refuses_a_config_of_zeros(field: str) -> None:
+def test_config_out_of_range_raises(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         replace(CONFIG, **{field: 0})
 
 
-def test_a_tail_is_not_a_group() -> None:
+def test_small_component_is_not_a_group() -> None:
     rng = np.random.default_rng(0)
     gap = np.concatenate([np.abs(rng.normal(0.1, 0.05, 9_700)), rng.normal(0.8, 0.02, 300)])
     mixture = fit_mixture(gap, config=CONFIG, seed=0)
-    assert mixture.reasons == ("the smaller component weighs 0.030, less than 0.05",)
+    assert mixture.reasons == ("the smaller weight 0.030 is below 0.05",)

@@ -1,4 +1,4 @@
-"""Laws of the MLP probe: it finds what no straight line does, nothing where nothing is, and the same twice."""
+"""MLP probes learn nonlinear boundaries, stay at chance on noise, and are deterministic."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def target(label: NDArray[np.int32], task: str = "classification") -> Target:
     return Target(task=task, label=label, num_outputs=num_outputs, values=values)
 
 
-def asked(x: Floats, what: Target, config: ProbeConfig = CONFIG, *, rounds: int = 1) -> Floats:
+def asked(x: Floats, of_target: Target, config: ProbeConfig = CONFIG, *, rounds: int = 1) -> Floats:
     cross_fits = [cross_fit(seed) for seed in range(rounds)]
-    return fit_probe(MatrixInputs(matrix=x), what, cross_fits, config=config).logits(ROWS)
+    return fit_probe(MatrixInputs(matrix=x), of_target, cross_fits, config=config).logits(ROWS)
 
 
-def test_it_finds_what_no_straight_line_does() -> None:
+def test_mlp_learns_exclusive_or() -> None:
     x, label = exclusive_or()
     bent, straight = (asked(x, target(label), replace(CONFIG, kind=kind))[0] for kind in ("mlp", "linear"))
     assert (bent.argmax(axis=1) == label).mean() > 0.85
     assert (straight.argmax(axis=1) == label).mean() < 0.6
 
 
-def test_labels_and_numbers_as_well() -> None:
+def test_mlp_learns_multilabel_and_regression() -> None:
     x, label = exclusive_or()
     several = asked(x, target(label, "multilabel"))[0]
     assert ((several[:, 0] > 0) == label).mean() > 0.85
@@ -64,33 +64,33 @@ def test_labels_and_numbers_as_well() -> None:
     assert abs(number.mean() - (1_000 + 50 * label.mean())) < 5  # in the units of the target
 
 
-def test_where_nothing_is_it_finds_nothing() -> None:
+def test_mlp_is_at_chance_on_shuffled_labels() -> None:
     x, label = exclusive_or()
     shuffled = np.random.default_rng(2).permutation(label)
-    found = asked(x, target(shuffled))[0]
-    assert abs((found.argmax(axis=1) == shuffled).mean() - 0.5) < 0.08  # four standard deviations
+    logits = asked(x, target(shuffled))[0]
+    assert abs((logits.argmax(axis=1) == shuffled).mean() - 0.5) < 0.08  # four standard deviations
 
 
-def test_twice_is_the_same_and_neighbours_do_not_matter() -> None:
+def test_mlp_is_deterministic_and_independent_of_the_batch() -> None:
     x, label = exclusive_or()
     few = replace(CONFIG, epochs=4)
-    alone, again, together = (asked(x, target(label), few, rounds=rounds) for rounds in (1, 1, 2))
-    np.testing.assert_array_equal(alone, again)
+    alone, repeated, together = (asked(x, target(label), few, rounds=rounds) for rounds in (1, 1, 2))
+    np.testing.assert_array_equal(alone, repeated)
     np.testing.assert_allclose(together[0], alone[0], atol=2e-3)
 
 
 @pytest.mark.parametrize("fold", [0, 2])
-def test_a_fold_is_scored_without_its_labels(fold: int) -> None:
+def test_scores_do_not_depend_on_labels_of_their_fold(fold: int) -> None:
     x, label = exclusive_or()
     few, own = replace(CONFIG, epochs=4), cross_fit().fold == fold
     turned = np.where(own, 1 - label, label).astype(np.int32)
-    before, after = (asked(x, target(each), few)[0] for each in (label, turned))
+    before, after = (asked(x, target(labels), few)[0] for labels in (label, turned))
     np.testing.assert_allclose(after[own], before[own], atol=1e-5)
     assert np.abs(after - before)[~own].max() > 1e-3
 
 
-def test_each_probe_stops_where_its_rows_aside_say() -> None:
-    """Noise is learned by heart if nothing stops it: out of fold, the best epoch is less sure than the last."""
+def test_each_probe_stops_at_the_best_holdout_epoch() -> None:
+    """Noise is memorised without early stopping: out of fold, the best epoch is less confident than the last."""
     rng = np.random.default_rng(3)
     x, label = rng.standard_normal((NUM_ROWS, 40)).astype(np.float32), rng.integers(0, 2, NUM_ROWS).astype(np.int32)
     probe = fit_probe(MatrixInputs(matrix=x), target(label), [cross_fit()], config=replace(CONFIG, decays=(1e-2,)))

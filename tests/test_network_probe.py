@@ -1,4 +1,4 @@
-"""Laws of the networks as probes: no fold is scored by a network that saw it, and an interrupted training goes on."""
+"""Network probes: no network scores its training rows, and an interrupted training resumes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ Bytes = NDArray[Any]
 def planted(
     shape: tuple[int, ...], *, num_rows: int = 72, dtype: Any = np.uint8, seed: int = 0
 ) -> tuple[Bytes, Target]:
-    """Noise of levels 0 to 99, with one of three bands, or colours, 100 above the others: that is the class."""
+    """Draw noise of 0 to 99, with one of three bands, or colours, raised by 100: that is the class."""
     rng = np.random.default_rng(seed)
     label = (np.arange(num_rows) % 3).astype(np.int32)
     levels = rng.integers(0, 100, (num_rows, *shape))
-    for row, each in enumerate(label):
-        where = slice(5 * each, 5 * each + 5) if len(shape) == 2 else (..., each)
+    for row, band in enumerate(label):
+        where = slice(5 * band, 5 * band + 5) if len(shape) == 2 else (..., band)
         levels[row][where] += 100
     rows = levels.reshape(num_rows, -1).astype(dtype)
     return rows, Target(task="classification", label=label, num_outputs=3)
@@ -50,7 +50,9 @@ def cross(
     ids = np.array([f"s{number:03d}" for number in range(len(label))], dtype=object)
     fits = np.ones(len(label), dtype=bool) if fits is None else fits
     groups = None if group is None else np.array(group, dtype=object)
-    fold, inner = (assign_folds(ids, label, groups, fits, num_folds=3, seed=each) for each in (seed, seed + 99))
+    fold, inner = (
+        assign_folds(ids, label, groups, fits, num_folds=3, seed=fold_seed) for fold_seed in (seed, seed + 99)
+    )
     return CrossFit(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=seed, purpose="rows"))
 
 
@@ -73,13 +75,13 @@ def fit(
 
 
 def accuracy(probe: Probe, target: Target) -> float:
-    found = probe.logits(np.arange(len(target)))
-    return float((found.mean(axis=0).argmax(axis=1) == target.label).mean())
+    logits = probe.logits(np.arange(len(target)))
+    return float((logits.mean(axis=0).argmax(axis=1) == target.label).mean())
 
 
 @pytest.fixture(scope="module")
 def fitted() -> tuple[Bytes, Target, Probe]:
-    """Pictures with two rounds of probes."""
+    """Fit probes of two repeats to pictures."""
     rows, target = planted(PICTURE)
     return rows, target, fit(rows, target, cross(target.label), cross(target.label, seed=1))
 
@@ -90,7 +92,7 @@ Fitted = tuple[Bytes, Target, Probe]
 @pytest.mark.parametrize(
     ("shape", "dtype"), [(SOUND, np.float32), (PICTURE, np.uint8), (PICTURE, np.float32), (FRAMES, np.uint8)]
 )
-def test_what_is_planted_is_found_out_of_fold(shape: tuple[int, ...], dtype: Any) -> None:
+def test_planted_signal_is_found_out_of_fold(shape: tuple[int, ...], dtype: Any) -> None:
     rows, target = planted(shape, dtype=dtype)
     probe = fit(rows, target, shape=shape, config=THOROUGH)
     assert accuracy(probe, target) > 0.8
@@ -101,34 +103,34 @@ def test_what_is_planted_is_found_out_of_fold(shape: tuple[int, ...], dtype: Any
 @pytest.mark.parametrize(
     ("shape", "dtype"), [(SOUND, np.float32), (PICTURE, np.uint8), (PICTURE, np.float32), (FRAMES, np.uint8)]
 )
-def test_what_is_planted_is_found_in_bfloat16_on_a_gpu(shape: tuple[int, ...], dtype: Any) -> None:
+def test_planted_signal_is_found_in_bfloat16_on_a_gpu(shape: tuple[int, ...], dtype: Any) -> None:
     rows, target = planted(shape, dtype=dtype)
     probe = fit(rows, target, shape=shape, config=THOROUGH, device="cuda")
     assert accuracy(probe, target) > 0.8
 
 
 @pytest.mark.slow
-def test_bfloat16_finds_it_as_well(fitted: Fitted) -> None:
+def test_planted_signal_is_found_in_bfloat16(fitted: Fitted) -> None:
     rows, target, exact = fitted
     assert accuracy(fit(rows, target, config=replace(THOROUGH, precision="bfloat16")), target) > 0.8
     rounded = fit(rows, target, config=replace(QUICK, precision="bfloat16"))
     assert not np.array_equal(rounded.logits(ROWS)[0], exact.logits(ROWS)[0])
 
 
-def test_several_labels_and_numbers_are_found() -> None:
+def test_multilabel_and_regression_signals_are_found() -> None:
     rows, target = planted(PICTURE)
     values = np.stack([target.label != 2, target.label != 0], axis=1).astype(np.float32)
     several = replace(target, task="multilabel", num_outputs=2, values=values)
-    found = fit(rows, several, config=THOROUGH).logits(ROWS)[0]
-    assert ((found > 0) == (values > 0)).mean() > 0.8
+    logits = fit(rows, several, config=THOROUGH).logits(ROWS)[0]
+    assert ((logits > 0) == (values > 0)).mean() > 0.8
     number = (5000 + 100 * target.label[:, None]).astype(np.float32)
     regression = replace(target, task="regression", num_outputs=1, values=number)
-    found = fit(rows, regression, config=THOROUGH).logits(ROWS)[0]
-    assert ((found - number) ** 2).mean() < 0.5 * number.var()
+    logits = fit(rows, regression, config=THOROUGH).logits(ROWS)[0]
+    assert ((logits - number) ** 2).mean() < 0.5 * number.var()
 
 
-def test_what_is_learned_by_heart_helps_only_where_a_copy_is_in_another_fold() -> None:
-    """Patches of random classes, each three times: out of fold there is nothing to know, but for the copies."""
+def test_memorisation_helps_only_with_copies_in_other_folds() -> None:
+    """Patches of random classes, each three times: out of fold, only copies are predictable."""
     rng = np.random.default_rng(0)
     patches = rng.integers(0, 255, (16, 2, 2, 3)).astype(np.uint8)
     rows = patches.repeat(4, axis=1).repeat(4, axis=2).reshape(16, 192).repeat(3, axis=0)
@@ -136,40 +138,40 @@ def test_what_is_learned_by_heart_helps_only_where_a_copy_is_in_another_fold() -
     target = Target(task="classification", label=label, num_outputs=2)
     config = replace(QUICK, epochs=15, lr=0.02, lr_step=9, least_crop=1.0, flip=False, width=1 / 8)
     together = cross(label, group=[f"g{row // 3}" for row in range(48)])
-    apart = replace(together, fold=(together.fold + np.arange(48) % 3).astype(np.int16) % 3)
-    assert accuracy(fit(rows, target, apart, config=config), target) > 0.85
+    separated = replace(together, fold=(together.fold + np.arange(48) % 3).astype(np.int16) % 3)
+    assert accuracy(fit(rows, target, separated, config=config), target) > 0.85
     assert accuracy(fit(rows, target, together, config=config), target) < 0.75  # of 16 pictures: chance 0.5, sd 0.125
 
 
-def test_a_fold_is_scored_without_its_labels_and_without_its_other_rows(fitted: Fitted) -> None:
+def test_logits_depend_on_neither_labels_nor_other_rows_of_their_fold(fitted: Fitted) -> None:
     rows, target, before = fitted
     cross_fit = cross(target.label)
-    held = cross_fit.fold == 1
-    turned = replace(target, label=np.where(held, (target.label + 1) % 3, target.label).astype(np.int32))
-    other = rows.copy()
-    spoiled, *_ = np.flatnonzero(held)
-    other[spoiled] = 255 - other[spoiled]
-    found = fit(other, turned, cross_fit).logits(ROWS)[0]
-    same = held & (spoiled != ROWS)
-    np.testing.assert_array_equal(found[same], before.logits(ROWS)[0][same])
-    assert (np.abs(found - before.logits(ROWS)[0])[~same].max(axis=1) > 0).all()
+    in_fold = cross_fit.fold == 1
+    turned = replace(target, label=np.where(in_fold, (target.label + 1) % 3, target.label).astype(np.int32))
+    changed_rows = rows.copy()
+    spoiled, *_ = np.flatnonzero(in_fold)
+    changed_rows[spoiled] = 255 - changed_rows[spoiled]
+    logits = fit(changed_rows, turned, cross_fit).logits(ROWS)[0]
+    same = in_fold & (spoiled != ROWS)
+    np.testing.assert_array_equal(logits[same], before.logits(ROWS)[0][same])
+    assert (np.abs(logits - before.logits(ROWS)[0])[~same].max(axis=1) > 0).all()
 
 
-def test_rows_that_do_not_fit_or_are_missing_teach_nothing() -> None:
+def test_rows_outside_fits_or_missing_do_not_change_the_logits() -> None:
     rows, target = planted(PICTURE, dtype=np.float32)
     fits = np.arange(72) % 5 != 0
     missing = np.isin(ROWS, [1, 2, 7])
     rows[missing] = np.nan
     cross_fit = cross(target.label, fits=fits)
     turned = replace(target, label=np.where(fits & ~missing, target.label, (target.label + 1) % 3).astype(np.int32))
-    found = fit(rows, target, cross_fit).logits(ROWS)[0]
-    assert np.isfinite(found).all()
-    np.testing.assert_array_equal(found, fit(rows, turned, cross_fit).logits(ROWS)[0])
-    told = fit(rows, target, replace(cross_fit, fits=fits & ~missing)).logits(ROWS)[0]
-    np.testing.assert_array_equal(found, told)
+    logits = fit(rows, target, cross_fit).logits(ROWS)[0]
+    assert np.isfinite(logits).all()
+    np.testing.assert_array_equal(logits, fit(rows, turned, cross_fit).logits(ROWS)[0])
+    without_missing = fit(rows, target, replace(cross_fit, fits=fits & ~missing)).logits(ROWS)[0]
+    np.testing.assert_array_equal(logits, without_missing)
 
 
-def test_rounds_have_folds_of_their_own_and_epochs_end_with_the_logits(fitted: Fitted) -> None:
+def test_repeats_have_different_folds_and_the_last_epoch_is_the_logits(fitted: Fitted) -> None:
     _, target, probe = fitted
     logits, by_epoch = probe.logits(ROWS), probe.logits_by_epoch(ROWS)
     assert logits.dtype == by_epoch.dtype == np.float32
@@ -177,39 +179,46 @@ def test_rounds_have_folds_of_their_own_and_epochs_end_with_the_logits(fitted: F
     assert by_epoch.shape == (2, 72, 3)
     assert not np.array_equal(logits[0], logits[1])
     np.testing.assert_array_equal(by_epoch[-1], logits[0])
-    some = np.array([70, 3, 3])
-    np.testing.assert_array_equal(probe.logits(some), logits[:, some])
-    np.testing.assert_array_equal(probe.logits_by_epoch(some), by_epoch[:, some])
+    rows_subset = np.array([70, 3, 3])
+    np.testing.assert_array_equal(probe.logits(rows_subset), logits[:, rows_subset])
+    np.testing.assert_array_equal(probe.logits_by_epoch(rows_subset), by_epoch[:, rows_subset])
     own = np.eye(3)[target.label]
-    margin = [((each - each.mean(axis=1, keepdims=True)) * own).sum(axis=1).mean() for each in by_epoch]
+    margin = [
+        ((epoch_logits - epoch_logits.mean(axis=1, keepdims=True)) * own).sum(axis=1).mean()
+        for epoch_logits in by_epoch
+    ]
     assert margin[0] < margin[-1]
 
 
-def test_an_epoch_that_is_chosen_is_one_of_those_there_were() -> None:
+def test_chosen_epoch_is_one_of_the_recorded_epochs() -> None:
     rows, target = planted(PICTURE)
     cross_fit = cross(target.label)
     probe = fit(rows, target, cross_fit, config=replace(QUICK, choose_epoch=True, lr=0.3, epochs=5))
     same = (probe.logits_by_epoch(ROWS) == probe.logits(ROWS)).all(axis=2)
-    chosen = {fold: set(np.flatnonzero(same[:, cross_fit.fold == fold].all(axis=1)).tolist()) for fold in range(3)}
-    assert all(chosen.values())
-    assert any(4 not in epochs for epochs in chosen.values())  # at this rate, the last is not always the best
+    epochs_of_fold = {
+        fold: set(np.flatnonzero(same[:, cross_fit.fold == fold].all(axis=1)).tolist()) for fold in range(3)
+    }
+    assert all(epochs_of_fold.values())
+    assert any(4 not in epochs for epochs in epochs_of_fold.values())  # at this rate, the last is not always the best
 
 
-def test_rows_set_aside_choose_and_teach_nothing_else() -> None:
+def test_holdout_rows_only_choose_the_epoch() -> None:
     rows, target = planted(PICTURE)
     cross_fit = cross(target.label)
     holdout_mask = cross_fit.inner == 0
     turned = replace(target, label=np.where(holdout_mask, (target.label + 1) % 3, target.label).astype(np.int32))
-    found = [fit(rows, each, cross_fit, config=replace(QUICK, choose_epoch=True)) for each in (target, turned)]
-    np.testing.assert_array_equal(found[0].logits_by_epoch(ROWS), found[1].logits_by_epoch(ROWS))
-    nobody = replace(cross_fit, inner=np.ones(72, np.int16))
-    plain = fit(rows, target, nobody)
+    probes = [
+        fit(rows, fold_target, cross_fit, config=replace(QUICK, choose_epoch=True)) for fold_target in (target, turned)
+    ]
+    np.testing.assert_array_equal(probes[0].logits_by_epoch(ROWS), probes[1].logits_by_epoch(ROWS))
+    no_holdout = replace(cross_fit, inner=np.ones(72, np.int16))
+    plain = fit(rows, target, no_holdout)
     np.testing.assert_array_equal(
-        fit(rows, target, nobody, config=replace(QUICK, choose_epoch=True)).logits(ROWS), plain.logits(ROWS)
+        fit(rows, target, no_holdout, config=replace(QUICK, choose_epoch=True)).logits(ROWS), plain.logits(ROWS)
     )
 
 
-def test_a_seed_gives_the_same_bytes_whatever_chance_does_elsewhere(fitted: Fitted) -> None:
+def test_logits_depend_on_the_seed_only(fitted: Fitted) -> None:
     rows, target, first = fitted
 
     def disturb(stage: str, done: int, total: int) -> None:
@@ -217,8 +226,8 @@ def test_a_seed_gives_the_same_bytes_whatever_chance_does_elsewhere(fitted: Fitt
         np.random.default_rng().random()
 
     torch.manual_seed(77)
-    again = fit(rows, target, progress=disturb)
-    np.testing.assert_array_equal(again.logits(ROWS)[0], first.logits(ROWS)[0])
+    repeated = fit(rows, target, progress=disturb)
+    np.testing.assert_array_equal(repeated.logits(ROWS)[0], first.logits(ROWS)[0])
     assert not np.array_equal(fit(rows, target, seed=1).logits(ROWS)[0], first.logits(ROWS)[0])
 
 
@@ -227,13 +236,13 @@ def test_shuffling_the_rows_shuffles_the_logits(fitted: Fitted) -> None:
     order = np.random.default_rng(3).permutation(72)
     cross_fit = cross(target.label)
     moved = CrossFit(**{name: getattr(cross_fit, name)[order] for name in ("fold", "inner", "fits", "key")})
-    found = fit(rows[order], target.take(order), moved).logits(ROWS)[0]
-    np.testing.assert_array_equal(found, first.logits(ROWS)[0][order])
+    logits = fit(rows[order], target.take(order), moved).logits(ROWS)[0]
+    np.testing.assert_array_equal(logits, first.logits(ROWS)[0][order])
 
 
 @dataclass
 class Watched:
-    """Inputs that take note of how they are read."""
+    """Inputs that record how they are read."""
 
     matrix: Bytes
     batches: list[frozenset[int]] = field(default_factory=list)
@@ -250,12 +259,12 @@ class Watched:
     def read(self, rows: NDArray[np.intp]) -> Bytes:
         self.batches.append(frozenset(rows.tolist()))
         self.threads.add(threading.get_ident())
-        found = self.matrix[rows]
-        found.setflags(write=False)
-        return found
+        values = self.matrix[rows]
+        values.setflags(write=False)
+        return values
 
 
-def test_rows_are_read_a_batch_at_a_time_and_not_by_the_thread_that_trains() -> None:
+def test_rows_are_read_in_batches_by_other_threads() -> None:
     rows, target = planted(PICTURE)
     watched, cross_fit = Watched(matrix=rows), cross(target.label)
     fit(watched, target, cross_fit)
@@ -268,30 +277,30 @@ def test_rows_are_read_a_batch_at_a_time_and_not_by_the_thread_that_trains() -> 
     np.testing.assert_array_equal(times, 2 * QUICK.epochs)  # in both networks that may
 
 
-def test_each_network_starts_from_weights_of_its_own() -> None:
+def test_networks_have_different_initial_weights() -> None:
     rows, target = planted(PICTURE)
     cross_fit = cross(target.label)
     still = replace(QUICK, epochs=1, batch_size=64, lr=1e-12, least_crop=1.0, flip=False)
-    found = fit(rows, target, cross_fit, cross_fit, config=still).logits(ROWS)
-    assert np.abs(found[1] - found[0]).max(axis=1).min() > 1e-3
+    logits = fit(rows, target, cross_fit, cross_fit, config=still).logits(ROWS)
+    assert np.abs(logits[1] - logits[0]).max(axis=1).min() > 1e-3
 
 
-def test_the_rate_falls_and_pictures_alone_are_varied(fitted: Fitted) -> None:
+def test_learning_rate_falls_and_only_pictures_are_augmented(fitted: Fitted) -> None:
     rows, target, before = fitted
     slower = fit(rows, target, config=replace(QUICK, lr_step=1)).logits_by_epoch(ROWS)
     np.testing.assert_array_equal(slower[0], before.logits_by_epoch(ROWS)[0])
     assert not np.array_equal(slower[1], before.logits_by_epoch(ROWS)[1])
     for shape in (SOUND, PICTURE):
         rows, target = planted(shape)
-        one, other = (
+        cropped, uncropped = (
             fit(rows, target, shape=shape, config=replace(QUICK, epochs=1, least_crop=least_crop)).logits(ROWS)
             for least_crop in (0.5, 1.0)
         )
-        assert np.array_equal(one, other) == (shape == SOUND)
+        assert np.array_equal(cropped, uncropped) == (shape == SOUND)
 
 
 class StopError(Exception):
-    """The user has pressed Ctrl-C."""
+    """Stands for Ctrl-C by the user."""
 
 
 def stop_after(steps: int) -> Progress:
@@ -302,23 +311,23 @@ def stop_after(steps: int) -> Progress:
     return stop
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bytes(fitted: Fitted, tmp_path: Path) -> None:
-    rows, target, whole = fitted
+def test_resumed_training_gives_the_same_bytes(fitted: Fitted, tmp_path: Path) -> None:
+    rows, target, uninterrupted = fitted
     cross_fits = cross(target.label), cross(target.label, seed=1)
     with pytest.raises(StopError):
         fit(rows, target, *cross_fits, folder=tmp_path, progress=stop_after(4 * QUICK.epochs + 1))
-    left = sorted(tmp_path.iterdir())
-    assert len(left) == 4
-    assert all(path.suffix == ".npy" and not path.name.startswith(".") for path in left)
+    remaining = sorted(tmp_path.iterdir())
+    assert len(remaining) == 4
+    assert all(path.suffix == ".npy" and not path.name.startswith(".") for path in remaining)
     steps: list[tuple[str, int, int]] = []
     resumed = fit(rows, target, *cross_fits, folder=tmp_path, progress=lambda *step: steps.append(step))
     assert steps == [("probe", done, 12) for done in (2, 4, 6, 8, 9, 10, 11, 12)]
-    np.testing.assert_array_equal(resumed.logits(ROWS), whole.logits(ROWS))
-    np.testing.assert_array_equal(resumed.logits_by_epoch(ROWS), whole.logits_by_epoch(ROWS))
+    np.testing.assert_array_equal(resumed.logits(ROWS), uninterrupted.logits(ROWS))
+    np.testing.assert_array_equal(resumed.logits_by_epoch(ROWS), uninterrupted.logits_by_epoch(ROWS))
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_what_is_there_is_read_only_for_the_same_inputs_and_settings(tmp_path: Path) -> None:
+def test_stored_folds_are_reused_only_for_equal_inputs_and_settings(tmp_path: Path) -> None:
     rows, target = planted(PICTURE)
     quick = replace(QUICK, epochs=1)
     first = fit(rows, target, config=quick, folder=tmp_path)
@@ -326,65 +335,72 @@ def test_what_is_there_is_read_only_for_the_same_inputs_and_settings(tmp_path: P
     touched = rows.copy()
     touched[5, 5] += 1
     relabelled = replace(target, label=target.label[::-1].copy())
-    others: list[dict[str, Any]] = [
+    variants: list[dict[str, Any]] = [
         {"config": replace(quick, lr=0.04)},
         {"seed": 1},
         {"rows": touched},
         {"target": relabelled},
         {"cross_fit": cross(target.label, seed=5)},
     ]
-    for other in others:
-        given = {"rows": rows, "target": target, "cross_fit": cross(target.label), "config": quick, "seed": 0, **other}
-        found = fit(
-            *(given[name] for name in ("rows", "target", "cross_fit")),
-            config=given["config"],
-            seed=given["seed"],
+    for variant in variants:
+        options = {
+            "rows": rows,
+            "target": target,
+            "cross_fit": cross(target.label),
+            "config": quick,
+            "seed": 0,
+            **variant,
+        }
+        probe = fit(
+            *(options[name] for name in ("rows", "target", "cross_fit")),
+            config=options["config"],
+            seed=options["seed"],
             folder=tmp_path,
         )
         new = set(tmp_path.iterdir()) - files
         assert len(new) == 3
         files |= new
-        assert not np.array_equal(found.logits(ROWS), first.logits(ROWS))
+        assert not np.array_equal(probe.logits(ROWS), first.logits(ROWS))
     fit(rows, target, cross(target.label), cross(target.label, seed=9), config=quick, folder=tmp_path)  # a round more
     assert len(set(tmp_path.iterdir()) - files) == 3
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_damaged_file_raises(tmp_path: Path) -> None:
     rows, target = planted(PICTURE)
     quick = replace(QUICK, epochs=1)
     fit(rows, target, config=quick, folder=tmp_path)
     path = min(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DatasetError, match=rf"{path.name} is damaged .*: delete it, and its network is trained anew"):
+    with pytest.raises(DatasetError, match=rf"{path.name} is damaged .*: delete it to train its network again"):
         fit(rows, target, config=quick, folder=tmp_path)
 
 
-def test_masked_inputs_are_refused(fitted: Fitted) -> None:
+def test_masked_inputs_raise(fitted: Fitted) -> None:
     rows, _, probe = fitted
-    with pytest.raises(ConfigError, match=r"cannot be asked about masked inputs: set probe\.joint = false"):
+    with pytest.raises(ConfigError, match=r"cannot score masked inputs, .*: set probe\.joint = false"):
         probe.logits(ROWS, inputs=MatrixInputs(matrix=rows))
 
 
-def test_a_training_that_diverges_says_so() -> None:
+def test_diverging_training_raises() -> None:
     rows, target = planted(PICTURE)
-    with pytest.raises(ScoreError, match=r"round 0, fold 0 diverges in epoch 1: its loss is .*; lower network\.lr"):
+    with pytest.raises(ScoreError, match=r"repeat 0, fold 0 diverged in epoch 1: its loss is .*; lower network\.lr"):
         fit(rows, target, config=replace(QUICK, lr=1e30))
 
 
-def test_too_few_rows_are_refused() -> None:
+def test_too_few_rows_raise() -> None:
     rows, target = planted(PICTURE)
     cross_fit = cross(target.label, fits=ROWS < 1)
-    with pytest.raises(ScoreError, match=r"fold \d leaves a network \d rows to learn from, .*\(probe\.folds\)"):
+    with pytest.raises(ScoreError, match=r"network of fold \d has \d rows to train on, .*\(probe\.folds\)"):
         fit(rows, target, cross_fit)
 
 
-def test_rows_of_another_shape_are_refused() -> None:
+def test_rows_of_another_shape_raise() -> None:
     rows, target = planted(PICTURE)
     with pytest.raises(ConfigError, match=r"shape \(7, 10\) have 70 numbers, but a row has 192"):
         fit(rows, target, shape=(7, 10))
 
 
-def test_without_transformers_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_raises_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     rows, target = planted(PICTURE)
     with pytest.raises(ConfigError, match=r'pip install "mmaudit\[hf\]"'):

@@ -154,7 +154,7 @@ def _damaged(row: int, values: list[float]) -> dict[str, NDArray[np.float32]]:
         ({"classes": ["cat", "dog"]}, ScoreError, "classes has 2 entries; 3 needed"),
         ({"ids": ["a"] * NUM_ROWS}, ScoreError, "199 ids stand more than once"),
         ({"groups": ["a"]}, ScoreError, "groups has 1 entries; 200 needed"),
-        ({"splits": ["holdout"] * NUM_ROWS}, ScoreError, "a split is train, validation or test"),
+        ({"splits": ["holdout"] * NUM_ROWS}, ScoreError, "must be one of train, validation, test"),
     ],
 )
 def test_wrong_input_is_refused_with_its_place(changes: dict[str, Any], error: type[Exception], message: str) -> None:

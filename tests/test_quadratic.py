@@ -1,4 +1,4 @@
-"""Laws of curved boundaries: the textbook's discriminant, taken where classes spread unlike, left where they do not."""
+"""Quadratic discriminant analysis: equal to the textbook, used only where covariances differ."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit, gather_fit_rows
 from mmaudit.audit.probes.design import read_design
-from mmaudit.audit.probes.gaussian import MOST_ROWS, Gaussian
+from mmaudit.audit.probes.gaussian import MAX_ROWS, Gaussian
 from mmaudit.audit.probes.linear import LinearProbe, fit_linear
-from mmaudit.audit.probes.quadratic import Curve, Shape, cholesky, fit_curve, shapes_of, sum_moments, widest_axes
+from mmaudit.audit.probes.quadratic import (
+    CovarianceShape,
+    Curve,
+    cholesky,
+    covariance_shapes,
+    fit_curve,
+    sum_moments,
+    widest_axes,
+)
 
 K = 3
 Floats = NDArray[np.floating[Any]]
@@ -26,7 +34,7 @@ Label = NDArray[np.int32]
 
 
 def unlike(n: int, d: int, *, seed: int = 0) -> tuple[NDArray[np.float32], Label, Floats]:
-    """Classes of equal means that spread along axes of their own, and the log densities (n, K) they are drawn from."""
+    """Draw classes of equal means and different covariances; also return their log densities (n, K)."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, K, n).astype(np.int32)
     width = np.ones((K, d))
@@ -39,7 +47,7 @@ def unlike(n: int, d: int, *, seed: int = 0) -> tuple[NDArray[np.float32], Label
 
 
 def alike(n: int, d: int, *, seed: int = 0) -> tuple[NDArray[np.float32], Label]:
-    """Classes around means of their own, of one covariance that is far from round."""
+    """Draw classes with different means and one anisotropic covariance."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, K, n).astype(np.int32)
     rotation, _ = np.linalg.qr(rng.standard_normal((d, d)))
@@ -71,7 +79,7 @@ def confidence(raw: Floats, label: Label) -> Floats:
 
 
 def drawn_gaussian(d: int, *, dtype: torch.dtype = torch.float64) -> tuple[Floats, Label, Gaussian, torch.Tensor]:
-    """Rows (n, d), their labels, a Gaussian whose covariance is no part of them, and their moments."""
+    """Draw rows (n, d), their labels, a Gaussian with an unrelated covariance, and their moments."""
     x, label, _ = unlike(200, d)
     label[label == 2] = 1  # a class without a row
     z, y = torch.from_numpy(x).to(dtype), torch.from_numpy(label.astype(np.int64))
@@ -81,39 +89,39 @@ def drawn_gaussian(d: int, *, dtype: torch.dtype = torch.float64) -> tuple[Float
     return x.astype(np.float64), label, gaussian, sum_moments(z, y, num_classes=K)
 
 
-@pytest.mark.parametrize(("d", "width", "borrowed"), [(12, 12, 0.2), (12, 9, 0.8), (3, 3, 0.5)])
-def test_it_is_the_density_of_a_t_distribution_around_each_class(d: int, width: int, borrowed: float) -> None:
-    """Axes are the features themselves, the last ones the widest; what a class borrows counts in rows."""
+@pytest.mark.parametrize(("d", "width", "shrinkage"), [(12, 12, 0.2), (12, 9, 0.8), (3, 3, 0.5)])
+def test_curve_logits_are_t_densities(d: int, width: int, shrinkage: float) -> None:
+    """Axes are the features, the last ones with the largest variance; shrinkage is converted to rows."""
     x, label, gaussian, moments = drawn_gaussian(d)
-    curve = fit_curve(gaussian, moments, torch.eye(d).double(), shape=Shape(width=width, borrowed=borrowed))
-    some, shared = x[:, -width:], np.diag(np.linspace(1, 2, d)[-width:])
-    lent, degrees = borrowed / (1 - borrowed) * len(x) / K, max(8, width)
+    curve = fit_curve(gaussian, moments, torch.eye(d).double(), shape=CovarianceShape(width=width, shrinkage=shrinkage))
+    projected, shared = x[:, -width:], np.diag(np.linspace(1, 2, d)[-width:])
+    lent, degrees = shrinkage / (1 - shrinkage) * len(x) / K, max(8, width)
     expected = np.empty((len(x), K))
     for k in range(K):
-        own = some[label == k]
+        own = projected[label == k]
         mean = own.mean(axis=0) if len(own) else np.zeros(width)
         covariance = ((own - mean).T @ (own - mean) + lent * shared) / (len(own) + lent)
-        expected[:, k] = multivariate_t(mean, covariance, df=degrees).logpdf(some) + gaussian.prior[k].item()
-    found = curve.logits(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(found - found[:, :1], expected - expected[:, :1], atol=1e-8)
-    np.testing.assert_allclose(curve.times(0.3).times(0.5).logits(torch.from_numpy(x)), 0.15 * found, atol=1e-8)
+        expected[:, k] = multivariate_t(mean, covariance, df=degrees).logpdf(projected) + gaussian.prior[k].item()
+    logits = curve.logits(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(logits - logits[:, :1], expected - expected[:, :1], atol=1e-8)
+    np.testing.assert_allclose(curve.times(0.3).times(0.5).logits(torch.from_numpy(x)), 0.15 * logits, atol=1e-8)
 
 
-def test_single_precision_is_double_but_for_rounding() -> None:
-    shape = Shape(width=12, borrowed=0.2)
-    found = []
+def test_float32_curve_equals_float64_up_to_rounding() -> None:
+    shape = CovarianceShape(width=12, shrinkage=0.2)
+    logits = []
     for dtype in (torch.float32, torch.float64):
         x, _, gaussian, moments = drawn_gaussian(12, dtype=dtype)
         curve = fit_curve(gaussian, moments, torch.eye(12).to(dtype), shape=shape)
-        found.append(curve.logits(torch.from_numpy(x).to(dtype)))
-        assert found[-1].dtype == dtype
-    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+        logits.append(curve.logits(torch.from_numpy(x).to(dtype)))
+        assert logits[-1].dtype == dtype
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
 
 
-def test_a_wild_row_is_not_decided_for_good() -> None:
-    """Along a ray the logits differ by no more than a bound, where a Gaussian's differ by the square of the way."""
+def test_outlier_logits_are_bounded() -> None:
+    """Along a ray the logits stay bounded, where those of a Gaussian grow quadratically."""
     _, _, gaussian, moments = drawn_gaussian(6)
-    curve = fit_curve(gaussian, moments, torch.eye(6).double(), shape=Shape(width=6, borrowed=0.2))
+    curve = fit_curve(gaussian, moments, torch.eye(6).double(), shape=CovarianceShape(width=6, shrinkage=0.2))
     ray = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).double()
     far, farther = (curve.logits(ray * way) for way in (1e3, 1e6))
     spread = (farther.max(dim=1).values - farther.min(dim=1).values).max()
@@ -121,7 +129,7 @@ def test_a_wild_row_is_not_decided_for_good() -> None:
     assert spread < 40
 
 
-def test_equal_means_are_told_apart_by_how_classes_spread() -> None:
+def test_classes_of_equal_means_are_separated_by_covariance() -> None:
     x, label, density = unlike(1_500, 9)
     straight, curved = (ask(x, label, kind=kind) for kind in ("linear", "auto"))
     truth = confidence(density, label)
@@ -132,7 +140,7 @@ def test_equal_means_are_told_apart_by_how_classes_spread() -> None:
 
 
 @pytest.mark.parametrize(("n", "d"), [(150, 30), (600, 12), (6_000, 6)])
-def test_of_one_covariance_it_is_no_worse_than_straight(n: int, d: int) -> None:
+def test_common_covariance_is_no_worse_than_linear(n: int, d: int) -> None:
     losses = {"linear": 0.0, "auto": 0.0}
     for seed in range(3):
         x, label = alike(n, d, seed=seed)
@@ -141,17 +149,17 @@ def test_of_one_covariance_it_is_no_worse_than_straight(n: int, d: int) -> None:
     assert losses["auto"] < 1.01 * losses["linear"]
 
 
-def test_linear_stays_straight_and_so_do_many_rows_and_a_wish() -> None:
+def test_linear_kind_many_rows_and_config_use_no_curves() -> None:
     x, label, _ = unlike(600, 6)
     assert all(isinstance(curve, Curve) for curve in fit(x, label).curves)
     assert fit(x, label, kind="linear").curves == (None,) * 3
     assert fit(x, label, gaussian=False).curves == (None,) * 3
-    many, theirs, _ = unlike(MOST_ROWS + 10, 3)
-    assert fit(many, theirs).curves == (None,) * 3
+    many, many_labels, _ = unlike(MAX_ROWS + 10, 3)
+    assert fit(many, many_labels).curves == (None,) * 3
 
 
 @pytest.mark.parametrize("fold", range(3))
-def test_no_label_of_a_fold_has_a_part_in_its_own_answers(fold: int) -> None:
+def test_logits_do_not_depend_on_labels_of_their_fold(fold: int) -> None:
     x, label, _ = unlike(600, 6)
     own = cross_fit(600).fold == fold
     turned = np.where(own, (label + 1) % K, label).astype(np.int32)
@@ -160,14 +168,14 @@ def test_no_label_of_a_fold_has_a_part_in_its_own_answers(fold: int) -> None:
     assert np.abs(before - after)[~own].max() > 0.5
 
 
-def test_a_row_is_answered_alike_in_any_company() -> None:
+def test_logits_do_not_depend_on_other_rows() -> None:
     x, label, _ = unlike(900, 6)
     probe = fit(x, label)
     rows = np.array([7, 880, 7, 31])
-    whole = probe.logits(np.arange(900))
-    np.testing.assert_allclose(probe.logits(rows), whole[:, rows], atol=1e-4)
+    all_logits = probe.logits(np.arange(900))
+    np.testing.assert_allclose(probe.logits(rows), all_logits[:, rows], atol=1e-4)
     np.testing.assert_array_equal(probe.logits_by_epoch(rows)[-1], probe.logits(rows)[0])
-    np.testing.assert_array_equal(fit(x, label).logits(np.arange(900)), whole)
+    np.testing.assert_array_equal(fit(x, label).logits(np.arange(900)), all_logits)
 
 
 def poor(name: str) -> tuple[NDArray[np.float32], Label]:
@@ -189,8 +197,8 @@ def poor(name: str) -> tuple[NDArray[np.float32], Label]:
 
 @pytest.mark.parametrize("name", ["few", "constant", "missing", "wide", "wild", "rare"])
 @pytest.mark.parametrize("errors", [2.0, -np.inf])
-def test_poor_data_get_finite_answers(name: str, errors: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of `errors` of -inf curves are always taken."""
+def test_degenerate_data_give_finite_logits(name: str, errors: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `errors` of -inf, curves are always chosen."""
     monkeypatch.setattr("mmaudit.audit.probes.gaussian._ERRORS", errors)
     x, label = poor(name)
     probe = fit(x, label)
@@ -198,7 +206,7 @@ def test_poor_data_get_finite_answers(name: str, errors: float, monkeypatch: pyt
     assert errors > 0 or None not in probe.curves
 
 
-def test_axes_are_the_widest_and_so_few_that_they_keep_within_memory() -> None:
+def test_axes_have_the_largest_variance_within_the_memory_limit() -> None:
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((400, 200)) * np.linspace(1, 5, 200)).astype(np.float32)
     x[:, 7] += 40 * rng.integers(0, 2, 400)  # far wider than its middle two thirds
@@ -215,14 +223,16 @@ def test_axes_are_the_widest_and_so_few_that_they_keep_within_memory() -> None:
 
 
 def test_shapes_grow_with_the_axes() -> None:
-    widths = [sorted({shape.width for shape in shapes_of(torch.zeros(200, q))}) for q in (0, 5, 40, 128)]
+    widths = [sorted({shape.width for shape in covariance_shapes(torch.zeros(200, q))}) for q in (0, 5, 40, 128)]
     assert widths == [[], [5], [32, 40], [32, 64, 128]]
 
 
-def test_a_covariance_that_rounding_left_indefinite_has_a_factor() -> None:
-    """As of classes of one row each: what is left of it is rounding, of either sign."""
-    wrong = torch.tensor([[[1e-9, 2e-9], [2e-9, 1e-9]], [[2.0, 0.5], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]).double()
-    lower = cholesky(wrong)
+def test_indefinite_covariance_has_a_cholesky_factor() -> None:
+    """As from classes of one row each, which leave rounding errors of either sign."""
+    covariances = torch.tensor(
+        [[[1e-9, 2e-9], [2e-9, 1e-9]], [[2.0, 0.5], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]
+    ).double()
+    lower = cholesky(covariances)
     assert torch.isfinite(lower).all()
-    torch.testing.assert_close(lower[1] @ lower[1].T, wrong[1])  # what was definite stays as it was
-    torch.testing.assert_close(lower[1], torch.linalg.cholesky(wrong[1]))
+    torch.testing.assert_close(lower[1] @ lower[1].T, covariances[1])  # what was definite stays as it was
+    torch.testing.assert_close(lower[1], torch.linalg.cholesky(covariances[1]))

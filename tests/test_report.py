@@ -576,7 +576,7 @@ def test_few_samples_left(tmp_path: Path) -> None:
     run = run_of(tmp_path, planted(num_samples=4, num_classes=2), quarantined=lost)
     text = words(write_report(run))
     assert "50 of 54 samples could not be scored" in text
-    assert "3 samples are too few" in text
+    assert "a mixture needs 10 samples, available 3" in text
     assert [row["count"] for row in report_numbers(run)["quarantine"]] == [50, 50]
 
 

@@ -278,7 +278,7 @@ def test_rows_without_a_split_are_assigned_like_others() -> None:
 @pytest.mark.parametrize("names", [["holdout"] * 60, ["train", "holdout"] * 30, [1, 2] * 30])
 def test_unknown_split_name_raises_in_every_reader(tmp_path: Path, names: list[Any]) -> None:
     shown = ", ".join(repr(str(name)) for name in dict.fromkeys(names) if name != "train")
-    message = f"column split holds {shown}: a split is train, validation or test"
+    message = f"column split holds {shown}: must be one of train, validation, test"
     path = tmp_path / "scores.parquet"
     full_table = table(60).to_arrow()
     index = full_table.column_names.index("split")

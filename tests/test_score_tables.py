@@ -229,20 +229,20 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "null name": ({"label": None, "label_name": ["a", None] * (N // 2)}, "column label_name holds nulls"),
     "fraction": ({"label": pa.array([0.5] * N)}, "column label does not hold classes"),
     "wide label": ({"label": pa.array([1, 2**31] * (N // 2))}, "label 2147483648 has more than 32 bits"),
-    "lists": ({"label": pa.array([[1]] * N)}, r"column label holds list<.*>; it takes one text or number"),
+    "lists": ({"label": pa.array([[1]] * N)}, r"column label holds list<.*>; it must hold one string or number"),
     "words": ({"confidence_audio": ["high"] * N}, "column confidence_audio does not hold numbers"),
     "bytes": (
         {"sample_id": pa.array([b"\xff%d" % number for number in range(N)])},
-        "column sample_id holds binary; it takes",
+        "column sample_id holds binary; it must hold",
     ),
     "two names": ({"label_name": [f"class {number % 2}" for number in range(N)]}, "have more than one label_name"),
-    "bool label": ({"label": pa.array([number % 2 == 0 for number in range(N)])}, "column label holds bool; it takes"),
+    "bool label": ({"label": pa.array([number % 2 == 0 for number in range(N)])}, "column label holds bool; it must"),
     "date label": ({"label": pa.array([1] * N, pa.int32()).cast(pa.date32())}, "column label holds date32"),
-    "group bytes": ({"group": pa.array([b"g"] * N)}, "column group holds binary; it takes one text or number a row"),
-    "group list": ({"group": pa.array([[1]] * N)}, r"column group holds list<.*>; it takes one text or number"),
-    "one modality": ({"confidence_visual": None}, "is no score table: it needs sample_id, label"),
-    "no label": ({"label": None, "label_name": None}, "is no score table: it needs sample_id, label"),
-    "no id": ({"sample_id": None}, "is no score table: it needs sample_id, label"),
+    "group bytes": ({"group": pa.array([b"g"] * N)}, "column group holds binary; it must hold one string or number"),
+    "group list": ({"group": pa.array([[1]] * N)}, r"column group holds list<.*>; it must hold one string or number"),
+    "one modality": ({"confidence_visual": None}, "is not a score table: it needs sample_id, label"),
+    "no label": ({"label": None, "label_name": None}, "is not a score table: it needs sample_id, label"),
+    "no id": ({"sample_id": None}, "is not a score table: it needs sample_id, label"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Design matrices: units and axes in which a linear fit converges fast.
+"""Design matrices: standardised features and the principal axes along which a linear fit converges fast.
 
 Legend: n rows, d features.
 """
@@ -16,19 +16,20 @@ from torch import Tensor
 
 from ..features.matrix import Inputs, Rows, chunks, reading_order
 
-_FARTHEST = 1e2  # units from the centre; what lies beyond counts as there (at 1e3, wild rows stop fits 0.02 short)
+_MAX_DISTANCE = 1e2  # units from the centre at which values are clipped (at 1e3, outliers stop fits 0.02 short)
 _ROWS_FOR_UNITS = 1_000
-_ROWS_FOR_AXES = 8_000  # only the way to the solution depends on the axes; more rows do not save a step
-_LEAST_VARIANCE = 1e-6  # below, a feature is constant: rounding leaves 3e-4 of the overall spread in float32
-_AXES_UP_TO = 2_048  # features; above, an eigendecomposition costs more than the steps it saves
-_BYTES_AT_ONCE = 4 << 20  # standardised while it is in the cache
+_ROWS_FOR_AXES = 8_000  # the axes change the path of the optimiser, not the solution; more rows do not save a step
+_MIN_VARIANCE = 1e-6  # below, a feature is constant: rounding leaves 3e-4 of the overall spread in float32
+_MAX_FEATURES_FOR_AXES = 2_048  # above, an eigendecomposition costs more than the steps it saves
+_CHUNK_BYTES = 4 << 20  # rows are standardised while they are in the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Units:
-    """What makes features comparable: x becomes z = (x - centre) / scale / spread, (d,) each. NaN becomes 0.
+    """Standardisation of features: z = (x - centre) / scale / spread, each (d,). NaN becomes 0.
 
-    (x - centre) / scale is cut at _FARTHEST; spread is the standard deviation of what is left, 1 where it is constant.
+    (x - centre) / scale is clipped to +-_MAX_DISTANCE; spread is the standard deviation of the clipped values, 1 where
+    they are constant.
     """
 
     centre: Tensor
@@ -36,29 +37,29 @@ class Units:
     spread: Tensor
 
     def standardise(self, x: Tensor) -> Tensor:
-        """Give x (n, d) in these units, in their dtype, as a new tensor."""
+        """Return x (n, d) standardised, in the dtype of the units, as a new tensor."""
         z = (x.to(self.centre.dtype) - self.centre).mul_(1 / self.scale)
-        return z.clamp_(-_FARTHEST, _FARTHEST).nan_to_num_(nan=0.0).mul_(1 / self.spread)
+        return z.clamp_(-_MAX_DISTANCE, _MAX_DISTANCE).nan_to_num_(nan=0.0).mul_(1 / self.spread)
 
     def read(self, inputs: Inputs, rows: Rows) -> Iterator[tuple[slice, Tensor]]:
-        """Read rows in these units, a chunk at a time, each with its place among them."""
-        end, size = 0, max(256, _BYTES_AT_ONCE // (4 * inputs.num_features))
-        for part in chunks(inputs, rows):
-            whole = as_tensor(inputs.read(part), self.centre)
-            for first in range(0, len(whole), size):
-                x = whole[first : first + size]
-                start, end = end, end + len(x)
-                yield slice(start, end), self.standardise(x)
+        """Yield standardised rows a chunk at a time, each with the slice of `rows` that it holds."""
+        position, chunk_rows = 0, max(256, _CHUNK_BYTES // (4 * inputs.num_features))
+        for chunk in chunks(inputs, rows):
+            values = as_tensor(inputs.read(chunk), self.centre)
+            for first in range(0, len(values), chunk_rows):
+                x = values[first : first + chunk_rows]
+                start, position = position, position + len(x)
+                yield slice(start, position), self.standardise(x)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """Rows made ready once for any number of fits: standardised, in the dtype of their products.
+    """Standardised rows in the dtype of their matrix products, prepared once for any number of fits.
 
-    rows (n, d). basis (d, d) are the axes of the covariance of Z, None where there are too many features;
-    curvature (d,) are its eigenvalues. The penalty of a fit is in units of the standard deviation, and so are the rows:
-    then the Hessian is diagonal along these axes. In robust units alone 200 steps left a fit of 120 pictures, whose
-    features are mostly 0, far from its minimum, and rounding decided where.
+    rows (n, d). basis (d, d) holds the eigenvectors of the covariance of Z, None where there are too many features;
+    curvature (d,) its eigenvalues. The penalty of a fit and the rows are both in units of the standard deviation, so
+    that the Hessian is diagonal along these axes. With robust scaling alone, 200 steps left a fit of 120 pictures,
+    whose features are mostly 0, far from its minimum, at a point that depended on rounding.
     """
 
     rows: Tensor
@@ -68,24 +69,24 @@ class Design:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights, losses and gradients: that of the units, not that of bfloat16 rows."""
+        """Dtype of weights, losses and gradients: that of the units, also where the rows are bfloat16."""
         return self.curvature.dtype
 
     def take(self, rows: Tensor) -> Design:
-        """Give the same design of some of its rows."""
+        """Return the design with a subset of its rows."""
         return replace(self, rows=self.rows[rows])
 
     def turn(self, weight: Tensor) -> Tensor:
-        """Transform weights (q, d, k) of the features to weights along the axes."""
+        """Transform weights (q, d, k) from features to principal axes."""
         return weight if self.basis is None else _product(self.basis.T, weight)
 
     def turn_back(self, weight: Tensor) -> Tensor:
-        """Transform weights (q, d, k) along the axes to weights of the features."""
+        """Transform weights (q, d, k) from principal axes to features."""
         return weight if self.basis is None else _product(self.basis, weight)
 
 
 def _product(basis: Tensor, weight: Tensor) -> Tensor:
-    """Multiply each of weights (q, d, k): as one product, which takes half the time of q."""
+    """Multiply basis (d, d) with q weights (q, d, k) in one product, which takes half the time of q products."""
     q, d, k = weight.shape
     return (basis @ weight.transpose(0, 1).reshape(d, q * k)).view(d, q, k).transpose(0, 1)
 
@@ -99,74 +100,74 @@ def read_design(
     dtype: torch.dtype = torch.float32,
     with_axes: bool = True,
 ) -> Design:
-    """Read rows (n,) of the inputs and make them ready. `products` is the dtype they are held and multiplied in."""
+    """Read rows (n,) of the inputs and standardise them. `products` is the dtype they are stored and multiplied in."""
     like = torch.empty(0, dtype=dtype, device=device)
-    some = as_tensor(inputs.read(rows[:: max(1, len(rows) // _ROWS_FOR_UNITS)]), like)
-    units = robust_units(some.to(dtype))
+    sample = as_tensor(inputs.read(rows[:: max(1, len(rows) // _ROWS_FOR_UNITS)]), like)
+    units = robust_units(sample.to(dtype))
     if with_axes:
         units = replace(units, spread=_spread(inputs, rows[:: max(1, len(rows) // _ROWS_FOR_AXES)], units))
-    held = torch.empty(len(rows), inputs.num_features, dtype=products, device=device)
+    standardised = torch.empty(len(rows), inputs.num_features, dtype=products, device=device)
     order = reading_order(inputs, rows)
-    for place, z in units.read(inputs, rows[order]):
-        held[torch.from_numpy(order[place]).to(device)] = z.to(products)
+    for positions, z in units.read(inputs, rows[order]):
+        standardised[torch.from_numpy(order[positions]).to(device)] = z.to(products)
     if not with_axes:
-        return Design(rows=held, units=units, basis=None, curvature=torch.ones_like(units.scale))
-    basis, curvature = _axes(held[:: max(1, len(rows) // _ROWS_FOR_AXES)].to(dtype), len(rows))
-    return Design(rows=held, units=units, basis=basis, curvature=curvature)
+        return Design(rows=standardised, units=units, basis=None, curvature=torch.ones_like(units.scale))
+    basis, curvature = _axes(standardised[:: max(1, len(rows) // _ROWS_FOR_AXES)].to(dtype), len(rows))
+    return Design(rows=standardised, units=units, basis=basis, curvature=curvature)
 
 
 def _spread(inputs: Inputs, rows: Rows, units: Units) -> Tensor:
-    """Compute the standard deviation (d,) of rows in some units; 1 where a feature is constant but for rounding."""
+    """Compute the standard deviation (d,) of rows in these units; 1 where a feature is constant up to rounding."""
     total = torch.zeros_like(units.centre, dtype=torch.float64)
     square = total.clone()
     for _, z in units.read(inputs, rows):
         total += z.sum(dim=0, dtype=torch.float64)
         square += z.double().square().sum(dim=0)
     variance = square / len(rows) - (total / len(rows)).square()
-    return torch.where(variance > _LEAST_VARIANCE, variance, 1.0).sqrt().to(units.centre.dtype)
+    return torch.where(variance > _MIN_VARIANCE, variance, 1.0).sqrt().to(units.centre.dtype)
 
 
-def as_tensor(read: NDArray[np.generic], like: Tensor) -> Tensor:
-    """Give what was read, float64 only where `like` is: bytes and read-only maps as well."""
-    plain = np.float64 if like.dtype == torch.float64 else np.float32
-    return torch.from_numpy(np.require(read, plain, ["C", "W"])).to(like.device)
+def as_tensor(array: NDArray[np.generic], like: Tensor) -> Tensor:
+    """Convert an array, also of bytes or read-only, to a tensor: float64 if `like` is, else float32, on its device."""
+    dtype = np.float64 if like.dtype == torch.float64 else np.float32
+    return torch.from_numpy(np.require(array, dtype, ["C", "W"])).to(like.device)
 
 
-def robust_units(some: Tensor) -> Units:
-    """Find the median and half the middle two thirds of each feature: what one wild row does not move.
+def robust_units(sample: Tensor) -> Units:
+    """Compute the median and half the range of the middle two thirds of each feature, which one outlier cannot move.
 
-    Most rows alike: the standard deviation instead; a constant feature: 1. Only the way to the solution depends on
-    these units, not the solution, so that some rows are enough.
+    Where most rows are equal, the scale is the standard deviation; of a constant feature it is 1. The units change the
+    path of the optimiser, not the solution, so that a sample of the rows is enough.
     """
-    low, centre, high = torch.nanquantile(some, some.new_tensor([1 / 6, 1 / 2, 5 / 6]), dim=0)
-    centre = centre.nan_to_num(nan=0.0)  # a feature that none of these rows has
+    low, centre, high = torch.nanquantile(sample, sample.new_tensor([1 / 6, 1 / 2, 5 / 6]), dim=0)
+    centre = centre.nan_to_num(nan=0.0)  # a feature that is NaN in all these rows
     width = (high - low) / 2
-    deviation = (some - centre).nan_to_num_(nan=0.0).double().square().mean(dim=0).sqrt().to(some.dtype)
+    deviation = (sample - centre).nan_to_num_(nan=0.0).double().square().mean(dim=0).sqrt().to(sample.dtype)
     scale = torch.where(width > 0, width, deviation)
-    # Rounding spreads a feature that is 0.1 throughout, and weights in units of that swamp all the others.
-    scale = torch.where(scale > 8 * torch.finfo(some.dtype).eps * centre.abs(), scale, 1.0)
+    # A feature that is 0.1 in every row varies by rounding only; scaled by that, its weights would dominate.
+    scale = torch.where(scale > 8 * torch.finfo(sample.dtype).eps * centre.abs(), scale, 1.0)
     return Units(centre=centre, scale=scale, spread=torch.ones_like(scale))
 
 
-def _axes(some: Tensor, num_rows: int) -> tuple[Tensor | None, Tensor]:
-    """Compute the axes (d, d) and the curvature (d,) of standardised rows (s, d) that stand for `num_rows`."""
-    if some.shape[1] > _AXES_UP_TO:
-        return None, torch.ones_like(some[0])
-    values, basis = _decompose(some.T @ some / len(some))
+def _axes(sample: Tensor, num_rows: int) -> tuple[Tensor | None, Tensor]:
+    """Compute the axes (d, d) and curvature (d,) from a sample (s, d) of `num_rows` standardised rows."""
+    if sample.shape[1] > _MAX_FEATURES_FOR_AXES:
+        return None, torch.ones_like(sample[0])
+    values, basis = _decompose(sample.T @ sample / len(sample))
     values = values.clamp_min(0)
-    if len(some) < num_rows:  # a sample makes the least variances too small, by the mean one times d / s at most
-        values = values + values.mean() * some.shape[1] / len(some)
+    if len(sample) < num_rows:  # a sample underestimates the smallest variances, by at most the mean times d / s
+        values = values + values.mean() * sample.shape[1] / len(sample)
     return basis, values
 
 
 def _decompose(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Give eigenvalues and eigenvectors; by scipy's slower, surer driver where torch's fails to converge.
+    """Compute eigenvalues and eigenvectors; with scipy's slower "evr" driver where torch's fails to converge.
 
-    So it does, in float64 as well, where hundreds of features are constant, as hashed words are.
+    torch fails, in float64 as well, where hundreds of features are constant, as those of hashed words are.
     """
     try:
         values, basis = torch.linalg.eigh(covariance)
     except RuntimeError:  # torch.linalg.LinAlgError is one
-        found = scipy.linalg.eigh(covariance.double().cpu().numpy(), driver="evr")
-        values, basis = (torch.from_numpy(each).to(covariance) for each in found)
+        arrays = scipy.linalg.eigh(covariance.double().cpu().numpy(), driver="evr")
+        values, basis = (torch.from_numpy(array).to(covariance) for array in arrays)
     return values, basis

@@ -11,32 +11,32 @@ from torch import Tensor
 
 _MEMORY = 10  # pairs of steps and gradient changes that are remembered
 _HALVINGS = 20
-_NEXT_TO_NOTHING = 1e-2  # a loss below which gains are no longer measured against it
-_MOST_SNAPSHOTS = 8
+_MIN_LOSS_SCALE = 1e-2  # gains are relative to the loss, or to this where the loss is smaller
+_MAX_SNAPSHOTS = 8
 
 
-# Told which losses are in the batch and their theta after a step, it tells which may go on.
-Judge = Callable[[Tensor, Tensor], Tensor]
+# Called after each step with the indices (c,) of the active losses and their theta; returns the mask (c,) to continue.
+SelectActive = Callable[[Tensor, Tensor], Tensor]
 
 
 class Problem(Protocol):
     """p losses of parameters theta (p, a, b), each of its own slice."""
 
-    rounding: float  # by how much a loss may rise, relatively, without meaning it
+    rounding: float  # relative increase of a loss that rounding alone may cause
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the losses (p,) and their gradients (p, a, b)."""
+        """Compute the losses (p,) and their gradients (p, a, b)."""
 
     def precondition(self, gradient: Tensor) -> Tensor:
-        """Apply the inverse of a first guess of the Hessians to p gradients."""
+        """Apply the inverse of an initial estimate of the Hessians to p gradients."""
 
     def take(self, which: Tensor) -> Problem:
-        """Give the problem of some of the losses."""
+        """Return the problem of a subset of the losses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Minimum:
-    """Where p losses were lowered to: theta (p, a, b); and theta after steps 1, 2, 4, ... and the last."""
+    """Final theta (p, a, b) of p losses, and snapshots of theta after steps 1, 2, 4, ... and the last."""
 
     theta: Tensor
     num_steps: int
@@ -45,7 +45,7 @@ class Minimum:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A step, the change of the gradient over it, raw and preconditioned, and the curvature: their product."""
+    """A step, the change of the gradient over it, raw and preconditioned, and the curvature: step times change."""
 
     step: Tensor
     change: Tensor
@@ -63,69 +63,70 @@ def minimize(
     max_steps: int,
     tolerance: float,
     patience: int,
-    judge: Judge | None = None,
+    select_active: SelectActive | None = None,
 ) -> Minimum:
-    """Lower p losses from `start` (p, a, b) by batched L-BFGS.
+    """Minimise p losses from `start` (p, a, b) by batched L-BFGS.
 
-    A loss leaves the batch when `patience` steps running, the first one apart, lower it by less than `tolerance`,
-    relatively, or when the judge, given the places (c,) of those in the batch and their theta (c, a, b), tells it to.
+    A loss leaves the batch when `patience` consecutive steps, not counting the first, lower it by less than
+    `tolerance`, relatively, or when `select_active`, called with the indices (c,) of the active losses and their theta
+    (c, a, b), returns False for it.
     """
-    found, theta = start.clone(), start
-    alive = torch.arange(len(start), device=start.device)
+    final_theta, theta = start.clone(), start
+    active = torch.arange(len(start), device=start.device)
     loss, gradient = problem.loss_and_gradient(theta)
     conditioned = problem.precondition(gradient)
-    stalls = torch.full_like(alive, -1)  # the first step, of a rough length, may gain little and is forgiven
+    stalls = torch.full_like(active, -1)  # -1: the first step, whose length is a rough guess, does not count
     history: list[_Pair] = []
     snapshots: list[Tensor] = []
     for step in range(1, max_steps + 1):
         direction = -_two_loops(gradient, conditioned, history)
         theta_next, loss_next, gradient_next = _search(problem, theta, loss, gradient, direction)
         conditioned_next = problem.precondition(gradient_next)
-        moved, change = theta_next - theta, gradient_next - gradient
-        pair = _Pair(moved, change, conditioned_next - conditioned, _inner(moved, change))
+        step_taken, change = theta_next - theta, gradient_next - gradient
+        pair = _Pair(step_taken, change, conditioned_next - conditioned, _inner(step_taken, change))
         history = [*history[1 - _MEMORY :], pair]
-        stalls = torch.where(loss - loss_next > tolerance * loss.abs().clamp_min(_NEXT_TO_NOTHING), 0, stalls + 1)
+        stalls = torch.where(loss - loss_next > tolerance * loss.abs().clamp_min(_MIN_LOSS_SCALE), 0, stalls + 1)
         theta, loss, gradient, conditioned = theta_next, loss_next, gradient_next, conditioned_next
-        found[alive] = theta
-        going = stalls < patience
-        if judge is not None:
-            going &= judge(alive, theta)
-        last = step == max_steps or not bool(going.any())
+        final_theta[active] = theta
+        running = stalls < patience
+        if select_active is not None:
+            running &= select_active(active, theta)
+        last = step == max_steps or not bool(running.any())
         if last or step & (step - 1) == 0:
-            snapshots = [*snapshots[: _MOST_SNAPSHOTS - 1], found.clone()]
+            snapshots = [*snapshots[: _MAX_SNAPSHOTS - 1], final_theta.clone()]
         if last:
             break
-        if not bool(going.all()):
-            problem, alive, history = problem.take(going), alive[going], [pair.take(going) for pair in history]
-            theta, loss, stalls = theta[going], loss[going], stalls[going]
-            gradient, conditioned = gradient[going], conditioned[going]
-    return Minimum(theta=found, num_steps=step, snapshots=tuple(snapshots))
+        if not bool(running.all()):
+            problem, active, history = problem.take(running), active[running], [pair.take(running) for pair in history]
+            theta, loss, stalls = theta[running], loss[running], stalls[running]
+            gradient, conditioned = gradient[running], conditioned[running]
+    return Minimum(theta=final_theta, num_steps=step, snapshots=tuple(snapshots))
 
 
 def _search(
     problem: Problem, theta: Tensor, loss: Tensor, gradient: Tensor, direction: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Go along each direction, halving the step until the loss falls enough (Armijo); stand still if it never does.
+    """Step along each direction, halving the step until the Armijo condition holds; a step of 0 if it never does.
 
-    Rounding may hide a gain: by so much the loss may rise.
+    The loss may rise by `problem.rounding`, since rounding can hide a decrease.
     """
     slope = (gradient * direction).sum(dim=(1, 2))
     length = torch.ones_like(loss)
     for _ in range(_HALVINGS):
         theta_next = theta + length[:, None, None] * direction
         loss_next, gradient_next = problem.loss_and_gradient(theta_next)
-        enough = loss_next <= loss + 1e-4 * length * slope + problem.rounding * loss.abs()  # False for NaN
-        if bool(enough.all()):
+        sufficient = loss_next <= loss + 1e-4 * length * slope + problem.rounding * loss.abs()  # False for NaN
+        if bool(sufficient.all()):
             return theta_next, loss_next, gradient_next
-        length = torch.where(enough, length, length / 2)
-    theta_next = theta + torch.where(enough, length, 0.0)[:, None, None] * direction
+        length = torch.where(sufficient, length, length / 2)
+    theta_next = theta + torch.where(sufficient, length, 0.0)[:, None, None] * direction
     return theta_next, *problem.loss_and_gradient(theta_next)
 
 
 def _two_loops(gradient: Tensor, conditioned: Tensor, history: list[_Pair]) -> Tensor:
-    """Apply the inverse Hessian that the history tells of to p gradients at once (Nocedal & Wright, algorithm 7.4).
+    """Apply the L-BFGS inverse Hessian of the history to p gradients at once (Nocedal & Wright, algorithm 7.4).
 
-    The first guess of it is linear and not cheap, so it is applied to each gradient once, not within the loops.
+    The initial inverse Hessian is linear and costly, so that it is applied to each gradient once, outside the loops.
     """
     direction = gradient
     alphas = []
@@ -134,10 +135,10 @@ def _two_loops(gradient: Tensor, conditioned: Tensor, history: list[_Pair]) -> T
         direction = direction - alpha * pair.change
         conditioned = conditioned - alpha * pair.conditioned
         alphas.append(alpha)
-    if history:  # the first guess is loose where a fit is sure of its rows; the last pair tells by how much
+    if history:  # the initial estimate is too large where predictions are confident; rescale it by the last pair
         last = history[-1]
-        looseness = last.curvature / _inner(last.change, last.conditioned)
-        conditioned = conditioned * torch.where(last.curvature > 0, looseness, 1.0)
+        rescale = last.curvature / _inner(last.change, last.conditioned)
+        conditioned = conditioned * torch.where(last.curvature > 0, rescale, 1.0)
     for pair, alpha in zip(history, reversed(alphas), strict=True):
         conditioned = conditioned + (alpha - _ratio(_inner(pair.change, conditioned), pair.curvature)) * pair.step
     return conditioned
@@ -148,5 +149,5 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, curvature: Tensor) -> Tensor:
-    """Divide, giving 0 for a pair without positive curvature: a fit that stood still."""
+    """Divide by the curvature; 0 where it is not positive, as after a step of 0."""
     return torch.where(curvature > 0, numerator / torch.where(curvature > 0, curvature, 1.0), 0.0)

@@ -1,11 +1,12 @@
 """Cross-fitted linear probes, with the choice of their L2 penalty.
 
-Of few rows a Gaussian model of the classes is mixed in (see gaussian.py). With covariances of each class's own, which
-the kind "auto" allows and each probe tries, what is found is linear in the features no more.
+With few rows a Gaussian model of the classes is mixed in (see gaussian.py). The kind "auto" also lets each probe choose
+one covariance per class, which makes it quadratic in the features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,88 +15,83 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .cross_fit import FitRows
-from .design import Design
-from .glm import fit_glm, mean_loss
+from ..dataset.labels import Target
+from ..features.matrix import Inputs, Rows
+from .cross_fit import CrossFit, FitRows, predict_out_of_fold
+from .design import Design, Units, read_design
+from .gaussian import MAX_FEATURES, MAX_ROWS, MixedModels, mix_in_gaussian
+from .glm import fit_glm, log_estimate, mean_loss
+from .lbfgs import Minimum
+from .quadratic import Curve
 from .targets import TorchTarget, choose_outputs
 
 if TYPE_CHECKING:
     from .config import ProbeConfig
-from collections.abc import Callable, Sequence
 
-from ..dataset.labels import Target
-from ..features.matrix import Inputs, Rows
-from .cross_fit import CrossFit, predict_out_of_fold
-from .design import Units, read_design
-from .gaussian import MOST_FEATURES, MOST_ROWS, Mixed, mix_in_gaussian
-from .glm import log_estimate
-from .lbfgs import Minimum
-from .quadratic import Curve
-
-_MAX_LOSS_RATIO = 2.0  # steps like the last in which a weak strength must be able to make up for what it is behind
-_TOLERANCE = 4e-2  # what a fit still lacks then does not change the order; a tighter one hears noise in few rows
+_MAX_LOSS_RATIO = 2.0  # a trial goes on while its excess loss is at most this many times the gain of its last step
+_TOLERANCE = 4e-2  # enough to rank the penalties; with few rows, a tighter tolerance fits noise
 _MAX_STEPS = 10
-_MARGIN = 1e-5  # ten times what rounding does to a mean loss: of two that are so close, the stronger is taken
+_MARGIN = 1e-5  # ten times the rounding error of a mean loss: of two losses this close, the larger l2 is chosen
 
 
 def choose_l2(
     design: Design, torch_target: TorchTarget, fit_rows: FitRows, *, key: NDArray[np.uint64], config: ProbeConfig
 ) -> Tensor:
-    """Give each of p probes the strength with the least loss on rows set aside of its own, (p,).
+    """Choose for each of p probes the l2 with the lowest loss on the rows that it holds out, (p,).
 
-    It is chosen on the first rows by key, of many outputs on some of them alone, and carried over as scikit-learn's C,
-    the inverse variance of a prior: beside a mean over s times as many rows it is s times less. With nothing to choose
-    by, it is the middle one.
+    It is chosen on the first rows by key, and of many outputs on a subset, and scaled like scikit-learn's C, the
+    variance of a prior: for a mean over s times as many rows it is s times smaller. Without held-out rows it is the
+    middle one of the candidates.
     """
     path = sorted(config.l2_penalties, reverse=True)
-    torch_target, chosen = _choice_data(torch_target, key[fit_rows.rows], max_rows=config.choice_rows)
-    few = fit_rows.take(np.flatnonzero(chosen))
-    if len(path) == 1 or not few.can_choose:
+    torch_target, is_chosen = _choice_data(torch_target, key[fit_rows.rows], max_rows=config.choice_rows)
+    choice_rows = fit_rows.take(np.flatnonzero(is_chosen))
+    if len(path) == 1 or not choice_rows.can_choose:
         return design.curvature.new_full((fit_rows.train_mask.shape[1],), path[len(path) // 2])
-    seen = few.train_mask & ~few.holdout_mask
+    train_only = choice_rows.train_mask & ~choice_rows.holdout_mask
     l2 = _compare_l2(
-        _part(design, torch_target, chosen, seen),
-        _part(design, torch_target, chosen, few.holdout_mask),
+        _part(design, torch_target, is_chosen, train_only),
+        _part(design, torch_target, is_chosen, choice_rows.holdout_mask),
         path,
         task=torch_target.task,
         num_outputs=torch_target.num_outputs,
     )
-    return l2 * torch.from_numpy(seen.sum(axis=0) / fit_rows.train_mask.sum(axis=0)).to(l2)
+    return l2 * torch.from_numpy(train_only.sum(axis=0) / fit_rows.train_mask.sum(axis=0)).to(l2)
 
 
 def _choice_data(
     torch_target: TorchTarget, key: NDArray[np.uint64], *, max_rows: int
 ) -> tuple[TorchTarget, NDArray[np.bool_]]:
-    """Return the target with the outputs that a strength is chosen on, and which of the n rows, with keys (n,)."""
-    label, k = torch_target.found, torch_target.num_outputs
+    """Return the target with the outputs that l2 is chosen on, and the mask (n,) of the rows, with keys (n,)."""
+    label, k = torch_target.values, torch_target.num_outputs
     rows, outputs = choose_outputs(label.cpu().numpy(), key, task=torch_target.task, num_outputs=k, max_rows=max_rows)
     mask = np.isin(np.arange(len(key)), rows)
     if len(outputs) == k:
         return torch_target, mask
     index = torch.from_numpy(outputs).to(label.device)
     label = torch.searchsorted(index, label) if torch_target.task == "classification" else label[:, index]
-    return replace(torch_target, found=label, num_outputs=len(outputs)), mask
+    return replace(torch_target, values=label, num_outputs=len(outputs)), mask
 
 
 Part = tuple[Design, Tensor, Tensor]
 
 
-def _part(design: Design, torch_target: TorchTarget, chosen: NDArray[np.bool_], mask: NDArray[np.bool_]) -> Part:
-    """Give the rows among the chosen that the mask (s, p) has any use for: design, answer and mask."""
-    some = mask.any(axis=1)
-    rows = torch.from_numpy(np.flatnonzero(chosen)[some]).to(design.rows.device)
-    return design.take(rows), torch_target.found[rows], torch.from_numpy(mask[some]).to(rows.device)
+def _part(design: Design, torch_target: TorchTarget, is_chosen: NDArray[np.bool_], mask: NDArray[np.bool_]) -> Part:
+    """Return design, target and mask of the chosen rows that are in the mask (s, p) of at least one probe."""
+    used = mask.any(axis=1)
+    rows = torch.from_numpy(np.flatnonzero(is_chosen)[used]).to(design.rows.device)
+    return design.take(rows), torch_target.values[rows], torch.from_numpy(mask[used]).to(rows.device)
 
 
-def _compare_l2(seen: Part, holdout_mask: Part, path: list[float], *, task: str, num_outputs: int) -> Tensor:
-    """Fit all probes under all strengths as one stacked parameter, and give the best strength of each: (p,).
+def _compare_l2(train_part: Part, holdout_part: Part, path: list[float], *, task: str, num_outputs: int) -> Tensor:
+    """Fit all probes with all penalties as one stacked parameter, and return the best l2 of each probe: (p,).
 
-    Model s * p + j is probe j under strength s, on the rows of probe j: whatever the strengths, one mask a probe.
+    Model s * p + j is probe j with penalty s, on the rows of probe j: one mask per probe serves all penalties.
     """
-    design, torch_target, train_mask = seen
+    design, torch_target, train_mask = train_part
     l2_penalties = design.curvature.new_tensor(path)
-    race = _L2Trial(
-        holdout_mask=holdout_mask, task=task, losses=l2_penalties.new_full((len(path), train_mask.shape[1]), torch.inf)
+    trial = _L2Trial(
+        holdout_part=holdout_part, task=task, losses=l2_penalties.new_full((len(path), train_mask.shape[1]), torch.inf)
     )
     fit_glm(
         design,
@@ -103,80 +99,81 @@ def _compare_l2(seen: Part, holdout_mask: Part, path: list[float], *, task: str,
         task=task,
         train_mask=train_mask,
         l2=l2_penalties.repeat_interleave(train_mask.shape[1]),
-        start=l2_penalties.new_zeros(race.losses.numel(), design.rows.shape[1] + 1, num_outputs),
+        start=l2_penalties.new_zeros(trial.losses.numel(), design.rows.shape[1] + 1, num_outputs),
         max_steps=_MAX_STEPS,
         tolerance=_TOLERANCE,
         patience=1,
-        judge=race.judge,
+        select_active=trial.select_active,
     )
-    return _least_between(race.losses, l2_penalties)
+    return _interpolate_l2(trial.losses, l2_penalties)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _L2Trial:
-    """What is known so far: losses (s, p) on the rows set aside, strongest strength first; infinite once it is out."""
+    """Losses (s, p) on the held-out rows after the last step, largest l2 first; infinite once a trial is stopped."""
 
-    holdout_mask: Part
+    holdout_part: Part
     task: str
     losses: Tensor
 
-    def judge(self, alive: Tensor, theta: Tensor) -> Tensor:
-        """Write down the losses of those that still run, and tell which of them stay.
+    def select_active(self, alive: Tensor, theta: Tensor) -> Tensor:
+        """Record the losses of the active fits and return the mask of those to continue.
 
-        A fit of a weak strength that is farther behind than it gains is out: what it does from here on is overfit. Who
-        is stronger than the best stays to its end, which is near, since rows aside speak for weak fits until they are
-        done; so does the next weaker one, for the parabola.
+        A fit with less l2 than the best is stopped when its loss exceeds the best by more than _MAX_LOSS_RATIO times
+        the gain of its last step: further steps overfit. Fits with more l2 than the best run to their end, which is
+        near, since held-out rows favour weak penalties until a fit has converged; so does the next weaker one, which
+        the parabola needs.
         """
-        design, torch_target, rows = self.holdout_mask
-        place, probe = alive // rows.shape[1], alive % rows.shape[1]
-        loss = mean_loss(design, torch_target, task=self.task, rows=rows, whose=probe, theta=theta)
-        gain = self.losses[place, probe] - loss
-        self.losses[place, probe] = loss
-        best = _first_least(self.losses)
-        behind = loss - self.losses[best[probe], probe]
-        stays = (place <= best[probe] + 1) | (behind <= _MAX_LOSS_RATIO * gain)
-        self.losses[place[~stays], probe[~stays]] = torch.inf
-        return stays
+        design, torch_target, rows = self.holdout_part
+        l2_index, probe = alive // rows.shape[1], alive % rows.shape[1]
+        loss = mean_loss(design, torch_target, task=self.task, rows=rows, column=probe, theta=theta)
+        gain = self.losses[l2_index, probe] - loss
+        self.losses[l2_index, probe] = loss
+        best = _first_minimum(self.losses)
+        excess = loss - self.losses[best[probe], probe]
+        continues = (l2_index <= best[probe] + 1) | (excess <= _MAX_LOSS_RATIO * gain)
+        self.losses[l2_index[~continues], probe[~continues]] = torch.inf
+        return continues
 
 
-def _first_least(losses: Tensor) -> Tensor:
-    """Return the place (p,) after which each probe's loss (s, p) falls no more, by _MARGIN at least."""
+def _first_minimum(losses: Tensor) -> Tensor:
+    """Return the index (p,) of the first penalty after which a probe's loss (s, p) does not fall by _MARGIN or more."""
     rises = losses[1:] >= losses[:-1] - _MARGIN
     return torch.cat([rises, torch.ones_like(rises[:1])]).int().argmax(dim=0)
 
 
-def _least_between(losses: Tensor, path: Tensor) -> Tensor:
-    """Give the strength at the vertex of the parabola through each probe's least loss and its neighbours: (p,).
+def _interpolate_l2(losses: Tensor, path: Tensor) -> Tensor:
+    """Return the l2 at the vertex of the parabola through each probe's lowest loss and its two neighbours: (p,).
 
-    In log strength; at an end of what was tried, the end. It lies no farther than half-way to a neighbour.
+    The parabola is in log l2, and the vertex is bounded half-way to each neighbour. At an end of the candidates, the
+    end itself.
     """
-    best = _first_least(losses)
+    best = _first_minimum(losses)
     weaker = losses.gather(0, (best + 1).clamp_max(len(path) - 1)[None])[0]
     inside = ((best > 0) & (best < len(path) - 1) & weaker.isfinite()).nonzero().squeeze(1)
-    middle = best[inside]
-    x0, x1, x2 = (path.log()[middle + step] for step in (-1, 0, 1))
-    y0, y1, y2 = (losses[middle + step, inside] for step in (-1, 0, 1))
-    left, right = (y0 - y1) / (x0 - x1), (y1 - y2) / (x1 - x2)
-    bend = (left - right) / (x0 - x2)
-    vertex = (x0 + x1) / 2 - left / (2 * bend)
-    vertex = torch.minimum(torch.maximum(vertex, (x1 + x2) / 2), (x0 + x1) / 2)  # from the strongest to the weakest
-    found = path[best].clone()
-    found[inside] = torch.where((bend > 0) & vertex.isfinite(), vertex.exp(), found[inside])
-    return found
+    best_inside = best[inside]
+    x0, x1, x2 = (path.log()[best_inside + step] for step in (-1, 0, 1))
+    y0, y1, y2 = (losses[best_inside + step, inside] for step in (-1, 0, 1))
+    left_slope, right_slope = (y0 - y1) / (x0 - x1), (y1 - y2) / (x1 - x2)
+    curvature = (left_slope - right_slope) / (x0 - x2)
+    vertex = (x0 + x1) / 2 - left_slope / (2 * curvature)
+    vertex = torch.minimum(torch.maximum(vertex, (x1 + x2) / 2), (x0 + x1) / 2)  # x0 is the largest l2
+    l2 = path[best].clone()
+    l2[inside] = torch.where((curvature > 0) & vertex.isfinite(), vertex.exp(), l2[inside])
+    return l2
 
 
-_COARSE = (
-    2e-3  # of bfloat16: a step that gains less is not worth its pass (at 5e-4 the loss out of fold is .004 better)
-)
-_SMALL = 1 << 22  # features in all, below which bfloat16 saves no time worth its rounding
+# Tolerance with bfloat16 products: a step that gains less is not worth its time (at 5e-4 the loss is .004 better).
+_BFLOAT16_TOLERANCE = 2e-3
+_MIN_BFLOAT16_SIZE = 1 << 22  # rows times features, below which bfloat16 saves too little time for its rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearProbe:
-    """p linear models, r rounds of f folds: theta (p, d + 1, k) of standardised features.
+    """p linear models, r repeats of f folds: theta (p, d + 1, k) of standardised features.
 
-    To the logits of a probe that has found curved boundaries better, its curve is added: it is linear no more.
-    snapshots are the thetas of the first round on the way, after 1, 2, 4, ... steps and the last.
+    The curve of a probe that chose quadratic boundaries, else None, is added to its logits. snapshots are the thetas of
+    the first repeat during the fit, after 1, 2, 4, ... steps and the last.
     """
 
     inputs: Inputs
@@ -189,26 +186,26 @@ class LinearProbe:
     snapshots: tuple[Tensor, ...]
 
     def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
-        """Ask in each round the probe that never saw the row: (r, b, k)."""
-        found = self._predict(self.cross_fits, self.theta[None], rows, self.inputs if inputs is None else inputs)
-        return np.asarray(found[0])
+        """Compute out-of-fold logits in each repeat: (r, b, k)."""
+        states = self._predict(self.cross_fits, self.theta[None], rows, self.inputs if inputs is None else inputs)
+        return np.asarray(states[0])
 
     def logits_by_epoch(self, rows: Rows) -> NDArray[np.float32]:
-        """Ask the first round's probes as they were on the way: (e, b, k). Only the last have curves."""
+        """Compute logits of the first repeat at its snapshots: (e, b, k). Only the last snapshot has curves."""
         return np.asarray(self._predict(self.cross_fits[:1], torch.stack(self.snapshots), rows, self.inputs)[:, 0])
 
     def _predict(
         self, cross_fits: Sequence[CrossFit], thetas: Tensor, rows: Rows, inputs: Inputs
     ) -> NDArray[np.float32]:
-        """Ask several states (e, p, d + 1, k) of the probes, the last of them with curves: (e, r, b, k)."""
-        out = np.empty((len(thetas), len(cross_fits), len(rows), thetas.shape[3]), dtype=np.float32)
+        """Compute logits of several states (e, p, d + 1, k) of the probes, the last with curves: (e, r, b, k)."""
+        logits = np.empty((len(thetas), len(cross_fits), len(rows), thetas.shape[3]), dtype=np.float32)
         straight: tuple[Curve | None, ...] = (None,) * len(self.curves)
-        for place, z in self.units.read(inputs, rows):
+        for positions, z in self.units.read(inputs, rows):
             for state, theta in enumerate(thetas):
                 curves = self.curves if state == len(thetas) - 1 else straight
-                found = predict_out_of_fold(cross_fits, rows[place], _predictor(theta, curves, z))
-                out[state, :, place] = found.cpu().numpy()
-        return out
+                predicted = predict_out_of_fold(cross_fits, rows[positions], _predictor(theta, curves, z))
+                logits[state, :, positions] = predicted.cpu().numpy()
+        return logits
 
 
 def fit_linear(
@@ -220,30 +217,26 @@ def fit_linear(
     config: ProbeConfig,
     device: str,
 ) -> LinearProbe:
-    """Fit all folds and rounds as one stacked parameter, each on its own rows and with the strength it chose.
-
-    The strength is chosen on some of the rows and carried over as scikit-learn's C, the variance of a prior: beside a
-    mean over s times as many rows it is s times less.
-    """
-    products = products_of(config.precision, device, size=len(fit_rows.rows) * inputs.num_features)
+    """Fit all folds and repeats as one stacked parameter, each on its own rows and with its own l2, see choose_l2."""
+    products = product_dtype(config.precision, device, size=len(fit_rows.rows) * inputs.num_features)
     design = read_design(inputs, fit_rows.rows, products=products, device=device)
     torch_target = TorchTarget.of(target, fit_rows.rows, design.curvature)
     log_estimate(design, torch_target, fit_rows, max_steps=config.max_steps)
     l2 = choose_l2(design, torch_target, fit_rows, key=cross_fits[0].key, config=config)
-    found = _fit(design, torch_target, fit_rows, l2, config)
-    mixed = Mixed(theta=found.theta, curves=(None,) * len(l2))
-    if _wants_gaussian(design, torch_target, fit_rows, config):
+    fitted = _fit(design, torch_target, fit_rows, l2, config)
+    mixed = MixedModels(theta=fitted.theta, curves=(None,) * len(l2))
+    if _uses_gaussian(design, torch_target, fit_rows, config):
         mixed = mix_in_gaussian(
             design,
-            torch_target.found,
+            torch_target.values,
             fit_rows,
             cross_fits,
-            theta=found.theta,
+            theta=fitted.theta,
             l2=l2,
             max_steps=config.max_steps,
             curved=config.kind == "auto",
         )
-    first = cross_fits[0].num_folds
+    num_first = cross_fits[0].num_folds
     return LinearProbe(
         inputs=inputs,
         cross_fits=tuple(cross_fits),
@@ -251,54 +244,56 @@ def fit_linear(
         theta=_in_units(mixed.theta, torch_target),
         curves=mixed.curves,
         l2=l2,
-        num_steps=found.num_steps,
-        snapshots=tuple(_in_units(moment[:first], torch_target) for moment in (*found.snapshots[:-1], mixed.theta)),
+        num_steps=fitted.num_steps,
+        snapshots=tuple(
+            _in_units(snapshot[:num_first], torch_target) for snapshot in (*fitted.snapshots[:-1], mixed.theta)
+        ),
     )
 
 
 def _fit(design: Design, torch_target: TorchTarget, fit_rows: FitRows, l2: Tensor, config: ProbeConfig) -> Minimum:
-    """Fit every probe from nothing, so that the way there can be told."""
+    """Fit every probe from zero weights, so that the snapshots cover the whole fit."""
     train_mask = torch.from_numpy(fit_rows.train_mask).to(l2.device)
     coarse = design.rows.dtype == torch.bfloat16
     return fit_glm(
         design,
-        torch_target.found,
+        torch_target.values,
         task=torch_target.task,
         train_mask=train_mask,
         l2=l2,
         start=l2.new_zeros(len(l2), design.rows.shape[1] + 1, torch_target.num_outputs),
         max_steps=config.max_steps,
-        tolerance=max(config.tolerance, _COARSE if coarse else 0.0),
+        tolerance=max(config.tolerance, _BFLOAT16_TOLERANCE if coarse else 0.0),
         patience=1 if coarse else 2,
     )
 
 
-def _wants_gaussian(design: Design, torch_target: TorchTarget, fit_rows: FitRows, config: ProbeConfig) -> bool:
-    """Tell whether rows are few enough, and there are some to choose by; a strength that is given is to stand alone."""
-    small = len(fit_rows.rows) <= MOST_ROWS and design.rows.shape[1] <= MOST_FEATURES
+def _uses_gaussian(design: Design, torch_target: TorchTarget, fit_rows: FitRows, config: ProbeConfig) -> bool:
+    """Whether a Gaussian is mixed in: few enough rows and features, held-out rows, and more than one candidate l2."""
+    small = len(fit_rows.rows) <= MAX_ROWS and design.rows.shape[1] <= MAX_FEATURES
     chooses = len(config.l2_penalties) > 1 and fit_rows.can_choose
     return config.gaussian and torch_target.task == "classification" and small and chooses
 
 
 def _predictor(theta: Tensor, curves: Sequence[Curve | None], z: Tensor) -> Callable[[int, Tensor], Tensor]:
-    def ask(probe: int, mine: Tensor) -> Tensor:
-        straight, curve = torch.addmm(theta[probe, -1], z[mine], theta[probe, :-1]), curves[probe]
-        return straight if curve is None else straight + curve.logits(z[mine])
+    def predict_rows(probe: int, positions: Tensor) -> Tensor:
+        straight, curve = torch.addmm(theta[probe, -1], z[positions], theta[probe, :-1]), curves[probe]
+        return straight if curve is None else straight + curve.logits(z[positions])
 
-    return ask
+    return predict_rows
 
 
-def products_of(precision: str, device: str, *, size: int) -> torch.dtype:
-    """Choose the dtype of matrix products by what the machine can, never by how fast it seems just now."""
+def product_dtype(precision: str, device: str, *, size: int) -> torch.dtype:
+    """Return the dtype of matrix products, by what the hardware supports: never by a measurement, which may vary."""
     if precision == "auto":
         cpu = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         able = torch.cuda.is_bf16_supported() if device.startswith("cuda") else cpu
-        precision = "bfloat16" if able and size >= _SMALL else "float32"
+        precision = "bfloat16" if able and size >= _MIN_BFLOAT16_SIZE else "float32"
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
 
 
 def _in_units(theta: Tensor, torch_target: TorchTarget) -> Tensor:
-    """Give models (p, d + 1, k) whose outputs are in the units of the target."""
-    moved = theta * torch_target.scale
-    moved[:, -1] += torch_target.centre
-    return moved
+    """Return models (p, d + 1, k) whose outputs are in the units of the target."""
+    scaled = theta * torch_target.scale
+    scaled[:, -1] += torch_target.centre
+    return scaled

@@ -18,17 +18,17 @@ from ..hashing import digest
 from ..workers import prefetch_map
 
 SIZES = (64, 128, 256, 512)  # feature maps of a ResNet-18's four stages, of two blocks each
-READERS = 2  # threads that read ahead of a network
-RATIO = 4 / 3  # of a crop's sides at most, as RandomResizedCrop has it
+READERS = 2  # threads that read batches ahead
+RATIO = 4 / 3  # largest aspect ratio of a crop, as in RandomResizedCrop
 
 Floats = NDArray[np.floating]
 
 
 class Trunk(nn.Module):
-    """A ResNet-18 without a head: pictures (b, f, c, h, w) in, of levels or log power, features (b, d) out, float32.
+    """A ResNet-18 without a head: pictures (b, f, c, h, w), of pixels or log power, to features (b, d), float32.
 
-    The features of a sample's f frames are averaged, as in OGM-GE's code. Channels are standardised; NaN, of
-    a modality that is missing, is taken for the mean.
+    The features of a sample's f frames are averaged, as in OGM-GE's code. Channels are standardised; NaN, of a missing
+    modality, is replaced by the mean.
     """
 
     mean: Tensor
@@ -42,15 +42,15 @@ class Trunk(nn.Module):
         self.register_buffer("scale", torch.ones(num_channels, 1, 1))
 
     def standardise_by(self, mean: Floats, scale: Floats) -> None:
-        """Take the mean and the standard deviation of each channel (c,); a constant channel keeps scale 1."""
-        scale = np.where(scale > 1e-6 * np.abs(mean), scale, 1.0)  # less is rounding
+        """Set the mean and the standard deviation of each channel (c,); the scale of a constant channel is 1."""
+        scale = np.where(scale > 1e-6 * np.abs(mean), scale, 1.0)  # smaller is rounding
         self.mean.copy_(torch.from_numpy(mean)[:, None, None])
         self.scale.copy_(torch.from_numpy(scale)[:, None, None])
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Give the features (b, d) of a batch of pictures (b, f, c, h, w)."""
-        standard = ((pictures.float() - self.mean) / self.scale).nan_to_num(nan=0.0)
-        frames = standard.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        """Compute the features (b, d) of a batch of pictures (b, f, c, h, w)."""
+        standardised = ((pictures.float() - self.mean) / self.scale).nan_to_num(nan=0.0)
+        frames = standardised.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         features = self.resnet(frames).pooler_output.flatten(1).float()
         mean: Tensor = features.view(*pictures.shape[:2], self.num_features).mean(dim=1)
         return mean
@@ -65,17 +65,18 @@ class Network(nn.Module):
         self.head = nn.Linear(trunk.num_features, num_outputs)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Give the raw outputs (b, k) of a batch of pictures (b, f, c, h, w)."""
+        """Compute the raw outputs (b, k) of a batch of pictures (b, f, c, h, w)."""
         features = self.trunk(pictures)
-        with torch.autocast(features.device.type, enabled=False):  # bfloat16 would leave logits of two or three digits
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 logits have two or three digits
             outputs: Tensor = self.head(features)
         return outputs
 
 
 def build_trunk(shape: tuple[int, ...], *, width: float) -> Trunk:
-    """Give a ResNet-18 of fresh weights, `width` times as wide, for inputs of a shape of `encode.input_shape`.
+    """Build a randomly initialised ResNet-18, `width` times as wide, for inputs of a shape of `encode.input_shape`.
 
-    Raises ConfigError without transformers, whose ResNet it is: 11,176,512 weights at width 1 with three channels.
+    It has 11,176,512 weights at width 1 with three channels. Raises ConfigError if transformers, which implements it,
+    is not installed.
     """
     require_transformers()
     from transformers import ResNetConfig, ResNetModel
@@ -85,124 +86,124 @@ def build_trunk(shape: tuple[int, ...], *, width: float) -> Trunk:
     config = ResNetConfig(
         num_channels=num_channels, embedding_size=sizes[0], hidden_sizes=sizes, depths=[2] * 4, layer_type="basic"
     )
-    resnet = ResNetModel(config)  # draws as torchvision does: normal, by what a filter sends out
+    resnet = ResNetModel(config)  # initialises as torchvision does: normal, by fan-out
     return Trunk(resnet, num_channels=num_channels, num_features=sizes[-1])
 
 
 def build_network(shape: tuple[int, ...], *, num_outputs: int, width: float, seed: int) -> Network:
-    """Give a trunk and a head of fresh weights that the seed alone decides about."""
+    """Build a trunk and a head with random weights that depend on the seed only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Network(build_trunk(shape, width=width), num_outputs=num_outputs)
 
 
 def to_pictures(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """See rows (b, d) of inputs (mel, t), (h, w, c) or (f, h, w, c) as pictures (b, f, c, h, w), without a copy."""
+    """View rows (b, d) of inputs (mel, t), (h, w, c) or (f, h, w, c) as pictures (b, f, c, h, w), without a copy."""
     if len(shape) == 2:
         return rows.view(len(rows), 1, 1, *shape)
     return rows.view(len(rows), shape[0] if len(shape) == 4 else 1, *shape[-3:]).permute(0, 1, 4, 2, 3)
 
 
 def check_shape(shape: tuple[int, ...], num_features: int) -> None:
-    """Refuse a shape that no network here reads, or that does not hold the features of a row."""
+    """Raise ConfigError for a shape that the network does not support or that does not match the number of features."""
     if len(shape) not in (2, 3, 4):
         raise ConfigError(f"a network reads (mel, t), (h, w, 3) or (f, h, w, 3), not inputs of shape {shape}")
     if math.prod(shape) != num_features:
         raise ConfigError(
             f"inputs of shape {shape} have {math.prod(shape)} numbers, but a row has {num_features}: they were "
-            "encoded with other media settings; encode them anew"
+            "encoded with other media settings; encode them again"
         )
 
 
 def augment_pictures(pictures: Tensor, rng: np.random.Generator, *, least_area: float, flip: bool) -> Tensor:
-    """Crop each picture (b, f, c, h, w) at random, to its size again, and mirror one in two: float32.
+    """Apply a random crop, resized to the original size, to each picture (b, f, c, h, w), and flip half: float32.
 
-    A crop has between `least_area` and 1 of the picture's area, and sides of ratio 3 / 4 to 4 / 3 relative to its own:
-    torchvision's RandomResizedCrop, as in the papers, but that a side too long is cut to fit and not drawn again. Each
-    frame has a crop of its own, as in OGM-GE's code.
+    A crop has between `least_area` and 1 of the picture's area, and an aspect ratio of 3 / 4 to 4 / 3 of the picture's:
+    torchvision's RandomResizedCrop, as in the papers, except that a side that is too long is cut to fit instead of
+    drawn again. Each frame has its own crop, as in OGM-GE's code.
     """
     frames = pictures.flatten(0, 1).float()
-    draws = rng.random((len(frames), 5))
-    area = least_area + (1 - least_area) * draws[:, 0]
-    width = np.clip(np.sqrt(area * RATIO ** (2 * draws[:, 1] - 1)), area, 1)
+    uniforms = rng.random((len(frames), 5))
+    area = least_area + (1 - least_area) * uniforms[:, 0]
+    width = np.clip(np.sqrt(area * RATIO ** (2 * uniforms[:, 1] - 1)), area, 1)
     sides = np.stack([width, area / width], axis=1)
     theta = np.zeros((len(frames), 2, 3))
-    theta[:, 0, 0] = sides[:, 0] * np.where(flip & (draws[:, 4] < 0.5), -1, 1)
+    theta[:, 0, 0] = sides[:, 0] * np.where(flip & (uniforms[:, 4] < 0.5), -1, 1)
     theta[:, 1, 1] = sides[:, 1]
-    theta[:, :, 2] = (1 - sides) * (2 * draws[:, 2:4] - 1)
+    theta[:, :, 2] = (1 - sides) * (2 * uniforms[:, 2:4] - 1)
     grid = nn.functional.affine_grid(torch.from_numpy(theta).to(frames), list(frames.shape), align_corners=False)
-    found = nn.functional.grid_sample(frames, grid, padding_mode="border", align_corners=False)
-    return found.view(pictures.shape)
+    crops = nn.functional.grid_sample(frames, grid, padding_mode="border", align_corners=False)
+    return crops.view(pictures.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputStatistics:
-    """What was seen of n rows before any training: mean and mean square of each channel (n, c), and all in a digest."""
+    """Statistics of n rows before training: mean and mean square of each channel (n, c), and a digest of all inputs."""
 
     mean: NDArray[np.float64]
     square: NDArray[np.float64]
     content: str
 
     @property
-    def there(self) -> NDArray[np.bool_]:
-        """Tell for each row (n,) whether it has this modality."""
+    def present(self) -> NDArray[np.bool_]:
+        """Which rows (n,) have this modality."""
         return np.asarray(~np.isnan(self.mean).any(axis=1))
 
-    def levels(self, rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Give the mean and the standard deviation of each channel (c,) over some rows."""
+    def channel_moments(self, rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Compute the mean and the standard deviation of each channel (c,) over these rows."""
         mean = self.mean[rows].mean(axis=0)
         return mean, np.sqrt(np.maximum(self.square[rows].mean(axis=0) - mean**2, 0))
 
 
 def input_statistics(inputs: Inputs, shape: tuple[int, ...], *, batch_size: int) -> InputStatistics:
-    """Read all rows once, `batch_size` at a time."""
+    """Compute the statistics of all rows in one pass, `batch_size` rows at a time."""
 
-    def look(rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
-        found = np.require(inputs.read(rows), requirements=("C", "W"))
-        pictures = to_pictures(torch.from_numpy(found), shape).float()
-        square, mean = (each.double().numpy() for each in torch.var_mean(pictures, dim=(1, 3, 4), correction=0))
-        return mean, square + mean**2, digest(str(found.dtype).encode(), found.tobytes())
+    def read_batch(rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
+        values = np.require(inputs.read(rows), requirements=("C", "W"))
+        pictures = to_pictures(torch.from_numpy(values), shape).float()
+        square, mean = (moment.double().numpy() for moment in torch.var_mean(pictures, dim=(1, 3, 4), correction=0))
+        return mean, square + mean**2, digest(str(values.dtype).encode(), values.tobytes())
 
-    parts = list(prefetch_map(look, batch_slices(np.arange(inputs.num_rows), batch_size), num_threads=READERS))
-    mean, square = (np.concatenate([part[place] for part in parts]) for place in (0, 1))
-    return InputStatistics(mean=mean, square=square, content=digest(*(part[2].encode() for part in parts)))
+    batches = list(prefetch_map(read_batch, batch_slices(np.arange(inputs.num_rows), batch_size), num_threads=READERS))
+    mean, square = (np.concatenate([batch[index] for batch in batches]) for index in (0, 1))
+    return InputStatistics(mean=mean, square=square, content=digest(*(batch[2].encode() for batch in batches)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkTarget:
-    """What the rows (n,) are to be recognised as, on the device; numbers are standardised by the training rows."""
+    """Target of n rows on the device; that of a regression is standardised by the training rows."""
 
-    found: Tensor
+    values: Tensor
     task: str
     centre: float
     scale: float
 
     @classmethod
-    def of(cls, target: Target, train_mask: Rows, device: str) -> NetworkTarget:
-        """Bring a target to the device."""
+    def of(cls, target: Target, train_rows: Rows, device: str) -> NetworkTarget:
+        """Build the tensor of a target on the device."""
         if target.values is None:
-            found = torch.from_numpy(target.label.astype(np.int64)).to(device)
-            return cls(found=found, task=target.task, centre=0.0, scale=1.0)
+            values = torch.from_numpy(target.label.astype(np.int64)).to(device)
+            return cls(values=values, task=target.task, centre=0.0, scale=1.0)
         centre, scale = 0.0, 1.0
         if target.task == "regression":
-            centre = float(target.values[train_mask].mean(dtype=np.float64))
-            scale = float(target.values[train_mask].std(dtype=np.float64)) or 1.0
-        found = torch.from_numpy(((target.values - centre) / scale).astype(np.float32)).to(device)
-        return cls(found=found, task=target.task, centre=centre, scale=scale)
+            centre = float(target.values[train_rows].mean(dtype=np.float64))
+            scale = float(target.values[train_rows].std(dtype=np.float64)) or 1.0
+        values = torch.from_numpy(((target.values - centre) / scale).astype(np.float32)).to(device)
+        return cls(values=values, task=target.task, centre=centre, scale=scale)
 
     def loss(self, outputs: Tensor, rows: Tensor) -> Tensor:
-        """Mean cross entropy, binary cross entropy over labels, or squared error, of raw outputs (b, k)."""
+        """Compute mean cross entropy, binary cross entropy over labels, or squared error of raw outputs (b, k)."""
         if self.task == "classification":
-            return nn.functional.cross_entropy(outputs, self.found[rows])
+            return nn.functional.cross_entropy(outputs, self.values[rows])
         if self.task == "multilabel":
-            return nn.functional.binary_cross_entropy_with_logits(outputs, self.found[rows])
-        return nn.functional.mse_loss(outputs, self.found[rows])
+            return nn.functional.binary_cross_entropy_with_logits(outputs, self.values[rows])
+        return nn.functional.mse_loss(outputs, self.values[rows])
 
     def in_units(self, outputs: Tensor) -> NDArray[np.float32]:
-        """Give outputs in the units of the target."""
+        """Return outputs in the units of the target."""
         return np.asarray((outputs * self.scale + self.centre).cpu().numpy(), dtype=np.float32)
 
 
 def batch_slices(rows: Rows, size: int) -> list[Rows]:
-    """Cut rows into runs of `size`."""
+    """Split rows into batches of `size`."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -1,9 +1,7 @@
 """Predictions of probes, and their calibration.
 
-Letters: r rounds, b rows, k outputs. `scale` (b,) is what calibration found for each row: the temperature of a
-classifier, the standard deviation of a regression's residuals, both of the mean over the rounds.
-
-Legend: r rounds, n rows, f folds, k outputs.
+Legend: r repeats, n and b rows, f folds, k outputs. `scale` (b,) is the calibration of each row: the temperature of a
+classifier, the standard deviation of a regression's residuals, both of the mean over the repeats.
 """
 
 from __future__ import annotations
@@ -24,52 +22,53 @@ from ..metrics import LEAST, Floats, fuse_probabilities
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What the probes of one modality say of b rows.
+    """Predictions of the probes of one modality for b rows.
 
-    confidence (b,) in [0, 1]: the likelihood of the target by the mean of the rounds' logits; by_round (r, b): in each.
-    probability (b, k): of classes or labels; of a regression the predictive mean, (b, 1), with its `deviation` (b,).
-    entropy (b,) in nats, margin (b,) in [0, 1], NaN where the task has none. predicted (b,): class or number, NaN of
-    several labels. right (b,): what accuracy or label accuracy is the mean of; of a regression minus the squared error.
+    confidence (b,) in [0, 1]: the likelihood of the target under the mean of the repeats' logits; by_repeat (r, b): in
+    each repeat. probability (b, k): of classes or labels; of a regression the predictive mean (b, 1), with its
+    `deviation` (b,). entropy (b,) in nats; margin (b,) in [0, 1], NaN where the task has none. predicted (b,): class or
+    number, NaN for multilabel. correct (b,): its mean is accuracy or label accuracy; of a regression the negative
+    squared error.
     """
 
     confidence: Floats
-    by_round: Floats
+    by_repeat: Floats
     probability: Floats
     entropy: Floats
     margin: Floats
     predicted: Floats
-    right: Floats
+    correct: Floats
     deviation: Floats | None = None
 
 
-def predict(logits: Floats, scale: Floats, target: Target, *, least_scale: float = 1.0) -> Prediction:
-    """Read the outputs (r, b, k) of b rows with their targets.
+def predict(logits: Floats, scale: Floats, target: Target, *, min_scale: float = 1.0) -> Prediction:
+    """Compute the prediction for b rows with their targets from outputs (r, b, k).
 
     classification: confidence is the probability of the true class. multilabel: the likelihood of all labels, present
     and absent, as the geometric mean over labels, so that it does not shrink with their number. regression: the density
-    of the true value under a Gaussian around the prediction, in units of the highest density that the best modality
-    reaches; `least_scale` is that modality's standard deviation. The latter two forms are mmaudit's.
+    of the true value under a Gaussian around the prediction, relative to the highest density of the best modality,
+    whose standard deviation is `min_scale`. The latter two forms are mmaudit's.
     """
     mean = _mean_of(logits)
-    by_round = likelihoods(logits, scale, target, least_scale=least_scale)
-    confidence = by_round[0] if len(logits) == 1 else _likelihood(mean, scale, target, least_scale)
-    reads = {"classification": _read_classes, "multilabel": _read_labels, "regression": _read_values}
-    return reads[target.task](mean, scale, target, confidence, by_round)
+    by_repeat = likelihoods(logits, scale, target, min_scale=min_scale)
+    confidence = by_repeat[0] if len(logits) == 1 else _likelihood(mean, scale, target, min_scale)
+    predictors = {"classification": _for_classes, "multilabel": _for_labels, "regression": _for_numbers}
+    return predictors[target.task](mean, scale, target, confidence, by_repeat)
 
 
-def likelihoods(logits: Floats, scale: Floats, target: Target, *, least_scale: float = 1.0) -> Floats:
-    """Return the likelihood of each target under each of several outputs (r, b, k): (r, b)."""
-    return np.stack([_likelihood(outputs, scale, target, least_scale) for outputs in logits])
+def likelihoods(logits: Floats, scale: Floats, target: Target, *, min_scale: float = 1.0) -> Floats:
+    """Compute the likelihood (r, b) of the targets under each of r outputs (r, b, k)."""
+    return np.stack([_likelihood(outputs, scale, target, min_scale) for outputs in logits])
 
 
 def target_probability(logits: Floats, scale: Floats, target: Target) -> Floats:
-    """Return the probabilities (b, k) of classes or labels under outputs (r, b, k)."""
+    """Compute the probabilities (b, k) of classes or labels from outputs (r, b, k)."""
     scaled = _mean_of(logits) / scale[:, None]
     return np.asarray(softmax(scaled, axis=1) if target.values is None else expit(scaled))
 
 
 def correctness(logits: Floats, scale: Floats, target: Target) -> Floats:
-    """Return what the metric of classes or labels is the mean of, (b,) in [0, 1], of outputs (r, b, k)."""
+    """Compute the accuracy or label accuracy of each row, (b,) in [0, 1], from outputs (r, b, k)."""
     if target.values is None:
         predicted = target_probability(logits, scale, target).argmax(axis=1)
         return np.asarray(predicted == target.label, dtype=np.float32)
@@ -77,70 +76,70 @@ def correctness(logits: Floats, scale: Floats, target: Target) -> Floats:
 
 
 def _mean_of(logits: Floats) -> Floats:
-    """Return the mean (b, k) of outputs (r, b, k), of one round without a copy."""
+    """Return the mean (b, k) of outputs (r, b, k); with one repeat, without a copy."""
     return logits[0] if len(logits) == 1 else np.asarray(logits.mean(axis=0))
 
 
-def _likelihood(logits: Floats, scale: Floats, target: Target, least_scale: float) -> Floats:
-    """Give the likelihood (b,) of the targets under one set of outputs (b, k)."""
+def _likelihood(logits: Floats, scale: Floats, target: Target, min_scale: float) -> Floats:
+    """Compute the likelihood (b,) of the targets under one set of outputs (b, k)."""
     scaled = logits / scale[:, None]
     if target.values is None:
         log_likelihood = _log_softmax_at(scaled, target.label)
     elif target.task == "multilabel":
         log_likelihood = log_expit(np.where(target.values > 0.5, scaled, -scaled)).mean(axis=1)
     else:
-        log_likelihood = np.log(least_scale / scale) - ((logits - target.values)[:, 0] / scale) ** 2 / 2
+        log_likelihood = np.log(min_scale / scale) - ((logits - target.values)[:, 0] / scale) ** 2 / 2
     return np.asarray(np.exp(np.minimum(log_likelihood, 0)), dtype=np.float32)
 
 
 def _log_softmax_at(logits: Floats, label: NDArray[np.int32]) -> Floats:
-    """Return the log softmax (b,) of logits (b, k), which are overwritten, at the labels: in half the passes of all."""
+    """Compute the log softmax (b,) at the labels of logits (b, k), which are overwritten: faster than all of it."""
     logits -= logits.max(axis=1, keepdims=True)
     at_label = logits[np.arange(len(label)), label]
     return np.asarray(at_label - np.log(np.exp(logits, out=logits).sum(axis=1)))
 
 
-def _read_classes(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_round: Floats) -> Prediction:
+def _for_classes(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_repeat: Floats) -> Prediction:
     probability = softmax(logits / scale[:, None], axis=1)
     predicted = probability.argmax(axis=1)
     rows = np.arange(len(probability))
-    highest, others = probability[rows, predicted], probability.copy()
-    others[rows, predicted] = -1
+    highest, rest = probability[rows, predicted], probability.copy()
+    rest[rows, predicted] = -1
     return Prediction(
         confidence=confidence,
-        by_round=by_round,
+        by_repeat=by_repeat,
         probability=probability,
         entropy=_entropy(probability).sum(axis=1),
-        margin=highest - others.max(axis=1),
+        margin=highest - rest.max(axis=1),
         predicted=predicted.astype(np.float32),
-        right=(predicted == target.label).astype(np.float32),
+        correct=(predicted == target.label).astype(np.float32),
     )
 
 
-def _read_labels(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_round: Floats) -> Prediction:
+def _for_labels(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_repeat: Floats) -> Prediction:
     assert target.values is not None
     probability = expit(logits / scale[:, None])
     return Prediction(
         confidence=confidence,
-        by_round=by_round,
+        by_repeat=by_repeat,
         probability=probability,
         entropy=(_entropy(probability) + _entropy(1 - probability)).mean(axis=1),
         margin=np.abs(2 * probability - 1).mean(axis=1),
         predicted=np.full(len(target), np.nan, np.float32),
-        right=((logits > 0) == (target.values > 0.5)).mean(axis=1, dtype=np.float32),
+        correct=((logits > 0) == (target.values > 0.5)).mean(axis=1, dtype=np.float32),
     )
 
 
-def _read_values(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_round: Floats) -> Prediction:
+def _for_numbers(logits: Floats, scale: Floats, target: Target, confidence: Floats, by_repeat: Floats) -> Prediction:
     assert target.values is not None
     return Prediction(
         confidence=confidence,
-        by_round=by_round,
+        by_repeat=by_repeat,
         probability=logits,
         entropy=0.5 * np.log(2 * np.pi * np.e * scale**2),
         margin=np.full(len(target), np.nan, np.float32),
         predicted=logits[:, 0],
-        right=-((logits - target.values)[:, 0] ** 2),  # the probe_report, which knows the variance, makes R^2 of it
+        correct=-((logits - target.values)[:, 0] ** 2),  # the probe report converts it to R^2 with the variance
         deviation=scale,
     )
 
@@ -149,26 +148,26 @@ def _entropy(probability: Floats) -> Floats:
     return -probability * np.log(np.maximum(probability, LEAST))
 
 
-def fuse_predictions(predictions: list[Prediction], target: Target, *, least_scale: float = 1.0) -> Prediction:
-    """Fuse the readings of m modalities without a fused probe, those of missing ones full of NaN: one round.
+def fuse_predictions(predictions: list[Prediction], target: Target, *, min_scale: float = 1.0) -> Prediction:
+    """Fuse the predictions of m modalities, NaN where missing, into one without a fused probe.
 
-    Classes and labels by the mean of the log probabilities, renormalised; numbers by the mean of the predictions,
-    each in proportion to its precision. Mmaudit's stand-in for a fused model.
+    Classes and labels: the mean of the log probabilities, renormalised. Regression: the mean of the predictions,
+    weighted by precision. This is mmaudit's substitute for a fused model.
     """
     if target.task == "regression":
         precision = np.stack([1 / _required(prediction.deviation) ** 2 for prediction in predictions])
         means = np.stack([prediction.probability[:, 0] for prediction in predictions])
-        there = ~np.isnan(means)
-        total = np.where(there, precision, 0).sum(axis=0)
-        mean = np.where(there, precision * means, 0).sum(axis=0) / total
-        return predict(mean[None, :, None], 1 / np.sqrt(total), target, least_scale=least_scale)
-    each = [prediction.probability for prediction in predictions]
+        present = ~np.isnan(means)
+        total = np.where(present, precision, 0).sum(axis=0)
+        mean = np.where(present, precision * means, 0).sum(axis=0) / total
+        return predict(mean[None, :, None], 1 / np.sqrt(total), target, min_scale=min_scale)
+    probabilities = [prediction.probability for prediction in predictions]
     if target.task == "multilabel":
-        flat = [np.stack([part.ravel(), 1 - part.ravel()], axis=1) for part in each]
-        present = fuse_probabilities(flat)[:, 0].reshape(each[0].shape)
-        logits = np.log(np.maximum(present, LEAST)) - np.log(np.maximum(1 - present, LEAST))
+        flat = [np.stack([probability.ravel(), 1 - probability.ravel()], axis=1) for probability in probabilities]
+        label_probability = fuse_probabilities(flat)[:, 0].reshape(probabilities[0].shape)
+        logits = np.log(np.maximum(label_probability, LEAST)) - np.log(np.maximum(1 - label_probability, LEAST))
     else:
-        logits = np.log(np.maximum(fuse_probabilities(each), LEAST))
+        logits = np.log(np.maximum(fuse_probabilities(probabilities), LEAST))
     return predict(logits[None], np.ones(len(target), np.float32), target)
 
 
@@ -178,89 +177,90 @@ def _required(deviation: Floats | None) -> Floats:
 
 
 AnyFloats = NDArray[np.floating[Any]]
-_MOST_ROWS = 20_000  # one number is fitted: more rows change its third digit
-_SHARPNESS = (1e-3, 1e2)  # bounds of 1/T; at either a probe is no use
-_MOST_STEPS = 60
-_LOGITS_AT_ONCE = 1 << 20  # 4 MiB of float32
-_CLOSE = 1e-5
-_LEAST_SPREAD = 1e-6
+_MAX_ROWS = 20_000  # one number is fitted: more rows change its third digit
+_SHARPNESS = (1e-3, 1e2)  # bounds of 1/T; a probe at either bound is useless
+_MAX_STEPS = 60
+_CHUNK_LOGITS = 1 << 20  # 4 MiB of float32
+_TOLERANCE = 1e-5
+_MIN_SPREAD = 1e-6
 
 
 def fit_temperature(
     logits: AnyFloats, target: Target, fold: NDArray[np.integer[Any]], fits: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Fit for each round and fold the temperature that its logits are to be divided by: (r, f), above 1 if too sure.
+    """Fit the temperature of each repeat and fold, by which its logits are divided: (r, f), above 1 if overconfident.
 
-    logits (r, n, k) are out of fold, fold (r, n); T of fold j minimises the cross entropy of the other folds' rows that
-    `fits` (n,) (Guo et al. 2017), so that no label of a fold has a part in its own. Of more than 20,000 rows an even
-    sample is taken. Of a regression: the standard deviation of the residuals instead, in units of the target.
-    A fold without other rows has 1.
+    logits (r, n, k) are out of fold, fold (r, n). T of fold j minimises the cross entropy of the rows with `fits` (n,)
+    of other folds (Guo et al. 2017), so that it does not depend on labels of fold j. Of more than 20,000 rows an evenly
+    spaced sample is used. Of a regression: the standard deviation of the residuals instead, in units of the target.
+    A fold without rows in other folds has 1.
     """
-    some = np.flatnonzero(fits)
-    some = some[np.linspace(0, len(some) - 1, min(len(some), _MOST_ROWS)).astype(np.intp)]
-    target, num_folds = target.take(some), int(fold.max()) + 1
-    found = np.ones((len(logits), num_folds))
-    for index, (raw, own) in enumerate(zip(logits[:, some], fold[:, some], strict=True)):
-        weight = (own[:, None] != np.arange(num_folds)).astype(np.float64)  # (s, f)
+    sample = np.flatnonzero(fits)
+    sample = sample[np.linspace(0, len(sample) - 1, min(len(sample), _MAX_ROWS)).astype(np.intp)]
+    target, num_folds = target.take(sample), int(fold.max()) + 1
+    scale = np.ones((len(logits), num_folds))
+    for index, (repeat_logits, fold_of_row) in enumerate(zip(logits[:, sample], fold[:, sample], strict=True)):
+        weight = (fold_of_row[:, None] != np.arange(num_folds)).astype(np.float64)  # (s, f)
         usable = weight.sum(axis=0) > 0
         if target.task == "regression":
-            found[index, usable] = _spread(raw.astype(np.float64), target, weight[:, usable])
+            scale[index, usable] = _spread(repeat_logits.astype(np.float64), target, weight[:, usable])
         else:
-            found[index, usable] = _temperature(raw, target, weight[:, usable])
-    return found
+            scale[index, usable] = _temperature(repeat_logits, target, weight[:, usable])
+    return scale
 
 
-def _spread(raw: AnyFloats, target: Target, weight: AnyFloats) -> AnyFloats:
+def _spread(logits: AnyFloats, target: Target, weight: AnyFloats) -> AnyFloats:
     values = _values(target)
-    error = np.square(raw - values).sum(axis=1) / raw.shape[1]
-    return np.asarray(np.maximum(np.sqrt(error @ weight / weight.sum(axis=0)), _LEAST_SPREAD))
+    error = np.square(logits - values).sum(axis=1) / logits.shape[1]
+    return np.asarray(np.maximum(np.sqrt(error @ weight / weight.sum(axis=0)), _MIN_SPREAD))
 
 
-def _temperature(raw: AnyFloats, target: Target, weight: AnyFloats) -> AnyFloats:
-    """Find where the slope of the cross entropy by 1/T is 0, by Newton within a closing bracket: (f,).
+def _temperature(outputs: AnyFloats, target: Target, weight: AnyFloats) -> AnyFloats:
+    """Find the zero of the derivative of the cross entropy by 1/T with bracketed Newton steps: (f,).
 
-    It is convex in 1/T. Each fold starts at 1, not where others ended: so none knows of another, to the last digit.
+    The cross entropy is convex in 1/T. Each fold starts at 1, so that folds do not influence each other.
     """
-    logits = torch.from_numpy(raw.astype(np.float32, copy=False))
-    answer = torch.from_numpy(target.label.astype(np.int64) if target.values is None else np.array(target.values))
-    each = [_sharpness(logits, answer, torch.from_numpy(of_fold.astype(np.float32))) for of_fold in weight.T]
-    return 1 / np.array(each)
+    logits = torch.from_numpy(outputs.astype(np.float32, copy=False))
+    torch_target = torch.from_numpy(target.label.astype(np.int64) if target.values is None else np.array(target.values))
+    weights = [torch.from_numpy(fold_weight.astype(np.float32)) for fold_weight in weight.T]
+    return 1 / np.array([_fit_sharpness(logits, torch_target, fold_weight) for fold_weight in weights])
 
 
-def _sharpness(logits: Tensor, answer: Tensor, weight: Tensor) -> float:
+def _fit_sharpness(logits: Tensor, torch_target: Tensor, weight: Tensor) -> float:
     low, high = _SHARPNESS
-    at = 1.0
-    for _ in range(_MOST_STEPS):
-        slope, bend = (float(values @ weight) for values in _slopes_and_bends(at, logits, answer))
-        low, high = (at, high) if slope < 0 else (low, at)
-        newton = at - slope / bend if bend > 0 else low
-        last, at = at, newton if low < newton < high else math.sqrt(low * high)
-        if abs(at - last) < _CLOSE * at:
+    sharpness = 1.0
+    for _ in range(_MAX_STEPS):
+        slope, curvature = (float(values @ weight) for values in _chunked_derivatives(sharpness, logits, torch_target))
+        low, high = (sharpness, high) if slope < 0 else (low, sharpness)
+        newton = sharpness - slope / curvature if curvature > 0 else low
+        previous, sharpness = sharpness, newton if low < newton < high else math.sqrt(low * high)
+        if abs(sharpness - previous) < _TOLERANCE * sharpness:
             break
-    return at
+    return sharpness
 
 
-def _slopes_and_bends(at: float, logits: Tensor, answer: Tensor) -> list[Tensor]:
-    """Compute `_slope_and_bend` at 1/T for some rows at a time, so that what lies between stays in the cache."""
-    num_rows = max(1, _LOGITS_AT_ONCE // logits.shape[1])
-    pieces = (slice(start, start + num_rows) for start in range(0, len(logits), num_rows))
-    parts = ((logits[piece], answer[piece]) for piece in pieces)
-    return [torch.cat(columns) for columns in zip(*(_slope_and_bend(x * at, x, y) for x, y in parts), strict=True)]
+def _chunked_derivatives(sharpness: float, logits: Tensor, torch_target: Tensor) -> list[Tensor]:
+    """Compute `_derivatives` at 1/T = sharpness in chunks of rows, so that intermediate results stay in the cache."""
+    num_rows = max(1, _CHUNK_LOGITS // logits.shape[1])
+    slices = (slice(start, start + num_rows) for start in range(0, len(logits), num_rows))
+    chunks = ((logits[rows], torch_target[rows]) for rows in slices)
+    return [torch.cat(columns) for columns in zip(*(_derivatives(x * sharpness, x, y) for x, y in chunks), strict=True)]
 
 
-def _slope_and_bend(scaled: Tensor, logits: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivative of each row's cross entropy by 1/T, (n,) each: of (mean - y) * logit."""
-    if answer.ndim == 1:
-        share = scaled.softmax(dim=1)
-        mean = (share * logits).sum(dim=1)
-        at_label = logits.gather(1, answer[:, None]).squeeze(1)
-        return mean - at_label, (share * logits.square()).sum(dim=1) - mean.square()
-    share = scaled.sigmoid()
-    return ((share - answer) * logits).sum(dim=1), (share * (1 - share) * logits.square()).sum(dim=1)
+def _derivatives(scaled: Tensor, logits: Tensor, torch_target: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the first and second derivative of each row's cross entropy by 1/T, (n,) each: of (mean - y) * logit."""
+    if torch_target.ndim == 1:
+        probability = scaled.softmax(dim=1)
+        mean = (probability * logits).sum(dim=1)
+        at_label = logits.gather(1, torch_target[:, None]).squeeze(1)
+        return mean - at_label, (probability * logits.square()).sum(dim=1) - mean.square()
+    probability = scaled.sigmoid()
+    curvature = (probability * (1 - probability) * logits.square()).sum(dim=1)
+    return ((probability - torch_target) * logits).sum(dim=1), curvature
 
 
 def negative_log_likelihood(logits: AnyFloats, target: Target) -> NDArray[np.float64]:
-    """Give the loss of each row (n,) under logits (n, k): cross entropy, added over labels; half the squared error."""
+    """Compute the loss (n,) of logits (n, k): cross entropy, summed over labels; half the squared error."""
     raw = logits.astype(np.float64)
     if target.values is None:
         return np.asarray(-log_softmax(raw, axis=1)[np.arange(len(raw)), target.label])
@@ -270,19 +270,20 @@ def negative_log_likelihood(logits: AnyFloats, target: Target) -> NDArray[np.flo
 
 
 def expected_calibration_error(probability: AnyFloats, label: NDArray[np.integer[Any]], *, num_bins: int = 15) -> float:
-    """Give the expected calibration error in [0, 1], 0 is best (Guo et al. 2017).
+    """Compute the expected calibration error in [0, 1], 0 is best (Guo et al. 2017).
 
-    probability (n, k) with label (n,): confidence of the class that is named first, in bins (0, 1/15], ... of equal
-    width. With labels (n, k) of 0 and 1: every decision counts, its confidence that of the side it takes.
+    probability (n, k) with label (n,): the confidence of the most probable class, in bins (0, 1/15], ... of equal
+    width. With labels (n, k) of 0 and 1: every label is a binary decision with the confidence of its outcome.
     """
     if label.ndim == 2:
-        said = probability >= 0.5
-        confidence, right = np.where(said, probability, 1 - probability).ravel(), (said == (label > 0.5)).ravel()
+        decision = probability >= 0.5
+        confidence = np.where(decision, probability, 1 - probability).ravel()
+        correct = (decision == (label > 0.5)).ravel()
     else:
-        named = probability.argmax(axis=1)
-        confidence, right = probability[np.arange(len(named)), named], named == label
-    place = np.clip(np.ceil(confidence.astype(np.float64) * num_bins).astype(np.intp) - 1, 0, num_bins - 1)
-    gap = np.bincount(place, weights=confidence - right.astype(np.float64), minlength=num_bins)
+        predicted = probability.argmax(axis=1)
+        confidence, correct = probability[np.arange(len(predicted)), predicted], predicted == label
+    bins = np.clip(np.ceil(confidence.astype(np.float64) * num_bins).astype(np.intp) - 1, 0, num_bins - 1)
+    gap = np.bincount(bins, weights=confidence - correct.astype(np.float64), minlength=num_bins)
     return float(np.abs(gap).sum() / len(confidence))
 
 

@@ -33,16 +33,16 @@ KINDS = ("auto", "linear", "mlp")
 
 
 class Probe(Protocol):
-    """A cross-fitted probe of one modality: each row is asked of the one that never saw it, r rounds of it.
+    """A cross-fitted probe of one modality: r repeats, each of which scores a row by the fold's probe.
 
-    Outputs are raw: logits of classes or labels, or the number itself.
+    Outputs are raw: logits of classes or labels, or the predicted number.
     """
 
     def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
-        """Ask about these rows: (r, b, k). `inputs`: the same rows elsewhere, as with a modality masked."""
+        """Compute out-of-fold outputs (r, b, k) of rows; `inputs` replaces the features, e.g. by masked ones."""
 
     def logits_by_epoch(self, rows: Rows) -> NDArray[np.float32]:
-        """Ask the first round's probes as they were on the way, at e moments of training: (e, b, k)."""
+        """Compute outputs (e, b, k) of the first repeat's probes at e moments of their training."""
 
 
 @fixed_threads()
@@ -55,10 +55,10 @@ def fit_probe(
     device: str = "cpu",
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Probe:
-    """Fit the probes of all folds of all rounds at once. What is NaN counts as the feature's centre.
+    """Fit the probes of all folds of all repeats at once. NaN features are set to the feature's centre.
 
-    A row outside a round's `fits` is learned from by none of its probes, and neither is what `most_rows` leaves out.
-    Raises ConfigError for a kind of probe that does not exist.
+    Rows outside a repeat's `fits`, and those beyond `most_rows`, are not trained on. Raises ConfigError for an unknown
+    kind of probe.
     """
     if config.kind not in KINDS:
         raise ConfigError(f"probe.kind is {config.kind!r}; {choices(config.kind, KINDS)}")
@@ -69,20 +69,20 @@ def fit_probe(
     return probe
 
 
-CALIBRATION_ROWS = 20_000  # by hash of the id; one number a probe is not worth more
-_CALIBRATION_LOGITS = 1 << 24  # 20,000 rows of 838 outputs; of 5,000, 3,355 rows: the temperature is known to 2%
-_LEAST_CALIBRATION_ROWS = 1_000
-_BYTES_TOGETHER = 128 << 20  # features of all probes that are fitted at the same time
+CALIBRATION_ROWS = 20_000  # by hash of the id; enough for one number per probe
+_CALIBRATION_LOGITS = 1 << 24  # 20,000 rows of 838 outputs; 3,355 rows of 5,000: gives the temperature to 2%
+_MIN_CALIBRATION_ROWS = 1_000
+_MAX_PARALLEL_BYTES = 128 << 20  # features of all probes that are fitted at the same time
 
 Fit = Callable[[Inputs, Target, Sequence[CrossFit]], Probe]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """How calibrated a member is on `num_rows` out-of-fold rows, before and after.
+    """Calibration of a probe on `num_rows` out-of-fold rows, before and after temperature scaling.
 
-    temperature: the mean over its probes; of a regression, the residuals' standard deviation. ece in [0, 1], 0 = the
-    confidence in the predicted class is right on average; None of a regression. loss: mean -log confidence.
+    temperature: the mean over the folds; of a regression, the residuals' standard deviation. ece in [0, 1], 0 = the
+    confidence in the predicted class equals its accuracy; None of a regression.
     """
 
     num_rows: int
@@ -93,10 +93,10 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedProbe:
-    """The cross-fitted probes of one modality, or of all together.
+    """The cross-fitted probes of one modality, or of the concatenated features of all.
 
-    present (n,): the samples that have the modality. scale (n,): the temperature of each, or the standard deviation of
-    residuals, fitted to the mean of the rounds on samples of other folds of the first round.
+    present (n,): the samples that have the modality. scale (n,): the temperature of each sample, or the standard
+    deviation of residuals, fitted to the mean of the repeats on samples of other folds of the first repeat.
     """
 
     name: str
@@ -107,47 +107,49 @@ class CalibratedProbe:
     calibration: Calibration
 
     @property
-    def least_scale(self) -> float:
-        """The mean of its scales, to be compared among modalities."""
+    def mean_scale(self) -> float:
+        """The mean of the scales, for comparison between modalities."""
         return float(self.scale.mean())
 
     def in_memory(self, rows: Rows) -> CalibratedProbe:
-        """Return the same member with the features of these consecutive rows in memory, for no others."""
+        """Return the probe with the features of these consecutive rows in memory; it then reads no other rows."""
         return self if self.is_stored else self.with_inputs(WindowInputs.of(self.inputs, rows))
 
     @property
     def is_stored(self) -> bool:
-        """Whether the probe's outputs are stored, as those of a network are: it reads no features any more."""
+        """Whether the outputs are stored, as those of a network are, so that no features are read."""
         return not isinstance(self.probe, LinearProbe | MlpProbe)
 
     def with_inputs(self, inputs: Inputs) -> CalibratedProbe:
-        """Return the same member with its features read from elsewhere."""
+        """Return the probe with other inputs."""
         assert isinstance(self.probe, LinearProbe | MlpProbe)
         return replace(self, inputs=inputs, probe=replace(self.probe, inputs=inputs))
 
-    def read(self, rows: Rows, target: Target, *, least_scale: float = 1.0, inputs: Inputs | None = None) -> Prediction:
-        """Ask about these samples, whose targets are given; `inputs`: the same samples with something masked."""
+    def predict(
+        self, rows: Rows, target: Target, *, min_scale: float = 1.0, inputs: Inputs | None = None
+    ) -> Prediction:
+        """Predict these samples, whose targets are given; `inputs` replaces the features, e.g. by masked ones."""
         logits = self.probe.logits(rows, inputs=inputs)
-        return predict(logits, self.scale[rows], target, least_scale=least_scale)
+        return predict(logits, self.scale[rows], target, min_scale=min_scale)
 
-    def read_epochs(self, rows: Rows, target: Target, *, least_scale: float = 1.0) -> Floats:
-        """Give the confidence (e, b) in the target after each recorded epoch of training, in the first round."""
+    def confidence_by_epoch(self, rows: Rows, target: Target, *, min_scale: float = 1.0) -> Floats:
+        """Compute the confidence (e, b) in the target after each recorded epoch of training, in the first repeat."""
         logits = self.probe.logits_by_epoch(rows)
-        return likelihoods(logits, self.scale[rows], target, least_scale=least_scale)
+        return likelihoods(logits, self.scale[rows], target, min_scale=min_scale)
 
-    def read_right(self, rows: Rows, target: Target, *, inputs: Inputs) -> Floats:
-        """Return what the metric of the task is the mean of, (b,), for samples read from other inputs."""
+    def correctness(self, rows: Rows, target: Target, *, inputs: Inputs) -> Floats:
+        """Compute the accuracy or label accuracy of each sample, (b,), with other inputs."""
         return correctness(self.probe.logits(rows, inputs=inputs), self.scale[rows], target)
 
 
-def fit_side_by_side(inputs: Sequence[Inputs]) -> bool:
-    """Whether probes of these inputs are fitted side by side: all their rows in memory are small, and none a network.
+def fit_in_parallel(inputs: Sequence[Inputs]) -> bool:
+    """Whether probes of these inputs are fitted in parallel: their rows fit in _MAX_PARALLEL_BYTES, without networks.
 
-    It changes how long it takes, and no result; probes of more rows share the threads within each step.
+    It affects the time, not the results; probes of more rows use the threads within each step.
     """
-    size = 4 * sum(part.num_rows * part.num_features for part in inputs)
-    networks = (isinstance(part, FeatureMatrix) and is_network(part.status.modality) for part in inputs)
-    return size <= _BYTES_TOGETHER and not any(networks)
+    num_bytes = 4 * sum(matrix.num_rows * matrix.num_features for matrix in inputs)
+    networks = (isinstance(matrix, FeatureMatrix) and is_network(matrix.status.modality) for matrix in inputs)
+    return num_bytes <= _MAX_PARALLEL_BYTES and not any(networks)
 
 
 def fit_calibrated_probe(
@@ -160,57 +162,57 @@ def fit_calibrated_probe(
     fit: Fit,
 ) -> CalibratedProbe:
     """Fit a modality's probes on the samples that have it, and calibrate them on their own out-of-fold outputs."""
-    mine = [replace(cross_fit, fits=cross_fit.fits & present) for cross_fit in cross_fits]
-    probe = fit(inputs, target, mine)
-    first = mine[0]
-    most = min(CALIBRATION_ROWS, max(_LEAST_CALIBRATION_ROWS, _CALIBRATION_LOGITS // target.num_outputs))
-    rows = first_rows(np.flatnonzero(first.fits), first.key, most=most)
-    logits, truth = probe.logits(rows), target.take(rows)
-    everyone = np.ones(len(rows), dtype=bool)
-    by_fold = fit_temperature(logits.mean(axis=0)[None], truth, first.fold[None, rows], everyone)[0].astype(np.float32)
-    missing = first.num_folds - len(by_fold)  # folds that hold no row to calibrate on
-    scale = np.append(by_fold, np.full(missing, by_fold.mean(), np.float32))[first.fold]
-    found = Calibration(num_rows=len(rows), temperature=float(by_fold.mean()), ece_before=None, ece_after=None)
+    own_cross_fits = [replace(cross_fit, fits=cross_fit.fits & present) for cross_fit in cross_fits]
+    probe = fit(inputs, target, own_cross_fits)
+    first = own_cross_fits[0]
+    max_rows = min(CALIBRATION_ROWS, max(_MIN_CALIBRATION_ROWS, _CALIBRATION_LOGITS // target.num_outputs))
+    rows = first_rows(np.flatnonzero(first.fits), first.key, max_rows=max_rows)
+    logits, labels = probe.logits(rows), target.take(rows)
+    unmasked = np.ones(len(rows), bool)
+    by_fold = fit_temperature(logits.mean(axis=0)[None], labels, first.fold[None, rows], unmasked)[0].astype(np.float32)
+    num_missing = first.num_folds - len(by_fold)  # folds without calibration rows
+    scale = np.append(by_fold, np.full(num_missing, by_fold.mean(), np.float32))[first.fold]
+    calibration = Calibration(num_rows=len(rows), temperature=float(by_fold.mean()), ece_before=None, ece_after=None)
     if target.task != "regression":
         before, after = (
-            _error(target_probability(logits, each, truth), truth)
-            for each in (np.ones(len(rows), np.float32), scale[rows])
+            _error(target_probability(logits, temperature, labels), labels)
+            for temperature in (np.ones(len(rows), np.float32), scale[rows])
         )
-        found = replace(found, ece_before=before, ece_after=after)
-    return CalibratedProbe(name=name, inputs=inputs, present=present, probe=probe, scale=scale, calibration=found)
+        calibration = replace(calibration, ece_before=before, ece_after=after)
+    return CalibratedProbe(name=name, inputs=inputs, present=present, probe=probe, scale=scale, calibration=calibration)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeSet:
-    """The members of m modalities, and the one of all features side by side: None if not wanted, or not possible."""
+    """Calibrated probes of m modalities, and the joint probe of all features: None if turned off or not possible."""
 
     probes: tuple[CalibratedProbe, ...]
     joint: CalibratedProbe | None
     target: Target
 
     @property
-    def least_scale(self) -> float:
-        """The smallest residual of a regression's modalities: the unit of their likelihoods."""
-        return min(calibrated.least_scale for calibrated in self.probes)
+    def min_scale(self) -> float:
+        """The smallest mean scale of the modalities: of a regression, the unit of their likelihoods."""
+        return min(calibrated.mean_scale for calibrated in self.probes)
 
     def in_memory(self, rows: Rows) -> ProbeSet:
-        """Return the same panel with the features of these consecutive rows in memory, for no others."""
-        windowed = replace(self, probes=tuple(calibrated.in_memory(rows) for calibrated in self.probes))
+        """Return the probe set with the features of these consecutive rows in memory; it then reads no other rows."""
+        in_memory = replace(self, probes=tuple(calibrated.in_memory(rows) for calibrated in self.probes))
         joint = self.joint
         if joint is None or joint.is_stored:
-            return windowed
-        return replace(windowed, joint=joint.with_inputs(windowed.side_by_side))
+            return in_memory
+        return replace(in_memory, joint=joint.with_inputs(in_memory.joint_inputs))
 
     @property
-    def side_by_side(self) -> JointInputs:
-        """The inputs of all modalities side by side."""
+    def joint_inputs(self) -> JointInputs:
+        """The concatenated inputs of all modalities."""
         return JointInputs(parts=tuple(calibrated.inputs for calibrated in self.probes))
 
 
 def fit_joint_probe(
     probes: Sequence[CalibratedProbe], target: Target, cross_fits: Sequence[CrossFit], *, fit: Fit
 ) -> CalibratedProbe:
-    """Fit and calibrate probes of all modalities side by side; every sample has some of them."""
+    """Fit and calibrate probes of the concatenated features of all modalities; every sample has at least one."""
     inputs = JointInputs(parts=tuple(calibrated.inputs for calibrated in probes))
     present = np.logical_or.reduce([calibrated.present for calibrated in probes])
     return fit_calibrated_probe("joint", inputs, target, cross_fits, present=present, fit=fit)

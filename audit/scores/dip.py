@@ -12,8 +12,8 @@ Floats = NDArray[np.float64]
 SIZES = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
 # Quantiles of sqrt(n) * dip of n uniform values, rows SIZES, columns LEVELS: the uniform is the unimodal distribution
-# with the largest dip. 20,000 draws a row with seed 0; made by benchmarks/dip_table.py, which prints it again. The
-# 1985 paper, from 9,999 draws, has 0.471 at n = 100 and level 0.9.
+# with the largest dip. 20,000 draws per row with seed 0, by benchmarks/dip_table.py. The 1985 paper, from 9,999 draws,
+# has 0.471 at n = 100 and level 0.9.
 QUANTILES = np.array(
     [
         [0.1944, 0.2271, 0.2460, 0.2789, 0.3093, 0.3602, 0.4105, 0.4396, 0.4664, 0.5019, 0.5277, 0.5721],  # 10
@@ -30,33 +30,34 @@ QUANTILES = np.array(
 
 
 def dip(values: NDArray[np.floating]) -> float:
-    """Hartigan and Hartigan's dip of values (n,): the least sup-distance of their ECDF to a unimodal distribution.
+    """Compute Hartigan and Hartigan's dip of values (n,): the smallest sup-distance of their ECDF to a unimodal one.
 
-    In [1 / 2n, 1/4]; high = far from unimodal. Two lumps far apart, w against 1 - w, have min(w, 1 - w) / 2.
-    Source: Hartigan & Hartigan 1985 (Ann. Statist. 13, 70-84) and Algorithm AS 217, written anew on the corners of the
-    ECDF, so that tied values are one jump and need no special case. The mode may carry a jump.
+    In [1 / 2n, 1/4]; high = far from unimodal. Two distant points with weights w and 1 - w have min(w, 1 - w) / 2.
+    Source: Hartigan & Hartigan 1985 (Ann. Statist. 13, 70-84) and Algorithm AS 217, implemented on the corners of the
+    ECDF, so that tied values are one jump and need no special case. The unimodal distribution may jump at its mode.
     """
     if len(values) == 0 or not np.isfinite(values).all():
-        raise MixtureError(f"the dip of {len(values)} values: needs at least one, all finite; drop the others first")
+        raise MixtureError(f"the dip needs one or more values, all finite: found {len(values)}; drop NaN and infinity")
     knots, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     above = np.cumsum(counts).astype(np.float64)  # the ECDF at a knot, in counts ...
     below = above - counts  # ... and just before it
-    low, high, worst = 0, len(knots) - 1, 1.0  # one count: no continuous distribution is nearer to a single jump
+    # The distance is at least one count, that of a single jump to any continuous distribution.
+    low, high, distance = 0, len(knots) - 1, 1.0
     while low < high:
-        here = slice(low, high + 1)
-        first, last, left, right, middle = _modal_interval(knots[here], below[here], above[here])
-        if middle <= worst:
+        interval = slice(low, high + 1)
+        first, last, before, after, between = _modal_interval(knots[interval], below[interval], above[interval])
+        if between <= distance:
             break
-        worst = max(worst, left, right)
+        distance = max(distance, before, after)
         low, high = low + first, low + last
-    return worst / (2 * len(values))
+    return distance / (2 * len(values))
 
 
 def dip_p_value(statistic: float, *, num_values: int) -> float:
-    """Chance that num_values uniform values have at least this dip: in [0.001, 1], low = not unimodal.
+    """Compute the probability that num_values uniform values have at least this dip: in [0.001, 1], low = not unimodal.
 
-    Read between the rows of the table by log n, at its first or last row beyond them, and never below the 0.001 that it
-    resolves. It does not rise as the dip grows.
+    Interpolated between the rows of the table by log n, from its first or last row beyond them, and never below the
+    0.001 that the table resolves. It does not increase with the dip.
     """
     row = [np.interp(np.log(num_values), np.log(SIZES), column) for column in QUANTILES.T]
     level = np.interp(np.sqrt(num_values) * statistic, [0.0, *row], [0.0, *LEVELS])
@@ -64,9 +65,9 @@ def dip_p_value(statistic: float, *, num_values: int) -> float:
 
 
 def dip_of_counts(counts: NDArray[np.int64], *, num_values: int, seed: int) -> tuple[float, float]:
-    """Dip and p of num_values of the values counted in a histogram (b,), drawn without replacement.
+    """Compute dip and p of num_values values drawn without replacement from a histogram (b,).
 
-    They are spread evenly over their bins: left on the middles they would be atoms, and atoms are modes.
+    Values are uniform within their bins: at the centres of the bins they would be ties, and ties are modes.
     """
     rng = np.random.default_rng(seed)
     ranks = rng.choice(int(counts.sum()), size=num_values, replace=False, shuffle=False)
@@ -76,29 +77,29 @@ def dip_of_counts(counts: NDArray[np.int64], *, num_values: int, seed: int) -> t
 
 
 def _modal_interval(knots: Floats, below: Floats, above: Floats) -> tuple[int, int, float, float, float]:
-    """One round of AS 217 on the part of the ECDF that may still hold the mode, as corners (k,).
+    """Compute one iteration of AS 217 on the interval of the ECDF that may contain the mode, as corners (k,).
 
-    Returns where the next, shorter part begins and ends, the largest distance of the ECDF to its convex minorant before
-    that and to its concave majorant after it, and the largest distance of minorant and majorant to each other.
-    The part always shrinks: its first knot touches the majorant and its last one the minorant.
+    Returns the first and last knot of the next, shorter interval, the largest distance of the ECDF to its convex
+    minorant before it and to its concave majorant after it, and the largest distance between minorant and majorant.
+    The interval always shrinks: its first knot touches the majorant and its last one the minorant.
     """
     touching_below = _lower_hull(knots, below)
     touching_above = _lower_hull(knots, -above)
     minorant = np.interp(knots, knots[touching_below], below[touching_below])
     majorant = np.interp(knots, knots[touching_above], above[touching_above])
     touching = np.union1d(touching_below, touching_above)
-    apart = (majorant - minorant)[touching]
-    mode = touching[apart.argmax()]
+    separation = (majorant - minorant)[touching]
+    mode = touching[separation.argmax()]
     first = int(touching_below[np.searchsorted(touching_below, mode, side="right") - 1])
     last = int(touching_above[np.searchsorted(touching_above, mode, side="left")])
-    left = (above - minorant)[:first].max(initial=0.0)
-    right = (majorant - below)[last + 1 :].max(initial=0.0)
-    return first, last, float(left), float(right), float(apart.max())
+    distance_before = (above - minorant)[:first].max(initial=0.0)
+    distance_after = (majorant - below)[last + 1 :].max(initial=0.0)
+    return first, last, float(distance_before), float(distance_after), float(separation.max())
 
 
 def _lower_hull(x: Floats, y: Floats) -> NDArray[np.intp]:
-    """Which of the points (k,), x rising, lie on their greatest convex minorant (Andrew's monotone chain)."""
-    xs, ys = x.tolist(), y.tolist()  # plain floats: five times quicker than numpy scalars in this loop
+    """Return the points (k,), x ascending, on their greatest convex minorant, as indices (Andrew's monotone chain)."""
+    xs, ys = x.tolist(), y.tolist()  # Python floats: five times faster than numpy scalars in this loop
     hull: list[int] = []
     for i, (xi, yi) in enumerate(zip(xs, ys, strict=True)):
         while len(hull) > 1:

@@ -1,8 +1,8 @@
 """The bimodal Gaussian mixture of the modality gap.
 
-The two-component mixture and its posterior are those of Modality Gap (arXiv 2510.21797). That paper fits without asking
-whether there are two groups; the histogram, the tests of bimodality, the monotone posterior and the rule that replaces
-it where the tests fail are ours, and so is every default below.
+The two-component mixture and its posterior are those of Modality Gap (arXiv 2510.21797). The paper does not test
+whether there are two groups; the histogram, the tests of bimodality, the monotone posterior and the threshold that
+replaces it where the tests fail are ours, and so is every default below.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from . import em
 from .dip import dip_of_counts
 from .em import Component, Floats, Gap, Pair
 
-CHUNK = em.CHUNK  # its reason stands there
+CHUNK = em.CHUNK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureConfig:
-    """How the mixture is fitted and what the gap must show to be called bimodal. All defaults are ours."""
+    """How the mixture is fitted, and the criteria for a bimodal gap. All defaults are ours."""
 
-    num_bins: int = 4096  # a bin of 0.00024: parameters move by 5e-5 at most against the fit to the values themselves
-    tolerance: float = 1e-8  # gain of the mean log-likelihood in one step at which EM stops
-    max_steps: int = 1000  # the slowest shape met, a plain normal, stops before that
-    min_sd: float = 0.01  # a probe does not resolve less; keeps a component from collapsing on a gap of exactly 0
-    min_sd_ratio: float = 0.1  # sd of balanced / imbalanced, from here ...
-    max_sd_ratio: float = 1.0  # ... to here: see em._maximise; 0 and 1e9 give the paper's plain fit
-    min_samples: int = 10  # five parameters are not fitted to fewer
-    dip_rows: int = 10_000  # dip of a seeded subsample, so that its p means the same at 1e4 and 1e8 samples; 15 ms
-    dip_level: float = 0.01  # one unimodal gap in a hundred may be called bimodal for this alone
-    min_dip: float = 0.01  # effect size: the distribution function is 1% of the samples away from any unimodal one
+    num_bins: int = 4096  # bins of 0.00024: parameters differ by at most 5e-5 from a fit to the values themselves
+    tolerance: float = 1e-8  # EM stops when a step raises the mean log-likelihood by less than this
+    max_steps: int = 1000  # the slowest distribution tested, a single normal, stops earlier
+    min_sd: float = 0.01  # the resolution of a probe; keeps a component from collapsing onto gaps of exactly 0
+    min_sd_ratio: float = 0.1  # lower bound of sd of balanced / sd of imbalanced
+    max_sd_ratio: float = 1.0  # upper bound of it, see em._maximise; 0 and 1e9 give the paper's unbounded fit
+    min_samples: int = 10  # with fewer, no mixture of five parameters is fitted
+    dip_rows: int = 10_000  # size of the dip's seeded subsample, so that its p is comparable at any n; takes 15 ms
+    dip_level: float = 0.01  # significance level of the dip test
+    min_dip: float = 0.01  # effect size: the ECDF is at least 1% of the samples away from any unimodal one
     min_ashman_d: float = 2.0  # the usual bound for a clean separation (Ashman, Bird & Zepf 1994)
-    min_weight: float = 0.05  # a side with less is a tail, not a group
-    threshold: float = 0.2  # the rule where the gap is not bimodal: balanced means gap <= 0.2
+    min_weight: float = 0.05  # a component with less is a tail, not a group
+    threshold: float = 0.2  # if the gap is not bimodal, balanced means gap <= 0.2
 
     @property
     def bounds(self) -> em.Bounds:
-        """The part of it that EM needs."""
+        """The settings of EM."""
         return em.Bounds(**{name: getattr(self, name) for name in em.Bounds.__dataclass_fields__})
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be fitted with."""
+        """Raise ConfigError for values out of range."""
         if self.num_bins < 16:
-            raise ConfigError(f"mixture.num_bins = {self.num_bins}: needs at least 16; the default is 4096")
+            raise ConfigError(f"mixture.num_bins = {self.num_bins}: must be at least 16; the default is 4096")
         if self.max_steps < 1 or self.min_samples < 2 or self.dip_rows < 10:
             raise ConfigError("mixture: max_steps must be at least 1, min_samples at least 2, dip_rows at least 10")
         if not 0.0 <= self.min_sd_ratio <= 1.0 <= self.max_sd_ratio:
             raise ConfigError("mixture: min_sd_ratio must lie in [0, 1] and max_sd_ratio must be at least 1")
         if not 0.001 < self.dip_level < 1.0:
-            raise ConfigError(f"mixture.dip_level = {self.dip_level}: must lie in (0.001, 1); no smaller p is tabled")
+            raise ConfigError(f"mixture.dip_level = {self.dip_level}: must lie in (0.001, 1), the range of the table")
         for name in ("tolerance", "min_sd"):
             if not 0.0 < getattr(self, name) < 1.0:
-                raise ConfigError(f"mixture.{name} = {getattr(self, name)}: must lie between 0 and 1, without the ends")
+                raise ConfigError(f"mixture.{name} = {getattr(self, name)}: must lie in (0, 1)")
         for name in ("min_dip", "min_weight", "threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"mixture.{name} = {getattr(self, name)}: must lie in [0, 1]")
@@ -78,15 +78,15 @@ _COMPONENTS: Shape = [Complete(weight=float, mean=float, sd=float)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """Two components, balanced (mean nearest 0) first, and the verdict whether the gap supports them.
+    """Two components, balanced (mean nearest 0) first, and the verdict whether the gap is bimodal.
 
-    Where nothing could be fitted (constant gap, too few samples) components and all that follows from them are None.
+    If no mixture was fitted (constant gap, too few samples), components and the fields that derive from them are None.
     The log-likelihood is the mean per sample; a lower BIC is better; dip in [0, 1/4], high = far from unimodal.
     """
 
     num_samples: int
     threshold: float
-    reasons: tuple[str, ...]  # each criterion that failed, in words with its number; empty = bimodal
+    reasons: tuple[str, ...]  # each failed criterion with its number; empty = bimodal
     dip: float
     dip_p: float
     components: Pair | None = None
@@ -96,46 +96,46 @@ class Mixture:
     ashman_d: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a verdict without components or reasons."""
+        """Raise MixtureError for a mixture with neither components nor reasons."""
         if self.components is None and not self.reasons:
-            raise MixtureError("a mixture without components must say why: reasons is empty")
+            raise MixtureError("a mixture without components needs reasons, but reasons is empty")
 
     @property
     def bimodal(self) -> bool:
-        """Whether the gap supports two groups: no criterion failed."""
+        """Whether the gap has two groups: no criterion failed."""
         return not self.reasons
 
     @property
     def rule(self) -> str:
-        """What p_balanced comes from: "posterior" where the gap is bimodal, otherwise "threshold"."""
+        """Source of p_balanced: "posterior" if the gap is bimodal, otherwise "threshold"."""
         return "posterior" if self.bimodal else "threshold"
 
     def posterior(self, gap: Gap) -> NDArray[np.float32]:
-        """P(balanced | gap) of gap (n,), in [0, 1], high = balanced; never rises as the gap grows.
+        """Compute P(balanced | gap) of gap (n,), in [0, 1], high = balanced; it does not increase with the gap.
 
-        Where the gap is not bimodal it is 1 up to the threshold and 0 above, so that >= 0.5 selects by the rule.
+        If the gap is not bimodal it is 1 up to the threshold and 0 above, so that >= 0.5 selects by the threshold.
         """
         if self.components is None or not self.bimodal:
-            return em.rule(gap, self.threshold)
+            return em.threshold_rule(gap, self.threshold)
         return em.posterior(gap, self.components)
 
     def density(self, grid: Floats) -> Floats:
-        """Weighted densities (2, len(grid)), balanced first, to draw over a histogram; zeros if nothing was fitted."""
+        """Compute weighted densities (2, len(grid)), balanced first, to plot over a histogram; 0 without a fit."""
         if self.components is None:
             return np.zeros((2, len(grid)))
         return np.stack([np.exp(component.log_density(grid)) for component in self.components])
 
     def to_json(self) -> dict[str, object]:
-        """As plain values for mixture.json; the verdict and the rule are written out for its readers."""
+        """Return JSON values for mixture.json, with the derived verdict and rule included."""
         components = None if self.components is None else [asdict(component) for component in self.components]
         verdict = {"bimodal": self.bimodal, "rule": self.rule, "reasons": list(self.reasons)}
         return {**asdict(self), "components": components, **verdict}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Mixture:
-        """The inverse of to_json, exactly; the verdict follows from the reasons."""
+    def from_json(cls, values: Mapping[str, Any]) -> Mixture:
+        """Build a mixture from the values of to_json, of which it is the exact inverse; the verdict is derived."""
         try:
-            fields = {name: found[name] for name in cls.__dataclass_fields__}
+            fields = {name: values[name] for name in cls.__dataclass_fields__}
             check_shape(fields, _SHAPE)
             if fields["components"] is not None:
                 check_shape(fields["components"], _COMPONENTS, key="components")
@@ -144,7 +144,7 @@ class Mixture:
                     raise ValueError("a weight or sd of components is not above 0")
                 absent = [name for name in ("log_likelihood", "bic_one", "bic_two", "ashman_d") if fields[name] is None]
                 if absent:
-                    raise ValueError(f"{absent[0]} beside its components")
+                    raise ValueError(f"{absent[0]} of a mixture with components")
                 fields["components"] = (balanced, imbalanced)
             return cls(**{**fields, "reasons": tuple(fields["reasons"])})
         except (KeyError, TypeError, ValueError) as error:
@@ -154,21 +154,21 @@ class Mixture:
 
 
 def fit_mixture(gap: Gap, *, config: MixtureConfig, seed: int) -> Mixture:
-    """Fit to gap (n,) in [0, 1]. The order of the rows does not matter; the seed draws the subsample of the dip."""
+    """Fit a mixture to gap (n,) in [0, 1], independent of row order; the seed is that of the dip's subsample."""
     return fit_counts(histogram(gap, num_bins=config.num_bins), config=config, seed=seed)
 
 
 def histogram(gap: Gap, *, num_bins: int) -> NDArray[np.int64]:
-    """Counts (num_bins,) of gap (n,) by the nearest of num_bins points from 0 to 1. Shards merge by addition.
+    """Count gap (n,) by the nearest of num_bins points from 0 to 1: (num_bins,). Counts of shards can be added.
 
-    The points include 0 and 1, so that saturated gaps are counted where they are, not half a bin beside.
+    The points include 0 and 1, so that saturated gaps are counted exactly, not half a bin off.
     """
-    em.check(gap)
+    em.check_gap(gap)
 
     def count(rows: slice) -> NDArray[np.int64]:
-        counts, part = np.zeros(num_bins, dtype=np.int64), gap[rows]
-        for chunk in em.chunks(len(part)):
-            bins = np.rint(part[chunk] * np.float64(num_bins - 1)).astype(np.intp)
+        counts, part_gap = np.zeros(num_bins, dtype=np.int64), gap[rows]
+        for chunk in em.chunks(len(part_gap)):
+            bins = np.rint(part_gap[chunk] * np.float64(num_bins - 1)).astype(np.intp)
             counts += np.bincount(bins, minlength=num_bins)
         return counts
 
@@ -176,25 +176,26 @@ def histogram(gap: Gap, *, num_bins: int) -> NDArray[np.int64]:
 
 
 def fit_counts(counts: NDArray[np.int64], *, config: MixtureConfig, seed: int) -> Mixture:
-    """Fit to a histogram (b,) made by `histogram`, or to the sum of several."""
+    """Fit a mixture to a histogram (b,) of `histogram`, or to the sum of several."""
     num_samples = int(counts.sum())
     if num_samples == 0:
-        raise MixtureError("no gap to fit a mixture to: no sample was scored; see quarantine.parquet for the reasons")
-    found, p = dip_of_counts(counts, num_values=min(config.dip_rows, num_samples), seed=seed)
+        raise MixtureError("no sample was scored, so no mixture can be fitted; see quarantine.parquet for the reasons")
+    dip, dip_p = dip_of_counts(counts, num_values=min(config.dip_rows, num_samples), seed=seed)
     occupied = np.flatnonzero(counts)
     points, shares = occupied / (len(counts) - 1), counts[occupied] / num_samples
-    blank = Mixture(num_samples=num_samples, threshold=config.threshold, dip=found, dip_p=p, reasons=("not fitted",))
+    unfitted = Mixture(
+        num_samples=num_samples, threshold=config.threshold, dip=dip, dip_p=dip_p, reasons=("not fitted",)
+    )
     if num_samples < config.min_samples:
-        few = f"{num_samples} samples are too few for a mixture, which needs {config.min_samples}"
-        return replace(blank, reasons=(few,))
+        return replace(unfitted, reasons=(f"a mixture needs {config.min_samples} samples, available {num_samples}",))
     if len(points) == 1:
-        return replace(blank, reasons=(f"the gap is constant: {points[0]:.3f} for every sample",))
+        return replace(unfitted, reasons=(f"the gap is constant: {points[0]:.3f} for every sample",))
     components, log_likelihood = em.fit_pair(points, shares, bounds=config.bounds)
     fitted = replace(
-        blank,
+        unfitted,
         components=components,
         log_likelihood=log_likelihood,
-        bic_one=em.bic(em.log_likelihood_of_one(points, shares), num_parameters=2, num_samples=num_samples),
+        bic_one=em.bic(em.single_log_likelihood(points, shares), num_parameters=2, num_samples=num_samples),
         bic_two=em.bic(log_likelihood, num_parameters=5, num_samples=num_samples),
         ashman_d=em.ashman_d(components),
     )
@@ -202,7 +203,7 @@ def fit_counts(counts: NDArray[np.int64], *, config: MixtureConfig, seed: int) -
 
 
 def _reasons(fitted: Mixture, config: MixtureConfig) -> tuple[str, ...]:
-    """Why the gap is not bimodal, every failed criterion with its number. Empty where it is."""
+    """Return every failed criterion of bimodality with its number; empty if the gap is bimodal."""
     assert fitted.components is not None
     assert fitted.ashman_d is not None
     assert fitted.bic_one is not None
@@ -212,7 +213,9 @@ def _reasons(fitted: Mixture, config: MixtureConfig) -> tuple[str, ...]:
         f"dip {fitted.dip:.4f} is below {config.min_dip:g}": fitted.dip < config.min_dip,
         f"p of the dip {fitted.dip_p:.3f} is not below {config.dip_level:g}": fitted.dip_p >= config.dip_level,
         f"Ashman's D {fitted.ashman_d:.2f} is below {config.min_ashman_d:g}": fitted.ashman_d < config.min_ashman_d,
-        f"the smaller component weighs {smaller:.3f}, less than {config.min_weight:g}": smaller < config.min_weight,
-        f"BIC {fitted.bic_two:.1f} of two is not below {fitted.bic_one:.1f} of one": fitted.bic_two >= fitted.bic_one,
+        f"the smaller weight {smaller:.3f} is below {config.min_weight:g}": smaller < config.min_weight,
+        f"BIC {fitted.bic_two:.1f} of two components is not below {fitted.bic_one:.1f} of one": (
+            fitted.bic_two >= fitted.bic_one
+        ),
     }
     return tuple(reason for reason, failed in failures.items() if failed)

@@ -16,18 +16,18 @@ from ..metrics import Floats, cross_entropy
 from ..probes.cross_fit import CrossFit
 from ..probes.network_probe import NetworkProbe
 from ..probes.prediction import predict
-from ..probes.probe_set import CalibratedProbe, Calibration, Fit, ProbeSet, fit_side_by_side
+from ..probes.probe_set import CalibratedProbe, Calibration, Fit, ProbeSet, fit_in_parallel
 from ..probes.targets import choose_outputs, take_outputs
 from ..threads import parallel_map
 from .sample_scores import SampleScores
 
-CONTROL_ROWS = 10_000  # by hash of the id: an accuracy on them has an interval of 0.01
+CONTROL_ROWS = 10_000  # by hash of the id: an accuracy on 10,000 rows has an interval of 0.01
 METRICS = {"classification": "accuracy", "multilabel": "label accuracy", "regression": "R^2"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModalityMetric:
-    """How good one probe is out of fold, with a 95% interval; `metric` of the probe_report says in what."""
+    """Out-of-fold metric of one probe, named by `metric` of the report, with a 95% interval; loss: cross entropy."""
 
     name: str
     value: float
@@ -39,7 +39,7 @@ class ModalityMetric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
-    """What a modality adds: the fused value minus that without it, on the same samples, with a 95% interval."""
+    """Gain of a modality: the fused metric minus that without it, on the same samples, with a 95% interval."""
 
     name: str
     gain: float
@@ -49,7 +49,7 @@ class Gain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """A probe on shuffled labels. It must be at chance: above, something other than the samples told it the labels."""
+    """Metric of a probe fitted to shuffled labels, with a 99.9% interval. Above chance, there is a leak of labels."""
 
     name: str
     num_rows: int
@@ -60,27 +60,27 @@ class Control:
 
     @property
     def leaks(self) -> bool:
-        """Whether even the lower end of the interval, of 99.9%, is above chance."""
+        """Whether the lower end of the 99.9% interval is above chance."""
         return bool(self.low > self.chance)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReport:
-    """The dataset's books: every modality and all of them together, what each adds, and the controls.
+    """Dataset-level results: the metric of each modality and of all together, the gain of each, and the controls.
 
-    chance: what naming the most common class, or labels, or the mean, would reach. Of all together there is "fused",
-    the fusion of the probabilities, from which the gains are taken, and "joint", a probe of all features side by side.
+    chance: the metric of always predicting the most common class, labels, or the mean. All modalities together are
+    "fused", the fusion of the probabilities, from which gains are computed, and "joint", a probe of all features.
     """
 
     metric: str
     chance: float
     probe_metrics: tuple[ModalityMetric, ...]
-    gain_over_best: Gain  # what all together add to the best single one, which it names
+    gain_over_best: Gain  # of the fusion over the best single modality, which it names
     gains: tuple[Gain, ...]
     controls: tuple[Control, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, for run.json."""
+        """Return the report as JSON values, for run.json."""
         controls = [{**asdict(control), "leaks": control.leaks} for control in self.controls]
         return {**asdict(self), "controls": controls}
 
@@ -96,48 +96,48 @@ def compute_probe_report(
     group: NDArray[np.object_] | None,
     seed: int,
 ) -> ProbeReport:
-    """Keep the books of what a panel answered about n samples.
+    """Compute the report from the scores of n samples.
 
-    `controls` fits a probe of each modality to shuffled labels as well. For a network that is two, of half the rows
-    each, for as many epochs: of r rounds of f folds, 1 / (r (f - 1)) of the work more, a twelfth by default.
+    `controls` also fits a probe of each modality to shuffled labels. For a network it fits two, on half the rows each,
+    for as many epochs: with r repeats of f folds, 1 / (r (f - 1)) more work, a twelfth by default.
     """
     target, groups = probe_set.target, group_codes(group)
-    right, fused = to_metric(sample_scores.right, target), to_metric(sample_scores.fused_right, target)
-    without = to_metric(sample_scores.without_right, target)
-    alone = [
+    correct, fused = to_metric(sample_scores.correct, target), to_metric(sample_scores.fused_correct, target)
+    without = to_metric(sample_scores.without_correct, target)
+    unimodal = [
         _modality_metric(
-            calibrated.name, right[:, index], sample_scores.confidence[:, index], groups, calibrated.calibration
+            calibrated.name, correct[:, index], sample_scores.confidence[:, index], groups, calibrated.calibration
         )
         for index, calibrated in enumerate(probe_set.probes)
     ]
-    together = [_modality_metric("fused", fused, sample_scores.fused_confidence, groups, None)]
+    multimodal = [_modality_metric("fused", fused, sample_scores.fused_confidence, groups, None)]
     if probe_set.joint is not None:
-        joint = to_metric(sample_scores.joint_right, target)
-        together.append(
+        joint = to_metric(sample_scores.joint_correct, target)
+        multimodal.append(
             _modality_metric("joint", joint, sample_scores.joint_confidence, groups, probe_set.joint.calibration)
         )
 
     def control(calibrated: CalibratedProbe) -> Control:
         return _control(calibrated, target, cross_fit, fit=fit, sample_id=sample_id, seed=seed)
 
-    controlled = probe_set.probes if controls else ()
-    side_by_side = fit_side_by_side([calibrated.inputs for calibrated in controlled])
-    best = max(range(len(alone)), key=lambda index: alone[index].value)
+    control_probes = probe_set.probes if controls else ()
+    in_parallel = fit_in_parallel([calibrated.inputs for calibrated in control_probes])
+    best = max(range(len(unimodal)), key=lambda index: unimodal[index].value)
     return ProbeReport(
         metric=METRICS[target.task],
         chance=chance_level(target),
-        probe_metrics=(*alone, *together),
-        gain_over_best=_gain(alone[best].name, fused, right[:, best], groups),
+        probe_metrics=(*unimodal, *multimodal),
+        gain_over_best=_gain(unimodal[best].name, fused, correct[:, best], groups),
         gains=tuple(
             _gain(calibrated.name, fused, without[:, index], groups)
             for index, calibrated in enumerate(probe_set.probes)
         ),
-        controls=tuple(parallel_map(control, controlled) if side_by_side else map(control, controlled)),
+        controls=tuple(parallel_map(control, control_probes) if in_parallel else map(control, control_probes)),
     )
 
 
 def chance_level(target: Target) -> float:
-    """Give what the most common class, or label decisions, reach; 0 for the R^2 of the mean."""
+    """Compute the metric of always predicting the most common class or labels; 0 for the R^2 of the mean."""
     if target.task == "classification":
         return float(np.bincount(target.label).max() / len(target))
     if target.task == "multilabel":
@@ -147,39 +147,39 @@ def chance_level(target: Target) -> float:
     return 0.0
 
 
-def to_metric(right: Floats, target: Target) -> Floats:
-    """Give what each sample adds to the metric: of a regression 1 - error^2 / variance, whose mean is R^2."""
+def to_metric(correct: Floats, target: Target) -> Floats:
+    """Return values whose mean is the metric: of a regression 1 - error^2 / variance, else `correct` itself."""
     if target.task != "regression":
-        return right
+        return correct
     assert target.values is not None
-    return np.asarray(1 + right / max(float(target.values.var()), 1e-12), dtype=np.float32)
+    return np.asarray(1 + correct / max(float(target.values.var()), 1e-12), dtype=np.float32)
 
 
 def _modality_metric(
-    name: str, right: Floats, confidence: Floats, groups: Groups, calibration: Calibration | None
+    name: str, values: Floats, confidence: Floats, groups: Groups, calibration: Calibration | None
 ) -> ModalityMetric:
-    here = ~np.isnan(right)
-    found = _interval(right[here], None if groups is None else groups[here])
+    present = ~np.isnan(values)
+    interval = _interval(values[present], None if groups is None else groups[present])
     return ModalityMetric(
-        name=name, **found, loss=float(cross_entropy(confidence[here]).mean()), calibration=calibration
+        name=name, **interval, loss=float(cross_entropy(confidence[present]).mean()), calibration=calibration
     )
 
 
-def _interval(right: Floats, groups: Groups) -> dict[str, float]:
-    """Give the mean of what samples add to a metric, and its interval: that of a share where all are 0 or 1."""
-    if np.isin(right, (0, 1)).all():
-        found = share(right > 0.5, groups)
-        return {"value": found["share"], "low": found["low"], "high": found["high"]}
-    found = mean(right.astype(np.float64), groups, low=-np.inf, high=1)
-    return {"value": found["mean"], "low": found["low"], "high": found["high"]}
+def _interval(values: Floats, groups: Groups) -> dict[str, float]:
+    """Compute the mean of a metric over samples, and its interval: that of a proportion if all values are 0 or 1."""
+    if np.isin(values, (0, 1)).all():
+        interval = share(values > 0.5, groups)
+        return {"value": interval["share"], "low": interval["low"], "high": interval["high"]}
+    interval = mean(values.astype(np.float64), groups, low=-np.inf, high=1)
+    return {"value": interval["mean"], "low": interval["low"], "high": interval["high"]}
 
 
 def _gain(name: str, fused: Floats, without: Floats, groups: Groups) -> Gain:
-    """Compare two probes on the same samples, which makes the interval narrower than that of either."""
-    here = ~np.isnan(without)
-    part = None if groups is None else groups[here]
-    found = mean((fused - without)[here].astype(np.float64), part, low=-np.inf, high=np.inf)
-    return Gain(name=name, gain=found["mean"], low=found["low"], high=found["high"])
+    """Compare two probes on the same samples: the paired interval is narrower than that of either."""
+    present = ~np.isnan(without)
+    present_groups = None if groups is None else groups[present]
+    interval = mean((fused - without)[present].astype(np.float64), present_groups, low=-np.inf, high=np.inf)
+    return Gain(name=name, gain=interval["mean"], low=interval["low"], high=interval["high"])
 
 
 def _control(
@@ -191,45 +191,45 @@ def _control(
     sample_id: NDArray[np.object_],
     seed: int,
 ) -> Control:
-    """Fit probes to shuffled labels, on some of the rows that probes learn from, and see what they know out of fold."""
+    """Fit probes to shuffled labels on a sample of the training rows, and compute their out-of-fold metric."""
     rows, target = _control_data(np.flatnonzero(cross_fit.fits & calibrated.present), target, cross_fit)
     order = np.argsort(hash_rank(sample_id[rows], seed=seed, purpose="shuffled labels"), kind="stable")
-    # Labels move along the order of a hash by one place more than half its length: nobody keeps their own.
+    # Labels are rotated by half the rows plus one, in the order of a hash, so that no row keeps its own label.
     shuffled = np.empty(len(rows), dtype=np.intp)
     shuffled[order] = np.roll(order, len(rows) // 2 + 1)
-    truth = target.take(shuffled)
+    shuffled_target = target.take(shuffled)
     fold = _halves(cross_fit.key[rows]) if isinstance(calibrated.probe, NetworkProbe) else cross_fit.fold[rows]
-    part = CrossFit(fold=fold, inner=cross_fit.inner[rows], fits=np.ones(len(rows), bool), key=cross_fit.key[rows])
-    logits = fit(_take(calibrated, rows), truth, [part]).logits(np.arange(len(rows)))
-    right = to_metric(predict(logits, np.ones(len(rows), np.float32), truth).right, truth)
-    deviation = float(right.std(ddof=1)) / np.sqrt(len(rows))
-    value = float(right.mean())
+    folds = CrossFit(fold=fold, inner=cross_fit.inner[rows], fits=np.ones(len(rows), bool), key=cross_fit.key[rows])
+    logits = fit(_take(calibrated, rows), shuffled_target, [folds]).logits(np.arange(len(rows)))
+    values = to_metric(predict(logits, np.ones(len(rows), np.float32), shuffled_target).correct, shuffled_target)
+    deviation = float(values.std(ddof=1)) / np.sqrt(len(rows))
+    value = float(values.mean())
     return Control(
         name=calibrated.name,
         num_rows=len(rows),
         value=value,
         low=float(value - 3.29 * deviation),
         high=float(value + 3.29 * deviation),
-        chance=chance_level(truth),
+        chance=chance_level(shuffled_target),
     )
 
 
 def _control_data(rows: Rows, target: Target, cross_fit: CrossFit) -> tuple[Rows, Target]:
-    """Return the rows (c,) of a control, some of those given, and their target: of many outputs, with some of them."""
+    """Choose the rows (c,) of a control and return them with their target, of many outputs with a subset of them."""
     k, label = target.num_outputs, target.label if target.values is None else target.values
-    chosen, outputs = choose_outputs(
+    sample, outputs = choose_outputs(
         label[rows], cross_fit.key[rows], task=target.task, num_outputs=k, max_rows=CONTROL_ROWS
     )
-    return rows[chosen], take_outputs(target.take(rows[chosen]), outputs)
+    return rows[sample], take_outputs(target.take(rows[sample]), outputs)
 
 
 def _halves(key: NDArray[np.uint64]) -> NDArray[np.int16]:
-    """Deal rows into two folds by their keys: groups need not stay together where labels do not go with them."""
+    """Assign rows to two folds by their keys: groups need not stay together, since labels are shuffled."""
     return (np.argsort(np.argsort(key, kind="stable")) % 2).astype(np.int16)
 
 
 def _take(calibrated: CalibratedProbe, rows: Rows) -> Inputs:
-    """Give some rows of a member's inputs, in memory, but for those of a network, of 0.1 MB each: 1 GB together."""
+    """Return rows of a probe's inputs, in memory except for a network, whose rows of 0.1 MB would take 1 GB."""
     inputs = calibrated.inputs
     if isinstance(calibrated.probe, NetworkProbe) and isinstance(inputs, FeatureMatrix):
         return replace(inputs, row=inputs.row[rows])

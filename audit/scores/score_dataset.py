@@ -24,16 +24,16 @@ from ..features.matrix import FeatureMatrix, Inputs, Rows
 from ..hashing import canonical_order, hash_rank
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
-from ..probes.cross_fit import CrossFit, assign_folds, in_one_fold
+from ..probes.cross_fit import CrossFit, assign_folds, in_single_fold
 from ..probes.network_probe import fit_network
 from ..probes.probe_set import (
     CalibratedProbe,
     Probe,
     ProbeSet,
     fit_calibrated_probe,
+    fit_in_parallel,
     fit_joint_probe,
     fit_probe,
-    fit_side_by_side,
 )
 from ..quarantine import Quarantined, Reason
 from ..threads import fixed_threads, parallel_map
@@ -45,49 +45,49 @@ from .sample_scores import SampleScores, compute_sample_scores
 from .table import ScoreTable
 
 
-def plan_rounds(
+def plan_cross_fits(
     samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int
 ) -> tuple[NDArray[np.intp], list[CrossFit], list[Quarantined]]:
-    """Deal the rows into folds, once a repeat, leaving out classes that one fold holds alone in any of them.
+    """Assign the rows to folds in each repeat, and drop classes that lie in a single fold in any of them.
 
-    Gives the rows that stay, a crossing a repeat, and the samples of classes too rare. Strata that are no classes,
-    as of a regression, are never too rare.
+    Returns the remaining rows, one CrossFit per repeat, and the quarantined samples of rare classes. Strata that are
+    not classes, as those of a regression, are never dropped.
     """
     left_out: list[Quarantined] = []
     while True:
-        cross_fits = [_crossing(samples, rows, config, seed=seed, repeat=repeat) for repeat in range(config.repeats)]
+        cross_fits = [_cross_fit(samples, rows, config, seed=seed, repeat=repeat) for repeat in range(config.repeats)]
         if samples.task != "classification":
             return rows, cross_fits, left_out
         label = samples.label[rows]
-        rare = np.logical_or.reduce([in_one_fold(label, cross_fit.fold, cross_fit.fits) for cross_fit in cross_fits])
+        rare = np.logical_or.reduce([in_single_fold(label, cross_fit.fold, cross_fit.fits) for cross_fit in cross_fits])
         if not rare.any():
             return rows, cross_fits, left_out
-        left_out += [_rare(samples, rows, row) for row in rows[rare]]
+        left_out += [_quarantine_rare(samples, rows, row) for row in rows[rare]]
         rows = rows[~rare]
         if len(rows) == 0:
-            raise ScoreError(f"no class can be cross-fitted; the first: {left_out[0].detail}")
+            raise ScoreError(f"no class can be cross-fitted; the first of them: {left_out[0].detail}")
 
 
-def _crossing(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int, repeat: int) -> CrossFit:
+def _cross_fit(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int, repeat: int) -> CrossFit:
     train = samples.split[rows] != "test"
     if not train.any():  # the mixture is never fitted to test samples either
-        raise ScoreError("every usable sample is a test sample: a probe has nothing to learn from; pass --split none")
+        raise ScoreError("every usable sample is in the test split: no samples to train probes on; pass --split none")
     fits = train | (config.learn_from == "all")
     group = None if samples.group is None else samples.group[rows]
     ids, label = samples.sample_id[rows], samples.label[rows]
-    deals = [
+    folds = [
         assign_folds(ids, label, group, fits, num_folds=config.folds, seed=seed, purpose=f"{purpose} {repeat}")
         for purpose in ("fold", "inner fold")
     ]
     key = hash_rank(ids, seed=seed, purpose="strength rows")
-    return CrossFit(fold=deals[0], inner=deals[1], fits=fits, key=key)
+    return CrossFit(fold=folds[0], inner=folds[1], fits=fits, key=key)
 
 
-def _rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
-    peers = rows[samples.label[rows] == samples.label[row]]
-    detail = f"class {samples.class_names[samples.label[row]]!r} has {len(peers)} usable samples"
-    if samples.group is not None and len(peers):
-        detail += f", of {len(set(samples.group[peers]))} groups"
+def _quarantine_rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
+    class_rows = rows[samples.label[rows] == samples.label[row]]
+    detail = f"class {samples.class_names[samples.label[row]]!r} has {len(class_rows)} usable samples"
+    if samples.group is not None and len(class_rows):
+        detail += f", of {len(set(samples.group[class_rows]))} groups"
     return Quarantined(
         sample_id=samples.sample_id[row], modality=None, reason=Reason.RARE_CLASS, detail=f"{detail}, all in one fold"
     )
@@ -95,7 +95,7 @@ def _rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """All that scoring found. Input = scored + quarantined samples, always."""
+    """All results of scoring. Every input sample is either scored or quarantined."""
 
     scores: ScoreTable
     mixture: Mixture
@@ -120,20 +120,20 @@ def audit_dataset(
 ) -> Audit:
     """Score every usable sample of an encoded dataset.
 
-    With `probe.learn_from = "train"` no probe learns from a test sample, and what is chosen by the scores later is
-    never chosen by a test label; with "all" each probe has a quarter more to learn from on a usual split.
+    With `probe.learn_from = "train"` no probe trains on a test sample, so that no later choice by the scores depends on
+    test labels; with "all" each probe has a quarter more training rows on a usual split.
 
-    Everything is computed on the rows in an order of their ids' hashes and put back into the order of the dataset at
-    the end: a source whose rows are shuffled gives each sample the same values, to the last bit.
+    All computations use the rows in the order of their ids' hashes; results are returned in the order of the dataset.
+    Shuffling the rows of the source therefore gives each sample bitwise the same values.
     """
     rows, left_out = select_usable(encoded, keep_duplicates=keep_duplicates)
     rows = rows[canonical_order(encoded.samples.sample_id[rows])]
-    rows, cross_fits, rare = plan_rounds(encoded.samples, rows, probe, seed=seed)
+    rows, cross_fits, rare = plan_cross_fits(encoded.samples, rows, probe, seed=seed)
     target, classes = _target(encoded.samples, rows)
     inputs = [FeatureMatrix.of(tasks, status, rows) for status in encoded.statuses]
     _check_modalities(encoded, inputs, cross_fits[0], rows)
     total = _num_fits([status.modality for status in encoded.statuses], probe)
-    fit = _Fits(probe, networks, seed=seed, device=device, progress=progress, total=total)
+    fit = _ProbeFitter(probe, networks, seed=seed, device=device, progress=progress, total=total)
     probe_set = _fit_probe_set(inputs, target, cross_fits, fit=fit)
     sample_scores = compute_sample_scores(probe_set, seed=seed, progress=progress)
     sample_id, group = encoded.samples.sample_id[rows], encoded.samples.group
@@ -163,29 +163,29 @@ def audit_dataset(
 def _check_modalities(
     encoded: EncodedSamples, inputs: Sequence[FeatureMatrix], cross_fit: CrossFit, rows: NDArray[np.intp]
 ) -> None:
-    """Raise ScoreError for a modality that samples of one group alone have: no probe of it could be tested."""
+    """Raise ScoreError for a modality that only one group has: its probe could not be tested out of fold."""
     unit = encoded.samples.sample_id if encoded.samples.group is None else encoded.samples.group
     for matrix in inputs:
         units = set(unit[rows[cross_fit.fits & matrix.present]].tolist())
         if len(units) < 2:
             kind = "samples" if encoded.samples.group is None else "groups of samples"
             raise ScoreError(
-                f"too few usable {kind} of modality {matrix.status.modality.name}: {len(units)} that probes may learn "
-                "from, 2 needed; name the modalities to score with --modality"
+                f"modality {matrix.status.modality.name} has {len(units)} usable {kind} that probes can train on, "
+                "2 needed; select the modalities to score with --modality"
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Networks:
-    """How networks are trained where a modality is read by one; `folder` keeps what finished folds said."""
+    """Settings of network probes; `folder` stores the outputs of finished folds."""
 
     config: NetworkConfig
     media: MediaConfig
     folder: Path
 
 
-class _Fits:
-    """Fits probes, by features or as networks, and tells how many of them are done."""
+class _ProbeFitter:
+    """Fits probes on features or as networks, and reports progress; safe to call from several threads."""
 
     def __init__(
         self, config: ProbeConfig, networks: Networks, *, seed: int, device: str, progress: Progress, total: int
@@ -196,13 +196,13 @@ class _Fits:
 
     def __call__(self, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         if isinstance(inputs, FeatureMatrix) and is_network(inputs.status.modality):
-            found = self._train(inputs, target, cross_fits)
+            probe = self._train(inputs, target, cross_fits)
         else:
-            found = fit_probe(inputs, target, cross_fits, config=self.config, device=self.device)
+            probe = fit_probe(inputs, target, cross_fits, config=self.config, device=self.device)
         with self.lock:
             self.done += 1
             self.progress("probe", min(self.done, self.total), self.total)
-        return found
+        return probe
 
     def _train(self, inputs: FeatureMatrix, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
         modality = inputs.status.modality
@@ -220,39 +220,39 @@ class _Fits:
 
 
 def _fit_probe_set(
-    inputs: Sequence[FeatureMatrix], target: Target, cross_fits: Sequence[CrossFit], *, fit: _Fits
+    inputs: Sequence[FeatureMatrix], target: Target, cross_fits: Sequence[CrossFit], *, fit: _ProbeFitter
 ) -> ProbeSet:
-    """Seat a member for each modality, and one for all together unless a network reads one of them."""
+    """Fit a calibrated probe per modality, and a joint one unless a modality has a network probe."""
 
-    def seat(matrix: FeatureMatrix) -> CalibratedProbe:
+    def fit_modality(matrix: FeatureMatrix) -> CalibratedProbe:
         return fit_calibrated_probe(
             matrix.status.modality.name, matrix, target, cross_fits, present=matrix.present, fit=fit
         )
 
-    probes = list(parallel_map(seat, inputs) if fit_side_by_side(inputs) else map(seat, inputs))
-    alone = any(is_network(each.status.modality) for each in inputs)
-    joint = None if alone or not fit.config.joint else fit_joint_probe(probes, target, cross_fits, fit=fit)
+    probes = list(parallel_map(fit_modality, inputs) if fit_in_parallel(inputs) else map(fit_modality, inputs))
+    has_network = any(is_network(matrix.status.modality) for matrix in inputs)
+    joint = None if has_network or not fit.config.joint else fit_joint_probe(probes, target, cross_fits, fit=fit)
     return ProbeSet(probes=tuple(probes), joint=joint, target=target)
 
 
 def _num_fits(modalities: Sequence[Modality], config: ProbeConfig) -> int:
-    """Each modality, and a control of each; and all side by side, unless a network reads one of them."""
-    alone = any(is_network(modality) for modality in modalities)
-    return len(modalities) * (1 + config.control) + (config.joint and not alone)
+    """Count the fits: modalities, their controls, and the joint probe unless a modality has a network probe."""
+    has_network = any(is_network(modality) for modality in modalities)
+    return len(modalities) * (1 + config.control) + (config.joint and not has_network)
 
 
 def _target(samples: Samples, rows: Rows) -> tuple[Target, NDArray[np.int32]]:
-    """Give the targets of the rows that are scored, and the source's number of each class among them."""
+    """Return the target of the scored rows, and the source's label of each of its classes."""
     if samples.task != "classification":
         values = None if samples.values is None else samples.values[rows]
         num_outputs = len(samples.outputs)
-        found = Target(task=samples.task, label=samples.label[rows], num_outputs=num_outputs, values=values)
-        return found, np.arange(num_outputs, dtype=np.int32)
+        target = Target(task=samples.task, label=samples.label[rows], num_outputs=num_outputs, values=values)
+        return target, np.arange(num_outputs, dtype=np.int32)
     classes, label = np.unique(samples.label[rows], return_inverse=True)
     if len(classes) < 2:
-        raise ScoreError(f"only one class is left to score ({samples.class_names[classes[0]]!r}): a probe needs two")
-    found = Target(task=samples.task, label=label.astype(np.int32), num_outputs=len(classes))
-    return found, classes.astype(np.int32)
+        raise ScoreError(f"only one class is left to score ({samples.class_names[classes[0]]!r}); probes need two")
+    target = Target(task=samples.task, label=label.astype(np.int32), num_outputs=len(classes))
+    return target, classes.astype(np.int32)
 
 
 def _score_table(
@@ -269,9 +269,9 @@ def _score_table(
         measures.cross_entropy(sample_scores.confidence),
         measures.cross_entropy(sample_scores.fused_confidence),
     )
-    # Of a sample that lacks modalities, the mean loss of those it has stands for the others.
+    # Missing modalities of a sample count with the mean loss of those that it has.
     total = fused_loss + loss.shape[1] * np.nanmean(loss, axis=1)
-    named = partial(_named, task=target.task, classes=classes)
+    to_source_labels = partial(_source_labels, task=target.task, classes=classes)
     return ScoreTable(
         sample_id=samples.sample_id[rows],
         label=samples.label[rows],
@@ -281,7 +281,7 @@ def _score_table(
         split=samples.split[rows],
         group=None if samples.group is None else samples.group[rows],
         fold=fold,
-        prediction=named(sample_scores.predicted),
+        prediction=to_source_labels(sample_scores.predicted),
         loss=loss,
         entropy=sample_scores.entropy,
         margin=_or_none(sample_scores.margin),
@@ -289,7 +289,7 @@ def _score_table(
         training_variability=_or_none(sample_scores.training_variability),
         shapley=_or_none(sample_scores.shapley),
         confidence_fused=sample_scores.fused_confidence,
-        prediction_fused=named(sample_scores.fused_predicted),
+        prediction_fused=to_source_labels(sample_scores.fused_predicted),
         loss_fused=fused_loss,
         discrepancy_sd=_or_none(sample_scores.spread),
         similarity=sample_scores.similarity,
@@ -303,10 +303,10 @@ def _or_none(values: measures.Floats) -> measures.Floats | None:
     return None if np.isnan(values).all() else values
 
 
-def _named(
+def _source_labels(
     predicted: measures.Floats, *, task: str, classes: NDArray[np.int32]
 ) -> NDArray[np.int32] | measures.Floats | None:
-    """Give predictions in the source's numbers of classes, -1 where missing; numbers as they are; None of labels."""
+    """Map predicted classes to the source's labels, -1 where missing; keep a regression; None for multilabel."""
     if task != "classification":
         return None if task == "multilabel" else predicted
     missing = np.isnan(predicted)

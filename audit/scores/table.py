@@ -36,25 +36,25 @@ PROVENANCE: Shape = {
     "paths": [str],
     "ranges": {},
 }
-_NAMING = ("sample_id", "label", "label_name", "split", "group", "content")  # a text or a number a row
+_SCALAR_COLUMNS = ("sample_id", "label", "label_name", "split", "group", "content")  # one string or number per row
 
 
 def check_score_schema(schema: pa.Schema, *, where: str, paths: tuple[str, ...] = ()) -> None:
-    """Raise ScoreError for names, ids, labels and paths that are neither texts nor numbers."""
-    for name in (*_NAMING, *paths):
+    """Raise ScoreError for names, ids, labels and paths that are neither strings nor numbers."""
+    for name in (*_SCALAR_COLUMNS, *paths):
         type_ = schema.field(name).type if name in schema.names else pa.null()
         dated = name == "label" and pa.types.is_temporal(type_)
         if dated or not _is_text_or_number(type_):
-            raise ScoreError(f"{where}: column {name} holds {type_}; it takes one text or number a row")
+            raise ScoreError(f"{where}: column {name} holds {type_}; it must hold one string or number per row")
 
 
 def check_splits(names: Iterable[object]) -> None:
-    """Raise ScoreError for a split that is neither train, validation nor test; null is a row without one."""
+    """Raise ScoreError for a split other than train, validation and test; null is a row without a split."""
     unknown = sorted({str(name) for name in names if name is not None} - set(SPLITS))
     if unknown:
         raise ScoreError(
-            f"column split holds {', '.join(map(repr, unknown[:3]))}: a split is train, validation or test; "
-            "rename them, or leave the column out"
+            f"column split holds {', '.join(map(repr, unknown[:3]))}: must be one of train, validation, test; "
+            "rename them, or drop the column"
         )
 
 
@@ -75,54 +75,40 @@ def _is_text_or_number(type_: pa.DataType) -> bool:
 
 SCHEMA_VERSION = 1
 
-# What stands in scores.parquet, as {name: (range, direction)}; it goes into the file's metadata and the README.
+# Columns of scores.parquet as {name: (range, meaning)}, written to the file's metadata.
 RANGES = {
-    "confidence_M": ("[0, 1]", "probability of the true class by a probe that never saw the sample or its group"),
-    "prediction_M": ("[0, k)", "the class that probe names; the number, of a regression; null of several labels"),
+    "confidence_M": ("[0, 1]", "probability of the true class by a probe not trained on the sample or its group"),
+    "prediction_M": ("[0, k)", "class that the probe predicts; the number, of a regression; null for multilabel"),
     "loss_M": ("[0, 27.7]", "-log confidence_M"),
-    "entropy_M": (
-        "[0, log k]",
-        "of the probe's class probabilities, in nats; 0 = sure, rightly or not; see readings.py",
-    ),
-    "margin_M": ("[0, 1]", "between the two likeliest classes; 0 = undecided; null of a regression"),
+    "entropy_M": ("[0, log k]", "entropy of the probe's class probabilities, in nats; 0 = certain, correct or not"),
+    "margin_M": ("[0, 1]", "difference of the two highest class probabilities; 0 = undecided; null for a regression"),
     "training_confidence_M": ("[0, 1]", "mean confidence over the probe's training, out of fold; high = easy"),
     "training_variability_M": ("[0, 0.5]", "standard deviation of the same; high = ambiguous"),
-    "shapley_M": (
-        "[(1 - m) / 2, (1 + m) / 2]",
-        "what M adds to being right: SMV's Shapley value phi on the joint probe",
-    ),
-    "discrepancy": ("[-1, 1]", "+1: the first modality alone carries the sample, -1: the second, 0: both or neither"),
+    "shapley_M": ("[(1 - m) / 2, (1 + m) / 2]", "contribution of M: SMV's Shapley value phi on the joint probe"),
+    "discrepancy": ("[-1, 1]", "+1: only the first modality predicts the class, -1: the second, 0: both or neither"),
     "discrepancy_M": ("[-1, 1]", "more than two modalities: confidence_M minus the mean of the others"),
-    "discrepancy_sd": ("[0, 1.42]", "standard deviation over repeats; null after one"),
-    "gap": ("[0, 1]", "largest minus least confidence; 0 = balanced"),
-    "similarity": ("[0, 1]", "cosine of the modalities' class probabilities; 1 = they say the same"),
+    "discrepancy_sd": ("[0, 1.42]", "standard deviation over repeats; null for one repeat"),
+    "gap": ("[0, 1]", "largest minus smallest confidence; 0 = balanced"),
+    "similarity": ("[0, 1]", "cosine of the modalities' class probabilities; 1 = equal"),
     "confidence_fused": ("[0, 1]", "probability of the true class by all modalities together, out of fold"),
-    "prediction_fused": ("[0, k)", "the class they name together"),
+    "prediction_fused": ("[0, k)", "class that all modalities together predict"),
     "loss_fused": ("[0, 27.7]", "-log confidence_fused"),
     "balance": ("[-1, 1]", "BSS measure, high = balanced"),
-    "p_balanced": ("[0, 1]", "posterior of the gap mixture's balanced component, or its fallback rule"),
+    "p_balanced": ("[0, 1]", "posterior of the gap mixture's balanced component, or the threshold rule"),
 }
 
 
-# Columns beside confidence of which there is one for each modality.
-BY_MODALITY = (
-    "prediction",
-    "loss",
-    "entropy",
-    "margin",
-    "training_confidence",
-    "training_variability",
-    "shapley",
-)
+# Columns of which there is one per modality, besides confidence.
+BY_MODALITY = ("prediction", "loss", "entropy", "margin", "training_confidence", "training_variability", "shapley")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreTable:
-    """The scores of n samples by m modalities. Strings are numpy object arrays; what is not known is None.
+    """Scores of n samples with m modalities. Strings are numpy object arrays; columns that are not available are None.
 
-    confidence (n, m) is the ground of all others, NaN where a sample lacks a modality; each has two at least.
-    discrepancy_sd is (n, 1), or (n, m) where m > 2; what is by modality is (n, m). `paths` are the source's columns of
-    file names, `provenance` is what stands in the file's metadata.
+    confidence (n, m) is required, with NaN where a sample lacks a modality and at least two values per row. Columns by
+    modality are (n, m), discrepancy_sd is (n, 1), or (n, m) where m > 2. `paths` holds the source's columns of file
+    names, `provenance` the file's metadata.
     """
 
     sample_id: NDArray[np.object_]
@@ -154,21 +140,21 @@ class ScoreTable:
     def __post_init__(self) -> None:
         n = len(self.sample_id)
         if n == 0:
-            raise ScoreError("the score table holds no rows")
+            raise ScoreError("the score table has no rows")
         if len(set(self.sample_id)) < n:
             raise ScoreError(
-                f"{n - len(set(self.sample_id))} ids stand more than once in the score table: ids are unique"
+                f"the score table has {n - len(set(self.sample_id))} duplicate sample ids: they must be unique"
             )
         if self.confidence.shape != (n, len(self.modalities)) or len(self.modalities) < 2:
             raise ScoreError(
-                f"{len(self.modalities)} columns confidence_M for {n} rows; a discrepancy needs two or more"
+                f"the score table has {len(self.modalities)} columns confidence_M for {n} rows; two or more are needed"
             )
         present = ~np.isnan(self.confidence)
         if (present.sum(axis=1) < 2).any():
             row = int(np.argmax(present.sum(axis=1) < 2))
             raise ScoreError(
                 f"{int((present.sum(axis=1) < 2).sum())} samples have fewer than two values of confidence "
-                f"(the first: {self.sample_id[row]}): a discrepancy needs two; rescore, or mend the table"
+                f"(the first: {self.sample_id[row]}): a discrepancy needs two; rescore, or correct the table"
             )
         _check_range("confidence", self.confidence[present], 0, 1)
         for name, low in (("similarity", -1), ("balance", -1), ("p_balanced", 0)):
@@ -189,7 +175,7 @@ class ScoreTable:
 
     @property
     def present(self) -> NDArray[np.bool_]:
-        """Which modalities (n, m) each sample has."""
+        """Mask (n, m) of the modalities that each sample has."""
         return ~np.isnan(self.confidence)
 
     @property
@@ -199,25 +185,25 @@ class ScoreTable:
 
     @property
     def not_test(self) -> NDArray[np.bool_]:
-        """The rows (n,) that may choose something: all but the test split; all where there is no other split."""
-        chooses = np.ones(len(self), dtype=bool) if self.split is None else self.split != "test"
-        return chooses if chooses.any() else ~chooses
+        """Mask (n,) of the rows that choices may depend on: all but the test split; all if there is no other split."""
+        not_test = np.ones(len(self), dtype=bool) if self.split is None else self.split != "test"
+        return not_test if not_test.any() else ~not_test
 
     def discrepancy(self, between: str | None = None) -> Floats:
-        """Signed discrepancy (n,) in [-1, 1]: `A:B` is c^A - c^B, `A` is A against the mean of the others.
+        """Compute the signed discrepancy (n,) in [-1, 1]: `A:B` is c^A - c^B, `A` is A minus the mean of the others.
 
-        None is the first against the second of two modalities; of more, the one named by `default_between`.
+        None is the first minus the second of two modalities; of more, that of `default_between`.
         """
         return discrepancy_between(self.confidence, self.modalities, between or self.default_between())
 
     def default_between(self) -> str:
-        """Give `A:B` for two modalities; of more the most confident one, which is set against the rest."""
+        """Return `A:B` for two modalities; of more, the most confident one, which is compared with the others."""
         if len(self.modalities) == 2:
             return ":".join(self.modalities)
         return self.modalities[int(np.nanmean(self.confidence[self.not_test], axis=0).argmax())]
 
     def to_arrow(self) -> pa.Table:
-        """Give the columns of scores.parquet."""
+        """Return the columns of scores.parquet."""
         columns: dict[str, pa.Array] = {
             "sample_id": pa.array(self.sample_id, pa.string()),
             "label": pa.array(self.label, pa.int32()),
@@ -234,9 +220,11 @@ class ScoreTable:
             if (values := getattr(self, f"{kind}_fused")) is not None:
                 columns[f"{kind}_fused"] = _nullable(values)
         columns |= self._discrepancy_columns()
-        best = dominant(self.confidence)
+        dominant_index = dominant(self.confidence)
         columns["gap"] = pa.array(self.gap)
-        columns["dominant"] = pa.array([self.modalities[index] if index >= 0 else None for index in best], pa.string())
+        columns["dominant"] = pa.array(
+            [self.modalities[index] if index >= 0 else None for index in dominant_index], pa.string()
+        )
         for name in ("similarity", "balance", "p_balanced"):
             columns[name] = _array(getattr(self, name), pa.float32(), len(self))
         columns["content"] = _array(self.content, pa.string(), len(self))
@@ -247,26 +235,28 @@ class ScoreTable:
 
     def _discrepancy_columns(self) -> dict[str, pa.Array]:
         values = discrepancy(self.confidence).reshape(len(self), -1)
-        ends = [""] if values.shape[1] == 1 else [f"_{name}" for name in self.modalities]
-        columns = {f"discrepancy{end}": _nullable(values[:, index]) for index, end in enumerate(ends)}
-        spread = self.discrepancy_sd
-        for index, end in enumerate(ends):
-            column = None if spread is None else spread[:, index]
-            columns[f"discrepancy_sd{end}"] = pa.nulls(len(self), pa.float32()) if column is None else _nullable(column)
+        suffixes = [""] if values.shape[1] == 1 else [f"_{name}" for name in self.modalities]
+        columns = {f"discrepancy{suffix}": _nullable(values[:, index]) for index, suffix in enumerate(suffixes)}
+        deviation = self.discrepancy_sd
+        for index, suffix in enumerate(suffixes):
+            column = None if deviation is None else deviation[:, index]
+            columns[f"discrepancy_sd{suffix}"] = (
+                pa.nulls(len(self), pa.float32()) if column is None else _nullable(column)
+            )
         return columns
 
 
 def discrepancy_between(confidence: Floats, modalities: Sequence[str], between: str) -> Floats:
-    """Signed discrepancy (n,) in [-1, 1] of confidence (n, m): `A:B` is c^A - c^B, `A` is A against the others' mean.
+    """Compute the signed discrepancy (n,) in [-1, 1] of confidence (n, m): `A:B` is c^A - c^B, `A` is A minus the mean.
 
-    Raises ConfigError for a modality that does not exist.
+    The mean is that of the other modalities. Raises ConfigError for an unknown modality.
     """
     first, _, second = between.partition(":")
     for name in [first, second] if second else [first]:
         if name not in modalities:
             raise ConfigError(f"--between {between}: no modality {name!r}; {choices(name, modalities)}")
     if first == second:
-        raise ConfigError(f"--between {between}: a modality has no discrepancy with itself; name two, or one alone")
+        raise ConfigError(f"--between {between}: the two modalities must differ; pass two names, or one")
     if not second and len(modalities) == 2:
         second = next(name for name in modalities if name != first)
     if second:
@@ -275,35 +265,42 @@ def discrepancy_between(confidence: Floats, modalities: Sequence[str], between: 
 
 
 def score_modalities(names: Sequence[str], *, where: str) -> tuple[str, ...]:
-    """Give the modalities of a score table with these columns; ScoreError where it is none."""
+    """Return the modalities of a score table with these columns; raise ScoreError if it is not a score table."""
     scored = [name.removeprefix("confidence_") for name in names if name.startswith("confidence_")]
     modalities = tuple(name for name in scored if name not in RESERVED)
     if "sample_id" not in names or not {"label", "label_name"} & set(names) or len(modalities) < 2:
         raise ScoreError(
-            f"{where} is no score table: it needs sample_id, label (or label_name) and two or more confidence_M; "
+            f"{where} is not a score table: it needs sample_id, label (or label_name) and two or more confidence_M; "
             f"it has {', '.join(names)}"
         )
     return modalities
 
 
 def write_scores(scores: ScoreTable, path: Path) -> None:
-    """Write scores.parquet, whole or not at all."""
+    """Write scores.parquet atomically."""
     paths = [] if scores.paths is None else scores.paths.column_names
     write_parquet(scores.to_arrow(), path, provenance={**scores.provenance, "paths": paths})
 
 
 def read_scores(path: str | Path) -> ScoreTable:
-    """Read a score table: ours, or anybody's with sample_id, a label and two or more columns confidence_M.
+    """Read a score table, of mmaudit or any other with sample_id, a label and two or more columns confidence_M.
 
-    Raises ScoreError for missing columns, repeated ids, and values that are null or out of range.
+    Args:
+        path: a parquet file.
+
+    Returns:
+        The table, with `provenance` from the file's metadata.
+
+    Raises:
+        ScoreError: missing columns, duplicate ids, or values that are null or out of range.
     """
     table, provenance = read_parquet(Path(path), error=ScoreError, shape=PROVENANCE)
-    named = [name for name in provenance.pop("paths", []) if name in table.column_names]
-    check_score_schema(table.schema, where=str(path), paths=tuple(named))
+    path_columns = [name for name in provenance.pop("paths", []) if name in table.column_names]
+    check_score_schema(table.schema, where=str(path), paths=tuple(path_columns))
     names = table.column_names
     modalities = score_modalities(names, where=str(path))
     label, label_name = _labels(table)
-    ends = [""] if len(modalities) == 2 else [f"_{name}" for name in modalities]
+    suffixes = [""] if len(modalities) == 2 else [f"_{name}" for name in modalities]
     return ScoreTable(
         sample_id=_required(_strings(table, "sample_id")),
         label=label,
@@ -322,29 +319,30 @@ def read_scores(path: str | Path) -> ScoreTable:
             for kind in BY_MODALITY
             if kind != "prediction"
         },
-        discrepancy_sd=_stack(table, [f"discrepancy_sd{end}" for end in ends], np.float32),
+        discrepancy_sd=_stack(table, [f"discrepancy_sd{suffix}" for suffix in suffixes], np.float32),
         similarity=_numbers(table, "similarity", np.float32),
         balance=_numbers(table, "balance", np.float32),
         p_balanced=_numbers(table, "p_balanced", np.float32),
         content=_strings(table, "content"),
-        paths=table.select(named) if named else None,
+        paths=table.select(path_columns) if path_columns else None,
         provenance=provenance,
     )
 
 
 def _check_range(name: str, values: NDArray[np.generic], low: float, high: float) -> None:
     numbers = np.asarray(values, dtype=np.float64)
-    wrong = ~((numbers >= low - 1e-6) & (numbers <= high + 1e-6))  # also catches NaN
-    if wrong.any():
-        found = f"{int(wrong.sum())} values of {name} are null or outside [{low}, {high}]"
-        raise ScoreError(f"{found}: rescore, or mend the table")
+    invalid = ~((numbers >= low - 1e-6) & (numbers <= high + 1e-6))  # also catches NaN
+    if invalid.any():
+        raise ScoreError(
+            f"{int(invalid.sum())} values of {name} are null or outside [{low}, {high}]: rescore, or correct the table"
+        )
 
 
 def _labels(table: pa.Table) -> tuple[NDArray[np.int32], NDArray[np.object_]]:
-    """Read label and label_name, either from the other where one is missing."""
+    """Read label and label_name; a missing one is derived from the other."""
     for name in ("label", "label_name"):
         if name in table.column_names and table[name].null_count:
-            raise ScoreError(f"column {name} holds {table[name].null_count} nulls: every scored sample has a label")
+            raise ScoreError(f"column {name} holds {table[name].null_count} nulls: every sample needs a label")
     names = _strings(table, "label_name")
     if "label" not in table.column_names or not _is_number(table["label"].type):
         names = _required(_strings(table, "label") if names is None else names)
@@ -362,7 +360,7 @@ def _array(values: Any, type_: pa.DataType, length: int) -> pa.Array:
 
 
 def _strings(table: pa.Table, name: str) -> NDArray[np.object_] | None:
-    """Read a column as strings; None where it is not there or null throughout."""
+    """Read a column as strings; None if it is missing or all null."""
     if name not in table.column_names or table[name].null_count == len(table):
         return None
     return np.array([None if value is None else str(value) for value in table[name].to_pylist()], dtype=object)
@@ -375,15 +373,15 @@ def _splits(table: pa.Table) -> NDArray[np.object_] | None:
 
 
 def _numbers(table: pa.Table, name: str, dtype: type[np.generic]) -> NDArray[Any] | None:
-    """Read a column as numbers, nulls as NaN; None where it is not there or null throughout."""
+    """Read a column as numbers, nulls as NaN; None if it is missing or all null."""
     if name not in table.column_names or table[name].null_count == len(table):
         return None
     try:
-        column = table[name].cast(pa.from_numpy_dtype(dtype))  # a fraction is no label, and a word no number
+        column = table[name].cast(pa.from_numpy_dtype(dtype))  # fails for fractions as labels, and for words
     except pa.ArrowException as cause:
-        raise ScoreError(f"column {name} does not hold what it should: {str(cause).splitlines()[0]}") from cause
+        raise ScoreError(f"column {name} cannot be read as {dtype.__name__}: {str(cause).splitlines()[0]}") from cause
     if column.null_count and pa.types.is_integer(column.type):
-        raise ScoreError(f"column {name} holds {column.null_count} nulls: fill all of it or none")
+        raise ScoreError(f"column {name} holds {column.null_count} nulls: fill or drop the column")
     return np.array(column.to_numpy(), dtype=dtype)
 
 
@@ -407,7 +405,7 @@ def _prediction(table: pa.Table, name: str) -> NDArray[Any] | None:
 
 
 def _nullable(values: NDArray[Any]) -> pa.Array:
-    """Give a column in which what is missing, NaN or a class of -1, is null."""
+    """Return a column with nulls for missing values: NaN, or a class of -1."""
     missing = np.isnan(values) if values.dtype.kind == "f" else values < 0
     return pa.array(values, mask=missing) if missing.any() else pa.array(values)
 
@@ -421,5 +419,5 @@ def _stack(table: pa.Table, names: Sequence[str], dtype: type[np.generic]) -> ND
 
 def _required(values: NDArray[Any] | None) -> NDArray[Any]:
     if values is None or (values.dtype == object and None in values.tolist()):
-        raise ScoreError("sample_id, a label or a column confidence_M is null: rescore, or mend the table")
+        raise ScoreError("sample_id, a label or a column confidence_M is null: rescore, or correct the table")
     return values

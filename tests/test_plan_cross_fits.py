@@ -1,4 +1,4 @@
-"""Laws of the rounds: a class that one fold holds alone leaves, a group stays together, and no two rounds are alike."""
+"""Repeats of cross-fitting: rare classes are dropped, groups stay together, and repeats differ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmaudit.audit.dataset.samples import Samples
 from mmaudit.audit.errors import ScoreError
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.quarantine import Reason
-from mmaudit.audit.scores.score_dataset import plan_rounds
+from mmaudit.audit.scores.score_dataset import plan_cross_fits
 
 CONFIG = ProbeConfig(folds=5, repeats=3)
 
@@ -40,7 +40,7 @@ def every(samples: Samples) -> Any:
 
 @st.composite
 def crowds(draw: st.DrawFn) -> Samples:
-    """Samples of classes large and small, in groups or not, some of them test samples."""
+    """Draw samples of large and small classes, with or without groups, partly in the test split."""
     n = draw(st.integers(8, 60))
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     label = np.minimum(rng.poisson(1.0, n), 5)
@@ -52,103 +52,110 @@ def crowds(draw: st.DrawFn) -> Samples:
 
 @settings(deadline=None)
 @given(crowds(), st.sampled_from(["all", "train"]), st.integers(0, 99))
-def test_who_stays_is_crossfitted_in_every_round_and_the_rest_is_rare(
-    samples: Samples, learn_from: str, seed: int
-) -> None:
+def test_remaining_classes_are_cross_fitted_in_every_repeat(samples: Samples, learn_from: str, seed: int) -> None:
     config = replace(CONFIG, learn_from=learn_from)
     try:
-        rows, cross_fits, left_out = plan_rounds(samples, every(samples), config, seed=seed)
+        rows, cross_fits, left_out = plan_cross_fits(samples, every(samples), config, seed=seed)
     except ScoreError:
         return  # too few groups, or no class large enough: said elsewhere
-    names = {each.sample_id for each in left_out}
+    names = {record.sample_id for record in left_out}
     assert names | set(samples.sample_id[rows]) == set(samples.sample_id)
     assert len(names) + len(rows) == len(samples)
-    assert {each.reason for each in left_out} <= {Reason.RARE_CLASS}
+    assert {record.reason for record in left_out} <= {Reason.RARE_CLASS}
     assert {samples.label[samples.sample_id == name][0] for name in names}.isdisjoint(samples.label[rows])
     for cross_fit in cross_fits:
         assert len(cross_fit.fold) == len(rows)
         np.testing.assert_array_equal(cross_fit.fits, (samples.split[rows] != "test") | (learn_from == "all"))
-        for one in set(samples.label[rows].tolist()):
-            mine = (samples.label[rows] == one) & cross_fit.fits
-            assert len(set(cross_fit.fold[mine].tolist())) > 1
+        for class_label in set(samples.label[rows].tolist()):
+            of_class = (samples.label[rows] == class_label) & cross_fit.fits
+            assert len(set(cross_fit.fold[of_class].tolist())) > 1
         if samples.group is not None:
             for deal in (cross_fit.fold, cross_fit.inner):
                 pairs = set(zip(samples.group[rows], deal.tolist(), strict=True))
                 assert len(pairs) == len({name for name, _ in pairs})
 
 
-def test_rounds_and_seeds_differ() -> None:
-    """Five folds by chance agree on a fifth of the rows."""
+def test_repeats_and_seeds_differ() -> None:
+    """Random assignments to five folds agree on a fifth of the rows."""
     samples = samples_of(np.arange(400) % 2)
-    _, cross_fits, _ = plan_rounds(samples, every(samples), CONFIG, seed=5)
-    _, others, _ = plan_rounds(samples, every(samples), CONFIG, seed=6)
-    deals = [deal for each in [*cross_fits, *others] for deal in (each.fold, each.inner)]
-    for place, one in enumerate(deals):
-        for other in deals[:place]:
-            assert (one == other).mean() < 0.4
-    _, again, _ = plan_rounds(samples, every(samples), replace(CONFIG, repeats=1), seed=5)
-    np.testing.assert_array_equal(again[0].fold, cross_fits[0].fold)  # a repeat more does not change those before
+    _, cross_fits, _ = plan_cross_fits(samples, every(samples), CONFIG, seed=5)
+    _, other_seed, _ = plan_cross_fits(samples, every(samples), CONFIG, seed=6)
+    assignments = [
+        assignment for cross_fit in [*cross_fits, *other_seed] for assignment in (cross_fit.fold, cross_fit.inner)
+    ]
+    for index, first in enumerate(assignments):
+        for second in assignments[:index]:
+            assert (first == second).mean() < 0.4
+    _, single_repeat, _ = plan_cross_fits(samples, every(samples), replace(CONFIG, repeats=1), seed=5)
+    np.testing.assert_array_equal(
+        single_repeat[0].fold, cross_fits[0].fold
+    )  # a repeat more does not change those before
 
 
-def test_rounds_follow_the_ids_and_not_the_rows() -> None:
+def test_folds_follow_the_ids() -> None:
     samples = samples_of(np.arange(80) % 3)
     order = np.random.default_rng(0).permutation(80)
     moved = samples_of(samples.label[order], ids=samples.sample_id[order])
-    _, (one, *_), _ = plan_rounds(samples, every(samples), CONFIG, seed=0)
-    _, (two, *_), _ = plan_rounds(moved, every(moved), CONFIG, seed=0)
+    _, (first, *_), _ = plan_cross_fits(samples, every(samples), CONFIG, seed=0)
+    _, (second, *_), _ = plan_cross_fits(moved, every(moved), CONFIG, seed=0)
     for name in ("fold", "inner", "key"):
-        np.testing.assert_array_equal(getattr(two, name), getattr(one, name)[order])
+        np.testing.assert_array_equal(getattr(second, name), getattr(first, name)[order])
 
 
-def test_what_test_samples_are_changes_nothing_among_the_others() -> None:
+def test_labels_do_not_change_training_folds() -> None:
     split = np.where(np.arange(80) % 4 == 0, "test", "train")
     label = np.arange(80) % 3
     config = replace(CONFIG, learn_from="train")
-    found = []
-    for each in (label, np.where(split == "test", 0, label)):
-        samples = samples_of(each, split=split)
-        _, cross_fits, _ = plan_rounds(samples, every(samples), config, seed=0)
-        found.append(
-            [(one.fold[split == "train"].tolist(), one.inner[split == "train"].tolist()) for one in cross_fits]
+    assignments = []
+    for labels in (label, np.where(split == "test", 0, label)):
+        samples = samples_of(labels, split=split)
+        _, cross_fits, _ = plan_cross_fits(samples, every(samples), config, seed=0)
+        assignments.append(
+            [
+                (cross_fit.fold[split == "train"].tolist(), cross_fit.inner[split == "train"].tolist())
+                for cross_fit in cross_fits
+            ]
         )
-    assert found[0] == found[1]
+    assert assignments[0] == assignments[1]
 
 
-def test_a_rare_class_is_told_with_its_number() -> None:
+def test_rare_class_is_reported_with_its_size() -> None:
     samples = samples_of([0, 1] * 10 + [2])
-    rows, _, left_out = plan_rounds(samples, every(samples), CONFIG, seed=0)
+    rows, _, left_out = plan_cross_fits(samples, every(samples), CONFIG, seed=0)
     assert rows.tolist() == list(range(20))
-    assert [(each.sample_id, each.modality, each.reason, each.detail) for each in left_out] == [
+    assert [(record.sample_id, record.modality, record.reason, record.detail) for record in left_out] == [
         ("s20", None, Reason.RARE_CLASS, "class 'class 2' has 1 usable samples, all in one fold")
     ]
     grouped = samples_of([0, 1] * 10 + [2, 2, 2], group=[f"g{row // 2 % 5}" for row in range(20)] + ["g0"] * 3)
-    _, _, left_out = plan_rounds(grouped, every(grouped), CONFIG, seed=0)
-    assert {each.detail for each in left_out} == {"class 'class 2' has 3 usable samples, of 1 groups, all in one fold"}
+    _, _, left_out = plan_cross_fits(grouped, every(grouped), CONFIG, seed=0)
+    assert {record.detail for record in left_out} == {
+        "class 'class 2' has 3 usable samples, of 1 groups, all in one fold"
+    }
     assert len(left_out) == 3
 
 
-def test_only_the_rows_that_are_given_count() -> None:
+def test_only_selected_rows_count() -> None:
     samples = samples_of([0, 1] * 10 + [2, 2])
-    rows, _, left_out = plan_rounds(samples, np.arange(21), CONFIG, seed=0)
+    rows, _, left_out = plan_cross_fits(samples, np.arange(21), CONFIG, seed=0)
     assert rows.tolist() == list(range(20))
-    assert [each.sample_id for each in left_out] == ["s20"]
+    assert [record.sample_id for record in left_out] == ["s20"]
 
 
 def test_strata_of_a_regression_are_never_too_rare() -> None:
     label = np.array([0, 1] * 10 + [2])
     samples = samples_of(label, task="regression", values=label[:, None].astype(np.float32), outputs=("y",))
-    rows, _, left_out = plan_rounds(samples, every(samples), CONFIG, seed=0)
+    rows, _, left_out = plan_cross_fits(samples, every(samples), CONFIG, seed=0)
     assert (len(rows), left_out) == (21, [])
 
 
-def test_what_cannot_be_crossed_is_refused() -> None:
+def test_data_that_cannot_be_cross_fitted_raises() -> None:
     tests = samples_of([0, 1] * 5, split=["test"] * 10)
     for learn_from in ("all", "train"):
-        with pytest.raises(ScoreError, match=r"every usable sample is a test sample: .* pass --split none"):
-            plan_rounds(tests, every(tests), replace(CONFIG, learn_from=learn_from), seed=0)
+        with pytest.raises(ScoreError, match=r"every usable sample is in the test split: .* pass --split none"):
+            plan_cross_fits(tests, every(tests), replace(CONFIG, learn_from=learn_from), seed=0)
     alone = samples_of([0, 1, 2, 3])
-    with pytest.raises(ScoreError, match="no class can be cross-fitted; the first: class 'class 0' has 1 usable"):
-        plan_rounds(alone, every(alone), CONFIG, seed=0)
+    with pytest.raises(ScoreError, match="no class can be cross-fitted; the first of them: class 'class 0' has 1"):
+        plan_cross_fits(alone, every(alone), CONFIG, seed=0)
     together = samples_of([0, 1] * 5, group=["g"] * 10)
     with pytest.raises(ScoreError, match="all usable samples are of one group"):
-        plan_rounds(together, every(together), CONFIG, seed=0)
+        plan_cross_fits(together, every(together), CONFIG, seed=0)

@@ -1,4 +1,4 @@
-"""Laws of the choice of strength: no row of a probe's fold has a part in it, and it is near the best."""
+"""The choice of l2 is close to the best and does not depend on labels of the probe's own fold."""
 
 from __future__ import annotations
 
@@ -46,26 +46,26 @@ def signal(num_features: int, *, clarity: float) -> tuple[NDArray[np.float32], L
     return x.astype(np.float32), label
 
 
-def test_noise_wants_a_strong_one_and_a_clear_signal_a_weak_one() -> None:
+def test_noise_gets_a_large_l2_and_a_clear_signal_a_small_one() -> None:
     noise, clear = chosen(*signal(100, clarity=0.2), cross_fit()), chosen(*signal(3, clarity=3.0), cross_fit())
     assert noise.min() > 10 * clear.max()
-    for found in (noise, clear):
-        assert found.min() >= 0.5 * min(CONFIG.l2_penalties)
-        assert found.max() <= max(CONFIG.l2_penalties)
+    for l2 in (noise, clear):
+        assert l2.min() >= 0.5 * min(CONFIG.l2_penalties)
+        assert l2.max() <= max(CONFIG.l2_penalties)
 
 
 @pytest.mark.parametrize("fold", range(4))
-def test_no_label_of_a_fold_has_a_part_in_its_choice(fold: int) -> None:
+def test_l2_does_not_depend_on_labels_of_its_own_fold(fold: int) -> None:
     x, label = signal(20, clarity=2.5)
     crossed = cross_fit()
     turned = np.where(crossed.fold == fold, 1 - label, label).astype(np.int32)
-    before, after = (chosen(x, each, crossed) for each in (label, turned))
+    before, after = (chosen(x, labels, crossed) for labels in (label, turned))
     assert after[fold] == pytest.approx(before[fold], rel=1e-2)
     assert np.abs(np.log(np.delete(after, fold) / np.delete(before, fold))).min() > 0.1
 
 
-def test_it_is_carried_over_as_the_variance_of_a_prior() -> None:
-    """What is chosen on 200 rows, 3/4 of which each probe sees, is halved beside the mean over 400."""
+def test_l2_is_scaled_with_the_number_of_rows() -> None:
+    """An l2 chosen on 200 rows, 3/4 of which each probe trains on, is halved for a mean over 400."""
     x, label = signal(30, clarity=1.0)
     crossed = cross_fit()
     few = np.sort(np.argsort(crossed.key)[:200])
@@ -75,65 +75,65 @@ def test_it_is_carried_over_as_the_variance_of_a_prior() -> None:
     np.testing.assert_allclose(carried / alone, 0.5, rtol=0.25)  # folds of 200 rows are only nearly even
 
 
-def test_nothing_to_choose_by_takes_the_middle() -> None:
+def test_l2_without_holdout_rows_is_the_middle_candidate() -> None:
     x, label = signal(3, clarity=1.0)
     crossed = cross_fit()
-    nobody = CrossFit(fold=crossed.fold, inner=np.ones_like(crossed.inner), fits=crossed.fits, key=crossed.key)
+    no_holdout = CrossFit(fold=crossed.fold, inner=np.ones_like(crossed.inner), fits=crossed.fits, key=crossed.key)
     middle = sorted(CONFIG.l2_penalties, reverse=True)[len(CONFIG.l2_penalties) // 2]
-    np.testing.assert_allclose(chosen(x, label, nobody), middle)
+    np.testing.assert_allclose(chosen(x, label, no_holdout), middle)
 
 
 def alone(x: NDArray[Any], label: Label, crossed: CrossFit, path: list[float]) -> NDArray[np.float64]:
-    """Losses (s, p) on the rows set aside, of fits one by one, from nothing to the end."""
+    """Compute holdout losses (s, p) of separate, converged fits."""
     fit_rows = gather_fit_rows([crossed], most_rows=len(x))
     design = read_design(MatrixInputs(matrix=x), fit_rows.rows, products=torch.float32)
     torch_target = torch.tensor(label[fit_rows.rows], dtype=torch.long)
     losses = np.empty((len(path), fit_rows.train_mask.shape[1]))
-    for place, probe in np.ndindex(losses.shape):
-        seen, holdout_mask = (
-            torch.tensor(each[:, [probe]])
-            for each in (fit_rows.train_mask & ~fit_rows.holdout_mask, fit_rows.holdout_mask)
+    for l2_index, probe in np.ndindex(losses.shape):
+        train_mask, holdout_mask = (
+            torch.tensor(mask[:, [probe]])
+            for mask in (fit_rows.train_mask & ~fit_rows.holdout_mask, fit_rows.holdout_mask)
         )
-        found = fit_glm(
+        theta = fit_glm(
             design,
             torch_target,
             task="classification",
-            train_mask=seen,
-            l2=torch.tensor(path[place : place + 1]),
+            train_mask=train_mask,
+            l2=torch.tensor(path[l2_index : l2_index + 1]),
             start=torch.zeros(1, x.shape[1] + 1, 2),
             max_steps=200,
             tolerance=1e-6,
         ).theta
-        whose = torch.zeros(1, dtype=torch.long)
-        losses[place, probe] = mean_loss(
-            design, torch_target, task="classification", rows=holdout_mask, whose=whose, theta=found
+        column = torch.zeros(1, dtype=torch.long)
+        losses[l2_index, probe] = mean_loss(
+            design, torch_target, task="classification", rows=holdout_mask, column=column, theta=theta
         )
     return losses
 
 
 @pytest.mark.parametrize(("num_features", "clarity"), [(3, 3.0), (20, 2.5), (40, 1.0), (100, 0.2)])
-def test_a_race_of_all_at_once_ends_near_the_best_of_fits_one_by_one(num_features: int, clarity: float) -> None:
+def test_chosen_l2_is_close_to_the_best_of_separate_fits(num_features: int, clarity: float) -> None:
     x, label = signal(num_features, clarity=clarity)
     crossed, path = cross_fit(), sorted(CONFIG.l2_penalties, reverse=True)
     losses = alone(x, label, crossed, path)
     fit_rows = gather_fit_rows([crossed], most_rows=len(x))
-    seen = (fit_rows.train_mask & ~fit_rows.holdout_mask).sum(axis=0) / fit_rows.train_mask.sum(axis=0)
-    found = chosen(x, label, crossed) / seen
+    train_share = (fit_rows.train_mask & ~fit_rows.holdout_mask).sum(axis=0) / fit_rows.train_mask.sum(axis=0)
+    l2 = chosen(x, label, crossed) / train_share
     for probe in range(4):
-        # From the strongest to the weakest, so that the places run against the logarithm.
-        at = np.interp(-np.log(found[probe]), -np.log(path), losses[:, probe])
-        assert at <= losses[:, probe].min() + 0.02
+        # The path goes from the largest to the smallest l2, so that -log(path) ascends.
+        loss = np.interp(-np.log(l2[probe]), -np.log(path), losses[:, probe])
+        assert loss <= losses[:, probe].min() + 0.02
 
 
-def test_whoever_runs_beside_it_a_probe_chooses_the_same() -> None:
+def test_l2_does_not_depend_on_other_probes() -> None:
     x, label = signal(20, clarity=2.5)
     crossed = cross_fit()
     few = ProbeConfig(l2_penalties=CONFIG.l2_penalties[2:])
     np.testing.assert_allclose(chosen(x, label, crossed, few), chosen(x, label, crossed), rtol=0.05)
 
 
-def test_of_many_classes_it_is_chosen_on_some_with_all_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 150 classes of 6 samples 15,000 logits are those of 50 classes; beside three times the rows it is a third."""
+def test_l2_of_many_classes_is_chosen_on_a_subset_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 150 classes of 6 samples, 15,000 logits are those of 50 classes; for three times the rows l2 is a third."""
     rng = np.random.default_rng(2)
     label = np.repeat(np.arange(150), 6).astype(np.int32)
     x = (0.5 * rng.standard_normal((150, 16))[label] + rng.standard_normal((900, 16))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Laws of the score table: write then read is equality, anybody's table is one, and a wrong one says why."""
+"""The score table: write then read is equality, foreign tables are read, and invalid ones raise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def strings(*values: str | None) -> Any:
 
 
 def scores(num_modalities: int = 2, *, num_rows: int = 6, seed: int = 0) -> ScoreTable:
-    """A table in which every field is filled."""
+    """Build a table in which every field is filled."""
     rng = np.random.default_rng(seed)
     numbers = range(num_rows)
     m = num_modalities
@@ -63,7 +63,7 @@ def scores(num_modalities: int = 2, *, num_rows: int = 6, seed: int = 0) -> Scor
 
 
 def holed(table: ScoreTable) -> ScoreTable:
-    """Give the same table with the last modality missing in every third row, and another one in the row after."""
+    """Return the table without the last modality in every third row, and another one in the next row."""
     n, m = table.confidence.shape
     missing = np.zeros((n, m), dtype=bool)
     missing[::3, -1] = missing[1::3, 0] = True
@@ -77,74 +77,76 @@ def holed(table: ScoreTable) -> ScoreTable:
 
 
 def foreign(path: Path, **columns: Any) -> Path:
-    """Write somebody's own table; a column given as None is left out."""
-    least = {"sample_id": ["a", "b"], "label": [0, 1], "confidence_x": [0.9, 0.2], "confidence_y": [0.5, 0.6]}
-    pq.write_table(pa.table({name: kept for name, kept in {**least, **columns}.items() if kept is not None}), path)
+    """Write a foreign table; columns given as None are left out."""
+    required = {"sample_id": ["a", "b"], "label": [0, 1], "confidence_x": [0.9, 0.2], "confidence_y": [0.5, 0.6]}
+    pq.write_table(
+        pa.table({name: values for name, values in {**required, **columns}.items() if values is not None}), path
+    )
     return path
 
 
-def assert_equal(one: ScoreTable, other: ScoreTable) -> None:
-    for each in fields(ScoreTable):
-        mine, theirs = getattr(one, each.name), getattr(other, each.name)
-        if isinstance(mine, np.ndarray):
-            assert mine.dtype == theirs.dtype, each.name
-            np.testing.assert_array_equal(mine, theirs, err_msg=each.name)
+def assert_equal(expected: ScoreTable, actual: ScoreTable) -> None:
+    for field in fields(ScoreTable):
+        expected_values, actual_values = getattr(expected, field.name), getattr(actual, field.name)
+        if isinstance(expected_values, np.ndarray):
+            assert expected_values.dtype == actual_values.dtype, field.name
+            np.testing.assert_array_equal(expected_values, actual_values, err_msg=field.name)
         else:
-            assert mine == theirs, each.name
+            assert expected_values == actual_values, field.name
 
 
-LEAST = {"sample_id", "label", "label_name", "modalities", "confidence", "provenance"}
-EMPTY: dict[str, Any] = {each.name: None for each in fields(ScoreTable) if each.name not in LEAST}
+REQUIRED = {"sample_id", "label", "label_name", "modalities", "confidence", "provenance"}
+EMPTY: dict[str, Any] = {field.name: None for field in fields(ScoreTable) if field.name not in REQUIRED}
 
 
 @pytest.mark.parametrize("m", [2, 3])
 @pytest.mark.parametrize("rest", [{}, EMPTY, {"group": None}, {"discrepancy_sd": None}])
 def test_write_then_read_is_equality(tmp_path: Path, m: int, rest: dict[str, Any]) -> None:
-    whole = replace(scores(m), **rest)
-    write_scores(whole, tmp_path / "scores.parquet")
-    assert_equal(read_scores(tmp_path / "scores.parquet"), whole)
+    table = replace(scores(m), **rest)
+    write_scores(table, tmp_path / "scores.parquet")
+    assert_equal(read_scores(tmp_path / "scores.parquet"), table)
 
 
-def test_what_is_missing_is_null_on_disk_and_nan_or_no_class_when_read(tmp_path: Path) -> None:
-    whole = holed(scores(3, num_rows=12))
-    write_scores(whole, tmp_path / "scores.parquet")
-    assert_equal(read_scores(tmp_path / "scores.parquet"), whole)
+def test_missing_values_are_null_on_disk_and_nan_when_read(tmp_path: Path) -> None:
+    scored = holed(scores(3, num_rows=12))
+    write_scores(scored, tmp_path / "scores.parquet")
+    assert_equal(read_scores(tmp_path / "scores.parquet"), scored)
     table = pq.read_table(tmp_path / "scores.parquet")
     for kind in ("confidence", *BY_MODALITY, "discrepancy", "discrepancy_sd"):
         for column, name in enumerate(NAMES):
             nulls = table[f"{kind}_{name}"].is_null().to_pylist()
-            assert nulls == (~whole.present[:, column]).tolist(), f"{kind}_{name}"
+            assert nulls == (~scored.present[:, column]).tolist(), f"{kind}_{name}"
     assert table["gap"].null_count == 0
     assert not any(np.isnan(table[name].drop_null().to_numpy()).any() for name in table.column_names
                    if pa.types.is_floating(table[name].type))  # fmt: skip
 
 
-def test_numbers_are_predictions_too(tmp_path: Path) -> None:
-    whole = holed(scores(3))
-    predicted = np.where(whole.present, 2.5 * np.ones((6, 3), np.float32), np.float32(np.nan))
-    regression = replace(whole, prediction=predicted, prediction_fused=np.full(6, -1.5, np.float32))
+def test_regression_predictions_are_numbers(tmp_path: Path) -> None:
+    table = holed(scores(3))
+    predicted = np.where(table.present, 2.5 * np.ones((6, 3), np.float32), np.float32(np.nan))
+    regression = replace(table, prediction=predicted, prediction_fused=np.full(6, -1.5, np.float32))
     write_scores(regression, tmp_path / "scores.parquet")
     assert_equal(read_scores(tmp_path / "scores.parquet"), regression)
 
 
 @pytest.mark.parametrize("m", [2, 3])
-def test_all_together_are_no_modality(tmp_path: Path, m: int) -> None:
+def test_fused_columns_are_not_a_modality(tmp_path: Path, m: int) -> None:
     write_scores(scores(m), tmp_path / "scores.parquet")
     assert read_scores(tmp_path / "scores.parquet").modalities == NAMES[:m]
     with_fused = foreign(tmp_path / "t.parquet", confidence_y=None, confidence_fused=[0.5, 0.6])
-    with pytest.raises(ScoreError, match="is no score table: it needs sample_id"):
+    with pytest.raises(ScoreError, match="is not a score table: it needs sample_id"):
         read_scores(with_fused)
 
 
 @pytest.mark.parametrize("m", [2, 3])
 def test_the_columns_are_the_documented_ones(m: int) -> None:
-    each = {f"{kind}_{name}": "int32" if kind == "prediction" else "float"
+    by_modality = {f"{kind}_{name}": "int32" if kind == "prediction" else "float"
             for name in NAMES[:m] for kind in ("confidence", *BY_MODALITY)}  # fmt: skip
-    each |= {"confidence_fused": "float", "prediction_fused": "int32", "loss_fused": "float"}
+    by_modality |= {"confidence_fused": "float", "prediction_fused": "int32", "loss_fused": "float"}
     ends = [""] if m == 2 else [f"_{name}" for name in NAMES]
     expected = {
         "sample_id": "string", "label": "int32", "label_name": "string", "split": "string", "group": "string",
-        "fold": "int16", **each,
+        "fold": "int16", **by_modality,
         **{f"discrepancy{end}": "float" for end in ends}, **{f"discrepancy_sd{end}": "float" for end in ends},
         "gap": "float", "dominant": "string", "similarity": "float", "balance": "float", "p_balanced": "float",
         "content": "string", "audio_file_name": "string",
@@ -152,11 +154,11 @@ def test_the_columns_are_the_documented_ones(m: int) -> None:
     schema = scores(m).to_arrow().schema
     assert {field.name: str(field.type) for field in schema} == expected
     types = {field.name: str(field.type) for field in replace(scores(m), **EMPTY).to_arrow().schema}
-    known = {*each, "audio_file_name"} - {f"confidence_{name}" for name in NAMES}
-    assert types == {name: type_ for name, type_ in expected.items() if name not in known}
+    optional = {*by_modality, "audio_file_name"} - {f"confidence_{name}" for name in NAMES}
+    assert types == {name: type_ for name, type_ in expected.items() if name not in optional}
 
 
-def test_every_number_has_a_range_and_a_direction() -> None:
+def test_every_number_has_a_documented_range() -> None:
     numbers = set(RANGES)
     assert {f"{kind}_M" for kind in BY_MODALITY} <= numbers
     for m in (2, 3):
@@ -176,7 +178,7 @@ def test_the_columns_follow_from_the_confidence() -> None:
     assert table["dominant"].to_pylist() == ["audio", "visual", None]
 
 
-def test_discrepancy_is_between_whom_one_says() -> None:
+def test_discrepancy_is_between_the_named_modalities() -> None:
     two, three = scores(2), scores(3)
     c = three.confidence
     np.testing.assert_array_equal(two.discrepancy(), two.discrepancy("audio:visual"))
@@ -186,12 +188,12 @@ def test_discrepancy_is_between_whom_one_says() -> None:
     strongest = replace(three, confidence=np.clip(c + np.array([0, 0.9, 0], dtype=np.float32), 0, 1))
     assert strongest.default_between() == "visual"
     np.testing.assert_array_equal(strongest.discrepancy(), strongest.discrepancy("visual"))
-    for wrong in ("visuel", "audio:visuel", "visuel:audio"):
-        with pytest.raises(ConfigError, match=rf"--between {wrong}: no modality 'visuel'; did you mean visual\?"):
-            three.discrepancy(wrong)
+    for between in ("visuel", "audio:visuel", "visuel:audio"):
+        with pytest.raises(ConfigError, match=rf"--between {between}: no modality 'visuel'; did you mean visual\?"):
+            three.discrepancy(between)
 
 
-def test_anybodys_table_is_read(tmp_path: Path) -> None:
+def test_foreign_table_is_read(tmp_path: Path) -> None:
     table = read_scores(foreign(tmp_path / "t.parquet"))
     assert table.modalities == ("x", "y")
     assert table.sample_id.tolist() == ["a", "b"]
@@ -201,7 +203,7 @@ def test_anybodys_table_is_read(tmp_path: Path) -> None:
     assert all(getattr(table, name) is None for name in EMPTY)
 
 
-def test_anybodys_table_of_three_may_lack_some(tmp_path: Path) -> None:
+def test_foreign_table_of_three_may_have_missing_values(tmp_path: Path) -> None:
     table = read_scores(foreign(tmp_path / "t.parquet", confidence_z=[None, 0.7]))
     np.testing.assert_array_equal(table.present, [[True, True, False], [True, True, True]])
     np.testing.assert_allclose(table.gap, [0.4, 0.5], atol=1e-6)
@@ -225,22 +227,22 @@ def test_labels_are_numbers_or_names(
     assert (table.label.tolist(), table.label_name.tolist()) == (label, names)
 
 
-def test_whole_numbers_are_ids_too(tmp_path: Path) -> None:
+def test_integer_ids_are_read_as_strings(tmp_path: Path) -> None:
     assert read_scores(foreign(tmp_path / "t.parquet", sample_id=[10, 2])).sample_id.tolist() == ["10", "2"]
 
 
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"sample_id": None}, "is no score table: it needs sample_id, .*; it has label, confidence_x"),
-        ({"label": None}, "is no score table"),
-        ({"confidence_y": None}, "is no score table"),
-        ({"sample_id": ["a", "a"]}, "1 ids stand more than once"),
+        ({"sample_id": None}, "is not a score table: it needs sample_id, .*; it has label, confidence_x"),
+        ({"label": None}, "is not a score table"),
+        ({"confidence_y": None}, "is not a score table"),
+        ({"sample_id": ["a", "a"]}, "1 duplicate sample ids"),
         ({"sample_id": ["a", None]}, "sample_id, a label or a column confidence_M is null"),
         ({"sample_id": pa.nulls(2)}, "sample_id, a label or a column confidence_M is null"),
         ({"label": [0, None]}, "column label holds 1 nulls"),
         ({"label_name": ["a", None]}, "column label_name holds 1 nulls"),
-        ({"label": [0.5, 1.0]}, "column label does not hold what it should"),
+        ({"label": [0.5, 1.0]}, "column label cannot be read as int32"),
         (
             {"confidence_x": [None, 0.5]},
             r"1 samples have fewer than two values of confidence \(the first: a\): a discrepancy needs two; rescore",
@@ -249,7 +251,7 @@ def test_whole_numbers_are_ids_too(tmp_path: Path) -> None:
         ({"confidence_x": [0.1, float("nan")]}, r"1 samples have fewer than two values .* \(the first: b\)"),
         ({"confidence_x": [None, 0.5], "confidence_z": [None, 0.1]}, r"1 samples have .* \(the first: a\)"),
         ({"confidence_x": [-0.1, 0.5], "confidence_z": [None, 1.5]}, "2 values of confidence are null or outside"),
-        ({"confidence_x": ["much", "0.5"]}, "column confidence_x does not hold what it should"),
+        ({"confidence_x": ["much", "0.5"]}, "column confidence_x cannot be read as float32"),
         ({"confidence_x": pa.nulls(2, pa.float32())}, "a column confidence_M is null"),
         ({"similarity": [0.0, 1.5]}, r"1 values of similarity are null or outside \[-1, 1\]"),
         ({"balance": [None, 0.5]}, "1 values of balance"),
@@ -257,12 +259,12 @@ def test_whole_numbers_are_ids_too(tmp_path: Path) -> None:
         ({"fold": [0, None]}, "column fold holds 1 nulls"),
     ],
 )
-def test_a_wrong_table_says_why(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
+def test_invalid_table_raises(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
     with pytest.raises(ScoreError, match=words):
         read_scores(foreign(tmp_path / "t.parquet", **columns))
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_missing_or_invalid_file_raises(tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match="no such file"):
         read_scores(tmp_path / "none.parquet")
     (tmp_path / "odd.parquet").write_text("id")
@@ -270,16 +272,16 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         read_scores(str(tmp_path / "odd.parquet"))
 
 
-def test_a_table_checks_its_own_birth() -> None:
-    with pytest.raises(ScoreError, match="holds no rows"):
+def test_invalid_arrays_raise() -> None:
+    with pytest.raises(ScoreError, match="has no rows"):
         scores(num_rows=0)
-    with pytest.raises(ScoreError, match="a discrepancy needs two or more"):
+    with pytest.raises(ScoreError, match="two or more are needed"):
         replace(scores(), modalities=("audio",), confidence=scores().confidence[:, :1])
     with pytest.raises(ScoreError, match="3 columns confidence_M for 6 rows"):
         replace(scores(), modalities=NAMES)
 
 
-def test_others_open_it(tmp_path: Path) -> None:
+def test_table_opens_in_other_libraries(tmp_path: Path) -> None:
     path = tmp_path / "scores.parquet"
     write_scores(scores(3), path)
     frame = pd.read_parquet(path)

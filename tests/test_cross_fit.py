@@ -1,4 +1,4 @@
-"""Laws of crossings: no probe sees what it must not, and every row is asked of its own."""
+"""Cross-fitting: probes do not train on the rows that they score."""
 
 from __future__ import annotations
 
@@ -19,39 +19,41 @@ def draw(num_rows: int, *, seed: int, num_folds: int = 4) -> CrossFit:
     )
 
 
-CROSSINGS = (draw(90, seed=0), draw(90, seed=1, num_folds=3))
+CROSS_FITS = (draw(90, seed=0), draw(90, seed=1, num_folds=3))
 
 
-def test_a_probe_never_learns_from_its_fold_or_from_what_does_not_fit() -> None:
-    fit_rows = gather_fit_rows(CROSSINGS, most_rows=1_000)
+def test_probes_do_not_train_on_their_fold_or_outside_fits() -> None:
+    fit_rows = gather_fit_rows(CROSS_FITS, most_rows=1_000)
     assert sorted(fit_rows.rows) == [row for row in range(90) if row % 6]
     assert fit_rows.train_mask.shape == (75, 7)
-    for probe, (cross_fit, fold) in enumerate((c, fold) for c in CROSSINGS for fold in range(c.num_folds)):
+    for probe, (cross_fit, fold) in enumerate((c, fold) for c in CROSS_FITS for fold in range(c.num_folds)):
         np.testing.assert_array_equal(fit_rows.train_mask[:, probe], cross_fit.fold[fit_rows.rows] != fold)
         expected = fit_rows.train_mask[:, probe] & (cross_fit.inner[fit_rows.rows] == 0)
         np.testing.assert_array_equal(fit_rows.holdout_mask[:, probe], expected)
     assert fit_rows.can_choose
 
 
-def test_the_most_rows_are_the_first_by_key() -> None:
-    fit_rows = gather_fit_rows(CROSSINGS, most_rows=20)
-    key = CROSSINGS[0].key
+def test_subsample_has_the_smallest_keys() -> None:
+    fit_rows = gather_fit_rows(CROSS_FITS, most_rows=20)
+    key = CROSS_FITS[0].key
     left_out = [row for row in range(90) if row % 6 and row not in fit_rows.rows]
     assert len(fit_rows.rows) == 20
     assert key[fit_rows.rows].max() < key[left_out].min()
-    np.testing.assert_array_equal(np.sort(fit_rows.rows), first_rows(np.arange(90)[CROSSINGS[0].fits], key, most=20))
+    np.testing.assert_array_equal(
+        np.sort(fit_rows.rows), first_rows(np.arange(90)[CROSS_FITS[0].fits], key, max_rows=20)
+    )
 
 
-def test_without_rows_aside_there_is_no_choice() -> None:
-    fit_rows = gather_fit_rows(CROSSINGS, most_rows=1_000)
+def test_can_choose_is_false_without_holdout_rows() -> None:
+    fit_rows = gather_fit_rows(CROSS_FITS, most_rows=1_000)
     assert not fit_rows.take(np.flatnonzero(~fit_rows.holdout_mask.any(axis=1))).can_choose
 
 
 @pytest.mark.parametrize("rows", [np.arange(90), np.array([7, 3, 3, 88]), np.array([], dtype=np.intp)])
-def test_each_row_is_asked_of_the_probe_that_never_saw_it(rows: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:
-    found = predict_out_of_fold(
-        CROSSINGS, rows, lambda probe, mine: torch.stack([torch.full_like(mine, probe), mine], dim=1)
+def test_each_row_is_predicted_by_the_probe_of_its_fold(rows: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:
+    predictions = predict_out_of_fold(
+        CROSS_FITS, rows, lambda probe, positions: torch.stack([torch.full_like(positions, probe), positions], dim=1)
     )
-    np.testing.assert_array_equal(found[0, :, 0], CROSSINGS[0].fold[rows])
-    np.testing.assert_array_equal(found[1, :, 0], CROSSINGS[1].fold[rows] + 4)
-    np.testing.assert_array_equal(found[:, :, 1], np.tile(np.arange(len(rows)), (2, 1)))
+    np.testing.assert_array_equal(predictions[0, :, 0], CROSS_FITS[0].fold[rows])
+    np.testing.assert_array_equal(predictions[1, :, 0], CROSS_FITS[1].fold[rows] + 4)
+    np.testing.assert_array_equal(predictions[:, :, 1], np.tile(np.arange(len(rows)), (2, 1)))
