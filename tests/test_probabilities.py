@@ -134,7 +134,7 @@ def _damaged(row: int, values: list[float]) -> dict[str, NDArray[np.float32]]:
     ("changes", "error", "message"),
     [
         ({"probabilities": {"audio": draw_probabilities(5)[0]["audio"]}}, MmauditError, "only one modality, audio"),
-        ({"probabilities": {"a/b": np.ones((2, 2)), "c": np.ones((2, 2))}}, ConfigError, "may hold none of"),
+        ({"probabilities": {"a/b": np.ones((2, 2)), "c": np.ones((2, 2))}}, ConfigError, "must not contain"),
         ({"probabilities": {"a": np.ones(3), "b": np.ones(3)}}, ScoreError, r"shape \(3,\); \(n, k\)"),
         ({"probabilities": {"a": np.ones((2, 1)), "b": np.ones((2, 1))}}, ScoreError, r"shape \(2, 1\)"),
         (
@@ -152,7 +152,7 @@ def _damaged(row: int, values: list[float]) -> dict[str, NDArray[np.float32]]:
         ({"labels": ["dgo"] * NUM_ROWS, "classes": ["cat", "dog", "owl"]}, ScoreError, "did you mean dog"),
         ({"classes": ["cat", "dog", "cat"]}, ScoreError, "two classes are called cat"),
         ({"classes": ["cat", "dog"]}, ScoreError, "classes has 2 entries; 3 needed"),
-        ({"ids": ["a"] * NUM_ROWS}, ScoreError, "199 ids stand more than once"),
+        ({"ids": ["a"] * NUM_ROWS}, ScoreError, "199 duplicate sample ids"),
         ({"groups": ["a"]}, ScoreError, "groups has 1 entries; 200 needed"),
         ({"splits": ["holdout"] * NUM_ROWS}, ScoreError, "must be one of train, validation, test"),
     ],

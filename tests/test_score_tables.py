@@ -274,7 +274,7 @@ def test_files_of_different_tables_raise(tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match="column label is int in one shard and str in another"):
         open_scores(write_tables(tmp_path / "b", table(), table(start=N, label=WORDS)), seed=0)
     repeated = pa.Table.from_arrays([*table().columns, table()["label"]], names=[*table().column_names, "label"])
-    with pytest.raises(ScoreError, match=r"part-0\.parquet has 2 columns label"):
+    with pytest.raises(ScoreError, match=r"part-0\.parquet has 2 columns named label"):
         open_scores(write_tables(tmp_path / "c", repeated), seed=0)
 
 
