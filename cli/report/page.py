@@ -105,7 +105,7 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
         "percent": percent,
         "interval": interval,
         "accuracy": _accuracy,
-        "standing": _probe_metric,
+        "probe_metric": _probe_metric,
         "gain": _gain,
         "signed": signed,
         "small": small,
