@@ -208,7 +208,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path, content: bytes, words: str) -> 
 
 
 def test_a_file_must_be_there(tmp_path: Path) -> None:
-    for path, words in ((tmp_path / "none.toml", "no such config file: "), (tmp_path, "it is a folder")):
+    for path, words in ((tmp_path / "none.toml", "config file not found: "), (tmp_path, "it is a folder")):
         with pytest.raises(ConfigError, match=words):
             load_config(path)
 

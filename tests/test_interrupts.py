@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from mmaudit.cli.failures import last_signal, raise_if_seen, remembered
+from mmaudit.cli.failures import interrupts_recorded, last_signal, raise_if_interrupted
 
 _COMMAND = """
 import sys, time, types
@@ -76,7 +76,7 @@ def test_a_signal_ends_the_command_with_its_code(
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
-    assert errors == "interrupted; run the same command again to go on from here\n"
+    assert errors == "interrupted; run the same command again to resume\n"
 
 
 def test_a_second_signal_ends_the_command_at_once(processes: list[subprocess.Popen[str]]) -> None:
@@ -93,17 +93,17 @@ def test_handlers_are_those_of_before_afterwards() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted() -> None:
-        with remembered():
+        with interrupts_recorded():
             with suppress(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)
-            raise_if_seen()
+            raise_if_interrupted()
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert last_signal() == signal.SIGTERM
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    with remembered():
+    with interrupts_recorded():
         assert last_signal() is None
 
 
@@ -111,7 +111,7 @@ def test_outside_the_main_thread_nothing_is_handled() -> None:
     handlers: list[object] = []
 
     def command() -> None:
-        with remembered():
+        with interrupts_recorded():
             handlers.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=command)

@@ -208,7 +208,7 @@ def test_a_set_that_is_not_whole_is_made_whole(tmp_path: Path, lost: str) -> Non
 def test_other_data_are_not_written_over(tmp_path: Path) -> None:
     write_keypad(tmp_path, config=SMALL, seed=0)
     whole = contents(tmp_path)
-    with pytest.raises(RunError, match="keypad of seed 0"):
+    with pytest.raises(RunError, match="a demo dataset of seed 0"):
         write_keypad(tmp_path, config=SMALL, seed=1)
     (tmp_path / "truth.parquet").unlink()
     with pytest.raises(RunError, match="other data"):

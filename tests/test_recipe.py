@@ -355,7 +355,7 @@ def test_replay_needs_the_scores(shop: Workshop, tmp_path: Path) -> None:
     away = tmp_path / "away.parquet"
     shop.scores.rename(away)
     with pytest.raises(
-        ManifestError, match=r"the score table .*scores\.parquet that .* is gone; name it with --scores"
+        ManifestError, match=r"score table .*scores\.parquet of the manifest not found; pass it with --scores"
     ):
         replay(path)
     with pytest.raises(ScoreError, match=r"no score table .*nowhere"):

@@ -68,9 +68,9 @@ def test_a_place_for_a_run(tmp_path: Path, names: list[str] | None) -> None:
 
 def test_no_place_for_a_run(tmp_path: Path) -> None:
     fill(tmp_path, ["zebra.jpg", "cat.jpg", *FEATURES])
-    with pytest.raises(RunError, match=r"holds cat\.jpg and is no run; name another folder with --run"):
+    with pytest.raises(RunError, match=r"holds cat\.jpg and is not a run; pass another folder with --run"):
         Run(tmp_path).check_place()
-    with pytest.raises(RunError, match=r"cat\.jpg is a file; name a folder with --run"):
+    with pytest.raises(RunError, match=r"cat\.jpg is a file; pass a folder with --run"):
         Run(tmp_path / "cat.jpg").check_place()
 
 
@@ -109,7 +109,7 @@ def test_scores_are_those_of_a_finished_run(tmp_path: Path) -> None:
         confidence=np.array([[0.25, 0.5], [1, 0]], np.float32),
     )
     write_scores(scores, run.scores_file)
-    words = f"{tmp_path} holds no finished run; make one with: mmaudit score DATA --run {tmp_path}"
+    words = f"{tmp_path} holds no finished run; create one with: mmaudit score DATA --run {tmp_path}"
     for ask in (run.record, run.scores):
         with pytest.raises(RunError) as caught:
             ask()
@@ -142,14 +142,14 @@ def test_a_manifest_is_found_by_name_and_by_path(tmp_path: Path) -> None:
         RunError, match=r"no manifest balancd; did you mean balanced\? .*balanced, gmm-balanced\); .*split --balanced"
     ):
         run.find_manifest("balancd")
-    with pytest.raises(RunError, match=r"no manifest balanced: .*none has none yet; make one with"):
+    with pytest.raises(RunError, match=r"no manifest balanced: .*none has no manifests; create one with"):
         Run(tmp_path / "none").find_manifest("balanced")
 
 
 @pytest.mark.parametrize("name", ["a" * 250, "é" * 120, "a\0b"])
 def test_a_name_that_no_file_could_have_is_refused(tmp_path: Path, name: str) -> None:
     for find in (Run(tmp_path).manifest, Run(tmp_path).finetune):
-        with pytest.raises(ConfigError, match="a name has at most 200 bytes, and no NUL"):
+        with pytest.raises(ConfigError, match="a name has at most 200 bytes and no NUL"):
             find(name)
 
 

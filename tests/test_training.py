@@ -91,7 +91,7 @@ def test_evaluate_gives_the_test_figures_again_and_more(run: Path) -> None:
     written = json.loads((run / "finetune" / "plain" / "evaluation.json").read_text())
     assert written == {key: value for key, value in found.items() if key != "file"}
     told = said(mmaudit("evaluate", "plain", "--run", run))
-    for part in ("split test of all", "audio-preferred", "ece", "least recall", "right with one alone"):
+    for part in ("split test of all", "audio-preferred", "ece", "lowest recall", "right with one alone"):
         assert part in told
 
 
@@ -169,7 +169,7 @@ def test_a_frozen_encoder_stays(run: Path) -> None:
         (["--set", "optim.schedule=linear"], "optim.schedule is linear"),
         (["--set", "optim.modality_lr=['audio']"], "not of the form NAME=FACTOR"),
         (["--set", "optim.freeze=['sound']"], "no modality sound here; the modalities are audio, visual"),
-        (["--seed", "99999999999999999999"], "the seed is 99999999999999999999; it must be at least 0, and below 2^63"),
+        (["--seed", "99999999999999999999"], "seed is 99999999999999999999; it must be at least 0 and below 2^63"),
         (["--set", "sampling.dus.kappa=inf"], "sampling.dus.kappa is inf; it must be a finite number"),
         (["--set", "sampling.bss.alpha=inf"], "sampling.bss.alpha is inf"),
         (["--report-to", "mlflow,wandb"], "mlflow is not installed: pip install mlflow"),

@@ -158,7 +158,7 @@ def test_in_one_s_own_run_every_command_works_unchanged(home: Path, tmp_path: Pa
         )
     }
     assert {name: code for name, (code, _) in done.items()} == dict.fromkeys(done, 0), done
-    assert "held signature: you made it on this machine" in done["verify"][1]
+    assert "held signature: made by you on this machine" in done["verify"][1]
     assert list((tmp_path / "tars").glob("*.tar"))
 
 
@@ -308,14 +308,14 @@ def test_a_manifest_changed_by_hand_says_what_changed_and_decides_nothing(
         rewrite(own, names_code("hostile_code:run"), lambda table: table)
     code, printed = mmaudit("verify", "spoiled", "--run", "run")
     assert code == 3
-    assert f"FAILED signature: its {what} changed since you made it" in printed
+    assert f"FAILED signature: its {what} changed since it was made" in printed
     for command in (
         ("export", "spoiled", "--format", "webdataset", "--out", tmp_path / "tars"),
         ("finetune", "-m", "spoiled", *TRAIN),
     ):
         code, printed = mmaudit(*command, "--run", "run")
         assert code == 2
-        assert f"its {what} changed since you made it" in printed
+        assert f"its {what} changed since it was made" in printed
     assert not holds_canary(tmp_path)
 
 
@@ -326,7 +326,7 @@ def test_numbers_without_a_signature_or_with_another_s_decide_nothing(home: Path
         write_json({**numbers, "signature": signature}, balance_path(own))
         code, printed = mmaudit("finetune", "-m", "spoiled", "--run", "run", *TRAIN)
         assert code == 2
-        assert "mmaudit split did not sign it as made by you, here" in printed
+        assert "it was not signed by you on this machine" in printed
     balance_path(own).write_text("{")
     assert mmaudit("finetune", "-m", "spoiled", "--run", "run", *TRAIN)[0] == 2
 
@@ -340,7 +340,7 @@ def test_a_record_changed_by_hand_decides_nothing(home: Path, key: str) -> None:
     code, printed = mmaudit("verify", "all", "--run", "run")
     file.write_bytes(before)
     assert code == 2
-    assert "run.json is not signed by you on this machine, or was changed" in printed
+    assert "run.json was not signed by you on this machine, or has changed" in printed
 
 
 def test_a_manifest_of_a_table_of_others_is_bound_to_no_source(home: Path, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_a_manifest_of_a_table_of_others_is_bound_to_no_source(home: Path, tmp_p
     assert mmaudit("split", "--scores", tmp_path / "scores.parquet", *words)[0] == 0
     code, printed = mmaudit("export", "others", "--run", "run", "--format", "webdataset", "--out", tmp_path / "tars")
     assert code == 2
-    assert "it was made from other scores than its run's" in printed
+    assert "it was not made from the scores of its run" in printed
     assert mmaudit("replay", "others", "--run", "run")[0] == 0  # the recipe is the user's own words
     table = home / "run" / "scores.parquet"
     before = table.read_bytes()
@@ -358,7 +358,7 @@ def test_a_manifest_of_a_table_of_others_is_bound_to_no_source(home: Path, tmp_p
     assert mmaudit("split", *words)[0] == 0
     table.write_bytes(before)
     code, printed = mmaudit("finetune", "-m", "others", "--run", "run", *TRAIN)
-    assert (code, "it was made from other scores than its run's" in printed) == (2, True), printed
+    assert (code, "it was not made from the scores of its run" in printed) == (2, True), printed
 
 
 def test_another_file_of_the_encoder_s_name_is_not_run(
