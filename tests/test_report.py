@@ -268,7 +268,7 @@ def test_page_shows_all_that_there_is(reported: Run) -> None:
     text = words(reported.report_file)
     for part in ("Manifests", "bin-full", "Fine-tunings", "Recovery", "0.900 [0.880, 0.920]", "no file a/b.wav"):
         assert part in text
-    assert "learned from test labels too" in text
+    assert "were fitted on test labels too" in text
     assert "12 groups (speaker)" in text
 
 
@@ -369,17 +369,16 @@ def test_numbers_of_no_manifest_or_another_are_not_told(full: Run) -> None:
     told = manifest_of(full, "balanced")
     beside, other = (balance_path(full.manifest(name)) for name in ("balanced", "audio-dominated-0.2"))
     beside.unlink()
-    assert "is not told of balanced: it has no balance.json beside it." in words(write_report(full))
+    assert "not available for balanced: NAME.balance.json not found." in words(write_report(full))
     beside.write_bytes(other.read_bytes())
-    assert "is not told of balanced: it has a balance.json of another manifest" in words(write_report(full))
+    assert "not available for balanced: NAME.balance.json belongs to another manifest" in words(write_report(full))
     found = manifest_of(full, "balanced")
     assert (found["untold"], found["balance"]) == ("another", None)
     assert {**found, "untold": None, "balance": told["balance"]} == told  # the plain counts are the files' own
     other.unlink()
     beside.unlink()
-    assert "is not told of audio-dominated-0.2, balanced: have no balance.json beside them." in words(
-        write_report(full)
-    )
+    text = words(write_report(full))
+    assert "not available for audio-dominated-0.2, balanced: NAME.balance.json not found." in text
     dropped_path(full.manifest("balanced")).unlink()
     assert manifest_of(full, "balanced")["dropped"] is None
     assert "unknown" in words(write_report(full))
@@ -401,7 +400,7 @@ def test_without_test_samples(full: Run) -> None:
 
 
 def test_contribution_is_told_and_an_older_fine_tuning_has_none(full: Run) -> None:
-    told = "is there with nothing to go by; the rest is shared by Shapley value"
+    told = "is reached without any modality; the rest is divided by Shapley value"
     assert told in words(write_report(full))
     # Two halves: v = 0, 1/2, 1/2, 4/5 of the samples, so that each modality's share is 2/5, give or take a row.
     assert re.search(r"\+0\.(39|40|41)\d* \[", words(full.report_file))
@@ -439,7 +438,7 @@ def test_shortage_is_said(tmp_path: Path) -> None:
     assert (found["class"], found["bin"], found["has"]) == ("class-2", 9, 3)
     text = words(write_report(run))
     assert f"class class-2 has 3 samples in bin 9, [0.8, 1]; an even share is {found['even']:.0f}." in text
-    assert "8 hold no sample, before already: [−1, 0), [0.2, 0.8)." in text
+    assert "8 of 10 bins are empty before the split: [−1, 0), [0.2, 0.8)." in text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -448,11 +447,11 @@ def test_each_way_of_making_uniform_is_said(tmp_path: Path) -> None:
     ways = {
         "grid": (
             BalancedConfig(grid=True, bins=3),
-            "Uniform was made the grid of 3 × 3 bins of the confidences of audio",
+            "uniform over the grid of 3 × 3 bins of the confidences of audio",
         ),
-        "weighted": (BalancedConfig(by="weight", bins=10), "samples that weigh the same (Kish's effective size)"),
-        "sized": (BalancedConfig(size=40, bins=5), "Asked for were 40 samples"),
-        "perclass": (BalancedConfig(per_class=True, bins=5), "in each class by itself"),
+        "weighted": (BalancedConfig(by="weight", bins=10), "The effective size of the weighted set (Kish) is"),
+        "sized": (BalancedConfig(size=40, bins=5), "40 samples were requested"),
+        "perclass": (BalancedConfig(per_class=True, bins=5), "for each class separately"),
     }
     for name, (config, _) in ways.items():
         cut(run, Recipe(balanced=config), name=name)
@@ -476,7 +475,7 @@ def test_classes_that_keep_nothing_come_first_and_have_no_distance(tmp_path: Pat
     assert distances == sorted(distances, reverse=True)
     moved = [row["distance_after"] - row["distance_before"] for row in classes["worst"][lost:]]
     assert (classes["nearer"], classes["farther"]) == (sum(x < 0 for x in moved), sum(x > 0 for x in moved))
-    assert f"of {lost} nothing is kept" in words(write_report(run))
+    assert f"{lost} have no samples left" in words(write_report(run))
 
 
 def test_of_many_manifests_those_made_uniform_are_shown(full: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,7 +483,7 @@ def test_of_many_manifests_those_made_uniform_are_shown(full: Run, monkeypatch: 
     for number in range(9):
         cut(full, Recipe(subset=f"random:{20 + number}"), name=f"a{number}")
     text = words(write_report(full))
-    assert "Of 11 manifests, 8 are shown in full" in text
+    assert "8 of 11 manifests are shown in detail" in text
     assert len(list(full.figures.glob("manifest-*.png"))) == 8
     assert (full.figures / "manifest-balanced.png").exists()
 
@@ -588,7 +587,7 @@ def test_many_classes_stay_small_and_say_how_many_are_left_out(tmp_path: Path) -
     page = write_report(run)
     assert page.stat().st_size < 2_000_000
     assert "40 of 300 classes" in words(page)
-    assert "260 are left out" in words(page)
+    assert "260 are omitted" in words(page)
     rows = report_numbers(run)["classes"]["rows"]
     assert rows[0]["name"].endswith("name 7")
     assert rows[-1]["name"].endswith("name 8")
@@ -657,4 +656,4 @@ def test_samples_without_the_discrepancy_are_told(tmp_path: Path) -> None:
     found = manifest_of(run, "balanced")
     assert sum(found["balance"]["before"]) == 45
     assert next(row["n"] for row in found["reasons"] if row["name"] == "missing-modality") == 15
-    assert "15 samples lack audio or visual" in words(write_report(run))
+    assert "15 samples have no audio or no visual" in words(write_report(run))
