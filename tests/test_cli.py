@@ -140,13 +140,13 @@ def test_bad_input_is_one_line_and_exit_2(words: list[str], line: str, keypad: P
         (["score"], "Missing argument"),
     ],
 )
-def test_a_wrong_word_names_the_right_one(words: list[str], line: str) -> None:
+def test_unknown_command_or_option_suggests_the_nearest(words: list[str], line: str) -> None:
     result = mmaudit(*words)
     assert result.exit_code == 2
     assert line in said(result)
 
 
-def test_no_label_column(data: Path, tmp_path: Path) -> None:
+def test_missing_label_column_is_refused(data: Path, tmp_path: Path) -> None:
     edit_metadata(data, drop="label")
     result = mmaudit("score", data, "--run", tmp_path / "run")
     assert result.exit_code == 2
@@ -154,7 +154,7 @@ def test_no_label_column(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_duplicate_ids(data: Path, tmp_path: Path) -> None:
+def test_duplicate_ids_are_refused(data: Path, tmp_path: Path) -> None:
     with (data / "metadata.csv").open(newline="") as file:
         first = next(csv.DictReader(file))["id"]
     edit_metadata(data, rows={1: {"id": first}})
@@ -209,20 +209,20 @@ def test_bad_vectors_are_quarantined_with_their_reason(tmp_path: Path) -> None:
     assert len(pq.read_table(run / "scores.parquet")) == 58
 
 
-def test_a_finished_run_is_left_alone(keypad: Path, scored: Path) -> None:
+def test_finished_run_is_not_rewritten(keypad: Path, scored: Path) -> None:
     stamp = (scored / "scores.parquet").stat().st_mtime_ns
     result = mmaudit("score", keypad, "--run", scored, *QUICK)
     assert result.exit_code == 0
     assert (scored / "scores.parquet").stat().st_mtime_ns == stamp
 
 
-def test_a_run_of_another_config_is_refused(keypad: Path, scored: Path) -> None:
+def test_run_of_another_config_is_refused(keypad: Path, scored: Path) -> None:
     result = mmaudit("score", keypad, "--run", scored, *QUICK, "--seed", "7")
     assert result.exit_code == 2
     assert "seed is 0 in the run and 7 now; pass another --run, or --overwrite" in said(result)
 
 
-def test_a_run_of_other_data_is_refused_until_overwritten(data: Path, scored: Path, tmp_path: Path) -> None:
+def test_run_of_other_data_requires_overwrite(data: Path, scored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(scored, tmp_path / "run"))
     edit_metadata(data, rows={0: {"label": "9"}, 1: {"label": "9"}})
     result = mmaudit("score", data, "--run", run, *QUICK)
@@ -232,14 +232,14 @@ def test_a_run_of_other_data_is_refused_until_overwritten(data: Path, scored: Pa
     assert not (run / "manifests").exists()  # what was made from the old scores is gone with them
 
 
-def test_a_folder_of_something_else_is_no_run(keypad: Path, tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused_as_run(keypad: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     result = mmaudit("score", keypad, "--run", tmp_path, *QUICK)
     assert result.exit_code == 2
     assert "holds thesis.tex and is not a run" in said(result)
 
 
-def test_a_changed_source_is_refused(data: Path, tmp_path: Path) -> None:
+def test_changed_source_is_refused(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
     assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
@@ -256,7 +256,7 @@ def test_a_changed_source_is_refused(data: Path, tmp_path: Path) -> None:
     assert not (run / "finetune").exists()
 
 
-def test_moved_data_are_found_with_data(data: Path, tmp_path: Path) -> None:
+def test_moved_data_are_opened_with_data_option(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
     assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
@@ -267,7 +267,7 @@ def test_moved_data_are_found_with_data(data: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["test"]["all"]["n"] > 0
 
 
-def test_a_foreign_score_table_can_be_split(tmp_path: Path) -> None:
+def test_score_table_of_another_tool_can_be_split(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     table = {
         "sample_id": [f"s{row}" for row in range(200)],
@@ -284,7 +284,7 @@ def test_a_foreign_score_table_can_be_split(tmp_path: Path) -> None:
     assert summary["after"]["distance"] <= 0.05
 
 
-def test_what_split_prints_is_what_it_kept(scored: Path, tmp_path: Path) -> None:
+def test_split_prints_number_of_kept_samples(scored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(scored, tmp_path / "run"))
     result = mmaudit("split", "--balanced", "--run", run)
     kept = len(pq.read_table(run / "manifests" / "balanced.parquet"))
@@ -305,14 +305,14 @@ def test_files_of_several_folders_cannot_share_relative_paths(keypad: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["fused", "chance", "rest", "all"])
-def test_a_modality_may_not_take_a_word_of_the_reports(keypad: Path, tmp_path: Path, name: str) -> None:
+def test_reserved_modality_names_are_refused(keypad: Path, tmp_path: Path, name: str) -> None:
     words = ["--modality", f"{name}=audio_file_name", "--modality", "image=image_file_name"]
     result = mmaudit("score", keypad, "--run", tmp_path / "run", *words)
     assert result.exit_code == 2
     assert f"a modality is called '{name}'" in said(result)
 
 
-def test_captions_of_few_words_are_scored(tmp_path: Path) -> None:
+def test_short_captions_are_scored(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     label = np.arange(200) % 4
     words = np.array(["red", "green", "blue", "black"])
@@ -330,7 +330,7 @@ def test_captions_of_few_words_are_scored(tmp_path: Path) -> None:
     assert next(found["value"] for found in probe_metrics if found["name"] == "caption") > 0.7
 
 
-def test_a_failed_overwrite_leaves_the_old_run(data: Path, scored: Path, tmp_path: Path) -> None:
+def test_failed_overwrite_keeps_the_old_run(data: Path, scored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(scored, tmp_path / "run"))
     with (data / "metadata.csv").open(newline="") as file:
         size = len(list(csv.DictReader(file)))
@@ -340,7 +340,7 @@ def test_a_failed_overwrite_leaves_the_old_run(data: Path, scored: Path, tmp_pat
     assert (run / "manifests" / "balanced.parquet").exists()
 
 
-def test_changed_labels_are_noticed_by_finetune(data: Path, tmp_path: Path) -> None:
+def test_finetune_refuses_changed_labels(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
     assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
@@ -362,7 +362,7 @@ def drawn(n: int, *, seed: int) -> list[object]:
     return list(np.random.default_rng(seed).standard_normal((n, 9)).tolist())
 
 
-def test_a_common_list_leaks_every_actor_and_the_gate_fails(tmp_path: Path) -> None:
+def test_random_split_of_actors_fails_the_leakage_gate(tmp_path: Path) -> None:
     """A list of the shape of CREMA-D's common one: clips of 91 actors, drawn into train and test at random."""
     rng = np.random.default_rng(0)
     actors = rng.permutation(np.repeat(np.arange(1001, 1092), 30))
@@ -383,7 +383,7 @@ def test_a_common_list_leaks_every_actor_and_the_gate_fails(tmp_path: Path) -> N
     assert [each["what"] for each in found["leakage"]["findings"]] == ["groups"]
 
 
-def test_clean_splits_pass_and_what_is_unusable_is_told(tmp_path: Path) -> None:
+def test_check_passes_clean_splits_and_prints_unusable_samples(tmp_path: Path) -> None:
     audio = drawn(60, seed=1)
     audio[7] = None
     table = write_table(
@@ -402,7 +402,7 @@ def test_clean_splits_pass_and_what_is_unusable_is_told(tmp_path: Path) -> None:
     assert "no leaks found" in said(result)
 
 
-def test_a_download_is_taken_in_and_what_is_missing_is_told(tmp_path: Path) -> None:
+def test_ingest_writes_metadata_and_prints_missing_clips(tmp_path: Path) -> None:
     for folder, ending in (("AudioWAV", "wav"), ("VideoFlash", "flv")):
         (tmp_path / folder).mkdir()
         for actor in (1001, 1002):
@@ -417,7 +417,7 @@ def test_a_download_is_taken_in_and_what_is_missing_is_told(tmp_path: Path) -> N
     assert "did you mean cremad?" in said(wrong)
 
 
-def test_a_modality_may_be_missing_the_whole_line_long(tmp_path: Path) -> None:
+def test_all_stages_accept_a_missing_modality(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     columns: dict[str, list[object]] = {"id": [f"s{row:03d}" for row in range(90)], "label": [r % 3 for r in range(90)]}
     for name in ("a", "b", "c"):
@@ -440,7 +440,7 @@ def test_a_modality_may_be_missing_the_whole_line_long(tmp_path: Path) -> None:
     assert trained.exit_code == 0
 
 
-def test_numbers_are_scored_and_not_trained_on(tmp_path: Path) -> None:
+def test_regression_is_scored_and_refused_by_finetune(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal(80)
     table = write_table(
@@ -470,15 +470,13 @@ def test_numbers_are_scored_and_not_trained_on(tmp_path: Path) -> None:
         (["--set", "probe.kind=mpl"], "did you mean mlp?"),
     ],
 )
-def test_wrong_choices_name_the_right_ones(keypad: Path, tmp_path: Path, words: list[str], mend: str) -> None:
+def test_unknown_choices_suggest_the_nearest(keypad: Path, tmp_path: Path, words: list[str], mend: str) -> None:
     result = mmaudit("score", keypad, "--run", tmp_path / "run", *words, *QUICK)
     assert result.exit_code == 2
     assert mend in said(result)
 
 
-def test_check_and_score_read_data_by_the_same_options(
-    keypad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_and_score_share_data_options(keypad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is given comes before the settings, and what is not leaves them alone."""
     seen: list[RunConfig] = []
 

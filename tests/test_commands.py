@@ -228,7 +228,7 @@ def test_export(command: Command, demo_folder: Path, tmp_path: Path, form: str) 
     assert all(Path(name).stat().st_size for name in found["files"])
 
 
-def test_the_program_exports_in_a_process_of_its_own(demo_folder: Path, tmp_path: Path) -> None:
+def test_export_in_its_own_process_prints_no_warning(demo_folder: Path, tmp_path: Path) -> None:
     words = ["export", "balanced", "--format", "csv", "--run", demo_folder / "run", "--out", tmp_path / "out.csv"]
     ended = subprocess.run(
         [sys.executable, "-W", "error", "-m", "mmaudit", *map(str, words)],
@@ -238,7 +238,7 @@ def test_the_program_exports_in_a_process_of_its_own(demo_folder: Path, tmp_path
     assert ended.stdout.splitlines()[1] == f"files: {tmp_path / 'out.csv'}"
 
 
-def test_export_names_what_it_skipped(command: Command, demo_folder: Path, tmp_path: Path) -> None:
+def test_export_prints_skipped_samples(command: Command, demo_folder: Path, tmp_path: Path) -> None:
     lost = next((demo_folder / "data" / "audio").glob("*.wav"))
     manifest = strict_json(succeed(command, "split", "--subset", "random:100%", "--name", "whole", "--run",
                                    demo_folder / "run", "--json"))["file"]  # fmt: skip
@@ -268,7 +268,7 @@ def test_ingest(command: Command, tmp_path: Path) -> None:
     assert Path(found["path"]).is_file()
 
 
-def test_export_escapes_formulas_unless_told_otherwise(command: Command, demo_folder: Path, tmp_path: Path) -> None:
+def test_escape_formulas_keeps_ordinary_names(command: Command, demo_folder: Path, tmp_path: Path) -> None:
     words: list[str | Path] = ["export", "balanced", "--format", "csv", "--run", demo_folder / "run"]
     text = {}
     for option in ("--escape-formulas", "--no-escape-formulas"):
@@ -281,7 +281,7 @@ def test_export_escapes_formulas_unless_told_otherwise(command: Command, demo_fo
 HOSTILE = "\x1b[2Jname\nreport: forged\u202e"
 
 
-def test_names_of_the_data_reach_the_terminal_without_controls(command: Command, tmp_path: Path) -> None:
+def test_names_in_data_are_printed_without_control_characters(command: Command, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [{"id": f"{HOSTILE}{row}", "label": f"{HOSTILE}{row % 2}", "a": rng.standard_normal(3).tolist(),
              "b": (rng.standard_normal(2) + row % 2).tolist()} for row in range(40)]  # fmt: skip

@@ -73,20 +73,20 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Callab
         (RunError("two\nlines stay as they are"), "two\nlines stay as they are"),
     ],
 )
-def test_what_the_user_can_mend_is_a_line(error: Exception, line: str) -> None:
+def test_errors_of_the_user_are_one_line(error: Exception, line: str) -> None:
     failure = described(error, data="DATA", run="run")
     assert failure.code == 2
     assert failure.line is not None
     assert failure.line.startswith(f"error: {line}")
 
 
-def test_other_ends_have_codes_of_their_own() -> None:
+def test_exit_codes_of_gate_pipe_and_interrupt() -> None:
     assert described(GateError("data leak")) == Failure(line="failed: data leak", code=3)
     assert described(BrokenPipeError()) == Failure(line=None, code=141)
     assert described(KeyboardInterrupt()).code == 130
 
 
-def test_an_error_from_a_system_error_is_the_users() -> None:
+def test_error_raised_from_an_os_error_is_not_a_bug() -> None:
     def caused(number: int, *, named: bool) -> Exception:
         try:
             try:
@@ -106,7 +106,9 @@ def test_an_error_from_a_system_error_is_the_users() -> None:
 @pytest.mark.parametrize(
     "error", [ValueError("odd\nvalue"), RecursionError("deep"), KeyError("name"), AssertionError()]
 )
-def test_all_else_is_a_bug(error: Exception, failing: Callable[[BaseException], Callable[..., Result]]) -> None:
+def test_other_errors_are_reported_as_bugs(
+    error: Exception, failing: Callable[[BaseException], Callable[..., Result]]
+) -> None:
     result = failing(error)("report", "--run", "somewhere")
     assert result.exit_code == 1
     text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
@@ -114,7 +116,7 @@ def test_all_else_is_a_bug(error: Exception, failing: Callable[[BaseException], 
 
 
 @pytest.mark.parametrize("words", [("--debug", "report"), ("report", "--debug"), ("report",)])
-def test_the_traceback_is_for_debugging(
+def test_traceback_is_printed_only_with_debug(
     words: tuple[str, ...], failing: Callable[[BaseException], Callable[..., Result]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "--debug" not in words:
@@ -127,7 +129,7 @@ def test_the_traceback_is_for_debugging(
     assert "Traceback" not in run("report").output
 
 
-def test_the_file_that_was_read_is_named() -> None:
+def test_bug_report_names_the_file_being_read() -> None:
     def read(name: str) -> None:
         with reading("outer.parquet"), reading(name):
             raise ValueError("odd")
@@ -165,7 +167,7 @@ def writers(path: Path) -> dict[str, Callable[[], object]]:
 
 
 @pytest.mark.parametrize("kind", ["text", "parquet", "arrow", "model", "state"])
-def test_no_room_is_a_line_with_the_path_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+def test_failed_write_names_the_path_and_keeps_the_old_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     failure = described(limited(writers(path)[kind]), data="DATA")
@@ -184,7 +186,7 @@ def command(*words: str | Path, **options: object) -> subprocess.CompletedProces
     )
 
 
-def test_who_reads_no_further_is_no_error(tmp_path: Path) -> None:
+def test_closed_pipe_is_no_error_and_full_stdout_is(tmp_path: Path) -> None:
     table = pa.table({"sample_id": [f"s{n}" for n in range(200)], "label": [n % 2 for n in range(200)]})
     rng = np.random.default_rng(0)
     for name in ("confidence_a", "confidence_b"):
@@ -209,7 +211,7 @@ def test_who_reads_no_further_is_no_error(tmp_path: Path) -> None:
     assert result.stderr.splitlines()[-1].startswith("error: standard output: No space left on device")
 
 
-def test_names_that_are_not_utf8_are_printed(tmp_path: Path) -> None:
+def test_names_not_in_utf8_are_printed_escaped(tmp_path: Path) -> None:
     name = os.fsdecode(b"b\xff")
     result = command("score", tmp_path / name)
     assert result.returncode == 2
@@ -218,7 +220,7 @@ def test_names_that_are_not_utf8_are_printed(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_parameter_that_is_a_file_where_a_folder_belongs(tmp_path: Path) -> None:
+def test_file_in_place_of_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = mmaudit("report", "--run", tmp_path / "file" / "run")
     assert result.exit_code == 2

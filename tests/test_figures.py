@@ -82,7 +82,7 @@ def share_of(colour: str, image: np.ndarray[Any, Any]) -> float:
     return float((np.abs(image.astype(int) - wanted).max(axis=2) < 12).mean())
 
 
-def test_png_without_texts_or_dates_and_white_behind() -> None:
+def test_png_has_no_metadata_and_white_background() -> None:
     figures = draw(numbers_of(uniform(2), names=("audio", "visual")))
     assert set(figures) == {"discrepancy", "classes", "gap", "maps", "training"}
     for content in figures.values():
@@ -94,7 +94,7 @@ def test_png_without_texts_or_dates_and_white_behind() -> None:
     assert Image.open(io.BytesIO(figures["gap"])).width == round(WIDTH * DPI)
 
 
-def test_bytes_do_not_depend_on_the_users_settings() -> None:
+def test_figures_ignore_user_matplotlib_settings() -> None:
     numbers = numbers_of(uniform(2), names=("audio", "visual"))
     once = draw(numbers)
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "lines.linewidth": 9}):
@@ -102,7 +102,7 @@ def test_bytes_do_not_depend_on_the_users_settings() -> None:
         assert matplotlib.rcParams["font.size"] == 30  # and they are left as they were
 
 
-def test_bars_stand_on_their_side_in_their_colour() -> None:
+def test_bars_have_the_colour_of_their_side() -> None:
     right = draw(numbers_of(np.tile([0.9, 0.1], (90, 1)), names=("audio", "visual")))["discrepancy"]
     left = draw(numbers_of(np.tile([0.1, 0.9], (90, 1)), names=("audio", "visual")))["discrepancy"]
     first, second = COLOURS[:2]
@@ -116,12 +116,12 @@ def test_any_label_can_be_drawn() -> None:
     assert draw(numbers_of(uniform(2), names=("audio", "$\\frac{$"), labels=labels))["classes"]
 
 
-def test_many_modalities() -> None:
+def test_figures_of_ten_modalities_are_small() -> None:
     figures = draw(numbers_of(uniform(10), names=tuple(f"m{index}" for index in range(10))))
     assert all(len(content) < 200_000 for content in figures.values())
 
 
-def test_modalities_keep_their_colour() -> None:
+def test_palette_is_stable() -> None:
     names = [f"m{index}" for index in range(10)]
     colours = palette(names)
     assert len({colours[name] for name in names[:8]}) == 8
@@ -130,7 +130,7 @@ def test_modalities_keep_their_colour() -> None:
     assert palette(names[:2]) == {name: colours[name] for name in ("m0", "m1", "fused")}
 
 
-def test_kept_samples_are_drawn_on_their_side() -> None:
+def test_manifest_bars_have_the_colour_of_their_side() -> None:
     first, second = COLOURS[:2]
     right, left = ([0.0] * 5 + [9.0] * 5, [9.0] * 5 + [0.0] * 5)
     assert share_of(first, drawn(manifest_of(right))) > 0.1
@@ -139,7 +139,7 @@ def test_kept_samples_are_drawn_on_their_side() -> None:
     assert share_of(second, drawn(manifest_of(left, between="audio"))) == 0  # the others have no colour of their own
 
 
-def test_only_what_was_made_uniform_has_a_curve() -> None:
+def test_only_uniform_manifests_have_a_curve() -> None:
     subset, balanced = (drawn(manifest_of([4.0] * 10, sizes=sizes)) for sizes in ((), (10, 40, 90)))
     first = COLOURS[0]
     wide, narrow = (share_of(first, image) for image in (subset, balanced))

@@ -59,7 +59,7 @@ def stop_when(words: list[str], *, ready: Any, with_signal: int) -> int:
         process.kill()
 
 
-def test_score_interrupted_and_run_again_is_as_if_never_interrupted(data: Path, tmp_path: Path) -> None:
+def test_interrupted_score_resumes_to_the_same_bytes(data: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     singly = [*SCORE, "--set", "data.shard_rows=1"]  # 400 files: a second of encoding is left when there are two
     run("score", data, "--run", whole, *singly)
@@ -81,7 +81,7 @@ def test_score_interrupted_and_run_again_is_as_if_never_interrupted(data: Path, 
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_finetune_killed_and_run_again_is_as_if_never_killed(data: Path, tmp_path: Path) -> None:
+def test_killed_finetune_resumes_to_the_same_bytes(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run("score", data, "--run", folder, *SCORE)
     run("split", "--balanced", "--tolerance", "0.2", "--run", folder)
@@ -114,7 +114,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, json.loads(run("demo", folder, "--json"))
 
 
-def test_the_demo_recovers_what_was_planted(planted: tuple[Path, dict[str, Any]]) -> None:
+def test_demo_recovers_planted_discrepancy(planted: tuple[Path, dict[str, Any]]) -> None:
     folder, result = planted
     truth = pd.read_parquet(folder / "truth.parquet").set_index("sample_id")
     scores = pd.read_parquet(folder / "run" / "scores.parquet").set_index("sample_id")
@@ -128,7 +128,7 @@ def test_the_demo_recovers_what_was_planted(planted: tuple[Path, dict[str, Any]]
     assert len(kept) >= 500
 
 
-def test_the_demo_leaves_the_files_that_the_readme_names(planted: tuple[Path, dict[str, Any]]) -> None:
+def test_demo_writes_the_files_of_the_readme(planted: tuple[Path, dict[str, Any]]) -> None:
     folder = planted[0] / "run"
     names = ["run.json", "scores.parquet", "quarantine.parquet", "mixture.json", "report.html", "report.json"]
     assert all((folder / name).stat().st_size > 0 for name in names)
@@ -144,7 +144,7 @@ def test_the_demo_leaves_the_files_that_the_readme_names(planted: tuple[Path, di
     assert not [path for path in folder.rglob(".*") if path.is_file()]  # no temporary file was left
 
 
-def test_manifests_open_in_the_tools_people_have(planted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_manifests_open_in_datasets_and_pandas(planted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     path = planted[0] / "run" / "manifests" / "balanced.parquet"
     rows = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path))
     frame = pd.read_parquet(path)
@@ -155,7 +155,7 @@ def test_manifests_open_in_the_tools_people_have(planted: tuple[Path, dict[str, 
     assert dropped["reason"].null_count == 0
 
 
-def test_probes_that_learn_from_train_owe_nothing_to_test_labels(data: Path, tmp_path: Path) -> None:
+def test_probes_fitted_on_train_ignore_test_labels(data: Path, tmp_path: Path) -> None:
     """Scramble the labels of the test samples: the scores of the others stay, but for rounding.
 
     Rows are multiplied in blocks, and how many of them stand in a block depends on who else is there.
@@ -176,7 +176,7 @@ def test_probes_that_learn_from_train_owe_nothing_to_test_labels(data: Path, tmp
     pd.testing.assert_frame_equal(found[0][columns], found[1][columns], atol=1e-5, rtol=0)
 
 
-def test_the_python_of_the_readme_runs(data: Path, tmp_path: Path) -> None:
+def test_readme_python_example_runs(data: Path, tmp_path: Path) -> None:
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     frame = pd.read_csv(data / "metadata.csv")

@@ -68,9 +68,7 @@ def wait_for(process: subprocess.Popen[str], line: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("run", ["plain", "swallowed", "failing"])
-def test_a_signal_ends_the_command_with_its_code(
-    processes: list[subprocess.Popen[str]], number: signal.Signals, run: str
-) -> None:
+def test_signal_sets_the_exit_code(processes: list[subprocess.Popen[str]], number: signal.Signals, run: str) -> None:
     processes.append(process := start(run))
     wait_for(process, "ready")
     process.send_signal(number)
@@ -79,7 +77,7 @@ def test_a_signal_ends_the_command_with_its_code(
     assert errors == "interrupted; run the same command again to resume\n"
 
 
-def test_a_second_signal_ends_the_command_at_once(processes: list[subprocess.Popen[str]]) -> None:
+def test_second_signal_ends_the_command_at_once(processes: list[subprocess.Popen[str]]) -> None:
     processes.append(process := start("cleaning"))
     wait_for(process, "ready")
     process.send_signal(signal.SIGTERM)
@@ -89,7 +87,7 @@ def test_a_second_signal_ends_the_command_at_once(processes: list[subprocess.Pop
     assert process.returncode == -signal.SIGTERM
 
 
-def test_handlers_are_those_of_before_afterwards() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted() -> None:
@@ -107,7 +105,7 @@ def test_handlers_are_those_of_before_afterwards() -> None:
         assert last_signal() is None
 
 
-def test_outside_the_main_thread_nothing_is_handled() -> None:
+def test_no_handlers_outside_the_main_thread() -> None:
     handlers: list[object] = []
 
     def command() -> None:

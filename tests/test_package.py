@@ -22,29 +22,29 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ("audit", "rebalance", "train", "cli")
 
 
-def test_packages_are_the_folders() -> None:
+def test_packages_match_the_folders() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = [path.parent for name in SOURCE for path in (ROOT / name).rglob("__init__.py")]
     expected = ["mmaudit", *(f"mmaudit.{'.'.join(folder.relative_to(ROOT).parts)}" for folder in folders)]
     assert sorted(settings["packages"]) == sorted(expected)
 
 
-def test_version_is_said_once() -> None:
+def test_version_matches_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == mmaudit.__version__
 
 
 @pytest.mark.parametrize("name", mmaudit.__all__)
-def test_every_public_name_is_there(name: str) -> None:
+def test_public_names_are_importable(name: str) -> None:
     assert getattr(mmaudit, name) is not None
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="scor"):
         _ = mmaudit.scor
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports_no_heavy_package() -> None:
     code = (
         "import sys, mmaudit.cli.main, mmaudit.cli.console; "
         "print([n for n in ('torch', 'sklearn', 'pandas', 'pyarrow', 'numpy', 'scipy') if n in sys.modules])"
@@ -53,7 +53,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_the_wheel_runs_the_demo_outside_the_checkout(tmp_path: Path) -> None:
+def test_wheel_runs_the_demo_outside_the_checkout(tmp_path: Path) -> None:
     ours = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "mmaudit-*")
     source = shutil.copytree(ROOT, tmp_path / "source", ignore=ours)
     build = [

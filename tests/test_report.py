@@ -242,7 +242,7 @@ def full_run(folder: Path) -> Run:
     return run
 
 
-def test_page_asks_for_nothing_outside(reported: Run) -> None:
+def test_page_loads_no_external_resource(reported: Run) -> None:
     page = Page(reported.report_file)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "a", "base", "form"}
     images = [attrs for tag, attrs in page.tags if tag == "img"]
@@ -254,7 +254,7 @@ def test_page_asks_for_nothing_outside(reported: Run) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_page_after_score_alone_has_no_later_sections(tmp_path: Path) -> None:
+def test_page_after_score_has_no_later_sections(tmp_path: Path) -> None:
     run = run_of(tmp_path, planted())
     text = words(write_report(run))
     assert "Modality discrepancy" in text
@@ -264,7 +264,7 @@ def test_page_after_score_alone_has_no_later_sections(tmp_path: Path) -> None:
     assert not (run.figures / "manifest-balanced.png").exists()
 
 
-def test_page_shows_all_that_there_is(reported: Run) -> None:
+def test_page_shows_all_sections(reported: Run) -> None:
     text = words(reported.report_file)
     for part in ("Manifests", "bin-full", "Fine-tunings", "Recovery", "0.900 [0.880, 0.920]", "no file a/b.wav"):
         assert part in text
@@ -272,13 +272,13 @@ def test_page_shows_all_that_there_is(reported: Run) -> None:
     assert "12 groups (speaker)" in text
 
 
-def test_needs_a_finished_run(tmp_path: Path) -> None:
+def test_report_needs_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no finished run"):
         write_report(Run(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_same_run_same_bytes(full: Run) -> None:
+def test_same_run_gives_same_bytes(full: Run) -> None:
     def written() -> dict[str, bytes]:
         write_report(full)
         files = [full.report_file, full.report_file.with_suffix(".json"), *full.figures.iterdir()]
@@ -291,7 +291,7 @@ def test_same_run_same_bytes(full: Run) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_figures_of_what_is_gone_are_removed(full: Run) -> None:
+def test_stale_figures_are_removed(full: Run) -> None:
     full.figures.mkdir()
     (full.figures / "manifest-gone.png").write_bytes(b"")
     write_report(full)
@@ -299,7 +299,7 @@ def test_figures_of_what_is_gone_are_removed(full: Run) -> None:
     assert left == {"classes", "discrepancy", "gap", "maps", "manifest-balanced", "manifest-audio-dominated-0.2"}
 
 
-def test_histograms_are_those_of_the_score_table(reported: Run) -> None:
+def test_histograms_match_the_score_table(reported: Run) -> None:
     numbers = json.loads(reported.report_file.with_suffix(".json").read_text())
     scores = reported.scores()
     signed, gap = scores.confidence[:, 0] - scores.confidence[:, 1], np.ptp(scores.confidence, axis=1)
@@ -323,7 +323,7 @@ def test_map_has_rows_of_the_second_modality(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["balanced", "audio-dominated-0.2"])
-def test_manifest_is_measured_as_its_files_say(reported: Run, name: str) -> None:
+def test_manifest_numbers_match_its_files(reported: Run, name: str) -> None:
     found = manifest_of(reported, name)
     balance, path = found["balance"], reported.manifest(name)
     kept = read_manifest(path)
@@ -346,7 +346,7 @@ def test_manifest_is_measured_as_its_files_say(reported: Run, name: str) -> None
     assert {row["split"]: row["kept"] for row in balance["distances"]} == found["splits"]
 
 
-def test_what_a_larger_tolerance_would_buy_is_on_the_curve(reported: Run) -> None:
+def test_larger_tolerance_is_read_from_the_curve(reported: Run) -> None:
     found = manifest_of(reported, "balanced")
     curve = {point["tolerance"]: point["size"] for point in found["balance"]["curve"]}
     assert tuple(curve) == CURVE
@@ -357,7 +357,7 @@ def test_what_a_larger_tolerance_would_buy_is_on_the_curve(reported: Run) -> Non
     assert said in words(reported.report_file)
 
 
-def test_subset_has_its_histograms_and_no_part_of_what_was_made_uniform(reported: Run) -> None:
+def test_subset_has_histograms_but_no_uniformity_target(reported: Run) -> None:
     balance = manifest_of(reported, "audio-dominated-0.2")["balance"]
     assert len(balance["before"]) == len(balance["after"]) == 20
     assert (balance["made"], balance["curve"], balance["classes"], balance["shortages"]) == (None, [], None, [])
@@ -365,7 +365,7 @@ def test_subset_has_its_histograms_and_no_part_of_what_was_made_uniform(reported
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_numbers_of_no_manifest_or_another_are_not_told(full: Run) -> None:
+def test_missing_or_foreign_balance_json_is_reported(full: Run) -> None:
     told = manifest_of(full, "balanced")
     beside, other = (balance_path(full.manifest(name)) for name in ("balanced", "audio-dominated-0.2"))
     beside.unlink()
@@ -393,13 +393,13 @@ def test_dropped_rows_of_another_manifest_are_not_counted(full: Run) -> None:
     assert (found["dropped"], found["reasons"]) == (None, [])
 
 
-def test_without_test_samples(full: Run) -> None:
+def test_report_without_test_samples(full: Run) -> None:
     metrics = read_json(full.finetune("balanced-concat") / "metrics.json", error=RunError)
     write_json({**metrics, "test": {"all": {"n": 0}}}, full.finetune("balanced-concat") / "metrics.json")
     assert "Fine-tunings" in words(write_report(full))
 
 
-def test_contribution_is_told_and_an_older_fine_tuning_has_none(full: Run) -> None:
+def test_contribution_is_shown_only_if_measured(full: Run) -> None:
     told = "is reached without any modality; the rest is divided by Shapley value"
     assert told in words(write_report(full))
     # Two halves: v = 0, 1/2, 1/2, 4/5 of the samples, so that each modality's share is 2/5, give or take a row.
@@ -410,7 +410,7 @@ def test_contribution_is_told_and_an_older_fine_tuning_has_none(full: Run) -> No
     assert told not in words(write_report(full))
 
 
-def test_finetune_knows_its_manifest(full: Run) -> None:
+def test_finetune_is_current_if_its_manifest_is_unchanged(full: Run) -> None:
     file = full.finetune("balanced-concat") / "metrics.json"
     metrics = read_json(file, error=RunError)
     path = full.manifest("balanced")
@@ -425,7 +425,7 @@ def test_finetune_knows_its_manifest(full: Run) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_shortage_is_said(tmp_path: Path) -> None:
+def test_shortages_and_empty_bins_are_shown(tmp_path: Path) -> None:
     scores = planted(num_samples=600)
     scores.confidence[:] = np.random.default_rng(0).random((600, 1)) < 0.5  # D = 0 ...
     right = np.arange(600) < 300
@@ -442,7 +442,7 @@ def test_shortage_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_each_way_of_making_uniform_is_said(tmp_path: Path) -> None:
+def test_each_balancing_mode_is_described(tmp_path: Path) -> None:
     run = run_of(tmp_path, planted(num_samples=300))
     ways = {
         "grid": (
@@ -462,7 +462,7 @@ def test_each_way_of_making_uniform_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_classes_that_keep_nothing_come_first_and_have_no_distance(tmp_path: Path) -> None:
+def test_classes_without_kept_rows_come_first_without_distance(tmp_path: Path) -> None:
     run = run_of(tmp_path, replace(planted(num_samples=90, num_classes=5), split=None))
     cut(run, Recipe(balanced=BalancedConfig(bins=4, size=3)))
     kept = set(read_manifest(run.manifest("balanced")).strings("label_name"))
@@ -478,7 +478,7 @@ def test_classes_that_keep_nothing_come_first_and_have_no_distance(tmp_path: Pat
     assert f"{lost} have no samples left" in words(write_report(run))
 
 
-def test_of_many_manifests_those_made_uniform_are_shown(full: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uniform_manifests_are_shown_first(full: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmaudit.cli.report.figures.png", lambda figure: blank())
     for number in range(9):
         cut(full, Recipe(subset=f"random:{20 + number}"), name=f"a{number}")
@@ -497,7 +497,7 @@ def test_manifest_of_other_data_is_marked(full: Run) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_integers_of_any_size_in_a_history_are_drawn_or_left_out(full: Run) -> None:
+def test_huge_integers_in_history_are_drawn_or_omitted(full: Run) -> None:
     line = json.dumps({"epoch": 10**30, "train_loss": 10**400})
     write_text(f"{line}\n", full.finetune("balanced-concat") / "history.jsonl")
     (history,) = [each["history"] for each in report_numbers(full)["finetunes"] if each["name"] == "balanced-concat"]
@@ -506,13 +506,13 @@ def test_integers_of_any_size_in_a_history_are_drawn_or_left_out(full: Run) -> N
 
 
 @pytest.mark.parametrize("key", ["epoch", "train_loss", "validation_loss", "validation_accuracy"])
-def test_a_history_of_another_shape_is_refused(full: Run, key: str) -> None:
+def test_invalid_history_is_refused(full: Run, key: str) -> None:
     write_text(json.dumps({key: "1"}) + "\n", full.finetune("balanced-concat") / "history.jsonl")
     with pytest.raises(RunError, match=f"history.jsonl, line 1 cannot be read: {key} is .*; it must be a number"):
         write_report(full)
 
 
-def test_lopsided_lists_are_sorted_and_ties_go_by_id(tmp_path: Path) -> None:
+def test_sample_lists_are_sorted_with_ties_by_id(tmp_path: Path) -> None:
     scores = planted(num_samples=60)
     scores.confidence[:30] = [1.0, 0.0]
     lists = {each["side"]: each["rows"] for each in report_numbers(run_of(tmp_path, scores))["samples"]}
@@ -538,7 +538,7 @@ def test_user_text_is_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_not_bimodal_is_said_with_reasons_and_rule(tmp_path: Path) -> None:
+def test_not_bimodal_gap_is_described_with_reasons(tmp_path: Path) -> None:
     text = words(write_report(run_of(tmp_path, planted(num_samples=300))))
     assert "The gap is not bimodal" in text
     assert "p of the dip" in text
@@ -546,7 +546,7 @@ def test_not_bimodal_is_said_with_reasons_and_rule(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_bimodal_is_said(tmp_path: Path) -> None:
+def test_bimodal_gap_is_described(tmp_path: Path) -> None:
     scores, rng = planted(num_samples=600), np.random.default_rng(0)
     near = rng.random(600) < 0.5
     scores.confidence[:, 0] = 0.97
@@ -566,7 +566,7 @@ def test_constant_gap_draws_without_components(tmp_path: Path) -> None:
     assert "No clear lean between audio and visual" in text
 
 
-def test_few_samples_left(tmp_path: Path) -> None:
+def test_report_of_few_scored_samples(tmp_path: Path) -> None:
     lost = tuple(
         Quarantined(sample_id=f"q{row}", modality=name, reason=Reason.CORRUPT, detail="bad")
         for row in range(50)
@@ -579,7 +579,7 @@ def test_few_samples_left(tmp_path: Path) -> None:
     assert [row["count"] for row in report_numbers(run)["quarantine"]] == [50, 50]
 
 
-def test_many_classes_stay_small_and_say_how_many_are_left_out(tmp_path: Path) -> None:
+def test_many_classes_are_cut_and_counted(tmp_path: Path) -> None:
     scores = planted(num_samples=3000, num_classes=300, label="a class of long name {}".format)
     scores.confidence[scores.label == 7] = [0.95, 0.05]
     scores.confidence[scores.label == 8] = [0.05, 0.95]
@@ -593,7 +593,7 @@ def test_many_classes_stay_small_and_say_how_many_are_left_out(tmp_path: Path) -
     assert rows[-1]["name"].endswith("name 8")
 
 
-def test_more_than_two_modalities(tmp_path: Path) -> None:
+def test_report_of_three_modalities(tmp_path: Path) -> None:
     scores = planted(modalities=("audio", "visual", "text"), num_samples=400)
     scores.confidence[:, 2] = 1
     run = run_of(tmp_path, scores)
@@ -634,7 +634,7 @@ def test_numbers_do_not_depend_on_row_order(tmp_path: Path) -> None:
     assert np.allclose([float(x) for x in numbers.findall(one)], [float(x) for x in numbers.findall(other)], atol=1e-9)
 
 
-def test_samples_without_a_modality_are_told(tmp_path: Path) -> None:
+def test_samples_without_a_modality_are_listed(tmp_path: Path) -> None:
     scores = planted(num_samples=60, modalities=("audio", "visual", "text"))
     holes = scores.confidence.copy()
     holes[::4, 0] = np.nan  # among them the most balanced of all
@@ -647,7 +647,7 @@ def test_samples_without_a_modality_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_samples_without_the_discrepancy_are_told(tmp_path: Path) -> None:
+def test_samples_without_the_discrepancy_are_counted(tmp_path: Path) -> None:
     scores = planted(num_samples=60, modalities=("audio", "visual", "text"))
     holes = scores.confidence.copy()
     holes[::4, 0] = np.nan

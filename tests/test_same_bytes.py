@@ -135,7 +135,7 @@ def shuffle_features(source: Path, target: Path) -> Path:
         pytest.param(write_features, shuffle_features, "features.parquet", id="features"),
     ],
 )
-def test_the_bytes_are_the_same(
+def test_runs_are_byte_identical(
     write: Callable[[Path], Path], shuffle: Callable[[Path, Path], Path], name: str, tmp_path: Path
 ) -> None:
     data = write(tmp_path / name)

@@ -77,7 +77,7 @@ def kill_in(monkeypatch: pytest.MonkeyPatch, module: object, name: str, command:
             command()
 
 
-def test_a_run_without_its_report_gets_it(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_report_is_written_by_the_next_score(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(run)
     kill_in(monkeypatch, stages, "_write_report", lambda: score(data, run=run, config=QUICK, num_workers=0))
     assert Run(run).is_scored()
@@ -87,7 +87,7 @@ def test_a_run_without_its_report_gets_it(data: Path, run: Path, monkeypatch: py
     assert hidden(run) == []
 
 
-def test_a_killed_overwrite_leaves_the_old_run_and_can_be_run_again(
+def test_killed_overwrite_keeps_the_old_run_and_can_be_repeated(
     data: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files(run)
@@ -104,7 +104,7 @@ def test_a_killed_overwrite_leaves_the_old_run_and_can_be_run_again(
     assert hidden(run) == []
 
 
-def test_a_first_score_leaves_manifests_of_other_tables(data: Path, run: Path) -> None:
+def test_first_score_keeps_manifests_of_other_tables(data: Path, run: Path) -> None:
     scores = shutil.copy(run / "scores.parquet", run.parent / "theirs.parquet")
     shutil.rmtree(run)
     split(run=run, scores=scores, config=QUICK, subset="balanced:0.9", name="even")
@@ -112,7 +112,7 @@ def test_a_first_score_leaves_manifests_of_other_tables(data: Path, run: Path) -
     assert Run(run).manifest("even").exists()
 
 
-def test_a_killed_finetune_overwrite_leaves_the_old_one_and_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_finetune_overwrite_keeps_the_old_one_and_resumes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(run)
     config = replace(QUICK, finetune=replace(QUICK.finetune, epochs=3))
 
@@ -131,7 +131,7 @@ def test_a_killed_finetune_overwrite_leaves_the_old_one_and_goes_on(run: Path, m
     assert Run(run).finetunes() == [run / "finetune" / "tuned"]
 
 
-def test_writers_that_would_meet_are_refused(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conflicting_writers_are_refused(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(run)
     with write_lock(run, "finetune/other", command="mmaudit finetune"):
         with pytest.raises(RunError, match=r"run is being written by mmaudit finetune \(process \d+ on "):
@@ -160,7 +160,7 @@ def test_writers_that_would_meet_are_refused(data: Path, run: Path, monkeypatch:
     assert hidden(run) == []
 
 
-def test_replay_writes_nothing_beside_the_manifest(run: Path) -> None:
+def test_replay_writes_nothing_to_the_run(run: Path) -> None:
     before = files(run)
     manifests = run / "manifests"
     stamp = manifests.stat().st_mtime_ns

@@ -91,7 +91,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> 
     raise AssertionError("it never ends")
 
 
-def test_a_run_is_replaced_but_for_what_it_is_not_made_of(tmp_path: Path) -> None:
+def test_swap_replaces_only_the_files_of_the_run(tmp_path: Path) -> None:
     fill(tmp_path, OLD)
     replace_run(tmp_path)
     assert content(tmp_path) == EXPECTED
@@ -99,7 +99,7 @@ def test_a_run_is_replaced_but_for_what_it_is_not_made_of(tmp_path: Path) -> Non
     assert content(tmp_path) == EXPECTED
 
 
-def test_a_failed_replacement_leaves_the_old_run(tmp_path: Path) -> None:
+def test_failed_swap_keeps_the_old_run(tmp_path: Path) -> None:
     fill(tmp_path, OLD)
 
     def fail() -> None:
@@ -112,9 +112,7 @@ def test_a_failed_replacement_leaves_the_old_run(tmp_path: Path) -> None:
     assert content(tmp_path) == OLD
 
 
-def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_swap_leaves_the_old_or_the_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(1_000))
     folder = tmp_path / "first"
 
@@ -138,7 +136,7 @@ def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(
     assert content(folder) == EXPECTED
 
 
-def test_completing_can_be_interrupted_at_any_moment_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_of_a_swap_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, OLD)
     with monkeypatch.context() as patch:
         for number in range(100):
@@ -154,7 +152,7 @@ def test_completing_can_be_interrupted_at_any_moment_too(tmp_path: Path, monkeyp
     assert content(tmp_path) == EXPECTED
 
 
-def test_what_cannot_be_completed_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swap_that_cannot_be_completed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, {**OLD, ".overwrite-committed/swap.json": '{"names": []}'})
 
     def refuse(*_: object, **__: object) -> None:
@@ -177,9 +175,7 @@ def replace_manifest(folder: Path, name: str = "a") -> None:
         fill(new, {Path(file).name.replace("a", name, 1): "new" for file in MANIFEST})
 
 
-def test_a_kill_at_any_moment_leaves_the_old_manifest_or_the_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_swap_leaves_the_old_or_the_new_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(1_000))
     folder = tmp_path / "first"
     old = {**OLD, **dict.fromkeys(MANIFEST, "old"), "manifests/b.parquet": "kept"}
@@ -204,7 +200,7 @@ def test_a_kill_at_any_moment_leaves_the_old_manifest_or_the_new_one(
     assert content(folder) == expected
 
 
-def test_what_a_killed_split_wrote_aside_is_removed_by_the_next_one_of_any_name(tmp_path: Path) -> None:
+def test_staged_files_of_killed_splits_are_removed(tmp_path: Path) -> None:
     fill(
         tmp_path,
         {**OLD, "manifests/.overwrite-new-b/new/b.parquet": "half", "manifests/.overwrite-new-c/new/c.parquet": "half"},
@@ -219,7 +215,7 @@ NEW_TUNING = {"metrics.json": "new", "model.safetensors": "new"}
 
 
 @pytest.mark.parametrize("before", [OLD_TUNING, {"finetune/b/metrics.json": "kept"}])
-def test_a_fine_tuning_is_replaced_when_it_is_finished(
+def test_finetune_is_replaced_when_the_new_one_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, str]
 ) -> None:
     numbers = iter(range(1_000))
@@ -248,7 +244,7 @@ def test_a_fine_tuning_is_replaced_when_it_is_finished(
     assert content(folder) == expected
 
 
-def test_a_fine_tuning_that_is_being_written_is_left_to_its_writer(tmp_path: Path) -> None:
+def test_locked_finetune_is_not_swapped(tmp_path: Path) -> None:
     fill(tmp_path, OLD_TUNING)
     fill(new_finetune(tmp_path, "a"), NEW_TUNING)
     with write_lock(tmp_path, "finetune/a", command="mmaudit finetune"):

@@ -73,7 +73,7 @@ def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
         (["--keep-posterior", "0.5", "--init", "plain"], "all-concat-uniform-p0.5-from-plain"),
     ],
 )
-def test_a_fine_tuning_is_called_by_what_it_is(run: Path, words: list[str], name: str) -> None:
+def test_default_name_is_built_from_the_settings(run: Path, words: list[str], name: str) -> None:
     metrics = done(*TUNE, *words, "--run", run)
     assert (run / "finetune" / name / "metrics.json").exists()
     assert metrics["config"]["finetune"]["fusion"] in name
@@ -81,7 +81,7 @@ def test_a_fine_tuning_is_called_by_what_it_is(run: Path, words: list[str], name
     assert metrics == done(*TUNE, *words, "--run", run, "--set", "finetune.save_steps=1")
 
 
-def test_evaluate_gives_the_test_figures_again_and_more(run: Path) -> None:
+def test_evaluate_repeats_and_extends_test_metrics(run: Path) -> None:
     metrics = json.loads((run / "finetune" / "plain" / "metrics.json").read_text())
     found = done("evaluate", "plain", "--run", run)
     assert found["test"] == metrics["test"]
@@ -108,7 +108,7 @@ def test_evaluate_on_other_samples(run: Path) -> None:
     assert train["n"] == metrics["counts"]["train"]
 
 
-def test_evaluate_tells_if_other_samples_were_trained_on(run: Path) -> None:
+def test_evaluate_counts_samples_used_in_training(run: Path) -> None:
     other: list[str | Path] = ["evaluate", "plain", "--run", run, "--manifest"]
     assert done(*other, "audio-preferred")["learned_from"] == 0
     done("split", "--balanced", "--resplit", "50/10/40", "--name", "anew", "--run", run)
@@ -122,7 +122,7 @@ def test_evaluate_tells_if_other_samples_were_trained_on(run: Path) -> None:
     assert "whether it was trained on some of them is not known" in said(mmaudit(*other, "anew"))
 
 
-def test_a_training_begins_with_another_s_weights(run: Path) -> None:
+def test_init_loads_weights_of_another_finetune(run: Path) -> None:
     words: list[str | Path] = [*TUNE, "--run", run, "--lr", "1e-9", "--set", "optim.weight_decay=0.0"]
     done(*words, "--init", "plain", "--name", "second")
     done(*words, "--name", "scratch")
@@ -134,7 +134,7 @@ def test_a_training_begins_with_another_s_weights(run: Path) -> None:
     assert all(torch.equal(tensor, second[name]) for name, tensor in weights(run, "third").items())
 
 
-def test_one_modality_begins_a_training_of_two(run: Path) -> None:
+def test_init_from_one_modality(run: Path) -> None:
     """Unimodal pretraining, frozen: the audio encoder is the unimodal one, and the fused answer learns beside it."""
     done(*TUNE, "--run", run, "--only", "audio", "--name", "audio")
     done(*TUNE, "--run", run, "--init", "audio", "--name", "both", "--set", 'optim.freeze=["audio"]')
@@ -146,7 +146,7 @@ def test_one_modality_begins_a_training_of_two(run: Path) -> None:
     assert torch.equal(both["encoders.1.mean"], first["encoders.1.mean"])  # the other is standardised by the data
 
 
-def test_a_frozen_encoder_stays(run: Path) -> None:
+def test_frozen_encoder_is_unchanged(run: Path) -> None:
     done(*TUNE, "--run", run, "--init", "plain", "--name", "frozen", "--set", 'optim.freeze=["audio"]')
     first, second = weights(run, "plain"), weights(run, "frozen")
     still = {name for name in first if torch.equal(first[name], second[name])}
@@ -196,13 +196,13 @@ def test_bad_input_is_one_line_and_exit_2(run: Path, words: list[str], line: str
         (["plain", "--device", "gpu"], "--device gpu: not there"),
     ],
 )
-def test_evaluate_refuses_in_one_line(made: Path, words: list[str], line: str) -> None:
+def test_evaluate_errors_are_one_line(made: Path, words: list[str], line: str) -> None:
     result = mmaudit("evaluate", *words, "--run", made)
     assert result.exit_code == 2
     assert line in said(result)
 
 
-def test_evaluate_notices_what_has_changed(run: Path) -> None:
+def test_evaluate_refuses_changed_manifest_and_model(run: Path) -> None:
     done("split", "--subset", "visual-preferred", "--name", "all", "--run", run)
     result = mmaudit("evaluate", "plain", "--run", run)
     assert result.exit_code == 2
@@ -249,7 +249,7 @@ def test_networks_are_trained_end_to_end(clips: Path, tmp_path: Path) -> None:
     assert any(not torch.equal(tensor, third[name]) for name, tensor in first.items())
 
 
-def test_settings_reach_the_training(run: Path) -> None:
+def test_settings_change_the_weights(run: Path) -> None:
     """Each of them changes the weights, or what is left beside them."""
     base = weights(run, "plain")
     changes: dict[str, list[str]] = {
@@ -297,14 +297,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-def test_a_network_is_compiled_when_asked_for(run: Path, compiled: list[bool]) -> None:
+def test_network_is_compiled_only_on_request(run: Path, compiled: list[bool]) -> None:
     done(*TUNE, "--run", run, "--name", "plainly")
     assert compiled == []
     done(*TUNE, "--run", run, "--name", "compiled", "--set", "finetune.compile=true")
     assert compiled == [True]
 
 
-def test_history_has_a_line_an_epoch_and_what_the_method_did(run: Path) -> None:
+def test_history_has_one_line_per_epoch_with_method_values(run: Path) -> None:
     done(*TUNE, "--run", run, "--balancing", "ogm", "--sampling", "bss-l", "--name", "told")
     lines = (run / "finetune" / "told" / "history.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -313,7 +313,7 @@ def test_history_has_a_line_an_epoch_and_what_the_method_did(run: Path) -> None:
     assert all(set(record) > common for record in records)
 
 
-def test_the_data_may_have_moved(planted: Callable[..., Path], tmp_path: Path) -> None:
+def test_moved_data_are_passed_with_data_option(planted: Callable[..., Path], tmp_path: Path) -> None:
     data = planted()
     run = tmp_path / "run"
     done("score", data, "--run", run, "--repeats", "1")
@@ -325,7 +325,7 @@ def test_the_data_may_have_moved(planted: Callable[..., Path], tmp_path: Path) -
     assert again["test"] == first["test"]
 
 
-def test_each_evaluation_has_a_file_of_its_own(run: Path) -> None:
+def test_each_evaluation_has_its_own_file(run: Path) -> None:
     folder = run / "finetune" / "plain"
     whole = done("evaluate", "plain", "--run", run)
     done("evaluate", "plain", "--run", run, "--split", "train")
@@ -351,7 +351,7 @@ def test_damaged_files_are_named(run: Path) -> None:
         assert "metrics.json cannot be read: the document lacks manifest" in said(result)
 
 
-def test_a_state_of_somebody_else_is_not_gone_on_from(run: Path) -> None:
+def test_foreign_checkpoint_is_not_resumed(run: Path) -> None:
     state = run / "finetune" / "other" / "state" / "last.pt"
     state.parent.mkdir(parents=True)
     torch.save({"a": 2}, state)

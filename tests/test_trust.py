@@ -145,7 +145,7 @@ def holds_canary(folder: Path) -> list[str]:
     return [str(path) for path in files if CANARY.encode() in path.read_bytes()]
 
 
-def test_in_one_s_own_run_every_command_works_unchanged(home: Path, tmp_path: Path) -> None:
+def test_own_run_needs_no_further_options(home: Path, tmp_path: Path) -> None:
     done = {
         command[0]: mmaudit(*command)
         for command in (
@@ -162,7 +162,7 @@ def test_in_one_s_own_run_every_command_works_unchanged(home: Path, tmp_path: Pa
     assert list((tmp_path / "tars").glob("*.tar"))
 
 
-def test_what_only_reads_imports_nothing(home: Path, tmp_path: Path) -> None:
+def test_reading_commands_import_no_encoder(home: Path, tmp_path: Path) -> None:
     """Also not the user's own encoder; in a process of its own, where nothing is imported yet."""
     program = f"""
 import sys
@@ -181,7 +181,7 @@ assert "encoder_of_trust" not in sys.modules
 
 
 @pytest.mark.parametrize("encoder", ["hostile_{}:run", "hf:/etc"])
-def test_a_hostile_manifest_runs_nothing_and_opens_nothing(home: Path, tmp_path: Path, encoder: str) -> None:
+def test_hostile_manifest_runs_and_opens_nothing(home: Path, tmp_path: Path, encoder: str) -> None:
     encoder = encoder.format(tmp_path.name)
     (home / f"{encoder.partition(':')[0]}.py").write_text(HOSTILE.format(mark=str(home / "ran")))
     manifest = foreign_manifest(home, tmp_path / "foreign", encoder, str(home / "canary.wav"))
@@ -204,7 +204,7 @@ def test_a_hostile_manifest_runs_nothing_and_opens_nothing(home: Path, tmp_path:
     (home / "hf.py").unlink(missing_ok=True)
 
 
-def test_text_of_others_is_not_run_by_a_function_that_their_metadata_name(home: Path, tmp_path: Path) -> None:
+def test_text_of_data_is_not_executed_by_a_function_in_metadata(home: Path, tmp_path: Path) -> None:
     """No file of code is needed: cProfile.run executes the text that it is given."""
     data = Path(shutil.copytree(home / "data", tmp_path / "data"))
     table = pa.csv.read_csv(data / "metadata.csv")
@@ -225,9 +225,7 @@ def test_text_of_others_is_not_run_by_a_function_that_their_metadata_name(home: 
 
 
 @pytest.mark.parametrize("path", ["../canary.wav", "ABSOLUTE", "link.wav", "linked/canary.wav"])
-def test_paths_of_a_hostile_manifest_lead_outside_only_if_the_user_says_so(
-    home: Path, tmp_path: Path, path: str
-) -> None:
+def test_paths_outside_the_data_need_allow_outside(home: Path, tmp_path: Path, path: str) -> None:
     data = tmp_path / "data"
     shutil.copytree(home / "data", data)
     shutil.copy(home / "canary.wav", tmp_path / "canary.wav")
@@ -261,7 +259,7 @@ def untrusted(home: Path, folder: Path, how: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("how", ["copied", "moved", "another user", "no state folder"])
-def test_a_run_that_is_not_one_s_own_needs_data_and_encoder(
+def test_untrusted_run_needs_data_and_encoder(
     home: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = untrusted(home, tmp_path, how, monkeypatch)
@@ -298,9 +296,7 @@ def own(home: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("what", ["rows", "metadata"])
-def test_a_manifest_changed_by_hand_says_what_changed_and_decides_nothing(
-    home: Path, tmp_path: Path, own: Path, what: str
-) -> None:
+def test_edited_manifest_is_not_trusted(home: Path, tmp_path: Path, own: Path, what: str) -> None:
     """Also where the digests that it states were made to fit."""
     if what == "rows":
         rewrite(own, nothing, leads_to("../canary.wav"))
@@ -319,7 +315,7 @@ def test_a_manifest_changed_by_hand_says_what_changed_and_decides_nothing(
     assert not holds_canary(tmp_path)
 
 
-def test_numbers_without_a_signature_or_with_another_s_decide_nothing(home: Path, own: Path) -> None:
+def test_invalid_signature_is_not_trusted(home: Path, own: Path) -> None:
     numbers = read_json(balance_path(own), error=RunError)
     other = read_json(home / "run" / "manifests" / "all.balance.json", error=RunError)["signature"]
     for signature in (None, {}, "x", other, {**numbers["signature"], "hmac": "0" * 64}):
@@ -332,7 +328,7 @@ def test_numbers_without_a_signature_or_with_another_s_decide_nothing(home: Path
 
 
 @pytest.mark.parametrize("key", ["source", "config", "code"])
-def test_a_record_changed_by_hand_decides_nothing(home: Path, key: str) -> None:
+def test_edited_run_json_is_not_trusted(home: Path, key: str) -> None:
     file = home / "run" / "run.json"
     before = file.read_bytes()
     record = read_json(file, error=RunError)
@@ -343,7 +339,7 @@ def test_a_record_changed_by_hand_decides_nothing(home: Path, key: str) -> None:
     assert "run.json was not signed by you on this machine, or has changed" in printed
 
 
-def test_a_manifest_of_a_table_of_others_is_bound_to_no_source(home: Path, tmp_path: Path) -> None:
+def test_manifest_of_another_table_is_bound_to_no_source(home: Path, tmp_path: Path) -> None:
     """Not even where that table says that it is the run's own."""
     shutil.copy(home / "run" / "scores.parquet", tmp_path / "scores.parquet")
     words = ("--subset", "most-balanced:100%", "--name", "others", "--run", "run")
@@ -361,7 +357,7 @@ def test_a_manifest_of_a_table_of_others_is_bound_to_no_source(home: Path, tmp_p
     assert (code, "it was not made from the scores of its run" in printed) == (2, True), printed
 
 
-def test_another_file_of_the_encoder_s_name_is_not_run(
+def test_another_module_of_the_encoder_name_is_not_imported(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder of others may hold a module that is called like the user's own."""
@@ -376,7 +372,7 @@ def test_another_file_of_the_encoder_s_name_is_not_run(
     assert "encoder_of_trust" not in sys.modules
 
 
-def test_a_fine_tuning_of_others_names_no_manifest_outside_its_run(home: Path, tmp_path: Path) -> None:
+def test_foreign_finetune_cannot_name_a_manifest_outside_its_run(home: Path, tmp_path: Path) -> None:
     tuned = Path(shutil.copytree(home / "run" / "finetune" / "tuned", tmp_path / "tuned"))
     metrics = read_json(tuned / "metrics.json", error=RunError)
     write_json({**metrics, "manifest": str(home / "run" / "manifests" / "all.parquet")}, tuned / "metrics.json")
@@ -388,7 +384,7 @@ def test_a_fine_tuning_of_others_names_no_manifest_outside_its_run(home: Path, t
 @pytest.mark.parametrize(
     "name", ["recovery.json", "manifests/x.balance.json", "finetune/tuned/history.jsonl", "figures"]
 )
-def test_a_report_of_others_reads_no_private_file(home: Path, tmp_path: Path, name: str) -> None:
+def test_report_of_a_foreign_run_reads_no_file_outside(home: Path, tmp_path: Path, name: str) -> None:
     run = Path(shutil.copytree(home / "run", tmp_path / "run"))
     shutil.rmtree(run / "figures", ignore_errors=True)
     (run / name).unlink(missing_ok=True)
@@ -407,7 +403,7 @@ def test_a_report_of_others_reads_no_private_file(home: Path, tmp_path: Path, na
     assert holds_canary(tmp_path) == [str(path) for path in (private / "picture.png", private) if path.is_file()]
 
 
-def test_a_report_escapes_what_others_wrote(home: Path, tmp_path: Path) -> None:
+def test_report_escapes_names_of_a_foreign_run(home: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(home / "run", tmp_path / "run"))
     table = pq.read_table(run / "scores.parquet")
     script = "<script>alert(1)</script>"
@@ -423,7 +419,7 @@ def test_a_report_escapes_what_others_wrote(home: Path, tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_the_same_data_elsewhere_give_the_same_bytes(home: Path, tmp_path: Path) -> None:
+def test_moved_data_give_same_bytes(home: Path, tmp_path: Path) -> None:
     """No file that is hashed or compared holds a path, a time or a count of seconds."""
     data, run = tmp_path / "deep" / "copied", tmp_path / "another-run"
     shutil.copytree(home / "data", data, copy_function=shutil.copyfile)  # other times
