@@ -313,8 +313,8 @@ def _print_contribution(analysis: dict[str, Any]) -> None:
     print_line(f"  accuracy {shares['all']:.3f} = {shares['nobody']:.3f} without any modality, {parts}")
     confusion = analysis["confusion"]
     print_line(
-        f"  right with one alone and wrong together: {confusion['confused']['share']:.3f}; "
-        f"wrong with each alone and right together: {confusion['synergy']['share']:.3f}"
+        f"  correct with one modality alone and wrong with all: {confusion['confused']['share']:.3f}; "
+        f"wrong with each alone and correct with all: {confusion['synergy']['share']:.3f}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Laws of the config: what is written is read again, and a wrong key or value names the right ones."""
+"""Tests of the config: TOML round trip, overrides, and errors that suggest the right key or value."""
 
 from __future__ import annotations
 
@@ -72,19 +72,19 @@ def test_write_then_read_is_equality(tmp_path: Path, config: RunConfig) -> None:
 
 @given(CONFIGS)
 def test_config_equals_its_settings(config: RunConfig) -> None:
-    """Every key, one by one, can be set as TOML has it: `--set SECTION.KEY=VALUE`."""
+    """Every key can be set by `--set SECTION.KEY=VALUE`."""
     written = tomllib.loads(to_toml(plain(config)))
     given_settings = [f"{key}={written.pop(key)}" for key in ("seed", "posterior")]
     assert load_config(None, [*given_settings, *settings_in(written)]) == config
 
 
 def settings_in(content: dict[str, Any], *, where: str = "") -> list[str]:
-    """Give `SECTION.KEY=VALUE` of all values, however deep."""
-    found = []
+    """Return `SECTION.KEY=VALUE` of all values, at every depth."""
+    settings_ = []
     for key, value in content.items():
         name = f"{where}{key}"
-        found += settings_in(value, where=f"{name}.") if isinstance(value, dict) else [f"{name}={toml_of(value)}"]
-    return found
+        settings_ += settings_in(value, where=f"{name}.") if isinstance(value, dict) else [f"{name}={toml_of(value)}"]
+    return settings_
 
 
 def toml_of(value: Any) -> str:
@@ -107,7 +107,7 @@ def test_toml_holds_every_key_with_a_value() -> None:
 
 
 def test_optional_keys_default_to_none() -> None:
-    """TOML has no null: a None that was not the default could not be written."""
+    """TOML has no null, so a None that is not the default could not be written."""
     sections = [getattr(RunConfig(), field.name) for field in fields(RunConfig)]
     sections += [
         getattr(section, field.name) for section in sections if is_dataclass(section) for field in fields(section)
@@ -128,7 +128,7 @@ def test_settings_override_the_file(tmp_path: Path) -> None:
         optim=OptimConfig(lr=1.0),
     )
     assert config == expected
-    assert type(config.optim.lr) is type(config.split.tolerance) is float  # 1 is a number too
+    assert type(config.optim.lr) is type(config.split.tolerance) is float  # integers are accepted as floats
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_override_replaces_only_given_fields() -> None:
     config = FinetuneConfig(epochs=9, hidden=5)
     assert override(config, epochs=3, hidden=None, dropout=0.0) == replace(config, epochs=3, dropout=0.0)
     assert override(config) == config
-    with pytest.raises(ConfigError, match=r"finetune\.epochs is 0"):  # 0 is told, not left out
+    with pytest.raises(ConfigError, match=r"finetune\.epochs is 0"):  # 0 is an override, unlike None
         override(config, epochs=0)
 
 
@@ -234,7 +234,7 @@ def test_plain_returns_json_values() -> None:
 def test_scoring_config_holds_only_its_own_sections() -> None:
     config = RunConfig()
     assert config.scoring().keys() == {"seed", "data", "media", "probe", "network", "mixture"}
-    other = replace(config, split=BalancedConfig(bins=3), finetune=FinetuneConfig(epochs=1))
-    assert other.scoring() == config.scoring()
+    changed = replace(config, split=BalancedConfig(bins=3), finetune=FinetuneConfig(epochs=1))
+    assert changed.scoring() == config.scoring()
     assert replace(config, seed=1).scoring() != config.scoring()
     assert replace(config, probe=ProbeConfig(folds=3)).scoring() != config.scoring()

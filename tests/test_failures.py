@@ -1,4 +1,4 @@
-"""Laws of failures: what the user can mend is one line with path and reason, what is left is a bug that says so."""
+"""Tests of failures: errors of the user are one line with path and reason, all others are reported as bugs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def mmaudit(*words: str | Path) -> Result:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Callable[..., Result]]:
-    """Let `mmaudit report` raise an error, in the stage `draw`."""
+    """A function that makes `mmaudit report` raise an error in the stage `draw`, and returns the command."""
 
     def install(error: BaseException) -> Callable[..., Result]:
         def report(*, run: str) -> Path:
@@ -87,20 +87,20 @@ def test_exit_codes_of_gate_pipe_and_interrupt() -> None:
 
 
 def test_error_raised_from_an_os_error_is_not_a_bug() -> None:
-    def caused(number: int, *, named: bool) -> Exception:
+    def caused(number: int, *, is_cause: bool) -> Exception:
         try:
             try:
                 raise OSError(number, os.strerror(number), "file")
             except OSError as error:
-                if named:
+                if is_cause:
                     raise ValueError("other") from error
                 raise ValueError("other")  # noqa: B904
         except ValueError as error:
             return error
 
-    assert described(caused(errno.ENOENT, named=True)).code == 2
-    assert described(caused(errno.ENOSPC, named=False)).code == 2  # as torch.save hides it
-    assert described(caused(errno.ENOENT, named=False)).code == 1  # it was dealt with
+    assert described(caused(errno.ENOENT, is_cause=True)).code == 2
+    assert described(caused(errno.ENOSPC, is_cause=False)).code == 2  # torch.save hides it in this way
+    assert described(caused(errno.ENOENT, is_cause=False)).code == 1  # it was only being handled
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_bug_report_names_the_file_being_read() -> None:
 
 
 def limited(write: Callable[[], object]) -> OSError | Exception:
-    """Return the error of a write that no file may hold."""
+    """Return the error of a write beyond the limit on file size."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:

@@ -1,4 +1,4 @@
-"""Laws of interrupts: Ctrl-C and SIGTERM end a command with their code, and a second one ends it at once."""
+"""Tests of interrupts: Ctrl-C and SIGTERM set the exit code of a command, and a second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def start(run: str) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def processes() -> Iterator[list[subprocess.Popen[str]]]:
-    """Commands that are killed at the end, whatever happens."""
+    """Started commands, which are killed after the test."""
     started: list[subprocess.Popen[str]] = []
     yield started
     for process in started:

@@ -1,4 +1,4 @@
-"""Laws of the run folder: what is not a run is not touched, and what features cost is never thrown away."""
+"""Tests of the run folder: other folders are refused, and the feature cache is kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.manifest import dropped_path
 
-MADE = [
+RUN_FILES = [
     "run.json",
     "scores.parquet",
     "quarantine.parquet",
@@ -45,16 +45,16 @@ def files(folder: Path) -> list[str]:
 
 def test_file_names_of_a_run(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    found = [run.record_file, run.scores_file, run.quarantine_file, run.mixture_file, run.recovery_file]
-    found += [run.report_file, run.report_file.with_suffix(".json"), run.figures / "gap.png"]
-    found += [run.manifest("balanced"), dropped_path(run.manifest("balanced"))]
-    found += [run.finetune("balanced-concat-uniform") / name for name in ("metrics.json", "state/last.pt")]
-    assert [str(path.relative_to(tmp_path)) for path in found] == MADE
+    paths = [run.record_file, run.scores_file, run.quarantine_file, run.mixture_file, run.recovery_file]
+    paths += [run.report_file, run.report_file.with_suffix(".json"), run.figures / "gap.png"]
+    paths += [run.manifest("balanced"), dropped_path(run.manifest("balanced"))]
+    paths += [run.finetune("balanced-concat-uniform") / name for name in ("metrics.json", "state/last.pt")]
+    assert [str(path.relative_to(tmp_path)) for path in paths] == RUN_FILES
     assert run.features == tmp_path / "features"
 
 
 @pytest.mark.parametrize(
-    "names", [None, [], FEATURES, MADE + FEATURES, MADE[1:3], [".DS_Store"], ["run.json", "notes.txt"]]
+    "names", [None, [], FEATURES, RUN_FILES + FEATURES, RUN_FILES[1:3], [".DS_Store"], ["run.json", "notes.txt"]]
 )
 def test_new_empty_and_run_folders_are_accepted(tmp_path: Path, names: list[str] | None) -> None:
     folder = tmp_path / "run"
@@ -76,9 +76,9 @@ def test_other_folders_and_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../escaped", "a/b", "a\\b", ".hidden", "balanced.dropped", ""])
 def test_name_leading_out_of_the_run_is_refused(tmp_path: Path, name: str) -> None:
-    for place in (Run(tmp_path).manifest, Run(tmp_path).finetune):
+    for path_of in (Run(tmp_path).manifest, Run(tmp_path).finetune):
         with pytest.raises(ConfigError, match="a name must not contain"):
-            place(name)
+            path_of(name)
 
 
 def test_record_roundtrip(tmp_path: Path) -> None:
@@ -110,9 +110,9 @@ def test_scores_need_a_finished_run(tmp_path: Path) -> None:
     )
     write_scores(scores, run.scores_file)
     words = f"{tmp_path} holds no finished run; create one with: mmaudit score DATA --run {tmp_path}"
-    for ask in (run.record, run.scores):
+    for read in (run.record, run.scores):
         with pytest.raises(RunError) as caught:
-            ask()
+            read()
         assert str(caught.value) == words
     run.write_record(run_record())
     assert run.scores().to_arrow().equals(scores.to_arrow())
@@ -148,9 +148,9 @@ def test_manifest_is_found_by_name_and_by_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a" * 250, "é" * 120, "a\0b"])
 def test_name_no_file_system_allows_is_refused(tmp_path: Path, name: str) -> None:
-    for find in (Run(tmp_path).manifest, Run(tmp_path).finetune):
+    for path_of in (Run(tmp_path).manifest, Run(tmp_path).finetune):
         with pytest.raises(ConfigError, match="a name has at most 200 bytes and no NUL"):
-            find(name)
+            path_of(name)
 
 
 def test_probe_report_of_other_modalities_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Laws of swaps: wherever a replacement is interrupted, a run is the old one or the new one, and never both."""
+"""Tests of swaps: an interrupted replacement leaves the old or the new run, never a mixture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL = (*SCORE_FILES, *REPORT_FILES, *MADE_FROM_SCORES)
 
 
 class Killed(BaseException):
-    """A kill: nothing is tidied up after it."""
+    """A kill, after which nothing is cleaned up."""
 
 
 def fill(folder: Path, files: dict[str, str]) -> None:
@@ -53,15 +53,15 @@ def replace_run(folder: Path) -> None:
 EXPECTED = {**{name: text for name, text in OLD.items() if text == "kept"}, **NEW}
 
 
-def calls(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None) -> list[str]:
-    """Note every rename and removal, and let the process be killed in place of one."""
-    made: list[str] = []
+def record_calls(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None) -> list[str]:
+    """Record every rename and removal, and raise Killed in place of number `stop_after`."""
+    names: list[str] = []
     rename, remove = Path.replace, shutil.rmtree
 
     def count(name: str) -> None:
-        if stop_after is not None and len(made) >= stop_after:
+        if stop_after is not None and len(names) >= stop_after:
             raise Killed
-        made.append(name)
+        names.append(name)
 
     def replace(path: Path, target: Path) -> Path:
         count(path.name)
@@ -73,14 +73,14 @@ def calls(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None) -> list[st
 
     monkeypatch.setattr(Path, "replace", replace)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    return made
+    return names
 
 
 def interruptions(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> Iterator[int]:
-    """Let `work` be killed at every one of its renames and removals; yields after each, and ends when it is through."""
+    """Kill `work` at each of its renames and removals in turn; yield after each kill, until `work` finishes."""
     for stop_after in range(100):
         with monkeypatch.context() as patch:
-            calls(patch, stop_after=stop_after)
+            record_calls(patch, stop_after=stop_after)
             try:
                 work()
             except Killed:
@@ -88,7 +88,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> 
             else:
                 return
         yield stop_after
-    raise AssertionError("it never ends")
+    raise AssertionError("work did not finish after 100 kills")
 
 
 def test_swap_replaces_only_the_files_of_the_run(tmp_path: Path) -> None:
@@ -122,17 +122,17 @@ def test_killed_swap_leaves_the_old_or_the_new_run(tmp_path: Path, monkeypatch: 
         fill(folder, OLD)
         replace_run(folder)
 
-    seen = set()
+    states = set()
     for _ in interruptions(monkeypatch, work):
-        now = Run(folder)
-        if now.is_scored():  # what anybody reads who knows nothing of swaps
+        run = Run(folder)
+        if run.is_scored():  # as read by code that ignores swaps
             assert visible(folder) in (OLD, EXPECTED)
         complete_swaps(folder)
         assert visible(folder) in (OLD, EXPECTED)
-        seen.add(visible(folder)["run.json"])
+        states.add(visible(folder)["run.json"])
         replace_run(folder)  # the same command again
         assert content(folder) == EXPECTED
-    assert seen == {"old", "new"}
+    assert states == {"old", "new"}
     assert content(folder) == EXPECTED
 
 
@@ -140,7 +140,7 @@ def test_completion_of_a_swap_can_be_interrupted(tmp_path: Path, monkeypatch: py
     fill(tmp_path, OLD)
     with monkeypatch.context() as patch:
         for number in range(100):
-            calls(patch, stop_after=number)
+            record_calls(patch, stop_after=number)
             with pytest.raises(Killed):
                 replace_run(tmp_path)
             patch.undo()

@@ -1,4 +1,4 @@
-"""Laws of the planted set: the same seed gives the same bytes, noise follows quality, and the truth stays outside."""
+"""Tests of the demo data: same seed gives same bytes, noise follows quality, no truth in the data folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmaudit.cli.demo import KeypadConfig, recovery, write_keypad
 
 CONFIG = KeypadConfig(num_samples=300)
 SMALL = replace(CONFIG, num_samples=40)
-# The push-button pad as ITU-T Q.23 has it, in Hz.
+# The tones of the keys by ITU-T Q.23, in Hz.
 DTMF = {
     "1": (697, 1209), "2": (697, 1336), "3": (697, 1477),
     "4": (770, 1209), "5": (770, 1336), "6": (770, 1477),
@@ -71,7 +71,7 @@ def picture(folder: Path, row: dict[str, str]) -> Floats:
 
 
 def tone_share(wave_: Floats, rate: int, tones: tuple[int, int]) -> float:
-    """Share of a sound's power within 10 Hz of its two tones: what is not noise, but for the window's leakage."""
+    """Return the share of a sound's power within 10 Hz of its two tones, which is signal but for spectral leakage."""
     power = np.abs(np.fft.rfft(wave_ * np.hanning(len(wave_)))) ** 2
     frequency = np.fft.rfftfreq(len(wave_), 1 / rate)
     near = np.min([np.abs(frequency - tone) for tone in tones], axis=0) <= 10
@@ -79,7 +79,7 @@ def tone_share(wave_: Floats, rate: int, tones: tuple[int, int]) -> float:
 
 
 def scores(sample_id: NDArray[Any], discrepancy: Floats) -> ScoreTable:
-    """A table whose discrepancy audio - image is the given one."""
+    """Return a score table with this discrepancy audio - image."""
     confidence = np.stack([0.5 + discrepancy / 2, 0.5 - discrepancy / 2], axis=1).astype(np.float32)
     return ScoreTable(
         sample_id=sample_id.astype(object),
@@ -94,8 +94,8 @@ def test_same_seed_gives_same_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         write_keypad(tmp_path / name, config=SMALL, seed=seed)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    other = contents(tmp_path / "c")
-    assert all(other.get(name) != content for name, content in contents(tmp_path / "a").items())
+    another_seed = contents(tmp_path / "c")
+    assert all(another_seed.get(name) != content for name, content in contents(tmp_path / "a").items())
 
 
 def test_smaller_dataset_is_a_subset_of_a_larger_one(keypad: Path, tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_tone_share_follows_sound_quality(keypad: Path) -> None:
 
 
 def test_picture_noise_follows_sight_quality(keypad: Path) -> None:
-    # Noise changes from pixel to pixel, an enlarged digit does not.
+    # Noise varies between adjacent pixels, an enlarged digit does not.
     pictures = [picture(keypad, row) for row in rows(keypad)]
-    roughness = np.array([np.abs(np.diff(each, 2)).mean() / each.std() for each in pictures])
+    roughness = np.array([np.abs(np.diff(pixels, 2)).mean() / pixels.std() for pixels in pictures])
     noise = column(keypad, "picture_noise")
     assert spearmanr(column(keypad, "sight_quality"), noise).statistic == pytest.approx(-1)
     assert spearmanr(noise, roughness).statistic > 0.9
@@ -198,28 +198,28 @@ def test_complete_dataset_is_not_rewritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lost", ["data/metadata.csv", "data/audio", "data/image"])
 def test_incomplete_dataset_is_completed(tmp_path: Path, lost: str) -> None:
     write_keypad(tmp_path, config=SMALL, seed=0)
-    whole = contents(tmp_path)
+    expected = contents(tmp_path)
     path = tmp_path / lost
     (next(path.iterdir()) if path.is_dir() else path).unlink()
     write_keypad(tmp_path, config=SMALL, seed=0)
-    assert contents(tmp_path) == whole
+    assert contents(tmp_path) == expected
 
 
 def test_other_data_are_not_overwritten(tmp_path: Path) -> None:
     write_keypad(tmp_path, config=SMALL, seed=0)
-    whole = contents(tmp_path)
+    before = contents(tmp_path)
     with pytest.raises(RunError, match="a demo dataset of seed 0"):
         write_keypad(tmp_path, config=SMALL, seed=1)
     (tmp_path / "truth.parquet").unlink()
     with pytest.raises(RunError, match="other data"):
         write_keypad(tmp_path, config=SMALL, seed=0)
-    assert set(whole) - set(contents(tmp_path)) == {"truth.parquet"}
+    assert set(before) - set(contents(tmp_path)) == {"truth.parquet"}
 
 
 def test_config_outside_limits_is_refused() -> None:
-    for wrong in ({"num_samples": 19}, {"num_samples": 1_798}, {"sample_rate": 2_000}, {"image_size": 4}):
-        with pytest.raises(ConfigError, match=f"keypad.{next(iter(wrong))}"):
-            KeypadConfig(**wrong)
+    for options in ({"num_samples": 19}, {"num_samples": 1_798}, {"sample_rate": 2_000}, {"image_size": 4}):
+        with pytest.raises(ConfigError, match=f"keypad.{next(iter(options))}"):
+            KeypadConfig(**options)
 
 
 def test_recovery_of_truth_is_one_and_of_its_negative_minus_one(keypad: Path) -> None:
@@ -233,26 +233,26 @@ def test_recovery_of_truth_is_one_and_of_its_negative_minus_one(keypad: Path) ->
 
 def test_recovery_joins_by_id(keypad: Path) -> None:
     names, planted = column(keypad, "sample_id"), column(keypad, "discrepancy")
-    some = np.random.default_rng(0).permutation(len(names))[:100]
-    found = recovery(keypad / "truth.parquet", scores(names[some], planted[some]))
-    assert found.spearman == pytest.approx(1)
-    assert found.num_samples == 100
+    rows_ = np.random.default_rng(0).permutation(len(names))[:100]
+    recovered = recovery(keypad / "truth.parquet", scores(names[rows_], planted[rows_]))
+    assert recovered.spearman == pytest.approx(1)
+    assert recovered.num_samples == 100
 
 
 def test_interval_is_fishers_and_contains_the_correlation(keypad: Path) -> None:
     names, planted = column(keypad, "sample_id"), column(keypad, "discrepancy")
     noisy = np.clip(planted + np.random.default_rng(0).normal(0, 0.4, len(planted)), -1, 1)
-    found = recovery(keypad / "truth.parquet", scores(names, noisy))
-    low, high = found.interval
-    assert low < found.spearman < high
-    reach = 1.96 * math.sqrt((1 + found.spearman**2 / 2) / 297)
-    assert math.atanh(high) - math.atanh(low) == pytest.approx(2 * reach)
+    recovered = recovery(keypad / "truth.parquet", scores(names, noisy))
+    low, high = recovered.interval
+    assert low < recovered.spearman < high
+    half_width = 1.96 * math.sqrt((1 + recovered.spearman**2 / 2) / 297)
+    assert math.atanh(high) - math.atanh(low) == pytest.approx(2 * half_width)
 
 
 def test_incomparable_scores_are_refused(keypad: Path) -> None:
     names, planted = column(keypad, "sample_id"), column(keypad, "discrepancy")
-    strangers = np.array([f"other-{index}" for index in range(len(names))])
+    unknown_ids = np.array([f"other-{index}" for index in range(len(names))])
     with pytest.raises(ScoreError, match="0 scored samples"):
-        recovery(keypad / "truth.parquet", scores(strangers, planted))
+        recovery(keypad / "truth.parquet", scores(unknown_ids, planted))
     with pytest.raises(ScoreError, match="nothing to recover"):
         recovery(keypad / "truth.parquet", scores(names, np.zeros(len(names))))

@@ -1,4 +1,4 @@
-"""Laws of printed text: nothing in a name steers a terminal, begins a line of its own, or turns the reading order."""
+"""Tests of printed text: names cannot send control characters, start a new line or reverse the reading order."""
 
 from __future__ import annotations
 
