@@ -121,7 +121,7 @@ class Run:
         self.record()
         return read_scores(self.scores_file)
 
-    def check_place(self) -> None:
+    def check_folder(self) -> None:
         """Raise RunError if the folder holds something other than a run; a new or empty folder is accepted."""
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"{self.folder} is a file; pass a folder with --run")

@@ -98,7 +98,7 @@ def check(
     config = config or RunConfig()
     run_dir = Run.open(run)
     dataset = open_encodable(data, config.data)
-    run_dir.check_place()
+    run_dir.check_folder()
     samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
     with write_lock(run_dir.folder, "features", command="mmaudit check"):
         tasks = _encode(
@@ -164,7 +164,7 @@ def score(
     device = pick_device(device)
     dataset = open_encodable(data, config.data)
     run_dir = Run.open(run)
-    run_dir.check_place()
+    run_dir.check_folder()
     encode = partial(_encode, run_dir, dataset, config, device=device, num_workers=num_workers, progress=progress)
     if overwrite or not run_dir.is_scored():
         with write_lock(run_dir.folder, command="mmaudit score") as lock:

@@ -186,7 +186,7 @@ def command(*words: str | Path, **options: object) -> subprocess.CompletedProces
     )
 
 
-def test_closed_pipe_is_no_error_and_full_stdout_is(tmp_path: Path) -> None:
+def test_closed_pipe_ends_quietly_and_full_stdout_fails(tmp_path: Path) -> None:
     table = pa.table({"sample_id": [f"s{n}" for n in range(200)], "label": [n % 2 for n in range(200)]})
     rng = np.random.default_rng(0)
     for name in ("confidence_a", "confidence_b"):

@@ -61,7 +61,7 @@ def test_new_empty_and_run_folders_are_accepted(tmp_path: Path, names: list[str]
     if names is not None:
         folder.mkdir()
         fill(folder, names)
-    Run(folder).check_place()
+    Run(folder).check_folder()
     assert folder.exists() == (names is not None)
     assert names is None or files(folder) == sorted(names)
 
@@ -69,9 +69,9 @@ def test_new_empty_and_run_folders_are_accepted(tmp_path: Path, names: list[str]
 def test_other_folders_and_files_are_refused(tmp_path: Path) -> None:
     fill(tmp_path, ["zebra.jpg", "cat.jpg", *FEATURES])
     with pytest.raises(RunError, match=r"holds cat\.jpg and is not a run; pass another folder with --run"):
-        Run(tmp_path).check_place()
+        Run(tmp_path).check_folder()
     with pytest.raises(RunError, match=r"cat\.jpg is a file; pass a folder with --run"):
-        Run(tmp_path / "cat.jpg").check_place()
+        Run(tmp_path / "cat.jpg").check_folder()
 
 
 @pytest.mark.parametrize("name", ["../escaped", "a/b", "a\\b", ".hidden", "balanced.dropped", ""])
