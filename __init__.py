@@ -1,4 +1,4 @@
-"""mmaudit: which samples does one modality carry alone, and what to do about it."""
+"""Auditing and rebalancing of multimodal datasets for modality imbalance, sample by sample."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name lives. They are imported when first asked for: torch and scikit-learn take seconds.
-_HOMES = {
+# The module of each public name. It is imported at the first access, because torch and scikit-learn take seconds.
+_MODULE_OF_NAME = {
     "Dataset": "audit.dataset.dataset",
     "open_dataset": "audit.dataset.dataset",
     "MmauditError": "audit.errors",
@@ -81,6 +81,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULE_OF_NAME[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""`python -m mmaudit` is `mmaudit`."""
+"""Entry point of `python -m mmaudit`, the same as the command `mmaudit`."""
 
 from .cli.main import main
 

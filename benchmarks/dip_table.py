@@ -1,4 +1,4 @@
-"""Where does the table in audit/dip.py come from? Simulates it again; prints it as Python. A few minutes on two cores.
+"""Simulation of the table in audit/scores/dip.py, printed as Python. Takes a few minutes on two cores.
 
 Run with: python benchmarks/dip_table.py
 """
@@ -11,12 +11,12 @@ import numpy as np
 
 from mmaudit.audit.scores.dip import LEVELS, SIZES, dip
 
-NUM_DRAWS = 20_000  # twenty of them lie beyond the last level, 0.999
+NUM_DRAWS = 20_000  # of which 20 are above the last level, 0.999
 SEED = 0
 
 
 def quantiles(size: int) -> str:
-    """One row: the quantiles of sqrt(size) * dip of uniform samples, at LEVELS."""
+    """Return a row of the table: the quantiles of sqrt(size) * dip of uniform samples at LEVELS."""
     rng = np.random.default_rng([SEED, size])
     dips = [dip(rng.random(size)) for _ in range(NUM_DRAWS)]
     row = np.sqrt(size) * np.quantile(dips, LEVELS)

@@ -1,4 +1,4 @@
-"""Commands that are killed, interrupted, out of disk or two at once: what is lost, cut short or left behind.
+"""Fault injection: commands that are killed, interrupted, out of disk space or run concurrently.
 
 Run with: python benchmarks/faults.py [--points 20] [--full-points 10] [--minutes M] [--seed 0] [--only score,pairs]
 Each command (score, score --overwrite, split, finetune, export ...) gets SIGKILL, SIGTERM and SIGINT at `--points`
@@ -39,7 +39,7 @@ _REDRAWS = 3  # of points that a command does not reach
 
 @dataclass(slots=True)
 class Row:
-    """A row of the table: a command, a fault, and how often what went wrong."""
+    """A row of the table: a command, a fault, and the number of failures of each kind."""
 
     command: str
     fault: str
@@ -47,13 +47,13 @@ class Row:
     failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COLUMNS, 0))
 
     def add(self, damage: Damage, *, repeat: str) -> None:
-        """Count a fault, and print what it has damaged with the words that repeat it."""
+        """Count a fault, and print its damage with the argument of --repeat that repeats it."""
         self.strikes += 1
         for column, lines in damage.lines.items():
             self.failed[column] += bool(lines)
             if lines:
-                more = f" (and {len(lines) - 2} more)" * (len(lines) > 2)
-                print(f"{repeat}: {column}: {'; '.join(lines[:2])}{more}", flush=True)
+                suffix = f" (and {len(lines) - 2} more)" * (len(lines) > 2)
+                print(f"{repeat}: {column}: {'; '.join(lines[:2])}{suffix}", flush=True)
 
     def __str__(self) -> str:
         return f"| {self.command} | {self.fault} | {self.strikes} | {' | '.join(map(str, self.failed.values()))} |"
@@ -61,21 +61,21 @@ class Row:
 
 @dataclass(slots=True)
 class Budget:
-    """The minutes that all may take, None for no limit, shared by the commands in turn."""
+    """Total minutes, None for no limit, divided among the commands."""
 
     minutes: float | None
     started: float = field(default_factory=time.monotonic)
 
-    def points(self, wanted: int, *, seconds_each: float, commands_left: int) -> int:
-        """Return how many points of each fault a command may have, 1 at least."""
+    def points(self, max_points: int, *, seconds_each: float, commands_left: int) -> int:
+        """Return the number of points of each fault for a command, at least 1."""
         if self.minutes is None:
-            return wanted
-        left = 60 * self.minutes - (time.monotonic() - self.started)
-        return max(1, min(wanted, int(left / commands_left / NUM_FAULTS / seconds_each)))
+            return max_points
+        seconds_left = 60 * self.minutes - (time.monotonic() - self.started)
+        return max(1, min(max_points, int(seconds_left / commands_left / NUM_FAULTS / seconds_each)))
 
 
 def rows_of(tested: Tested, options: argparse.Namespace, budget: Budget, *, commands_left: int) -> Iterator[Row]:
-    """Yield a row of each signal, and one of full disks."""
+    """Yield a row per signal, and one for full disks."""
     name, seconds = tested.command.name, 2.0 * tested.reference.seconds + 1.0
     count = budget.points(options.points, seconds_each=seconds, commands_left=commands_left)
     if count < options.points:
@@ -93,7 +93,7 @@ def rows_of(tested: Tested, options: argparse.Namespace, budget: Budget, *, comm
     row = Row(name, "disk full" if options.by_mount else "file limit")
     for size in draw_sizes(tested, min(count, options.full_points), seed=options.seed, by_mount=options.by_mount):
         while (damage_of_full := fill(tested, size, by_mount=options.by_mount)) is None and size > 0:
-            size = size // 2 // PAGE * PAGE  # it was enough: what is replaced has made room meanwhile
+            size = size // 2 // PAGE * PAGE  # the space sufficed: replaced files freed some meanwhile
         if damage_of_full is not None:
             row.add(damage_of_full, repeat=f"--repeat {name}:full:{size}")
     yield row
@@ -131,7 +131,7 @@ def repeat(cases: Cases, reader: Reader, options: argparse.Namespace) -> Iterato
 
 
 def rows(cases: Cases, reader: Reader, options: argparse.Namespace) -> Iterator[Row]:
-    """Yield all rows, as they are done."""
+    """Yield all rows as they are finished."""
     budget, only = Budget(options.minutes), options.only.split(",") if options.only else []
     commands = [command for command in COMMANDS if not only or any(command.name.startswith(name) for name in only)]
     pairs = [pair for pair in PAIRS if not only or "pairs" in only or pair.name in only]
@@ -143,7 +143,7 @@ def rows(cases: Cases, reader: Reader, options: argparse.Namespace) -> Iterator[
         yield from rows_of(tested, options, budget, commands_left=len(commands) - index + len(pairs) // 3)
     for pair in pairs:
         if pair.containers is not None and not options.can_mount:
-            print(f"{pair.name}: left out, since containers need root and unshare", flush=True)
+            print(f"{pair.name}: skipped, containers need root and unshare", flush=True)
             continue
         count = min(_PAIR_RUNS, options.points)
         yield row_of_pair(cases, pair, draw_operations(cases, pair, count, seed=options.seed))
@@ -180,12 +180,12 @@ def main(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--points", type=int, default=20, help="of each signal and command")
-    parser.add_argument("--full-points", type=int, default=10, help="sizes of a full disk, for each command")
-    parser.add_argument("--minutes", type=float, help="draw fewer points, so that all takes about so long")
+    parser.add_argument("--points", type=int, default=20, help="points per signal and command")
+    parser.add_argument("--full-points", type=int, default=10, help="sizes of a full disk per command")
+    parser.add_argument("--minutes", type=float, help="approximate total time; fewer points are drawn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="with commas: starts of commands' names, names of pairs, or pairs for all")
-    parser.add_argument("--repeat", help="one fault by itself, in the words that it was printed with")
+    parser.add_argument("--only", help="comma-separated prefixes of command names, names of pairs, or pairs for all")
+    parser.add_argument("--repeat", help="run one fault, as it was printed")
     parser.add_argument("--file-limit", action="store_true", help="RLIMIT_FSIZE also where a tmpfs can be mounted")
     parser.add_argument("--python", default=sys.executable, help="the interpreter whose mmaudit is tested")
     parsed = parser.parse_args()

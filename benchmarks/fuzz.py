@@ -1,4 +1,4 @@
-"""Run every command on damaged and hostile inputs, each of which must be handled or refused in one line.
+"""Fuzzing of all commands with damaged and hostile inputs, which must be handled or refused with a one-line error.
 
 Run with: python benchmarks/fuzz.py [--inputs N] [--seed N] [--only KIND[:NUMBER]] [--jobs N] [--keep DIR] [--minutes M]
 
@@ -42,7 +42,7 @@ from fuzzing.scores import score_tables
 from fuzzing.seeds import Seeds, make_seeds
 from fuzzing.tables import odd_encodings, odd_tables, small_tables
 
-# What a command imports late: in the parent once, not in every child.
+# Modules that commands import late: imported once in the parent, not in every child.
 PRELOADED = (
     "jinja2", "matplotlib.pyplot", "matplotlib.style", "pyarrow.dataset", "pydantic", "tomli_w", "torch._dynamo",
     "torch.profiler", "typer._adapters", "typer.rich_utils", "av", "PIL.TiffImagePlugin", "PIL.WebPImagePlugin",
@@ -72,7 +72,7 @@ KINDS: dict[str, tuple[float, Write]] = {  # share of the inputs, and what write
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What every input of a run shares."""
+    """Settings that all inputs of a run share."""
 
     seed: int
     scratch: Path
@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="KIND[:NUMBER]", help=f"one kind, or one input of it: {', '.join(KINDS)}")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that run inputs side by side")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where to store inputs that failed")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time, with fewer inputs")
     options = parser.parse_args()
@@ -99,7 +99,7 @@ def main() -> int:
     job = Job(seed=options.seed, scratch=scratch, keep=keep, deadline=time.monotonic() + 60 * options.minutes)
     failed = _report(_run(list(_inputs(options.inputs, options.only)), job, jobs=options.jobs))
     if changed := stamps ^ _stamps(scratch / "seeds"):
-        print(f"an input changed the valid files that all are made from, such as {min(changed)[0]}")
+        print(f"an input changed the seed files, such as {min(changed)[0]}")
     return int(failed or bool(changed))
 
 
@@ -135,7 +135,7 @@ def _run_in_scratch() -> int:
 
 
 def _import_all() -> None:
-    """Import what the children use; only imports, so that no thread runs when they are forked."""
+    """Import the modules that the children use; nothing else, so that no thread runs when they are forked."""
     import mmaudit
 
     for module in pkgutil.walk_packages(mmaudit.__path__, "mmaudit."):
@@ -146,7 +146,7 @@ def _import_all() -> None:
     logging.captureWarnings(False)
     importlib.import_module("torch").set_num_threads(1)
     gc.collect()
-    gc.freeze()  # else the collector of a child copies every page that it looks at
+    gc.freeze()  # else the garbage collector of a child copies every page that it visits
 
 
 def _inputs(count: int, only: str | None) -> Iterator[tuple[str, int]]:
@@ -156,11 +156,11 @@ def _inputs(count: int, only: str | None) -> Iterator[tuple[str, int]]:
         yield kind, int(number)
         return
     shares = {kind: 1.0} if kind else {name: share for name, (share, _) in KINDS.items()}
-    made: Counter[str] = Counter()
+    num_generated: Counter[str] = Counter()
     for total in range(1, count + 1):
-        chosen = max(shares, key=lambda name: shares[name] * total - made[name])
-        yield chosen, made[chosen]
-        made[chosen] += 1
+        next_kind = max(shares, key=lambda name: shares[name] * total - num_generated[name])
+        yield next_kind, num_generated[next_kind]
+        num_generated[next_kind] += 1
 
 
 def _run(inputs: list[tuple[str, int]], job: Job, *, jobs: int) -> Iterator[Outcome]:
@@ -212,12 +212,12 @@ def _report(outcomes: Iterator[Outcome]) -> bool:
 
 
 def _print_groups(failed: list[Outcome]) -> None:
-    """Print the failures by what and where, the most frequent first, with the first input of each."""
+    """Print the failures grouped by fault and location, most frequent first, with the first input of each."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in sorted(failed, key=lambda failure: failure.name):
         groups.setdefault((outcome.fault, outcome.group), []).append(outcome)
     if groups:
-        print("\n| fault | where | times | kinds | first | its last line |\n|---|---|---|---|---|---|")
+        print("\n| fault | location | count | kinds | first input | last line |\n|---|---|---|---|---|---|")
     for (fault, group), rows in sorted(groups.items(), key=lambda item: -len(item[1])):
         kinds = ", ".join(sorted({outcome.kind for outcome in rows}))
         detail = rows[0].detail.replace("|", "\\|").replace("\n", " ")[:160]

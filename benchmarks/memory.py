@@ -1,8 +1,8 @@
-"""How much memory does scoring a million samples take? 1,000,000 rows of two modalities of 512 features, 30 classes
+"""Peak memory of scoring 1,000,000 rows of two modalities of 512 features, 30 classes.
 
-The set is written in pieces into a scratch folder (4 GB, and as much again for the feature cache), `mmaudit score`
-runs on it as it is typed, and the largest resident set of that process and of its workers is read from the system.
-Prints a Markdown row; the exit code is 1 if it is not under 3 GB. `--rows N` takes fewer.
+The dataset is written in chunks to a scratch folder (4 GB, and as much again for the feature cache), the command
+`mmaudit score` runs on it, and the largest resident set of that process and of its workers is read from the system.
+Prints a Markdown row; the exit code is 1 if it is not under 3 GB. `--rows N` uses fewer rows.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 NUM_FEATURES, NUM_CLASSES, PIECE = 512, 30, 20_000
-MOST_GB = 3.0
+MAX_GB = 3.0
 
 
 def write(path: Path, num_rows: int) -> None:
-    """Write planted Gaussians whose classes are clearer in one modality or the other, at random."""
+    """Write Gaussian clusters per class; the class signal of each modality varies by sample at random."""
     rng = np.random.default_rng(0)
     means = rng.standard_normal((2, NUM_CLASSES, NUM_FEATURES)).astype(np.float32) * 0.12
     vector = pa.list_(pa.float32(), NUM_FEATURES)
@@ -35,7 +35,7 @@ def write(path: Path, num_rows: int) -> None:
             label = rng.integers(0, NUM_CLASSES, n).astype(np.int32)
             clear = rng.random((2, n, 1), dtype=np.float32) * 2
             columns = [clear[m] * means[m][label] + rng.standard_normal((n, NUM_FEATURES), np.float32) for m in (0, 1)]
-            arrays = [pa.FixedSizeListArray.from_arrays(pa.array(each.ravel()), NUM_FEATURES) for each in columns]
+            arrays = [pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), NUM_FEATURES) for matrix in columns]
             ids = pa.array([f"s{row:07d}" for row in range(start, start + n)])
             writer.write_table(pa.table([ids, pa.array(label), *arrays], schema=schema))
 
@@ -54,10 +54,10 @@ def main(num_rows: int) -> int:
     print("| rows x features x modalities | largest resident set | seconds | scored |")
     print("|---|---|---|---|")
     print(
-        f"| {num_rows:,} x {NUM_FEATURES} x 2 | {resident:.2f} GB (bound {MOST_GB:g}) | {seconds:.0f} ({spent}) "
+        f"| {num_rows:,} x {NUM_FEATURES} x 2 | {resident:.2f} GB (bound {MAX_GB:g}) | {seconds:.0f} ({spent}) "
         f"| {record['counts']['scored']:,} |"
     )
-    return int(resident >= MOST_GB)
+    return int(resident >= MAX_GB)
 
 
 if __name__ == "__main__":

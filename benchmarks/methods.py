@@ -1,11 +1,11 @@
-"""Does every method learn on real data, and more than its own chance control? Exit code 1 if one does not
+"""Test accuracy of every method on real data against its shuffled-label control; exit code 1 if one is not above it.
 
 Run with: make methods DATA=FOLDER, or python benchmarks/methods.py FOLDER [--seeds 3] [--set NAME] [--only METHOD ...]
-ravdess (by actor) and av-digits-graded are scored with probes that never learn from test samples, and all their samples
-are kept in one manifest. Every sampler then trains beside the sum of losses and every balancer beside uniform sampling,
-with the same network, epochs and batches, over several seeds; and each modality alone. The chance control of a method
-is the same training, with one seed, on labels shuffled among all samples but the test ones. Prints a Markdown table of
-test accuracy, fused and of each branch, mean and standard deviation over seeds.
+ravdess (by actor) and av-digits-graded are scored with probes that are not fitted on test samples, and all samples are
+kept in one manifest. Every sampler is trained with the sum of losses and every balancer with uniform sampling, with the
+same network, epochs and batches, over several seeds; and each modality alone. The control of a method is the same
+training, with one seed, on labels shuffled among all but the test samples. Prints a Markdown table of test accuracy,
+fused and of each branch, mean and standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import finetune_on
 from mmaudit.train.sampling.config import SAMPLERS
 
-# Schedules whose lengths are the papers' are brought to these trainings' 60 epochs.
+# Schedules with the lengths of the papers are scaled to the 60 epochs of these trainings.
 SETTINGS = [
     "probe.learn_from=train",
     "finetune.epochs=60",
@@ -41,7 +41,7 @@ SETTINGS = [
     "balancing.pmr.last_epoch=60",
 ]
 PPO = "dus-rl, ppo"
-EARLY = "gmm from epoch 3"  # the epoch that is kept often lies in the usual warm-up of 10
+EARLY = "gmm from epoch 3"  # the selected epoch is often within the default warm-up of 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +69,15 @@ CASES = (
 
 
 def methods(modalities: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Give the settings of every training, by what it is called in the table."""
-    found: dict[str, dict[str, Any]] = {f"{name} alone": {"only": name} for name in modalities}
-    found |= {name: {"balancing": name} for name in BALANCERS}
-    found |= {name: {"sampling": name, "balancing": "sum"} for name in SAMPLERS if name != "uniform"}
-    return found | {PPO: {"sampling": "dus-rl", "balancing": "sum"}, EARLY: {"balancing": "gmm"}}
+    """Return the settings of every training by its name in the table."""
+    settings: dict[str, dict[str, Any]] = {f"{name} alone": {"only": name} for name in modalities}
+    settings |= {name: {"balancing": name} for name in BALANCERS}
+    settings |= {name: {"sampling": name, "balancing": "sum"} for name in SAMPLERS if name != "uniform"}
+    return settings | {PPO: {"sampling": "dus-rl", "balancing": "sum"}, EARLY: {"balancing": "gmm"}}
 
 
-def settings_of(base: TrainConfig, name: str, chosen: dict[str, Any]) -> TrainConfig:
-    config = replace(base, finetune=replace(base.finetune, **chosen))
+def config_of(base: TrainConfig, name: str, settings: dict[str, Any]) -> TrainConfig:
+    config = replace(base, finetune=replace(base.finetune, **settings))
     if name == PPO:
         dus = replace(config.sampling.dus, policy="ppo")
         return replace(config, sampling=replace(config.sampling, dus=dus))
@@ -87,21 +87,21 @@ def settings_of(base: TrainConfig, name: str, chosen: dict[str, Any]) -> TrainCo
     return config
 
 
-def shuffled(examples: Examples, seed: int) -> Examples:
-    """Give the same samples with the labels of training and validation samples exchanged among themselves."""
+def shuffle_labels(examples: Examples, seed: int) -> Examples:
+    """Return the samples with the labels shuffled among training and validation samples."""
     label, rng = examples.label.copy(), np.random.default_rng(seed)
-    learnt = np.flatnonzero(examples.split != "test")
-    label[learnt] = label[rng.permutation(learnt)]
+    fitted_rows = np.flatnonzero(examples.split != "test")
+    label[fitted_rows] = label[rng.permutation(fitted_rows)]
     return replace(examples, label=label)
 
 
 def accuracies(examples: Examples, config: TrainConfig, seed: int, between: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        found = finetune_on(
+        result = finetune_on(
             examples, Path(folder), config=config, between=between, seed=seed, device="cpu", progress=no_progress
         )
-    branches = found.metrics["test"]["all"]["branches"]
-    return {name: each["accuracy"] for name, each in branches.items()}
+    branches = result.metrics["test"]["all"]["branches"]
+    return {name: metrics["accuracy"] for name, metrics in branches.items()}
 
 
 def prepare(case: Case, data: Path, scratch: Path) -> tuple[Examples, TrainConfig]:
@@ -113,7 +113,7 @@ def prepare(case: Case, data: Path, scratch: Path) -> tuple[Examples, TrainConfi
     return read_examples("everything", run=run, config=config), config.training()
 
 
-def told(values: list[float]) -> str:
+def format_mean(values: list[float]) -> str:
     spread = stdev(values) if len(values) > 1 else 0.0
     return f"{fmean(values):.3f} ± {spread:.3f}"
 
@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=None)
     options = parser.parse_args()
     logging.getLogger("mmaudit").setLevel(logging.WARNING)
-    torch.set_num_threads(1)  # as fast, for networks as small as these
+    torch.set_num_threads(1)  # as fast for networks of this size
     missed = 0
     with tempfile.TemporaryDirectory() as scratch:
         for case in CASES:
@@ -138,23 +138,27 @@ def main() -> int:
             print(f"\n{case.name}: {(examples.split == 'test').sum()} test samples, {options.seeds} seeds\n")
             print(f"| method | fused | {' | '.join(names)} | on shuffled labels | above it |")
             print("|---|---|" + "---|" * len(names) + "---|---|")
-            for name, chosen in methods(names).items():
+            for name, settings in methods(names).items():
                 if options.only and name not in options.only:
                     continue
-                config = settings_of(base, name, chosen)
-                some = examples.only(chosen["only"]) if "only" in chosen else examples
+                config = config_of(base, name, settings)
+                selected = examples.only(settings["only"]) if "only" in settings else examples
                 between = ":".join(names[:2])
                 seeds = range(options.seeds)
-                found = [accuracies(some, config, seed, between) for seed in seeds]
+                runs = [accuracies(selected, config, seed, between) for seed in seeds]
                 control = [
-                    accuracies(shuffled(some, seed), config, seed, between)["fused"] for seed in range(options.controls)
+                    accuracies(shuffle_labels(selected, seed), config, seed, between)["fused"]
+                    for seed in range(options.controls)
                 ]
-                above = min(each["fused"] for each in found) > max(control)
+                above = min(accuracy_of["fused"] for accuracy_of in runs) > max(control)
                 missed += not above
-                cells = [told([each[branch] for each in found]) if branch in found[0] else "-" for branch in names]
-                fused = told([each["fused"] for each in found])
+                cells = [
+                    format_mean([accuracy_of[branch] for accuracy_of in runs]) if branch in runs[0] else "-"
+                    for branch in names
+                ]
+                fused = format_mean([accuracy_of["fused"] for accuracy_of in runs])
                 print(
-                    f"| {name} | {fused} | {' | '.join(cells)} | {told(control)} | {'yes' if above else 'NO'} |",
+                    f"| {name} | {fused} | {' | '.join(cells)} | {format_mean(control)} | {'yes' if above else 'NO'} |",
                     flush=True,
                 )
     return int(missed > 0)

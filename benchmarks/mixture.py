@@ -1,8 +1,8 @@
-"""Is the mixture as good as scikit-learn's, how much quicker, and how long do 1e8 posteriors take? Exit 1 if it misses.
+"""Likelihood and time of the gap mixture against scikit-learn's, and time of 1e8 posteriors; exit 1 if it misses.
 
 Run with: python benchmarks/mixture.py [--rows N]
-Everything is measured in one run, ours beside theirs on the same gaps; a few minutes on two cores, most of them
-scikit-learn's. With fewer rows the ratio falls, for our fit itself does not depend on them.
+Both are measured in one run on the same gaps; a few minutes on two cores, most of them scikit-learn's. With fewer rows
+the ratio falls, because the time of mmaudit's fit itself does not depend on them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sklearn.mixture import GaussianMixture
 from mmaudit.audit.scores.em import Component
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
 
-LEAST_RATIO = 300.0
-MOST_DIFFERENCE = 1e-6  # of the mean log-likelihood per sample, on the values themselves
-MOST_SECONDS = 0.3
+MIN_RATIO = 300.0
+MAX_DIFFERENCE = 1e-6  # of the mean log-likelihood per sample, on the values themselves
+MAX_SECONDS = 0.3
 NUM_POSTERIORS = 100_000_000
 NUM_REPEATS = 7
 Result = TypeVar("Result")
@@ -30,7 +30,7 @@ Pair = tuple[Component, Component]
 
 
 def gaps(num_rows: int) -> NDArray[np.float64]:
-    """Two groups as in Modality Gap, which overlap enough that EM takes some steps; none is cut off at 0 or 1."""
+    """Draw gaps of two overlapping groups, so that EM takes several steps; neither group is truncated at 0 or 1."""
     rng = np.random.default_rng(0)
     normal = rng.standard_normal(num_rows)
     drawn = np.where(rng.random(num_rows) < 0.6, 0.25 + 0.08 * normal, 0.6 + 0.1 * normal)
@@ -44,23 +44,23 @@ def timed(work: Callable[[], Result]) -> tuple[Result, float]:
 
 
 def sklearn_pair(fitted: GaussianMixture) -> Pair:
-    found = zip(fitted.means_.ravel(), np.sqrt(fitted.covariances_.ravel()), fitted.weights_, strict=True)
-    low, high = (Component(weight=float(w), mean=float(m), sd=float(s)) for m, s, w in sorted(found))
+    parameters = zip(fitted.means_.ravel(), np.sqrt(fitted.covariances_.ravel()), fitted.weights_, strict=True)
+    low, high = (Component(weight=float(w), mean=float(m), sd=float(s)) for m, s, w in sorted(parameters))
     return low, high
 
 
 def log_likelihood(pair: Pair, values: NDArray[np.float64]) -> float:
-    """Mean of the values themselves, for both by the same formula."""
+    """Return the mean log-likelihood of the values, by the same formula for both mixtures."""
     parts = np.array_split(values, 1 + len(values) // 1_000_000)
     low, high = pair
     return sum(float(np.logaddexp(low.log_density(v), high.log_density(v)).sum()) for v in parts) / len(values)
 
 
 def measure(num_rows: int) -> list[tuple[str, str, str, bool]]:
-    """Rows of the table: what, found, bound, met. Ours is measured before and after theirs, and the median taken."""
+    """Return the table: quantity, measured, bound, met. mmaudit is measured before and after scikit-learn."""
     values, many = gaps(num_rows), np.random.default_rng(1).random(NUM_POSTERIORS, dtype=np.float32)
     mixture = fit_mixture(values, config=MixtureConfig(), seed=0)
-    theirs = GaussianMixture(2, tol=1e-6, max_iter=1000, random_state=0)
+    reference = GaussianMixture(2, tol=1e-6, max_iter=1000, random_state=0)
     fits: list[float] = []
     posteriors: list[float] = []
     cpu: list[float] = []
@@ -73,11 +73,11 @@ def measure(num_rows: int) -> list[tuple[str, str, str, bool]]:
             cpu.append(time.process_time() - busy)
 
     measure_ours()
-    seconds = timed(lambda: theirs.fit(values[:, None]))[1]
+    seconds = timed(lambda: reference.fit(values[:, None]))[1]
     measure_ours()
-    assert theirs.converged_
+    assert reference.converged_
     assert mixture.components is not None
-    difference = log_likelihood(sklearn_pair(theirs), values) - log_likelihood(mixture.components, values)
+    difference = log_likelihood(sklearn_pair(reference), values) - log_likelihood(mixture.components, values)
     return table(seconds=seconds, fits=fits, difference=difference, posteriors=posteriors, cpu=cpu)
 
 
@@ -86,18 +86,18 @@ def table(
 ) -> list[tuple[str, str, str, bool]]:
     fit, posterior = statistics.median(fits), statistics.median(posteriors)
     spread = f"{min(posteriors):.3f} to {max(posteriors):.3f}"
-    less_likely = "log-likelihood a sample, scikit-learn - ours"
+    less_likely = "log-likelihood per sample, scikit-learn - mmaudit"
     return [
-        ("fit, seconds, scikit-learn / ours", f"{seconds:.1f} / {fit:.3f}", "none", True),
-        ("fit, ratio", f"{seconds / fit:.0f}", f"at least {LEAST_RATIO:g}", seconds / fit >= LEAST_RATIO),
-        (less_likely, f"{difference:.1e}", f"at most {MOST_DIFFERENCE:g}", difference <= MOST_DIFFERENCE),
+        ("fit, seconds, scikit-learn / mmaudit", f"{seconds:.1f} / {fit:.3f}", "none", True),
+        ("fit, ratio", f"{seconds / fit:.0f}", f"at least {MIN_RATIO:g}", seconds / fit >= MIN_RATIO),
+        (less_likely, f"{difference:.1e}", f"at most {MAX_DIFFERENCE:g}", difference <= MAX_DIFFERENCE),
         (
             f"posterior of {NUM_POSTERIORS:,} float32 gaps, seconds",
             f"{posterior:.3f} ({spread})",
-            f"below {MOST_SECONDS:g}",
-            posterior < MOST_SECONDS,
+            f"below {MAX_SECONDS:g}",
+            posterior < MAX_SECONDS,
         ),
-        # what it takes of the processors, and so what it would take alone: other work on the machine adds to the above
+        # the CPU time, which other work on the machine does not increase
         ("the same, CPU seconds of all threads", f"{statistics.median(cpu):.3f} (from {min(cpu):.3f})", "none", True),
     ]
 
@@ -106,9 +106,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=10_000_000, help="gaps that both mixtures are fitted to")
     rows = measure(parser.parse_args().rows)
-    print("| what | found | bound | met |\n|---|---|---|---|")
-    for what, found, bound, met in rows:
-        print(f"| {what} | {found} | {bound} | {'yes' if met else 'NO'} |")
+    print("| quantity | measured | bound | met |\n|---|---|---|---|")
+    for quantity, measured, bound, met in rows:
+        print(f"| {quantity} | {measured} | {bound} | {'yes' if met else 'NO'} |")
     return 0 if all(met for *_, met in rows) else 1
 
 

@@ -1,8 +1,7 @@
-"""The table of real data sets: does the whole line hold on them? `make real DATA=FOLDER`
+"""Accuracy of all stages on real datasets, as a Markdown table; exit code 1 if a bound is missed.
 
-FOLDER holds av-digits/, av-digits-graded/, grid-digits/, ravdess/ravdess.parquet and mfeat/mfeat.parquet. Each set is
-scored, split and fine-tuned by the commands as they are typed; the figures are printed as a Markdown table, and a bound
-that is missed makes the exit code 1.
+Run with: make real DATA=FOLDER. FOLDER holds av-digits/, av-digits-graded/, grid-digits/, ravdess/ravdess.parquet and
+mfeat/mfeat.parquet. Each dataset is scored, split and fine-tuned by the commands of the command line.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import pandas as pd
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One row: what is scored, and the out-of-fold accuracy each modality must reach or stay below."""
+    """A row of the table: the dataset, and the out-of-fold accuracy that each modality must reach or stay below."""
 
     name: str
     data: str
@@ -29,7 +28,7 @@ class Case:
     at_least: dict[str, float]
     below: dict[str, float]
     num_modalities: int = 2
-    planted: tuple[str, str, float] | None = None  # two columns: Spearman of the discrepancy with rank - rank, at least
+    planted: tuple[str, str, float] | None = None  # columns, and the least Spearman of the discrepancy with rank - rank
 
 
 CASES = (
@@ -63,7 +62,7 @@ CASES = (
 
 
 def main(folder: Path) -> int:
-    print("| set | out-of-fold accuracy | balanced split | test accuracy (chance) | seconds | holds |")
+    print("| set | out-of-fold accuracy | balanced split | test accuracy (chance) | seconds | met |")
     print("|---|---|---|---|---|---|")
     missed = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,7 +88,7 @@ def measure(case: Case, folder: Path, scratch: Path) -> tuple[str, bool]:
     split = mmaudit("split", "--balanced", *run)
     metrics = mmaudit("finetune", "--manifest", "balanced", *run)
     tested, chance = metrics["test"]["all"]["branches"]["fused"], metrics["chance"]["majority"]
-    probes = {found["name"]: found["value"] for found in probe_report["probe_metrics"]}
+    probes = {probe["name"]: probe["value"] for probe in probe_report["probe_metrics"]}
     holds = (
         all(probes[name] >= bound for name, bound in case.at_least.items())
         and all(probes[name] < bound for name, bound in case.below.items())
@@ -97,12 +96,12 @@ def measure(case: Case, folder: Path, scratch: Path) -> tuple[str, bool]:
         and tested["accuracy_low"] > 2 * chance
         and all(metrics["test"][name]["n"] > 0 for name in ("in-manifest", "balanced-within-0.2"))
     )
-    told = ", ".join(f"{name} {value:.3f}" for name, value in probes.items())
+    accuracies = ", ".join(f"{name} {value:.3f}" for name, value in probes.items())
     if case.planted is not None:
-        found = recovered(folder / case.data, Path(run[1]) / "scores.parquet", *case.planted[:2])
-        told, holds = f"{told}; Spearman {found:.3f}", holds and found >= case.planted[2]
+        spearman = correlation_with_ranks(folder / case.data, Path(run[1]) / "scores.parquet", *case.planted[:2])
+        accuracies, holds = f"{accuracies}; Spearman {spearman:.3f}", holds and spearman >= case.planted[2]
     cells = [
-        told,
+        accuracies,
         f"{split['kept']} of {split['scored']} ({split['between']}), distance {split['after']['distance']:.3f}",
         f"{tested['accuracy']:.3f} ({chance:.3f}), n = {metrics['test']['all']['n']}",
         f"{time.monotonic() - started:.0f}",
@@ -110,12 +109,12 @@ def measure(case: Case, folder: Path, scratch: Path) -> tuple[str, bool]:
     return " | ".join(cells), holds
 
 
-def recovered(data: Path, scores: Path, first: str, second: str) -> float:
-    """Give Spearman's correlation of the discrepancy with the difference of two columns' ranks."""
+def correlation_with_ranks(data: Path, scores: Path, first: str, second: str) -> float:
+    """Return Spearman's correlation of the discrepancy with the difference of the ranks of two columns."""
     truth = pd.read_parquet(data, columns=["id", first, second]).set_index("id")
-    found = pd.read_parquet(scores, columns=["sample_id", "discrepancy"]).set_index("sample_id")
-    truth = truth.loc[found.index]
-    return float(found["discrepancy"].corr(truth[first].rank() - truth[second].rank(), method="spearman"))
+    discrepancies = pd.read_parquet(scores, columns=["sample_id", "discrepancy"]).set_index("sample_id")
+    truth = truth.loc[discrepancies.index]
+    return float(discrepancies["discrepancy"].corr(truth[first].rank() - truth[second].rank(), method="spearman"))
 
 
 def mmaudit(*words: str) -> dict[str, Any]:

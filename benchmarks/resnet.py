@@ -1,10 +1,10 @@
-"""How many pictures and spectrograms a second does a fine-tuning of two ResNet-18s learn from, of how many it could?
+"""Throughput of a fine-tuning of two ResNet-18s, and its share of the peak of the device.
 
 Run with: python benchmarks/resnet.py [--quick]
-Audio-visual fine-tuning end to end from decoded tensors, which lie on the device: log-mel spectrograms and three frames
-a clip, crops, mirrored frames and masks included, in bfloat16 on CUDA (float32 elsewhere), uniform sampling, the fused
-loss and the adaptive one. The share of the peak is the GFLOP that a step's products take, by torch's own counter, over
-the best of some square products of the same dtype in the same run. It has no bound: it tells. --quick: tiny networks.
+Audio-visual fine-tuning end to end from decoded tensors on the device: log-mel spectrograms and three frames per clip,
+with crops, mirrored frames and masks, in bfloat16 on CUDA (float32 elsewhere), uniform sampling, the joint loss and
+gmm. The share of the peak is the GFLOP of a step's products, by torch's counter, over the best of some square products
+of the same dtype in the same run. There is no bound. --quick: tiny networks.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def draw(num_clips: int, *, size: int, mel: tuple[int, int]) -> Examples:
     )
 
 
-def train(examples: Examples, config: TrainConfig, device: str) -> float:
-    """Give the seconds of an epoch after the first, the median; 0 of one epoch alone."""
+def seconds_per_epoch(examples: Examples, config: TrainConfig, device: str) -> float:
+    """Return the median seconds of the epochs after the first; 0 if there is only one."""
     ends: list[float] = []
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -69,25 +69,25 @@ def train(examples: Examples, config: TrainConfig, device: str) -> float:
 
 
 def peak(device: str, dtype: torch.dtype, *, size: int) -> float:
-    """Most TFLOP/s of a square product."""
+    """Return the highest measured TFLOP/s of a square matrix product."""
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    found = []
+    rates = []
     for _ in range(6):
         if device == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
         float((a @ b)[0, 0])
-        found.append(2 * size**3 / (time.perf_counter() - started) / 1e12)
-    return max(found)
+        rates.append(2 * size**3 / (time.perf_counter() - started) / 1e12)
+    return max(rates)
 
 
 def main(quick: bool) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    most = peak(device, dtype, size=1024 if quick else 8192)
+    peak_rate = peak(device, dtype, size=1024 if quick else 8192)
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{name}, {dtype}: peak {most:.2f} TFLOP/s\n")
-    print("| batch | balancing | clips/s | pictures + spectrograms/s | GFLOP a clip | of peak |")
+    print(f"{name}, {dtype}: peak {peak_rate:.2f} TFLOP/s\n")
+    print("| batch | balancing | clips/s | frames + spectrograms/s | GFLOP per clip | of peak |")
     print("|---|---|---|---|---|---|")
     size, mel, width = (32, (32, 25), 0.1) if quick else (224, (128, 200), 1.0)
     for batch in (16,) if quick else (64, 128, 256):
@@ -99,14 +99,14 @@ def main(quick: bool) -> int:
                 balancing=BalancingConfig(gmm=GmmConfig(warmup_epochs=0)),
                 width=width,
             )
-            seconds = train(examples, config, device)
+            seconds = seconds_per_epoch(examples, config, device)
             clips = len(examples.rows("train"))
             once = TrainConfig(finetune=FinetuneConfig(epochs=1, batch_size=batch), width=width)
             with FlopCounterMode(display=False) as counter:
-                train(examples, once, device)
-            gflop = counter.get_total_flops() / 1e9 / clips  # with the readings of validation and test samples
+                seconds_per_epoch(examples, once, device)
+            gflop = counter.get_total_flops() / 1e9 / clips  # including the evaluation of validation and test samples
             rate = clips / seconds
-            share = rate * gflop / 1e3 / most
+            share = rate * gflop / 1e3 / peak_rate
             row = f"{rate:.0f} | {rate * (FRAMES + 1):.0f} | {gflop:.2f} | {share:.0%}"
             print(f"| {batch} | {balancing} | {row} |", flush=True)
     return 0

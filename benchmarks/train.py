@@ -1,18 +1,18 @@
-"""How much slower than a bare PyTorch loop is a training by mmaudit, method by method? --quick: a quarter of the rows
+"""Overhead of training by each method over a bare PyTorch loop. --quick: a quarter of the rows.
 
 Run with: python benchmarks/train.py [--quick] [--alike] [SIZE:SAMPLING:BALANCING ...], such as large:bss-l:joint
-The bounds are those against a loop of torch's own parts, with the same fused AdamW as ours. --alike: it has our dropout
-too, so that what is left is what the methods and the tool around them cost. --quick tells nothing of bounds: a
-checkpoint an epoch weighs four times as much.
+The bounds are against a loop of torch's own parts, with the same fused AdamW as mmaudit. With --alike the loop uses
+mmaudit's dropout too, so that only the cost of the methods and of the surrounding code remains. Bounds do not apply to
+--quick, in which the checkpoint of an epoch weighs four times as much.
 
-Two modalities of 1,024 features each, encoders of 512, batches of 256, 30 classes. The bare loop is written by hand
-below, over tensors that are on the device already, with the same layers, loss and optimiser, and the same validation
-after every epoch. Ours is `finetune_on` whole: order, batches, losses, history, validation and a checkpoint every
-epoch. The features-only path is measured once more where there is little to compute, with the default network (512
-features, 128 hidden, batches of 64). Both take turns; told is the median over rounds of the ratio of seconds for each
-encoded vector, so that samplers that see fewer samples, or more of one modality, are compared fairly.
+Two modalities of 1,024 features each, encoders of 512, batches of 256, 30 classes. The bare loop below runs over
+tensors that are on the device already, with the same layers, loss and optimiser, and the same validation after every
+epoch. mmaudit is all of `finetune_on`: order, batches, losses, history, validation and a checkpoint every epoch. The
+features-only path is also measured with little computation, with the default network (512 features, 128 hidden, batches
+of 64). Both alternate; the overhead is the median over rounds of the ratio of seconds per encoded vector, so that
+samplers that use fewer samples, or more of one modality, are compared fairly.
 
-Prints a Markdown table; the exit code is 1 where a bound is missed.
+Prints a Markdown table; the exit code is 1 if a bound is missed.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from mmaudit.train.training_data import TrainingData
 
 NUM_CLASSES = 30
 ROUNDS = 3
-EPOCHS = 8  # of a round: one reading of the model by bss-l among them
+EPOCHS = 8  # per round, including one evaluation of the model by bss-l
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is trained: n rows, d features a modality, encoders of `hidden`, batches."""
+    """Size of a training: rows, features per modality, hidden units of the encoders, batch size."""
 
     rows: int
     features: int
@@ -63,7 +63,7 @@ class Size:
 LARGE = Size(rows=25_600, features=1024, hidden=512, batch=256)
 SMALL = Size(rows=25_600, features=512, hidden=128, batch=64)
 
-# sampling, balancing, most overhead; those without a bound are told.
+# sampling, balancing, largest allowed overhead; None: no bound.
 METHODS = (
     ("uniform", "joint", 0.03),
     ("bss-h", "joint", 0.03),
@@ -116,7 +116,7 @@ def draw(size: Size) -> Examples:
 
 
 class Bare(nn.Module):
-    """What somebody would write who needs nothing but this network."""
+    """The same network, written in plain PyTorch."""
 
     def __init__(self, size: Size, dropout: type[nn.Module]) -> None:
         super().__init__()
@@ -132,10 +132,10 @@ class Bare(nn.Module):
         return logits
 
 
-def bare(examples: Examples, size: Size, device: str, *, alike: bool) -> float:
-    """Give seconds for each encoded vector."""
+def run_bare(examples: Examples, size: Size, device: str, *, alike: bool) -> float:
+    """Train the bare loop; return the seconds per encoded vector, without the first epoch."""
     torch.manual_seed(0)
-    audio, visual = (torch.from_numpy(each.read(np.arange(each.num_rows))).to(device) for each in examples.inputs)
+    audio, visual = (torch.from_numpy(m.read(np.arange(m.num_rows))).to(device) for m in examples.inputs)
     label = torch.from_numpy(examples.label).to(device)
     net = Bare(size, Dropout if alike else nn.Dropout).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
@@ -161,8 +161,8 @@ def bare(examples: Examples, size: Size, device: str, *, alike: bool) -> float:
     return sum(times[1:]) / (EPOCHS * size.rows * 2)
 
 
-def ours(examples: Examples, size: Size, sampling: str, balancing: str, device: str) -> float:
-    """Give seconds for each encoded vector: of the epochs after the first, readings and checkpoints included."""
+def run_mmaudit(examples: Examples, size: Size, sampling: str, balancing: str, device: str) -> float:
+    """Train by mmaudit; return the seconds per encoded vector after epoch 1, with evaluations and checkpoints."""
     config = TrainConfig(
         finetune=FinetuneConfig(
             epochs=EPOCHS + 1, batch_size=size.batch, hidden=size.hidden, sampling=sampling, balancing=balancing
@@ -185,7 +185,7 @@ def ours(examples: Examples, size: Size, sampling: str, balancing: str, device: 
             yield batch
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(TrainingData, "batches", counted):
-        found = finetune_on(
+        result = finetune_on(
             examples,
             Path(folder),
             config=config,
@@ -194,7 +194,7 @@ def ours(examples: Examples, size: Size, sampling: str, balancing: str, device: 
             device=device,
             progress=progress,
         )
-    assert len(found.history) == EPOCHS + 1
+    assert len(result.history) == EPOCHS + 1
     return (ends[-1] - ends[0]) / sum(encoded[1:])
 
 
@@ -207,28 +207,28 @@ def main(words: list[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     quick = "--quick" in words
-    named = [word for word in words if not word.startswith("-")]
+    selected = [word for word in words if not word.startswith("-")]
     print(f"{name}; {ROUNDS} rounds of {EPOCHS} epochs\n")
-    print("| size | sampling | balancing | bare, us a vector | overhead: median (least, most) | bound |")
+    print("| size | sampling | balancing | bare, us per vector | overhead: median (min, max) | bound |")
     print("|---|---|---|---|---|---|")
     missed = False
     rows = [("large", LARGE, *method) for method in METHODS] + [("small", SMALL, "uniform", "joint", 1 / 0.9 - 1)]
-    for label, whole, sampling, balancing, bound in rows:
-        if named and f"{label}:{sampling}:{balancing}" not in named:
+    for label, full_size, sampling, balancing, bound in rows:
+        if selected and f"{label}:{sampling}:{balancing}" not in selected:
             continue
-        size = replace(whole, rows=whole.rows // 4) if quick else whole
+        size = replace(full_size, rows=full_size.rows // 4) if quick else full_size
         examples = draw(size)
         pairs = []
         for _ in range(ROUNDS):
-            plain = bare(examples, size, device, alike="--alike" in words)
-            pairs.append((plain, ours(examples, size, sampling, balancing, device)))
-        ratios = sorted(mine / plain - 1 for plain, mine in pairs)
-        found = median(ratios)
-        missed |= bound is not None and found > bound
-        told = "-" if bound is None else f"{bound:.0%}"
+            bare = run_bare(examples, size, device, alike="--alike" in words)
+            pairs.append((bare, run_mmaudit(examples, size, sampling, balancing, device)))
+        ratios = sorted(mmaudit / bare - 1 for bare, mmaudit in pairs)
+        overhead = median(ratios)
+        missed |= bound is not None and overhead > bound
+        bound_text = "-" if bound is None else f"{bound:.0%}"
         print(
-            f"| {label} | {sampling} | {balancing} | {median(plain for plain, _ in pairs) * 1e6:.1f} "
-            f"| {found:+.1%} ({ratios[0]:+.1%}, {ratios[-1]:+.1%}) | {told} |",
+            f"| {label} | {sampling} | {balancing} | {median(bare for bare, _ in pairs) * 1e6:.1f} "
+            f"| {overhead:+.1%} ({ratios[0]:+.1%}, {ratios[-1]:+.1%}) | {bound_text} |",
             flush=True,
         )
     return int(missed)

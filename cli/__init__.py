@@ -1,1 +1,1 @@
-"""The command line and the Python interface."""
+"""Command line and Python interface."""

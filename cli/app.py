@@ -1,4 +1,4 @@
-"""Options that commands share, and their errors and results."""
+"""Options shared by the commands, and the handling of their errors and results."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ import typer
 if TYPE_CHECKING:
     from .config import RunConfig
 
-# Heavy packages (torch, scikit-learn, pyarrow) are imported inside the commands: --help answers in a blink.
+# Heavy packages (torch, scikit-learn, pyarrow) are imported inside the commands, so that --help takes under 0.3 s.
 
-_shows_traceback = False  # what --debug said
+_shows_traceback = False  # set by --debug
 
 
 class _Commands(typer.core.TyperGroup):
-    """The commands; --debug may stand before or after the name of one."""
+    """The group of commands; accepts --debug before or after a command's name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments, with every --debug first."""
+        """Parse the arguments after moving every --debug to the front."""
         end = args.index("--") if "--" in args else len(args)
         if "--debug" in args[:end]:
-            args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
+            args = ["--debug", *(arg for arg in args[:end] if arg != "--debug"), *args[end:]]
         return super().parse_args(ctx, args)
 
 
@@ -55,82 +55,82 @@ def _options(
 
 DataArgument = Annotated[
     str,
-    typer.Argument(help="A folder, a file or glob of rows, a saved dataset, tars, or a name on the Hugging Face hub."),
+    typer.Argument(help="Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name."),
 ]
 ModalityOption = Annotated[
     list[str] | None,
-    typer.Option("--modality", metavar="NAME=COLUMN[:KIND]", help="Read these modalities. Repeatable."),
+    typer.Option("--modality", metavar="NAME=COLUMN[:KIND]", help="Modality, its column and kind. Repeatable."),
 ]
 EncoderOption = Annotated[
     list[str] | None,
     typer.Option(
         "--encoder",
         metavar="NAME=ENCODER",
-        help="statistics, resnet18, hf:MODEL or package.module:function. Repeatable.",
+        help="Encoder of a modality: statistics, resnet18, hf:MODEL or package.module:function. Repeatable.",
     ),
 ]
 TaskOption = Annotated[
     str | None,
     typer.Option("--task", help="classification, multilabel or regression. \\[default: classification]"),
 ]
-LabelOption = Annotated[str | None, typer.Option("--label", help="The column of labels.")]
-IdOption = Annotated[str | None, typer.Option("--id", help="The column of ids.")]
+LabelOption = Annotated[str | None, typer.Option("--label", help="Label column.")]
+IdOption = Annotated[str | None, typer.Option("--id", help="Id column.")]
 GroupOption = Annotated[
     str | None,
-    typer.Option("--group", help="Samples that share this column's value never score each other."),
+    typer.Option("--group", help="Group column: samples of one group always share a fold."),
 ]
 SplitOption = Annotated[
     str | None,
-    typer.Option("--split", help="The column of splits; none: leave it alone, cut a test split."),
+    typer.Option("--split", help="Split column; none: ignore it and cut a test split."),
 ]
-_OTHERS = "A manifest that you did not make on this machine"
+_UNTRUSTED = "For a manifest that was not made by you on this machine"
 NamedEncoderOption = Annotated[
     list[str] | None,
     typer.Option(
         "--encoder",
         metavar="NAME=ENCODER",
-        help="Run the code or model that it names. Repeatable.",
-        rich_help_panel=_OTHERS,
+        help="Confirm the encoder (code or model) of a modality. Repeatable.",
+        rich_help_panel=_UNTRUSTED,
     ),
 ]
 NamedDataOption = Annotated[
     str | None,
-    typer.Option("--data", help="The data; also where your own have moved.", rich_help_panel=_OTHERS),
+    typer.Option("--data", help="The data; also if your own data moved.", rich_help_panel=_UNTRUSTED),
 ]
 NamedOutsideOption = Annotated[
     bool,
-    typer.Option("--allow-outside", help="Let paths lead outside the data's folder.", rich_help_panel=_OTHERS),
+    typer.Option("--allow-outside", help="Allow paths outside the data folder.", rich_help_panel=_UNTRUSTED),
 ]
-OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Let paths lead outside the metadata's folder.")]
-RunOption = Annotated[str, typer.Option("--run", help="The run folder.")]
-ConfigOption = Annotated[str | None, typer.Option("--config", help="A TOML file with any of the settings.")]
+OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Allow paths outside the metadata's folder.")]
+RunOption = Annotated[str, typer.Option("--run", help="Run folder.")]
+ConfigOption = Annotated[str | None, typer.Option("--config", help="TOML file with settings.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting, such as probe.folds=10. Repeatable."),
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="The seed of everything. \\[default: 0]")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Random seed. \\[default: 0]")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--num-workers", min=0, help="Processes that decode media; 0: none. \\[default: all processors]"),
+    typer.Option("--num-workers", min=0, help="Processes that decode media; 0: none. \\[default: all CPUs]"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there; score also removes what was made from it.")
+    bool, typer.Option("--overwrite", help="Replace existing output; score also removes manifests and trainings.")
 ]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command whose errors become one line and an exit code."""
+    """Register a command whose errors are printed as one line and set the exit code."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        from .failures import begin_stage, describe, remembered
+        from .failures import begin_stage, describe, interrupts_recorded
 
         begin_stage("")
         _escape_output()
         try:
-            with remembered():
+            with interrupts_recorded():
                 function(*args, **kwargs)
                 _flush_output()
         except (typer.Exit, typer.Abort):
@@ -144,7 +144,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _escape_output() -> None:
-    """Let names that are not UTF-8 be printed with their bytes escaped."""
+    """Print bytes of names that are not UTF-8 as escape sequences."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -152,7 +152,7 @@ def _escape_output() -> None:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Name standard output in errors of printing."""
+    """Set the file name of an OSError raised while printing to "standard output"."""
     try:
         yield
     except OSError as error:
@@ -162,20 +162,20 @@ def printing() -> Iterator[None]:
 
 
 def _flush_output() -> None:
-    """Write out what was printed, while errors can still be reported."""
+    """Flush stdout while errors can still be reported."""
     if sys.stdout is None:
         return
     try:
         with printing():
             sys.stdout.flush()
     except OSError:
-        with suppress(OSError, ValueError):  # what is left would be reported again at the end of Python
+        with suppress(OSError, ValueError):  # the unwritten rest would be reported again when Python exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
 
 
 def _print_failure(error: BaseException, line: str | None) -> None:
-    """Print the line, and with --debug the traceback before it; a closed terminal is no matter."""
+    """Print the line, and with --debug the traceback before it; errors of a closed terminal are ignored."""
     from .console import print_status
 
     with suppress(OSError):
@@ -187,17 +187,17 @@ def _print_failure(error: BaseException, line: str | None) -> None:
         _flush_output()
 
 
-def settings_of(path: str | None, settings: list[str] | None, seed: int | None) -> RunConfig:
-    """Read a config file, settings over it, and a seed over both."""
+def load_settings(path: str | None, settings: list[str] | None, seed: int | None) -> RunConfig:
+    """Load a config file; `settings` override its values, and `seed` overrides both."""
     from .config import load_config, override
 
     return override(load_config(path, settings or []), seed=seed)
 
 
-def finish(result: dict[str, Any], as_json: bool, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Print the result as JSON on stdout, or tell it in words."""
+def finish(result: dict[str, Any], as_json: bool, print_result: Callable[[dict[str, Any]], None]) -> None:
+    """Print a result on stdout, as JSON or with `print_result`."""
     with printing():
         if as_json:
             print(json.dumps(result, indent=2, allow_nan=False))
         else:
-            tell(result)
+            print_result(result)

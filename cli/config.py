@@ -1,4 +1,4 @@
-"""The config of a run: all stages nested, from TOML and --set."""
+"""Config of a run: the configs of all stages, read from TOML and --set."""
 
 from __future__ import annotations
 
@@ -35,7 +35,25 @@ _DEEP_KEY = re.compile(r"""(?:["'\w-]{1,100}[ \t]{0,9}\.[ \t]{0,9}){64}""")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Everything that decides about results; each part is owned by its stage."""
+    """All settings that results depend on; each section is the config of its stage.
+
+    Args:
+        seed: seed of every random choice, in [0, 2^63).
+        data: how the dataset is read.
+        media: how media are decoded.
+        probe: the linear probes.
+        network: the networks that serve as encoders and probes.
+        mixture: the mixture of the modality gap.
+        leakage: the checks for leaks between splits.
+        split: the balanced split.
+        posterior: P(balanced) from which a sample counts as balanced in `split --gmm`.
+        order: the order of a curriculum.
+        finetune: fine-tuning: fusion, methods, epochs and batches.
+        optim: the optimiser.
+        augment: augmentation.
+        sampling: the sampling methods.
+        balancing: the balancing methods.
+    """
 
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
@@ -45,7 +63,7 @@ class RunConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     leakage: LeakageConfig = field(default_factory=LeakageConfig)
     split: BalancedConfig = field(default_factory=BalancedConfig)
-    posterior: float = 0.5  # P(balanced) from which a sample is on the balanced side of the mixture
+    posterior: float = 0.5
     order: OrderConfig = field(default_factory=OrderConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -55,25 +73,25 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"the seed is {self.seed}; it must be at least 0, and below 2^63")
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
 
     def scoring(self) -> dict[str, Any]:
-        """Give the part that scores depend on, as plain values: what run.json holds and a rerun must match."""
+        """Return the settings that scores depend on, as plain values: `config` of run.json, which reruns must match."""
         config = plain(self)
         return {name: config[name] for name in ("seed", "data", "media", "probe", "network", "mixture")}
 
     def training(self) -> TrainConfig:
-        """Give the part that fine-tuning depends on, but for the seed."""
+        """Return the config of fine-tuning; the seed is not part of it."""
         sections = {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__ if name != "width"}
         return TrainConfig(**sections, width=self.network.width)
 
 
 def load_config(path: str | Path | None = None, settings: typing.Sequence[str] = ()) -> RunConfig:
-    """Read a TOML file, then `SECTION.KEY=VALUE` settings over it. An unknown key names its nearest neighbour."""
+    """Load a TOML file, overridden by `SECTION.KEY=VALUE` settings. Errors on unknown keys suggest the nearest one."""
     content: dict[str, Any] = {}
     if path is not None:
         if not Path(path).exists():
-            raise ConfigError(f"no such config file: {path}")
+            raise ConfigError(f"config file not found: {path}")
         content = _read_toml(Path(path))
     for setting in settings:
         _apply(content, setting)
@@ -91,7 +109,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML; RecursionError where it is nested too deep."""
+    """Parse TOML; raise RecursionError if it is nested too deep."""
     if _DEEP_KEY.search(text):  # a key of 20,000 parts costs the parser 2 GB
         raise RecursionError
     return tomllib.loads(text)
@@ -102,13 +120,13 @@ def _reason(error: Exception) -> str:
 
 
 def override(config: Config, **values: Any) -> Config:
-    """Replace what is not None, as the options of a command do."""
-    given = {name: value for name, value in values.items() if value is not None}
-    return dataclasses.replace(config, **given)  # type: ignore[type-var]
+    """Replace the fields of a config whose value is not None."""
+    requested = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(config, **requested)  # type: ignore[type-var]
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Give a config as nested plain values, as JSON has them."""
+    """Return a config as nested JSON values."""
     return {key: _plain_value(value) for key, value in asdict(config).items()}
 
 
@@ -119,16 +137,16 @@ def _plain_value(value: Any) -> Any:
 
 
 def to_toml(content: dict[str, Any]) -> str:
-    """Write nested plain values, as `plain` gives them, as TOML; keys without a value are left out."""
+    """Format nested plain values, as returned by `plain`, as TOML; keys with value None are omitted."""
     import tomli_w
 
     return tomli_w.dumps(without_none(content))
 
 
 def without_none(content: dict[str, Any]) -> dict[str, Any]:
-    """Leave out keys without a value, at every depth."""
-    kept = {key: value for key, value in content.items() if value is not None}
-    return {key: without_none(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    """Remove keys with value None at every depth."""
+    with_values = {key: value for key, value in content.items() if value is not None}
+    return {key: without_none(value) if isinstance(value, dict) else value for key, value in with_values.items()}
 
 
 def _apply(content: dict[str, Any], setting: str) -> None:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..audit.workers import Progress
     from .manifests import Epoch
 
-_EVEN = (0.4, 0.6)  # share of samples with D > 0 in a split that may be called balanced without a warning
-_QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
+_BALANCED_SHARE = (0.4, 0.6)  # share of samples with D > 0; outside this range a balanced split gets a warning
+_LINE_SECONDS = 10.0  # between two lines of progress if stderr is not a terminal
 
 
 def print_status(line: str) -> None:
@@ -32,13 +32,13 @@ def print_line(line: str) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print a text of several lines on stdout, without control characters but its line feeds."""
+    """Print a text of several lines on stdout, without control characters other than its line feeds."""
     for line in text.split("\n"):
         print_line(line)
 
 
 class _OneLine(logging.Formatter):
-    """A message on one line, without control characters; a traceback keeps its lines."""
+    """Formatter of one line per message, without control characters; a traceback keeps its lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format one record."""
@@ -49,30 +49,30 @@ class _OneLine(logging.Formatter):
 
 
 def configure_logging() -> None:
-    """Send what the stages log to stderr, one line a message."""
+    """Send the log of the stages to stderr, one line per message."""
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine())
     logger = logging.getLogger("mmaudit")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logging.raiseExceptions = False  # a terminal that is gone, or a full disk behind it, is no error of the command
+    logging.raiseExceptions = False  # a closed terminal or a full disk for the log does not fail the command
 
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Give a progress that draws bars on a terminal, and elsewhere a line now and then."""
-    from .failures import begin_stage, raise_if_seen
+    """Yield a progress callback that draws bars on a terminal, and otherwise prints a line every ten seconds."""
+    from .failures import begin_stage, raise_if_interrupted
 
     if not sys.stderr.isatty():
         lines = _Lines()
 
-        def tell(stage: str, done: int, total: int) -> None:
-            raise_if_seen()
+        def print_progress(stage: str, done: int, total: int) -> None:
+            raise_if_interrupted()
             begin_stage(stage)
             lines(stage, done, total)
 
-        yield tell
+        yield print_progress
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -87,7 +87,7 @@ def progress_bars() -> Iterator[Progress]:
         tasks: dict[str, Any] = {}
 
         def progress(stage: str, done: int, total: int) -> None:
-            raise_if_seen()
+            raise_if_interrupted()
             begin_stage(stage)
             if stage not in tasks or bars.tasks[tasks[stage]].finished:
                 tasks[stage] = bars.add_task(printable(stage), total=total)
@@ -97,20 +97,20 @@ def progress_bars() -> Iterator[Progress]:
 
 
 class _Lines:
-    """Progress as a line every ten seconds, and none for what is quicker."""
+    """Progress as a line every ten seconds; shorter stages print none."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last >= _QUIET_SECONDS:
-            self._last = now
+        seconds = time.monotonic()
+        if seconds - self._last >= _LINE_SECONDS:
+            self._last = seconds
             print_status(f"{stage}: {done} of {total}")
 
 
 def print_score(record: dict[str, Any]) -> None:
-    """Tell what was scored and how good the probes are."""
+    """Print the counts of scored and quarantined samples, and the metrics of the probes."""
     counts = record["counts"]
     strata = "classes" if record["config"]["data"]["task"] == "classification" else "strata"
     print_line(
@@ -121,55 +121,53 @@ def print_score(record: dict[str, Any]) -> None:
     for reason, number in record["quarantine"].items():
         print_line(f"  quarantined: {number} x {reason}")
     if record["quarantine"]:
-        print_line(f"  each with its modality and its reason in {Path(record['report']).parent / 'quarantine.parquet'}")
+        print_line(f"  by sample: {Path(record['report']).parent / 'quarantine.parquet'}")
     probe_report = record["probe_report"]
-    for found in probe_report["probe_metrics"]:
-        name, metric = found["name"], probe_report["metric"]
+    for entry in probe_report["probe_metrics"]:
+        name, metric = entry["name"], probe_report["metric"]
         print_line(
-            f"  {name:>10}  {found['value']:.3f}  {metric} out of fold, 95% [{found['low']:.3f}, {found['high']:.3f}]"
+            f"  {name:>10}  {entry['value']:.3f}  {metric} out of fold, 95% [{entry['low']:.3f}, {entry['high']:.3f}]"
         )
     print_line(f"  {'chance':>10}  {probe_report['chance']:.3f}")
-    for found in probe_report["controls"]:
-        if found["leaks"]:
+    for entry in probe_report["controls"]:
+        if entry["leaks"]:
             print_line(
-                f"  warning: a probe of {found['name']} on shuffled labels reaches {found['value']:.3f}, above chance "
-                f"({found['chance']:.3f}): something tells the labels that should not"
+                f"  warning: probe of {entry['name']} on shuffled labels reaches {entry['value']:.3f}, above chance "
+                f"({entry['chance']:.3f}): the labels leak into its features or folds"
             )
     print_line(f"  gap mixture: {record['verdict']}")
     print_line(f"report: {record['report']}")
 
 
-def print_check(found: dict[str, Any]) -> None:
-    """Tell what would be read, what is unusable, and what leaks."""
-    print_line(f"{found['source']}: {found['usable']} of {found['input']} samples can be scored")
-    for modality in found["modalities"]:
+def print_check(summary: dict[str, Any]) -> None:
+    """Print the modalities, the unusable samples and the leaks of a dataset."""
+    print_line(f"{summary['source']}: {summary['usable']} of {summary['input']} samples are usable")
+    for modality in summary["modalities"]:
         print_line(f"  modality {modality}")
-    for each in found["unusable"]:
+    for group in summary["unusable"]:
         print_line(
-            f"  unusable: {each['count']} x {each['reason']}, {each['modality'] or 'sample'}: such as {each['example']}"
+            f"  unusable: {group['count']} x {group['reason']}, {group['modality'] or 'sample'}: {group['example']}"
         )
-    for note in found["leakage"]["notes"]:
+    for note in summary["leakage"]["notes"]:
         print_line(f"  note: {note}")
-    for finding in found["leakage"]["findings"]:
+    for finding in summary["leakage"]["findings"]:
         print_line(f"  LEAK: {finding['message']}")
-    if not found["leakage"]["leaks"]:
-        print_line("no leak found")
+    if not summary["leakage"]["leaks"]:
+        print_line("no leaks found")
 
 
-def print_ingest(found: dict[str, Any]) -> None:
-    """Tell how many clips are there."""
-    print_line(found["message"])
-    for note in found["notes"]:
+def print_ingest(summary: dict[str, Any]) -> None:
+    """Print the numbers of listed and missing clips."""
+    print_line(summary["message"])
+    for note in summary["notes"]:
         print_line(f"  note: {note}")
-    print_line(f"metadata: {found['path']}")
+    print_line(f"metadata: {summary['path']}")
 
 
 def print_split(summary: dict[str, Any]) -> None:
-    """Tell what was kept, how uniform it is, what is short, and for the balanced split what tolerances would keep."""
-    would = "" if summary["file"] else "would keep " if summary["kept"] else ""
-    print_line(
-        f"{summary['name']}: {would or 'kept '}{summary['kept']} of {summary['scored']} samples ({summary['between']})"
-    )
+    """Print a split: rows kept, uniformity, and for a balanced split its shortages and its size at other tolerances."""
+    verb = "kept" if summary["file"] or not summary["kept"] else "would keep"
+    print_line(f"{summary['name']}: {verb} {summary['kept']} of {summary['scored']} samples ({summary['between']})")
     if "verdict" in summary:
         print_line(f"  the gap is {summary['verdict']}")
     if summary["reasons"]:
@@ -180,46 +178,43 @@ def print_split(summary: dict[str, Any]) -> None:
     print_line(f"  share with D > 0    {before['positive']:.3f} before, {after['positive']:.3f} after")
     if "curve" in summary:
         _print_balance(summary)
-    print_line(f"manifest: {summary['file'] or 'none: a dry run'}")
+    print_line(f"manifest: {summary['file'] or 'not written (dry run)'}")
 
 
 def _print_balance(summary: dict[str, Any]) -> None:
     after = summary["after"]
     if "grid_distances" in summary:
         parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["grid_distances"].items())
-        print_line(f"  over the grid of both confidences, which is what was made even: {parts}")
+        print_line(f"  distance to uniform over the grid of both confidences: {parts}")
     elif len(summary["distances"]) > 1:
         parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["distances"].items())
-        print_line(f"  each split on its own: {parts}")
+        print_line(f"  distance to uniform by split: {parts}")
     if round(summary["effective_size"]) < summary["kept"]:
-        print_line(f"  effective sample size, with the weights: {summary['effective_size']:.0f} of {summary['kept']}")
-    worst = ", ".join(f"{each['name']} {each['distance_after']:.2f}" for each in summary["least_uniform_classes"])
-    print_line(f"  classes farthest from uniform: {worst}")
+        print_line(f"  effective sample size with weights: {summary['effective_size']:.0f} of {summary['kept']}")
+    worst = ", ".join(f"{row['name']} {row['distance_after']:.2f}" for row in summary["least_uniform_classes"])
+    print_line(f"  least uniform classes: {worst}")
     if summary["empty_bins"]:
-        print_line(f"  bins without any sample: {', '.join(map(str, summary['empty_bins']))}; uniform over the others")
-    for each in summary["shortages"][:3]:
-        place = f"bin {each['bin']} [{each['low']:.2f}, {each['high']:.2f})"
-        print_line(
-            f"  short: class {each['class']} has {each['has']} samples in {place}; an even share is {each['even']:,.1f}"
-        )
-    if not _EVEN[0] <= after["positive"] <= _EVEN[1]:
-        print_line("  warning: uniform only over the bins that hold samples; one side has too few to make the two even")
-    kept = ", ".join(f"{point['tolerance']:g}: {point['size']}" for point in summary["curve"])
-    print_line(f"  a tolerance would keep  {kept}")
+        print_line(f"  empty bins: {', '.join(map(str, summary['empty_bins']))}; uniform over the other bins")
+    for row in summary["shortages"][:3]:
+        cell = f"class {row['class']}, bin {row['bin']} [{row['low']:.2f}, {row['high']:.2f})"
+        print_line(f"  shortage: {cell}: {row['has']} samples, even share {row['even']:,.1f}")
+    if not _BALANCED_SHARE[0] <= after["positive"] <= _BALANCED_SHARE[1]:
+        print_line("  warning: uniform only over the non-empty bins; one side has too few samples for a balanced split")
+    sizes = ", ".join(f"{point['tolerance']:g}: {point['size']}" for point in summary["curve"])
+    print_line(f"  samples kept by tolerance  {sizes}")
 
 
-def print_order(found: dict[str, Any]) -> None:
-    """Tell how much of the training samples an epoch sees."""
-    print_line(
-        f"epoch {found['epoch']}: {found['samples']} of {found['total']} training samples ({found['share']:.1%})"
-    )
-    print_line(f"  the first: {', '.join(map(str, found['first']))}")
+def print_order(summary: dict[str, Any]) -> None:
+    """Print the number and share of the training samples in an epoch."""
+    samples = f"{summary['samples']} of {summary['total']} training samples"
+    print_line(f"epoch {summary['epoch']}: {samples} ({summary['share']:.1%})")
+    print_line(f"  first samples: {', '.join(map(str, summary['first']))}")
 
 
 def dump_order(epoch: Epoch) -> None:
-    """Print every step and id of an epoch as CSV, for a program: ids exactly as they are, quoted where CSV needs it.
+    """Print every step and id of an epoch as CSV for a program: ids unchanged, quoted where CSV needs it.
 
-    On a terminal, where no program reads them, they are printed without control characters.
+    On a terminal they are printed without control characters.
     """
     to_terminal = sys.stdout.isatty()
     rows = csv.writer(sys.stdout, lineterminator="\n")
@@ -228,45 +223,45 @@ def dump_order(epoch: Epoch) -> None:
         rows.writerows([step, printable(name) if to_terminal else name] for name in ids)
 
 
-def print_verify(found: dict[str, Any]) -> None:
-    """Tell each check in a line."""
-    for line in found["lines"]:
+def print_verify(summary: dict[str, Any]) -> None:
+    """Print one line per check."""
+    for line in summary["lines"]:
         print_line(line)
 
 
-def print_diff(found: dict[str, Any]) -> None:
-    """Tell what differs."""
-    for line in found["lines"]:
+def print_diff(summary: dict[str, Any]) -> None:
+    """Print the differences of two manifests."""
+    for line in summary["lines"]:
         print_line(line)
 
 
-def print_replay(found: dict[str, Any]) -> None:
-    """Tell whether a manifest made again is the same."""
-    same = "the same, byte by byte" if found["identical"] else f"NOT the same: {', '.join(found['differ'])}"
-    print_line(f"{found['file']} made again from {found['scores']} is {same}")
+def print_replay(summary: dict[str, Any]) -> None:
+    """Print whether a rebuilt manifest is identical."""
+    outcome = "identical, byte by byte" if summary["identical"] else f"NOT identical: {', '.join(summary['differ'])}"
+    print_line(f"{summary['file']} rebuilt from {summary['scores']}: {outcome}")
 
 
-def print_card(result: dict[str, Any]) -> None:
-    """Print the section of a dataset card, or the file that it was written to."""
-    if result["file"] is None:
-        print_text(result["card"])
+def print_card(summary: dict[str, Any]) -> None:
+    """Print a dataset card section, or the file it was written to."""
+    if summary["file"] is None:
+        print_text(summary["card"])
     else:
-        print_line(f"card: {result['file']}")
+        print_line(f"card: {summary['file']}")
 
 
-def print_export(result: dict[str, Any]) -> None:
-    """Print what was written."""
-    print_line(f"{result['rows']} samples as {result['format']}")
-    for key, value in result.items():
+def print_export(summary: dict[str, Any]) -> None:
+    """Print the rows, counts and files of an export."""
+    print_line(f"{summary['rows']} samples as {summary['format']}")
+    for key, value in summary.items():
         if key not in ("rows", "format", "files") and value:
             text = ", ".join(map(str, value)) if isinstance(value, list) else value
             print_line(f"  {key.replace('_', ' ')}: {text}")
-    files = result["files"]
+    files = summary["files"]
     print_line(f"files: {', '.join(files[:3])}{f' and {len(files) - 3} more' if len(files) > 3 else ''}")
 
 
 def print_finetune(metrics: dict[str, Any]) -> None:
-    """Tell accuracy on the test split, overall and by subset."""
+    """Print the accuracy on the test split, overall and by subset."""
     counts, chance = metrics["counts"], metrics["chance"]
     print_line(
         f"trained on {counts['train']}, validated on {counts['validation']}, tested on {counts['test']} samples; "
@@ -274,65 +269,66 @@ def print_finetune(metrics: dict[str, Any]) -> None:
     )
     branches = sorted(metrics["test"]["all"]["branches"], key=lambda name: (name == "fused", name))
     print_line(f"  {'accuracy':>24} {'n':>6} " + " ".join(f"{name:>10.10}" for name in branches))
-    for subset, found in sorted(metrics["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
-        cells = [f"{found['branches'][name]['accuracy']:>10.3f}" if found["n"] else f"{'-':>10}" for name in branches]
-        print_line(f"  {subset:>24} {found['n']:>6} " + " ".join(cells))
+    for name, subset in sorted(metrics["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
+        cells = [f"{subset['branches'][key]['accuracy']:>10.3f}" if subset["n"] else f"{'-':>10}" for key in branches]
+        print_line(f"  {name:>24} {subset['n']:>6} " + " ".join(cells))
     fused = metrics["test"]["all"]["branches"]["fused"]
     interval = f"[{fused['accuracy_low']:.3f}, {fused['accuracy_high']:.3f}]"
     print_line(f"  fused: 95% {interval}, MAP {fused['map']:.3f}, macro-F1 {fused['macro_f1']:.3f}")
     if metrics["test_labels_in_scores"]:
         print_line(
-            "note: the probes behind this manifest learned from test samples too, so test labels had a part in "
-            "choosing what to train on; for a clean comparison score with --learn-from train"
+            "note: the probes behind this manifest were fitted on test samples too, so test labels influenced the "
+            "choice of training samples; to compare methods, score with --learn-from train"
         )
 
 
-def print_evaluate(found: dict[str, Any]) -> None:
-    """Tell every measure by subset, accuracy by class, and what each modality contributes."""
-    print_line(f"{found['name']} on {found['n']} samples of split {found['split']} of {found['manifest']}")
-    if found.get("learned_from", 0) is None:
-        print_line("  whether it was trained on some of them is not known: its own manifest is gone, or has changed")
-    elif found.get("learned_from"):
-        print_line(f"  {found['learned_from']} of them it was trained on, or chosen by: these figures are too good")
+def print_evaluate(evaluation: dict[str, Any]) -> None:
+    """Print all metrics by subset, the classes of lowest recall, and the contribution of each modality."""
+    samples = f"{evaluation['n']} samples of split {evaluation['split']} of {evaluation['manifest']}"
+    print_line(f"{evaluation['name']} on {samples}")
+    if evaluation.get("learned_from", 0) is None:
+        print_line("  overlap with its training samples unknown: its own manifest was removed or has changed")
+    elif evaluation.get("learned_from"):
+        print_line(f"  {evaluation['learned_from']} of them were used in training or validation: metrics are too high")
     measures = ("accuracy", "map", "macro_f1", "ece")
     print_line(f"  {'':>24} {'n':>6} {'branch':>10} " + " ".join(f"{name:>9}" for name in measures))
-    for subset, each in sorted(found["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
-        for branch, values in sorted(each.get("branches", {}).items(), key=lambda pair: (pair[0] != "fused", pair[0])):
-            cells = " ".join(f"{values[name]:>9.3f}" for name in measures)
-            print_line(f"  {subset:>24} {each['n']:>6} {branch:>10.10} {cells}")
-    weakest = sorted(
-        ((each["branches"]["fused"]["recall"], name) for name, each in found["test_by_class"].items() if each["n"]),
-    )[:3]
-    print_line(f"  least recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")
-    _print_contribution(found["contribution"])
-    print_line(f"all measures: {found['file']}")
+    for name, subset in sorted(evaluation["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):
+        branches = sorted(subset.get("branches", {}).items(), key=lambda pair: (pair[0] != "fused", pair[0]))
+        for branch, values in branches:
+            cells = " ".join(f"{values[key]:>9.3f}" for key in measures)
+            print_line(f"  {name:>24} {subset['n']:>6} {branch:>10.10} {cells}")
+    classes = evaluation["test_by_class"].items()
+    weakest = sorted((row["branches"]["fused"]["recall"], name) for name, row in classes if row["n"])[:3]
+    print_line(f"  lowest recall: {', '.join(f'{name} {recall:.3f}' for recall, name in weakest)}")
+    _print_contribution(evaluation["contribution"])
+    print_line(f"all metrics: {evaluation['file']}")
 
 
-def _print_contribution(found: dict[str, Any]) -> None:
-    shares = found["contribution"]
+def _print_contribution(analysis: dict[str, Any]) -> None:
+    shares = analysis["contribution"]
     parts = ", ".join(
-        f"{name} {each['mean']:+.3f} [{each['low']:+.3f}, {each['high']:+.3f}]"
-        for name, each in shares["modalities"].items()
+        f"{name} {interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+        for name, interval in shares["modalities"].items()
     )
-    print_line(f"  accuracy {shares['all']:.3f} = {shares['nobody']:.3f} with nothing there, {parts}")
-    confusion = found["confusion"]
+    print_line(f"  accuracy {shares['all']:.3f} = {shares['nobody']:.3f} without any modality, {parts}")
+    confusion = analysis["confusion"]
     print_line(
-        f"  right with one alone and wrong together: {confusion['confused']['share']:.3f}; "
-        f"wrong with each alone and right together: {confusion['synergy']['share']:.3f}"
+        f"  correct with one modality alone and wrong with all: {confusion['confused']['share']:.3f}; "
+        f"wrong with each alone and correct with all: {confusion['synergy']['share']:.3f}"
     )
 
 
-def print_report(result: dict[str, Any]) -> None:
-    """Tell where the report is."""
-    print_line(f"report: {result['report']}")
+def print_report(summary: dict[str, Any]) -> None:
+    """Print the path of the report."""
+    print_line(f"report: {summary['report']}")
 
 
-def print_demo(result: dict[str, Any]) -> None:
-    """Tell how well the planted truth was recovered."""
-    recovery = result["recovery"]
+def print_demo(summary: dict[str, Any]) -> None:
+    """Print how well the planted discrepancy was recovered."""
+    recovery = summary["recovery"]
     print_line(
         f"planted against estimated discrepancy: Spearman {recovery['spearman']:.3f} "
         f"[{recovery['interval'][0]:.3f}, {recovery['interval'][1]:.3f}] on {recovery['num_samples']} samples"
     )
-    print_line(f"balanced split: {result['kept']} samples, distance to uniform {result['distance']:.3f}")
-    print_line(f"report: {result['report']}")
+    print_line(f"balanced split: {summary['kept']} samples, distance to uniform {summary['distance']:.3f}")
+    print_line(f"report: {summary['report']}")

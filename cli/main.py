@@ -1,4 +1,4 @@
-"""The commands of the audit and of training."""
+"""Commands of the audit and of training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .app import (
     app,
     command,
     finish,
-    settings_of,
+    load_settings,
 )
 
 if TYPE_CHECKING:
@@ -44,15 +44,15 @@ __all__ = ["app", "main", "manifest_commands"]
 
 @command
 def demo(
-    folder: Annotated[str, typer.Argument(metavar="[DIR]", help="Where to write it.")] = "mmaudit-demo",
+    folder: Annotated[str, typer.Argument(metavar="[DIR]", help="Folder to write.")] = "mmaudit-demo",
     num_samples: Annotated[
         int | None,
-        typer.Option("--num-samples", min=100, help="Fewer samples for a quick look. \\[default: all 1797]"),
+        typer.Option("--num-samples", min=100, help="Number of samples. \\[default: all 1797]"),
     ] = None,
     seed: SeedOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Plant a dataset whose imbalance is known, run the whole line on it, and report what was recovered."""
+    """Generate a dataset with known imbalance, run all stages on it, and report how well it was recovered."""
     from .console import print_demo, progress_bars
     from .demo import demo as run_demo
 
@@ -70,17 +70,15 @@ def ingest(
             help="cremad, ave, kinetics-sounds, vggsound, ucf101, mosei, image-text or ogm-ge.",
         ),
     ],
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="The download, as it unpacks.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of the unpacked download.")],
     list_: Annotated[
         list[str] | None,
-        typer.Option("--list", help="A list of clips or splits, where the download has another. Repeatable."),
+        typer.Option("--list", help="List of clips or splits to use in place of the download's own. Repeatable."),
     ] = None,
-    out: Annotated[
-        str | None, typer.Option("--out", help="The table to write. \\[default: DIR/metadata.parquet]")
-    ] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Table to write. \\[default: DIR/metadata.parquet]")] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Turn an official download into metadata.parquet, and say which clips are missing."""
+    """Convert an official download into metadata.parquet, and list the missing clips."""
     from .console import print_ingest
     from .stages import ingest as run_ingest
 
@@ -105,13 +103,13 @@ def check(
     set_: SetOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Say what would be read, what is unusable and what train and test share; exit 3 if they share anything."""
+    """Check the data: usable and unusable samples, and leaks between train and test; exit 3 on a leak."""
     from ..audit.errors import GateError
     from .console import print_check, progress_bars
     from .stages import check as run_check
 
     settings = _with_data(
-        settings_of(config, set_, None),
+        load_settings(config, set_, None),
         modality=modality,
         encoder=encoder,
         task=task,
@@ -122,7 +120,7 @@ def check(
         allow_outside=allow_outside,
     )
     with progress_bars() as progress:
-        found = run_check(
+        summary = run_check(
             data,
             run=run,
             config=settings,
@@ -130,9 +128,9 @@ def check(
             num_workers=num_workers,
             progress=progress,
         )
-    finish(found, json_, print_check)
-    if found["leakage"]["leaks"]:
-        raise GateError(f"train and test are not apart: see the {len(found['leakage']['findings'])} above")
+    finish(summary, json_, print_check)
+    if summary["leakage"]["leaks"]:
+        raise GateError(f"train and test overlap: {len(summary['leakage']['findings'])} leaks found, listed above")
 
 
 @command
@@ -148,11 +146,11 @@ def score(
     split: SplitOption = None,
     learn_from: Annotated[
         str | None,
-        typer.Option("--learn-from", help="all, or train to keep test labels out. \\[default: all]"),
+        typer.Option("--learn-from", help="all, or train to keep test labels out of the probes. \\[default: all]"),
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option("--repeats", help="Rounds of cross-fitting. \\[default: 3]"),
+        typer.Option("--repeats", help="Repeats of cross-fitting. \\[default: 3]"),
     ] = None,
     allow_outside: OutsideOption = False,
     seed: SeedOption = None,
@@ -163,7 +161,7 @@ def score(
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Train a probe on each modality and score every sample out of fold."""
+    """Fit a probe per modality and score every sample out of fold."""
     from dataclasses import replace
 
     from .config import override
@@ -172,7 +170,7 @@ def score(
     from .stages import score as run_score
 
     settings = _with_data(
-        settings_of(config, set_, seed),
+        load_settings(config, set_, seed),
         modality=modality,
         encoder=encoder,
         task=task,
@@ -199,7 +197,7 @@ def score(
 
 @command
 def finetune(
-    manifest: Annotated[str, typer.Option("--manifest", "-m", help="A manifest's file, or its name in the run.")],
+    manifest: Annotated[str, typer.Option("--manifest", "-m", help="Manifest file, or its name in the run.")],
     run: RunOption = "mmaudit-run",
     data: NamedDataOption = None,
     encoder: NamedEncoderOption = None,
@@ -224,24 +222,24 @@ def finetune(
         str | None,
         typer.Option(
             "--fusion",
-            help="concat, late, gated, film, mmtm or shared. \\[default: concat, or what the balancing needs]",
+            help="concat, late, gated, film, mmtm or shared. \\[default: concat, or as the balancing needs]",
         ),
     ] = None,
-    only: Annotated[str | None, typer.Option("--only", help="Train one modality alone.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Train on one modality only.")] = None,
     init: Annotated[
         str | None,
-        typer.Option("--init", help="Begin with another fine-tuning's weights: its name in the run, or a file."),
+        typer.Option("--init", help="Initial weights: a fine-tuning's name in the run, or a file."),
     ] = None,
     keep_posterior: Annotated[
         float | None,
-        typer.Option("--keep-posterior", help="Train on samples with P(balanced) of at least this."),
+        typer.Option("--keep-posterior", help="Train only on samples with P(balanced) of at least this."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the samples. \\[default: 60]")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Samples a step. \\[default: 64]")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Number of epochs. \\[default: 60]")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Samples per step. \\[default: 64]")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Learning rate. \\[default: 0.001]")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="The name of this fine-tuning.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of this fine-tuning.")] = None,
     report_to: Annotated[
-        str | None, typer.Option("--report-to", help="tensorboard, wandb or mlflow; several with commas.")
+        str | None, typer.Option("--report-to", help="tensorboard, wandb or mlflow; separate several with commas.")
     ] = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
@@ -251,15 +249,15 @@ def finetune(
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Train a network on a manifest and test it, overall and by subset. Works under torchrun -m -- mmaudit."""
+    """Train a network on a manifest, and test it overall and by subset. Works under torchrun -m -- mmaudit."""
     from dataclasses import replace
 
     from .config import override
     from .console import print_finetune, progress_bars
     from .training import finetune as run_finetune
 
-    settings = settings_of(config, set_, seed)
-    chosen = override(
+    settings = load_settings(config, set_, seed)
+    finetune_config = override(
         settings.finetune,
         sampling=sampling,
         balancing=balancing,
@@ -278,7 +276,7 @@ def finetune(
             data=data,
             encoder=encoder or (),
             allow_outside=allow_outside,
-            config=replace(settings, finetune=chosen, optim=override(settings.optim, lr=lr)),
+            config=replace(settings, finetune=finetune_config, optim=override(settings.optim, lr=lr)),
             name=name,
             device=device,
             num_workers=num_workers,
@@ -291,11 +289,11 @@ def finetune(
 
 @command
 def evaluate(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A finished fine-tuning: its name in the run.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a finished fine-tuning in the run.")],
     run: RunOption = "mmaudit-run",
     manifest: Annotated[
         str | None,
-        typer.Option("--manifest", "-m", help="Test on another manifest's samples. \\[default: its own]"),
+        typer.Option("--manifest", "-m", help="Manifest to test on. \\[default: its training manifest]"),
     ] = None,
     data: NamedDataOption = None,
     encoder: NamedEncoderOption = None,
@@ -305,12 +303,12 @@ def evaluate(
     num_workers: WorkersOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Test a finished fine-tuning in full: by subset and class, and what each modality contributes."""
+    """Test a finished fine-tuning: metrics by subset and class, and the contribution of each modality."""
     from .console import print_evaluate, progress_bars
     from .training import evaluate as run_evaluate
 
     with progress_bars() as progress:
-        found = run_evaluate(
+        evaluation = run_evaluate(
             name,
             run=run,
             manifest=manifest,
@@ -322,12 +320,12 @@ def evaluate(
             num_workers=num_workers,
             progress=progress,
         )
-    finish(found, json_, print_evaluate)
+    finish(evaluation, json_, print_evaluate)
 
 
 @command
 def report(run: RunOption = "mmaudit-run", json_: JsonOption = False) -> None:
-    """Write report.html, report.json and the figures from what the run folder holds."""
+    """Write report.html, report.json and the figures from the files of the run folder."""
     from .console import print_report
     from .stages import report as write_report
 
@@ -339,8 +337,8 @@ def main() -> None:
     """Run the command line."""
     from .console import configure_logging
 
-    # Threads that spin while they wait take the processor from other jobs: beside them a small training on two cores
-    # took 33 s, and 4 s with threads that sleep. It must be set before torch is imported.
+    # Threads that spin while they wait take CPU time from other jobs: with another job running, a small training on two
+    # cores took 33 s, and 4 s with threads that sleep. It must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     configure_logging()
     app()
@@ -358,7 +356,7 @@ def _with_data(
     split: str | None,
     allow_outside: bool,
 ) -> RunConfig:
-    """Let the options that say how data are read come before the settings."""
+    """Override the data section of the settings with the options that were passed."""
     from .config import override
 
     data = override(

@@ -1,4 +1,4 @@
-"""The commands of manifests."""
+"""Commands of manifests."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .app import (
     SetOption,
     command,
     finish,
-    settings_of,
+    load_settings,
 )
 
-ManifestArgument = Annotated[str, typer.Argument(metavar="MANIFEST", help="A manifest's file, or its name in the run.")]
+ManifestArgument = Annotated[str, typer.Argument(metavar="MANIFEST", help="Manifest file, or its name in the run.")]
 ScoresOption = Annotated[
     str | None,
-    typer.Option("--scores", help="Anybody's score table in place of the run's: a file, a folder or glob of shards."),
+    typer.Option("--scores", help="Score table of any tool in place of the run's: file, folder or glob of shards."),
 ]
-_WHICH, _HOW = "Which samples", "How"
+_SELECTION, _OPTIONS = "Selection of samples", "Options of the selection"
 
 
 @command
 def split(
     run: RunOption = "mmaudit-run",
     balanced: Annotated[
-        bool, typer.Option("--balanced", help="Uniformly distributed discrepancy.", rich_help_panel=_WHICH)
+        bool, typer.Option("--balanced", help="Uniformly distributed discrepancy.", rich_help_panel=_SELECTION)
     ] = False,
     subset: Annotated[
         str | None,
@@ -41,22 +41,20 @@ def split(
             metavar="NAME",
             help="MODALITY-preferred, balanced[:T] for |D| <= T, most-balanced:N, least-balanced:N or random:N; "
             "N is a number or a share such as 20%.",
-            rich_help_panel=_WHICH,
+            rich_help_panel=_SELECTION,
         ),
     ] = None,
     dominated: Annotated[
         str | None,
-        typer.Option(
-            "--dominated", metavar="MODALITY:T", help="Samples with discrepancy above T.", rich_help_panel=_WHICH
-        ),
+        typer.Option("--dominated", metavar="MODALITY:T", help="Discrepancy above T.", rich_help_panel=_SELECTION),
     ] = None,
     gmm: Annotated[
         str | None,
         typer.Option(
             "--gmm",
             metavar="SIDE",
-            help="balanced or imbalanced, by the gap mixture or the rule in its place.",
-            rich_help_panel=_WHICH,
+            help="balanced or imbalanced, by the gap mixture, or by its threshold if not bimodal.",
+            rich_help_panel=_SELECTION,
         ),
     ] = None,
     like: Annotated[
@@ -64,8 +62,8 @@ def split(
         typer.Option(
             "--like",
             metavar="MANIFEST",
-            help="With --subset random: as many of each split and class as it has.",
-            rich_help_panel=_WHICH,
+            help="With --subset random: as many samples of each split and class as this manifest has.",
+            rich_help_panel=_SELECTION,
         ),
     ] = None,
     intersect: Annotated[
@@ -73,8 +71,8 @@ def split(
         typer.Option(
             "--intersect",
             metavar="MANIFEST",
-            help="Only samples that it has; alone or with the above. Repeatable.",
-            rich_help_panel=_WHICH,
+            help="Keep only samples that are in this manifest; alone or with the above. Repeatable.",
+            rich_help_panel=_SELECTION,
         ),
     ] = None,
     exclude: Annotated[
@@ -82,69 +80,69 @@ def split(
         typer.Option(
             "--exclude",
             metavar="MANIFEST",
-            help="Only samples that it lacks; alone or with the above. Repeatable.",
-            rich_help_panel=_WHICH,
+            help="Keep only samples that are not in this manifest; alone or with the above. Repeatable.",
+            rich_help_panel=_SELECTION,
         ),
     ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
             "--tolerance",
-            help="Distance to uniform allowed; 0: exact. Given with --size or weights: exit 3 above. \\[default: 0.05]",
-            rich_help_panel=_HOW,
+            help="Allowed distance to uniform; 0: exact. With --size or weights: exit 3 above it. \\[default: 0.05]",
+            rich_help_panel=_OPTIONS,
         ),
     ] = None,
     size: Annotated[
-        int | None, typer.Option("--size", help="Keep so many samples instead.", rich_help_panel=_HOW)
+        int | None, typer.Option("--size", help="Number of samples to keep.", rich_help_panel=_OPTIONS)
     ] = None,
     bins: Annotated[
         str | None,
         typer.Option(
-            "--bins", help="Bins over [-1, 1]; auto: as many as the data bear. \\[default: 20]", rich_help_panel=_HOW
+            "--bins", help="Bins over [-1, 1]; auto: by sample size. \\[default: 20]", rich_help_panel=_OPTIONS
         ),
     ] = None,
     by: Annotated[
         str | None,
         typer.Option(
             "--by",
-            help="dropping, or weight: keep all, with weights that make it uniform. \\[default: dropping]",
-            rich_help_panel=_HOW,
+            help="dropping, or weight: keep all samples, with weights that make them uniform. \\[default: dropping]",
+            rich_help_panel=_OPTIONS,
         ),
     ] = None,
     grid: Annotated[
-        bool, typer.Option("--grid", help="Uniform over both confidences, bins x bins.", rich_help_panel=_HOW)
+        bool, typer.Option("--grid", help="Uniform over both confidences, bins x bins.", rich_help_panel=_OPTIONS)
     ] = False,
     between: Annotated[
         str | None,
         typer.Option(
             "--between",
             metavar="A[:B]",
-            help="Which discrepancy: A against B, or A against the rest.",
-            rich_help_panel=_HOW,
+            help="Modalities of the discrepancy: A minus B, or A minus the mean of the rest.",
+            rich_help_panel=_OPTIONS,
         ),
     ] = None,
     keep_splits: Annotated[
         bool,
-        typer.Option("--keep-splits", help="Balance each split on its own: the default.", rich_help_panel=_HOW),
+        typer.Option("--keep-splits", help="Balance each split on its own: the default.", rich_help_panel=_OPTIONS),
     ] = False,
     resplit: Annotated[
         str | None,
         typer.Option(
             "--resplit",
             metavar="80/8/12",
-            help="New train, validation and test splits first: stratified, groups whole.",
-            rich_help_panel=_HOW,
+            help="Assign new train, validation and test splits first: stratified, groups not divided.",
+            rich_help_panel=_OPTIONS,
         ),
     ] = None,
     scores: ScoresOption = None,
-    name: Annotated[str | None, typer.Option("--name", help="The manifest's name.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what could be had; write nothing.")] = False,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the manifest.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the summary without writing anything.")] = False,
     seed: SeedOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Write a manifest of a subset, and the rows it drops with the reason."""
+    """Write a manifest of a subset, and a table of the dropped rows with their reasons."""
     from dataclasses import replace
 
     from ..audit.errors import ConfigError
@@ -153,15 +151,15 @@ def split(
     from .manifests import split as run_split
 
     if keep_splits and resplit is not None:
-        raise ConfigError("--keep-splits and --resplit: either keep the splits there are, or make others")
-    settings = settings_of(config, set_, seed)
-    chosen = override(
+        raise ConfigError("--keep-splits and --resplit exclude each other: pass one of them")
+    settings = load_settings(config, set_, seed)
+    split_config = override(
         settings.split, tolerance=tolerance, size=size, bins=_bins(bins), by=by, grid=True if grid else None
     )
     summary = run_split(
         run=run,
         scores=scores,
-        config=replace(settings, split=chosen),
+        config=replace(settings, split=split_config),
         balanced=balanced,
         subset=subset,
         dominated=dominated,
@@ -180,9 +178,9 @@ def split(
 @command
 def order(
     manifest: ManifestArgument,
-    epoch: Annotated[int, typer.Option("--epoch", help="Which epoch, from 1.")] = 1,
+    epoch: Annotated[int, typer.Option("--epoch", help="Epoch, counted from 1.")] = 1,
     dump: Annotated[
-        bool, typer.Option("--dump", help="Print every step and id as CSV for programs: ids are exact.")
+        bool, typer.Option("--dump", help="Print every step and id as CSV for programs, with unchanged ids.")
     ] = False,
     run: RunOption = "mmaudit-run",
     sampling: Annotated[
@@ -193,31 +191,31 @@ def order(
         str | None,
         typer.Option("--pacing", help="root, linear, step, geometric or exponential. \\[default: root]"),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Samples a step. \\[default: 64]")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Samples per step. \\[default: 64]")] = None,
     seed: SeedOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Say which training samples an epoch of a curriculum sees, and in which order."""
+    """Print the training samples of an epoch of a curriculum, in order."""
     from dataclasses import replace
 
     from .config import override
     from .console import dump_order, print_order
-    from .manifests import order as find_order
+    from .manifests import order as run_order
 
-    settings = settings_of(config, set_, seed)
+    settings = load_settings(config, set_, seed)
     settings = replace(
         settings,
         order=override(settings.order, order=sampling, pacing=pacing),
         finetune=override(settings.finetune, batch_size=batch_size),
     )
-    found = find_order(manifest, run=run, epoch=epoch, config=settings)
+    epoch_order = run_order(manifest, run=run, epoch=epoch, config=settings)
     if dump:
-        dump_order(found)
+        dump_order(epoch_order)
         return
-    about = {"epoch": epoch, "samples": len(found.ids), "total": found.total, "share": found.share}
-    finish({**about, "first": found.ids[:5].tolist()}, json_, print_order)
+    summary = {"epoch": epoch, "samples": len(epoch_order.ids), "total": epoch_order.total, "share": epoch_order.share}
+    finish({**summary, "first": epoch_order.ids[:5].tolist()}, json_, print_order)
 
 
 @command
@@ -226,31 +224,31 @@ def verify(
     run: RunOption = "mmaudit-run",
     data: NamedDataOption = None,
     allow_outside: NamedOutsideOption = False,
-    no_media: Annotated[bool, typer.Option("--no-media", help="Leave out the files that the manifest names.")] = False,
+    no_media: Annotated[bool, typer.Option("--no-media", help="Skip the check of the media files.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Check that a manifest is what was written, and that its data are what was scored; exit 3 on drift."""
+    """Check that a manifest and its data are unchanged since they were written and scored; exit 3 on a change."""
     from ..audit.errors import GateError
     from .console import print_verify, progress_bars
     from .verification import verify as run_verify
 
     with progress_bars() as progress:
-        found = run_verify(
+        summary = run_verify(
             manifest, run=run, data=data, allow_outside=allow_outside, media=not no_media, progress=progress
         )
-    finish(found, json_, print_verify)
-    if not found["held"]:
-        raise GateError(f"{found['file']} is not what was written, or its data have changed: see the checks above")
+    finish(summary, json_, print_verify)
+    if not summary["held"]:
+        raise GateError(f"{summary['file']} or its data have changed since it was written: see the checks above")
 
 
 @command
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A manifest's file, or its name in the run.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="Manifest file, or its name in the run.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Manifest to compare with.")],
     run: RunOption = "mmaudit-run",
     json_: JsonOption = False,
 ) -> None:
-    """Tell two manifests apart: ids in one only, moved bins, changed scores, and how each was made."""
+    """Compare two manifests: ids in only one of them, moved bins, changed scores, and their recipes."""
     from .console import print_diff
     from .manifests import diff as run_diff
 
@@ -264,25 +262,25 @@ def replay(
     scores: ScoresOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Make a manifest again from its score table and its recipe; exit 3 unless it is the same, byte by byte."""
+    """Rebuild a manifest from its score table and recipe; exit 3 unless it is identical, byte by byte."""
     from ..audit.errors import GateError
     from .console import print_replay
     from .manifests import replay as run_replay
 
-    found = run_replay(manifest, run=run, scores=scores)
-    finish(found, json_, print_replay)
-    if not found["identical"]:
-        raise GateError(f"{' and '.join(found['differ'])} made again is not the same: the scores, or mmaudit, changed")
+    summary = run_replay(manifest, run=run, scores=scores)
+    finish(summary, json_, print_replay)
+    if not summary["identical"]:
+        raise GateError(f"{' and '.join(summary['differ'])} differs when rebuilt: the scores or mmaudit have changed")
 
 
 @command
 def card(
     manifest: ManifestArgument,
     run: RunOption = "mmaudit-run",
-    out: Annotated[str | None, typer.Option("--out", help="The file to write. \\[default: print it]")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="File to write. \\[default: print it]")] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Write a section for a dataset card: modality balance, how it was made, how to load it."""
+    """Write a dataset card section on a manifest: modality balance, recipe, and how to load it."""
     from pathlib import Path
 
     from ..audit.storage import write_text
@@ -301,28 +299,26 @@ def export(
     format_: Annotated[
         str, typer.Option("--format", help="csv, jsonl, npy, ogm, webdataset or datasets.", show_default=False)
     ],
-    out: Annotated[str, typer.Option("--out", help="The file or folder to write.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", help="File or folder to write.", show_default=False)],
     run: RunOption = "mmaudit-run",
     data: NamedDataOption = None,
     allow_outside: NamedOutsideOption = False,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out, and count, media that are not there.")
-    ] = False,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Skip and count missing media.")] = False,
     escape_formulas: Annotated[
         bool,
         typer.Option(
             "--escape-formulas/--no-escape-formulas",
-            help="csv: put an apostrophe before texts that a spreadsheet would run (= + - @); numbers stay.",
+            help="csv: put an apostrophe before text that a spreadsheet would evaluate (= + - @).",
         ),
     ] = True,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Write a manifest in another format; webdataset holds the media as well, the others name their files."""
+    """Write a manifest in another format; webdataset contains the media, the others list their paths."""
     from .console import print_export
     from .manifests import export as run_export
 
-    found = run_export(
+    summary = run_export(
         manifest,
         out=out,
         format=format_,
@@ -333,15 +329,15 @@ def export(
         escape_formulas=escape_formulas,
         overwrite=overwrite,
     )
-    finish(found, json_, print_export)
+    finish(summary, json_, print_export)
 
 
 def _bins(text: str | None) -> int | None:
-    """Read a number of bins, `auto` as 0."""
+    """Parse a number of bins; `auto` becomes 0."""
     from ..audit.errors import ConfigError
 
     if text is None or text == "auto":
         return None if text is None else 0
     if not text.isdigit() or int(text) == 0:
-        raise ConfigError(f"--bins {text}: give a number from 2 on, or auto")
+        raise ConfigError(f"--bins {text}: must be a number from 2 on, or auto")
     return int(text)

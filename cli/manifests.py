@@ -1,6 +1,6 @@
-"""Python functions of manifests: split, diff, replay, card, export, order.
+"""Python interface of manifests: split, diff, replay, card, export, order.
 
-Each public function is what the command of its name calls, and what a notebook calls.
+Each public function implements the command of the same name and can be called from a notebook.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ..rebalance.score_tables import ScoreFiles, open_scores
 from .config import RunConfig
 from .run import Run
 from .swap import replacing_manifest
-from .trust import home_of, origin_of, sign_manifest
+from .trust import origin_of, sign_manifest, trusted_folder
 
-# What decodes or learns is imported where it is used: a split of 10^8 rows needs neither it nor its memory.
+# Packages that decode media or train are imported inside functions: a split of 10^8 rows has no memory to spare.
 
 log = logging.getLogger("mmaudit")
 
@@ -52,15 +52,31 @@ def split(
     name: str | None = None,
     dry: bool = False,
 ) -> dict[str, Any]:
-    """Write one manifest, and its dropped rows beside it, from the run's scores or from anybody's table `scores`.
+    """Write a manifest and the table of its dropped rows, from the run's scores or from the score table `scores`.
 
-    At most one of balanced, subset (`audio-preferred`, `balanced:0.2`, `most-balanced:20%`, `random:500`), dominated
-    (`visual:0.2`) and gmm (`balanced`, `imbalanced`) says which; like, intersect and exclude name manifests, by file or
-    by name in the run. `scores` may be a folder or glob of shards, of any size. Gives a summary: file, counts, and how
-    uniform the discrepancy is before and after. `dry` writes nothing.
+    At most one of balanced, subset, dominated and gmm selects the samples.
+
+    Args:
+        run: the run folder.
+        scores: score table of any tool in place of the run's: a file, folder or glob of shards, of any size.
+        config: settings of the split.
+        balanced: select a subset with uniformly distributed discrepancy.
+        subset: `audio-preferred`, `balanced:0.2`, `most-balanced:20%`, `least-balanced:20%` or `random:500`.
+        dominated: `visual:0.2`, the samples with discrepancy above 0.2.
+        gmm: `balanced` or `imbalanced`, by the gap mixture.
+        like: with subset `random`, a manifest whose counts by split and class are matched.
+        intersect: manifests that must contain a sample; by file or by name in the run, as are like and exclude.
+        exclude: manifests that must not contain a sample.
+        resplit: shares of new splits, such as `80/8/12`.
+        between: modalities of the discrepancy, `A:B`, or `A` against the rest.
+        name: name of the manifest.
+        dry: write nothing.
+
+    Returns:
+        A summary: file, counts, and the uniformity of the discrepancy before and after.
     """
     config = config or RunConfig()
-    place = Run.open(run)
+    run_dir = Run.open(run)
     recipe = Recipe(
         seed=config.seed,
         balanced=config.split if balanced else None,
@@ -69,77 +85,78 @@ def split(
         gmm=gmm,
         posterior=config.posterior,
         between=between,
-        like=None if like is None else str(place.find_manifest(like)),
-        intersect=tuple(str(place.find_manifest(each)) for each in intersect),
-        exclude=tuple(str(place.find_manifest(each)) for each in exclude),
+        like=None if like is None else str(run_dir.find_manifest(like)),
+        intersect=tuple(str(run_dir.find_manifest(reference)) for reference in intersect),
+        exclude=tuple(str(run_dir.find_manifest(reference)) for reference in exclude),
         resplit=resplit,
     )
     if scores is None:
-        place.record()
-        scores = place.scores_file
+        run_dir.record()
+        scores = run_dir.scores_file
     shards = open_scores(scores, seed=config.seed)
-    named = scores if isinstance(scores, (str, Path)) else None
-    with _staged_manifest(place, dry=dry) as path_of:
-        made = make_split(
+    single_table = scores if isinstance(scores, (str, Path)) else None
+    with _staged_manifest(run_dir, dry=dry) as path_of:
+        result = make_split(
             shards,
             recipe,
             path_of,
-            scratch=place.folder,
+            scratch=run_dir.folder,
             name=name,
-            scores=named,
-            beside=place.manifests_folder,
+            scores=single_table,
+            beside=run_dir.manifests_folder,
             dry=dry,
         )
-        if made.path is not None:
-            path = place.manifest(made.path.stem)
-            sign_manifest(made.path, path, run=place.folder, scores=None if named is None else Path(named))
-            made = replace(made, path=path)
+        if result.path is not None:
+            path = run_dir.manifest(result.path.stem)
+            table = None if single_table is None else Path(single_table)
+            sign_manifest(result.path, path, run=run_dir.folder, scores=table)
+            result = replace(result, path=path)
     if balanced and between is None and len(shards.modalities) > 2:
         log.info(
-            "of %d modalities, %s is the pair with the largest balanced split; choose another with --between",
+            "of %d modalities, %s is the pair with the largest balanced split; select another with --between",
             len(shards.modalities),
-            made.numbers["between"],
+            result.numbers["between"],
         )
-    verdict = {"verdict": place.record()["verdict"]} if gmm is not None and place.is_scored() else {}
-    return {**_summary(made), **verdict}
+    verdict = {"verdict": run_dir.record()["verdict"]} if gmm is not None and run_dir.is_scored() else {}
+    return {**_summary(result), **verdict}
 
 
 @contextmanager
-def _staged_manifest(place: Run, *, dry: bool) -> Iterator[Callable[[str], Path]]:
-    """Yield where to write the manifest of a name, which is locked then; it replaces an older one at the end.
+def _staged_manifest(run_dir: Run, *, dry: bool) -> Iterator[Callable[[str], Path]]:
+    """Yield a function from a manifest's name to the path to write; it locks the name.
 
-    The run's scores stay as they are meanwhile.
+    At the end the new manifest replaces an older one of that name. The run's scores are locked meanwhile.
     """
     with ExitStack() as stack:
 
         def lock(scope: str) -> Lock:
             return stack.enter_context(
-                write_lock(place.folder, scope, command="mmaudit split", wait_seconds=WAIT_SECONDS)
+                write_lock(run_dir.folder, scope, command="mmaudit split", wait_seconds=WAIT_SECONDS)
             )
 
         def path_of(name: str) -> Path:
-            path = place.manifest(name)
+            path = run_dir.manifest(name)
             if dry:
                 return path
-            held = lock(f"manifests/{name}")
+            name_lock = lock(f"manifests/{name}")
             if path.exists():
-                log.info("%s is replaced", path)
-            return stack.enter_context(replacing_manifest(place.folder, name, lock=held)) / path.name
+                log.info("replacing %s", path)
+            return stack.enter_context(replacing_manifest(run_dir.folder, name, lock=name_lock)) / path.name
 
         if not dry:
-            lock(f"manifests/.{secrets.token_hex(4)}")  # overlaps with the whole run, and with no other split
+            lock(f"manifests/.{secrets.token_hex(4)}")  # excludes a lock on the whole run, and no other split
         yield path_of
 
 
 def diff(first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run") -> dict[str, Any]:
-    """Tell two manifests apart, each by file or by its name in the run; in plain values, and in `lines`."""
-    place = Run.open(run)
-    found = compare(place.find_manifest(str(first)), place.find_manifest(str(second)))
-    return {**found.to_dict(), "lines": found.lines()}
+    """Compare two manifests, each by file or by name in the run; returns plain values, and text in `lines`."""
+    run_dir = Run.open(run)
+    difference = compare(run_dir.find_manifest(str(first)), run_dir.find_manifest(str(second)))
+    return {**difference.to_dict(), "lines": difference.lines()}
 
 
 def card(manifest: str | Path, *, run: str | Path = "mmaudit-run") -> str:
-    """Give the section of a dataset card on a manifest, as Markdown."""
+    """Return the dataset card section of a manifest as Markdown."""
     return write_card(Run.open(run).find_manifest(str(manifest)))
 
 
@@ -155,27 +172,39 @@ def export(
     escape_formulas: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a manifest as csv, jsonl, npy, ogm, webdataset or datasets to `out`; returns the files and counts.
+    """Write a manifest in another format.
 
-    Only webdataset opens media: those of the manifest's source, or of `data`. `data` and `allow_outside` (paths may
-    lead outside the data's folder) must be given for a manifest that was not made by this user on this machine.
-    `skip_missing` leaves out media that are not there; `escape_formulas` has csv put an apostrophe before texts that a
-    spreadsheet would run.
+    Only webdataset opens media: those of the manifest's source, or of `data`. A manifest that was not made by this user
+    on this machine needs `data` and `allow_outside`.
+
+    Args:
+        manifest: a manifest's file, or its name in the run.
+        out: the file or folder to write.
+        format: csv, jsonl, npy, ogm, webdataset or datasets.
+        run: the run folder.
+        data: the data, if they moved.
+        allow_outside: whether media paths may lead outside the data folder.
+        skip_missing: skip missing media.
+        escape_formulas: in csv, prefix text that a spreadsheet would evaluate with an apostrophe.
+        overwrite: replace an existing `out`.
+
+    Returns:
+        The files and counts.
 
     Raises:
-        ConfigError: the format cannot hold it.
+        ConfigError: the format cannot hold the manifest.
         RunError: `out` exists.
-        ManifestError: there is no manifest, its source is gone, or nobody but the manifest names the source.
+        ManifestError: the manifest or its source was not found, or the source is named by an untrusted manifest only.
     """
     from ..rebalance.export import export as write_export
     from ..rebalance.export import holds_media
-    from .provenance import Named, open_source
+    from .provenance import SourceOptions, open_source
 
     path, out = Run.open(run).find_manifest(str(manifest)), Path(out)
     dataset = None
     if holds_media(path, format):
         origin = origin_of(path, provenance_of(path), digests_of(path))
-        dataset, _ = open_source(origin, Named(data=data, allow_outside=allow_outside), encoders=False)
+        dataset, _ = open_source(origin, SourceOptions(data=data, allow_outside=allow_outside), encoders=False)
     with write_lock(out.absolute().parent, out.name, command="mmaudit export", wait_seconds=WAIT_SECONDS):
         return write_export(
             path,
@@ -191,9 +220,18 @@ def export(
 def replay(
     manifest: str | Path, *, run: str | Path = "mmaudit-run", scores: str | Path | None = None
 ) -> dict[str, Any]:
-    """Make a manifest again from its score table and its recipe, and compare the files byte by byte.
+    """Rebuild a manifest from its score table and its recipe, and compare the files byte by byte.
 
-    `scores` is the table, if it moved. Gives what was made and whether it is `identical`.
+    Args:
+        manifest: a manifest's file, or its name in the run.
+        run: the run folder.
+        scores: the score table, if it moved.
+
+    Returns:
+        The file, its scores, whether the rebuilt files are `identical`, and the names of those that `differ`.
+
+    Raises:
+        ManifestError: the manifest or its scores were not found, or the scores are named by an untrusted manifest only.
     """
     path = Run.open(run).find_manifest(str(manifest))
     record = provenance_of(path).get("rule", {})
@@ -204,39 +242,39 @@ def replay(
     before = None if record["scores"] is None else path.parent / str(record["scores"])
     table = before if scores is None else Path(scores)
     if table is None:
-        raise ManifestError(f"{path} does not name the score tables that it was made from; name them with --scores")
+        raise ManifestError(f"{path} does not name the score tables it was made from; pass them with --scores")
     if scores is None and not (table.exists() or glob(str(table))):
-        raise ManifestError(f"the score table {table} that the manifest was made from is gone; name it with --scores")
+        raise ManifestError(f"score table {table} of the manifest not found; pass it with --scores")
     shards = open_scores(table, seed=recipe.seed)
     with tempfile.TemporaryDirectory(prefix="mmaudit-replay-") as scratch:
-        made = _again(shards, recipe, path, Path(scratch), scores=before)
+        rebuilt = _rebuild(shards, recipe, path, Path(scratch), scores=before)
         differ = [
             old.name
-            for old, new in ((path, made), (dropped_path(path), dropped_path(made)))
+            for old, new in ((path, rebuilt), (dropped_path(path), dropped_path(rebuilt)))
             if not old.exists() or old.read_bytes() != new.read_bytes()
         ]
     return {"file": str(path), "scores": str(table), "identical": not differ, "differ": differ}
 
 
 def _check_inside(path: Path, files: Sequence[str]) -> None:
-    """Raise ManifestError for files that a manifest of others itself names outside its run, or its folder."""
-    home = home_of(path)
-    named = [match for file in files for match in glob(file) or [file]]
-    outside = [file for file in named if not Path(file).resolve().is_relative_to(home)]
+    """Raise ManifestError if an untrusted manifest names files outside its run, or outside its folder."""
+    root = trusted_folder(path)
+    files_named = [match for file in files for match in glob(file) or [file]]
+    outside = [file for file in files_named if not Path(file).resolve().is_relative_to(root)]
     if not outside:
         return
     origin = origin_of(path, provenance_of(path), digests_of(path))
     if not origin.is_own:
-        doubt = origin.doubt or "you did not make it on this machine"
+        doubt = origin.doubt or "it was not made by you on this machine"
         raise ManifestError(
             f"{path} is not trusted to name files, since {doubt}; it was made from {printable(outside[0])}: "
-            "name the scores with --scores, or put a manifest that it was made from beside it"
+            "pass the scores with --scores, or copy the manifests it was made from into its folder"
         )
 
 
-def _again(shards: ScoreFiles, recipe: Recipe, path: Path, scratch: Path, *, scores: Path | None) -> Path:
-    """Write the manifest of a recipe into a folder; files that it was made from are named from the manifest's own."""
-    made = make_split(
+def _rebuild(shards: ScoreFiles, recipe: Recipe, path: Path, scratch: Path, *, scores: Path | None) -> Path:
+    """Write the manifest of a recipe into `scratch`; its source files are named relative to the folder of `path`."""
+    rebuilt = make_split(
         shards,
         recipe,
         lambda name: scratch / f"{name}.parquet",
@@ -245,14 +283,14 @@ def _again(shards: ScoreFiles, recipe: Recipe, path: Path, scratch: Path, *, sco
         scores=scores,
         beside=path.parent,
     )
-    if made.path is None:
-        raise RunError(f"{path} was not made again")
-    return made.path
+    if rebuilt.path is None:
+        raise RunError(f"{path} could not be rebuilt")
+    return rebuilt.path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoch:
-    """What an epoch of a manifest sees: ids (n',) in order, `share` of all `total` training samples, in steps."""
+    """Training samples of one epoch: ids (n',) in order, which are `share` of all `total` training samples."""
 
     ids: np.ndarray[Any, Any]
     share: float
@@ -260,7 +298,7 @@ class Epoch:
     batch_size: int
 
     def steps(self) -> Iterator[tuple[int, list[str]]]:
-        """Give each step's number, from 0, and its ids."""
+        """Yield the number of each step, from 0, and its ids."""
         rows = np.arange(len(self.ids))
         for step in range(num_steps(rows, batch_size=self.batch_size)):
             yield step, self.ids[batch_of(rows, step=step, batch_size=self.batch_size)].tolist()
@@ -269,31 +307,42 @@ class Epoch:
 def order(
     manifest: str | Path, *, run: str | Path = "mmaudit-run", epoch: int, config: RunConfig | None = None
 ) -> Epoch:
-    """Give the training samples of a manifest in the order in which an epoch (1, 2, ...) of fine-tuning sees them."""
+    """Return the training samples of a manifest in the order of an epoch of fine-tuning.
+
+    Args:
+        manifest: a manifest's file, or its name in the run.
+        run: the run folder.
+        epoch: the epoch, from 1.
+        config: settings of the order and of fine-tuning.
+
+    Raises:
+        ConfigError: the epoch is below 1.
+        ManifestError: the manifest holds no training rows.
+    """
     config = config or RunConfig()
     if epoch < 1:
         raise ConfigError(f"--epoch {epoch}: epochs are counted from 1")
-    found = read_manifest(Run.open(run).find_manifest(str(manifest)))
-    rows = _training_rows(found, config)
-    ids = found.table["sample_id"].take(rows)
-    chosen = order_of(
-        rank=found.table["rank"].to_numpy()[rows],
-        balance=None if config.order.order != "weighted" else found.numbers("balance")[rows],
+    opened = read_manifest(Run.open(run).find_manifest(str(manifest)))
+    rows = _training_rows(opened, config)
+    ids = opened.table["sample_id"].take(rows)
+    order_rows = order_of(
+        rank=opened.table["rank"].to_numpy()[rows],
+        balance=None if config.order.order != "weighted" else opened.numbers("balance")[rows],
         key=id_key(ids),
         config=config.order,
         seed=config.seed,
         epoch=epoch,
     )
     return Epoch(
-        ids=np.asarray(ids.take(chosen).to_pylist(), dtype=object),
-        share=len(chosen) / len(rows),
+        ids=np.asarray(ids.take(order_rows).to_pylist(), dtype=object),
+        share=len(order_rows) / len(rows),
         total=len(rows),
         batch_size=config.finetune.batch_size,
     )
 
 
 def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.dtype[np.intp]]:
-    """Give the rows that fine-tuning trains on: without those it validates on, and what keep_posterior leaves out."""
+    """Return the rows that fine-tuning trains on: without validation rows and those that keep_posterior excludes."""
     from ..train.examples import with_validation
 
     split = with_validation(
@@ -307,13 +356,17 @@ def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.
     if config.finetune.keep_posterior is not None:
         train &= manifest.numbers("p_balanced") >= config.finetune.keep_posterior
     if not train.any():
-        raise ManifestError("no row of the manifest is of the training split: there is nothing to order")
+        raise ManifestError("the manifest holds no rows of the training split: nothing to order")
     return np.flatnonzero(train)
 
 
-def _summary(made: Split) -> dict[str, Any]:
+def _summary(result: Split) -> dict[str, Any]:
     numbers = {
-        key: value for key, value in made.numbers.items() if key not in ("classes", "counts_before", "counts_after")
+        key: value for key, value in result.numbers.items() if key not in ("classes", "counts_before", "counts_after")
     }
-    worst = sorted(made.numbers["classes"], key=lambda found: -found["distance_after"])[:5]
-    return {"file": None if made.path is None else str(made.path), **numbers, "least_uniform_classes": worst}
+    least_uniform = sorted(result.numbers["classes"], key=lambda row: -row["distance_after"])[:5]
+    return {
+        "file": None if result.path is None else str(result.path),
+        **numbers,
+        "least_uniform_classes": least_uniform,
+    }

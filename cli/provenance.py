@@ -1,4 +1,4 @@
-"""Provenance of runs and manifests, and opening of the data that they were made from."""
+"""Provenance of runs and manifests, and opening of their source data."""
 
 from __future__ import annotations
 
@@ -25,41 +25,43 @@ from .config import RunConfig, without_none
 from .run import Run
 from .trust import Origin, scores_section
 
-_LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillow")  # those that numbers depend on
+_LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillow")  # those that results depend on
 
 
-def check_config(place: Run, done: dict[str, Any], dataset: Dataset, config: RunConfig) -> None:
-    """Refuse to go on in a run of another config, naming the first key that differs."""
+def check_config(run_dir: Run, record: dict[str, Any], dataset: Dataset, config: RunConfig) -> None:
+    """Raise RunError if the run was made with another config; the message names the first key that differs."""
     differing = [
-        f"{section}.{key} is {done['config'][section].get(key)!r} there and {value!r} here"
+        f"{section}.{key} is {record['config'][section].get(key)!r} in the run and {value!r} now"
         for section, content in config.scoring().items()
         if isinstance(content, dict)
         for key, value in content.items()
-        if done["config"][section].get(key) != value
+        if record["config"][section].get(key) != value
     ]
-    if done["modalities"] != (modalities := _modalities(dataset, config)):
-        differing.append(f"the modalities are {_names(done['modalities'])} there and {_names(modalities)} here")
-    if done["config"]["seed"] != config.seed:
-        differing.insert(0, f"seed is {done['config']['seed']} there and {config.seed} here")
+    if record["modalities"] != (modalities := _modalities(dataset, config)):
+        differing.append(f"the modalities are {_names(record['modalities'])} in the run and {_names(modalities)} now")
+    if record["config"]["seed"] != config.seed:
+        differing.insert(0, f"seed is {record['config']['seed']} in the run and {config.seed} now")
     if differing:
-        raise RunError(f"{place.folder} is another run: {differing[0]}; name another with --run, or pass --overwrite")
+        raise RunError(
+            f"{run_dir.folder} is a run of another config: {differing[0]}; pass another --run, or --overwrite"
+        )
 
 
 def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dict[str, float]) -> dict[str, Any]:
-    """Give the content of run.json."""
-    out = len({row.sample_id for row in audit.quarantined})
+    """Return the content of run.json."""
+    num_quarantined = len({row.sample_id for row in audit.quarantined})
     return {
         "schema": "mmaudit.run/1",
         "version": __version__,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
-        "source": _absolute(dataset.source),
+        "source": _absolute_source(dataset.source),
         "fingerprint": audit.fingerprint,
         "seed": config.seed,
         "config": config.scoring(),
         "modalities": _modalities(dataset, config),
         "columns": asdict(dataset.columns),
         "code": {modality.encoder: encoder_location(modality.encoder) for modality in dataset.modalities},
-        "counts": {"input": dataset.num_rows, "scored": len(audit.scores), "quarantined": out},
+        "counts": {"input": dataset.num_rows, "scored": len(audit.scores), "quarantined": num_quarantined},
         "quarantine": dict(Counter(row.reason.value for row in audit.quarantined).most_common()),
         "classes": len(set(audit.scores.label.tolist())),
         "groups": None if audit.scores.group is None else len(set(audit.scores.group.tolist())),
@@ -72,16 +74,21 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
 
 
 def score_provenance(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what the score table carries of run.json in its metadata: no path, and nothing that differs by run."""
+    """Return the metadata of the score table: the part of run.json without paths or values that differ between runs."""
     ranges = {name: {"range": span, "meaning": meaning} for name, (span, meaning) in RANGES.items()}
     return {"schema": f"mmaudit.scores/{SCHEMA_VERSION}", **scores_section(record), "ranges": ranges}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Named:
-    """What the user names for a manifest: its data, its encoders (MODALITY=NAME), and whether paths may lead outside.
+class SourceOptions:
+    """What the user passes to open a manifest's source.
 
-    A manifest that this user made on this machine needs none of it; all others need whatever they would open or run.
+    A manifest that this user made on this machine needs none of it; any other needs all that it would open or run.
+
+    Args:
+        data: the data, in place of the source in the metadata.
+        encoder: encoders that may be imported or loaded, as MODALITY=NAME.
+        allow_outside: whether media paths may lead outside the data folder.
     """
 
     data: str | Path | None = None
@@ -90,60 +97,61 @@ class Named:
 
 
 def open_encodable(data: str | Path, config: DataConfig) -> Dataset:
-    """Open a dataset, and check that the encoder of each modality exists and reads its kind."""
+    """Open a dataset, and check that the encoder of each modality exists and reads the modality's kind."""
     dataset = open_dataset(data, config)
     for modality in dataset.modalities:
         check_encoder(modality)
     return dataset
 
 
-def open_source(origin: Origin, named: Named, *, encoders: bool = True) -> tuple[Dataset, RunConfig]:
-    """Open the data a manifest was made from as they were read then, and return the config of that score.
+def open_source(origin: Origin, options: SourceOptions, *, encoders: bool = True) -> tuple[Dataset, RunConfig]:
+    """Open the data a manifest was made from, read as at scoring, and return them with the config of that score.
 
-    Without `encoders` none is looked up, and nothing is imported. Raises ManifestError for a manifest that this user
-    did not make on this machine, unless the data, and the encoders that are code or models, are named.
+    With `encoders=False` no encoder is looked up, and nothing is imported. Raises ManifestError for a manifest that
+    this user did not make on this machine, unless the data, and the encoders that are code or models, are passed.
     """
-    about = origin.scores
-    if "modalities" not in about or "config" not in about:
+    scores = origin.scores
+    if "modalities" not in scores or "config" not in scores:
         raise ManifestError(
-            f"{origin.path} does not say how its data were read, so its scores were not mmaudit's; "
+            f"{origin.path} does not record how its data were read, so its scores are not mmaudit's; "
             "score the data with mmaudit score, and split that run"
         )
     modalities = _scored_modalities(origin)
-    made = build(RunConfig, without_none(section(about, "config")), where="")
-    chosen = _scored_encoders(origin, named) if encoders else {}
-    _check_named(origin, named, chosen)
-    source = named.data if named.data is not None or origin.record is None else origin.record["source"]
+    scored_config = build(RunConfig, without_none(section(scores, "config")), where="")
+    encoder_names = _scored_encoders(origin, options) if encoders else {}
+    _check_named(origin, options, encoder_names)
+    source = options.data if options.data is not None or origin.record is None else origin.record["source"]
     config = replace(
-        made.data,
-        modality=tuple(f"{m['name']}={m['column']}:{m['kind']}" for m in modalities),
-        encoder=tuple(f"{name}={encoder}" for name, encoder in chosen.items()),
-        allow_outside=named.allow_outside or (origin.record is not None and made.data.allow_outside),
+        scored_config.data,
+        modality=tuple(f"{entry['name']}={entry['column']}:{entry['kind']}" for entry in modalities),
+        encoder=tuple(f"{name}={encoder}" for name, encoder in encoder_names.items()),
+        allow_outside=options.allow_outside or (origin.record is not None and scored_config.data.allow_outside),
     )
     try:
-        return open_encodable(str(source), config), made
+        return open_encodable(str(source), config), scored_config
     except MmauditError as error:
-        mend = "" if named.data is not None else "; if it moved, pass --data"
+        mend = "" if options.data is not None else "; if it moved, pass --data"
         raise ManifestError(f"the manifest's source cannot be opened: {error}{mend}") from error
 
 
 def _scored_modalities(origin: Origin) -> list[dict[str, str]]:
-    """Return name, column, kind and encoder of each modality that a manifest names."""
+    """Return the name, column, kind and encoder of each modality in a manifest's metadata."""
     keys = ("name", "column", "kind", "encoder")
-    stated = origin.scores["modalities"]
-    if isinstance(stated, list) and all(isinstance(entry, dict) for entry in stated):
-        modalities = [{key: entry.get(key) for key in keys} for entry in stated]
+    entries = origin.scores["modalities"]
+    if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
+        modalities = [{key: entry.get(key) for key in keys} for entry in entries]
         if all(isinstance(value, str) for entry in modalities for value in entry.values()):
             return modalities
-    raise ManifestError(f"{origin.path}: its metadata name no modalities that mmaudit score wrote: split the run again")
+    raise ManifestError(f"{origin.path}: its metadata hold no valid modalities: split the run again")
 
 
-def _check_named(origin: Origin, named: Named, encoders: dict[str, str]) -> None:
-    """Raise ManifestError where the user must name the data, or encoders that are code or models, and has not."""
+def _check_named(origin: Origin, options: SourceOptions, encoders: dict[str, str]) -> None:
+    """Raise ManifestError if the data, or encoders that are code or models, must be passed by the user and are not."""
     scored = _scored_modalities(origin)
-    doubts = {m["name"]: _doubt(m["encoder"], origin) for m in scored if encoders and m["name"] not in _again(named)}
+    confirmed = _named_encoders(options)
+    doubts = {m["name"]: _doubt(m["encoder"], origin) for m in scored if encoders and m["name"] not in confirmed}
     refused = [f"--encoder {printable(f'{name}={encoders[name]}')}" for name, doubt in doubts.items() if doubt]
-    unnamed = [f"--data {origin.source or 'DATA'}"] if named.data is None and origin.record is None else []
+    unnamed = [f"--data {origin.source or 'DATA'}"] if options.data is None and origin.record is None else []
     if not unnamed and not refused:
         return
     doubt = origin.doubt or next(filter(None, doubts.values()))
@@ -155,47 +163,49 @@ def _check_named(origin: Origin, named: Named, encoders: dict[str, str]) -> None
     )
 
 
-def _again(named: Named) -> dict[str, str]:
-    """Return the encoders that the user names again, by modality."""
-    return dict(text.partition("=")[::2] for text in named.encoder)
+def _named_encoders(options: SourceOptions) -> dict[str, str]:
+    """Return the encoders that the user passed, by modality."""
+    return dict(text.partition("=")[::2] for text in options.encoder)
 
 
-def _scored_encoders(origin: Origin, named: Named) -> dict[str, str]:
-    """Return the encoders that the samples were scored with, by modality; ConfigError where others are named."""
-    scored = {m["name"]: m["encoder"] for m in _scored_modalities(origin)}
-    for modality, encoder in _again(named).items():
+def _scored_encoders(origin: Origin, options: SourceOptions) -> dict[str, str]:
+    """Return the encoders of the score by modality; raise ConfigError if the user passed other ones."""
+    scored = {entry["name"]: entry["encoder"] for entry in _scored_modalities(origin)}
+    for modality, encoder in _named_encoders(options).items():
         if modality not in scored:
             raise ConfigError(f"--encoder {modality}={encoder}: no modality {modality!r}; {choices(modality, scored)}")
         if encoder != scored[modality]:
             raise ConfigError(
                 f"--encoder {modality}={encoder}: the samples were scored with {printable(scored[modality])}: "
-                "name that one, or score the data again"
+                "pass that encoder, or score the data again"
             )
     return scored
 
 
 def _doubt(encoder: str, origin: Origin) -> str:
-    """Return why an encoder that is code or a model must be named again; "" where it need not be."""
+    """Return why an encoder that is code or a model must be passed by the user; "" if it need not be."""
     if encoder in IMPORT_NOTHING:
         return ""
     if origin.record is None:
         return origin.doubt
-    then, now = origin.record["code"].get(encoder), encoder_location(encoder)
-    return "" if then == now else f"{encoder} was {then} when it was scored, and is {now} here"
+    scored_location, current_location = origin.record["code"].get(encoder), encoder_location(encoder)
+    if scored_location == current_location:
+        return ""
+    return f"{encoder} was {scored_location} when the run was scored and is {current_location} now"
 
 
 def saw_test_labels(manifest: Manifest) -> bool:
-    """Tell whether the probes whose scores chose these samples also learned from test samples."""
+    """Return whether the probes behind a manifest's scores were fitted on test samples too."""
     config = manifest.provenance.get("scores", {}).get("config", {})
     return bool(config.get("probe", {}).get("learn_from") != "train")
 
 
 def _modalities(dataset: Dataset, config: RunConfig) -> list[dict[str, Any]]:
-    return [{**asdict(each), "preprocessing": preprocessing(each, config.media)} for each in dataset.modalities]
+    return [{**asdict(item), "preprocessing": preprocessing(item, config.media)} for item in dataset.modalities]
 
 
 def _names(modalities: list[dict[str, Any]]) -> str:
-    """Name modalities as --modality takes them, and the start of their preprocessing's fingerprint."""
+    """Format modalities as for --modality, each with the start of the fingerprint of its preprocessing."""
     return ", ".join(f"{m['name']}={m['column']}:{m['kind']} ({m['preprocessing'][:6]})" for m in modalities)
 
 
@@ -205,7 +215,7 @@ def _verdict(mixture: Mixture) -> str:
     return f"not bimodal ({'; '.join(mixture.reasons)}); p_balanced is the rule gap <= {mixture.threshold:g}"
 
 
-def _absolute(source: str) -> str:
-    """Name a source so that it is found from anywhere: a dataset of the hub has its name already."""
+def _absolute_source(source: str) -> str:
+    """Return the absolute path of a source on disk; the name of a Hugging Face dataset is returned unchanged."""
     on_disk = Path(source).exists() or not looks_like_hub_name(source)
     return str(Path(source).absolute()) if on_disk else source

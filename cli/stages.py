@@ -1,6 +1,6 @@
-"""Python functions of the audit: ingest, check, score, report.
+"""Python interface of the audit: ingest, check, score, report.
 
-Each public function is what the command of its name calls, and what a notebook calls.
+Each public function implements the command of the same name and can be called from a notebook.
 """
 
 from __future__ import annotations
@@ -46,12 +46,23 @@ log = logging.getLogger("mmaudit")
 def ingest(
     name: str, folder: str | Path, *, lists: Sequence[str | Path] = (), out: str | Path | None = None
 ) -> dict[str, Any]:
-    """Turn an official download into metadata.parquet, and tell what was listed and what is there.
+    """Convert an official download into metadata.parquet.
 
-    Raises ConfigError for an unknown name, DatasetError where the folder is not that download.
+    Args:
+        name: cremad, ave, kinetics-sounds, vggsound, ucf101, mosei, image-text or ogm-ge.
+        folder: folder of the unpacked download.
+        lists: lists of clips or splits to use in place of the download's own.
+        out: the table to write; by default metadata.parquet in the folder.
+
+    Returns:
+        The path of the table, and the counts of listed and missing clips.
+
+    Raises:
+        ConfigError: the name is unknown.
+        DatasetError: the folder is not that download.
     """
-    found = ingest_download(name, folder, lists=lists, out=out)
-    return {**asdict(found), "path": str(found.path), "message": found.message}
+    ingested = ingest_download(name, folder, lists=lists, out=out)
+    return {**asdict(ingested), "path": str(ingested.path), "message": ingested.message}
 
 
 def check(
@@ -63,22 +74,40 @@ def check(
     num_workers: int | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Tell what would be read of `data`, what is unusable, and what its splits share; nothing is trained.
+    """Check a dataset: modalities, unusable samples, and leaks between its splits. Nothing is trained.
 
-    What is encoded for it stays in the run's feature cache, where `score` finds it. Without a split column, the split
-    that `score` would cut is looked at.
+    Encoded features are cached in the run folder, for use by `score`. Without a split column, the split that `score`
+    would cut is checked.
+
+    Args:
+        data: a folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
+        run: the run folder.
+        config: settings of the run.
+        device: auto, cpu or cuda.
+        num_workers: processes that decode media; None: one per CPU.
+        progress: progress callback.
+
+    Returns:
+        The source, counts, modalities, unusable samples by reason, and the leakage report.
+
+    Raises:
+        DatasetError: the data cannot be read.
+        ConfigError: a setting does not fit the data.
+        RunError: the run folder holds something other than a run.
     """
     config = config or RunConfig()
-    place = Run.open(run)
+    run_dir = Run.open(run)
     dataset = open_encodable(data, config.data)
-    place.check_place()
+    run_dir.check_folder()
     samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
-    with write_lock(place.folder, "features", command="mmaudit check"):
-        tasks = _encode(place, dataset, config, device=pick_device(device), num_workers=num_workers, progress=progress)
+    with write_lock(run_dir.folder, "features", command="mmaudit check"):
+        tasks = _encode(
+            run_dir, dataset, config, device=pick_device(device), num_workers=num_workers, progress=progress
+        )
     encoded = collect_encoded(dataset, samples, tasks)
     rows, left_out = select_usable(encoded, keep_duplicates=config.data.keep_duplicates)
-    taken = {modality.column for modality in dataset.modalities} | {dataset.columns.id, dataset.columns.label}
-    columns = group_columns([name for name in dataset.schema.names if name not in taken])
+    used_columns = {modality.column for modality in dataset.modalities} | {dataset.columns.id, dataset.columns.label}
+    columns = group_columns([name for name in dataset.schema.names if name not in used_columns])
     if dataset.columns.group and dataset.columns.group not in columns:
         columns = [dataset.columns.group, *columns]
     leakage = find_leakage(
@@ -109,63 +138,90 @@ def score(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Score every sample of `data` into the run folder, write the report, and give run.json's content.
+    """Score every sample of `data` into the run folder, and write the report.
 
-    A finished run of the same data and config is left as it is; features already encoded are used again. Raises
-    RunError for a run of other data or config, unless `overwrite`; DatasetError, ConfigError, ScoreError as they come.
+    A finished run of the same data and config is not changed; cached features are reused.
+
+    Args:
+        data: a folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
+        run: the run folder.
+        config: settings of the run.
+        device: auto, cpu or cuda.
+        num_workers: processes that decode media; None: one per CPU.
+        overwrite: replace a finished run, and remove the manifests and fine-tunings of its scores.
+        progress: progress callback.
+
+    Returns:
+        The content of run.json.
+
+    Raises:
+        RunError: the folder holds a run of other data or config and `overwrite` is False.
+        DatasetError: the data cannot be read.
+        ConfigError: a setting does not fit the data.
+        ScoreError: the samples cannot be scored.
     """
     config = config or RunConfig()
     device = pick_device(device)
     dataset = open_encodable(data, config.data)
-    place = Run.open(run)
-    place.check_place()
-    encode = partial(_encode, place, dataset, config, device=device, num_workers=num_workers, progress=progress)
-    if overwrite or not place.is_scored():
-        with write_lock(place.folder, command="mmaudit score") as lock:
-            if overwrite or not place.is_scored():  # another process may just have finished it
-                audit, record = _score(place, dataset, config, encode, device=device, progress=progress)
-                _write_audit(place, audit, record, overwrite=overwrite, lock=lock)
-                _write_report(place)
-                return place.record()
-    record = _unchanged(place, dataset, config, encode)
-    if not place.report_file.exists():
-        report(run=place.folder)
+    run_dir = Run.open(run)
+    run_dir.check_folder()
+    encode = partial(_encode, run_dir, dataset, config, device=device, num_workers=num_workers, progress=progress)
+    if overwrite or not run_dir.is_scored():
+        with write_lock(run_dir.folder, command="mmaudit score") as lock:
+            if overwrite or not run_dir.is_scored():  # another process may have finished it meanwhile
+                audit, record = _score(run_dir, dataset, config, encode, device=device, progress=progress)
+                _write_audit(run_dir, audit, record, overwrite=overwrite, lock=lock)
+                _write_report(run_dir)
+                return run_dir.record()
+    record = _unchanged(run_dir, dataset, config, encode)
+    if not run_dir.report_file.exists():
+        report(run=run_dir.folder)
     return record
 
 
 def report(*, run: str | Path = "mmaudit-run") -> Path:
-    """Write report.html, report.json and figures/*.png from what the run folder holds, and give the page's path."""
-    place = Run.open(run)
-    place.record()
-    with write_lock(place.folder, "report.html", command="mmaudit report", wait_seconds=WAIT_SECONDS):
-        return _write_report(place)
+    """Write report.html, report.json and figures/*.png from the files of a run folder.
+
+    Args:
+        run: the run folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RunError: the run is not scored, or one of its files is damaged.
+    """
+    run_dir = Run.open(run)
+    run_dir.record()
+    with write_lock(run_dir.folder, "report.html", command="mmaudit report", wait_seconds=WAIT_SECONDS):
+        return _write_report(run_dir)
 
 
 def pick_device(name: str) -> str:
-    """Resolve `auto` to cuda where there is one; ConfigError for a device that is not there."""
+    """Resolve `auto` to cuda if available, else cpu; raise ConfigError if the device is not available."""
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    there = kind == "cuda" and torch.cuda.is_available() and (number or "0").isdecimal()
-    if name != "cpu" and not (there and int(number or 0) < torch.cuda.device_count()):
-        raise ConfigError(f"--device {name}: not there; there are: auto, cpu" + ", cuda" * torch.cuda.is_available())
+    has_cuda = kind == "cuda" and torch.cuda.is_available() and (number or "0").isdecimal()
+    if name != "cpu" and not (has_cuda and int(number or 0) < torch.cuda.device_count()):
+        raise ConfigError(f"--device {name}: not available; use auto, cpu" + ", cuda" * torch.cuda.is_available())
     return name
 
 
 def _encode(
-    place: Run, dataset: Dataset, config: RunConfig, *, device: str, num_workers: int | None, progress: Progress
+    run_dir: Run, dataset: Dataset, config: RunConfig, *, device: str, num_workers: int | None, progress: Progress
 ) -> list[EncodeTask]:
-    """Encode what the run's feature cache lacks."""
+    """Encode the features that are missing from the run's feature cache."""
     workers = default_workers() if num_workers is None else num_workers
     return encode_dataset(
-        dataset, place.features, media=config.media, num_workers=workers, device=device, progress=progress
+        dataset, run_dir.features, media=config.media, num_workers=workers, device=device, progress=progress
     )
 
 
 def _score(
-    place: Run,
+    run_dir: Run,
     dataset: Dataset,
     config: RunConfig,
     encode: Callable[[], list[EncodeTask]],
@@ -173,7 +229,7 @@ def _score(
     device: str,
     progress: Progress,
 ) -> tuple[Audit, dict[str, Any]]:
-    """Score every sample; return the scores and run.json's content."""
+    """Score every sample; return the scores and the content of run.json."""
     seconds: dict[str, float] = {}
     samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
     if dataset.columns.split is None:
@@ -187,7 +243,7 @@ def _score(
             encoded,
             tasks,
             probe=config.probe,
-            networks=Networks(config=config.network, media=config.media, folder=place.features / "networks"),
+            networks=Networks(config=config.network, media=config.media, folder=run_dir.features / "networks"),
             mixture=config.mixture,
             seed=config.seed,
             device=device,
@@ -198,32 +254,32 @@ def _score(
 
 
 def _unchanged(
-    place: Run, dataset: Dataset, config: RunConfig, encode: Callable[[], list[EncodeTask]]
+    run_dir: Run, dataset: Dataset, config: RunConfig, encode: Callable[[], list[EncodeTask]]
 ) -> dict[str, Any]:
-    """Return run.json's content of a finished run; RunError where it is one of other data or config."""
-    done = place.record()
-    check_config(place, done, dataset, config)
+    """Return run.json of a finished run; raise RunError if it was made from other data or another config."""
+    record = run_dir.record()
+    check_config(run_dir, record, dataset, config)
     samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
     fingerprint = collect_encoded(dataset, samples, encode()).fingerprint
-    if done["fingerprint"] != fingerprint:
+    if record["fingerprint"] != fingerprint:
         raise RunError(
-            f"{place.folder} was made from other data (fingerprint {done['fingerprint'][:8]}, here {fingerprint[:8]}); "
-            "name another folder with --run, or pass --overwrite"
+            f"{run_dir.folder} was made from other data (fingerprint {record['fingerprint'][:8]}, now "
+            f"{fingerprint[:8]}); pass another folder with --run, or --overwrite"
         )
-    log.info("%s is already scored from these data with this config: nothing to do", place.folder)
-    if doubt := own_record(place.folder)[1]:
-        log.info("its manifests are not trusted to name data or code, since %s; --overwrite scores it anew", doubt)
-    return done
+    log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
+    if doubt := own_record(run_dir.folder)[1]:
+        log.info("its manifests are not trusted to name data or code, since %s; --overwrite scores it again", doubt)
+    return record
 
 
-def _write_report(place: Run) -> Path:
+def _write_report(run_dir: Run) -> Path:
     from .report import write_report
 
-    return write_report(place)
+    return write_report(run_dir)
 
 
 def _by_reason(left_out: Sequence[Quarantined]) -> list[dict[str, Any]]:
-    """Count unusable samples by reason and modality, the most frequent first, with an example of each."""
+    """Count unusable samples by reason and modality, most frequent first, with an example of each."""
     cells: dict[tuple[str, str | None], list[Quarantined]] = {}
     for row in left_out:
         cells.setdefault((row.reason.value, row.modality), []).append(row)
@@ -242,7 +298,7 @@ def _by_reason(left_out: Sequence[Quarantined]) -> list[dict[str, Any]]:
 
 
 def _column(dataset: Dataset, name: str) -> NDArray[np.object_]:
-    """Read a whole column as strings (n,), null as None."""
+    """Read a column as strings (n,), null as None."""
     cells = [cell for shard in dataset.shards for cell in shard.read([name])[name].to_pylist()]
     return np.array([None if cell is None else str(cell) for cell in cells], dtype=object)
 
@@ -254,18 +310,16 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.monotonic() - start, 3)
 
 
-def _write_audit(place: Run, audit: Audit, record: dict[str, Any], *, overwrite: bool, lock: Lock) -> None:
-    """Replace the run as a whole; without `overwrite`, what was made from other score tables stays."""
-    manifests, finetunes = place.manifests(), place.finetunes()
+def _write_audit(run_dir: Run, audit: Audit, record: dict[str, Any], *, overwrite: bool, lock: Lock) -> None:
+    """Replace the files of the run at once; without `overwrite`, manifests from other score tables are kept."""
+    manifests, finetunes = run_dir.manifests(), run_dir.finetunes()
     if overwrite and (manifests or finetunes):
-        log.info(
-            "%d manifests and %d fine-tunings of the old scores are removed with them", len(manifests), len(finetunes)
-        )
+        log.info("removing %d manifests and %d fine-tunings of the old scores", len(manifests), len(finetunes))
     replaced = (*SCORE_FILES, *REPORT_FILES, *(MADE_FROM_SCORES if overwrite else ()))
     provenance = score_provenance(record)
-    with replacing(place.folder, replaced, lock=lock) as folder:
-        new = Run(folder)
-        write_scores(replace(audit.scores, provenance=provenance), new.scores_file)
-        write_parquet(quarantine_table(audit.quarantined), new.quarantine_file, provenance=provenance)
-        write_json(dict(audit.mixture.to_json()), new.mixture_file)
-        new.write_record(signed_record(record, folder=place.folder, scores=new.scores_file))
+    with replacing(run_dir.folder, replaced, lock=lock) as folder:
+        staged_run = Run(folder)
+        write_scores(replace(audit.scores, provenance=provenance), staged_run.scores_file)
+        write_parquet(quarantine_table(audit.quarantined), staged_run.quarantine_file, provenance=provenance)
+        write_json(dict(audit.mixture.to_json()), staged_run.mixture_file)
+        staged_run.write_record(signed_record(record, folder=run_dir.folder, scores=staged_run.scores_file))

@@ -1,7 +1,7 @@
-"""Replacement of a run, a manifest or a fine-tuning as a whole.
+"""Atomic replacement of a run, a manifest or a fine-tuning.
 
-A swap is a folder beside what it replaces. One rename commits it: what is interrupted before is discarded, what is
-interrupted after is completed by the next command that opens the run.
+A swap is a folder next to the files it replaces. One rename commits it: a swap interrupted before the rename is
+discarded, one interrupted after it is completed by the next command that opens the run.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _WAIT_SECONDS = 60.0
 
 @contextmanager
 def replacing(folder: Path, names: Sequence[str], *, lock: Lock, key: str = "") -> Iterator[Path]:
-    """Yield an empty folder for new files; at the end they take the place of what has these names in `folder`.
+    """Yield an empty folder for new files; at the end they replace the files of these names in `folder`.
 
-    Names of which there is no new file are removed. The first name leaves first and comes back last: without it the
-    others are not read. Swaps of different keys, parts of a file name, go side by side. The caller holds the lock.
+    Names without a new file are removed. The first name is removed first and restored last: the others are not read
+    without it. Swaps of different keys (parts of a file name) can run concurrently. The caller holds the lock.
     """
     discard(folder, key)
     staged = folder / f"{_STAGED}{key}"
@@ -46,15 +46,15 @@ def replacing(folder: Path, names: Sequence[str], *, lock: Lock, key: str = "") 
 
 
 def discard(folder: Path, key: str = "") -> None:
-    """Remove what was written aside and not committed."""
+    """Remove staged files that were not committed."""
     shutil.rmtree(folder / f"{_STAGED}{key}", ignore_errors=True)
 
 
 @contextmanager
 def replacing_manifest(folder: Path, name: str, *, lock: Lock) -> Iterator[Path]:
-    """Yield an empty folder for the files of a manifest, which replace those of its name in a run at the end.
+    """Yield an empty folder for the files of a manifest; at the end they replace those of its name in a run.
 
-    The caller holds the lock on its name. What killed processes wrote aside of other manifests is removed.
+    The caller holds the lock on its name. Files of other manifests staged by killed processes are removed.
     """
     manifests = folder / "manifests"
     for path in manifests.glob(f"{_STAGED}-*"):
@@ -66,9 +66,9 @@ def replacing_manifest(folder: Path, name: str, *, lock: Lock) -> Iterator[Path]
 
 
 def complete_swaps(folder: Path) -> None:
-    """Complete what was committed in a run and then interrupted; wait for a writer that does so.
+    """Complete swaps of a run that were committed and then interrupted; wait for a process that is completing them.
 
-    Raises RunError where that cannot be done: what lies there then is neither the old run nor the new one.
+    Raises RunError if a swap cannot be completed: the folder then holds neither the old run nor the new one.
     """
     _complete_pending(folder, folder, "", scope="")
     manifests = folder / "manifests"
@@ -82,25 +82,25 @@ def complete_swaps(folder: Path) -> None:
 
 
 def new_finetune(folder: Path, name: str) -> Path:
-    """Return the folder in which a fine-tuning is trained that replaces another one."""
+    """Return the folder in which the replacement of a fine-tuning is trained."""
     return folder / "finetune" / ".new" / name
 
 
 def swap_finetune(folder: Path, name: str) -> None:
-    """Put a fine-tuning that was trained aside in the place of the old one, if it is finished: if it has metrics.json.
+    """Replace a fine-tuning by the new one if that is finished, that is, if it has metrics.json.
 
     The caller holds the lock on its name.
     """
-    new, place = new_finetune(folder, name), folder / "finetune" / name
+    new, target = new_finetune(folder, name), folder / "finetune" / name
     old = folder / "finetune" / ".old" / name
     if (new / "metrics.json").exists():
-        if place.exists():
+        if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             old.parent.mkdir(exist_ok=True)
-            place.replace(old)
-        new.replace(place)
-        flush(place.parent)
-    if place.exists():
+            target.replace(old)
+        new.replace(target)
+        flush(target.parent)
+    if target.exists():
         shutil.rmtree(old, ignore_errors=True)
     for parent in (new.parent, old.parent):
         with suppress(OSError):
@@ -108,7 +108,7 @@ def swap_finetune(folder: Path, name: str) -> None:
 
 
 def _complete_pending(run: Path, folder: Path, key: str, *, scope: str) -> None:
-    """Complete a committed swap in `folder`, under the lock on what it replaces in the run."""
+    """Complete a committed swap in `folder`, holding the lock on the files that it replaces in the run."""
     end = time.monotonic() + _WAIT_SECONDS
     while (folder / f"{_COMMITTED}{key}").exists() or (folder / f"{_CLEARED}{key}").exists():
         try:
@@ -120,12 +120,12 @@ def _complete_pending(run: Path, folder: Path, key: str, *, scope: str) -> None:
         except OSError as error:
             raise RunError(
                 f"{folder}: a command was interrupted while it replaced {scope or 'the run'}, and that cannot be "
-                f"completed here ({error.strerror}): run any mmaudit command that may write there"
+                f"completed ({error.strerror}): run any mmaudit command with permission to write there"
             ) from error
 
 
 def _complete(folder: Path, key: str) -> None:
-    """Move the old files out of the way, then the new ones into their place; either step can be interrupted."""
+    """Move the old files away, then the new ones to their paths; either step can be interrupted."""
     committed, cleared = folder / f"{_COMMITTED}{key}", folder / f"{_CLEARED}{key}"
     if committed.exists():
         for name in _names_in(committed):
@@ -142,6 +142,6 @@ def _complete(folder: Path, key: str) -> None:
 
 
 def _names_in(swap: Path) -> list[str]:
-    """Read which names a swap replaces; none where all is done but the removal of the swap itself."""
+    """Read the names that a swap replaces; none if only the removal of the swap itself is left."""
     journal = swap / _JOURNAL
     return [str(name) for name in read_json(journal, error=RunError)["names"]] if journal.exists() else []

@@ -1,6 +1,6 @@
-"""Python functions of training: finetune, evaluate.
+"""Python interface of training: finetune, evaluate.
 
-Each public function is what the command of its name calls, and what a notebook calls.
+Each public function implements the command of the same name and can be called from a notebook.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
 from ..train.tracking import check_trackers
 from .config import RunConfig, plain, to_toml, without_none
-from .provenance import Named, open_source, saw_test_labels
+from .provenance import SourceOptions, open_source, saw_test_labels
 from .run import Run, read_metrics
 from .stages import pick_device
 from .swap import new_finetune, swap_finetune
@@ -51,41 +51,61 @@ def finetune(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Fine-tune a fusion network on a manifest, by file or by its name in the run, and give metrics.json's content.
+    """Fine-tune a fusion network on a manifest.
 
-    The data are the manifest's source, or `data` if they moved. `data`, `encoder` (MODALITY=NAME of each that is code
-    or a model) and `allow_outside` must be given for a manifest that this user did not make on this machine. A finished
-    fine-tuning of the same settings is left as it is, an interrupted one goes on. Under torchrun its processes train
-    together, and the first one writes. Raises ManifestError where the source has changed since, TrainError where
-    training diverges.
+    A finished fine-tuning of the same settings is not changed, an interrupted one is resumed. Under torchrun its
+    processes train together, and rank 0 writes. A manifest that was not made by this user on this machine needs `data`,
+    `encoder` and `allow_outside`.
+
+    Args:
+        manifest: a manifest's file, or its name in the run.
+        run: the run folder.
+        data: the data, if the manifest's source moved.
+        encoder: MODALITY=NAME of each encoder that is code or a model.
+        allow_outside: whether media paths may lead outside the data folder.
+        config: settings of the run.
+        name: name of the fine-tuning.
+        device: auto, cpu or cuda.
+        num_workers: processes that decode media; None: one per CPU.
+        overwrite: replace a finished fine-tuning of that name.
+        progress: progress callback.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        ManifestError: the manifest or its source was not found, or has changed.
+        ConfigError: the settings do not fit the manifest.
+        RunError: the folder holds a fine-tuning of other settings and `overwrite` is False.
+        TrainError: training diverged.
     """
     config = config or RunConfig()
-    named = Named(data=data, encoder=encoder, allow_outside=allow_outside)
-    place = Run.open(run)
-    path = place.find_manifest(str(manifest))
-    found = read_manifest(path)
-    folder = place.finetune(name or _finetune_name(path.stem, config))
+    options = SourceOptions(data=data, encoder=encoder, allow_outside=allow_outside)
+    run_dir = Run.open(run)
+    path = run_dir.find_manifest(str(manifest))
+    opened = read_manifest(path)
+    folder = run_dir.finetune(name or _finetune_name(path.stem, config))
     settings = {**_settings(config), "manifest": path.stem}
     if (folder / "metrics.json").exists() and not overwrite:
-        return _finished(folder, settings, found)
-    init = None if config.finetune.init is None else _find_model(place, config.finetune.init)
+        return _finished(folder, settings, opened)
+    init = None if config.finetune.init is None else _find_model(run_dir, config.finetune.init)
     if overwrite and init is not None and folder.resolve() in init.resolve().parents:
-        raise ConfigError(f"--overwrite would delete {init}, which --init begins with: give this fine-tuning a --name")
+        raise ConfigError(f"--overwrite would delete {init}, which --init loads: pass another --name")
     check_trackers(config.finetune.report_to)
     device = local_device(pick_device(device))
-    new = new_finetune(place.folder, folder.name) if overwrite else folder  # swapped in when it is finished
-    with open_distributed(device) as distributed, _writer(place, folder.name, distributed) as lock:
+    target = new_finetune(run_dir.folder, folder.name) if overwrite else folder  # moved to `folder` when finished
+    with open_distributed(device) as distributed, _writer(run_dir, folder.name, distributed) as lock:
         if not distributed.is_first:
             progress = no_progress
-        with _first_alone(distributed):
+        with _first_rank_first(distributed):
             workers = default_workers() if num_workers is None else num_workers
-            examples = _examples_of(found, path, place, named, config, num_workers=workers, progress=progress)
+            examples = _examples_of(opened, path, run_dir, options, config, num_workers=workers, progress=progress)
         only = config.finetune.only
         result = finetune_on(
             examples if only is None else examples.only(only),
-            new,
-            config=_with_width(config, found).training(),
-            between=_between(found, examples),
+            target,
+            config=_with_width(config, opened).training(),
+            between=_between(opened, examples),
             seed=config.seed,
             device=device,
             progress=progress,
@@ -94,18 +114,18 @@ def finetune(
         )
         metrics = {
             "manifest": path.stem,
-            "manifest_digest": found.digest(),
-            "test_labels_in_scores": saw_test_labels(found),
+            "manifest_digest": opened.digest(),
+            "test_labels_in_scores": saw_test_labels(opened),
             "config": settings,
-            "made_from": found.provenance,
+            "made_from": opened.provenance,
             **result.metrics,
         }
         if lock is not None:
-            about = {key: value for key, value in settings.items() if key != "manifest"}
+            training_settings = {key: value for key, value in settings.items() if key != "manifest"}
             lock.check()
-            write_text(to_toml(about), new / "config.toml")
-            write_json(metrics, new / "metrics.json")  # last: a fine-tuning that has it is finished
-            swap_finetune(place.folder, folder.name)
+            write_text(to_toml(training_settings), target / "config.toml")
+            write_json(metrics, target / "metrics.json")  # written last: it marks a finished fine-tuning
+            swap_finetune(run_dir.folder, folder.name)
     return metrics
 
 
@@ -122,43 +142,61 @@ def evaluate(
     num_workers: int | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Test a finished fine-tuning of the run again, and in full, and write evaluation.json beside its metrics.json.
+    """Evaluate a finished fine-tuning of the run, and write evaluation.json to its folder.
 
-    Measured are the fused answer and each modality alone: ACC, MAP, macro-F1 and ECE, overall, by subset and by class;
-    what each modality contributes; and what is right alone and wrong together. manifest: other samples than those it
-    was trained with; `learned_from` counts those that it was trained or chosen by nevertheless, None if that is not
-    known. split: another than test. What is not the test of its own manifest is written to evaluation-SPLIT.json, or
-    evaluation-SPLIT-MANIFEST.json. Raises RunError where there is no such fine-tuning, ManifestError where its
-    manifest or the data have changed.
+    Measured are accuracy, MAP, macro-F1 and ECE of the fused prediction and of each modality alone, overall, by subset
+    and by class; the contribution of each modality; and the samples that are predicted correctly by one modality alone
+    but not by all together. Other splits are written to evaluation-SPLIT.json, other manifests to
+    evaluation-SPLIT-MANIFEST.json.
+
+    Args:
+        name: name of the fine-tuning in the run, or its folder.
+        run: the run folder.
+        manifest: manifest to evaluate on; by default the one it was trained on.
+        data: the data, if the manifest's source moved.
+        encoder: MODALITY=NAME of each encoder that is code or a model.
+        allow_outside: whether media paths may lead outside the data folder.
+        split: test, validation or train.
+        device: auto, cpu or cuda.
+        num_workers: processes that decode media; None: one per CPU.
+        progress: progress callback.
+
+    Returns:
+        The content of the file, and its path. With `manifest`, `learned_from` counts the samples that were used in
+        training or validation; None if unknown.
+
+    Raises:
+        RunError: the fine-tuning was not found, or its manifest has changed.
+        ManifestError: the manifest or the data were not found, or have changed.
     """
-    place = Run.open(run)
-    folder = _find_finetune(place, name)
+    run_dir = Run.open(run)
+    folder = _find_finetune(run_dir, name)
     metrics = read_metrics(folder)
     config = build(RunConfig, without_none({k: v for k, v in metrics["config"].items() if k != "manifest"}), where="")
-    path = place.find_manifest(str(manifest)) if manifest is not None else place.own_manifest(metrics["manifest"])
-    found = read_manifest(path)
-    if manifest is None and found.digest() != metrics["manifest_digest"]:
-        raise RunError(f"{path} has changed since {folder.name} was trained on it; name a manifest with --manifest")
+    path = run_dir.find_manifest(str(manifest)) if manifest is not None else run_dir.own_manifest(metrics["manifest"])
+    opened = read_manifest(path)
+    if manifest is None and opened.digest() != metrics["manifest_digest"]:
+        raise RunError(f"{path} has changed since {folder.name} was trained on it; pass a manifest with --manifest")
     workers = default_workers() if num_workers is None else num_workers
-    named = Named(data=data, encoder=encoder, allow_outside=allow_outside)
+    options = SourceOptions(data=data, encoder=encoder, allow_outside=allow_outside)
     own = manifest is None and split == "test"
     file = folder / ("-".join(["evaluation"] + ([] if own else [split]) + ([path.stem] if manifest else [])) + ".json")
-    with _evaluation_lock(place, file):
-        examples = _examples_of(found, path, place, named, config, num_workers=workers, progress=progress)
+    with _evaluation_lock(run_dir, file):
+        examples = _examples_of(opened, path, run_dir, options, config, num_workers=workers, progress=progress)
         if config.finetune.only is not None:
             examples = examples.only(config.finetune.only)
         measured = evaluate_file(
             folder / "model.safetensors",
             examples,
             split=split,
-            between=_between(found, examples),
+            between=_between(opened, examples),
             config=config.training(),
             seed=config.seed,
             device=pick_device(device),
         )
         result = {"name": folder.name, "manifest": path.stem, "split": split, **measured}
         if manifest is not None:
-            result["learned_from"] = _count_learned(place, metrics, examples.sample_id[examples.rows(split)])
+            result["learned_from"] = _count_learned(run_dir, metrics, examples.sample_id[examples.rows(split)])
         write_json(result, file)
     return {**result, "file": str(file)}
 
@@ -167,48 +205,48 @@ def read_examples(
     manifest: str | Path,
     *,
     run: str | Path = "mmaudit-run",
-    named: Named | None = None,
+    options: SourceOptions | None = None,
     config: RunConfig | None = None,
     num_workers: int = 0,
     progress: Progress = no_progress,
 ) -> Examples:
-    """Give what a manifest, named by its file or its name in the run, trains and tests on."""
-    place = Run.open(run)
-    path = place.find_manifest(str(manifest))
-    found, named, config = read_manifest(path), named or Named(), config or RunConfig()
-    return _examples_of(found, path, place, named, config, num_workers=num_workers, progress=progress)
+    """Load the training and test examples of a manifest, given by file or by name in the run."""
+    run_dir = Run.open(run)
+    path = run_dir.find_manifest(str(manifest))
+    opened, options, config = read_manifest(path), options or SourceOptions(), config or RunConfig()
+    return _examples_of(opened, path, run_dir, options, config, num_workers=num_workers, progress=progress)
 
 
 @contextmanager
-def _writer(place: Run, name: str, distributed: DistributedContext) -> Iterator[Lock | None]:
-    """Hold the lock on a fine-tuning's folder in the process that writes it; the others yield None."""
+def _writer(run_dir: Run, name: str, distributed: DistributedContext) -> Iterator[Lock | None]:
+    """Lock a fine-tuning's folder in the process that writes it, rank 0; yield None in the others."""
     if not distributed.is_first:
         yield None
         return
-    with write_lock(place.folder, f"finetune/{name}", command="mmaudit finetune") as lock:
+    with write_lock(run_dir.folder, f"finetune/{name}", command="mmaudit finetune") as lock:
         yield lock
 
 
-def _evaluation_lock(place: Run, file: Path) -> AbstractContextManager[Lock]:
-    """Hold the lock on the file of an evaluation, in the run where the fine-tuning is one of it."""
+def _evaluation_lock(run_dir: Run, file: Path) -> AbstractContextManager[Lock]:
+    """Return a lock on an evaluation file, within the run if the fine-tuning belongs to it."""
     folder = file.parent
-    in_run = folder.absolute() == place.finetune(folder.name).absolute()
-    root, scope = (place.folder, f"finetune/{folder.name}/{file.name}") if in_run else (folder, file.name)
+    in_run = folder.absolute() == run_dir.finetune(folder.name).absolute()
+    root, scope = (run_dir.folder, f"finetune/{folder.name}/{file.name}") if in_run else (folder, file.name)
     return write_lock(root, scope, command="mmaudit evaluate", wait_seconds=WAIT_SECONDS)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """Give all that decides about a fine-tuning, as plain values by section."""
+    """Return the settings that a fine-tuning depends on, as plain values by section."""
     sections = [name for name in TrainConfig.__dataclass_fields__ if name != "width"]
     resolved = replace(config, finetune=replace(config.finetune, fusion=config.finetune.fusion_used))
     return {name: plain(resolved)[name] for name in ("seed", *sections, "network")}
 
 
 def _with_width(config: RunConfig, manifest: Manifest) -> RunConfig:
-    """Give ResNets the width that the scores' own had, unless another is asked for."""
+    """Return the config with the network width of the manifest's scores, unless another width is requested."""
     scored = manifest.provenance.get("scores", {}).get("config", {}).get("network", {}).get("width", 1.0)
-    asked = config.network.width != RunConfig().network.width
-    return config if asked else replace(config, network=replace(config.network, width=float(scored)))
+    is_requested = config.network.width != RunConfig().network.width
+    return config if is_requested else replace(config, network=replace(config.network, width=float(scored)))
 
 
 def _between(manifest: Manifest, examples: Examples) -> str:
@@ -216,8 +254,8 @@ def _between(manifest: Manifest, examples: Examples) -> str:
 
 
 @contextmanager
-def _first_alone(distributed: DistributedContext) -> Iterator[None]:
-    """Let the first process go before the others: it encodes, they find what it left."""
+def _first_rank_first(distributed: DistributedContext) -> Iterator[None]:
+    """Run the block in rank 0 before the other ranks: it encodes, and they read its cache."""
     if not distributed.is_first:
         logging.getLogger("mmaudit").setLevel(logging.WARNING)
         distributed.wait()
@@ -229,22 +267,24 @@ def _first_alone(distributed: DistributedContext) -> Iterator[None]:
 def _examples_of(
     manifest: Manifest,
     path: Path,
-    place: Run,
-    named: Named,
+    run_dir: Run,
+    options: SourceOptions,
     config: RunConfig,
     *,
     num_workers: int,
     progress: Progress,
 ) -> Examples:
-    """Open and encode a manifest's source, and give what it trains and tests on."""
+    """Open and encode a manifest's source, and load its training and test examples."""
     origin = origin_of(path, manifest.provenance, manifest.digests)
-    dataset, made = open_source(origin, named)
-    _check_trainable(made)
-    tasks = encode_dataset(dataset, place.features, media=made.media, num_workers=num_workers, progress=progress)
-    samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
+    dataset, scored_config = open_source(origin, options)
+    _check_trainable(scored_config)
+    tasks = encode_dataset(
+        dataset, run_dir.features, media=scored_config.media, num_workers=num_workers, progress=progress
+    )
+    samples = read_samples(dataset, seed=scored_config.seed, test_fraction=scored_config.data.test_fraction)
     dropped = read_dropped(path, manifest)
     if dropped is None:
-        log.info("no dropped rows beside %s: test figures are on the manifest's own test samples alone", path.name)
+        log.info("no dropped rows of %s found: test metrics are on the manifest's own test samples only", path.name)
     return load_examples(
         manifest,
         dropped,
@@ -256,62 +296,62 @@ def _examples_of(
     )
 
 
-def _count_learned(place: Run, metrics: dict[str, Any], asked: Iterable[str]) -> int | None:
-    """Count the samples that a fine-tuning was trained or chosen by; None where its manifest is gone or has changed."""
+def _count_learned(run_dir: Run, metrics: dict[str, Any], sample_ids: Iterable[str]) -> int | None:
+    """Count samples used in training or validation; None if the fine-tuning's manifest was removed or has changed."""
     try:
-        own = read_manifest(place.own_manifest(metrics["manifest"]))
+        own = read_manifest(run_dir.own_manifest(metrics["manifest"]))
     except (RunError, ManifestError):
         return None
     if own.digest() != metrics["manifest_digest"]:
         return None
     splits = zip(own.table["sample_id"].to_pylist(), own.table["split"].to_pylist(), strict=True)
-    return len({name for name, split in splits if split != "test"}.intersection(asked))
+    return len({name for name, split in splits if split != "test"}.intersection(sample_ids))
 
 
-def _check_trainable(made: RunConfig) -> None:
-    """Refuse what fine-tuning cannot learn from."""
-    if made.data.task != "classification":
-        raise ConfigError(f"finetune trains classifiers, and this manifest's task is {made.data.task}")
+def _check_trainable(scored_config: RunConfig) -> None:
+    """Raise ConfigError if the task of a manifest's scores is not classification."""
+    if scored_config.data.task != "classification":
+        raise ConfigError(f"finetune requires task classification; the manifest's task is {scored_config.data.task}")
 
 
 def _finetune_name(manifest: str, config: RunConfig) -> str:
-    chosen = config.finetune
-    parts = [manifest, chosen.fusion_used, chosen.sampling]
-    parts += [chosen.balancing] if chosen.balancing != "joint" else []
-    parts += [f"only-{chosen.only}"] if chosen.only else []
-    parts += [f"p{chosen.keep_posterior:g}"] if chosen.keep_posterior is not None else []
-    parts += [f"from-{Path(chosen.init).stem}"] if chosen.init else []
+    finetune_config = config.finetune
+    parts = [manifest, finetune_config.fusion_used, finetune_config.sampling]
+    parts += [finetune_config.balancing] if finetune_config.balancing != "joint" else []
+    parts += [f"only-{finetune_config.only}"] if finetune_config.only else []
+    parts += [f"p{finetune_config.keep_posterior:g}"] if finetune_config.keep_posterior is not None else []
+    parts += [f"from-{Path(finetune_config.init).stem}"] if finetune_config.init else []
     return "-".join(parts)
 
 
-def _find_finetune(place: Run, name: str) -> Path:
-    """Give the folder of a finished fine-tuning, named by its path or by its name in the run."""
-    known = [folder.name for folder in place.finetunes()]
-    if name in known:
-        return place.finetune(name)
+def _find_finetune(run_dir: Run, name: str) -> Path:
+    """Return the folder of a finished fine-tuning, given by its path or by its name in the run."""
+    names = [folder.name for folder in run_dir.finetunes()]
+    if name in names:
+        return run_dir.finetune(name)
     if (Path(name) / "metrics.json").is_file():
         return Path(name)
-    raise RunError(f"no finished fine-tuning {name} in {place.folder}; {choices(name, known)}")
+    raise RunError(f"no finished fine-tuning {name} in {run_dir.folder}; {choices(name, names)}")
 
 
-def _find_model(place: Run, name: str) -> Path:
-    """Give the weights that --init names: a fine-tuning of the run, a folder of one, or a file."""
+def _find_model(run_dir: Run, name: str) -> Path:
+    """Return the weights file of --init: of a fine-tuning of the run, of a fine-tuning's folder, or the file itself."""
     if Path(name).is_file():
         return Path(name)
-    return _find_finetune(place, name) / "model.safetensors"
+    return _find_finetune(run_dir, name) / "model.safetensors"
 
 
 def _finished(folder: Path, settings: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     metrics = read_metrics(folder)
-    same = _deciding(metrics["config"]) == _deciding(settings)
-    if not same or metrics["manifest_digest"] != manifest.digest():
-        raise RunError(f"{folder} holds a fine-tuning of other settings: give this one a --name, or pass --overwrite")
-    log.info("%s is already finished with these settings: nothing to do", folder)
+    is_same = _decisive_settings(metrics["config"]) == _decisive_settings(settings)
+    if not is_same or metrics["manifest_digest"] != manifest.digest():
+        raise RunError(f"{folder} holds a fine-tuning of other settings: pass another --name, or --overwrite")
+    log.info("%s is already trained with these settings: nothing to do", folder)
     return metrics
 
 
-def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what does not decide about the weights: who is told, and how often a state is left."""
-    told = ("report_to", "save_steps", "resident_mib")
-    chosen = {key: value for key, value in settings.get("finetune", {}).items() if key not in told}
-    return {**settings, "finetune": chosen}
+def _decisive_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Remove settings that have no effect on the weights: trackers, checkpoint interval, resident memory."""
+    without_effect = ("report_to", "save_steps", "resident_mib")
+    finetune_settings = {key: value for key, value in settings.get("finetune", {}).items() if key not in without_effect}
+    return {**settings, "finetune": finetune_settings}

@@ -1,7 +1,4 @@
-"""The Python function verify.
-
-`verify` is what the command of its name calls, and what a notebook calls.
-"""
+"""Python interface of verify, which implements the command of the same name."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from ..audit.workers import Progress, no_progress
 from ..rebalance.checks import Check
 from ..rebalance.manifest import provenance_of
 from ..rebalance.verify import check_media, verify_rows
-from .provenance import Named, open_source
+from .provenance import SourceOptions, open_source
 from .run import Run
 from .trust import Origin, origin_of
 
@@ -31,17 +28,24 @@ def verify(
     media: bool = True,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Check a manifest, by file or by its name in the run: schema, ids, digests, ranges, dropped rows, media.
+    """Check a manifest: schema, ids, digests, ranges, dropped rows, media.
 
-    The media of its source, or of `data` if they moved, are hashed unless `media` is False; nothing is imported that
-    the metadata name. `data` and `allow_outside` (paths may lead outside the data's folder) must be given for a
-    manifest that was not made by this user on this machine.
+    Nothing that the metadata name is imported. A manifest that was not made by this user on this machine needs `data`
+    and `allow_outside`.
+
+    Args:
+        manifest: a manifest's file, or its name in the run.
+        run: the run folder.
+        data: the data, if the manifest's source moved.
+        allow_outside: whether media paths may lead outside the data folder.
+        media: hash the media of the source.
+        progress: progress callback.
 
     Returns:
-        The checks, whether all `held`, and the same in `lines`.
+        The checks, whether all passed (`held`), and the same as text in `lines`.
 
     Raises:
-        ManifestError: there is no manifest, its source is gone, or nobody but the manifest names the source.
+        ManifestError: the manifest or its source was not found, or the source is named by an untrusted manifest only.
     """
     path = Run.open(run).find_manifest(str(manifest))
     checked, provenance = verify_rows(path), provenance_of(path)
@@ -50,29 +54,31 @@ def verify(
     has_failed = not checked.held or bool(origin.changed)
     if not media or (data is None and "modalities" not in origin.scores):
         checks += check_media(path)
-    elif has_failed and data is None and origin.record is None:  # what has failed is of more use than an error
-        checks += check_media(path, unopened=f"the data were not opened, since {origin.doubt}: name them with --data")
+    elif has_failed and data is None and origin.record is None:  # the failed checks are more useful than an error
+        checks += check_media(path, unopened=f"data not opened, since {origin.doubt}: pass them with --data")
     else:
-        named = Named(data=data, allow_outside=allow_outside)
-        contents, fingerprint = _contents_of_source(origin, named, progress)
+        options = SourceOptions(data=data, allow_outside=allow_outside)
+        contents, fingerprint = _contents_of_source(origin, options, progress)
         checks += check_media(path, contents=contents, fingerprint=fingerprint)
     checked = replace(checked, checks=tuple(checks))
     return {"file": str(path), **checked.to_dict(), "lines": checked.lines()}
 
 
 def _signature_check(origin: Origin) -> Check:
-    """Check that a manifest is what this user signed; one without a signature is not held to any."""
+    """Check a manifest against this user's signature; without a signature the check has no result."""
     if origin.is_own:
-        return Check(name="signature", held=True, detail="you made it on this machine")
+        return Check(name="signature", held=True, detail="made by you on this machine")
     if origin.changed:
-        return Check(name="signature", held=False, detail=f"its {origin.changed} changed since you made it")
-    return Check(name="signature", held=None, detail=origin.doubt or "you did not make it on this machine")
+        return Check(name="signature", held=False, detail=f"its {origin.changed} changed since it was made")
+    return Check(name="signature", held=None, detail=origin.doubt or "not made by you on this machine")
 
 
-def _contents_of_source(origin: Origin, named: Named, progress: Progress) -> tuple[dict[str, ContentHashes], str]:
-    """Hash the media of a manifest's source: the content of each sample by id, and the fingerprint of all."""
-    dataset, made = open_source(origin, named, encoders=False)
-    samples = read_samples(dataset, seed=made.seed, test_fraction=made.data.test_fraction)
+def _contents_of_source(
+    origin: Origin, options: SourceOptions, progress: Progress
+) -> tuple[dict[str, ContentHashes], str]:
+    """Hash the media of a manifest's source; return the hashes by sample id, and the dataset's fingerprint."""
+    dataset, scored_config = open_source(origin, options, encoders=False)
+    samples = read_samples(dataset, seed=scored_config.seed, test_fraction=scored_config.data.test_fraction)
     contents = {}
     for number, content in enumerate(content_hashes(dataset), start=1):
         contents[content.sample_id] = content

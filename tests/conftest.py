@@ -1,4 +1,4 @@
-"""Small data for all tests: clips as real wav and png files, planted Gaussians as feature vectors, one short film."""
+"""Small data for all tests: clips as wav and png files, Gaussian feature vectors, one short video."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-settings.register_profile("patient", deadline=None)  # a first call may load half of torch, beside other jobs
+settings.register_profile("patient", deadline=None)  # a first call may import torch while other jobs run
 settings.load_profile("patient")
 
 RATE = 8_000
 
 
 def pytest_configure() -> None:
-    """Let the threads of a fine-tuning sleep while they wait: beside another worker, spinning takes five times as long.
+    """Make threads sleep while they wait: spinning takes five times as long with another test worker running.
 
-    The variable is read when torch is loaded, so that nothing here imports it before.
+    torch reads the variable when it is imported, so nothing in this file imports torch before.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
-    torch.set_num_threads(1)  # xdist's workers are the parallelism
+    torch.set_num_threads(1)  # tests run in parallel by xdist's workers
 
 
 @pytest.fixture(scope="session", autouse=True)
 def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A state folder for the tests, and for the processes that they start: the user's own is not touched."""
+    """A state folder for the tests and the processes that they start, in place of the user's own."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("state")
         patch.setenv("XDG_STATE_HOME", str(folder))
@@ -49,7 +49,7 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def clip_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 clips of a quarter second and 16 x 16 pixels, in three classes that pitch and colour both tell; read only."""
+    """24 clips of 0.25 s and 16 x 16 pixels, in three classes that pitch and colour both separate; read-only."""
     folder = tmp_path_factory.mktemp("clips")
     rng = np.random.default_rng(0)
     rows = []
@@ -65,19 +65,19 @@ def clip_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def clips(clip_source: Path, tmp_path: Path) -> Path:
-    """A copy of the clips, to be spoiled."""
+    """A writable copy of the clips."""
     return Path(shutil.copytree(clip_source, tmp_path / "clips"))
 
 
 @pytest.fixture(scope="session")
 def film() -> Callable[[bool], bytes]:
-    """Write an mp4 of ten frames, with sound or without."""
+    """A function that returns an mp4 of ten frames, with or without sound."""
     return write_film
 
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Callable[..., Path]:
-    """Write a Parquet file of planted Gaussian features: see `plant`."""
+    """A function that writes the table of `plant` to a Parquet file."""
 
     def write(name: str = "planted.parquet", **options: Any) -> Path:
         pq.write_table(plant(**options), tmp_path / name)
@@ -89,9 +89,9 @@ def planted(tmp_path: Path) -> Callable[..., Path]:
 def plant(
     *, num_samples: int = 90, num_classes: int = 3, modalities: tuple[str, ...] = ("audio", "visual"), seed: int = 0
 ) -> pa.Table:
-    """Give rows of unit Gaussians around class means; each sample is clear in some of its modalities and not in others.
+    """Return rows of unit Gaussians around class means, with a random signal strength per sample and modality.
 
-    Columns: id, label, split, one of vectors for each modality.
+    Columns: id, label, split, and a column of vectors per modality.
     """
     rng = np.random.default_rng(seed)
     label = np.arange(num_samples) % num_classes
@@ -132,19 +132,19 @@ def picture(label: int, rng: np.random.Generator) -> bytes:
 def write_film(sound: bool) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        sight: Any = container.add_stream("mpeg4", rate=10)
-        sight.width, sight.height, sight.pix_fmt = 32, 32, "yuv420p"
-        heard: Any = container.add_stream("aac", rate=RATE, layout="mono") if sound else None
+        video_stream: Any = container.add_stream("mpeg4", rate=10)
+        video_stream.width, video_stream.height, video_stream.pix_fmt = 32, 32, "yuv420p"
+        audio_stream: Any = container.add_stream("aac", rate=RATE, layout="mono") if sound else None
         for index in range(10):
             pixels = np.zeros((32, 32, 3), dtype=np.uint8)
             pixels[:, 3 * index : 3 * index + 4] = 255
-            container.mux(sight.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(sight.encode(None))
-        if heard is not None:
+            container.mux(video_stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(video_stream.encode(None))
+        if audio_stream is not None:
             samples = (0.5 * np.sin(np.arange(RATE // 1024 * 1024) / 3)).astype(np.float32)[None]
             for start in range(0, samples.shape[1], 1024):
                 frame = av.AudioFrame.from_ndarray(samples[:, start : start + 1024], format="fltp", layout="mono")
                 frame.rate, frame.pts, frame.time_base = RATE, start, Fraction(1, RATE)
-                container.mux(heard.encode(frame))
-            container.mux(heard.encode(None))
+                container.mux(audio_stream.encode(frame))
+            container.mux(audio_stream.encode(None))
     return file.getvalue()

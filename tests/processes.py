@@ -1,4 +1,4 @@
-"""Several processes for the tests, as torchrun starts them: gloo on one machine."""
+"""Processes of distributed tests, started as by torchrun: gloo on one machine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-# What scripts import is imported once, and then forked: importing torch took four fifths of the time.
+# Imports are done once before forking: importing torch took four fifths of the time.
 _LAUNCHER = """
 import os, sys, traceback
 import mmaudit.train.optimizer
 
 script, pipes = compile(sys.argv[1], "script", "exec"), []
 for rank in range(int(os.environ["WORLD_SIZE"])):
-    ours, theirs = os.pipe()
+    read_end, write_end = os.pipe()
     if os.fork() == 0:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        sys.stdout = os.fdopen(theirs, "w")
+        sys.stdout = os.fdopen(write_end, "w")
         try:
             exec(script, {})
             sys.stdout.flush()
@@ -29,15 +29,15 @@ for rank in range(int(os.environ["WORLD_SIZE"])):
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    os.close(theirs)
-    pipes.append(os.fdopen(ours))
+    os.close(write_end)
+    pipes.append(os.fdopen(read_end))
 print(*(pipe.read().strip() for pipe in pipes), sep="\\n")
 sys.exit(any([os.wait()[1] for _ in pipes]))
 """
 
 
 def in_processes(script: str, *, size: int, timeout_seconds: float = 120) -> list[Any]:
-    """Run a script in `size` processes, each of which prints one line of JSON, and give what they say, by rank."""
+    """Run a script in `size` processes, each of which prints one line of JSON; return the parsed lines by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

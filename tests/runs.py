@@ -1,4 +1,4 @@
-"""Records and copies of run folders for the tests."""
+"""Records and copies of run folders for tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmaudit.cli.trust import sign_manifest, signed_record
 
 
 def copy_run(source: Path, target: Path) -> Path:
-    """Copy a run, and sign it and its manifests where they lie now, so that they name their data as before."""
+    """Copy a run, and sign it and its manifests at the new path, so that they are trusted to name their data."""
     run = Run(Path(shutil.copytree(source, target)))
     record = read_json(run.record_file, error=RunError)
     write_json(signed_record(record, folder=run.folder, scores=run.scores_file), run.record_file)
@@ -23,7 +23,7 @@ def copy_run(source: Path, target: Path) -> Path:
 
 
 def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """Return a complete run.json of two modalities, with other values for some keys and some sections of its config."""
+    """Return a complete run.json of two modalities, with `changes` to its keys and `config` to its config sections."""
     sections = {
         "seed": 0,
         "data": {"task": "classification"},

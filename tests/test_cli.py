@@ -1,4 +1,4 @@
-"""The command line: every bad input gets one line, its mend and its exit code, and leaves nothing half-written."""
+"""Tests of the command line: bad input gives a one-line error with a remedy and an exit code, and no partial files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def mmaudit(*words: str | Path) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def said(result: Result) -> str:
-    """Everything on the terminal as one line, however it was wrapped."""
+def output_of(result: Result) -> str:
+    """Return the printed text as one line, without wrapping."""
     return re.sub(r"[\s│]+", " ", result.output)
 
 
@@ -39,7 +39,7 @@ def keypad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scored(keypad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with a balanced manifest, not to be written into."""
+    """A finished run with a balanced manifest; read-only."""
     run = tmp_path_factory.mktemp("scored") / "run"
     assert mmaudit("score", keypad, "--run", run, *QUICK).exit_code == 0
     assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
@@ -48,7 +48,7 @@ def scored(keypad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(keypad: Path, tmp_path: Path) -> Path:
-    """A dataset of one's own to damage."""
+    """A writable copy of the dataset."""
     return Path(shutil.copytree(keypad, tmp_path / "data"))
 
 
@@ -95,10 +95,10 @@ def write_features(path: Path, *, num_rows: int = 60, bad: dict[int, list[float]
         (["score", "DATA", "--modality", "audio=audio_file_name"], "only one modality, audio=audio_file_name:audio"),
         (["score", "DATA", "--set", "probe.fold=3"], "no config key probe.fold; did you mean probe.folds?"),
         (["score", "DATA", "--set", "probe.folds=1"], "probe.folds is 1; it must be at least 2"),
-        (["score", "DATA", "--config", "absent.toml"], "no such config file: absent.toml"),
+        (["score", "DATA", "--config", "absent.toml"], "config file not found: absent.toml"),
         (["score", "DATA", "--learn-from", "trian"], "probe.learn_from is 'trian'; did you mean train?"),
-        (["score", "DATA", "--device", "gpu"], "--device gpu: not there; there are: auto, cpu"),
-        (["split", "--balanced", "--run", "nowhere"], "nowhere holds no finished run; make one with: mmaudit score"),
+        (["score", "DATA", "--device", "gpu"], "--device gpu: not available; use auto, cpu"),
+        (["split", "--balanced", "--run", "nowhere"], "nowhere holds no finished run; create one with: mmaudit score"),
         (["split", "--run", "SCORED"], "exactly one of --balanced, --subset, --dominated and --gmm"),
         (["split", "--run", "SCORED", "--subset", "audio-prefered"], "did you mean audio-preferred?"),
         (["split", "--run", "SCORED", "--dominated", "image"], "not of the form MODALITY:T"),
@@ -132,7 +132,7 @@ def test_bad_input_is_one_line_and_exit_2(words: list[str], line: str, keypad: P
     before = sorted(path for path in scored.rglob("*"))
     result = mmaudit(*(str(keypad) if word == "DATA" else str(scored) if word == "SCORED" else word for word in words))
     assert result.exit_code == 2
-    assert line in said(result)
+    assert line in output_of(result)
     assert "Traceback" not in result.output
     assert sorted(path for path in scored.rglob("*")) == before
 
@@ -146,42 +146,42 @@ def test_bad_input_is_one_line_and_exit_2(words: list[str], line: str, keypad: P
         (["score"], "Missing argument"),
     ],
 )
-def test_a_wrong_word_names_the_right_one(words: list[str], line: str) -> None:
+def test_unknown_command_or_option_suggests_the_nearest(words: list[str], line: str) -> None:
     result = mmaudit(*words)
     assert result.exit_code == 2
-    assert line in said(result)
+    assert line in output_of(result)
 
 
-def test_no_label_column(data: Path, tmp_path: Path) -> None:
+def test_missing_label_column_is_refused(data: Path, tmp_path: Path) -> None:
     edit_metadata(data, drop="label")
     result = mmaudit("score", data, "--run", tmp_path / "run")
     assert result.exit_code == 2
-    assert "no label column among id, audio_file_name, image_file_name" in said(result)
+    assert "no label column among id, audio_file_name, image_file_name" in output_of(result)
     assert not (tmp_path / "run").exists()
 
 
-def test_duplicate_ids(data: Path, tmp_path: Path) -> None:
+def test_duplicate_ids_are_refused(data: Path, tmp_path: Path) -> None:
     with (data / "metadata.csv").open(newline="") as file:
         first = next(csv.DictReader(file))["id"]
     edit_metadata(data, rows={1: {"id": first}})
     result = mmaudit("score", data, "--run", tmp_path / "run")
     assert result.exit_code == 2
-    assert f"1 ids are repeated ({first})" in said(result)
+    assert f"1 ids are repeated ({first})" in output_of(result)
     assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_damaged_media_are_quarantined_with_their_reason(data: Path, tmp_path: Path) -> None:
     with (data / "metadata.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    sound = [data / row["audio_file_name"] for row in rows]
-    sight = [data / row["image_file_name"] for row in rows]
-    sound[0].unlink()
-    sound[1].write_bytes(sound[1].read_bytes()[: sound[1].stat().st_size // 2])
-    sound[2].write_bytes(b"")
-    header = sound[3].read_bytes()[:44]
-    sound[3].write_bytes(header + bytes(sound[3].stat().st_size - 44))
-    sight[4].write_bytes(b"no picture")
-    sight[5].write_bytes(sight[5].read_bytes()[:-40])
+    sounds = [data / row["audio_file_name"] for row in rows]
+    images = [data / row["image_file_name"] for row in rows]
+    sounds[0].unlink()
+    sounds[1].write_bytes(sounds[1].read_bytes()[: sounds[1].stat().st_size // 2])
+    sounds[2].write_bytes(b"")
+    header = sounds[3].read_bytes()[:44]
+    sounds[3].write_bytes(header + bytes(sounds[3].stat().st_size - 44))
+    images[4].write_bytes(b"no picture")
+    images[5].write_bytes(images[5].read_bytes()[:-40])
     edit_metadata(data, rows={6: {"label": "seen once"}, 7: {"image_file_name": ""}, 8: {"label": ""}})
     run = tmp_path / "run"
     result = mmaudit("score", data, "--run", run, *QUICK, "--json")
@@ -189,7 +189,7 @@ def test_damaged_media_are_quarantined_with_their_reason(data: Path, tmp_path: P
     counts = json.loads(result.stdout)["counts"]
     assert counts["input"] == 120 == counts["scored"] + counts["quarantined"]
     quarantine = pq.read_table(run / "quarantine.parquet").to_pylist()
-    found = {row["sample_id"]: (row["modality"], row["reason"]) for row in quarantine}
+    reasons = {row["sample_id"]: (row["modality"], row["reason"]) for row in quarantine}
     expected = [
         ("audio", "missing"),
         ("audio", "truncated"),
@@ -201,7 +201,7 @@ def test_damaged_media_are_quarantined_with_their_reason(data: Path, tmp_path: P
         ("image", "missing"),
         (None, "no-label"),
     ]
-    assert found == dict(zip((row["id"] for row in rows), expected, strict=False))
+    assert reasons == dict(zip((row["id"] for row in rows), expected, strict=False))
     assert counts["quarantined"] == len(expected)
     assert all(row["detail"] for row in quarantine)
 
@@ -210,70 +210,70 @@ def test_bad_vectors_are_quarantined_with_their_reason(tmp_path: Path) -> None:
     data = write_features(tmp_path / "set.parquet", bad={3: [1.0, float("nan"), 0.0, 0.0], 7: [1.0, 2.0]})
     run = tmp_path / "run"
     assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
-    found = {row["sample_id"]: row["reason"] for row in pq.read_table(run / "quarantine.parquet").to_pylist()}
-    assert found == {"s3": "not-finite", "s7": "wrong-length"}
+    reasons = {row["sample_id"]: row["reason"] for row in pq.read_table(run / "quarantine.parquet").to_pylist()}
+    assert reasons == {"s3": "not-finite", "s7": "wrong-length"}
     assert len(pq.read_table(run / "scores.parquet")) == 58
 
 
-def test_a_finished_run_is_left_alone(keypad: Path, scored: Path) -> None:
+def test_finished_run_is_not_rewritten(keypad: Path, scored: Path) -> None:
     stamp = (scored / "scores.parquet").stat().st_mtime_ns
     result = mmaudit("score", keypad, "--run", scored, *QUICK)
     assert result.exit_code == 0
     assert (scored / "scores.parquet").stat().st_mtime_ns == stamp
 
 
-def test_a_run_of_another_config_is_refused(keypad: Path, scored: Path) -> None:
+def test_run_of_another_config_is_refused(keypad: Path, scored: Path) -> None:
     result = mmaudit("score", keypad, "--run", scored, *QUICK, "--seed", "7")
     assert result.exit_code == 2
-    assert "seed is 0 there and 7 here; name another with --run, or pass --overwrite" in said(result)
+    assert "seed is 0 in the run and 7 now; pass another --run, or --overwrite" in output_of(result)
 
 
-def test_a_run_of_other_data_is_refused_until_overwritten(data: Path, scored: Path, tmp_path: Path) -> None:
+def test_run_of_other_data_requires_overwrite(data: Path, scored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(scored, tmp_path / "run"))
     edit_metadata(data, rows={0: {"label": "9"}, 1: {"label": "9"}})
     result = mmaudit("score", data, "--run", run, *QUICK)
     assert result.exit_code == 2
-    assert "was made from other data" in said(result)
+    assert "was made from other data" in output_of(result)
     assert mmaudit("score", data, "--run", run, *QUICK, "--overwrite").exit_code == 0
-    assert not (run / "manifests").exists()  # what was made from the old scores is gone with them
+    assert not (run / "manifests").exists()  # manifests of the old scores are removed
 
 
-def test_a_folder_of_something_else_is_no_run(keypad: Path, tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused_as_run(keypad: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     result = mmaudit("score", keypad, "--run", tmp_path, *QUICK)
     assert result.exit_code == 2
-    assert "holds thesis.tex and is no run" in said(result)
+    assert "holds thesis.tex and is not a run" in output_of(result)
 
 
-def test_a_changed_source_is_refused(data: Path, tmp_path: Path) -> None:
+def test_changed_source_is_refused(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
     assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
-    kept = pq.read_table(run / "manifests" / "balanced.parquet")["audio_file_name"].to_pylist()
-    shutil.copy(data / kept[1], data / kept[0])
+    files = pq.read_table(run / "manifests" / "balanced.parquet")["audio_file_name"].to_pylist()
+    shutil.copy(data / files[1], data / files[0])
     result = mmaudit("finetune", "--manifest", "balanced", "--run", run, "--epochs", "1")
     assert result.exit_code == 2
-    assert "have changed their content since the manifest was made" in said(result)
+    assert "have changed their content since the manifest was made" in output_of(result)
     shutil.move(data, tmp_path / "moved")
-    gone = mmaudit("finetune", "--manifest", "balanced", "--run", run, "--epochs", "1")
-    assert gone.exit_code == 2
-    assert "no such folder or file" in said(gone)
-    assert "pass --data" in said(gone)
+    missing = mmaudit("finetune", "--manifest", "balanced", "--run", run, "--epochs", "1")
+    assert missing.exit_code == 2
+    assert "no such folder or file" in output_of(missing)
+    assert "pass --data" in output_of(missing)
     assert not (run / "finetune").exists()
 
 
-def test_moved_data_are_found_with_data(data: Path, tmp_path: Path) -> None:
+def test_moved_data_are_opened_with_data_option(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
     assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
     moved = shutil.move(data, tmp_path / "moved")
-    given = ["--manifest", "balanced", "--run", str(run), "--data", str(moved)]
-    result = mmaudit("finetune", *given, "--epochs", "2", "--json")
+    options = ["--manifest", "balanced", "--run", str(run), "--data", str(moved)]
+    result = mmaudit("finetune", *options, "--epochs", "2", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["test"]["all"]["n"] > 0
 
 
-def test_a_foreign_score_table_can_be_split(tmp_path: Path) -> None:
+def test_score_table_of_another_tool_can_be_split(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     table = {
         "sample_id": [f"s{row}" for row in range(200)],
@@ -290,12 +290,12 @@ def test_a_foreign_score_table_can_be_split(tmp_path: Path) -> None:
     assert summary["after"]["distance"] <= 0.05
 
 
-def test_what_split_prints_is_what_it_kept(scored: Path, tmp_path: Path) -> None:
+def test_split_prints_number_of_kept_samples(scored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(scored, tmp_path / "run"))
     result = mmaudit("split", "--balanced", "--run", run)
-    kept = len(pq.read_table(run / "manifests" / "balanced.parquet"))
-    assert f"balanced: kept {kept} of 120 samples (audio:image)" in said(result)
-    assert "a tolerance would keep 0: " in said(result)
+    num_kept = len(pq.read_table(run / "manifests" / "balanced.parquet"))
+    assert f"balanced: kept {num_kept} of 120 samples (audio:image)" in output_of(result)
+    assert "samples kept by tolerance 0: " in output_of(result)
 
 
 def test_files_of_several_folders_cannot_share_relative_paths(keypad: Path, tmp_path: Path) -> None:
@@ -307,36 +307,36 @@ def test_files_of_several_folders_cannot_share_relative_paths(keypad: Path, tmp_
         pq.write_table(table, tmp_path / name / "metadata.parquet")
     result = mmaudit("score", tmp_path / "*" / "metadata.parquet", "--run", tmp_path / "run")
     assert result.exit_code == 2
-    assert "the files lie in 2 folders" in said(result)
+    assert "the files lie in 2 folders" in output_of(result)
 
 
 @pytest.mark.parametrize("name", ["fused", "chance", "rest", "all"])
-def test_a_modality_may_not_take_a_word_of_the_reports(keypad: Path, tmp_path: Path, name: str) -> None:
+def test_reserved_modality_names_are_refused(keypad: Path, tmp_path: Path, name: str) -> None:
     words = ["--modality", f"{name}=audio_file_name", "--modality", "image=image_file_name"]
     result = mmaudit("score", keypad, "--run", tmp_path / "run", *words)
     assert result.exit_code == 2
-    assert f"a modality is called '{name}'" in said(result)
+    assert f"a modality is called '{name}'" in output_of(result)
 
 
-def test_captions_of_few_words_are_scored(tmp_path: Path) -> None:
+def test_short_captions_are_scored(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     label = np.arange(200) % 4
     words = np.array(["red", "green", "blue", "black"])
-    told = np.where(rng.random(200) < 0.8, words[label], rng.choice(words, 200))
+    captions = np.where(rng.random(200) < 0.8, words[label], rng.choice(words, 200))
     table = {
         "id": [f"s{row}" for row in range(200)],
         "label": label,
-        "caption": [f"a {word} ball on grass" for word in told],
+        "caption": [f"a {word} ball on grass" for word in captions],
         "sight": pa.array((rng.standard_normal((200, 3)) + label[:, None]).tolist(), pa.list_(pa.float32())),
     }
     pq.write_table(pa.table(table), tmp_path / "captions.parquet")
     result = mmaudit("score", tmp_path / "captions.parquet", "--run", tmp_path / "run", *QUICK, "--json")
     assert result.exit_code == 0
     probe_metrics = json.loads(result.stdout)["probe_report"]["probe_metrics"]
-    assert next(found["value"] for found in probe_metrics if found["name"] == "caption") > 0.7
+    assert next(probe["value"] for probe in probe_metrics if probe["name"] == "caption") > 0.7
 
 
-def test_a_failed_overwrite_leaves_the_old_run(data: Path, scored: Path, tmp_path: Path) -> None:
+def test_failed_overwrite_keeps_the_old_run(data: Path, scored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(scored, tmp_path / "run"))
     with (data / "metadata.csv").open(newline="") as file:
         size = len(list(csv.DictReader(file)))
@@ -346,17 +346,17 @@ def test_a_failed_overwrite_leaves_the_old_run(data: Path, scored: Path, tmp_pat
     assert (run / "manifests" / "balanced.parquet").exists()
 
 
-def test_changed_labels_are_noticed_by_finetune(data: Path, tmp_path: Path) -> None:
+def test_finetune_refuses_changed_labels(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert mmaudit("score", data, "--run", run, *QUICK).exit_code == 0
     assert mmaudit("split", "--balanced", "--tolerance", "0.2", "--run", run).exit_code == 0
-    kept = pq.read_table(run / "manifests" / "balanced.parquet")["sample_id"].to_pylist()
+    ids = pq.read_table(run / "manifests" / "balanced.parquet")["sample_id"].to_pylist()
     with (data / "metadata.csv").open(newline="") as file:
         rows = {row["id"]: number for number, row in enumerate(csv.DictReader(file))}
-    edit_metadata(data, rows={rows[kept[0]]: {"label": "9"}, rows[kept[1]]: {"label": "8"}})
+    edit_metadata(data, rows={rows[ids[0]]: {"label": "9"}, rows[ids[1]]: {"label": "8"}})
     result = mmaudit("finetune", "--manifest", "balanced", "--run", run, "--epochs", "1")
     assert result.exit_code == 2
-    assert "have changed their label since the manifest was made" in said(result)
+    assert "have changed their label since the manifest was made" in output_of(result)
 
 
 def write_table(path: Path, **columns: list[object]) -> Path:
@@ -368,8 +368,8 @@ def drawn(n: int, *, seed: int) -> list[object]:
     return list(np.random.default_rng(seed).standard_normal((n, 9)).tolist())
 
 
-def test_a_common_list_leaks_every_actor_and_the_gate_fails(tmp_path: Path) -> None:
-    """A list of the shape of CREMA-D's common one: clips of 91 actors, drawn into train and test at random."""
+def test_random_split_of_actors_fails_the_leakage_gate(tmp_path: Path) -> None:
+    """A split like CREMA-D's common list: clips of 91 actors assigned to train and test at random."""
     rng = np.random.default_rng(0)
     actors = rng.permutation(np.repeat(np.arange(1001, 1092), 30))
     n = len(actors)
@@ -384,12 +384,12 @@ def test_a_common_list_leaks_every_actor_and_the_gate_fails(tmp_path: Path) -> N
     )
     result = mmaudit("check", table, "--run", tmp_path / "run")
     assert result.exit_code == 3
-    assert "91 of 91 test actors also in train" in said(result)
-    found = json.loads(mmaudit("check", table, "--run", tmp_path / "run", "--json").stdout)
-    assert [each["what"] for each in found["leakage"]["findings"]] == ["groups"]
+    assert "91 of 91 test actors also in train" in output_of(result)
+    summary = json.loads(mmaudit("check", table, "--run", tmp_path / "run", "--json").stdout)
+    assert [finding["what"] for finding in summary["leakage"]["findings"]] == ["groups"]
 
 
-def test_clean_splits_pass_and_what_is_unusable_is_told(tmp_path: Path) -> None:
+def test_check_passes_clean_splits_and_prints_unusable_samples(tmp_path: Path) -> None:
     audio = drawn(60, seed=1)
     audio[7] = None
     table = write_table(
@@ -403,12 +403,12 @@ def test_clean_splits_pass_and_what_is_unusable_is_told(tmp_path: Path) -> None:
     )
     result = mmaudit("check", table, "--run", tmp_path / "run")
     assert result.exit_code == 0
-    assert "59 of 60 samples can be scored" in said(result)
-    assert "unusable: 1 x missing, audio: such as s7 (audio is null)" in said(result)
-    assert "no leak found" in said(result)
+    assert "59 of 60 samples are usable" in output_of(result)
+    assert "unusable: 1 x missing, audio: s7 (audio is null)" in output_of(result)
+    assert "no leaks found" in output_of(result)
 
 
-def test_a_download_is_taken_in_and_what_is_missing_is_told(tmp_path: Path) -> None:
+def test_ingest_writes_metadata_and_prints_missing_clips(tmp_path: Path) -> None:
     for folder, ending in (("AudioWAV", "wav"), ("VideoFlash", "flv")):
         (tmp_path / folder).mkdir()
         for actor in (1001, 1002):
@@ -416,14 +416,14 @@ def test_a_download_is_taken_in_and_what_is_missing_is_told(tmp_path: Path) -> N
     (tmp_path / "VideoFlash" / "1002_DFA_ANG_XX.flv").unlink()
     result = mmaudit("ingest", "cremad", tmp_path)
     assert result.exit_code == 0
-    assert "you have 1 of 7,442" in said(result)
+    assert "you have 1 of 7,442" in output_of(result)
     assert pq.read_table(tmp_path / "metadata.parquet")["id"].to_pylist() == ["1001_DFA_ANG_XX", "1002_DFA_ANG_XX"]
-    wrong = mmaudit("ingest", "cremda", tmp_path)
-    assert wrong.exit_code == 2
-    assert "did you mean cremad?" in said(wrong)
+    misspelt = mmaudit("ingest", "cremda", tmp_path)
+    assert misspelt.exit_code == 2
+    assert "did you mean cremad?" in output_of(misspelt)
 
 
-def test_a_modality_may_be_missing_the_whole_line_long(tmp_path: Path) -> None:
+def test_all_stages_accept_a_missing_modality(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     columns: dict[str, list[object]] = {"id": [f"s{row:03d}" for row in range(90)], "label": [r % 3 for r in range(90)]}
     for name in ("a", "b", "c"):
@@ -432,7 +432,7 @@ def test_a_modality_may_be_missing_the_whole_line_long(tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = mmaudit("score", write_table(tmp_path / "d.parquet", **columns), "--run", run, *QUICK)
     assert result.exit_code == 0
-    assert "scored 90 of 90 samples" in said(result)
+    assert "scored 90 of 90 samples" in output_of(result)
     scores = pq.read_table(run / "scores.parquet")
     assert scores["confidence_a"].null_count == 18
     assert scores["gap"].null_count == 0
@@ -446,7 +446,7 @@ def test_a_modality_may_be_missing_the_whole_line_long(tmp_path: Path) -> None:
     assert trained.exit_code == 0
 
 
-def test_numbers_are_scored_and_not_trained_on(tmp_path: Path) -> None:
+def test_regression_is_scored_and_refused_by_finetune(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal(80)
     table = write_table(
@@ -458,12 +458,12 @@ def test_numbers_are_scored_and_not_trained_on(tmp_path: Path) -> None:
     )
     run = tmp_path / "run"
     refused = mmaudit("score", table, "--run", run, *QUICK)
-    assert (refused.exit_code, "--task regression" in said(refused)) == (2, True)
+    assert (refused.exit_code, "--task regression" in output_of(refused)) == (2, True)
     result = mmaudit("score", table, "--task", "regression", "--run", run, *QUICK)
-    assert "R^2 out of fold" in said(result)
+    assert "R^2 out of fold" in output_of(result)
     assert mmaudit("split", "--subset", "balanced:0.9", "--run", run).exit_code == 0
     trained = mmaudit("finetune", "--manifest", "balanced-within-0.9", "--run", run)
-    assert (trained.exit_code, "finetune trains classifiers" in said(trained)) == (2, True)
+    assert (trained.exit_code, "finetune requires task classification" in output_of(trained)) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -476,34 +476,32 @@ def test_numbers_are_scored_and_not_trained_on(tmp_path: Path) -> None:
         (["--set", "probe.kind=mpl"], "did you mean mlp?"),
     ],
 )
-def test_wrong_choices_name_the_right_ones(keypad: Path, tmp_path: Path, words: list[str], mend: str) -> None:
+def test_unknown_choices_suggest_the_nearest(keypad: Path, tmp_path: Path, words: list[str], mend: str) -> None:
     result = mmaudit("score", keypad, "--run", tmp_path / "run", *words, *QUICK)
     assert result.exit_code == 2
-    assert mend in said(result)
+    assert mend in output_of(result)
 
 
-def test_check_and_score_read_data_by_the_same_options(
-    keypad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is given comes before the settings, and what is not leaves them alone."""
-    seen: list[RunConfig] = []
+def test_check_and_score_share_data_options(keypad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options override settings; options that are not passed do not change them."""
+    configs: list[RunConfig] = []
 
     def stop(data: str, *, config: RunConfig, **rest: object) -> None:
-        seen.append(config)
-        raise ConfigError("seen")
+        configs.append(config)
+        raise ConfigError("stopped")
 
-    given = {"task": "multilabel", "label": "y", "id": "name", "group": "who", "split": "none"}
-    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    values = {"task": "multilabel", "label": "y", "id": "name", "group": "who", "split": "none"}
+    options_of_values = [word for name, value in values.items() for word in (f"--{name}", value)]
     lists = ["--modality", "a=x", "--modality", "b=z", "--encoder", "a=resnet18", "--allow-outside"]
     settings = ["--set", "data.label='l'", "--set", "data.encoder=['b=resnet18']", "--set", "data.allow_outside=true"]
     for name in ("check", "score"):
         monkeypatch.setattr(f"mmaudit.cli.stages.{name}", stop)
-        for options in (["--set", "data.label='l'", *words, *lists], settings, []):
-            assert said(mmaudit(name, keypad, *options)).strip() == "error: seen"
-    checked, scored = seen[:3], seen[3:]
-    assert [each.data for each in checked] == [each.data for each in scored]
-    first, second, third = (each.data for each in checked)
-    assert {name: getattr(first, name) for name in given} == given
+        for options in (["--set", "data.label='l'", *options_of_values, *lists], settings, []):
+            assert output_of(mmaudit(name, keypad, *options)).strip() == "error: stopped"
+    checked, scored = configs[:3], configs[3:]
+    assert [config.data for config in checked] == [config.data for config in scored]
+    first, second, third = (config.data for config in checked)
+    assert {name: getattr(first, name) for name in values} == values
     assert (first.modality, first.encoder, first.allow_outside) == (("a=x", "b=z"), ("a=resnet18",), True)
     assert second == replace(third, label="l", encoder=("b=resnet18",), allow_outside=True)
     assert third == RunConfig().data

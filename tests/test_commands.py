@@ -1,4 +1,4 @@
-"""Every command ends well, in words and as JSON: exit code 0, nothing on stderr but progress, JSON that parses."""
+"""Tests of every command as text and as JSON: exit code 0, only progress on stderr, JSON that parses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORMATS = ("csv", "jsonl", "npy", "ogm", "webdataset", "datasets")
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left: its exit code and what it printed."""
+    """Exit code and printed text of a command."""
 
     code: int
     out: str
@@ -40,7 +40,7 @@ Command = Callable[..., Finished]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    """Run the command line as the program does: through main, with its logging."""
+    """A function that runs a command through main, with its logging."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     logger = logging.getLogger("mmaudit")
     before = logger.handlers, logger.level, logger.propagate
@@ -61,7 +61,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="session")
 def demo_text(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished demo of 120 samples, and what it printed: data, scores, two manifests, two fine-tunings, a report."""
+    """A finished demo of 120 samples, with two manifests, two fine-tunings and a report, and its printed text."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
     result = CliRunner().invoke(app, ["demo", str(folder), "--num-samples", "120"])
     assert result.exit_code == 0, result.output
@@ -74,7 +74,7 @@ def demo_folder(demo_text: tuple[Path, str]) -> Path:
 
 
 def succeed(command: Command, *words: str | Path) -> str:
-    """Return what a command printed; it must have succeeded, without a traceback or a warning."""
+    """Run a command that must succeed without a traceback or a warning; return the printed text."""
     finished = command(*words)
     assert finished.code == 0, finished.err
     assert not re.search(r"Traceback|Warning|error:", finished.err), finished.err
@@ -83,67 +83,69 @@ def succeed(command: Command, *words: str | Path) -> str:
 
 def strict_json(text: str) -> dict[str, Any]:
     def refuse(constant: str) -> float:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not valid JSON")
 
-    found = json.loads(text, parse_constant=refuse)
-    assert isinstance(found, dict)
-    return found
+    content = json.loads(text, parse_constant=refuse)
+    assert isinstance(content, dict)
+    return content
 
 
-def both(command: Command, words: list[str | Path], *, text: list[str], keys: list[str]) -> dict[str, Any]:
+def check_text_and_json(
+    command: Command, words: list[str | Path], *, text: list[str], keys: list[str]
+) -> dict[str, Any]:
     """Check a command's text and its JSON, and return the JSON."""
     printed = succeed(command, *words)
     for part in text:
         assert part in printed, printed
     assert not re.search(r"\{'|\x1b|\bnan\b", printed), printed
-    found = strict_json(succeed(command, *words, "--json"))
-    assert not [key for key in keys if key not in found], found
-    return found
+    content = strict_json(succeed(command, *words, "--json"))
+    assert not [key for key in keys if key not in content], content
+    return content
 
 
 def test_demo(command: Command, demo_text: tuple[Path, str]) -> None:
     folder, printed = demo_text
     for part in ("Spearman", "balanced split: ", "report: "):
         assert part in printed
-    found = strict_json(succeed(command, "demo", folder, "--num-samples", "120", "--json"))
-    assert set(found) == {"recovery", "kept", "distance", "report"}
-    assert f"{found['kept']} samples" in printed
-    assert Path(found["report"]).is_file()
+    summary = strict_json(succeed(command, "demo", folder, "--num-samples", "120", "--json"))
+    assert set(summary) == {"recovery", "kept", "distance", "report"}
+    assert f"{summary['kept']} samples" in printed
+    assert Path(summary["report"]).is_file()
 
 
 def test_check(command: Command, demo_folder: Path, tmp_path: Path) -> None:
-    found = both(
+    summary = check_text_and_json(
         command,
         ["check", demo_folder / "data", "--run", tmp_path / "run", "--num-workers", "0"],
-        text=["120 of 120 samples can be scored", "modality audio=", "no leak found"],
+        text=["120 of 120 samples are usable", "modality audio=", "no leaks found"],
         keys=["source", "input", "usable", "modalities", "unusable", "leakage"],
     )
-    assert found["usable"] == 120
+    assert summary["usable"] == 120
 
 
 def test_score(command: Command, demo_folder: Path) -> None:
-    found = both(
+    record = check_text_and_json(
         command,
         ["score", demo_folder / "data", "--run", demo_folder / "run", "--learn-from", "train", "--num-workers", "0"],
         text=["scored 120 of 120 samples, 0 quarantined", "chance", "gap mixture", "report: "],
         keys=["counts", "probe_report", "verdict", "report"],
     )
-    assert found["counts"]["scored"] == 120
+    assert record["counts"]["scored"] == 120
 
 
 def test_report(command: Command, demo_folder: Path) -> None:
-    found = both(command, ["report", "--run", demo_folder / "run"], text=["report: "], keys=["report"])
-    assert Path(found["report"]).is_file()
+    summary = check_text_and_json(command, ["report", "--run", demo_folder / "run"], text=["report: "], keys=["report"])
+    assert Path(summary["report"]).is_file()
 
 
 def test_split(command: Command, demo_folder: Path) -> None:
-    found = both(
+    summary = check_text_and_json(
         command,
         ["split", "--balanced", "--run", demo_folder / "run"],
         text=["of 120 samples", "distance to uniform", "manifest: "],
         keys=["file", "kept", "before", "after", "curve"],
     )
-    assert Path(found["file"]).is_file()
+    assert Path(summary["file"]).is_file()
 
 
 @pytest.mark.parametrize("dry", [False, True])
@@ -151,22 +153,22 @@ def test_split_of_a_subset(command: Command, demo_folder: Path, dry: bool) -> No
     words: list[str | Path] = ["split", "--subset", "random:50%", "--run", demo_folder / "run"]
     words += ["--dry-run"] if dry else []
     printed = succeed(command, *words)
-    assert ("would keep" in printed, "a dry run" in printed) == (dry, dry)
+    assert ("would keep" in printed, "dry run" in printed) == (dry, dry)
     assert (strict_json(succeed(command, *words, "--json"))["file"] is None) == dry
 
 
 def test_finetune_and_evaluate(command: Command, demo_folder: Path) -> None:
     run: list[str | Path] = ["--run", demo_folder / "run", "--num-workers", "0"]
-    trained = both(
+    trained = check_text_and_json(
         command,
         ["finetune", "--manifest", "balanced", "--epochs", "1", "--name", "short", *run],
         text=["trained on ", "accuracy", "fused: 95% ", "epoch kept: "],
         keys=["counts", "chance", "test", "best_epoch"],
     )
-    evaluated = both(
+    evaluated = check_text_and_json(
         command,
         ["evaluate", "short", *run],
-        text=["short on ", "least recall: ", "right with one alone", "all measures: "],
+        text=["short on ", "lowest recall: ", "correct with one modality alone", "all metrics: "],
         keys=["name", "n", "split", "test", "test_by_class", "contribution", "file"],
     )
     assert Path(evaluated["file"]).is_file()
@@ -174,61 +176,73 @@ def test_finetune_and_evaluate(command: Command, demo_folder: Path) -> None:
 
 
 def test_order(command: Command, demo_folder: Path) -> None:
-    found = both(
+    summary = check_text_and_json(
         command,
         ["order", "balanced", "--epoch", "2", "--run", demo_folder / "run"],
-        text=["epoch 2: ", "training samples", "the first: keypad-"],
+        text=["epoch 2: ", "training samples", "first samples: keypad-"],
         keys=["epoch", "samples", "total", "share", "first"],
     )
     dumped = succeed(command, "order", "balanced", "--epoch", "2", "--dump", "--run", demo_folder / "run").splitlines()
     assert dumped[0] == "step,sample_id"
-    assert len(dumped) == 1 + found["samples"]
-    assert [line.split(",")[1] for line in dumped[1:6]] == found["first"]
+    assert len(dumped) == 1 + summary["samples"]
+    assert [line.split(",")[1] for line in dumped[1:6]] == summary["first"]
 
 
 def test_verify(command: Command, demo_folder: Path) -> None:
-    found = both(
+    summary = check_text_and_json(
         command, ["verify", "balanced", "--run", demo_folder / "run"], text=["ids"], keys=["file", "held", "lines"]
     )
-    assert found["held"] is True
+    assert summary["held"] is True
 
 
 def test_diff(command: Command, demo_folder: Path) -> None:
-    both(command, ["diff", "balanced", "gmm-balanced", "--run", demo_folder / "run"], text=["only"], keys=["lines"])
+    names = ("balanced", "gmm-balanced")
+    difference = check_text_and_json(
+        command,
+        ["diff", *names, "--run", demo_folder / "run"],
+        text=["only"],
+        keys=["both", "only_a", "only_b", "lines"],
+    )
+    files = [demo_folder / "run" / "manifests" / f"{name}.parquet" for name in names]
+    first, second = (set(pq.read_table(file)["sample_id"].to_pylist()) for file in files)
+    assert difference["both"] == len(first & second)
+    assert (difference["only_a"]["count"], difference["only_b"]["count"]) == (len(first - second), len(second - first))
 
 
 def test_replay(command: Command, demo_folder: Path) -> None:
-    found = both(
+    summary = check_text_and_json(
         command,
         ["replay", "balanced", "--run", demo_folder / "run"],
-        text=["the same, byte by byte"],
+        text=["identical, byte by byte"],
         keys=["file", "scores", "identical", "differ"],
     )
-    assert found["identical"] is True
+    assert summary["identical"] is True
 
 
 def test_card(command: Command, demo_folder: Path, tmp_path: Path) -> None:
     words: list[str | Path] = ["card", "balanced", "--run", demo_folder / "run"]
-    found = both(command, words, text=["## Modality balance", "### How to load it"], keys=["manifest", "file", "card"])
-    assert succeed(command, *words).strip() == found["card"].strip()
+    summary = check_text_and_json(
+        command, words, text=["## Modality balance", "### How to load it"], keys=["manifest", "file", "card"]
+    )
+    assert succeed(command, *words).strip() == summary["card"].strip()
     assert succeed(command, *words, "--out", tmp_path / "card.md") == f"card: {tmp_path / 'card.md'}\n"
-    assert (tmp_path / "card.md").read_text(encoding="utf-8") == found["card"]
+    assert (tmp_path / "card.md").read_text(encoding="utf-8") == summary["card"]
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_export(command: Command, demo_folder: Path, tmp_path: Path, form: str) -> None:
     words: list[str | Path] = ["export", "balanced", "--format", form, "--run", demo_folder / "run", "--overwrite"]
-    found = both(
+    summary = check_text_and_json(
         command,
         [*words, "--out", tmp_path / "out"],
         text=[f"samples as {form}", "files: "],
         keys=["format", "files", "rows"],
     )
-    assert found["files"]
-    assert all(Path(name).stat().st_size for name in found["files"])
+    assert summary["files"]
+    assert all(Path(name).stat().st_size for name in summary["files"])
 
 
-def test_the_program_exports_in_a_process_of_its_own(demo_folder: Path, tmp_path: Path) -> None:
+def test_export_in_its_own_process_prints_no_warning(demo_folder: Path, tmp_path: Path) -> None:
     words = ["export", "balanced", "--format", "csv", "--run", demo_folder / "run", "--out", tmp_path / "out.csv"]
     ended = subprocess.run(
         [sys.executable, "-W", "error", "-m", "mmaudit", *map(str, words)],
@@ -238,7 +252,7 @@ def test_the_program_exports_in_a_process_of_its_own(demo_folder: Path, tmp_path
     assert ended.stdout.splitlines()[1] == f"files: {tmp_path / 'out.csv'}"
 
 
-def test_export_names_what_it_skipped(command: Command, demo_folder: Path, tmp_path: Path) -> None:
+def test_export_prints_skipped_samples(command: Command, demo_folder: Path, tmp_path: Path) -> None:
     lost = next((demo_folder / "data" / "audio").glob("*.wav"))
     manifest = strict_json(succeed(command, "split", "--subset", "random:100%", "--name", "whole", "--run",
                                    demo_folder / "run", "--json"))["file"]  # fmt: skip
@@ -259,16 +273,16 @@ def test_ingest(command: Command, tmp_path: Path) -> None:
         tmp_path / "train.npz", id=np.array(["a$_$0", "a$_$1", "b$_$0", "c$_$0"]),
         regression_labels=np.array([-1.0, 1.0, 0.0, math.pi]), **fields,
     )  # fmt: skip
-    found = both(
+    summary = check_text_and_json(
         command,
         ["ingest", "mosei", tmp_path, "--out", tmp_path / "rows.parquet"],
         text=["metadata: ", "note: no classes in the file"],
         keys=["path", "message", "notes"],
     )
-    assert Path(found["path"]).is_file()
+    assert Path(summary["path"]).is_file()
 
 
-def test_export_escapes_formulas_unless_told_otherwise(command: Command, demo_folder: Path, tmp_path: Path) -> None:
+def test_escape_formulas_keeps_ordinary_names(command: Command, demo_folder: Path, tmp_path: Path) -> None:
     words: list[str | Path] = ["export", "balanced", "--format", "csv", "--run", demo_folder / "run"]
     text = {}
     for option in ("--escape-formulas", "--no-escape-formulas"):
@@ -281,7 +295,7 @@ def test_export_escapes_formulas_unless_told_otherwise(command: Command, demo_fo
 HOSTILE = "\x1b[2Jname\nreport: forged\u202e"
 
 
-def test_names_of_the_data_reach_the_terminal_without_controls(command: Command, tmp_path: Path) -> None:
+def test_names_in_data_are_printed_without_control_characters(command: Command, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [{"id": f"{HOSTILE}{row}", "label": f"{HOSTILE}{row % 2}", "a": rng.standard_normal(3).tolist(),
              "b": (rng.standard_normal(2) + row % 2).tolist()} for row in range(40)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Laws of the config: what is written is read again, and a wrong key or value names the right ones."""
+"""Tests of the config: TOML round trip, overrides, and errors that suggest the right key or value."""
 
 from __future__ import annotations
 
@@ -71,31 +71,31 @@ def test_write_then_read_is_equality(tmp_path: Path, config: RunConfig) -> None:
 
 
 @given(CONFIGS)
-def test_a_config_is_what_its_settings_say(config: RunConfig) -> None:
-    """Every key, one by one, can be set as TOML has it: `--set SECTION.KEY=VALUE`."""
+def test_config_equals_its_settings(config: RunConfig) -> None:
+    """Every key can be set by `--set SECTION.KEY=VALUE`."""
     written = tomllib.loads(to_toml(plain(config)))
     given_settings = [f"{key}={written.pop(key)}" for key in ("seed", "posterior")]
     assert load_config(None, [*given_settings, *settings_in(written)]) == config
 
 
 def settings_in(content: dict[str, Any], *, where: str = "") -> list[str]:
-    """Give `SECTION.KEY=VALUE` of all values, however deep."""
-    found = []
+    """Return `SECTION.KEY=VALUE` of all values, at every depth."""
+    settings_ = []
     for key, value in content.items():
         name = f"{where}{key}"
-        found += settings_in(value, where=f"{name}.") if isinstance(value, dict) else [f"{name}={toml_of(value)}"]
-    return found
+        settings_ += settings_in(value, where=f"{name}.") if isinstance(value, dict) else [f"{name}={toml_of(value)}"]
+    return settings_
 
 
 def toml_of(value: Any) -> str:
     return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
 
 
-def test_nothing_told_is_the_default() -> None:
+def test_no_settings_give_the_default_config() -> None:
     assert load_config() == RunConfig()
 
 
-def test_every_key_of_every_stage_is_written_or_has_no_value() -> None:
+def test_toml_holds_every_key_with_a_value() -> None:
     written = tomllib.loads(to_toml(plain(RunConfig())))
     for section in fields(RunConfig):
         value = getattr(RunConfig(), section.name)
@@ -106,8 +106,8 @@ def test_every_key_of_every_stage_is_written_or_has_no_value() -> None:
             assert written[section.name] == value
 
 
-def test_a_key_without_a_value_has_none_by_default_too() -> None:
-    """TOML has no null: a None that was not the default could not be written."""
+def test_optional_keys_default_to_none() -> None:
+    """TOML has no null, so a None that is not the default could not be written."""
     sections = [getattr(RunConfig(), field.name) for field in fields(RunConfig)]
     sections += [
         getattr(section, field.name) for section in sections if is_dataclass(section) for field in fields(section)
@@ -118,7 +118,7 @@ def test_a_key_without_a_value_has_none_by_default_too() -> None:
     assert all(field.default is None for field in optional)
 
 
-def test_a_file_and_settings_over_it(tmp_path: Path) -> None:
+def test_settings_override_the_file(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("seed = 3\n[probe]\nfolds = 7\nrepeats = 2\n[optim]\nlr = 1\n")
     config = load_config(tmp_path / "c.toml", ["probe.folds=4", "probe.folds=5", "split.tolerance=0"])
     expected = RunConfig(
@@ -128,7 +128,7 @@ def test_a_file_and_settings_over_it(tmp_path: Path) -> None:
         optim=OptimConfig(lr=1.0),
     )
     assert config == expected
-    assert type(config.optim.lr) is type(config.split.tolerance) is float  # 1 is a number too
+    assert type(config.optim.lr) is type(config.split.tolerance) is float  # integers are accepted as floats
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_a_file_and_settings_over_it(tmp_path: Path) -> None:
         (" data.label =x", "x"),
     ],
 )
-def test_a_bare_word_is_a_string(setting: str, value: str) -> None:
+def test_bare_word_is_a_string(setting: str, value: str) -> None:
     assert load_config(None, [setting]).data.label == value
 
 
-def test_a_list_is_a_tuple() -> None:
+def test_list_becomes_a_tuple() -> None:
     config = load_config(None, ["data.modality=['a=x', 'b=y:audio']", "probe.l2_penalties=[1, 0.5]"])
     assert config.data.modality == ("a=x", "b=y:audio")
     assert config.probe.l2_penalties == (1.0, 0.5)
@@ -179,13 +179,13 @@ def test_a_list_is_a_tuple() -> None:
         ("finetune.fusion=lat", r"--fusion lat: did you mean late\?"),
     ],
 )
-def test_a_wrong_setting_is_refused(setting: str, words: str) -> None:
+def test_invalid_setting_is_refused(setting: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_config(None, [setting])
 
 
 @pytest.mark.parametrize("first", ["seed=1", "seed='x'"])
-def test_a_value_is_no_section(first: str) -> None:
+def test_value_cannot_be_used_as_section(first: str) -> None:
     with pytest.raises(ConfigError, match=r"--set seed\.x=2: seed is not a section"):
         load_config(None, [first, "seed.x=2"])
 
@@ -201,27 +201,27 @@ def test_a_value_is_no_section(first: str) -> None:
         (b"[probe.folds]\nx = 3", "config key probe.folds is .* of type int"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+def test_invalid_file_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "c.toml").write_bytes(content)
     with pytest.raises(ConfigError, match=words):
         load_config(tmp_path / "c.toml")
 
 
-def test_a_file_must_be_there(tmp_path: Path) -> None:
-    for path, words in ((tmp_path / "none.toml", "no such config file: "), (tmp_path, "it is a folder")):
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    for path, words in ((tmp_path / "none.toml", "config file not found: "), (tmp_path, "it is a folder")):
         with pytest.raises(ConfigError, match=words):
             load_config(path)
 
 
-def test_options_override_what_they_name() -> None:
+def test_override_replaces_only_given_fields() -> None:
     config = FinetuneConfig(epochs=9, hidden=5)
     assert override(config, epochs=3, hidden=None, dropout=0.0) == replace(config, epochs=3, dropout=0.0)
     assert override(config) == config
-    with pytest.raises(ConfigError, match=r"finetune\.epochs is 0"):  # 0 is told, not left out
+    with pytest.raises(ConfigError, match=r"finetune\.epochs is 0"):  # 0 is an override, unlike None
         override(config, epochs=0)
 
 
-def test_plain_is_what_json_has() -> None:
+def test_plain_returns_json_values() -> None:
     config = RunConfig(data=DataConfig(modality=("a", "b")))
     content = plain(config)
     assert content["data"]["modality"] == ["a", "b"]
@@ -231,10 +231,10 @@ def test_plain_is_what_json_has() -> None:
     assert build(DataConfig, {k: v for k, v in content["data"].items() if v is not None}, where="") == config.data
 
 
-def test_scores_depend_on_their_own_sections_alone() -> None:
+def test_scoring_config_holds_only_its_own_sections() -> None:
     config = RunConfig()
     assert config.scoring().keys() == {"seed", "data", "media", "probe", "network", "mixture"}
-    other = replace(config, split=BalancedConfig(bins=3), finetune=FinetuneConfig(epochs=1))
-    assert other.scoring() == config.scoring()
+    changed = replace(config, split=BalancedConfig(bins=3), finetune=FinetuneConfig(epochs=1))
+    assert changed.scoring() == config.scoring()
     assert replace(config, seed=1).scoring() != config.scoring()
     assert replace(config, probe=ProbeConfig(folds=3)).scoring() != config.scoring()

@@ -1,4 +1,4 @@
-"""Laws of failures: what the user can mend is one line with path and reason, what is left is a bug that says so."""
+"""Tests of failures: errors of the user are one line with path and reason, all others are reported as bugs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def mmaudit(*words: str | Path) -> Result:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Callable[..., Result]]:
-    """Let `mmaudit report` raise an error, in the stage `draw`."""
+    """A function that makes `mmaudit report` raise an error in the stage `draw`, and returns the command."""
 
     def install(error: BaseException) -> Callable[..., Result]:
         def report(*, run: str) -> Path:
@@ -73,40 +73,42 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Callab
         (RunError("two\nlines stay as they are"), "two\nlines stay as they are"),
     ],
 )
-def test_what_the_user_can_mend_is_a_line(error: Exception, line: str) -> None:
+def test_errors_of_the_user_are_one_line(error: Exception, line: str) -> None:
     failure = described(error, data="DATA", run="run")
     assert failure.code == 2
     assert failure.line is not None
     assert failure.line.startswith(f"error: {line}")
 
 
-def test_other_ends_have_codes_of_their_own() -> None:
+def test_exit_codes_of_gate_pipe_and_interrupt() -> None:
     assert described(GateError("data leak")) == Failure(line="failed: data leak", code=3)
     assert described(BrokenPipeError()) == Failure(line=None, code=141)
     assert described(KeyboardInterrupt()).code == 130
 
 
-def test_an_error_from_a_system_error_is_the_users() -> None:
-    def caused(number: int, *, named: bool) -> Exception:
+def test_error_raised_from_an_os_error_is_not_a_bug() -> None:
+    def caused(number: int, *, is_cause: bool) -> Exception:
         try:
             try:
                 raise OSError(number, os.strerror(number), "file")
             except OSError as error:
-                if named:
+                if is_cause:
                     raise ValueError("other") from error
                 raise ValueError("other")  # noqa: B904
         except ValueError as error:
             return error
 
-    assert described(caused(errno.ENOENT, named=True)).code == 2
-    assert described(caused(errno.ENOSPC, named=False)).code == 2  # as torch.save hides it
-    assert described(caused(errno.ENOENT, named=False)).code == 1  # it was dealt with
+    assert described(caused(errno.ENOENT, is_cause=True)).code == 2
+    assert described(caused(errno.ENOSPC, is_cause=False)).code == 2  # torch.save hides it in this way
+    assert described(caused(errno.ENOENT, is_cause=False)).code == 1  # it was only being handled
 
 
 @pytest.mark.parametrize(
     "error", [ValueError("odd\nvalue"), RecursionError("deep"), KeyError("name"), AssertionError()]
 )
-def test_all_else_is_a_bug(error: Exception, failing: Callable[[BaseException], Callable[..., Result]]) -> None:
+def test_other_errors_are_reported_as_bugs(
+    error: Exception, failing: Callable[[BaseException], Callable[..., Result]]
+) -> None:
     result = failing(error)("report", "--run", "somewhere")
     assert result.exit_code == 1
     text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
@@ -114,7 +116,7 @@ def test_all_else_is_a_bug(error: Exception, failing: Callable[[BaseException], 
 
 
 @pytest.mark.parametrize("words", [("--debug", "report"), ("report", "--debug"), ("report",)])
-def test_the_traceback_is_for_debugging(
+def test_traceback_is_printed_only_with_debug(
     words: tuple[str, ...], failing: Callable[[BaseException], Callable[..., Result]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "--debug" not in words:
@@ -127,7 +129,7 @@ def test_the_traceback_is_for_debugging(
     assert "Traceback" not in run("report").output
 
 
-def test_the_file_that_was_read_is_named() -> None:
+def test_bug_report_names_the_file_being_read() -> None:
     def read(name: str) -> None:
         with reading("outer.parquet"), reading(name):
             raise ValueError("odd")
@@ -140,7 +142,7 @@ def test_the_file_that_was_read_is_named() -> None:
 
 
 def limited(write: Callable[[], object]) -> OSError | Exception:
-    """Return the error of a write that no file may hold."""
+    """Return the error of a write beyond the limit on file size."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
@@ -165,7 +167,7 @@ def writers(path: Path) -> dict[str, Callable[[], object]]:
 
 
 @pytest.mark.parametrize("kind", ["text", "parquet", "arrow", "model", "state"])
-def test_no_room_is_a_line_with_the_path_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+def test_failed_write_names_the_path_and_keeps_the_old_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     failure = described(limited(writers(path)[kind]), data="DATA")
@@ -184,7 +186,7 @@ def command(*words: str | Path, **options: object) -> subprocess.CompletedProces
     )
 
 
-def test_who_reads_no_further_is_no_error(tmp_path: Path) -> None:
+def test_closed_pipe_ends_quietly_and_full_stdout_fails(tmp_path: Path) -> None:
     table = pa.table({"sample_id": [f"s{n}" for n in range(200)], "label": [n % 2 for n in range(200)]})
     rng = np.random.default_rng(0)
     for name in ("confidence_a", "confidence_b"):
@@ -209,7 +211,7 @@ def test_who_reads_no_further_is_no_error(tmp_path: Path) -> None:
     assert result.stderr.splitlines()[-1].startswith("error: standard output: No space left on device")
 
 
-def test_names_that_are_not_utf8_are_printed(tmp_path: Path) -> None:
+def test_names_not_in_utf8_are_printed_escaped(tmp_path: Path) -> None:
     name = os.fsdecode(b"b\xff")
     result = command("score", tmp_path / name)
     assert result.returncode == 2
@@ -218,7 +220,7 @@ def test_names_that_are_not_utf8_are_printed(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_parameter_that_is_a_file_where_a_folder_belongs(tmp_path: Path) -> None:
+def test_file_in_place_of_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = mmaudit("report", "--run", tmp_path / "file" / "run")
     assert result.exit_code == 2

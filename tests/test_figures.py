@@ -1,4 +1,4 @@
-"""The figures: drawn from numbers alone, the same bytes whatever the user's settings, every label drawable."""
+"""Tests of the figures: drawn from numbers only, the same bytes for any user settings, any label drawable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmaudit.cli.report.findings import discrepancies, gaps, maps, training
 def numbers_of(
     confidence: np.ndarray[Any, Any], *, names: tuple[str, ...], labels: tuple[str, ...] = ("a", "b", "c")
 ) -> dict[str, Any]:
-    """The part of report.json that figures are drawn from."""
+    """Return the part of report.json that figures are drawn from."""
     n = len(confidence)
     codes = (np.arange(n) % len(labels)).astype(np.int32)
     scores = ScoreTable(
@@ -47,11 +47,11 @@ def numbers_of(
 
 
 def manifest_of(after: list[float], *, between: str = "audio:visual", sizes: tuple[int, ...] = ()) -> dict[str, Any]:
-    """The part of report.json on one manifest of 90 samples over 10 bins; with sizes, it was made uniform."""
-    made = {"grid": False, "weighted": False}
+    """Return the numbers of a manifest of 90 samples over 10 bins; with sizes, it was made uniform."""
+    target = {"grid": False, "weighted": False}
     curve = [{"tolerance": step / 10, "distance": step / 10, "size": size} for step, size in enumerate(sizes)]
     balance = {
-        "made": made if sizes else None,
+        "made": target if sizes else None,
         "edges": np.linspace(-1, 1, 11).tolist(),
         "before": [9] * 10,
         "after": after,
@@ -62,10 +62,10 @@ def manifest_of(after: list[float], *, between: str = "audio:visual", sizes: tup
     return {"name": "one", "between": between, "kept": round(sum(after)), "balance": balance}
 
 
-def drawn(found: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """The pixels of a manifest's figure."""
+def draw_pixels(manifest: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """Return the pixels of a manifest's figure."""
     with canvas():
-        return pixels(png(draw_manifest(found, palette(("audio", "visual")))))
+        return pixels(png(draw_manifest(manifest, palette(("audio", "visual")))))
 
 
 def uniform(m: int) -> np.ndarray[Any, Any]:
@@ -77,12 +77,12 @@ def pixels(image: bytes) -> np.ndarray[Any, Any]:
 
 
 def share_of(colour: str, image: np.ndarray[Any, Any]) -> float:
-    """The share of pixels that are nearly of this colour."""
-    wanted = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)])
-    return float((np.abs(image.astype(int) - wanted).max(axis=2) < 12).mean())
+    """Return the share of pixels that nearly have this colour."""
+    rgb = np.array([int(colour[start : start + 2], 16) for start in (1, 3, 5)])
+    return float((np.abs(image.astype(int) - rgb).max(axis=2) < 12).mean())
 
 
-def test_png_without_texts_or_dates_and_white_behind() -> None:
+def test_png_has_no_metadata_and_white_background() -> None:
     figures = draw(numbers_of(uniform(2), names=("audio", "visual")))
     assert set(figures) == {"discrepancy", "classes", "gap", "maps", "training"}
     for content in figures.values():
@@ -94,21 +94,21 @@ def test_png_without_texts_or_dates_and_white_behind() -> None:
     assert Image.open(io.BytesIO(figures["gap"])).width == round(WIDTH * DPI)
 
 
-def test_bytes_do_not_depend_on_the_users_settings() -> None:
+def test_figures_ignore_user_matplotlib_settings() -> None:
     numbers = numbers_of(uniform(2), names=("audio", "visual"))
     once = draw(numbers)
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "lines.linewidth": 9}):
         assert draw(numbers) == once
-        assert matplotlib.rcParams["font.size"] == 30  # and they are left as they were
+        assert matplotlib.rcParams["font.size"] == 30  # the user's settings are unchanged
 
 
-def test_bars_stand_on_their_side_in_their_colour() -> None:
-    right = draw(numbers_of(np.tile([0.9, 0.1], (90, 1)), names=("audio", "visual")))["discrepancy"]
-    left = draw(numbers_of(np.tile([0.1, 0.9], (90, 1)), names=("audio", "visual")))["discrepancy"]
+def test_bars_have_the_colour_of_their_side() -> None:
+    positive = draw(numbers_of(np.tile([0.9, 0.1], (90, 1)), names=("audio", "visual")))["discrepancy"]
+    negative = draw(numbers_of(np.tile([0.1, 0.9], (90, 1)), names=("audio", "visual")))["discrepancy"]
     first, second = COLOURS[:2]
-    half = pixels(right).shape[1] // 2
-    assert share_of(first, pixels(right)[:, half:]) > 5 * share_of(second, pixels(right)[:, half:])
-    assert share_of(second, pixels(left)[:, :half]) > 5 * share_of(first, pixels(left)[:, :half])
+    half = pixels(positive).shape[1] // 2
+    assert share_of(first, pixels(positive)[:, half:]) > 5 * share_of(second, pixels(positive)[:, half:])
+    assert share_of(second, pixels(negative)[:, :half]) > 5 * share_of(first, pixels(negative)[:, :half])
 
 
 def test_any_label_can_be_drawn() -> None:
@@ -116,12 +116,12 @@ def test_any_label_can_be_drawn() -> None:
     assert draw(numbers_of(uniform(2), names=("audio", "$\\frac{$"), labels=labels))["classes"]
 
 
-def test_many_modalities() -> None:
+def test_figures_of_ten_modalities_are_small() -> None:
     figures = draw(numbers_of(uniform(10), names=tuple(f"m{index}" for index in range(10))))
     assert all(len(content) < 200_000 for content in figures.values())
 
 
-def test_modalities_keep_their_colour() -> None:
+def test_palette_is_stable() -> None:
     names = [f"m{index}" for index in range(10)]
     colours = palette(names)
     assert len({colours[name] for name in names[:8]}) == 8
@@ -130,23 +130,23 @@ def test_modalities_keep_their_colour() -> None:
     assert palette(names[:2]) == {name: colours[name] for name in ("m0", "m1", "fused")}
 
 
-def test_kept_samples_are_drawn_on_their_side() -> None:
+def test_manifest_bars_have_the_colour_of_their_side() -> None:
     first, second = COLOURS[:2]
-    right, left = ([0.0] * 5 + [9.0] * 5, [9.0] * 5 + [0.0] * 5)
-    assert share_of(first, drawn(manifest_of(right))) > 0.1
-    assert share_of(second, drawn(manifest_of(right))) == 0
-    assert share_of(second, drawn(manifest_of(left))) > 0.1
-    assert share_of(second, drawn(manifest_of(left, between="audio"))) == 0  # the others have no colour of their own
+    positive, negative = ([0.0] * 5 + [9.0] * 5, [9.0] * 5 + [0.0] * 5)
+    assert share_of(first, draw_pixels(manifest_of(positive))) > 0.1
+    assert share_of(second, draw_pixels(manifest_of(positive))) == 0
+    assert share_of(second, draw_pixels(manifest_of(negative))) > 0.1
+    assert share_of(second, draw_pixels(manifest_of(negative, between="audio"))) == 0  # "the others" has no colour
 
 
-def test_only_what_was_made_uniform_has_a_curve() -> None:
-    subset, balanced = (drawn(manifest_of([4.0] * 10, sizes=sizes)) for sizes in ((), (10, 40, 90)))
+def test_only_uniform_manifests_have_a_curve() -> None:
+    subset, balanced = (draw_pixels(manifest_of([4.0] * 10, sizes=sizes)) for sizes in ((), (10, 40, 90)))
     first = COLOURS[0]
     wide, narrow = (share_of(first, image) for image in (subset, balanced))
-    assert narrow < 0.8 * wide  # the curve stands beside it
+    assert narrow < 0.8 * wide  # the curve takes the space next to it
     assert share_of(first, balanced[:, -balanced.shape[1] // 4 :]) == 0
 
 
 def test_any_manifest_can_be_drawn() -> None:
-    assert drawn(manifest_of([0.0] * 10)).any()
-    assert drawn(manifest_of([4.0] * 10, between="<b>$\\frac{$:" + "x" * 200, sizes=(0, 2, 3_000_000))).any()
+    assert draw_pixels(manifest_of([0.0] * 10)).any()
+    assert draw_pixels(manifest_of([4.0] * 10, between="<b>$\\frac{$:" + "x" * 200, sizes=(0, 2, 3_000_000))).any()

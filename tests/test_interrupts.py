@@ -1,4 +1,4 @@
-"""Laws of interrupts: Ctrl-C and SIGTERM end a command with their code, and a second one ends it at once."""
+"""Tests of interrupts: Ctrl-C and SIGTERM set the exit code of a command, and a second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mmaudit.cli.failures import last_signal, raise_if_seen, remembered
+from mmaudit.cli.failures import interrupts_recorded, last_signal, raise_if_interrupted
 
 _COMMAND = """
 import sys, time, types
@@ -56,7 +56,7 @@ def start(run: str, folder: Path) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def processes() -> Iterator[list[subprocess.Popen[str]]]:
-    """Commands that are killed at the end, whatever happens."""
+    """Started commands, which are killed after the test."""
     started: list[subprocess.Popen[str]] = []
     yield started
     for process in started:
@@ -72,7 +72,7 @@ def wait_for(process: subprocess.Popen[str], line: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("run", ["plain", "swallowed", "failing", "in exec"])
-def test_a_signal_ends_the_command_with_its_code(
+def test_signal_sets_the_exit_code(
     processes: list[subprocess.Popen[str]], number: signal.Signals, run: str, tmp_path: Path
 ) -> None:
     processes.append(process := start(run, tmp_path))
@@ -80,10 +80,10 @@ def test_a_signal_ends_the_command_with_its_code(
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
-    assert errors == "interrupted; run the same command again to go on from here\n"
+    assert errors == "interrupted; run the same command again to resume\n"
 
 
-def test_a_second_signal_ends_the_command_at_once(processes: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_second_signal_ends_the_command_at_once(processes: list[subprocess.Popen[str]], tmp_path: Path) -> None:
     processes.append(process := start("cleaning", tmp_path))
     wait_for(process, "ready")
     process.send_signal(signal.SIGTERM)
@@ -93,29 +93,29 @@ def test_a_second_signal_ends_the_command_at_once(processes: list[subprocess.Pop
     assert process.returncode == -signal.SIGTERM
 
 
-def test_handlers_are_those_of_before_afterwards() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted() -> None:
-        with remembered():
+        with interrupts_recorded():
             with suppress(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)
-            raise_if_seen()
+            raise_if_interrupted()
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert last_signal() == signal.SIGTERM
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    with remembered():
+    with interrupts_recorded():
         assert last_signal() is None
 
 
-def test_outside_the_main_thread_nothing_is_handled() -> None:
+def test_no_handlers_outside_the_main_thread() -> None:
     handlers: list[object] = []
 
     def command() -> None:
-        with remembered():
+        with interrupts_recorded():
             handlers.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=command)

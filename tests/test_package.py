@@ -1,4 +1,4 @@
-"""The package: what is installed, what is public, and what the wheel can do outside the checkout."""
+"""Tests of the package: installed modules, public names, and the wheel outside the checkout."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ("audit", "rebalance", "train", "cli")
 
 
-def test_packages_are_the_folders() -> None:
+def test_packages_match_the_folders() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = [path.parent for name in SOURCE for path in (ROOT / name).rglob("__init__.py")]
     expected = ["mmaudit", *(f"mmaudit.{'.'.join(folder.relative_to(ROOT).parts)}" for folder in folders)]
     assert sorted(settings["packages"]) == sorted(expected)
 
 
-def test_version_is_said_once() -> None:
+def test_version_matches_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == mmaudit.__version__
 
 
 @pytest.mark.parametrize("name", mmaudit.__all__)
-def test_every_public_name_is_there(name: str) -> None:
+def test_public_names_are_importable(name: str) -> None:
     assert getattr(mmaudit, name) is not None
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="scor"):
         _ = mmaudit.scor
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports_no_heavy_package() -> None:
     code = (
         "import sys, mmaudit.cli.main, mmaudit.cli.console; "
         "print([n for n in ('torch', 'sklearn', 'pandas', 'pyarrow', 'numpy', 'scipy') if n in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert imported.stdout.strip() == "[]"
 
 
-def test_the_wheel_runs_the_demo_outside_the_checkout(tmp_path: Path) -> None:
-    ours = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "mmaudit-*")
-    source = shutil.copytree(ROOT, tmp_path / "source", ignore=ours)
+def test_wheel_runs_the_demo_outside_the_checkout(tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "mmaudit-*")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
     build = [
         sys.executable,
         "-m",
@@ -74,11 +74,11 @@ def test_the_wheel_runs_the_demo_outside_the_checkout(tmp_path: Path) -> None:
     assert sorted(path.name for path in site.iterdir() if path.suffix != ".dist-info") == ["bin", "mmaudit"]
 
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    where = [sys.executable, "-c", "import mmaudit; print(mmaudit.__file__)"]
-    found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert Path(found.stdout.strip()).is_relative_to(site)
+    locate = [sys.executable, "-c", "import mmaudit; print(mmaudit.__file__)"]
+    imported = subprocess.run(locate, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert Path(imported.stdout.strip()).is_relative_to(site)
     demo = [sys.executable, "-m", "mmaudit", "demo", "planted", "--num-samples", "200", "--json"]
     done = subprocess.run(demo, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
-    assert result["recovery"]["spearman"] > 0.6  # 200 samples; all 1,797 are held to 0.8 in test_flow
+    assert result["recovery"]["spearman"] > 0.6  # 200 samples; all 1,797 must reach 0.8 in test_end_to_end
     assert (tmp_path / result["report"]).stat().st_size > 10_000

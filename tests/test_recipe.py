@@ -367,7 +367,7 @@ def test_replay_needs_the_scores(run_folder: RunFolder, tmp_path: Path) -> None:
     moved = tmp_path / "away.parquet"
     run_folder.scores.rename(moved)
     with pytest.raises(
-        ManifestError, match=r"the score table .*scores\.parquet that .* is gone; name it with --scores"
+        ManifestError, match=r"score table .*scores\.parquet of the manifest not found; pass it with --scores"
     ):
         replay(path)
     with pytest.raises(ScoreError, match=r"score table .*nowhere\.parquet not found"):

@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, and whose numbers are those of the files."""
+"""Tests of the report: a self-contained page whose numbers match the files of the run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def planted(
     groups: int | None = None,
     seed: int = 0,
 ) -> ScoreTable:
-    """Scores whose confidences are uniform; the sample's class is its number modulo the classes."""
+    """Return scores with uniform confidences; the class of a sample is its index modulo the number of classes."""
     rng = np.random.default_rng(seed)
     codes = (np.arange(num_samples) % num_classes).astype(np.int32)
     confidence = rng.random((num_samples, len(modalities)), dtype=np.float32)
@@ -73,7 +73,7 @@ def planted(
 
 
 def probe_report(names: tuple[str, ...], *, leaking: str | None = None) -> ProbeReport:
-    """Books in which every probe stands at 0.5, and one on shuffled labels may be above chance."""
+    """Return a probe report in which every probe has 0.5, and the control of `leaking` is above chance."""
     calibration = Calibration(num_rows=90, temperature=1.3, ece_before=0.12, ece_after=0.034)
     probe_metrics = [
         ModalityMetric(name=name, value=0.5, low=0.4, high=0.6, loss=1.0, calibration=calibration)
@@ -98,7 +98,7 @@ def probe_report(names: tuple[str, ...], *, leaking: str | None = None) -> Probe
 def run_of(
     folder: Path, scores: ScoreTable, *, quarantined: tuple[Quarantined, ...] = (), source: str = "data.parquet"
 ) -> Run:
-    """Write what `mmaudit score` leaves for these scores."""
+    """Write the files of `mmaudit score` for these scores."""
     run = Run(folder)
     fits = slice(None) if scores.split is None else scores.split != "test"
     mixture = fit_mixture(scores.gap[fits], config=MixtureConfig(), seed=0)
@@ -128,27 +128,27 @@ def run_of(
 
 
 def split(run: Run, config: BalancedConfig | None = None, *, name: str | None = None) -> None:
-    """Write a balanced manifest and one by a threshold."""
+    """Write a balanced manifest and one by a threshold of the discrepancy."""
     first = run.scores().modalities[0]
-    cut(run, Recipe(balanced=config or BalancedConfig(bins=10)), name=name)
-    cut(run, Recipe(dominated=f"{first}:0.2"))
+    write_manifest(run, Recipe(balanced=config or BalancedConfig(bins=10)), name=name)
+    write_manifest(run, Recipe(dominated=f"{first}:0.2"))
 
 
-def cut(run: Run, recipe: Recipe, *, name: str | None = None, scores: Path | None = None) -> Path:
+def write_manifest(run: Run, recipe: Recipe, *, name: str | None = None, scores: Path | None = None) -> Path:
     """Write one manifest by a recipe."""
     shards = open_scores(scores or run.scores_file, seed=0)
-    made = make_split(shards, recipe, run.manifest, scratch=run.folder, name=name)
-    assert made.path is not None
-    return made.path
+    split = make_split(shards, recipe, run.manifest, scratch=run.folder, name=name)
+    assert split.path is not None
+    return split.path
 
 
 def manifest_of(run: Run, name: str) -> dict[str, Any]:
-    """What report.json says of one manifest."""
-    return next(each for each in report_numbers(run)["manifests"] if each["name"] == name)
+    """Return the numbers of a manifest in report.json."""
+    return next(row for row in report_numbers(run)["manifests"] if row["name"] == name)
 
 
 def finetune(run: Run, name: str = "balanced-concat") -> None:
-    """Write what a fine-tuning leaves: the measurements of probabilities drawn at random, with a loss that diverged."""
+    """Write the files of a fine-tuning, with metrics of random probabilities and a diverged loss."""
     scores, rng = run.scores(), np.random.default_rng(1)
     first, second = scores.modalities[:2]
     probabilities = {
@@ -174,15 +174,15 @@ def finetune(run: Run, name: str = "balanced-concat") -> None:
 
 
 def contribution_of(first: str, second: str, *, n: int) -> dict[str, Any]:
-    """Give what two modalities contribute: right for four in five together, and each for one of two halves."""
-    place = np.arange(n)
-    own = np.stack([place % 2 == 0, place % 2 == 1], axis=1)
-    right = {frozenset[int](): place < 0, frozenset({0}): own[:, 0], frozenset({1}): own[:, 1]}
-    return measure_contribution({**right, frozenset({0, 1}): place % 5 > 0}, own, (first, second))
+    """Return the contribution of two modalities: correct on 4/5 of the samples together, each alone on one half."""
+    index = np.arange(n)
+    alone = np.stack([index % 2 == 0, index % 2 == 1], axis=1)
+    is_correct = {frozenset[int](): index < 0, frozenset({0}): alone[:, 0], frozenset({1}): alone[:, 1]}
+    return measure_contribution({**is_correct, frozenset({0, 1}): index % 5 > 0}, alone, (first, second))
 
 
 class Page(HTMLParser):
-    """The tags of a page with their attributes, and its text."""
+    """Tags of a page with their attributes, and its text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -203,31 +203,31 @@ def words(path: Path) -> str:
 
 @pytest.fixture
 def full(tmp_path: Path) -> Run:
-    """A run with all that a report can show, to be changed."""
+    """A writable run with everything that a report can show."""
     return full_run(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The same run with its report, to be read only."""
+    """The same run with its report; read-only."""
     run = full_run(tmp_path_factory.mktemp("reported"))
     assert write_report(run) == run.report_file
     return run
 
 
 def blank() -> bytes:
-    """A figure with nothing on it."""
+    """Return a blank figure as PNG."""
     file = io.BytesIO()
     Image.new("RGB", (2, 2)).save(file, "png")
     return file.getvalue()
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blank figures, where a test is about the words around them."""
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace figures by blank ones, for tests of the page's text."""
 
     def draw(numbers: dict[str, Any]) -> dict[str, bytes]:
-        manifests = [f"manifest-{each['name']}" for each in numbers["manifests"] if each["balance"]]
+        manifests = [f"manifest-{row['name']}" for row in numbers["manifests"] if row["balance"]]
         return dict.fromkeys(("discrepancy", "classes", "gap", "maps", *manifests), blank())
 
     monkeypatch.setattr("mmaudit.cli.report.figures.draw", draw)
@@ -242,7 +242,7 @@ def full_run(folder: Path) -> Run:
     return run
 
 
-def test_page_asks_for_nothing_outside(reported: Run) -> None:
+def test_page_loads_no_external_resource(reported: Run) -> None:
     page = Page(reported.report_file)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "a", "base", "form"}
     images = [attrs for tag, attrs in page.tags if tag == "img"]
@@ -253,8 +253,8 @@ def test_page_asks_for_nothing_outside(reported: Run) -> None:
     assert "@import" not in reported.report_file.read_text()
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_page_after_score_alone_has_no_later_sections(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_page_after_score_has_no_later_sections(tmp_path: Path) -> None:
     run = run_of(tmp_path, planted())
     text = words(write_report(run))
     assert "Modality discrepancy" in text
@@ -264,21 +264,21 @@ def test_page_after_score_alone_has_no_later_sections(tmp_path: Path) -> None:
     assert not (run.figures / "manifest-balanced.png").exists()
 
 
-def test_page_shows_all_that_there_is(reported: Run) -> None:
+def test_page_shows_all_sections(reported: Run) -> None:
     text = words(reported.report_file)
     for part in ("Manifests", "bin-full", "Fine-tunings", "Recovery", "0.900 [0.880, 0.920]", "no file a/b.wav"):
         assert part in text
-    assert "learned from test labels too" in text
+    assert "were fitted on test labels too" in text
     assert "12 groups (speaker)" in text
 
 
-def test_needs_a_finished_run(tmp_path: Path) -> None:
+def test_report_needs_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no finished run"):
         write_report(Run(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_same_run_same_bytes(full: Run) -> None:
+def test_same_run_gives_same_bytes(full: Run) -> None:
     def written() -> dict[str, bytes]:
         write_report(full)
         files = [full.report_file, full.report_file.with_suffix(".json"), *full.figures.iterdir()]
@@ -286,28 +286,28 @@ def test_same_run_same_bytes(full: Run) -> None:
 
     once = written()
     record = full.record()
-    full.write_record({**record, "seconds": {"probe": 99.0}})  # the same run on a busy day
+    full.write_record({**record, "seconds": {"probe": 99.0}})  # seconds must not affect the report
     assert written() == once
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_figures_of_what_is_gone_are_removed(full: Run) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_stale_figures_are_removed(full: Run) -> None:
     full.figures.mkdir()
     (full.figures / "manifest-gone.png").write_bytes(b"")
     write_report(full)
-    left = {path.stem for path in full.figures.iterdir()}
-    assert left == {"classes", "discrepancy", "gap", "maps", "manifest-balanced", "manifest-audio-dominated-0.2"}
+    names = {path.stem for path in full.figures.iterdir()}
+    assert names == {"classes", "discrepancy", "gap", "maps", "manifest-balanced", "manifest-audio-dominated-0.2"}
 
 
-def test_histograms_are_those_of_the_score_table(reported: Run) -> None:
+def test_histograms_match_the_score_table(reported: Run) -> None:
     numbers = json.loads(reported.report_file.with_suffix(".json").read_text())
     scores = reported.scores()
     signed, gap = scores.confidence[:, 0] - scores.confidence[:, 1], np.ptp(scores.confidence, axis=1)
-    found = numbers["discrepancy"][0]
-    assert found["counts"] == np.histogram(signed.astype(float), bins=40, range=(-1, 1))[0].tolist()
-    assert found["share_right"]["n"] == int((signed > 0.2).sum())
-    assert found["share_left"]["n"] == int((signed < -0.2).sum())
-    assert found["mean"]["mean"] == pytest.approx(signed.mean(), abs=1e-6)
+    pair = numbers["discrepancy"][0]
+    assert pair["counts"] == np.histogram(signed.astype(float), bins=40, range=(-1, 1))[0].tolist()
+    assert pair["share_right"]["n"] == int((signed > 0.2).sum())
+    assert pair["share_left"]["n"] == int((signed < -0.2).sum())
+    assert pair["mean"]["mean"] == pytest.approx(signed.mean(), abs=1e-6)
     assert numbers["gap"]["counts"] == np.histogram(gap.astype(float), bins=50, range=(0, 1))[0].tolist()
     assert sum(numbers["gap"]["fitted"]) == int((scores.split != "test").sum()) if scores.split is not None else False
     assert sum(map(sum, numbers["maps"][0]["counts"])) == len(scores)
@@ -323,63 +323,67 @@ def test_map_has_rows_of_the_second_modality(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["balanced", "audio-dominated-0.2"])
-def test_manifest_is_measured_as_its_files_say(reported: Run, name: str) -> None:
-    found = manifest_of(reported, name)
-    balance, path = found["balance"], reported.manifest(name)
-    kept = read_manifest(path)
-    dropped = read_dropped(path, kept)
+def test_manifest_numbers_match_its_files(reported: Run, name: str) -> None:
+    manifest = manifest_of(reported, name)
+    balance, path = manifest["balance"], reported.manifest(name)
+    opened = read_manifest(path)
+    dropped = read_dropped(path, opened)
     assert dropped is not None
-    after, gone = kept.numbers("discrepancy"), np.array(dropped["discrepancy"], dtype=float)
-    everything, edges = np.concatenate([after, gone]), balance["edges"]
+    after, removed = opened.numbers("discrepancy"), np.array(dropped["discrepancy"], dtype=float)
+    before, edges = np.concatenate([after, removed]), balance["edges"]
     assert balance["after"] == np.histogram(after, bins=edges)[0].tolist()
-    assert balance["before"] == np.histogram(everything, bins=edges)[0].tolist()
+    assert balance["before"] == np.histogram(before, bins=edges)[0].tolist()
     filled = np.array(balance["before"]) > 0
     distance = np.abs(np.array(balance["after"])[filled] / len(after) - 1 / filled.sum()).sum() / 2
     assert balance["distance_after"] == pytest.approx(distance)
-    for when, values in (("before", everything), ("after", after)):
+    for when, values in (("before", before), ("after", after)):
         assert balance[f"ks_{when}"] == pytest.approx(kstest(values, "uniform", (-1, 2)).statistic, abs=0.002)
         assert balance[f"positive_{when}"] == pytest.approx((values > 0).mean())
-    assert (found["kept"], found["dropped"]) == (len(after), len(gone))
-    assert found["kept_gap"] == pytest.approx(kept.numbers("gap").mean())
-    assert [row["n"] for row in found["reasons"]] == [len(gone)]
-    assert found["reasons"][0]["gap"] == pytest.approx(np.mean(dropped["gap"]))
-    assert {row["split"]: row["kept"] for row in balance["distances"]} == found["splits"]
+    assert (manifest["kept"], manifest["dropped"]) == (len(after), len(removed))
+    assert manifest["kept_gap"] == pytest.approx(opened.numbers("gap").mean())
+    assert [row["n"] for row in manifest["reasons"]] == [len(removed)]
+    assert manifest["reasons"][0]["gap"] == pytest.approx(np.mean(dropped["gap"]))
+    assert {row["split"]: row["kept"] for row in balance["distances"]} == manifest["splits"]
 
 
-def test_what_a_larger_tolerance_would_buy_is_on_the_curve(reported: Run) -> None:
-    found = manifest_of(reported, "balanced")
-    curve = {point["tolerance"]: point["size"] for point in found["balance"]["curve"]}
+def test_larger_tolerance_is_read_from_the_curve(reported: Run) -> None:
+    manifest = manifest_of(reported, "balanced")
+    curve = {point["tolerance"]: point["size"] for point in manifest["balance"]["curve"]}
     assert tuple(curve) == CURVE
-    assert curve[0.05] == found["kept"]
-    more = found["balance"]["more"]
-    assert more["size"] == min(size for size in curve.values() if size > found["kept"])
-    said = f"A tolerance of {more['tolerance']:g} would keep {more['size']} samples in place of {found['kept']}"
-    assert said in words(reported.report_file)
+    assert curve[0.05] == manifest["kept"]
+    next_point = manifest["balance"]["more"]
+    assert next_point["size"] == min(size for size in curve.values() if size > manifest["kept"])
+    tolerance, size = next_point["tolerance"], next_point["size"]
+    sentence = f"A tolerance of {tolerance:g} would keep {size} samples in place of {manifest['kept']}"
+    assert sentence in words(reported.report_file)
 
 
-def test_subset_has_its_histograms_and_no_part_of_what_was_made_uniform(reported: Run) -> None:
+def test_subset_has_histograms_but_no_uniformity_target(reported: Run) -> None:
     balance = manifest_of(reported, "audio-dominated-0.2")["balance"]
     assert len(balance["before"]) == len(balance["after"]) == 20
     assert (balance["made"], balance["curve"], balance["classes"], balance["shortages"]) == (None, [], None, [])
     assert (reported.figures / "manifest-audio-dominated-0.2.png").exists()
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_numbers_of_no_manifest_or_another_are_not_told(full: Run) -> None:
-    told = manifest_of(full, "balanced")
-    beside, other = (balance_path(full.manifest(name)) for name in ("balanced", "audio-dominated-0.2"))
-    beside.unlink()
-    assert "is not told of balanced: it has no balance.json beside it." in words(write_report(full))
-    beside.write_bytes(other.read_bytes())
-    assert "is not told of balanced: it has a balance.json of another manifest" in words(write_report(full))
-    found = manifest_of(full, "balanced")
-    assert (found["untold"], found["balance"]) == ("another", None)
-    assert {**found, "untold": None, "balance": told["balance"]} == told  # the plain counts are the files' own
-    other.unlink()
-    beside.unlink()
-    assert "is not told of audio-dominated-0.2, balanced: have no balance.json beside them." in words(
-        write_report(full)
-    )
+@pytest.mark.usefixtures("blank_figures")
+def test_missing_or_foreign_balance_json_is_reported(full: Run) -> None:
+    expected = manifest_of(full, "balanced")
+    own_file, other_file = (balance_path(full.manifest(name)) for name in ("balanced", "audio-dominated-0.2"))
+    own_file.unlink()
+    assert "not available for balanced: NAME.balance.json not found." in words(write_report(full))
+    own_file.write_bytes(other_file.read_bytes())
+    assert "not available for balanced: NAME.balance.json belongs to another manifest" in words(write_report(full))
+    manifest = manifest_of(full, "balanced")
+    assert (manifest["untold"], manifest["balance"]) == ("another", None)
+    assert {
+        **manifest,
+        "untold": None,
+        "balance": expected["balance"],
+    } == expected  # the counts come from the manifest's own files
+    other_file.unlink()
+    own_file.unlink()
+    text = words(write_report(full))
+    assert "not available for audio-dominated-0.2, balanced: NAME.balance.json not found." in text
     dropped_path(full.manifest("balanced")).unlink()
     assert manifest_of(full, "balanced")["dropped"] is None
     assert "unknown" in words(write_report(full))
@@ -387,31 +391,31 @@ def test_numbers_of_no_manifest_or_another_are_not_told(full: Run) -> None:
 
 
 def test_dropped_rows_of_another_manifest_are_not_counted(full: Run) -> None:
-    one, other = (dropped_path(full.manifest(name)) for name in ("balanced", "audio-dominated-0.2"))
-    one.write_bytes(other.read_bytes())
+    own_file, other_file = (dropped_path(full.manifest(name)) for name in ("balanced", "audio-dominated-0.2"))
+    own_file.write_bytes(other_file.read_bytes())
     balance_path(full.manifest("balanced")).unlink()
-    found = manifest_of(full, "balanced")
-    assert (found["dropped"], found["reasons"]) == (None, [])
+    manifest = manifest_of(full, "balanced")
+    assert (manifest["dropped"], manifest["reasons"]) == (None, [])
 
 
-def test_without_test_samples(full: Run) -> None:
+def test_report_without_test_samples(full: Run) -> None:
     metrics = read_json(full.finetune("balanced-concat") / "metrics.json", error=RunError)
     write_json({**metrics, "test": {"all": {"n": 0}}}, full.finetune("balanced-concat") / "metrics.json")
     assert "Fine-tunings" in words(write_report(full))
 
 
-def test_contribution_is_told_and_an_older_fine_tuning_has_none(full: Run) -> None:
-    told = "is there with nothing to go by; the rest is shared by Shapley value"
-    assert told in words(write_report(full))
+def test_contribution_is_shown_only_if_measured(full: Run) -> None:
+    sentence = "is reached without any modality; the rest is divided by Shapley value"
+    assert sentence in words(write_report(full))
     # Two halves: v = 0, 1/2, 1/2, 4/5 of the samples, so that each modality's share is 2/5, give or take a row.
     assert re.search(r"\+0\.(39|40|41)\d* \[", words(full.report_file))
     file = full.finetune("balanced-concat") / "metrics.json"
     metrics = read_json(file, error=RunError)
     write_json({key: value for key, value in metrics.items() if key != "contribution"}, file)
-    assert told not in words(write_report(full))
+    assert sentence not in words(write_report(full))
 
 
-def test_finetune_knows_its_manifest(full: Run) -> None:
+def test_finetune_is_current_if_its_manifest_is_unchanged(full: Run) -> None:
     file = full.finetune("balanced-concat") / "metrics.json"
     metrics = read_json(file, error=RunError)
     path = full.manifest("balanced")
@@ -419,72 +423,74 @@ def test_finetune_knows_its_manifest(full: Run) -> None:
     write_json({**metrics, "manifest_digest": read_manifest(path).digest()}, file)
     assert report_numbers(full)["finetunes"][0]["current"]
     rows = pq.read_table(path)
-    pq.write_table(rows.replace_schema_metadata({b"mmaudit": b"{}"}), path)  # by somebody else, with no word of rows
+    pq.write_table(
+        rows.replace_schema_metadata({b"mmaudit": b"{}"}), path
+    )  # rewritten by another tool, without the recorded digest
     assert report_numbers(full)["finetunes"][0]["current"]
-    pq.write_table(rows.slice(1), path)  # which keeps what the file says of its rows
+    pq.write_table(rows.slice(1), path)  # keeps the recorded digest of the old rows
     assert not report_numbers(full)["finetunes"][0]["current"]
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_shortage_is_said(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_shortages_and_empty_bins_are_shown(tmp_path: Path) -> None:
     scores = planted(num_samples=600)
     scores.confidence[:] = np.random.default_rng(0).random((600, 1)) < 0.5  # D = 0 ...
-    right = np.arange(600) < 300
-    scores.confidence[right] = [0.95, 0.1]  # ... or 0.85
-    rare = np.flatnonzero(right & (scores.label == 2))
+    is_positive = np.arange(600) < 300
+    scores.confidence[is_positive] = [0.95, 0.1]  # ... or 0.85
+    rare = np.flatnonzero(is_positive & (scores.label == 2))
     scores.confidence[rare[3:]] = [0.4, 0.4]
     run = run_of(tmp_path, replace(scores, split=None))
     split(run)
-    found = manifest_of(run, "balanced")["balance"]["shortages"][0]
-    assert (found["class"], found["bin"], found["has"]) == ("class-2", 9, 3)
+    shortage = manifest_of(run, "balanced")["balance"]["shortages"][0]
+    assert (shortage["class"], shortage["bin"], shortage["has"]) == ("class-2", 9, 3)
     text = words(write_report(run))
-    assert f"class class-2 has 3 samples in bin 9, [0.8, 1]; an even share is {found['even']:.0f}." in text
-    assert "8 hold no sample, before already: [−1, 0), [0.2, 0.8)." in text
+    assert f"class class-2 has 3 samples in bin 9, [0.8, 1]; an even share is {shortage['even']:.0f}." in text
+    assert "8 of 10 bins are empty before the split: [−1, 0), [0.2, 0.8)." in text
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_each_way_of_making_uniform_is_said(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_each_balancing_mode_is_described(tmp_path: Path) -> None:
     run = run_of(tmp_path, planted(num_samples=300))
-    ways = {
+    modes = {
         "grid": (
             BalancedConfig(grid=True, bins=3),
-            "Uniform was made the grid of 3 × 3 bins of the confidences of audio",
+            "uniform over the grid of 3 × 3 bins of the confidences of audio",
         ),
-        "weighted": (BalancedConfig(by="weight", bins=10), "samples that weigh the same (Kish's effective size)"),
-        "sized": (BalancedConfig(size=40, bins=5), "Asked for were 40 samples"),
-        "perclass": (BalancedConfig(per_class=True, bins=5), "in each class by itself"),
+        "weighted": (BalancedConfig(by="weight", bins=10), "The effective size of the weighted set (Kish) is"),
+        "sized": (BalancedConfig(size=40, bins=5), "40 samples were requested"),
+        "perclass": (BalancedConfig(per_class=True, bins=5), "for each class separately"),
     }
-    for name, (config, _) in ways.items():
-        cut(run, Recipe(balanced=config), name=name)
+    for name, (config, _) in modes.items():
+        write_manifest(run, Recipe(balanced=config), name=name)
     text = words(write_report(run))
-    assert [name for name, (_, said) in ways.items() if said not in text] == []
+    assert [name for name, (_, sentence) in modes.items() if sentence not in text] == []
     assert manifest_of(run, "weighted")["balance"]["effective_size"] < 300
     assert manifest_of(run, "sized")["balance"]["effective_size"] == 40
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_classes_that_keep_nothing_come_first_and_have_no_distance(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_classes_without_kept_rows_come_first_without_distance(tmp_path: Path) -> None:
     run = run_of(tmp_path, replace(planted(num_samples=90, num_classes=5), split=None))
-    cut(run, Recipe(balanced=BalancedConfig(bins=4, size=3)))
-    kept = set(read_manifest(run.manifest("balanced")).strings("label_name"))
+    write_manifest(run, Recipe(balanced=BalancedConfig(bins=4, size=3)))
+    classes_kept = set(read_manifest(run.manifest("balanced")).strings("label_name"))
     classes = manifest_of(run, "balanced")["balance"]["classes"]
-    lost = 5 - len(kept)
-    assert (classes["number"], classes["lost"]) == (5, lost)
-    assert {row["name"] for row in classes["worst"][lost:]} == kept
-    assert [row["distance_after"] for row in classes["worst"][:lost]] == [None] * lost
-    distances = [row["distance_after"] for row in classes["worst"][lost:]]
+    num_lost = 5 - len(classes_kept)
+    assert (classes["number"], classes["lost"]) == (5, num_lost)
+    assert {row["name"] for row in classes["worst"][num_lost:]} == classes_kept
+    assert [row["distance_after"] for row in classes["worst"][:num_lost]] == [None] * num_lost
+    distances = [row["distance_after"] for row in classes["worst"][num_lost:]]
     assert distances == sorted(distances, reverse=True)
-    moved = [row["distance_after"] - row["distance_before"] for row in classes["worst"][lost:]]
-    assert (classes["nearer"], classes["farther"]) == (sum(x < 0 for x in moved), sum(x > 0 for x in moved))
-    assert f"of {lost} nothing is kept" in words(write_report(run))
+    changes = [row["distance_after"] - row["distance_before"] for row in classes["worst"][num_lost:]]
+    assert (classes["nearer"], classes["farther"]) == (sum(x < 0 for x in changes), sum(x > 0 for x in changes))
+    assert f"{num_lost} have no samples left" in words(write_report(run))
 
 
-def test_of_many_manifests_those_made_uniform_are_shown(full: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uniform_manifests_are_shown_first(full: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmaudit.cli.report.figures.png", lambda figure: blank())
     for number in range(9):
-        cut(full, Recipe(subset=f"random:{20 + number}"), name=f"a{number}")
+        write_manifest(full, Recipe(subset=f"random:{20 + number}"), name=f"a{number}")
     text = words(write_report(full))
-    assert "Of 11 manifests, 8 are shown in full" in text
+    assert "8 of 11 manifests are shown in detail" in text
     assert len(list(full.figures.glob("manifest-*.png"))) == 8
     assert (full.figures / "manifest-balanced.png").exists()
 
@@ -492,39 +498,39 @@ def test_of_many_manifests_those_made_uniform_are_shown(full: Run, monkeypatch: 
 def test_manifest_of_other_data_is_marked(full: Run) -> None:
     scores = replace(planted(), provenance={"fingerprint": full.record()["fingerprint"]})
     write_scores(scores, full.folder / "other.parquet")
-    cut(full, Recipe(subset="audio-preferred"), name="same", scores=full.folder / "other.parquet")
-    found = {each["name"]: each["of_this_run"] for each in report_numbers(full)["manifests"]}
-    assert found == {"audio-dominated-0.2": False, "balanced": False, "same": True}
+    write_manifest(full, Recipe(subset="audio-preferred"), name="same", scores=full.folder / "other.parquet")
+    of_this_run = {row["name"]: row["of_this_run"] for row in report_numbers(full)["manifests"]}
+    assert of_this_run == {"audio-dominated-0.2": False, "balanced": False, "same": True}
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_integers_of_any_size_in_a_history_are_drawn_or_left_out(full: Run) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_huge_integers_in_history_are_drawn_or_omitted(full: Run) -> None:
     line = json.dumps({"epoch": 10**30, "train_loss": 10**400})
     write_text(f"{line}\n", full.finetune("balanced-concat") / "history.jsonl")
-    (history,) = [each["history"] for each in report_numbers(full)["finetunes"] if each["name"] == "balanced-concat"]
+    (history,) = [row["history"] for row in report_numbers(full)["finetunes"] if row["name"] == "balanced-concat"]
     assert (history["epoch"], history["train_loss"]) == ([1e30], [None])
     write_report(full)
 
 
 @pytest.mark.parametrize("key", ["epoch", "train_loss", "validation_loss", "validation_accuracy"])
-def test_a_history_of_another_shape_is_refused(full: Run, key: str) -> None:
+def test_invalid_history_is_refused(full: Run, key: str) -> None:
     write_text(json.dumps({key: "1"}) + "\n", full.finetune("balanced-concat") / "history.jsonl")
     with pytest.raises(RunError, match=f"history.jsonl, line 1 cannot be read: {key} is .*; it must be a number"):
         write_report(full)
 
 
-def test_lopsided_lists_are_sorted_and_ties_go_by_id(tmp_path: Path) -> None:
+def test_sample_lists_are_sorted_with_ties_by_id(tmp_path: Path) -> None:
     scores = planted(num_samples=60)
     scores.confidence[:30] = [1.0, 0.0]
-    lists = {each["side"]: each["rows"] for each in report_numbers(run_of(tmp_path, scores))["samples"]}
+    lists = {row["side"]: row["rows"] for row in report_numbers(run_of(tmp_path, scores))["samples"]}
     assert [row["sample_id"] for row in lists["audio"]] == [f"s{row:05d}" for row in range(20)]
     assert lists["audio"][0]["paths"] == ["audio/s00000.wav"]
-    left = [row["discrepancy"] for row in lists["visual"]]
-    assert left == sorted(left)
-    assert max(left) < 0
+    values = [row["discrepancy"] for row in lists["visual"]]
+    assert values == sorted(values)
+    assert max(values) < 0
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("blank_figures")
 def test_user_text_is_escaped(tmp_path: Path) -> None:
     bad = Quarantined(sample_id=EVIL, modality="audio", reason=Reason.CORRUPT, detail=EVIL)
     scores = planted(label=lambda code: f"{EVIL}{code}")
@@ -538,16 +544,16 @@ def test_user_text_is_escaped(tmp_path: Path) -> None:
     assert "{{ 7 * 7 }}" in page.text
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_not_bimodal_is_said_with_reasons_and_rule(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_not_bimodal_gap_is_described_with_reasons(tmp_path: Path) -> None:
     text = words(write_report(run_of(tmp_path, planted(num_samples=300))))
     assert "The gap is not bimodal" in text
     assert "p of the dip" in text
     assert "a gap of at most 0.2" in text
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_bimodal_is_said(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_bimodal_gap_is_described(tmp_path: Path) -> None:
     scores, rng = planted(num_samples=600), np.random.default_rng(0)
     near = rng.random(600) < 0.5
     scores.confidence[:, 0] = 0.97
@@ -567,7 +573,7 @@ def test_constant_gap_draws_without_components(tmp_path: Path) -> None:
     assert "No clear lean between audio and visual" in text
 
 
-def test_few_samples_left(tmp_path: Path) -> None:
+def test_report_of_few_scored_samples(tmp_path: Path) -> None:
     lost = tuple(
         Quarantined(sample_id=f"q{row}", modality=name, reason=Reason.CORRUPT, detail="bad")
         for row in range(50)
@@ -580,7 +586,7 @@ def test_few_samples_left(tmp_path: Path) -> None:
     assert [row["count"] for row in report_numbers(run)["quarantine"]] == [50, 50]
 
 
-def test_many_classes_stay_small_and_say_how_many_are_left_out(tmp_path: Path) -> None:
+def test_many_classes_are_cut_and_counted(tmp_path: Path) -> None:
     scores = planted(num_samples=3000, num_classes=300, label="a class of long name {}".format)
     scores.confidence[scores.label == 7] = [0.95, 0.05]
     scores.confidence[scores.label == 8] = [0.05, 0.95]
@@ -588,21 +594,21 @@ def test_many_classes_stay_small_and_say_how_many_are_left_out(tmp_path: Path) -
     page = write_report(run)
     assert page.stat().st_size < 2_000_000
     assert "40 of 300 classes" in words(page)
-    assert "260 are left out" in words(page)
+    assert "260 are omitted" in words(page)
     rows = report_numbers(run)["classes"]["rows"]
     assert rows[0]["name"].endswith("name 7")
     assert rows[-1]["name"].endswith("name 8")
 
 
-def test_more_than_two_modalities(tmp_path: Path) -> None:
+def test_report_of_three_modalities(tmp_path: Path) -> None:
     scores = planted(modalities=("audio", "visual", "text"), num_samples=400)
     scores.confidence[:, 2] = 1
     run = run_of(tmp_path, scores)
     split(run)
     numbers = report_numbers(run)
     expected = discrepancy(scores.confidence)
-    assert [found["right"] for found in numbers["discrepancy"]] == ["audio", "visual", "text"]
-    assert [sum(found["counts"]) for found in numbers["discrepancy"]] == [400, 400, 400]
+    assert [row["right"] for row in numbers["discrepancy"]] == ["audio", "visual", "text"]
+    assert [sum(row["counts"]) for row in numbers["discrepancy"]] == [400, 400, 400]
     assert numbers["none_ahead"]["n"] == int((expected <= 0.2).all(axis=1).sum())
     assert len(numbers["maps"]) == 3
     assert "text stands out most often" in words(write_report(run))
@@ -611,7 +617,10 @@ def test_more_than_two_modalities(tmp_path: Path) -> None:
 def test_groups_widen_intervals(tmp_path: Path) -> None:
     scores = planted(num_samples=200, groups=8)
     assert scores.group is not None
-    scores.confidence[:] = np.where(scores.group == "g0", 0.9, 0.1)[:, None] * [1.0, 0.5]  # all depends on the group
+    scores.confidence[:] = np.where(scores.group == "g0", 0.9, 0.1)[:, None] * [
+        1.0,
+        0.5,
+    ]  # confidence depends on the group only
     alone = {**{name: getattr(scores, name) for name in ScoreTable.__slots__}, "group": None}
     wide = report_numbers(run_of(tmp_path / "a", scores))["discrepancy"][0]["share_right"]
     narrow = report_numbers(run_of(tmp_path / "b", ScoreTable(**alone)))["discrepancy"][0]["share_right"]
@@ -626,19 +635,21 @@ def test_numbers_do_not_depend_on_row_order(tmp_path: Path) -> None:
         value = getattr(scores, name)
         rows = value.take(order) if isinstance(value, pa.Table) else value
         columns[name] = rows[order] if isinstance(value, np.ndarray) else rows
-    one, other = (
+    first, second = (
         json.dumps(report_numbers(run_of(tmp_path / name, table)), default=str)
         for name, table in (("a", scores), ("b", ScoreTable(**columns)))
     )
     numbers = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
-    assert numbers.sub("", one) == numbers.sub("", other)
-    assert np.allclose([float(x) for x in numbers.findall(one)], [float(x) for x in numbers.findall(other)], atol=1e-9)
+    assert numbers.sub("", first) == numbers.sub("", second)
+    assert np.allclose(
+        [float(x) for x in numbers.findall(first)], [float(x) for x in numbers.findall(second)], atol=1e-9
+    )
 
 
-def test_samples_without_a_modality_are_told(tmp_path: Path) -> None:
+def test_samples_without_a_modality_are_listed(tmp_path: Path) -> None:
     scores = planted(num_samples=60, modalities=("audio", "visual", "text"))
     holes = scores.confidence.copy()
-    holes[::4, 0] = np.nan  # among them the most balanced of all
+    holes[::4, 0] = np.nan  # among them the most balanced sample
     balance = np.where(np.arange(60) == 4, 1.0, 0.0).astype(np.float32)
     page = write_report(run_of(tmp_path, replace(scores, confidence=holes, balance=balance, loss=None)))
     listed = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["samples"][-1]["rows"]
@@ -647,14 +658,14 @@ def test_samples_without_a_modality_are_told(tmp_path: Path) -> None:
     assert "missing" in words(page)
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_samples_without_the_discrepancy_are_told(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_samples_without_the_discrepancy_are_counted(tmp_path: Path) -> None:
     scores = planted(num_samples=60, modalities=("audio", "visual", "text"))
     holes = scores.confidence.copy()
     holes[::4, 0] = np.nan
     run = run_of(tmp_path, replace(scores, confidence=holes, balance=None, loss=None))
-    cut(run, Recipe(balanced=BalancedConfig(bins=4), between="audio:visual"))
-    found = manifest_of(run, "balanced")
-    assert sum(found["balance"]["before"]) == 45
-    assert next(row["n"] for row in found["reasons"] if row["name"] == "missing-modality") == 15
-    assert "15 samples lack audio or visual" in words(write_report(run))
+    write_manifest(run, Recipe(balanced=BalancedConfig(bins=4), between="audio:visual"))
+    manifest = manifest_of(run, "balanced")
+    assert sum(manifest["balance"]["before"]) == 45
+    assert next(row["n"] for row in manifest["reasons"] if row["name"] == "missing-modality") == 15
+    assert "15 samples have no audio or no visual" in words(write_report(run))

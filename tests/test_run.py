@@ -1,4 +1,4 @@
-"""Laws of the run folder: what is not a run is not touched, and what features cost is never thrown away."""
+"""Tests of the run folder: other folders are refused, and the feature cache is kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.manifest import dropped_path
 
-MADE = [
+RUN_FILES = [
     "run.json",
     "scores.parquet",
     "quarantine.parquet",
@@ -43,45 +43,45 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_names_are_those_of_the_design(tmp_path: Path) -> None:
+def test_file_names_of_a_run(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    found = [run.record_file, run.scores_file, run.quarantine_file, run.mixture_file, run.recovery_file]
-    found += [run.report_file, run.report_file.with_suffix(".json"), run.figures / "gap.png"]
-    found += [run.manifest("balanced"), dropped_path(run.manifest("balanced"))]
-    found += [run.finetune("balanced-concat-uniform") / name for name in ("metrics.json", "state/last.pt")]
-    assert [str(path.relative_to(tmp_path)) for path in found] == MADE
+    paths = [run.record_file, run.scores_file, run.quarantine_file, run.mixture_file, run.recovery_file]
+    paths += [run.report_file, run.report_file.with_suffix(".json"), run.figures / "gap.png"]
+    paths += [run.manifest("balanced"), dropped_path(run.manifest("balanced"))]
+    paths += [run.finetune("balanced-concat-uniform") / name for name in ("metrics.json", "state/last.pt")]
+    assert [str(path.relative_to(tmp_path)) for path in paths] == RUN_FILES
     assert run.features == tmp_path / "features"
 
 
 @pytest.mark.parametrize(
-    "names", [None, [], FEATURES, MADE + FEATURES, MADE[1:3], [".DS_Store"], ["run.json", "notes.txt"]]
+    "names", [None, [], FEATURES, RUN_FILES + FEATURES, RUN_FILES[1:3], [".DS_Store"], ["run.json", "notes.txt"]]
 )
-def test_a_place_for_a_run(tmp_path: Path, names: list[str] | None) -> None:
+def test_new_empty_and_run_folders_are_accepted(tmp_path: Path, names: list[str] | None) -> None:
     folder = tmp_path / "run"
     if names is not None:
         folder.mkdir()
         fill(folder, names)
-    Run(folder).check_place()
+    Run(folder).check_folder()
     assert folder.exists() == (names is not None)
     assert names is None or files(folder) == sorted(names)
 
 
-def test_no_place_for_a_run(tmp_path: Path) -> None:
+def test_other_folders_and_files_are_refused(tmp_path: Path) -> None:
     fill(tmp_path, ["zebra.jpg", "cat.jpg", *FEATURES])
-    with pytest.raises(RunError, match=r"holds cat\.jpg and is no run; name another folder with --run"):
-        Run(tmp_path).check_place()
-    with pytest.raises(RunError, match=r"cat\.jpg is a file; name a folder with --run"):
-        Run(tmp_path / "cat.jpg").check_place()
+    with pytest.raises(RunError, match=r"holds cat\.jpg and is not a run; pass another folder with --run"):
+        Run(tmp_path).check_folder()
+    with pytest.raises(RunError, match=r"cat\.jpg is a file; pass a folder with --run"):
+        Run(tmp_path / "cat.jpg").check_folder()
 
 
 @pytest.mark.parametrize("name", ["../escaped", "a/b", "a\\b", ".hidden", "balanced.dropped", ""])
-def test_a_name_stays_in_the_run(tmp_path: Path, name: str) -> None:
-    for place in (Run(tmp_path).manifest, Run(tmp_path).finetune):
-        with pytest.raises(ConfigError, match="a name holds no"):
-            place(name)
+def test_name_leading_out_of_the_run_is_refused(tmp_path: Path, name: str) -> None:
+    for path_of in (Run(tmp_path).manifest, Run(tmp_path).finetune):
+        with pytest.raises(ConfigError, match="a name must not contain"):
+            path_of(name)
 
 
-def test_the_record_is_what_was_written(tmp_path: Path) -> None:
+def test_record_roundtrip(tmp_path: Path) -> None:
     run = Run(tmp_path / "deep" / "run")
     assert not run.is_scored()
     run.write_record(run_record(seed=3))
@@ -90,7 +90,7 @@ def test_the_record_is_what_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", run_record())
-def test_a_record_that_lacks_a_key_is_damaged(tmp_path: Path, key: str) -> None:
+def test_record_without_a_key_is_refused(tmp_path: Path, key: str) -> None:
     run = Run(tmp_path)
     record = run_record()
     del record[key]
@@ -99,7 +99,7 @@ def test_a_record_that_lacks_a_key_is_damaged(tmp_path: Path, key: str) -> None:
         run.record()
 
 
-def test_scores_are_those_of_a_finished_run(tmp_path: Path) -> None:
+def test_scores_need_a_finished_run(tmp_path: Path) -> None:
     run = Run(tmp_path)
     scores = ScoreTable(
         sample_id=np.array(["a", "b"], dtype=object),
@@ -109,10 +109,10 @@ def test_scores_are_those_of_a_finished_run(tmp_path: Path) -> None:
         confidence=np.array([[0.25, 0.5], [1, 0]], np.float32),
     )
     write_scores(scores, run.scores_file)
-    words = f"{tmp_path} holds no finished run; make one with: mmaudit score DATA --run {tmp_path}"
-    for ask in (run.record, run.scores):
+    words = f"{tmp_path} holds no finished run; create one with: mmaudit score DATA --run {tmp_path}"
+    for read in (run.record, run.scores):
         with pytest.raises(RunError) as caught:
-            ask()
+            read()
         assert str(caught.value) == words
     run.write_record(run_record())
     assert run.scores().to_arrow().equals(scores.to_arrow())
@@ -131,7 +131,7 @@ def test_unfinished_fine_tunings_are_not_listed(tmp_path: Path) -> None:
     assert run.finetunes() == [run.finetune("a"), run.finetune("b")]
 
 
-def test_a_manifest_is_found_by_name_and_by_path(tmp_path: Path) -> None:
+def test_manifest_is_found_by_name_and_by_path(tmp_path: Path) -> None:
     run = fill(tmp_path / "run", ["manifests/balanced.parquet", "manifests/gmm-balanced.parquet"])
     elsewhere = tmp_path / "my.parquet"
     elsewhere.write_text("")
@@ -142,18 +142,18 @@ def test_a_manifest_is_found_by_name_and_by_path(tmp_path: Path) -> None:
         RunError, match=r"no manifest balancd; did you mean balanced\? .*balanced, gmm-balanced\); .*split --balanced"
     ):
         run.find_manifest("balancd")
-    with pytest.raises(RunError, match=r"no manifest balanced: .*none has none yet; make one with"):
+    with pytest.raises(RunError, match=r"no manifest balanced: .*none has no manifests; create one with"):
         Run(tmp_path / "none").find_manifest("balanced")
 
 
 @pytest.mark.parametrize("name", ["a" * 250, "é" * 120, "a\0b"])
-def test_a_name_that_no_file_could_have_is_refused(tmp_path: Path, name: str) -> None:
-    for find in (Run(tmp_path).manifest, Run(tmp_path).finetune):
-        with pytest.raises(ConfigError, match="a name has at most 200 bytes, and no NUL"):
-            find(name)
+def test_name_no_file_system_allows_is_refused(tmp_path: Path, name: str) -> None:
+    for path_of in (Run(tmp_path).manifest, Run(tmp_path).finetune):
+        with pytest.raises(ConfigError, match="a name has at most 200 bytes and no NUL"):
+            path_of(name)
 
 
-def test_a_probe_report_of_other_modalities_is_damaged(tmp_path: Path) -> None:
+def test_probe_report_of_other_modalities_is_refused(tmp_path: Path) -> None:
     run, probe_report = Run(tmp_path), run_record()["probe_report"]
     uncalibrated = [{**probe_metric, "calibration": None} for probe_metric in probe_report["probe_metrics"]]
     damaged: list[dict[str, Any]] = [
@@ -186,7 +186,7 @@ def record_with(**changes: Any) -> str:
         ('{"seed": ' + "9" * 5_000 + "}", "integer string conversion"),
     ],
 )
-def test_a_record_of_another_shape_is_named(tmp_path: Path, text: str, reason: str) -> None:
+def test_record_of_another_shape_is_refused(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(RunError, match=rf"run\.json cannot be read: .*{reason}"):
         Run(tmp_path).record()

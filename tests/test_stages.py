@@ -1,4 +1,4 @@
-"""Laws of the stages: the same command again finishes what was interrupted, and two writers never meet."""
+"""Tests of the stages: repeated commands finish interrupted work, and conflicting writers are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUICK = replace(
 
 
 class Killed(BaseException):
-    """A kill: nothing after it is done."""
+    """A kill, after which no code runs."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a manifest and a fine-tuning, not to be written into."""
+    """A run with a manifest and a fine-tuning; read-only."""
     run = tmp_path_factory.mktemp("finished") / "run"
     score(data, run=run, config=QUICK, num_workers=0)
     split(run=run, config=QUICK, subset="balanced:0.9", name="even")
@@ -55,10 +55,10 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What anybody reads, without the features and the seconds that differ from run to run."""
+    """Return the content of all files except the feature cache."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    named = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-    return {name: content for name, content in named.items() if not name.startswith("features/")}
+    contents = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    return {name: content for name, content in contents.items() if not name.startswith("features/")}
 
 
 def hidden(folder: Path) -> list[str]:
@@ -66,7 +66,7 @@ def hidden(folder: Path) -> list[str]:
 
 
 def kill_in(monkeypatch: pytest.MonkeyPatch, module: object, name: str, command: Callable[[], object]) -> None:
-    """Run a command that is killed where it calls a function."""
+    """Run a command that is killed when it calls a function."""
 
     def die(*_: object, **__: object) -> None:
         raise Killed
@@ -77,7 +77,7 @@ def kill_in(monkeypatch: pytest.MonkeyPatch, module: object, name: str, command:
             command()
 
 
-def test_a_run_without_its_report_gets_it(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_report_is_written_by_the_next_score(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(run)
     kill_in(monkeypatch, stages, "_write_report", lambda: score(data, run=run, config=QUICK, num_workers=0))
     assert Run(run).is_scored()
@@ -87,7 +87,7 @@ def test_a_run_without_its_report_gets_it(data: Path, run: Path, monkeypatch: py
     assert hidden(run) == []
 
 
-def test_a_killed_overwrite_leaves_the_old_run_and_can_be_run_again(
+def test_killed_overwrite_keeps_the_old_run_and_can_be_repeated(
     data: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files(run)
@@ -104,7 +104,7 @@ def test_a_killed_overwrite_leaves_the_old_run_and_can_be_run_again(
     assert hidden(run) == []
 
 
-def test_a_first_score_leaves_manifests_of_other_tables(data: Path, run: Path) -> None:
+def test_first_score_keeps_manifests_of_other_tables(data: Path, run: Path) -> None:
     scores = shutil.copy(run / "scores.parquet", run.parent / "theirs.parquet")
     shutil.rmtree(run)
     split(run=run, scores=scores, config=QUICK, subset="balanced:0.9", name="even")
@@ -112,7 +112,7 @@ def test_a_first_score_leaves_manifests_of_other_tables(data: Path, run: Path) -
     assert Run(run).manifest("even").exists()
 
 
-def test_a_killed_finetune_overwrite_leaves_the_old_one_and_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_finetune_overwrite_keeps_the_old_one_and_resumes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(run)
     config = replace(QUICK, finetune=replace(QUICK.finetune, epochs=3))
 
@@ -131,7 +131,7 @@ def test_a_killed_finetune_overwrite_leaves_the_old_one_and_goes_on(run: Path, m
     assert Run(run).finetunes() == [run / "finetune" / "tuned"]
 
 
-def test_writers_that_would_meet_are_refused(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conflicting_writers_are_refused(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(run)
     with write_lock(run, "finetune/other", command="mmaudit finetune"):
         with pytest.raises(RunError, match=r"run is being written by mmaudit finetune \(process \d+ on "):
@@ -154,16 +154,16 @@ def test_writers_that_would_meet_are_refused(data: Path, run: Path, monkeypatch:
             with pytest.raises(RunError, match="is being written by mmaudit score"):
                 command()
         out = run.parent / "out.csv"
-        assert export("even", run=run, out=out, format="csv")["files"] == [str(out)]  # written elsewhere
+        assert export("even", run=run, out=out, format="csv")["files"] == [str(out)]  # written outside the run
         assert split(run=run, config=QUICK, subset="balanced:0.9", dry=True)["file"] is None
     assert {name for name in files(run) if "beside" not in name} == set(before)
     assert hidden(run) == []
 
 
-def test_replay_writes_nothing_beside_the_manifest(run: Path) -> None:
+def test_replay_writes_nothing_to_the_run(run: Path) -> None:
     before = files(run)
     manifests = run / "manifests"
     stamp = manifests.stat().st_mtime_ns
     assert replay("even", run=run)["identical"]
-    assert manifests.stat().st_mtime_ns == stamp  # no name was made or removed in it
+    assert manifests.stat().st_mtime_ns == stamp  # no file was created or removed in it
     assert files(run) == before

@@ -1,4 +1,4 @@
-"""Laws of swaps: wherever a replacement is interrupted, a run is the old one or the new one, and never both."""
+"""Tests of swaps: an interrupted replacement leaves the old or the new run, never a mixture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL = (*SCORE_FILES, *REPORT_FILES, *MADE_FROM_SCORES)
 
 
 class Killed(BaseException):
-    """A kill: nothing is tidied up after it."""
+    """A kill, after which nothing is cleaned up."""
 
 
 def fill(folder: Path, files: dict[str, str]) -> None:
@@ -53,15 +53,15 @@ def replace_run(folder: Path) -> None:
 EXPECTED = {**{name: text for name, text in OLD.items() if text == "kept"}, **NEW}
 
 
-def calls(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None) -> list[str]:
-    """Note every rename and removal, and let the process be killed in place of one."""
-    made: list[str] = []
+def record_calls(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None) -> list[str]:
+    """Record every rename and removal, and raise Killed in place of number `stop_after`."""
+    names: list[str] = []
     rename, remove = Path.replace, shutil.rmtree
 
     def count(name: str) -> None:
-        if stop_after is not None and len(made) >= stop_after:
+        if stop_after is not None and len(names) >= stop_after:
             raise Killed
-        made.append(name)
+        names.append(name)
 
     def replace(path: Path, target: Path) -> Path:
         count(path.name)
@@ -73,14 +73,14 @@ def calls(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None) -> list[st
 
     monkeypatch.setattr(Path, "replace", replace)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    return made
+    return names
 
 
 def interruptions(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> Iterator[int]:
-    """Let `work` be killed at every one of its renames and removals; yields after each, and ends when it is through."""
+    """Kill `work` at each of its renames and removals in turn; yield after each kill, until `work` finishes."""
     for stop_after in range(100):
         with monkeypatch.context() as patch:
-            calls(patch, stop_after=stop_after)
+            record_calls(patch, stop_after=stop_after)
             try:
                 work()
             except Killed:
@@ -88,10 +88,10 @@ def interruptions(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> 
             else:
                 return
         yield stop_after
-    raise AssertionError("it never ends")
+    raise AssertionError("work did not finish after 100 kills")
 
 
-def test_a_run_is_replaced_but_for_what_it_is_not_made_of(tmp_path: Path) -> None:
+def test_swap_replaces_only_the_files_of_the_run(tmp_path: Path) -> None:
     fill(tmp_path, OLD)
     replace_run(tmp_path)
     assert content(tmp_path) == EXPECTED
@@ -99,7 +99,7 @@ def test_a_run_is_replaced_but_for_what_it_is_not_made_of(tmp_path: Path) -> Non
     assert content(tmp_path) == EXPECTED
 
 
-def test_a_failed_replacement_leaves_the_old_run(tmp_path: Path) -> None:
+def test_failed_swap_keeps_the_old_run(tmp_path: Path) -> None:
     fill(tmp_path, OLD)
 
     def fail() -> None:
@@ -112,9 +112,7 @@ def test_a_failed_replacement_leaves_the_old_run(tmp_path: Path) -> None:
     assert content(tmp_path) == OLD
 
 
-def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_swap_leaves_the_old_or_the_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(1_000))
     folder = tmp_path / "first"
 
@@ -124,25 +122,25 @@ def test_a_kill_at_any_moment_leaves_the_old_run_or_the_new_one(
         fill(folder, OLD)
         replace_run(folder)
 
-    seen = set()
+    states = set()
     for _ in interruptions(monkeypatch, work):
-        now = Run(folder)
-        if now.is_scored():  # what anybody reads who knows nothing of swaps
+        run = Run(folder)
+        if run.is_scored():  # as read by code that ignores swaps
             assert visible(folder) in (OLD, EXPECTED)
         complete_swaps(folder)
         assert visible(folder) in (OLD, EXPECTED)
-        seen.add(visible(folder)["run.json"])
+        states.add(visible(folder)["run.json"])
         replace_run(folder)  # the same command again
         assert content(folder) == EXPECTED
-    assert seen == {"old", "new"}
+    assert states == {"old", "new"}
     assert content(folder) == EXPECTED
 
 
-def test_completing_can_be_interrupted_at_any_moment_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_of_a_swap_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, OLD)
     with monkeypatch.context() as patch:
         for number in range(100):
-            calls(patch, stop_after=number)
+            record_calls(patch, stop_after=number)
             with pytest.raises(Killed):
                 replace_run(tmp_path)
             patch.undo()
@@ -154,7 +152,7 @@ def test_completing_can_be_interrupted_at_any_moment_too(tmp_path: Path, monkeyp
     assert content(tmp_path) == EXPECTED
 
 
-def test_what_cannot_be_completed_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swap_that_cannot_be_completed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, {**OLD, ".overwrite-committed/swap.json": '{"names": []}'})
 
     def refuse(*_: object, **__: object) -> None:
@@ -177,9 +175,7 @@ def replace_manifest(folder: Path, name: str = "a") -> None:
         fill(new, {Path(file).name.replace("a", name, 1): "new" for file in MANIFEST})
 
 
-def test_a_kill_at_any_moment_leaves_the_old_manifest_or_the_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_swap_leaves_the_old_or_the_new_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(1_000))
     folder = tmp_path / "first"
     old = {**OLD, **dict.fromkeys(MANIFEST, "old"), "manifests/b.parquet": "kept"}
@@ -204,7 +200,7 @@ def test_a_kill_at_any_moment_leaves_the_old_manifest_or_the_new_one(
     assert content(folder) == expected
 
 
-def test_what_a_killed_split_wrote_aside_is_removed_by_the_next_one_of_any_name(tmp_path: Path) -> None:
+def test_staged_files_of_killed_splits_are_removed(tmp_path: Path) -> None:
     fill(
         tmp_path,
         {**OLD, "manifests/.overwrite-new-b/new/b.parquet": "half", "manifests/.overwrite-new-c/new/c.parquet": "half"},
@@ -219,7 +215,7 @@ NEW_TUNING = {"metrics.json": "new", "model.safetensors": "new"}
 
 
 @pytest.mark.parametrize("before", [OLD_TUNING, {"finetune/b/metrics.json": "kept"}])
-def test_a_fine_tuning_is_replaced_when_it_is_finished(
+def test_finetune_is_replaced_when_the_new_one_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, str]
 ) -> None:
     numbers = iter(range(1_000))
@@ -248,7 +244,7 @@ def test_a_fine_tuning_is_replaced_when_it_is_finished(
     assert content(folder) == expected
 
 
-def test_a_fine_tuning_that_is_being_written_is_left_to_its_writer(tmp_path: Path) -> None:
+def test_locked_finetune_is_not_swapped(tmp_path: Path) -> None:
     fill(tmp_path, OLD_TUNING)
     fill(new_finetune(tmp_path, "a"), NEW_TUNING)
     with write_lock(tmp_path, "finetune/a", command="mmaudit finetune"):

@@ -1,4 +1,4 @@
-"""Laws of finetune and evaluate: names, flows from one training to the next, and bad input in one line."""
+"""Tests of finetune and evaluate: names, initial weights, evaluation, and one-line errors for bad input."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ def mmaudit(*words: str | Path) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def done(*words: str | Path) -> dict[str, Any]:
+def run_json(*words: str | Path) -> dict[str, Any]:
     result = mmaudit(*words, "--json")
     assert result.exit_code == 0, result.output
     return dict(json.loads(result.stdout))
 
 
-def said(result: Result) -> str:
-    """Everything on the terminal as one line, however it was wrapped."""
+def output_of(result: Result) -> str:
+    """Return the printed text as one line, without wrapping."""
     return re.sub(r"[\s│]+", " ", result.output)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A scored run with a manifest of everything and one fine-tuning, `plain`: read only."""
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scored run with a manifest of all samples and a fine-tuning `plain`; read-only."""
     folder = tmp_path_factory.mktemp("training")
     pq.write_table(plant(num_samples=240), folder / "data.parquet")
-    done("score", folder / "data.parquet", "--run", folder / "run", "--repeats", "1")
-    done("split", "--subset", "most-balanced:100%", "--name", "all", "--run", folder / "run")
-    done("split", "--subset", "audio-preferred", "--run", folder / "run")
-    done(*TUNE, "--run", folder / "run", "--name", "plain")
+    run_json("score", folder / "data.parquet", "--run", folder / "run", "--repeats", "1")
+    run_json("split", "--subset", "most-balanced:100%", "--name", "all", "--run", folder / "run")
+    run_json("split", "--subset", "audio-preferred", "--run", folder / "run")
+    run_json(*TUNE, "--run", folder / "run", "--name", "plain")
     return folder / "run"
 
 
 @pytest.fixture
-def run(made: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be written into."""
-    return copy_run(made, tmp_path / "run")
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A writable copy of the finished run."""
+    return copy_run(finished_run, tmp_path / "run")
 
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -73,81 +73,83 @@ def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
         (["--keep-posterior", "0.5", "--init", "plain"], "all-concat-uniform-p0.5-from-plain"),
     ],
 )
-def test_a_fine_tuning_is_called_by_what_it_is(run: Path, words: list[str], name: str) -> None:
-    metrics = done(*TUNE, *words, "--run", run)
+def test_default_name_is_built_from_the_settings(run: Path, words: list[str], name: str) -> None:
+    metrics = run_json(*TUNE, *words, "--run", run)
     assert (run / "finetune" / name / "metrics.json").exists()
     assert metrics["config"]["finetune"]["fusion"] in name
-    assert metrics == done(*TUNE, *words, "--run", run)  # finished already
-    assert metrics == done(*TUNE, *words, "--run", run, "--set", "finetune.save_steps=1")
+    assert metrics == run_json(*TUNE, *words, "--run", run)  # finished already
+    assert metrics == run_json(*TUNE, *words, "--run", run, "--set", "finetune.save_steps=1")
 
 
-def test_evaluate_gives_the_test_figures_again_and_more(run: Path) -> None:
+def test_evaluate_repeats_and_extends_test_metrics(run: Path) -> None:
     metrics = json.loads((run / "finetune" / "plain" / "metrics.json").read_text())
-    found = done("evaluate", "plain", "--run", run)
-    assert found["test"] == metrics["test"]
-    assert found["contribution"] == metrics["contribution"]
-    assert found["n"] == metrics["counts"]["test"]
-    assert set(found["test_by_class"]) == {"0", "1", "2"}
+    evaluation = run_json("evaluate", "plain", "--run", run)
+    assert evaluation["test"] == metrics["test"]
+    assert evaluation["contribution"] == metrics["contribution"]
+    assert evaluation["n"] == metrics["counts"]["test"]
+    assert set(evaluation["test_by_class"]) == {"0", "1", "2"}
     written = json.loads((run / "finetune" / "plain" / "evaluation.json").read_text())
-    assert written == {key: value for key, value in found.items() if key != "file"}
-    told = said(mmaudit("evaluate", "plain", "--run", run))
-    for part in ("split test of all", "audio-preferred", "ece", "least recall", "right with one alone"):
-        assert part in told
+    assert written == {key: value for key, value in evaluation.items() if key != "file"}
+    printed = output_of(mmaudit("evaluate", "plain", "--run", run))
+    for part in ("split test of all", "audio-preferred", "ece", "lowest recall", "correct with one modality alone"):
+        assert part in printed
 
 
 def test_evaluate_on_other_samples(run: Path) -> None:
     rows = pd.read_parquet(run / "manifests" / "audio-preferred.parquet")
     dropped = pd.read_parquet(run / "manifests" / "audio-preferred.dropped.parquet")
     tests = (rows["split"] == "test").sum() + (dropped["split"] == "test").sum()
-    other = done("evaluate", "plain", "--run", run, "--manifest", "audio-preferred")
-    assert other["n"] == tests
-    assert other["manifest"] == "audio-preferred"
-    assert other["test"]["in-manifest"]["n"] == (rows["split"] == "test").sum()
-    train = done("evaluate", "plain", "--run", run, "--split", "train")
+    evaluation = run_json("evaluate", "plain", "--run", run, "--manifest", "audio-preferred")
+    assert evaluation["n"] == tests
+    assert evaluation["manifest"] == "audio-preferred"
+    assert evaluation["test"]["in-manifest"]["n"] == (rows["split"] == "test").sum()
+    train = run_json("evaluate", "plain", "--run", run, "--split", "train")
     metrics = json.loads((run / "finetune" / "plain" / "metrics.json").read_text())
     assert train["n"] == metrics["counts"]["train"]
 
 
-def test_evaluate_tells_if_other_samples_were_trained_on(run: Path) -> None:
-    other: list[str | Path] = ["evaluate", "plain", "--run", run, "--manifest"]
-    assert done(*other, "audio-preferred")["learned_from"] == 0
-    done("split", "--balanced", "--resplit", "50/10/40", "--name", "anew", "--run", run)
+def test_evaluate_counts_samples_used_in_training(run: Path) -> None:
+    words: list[str | Path] = ["evaluate", "plain", "--run", run, "--manifest"]
+    assert run_json(*words, "audio-preferred")["learned_from"] == 0
+    run_json("split", "--balanced", "--resplit", "50/10/40", "--name", "anew", "--run", run)
     own, anew = (pd.read_parquet(run / "manifests" / f"{name}.parquet") for name in ("all", "anew"))
     dropped = pd.read_parquet(run / "manifests" / "anew.dropped.parquet")
     tested = {*anew[anew["split"] == "test"]["sample_id"], *dropped[dropped["split"] == "test"]["sample_id"]}
     number = len(tested & set(own[own["split"] != "test"]["sample_id"]))
     assert number > 0
-    assert f"{number} of them it was trained on, or chosen by" in said(mmaudit(*other, "anew"))
-    done("split", "--subset", "visual-preferred", "--name", "all", "--run", run)
-    assert "whether it was trained on some of them is not known" in said(mmaudit(*other, "anew"))
+    assert f"{number} of them were used in training or validation" in output_of(mmaudit(*words, "anew"))
+    run_json("split", "--subset", "visual-preferred", "--name", "all", "--run", run)
+    assert "overlap with its training samples unknown" in output_of(mmaudit(*words, "anew"))
 
 
-def test_a_training_begins_with_another_s_weights(run: Path) -> None:
+def test_init_loads_weights_of_another_finetune(run: Path) -> None:
     words: list[str | Path] = [*TUNE, "--run", run, "--lr", "1e-9", "--set", "optim.weight_decay=0.0"]
-    done(*words, "--init", "plain", "--name", "second")
-    done(*words, "--name", "scratch")
+    run_json(*words, "--init", "plain", "--name", "second")
+    run_json(*words, "--name", "scratch")
     first, second, scratch = (weights(run, name) for name in ("plain", "second", "scratch"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=1e-5, rtol=0)
     assert any((scratch[name] - tensor).abs().max() > 1e-4 for name, tensor in first.items())
-    done(*words, "--init", run / "finetune" / "plain" / "model.safetensors", "--name", "third")
+    run_json(*words, "--init", run / "finetune" / "plain" / "model.safetensors", "--name", "third")
     assert all(torch.equal(tensor, second[name]) for name, tensor in weights(run, "third").items())
 
 
-def test_one_modality_begins_a_training_of_two(run: Path) -> None:
-    """Unimodal pretraining, frozen: the audio encoder is the unimodal one, and the fused answer learns beside it."""
-    done(*TUNE, "--run", run, "--only", "audio", "--name", "audio")
-    done(*TUNE, "--run", run, "--init", "audio", "--name", "both", "--set", 'optim.freeze=["audio"]')
-    alone, both = weights(run, "audio"), weights(run, "both")
-    encoder = {name for name in both if name.startswith("encoders.0.")}
+def test_init_from_one_modality(run: Path) -> None:
+    """Unimodal pretraining, frozen: the audio encoder keeps its weights, and the rest of the network is trained."""
+    run_json(*TUNE, "--run", run, "--only", "audio", "--name", "audio")
+    run_json(*TUNE, "--run", run, "--init", "audio", "--name", "both", "--set", 'optim.freeze=["audio"]')
+    alone, fused = weights(run, "audio"), weights(run, "both")
+    encoder = {name for name in fused if name.startswith("encoders.0.")}
     assert encoder
-    assert all(torch.equal(alone[name], both[name]) for name in encoder)
+    assert all(torch.equal(alone[name], fused[name]) for name in encoder)
     first = weights(run, "plain")
-    assert torch.equal(both["encoders.1.mean"], first["encoders.1.mean"])  # the other is standardised by the data
+    assert torch.equal(
+        fused["encoders.1.mean"], first["encoders.1.mean"]
+    )  # the other encoder is standardised by the data
 
 
-def test_a_frozen_encoder_stays(run: Path) -> None:
-    done(*TUNE, "--run", run, "--init", "plain", "--name", "frozen", "--set", 'optim.freeze=["audio"]')
+def test_frozen_encoder_is_unchanged(run: Path) -> None:
+    run_json(*TUNE, "--run", run, "--init", "plain", "--name", "frozen", "--set", 'optim.freeze=["audio"]')
     first, second = weights(run, "plain"), weights(run, "frozen")
     still = {name for name in first if torch.equal(first[name], second[name])}
     assert {name for name in first if name.startswith("encoders.0.")} <= still
@@ -169,7 +171,7 @@ def test_a_frozen_encoder_stays(run: Path) -> None:
         (["--set", "optim.schedule=linear"], "optim.schedule is linear"),
         (["--set", "optim.modality_lr=['audio']"], "not of the form NAME=FACTOR"),
         (["--set", "optim.freeze=['sound']"], "no modality sound; the modalities are audio, visual"),
-        (["--seed", "99999999999999999999"], "the seed is 99999999999999999999; it must be at least 0, and below 2^63"),
+        (["--seed", "99999999999999999999"], "seed is 99999999999999999999; it must be at least 0 and below 2^63"),
         (["--set", "sampling.dus.kappa=inf"], "sampling.dus.kappa is inf; it must be a finite number"),
         (["--set", "sampling.bss.alpha=inf"], "sampling.bss.alpha is inf"),
         (["--report-to", "mlflow,wandb"], "mlflow is not installed: pip install mlflow"),
@@ -182,7 +184,7 @@ def test_a_frozen_encoder_stays(run: Path) -> None:
 def test_bad_input_is_one_line_and_exit_2(run: Path, words: list[str], line: str) -> None:
     result = mmaudit(*TUNE, "--run", run, "--name", "new", *words)
     assert result.exit_code == 2
-    assert line in said(result)
+    assert line in output_of(result)
     assert "Traceback" not in result.output
     assert not (run / "finetune" / "new" / "metrics.json").exists()
 
@@ -193,34 +195,34 @@ def test_bad_input_is_one_line_and_exit_2(run: Path, words: list[str], line: str
         (["plan"], "no finished fine-tuning plan in"),
         (["plain", "--split", "tset"], "no samples of split tset; did you mean test?"),
         (["plain", "--manifest", "none"], "no manifest none"),
-        (["plain", "--device", "gpu"], "--device gpu: not there"),
+        (["plain", "--device", "gpu"], "--device gpu: not available"),
     ],
 )
-def test_evaluate_refuses_in_one_line(made: Path, words: list[str], line: str) -> None:
-    result = mmaudit("evaluate", *words, "--run", made)
+def test_evaluate_errors_are_one_line(finished_run: Path, words: list[str], line: str) -> None:
+    result = mmaudit("evaluate", *words, "--run", finished_run)
     assert result.exit_code == 2
-    assert line in said(result)
+    assert line in output_of(result)
 
 
-def test_evaluate_notices_what_has_changed(run: Path) -> None:
-    done("split", "--subset", "visual-preferred", "--name", "all", "--run", run)
+def test_evaluate_refuses_changed_manifest_and_model(run: Path) -> None:
+    run_json("split", "--subset", "visual-preferred", "--name", "all", "--run", run)
     result = mmaudit("evaluate", "plain", "--run", run)
     assert result.exit_code == 2
-    assert "has changed since plain was trained on it; name a manifest with --manifest" in said(result)
+    assert "has changed since plain was trained on it; pass a manifest with --manifest" in output_of(result)
     model = run / "finetune" / "plain" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:100])
     result = mmaudit("evaluate", "plain", "--run", run, "--manifest", "audio-preferred")
     assert result.exit_code == 2
-    assert "is not a model of mmaudit finetune" in said(result)
+    assert "is not a model of mmaudit finetune" in output_of(result)
 
 
 def test_networks_are_trained_end_to_end(clips: Path, tmp_path: Path) -> None:
-    """Sound and pictures through two small ResNets, a spectrogram masked and a picture cropped, then tested again."""
+    """Sound and images through two small ResNets, with masked spectrograms and cropped images, then evaluated again."""
     run = tmp_path / "run"
     small = ["--set", "media.network_size=16", "--set", "network.width=0.02", "--set", "network.epochs=1"]
     few = ["--set", "probe.folds=2", "--repeats", "1", "--num-workers", "0", "--set", "data.test_fraction=0.25"]
-    done("score", clips, "--run", run, "--encoder", "audio=resnet18", "--encoder", "image=resnet18", *small, *few)
-    done("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run)
+    run_json("score", clips, "--run", run, "--encoder", "audio=resnet18", "--encoder", "image=resnet18", *small, *few)
+    run_json("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run)
     words: list[str | Path] = [
         "finetune",
         "--manifest",
@@ -234,23 +236,23 @@ def test_networks_are_trained_end_to_end(clips: Path, tmp_path: Path) -> None:
         "--batch-size",
         "8",
     ]
-    words += ["--balancing", "ogm-ge", "--sampling", "bss-l"]  # of the width of the scores' networks
-    held = done(*words, "--name", "held")
-    read = done(*words, "--name", "read", "--set", "finetune.resident_mib=0")
-    assert read["test"] == held["test"]
+    words += ["--balancing", "ogm-ge", "--sampling", "bss-l"]  # with the width of the networks of the scores
+    resident = run_json(*words, "--name", "held")
+    streamed = run_json(*words, "--name", "read", "--set", "finetune.resident_mib=0")
+    assert streamed["test"] == resident["test"]
     first, second = weights(run, "held"), weights(run, "read")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert any("resnet" in name for name in first)
-    assert held["num_parameters"] < 100_000
-    assert done("evaluate", "held", "--run", run)["test"] == held["test"]
-    plain = done(*words, "--name", "plain", "--set", "augment.pictures=false", "--set", "augment.sound=false")
-    assert plain["test"]["all"]["n"] == held["test"]["all"]["n"]
+    assert resident["num_parameters"] < 100_000
+    assert run_json("evaluate", "held", "--run", run)["test"] == resident["test"]
+    plain = run_json(*words, "--name", "plain", "--set", "augment.pictures=false", "--set", "augment.sound=false")
+    assert plain["test"]["all"]["n"] == resident["test"]["all"]["n"]
     third = weights(run, "plain")
     assert any(not torch.equal(tensor, third[name]) for name, tensor in first.items())
 
 
-def test_settings_reach_the_training(run: Path) -> None:
-    """Each of them changes the weights, or what is left beside them."""
+def test_settings_change_the_weights(run: Path) -> None:
+    """Each setting changes the weights, or the set of parameters."""
     base = weights(run, "plain")
     changes: dict[str, list[str]] = {
         "sgd": ["--set", "optim.optimizer=sgd"],
@@ -263,9 +265,11 @@ def test_settings_reach_the_training(run: Path) -> None:
         "heads": ["--set", "finetune.own_heads=true"],
     }
     for name, words in changes.items():
-        done(*TUNE, "--run", run, "--name", name, *words)
-        other = weights(run, name)
-        assert other.keys() != base.keys() or any(not torch.equal(tensor, other[key]) for key, tensor in base.items())
+        run_json(*TUNE, "--run", run, "--name", name, *words)
+        changed = weights(run, name)
+        assert changed.keys() != base.keys() or any(
+            not torch.equal(tensor, changed[key]) for key, tensor in base.items()
+        )
 
 
 def test_training_stops_early(run: Path) -> None:
@@ -282,7 +286,7 @@ def test_training_stops_early(run: Path) -> None:
         "--lr",
         "0.05",
     ]
-    metrics = done(
+    metrics = run_json(
         *words, "--set", "finetune.patience=3", "--set", "finetune.validation_fraction=0.2", "--name", "early"
     )
     lines = (run / "finetune" / "early" / "history.jsonl").read_text().splitlines()
@@ -291,21 +295,21 @@ def test_training_stops_early(run: Path) -> None:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Note when a network is compiled, without waiting for a compiler."""
-    seen: list[bool] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen.append(True))
-    return seen
+    """Record calls of `compile` without running a compiler."""
+    calls: list[bool] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: calls.append(True))
+    return calls
 
 
-def test_a_network_is_compiled_when_asked_for(run: Path, compiled: list[bool]) -> None:
-    done(*TUNE, "--run", run, "--name", "plainly")
+def test_network_is_compiled_only_on_request(run: Path, compiled: list[bool]) -> None:
+    run_json(*TUNE, "--run", run, "--name", "plainly")
     assert compiled == []
-    done(*TUNE, "--run", run, "--name", "compiled", "--set", "finetune.compile=true")
+    run_json(*TUNE, "--run", run, "--name", "compiled", "--set", "finetune.compile=true")
     assert compiled == [True]
 
 
-def test_history_has_a_line_an_epoch_and_what_the_method_did(run: Path) -> None:
-    done(*TUNE, "--run", run, "--balancing", "ogm", "--sampling", "bss-l", "--name", "told")
+def test_history_has_one_line_per_epoch_with_method_values(run: Path) -> None:
+    run_json(*TUNE, "--run", run, "--balancing", "ogm", "--sampling", "bss-l", "--name", "told")
     lines = (run / "finetune" / "told" / "history.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["epoch"] for record in records] == [1, 2, 3]
@@ -313,48 +317,48 @@ def test_history_has_a_line_an_epoch_and_what_the_method_did(run: Path) -> None:
     assert all(set(record) > common for record in records)
 
 
-def test_the_data_may_have_moved(planted: Callable[..., Path], tmp_path: Path) -> None:
+def test_moved_data_are_passed_with_data_option(planted: Callable[..., Path], tmp_path: Path) -> None:
     data = planted()
     run = tmp_path / "run"
-    done("score", data, "--run", run, "--repeats", "1")
-    done("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run)
+    run_json("score", data, "--run", run, "--repeats", "1")
+    run_json("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run)
     data.rename(tmp_path / "moved.parquet")
-    assert "if it moved, pass --data" in said(mmaudit(*TUNE, "--run", run))
-    first = done(*TUNE, "--run", run, "--data", tmp_path / "moved.parquet", "--name", "moved")
-    again = done("evaluate", "moved", "--run", run, "--data", tmp_path / "moved.parquet")
-    assert again["test"] == first["test"]
+    assert "if it moved, pass --data" in output_of(mmaudit(*TUNE, "--run", run))
+    first = run_json(*TUNE, "--run", run, "--data", tmp_path / "moved.parquet", "--name", "moved")
+    evaluation = run_json("evaluate", "moved", "--run", run, "--data", tmp_path / "moved.parquet")
+    assert evaluation["test"] == first["test"]
 
 
-def test_each_evaluation_has_a_file_of_its_own(run: Path) -> None:
+def test_each_evaluation_has_its_own_file(run: Path) -> None:
     folder = run / "finetune" / "plain"
-    whole = done("evaluate", "plain", "--run", run)
-    done("evaluate", "plain", "--run", run, "--split", "train")
-    done("evaluate", "plain", "--run", run, "--manifest", "audio-preferred")
+    evaluation = run_json("evaluate", "plain", "--run", run)
+    run_json("evaluate", "plain", "--run", run, "--split", "train")
+    run_json("evaluate", "plain", "--run", run, "--manifest", "audio-preferred")
     names = {path.name for path in folder.glob("evaluation*.json")}
     assert names == {"evaluation.json", "evaluation-train.json", "evaluation-test-audio-preferred.json"}
-    assert json.loads((folder / "evaluation.json").read_text())["n"] == whole["n"]
+    assert json.loads((folder / "evaluation.json").read_text())["n"] == evaluation["n"]
 
 
 def test_damaged_files_are_named(run: Path) -> None:
     folder = run / "finetune" / "plain"
     with safe_open(folder / "model.safetensors", "pt") as file:
         about, names = file.metadata(), list(file.keys())
-        some = {name: file.get_tensor(name) for name in names[1:]}
-    save_file(some, folder / "model.safetensors", metadata=about)
+        tensors = {name: file.get_tensor(name) for name in names[1:]}
+    save_file(tensors, folder / "model.safetensors", metadata=about)
     result = mmaudit("evaluate", "plain", "--run", run)
     assert result.exit_code == 2
-    assert "is damaged, its weights do not fit its own description" in said(result)
+    assert "is damaged, its weights do not fit its own description" in output_of(result)
     (folder / "metrics.json").write_text("{}")
     for words in (["evaluate", "plain"], ["report"], [*TUNE, "--name", "plain"]):
         result = mmaudit(*words, "--run", run)
         assert result.exit_code == 2
-        assert "metrics.json cannot be read: the document lacks manifest" in said(result)
+        assert "metrics.json cannot be read: the document lacks manifest" in output_of(result)
 
 
-def test_a_state_of_somebody_else_is_not_gone_on_from(run: Path) -> None:
+def test_foreign_checkpoint_is_not_resumed(run: Path) -> None:
     state = run / "finetune" / "other" / "state" / "last.pt"
     state.parent.mkdir(parents=True)
     torch.save({"a": 2}, state)
-    done(*TUNE, "--run", run, "--name", "other")
+    run_json(*TUNE, "--run", run, "--name", "other")
     first, second = weights(run, "plain"), weights(run, "other")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

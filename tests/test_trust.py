@@ -1,4 +1,4 @@
-"""Laws of trust: what nobody but a manifest names is neither opened nor run, and in one's own run all is as it was."""
+"""Tests of trust: data and code named only by an untrusted manifest are not opened or run; own runs need no option."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TRAIN = (*QUICK, "--epochs", "1", "--set", "finetune.hidden=8")
 
 
 def mmaudit(*words: str | Path) -> tuple[int, str]:
-    """Run a command, and return its exit code and all that it printed as one line."""
+    """Run a command; return its exit code, and its printed text as one line."""
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, re.sub(r"[\s│]+", " ", result.output)
@@ -43,7 +43,7 @@ def mmaudit(*words: str | Path) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, clip_source: Path) -> Path:
-    """A user's folder: data, an encoder of the user's own, and a run with a manifest and a fine-tuning."""
+    """A user's folder: data, the user's own encoder, and a run with a manifest and a fine-tuning."""
     folder = tmp_path_factory.mktemp("home")
     shutil.copytree(clip_source, folder / "data")
     (folder / "encoder_of_trust.py").write_text(ENCODER)
@@ -65,32 +65,32 @@ def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(home)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
-    assert not (home / "ran").exists()  # what no test allows
+    assert not (home / "ran").exists()  # hostile code was run
     assert not [name for name in sys.modules if name.startswith("hostile")]
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None], rows: Callable[[pa.Table], pa.Table]) -> None:
-    """Change a manifest's metadata and rows as an attacker does, with digests that fit what is there."""
+    """Change a manifest's metadata and rows as an attacker would, with matching digests."""
     table, provenance = rows(pq.read_table(path)), provenance_of(path)
     change(provenance)
-    told = {KEY: json.dumps(provenance, sort_keys=True).encode()}
-    about = {**rows_of(path), "digest": digest_of(table), "rows": len(table), "metadata": metadata_digest(told)}
-    pq.write_table(table.replace_schema_metadata({**told, ROWS_KEY.encode(): json.dumps(about).encode()}), path)
+    metadata = {KEY: json.dumps(provenance, sort_keys=True).encode()}
+    recorded = {**rows_of(path), "digest": digest_of(table), "rows": len(table), "metadata": metadata_digest(metadata)}
+    pq.write_table(table.replace_schema_metadata({**metadata, ROWS_KEY.encode(): json.dumps(recorded).encode()}), path)
     numbers = read_json(balance_path(path), error=RunError)
-    write_json({**numbers, "digest": about["digest"]}, balance_path(path))
+    write_json({**numbers, "digest": recorded["digest"]}, balance_path(path))
     table = pq.read_table(dropped_path(path))
-    about = {"dropped_from": about["digest"], "digest": digest_of(table), "rows": len(table)}
-    stated = json.dumps({**about, "metadata": metadata_digest(told)})
-    told_there = {**told, ROWS_KEY.encode(): stated.encode()}
-    pq.write_table(table.replace_schema_metadata(told_there), dropped_path(path))
+    recorded = {"dropped_from": recorded["digest"], "digest": digest_of(table), "rows": len(table)}
+    dropped_recorded = json.dumps({**recorded, "metadata": metadata_digest(metadata)})
+    dropped_metadata = {**metadata, ROWS_KEY.encode(): dropped_recorded.encode()}
+    pq.write_table(table.replace_schema_metadata(dropped_metadata), dropped_path(path))
 
 
-def nothing(provenance: dict[str, Any]) -> None:
-    """Leave the metadata as they are."""
+def keep_metadata(provenance: dict[str, Any]) -> None:
+    """Do not change the metadata."""
 
 
-def names_code(encoder: str) -> Callable[[dict[str, Any]], None]:
-    """Let the metadata name an encoder for the pictures, and allow paths that lead outside."""
+def name_encoder(encoder: str) -> Callable[[dict[str, Any]], None]:
+    """Return a change of the metadata that names an encoder for the images and allows paths outside."""
 
     def change(provenance: dict[str, Any]) -> None:
         scores = provenance["scores"]
@@ -102,27 +102,27 @@ def names_code(encoder: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def leads_to(path: str) -> Callable[[pa.Table], pa.Table]:
-    """Let every sound of the rows be a file outside."""
+def point_sounds_to(path: str) -> Callable[[pa.Table], pa.Table]:
+    """Return a change of the rows that sets every sound to this path."""
 
     def change(table: pa.Table) -> pa.Table:
-        place = table.column_names.index("audio_file_name")
-        return table.set_column(place, "audio_file_name", pa.array([path] * len(table)))
+        index = table.column_names.index("audio_file_name")
+        return table.set_column(index, "audio_file_name", pa.array([path] * len(table)))
 
     return change
 
 
 def foreign_manifest(home: Path, folder: Path, encoder: str, path: str) -> Path:
-    """Lay a hostile manifest into a folder, as somebody hands it over."""
+    """Write a hostile manifest into a folder, as received from another person."""
     folder.mkdir()
     for name in ("all.parquet", "all.dropped.parquet", "all.balance.json"):
         shutil.copy(home / "run" / "manifests" / name, folder / name)
-    rewrite(folder / "all.parquet", names_code(encoder), leads_to(path))
+    rewrite(folder / "all.parquet", name_encoder(encoder), point_sounds_to(path))
     return folder / "all.parquet"
 
 
 def commands(manifest: Path, out: Path) -> list[list[str | Path]]:
-    """Name every command that reads a manifest."""
+    """Return every command that reads a manifest."""
     run: list[str | Path] = ["--run", out / "run"]
     exports: list[list[str | Path]] = [
         ["export", manifest, "--format", name, "--out", out / f"out.{name}", "--json", *run] for name in FORMATS
@@ -139,13 +139,13 @@ def commands(manifest: Path, out: Path) -> list[list[str | Path]]:
     ]
 
 
-def holds_canary(folder: Path) -> list[str]:
-    """Name the files below a folder that hold the private text."""
+def files_with_canary(folder: Path) -> list[str]:
+    """Return the files below a folder that contain the private text."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     return [str(path) for path in files if CANARY.encode() in path.read_bytes()]
 
 
-def test_in_one_s_own_run_every_command_works_unchanged(home: Path, tmp_path: Path) -> None:
+def test_own_run_needs_no_further_options(home: Path, tmp_path: Path) -> None:
     done = {
         command[0]: mmaudit(*command)
         for command in (
@@ -158,12 +158,12 @@ def test_in_one_s_own_run_every_command_works_unchanged(home: Path, tmp_path: Pa
         )
     }
     assert {name: code for name, (code, _) in done.items()} == dict.fromkeys(done, 0), done
-    assert "passed signature: you made it on this machine" in done["verify"][1]
+    assert "passed signature: made by you on this machine" in done["verify"][1]
     assert list((tmp_path / "tars").glob("*.tar"))
 
 
-def test_what_only_reads_imports_nothing(home: Path, tmp_path: Path) -> None:
-    """Also not the user's own encoder; in a process of its own, where nothing is imported yet."""
+def test_reading_commands_import_no_encoder(home: Path, tmp_path: Path) -> None:
+    """Not even the user's own encoder; checked in a separate process."""
     program = f"""
 import sys
 from mmaudit.cli import manifests, verification
@@ -181,7 +181,7 @@ assert "encoder_of_trust" not in sys.modules
 
 
 @pytest.mark.parametrize("encoder", ["hostile_{}:run", "hf:/etc"])
-def test_a_hostile_manifest_runs_nothing_and_opens_nothing(home: Path, tmp_path: Path, encoder: str) -> None:
+def test_hostile_manifest_runs_and_opens_nothing(home: Path, tmp_path: Path, encoder: str) -> None:
     encoder = encoder.format(tmp_path.name)
     (home / f"{encoder.partition(':')[0]}.py").write_text(HOSTILE.format(mark=str(home / "ran")))
     manifest = foreign_manifest(home, tmp_path / "foreign", encoder, str(home / "canary.wav"))
@@ -192,20 +192,20 @@ def test_a_hostile_manifest_runs_nothing_and_opens_nothing(home: Path, tmp_path:
         if command[0] in ("verify", "finetune", "evaluate") or "webdataset" in command:
             assert code == 2
             assert "its source was" in printed
-        named = (*command, "--data", home / "data")
+        with_data = (*command, "--data", home / "data")
         if command[0] in ("finetune", "evaluate"):
-            code, printed = mmaudit(*named)
+            code, printed = mmaudit(*with_data)
             assert code == 2
             assert f"pass --encoder image={encoder}, if you trust what it names" in printed
     assert mmaudit("verify", manifest, "--data", home / "data", "--run", tmp_path / "run")[0] == 0
-    assert not holds_canary(tmp_path)
+    assert not files_with_canary(tmp_path)
     for path in home.glob("hostile*.py"):
         path.unlink()
     (home / "hf.py").unlink(missing_ok=True)
 
 
-def test_text_of_others_is_not_run_by_a_function_that_their_metadata_name(home: Path, tmp_path: Path) -> None:
-    """No file of code is needed: cProfile.run executes the text that it is given."""
+def test_text_of_data_is_not_executed_by_a_function_in_metadata(home: Path, tmp_path: Path) -> None:
+    """No code file is needed for an attack: cProfile.run executes its argument."""
     data = Path(shutil.copytree(home / "data", tmp_path / "data"))
     table = pa.csv.read_csv(data / "metadata.csv")
     text = f"open({str(home / 'ran')!r}, 'w')"
@@ -225,16 +225,14 @@ def test_text_of_others_is_not_run_by_a_function_that_their_metadata_name(home: 
 
 
 @pytest.mark.parametrize("path", ["../canary.wav", "ABSOLUTE", "link.wav", "linked/canary.wav"])
-def test_paths_of_a_hostile_manifest_lead_outside_only_if_the_user_says_so(
-    home: Path, tmp_path: Path, path: str
-) -> None:
+def test_paths_outside_the_data_need_allow_outside(home: Path, tmp_path: Path, path: str) -> None:
     data = tmp_path / "data"
     shutil.copytree(home / "data", data)
     shutil.copy(home / "canary.wav", tmp_path / "canary.wav")
     (data / "link.wav").symlink_to(tmp_path / "canary.wav")
     (data / "linked").symlink_to(tmp_path)
-    named = str(home / "canary.wav") if path == "ABSOLUTE" else path
-    manifest = foreign_manifest(home, tmp_path / "foreign", "statistics", named)
+    target = str(home / "canary.wav") if path == "ABSOLUTE" else path
+    manifest = foreign_manifest(home, tmp_path / "foreign", "statistics", target)
     export = ("export", manifest, "--format", "webdataset", "--out", tmp_path / "tars", "--data", data, "--json")
     code, printed = mmaudit(*export)
     assert code == 2
@@ -246,8 +244,8 @@ def test_paths_of_a_hostile_manifest_lead_outside_only_if_the_user_says_so(
     assert any(CANARY.encode() in path.read_bytes() for path in tars)
 
 
-def untrusted(home: Path, folder: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Lay a run whose manifest this user did not make here, and return the run folder."""
+def untrusted_run(home: Path, folder: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a run folder whose manifest this user did not make on this machine."""
     run = Path(shutil.copytree(home / "run", folder / "copied"))
     if how == "moved":
         run = run.rename(folder / "moved")
@@ -261,10 +259,10 @@ def untrusted(home: Path, folder: Path, how: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("how", ["copied", "moved", "another user", "no state folder"])
-def test_a_run_that_is_not_one_s_own_needs_data_and_encoder(
+def test_untrusted_run_needs_data_and_encoder(
     home: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = untrusted(home, tmp_path, how, monkeypatch)
+    run = untrusted_run(home, tmp_path, how, monkeypatch)
     hint = f"its source was {home / 'data'}: pass --data {home / 'data'}"
     for command in (
         ("verify", "all"),
@@ -279,8 +277,8 @@ def test_a_run_that_is_not_one_s_own_needs_data_and_encoder(
         assert (code, hint in printed) == (2, True), printed
         code, printed = mmaudit(*words, "--data", home / "data")
         assert (code, "pass --encoder image=encoder_of_trust:mean" in printed) == (2, True), printed
-        for wrong in ("image=statistics", "sound=statistics"):
-            assert mmaudit(*words, "--data", home / "data", "--encoder", wrong)[0] == 2
+        for encoder in ("image=statistics", "sound=statistics"):
+            assert mmaudit(*words, "--data", home / "data", "--encoder", encoder)[0] == 2
     assert mmaudit(*tune, "--data", home / "data", "--encoder", "image=encoder_of_trust:mean")[0] == 0
     assert mmaudit("replay", "all", "--run", run)[0] == 0
     assert mmaudit("report", "--run", run)[0] == 0
@@ -288,8 +286,8 @@ def test_a_run_that_is_not_one_s_own_needs_data_and_encoder(
 
 
 @pytest.fixture
-def own(home: Path) -> Iterator[Path]:
-    """A manifest of the user's own run, to be changed by hand."""
+def own_manifest(home: Path) -> Iterator[Path]:
+    """A manifest of the user's own run, which the test may edit."""
     assert mmaudit("split", "--subset", "most-balanced:100%", "--name", "spoiled", "--run", "run")[0] == 0
     path = home / "run" / "manifests" / "spoiled.parquet"
     yield path
@@ -297,42 +295,40 @@ def own(home: Path) -> Iterator[Path]:
         file.unlink()
 
 
-@pytest.mark.parametrize("what", ["rows", "metadata"])
-def test_a_manifest_changed_by_hand_says_what_changed_and_decides_nothing(
-    home: Path, tmp_path: Path, own: Path, what: str
-) -> None:
-    """Also where the digests that it states were made to fit."""
-    if what == "rows":
-        rewrite(own, nothing, leads_to("../canary.wav"))
+@pytest.mark.parametrize("part", ["rows", "metadata"])
+def test_edited_manifest_is_not_trusted(home: Path, tmp_path: Path, own_manifest: Path, part: str) -> None:
+    """Even if its recorded digests were adapted."""
+    if part == "rows":
+        rewrite(own_manifest, keep_metadata, point_sounds_to("../canary.wav"))
     else:
-        rewrite(own, names_code("hostile_code:run"), lambda table: table)
+        rewrite(own_manifest, name_encoder("hostile_code:run"), lambda table: table)
     code, printed = mmaudit("verify", "spoiled", "--run", "run")
     assert code == 3
-    assert f"FAILED signature: its {what} changed since you made it" in printed
+    assert f"FAILED signature: its {part} changed since it was made" in printed
     for command in (
         ("export", "spoiled", "--format", "webdataset", "--out", tmp_path / "tars"),
         ("finetune", "-m", "spoiled", *TRAIN),
     ):
         code, printed = mmaudit(*command, "--run", "run")
         assert code == 2
-        assert f"its {what} changed since you made it" in printed
-    assert not holds_canary(tmp_path)
+        assert f"its {part} changed since it was made" in printed
+    assert not files_with_canary(tmp_path)
 
 
-def test_numbers_without_a_signature_or_with_another_s_decide_nothing(home: Path, own: Path) -> None:
-    numbers = read_json(balance_path(own), error=RunError)
-    other = read_json(home / "run" / "manifests" / "all.balance.json", error=RunError)["signature"]
-    for signature in (None, {}, "x", other, {**numbers["signature"], "hmac": "0" * 64}):
-        write_json({**numbers, "signature": signature}, balance_path(own))
+def test_invalid_signature_is_not_trusted(home: Path, own_manifest: Path) -> None:
+    numbers = read_json(balance_path(own_manifest), error=RunError)
+    other_signature = read_json(home / "run" / "manifests" / "all.balance.json", error=RunError)["signature"]
+    for signature in (None, {}, "x", other_signature, {**numbers["signature"], "hmac": "0" * 64}):
+        write_json({**numbers, "signature": signature}, balance_path(own_manifest))
         code, printed = mmaudit("finetune", "-m", "spoiled", "--run", "run", *TRAIN)
         assert code == 2
-        assert "mmaudit split did not sign it as made by you, here" in printed
-    balance_path(own).write_text("{")
+        assert "it was not signed by you on this machine" in printed
+    balance_path(own_manifest).write_text("{")
     assert mmaudit("finetune", "-m", "spoiled", "--run", "run", *TRAIN)[0] == 2
 
 
 @pytest.mark.parametrize("key", ["source", "config", "code"])
-def test_a_record_changed_by_hand_decides_nothing(home: Path, key: str) -> None:
+def test_edited_run_json_is_not_trusted(home: Path, key: str) -> None:
     file = home / "run" / "run.json"
     before = file.read_bytes()
     record = read_json(file, error=RunError)
@@ -340,31 +336,31 @@ def test_a_record_changed_by_hand_decides_nothing(home: Path, key: str) -> None:
     code, printed = mmaudit("verify", "all", "--run", "run")
     file.write_bytes(before)
     assert code == 2
-    assert "run.json is not signed by you on this machine, or was changed" in printed
+    assert "run.json was not signed by you on this machine, or has changed" in printed
 
 
-def test_a_manifest_of_a_table_of_others_is_bound_to_no_source(home: Path, tmp_path: Path) -> None:
-    """Not even where that table says that it is the run's own."""
+def test_manifest_of_another_table_is_bound_to_no_source(home: Path, tmp_path: Path) -> None:
+    """Even if the table is a copy of the run's own."""
     shutil.copy(home / "run" / "scores.parquet", tmp_path / "scores.parquet")
     words = ("--subset", "most-balanced:100%", "--name", "others", "--run", "run")
     assert mmaudit("split", "--scores", tmp_path / "scores.parquet", *words)[0] == 0
     code, printed = mmaudit("export", "others", "--run", "run", "--format", "webdataset", "--out", tmp_path / "tars")
     assert code == 2
-    assert "it was made from other scores than its run's" in printed
-    assert mmaudit("replay", "others", "--run", "run")[0] == 0  # the recipe is the user's own words
+    assert "it was not made from the scores of its run" in printed
+    assert mmaudit("replay", "others", "--run", "run")[0] == 0  # the recipe is the user's own
     table = home / "run" / "scores.parquet"
     before = table.read_bytes()
     pq.write_table(pq.read_table(table), table)
     assert mmaudit("split", *words)[0] == 0
     table.write_bytes(before)
     code, printed = mmaudit("finetune", "-m", "others", "--run", "run", *TRAIN)
-    assert (code, "it was made from other scores than its run's" in printed) == (2, True), printed
+    assert (code, "it was not made from the scores of its run" in printed) == (2, True), printed
 
 
-def test_another_file_of_the_encoder_s_name_is_not_run(
+def test_another_module_of_the_encoder_name_is_not_imported(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder of others may hold a module that is called like the user's own."""
+    """Another folder may hold a module with the name of the user's own."""
     (tmp_path / "encoder_of_trust.py").write_text(HOSTILE.format(mark=str(home / "ran")))
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(home))])
     monkeypatch.delitem(sys.modules, "encoder_of_trust")
@@ -376,7 +372,7 @@ def test_another_file_of_the_encoder_s_name_is_not_run(
     assert "encoder_of_trust" not in sys.modules
 
 
-def test_a_fine_tuning_of_others_names_no_manifest_outside_its_run(home: Path, tmp_path: Path) -> None:
+def test_foreign_finetune_cannot_name_a_manifest_outside_its_run(home: Path, tmp_path: Path) -> None:
     tuned = Path(shutil.copytree(home / "run" / "finetune" / "tuned", tmp_path / "tuned"))
     metrics = read_json(tuned / "metrics.json", error=RunError)
     write_json({**metrics, "manifest": str(home / "run" / "manifests" / "all.parquet")}, tuned / "metrics.json")
@@ -388,7 +384,7 @@ def test_a_fine_tuning_of_others_names_no_manifest_outside_its_run(home: Path, t
 @pytest.mark.parametrize(
     "name", ["recovery.json", "manifests/x.balance.json", "finetune/tuned/history.jsonl", "figures"]
 )
-def test_a_report_of_others_reads_no_private_file(home: Path, tmp_path: Path, name: str) -> None:
+def test_report_of_a_foreign_run_reads_no_file_outside(home: Path, tmp_path: Path, name: str) -> None:
     run = Path(shutil.copytree(home / "run", tmp_path / "run"))
     shutil.rmtree(run / "figures", ignore_errors=True)
     (run / name).unlink(missing_ok=True)
@@ -404,10 +400,10 @@ def test_a_report_of_others_reads_no_private_file(home: Path, tmp_path: Path, na
     assert code == 2
     assert "is a link out of" in printed
     assert CANARY not in printed
-    assert holds_canary(tmp_path) == [str(path) for path in (private / "picture.png", private) if path.is_file()]
+    assert files_with_canary(tmp_path) == [str(path) for path in (private / "picture.png", private) if path.is_file()]
 
 
-def test_a_report_escapes_what_others_wrote(home: Path, tmp_path: Path) -> None:
+def test_report_escapes_names_of_a_foreign_run(home: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(home / "run", tmp_path / "run"))
     table = pq.read_table(run / "scores.parquet")
     script = "<script>alert(1)</script>"
@@ -423,8 +419,8 @@ def test_a_report_escapes_what_others_wrote(home: Path, tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_the_same_data_elsewhere_give_the_same_bytes(home: Path, tmp_path: Path) -> None:
-    """No file that is hashed or compared holds a path, a time or a count of seconds."""
+def test_moved_data_give_same_bytes(home: Path, tmp_path: Path) -> None:
+    """No hashed or compared file contains a path, a time or a duration."""
     data, run = tmp_path / "deep" / "copied", tmp_path / "another-run"
     shutil.copytree(home / "data", data, copy_function=shutil.copyfile)  # other times
     words = ("--encoder", "image=encoder_of_trust:mean", "--id", "id", *SHORT, *QUICK)
@@ -438,4 +434,4 @@ def test_the_same_data_elsewhere_give_the_same_bytes(home: Path, tmp_path: Path)
         for folder in (home, run, data):
             assert str(folder).encode() not in first.read_bytes()
     numbers = read_json(home / "run" / "manifests" / "all.balance.json", error=RunError)
-    assert numbers["source"] == str(home / "data")  # a hint for messages, in a file that nothing is compared with
+    assert numbers["source"] == str(home / "data")  # for messages only, in a file that is not compared

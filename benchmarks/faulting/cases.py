@@ -16,20 +16,20 @@ from .trees import Snapshot, differing, leftovers, snapshot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """A command undisturbed: the folder before and after it, its usual duration and its file operations."""
+    """An undisturbed run of a command: the folder before and after it, its duration and its file operations."""
 
     stage: Path
     before: Snapshot
     after: Snapshot
     seconds: float
-    worker_seconds: float  # for which other processes work for it
+    worker_seconds: float  # for which it has worker processes
     operations: tuple[str, ...]
     new_sizes: tuple[int, ...]  # bytes of the files that it writes
-    unstable: tuple[str, ...]  # what differs between two undisturbed runs
+    unstable: tuple[str, ...]  # files that differ between two undisturbed runs
 
 
 class Cases:
-    """Makes case folders; what the commands before left is kept, and copied for every case."""
+    """Case folders; the results of the preceding commands are stored, and copied for every case."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -51,10 +51,10 @@ class Cases:
                 self._seconds[commands] = outcome.seconds
             else:
                 self.bench.case.mkdir()
-            kept = self.bench.scratch / "stages" / str(len(self._stages))
-            shutil.copytree(self.bench.case, kept)
+            copy = self.bench.scratch / "stages" / str(len(self._stages))
+            shutil.copytree(self.bench.case, copy)
             self.end()
-            self._stages[commands] = kept
+            self._stages[commands] = copy
         return self._stages[commands]
 
     def codes(self, commands: tuple[Arguments, ...]) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ class Cases:
 
 
 class Reader:
-    """Another process in which the tested mmaudit reads what a fault has left."""
+    """A process in which the tested mmaudit reads the files that a fault left."""
 
     def __init__(self, bench: Bench) -> None:
         self._process = subprocess.Popen(
@@ -138,7 +138,7 @@ class Reader:
         )
 
     def refusals(self, run_folder: Path) -> list[str]:
-        """Return what is refused of the run folder's files."""
+        """Return the files of a run folder that mmaudit refuses."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{run_folder}\n")

@@ -1,4 +1,4 @@
-"""What a fault has done: results lost or mixed, half files, orphans, wrong exit codes, other bytes after the rerun."""
+"""Checks after a fault: results lost or mixed, half files, orphans, wrong exit codes, other bytes after the rerun."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .processes import Outcome
 from .trees import Snapshot, half_files, results, snapshot
 
 COLUMNS = ("losses", "half files", "orphans", "bytes differing", "left over", "wrong exits")
-_REMADE = re.compile(r"run/(report\.html|report\.json|figures/.*)")  # by the rerun, from the other results
+_REMADE = re.compile(r"run/(report\.html|report\.json|figures/.*)")  # rewritten by the rerun from the other results
 _COMMAND_FRAME = "cli/app.py"  # in the traceback of a command that has begun
 _REASONS = ("No space left on device", "File too large", "disk is full", "Disk quota exceeded")
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Everything wrong after one fault, as one line each, by column."""
+    """Damage found after one fault, one line each, by column."""
 
     lines: dict[str, list[str]] = field(default_factory=lambda: {column: [] for column in COLUMNS})
 
@@ -47,18 +47,20 @@ def state_of(command: Command, reference: Reference, tree: Snapshot) -> tuple[st
     changed = [path for path, mark in before.items() if visible.get(path, mark) not in (mark, after.get(path))]
     lost += [f"{path} has changed" for path in changed]
     if command.swaps:
-        return "mixed", lost or ["old results and new ones lie side by side"]
+        return "mixed", lost or ["old and new results are mixed"]
     if command.final is not None and command.final in visible:
-        wanted = [path for path in after if not _REMADE.fullmatch(path)]
-        lost += [f"{command.final} exists without {path}" for path in wanted if visible.get(path) != after[path]]
+        expected_paths = [path for path in after if not _REMADE.fullmatch(path)]
+        lost += [
+            f"{command.final} exists without {path}" for path in expected_paths if visible.get(path) != after[path]
+        ]
     return ("mixed" if lost else "partial"), lost
 
 
 def check_folder(case: Path, command: Command, reference: Reference, reader: Reader, damage: Damage) -> str:
-    """Check what lies in the case folder after a fault, and return its state."""
+    """Check the case folder after a fault, and return its state."""
     state, lost = state_of(command, reference, snapshot(case))
     damage.add("losses", *lost)
-    damage.add("half files", *half_files(case, known=(reference.before, reference.after)))
+    damage.add("half files", *half_files(case, references=(reference.before, reference.after)))
     if state != "mixed":
         damage.add("losses", *reader.refusals(case / "run"))
     return state
@@ -82,8 +84,8 @@ def check_full(outcome: Outcome, damage: Damage) -> None:
         damage.add("wrong exits", f"{end}{', a traceback' * _has_traceback(outcome)}: {last_line(outcome)}")
         return
     messages = [line for line in outcome.errors if line.startswith("error:")]
-    named = len(messages) == 1 and ("/" in messages[0] or "exported-" in messages[0])
-    if not named or not any(reason.lower() in messages[0].lower() for reason in _REASONS):
+    has_path = len(messages) == 1 and ("/" in messages[0] or "exported-" in messages[0])
+    if not has_path or not any(reason.lower() in messages[0].lower() for reason in _REASONS):
         damage.add("wrong exits", f"no single line with path and reason: {last_line(outcome)}")
 
 

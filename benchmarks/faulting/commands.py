@@ -1,4 +1,4 @@
-"""The commands under test: what lies in the folder before each, its options, and which of its files belong together."""
+"""The commands under test: preceding commands, options, and files that belong together."""
 
 from __future__ import annotations
 

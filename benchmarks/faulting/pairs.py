@@ -54,7 +54,7 @@ def run_pair(cases: Cases, pair: Pair, operation: int) -> tuple[Damage, bool]:
     for outcome in outcomes:
         damage.add("orphans", *outcome.orphans)
     references = _serial_results(cases, pair, outcomes)
-    damage.add("half files", *half_files(cases.bench.case, known=[reference for _, reference in references]))
+    damage.add("half files", *half_files(cases.bench.case, references=[reference for _, reference in references]))
     refused = any(names_holder(outcome) for outcome in outcomes)
     cases.end()
     _compare(outcomes, tree, references, damage)
@@ -63,8 +63,8 @@ def run_pair(cases: Cases, pair: Pair, operation: int) -> tuple[Damage, bool]:
 
 def _serial_results(cases: Cases, pair: Pair, outcomes: Outcomes) -> list[Result]:
     """Return what both orders give, and what one command alone gives where the other was refused."""
-    kept = cases.bench.case.with_name("paired")
-    cases.bench.case.rename(kept)
+    aside = cases.bench.case.with_name("paired")
+    cases.bench.case.rename(aside)
     before = pair.before
     codes = cases.codes((*before, pair.first, pair.second))
     results = [((codes[-2], codes[-1]), snapshot(cases.stage((*before, pair.first, pair.second))))]
@@ -74,7 +74,7 @@ def _serial_results(cases: Cases, pair: Pair, outcomes: Outcomes) -> list[Result
         results.append(((cases.codes((*before, pair.first))[-1], 2), snapshot(cases.stage((*before, pair.first)))))
     if names_holder(outcomes[0]):
         results.append(((2, cases.codes((*before, pair.second))[-1]), snapshot(cases.stage((*before, pair.second)))))
-    kept.rename(cases.bench.case)
+    aside.rename(cases.bench.case)
     return results
 
 

@@ -1,4 +1,4 @@
-"""Tested processes: started in a session of their own, struck at a chosen point, and their orphans counted."""
+"""Tested processes: started in their own session, struck at a given point, and checked for orphans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HOOK = Path(__file__).parent / "hook"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """Where everything lies, and the interpreter whose mmaudit is tested."""
+    """The scratch folder, and the interpreter whose mmaudit is tested."""
 
     python: str
     scratch: Path
@@ -85,7 +85,7 @@ class Point:
 
     @classmethod
     def parse(cls, text: str) -> Point:
-        """Read what `str` writes."""
+        """Parse the output of `str`."""
         name, when, *group = text.split(":")
         number, to_group = signal.Signals[name], group == ["group"]
         if when.startswith("op"):
@@ -93,7 +93,7 @@ class Point:
         return cls(number=number, share=float(when[1:]), in_workers=when[0] == "w", to_group=to_group)
 
     def hook(self) -> dict[str, str]:
-        """Return what the start-up hook is to do, as environment variables."""
+        """Return the action of the start-up hook as environment variables."""
         if self.operation is None:
             return {}
         group = "1" if self.to_group else "0"
@@ -242,13 +242,13 @@ def _limit_files(num_bytes: int) -> None:
 
 def _marked(mark: str) -> dict[int, str]:
     """Return the processes whose environment has this mark, wherever they were re-parented, with their command."""
-    wanted = f"{_MARK}={mark}".encode()
+    variable = f"{_MARK}={mark}".encode()
     marked = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal():
             continue
-        with suppress(OSError):  # it has ended, or is somebody else's
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+        with suppress(OSError):  # it has ended, or belongs to another user
+            if variable in (folder / "environ").read_bytes().split(b"\0"):
                 words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 marked[int(folder.name)] = words[:120]
     return marked

@@ -42,8 +42,8 @@ def draw_points(tested: Tested, number: signal.Signals, count: int, *, seed: int
     rng = _generator(seed, tested.command.name, number.name)
     num_operations = len(tested.reference.operations)
     by_operation = min((count + 1) // 2, num_operations)
-    chosen = sorted(rng.choice(num_operations, by_operation, replace=False) + 1)
-    points = [Point(number=number, operation=int(operation)) for operation in chosen]
+    operations = sorted(rng.choice(num_operations, by_operation, replace=False) + 1)
+    points = [Point(number=number, operation=int(operation)) for operation in operations]
     shares = sorted(float(share) for share in rng.random(count - by_operation))
     by_workers = (len(shares) + 1) // 2 if tested.command.has_workers else 0
     points += [
@@ -55,13 +55,13 @@ def draw_points(tested: Tested, number: signal.Signals, count: int, *, seed: int
 
 
 def strike(tested: Tested, point: Point) -> tuple[Damage, str] | None:
-    """Send a signal at a point, check what is left, run the command again, and compare. None: it ended before."""
+    """Send a signal at a point, check the files, run the command again, and compare. None: it ended before."""
     command, reference, bench = tested.command, tested.reference, tested.cases.bench
     tested.cases.begin(reference.stage)
     seconds = reference.worker_seconds if point.in_workers else reference.seconds
     outcome = run_struck(bench, command.arguments, point, usual_seconds=seconds)
     operations = bench.operations()
-    at = "" if point.operation is None or not outcome.struck else operations[point.operation - 1]
+    operation = "" if point.operation is None or not outcome.struck else operations[point.operation - 1]
     damage = None
     if outcome.struck:
         damage = Damage()
@@ -70,11 +70,11 @@ def strike(tested: Tested, point: Point) -> tuple[Damage, str] | None:
         check_signal(outcome, point.number, is_new=state == "new", damage=damage)
         _check_rerun(tested, state, damage)
     tested.cases.end()
-    return None if damage is None else (damage, at)
+    return None if damage is None else (damage, operation)
 
 
 def fill(tested: Tested, num_free: int, *, by_mount: bool) -> Damage | None:
-    """Run a command on a disk with `num_free` bytes left, make room, run it again. None: it had enough."""
+    """Run a command on a disk with `num_free` bytes left, free space, run it again. None: the space sufficed."""
     bench, stage = tested.cases.bench, tested.reference.stage
     if by_mount:
         bench.case.mkdir()
@@ -96,13 +96,13 @@ def draw_sizes(tested: Tested, count: int, *, seed: int, by_mount: bool) -> list
     rng = _generator(seed, tested.command.name, "full")
     sizes = tested.reference.new_sizes
     step = PAGE if by_mount else 1
-    most = sum(-(-size // PAGE) for size in sizes) if by_mount else max(sizes)
-    drawn = rng.choice(most, min(count, most), replace=False)
+    max_steps = sum(-(-size // PAGE) for size in sizes) if by_mount else max(sizes)
+    drawn = rng.choice(max_steps, min(count, max_steps), replace=False)
     return [int(size) * step for size in sorted(drawn)]
 
 
 def _check_full(tested: Tested, outcome: Outcome) -> Damage | None:
-    """Check what a full disk has left, now that there is room, and run the command again."""
+    """Check the files that a full disk left, after freeing space, and run the command again."""
     if outcome.code == 0:
         return None
     damage = Damage()
@@ -114,27 +114,27 @@ def _check_full(tested: Tested, outcome: Outcome) -> Damage | None:
 
 
 def _check_left(tested: Tested, damage: Damage) -> str:
-    """Check what a fault has left. A swap cut in two may be ended by the next command: it is tried on a copy."""
+    """Check the files that a fault left. An interrupted swap is completed by the next command, tried on a copy."""
     case, trial = tested.cases.bench.case, Damage()
     state = check_folder(case, tested.command, tested.reference, tested.reader, trial)
     if state == "mixed" and tested.command.swaps:
-        kept = case.with_name("kept")
-        shutil.copytree(case, kept)
+        copy = case.with_name("kept")
+        shutil.copytree(case, copy)
         run(tested.cases.bench, REPORT)
-        again = Damage()
-        if check_folder(case, tested.command, tested.reference, tested.reader, again) != "mixed":
-            trial = again
+        retried = Damage()
+        if check_folder(case, tested.command, tested.reference, tested.reader, retried) != "mixed":
+            trial = retried
         for path in case.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.copytree(kept, case, dirs_exist_ok=True)
-        shutil.rmtree(kept)
+        shutil.copytree(copy, case, dirs_exist_ok=True)
+        shutil.rmtree(copy)
     for column, lines in trial.lines.items():
         damage.add(column, *lines)
     return state
 
 
 def _check_rerun(tested: Tested, state: str, damage: Damage) -> None:
-    """Run the same command again; an export that is there already is refused, which is right."""
+    """Run the same command again; an export that already exists must be refused."""
     outcome = run(tested.cases.bench, tested.command.arguments)
     finished = outcome.code == 0 or (outcome.code == 2 and state == "new")
     if not finished:

@@ -63,12 +63,12 @@ def leftovers(tree: Snapshot, reference: Snapshot) -> list[str]:
     return [f"{path} is left over" for path in tree if path not in reference]
 
 
-def half_files(folder: Path, *, known: Iterable[Snapshot]) -> list[str]:
-    """Return the files under their final names that cannot be read to the end; `known` digests are whole."""
-    whole = {mark for tree in known for mark in tree.values()}
+def half_files(folder: Path, *, references: Iterable[Snapshot]) -> list[str]:
+    """Return files with final names that cannot be read to the end; files that are in `references` are complete."""
+    complete = {mark for tree in references for mark in tree.values()}
     faulty = []
     for path, mark in snapshot(folder).items():
-        if path.endswith("/") or is_hidden(path) or mark in whole:
+        if path.endswith("/") or is_hidden(path) or mark in complete:
             continue
         try:
             _PARSERS.get(PurePosixPath(path).suffix, _parse_nothing)(folder / path)
@@ -83,8 +83,8 @@ def _digest(path: Path) -> str:
     if path.name in NOT_COMPARED:
         with suppress(ValueError, AttributeError):
             record = json.loads(content)
-            kept = {key: value for key, value in record.items() if key not in NOT_COMPARED[path.name]}
-            content = json.dumps(kept, sort_keys=True).encode()
+            compared = {key: value for key, value in record.items() if key not in NOT_COMPARED[path.name]}
+            content = json.dumps(compared, sort_keys=True).encode()
     mark = hashlib.sha256(content)
     if path.suffix == ".pt":
         with suppress(Exception):  # a damaged one is left to half_files

@@ -82,40 +82,40 @@ ODD_TYPES: tuple[pa.DataType, ...] = (
 
 def odd_type(rng: Random, array: Any) -> pa.Array:
     """Return an array of the same length in another type: cast where that can be done, else of made-up values."""
-    wanted = rng.choice(ODD_TYPES)
+    type_ = rng.choice(ODD_TYPES)
     array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
     try:
-        return array.cast(wanted)
+        return array.cast(type_)
     except (pa.ArrowException, NotImplementedError):
         pass
-    cells: list[Any] = [_cell_of(rng, wanted) if rng.random() < 0.8 else None for _ in range(len(array))]
-    return pa.array(cells, wanted)
+    cells: list[Any] = [_cell_of(rng, type_) if rng.random() < 0.8 else None for _ in range(len(array))]
+    return pa.array(cells, type_)
 
 
-def _cell_of(rng: Random, wanted: pa.DataType) -> Any:
+def _cell_of(rng: Random, type_: pa.DataType) -> Any:
     """Return a value that an array of the type can hold."""
     types = pa.types
-    if types.is_nested(wanted) or types.is_dictionary(wanted):
-        return _nested_cell(rng, wanted)
-    if types.is_fixed_size_binary(wanted) and not types.is_decimal(wanted):
-        return rng.randbytes(wanted.byte_width)
-    if types.is_binary(wanted) or types.is_large_binary(wanted):
+    if types.is_nested(type_) or types.is_dictionary(type_):
+        return _nested_cell(rng, type_)
+    if types.is_fixed_size_binary(type_) and not types.is_decimal(type_):
+        return rng.randbytes(type_.byte_width)
+    if types.is_binary(type_) or types.is_large_binary(type_):
         return rng.choice((b"", b"\xff\xfe", b"RIFF", b"\x89PNG\r\n\x1a\n", b"x"))
-    if types.is_string(wanted) or types.is_large_string(wanted) or types.is_string_view(wanted):
+    if types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_):
         return rng.choice(EDGE_TEXTS)
-    if types.is_boolean(wanted):
+    if types.is_boolean(type_):
         return rng.random() < 0.5
-    if types.is_floating(wanted):
+    if types.is_floating(type_):
         return rng.choice((0.0, 0.5, 1.0, 2.0, -1.0, float("nan"), float("inf")))
-    return rng.choice((0, 1, 2)) if types.is_integer(wanted) else None
+    return rng.choice((0, 1, 2)) if types.is_integer(type_) else None
 
 
-def _nested_cell(rng: Random, wanted: pa.DataType) -> Any:
-    if pa.types.is_dictionary(wanted):
-        return _cell_of(rng, wanted.value_type)
-    if pa.types.is_map(wanted):
+def _nested_cell(rng: Random, type_: pa.DataType) -> Any:
+    if pa.types.is_dictionary(type_):
+        return _cell_of(rng, type_.value_type)
+    if pa.types.is_map(type_):
         return [("k", 1)]
-    if pa.types.is_struct(wanted):
-        return {field.name: _cell_of(rng, field.type) for field in wanted}
-    length = wanted.list_size if pa.types.is_fixed_size_list(wanted) else rng.choice((0, 1, 3))
-    return [_cell_of(rng, wanted.value_type) for _ in range(length)]
+    if pa.types.is_struct(type_):
+        return {field.name: _cell_of(rng, field.type) for field in type_}
+    length = type_.list_size if pa.types.is_fixed_size_list(type_) else rng.choice((0, 1, 3))
+    return [_cell_of(rng, type_.value_type) for _ in range(length)]

@@ -64,7 +64,7 @@ def _odd_field(rng: Random) -> Any:
     return rng.choice(values)
 
 
-CALLED = (
+CALLABLES = (
     "os system", "builtins eval", "numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype",
     "_codecs encode", "collections OrderedDict", "builtins bytearray", "builtins list",
     "mmaudit.audit.storage write_text",
@@ -81,15 +81,15 @@ def _opcodes(rng: Random, valid: bytes) -> bytes:
         b"]q" + bytes([min(n + 1, 255)]) + b"(" + (b"h" + bytes([min(n, 254)])) * 2 + b"e"
         for n in range(min(level, 200))
     )
-    called = rng.choice(CALLED).replace(" ", "\n").join(("c", "\n")).encode() + rng.choice(ARGUMENTS) + b"R"
+    call = rng.choice(CALLABLES).replace(" ", "\n").join(("c", "\n")).encode() + rng.choice(ARGUMENTS) + b"R"
     programs = (
         laughs + b".",
         b"\x80\x02}X\x05\x00\x00\x00train" + laughs[2:] + b"s.",
         b"\x80\x02" + b"]" * level + b"a" * level + b".",
         b"\x80\x02" + b"(" * level + b"t" * level + b".",
         b"\x80\x02" + b"}" + b"(K\x01" * min(level, 2000) + b"}u" * min(level, 2000) + b".",
-        b"\x80\x02" + called + b".",
-        b"\x80\x02" + called + rng.choice((b"}b.", b"(NNNNNtb.", b"(K\x01(K\x02tNK\x00C\x02abtb.")),
+        b"\x80\x02" + call + b".",
+        b"\x80\x02" + call + rng.choice((b"}b.", b"(NNNNNtb.", b"(K\x01(K\x02tNK\x00C\x02abtb.")),
         b"\x80\x04\x95" + struct.pack("<Q", rng.choice((0, 2**40, 2**63))) + b"N.",
         b"\x80\x05\x96" + struct.pack("<Q", rng.choice((5, 2**33, 2**63))) + b"abcde.",
         b"\x80\x02\x8b" + struct.pack("<i", rng.choice((4, -1, 2**31 - 1))) + b"\xff\xff\xff\x7f.",
@@ -143,16 +143,16 @@ def _npy_header(shape: str, dtype: str) -> bytes:
 def lists(rng: Random, seeds: Seeds) -> list[str]:
     """Write a small download of one of the adapters, with its lists damaged, and ingest it."""
     name, write_download = rng.choice(_DOWNLOADS)
-    listed = write_download(seeds)
+    paths = write_download(seeds)
     for _ in range(rng.choice((1, 1, 2))):
-        path = Path(rng.choice(listed))
+        path = Path(rng.choice(paths))
         text = path.read_text(encoding="utf-8", errors="replace")
         if rng.random() < 0.6:
             path.write_text(mutate_text(rng, text), encoding="utf-8", errors="surrogatepass")
         else:
             path.write_bytes(encode_oddly(rng, text))
-    named = [part for path in listed for part in ("--list", path)] if rng.random() < 0.3 else []
-    return ["ingest", name, ".", *named, *(["--json"] if rng.random() < 0.3 else [])]
+    options = [part for path in paths for part in ("--list", path)] if rng.random() < 0.3 else []
+    return ["ingest", name, ".", *options, *(["--json"] if rng.random() < 0.3 else [])]
 
 
 def _write(path: str, text: str) -> str:
@@ -194,13 +194,13 @@ def _vggsound(seeds: Seeds) -> list[str]:
 
 
 def _ucf101(seeds: Seeds) -> list[str]:
-    for number, place in enumerate(("jpegs_256", "tvl1_flow/u", "tvl1_flow/v")):
-        _copy(seeds, f"media/image/{number}.png", f"{place}/v_Archery_g01_c01/frame000001.png")
-    home = "ucfTrainTestlist"
+    for number, folder in enumerate(("jpegs_256", "tvl1_flow/u", "tvl1_flow/v")):
+        _copy(seeds, f"media/image/{number}.png", f"{folder}/v_Archery_g01_c01/frame000001.png")
+    list_folder = "ucfTrainTestlist"
     return [
-        _write(f"{home}/classInd.txt", "1 Archery\n2 Biking\n"),
-        _write(f"{home}/trainlist01.txt", "Archery/v_Archery_g01_c01.avi 1\nBiking/v_Biking_g02_c01.avi 2\n"),
-        _write(f"{home}/testlist01.txt", "Archery/v_Archery_g03_c01.avi\n"),
+        _write(f"{list_folder}/classInd.txt", "1 Archery\n2 Biking\n"),
+        _write(f"{list_folder}/trainlist01.txt", "Archery/v_Archery_g01_c01.avi 1\nBiking/v_Biking_g02_c01.avi 2\n"),
+        _write(f"{list_folder}/testlist01.txt", "Archery/v_Archery_g03_c01.avi\n"),
     ]
 
 

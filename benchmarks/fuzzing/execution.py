@@ -21,7 +21,7 @@ from .faults import GENERATOR_FAILED, HANG_SECONDS, SECRET, fault_of, read_text
 
 _MAX_FILE_BYTES = 1 << 30
 _MAX_KEPT_BYTES = 100 << 20
-_ROOM_BYTES = 6 << 30  # of addresses beyond those of the parent: what would fill the machine ends in a MemoryError
+_ROOM_BYTES = 6 << 30  # address space beyond the parent's, so that excessive allocations end in a MemoryError
 _HOSTILE_CODE = "import pathlib\npathlib.Path('../executed').touch()\n\ndef run(*_):\n    return [0.0]\n"
 
 Generate = Callable[[random.Random], list[str]]
@@ -29,10 +29,10 @@ Generate = Callable[[random.Random], list[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Result of one input: how the child ended, and what is wrong with that ("" where nothing is).
+    """Result of one input: the exit of the child, and its fault ("" for none).
 
-    `fault` is one of traceback, signal, hang, memory, message, escape and generator; `group` names where; `detail` is
-    the last line of stderr, or what the fault is in words.
+    `fault` is one of traceback, signal, hang, memory, message, escape and generator; `group` is its location; `detail`
+    is the last line of stderr, or a description of the fault.
     """
 
     name: str
@@ -98,7 +98,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _end_group(child: int) -> None:
-    """Kill what the child left behind: it leads a session of its own."""
+    """Kill the processes that the child left running; it leads its own session."""
     try:
         os.killpg(child, signal.SIGKILL)
     except ProcessLookupError:
@@ -127,7 +127,7 @@ def _run_child(folder: Path) -> NoReturn:
     _set_limits()
     log = (folder / "crash").open("w")
     faulthandler.enable(log)
-    faulthandler.register(signal.SIGALRM, log, chain=True)  # says where a hang was, then ends the child
+    faulthandler.register(signal.SIGALRM, log, chain=True)  # logs the stack of a hang, then ends the child
     signal.alarm(HANG_SECONDS)
     code = _call_main(list(_read_command(folder)), folder / "traceback")
     for stream in (sys.stdout, sys.stderr):

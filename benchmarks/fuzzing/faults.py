@@ -1,4 +1,4 @@
-"""What is wrong with the end of a child: its exit code, its memory, its words, its files."""
+"""Classification of a child's failure: by exit code, memory, printed text and files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROOT = f"{Path(__file__).resolve().parents[2]}/"
 
 
 def fault_of(folder: Path, code: int, argv: tuple[str, ...], peak: int) -> tuple[str, str, str]:
-    """Return what is wrong with a child's end as (fault, group, detail); ("", "", "") where nothing is."""
+    """Return a child's failure as (fault, group, detail); ("", "", "") if there is none."""
     command = argv[0] if argv else "?"
     stderr = read_text(folder / "stderr")
     last = stderr.strip().rpartition("\n")[2][:300]
@@ -33,7 +33,7 @@ def fault_of(folder: Path, code: int, argv: tuple[str, ...], peak: int) -> tuple
 
 
 def _fault_of_words(folder: Path, code: int, command: str, stderr: str) -> tuple[str, str, str] | None:
-    """Return what is wrong with the printed text: an error of several lines, or control characters."""
+    """Return a fault if the printed text has control characters, or an error that is not one line."""
     text = stderr + read_text(folder / "stdout")
     control = sorted(
         {f"{ord(char):#04x}" for char in text if (ord(char) < 32 and char not in "\n\t") or 127 <= ord(char) < 160}
@@ -41,17 +41,17 @@ def _fault_of_words(folder: Path, code: int, command: str, stderr: str) -> tuple
     if control:
         return "message", f"{command} prints control characters", ", ".join(control)
     lines = stderr.rstrip("\n").split("\n")
-    wanted = {2: "error: ", 3: "failed: "}.get(code)
-    if wanted is None or "Usage: " in stderr:
+    prefix = {2: "error: ", 3: "failed: "}.get(code)
+    if prefix is None or "Usage: " in stderr:
         return None
-    starts = [number for number, line in enumerate(lines) if line.startswith(wanted)]
+    starts = [number for number, line in enumerate(lines) if line.startswith(prefix)]
     if starts != [len(lines) - 1]:
         return "message", f"{command}, exit {code}: not one line", stderr[-300:]
     return None
 
 
 def _escape_of(folder: Path, command: str, argv: tuple[str, ...]) -> tuple[str, str, str] | None:
-    """Return what the files show of an input that got its way: its code has run, or files outside were used."""
+    """Return a fault if the code of an input was run, or files outside its folder were read or written."""
     names = {path.name for path in folder.iterdir()} - {
         "input",
         "outside",
@@ -76,25 +76,25 @@ def _plain_files(folder: Path) -> list[Path]:
 
 
 def _crash_frame(log: Path) -> str:
-    """Return the innermost frame of ours in a dump of `faulthandler`, as file:line and function."""
+    """Return mmaudit's innermost frame in a dump of `faulthandler`, as file:line and function."""
     frames = [line.strip() for line in read_text(log).splitlines() if line.startswith('  File "')]
-    ours = [frame for frame in frames if _is_ours(frame)]
-    return _short((ours or frames or ["?"])[0])
+    own_frames = [frame for frame in frames if _is_own_frame(frame)]
+    return _short((own_frames or frames or ["?"])[0])
 
 
 def _frame(text: str) -> str:
-    """Return the innermost frame of ours in a traceback and the type of the exception."""
+    """Return mmaudit's innermost frame in a traceback, and the type of the exception."""
     text = text.rpartition("Traceback (most recent call last)")[2]
     lines = text.splitlines()
     frames = [line.strip() for line in lines if line.strip().startswith('File "')]
-    ours = [frame for frame in frames if _is_ours(frame)]
+    own_frames = [frame for frame in frames if _is_own_frame(frame)]
     names = [line.partition(":")[0] for line in lines if line and not line.startswith((" ", "Traceback"))]
     deepest = _short(frames[-1]) if frames else "?"
-    own = _short(ours[-1]) if ours else "?"
+    own = _short(own_frames[-1]) if own_frames else "?"
     return f"{names[-1] if names else '?'} in {own}" + ("" if own == deepest else f" (raised in {deepest})")
 
 
-def _is_ours(frame: str) -> bool:
+def _is_own_frame(frame: str) -> bool:
     return _ROOT in frame and "site-packages" not in frame
 
 

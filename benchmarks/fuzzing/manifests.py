@@ -21,11 +21,11 @@ FORMATS = ("csv", "jsonl", "npy", "ogm", "webdataset", "datasets")
 
 
 def manifests(rng: Random, seeds: Seeds) -> list[str]:
-    """Write a manifest with odd rows, columns or metadata, its companions beside it, and run a command on it."""
+    """Write a manifest with odd rows, columns or metadata, and its companion files, and run a command on it."""
     run = rng.choice(("run", "run", "media-run"))
     name = rng.choice(("balanced", "some"))
-    home = seeds.path(f"{run}/manifests")
-    for path in home.glob(f"{name}.*"):
+    folder = seeds.path(f"{run}/manifests")
+    for path in folder.glob(f"{name}.*"):
         shutil.copy(path, path.name)
     shutil.copy(seeds.path(f"{run}/scores.parquet"), "scores.parquet")
     target = rng.choice(("manifest", "manifest", "manifest", "metadata", "metadata", "metadata", "dropped", "numbers"))
@@ -40,7 +40,7 @@ def manifests(rng: Random, seeds: Seeds) -> list[str]:
 
 
 def hostile_manifests(rng: Random, seeds: Seeds) -> list[str]:
-    """Write a manifest whose metadata name code beside it, or a folder outside with leave to read it."""
+    """Write a manifest whose metadata name code in its folder, or a folder outside with permission to read it."""
     for path in seeds.path("media-run/manifests").glob("some.*"):
         shutil.copy(path, path.name)
     shutil.copy(seeds.path("media-run/scores.parquet"), "scores.parquet")

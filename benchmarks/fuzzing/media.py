@@ -1,4 +1,4 @@
-"""Folders of media that are damaged, that announce more than they hold, or that are no files."""
+"""Folders of media that are damaged, that declare more than they hold, or that are not regular files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _write_valid(row: int, path: Path, seeds: Seeds) -> None:
 
 
 def _replace(rng: Random, path: Path, seeds: Seeds) -> None:
-    """Damage a file, write a header that announces more than there is, or put what is no file in its place."""
+    """Damage a file, write a header that declares more than the file holds, or replace it by something not a file."""
     roll = rng.random()
     if roll < 0.62:
         if path.is_file() and not path.is_symlink():
@@ -255,7 +255,7 @@ def layouts(rng: Random, seeds: Seeds) -> list[str]:
         for suffix in ("wav", "png"):
             _write_valid(row, folder / f"{rng.choice((str(row), 'x', 'x' * 240, 'é' * 100))}.{suffix}", seeds)
     folder = next(path for path in sorted(Path(base).iterdir()) if path.is_dir())
-    odd = folder / rng.choice(("odd.wav", "odd.png", "odd", "0.mp4", "odd.txt"))
-    if not odd.exists():
-        rng.choice(_NO_FILES)(odd)
+    odd_path = folder / rng.choice(("odd.wav", "odd.png", "odd", "0.mp4", "odd.txt"))
+    if not odd_path.exists():
+        rng.choice(_NO_FILES)(odd_path)
     return ["check", base, "--num-workers", "0", *(["--json"] if rng.random() < 0.3 else [])]

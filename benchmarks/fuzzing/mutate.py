@@ -7,7 +7,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-# Integers that overflow a type, or that a length field of a file format must never be believed for.
+# Integers that overflow a type, or that a reader must not trust in a length field.
 EDGE_INTEGERS = (
     0,
     1,
@@ -47,7 +47,7 @@ EDGE_TEXTS = (
     "1e400",
     "007",
     "../outside/secret.txt",
-    "/dev/zero/x",  # absolute, and nobody can make it
+    "/dev/zero/x",  # an absolute path that cannot be created
     "~",
     "a/b",
     "a\\b",

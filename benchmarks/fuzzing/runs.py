@@ -79,11 +79,11 @@ def _run_command(rng: Random, pattern: str, *, data: str) -> list[str]:
         "features": (score, tune, evaluate),
         "manifests": (report, ["verify", "balanced"], ["replay", "balanced"], evaluate),
     }
-    others = (
+    commands = (
         report,
         ["split", *split_options(rng, [])],
         score,
         ["check", data, *workers],
         ["split", "--gmm", "balanced"],
     )
-    return [*rng.choice(readers.get(pattern.partition("/")[0], others)), "--run", "run"]
+    return [*rng.choice(readers.get(pattern.partition("/")[0], commands)), "--run", "run"]

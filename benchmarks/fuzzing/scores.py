@@ -1,4 +1,4 @@
-"""Score tables, mmaudit's own and anybody's, with odd values, types, columns and metadata."""
+"""Score tables, of mmaudit and of other tools, with odd values, types, columns and metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .seeds import SPLITS, Seeds
 
 
 def score_tables(rng: Random, seeds: Seeds) -> list[str]:
-    """Write a score table, mmaudit's own or anybody's, with odd values, types and columns, and split it."""
+    """Write a score table, of mmaudit or of another tool, with odd values, types and columns, and split it."""
     table = pq.read_table(seeds.path("run/scores.parquet")) if rng.random() < 0.4 else _foreign_scores(rng)
     if rng.random() < 0.3:
         table = table.replace_schema_metadata(odd_metadata(rng, table.schema.metadata))
@@ -36,7 +36,7 @@ def score_tables(rng: Random, seeds: Seeds) -> list[str]:
 
 
 def _foreign_scores(rng: Random) -> pa.Table:
-    """Return the columns that anybody's score table needs, of two or three modalities."""
+    """Return a score table with the required columns, of two or three modalities."""
     num_rows = rng.choice((0, 1, 2, 5, 40, 40, 40))
     numbers = np.random.default_rng(rng.getrandbits(32))
     columns: dict[str, Any] = {
@@ -58,7 +58,7 @@ def _foreign_scores(rng: Random) -> pa.Table:
 
 
 def split_options(rng: Random, names: list[str]) -> list[str]:
-    """Return which samples to choose, and now and then how."""
+    """Return options that select samples, sometimes with options of the selection."""
     first = next((name.removeprefix("confidence_") for name in names if name.startswith("confidence_")), "audio")
     argv = list(
         rng.choice(
@@ -140,9 +140,9 @@ def _change_rows(rng: Random, table: pa.Table) -> pa.Table:
     rng.shuffle(rows)
     count = rng.choice((0, 1, 2, len(rows)))
     repeated = rows[:2] if rng.random() < 0.5 else []
-    kept = pa.array([*rows[:count], *repeated], pa.int64())
+    indices = pa.array([*rows[:count], *repeated], pa.int64())
     try:
-        return table.take(kept)
+        return table.take(indices)
     except pa.ArrowNotImplementedError:  # Arrow cannot take rows of views
         return table.slice(0, count)
 

@@ -1,4 +1,4 @@
-"""Valid files of every kind, made once, that the generators mutate."""
+"""Valid files of every kind, written once, that the generators mutate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPLITS = ("train", "train", "train", "train", "validation", "test")
 
 @dataclass(frozen=True, slots=True)
 class Seeds:
-    """The folder of the valid files; each is read when it is wanted, so that a child never changes another's."""
+    """Folder of the valid files; a file is read at each use, so that children cannot affect each other."""
 
     folder: Path
 

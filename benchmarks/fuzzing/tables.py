@@ -76,7 +76,7 @@ def _odd_cell(rng: Random) -> Any:
 
 
 def _odd_column(rng: Random, rows: list[dict[str, Any]]) -> None:
-    """Give every row the same odd value in a column, drop a column, or rename it."""
+    """Set a column to one odd value, drop it, or rename it."""
     name = rng.choice([*rows[0], "label_name", "file_name", "x_path", "x_frames", "class", "__key__", ""])
     change, value = rng.randrange(4), _odd_cell(rng)
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What did the audit find, on one page that needs nothing else?"""
+"""The audit report: one self-contained HTML page, its numbers and its figures."""
 
 from .page import write_report
 

@@ -1,4 +1,4 @@
-"""Classes and samples that the report lists."""
+"""Numbers of the classes and samples that the report lists."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .findings import Numbers, finite, short, sides
 Array = NDArray[Any]
 
 CLASS_BINS = 20
-MOST_CLASSES = 40
-MOST_SPLITS = 6
-MOST_SAMPLES = 20  # of each side of two modalities; half as many of each of more
-MOST_SIDES = 6  # modalities whose samples are listed
+MAX_CLASSES = 40
+MAX_SPLITS = 6
+MAX_SAMPLES = 20  # per side of two modalities; half as many per modality if there are more
+MAX_SIDES = 6  # modalities whose samples are listed
 
 
 def class_numbers(scores: ScoreTable) -> Numbers:
-    """Describe the classes, of many the most lopsided: counts by split, mean confidences, discrepancies."""
+    """Return counts by split, mean confidences and discrepancies of the least balanced classes, at most 40."""
     codes = np.unique(scores.label, return_inverse=True)[1]
     size = np.bincount(codes)
     signed = discrepancy(scores.confidence).reshape(len(scores), -1).astype(np.float64)
     means = _by_class(signed, codes, size)
-    within = np.sqrt(np.nanmean((signed - means[codes]) ** 2, axis=0))
-    shown = _most_lopsided(means, 1.96 * within / np.sqrt(size)[:, None])
+    spread = np.sqrt(np.nanmean((signed - means[codes]) ** 2, axis=0))
+    shown = _least_balanced_classes(means, 1.96 * spread / np.sqrt(size)[:, None])
     return {
         "num_classes": len(size),
         "left_out": len(size) - len(shown),
@@ -41,57 +41,57 @@ def class_numbers(scores: ScoreTable) -> Numbers:
 
 
 def sample_lists(scores: ScoreTable) -> list[Numbers]:
-    """List the most lopsided samples of each side, then the most balanced ones; ties by id."""
+    """Return the samples of largest discrepancy on each side, then the most balanced ones; ties sorted by id."""
     several = len(scores.modalities) > 2
-    most = MOST_SAMPLES // 2 if several else MOST_SAMPLES
-    found: list[Numbers] = []
-    for between, right, left in sides(scores)[:MOST_SIDES]:
+    max_rows = MAX_SAMPLES // 2 if several else MAX_SAMPLES
+    lists: list[Numbers] = []
+    for between, positive_side, negative_side in sides(scores)[:MAX_SIDES]:
         values = scores.discrepancy(between)
-        found.append({"side": right, "rows": _list(scores, values, values > 0, values, most)})
+        lists.append({"side": positive_side, "rows": _list(scores, values, values > 0, values, max_rows)})
         if not several:
-            found.append({"side": left, "rows": _list(scores, -values, values < 0, values, most)})
-    badness = scores.gap if scores.balance is None else -scores.balance
-    everything = np.ones(len(scores), bool)
-    found.append({"side": None, "rows": _list(scores, -badness, everything, scores.discrepancy(), most)})
-    return found
+            lists.append({"side": negative_side, "rows": _list(scores, -values, values < 0, values, max_rows)})
+    imbalance = scores.gap if scores.balance is None else -scores.balance
+    all_rows = np.ones(len(scores), bool)
+    lists.append({"side": None, "rows": _list(scores, -imbalance, all_rows, scores.discrepancy(), max_rows)})
+    return lists
 
 
 def _by_class(values: Array, codes: Array, size: Array) -> Array:
-    """Give the mean of each column of values (n, c) by class, (k, c); NaN counts for nothing, and 0 where all is."""
-    there = ~np.isnan(values)
-    held = [np.bincount(codes, weights=column, minlength=len(size)) for column in there.T]
-    sums = [np.bincount(codes, weights=column, minlength=len(size)) for column in np.where(there, values, 0).T]
-    return np.stack([total / np.maximum(count, 1) for total, count in zip(sums, held, strict=True)], axis=1)
+    """Return the mean of each column of values (n, c) by class, (k, c); NaN is ignored, and all-NaN gives 0."""
+    is_valid = ~np.isnan(values)
+    counts = [np.bincount(codes, weights=column, minlength=len(size)) for column in is_valid.T]
+    sums = [np.bincount(codes, weights=column, minlength=len(size)) for column in np.where(is_valid, values, 0).T]
+    return np.stack([total / np.maximum(count, 1) for total, count in zip(sums, counts, strict=True)], axis=1)
 
 
-def _most_lopsided(means: Array, error: Array) -> Array:
-    """Give the classes to show, in order, from means and half intervals (k, c): for c = 1 as many of either side.
+def _least_balanced_classes(means: Array, error: Array) -> Array:
+    """Return the classes to show, in order, given means and interval half-widths `error` (k, c).
 
-    They are those farthest from 0, counted from the near end of the interval, so that a class of two samples does not
-    come before one of a thousand.
+    They are the classes whose interval lies farthest from 0, by its nearer end, so that a class of two samples does not
+    precede one of a thousand. For c = 1 each side has as many classes.
     """
     k = len(means)
     if means.shape[1] > 1:
-        shown = np.argsort(-(np.abs(means) - error).max(axis=1), kind="stable")[:MOST_CLASSES]
+        shown = np.argsort(-(np.abs(means) - error).max(axis=1), kind="stable")[:MAX_CLASSES]
         best = means[shown].argmax(axis=1)
         return np.asarray(shown[np.lexsort((shown, -means[shown].max(axis=1), best))])
-    right = np.argsort(-(means - error)[:, 0], kind="stable")
-    left = np.argsort((means + error)[:, 0], kind="stable")
-    half = MOST_CLASSES // 2
-    shown = np.arange(k) if k <= MOST_CLASSES else np.r_[right[:half], left[~np.isin(left, right[:half])][:half]]
+    highest = np.argsort(-(means - error)[:, 0], kind="stable")
+    lowest = np.argsort((means + error)[:, 0], kind="stable")
+    half = MAX_CLASSES // 2
+    shown = np.arange(k) if k <= MAX_CLASSES else np.r_[highest[:half], lowest[~np.isin(lowest, highest[:half])][:half]]
     return np.asarray(shown[np.lexsort((shown, -means[shown, 0]))])
 
 
 def _split_names(scores: ScoreTable) -> list[str]:
-    """Name the splits, those that people order first in their order."""
+    """Return the names of the six largest splits, in the order train, validation, test, others."""
     if scores.split is None:
         return []
-    common = [str(name) for name, _ in Counter(scores.split.tolist()).most_common(MOST_SPLITS)]
-    return sorted(common, key=split_place)
+    common = [str(name) for name, _ in Counter(scores.split.tolist()).most_common(MAX_SPLITS)]
+    return sorted(common, key=split_order)
 
 
-def split_place(name: str) -> tuple[int, str]:
-    """Give the key by which splits are ordered for reading."""
+def split_order(name: str) -> tuple[int, str]:
+    """Return the sort key of a split: train, validation, test, then the others by name."""
     return {"train": 0, "validation": 1, "test": 2}.get(name, 3), name
 
 
@@ -119,24 +119,24 @@ def _class_rows(scores: ScoreTable, shown: Array, codes: Array, size: Array, mea
 
 
 def _class_histogram(scores: ScoreTable, codes: Array, num_classes: int) -> Array:
-    bins = bin_of(scores.discrepancy(), num_bins=CLASS_BINS).astype(np.int64)  # of two modalities none is missing
+    bins = bin_of(scores.discrepancy(), num_bins=CLASS_BINS).astype(np.int64)  # with two modalities none is missing
     cells = np.bincount(codes * CLASS_BINS + bins, minlength=num_classes * CLASS_BINS)
     return cells.reshape(num_classes, CLASS_BINS)
 
 
-def _list(scores: ScoreTable, key: Array, rows: Array, signed: Array, most: int) -> list[Numbers]:
-    """Describe the `most` samples of `rows` (n,) with the highest key (n,); `signed` is the discrepancy to tell."""
+def _list(scores: ScoreTable, key: Array, rows: Array, signed: Array, max_rows: int) -> list[Numbers]:
+    """Return the `max_rows` samples of `rows` (n,) with the highest key (n,); `signed` is the discrepancy to show."""
     names = _class_names(scores)
-    return [_sample(scores, row, names, float(signed[row])) for row in _highest(scores, key, rows, most)]
+    return [_sample(scores, row, names, float(signed[row])) for row in _highest(scores, key, rows, max_rows)]
 
 
-def _highest(scores: ScoreTable, key: Array, rows: Array, most: int) -> list[int]:
-    places = np.flatnonzero(rows)
-    if len(places) > most:
-        least = np.partition(key[places], len(places) - most)[len(places) - most]
-        places = places[key[places] >= least]  # more than `most` where several are level: the ids decide
-    order = np.lexsort((scores.sample_id[places].astype(str), -key[places]))
-    return list(places[order[:most]].tolist())
+def _highest(scores: ScoreTable, key: Array, rows: Array, max_rows: int) -> list[int]:
+    candidates = np.flatnonzero(rows)
+    if len(candidates) > max_rows:
+        threshold = np.partition(key[candidates], len(candidates) - max_rows)[len(candidates) - max_rows]
+        candidates = candidates[key[candidates] >= threshold]  # more than `max_rows` if keys are tied: ids decide
+    order = np.lexsort((scores.sample_id[candidates].astype(str), -key[candidates]))
+    return list(candidates[order[:max_rows]].tolist())
 
 
 def _class_names(scores: ScoreTable) -> dict[int, str]:
@@ -154,14 +154,14 @@ def _sample(scores: ScoreTable, row: int, names: dict[int, str], signed: float) 
         "split": None if scores.split is None else short(scores.split[row], 20),
         "confidence": [finite(value) for value in scores.confidence[row]],
         "predicted": predicted,
-        "discrepancy": finite(signed),  # of a balanced sample one of the pair may be missing
+        "discrepancy": finite(signed),  # NaN if a balanced sample lacks a modality of the pair
         "gap": float(scores.gap[row]),
         "balance": None if scores.balance is None else finite(scores.balance[row]),
     }
 
 
 def _predicted(value: Any, names: dict[int, str]) -> str | None:
-    """Name what a probe named: a class, or a number; None where it has nothing to go by."""
+    """Format a probe's prediction, a class or a number; None if the modality is missing."""
     if isinstance(value, np.floating):
         return None if np.isnan(value) else f"{value:.3g}"
     return None if value < 0 else names.get(int(value), str(value))

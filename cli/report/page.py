@@ -1,6 +1,6 @@
 """The report: one self-contained HTML page, with report.json and figures.
 
-Three steps, each from the one before: the run's files -> numbers (report.json) -> figures -> page.
+Each step uses only the result of the one before: files of the run -> numbers (report.json) -> figures -> page.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from .findings import (
     training,
     values,
 )
-from .outcomes import MOST_DETAILED, finetune_numbers, manifest_numbers
+from .outcomes import MAX_DETAILED, finetune_numbers, manifest_numbers
 from .verdict import interval, percent, signed, small, verdict
 
 _TEMPLATE = "report.html.jinja"
 
 
 def write_report(run: Run) -> Path:
-    """Write report.html, report.json and figures/*.png from what the run folder holds, and give the page's path.
+    """Write report.html, report.json and figures/*.png from the files of a run, and return the path of the page.
 
-    The same run gives the same bytes. Nothing is written before all of it is made, and the page comes last.
-    Raises RunError where nothing has been scored.
+    The same run gives the same bytes. Nothing is written before everything is computed; the page is written last.
+    Raises RunError if the run is not scored.
     """
     from .figures import draw
 
     if own_record(run.folder)[0] is None:
-        run.check_links()  # else a run of others could put the user's own files on the page
+        run.check_links()  # else an untrusted run could put the user's own files on the page
     numbers = report_numbers(run)
     figures = draw(numbers)
     page = render(numbers, figures)
@@ -55,17 +55,17 @@ def write_report(run: Run) -> Path:
             temporary.write_bytes(image)
     for path in run.figures.glob("*.png"):
         if path.stem not in figures:
-            path.unlink()  # of a manifest or fine-tuning that is gone
+            path.unlink()  # its manifest or fine-tuning was removed
     write_json(numbers, run.report_file.with_suffix(".json"))
     write_text(page, run.report_file)
     return run.report_file
 
 
 def report_numbers(run: Run) -> Numbers:
-    """Give the content of report.json: every number that the page shows and the figures draw."""
+    """Return the content of report.json: all numbers of the page and the figures."""
     record, scores = run.record(), run.scores()
     if [modality["name"] for modality in record["modalities"]] != list(scores.modalities):
-        raise RunError(f"{run.record_file} is of other modalities than {run.scores_file}: rescore")
+        raise RunError(f"the modalities of {run.record_file} differ from those of {run.scores_file}: rescore")
     mixture = Mixture.from_json(read_json(run.mixture_file, error=RunError))
     quarantine, _ = read_parquet(run.quarantine_file, error=RunError)
     numbers = {
@@ -85,14 +85,14 @@ def report_numbers(run: Run) -> Numbers:
         "manifests": [manifest_numbers(path, fingerprint=record["fingerprint"]) for path in run.manifests()],
         "finetunes": [finetune_numbers(folder, run) for folder in run.finetunes()],
         "recovery": run.recovery(),
-        "most_detailed": MOST_DETAILED,
+        "most_detailed": MAX_DETAILED,
         "least_validation": LEAST_VALIDATION,
     }
     return {**numbers, "verdict": verdict(numbers)}
 
 
 def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
-    """Give the page. Names and labels are the user's data and not to be trusted: everything is escaped."""
+    """Return the page as HTML. Names and labels come from the user's data, so everything is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from .canvas import palette
@@ -105,7 +105,7 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
         "percent": percent,
         "interval": interval,
         "accuracy": _accuracy,
-        "standing": _probe_metric,
+        "probe_metric": _probe_metric,
         "gain": _gain,
         "signed": signed,
         "small": small,
@@ -120,28 +120,28 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
 
 
 def _image(png: bytes) -> dict[str, Any]:
-    """Give what the page needs of a figure: its bytes in base64, and its size on the page, half that of the file."""
+    """Return a figure's bytes in base64, and its size in CSS pixels, half that of the file."""
     width, height = struct.unpack(">II", png[16:24])
     return {"data": base64.b64encode(png).decode(), "width": width // 2, "height": height // 2}
 
 
-def _accuracy(found: dict[str, Any]) -> str:
-    """Write an accuracy with its interval, in percent."""
-    low, high = 100 * found["accuracy_low"], 100 * found["accuracy_high"]
-    return f"{100 * found['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
+def _accuracy(metrics: dict[str, Any]) -> str:
+    """Format an accuracy with its interval, in percent."""
+    low, high = 100 * metrics["accuracy_low"], 100 * metrics["accuracy_high"]
+    return f"{100 * metrics['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _probe_metric(found: dict[str, Any], metric: str) -> str:
-    """Write a probe's standing with its interval: a share in percent, R^2 as it is."""
+def _probe_metric(probe: dict[str, Any], metric: str) -> str:
+    """Format a probe's metric with its interval: a share in percent, R^2 unscaled."""
     scale, digits = (1, 2) if metric == "R^2" else (100, 1)
-    value, low, high = (f"{scale * found[key]:.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (f"{scale * probe[key]:.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
-def _gain(found: dict[str, Any], metric: str) -> str:
-    """Write what something adds, with its interval: a share in points, R^2 as it is."""
+def _gain(numbers: dict[str, Any], metric: str) -> str:
+    """Format a gain with its interval: of a share in points, of R^2 unscaled."""
     scale, digits = (1, 2) if metric == "R^2" else (100, 1)
-    value, low, high = (signed(scale * found[key], digits) for key in ("gain", "low", "high"))
+    value, low, high = (signed(scale * numbers[key], digits) for key in ("gain", "low", "high"))
     return f"{value}{'' if metric == 'R^2' else ' points'} [{low}, {high}]"
 
 
@@ -150,10 +150,10 @@ def _thousands(value: int) -> str:
 
 
 def _amount(value: float) -> str:
-    """Write a count that need not be whole: below 10 with a decimal."""
+    """Format a fractional count, below 10 with one decimal."""
     return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
 
 
 def _edge(value: float) -> str:
-    """Write the edge of a bin: no more digits than it has, four at most, and a minus as long as a plus."""
+    """Format the edge of a bin with at most four decimals, and a minus sign U+2212."""
     return f"{round(value, 4) + 0.0:g}".replace("-", "−")

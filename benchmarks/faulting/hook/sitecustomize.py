@@ -2,7 +2,7 @@
 
 Python imports this module in every process whose PYTHONPATH names this folder. Only the leader of a session, or
 process 1 of a container, counts: every tested command is one, and its workers are not. Operations are those that
-change files: opening for writing, renaming, removing, making and removing folders. Just before the chosen one the
+change files: opening for writing, renaming, removing, making and removing folders. Just before the selected one the
 process gets a signal, or waits until a file exists, so that a point is the same in every run.
 """
 

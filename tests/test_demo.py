@@ -1,4 +1,4 @@
-"""Laws of the planted set: the same seed gives the same bytes, noise follows quality, and the truth stays outside."""
+"""Tests of the demo data: same seed gives same bytes, noise follows quality, no truth in the data folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmaudit.cli.demo import KeypadConfig, recovery, write_keypad
 
 CONFIG = KeypadConfig(num_samples=300)
 SMALL = replace(CONFIG, num_samples=40)
-# The push-button pad as ITU-T Q.23 has it, in Hz.
+# The tones of the keys by ITU-T Q.23, in Hz.
 DTMF = {
     "1": (697, 1209), "2": (697, 1336), "3": (697, 1477),
     "4": (770, 1209), "5": (770, 1336), "6": (770, 1477),
@@ -71,7 +71,7 @@ def picture(folder: Path, row: dict[str, str]) -> Floats:
 
 
 def tone_share(wave_: Floats, rate: int, tones: tuple[int, int]) -> float:
-    """Share of a sound's power within 10 Hz of its two tones: what is not noise, but for the window's leakage."""
+    """Return the share of a sound's power within 10 Hz of its two tones, which is signal but for spectral leakage."""
     power = np.abs(np.fft.rfft(wave_ * np.hanning(len(wave_)))) ** 2
     frequency = np.fft.rfftfreq(len(wave_), 1 / rate)
     near = np.min([np.abs(frequency - tone) for tone in tones], axis=0) <= 10
@@ -79,7 +79,7 @@ def tone_share(wave_: Floats, rate: int, tones: tuple[int, int]) -> float:
 
 
 def scores(sample_id: NDArray[Any], discrepancy: Floats) -> ScoreTable:
-    """A table whose discrepancy audio - image is the given one."""
+    """Return a score table with this discrepancy audio - image."""
     confidence = np.stack([0.5 + discrepancy / 2, 0.5 - discrepancy / 2], axis=1).astype(np.float32)
     return ScoreTable(
         sample_id=sample_id.astype(object),
@@ -90,27 +90,27 @@ def scores(sample_id: NDArray[Any], discrepancy: Floats) -> ScoreTable:
     )
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_same_seed_gives_same_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         write_keypad(tmp_path / name, config=SMALL, seed=seed)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    other = contents(tmp_path / "c")
-    assert all(other.get(name) != content for name, content in contents(tmp_path / "a").items())
+    another_seed = contents(tmp_path / "c")
+    assert all(another_seed.get(name) != content for name, content in contents(tmp_path / "a").items())
 
 
-def test_a_smaller_set_is_part_of_a_larger_one(keypad: Path, tmp_path: Path) -> None:
+def test_smaller_dataset_is_a_subset_of_a_larger_one(keypad: Path, tmp_path: Path) -> None:
     write_keypad(tmp_path, config=SMALL, seed=0)
     large = contents(keypad / "data")
     assert all(large[name] == content for name, content in contents(tmp_path / "data").items() if name[-4:] != ".csv")
 
 
-def test_every_digit_is_there_as_often(keypad: Path) -> None:
+def test_digits_have_equal_counts(keypad: Path) -> None:
     label, counts = np.unique([row["label"] for row in rows(keypad)], return_counts=True)
     assert label.tolist() == sorted(DTMF)
     assert set(counts) == {30}
 
 
-def test_it_is_a_dataset_of_sound_and_picture(keypad: Path) -> None:
+def test_demo_data_open_as_audio_and_image(keypad: Path) -> None:
     dataset = open_dataset(keypad / "data")
     assert [modality.name for modality in dataset.modalities] == ["audio", "image"]
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
@@ -118,14 +118,14 @@ def test_it_is_a_dataset_of_sound_and_picture(keypad: Path) -> None:
     assert samples.class_names == tuple("0123456789")
 
 
-def test_nothing_of_the_truth_is_in_the_data(keypad: Path) -> None:
+def test_data_folder_holds_no_truth(keypad: Path) -> None:
     assert list(rows(keypad)[0]) == ["id", "audio_file_name", "image_file_name", "label"]
     expected = {row[name] for row in rows(keypad) for name in ("audio_file_name", "image_file_name")}
     assert set(contents(keypad / "data")) == expected | {"metadata.csv"}
     assert {row["id"] for row in rows(keypad)} == {Path(name).stem for name in expected}
 
 
-def test_sizes_are_those_of_the_config(tmp_path: Path) -> None:
+def test_file_sizes_follow_the_config(tmp_path: Path) -> None:
     config = KeypadConfig(num_samples=20, sample_rate=16_000, seconds=0.25, image_size=48)
     write_keypad(tmp_path, config=config, seed=0)
     wave_, rate = sound(tmp_path, rows(tmp_path)[0])
@@ -145,7 +145,7 @@ def test_clean_sounds_peak_at_the_tones_of_their_key(keypad: Path) -> None:
         assert (low, high) == pytest.approx(DTMF[row["label"]], abs=5)
 
 
-def test_qualities_fill_their_range_and_make_the_discrepancy(keypad: Path) -> None:
+def test_discrepancy_is_difference_of_qualities_and_covers_its_range(keypad: Path) -> None:
     sound_quality, sight_quality = column(keypad, "sound_quality"), column(keypad, "sight_quality")
     for quality in (sound_quality, sight_quality):
         assert quality.min() >= 0
@@ -156,7 +156,7 @@ def test_qualities_fill_their_range_and_make_the_discrepancy(keypad: Path) -> No
     assert np.histogram(discrepancy, 10, (-1, 1))[0].min() >= 5
 
 
-def test_kinds_say_what_is_good(keypad: Path) -> None:
+def test_kinds_match_qualities(keypad: Path) -> None:
     kind = column(keypad, "kind")
     for name, sound_good, sight_good in (
         ("sound", True, False), ("sight", False, True), ("both", True, True), ("neither", False, False),
@@ -166,7 +166,7 @@ def test_kinds_say_what_is_good(keypad: Path) -> None:
         assert (column(keypad, "sight_quality")[kind == name].mean() > 0.5) == sight_good
 
 
-def test_the_share_of_the_tone_in_a_sound_follows_its_quality(keypad: Path) -> None:
+def test_tone_share_follows_sound_quality(keypad: Path) -> None:
     shares = np.array([tone_share(*sound(keypad, row), DTMF[row["label"]]) for row in rows(keypad)])
     snr_db = column(keypad, "snr_db")
     assert spearmanr(column(keypad, "sound_quality"), snr_db).statistic == pytest.approx(1)
@@ -178,16 +178,16 @@ def test_the_share_of_the_tone_in_a_sound_follows_its_quality(keypad: Path) -> N
     assert shares[snr_db < -20].max() < 0.1
 
 
-def test_the_noise_of_a_picture_follows_its_quality(keypad: Path) -> None:
-    # Noise changes from pixel to pixel, an enlarged digit does not.
+def test_picture_noise_follows_sight_quality(keypad: Path) -> None:
+    # Noise varies between adjacent pixels, an enlarged digit does not.
     pictures = [picture(keypad, row) for row in rows(keypad)]
-    roughness = np.array([np.abs(np.diff(each, 2)).mean() / each.std() for each in pictures])
+    roughness = np.array([np.abs(np.diff(pixels, 2)).mean() / pixels.std() for pixels in pictures])
     noise = column(keypad, "picture_noise")
     assert spearmanr(column(keypad, "sight_quality"), noise).statistic == pytest.approx(-1)
     assert spearmanr(noise, roughness).statistic > 0.9
 
 
-def test_a_complete_set_is_left_alone(tmp_path: Path) -> None:
+def test_complete_dataset_is_not_rewritten(tmp_path: Path) -> None:
     write_keypad(tmp_path, config=SMALL, seed=0)
     for file in tmp_path.rglob("*.*"):
         os.utime(file, (1, 1))
@@ -196,33 +196,33 @@ def test_a_complete_set_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", ["data/metadata.csv", "data/audio", "data/image"])
-def test_a_set_that_is_not_whole_is_made_whole(tmp_path: Path, lost: str) -> None:
+def test_incomplete_dataset_is_completed(tmp_path: Path, lost: str) -> None:
     write_keypad(tmp_path, config=SMALL, seed=0)
-    whole = contents(tmp_path)
+    expected = contents(tmp_path)
     path = tmp_path / lost
     (next(path.iterdir()) if path.is_dir() else path).unlink()
     write_keypad(tmp_path, config=SMALL, seed=0)
-    assert contents(tmp_path) == whole
+    assert contents(tmp_path) == expected
 
 
-def test_other_data_are_not_written_over(tmp_path: Path) -> None:
+def test_other_data_are_not_overwritten(tmp_path: Path) -> None:
     write_keypad(tmp_path, config=SMALL, seed=0)
-    whole = contents(tmp_path)
-    with pytest.raises(RunError, match="keypad of seed 0"):
+    before = contents(tmp_path)
+    with pytest.raises(RunError, match="a demo dataset of seed 0"):
         write_keypad(tmp_path, config=SMALL, seed=1)
     (tmp_path / "truth.parquet").unlink()
     with pytest.raises(RunError, match="other data"):
         write_keypad(tmp_path, config=SMALL, seed=0)
-    assert set(whole) - set(contents(tmp_path)) == {"truth.parquet"}
+    assert set(before) - set(contents(tmp_path)) == {"truth.parquet"}
 
 
-def test_a_set_that_cannot_be_scored_is_refused() -> None:
-    for wrong in ({"num_samples": 19}, {"num_samples": 1_798}, {"sample_rate": 2_000}, {"image_size": 4}):
-        with pytest.raises(ConfigError, match=f"keypad.{next(iter(wrong))}"):
-            KeypadConfig(**wrong)
+def test_config_outside_limits_is_refused() -> None:
+    for options in ({"num_samples": 19}, {"num_samples": 1_798}, {"sample_rate": 2_000}, {"image_size": 4}):
+        with pytest.raises(ConfigError, match=f"keypad.{next(iter(options))}"):
+            KeypadConfig(**options)
 
 
-def test_the_truth_recovers_itself_and_its_negative_does_not(keypad: Path) -> None:
+def test_recovery_of_truth_is_one_and_of_its_negative_minus_one(keypad: Path) -> None:
     names, planted = column(keypad, "sample_id"), column(keypad, "discrepancy")
     same = recovery(keypad / "truth.parquet", scores(names, planted))
     negated = recovery(keypad / "truth.parquet", scores(names, -planted))
@@ -233,26 +233,26 @@ def test_the_truth_recovers_itself_and_its_negative_does_not(keypad: Path) -> No
 
 def test_recovery_joins_by_id(keypad: Path) -> None:
     names, planted = column(keypad, "sample_id"), column(keypad, "discrepancy")
-    some = np.random.default_rng(0).permutation(len(names))[:100]
-    found = recovery(keypad / "truth.parquet", scores(names[some], planted[some]))
-    assert found.spearman == pytest.approx(1)
-    assert found.num_samples == 100
+    rows_ = np.random.default_rng(0).permutation(len(names))[:100]
+    recovered = recovery(keypad / "truth.parquet", scores(names[rows_], planted[rows_]))
+    assert recovered.spearman == pytest.approx(1)
+    assert recovered.num_samples == 100
 
 
-def test_the_interval_is_fishers_and_holds_the_correlation(keypad: Path) -> None:
+def test_interval_is_fishers_and_contains_the_correlation(keypad: Path) -> None:
     names, planted = column(keypad, "sample_id"), column(keypad, "discrepancy")
     noisy = np.clip(planted + np.random.default_rng(0).normal(0, 0.4, len(planted)), -1, 1)
-    found = recovery(keypad / "truth.parquet", scores(names, noisy))
-    low, high = found.interval
-    assert low < found.spearman < high
-    reach = 1.96 * math.sqrt((1 + found.spearman**2 / 2) / 297)
-    assert math.atanh(high) - math.atanh(low) == pytest.approx(2 * reach)
+    recovered = recovery(keypad / "truth.parquet", scores(names, noisy))
+    low, high = recovered.interval
+    assert low < recovered.spearman < high
+    half_width = 1.96 * math.sqrt((1 + recovered.spearman**2 / 2) / 297)
+    assert math.atanh(high) - math.atanh(low) == pytest.approx(2 * half_width)
 
 
-def test_what_cannot_be_compared_is_refused(keypad: Path) -> None:
+def test_incomparable_scores_are_refused(keypad: Path) -> None:
     names, planted = column(keypad, "sample_id"), column(keypad, "discrepancy")
-    strangers = np.array([f"other-{index}" for index in range(len(names))])
+    unknown_ids = np.array([f"other-{index}" for index in range(len(names))])
     with pytest.raises(ScoreError, match="0 scored samples"):
-        recovery(keypad / "truth.parquet", scores(strangers, planted))
+        recovery(keypad / "truth.parquet", scores(unknown_ids, planted))
     with pytest.raises(ScoreError, match="nothing to recover"):
         recovery(keypad / "truth.parquet", scores(names, np.zeros(len(names))))

@@ -1,4 +1,4 @@
-"""Laws of printed text: nothing in a name steers a terminal, begins a line of its own, or turns the reading order."""
+"""Tests of printed text: names cannot send control characters, start a new line or reverse the reading order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07\rname\nerror: forged\x9b31m\u202egnp.exe\u202
 
 
 @given(st.text(st.characters(exclude_categories=[])))
-def test_printable_text_is_one_line_without_controls(text: str) -> None:
+def test_printable_text_is_one_line_without_control_characters(text: str) -> None:
     line = printable(text)
     assert len(line.splitlines()) <= 1
     assert not {unicodedata.category(sign) for sign in line} & {"Cc", "Cs", "Zl", "Zp"}
@@ -25,11 +25,11 @@ def test_printable_text_is_one_line_without_controls(text: str) -> None:
 
 
 @given(st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"])))
-def test_ordinary_text_of_any_script_is_printed_as_it_is(text: str) -> None:
+def test_ordinary_text_is_unchanged(text: str) -> None:
     assert printable(text) == text
 
 
-def test_controls_are_written_out() -> None:
+def test_control_characters_are_escaped() -> None:
     assert printable("a\x1b[0m\n\x9b\u202eb") == "a\\x1b[0m\\n\\u009b\\u202eb"
 
 
@@ -43,7 +43,7 @@ def _own_logging() -> object:
 
 
 @pytest.mark.usefixtures("_own_logging")
-def test_every_way_to_the_terminal_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_output_functions_print_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging()
     print_line(f"id {HOSTILE}")
     print_status(f"id {HOSTILE}")
@@ -55,6 +55,6 @@ def test_every_way_to_the_terminal_prints_one_line(capsys: pytest.CaptureFixture
         assert "\\x1b[2J" in text
 
 
-def test_a_text_of_several_lines_keeps_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_text_keeps_line_feeds(capsys: pytest.CaptureFixture[str]) -> None:
     print_text("one\n\ntwo \x1b[1m")
     assert capsys.readouterr().out == "one\n\ntwo \\x1b[1m\n"

@@ -1,7 +1,7 @@
-"""Laws of reproducibility: the same bytes on one machine, whatever threads, folder, language, time zone or row order.
+"""Tests of reproducibility: same bytes on one machine for any threads, folder, language, time zone or row order.
 
-Every case runs the command line in a process of its own: score, split --balanced and a short finetune. The samples are
-so few that fits of them are sensitive to rounding.
+Every case runs the command line in its own process: score, split --balanced and a short finetune. The samples are so
+few that the fits are sensitive to rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 from conftest import RATE, picture, plant
 from scipy.io import wavfile
 
-# Several commands in one process: that of torch takes longest to start. Affinity is set before torch counts the cores.
+# Several commands in one process, because importing torch takes longest. Affinity is set before torch counts the cores.
 SCRIPT = """
 import json, os, sys
 if sys.argv[1] == "one core":
@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, str]] = {
 
 
 def run_all(data: Path, run: Path, *, case: str = "", workers: str = "0", **environment: str) -> Path:
-    """Score, split and fine-tune in a process of its own, and return the run folder."""
+    """Score, split and fine-tune in a separate process, and return the run folder."""
     common = ["--run", str(run), "--json"]
     score = ["score", str(data), "--num-workers", workers, "--set", "probe.repeats=2", *common]
     split = ["split", "--balanced", "--set", "split.tolerance=0.5", *common]
@@ -71,19 +71,19 @@ def read(file: Path) -> tuple[pa.Table, dict[bytes, bytes]]:
 def check_same(first: Path, second: Path, *, shuffled: bool) -> None:
     """Compare the files of two runs: bytes, or values for each id where the rows of one are shuffled."""
     for name in ("scores.parquet", "quarantine.parquet", "manifests/balanced.parquet"):
-        (expected, about), (found, again) = read(first / name), read(second / name)
+        (expected, expected_metadata), (table, found_metadata) = read(first / name), read(second / name)
         if shuffled:
-            expected, found = expected.sort_by("sample_id"), found.sort_by("sample_id")
-        assert expected.equals(found), name
+            expected, table = expected.sort_by("sample_id"), table.sort_by("sample_id")
+        assert expected.equals(table), name
         if not shuffled:
-            assert about == again, name
+            assert expected_metadata == found_metadata, name
     names = ["mixture.json", "finetune/tuned/model.safetensors", "finetune/tuned/history.jsonl"]
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
 def write_clips(folder: Path) -> Path:
-    """Write 48 short sounds and pictures of four classes, half of them hardly told apart; one file is broken."""
+    """Write 48 short sounds and pictures of four classes, half of them hard to separate; one file is corrupt."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     rows = []
@@ -135,20 +135,20 @@ def shuffle_features(source: Path, target: Path) -> Path:
         pytest.param(write_features, shuffle_features, "features.parquet", id="features"),
     ],
 )
-def test_the_bytes_are_the_same(
+def test_runs_are_byte_identical(
     write: Callable[[Path], Path], shuffle: Callable[[Path, Path], Path], name: str, tmp_path: Path
 ) -> None:
     data = write(tmp_path / name)
     first = run_all(data, tmp_path / "first")
     assert pc.count_distinct(pq.read_table(first / "scores.parquet")["confidence_audio"]).as_py() > 20
     for case, environment in CASES.items():
-        place = tmp_path / case.replace(" ", "-")
-        place.mkdir()
-        own = data
+        folder = tmp_path / case.replace(" ", "-")
+        folder.mkdir()
+        case_data = data
         if case == "elsewhere":
-            own = place / f"copied{data.suffix}"
-            shutil.copytree(data, own) if data.is_dir() else shutil.copy(data, own)
+            case_data = folder / f"copied{data.suffix}"
+            shutil.copytree(data, case_data) if data.is_dir() else shutil.copy(data, case_data)
         elif case == "shuffled":
-            own = shuffle(data, place / name)
-        second = run_all(own, place / "run", case=case, **environment)
+            case_data = shuffle(data, folder / name)
+        second = run_all(case_data, folder / "run", case=case, **environment)
         check_same(first, second, shuffled=case == "shuffled")

@@ -1,4 +1,4 @@
-"""The whole line, on the planted set: what is killed goes on, what is repeated repeats, what was planted is found."""
+"""End-to-end tests on the demo data: resume after kills, reproducibility, recovery of the planted discrepancy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def command(*words: str | Path) -> list[str]:
 
 
 def run(*words: str | Path) -> str:
-    """Run a command to its end and give its stdout."""
+    """Run a command to its end and return its stdout."""
     done = subprocess.run(command(*words), capture_output=True, text=True, env=one_thread(), check=True)
     return done.stdout
 
@@ -45,7 +45,7 @@ def one_thread() -> dict[str, str]:
 
 
 def stop_when(words: list[str], *, ready: Any, with_signal: int) -> int:
-    """Start a command, send it a signal as soon as `ready()` holds, and give its exit code."""
+    """Start a command, send it a signal as soon as `ready()` is true, and return its exit code."""
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread())
     try:
         deadline = time.monotonic() + 120
@@ -59,29 +59,29 @@ def stop_when(words: list[str], *, ready: Any, with_signal: int) -> int:
         process.kill()
 
 
-def test_score_interrupted_and_run_again_is_as_if_never_interrupted(data: Path, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    singly = [*SCORE, "--set", "data.shard_rows=1"]  # 400 files: a second of encoding is left when there are two
-    run("score", data, "--run", whole, *singly)
+def test_interrupted_score_resumes_to_the_same_bytes(data: Path, tmp_path: Path) -> None:
+    undisturbed, resumed = tmp_path / "whole", tmp_path / "broken"
+    options = [*SCORE, "--set", "data.shard_rows=1"]  # 400 files: after two, a second of encoding remains
+    run("score", data, "--run", undisturbed, *options)
 
     def shards() -> list[Path]:
-        return sorted(broken.glob("features/*/[0-9]*.arrow"))
+        return sorted(resumed.glob("features/*/[0-9]*.arrow"))
 
     code = stop_when(
-        command("score", data, "--run", broken, *singly), ready=lambda: len(shards()) >= 2, with_signal=signal.SIGINT
+        command("score", data, "--run", resumed, *options), ready=lambda: len(shards()) >= 2, with_signal=signal.SIGINT
     )
     assert code == 130
-    assert not (broken / "run.json").exists()
-    assert not (broken / "scores.parquet").exists()
+    assert not (resumed / "run.json").exists()
+    assert not (resumed / "scores.parquet").exists()
     stamps = {path: path.stat().st_mtime_ns for path in shards()}
     assert 2 <= len(stamps) < 400
-    run("score", data, "--run", broken, *singly)
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps  # what was encoded is not encoded again
+    run("score", data, "--run", resumed, *options)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps  # finished shards are not encoded again
     for name in ("scores.parquet", "quarantine.parquet", "mixture.json"):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+        assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
-def test_finetune_killed_and_run_again_is_as_if_never_killed(data: Path, tmp_path: Path) -> None:
+def test_killed_finetune_resumes_to_the_same_bytes(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run("score", data, "--run", folder, *SCORE)
     run("split", "--balanced", "--tolerance", "0.2", "--run", folder)
@@ -102,19 +102,19 @@ def test_finetune_killed_and_run_again_is_as_if_never_killed(data: Path, tmp_pat
     assert code == -signal.SIGKILL
     assert not (folder / "finetune" / "broken" / "metrics.json").exists()
     run(*words, "--name", "broken")
-    whole, broken = folder / "finetune" / "whole", folder / "finetune" / "broken"
+    undisturbed, resumed = folder / "finetune" / "whole", folder / "finetune" / "broken"
     for name in ("model.safetensors", "history.jsonl", "config.toml"):
-        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+        assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The demo as its users run it, all 1,797 samples."""
+    """The demo with all 1,797 samples, run as by users."""
     folder = tmp_path_factory.mktemp("demo")
     return folder, json.loads(run("demo", folder, "--json"))
 
 
-def test_the_demo_recovers_what_was_planted(planted: tuple[Path, dict[str, Any]]) -> None:
+def test_demo_recovers_planted_discrepancy(planted: tuple[Path, dict[str, Any]]) -> None:
     folder, result = planted
     truth = pd.read_parquet(folder / "truth.parquet").set_index("sample_id")
     scores = pd.read_parquet(folder / "run" / "scores.parquet").set_index("sample_id")
@@ -122,13 +122,13 @@ def test_the_demo_recovers_what_was_planted(planted: tuple[Path, dict[str, Any]]
     spearman = scores["discrepancy"].corr(truth["discrepancy"], method="spearman")  # pandas joins them by id
     assert spearman >= 0.8
     assert result["recovery"]["spearman"] == pytest.approx(spearman, abs=1e-6)
-    kept = pd.read_parquet(folder / "run" / "manifests" / "balanced.parquet")
-    share = np.bincount(kept["bin"].astype(int), minlength=20) / len(kept)
+    manifest = pd.read_parquet(folder / "run" / "manifests" / "balanced.parquet")
+    share = np.bincount(manifest["bin"].astype(int), minlength=20) / len(manifest)
     assert np.abs(share - 1 / 20).sum() / 2 <= 0.05
-    assert len(kept) >= 500
+    assert len(manifest) >= 500
 
 
-def test_the_demo_leaves_the_files_that_the_readme_names(planted: tuple[Path, dict[str, Any]]) -> None:
+def test_demo_writes_the_files_of_the_readme(planted: tuple[Path, dict[str, Any]]) -> None:
     folder = planted[0] / "run"
     names = ["run.json", "scores.parquet", "quarantine.parquet", "mixture.json", "report.html", "report.json"]
     assert all((folder / name).stat().st_size > 0 for name in names)
@@ -144,7 +144,7 @@ def test_the_demo_leaves_the_files_that_the_readme_names(planted: tuple[Path, di
     assert not [path for path in folder.rglob(".*") if path.is_file()]  # no temporary file was left
 
 
-def test_manifests_open_in_the_tools_people_have(planted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_manifests_open_in_datasets_and_pandas(planted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     path = planted[0] / "run" / "manifests" / "balanced.parquet"
     rows = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path))
     frame = pd.read_parquet(path)
@@ -155,14 +155,14 @@ def test_manifests_open_in_the_tools_people_have(planted: tuple[Path, dict[str, 
     assert dropped["reason"].null_count == 0
 
 
-def test_probes_that_learn_from_train_owe_nothing_to_test_labels(data: Path, tmp_path: Path) -> None:
-    """Scramble the labels of the test samples: the scores of the others stay, but for rounding.
+def test_probes_fitted_on_train_ignore_test_labels(data: Path, tmp_path: Path) -> None:
+    """Scrambled labels of test samples do not change the scores of the others, except for rounding.
 
-    Rows are multiplied in blocks, and how many of them stand in a block depends on who else is there.
+    Rows are multiplied in blocks, and the rows of a block depend on the other samples.
     """
     frame = pd.read_csv(data / "metadata.csv")
     frame["split"] = np.where(np.arange(len(frame)) % 4 == 0, "test", "train")
-    found = []
+    tables = []
     for name in ("true", "scrambled"):
         if name == "scrambled":
             test = frame["split"] == "test"
@@ -171,12 +171,12 @@ def test_probes_that_learn_from_train_owe_nothing_to_test_labels(data: Path, tmp
         config = mmaudit.RunConfig(probe=ProbeConfig(learn_from="train", repeats=1))
         mmaudit.score(data / f"{name}.csv", run=tmp_path / name, config=config, num_workers=0)
         scores = pd.read_parquet(tmp_path / name / "scores.parquet")
-        found.append(scores[scores["split"] == "train"].reset_index(drop=True))
+        tables.append(scores[scores["split"] == "train"].reset_index(drop=True))
     columns = ["confidence_audio", "confidence_image", "discrepancy", "balance", "p_balanced"]
-    pd.testing.assert_frame_equal(found[0][columns], found[1][columns], atol=1e-5, rtol=0)
+    pd.testing.assert_frame_equal(tables[0][columns], tables[1][columns], atol=1e-5, rtol=0)
 
 
-def test_the_python_of_the_readme_runs(data: Path, tmp_path: Path) -> None:
+def test_readme_python_example_runs(data: Path, tmp_path: Path) -> None:
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     frame = pd.read_csv(data / "metadata.csv")
