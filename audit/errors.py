@@ -64,7 +64,7 @@ def choices(name: str, names: Iterable[str]) -> str:
 
 
 @contextmanager
-def reading(file: object) -> Iterator[None]:
+def attach_file_name(file: object) -> Iterator[None]:
     """Attach the file name to an error raised inside the block, unless it has one; read it with `file_of`."""
     try:
         yield

@@ -87,7 +87,7 @@ class LargeBytes(Protocol):
 
     def __len__(self) -> int: ...
 
-    def digested(self) -> Iterator[bytes]:
+    def digest_blocks(self) -> Iterator[bytes]:
         """Yield the bytes that are hashed."""
 
 
@@ -96,7 +96,7 @@ def digest(*parts: bytes | LargeBytes) -> str:
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little"))
-        for block in [part] if isinstance(part, bytes) else part.digested():
+        for block in [part] if isinstance(part, bytes) else part.digest_blocks():
             hasher.update(block)
     return hasher.hexdigest()
 

@@ -24,7 +24,7 @@ def group_codes(group: NDArray[np.object_] | None) -> Groups:
     return np.asarray(codes, dtype=np.int64)
 
 
-def mean(values: Array, groups: Groups, *, low: float = -1, high: float = 1) -> dict[str, float]:
+def mean_interval(values: Array, groups: Groups, *, low: float = -1, high: float = 1) -> dict[str, float]:
     """Compute the mean of values (n,) in [low, high] and its interval, from the sums over groups and Student's t.
 
     A single group carries no information on other groups: its interval is all of [low, high].
@@ -38,17 +38,17 @@ def mean(values: Array, groups: Groups, *, low: float = -1, high: float = 1) -> 
     return {"mean": centre, "low": max(low, centre - half_width), "high": min(high, centre + half_width)}
 
 
-def share(rows: NDArray[np.bool_], groups: Groups) -> dict[str, float]:
+def share_interval(rows: NDArray[np.bool_], groups: Groups) -> dict[str, float]:
     """Compute the count and the share of true rows (n,) with Wilson's interval, or that of the groups if wider."""
     count = int(rows.sum())
-    low, high = wilson(count, len(rows))
+    low, high = wilson_interval(count, len(rows))
     if groups is not None:
-        group_interval = mean(rows.astype(np.float64), groups, low=0, high=1)
+        group_interval = mean_interval(rows.astype(np.float64), groups, low=0, high=1)
         low, high = min(low, group_interval["low"]), max(high, group_interval["high"])
     return {"n": count, "share": count / len(rows), "low": low, "high": high}
 
 
-def wilson(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
     """Compute Wilson's score interval of a share, 95% by default (Wilson 1927)."""
     observed_share = successes / trials
     centre = observed_share + z * z / (2 * trials)

@@ -19,7 +19,7 @@ from .dataset.modalities import kind_of_path
 from .dataset.samples import Samples
 from .errors import ConfigError
 from .features.encode import EncodeTask, Status
-from .features.matrix import FeatureMatrix, Inputs, Rows
+from .features.matrix import FeatureMatrix, Inputs, RowIndex
 from .hashing import hash_rank
 from .near_duplicates import MIN_FEATURES, Links, near_links
 from .threads import fixed_threads
@@ -146,8 +146,8 @@ class _Pair:
     """Rows of a reference split and of the split held out from it, both sorted by id."""
 
     between: tuple[str, str]
-    reference_rows: Rows
-    heldout_rows: Rows
+    reference_rows: RowIndex
+    heldout_rows: RowIndex
     sample_id: NDArray[np.object_]
 
 
@@ -425,7 +425,7 @@ def _near_duplicates(pair: _Pair, modality_content: ModalityContent, *, config: 
     return messages
 
 
-def _draw(pair: _Pair, rows: Rows, *, max_rows: int, seed: int) -> Rows:
+def _draw(pair: _Pair, rows: RowIndex, *, max_rows: int, seed: int) -> RowIndex:
     """Return the first `max_rows` rows in the order of hash(seed, id)."""
     hashes = hash_rank(pair.sample_id[rows], seed=seed, purpose="near duplicates")
     return rows[np.argsort(hashes, kind="stable")][:max_rows]

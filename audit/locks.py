@@ -89,7 +89,7 @@ def write_lock(folder: Path, scope: str = "", *, command: str, wait_seconds: flo
             raise
 
 
-def holders_of(folder: Path, scope: str = "") -> list[Holder]:
+def find_holders(folder: Path, scope: str = "") -> list[Holder]:
     """Return the holders of locks that overlap with `scope`; locks of processes that have ended are removed."""
     return [holder for _, holder in _overlapping(folder, scope)]
 

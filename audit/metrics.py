@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-LEAST = 1e-12  # lower bound of probabilities, which keeps every loss finite (27.6 at most)
+MIN_PROBABILITY = 1e-12  # lower bound of probabilities, which keeps every loss finite (27.6 at most)
 
 
 def confidence(probabilities: Sequence[Floats], label: NDArray[np.int32]) -> Floats:
@@ -45,7 +45,7 @@ def gap(confidence: Floats) -> Floats:
     return np.asarray(reduce(np.fmax, columns) - reduce(np.fmin, columns))
 
 
-def dominant(confidence: Floats) -> NDArray[np.int8]:
+def dominant_modality(confidence: Floats) -> NDArray[np.int8]:
     """Return the index of the modality with the highest confidence, (n,); -1 where two are exactly equal."""
     filled = np.where(np.isnan(confidence), -1, confidence)
     best = filled.argmax(axis=1)
@@ -77,7 +77,9 @@ def overlap(means: Sequence[Floats], deviations: Sequence[Floats]) -> Floats:
 
 def fuse_probabilities(probabilities: Sequence[Floats]) -> Floats:
     """Compute the normalised mean of the log probabilities, (n, k): mmaudit's approximation of a fused model."""
-    logs = np.stack([np.log(np.maximum(modality_probabilities, LEAST)) for modality_probabilities in probabilities])
+    logs = np.stack(
+        [np.log(np.maximum(modality_probabilities, MIN_PROBABILITY)) for modality_probabilities in probabilities]
+    )
     is_present = ~np.isnan(logs[:, :, :1])  # a missing modality is NaN for every class
     mean = np.where(is_present, logs, 0).sum(axis=0) / np.maximum(is_present.sum(axis=0), 1)
     mean -= mean.max(axis=1, keepdims=True)
@@ -87,7 +89,7 @@ def fuse_probabilities(probabilities: Sequence[Floats]) -> Floats:
 
 def cross_entropy(confidence: Floats) -> Floats:
     """Compute the loss -log c, of the same shape, in [0, 27.7]."""
-    return np.asarray(-np.log(np.maximum(confidence, LEAST)), dtype=np.float32)
+    return np.asarray(-np.log(np.maximum(confidence, MIN_PROBABILITY)), dtype=np.float32)
 
 
 def balance(similarity: Floats, loss: Floats, *, fits: NDArray[np.bool_]) -> Floats:
@@ -148,4 +150,4 @@ def _mean_over_pairs(pair_values: Sequence[Floats]) -> Floats:
 
 def _cosine(a: Floats, b: Floats) -> Floats:
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.asarray((a * b).sum(axis=1) / np.maximum(norms, LEAST))
+    return np.asarray((a * b).sum(axis=1) / np.maximum(norms, MIN_PROBABILITY))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .features.matrix import Inputs, Rows, chunks
+from .features.matrix import Inputs, RowIndex, chunks
 from .threads import parallel_map
 
 MIN_FEATURES = 8  # shorter vectors are near, or equal, by chance
@@ -25,7 +25,14 @@ Links = dict[int, int]  # tested row -> reference row that it repeats
 
 
 def near_links(
-    inputs: Inputs, reference: Rows, tested: Rows, *, ratio: float, neighbours: int, false_alarms: float, seed: int
+    inputs: Inputs,
+    reference: RowIndex,
+    tested: RowIndex,
+    *,
+    ratio: float,
+    neighbours: int,
+    false_alarms: float,
+    seed: int,
 ) -> Links | str:
     """Link `tested` rows to the `reference` rows that they nearly repeat, or return the reason why that is undecidable.
 
@@ -59,13 +66,13 @@ class _Projection:
     mean: Matrix
     weights: Matrix
 
-    def read(self, inputs: Inputs, rows: Rows) -> Matrix:
+    def read(self, inputs: Inputs, rows: RowIndex) -> Matrix:
         """Read and project these rows, in this order."""
         parts = [(inputs.read(batch).astype(np.float32) - self.mean) @ self.weights for batch in chunks(inputs, rows)]
         return np.concatenate([np.zeros((0, self.weights.shape[1]), np.float32), *parts])
 
 
-def _projections(inputs: Inputs, rows: Rows, *, seed: int) -> list[_Projection]:
+def _projections(inputs: Inputs, rows: RowIndex, *, seed: int) -> list[_Projection]:
     """Build a projection of the features in their own units and one in units of their spread over these rows.
 
     An empty list where fewer than MIN_FEATURES vary.
@@ -111,7 +118,7 @@ def _near_ratio(features: Matrix, *, chance: float, max_ratio: float, k: int) ->
     return float(ratio_limit), float(np.median(distance[:, -1]))
 
 
-def _nearest(queries: Matrix, rows: Matrix, *, k: int) -> tuple[Matrix, Rows]:
+def _nearest(queries: Matrix, rows: Matrix, *, k: int) -> tuple[Matrix, RowIndex]:
     """Return the k nearest rows of each query, nearest first: distances (q, k) and row indices (q, k).
 
     Searched by blocks of matrix products, then recomputed from differences: |a|^2 + |b|^2 - 2ab cancels for near rows.

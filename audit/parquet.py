@@ -22,7 +22,7 @@ from .errors import MmauditError
 from .parsing import Shape, check_shape, parse_json
 from .storage import atomic_write, check_regular
 
-KEY = b"mmaudit"
+PROVENANCE_KEY = b"mmaudit"
 # Arrow raises most of these itself, and Cython the rest, for damaged names and for sizes beyond memory.
 _FAULTS = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
 _MAX_FOOTER = 1 << 26  # bytes: 10,000 columns in 50 row groups
@@ -32,7 +32,7 @@ _MAX_ROWS_PER_BYTE = 256  # of a file: ascending integers, which compress best, 
 def write_parquet(table: pa.Table, path: Path, *, provenance: dict[str, Any]) -> None:
     """Write a table atomically; the same table gives the same bytes."""
     text = json.dumps(provenance, sort_keys=True)
-    table_with_metadata = table.replace_schema_metadata({KEY: text.encode()})
+    table_with_metadata = table.replace_schema_metadata({PROVENANCE_KEY: text.encode()})
     with atomic_write(path) as temporary:
         pq.write_table(table_with_metadata, temporary.absolute(), compression="zstd", write_page_checksum=True)
 
@@ -128,7 +128,7 @@ def parse_provenance(
     *,
     error: type[MmauditError],
     where: str,
-    key: bytes = KEY,
+    key: bytes = PROVENANCE_KEY,
     shape: Shape | None = None,
 ) -> dict[str, Any]:
     """Return the JSON object under a key of the metadata of a file, {} without the key; raise `error` if damaged."""

@@ -19,11 +19,11 @@ _WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or fals
 
 # Expected structure of JSON: a type, or a tuple of types (NoneType: null), one of which may be a mapping; a mapping
 # from keys to the shapes of their values, where "*" is the shape of all other keys and keys are optional unless the
-# mapping is `Complete`; a list with one shape, that of every entry.
+# mapping is `RequiredKeys`; a list with one shape, that of every entry.
 Shape: TypeAlias = "type | tuple[type | Mapping[str, Shape], ...] | Mapping[str, Shape] | list[Shape]"
 
 
-class Complete(dict[str, Any]):
+class RequiredKeys(dict[str, Any]):
     """The shape of an object whose keys are all required, except those that end in "?" and "*", any other key."""
 
 
@@ -72,7 +72,7 @@ def check_shape(content: Any, shape: Shape, *, key: str = "") -> None:
 
 
 def _check_keys(content: dict[str, Any], shape: Mapping[str, Shape], *, key: str) -> None:
-    required = [name for name in shape if name != "*" and name[-1:] != "?"] if isinstance(shape, Complete) else []
+    required = [name for name in shape if name != "*" and name[-1:] != "?"] if isinstance(shape, RequiredKeys) else []
     missing = [name for name in required if name not in content]
     if missing:
         raise ValueError(f"{key or 'the document'} lacks {', '.join(missing)}")
@@ -122,7 +122,7 @@ def _too_deep() -> str:
 Config = TypeVar("Config")
 
 
-def build(type_: type[Config], content: Mapping[str, Any], *, where: str) -> Config:
+def build_config(type_: type[Config], content: Mapping[str, Any], *, where: str) -> Config:
     """Build a config from nested plain values; raise ConfigError for an unknown key or a value of a wrong type."""
     hints = typing.get_type_hints(type_)
     values = {}
@@ -142,7 +142,7 @@ def _convert(value: Any, hint: Any, *, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(f"config key {name} is a section; set {name}.KEY")
-        return build(typing.cast("type[Any]", hint), value, where=f"{name}.")
+        return build_config(typing.cast("type[Any]", hint), value, where=f"{name}.")
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise ConfigError(f"config key {name} is {_shown(value)}; it must be a list")

@@ -47,7 +47,7 @@ def draw(num_clips: int, *, size: int, mel: tuple[int, int]) -> Examples:
         split=split,
         rank=np.arange(num_clips),
         weight=np.ones(num_clips, np.float32),
-        chosen=np.ones(num_clips, dtype=bool),
+        in_manifest=np.ones(num_clips, dtype=bool),
         **nothing,
     )
 

@@ -111,7 +111,7 @@ def draw(size: Size) -> Examples:
         discrepancy=rng.uniform(-1, 1, n),
         balance=rng.uniform(-1, 1, n),
         p_balanced=rng.random(n),
-        chosen=np.ones(n, dtype=bool),
+        in_manifest=np.ones(n, dtype=bool),
     )
 
 

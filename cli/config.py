@@ -14,7 +14,7 @@ from ..audit.dataset.dataset import DataConfig
 from ..audit.errors import ConfigError
 from ..audit.leakage import LeakageConfig
 from ..audit.media.files import MediaConfig
-from ..audit.parsing import build
+from ..audit.parsing import build_config
 from ..audit.probes.config import NetworkConfig, ProbeConfig
 from ..audit.scores.mixture import MixtureConfig
 from ..audit.storage import check_regular
@@ -75,7 +75,7 @@ class RunConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
 
-    def scoring(self) -> dict[str, Any]:
+    def scoring_config(self) -> dict[str, Any]:
         """Return the settings that scores depend on, as plain values: `config` of run.json, which reruns must match."""
         config = plain(self)
         return {name: config[name] for name in ("seed", "data", "media", "probe", "network", "mixture")}
@@ -95,7 +95,7 @@ def load_config(path: str | Path | None = None, settings: typing.Sequence[str] =
         content = _read_toml(Path(path))
     for setting in settings:
         _apply(content, setting)
-    return build(RunConfig, content, where="")
+    return build_config(RunConfig, content, where="")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

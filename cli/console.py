@@ -286,10 +286,12 @@ def print_evaluate(evaluation: dict[str, Any]) -> None:
     """Print all metrics by subset, the classes of lowest recall, and the contribution of each modality."""
     samples = f"{evaluation['n']} samples of split {evaluation['split']} of {evaluation['manifest']}"
     print_line(f"{evaluation['name']} on {samples}")
-    if evaluation.get("learned_from", 0) is None:
+    if evaluation.get("num_trained_on", 0) is None:
         print_line("  overlap with its training samples unknown: its own manifest was removed or has changed")
-    elif evaluation.get("learned_from"):
-        print_line(f"  {evaluation['learned_from']} of them were used in training or validation: metrics are too high")
+    elif evaluation.get("num_trained_on"):
+        print_line(
+            f"  {evaluation['num_trained_on']} of them were used in training or validation: metrics are too high"
+        )
     measures = ("accuracy", "map", "macro_f1", "ece")
     print_line(f"  {'':>24} {'n':>6} {'branch':>10} " + " ".join(f"{name:>9}" for name in measures))
     for name, subset in sorted(evaluation["test"].items(), key=lambda pair: (pair[0] != "all", pair[0])):

@@ -170,7 +170,7 @@ def split(
         resplit=resplit,
         between=between,
         name=name,
-        dry=dry_run,
+        dry_run=dry_run,
     )
     finish(summary, json_, print_split)
 

@@ -19,11 +19,11 @@ import numpy as np
 
 from ..audit.errors import ConfigError, ManifestError, RunError, printable
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..rebalance.card import card as write_card
-from ..rebalance.curriculum import batch_of, id_key, num_steps, order_of
-from ..rebalance.diff import diff as compare
-from ..rebalance.manifest import Manifest, digests_of, dropped_path, provenance_of, read_manifest
-from ..rebalance.recipe import Recipe, Split, make_split, recipe_of
+from ..rebalance.card import dataset_card as write_card
+from ..rebalance.curriculum import batch_rows, epoch_order, id_keys, num_steps
+from ..rebalance.diff import diff_manifests as compare
+from ..rebalance.manifest import Manifest, compute_digests, dropped_path, read_manifest, read_provenance
+from ..rebalance.recipe import Recipe, SplitResult, make_split, recipe_from_record
 from ..rebalance.score_tables import ScoreFiles, open_scores
 from .config import RunConfig
 from .run import Run
@@ -50,7 +50,7 @@ def split(
     resplit: str | None = None,
     between: str | None = None,
     name: str | None = None,
-    dry: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write a manifest and the table of its dropped rows, from the run's scores or from the score table `scores`.
 
@@ -70,7 +70,7 @@ def split(
         resplit: shares of new splits, such as `80/8/12`.
         between: modalities of the discrepancy, `A:B`, or `A` against the rest.
         name: name of the manifest.
-        dry: write nothing.
+        dry_run: write nothing.
 
     Returns:
         A summary: file, counts, and the uniformity of the discrepancy before and after.
@@ -95,7 +95,7 @@ def split(
         scores = run_dir.scores_file
     shards = open_scores(scores, seed=config.seed)
     single_table = scores if isinstance(scores, (str, Path)) else None
-    with _staged_manifest(run_dir, dry=dry) as path_of:
+    with _staged_manifest(run_dir, dry_run=dry_run) as path_of:
         result = make_split(
             shards,
             recipe,
@@ -103,8 +103,8 @@ def split(
             scratch=run_dir.folder,
             name=name,
             scores=single_table,
-            beside=run_dir.manifests_folder,
-            dry=dry,
+            relative_to=run_dir.manifests_folder,
+            dry_run=dry_run,
         )
         if result.path is not None:
             path = run_dir.manifest(result.path.stem)
@@ -122,7 +122,7 @@ def split(
 
 
 @contextmanager
-def _staged_manifest(run_dir: Run, *, dry: bool) -> Iterator[Callable[[str], Path]]:
+def _staged_manifest(run_dir: Run, *, dry_run: bool) -> Iterator[Callable[[str], Path]]:
     """Yield a function from a manifest's name to the path to write; it locks the name.
 
     At the end the new manifest replaces an older one of that name. The run's scores are locked meanwhile.
@@ -136,14 +136,14 @@ def _staged_manifest(run_dir: Run, *, dry: bool) -> Iterator[Callable[[str], Pat
 
         def path_of(name: str) -> Path:
             path = run_dir.manifest(name)
-            if dry:
+            if dry_run:
                 return path
             name_lock = lock(f"manifests/{name}")
             if path.exists():
                 log.info("replacing %s", path)
             return stack.enter_context(replacing_manifest(run_dir.folder, name, lock=name_lock)) / path.name
 
-        if not dry:
+        if not dry_run:
             lock(f"manifests/.{secrets.token_hex(4)}")  # excludes a lock on the whole run, and no other split
         yield path_of
 
@@ -196,14 +196,14 @@ def export(
         RunError: `out` exists.
         ManifestError: the manifest or its source was not found, or the source is named by an untrusted manifest only.
     """
-    from ..rebalance.export import export as write_export
-    from ..rebalance.export import holds_media
+    from ..rebalance.export import contains_media
+    from ..rebalance.export import export_manifest as write_export
     from .provenance import SourceOptions, open_source
 
     path, out = Run.open(run).find_manifest(str(manifest)), Path(out)
     dataset = None
-    if holds_media(path, format):
-        origin = origin_of(path, provenance_of(path), digests_of(path))
+    if contains_media(path, format):
+        origin = origin_of(path, read_provenance(path), compute_digests(path))
         dataset, _ = open_source(origin, SourceOptions(data=data, allow_outside=allow_outside), encoders=False)
     with write_lock(out.absolute().parent, out.name, command="mmaudit export", wait_seconds=WAIT_SECONDS):
         return write_export(
@@ -234,8 +234,8 @@ def replay(
         ManifestError: the manifest or its scores were not found, or the scores are named by an untrusted manifest only.
     """
     path = Run.open(run).find_manifest(str(manifest))
-    record = provenance_of(path).get("rule", {})
-    recipe = recipe_of(record, folder=path.parent)
+    record = read_provenance(path).get("rule", {})
+    recipe = recipe_from_record(record, folder=path.parent)
     outside = [file for file in (recipe.like, *recipe.intersect, *recipe.exclude) if file is not None]
     outside += [] if scores is not None or record["scores"] is None else [str(path.parent / str(record["scores"]))]
     _check_inside(path, outside)
@@ -263,7 +263,7 @@ def _check_inside(path: Path, files: Sequence[str]) -> None:
     outside = [file for file in files_named if not Path(file).resolve().is_relative_to(root)]
     if not outside:
         return
-    origin = origin_of(path, provenance_of(path), digests_of(path))
+    origin = origin_of(path, read_provenance(path), compute_digests(path))
     if not origin.is_own:
         doubt = origin.doubt or "it was not made by you on this machine"
         raise ManifestError(
@@ -279,9 +279,9 @@ def _rebuild(shards: ScoreFiles, recipe: Recipe, path: Path, scratch: Path, *, s
         recipe,
         lambda name: scratch / f"{name}.parquet",
         scratch=scratch,
-        name=provenance_of(path)["subset"],
+        name=read_provenance(path)["subset"],
         scores=scores,
-        beside=path.parent,
+        relative_to=path.parent,
     )
     if rebuilt.path is None:
         raise RunError(f"{path} could not be rebuilt")
@@ -301,7 +301,7 @@ class Epoch:
         """Yield the number of each step, from 0, and its ids."""
         rows = np.arange(len(self.ids))
         for step in range(num_steps(rows, batch_size=self.batch_size)):
-            yield step, self.ids[batch_of(rows, step=step, batch_size=self.batch_size)].tolist()
+            yield step, self.ids[batch_rows(rows, step=step, batch_size=self.batch_size)].tolist()
 
 
 def order(
@@ -325,10 +325,10 @@ def order(
     opened = read_manifest(Run.open(run).find_manifest(str(manifest)))
     rows = _training_rows(opened, config)
     ids = opened.table["sample_id"].take(rows)
-    order_rows = order_of(
+    order_rows = epoch_order(
         rank=opened.table["rank"].to_numpy()[rows],
         balance=None if config.order.order != "weighted" else opened.numbers("balance")[rows],
-        key=id_key(ids),
+        key=id_keys(ids),
         config=config.order,
         seed=config.seed,
         epoch=epoch,
@@ -360,7 +360,7 @@ def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.
     return np.flatnonzero(train)
 
 
-def _summary(result: Split) -> dict[str, Any]:
+def _summary(result: SplitResult) -> dict[str, Any]:
     numbers = {
         key: value for key, value in result.numbers.items() if key not in ("classes", "counts_before", "counts_after")
     }

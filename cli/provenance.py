@@ -14,12 +14,12 @@ from .. import __version__
 from ..audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from ..audit.dataset.formats.saved import looks_like_hub_name
 from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices, printable
-from ..audit.features.encoders import IMPORT_NOTHING, check_encoder, encoder_location, preprocessing
-from ..audit.parsing import build
+from ..audit.features.encoders import BUILTIN_ENCODERS, check_encoder, encoder_location, preprocessing
+from ..audit.parsing import build_config
 from ..audit.scores.mixture import Mixture
 from ..audit.scores.score_dataset import Audit
 from ..audit.scores.table import RANGES, SCHEMA_VERSION
-from ..rebalance.checks import section
+from ..rebalance.checks import provenance_section
 from ..rebalance.manifest import Manifest
 from .config import RunConfig, without_none
 from .run import Run
@@ -31,8 +31,8 @@ _LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillo
 def check_config(run_dir: Run, record: dict[str, Any], dataset: Dataset, config: RunConfig) -> None:
     """Raise RunError if the run was made with another config; the message names the first key that differs."""
     differing = [
-        f"{section}.{key} is {record['config'][section].get(key)!r} in the run and {value!r} now"
-        for section, content in config.scoring().items()
+        f"{section}.{key} is {record['config'][provenance_section].get(key)!r} in the run and {value!r} now"
+        for section, content in config.scoring_config().items()
         if isinstance(content, dict)
         for key, value in content.items()
         if record["config"][section].get(key) != value
@@ -57,7 +57,7 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
         "source": _absolute_source(dataset.source),
         "fingerprint": audit.fingerprint,
         "seed": config.seed,
-        "config": config.scoring(),
+        "config": config.scoring_config(),
         "modalities": _modalities(dataset, config),
         "columns": asdict(dataset.columns),
         "code": {modality.encoder: encoder_location(modality.encoder) for modality in dataset.modalities},
@@ -117,7 +117,7 @@ def open_source(origin: Origin, options: SourceOptions, *, encoders: bool = True
             "score the data with mmaudit score, and split that run"
         )
     modalities = _scored_modalities(origin)
-    scored_config = build(RunConfig, without_none(section(scores, "config")), where="")
+    scored_config = build_config(RunConfig, without_none(provenance_section(scores, "config")), where="")
     encoder_names = _scored_encoders(origin, options) if encoders else {}
     _check_named(origin, options, encoder_names)
     source = options.data if options.data is not None or origin.record is None else origin.record["source"]
@@ -184,7 +184,7 @@ def _scored_encoders(origin: Origin, options: SourceOptions) -> dict[str, str]:
 
 def _doubt(encoder: str, origin: Origin) -> str:
     """Return why an encoder that is code or a model must be passed by the user; "" if it need not be."""
-    if encoder in IMPORT_NOTHING:
+    if encoder in BUILTIN_ENCODERS:
         return ""
     if origin.record is None:
         return origin.doubt

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.errors import ConfigError, RunError, choices
-from ..audit.parsing import Complete, Shape
+from ..audit.parsing import RequiredKeys, Shape
 from ..audit.scores.table import ScoreTable, read_scores
 from ..audit.storage import read_json, write_json
 from .swap import complete_swaps
@@ -212,60 +212,65 @@ REPORT_FILES = ("report.html", "report.json", "figures")
 MADE_FROM_SCORES = ("finetune", "manifests", "recovery.json")
 
 _NUMBER, _NULL = (float, type(None)), type(None)
-_CALIBRATION = Complete(temperature=float, ece_before=_NUMBER, ece_after=_NUMBER, num_rows=int)
-_GAIN = Complete(name=str, gain=float, low=float, high=float)
-_VALUE = Complete(name=str, value=float, low=float, high=float)
-_PROBE_REPORT = Complete(
+_CALIBRATION = RequiredKeys(temperature=float, ece_before=_NUMBER, ece_after=_NUMBER, num_rows=int)
+_GAIN = RequiredKeys(name=str, gain=float, low=float, high=float)
+_VALUE = RequiredKeys(name=str, value=float, low=float, high=float)
+_PROBE_REPORT = RequiredKeys(
     metric=str,
     chance=float,
-    probe_metrics=[Complete(**_VALUE, loss=float, calibration=(_CALIBRATION, _NULL))],
+    probe_metrics=[RequiredKeys(**_VALUE, loss=float, calibration=(_CALIBRATION, _NULL))],
     gain_over_best=_GAIN,
     gains=[_GAIN],
-    controls=[Complete(**_VALUE, num_rows=int, chance=float, leaks=bool)],
+    controls=[RequiredKeys(**_VALUE, num_rows=int, chance=float, leaks=bool)],
 )
-_RECORD: Shape = Complete(
+_RECORD: Shape = RequiredKeys(
     schema=str,
     version=str,
     source=str,
     fingerprint=str,
     seed=int,
-    config=Complete(
-        seed=int, data=Complete(task=str), media={}, probe=Complete(repeats=int, learn_from=str), network={}, mixture={}
+    config=RequiredKeys(
+        seed=int,
+        data=RequiredKeys(task=str),
+        media={},
+        probe=RequiredKeys(repeats=int, learn_from=str),
+        network={},
+        mixture={},
     ),
-    modalities=[Complete(name=str, column=str, kind=str, preprocessing=str)],
+    modalities=[RequiredKeys(name=str, column=str, kind=str, preprocessing=str)],
     columns={},
     code={},
-    counts=Complete(input=int, scored=int, quarantined=int),
+    counts=RequiredKeys(input=int, scored=int, quarantined=int),
     quarantine={"*": int},
     classes=int,
     groups=(int, _NULL),
     folds=(int, _NULL),
     probe_report=_PROBE_REPORT,
     verdict=str,
-    class_check=Complete(verdict=str),
+    class_check=RequiredKeys(verdict=str),
     seconds={},
 )
-_INTERVAL = Complete(mean=float, low=float, high=float)
-_SHARE = Complete(n=int, share=float, low=float, high=float)
-_BRANCH = Complete(dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "map", "macro_f1", "ece"), float))
-_SUBSET = Complete({"n": int, "branches?": {"*": _BRANCH}})
-_METRICS = Complete(
+_INTERVAL = RequiredKeys(mean=float, low=float, high=float)
+_SHARE = RequiredKeys(n=int, share=float, low=float, high=float)
+_BRANCH = RequiredKeys(dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "map", "macro_f1", "ece"), float))
+_SUBSET = RequiredKeys({"n": int, "branches?": {"*": _BRANCH}})
+_METRICS = RequiredKeys(
     {
         "manifest": str,
         "manifest_digest": str,
-        "config": Complete({"seed": int, "finetune": {}, "data?": {}}),
-        "counts": Complete(train=int, validation=int, test=int),
-        "test": Complete({"all": _SUBSET, "*": _SUBSET}),
+        "config": RequiredKeys({"seed": int, "finetune": {}, "data?": {}}),
+        "counts": RequiredKeys(train=int, validation=int, test=int),
+        "test": RequiredKeys({"all": _SUBSET, "*": _SUBSET}),
         "best_epoch": int,
-        "chance": Complete(majority=float),
+        "chance": RequiredKeys(majority=float),
         "test_labels_in_scores": bool,
-        "contribution?": Complete(
+        "contribution?": RequiredKeys(
             n=int,
             **{
-                "contribution?": Complete(nobody=float, all=float, modalities={"*": _INTERVAL}),
-                "confusion?": Complete(confused=_SHARE, synergy=_SHARE, confused_by={"*": _SHARE}),
+                "contribution?": RequiredKeys(nobody=float, all=float, modalities={"*": _INTERVAL}),
+                "confusion?": RequiredKeys(confused=_SHARE, synergy=_SHARE, confused_by={"*": _SHARE}),
             },
         ),
     }
 )
-_RECOVERY = Complete(spearman=float, interval=[float], right_signs=float, num_samples=int)
+_RECOVERY = RequiredKeys(spearman=float, interval=[float], right_signs=float, num_samples=int)

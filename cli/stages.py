@@ -27,7 +27,7 @@ from ..audit.leakage import ModalityContent, find_leakage, group_columns
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.parquet import write_parquet
 from ..audit.quarantine import Quarantined, quarantine_table
-from ..audit.scores.score_dataset import Audit, Networks, audit_dataset
+from ..audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from ..audit.scores.table import write_scores
 from ..audit.storage import write_json
 from ..audit.workers import Progress, default_workers, no_progress
@@ -243,7 +243,7 @@ def _score(
             encoded,
             tasks,
             probe=config.probe,
-            networks=Networks(config=config.network, media=config.media, folder=run_dir.features / "networks"),
+            networks=NetworkSettings(config=config.network, media=config.media, folder=run_dir.features / "networks"),
             mixture=config.mixture,
             seed=config.seed,
             device=device,

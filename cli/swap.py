@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..audit.errors import RunError
-from ..audit.locks import Lock, holders_of, write_lock
+from ..audit.locks import Lock, find_holders, write_lock
 from ..audit.storage import flush, read_json, write_json
 
 _STAGED, _COMMITTED, _CLEARED = ".overwrite-new", ".overwrite-committed", ".overwrite-cleared"
@@ -58,7 +58,7 @@ def replacing_manifest(folder: Path, name: str, *, lock: Lock) -> Iterator[Path]
     """
     manifests = folder / "manifests"
     for path in manifests.glob(f"{_STAGED}-*"):
-        if not holders_of(folder, f"manifests/{path.name.removeprefix(f'{_STAGED}-')}"):
+        if not find_holders(folder, f"manifests/{path.name.removeprefix(f'{_STAGED}-')}"):
             shutil.rmtree(path, ignore_errors=True)
     names = [f"{name}{end}" for end in (".parquet", ".dropped.parquet", ".balance.json")]
     with replacing(manifests, names, lock=lock, key=f"-{name}") as staged:

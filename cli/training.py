@@ -17,7 +17,7 @@ from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.features.encode import encode_dataset
 from ..audit.features.encoded_samples import collect_encoded
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..audit.parsing import build
+from ..audit.parsing import build_config
 from ..audit.storage import write_json, write_text
 from ..audit.workers import Progress, default_workers, no_progress
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
@@ -162,7 +162,7 @@ def evaluate(
         progress: progress callback.
 
     Returns:
-        The content of the file, and its path. With `manifest`, `learned_from` counts the samples that were used in
+        The content of the file, and its path. With `manifest`, `num_trained_on` counts the samples that were used in
         training or validation; None if unknown.
 
     Raises:
@@ -172,7 +172,9 @@ def evaluate(
     run_dir = Run.open(run)
     folder = _find_finetune(run_dir, name)
     metrics = read_metrics(folder)
-    config = build(RunConfig, without_none({k: v for k, v in metrics["config"].items() if k != "manifest"}), where="")
+    config = build_config(
+        RunConfig, without_none({k: v for k, v in metrics["config"].items() if k != "manifest"}), where=""
+    )
     path = run_dir.find_manifest(str(manifest)) if manifest is not None else run_dir.own_manifest(metrics["manifest"])
     opened = read_manifest(path)
     if manifest is None and opened.digest() != metrics["manifest_digest"]:
@@ -196,7 +198,7 @@ def evaluate(
         )
         result = {"name": folder.name, "manifest": path.stem, "split": split, **measured}
         if manifest is not None:
-            result["learned_from"] = _count_learned(run_dir, metrics, examples.sample_id[examples.rows(split)])
+            result["num_trained_on"] = _count_learned(run_dir, metrics, examples.sample_id[examples.rows(split)])
         write_json(result, file)
     return {**result, "file": str(file)}
 

@@ -14,8 +14,8 @@ from typing import Any
 from ..audit.errors import ManifestError, RunError, printable
 from ..audit.hashing import file_digest, is_signed, sign
 from ..audit.storage import read_json, write_json
-from ..rebalance.checks import section
-from ..rebalance.manifest import Digests, rows_of
+from ..rebalance.checks import provenance_section
+from ..rebalance.manifest import Digests, read_stated_digests
 from ..rebalance.recipe import balance_path
 
 log = logging.getLogger("mmaudit")
@@ -69,7 +69,7 @@ def own_record(folder: Path) -> tuple[dict[str, Any] | None, str]:
         record = read_json(file, error=RunError)
     except RunError as error:
         return None, str(error)
-    signature = section(record, "signature")
+    signature = provenance_section(record, "signature")
     if not is_signed(_record_content(record, signature), signature.get("hmac")):
         return None, f"{file} was not signed by you on this machine, or has changed"
     if signature["folder"] != str(folder.resolve()):
@@ -94,7 +94,7 @@ def sign_manifest(staged: Path, path: Path, *, run: Path, scores: Path | None) -
         record, doubt = None, "it was not made from the scores of its run"
     if record is not None and file_digest(table) != record["signature"]["scores"]:
         record, doubt = None, f"{table} is not the score table that the run was signed with"
-    digests = rows_of(staged)
+    digests = read_stated_digests(staged)
     signature = {
         "rows": digests["digest"],
         "metadata": digests["metadata"],
@@ -113,8 +113,8 @@ def origin_of(path: Path, provenance: dict[str, Any], digests: Digests) -> Origi
     """Return the origin of a manifest, given its metadata and the digests of its current content."""
     balance_numbers = _balance_numbers(path)
     signature, scores, folder = (
-        section(balance_numbers, "signature"),
-        section(provenance, "scores"),
+        provenance_section(balance_numbers, "signature"),
+        provenance_section(provenance, "scores"),
         trusted_folder(path),
     )
     signed = is_signed(_manifest_content(path, signature), signature.get("hmac"))

@@ -12,7 +12,7 @@ from ..audit.dataset.samples import read_samples
 from ..audit.features.encoded_samples import ContentHashes, content_hashes, dataset_fingerprint
 from ..audit.workers import Progress, no_progress
 from ..rebalance.checks import Check
-from ..rebalance.manifest import provenance_of
+from ..rebalance.manifest import read_provenance
 from ..rebalance.verify import check_media, verify_rows
 from .provenance import SourceOptions, open_source
 from .run import Run
@@ -48,7 +48,7 @@ def verify(
         ManifestError: the manifest or its source was not found, or the source is named by an untrusted manifest only.
     """
     path = Run.open(run).find_manifest(str(manifest))
-    checked, provenance = verify_rows(path), provenance_of(path)
+    checked, provenance = verify_rows(path), read_provenance(path)
     origin = origin_of(path, provenance, checked.digests)
     checks = [*checked.checks, _signature_check(origin)]
     has_failed = not checked.held or bool(origin.changed)

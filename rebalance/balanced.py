@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ScoreError, choices
 from .binning import (
-    CURVE,
+    CURVE_TOLERANCES,
     Counts,
     CurvePoint,
+    assign_bins,
     balancing_weights,
-    bin_of,
     choose_num_bins,
     distance_to_uniform,
     largest_level,
@@ -124,10 +124,12 @@ class BalancedRule:
         present = ~np.isnan(values) & (batch.excluded_by == 0)
         if self.config.grid:
             first, second = (batch.confidence[:, batch.modalities.index(name)] for name in self.between.split(":"))
-            bins_of_axes = [bin_of(2 * np.nan_to_num(values) - 1, num_bins=self.num_bins) for values in (first, second)]
+            bins_of_axes = [
+                assign_bins(2 * np.nan_to_num(values) - 1, num_bins=self.num_bins) for values in (first, second)
+            ]
             bin_index = bins_of_axes[0].astype(np.int32) * self.num_bins + bins_of_axes[1]
         else:
-            bin_index = bin_of(np.where(present, values, 0), num_bins=self.num_bins).astype(np.int32)
+            bin_index = assign_bins(np.where(present, values, 0), num_bins=self.num_bins).astype(np.int32)
         return np.where(present, bin_index, -1).astype(np.int32)
 
     def cells(self, batch: ScoreBatch) -> NDArray[np.int32]:
@@ -174,7 +176,7 @@ class BalancedRule:
         weight = np.where(bins < 0, 0, self.weight[batch.split, bins]).astype(np.float32)
         return RowOutcome(score=hash_outcome.score, threshold=hash_outcome.threshold, bin=bins, weight=weight)
 
-    def curve(self, counts: Counts, tolerances: tuple[float, ...] = CURVE) -> tuple[CurvePoint, ...]:
+    def curve(self, counts: Counts, tolerances: tuple[float, ...] = CURVE_TOLERANCES) -> tuple[CurvePoint, ...]:
         """Compute the largest set within each tolerance, and its distance to uniform."""
         return size_curve([bins.sum(axis=1) for bins in counts.reshape(self.shape) if bins.any()], tolerances)
 
@@ -253,7 +255,7 @@ def _histograms(scores: ScoreFiles, pairs: Sequence[str], *, num_bins: int) -> l
         used = scores.non_test_mask(batch)
         for pair_index, pair in enumerate(pairs):
             values = batch.discrepancy(pair)[used]
-            bins = bin_of(values[~np.isnan(values)], num_bins=num_bins)
+            bins = assign_bins(values[~np.isnan(values)], num_bins=num_bins)
             counts[pair_index] += np.bincount(bins, minlength=num_bins)
     return counts
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Counts = NDArray[np.int64]
-CURVE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # tolerances whose sizes are always reported
+CURVE_TOLERANCES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # tolerances whose sizes are always reported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class CurvePoint:
     distance: float
 
 
-def bin_of(discrepancy: NDArray[np.float32], *, num_bins: int) -> NDArray[np.int16]:
+def assign_bins(discrepancy: NDArray[np.float32], *, num_bins: int) -> NDArray[np.int16]:
     """Return the bin (n,) of each discrepancy among `num_bins` equal bins over [-1, 1]; +1 is in the last bin."""
     return np.clip((discrepancy.astype(np.float64) + 1) / 2 * num_bins, 0, num_bins - 1).astype(np.int16)
 

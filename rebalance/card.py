@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from ..audit.errors import ManifestError, printable
-from .manifest import batches_of, dropped_path, num_rows_of, provenance_of, rows_of
+from .manifest import dropped_path, read_batches_of_manifest, read_num_rows, read_provenance, read_stated_digests
 from .split_stats import read_numbers
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
@@ -49,7 +49,7 @@ _REQUIRED_KEYS = ("between", "kept", "scored", "before", "after", "bins", "count
 _PAPER = "Xia et al., Balanced Audiovisual Dataset for Imbalance Analysis, arXiv 2302.10912"
 
 
-def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: str | None = None) -> str:
+def dataset_card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: str | None = None) -> str:
     """Return the dataset-card section on a manifest, as Markdown that begins with `## Modality balance`.
 
     Args:
@@ -62,8 +62,8 @@ def card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: st
         ManifestError: the file is not a manifest, or the numbers or dropped rows belong to another manifest.
     """
     manifest = Path(manifest)
-    provenance, record = provenance_of(manifest), rows_of(manifest)
-    rows = num_rows_of(manifest)
+    provenance, record = read_provenance(manifest), read_stated_digests(manifest)
+    rows = read_num_rows(manifest)
     balance_file = manifest.with_name(f"{manifest.stem}.balance.json")
     if balance is None and balance_file.is_file():
         balance = read_numbers(balance_file, error=ManifestError)
@@ -219,10 +219,10 @@ def _dropped(manifest: Path, record: dict[str, Any]) -> list[str]:
     dropped_file = dropped_path(manifest)
     if not dropped_file.is_file():
         return []
-    if rows_of(dropped_file).get("dropped_from") != record.get("digest"):
+    if read_stated_digests(dropped_file).get("dropped_from") != record.get("digest"):
         raise ManifestError(f"{dropped_file} holds the rows dropped from another manifest: run mmaudit split again")
     counts: Counter[str] = Counter()
-    for table in batches_of(dropped_file, columns=["reason"]):
+    for table in read_batches_of_manifest(dropped_file, columns=["reason"]):
         for value_count in pc.value_counts(table["reason"]).to_pylist():
             counts[str(value_count["values"])] += int(value_count["counts"])
     if not counts:

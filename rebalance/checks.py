@@ -17,13 +17,13 @@ from .manifest import (
     SCHEMA_VERSION,
     Digests,
     RowDigest,
-    batches_of,
     manifest_schema,
     metadata_digest,
-    num_rows_of,
-    provenance_of,
+    read_batches_of_manifest,
+    read_num_rows,
+    read_provenance,
+    read_stated_digests,
     regroup,
-    rows_of,
 )
 from .score_files import prefetch
 from .score_tables import hash_keys
@@ -56,10 +56,10 @@ class CheckedFile:
 
     def __init__(self, path: Path, columns: dict[str, pa.DataType], provenance: dict[str, Any]) -> None:
         self.path = path
-        self.stated, self.provenance = rows_of(path), provenance_of(path)
+        self.stated, self.provenance = read_stated_digests(path), read_provenance(path)
         self.schema = manifest_schema(path)
         _check_ids(self.schema, path)
-        self.num_rows = num_rows_of(path)
+        self.num_rows = read_num_rows(path)
         self.missing = [name for name in columns if name not in self.schema.names]
         self.columns = columns
         self.bounds: dict[str, tuple[float, float]] = {
@@ -82,7 +82,7 @@ class CheckedFile:
 
     def read_all(self, ids: ExternalSort, file_index: int) -> None:
         """Read every row once and add its id's hash to `ids`, with `file_index` as cell."""
-        for table in prefetch(regroup(batches_of(self.path, as_stored=True))):
+        for table in prefetch(regroup(read_batches_of_manifest(self.path, as_stored=True))):
             self.digest.add(table)
             self._note_nulls(table)
             self._note_ranges(table)
@@ -163,7 +163,7 @@ def _compare_stated(name: str, stated: object, actual: object, *, changed_part: 
 
 def _rule_num_bins(provenance: dict[str, Any]) -> float:
     """Return the number of bins of the recorded rule (of a grid, over both axes); infinity if not recorded."""
-    rule = section(section(provenance, "rule"), "balanced")
+    rule = provenance_section(provenance_section(provenance, "rule"), "balanced")
     bins = rule.get("bins")
     if not isinstance(bins, int) or bins < 1:
         return np.inf
@@ -195,7 +195,7 @@ def _format_range(low: float, high: float) -> str:
     return f"[{low:g}, inf)" if np.isinf(high) else f"[{low:g}, {high:g}]"
 
 
-def section(provenance: dict[str, Any], name: str) -> dict[str, Any]:
+def provenance_section(provenance: dict[str, Any], name: str) -> dict[str, Any]:
     """Return a section of a manifest's provenance, or {} if there is none of that name."""
     value = provenance.get(name)
     return value if isinstance(value, dict) else {}

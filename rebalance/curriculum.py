@@ -163,7 +163,7 @@ class _Epoch:
         return WEIGHTS[self.config.weight](balance)
 
 
-def order_of(
+def epoch_order(
     *,
     rank: NDArray[np.integer],
     key: Keys,
@@ -223,7 +223,7 @@ def draw_rows(weight: NDArray[np.float64], *, key: Keys, draw: str, seed: int, e
     return DRAWS[draw](weight, key, seed, epoch)
 
 
-def id_key(sample_id: Iterable[str]) -> Keys:
+def id_keys(sample_id: Iterable[str]) -> Keys:
     """Hash sample ids to the keys (n,) of `order_of`; seed and epoch are mixed in there."""
     return hash_ids(pa.array(sample_id, pa.string()), seed=0, purpose="order")
 
@@ -233,7 +233,7 @@ def num_steps(order: RowIndex, *, batch_size: int) -> int:
     return -(-len(order) // batch_size)
 
 
-def batch_of(order: RowIndex, *, step: int, batch_size: int, num_ranks: int = 1, rank: int = 0) -> RowIndex:
+def batch_rows(order: RowIndex, *, step: int, batch_size: int, num_ranks: int = 1, rank: int = 0) -> RowIndex:
     """Return the rows of step 0, 1, ... of an epoch that belong to the process `rank` in [0, num_ranks).
 
     `batch_size` counts the samples of a step over all processes. The shares of all ranks, concatenated, are the step,

@@ -20,7 +20,15 @@ from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.hashing import digest
 from ..audit.storage import atomic_folder, atomic_write, scratch_folder
-from .manifest import COLUMNS, batches_of, check_types, manifest_schema, num_rows_of, provenance_of, rows_of
+from .manifest import (
+    COLUMNS,
+    check_types,
+    manifest_schema,
+    read_batches_of_manifest,
+    read_num_rows,
+    read_provenance,
+    read_stated_digests,
+)
 from .webdataset import SAMPLES_PER_SHARD, ExportJob, plain_rows, split_name, write_webdataset
 
 _OGM_FILES = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}  # the names that its readers expect
@@ -41,7 +49,7 @@ def escape_formula(text: str) -> str:
     return re.sub(_FORMULA, r"'\1", text)
 
 
-def export(
+def export_manifest(
     manifest: Path,
     out: Path,
     *,
@@ -83,8 +91,8 @@ def export(
     if samples_per_shard < 1:
         raise ConfigError(f"samples per shard is {samples_per_shard}; it must be at least 1")
     manifest, out = Path(manifest), Path(out)
-    provenance = provenance_of(manifest)
-    first = next(batches_of(manifest), None)
+    provenance = read_provenance(manifest)
+    first = next(read_batches_of_manifest(manifest), None)
     if first is None:
         raise ManifestError(f"{manifest} holds no rows: recreate it with mmaudit split")
     check_types(first.schema, where=str(manifest))
@@ -105,10 +113,10 @@ def export(
     with (atomic_folder if format in _EXPORT_FILES else atomic_write)(out) as temporary:
         extra = _WRITERS[format](job, temporary)
     files = sorted(str(path) for path in out.rglob("*") if path.is_file()) if out.is_dir() else [str(out)]
-    return {"format": format, "files": files, "rows": num_rows_of(manifest), **extra}
+    return {"format": format, "files": files, "rows": read_num_rows(manifest), **extra}
 
 
-def holds_media(manifest: Path, format: str) -> bool:
+def contains_media(manifest: Path, format: str) -> bool:
     """Return whether an export in this format contains the media of the manifest, so that they must be readable."""
     return format == "webdataset" and any(name not in COLUMNS for name in manifest_schema(manifest).names)
 
@@ -149,7 +157,7 @@ def _write_csv(job: ExportJob, path: Path) -> dict[str, Any]:
     escape = _escape_texts if job.escape_formulas else _unchanged
     head = escape(job.schema.empty_table())
     with pa.csv.CSVWriter(path, head.schema) as writer:
-        for table in batches_of(job.manifest):
+        for table in read_batches_of_manifest(job.manifest):
             writer.write_table(escape(table.cast(job.schema)))
     return {}
 
@@ -181,7 +189,7 @@ def _write_jsonl(job: ExportJob, path: Path) -> dict[str, Any]:
 def _write_npy(job: ExportJob, path: Path) -> dict[str, Any]:
     """Write the ids as fixed-width unicode, which needs no pickle; a first pass computes the width."""
     width = count = 0
-    for table in batches_of(job.manifest, columns=["sample_id"]):
+    for table in read_batches_of_manifest(job.manifest, columns=["sample_id"]):
         ids = table["sample_id"]
         width = max(width, pc.max(pc.utf8_length(ids)).as_py() or 0)
         count += len(ids)
@@ -191,7 +199,7 @@ def _write_npy(job: ExportJob, path: Path) -> dict[str, Any]:
     header = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
     with path.open("wb") as file:  # no memory map: on a full disk, writing to one raises SIGBUS
         np.lib.format.write_array_header_1_0(file, header)
-        for table in batches_of(job.manifest, columns=["sample_id"]):
+        for table in read_batches_of_manifest(job.manifest, columns=["sample_id"]):
             file.write(np.array(table["sample_id"].to_pylist(), dtype=dtype).tobytes())
     return {}
 
@@ -250,7 +258,7 @@ def _write_datasets(job: ExportJob, folder: Path) -> dict[str, Any]:
     """Write as Dataset.save_to_disk does, a DatasetDict for several splits, from Arrow files on disk."""
     import datasets
 
-    manifest_digest = str(rows_of(job.manifest).get("digest", "")) or digest(job.manifest.read_bytes())
+    manifest_digest = str(read_stated_digests(job.manifest).get("digest", "")) or digest(job.manifest.read_bytes())
     bars_enabled = not datasets.are_progress_bars_disabled()
     try:
         with scratch_folder(folder.parent) as scratch:
@@ -278,7 +286,7 @@ def _arrow_by_split(job: ExportJob, folder: Path) -> dict[str, Path]:
     """Write an Arrow stream of the rows of each split, in row order."""
     with ExitStack() as stack:
         writers: dict[str, Any] = {}
-        for table in batches_of(job.manifest):
+        for table in read_batches_of_manifest(job.manifest):
             for split in pc.unique(table["split"]).to_pylist():
                 name = split_name(split)
                 if name not in writers:

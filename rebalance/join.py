@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
-from .manifest import batches_of
+from .manifest import read_batches_of_manifest
 from .score_tables import hash_keys
 
 _BLOCK_ROWS = 1 << 20  # rows sorted at a time
@@ -89,7 +89,7 @@ class ManifestJoin:
 
 
 def _read_ids(path: Path) -> list[pa.Array]:
-    columns = [table["sample_id"] for table in batches_of(path, columns=["sample_id"])]
+    columns = [table["sample_id"] for table in read_batches_of_manifest(path, columns=["sample_id"])]
     nulls = sum(column.null_count for column in columns)
     if nulls:
         raise ManifestError(f"{nulls} null ids in {path}: recreate it with mmaudit split")
@@ -113,7 +113,10 @@ def _check_unique(path: Path, codes: NDArray[np.int32], names: pa.Array) -> None
 def column_keys(path: Path, name: str, num_rows: int) -> NDArray[np.uint64]:
     """Return 64 bits for each value of a column, (n,); strings are hashed: a change is missed once in 2^64."""
     return _join_values(
-        [np.zeros(0, np.uint64), *(_value_keys(table[name]) for table in batches_of(path, columns=[name]))],
+        [
+            np.zeros(0, np.uint64),
+            *(_value_keys(table[name]) for table in read_batches_of_manifest(path, columns=[name])),
+        ],
         path,
         num_rows,
     )
@@ -122,7 +125,9 @@ def column_keys(path: Path, name: str, num_rows: int) -> NDArray[np.uint64]:
 def column_numbers(path: Path, name: str, num_rows: int) -> NDArray[np.float64]:
     """Read a column of numbers, (n,), null as NaN."""
     return _join_values(
-        [np.zeros(0), *(_floats(table[name]) for table in batches_of(path, columns=[name]))], path, num_rows
+        [np.zeros(0), *(_floats(table[name]) for table in read_batches_of_manifest(path, columns=[name]))],
+        path,
+        num_rows,
     )
 
 
@@ -151,7 +156,7 @@ def _values_at(path: Path, name: str, rows: RowIndex) -> list[Any]:
     """Read the values of a column in these rows."""
     value_of_row: dict[int, Any] = {}
     start = 0
-    for table in batches_of(path, columns=[name]):
+    for table in read_batches_of_manifest(path, columns=[name]):
         for row in rows[(rows >= start) & (rows < start + len(table))].tolist():
             value_of_row[row] = table[name][row - start].as_py()
         start += len(table)

@@ -117,7 +117,7 @@ class Manifest:
     @cached_property
     def digests(self) -> Digests:
         """Digests of the rows and of the metadata."""
-        return Digests(rows=digest_of(self.table), metadata=metadata_digest(self.table.schema.metadata or {}))
+        return Digests(rows=table_digest(self.table), metadata=metadata_digest(self.table.schema.metadata or {}))
 
     def strings(self, name: str) -> NDArray[np.object_]:
         """Return a column of strings, (n,), null as None."""
@@ -175,7 +175,7 @@ def read_dropped(path: Path, manifest: Manifest) -> pa.Table | None:
     if not file.exists():
         return None
     table, _ = read_parquet(file, error=ManifestError, shape=PROVENANCE)
-    if rows_of(file).get("dropped_from") != manifest.digest():
+    if read_stated_digests(file).get("dropped_from") != manifest.digest():
         raise ManifestError(f"{file} holds the rows dropped from another manifest: run mmaudit split again")
     check_types(table.schema, where=str(file), columns=DROPPED_COLUMNS)
     return cast_columns(table, where=str(file))
@@ -186,7 +186,7 @@ def dropped_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.dropped.parquet")
 
 
-def provenance_of(path: Path) -> dict[str, Any]:
+def read_provenance(path: Path) -> dict[str, Any]:
     """Read the provenance of a manifest, without its rows."""
     metadata = manifest_schema(path).metadata or {}
     return parse_provenance(metadata, error=ManifestError, where=str(path), shape=PROVENANCE)
@@ -197,18 +197,20 @@ def manifest_schema(path: Path) -> pa.Schema:
     return read_schema(path, error=ManifestError)
 
 
-def num_rows_of(path: Path) -> int:
+def read_num_rows(path: Path) -> int:
     """Read the number of rows of a manifest, or of its dropped rows."""
     return int(read_footer(path, error=ManifestError).num_rows)
 
 
-def rows_of(path: Path) -> dict[str, Any]:
+def read_stated_digests(path: Path) -> dict[str, Any]:
     """Read the stated row count and digests: rows, digest, metadata, for dropped rows also dropped_from; {} if none."""
     metadata = read_footer(path, error=ManifestError).metadata or {}
     return parse_provenance(metadata, error=ManifestError, where=str(path), key=ROWS_KEY.encode(), shape=ROWS)
 
 
-def batches_of(path: Path, *, columns: list[str] | None = None, as_stored: bool = False) -> Iterator[pa.Table]:
+def read_batches_of_manifest(
+    path: Path, *, columns: list[str] | None = None, as_stored: bool = False
+) -> Iterator[pa.Table]:
     """Read a manifest, or its dropped rows, in batches; raises ManifestError if that fails.
 
     Columns are cast to the types of COLUMNS; with `as_stored` they keep the types of the file.
@@ -278,7 +280,7 @@ class RowDigest:
         return self._hash.hexdigest()[:32]
 
 
-def digest_of(table: pa.Table) -> str:
+def table_digest(table: pa.Table) -> str:
     """Compute the digest of the rows of a table."""
     row_digest = RowDigest()
     for group in regroup([table]):
@@ -286,10 +288,10 @@ def digest_of(table: pa.Table) -> str:
     return row_digest.hexdigest()
 
 
-def digests_of(path: Path) -> Digests:
+def compute_digests(path: Path) -> Digests:
     """Compute the digests of a file, batch by batch."""
     rows = RowDigest()
-    for group in regroup(batches_of(path)):
+    for group in regroup(read_batches_of_manifest(path)):
         rows.add(group)
     return Digests(rows=rows.hexdigest(), metadata=metadata_digest(manifest_schema(path).metadata or {}))
 

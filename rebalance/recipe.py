@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..audit.errors import ConfigError, GateError, ManifestError
-from ..audit.parsing import build
+from ..audit.parsing import build_config
 from ..audit.storage import write_json
 from .balanced import BalancedConfig, BalancedRule, plan_balanced
 from .binning import Counts
-from .manifest import batches_of, provenance_of, rows_of
+from .manifest import read_batches_of_manifest, read_provenance, read_stated_digests
 from .resplit import parse_shares, resplit
 from .score_tables import ManifestMembers, ScoreFiles, check_same_dataset, hash_keys
 from .selection import Selection, SelectionRule, select_rows
@@ -74,7 +74,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
+class SplitResult:
     """Outcome of a recipe: path of the manifest, None for a dry run, and SplitStats.numbers with name and curve."""
 
     path: Path | None
@@ -89,13 +89,13 @@ def make_split(
     scratch: Path,
     name: str | None = None,
     scores: str | Path | None = None,
-    beside: Path | None = None,
-    dry: bool = False,
-) -> Split:
+    relative_to: Path | None = None,
+    dry_run: bool = False,
+) -> SplitResult:
     """Select samples by a recipe; write the manifest to `path_of(name)` and NAME.balance.json to the same folder.
 
     `scores` is the score file recorded in the manifest; it and other manifests are recorded relative to the
-    manifest's folder, or to `beside`. A dry run writes nothing.
+    manifest's folder, or to `relative_to`. A dry run writes nothing.
     Raises GateError if a size, or weights, give a larger distance to uniform than the tolerance set with them.
     """
     members = [
@@ -113,20 +113,20 @@ def make_split(
     name = name or _default_name(rule.name, members)
     extra: dict[str, Any] = {"name": name}
     if isinstance(rule, BalancedRule):
-        if not dry:
+        if not dry_run:
             _check_gate(rule, selection)
         if rule.config.grid:
             extra["grid_distances"] = rule.distances(selection.counts, selection.quota)
         extra |= {"curve": [asdict(point) for point in rule.curve(selection.counts)], "grid": rule.config.grid}
     num_bins = rule.num_bins if isinstance(rule, BalancedRule) else _REPORT_BINS
     path = path_of(name)
-    folder = beside or path.parent
+    folder = relative_to or path.parent
     _check_no_overwrite(folder / path.name, recipe)
     record = _recipe_record(recipe, folder=folder, scores=scores)
-    numbers = write_split(selection, None if dry else path, name=name, recipe=record, num_bins=num_bins) | extra
-    if not dry:
-        write_json({**numbers, "recipe": record, "digest": rows_of(path)["digest"]}, balance_path(path))
-    return Split(path=None if dry else path, numbers=numbers)
+    numbers = write_split(selection, None if dry_run else path, name=name, recipe=record, num_bins=num_bins) | extra
+    if not dry_run:
+        write_json({**numbers, "recipe": record, "digest": read_stated_digests(path)["digest"]}, balance_path(path))
+    return SplitResult(path=None if dry_run else path, numbers=numbers)
 
 
 def balance_path(path: Path) -> Path:
@@ -134,13 +134,15 @@ def balance_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.balance.json")
 
 
-def recipe_of(record: dict[str, Any], *, folder: Path) -> Recipe:
+def recipe_from_record(record: dict[str, Any], *, folder: Path) -> Recipe:
     """Build the recipe recorded in a manifest in `folder`; raises ManifestError if there is none."""
     if "seed" not in record or "scores" not in record:
         raise ManifestError("the manifest records no recipe: it was not written by mmaudit split")
     values = {field.name: record[field.name] for field in fields(Recipe) if field.name in record}
     try:
-        recipe = build(Recipe, {name: value for name, value in values.items() if value is not None}, where="rule.")
+        recipe = build_config(
+            Recipe, {name: value for name, value in values.items() if value is not None}, where="rule."
+        )
     except ConfigError as error:
         raise ManifestError(f"the recipe recorded in the manifest cannot be used: {error}") from error
     return replace(
@@ -172,8 +174,8 @@ def _build_rule(score_files: ScoreFiles, recipe: Recipe, *, name: str) -> Select
 
 def _read_members(score_files: ScoreFiles, path: Path, *, include: bool) -> ManifestMembers:
     """Read the ids of a manifest as hash keys, 8 bytes per row."""
-    check_same_dataset(score_files.provenance, provenance_of(path).get("scores", {}), name=str(path))
-    ids = [batch["sample_id"] for batch in batches_of(path, columns=["sample_id"])]
+    check_same_dataset(score_files.provenance, read_provenance(path).get("scores", {}), name=str(path))
+    ids = [batch["sample_id"] for batch in read_batches_of_manifest(path, columns=["sample_id"])]
     if not ids or any(column.null_count for column in ids):
         raise ManifestError(f"{path} holds {'ids that are null' if ids else 'no rows'}: recreate it with mmaudit split")
     keys = [hash_keys(column, seed=score_files.seed) for column in ids]
@@ -198,7 +200,7 @@ def _check_members_scored(score_files: ScoreFiles) -> None:
 
 def _count_split_classes(score_files: ScoreFiles, path: Path) -> Counts:
     """Count a manifest's samples by split and class, (s * k,)."""
-    check_same_dataset(score_files.provenance, provenance_of(path).get("scores", {}), name=str(path))
+    check_same_dataset(score_files.provenance, read_provenance(path).get("scores", {}), name=str(path))
     members = _read_members(score_files, path, include=True)
     like = replace(score_files, members=(members,))
     _check_members_scored(like)
@@ -255,7 +257,9 @@ def _recipe_record(recipe: Recipe, *, folder: Path, scores: str | Path | None) -
     for name, paths in files.items():
         relative_paths = [_relative_path(path, folder) for path in paths]
         record[name] = relative_paths[0] if name == "like" else relative_paths
-        digests |= {key: rows_of(Path(path)).get("digest") for key, path in zip(relative_paths, paths, strict=True)}
+        digests |= {
+            key: read_stated_digests(Path(path)).get("digest") for key, path in zip(relative_paths, paths, strict=True)
+        }
     return {**record, "scores": None if scores is None else _relative_path(scores, folder), "inputs": digests}
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ScoreError
 from ..audit.hashing import hash_ids, splitmix64
-from .binning import Counts, bin_of
+from .binning import Counts, assign_bins
 from .external_sort import ExternalSort
 from .score_tables import ScoreBatch, ScoreFiles
 
@@ -36,7 +36,7 @@ class ClassBins:
     def of(self, batch: ScoreBatch) -> NDArray[np.int32]:
         """Return the cell of each row, (n,)."""
         values = batch.discrepancy(self.between)
-        bins = np.where(np.isnan(values), self.num_bins, bin_of(np.nan_to_num(values), num_bins=self.num_bins))
+        bins = np.where(np.isnan(values), self.num_bins, assign_bins(np.nan_to_num(values), num_bins=self.num_bins))
         return (batch.label * (self.num_bins + 1) + bins).astype(np.int32)
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..audit.parquet import KEY
+from ..audit.parquet import PROVENANCE_KEY
 from ..audit.storage import atomic_write
 from .manifest import (
     COLUMNS,
@@ -118,9 +118,9 @@ class _ManifestWriter:
             if kind is None:
                 self.finish()
                 provenance = json.dumps(self._provenance, sort_keys=True)
-                about = self.file_record | {"metadata": metadata_digest({KEY: provenance.encode()})}
+                about = self.file_record | {"metadata": metadata_digest({PROVENANCE_KEY: provenance.encode()})}
                 self._writer.add_key_value_metadata(
-                    {KEY.decode(): provenance, ROWS_KEY: json.dumps(about, sort_keys=True)}
+                    {PROVENANCE_KEY.decode(): provenance, ROWS_KEY: json.dumps(about, sort_keys=True)}
                 )
         finally:
             self._thread.shutdown(cancel_futures=True)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..audit.errors import MmauditError
-from ..audit.parsing import Complete
+from ..audit.parsing import RequiredKeys
 from ..audit.storage import read_json
 from .binning import distance_to_uniform
 from .score_tables import ScoreBatch, ScoreFiles
@@ -23,8 +23,8 @@ _MAX_FINE_BINS = 1_024  # fine bins of the KS distance, which is then exact to 0
 _MAX_CELLS = 1 << 18  # of all counts together: they stay in the cache, where adding is ten times as fast
 MAX_SHORTAGES = 20
 
-_UNIFORMITY = Complete(distance=float, ks=float, positive=float)
-_SHAPE = Complete(  # of NAME.balance.json, which also has the recipe
+_UNIFORMITY = RequiredKeys(distance=float, ks=float, positive=float)
+_SHAPE = RequiredKeys(  # of NAME.balance.json, which also has the recipe
     {
         "name": str,
         "between": str,
@@ -41,7 +41,7 @@ _SHAPE = Complete(  # of NAME.balance.json, which also has the recipe
         "counts_after": [float],
         "empty_bins": [int],
         "classes": [
-            Complete(
+            RequiredKeys(
                 name=str,
                 before=int,
                 after=float,
@@ -52,8 +52,8 @@ _SHAPE = Complete(  # of NAME.balance.json, which also has the recipe
                 empty_bins=int,
             )
         ],
-        "shortages": [Complete({"class": str, "bin": int, "low": float, "high": float, "has": int, "even": float})],
-        "curve?": [Complete(tolerance=float, size=int, distance=float)],
+        "shortages": [RequiredKeys({"class": str, "bin": int, "low": float, "high": float, "has": int, "even": float})],
+        "curve?": [RequiredKeys(tolerance=float, size=int, distance=float)],
         "grid?": bool,
         "recipe": {"balanced": (dict, type(None))},
         "digest": str,

@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ManifestError
 from ..audit.features.encoded_samples import ContentHashes, content_hashes
-from .checks import Check, CheckedFile, non_null_ids, section
+from .checks import Check, CheckedFile, non_null_ids, provenance_section
 from .external_sort import ExternalSort
 from .manifest import (
     COLUMNS,
     DROPPED_COLUMNS,
     Digests,
-    batches_of,
     check_columns,
     dropped_path,
     manifest_schema,
-    provenance_of,
+    read_batches_of_manifest,
+    read_provenance,
 )
 from .recipe import balance_path
 from .score_tables import hash_keys
@@ -95,7 +95,7 @@ def verify(
 
 def verify_rows(manifest: Path, *, scratch: Path | None = None) -> Verification:
     """Check a manifest and its dropped rows as `verify` does, without their source."""
-    provenance = provenance_of(manifest)
+    provenance = read_provenance(manifest)
     check_columns(manifest_schema(manifest), where=str(manifest))
     dropped_file = dropped_path(manifest)
     files = [CheckedFile(manifest, COLUMNS, provenance)]
@@ -128,7 +128,7 @@ def check_media(
 
     Arguments are those of `verify`; `unopened` is the reason given if there are neither a dataset nor contents.
     """
-    provenance = provenance_of(manifest)
+    provenance = read_provenance(manifest)
     media = Check(name="media", held=None, detail=unopened)
     if dataset is not None or contents is not None:
         media = _check_contents(manifest, provenance, dataset=dataset, contents=contents, num_threads=num_threads)
@@ -160,7 +160,7 @@ def _count_by_file(files: Sequence[CheckedFile], repeated: NDArray[np.uint64]) -
     """Count the rows of each id per file, for ids with repeated keys only, since different ids may share a key."""
     counts_of_id: dict[str, list[int]] = {}
     for file_index, file in enumerate(files if len(repeated) else ()):
-        for table in batches_of(file.path, columns=["sample_id"]):
+        for table in read_batches_of_manifest(file.path, columns=["sample_id"]):
             ids = non_null_ids(table["sample_id"])
             mask = np.isin(hash_keys(ids, seed=0), repeated)
             for sample_id in ids.filter(pa.array(mask)).to_pylist():
@@ -235,7 +235,7 @@ def _check_contents(
     if dataset is not None and (mismatch := _modality_mismatch(provenance, dataset)):
         return Check(name="media", held=False, detail=mismatch)
     expected: dict[str, str] = {}
-    for table in batches_of(manifest, columns=["sample_id", "content"]):
+    for table in read_batches_of_manifest(manifest, columns=["sample_id", "content"]):
         recorded = table.filter(pc.and_(table["content"].is_valid(), table["sample_id"].is_valid()))
         expected.update(zip(recorded["sample_id"].to_pylist(), recorded["content"].to_pylist(), strict=True))
     if not expected:
@@ -270,7 +270,7 @@ def _describe_changed(manifest: Path, changed: dict[str, str | None], *, lost: I
 def _media_paths(manifest: Path, sample_id: str) -> list[str]:
     """Return the media paths of a sample in the manifest."""
     columns = [column for column in manifest_schema(manifest).names if column not in COLUMNS]
-    for table in batches_of(manifest, columns=["sample_id", *columns]) if columns else ():
+    for table in read_batches_of_manifest(manifest, columns=["sample_id", *columns]) if columns else ():
         for row in table.filter(pc.equal(table["sample_id"], sample_id)).to_pylist():
             return [str(row[column]) for column in columns if row[column] is not None]
     return []
@@ -278,7 +278,7 @@ def _media_paths(manifest: Path, sample_id: str) -> list[str]:
 
 def _modality_mismatch(provenance: dict[str, Any], dataset: Dataset) -> str:
     """Return an error text if the data were opened with other modalities than were scored, where all hashes differ."""
-    recorded = section(provenance, "scores").get("modalities")
+    recorded = provenance_section(provenance, "scores").get("modalities")
     scored = (
         [modality.get("name") for modality in recorded if isinstance(modality, dict)]
         if isinstance(recorded, list)
@@ -292,7 +292,7 @@ def _modality_mismatch(provenance: dict[str, Any], dataset: Dataset) -> str:
 
 
 def _check_fingerprint(provenance: dict[str, Any], current: str | None, *, unopened: str) -> Check:
-    scored = section(provenance, "scores").get("fingerprint")
+    scored = provenance_section(provenance, "scores").get("fingerprint")
     if current is None or scored is None:
         detail = unopened if current is None else "the scores have no fingerprint"
         return Check(name="fingerprint", held=None, detail=detail)

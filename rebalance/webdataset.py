@@ -19,9 +19,9 @@ from ..audit.dataset.cells import load_cell
 from ..audit.dataset.modalities import Modality
 from ..audit.errors import ConfigError, ManifestError
 from ..audit.hashing import digest
-from ..audit.media.files import Medium, stream_of
+from ..audit.media.files import Medium, open_stream
 from ..audit.quarantine import UnusableError
-from .manifest import batches_of
+from .manifest import read_batches_of_manifest
 from .score_files import NO_SPLIT
 
 
@@ -44,7 +44,7 @@ class ExportJob:
 def plain_rows(job: ExportJob, *columns: str) -> Iterator[dict[str, Any]]:
     """Yield the rows as Python values; float32 by its shortest decimal form, non-finite numbers as None."""
     names = list(dict.fromkeys(columns or job.schema.names))
-    for table in batches_of(job.manifest, columns=names):
+    for table in read_batches_of_manifest(job.manifest, columns=names):
         yield from pa.table({name: _shortest_digits(table[name]) for name in names}).to_pylist()
 
 
@@ -170,7 +170,7 @@ class _TarWriter:
         for name in sorted(members):
             header = tarfile.TarInfo(f"{key}.{name}")  # mtime, uid and gid are 0, owner names empty
             header.size = len(members[name])
-            with stream_of(members[name]) as file:
+            with open_stream(members[name]) as file:
                 self._tar.addfile(header, file)
         self._samples += 1
 

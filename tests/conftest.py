@@ -72,7 +72,7 @@ def clips(clip_source: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def film() -> Callable[[bool], bytes]:
     """A function that returns an mp4 of ten frames, with or without sound."""
-    return write_film
+    return make_video
 
 
 @pytest.fixture
@@ -80,13 +80,13 @@ def planted(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes the table of `plant` to a Parquet file."""
 
     def write(name: str = "planted.parquet", **options: Any) -> Path:
-        pq.write_table(plant(**options), tmp_path / name)
+        pq.write_table(gaussian_table(**options), tmp_path / name)
         return tmp_path / name
 
     return write
 
 
-def plant(
+def gaussian_table(
     *, num_samples: int = 90, num_classes: int = 3, modalities: tuple[str, ...] = ("audio", "visual"), seed: int = 0
 ) -> pa.Table:
     """Return rows of unit Gaussians around class means, with a random signal strength per sample and modality.
@@ -129,7 +129,7 @@ def picture(label: int, rng: np.random.Generator) -> bytes:
     return file.getvalue()
 
 
-def write_film(sound: bool) -> bytes:
+def make_video(sound: bool) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         video_stream: Any = container.add_stream("mpeg4", rate=10)

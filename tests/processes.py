@@ -36,7 +36,7 @@ sys.exit(any([os.wait()[1] for _ in pipes]))
 """
 
 
-def in_processes(script: str, *, size: int, timeout_seconds: float = 120) -> list[Any]:
+def run_in_processes(script: str, *, size: int, timeout_seconds: float = 120) -> list[Any]:
     """Run a script in `size` processes, each of which prints one line of JSON; return the parsed lines by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

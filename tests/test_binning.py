@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from mmaudit.rebalance.binning import (
-    CURVE,
+    CURVE_TOLERANCES,
+    assign_bins,
     balancing_weights,
-    bin_of,
     choose_num_bins,
     distance_to_uniform,
     effective_size,
@@ -115,8 +115,8 @@ def test_water_fill_is_the_most_uniform_set_of_its_size(available: Counts, data:
 @settings(deadline=None)
 @given(AVAILABLE.filter(np.any))
 def test_size_grows_with_tolerance(available: Counts) -> None:
-    points = size_curve([available], CURVE)
-    assert [point.tolerance for point in points] == sorted(CURVE)
+    points = size_curve([available], CURVE_TOLERANCES)
+    assert [point.tolerance for point in points] == sorted(CURVE_TOLERANCES)
     assert [point.size for point in points] == sorted(point.size for point in points)
     assert [point.distance for point in points] == sorted(point.distance for point in points)
     assert all(point.distance <= point.tolerance + 1e-9 for point in points)
@@ -166,7 +166,7 @@ def test_remainders_are_spread_over_classes() -> None:
 
 @pytest.mark.parametrize("num_bins", [2, 5, 20])
 def test_bins_of_ends_and_middle(num_bins: int) -> None:
-    bins = bin_of(np.array([-1, 0, 1], np.float32), num_bins=num_bins)
+    bins = assign_bins(np.array([-1, 0, 1], np.float32), num_bins=num_bins)
     assert bins.tolist() == [0, num_bins // 2, num_bins - 1]
 
 
@@ -174,7 +174,7 @@ def test_bins_of_ends_and_middle(num_bins: int) -> None:
 def test_bins_have_equal_width(value: float, num_bins: int) -> None:
     assume(value == 0 or abs(value) > 1e-6)  # 1 + value is then exact
     expected = min(num_bins - 1, floor((Fraction(value) + 1) / 2 * num_bins))
-    assert bin_of(np.array([value], np.float32), num_bins=num_bins).tolist() == [expected]
+    assert assign_bins(np.array([value], np.float32), num_bins=num_bins).tolist() == [expected]
 
 
 def test_distance_ignores_empty_bins() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.metrics import similarity
-from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
+from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
 from mmaudit.train.batches import ModelReader, OutputFunction
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import Outputs
@@ -50,7 +50,7 @@ def as_model_reader(model_reader: FixedOutputs) -> ModelReader:
 
 def pool_of(balance: NDArray[np.float64]) -> Pool:
     return Pool(
-        key=id_key(f"s{row}" for row in range(N)),
+        key=id_keys(f"s{row}" for row in range(N)),
         rank=np.zeros(N, np.int64),
         balance=balance,
         p_balanced=np.full(N, np.nan),
@@ -126,7 +126,7 @@ def test_epoch_is_the_weighted_order_of_the_scores(draw: str, weight: str, sourc
     balance = np.linspace(-1, 1, N)
     sampler = sampler_of(BssConfig(score_source=source), order=order, balance=balance)
     sampler.begin_epoch(1, as_model_reader(random_outputs(0)))
-    expected = order_of(
+    expected = epoch_order(
         rank=np.zeros(N, np.int64),
         key=sampler.pool.key,
         balance=balance if source == "manifest" else running_score(sampler),

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ManifestError
-from mmaudit.audit.parquet import KEY
-from mmaudit.rebalance.checks import BOUNDS, CheckedFile, non_null_ids, section
+from mmaudit.audit.parquet import PROVENANCE_KEY
+from mmaudit.rebalance.checks import BOUNDS, CheckedFile, non_null_ids, provenance_section
 from mmaudit.rebalance.external_sort import ExternalSort
-from mmaudit.rebalance.manifest import COLUMNS, RANGES, ROWS_KEY, SCHEMA_VERSION, digest_of, metadata_digest
+from mmaudit.rebalance.manifest import COLUMNS, RANGES, ROWS_KEY, SCHEMA_VERSION, metadata_digest, table_digest
 
 N = 6
 PROVENANCE = {"schema": f"mmaudit.manifest/{SCHEMA_VERSION}", "rule": {"balanced": {"bins": 4}}}
@@ -45,8 +45,8 @@ def write(
 ) -> Path:
     """Write a file whose metadata match its rows."""
     table = pa.table({name: pa.array({**COLUMN, **(changed or {})}[name], type_) for name, type_ in columns.items()})
-    metadata = {KEY: json.dumps(PROVENANCE).encode()}
-    stated = {"rows": len(table), "digest": digest_of(table), "metadata": metadata_digest(metadata)}
+    metadata = {PROVENANCE_KEY: json.dumps(PROVENANCE).encode()}
+    stated = {"rows": len(table), "digest": table_digest(table), "metadata": metadata_digest(metadata)}
     pq.write_table(table.replace_schema_metadata({**metadata, ROWS_KEY.encode(): json.dumps(stated).encode()}), path)
     return path
 
@@ -128,7 +128,7 @@ def test_invalid_columns_raise(tmp_path: Path) -> None:
 
 
 def test_missing_sections_and_null_ids() -> None:
-    assert section({"rule": {"a": 1}}, "rule") == {"a": 1}
-    assert section({"rule": "a"}, "rule") == section({}, "rule") == {}
+    assert provenance_section({"rule": {"a": 1}}, "rule") == {"a": 1}
+    assert provenance_section({"rule": "a"}, "rule") == provenance_section({}, "rule") == {}
     assert non_null_ids(pa.chunked_array([["a", None, "b"]])).to_pylist() == ["a", "b"]
     assert np.isinf(BOUNDS["rank"][1])

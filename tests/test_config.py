@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mmaudit.audit.dataset.dataset import DataConfig
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.parsing import build
+from mmaudit.audit.parsing import build_config
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.cli.config import RunConfig, load_config, override, plain, to_toml
 from mmaudit.rebalance.balanced import BalancedConfig
@@ -228,13 +228,15 @@ def test_plain_returns_json_values() -> None:
     assert content["probe"]["l2_penalties"] == list(config.probe.l2_penalties)
     assert content["split"]["size"] is None
     assert content.keys() == asdict(config).keys()
-    assert build(DataConfig, {k: v for k, v in content["data"].items() if v is not None}, where="") == config.data
+    assert (
+        build_config(DataConfig, {k: v for k, v in content["data"].items() if v is not None}, where="") == config.data
+    )
 
 
 def test_scoring_config_holds_only_its_own_sections() -> None:
     config = RunConfig()
-    assert config.scoring().keys() == {"seed", "data", "media", "probe", "network", "mixture"}
+    assert config.scoring_config().keys() == {"seed", "data", "media", "probe", "network", "mixture"}
     changed = replace(config, split=BalancedConfig(bins=3), finetune=FinetuneConfig(epochs=1))
-    assert changed.scoring() == config.scoring()
-    assert replace(config, seed=1).scoring() != config.scoring()
-    assert replace(config, probe=ProbeConfig(folds=3)).scoring() != config.scoring()
+    assert changed.scoring_config() == config.scoring_config()
+    assert replace(config, seed=1).scoring_config() != config.scoring_config()
+    assert replace(config, probe=ProbeConfig(folds=3)).scoring_config() != config.scoring_config()

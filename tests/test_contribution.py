@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from mmaudit.audit.intervals import wilson
+from mmaudit.audit.intervals import wilson_interval
 from mmaudit.train.contribution import confusion, contribution, correct_by_set, measure_contribution, shapley_sets
 from mmaudit.train.network import FusionNet, ModelConfig
 
@@ -142,7 +142,7 @@ def test_confusion_and_synergy_by_hand() -> None:
     unimodal_correct = np.array([[1, 1], [1, 0], [0, 1], [1, 1], [0, 0], [0, 0]], bool)
     result = confusion(fused_correct, unimodal_correct, ["audio", "visual"])
     assert {name: count["n"] for name, count in result["confused_by"].items()} == {"audio": 2, "visual": 2}
-    low, high = wilson(3, 6)
+    low, high = wilson_interval(3, 6)
     assert result["confused"] == {"n": 3, "share": 0.5, "low": low, "high": high}
     assert (result["synergy"]["n"], result["synergy"]["share"]) == (1, pytest.approx(1 / 6))
 

@@ -21,10 +21,10 @@ from mmaudit.rebalance.curriculum import (
     ORDERS,
     PACINGS,
     OrderConfig,
-    batch_of,
-    id_key,
+    batch_rows,
+    epoch_order,
+    id_keys,
     num_steps,
-    order_of,
     root_pacing,
 )
 
@@ -60,7 +60,7 @@ def columns_of(balance: list[float], *, first_id: int = 0) -> dict[str, Any]:
     """Return rank, balance and key of a manifest; equal scores share a rank."""
     scores = np.array(balance)
     rank = (scores[:, None] < scores).sum(axis=1).astype(np.int32)
-    return {"rank": rank, "balance": scores, "key": id_key(f"s{first_id + row}" for row in range(len(scores)))}
+    return {"rank": rank, "balance": scores, "key": id_keys(f"s{first_id + row}" for row in range(len(scores)))}
 
 
 def paced_rows(columns: dict[str, Any], config: OrderConfig, epoch: int) -> set[int]:
@@ -84,7 +84,7 @@ def test_default_pacing_is_that_of_the_paper() -> None:
 def test_epoch_has_the_expected_rows(balance: list[float], config: OrderConfig, seed: int, epoch: int) -> None:
     columns = columns_of(balance)
     before = {name: column.tolist() for name, column in columns.items()}
-    order = order_of(**columns, config=config, seed=seed, epoch=epoch)
+    order = epoch_order(**columns, config=config, seed=seed, epoch=epoch)
     assert order.dtype == np.int64
     assert {name: column.tolist() for name, column in columns.items()} == before
     all_rows = set(range(len(balance)))
@@ -104,8 +104,8 @@ def test_order_depends_on_ids_not_on_rows(balance: list[float], config: OrderCon
     columns = columns_of(balance)
     permutation = list(range(len(balance)))
     rnd.shuffle(permutation)
-    order = order_of(**columns, config=config, seed=3, epoch=epoch)
-    permuted_order = order_of(
+    order = epoch_order(**columns, config=config, seed=3, epoch=epoch)
+    permuted_order = epoch_order(
         **{name: column[permutation] for name, column in columns.items()}, config=config, seed=3, epoch=epoch
     )
     assert np.array(permutation)[permuted_order].tolist() == order.tolist()
@@ -118,8 +118,8 @@ def test_row_order_does_not_matter_with_nearly_equal_keys(config: OrderConfig) -
     key = np.arange(n, dtype=np.uint64)
     rank, balance = np.zeros(n, np.int32), np.full(n, 0.3, np.float32)
     permutation = np.random.default_rng(0).permutation(n)
-    order = order_of(rank=rank, balance=balance, key=key, config=config, seed=0, epoch=1)
-    permuted_order = order_of(rank=rank, balance=balance, key=key[permutation], config=config, seed=0, epoch=1)
+    order = epoch_order(rank=rank, balance=balance, key=key, config=config, seed=0, epoch=1)
+    permuted_order = epoch_order(rank=rank, balance=balance, key=key[permutation], config=config, seed=0, epoch=1)
     assert (permutation[permuted_order] == order).all()
 
 
@@ -127,7 +127,7 @@ def test_row_order_does_not_matter_with_nearly_equal_keys(config: OrderConfig) -
 def test_rows_of_an_epoch_stay_in_later_ones(balance: list[float], pacing: str, order: str) -> None:
     config = OrderConfig(order=order, pacing=pacing, start=0.05, grow_epochs=10)
     rows_by_epoch = [
-        set(order_of(**columns_of(balance), config=config, seed=0, epoch=epoch).tolist()) for epoch in range(1, 12)
+        set(epoch_order(**columns_of(balance), config=config, seed=0, epoch=epoch).tolist()) for epoch in range(1, 12)
     ]
     assert all(before <= after for before, after in pairwise(rows_by_epoch))
     assert len(rows_by_epoch[-1]) == len(balance)
@@ -137,8 +137,8 @@ def test_rows_of_an_epoch_stay_in_later_ones(balance: list[float], pacing: str, 
 def test_anti_curriculum_uses_the_least_balanced(n: int, epoch: int) -> None:
     columns = columns_of(np.random.default_rng(n).permutation(np.linspace(-1, 1, n)).tolist())
     config = OrderConfig(order="anti-curriculum", start=0.05, grow_epochs=20)
-    backward = order_of(**columns, config=config, seed=0, epoch=epoch)
-    forward = order_of(**columns, config=OrderConfig(start=0.05, grow_epochs=20), seed=0, epoch=epoch)
+    backward = epoch_order(**columns, config=config, seed=0, epoch=epoch)
+    forward = epoch_order(**columns, config=OrderConfig(start=0.05, grow_epochs=20), seed=0, epoch=epoch)
     assert len(backward) == len(forward)
     assert sorted(columns["rank"][backward]) == sorted(n - 1 - columns["rank"][forward])
 
@@ -150,9 +150,9 @@ def test_anti_curriculum_uses_the_least_balanced(n: int, epoch: int) -> None:
 def test_orders_differ_by_epoch_and_seed(config: OrderConfig) -> None:
     columns = columns_of(np.linspace(-1, 1, 50).tolist())
     pairs = [(seed, epoch) for seed in range(12) for epoch in range(1, 13)]
-    orders = [tuple(order_of(**columns, config=config, seed=seed, epoch=epoch)) for seed, epoch in pairs]
+    orders = [tuple(epoch_order(**columns, config=config, seed=seed, epoch=epoch)) for seed, epoch in pairs]
     assert len(set(orders)) == 144  # seed 1, epoch 12 is not seed 12, epoch 1, nor 112
-    assert orders == [tuple(order_of(**columns, config=config, seed=seed, epoch=epoch)) for seed, epoch in pairs]
+    assert orders == [tuple(epoch_order(**columns, config=config, seed=seed, epoch=epoch)) for seed, epoch in pairs]
 
 
 @pytest.mark.parametrize("key", [np.arange(5, dtype=np.uint64), np.arange(5, dtype=np.uint64) << np.uint64(60)])
@@ -160,7 +160,7 @@ def test_permutations_are_equally_likely(key: NDArray[np.uint64]) -> None:
     # Also for keys that are not hashes.
     shuffled = OrderConfig(order="shuffled")
     counts = Counter(
-        tuple(order_of(rank=np.zeros(5, np.int32), key=key, config=shuffled, seed=0, epoch=epoch))
+        tuple(epoch_order(rank=np.zeros(5, np.int32), key=key, config=shuffled, seed=0, epoch=epoch))
         for epoch in range(1, 6001)
     )
     assert len(counts) == 120
@@ -172,7 +172,7 @@ def test_orders_are_uncorrelated() -> None:
     key = np.arange(n, dtype=np.uint64)
     positions = [np.argsort(key)]
     for seed, epoch in [(0, 1), (0, 2), (1, 1), (1, 2)]:
-        order = order_of(rank=key.astype(int), key=key, config=OrderConfig(order="shuffled"), seed=seed, epoch=epoch)
+        order = epoch_order(rank=key.astype(int), key=key, config=OrderConfig(order="shuffled"), seed=seed, epoch=epoch)
         positions.append(np.argsort(order))
     correlation = np.abs(np.array(np.corrcoef(positions)) - np.eye(len(positions)))
     assert correlation.max() < 4 / math.sqrt(n)
@@ -214,7 +214,7 @@ def test_draws_without_replacement_match_the_closed_form(weight: str) -> None:
     chance /= chance.sum()
     config = OrderConfig(order="weighted", weight=weight)
     draws = 8_000
-    orders = [order_of(**columns, config=config, seed=seed, epoch=1) for seed in range(draws)]
+    orders = [epoch_order(**columns, config=config, seed=seed, epoch=1) for seed in range(draws)]
     counts = Counter((int(order[0]), int(order[1])) for order in orders)
     pairs = [(first, second) for first in range(4) for second in range(4) if first != second]
     # P(first, second) = p_first p_second / (1 - p_first)
@@ -227,9 +227,9 @@ def test_draws_with_replacement_are_proportional_to_weights(weight: str) -> None
     levels = np.array([-1.0, -0.3, 0.0, 0.6, 1.0])
     n = 50_000
     level_of_row = np.random.default_rng(0).integers(0, len(levels), n)
-    columns = {"rank": np.zeros(n, np.int32), "balance": levels[level_of_row], "key": id_key(map(str, range(n)))}
+    columns = {"rank": np.zeros(n, np.int32), "balance": levels[level_of_row], "key": id_keys(map(str, range(n)))}
     config = OrderConfig(order="weighted", draw="replacement", weight=weight)
-    order = order_of(**columns, config=config, seed=0, epoch=1)
+    order = epoch_order(**columns, config=config, seed=0, epoch=1)
     chance = WEIGHT_OF[weight](columns["balance"])
     chance /= chance.sum()
     of_level = np.bincount(level_of_row, weights=chance) * n
@@ -245,7 +245,7 @@ def test_draws_with_replacement_are_proportional_to_weights(weight: str) -> None
 def test_more_than_2_to_the_24_rows_are_all_drawn_once() -> None:
     n = 2**24 + 3  # above the limit of torch.multinomial
     config = OrderConfig(order="weighted")
-    order = order_of(
+    order = epoch_order(
         rank=np.broadcast_to(np.int8(0), n),
         balance=np.broadcast_to(np.float32(0.5), n),
         key=np.arange(n, dtype=np.uint64),
@@ -267,14 +267,14 @@ def test_more_than_2_to_the_24_rows_are_all_drawn_once() -> None:
 def test_steps_partition_the_order_and_ranks_partition_the_step(n: int, batch_size: int, num_ranks: int) -> None:
     order = np.random.default_rng(n).permutation(n)
     steps = [
-        batch_of(order, step=step, batch_size=batch_size) for step in range(num_steps(order, batch_size=batch_size))
+        batch_rows(order, step=step, batch_size=batch_size) for step in range(num_steps(order, batch_size=batch_size))
     ]
     assert np.concatenate(steps).tolist() == order.tolist()
     assert {len(step) for step in steps[:-1]} <= {batch_size}
     assert 0 < len(steps[-1]) <= batch_size
     for step_number, step_rows in enumerate(steps):
         shares = [
-            batch_of(order, step=step_number, batch_size=batch_size, num_ranks=num_ranks, rank=rank)
+            batch_rows(order, step=step_number, batch_size=batch_size, num_ranks=num_ranks, rank=rank)
             for rank in range(num_ranks)
         ]
         assert np.concatenate(shares).tolist() == step_rows.tolist()
@@ -315,23 +315,23 @@ def test_invalid_order_config_raises(options: dict[str, Any], message: str) -> N
 def test_weighted_order_needs_all_scores(balance: list[float] | None, message: str) -> None:
     columns = {**columns_of([0, 0, 0]), "balance": None if balance is None else np.array(balance)}
     with pytest.raises(ManifestError, match=message):
-        order_of(**columns, config=OrderConfig(order="weighted"), seed=0, epoch=1)
+        epoch_order(**columns, config=OrderConfig(order="weighted"), seed=0, epoch=1)
 
 
 def test_orders_by_rank_need_no_scores() -> None:
     columns = columns_of([0.1, 0.2, 0.3])
-    order = order_of(rank=columns["rank"], key=columns["key"], config=OrderConfig(grow_epochs=1), seed=0, epoch=1)
+    order = epoch_order(rank=columns["rank"], key=columns["key"], config=OrderConfig(grow_epochs=1), seed=0, epoch=1)
     assert sorted(order) == [0, 1, 2]
 
 
 def test_invalid_epochs_and_columns_raise() -> None:
     columns = columns_of([0.1, 0.2, 0.3])
     with pytest.raises(ConfigError, match="epoch 0: it must be at least 1"):
-        order_of(**columns, config=OrderConfig(), seed=0, epoch=0)
+        epoch_order(**columns, config=OrderConfig(), seed=0, epoch=0)
     with pytest.raises(ManifestError, match=r"key has shape \(2,\), expected \(3,\) as rank"):
-        order_of(**{**columns, "key": columns["key"][:2]}, config=OrderConfig(), seed=0, epoch=1)
+        epoch_order(**{**columns, "key": columns["key"][:2]}, config=OrderConfig(), seed=0, epoch=1)
     with pytest.raises(ManifestError, match="no samples to order"):
-        order_of(**{name: column[:0] for name, column in columns.items()}, config=OrderConfig(), seed=0, epoch=1)
+        epoch_order(**{name: column[:0] for name, column in columns.items()}, config=OrderConfig(), seed=0, epoch=1)
 
 
 @pytest.mark.parametrize(
@@ -346,4 +346,4 @@ def test_invalid_epochs_and_columns_raise() -> None:
 )
 def test_invalid_step_or_rank_raises(options: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        batch_of(np.arange(10), **{"step": 0, "batch_size": 4, **options})
+        batch_rows(np.arange(10), **{"step": 0, "batch_size": 4, **options})

@@ -56,4 +56,4 @@ def test_basis_makes_the_covariance_diagonal() -> None:
     turned = design.rows @ design.basis
     torch.testing.assert_close(turned.T @ turned / 400, torch.diag(design.curvature))
     weight = torch.randn(2, 6, 3, dtype=torch.float64)
-    torch.testing.assert_close(design.turn_back(design.turn(weight)), weight)
+    torch.testing.assert_close(design.from_axes(design.to_axes(weight)), weight)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 
 from mmaudit.audit.errors import ManifestError
-from mmaudit.audit.parquet import KEY
+from mmaudit.audit.parquet import PROVENANCE_KEY
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.diff import (
@@ -25,7 +25,7 @@ from mmaudit.rebalance.diff import (
     ChangedNumbers,
     ManifestDiff,
     UniqueSamples,
-    diff,
+    diff_manifests,
 )
 from mmaudit.rebalance.manifest import COLUMNS
 from mmaudit.rebalance.score_tables import open_scores
@@ -57,7 +57,7 @@ def write(path: Path, rows: dict[str, Row], provenance: dict[str, Any] | None = 
     """Write a manifest of these rows, by id."""
     columns = {"sample_id": list(rows), **{name: [row[name] for row in rows.values()] for name in ROW}}
     table = pa.table({name: pa.array(columns[name], type_) for name, type_ in COLUMNS.items()})
-    pq.write_table(table.replace_schema_metadata({KEY: json.dumps(provenance or {})}), path)
+    pq.write_table(table.replace_schema_metadata({PROVENANCE_KEY: json.dumps(provenance or {})}), path)
     return path
 
 
@@ -106,7 +106,7 @@ def split_of(path: Path, *, seed: int, tolerance: float) -> Path:
 
 def test_manifest_equals_itself(tmp_path: Path) -> None:
     path = split_of(tmp_path / "m.parquet", seed=0, tolerance=0.0)
-    difference = diff(path, path)
+    difference = diff_manifests(path, path)
     assert difference.same
     assert difference.both == difference.rows_a == len(read(path))
     assert difference.same_dataset is True
@@ -116,7 +116,7 @@ def test_manifest_equals_itself(tmp_path: Path) -> None:
 def test_diff_of_two_seeds_matches_python(tmp_path: Path) -> None:
     a = split_of(tmp_path / "a.parquet", seed=0, tolerance=0.0)
     b = split_of(tmp_path / "b.parquet", seed=1, tolerance=0.05)
-    difference, rows_a, rows_b = diff(a, b), read(a), read(b)
+    difference, rows_a, rows_b = diff_manifests(a, b), read(a), read(b)
     assert difference.both == len(rows_a.keys() & rows_b.keys())
     only_a = sorted(rows_a.keys() - rows_b.keys())
     assert difference.only_a.count == len(only_a)
@@ -135,7 +135,7 @@ def test_diff_matches_python_and_is_symmetric(
     tmp_path: Path, rows_a: dict[str, Row], rows_b: dict[str, Row], limit: int
 ) -> None:
     a, b = write(tmp_path / "a.parquet", rows_a), write(tmp_path / "b.parquet", rows_b)
-    difference = diff(a, b, limit=limit)
+    difference = diff_manifests(a, b, limit=limit)
     shared = sorted(rows_a.keys() & rows_b.keys())
     assert difference.both == len(shared)
     assert list(difference.only_a.first) == sorted(rows_a.keys() - rows_b.keys())[:limit]
@@ -161,7 +161,7 @@ def test_diff_matches_python_and_is_symmetric(
         assert shift.largest == (max(changes) if changes else None)
         assert shift.mean == (pytest.approx(np.mean(changes)) if changes else None)
     assert difference.same == (rows_a == rows_b or all(_close(rows_a, rows_b)))
-    assert swapped(diff(b, a, limit=limit)) == rounded(difference.to_dict())
+    assert swapped(diff_manifests(b, a, limit=limit)) == rounded(difference.to_dict())
     json.dumps(difference.to_dict(), allow_nan=False)
 
 
@@ -181,7 +181,7 @@ def test_row_order_is_ignored(tmp_path: Path) -> None:
     a = split_of(tmp_path / "a.parquet", seed=0, tolerance=0.0)
     table = pq.read_table(a)
     pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), tmp_path / "b.parquet")
-    assert diff(a, tmp_path / "b.parquet").same
+    assert diff_manifests(a, tmp_path / "b.parquet").same
 
 
 def test_largest_changes_come_first_after_missing_values(tmp_path: Path) -> None:
@@ -190,11 +190,11 @@ def test_largest_changes_come_first_after_missing_values(tmp_path: Path) -> None
     a = write(tmp_path / "a.parquet", dict.fromkeys("abcde", row))
     b = write(tmp_path / "b.parquet", {name: row | {"gap": gap} for name, gap in gaps.items()})
     first = (("d", 0.0, None), ("b", 0.0, 0.5), ("c", 0.0, 0.5))
-    assert diff(a, b, limit=3).shifted["gap"] == ChangedNumbers(
+    assert diff_manifests(a, b, limit=3).shifted["gap"] == ChangedNumbers(
         count=4, largest=0.5, mean=0.3125, correlation=None, first=first
     )
-    assert diff(a, b, limit=2).shifted["gap"].first == first[:2]
-    assert diff(a, b, tolerance=0.3).shifted["gap"].count == 3
+    assert diff_manifests(a, b, limit=2).shifted["gap"].first == first[:2]
+    assert diff_manifests(a, b, tolerance=0.3).shifted["gap"].count == 3
 
 
 def test_correlation_matches_scipy(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_correlation_matches_scipy(tmp_path: Path) -> None:
         for number, gaps in enumerate(values)
     ]
     expected = pearsonr(values[0].astype(np.float64), values[1].astype(np.float64)).statistic
-    assert diff(paths[0], paths[1]).shifted["gap"].correlation == pytest.approx(expected)
+    assert diff_manifests(paths[0], paths[1]).shifted["gap"].correlation == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_different_datasets_are_reported(
 ) -> None:
     a = write(tmp_path / "a.parquet", {}, {"scores": {"fingerprint": fingerprint_a}})
     b = write(tmp_path / "b.parquet", {}, {"scores": {"fingerprint": fingerprint_b}})
-    difference = diff(a, b)
+    difference = diff_manifests(a, b)
     assert difference.same_dataset is same
     assert any("different datasets" in line for line in difference.lines()) == (same is False)
 
@@ -225,10 +225,10 @@ def test_different_datasets_are_reported(
 def test_provenance_changes_are_listed_by_path(tmp_path: Path) -> None:
     a = write(tmp_path / "a.parquet", {}, {"rule": {"x": [1, {"y": 2}], "z": {}}, "n": None})
     b = write(tmp_path / "b.parquet", {}, {"rule": {"x": [1, {"y": 3}], "w": "new"}, "n": None})
-    difference = diff(a, b)
+    difference = diff_manifests(a, b)
     assert difference.provenance == {"rule.w": (None, "new"), "rule.x[1].y": (2, 3), "rule.z": ({}, None)}
     assert "rule.x[1].y: 2 in A, 3 in B" in difference.lines()
-    assert diff(a, a).same
+    assert diff_manifests(a, a).same
     assert difference.only_a == UniqueSamples(count=0, by_split={}, by_class={}, first=())
 
 
@@ -236,16 +236,16 @@ def test_file_that_is_no_manifest_raises(tmp_path: Path) -> None:
     good, bad = write(tmp_path / "good.parquet", {}), tmp_path / "bad.parquet"
     for pair in ((good, bad), (bad, good)):
         with pytest.raises(ManifestError, match="no such file"):
-            diff(*pair)
+            diff_manifests(*pair)
     bad.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(ManifestError, match="cannot be read as Parquet"):
-        diff(good, bad)
+        diff_manifests(good, bad)
     pq.write_table(pa.table({"sample_id": ["a"]}), bad)
     with pytest.raises(ManifestError, match="not a manifest: it lacks label"):
-        diff(good, bad)
+        diff_manifests(good, bad)
     pq.write_table(pq.read_table(good).drop_columns("gap").append_column("gap", pa.array([], pa.string())), bad)
     with pytest.raises(ManifestError, match="its gap is string, not float"):
-        diff(good, bad)
+        diff_manifests(good, bad)
 
 
 def test_repeated_or_null_ids_raise(tmp_path: Path) -> None:
@@ -253,11 +253,11 @@ def test_repeated_or_null_ids_raise(tmp_path: Path) -> None:
     table, bad = pq.read_table(good), tmp_path / "bad.parquet"
     pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), bad)
     with pytest.raises(ManifestError, match=r"1 ids occur more than once in .*bad\.parquet"):
-        diff(good, bad)
+        diff_manifests(good, bad)
     nulls = pa.array([None] * len(table), pa.string())
     pq.write_table(table.set_column(0, "sample_id", nulls), bad)
     with pytest.raises(ManifestError, match=r"null ids in .*bad\.parquet"):
-        diff(good, bad)
+        diff_manifests(good, bad)
 
 
 def test_damaged_file_raises(tmp_path: Path) -> None:
@@ -268,4 +268,4 @@ def test_damaged_file_raises(tmp_path: Path) -> None:
     pq.write_table(table.set_column(table.column_names.index("group"), "group", column), bad)
     for pair in ((good, bad), (bad, good)):
         with pytest.raises(ManifestError, match=r"bad\.parquet cannot be read as Parquet: .*UTF8"):
-            diff(*pair)
+            diff_manifests(*pair)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import in_processes
+from processes import run_in_processes
 from torch import distributed
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.rebalance.curriculum import batch_of
+from mmaudit.rebalance.curriculum import batch_rows
 from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext, local_device, open_distributed
 
 torch.set_num_threads(1)
@@ -52,7 +52,7 @@ print(json.dumps({**found, "open": torch.distributed.is_initialized()}))
 
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    outputs: list[dict[str, Any]] = in_processes(SCRIPT, size=request.param)
+    outputs: list[dict[str, Any]] = run_in_processes(SCRIPT, size=request.param)
     return outputs
 
 
@@ -110,9 +110,9 @@ def test_slices_of_all_ranks_join_to_the_whole(length: int, size: int) -> None:
 def test_slices_equal_the_cut_of_batch_of(length: int, batch_size: int, size: int, data: st.DataObject) -> None:
     order = np.random.default_rng(0).permutation(length)
     step = data.draw(st.integers(0, (length - 1) // batch_size))
-    batch = batch_of(order, step=step, batch_size=batch_size)
+    batch = batch_rows(order, step=step, batch_size=batch_size)
     for rank in range(size):
-        local = batch_of(order, step=step, batch_size=batch_size, num_ranks=size, rank=rank)
+        local = batch_rows(order, step=step, batch_size=batch_size, num_ranks=size, rank=rank)
         assert local.tolist() == batch[DistributedContext(rank=rank, world_size=size).slice(len(batch))].tolist()
 
 

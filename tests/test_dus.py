@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.metrics import discrepancy
-from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
+from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
 from mmaudit.train.batches import Batch, ModelReader, Step, to_batch
 from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
@@ -41,7 +41,7 @@ def sampler_of(
 ) -> Dus:
     none = np.full(N, np.nan)
     pool = Pool(
-        key=id_key(f"s{row}" for row in range(N)),
+        key=id_keys(f"s{row}" for row in range(N)),
         rank=np.arange(N),
         balance=none,
         p_balanced=none,
@@ -85,7 +85,7 @@ def observe(sampler: Dus, confidence: Sequence[float]) -> None:
 
 def shuffled(sampler: Dus, *, epoch: int = 1) -> NDArray[np.int64]:
     pool = sampler.pool
-    return order_of(rank=pool.rank, key=pool.key, config=OrderConfig(order="shuffled"), seed=0, epoch=epoch)
+    return epoch_order(rank=pool.rank, key=pool.key, config=OrderConfig(order="shuffled"), seed=0, epoch=epoch)
 
 
 def rows_of_modality(step: Step, modality: int) -> list[int]:

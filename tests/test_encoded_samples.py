@@ -20,7 +20,7 @@ from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import Samples, read_samples
 from mmaudit.audit.errors import ScoreError
 from mmaudit.audit.features.encode import Status, encode_dataset
-from mmaudit.audit.features.encoded_samples import EncodedSamples, collect_encoded, select_usable, without_usable
+from mmaudit.audit.features.encoded_samples import EncodedSamples, collect_encoded, missing_in_source, select_usable
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.quarantine import Quarantined, Reason
 from mmaudit.audit.workers import no_progress
@@ -103,7 +103,7 @@ def test_null_is_allowed_with_two_other_modalities() -> None:
     three = encoded_of(["p", None, "r"], "xyz", "uvw")
     rows, quarantined = select_usable(three, keep_duplicates=False)
     assert (rows.tolist(), quarantined) == ([0, 1, 2], [])
-    assert without_usable(three.statuses[0]).tolist() == [False, True, False]
+    assert missing_in_source(three.statuses[0]).tolist() == [False, True, False]
     rows, quarantined = select_usable(encoded_of(["p", None, "r"], "xyz"), keep_duplicates=False)
     assert rows.tolist() == [0, 2]
     assert reasons(quarantined) == [("s1", "a", Reason.MISSING, "a is null")]
@@ -135,7 +135,7 @@ def test_missing_file_counts_as_damaged_not_as_null() -> None:
         content=encoded.statuses[0].content,
         problem=(missing_file,),
     )
-    assert not without_usable(status).any()
+    assert not missing_in_source(status).any()
     encoded = EncodedSamples(samples=encoded.samples, statuses=(status, *encoded.statuses[1:]))
     rows, quarantined = select_usable(encoded, keep_duplicates=False)
     assert rows.tolist() == [0]

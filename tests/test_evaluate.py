@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score
 
-from mmaudit.audit.intervals import wilson
+from mmaudit.audit.intervals import wilson_interval
 from mmaudit.train.evaluate import (
     compute_class_metrics,
     compute_metrics,
@@ -73,7 +73,7 @@ def test_row_order_does_not_change_metrics(n: int, k: int, seed: int) -> None:
 def test_wilson_interval_equals_scipy(trials: int, data: st.DataObject) -> None:
     successes = data.draw(st.integers(0, trials))
     expected = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
-    low, high = wilson(successes, trials)
+    low, high = wilson_interval(successes, trials)
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-6)
     assert 0 <= low <= successes / trials <= high <= 1
 

@@ -180,7 +180,7 @@ def test_class_of_dropped_test_samples_only_has_a_number(write: Write) -> None:
     manifest, dropped = make_manifest(scores, keep=scores.label > 1)
     examples = load(source, manifest, dropped)
     assert examples.class_names == ("3", "5", "9")
-    assert set(examples.label[examples.chosen].tolist()) == {1, 2}
+    assert set(examples.label[examples.in_manifest].tolist()) == {1, 2}
 
 
 def test_every_manifest_has_the_same_test_set(write: Write) -> None:
@@ -193,11 +193,11 @@ def test_every_manifest_has_the_same_test_set(write: Write) -> None:
         examples = load(source, manifest, dropped)
         assert ids(examples, "test") == test_ids
         kept_ids = set(scores.sample_id[keep])
-        assert set(examples.sample_id[examples.chosen]) == kept_ids
-        assert set(examples.sample_id[~examples.chosen]) == test_ids - kept_ids
+        assert set(examples.sample_id[examples.in_manifest]) == kept_ids
+        assert set(examples.sample_id[~examples.in_manifest]) == test_ids - kept_ids
         assert (ids(examples, "train") | ids(examples, "validation")) == kept_ids - test_ids
-        assert sorted(examples.rank[examples.chosen]) == list(range(len(kept_ids)))
-        assert set(examples.rank[~examples.chosen]) == {-1}
+        assert sorted(examples.rank[examples.in_manifest]) == list(range(len(kept_ids)))
+        assert set(examples.rank[~examples.in_manifest]) == {-1}
         assert examples.discrepancy.tolist() == [discrepancy[name] for name in examples.sample_id]
         assert set(examples.weight.tolist()) == {1.0}
 
@@ -207,7 +207,7 @@ def test_without_dropped_rows_the_test_set_is_that_of_the_manifest(write: Write)
     manifest, dropped = make_manifest(make_scores(source))
     with_dropped, without_dropped = load(source, manifest, dropped), load(source, manifest, None)
     assert ids(without_dropped, "test") == set(
-        with_dropped.sample_id[with_dropped.chosen & (with_dropped.split == "test")]
+        with_dropped.sample_id[with_dropped.in_manifest & (with_dropped.split == "test")]
     )
     assert ids(without_dropped, "test") < ids(with_dropped, "test")
     for split in ("train", "validation"):

@@ -25,8 +25,8 @@ from mmaudit.rebalance import export as export_file
 from mmaudit.rebalance import webdataset
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.export import FORMATS, escape_formula
-from mmaudit.rebalance.export import export as write_export
-from mmaudit.rebalance.manifest import batches_of
+from mmaudit.rebalance.export import export_manifest as write_export
+from mmaudit.rebalance.manifest import read_batches_of_manifest
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
@@ -328,12 +328,12 @@ def test_export_in_batches_gives_the_same_bytes(tmp_path: Path, monkeypatch: pyt
         export(manifest, out, format=format_)
 
     def in_fives(path: Path, *, columns: list[str] | None = None) -> Any:
-        for table in batches_of(path, columns=columns):
+        for table in read_batches_of_manifest(path, columns=columns):
             for first in range(0, len(table), 5):
                 yield table.slice(first, 5)
 
     for module in (export_file, webdataset):
-        monkeypatch.setattr(module, "batches_of", in_fives)
+        monkeypatch.setattr(module, "read_batches_of_manifest", in_fives)
     for format_, out in whole_tables.items():
         export(manifest, tmp_path / "again" / format_, format=format_)
         assert tree(tmp_path / "again" / format_) == tree(out)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from mmaudit.audit.errors import GateError, RunError, file_of, reading
+from mmaudit.audit.errors import GateError, RunError, attach_file_name, file_of
 from mmaudit.audit.features.cache import write_arrow
 from mmaudit.audit.parquet import write_parquet
 from mmaudit.audit.storage import write_text
@@ -131,7 +131,7 @@ def test_traceback_is_printed_only_with_debug(
 
 def test_bug_report_names_the_file_being_read() -> None:
     def read(name: str) -> None:
-        with reading("outer.parquet"), reading(name):
+        with attach_file_name("outer.parquet"), attach_file_name(name):
             raise ValueError("odd")
 
     with pytest.raises(ValueError, match="odd") as caught:

@@ -42,7 +42,7 @@ def numbers_of(
         "maps": maps(scores),
         "manifests": [],
         "finetunes": [],
-        "most_detailed": 8,
+        "max_detailed": 8,
     }
 
 

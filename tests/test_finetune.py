@@ -19,7 +19,7 @@ from mmaudit.audit.errors import ManifestError, RunError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.rebalance.curriculum import OrderConfig, root_pacing
 from mmaudit.train.checkpoint import read_model_config, save_state
-from mmaudit.train.config import LEAST_VALIDATION
+from mmaudit.train.config import MIN_VALIDATION_SAMPLES
 from mmaudit.train.evaluate import compute_metrics
 from mmaudit.train.examples import Examples
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -231,14 +231,14 @@ def test_selected_epoch_is_the_best_on_validation(tmp_path: Path) -> None:
 def test_too_few_validation_samples_select_the_last_epoch(tmp_path: Path) -> None:
     """Among few samples one epoch is best by chance: with just enough the best is kept, with one fewer the last."""
     epochs = {}
-    for num_validation in (LEAST_VALIDATION, LEAST_VALIDATION - 1):
+    for num_validation in (MIN_VALIDATION_SAMPLES, MIN_VALIDATION_SAMPLES - 1):
         examples = make_examples(4 * num_validation, noise=3.0)
         assert len(examples.rows("validation")) == num_validation
         result = fine_tune(examples, tmp_path / str(num_validation), with_options(epochs=12, hidden=32, lr=3e-2))
         best = max(result.history, key=lambda record: (record["validation_accuracy"], -record["validation_loss"]))
         epochs[num_validation] = result.metrics["best_epoch"], best["epoch"]
-    assert epochs[LEAST_VALIDATION][0] == epochs[LEAST_VALIDATION][1] < 12
-    assert epochs[LEAST_VALIDATION - 1][0] == 12 > epochs[LEAST_VALIDATION - 1][1]
+    assert epochs[MIN_VALIDATION_SAMPLES][0] == epochs[MIN_VALIDATION_SAMPLES][1] < 12
+    assert epochs[MIN_VALIDATION_SAMPLES - 1][0] == 12 > epochs[MIN_VALIDATION_SAMPLES - 1][1]
 
 
 @pytest.mark.parametrize("fusion", ["concat", "late"])
@@ -288,7 +288,7 @@ def test_metrics_count_the_subsets_of_the_test_samples(tmp_path: Path) -> None:
     assert subsets["audio-preferred"]["n"] == (values > 0).sum()
     assert subsets["visual-dominated-0.4"]["n"] == (values < -0.4).sum()
     assert subsets["balanced-within-0.2"]["n"] == (np.abs(values) <= 0.2).sum()
-    assert subsets["in-manifest"]["n"] == examples.chosen[test].sum() < len(test)
+    assert subsets["in-manifest"]["n"] == examples.in_manifest[test].sum() < len(test)
     most_common = np.bincount(examples.label[examples.rows("train")]).argmax()
     assert metrics["chance"]["majority"] == pytest.approx((examples.label[test] == most_common).mean())
     json.dumps(metrics, allow_nan=False)

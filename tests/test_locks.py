@@ -19,7 +19,7 @@ import pytest
 
 from mmaudit.audit import locks
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.locks import LOCK_FOLDER, holders_of, write_lock
+from mmaudit.audit.locks import LOCK_FOLDER, find_holders, write_lock
 from mmaudit.audit.storage import write_json
 from mmaudit.audit.workers import ProcessId, this_process
 
@@ -69,7 +69,7 @@ def test_lock_removes_its_files_and_folders(tmp_path: Path, exists: bool) -> Non
     if exists:
         folder.mkdir(parents=True)
     with write_lock(folder, command="mmaudit score"):
-        assert [str(holder).split(" (")[0] for holder in holders_of(folder)] == ["mmaudit score"]
+        assert [str(holder).split(" (")[0] for holder in find_holders(folder)] == ["mmaudit score"]
     assert folder.exists() == folder.parent.exists() == exists
     assert not exists or not any(folder.iterdir())
 
@@ -214,12 +214,12 @@ def test_one_of_two_simultaneous_writers_gets_the_lock(tmp_path: Path) -> None:
 
 def test_exit_of_forked_child_keeps_the_lock(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from mmaudit.audit.locks import write_lock, holders_of\n"
+        "import os, sys; from pathlib import Path; from mmaudit.audit.locks import write_lock, find_holders\n"
         "folder = Path(sys.argv[1])\n"
         "with write_lock(folder, command='mmaudit score'):\n"
         "    child = os.fork()\n"
         "    if child:\n"
-        "        os.waitpid(child, 0); print(len(holders_of(folder)), flush=True)\n"
+        "        os.waitpid(child, 0); print(len(find_holders(folder)), flush=True)\n"
     )
     output = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "1"

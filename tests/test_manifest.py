@@ -26,16 +26,16 @@ from mmaudit.rebalance.manifest import (
     REPEATING,
     Manifest,
     RowDigest,
-    batches_of,
     check_columns,
-    digest_of,
-    digests_of,
+    compute_digests,
     dropped_path,
-    provenance_of,
+    read_batches_of_manifest,
     read_dropped,
     read_manifest,
+    read_provenance,
+    read_stated_digests,
     regroup,
-    rows_of,
+    table_digest,
 )
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
@@ -73,14 +73,19 @@ def test_manifest_round_trips(tmp_path: Path) -> None:
     assert dropped is not None
     assert len(loaded) + len(dropped) == 40
     metadata = loaded.digests.metadata
-    assert rows_of(path) == {"rows": len(loaded), "digest": loaded.digest(), "metadata": metadata}
-    stated = {"rows": len(dropped), "digest": digest_of(dropped), "metadata": metadata, "dropped_from": loaded.digest()}
-    assert rows_of(dropped_path(path)) == stated
-    assert digests_of(path) == loaded.digests
-    assert provenance_of(path) == loaded.provenance
+    assert read_stated_digests(path) == {"rows": len(loaded), "digest": loaded.digest(), "metadata": metadata}
+    stated = {
+        "rows": len(dropped),
+        "digest": table_digest(dropped),
+        "metadata": metadata,
+        "dropped_from": loaded.digest(),
+    }
+    assert read_stated_digests(dropped_path(path)) == stated
+    assert compute_digests(path) == loaded.digests
+    assert read_provenance(path) == loaded.provenance
     assert loaded.provenance["rule"] == {"seed": 3}
-    assert pa.concat_tables(batches_of(path)).equals(loaded.table.replace_schema_metadata(None))
-    assert [table.column_names for table in batches_of(path, columns=["sample_id"])] == [["sample_id"]]
+    assert pa.concat_tables(read_batches_of_manifest(path)).equals(loaded.table.replace_schema_metadata(None))
+    assert [table.column_names for table in read_batches_of_manifest(path, columns=["sample_id"])] == [["sample_id"]]
     assert set(RANGES) <= set(COLUMNS)
 
 
@@ -144,13 +149,13 @@ def test_digest_is_independent_of_batches_and_encoding(
                 codes = pa.array(["z", *piece["label_name"].to_pylist()], pa.string()).dictionary_encode().slice(1)
                 piece = piece.set_column(0, "label_name", codes)
             digest.add(piece.select(piece.column_names[::-1]))
-        assert digest.hexdigest() == digest_of(table)
+        assert digest.hexdigest() == table_digest(table)
 
 
 @settings(deadline=None, max_examples=300)
 @given(tables(), tables())
 def test_digests_are_equal_only_for_equal_tables(first: pa.Table, second: pa.Table) -> None:
-    assert (digest_of(first) == digest_of(second)) == first.equals(second)
+    assert (table_digest(first) == table_digest(second)) == first.equals(second)
 
 
 @settings(deadline=None)
@@ -163,7 +168,7 @@ def test_digest_changes_with_any_value(table: pa.Table, name: str, data: st.Data
     )
     values[row] = new_value
     changed = table.set_column(table.column_names.index(name), name, pa.array(values, TYPES[name]))
-    assert digest_of(changed) != digest_of(table)
+    assert table_digest(changed) != table_digest(table)
 
 
 def test_digest_depends_on_order_names_and_text_boundaries() -> None:
@@ -175,7 +180,7 @@ def test_digest_depends_on_order_names_and_text_boundaries() -> None:
         pa.table({"a": ["a", "bc"], "b": ["x", "y"]}),
         pa.table({"a": ["ab", "c"]}),
     ]
-    digests = {digest_of(entry) for entry in [table, *changed]}
+    digests = {table_digest(entry) for entry in [table, *changed]}
     assert len(digests) == 1 + len(changed)
     assert {len(entry) for entry in digests} == {32}
 
@@ -222,7 +227,12 @@ def test_file_that_is_no_manifest_raises(tmp_path: Path) -> None:
 
 def test_unreadable_file_raises(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("sample_id,label\n")
-    for read in (read_manifest, provenance_of, rows_of, lambda path: list(batches_of(path))):
+    for read in (
+        read_manifest,
+        read_provenance,
+        read_stated_digests,
+        lambda path: list(read_batches_of_manifest(path)),
+    ):
         with pytest.raises(ManifestError, match=r"text\.parquet cannot be read as Parquet"):
             read(tmp_path / "text.parquet")
         with pytest.raises(ManifestError, match=r"no such file: .*none\.parquet"):
@@ -239,8 +249,8 @@ def test_hash_collision_is_no_repeated_id(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_file_without_metadata_states_nothing(tmp_path: Path) -> None:
     pq.write_table(read_manifest(written(tmp_path)).table.replace_schema_metadata(None), tmp_path / "other.parquet")
-    assert rows_of(tmp_path / "other.parquet") == {}
-    assert provenance_of(tmp_path / "other.parquet") == {}
+    assert read_stated_digests(tmp_path / "other.parquet") == {}
+    assert read_provenance(tmp_path / "other.parquet") == {}
 
 
 def test_dropped_rows_may_be_absent(tmp_path: Path) -> None:
@@ -270,15 +280,15 @@ def test_invalid_utf8_text_raises(tmp_path: Path) -> None:
     for column in (invalid_utf8([b"\xff"] * len(table)), invalid_utf8([b"\xff"] * len(table)).dictionary_encode()):
         pq.write_table(table.set_column(index, "group", column), path)
         with pytest.raises(ManifestError, match=r"cannot be read as Parquet: .*UTF8"):
-            list(batches_of(path))
-        assert sum(len(table_) for table_ in batches_of(path, columns=["sample_id"])) == len(table)
+            list(read_batches_of_manifest(path))
+        assert sum(len(table_) for table_ in read_batches_of_manifest(path, columns=["sample_id"])) == len(table)
 
 
 def test_invalid_utf8_column_name_raises(tmp_path: Path) -> None:
     path = written(tmp_path)
     pq.write_table(pq.read_table(path), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"group", b"gr\xffup"))
-    for read in (provenance_of, rows_of, lambda file: list(batches_of(file))):
+    for read in (read_provenance, read_stated_digests, lambda file: list(read_batches_of_manifest(file))):
         with pytest.raises(ManifestError, match="cannot be read as Parquet"):
             read(path)
 
@@ -289,12 +299,14 @@ def test_damaged_pages_raise(tmp_path: Path) -> None:
     content[4:200] = bytes(196)
     path.write_bytes(content)
     with pytest.raises(ManifestError, match=r"cannot be read as Parquet: ."):
-        list(batches_of(path))
+        list(read_batches_of_manifest(path))
 
 
 def test_binary_columns_have_a_digest() -> None:
     def of(*values: bytes | None) -> str:
-        return digest_of(pa.table({"group": pa.array(values, pa.binary()), "sample_id": pa.array(values, pa.binary())}))
+        return table_digest(
+            pa.table({"group": pa.array(values, pa.binary()), "sample_id": pa.array(values, pa.binary())})
+        )
 
     assert of(b"\xff", None, b"a") == of(b"\xff", None, b"a")
     assert len({of(b"\xff", None, b"a"), of(None, b"\xff", b"a"), of(b"\xfe", None, b"a")}) == 3
@@ -334,7 +346,7 @@ def test_invalid_metadata_raise_and_name_the_key(tmp_path: Path, key: str, value
     path = written(tmp_path)
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({"mmaudit": json.dumps(content)}), path)
-    for read in (provenance_of, read_manifest):
+    for read in (read_provenance, read_manifest):
         with pytest.raises(ManifestError, match=rf"damaged: {re.escape(key) or 'the document'}\S* is .*; it must be"):
             read(path)
 

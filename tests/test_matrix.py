@@ -76,7 +76,7 @@ def test_joint_inputs_concatenate_features_and_masked_parts_are_nan() -> None:
 
 def test_chunks_partition_rows_within_max_bytes() -> None:
     inputs = MatrixInputs(matrix=np.zeros((5_000, 8), np.float32))
-    parts = list(chunks(inputs, most_bytes=4 * 8 * 300))
+    parts = list(chunks(inputs, max_bytes=4 * 8 * 300))
     assert [len(part) for part in parts[:-1]] == [300] * (len(parts) - 1)
     np.testing.assert_array_equal(np.concatenate(parts), np.arange(5_000))
     assert list(chunks(inputs, np.zeros(0, np.intp))) == []

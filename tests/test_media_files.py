@@ -19,7 +19,7 @@ from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.hashing import digest
 from mmaudit.audit.media import files as media_file
 from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image, has_sound
-from mmaudit.audit.media.files import MediaConfig, MediaFile, stream_of
+from mmaudit.audit.media.files import MediaConfig, MediaFile, open_stream
 from mmaudit.audit.media.truncation import missing_bytes
 from mmaudit.audit.quarantine import Reason, UnusableError
 
@@ -49,7 +49,7 @@ def test_media_file_behaves_like_bytes(
         assert digest(file) == digest(content)
     if content:
         assert file[start % len(content)] == content[start % len(content)]
-    with stream_of(file) as stream:
+    with open_stream(file) as stream:
         assert stream.read() == content
 
 

@@ -80,7 +80,7 @@ def test_discrepancy_of_three_by_hand() -> None:
 
 def test_dominant_is_argmax_or_minus_one_for_ties() -> None:
     confidence = np.array([[0.9, 0.3, 0.1], [0.2, 0.7, 0.7], [0.1, 0.1, 0.6], [0, 0, 0]], dtype=np.float32)
-    assert metrics.dominant(confidence).tolist() == [0, -1, 2, -1]
+    assert metrics.dominant_modality(confidence).tolist() == [0, -1, 2, -1]
 
 
 def test_confidence_is_the_probability_of_the_true_class() -> None:
@@ -118,7 +118,9 @@ def test_fusion_is_a_distribution_and_the_geometric_mean(drawn: list[Floats]) ->
     assert fused.dtype == np.float32
     assert fused.min() >= 0
     np.testing.assert_allclose(fused.sum(axis=1), 1, atol=1e-5)
-    product = np.prod(np.maximum(np.stack(drawn).astype(np.float64), metrics.LEAST), axis=0) ** (1 / len(drawn))
+    product = np.prod(np.maximum(np.stack(drawn).astype(np.float64), metrics.MIN_PROBABILITY), axis=0) ** (
+        1 / len(drawn)
+    )
     np.testing.assert_allclose(fused, product / product.sum(axis=1, keepdims=True), atol=1e-4)
 
 
@@ -199,8 +201,8 @@ def test_missing_modality_gives_metrics_of_the_others(confidence: Floats, positi
         expected = np.stack([expected, -expected], axis=1)
     np.testing.assert_allclose(discrepancy[:, remaining], expected, atol=1e-6)
     np.testing.assert_array_equal(metrics.gap(masked), metrics.gap(confidence[:, remaining]))
-    best = metrics.dominant(confidence[:, remaining])
-    np.testing.assert_array_equal(metrics.dominant(masked), np.where(best < 0, -1, remaining[best]))
+    best = metrics.dominant_modality(confidence[:, remaining])
+    np.testing.assert_array_equal(metrics.dominant_modality(masked), np.where(best < 0, -1, remaining[best]))
     loss = metrics.cross_entropy(masked)
     np.testing.assert_array_equal(loss[:, remaining], metrics.cross_entropy(confidence[:, remaining]))
     assert np.isnan(loss[:, column]).all()

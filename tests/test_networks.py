@@ -147,13 +147,13 @@ def test_missing_transformers_raises_with_the_install_command(monkeypatch: pytes
 
 def test_augmentation_can_be_turned_off() -> None:
     pictures = to_pictures(some(FRAMES), FRAMES)
-    augmented = augment_pictures(pictures, np.random.default_rng(0), least_area=1.0, flip=False)
+    augmented = augment_pictures(pictures, np.random.default_rng(0), min_area=1.0, flip=False)
     torch.testing.assert_close(augmented, pictures, atol=1e-5, rtol=1e-5)
 
 
 def test_half_of_the_pictures_are_flipped() -> None:
     pictures = to_pictures(some(FRAMES, 200), FRAMES)
-    augmented = augment_pictures(pictures, np.random.default_rng(0), least_area=1.0, flip=True)
+    augmented = augment_pictures(pictures, np.random.default_rng(0), min_area=1.0, flip=True)
     straight, mirrored = (
         (augmented - reference).abs().amax(dim=(2, 3, 4)) < 1e-4 for reference in (pictures, pictures.flip(4))
     )
@@ -169,7 +169,7 @@ def test_crops_are_inside_the_picture_and_within_the_area_bounds(least_area: flo
     coordinates = (torch.arange(size) + 0.5) / size
     picture = torch.stack([coordinates.expand(size, size), coordinates[:, None].expand(size, size)])
     crops = augment_pictures(
-        picture.expand(300, 1, 2, size, size), np.random.default_rng(1), least_area=least_area, flip=False
+        picture.expand(300, 1, 2, size, size), np.random.default_rng(1), min_area=least_area, flip=False
     )
     inner = crops[:, 0, :, 8:-8, 8:-8]  # at the rim, levels are those of the outermost pixels
     steps = size - 17

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import in_processes
+from processes import run_in_processes
 from torch import Tensor, nn
 
 from mmaudit.train.config import OptimConfig
@@ -348,7 +348,7 @@ def test_two_processes_take_the_step_of_one() -> None:
     with redirect_stdout(io.StringIO()) as output:
         exec(script, {})
     single = json.loads(output.getvalue())
-    first, second = in_processes(script, size=2)
+    first, second = run_in_processes(script, size=2)
     assert first["weights"] == second["weights"]
     assert first["none"] == second["none"] == single["none"]
     assert sum(single["none"][2]) == 4  # of the frozen encoder
@@ -363,7 +363,7 @@ def test_two_processes_take_the_step_of_one() -> None:
 
 def test_step_that_overflows_in_one_process_is_skipped_in_all() -> None:
     script = SCRIPT.replace("PRECISION", '"float16"').replace("OVERFLOW", "1e38")
-    first, second = in_processes(script, size=2)
+    first, second = run_in_processes(script, size=2)
     assert first["weights"] == second["weights"]
     assert first["scale"] == second["scale"] == 2**15
     assert all(math.isfinite(value) for values in first["weights"].values() for value in flat(values))

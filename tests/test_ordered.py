@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmaudit.rebalance.curriculum import PACINGS, OrderConfig, id_key, order_of, root_pacing
+from mmaudit.rebalance.curriculum import PACINGS, OrderConfig, epoch_order, id_keys, root_pacing
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.sampling.config import SamplingConfig
 from mmaudit.train.sampling.ordered import AntiCurriculum, BssH, Ordered, Uniform
@@ -36,7 +36,7 @@ def make_pool(rank: NDArray[np.int64]) -> Pool:
     """Build a pool of samples named by their ranks, without scores."""
     none = np.full(len(rank), np.nan)
     return Pool(
-        key=id_key(map(str, rank)),
+        key=id_keys(map(str, rank)),
         rank=rank,
         balance=none,
         p_balanced=none,
@@ -68,9 +68,9 @@ def rows_of_epoch(
 def test_training_order_equals_order_of(
     sampler_class: type[Ordered], rank: NDArray[np.int64], order: OrderConfig, seed: int, epoch: int
 ) -> None:
-    expected = order_of(
+    expected = epoch_order(
         rank=rank,
-        key=id_key(map(str, rank)),
+        key=id_keys(map(str, rank)),
         config=replace(order, order=ORDER_OF_SAMPLER[sampler_class]),
         seed=seed,
         epoch=epoch,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmaudit.audit.errors import ManifestError, ScoreError
-from mmaudit.audit.parquet import KEY, read_batches, read_parquet, read_schema, write_parquet
+from mmaudit.audit.parquet import PROVENANCE_KEY, read_batches, read_parquet, read_schema, write_parquet
 from mmaudit.audit.storage import write_json
 
 TABLE = pa.table({"id": ["a", "b"], "value": [1.0, None]})
@@ -41,7 +41,7 @@ def test_file_of_other_writer_has_no_provenance(tmp_path: Path) -> None:
 
 def test_provenance_is_stored_under_one_key(tmp_path: Path) -> None:
     write_parquet(TABLE, tmp_path / "t.parquet", provenance={"a": 1})
-    assert json.loads(pq.read_schema(tmp_path / "t.parquet").metadata[KEY]) == {"a": 1}
+    assert json.loads(pq.read_schema(tmp_path / "t.parquet").metadata[PROVENANCE_KEY]) == {"a": 1}
 
 
 def test_unreadable_file_raises_requested_error(tmp_path: Path) -> None:
@@ -135,14 +135,14 @@ def test_views_are_read_as_plain_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", [b"[1]", b"5", b"\xff", b'{"a": NaN}', b"[" * 9_999, b'{"a": ' + b"9" * 5_000 + b"}"])
 def test_damaged_provenance_raises_error(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "t.parquet"
-    pq.write_table(TABLE.replace_schema_metadata({KEY: text}), path)
+    pq.write_table(TABLE.replace_schema_metadata({PROVENANCE_KEY: text}), path)
     with pytest.raises(ScoreError, match=r"t\.parquet: the metadata under the key mmaudit are damaged: "):
         read_parquet(path, error=ScoreError)
 
 
 def test_huge_footer_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.parquet"
-    pq.write_table(TABLE.replace_schema_metadata({KEY: json.dumps({"a": "x" * (3 << 20)})}), path)
+    pq.write_table(TABLE.replace_schema_metadata({PROVENANCE_KEY: json.dumps({"a": "x" * (3 << 20)})}), path)
     assert read_parquet(path, error=ScoreError)[0].num_rows == 2
     monkeypatch.setattr("mmaudit.audit.parquet._MAX_FOOTER", 1 << 20)
     with pytest.raises(ScoreError, match=r"t\.parquet cannot be read as Parquet: the footer has \d MiB"):

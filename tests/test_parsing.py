@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.parsing import MAX_DEPTH, Complete, Shape, check_shape, parse_data_json, parse_json
+from mmaudit.audit.parsing import MAX_DEPTH, RequiredKeys, Shape, check_shape, parse_data_json, parse_json
 from mmaudit.audit.storage import read_json
 
 VALUES = st.recursive(
@@ -89,7 +89,7 @@ def test_file_with_wrong_shape_raises_error(tmp_path: Any) -> None:
 
 
 def test_complete_requires_all_keys_and_star_matches_other_keys() -> None:
-    shape: Shape = {"before": Complete(ks=float), "distances": {"*": float}}
+    shape: Shape = {"before": RequiredKeys(ks=float), "distances": {"*": float}}
     check_shape({"before": {"ks": 1, "other": "x"}, "distances": {"train": 0.5}}, shape)
     with pytest.raises(ValueError, match="before lacks ks"):
         check_shape({"before": {}}, shape)
@@ -98,7 +98,7 @@ def test_complete_requires_all_keys_and_star_matches_other_keys() -> None:
 
 
 def test_keys_with_question_mark_are_optional() -> None:
-    shape = Complete({"n": int, "branches?": {"*": Complete(accuracy=float)}, "*": str})
+    shape = RequiredKeys({"n": int, "branches?": {"*": RequiredKeys(accuracy=float)}, "*": str})
     for content in ({"n": 1}, {"n": 1, "branches": {}}, {"n": 1, "branches": {"fused": {"accuracy": 0.5}}, "x": "y"}):
         check_shape(content, shape)
     for content, reason in (
@@ -112,7 +112,7 @@ def test_keys_with_question_mark_are_optional() -> None:
 
 
 def test_tuple_of_shapes_may_include_an_object() -> None:
-    shape: Shape = {"calibration": (Complete(ece=float), type(None))}
+    shape: Shape = {"calibration": (RequiredKeys(ece=float), type(None))}
     for calibration in (None, {"ece": 0.5}):
         check_shape({"calibration": calibration}, shape)
     value_of_reason: dict[str, Any] = {

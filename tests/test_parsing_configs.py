@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.parsing import build
+from mmaudit.audit.parsing import build_config
 from mmaudit.cli.config import load_config
 
 
@@ -34,7 +34,7 @@ class Outer:
 def test_valid_values_build_a_config() -> None:
     content = {"size": 3, "name": None, "rates": [1, 0.5], "inner": {"rate": 2}, "maybe": {"rate": 1}}
     expected = Outer(size=3, rates=(1.0, 0.5), inner=Inner(rate=2.0), maybe=Inner(rate=1.0))
-    assert build(Outer, content, where="") == expected
+    assert build_config(Outer, content, where="") == expected
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_valid_values_build_a_config() -> None:
 )
 def test_invalid_values_raise_error_naming_the_key(content: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as caught:
-        build(Outer, content, where="")
+        build_config(Outer, content, where="")
     assert len(str(caught.value)) < 300
 
 

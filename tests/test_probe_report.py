@@ -15,7 +15,7 @@ from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, r2_score
 
 from mmaudit.audit.dataset.labels import Target
-from mmaudit.audit.features.matrix import Inputs, MatrixInputs, Rows
+from mmaudit.audit.features.matrix import Inputs, MatrixInputs, RowIndex
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
@@ -58,10 +58,10 @@ class StoredProbe:
 
     by_repeat: Floats
 
-    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
+    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> Floats:
         return self.by_repeat[:, rows]
 
-    def logits_by_epoch(self, rows: Rows) -> Floats:
+    def logits_by_epoch(self, rows: RowIndex) -> Floats:
         return self.by_repeat[:, rows]
 
 

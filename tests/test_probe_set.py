@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mmaudit.audit.dataset.labels import Target
-from mmaudit.audit.features.matrix import Inputs, MatrixInputs, Rows
+from mmaudit.audit.features.matrix import Inputs, MatrixInputs, RowIndex
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit
 from mmaudit.audit.probes.probe_set import (
@@ -36,10 +36,10 @@ class StoredProbe:
 
     by_repeat: Floats
 
-    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
+    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> Floats:
         return self.by_repeat[:, rows]
 
-    def logits_by_epoch(self, rows: Rows) -> Floats:
+    def logits_by_epoch(self, rows: RowIndex) -> Floats:
         return self.by_repeat[:1, rows] * np.array([0.5, 1], np.float32)[:, None, None]
 
 

@@ -21,8 +21,8 @@ from mmaudit.audit.scores.table import ScoreTable, read_scores, write_scores
 from mmaudit.audit.storage import write_json
 from mmaudit.cli.manifests import replay
 from mmaudit.rebalance.balanced import BalancedConfig
-from mmaudit.rebalance.manifest import dropped_path, provenance_of, read_dropped, read_manifest
-from mmaudit.rebalance.recipe import Recipe, Split, balance_path, make_split, recipe_of
+from mmaudit.rebalance.manifest import dropped_path, read_dropped, read_manifest, read_provenance
+from mmaudit.rebalance.recipe import Recipe, SplitResult, balance_path, make_split, recipe_from_record
 from mmaudit.rebalance.score_tables import open_scores
 
 N = 400
@@ -59,14 +59,20 @@ class RunFolder:
     def place(self, name: str) -> Path:
         return self.folder / "manifests" / f"{name}.parquet"
 
-    def split(self, *, name: str | None = None, dry: bool = False, scores: Any = None, **recipe: Any) -> Split:
-        return self.make(Recipe(**recipe), name=name, dry=dry, scores=scores)
+    def split(
+        self, *, name: str | None = None, dry_run: bool = False, scores: Any = None, **recipe: Any
+    ) -> SplitResult:
+        return self.make(Recipe(**recipe), name=name, dry_run=dry_run, scores=scores)
 
-    def make(self, recipe: Recipe, *, name: str | None = None, dry: bool = False, scores: Any = None) -> Split:
+    def make(
+        self, recipe: Recipe, *, name: str | None = None, dry_run: bool = False, scores: Any = None
+    ) -> SplitResult:
         source = scores or self.scores
         score_files = open_scores(source, seed=recipe.seed)
         file_name = source if isinstance(source, (str, Path)) else None
-        return make_split(score_files, recipe, self.place, scratch=self.folder, name=name, scores=file_name, dry=dry)
+        return make_split(
+            score_files, recipe, self.place, scratch=self.folder, name=name, scores=file_name, dry_run=dry_run
+        )
 
     def of(self, name: str, **recipe: Any) -> str:
         """Write a manifest and return its path as a string."""
@@ -81,17 +87,17 @@ def run_folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
-def path_of(split: Split) -> Path:
+def path_of(split: SplitResult) -> Path:
     assert split.path is not None
     return split.path
 
 
-def ids(split: Split | str) -> set[str]:
+def ids(split: SplitResult | str) -> set[str]:
     path = Path(split) if isinstance(split, str) else path_of(split)
     return set(read_manifest(path).table["sample_id"].to_pylist())
 
 
-def reasons(split: Split) -> dict[str, str]:
+def reasons(split: SplitResult) -> dict[str, str]:
     path = path_of(split)
     dropped = read_dropped(path, read_manifest(path))
     assert dropped is not None
@@ -190,7 +196,7 @@ def test_default_names(run_folder: RunFolder) -> None:
         ({"resplit": "80/20", "intersect": (a,)}, "resplit-in-a"),
     ]
     for recipe, name in cases:
-        split = run_folder.split(dry=True, **recipe)
+        split = run_folder.split(dry_run=True, **recipe)
         assert split.numbers["name"] == name
     assert path_of(run_folder.split(name="mine", exclude=(b,))).stem == "mine"
 
@@ -233,7 +239,7 @@ def test_size_that_misses_the_tolerance_raises_and_writes_nothing(run_folder: Ru
     reached = float(str(error.value).split("reach ")[1].split(";")[0])
     assert "nothing was written" in str(error.value)
     assert run_folder.files() == before
-    free = run_folder.split(balanced=replace(hard, tolerance=None), dry=True).numbers
+    free = run_folder.split(balanced=replace(hard, tolerance=None), dry_run=True).numbers
     assert reached == pytest.approx(max(free["distances"].values()), abs=1e-4)
     assert run_folder.split(balanced=replace(hard, tolerance=reached + 1e-3)).numbers["kept"] == 300
 
@@ -270,7 +276,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def split_all_kinds(run_folder: RunFolder) -> dict[str, Split]:
+def split_all_kinds(run_folder: RunFolder) -> dict[str, SplitResult]:
     """Write a manifest of every kind."""
     inputs = {"a": "random:300", "b": "random:200", "c": "audio-preferred"}
     files = {name: run_folder.of(name, subset=text, seed=number) for number, (name, text) in enumerate(inputs.items())}
@@ -288,8 +294,8 @@ def test_dry_run_writes_nothing_and_returns_the_same_numbers(run_folder: RunFold
     splits = split_all_kinds(run_folder)
     before = run_folder.files()
     for name, split in splits.items():
-        recipe = recipe_of(provenance_of(path_of(split))["rule"], folder=path_of(split).parent)
-        dry = run_folder.make(recipe, name=name, dry=True)
+        recipe = recipe_from_record(read_provenance(path_of(split))["rule"], folder=path_of(split).parent)
+        dry = run_folder.make(recipe, name=name, dry_run=True)
         assert dry.path is None
         assert dry.numbers == split.numbers
     assert run_folder.files() == before
@@ -301,7 +307,7 @@ def test_numbers_are_written_next_to_the_manifest(run_folder: RunFolder) -> None
         numbers = json.loads(balance_path(path).read_text())
         assert balance_path(path).name == f"{name}.balance.json"
         assert numbers.pop("digest") == read_manifest(path).digest()
-        assert numbers.pop("recipe") == provenance_of(path)["rule"]
+        assert numbers.pop("recipe") == read_provenance(path)["rule"]
         assert numbers == json.loads(json.dumps(split.numbers))
         assert numbers["kept"] == len(read_manifest(path))
         assert numbers["kept"] + numbers["dropped"] == numbers["scored"] == N
@@ -338,7 +344,7 @@ def test_replay_detects_a_changed_score(run_folder: RunFolder, name: str) -> Non
     assert (f"{name}.parquet" if is_kept else f"{name}.dropped.parquet") in replayed["differ"]
 
 
-def only(run_folder: RunFolder, name: str) -> Split:
+def only(run_folder: RunFolder, name: str) -> SplitResult:
     """Write a manifest of one kind, and its inputs."""
     recipe = dict(KINDS[name])
     files = {
@@ -398,7 +404,7 @@ def test_shards_are_replayed_from_their_recorded_path(run_folder: RunFolder, how
 def test_manifest_without_recipe_raises(run_folder: RunFolder) -> None:
     for record in ({}, {"seed": 0}, {"scores": "x.parquet"}):
         with pytest.raises(ManifestError, match="the manifest records no recipe"):
-            recipe_of(record, folder=run_folder.folder)
+            recipe_from_record(record, folder=run_folder.folder)
 
 
 @pytest.fixture(scope="module")
@@ -451,8 +457,8 @@ def test_recipe_round_trips_through_the_manifest(
         kind = {"balanced": replace(kind["balanced"], size=min(kind["balanced"].size, 20))}
     recipe = Recipe(seed=seed, between=between, intersect=intersect, resplit=resplit, **kind)
     path = path_of(run_folder.make(recipe, name="m"))
-    record = json.loads(json.dumps(provenance_of(path)["rule"]))
-    parsed = recipe_of(record, folder=path.parent)
+    record = json.loads(json.dumps(read_provenance(path)["rule"]))
+    parsed = recipe_from_record(record, folder=path.parent)
     assert absolute(parsed) == absolute(recipe)
 
 
@@ -467,7 +473,7 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def test_record_has_only_set_fields(run_folder: RunFolder) -> None:
-    record = provenance_of(path_of(run_folder.split(subset="audio-preferred")))["rule"]
+    record = read_provenance(path_of(run_folder.split(subset="audio-preferred")))["rule"]
     assert record == {
         "seed": 0,
         "subset": "audio-preferred",
@@ -476,7 +482,7 @@ def test_record_has_only_set_fields(run_folder: RunFolder) -> None:
         "inputs": {},
     }
     a = run_folder.of("a", subset="random:300")
-    record = provenance_of(path_of(run_folder.split(exclude=(a,))))["rule"]
+    record = read_provenance(path_of(run_folder.split(exclude=(a,))))["rule"]
     assert record["exclude"] == ["a.parquet"]
     assert record["inputs"] == {"a.parquet": read_manifest(a).digest()}
     assert set(asdict(Recipe(subset="balanced"))) == {field.name for field in fields(Recipe)}

@@ -32,7 +32,7 @@ from mmaudit.audit.storage import read_json, write_json, write_text
 from mmaudit.cli.report.page import report_numbers, write_report
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.balanced import BalancedConfig
-from mmaudit.rebalance.binning import CURVE
+from mmaudit.rebalance.binning import CURVE_TOLERANCES
 from mmaudit.rebalance.manifest import dropped_path, read_dropped, read_manifest
 from mmaudit.rebalance.recipe import Recipe, balance_path, make_split
 from mmaudit.rebalance.score_tables import open_scores
@@ -349,7 +349,7 @@ def test_manifest_numbers_match_its_files(reported: Run, name: str) -> None:
 def test_larger_tolerance_is_read_from_the_curve(reported: Run) -> None:
     manifest = manifest_of(reported, "balanced")
     curve = {point["tolerance"]: point["size"] for point in manifest["balance"]["curve"]}
-    assert tuple(curve) == CURVE
+    assert tuple(curve) == CURVE_TOLERANCES
     assert curve[0.05] == manifest["kept"]
     next_point = manifest["balance"]["more"]
     assert next_point["size"] == min(size for size in curve.values() if size > manifest["kept"])
@@ -374,10 +374,10 @@ def test_missing_or_foreign_balance_json_is_reported(full: Run) -> None:
     own_file.write_bytes(other_file.read_bytes())
     assert "not available for balanced: NAME.balance.json belongs to another manifest" in words(write_report(full))
     manifest = manifest_of(full, "balanced")
-    assert (manifest["untold"], manifest["balance"]) == ("another", None)
+    assert (manifest["balance_problem"], manifest["balance"]) == ("another", None)
     assert {
         **manifest,
-        "untold": None,
+        "balance_problem": None,
         "balance": expected["balance"],
     } == expected  # the counts come from the manifest's own files
     other_file.unlink()
@@ -481,7 +481,10 @@ def test_classes_without_kept_rows_come_first_without_distance(tmp_path: Path) -
     distances = [row["distance_after"] for row in classes["worst"][num_lost:]]
     assert distances == sorted(distances, reverse=True)
     changes = [row["distance_after"] - row["distance_before"] for row in classes["worst"][num_lost:]]
-    assert (classes["nearer"], classes["farther"]) == (sum(x < 0 for x in changes), sum(x > 0 for x in changes))
+    assert (classes["more_uniform"], classes["less_uniform"]) == (
+        sum(x < 0 for x in changes),
+        sum(x > 0 for x in changes),
+    )
     assert f"{num_lost} have no samples left" in words(write_report(run))
 
 
@@ -609,7 +612,7 @@ def test_report_of_three_modalities(tmp_path: Path) -> None:
     expected = discrepancy(scores.confidence)
     assert [row["right"] for row in numbers["discrepancy"]] == ["audio", "visual", "text"]
     assert [sum(row["counts"]) for row in numbers["discrepancy"]] == [400, 400, 400]
-    assert numbers["none_ahead"]["n"] == int((expected <= 0.2).all(axis=1).sum())
+    assert numbers["share_without_leader"]["n"] == int((expected <= 0.2).all(axis=1).sum())
     assert len(numbers["maps"]) == 3
     assert "text stands out most often" in words(write_report(run))
 

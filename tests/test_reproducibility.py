@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import RATE, picture, plant
+from conftest import RATE, gaussian_table, picture
 from scipy.io import wavfile
 
 # Several commands in one process, because importing torch takes longest. Affinity is set before torch counts the cores.
@@ -111,7 +111,7 @@ def shuffle_clips(source: Path, target: Path) -> Path:
 
 def write_features(path: Path) -> Path:
     """Write 90 samples of features that are mostly 0, as histograms are, in two row groups."""
-    table = plant(num_samples=90, num_classes=5)
+    table = gaussian_table(num_samples=90, num_classes=5)
     rng = np.random.default_rng(2)
     for name in ("audio", "visual"):
         wide = np.stack(table[name].to_numpy()) @ rng.standard_normal((5, 60))

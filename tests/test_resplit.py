@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mmaudit.audit.errors import ConfigError, ScoreError
 from mmaudit.audit.scores.table import ScoreTable, read_scores
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.binning import bin_of
+from mmaudit.rebalance.binning import assign_bins
 from mmaudit.rebalance.resplit import SPLITS_BY_COUNT, ClassBins, group_keys, parse_shares, resplit
 from mmaudit.rebalance.score_tables import ManifestMembers, ScoreFiles, hash_keys, open_scores
 from mmaudit.rebalance.selection import SelectionRule, select_rows
@@ -59,7 +59,7 @@ def resplit_names(scores: ScoreTable, text: str, *, between: str = AV, seed: int
 def cells_of(scores: ScoreTable, between: str = AV) -> NDArray[np.int64]:
     """Return the cell of each row: class by 20 bins, plus a bin for rows without discrepancy."""
     values = scores.discrepancy(between)
-    bins = np.where(np.isnan(values), 20, bin_of(np.nan_to_num(values), num_bins=20))
+    bins = np.where(np.isnan(values), 20, assign_bins(np.nan_to_num(values), num_bins=20))
     return np.asarray(scores.label * 21 + bins, dtype=np.int64)
 
 
@@ -219,7 +219,7 @@ def test_balanced_after_resplit_balances_each_split() -> None:
     )
     (batch,) = score_files.batches()
     keep = selection.decide(batch).keep
-    bins = bin_of(scores.discrepancy(), num_bins=10)
+    bins = assign_bins(scores.discrepancy(), num_bins=10)
     for split_index in range(3):
         in_split = batch.split == split_index
         num_kept = np.bincount(bins[in_split & keep], minlength=10)

@@ -14,7 +14,7 @@ from scipy.stats import norm
 
 from mmaudit.audit import metrics as measures
 from mmaudit.audit.dataset.labels import Target
-from mmaudit.audit.features.matrix import Inputs, JointInputs, MatrixInputs, Rows
+from mmaudit.audit.features.matrix import Inputs, JointInputs, MatrixInputs, RowIndex
 from mmaudit.audit.probes.probe_set import CalibratedProbe, Calibration, Probe, ProbeSet
 from mmaudit.audit.scores.sample_scores import SampleScores, compute_sample_scores
 from mmaudit.audit.workers import no_progress
@@ -36,10 +36,10 @@ class StoredProbe:
     by_repeat: Floats
     by_epoch: Floats
 
-    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
+    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> Floats:
         return self.by_repeat[:, rows]
 
-    def logits_by_epoch(self, rows: Rows) -> Floats:
+    def logits_by_epoch(self, rows: RowIndex) -> Floats:
         return self.by_epoch[:, rows]
 
 
@@ -51,13 +51,13 @@ class JointProbe:
     label: NDArray[np.int32]
     num_outputs: int
 
-    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> Floats:
+    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> Floats:
         masked = inputs.masked if isinstance(inputs, JointInputs) else frozenset()
         all_modalities = max(self.correct, key=len)
         predicted = np.where(self.correct[all_modalities - masked], self.label, (self.label + 1) % self.num_outputs)
         return np.asarray(3 * np.eye(self.num_outputs, dtype=np.float32)[predicted][None, rows])
 
-    def logits_by_epoch(self, rows: Rows) -> Floats:
+    def logits_by_epoch(self, rows: RowIndex) -> Floats:
         raise AssertionError("the training of the joint probe is not used")
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from training import select_rows
 
-from mmaudit.rebalance.curriculum import OrderConfig, id_key
+from mmaudit.rebalance.curriculum import OrderConfig, id_keys
 from mmaudit.train.batches import Loss, OutputFunction, Step, to_batch
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -48,7 +48,7 @@ class FakeTraining:
         rng = np.random.default_rng(0)
         ids = np.array([f"s{number}" for number in range(N)])
         columns: dict[str, NDArray[Any]] = {
-            "key": id_key(ids),
+            "key": id_keys(ids),
             "rank": rng.permutation(N),
             "balance": rng.uniform(-1, 1, N),
             "p_balanced": rng.random(N) * (rng.random(N) < 0.9),

@@ -24,7 +24,7 @@ from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.quarantine import Reason
 from mmaudit.audit.scores.mixture import MixtureConfig
-from mmaudit.audit.scores.score_dataset import Audit, Networks, audit_dataset
+from mmaudit.audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from mmaudit.audit.scores.table import BY_MODALITY, ScoreTable
 from mmaudit.audit.workers import no_progress
 
@@ -43,7 +43,7 @@ def audit(
     dataset = open_dataset(data, config)
     samples = read_samples(dataset, seed=0, test_fraction=0.2)
     tasks = encode_dataset(dataset, cache, media=MEDIA, num_workers=0, progress=no_progress)
-    networks = Networks(config=NetworkConfig(), media=MEDIA, folder=cache / "networks")
+    networks = NetworkSettings(config=NetworkConfig(), media=MEDIA, folder=cache / "networks")
     defaults: dict[str, Any] = {"networks": networks, "mixture": MixtureConfig(), "seed": 0, "device": "cpu"}
     options = {**defaults, "progress": no_progress, **rest}
     return audit_dataset(collect_encoded(dataset, samples, tasks), tasks, probe=probe, **options)
@@ -99,7 +99,7 @@ def test_network_has_a_control_if_configured(clip_source: Path, tmp_path: Path) 
     """It needs two networks besides the three folds of two repeats; they are stored, too."""
     config = DataConfig(group="speaker", encoder=("image=resnet18",))
     quick = NetworkConfig(epochs=2, batch_size=8, width=1 / 16)
-    networks = Networks(config=quick, media=MEDIA, folder=tmp_path / "networks")
+    networks = NetworkSettings(config=quick, media=MEDIA, folder=tmp_path / "networks")
     steps: list[tuple[str, int, int]] = []
 
     def go(probe: ProbeConfig) -> Audit:

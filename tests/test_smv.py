@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmaudit.rebalance.curriculum import OrderConfig, id_key, order_of
+from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
 from mmaudit.train.batches import ModelReader, OutputFunction, Step
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import Outputs
@@ -60,7 +60,7 @@ class FixedReader:
 def sampler_of(n: int = 5, *, batch_size: int = 4, seed: int = 0, **changes: int) -> Smv:
     none = np.full(n, np.nan)
     pool = Pool(
-        key=id_key(f"s{row}" for row in range(n)),
+        key=id_keys(f"s{row}" for row in range(n)),
         rank=np.arange(n),
         balance=none,
         p_balanced=none,
@@ -154,7 +154,7 @@ def test_new_evaluation_replaces_the_old_one() -> None:
 def test_epoch_before_the_first_evaluation_is_uniform() -> None:
     sampler = sampler_of(30)
     pool = sampler.pool
-    order = order_of(rank=pool.rank, key=pool.key, config=OrderConfig(order="shuffled"), seed=0, epoch=2)
+    order = epoch_order(rank=pool.rank, key=pool.key, config=OrderConfig(order="shuffled"), seed=0, epoch=2)
     assert [row for row, _ in rows_and_modalities(list(sampler.steps(2)))] == order.tolist()
     assert all(step.present is None for step in sampler.steps(2))
 

@@ -22,11 +22,11 @@ from mmaudit.rebalance.manifest import (
     COLUMNS,
     DROPPED_COLUMNS,
     RANGES,
-    digest_of,
     dropped_path,
     read_dropped,
     read_manifest,
-    rows_of,
+    read_stated_digests,
+    table_digest,
 )
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
@@ -109,12 +109,12 @@ def test_bytes_are_independent_of_files_and_batches(
         split_to(folder / "other" / "m.parquet", paths)
         assert file_hashes(folder / "one" / "m.parquet") == file_hashes(folder / "other" / "m.parquet")
         read = read_manifest(folder / "one" / "m.parquet")
-        stated = rows_of(folder / "one" / "m.parquet")
+        stated = read_stated_digests(folder / "one" / "m.parquet")
         assert stated == {"rows": len(read), "digest": read.digest(), "metadata": read.digests.metadata}
         dropped = read_dropped(folder / "one" / "m.parquet", read)
         assert dropped is not None
-        dropped_stated = rows_of(dropped_path(folder / "one" / "m.parquet"))
-        digests = {"digest": digest_of(dropped), "metadata": read.digests.metadata}
+        dropped_stated = read_stated_digests(dropped_path(folder / "one" / "m.parquet"))
+        digests = {"digest": table_digest(dropped), "metadata": read.digests.metadata}
         assert dropped_stated == {"rows": len(dropped), **digests, "dropped_from": read.digest()}
     groups = [
         pq.read_metadata(folder / "one" / "m.parquet").row_group(label).num_rows for label in range(len(read) // 50)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import plant
+from conftest import gaussian_table
 from runs import copy_run
 
 from mmaudit.audit.errors import RunError
@@ -35,7 +35,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "planted.parquet"
-    pq.write_table(plant(num_samples=120), path)
+    pq.write_table(gaussian_table(num_samples=120), path)
     return path
 
 
@@ -155,7 +155,7 @@ def test_conflicting_writers_are_refused(data: Path, run: Path, monkeypatch: pyt
                 command()
         out = run.parent / "out.csv"
         assert export("even", run=run, out=out, format="csv")["files"] == [str(out)]  # written outside the run
-        assert split(run=run, config=QUICK, subset="balanced:0.9", dry=True)["file"] is None
+        assert split(run=run, config=QUICK, subset="balanced:0.9", dry_run=True)["file"] is None
     assert {name for name in files(run) if "beside" not in name} == set(before)
     assert hidden(run) == []
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmaudit.audit.features.matrix import MatrixInputs, Rows
+from mmaudit.audit.features.matrix import MatrixInputs, RowIndex
 from mmaudit.train.examples import Store
 
 torch.set_num_threads(1)
@@ -24,7 +24,7 @@ class CountingInputs:
 
     num_rows, num_features, max_rows = 40, 100, 0
 
-    def read(self, rows: Rows) -> NDArray[Any]:
+    def read(self, rows: RowIndex) -> NDArray[Any]:
         self.max_rows = max(self.max_rows, len(rows))
         return MatrixInputs(matrix=WIDE).read(rows)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import in_processes
+from processes import run_in_processes
 from safetensors.torch import load_file
 from training import with_options
 
@@ -69,7 +69,7 @@ def config_of(sampling: str, balancing: str) -> TrainConfig:
 @functools.cache
 def trained_by(size: int) -> list[Any]:
     """Train every pair with `size` processes; return the batches of each process, its history and its test metrics."""
-    return in_processes(SCRIPT.format(tests=str(Path(__file__).parent)), size=size)
+    return run_in_processes(SCRIPT.format(tests=str(Path(__file__).parent)), size=size)
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -111,7 +111,7 @@ print(json.dumps(found))
 
 def test_metrics_of_several_processes_are_those_of_the_saved_model() -> None:
     """Also with a running mean of the weights, whose buffers each process collects separately."""
-    (measured, reread), *other_processes = in_processes(AVERAGED.format(tests=str(Path(__file__).parent)), size=2)
+    (measured, reread), *other_processes = run_in_processes(AVERAGED.format(tests=str(Path(__file__).parent)), size=2)
     assert measured == other_processes[0][0]
     for branch, expected in reread["branches"].items():
         assert measured["branches"][branch] == pytest.approx(expected, abs=2e-3)

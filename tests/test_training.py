@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import plant
+from conftest import gaussian_table
 from runs import copy_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -44,7 +44,7 @@ def output_of(result: Result) -> str:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scored run with a manifest of all samples and a fine-tuning `plain`; read-only."""
     folder = tmp_path_factory.mktemp("training")
-    pq.write_table(plant(num_samples=240), folder / "data.parquet")
+    pq.write_table(gaussian_table(num_samples=240), folder / "data.parquet")
     run_json("score", folder / "data.parquet", "--run", folder / "run", "--repeats", "1")
     run_json("split", "--subset", "most-balanced:100%", "--name", "all", "--run", folder / "run")
     run_json("split", "--subset", "audio-preferred", "--run", folder / "run")
@@ -110,7 +110,7 @@ def test_evaluate_on_other_samples(run: Path) -> None:
 
 def test_evaluate_counts_samples_used_in_training(run: Path) -> None:
     words: list[str | Path] = ["evaluate", "plain", "--run", run, "--manifest"]
-    assert run_json(*words, "audio-preferred")["learned_from"] == 0
+    assert run_json(*words, "audio-preferred")["num_trained_on"] == 0
     run_json("split", "--balanced", "--resplit", "50/10/40", "--name", "anew", "--run", run)
     own, anew = (pd.read_parquet(run / "manifests" / f"{name}.parquet") for name in ("all", "anew"))
     dropped = pd.read_parquet(run / "manifests" / "anew.dropped.parquet")

@@ -19,11 +19,18 @@ from typer.testing import CliRunner
 
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.features import functions
-from mmaudit.audit.parquet import KEY
+from mmaudit.audit.parquet import PROVENANCE_KEY
 from mmaudit.audit.storage import read_json, write_json
 from mmaudit.cli.main import app
 from mmaudit.rebalance.export import FORMATS
-from mmaudit.rebalance.manifest import ROWS_KEY, digest_of, dropped_path, metadata_digest, provenance_of, rows_of
+from mmaudit.rebalance.manifest import (
+    ROWS_KEY,
+    dropped_path,
+    metadata_digest,
+    read_provenance,
+    read_stated_digests,
+    table_digest,
+)
 from mmaudit.rebalance.recipe import balance_path
 
 CANARY = "a private file of the user"
@@ -71,15 +78,20 @@ def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None], rows: Callable[[pa.Table], pa.Table]) -> None:
     """Change a manifest's metadata and rows as an attacker would, with matching digests."""
-    table, provenance = rows(pq.read_table(path)), provenance_of(path)
+    table, provenance = rows(pq.read_table(path)), read_provenance(path)
     change(provenance)
-    metadata = {KEY: json.dumps(provenance, sort_keys=True).encode()}
-    recorded = {**rows_of(path), "digest": digest_of(table), "rows": len(table), "metadata": metadata_digest(metadata)}
+    metadata = {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True).encode()}
+    recorded = {
+        **read_stated_digests(path),
+        "digest": table_digest(table),
+        "rows": len(table),
+        "metadata": metadata_digest(metadata),
+    }
     pq.write_table(table.replace_schema_metadata({**metadata, ROWS_KEY.encode(): json.dumps(recorded).encode()}), path)
     numbers = read_json(balance_path(path), error=RunError)
     write_json({**numbers, "digest": recorded["digest"]}, balance_path(path))
     table = pq.read_table(dropped_path(path))
-    recorded = {"dropped_from": recorded["digest"], "digest": digest_of(table), "rows": len(table)}
+    recorded = {"dropped_from": recorded["digest"], "digest": table_digest(table), "rows": len(table)}
     dropped_recorded = json.dumps({**recorded, "metadata": metadata_digest(metadata)})
     dropped_metadata = {**metadata, ROWS_KEY.encode(): dropped_recorded.encode()}
     pq.write_table(table.replace_schema_metadata(dropped_metadata), dropped_path(path))

@@ -21,11 +21,11 @@ from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.features.encoded_samples import content_hashes
-from mmaudit.audit.parquet import KEY
+from mmaudit.audit.parquet import PROVENANCE_KEY
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.audit.storage import write_json
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.manifest import ROWS_KEY, digest_of, dropped_path, provenance_of, rows_of
+from mmaudit.rebalance.manifest import ROWS_KEY, dropped_path, read_provenance, read_stated_digests, table_digest
 from mmaudit.rebalance.recipe import balance_path
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
@@ -66,11 +66,11 @@ def rewrite(
     path: Path, change: Callable[[pa.Table], pa.Table] | None = None, *, forge: bool = False, **provenance: Any
 ) -> None:
     """Change a file's rows or provenance; `forge` also updates the stated row count and digest."""
-    table, stated = pq.read_table(path).replace_schema_metadata(None), rows_of(path)
+    table, stated = pq.read_table(path).replace_schema_metadata(None), read_stated_digests(path)
     table = table if change is None else change(table)
     if forge:
-        stated |= {"rows": len(table), "digest": digest_of(table)}
-    metadata = {KEY: json.dumps(provenance_of(path) | provenance), ROWS_KEY: json.dumps(stated)}
+        stated |= {"rows": len(table), "digest": table_digest(table)}
+    metadata = {PROVENANCE_KEY: json.dumps(read_provenance(path) | provenance), ROWS_KEY: json.dumps(stated)}
     pq.write_table(table.replace_schema_metadata(metadata), path)
 
 
@@ -293,7 +293,7 @@ def test_kept_and_dropped_rows_add_up_to_the_scored(manifest: Path) -> None:
         **{"name": "m", "between": "audio:visual", "bins": 1, "scored": 60, "kept": 0, "dropped": 0, "reasons": {}},
         **{"effective_size": 0.0, "before": evenness, "after": evenness, "distances": {}, "counts_before": [0]},
         **{"counts_after": [0.0], "empty_bins": [], "classes": [], "shortages": [], "recipe": {}},
-        "digest": rows_of(manifest)["digest"],
+        "digest": read_stated_digests(manifest)["digest"],
     }
     write_json(numbers, balance_path(manifest))
     assert verify(manifest).held

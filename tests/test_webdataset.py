@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError
-from mmaudit.audit.parquet import KEY
-from mmaudit.rebalance.export import export as write_export
+from mmaudit.audit.parquet import PROVENANCE_KEY
+from mmaudit.rebalance.export import export_manifest as write_export
 from mmaudit.rebalance.manifest import COLUMNS
 from mmaudit.rebalance.webdataset import webdataset_key
 
@@ -58,7 +58,9 @@ def make(folder: Path, ids: list[str] | None = None, *, paths: pa.Table | None =
     )
     for name in paths.column_names:
         table = table.append_column(name, paths[name])
-    pq.write_table(table.replace_schema_metadata({KEY: json.dumps({"scores": scores_record})}), folder / "m.parquet")
+    pq.write_table(
+        table.replace_schema_metadata({PROVENANCE_KEY: json.dumps({"scores": scores_record})}), folder / "m.parquet"
+    )
     return folder / "m.parquet"
 
 

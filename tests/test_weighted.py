@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import chisquare
 
 from mmaudit.audit.errors import ConfigError, ManifestError
-from mmaudit.rebalance.curriculum import OrderConfig, draw_rows, id_key, order_of
+from mmaudit.rebalance.curriculum import OrderConfig, draw_rows, epoch_order, id_keys
 from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.sampling.config import SamplingConfig
 from mmaudit.train.sampling.sampler import Pool, Sampler, build_sampler
@@ -25,7 +25,7 @@ def sampler_of(name: str, *, order: OrderConfig | None = None, **columns: NDArra
         "label": np.zeros(n, np.int64),
         **columns,
     }
-    key = id_key(f"s{row}" for row in range(n))
+    key = id_keys(f"s{row}" for row in range(n))
     pool = Pool(key=key, rank=np.zeros(n, np.int64), **filled, num_classes=4, num_modalities=2)
     return build_sampler(
         name, pool, SamplingConfig(), order or OrderConfig(), batch_size=32, seed=1, distributed=SINGLE_PROCESS
@@ -81,21 +81,21 @@ def test_manifest_without_posteriors_raises() -> None:
 @pytest.mark.parametrize("draw", ["order", "replacement"])
 @pytest.mark.parametrize("weight", ["linear", "softmax"])
 def test_draws_by_balance_equal_the_weighted_order(draw: str, weight: str) -> None:
-    balance, key = np.linspace(-1, 1, 100), id_key(map(str, range(100)))
+    balance, key = np.linspace(-1, 1, 100), id_keys(map(str, range(100)))
     weights = 1.01 + balance if weight == "linear" else np.exp(balance)
     config = OrderConfig(order="weighted", draw=draw, weight=weight)
-    order = order_of(rank=np.zeros(100, np.int64), balance=balance, key=key, config=config, seed=5, epoch=2)
+    order = epoch_order(rank=np.zeros(100, np.int64), balance=balance, key=key, config=config, seed=5, epoch=2)
     assert draw_rows(weights, key=key, draw=draw, seed=5, epoch=2).tolist() == order.tolist()
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
 def test_weights_must_be_numbers_above_0(weight: float) -> None:
     with pytest.raises(ManifestError, match=r"1 weights are not above 0 \(row 1 has"):
-        draw_rows(np.array([1.0, weight, 2.0]), key=id_key("abc"), draw="order", seed=0, epoch=1)
+        draw_rows(np.array([1.0, weight, 2.0]), key=id_keys("abc"), draw="order", seed=0, epoch=1)
 
 
 def test_draw_rows_checks_its_arguments() -> None:
-    weight, key = np.ones(3), id_key("abc")
+    weight, key = np.ones(3), id_keys("abc")
     with pytest.raises(ConfigError, match="did you mean replacement"):
         draw_rows(weight, key=key, draw="replace", seed=0, epoch=1)
     with pytest.raises(ConfigError, match="epoch 0: it must be at least 1"):

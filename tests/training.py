@@ -52,7 +52,7 @@ def make_examples(n: int = 120, *, noise: float = 0.3, seed: int = 0, num_modali
         discrepancy=rng.uniform(-1, 1, n),
         balance=rng.uniform(-1, 1, n),
         p_balanced=rng.random(n),
-        chosen=np.arange(n) % 8 != 3,
+        in_manifest=np.arange(n) % 8 != 3,
     )
 
 

@@ -15,7 +15,7 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 # Fewest validation samples that may select an epoch: two of them selected the first of 60, at chance accuracy.
-LEAST_VALIDATION = 20
+MIN_VALIDATION_SAMPLES = 20
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 

@@ -93,7 +93,7 @@ def contribution(
         "nobody": accuracy[NO_MODALITY],
         "all": accuracy[frozenset(range(len(modalities)))],
         "modalities": {
-            name: intervals.mean(values.astype(np.float64), groups)
+            name: intervals.mean_interval(values.astype(np.float64), groups)
             for name, values in zip(modalities, shapley_values.T, strict=True)
         },
         "sets": [
@@ -114,10 +114,10 @@ def confusion(
     of all samples in [0, 1] with its 95% interval. The definitions are ours.
     """
     return {
-        "confused": intervals.share(unimodal_correct.any(axis=1) & ~fused_correct, groups),
+        "confused": intervals.share_interval(unimodal_correct.any(axis=1) & ~fused_correct, groups),
         "confused_by": {
-            name: intervals.share(correct_alone & ~fused_correct, groups)
+            name: intervals.share_interval(correct_alone & ~fused_correct, groups)
             for name, correct_alone in zip(modalities, unimodal_correct.T, strict=True)
         },
-        "synergy": intervals.share(~unimodal_correct.any(axis=1) & fused_correct, groups),
+        "synergy": intervals.share_interval(~unimodal_correct.any(axis=1) & fused_correct, groups),
     }

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..audit.errors import ManifestError, RunError, choices
-from ..audit.intervals import wilson
+from ..audit.intervals import wilson_interval
 from ..audit.probes.prediction import expected_calibration_error
 from ..audit.threads import NETWORK_THREADS, fixed_threads
 from .checkpoint import load_model, read_model_config
@@ -101,7 +101,7 @@ def compute_metrics(probability: Probabilities, label: Labels) -> dict[str, floa
     """
     correct = probability.argmax(axis=1) == label
     classes = compute_class_metrics(probability, label).values()
-    low, high = wilson(int(correct.sum()), len(label))
+    low, high = wilson_interval(int(correct.sum()), len(label))
     return {
         "accuracy": float(correct.mean()),
         "accuracy_low": low,
@@ -125,7 +125,7 @@ def compute_class_metrics(probability: Probabilities, label: Labels) -> dict[int
     )
     metrics = {}
     for index in np.unique(label).tolist():
-        low, high = wilson(num_correct[index], num_true[index])
+        low, high = wilson_interval(num_correct[index], num_true[index])
         metrics[index] = {
             "recall": num_correct[index] / num_true[index],
             "recall_low": low,
@@ -159,7 +159,7 @@ def evaluate_network(
     label = examples.label[rows]
     first, _, second = between.partition(":")
     subset_masks = subsets(examples.discrepancy[rows], first=first, second=second or "rest")
-    subset_masks["in-manifest"] = examples.chosen[rows]
+    subset_masks["in-manifest"] = examples.in_manifest[rows]
     branch_probabilities = predict_probabilities(reader, rows, examples.modalities)
     sets = shapley_sets(len(examples.modalities), seed=seed)
     correct = reader.read_samples(correct_by_set(reader.net, sets), rows).cpu().numpy() > 0.5

@@ -16,7 +16,7 @@ from ..audit.dataset.columns import SPLITS
 from ..audit.dataset.samples import Samples, stratified_cut
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.features.encode import EncodeTask, Status
-from ..audit.features.encoded_samples import row_content, without_usable
+from ..audit.features.encoded_samples import missing_in_source, row_content
 from ..audit.features.encoders import input_shape, is_network
 from ..audit.features.matrix import FeatureMatrix, Inputs, chunks
 from ..audit.hashing import canonical_order
@@ -113,8 +113,8 @@ class Examples:
     inputs: m matrices (n, d_j), NaN where a modality is missing; present (n, m): whether it is available. shapes: shape
     of a row of each modality, (d_j,) for vectors, or that of a network's input. content: digests of each sample's
     media. label: int64 in [0, k), indexing `class_names`. split: train, validation, test. rank: 0 = most balanced, -1
-    outside the manifest. balance in [-1, 1] and p_balanced in [0, 1] may be NaN. chosen: whether a sample is in the
-    manifest.
+    outside the manifest. balance in [-1, 1] and p_balanced in [0, 1] may be NaN. in_manifest: whether a sample
+    is in the manifest.
     """
 
     sample_id: NDArray[np.object_]
@@ -131,7 +131,7 @@ class Examples:
     discrepancy: NDArray[np.float64]
     balance: NDArray[np.float64]
     p_balanced: NDArray[np.float64]
-    chosen: NDArray[np.bool_]
+    in_manifest: NDArray[np.bool_]
 
     @property
     def modalities_text(self) -> str:
@@ -212,7 +212,7 @@ def load_examples(
         discrepancy=np.array(table["discrepancy"].to_pandas(), dtype=np.float64),
         balance=np.array(table["balance"].to_pandas(), dtype=np.float64),
         p_balanced=np.array(table["p_balanced"].to_pandas(), dtype=np.float64),
-        chosen=in_manifest,
+        in_manifest=in_manifest,
     )
 
 
@@ -262,7 +262,7 @@ def _check_same(
 
 def _check_usable(ids: NDArray[np.object_], rows: NDArray[np.intp], statuses: Sequence[Status]) -> None:
     for status in statuses:
-        unusable = ids[~(status.usable | without_usable(status))[rows]]
+        unusable = ids[~(status.usable | missing_in_source(status))[rows]]
         if len(unusable):
             raise ManifestError(
                 f"{len(unusable)} samples of the manifest have no usable {status.modality.name} "

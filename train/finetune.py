@@ -22,7 +22,7 @@ from ..audit.workers import Progress
 from .balancing.balancer import build_balancer
 from .balancing.config import BALANCERS
 from .checkpoint import save_model, save_state, warm_start
-from .config import LEAST_VALIDATION, FinetuneConfig, TrainConfig
+from .config import MIN_VALIDATION_SAMPLES, FinetuneConfig, TrainConfig
 from .distributed import SINGLE_PROCESS, DistributedContext
 from .evaluate import evaluate_network
 from .examples import Examples
@@ -60,7 +60,7 @@ def finetune_on(
     """Train on the manifest's training rows, select on validation, test once; resume from `folder`/state.
 
     The selected epoch has the highest fused validation accuracy, then the lowest validation loss; with fewer than
-    LEAST_VALIDATION validation samples it is the last one.
+    MIN_VALIDATION_SAMPLES validation samples it is the last one.
 
     Everything follows from examples, config and seed: the same batches in any number of processes, the same losses
     after an interruption at any step, and on one machine's CPU the same bytes (CUDA adds in no fixed order).
@@ -152,7 +152,7 @@ def finetune_on(
             selection = {"history": history, "best": best, "best_weights": weights}
             save_state({**position, **states, **selection}, state_file)
 
-    selects_best = len(training_data.validation) >= LEAST_VALIDATION
+    selects_best = len(training_data.validation) >= MIN_VALIDATION_SAMPLES
     if not selects_best:
         num_validation = len(training_data.validation)
         log.info("%d validation samples are too few to select an epoch or stop early: using the last", num_validation)

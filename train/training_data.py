@@ -14,7 +14,7 @@ from torch import Tensor
 from ..audit.errors import ManifestError
 from ..audit.hashing import digest
 from ..audit.probes.network import augment_pictures, to_pictures
-from ..rebalance.curriculum import id_key
+from ..rebalance.curriculum import id_keys
 from .balancing.balancer import Validation
 from .batches import Batch, Loss, OutputFunction, Step, to_batch
 from .config import AugmentConfig, TrainConfig
@@ -40,7 +40,7 @@ def _augment_inputs(rows: Tensor, shape: tuple[int, ...], config: AugmentConfig,
     if len(rows) == 0:  # a process may have no row of a last step; affine_grid raises for it
         return rows
     if len(shape) > 2 and config.pictures:
-        return augment_pictures(to_pictures(rows, shape), rng, least_area=config.min_crop, flip=config.flip)
+        return augment_pictures(to_pictures(rows, shape), rng, min_area=config.min_crop, flip=config.flip)
     if len(shape) == 2 and config.sound:
         return mask_spectrograms(to_pictures(rows, shape), config, rng)
     return rows
@@ -110,7 +110,7 @@ class TrainingData:
     ) -> TrainingData:
         """Build the data of a training on some of the training rows."""
         pool = Pool(
-            key=id_key(examples.sample_id[train]),
+            key=id_keys(examples.sample_id[train]),
             rank=examples.rank[train],
             balance=examples.balance[train],
             p_balanced=examples.p_balanced[train],

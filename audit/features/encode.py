@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..dataset.dataset import Dataset
 from ..dataset.formats.tables import Shard
 from ..dataset.modalities import Modality
-from ..errors import DatasetError, reading
+from ..errors import DatasetError, attach_file_name
 from ..hashing import digest
 from ..media.files import MediaConfig, MediaFile, Medium
 from ..quarantine import Reason, UnusableError
@@ -199,7 +199,7 @@ def load_cell_content(dataset: Dataset, modality: Modality, cell: pa.Scalar) -> 
     try:
         value = cell.as_py()
         is_name = isinstance(value, str) and modality.kind != "text"
-        with reading(value if is_name else f"column {modality.column}"):
+        with attach_file_name(value if is_name else f"column {modality.column}"):
             loaded = dataset.load(value, modality)
             return loaded, _content_digest(loaded).encode()
     except UnusableError as error:

@@ -62,7 +62,7 @@ def row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
     return np.array([digest(b"".join(row)) for row in parts], dtype=object)
 
 
-def without_usable(status: Status) -> NDArray[np.bool_]:
+def missing_in_source(status: Status) -> NDArray[np.bool_]:
     """Return a mask (n,) of the samples whose cell of this modality is null in the source."""
     empty = np.zeros(len(status.usable), dtype=bool)
     null = f"{status.modality.column} is null"
@@ -78,7 +78,7 @@ def select_usable(encoded: EncodedSamples, *, keep_duplicates: bool) -> tuple[ND
     is scored, unless `keep_duplicates`.
     """
     samples, statuses = encoded.samples, encoded.statuses
-    missing = np.stack([without_usable(status) for status in statuses], axis=1)
+    missing = np.stack([missing_in_source(status) for status in statuses], axis=1)
     usable = np.stack([status.usable for status in statuses], axis=1)
     is_scorable = (usable | missing).all(axis=1) & (usable.sum(axis=1) >= 2)
     quarantined = [

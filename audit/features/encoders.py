@@ -29,7 +29,7 @@ from .pretrained import check_model, local_folder, model_version, open_model, re
 
 Vector = NDArray[Any]  # float32, or uint8 for the pixels of a network's input
 ENCODER_NAMES = ("statistics", "resnet18", "hf:MODEL", "PACKAGE.MODULE:FUNCTION")
-IMPORT_NOTHING = ("statistics", "resnet18")  # built-in encoders: they load no code and no files of others
+BUILTIN_ENCODERS = ("statistics", "resnet18")  # built-in encoders: they load no code and no files of others
 _CHECK_NUMBERS = 1 << 24  # numbers
 
 
@@ -88,7 +88,7 @@ def _check_encoder(name: str, kind: str) -> None:
 
 def encoder_location(name: str) -> str | None:
     """Return the source file of a function, or the local folder of a model, without importing it; else None."""
-    if name in IMPORT_NOTHING:
+    if name in BUILTIN_ENCODERS:
         return None
     path = local_folder(name[3:]) if name.startswith("hf:") else function_file(name)
     return None if path is None else str(path.resolve())

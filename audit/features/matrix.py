@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .cache import column_of, read_arrow
 from .encode import EncodeTask, Status
 
-Rows = NDArray[np.intp]
+RowIndex = NDArray[np.intp]
 CHUNK_BYTES = 32 << 20  # read at once: large enough for efficient matrix products
 
 
@@ -27,19 +27,19 @@ class Inputs(Protocol):
     def num_features(self) -> int:
         """Number of features, d."""
 
-    def read(self, rows: Rows) -> NDArray[Any]:
+    def read(self, rows: RowIndex) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
 
 
-def chunks(inputs: Inputs, rows: Rows | None = None, *, most_bytes: int = CHUNK_BYTES) -> Iterator[Rows]:
-    """Yield the rows, by default all, in chunks of at most `most_bytes` of float32 features, but at least 256 rows."""
+def chunks(inputs: Inputs, rows: RowIndex | None = None, *, max_bytes: int = CHUNK_BYTES) -> Iterator[RowIndex]:
+    """Yield the rows, by default all, in chunks of at most `max_bytes` of float32 features, but at least 256 rows."""
     rows = np.arange(inputs.num_rows) if rows is None else rows
-    size = max(256, most_bytes // (4 * inputs.num_features))
+    size = max(256, max_bytes // (4 * inputs.num_features))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
-def reading_order(inputs: Inputs, rows: Rows) -> Rows:
+def reading_order(inputs: Inputs, rows: RowIndex) -> RowIndex:
     """Return the order (b,) in which these rows are read sequentially from their files."""
     if isinstance(inputs, JointInputs):
         return reading_order(inputs.parts[0], rows)
@@ -62,7 +62,7 @@ class MatrixInputs:
         """Number of features, d."""
         return int(self.matrix.shape[1])
 
-    def read(self, rows: Rows) -> NDArray[Any]:
+    def read(self, rows: RowIndex) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d). Consecutive rows are returned as a view."""
         if len(rows) and (np.diff(rows) == 1).all():
             return self.matrix[rows[0] : rows[-1] + 1]
@@ -78,7 +78,7 @@ class WindowInputs:
     matrix: NDArray[Any]
 
     @classmethod
-    def of(cls, inputs: Inputs, rows: Rows) -> WindowInputs:
+    def of(cls, inputs: Inputs, rows: RowIndex) -> WindowInputs:
         """Read consecutive rows of `inputs` into memory."""
         return cls(num_rows=inputs.num_rows, first=int(rows[0]), matrix=inputs.read(rows))
 
@@ -87,7 +87,7 @@ class WindowInputs:
         """Number of features, d."""
         return int(self.matrix.shape[1])
 
-    def read(self, rows: Rows) -> NDArray[Any]:
+    def read(self, rows: RowIndex) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
         return MatrixInputs(matrix=self.matrix).read(rows - self.first)
 
@@ -101,12 +101,12 @@ class FeatureMatrix:
 
     tasks: tuple[EncodeTask, ...]
     status: Status
-    row: Rows
-    shard_starts: Rows
+    row: RowIndex
+    shard_starts: RowIndex
     num_features: int
 
     @classmethod
-    def of(cls, tasks: Sequence[EncodeTask], status: Status, row: Rows) -> FeatureMatrix:
+    def of(cls, tasks: Sequence[EncodeTask], status: Status, row: RowIndex) -> FeatureMatrix:
         """Open the vectors of these dataset rows, of which at least one must be usable."""
         shard_starts = np.cumsum([0, *(task.shard.num_rows for task in tasks)])
         opened = cls(tasks=tuple(tasks), status=status, row=row, shard_starts=shard_starts, num_features=0)
@@ -125,7 +125,7 @@ class FeatureMatrix:
         """Mask (n,) of the samples that have this modality."""
         return np.asarray(self.status.usable[self.row])
 
-    def read(self, rows: Rows) -> NDArray[Any]:
+    def read(self, rows: RowIndex) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
         dataset_rows = self.row[rows]
         shard = np.searchsorted(self.shard_starts, dataset_rows, side="right") - 1
@@ -144,7 +144,7 @@ class FeatureMatrix:
         """Read all rows: (n, d)."""
         return self.read(np.arange(self.num_rows))
 
-    def _read_shard(self, shard: int, dataset_rows: Rows) -> NDArray[Any]:
+    def _read_shard(self, shard: int, dataset_rows: RowIndex) -> NDArray[Any]:
         task, start = self.tasks[shard], int(self.shard_starts[shard])
         vector = column_of(
             read_arrow(task.file(self.status.modality)), "vector"
@@ -181,7 +181,7 @@ class JointInputs:
         """Return the same rows with these parts masked."""
         return replace(self, masked=parts)
 
-    def read(self, rows: Rows) -> NDArray[Any]:
+    def read(self, rows: RowIndex) -> NDArray[Any]:
         """Read these rows, in this order: (len(rows), d)."""
         features = np.full((len(rows), self.num_features), np.nan, np.float32)
         end = 0

@@ -9,7 +9,7 @@ from typing import Any
 import av
 
 from ..quarantine import Reason, UnusableError
-from .files import MAX_FRAME_PIXELS, MediaConfig, Medium, stream_of
+from .files import MAX_FRAME_PIXELS, MediaConfig, Medium, open_stream
 from .truncation import MP4_BOXES, missing_bytes
 
 MAX_STREAMS = 100  # of a file; FFmpeg's own limit is 1,000, and each stream is probed
@@ -48,7 +48,7 @@ def reading_container(data: Medium) -> Iterator[None]:
 def open_container(data: Medium, config: MediaConfig) -> Iterator[Any]:
     """Open a sound or video file."""
     limits = {"max_streams": str(MAX_STREAMS), **_pixel_limit(_PROBED_FRAMES * config.max_frame_pixels)}
-    with stream_of(data) as file:
+    with open_stream(data) as file:
         with _unprobed(file, limits) if data[4:8] in MP4_BOXES else nullcontext() as container:
             if container is not None:
                 yield container

@@ -173,7 +173,7 @@ class MediaFile:
             end = block_start + len(pattern) - 1  # occurrences that span two blocks
         return -1
 
-    def digested(self) -> Iterator[bytes]:
+    def digest_blocks(self) -> Iterator[bytes]:
         """Yield the bytes to hash, block by block: all, or fixed ranges of a very large file."""
         with self.open() as file:
             for start, stop in _digested_ranges(self.size):
@@ -201,7 +201,7 @@ class MediaFile:
 Medium = bytes | MediaFile
 
 
-def stream_of(data: Medium) -> Any:
+def open_stream(data: Medium) -> Any:
     """Open a medium as a stream."""
     return io.BytesIO(data) if isinstance(data, bytes) else data.open()
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ..quarantine import Reason, UnusableError
-from .files import MediaConfig, Medium, stream_of
+from .files import MediaConfig, Medium, open_stream
 
 CONSTANT_SPREAD = 2  # levels of 255 between darkest and brightest pixel that a lossy codec makes of one colour
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
@@ -32,7 +32,7 @@ def read_picture(data: Medium, *, size: int | None, config: MediaConfig) -> NDAr
     """
     _check_bytes(data, config)
     try:
-        with warnings.catch_warnings(), stream_of(data) as file:
+        with warnings.catch_warnings(), open_stream(data) as file:
             warnings.simplefilter("ignore")  # Pillow warns about unusual metadata, which does not affect the pixels
             with Image.open(file, formats=PICTURES) as image:
                 _check_pixels(image, config)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ScoreError
-from ..features.matrix import Rows
+from ..features.matrix import RowIndex
 from ..hashing import hash_rank
 
 
@@ -125,7 +125,7 @@ class FitRows:
     makes its choices on.
     """
 
-    rows: Rows
+    rows: RowIndex
     train_mask: NDArray[np.bool_]
     holdout_mask: NDArray[np.bool_]
 
@@ -134,7 +134,7 @@ class FitRows:
         """Whether every probe has held-out rows and rows that remain to train on."""
         return bool((self.holdout_mask.any(axis=0) & (self.train_mask & ~self.holdout_mask).any(axis=0)).all())
 
-    def take(self, positions: Rows) -> FitRows:
+    def take(self, positions: RowIndex) -> FitRows:
         """Return the masks of a subset of the rows."""
         return FitRows(
             rows=self.rows[positions], train_mask=self.train_mask[positions], holdout_mask=self.holdout_mask[positions]
@@ -159,12 +159,14 @@ def gather_fit_rows(cross_fits: Sequence[CrossFit], *, most_rows: int) -> FitRow
     )
 
 
-def first_rows(rows: Rows, key: NDArray[np.uint64], *, max_rows: int) -> Rows:
+def first_rows(rows: RowIndex, key: NDArray[np.uint64], *, max_rows: int) -> RowIndex:
     """Return the `max_rows` of these rows with the smallest keys, in their original order."""
     return rows if len(rows) <= max_rows else np.sort(rows[np.argsort(key[rows], kind="stable")[:max_rows]])
 
 
-def predict_out_of_fold(cross_fits: Sequence[CrossFit], rows: Rows, predict: Callable[[int, Tensor], Tensor]) -> Tensor:
+def predict_out_of_fold(
+    cross_fits: Sequence[CrossFit], rows: RowIndex, predict: Callable[[int, Tensor], Tensor]
+) -> Tensor:
     """Predict each row, in each repeat, with the probe that did not train on it: (r, b, k).
 
     `predict` returns the logits (c, k) of a probe, by number, for the rows at the given positions (c,).

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..features.matrix import Inputs, Rows, chunks, reading_order
+from ..features.matrix import Inputs, RowIndex, chunks, reading_order
 
 _MAX_DISTANCE = 1e2  # units from the centre at which values are clipped (at 1e3, outliers stop fits 0.02 short)
 _ROWS_FOR_UNITS = 1_000
@@ -41,7 +41,7 @@ class Units:
         z = (x.to(self.centre.dtype) - self.centre).mul_(1 / self.scale)
         return z.clamp_(-_MAX_DISTANCE, _MAX_DISTANCE).nan_to_num_(nan=0.0).mul_(1 / self.spread)
 
-    def read(self, inputs: Inputs, rows: Rows) -> Iterator[tuple[slice, Tensor]]:
+    def read(self, inputs: Inputs, rows: RowIndex) -> Iterator[tuple[slice, Tensor]]:
         """Yield standardised rows a chunk at a time, each with the slice of `rows` that it holds."""
         position, chunk_rows = 0, max(256, _CHUNK_BYTES // (4 * inputs.num_features))
         for chunk in chunks(inputs, rows):
@@ -76,11 +76,11 @@ class Design:
         """Return the design with a subset of its rows."""
         return replace(self, rows=self.rows[rows])
 
-    def turn(self, weight: Tensor) -> Tensor:
+    def to_axes(self, weight: Tensor) -> Tensor:
         """Transform weights (q, d, k) from features to principal axes."""
         return weight if self.basis is None else _product(self.basis.T, weight)
 
-    def turn_back(self, weight: Tensor) -> Tensor:
+    def from_axes(self, weight: Tensor) -> Tensor:
         """Transform weights (q, d, k) from principal axes to features."""
         return weight if self.basis is None else _product(self.basis, weight)
 
@@ -93,7 +93,7 @@ def _product(basis: Tensor, weight: Tensor) -> Tensor:
 
 def read_design(
     inputs: Inputs,
-    rows: Rows,
+    rows: RowIndex,
     *,
     products: torch.dtype,
     device: str = "cpu",
@@ -116,7 +116,7 @@ def read_design(
     return Design(rows=standardised, units=units, basis=basis, curvature=curvature)
 
 
-def _spread(inputs: Inputs, rows: Rows, units: Units) -> Tensor:
+def _spread(inputs: Inputs, rows: RowIndex, units: Units) -> Tensor:
     """Compute the standard deviation (d,) of rows in these units; 1 where a feature is constant up to rounding."""
     total = torch.zeros_like(units.centre, dtype=torch.float64)
     square = total.clone()

@@ -118,7 +118,7 @@ class GlmProblem:
         # At 0 the covariance of the one-hot target is 1/k of the identity, up to a common shift of all logits.
         curvature = {"classification": 1 / gradient.shape[2], "multilabel": 1 / 4, "regression": 1.0}[self.task]
         metric = curvature * self.design.curvature + self.l2[:, None]
-        weight = self.design.turn_back(self.design.turn(gradient[:, :-1]) / metric[:, :, None])
+        weight = self.design.from_axes(self.design.to_axes(gradient[:, :-1]) / metric[:, :, None])
         return torch.cat([weight, gradient[:, -1:] / curvature], dim=1)
 
 

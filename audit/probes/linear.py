@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dataset.labels import Target
-from ..features.matrix import Inputs, Rows
+from ..features.matrix import Inputs, RowIndex
 from .cross_fit import CrossFit, FitRows, predict_out_of_fold
 from .design import Design, Units, read_design
 from .gaussian import MAX_FEATURES, MAX_ROWS, MixedModels, mix_in_gaussian
@@ -185,17 +185,17 @@ class LinearProbe:
     num_steps: int
     snapshots: tuple[Tensor, ...]
 
-    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
+    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
         """Compute out-of-fold logits in each repeat: (r, b, k)."""
         states = self._predict(self.cross_fits, self.theta[None], rows, self.inputs if inputs is None else inputs)
         return np.asarray(states[0])
 
-    def logits_by_epoch(self, rows: Rows) -> NDArray[np.float32]:
+    def logits_by_epoch(self, rows: RowIndex) -> NDArray[np.float32]:
         """Compute logits of the first repeat at its snapshots: (e, b, k). Only the last snapshot has curves."""
         return np.asarray(self._predict(self.cross_fits[:1], torch.stack(self.snapshots), rows, self.inputs)[:, 0])
 
     def _predict(
-        self, cross_fits: Sequence[CrossFit], thetas: Tensor, rows: Rows, inputs: Inputs
+        self, cross_fits: Sequence[CrossFit], thetas: Tensor, rows: RowIndex, inputs: Inputs
     ) -> NDArray[np.float32]:
         """Compute logits of several states (e, p, d + 1, k) of the probes, the last with curves: (e, r, b, k)."""
         logits = np.empty((len(thetas), len(cross_fits), len(rows), thetas.shape[3]), dtype=np.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..dataset.labels import Target
-from ..features.matrix import Inputs, Rows
+from ..features.matrix import Inputs, RowIndex
 from ..threads import NETWORK_THREADS, fixed_threads
 from .cross_fit import CrossFit, FitRows, predict_out_of_fold
 from .design import Design, Units, read_design
@@ -69,17 +69,17 @@ class MlpProbe:
     num_epochs: Tensor  # (p,) epoch of the weights that were chosen
     snapshots: tuple[Nets, ...]
 
-    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
+    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
         """Compute out-of-fold logits in each repeat: (r, b, k)."""
         states = self._predict(self.cross_fits, (self.nets,), rows, self.inputs if inputs is None else inputs)
         return np.asarray(states[0])
 
-    def logits_by_epoch(self, rows: Rows) -> NDArray[np.float32]:
+    def logits_by_epoch(self, rows: RowIndex) -> NDArray[np.float32]:
         """Compute logits of the first repeat at its snapshots: (e, b, k)."""
         return np.asarray(self._predict(self.cross_fits[:1], self.snapshots, rows, self.inputs)[:, 0])
 
     def _predict(
-        self, cross_fits: Sequence[CrossFit], states: Sequence[Nets], rows: Rows, inputs: Inputs
+        self, cross_fits: Sequence[CrossFit], states: Sequence[Nets], rows: RowIndex, inputs: Inputs
     ) -> NDArray[np.float32]:
         """Compute logits of several states of the networks: (e, r, b, k)."""
         logits = np.empty((len(states), len(cross_fits), len(rows), self.torch_target.num_outputs), dtype=np.float32)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..dataset.labels import Target
 from ..errors import ConfigError
-from ..features.matrix import Inputs, Rows
+from ..features.matrix import Inputs, RowIndex
 from ..features.pretrained import require_transformers
 from ..hashing import digest
 from ..workers import prefetch_map
@@ -115,16 +115,16 @@ def check_shape(shape: tuple[int, ...], num_features: int) -> None:
         )
 
 
-def augment_pictures(pictures: Tensor, rng: np.random.Generator, *, least_area: float, flip: bool) -> Tensor:
+def augment_pictures(pictures: Tensor, rng: np.random.Generator, *, min_area: float, flip: bool) -> Tensor:
     """Apply a random crop, resized to the original size, to each picture (b, f, c, h, w), and flip half: float32.
 
-    A crop has between `least_area` and 1 of the picture's area, and an aspect ratio of 3 / 4 to 4 / 3 of the picture's:
+    A crop has between `min_area` and 1 of the picture's area, and an aspect ratio of 3 / 4 to 4 / 3 of the picture's:
     torchvision's RandomResizedCrop, as in the papers, except that a side that is too long is cut to fit instead of
     drawn again. Each frame has its own crop, as in OGM-GE's code.
     """
     frames = pictures.flatten(0, 1).float()
     uniforms = rng.random((len(frames), 5))
-    area = least_area + (1 - least_area) * uniforms[:, 0]
+    area = min_area + (1 - min_area) * uniforms[:, 0]
     width = np.clip(np.sqrt(area * RATIO ** (2 * uniforms[:, 1] - 1)), area, 1)
     sides = np.stack([width, area / width], axis=1)
     theta = np.zeros((len(frames), 2, 3))
@@ -149,7 +149,7 @@ class InputStatistics:
         """Which rows (n,) have this modality."""
         return np.asarray(~np.isnan(self.mean).any(axis=1))
 
-    def channel_moments(self, rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def channel_moments(self, rows: RowIndex) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Compute the mean and the standard deviation of each channel (c,) over these rows."""
         mean = self.mean[rows].mean(axis=0)
         return mean, np.sqrt(np.maximum(self.square[rows].mean(axis=0) - mean**2, 0))
@@ -158,7 +158,7 @@ class InputStatistics:
 def input_statistics(inputs: Inputs, shape: tuple[int, ...], *, batch_size: int) -> InputStatistics:
     """Compute the statistics of all rows in one pass, `batch_size` rows at a time."""
 
-    def read_batch(rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
+    def read_batch(rows: RowIndex) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
         values = np.require(inputs.read(rows), requirements=("C", "W"))
         pictures = to_pictures(torch.from_numpy(values), shape).float()
         square, mean = (moment.double().numpy() for moment in torch.var_mean(pictures, dim=(1, 3, 4), correction=0))
@@ -179,7 +179,7 @@ class NetworkTarget:
     scale: float
 
     @classmethod
-    def of(cls, target: Target, train_rows: Rows, device: str) -> NetworkTarget:
+    def of(cls, target: Target, train_rows: RowIndex, device: str) -> NetworkTarget:
         """Build the tensor of a target on the device."""
         if target.values is None:
             values = torch.from_numpy(target.label.astype(np.int64)).to(device)
@@ -204,6 +204,6 @@ class NetworkTarget:
         return np.asarray((outputs * self.scale + self.centre).cpu().numpy(), dtype=np.float32)
 
 
-def batch_slices(rows: Rows, size: int) -> list[Rows]:
+def batch_slices(rows: RowIndex, size: int) -> list[RowIndex]:
     """Split rows into batches of `size`."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]

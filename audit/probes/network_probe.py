@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dataset.labels import Target
 from ..errors import ConfigError, DatasetError, ScoreError
-from ..features.matrix import Inputs, Rows
+from ..features.matrix import Inputs, RowIndex
 from ..hashing import digest, hash_rank
 from ..storage import atomic_write
 from ..threads import NETWORK_THREADS, fixed_threads
@@ -51,7 +51,7 @@ class NetworkProbe:
     by_repeat: NDArray[np.float32]
     by_epoch: NDArray[np.float32]
 
-    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
+    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
         """Return the outputs of these rows in each repeat: (r, b, k). Other `inputs` raise ConfigError."""
         if inputs is not None:
             raise ConfigError(
@@ -59,7 +59,7 @@ class NetworkProbe:
             )
         return self.by_repeat[:, rows]
 
-    def logits_by_epoch(self, rows: Rows) -> NDArray[np.float32]:
+    def logits_by_epoch(self, rows: RowIndex) -> NDArray[np.float32]:
         """Return the outputs of these rows after the recorded epochs: (e, b, k)."""
         return self.by_epoch[:, rows]
 
@@ -70,9 +70,9 @@ class Fold:
 
     repeat: int
     fold: int
-    scored_rows: Rows
-    train_rows: Rows
-    holdout_rows: Rows
+    scored_rows: RowIndex
+    train_rows: RowIndex
+    holdout_rows: RowIndex
     identity: str
 
 
@@ -98,10 +98,10 @@ class NetworkFit:
         key = f"{fold.repeat} {fold.fold} {epoch}"
         return int(hash_rank([key], seed=self.seed, purpose=f"network {purpose}")[0])
 
-    def batches(self, rows: Sequence[Rows]) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, rows: Sequence[RowIndex]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield rows and their pictures on the device, batch by batch, while threads read ahead."""
 
-        def read(batch: Rows) -> tuple[Tensor, Tensor]:
+        def read(batch: RowIndex) -> tuple[Tensor, Tensor]:
             values = torch.from_numpy(np.require(self.inputs.read(batch), requirements=("C", "W")))
             tensors = torch.from_numpy(batch), values
             return (tensors[0].pin_memory(), tensors[1].pin_memory()) if self.device_type == "cuda" else tensors
@@ -269,7 +269,7 @@ def _train_epoch(
     network.train()
     for rows, pictures in network_fit.batches(np.array_split(order, math.ceil(len(order) / config.batch_size))):
         if len(network_fit.shape) > 2:
-            pictures = augment_pictures(pictures, rng, least_area=config.least_crop, flip=config.flip)
+            pictures = augment_pictures(pictures, rng, min_area=config.least_crop, flip=config.flip)
         with network_fit.autocast():
             outputs = network(pictures)
         loss = network_target.loss(outputs, rows)
@@ -285,7 +285,7 @@ def _train_epoch(
 
 
 @torch.no_grad()
-def _predict(network_fit: NetworkFit, network: Network, rows: Rows) -> Tensor:
+def _predict(network_fit: NetworkFit, network: Network, rows: RowIndex) -> Tensor:
     """Compute a network's outputs (b, k) for these rows in eval mode."""
     network.eval()
     outputs = [torch.zeros(0, network_fit.target.num_outputs, device=network_fit.device)]

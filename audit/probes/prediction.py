@@ -17,7 +17,7 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 from torch import Tensor
 
 from ..dataset.labels import Target
-from ..metrics import LEAST, Floats, fuse_probabilities
+from ..metrics import MIN_PROBABILITY, Floats, fuse_probabilities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,7 @@ def _for_numbers(logits: Floats, scale: Floats, target: Target, confidence: Floa
 
 
 def _entropy(probability: Floats) -> Floats:
-    return -probability * np.log(np.maximum(probability, LEAST))
+    return -probability * np.log(np.maximum(probability, MIN_PROBABILITY))
 
 
 def fuse_predictions(predictions: list[Prediction], target: Target, *, min_scale: float = 1.0) -> Prediction:
@@ -165,9 +165,11 @@ def fuse_predictions(predictions: list[Prediction], target: Target, *, min_scale
     if target.task == "multilabel":
         flat = [np.stack([probability.ravel(), 1 - probability.ravel()], axis=1) for probability in probabilities]
         label_probability = fuse_probabilities(flat)[:, 0].reshape(probabilities[0].shape)
-        logits = np.log(np.maximum(label_probability, LEAST)) - np.log(np.maximum(1 - label_probability, LEAST))
+        logits = np.log(np.maximum(label_probability, MIN_PROBABILITY)) - np.log(
+            np.maximum(1 - label_probability, MIN_PROBABILITY)
+        )
     else:
-        logits = np.log(np.maximum(fuse_probabilities(probabilities), LEAST))
+        logits = np.log(np.maximum(fuse_probabilities(probabilities), MIN_PROBABILITY))
     return predict(logits[None], np.ones(len(target), np.float32), target)
 
 

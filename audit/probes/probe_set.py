@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..dataset.labels import Target
 from ..errors import ConfigError, choices
 from ..features.encoders import is_network
-from ..features.matrix import FeatureMatrix, Inputs, JointInputs, Rows, WindowInputs
+from ..features.matrix import FeatureMatrix, Inputs, JointInputs, RowIndex, WindowInputs
 from ..metrics import Floats
 from ..threads import fixed_threads
 from .config import ProbeConfig
@@ -38,10 +38,10 @@ class Probe(Protocol):
     Outputs are raw: logits of classes or labels, or the predicted number.
     """
 
-    def logits(self, rows: Rows, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
+    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> NDArray[np.float32]:
         """Compute out-of-fold outputs (r, b, k) of rows; `inputs` replaces the features, e.g. by masked ones."""
 
-    def logits_by_epoch(self, rows: Rows) -> NDArray[np.float32]:
+    def logits_by_epoch(self, rows: RowIndex) -> NDArray[np.float32]:
         """Compute outputs (e, b, k) of the first repeat's probes at e moments of their training."""
 
 
@@ -111,7 +111,7 @@ class CalibratedProbe:
         """The mean of the scales, for comparison between modalities."""
         return float(self.scale.mean())
 
-    def in_memory(self, rows: Rows) -> CalibratedProbe:
+    def in_memory(self, rows: RowIndex) -> CalibratedProbe:
         """Return the probe with the features of these consecutive rows in memory; it then reads no other rows."""
         return self if self.is_stored else self.with_inputs(WindowInputs.of(self.inputs, rows))
 
@@ -126,18 +126,18 @@ class CalibratedProbe:
         return replace(self, inputs=inputs, probe=replace(self.probe, inputs=inputs))
 
     def predict(
-        self, rows: Rows, target: Target, *, min_scale: float = 1.0, inputs: Inputs | None = None
+        self, rows: RowIndex, target: Target, *, min_scale: float = 1.0, inputs: Inputs | None = None
     ) -> Prediction:
         """Predict these samples, whose targets are given; `inputs` replaces the features, e.g. by masked ones."""
         logits = self.probe.logits(rows, inputs=inputs)
         return predict(logits, self.scale[rows], target, min_scale=min_scale)
 
-    def confidence_by_epoch(self, rows: Rows, target: Target, *, min_scale: float = 1.0) -> Floats:
+    def confidence_by_epoch(self, rows: RowIndex, target: Target, *, min_scale: float = 1.0) -> Floats:
         """Compute the confidence (e, b) in the target after each recorded epoch of training, in the first repeat."""
         logits = self.probe.logits_by_epoch(rows)
         return likelihoods(logits, self.scale[rows], target, min_scale=min_scale)
 
-    def correctness(self, rows: Rows, target: Target, *, inputs: Inputs) -> Floats:
+    def correctness(self, rows: RowIndex, target: Target, *, inputs: Inputs) -> Floats:
         """Compute the accuracy or label accuracy of each sample, (b,), with other inputs."""
         return correctness(self.probe.logits(rows, inputs=inputs), self.scale[rows], target)
 
@@ -195,7 +195,7 @@ class ProbeSet:
         """The smallest mean scale of the modalities: of a regression, the unit of their likelihoods."""
         return min(calibrated.mean_scale for calibrated in self.probes)
 
-    def in_memory(self, rows: Rows) -> ProbeSet:
+    def in_memory(self, rows: RowIndex) -> ProbeSet:
         """Return the probe set with the features of these consecutive rows in memory; it then reads no other rows."""
         in_memory = replace(self, probes=tuple(calibrated.in_memory(rows) for calibrated in self.probes))
         joint = self.joint

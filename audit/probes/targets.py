@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dataset.labels import Target
-from ..features.matrix import Rows
+from ..features.matrix import RowIndex
 from .cross_fit import first_rows
 
 
@@ -33,7 +33,7 @@ class TorchTarget:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, target: Target, rows: Rows, like: Tensor) -> TorchTarget:
+    def of(cls, target: Target, rows: RowIndex, like: Tensor) -> TorchTarget:
         """Build the target of rows, standardised for a regression, so that a fit does not depend on its units."""
         if target.values is None:
             values = torch.from_numpy(target.label[rows].astype(np.int64)).to(like.device)
@@ -51,7 +51,7 @@ MAX_LOGITS = 1 << 22  # rows times outputs: 8,000 rows of up to 524 outputs are 
 
 def choose_outputs(
     label: NDArray[Any], key: NDArray[np.uint64], *, task: str, num_outputs: int, max_rows: int
-) -> tuple[Rows, NDArray[np.intp]]:
+) -> tuple[RowIndex, NDArray[np.intp]]:
     """Choose rows (c,) of n and outputs, both ascending, of at most about MAX_LOGITS pairs.
 
     Where `max_rows` rows of all outputs stay within that, these are the first rows by key (n,), and all outputs.

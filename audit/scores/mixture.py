@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, MixtureError
-from ..parsing import Complete, Shape, check_shape
+from ..parsing import RequiredKeys, Shape, check_shape
 from . import em
 from .dip import dip_of_counts
 from .em import Component, Floats, Gap, Pair
@@ -73,7 +73,7 @@ _SHAPE: Shape = {
     "dip_p": float,
     **dict.fromkeys(("log_likelihood", "bic_one", "bic_two", "ashman_d"), _MAYBE_NUMBER),
 }
-_COMPONENTS: Shape = [Complete(weight=float, mean=float, sd=float)]
+_COMPONENTS: Shape = [RequiredKeys(weight=float, mean=float, sd=float)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dataset.labels import Target
-from ..features.matrix import FeatureMatrix, Inputs, MatrixInputs, Rows
+from ..features.matrix import FeatureMatrix, Inputs, MatrixInputs, RowIndex
 from ..hashing import hash_rank
-from ..intervals import Groups, group_codes, mean, share
+from ..intervals import Groups, group_codes, mean_interval, share_interval
 from ..metrics import Floats, cross_entropy
 from ..probes.cross_fit import CrossFit
 from ..probes.network_probe import NetworkProbe
@@ -168,9 +168,9 @@ def _modality_metric(
 def _interval(values: Floats, groups: Groups) -> dict[str, float]:
     """Compute the mean of a metric over samples, and its interval: that of a proportion if all values are 0 or 1."""
     if np.isin(values, (0, 1)).all():
-        interval = share(values > 0.5, groups)
+        interval = share_interval(values > 0.5, groups)
         return {"value": interval["share"], "low": interval["low"], "high": interval["high"]}
-    interval = mean(values.astype(np.float64), groups, low=-np.inf, high=1)
+    interval = mean_interval(values.astype(np.float64), groups, low=-np.inf, high=1)
     return {"value": interval["mean"], "low": interval["low"], "high": interval["high"]}
 
 
@@ -178,7 +178,7 @@ def _gain(name: str, fused: Floats, without: Floats, groups: Groups) -> Gain:
     """Compare two probes on the same samples: the paired interval is narrower than that of either."""
     present = ~np.isnan(without)
     present_groups = None if groups is None else groups[present]
-    interval = mean((fused - without)[present].astype(np.float64), present_groups, low=-np.inf, high=np.inf)
+    interval = mean_interval((fused - without)[present].astype(np.float64), present_groups, low=-np.inf, high=np.inf)
     return Gain(name=name, gain=interval["mean"], low=interval["low"], high=interval["high"])
 
 
@@ -214,7 +214,7 @@ def _control(
     )
 
 
-def _control_data(rows: Rows, target: Target, cross_fit: CrossFit) -> tuple[Rows, Target]:
+def _control_data(rows: RowIndex, target: Target, cross_fit: CrossFit) -> tuple[RowIndex, Target]:
     """Choose the rows (c,) of a control and return them with their target, of many outputs with a subset of them."""
     k, label = target.num_outputs, target.label if target.values is None else target.values
     sample, outputs = choose_outputs(
@@ -228,7 +228,7 @@ def _halves(key: NDArray[np.uint64]) -> NDArray[np.int16]:
     return (np.argsort(np.argsort(key, kind="stable")) % 2).astype(np.int16)
 
 
-def _take(calibrated: CalibratedProbe, rows: Rows) -> Inputs:
+def _take(calibrated: CalibratedProbe, rows: RowIndex) -> Inputs:
     """Return rows of a probe's inputs, in memory except for a network, whose rows of 0.1 MB would take 1 GB."""
     inputs = calibrated.inputs
     if isinstance(calibrated.probe, NetworkProbe) and isinstance(inputs, FeatureMatrix):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .. import metrics as measures
 from ..dataset.labels import Target
-from ..features.matrix import Rows, chunks
+from ..features.matrix import RowIndex, chunks
 from ..metrics import Floats
 from ..probes.prediction import Prediction, fuse_predictions
 from ..probes.probe_set import CalibratedProbe, ProbeSet
@@ -54,7 +54,7 @@ def compute_sample_scores(probe_set: ProbeSet, *, seed: int, progress: Progress)
     """Score all n samples, in chunks: probabilities of all classes for all samples need not fit in memory."""
     n = len(probe_set.target)
     parts = []
-    for rows in chunks(probe_set.joint_inputs, np.arange(n), most_bytes=_CHUNK_BYTES):
+    for rows in chunks(probe_set.joint_inputs, np.arange(n), max_bytes=_CHUNK_BYTES):
         pieces = _pieces(probe_set, rows)
         sample_scores = parallel_map(partial(_score_rows, probe_set.in_memory(rows), seed=seed), pieces)
         for piece, part in zip(pieces, sample_scores, strict=True):
@@ -64,13 +64,13 @@ def compute_sample_scores(probe_set: ProbeSet, *, seed: int, progress: Progress)
     return SampleScores(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
-def _pieces(probe_set: ProbeSet, rows: Rows) -> list[Rows]:
+def _pieces(probe_set: ProbeSet, rows: RowIndex) -> list[RowIndex]:
     """Split consecutive rows into pieces whose size depends on the number of outputs only."""
     piece_rows = min(_MAX_ROWS, max(_MIN_ROWS, _CHUNK_LOGITS // probe_set.target.num_outputs))
     return [rows[start : start + piece_rows] for start in range(0, len(rows), piece_rows)]
 
 
-def _score_rows(probe_set: ProbeSet, rows: Rows, *, seed: int) -> SampleScores:
+def _score_rows(probe_set: ProbeSet, rows: RowIndex, *, seed: int) -> SampleScores:
     target, probes, min_scale = probe_set.target.take(rows), probe_set.probes, probe_set.min_scale
     predictions = [_predict_present(calibrated, rows, target, min_scale=min_scale) for calibrated in probes]
     by_repeat = np.stack([prediction.by_repeat for prediction in predictions], axis=2)  # (r, b, m)
@@ -98,7 +98,7 @@ def _score_rows(probe_set: ProbeSet, rows: Rows, *, seed: int) -> SampleScores:
     )
 
 
-def _predict_present(calibrated: CalibratedProbe, rows: Rows, target: Target, *, min_scale: float) -> Prediction:
+def _predict_present(calibrated: CalibratedProbe, rows: RowIndex, target: Target, *, min_scale: float) -> Prediction:
     """Predict the samples that have the probe's modality; NaN for the others."""
     present = calibrated.present[rows]
     prediction = calibrated.predict(rows[present], target.take(np.flatnonzero(present)), min_scale=min_scale)
@@ -115,7 +115,7 @@ def _predict_present(calibrated: CalibratedProbe, rows: Rows, target: Target, *,
     )
 
 
-def _training_confidence(calibrated: CalibratedProbe, rows: Rows, target: Target, *, min_scale: float) -> Floats:
+def _training_confidence(calibrated: CalibratedProbe, rows: RowIndex, target: Target, *, min_scale: float) -> Floats:
     """Compute the confidence (e, b) over the epochs of a probe's training, NaN where its modality is missing."""
     present = calibrated.present[rows]
     target = target.take(np.flatnonzero(present))
@@ -158,7 +158,7 @@ def _without(predictions: Sequence[Prediction], target: Target, *, min_scale: fl
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def _shapley(probe_set: ProbeSet, rows: Rows, target: Target, full: Prediction | None, *, seed: int) -> Floats:
+def _shapley(probe_set: ProbeSet, rows: RowIndex, target: Target, full: Prediction | None, *, seed: int) -> Floats:
     """Compute Shapley values (b, m) on the joint probe with the other modalities masked; NaN without a joint probe."""
     m, joint = len(probe_set.probes), probe_set.joint
     if joint is None or full is None or target.task == "regression":

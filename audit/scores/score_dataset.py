@@ -20,7 +20,7 @@ from ..errors import ScoreError
 from ..features.encode import EncodeTask
 from ..features.encoded_samples import EncodedSamples, select_usable, sort_quarantined
 from ..features.encoders import input_shape, is_network
-from ..features.matrix import FeatureMatrix, Inputs, Rows
+from ..features.matrix import FeatureMatrix, Inputs, RowIndex
 from ..hashing import canonical_order, hash_rank
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
@@ -111,7 +111,7 @@ def audit_dataset(
     tasks: Sequence[EncodeTask],
     *,
     probe: ProbeConfig,
-    networks: Networks,
+    networks: NetworkSettings,
     mixture: MixtureConfig,
     seed: int,
     device: str,
@@ -176,7 +176,7 @@ def _check_modalities(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Networks:
+class NetworkSettings:
     """Settings of network probes; `folder` stores the outputs of finished folds."""
 
     config: NetworkConfig
@@ -188,7 +188,7 @@ class _ProbeFitter:
     """Fits probes on features or as networks, and reports progress; safe to call from several threads."""
 
     def __init__(
-        self, config: ProbeConfig, networks: Networks, *, seed: int, device: str, progress: Progress, total: int
+        self, config: ProbeConfig, networks: NetworkSettings, *, seed: int, device: str, progress: Progress, total: int
     ) -> None:
         self.config, self.networks, self.seed, self.device = config, networks, seed, device
         self.progress, self.total, self.done = progress, total, 0
@@ -241,7 +241,7 @@ def _num_fits(modalities: Sequence[Modality], config: ProbeConfig) -> int:
     return len(modalities) * (1 + config.control) + (config.joint and not has_network)
 
 
-def _target(samples: Samples, rows: Rows) -> tuple[Target, NDArray[np.int32]]:
+def _target(samples: Samples, rows: RowIndex) -> tuple[Target, NDArray[np.int32]]:
     """Return the target of the scored rows, and the source's label of each of its classes."""
     if samples.task != "classification":
         values = None if samples.values is None else samples.values[rows]
@@ -257,7 +257,7 @@ def _target(samples: Samples, rows: Rows) -> tuple[Target, NDArray[np.int32]]:
 
 def _score_table(
     encoded: EncodedSamples,
-    rows: Rows,
+    rows: RowIndex,
     sample_scores: SampleScores,
     *,
     target: Target,

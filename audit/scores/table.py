@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..dataset.columns import SPLITS
 from ..dataset.modalities import RESERVED
 from ..errors import ConfigError, ScoreError, choices
-from ..metrics import Floats, discrepancy, dominant, gap
+from ..metrics import Floats, discrepancy, dominant_modality, gap
 from ..parquet import read_parquet, write_parquet
 from ..parsing import Shape
 
@@ -220,7 +220,7 @@ class ScoreTable:
             if (values := getattr(self, f"{kind}_fused")) is not None:
                 columns[f"{kind}_fused"] = _nullable(values)
         columns |= self._discrepancy_columns()
-        dominant_index = dominant(self.confidence)
+        dominant_index = dominant_modality(self.confidence)
         columns["gap"] = pa.array(self.gap)
         columns["dominant"] = pa.array(
             [self.modalities[index] if index >= 0 else None for index in dominant_index], pa.string()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...audit.metrics import discrepancy
 from ...audit.scores.table import ScoreTable
-from ...rebalance.binning import bin_of
+from ...rebalance.binning import assign_bins
 from .findings import Numbers, finite, short, sides
 
 Array = NDArray[Any]
@@ -32,7 +32,7 @@ def class_numbers(scores: ScoreTable) -> Numbers:
     shown = _least_balanced_classes(means, 1.96 * spread / np.sqrt(size)[:, None])
     return {
         "num_classes": len(size),
-        "left_out": len(size) - len(shown),
+        "num_omitted": len(size) - len(shown),
         "names": [side[1] for side in sides(scores)],
         "edges": np.linspace(-1, 1, CLASS_BINS + 1).round(4).tolist(),
         "splits": _split_names(scores),
@@ -119,7 +119,9 @@ def _class_rows(scores: ScoreTable, shown: Array, codes: Array, size: Array, mea
 
 
 def _class_histogram(scores: ScoreTable, codes: Array, num_classes: int) -> Array:
-    bins = bin_of(scores.discrepancy(), num_bins=CLASS_BINS).astype(np.int64)  # with two modalities none is missing
+    bins = assign_bins(scores.discrepancy(), num_bins=CLASS_BINS).astype(
+        np.int64
+    )  # with two modalities none is missing
     cells = np.bincount(codes * CLASS_BINS + bins, minlength=num_classes * CLASS_BINS)
     return cells.reshape(num_classes, CLASS_BINS)
 

@@ -19,7 +19,7 @@ from .verdict import percent, signed
 def draw(numbers: Numbers) -> dict[str, bytes]:
     """Draw all figures of a report as PNG files, by name."""
     colours = palette([modality["name"] for modality in numbers["facts"]["modalities"]])
-    max_detailed = numbers["most_detailed"]
+    max_detailed = numbers["max_detailed"]
     with canvas():
         figures = {
             "discrepancy": _discrepancy(numbers["discrepancy"], colours),

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ...audit.intervals import Groups, group_codes, mean, share
+from ...audit.intervals import Groups, group_codes, mean_interval, share_interval
 from ...audit.metrics import discrepancy as all_discrepancies
 from ...audit.scores.mixture import Mixture
 from ...audit.scores.table import ScoreTable
-from ...rebalance.binning import bin_of
+from ...rebalance.binning import assign_bins
 from ...rebalance.subsets import BALANCED_WITHIN
 
 Numbers = dict[str, Any]
@@ -85,9 +85,9 @@ def training(scores: ScoreTable) -> list[Numbers] | None:
             {
                 "name": name,
                 "counts": counts.astype(int).tolist(),
-                "easy": share(~ambiguous & (confidence > 0.5), groups_valid),
-                "ambiguous": share(ambiguous, groups_valid),
-                "hard": share(~ambiguous & (confidence <= 0.5), groups_valid),
+                "easy": share_interval(~ambiguous & (confidence > 0.5), groups_valid),
+                "ambiguous": share_interval(ambiguous, groups_valid),
+                "hard": share_interval(~ambiguous & (confidence <= 0.5), groups_valid),
                 "border": AMBIGUOUS,
             }
         )
@@ -108,9 +108,9 @@ def values(scores: ScoreTable) -> list[Numbers] | None:
         rows.append(
             {
                 "name": name,
-                "mean": mean(phi, groups_valid, low=(1 - m) / 2, high=(1 + m) / 2),
-                "carries": share(phi > 1, groups_valid),
-                "misleads": share(phi < 0, groups_valid),
+                "mean": mean_interval(phi, groups_valid, low=(1 - m) / 2, high=(1 + m) / 2),
+                "carries": share_interval(phi > 1, groups_valid),
+                "misleads": share_interval(phi < 0, groups_valid),
             }
         )
     return rows
@@ -128,7 +128,7 @@ def agreement(scores: ScoreTable) -> list[Numbers] | None:
     if m > 2:
         kinds["several, not all"] = (num_correct > 1) & (num_correct < m)
     kinds["neither" if m == 2 else "none"] = num_correct == 0
-    return [{"name": name, **share(rows, groups)} for name, rows in kinds.items()]
+    return [{"name": name, **share_interval(rows, groups)} for name, rows in kinds.items()]
 
 
 def discrepancies(scores: ScoreTable) -> list[Numbers]:
@@ -159,7 +159,7 @@ def standing_out(scores: ScoreTable) -> Numbers | None:
     if len(scores.modalities) == 2:
         return None
     highest = np.fmax.reduce(all_discrepancies(scores.confidence), axis=1)
-    return share(np.asarray(highest <= BALANCED_WITHIN), group_codes(scores.group))
+    return share_interval(np.asarray(highest <= BALANCED_WITHIN), group_codes(scores.group))
 
 
 def gaps(scores: ScoreTable, mixture: Mixture, *, class_check: str) -> Numbers:
@@ -173,7 +173,9 @@ def gaps(scores: ScoreTable, mixture: Mixture, *, class_check: str) -> Numbers:
     low, high = mixture.density(grid) * int(is_fitted.sum()) / GAP_BINS
     has_curves = mixture.components is not None
     verdict = mixture.to_json()
-    balanced = None if scores.p_balanced is None else share(scores.p_balanced >= 0.5, group_codes(scores.group))
+    balanced = (
+        None if scores.p_balanced is None else share_interval(scores.p_balanced >= 0.5, group_codes(scores.group))
+    )
     return {
         "edges": np.linspace(0, 1, GAP_BINS + 1).tolist(),
         "counts": _bins(values, GAP_BINS),
@@ -250,19 +252,19 @@ def _discrepancy(
     is_valid = ~np.isnan(discrepancy)
     values, groups = discrepancy[is_valid], None if groups is None else groups[is_valid]
     is_ahead, is_behind = values > BALANCED_WITHIN, values < -BALANCED_WITHIN
-    counts = np.bincount(bin_of(values, num_bins=DISCREPANCY_BINS), minlength=DISCREPANCY_BINS)
+    counts = np.bincount(assign_bins(values, num_bins=DISCREPANCY_BINS), minlength=DISCREPANCY_BINS)
     return {
         "between": between,
         "right": positive_side,
         "left": negative_side,
         "edges": np.linspace(-1, 1, DISCREPANCY_BINS + 1).round(4).tolist(),
         "counts": counts.tolist(),
-        "share_right": share(is_ahead, groups),
-        "share_left": share(is_behind, groups),
-        "share_level": share(~is_ahead & ~is_behind, groups),
-        "positive": share(values > 0, groups),
-        "mean": mean(values.astype(np.float64), groups),
-        "lean": mean(is_ahead.astype(np.float64) - is_behind, groups),
+        "share_right": share_interval(is_ahead, groups),
+        "share_left": share_interval(is_behind, groups),
+        "share_level": share_interval(~is_ahead & ~is_behind, groups),
+        "positive": share_interval(values > 0, groups),
+        "mean": mean_interval(values.astype(np.float64), groups),
+        "lean": mean_interval(is_ahead.astype(np.float64) - is_behind, groups),
     }
 
 

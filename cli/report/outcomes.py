@@ -15,9 +15,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...audit.errors import RunError
-from ...audit.parsing import build, check_shape, parse_data_json
+from ...audit.parsing import build_config, check_shape, parse_data_json
 from ...rebalance.balanced import BalancedConfig
-from ...rebalance.manifest import batches_of, digests_of, dropped_path, num_rows_of, provenance_of, rows_of
+from ...rebalance.manifest import (
+    compute_digests,
+    dropped_path,
+    read_batches_of_manifest,
+    read_num_rows,
+    read_provenance,
+    read_stated_digests,
+)
 from ...rebalance.recipe import balance_path
 from ...rebalance.score_files import NO_SPLIT
 from ...rebalance.split_stats import read_numbers
@@ -39,7 +46,7 @@ def uniformity(numbers: Section, splits: Mapping[str, int]) -> Numbers:
     `made` is None if the split was not made uniform; then curve, classes and shortages are empty.
     """
     recipe = numbers["recipe"].get("balanced")
-    config = None if recipe is None else build(BalancedConfig, recipe, where="recipe.balanced.")
+    config = None if recipe is None else build_config(BalancedConfig, recipe, where="recipe.balanced.")
     edges = np.linspace(-1, 1, numbers["bins"] + 1).round(6).tolist()
     ranges, measures = _ranges(numbers["empty_bins"], edges), ("distance", "ks", "positive")
     return {
@@ -109,8 +116,8 @@ def _classes(classes: Sequence[Section]) -> Numbers:
     return {
         "number": len(nonempty),
         "lost": len(nonempty) - len(with_rows),
-        "nearer": sum(change < -_MIN_CHANGE for change in changes),
-        "farther": sum(change > _MIN_CHANGE for change in changes),
+        "more_uniform": sum(change < -_MIN_CHANGE for change in changes),
+        "less_uniform": sum(change > _MIN_CHANGE for change in changes),
         "median_before": median(row["distance_before"] for row in nonempty) if nonempty else 0.0,
         "median_after": median(row["distance_after"] for row in with_rows) if with_rows else 0.0,
         "worst": [_class(row) for row in least_uniform[:MAX_CLASSES]],
@@ -151,9 +158,9 @@ MAX_DETAILED = 8  # manifests, and fine-tunings, that have a figure; the others 
 def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
     """Return the numbers of a manifest, read in batches; `fingerprint` is that of the run's data.
 
-    `balance` is None if NAME.balance.json is missing, or belongs to another manifest; `untold` is the reason.
+    `balance` is None if NAME.balance.json is missing, or belongs to another manifest; `balance_problem` is the reason.
     """
-    about = provenance_of(path)
+    about = read_provenance(path)
     numbers, problem = _numbers_of(path)
     kept_rows = _count_rows(path, by="split")
     dropped = _count_rows(dropped_path(path), by="reason") if _is_dropped_from(dropped_path(path), path) else None
@@ -172,7 +179,7 @@ def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
         ],
         "splits": splits,
         "of_this_run": about.get("scores", {}).get("fingerprint") == fingerprint,
-        "untold": problem,
+        "balance_problem": problem,
         "balance": uniformity(numbers, splits) if numbers else None,
     }
 
@@ -217,15 +224,15 @@ def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:
 
 def _digest(path: Path) -> str:
     """Return Manifest.digest() of a file: the recorded one if the row count matches, else computed."""
-    recorded = rows_of(path)
-    if recorded.get("rows") == num_rows_of(path):
+    recorded = read_stated_digests(path)
+    if recorded.get("rows") == read_num_rows(path):
         return str(recorded["digest"])
-    return digests_of(path).rows
+    return compute_digests(path).rows
 
 
 def _is_dropped_from(dropped: Path, path: Path) -> bool:
     """Return whether the dropped rows belong to this manifest: a killed split leaves those of an older one."""
-    return dropped.exists() and rows_of(dropped).get("dropped_from") == _digest(path)
+    return dropped.exists() and read_stated_digests(dropped).get("dropped_from") == _digest(path)
 
 
 def _count_rows(path: Path, *, by: str) -> list[Numbers]:
@@ -250,7 +257,7 @@ def _count_rows(path: Path, *, by: str) -> list[Numbers]:
 
 
 def _gaps(path: Path, by: str) -> Iterator[pa.Table]:
-    for batch in batches_of(path, columns=[by, "gap"]):
+    for batch in read_batches_of_manifest(path, columns=[by, "gap"]):
         yield pa.table({by: batch[by].cast(pa.string()), "gap": pc.cast(batch["gap"], pa.float64())})
 
 

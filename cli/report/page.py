@@ -14,7 +14,7 @@ from ...audit.errors import RunError
 from ...audit.parquet import read_parquet
 from ...audit.scores.mixture import Mixture
 from ...audit.storage import atomic_write, read_json, write_json, write_text
-from ...train.config import LEAST_VALIDATION
+from ...train.config import MIN_VALIDATION_SAMPLES
 from ..run import Run
 from ..trust import own_record
 from .examples import class_numbers, sample_lists
@@ -74,7 +74,7 @@ def report_numbers(run: Run) -> Numbers:
         "probe_report": probe_report_numbers(record),
         "agreement": agreement(scores),
         "discrepancy": discrepancies(scores),
-        "none_ahead": standing_out(scores),
+        "share_without_leader": standing_out(scores),
         "gap": gaps(scores, mixture, class_check=record["class_check"]["verdict"]),
         "training": training(scores),
         "values": values(scores),
@@ -85,8 +85,8 @@ def report_numbers(run: Run) -> Numbers:
         "manifests": [manifest_numbers(path, fingerprint=record["fingerprint"]) for path in run.manifests()],
         "finetunes": [finetune_numbers(folder, run) for folder in run.finetunes()],
         "recovery": run.recovery(),
-        "most_detailed": MAX_DETAILED,
-        "least_validation": LEAST_VALIDATION,
+        "max_detailed": MAX_DETAILED,
+        "min_validation": MIN_VALIDATION_SAMPLES,
     }
     return {**numbers, "verdict": verdict(numbers)}
 

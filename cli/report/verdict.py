@@ -13,12 +13,12 @@ MANY = 0.02  # share of quarantined samples above which a warning is added
 
 
 def verdict(numbers: Section) -> dict[str, Any]:
-    """Return the headline, its sentences, and the warnings (`doubts`)."""
+    """Return the headline, its sentences, and the warnings (`warnings`)."""
     several = len(numbers["discrepancy"]) > 1
     return {
         "headline": _headline_of_many(numbers) if several else _headline(numbers["discrepancy"][0]),
         "sentences": [_shares_of_many(numbers) if several else _shares(numbers), _gain(numbers), _bimodal(numbers)],
-        "doubts": [
+        "warnings": [
             *_leaks(numbers),
             *_left_out(numbers),
             *_weak_probes(numbers),
@@ -101,8 +101,8 @@ def _shares_of_many(numbers: Section) -> str:
     return (
         f"On {interval(leading['share_right'])} of the samples, the confidence of {leading['right']} in the true class "
         f"is at least {margin:g} above the mean of the others. On {interval(trailing['share_left'])}, that of "
-        f"{trailing['right']} is at least {margin:g} below it. On {interval(numbers['none_ahead'])} no modality is "
-        f"that far ahead."
+        f"{trailing['right']} is at least {margin:g} below it. On {interval(numbers['share_without_leader'])} "
+        f"no modality is that far ahead."
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...audit.errors import ConfigError
 from ...audit.hashing import hash_rank
-from ...rebalance.curriculum import OrderConfig, order_of
+from ...rebalance.curriculum import OrderConfig, epoch_order
 from ..batches import Batch, ModelReader, RowIndex, Step
 from ..fusion import Mmtm
 from ..network import FusionNet, Outputs
@@ -109,7 +109,7 @@ class Dus(Sampler):
         seeds = [self.seed]
         if not self.config.dus.paired:
             seeds = hash_rank(map(str, range(pool.num_modalities)), seed=self.seed, purpose="dus").tolist()
-        return [order_of(rank=pool.rank, key=pool.key, config=config, seed=seed, epoch=epoch) for seed in seeds]
+        return [epoch_order(rank=pool.rank, key=pool.key, config=config, seed=seed, epoch=epoch) for seed in seeds]
 
     def _paired_step(self, order: RowIndex) -> Step:
         rows = order[self._positions[0] : self._positions[0] + max(self.quantities)]

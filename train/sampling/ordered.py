@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ...rebalance.curriculum import order_of
+from ...rebalance.curriculum import epoch_order
 from ..batches import RowIndex, Step, split_order
 from .sampler import Sampler
 
@@ -28,7 +28,7 @@ class Ordered(Sampler):
     def in_order(self, name: str, epoch: int, *, balance: NDArray[np.float64] | None = None) -> RowIndex:
         """Return the rows in an order of ORDERS, as `mmaudit order` prints it. balance: see order_of."""
         pool, config = self.pool, replace(self.order, order=name)
-        return order_of(rank=pool.rank, key=pool.key, balance=balance, config=config, seed=self.seed, epoch=epoch)
+        return epoch_order(rank=pool.rank, key=pool.key, balance=balance, config=config, seed=self.seed, epoch=epoch)
 
 
 class Uniform(Ordered):

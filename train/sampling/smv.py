@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...audit.hashing import hash_rank
 from ...audit.metrics import Floats, shapley
-from ...rebalance.curriculum import OrderConfig, order_of
+from ...rebalance.curriculum import OrderConfig, epoch_order
 from ..batches import ModelReader, RowIndex, Step, split_order
 from ..contribution import correct_by_set, shapley_sets
 from .sampler import Sampler
@@ -55,7 +55,7 @@ class Smv(Sampler):
         """Yield a shuffled pass over all samples and their copies."""
         rows, alone, key = self._samples_and_copies()
         rank, config = np.zeros(len(rows), dtype=np.int64), OrderConfig(order="shuffled")
-        order = order_of(rank=rank, key=key, config=config, seed=self.seed, epoch=epoch)
+        order = epoch_order(rank=rank, key=key, config=config, seed=self.seed, epoch=epoch)
         modalities = np.arange(self.pool.num_modalities)
         for step in split_order(order, batch_size=self.batch_size, after=after):
             single_modality = alone[step.rows][:, None]
