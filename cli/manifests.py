@@ -234,7 +234,7 @@ def replay(
         ManifestError: the manifest or its scores were not found, or the scores are named by an untrusted manifest only.
     """
     path = Run.open(run).find_manifest(str(manifest))
-    record = read_provenance(path).get("rule", {})
+    record = read_provenance(path).get("recipe", {})
     recipe = recipe_from_record(record, folder=path.parent)
     outside = [file for file in (recipe.like, *recipe.intersect, *recipe.exclude) if file is not None]
     outside += [] if scores is not None or record["scores"] is None else [str(path.parent / str(record["scores"]))]

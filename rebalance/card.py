@@ -234,12 +234,12 @@ def _dropped(manifest: Path, record: dict[str, Any]) -> list[str]:
 def _how_made(provenance: dict[str, Any], record: dict[str, Any], balance: dict[str, Any] | None) -> list[str]:
     scores = provenance.get("scores", {})
     config = scores.get("config", {})
-    recipe = provenance.get("rule") or (balance or {}).get("recipe") or {}
+    recipe = provenance.get("recipe") or (balance or {}).get("recipe") or {}
     probe = {name: config["probe"][name] for name in _PROBE_KEYS if name in config.get("probe", {})}
     encoders = {modality["name"]: modality.get("encoder", "statistics") for modality in scores.get("modalities", [])}
     facts: list[tuple[str, object]] = [
         ("mmaudit", scores.get("version")),
-        ("rule", _flatten_settings(recipe)),
+        ("recipe", _flatten_settings(recipe)),
         ("seed", recipe.get("seed", config.get("seed"))),
         ("probes", _flatten_settings(probe)),
         ("encoders", _flatten_settings(encoders)),

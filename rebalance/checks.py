@@ -64,7 +64,7 @@ class CheckedFile:
         self.columns = columns
         self.bounds: dict[str, tuple[float, float]] = {
             **BOUNDS,
-            "bin": (0.0, _rule_num_bins(provenance) - 1.0),
+            "bin": (0.0, _recipe_num_bins(provenance) - 1.0),
             "rank": (0.0, max(self.num_rows - 1.0, 0.0)),
         }
         self.digest = RowDigest()
@@ -161,13 +161,13 @@ def _compare_stated(name: str, stated: object, actual: object, *, changed_part: 
     return Check(name=name, held=same, detail=str(actual) if same else f"{changed}{stated} when written, {actual} now")
 
 
-def _rule_num_bins(provenance: dict[str, Any]) -> float:
-    """Return the number of bins of the recorded rule (of a grid, over both axes); infinity if not recorded."""
-    rule = provenance_section(provenance_section(provenance, "rule"), "balanced")
-    bins = rule.get("bins")
+def _recipe_num_bins(provenance: dict[str, Any]) -> float:
+    """Return the number of bins of the recorded recipe (of a grid, over both axes); infinity if not recorded."""
+    recipe = provenance_section(provenance_section(provenance, "recipe"), "balanced")
+    bins = recipe.get("bins")
     if not isinstance(bins, int) or bins < 1:
         return np.inf
-    return float(bins**2 if rule.get("grid") else bins)
+    return float(bins**2 if recipe.get("grid") else bins)
 
 
 def _check_ids(schema: pa.Schema, path: Path) -> None:

@@ -70,7 +70,7 @@ _RECIPE: Shape = {  # the fields that recipe_of reads are checked there, against
     "balanced": {"bins": int, "grid": bool},
     "inputs": {},
 }
-PROVENANCE: Shape = {"schema": str, "subset": str, "between": str, "rule": _RECIPE, "ranges": {}, "scores": SCORES}
+PROVENANCE: Shape = {"schema": str, "subset": str, "between": str, "recipe": _RECIPE, "ranges": {}, "scores": SCORES}
 ROWS: Shape = {"rows": int, "digest": str, "metadata": str, "dropped_from": str}
 
 # Columns of few distinct values, stored as dictionary codes.

@@ -141,7 +141,7 @@ def recipe_from_record(record: dict[str, Any], *, folder: Path) -> Recipe:
     values = {field.name: record[field.name] for field in fields(Recipe) if field.name in record}
     try:
         recipe = build_config(
-            Recipe, {name: value for name, value in values.items() if value is not None}, where="rule."
+            Recipe, {name: value for name, value in values.items() if value is not None}, where="recipe."
         )
     except ConfigError as error:
         raise ManifestError(f"the recipe recorded in the manifest cannot be used: {error}") from error

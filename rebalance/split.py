@@ -240,7 +240,7 @@ def _provenance(selection: Selection, *, name: str, recipe: dict[str, Any]) -> d
         "schema": f"mmaudit.manifest/{SCHEMA_VERSION}",
         "subset": name,
         "between": selection.rule.between,
-        "rule": recipe,
+        "recipe": recipe,
         "ranges": {name: {"range": value_range, "meaning": meaning} for name, (value_range, meaning) in RANGES.items()},
         "scores": {key: value for key, value in scores.items() if key not in _NOT_REPEATED},
     }

@@ -21,7 +21,7 @@ from mmaudit.rebalance.external_sort import ExternalSort
 from mmaudit.rebalance.manifest import COLUMNS, RANGES, ROWS_KEY, SCHEMA_VERSION, metadata_digest, table_digest
 
 N = 6
-PROVENANCE = {"schema": f"mmaudit.manifest/{SCHEMA_VERSION}", "rule": {"balanced": {"bins": 4}}}
+PROVENANCE = {"schema": f"mmaudit.manifest/{SCHEMA_VERSION}", "recipe": {"balanced": {"bins": 4}}}
 COLUMN: dict[str, list[Any]] = {
     "sample_id": [f"s{row}" for row in range(N)],
     "label": [row % 2 for row in range(N)],
@@ -93,10 +93,11 @@ def test_values_out_of_range_and_nulls_are_counted(tmp_path: Path, values: list[
 
 
 @pytest.mark.parametrize(
-    ("rule", "beyond"), [({}, 0), ({"bins": 4}, 0), ({"bins": 3}, 1), ({"bins": 2, "grid": True}, 0), ({"bins": 0}, 0)]
+    ("recipe", "beyond"),
+    [({}, 0), ({"bins": 4}, 0), ({"bins": 3}, 1), ({"bins": 2, "grid": True}, 0), ({"bins": 0}, 0)],
 )
-def test_largest_bin_follows_from_the_rule(tmp_path: Path, rule: dict[str, Any], beyond: int) -> None:
-    file = checked(write(tmp_path / "m.parquet"), {**PROVENANCE, "rule": {"balanced": rule}})
+def test_largest_bin_follows_from_the_recipe(tmp_path: Path, recipe: dict[str, Any], beyond: int) -> None:
+    file = checked(write(tmp_path / "m.parquet"), {**PROVENANCE, "recipe": {"balanced": recipe}})
     assert file.out_of_range["bin"] == beyond
 
 
@@ -128,7 +129,7 @@ def test_invalid_columns_raise(tmp_path: Path) -> None:
 
 
 def test_missing_sections_and_null_ids() -> None:
-    assert provenance_section({"rule": {"a": 1}}, "rule") == {"a": 1}
-    assert provenance_section({"rule": "a"}, "rule") == provenance_section({}, "rule") == {}
+    assert provenance_section({"recipe": {"a": 1}}, "recipe") == {"a": 1}
+    assert provenance_section({"recipe": "a"}, "recipe") == provenance_section({}, "recipe") == {}
     assert non_null_ids(pa.chunked_array([["a", None, "b"]])).to_pylist() == ["a", "b"]
     assert np.isinf(BOUNDS["rank"][1])

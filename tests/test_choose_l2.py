@@ -31,7 +31,7 @@ def cross_fit() -> CrossFit:
 
 
 def chosen(x: NDArray[Any], label: Label, crossed: CrossFit, config: ProbeConfig = CONFIG) -> NDArray[np.float32]:
-    fit_rows = gather_fit_rows([crossed], most_rows=config.most_rows)
+    fit_rows = gather_fit_rows([crossed], max_rows=config.max_rows)
     design = read_design(MatrixInputs(matrix=x), fit_rows.rows, products=torch.float32)
     target = Target(task="classification", label=label, num_outputs=int(label.max()) + 1)
     torch_target = TorchTarget.of(target, fit_rows.rows, design.curvature)
@@ -85,7 +85,7 @@ def test_l2_without_holdout_rows_is_the_middle_candidate() -> None:
 
 def alone(x: NDArray[Any], label: Label, crossed: CrossFit, path: list[float]) -> NDArray[np.float64]:
     """Compute holdout losses (s, p) of separate, converged fits."""
-    fit_rows = gather_fit_rows([crossed], most_rows=len(x))
+    fit_rows = gather_fit_rows([crossed], max_rows=len(x))
     design = read_design(MatrixInputs(matrix=x), fit_rows.rows, products=torch.float32)
     torch_target = torch.tensor(label[fit_rows.rows], dtype=torch.long)
     losses = np.empty((len(path), fit_rows.train_mask.shape[1]))
@@ -116,7 +116,7 @@ def test_chosen_l2_is_close_to_the_best_of_separate_fits(num_features: int, clar
     x, label = signal(num_features, clarity=clarity)
     crossed, path = cross_fit(), sorted(CONFIG.l2_penalties, reverse=True)
     losses = alone(x, label, crossed, path)
-    fit_rows = gather_fit_rows([crossed], most_rows=len(x))
+    fit_rows = gather_fit_rows([crossed], max_rows=len(x))
     train_share = (fit_rows.train_mask & ~fit_rows.holdout_mask).sum(axis=0) / fit_rows.train_mask.sum(axis=0)
     l2 = chosen(x, label, crossed) / train_share
     for probe in range(4):

@@ -23,7 +23,7 @@ CROSS_FITS = (draw(90, seed=0), draw(90, seed=1, num_folds=3))
 
 
 def test_probes_do_not_train_on_their_fold_or_outside_fits() -> None:
-    fit_rows = gather_fit_rows(CROSS_FITS, most_rows=1_000)
+    fit_rows = gather_fit_rows(CROSS_FITS, max_rows=1_000)
     assert sorted(fit_rows.rows) == [row for row in range(90) if row % 6]
     assert fit_rows.train_mask.shape == (75, 7)
     for probe, (cross_fit, fold) in enumerate((c, fold) for c in CROSS_FITS for fold in range(c.num_folds)):
@@ -34,7 +34,7 @@ def test_probes_do_not_train_on_their_fold_or_outside_fits() -> None:
 
 
 def test_subsample_has_the_smallest_keys() -> None:
-    fit_rows = gather_fit_rows(CROSS_FITS, most_rows=20)
+    fit_rows = gather_fit_rows(CROSS_FITS, max_rows=20)
     key = CROSS_FITS[0].key
     left_out = [row for row in range(90) if row % 6 and row not in fit_rows.rows]
     assert len(fit_rows.rows) == 20
@@ -45,7 +45,7 @@ def test_subsample_has_the_smallest_keys() -> None:
 
 
 def test_can_choose_is_false_without_holdout_rows() -> None:
-    fit_rows = gather_fit_rows(CROSS_FITS, most_rows=1_000)
+    fit_rows = gather_fit_rows(CROSS_FITS, max_rows=1_000)
     assert not fit_rows.take(np.flatnonzero(~fit_rows.holdout_mask.any(axis=1))).can_choose
 
 

@@ -125,7 +125,7 @@ def test_diff_of_two_seeds_matches_python(tmp_path: Path) -> None:
     assert difference.only_a.by_class["class-1"] == sum(rows_a[name]["label_name"] == "class-1" for name in only_a)
     assert {name: moved.count for name, moved in difference.moved.items()} == dict.fromkeys(NAME_COLUMNS, 0)
     assert [name for name, shift in difference.shifted.items() if shift.count] == ["rank"]
-    assert difference.provenance == {"rule.seed": (0, 1), "rule.balanced.tolerance": (0.0, 0.05)}
+    assert difference.provenance == {"recipe.seed": (0, 1), "recipe.balanced.tolerance": (0.0, 0.05)}
     assert not difference.same
 
 
@@ -223,11 +223,11 @@ def test_different_datasets_are_reported(
 
 
 def test_provenance_changes_are_listed_by_path(tmp_path: Path) -> None:
-    a = write(tmp_path / "a.parquet", {}, {"rule": {"x": [1, {"y": 2}], "z": {}}, "n": None})
-    b = write(tmp_path / "b.parquet", {}, {"rule": {"x": [1, {"y": 3}], "w": "new"}, "n": None})
+    a = write(tmp_path / "a.parquet", {}, {"recipe": {"x": [1, {"y": 2}], "z": {}}, "n": None})
+    b = write(tmp_path / "b.parquet", {}, {"recipe": {"x": [1, {"y": 3}], "w": "new"}, "n": None})
     difference = diff_manifests(a, b)
-    assert difference.provenance == {"rule.w": (None, "new"), "rule.x[1].y": (2, 3), "rule.z": ({}, None)}
-    assert "rule.x[1].y: 2 in A, 3 in B" in difference.lines()
+    assert difference.provenance == {"recipe.w": (None, "new"), "recipe.x[1].y": (2, 3), "recipe.z": ({}, None)}
+    assert "recipe.x[1].y: 2 in A, 3 in B" in difference.lines()
     assert diff_manifests(a, a).same
     assert difference.only_a == UniqueSamples(count=0, by_split={}, by_class={}, first=())
 

@@ -327,7 +327,7 @@ def test_splits_of_a_resplit_manifest_are_used(write: Write) -> None:
     table = manifest.table.set_column(column, "split", pa.array(split, pa.string()))
     with pytest.raises(ManifestError, match="have changed their split"):
         load(source, replace(manifest, table=table), dropped)
-    provenance = {**manifest.provenance, "rule": {"resplit": "50/50"}}
+    provenance = {**manifest.provenance, "recipe": {"resplit": "50/50"}}
     examples = load(source, replace(manifest, table=table, provenance=provenance), dropped)
     split_of_id = dict(zip(manifest.strings("sample_id"), split, strict=True))
     assert all(

@@ -230,7 +230,7 @@ def test_l2_without_holdout_rows_is_the_middle(drawn: Drawn) -> None:
         ({"repeats": 0}, r"probe\.repeats is 0; it must be at least 1"),
         ({"max_steps": 0}, r"probe\.max_steps"),
         ({"choice_rows": 0}, r"probe\.choice_rows"),
-        ({"most_rows": 0}, r"probe\.most_rows"),
+        ({"max_rows": 0}, r"probe\.max_rows"),
         ({"tolerance": 0.0}, r"probe\.tolerance is 0.0; it must be above 0"),
         ({"dropout": 1.0}, r"probe\.dropout is 1.0; it must be at least 0 and below 1"),
         ({"precision": "bfloat"}, "did you mean bfloat16"),
@@ -281,7 +281,7 @@ def test_replaced_inputs_are_scored_by_the_same_probes(drawn: Drawn, kind: str) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_outside_fits_are_scored_and_change_nothing(drawn: Drawn, kind: str) -> None:
     x, label, cross_fit, _ = drawn
-    config = replace(CONFIG, kind=kind, most_rows=80, epochs=3, hidden=8)
+    config = replace(CONFIG, kind=kind, max_rows=80, epochs=3, hidden=8)
     out = np.argsort(cross_fit.key)[80:]
     turned = label.copy()
     turned[out] = (label[out] + 1) % 3

@@ -24,7 +24,7 @@ def problem() -> tuple[Design, TorchTarget, FitRows]:
     rng = np.random.default_rng(0)
     fold, inner = (rng.permutation(NUM_ROWS).astype(np.int16) % 2 for _ in range(2))
     key, fits = rng.permutation(NUM_ROWS).astype(np.uint64), np.ones(NUM_ROWS, bool)
-    fit_rows = gather_fit_rows([CrossFit(fold=fold, inner=inner, fits=fits, key=key)], most_rows=NUM_ROWS)
+    fit_rows = gather_fit_rows([CrossFit(fold=fold, inner=inner, fits=fits, key=key)], max_rows=NUM_ROWS)
     x = rng.standard_normal((NUM_ROWS, 8)).astype(np.float32)
     design = read_design(MatrixInputs(matrix=x), fit_rows.rows, products=torch.float32)
     label = rng.integers(0, NUM_CLASSES, NUM_ROWS).astype(np.int32)

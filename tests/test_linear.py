@@ -51,7 +51,7 @@ def target(label: NDArray[np.int32], task: str) -> Target:
 
 def fit(x: NDArray[Any], of_target: Target, config: ProbeConfig = CONFIG, *, rounds: int = 1) -> LinearProbe:
     cross_fits = [cross_fit(seed) for seed in range(rounds)]
-    fit_rows = gather_fit_rows(cross_fits, most_rows=config.most_rows)
+    fit_rows = gather_fit_rows(cross_fits, max_rows=config.max_rows)
     return fit_linear(MatrixInputs(matrix=x), of_target, cross_fits, fit_rows, config=config, device="cpu")
 
 

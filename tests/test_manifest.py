@@ -83,7 +83,7 @@ def test_manifest_round_trips(tmp_path: Path) -> None:
     assert read_stated_digests(dropped_path(path)) == stated
     assert compute_digests(path) == loaded.digests
     assert read_provenance(path) == loaded.provenance
-    assert loaded.provenance["rule"] == {"seed": 3}
+    assert loaded.provenance["recipe"] == {"seed": 3}
     assert pa.concat_tables(read_batches_of_manifest(path)).equals(loaded.table.replace_schema_metadata(None))
     assert [table.column_names for table in read_batches_of_manifest(path, columns=["sample_id"])] == [["sample_id"]]
     assert set(RANGES) <= set(COLUMNS)
@@ -332,9 +332,9 @@ def test_manifest_of_another_version_raises(tmp_path: Path) -> None:
         ("scores.config", 5),
         ("scores.config.data", []),
         ("scores.config.data.allow_outside", "yes"),
-        ("rule", "balanced"),
-        ("rule.balanced", [20]),
-        ("rule.seed", "0"),
+        ("recipe", "balanced"),
+        ("recipe.balanced", [20]),
+        ("recipe.seed", "0"),
         ("subset", {}),
         ("between", 3),
     ],

@@ -23,7 +23,7 @@ from mmaudit.audit.probes.probe_set import Probe
 from mmaudit.audit.workers import Progress, no_progress
 
 SOUND, PICTURE, FRAMES = (16, 12), (8, 8, 3), (2, 8, 8, 3)
-QUICK = NetworkConfig(epochs=2, batch_size=16, lr=0.05, least_crop=0.6, width=1 / 16)
+QUICK = NetworkConfig(epochs=2, batch_size=16, lr=0.05, min_crop=0.6, width=1 / 16)
 THOROUGH = replace(QUICK, epochs=6, batch_size=8, lr=0.01, lr_step=4)
 ROWS = np.arange(72)
 
@@ -136,7 +136,7 @@ def test_memorisation_helps_only_with_copies_in_other_folds() -> None:
     rows = patches.repeat(4, axis=1).repeat(4, axis=2).reshape(16, 192).repeat(3, axis=0)
     label = (rng.permutation(16) % 2).astype(np.int32).repeat(3)
     target = Target(task="classification", label=label, num_outputs=2)
-    config = replace(QUICK, epochs=15, lr=0.02, lr_step=9, least_crop=1.0, flip=False, width=1 / 8)
+    config = replace(QUICK, epochs=15, lr=0.02, lr_step=9, min_crop=1.0, flip=False, width=1 / 8)
     together = cross(label, group=[f"g{row // 3}" for row in range(48)])
     separated = replace(together, fold=(together.fold + np.arange(48) % 3).astype(np.int16) % 3)
     assert accuracy(fit(rows, target, separated, config=config), target) > 0.85
@@ -280,7 +280,7 @@ def test_rows_are_read_in_batches_by_other_threads() -> None:
 def test_networks_have_different_initial_weights() -> None:
     rows, target = planted(PICTURE)
     cross_fit = cross(target.label)
-    still = replace(QUICK, epochs=1, batch_size=64, lr=1e-12, least_crop=1.0, flip=False)
+    still = replace(QUICK, epochs=1, batch_size=64, lr=1e-12, min_crop=1.0, flip=False)
     logits = fit(rows, target, cross_fit, cross_fit, config=still).logits(ROWS)
     assert np.abs(logits[1] - logits[0]).max(axis=1).min() > 1e-3
 
@@ -293,8 +293,8 @@ def test_learning_rate_falls_and_only_pictures_are_augmented(fitted: Fitted) -> 
     for shape in (SOUND, PICTURE):
         rows, target = planted(shape)
         cropped, uncropped = (
-            fit(rows, target, shape=shape, config=replace(QUICK, epochs=1, least_crop=least_crop)).logits(ROWS)
-            for least_crop in (0.5, 1.0)
+            fit(rows, target, shape=shape, config=replace(QUICK, epochs=1, min_crop=min_crop)).logits(ROWS)
+            for min_crop in (0.5, 1.0)
         )
         assert np.array_equal(cropped, uncropped) == (shape == SOUND)
 

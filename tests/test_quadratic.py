@@ -66,7 +66,7 @@ def fit(x: Floats, label: Label, *, kind: str = "auto", num_classes: int = K, **
     config = ProbeConfig(kind=kind, precision="float32", **options)
     cross_fits = [cross_fit(len(x))]
     target = Target(task="classification", label=label, num_outputs=num_classes)
-    fit_rows = gather_fit_rows(cross_fits, most_rows=config.most_rows)
+    fit_rows = gather_fit_rows(cross_fits, max_rows=config.max_rows)
     return fit_linear(MatrixInputs(matrix=x), target, cross_fits, fit_rows, config=config, device="cpu")
 
 

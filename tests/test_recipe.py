@@ -294,7 +294,7 @@ def test_dry_run_writes_nothing_and_returns_the_same_numbers(run_folder: RunFold
     splits = split_all_kinds(run_folder)
     before = run_folder.files()
     for name, split in splits.items():
-        recipe = recipe_from_record(read_provenance(path_of(split))["rule"], folder=path_of(split).parent)
+        recipe = recipe_from_record(read_provenance(path_of(split))["recipe"], folder=path_of(split).parent)
         dry = run_folder.make(recipe, name=name, dry_run=True)
         assert dry.path is None
         assert dry.numbers == split.numbers
@@ -307,7 +307,7 @@ def test_numbers_are_written_next_to_the_manifest(run_folder: RunFolder) -> None
         numbers = json.loads(balance_path(path).read_text())
         assert balance_path(path).name == f"{name}.balance.json"
         assert numbers.pop("digest") == read_manifest(path).digest()
-        assert numbers.pop("recipe") == read_provenance(path)["rule"]
+        assert numbers.pop("recipe") == read_provenance(path)["recipe"]
         assert numbers == json.loads(json.dumps(split.numbers))
         assert numbers["kept"] == len(read_manifest(path))
         assert numbers["kept"] + numbers["dropped"] == numbers["scored"] == N
@@ -457,7 +457,7 @@ def test_recipe_round_trips_through_the_manifest(
         kind = {"balanced": replace(kind["balanced"], size=min(kind["balanced"].size, 20))}
     recipe = Recipe(seed=seed, between=between, intersect=intersect, resplit=resplit, **kind)
     path = path_of(run_folder.make(recipe, name="m"))
-    record = json.loads(json.dumps(read_provenance(path)["rule"]))
+    record = json.loads(json.dumps(read_provenance(path)["recipe"]))
     parsed = recipe_from_record(record, folder=path.parent)
     assert absolute(parsed) == absolute(recipe)
 
@@ -473,7 +473,7 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def test_record_has_only_set_fields(run_folder: RunFolder) -> None:
-    record = read_provenance(path_of(run_folder.split(subset="audio-preferred")))["rule"]
+    record = read_provenance(path_of(run_folder.split(subset="audio-preferred")))["recipe"]
     assert record == {
         "seed": 0,
         "subset": "audio-preferred",
@@ -482,7 +482,7 @@ def test_record_has_only_set_fields(run_folder: RunFolder) -> None:
         "inputs": {},
     }
     a = run_folder.of("a", subset="random:300")
-    record = read_provenance(path_of(run_folder.split(exclude=(a,))))["rule"]
+    record = read_provenance(path_of(run_folder.split(exclude=(a,))))["recipe"]
     assert record["exclude"] == ["a.parquet"]
     assert record["inputs"] == {"a.parquet": read_manifest(a).digest()}
     assert set(asdict(Recipe(subset="balanced"))) == {field.name for field in fields(Recipe)}

@@ -244,7 +244,7 @@ def test_files_record_their_provenance(tmp_path: Path) -> None:
         metadata = json.loads(pq.read_schema(path).metadata[b"mmaudit"])
         assert metadata["schema"] == "mmaudit.manifest/3"
         assert (metadata["subset"], metadata["between"]) == ("even", "audio:visual")
-        assert metadata["rule"] == {"seed": 3}
+        assert metadata["recipe"] == {"seed": 3}
         assert metadata["scores"] == {"config": {"seed": 0}}  # no path, so that the bytes do not depend on the folder
         assert {name: (entry["range"], entry["meaning"]) for name, entry in metadata["ranges"].items()} == RANGES
 

@@ -109,7 +109,7 @@ def name_encoder(encoder: str) -> Callable[[dict[str, Any]], None]:
         scores["modalities"][1]["encoder"] = encoder
         scores["config"]["data"] |= {"encoder": [f"image={encoder}"], "allow_outside": True}
         scores["source"] = "/"
-        provenance["rule"]["scores"] = "../../../../../../../etc/passwd"
+        provenance["recipe"]["scores"] = "../../../../../../../etc/passwd"
 
     return change
 

@@ -181,7 +181,7 @@ def load_examples(
         ("label", "label_name", names),
         ("split", "split", samples.split[rows]),
     ):
-        if column == "split" and manifest.provenance.get("rule", {}).get("resplit"):
+        if column == "split" and manifest.provenance.get("recipe", {}).get("resplit"):
             continue  # the manifest has its own splits
         _check_same(field_name, ids, np.array(table[column].to_pylist(), dtype=object), current)
     _check_usable(ids, rows, statuses)

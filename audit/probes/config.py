@@ -23,11 +23,11 @@ class ProbeConfig:
     learn_from: str = "all"  # splits that probes train on: "all", or "train" for all but the test split
     joint: bool = True  # also fit a probe of the concatenated features of all modalities, for the Shapley values
     control: bool = True  # also fit a probe of each modality to shuffled labels, whose accuracy must be at chance
-    most_rows: int = 200_000  # rows that all probes together train on; all rows are scored
+    max_rows: int = 200_000  # rows that all probes together train on; all rows are scored
     # L2 penalties to choose from: 1 / (C n) in scikit-learn's terms, see glm.py.
     l2_penalties: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     gaussian: bool = True  # with few rows, mix a Gaussian model of the classes into the logistic one; not of an mlp
-    choice_rows: int = 8_000  # rows on which l2 is chosen; the probe itself trains on most_rows
+    choice_rows: int = 8_000  # rows on which l2 is chosen; the probe itself trains on max_rows
     max_steps: int = 300
     tolerance: float = 1e-4  # a fit ends when two consecutive steps lower its loss by less than this, relatively
     precision: str = "auto"  # of matrix products: "float32", "bfloat16", or "auto": bfloat16 where supported
@@ -42,7 +42,7 @@ class ProbeConfig:
         for name, allowed in (("learn_from", ("all", "train")), ("precision", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"probe.{name} is {getattr(self, name)!r}; {choices(getattr(self, name), allowed)}")
-        for name in ("folds", "repeats", "most_rows", "choice_rows", "max_steps", "hidden", "epochs", "batch_size"):
+        for name in ("folds", "repeats", "max_rows", "choice_rows", "max_steps", "hidden", "epochs", "batch_size"):
             minimum = 2 if name == "folds" else 1
             if getattr(self, name) < minimum:
                 raise ConfigError(f"probe.{name} is {getattr(self, name)}; it must be at least {minimum}")
@@ -70,7 +70,7 @@ class NetworkConfig:
     lr: float = 1e-2
     lr_step: int = 70  # epochs after which the learning rate falls to a tenth
     weight_decay: float = 1e-4
-    least_crop: float = 0.08  # smallest part of an image's area in training crops; 1: no crops. Sound is not cropped
+    min_crop: float = 0.08  # smallest part of an image's area in training crops; 1: no crops. Sound is not cropped
     flip: bool = True  # flip half of the training images horizontally; turn off where left and right define classes
     width: float = 1.0  # 1: a ResNet-18
     # False: all folds train for `epochs` epochs on all their rows, as in the papers, which however choose the epoch on
@@ -88,8 +88,8 @@ class NetworkConfig:
                 raise ConfigError(f"network.{name} is {getattr(self, name)}; it must be above 0")
         if not self.weight_decay >= 0:
             raise ConfigError(f"network.weight_decay is {self.weight_decay}; it must be at least 0")
-        if not 0 < self.least_crop <= 1:
-            raise ConfigError(f"network.least_crop is {self.least_crop}; it must be above 0 and at most 1")
+        if not 0 < self.min_crop <= 1:
+            raise ConfigError(f"network.min_crop is {self.min_crop}; it must be above 0 and at most 1")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"network.precision is {self.precision!r}; {choices(self.precision, PRECISIONS)}")
 

@@ -141,13 +141,13 @@ class FitRows:
         )
 
 
-def gather_fit_rows(cross_fits: Sequence[CrossFit], *, most_rows: int) -> FitRows:
-    """Collect the rows that any probe trains on, or the first `most_rows` of them by key.
+def gather_fit_rows(cross_fits: Sequence[CrossFit], *, max_rows: int) -> FitRows:
+    """Collect the rows that any probe trains on, or the first `max_rows` of them by key.
 
     They are sorted by fold of the first repeat, so that the rows that one of its probes does not use are contiguous.
     """
     fits = np.logical_or.reduce([cross_fit.fits for cross_fit in cross_fits])
-    rows = first_rows(np.flatnonzero(fits), cross_fits[0].key, max_rows=most_rows)
+    rows = first_rows(np.flatnonzero(fits), cross_fits[0].key, max_rows=max_rows)
     rows = rows[np.argsort(cross_fits[0].fold[rows], kind="stable")]
     train_mask, holdout_mask = [], []
     for cross_fit in cross_fits:

@@ -275,7 +275,7 @@ def log_estimate(design: Design, torch_target: TorchTarget, fit_rows: FitRows, *
         log.info(
             "fitting %d probes to %d rows, %d outputs and %d features: %.1f s per step, %d steps %s, at most %d steps "
             "%s; limit it with --set probe.max_steps=N, or shorten it with --repeats 1, --set probe.folds=2, "
-            "--set probe.most_rows=N, --set probe.joint=false or --set probe.control=false",
+            "--set probe.max_rows=N, --set probe.joint=false or --set probe.control=false",
             num_probes,
             num_rows,
             torch_target.num_outputs,

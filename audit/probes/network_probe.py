@@ -269,7 +269,7 @@ def _train_epoch(
     network.train()
     for rows, pictures in network_fit.batches(np.array_split(order, math.ceil(len(order) / config.batch_size))):
         if len(network_fit.shape) > 2:
-            pictures = augment_pictures(pictures, rng, min_area=config.least_crop, flip=config.flip)
+            pictures = augment_pictures(pictures, rng, min_area=config.min_crop, flip=config.flip)
         with network_fit.autocast():
             outputs = network(pictures)
         loss = network_target.loss(outputs, rows)

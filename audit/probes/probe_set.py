@@ -57,12 +57,12 @@ def fit_probe(
 ) -> Probe:
     """Fit the probes of all folds of all repeats at once. NaN features are set to the feature's centre.
 
-    Rows outside a repeat's `fits`, and those beyond `most_rows`, are not trained on. Raises ConfigError for an unknown
+    Rows outside a repeat's `fits`, and those beyond `max_rows`, are not trained on. Raises ConfigError for an unknown
     kind of probe.
     """
     if config.kind not in KINDS:
         raise ConfigError(f"probe.kind is {config.kind!r}; {choices(config.kind, KINDS)}")
-    fit_rows = gather_fit_rows(cross_fits, most_rows=config.most_rows)
+    fit_rows = gather_fit_rows(cross_fits, max_rows=config.max_rows)
     fit = fit_mlp if config.kind == "mlp" else fit_linear
     probe: Probe = fit(inputs, target, cross_fits, fit_rows, config=config, device=device)
     progress("probe", 1, 1)

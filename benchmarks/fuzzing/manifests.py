@@ -55,7 +55,7 @@ def hostile_manifests(rng: Random, seeds: Seeds) -> list[str]:
         number = table.column_names.index("audio_file_name")
         table = table.set_column(number, "audio_file_name", pa.array([secret] * table.num_rows))
     if rng.random() < 0.2:
-        content["rule"]["scores"] = rng.choice(("../outside/secret.txt", "/dev/zero", "missing/*.parquet"))
+        content["recipe"]["scores"] = rng.choice(("../outside/secret.txt", "/dev/zero", "missing/*.parquet"))
     metadata = {**table.schema.metadata, b"mmaudit": json.dumps(content).encode()}
     pq.write_table(table.replace_schema_metadata(metadata), "some.parquet")
     moved = ["--data", str(seeds.path("media"))] if rng.random() < 0.5 else []
