@@ -116,7 +116,7 @@ def test_recipe_and_provenance_are_listed(tmp_path: Path) -> None:
     record = read_stated_digests(path)
     for line in (
         "- mmaudit: `9.8.7`",
-        "- rule: `balanced.bins=10, balanced.tolerance=0.1, seed=5`",
+        "- recipe: `balanced.bins=10, balanced.tolerance=0.1, seed=5`",
         "- seed: `5`",
         "- probes: `kind=auto, folds=4, repeats=2, learn_from=all`",
         "- encoders: `audio=resnet18`",
