@@ -45,11 +45,12 @@ def _write_generated(_: Any) -> None:
 
 
 def _escape_markup(_app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
-    """Escape | and *, which docstrings use as they stand, outside of code: |D| is no substitution, *.png no emphasis."""
+    """Escape | and * outside of code: in docstrings |D| is no substitution, and *.png no emphasis."""
     for place, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...")):
             parts = re.split(r"(`+[^`]*`+)", line)
-            lines[place] = "".join(part if part[:1] == "`" else re.sub(r"(?<!\\)([|*])", r"\\\1", part) for part in parts)
+            escaped = (part if part[:1] == "`" else re.sub(r"(?<!\\)([|*])", r"\\\1", part) for part in parts)
+            lines[place] = "".join(escaped)
 
 
 def setup(app: Any) -> None:

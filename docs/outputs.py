@@ -40,7 +40,7 @@ def console(body: str, folder: Path) -> str:
     for place, part in enumerate(parts):
         command = re.match(r"(?:.*\\\n)*.*\n", part)
         assert command is not None
-        if command.group() != part or part.startswith("$ mkdir"):
+        if command.group() != part:
             continue
         text = part[2:].rstrip("\n")
         match = _EXIT.search(text)
@@ -63,8 +63,9 @@ def update(page: Path, folder: Path) -> None:
         new = match.group()
         if kind == "console":
             new = f"```console\n{console(body, folder)}```\n" + new[len(f"```console\n{body}```\n") :]
-        elif opening and not printed:
-            new = f"```python\n{body}```\n{opening}{python(body, folder)}```\n"
+        elif not printed:
+            lines = python(body, folder)
+            new = f"```python\n{body}```\n" + (f"{opening}{lines}```\n" if opening else "")
         text = page.read_text(encoding="utf-8")
         page.write_text(text[: match.start()] + new + text[match.end() :], encoding="utf-8")
         start = match.start() + len(new)
