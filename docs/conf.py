@@ -28,8 +28,10 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # log.md and SECURITY.md are read as they stand
 
+smartquotes = False  # they would make one dash of the two before an option
 default_role = "literal"  # docstrings write `name` as Markdown does
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autoclass_content = "class"
 napoleon_google_docstring = True

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_ORDER = " demo ingest check score split verify diff replay card export order finetune evaluate compare report "
 _DEFAULT = re.compile(r"\s*\\?\[default: (.*?)\]\s*$")
 
 
@@ -56,7 +57,7 @@ class Command:
 
 
 def commands() -> dict[str, Command]:
-    """Return the commands of mmaudit by name, in the order of `mmaudit --help`."""
+    """Return the commands of mmaudit by name, in the order of the pipeline."""
     from mmaudit.cli.main import app
 
     found = {}
@@ -67,7 +68,7 @@ def commands() -> dict[str, Command]:
         hints = typing.get_type_hints(function, include_extras=True)
         parameters = [_parameter(one, hints[one.name]) for one in inspect.signature(function).parameters.values()]
         found[name] = Command(name=name, help=inspect.getdoc(function) or "", parameters=tuple(parameters))
-    return found
+    return dict(sorted(found.items(), key=lambda item: (_ORDER.find(f" {item[0]} ") % len(_ORDER), item[0])))
 
 
 def _parameter(parameter: inspect.Parameter, hint: Any) -> Parameter:

@@ -6,7 +6,7 @@ Pages run in the order given, in FOLDER, so that a page may use what an earlier 
 block `console` every line that begins with `$ ` is run, and what it prints is written below it: stdout and stderr
 together, without lines of progress. Each block `python` is run as a script; where a block `text` follows it, that gets
 what the script prints. Commands and scripts that have an output already are left alone: empty it to run them again.
-A command that fails stops everything, unless its line ends in `# exit N` with the exit code it should have.
+`--again` before FOLDER empties all of them first. A command that fails stops everything, unless its line ends in `# exit N` with the exit code it should have.
 """
 
 from __future__ import annotations
@@ -71,6 +71,23 @@ def update(page: Path, folder: Path) -> None:
         start = match.start() + len(new)
 
 
+def clear(page: Path) -> None:
+    """Empty all outputs of a page."""
+
+    def cleared(match: re.Match[str]) -> str:
+        kind, body, opening, _ = match.groups()
+        if kind == "python":
+            return f"```python\n{body}```\n" + (f"{opening}```\n" if opening else "")
+        commands = re.findall(r"^\$ (?:.*\\\n)*.*\n", body, flags=re.MULTILINE)
+        return f"```console\n{''.join(commands)}```\n" + match.group()[len(f"```console\n{body}```\n") :]
+
+    page.write_text(_BLOCK.sub(cleared, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    for name in sys.argv[2:]:
-        update(Path(name), Path(sys.argv[1]).resolve())
+    again = sys.argv[1] == "--again"
+    folder, *pages = sys.argv[2:] if again else sys.argv[1:]
+    for name in pages:
+        if again:
+            clear(Path(name))
+        update(Path(name), Path(folder).resolve())
