@@ -1,12 +1,12 @@
 """Run what the pages show, and write its output into them.
 
-    python docs/outputs.py FOLDER docs/tutorial.md docs/howto/features.md
+    python docs/outputs.py [--again] FOLDER docs/tutorial.md docs/howto/features.md
 
 Pages run in the order given, in FOLDER, so that a page may use what an earlier one made, also in an earlier call. Of a
 block `console` every line that begins with `$ ` is run, and what it prints is written below it: stdout and stderr
 together, without lines of progress. Each block `python` is run as a script; where a block `text` follows it, that gets
-what the script prints. Commands and scripts that have an output already are left alone: empty it to run them again.
-`--again` before FOLDER empties all of them first. A command that fails stops everything, unless its line ends in `# exit N` with the exit code it should have.
+what the script prints. Commands and scripts that have an output already are left alone; `--again` empties all outputs
+first. A command that fails stops everything, unless its line ends in `# exit N` with the exit code it should have.
 """
 
 from __future__ import annotations
