@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test test-all check bench methods real clean
+.PHONY: install demo test test-all check bench methods real docs docs-serve clean
 
 install: $(READY)
 
@@ -50,5 +50,13 @@ real: $(READY)
 methods: $(READY)
 	$(BIN)/python benchmarks/methods.py $(DATA)
 
+# The site, into docs/_build/html; warnings are errors. Python 3.11 or later.
+docs: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+docs-serve: docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
+
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf docs/_build docs/reference/_generated .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,228 @@
+"""Reference pages made from the code: the command line and the config keys.
+
+Neither imports torch: commands import heavy packages only when they run, and configs live in modules without them.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import io
+import re
+import sys
+import textwrap
+import tokenize
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_ORDER = " demo ingest check score split verify diff replay card export order finetune evaluate compare report "
+_DEFAULT = re.compile(r"\s*\\?\[default: (.*?)\]\s*$")
+
+
+def write_pages(folder: Path) -> None:
+    """Write cli.md and config.md into a folder, each only where its text changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("cli.md", cli_page()), ("config.md", config_page())):
+        path = folder / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """An argument or option of a command, as its signature declares it; `names` are options, () of an argument."""
+
+    names: tuple[str, ...]
+    metavar: str
+    help: str
+    default: str
+    panel: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A command: its name, its help, its parameters in order."""
+
+    name: str
+    help: str
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def options(self) -> set[str]:
+        """Every option, such as --run; --help and --debug are of all commands."""
+        return {name for parameter in self.parameters for name in parameter.names} | {"--help", "--debug"}
+
+
+def commands() -> dict[str, Command]:
+    """Return the commands of mmaudit by name, in the order of the pipeline."""
+    from mmaudit.cli.main import app
+
+    found = {}
+    for registered in app.registered_commands:
+        function = registered.callback
+        assert function is not None
+        name = registered.name or function.__name__
+        hints = typing.get_type_hints(function, include_extras=True)
+        parameters = [_parameter(one, hints[one.name]) for one in inspect.signature(function).parameters.values()]
+        found[name] = Command(name=name, help=inspect.getdoc(function) or "", parameters=tuple(parameters))
+    return dict(sorted(found.items(), key=lambda item: (_ORDER.find(f" {item[0]} ") % len(_ORDER), item[0])))
+
+
+def _parameter(parameter: inspect.Parameter, hint: Any) -> Parameter:
+    info = hint.__metadata__[0]
+    text = (info.help or "").replace("\\[", "[")
+    default = ""
+    if match := _DEFAULT.search(text):
+        text, default = text[: match.start()], match.group(1)
+    elif parameter.default is inspect.Parameter.empty:
+        default = "required"
+    elif parameter.default not in (None, False):
+        default = f"`{parameter.default}`"
+    # Within Annotated the first name of an option stands where its default would.
+    declared = [info.default, *(info.param_decls or ())]
+    names = tuple(name for one in declared if isinstance(one, str) and one[:1] == "-" for name in one.split("/"))
+    return Parameter(
+        names=names,
+        metavar=info.metavar or (_kind(hint.__origin__) if names else parameter.name.upper()),
+        help=text,
+        default=default,
+        panel=info.rich_help_panel or "",
+    )
+
+
+def _kind(annotation: Any) -> str:
+    """Return what an option takes, "" where it is a flag."""
+    kinds = {"bool": "", "int": "INTEGER", "float": "NUMBER"}
+    return next((kind for name, kind in kinds.items() if re.search(rf"\b{name}\b", str(annotation))), "TEXT")
+
+
+def cli_page() -> str:
+    """Write a section for each command: its help, its usage, a table of arguments and options."""
+    return "\n".join(line for command in commands().values() for line in _command(command))
+
+
+def _command(command: Command) -> Iterator[str]:
+    arguments = [parameter.metavar for parameter in command.parameters if not parameter.names]
+    yield from (f"## mmaudit {command.name}", "", command.help, "")
+    yield from ("```text", " ".join(["mmaudit", command.name, *arguments, "[OPTIONS]"]), "```", "")
+    yield from ("| argument or option | meaning | default |", "|---|---|---|")
+    panels: dict[str, list[Parameter]] = {}
+    for parameter in command.parameters:
+        panels.setdefault(parameter.panel, []).append(parameter)
+    for panel, parameters in panels.items():
+        if panel:
+            yield f"| *{panel}* | | |"
+        for parameter in parameters:
+            names = [f"`{name} {parameter.metavar}`".replace(" `", "`") for name in parameter.names]
+            shown = ", ".join(names) or f"`{parameter.metavar}`"
+            yield f"| {_cell(shown)} | {_cell(parameter.help)} | {_cell(parameter.default)} |"
+    yield ""
+
+
+def config_page() -> str:
+    """Write a section for each config dataclass of a run, with keys, types, defaults and what they mean."""
+    from mmaudit.cli.config import RunConfig
+
+    return "\n".join(_section("", RunConfig))
+
+
+def config_keys() -> set[str]:
+    """Return every key of a run's config, such as probe.folds."""
+    from mmaudit.cli.config import RunConfig
+
+    return set(_keys("", RunConfig()))
+
+
+def _keys(prefix: str, config: Any) -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        yield f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _keys(f"{prefix}{field.name}.", value)
+
+
+def _section(prefix: str, cls: type) -> Iterator[str]:
+    default, notes = cls(), field_notes(cls)
+    nested = [field for field in dataclasses.fields(cls) if dataclasses.is_dataclass(getattr(default, field.name))]
+    plain = [field for field in dataclasses.fields(cls) if field not in nested]
+    if plain:
+        yield from (f"## {prefix.rstrip('.') or 'Keys without a section'}", "", _summary(cls), "")
+        yield from ("| key | type | default | meaning |", "|---|---|---|---|")
+        for field in plain:
+            value = _toml(getattr(default, field.name))
+            type_ = f"`{field.type}`" if isinstance(field.type, str) else f"`{field.type.__name__}`"
+            yield f"| `{prefix}{field.name}` | {_cell(type_)} | {value} | {_cell(notes.get(field.name, ''))} |"
+        yield ""
+    for field in nested:
+        yield from _section(f"{prefix}{field.name}.", type(getattr(default, field.name)))
+
+
+def _summary(cls: type) -> str:
+    """Return the docstring of a class up to its sections."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    return re.split(r"^(?:Args|Attributes|Raises|Example|Examples):", text, flags=re.MULTILINE)[0].strip()
+
+
+def field_notes(cls: type) -> dict[str, str]:
+    """Return what is said of each field: in the docstring's Args or Attributes, else in the comments at it."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    return {**_comments(source), **_described(inspect.cleandoc(cls.__doc__ or ""))}
+
+
+def _described(text: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    inside, name = False, ""
+    for line in text.splitlines():
+        if re.match(r"\S.*:$", line):
+            inside, name = line in ("Args:", "Attributes:"), ""
+        elif inside and (match := re.match(r" {4}(\w+)(?: \(.*?\))?: (.*)", line)):
+            name = match.group(1)
+            found[name] = match.group(2)
+        elif inside and name and line.startswith(" " * 8):
+            found[name] += " " + line.strip()
+        elif line and not line.startswith(" "):
+            inside = False
+    return found
+
+
+def _comments(source: str) -> dict[str, str]:
+    """Return the comment on each field's last line, with whole comment lines straight before the field."""
+    by_line = {
+        token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found = {}
+    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        before: list[str] = []
+        line = node.lineno - 1
+        while line in by_line and by_line[line][1]:
+            before.insert(0, by_line[line][0])
+            line -= 1
+        after = by_line.get(node.end_lineno or node.lineno, ("", False))[0]
+        if text := " ".join(filter(None, (*before, after))):
+            found[node.target.id] = text
+    return found
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, str):
+        return f'`"{value}"`'
+    return f"`{list(value)}`" if isinstance(value, tuple) else f"`{value}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<-", "\\<-")
+
+
+if __name__ == "__main__":
+    write_pages(Path(sys.argv[1]))
