@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pytest
 from PIL import Image
 
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
@@ -119,6 +120,15 @@ def test_any_label_can_be_drawn() -> None:
 def test_figures_of_ten_modalities_are_small() -> None:
     figures = draw(numbers_of(uniform(10), names=tuple(f"m{index}" for index in range(10))))
     assert all(len(content) < 200_000 for content in figures.values())
+
+
+@pytest.mark.parametrize("num_modalities", [2, 3, 4, 10])
+def test_no_text_is_cut_off_at_the_edge(num_modalities: int) -> None:
+    numbers = numbers_of(uniform(num_modalities), names=tuple(f"spectrogram of {j}" for j in range(num_modalities)))
+    for name, image in draw(numbers).items():
+        drawn = pixels(image)
+        edges = np.concatenate([drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]])
+        assert (edges == 255).all(), name
 
 
 def test_palette_is_stable() -> None:

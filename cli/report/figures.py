@@ -157,7 +157,7 @@ def _maps(maps: list[Numbers], colours: Palette) -> Figure:
     """Draw the 2-D histogram of confidence for each pair of modalities."""
     columns = min(len(maps), 3)
     rows = -(-len(maps) // columns)
-    size = (5.3, 4.5) if len(maps) == 1 else (WIDTH * columns / 3, (WIDTH / 3 + 0.15) * rows)
+    size = (6.6, 4.5) if len(maps) == 1 else (WIDTH * columns / 3, (WIDTH / 3 + 0.15) * rows)
     figure = Figure(figsize=size)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, numbers in zip(panels, maps, strict=False):
@@ -188,7 +188,7 @@ def _training(modalities: list[Numbers], colours: Palette) -> Figure:
     """Draw mean confidence over training against its standard deviation, one panel per modality."""
     columns = min(len(modalities), 3)
     rows = -(-len(modalities) // columns)
-    figure = Figure(figsize=(WIDTH * columns / 3 if columns > 1 else 4, (WIDTH / 3 + 0.15) * rows))
+    figure = Figure(figsize=(WIDTH * columns / 3 if columns > 1 else 4, (WIDTH / 3 + 0.1) * rows + 0.35))
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes, numbers in zip(panels, modalities, strict=False):
         counts = np.array(numbers["counts"])
