@@ -47,12 +47,12 @@ def _discrepancy(discrepancies: list[Numbers], colours: Palette) -> Figure:
         _name_sides(axes, discrepancies[0], colours)
         return figure
     rows = -(-len(discrepancies) // 3)
-    figure = Figure(figsize=(WIDTH, 2.0 * rows + 0.3))
+    figure = Figure(figsize=(WIDTH, 2.15 * rows + 0.3))
     panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, numbers in zip(panels, discrepancies, strict=False):
         draw_sides(axes, numbers, colours, counts=numbers["counts"])
         shares = f"{percent(numbers['share_left']['share'])} behind, {percent(numbers['share_right']['share'])} ahead"
-        axes.set_title(f"{short(numbers['right'], 20)}: {shares}", color=colours[numbers["right"]])
+        axes.set_title(f"{short(numbers['right'], 24)}\n{shares}", color=colours[numbers["right"]])
     for axes in panels[len(discrepancies) :]:
         axes.set_visible(False)
     figure.supxlabel("discrepancy: modality minus the mean of the others", fontsize=9, color=INK)
