@@ -394,7 +394,7 @@ def test_shards_are_replayed_from_their_recorded_path(run_folder: RunFolder, how
     sources: dict[str, Any] = {"folder": folder, "glob": str(folder / "*.parquet"), "files": sorted(folder.iterdir())}
     split = run_folder.split(balanced=BalancedConfig(bins=5), scores=sources[how])
     if how == "files":
-        with pytest.raises(ManifestError, match=r"does not name the score tables .*; name them with --scores"):
+        with pytest.raises(ManifestError, match=r"does not name the score tables .*; pass them with --scores"):
             replay(path_of(split))
         assert replay(path_of(split), scores=folder)["identical"]
     else:

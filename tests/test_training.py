@@ -347,7 +347,7 @@ def test_damaged_files_are_named(run: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata=about)
     result = mmaudit("evaluate", "plain", "--run", run)
     assert result.exit_code == 2
-    assert "is damaged, its weights do not fit its own description" in output_of(result)
+    assert "is damaged, its weights do not fit its own architecture" in output_of(result)
     (folder / "metrics.json").write_text("{}")
     for words in (["evaluate", "plain"], ["report"], [*TUNE, "--name", "plain"]):
         result = mmaudit(*words, "--run", run)
