@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .audit.errors import MmauditError
     from .audit.scores.mixture import Mixture, fit_mixture
     from .audit.scores.probabilities import score_probabilities
-    from .audit.scores.table import ScoreTable, read_scores
+    from .audit.scores.table import ScoreTable, read_scores, write_scores
     from .cli.config import RunConfig
     from .cli.demo import demo
     from .cli.manifests import card, diff, export, order, replay, split
@@ -31,6 +31,7 @@ _MODULE_OF_NAME = {
     "score_probabilities": "audit.scores.probabilities",
     "ScoreTable": "audit.scores.table",
     "read_scores": "audit.scores.table",
+    "write_scores": "audit.scores.table",
     "Manifest": "rebalance.manifest",
     "read_manifest": "rebalance.manifest",
     "RunConfig": "cli.config",
@@ -77,6 +78,7 @@ __all__ = [
     "score_probabilities",
     "split",
     "verify",
+    "write_scores",
 ]
 
 

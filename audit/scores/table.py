@@ -276,10 +276,10 @@ def score_modalities(names: Sequence[str], *, where: str) -> tuple[str, ...]:
     return modalities
 
 
-def write_scores(scores: ScoreTable, path: Path) -> None:
-    """Write scores.parquet atomically."""
+def write_scores(scores: ScoreTable, path: str | Path) -> None:
+    """Write a score table as Parquet, whole or not at all; an older file is replaced."""
     paths = [] if scores.paths is None else scores.paths.column_names
-    write_parquet(scores.to_arrow(), path, provenance={**scores.provenance, "paths": paths})
+    write_parquet(scores.to_arrow(), Path(path), provenance={**scores.provenance, "paths": paths})
 
 
 def read_scores(path: str | Path) -> ScoreTable:
