@@ -121,10 +121,6 @@ def split(
             rich_help_panel=_OPTIONS,
         ),
     ] = None,
-    keep_splits: Annotated[
-        bool,
-        typer.Option("--keep-splits", help="Balance each split on its own: the default.", rich_help_panel=_OPTIONS),
-    ] = False,
     resplit: Annotated[
         str | None,
         typer.Option(
@@ -145,13 +141,10 @@ def split(
     """Write a manifest of a subset, and a table of the dropped rows with their reasons."""
     from dataclasses import replace
 
-    from ..audit.errors import ConfigError
     from .config import override
     from .console import print_split
     from .manifests import split as run_split
 
-    if keep_splits and resplit is not None:
-        raise ConfigError("--keep-splits and --resplit exclude each other: pass one of them")
     settings = load_settings(config, set_, seed)
     split_config = override(
         settings.split, tolerance=tolerance, size=size, bins=_bins(bins), by=by, grid=True if grid else None

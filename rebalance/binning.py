@@ -105,12 +105,6 @@ def balancing_weights(available: Counts, *, max_weight: float) -> NDArray[np.flo
     return np.where(filled, np.minimum(share / np.maximum(available, 1), max_weight), 0.0)
 
 
-def effective_size(weight: NDArray[np.float64], available: Counts) -> float:
-    """Compute the effective size (sum w)^2 / sum w^2 (Kish 1965) of weights by bin (b,): in [1, n], n = all equal."""
-    square = float((available * weight**2).sum())
-    return float((available * weight).sum()) ** 2 / square if square else 0.0
-
-
 def choose_num_bins(values: NDArray[np.float64], counts: Counts) -> int:
     """Compute the number of equal bins over [-1, 1] by the rule of Freedman & Diaconis (1981), from 4 to 100.
 

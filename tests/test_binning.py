@@ -19,7 +19,6 @@ from mmaudit.rebalance.binning import (
     balancing_weights,
     choose_num_bins,
     distance_to_uniform,
-    effective_size,
     largest_level,
     share_among_classes,
     share_total,
@@ -196,17 +195,6 @@ def test_weights_equalise_bins_up_to_the_cap(available: Counts, max_weight: floa
     assert (mass <= uniform + 1e-9).all()
     if max_weight == 100:  # above any count: no weight is capped
         assert mass.sum() == pytest.approx(available.sum())
-
-
-@given(AVAILABLE.filter(np.any), st.integers(0, 99))
-def test_effective_size_by_bin_equals_that_by_sample(available: Counts, seed: int) -> None:
-    weight = np.random.default_rng(seed).uniform(0.1, 3, len(available))
-    sample_weight = np.repeat(weight, available)
-    size = effective_size(weight, available)
-    assert size == pytest.approx(sample_weight.sum() ** 2 / (sample_weight**2).sum())
-    assert 1 - 1e-9 <= size <= available.sum() + 1e-9
-    assert effective_size(np.full(len(available), 0.7), available) == pytest.approx(available.sum())
-    assert effective_size(np.zeros(len(available)), available) == 0
 
 
 @settings(deadline=None)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit, log_expit, log_softmax, softmax
+from scipy.special import expit, log_expit, softmax
 from torch import Tensor
 
 from ..dataset.labels import Target
@@ -259,16 +259,6 @@ def _derivatives(scaled: Tensor, logits: Tensor, torch_target: Tensor) -> tuple[
     probability = scaled.sigmoid()
     curvature = (probability * (1 - probability) * logits.square()).sum(dim=1)
     return ((probability - torch_target) * logits).sum(dim=1), curvature
-
-
-def negative_log_likelihood(logits: AnyFloats, target: Target) -> NDArray[np.float64]:
-    """Compute the loss (n,) of logits (n, k): cross entropy, summed over labels; half the squared error."""
-    raw = logits.astype(np.float64)
-    if target.values is None:
-        return np.asarray(-log_softmax(raw, axis=1)[np.arange(len(raw)), target.label])
-    if target.task == "multilabel":
-        return np.asarray((np.logaddexp(0, raw) - target.values * raw).sum(axis=1))
-    return np.asarray(np.square(raw - target.values).sum(axis=1) / 2)
 
 
 def expected_calibration_error(probability: AnyFloats, label: NDArray[np.integer[Any]], *, num_bins: int = 15) -> float:
