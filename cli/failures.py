@@ -33,9 +33,8 @@ def interrupts_recorded() -> Iterator[None]:
         return
     import pyarrow  # imported here because --help does not need it
 
-    pyarrow.enable_signal_handlers(
-        False
-    )  # Arrow's handlers may turn SIGTERM into SIGINT: 9 of 180 runs exited with 130
+    # Arrow's handlers may turn SIGTERM into SIGINT: 9 of 180 runs exited with 130.
+    pyarrow.enable_signal_handlers(False)
     _received.clear()
     before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
     try:

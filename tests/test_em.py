@@ -19,9 +19,8 @@ from mmaudit.audit.scores.em import Bounds, Component, MonotoneLogit, Pair, fit_
 Floats = NDArray[np.float64]
 
 NUM_STEPS = 20
-PLAIN = Bounds(
-    tolerance=-1.0, max_steps=NUM_STEPS, min_sd=1e-6, min_sd_ratio=0.0, max_sd_ratio=1e9
-)  # never stops early
+# Never stops early.
+PLAIN = Bounds(tolerance=-1.0, max_steps=NUM_STEPS, min_sd=1e-6, min_sd_ratio=0.0, max_sd_ratio=1e9)
 BOUNDED = Bounds(tolerance=1e-8, max_steps=1000, min_sd=0.01, min_sd_ratio=0.1, max_sd_ratio=1.0)
 NUMBERS = {
     "clear": ((0.5, 0.2, 0.06), (0.5, 0.75, 0.08)),

@@ -176,9 +176,8 @@ def test_alignment_moves_only_imbalanced_samples() -> None:
     without_alignment = gradient(
         build_method(gmm=GmmConfig(warmup_epochs=0, lam_align=0.0)), make_outputs(STRONG, GAP, LABEL), batch
     )
-    pull = (
-        (without_alignment - with_alignment)[1].gather(1, LABEL[:, None]).squeeze(1)
-    )  # on the true class's logit of the weaker modality
+    # On the true class's logit of the weaker modality.
+    pull = (without_alignment - with_alignment)[1].gather(1, LABEL[:, None]).squeeze(1)
     slope = (STRONG - GAP) * (1 - STRONG + GAP)  # derivative of a confidence by its logit
     per_gap = pull / slope / LOSS_WEIGHT
     assert per_gap[:2].abs().max() < 0.01 * per_gap[3]

@@ -146,9 +146,8 @@ def test_projection_stays_between_0_and_identity_and_does_not_fade(seed: int) ->
 
 @pytest.mark.parametrize("same_width", [True, False])
 def test_turn_updates_only_its_encoder_and_the_classifier(same_width: bool) -> None:
-    balancer = build_mla(
-        ADAMW, same_width=same_width
-    )  # AdamW would decay every parameter with a gradient and keep moments for it
+    # AdamW would decay every parameter with a gradient and keep moments for it.
+    balancer = build_mla(ADAMW, same_width=same_width)
     balancer.step(make_batch(0))
     for j, changes in enumerate(weight_changes_by_turn(balancer, make_batch(1))):
         names = {name for name, change in changes.items() if bool(change.any())}

@@ -87,9 +87,8 @@ def test_repeats_and_seeds_differ() -> None:
         for second in assignments[:index]:
             assert (first == second).mean() < 0.4
     _, single_repeat, _ = plan_cross_fits(samples, every(samples), replace(CONFIG, repeats=1), seed=5)
-    np.testing.assert_array_equal(
-        single_repeat[0].fold, cross_fits[0].fold
-    )  # a repeat more does not change those before
+    # A repeat more does not change those before.
+    np.testing.assert_array_equal(single_repeat[0].fold, cross_fits[0].fold)
 
 
 def test_folds_follow_the_ids() -> None:

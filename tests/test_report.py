@@ -423,9 +423,8 @@ def test_finetune_is_current_if_its_manifest_is_unchanged(full: Run) -> None:
     write_json({**metrics, "manifest_digest": read_manifest(path).digest()}, file)
     assert report_numbers(full)["finetunes"][0]["current"]
     rows = pq.read_table(path)
-    pq.write_table(
-        rows.replace_schema_metadata({b"mmaudit": b"{}"}), path
-    )  # rewritten by another tool, without the recorded digest
+    # Rewritten by another tool, without the recorded digest.
+    pq.write_table(rows.replace_schema_metadata({b"mmaudit": b"{}"}), path)
     assert report_numbers(full)["finetunes"][0]["current"]
     pq.write_table(rows.slice(1), path)  # keeps the recorded digest of the old rows
     assert not report_numbers(full)["finetunes"][0]["current"]
@@ -620,10 +619,11 @@ def test_report_of_three_modalities(tmp_path: Path) -> None:
 def test_groups_widen_intervals(tmp_path: Path) -> None:
     scores = planted(num_samples=200, groups=8)
     assert scores.group is not None
+    # Confidence depends on the group only.
     scores.confidence[:] = np.where(scores.group == "g0", 0.9, 0.1)[:, None] * [
         1.0,
         0.5,
-    ]  # confidence depends on the group only
+    ]
     alone = {**{name: getattr(scores, name) for name in ScoreTable.__slots__}, "group": None}
     wide = report_numbers(run_of(tmp_path / "a", scores))["discrepancy"][0]["share_right"]
     narrow = report_numbers(run_of(tmp_path / "b", ScoreTable(**alone)))["discrepancy"][0]["share_right"]

@@ -158,9 +158,8 @@ def test_rank_counts_more_balanced_kept_rows(
     if kind == "gap":
         value = 1 - np.abs(decisions["discrepancy"].astype(np.float64))
     else:
-        value = np.where(
-            holes, -1, np.minimum(balance.astype(np.float64), 1)
-        )  # a missing value counts as least balanced
+        # A missing value counts as least balanced.
+        value = np.where(holes, -1, np.minimum(balance.astype(np.float64), 1))
     step = 3 * 2.0**-20  # steps of 2 / 2^20, and float32 rounding
     kept_values = value[decisions["keep"]]
     for rank, value_of_row in zip(decisions["rank"][decisions["keep"]], kept_values, strict=True):

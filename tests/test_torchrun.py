@@ -144,9 +144,8 @@ def test_command_line_gives_the_same_results_under_torchrun(planted: Callable[..
     # Without the -- before mmaudit, torchrun takes --run for an option of its own.
     together = run_torchrun(tmp_path, *tuning, "--run", "mmaudit-run", "--name", "together", "--json", size=2)
     assert together.returncode == 0, together.stderr
-    alone_report, together_report = (
-        json.loads(done.stdout) for done in (alone, together)
-    )  # printed once, by the first process
+    # Printed once, by the first process.
+    alone_report, together_report = (json.loads(done.stdout) for done in (alone, together))
     for branch, expected in alone_report["test"]["all"]["branches"].items():
         assert together_report["test"]["all"]["branches"][branch] == pytest.approx(expected, abs=1e-3)
     folder = tmp_path / "mmaudit-run" / "finetune"

@@ -21,13 +21,14 @@ from mmaudit.audit.media.truncation import EBML, MP4_BOXES, SEGMENT, missing_byt
 from mmaudit.audit.quarantine import Reason, UnusableError
 
 SECONDS = 2
+# Hypothesis draws constants of the source.
 MAGIC_NUMBERS = [
     b"OggS",
     b"RIFF",
     EBML,
     SEGMENT,
     *MP4_BOXES,
-]  # hypothesis draws constants of the source
+]
 QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

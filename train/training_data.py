@@ -61,9 +61,8 @@ def mask_spectrograms(pictures: Tensor, config: AugmentConfig, rng: np.random.Ge
         width = np.floor(rng.random((len(masked), num_masks)) * (share * size + 1)).astype(np.int64)
         start = np.floor(rng.random((len(masked), num_masks)) * (size - width + 1)).astype(np.int64)
         positions = np.arange(size)
-        is_masked = ((positions >= start[..., None]) & (positions < (start + width)[..., None])).any(
-            axis=1
-        )  # (b, size)
+        # (b, size)
+        is_masked = ((positions >= start[..., None]) & (positions < (start + width)[..., None])).any(axis=1)
         shape = [len(masked), 1, 1, 1, 1]
         shape[axis] = size
         masked.masked_fill_(torch.from_numpy(is_masked).to(masked.device).view(shape), torch.nan)

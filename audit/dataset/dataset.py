@@ -235,9 +235,8 @@ def _has_any_sound(dataset: Dataset, head: pa.Table, modality: Modality) -> bool
             num_readable += 1
         except UnusableError:
             continue
-    return (
-        num_readable == 0
-    )  # no clip could be opened: keep the modality, the rows are quarantined later with their reasons
+    # No clip could be opened: keep the modality, the rows are quarantined later with their reasons.
+    return num_readable == 0
 
 
 def _set_vector_length(dataset: Dataset, modality: Modality) -> Modality:

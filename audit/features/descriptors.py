@@ -177,9 +177,8 @@ def _colour_grid(pixels: Vector, cells: int) -> Vector:
 def _cell_means(maps: Vector, cells: int) -> Vector:
     """Compute weighted means (..., cells, cells) of maps (..., h, w)."""
     height, width = maps.shape[-2:]
-    row_means = (
-        maps.reshape(-1, width) @ _triangle_weights(width, cells).T
-    )  # one product for all maps: numpy multiplies stacks one by one
+    # One product for all maps: numpy multiplies stacks one by one.
+    row_means = maps.reshape(-1, width) @ _triangle_weights(width, cells).T
     return np.asarray(_triangle_weights(height, cells) @ row_means.reshape(*maps.shape[:-1], cells), dtype=np.float32)
 
 

@@ -84,9 +84,8 @@ def encode_dataset(
     modalities = [modality for modality in dataset.modalities if not is_pretrained(modality)]
     opens_media = any(modality.kind not in ("features", "text") for modality in modalities)
     all_cached = all(task.file(modality).exists() for task in tasks for modality in modalities)
-    processes = (
-        0 if all_cached or not opens_media else num_workers
-    )  # comparing digests is faster than starting processes
+    # Comparing digests is faster than starting processes.
+    processes = 0 if all_cached or not opens_media else num_workers
     passes = [run_tasks(_encode_without_model, tasks, num_workers=processes)] if modalities else []
     passes += [_run_model(tasks, modality, num_threads=num_workers, device=device) for modality in models]
     for done, _ in enumerate(chain.from_iterable(passes), start=1):

@@ -42,9 +42,8 @@ class EncodedSamples:
 
 def dataset_fingerprint(samples: Samples, content: NDArray[np.object_]) -> str:
     """Return the fingerprint of samples and their content digests (n,); see EncodedSamples.content."""
-    names = np.array([*samples.class_names, "", ""], dtype=object)[
-        samples.label
-    ]  # negative labels index the last two entries
+    # Negative labels index the last two entries.
+    names = np.array([*samples.class_names, "", ""], dtype=object)[samples.label]
     group = samples.group if samples.group is not None else np.full(len(samples), "", dtype=object)
     rows = zip(samples.sample_id, names, samples.split, group, content, strict=True)
     return digest(*sorted("\0".join(row).encode() for row in rows))

@@ -146,9 +146,8 @@ class FeatureMatrix:
 
     def _read_shard(self, shard: int, dataset_rows: RowIndex) -> NDArray[Any]:
         task, start = self.tasks[shard], int(self.shard_starts[shard])
-        vector = column_of(
-            read_arrow(task.file(self.status.modality)), "vector"
-        )  # no copy: often only a few rows are read
+        # No copy: often only a few rows are read.
+        vector = column_of(read_arrow(task.file(self.status.modality)), "vector")
         shard_usable = self.status.usable[start : start + task.shard.num_rows]
         usable_vectors = vector.flatten().to_numpy().reshape(int(shard_usable.sum()), -1)  # flatten skips nulls
         is_usable = shard_usable[dataset_rows - start]

@@ -105,9 +105,8 @@ def score_probabilities(
         loss_fused=loss_fused,
         similarity=similarity,
     )
-    total_loss = loss_fused + len(names) * np.nanmean(
-        loss, axis=1
-    )  # a missing modality counts as the mean of the others
+    # A missing modality counts as the mean of the others.
+    total_loss = loss_fused + len(names) * np.nanmean(loss, axis=1)
     gap_mixture = fit_mixture(scores.gap[scores.not_test], config=mixture or MixtureConfig(), seed=seed)
     return replace(
         scores,

@@ -57,9 +57,8 @@ def palette(modalities: Sequence[str]) -> Palette:
 def canvas() -> Iterator[None]:
     """Apply the report's style and ignore the user's matplotlibrc, so that the same numbers give the same bytes."""
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing"
-        )  # a label in a script that no installed font covers
+        # A label in a script that no installed font covers.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({**_STYLE, "font.family": _fonts()})
         yield

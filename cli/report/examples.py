@@ -119,9 +119,8 @@ def _class_rows(scores: ScoreTable, shown: Array, codes: Array, size: Array, mea
 
 
 def _class_histogram(scores: ScoreTable, codes: Array, num_classes: int) -> Array:
-    bins = assign_bins(scores.discrepancy(), num_bins=CLASS_BINS).astype(
-        np.int64
-    )  # with two modalities none is missing
+    # With two modalities none is missing.
+    bins = assign_bins(scores.discrepancy(), num_bins=CLASS_BINS).astype(np.int64)
     cells = np.bincount(codes * CLASS_BINS + bins, minlength=num_classes * CLASS_BINS)
     return cells.reshape(num_classes, CLASS_BINS)
 

@@ -253,9 +253,8 @@ def _finetune(finetune: Numbers, colours: Palette) -> Figure:
     accuracy_axes.set(xlim=(0, 1), ylim=(len(subsets) - 0.4, -0.6), xlabel="accuracy on test samples")
     accuracy_axes.tick_params(axis="y", length=0)
     handles, names = accuracy_axes.get_legend_handles_labels()
-    columns = (
-        4 if max(map(len, finetune["branches"]), default=0) <= 8 else 2
-    )  # the legend of the losses is on the right
+    # The legend of the losses is on the right.
+    columns = 4 if max(map(len, finetune["branches"]), default=0) <= 8 else 2
     order = [*range(1, len(names)), 0]  # matplotlib lists the line of chance first
     figure.legend(
         [handles[index] for index in order], [names[index] for index in order], loc="outside upper left", ncols=columns

@@ -272,9 +272,8 @@ def _subset_order(subset: str) -> tuple[int, str]:
     first = ("all", "in-manifest")
     if subset in first:
         return first.index(subset), ""
-    return 2 if subset.startswith("balanced") else 3, subset.replace(
-        "-preferred", "-d"
-    )  # sorts before NAME-dominated-0.2
+    # Sorts before NAME-dominated-0.2.
+    return 2 if subset.startswith("balanced") else 3, subset.replace("-preferred", "-d")
 
 
 def _subset(name: str, subset: Mapping[str, Any], branches: list[str]) -> Numbers:

@@ -69,9 +69,8 @@ class Pmr(Balancer):
         readings = model_reader.read(
             _features_and_label, rows=sample_rows(model_reader, max(_MIN_ROWS, _ROWS_PER_CLASS * len(self._seen)))
         )
-        membership = (
-            functional.one_hot(readings[-1].long(), len(self._seen)).float().T
-        )  # (k, r); a matrix product sums in a fixed order
+        # (k, r); a matrix product sums in a fixed order.
+        membership = functional.one_hot(readings[-1].long(), len(self._seen)).float().T
         count = membership.sum(dim=1, keepdim=True)
         had_prototype, has_samples = self._seen[:, None], count > 0
         for j, end in enumerate(accumulate(self._sizes)):
