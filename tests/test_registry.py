@@ -1,0 +1,52 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.registry import Entry, Registry
+
+
+def registry() -> Registry:
+    return Registry({"encode": Entry("encoder:JSONEncoder", "built in")}, package="json", group="t.group", option="--x")
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Install a package whose entry points are `extra`, `encode` (a built-in name) and `broken`."""
+    (tmp_path / "t_plugin.py").write_text("def extra():\n    return 7\n")
+    info = tmp_path / "t_plugin-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: t-plugin\nVersion: 1\n")
+    lines = ["[t.group]", "extra = t_plugin:extra", "encode = t_plugin:extra", "broken = t_plugin:absent"]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_built_in_method_is_loaded_by_name() -> None:
+    import json
+
+    assert registry().load("encode") is json.JSONEncoder
+    assert list(registry()) == ["encode"] and registry()["encode"].help == "built in"
+
+
+def test_installed_method_is_imported_only_when_it_is_named(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert registry().names() == ("encode", "broken", "extra")
+    assert "t_plugin" not in sys.modules
+    assert registry().load("extra")() == 7
+    monkeypatch.delitem(sys.modules, "t_plugin")
+
+
+def test_built_in_method_precedes_an_installed_one_of_its_name(installed: Path) -> None:
+    import json
+
+    assert registry().load("encode") is json.JSONEncoder
+
+
+def test_unknown_and_broken_methods_are_config_errors(installed: Path) -> None:
+    with pytest.raises(ConfigError, match="--x extr: did you mean extra"):
+        registry().load("extr")
+    with pytest.raises(ConfigError, match="--x broken: t_plugin:absent cannot be loaded"):
+        registry().load("broken")
+    sys.modules.pop("t_plugin", None)
