@@ -28,7 +28,8 @@ def test_built_in_method_is_loaded_by_name() -> None:
     import json
 
     assert registry().load("encode") is json.JSONEncoder
-    assert list(registry()) == ["encode"] and registry()["encode"].help == "built in"
+    assert list(registry()) == ["encode"]
+    assert registry()["encode"].help == "built in"
 
 
 def test_installed_method_is_imported_only_when_it_is_named(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
