@@ -137,7 +137,7 @@ def recovery(truth: Path, scores: ScoreTable) -> Recovery:
     """
     from scipy.stats import spearmanr
 
-    from ..audit.parquet import read_parquet
+    from ..audit.storage import read_parquet
 
     table, _ = read_parquet(truth, error=ScoreError)
     truth_row = {name: row for row, name in enumerate(table["sample_id"].to_pylist())}
@@ -163,7 +163,7 @@ def recovery(truth: Path, scores: ScoreTable) -> Recovery:
 
 def _is_complete(folder: Path, made_from: Row) -> bool:
     """Return whether the folder already holds this dataset: the settings, every file, and the total of their bytes."""
-    from ..audit.parquet import read_parquet
+    from ..audit.storage import read_parquet
 
     data, truth = folder / "data", folder / "truth.parquet"
     if not (data / "metadata.csv").is_file():
@@ -252,8 +252,7 @@ def _write_tables(folder: Path, rows: list[Row], label: NDArray[np.int64], *, pr
     """Write truth.parquet, then metadata.csv, each atomically."""
     import pyarrow as pa
 
-    from ..audit.parquet import write_parquet
-    from ..audit.storage import write_text
+    from ..audit.storage import write_parquet, write_text
 
     write_parquet(pa.Table.from_pylist(rows), folder / "truth.parquet", provenance=provenance)
     lines = ["id,audio_file_name,image_file_name,label"]

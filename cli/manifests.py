@@ -26,9 +26,8 @@ from ..rebalance.manifest import Manifest, compute_digests, dropped_path, read_m
 from ..rebalance.recipe import Recipe, SplitResult, make_split, recipe_from_record
 from ..rebalance.score_tables import ScoreFiles, open_scores
 from .config import RunConfig
-from .run import Run
-from .swap import replacing_manifest
-from .trust import origin_of, sign_manifest, trusted_folder
+from .provenance import origin_of, sign_manifest, trusted_folder
+from .run import Run, replacing_manifest
 
 # Packages that decode media or train are imported inside functions: a split of 10^8 rows has no memory to spare.
 

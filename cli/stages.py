@@ -20,22 +20,18 @@ from numpy.typing import NDArray
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.samples import read_samples
 from ..audit.downloads import ingest as ingest_download
-from ..audit.errors import ConfigError, RunError
+from ..audit.errors import ConfigError, Quarantined, RunError, quarantine_table
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.features.encoded_samples import collect_encoded, select_usable
 from ..audit.leakage import ModalityContent, find_leakage, group_columns
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..audit.parquet import write_parquet
-from ..audit.quarantine import Quarantined, quarantine_table
 from ..audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from ..audit.scores.table import write_scores
-from ..audit.storage import write_json
+from ..audit.storage import write_json, write_parquet
 from ..audit.workers import Progress, default_workers, no_progress
 from .config import RunConfig
-from .provenance import check_config, open_encodable, record_of, score_provenance
-from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run
-from .swap import replacing
-from .trust import own_record, signed_record
+from .provenance import check_config, open_encodable, own_record, record_of, score_provenance, signed_record
+from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -28,11 +28,9 @@ from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
 from ..train.tracking import check_trackers
 from .config import RunConfig, plain, to_toml, without_none
-from .provenance import SourceOptions, open_source, saw_test_labels
-from .run import Run, read_metrics
+from .provenance import SourceOptions, open_source, origin_of, saw_test_labels
+from .run import Run, new_finetune, read_metrics, swap_finetune
 from .stages import pick_device
-from .swap import new_finetune, swap_finetune
-from .trust import origin_of
 
 log = logging.getLogger("mmaudit")
 

@@ -14,9 +14,8 @@ from ..audit.workers import Progress, no_progress
 from ..rebalance.checks import Check
 from ..rebalance.manifest import read_provenance
 from ..rebalance.verify import check_media, verify_rows
-from .provenance import SourceOptions, open_source
+from .provenance import Origin, SourceOptions, open_source, origin_of
 from .run import Run
-from .trust import Origin, origin_of
 
 
 def verify(

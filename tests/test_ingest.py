@@ -16,7 +16,7 @@ import mmaudit
 from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.downloads import ADAPTERS, Ingested, ingest
 from mmaudit.audit.errors import ConfigError, DatasetError
-from mmaudit.audit.parquet import read_parquet
+from mmaudit.audit.storage import read_parquet
 from mmaudit.cli.console import print_ingest
 
 

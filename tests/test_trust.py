@@ -18,9 +18,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mmaudit.audit.errors import RunError
-from mmaudit.audit.features import functions
-from mmaudit.audit.parquet import PROVENANCE_KEY
-from mmaudit.audit.storage import read_json, write_json
+from mmaudit.audit.features import encoders as functions
+from mmaudit.audit.storage import PROVENANCE_KEY, read_json, write_json
 from mmaudit.cli.main import app
 from mmaudit.rebalance.export import FORMATS
 from mmaudit.rebalance.manifest import (

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ..dataset.formats.tables import METADATA_NAMES
 from ..errors import ConfigError, DatasetError, choices
-from ..parquet import write_parquet
+from ..storage import write_parquet
 from .ave import read_ave
 from .clips import PATH_SUFFIXES, Cell, Listing, absence_of_file, absence_of_frames
 from .cremad import read_cremad

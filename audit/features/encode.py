@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from ..dataset.dataset import Dataset
 from ..dataset.formats.tables import Shard
 from ..dataset.modalities import Modality
-from ..errors import DatasetError, attach_file_name
+from ..errors import DatasetError, Reason, UnusableError, attach_file_name
 from ..hashing import digest
 from ..media.files import MediaConfig, MediaFile, Medium
-from ..quarantine import Reason, UnusableError
-from ..threads import fixed_threads
-from ..workers import Progress, prefetch_map, run_tasks
-from .cache import (
+from ..workers import Progress, fixed_threads, prefetch_map, run_tasks
+from .encoders import encode_cell, encode_vectors, is_pretrained, preprocessing
+from .matrix import (
     CachedVectors,
     EncodeResult,
     check_lengths,
@@ -35,7 +34,6 @@ from .cache import (
     read_arrow,
     write_arrow,
 )
-from .encoders import encode_cell, encode_vectors, is_pretrained, preprocessing
 from .pretrained import ModelInputs, encode_inputs, open_model
 
 _DATA_CHANGED = "the data changed while they were read: run the command again"
