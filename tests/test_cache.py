@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import DatasetError, Reason, UnusableError
-from mmaudit.audit.features.matrix import (
+from mmaudit.audit.features.encode import (
     CachedVectors,
     EncodeResult,
     combine_results,

@@ -19,8 +19,8 @@ from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import DatasetError, Reason
 from mmaudit.audit.features import encode, encoders
 from mmaudit.audit.features.descriptors import text_counts
-from mmaudit.audit.features.encode import EncodeTask, encode_dataset, encode_shard, read_status
-from mmaudit.audit.features.matrix import FeatureMatrix, read_arrow, write_arrow
+from mmaudit.audit.features.encode import EncodeTask, encode_dataset, encode_shard, read_arrow, read_status, write_arrow
+from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress
 

@@ -19,7 +19,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from mmaudit.audit.errors import GateError, RunError, attach_file_name, file_of
-from mmaudit.audit.features.matrix import write_arrow
+from mmaudit.audit.features.encode import write_arrow
 from mmaudit.audit.storage import write_parquet, write_text
 from mmaudit.audit.workers import prefetch_map
 from mmaudit.cli import stages

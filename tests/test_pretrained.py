@@ -24,9 +24,9 @@ from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, Reason, UnusableError
 from mmaudit.audit.features import pretrained
-from mmaudit.audit.features.encode import encode_dataset, encode_shard, read_status
+from mmaudit.audit.features.encode import encode_dataset, encode_shard, read_arrow, read_status
 from mmaudit.audit.features.encoders import check_encoder, encode_cell, preprocessing
-from mmaudit.audit.features.matrix import FeatureMatrix, read_arrow
+from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.features.pretrained import encode_inputs, model_version, open_model
 from mmaudit.audit.media.decode import decode_audio
 from mmaudit.audit.media.files import MediaConfig
