@@ -22,10 +22,10 @@ from ..audit.storage import write_json, write_text
 from ..audit.workers import Progress, default_workers, no_progress
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
 from ..train.config import TrainConfig
-from ..train.distributed import DistributedContext, local_device, open_distributed
 from ..train.evaluate import evaluate_file
 from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
+from ..train.optimizer import DistributedContext, local_device, open_distributed
 from ..train.tracking import check_trackers
 from .config import RunConfig, plain, to_toml, without_none
 from .provenance import SourceOptions, open_source, origin_of, saw_test_labels

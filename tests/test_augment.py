@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.train.batches import Batch
+from mmaudit.train.batches import Batch, augment, mask_spectrograms
 from mmaudit.train.config import AugmentConfig
-from mmaudit.train.training_data import augment, mask_spectrograms
 
 torch.set_num_threads(1)
 

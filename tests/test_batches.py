@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.train.batches import Batch, Step, split_order, to_batch
-from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
 
 torch.set_num_threads(1)
 

@@ -14,8 +14,8 @@ from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.metrics import similarity
 from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
 from mmaudit.train.batches import ModelReader, OutputFunction
-from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import Outputs
+from mmaudit.train.optimizer import SINGLE_PROCESS
 from mmaudit.train.sampling.bss_l import BssL
 from mmaudit.train.sampling.config import BssConfig, SamplingConfig
 from mmaudit.train.sampling.sampler import Pool

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from mmaudit.audit.metrics import wilson_interval
-from mmaudit.train.contribution import confusion, contribution, correct_by_set, measure_contribution, shapley_sets
-from mmaudit.train.network import FusionNet, ModelConfig
+from mmaudit.train.evaluate import confusion, contribution, measure_contribution
+from mmaudit.train.network import FusionNet, ModelConfig, correct_by_set, shapley_sets
 
 torch.set_num_threads(1)
 

@@ -14,14 +14,14 @@ from torch import distributed
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.rebalance.curriculum import batch_rows
-from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext, local_device, open_distributed
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, local_device, open_distributed
 
 torch.set_num_threads(1)
 
 # The tensors of each process follow from its rank, so that the sums are known.
 SCRIPT = """
 import json, torch
-from mmaudit.train.distributed import open_distributed
+from mmaudit.train.optimizer import open_distributed
 
 with open_distributed("cpu") as context:
     r = context.rank

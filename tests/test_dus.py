@@ -19,8 +19,8 @@ from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.metrics import discrepancy
 from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
 from mmaudit.train.batches import Batch, ModelReader, Step, to_batch
-from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.sampling.config import DusConfig, SamplingConfig
 from mmaudit.train.sampling.dus import Dus, DusH, DusRl, cumulative_discrepancy, lagging_quantities
 from mmaudit.train.sampling.sampler import Pool

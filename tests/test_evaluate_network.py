@@ -12,12 +12,11 @@ from training import QUICK, fine_tune, make_examples
 
 from mmaudit.audit.errors import ManifestError
 from mmaudit.train.checkpoint import load_model, read_model_config, save_model
-from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.evaluate import compute_metrics, evaluate_file, evaluate_network, predict_probabilities
 from mmaudit.train.examples import Examples
 from mmaudit.train.network import FusionNet
-from mmaudit.train.setup import set_up
-from mmaudit.train.training_data import NetworkReader
+from mmaudit.train.optimizer import SINGLE_PROCESS
+from mmaudit.train.training_data import NetworkReader, set_up
 
 torch.set_num_threads(1)
 

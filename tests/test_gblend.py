@@ -18,9 +18,8 @@ from mmaudit.train.balancing.config import BalancingConfig, GblendConfig
 from mmaudit.train.balancing.gblend import MIN_OVERFIT, MIN_WEIGHT, NUM_TRAIN_ROWS, Gblend, blend_weights
 from mmaudit.train.batches import Batch, Loss, OutputFunction, RowIndex
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
-from mmaudit.train.optimizer import Optimization
+from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
 
 torch.set_num_threads(1)
 

@@ -16,9 +16,8 @@ from mmaudit.train.balancing.config import BalancingConfig, GmmConfig
 from mmaudit.train.balancing.gmm import fit_gap_mixture, modality_gap
 from mmaudit.train.batches import Batch, Loss, OutputFunction, RowIndex
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
-from mmaudit.train.optimizer import Optimization
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

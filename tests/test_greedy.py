@@ -16,10 +16,9 @@ from mmaudit.train.balancing.config import BalancingConfig, GreedyConfig
 from mmaudit.train.balancing.greedy import Greedy, conditional_speeds, slowest_modality
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.fusion import Mmtm
 from mmaudit.train.network import FusionNet, ModelConfig
-from mmaudit.train.optimizer import Optimization
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 
 torch.set_num_threads(1)
 

@@ -20,7 +20,7 @@ from mmaudit.train.balancing.config import BALANCERS, BalancingConfig, GblendCon
 from mmaudit.train.config import FinetuneConfig, TrainConfig
 from mmaudit.train.network import FusionNet
 from mmaudit.train.sampling.config import SAMPLERS, BssConfig, DusConfig, SamplingConfig, SmvConfig
-from mmaudit.train.setup import build_model_config
+from mmaudit.train.training_data import build_model_config
 
 torch.set_num_threads(1)
 

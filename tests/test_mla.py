@@ -20,10 +20,9 @@ from mmaudit.train.balancing.config import BalancingConfig, MlaConfig
 from mmaudit.train.balancing.mla import Mla, project_out, relax_to_identity
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.fusion import Shared
 from mmaudit.train.network import FusionNet, ModelConfig
-from mmaudit.train.optimizer import Optimization
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 
 torch.set_num_threads(1)
 

@@ -20,9 +20,8 @@ from mmaudit.train.balancing.config import BalancingConfig, MmParetoConfig
 from mmaudit.train.balancing.mmpareto import MmPareto, combine_gradients
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
-from mmaudit.train.optimizer import Optimization
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 
 torch.set_num_threads(1)
 

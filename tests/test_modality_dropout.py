@@ -15,9 +15,8 @@ from mmaudit.train.balancing.balancer import Balancer, build_balancer
 from mmaudit.train.balancing.config import BalancingConfig, DropoutConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.network import FusionNet, ModelConfig
-from mmaudit.train.optimizer import Optimization
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 
 torch.set_num_threads(1)
 

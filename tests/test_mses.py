@@ -14,9 +14,8 @@ from mmaudit.train.balancing.config import BalancingConfig, MsesConfig
 from mmaudit.train.balancing.mses import Mses
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
-from mmaudit.train.optimizer import Optimization
+from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
 
 torch.set_num_threads(1)
 

@@ -17,9 +17,8 @@ from mmaudit.train.balancing.config import BalancingConfig, MslrConfig
 from mmaudit.train.balancing.mslr import Mslr, dynamic_factors, smooth_factor
 from mmaudit.train.batches import Loss, OutputFunction, RowIndex
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropies
-from mmaudit.train.optimizer import Optimization
+from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
 
 torch.set_num_threads(1)
 

@@ -15,9 +15,8 @@ from processes import run_in_processes
 from torch import Tensor, nn
 
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
-from mmaudit.train.optimizer import Optimization
+from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
 
 torch.set_num_threads(1)
 
@@ -300,7 +299,7 @@ import json, torch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import ModelConfig, FusionNet, cross_entropies
 from mmaudit.train.optimizer import Optimization
-from mmaudit.train.distributed import open_distributed
+from mmaudit.train.optimizer import open_distributed
 
 torch.set_num_threads(1)
 plan = ModelConfig(modalities=("audio", "visual"), shapes=((5,), (3,)), classes=tuple("abcd"), hidden=7, dropout=0.0)

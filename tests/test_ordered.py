@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.rebalance.curriculum import PACINGS, OrderConfig, epoch_order, id_keys, root_pacing
-from mmaudit.train.distributed import SINGLE_PROCESS
+from mmaudit.train.optimizer import SINGLE_PROCESS
 from mmaudit.train.sampling.config import SamplingConfig
 from mmaudit.train.sampling.ordered import AntiCurriculum, BssH, Ordered, Uniform
 from mmaudit.train.sampling.sampler import Pool

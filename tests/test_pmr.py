@@ -16,9 +16,8 @@ from mmaudit.train.balancing.config import BalancingConfig, PmrConfig
 from mmaudit.train.balancing.pmr import distances, lag_weights
 from mmaudit.train.batches import Batch, Loss, OutputFunction, RowIndex
 from mmaudit.train.config import OptimConfig
-from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.network import FusionNet, ModelConfig
-from mmaudit.train.optimizer import Optimization
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 
 torch.set_num_threads(1)
 NUM = 12

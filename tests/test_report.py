@@ -33,8 +33,7 @@ from mmaudit.rebalance.binning import CURVE_TOLERANCES
 from mmaudit.rebalance.manifest import dropped_path, read_dropped, read_manifest
 from mmaudit.rebalance.recipe import Recipe, balance_path, make_split
 from mmaudit.rebalance.score_tables import open_scores
-from mmaudit.train.contribution import measure_contribution
-from mmaudit.train.evaluate import evaluate, subsets
+from mmaudit.train.evaluate import evaluate, measure_contribution, subsets
 
 EVIL = "<script>alert(1)</script>\"'&$x^2$ {{ 7 * 7 }}"
 

@@ -17,8 +17,8 @@ from training import select_rows
 
 from mmaudit.rebalance.curriculum import OrderConfig, id_keys
 from mmaudit.train.batches import Loss, OutputFunction, Step, to_batch
-from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import FusionNet, ModelConfig
+from mmaudit.train.optimizer import SINGLE_PROCESS
 from mmaudit.train.sampling.config import SAMPLERS, BssConfig, DusConfig, SamplingConfig, SmvConfig
 from mmaudit.train.sampling.sampler import Pool, Sampler, build_sampler
 

@@ -12,10 +12,11 @@ import torch
 from training import QUICK, make_examples, with_options
 
 from mmaudit.audit.errors import ConfigError
+from mmaudit.train.checkpoint import run_identity
 from mmaudit.train.config import TrainConfig
-from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext
 from mmaudit.train.examples import Examples
-from mmaudit.train.setup import build_model_config, run_identity, set_up
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.training_data import build_model_config, set_up
 
 torch.set_num_threads(1)
 

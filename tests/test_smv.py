@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
 from mmaudit.train.batches import ModelReader, OutputFunction, Step
-from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.network import Outputs
+from mmaudit.train.optimizer import SINGLE_PROCESS
 from mmaudit.train.sampling.config import SamplingConfig, SmvConfig
 from mmaudit.train.sampling.sampler import Pool
 from mmaudit.train.sampling.smv import Smv, num_copies

@@ -39,7 +39,7 @@ torch.set_num_threads(1)
 from test_torchrun import PAIRS, config_of
 from training import fine_tune, make_examples
 from mmaudit.train.training_data import TrainingData
-from mmaudit.train.distributed import open_distributed
+from mmaudit.train.optimizer import open_distributed
 
 seen, cut = [], TrainingData.batches
 def batches(self, steps, **options):
@@ -95,7 +95,7 @@ import torch
 torch.set_num_threads(1)
 from training import fine_tune, make_examples, with_options
 from mmaudit.train.evaluate import evaluate_file
-from mmaudit.train.distributed import open_distributed
+from mmaudit.train.optimizer import open_distributed
 
 config = with_options(fusion="mmtm", balancing="sum", ema=0.5, epochs=2)
 found = []

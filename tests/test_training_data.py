@@ -14,11 +14,10 @@ from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.train.batches import Batch, Step
 from mmaudit.train.config import TrainConfig
-from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.examples import Examples, Store
 from mmaudit.train.network import FusionNet, Outputs, cross_entropies
-from mmaudit.train.setup import build_model_config, set_up
-from mmaudit.train.training_data import NetworkReader, TrainingData, validate
+from mmaudit.train.optimizer import SINGLE_PROCESS
+from mmaudit.train.training_data import NetworkReader, TrainingData, build_model_config, set_up, validate
 
 torch.set_num_threads(1)
 

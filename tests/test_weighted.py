@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 
 from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.rebalance.curriculum import OrderConfig, draw_rows, epoch_order, id_keys
-from mmaudit.train.distributed import SINGLE_PROCESS
+from mmaudit.train.optimizer import SINGLE_PROCESS
 from mmaudit.train.sampling.config import SamplingConfig
 from mmaudit.train.sampling.sampler import Pool, Sampler, build_sampler
 

@@ -16,9 +16,9 @@ from mmaudit.audit.workers import Progress, no_progress
 from mmaudit.rebalance.curriculum import OrderConfig
 from mmaudit.train.batches import Batch, Step, to_batch
 from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
-from mmaudit.train.distributed import SINGLE_PROCESS
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import Finetuned, finetune_on
+from mmaudit.train.optimizer import SINGLE_PROCESS
 
 QUICK = TrainConfig(
     finetune=FinetuneConfig(epochs=5, batch_size=16, hidden=6),

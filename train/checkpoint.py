@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, and read without executing code."""
+"""Checkpoints: written atomically, read without executing code, and resumed by trainings of the same settings."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import json
 import logging
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..audit.errors import RunError, TrainError
+from ..audit.hashing import digest
 from ..audit.storage import atomic_write
+from .examples import Examples
 from .network import FusionNet, ModelConfig
+from .optimizer import DistributedContext
+from .training_data import TrainingData
 
 log = logging.getLogger("mmaudit")
+
+_STATE_VERSION = 2  # raised when the contents of a state change: an older state is not resumed
 
 
 def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -> None:
@@ -112,3 +121,52 @@ def load_state(path: Path, *, device: str) -> dict[str, Any]:
         raise RunError(
             f"{path} is damaged ({type(error).__name__}): delete it to start this fine-tuning again"
         ) from error
+
+
+def run_identity(examples: Examples, training_data: TrainingData, *, init: Path | None) -> str:
+    """Fingerprint everything that determines the weights, so that a state of another run is never resumed.
+
+    The number of processes and the reporting settings are not part of it.
+    """
+    train, train_and_validation = training_data.train, np.r_[training_data.train, training_data.validation]
+    ids = ["\0".join(examples.sample_id[rows]) for rows in (train, training_data.validation)]
+    arrays: list[NDArray[Any]] = [training_data.pool.rank, training_data.pool.balance, training_data.pool.p_balanced]
+    arrays += [examples.weight[train], examples.label[train_and_validation]]
+    for matrix in training_data.store.resident:
+        if matrix is not None:
+            arrays.append(
+                matrix.index_select(0, torch.from_numpy(train_and_validation).to(matrix.device)).cpu().numpy()
+            )
+    content = "\0".join(examples.content[train_and_validation])
+    config = asdict(training_data.config)
+    for name in ("report_to", "resident_mib", "save_steps"):
+        del config["finetune"][name]
+    weights = b"" if init is None else init.read_bytes()
+    settings = repr(
+        (_STATE_VERSION, config, examples.class_names, examples.modalities, examples.shapes, training_data.seed)
+    )
+    texts = (settings.encode(), content.encode(), *(text.encode() for text in ids))
+    return digest(*texts, *(np.ascontiguousarray(array).tobytes() for array in arrays), weights)
+
+
+def resume(path: Path, identity: str, *, device: str) -> dict[str, Any] | None:
+    """Read the saved state; None where there is none with this identity."""
+    if not path.exists():
+        return None
+    state = load_state(path, device=device)
+    if state.get("identity") == identity:
+        return state
+    log.info("the state in %s is of other data, settings or version: starting from scratch", path.parent)
+    return None
+
+
+def common_state(
+    state: dict[str, Any] | None, distributed: DistributedContext, *, device: str
+) -> dict[str, Any] | None:
+    """Return the state that all processes have, or None: without a shared disk, only the first process has one."""
+    position = [0, 0] if state is None else [state["epoch"], state["step"]]
+    positions = distributed.gather(torch.tensor(position, dtype=torch.int64, device=device)[:, None])
+    if bool((positions == positions[:, :1]).all()):
+        return state
+    log.info("not all processes have the same state: starting from scratch; share the run folder among the machines")
+    return None

@@ -20,17 +20,15 @@ from ..audit.storage import write_text
 from ..audit.workers import NETWORK_THREADS, Progress, fixed_threads
 from .balancing.balancer import build_balancer
 from .balancing.config import BALANCERS
-from .checkpoint import save_model, save_state, warm_start
+from .checkpoint import common_state, resume, run_identity, save_model, save_state, warm_start
 from .config import MIN_VALIDATION_SAMPLES, FinetuneConfig, TrainConfig
-from .distributed import SINGLE_PROCESS, DistributedContext
 from .evaluate import evaluate_network
 from .examples import Examples
 from .network import FusionNet
-from .optimizer import Optimization
+from .optimizer import SINGLE_PROCESS, DistributedContext, Optimization
 from .sampling.sampler import build_sampler
-from .setup import build_model_config, chance_accuracy, common_state, resume, run_identity, set_up
 from .tracking import open_trackers
-from .training_data import NetworkReader, validate
+from .training_data import NetworkReader, build_model_config, chance_accuracy, set_up, validate
 
 log = logging.getLogger("mmaudit")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..audit.metrics import Floats, shapley
 from ..audit.probes.network import build_trunk, to_pictures
 from .fusion import FUSIONS
+
+ModalitySet = frozenset[int]  # of indices; a modality outside the set is absent: its features are 0
+NO_MODALITY: ModalitySet = frozenset()
 
 
 class Dropout(nn.Module):
@@ -281,3 +285,30 @@ def cross_entropies(outputs: Outputs, label: Tensor) -> tuple[Tensor, Tensor]:
     the other uses.
     """
     return cross_entropy(outputs.fused, label), cross_entropy(outputs.unimodal, label)
+
+
+def shapley_sets(num_modalities: int, *, seed: int = 0) -> list[ModalitySet]:
+    """Return the sets of modalities that `contribution` needs, smallest first, from the empty set to all modalities.
+
+    All 2^m up to six modalities; beyond that those of the orders that `shapley` draws with the seed.
+    """
+    sets = {NO_MODALITY}
+
+    def record(modality_set: ModalitySet) -> Floats:
+        sets.add(modality_set)
+        return np.zeros(1, np.float32)
+
+    shapley(record, num_modalities, seed=seed)
+    return sorted(sets, key=lambda modality_set: (len(modality_set), sorted(modality_set)))
+
+
+def correct_by_set(net: FusionNet, sets: Sequence[ModalitySet]) -> Callable[[Outputs, Tensor], Tensor]:
+    """Return a function of outputs and label: is the fused prediction correct with only a set present, (s, b)?"""
+
+    def read(outputs: Outputs, label: Tensor) -> Tensor:
+        used_modalities = [[index in modality_set for index in range(net.num_modalities)] for modality_set in sets]
+        return torch.stack(
+            [net.fused_logits(outputs.features, used).argmax(dim=1) == label for used in used_modalities]
+        )
+
+    return read

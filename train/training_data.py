@@ -1,73 +1,31 @@
-"""Samples and settings of one training, augmentation, and evaluation of the network on batches."""
+"""Samples and settings of one training, its set-up, and evaluation of the network on batches."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..audit.errors import ManifestError
+from ..audit.errors import ConfigError, ManifestError
 from ..audit.hashing import digest
-from ..audit.probes.network import augment_pictures, to_pictures
 from ..rebalance.curriculum import id_keys
 from .balancing.balancer import Validation
-from .batches import Batch, Loss, OutputFunction, Step, to_batch
-from .config import AugmentConfig, TrainConfig
-from .distributed import DistributedContext
+from .balancing.config import BALANCERS
+from .batches import Batch, Loss, OutputFunction, Step, augment, to_batch
+from .config import FinetuneConfig, TrainConfig, check_schedule
 from .examples import NUM_READERS, Examples, RowIndex, Store
-from .network import FusionNet, Outputs, PictureEncoder, VectorEncoder
-from .optimizer import Optimization
+from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder
+from .optimizer import DistributedContext, Optimization
+from .sampling.config import CROSS_MODAL_SAMPLERS
 from .sampling.sampler import Pool, build_sampler
 
-
-def augment(batch: Batch, shapes: Sequence[tuple[int, ...]], config: AugmentConfig, *, seed: int) -> Batch:
-    """Augment a batch: pictures and frames are cropped and mirrored, spectrograms masked, vectors not changed."""
-    rng = np.random.default_rng(seed)
-    return replace(
-        batch,
-        inputs=tuple(
-            _augment_inputs(rows, shape, config, rng) for rows, shape in zip(batch.inputs, shapes, strict=True)
-        ),
-    )
-
-
-def _augment_inputs(rows: Tensor, shape: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator) -> Tensor:
-    if len(rows) == 0:  # a process may have no row of a last step; affine_grid raises for it
-        return rows
-    if len(shape) > 2 and config.pictures:
-        return augment_pictures(to_pictures(rows, shape), rng, min_area=config.min_crop, flip=config.flip)
-    if len(shape) == 2 and config.sound:
-        return mask_spectrograms(to_pictures(rows, shape), config, rng)
-    return rows
-
-
-def mask_spectrograms(pictures: Tensor, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
-    """Mask bands and time spans of spectrograms (b, 1, 1, mel, t), as SpecAugment does, arXiv 1904.08779.
-
-    A mask's width is uniform from 0 to its share of the axis, its position uniform; masked values are NaN, which
-    networks replace by the mean.
-    """
-    masked = pictures.float().clone()
-    for axis, num_masks, share in (
-        (4, config.time_masks, config.time_share),
-        (3, config.band_masks, config.band_share),
-    ):
-        size = masked.shape[axis]
-        width = np.floor(rng.random((len(masked), num_masks)) * (share * size + 1)).astype(np.int64)
-        start = np.floor(rng.random((len(masked), num_masks)) * (size - width + 1)).astype(np.int64)
-        positions = np.arange(size)
-        # (b, size)
-        is_masked = ((positions >= start[..., None]) & (positions < (start + width)[..., None])).any(axis=1)
-        shape = [len(masked), 1, 1, 1, 1]
-        shape[axis] = size
-        masked.masked_fill_(torch.from_numpy(is_masked).to(masked.device).view(shape), torch.nan)
-    return masked
-
+log = logging.getLogger("mmaudit")
 
 _READ_BATCH_SIZE = 1024  # vectors, in eval mode
 _MAX_MOMENT_PICTURES = 4096  # pictures that mean and scale are computed from: precise to 1%
@@ -305,3 +263,77 @@ def validate(reader: NetworkReader, *, net: FusionNet | None = None) -> Validati
         accuracy=means[num_branches],
         unimodal_accuracy=tuple(means[num_branches + 1 :]),
     )
+
+
+def set_up(
+    examples: Examples, config: TrainConfig, *, seed: int, device: str, distributed: DistributedContext
+) -> TrainingData:
+    """Check the settings against the samples and copy the samples to the device.
+
+    Raises ManifestError where a split is empty, ConfigError where the settings name a modality that does not exist, or
+    a method that needs more modalities.
+    """
+    train = _training_rows(examples, config.finetune)
+    validation, test = examples.rows("validation"), examples.rows("test")
+    for name, rows in (("train", train), ("validation", validation), ("test", test)):
+        if len(rows) == 0:
+            advice = "relax its rule, or --keep-posterior"
+            if name == "test":
+                advice += "; where the data have none, mmaudit split --resplit 80/8/12 cuts some"
+            raise ManifestError(f"the manifest leaves no {name} samples: {advice}")
+    unknown = sorted({*config.optim.freeze, *config.optim.modality_lr_factors()} - set(examples.modalities))
+    if unknown:
+        raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]}; {examples.modalities_text}")
+    for warning in check_schedule(config) if distributed.is_first else ():
+        log.warning("%s", warning)
+    if config.optim.freeze and config.finetune.init is None:
+        log.info(
+            "frozen encoders without --init: those of %s keep their random weights", ", ".join(config.optim.freeze)
+        )
+    if config.finetune.sampling in CROSS_MODAL_SAMPLERS and len(examples.modalities) < 2:
+        raise ConfigError(f"--sampling {config.finetune.sampling} needs 2 modalities; {examples.modalities_text}")
+    min_modalities = BALANCERS[config.finetune.balancing].min_modalities
+    if len(examples.modalities) < min_modalities:
+        raise ConfigError(
+            f"--balancing {config.finetune.balancing} needs {min_modalities} modalities; {examples.modalities_text}"
+        )
+    store = Store(examples.inputs, device=device, max_bytes=config.finetune.resident_mib << 20)
+    return TrainingData.of(
+        examples, store, train=train, config=config, seed=seed, device=device, distributed=distributed
+    )
+
+
+def build_model_config(examples: Examples, config: TrainConfig) -> ModelConfig:
+    """Return the architecture of the network."""
+    settings = config.finetune
+    return ModelConfig(
+        modalities=examples.modalities,
+        shapes=examples.shapes,
+        classes=examples.class_names,
+        fusion=settings.fusion_used,
+        own_heads=settings.own_heads or BALANCERS[settings.balancing].own_heads,
+        hidden=settings.hidden,
+        dropout=settings.dropout,
+        width=config.width,
+    )
+
+
+def _training_rows(examples: Examples, config: FinetuneConfig) -> NDArray[np.int64]:
+    train = examples.rows("train")
+    if config.keep_posterior is None:
+        return train
+    posterior = examples.p_balanced[train]
+    if np.isnan(posterior).any():
+        raise ManifestError("--keep-posterior: the manifest has no p_balanced; rescore with mmaudit score, split again")
+    selected = train[posterior >= config.keep_posterior]
+    log.info("P(balanced) >= %g keeps %d of %d training samples", config.keep_posterior, len(selected), len(train))
+    return selected
+
+
+def chance_accuracy(label: NDArray[np.int64], training_data: TrainingData) -> dict[str, float]:
+    """Compute the test accuracy of guessing: uniformly, and of the most common class of train."""
+    counts = np.bincount(label[training_data.train])
+    return {
+        "uniform": 1 / (int(label.max()) + 1),
+        "majority": float((label[training_data.test] == counts.argmax()).mean()),
+    }

@@ -119,3 +119,21 @@ def build_balancer(
         net, optimization, config, epochs=epochs
     )
     return balancer
+
+
+class Joint(Balancer):
+    """L = mean_i CE(z_i^fused, y_i). Separate heads train on detached features: they do not train the encoders."""
+
+    needs_unimodal_logits = False
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Compute the mean cross entropy of the fused logits."""
+        return self.fused_loss(outputs, batch)
+
+
+class Sum(Balancer):
+    """L = mean_i CE(z_i^fused, y_i) + sum_j mean_i CE(z_i^j, y_i), each mean over the samples of its loss."""
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Compute the sum of the mean cross entropies, with equal weights."""
+        return self.summed_losses(outputs, batch)

@@ -31,8 +31,8 @@ class Method:
 
 
 BALANCERS = {  # a new method is one file and one line
-    "joint": Method(class_path="joint:Joint", min_modalities=1),
-    "sum": Method(class_path="joint:Sum", has_unimodal_loss=True, min_modalities=1),
+    "joint": Method(class_path="balancer:Joint", min_modalities=1),
+    "sum": Method(class_path="balancer:Sum", has_unimodal_loss=True, min_modalities=1),
     "modality-dropout": Method(class_path="modality_dropout:ModalityDropout"),
     "gmm": Method(class_path="gmm:Gmm", has_unimodal_loss=True),
     "ogm": Method(class_path="ogm:Ogm"),

@@ -16,8 +16,8 @@ SAMPLERS = {
     "dus-h": "dus:DusH",
     "dus-rl": "dus:DusRl",
     "smv": "smv:Smv",
-    "class-balanced": "weighted:ClassBalanced",
-    "posterior": "weighted:PosteriorWeighted",
+    "class-balanced": "ordered:ClassBalanced",
+    "posterior": "ordered:PosteriorWeighted",
 }
 UNIMODAL_SAMPLERS = ("dus-h", "dus-rl")  # select samples per modality, which only unimodal losses train on
 CROSS_MODAL_SAMPLERS = (*UNIMODAL_SAMPLERS, "smv")  # compare modalities, so at least two are needed

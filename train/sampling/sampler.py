@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ...rebalance.curriculum import OrderConfig
 from ..batches import Batch, ModelReader, Step
-from ..distributed import DistributedContext
 from ..network import Outputs
+from ..optimizer import DistributedContext
 from .config import SAMPLERS, SamplingConfig
 
 

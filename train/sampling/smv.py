@@ -16,7 +16,7 @@ from ...audit.hashing import hash_rank
 from ...audit.metrics import Floats, shapley
 from ...rebalance.curriculum import OrderConfig, epoch_order
 from ..batches import ModelReader, RowIndex, Step, split_order
-from ..contribution import correct_by_set, shapley_sets
+from ..network import correct_by_set, shapley_sets
 from .sampler import Sampler
 
 Copies = NDArray[np.int16]
