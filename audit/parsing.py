@@ -124,7 +124,9 @@ Config = TypeVar("Config")
 
 def build_config(type_: type[Config], content: Mapping[str, Any], *, where: str) -> Config:
     """Build a config from nested plain values; raise ConfigError for an unknown key or a value of a wrong type."""
+    _check_section(content, where=where)
     hints = typing.get_type_hints(type_)
+    hints = {field.name: hints[field.name] for field in dataclasses.fields(typing.cast("type[Any]", type_))}
     values = {}
     for key, value in content.items():
         if key not in hints:
@@ -140,11 +142,16 @@ def _convert(value: Any, hint: Any, *, name: str) -> Any:
             return None
         hint = next(type_ for type_ in typing.get_args(hint) if type_ is not type(None))
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ConfigError(f"config key {name} is a section; set {name}.KEY")
         return build_config(typing.cast("type[Any]", hint), value, where=f"{name}.")
+    if typing.get_origin(hint) is Mapping:  # sections that are checked where they are used
+        _check_section(value, where=f"{name}.")
+        return {key: _convert(inner, typing.get_args(hint)[1], name=f"{name}.{key}") for key, inner in value.items()}
+    if hint is Any:
+        for leaf in value if isinstance(value, list) else [value]:
+            _check_value(leaf, name=name)
+        return value
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             raise ConfigError(f"config key {name} is {_shown(value)}; it must be a list")
         return tuple(_convert(entry, typing.get_args(hint)[0], name=name) for entry in value)
     is_unexpected_bool = isinstance(value, bool) and hint is not bool
@@ -152,6 +159,22 @@ def _convert(value: Any, hint: Any, *, name: str) -> Any:
         raise ConfigError(f"config key {name} is {_shown(value)}; it must be of type {hint.__name__}")
     _check_value(value, name=name)
     return float(value) if hint is float else value
+
+
+def _check_section(value: Any, *, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config key {where[:-1]} is a section; set {where}KEY")
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Return a config as nested JSON values."""
+    return {key: _plain_value(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain_value(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_value(value: Any, *, name: str) -> None:

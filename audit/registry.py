@@ -25,8 +25,8 @@ class Registry(Mapping[str, Entry]):
     Args:
         entries: The built-in methods, in the order of the documentation.
         package: Package that the locations are relative to.
-        group: Entry point group of installed methods, such as "mmaudit.samplers".
         option: Option that selects a method, for messages, such as "--sampling".
+        group: Entry point group of installed methods, such as "mmaudit.samplers"; None: built-in methods only.
 
     Example:
         >>> SAMPLERS = Registry(
@@ -37,9 +37,9 @@ class Registry(Mapping[str, Entry]):
         'Uniform'
     """
 
-    def __init__(self, entries: Mapping[str, Entry], *, package: str, group: str, option: str) -> None:
+    def __init__(self, entries: Mapping[str, Entry], *, package: str, option: str, group: str | None = None) -> None:
         self._entries = dict(entries)
-        self._package, self.group, self.option = package, group, option
+        self._package, self.option, self.group = package, option, group
 
     def __getitem__(self, name: str) -> Entry:
         """Return the entry of a built-in method."""
@@ -55,12 +55,17 @@ class Registry(Mapping[str, Entry]):
 
     def installed(self) -> dict[str, EntryPoint]:
         """Return the entry points of installed packages by name, without those that a built-in method precedes."""
-        points = entry_points(group=self.group)
+        points = () if self.group is None else entry_points(group=self.group)
         return {point.name: point for point in points if point.name not in self._entries}
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all methods, built in and installed."""
         return (*self._entries, *sorted(self.installed()))
+
+    def check(self, name: str) -> None:
+        """Raise ConfigError for an unknown name, with the nearest one; nothing is imported."""
+        if name not in self._entries and name not in (names := self.names()):
+            raise ConfigError(f"{self.option} {name}: {choices(name, names)}")
 
     def load(self, name: str) -> Any:
         """Import a method.
@@ -71,10 +76,9 @@ class Registry(Mapping[str, Entry]):
         if name in self._entries:
             module, _, attribute = self._entries[name].location.partition(":")
             return getattr(import_module(f"{self._package}.{module}"), attribute)
-        points = self.installed()
-        if name not in points:
-            raise ConfigError(f"{self.option} {name}: {choices(name, self.names())}")
+        self.check(name)
+        point = self.installed()[name]
         try:
-            return points[name].load()
+            return point.load()
         except (ImportError, AttributeError) as error:
-            raise ConfigError(f"{self.option} {name}: {points[name].value} cannot be loaded: {error}") from error
+            raise ConfigError(f"{self.option} {name}: {point.value} cannot be loaded: {error}") from error

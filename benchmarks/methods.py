@@ -26,11 +26,11 @@ import mmaudit
 from mmaudit.audit.workers import no_progress
 from mmaudit.cli.config import RunConfig, load_config
 from mmaudit.cli.training import read_examples
-from mmaudit.train.balancing.config import BALANCERS
+from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.config import TrainConfig
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import finetune_on
-from mmaudit.train.sampling.config import SAMPLERS
+from mmaudit.train.sampling import SAMPLERS
 
 # Schedules with the lengths of the papers are scaled to the 60 epochs of these trainings.
 SETTINGS = [
@@ -79,11 +79,9 @@ def methods(modalities: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 def config_of(base: TrainConfig, name: str, settings: dict[str, Any]) -> TrainConfig:
     config = replace(base, finetune=replace(base.finetune, **settings))
     if name == PPO:
-        dus = replace(config.sampling.dus, policy="ppo")
-        return replace(config, sampling=replace(config.sampling, dus=dus))
+        return replace(config, sampling={"dus": {"policy": "ppo"}})
     if name == EARLY:
-        gmm = replace(config.balancing.gmm, warmup_epochs=2)
-        return replace(config, balancing=replace(config.balancing, gmm=gmm))
+        return replace(config, balancing={**config.balancing, "gmm": {"warmup_epochs": 2}})
     return config
 
 

@@ -20,7 +20,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmaudit.audit.features.matrix import MatrixInputs
-from mmaudit.train.balancing.config import BalancingConfig, GmmConfig
 from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
 from mmaudit.train.examples import Examples
 from mmaudit.train.finetune import finetune_on
@@ -96,7 +95,7 @@ def main(quick: bool) -> int:
             config = TrainConfig(
                 finetune=FinetuneConfig(epochs=EPOCHS, batch_size=batch, balancing=balancing),
                 optim=OptimConfig(optimizer="sgd", lr=1e-2, weight_decay=1e-4),
-                balancing=BalancingConfig(gmm=GmmConfig(warmup_epochs=0)),
+                balancing={"gmm": {"warmup_epochs": 0}},
                 width=width,
             )
             seconds = seconds_per_epoch(examples, config, device)

@@ -37,7 +37,6 @@ from torch.nn import functional
 
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.rebalance.curriculum import OrderConfig
-from mmaudit.train.balancing.config import BalancingConfig, GmmConfig
 from mmaudit.train.batches import Batch, Step
 from mmaudit.train.config import FinetuneConfig, TrainConfig
 from mmaudit.train.examples import Examples
@@ -168,7 +167,7 @@ def run_mmaudit(examples: Examples, size: Size, sampling: str, balancing: str, d
             epochs=EPOCHS + 1, batch_size=size.batch, hidden=size.hidden, sampling=sampling, balancing=balancing
         ),
         order=OrderConfig(start=0.5, grow_epochs=4),
-        balancing=BalancingConfig(gmm=GmmConfig(warmup_epochs=0)),
+        balancing={"gmm": {"warmup_epochs": 0}},
     )
     ends, encoded = list[float](), [0]
 

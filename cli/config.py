@@ -6,7 +6,8 @@ import dataclasses
 import re
 import sys
 import typing
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,15 +15,13 @@ from ..audit.dataset.dataset import DataConfig
 from ..audit.errors import ConfigError
 from ..audit.leakage import LeakageConfig
 from ..audit.media.files import MediaConfig
-from ..audit.parsing import build_config
+from ..audit.parsing import build_config, plain
 from ..audit.probes.config import NetworkConfig, ProbeConfig
 from ..audit.scores.mixture import MixtureConfig
 from ..audit.storage import check_regular
 from ..rebalance.balanced import BalancedConfig
 from ..rebalance.curriculum import OrderConfig
-from ..train.balancing.config import BalancingConfig
 from ..train.config import AugmentConfig, FinetuneConfig, OptimConfig, TrainConfig
-from ..train.sampling.config import SamplingConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,8 +50,8 @@ class RunConfig:
         finetune: fine-tuning: fusion, methods, epochs and batches.
         optim: the optimiser.
         augment: augmentation.
-        sampling: the sampling methods.
-        balancing: the balancing methods.
+        sampling: constants of the samplers by section, checked when a fine-tuning begins.
+        balancing: constants of the balancing methods, likewise.
     """
 
     seed: int = 0
@@ -68,8 +67,8 @@ class RunConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    balancing: BalancingConfig = field(default_factory=BalancingConfig)
+    sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    balancing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -123,17 +122,6 @@ def override(config: Config, **values: Any) -> Config:
     """Replace the fields of a config whose value is not None."""
     requested = {name: value for name, value in values.items() if value is not None}
     return dataclasses.replace(config, **requested)  # type: ignore[type-var]
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """Return a config as nested JSON values."""
-    return {key: _plain_value(value) for key, value in asdict(config).items()}
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain_value(inner) for key, inner in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def to_toml(content: dict[str, Any]) -> str:

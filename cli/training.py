@@ -17,7 +17,7 @@ from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.features.encode import encode_dataset
 from ..audit.features.encoded_samples import collect_encoded
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..audit.parsing import build_config
+from ..audit.parsing import build_config, plain
 from ..audit.storage import write_json, write_text
 from ..audit.workers import Progress, default_workers, no_progress
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
@@ -25,9 +25,10 @@ from ..train.config import TrainConfig
 from ..train.evaluate import evaluate_file
 from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
+from ..train.methods import resolve
 from ..train.optimizer import DistributedContext, local_device, open_distributed
-from ..train.tracking import check_trackers
-from .config import RunConfig, plain, to_toml, without_none
+from ..train.tracking import load_trackers
+from .config import RunConfig, to_toml, without_none
 from .provenance import SourceOptions, open_source, origin_of, saw_test_labels
 from .run import Run, new_finetune, read_metrics, swap_finetune
 from .stages import pick_device
@@ -77,7 +78,7 @@ def finetune(
         RunError: the folder holds a fine-tuning of other settings and `overwrite` is False.
         TrainError: training diverged.
     """
-    config = config or RunConfig()
+    config = _resolve_methods(config or RunConfig())
     options = SourceOptions(data=data, encoder=encoder, allow_outside=allow_outside)
     run_dir = Run.open(run)
     path = run_dir.find_manifest(str(manifest))
@@ -89,7 +90,7 @@ def finetune(
     init = None if config.finetune.init is None else _find_model(run_dir, config.finetune.init)
     if overwrite and init is not None and folder.resolve() in init.resolve().parents:
         raise ConfigError(f"--overwrite would delete {init}, which --init loads: pass another --name")
-    check_trackers(config.finetune.report_to)
+    load_trackers(config.finetune.report_to)  # before any data is read
     device = local_device(pick_device(device))
     target = new_finetune(run_dir.folder, folder.name) if overwrite else folder  # moved to `folder` when finished
     with open_distributed(device) as distributed, _writer(run_dir, folder.name, distributed) as lock:
@@ -238,8 +239,13 @@ def _evaluation_lock(run_dir: Run, file: Path) -> AbstractContextManager[Lock]:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that a fine-tuning depends on, as plain values by section."""
     sections = [name for name in TrainConfig.__dataclass_fields__ if name != "width"]
-    resolved = replace(config, finetune=replace(config.finetune, fusion=config.finetune.fusion_used))
-    return {name: plain(resolved)[name] for name in ("seed", *sections, "network")}
+    return {name: plain(config)[name] for name in ("seed", *sections, "network")}
+
+
+def _resolve_methods(config: RunConfig) -> RunConfig:
+    """Return the config with the names and all constants of the methods in use."""
+    resolved = resolve(config.training()).config
+    return replace(config, **{name: getattr(resolved, name) for name in ("finetune", "sampling", "balancing")})
 
 
 def _with_width(config: RunConfig, manifest: Manifest) -> RunConfig:
@@ -316,7 +322,7 @@ def _check_trainable(scored_config: RunConfig) -> None:
 
 def _finetune_name(manifest: str, config: RunConfig) -> str:
     finetune_config = config.finetune
-    parts = [manifest, finetune_config.fusion_used, finetune_config.sampling]
+    parts = [manifest, finetune_config.fusion, finetune_config.sampling]
     parts += [finetune_config.balancing] if finetune_config.balancing != "joint" else []
     parts += [f"only-{finetune_config.only}"] if finetune_config.only else []
     parts += [f"p{finetune_config.keep_posterior:g}"] if finetune_config.keep_posterior is not None else []

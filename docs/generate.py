@@ -1,6 +1,6 @@
 """Reference pages made from the code: the command line and the config keys.
 
-Neither imports torch: commands import heavy packages only when they run, and configs live in modules without them.
+Only the constants of samplers and balancers import torch, since each stands in the file of its method.
 """
 
 from __future__ import annotations
@@ -126,14 +126,26 @@ def config_page() -> str:
     """Write a section for each config dataclass of a run, with keys, types, defaults and what they mean."""
     from mmaudit.cli.config import RunConfig
 
-    return "\n".join(_section("", RunConfig))
+    sections = [_section(f"{section}.", type_) for section, type_ in _method_configs().items()]
+    return "\n".join(line for lines in (_section("", RunConfig), *sections) for line in lines)
 
 
 def config_keys() -> set[str]:
     """Return every key of a run's config, such as probe.folds."""
     from mmaudit.cli.config import RunConfig
 
-    return set(_keys("", RunConfig()))
+    methods = [_keys(f"{section}.", type_()) for section, type_ in _method_configs().items()]
+    return set().union(_keys("", RunConfig()), *methods, _method_configs())
+
+
+def _method_configs() -> dict[str, type[Any]]:
+    """Return the config dataclasses of samplers and balancers by section, such as balancing.ogm."""
+    from mmaudit.train.balancing import BALANCERS
+    from mmaudit.train.sampling import SAMPLERS
+
+    methods = [registry.load(name) for registry in (SAMPLERS, BALANCERS) for name in registry]
+    types = [method.config_type for method in methods if method.config_type is not None]
+    return {type_.section: type_ for type_ in types}
 
 
 def _keys(prefix: str, config: Any) -> Iterator[str]:
@@ -147,7 +159,7 @@ def _keys(prefix: str, config: Any) -> Iterator[str]:
 def _section(prefix: str, cls: type) -> Iterator[str]:
     default, notes = cls(), field_notes(cls)
     nested = [field for field in dataclasses.fields(cls) if dataclasses.is_dataclass(getattr(default, field.name))]
-    plain = [field for field in dataclasses.fields(cls) if field not in nested]
+    plain = [f for f in dataclasses.fields(cls) if f not in nested and not isinstance(getattr(default, f.name), dict)]
     if plain:
         yield from (f"## {prefix.rstrip('.') or 'Keys without a section'}", "", _summary(cls), "")
         yield from ("| key | type | default | meaning |", "|---|---|---|---|")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmaudit.train.balancing.agm import Agm, modality_lead, shapley_weights
-from mmaudit.train.balancing.balancer import Balancer, build_balancer
-from mmaudit.train.balancing.config import AgmConfig, BalancingConfig
+from mmaudit.train.balancing import BALANCERS
+from mmaudit.train.balancing.agm import Agm, AgmConfig, modality_lead, shapley_weights
+from mmaudit.train.balancing.balancer import Balancer
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -54,7 +54,7 @@ def build_method(
         distributed=distributed,
     )
     optimization.begin_epoch(1, epochs=1)
-    return build_balancer(name, optimization.net, optimization, BalancingConfig(agm=AgmConfig(alpha=alpha)), epochs=9)
+    return BALANCERS.load(name)(optimization.net, optimization, AgmConfig(alpha=alpha), epochs=9)
 
 
 def build_agm(fusion: str, *, modalities: int) -> Agm:

@@ -16,8 +16,7 @@ from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
 from mmaudit.train.batches import ModelReader, OutputFunction
 from mmaudit.train.network import Outputs
 from mmaudit.train.optimizer import SINGLE_PROCESS
-from mmaudit.train.sampling.bss_l import BssL
-from mmaudit.train.sampling.config import BssConfig, SamplingConfig
+from mmaudit.train.sampling.bss_l import BssConfig, BssL
 from mmaudit.train.sampling.sampler import Pool
 
 torch.set_num_threads(1)
@@ -52,6 +51,7 @@ def pool_of(balance: NDArray[np.float64]) -> Pool:
     return Pool(
         key=id_keys(f"s{row}" for row in range(N)),
         rank=np.zeros(N, np.int64),
+        discrepancy=np.full(N, np.nan),
         balance=balance,
         p_balanced=np.full(N, np.nan),
         label=LABEL,
@@ -62,8 +62,7 @@ def pool_of(balance: NDArray[np.float64]) -> Pool:
 
 def sampler_of(bss: BssConfig, *, order: OrderConfig | None = None, balance: NDArray[np.float64] | None = None) -> BssL:
     pool = pool_of(np.full(N, np.nan) if balance is None else balance)
-    config = SamplingConfig(bss=bss)
-    return BssL(pool, config, order or OrderConfig(), batch_size=8, seed=3, distributed=SINGLE_PROCESS)
+    return BssL(pool, order or OrderConfig(), bss, batch_size=8, seed=3, distributed=SINGLE_PROCESS)
 
 
 def expected_score(model_reader: FixedOutputs, *, alpha: float) -> NDArray[np.float64]:

@@ -21,8 +21,8 @@ from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
 from mmaudit.train.batches import Batch, ModelReader, Step, to_batch
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
-from mmaudit.train.sampling.config import DusConfig, SamplingConfig
-from mmaudit.train.sampling.dus import Dus, DusH, DusRl, cumulative_discrepancy, lagging_quantities
+from mmaudit.train.sampling.dus import Dus, DusConfig, DusH, cumulative_discrepancy, lagging_quantities
+from mmaudit.train.sampling.dus_rl import DusRl
 from mmaudit.train.sampling.sampler import Pool
 
 torch.set_num_threads(1)
@@ -43,14 +43,15 @@ def sampler_of(
     pool = Pool(
         key=id_keys(f"s{row}" for row in range(N)),
         rank=np.arange(N),
+        discrepancy=none,
         balance=none,
         p_balanced=none,
         label=np.zeros(N, np.int64),
         num_classes=2,
         num_modalities=num_modalities,
     )
-    config = SamplingConfig(dus=DusConfig(**{"every_steps": 1, **changes}))
-    return sampler_class(pool, config, OrderConfig(), batch_size=batch_size, seed=0, distributed=distributed)
+    config = DusConfig(**{"every_steps": 1, **changes})
+    return sampler_class(pool, OrderConfig(), config, batch_size=batch_size, seed=0, distributed=distributed)
 
 
 def reader_of(fusion: str = "concat", *, own_heads: bool = False) -> ModelReader:

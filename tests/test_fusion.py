@@ -6,18 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmaudit.train.fusion import FUSIONS, Fusion, Mmtm, Shared
+from mmaudit.train.config import FUSIONS
+from mmaudit.train.fusion import Fusion, Mmtm, Shared
 
 torch.set_num_threads(1)
 
 DIMS = (5, 3, 4)
-DECOMPOSING = sorted(name for name, type_ in FUSIONS.items() if type_.decomposes)
+DECOMPOSING = sorted(name for name in FUSIONS if FUSIONS.load(name).decomposes)
 Weights = dict[str, Tensor]
 
 
 def fusion_of(name: str, dims: tuple[int, ...] = DIMS) -> Fusion:
     torch.manual_seed(0)
-    fusion = FUSIONS[name](dims, num_classes=6, hidden=7)
+    fusion = FUSIONS.load(name)(dims, num_classes=6, hidden=7)
     for tensor in (
         *fusion.parameters(),
         *fusion.buffers(),

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from training import draw_batch
 
-from mmaudit.train.balancing.config import BalancingConfig, GblendConfig
-from mmaudit.train.balancing.gblend import MIN_OVERFIT, MIN_WEIGHT, NUM_TRAIN_ROWS, Gblend, blend_weights
-from mmaudit.train.batches import Batch, Loss, OutputFunction, RowIndex
+from mmaudit.rebalance.curriculum import RowIndex
+from mmaudit.train.balancing.gblend import MIN_OVERFIT, MIN_WEIGHT, NUM_TRAIN_ROWS, Gblend, GblendConfig, blend_weights
+from mmaudit.train.batches import Batch, Loss, OutputFunction
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
 from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
@@ -32,7 +32,7 @@ def build_gblend(super_epoch: int = 2) -> Gblend:
         ModelConfig(modalities=("audio", "visual"), shapes=((5,), (4,)), classes=("a", "b", "c"), hidden=6, dropout=0.0)
     )
     optimization = Optimization(net, OptimConfig(precision="float32"), device="cpu", distributed=SINGLE_PROCESS)
-    config = BalancingConfig(gblend=GblendConfig(super_epoch=super_epoch, trial_epochs=3))
+    config = GblendConfig(super_epoch=super_epoch, trial_epochs=3)
     return Gblend(net, optimization, config, epochs=8)
 
 

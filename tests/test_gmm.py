@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmaudit.train.balancing.balancer import Balancer, build_balancer
-from mmaudit.train.balancing.config import BalancingConfig, GmmConfig
-from mmaudit.train.balancing.gmm import fit_gap_mixture, modality_gap
-from mmaudit.train.batches import Batch, Loss, OutputFunction, RowIndex
+from mmaudit.rebalance.curriculum import RowIndex
+from mmaudit.train.balancing import BALANCERS
+from mmaudit.train.balancing.balancer import Balancer
+from mmaudit.train.balancing.gmm import GmmConfig, fit_gap_mixture, modality_gap
+from mmaudit.train.batches import Batch, Loss, OutputFunction
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
@@ -83,8 +84,8 @@ def build_method(
     optim = OptimConfig(optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant")
     optimization = Optimization(FusionNet(plan), optim, device="cpu", distributed=distributed)
     optimization.begin_epoch(1, epochs=1)
-    config = BalancingConfig(gmm=gmm or GmmConfig(warmup_epochs=0))
-    method = build_balancer("gmm", optimization.net, optimization, config, epochs=9)
+    config = gmm or GmmConfig(warmup_epochs=0)
+    method = BALANCERS.load("gmm")(optimization.net, optimization, config, epochs=9)
     method.begin_epoch(epoch, PlantedGaps(two_groups()))
     return method
 
@@ -219,7 +220,7 @@ def test_warm_up_is_the_summed_loss_and_reads_nothing() -> None:
         build_method(),
         PlantedGaps(two_groups()),
     )
-    summed = build_balancer("sum", plain.net, plain.optimization, BalancingConfig(), epochs=9)
+    summed = BALANCERS.load("sum")(plain.net, plain.optimization, epochs=9)
     outputs, batch = make_outputs(STRONG, GAP, LABEL), make_batch()
     for epoch, is_warm_up in ((1, True), (2, True), (3, False)):
         method.begin_epoch(epoch, model_reader)

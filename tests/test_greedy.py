@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from training import draw_batch
 
-from mmaudit.train.balancing.config import BalancingConfig, GreedyConfig
-from mmaudit.train.balancing.greedy import Greedy, conditional_speeds, slowest_modality
+from mmaudit.train.balancing.greedy import Greedy, GreedyConfig, conditional_speeds, slowest_modality
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.fusion import Mmtm
@@ -58,7 +57,7 @@ def build_greedy(
         dropout=0.0,
     )
     net = FusionNet(plan)
-    config = BalancingConfig(greedy=GreedyConfig(alpha=alpha, window=window, rest=rest))
+    config = GreedyConfig(alpha=alpha, window=window, rest=rest)
     return Greedy(
         net,
         Optimization(net, OptimConfig(precision="float32"), device="cpu", distributed=distributed),
@@ -72,7 +71,7 @@ def make_batch(seed: int = 1, *, m: int = 2, present: list[list[bool]] | None = 
 
 
 def make_state(total: Tensor, *, ordinary: int = 0, slow: int = 0, steps_left: int = 0) -> dict[str, object]:
-    return {"total": total, "ordinary": ordinary, "slow": slow, "left": steps_left, "rebalanced": 0}
+    return {"total": total, "ordinary": ordinary, "slow": slow, "steps_left": steps_left, "rebalanced": 0}
 
 
 def changed_parameters(balancer: Greedy, batch: Batch) -> set[str]:

@@ -16,39 +16,39 @@ from training import QUICK, fine_tune, make_examples, metrics_without_seconds, m
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.train import checkpoint, finetune
-from mmaudit.train.balancing.config import BALANCERS, BalancingConfig, GblendConfig, GmmConfig, MsesConfig
-from mmaudit.train.config import FinetuneConfig, TrainConfig
-from mmaudit.train.network import FusionNet
-from mmaudit.train.sampling.config import SAMPLERS, BssConfig, DusConfig, SamplingConfig, SmvConfig
-from mmaudit.train.training_data import build_model_config
+from mmaudit.train.balancing import BALANCERS
+from mmaudit.train.config import TrainConfig
+from mmaudit.train.methods import resolve
+from mmaudit.train.sampling import SAMPLERS
+from mmaudit.train.training_data import build_network
 
 torch.set_num_threads(1)
 
 # Settings in which every method is active within two epochs.
 ACTIVE = replace(
     with_options(QUICK, epochs=2),
-    balancing=BalancingConfig(
-        gmm=GmmConfig(warmup_epochs=1), gblend=GblendConfig(super_epoch=1), mses=MsesConfig(patience=1)
-    ),
-    sampling=SamplingConfig(
-        bss=BssConfig(every_epochs=1), smv=SmvConfig(every_epochs=1, warmup_epochs=1), dus=DusConfig(horizon=2)
-    ),
+    balancing={"gmm": {"warmup_epochs": 1}, "gblend": {"super_epoch": 1}, "mses": {"patience": 1}},
+    sampling={
+        "bss": {"every_epochs": 1},
+        "smv": {"every_epochs": 1, "warmup_epochs": 1},
+        "dus": {"horizon": 2},
+    },
 )
+
+
+def config_of(sampling: str, balancing: str, **options: Any) -> TrainConfig:
+    return with_options(ACTIVE, sampling=sampling, balancing=balancing, **options)
 
 
 def is_admitted(sampling: str, balancing: str, **options: Any) -> bool:
     try:
-        FinetuneConfig(sampling=sampling, balancing=balancing, **options)
+        resolve(config_of(sampling, balancing, **options))
     except ConfigError:
         return False
     return True
 
 
 PAIRS = [(sampling, balancing) for sampling in SAMPLERS for balancing in BALANCERS if is_admitted(sampling, balancing)]
-
-
-def config_of(sampling: str, balancing: str, **options: Any) -> TrainConfig:
-    return with_options(ACTIVE, sampling=sampling, balancing=balancing, **options)
 
 
 def test_most_pairs_are_admitted() -> None:
@@ -80,7 +80,7 @@ def test_pair_updates_all_parameters_but_frozen_encoders(tmp_path: Path, samplin
     config = config_of(sampling, balancing, freeze=("audio",), own_heads=balancing != "mla")
     fine_tune(examples, tmp_path, config)
     torch.manual_seed(0)
-    before = FusionNet(build_model_config(examples, config)).state_dict()
+    before = build_network(examples, resolve(config)).state_dict()
     after = load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
     unchanged = {name for name in before if torch.equal(before[name], after[name])}

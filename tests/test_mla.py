@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from training import draw_batch, select_rows
 
-from mmaudit.train.balancing.config import BalancingConfig, MlaConfig
-from mmaudit.train.balancing.mla import Mla, project_out, relax_to_identity
+from mmaudit.train.balancing.mla import Mla, MlaConfig, project_out, relax_to_identity
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.fusion import Shared
@@ -76,7 +75,7 @@ def build_mla(
     net = FusionNet(plan)
     if not same_width:  # as with encoders of different widths
         net.fusion.bring = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(3))
-    config = BalancingConfig(mla=MlaConfig(ridge=ridge))
+    config = MlaConfig(ridge=ridge)
     return Mla(net, RecordingOptimization(net, optim, device="cpu", distributed=distributed), config, epochs=2)
 
 

@@ -16,8 +16,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from training import draw_batch
 
-from mmaudit.train.balancing.config import BalancingConfig, MmParetoConfig
-from mmaudit.train.balancing.mmpareto import MmPareto, combine_gradients
+from mmaudit.train.balancing.mmpareto import MmPareto, MmParetoConfig, combine_gradients
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
@@ -61,7 +60,7 @@ def build_mmpareto(
     net = FusionNet(plan)
     net.freeze_encoders(freeze)
     config = OptimConfig(optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, precision=precision)
-    return MmPareto(net, Optimization(net, config, device="cpu", distributed=distributed), BalancingConfig(), epochs=2)
+    return MmPareto(net, Optimization(net, config, device="cpu", distributed=distributed), epochs=2)
 
 
 def make_batch(present: list[list[bool]] | None = None, *, seed: int = 1) -> Batch:
@@ -208,7 +207,7 @@ def test_half_precision_takes_nearly_the_same_step() -> None:
 
 def test_gamma_scales_encoder_gradients() -> None:
     balancer = build_mmpareto()
-    balancer.config = BalancingConfig(mmpareto=MmParetoConfig(gamma=3.0))
+    balancer.config = MmParetoConfig(gamma=3.0)
     doubled, reference = weight_changes(balancer, make_batch()), weight_changes(build_mmpareto(), make_batch())
     for name in reference:
         factor: Any = 2 if name.startswith("encoders.") else 1

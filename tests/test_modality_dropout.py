@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from training import select_rows
 
-from mmaudit.train.balancing.balancer import Balancer, build_balancer
-from mmaudit.train.balancing.config import BalancingConfig, DropoutConfig
+from mmaudit.train.balancing import BALANCERS
+from mmaudit.train.balancing.balancer import Balancer
+from mmaudit.train.balancing.modality_dropout import DropoutConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -40,8 +41,8 @@ def build_method(
     optimization = Optimization(
         net, OptimConfig(optimizer="sgd", weight_decay=0.0), device="cpu", distributed=distributed
     )
-    config = BalancingConfig(dropout=DropoutConfig(probability=probability))
-    return build_balancer("modality-dropout", net, optimization, config, epochs=1)
+    config = DropoutConfig(probability=probability)
+    return BALANCERS.load("modality-dropout")(net, optimization, config, epochs=1)
 
 
 def make_batch(num_rows: int, *, modalities: int = 2, present: Tensor | None = None, share: float = 1.0) -> Batch:

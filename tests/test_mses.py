@@ -10,8 +10,7 @@ from torch import Tensor
 from training import draw_batch
 
 from mmaudit.train.balancing.balancer import Validation
-from mmaudit.train.balancing.config import BalancingConfig, MsesConfig
-from mmaudit.train.balancing.mses import Mses
+from mmaudit.train.balancing.mses import Mses, MsesConfig
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig, cross_entropies
@@ -35,7 +34,7 @@ def build_mses(*, patience: int = 2, own_heads: bool = False, freeze: tuple[int,
     net = FusionNet(plan)
     net.freeze_encoders(freeze)
     optimization = Optimization(net, OptimConfig(precision="float32", lr=0.1), device="cpu", distributed=SINGLE_PROCESS)
-    config = BalancingConfig(mses=MsesConfig(patience=patience))
+    config = MsesConfig(patience=patience)
     return Mses(net, optimization, config, epochs=9)
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from training import draw_batch
 
+from mmaudit.rebalance.curriculum import RowIndex
 from mmaudit.train.balancing.balancer import Validation
-from mmaudit.train.balancing.config import BalancingConfig, MslrConfig
-from mmaudit.train.balancing.mslr import Mslr, dynamic_factors, smooth_factor
-from mmaudit.train.batches import Loss, OutputFunction, RowIndex
+from mmaudit.train.balancing.mslr import Mslr, MslrConfig, dynamic_factors, smooth_factor
+from mmaudit.train.batches import Loss, OutputFunction
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropies
 from mmaudit.train.optimizer import SINGLE_PROCESS, Optimization
@@ -53,7 +53,7 @@ def build_mslr(mode: str, *, factors: tuple[str, ...] = (), max_factor: float = 
         ModelConfig(modalities=("audio", "visual"), shapes=((5,), (4,)), classes=("a", "b", "c"), hidden=6, dropout=0.0)
     )
     optim = OptimConfig(precision="float32", lr=0.1, schedule="constant", modality_lr=factors)
-    config = BalancingConfig(mslr=MslrConfig(mode=mode, max_factor=max_factor))
+    config = MslrConfig(mode=mode, max_factor=max_factor)
     return Mslr(net, Optimization(net, optim, device="cpu", distributed=SINGLE_PROCESS), config, epochs=epochs)
 
 

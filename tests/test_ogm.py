@@ -11,9 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmaudit.train.balancing.balancer import Balancer, build_balancer
-from mmaudit.train.balancing.config import BalancingConfig, OgmConfig
-from mmaudit.train.balancing.ogm import mean_of_others, ogm_coefficients
+from mmaudit.train.balancing import BALANCERS
+from mmaudit.train.balancing.balancer import Balancer
+from mmaudit.train.balancing.ogm import OgmConfig, mean_of_others, ogm_coefficients
 from mmaudit.train.batches import Batch, ModelReader
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -46,7 +46,7 @@ def build_method(
     )
     optimization.begin_epoch(1, epochs=1)
     optimization.begin_step(11)
-    method = build_balancer(name, optimization.net, optimization, BalancingConfig(ogm=ogm), epochs=9)
+    method = BALANCERS.load(name)(optimization.net, optimization, ogm, epochs=9)
     method.begin_epoch(1, NO_READER)
     return method
 

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmaudit.train.balancing.balancer import Balancer, build_balancer
-from mmaudit.train.balancing.config import BalancingConfig, PmrConfig
-from mmaudit.train.balancing.pmr import distances, lag_weights
-from mmaudit.train.batches import Batch, Loss, OutputFunction, RowIndex
+from mmaudit.rebalance.curriculum import RowIndex
+from mmaudit.train.balancing import BALANCERS
+from mmaudit.train.balancing.balancer import Balancer
+from mmaudit.train.balancing.pmr import PmrConfig, distances, lag_weights
+from mmaudit.train.batches import Batch, Loss, OutputFunction
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig
 from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext, Optimization
@@ -76,7 +77,7 @@ def build_method(
     optim = OptimConfig(optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant")
     optimization = Optimization(FusionNet(plan), optim, device="cpu", distributed=distributed)
     optimization.begin_epoch(1, epochs=1)
-    return build_balancer(name, optimization.net, optimization, BalancingConfig(pmr=pmr or PmrConfig()), epochs=9)
+    return BALANCERS.load(name)(optimization.net, optimization, pmr or PmrConfig(), epochs=9)
 
 
 def build_in_epoch(

@@ -19,24 +19,31 @@ from mmaudit.rebalance.curriculum import OrderConfig, id_keys
 from mmaudit.train.batches import Loss, OutputFunction, Step, to_batch
 from mmaudit.train.network import FusionNet, ModelConfig
 from mmaudit.train.optimizer import SINGLE_PROCESS
-from mmaudit.train.sampling.config import SAMPLERS, BssConfig, DusConfig, SamplingConfig, SmvConfig
-from mmaudit.train.sampling.sampler import Pool, Sampler, build_sampler
+from mmaudit.train.sampling import SAMPLERS
+from mmaudit.train.sampling.bss_l import BssConfig
+from mmaudit.train.sampling.dus import DusConfig
+from mmaudit.train.sampling.sampler import Pool, Sampler
+from mmaudit.train.sampling.smv import SmvConfig
 
 torch.set_num_threads(1)
 
 N, B, K = 60, 8, 3
-SOON = SmvConfig(warmup_epochs=1, every_epochs=2)
-PAIRS = SamplingConfig(smv=SOON, bss=BssConfig(every_epochs=2), dus=DusConfig(dead_zone=0.0, kappa=3.0))
+PAIRS: dict[str, Any] = {
+    "bss-l": BssConfig(every_epochs=2),
+    "dus-h": DusConfig(dead_zone=0.0, kappa=3.0),
+    "dus-rl": DusConfig(dead_zone=0.0, kappa=3.0),
+    "smv": SmvConfig(warmup_epochs=1, every_epochs=2),
+}
 PACED = OrderConfig(start=0.3, grow_epochs=4)
 # Every sampler, and its settings that draw differently.
-KINDS = {
-    **{name: (name, PAIRS, PACED) for name in SAMPLERS},
-    "bss-l-manifest": ("bss-l", SamplingConfig(bss=BssConfig(score_source="manifest")), PACED),
-    "bss-l-paper": ("bss-l", PAIRS, OrderConfig(draw="replacement", weight="softmax")),
-    "posterior-again": ("posterior", PAIRS, OrderConfig(draw="replacement")),
-    "dus-h-single": ("dus-h", SamplingConfig(dus=DusConfig(paired=False, dead_zone=0.0, kappa=3.0)), PACED),
-    "dus-rl-single": ("dus-rl", SamplingConfig(dus=DusConfig(paired=False, lr=0.1)), PACED),
-    "dus-rl-ppo": ("dus-rl", SamplingConfig(dus=DusConfig(policy="ppo", horizon=3, lr=0.1)), PACED),
+KINDS: dict[str, tuple[str, Any, OrderConfig]] = {
+    **{name: (name, PAIRS.get(name), PACED) for name in SAMPLERS},
+    "bss-l-manifest": ("bss-l", BssConfig(score_source="manifest"), PACED),
+    "bss-l-paper": ("bss-l", BssConfig(every_epochs=2), OrderConfig(draw="replacement", weight="softmax")),
+    "posterior-again": ("posterior", None, OrderConfig(draw="replacement")),
+    "dus-h-single": ("dus-h", DusConfig(paired=False, dead_zone=0.0, kappa=3.0), PACED),
+    "dus-rl-single": ("dus-rl", DusConfig(paired=False, lr=0.1), PACED),
+    "dus-rl-ppo": ("dus-rl", DusConfig(policy="ppo", horizon=3, lr=0.1), PACED),
 }
 FIXED_SIZE = [kind for kind, (name, _, _) in KINDS.items() if not name.startswith("dus")]
 
@@ -50,6 +57,7 @@ class FakeTraining:
         columns: dict[str, NDArray[Any]] = {
             "key": id_keys(ids),
             "rank": rng.permutation(N),
+            "discrepancy": rng.uniform(-1, 1, N),
             "balance": rng.uniform(-1, 1, N),
             "p_balanced": rng.random(N) * (rng.random(N) < 0.9),
             "label": rng.choice(K, N, p=[0.7, 0.2, 0.1]),
@@ -95,7 +103,8 @@ class FakeTraining:
 
 def build_kind(kind: str, pool: Pool, *, seed: int = 0) -> Sampler:
     name, config, order = KINDS[kind]
-    return build_sampler(name, pool, config, order, batch_size=B, seed=seed, distributed=SINGLE_PROCESS)
+    sampler: Sampler = SAMPLERS.load(name)(pool, order, config, batch_size=B, seed=seed, distributed=SINGLE_PROCESS)
+    return sampler
 
 
 def comparable(steps: Sequence[Step]) -> list[tuple[Any, ...]]:

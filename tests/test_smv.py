@@ -18,9 +18,8 @@ from mmaudit.rebalance.curriculum import OrderConfig, epoch_order, id_keys
 from mmaudit.train.batches import ModelReader, OutputFunction, Step
 from mmaudit.train.network import Outputs
 from mmaudit.train.optimizer import SINGLE_PROCESS
-from mmaudit.train.sampling.config import SamplingConfig, SmvConfig
 from mmaudit.train.sampling.sampler import Pool
-from mmaudit.train.sampling.smv import Smv, num_copies
+from mmaudit.train.sampling.smv import Smv, SmvConfig, num_copies
 
 torch.set_num_threads(1)
 
@@ -62,14 +61,15 @@ def sampler_of(n: int = 5, *, batch_size: int = 4, seed: int = 0, **changes: int
     pool = Pool(
         key=id_keys(f"s{row}" for row in range(n)),
         rank=np.arange(n),
+        discrepancy=none,
         balance=none,
         p_balanced=none,
         label=np.zeros(n, np.int64),
         num_classes=2,
         num_modalities=2,
     )
-    config = SamplingConfig(smv=SmvConfig(**{"warmup_epochs": 0, **changes}))
-    return Smv(pool, config, OrderConfig(), batch_size=batch_size, seed=seed, distributed=SINGLE_PROCESS)
+    config = SmvConfig(**{"warmup_epochs": 0, **changes})
+    return Smv(pool, OrderConfig(), config, batch_size=batch_size, seed=seed, distributed=SINGLE_PROCESS)
 
 
 def begin_epoch(sampler: Smv, epoch: int, model_reader: FixedReader) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from mmaudit.cli.main import app
+from mmaudit.train.methods import list_methods
 
 torch.set_num_threads(1)
 
@@ -68,6 +70,7 @@ def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
         ([], "all-concat-uniform"),
         (["--balancing", "gmm", "--sampling", "bss-l"], "all-concat-bss-l-gmm"),
         (["--balancing", "greedy"], "all-mmtm-uniform-greedy"),
+        (["--sampling", "dus-h"], "all-concat-dus-h-sum"),
         (["--fusion", "gated"], "all-gated-uniform"),
         (["--only", "audio"], "all-concat-uniform-only-audio"),
         (["--keep-posterior", "0.5", "--init", "plain"], "all-concat-uniform-p0.5-from-plain"),
@@ -79,6 +82,112 @@ def test_default_name_is_built_from_the_settings(run: Path, words: list[str], na
     assert metrics["config"]["finetune"]["fusion"] in name
     assert metrics == run_json(*TUNE, *words, "--run", run)  # finished already
     assert metrics == run_json(*TUNE, *words, "--run", run, "--set", "finetune.save_steps=1")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sampling", "dus-h", "--balancing", "ogm"], "--balancing ogm has no unimodal loss that trains on them"),
+        (["--balancing", "greedy", "--fusion", "concat"], "greedy does not support --fusion concat: it measures"),
+        (["--sampling", "bss"], "--sampling bss: did you mean bss-"),
+        (["--set", "balancing.ogmm.alpha=1"], "no config key balancing.ogmm; did you mean balancing.ogm?"),
+    ],
+)
+def test_contradictions_and_unknown_methods_raise_before_data_are_read(words: list[str], message: str) -> None:
+    result = mmaudit(*TUNE, *words, "--run", "no-such-run")
+    assert result.exit_code == 2
+    assert message in output_of(result)
+
+
+PLUGIN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mmaudit.train.balancing.balancer import Balancer
+from mmaudit.train.fusion import Late
+from mmaudit.train.sampling.ordered import Ordered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HalfConfig:
+    """Half.
+
+    Args:
+        share: Share of the samples of an epoch.
+    """
+
+    section: ClassVar[str] = "sampling.t-half"
+    share: float = 0.5
+
+
+class Half(Ordered):
+    config_type = HalfConfig
+
+    def rows(self, epoch):
+        return np.arange(int(len(self.pool) * self.config.share))
+
+
+class Mean(Late):
+    def forward(self, features):
+        return self.unimodal_logits(features).mean(dim=0)
+
+    def fused_and_unimodal_logits(self, features):
+        return self(features), self.unimodal_logits(features)
+
+
+class Twice(Balancer):
+    fusions = ()
+    own_fusion = Mean
+    fusion_reason = "it averages logits"
+
+    def loss(self, outputs, batch):
+        return 2 * self.fused_loss(outputs, batch)
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Install a package with the sampler t-half and the balancer t-twice."""
+    info = tmp_path / "site" / "t_methods-1.dist-info"
+    info.mkdir(parents=True)
+    (tmp_path / "site" / "t_methods.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: t-methods\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(
+        "[mmaudit.samplers]\nt-half = t_methods:Half\n[mmaudit.balancers]\nt-twice = t_methods:Twice\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    yield
+    sys.modules.pop("t_methods", None)
+
+
+def test_installed_methods_train_and_are_imported_only_when_named(run: Path, plugin: None) -> None:
+    run_json(*TUNE, "--run", run, "--name", "other", "--set", "balancing.ogm.alpha=0.5")
+    assert {row.name for row in list_methods()} > {"t-half", "t-twice", "uniform"}
+    assert "t_methods" not in sys.modules
+    words: list[str | Path] = [*TUNE, "--run", run, "--sampling", "t-half", "--balancing", "t-twice"]
+    metrics = run_json(*words, "--set", "sampling.t-half.share=0.25")
+    assert "t_methods" in sys.modules
+    assert metrics["config"]["finetune"]["fusion"] == "t-twice"
+    assert metrics["config"]["sampling"] == {"t-half": {"share": 0.25}}
+    assert metrics["samples_seen"] == 3 * (metrics["counts"]["train"] // 4)
+    evaluation = run_json("evaluate", "all-t-twice-t-half-t-twice", "--run", run)
+    assert evaluation["test"] == metrics["test"]
+    refused = mmaudit(*TUNE, "--run", run, "--balancing", "t-twice", "--fusion", "late")
+    assert "does not support --fusion late: it averages logits; use --fusion t-twice" in output_of(refused)
+    unknown = mmaudit(*words, "--set", "sampling.t-half.shar=0.25")
+    assert "no config key sampling.t-half.shar; did you mean sampling.t-half.share?" in output_of(unknown)
+
+
+def test_model_of_a_method_that_is_not_installed_raises(
+    run: Path, plugin: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_json(*TUNE, "--run", run, "--balancing", "t-twice", "--name", "twice")
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not folder.endswith("site")])
+    result = mmaudit("evaluate", "twice", "--run", run)
+    assert result.exit_code == 2
+    assert "trained with the fusion t-twice, which is not installed" in output_of(result)
 
 
 def test_evaluate_repeats_and_extends_test_metrics(run: Path) -> None:
@@ -163,7 +272,7 @@ def test_frozen_encoder_is_unchanged(run: Path) -> None:
         (["--fusion", "gates"], "--fusion gates: did you mean gated?"),
         (["--balancing", "greedy", "--fusion", "concat"], "it measures and cuts the cross-modal path"),
         (["--balancing", "mla", "--fusion", "late"], "it trains one classifier that all modalities share"),
-        (["--sampling", "dus-h"], "--balancing joint has no unimodal loss that trains on them"),
+        (["--sampling", "dus-h", "--balancing", "joint"], "--balancing joint has no unimodal loss that trains on them"),
         (["--only", "audio", "--balancing", "gmm"], "--balancing gmm needs at least 2"),
         (["--only", "audoi"], "--only audoi: did you mean audio?"),
         (["--init", "plan"], "no finished fine-tuning plan"),

@@ -1,8 +1,10 @@
-"""Tests of training data: batches of the training rows, evaluation in eval mode, and trained copies."""
+"""Tests of training data: its set-up, batches of the training rows, evaluation in eval mode, and trained copies."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,22 +12,24 @@ import torch
 from torch import Tensor
 from training import QUICK, make_examples, with_options
 
-from mmaudit.audit.errors import ManifestError
+from mmaudit.audit.errors import ConfigError, ManifestError
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.train.batches import Batch, Step
+from mmaudit.train.checkpoint import run_identity
 from mmaudit.train.config import TrainConfig
 from mmaudit.train.examples import Examples, Store
+from mmaudit.train.methods import resolve
 from mmaudit.train.network import FusionNet, Outputs, cross_entropies
-from mmaudit.train.optimizer import SINGLE_PROCESS
-from mmaudit.train.training_data import NetworkReader, TrainingData, build_model_config, set_up, validate
+from mmaudit.train.optimizer import SINGLE_PROCESS, DistributedContext
+from mmaudit.train.training_data import NetworkReader, TrainingData, build_network, set_up, validate
 
 torch.set_num_threads(1)
 
 
 def build_training_data(examples: Examples, config: TrainConfig = QUICK) -> tuple[TrainingData, FusionNet]:
-    training_data = set_up(examples, config, seed=0, device="cpu", distributed=SINGLE_PROCESS)
+    training_data = set_up(examples, resolve(config), seed=0, device="cpu", distributed=SINGLE_PROCESS)
     torch.manual_seed(0)
-    net = FusionNet(build_model_config(examples, config))
+    net = build_network(examples, resolve(config))
     training_data.standardise(net)
     return training_data, net
 
@@ -173,3 +177,75 @@ def test_sample_without_any_modality_has_no_loss() -> None:
     assert step.fused.tolist() == [True, False, False]
     everywhere = Step(rows=np.array([0]))
     assert everywhere.masked_by(np.ones((1, 2), dtype=bool)) is everywhere
+
+
+def identity_of(examples: Examples, config: TrainConfig = QUICK, *, seed: int = 0, **options: Any) -> str:
+    distributed = options.pop("distributed", SINGLE_PROCESS)
+    training_data = set_up(examples, resolve(config), seed=seed, device="cpu", distributed=distributed)
+    return run_identity(examples, training_data, init=options.pop("init", None))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"report_to": ("wandb",)}, {"save_steps": 5}],
+)
+def test_reporting_and_saving_do_not_change_the_identity(options: dict[str, Any]) -> None:
+    assert identity_of(make_examples(), with_options(**options)) == identity_of(make_examples())
+
+
+def test_number_of_processes_does_not_change_the_identity() -> None:
+    assert identity_of(make_examples(), distributed=DistributedContext(rank=1, world_size=4)) == identity_of(
+        make_examples()
+    )
+
+
+@pytest.mark.parametrize("name", ["content", "discrepancy", "balance", "p_balanced", "weight", "rank"])
+def test_training_samples_change_the_identity(name: str) -> None:
+    examples = make_examples()
+    values = getattr(examples, name).copy()
+    values[examples.rows("train")[0]] = "other" if name == "content" else 0.123
+    if name == "rank":
+        values[examples.rows("train")[0]] = 10**6
+    assert identity_of(replace(examples, **{name: values})) != identity_of(examples)
+
+
+def test_initial_weights_change_the_identity(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode())
+    identities = {identity_of(make_examples(), init=init) for init in (None, tmp_path / "a", tmp_path / "b")}
+    assert len(identities) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"freeze": ("audo",)}, "no modality audo; the modalities are audio, visual"),
+        ({"modality_lr": ("text=0.1",)}, "no modality text; the modalities are audio, visual"),
+    ],
+)
+def test_unknown_modality_raises(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        set_up(make_examples(), resolve(with_options(**options)), seed=0, device="cpu", distributed=SINGLE_PROCESS)
+
+
+def test_pool_has_the_training_rows() -> None:
+    examples = make_examples()
+    training_data = set_up(examples, resolve(QUICK), seed=0, device="cpu", distributed=SINGLE_PROCESS)
+    train = examples.rows("train")
+    np.testing.assert_array_equal(training_data.train, train)
+    for name in ("rank", "discrepancy", "balance", "p_balanced", "label"):
+        np.testing.assert_array_equal(getattr(training_data.pool, name), getattr(examples, name)[train])
+    assert (training_data.pool.num_classes, training_data.pool.num_modalities, len(training_data.pool)) == (
+        4,
+        2,
+        len(train),
+    )
+
+
+@pytest.mark.parametrize(
+    ("balancing", "fusion", "own_heads"),
+    [("joint", "concat", False), ("mmpareto", "concat", True), ("greedy", "mmtm", False), ("mla", "shared", False)],
+)
+def test_method_gets_the_network_it_needs(balancing: str, fusion: str, own_heads: bool) -> None:
+    config = build_network(make_examples(), resolve(with_options(balancing=balancing))).config
+    assert (config.fusion, config.own_heads) == (fusion, own_heads)

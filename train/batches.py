@@ -1,10 +1,12 @@
-"""Steps, batches, augmentation, and the interface through which methods evaluate the model between epochs."""
+"""Steps, batches, augmentation, and what samplers and balancers have in common."""
 
 from __future__ import annotations
 
+import copy
+from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -12,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..audit.probes.network import augment_pictures, to_pictures
-from .config import AugmentConfig
+from ..rebalance.curriculum import RowIndex
+from .config import AugmentConfig, TrainConfig
 from .network import FusionNet, Outputs
 from .optimizer import DistributedContext
 
-RowIndex = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
@@ -214,6 +216,71 @@ class ModelReader(Protocol):
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
         """Return a copy of the model trained further with another loss on uniform batches; the model is not changed."""
+
+
+class Method(ABC):
+    """What samplers and balancers have in common.
+
+    A method is a class in a file of its own, and one line in SAMPLERS or BALANCERS. A method of another package has an
+    entry point in the group `mmaudit.samplers` or `mmaudit.balancers` in place of the line.
+
+    Attributes:
+        config_type: Frozen dataclass of the method's constants; None: it has none. Its class attribute `section` is the
+            section of the config, such as "balancing.ogm": the axis, then a name that methods may share; for a method
+            of another package, the name of its entry point. The section Args of its docstring states the meaning of
+            every field, and `__post_init__` raises ConfigError for values out of range.
+        paper: Reference; empty where the method is mmaudit's own or too common for one.
+        min_modalities: Fewest modalities that it works with.
+        state_fields: Attributes that the next steps depend on, tensors and plain values: what checkpoints save.
+        config: The constants, an instance of `config_type`.
+    """
+
+    config_type: ClassVar[type[Any] | None] = None
+    paper: ClassVar[str] = ""
+    min_modalities: ClassVar[int] = 1
+    state_fields: ClassVar[tuple[str, ...]] = ()
+    config: Any
+
+    @classmethod
+    def default_config(cls) -> Any:
+        """Return the constants that hold where none are set; None where the method has none."""
+        return None if cls.config_type is None else cls.config_type()
+
+    @classmethod
+    def needs(cls) -> tuple[str, ...]:
+        """Return what the method needs of data and settings, in words."""
+        return (f"{cls.min_modalities} modalities",) if cls.min_modalities > 1 else ()
+
+    @classmethod
+    def check(cls, config: Any, settings: TrainConfig) -> None:
+        """Raise ConfigError where the constants contradict other settings of the training."""
+
+    @classmethod
+    def late_start(cls, config: Any, settings: TrainConfig) -> str | None:
+        """Return a warning where the method starts after the last epoch of the settings."""
+
+    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
+        """Evaluate the model before epoch 1, 2, ..., if the method needs it."""
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return the method's columns of history.jsonl at the end of an epoch."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that the next steps depend on: tensors and plain values."""
+        return {name.lstrip("_"): copy.deepcopy(getattr(self, name)) for name in self.state_fields}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a state."""
+        for name in self.state_fields:
+            setattr(self, name, state[name.lstrip("_")])
+
+
+def start_warning(name: str, *, first_epoch: int, setting: str, epochs: int, fallback: str) -> str | None:
+    """Return the warning of a method that is another one until a first epoch, if that comes after the last."""
+    if epochs >= first_epoch:
+        return None
+    return f"{name} starts in epoch {first_epoch} ({setting}); until then it is {fallback}"
 
 
 def sample_rows(model_reader: ModelReader, num_rows: int) -> RowIndex:

@@ -27,7 +27,7 @@ from .training_data import TrainingData
 
 log = logging.getLogger("mmaudit")
 
-_STATE_VERSION = 2  # raised when the contents of a state change: an older state is not resumed
+_STATE_VERSION = 3  # raised when the contents of a state change: an older state is not resumed
 
 
 def save_model(state: dict[str, Tensor], path: Path, *, about: dict[str, Any]) -> None:
@@ -130,7 +130,9 @@ def run_identity(examples: Examples, training_data: TrainingData, *, init: Path 
     """
     train, train_and_validation = training_data.train, np.r_[training_data.train, training_data.validation]
     ids = ["\0".join(examples.sample_id[rows]) for rows in (train, training_data.validation)]
-    arrays: list[NDArray[Any]] = [training_data.pool.rank, training_data.pool.balance, training_data.pool.p_balanced]
+    arrays: list[NDArray[Any]] = [
+        getattr(training_data.pool, name) for name in ("rank", "discrepancy", "balance", "p_balanced")
+    ]
     arrays += [examples.weight[train], examples.label[train_and_validation]]
     for matrix in training_data.store.resident:
         if matrix is not None:

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..audit.errors import ConfigError, choices
+from ..audit.registry import Entry, Registry
 from ..rebalance.curriculum import OrderConfig
-from .balancing.config import BALANCERS, BalancingConfig
-from .sampling.config import CROSS_MODAL_SAMPLERS, CURRICULUM_SAMPLERS, SAMPLERS, UNIMODAL_SAMPLERS, SamplingConfig
 
-FUSIONS = ("concat", "late", "gated", "film", "mmtm", "shared")
+FUSIONS = Registry(
+    {
+        "concat": Entry("fusion:Concat", "one linear classifier over the joined features"),
+        "late": Entry("fusion:Late", "a classifier per modality, logits summed"),
+        "gated": Entry("fusion:Gated", "gated multimodal unit"),
+        "film": Entry("fusion:Film", "the first modality scales and shifts the others"),
+        "mmtm": Entry("fusion:Mmtm", "cross-modal squeeze, and a classifier per modality, logits summed"),
+        "shared": Entry("fusion:Shared", "one classifier for all modalities, weighted by entropy"),
+    },
+    package="mmaudit.train",
+    option="--fusion",
+)
+TRACKERS = Registry(
+    {
+        "tensorboard": Entry("tracking:TensorBoard", "event files in the folder of the fine-tuning"),
+        "wandb": Entry("tracking:Wandb", "Weights & Biases"),
+        "mlflow": Entry("tracking:Mlflow", "MLflow"),
+    },
+    package="mmaudit.train",
+    option="--report-to",
+)
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 # Fewest validation samples that may select an epoch: two of them selected the first of 60, at chance accuracy.
 MIN_VALIDATION_SAMPLES = 20
-TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +45,9 @@ class FinetuneConfig:
 
     Args:
         fusion: One of FUSIONS, or "auto": the usual fusion of the balancing method, "concat" for most.
-        sampling: Name of the sampler, one of SAMPLERS.
-        balancing: Name of the balancing method, one of BALANCERS.
+        sampling: Name of the sampler, one of SAMPLERS or installed.
+        balancing: Name of the balancing method, one of BALANCERS or installed, or "auto": the usual one of the sampler
+            or fusion, "joint" for most.
         only: Name of the one modality to train on; None trains on all.
         init: Start from the weights of another fine-tuning: its name in the run, a folder or a file.
         keep_posterior: Train only on samples with P(balanced) of at least this value (GMM-filtered fine-tuning).
@@ -46,7 +67,7 @@ class FinetuneConfig:
 
     fusion: str = "auto"
     sampling: str = "uniform"
-    balancing: str = "joint"
+    balancing: str = "auto"
     only: str | None = None
     init: str | None = None
     keep_posterior: float | None = None
@@ -63,17 +84,8 @@ class FinetuneConfig:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        allowed = (
-            ("fusion", ("auto", *FUSIONS)),
-            ("sampling", tuple(SAMPLERS)),
-            ("balancing", tuple(BALANCERS)),
-        )
-        for name, names in allowed:
-            if getattr(self, name) not in names:
-                raise ConfigError(f"--{name} {getattr(self, name)}: {choices(getattr(self, name), names)}")
         for name in self.report_to:
-            if name not in TRACKERS:
-                raise ConfigError(f"--report-to {name}: {choices(name, TRACKERS)}")
+            TRACKERS.check(name)
         for name, minimum in (("epochs", 1), ("batch_size", 1), ("hidden", 1), ("patience", 0), ("save_steps", 0)):
             if getattr(self, name) < minimum:
                 raise ConfigError(f"finetune.{name} is {getattr(self, name)}; it must be at least {minimum}")
@@ -84,46 +96,6 @@ class FinetuneConfig:
                 raise ConfigError(f"finetune.{name} is {getattr(self, name)}; it must lie in [0, 1)")
         if self.keep_posterior is not None and not 0 <= self.keep_posterior <= 1:
             raise ConfigError(f"--keep-posterior {self.keep_posterior}: a probability lies in [0, 1]")
-        self._check_combination()
-
-    @property
-    def fusion_used(self) -> str:
-        """The requested fusion, or the usual one of the balancing method for "auto"."""
-        return BALANCERS[self.balancing].fusions[0] if self.fusion == "auto" else self.fusion
-
-    def _check_combination(self) -> None:
-        """Raise ConfigError for settings that contradict each other, with the reason."""
-        method = BALANCERS[self.balancing]
-        if self.fusion_used not in method.fusions:
-            reasons = {
-                "greedy": "it measures and cuts the cross-modal path, which no other fusion has",
-                "mla": "it trains one classifier that all modalities share, one modality after another",
-            }
-            reason = reasons.get(
-                self.balancing, "a shared classifier is trained one modality at a time, which only mla does"
-            )
-            raise ConfigError(
-                f"--balancing {self.balancing} does not support --fusion {self.fusion_used}: {reason}; "
-                f"use --fusion {' or '.join(method.fusions)}"
-            )
-        if self.sampling in UNIMODAL_SAMPLERS and not method.has_unimodal_loss:
-            supported = [name for name, spec in BALANCERS.items() if spec.has_unimodal_loss]
-            raise ConfigError(
-                f"--sampling {self.sampling} selects samples per modality, and --balancing {self.balancing} has no "
-                f"unimodal loss that trains on them; use --balancing {', '.join(supported)}"
-            )
-        if self.only is not None:
-            if method.min_modalities > 1:
-                raise ConfigError(
-                    f"--only {self.only} leaves one modality, and --balancing {self.balancing} needs at least "
-                    f"{method.min_modalities}; use --balancing joint"
-                )
-            if self.sampling in CROSS_MODAL_SAMPLERS:
-                raise ConfigError(
-                    f"--only {self.only} leaves one modality, and --sampling {self.sampling} needs at least 2"
-                )
-            if self.fusion_used not in ("concat", "late"):
-                raise ConfigError(f"--only {self.only} leaves nothing to fuse: remove --fusion {self.fusion}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +173,15 @@ class OptimConfig:
             return (1 + math.cos(math.pi * (epoch - 1 - warmup_epochs) / (epochs - warmup_epochs))) / 2
         return self.lr_fall ** ((epoch - 1) // self.lr_step) if self.schedule == "step" else 1.0
 
+    def late_start(self, epochs: int) -> str | None:
+        """Return a warning if the learning rate never reaches its full value, or never falls, in so few epochs."""
+        if epochs <= self.warmup_epochs:
+            first_epoch = self.warmup_epochs + 1
+            return f"the learning rate is at its full value only from epoch {first_epoch} on (optim.warmup_epochs)"
+        if self.schedule == "step" and epochs <= self.lr_step:
+            return f"the learning rate falls only after epoch {self.lr_step} (optim.lr_step) and stays constant"
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AugmentConfig:
@@ -246,8 +227,8 @@ class TrainConfig:
         optim: How weights are updated.
         augment: Augmentation of pictures and spectrograms.
         order: Order of samples within epochs.
-        sampling: Constants of the samplers.
-        balancing: Constants of the balancing methods.
+        sampling: Constants of samplers, {section: {key: value}}; `methods.resolve` checks and completes them.
+        balancing: Constants of balancing methods, in the same form.
         width: Width of the ResNet-18 encoders; 1 is the full width.
     """
 
@@ -255,42 +236,6 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     order: OrderConfig = field(default_factory=OrderConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    balancing: BalancingConfig = field(default_factory=BalancingConfig)
+    sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    balancing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     width: float = 1.0
-
-    def __post_init__(self) -> None:
-        mode = self.balancing.mslr.mode
-        if self.finetune.balancing == "mslr" and mode != "dynamic" and not self.optim.modality_lr:
-            raise ConfigError(
-                f"balancing.mslr.mode = {mode} starts from the rates of optim.modality_lr, which is empty; set it, as "
-                "with --set 'optim.modality_lr=[\"audio=0.1\"]', or use the mode dynamic"
-            )
-
-
-def check_schedule(config: TrainConfig) -> list[str]:
-    """Return one warning for each setting that never starts or never ends in so few epochs."""
-    finetune, optim, balancing = config.finetune, config.optim, config.balancing
-    epochs, warnings = finetune.epochs, []
-    if finetune.sampling in CURRICULUM_SAMPLERS and (share := config.order.share(epochs)) < 1:
-        warnings.append(
-            f"--sampling {finetune.sampling} uses {math.floor(1000 * share) / 10:g}% of the training samples in the "
-            "last one and never the rest; it uses all of them from epoch "
-            f"{config.order.grow_epochs} on (order.grow_epochs)"
-        )
-    first_epochs = {
-        "smv": (finetune.sampling, config.sampling.smv.warmup_epochs + 1, "sampling.smv.warmup_epochs", "uniform"),
-        "gmm": (finetune.balancing, balancing.gmm.warmup_epochs + 1, "balancing.gmm.warmup_epochs", "sum"),
-        "ogm": (finetune.balancing, balancing.ogm.first_epoch, "balancing.ogm.first_epoch", "joint"),
-        "ogm-ge": (finetune.balancing, balancing.ogm.first_epoch, "balancing.ogm.first_epoch", "joint"),
-    }
-    for name, (method, first_epoch, setting, fallback) in first_epochs.items():
-        if method == name and epochs < first_epoch:
-            warnings.append(f"{name} starts in epoch {first_epoch} ({setting}); until then it is {fallback}")
-    if epochs <= optim.warmup_epochs:
-        warnings.append(
-            f"the learning rate is at its full value only from epoch {optim.warmup_epochs + 1} on (optim.warmup_epochs)"
-        )
-    elif optim.schedule == "step" and epochs <= optim.lr_step:
-        warnings.append(f"the learning rate falls only after epoch {optim.lr_step} (optim.lr_step) and stays constant")
-    return [f"{epochs} epochs are too few: {warning}" for warning in warnings]

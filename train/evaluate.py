@@ -19,9 +19,11 @@ from ..audit.errors import ManifestError, RunError, choices
 from ..audit.metrics import Groups, mean_interval, shapley, share_interval, wilson_interval
 from ..audit.probes.prediction import expected_calibration_error
 from ..audit.workers import NETWORK_THREADS, fixed_threads
+from ..rebalance.curriculum import RowIndex
 from .checkpoint import load_model, read_model_config
 from .config import TrainConfig
-from .examples import Examples, RowIndex, Store
+from .examples import Examples, Store
+from .methods import load_fusion
 from .network import NO_MODALITY, FusionNet, ModalitySet, Outputs, correct_by_set, shapley_sets
 from .optimizer import SINGLE_PROCESS
 from .training_data import NetworkReader, TrainingData
@@ -273,7 +275,7 @@ def evaluate_file(
     rows = examples.rows(split)
     if len(rows) == 0:
         raise ManifestError(f"no samples of split {split}; {choices(split, sorted(set(examples.split)))}")
-    net = FusionNet(model_config)
+    net = FusionNet(model_config, fusion=load_fusion(model_config.fusion))
     try:
         net.load_state_dict(load_model(path))
     except RuntimeError as error:  # torch's, for tensors that are missing or of another shape

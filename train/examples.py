@@ -21,9 +21,9 @@ from ..audit.features.encoders import input_shape, is_network
 from ..audit.features.matrix import FeatureMatrix, Inputs, chunks
 from ..audit.hashing import canonical_order
 from ..audit.workers import prefetch_map
+from ..rebalance.curriculum import RowIndex
 from ..rebalance.manifest import Manifest
 
-RowIndex = NDArray[np.int64]
 Item = TypeVar("Item")
 
 NUM_READERS = 2  # threads that read ahead

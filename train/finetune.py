@@ -18,17 +18,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..audit.errors import TrainError
 from ..audit.storage import write_text
 from ..audit.workers import NETWORK_THREADS, Progress, fixed_threads
-from .balancing.balancer import build_balancer
-from .balancing.config import BALANCERS
 from .checkpoint import common_state, resume, run_identity, save_model, save_state, warm_start
 from .config import MIN_VALIDATION_SAMPLES, FinetuneConfig, TrainConfig
 from .evaluate import evaluate_network
 from .examples import Examples
+from .methods import resolve
 from .network import FusionNet
 from .optimizer import SINGLE_PROCESS, DistributedContext, Optimization
-from .sampling.sampler import build_sampler
 from .tracking import open_trackers
-from .training_data import NetworkReader, build_model_config, chance_accuracy, set_up, validate
+from .training_data import NetworkReader, build_network, chance_accuracy, set_up, validate
 
 log = logging.getLogger("mmaudit")
 
@@ -78,28 +76,28 @@ def finetune_on(
 
     Raises:
         ManifestError: A split is empty.
-        ConfigError: A modality or tracker that is named does not exist.
+        ConfigError: A modality, method or tracker does not exist, or two settings contradict each other.
         TrainError: The loss is not finite.
     """
     started = time.monotonic()
-    settings = config.finetune
-    training_data = set_up(examples, config, seed=seed, device=device, distributed=distributed)
+    methods = resolve(config)
+    config, settings = methods.config, methods.config.finetune
+    training_data = set_up(examples, methods, seed=seed, device=device, distributed=distributed)
     identity = run_identity(examples, training_data, init=init)
     torch.manual_seed(seed)
-    net = FusionNet(build_model_config(examples, config)).to(device)
+    net = build_network(examples, methods).to(device)
     training_data.standardise(net)
     if init is not None:
         warm_start(net, init)
     training_data.standardize_resident(net)
     net.freeze_encoders([examples.modalities.index(name) for name in config.optim.freeze])
-    by_modality = BALANCERS[settings.balancing].sets_rates
+    by_modality = methods.balancer.sets_rates
     optimization = Optimization(net, config.optim, device=device, distributed=distributed, by_modality=by_modality)
-    balancer = build_balancer(settings.balancing, net, optimization, config.balancing, epochs=settings.epochs)
-    sampler = build_sampler(
-        settings.sampling,
+    balancer = methods.balancer(net, optimization, methods.balancer_config, epochs=settings.epochs)
+    sampler = methods.sampler(
         training_data.pool,
-        config.sampling,
         config.order,
+        methods.sampler_config,
         batch_size=settings.batch_size,
         seed=seed,
         distributed=distributed,

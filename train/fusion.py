@@ -19,15 +19,33 @@ class Fusion(nn.Module, ABC):
     """Maps m features to fused logits (b, k), and to unimodal logits (m, b, k) if the fusion decomposes into them.
 
     num_features: d_j of each modality; hidden: width of the layers that the fusion adds.
+
+    Attributes:
+        paper: Reference; empty where there is none.
+        decomposes: It has unimodal logits; otherwise each modality gets a separate head.
+        min_modalities: Fewest modalities that it fuses.
+        needs_pairs: Its fused logits have weights that the unimodal logits do not use.
+        usual_balancing: Balancer of `--balancing auto`.
+        balancing_reason: Why other balancers do not work with it, for the message that refuses one.
     """
 
-    decomposes: ClassVar[bool]  # whether it has unimodal logits; otherwise each modality gets a separate head
+    paper: ClassVar[str] = ""
+    decomposes: ClassVar[bool]
+    min_modalities: ClassVar[int] = 2
+    needs_pairs: ClassVar[bool] = False
+    usual_balancing: ClassVar[str] = "joint"
+    balancing_reason: ClassVar[str] = ""
 
     def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
         super().__init__()
         self.num_features = tuple(num_features)
         self.num_classes = num_classes
         self.hidden = hidden
+
+    @classmethod
+    def needs(cls) -> tuple[str, ...]:
+        """Return what the fusion needs of settings, in words."""
+        return () if cls.usual_balancing == "joint" else (f"--balancing {cls.usual_balancing}",)
 
     @abstractmethod
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -50,6 +68,7 @@ def _joint_weight(heads: Iterable[nn.Linear]) -> Tensor:
 class Concat(Fusion):
     """One linear classifier W, b over the joined features; unimodal logits are W_j f_j + b / m, as in OGM-GE."""
 
+    min_modalities = 1
     decomposes = True
 
     def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
@@ -76,6 +95,7 @@ class Concat(Fusion):
 class Late(Fusion):
     """A classifier on each modality; the fused logits are their sum: the papers' "sum"."""
 
+    min_modalities = 1
     decomposes = True
 
     def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
@@ -104,6 +124,7 @@ class Gated(Fusion):
     The gated multimodal unit of Arevalo et al., arXiv 1702.01992, in its form for any number of modalities.
     """
 
+    paper = "Arevalo et al., arXiv 1702.01992"
     decomposes = False
 
     def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
@@ -127,6 +148,7 @@ class Film(Fusion):
     more than one other modality is ours, and so is 1 + gamma, which starts near the identity.
     """
 
+    paper = "Perez et al., arXiv 1709.07871"
     decomposes = False
 
     def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
@@ -154,7 +176,9 @@ class Mmtm(Fusion):
     rebalancing steps use. `cut` (m,): for which modalities the fused logits use that path too.
     """
 
+    paper = "Vaezi Joze et al., CVPR 2020"
     decomposes = True
+    needs_pairs = True
     mean: Tensor
     MOMENTUM = 0.1
 
@@ -207,6 +231,9 @@ class Shared(Fusion):
     (CVPR 2024), test-time fusion. Features of different widths are first mapped to one width by a layer each (ours).
     """
 
+    paper = "Zhang et al., CVPR 2024"
+    usual_balancing = "mla"
+    balancing_reason = "a shared classifier is trained one modality at a time, which only mla does"
     decomposes = True
 
     def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
@@ -225,13 +252,3 @@ class Shared(Fusion):
     def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
         """Apply the classifier to each modality."""
         return torch.stack([self.head(bring(f)) for bring, f in zip(self.bring, features, strict=True)])
-
-
-FUSIONS: dict[str, type[Fusion]] = {
-    "concat": Concat,
-    "late": Late,
-    "gated": Gated,
-    "film": Film,
-    "mmtm": Mmtm,
-    "shared": Shared,
-}

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from ..audit.metrics import Floats, shapley
 from ..audit.probes.network import build_trunk, to_pictures
-from .fusion import FUSIONS
+from .config import FUSIONS
+from .fusion import Fusion
 
 ModalitySet = frozenset[int]  # of indices; a modality outside the set is absent: its features are 0
 NO_MODALITY: ModalitySet = frozenset()
@@ -173,9 +174,9 @@ class ModelConfig:
 
 
 class FusionNet(nn.Module):
-    """Network of m inputs with fused and unimodal class logits."""
+    """Network of m inputs with fused and unimodal class logits. fusion: class of a fusion that is not in FUSIONS."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, fusion: type[Fusion] | None = None) -> None:
         super().__init__()
         self.config = config
         self.encoders = nn.ModuleList(
@@ -183,7 +184,8 @@ class FusionNet(nn.Module):
             for shape in config.shapes
         )
         sizes = [int(encoder.num_features) for encoder in self.encoders]  # type: ignore[arg-type]
-        self.fusion = FUSIONS[config.fusion](sizes, num_classes=len(config.classes), hidden=config.hidden)
+        fusion_type: type[Fusion] = fusion or FUSIONS.load(config.fusion)
+        self.fusion = fusion_type(sizes, num_classes=len(config.classes), hidden=config.hidden)
         # A fusion that does not decompose needs separate heads for unimodal logits.
         self.has_own_heads = config.own_heads or not self.fusion.decomposes
         head_sizes = sizes if self.has_own_heads else []

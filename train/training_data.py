@@ -14,16 +14,16 @@ from torch import Tensor
 
 from ..audit.errors import ConfigError, ManifestError
 from ..audit.hashing import digest
-from ..rebalance.curriculum import id_keys
+from ..rebalance.curriculum import RowIndex, id_keys
 from .balancing.balancer import Validation
-from .balancing.config import BALANCERS
 from .batches import Batch, Loss, OutputFunction, Step, augment, to_batch
-from .config import FinetuneConfig, TrainConfig, check_schedule
-from .examples import NUM_READERS, Examples, RowIndex, Store
+from .config import FinetuneConfig, TrainConfig
+from .examples import NUM_READERS, Examples, Store
+from .methods import Methods, check_schedule
 from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder
 from .optimizer import DistributedContext, Optimization
-from .sampling.config import CROSS_MODAL_SAMPLERS
-from .sampling.sampler import Pool, build_sampler
+from .sampling.ordered import Uniform
+from .sampling.sampler import Pool
 
 log = logging.getLogger("mmaudit")
 
@@ -69,6 +69,7 @@ class TrainingData:
         pool = Pool(
             key=id_keys(examples.sample_id[train]),
             rank=examples.rank[train],
+            discrepancy=examples.discrepancy[train],
             balance=examples.balance[train],
             p_balanced=examples.p_balanced[train],
             label=examples.label[train],
@@ -227,10 +228,8 @@ class NetworkReader:
             by_modality=False,
         )
         finetune = training_data.config.finetune
-        sampler = build_sampler(
-            "uniform",
+        sampler = Uniform(
             training_data.pool,
-            training_data.config.sampling,
             training_data.config.order,
             batch_size=finetune.batch_size,
             seed=training_data.derive_seed("copy"),
@@ -266,13 +265,14 @@ def validate(reader: NetworkReader, *, net: FusionNet | None = None) -> Validati
 
 
 def set_up(
-    examples: Examples, config: TrainConfig, *, seed: int, device: str, distributed: DistributedContext
+    examples: Examples, methods: Methods, *, seed: int, device: str, distributed: DistributedContext
 ) -> TrainingData:
     """Check the settings against the samples and copy the samples to the device.
 
     Raises ManifestError where a split is empty, ConfigError where the settings name a modality that does not exist, or
     a method that needs more modalities.
     """
+    config = methods.config
     train = _training_rows(examples, config.finetune)
     validation, test = examples.rows("validation"), examples.rows("test")
     for name, rows in (("train", train), ("validation", validation), ("test", test)):
@@ -284,38 +284,38 @@ def set_up(
     unknown = sorted({*config.optim.freeze, *config.optim.modality_lr_factors()} - set(examples.modalities))
     if unknown:
         raise ConfigError(f"optim.freeze and optim.modality_lr: no modality {unknown[0]}; {examples.modalities_text}")
-    for warning in check_schedule(config) if distributed.is_first else ():
+    for warning in check_schedule(methods) if distributed.is_first else ():
         log.warning("%s", warning)
     if config.optim.freeze and config.finetune.init is None:
         log.info(
             "frozen encoders without --init: those of %s keep their random weights", ", ".join(config.optim.freeze)
         )
-    if config.finetune.sampling in CROSS_MODAL_SAMPLERS and len(examples.modalities) < 2:
-        raise ConfigError(f"--sampling {config.finetune.sampling} needs 2 modalities; {examples.modalities_text}")
-    min_modalities = BALANCERS[config.finetune.balancing].min_modalities
-    if len(examples.modalities) < min_modalities:
-        raise ConfigError(
-            f"--balancing {config.finetune.balancing} needs {min_modalities} modalities; {examples.modalities_text}"
-        )
+    for option, name, method in (
+        ("sampling", config.finetune.sampling, methods.sampler),
+        ("balancing", config.finetune.balancing, methods.balancer),
+    ):
+        if len(examples.modalities) < method.min_modalities:
+            raise ConfigError(f"--{option} {name} needs {method.min_modalities} modalities; {examples.modalities_text}")
     store = Store(examples.inputs, device=device, max_bytes=config.finetune.resident_mib << 20)
     return TrainingData.of(
         examples, store, train=train, config=config, seed=seed, device=device, distributed=distributed
     )
 
 
-def build_model_config(examples: Examples, config: TrainConfig) -> ModelConfig:
-    """Return the architecture of the network."""
-    settings = config.finetune
-    return ModelConfig(
+def build_network(examples: Examples, methods: Methods) -> FusionNet:
+    """Build the network that the methods train, with random weights."""
+    settings = methods.config.finetune
+    config = ModelConfig(
         modalities=examples.modalities,
         shapes=examples.shapes,
         classes=examples.class_names,
-        fusion=settings.fusion_used,
-        own_heads=settings.own_heads or BALANCERS[settings.balancing].own_heads,
+        fusion=settings.fusion,
+        own_heads=settings.own_heads or methods.balancer.own_heads,
         hidden=settings.hidden,
         dropout=settings.dropout,
-        width=config.width,
+        width=methods.config.width,
     )
+    return FusionNet(config, fusion=methods.fusion)
 
 
 def _training_rows(examples: Examples, config: FinetuneConfig) -> NDArray[np.int64]:

@@ -1,1 +1,25 @@
-"""Balancers."""
+"""Balancers by name; importing the list loads no balancer and no torch."""
+
+from ...audit.registry import Entry, Registry
+
+BALANCERS = Registry(
+    {  # a new balancer is one file and one line
+        "joint": Entry("balancer:Joint", "cross entropy of the fused prediction: the baseline"),
+        "sum": Entry("balancer:Sum", "cross entropy of the fused prediction and of every modality"),
+        "modality-dropout": Entry("modality_dropout:ModalityDropout", "modalities of a sample left out at random"),
+        "gmm": Entry("gmm:Gmm", "losses by the posterior of the modality gap"),
+        "ogm": Entry("ogm:Ogm", "gradients of the modality that is ahead are scaled down"),
+        "ogm-ge": Entry("ogm:OgmGe", "as ogm, with noise added to all encoders' gradients"),
+        "gblend": Entry("gblend:Gblend", "loss weights by overfitting-to-generalisation ratios"),
+        "greedy": Entry("greedy:Greedy", "extra steps of the modality that is learned slowly"),
+        "pmr": Entry("pmr:Pmr", "a prototype loss for the weaker modality"),
+        "agm": Entry("agm:Agm", "gradients scaled by the lead of this step against the usual one"),
+        "mmpareto": Entry("mmpareto:MmPareto", "Pareto combination of unimodal and fused gradients"),
+        "mses": Entry("mses:Mses", "early stopping by modality"),
+        "mslr": Entry("mslr:Mslr", "learning rates by modality"),
+        "mla": Entry("mla:Mla", "a shared classifier, trained on one modality after another"),
+    },
+    package=__name__,
+    option="--balancing",
+    group="mmaudit.balancers",
+)

@@ -21,17 +21,16 @@ plus an even share of all biases.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..batches import Batch
-from ..network import FusionNet, Outputs, cross_entropy
-from ..optimizer import Optimization
-from .balancer import Balancer
-from .config import BalancingConfig
+from ..network import Outputs, cross_entropy
+from .balancer import Balancer, check_ranges
 from .ogm import mean_of_others
 
 _MAX_SCORE = -math.log(1e-8)
@@ -57,14 +56,37 @@ def modality_lead(score: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, mean_of_others(score, valid) - score, 0.0).exp()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgmConfig:
+    """AGM (ICCV 2023).
+
+    Args:
+        alpha: Strength of the modulation (ours).
+    """
+
+    section: ClassVar[str] = "balancing.agm"
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, alpha=(0, 1e3))
+
+
 class Agm(Balancer):
     """Scales gradients by the lead of this step against the usual one. State: mean scores and step counts (m,)."""
 
+    config_type = AgmConfig
+    paper = "Li et al., ICCV 2023"
+    state_fields = (
+        "_mean",
+        "_steps",
+        "_coefficient",
+    )
+    config: AgmConfig
     needs_unimodal_logits = False
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, optimization, config, epochs=epochs)
-        device, m = optimization.generator.device, net.num_modalities
+    def initialize(self) -> None:
+        """Set up the state."""
+        device, m = self.optimization.generator.device, self.net.num_modalities
         sets, weights = shapley_weights(m)
         self._sets, self._weights = sets[:-1], weights.to(device)
         self._mean, self._steps = torch.zeros(m, device=device), torch.zeros(m, device=device)
@@ -84,7 +106,7 @@ class Agm(Balancer):
         valid = valid & (valid.sum() > 1)
         exponent = modality_lead(self._mean, self._steps > 0) - modality_lead(score, valid)
         exponent = torch.where(valid, exponent, 0.0).clamp(max=_MAX_EXPONENT)
-        self._coefficient = (self.config.agm.alpha * exponent).exp()
+        self._coefficient = (self.config.alpha * exponent).exp()
         self.scale_gradients(self._coefficient)
         self._steps = self._steps + valid
         self._mean = self._mean + torch.where(valid, (score - self._mean) / self._steps.clamp(min=1.0), 0.0)
@@ -105,11 +127,3 @@ class Agm(Balancer):
         """Return the coefficients of the last step by modality."""
         coefficients = zip(self.net.config.modalities, self._coefficient.tolist(), strict=True)
         return {f"coefficient_{name}": value for name, value in coefficients}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state that the next step depends on."""
-        return {"mean": self._mean, "steps": self._steps, "coefficient": self._coefficient}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        self._mean, self._steps, self._coefficient = state["mean"], state["steps"], state["coefficient"]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..batches import Batch, ModelReader
+from ...audit.errors import ConfigError
+from ..batches import Batch, Method, ModelReader
+from ..fusion import Fusion
 from ..network import FusionNet, Outputs, cross_entropy
 from ..optimizer import Optimization
-from .config import BALANCERS, BalancingConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,17 +26,59 @@ class Validation:
     unimodal_accuracy: tuple[float, ...]
 
 
-class Balancer(ABC):
+def check_ranges(config: Any, **bounds: tuple[float, float]) -> None:
+    """Raise ConfigError for a number of a balancer's config outside [low, high] (NaN is outside)."""
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ConfigError(f"{config.section}.{name} is {value}; it must lie in [{low:g}, {high:g}]")
+
+
+class Balancer(Method):
     """One method: a loss and what is done to its gradients. Its state is saved in checkpoints.
 
-    Order of calls: begin_epoch; for every step prepare and step; end_epoch. The same in all processes.
+    Order of calls: begin_epoch; for every step prepare and step; end_epoch. The same in all processes. A method must
+    define `loss`; the other hooks change the batch, the step, the gradients, or follow the validation results.
+
+    A method that changes the network brings a fusion of its own, in its file: the fusion's logits are those of training
+    and of inference, and its parameters and buffers, such as a constant that the balancer sets, are saved with the
+    model. The fusion's name is that of the balancer.
+
+    Attributes:
+        fusions: Names of the fusions that it works with, the usual one first.
+        own_fusion: Fusion that it brings; the usual one where it is set.
+        fusion_reason: Why it works with no other fusion, for the message that refuses one.
+        has_unimodal_loss: It has one loss per modality, which trains on samples that only that modality has.
+        own_heads: Its unimodal losses need heads that the fused prediction does not share.
+        sets_rates: It sets one learning rate per modality.
+        needs_unimodal_logits: Its steps compute the unimodal logits, not the fused ones only.
     """
 
-    needs_unimodal_logits = True  # whether steps compute the unimodal logits, or the fused ones only
+    min_modalities: ClassVar[int] = 2
+    fusions: ClassVar[tuple[str, ...]] = ("concat", "late", "gated", "film", "mmtm")
+    own_fusion: ClassVar[type[Fusion] | None] = None
+    fusion_reason: ClassVar[str] = ""
+    has_unimodal_loss: ClassVar[bool] = False
+    own_heads: ClassVar[bool] = False
+    sets_rates: ClassVar[bool] = False
+    needs_unimodal_logits: ClassVar[bool] = True
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        self.net, self.optimization, self.config, self.epochs = net, optimization, config, epochs
+    def __init__(self, net: FusionNet, optimization: Optimization, config: Any = None, *, epochs: int) -> None:
+        self.net, self.optimization, self.epochs = net, optimization, epochs
+        self.config = self.default_config() if config is None else config
         self.distributed = optimization.distributed
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Set up the state."""
+
+    @classmethod
+    def needs(cls) -> tuple[str, ...]:
+        """Return what the method needs of data and settings, in words."""
+        fusion = () if cls.fusions == Balancer.fusions else (f"--fusion {' or '.join(cls.fusions)}",)
+        own_fusion = () if cls.own_fusion is None else ("a fusion of its own",)
+        own_heads = ("a separate head per modality",) if cls.own_heads else ()
+        return (*super().needs(), *own_fusion, *(fusion if cls.fusions else ()), *own_heads)
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Evaluate the model before epoch 1, 2, ..., if the method needs it."""
@@ -65,17 +107,6 @@ class Balancer(ABC):
 
     def end_epoch(self, epoch: int, validation: Validation) -> None:
         """Update the method's state from the validation results."""
-
-    def epoch_metrics(self) -> dict[str, float]:
-        """Return the method's columns of history.jsonl at the end of an epoch."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state that the next epochs depend on: tensors and plain values."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
 
     # Shared by several methods.
 
@@ -110,20 +141,10 @@ class Balancer(ABC):
                     parameter.grad *= coefficient
 
 
-def build_balancer(
-    name: str, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int
-) -> Balancer:
-    """Build the balancer of a name in BALANCERS."""
-    module, _, class_name = BALANCERS[name].class_path.partition(":")
-    balancer: Balancer = getattr(import_module(f".{module}", __package__), class_name)(
-        net, optimization, config, epochs=epochs
-    )
-    return balancer
-
-
 class Joint(Balancer):
     """L = mean_i CE(z_i^fused, y_i). Separate heads train on detached features: they do not train the encoders."""
 
+    min_modalities = 1
     needs_unimodal_logits = False
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
@@ -133,6 +154,9 @@ class Joint(Balancer):
 
 class Sum(Balancer):
     """L = mean_i CE(z_i^fused, y_i) + sum_j mean_i CE(z_i^j, y_i), each mean over the samples of its loss."""
+
+    min_modalities = 1
+    has_unimodal_loss = True
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of the mean cross entropies, with equal weights."""

@@ -6,19 +6,19 @@ Wang, Tran and Feiszli, "What Makes Training Multi-modal Classification Networks
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..batches import Batch, ModelReader, RowIndex, sample_rows
+from ...rebalance.curriculum import RowIndex
+from ..batches import Batch, ModelReader, sample_rows
 from ..network import FusionNet, Outputs
-from ..optimizer import Optimization
-from .balancer import Balancer
-from .config import BalancingConfig
+from .balancer import Balancer, check_ranges
 
 # All three are ours.
 NUM_TRAIN_ROWS = 2_048  # training samples that the training losses are computed on, the same ones every time
@@ -52,6 +52,23 @@ def _branch_loss(outputs: Outputs, batch: Batch, *, branch: int) -> Tensor:
     return _branch_losses(outputs, batch)[branch]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GblendConfig:
+    """G-Blending (CVPR 2020).
+
+    Args:
+        super_epoch: Epochs between two measurements of the loss weights.
+        trial_epochs: Epochs for which the copies are trained (ours; the paper trains them for a super-epoch).
+    """
+
+    section: ClassVar[str] = "balancing.gblend"
+    super_epoch: int = 10
+    trial_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        check_ranges(self, super_epoch=(1, 1e9), trial_epochs=(1, 1e9))
+
+
 class Gblend(Balancer):
     """L = sum_k w_k CE(z^k), k over the fused logits and each modality.
 
@@ -59,15 +76,21 @@ class Gblend(Balancer):
     overfitting determine w_k.
     """
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, optimization, config, epochs=epochs)
-        num = 1 + net.num_modalities
-        self.weights = torch.full((num,), 1 / num, device=next(net.parameters()).device)
+    config_type = GblendConfig
+    paper = "Wang et al., CVPR 2020"
+    has_unimodal_loss = True
+    state_fields = ("weights",)
+    config: GblendConfig
+
+    def initialize(self) -> None:
+        """Set up the state."""
+        num = 1 + self.net.num_modalities
+        self.weights = torch.full((num,), 1 / num, device=next(self.net.parameters()).device)
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Measure the weights once per super-epoch."""
         super().begin_epoch(epoch, model_reader)
-        if (epoch - 1) % self.config.gblend.super_epoch == 0:
+        if (epoch - 1) % self.config.super_epoch == 0:
             self.weights = torch.as_tensor(self._measure(model_reader)).to(self.weights)
 
     def _measure(self, model_reader: ModelReader) -> NDArray[np.float64]:
@@ -75,7 +98,7 @@ class Gblend(Balancer):
         before = self._losses(model_reader, rows, None)
         gain, overfit = [], []
         for branch, (train, validation) in enumerate(zip(*before, strict=True)):
-            copy = model_reader.train_copy(partial(_branch_loss, branch=branch), epochs=self.config.gblend.trial_epochs)
+            copy = model_reader.train_copy(partial(_branch_loss, branch=branch), epochs=self.config.trial_epochs)
             after = self._losses(model_reader, rows, copy)
             gain.append(validation - after[1][branch])
             overfit.append((after[1][branch] - after[0][branch]) - (validation - train))
@@ -101,11 +124,3 @@ class Gblend(Balancer):
         """Return the weights."""
         names = ("fused", *self.net.config.modalities)
         return {f"weight_{name}": value for name, value in zip(names, self.weights.tolist(), strict=True)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the weights."""
-        return {"weights": self.weights.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        self.weights = state["weights"].to(self.weights)

@@ -21,7 +21,7 @@ threshold. A sample that a step uses in one modality only has no gap: it has the
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,11 +29,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...audit.scores.mixture import Mixture, MixtureConfig, fit_mixture
-from ..batches import Batch, ModelReader, sample_rows
-from ..network import FusionNet, Outputs, cross_entropies
-from ..optimizer import Optimization
-from .balancer import Balancer
-from .config import BalancingConfig
+from ..batches import Batch, ModelReader, sample_rows, start_warning
+from ..config import TrainConfig
+from ..network import Outputs, cross_entropies
+from .balancer import Balancer, check_ranges
 
 _NUM_BINS = 4096  # of the table over [0, 1]: a gap is rounded by 0.00012 at most
 _MIN_SD = 0.1  # of the balanced side in A: with a component's minimum, 0.01, A would be 1,800 at a gap of 0.6
@@ -89,23 +88,55 @@ def modality_gap(outputs: Outputs, label: Tensor) -> Tensor:
     return (confidence.amax(dim=0) - confidence.amin(dim=0)).nan_to_num(nan=1.0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GmmConfig:
+    """Adaptive loss of arXiv 2510.21797 in mmaudit's form; all constants except the two stages are ours.
+
+    Args:
+        warmup_epochs: Epochs with the ordinary summed loss before the mixture is fitted.
+        lam_gap: Weight of the modality gap.
+        lam_align: Weight of the alignment term A.
+        stop_strong: Pass no gradient of the gap through the stronger branch, so that weakening it closes no gap.
+        fit_rows: Training samples, the same ones every time, that the mixture is refitted to before every epoch.
+    """
+
+    section: ClassVar[str] = "balancing.gmm"
+    warmup_epochs: int = 10
+    lam_gap: float = 1.0
+    lam_align: float = 0.1
+    stop_strong: bool = True
+    fit_rows: int = 1_024
+
+    def __post_init__(self) -> None:
+        check_ranges(self, warmup_epochs=(0, 1e9), lam_gap=(0, 1e9), lam_align=(0, 1e9), fit_rows=(10, 1e12))
+
+
 class Gmm(Balancer):
     """The adaptive loss in two stages. State: the fit of the gap."""
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, optimization, config, epochs=epochs)
+    config_type = GmmConfig
+    paper = "Liu et al., arXiv 2510.21797"
+    has_unimodal_loss = True
+    config: GmmConfig
+
+    @classmethod
+    def late_start(cls, config: GmmConfig, settings: TrainConfig) -> str | None:
+        """Return a warning where the method starts after the last epoch."""
+        name, epochs = settings.finetune.balancing, settings.finetune.epochs
+        first_epoch, setting = config.warmup_epochs + 1, "balancing.gmm.warmup_epochs"
+        return start_warning(name, first_epoch=first_epoch, setting=setting, epochs=epochs, fallback="sum")
+
+    def initialize(self) -> None:
+        """Set up the state."""
         self._gap_mixture: GapMixture | None = None  # None: in the warm-up
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Fit the mixture to the current gaps, after the warm-up."""
         super().begin_epoch(epoch, model_reader)
-        if epoch <= self.config.gmm.warmup_epochs:
+        if epoch <= self.config.warmup_epochs:
             return
         gap = (
-            model_reader.read(modality_gap, rows=sample_rows(model_reader, self.config.gmm.fit_rows))
-            .double()
-            .cpu()
-            .numpy()
+            model_reader.read(modality_gap, rows=sample_rows(model_reader, self.config.fit_rows)).double().cpu().numpy()
         )
         self._gap_mixture = fit_gap_mixture(gap, device=self.optimization.generator.device)
 
@@ -118,7 +149,7 @@ class Gmm(Balancer):
         )
 
     def _adaptive(self, outputs: Outputs, batch: Batch, mixture: GapMixture) -> Tensor:
-        config = self.config.gmm
+        config = self.config
         fused, unimodal = cross_entropies(outputs, batch.label)
         confidence = (-unimodal).exp()  # of the true class
         strong, weak = confidence.amax(dim=0), confidence.amin(dim=0)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..batches import Batch
 from ..fusion import Mmtm
-from ..network import FusionNet, Outputs
-from ..optimizer import Optimization
-from .balancer import Balancer
-from .config import BalancingConfig
+from ..network import Outputs
+from .balancer import Balancer, check_ranges
 
 _MIN_SPEED = 1e-30  # replaces a speed of 0, as of a modality whose parameters are all frozen
 
@@ -38,6 +37,25 @@ def slowest_modality(speeds: Sequence[float]) -> tuple[int, float]:
     return slow, speeds[slow] - sum(other_speeds) / len(other_speeds)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreedyConfig:
+    """Greedy (ICML 2022); the constants are ours.
+
+    Args:
+        alpha: Difference of conditional learning speeds, in powers of ten, that starts rebalancing.
+        window: Number of rebalancing steps.
+        rest: Ordinary steps after them, before the speeds are compared again.
+    """
+
+    section: ClassVar[str] = "balancing.greedy"
+    alpha: float = 0.1
+    window: int = 5
+    rest: int = 3
+
+    def __post_init__(self) -> None:
+        check_ranges(self, alpha=(0, 1e3), window=(1, 1e9), rest=(0, 1e9))
+
+
 class Greedy(Balancer):
     """L = CE(fused). Ordinary steps, and rebalancing steps of the modality that is learned slowly.
 
@@ -47,14 +65,26 @@ class Greedy(Balancer):
     in `rest` + 1 does, so that the device is synchronised seldom.
     """
 
+    config_type = GreedyConfig
+    paper = "Wu et al., ICML 2022"
+    fusions = ("mmtm",)
+    fusion_reason = "it measures and cuts the cross-modal path, which no other fusion has"
+    state_fields = (
+        "total",
+        "ordinary",
+        "slow",
+        "steps_left",
+        "rebalanced",
+    )
+    config: GreedyConfig
     needs_unimodal_logits = False
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, optimization, config, epochs=epochs)
-        assert isinstance(net.fusion, Mmtm)  # checked by the config
-        self.fusion = net.fusion
-        device = next(net.parameters()).device
-        self.total = torch.zeros(2, net.num_modalities, device=device)  # of mu over the steps: cross-modal, own
+    def initialize(self) -> None:
+        """Set up the state."""
+        assert isinstance(self.net.fusion, Mmtm)  # checked by methods.resolve
+        self.fusion = self.net.fusion
+        device = next(self.net.parameters()).device
+        self.total = torch.zeros(2, self.net.num_modalities, device=device)  # of mu over the steps: cross-modal, own
         self.ordinary = 0  # steps since the last comparison or rebalancing
         self.slow, self.steps_left = 0, 0  # the modality that is rebalanced, for how many more steps
         self.rebalanced = 0  # steps in all
@@ -103,11 +133,11 @@ class Greedy(Balancer):
             self.rebalanced += 1
             return
         self.ordinary += 1
-        if self.ordinary > self.config.greedy.rest:
+        if self.ordinary > self.config.rest:
             self.ordinary = 0
             slow, lead = slowest_modality(conditional_speeds(*self.total.tolist()))
-            if lead > self.config.greedy.alpha:
-                self.slow, self.steps_left = slow, self.config.greedy.window
+            if lead > self.config.alpha:
+                self.slow, self.steps_left = slow, self.config.window
 
     def _clear_other_gradients(self) -> None:
         """Keep the gradients of the slow modality and of separate heads only."""
@@ -132,19 +162,3 @@ class Greedy(Balancer):
         speeds = conditional_speeds(*self.total.tolist())
         speed_by_name = {f"speed_{name}": s for name, s in zip(self.net.config.modalities, speeds, strict=True)}
         return {**speed_by_name, "rebalanced": float(self.rebalanced)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return speeds and counters."""
-        return {
-            "total": self.total.clone(),
-            "ordinary": self.ordinary,
-            "slow": self.slow,
-            "left": self.steps_left,
-            "rebalanced": self.rebalanced,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        self.total = state["total"].to(self.total)
-        self.ordinary, self.slow = state["ordinary"], state["slow"]
-        self.steps_left, self.rebalanced = state["left"], state["rebalanced"]

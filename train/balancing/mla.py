@@ -5,17 +5,16 @@ Zhang et al., "Multimodal Representation Learning by Alternating Unimodal Adapta
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..batches import Batch
 from ..fusion import Shared
-from ..network import FusionNet, Outputs, cross_entropies, cross_entropy
-from ..optimizer import Optimization
-from .balancer import Balancer
-from .config import BalancingConfig
+from ..network import Outputs, cross_entropies, cross_entropy
+from .balancer import Balancer, check_ranges
 
 
 def project_out(projection: Tensor, direction: Tensor, *, ridge: float) -> Tensor:
@@ -42,13 +41,39 @@ def relax_to_identity(projection: Tensor) -> Tensor:
     return relaxed
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaConfig:
+    """MLA (CVPR 2024).
+
+    Args:
+        ridge: Ridge of the projection: how much of an earlier direction remains (ours).
+    """
+
+    section: ClassVar[str] = "balancing.mla"
+    ridge: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_ranges(self, ridge=(1e-12, 1e3))
+
+
 class Mla(Balancer):
     """Alternating updates: for each modality j, L_j = CE(z^j) trains encoder j and the shared classifier only."""
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, optimization, config, epochs=epochs)
-        assert isinstance(net.fusion, Shared)  # checked by the config
-        self.fusion = net.fusion
+    config_type = MlaConfig
+    paper = "Zhang et al., CVPR 2024"
+    fusions = ("shared",)
+    fusion_reason = "it trains one classifier that all modalities share, one modality after another"
+    has_unimodal_loss = True
+    state_fields = (
+        "projection",
+        "last_feature",
+    )
+    config: MlaConfig
+
+    def initialize(self) -> None:
+        """Set up the state."""
+        assert isinstance(self.net.fusion, Shared)  # checked by methods.resolve
+        self.fusion = self.net.fusion
         weight = self.fusion.head.weight
         self.projection = torch.eye(weight.shape[1], device=weight.device)
         self.last_feature = torch.zeros(weight.shape[1], device=weight.device)  # mean feature of the last turn
@@ -80,9 +105,7 @@ class Mla(Balancer):
     @torch.no_grad()
     def _project(self, features: Tensor, weight: Tensor) -> None:
         """Project the classifier's gradient off earlier features and record the current ones, in all processes."""
-        self.projection = project_out(
-            relax_to_identity(self.projection), self.last_feature, ridge=self.config.mla.ridge
-        )
+        self.projection = project_out(relax_to_identity(self.projection), self.last_feature, ridge=self.config.ridge)
         gradient = self.fusion.head.weight.grad
         assert gradient is not None
         self.fusion.head.weight.grad = gradient @ self.projection
@@ -92,12 +115,3 @@ class Mla(Balancer):
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute the mean of the modalities' losses, which a step minimises one by one."""
         return batch.mean_unimodal(cross_entropies(outputs, batch.label)[1]).mean()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the projection and the mean feature of the last turn."""
-        return {"projection": self.projection.clone(), "last": self.last_feature.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        self.projection = state["projection"].to(self.projection)
-        self.last_feature = state["last"].to(self.last_feature)

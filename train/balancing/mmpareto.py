@@ -5,14 +5,15 @@ Wei and Hu, "MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assis
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from ..batches import Batch
-from ..network import FusionNet, Outputs, cross_entropies
-from ..optimizer import Optimization
-from .balancer import Balancer
-from .config import BalancingConfig
+from ..network import Outputs, cross_entropies
+from .balancer import Balancer, check_ranges
 
 # Ours: of the angle; closer to opposite directions, the vanishing min-norm vector is not scaled up.
 MIN_SQUARED_SINE = 1e-6
@@ -39,12 +40,33 @@ def combine_gradients(fused: Tensor, unimodal: Tensor, *, gamma: float) -> Tenso
     return gamma * (on_fused * fused + on_own * unimodal)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MmParetoConfig:
+    """MMPareto (ICML 2024).
+
+    Args:
+        gamma: Factor on the combined gradient, as in its code.
+    """
+
+    section: ClassVar[str] = "balancing.mmpareto"
+    gamma: float = 1.5
+
+    def __post_init__(self) -> None:
+        check_ranges(self, gamma=(0, 1e3))
+
+
 class MmPareto(Balancer):
     """L = CE(fused) + sum_j CE(z^j), z^j by separate heads; see combine_gradients for the encoders' gradients."""
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, optimization, config, epochs=epochs)
-        trainable = [[p for p in encoder.parameters() if p.requires_grad] for encoder in net.encoders]
+    config_type = MmParetoConfig
+    paper = "Wei and Hu, ICML 2024"
+    has_unimodal_loss = True
+    own_heads = True
+    config: MmParetoConfig
+
+    def initialize(self) -> None:
+        """Set up the state."""
+        trainable = [[p for p in encoder.parameters() if p.requires_grad] for encoder in self.net.encoders]
         self.encoders: list[list[nn.Parameter]] = [group for group in trainable if group]
 
     def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
@@ -71,7 +93,7 @@ class MmPareto(Balancer):
         unimodal = torch.cat([u.reshape(-1) for *_, u in pairs])
         if self.optimization.dtype == torch.float16:  # may overflow where the sum, by which a step is skipped, does not
             unimodal = unimodal.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        combined = combine_gradients(total - unimodal, unimodal, gamma=self.config.mmpareto.gamma)
+        combined = combine_gradients(total - unimodal, unimodal, gamma=self.config.gamma)
         end = 0
         for parameter, grad, _ in pairs:
             start, end = end, end + grad.numel()

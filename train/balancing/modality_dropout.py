@@ -7,14 +7,30 @@ has features of 0 rather than an input of 0, which saves its encoder the work.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..batches import Batch
 from ..network import Outputs
-from .balancer import Balancer
+from .balancer import Balancer, check_ranges
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropoutConfig:
+    """Modality dropout (Neverova et al., ModDrop, arXiv 1501.00102).
+
+    Args:
+        probability: Probability that a modality of a sample is dropped; one always remains (ours).
+    """
+
+    section: ClassVar[str] = "balancing.dropout"
+    probability: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_ranges(self, probability=(0, 1))
 
 
 class ModalityDropout(Balancer):
@@ -24,6 +40,9 @@ class ModalityDropout(Balancer):
     still have the modality. The fused loss uses every sample as before.
     """
 
+    config_type = DropoutConfig
+    paper = "Neverova et al., ModDrop, arXiv 1501.00102"
+    config: DropoutConfig
     needs_unimodal_logits = False
 
     def prepare(self, batch: Batch) -> Batch:
@@ -33,7 +52,7 @@ class ModalityDropout(Balancer):
         if modality_mask is not None:
             draw = draw.masked_fill(~modality_mask, -1.0)
         # The largest draw of a sample always remains: where all are below p, each modality is equally likely.
-        keep_mask = (draw >= self.config.dropout.probability) | (draw == draw.amax(dim=1, keepdim=True))
+        keep_mask = (draw >= self.config.probability) | (draw == draw.amax(dim=1, keepdim=True))
         modality_mask = keep_mask if modality_mask is None else keep_mask & modality_mask
         unimodal_weight = batch.loss_weight[1:] * modality_mask.T
         total = unimodal_weight.sum(dim=1, keepdim=True)

@@ -7,16 +7,30 @@ each modality's own validation loss is the criterion, and all constants are ours
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..batches import Batch
-from ..network import FusionNet, Outputs, cross_entropies
-from ..optimizer import Optimization
-from .balancer import Balancer, Validation
-from .config import BalancingConfig
+from ..network import Outputs, cross_entropies
+from .balancer import Balancer, Validation, check_ranges
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MsesConfig:
+    """Modality-specific early stopping (2019), in mmaudit's form.
+
+    Args:
+        patience: Epochs without a lower unimodal validation loss after which a modality is frozen.
+    """
+
+    section: ClassVar[str] = "balancing.mses"
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        check_ranges(self, patience=(1, 1e9))
 
 
 class Mses(Balancer):
@@ -27,11 +41,17 @@ class Mses(Balancer):
     The fusion still trains on its features, also when all are frozen.
     """
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, optimization, config, epochs=epochs)
-        self.lowest_loss = [math.inf] * net.num_modalities
-        self.epochs_without_improvement = [0] * net.num_modalities
-        self.loss_mask = torch.ones(net.num_modalities, device=next(net.parameters()).device)  # 0: frozen
+    config_type = MsesConfig
+    paper = "Fujimori et al., ACPR 2019"
+    has_unimodal_loss = True
+    state_fields = ("lowest_loss", "epochs_without_improvement")
+    config: MsesConfig
+
+    def initialize(self) -> None:
+        """Set up the state."""
+        self.lowest_loss = [math.inf] * self.net.num_modalities
+        self.epochs_without_improvement = [0] * self.net.num_modalities
+        self.loss_mask = torch.ones(self.net.num_modalities, device=next(self.net.parameters()).device)  # 0: frozen
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of the losses that are still trained."""
@@ -46,11 +66,7 @@ class Mses(Balancer):
             )
             self.lowest_loss[j] = min(self.lowest_loss[j], loss)  # in this order: NaN is not lower
         self._freeze(
-            [
-                j
-                for j, num_epochs in enumerate(self.epochs_without_improvement)
-                if num_epochs >= self.config.mses.patience
-            ]
+            [j for j, num_epochs in enumerate(self.epochs_without_improvement) if num_epochs >= self.config.patience]
         )
 
     def _freeze(self, modalities: list[int]) -> None:
@@ -71,13 +87,9 @@ class Mses(Balancer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the lowest losses, the epochs since, and which modalities are frozen."""
-        return {
-            "lowest": list(self.lowest_loss),
-            "waited": list(self.epochs_without_improvement),
-            "frozen": list(self.optimization.frozen),
-        }
+        return {**super().state_dict(), "frozen": list(self.optimization.frozen)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state."""
-        self.lowest_loss, self.epochs_without_improvement = list(state["lowest"]), list(state["waited"])
+        super().load_state_dict(state)
         self._freeze([j for j, frozen in enumerate(state["frozen"]) if frozen])

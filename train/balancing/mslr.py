@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from ...audit.errors import ConfigError, choices
 from ..batches import Batch, ModelReader
-from ..network import FusionNet, Outputs, cross_entropies
-from ..optimizer import Optimization
-from .balancer import Balancer, Validation
-from .config import BalancingConfig
+from ..config import TrainConfig
+from ..network import Outputs, cross_entropies
+from .balancer import Balancer, Validation, check_ranges
+
+MSLR_MODES = ("keep", "smooth", "dynamic")
 
 
 def smooth_factor(initial: float, *, epoch: int, epochs: int) -> float:
@@ -46,6 +49,29 @@ def _unimodal_cross_entropy(outputs: Outputs, label: Tensor) -> Tensor:
     return cross_entropies(outputs, label)[1]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MslrConfig:
+    """Modality-specific learning rates (ACL Findings 2022), in mmaudit's form.
+
+    Args:
+        mode: One of MSLR_MODES.
+        strength: Exponent of the mode "dynamic".
+        min_factor: Smallest factor of a modality.
+        max_factor: Largest factor of a modality.
+    """
+
+    section: ClassVar[str] = "balancing.mslr"
+    mode: str = "dynamic"
+    strength: float = 1.0
+    min_factor: float = 0.1
+    max_factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MSLR_MODES:
+            raise ConfigError(f"balancing.mslr.mode is {self.mode}: {choices(self.mode, MSLR_MODES)}")
+        check_ranges(self, strength=(0, 1e3), min_factor=(1e-9, 1), max_factor=(1, 1e9))
+
+
 class Mslr(Balancer):
     """L = CE(fused) + sum_j CE(z^j); the rates of the encoders and of separate heads differ.
 
@@ -54,17 +80,36 @@ class Mslr(Balancer):
     and not the last, so that the rate of a modality that overfits does not rise.
     """
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, optimization, config, epochs=epochs)
-        factors = optimization.config.modality_lr_factors()
-        self.initial_factors = [factors.get(name, 1.0) for name in net.config.modalities]
-        self.initial_loss = [1.0] * net.num_modalities
-        self.lowest_loss = [1.0] * net.num_modalities
+    config_type = MslrConfig
+    paper = "Yao and Mihalcea, Findings of ACL 2022"
+    has_unimodal_loss = True
+    sets_rates = True
+    state_fields = (
+        "initial_loss",
+        "lowest_loss",
+    )
+    config: MslrConfig
+
+    @classmethod
+    def check(cls, config: MslrConfig, settings: TrainConfig) -> None:
+        """Raise ConfigError for a mode that starts from configured rates where there are none."""
+        if config.mode != "dynamic" and not settings.optim.modality_lr:
+            raise ConfigError(
+                f"balancing.mslr.mode = {config.mode} starts from the rates of optim.modality_lr, which is empty; set "
+                "it, as with --set 'optim.modality_lr=[\"audio=0.1\"]', or use the mode dynamic"
+            )
+
+    def initialize(self) -> None:
+        """Set up the state."""
+        factors = self.optimization.config.modality_lr_factors()
+        self.initial_factors = [factors.get(name, 1.0) for name in self.net.config.modalities]
+        self.initial_loss = [1.0] * self.net.num_modalities
+        self.lowest_loss = [1.0] * self.net.num_modalities
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Set the factors that Optimization.begin_epoch uses."""
         super().begin_epoch(epoch, model_reader)
-        config = self.config.mslr
+        config = self.config
         if config.mode == "smooth":
             self.optimization.lr_factors = [
                 smooth_factor(factor, epoch=epoch, epochs=self.epochs) for factor in self.initial_factors
@@ -94,11 +139,3 @@ class Mslr(Balancer):
         """Return each modality's factor on the common learning rate."""
         factors = zip(self.net.config.modalities, self.initial_factors, self.optimization.lr_factors, strict=True)
         return {f"rate_{name}": initial * rate for name, initial, rate in factors}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the initial and the lowest losses."""
-        return {"first": list(self.initial_loss), "lowest": list(self.lowest_loss)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        self.initial_loss, self.lowest_loss = list(state["first"]), list(state["lowest"])

@@ -16,17 +16,18 @@ that AdamW divides out a coefficient that stays the same; the paper's optimiser 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..batches import Batch, ModelReader
-from ..network import FusionNet, Outputs
-from ..optimizer import Optimization
-from .balancer import Balancer
-from .config import BalancingConfig
+from ...audit.errors import ConfigError
+from ..batches import Batch, ModelReader, start_warning
+from ..config import TrainConfig
+from ..network import Outputs
+from .balancer import Balancer, check_ranges
 
 _NUM_OFFSETS = 1 << 20  # offsets of a window of noise: two windows are the same with a probability of one in a million
 _RATIO_TOLERANCE = 1e-6  # a lead that rounding can cause among equal modalities, where k would jump
@@ -49,13 +50,52 @@ def ogm_coefficients(score: Tensor, *, alpha: float) -> Tensor:
     return torch.where(ratio > 1 + _RATIO_TOLERANCE, 1.0 - (alpha * ratio).tanh(), 1.0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OgmConfig:
+    """OGM-GE (CVPR 2022).
+
+    Args:
+        alpha: Strength of the modulation; 0.1 to 0.8 in its code, the default is ours.
+        first_epoch: First epoch with modulation, from 1.
+        last_epoch: Last epoch with modulation.
+    """
+
+    section: ClassVar[str] = "balancing.ogm"
+    alpha: float = 0.3
+    first_epoch: int = 1
+    last_epoch: int = 50
+
+    def __post_init__(self) -> None:
+        check_ranges(self, alpha=(0, 1e3), first_epoch=(1, 1e9), last_epoch=(1, 1e9))
+        if self.last_epoch < self.first_epoch:
+            raise ConfigError(
+                f"balancing.ogm.first_epoch is {self.first_epoch}, after last_epoch {self.last_epoch}: "
+                "no epoch would be modulated"
+            )
+
+
 class Ogm(Balancer):
     """Modulation without noise. The loss is the fused one; state: the epoch, and the last coefficients."""
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, optimization, config, epochs=epochs)
+    config_type = OgmConfig
+    paper = "Peng et al., CVPR 2022"
+    state_fields = (
+        "epoch",
+        "_coefficient",
+    )
+    config: OgmConfig
+
+    @classmethod
+    def late_start(cls, config: OgmConfig, settings: TrainConfig) -> str | None:
+        """Return a warning where the method starts after the last epoch."""
+        name, epochs = settings.finetune.balancing, settings.finetune.epochs
+        first_epoch, setting = config.first_epoch, "balancing.ogm.first_epoch"
+        return start_warning(name, first_epoch=first_epoch, setting=setting, epochs=epochs, fallback="joint")
+
+    def initialize(self) -> None:
+        """Set up the state."""
         self.epoch = 0
-        self._coefficient = torch.ones(net.num_modalities, device=optimization.generator.device)
+        self._coefficient = torch.ones(self.net.num_modalities, device=self.optimization.generator.device)
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Reset the coefficients."""
@@ -68,23 +108,15 @@ class Ogm(Balancer):
 
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
         """Scale down the gradients of the encoder that is ahead."""
-        if not self.config.ogm.first_epoch <= self.epoch <= self.config.ogm.last_epoch:
+        if not self.config.first_epoch <= self.epoch <= self.config.last_epoch:
             return
-        self._coefficient = ogm_coefficients(self.mean_confidence(outputs, batch)[1:], alpha=self.config.ogm.alpha)
+        self._coefficient = ogm_coefficients(self.mean_confidence(outputs, batch)[1:], alpha=self.config.alpha)
         self.scale_gradients(self._coefficient)
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return the coefficients of the last step by modality."""
         coefficients = zip(self.net.config.modalities, self._coefficient.tolist(), strict=True)
         return {f"coefficient_{name}": value for name, value in coefficients}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state that the next step depends on."""
-        return {"epoch": self.epoch, "coefficient": self._coefficient}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        self.epoch, self._coefficient = state["epoch"], state["coefficient"]
 
 
 class OgmGe(Ogm):
@@ -96,16 +128,17 @@ class OgmGe(Ogm):
     CPU.
     """
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, optimization, config, epochs=epochs)
-        device = optimization.generator.device
-        largest = max(weight.numel() for weight in net.encoders.parameters())
+    def initialize(self) -> None:
+        """Set up the state."""
+        super().initialize()
+        device = self.optimization.generator.device
+        largest = max(weight.numel() for weight in self.net.encoders.parameters())
         self._row = torch.empty(largest + _NUM_OFFSETS, device=device)
         self._row.normal_(generator=torch.Generator(device).manual_seed(0))
 
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
         """Scale down the gradients of the encoder that is ahead, and add noise to all."""
-        if not self.config.ogm.first_epoch <= self.epoch <= self.config.ogm.last_epoch:
+        if not self.config.first_epoch <= self.epoch <= self.config.last_epoch:
             return
         gradients = [p.grad for p in self.net.encoders.parameters() if p.grad is not None and p.ndim >= 2]
         deviations = [_standard_deviation(gradient) + 1e-8 for gradient in gradients]

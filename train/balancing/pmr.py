@@ -18,18 +18,17 @@ could not be read, and its code has none.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..batches import Batch, ModelReader, sample_rows
-from ..network import FusionNet, Outputs, cross_entropy
-from ..optimizer import Optimization
-from .balancer import Balancer
-from .config import BalancingConfig
+from ..network import Outputs, cross_entropy
+from .balancer import Balancer, check_ranges
 from .ogm import mean_of_others
 
 _MIN_ROWS, _ROWS_PER_CLASS = 2_048, 16
@@ -48,23 +47,53 @@ def lag_weights(score: Tensor) -> Tensor:
     return (other_scores / torch.where(score > 0, score, torch.inf) - 1.0).clamp(0.0, 1.0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PmrConfig:
+    """PMR (CVPR 2023).
+
+    Args:
+        alpha: Weight of the prototype loss (ours).
+        momentum: Momentum of the prototypes, as in its code.
+        last_epoch: Last epoch with the prototype loss (ours).
+    """
+
+    section: ClassVar[str] = "balancing.pmr"
+    alpha: float = 1.0
+    momentum: float = 0.5
+    last_epoch: int = 50
+
+    def __post_init__(self) -> None:
+        check_ranges(self, alpha=(0, 1e3), momentum=(0, 1), last_epoch=(0, 1e9))
+
+
 class Pmr(Balancer):
     """Fused loss plus prototype loss of weaker modalities. State: epoch, weights (m,), prototypes (k, d_j)."""
 
-    def __init__(self, net: FusionNet, optimization: Optimization, config: BalancingConfig, *, epochs: int) -> None:
-        super().__init__(net, optimization, config, epochs=epochs)
-        device, k = optimization.generator.device, len(net.config.classes)
+    config_type = PmrConfig
+    paper = "Fan et al., CVPR 2023"
+    has_unimodal_loss = True
+    state_fields = (
+        "epoch",
+        "_weight",
+        "_prototypes",
+        "_seen",
+    )
+    config: PmrConfig
+
+    def initialize(self) -> None:
+        """Set up the state."""
+        device, k = self.optimization.generator.device, len(self.net.config.classes)
         self.epoch = 0
-        self._sizes = [int(encoder.num_features) for encoder in net.encoders]  # type: ignore[arg-type]
+        self._sizes = [int(encoder.num_features) for encoder in self.net.encoders]  # type: ignore[arg-type]
         self._prototypes = [torch.zeros(k, size, device=device) for size in self._sizes]
         self._seen = torch.zeros(k, dtype=torch.bool, device=device)  # classes that have prototypes
-        self._weight = torch.zeros(net.num_modalities, device=device)
+        self._weight = torch.zeros(self.net.num_modalities, device=device)
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Update the prototypes from the current features."""
         super().begin_epoch(epoch, model_reader)
         self._weight = torch.zeros_like(self._weight)
-        if epoch > self.config.pmr.last_epoch:
+        if epoch > self.config.last_epoch:
             return
         readings = model_reader.read(
             _features_and_label, rows=sample_rows(model_reader, max(_MIN_ROWS, _ROWS_PER_CLASS * len(self._seen)))
@@ -75,14 +104,14 @@ class Pmr(Balancer):
         had_prototype, has_samples = self._seen[:, None], count > 0
         for j, end in enumerate(accumulate(self._sizes)):
             mean = membership @ readings[end - self._sizes[j] : end].T / count.clamp(min=1.0)
-            moved = torch.where(had_prototype, mean.lerp(self._prototypes[j], self.config.pmr.momentum), mean)
+            moved = torch.where(had_prototype, mean.lerp(self._prototypes[j], self.config.momentum), mean)
             self._prototypes[j] = torch.where(has_samples, moved, self._prototypes[j])
         self._seen = self._seen | has_samples.squeeze(1)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute the mean cross entropy of the fused logits plus that of the prototypes of weaker modalities."""
         loss = self.fused_loss(outputs, batch)
-        if self.epoch > self.config.pmr.last_epoch:
+        if self.epoch > self.config.last_epoch:
             return loss
         losses = torch.stack(
             [self._cross_entropy(f, p, batch.label) for f, p in zip(outputs.features, self._prototypes, strict=True)]
@@ -91,9 +120,7 @@ class Pmr(Balancer):
         score = batch.mean_unimodal((-losses.detach()).exp())  # 0 where a class has no prototype
         self.distributed.sum_([score])
         self._weight = lag_weights(score)
-        return loss + self.config.pmr.alpha * (
-            self._weight @ batch.mean_unimodal(losses.masked_fill(~has_prototype, 0.0))
-        )
+        return loss + self.config.alpha * (self._weight @ batch.mean_unimodal(losses.masked_fill(~has_prototype, 0.0)))
 
     def _cross_entropy(self, features: Tensor, prototypes: Tensor, label: Tensor) -> Tensor:
         """Compute each sample's cross entropy (b,) by the prototypes of one modality."""
@@ -104,16 +131,6 @@ class Pmr(Balancer):
         """Return the weights of the last step by modality."""
         weights = zip(self.net.config.modalities, self._weight.tolist(), strict=True)
         return {f"lag_{name}": value for name, value in weights}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state that the next step depends on."""
-        prototypes = {"prototypes": list(self._prototypes), "seen": self._seen}
-        return {"epoch": self.epoch, "weight": self._weight, **prototypes}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        self.epoch, self._weight = state["epoch"], state["weight"]
-        self._prototypes, self._seen = list(state["prototypes"]), state["seen"]
 
 
 def _features_and_label(outputs: Outputs, label: Tensor) -> Tensor:

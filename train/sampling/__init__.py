@@ -1,1 +1,20 @@
-"""Samplers."""
+"""Samplers by name; importing the list loads no sampler and no torch."""
+
+from ...audit.registry import Entry, Registry
+
+SAMPLERS = Registry(
+    {  # a new sampler is one file and one line
+        "uniform": Entry("ordered:Uniform", "every sample once per epoch, in random order"),
+        "bss-h": Entry("ordered:BssH", "the most balanced share of the samples, which grows"),
+        "anti-curriculum": Entry("ordered:AntiCurriculum", "the least balanced share first: the control of bss-h"),
+        "bss-l": Entry("bss_l:BssL", "draws by a running balance score of the model in training"),
+        "dus-h": Entry("dus:DusH", "more samples of the modality whose cumulative confidence is behind"),
+        "dus-rl": Entry("dus_rl:DusRl", "as dus-h, by quantities that a policy learns"),
+        "smv": Entry("smv:Smv", "extra copies in modalities of low Shapley value"),
+        "class-balanced": Entry("ordered:ClassBalanced", "draws with replacement, every class equally likely"),
+        "posterior": Entry("ordered:PosteriorWeighted", "draws by P(balanced) of the manifest"),
+    },
+    package=__name__,
+    option="--sampling",
+    group="mmaudit.samplers",
+)

@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...audit.errors import ManifestError
+from ...audit.errors import ConfigError, ManifestError, choices
 from ...audit.metrics import balance
-from ..batches import ModelReader, RowIndex
+from ...rebalance.curriculum import RowIndex
+from ..batches import ModelReader
 from ..network import Outputs, cross_entropies
 from .ordered import Ordered
+
+SCORE_SOURCES = ("manifest", "model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BssConfig:
+    """Balance scores of BSS (arXiv 2501.01470). Orders and draws are set by `order.*`.
+
+    Args:
+        score_source: Scores that bss-l draws by, one of SCORE_SOURCES: those of the model in training, or the
+            manifest's probe scores, read once.
+        every_epochs: E, epochs between two evaluations of the model. 8 is ours, so that scoring takes a twentieth of
+            the time; the authors' code has 1, with beta = 1.
+        beta: Weight of new scores in the running score, s_hat <- (1 - beta) s_hat + beta s; the paper's value.
+        alpha: Weight of the fused term of the loss; the unimodal terms have weight 1.
+    """
+
+    section: ClassVar[str] = "sampling.bss"
+    score_source: str = "model"
+    every_epochs: int = 8
+    beta: float = 0.6
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.score_source not in SCORE_SOURCES:
+            raise ConfigError(
+                f"sampling.bss.score_source is {self.score_source}: {choices(self.score_source, SCORE_SOURCES)}"
+            )
+        if self.every_epochs < 1:
+            raise ConfigError(f"sampling.bss.every_epochs is {self.every_epochs}; it must be at least 1")
+        if not 0 < self.beta <= 1:
+            raise ConfigError(f"sampling.bss.beta is {self.beta}; it must lie in (0, 1]")
+        if not 0 <= self.alpha < math.inf:
+            raise ConfigError(f"sampling.bss.alpha is {self.alpha}; it must be at least 0")
 
 
 class BssL(Ordered):
@@ -26,9 +63,14 @@ class BssL(Ordered):
     its code's, and the default. Scores of the manifest's probes instead of the model's, which never change, are ours.
     """
 
+    config_type = BssConfig
+    paper = "Guan et al., arXiv 2501.01470"
+    order_fields = ("draw", "weight")
+    config: BssConfig
+
     def initialize(self) -> None:
         """Set the manifest's scores, or none before the first evaluation."""
-        self.reads_model = self.config.bss.score_source == "model"
+        self.reads_model = self.config.score_source == "model"
         self.balance = None if self.reads_model else self.pool.balance
         num_missing, num_samples = int(np.isnan(self.pool.balance).sum()), len(self.pool)
         if num_missing and not self.reads_model:
@@ -40,7 +82,7 @@ class BssL(Ordered):
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Evaluate the model in every E-th epoch."""
-        bss = self.config.bss
+        bss = self.config
         if not self.reads_model or (epoch - 1) % bss.every_epochs:
             return
         similarity, loss = (

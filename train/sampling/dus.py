@@ -9,22 +9,83 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
-from ...audit.errors import ConfigError
+from ...audit.errors import ConfigError, choices
 from ...audit.hashing import hash_rank
-from ...rebalance.curriculum import OrderConfig, epoch_order
-from ..batches import Batch, ModelReader, RowIndex, Step
-from ..fusion import Mmtm
+from ...rebalance.curriculum import OrderConfig, RowIndex, epoch_order
+from ..batches import Batch, ModelReader, Step
 from ..network import FusionNet, Outputs
-from .config import DusConfig
-from .dus_policy import Policy
 from .sampler import Sampler
 
 log = logging.getLogger("mmaudit")
+
+POLICIES = ("reinforce", "ppo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DusConfig:
+    """Quantities of DUS (arXiv 2503.03792). What is sampled is the paper's; all constants are ours.
+
+    Args:
+        kappa: How strongly a weaker modality gets more samples.
+        dead_zone: Spread of the cumulative confidences up to which every modality gets the batch size.
+        min_share: Fewest samples of a modality per step, as a share of the batch size.
+        max_share: Most samples of a modality per step, as a multiple of the batch size.
+        paired: Modalities share their samples as far as their quantities allow; otherwise each draws independently.
+        policy: Learning rule of dus-rl, one of POLICIES; the fields below are of dus-rl too.
+        every_steps: Steps between two actions, and the span of each reward.
+        hidden: Hidden units of the policy network.
+        lr: Learning rate of the policy.
+        eta: Weight of the change of the fused confidence in the reward.
+        baseline: Decay of the running mean of rewards.
+        clip: Clipping range of ppo.
+        horizon: Actions between two updates of ppo.
+        passes: Passes over them in each update of ppo.
+        multipliers: Multiples of the batch size that the policy chooses from.
+    """
+
+    section: ClassVar[str] = "sampling.dus"
+    kappa: float = 1.0
+    dead_zone: float = 0.02
+    min_share: float = 0.25
+    max_share: float = 2.0
+    paired: bool = True
+    policy: str = "reinforce"
+    every_steps: int = 4
+    hidden: int = 64
+    lr: float = 1e-3
+    eta: float = 1.0
+    baseline: float = 0.9
+    clip: float = 0.2
+    horizon: int = 16
+    passes: int = 4
+    multipliers: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"sampling.dus.policy is {self.policy}: {choices(self.policy, POLICIES)}")
+        if not 0 < self.min_share <= 1 <= self.max_share < math.inf:
+            raise ConfigError(
+                "sampling.dus: min_share must lie in (0, 1], and max_share must be a number of at least 1"
+            )
+        if not self.multipliers or not all(0 < multiplier < math.inf for multiplier in self.multipliers):
+            raise ConfigError(f"sampling.dus.multipliers are {list(self.multipliers)}; give one or more, all above 0")
+        for name in ("hidden", "every_steps", "horizon", "passes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("kappa", "dead_zone", "eta"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be a number of at least 0")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be a number above 0")
+        if not 0 <= self.baseline < 1:
+            raise ConfigError(f"sampling.dus.baseline is {self.baseline}; it must lie in [0, 1)")
 
 
 def cumulative_discrepancy(confidence: Sequence[float]) -> list[float]:
@@ -43,10 +104,10 @@ def lagging_quantities(confidence: Sequence[float], *, batch_size: int, config: 
     if mean <= 0 or max(confidence) - min(confidence) <= config.dead_zone:
         return [batch_size] * len(confidence)
     shares = [1 + config.kappa * (mean - value) / mean for value in confidence]
-    return [_quantity(share, batch_size=batch_size, config=config) for share in shares]
+    return [bounded_quantity(share, batch_size=batch_size, config=config) for share in shares]
 
 
-def _quantity(share: float, *, batch_size: int, config: DusConfig) -> int:
+def bounded_quantity(share: float, *, batch_size: int, config: DusConfig) -> int:
     """Return a share of the batch size in whole samples, at least one, within the configured bounds."""
     minimum, maximum = max(1, round(config.min_share * batch_size)), round(config.max_share * batch_size)
     return min(max(round(share * batch_size), minimum), maximum)
@@ -67,6 +128,24 @@ class Dus(Sampler):
     Within a step rows are interleaved evenly by the modalities that use them, so that every process gets some of each.
     """
 
+    config_type = DusConfig
+    paper = "Jiang et al., arXiv 2503.03792"
+    min_modalities = 2
+    selects_per_modality = True
+    usual_balancing = "sum"
+    state_fields = (
+        "num_observed",
+        "confidence",
+        "fused",
+        "quantities",
+        "_names",
+        "_epoch",
+        "_num_steps",
+        "_positions",
+        "_sampled",
+    )
+    config: DusConfig
+
     adaptive = True
 
     def initialize(self) -> None:
@@ -83,7 +162,7 @@ class Dus(Sampler):
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Raise ConfigError for unpaired samples where only pairs train the fusion."""
         self._names = list(model_reader.net.config.modalities)
-        if not self.config.dus.paired and _needs_pairs(model_reader.net):
+        if not self.config.paired and _needs_pairs(model_reader.net):
             own_heads_text = " beside each modality's own head" if model_reader.net.config.own_heads else ""
             raise ConfigError(
                 f"sampling.dus.paired = false leaves no pairs, and nothing else trains the classifier of "
@@ -99,7 +178,7 @@ class Dus(Sampler):
             self._sampled = [0] * self.pool.num_modalities
         assert (self._epoch, self._num_steps) == (epoch, after), "a run resumes from the state after its last step"
         while max(self._positions) < len(self.pool):
-            step = self._paired_step(passes[0]) if self.config.dus.paired else self._unpaired_step(passes)
+            step = self._paired_step(passes[0]) if self.config.paired else self._unpaired_step(passes)
             self._num_steps += 1
             yield step
 
@@ -107,7 +186,7 @@ class Dus(Sampler):
         """Return one shuffled pass for all modalities, or one for each."""
         pool, config = self.pool, OrderConfig(order="shuffled")
         seeds = [self.seed]
-        if not self.config.dus.paired:
+        if not self.config.paired:
             seeds = hash_rank(map(str, range(pool.num_modalities)), seed=self.seed, purpose="dus").tolist()
         return [epoch_order(rank=pool.rank, key=pool.key, config=config, seed=seed, epoch=epoch) for seed in seeds]
 
@@ -174,80 +253,13 @@ class Dus(Sampler):
             **{f"samples_{name}": self._sampled[j] / max(1, self._num_steps) for j, name in names},
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the running means, the quantities of the next step, and the position in the epoch."""
-        return {
-            "heard": self.num_observed,
-            "confidence": list(self.confidence),
-            "fused": self.fused,
-            "quantities": list(self.quantities),
-            "names": list(self._names),
-            "epoch": self._epoch,
-            "taken": self._num_steps,
-            "at": list(self._positions),
-            "sampled": list(self._sampled),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        self.num_observed, self.confidence, self.fused = state["heard"], list(state["confidence"]), state["fused"]
-        self.quantities, self._names = list(state["quantities"]), list(state["names"])
-        self._epoch, self._num_steps = state["epoch"], state["taken"]
-        self._positions, self._sampled = list(state["at"]), list(state["sampled"])
-
 
 class DusH(Dus):
     """DUS-H, the heuristic: the quantities follow from how far each modality is behind."""
 
     def choose_quantities(self, discrepancy: list[float]) -> list[int]:
         """See lagging_quantities."""
-        return lagging_quantities(self.confidence, batch_size=self.batch_size, config=self.config.dus)
-
-
-class DusRl(Dus):
-    """DUS-RL, learned: a policy maps (s_hat^1..m, D^1..m) to a multiple of the batch size for each modality.
-
-    reward = max_j |D_t^j| - max_j |D_{t+1}^j| + eta (change of the fused prediction's cumulative confidence). The paper
-    has such a policy, state and action; the multiples, the reward and the policy's constants are ours, and so is that
-    the fused confidence is cumulative, as D is: a single step's would be mostly noise. Without pairs that change is 0.
-    It acts once in `every_steps` steps (ours), where the paper acts in each: an action takes half a millisecond beside
-    a step of 14 ms, since all its data has left the processor's cache.
-    """
-
-    def initialize(self) -> None:
-        """Draw the policy from the seed, the same one in all processes."""
-        super().initialize()
-        m = self.pool.num_modalities
-        seed = int(hash_rank(["policy"], seed=self.seed, purpose="dus")[0] >> np.uint64(1))
-        self.policy = Policy(self.config.dus, num_inputs=2 * m, num_modalities=m, seed=seed)
-        self._last_values: tuple[float, float] | None = None  # largest |D| and fused confidence at the last action
-
-    def choose_quantities(self, discrepancy: list[float]) -> list[int]:
-        """Update the policy with the reward of the last action and choose the next, every `every_steps` steps."""
-        if (self.num_observed - 1) % self.config.dus.every_steps:
-            return self.quantities
-        dus, largest = self.config.dus, max(map(abs, discrepancy))
-        if self._last_values is not None:
-            reward = self._last_values[0] - largest + dus.eta * (self.fused - self._last_values[1])
-            self.policy.learn(reward)
-        self._last_values = (largest, self.fused)
-        actions = self.policy.act([*self.confidence, *discrepancy])
-        return [_quantity(dus.multipliers[c], batch_size=self.batch_size, config=dus) for c in actions]
-
-    def epoch_metrics(self) -> dict[str, float]:
-        """Add the running mean of rewards."""
-        return {**super().epoch_metrics(), "policy_reward": self.policy.baseline}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Add the policy."""
-        before = None if self._last_values is None else list(self._last_values)
-        return {**super().state_dict(), "policy": self.policy.state_dict(), "before": before}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        super().load_state_dict(state)
-        self.policy.load_state_dict(state["policy"])
-        self._last_values = None if state["before"] is None else (state["before"][0], state["before"][1])
+        return lagging_quantities(self.confidence, batch_size=self.batch_size, config=self.config)
 
 
 def _interleave(sizes: Sequence[int]) -> RowIndex:
@@ -258,4 +270,4 @@ def _interleave(sizes: Sequence[int]) -> RowIndex:
 
 def _needs_pairs(net: FusionNet) -> bool:
     """Whether the fused logits have weights that the unimodal logits do not use."""
-    return net.has_own_heads or isinstance(net.fusion, Mmtm)
+    return net.has_own_heads or net.fusion.needs_pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...audit.errors import ManifestError
-from ...rebalance.curriculum import draw_rows, epoch_order
-from ..batches import RowIndex, Step, split_order
+from ...rebalance.curriculum import RowIndex, draw_rows, epoch_order
+from ..batches import Step, split_order
+from ..config import TrainConfig
 from .sampler import Sampler
 
 
@@ -26,10 +28,20 @@ class Ordered(Sampler):
         """Cut the order into steps of the batch size; the last may be smaller."""
         return iter(split_order(self.rows(epoch), batch_size=self.batch_size, after=after))
 
-    def in_order(self, name: str, epoch: int, *, balance: NDArray[np.float64] | None = None) -> RowIndex:
-        """Return the rows in an order of ORDERS, as `mmaudit order` prints it. balance: see order_of."""
-        pool, config = self.pool, replace(self.order, order=name)
-        return epoch_order(rank=pool.rank, key=pool.key, balance=balance, config=config, seed=self.seed, epoch=epoch)
+    def in_order(
+        self,
+        name: str,
+        epoch: int,
+        *,
+        rank: NDArray[np.int64] | None = None,
+        balance: NDArray[np.float64] | None = None,
+    ) -> RowIndex:
+        """Return the rows in an order of ORDERS, as `mmaudit order` prints it.
+
+        rank: by default the manifest's. balance: see epoch_order.
+        """
+        rank, config = self.pool.rank if rank is None else rank, replace(self.order, order=name)
+        return epoch_order(rank=rank, key=self.pool.key, balance=balance, config=config, seed=self.seed, epoch=epoch)
 
 
 class Uniform(Ordered):
@@ -40,19 +52,38 @@ class Uniform(Ordered):
         return self.in_order("shuffled", epoch)
 
 
-class BssH(Ordered):
+class Paced(Ordered):
+    """An epoch is a share of the samples, which grows by `order.pacing`, `order.start` and `order.grow_epochs`."""
+
+    order_fields = ("pacing", "start", "grow_epochs", "steps")
+
+    @classmethod
+    def late_start(cls, config: None, settings: TrainConfig) -> str | None:
+        """Return a warning where the share does not reach 1."""
+        finetune, order = settings.finetune, settings.order
+        if (share := order.share(finetune.epochs)) >= 1:
+            return None
+        return (
+            f"--sampling {finetune.sampling} uses {math.floor(1000 * share) / 10:g}% of the training samples in the "
+            f"last one and never the rest; it uses all of them from epoch {order.grow_epochs} on (order.grow_epochs)"
+        )
+
+
+class BssH(Paced):
     """BSS-H (arXiv 2501.01470): a pass over the most balanced share of the samples, which grows.
 
     The share of epoch t is lambda(t) by `order.pacing`, `order.start` and `order.grow_epochs`, by default the paper's:
     0.186 at t = 1, and all from t = 40 on.
     """
 
+    paper = "Guan et al., arXiv 2501.01470"
+
     def rows(self, epoch: int) -> RowIndex:
         """Shuffle the most balanced floor(n lambda(epoch)) rows."""
         return self.in_order("curriculum", epoch)
 
 
-class AntiCurriculum(Ordered):
+class AntiCurriculum(Paced):
     """The control of BSS-H: the least balanced share comes first. It should reduce the accuracy."""
 
     def rows(self, epoch: int) -> RowIndex:
@@ -84,6 +115,8 @@ class PosteriorWeighted(Ordered):
     the default, passes over all samples with likely balanced ones early, so that an error of the mixture costs no
     sample; "replacement" draws those often, nearly as if the others were left out.
     """
+
+    order_fields = ("draw",)
 
     def initialize(self) -> None:
         """Check that every sample has a posterior."""

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...rebalance.curriculum import OrderConfig
-from ..batches import Batch, ModelReader, Step
+from ..batches import Batch, Method, Step
 from ..network import Outputs
 from ..optimizer import DistributedContext
-from .config import SAMPLERS, SamplingConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
     """The n training samples that a sampler draws from: columns (n,) of the manifest, and k classes.
 
-    key: hash of the ids, see `id_key`. rank: 0 = most balanced. balance in [-1, 1], high = balanced, and p_balanced in
-    [0, 1]: NaN where the manifest has none.
+    key: hash of the ids, see `id_key`. rank: 0 = most balanced. discrepancy and balance in [-1, 1], high balance =
+    balanced, and p_balanced in [0, 1]: NaN where the manifest has none.
     """
 
     key: NDArray[np.uint64]
     rank: NDArray[np.int64]
+    discrepancy: NDArray[np.float64]
     balance: NDArray[np.float64]
     p_balanced: NDArray[np.float64]
     label: NDArray[np.int64]
@@ -38,30 +37,47 @@ class Pool:
         return len(self.key)
 
 
-class Sampler(ABC):
-    """One sampling method. Its draws follow from pool, seed, epoch, step and its state, equal in all processes."""
+class Sampler(Method):
+    """One sampling method. Its draws follow from pool, seed, epoch, step and its state, equal in all processes.
 
-    adaptive = False  # whether a step depends on the outputs of the last one, which rules out reading ahead
+    A method must define `steps`; `initialize` checks the pool and sets up the state, `begin_epoch` may evaluate the
+    model, `observe` follows the training steps.
+
+    Attributes:
+        selects_per_modality: It selects samples of each modality, which only losses of single modalities train on.
+        usual_balancing: Balancer of `--balancing auto`.
+        order_fields: Fields of the section `order` that it uses.
+        adaptive: A step depends on the outputs of the last one, which rules out reading ahead.
+    """
+
+    selects_per_modality: ClassVar[bool] = False
+    usual_balancing: ClassVar[str] = "joint"
+    order_fields: ClassVar[tuple[str, ...]] = ()
+    adaptive: ClassVar[bool] = False
 
     def __init__(
         self,
         pool: Pool,
-        config: SamplingConfig,
         order: OrderConfig,
+        config: Any = None,
         *,
         batch_size: int,
         seed: int,
         distributed: DistributedContext,
     ) -> None:
-        self.pool, self.config, self.order = pool, config, order
+        self.pool, self.order = pool, order
+        self.config = self.default_config() if config is None else config
         self.batch_size, self.seed, self.distributed = batch_size, seed, distributed
         self.initialize()
 
+    @classmethod
+    def needs(cls) -> tuple[str, ...]:
+        """Return what the method needs of data and settings, in words."""
+        unimodal_loss = (f"unimodal losses, such as --balancing {cls.usual_balancing}",)
+        return (*super().needs(), *(unimodal_loss if cls.selects_per_modality else ()))
+
     def initialize(self) -> None:
         """Check that the pool has the columns it draws by (ManifestError), and set up the state."""
-
-    def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
-        """Evaluate the model before epoch 1, 2, ..., if the method needs it."""
 
     @abstractmethod
     def steps(self, epoch: int, *, after: int = 0) -> Iterator[Step]:
@@ -69,31 +85,3 @@ class Sampler(ABC):
 
     def observe(self, outputs: Outputs, batch: Batch) -> None:
         """Update the sampler with the outputs of a training step."""
-
-    def epoch_metrics(self) -> dict[str, float]:
-        """Return the sampler's columns of history.jsonl at the end of an epoch."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state that the next steps depend on: tensors and plain values."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-
-
-def build_sampler(
-    name: str,
-    pool: Pool,
-    config: SamplingConfig,
-    order: OrderConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    distributed: DistributedContext,
-) -> Sampler:
-    """Build the sampler of a name in SAMPLERS. Raises ManifestError where the pool lacks a column it draws by."""
-    module, _, class_name = SAMPLERS[name].partition(":")
-    sampler_class = getattr(import_module(f".{module}", __package__), class_name)
-    sampler: Sampler = sampler_class(pool, config, order, batch_size=batch_size, seed=seed, distributed=distributed)
-    return sampler

@@ -6,20 +6,44 @@ Letters: n samples, m modalities.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...audit.errors import ConfigError
 from ...audit.hashing import hash_rank
 from ...audit.metrics import Floats, shapley
-from ...rebalance.curriculum import OrderConfig, epoch_order
-from ..batches import ModelReader, RowIndex, Step, split_order
+from ...rebalance.curriculum import OrderConfig, RowIndex, epoch_order
+from ..batches import ModelReader, Step, split_order, start_warning
+from ..config import TrainConfig
 from ..network import correct_by_set, shapley_sets
 from .sampler import Sampler
 
 Copies = NDArray[np.int16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmvConfig:
+    """Resampling of SMV (CVPR 2024): 1 to 3 extra copies; when it takes place is ours.
+
+    Args:
+        every_epochs: Epochs between two evaluations of the model.
+        warmup_epochs: Epochs before the first evaluation.
+        max_copies: Most extra copies of a sample in a modality.
+    """
+
+    section: ClassVar[str] = "sampling.smv"
+    every_epochs: int = 5
+    warmup_epochs: int = 5
+    max_copies: int = 3
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("every_epochs", 1), ("warmup_epochs", 0), ("max_copies", 1)):
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"sampling.smv.{name} is {getattr(self, name)}; it must be at least {minimum}")
 
 
 class Smv(Sampler):
@@ -32,6 +56,19 @@ class Smv(Sampler):
     shuffled pass. When the model is evaluated, and the number of copies between 1 and 3, are ours.
     """
 
+    config_type = SmvConfig
+    paper = "Wei et al., CVPR 2024"
+    min_modalities = 2
+    state_fields = ("_values", "_names")
+    config: SmvConfig
+
+    @classmethod
+    def late_start(cls, config: SmvConfig, settings: TrainConfig) -> str | None:
+        """Return a warning where the warm-up lasts to the last epoch."""
+        name, epochs = settings.finetune.sampling, settings.finetune.epochs
+        first_epoch, setting = config.warmup_epochs + 1, "sampling.smv.warmup_epochs"
+        return start_warning(name, first_epoch=first_epoch, setting=setting, epochs=epochs, fallback="uniform")
+
     def initialize(self) -> None:
         """Start without copies."""
         self.copies: Copies = np.zeros((self.pool.num_modalities, len(self.pool)), dtype=np.int16)
@@ -41,7 +78,7 @@ class Smv(Sampler):
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Evaluate the model every `every_epochs` epochs after the warm-up."""
         self._names = list(model_reader.net.config.modalities)
-        smv = self.config.smv
+        smv = self.config
         since = epoch - 1 - smv.warmup_epochs
         if since < 0 or since % smv.every_epochs:
             return
@@ -83,12 +120,12 @@ class Smv(Sampler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the results of the last evaluation."""
-        return {"copies": torch.from_numpy(self.copies), "values": list(self._values), "names": list(self._names)}
+        return {**super().state_dict(), "copies": torch.from_numpy(self.copies)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state."""
+        super().load_state_dict(state)
         self.copies = state["copies"].cpu().numpy()
-        self._values, self._names = list(state["values"]), list(state["names"])
 
 
 def num_copies(value: Floats, *, max_copies: int) -> Copies:

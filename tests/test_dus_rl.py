@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmaudit.train.sampling.config import DusConfig
-from mmaudit.train.sampling.dus_policy import Policy, clipped_slope
+from mmaudit.train.sampling.dus import DusConfig
+from mmaudit.train.sampling.dus_rl import Policy, clipped_slope
 
 torch.set_num_threads(1)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmaudit.train.balancing.balancer import Balancer, build_balancer
-from mmaudit.train.balancing.config import BalancingConfig
+from mmaudit.train.balancing import BALANCERS
+from mmaudit.train.balancing.balancer import Balancer
 from mmaudit.train.batches import Batch
 from mmaudit.train.config import OptimConfig
 from mmaudit.train.network import FusionNet, ModelConfig
@@ -29,7 +29,7 @@ def build_method(name: str, *, own_heads: bool = False, precision: str = "float3
     optim = OptimConfig(optimizer="sgd", lr=0.5, momentum=0.0, weight_decay=0.0, precision=precision)
     optimization = Optimization(net, optim, device="cpu", distributed=SINGLE_PROCESS)
     optimization.begin_epoch(1, epochs=1)
-    return build_balancer(name, net, optimization, BalancingConfig(), epochs=1)
+    return BALANCERS.load(name)(net, optimization, epochs=1)
 
 
 def make_batch() -> Batch:

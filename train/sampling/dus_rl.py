@@ -1,6 +1,6 @@
-"""Policy network of DUS-RL.
+"""DUS-RL: DUS by quantities that a policy learns.
 
-Letters: m modalities, c choices for each, h steps of one update, i numbers of a state, u hidden units. The network is
+Letters: m modalities, c choices for each, h steps of one update, i numbers of a state, u hidden units. The policy is
 small and equal in all processes, because their states and rewards are. It is numpy on the CPU with gradients by hand:
 with autograd, an action and an update took three times as long, 0.9 ms beside a step of 37.
 """
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .config import DusConfig
+from ...audit.hashing import hash_rank
+from .dus import Dus, DusConfig, bounded_quantity
 
 Floats = NDArray[np.float64]
 _DECAYS, _EPSILON = (0.9, 0.999), 1e-8  # of Adam
@@ -158,3 +159,49 @@ def clipped_slope(ratio: Floats, advantage: Floats, *, clip: float) -> Floats:
     """
     stopped = np.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip)
     return np.where(stopped, 0.0, ratio * advantage)
+
+
+class DusRl(Dus):
+    """DUS-RL, learned: a policy maps (s_hat^1..m, D^1..m) to a multiple of the batch size for each modality.
+
+    reward = max_j |D_t^j| - max_j |D_{t+1}^j| + eta (change of the fused prediction's cumulative confidence). The paper
+    has such a policy, state and action; the multiples, the reward and the policy's constants are ours, and so is that
+    the fused confidence is cumulative, as D is: a single step's would be mostly noise. Without pairs that change is 0.
+    It acts once in `every_steps` steps (ours), where the paper acts in each: an action takes half a millisecond beside
+    a step of 14 ms, since all its data has left the processor's cache.
+    """
+
+    state_fields = (*Dus.state_fields, "_last_values")
+
+    def initialize(self) -> None:
+        """Draw the policy from the seed, the same one in all processes."""
+        super().initialize()
+        m = self.pool.num_modalities
+        seed = int(hash_rank(["policy"], seed=self.seed, purpose="dus")[0] >> np.uint64(1))
+        self.policy = Policy(self.config, num_inputs=2 * m, num_modalities=m, seed=seed)
+        self._last_values: tuple[float, float] | None = None  # largest |D| and fused confidence at the last action
+
+    def choose_quantities(self, discrepancy: list[float]) -> list[int]:
+        """Update the policy with the reward of the last action and choose the next, every `every_steps` steps."""
+        if (self.num_observed - 1) % self.config.every_steps:
+            return self.quantities
+        dus, largest = self.config, max(map(abs, discrepancy))
+        if self._last_values is not None:
+            reward = self._last_values[0] - largest + dus.eta * (self.fused - self._last_values[1])
+            self.policy.learn(reward)
+        self._last_values = (largest, self.fused)
+        actions = self.policy.act([*self.confidence, *discrepancy])
+        return [bounded_quantity(dus.multipliers[c], batch_size=self.batch_size, config=dus) for c in actions]
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Add the running mean of rewards."""
+        return {**super().epoch_metrics(), "policy_reward": self.policy.baseline}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add the policy."""
+        return {**super().state_dict(), "policy": self.policy.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a state."""
+        super().load_state_dict(state)
+        self.policy.load_state_dict(state["policy"])

@@ -1,0 +1,246 @@
+"""Methods of a fine-tuning by name: their configs, what they need of each other, and the table of all of them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from ..audit.errors import ConfigError, RunError, choices
+from ..audit.parsing import build_config, plain
+from ..audit.registry import Registry
+from .balancing import BALANCERS
+from .config import FUSIONS, FinetuneConfig, TrainConfig
+from .sampling import SAMPLERS
+
+if TYPE_CHECKING:
+    from .balancing.balancer import Balancer
+    from .batches import Method
+    from .fusion import Fusion
+    from .sampling.sampler import Sampler
+
+log = logging.getLogger("mmaudit")
+
+REGISTRIES: dict[str, Registry] = {"sampler": SAMPLERS, "balancer": BALANCERS, "fusion": FUSIONS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Methods:
+    """Classes and constants of the methods of a fine-tuning.
+
+    config: All settings, with the names of the methods in place of "auto" and every constant of the methods in use.
+    """
+
+    config: TrainConfig
+    sampler: type[Sampler]
+    sampler_config: Any
+    balancer: type[Balancer]
+    balancer_config: Any
+    fusion: type[Fusion]
+
+
+def resolve(config: TrainConfig) -> Methods:
+    """Resolve the methods of a fine-tuning by name, and check that they work together.
+
+    Sections of methods that are not used are checked and left out of the result. Packages are imported only where a
+    method or a section is theirs. A resolved config resolves to itself.
+
+    Raises:
+        ConfigError: A method, section or key does not exist, a value is out of range, or two settings contradict each
+            other.
+    """
+    settings = config.finetune
+    sampler: type[Sampler] = SAMPLERS.load(settings.sampling)
+    balancing = _usual_balancing(settings, sampler) if settings.balancing == "auto" else settings.balancing
+    balancer: type[Balancer] = BALANCERS.load(balancing)
+    names = _fusion_names(balancing, balancer)
+    fusion_name = names[0] if settings.fusion == "auto" else settings.fusion
+    fusion = balancer.own_fusion if balancer.own_fusion and fusion_name == balancing else FUSIONS.load(fusion_name)
+    if fusion_name not in names:
+        reason = balancer.fusion_reason or fusion.balancing_reason
+        raise ConfigError(
+            f"--balancing {balancing} does not support --fusion {fusion_name}: {reason}; "
+            f"use --fusion {' or '.join(names)}"
+        )
+    resolved = replace(settings, fusion=fusion_name, balancing=balancing)
+    if sampler.selects_per_modality and not balancer.has_unimodal_loss:
+        supported = [name for name in BALANCERS if BALANCERS.load(name).has_unimodal_loss]
+        raise ConfigError(
+            f"--sampling {settings.sampling} selects samples per modality, and --balancing {balancing} has no "
+            f"unimodal loss that trains on them; use --balancing {', '.join(supported)}"
+        )
+    if settings.only is not None:
+        _check_single_modality(resolved, sampler, balancer, fusion)
+    sampler_config, sampling = _resolve_sections(SAMPLERS, sampler, config.sampling, axis="sampling")
+    balancer_config, balancing_sections = _resolve_sections(BALANCERS, balancer, config.balancing, axis="balancing")
+    config = replace(config, finetune=resolved, sampling=sampling, balancing=balancing_sections)
+    sampler.check(sampler_config, config)
+    balancer.check(balancer_config, config)
+    return Methods(
+        config=config,
+        sampler=sampler,
+        sampler_config=sampler_config,
+        balancer=balancer,
+        balancer_config=balancer_config,
+        fusion=fusion,
+    )
+
+
+def load_fusion(name: str) -> type[Fusion]:
+    """Import the fusion that a model was trained with: one of FUSIONS, or that of a balancer.
+
+    Raises RunError where there is none, as for a balancer of a package that is not installed.
+    """
+    if name in FUSIONS:
+        fusion: type[Fusion] = FUSIONS.load(name)
+        return fusion
+    own_fusion: type[Fusion] | None = BALANCERS.load(name).own_fusion if name in BALANCERS.names() else None
+    if own_fusion is None:
+        raise RunError(f"the model was trained with the fusion {name}, which is not installed")
+    return own_fusion
+
+
+def check_schedule(methods: Methods) -> list[str]:
+    """Return one warning for each setting that never starts or never ends in so few epochs."""
+    config = methods.config
+    warnings = (
+        methods.sampler.late_start(methods.sampler_config, config),
+        methods.balancer.late_start(methods.balancer_config, config),
+        config.optim.late_start(config.finetune.epochs),
+    )
+    return [f"{config.finetune.epochs} epochs are too few: {warning}" for warning in warnings if warning]
+
+
+def _usual_balancing(settings: FinetuneConfig, sampler: type[Sampler]) -> str:
+    """Return the balancer of `--balancing auto`, and log the reason where it is not joint."""
+    fusion: type[Fusion] | None = None if settings.fusion == "auto" else FUSIONS.load(settings.fusion)
+    if fusion is not None and fusion.usual_balancing != "joint":
+        name, reason = fusion.usual_balancing, fusion.balancing_reason
+        log.info("--fusion %s takes --balancing %s: %s", settings.fusion, name, reason)
+        return name
+    if sampler.usual_balancing != "joint":
+        log.info(
+            "--sampling %s takes --balancing %s: it selects samples per modality, which only unimodal losses train on",
+            settings.sampling,
+            sampler.usual_balancing,
+        )
+    return sampler.usual_balancing
+
+
+def _fusion_names(balancing: str, balancer: type[Balancer]) -> tuple[str, ...]:
+    """Return the fusions that a balancer works with, the usual one first."""
+    return balancer.fusions if balancer.own_fusion is None else (balancing, *balancer.fusions)
+
+
+def _check_single_modality(
+    settings: FinetuneConfig, sampler: type[Sampler], balancer: type[Balancer], fusion: type[Fusion]
+) -> None:
+    """Raise ConfigError for a method that needs more than the modality of --only."""
+    if balancer.min_modalities > 1:
+        raise ConfigError(
+            f"--only {settings.only} leaves one modality, and --balancing {settings.balancing} needs at least "
+            f"{balancer.min_modalities}; use --balancing joint"
+        )
+    if sampler.min_modalities > 1:
+        raise ConfigError(
+            f"--only {settings.only} leaves one modality, and --sampling {settings.sampling} needs at least "
+            f"{sampler.min_modalities}"
+        )
+    if fusion.min_modalities > 1:
+        raise ConfigError(f"--only {settings.only} leaves nothing to fuse: remove --fusion {settings.fusion}")
+
+
+def _resolve_sections(
+    registry: Registry, method: type[Method], sections: Mapping[str, Mapping[str, Any]], *, axis: str
+) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """Check all sections of an axis; return the config of the method in use, and its section with all constants."""
+    config_types = _config_types([method], axis=axis)
+    own_section = next(iter(config_types), None)
+    if not sections.keys() <= config_types.keys():
+        methods = [registry.load(name) for name in registry.names() if name in registry or name in sections]
+        config_types = _config_types([method, *methods], axis=axis)
+    config = method.default_config()
+    for section, values in sections.items():
+        if section not in config_types:
+            names = [f"{axis}.{name}" for name in config_types]
+            raise ConfigError(f"no config key {axis}.{section}; {choices(f'{axis}.{section}', names)}")
+        built = build_config(config_types[section], values, where=f"{axis}.{section}.")
+        config = built if section == own_section else config
+    return config, {} if own_section is None else {own_section: plain(config)}
+
+
+def _config_types(methods: Sequence[type[Method]], *, axis: str) -> dict[str, type[Any]]:
+    """Return the config types of methods by section."""
+    types = [method.config_type for method in methods if method.config_type is not None]
+    return {type_.section.removeprefix(f"{axis}."): type_ for type_ in types}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigKey:
+    """One constant of a method: its key in the config, its default, and its meaning."""
+
+    key: str
+    default: Any
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodRow:
+    """One method of a registry: paper, what it needs, and its constants."""
+
+    kind: str
+    name: str
+    help: str
+    paper: str = ""
+    needs: tuple[str, ...] = ()
+    keys: tuple[ConfigKey, ...] = ()
+
+
+def list_methods(registries: Mapping[str, Registry] = REGISTRIES, *, details: bool = True) -> list[MethodRow]:
+    """Return one row for each method of some registries, built in and installed.
+
+    Args:
+        registries: Registries by the kind of their methods.
+        details: Import the built-in methods, for paper, needs and keys. Installed ones are not imported.
+
+    Example:
+        >>> [row.name for row in list_methods(details=False) if row.kind == "fusion"]
+        ['concat', 'late', 'gated', 'film', 'mmtm', 'shared']
+    """
+    rows = []
+    for kind, registry in registries.items():
+        for name, entry in registry.items():
+            row = MethodRow(kind=kind, name=name, help=entry.help)
+            rows.append(_with_details(row, registry.load(name)) if details else row)
+        for name, point in sorted(registry.installed().items()):
+            rows.append(MethodRow(kind=kind, name=name, help=f"installed: {point.value}"))
+    return rows
+
+
+def _with_details(row: MethodRow, method: Any) -> MethodRow:
+    config_type = getattr(method, "config_type", None)
+    keys = [] if config_type is None else _config_keys(config_type, section=config_type.section)
+    if order_fields := getattr(method, "order_fields", ()):
+        order_keys = _config_keys(type(TrainConfig().order), section="order")
+        keys += [key for key in order_keys if key.key.removeprefix("order.") in order_fields]
+    needs = method.needs() if hasattr(method, "needs") else ()
+    return replace(row, paper=getattr(method, "paper", ""), needs=needs, keys=tuple(keys))
+
+
+def _config_keys(config_type: type[Any], *, section: str) -> list[ConfigKey]:
+    """Return the fields of a config, with their meaning from the section Args of its docstring."""
+    meaning, defaults = _read_args(config_type.__doc__ or ""), config_type()
+    return [
+        ConfigKey(key=f"{section}.{field.name}", default=getattr(defaults, field.name), meaning=meaning[field.name])
+        for field in fields(config_type)
+    ]
+
+
+def _read_args(docstring: str) -> dict[str, str]:
+    """Return the entries of a Google-style section Args, each on one line."""
+    _, _, args = docstring.partition("Args:\n")
+    section = re.split(r"\n\s*\n", args)[0]
+    entries = re.findall(r"(?m)^ {8}(\w+): (.*(?:\n {9,}.*)*)", section)
+    return {name: " ".join(text.split()) for name, text in entries}
