@@ -35,7 +35,8 @@ PER_MODALITY_SAMPLERS = {"dus-h", "dus-rl"}
 
 
 def is_valid(fusion: str, sampling: str, balancing: str, only: str | None) -> bool:
-    if fusion != "auto" and fusion not in FUSION_OF.get(balancing, set(FUSIONS) - {"shared"}):
+    general = set() if BALANCERS.load(balancing).own_fusion else set(FUSIONS) - {"shared"}
+    if fusion != "auto" and fusion not in FUSION_OF.get(balancing, general):
         return False
     if sampling in PER_MODALITY_SAMPLERS and balancing not in HAS_UNIMODAL_LOSS:
         return False

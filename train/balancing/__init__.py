@@ -17,6 +17,7 @@ BALANCERS = Registry(
         "mmpareto": Entry("mmpareto:MmPareto", "Pareto combination of unimodal and fused gradients"),
         "mses": Entry("mses:Mses", "early stopping by modality"),
         "mslr": Entry("mslr:Mslr", "learning rates by modality"),
+        "mmcosine": Entry("mmcosine:MmCosine", "scaled cosine logits per modality, summed"),
         "mla": Entry("mla:Mla", "a shared classifier, trained on one modality after another"),
     },
     package=__name__,

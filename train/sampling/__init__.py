@@ -7,6 +7,7 @@ SAMPLERS = Registry(
         "uniform": Entry("ordered:Uniform", "every sample once per epoch, in random order"),
         "bss-h": Entry("ordered:BssH", "the most balanced share of the samples, which grows"),
         "anti-curriculum": Entry("ordered:AntiCurriculum", "the least balanced share first: the control of bss-h"),
+        "balanced-first": Entry("balanced_first:BalancedFirst", "the share of small discrepancy first, as bss-h"),
         "bss-l": Entry("bss_l:BssL", "draws by a running balance score of the model in training"),
         "dus-h": Entry("dus:DusH", "more samples of the modality whose cumulative confidence is behind"),
         "dus-rl": Entry("dus_rl:DusRl", "as dus-h, by quantities that a policy learns"),
