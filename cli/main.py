@@ -206,16 +206,16 @@ def finetune(
         str | None,
         typer.Option(
             "--sampling",
-            help="uniform, bss-h, anti-curriculum, bss-l, dus-h, dus-rl, smv, class-balanced or posterior. "
-            "\\[default: uniform]",
+            help="uniform, bss-h, anti-curriculum, balanced-first, bss-l, dus-h, dus-rl, smv, class-balanced or "
+            "posterior. \\[default: uniform]",
         ),
     ] = None,
     balancing: Annotated[
         str | None,
         typer.Option(
             "--balancing",
-            help="joint, sum, modality-dropout, gmm, ogm, ogm-ge, gblend, greedy, pmr, agm, mmpareto, mses, mslr or "
-            "mla. \\[default: joint]",
+            help="joint, sum, modality-dropout, gmm, ogm, ogm-ge, gblend, greedy, pmr, agm, mmpareto, mses, "
+            "mslr, mmcosine or mla. \\[default: joint, or as sampling or fusion needs]",
         ),
     ] = None,
     fusion: Annotated[

@@ -233,6 +233,15 @@ class Method(ABC):
         min_modalities: Fewest modalities that it works with.
         state_fields: Attributes that the next steps depend on, tensors and plain values: what checkpoints save.
         config: The constants, an instance of `config_type`.
+
+    Example:
+        The entry point of a sampler `half` and a balancer `twice`, in the pyproject.toml of their package::
+
+            [project.entry-points."mmaudit.samplers"]
+            half = "my_package.half:Half"
+
+            [project.entry-points."mmaudit.balancers"]
+            twice = "my_package.twice:Twice"
     """
 
     config_type: ClassVar[type[Any] | None] = None

@@ -52,6 +52,13 @@ class Balancer(Method):
         own_heads: Its unimodal losses need heads that the fused prediction does not share.
         sets_rates: It sets one learning rate per modality.
         needs_unimodal_logits: Its steps compute the unimodal logits, not the fused ones only.
+
+    Example:
+        >>> class Twice(Balancer):
+        ...     has_unimodal_loss = True
+        ...
+        ...     def loss(self, outputs, batch):
+        ...         return self.fused_loss(outputs, batch) + 2 * self.summed_losses(outputs, batch)
     """
 
     min_modalities: ClassVar[int] = 2

@@ -48,6 +48,12 @@ class Sampler(Method):
         usual_balancing: Balancer of `--balancing auto`.
         order_fields: Fields of the section `order` that it uses.
         adaptive: A step depends on the outputs of the last one, which rules out reading ahead.
+
+    Example:
+        >>> class Half(Sampler):
+        ...     def steps(self, epoch, *, after=0):
+        ...         rows = np.random.default_rng([self.seed, epoch]).permutation(len(self.pool) // 2)
+        ...         yield from split_order(rows, batch_size=self.batch_size, after=after)
     """
 
     selects_per_modality: ClassVar[bool] = False
