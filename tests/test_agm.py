@@ -54,7 +54,8 @@ def build_method(
         distributed=distributed,
     )
     optimization.begin_epoch(1, epochs=1)
-    return BALANCERS.load(name)(optimization.net, optimization, AgmConfig(alpha=alpha), epochs=9)
+    balancer: Balancer = BALANCERS.load(name)(optimization.net, optimization, AgmConfig(alpha=alpha), epochs=9)
+    return balancer
 
 
 def build_agm(fusion: str, *, modalities: int) -> Agm:

@@ -29,7 +29,8 @@ def build_method(name: str, *, own_heads: bool = False, precision: str = "float3
     optim = OptimConfig(optimizer="sgd", lr=0.5, momentum=0.0, weight_decay=0.0, precision=precision)
     optimization = Optimization(net, optim, device="cpu", distributed=SINGLE_PROCESS)
     optimization.begin_epoch(1, epochs=1)
-    return BALANCERS.load(name)(net, optimization, epochs=1)
+    balancer: Balancer = BALANCERS.load(name)(net, optimization, epochs=1)
+    return balancer
 
 
 def make_batch() -> Batch:

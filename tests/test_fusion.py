@@ -18,7 +18,7 @@ Weights = dict[str, Tensor]
 
 def fusion_of(name: str, dims: tuple[int, ...] = DIMS) -> Fusion:
     torch.manual_seed(0)
-    fusion = FUSIONS.load(name)(dims, num_classes=6, hidden=7)
+    fusion: Fusion = FUSIONS.load(name)(dims, num_classes=6, hidden=7)
     for tensor in (
         *fusion.parameters(),
         *fusion.buffers(),

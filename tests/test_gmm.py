@@ -85,7 +85,7 @@ def build_method(
     optimization = Optimization(FusionNet(plan), optim, device="cpu", distributed=distributed)
     optimization.begin_epoch(1, epochs=1)
     config = gmm or GmmConfig(warmup_epochs=0)
-    method = BALANCERS.load("gmm")(optimization.net, optimization, config, epochs=9)
+    method: Balancer = BALANCERS.load("gmm")(optimization.net, optimization, config, epochs=9)
     method.begin_epoch(epoch, PlantedGaps(two_groups()))
     return method
 

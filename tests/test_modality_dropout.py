@@ -42,7 +42,8 @@ def build_method(
         net, OptimConfig(optimizer="sgd", weight_decay=0.0), device="cpu", distributed=distributed
     )
     config = DropoutConfig(probability=probability)
-    return BALANCERS.load("modality-dropout")(net, optimization, config, epochs=1)
+    balancer: Balancer = BALANCERS.load("modality-dropout")(net, optimization, config, epochs=1)
+    return balancer
 
 
 def make_batch(num_rows: int, *, modalities: int = 2, present: Tensor | None = None, share: float = 1.0) -> Batch:

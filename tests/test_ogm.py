@@ -46,7 +46,7 @@ def build_method(
     )
     optimization.begin_epoch(1, epochs=1)
     optimization.begin_step(11)
-    method = BALANCERS.load(name)(optimization.net, optimization, ogm, epochs=9)
+    method: Balancer = BALANCERS.load(name)(optimization.net, optimization, ogm, epochs=9)
     method.begin_epoch(1, NO_READER)
     return method
 

@@ -77,7 +77,8 @@ def build_method(
     optim = OptimConfig(optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant")
     optimization = Optimization(FusionNet(plan), optim, device="cpu", distributed=distributed)
     optimization.begin_epoch(1, epochs=1)
-    return BALANCERS.load(name)(optimization.net, optimization, pmr or PmrConfig(), epochs=9)
+    balancer: Balancer = BALANCERS.load(name)(optimization.net, optimization, pmr or PmrConfig(), epochs=9)
+    return balancer
 
 
 def build_in_epoch(

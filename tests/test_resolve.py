@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -219,7 +220,7 @@ def test_resolved_config_resolves_to_itself(sampling: str, balancing: str) -> No
 
 def test_resolved_sections_have_all_constants_of_the_methods_in_use_only() -> None:
     finetune = FinetuneConfig(sampling="bss-l", balancing="ogm-ge")
-    sections = {"ogm": {"alpha": 1}, "gmm": {"lam_gap": 2.0}}
+    sections: dict[str, dict[str, Any]] = {"ogm": {"alpha": 1}, "gmm": {"lam_gap": 2.0}}
     methods = resolve(TrainConfig(finetune=finetune, balancing=sections))
     assert methods.balancer_config == OgmConfig(alpha=1.0)
     assert methods.config.balancing == {"ogm": {"alpha": 1.0, "first_epoch": 1, "last_epoch": 50}}
@@ -247,7 +248,7 @@ def test_resolved_sections_have_all_constants_of_the_methods_in_use_only() -> No
 def test_section_key_or_value_that_does_not_exist_raises(axis: str, sections: dict[str, Any], words: str) -> None:
     """Also where the method is not in use."""
     with pytest.raises(ConfigError, match=words):
-        resolve(TrainConfig(**{axis: sections}))
+        resolve(replace(TrainConfig(), **{axis: sections}))
 
 
 @pytest.mark.parametrize(

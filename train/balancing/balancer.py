@@ -68,7 +68,7 @@ class Balancer(Method):
     has_unimodal_loss: ClassVar[bool] = False
     own_heads: ClassVar[bool] = False
     sets_rates: ClassVar[bool] = False
-    needs_unimodal_logits: ClassVar[bool] = True
+    needs_unimodal_logits: bool = True
 
     def __init__(self, net: FusionNet, optimization: Optimization, config: Any = None, *, epochs: int) -> None:
         self.net, self.optimization, self.epochs = net, optimization, epochs

@@ -10,9 +10,9 @@ Prediction is by the same logits. Ours: any number of modalities, and 0 for one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class CosineFusion(Fusion):
         """Compute the scaled cosines."""
         cosines = [
             functional.linear(functional.normalize(f), functional.normalize(head.weight))
-            for head, f in zip(self.heads, features, strict=True)
+            for head, f in zip(cast("Iterable[nn.Linear]", self.heads), features, strict=True)
         ]
         return self.scale * torch.stack(cosines)
 

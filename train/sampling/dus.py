@@ -133,7 +133,7 @@ class Dus(Sampler):
     min_modalities = 2
     selects_per_modality = True
     usual_balancing = "sum"
-    state_fields = (
+    state_fields: ClassVar[tuple[str, ...]] = (
         "num_observed",
         "confidence",
         "fused",
