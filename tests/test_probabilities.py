@@ -112,10 +112,11 @@ def test_the_table_can_be_written_and_split(tmp_path: Path) -> None:
     write_scores(scores, tmp_path / "scores.parquet")
     assert read_scores(tmp_path / "scores.parquet").to_arrow().equals(scores.to_arrow())
     for options in ({"balanced": True}, {"subset": "most-balanced:10%"}, {"gmm": "balanced"}):
-        summary: dict[str, Any] = write_split(
+        summary = write_split(
             run=tmp_path / "run", scores=tmp_path / "scores.parquet", name=next(iter(options)), **options
         )
-        assert summary["kept"] + summary["dropped"] == NUM_ROWS
+        assert summary.num_scored == NUM_ROWS
+        assert summary.num_kept + summary.numbers["dropped"] == NUM_ROWS
 
 
 def _with(**changes: Any) -> ScoreTable:

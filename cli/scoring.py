@@ -1,0 +1,528 @@
+"""The commands of the audit: ingest, check, score, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..audit.dataset.dataset import Dataset
+from ..audit.dataset.samples import read_samples
+from ..audit.downloads import Ingested
+from ..audit.downloads import ingest as ingest_download
+from ..audit.errors import ConfigError, Quarantined, RunError, quarantine_table
+from ..audit.features.encode import EncodeTask, encode_dataset
+from ..audit.features.encoded_samples import collect_encoded, select_usable
+from ..audit.leakage import Leakage, ModalityContent, find_leakage, group_columns
+from ..audit.locks import WAIT_SECONDS, Lock, write_lock
+from ..audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
+from ..audit.scores.table import ScoreTable, write_scores
+from ..audit.storage import write_json, write_parquet
+from ..audit.workers import Progress, default_workers
+from .config import RunConfig, load_config
+from .console import progress_bars
+from .provenance import check_config, open_encodable, own_record, record_of, score_provenance, signed_record
+from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
+
+log = logging.getLogger("mmaudit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckResult:
+    """Result of `check`.
+
+    Attributes:
+        source: The data.
+        num_samples: Samples in the data.
+        num_usable: Samples that can be scored.
+        modalities: The modalities, each as NAME=COLUMN:KIND and its encoder.
+        unusable: Counts of unusable samples by reason and modality, each with an example.
+        leakage: What train and test share.
+    """
+
+    source: str
+    num_samples: int
+    num_usable: int
+    modalities: tuple[str, ...]
+    unusable: tuple[dict[str, Any], ...]
+    leakage: Leakage
+
+    @property
+    def failed_gate(self) -> str:
+        """Why the check failed, "" if there is no leak."""
+        findings = self.leakage.findings
+        return f"train and test overlap: {len(findings)} leaks found, listed above" if self.leakage.leaks else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return {
+            "source": self.source,
+            "input": self.num_samples,
+            "usable": self.num_usable,
+            "modalities": list(self.modalities),
+            "unusable": list(self.unusable),
+            "leakage": self.leakage.to_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreResult:
+    """Result of `score`.
+
+    Attributes:
+        run: The run folder.
+        report: The report, an HTML page.
+        num_samples: Samples in the data: those scored and those quarantined.
+        num_scored: Samples with a score.
+        num_quarantined: Samples without a score; quarantine.parquet states the reasons.
+        gap_verdict: Whether the modality gap is bimodal, and why.
+        record: Content of run.json.
+    """
+
+    run: Path
+    report: Path
+    num_samples: int
+    num_scored: int
+    num_quarantined: int
+    gap_verdict: str
+    record: dict[str, Any]
+
+    @property
+    def scores(self) -> ScoreTable:
+        """The score table, one row per scored sample."""
+        return Run(self.run).scores()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of run.json, and the path of the report."""
+        return {**self.record, "report": str(self.report)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportResult:
+    """Files of a report: the HTML page, its numbers as JSON, and the figures as PNG."""
+
+    page: Path
+    numbers: Path
+    figures: tuple[Path, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the paths as texts."""
+        return {"report": str(self.page), "numbers": str(self.numbers), "figures": [str(path) for path in self.figures]}
+
+
+def ingest(
+    name: str, folder: str | Path, *, lists: Sequence[str | Path] = (), out: str | Path | None = None
+) -> Ingested:
+    """Convert an official download into metadata.parquet, and list the missing clips.
+
+    Args:
+        name: Name of the dataset.
+        folder: Folder of the unpacked download.
+        lists: List of clips or splits to use in place of the download's own.
+        out: Table to write; by default metadata.parquet in the folder.
+
+    Returns:
+        The path of the table, and the counts of listed and missing clips.
+
+    Raises:
+        ConfigError: The name is unknown.
+        DatasetError: The folder is not that download.
+
+    Example:
+        >>> mmaudit.ingest("cremad", "CREMA-D").path
+        PosixPath('CREMA-D/metadata.parquet')
+    """
+    return ingest_download(name, folder, lists=lists, out=out)
+
+
+def check(
+    data: str | Path,
+    *,
+    run: str | Path = "mmaudit-run",
+    modality: Mapping[str, str] | Sequence[str] | None = None,
+    encoder: Mapping[str, str] | Sequence[str] | None = None,
+    task: str | None = None,
+    label: str | None = None,
+    id: str | None = None,
+    group: str | None = None,
+    split: str | None = None,
+    allow_outside: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    progress: bool = True,
+) -> CheckResult:
+    """Check the data: usable and unusable samples, and leaks between train and test; exit 3 on a leak.
+
+    Nothing is trained. Encoded features are cached in the run folder, for use by `score`. Without a split column, the
+    split that `score` would cut is checked.
+
+    Args:
+        data: Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
+        run: Run folder.
+        modality: Modality, its column and kind; in Python also {"audio": "mfcc"}.
+        encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
+        task: classification, multilabel or regression; by default classification.
+        label: Label column.
+        id: Id column.
+        group: Group column: samples of one group always share a fold.
+        split: Split column; none: ignore it and cut a test split.
+        allow_outside: Allow paths outside the metadata's folder.
+        seed: Random seed; by default 0.
+        device: auto, cpu or cuda.
+        num_workers: Processes that decode media; 0: none; by default one per CPU.
+        config: TOML file with settings; in Python also a RunConfig.
+        settings: One setting, such as probe.folds=10; in Python also {"probe.folds": 10}.
+        progress: Show a progress bar in a terminal or notebook.
+
+    Returns:
+        The counts, modalities, unusable samples by reason, and the leakage report.
+
+    Raises:
+        DatasetError: The data cannot be read.
+        ConfigError: A setting does not fit the data.
+        RunError: The run folder holds something other than a run.
+
+    Example:
+        >>> result = mmaudit.check("clips", group="actor")
+        >>> result.leakage.leaks
+        False
+    """
+    keywords = _data_settings(
+        modality=modality,
+        encoder=encoder,
+        task=task,
+        label=label,
+        id=id,
+        group=group,
+        split=split,
+        allow_outside=allow_outside,
+    )
+    config = load_config(config, settings, {**keywords, "seed": seed})
+    run_dir = Run.open(run)
+    dataset = open_encodable(data, config.data)
+    run_dir.check_folder()
+    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+    with progress_bars(progress) as report_progress:
+        with write_lock(run_dir.folder, "features", command="mmaudit check"):
+            tasks = _encode(
+                run_dir, dataset, config, device=pick_device(device), num_workers=num_workers, progress=report_progress
+            )
+        encoded = collect_encoded(dataset, samples, tasks)
+        rows, left_out = select_usable(encoded, keep_duplicates=config.data.keep_duplicates)
+        leakage = find_leakage(
+            samples,
+            [ModalityContent.of(status, tasks) for status in encoded.statuses],
+            groups={name: _column(dataset, name) for name in _group_columns(dataset)},
+            config=config.leakage,
+            seed=config.seed,
+            progress=report_progress,
+        )
+    return CheckResult(
+        source=str(data),
+        num_samples=len(samples),
+        num_usable=len(rows),
+        modalities=tuple(str(modality) for modality in dataset.modalities),
+        unusable=tuple(_by_reason(left_out)),
+        leakage=leakage,
+    )
+
+
+def score(
+    data: str | Path,
+    *,
+    run: str | Path = "mmaudit-run",
+    modality: Mapping[str, str] | Sequence[str] | None = None,
+    encoder: Mapping[str, str] | Sequence[str] | None = None,
+    task: str | None = None,
+    label: str | None = None,
+    id: str | None = None,
+    group: str | None = None,
+    split: str | None = None,
+    allow_outside: bool = False,
+    learn_from: str | None = None,
+    repeats: int | None = None,
+    overwrite: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    progress: bool = True,
+) -> ScoreResult:
+    """Fit a probe per modality, score every sample out of fold, and write the report.
+
+    A finished run of the same data and config is not changed; cached features are reused.
+
+    Args:
+        data: Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
+        run: Run folder.
+        modality: Modality, its column and kind; in Python also {"audio": "mfcc"}.
+        encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
+        task: classification, multilabel or regression; by default classification.
+        label: Label column.
+        id: Id column.
+        group: Group column: samples of one group always share a fold.
+        split: Split column; none: ignore it and cut a test split.
+        allow_outside: Allow paths outside the metadata's folder.
+        learn_from: all, or train to keep test labels out of the probes; by default all.
+        repeats: Repeats of cross-fitting; by default 3.
+        overwrite: Replace a finished run, and remove the manifests and fine-tunings of its scores.
+        seed: Random seed; by default 0.
+        device: auto, cpu or cuda.
+        num_workers: Processes that decode media; 0: none; by default one per CPU.
+        config: TOML file with settings; in Python also a RunConfig.
+        settings: One setting, such as probe.folds=10; in Python also {"probe.folds": 10}.
+        progress: Show a progress bar in a terminal or notebook.
+
+    Returns:
+        The run folder, the counts and the content of run.json; `.scores` reads the score table.
+
+    Raises:
+        RunError: The folder holds a run of other data or config and `overwrite` is False.
+        DatasetError: The data cannot be read.
+        ConfigError: A setting does not fit the data.
+        ScoreError: The samples cannot be scored.
+
+    Example:
+        >>> result = mmaudit.score("features.parquet", modality={"audio": "mfcc", "visual": "resnet"}, group="actor")
+        >>> result.scores.discrepancy.mean()
+    """
+    keywords = _data_settings(
+        modality=modality,
+        encoder=encoder,
+        task=task,
+        label=label,
+        id=id,
+        group=group,
+        split=split,
+        allow_outside=allow_outside,
+    )
+    keywords |= {"seed": seed, "probe.learn_from": learn_from, "probe.repeats": repeats}
+    config = load_config(config, settings, keywords)
+    device = pick_device(device)
+    dataset = open_encodable(data, config.data)
+    run_dir = Run.open(run)
+    run_dir.check_folder()
+    with progress_bars(progress) as report_progress:
+        encode = partial(
+            _encode, run_dir, dataset, config, device=device, num_workers=num_workers, progress=report_progress
+        )
+        if overwrite or not run_dir.is_scored():
+            with write_lock(run_dir.folder, command="mmaudit score") as lock:
+                if overwrite or not run_dir.is_scored():  # another process may have finished it meanwhile
+                    audit, record = _score(run_dir, dataset, config, encode, device=device, progress=report_progress)
+                    _write_audit(run_dir, audit, record, overwrite=overwrite, lock=lock)
+                    _write_report(run_dir)
+                    return _score_result(run_dir)
+        _check_unchanged(run_dir, dataset, config, encode)
+    if not run_dir.report_file.exists():
+        report(run=run_dir.folder)
+    return _score_result(run_dir)
+
+
+def report(*, run: str | Path = "mmaudit-run") -> ReportResult:
+    """Write report.html, report.json and the figures from the files of the run folder.
+
+    Args:
+        run: Run folder.
+
+    Returns:
+        The paths of the page, of its numbers and of the figures.
+
+    Raises:
+        RunError: The run is not scored, or one of its files is damaged.
+
+    Example:
+        >>> mmaudit.report(run="mmaudit-run").page
+        PosixPath('mmaudit-run/report.html')
+    """
+    run_dir = Run.open(run)
+    run_dir.record()
+    with write_lock(run_dir.folder, "report.html", command="mmaudit report", wait_seconds=WAIT_SECONDS):
+        page = _write_report(run_dir)
+    return ReportResult(
+        page=page, numbers=page.with_suffix(".json"), figures=tuple(sorted(run_dir.figures.glob("*.png")))
+    )
+
+
+def _data_settings(
+    *,
+    modality: Mapping[str, str] | Sequence[str] | None,
+    encoder: Mapping[str, str] | Sequence[str] | None,
+    allow_outside: bool,
+    **columns: str | None,
+) -> dict[str, Any]:
+    """Return the settings of the section `data`; `columns` are the task and the columns by role."""
+    return {
+        "data.modality": pairs(modality),
+        "data.encoder": pairs(encoder),
+        "data.allow_outside": allow_outside or None,
+        **{f"data.{name}": value for name, value in columns.items()},
+    }
+
+
+def pairs(values: Mapping[str, str] | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return NAME=VALUE texts, of a mapping or as they are; None if there are none."""
+    if isinstance(values, Mapping):
+        values = [f"{name}={value}" for name, value in values.items()]
+    return tuple(values) if values else None
+
+
+def _write_report(run_dir: Run) -> Path:
+    from .report import write_report  # takes a second for matplotlib, which no other command needs
+
+    return write_report(run_dir)
+
+
+def _group_columns(dataset: Dataset) -> list[str]:
+    """Return the columns that may hold groups, the group column among them."""
+    used_columns = {modality.column for modality in dataset.modalities} | {dataset.columns.id, dataset.columns.label}
+    columns = group_columns([name for name in dataset.schema.names if name not in used_columns])
+    if dataset.columns.group and dataset.columns.group not in columns:
+        columns = [dataset.columns.group, *columns]
+    return columns
+
+
+def _score_result(run_dir: Run) -> ScoreResult:
+    record = run_dir.record()
+    counts = record["counts"]
+    return ScoreResult(
+        run=run_dir.folder,
+        report=run_dir.report_file,
+        num_samples=counts["input"],
+        num_scored=counts["scored"],
+        num_quarantined=counts["quarantined"],
+        gap_verdict=record["verdict"],
+        record=record,
+    )
+
+
+def pick_device(name: str) -> str:
+    """Resolve `auto` to cuda if available, else cpu; raise ConfigError if the device is not available."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    has_cuda = kind == "cuda" and torch.cuda.is_available() and (number or "0").isdecimal()
+    if name != "cpu" and not (has_cuda and int(number or 0) < torch.cuda.device_count()):
+        raise ConfigError(f"--device {name}: not available; use auto, cpu" + ", cuda" * torch.cuda.is_available())
+    return name
+
+
+def _encode(
+    run_dir: Run, dataset: Dataset, config: RunConfig, *, device: str, num_workers: int | None, progress: Progress
+) -> list[EncodeTask]:
+    """Encode the features that are missing from the run's feature cache."""
+    workers = default_workers() if num_workers is None else num_workers
+    return encode_dataset(
+        dataset, run_dir.features, media=config.media, num_workers=workers, device=device, progress=progress
+    )
+
+
+def _score(
+    run_dir: Run,
+    dataset: Dataset,
+    config: RunConfig,
+    encode: Callable[[], list[EncodeTask]],
+    *,
+    device: str,
+    progress: Progress,
+) -> tuple[Audit, dict[str, Any]]:
+    """Score every sample; return the scores and the content of run.json."""
+    seconds: dict[str, float] = {}
+    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+    if dataset.columns.split is None:
+        num_test = int((samples.split == "test").sum())
+        log.info("no split column: %d of %d samples are held out as test", num_test, len(samples))
+    with _timed(seconds, "encode"):
+        tasks = encode()
+    encoded = collect_encoded(dataset, samples, tasks)
+    with _timed(seconds, "probe"):
+        audit = audit_dataset(
+            encoded,
+            tasks,
+            probe=config.probe,
+            networks=NetworkSettings(config=config.network, media=config.media, folder=run_dir.features / "networks"),
+            mixture=config.mixture,
+            seed=config.seed,
+            device=device,
+            progress=progress,
+            keep_duplicates=config.data.keep_duplicates,
+        )
+    return audit, record_of(dataset, audit, config, seconds=seconds)
+
+
+def _check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, encode: Callable[[], list[EncodeTask]]) -> None:
+    """Raise RunError if a finished run was made from other data or another config."""
+    record = run_dir.record()
+    check_config(run_dir, record, dataset, config)
+    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+    fingerprint = collect_encoded(dataset, samples, encode()).fingerprint
+    if record["fingerprint"] != fingerprint:
+        raise RunError(
+            f"{run_dir.folder} was made from other data (fingerprint {record['fingerprint'][:8]}, now "
+            f"{fingerprint[:8]}); pass another folder with --run, or --overwrite"
+        )
+    log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
+    if doubt := own_record(run_dir.folder)[1]:
+        log.info("its manifests are not trusted to name data or code, since %s; --overwrite scores it again", doubt)
+
+
+def _by_reason(left_out: Sequence[Quarantined]) -> list[dict[str, Any]]:
+    """Count unusable samples by reason and modality, most frequent first, with an example of each."""
+    cells: dict[tuple[str, str | None], list[Quarantined]] = {}
+    for row in left_out:
+        cells.setdefault((row.reason.value, row.modality), []).append(row)
+    return [
+        {
+            "reason": reason,
+            "modality": modality,
+            "count": len(rows),
+            "example": f"{example.sample_id} ({example.detail})",
+        }
+        for (reason, modality), rows in sorted(
+            cells.items(), key=lambda cell: (-len(cell[1]), cell[0][0], str(cell[0][1]))
+        )
+        for example in [min(rows, key=lambda row: (row.sample_id, row.detail))]
+    ]
+
+
+def _column(dataset: Dataset, name: str) -> NDArray[np.object_]:
+    """Read a column as strings (n,), null as None."""
+    cells = [cell for shard in dataset.shards for cell in shard.read([name])[name].to_pylist()]
+    return np.array([None if cell is None else str(cell) for cell in cells], dtype=object)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[stage] = round(time.monotonic() - start, 3)
+    log.debug("%s took %.1f s", stage, seconds[stage])
+
+
+def _write_audit(run_dir: Run, audit: Audit, record: dict[str, Any], *, overwrite: bool, lock: Lock) -> None:
+    """Replace the files of the run at once; without `overwrite`, manifests from other score tables are kept."""
+    manifests, finetunes = run_dir.manifests(), run_dir.finetunes()
+    if overwrite and (manifests or finetunes):
+        log.info("removing %d manifests and %d fine-tunings of the old scores", len(manifests), len(finetunes))
+    replaced = (*SCORE_FILES, *REPORT_FILES, *(MADE_FROM_SCORES if overwrite else ()))
+    provenance = score_provenance(record)
+    with replacing(run_dir.folder, replaced, lock=lock) as folder:
+        staged_run = Run(folder)
+        write_scores(replace(audit.scores, provenance=provenance), staged_run.scores_file)
+        write_parquet(quarantine_table(audit.quarantined), staged_run.quarantine_file, provenance=provenance)
+        write_json(dict(audit.mixture.to_json()), staged_run.mixture_file)
+        staged_run.write_record(signed_record(record, folder=run_dir.folder, scores=staged_run.scores_file))
