@@ -296,7 +296,7 @@ def score(
 
     Example:
         >>> result = mmaudit.score("features.parquet", modality={"audio": "mfcc", "visual": "resnet"}, group="actor")
-        >>> result.scores.discrepancy.mean()
+        >>> result.scores.gap.mean()
     """
     keywords = _data_settings(
         modality=modality,
