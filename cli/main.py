@@ -77,7 +77,11 @@ _PANELS: dict[str | tuple[str, str], str] = {
     },
     ("order", "batch_size"): "",
 }
-_FLAGS = {"manifest": ("--manifest", "-m"), "settings": ("--set",), "lists": ("--list",)}
+_FLAGS: dict[str | tuple[str, str], tuple[str, ...]] = {
+    **{(command, "manifest"): ("--manifest", "-m") for command in ("finetune", "evaluate")},
+    "settings": ("--set",),
+    "lists": ("--list",),
+}
 _METAVARS = {
     "modality": "NAME=COLUMN[:KIND]",
     "encoder": "NAME=ENCODER",
@@ -151,16 +155,30 @@ class _Parameter:
             return {"int": int, "int | None": int | None, "float | None": float | None}[self.annotation]
         return str if self.default is ... or isinstance(self.default, str) else str | None
 
+    @property
+    def cli_default(self) -> Any:
+        """What typer passes if the option is absent: lists are None, and --no-NAME is a flag that is off."""
+        if self.default is ...:
+            return inspect.Parameter.empty
+        if self.default is True:
+            return False
+        return None if self.cli_type == list[str] | None else self.default
+
+    def value(self, passed: Any) -> Any:
+        """Return the value of the parameter for what typer passed."""
+        if passed is None or passed == []:
+            return self.default
+        return not passed if self.default is True else passed
+
     def option(self, command: str) -> Any:
         """Return typer's description of the argument or option."""
         panel = _PANELS.get((command, self.name), _PANELS.get(self.name)) or None
         metavar = _METAVARS.get(self.name)
-        if self.is_positional and self.name not in _FLAGS:
+        flags = _FLAGS.get((command, self.name), _FLAGS.get(self.name))
+        if self.is_positional and flags is None:
             shown = self.name.upper() if self.default is ... else f"[{self.name.upper()}]"
             return typer.Argument(metavar=shown, help=self.help, rich_help_panel=panel, show_default=False)
-        flags = _FLAGS.get(self.name, ("--" + self.name.replace("_", "-"),))
-        if self.default is True:
-            flags = (f"--no-{flags[0][2:]}",)
+        flags = flags or (("--no-" if self.default is True else "--") + self.name.replace("_", "-"),)
         return typer.Option(
             *flags,
             metavar=metavar,
@@ -220,15 +238,7 @@ def _register(command: Command) -> None:
 
     def callback(**values: Any) -> None:
         as_json, dump = values.pop("json"), values.pop("dump", False)
-        # An empty list means that a repeatable option was not passed; True means that --no-NAME was.
-        values = {
-            parameter.name: parameter.default
-            if values[parameter.name] in (None, [])
-            else values[parameter.name] is False
-            if parameter.default is True
-            else values[parameter.name]
-            for parameter in parameters
-        }
+        values = {parameter.name: parameter.value(values[parameter.name]) for parameter in parameters}
         with _reported(command.name, values):
             if accepts_progress:
                 values["progress"] = not _is_quiet
@@ -243,13 +253,7 @@ def _register(command: Command) -> None:
         inspect.Parameter(
             parameter.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty
-            if parameter.default is ...
-            else False
-            if parameter.default is True
-            else None
-            if parameter.cli_type == list[str] | None
-            else parameter.default,
+            default=parameter.cli_default,
             annotation=Annotated[parameter.cli_type, parameter.option(command.name)],
         )
         for parameter in sorted(parameters, key=lambda parameter: parameter.default is not ...)

@@ -349,7 +349,7 @@ def verify(
     Args:
         manifest: Manifest file, or its name in the run.
         run: Run folder.
-        media: Skip the check of the media files.
+        media: Check the media files; --no-media skips them.
         data: The data; also if your own data moved.
         allow_outside: Allow paths outside the data folder.
         progress: Show a progress bar in a terminal or notebook.
@@ -451,7 +451,8 @@ def export(
         out: File or folder to write.
         run: Run folder.
         skip_missing: Skip and count missing media.
-        escape_formulas: csv: do not put an apostrophe before text that a spreadsheet would evaluate (= + - @).
+        escape_formulas: csv: put an apostrophe before text that a spreadsheet would evaluate (= + - @);
+            --no-escape-formulas leaves it as it is.
         overwrite: Replace existing output.
         data: The data; also if your own data moved.
         allow_outside: Allow paths outside the data folder.

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_GENERAL = {"--help", "--debug", "--quiet", "--verbose", "--version", "--install-completion"}
+GENERAL = {"--help", "--debug", "--quiet", "--verbose", "--version", "--install-completion"}
 _DEFAULT = re.compile(r"[;:,] by default ([^;.]*(?:\.\d+)?)")
 
 
