@@ -12,23 +12,12 @@ if TYPE_CHECKING:
     from .audit.scores.mixture import Mixture, fit_mixture
     from .audit.scores.probabilities import score_probabilities
     from .audit.scores.table import ScoreTable, read_scores, write_scores
+    from .cli.checking import CheckResult, check, ingest
     from .cli.config import RunConfig, load_config
     from .cli.demo import DemoResult, demo
-    from .cli.manifests import (
-        Card,
-        Epoch,
-        ExportResult,
-        ReplayResult,
-        SplitSummary,
-        card,
-        diff,
-        export,
-        order,
-        replay,
-        split,
-        verify,
-    )
-    from .cli.scoring import CheckResult, ReportResult, ScoreResult, check, ingest, report, score
+    from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order, verify
+    from .cli.scoring import ReportResult, ScoreResult, report, score
+    from .cli.splitting import ReplayResult, SplitSummary, replay, split
     from .cli.training import EvaluationResult, FinetuneResult, evaluate, finetune
     from .rebalance.diff import ManifestDiff
     from .rebalance.manifest import Manifest, read_manifest
@@ -37,68 +26,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # The public names by module. A module is imported at the first access, because torch and scikit-learn take seconds.
-_NAMES_OF_MODULE = {
-    "audit.dataset.dataset": (
-        "Dataset",
-        "open_dataset",
-    ),
-    "audit.downloads": ("Ingested",),
-    "audit.errors": ("MmauditError",),
-    "audit.scores.mixture": (
-        "Mixture",
-        "fit_mixture",
-    ),
-    "audit.scores.probabilities": ("score_probabilities",),
-    "audit.scores.table": (
-        "ScoreTable",
-        "read_scores",
-        "write_scores",
-    ),
-    "cli.config": (
-        "RunConfig",
-        "load_config",
-    ),
-    "cli.demo": (
-        "DemoResult",
-        "demo",
-    ),
-    "cli.manifests": (
-        "Card",
-        "Epoch",
-        "ExportResult",
-        "ReplayResult",
-        "SplitSummary",
-        "card",
-        "diff",
-        "export",
-        "order",
-        "replay",
-        "split",
-        "verify",
-    ),
-    "cli.scoring": (
-        "CheckResult",
-        "ReportResult",
-        "ScoreResult",
-        "check",
-        "ingest",
-        "report",
-        "score",
-    ),
-    "cli.training": (
-        "EvaluationResult",
-        "FinetuneResult",
-        "evaluate",
-        "finetune",
-    ),
-    "rebalance.diff": ("ManifestDiff",),
-    "rebalance.manifest": (
-        "Manifest",
-        "read_manifest",
-    ),
-    "rebalance.verify": ("Verification",),
+_NAMES = {
+    "audit.dataset.dataset": ["Dataset", "open_dataset"],
+    "audit.downloads": ["Ingested"],
+    "audit.errors": ["MmauditError"],
+    "audit.scores.mixture": ["Mixture", "fit_mixture"],
+    "audit.scores.probabilities": ["score_probabilities"],
+    "audit.scores.table": ["ScoreTable", "read_scores", "write_scores"],
+    "cli.checking": ["CheckResult", "check", "ingest"],
+    "cli.config": ["RunConfig", "load_config"],
+    "cli.demo": ["DemoResult", "demo"],
+    "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order", "verify"],
+    "cli.scoring": ["ReportResult", "ScoreResult", "report", "score"],
+    "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
+    "cli.training": ["EvaluationResult", "FinetuneResult", "evaluate", "finetune"],
+    "rebalance.diff": ["ManifestDiff"],
+    "rebalance.manifest": ["Manifest", "read_manifest"],
+    "rebalance.verify": ["Verification"],
 }
-_MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
+_MODULE_OF_NAME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Card",

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 from ..audit.locks import write_lock
 from ..audit.storage import write_json
 from .config import load_config
-from .manifests import split
 from .run import Run
 from .scoring import report, score
+from .splitting import split
 from .training import finetune
 
 Floats = NDArray[np.float64]

@@ -44,13 +44,13 @@ class Command:
 
 COMMANDS = (  # in the order of the pipeline
     Command(name="demo", module="demo", printer="print_demo"),
-    Command(name="ingest", module="scoring", printer="print_ingest"),
-    Command(name="check", module="scoring", printer="print_check"),
+    Command(name="ingest", module="checking", printer="print_ingest"),
+    Command(name="check", module="checking", printer="print_check"),
     Command(name="score", module="scoring", printer="print_score"),
-    Command(name="split", module="manifests", printer="print_split"),
+    Command(name="split", module="splitting", printer="print_split"),
     Command(name="verify", module="manifests", printer="print_lines"),
     Command(name="diff", module="manifests", printer="print_lines"),
-    Command(name="replay", module="manifests", printer="print_replay"),
+    Command(name="replay", module="splitting", printer="print_replay"),
     Command(name="card", module="manifests", printer="print_card"),
     Command(name="export", module="manifests", printer="print_export"),
     Command(name="order", module="manifests", printer="print_order", dump="dump_order"),

@@ -24,11 +24,11 @@ from ..train.evaluate import evaluate_file
 from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
 from ..train.tracking import check_trackers
+from .checking import pairs, pick_device
 from .config import RunConfig, load_config, plain, to_toml, without_none
 from .console import progress_bars
 from .provenance import SourceOptions, open_source, origin_of, saw_test_labels
 from .run import Run, new_finetune, read_metrics, swap_finetune
-from .scoring import pairs, pick_device
 
 log = logging.getLogger("mmaudit")
 

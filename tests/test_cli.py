@@ -494,8 +494,8 @@ def test_check_and_score_share_data_options(keypad: Path, tmp_path: Path, monkey
     options_of_values = [word for name, value in values.items() for word in (f"--{name}", value)]
     lists = ["--modality", "a=x", "--modality", "b=z", "--encoder", "a=resnet18", "--allow-outside"]
     settings = ["--set", "data.label='l'", "--set", "data.encoder=['b=resnet18']", "--set", "data.allow_outside=true"]
-    for name in ("check", "score"):
-        monkeypatch.setattr("mmaudit.cli.scoring.open_encodable", stop)
+    for name, module in (("check", "checking"), ("score", "scoring")):
+        monkeypatch.setattr(f"mmaudit.cli.{module}.open_encodable", stop)
         for options in (["--set", "data.label='l'", *options_of_values, *lists], settings, []):
             assert output_of(mmaudit(name, keypad, *options)).strip() == "error: stopped"
     checked, scored = configs[:3], configs[3:]

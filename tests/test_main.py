@@ -11,9 +11,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from click.testing import Result
 from conftest import gaussian_table
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import mmaudit
 from mmaudit.cli.console import progress_bars

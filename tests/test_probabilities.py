@@ -16,7 +16,7 @@ from mmaudit.audit import metrics
 from mmaudit.audit.errors import ConfigError, MmauditError, ScoreError
 from mmaudit.audit.scores.probabilities import score_probabilities
 from mmaudit.audit.scores.table import ScoreTable, read_scores, write_scores
-from mmaudit.cli.manifests import split as write_split
+from mmaudit.cli.splitting import split as write_split
 
 NUM_ROWS, NUM_CLASSES = 200, 3
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ConfigError, GateError, ManifestError, ScoreError
 from mmaudit.audit.scores.table import ScoreTable, read_scores, write_scores
 from mmaudit.audit.storage import write_json
-from mmaudit.cli.manifests import replay
+from mmaudit.cli.splitting import replay
 from mmaudit.rebalance.balanced import BalancedConfig
 from mmaudit.rebalance.manifest import dropped_path, read_dropped, read_manifest, read_provenance
 from mmaudit.rebalance.recipe import Recipe, SplitResult, balance_path, make_split, recipe_from_record

@@ -15,10 +15,12 @@ from runs import copy_run
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.locks import write_lock
 from mmaudit.cli import scoring, training
+from mmaudit.cli.checking import check
 from mmaudit.cli.config import RunConfig
-from mmaudit.cli.manifests import export, replay, split
+from mmaudit.cli.manifests import export
 from mmaudit.cli.run import Run
-from mmaudit.cli.scoring import check, report, score
+from mmaudit.cli.scoring import report, score
+from mmaudit.cli.splitting import replay, split
 from mmaudit.cli.training import evaluate, finetune
 
 QUICK = replace(
@@ -141,7 +143,7 @@ def test_conflicting_writers_are_refused(data: Path, run: Path, monkeypatch: pyt
         with pytest.raises(RunError, match=r"finetune/other is being written by mmaudit finetune"):
             finetune("even", run=run, config=QUICK, name="other", num_workers=0)
     with write_lock(run, command="mmaudit score"):
-        monkeypatch.setattr("mmaudit.cli.manifests.WAIT_SECONDS", 0.0)
+        monkeypatch.setattr("mmaudit.cli.splitting.WAIT_SECONDS", 0.0)
         monkeypatch.setattr("mmaudit.cli.scoring.WAIT_SECONDS", 0.0)
         monkeypatch.setattr("mmaudit.cli.training.WAIT_SECONDS", 0.0)
         for command in (

@@ -177,11 +177,11 @@ def test_reading_commands_import_no_encoder(home: Path, tmp_path: Path) -> None:
     """Not even the user's own encoder; checked in a separate process."""
     program = f"""
 import sys
-from mmaudit.cli import manifests
+from mmaudit.cli import manifests, splitting
 assert manifests.verify("all", run="run").failed_gate == ""
 manifests.diff("all", "all", run="run")
 manifests.card("all", run="run")
-assert manifests.replay("all", run="run").identical
+assert splitting.replay("all", run="run").identical
 manifests.export("all", run="run", format="webdataset", out={str(tmp_path / "tars")!r})
 assert "encoder_of_trust" not in sys.modules
 """
