@@ -6,7 +6,6 @@ import logging
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -247,8 +246,9 @@ def test_resolved_sections_have_all_constants_of_the_methods_in_use_only() -> No
 )
 def test_section_key_or_value_that_does_not_exist_raises(axis: str, sections: dict[str, Any], words: str) -> None:
     """Also where the method is not in use."""
+    options: dict[str, Any] = {axis: sections}
     with pytest.raises(ConfigError, match=words):
-        resolve(replace(TrainConfig(), **{axis: sections}))
+        resolve(TrainConfig(**options))
 
 
 @pytest.mark.parametrize(
