@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmaudit.audit.probes.network import Network, build_network, to_pictures
-from mmaudit.train.network import Dropout, PictureEncoder, VectorEncoder, build_encoder
+from mmaudit.train.network import PictureEncoder, VectorEncoder, build_encoder
 
 torch.set_num_threads(1)
 
@@ -165,53 +165,3 @@ def test_dropout_is_active_only_in_training(make: Any) -> None:
     assert not torch.equal(encoder(rows), encoder(rows))
     encoder.eval()
     assert torch.equal(encoder(rows), encoder(rows))
-
-
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
-def test_dropout_drops_its_share_and_keeps_the_mean(share: float) -> None:
-    torch.manual_seed(0)
-    number = 400_000
-    dropped = Dropout(share)(torch.full((number // 4, 4), 2.0))
-    values = dropped.unique().tolist()
-    assert values == pytest.approx([0.0, 2.0 / (1 - share)], rel=1e-4)
-    sd = (share * (1 - share) / number) ** 0.5
-    assert float((dropped == 0).double().mean()) == pytest.approx(share, abs=5 * sd)
-
-
-def test_dropped_positions_are_independent() -> None:
-    """Four neighbours come from one draw of 64 bits: they must be uncorrelated and equally likely."""
-    torch.manual_seed(0)
-    dropped = (Dropout(0.3)(torch.ones(100_000, 4)) == 0).double()
-    torch.testing.assert_close(dropped.mean(dim=0), torch.full((4,), 0.3, dtype=torch.float64), rtol=0, atol=0.008)
-    together = torch.corrcoef(dropped.T) - torch.eye(4)
-    assert float(together.abs().max()) < 0.016
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_flow_only_through_kept_values(dtype: torch.dtype) -> None:
-    values = torch.randn(7, 9, dtype=dtype, requires_grad=True)  # 63: not a multiple of the four of a draw
-    dropped = Dropout(0.5)(values)
-    assert dropped.dtype == dtype
-    (gradient,) = torch.autograd.grad(dropped.sum(), values)
-    assert torch.equal(gradient, 2.0 * (dropped != 0))
-    assert 0 < int((gradient == 0).sum()) < 63
-
-
-def test_dropout_follows_the_seed() -> None:
-    dropout, values = Dropout(0.5), torch.ones(50)
-    first, repeated, other_seed = (dropout(values) for seed in (1, 1, 2) if torch.manual_seed(seed))
-    assert torch.equal(first, repeated)
-    assert not torch.equal(first, other_seed)
-
-
-@pytest.mark.parametrize("share", [0.0, 1e-7])
-def test_dropout_of_zero_returns_its_input(share: float) -> None:
-    values = torch.ones(50)
-    assert Dropout(share)(values) is values
-    assert Dropout(0.5).eval()(values) is values
-
-
-def test_dropout_of_nearly_all_stays_finite() -> None:
-    torch.manual_seed(0)
-    dropped = Dropout(1 - 1e-9)(torch.ones(1 << 20))
-    assert dropped.unique().tolist() == [0.0, 2.0**15]
