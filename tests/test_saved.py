@@ -15,7 +15,7 @@ from datasets.table import InMemoryTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.dataset.formats.saved import SplitFiles, is_saved, looks_like_hub_name, plan_parts, plan_saved
+from mmaudit.audit.dataset.formats.saved import SplitFiles, looks_like_hub_name, plan_parts, plan_saved
 from mmaudit.audit.errors import DatasetError
 
 
@@ -67,17 +67,16 @@ def save_splits(folder: Path, **splits: dict[str, list[Any]]) -> Path:
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
-    plan = plan_saved(folder, shard_rows=2)
+    plan = plan_saved(str(folder), shard_rows=2, allow_outside=False)
+    assert plan is not None
     return [row for shard in plan.shards for row in shard.read(plan.head.column_names).to_pylist()]
 
 
 def test_names_of_saved_splits_become_the_split_column(tmp_path: Path) -> None:
     folder = save_splits(tmp_path / "d", train={"label": [1, 2]}, test={"label": [3]})
-    assert is_saved(folder)
     assert read_all(folder) == [{"label": n, "split": s} for n, s in ((1, "train"), (2, "train"), (3, "test"))]
-    assert is_saved(folder / "test")
     assert read_all(folder / "test") == [{"label": 3}]
-    assert not is_saved(tmp_path)
+    assert plan_saved(str(tmp_path), shard_rows=2, allow_outside=False) is None
 
 
 def test_existing_split_column_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,7 +123,7 @@ def test_damaged_files_are_reported(tmp_path: Path) -> None:
 def test_invalid_state_is_rejected(tmp_path: Path, state: object, words: str) -> None:
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(DatasetError, match=words):
-        plan_saved(tmp_path, shard_rows=2)
+        plan_saved(str(tmp_path), shard_rows=2, allow_outside=False)
 
 
 def test_splits_with_different_columns_or_classes_are_rejected(tmp_path: Path) -> None:

@@ -13,10 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ConfigError, DatasetError, UnusableError, choices
-from ..media.decode import has_sound
 from .columns import Columns, find_columns, holds_pictures, load_cell
-from .formats.readers import plan_source
-from .formats.tables import Plan, Shard
+from .formats import Plan, Shard, plan_source
 from .labels import TASKS
 from .modalities import Modality, check_modalities, choose_encoders, infer_modalities, is_text, parse_modality
 
@@ -27,26 +25,36 @@ _NUM_SOUND_CHECKS = 8  # clips that are opened to check whether a video column h
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Roles of the columns and options of reading.
+    """How a dataset is read: the roles of its columns, its modalities, and options of reading.
 
-    Attributes:
-        modality: NAME=COLUMN[:KIND] of each modality; (): inferred from the columns.
-        encoder: MODALITY=ENCODER for each modality that does not use the default, `statistics`.
-        task: classification, multilabel or regression; see labels.py.
-        id: column of sample ids; None: found by name.
-        label: column of labels; None: found by name.
-        group: column of groups; None: found by name, "none": not used.
-        split: column of splits; None: found by name, "none": not used.
-        classes: all classes; a label outside is quarantined. (): the source's own list, if it has one.
-        allow_outside: allow paths that lead outside the dataset's folder.
-        keep_duplicates: score samples that equal another sample in every modality.
-        shard_rows: rows of media per shard, the unit that is encoded at once and lost on Ctrl-C.
-        test_fraction: fraction of samples in the test split if the dataset has no split, in (0, 1).
+    Args:
+        reader: Source format, one of `READERS` or of an installed package; "auto": the built-in readers are asked.
+        modality: Modalities as NAME=COLUMN[:KIND], such as audio=wav_path:audio; [] infers them from the columns. Kinds
+            are audio, image, video, frames (folders of pictures), features (vectors) and text.
+        encoder: Encoders as MODALITY=ENCODER, such as image=resnet18; a modality without one uses `statistics`.
+        task: What the label is: classification (one class), multilabel (a set of labels) or regression (a number).
+        id: Column of unique sample ids. Not set: sample_id, id, uid, key, clip_id, video_id or __key__, else the first
+            column of paths, else row numbers.
+        label: Column of labels. Not set: label, class, category, target, y, label_name, labels or cls.
+        group: Column of groups, such as speakers or source videos, which folds and splits keep together. Not set: the
+            column `group` if there is one; "none": no groups.
+        split: Column of train, validation and test. Not set: the column `split` if there is one; "none", or no such
+            column: a test split is cut.
+        classes: All classes, by name or number; samples of other classes are quarantined. []: those that the source
+            declares, else all labels that occur.
+        allow_outside: Whether paths may lead outside the dataset's folder.
+        keep_duplicates: Whether to score samples that equal another sample in every modality.
+        shard_rows: Rows per shard of media; a shard is encoded at once, and lost if the run is interrupted.
+        test_fraction: Share of the samples in the test split that is cut if the dataset has no splits, in (0, 1).
 
     Raises:
-        ConfigError: if a value is out of range or a class is repeated.
+        ConfigError: A value is out of range, or a class is repeated.
+
+    Example:
+        >>> config = DataConfig(label="emotion", group="speaker", modality=("voice=wav_path:audio", "words=transcript"))
     """
 
+    reader: str = "auto"
     modality: tuple[str, ...] = ()
     encoder: tuple[str, ...] = ()
     task: str = "classification"
@@ -166,7 +174,9 @@ def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
         >>> print(dataset.num_rows, dataset.modalities)
     """
     config = config or DataConfig()
-    plan = plan_source(str(data), shard_rows=config.shard_rows, allow_outside=config.allow_outside)
+    plan = plan_source(
+        str(data), reader=config.reader, shard_rows=config.shard_rows, allow_outside=config.allow_outside
+    )
     if not plan.shards or not plan.head.num_rows:
         raise DatasetError(f"{data} holds no rows")
     roles = {"id": config.id, "label": config.label, "group": config.group, "split": config.split}
@@ -225,6 +235,8 @@ def _drop_silent_audio(dataset: Dataset, head: pa.Table) -> list[Modality]:
 
 
 def _has_any_sound(dataset: Dataset, head: pa.Table, modality: Modality) -> bool:
+    from ..media.decode import has_sound  # imported here: PyAV takes 0.1 s, and every command imports DataConfig
+
     num_readable = 0
     for cell in head[modality.column].to_pylist()[:_NUM_SOUND_CHECKS]:
         try:

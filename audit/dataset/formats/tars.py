@@ -26,7 +26,8 @@ from ...parsing import parse_data_json
 from ...storage import open_regular
 from ..columns import SPLIT, split_of_file, split_of_folder
 from ..modalities import KINDS, kind_of_path
-from .tables import HEAD_ROWS, Plan, concat_rows
+from . import Plan
+from .tables import HEAD_ROWS, concat_rows
 
 log = logging.getLogger("mmaudit")
 
@@ -106,7 +107,13 @@ def find_tars(data: str) -> list[Path]:
     return matches if matches and all(match.suffix == ".tar" for match in matches) else []
 
 
-def plan_tars(paths: Sequence[Path], *, shard_rows: int) -> Plan:
+def plan_tars(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
+    """Plan the samples of a tar, a glob of tars, or a folder of tars with subfolders named after splits."""
+    paths = find_tars(data)
+    return plan_tar_files(paths, shard_rows=shard_rows) if paths else None
+
+
+def plan_tar_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
     """Index tars and plan their samples; a column that a sample does not have is null there.
 
     Raises DatasetError for a tar without samples, a truncated or damaged tar, and a repeated key.
