@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.samples import read_samples
-from ..audit.downloads import ingest as ingest_download
+from ..audit.downloads.ingest import ingest as ingest_download
 from ..audit.errors import ConfigError, Quarantined, RunError, quarantine_table
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.features.encoded_samples import collect_encoded, select_usable

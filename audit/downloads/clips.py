@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -123,6 +125,12 @@ def index_by_stem(paths: Iterable[str]) -> dict[str, str]:
     return path_of_stem
 
 
+def event_ids(clips: Sequence[str], events: Sequence[str]) -> list[str]:
+    """Return an id for each event of a clip: the clip's name, or CLIP:EVENT if the clip has several different ones."""
+    num_events = Counter(clip for clip, _ in set(zip(clips, events, strict=True)))
+    return [clip if num_events[clip] == 1 else f"{clip}:{event}" for clip, event in zip(clips, events, strict=True)]
+
+
 def absence_of_file(path: Path) -> str | None:
     """Return the reason why a file cannot be read as a medium, checked without decoding it; None if it can."""
     try:
@@ -190,6 +198,21 @@ class Listing:
     media_files: frozenset[str] = frozenset()
     official: int | None = None
     notes: tuple[str, ...] = ()
+
+
+class Adapter(Protocol):
+    """A function that reads the download of one dataset as unpacked; packages add one by `mmaudit.downloads`.
+
+    Args:
+        folder: Folder of the download.
+        lists: Lists to read instead of those in the folder; () reads those.
+
+    Raises:
+        DatasetError: The folder is not that dataset, or a list cannot be read.
+    """
+
+    def __call__(self, folder: Path, lists: Sequence[Path]) -> Listing:
+        """Read the download."""
 
 
 def list_clips(

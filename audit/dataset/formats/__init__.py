@@ -122,7 +122,8 @@ def plan_source(data: str, *, reader: str = "auto", shard_rows: int, allow_outsi
         DatasetError: The source has no known format, or not that of the named reader, or cannot be read.
     """
     for name in READERS if reader == "auto" else (reader,):
-        plan: Plan | None = READERS.load(name)(data, shard_rows=shard_rows, allow_outside=allow_outside)
+        plan_rows: Reader = READERS.load(name)
+        plan = plan_rows(data, shard_rows=shard_rows, allow_outside=allow_outside)
         if plan is not None:
             return plan
     if reader == "auto":
