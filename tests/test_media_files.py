@@ -19,9 +19,11 @@ from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.hashing import digest
 from mmaudit.audit.media import files as media_file
+from mmaudit.audit.media.audio import decode_audio, has_sound
 from mmaudit.audit.media.container import missing_bytes
-from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image, has_sound
 from mmaudit.audit.media.files import MediaConfig, MediaFile, open_stream
+from mmaudit.audit.media.image import decode_image
+from mmaudit.audit.media.video import decode_frames
 
 SOUND = Modality(name="audio", column="audio", kind="audio")
 FRAMES = Modality(name="frames", column="frames", kind="frames")

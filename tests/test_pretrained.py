@@ -28,7 +28,7 @@ from mmaudit.audit.features.encode import encode_dataset, encode_shard, read_arr
 from mmaudit.audit.features.encoders import check_encoder, encode_cell, preprocessing
 from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.features.pretrained import encode_inputs, model_version, open_model
-from mmaudit.audit.media.decode import decode_audio
+from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.media.image import read_picture
 from mmaudit.audit.media.video import read_frames

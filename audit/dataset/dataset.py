@@ -235,7 +235,7 @@ def _drop_silent_audio(dataset: Dataset, head: pa.Table) -> list[Modality]:
 
 
 def _has_any_sound(dataset: Dataset, head: pa.Table, modality: Modality) -> bool:
-    from ..media.decode import has_sound  # imported here: PyAV takes 0.1 s, and every command imports DataConfig
+    from ..media.audio import has_sound  # imported here: PyAV takes 0.1 s, and every command imports DataConfig
 
     num_readable = 0
     for cell in head[modality.column].to_pylist()[:_NUM_SOUND_CHECKS]:
