@@ -81,18 +81,30 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A schema and the shards of a source. Media stay on disk; `read` returns the rows of one shard.
+    """The rows of a source, their modalities and the roles of their columns; returned by `open_dataset`.
 
-    Attributes:
-        source: the path, glob or hub name that was opened.
-        root: folder that relative paths start from.
-        modalities: the modalities, at least two.
-        columns: names of the id, label, group and split columns.
+    Media stay on disk: `read` returns the rows of one shard, with paths as stored, and `load` the medium of one
+    cell. A shard can be sent to another process.
+
+    Args:
+        source: The path, glob or hub name that was opened.
+        root: Folder that relative paths start from.
+        modalities: The modalities, at least two, each with its name, column, kind and encoder.
+        columns: Names of the id, label, group and split columns.
         schema: Arrow schema of the rows.
-        shards: units of reading, in dataset order.
-        allow_outside: whether paths may lead outside `root`.
+        shards: Units of reading, in dataset order.
+        allow_outside: Whether paths may lead outside `root`.
         task: classification, multilabel or regression.
-        classes: requested classes; (): those of the source.
+        classes: Requested classes; (): those of the source.
+
+    Example:
+        >>> dataset = open_dataset("clips")
+        >>> for shard in dataset.shards:
+        ...     rows = dataset.read(shard)
+        ...     ids = dataset.sample_ids(rows, shard)
+        ...     for modality in dataset.modalities:
+        ...         cells = rows[modality.column].to_pylist()
+        ...         media = [dataset.load(cell, modality) for cell in cells]
     """
 
     source: str
@@ -117,7 +129,18 @@ class Dataset:
         return [name for name in self.schema.names if name in columns]
 
     def read(self, shard: Shard, *, modalities: bool = True) -> pa.Table:
-        """Read the rows of a shard: id, label, group, split and path columns, and the modalities if `modalities`."""
+        """Read the rows of a shard.
+
+        Args:
+            shard: One of `shards`.
+            modalities: Whether to read the columns of the modalities, too.
+
+        Returns:
+            The columns of id, label, group, split and paths, and those of the modalities if `modalities`, as stored.
+
+        Raises:
+            DatasetError: The rows cannot be read, or have changed since the dataset was opened.
+        """
         columns = set(self.columns.names) | set(self.path_columns)
         if modalities:
             columns |= {modality.column for modality in self.modalities}
@@ -136,16 +159,16 @@ class Dataset:
         """Load a cell of a modality.
 
         Args:
-            cell: value of the modality's column: a path, bytes, a struct of both, a text, a vector, or folder names.
-            modality: the modality that the cell belongs to.
+            cell: Value of the modality's column: a path, bytes, a struct of both, a text, a vector, or folder names.
+            modality: The modality that the cell belongs to.
 
         Returns:
             A medium (bytes, or a MediaFile if it is large), a text, a vector, or for frames one tuple of images, in
             order, for each folder.
 
         Raises:
-            UnusableError: if the medium is missing.
-            DatasetError: if a path leads outside the dataset's folder, unless `allow_outside`.
+            UnusableError: The medium is missing.
+            DatasetError: A path leads outside the dataset's folder, unless `allow_outside`.
         """
         try:
             return load_cell(cell, modality, root=self.root, allow_outside=self.allow_outside)
@@ -154,24 +177,31 @@ class Dataset:
 
 
 def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
-    """Open a dataset.
+    """Open a dataset: find its rows, the roles of its columns and its modalities; no medium is decoded.
 
     Args:
-        data: a folder with a metadata file, or with one in each folder of a split; a csv, jsonl or Parquet file or a
+        data: A folder with a metadata file, or with one in each folder of a split; a csv, jsonl or Parquet file or a
             glob of such; a folder saved by `datasets`; a name on the Hugging Face hub; a folder
-            ROOT[/split]/class/file; WebDataset tars.
-        config: roles of the columns; by default they are inferred. Inferred modalities are logged.
+            ROOT[/split]/class/file; WebDataset tars; or a source that the reader of an installed package recognises,
+            if `config.reader` names it.
+        config: Roles of the columns and options of reading; by default they are inferred. Inferred modalities are
+            logged.
 
     Returns:
-        The dataset; media are not read yet.
+        The dataset, with at least one row and two modalities.
 
     Raises:
-        DatasetError: if `data` is not a readable dataset.
-        ConfigError: if the config names a column, modality or encoder that does not exist.
+        DatasetError: `data` is not a readable dataset, has no label column, or fewer than two modalities.
+        ConfigError: The config names a reader, column or modality that does not exist.
 
     Example:
+        A folder `clips` with metadata.csv, whose columns are audio_file_name, image_file_name and emotion:
+
         >>> dataset = open_dataset("clips", DataConfig(label="emotion"))
-        >>> print(dataset.num_rows, dataset.modalities)
+        >>> dataset.num_rows
+        7442
+        >>> [str(modality) for modality in dataset.modalities]
+        ['audio=audio_file_name:audio', 'image=image_file_name:image']
     """
     config = config or DataConfig()
     plan = plan_source(
