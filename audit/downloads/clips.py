@@ -12,8 +12,8 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from ..dataset.modalities import kind_of_path
 from ..errors import DatasetError
+from ..media.files import kind_of_path
 
 _SHOWN = 120  # characters of a line that a message repeats
 _SPLITS = (("train", "train"), ("val", "validation"), ("dev", "validation"), ("test", "test"))

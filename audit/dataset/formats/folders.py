@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 
 from ...errors import DatasetError
+from ...media.files import kind_of_path
 from ..columns import SPLIT, split_of_folder
-from ..modalities import kind_of_path
 from . import Plan
 from .tables import OTHER_FORMS, plan_rows
 

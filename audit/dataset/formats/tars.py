@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from ... import numpy_files as npy
 from ...errors import DatasetError
+from ...media.files import kind_of_path
 from ...parsing import parse_data_json
 from ...storage import open_regular
 from ..columns import SPLIT, split_of_file, split_of_folder
-from ..modalities import KINDS, kind_of_path
+from ..modalities import KINDS
 from . import Plan
 from .tables import HEAD_ROWS, concat_rows
 
