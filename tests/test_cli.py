@@ -226,6 +226,9 @@ def test_run_of_another_config_is_refused(keypad: Path, scored: Path) -> None:
     result = mmaudit("score", keypad, "--run", scored, *QUICK, "--seed", "7")
     assert result.exit_code == 2
     assert "seed is 0 in the run and 7 now; pass another --run, or --overwrite" in output_of(result)
+    result = mmaudit("score", keypad, "--run", scored, *QUICK, "--set", "data.keep_duplicates=true")
+    assert result.exit_code == 2
+    assert "data.keep_duplicates is False in the run and True now; pass another --run" in output_of(result)
 
 
 def test_run_of_other_data_requires_overwrite(data: Path, scored: Path, tmp_path: Path) -> None:
