@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..audit.dataset.dataset import DataConfig, Dataset, open_dataset
+from ..audit.dataset.formats import READERS
 from ..audit.dataset.formats.saved import looks_like_hub_name
 from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices, printable
 from ..audit.features.encoders import BUILTIN_ENCODERS, check_encoder, encoder_location, preprocessing
@@ -279,6 +280,7 @@ def open_source(origin: Origin, options: SourceOptions, *, encoders: bool = True
     scored_config = build_config(RunConfig, without_none(provenance_section(scores, "config")), where="")
     encoder_names = _scored_encoders(origin, options) if encoders else {}
     _check_named(origin, options, encoder_names)
+    _check_reader(origin, scored_config.data.reader)
     source = options.data if options.data is not None or origin.record is None else origin.record["source"]
     config = replace(
         scored_config.data,
@@ -320,6 +322,15 @@ def _check_named(origin: Origin, options: SourceOptions, encoders: dict[str, str
         f"{origin.path} is not trusted to name data or code, since {doubt}; "
         f"{source}pass {' '.join(unnamed + refused)}{trust}"
     )
+
+
+def _check_reader(origin: Origin, reader: str) -> None:
+    """Raise ManifestError if metadata that are not this user's name the reader of an installed package."""
+    if origin.record is None and reader not in ("auto", *READERS):
+        raise ManifestError(
+            f"{origin.path} is not trusted to name the reader {printable(reader)} of an installed package, since "
+            f"{origin.doubt}: score the data again, and split that run"
+        )
 
 
 def _named_encoders(options: SourceOptions) -> dict[str, str]:

@@ -256,6 +256,16 @@ def test_unknown_adapter_suggests_nearest(tmp_path: Path) -> None:
         ingest("crema-d", tmp_path)
 
 
+def test_installed_adapter_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cremad_twin-1.dist-info").mkdir()
+    (tmp_path / "cremad_twin-1.dist-info" / "METADATA").write_text("Name: cremad-twin\nVersion: 1\n")
+    entry_points = "[mmaudit.downloads]\ntwin = mmaudit.audit.downloads.cremad:read_cremad\n"
+    (tmp_path / "cremad_twin-1.dist-info" / "entry_points.txt").write_text(entry_points)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_cremad(tmp_path / "data")
+    assert ingest("twin", tmp_path / "data").message == "you have 3 of 7,442; 7,439 have no files and no row"
+
+
 def test_output_must_be_in_or_above_the_folder(tree: Callable[[str], Path], tmp_path: Path) -> None:
     root = tree("cremad")
     for out in (root / "AudioWAV" / "m.parquet", tmp_path / "beside" / "m.parquet"):

@@ -215,6 +215,24 @@ def test_hostile_manifest_runs_and_opens_nothing(home: Path, tmp_path: Path, enc
     (home / "hf.py").unlink(missing_ok=True)
 
 
+def test_hostile_manifest_imports_no_reader(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hostile_reader-1.dist-info").mkdir()
+    (tmp_path / "hostile_reader-1.dist-info" / "METADATA").write_text("Name: hostile-reader\nVersion: 1\n")
+    entry_points = "[mmaudit.readers]\nhostile = hostile_reader:run\n"
+    (tmp_path / "hostile_reader-1.dist-info" / "entry_points.txt").write_text(entry_points)
+    (tmp_path / "hostile_reader.py").write_text(HOSTILE.format(mark=str(home / "ran")))
+    monkeypatch.syspath_prepend(tmp_path)
+    manifest = foreign_manifest(home, tmp_path / "foreign", "statistics", str(home / "canary.wav"))
+    rewrite(
+        manifest,
+        lambda provenance: provenance["scores"]["config"]["data"].update(reader="hostile"),
+        lambda table: table,
+    )
+    code, printed = mmaudit("verify", manifest, "--data", home / "data")
+    assert code == 2
+    assert "is not trusted to name the reader hostile of an installed package" in printed
+
+
 def test_text_of_data_is_not_executed_by_a_function_in_metadata(home: Path, tmp_path: Path) -> None:
     """No code file is needed for an attack: cProfile.run executes its argument."""
     data = Path(shutil.copytree(home / "data", tmp_path / "data"))
