@@ -60,6 +60,15 @@ def test_rows_without_media_form_large_shards(tmp_path: Path) -> None:
     assert [shard.num_rows for shard in plan.shards] == [8_192, 1_808]
 
 
+def test_file_with_fewer_rows_than_planned_is_reported(tmp_path: Path) -> None:
+    write_arrow(tmp_path / "1.arrow", [3, 3])
+    plan = plan_parts(tmp_path, [SplitFiles(split=None, paths=(tmp_path / "1.arrow",))], shard_rows=4)
+    write_arrow(tmp_path / "1.arrow", [5])
+    assert plan.shards[0].read(["id"]).num_rows == 4
+    with pytest.raises(DatasetError, match=r"1\.arrow cannot be read: it has fewer rows than when it was opened"):
+        plan.shards[1].read(["id"])
+
+
 def save_splits(folder: Path, **splits: dict[str, list[Any]]) -> Path:
     parts = {name: datasets.Dataset.from_dict(columns) for name, columns in splits.items()}
     datasets.DatasetDict(parts).save_to_disk(folder)

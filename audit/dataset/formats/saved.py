@@ -48,8 +48,10 @@ class ArrowShard:
     def read(self, columns: list[str]) -> pa.Table:
         """Map these columns of the rows into memory."""
         try:
-            rows = with_split(_map_rows(Path(self.path)), self.split).select(columns)
-            rows = rows.slice(self.start, self.num_rows)
+            rows = _map_rows(Path(self.path)).slice(self.start, self.num_rows)
+            if rows.num_rows < self.num_rows:
+                raise ValueError("it has fewer rows than when it was opened")
+            rows = with_split(rows, self.split).select(columns)
             rows.validate(full=True)
         except _READ_ERRORS as error:
             raise _read_error(Path(self.path), error) from error
