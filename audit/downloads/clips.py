@@ -240,10 +240,15 @@ def list_clips(
     )
 
 
+def cell_paths(cell: str | Sequence[str] | None) -> Sequence[str]:
+    """Return the paths in a cell of a media column."""
+    return [cell] if isinstance(cell, str) else cell or ()
+
+
 def _check_inside(clip: Clip) -> None:
     """Raise DatasetError for a path that leads outside the download's folder."""
     for column, cell in clip.media.items():
-        paths = [cell] if isinstance(cell, str) else cell or ()
+        paths = cell_paths(cell)
         if column.endswith(PATH_SUFFIXES) and any(path.startswith("/") or ".." in path.split("/") for path in paths):
             raise DatasetError(f"{clip.where}: {paths[0]!r} leads outside the folder: correct the path in the list")
 

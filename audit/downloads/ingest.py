@@ -16,7 +16,7 @@ from ..dataset.formats.tables import METADATA_NAMES
 from ..errors import ConfigError, DatasetError
 from ..storage import write_parquet
 from . import DOWNLOADS
-from .clips import PATH_SUFFIXES, Adapter, Cell, Listing, absence_of_file, absence_of_frames
+from .clips import PATH_SUFFIXES, Adapter, Cell, Listing, absence_of_file, absence_of_frames, cell_paths
 
 _EXAMPLES = 3  # ids in the message for each modality
 
@@ -175,7 +175,7 @@ def _presence(rows: pa.Table, media: Sequence[str], root: Path) -> tuple[dict[st
 
 
 def _absence(cell: str | list[str] | None, root: Path, find_absence: Callable[[Path], str | None]) -> str | None:
-    names = [cell] if isinstance(cell, str) else cell or []
+    names = cell_paths(cell)
     reasons = [reason for name in names if (reason := find_absence(root / name)) is not None]
     return next(iter(reasons), None) if names else "not found"
 
@@ -201,7 +201,7 @@ def _modality(column: str) -> str:
 
 def _paths(rows: pa.Table, media: Sequence[str]) -> list[str]:
     cells: list[Any] = [cell for name in media if name.endswith(PATH_SUFFIXES) for cell in rows[name].to_pylist()]
-    return [path for cell in cells for path in ([cell] if isinstance(cell, str) else cell or [])]
+    return [path for cell in cells for path in cell_paths(cell)]
 
 
 def _rebase_paths(rows: pa.Table, media: Sequence[str], *, root: Path, start: Path) -> pa.Table:

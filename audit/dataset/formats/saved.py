@@ -19,13 +19,12 @@ from ...parsing import check_shape, parse_data_json
 from ...storage import check_regular
 from ..columns import SPLIT, with_split
 from ..labels import declared_classes
-from ..modalities import holds_bytes
 from . import Plan
-from .tables import HEAD_ROWS, SAVED_NAMES, TABLE_SUFFIXES, concat_rows, plan_rows
+from .parquet_rows import HEAD_ROWS, max_shard_rows
+from .tables import SAVED_NAMES, TABLE_SUFFIXES, concat_rows, plan_rows
 
 log = logging.getLogger("mmaudit")
 
-_MAX_VECTOR_ROWS = 8_192  # in a shard without media
 _ARROW_MAGIC = b"ARROW1\0\0"  # an Arrow file is these bytes, a stream, and a footer
 _SAVE_AGAIN = "save the dataset again with save_to_disk"
 _READ_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
@@ -92,7 +91,7 @@ def plan_parts(root: Path, parts: Sequence[SplitFiles], *, shard_rows: int) -> P
     if SPLIT in schema.names and files[0][1] is not None:
         log.info("%s: splits are read from the column split, not from the names of the parts", root)
         files = [(path, None) for path, _ in files]
-    max_rows = shard_rows if any(map(holds_bytes, schema.types)) else _MAX_VECTOR_ROWS
+    max_rows = max_shard_rows(schema, media_rows=shard_rows)
     shards: list[ArrowShard] = []
     first = 0
     for (path, split), (_, num_rows) in zip(files, outlines, strict=True):

@@ -16,7 +16,7 @@ from ...storage import check_regular, read_table
 from ..columns import SPLIT, split_of_file, split_of_folder, with_split
 from ..modalities import holds_bytes, holds_files
 from . import Plan
-from .parquet_rows import parquet_head, row_group_shards
+from .parquet_rows import HEAD_ROWS, parquet_head, row_group_shards
 from .text_rows import read_csv_rows, read_json_lines
 
 log = logging.getLogger("mmaudit")
@@ -28,7 +28,6 @@ OTHER_FORMS = (
     "DATA may also be folders named by class, a Parquet file or glob, a dataset saved by `datasets`, WebDataset tars, "
     "or a name on the Hugging Face hub"
 )
-HEAD_ROWS = 64  # rows from which kinds are inferred
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +106,15 @@ def find_parquets(folder: Path) -> list[Path]:
 
 def splits_of(paths: Sequence[Path]) -> list[str | None]:
     """Return the split that each file name begins with, None for every file unless all have one."""
-    splits = [split_of_file(path.name) for path in paths]
+    return common_splits([split_of_file(path.name) for path in paths], source="files")
+
+
+def common_splits(splits: list[str | None], *, source: str) -> list[str | None]:
+    """Return the splits that names of files stand for, None for every file unless all have one; log their numbers."""
     if not all(splits):
-        return [None] * len(paths)
-    counts = Counter(str(name) for name in splits)
-    log.info("split by the names of the files: %s", ", ".join(f"{n} {name}" for name, n in counts.items()))
+        return [None] * len(splits)
+    counts = ", ".join(f"{number} {name}" for name, number in Counter(splits).items())
+    log.info("split by the names of the %s: %s", source, counts)
     return splits
 
 

@@ -10,7 +10,6 @@ import glob
 import io
 import logging
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,8 @@ from ...storage import open_regular
 from ..columns import SPLIT, split_of_file, split_of_folder
 from ..modalities import KINDS
 from . import Plan
-from .tables import HEAD_ROWS, concat_rows
+from .parquet_rows import HEAD_ROWS
+from .tables import common_splits, concat_rows
 
 log = logging.getLogger("mmaudit")
 
@@ -121,7 +121,9 @@ def plan_tar_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
     """
     samples_of_tar = [_index_tar(path) for path in paths]
     _check_keys(paths, samples_of_tar)
-    splits = _tar_splits(paths)
+    splits = common_splits(
+        [split_of_file(path.name) or split_of_folder(path.absolute().parent.name) for path in paths], source="tars"
+    )
     tables = [_value_table(samples, split) for samples, split in zip(samples_of_tar, splits, strict=True)]
     schema = concat_rows([table.slice(0, 0) for table in tables], source=str(paths[0].parent)).schema
     member_names = sorted(
@@ -255,15 +257,6 @@ def _check_keys(paths: Sequence[Path], samples_of_tar: Sequence[Sequence[TarSamp
                     "the members of a sample must be consecutive, and keys must be unique"
                 )
             tar_of_key[sample.key] = path
-
-
-def _tar_splits(paths: Sequence[Path]) -> list[str | None]:
-    """Return the split of each tar by its name or its folder's name, None for every tar unless all have one."""
-    splits = [split_of_file(path.name) or split_of_folder(path.absolute().parent.name) for path in paths]
-    if not all(splits):
-        return [None] * len(paths)
-    log.info("split by the names of the tars: %s", ", ".join(f"{n} {name}" for name, n in Counter(splits).items()))
-    return splits
 
 
 def _value_table(samples: Sequence[TarSample], split: str | None) -> pa.Table:
