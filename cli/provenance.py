@@ -190,7 +190,7 @@ _LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillo
 def check_config(run_dir: Run, record: dict[str, Any], dataset: Dataset, config: RunConfig) -> None:
     """Raise RunError if the run was made with another config; the message names the first key that differs."""
     differing = [
-        f"{section}.{key} is {record['config'][provenance_section].get(key)!r} in the run and {value!r} now"
+        f"{section}.{key} is {record['config'][section].get(key)!r} in the run and {value!r} now"
         for section, content in config.scoring_config().items()
         if isinstance(content, dict)
         for key, value in content.items()
