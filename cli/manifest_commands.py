@@ -230,7 +230,7 @@ def verify(
             manifest, run=run, data=data, allow_outside=allow_outside, media=not no_media, progress=progress
         )
     finish(summary, json_, print_verify)
-    if not summary["held"]:
+    if not summary["passed"]:
         raise GateError(f"{summary['file']} or its data have changed since it was written: see the checks above")
 
 

@@ -11,9 +11,8 @@ import numpy as np
 from ..audit.dataset.samples import read_samples
 from ..audit.features.encoded_samples import ContentHashes, content_hashes, dataset_fingerprint
 from ..audit.workers import Progress, no_progress
-from ..rebalance.checks import Check
 from ..rebalance.manifest import read_provenance
-from ..rebalance.verify import check_media, verify_rows
+from ..rebalance.verify import Check, check_media, verify_rows
 from .provenance import Origin, SourceOptions, open_source, origin_of
 from .run import Run
 
@@ -41,7 +40,7 @@ def verify(
         progress: progress callback.
 
     Returns:
-        The checks, whether all passed (`held`), and the same as text in `lines`.
+        The checks, whether none failed (`passed`), and the same as text in `lines`.
 
     Raises:
         ManifestError: the manifest or its source was not found, or the source is named by an untrusted manifest only.
@@ -50,7 +49,7 @@ def verify(
     checked, provenance = verify_rows(path), read_provenance(path)
     origin = origin_of(path, provenance, checked.digests)
     checks = [*checked.checks, _signature_check(origin)]
-    has_failed = not checked.held or bool(origin.changed)
+    has_failed = not checked.passed or bool(origin.changed)
     if not media or (data is None and "modalities" not in origin.scores):
         checks += check_media(path)
     elif has_failed and data is None and origin.record is None:  # the failed checks are more useful than an error
@@ -60,16 +59,16 @@ def verify(
         contents, fingerprint = _contents_of_source(origin, options, progress)
         checks += check_media(path, contents=contents, fingerprint=fingerprint)
     checked = replace(checked, checks=tuple(checks))
-    return {"file": str(path), **checked.to_dict(), "lines": checked.lines()}
+    return {**checked.to_dict(), "lines": checked.lines()}
 
 
 def _signature_check(origin: Origin) -> Check:
     """Check a manifest against this user's signature; without a signature the check has no result."""
     if origin.is_own:
-        return Check(name="signature", held=True, detail="made by you on this machine")
+        return Check("signature", passed=True, detail="made by you on this machine")
     if origin.changed:
-        return Check(name="signature", held=False, detail=f"its {origin.changed} changed since it was made")
-    return Check(name="signature", held=None, detail=origin.doubt or "not made by you on this machine")
+        return Check("signature", passed=False, detail=f"its {origin.changed} changed since it was made")
+    return Check("signature", passed=None, detail=origin.doubt or "not made by you on this machine")
 
 
 def _contents_of_source(

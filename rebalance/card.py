@@ -13,7 +13,15 @@ from typing import Any
 import pyarrow.compute as pc
 
 from ..audit.errors import ManifestError, printable
-from .manifest import dropped_path, read_batches_of_manifest, read_num_rows, read_provenance, read_stated_digests
+from .manifest import (
+    balance_path,
+    check_dropped_from,
+    dropped_path,
+    read_batches_of_manifest,
+    read_num_rows,
+    read_provenance,
+    read_stated_digests,
+)
 from .split_stats import read_numbers
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
@@ -64,7 +72,7 @@ def dataset_card(manifest: Path, *, balance: dict[str, Any] | None = None, file_
     manifest = Path(manifest)
     provenance, record = read_provenance(manifest), read_stated_digests(manifest)
     rows = read_num_rows(manifest)
-    balance_file = manifest.with_name(f"{manifest.stem}.balance.json")
+    balance_file = balance_path(manifest)
     if balance is None and balance_file.is_file():
         balance = read_numbers(balance_file, error=ManifestError)
     name = file_name or manifest.name
@@ -219,8 +227,7 @@ def _dropped(manifest: Path, record: dict[str, Any]) -> list[str]:
     dropped_file = dropped_path(manifest)
     if not dropped_file.is_file():
         return []
-    if read_stated_digests(dropped_file).get("dropped_from") != record.get("digest"):
-        raise ManifestError(f"{dropped_file} holds the rows dropped from another manifest: run mmaudit split again")
+    check_dropped_from(dropped_file, record.get("digest"))
     counts: Counter[str] = Counter()
     for table in read_batches_of_manifest(dropped_file, columns=["reason"]):
         for value_count in pc.value_counts(table["reason"]).to_pylist():

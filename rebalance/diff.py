@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
-from .manifest import check_types, manifest_schema, read_batches_of_manifest, read_provenance
+from .manifest import check_types, is_text, manifest_schema, read_batches_of_manifest, read_provenance
 from .score_tables import hash_keys
 
 _BLOCK_ROWS = 1 << 20  # rows sorted at a time
@@ -144,7 +144,7 @@ def _join_values(parts: Sequence[NDArray[Any]], path: Path, num_rows: int) -> ND
 
 
 def _value_keys(column: pa.ChunkedArray) -> NDArray[np.uint64]:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not is_text(column.type):
         return _floats(column).view(np.uint64)
     keys = hash_keys(column.fill_null(""), seed=0)
     keys[column.is_null().to_numpy()] = 0

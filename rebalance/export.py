@@ -23,6 +23,8 @@ from ..audit.storage import atomic_folder, atomic_write, scratch_folder
 from .manifest import (
     COLUMNS,
     check_types,
+    is_number,
+    is_text,
     manifest_schema,
     read_batches_of_manifest,
     read_num_rows,
@@ -123,10 +125,9 @@ def contains_media(manifest: Path, format: str) -> bool:
 
 def _check_column_types(schema: pa.Schema, manifest: Path) -> None:
     """Raise ManifestError for a column that a text file cannot hold."""
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating)
     for field in schema:
         type_ = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        if not (any(test(type_) for test in tests) or pa.types.is_boolean(type_) or pa.types.is_null(type_)):
+        if not (is_text(type_) or is_number(type_) or pa.types.is_boolean(type_) or pa.types.is_null(type_)):
             raise ManifestError(f"{manifest}: column {field.name} is {type_}; only texts and numbers can be exported")
 
 
@@ -169,14 +170,10 @@ def _unchanged(table: pa.Table) -> pa.Table:
 def _escape_texts(table: pa.Table) -> pa.Table:
     """Escape formulas in text columns and in column names; numbers are unchanged."""
     columns = [
-        pc.replace_substring_regex(column, _FORMULA, _ESCAPED) if _is_text(column.type) else column
+        pc.replace_substring_regex(column, _FORMULA, _ESCAPED) if is_text(column.type) else column
         for column in table.columns
     ]
     return pa.table(columns, names=[escape_formula(name) for name in table.column_names])
-
-
-def _is_text(type_: pa.DataType) -> bool:
-    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 
 def _write_jsonl(job: ExportJob, path: Path) -> dict[str, Any]:

@@ -15,11 +15,10 @@ from ..audit.errors import ConfigError, GateError, ManifestError
 from ..audit.parsing import build_config
 from ..audit.storage import write_json
 from .balanced import BalancedConfig, BalancedRule, plan_balanced
-from .binning import Counts
-from .manifest import read_batches_of_manifest, read_provenance, read_stated_digests
+from .manifest import balance_path, read_batches_of_manifest, read_provenance, read_stated_digests
 from .resplit import parse_shares, resplit
 from .score_tables import ManifestMembers, ScoreFiles, check_same_dataset, hash_keys
-from .selection import Selection, SelectionRule, select_rows
+from .selection import Counts, Selection, SelectionRule, select_rows
 from .split import write_split
 from .subsets import all_samples, by_mixture, parse_dominated, parse_subset
 
@@ -127,11 +126,6 @@ def make_split(
     if not dry_run:
         write_json({**numbers, "recipe": record, "digest": read_stated_digests(path)["digest"]}, balance_path(path))
     return SplitResult(path=None if dry_run else path, numbers=numbers)
-
-
-def balance_path(path: Path) -> Path:
-    """Return the path of a manifest's file of numbers."""
-    return path.with_name(f"{path.stem}.balance.json")
 
 
 def recipe_from_record(record: dict[str, Any], *, folder: Path) -> Recipe:

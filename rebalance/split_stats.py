@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from ..audit.errors import MmauditError
 from ..audit.parsing import RequiredKeys
 from ..audit.storage import read_json
-from .binning import distance_to_uniform
 from .score_tables import ScoreBatch, ScoreFiles
 from .selection import Decision
 
@@ -59,6 +58,20 @@ _SHAPE = RequiredKeys(  # of NAME.balance.json, which also has the recipe
         "digest": str,
     }
 )
+
+
+def assign_bins(discrepancy: NDArray[np.float32], *, num_bins: int) -> NDArray[np.int16]:
+    """Return the bin (n,) of each discrepancy among `num_bins` equal bins over [-1, 1]; +1 is in the last bin."""
+    return np.clip((discrepancy.astype(np.float64) + 1) / 2 * num_bins, 0, num_bins - 1).astype(np.int16)
+
+
+def distance_to_uniform(mass: NDArray[Any], *, available: NDArray[Any]) -> float:
+    """Compute the total-variation distance, in [0, 1], of a mass by bin (b,) to uniform over the non-empty bins."""
+    filled = available > 0
+    if not filled.any():
+        return 0.0
+    share = mass[filled] / (mass.sum() or 1)
+    return float(np.abs(share - 1 / filled.sum()).sum() / 2)
 
 
 def read_numbers(path: Path, *, error: type[MmauditError]) -> dict[str, Any]:

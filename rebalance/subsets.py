@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.hashing import splitmix64
-from .binning import Counts, share_total
 from .score_tables import ScoreBatch, ScoreFiles
-from .selection import RowOutcome, SelectionRule
+from .selection import Counts, RowOutcome, SelectionRule, share_total
 
 BALANCED_WITHIN = 0.2  # largest |D| of a balanced sample: mmaudit's default
 _REASONS = {

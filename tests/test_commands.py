@@ -190,9 +190,9 @@ def test_order(command: Command, demo_folder: Path) -> None:
 
 def test_verify(command: Command, demo_folder: Path) -> None:
     summary = check_text_and_json(
-        command, ["verify", "balanced", "--run", demo_folder / "run"], text=["ids"], keys=["file", "held", "lines"]
+        command, ["verify", "balanced", "--run", demo_folder / "run"], text=["ids"], keys=["file", "passed", "lines"]
     )
-    assert summary["held"] is True
+    assert summary["passed"] is True
 
 
 def test_diff(command: Command, demo_folder: Path) -> None:

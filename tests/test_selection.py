@@ -20,7 +20,7 @@ from mmaudit.rebalance import score_files as score_files_py
 from mmaudit.rebalance import score_tables
 from mmaudit.rebalance import selection as external_sort
 from mmaudit.rebalance.score_tables import ManifestMembers, ScoreBatch, ScoreFiles, hash_keys, open_scores
-from mmaudit.rebalance.selection import RowOutcome, Selection, select_rows
+from mmaudit.rebalance.selection import RowOutcome, Selection, select_rows, share_total
 
 Counts = NDArray[np.int64]
 
@@ -263,3 +263,13 @@ def test_scratch_folder_is_emptied_after_an_error(tmp_path: Path, monkeypatch: p
     with pytest.raises(ScoreError, match="confidence_audio of sample s0035 is 2"):
         select_rows(score_files, SomeRule(quota=np.full(6, 4), num_classes=3), scratch=tmp_path / "scratch")
     assert not any((tmp_path / "scratch").iterdir())
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=2, max_size=6).map(np.array).filter(np.any), st.data())
+def test_share_total_is_proportional(counts: Counts, data: st.DataObject) -> None:
+    total = data.draw(st.integers(0, int(counts.sum())))
+    shares = share_total(total, counts)
+    assert shares.sum() == total
+    assert (shares <= counts).all()
+    assert (np.abs(shares - total * counts / counts.sum()) < 1).all()

@@ -15,7 +15,7 @@ from ...audit.metrics import Groups, group_codes, mean_interval, share_interval
 from ...audit.metrics import discrepancy as all_discrepancies
 from ...audit.scores.mixture import Mixture
 from ...audit.scores.table import ScoreTable
-from ...rebalance.binning import assign_bins
+from ...rebalance.split_stats import assign_bins
 from ...rebalance.subsets import BALANCED_WITHIN
 
 Numbers = dict[str, Any]

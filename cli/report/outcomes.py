@@ -18,6 +18,7 @@ from ...audit.errors import RunError
 from ...audit.parsing import build_config, check_shape, parse_data_json
 from ...rebalance.balanced import BalancedConfig
 from ...rebalance.manifest import (
+    balance_path,
     compute_digests,
     dropped_path,
     read_batches_of_manifest,
@@ -25,7 +26,6 @@ from ...rebalance.manifest import (
     read_provenance,
     read_stated_digests,
 )
-from ...rebalance.recipe import balance_path
 from ...rebalance.score_files import NO_SPLIT
 from ...rebalance.split_stats import read_numbers
 from ..run import Run, read_metrics
