@@ -22,8 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mmaudit.cli.main import app, main
-
-FORMATS = ("csv", "jsonl", "npy", "ogm", "webdataset", "datasets")
+from mmaudit.rebalance import EXPORTERS
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,7 @@ def test_card(command: Command, demo_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "card.md").read_text(encoding="utf-8") == summary["card"]
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", EXPORTERS)
 def test_export(command: Command, demo_folder: Path, tmp_path: Path, form: str) -> None:
     words: list[str | Path] = ["export", "balanced", "--format", form, "--run", demo_folder / "run", "--overwrite"]
     summary = check_text_and_json(
