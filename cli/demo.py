@@ -305,8 +305,8 @@ def _demo(folder: Path, *, num_samples: int | None, seed: int, progress: Progres
     score(data, run=run_dir.folder, config=config, progress=progress)
     recovered = asdict(recovery(folder / "truth.parquet", run_dir.scores()))
     write_json({**recovered, "interval": list(recovered["interval"])}, run_dir.recovery_file)
-    summary = split(run=run_dir.folder, config=config, balanced=True)
-    split(run=run_dir.folder, config=config, gmm="balanced")
+    summary = split(run=run_dir.folder, config=config, balanced=True, overwrite=True)
+    split(run=run_dir.folder, config=config, gmm="balanced", overwrite=True)
     for sampling in ("uniform", "bss-h"):
         finetune_config = replace(config, finetune=replace(config.finetune, sampling=sampling))
         finetune("balanced", run=run_dir.folder, config=finetune_config, progress=progress)

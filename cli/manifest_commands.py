@@ -133,6 +133,7 @@ def split(
     scores: ScoresOption = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the manifest.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the summary without writing anything.")] = False,
+    overwrite: OverwriteOption = False,
     seed: SeedOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -164,6 +165,7 @@ def split(
         between=between,
         name=name,
         dry_run=dry_run,
+        overwrite=overwrite,
     )
     finish(summary, json_, print_split)
 

@@ -20,7 +20,7 @@ import numpy as np
 from ..audit.errors import ConfigError, ManifestError, RunError, printable
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..rebalance.card import dataset_card as write_card
-from ..rebalance.curriculum import batch_rows, epoch_order, id_keys, num_steps
+from ..rebalance.curriculum import batch_rows, epoch_order, id_keys, num_steps, training_rows, with_validation
 from ..rebalance.diff import diff_manifests as compare
 from ..rebalance.manifest import Manifest, compute_digests, dropped_path, read_manifest, read_provenance
 from ..rebalance.recipe import Recipe, SplitResult, make_split, recipe_from_record
@@ -50,6 +50,7 @@ def split(
     between: str | None = None,
     name: str | None = None,
     dry_run: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a manifest and the table of its dropped rows, from the run's scores or from the score table `scores`.
 
@@ -70,9 +71,13 @@ def split(
         between: modalities of the discrepancy, `A:B`, or `A` against the rest.
         name: name of the manifest.
         dry_run: write nothing.
+        overwrite: replace an existing manifest of that name.
 
     Returns:
-        A summary: file, counts, and the uniformity of the discrepancy before and after.
+        A summary: file, counts, also by split, and the uniformity of the discrepancy before and after.
+
+    Raises:
+        RunError: a manifest of that name exists, and `overwrite` is False.
     """
     config = config or RunConfig()
     run_dir = Run.open(run)
@@ -94,7 +99,7 @@ def split(
         scores = run_dir.scores_file
     shards = open_scores(scores, seed=config.seed)
     single_table = scores if isinstance(scores, (str, Path)) else None
-    with _staged_manifest(run_dir, dry_run=dry_run) as path_of:
+    with _staged_manifest(run_dir, dry_run=dry_run, overwrite=overwrite) as path_of:
         result = make_split(
             shards,
             recipe,
@@ -121,7 +126,7 @@ def split(
 
 
 @contextmanager
-def _staged_manifest(run_dir: Run, *, dry_run: bool) -> Iterator[Callable[[str], Path]]:
+def _staged_manifest(run_dir: Run, *, dry_run: bool, overwrite: bool) -> Iterator[Callable[[str], Path]]:
     """Yield a function from a manifest's name to the path to write; it locks the name.
 
     At the end the new manifest replaces an older one of that name. The run's scores are locked meanwhile.
@@ -138,8 +143,8 @@ def _staged_manifest(run_dir: Run, *, dry_run: bool) -> Iterator[Callable[[str],
             if dry_run:
                 return path
             name_lock = lock(f"manifests/{name}")
-            if path.exists():
-                log.info("replacing %s", path)
+            if path.exists() and not overwrite:
+                raise RunError(f"{path} exists: pass another --name, or --overwrite")
             return stack.enter_context(replacing_manifest(run_dir.folder, name, lock=name_lock)) / path.name
 
         if not dry_run:
@@ -342,8 +347,6 @@ def order(
 
 def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.dtype[np.intp]]:
     """Return the rows that fine-tuning trains on: without validation rows and those that keep_posterior excludes."""
-    from ..train.examples import with_validation
-
     split = with_validation(
         manifest.table,
         manifest.strings("sample_id"),
@@ -351,12 +354,10 @@ def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.
         fraction=config.finetune.validation_fraction,
         seed=config.seed,
     )
-    train = split == "train"
-    if config.finetune.keep_posterior is not None:
-        train &= manifest.numbers("p_balanced") >= config.finetune.keep_posterior
-    if not train.any():
+    rows = training_rows(split, manifest.numbers("p_balanced"), keep_posterior=config.finetune.keep_posterior)
+    if len(rows) == 0:
         raise ManifestError("the manifest holds no rows of the training split: nothing to order")
-    return np.flatnonzero(train)
+    return rows
 
 
 def _summary(result: SplitResult) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..audit.dataset.columns import SPLITS
+from ..audit.dataset.samples import stratified_cut
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.hashing import hash_ids, hash_rank, splitmix64
 
@@ -161,6 +163,38 @@ class _Epoch:
                 f"{balance[invalid_rows[0]]}), and a weighted order needs them: remove those samples, or rescore"
             )
         return WEIGHTS[self.config.weight](balance)
+
+
+def with_validation(
+    table: pa.Table, ids: NDArray[np.object_], label: NDArray[np.int32], *, fraction: float, seed: int
+) -> NDArray[np.object_]:
+    """Return the split of each row (n,), with a validation split cut from the training rows where there is none."""
+    split = np.array(table["split"].to_pylist(), dtype=object)
+    unknown = {str(name) for name in split} - set(SPLITS)
+    if unknown:
+        raise ManifestError(
+            f"column split of the manifest has {sorted(unknown)[0]!r}, must be one of train, validation, test"
+        )
+    if "validation" in split:
+        return split
+    train = np.flatnonzero(split == "train")
+    groups = table["group"].to_pylist() if "group" in table.column_names else [None]
+    group = None if None in groups else np.array(groups, dtype=object)[train]
+    selected = stratified_cut(ids[train], label[train], group, fraction=fraction, seed=seed, purpose="validation split")
+    split[train[selected]] = "validation"
+    return split
+
+
+def training_rows(
+    split: NDArray[np.object_], p_balanced: NDArray[np.float64], *, keep_posterior: float | None = None
+) -> RowIndex:
+    """Return the rows of the training split, only those with P(balanced) >= `keep_posterior` if it is set."""
+    train = np.flatnonzero(split == "train")
+    if keep_posterior is None:
+        return train
+    if np.isnan(p_balanced[train]).any():
+        raise ManifestError("--keep-posterior: the manifest has no p_balanced; rescore with mmaudit score, split again")
+    return train[p_balanced[train] >= keep_posterior]
 
 
 def epoch_order(

@@ -207,7 +207,7 @@ class Csv(Exporter):
 
     def write(self, job: ExportJob, out: Path) -> dict[str, Any]:
         """Write a header and the rows; strings are quoted, a null is empty and unquoted."""
-        tables = (table.cast(job.schema) for table in read_batches_of_manifest(job.manifest))
+        tables: Iterator[pa.Table] = (table.cast(job.schema) for table in read_batches_of_manifest(job.manifest))
         head = job.schema.empty_table()
         if job.escape_formulas:
             head, tables = _escape_texts(head), map(_escape_texts, tables)

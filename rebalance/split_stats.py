@@ -31,6 +31,7 @@ _SHAPE = RequiredKeys(  # of NAME.balance.json, which also has the recipe
         "kept": int,
         "dropped": int,
         "scored": int,
+        "splits": {"*": int},
         "reasons": {"*": int},
         "effective_size": float,
         "before": _UNIFORMITY,
@@ -100,6 +101,7 @@ class SplitStats:
         self._positive = [0.0, 0.0]
         self._squares = 0.0  # sum of squared weights of the kept rows
         self.num_kept = self.num_dropped = 0
+        self._kept_by_split = np.zeros(len(scores.splits), dtype=np.int64)
         self.reasons: dict[str, int] = {}
 
     def add(self, batch: ScoreBatch, decision: Decision, reasons: tuple[str, ...]) -> None:
@@ -107,6 +109,7 @@ class SplitStats:
         keep, values, weight = decision.keep, decision.discrepancy, decision.outcome.weight
         num_kept = int(np.count_nonzero(keep))
         self.num_kept += num_kept
+        self._kept_by_split += np.bincount(batch.split[keep], minlength=len(self.scores.splits))
         self.num_dropped += len(batch) - num_kept
         self._count_reasons(decision.reason[~keep] if decision.reason.any() else None, len(batch) - num_kept, reasons)
         valid = ~np.isnan(values)
@@ -155,6 +158,7 @@ class SplitStats:
             "kept": self.num_kept,
             "dropped": self.num_dropped,
             "scored": self.num_kept + self.num_dropped,
+            "splits": dict(zip(self.scores.splits, self._kept_by_split.tolist(), strict=True)),
             "reasons": dict(sorted(self.reasons.items())),
             "effective_size": total**2 / self._squares if self._squares else 0.0,
             "before": self._uniformity(0),

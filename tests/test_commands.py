@@ -140,16 +140,16 @@ def test_report(command: Command, demo_folder: Path) -> None:
 def test_split(command: Command, demo_folder: Path) -> None:
     summary = check_text_and_json(
         command,
-        ["split", "--balanced", "--run", demo_folder / "run"],
+        ["split", "--balanced", "--run", demo_folder / "run", "--overwrite"],
         text=["of 120 samples", "distance to uniform", "manifest: "],
-        keys=["file", "kept", "before", "after", "curve"],
+        keys=["file", "kept", "splits", "before", "after", "curve"],
     )
     assert Path(summary["file"]).is_file()
 
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_split_of_a_subset(command: Command, demo_folder: Path, dry: bool) -> None:
-    words: list[str | Path] = ["split", "--subset", "random:50%", "--run", demo_folder / "run"]
+    words: list[str | Path] = ["split", "--subset", "random:50%", "--overwrite", "--run", demo_folder / "run"]
     words += ["--dry-run"] if dry else []
     printed = succeed(command, *words)
     assert ("would keep" in printed, "dry run" in printed) == (dry, dry)

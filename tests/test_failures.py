@@ -191,7 +191,7 @@ def test_closed_pipe_ends_quietly_and_full_stdout_fails(tmp_path: Path) -> None:
     for name in ("confidence_a", "confidence_b"):
         table = table.append_column(name, pa.array(rng.random(200, dtype=np.float32)))
     pq.write_table(table, tmp_path / "scores.parquet")
-    words = ["split", "--balanced", "--scores", tmp_path / "scores.parquet", "--run", tmp_path / "run"]
+    words = ["split", "--balanced", "--scores", tmp_path / "scores.parquet", "--run", tmp_path / "run", "--overwrite"]
     line = f"{sys.executable} -m mmaudit {' '.join(map(str, words))} | true; exit ${{PIPESTATUS[0]}}"
     closed = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, check=False)
     assert "Traceback" not in closed.stderr

@@ -310,7 +310,14 @@ def test_kept_and_dropped_rows_add_up_to_the_scored(manifest: Path) -> None:
     evenness = {"distance": 0.0, "ks": 0.0, "positive": 0.5}
     numbers = {
         **{"name": "m", "between": "audio:visual", "bins": 1, "scored": 60, "kept": 0, "dropped": 0, "reasons": {}},
-        **{"effective_size": 0.0, "before": evenness, "after": evenness, "distances": {}, "counts_before": [0]},
+        **{
+            "effective_size": 0.0,
+            "before": evenness,
+            "after": evenness,
+            "distances": {},
+            "splits": {},
+            "counts_before": [0],
+        },
         **{"counts_after": [0.0], "empty_bins": [], "classes": [], "shortages": [], "recipe": {}},
         "digest": read_stated_digests(manifest)["digest"],
     }
