@@ -32,21 +32,24 @@ _FINE_BINS = 4_096  # bins of the histogram from which the number of bins is cho
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BalancedConfig:
-    """How the balanced split is built.
+    """Settings of the balanced split, section `split` of a config.
 
     Args:
-        bins: number of bins over [-1, 1]; with `grid`, of each confidence over [0, 1]. At least 2; 0 chooses it by the
+        bins: Number of bins over [-1, 1]; with `grid`, of each confidence over [0, 1]. At least 2; 0 chooses it by the
             rule of Freedman & Diaconis.
-        tolerance: largest total-variation distance to uniform, in [0, 1], over the bins that hold samples; None is
-            0.05. With a size, or weights, a split that misses a tolerance given here is refused: see `allowed`.
-        size: number of samples to keep; None keeps as many as the tolerance allows.
+        tolerance: Largest total-variation distance to uniform, in [0, 1], of each split over the bins in which it has
+            samples; None is 0.05. With a size, or weights, a split that misses a tolerance given here is refused.
+        size: Number of samples to keep, at least 1; None keeps as many as the tolerance allows.
         by: "dropping", or "weight": keep all samples, with weights that make the discrepancy uniform.
-        max_weight: largest weight of a sample, at least 1, where the mean is 1; the default is mmaudit's.
-        grid: uniform over both confidences instead of their difference.
-        per_class: every class uniform by itself.
+        max_weight: Largest weight of a sample, at least 1, where the mean is 1; the default is mmaudit's.
+        grid: Uniform over both confidences instead of their difference.
+        per_class: Every class uniform by itself.
 
     Raises:
-        ConfigError: a value is out of range, or options exclude each other.
+        ConfigError: A value is out of range, or options exclude each other.
+
+    Example:
+        >>> mmaudit.split(balanced=True, config=mmaudit.RunConfig(split=BalancedConfig(bins=10, tolerance=0.1)))
     """
 
     bins: int = 20

@@ -92,22 +92,28 @@ WEIGHTS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderConfig:
-    """Order of the samples in training. The defaults are those of BSS-H and of BSS-L's code (arXiv 2501.01470).
+    """Order of the samples in training, section `order` of a config.
+
+    The defaults are those of BSS-H and of BSS-L's code (arXiv 2501.01470).
 
     Args:
         order: "curriculum", a shuffled pass over the most balanced share, which grows by `pacing`; "anti-curriculum",
             over the least balanced share; "shuffled", over all samples; "weighted", balanced samples tend to come
             earlier or more often, see `draw`.
-        pacing: name of the pacing function, a key of PACINGS.
-        start: share of the samples at epoch 0, in (0, 1].
-        grow_epochs: epoch from which all samples are used, at least 1.
-        steps: number of steps of the step pacing, at least 1.
-        draw: of the weighted order: "order", without replacement, every sample once; "replacement", as many draws as
+        pacing: Growth of the share: "root", "linear", "step", "geometric" or "exponential".
+        start: Share of the samples at epoch 0, in (0, 1].
+        grow_epochs: Epoch from which all samples are used, at least 1.
+        steps: Number of steps of the step pacing, at least 1.
+        draw: Of the weighted order: "order", without replacement, every sample once; "replacement", as many draws as
             samples.
-        weight: of the weighted order: how weights follow from balance scores, a key of WEIGHTS.
+        weight: Of the weighted order: how weights follow from balance scores, "linear" or "softmax".
 
     Raises:
-        ConfigError: a name is unknown or a number out of range.
+        ConfigError: A name is unknown or a number out of range.
+
+    Example:
+        >>> OrderConfig(pacing="linear", grow_epochs=10).share(5)
+        0.55
     """
 
     order: str = "curriculum"

@@ -108,14 +108,19 @@ class Digests:
 
 @dataclass(frozen=True, kw_only=True)  # no slots, so that digests can be cached
 class Manifest:
-    """A manifest in memory.
+    """A manifest in memory: the n samples of a subset, with how it was made.
 
     Args:
-        table: rows with the columns of COLUMNS, plus the path columns of the source.
-        provenance: metadata of how the manifest was made.
+        table: One row per sample, with the columns of COLUMNS, and the source's columns of file names.
+        provenance: Metadata: schema, subset, between (the modalities of the discrepancy), recipe (all settings of the
+            split), ranges (of the columns) and scores (the metadata of the score table).
 
     Raises:
-        ManifestError: a column is missing, sample_id, label or rank holds nulls, or ids are not unique.
+        ManifestError: A column is missing, sample_id, label or rank holds nulls, or ids are not unique.
+
+    Example:
+        >>> manifest = mmaudit.read_manifest("mmaudit-run/manifests/balanced.parquet")
+        >>> len(manifest), manifest.provenance["between"], manifest.numbers("discrepancy").mean()
     """
 
     table: pa.Table
@@ -164,13 +169,16 @@ def read_manifest(path: str | Path) -> Manifest:
     """Read a manifest.
 
     Args:
-        path: file that mmaudit split wrote.
+        path: File that `mmaudit split` wrote, also if another tool rewrote it.
 
     Returns:
-        Rows and provenance, columns cast to the types of COLUMNS.
+        Rows and provenance; columns have the types of COLUMNS.
 
     Raises:
-        ManifestError: the file is not a manifest, or of another version.
+        ManifestError: The file is not a manifest, or of another version.
+
+    Example:
+        >>> mmaudit.read_manifest("mmaudit-run/manifests/balanced.parquet").table.to_pandas().head()
     """
     table, provenance = read_parquet(Path(path), error=ManifestError, shape=PROVENANCE)
     _check_version(provenance, where=str(path))
