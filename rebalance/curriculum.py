@@ -273,22 +273,14 @@ def num_steps(order: RowIndex, *, batch_size: int) -> int:
     return -(-len(order) // batch_size)
 
 
-def batch_rows(order: RowIndex, *, step: int, batch_size: int, num_ranks: int = 1, rank: int = 0) -> RowIndex:
-    """Return the rows of step 0, 1, ... of an epoch that belong to the process `rank` in [0, num_ranks).
-
-    `batch_size` counts the samples of a step over all processes. The shares of all ranks, concatenated, are the step,
-    for any number of processes; their sizes differ by at most one, and a share is empty if the last step has fewer
-    samples than processes. Raises ConfigError for a step or rank that does not exist.
-    """
+def batch_rows(order: RowIndex, *, step: int, batch_size: int) -> RowIndex:
+    """Return the rows of step 0, 1, ... of an epoch. Raises ConfigError for a step that does not exist."""
     if batch_size < 1 or not 0 <= step < num_steps(order, batch_size=batch_size):
         raise ConfigError(
             f"step {step} of {len(order)} samples in batches of {batch_size}: batch_size must be at least 1, "
             f"and step between 0 and {num_steps(order, batch_size=max(1, batch_size)) - 1}"
         )
-    if not 0 <= rank < num_ranks:
-        raise ConfigError(f"rank {rank} of {num_ranks} processes: rank must be between 0 and {num_ranks - 1}")
-    step_rows = order[step * batch_size : (step + 1) * batch_size]
-    return step_rows[rank * len(step_rows) // num_ranks : (rank + 1) * len(step_rows) // num_ranks]
+    return order[step * batch_size : (step + 1) * batch_size]
 
 
 def _paced_order(epoch: _Epoch, rank: NDArray[np.integer]) -> RowIndex:

@@ -19,7 +19,7 @@ import pyarrow.csv
 
 from ..audit.dataset.columns import SPLIT_NAMES
 from ..audit.dataset.dataset import Dataset
-from ..audit.errors import ConfigError, ManifestError, RunError, choices
+from ..audit.errors import ConfigError, ManifestError, RunError
 from ..audit.storage import atomic_folder, atomic_write
 from . import EXPORTERS
 from .manifest import (
@@ -49,9 +49,7 @@ class ExportJob:
     provenance: dict[str, Any]
     root: Path | None
     allow_outside: bool
-    samples_per_shard: int
     skip_missing: bool
-    clip: str | None
     escape_formulas: bool
 
 
@@ -116,9 +114,7 @@ def export_manifest(
     dataset: Dataset | None = None,
     root: Path | None = None,
     overwrite: bool = False,
-    samples_per_shard: int = 1_000,
     skip_missing: bool = False,
-    clip: str | None = None,
     escape_formulas: bool = True,
 ) -> dict[str, Any]:
     """Write a manifest in another format, atomically. The same manifest gives the same bytes.
@@ -130,9 +126,7 @@ def export_manifest(
         dataset: source of the media, which are read from its folder only.
         root: folder of the media if there is no dataset; folders named in the manifest are never used.
         overwrite: replace `out` if it is an export of the same format.
-        samples_per_shard: samples per tar of a webdataset, at least 1.
         skip_missing: skip and count missing media instead of raising.
-        clip: column by whose file name, without extension, an OGM list names clips; None is the first path column.
         escape_formulas: escape csv texts, see escape_formula.
 
     Returns:
@@ -144,8 +138,6 @@ def export_manifest(
         RunError: `out` exists and may not be overwritten.
     """
     exporter: Exporter = EXPORTERS.load(format)()
-    if samples_per_shard < 1:
-        raise ConfigError(f"samples per shard is {samples_per_shard}; it must be at least 1")
     manifest, out = Path(manifest), Path(out)
     provenance = read_provenance(manifest)
     first = next(read_batches_of_manifest(manifest), None)
@@ -164,9 +156,7 @@ def export_manifest(
         provenance=provenance,
         root=root if dataset is None else dataset.root,
         allow_outside=dataset is not None and dataset.allow_outside,
-        samples_per_shard=samples_per_shard,
         skip_missing=skip_missing,
-        clip=clip,
         escape_formulas=escape_formulas,
     )
     with (atomic_write if exporter.files is None else atomic_folder)(out) as temporary:
@@ -268,14 +258,11 @@ class OgmLists(Exporter):
 
     def write(self, job: ExportJob, out: Path) -> dict[str, Any]:
         """Write train.csv, val.csv and test.csv of CLIP,LABEL without a header, and stat.csv of the classes."""
-        if job.clip is not None and job.clip not in job.schema.names:
-            raise ConfigError(f"clip column {job.clip!r} not found; {choices(job.clip, ('sample_id', *job.paths))}")
-        name_columns = job.paths if job.clip is None else (job.clip,)
         classes: set[str] = set()
         written: set[str] = set()
         with ExitStack() as stack:
             files: dict[str, TextIO] = {}
-            for row in plain_rows(job, "sample_id", "label", "label_name", "split", *name_columns):
+            for row in plain_rows(job, "sample_id", "label", "label_name", "split", *job.paths):
                 name = _OGM_FILES.get(SPLIT_NAMES.get(str(row["split"]).lower(), ""))
                 if name is None:
                     raise ConfigError(
@@ -284,7 +271,7 @@ class OgmLists(Exporter):
                     )
                 if name not in files:
                     files[name] = stack.enter_context((out / name).open("w", encoding="utf-8", newline=""))
-                clip = _clip_name(row, name_columns)
+                clip = _clip_name(row, job.paths)
                 label = str(row["label"] if row["label_name"] is None else row["label_name"])
                 _check_ogm_row(row["sample_id"], clip, label, is_repeated=f"{clip}\0{label}" in written)
                 written.add(f"{clip}\0{label}")
@@ -295,8 +282,8 @@ class OgmLists(Exporter):
         return {}
 
 
-def _clip_name(row: dict[str, Any], name_columns: tuple[str, ...]) -> str:
-    path = next((row[name] for name in name_columns if name != "sample_id" and row[name] is not None), None)
+def _clip_name(row: dict[str, Any], path_columns: tuple[str, ...]) -> str:
+    path = next((row[name] for name in path_columns if row[name] is not None), None)
     return str(row["sample_id"]) if path is None else PurePosixPath(str(path)).stem
 
 
@@ -305,9 +292,8 @@ def _check_ogm_row(sample_id: str, clip: str, label: str, *, is_repeated: bool) 
         if text != text.strip() or len(text.splitlines()) != 1 or "\0" in text:
             raise ConfigError(f"sample {sample_id!r}: an OGM list cannot hold the {part_name} {text!r}; export as csv")
     if "/" in clip:
-        raise ConfigError(f"sample {sample_id!r}: the clip {clip!r} is not a file name; choose a column of files")
+        raise ConfigError(f"sample {sample_id!r}: the clip {clip!r} is not a file name; export as csv")
     if is_repeated:
         raise ConfigError(
-            f"sample {sample_id!r}: another sample has the same clip {clip!r} and class {label!r}; "
-            "choose a column with unique file names, or sample_id"
+            f"sample {sample_id!r}: another sample has the same clip {clip!r} and class {label!r}; export as csv"
         )

@@ -17,6 +17,7 @@ from ..audit.hashing import digest
 from ..audit.media.files import Medium, open_stream
 from .export import Exporter, ExportJob, plain_rows, split_name
 
+SAMPLES_PER_TAR = 1_000
 _MAX_KEY_LENGTH = 180  # of the 255 bytes of a file name, leaving room for modality and extension
 _FILE_SUFFIXES = ("_file_name", "_filename", "_filepath", "_file", "_path", "_frames")
 _GENERIC_COLUMNS = ("file_name", "path", "file", "filename", "filepath")
@@ -48,7 +49,7 @@ class WebDataset(Exporter):
             for row in plain_rows(job):
                 split = split_name(row["split"])
                 if split not in tars:
-                    tars[split] = _TarWriter(out, split, job.samples_per_shard)
+                    tars[split] = _TarWriter(out, split)
                     stack.callback(tars[split].close)
                 members, num_missing = _sample_members(row, modalities, job)
                 skipped += num_missing
@@ -113,16 +114,16 @@ def _sample_members(
 class _TarWriter:
     """Writer of the tars of one split, of equal numbers of samples; headers do not depend on machine or time."""
 
-    def __init__(self, folder: Path, split: str, samples_per_tar: int) -> None:
-        self._folder, self._split, self._samples_per_tar = folder, split, samples_per_tar
+    def __init__(self, folder: Path, split: str) -> None:
+        self._folder, self._split = folder, split
         self._tar: tarfile.TarFile | None = None
         self._samples = 0
 
     def add(self, key: str, members: dict[str, Medium]) -> None:
         """Write a sample, starting a new tar when the last one is full."""
-        if self._samples % self._samples_per_tar == 0:
+        if self._samples % SAMPLES_PER_TAR == 0:
             self.close()
-            path = self._folder / f"{self._split}-{self._samples // self._samples_per_tar:06d}.tar"
+            path = self._folder / f"{self._split}-{self._samples // SAMPLES_PER_TAR:06d}.tar"
             self._tar = tarfile.TarFile(path, "w", format=tarfile.PAX_FORMAT)
         assert self._tar is not None
         for name in sorted(members):

@@ -261,11 +261,11 @@ def test_more_than_2_to_the_24_rows_are_all_drawn_once() -> None:
     assert (order[: n // 2] >= n // 2).mean() == pytest.approx(0.5, abs=0.001)
 
 
-# --- steps and processes
+# --- steps
 
 
-@given(st.integers(1, 80), st.integers(1, 90), st.integers(1, 9))
-def test_steps_partition_the_order_and_ranks_partition_the_step(n: int, batch_size: int, num_ranks: int) -> None:
+@given(st.integers(1, 80), st.integers(1, 90))
+def test_steps_partition_the_order(n: int, batch_size: int) -> None:
     order = np.random.default_rng(n).permutation(n)
     steps = [
         batch_rows(order, step=step, batch_size=batch_size) for step in range(num_steps(order, batch_size=batch_size))
@@ -273,13 +273,6 @@ def test_steps_partition_the_order_and_ranks_partition_the_step(n: int, batch_si
     assert np.concatenate(steps).tolist() == order.tolist()
     assert {len(step) for step in steps[:-1]} <= {batch_size}
     assert 0 < len(steps[-1]) <= batch_size
-    for step_number, step_rows in enumerate(steps):
-        shares = [
-            batch_rows(order, step=step_number, batch_size=batch_size, num_ranks=num_ranks, rank=rank)
-            for rank in range(num_ranks)
-        ]
-        assert np.concatenate(shares).tolist() == step_rows.tolist()
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 # --- errors
@@ -341,11 +334,9 @@ def test_invalid_epochs_and_columns_raise() -> None:
         ({"step": 3}, "step 3 of 10 samples in batches of 4: .* between 0 and 2"),
         ({"step": -1}, "step -1 of 10 samples"),
         ({"batch_size": 0}, "batches of 0"),
-        ({"num_ranks": 2, "rank": 2}, "rank 2 of 2 processes: rank must be between 0 and 1"),
-        ({"rank": -1}, "rank -1 of 1 processes"),
     ],
 )
-def test_invalid_step_or_rank_raises(options: dict[str, int], message: str) -> None:
+def test_invalid_step_raises(options: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         batch_rows(np.arange(10), **{"step": 0, "batch_size": 4, **options})
 

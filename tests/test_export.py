@@ -132,7 +132,7 @@ def ids_of(out: Path, format_: str) -> list[str]:
         return np.load(out).tolist()
     if format_ == "ogm":
         return [
-            row[0]
+            f"s{row[0]}"  # clips are named after their files
             for path in [*out.glob("t*.csv"), out / "val.csv"]
             for row in csv.reader(path.read_text().splitlines())
         ]
@@ -155,7 +155,7 @@ def read_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 @pytest.mark.parametrize("format_", EXPORTERS)
 def test_export_holds_every_sample_once(manifest: Path, tmp_path: Path, format_: str) -> None:
-    summary = export(manifest, tmp_path / "out", format=format_, clip="sample_id")
+    summary = export(manifest, tmp_path / "out", format=format_)
     expected = rows_of(manifest)["sample_id"].to_pylist()
     exported = ids_of(tmp_path / "out", format_)
     assert sorted(exported) == sorted(expected)
@@ -231,8 +231,6 @@ def test_invalid_arguments_raise(manifest: Path, tmp_path: Path) -> None:
         export(manifest, tmp_path / "x", format="cvs")
     with pytest.raises(ConfigError, match="is the manifest itself"):
         export(manifest, manifest, format="csv", overwrite=True)
-    with pytest.raises(ConfigError, match="samples per shard is 0; it must be at least 1"):
-        export(manifest, tmp_path / "x", format="webdataset", samples_per_shard=0)
     with pytest.raises(ManifestError, match="no such file"):
         export(tmp_path / "none.parquet", tmp_path / "x", format="csv")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "no.parquet")
@@ -332,13 +330,14 @@ def test_ogm_lists_are_read_by_the_adapter(tmp_path: Path) -> None:
 @relaxed
 @given(many_names)
 def test_ogm_lists_hold_any_valid_name(tmp_path: Path, ids: list[str]) -> None:
-    manifest = make(tmp_path, ids, label_name=np.array(ids, dtype=object), label=np.arange(len(ids), dtype=np.int32))
+    classes = {"label_name": np.array(ids, dtype=object), "label": np.arange(len(ids), dtype=np.int32)}
+    manifest = make(tmp_path, ids, **classes, paths=None)  # clips without files are named by id
     is_invalid = any(name != name.strip() or len(name.splitlines()) != 1 or "/" in name for name in ids)
     if is_invalid:
         with pytest.raises(ConfigError, match=r"OGM list cannot hold|is not a file name"):
-            export(manifest, tmp_path / "lists", format="ogm", clip="sample_id", overwrite=True)
+            export(manifest, tmp_path / "lists", format="ogm", overwrite=True)
         return
-    export(manifest, tmp_path / "lists", format="ogm", clip="sample_id", overwrite=True)
+    export(manifest, tmp_path / "lists", format="ogm", overwrite=True)
     lines = []
     for name in ("train", "val", "test"):
         if (path := tmp_path / "lists" / f"{name}.csv").exists():
@@ -348,23 +347,19 @@ def test_ogm_lists_hold_any_valid_name(tmp_path: Path, ids: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "options", "message"),
+    ("changes", "message"),
     [
-        ({"split": None}, {}, "is in split None"),
-        ({}, {"clip": "sound"}, "clip column 'sound' not found; did you mean"),
+        ({"split": None}, "is in split None"),
         (
             {"paths": pa.table({"wav": ["x.wav"] * NUMBER}), "label": np.zeros(NUMBER, dtype=np.int32),
              "label_name": np.array(["c"] * NUMBER, dtype=object)},
-            {},
             "another sample has the same clip 'x' and class 'c'",
         ),
     ],
 )  # fmt: skip
-def test_rows_that_ogm_lists_cannot_hold_raise(
-    tmp_path: Path, changes: dict[str, Any], options: dict[str, Any], message: str
-) -> None:
+def test_rows_that_ogm_lists_cannot_hold_raise(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        export(make(tmp_path, **changes), tmp_path / "lists", format="ogm", **options)
+        export(make(tmp_path, **changes), tmp_path / "lists", format="ogm")
     assert not (tmp_path / "lists").exists()
 
 
@@ -429,9 +424,7 @@ def job_of(path: Path, table: pa.Table) -> ExportJob:
         provenance={},
         root=None,
         allow_outside=False,
-        samples_per_shard=1,
         skip_missing=False,
-        clip=None,
         escape_formulas=True,
     )
 
