@@ -35,6 +35,7 @@ from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
 
 FOLDERS = [name for name in EXPORTERS if EXPORTERS.load(name).files is not None]
+ROOT = Path(__file__).parent.parent
 NUMBER = 24
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40)
 odd_names = st.one_of(
@@ -182,6 +183,21 @@ def test_interrupted_export_leaves_what_was_there(
         with pytest.raises(KeyboardInterrupt):
             export(manifest, folder / name, format=format_, overwrite=True)
     assert tree(folder) == before
+
+
+def test_exporter_of_an_installed_package(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/howto/manifests.md").read_text(), flags=re.DOTALL)[-1]
+    (tmp_path / "my_package.py").write_text(code)
+    info = tmp_path / "my_package-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[mmaudit.exporters]\nids = my_package:Ids\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert export(manifest, tmp_path / "ids.txt", format="ids")["rows"] == NUMBER
+    lines = (tmp_path / "ids.txt").read_text().splitlines()
+    assert lines == [f"{name} 1.0" for name in rows_of(manifest)["sample_id"].to_pylist()]
+    with pytest.raises(RunError, match="pass --overwrite"):
+        export(manifest, tmp_path / "ids.txt", format="ids")
 
 
 @pytest.mark.parametrize("format_", EXPORTERS)
