@@ -209,7 +209,7 @@ def _print_balance(summary: dict[str, Any]) -> None:
         print_line(f"  empty bins: {', '.join(map(str, summary['empty_bins']))}; uniform over the other bins")
     for row in summary["shortages"][:3]:
         cell = f"class {row['class']}, bin {row['bin']} [{row['low']:.2f}, {row['high']:.2f})"
-        print_line(f"  shortage: {cell}: {row['has']} samples, even share {row['even']:,.1f}")
+        print_line(f"  shortage: {cell}: {row['has']} samples, even share {row['even_share']:,.1f}")
     if not _BALANCED_SHARE[0] <= after["positive"] <= _BALANCED_SHARE[1]:
         print_line("  warning: uniform only over the non-empty bins; one side has too few samples for a balanced split")
     sizes = ", ".join(f"{point['tolerance']:g}: {point['size']}" for point in summary["curve"])

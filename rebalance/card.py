@@ -187,7 +187,7 @@ def _shortages(balance: dict[str, Any]) -> list[str]:
         return []
     bullets = [
         f"- {escape_markdown(shortage['class'])} has {shortage['has']:,} samples in "
-        f"[{shortage['low']:+.2f}, {shortage['high']:+.2f}), where a uniform share is {shortage['even']:,.1f}"
+        f"[{shortage['low']:+.2f}, {shortage['high']:+.2f}), where a uniform share is {shortage['even_share']:,.1f}"
         for shortage in shortages
     ]
     return ["Bins short of samples, largest shortage first:", "", *bullets]

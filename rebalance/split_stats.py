@@ -52,7 +52,9 @@ _SHAPE = RequiredKeys(  # of NAME.balance.json, which also has the recipe
                 empty_bins=int,
             )
         ],
-        "shortages": [RequiredKeys({"class": str, "bin": int, "low": float, "high": float, "has": int, "even": float})],
+        "shortages": [
+            RequiredKeys({"class": str, "bin": int, "low": float, "high": float, "has": int, "even_share": float})
+        ],
         "curve?": [RequiredKeys(tolerance=float, size=int, distance=float)],
         "grid?": bool,
         "recipe": {"balanced": (dict, type(None))},
@@ -223,7 +225,7 @@ class SplitStats:
                 "low": -1 + width * int(bin_index),
                 "high": -1 + width * (int(bin_index) + 1),
                 "has": int(before[bin_index, class_index]),
-                "even": float(uniform_share[bin_index, 0]),
+                "even_share": float(uniform_share[bin_index, 0]),
             }
             for bin_index, class_index in zip(bins, classes, strict=True)
             if shortage[bin_index, class_index] > 0

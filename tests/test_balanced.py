@@ -462,7 +462,7 @@ def test_small_class_and_empty_bin_are_reported() -> None:
     entry = split.numbers["classes"][1]
     assert (entry["name"], entry["before"], entry["after"], entry["empty_bins"]) == ("class 7", 1, 1.0, 3)
     short = {
-        (shortage["class"], shortage["bin"]): (shortage["has"], shortage["even"])
+        (shortage["class"], shortage["bin"]): (shortage["has"], shortage["even_share"])
         for shortage in split.numbers["shortages"]
     }
     assert short == {("class 7", 0): (0, 1.0), ("class 7", 1): (0, 1.0)}

@@ -175,7 +175,7 @@ def check_shortages(
             has = int((valid & (bin_index == bin_number) & (batch.label == label)).sum())
             if share - has > 1e-9:
                 expected[(bin_number, label)] = share - has
-    shortages = [(entry["bin"], entry["class"], entry["even"] - entry["has"]) for entry in numbers["shortages"]]
+    shortages = [(entry["bin"], entry["class"], entry["even_share"] - entry["has"]) for entry in numbers["shortages"]]
     assert len(shortages) == min(len(expected), MAX_SHORTAGES)
     amounts = [amount for _, _, amount in shortages]
     assert amounts == sorted(amounts, reverse=True)

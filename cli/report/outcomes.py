@@ -143,10 +143,10 @@ def _shortages(shortages: Sequence[Section], edges: Sequence[float]) -> list[Num
             "low": edges[row["bin"]],
             "high": edges[row["bin"] + 1],
             "has": row["has"],
-            "even": row["even"],
+            "even": row["even_share"],
         }
         for row in shortages[:MAX_SHORTAGES]
-        if round(row["even"]) > row["has"]  # shortages below half a sample are omitted
+        if round(row["even_share"]) > row["has"]  # shortages below half a sample are omitted
     ]
 
 
