@@ -92,7 +92,11 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the results as JSON values."""
-        return {"file": str(self.manifest), "passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+        return {
+            "manifest": str(self.manifest),
+            "passed": self.passed,
+            "checks": [asdict(check) for check in self.checks],
+        }
 
     def lines(self) -> list[str]:
         """Return one line of text per check."""
