@@ -126,11 +126,11 @@ def test_export_is_deterministic_and_lists_its_files(manifest: Path, tmp_path: P
 def ids_of(out: Path, format_: str) -> list[str]:
     """Return the ids of an export, in its order."""
     if format_ == "csv":
-        return pd.read_csv(out)["sample_id"].tolist()
+        return [str(name) for name in pd.read_csv(out)["sample_id"]]
     if format_ == "jsonl":
         return [json.loads(line)["sample_id"] for line in out.read_text().splitlines()]
     if format_ == "npy":
-        return np.load(out).tolist()
+        return [str(name) for name in np.load(out)]
     if format_ == "ogm":
         return [
             f"s{row[0]}"  # clips are named after their files
