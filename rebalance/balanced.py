@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..audit.errors import ConfigError, ScoreError, choices
 from .score_tables import ScoreBatch, ScoreFiles
 from .selection import Counts, RowOutcome, share_total
-from .split_stats import assign_bins, distance_to_uniform
+from .split_stats import assign_bins, distance_to_uniform, distances_by_split
 
 AUTO = 0  # number of bins chosen from the data
 TOLERANCE = 0.05  # mmaudit's default
@@ -176,13 +176,7 @@ class BalancedRule:
     def distances(self, counts: Counts, quota: Counts) -> dict[str, float]:
         """Compute the distance to uniform of each split, over the bins, or grid cells, in which it has samples."""
         available, num_kept = (cell_counts.reshape(self.shape).sum(axis=2) for cell_counts in (counts, quota))  # (s, b)
-        return {
-            name: distance_to_uniform(
-                num_kept[split_index] * self.weight[split_index], available=available[split_index]
-            )
-            for split_index, name in enumerate(self.splits)
-            if available[split_index].any()
-        }
+        return distances_by_split(num_kept * self.weight, available=available, splits=self.splits)
 
 
 def plan_balanced(scores: ScoreFiles, config: BalancedConfig, *, between: str | None = None) -> BalancedRule:

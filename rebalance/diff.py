@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -122,27 +122,19 @@ def _check_unique(path: Path, codes: NDArray[np.int32], names: pa.Array) -> None
 
 def column_keys(path: Path, name: str, num_rows: int) -> NDArray[np.uint64]:
     """Return 64 bits for each value of a column, (n,); strings are hashed: a change is missed once in 2^64."""
-    return _join_values(
-        [
-            np.zeros(0, np.uint64),
-            *(_value_keys(table[name]) for table in read_batches_of_manifest(path, columns=[name])),
-        ],
-        path,
-        num_rows,
-    )
+    return _read_column(path, name, num_rows, _value_keys)
 
 
 def column_numbers(path: Path, name: str, num_rows: int) -> NDArray[np.float64]:
     """Read a column of numbers, (n,), null as NaN."""
-    return _join_values(
-        [np.zeros(0), *(_floats(table[name]) for table in read_batches_of_manifest(path, columns=[name]))],
-        path,
-        num_rows,
-    )
+    return _read_column(path, name, num_rows, _floats)
 
 
-def _join_values(parts: Sequence[NDArray[Any]], path: Path, num_rows: int) -> NDArray[Any]:
-    values = np.concatenate(parts)
+def _read_column(
+    path: Path, name: str, num_rows: int, convert: Callable[[pa.ChunkedArray], NDArray[Any]]
+) -> NDArray[Any]:
+    parts = [convert(table[name]) for table in read_batches_of_manifest(path, columns=[name])]
+    values = np.concatenate(parts) if parts else convert(pa.chunked_array([], pa.float64()))
     if len(values) != num_rows:
         raise ManifestError(
             f"{path} is damaged: a column has {len(values)} values, expected {num_rows} as there are ids"

@@ -77,6 +77,15 @@ def distance_to_uniform(mass: NDArray[Any], *, available: NDArray[Any]) -> float
     return float(np.abs(share - 1 / filled.sum()).sum() / 2)
 
 
+def distances_by_split(mass: NDArray[Any], *, available: NDArray[Any], splits: tuple[str, ...]) -> dict[str, float]:
+    """Compute the distance to uniform of each split with samples, from its mass by bin (s, b)."""
+    return {
+        name: distance_to_uniform(split_mass, available=split_available)
+        for name, split_mass, split_available in zip(splits, mass, available, strict=True)
+        if split_available.any()
+    }
+
+
 def read_numbers(path: Path, *, error: type[MmauditError]) -> dict[str, Any]:
     """Read NAME.balance.json: SplitStats.numbers with name, recipe and digest, and `curve` of a balanced split."""
     numbers = read_json(path, error=error, shape=_SHAPE)
@@ -153,6 +162,7 @@ class SplitStats:
     def numbers(self) -> dict[str, Any]:
         """Return all statistics of the split as JSON values."""
         before, after = (mass.sum(axis=(0, 3)).T for mass in self._masses)  # (b, k)
+        available, kept = (mass.sum(axis=(1, 3)) for mass in self._masses)  # (s, b)
         total = float(after.sum())
         return {
             "between": self.between,
@@ -165,7 +175,7 @@ class SplitStats:
             "effective_size": total**2 / self._squares if self._squares else 0.0,
             "before": self._uniformity(0),
             "after": self._uniformity(1),
-            "distances": self._by_split(),
+            "distances": distances_by_split(kept, available=available, splits=self.scores.splits),
             "counts_before": [int(mass) for mass in before.sum(axis=1)],
             "counts_after": [float(mass) for mass in after.sum(axis=1)],
             "empty_bins": np.flatnonzero(before.sum(axis=1) == 0).tolist(),
@@ -180,15 +190,6 @@ class SplitStats:
             "distance": distance_to_uniform(by_bin, available=self._masses[0].sum(axis=(0, 1, 3))),
             "ks": _ks_distance(self._masses[index].sum(axis=(0, 1)).reshape(-1)),
             "positive": float(self._positive[index] / mass) if mass else 0.0,
-        }
-
-    def _by_split(self) -> dict[str, float]:
-        """Compute the distance to uniform of each split, over the bins in which it has samples."""
-        before, after = (mass.sum(axis=(1, 3)) for mass in self._masses)  # (s, b)
-        return {
-            name: distance_to_uniform(after[split_index], available=before[split_index])
-            for split_index, name in enumerate(self.scores.splits)
-            if before[split_index].any()
         }
 
     def _by_class(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> list[dict[str, Any]]:
