@@ -21,9 +21,7 @@ from ..audit.hashing import file_digest, is_signed, sign
 from ..audit.parsing import build_config
 from ..audit.scores.table import RANGES, SCHEMA_VERSION
 from ..audit.storage import read_json, write_json
-from ..rebalance.checks import provenance_section
-from ..rebalance.manifest import Digests, Manifest, read_stated_digests
-from ..rebalance.recipe import balance_path
+from ..rebalance.manifest import Digests, Manifest, balance_path, provenance_section, read_stated_digests
 from .config import RunConfig, without_none
 from .run import Run
 

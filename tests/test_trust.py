@@ -21,16 +21,16 @@ from mmaudit.audit.errors import RunError
 from mmaudit.audit.features import encoders as functions
 from mmaudit.audit.storage import PROVENANCE_KEY, read_json, write_json
 from mmaudit.cli.main import app
-from mmaudit.rebalance.export import FORMATS
+from mmaudit.rebalance import EXPORTERS
 from mmaudit.rebalance.manifest import (
     ROWS_KEY,
+    balance_path,
     dropped_path,
     metadata_digest,
     read_provenance,
     read_stated_digests,
     table_digest,
 )
-from mmaudit.rebalance.recipe import balance_path
 
 CANARY = "a private file of the user"
 ENCODER = "import numpy as np\n\ndef mean(decoded, media):\n    return np.asarray(decoded, float).mean(axis=(0, 1))\n"
@@ -136,7 +136,7 @@ def commands(manifest: Path, out: Path) -> list[list[str | Path]]:
     """Return every command that reads a manifest."""
     run: list[str | Path] = ["--run", out / "run"]
     exports: list[list[str | Path]] = [
-        ["export", manifest, "--format", name, "--out", out / f"out.{name}", "--json", *run] for name in FORMATS
+        ["export", manifest, "--format", name, "--out", out / f"out.{name}", "--json", *run] for name in EXPORTERS
     ]
     return [
         ["verify", manifest, *run],
