@@ -6,7 +6,7 @@ import json
 
 import pyarrow as pa
 import pytest
-from datasets import Audio, ClassLabel, Features, Image, List, Value, Video
+from datasets import Audio, ClassLabel, Features, Image, Sequence, Value, Video
 
 from mmaudit.audit.dataset.labels import declared_classes, declared_kind
 
@@ -16,7 +16,7 @@ FEATURES = Features(
         "sight": Image(),
         "film": Video(),
         "label": ClassLabel(names=["cat", "dog"]),
-        "labels": List(ClassLabel(names=["a", "b", "c"])),
+        "labels": Sequence(ClassLabel(names=["a", "b", "c"])),  # from datasets 4 on this is a List
         "text": Value("string"),
     }
 )
