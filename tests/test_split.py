@@ -192,6 +192,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "label_name": [None, "b"] * 30,
         "group": [None, "g"] * 30,
     },
+    "views": {
+        "sample_id": pa.array([f"v{number}" for number in range(60)]).cast(pa.string_view()),
+        "group": pa.array([f"v{number % 3}" for number in range(60)]).cast(pa.string_view()),
+        "content": pa.array([f"v{number}" for number in range(60)]).cast(pa.string_view()),
+    },
     "codes": {"label": [number % 4 for number in range(60)]}
     | {
         name: pa.array(
@@ -206,12 +211,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     }
     | {"split": pa.array(["train", "test"] * 30, pa.large_string())},
 }
-if int(pa.__version__.split(".")[0]) >= 21:  # before, pyarrow cannot write views to Parquet
-    VARIANTS["views"] = {
-        "sample_id": pa.array([f"v{number}" for number in range(60)]).cast(pa.string_view()),
-        "group": pa.array([f"v{number % 3}" for number in range(60)]).cast(pa.string_view()),
-        "content": pa.array([f"v{number}" for number in range(60)]).cast(pa.string_view()),
-    }
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
