@@ -22,8 +22,7 @@ from .features.encode import EncodeTask, Status
 from .features.matrix import FeatureMatrix, Inputs, RowIndex
 from .hashing import hash_rank
 from .near_duplicates import MIN_FEATURES, Links, near_links
-from .threads import fixed_threads
-from .workers import Progress, no_progress
+from .workers import Progress, fixed_threads, no_progress
 
 GROUP_NAMES = (
     *("actor", "speaker", "subject", "participant", "person", "identity", "user", "patient", "session", "recording"),

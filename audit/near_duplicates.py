@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features.matrix import Inputs, RowIndex, chunks
-from .threads import parallel_map
+from .workers import parallel_map
 
 MIN_FEATURES = 8  # shorter vectors are near, or equal, by chance
 PROJECTED_DIM = 64  # dimensions of the projection: it keeps distances to 9% (Johnson and Lindenstrauss, 1984)

@@ -1,29 +1,189 @@
-"""Provenance of runs and manifests, and opening of their source data."""
+"""Provenance of runs and manifests: signatures, metadata, and opening of their source data.
+
+Metadata are trusted to name data to open and code to run only if run.json has this user's signature for its folder, and
+the manifest has one for its path, rows and metadata.
+"""
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..audit.dataset.dataset import DataConfig, Dataset, open_dataset
-from ..audit.dataset.formats.saved import looks_like_hub_name
 from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices, printable
-from ..audit.features.encoders import BUILTIN_ENCODERS, check_encoder, encoder_location, preprocessing
+from ..audit.hashing import file_digest, is_signed, sign
 from ..audit.parsing import build_config
-from ..audit.scores.mixture import Mixture
-from ..audit.scores.score_dataset import Audit
 from ..audit.scores.table import RANGES, SCHEMA_VERSION
+from ..audit.storage import read_json, write_json
 from ..rebalance.checks import provenance_section
-from ..rebalance.manifest import Manifest
+from ..rebalance.manifest import Digests, Manifest, read_stated_digests
+from ..rebalance.recipe import balance_path
 from .config import RunConfig, without_none
 from .run import Run
-from .trust import Origin, scores_section
+
+if TYPE_CHECKING:
+    from ..audit.dataset.dataset import DataConfig, Dataset
+    from ..audit.scores.mixture import Mixture
+    from ..audit.scores.score_dataset import Audit
+
+# What opens data or encodes is imported inside functions: a split needs signatures only, and no memory for torch.
+log = logging.getLogger("mmaudit")
+
+_SCORE_KEYS = ("version", "fingerprint", "config", "modalities", "columns")  # of run.json, repeated in manifests
+_SIGNED_KEYS = (*_SCORE_KEYS, "source", "code", "seed")
+_MAX_TEXT = 200  # characters of a path in a message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Origin of a manifest.
+
+    Args:
+        path: the manifest.
+        scores: section `scores` of its metadata.
+        record: run.json, if this user made that run, and the manifest from its scores, on this machine; else None.
+        doubt: why `record` is None; "" if it is not.
+        source: name of the data at scoring, for messages only.
+        is_own: whether this user made the manifest on this machine, from any scores.
+        changed: "rows", "metadata" or both, if they differ from those that this user signed; else "".
+    """
+
+    path: Path
+    scores: dict[str, Any]
+    record: dict[str, Any] | None
+    doubt: str
+    source: str | None
+    is_own: bool
+    changed: str
+
+
+def scores_section(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of run.json that its score table and manifests repeat: no paths, no times."""
+    return {key: record.get(key) for key in _SCORE_KEYS}
+
+
+def signed_record(record: dict[str, Any], *, folder: Path, scores: Path) -> dict[str, Any]:
+    """Return run.json with this user's signature for the folder and the score table in it."""
+    signature = {"folder": str(folder.resolve()), "scores": file_digest(scores)}
+    code = sign(_record_content(record, signature))
+    return record if code is None else {**record, "signature": {**signature, "hmac": code}}
+
+
+def own_record(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """Read run.json if this user wrote it on this machine, in this folder; else return None and the reason."""
+    file = folder / "run.json"
+    if not file.is_file():
+        return None, "it is not in a run that you scored"
+    try:
+        record = read_json(file, error=RunError)
+    except RunError as error:
+        return None, str(error)
+    signature = provenance_section(record, "signature")
+    if not is_signed(_record_content(record, signature), signature.get("hmac")):
+        return None, f"{file} was not signed by you on this machine, or has changed"
+    if signature["folder"] != str(folder.resolve()):
+        return None, f"the run was copied or moved from {printable(signature['folder'])[:_MAX_TEXT]}"
+    return record, ""
+
+
+def sign_manifest(staged: Path, path: Path, *, run: Path, scores: Path | None) -> None:
+    """Sign a manifest that `split` made, in NAME.balance.json.
+
+    Only a manifest made from the table that run.json is signed with is bound to that run.json.
+
+    Args:
+        staged: the manifest as written.
+        path: its final path, which is signed.
+        run: the run folder.
+        scores: the file it was made from, if any.
+    """
+    record, doubt = own_record(run)
+    table = run / "scores.parquet"
+    if record is not None and (scores is None or scores.resolve() != table.resolve()):
+        record, doubt = None, "it was not made from the scores of its run"
+    if record is not None and file_digest(table) != record["signature"]["scores"]:
+        record, doubt = None, f"{table} is not the score table that the run was signed with"
+    digests = read_stated_digests(staged)
+    signature = {
+        "rows": digests["digest"],
+        "metadata": digests["metadata"],
+        "run": None if record is None else record["signature"]["hmac"],
+    }
+    code = sign(_manifest_content(path, signature))
+    if record is None:
+        log.info("%s: commands that open its data will require --data, since %s", path, doubt)
+    balance_numbers = read_json(balance_path(staged), error=ManifestError)
+    source = {} if record is None else {"source": record["source"]}
+    signed = {} if code is None else {"signature": {**signature, "hmac": code}}
+    write_json({**balance_numbers, **source, **signed}, balance_path(staged))
+
+
+def origin_of(path: Path, provenance: dict[str, Any], digests: Digests) -> Origin:
+    """Return the origin of a manifest, given its metadata and the digests of its current content."""
+    balance_numbers = _balance_numbers(path)
+    signature, scores, folder = (
+        provenance_section(balance_numbers, "signature"),
+        provenance_section(provenance, "scores"),
+        trusted_folder(path),
+    )
+    signed = is_signed(_manifest_content(path, signature), signature.get("hmac"))
+    pairs = (("rows", digests.rows), ("metadata", digests.metadata))
+    changed = " and ".join(name for name, digest in pairs if signed and digest != signature[name])
+    record, doubt = own_record(folder)
+    if record is not None and not signed:
+        doubt = "it was not signed by you on this machine"
+    elif record is not None and changed:
+        doubt = f"its {changed} changed since it was made"
+    elif record is not None and (signature["run"], scores) != (record["signature"]["hmac"], scores_section(record)):
+        doubt = "it was not made from the scores of its run"
+    source = balance_numbers.get("source", _source_of(folder))
+    return Origin(
+        path=path,
+        scores=scores,
+        record=None if doubt else record,
+        doubt=doubt,
+        source=printable(source)[:_MAX_TEXT] if isinstance(source, str) else None,
+        is_own=signed and not changed,
+        changed=changed,
+    )
+
+
+def trusted_folder(path: Path) -> Path:
+    """Return the folder within which a manifest's metadata may name files: its run's, or its own outside a run."""
+    folder = path.resolve().parent
+    return folder.parent if folder.name == "manifests" and (folder.parent / "run.json").is_file() else folder
+
+
+def _record_content(record: dict[str, Any], signature: dict[str, Any]) -> dict[str, Any]:
+    content = {key: record.get(key) for key in _SIGNED_KEYS}
+    return {"signed": "run", **content, "folder": signature.get("folder"), "scores": signature.get("scores")}
+
+
+def _manifest_content(path: Path, signature: dict[str, Any]) -> dict[str, Any]:
+    digests = {key: signature.get(key) for key in ("rows", "metadata", "run")}
+    return {"signed": "manifest", "path": str(path.resolve()), **digests}
+
+
+def _balance_numbers(path: Path) -> dict[str, Any]:
+    """Read NAME.balance.json of a manifest; {} if missing or unreadable."""
+    try:
+        return read_json(balance_path(path), error=ManifestError)
+    except ManifestError:
+        return {}
+
+
+def _source_of(folder: Path) -> Any:
+    try:
+        return read_json(folder / "run.json", error=RunError).get("source")
+    except RunError:
+        return None
+
 
 _LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillow")  # those that results depend on
 
@@ -49,6 +209,8 @@ def check_config(run_dir: Run, record: dict[str, Any], dataset: Dataset, config:
 
 def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dict[str, float]) -> dict[str, Any]:
     """Return the content of run.json."""
+    from ..audit.features.encoders import encoder_location
+
     num_quarantined = len({row.sample_id for row in audit.quarantined})
     return {
         "schema": "mmaudit.run/1",
@@ -98,6 +260,9 @@ class SourceOptions:
 
 def open_encodable(data: str | Path, config: DataConfig) -> Dataset:
     """Open a dataset, and check that the encoder of each modality exists and reads the modality's kind."""
+    from ..audit.dataset.dataset import open_dataset
+    from ..audit.features.encoders import check_encoder
+
     dataset = open_dataset(data, config)
     for modality in dataset.modalities:
         check_encoder(modality)
@@ -184,6 +349,8 @@ def _scored_encoders(origin: Origin, options: SourceOptions) -> dict[str, str]:
 
 def _doubt(encoder: str, origin: Origin) -> str:
     """Return why an encoder that is code or a model must be passed by the user; "" if it need not be."""
+    from ..audit.features.encoders import BUILTIN_ENCODERS, encoder_location
+
     if encoder in BUILTIN_ENCODERS:
         return ""
     if origin.record is None:
@@ -201,6 +368,8 @@ def saw_test_labels(manifest: Manifest) -> bool:
 
 
 def _modalities(dataset: Dataset, config: RunConfig) -> list[dict[str, Any]]:
+    from ..audit.features.encoders import preprocessing
+
     return [{**asdict(item), "preprocessing": preprocessing(item, config.media)} for item in dataset.modalities]
 
 
@@ -217,5 +386,7 @@ def _verdict(mixture: Mixture) -> str:
 
 def _absolute_source(source: str) -> str:
     """Return the absolute path of a source on disk; the name of a Hugging Face dataset is returned unchanged."""
+    from ..audit.dataset.formats.saved import looks_like_hub_name
+
     on_disk = Path(source).exists() or not looks_like_hub_name(source)
     return str(Path(source).absolute()) if on_disk else source

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..audit.errors import ManifestError
-from .external_sort import ExternalSort
 from .manifest import (
     SCHEMA_VERSION,
     Digests,
@@ -27,6 +26,7 @@ from .manifest import (
 )
 from .score_files import prefetch
 from .score_tables import hash_keys
+from .selection import ExternalSort
 
 # Inclusive bounds of each column; the largest bin and rank depend on the manifest.
 BOUNDS: dict[str, tuple[float, float]] = {

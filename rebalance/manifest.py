@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
 from ..audit.hashing import digest, hash_ids
-from ..audit.parquet import parse_provenance, read_batches, read_footer, read_parquet, read_schema
 from ..audit.parsing import Shape
 from ..audit.scores.table import PROVENANCE as SCORES
+from ..audit.storage import parse_provenance, read_batches, read_footer, read_parquet, read_schema
 
 SCHEMA_VERSION = 3
 ROWS_KEY = "mmaudit.rows"  # key in the file metadata, written last: number of rows and both digests

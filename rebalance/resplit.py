@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ..audit.errors import ConfigError, ScoreError
 from ..audit.hashing import hash_ids, splitmix64
 from .binning import Counts, assign_bins
-from .external_sort import ExternalSort
 from .score_tables import ScoreBatch, ScoreFiles
+from .selection import ExternalSort
 
 SPLITS_BY_COUNT = {2: ("train", "test"), 3: ("train", "validation", "test")}
 _BINS = 20

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from ..audit.errors import ManifestError, ScoreError
 from ..audit.hashing import hash_ids
 from ..audit.metrics import Floats, gap
-from ..audit.parquet import parse_provenance
 from ..audit.scores.table import PROVENANCE, ScoreTable, check_score_schema, discrepancy_between, score_modalities
+from ..audit.storage import parse_provenance
 from .score_files import (
     LOWER_BOUNDS,
     ScoreFile,
@@ -38,8 +38,8 @@ from .score_files import (
     read_tables,
     sort_by_first_id,
     split_indices,
+    survey_table,
 )
-from .survey import survey_table
 
 _ONLY_WRITTEN = ("label_name", "content")
 _CODED = ("split", "label_name")  # columns of few distinct values

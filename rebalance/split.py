@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..audit.parquet import PROVENANCE_KEY
-from ..audit.storage import atomic_write
+from ..audit.storage import PROVENANCE_KEY, atomic_write
 from .manifest import (
     COLUMNS,
     DROPPED_COLUMNS,

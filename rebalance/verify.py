@@ -18,7 +18,6 @@ from ..audit.dataset.dataset import Dataset
 from ..audit.errors import ManifestError
 from ..audit.features.encoded_samples import ContentHashes, content_hashes
 from .checks import Check, CheckedFile, non_null_ids, provenance_section
-from .external_sort import ExternalSort
 from .manifest import (
     COLUMNS,
     DROPPED_COLUMNS,
@@ -31,6 +30,7 @@ from .manifest import (
 )
 from .recipe import balance_path
 from .score_tables import hash_keys
+from .selection import ExternalSort
 from .split_stats import read_numbers
 
 _STATUS = {True: "passed", False: "FAILED", None: "skipped"}
@@ -53,6 +53,13 @@ class Verification:
     def failed(self) -> tuple[Check, ...]:
         """The checks that failed."""
         return tuple(check for check in self.checks if check.held is False)
+
+    @property
+    def failed_gate(self) -> str:
+        """Why the verification failed, "" if no check failed."""
+        if not self.failed:
+            return ""
+        return f"{self.manifest} or its data have changed since it was written: see the checks above"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the results as JSON values."""

@@ -15,12 +15,11 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..audit.dataset.cells import load_cell
+from ..audit.dataset.columns import load_cell
 from ..audit.dataset.modalities import Modality
-from ..audit.errors import ConfigError, ManifestError
+from ..audit.errors import ConfigError, ManifestError, UnusableError
 from ..audit.hashing import digest
 from ..audit.media.files import Medium, open_stream
-from ..audit.quarantine import UnusableError
 from .manifest import read_batches_of_manifest
 from .score_files import NO_SPLIT
 

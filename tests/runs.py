@@ -8,8 +8,8 @@ from typing import Any
 
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.storage import read_json, write_json
+from mmaudit.cli.provenance import sign_manifest, signed_record
 from mmaudit.cli.run import Run
-from mmaudit.cli.trust import sign_manifest, signed_record
 
 
 def copy_run(source: Path, target: Path) -> Path:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.signal import resample_poly
 
+from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.media import audio as sound
 from mmaudit.audit.media.audio import clipped_share, decode_native, resample
 from mmaudit.audit.media.decode import decode_audio
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.quarantine import Reason, UnusableError
 
 RATE = 8_000
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.features.cache import (
+from mmaudit.audit.errors import DatasetError, Reason, UnusableError
+from mmaudit.audit.features.encode import (
     CachedVectors,
     EncodeResult,
     combine_results,
@@ -23,7 +23,6 @@ from mmaudit.audit.features.cache import (
     write_arrow,
 )
 from mmaudit.audit.hashing import digest
-from mmaudit.audit.quarantine import Reason, UnusableError
 
 
 def digests(count: int) -> list[bytes]:

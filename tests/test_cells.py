@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mmaudit.audit.dataset.cells import holds_pictures, load_cell
+from mmaudit.audit.dataset.columns import holds_pictures, load_cell
 from mmaudit.audit.dataset.modalities import Modality
-from mmaudit.audit.errors import DatasetError
-from mmaudit.audit.quarantine import Reason, UnusableError
+from mmaudit.audit.errors import DatasetError, Reason, UnusableError
 
 FLOW = Modality(name="flow", column="flow_frames", kind="frames")
 

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ManifestError
-from mmaudit.audit.parquet import PROVENANCE_KEY
+from mmaudit.audit.storage import PROVENANCE_KEY
 from mmaudit.rebalance.checks import BOUNDS, CheckedFile, non_null_ids, provenance_section
-from mmaudit.rebalance.external_sort import ExternalSort
 from mmaudit.rebalance.manifest import COLUMNS, RANGES, ROWS_KEY, SCHEMA_VERSION, metadata_digest, table_digest
+from mmaudit.rebalance.selection import ExternalSort
 
 N = 6
 PROVENANCE = {"schema": f"mmaudit.manifest/{SCHEMA_VERSION}", "recipe": {"balanced": {"bins": 4}}}

@@ -13,10 +13,9 @@ from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit, gather_fit_rows
-from mmaudit.audit.probes.design import read_design
+from mmaudit.audit.probes.design import TorchTarget, choose_outputs, read_design
 from mmaudit.audit.probes.glm import fit_glm, mean_loss
 from mmaudit.audit.probes.linear import choose_l2
-from mmaudit.audit.probes.targets import TorchTarget, choose_outputs
 
 NUM_ROWS = 400
 CONFIG = ProbeConfig()
@@ -140,7 +139,7 @@ def test_l2_of_many_classes_is_chosen_on_a_subset_of_classes(monkeypatch: pytest
     fold, inner = (np.arange(900) // step % 2 for step in (1, 3))
     key, fits = rng.permutation(900).astype(np.uint64), np.ones(900, bool)
     crossed = CrossFit(fold=fold.astype(np.int16), inner=inner.astype(np.int16), fits=fits, key=key)
-    monkeypatch.setattr("mmaudit.audit.probes.targets.MAX_LOGITS", 15_000)
+    monkeypatch.setattr("mmaudit.audit.probes.design.MAX_LOGITS", 15_000)
     rows, classes = choose_outputs(label, key, task="classification", num_outputs=150, max_rows=300)
     assert (len(rows), len(classes)) == (300, 50)
     carried = chosen(x, label, crossed, ProbeConfig(choice_rows=300))

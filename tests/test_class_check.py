@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import MixtureError
-from mmaudit.audit.scores.class_check import ClassCheck, fit_by_class
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
+from mmaudit.audit.scores.probe_report import ClassCheck, fit_by_class
 
 CONFIG = MixtureConfig()
 NUM_SAMPLES = 20_000

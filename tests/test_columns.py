@@ -5,14 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from mmaudit.audit.dataset.columns import (
-    SPLIT_NAMES,
-    Columns,
-    find_columns,
-    split_of_file,
-    split_of_folder,
-    with_split,
-)
+from mmaudit.audit.dataset.columns import SPLIT_NAMES, Columns, find_columns, split_of_file, split_of_folder, with_split
 from mmaudit.audit.errors import ConfigError, DatasetError
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from mmaudit.audit.intervals import wilson_interval
+from mmaudit.audit.metrics import wilson_interval
 from mmaudit.train.contribution import confusion, contribution, correct_by_set, measure_contribution, shapley_sets
 from mmaudit.train.network import FusionNet, ModelConfig
 

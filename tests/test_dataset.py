@@ -14,8 +14,7 @@ import pytest
 from mmaudit.audit.dataset.columns import Columns
 from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.modalities import Modality
-from mmaudit.audit.errors import ConfigError, DatasetError
-from mmaudit.audit.quarantine import Reason, UnusableError
+from mmaudit.audit.errors import ConfigError, DatasetError, Reason, UnusableError
 
 CSV = "audio_file_name,image_file_name,label\na.wav,a.png,cat\nb.wav,b.png,dog\n"
 

@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.signal import resample_poly
 
-from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.errors import ConfigError, Reason, UnusableError
 from mmaudit.audit.media.audio import resample
 from mmaudit.audit.media.container import open_container
 from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image, has_sound
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.media.video import segment_middles
-from mmaudit.audit.quarantine import Reason, UnusableError
 
 CONFIG = MediaConfig()
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.preprocessing import normalize
 
+from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.features.descriptors import audio_statistics, image_statistics, text_counts, video_statistics
 from mmaudit.audit.media.audio import log_mel
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.quarantine import Reason, UnusableError
 
 CONFIG = MediaConfig()
 

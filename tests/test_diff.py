@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 
 from mmaudit.audit.errors import ManifestError
-from mmaudit.audit.parquet import PROVENANCE_KEY
 from mmaudit.audit.scores.table import ScoreTable
+from mmaudit.audit.storage import PROVENANCE_KEY
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.diff import (
     NAME_COLUMNS,

@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
-from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.errors import DatasetError, Reason
 from mmaudit.audit.features import encode, encoders
-from mmaudit.audit.features.cache import read_arrow, write_arrow
 from mmaudit.audit.features.descriptors import text_counts
-from mmaudit.audit.features.encode import EncodeTask, encode_dataset, encode_shard, read_status
+from mmaudit.audit.features.encode import EncodeTask, encode_dataset, encode_shard, read_arrow, read_status, write_arrow
 from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.quarantine import Reason
 from mmaudit.audit.workers import no_progress
 
 MEDIA = MediaConfig(image_size=16)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmaudit.audit.dataset.modalities import KINDS, Modality
-from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.errors import ConfigError, Reason, UnusableError
 from mmaudit.audit.features import encoders
 from mmaudit.audit.features.descriptors import video_statistics
 from mmaudit.audit.features.encoders import (
@@ -31,7 +31,6 @@ from mmaudit.audit.hashing import digest
 from mmaudit.audit.media.audio import network_spectrogram
 from mmaudit.audit.media.decode import decode_audio, decode_folders, decode_frames, decode_image
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.quarantine import Reason, UnusableError
 
 MEDIA = MediaConfig()
 TYPES = [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int64())]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score
 
-from mmaudit.audit.intervals import wilson_interval
+from mmaudit.audit.metrics import wilson_interval
 from mmaudit.train.evaluate import (
     compute_class_metrics,
     compute_metrics,

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmaudit.rebalance import external_sort as external_sort_module
-from mmaudit.rebalance.external_sort import RECORD, ExternalSort
+from mmaudit.rebalance import selection as external_sort_module
+from mmaudit.rebalance.selection import RECORD, ExternalSort
 
 Keys = NDArray[np.uint64]
 TOP = np.iinfo(np.uint64).max

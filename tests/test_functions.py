@@ -16,15 +16,12 @@ import pytest
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
-from mmaudit.audit.errors import ConfigError, DatasetError
-from mmaudit.audit.features.cache import read_arrow
-from mmaudit.audit.features.encode import encode_dataset, read_status
-from mmaudit.audit.features.encoders import check_encoder, encode_cell, preprocessing
-from mmaudit.audit.features.functions import call_function
+from mmaudit.audit.errors import ConfigError, DatasetError, Reason, UnusableError
+from mmaudit.audit.features.encode import encode_dataset, read_arrow, read_status
+from mmaudit.audit.features.encoders import call_function, check_encoder, encode_cell, preprocessing
 from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.media.decode import decode_audio, decode_folders, decode_frames, decode_image
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.quarantine import Reason, UnusableError
 from mmaudit.audit.workers import no_progress
 
 MEDIA = MediaConfig(image_size=8)

@@ -13,9 +13,8 @@ from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes import glm as estimate
 from mmaudit.audit.probes.cross_fit import CrossFit, FitRows, gather_fit_rows
-from mmaudit.audit.probes.design import Design, read_design
+from mmaudit.audit.probes.design import Design, TorchTarget, read_design
 from mmaudit.audit.probes.glm import evaluate_rows
-from mmaudit.audit.probes.targets import TorchTarget
 
 NUM_ROWS, NUM_CLASSES = 4_000, 1_500
 

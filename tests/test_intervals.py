@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mmaudit.audit.intervals import group_codes, mean_interval, share_interval, wilson_interval
+from mmaudit.audit.metrics import group_codes, mean_interval, share_interval, wilson_interval
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

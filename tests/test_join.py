@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ManifestError
-from mmaudit.rebalance.join import ManifestJoin, column_keys, column_numbers
+from mmaudit.rebalance.diff import ManifestJoin, column_keys, column_numbers
 
 IDS = st.lists(st.sampled_from(["a", "b", "ä", "", "c d", "zz", "10", "9"]), unique=True)
 relaxed = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmaudit.audit.dataset import cells
-from mmaudit.audit.dataset.cells import load_cell
+from mmaudit.audit.dataset import columns as cells
+from mmaudit.audit.dataset.columns import load_cell
 from mmaudit.audit.dataset.modalities import Modality
+from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.hashing import digest
 from mmaudit.audit.media import files as media_file
+from mmaudit.audit.media.container import missing_bytes
 from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image, has_sound
 from mmaudit.audit.media.files import MediaConfig, MediaFile, open_stream
-from mmaudit.audit.media.truncation import missing_bytes
-from mmaudit.audit.quarantine import Reason, UnusableError
 
 SOUND = Modality(name="audio", column="audio", kind="audio")
 FRAMES = Modality(name="frames", column="frames", kind="frames")

@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 
 from mmaudit.audit.dataset.modalities import Modality
+from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.features.encoders import preprocessing
+from mmaudit.audit.media.container import missing_bytes
 from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image
 from mmaudit.audit.media.files import BUDGETS, MediaConfig
-from mmaudit.audit.media.truncation import missing_bytes
-from mmaudit.audit.quarantine import Reason, UnusableError
 
 Decode = Callable[[bytes, MediaConfig], Any]
 
@@ -126,7 +126,7 @@ MEMORY = """
 import resource, sys
 from mmaudit.audit.media.decode import decode_image
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.quarantine import UnusableError
+from mmaudit.audit.errors import UnusableError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
     try:

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmaudit.audit.errors import ManifestError, ScoreError
-from mmaudit.audit.parquet import PROVENANCE_KEY, read_batches, read_parquet, read_schema, write_parquet
-from mmaudit.audit.storage import write_json
+from mmaudit.audit.storage import PROVENANCE_KEY, read_batches, read_parquet, read_schema, write_json, write_parquet
 
 TABLE = pa.table({"id": ["a", "b"], "value": [1.0, None]})
 
@@ -144,7 +143,7 @@ def test_huge_footer_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "t.parquet"
     pq.write_table(TABLE.replace_schema_metadata({PROVENANCE_KEY: json.dumps({"a": "x" * (3 << 20)})}), path)
     assert read_parquet(path, error=ScoreError)[0].num_rows == 2
-    monkeypatch.setattr("mmaudit.audit.parquet._MAX_FOOTER", 1 << 20)
+    monkeypatch.setattr("mmaudit.audit.storage._MAX_FOOTER", 1 << 20)
     with pytest.raises(ScoreError, match=r"t\.parquet cannot be read as Parquet: the footer has \d MiB"):
         read_parquet(path, error=ScoreError)
 

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.dataset.samples import Samples
-from mmaudit.audit.errors import ScoreError
+from mmaudit.audit.errors import Reason, ScoreError
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.audit.quarantine import Reason
 from mmaudit.audit.scores.score_dataset import plan_cross_fits
 
 CONFIG = ProbeConfig(folds=5, repeats=3)

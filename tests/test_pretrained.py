@@ -22,10 +22,9 @@ from PIL import Image
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
-from mmaudit.audit.errors import ConfigError
+from mmaudit.audit.errors import ConfigError, Reason, UnusableError
 from mmaudit.audit.features import pretrained
-from mmaudit.audit.features.cache import read_arrow
-from mmaudit.audit.features.encode import encode_dataset, encode_shard, read_status
+from mmaudit.audit.features.encode import encode_dataset, encode_shard, read_arrow, read_status
 from mmaudit.audit.features.encoders import check_encoder, encode_cell, preprocessing
 from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.features.pretrained import encode_inputs, model_version, open_model
@@ -33,7 +32,6 @@ from mmaudit.audit.media.decode import decode_audio
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.media.image import read_picture
 from mmaudit.audit.media.video import read_frames
-from mmaudit.audit.quarantine import Reason, UnusableError
 from mmaudit.audit.workers import no_progress
 
 transformers: Any = typed  # incomplete type annotations

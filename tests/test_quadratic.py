@@ -16,17 +16,18 @@ from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit, gather_fit_rows
 from mmaudit.audit.probes.design import read_design
-from mmaudit.audit.probes.gaussian import MAX_ROWS, Gaussian
-from mmaudit.audit.probes.linear import LinearProbe, fit_linear
-from mmaudit.audit.probes.quadratic import (
+from mmaudit.audit.probes.gaussian import (
+    MAX_ROWS,
     CovarianceShape,
     Curve,
+    Gaussian,
     cholesky,
     covariance_shapes,
     fit_curve,
     sum_moments,
     widest_axes,
 )
+from mmaudit.audit.probes.linear import LinearProbe, fit_linear
 
 K = 3
 Floats = NDArray[np.floating[Any]]

@@ -7,7 +7,7 @@ import pickle
 import pyarrow as pa
 import pytest
 
-from mmaudit.audit.quarantine import Quarantined, Reason, UnusableError, quarantine_table
+from mmaudit.audit.errors import Quarantined, Reason, UnusableError, quarantine_table
 
 
 @pytest.mark.parametrize("reason", Reason)

@@ -15,8 +15,7 @@ from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.downloads import ingest
 from mmaudit.audit.downloads.unpickle import read_pickle
 from mmaudit.audit.errors import MmauditError, RunError
-from mmaudit.audit.parquet import read_footer
-from mmaudit.audit.storage import check_regular, open_regular, read_json
+from mmaudit.audit.storage import check_regular, open_regular, read_footer, read_json
 from mmaudit.cli.config import load_config
 from mmaudit.cli.run import Run
 from mmaudit.rebalance.score_tables import open_scores

@@ -17,12 +17,11 @@ from scipy.stats import spearmanr
 
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
-from mmaudit.audit.errors import ScoreError
+from mmaudit.audit.errors import Reason, ScoreError
 from mmaudit.audit.features.encode import encode_dataset
 from mmaudit.audit.features.encoded_samples import collect_encoded
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
-from mmaudit.audit.quarantine import Reason
 from mmaudit.audit.scores.mixture import MixtureConfig
 from mmaudit.audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from mmaudit.audit.scores.table import BY_MODALITY, ScoreTable

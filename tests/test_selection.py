@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ManifestError, ScoreError
 from mmaudit.audit.hashing import hash_ids
-from mmaudit.rebalance import external_sort, score_tables
 from mmaudit.rebalance import score_files as score_files_py
+from mmaudit.rebalance import score_tables
+from mmaudit.rebalance import selection as external_sort
 from mmaudit.rebalance.score_tables import ManifestMembers, ScoreBatch, ScoreFiles, hash_keys, open_scores
 from mmaudit.rebalance.selection import RowOutcome, Selection, select_rows
 

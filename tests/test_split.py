@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ScoreError
 from mmaudit.audit.scores.table import read_scores, write_scores
-from mmaudit.rebalance import external_sort, manifest, score_files, split
+from mmaudit.rebalance import manifest, score_files, split
+from mmaudit.rebalance import selection as external_sort
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.manifest import (
     COLUMNS,

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import ScoreError
-from mmaudit.rebalance.survey import survey_table
+from mmaudit.rebalance.score_files import survey_table
 
 ROW = st.tuples(
     st.integers(-2, 3),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmaudit.audit.dataset.labels import Target
-from mmaudit.audit.probes.targets import MAX_LOGITS, choose_outputs, take_outputs
+from mmaudit.audit.probes.design import MAX_LOGITS, choose_outputs, take_outputs
 
 RNG = np.random.default_rng(0)
 

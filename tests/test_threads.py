@@ -11,7 +11,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from mmaudit.audit.threads import NETWORK_THREADS, NUM_THREADS, fixed_threads, parallel_map
+from mmaudit.audit.workers import NETWORK_THREADS, NUM_THREADS, fixed_threads, parallel_map
 
 
 @pytest.fixture

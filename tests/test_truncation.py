@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmaudit.audit.errors import Reason, UnusableError
+from mmaudit.audit.media.container import EBML, MP4_BOXES, SEGMENT, missing_bytes
 from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.truncation import EBML, MP4_BOXES, SEGMENT, missing_bytes
-from mmaudit.audit.quarantine import Reason, UnusableError
 
 SECONDS = 2
 # Hypothesis draws constants of the source.

@@ -21,9 +21,8 @@ from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.features.encoded_samples import content_hashes
-from mmaudit.audit.parquet import PROVENANCE_KEY
 from mmaudit.audit.scores.table import ScoreTable
-from mmaudit.audit.storage import write_json
+from mmaudit.audit.storage import PROVENANCE_KEY, write_json
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.manifest import ROWS_KEY, dropped_path, read_provenance, read_stated_digests, table_digest
 from mmaudit.rebalance.recipe import balance_path

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError
-from mmaudit.audit.parquet import PROVENANCE_KEY
+from mmaudit.audit.storage import PROVENANCE_KEY
 from mmaudit.rebalance.export import export_manifest as write_export
 from mmaudit.rebalance.manifest import COLUMNS
 from mmaudit.rebalance.webdataset import webdataset_key

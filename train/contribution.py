@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..audit import intervals
-from ..audit.intervals import Groups
-from ..audit.metrics import Floats, shapley
+from ..audit import metrics as intervals
+from ..audit.metrics import Floats, Groups, shapley
 from .network import FusionNet, Outputs
 
 ModalitySet = frozenset[int]

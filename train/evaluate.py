@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..audit.errors import ManifestError, RunError, choices
-from ..audit.intervals import wilson_interval
+from ..audit.metrics import wilson_interval
 from ..audit.probes.prediction import expected_calibration_error
-from ..audit.threads import NETWORK_THREADS, fixed_threads
+from ..audit.workers import NETWORK_THREADS, fixed_threads
 from .checkpoint import load_model, read_model_config
 from .config import TrainConfig
 from .contribution import correct_by_set, measure_contribution, shapley_sets

@@ -17,8 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..audit.errors import TrainError
 from ..audit.storage import write_text
-from ..audit.threads import NETWORK_THREADS, fixed_threads
-from ..audit.workers import Progress
+from ..audit.workers import NETWORK_THREADS, Progress, fixed_threads
 from .balancing.balancer import build_balancer
 from .balancing.config import BALANCERS
 from .checkpoint import save_model, save_state, warm_start

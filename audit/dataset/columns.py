@@ -1,15 +1,22 @@
-"""Columns by role (id, label, group, split), and names of splits."""
+"""Columns by role (id, label, group, split), and loading of their cells."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from ..errors import ConfigError, DatasetError, choices
+from ..errors import ConfigError, DatasetError, Reason, UnusableError, choices
+from ..media.files import MAX_IN_MEMORY, MediaFile, Medium
+from ..storage import open_regular
+from .modalities import Modality, kind_of_path
 
 _ROLE_NAMES = {
     "id": ("sample_id", "id", "uid", "key", "clip_id", "video_id", "__key__"),
@@ -89,3 +96,106 @@ def with_split(rows: pa.Table, split: str | None) -> pa.Table:
     if split is None:
         return rows
     return rows.append_column(SPLIT, pa.repeat(pa.scalar(split, pa.string()), rows.num_rows))
+
+
+MAX_FOLDER_ENTRIES = 100_000  # files in a folder of frames: an hour at 25 frames a second has 90,000
+_DIGITS = re.compile(r"(\d+)")
+
+
+def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> Any:
+    """Load a cell: a medium, a text, a vector, or tuple[tuple[Medium, ...], ...] for frames.
+
+    A medium is its bytes, or a MediaFile if it is large. Frames are the images of one or several folders, in order.
+    Raises UnusableError if the medium is missing or not a regular file, DatasetError for a path outside `root` unless
+    `allow_outside`.
+    """
+    if cell is None:
+        raise UnusableError(Reason.MISSING, f"{modality.column} is null")
+    if modality.kind in ("features", "text"):
+        return cell
+    if modality.kind == "frames":
+        return _load_frames(cell, modality, root=root, allow_outside=allow_outside)
+    if isinstance(cell, dict):
+        cell = cell["bytes"] if cell["bytes"] is not None else cell.get("path")
+        if cell is None:
+            raise UnusableError(Reason.MISSING, f"{modality.column} has neither bytes nor a path")
+    if isinstance(cell, bytes):
+        return cell
+    return _read_medium(_resolve(str(cell), root=root, allow_outside=allow_outside), str(cell))
+
+
+def holds_pictures(folder: str, *, root: Path) -> bool:
+    """Return whether `folder` is a folder below `root` that contains images."""
+    try:
+        path = _resolve(folder, root=root, allow_outside=False)
+        return path.is_dir() and bool(_pictures(path))
+    except (DatasetError, UnusableError, OSError):
+        return False
+
+
+def _load_frames(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> tuple[tuple[Medium, ...], ...]:
+    folders = [cell] if isinstance(cell, str) else list(cell)
+    if not folders:
+        raise UnusableError(Reason.MISSING, f"{modality.column} names no folder")
+    if any(folder is None for folder in folders):
+        raise UnusableError(Reason.MISSING, f"{modality.column} names a folder that is null")
+    return tuple(_load_folder(folder, root=root, allow_outside=allow_outside) for folder in folders)
+
+
+def _load_folder(name: str, *, root: Path, allow_outside: bool) -> tuple[Medium, ...]:
+    folder = _resolve(name, root=root, allow_outside=allow_outside)
+    if not folder.is_dir():
+        raise UnusableError(Reason.MISSING, f"no folder {name}")
+    try:
+        pictures = _pictures(folder)
+    except OSError as error:
+        raise UnusableError(Reason.CORRUPT, f"{name}: {error.strerror}") from error
+    if not pictures:
+        raise UnusableError(Reason.EMPTY, f"no picture in the folder {name}")
+    paths = [f"{name}/{picture}" for picture in pictures]
+    media: list[Medium] = []
+    max_bytes = MAX_IN_MEMORY  # for all images of a folder together: of a long folder only a few frames are decoded
+    for path in paths:
+        media.append(_read_medium(_resolve(path, root=root, allow_outside=allow_outside), path, max_bytes=max_bytes))
+        max_bytes -= len(media[-1]) if isinstance(media[-1], bytes) else 0
+    return tuple(media)
+
+
+def _pictures(folder: Path) -> list[str]:
+    """Return the image names of a folder in natural order: numbers compare as numbers, so frame 10 follows frame 9."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in islice(entries, MAX_FOLDER_ENTRIES + 1)]
+    if len(names) > MAX_FOLDER_ENTRIES:
+        raise UnusableError(Reason.TOO_LARGE, f"more than {MAX_FOLDER_ENTRIES:,} files in the folder {folder.name}")
+    pictures = [name for name in names if kind_of_path(name) == "image" and not name.startswith(".")]
+    return sorted(pictures, key=_natural_order)
+
+
+def _natural_order(name: str) -> tuple[list[tuple[int, str]], str]:
+    parts = _DIGITS.split(name)  # text and numbers alternate, starting with text
+    return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)], name
+
+
+def _resolve(name: str, *, root: Path, allow_outside: bool) -> Path:
+    root_path = root.resolve()
+    try:
+        path = (root_path / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # circular links, or a NUL in the name
+        raise UnusableError(Reason.MISSING, f"no file {name!r}: {error}") from error
+    if not allow_outside and ("://" in name or not path.is_relative_to(root_path)):
+        raise DatasetError(
+            f"{name!r} leads outside {root}; make paths relative to the metadata, or pass --allow-outside"
+        )
+    return path
+
+
+def _read_medium(path: Path, name: str, *, max_bytes: int = MAX_IN_MEMORY) -> Medium:
+    """Read a regular file; one larger than `max_bytes` is returned as a MediaFile, which is read in ranges."""
+    try:
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            return file.read(status.st_size) if status.st_size <= max_bytes else MediaFile.of(path, status)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise UnusableError(Reason.MISSING, f"no file {name}") from error
+    except OSError as error:
+        raise UnusableError(Reason.CORRUPT, f"{name}: {error.strerror}") from error

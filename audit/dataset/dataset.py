@@ -12,11 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import ConfigError, DatasetError, choices
+from ..errors import ConfigError, DatasetError, UnusableError, choices
 from ..media.decode import has_sound
-from ..quarantine import UnusableError
-from .cells import holds_pictures, load_cell
-from .columns import Columns, find_columns
+from .columns import Columns, find_columns, holds_pictures, load_cell
 from .formats.readers import plan_source
 from .formats.tables import Plan, Shard
 from .labels import TASKS

@@ -18,9 +18,9 @@ import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
 
+from ..errors import Reason, UnusableError
 from ..media.audio import log_mel
 from ..media.files import MediaConfig
-from ..quarantine import Reason, UnusableError
 
 Vector = NDArray[np.float32]
 

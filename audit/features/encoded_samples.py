@@ -14,9 +14,8 @@ from ..dataset.dataset import Dataset
 from ..dataset.labels import MAX_NUMBER
 from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
-from ..errors import ScoreError
+from ..errors import Quarantined, Reason, ScoreError, UnusableError
 from ..hashing import digest
-from ..quarantine import Quarantined, Reason, UnusableError
 from ..workers import prefetch_map
 from .encode import EncodeTask, Status, load_cell_content, read_status
 from .encoders import encode_vectors

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import column_of, read_arrow
-from .encode import EncodeTask, Status
+from .encode import EncodeTask, Status, column_of, read_arrow
 
 RowIndex = NDArray[np.intp]
 CHUNK_BYTES = 32 << 20  # read at once: large enough for efficient matrix products

@@ -28,7 +28,7 @@ from ..media.decode import decode_audio, decode_folders
 from ..media.files import MediaConfig
 from ..media.image import check_not_constant, read_picture
 from ..media.video import read_frames
-from ..threads import parallel_map
+from ..workers import parallel_map
 from .descriptors import text_words
 
 _DOWNLOADED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # no pickled weights, no code

@@ -14,10 +14,17 @@ import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
 
-from ..quarantine import Reason, UnusableError
-from .container import count_packets, decode_packets, open_container, select_stream
+from ..errors import Reason, UnusableError
+from .container import (
+    MAX_PARTS,
+    MIN_PRESENT,
+    STREAMED_SIZE,
+    count_packets,
+    decode_packets,
+    open_container,
+    select_stream,
+)
 from .files import MediaConfig, Medium
-from .truncation import MAX_PARTS, MIN_PRESENT, STREAMED_SIZE
 
 SILENT_PEAK = 1e-4  # -80 dBFS: three steps of 16-bit sound, above dither, below any recording
 FULL_SCALE = 0.99  # sound with a peak of this or more may be clipped by a converter or an editor

@@ -1,4 +1,10 @@
-"""Opening and decoding of sound and video containers."""
+"""Opening of sound and video containers, and detection of truncated files.
+
+Each check reads the sizes of one container format, takes microseconds, and never raises: damaged headers state no size,
+or one that is too large. Not detected, for lack of a size: mp3 without Xing, Info or VBRI; matroska of unknown size
+(written to a pipe or by a browser); ogg and fragmented mp4 cut exactly between two parts. Not checked: aiff, au, caf,
+w64, flv, asf.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +14,227 @@ from typing import Any
 
 import av
 
-from ..quarantine import Reason, UnusableError
+from ..errors import Reason, UnusableError
 from .files import MAX_FRAME_PIXELS, MediaConfig, Medium, open_stream
-from .truncation import MP4_BOXES, missing_bytes
+
+MIN_PRESENT = 0.99  # share of the stated size; a file with less is truncated
+SLACK_BYTES = 16  # difference due to writers that include the header in the size, or omit a padding byte
+STREAMED_SIZE = 0x7FFFF000  # RIFF sizes from here on mean "unknown": written to a pipe by sox (this) or ffmpeg (-1)
+
+# A box with another name ends the check: it may be text after the video, whose size is meaningless.
+MP4_BOXES = frozenset(b"ftyp styp moov moof mdat mfra sidx ssix emsg prft meta uuid udta pdin wide free skip".split())
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+MAX_PARTS = 10_000  # chunks, boxes, segments or tags that are read; a file with more is not checked
+XING_SEARCH = 4096  # bytes after the ID3v2 tags that are searched for the first frame: some tags are padded with zeros
+FLAC_TRIALS = 16  # candidates of the last frame that are tried: one position in 65536 looks like the start of a frame
+
+
+def missing_bytes(data: Medium) -> str:
+    """Return the stated and the actual size as text; "" if the file is complete, or the header states no size."""
+    if data.startswith(b"OggS"):
+        return _ogg_shortfall(data)
+    if data[4:8] in MP4_BOXES:
+        return _mp4_shortfall(data)
+    stated_end = max(end(data) for end in (_wav_end, _riff_end, _matroska_end, _mp3_end))
+    return _byte_shortfall(data, stated_end, stated_end) or _flac_shortfall(data)
+
+
+def _byte_shortfall(data: Medium, stated_end: int, num_counted: int) -> str:
+    """Describe a clear difference to the stated end, by a header that counts `num_counted` of the bytes before it."""
+    if stated_end - len(data) <= max(SLACK_BYTES, (1 - MIN_PRESENT) * num_counted):
+        return ""
+    return f"the header states {stated_end} bytes, the file has {len(data)}"
+
+
+def _wav_end(data: Medium) -> int:
+    """Return where the chunk with the samples should end, 0 if unknown."""
+    offset = 12 if data[:4] == b"RIFF" and data[8:12] == b"WAVE" else len(data)
+    for _ in range(MAX_PARTS):
+        if offset + 8 > len(data):
+            return offset
+        name, size = data[offset : offset + 4], int.from_bytes(data[offset + 4 : offset + 8], "little")
+        offset = _chunk_end(data, offset, size)
+        if name == b"data":
+            return 0 if size >= STREAMED_SIZE else offset
+    return 0
+
+
+def _riff_end(data: Medium) -> int:
+    """Return where the last RIFF chunk of an avi (one per gigabyte) or webp should end, 0 if unknown."""
+    offset = 0
+    for _ in range(MAX_PARTS):
+        if data[offset : offset + 4] != b"RIFF" or data[8:12] == b"WAVE":
+            return offset
+        size = int.from_bytes(data[offset + 4 : offset + 8], "little")
+        if size >= STREAMED_SIZE:
+            return 0
+        offset = _chunk_end(data, offset, size)
+    return 0
+
+
+def _chunk_end(data: Medium, offset: int, size: int) -> int:
+    """Return the end of a chunk, with padding to an even offset if the writer added it; no name starts with zero."""
+    offset += 8 + size
+    return offset + 1 if size % 2 and data[offset : offset + 1] == b"\0" else offset
+
+
+def _mp4_shortfall(data: Medium) -> str:
+    """Check whether the last box is complete: all sound and pictures of the file, or a fragment of a long video."""
+    offset = size = 0
+    name = b""
+    for _ in range(MAX_PARTS):
+        if data[offset + 4 : offset + 8] not in MP4_BOXES:
+            return _byte_shortfall(data, offset, size if name in (b"moof", b"mdat") else offset)
+        name = data[offset + 4 : offset + 8]
+        is_64_bit = data[offset : offset + 4] == b"\0\0\0\1"  # the size follows the name, in 64 bits
+        size = int.from_bytes(data[offset + 8 : offset + 16] if is_64_bit else data[offset : offset + 4], "big")
+        if size < 8:  # 0: the box extends to the end of the file
+            return ""
+        offset += size
+    return ""
+
+
+def _matroska_end(data: Medium) -> int:
+    """Return where the last segment of an mkv or webm should end, 0 if unknown."""
+    offset = 0
+    for _ in range(MAX_PARTS):
+        if data[offset : offset + 4] not in (EBML, SEGMENT):
+            return offset
+        offset += 4
+        # The size is coded in as many bytes as its first byte has leading zeros, plus one.
+        length = 9 - int.from_bytes(data[offset : offset + 1], "big").bit_length()
+        unknown_size = (1 << 7 * length) - 1  # means "unknown"
+        size = int.from_bytes(data[offset : offset + length], "big") & unknown_size
+        if length > 8 or size == unknown_size:
+            return 0
+        offset += length + size
+    return 0
+
+
+def _mp3_end(data: Medium) -> int:
+    """Return where the last frame should end by the Xing, Info or VBRI header in the first frame, 0 if unknown.
+
+    The byte count of the header is used; its frame count adds nothing, and gives bytes only by reading all frames.
+    """
+    start = _id3_end(data)
+    for name, side_infos in ((b"Xing", (32, 17, 9)), (b"Info", (32, 17, 9)), (b"VBRI", (32,))):
+        offset = data.find(name, start, start + XING_SEARCH)
+        for frame in (offset - 4 - side_info for side_info in side_infos):
+            if frame >= start and data[frame] == 0xFF and data[frame + 1] & 0xE6 == 0xE2:  # the sync of layer III
+                return _end_of_frames(data, frame, offset)
+    return start
+
+
+def _end_of_frames(data: Medium, frame: int, offset: int) -> int:
+    if data[offset : offset + 4] == b"VBRI":
+        field = offset + 10
+    else:
+        flags = data[offset + 7 : offset + 8] or b"\0"
+        if not flags[0] & 2:
+            return 0
+        field = offset + 12 if flags[0] & 1 else offset + 8
+    size = int.from_bytes(data[field : field + 4], "big")
+    tags_counted = abs(len(data) - size) <= SLACK_BYTES  # the size is that of the file, not of the sound
+    return 0 if size >= STREAMED_SIZE or tags_counted else frame + size
+
+
+def _id3_end(data: Medium) -> int:
+    """Return where the ID3v2 tags before the sound end: their size has 28 bits, seven per byte."""
+    offset = 0
+    for _ in range(MAX_PARTS):
+        if data[offset : offset + 3] != b"ID3" or offset + 10 > len(data):
+            break
+        size = 0
+        for byte in data[offset + 6 : offset + 10]:
+            size = size << 7 | byte & 0x7F
+        offset += 10 + size + (10 if data[offset + 5] & 0x10 else 0)  # a footer repeats the header
+    return offset
+
+
+def _ogg_shortfall(data: Medium) -> str:
+    """Check whether the last page is incomplete.
+
+    It should have the end-of-stream flag (RFC 3533), but Android's recorder, Telegram on Android and MuseScore never
+    set it. A missing flag therefore counts only if the last packet continues in a page that does not exist.
+    """
+    offset = data.rfind(b"OggS")
+    if offset < 0:
+        return ""  # in a large file: none within the searched range before its end
+    header = data[offset : offset + 27].ljust(27, b"\xff")
+    lacing = data[offset + 27 : offset + 27 + header[26]]
+    end = offset + 27 + header[26] + sum(lacing)
+    if end > len(data):
+        return f"the last page ends at byte {end} or later, the file has {len(data)}"
+    is_last_page = header[5] & 4
+    if not is_last_page and (lacing[-1:] == b"\xff" or data[end:] in (b"O", b"Og", b"Ogg")):
+        return f"the stream continues after its last page, which ends at byte {end}, the file has {len(data)}"
+    return ""
+
+
+def _flac_shortfall(data: Medium) -> str:
+    """Compare the number in the header of the last frame with the sample count in the first block.
+
+    This detects truncated long files; a short one, whose last frame may be the truncated one, is detected on decoding.
+    """
+    start = _id3_end(data)
+    first_frame = _flac_first_frame(data, start)
+    sync = data[first_frame : first_frame + 2]
+    if sync not in (b"\xff\xf8", b"\xff\xf9"):
+        return ""
+    block = int.from_bytes(data[start + 10 : start + 12], "big")  # samples per frame, except in the last one
+    stated_samples = int.from_bytes(data[start + 18 : start + 26], "big") & (1 << 36) - 1
+    offset = len(data)
+    for _ in range(FLAC_TRIALS):
+        offset = data.rfind(sync, first_frame, offset)
+        if offset < 0:
+            return ""
+        number = _flac_number(data[offset : offset + 16])
+        if number is None:
+            continue
+        num_samples = block + number * (block if sync == b"\xff\xf8" else 1)  # numbers count frames, or samples
+        if num_samples >= MIN_PRESENT * stated_samples:
+            return ""
+        return f"the header states {stated_samples} samples, the last frame ends with number {num_samples}"
+    return ""
+
+
+def _flac_first_frame(data: Medium, offset: int) -> int:
+    """Return where the metadata blocks end; the end of the data if this is not flac."""
+    is_last = data[offset : offset + 4] != b"fLaC"
+    offset = len(data) if is_last else offset + 4
+    for _ in range(MAX_PARTS):
+        if is_last or offset + 4 > len(data):
+            break
+        is_last = data[offset] >= 0x80
+        offset += 4 + int.from_bytes(data[offset + 1 : offset + 4], "big")
+    return offset
+
+
+def _flac_number(header: bytes) -> int | None:
+    """Return the number of the frame, or of its first sample; None if the CRC-8 of the header is wrong.
+
+    It is coded as in UTF-8, in up to seven bytes, followed by block sizes and rates that have no code of their own.
+    """
+    header = header.ljust(16, b"\0")
+    num_ones = 8 - (header[4] ^ 0xFF).bit_length()  # leading ones of the first byte: the number of bytes, 0 for one
+    length = 4 + max(1, num_ones) + {6: 1, 7: 2}.get(header[2] >> 4, 0) + {12: 1, 13: 2, 14: 2}.get(header[2] & 15, 0)
+    if num_ones in (1, 8) or _crc8(header[: length + 1]):
+        return None
+    number = header[4] & 0x7F >> num_ones
+    for byte in header[5 : 4 + max(1, num_ones)]:
+        number = number << 6 | byte & 0x3F
+    return number
+
+
+def _crc8(message: bytes) -> int:
+    """Compute the remainder modulo x^8 + x^2 + x + 1: 0 if the last byte is the CRC of the bytes before it."""
+    crc = 0
+    for byte in message:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc << 1 ^ (0x107 if crc & 0x80 else 0)
+    return crc
+
 
 MAX_STREAMS = 100  # of a file; FFmpeg's own limit is 1,000, and each stream is probed
 _PROBED_FRAMES = 4  # the limit is this much looser when probing, since its errors do not state the size of a frame

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quarantine import Reason, UnusableError
+from ..errors import Reason, UnusableError
 from .audio import SILENT_PEAK, clipped_share, decode_native, resample
 from .container import open_container, reading_container
 from .files import MediaConfig, Medium

@@ -9,8 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
-from ..errors import ConfigError
-from ..quarantine import Reason, UnusableError
+from ..errors import ConfigError, Reason, UnusableError
 from ..storage import open_regular
 
 MAX_FRAME_PIXELS = 2_147_483_647  # FFmpeg uses 32-bit integers

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ..quarantine import Reason, UnusableError
+from ..errors import Reason, UnusableError
 from .files import MediaConfig, Medium, open_stream
 
 CONSTANT_SPREAD = 2  # levels of 255 between darkest and brightest pixel that a lossy codec makes of one colour

@@ -10,10 +10,9 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quarantine import Reason, UnusableError
-from .container import count_packets, decode_packets, open_container, select_stream
+from ..errors import Reason, UnusableError
+from .container import MIN_PRESENT, count_packets, decode_packets, open_container, select_stream
 from .files import MediaConfig, Medium
-from .truncation import MIN_PRESENT
 
 STILL_SECONDS = 0.5  # shorter clips may show a single picture
 # Levels of 255 by which frames of a still video may differ. x264 gives a difference of 0 at its default, 19 at CRF 35,

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..threads import parallel_map
+from ..workers import parallel_map
 from .cross_fit import FitRows
-from .design import Design
+from .design import Design, TorchTarget
 from .lbfgs import Minimum, SelectActive, minimize
-from .targets import TorchTarget
 
 _CHUNK_LOGITS = 1 << 20  # 4 MiB of float32, still in the cache when the product reads them (1 MiB costs 15% more)
 _MIN_CHUNK = 512

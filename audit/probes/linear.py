@@ -18,12 +18,10 @@ from torch import Tensor
 from ..dataset.labels import Target
 from ..features.matrix import Inputs, RowIndex
 from .cross_fit import CrossFit, FitRows, predict_out_of_fold
-from .design import Design, Units, read_design
-from .gaussian import MAX_FEATURES, MAX_ROWS, MixedModels, mix_in_gaussian
+from .design import Design, TorchTarget, Units, choose_outputs, read_design
+from .gaussian import MAX_FEATURES, MAX_ROWS, Curve, MixedModels, mix_in_gaussian
 from .glm import fit_glm, log_estimate, mean_loss
 from .lbfgs import Minimum
-from .quadratic import Curve
-from .targets import TorchTarget, choose_outputs
 
 if TYPE_CHECKING:
     from .config import ProbeConfig

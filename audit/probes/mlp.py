@@ -15,12 +15,11 @@ from torch.nn import functional
 
 from ..dataset.labels import Target
 from ..features.matrix import Inputs, RowIndex
-from ..threads import NETWORK_THREADS, fixed_threads
+from ..workers import NETWORK_THREADS, fixed_threads
 from .cross_fit import CrossFit, FitRows, predict_out_of_fold
-from .design import Design, Units, read_design
+from .design import Design, TorchTarget, Units, read_design
 from .glm import loss_and_residual
 from .linear import product_dtype
-from .targets import TorchTarget
 
 if TYPE_CHECKING:
     from .config import ProbeConfig

@@ -19,8 +19,7 @@ from ..errors import ConfigError, DatasetError, ScoreError
 from ..features.matrix import Inputs, RowIndex
 from ..hashing import digest, hash_rank
 from ..storage import atomic_write
-from ..threads import NETWORK_THREADS, fixed_threads
-from ..workers import Progress, prefetch_map
+from ..workers import NETWORK_THREADS, Progress, fixed_threads, prefetch_map
 from .config import NetworkConfig
 from .cross_fit import CrossFit
 from .network import (

@@ -14,7 +14,7 @@ from ..errors import ConfigError, choices
 from ..features.encoders import is_network
 from ..features.matrix import FeatureMatrix, Inputs, JointInputs, RowIndex, WindowInputs
 from ..metrics import Floats
-from ..threads import fixed_threads
+from ..workers import fixed_threads
 from .config import ProbeConfig
 from .cross_fit import CrossFit, first_rows, gather_fit_rows
 from .linear import LinearProbe, fit_linear

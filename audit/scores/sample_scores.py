@@ -15,8 +15,7 @@ from ..features.matrix import RowIndex, chunks
 from ..metrics import Floats
 from ..probes.prediction import Prediction, fuse_predictions
 from ..probes.probe_set import CalibratedProbe, ProbeSet
-from ..threads import parallel_map
-from ..workers import Progress
+from ..workers import Progress, parallel_map
 
 _CHUNK_BYTES = 256 << 20  # large, since consecutive rows are scattered over the files of the cache
 _CHUNK_LOGITS = 1 << 20  # of a repeat or epoch, for the rows of one piece

@@ -16,7 +16,7 @@ from .. import metrics as measures
 from ..dataset.labels import Target
 from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
-from ..errors import ScoreError
+from ..errors import Quarantined, Reason, ScoreError
 from ..features.encode import EncodeTask
 from ..features.encoded_samples import EncodedSamples, select_usable, sort_quarantined
 from ..features.encoders import input_shape, is_network
@@ -35,12 +35,9 @@ from ..probes.probe_set import (
     fit_joint_probe,
     fit_probe,
 )
-from ..quarantine import Quarantined, Reason
-from ..threads import fixed_threads, parallel_map
-from ..workers import Progress
-from .class_check import ClassCheck, fit_by_class
+from ..workers import Progress, fixed_threads, parallel_map
 from .mixture import Mixture, MixtureConfig, fit_mixture
-from .probe_report import ProbeReport, compute_probe_report
+from .probe_report import ClassCheck, ProbeReport, compute_probe_report, fit_by_class
 from .sample_scores import SampleScores, compute_sample_scores
 from .table import ScoreTable
 

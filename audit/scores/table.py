@@ -15,8 +15,8 @@ from ..dataset.columns import SPLITS
 from ..dataset.modalities import RESERVED
 from ..errors import ConfigError, ScoreError, choices
 from ..metrics import Floats, discrepancy, dominant_modality, gap
-from ..parquet import read_parquet, write_parquet
 from ..parsing import Shape
+from ..storage import read_parquet, write_parquet
 
 _MODALITY: Shape = {"name": str, "column": str, "kind": str, "encoder": str, "length": (int, type(None))}
 PROVENANCE: Shape = {

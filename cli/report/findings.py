@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ...audit.intervals import Groups, group_codes, mean_interval, share_interval
+from ...audit.metrics import Groups, group_codes, mean_interval, share_interval
 from ...audit.metrics import discrepancy as all_discrepancies
 from ...audit.scores.mixture import Mixture
 from ...audit.scores.table import ScoreTable

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ...audit.errors import RunError
-from ...audit.parquet import read_parquet
 from ...audit.scores.mixture import Mixture
-from ...audit.storage import atomic_write, read_json, write_json, write_text
+from ...audit.storage import atomic_write, read_json, read_parquet, write_json, write_text
 from ...train.config import MIN_VALIDATION_SAMPLES
+from ..provenance import own_record
 from ..run import Run
-from ..trust import own_record
 from .examples import class_numbers, sample_lists
 from .findings import (
     Numbers,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from ...errors import DatasetError
-from ...parquet import read_batches, read_footer, read_row_group, read_schema
+from ...storage import read_batches, read_footer, read_row_group, read_schema
 from ..columns import SPLIT, with_split
 from ..modalities import holds_bytes
 

@@ -13,8 +13,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from ...errors import DatasetError
-from ...parquet import read_table
-from ...storage import check_regular
+from ...storage import check_regular, read_table
 from ..columns import SPLIT, split_of_file, with_split
 from ..modalities import holds_bytes
 from .parquet_rows import parquet_head, row_group_shards
