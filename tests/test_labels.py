@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Audio, ClassLabel, Features, Image, List, Value, Video
+from datasets import Audio, ClassLabel, Features, Image, Sequence, Value, Video
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -257,7 +257,7 @@ FEATURES = Features(
         "sight": Image(),
         "film": Video(),
         "label": ClassLabel(names=["cat", "dog"]),
-        "labels": List(ClassLabel(names=["a", "b", "c"])),
+        "labels": Sequence(ClassLabel(names=["a", "b", "c"])),  # from datasets 4 on this is a List
         "text": Value("string"),
     }
 )
