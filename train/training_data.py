@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..audit.errors import ConfigError, ManifestError
 from ..audit.hashing import digest
-from ..rebalance.curriculum import RowIndex, id_keys
+from ..rebalance.curriculum import RowIndex, id_keys, training_rows
 from .balancing.balancer import Validation
 from .batches import Batch, Loss, OutputFunction, Step, augment, to_batch
 from .config import FinetuneConfig, TrainConfig
@@ -319,14 +319,10 @@ def build_network(examples: Examples, methods: Methods) -> FusionNet:
 
 
 def _training_rows(examples: Examples, config: FinetuneConfig) -> NDArray[np.int64]:
-    train = examples.rows("train")
-    if config.keep_posterior is None:
-        return train
-    posterior = examples.p_balanced[train]
-    if np.isnan(posterior).any():
-        raise ManifestError("--keep-posterior: the manifest has no p_balanced; rescore with mmaudit score, split again")
-    selected = train[posterior >= config.keep_posterior]
-    log.info("P(balanced) >= %g keeps %d of %d training samples", config.keep_posterior, len(selected), len(train))
+    selected = training_rows(examples.split, examples.p_balanced, keep_posterior=config.keep_posterior)
+    if config.keep_posterior is not None:
+        num_train = len(examples.rows("train"))
+        log.info("P(balanced) >= %g keeps %d of %d training samples", config.keep_posterior, len(selected), num_train)
     return selected
 
 
