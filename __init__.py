@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .audit.dataset.dataset import Dataset, open_dataset
     from .audit.errors import MmauditError
     from .audit.scores.mixture import Mixture, fit_mixture
-    from .audit.scores.probabilities import score_probabilities
+    from .audit.scores.sample_scores import score_probabilities
     from .audit.scores.table import ScoreTable, read_scores, write_scores
     from .cli.config import RunConfig
     from .cli.demo import demo
@@ -28,7 +28,7 @@ _MODULE_OF_NAME = {
     "MmauditError": "audit.errors",
     "Mixture": "audit.scores.mixture",
     "fit_mixture": "audit.scores.mixture",
-    "score_probabilities": "audit.scores.probabilities",
+    "score_probabilities": "audit.scores.sample_scores",
     "ScoreTable": "audit.scores.table",
     "read_scores": "audit.scores.table",
     "write_scores": "audit.scores.table",

@@ -1,14 +1,21 @@
-"""Parsing of JSON within limits, checks of its structure, and configs built from plain values."""
+"""Parsing within limits: JSON and its structure, configs from plain values, and .npy arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import struct
+import tokenize
 import types
 import typing
+import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import IO, Any, NoReturn, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
 
 from .errors import ConfigError, choices
 
@@ -178,3 +185,36 @@ def _shown(value: Any) -> str:
         return f"an integer of {value.bit_length():,} bits"
     text = repr(value) if not isinstance(value, (list, dict)) else f"a {'list' if isinstance(value, list) else 'table'}"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+# Errors that NumPy raises for a damaged header or body, and zlib for a damaged member of an archive.
+BROKEN = (
+    tokenize.TokenError,
+    zlib.error,
+    struct.error,
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def check_header(stream: IO[bytes], *, num_bytes: int) -> None:
+    """Raise one of BROKEN if the header states objects, or more bytes than the `num_bytes` of header and body."""
+    version = npy.read_magic(stream)
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    stated_bytes = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or stated_bytes > num_bytes:
+        stated = "objects" if dtype.hasobject else f"{stated_bytes:,} bytes"
+        raise ValueError(f"its header states {stated}, and it has {num_bytes:,} bytes")
+
+
+def read_array(stream: IO[bytes]) -> NDArray[Any]:
+    """Read the array of a stream whose header was checked; raise one of BROKEN if the body is damaged."""
+    return np.asarray(npy.read_array(stream, allow_pickle=False))

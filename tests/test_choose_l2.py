@@ -14,7 +14,7 @@ from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit, gather_fit_rows
 from mmaudit.audit.probes.design import TorchTarget, choose_outputs, read_design
-from mmaudit.audit.probes.glm import fit_glm, mean_loss
+from mmaudit.audit.probes.glm import GlmLoss, fit_glm
 from mmaudit.audit.probes.linear import choose_l2
 
 NUM_ROWS = 400
@@ -86,27 +86,17 @@ def alone(x: NDArray[Any], label: Label, crossed: CrossFit, path: list[float]) -
     """Compute holdout losses (s, p) of separate, converged fits."""
     fit_rows = gather_fit_rows([crossed], max_rows=len(x))
     design = read_design(MatrixInputs(matrix=x), fit_rows.rows, products=torch.float32)
-    torch_target = torch.tensor(label[fit_rows.rows], dtype=torch.long)
+    values = torch.tensor(label[fit_rows.rows], dtype=torch.long)
+    torch_target = TorchTarget(values=values, task="classification", num_outputs=2)
     losses = np.empty((len(path), fit_rows.train_mask.shape[1]))
     for l2_index, probe in np.ndindex(losses.shape):
         train_mask, holdout_mask = (
             torch.tensor(mask[:, [probe]])
             for mask in (fit_rows.train_mask & ~fit_rows.holdout_mask, fit_rows.holdout_mask)
         )
-        theta = fit_glm(
-            design,
-            torch_target,
-            task="classification",
-            train_mask=train_mask,
-            l2=torch.tensor(path[l2_index : l2_index + 1]),
-            start=torch.zeros(1, x.shape[1] + 1, 2),
-            max_steps=200,
-            tolerance=1e-6,
-        ).theta
-        column = torch.zeros(1, dtype=torch.long)
-        losses[l2_index, probe] = mean_loss(
-            design, torch_target, task="classification", rows=holdout_mask, column=column, theta=theta
-        )
+        train_loss, holdout_loss = (GlmLoss.of(design, torch_target, mask) for mask in (train_mask, holdout_mask))
+        theta = fit_glm(train_loss, torch.tensor(path[l2_index : l2_index + 1]), max_steps=200, tolerance=1e-6).theta
+        losses[l2_index, probe] = holdout_loss.compute(theta, torch.zeros(1, dtype=torch.long))[0]
     return losses
 
 

@@ -12,9 +12,8 @@ from PIL import Image
 
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.scores.table import ScoreTable
-from mmaudit.cli.report.canvas import COLOURS, DPI, INK, WIDTH, canvas, draw_manifest, palette, png
 from mmaudit.cli.report.examples import class_numbers
-from mmaudit.cli.report.figures import draw
+from mmaudit.cli.report.figures import COLOURS, DPI, INK, WIDTH, canvas, draw, draw_manifest, palette, png
 from mmaudit.cli.report.findings import discrepancies, gaps, maps, training
 
 

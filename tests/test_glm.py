@@ -18,8 +18,8 @@ from torch.nn import functional
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.probes import design as designs
 from mmaudit.audit.probes import glm
-from mmaudit.audit.probes.design import Design, read_design
-from mmaudit.audit.probes.glm import fit_glm, loss_and_residual
+from mmaudit.audit.probes.design import Design, TorchTarget, read_design
+from mmaudit.audit.probes.glm import GlmLoss, fit_glm, loss_and_residual
 
 Floats = NDArray[np.float64]
 STRENGTHS = (1e-3, 1e-2, 0.3)
@@ -58,16 +58,10 @@ def fit(
     full_mask = np.ones((len(x), len(l2)), dtype=bool) if mask is None else mask
     design = read_design(MatrixInputs(matrix=x), np.arange(len(x)), products=products or dtype, dtype=dtype)
     k = int(answer.max()) + 1 if task == "classification" else answer.shape[1]
-    fitted = fit_glm(
-        design,
-        torch.tensor(answer) if task == "classification" else torch.tensor(answer, dtype=dtype),
-        task=task,
-        train_mask=torch.tensor(full_mask),
-        l2=torch.tensor(l2, dtype=dtype),
-        start=torch.zeros(len(l2), x.shape[1] + 1, k, dtype=dtype),
-        max_steps=2_000,
-        tolerance=tolerance,
-    )
+    values = torch.tensor(answer) if task == "classification" else torch.tensor(answer, dtype=dtype)
+    torch_target = TorchTarget(values=values, task=task, num_outputs=k)
+    loss = GlmLoss.of(design, torch_target, torch.tensor(full_mask))
+    fitted = fit_glm(loss, torch.tensor(l2, dtype=dtype), max_steps=2_000, tolerance=tolerance)
     return Fitted(design=design, weight=fitted.theta[:, :-1], bias=fitted.theta[:, -1])
 
 
@@ -299,14 +293,8 @@ def test_sparse_features_need_few_steps() -> None:
     label = rng.integers(0, 5, 120)
     x = rng.standard_normal((120, 200)) + 0.6 * rng.standard_normal((5, 200))[label]
     x = (np.maximum(x - 1.2, 0) * np.exp(rng.normal(0, 1, 200))).astype(np.float32)
-    minimum = fit_glm(
-        read_design(MatrixInputs(matrix=x), np.arange(120), products=torch.float32),
-        torch.from_numpy(label),
-        task="classification",
-        train_mask=torch.ones(120, 1, dtype=torch.bool),
-        l2=torch.tensor([1e-2]),
-        start=torch.zeros(1, 201, 5),
-        max_steps=300,
-        tolerance=1e-7,
-    )
+    design = read_design(MatrixInputs(matrix=x), np.arange(120), products=torch.float32)
+    torch_target = TorchTarget(values=torch.from_numpy(label), task="classification", num_outputs=5)
+    loss = GlmLoss.of(design, torch_target, torch.ones(120, 1, dtype=torch.bool))
+    minimum = fit_glm(loss, torch.tensor([1e-2]), max_steps=300, tolerance=1e-7)
     assert minimum.num_steps < 80

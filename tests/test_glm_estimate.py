@@ -11,10 +11,10 @@ import torch
 
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.features.matrix import MatrixInputs
-from mmaudit.audit.probes import glm as estimate
+from mmaudit.audit.probes import linear as estimate
 from mmaudit.audit.probes.cross_fit import CrossFit, FitRows, gather_fit_rows
 from mmaudit.audit.probes.design import Design, TorchTarget, read_design
-from mmaudit.audit.probes.glm import evaluate_rows
+from mmaudit.audit.probes.glm import GlmLoss
 
 NUM_ROWS, NUM_CLASSES = 4_000, 1_500
 
@@ -52,22 +52,20 @@ def test_long_fit_logs_one_line_with_settings(
 
 def test_step_time_is_measured_on_a_sample_of_rows() -> None:
     design, torch_target, fit_rows = problem()
-    theta, train_mask = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.from_numpy(fit_rows.train_mask)
+    theta, column = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.arange(2)
+    loss_function = GlmLoss.of(design, torch_target, torch.from_numpy(fit_rows.train_mask))
     full_seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        evaluate_rows(
-            design, torch_target.values, task=torch_target.task, train_mask=train_mask, theta=theta, num_rows=NUM_ROWS
-        )
+        loss_function.compute(theta, column)
         full_seconds.append(time.perf_counter() - start)
     assert 0.02 * min(full_seconds) <= estimate.step_seconds(design, torch_target, fit_rows) <= 50 * max(full_seconds)
 
 
 def test_timed_loss_and_gradient_are_those_of_the_fit() -> None:
     design, torch_target, fit_rows = problem()
-    theta, train_mask = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.from_numpy(fit_rows.train_mask)
-    loss, gradient = evaluate_rows(
-        design, torch_target.values, task=torch_target.task, train_mask=train_mask, theta=theta, num_rows=NUM_ROWS
-    )
+    theta, column = torch.full((2, 9, NUM_CLASSES), 1e-3), torch.arange(2)
+    loss_function = GlmLoss.of(design, torch_target, torch.from_numpy(fit_rows.train_mask))
+    loss, gradient = loss_function.compute(theta, column)
     np.testing.assert_allclose(loss, np.log(NUM_CLASSES), rtol=1e-3)  # all logits are alike
     assert gradient.shape == theta.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmaudit.audit.probes.lbfgs import Problem, minimize
+from mmaudit.audit.probes.glm import Problem, minimize
 
 
 class Bowls:

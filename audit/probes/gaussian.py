@@ -5,35 +5,28 @@ largest variance only. Tails are those of a t distribution, so that an outlier d
 Gaussian tails the loss is .70 instead of .65). On 3,000 noisy spoken digits of ten classes the accuracy is .78, with
 linear boundaries .73; on clips by actor it is worse than linear.
 
-Legend: n and b rows, d features, q axes, k classes.
-
 Linear discriminant analysis: one Gaussian per class with a common covariance. It is linear in the features, as logistic
 regression is, and needs fewer rows but stronger assumptions (Ng & Jordan 2001). Their errors differ, so that the mean
 of both is better than either: on 1,440 clips by actor, accuracy .56 and .57 alone, .57 together, loss 1.21, 1.21 and
-1.19. With one covariance per class, boundaries are quadratic: see quadratic.py.
+1.19. With one covariance per class, boundaries are quadratic.
 
-Legend: n rows, d features, q axes, k classes, p probes, f folds, c cells.
+Legend: n and b rows, d features, q axes, k classes, p probes, f folds, c cells.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isqrt
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from .design import Design
-from collections.abc import Sequence
-
-import numpy as np
-
 from .cross_fit import CrossFit, FitRows
-from .design import Design
-from .glm import fit_glm
+from .design import Design, TorchTarget
+from .glm import GlmLoss, fit_glm
 
 _WIDTHS = (32, 64, 128)  # candidate numbers of principal axes
 _SHRINKAGES = (0.8, 0.5, 0.2)  # candidate weights of the pooled covariance; at 1 boundaries are linear
@@ -222,7 +215,7 @@ class _Choice:
 
 def mix_in_gaussian(
     design: Design,
-    label: Tensor,
+    torch_target: TorchTarget,
     fit_rows: FitRows,
     cross_fits: Sequence[CrossFit],
     *,
@@ -236,8 +229,8 @@ def mix_in_gaussian(
     Each probe chooses the kind of Gaussian, its sharpness and its weight on the rows that it holds out, by models of
     the rest of its rows. `curved` adds models with one covariance per class to the candidates.
     """
-    z, k = design.rows.to(design.dtype), theta.shape[2]
-    trial = _fit_trial(design, label, fit_rows, l2, like=theta, max_steps=max_steps)
+    z, label, k = design.rows.to(design.dtype), torch_target.values, theta.shape[2]
+    trial = _fit_trial(design, torch_target, fit_rows, l2, max_steps=max_steps)
     axes = widest_axes(design, num_classes=k, num_sets=2 * len(theta)) if curved else z.new_empty(z.shape[1], 0)
     straight, curves = theta.clone(), list[Curve | None]()
     for cross_fit in cross_fits:
@@ -267,19 +260,13 @@ def mix_in_gaussian(
     return MixedModels(theta=straight, curves=tuple(curves))
 
 
-def _fit_trial(design: Design, label: Tensor, fit_rows: FitRows, l2: Tensor, *, like: Tensor, max_steps: int) -> Tensor:
+def _fit_trial(design: Design, torch_target: TorchTarget, fit_rows: FitRows, l2: Tensor, *, max_steps: int) -> Tensor:
     """Fit logistic models (p, d + 1, k) to the rows that are not held out, to choose the Gaussian's weight."""
-    train_only = torch.from_numpy(fit_rows.train_mask & ~fit_rows.holdout_mask).to(like.device)
-    return fit_glm(
-        design,
-        label,
-        task="classification",
-        train_mask=train_only,
-        l2=l2 * torch.from_numpy(fit_rows.train_mask.sum(axis=0)).to(l2) / train_only.sum(dim=0),
-        start=torch.zeros_like(like),
-        max_steps=max_steps,
-        tolerance=_TRIAL_TOLERANCE,
-    ).theta
+    train_only = torch.from_numpy(fit_rows.train_mask & ~fit_rows.holdout_mask).to(l2.device)
+    num_rows = torch.from_numpy(fit_rows.train_mask.sum(axis=0)).to(l2)
+    loss = GlmLoss.of(design, torch_target, train_only)
+    l2 = l2 * num_rows / train_only.sum(dim=0)
+    return fit_glm(loss, l2, max_steps=max_steps, tolerance=_TRIAL_TOLERANCE).theta
 
 
 def _class_sums(

@@ -16,15 +16,15 @@ from .. import metrics as measures
 from ..dataset.labels import Target
 from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
-from ..errors import Quarantined, Reason, ScoreError
+from ..errors import Quarantined, ScoreError
 from ..features.encode import EncodeTask
 from ..features.encoded_samples import EncodedSamples, select_usable, sort_quarantined
 from ..features.encoders import input_shape, is_network
 from ..features.matrix import FeatureMatrix, Inputs, RowIndex
-from ..hashing import canonical_order, hash_rank
+from ..hashing import canonical_order
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
-from ..probes.cross_fit import CrossFit, assign_folds, in_single_fold
+from ..probes.cross_fit import CrossFit, plan_cross_fits
 from ..probes.network_probe import fit_network
 from ..probes.probe_set import (
     CalibratedProbe,
@@ -40,54 +40,6 @@ from .mixture import Mixture, MixtureConfig, fit_mixture
 from .probe_report import ClassCheck, ProbeReport, compute_probe_report, fit_by_class
 from .sample_scores import SampleScores, compute_sample_scores
 from .table import ScoreTable
-
-
-def plan_cross_fits(
-    samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int
-) -> tuple[NDArray[np.intp], list[CrossFit], list[Quarantined]]:
-    """Assign the rows to folds in each repeat, and drop classes that lie in a single fold in any of them.
-
-    Returns the remaining rows, one CrossFit per repeat, and the quarantined samples of rare classes. Strata that are
-    not classes, as those of a regression, are never dropped.
-    """
-    left_out: list[Quarantined] = []
-    while True:
-        cross_fits = [_cross_fit(samples, rows, config, seed=seed, repeat=repeat) for repeat in range(config.repeats)]
-        if samples.task != "classification":
-            return rows, cross_fits, left_out
-        label = samples.label[rows]
-        rare = np.logical_or.reduce([in_single_fold(label, cross_fit.fold, cross_fit.fits) for cross_fit in cross_fits])
-        if not rare.any():
-            return rows, cross_fits, left_out
-        left_out += [_quarantine_rare(samples, rows, row) for row in rows[rare]]
-        rows = rows[~rare]
-        if len(rows) == 0:
-            raise ScoreError(f"no class can be cross-fitted; the first of them: {left_out[0].detail}")
-
-
-def _cross_fit(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int, repeat: int) -> CrossFit:
-    train = samples.split[rows] != "test"
-    if not train.any():  # the mixture is never fitted to test samples either
-        raise ScoreError("every usable sample is in the test split: no samples to train probes on; pass --split none")
-    fits = train | (config.learn_from == "all")
-    group = None if samples.group is None else samples.group[rows]
-    ids, label = samples.sample_id[rows], samples.label[rows]
-    folds = [
-        assign_folds(ids, label, group, fits, num_folds=config.folds, seed=seed, purpose=f"{purpose} {repeat}")
-        for purpose in ("fold", "inner fold")
-    ]
-    key = hash_rank(ids, seed=seed, purpose="strength rows")
-    return CrossFit(fold=folds[0], inner=folds[1], fits=fits, key=key)
-
-
-def _quarantine_rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
-    class_rows = rows[samples.label[rows] == samples.label[row]]
-    detail = f"class {samples.class_names[samples.label[row]]!r} has {len(class_rows)} usable samples"
-    if samples.group is not None and len(class_rows):
-        detail += f", of {len(set(samples.group[class_rows]))} groups"
-    return Quarantined(
-        sample_id=samples.sample_id[row], modality=None, reason=Reason.RARE_CLASS, detail=f"{detail}, all in one fold"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
