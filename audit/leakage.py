@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from .dataset.columns import SPLITS
 from .dataset.modalities import kind_of_path
 from .dataset.samples import Samples
-from .errors import ConfigError
 from .features.encode import EncodeTask, Status
 from .features.matrix import FeatureMatrix, Inputs, RowIndex
 from .hashing import hash_rank
 from .near_duplicates import MIN_FEATURES, Links, near_links
+from .parsing import check_ranges
 from .workers import Progress, fixed_threads, no_progress
 
 GROUP_NAMES = (
@@ -59,21 +59,9 @@ class LeakageConfig:
     max_test: int = 20_000
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1 or not 0 < self.false_alarms < 1:
-            raise ConfigError(
-                f"leakage.ratio is {self.ratio}, leakage.false_alarms {self.false_alarms}; "
-                "both must lie between 0 and 1"
-            )
-        if self.neighbours < 3 or self.max_partners < 1:
-            raise ConfigError(
-                f"leakage.neighbours is {self.neighbours}, leakage.max_partners {self.max_partners}; "
-                "they must be at least 3 and 1"
-            )
-        if min(self.max_train, self.max_test) < MIN_ROWS:
-            raise ConfigError(
-                f"leakage.max_train is {self.max_train}, leakage.max_test {self.max_test}; "
-                f"both must be at least {MIN_ROWS}"
-            )
+        check_ranges("leakage", self, ratio="(0, 1)", neighbours="[3, inf)", false_alarms="(0, 1)")
+        at_least_min_rows = f"[{MIN_ROWS}, inf)"
+        check_ranges("leakage", self, max_partners="[1, inf)", max_train=at_least_min_rows, max_test=at_least_min_rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

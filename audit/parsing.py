@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 import struct
 import tokenize
 import types
 import typing
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
@@ -138,6 +139,34 @@ def build_config(type_: type[Config], content: Mapping[str, Any], *, where: str)
             raise ConfigError(f"no config key {where}{key}; {choices(where + key, [where + name for name in hints])}")
         values[key] = _convert(value, hints[key], name=f"{where}{key}")
     return type_(**values)
+
+
+def check_ranges(section: str, config: object, **intervals: str) -> None:
+    """Raise ConfigError for a field outside its interval, such as "[1, inf)" or "(0, 1]".
+
+    A tuple needs one or more entries, all of them inside. Names of fields are keywords: `lr="(0, inf)"`.
+    """
+    for name, interval in intervals.items():
+        value = getattr(config, name)
+        low, high = (float(bound) for bound in interval[1:-1].split(","))
+        above = operator.ge if interval[0] == "[" else operator.gt
+        below = operator.le if interval[-1] == "]" else operator.lt
+        entries = value if isinstance(value, tuple) else (value,)
+        if entries and all(above(entry, low) and below(entry, high) for entry in entries):
+            continue
+        bound = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
+        needs = f"must lie in {interval}" if high < math.inf else f"must be {bound}"
+        if isinstance(value, tuple):
+            value, needs = list(value), f"needs one or more values {bound}"
+        raise ConfigError(f"{section}.{name} is {value}; it {needs}")
+
+
+def check_choices(section: str, config: object, **names: Sequence[str]) -> None:
+    """Raise ConfigError for a field that is not one of the names for it."""
+    for name, allowed in names.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ConfigError(f"{section}.{name} is {value!r}; {choices(value, allowed)}")
 
 
 def _convert(value: Any, hint: Any, *, name: str) -> Any:

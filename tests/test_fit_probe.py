@@ -232,7 +232,7 @@ def test_l2_without_holdout_rows_is_the_middle(drawn: Drawn) -> None:
         ({"choice_rows": 0}, r"probe\.choice_rows"),
         ({"max_rows": 0}, r"probe\.max_rows"),
         ({"tolerance": 0.0}, r"probe\.tolerance is 0.0; it must be above 0"),
-        ({"dropout": 1.0}, r"probe\.dropout is 1.0; it must be at least 0 and below 1"),
+        ({"dropout": 1.0}, r"probe\.dropout is 1.0; it must lie in \[0, 1\)"),
         ({"precision": "bfloat"}, "did you mean bfloat16"),
         ({"l2_penalties": ()}, r"probe\.l2_penalties is \[\]"),
         ({"l2_penalties": (0.1, 0.0)}, r"probe\.l2_penalties"),
