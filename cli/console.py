@@ -115,8 +115,8 @@ def print_score(record: dict[str, Any]) -> None:
     strata = "classes" if record["config"]["data"]["task"] == "classification" else "strata"
     print_line(
         f"scored {counts['scored']} of {counts['input']} samples, {counts['quarantined']} quarantined; "
-        f"{record['classes']} {strata}, {record['folds']} folds"
-        + (f" over {record['groups']} groups" if record["groups"] else "")
+        f"{record['num_classes']} {strata}, {record['num_folds']} folds"
+        + (f" over {record['num_groups']} groups" if record["num_groups"] else "")
     )
     for reason, number in record["quarantine"].items():
         print_line(f"  quarantined: {number} x {reason}")
@@ -135,7 +135,7 @@ def print_score(record: dict[str, Any]) -> None:
                 f"  warning: probe of {entry['name']} on shuffled labels reaches {entry['value']:.3f}, above chance "
                 f"({entry['chance']:.3f}): the labels leak into its features or folds"
             )
-    print_line(f"  gap mixture: {record['verdict']}")
+    print_line(f"  gap mixture: {record['gap_verdict']}")
     print_line(f"report: {record['report']}")
 
 
@@ -168,8 +168,8 @@ def print_split(summary: dict[str, Any]) -> None:
     """Print a split: rows kept, uniformity, and for a balanced split its shortages and its size at other tolerances."""
     verb = "kept" if summary["file"] or not summary["kept"] else "would keep"
     print_line(f"{summary['name']}: {verb} {summary['kept']} of {summary['scored']} samples ({summary['between']})")
-    if "verdict" in summary:
-        print_line(f"  the gap is {summary['verdict']}")
+    if "gap_verdict" in summary:
+        print_line(f"  the gap is {summary['gap_verdict']}")
     if summary["reasons"]:
         print_line(f"  dropped: {', '.join(f'{number} {reason}' for reason, number in summary['reasons'].items())}")
     before, after = summary["before"], summary["after"]

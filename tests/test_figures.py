@@ -51,7 +51,7 @@ def manifest_of(after: list[float], *, between: str = "audio:visual", sizes: tup
     target = {"grid": False, "weighted": False}
     curve = [{"tolerance": step / 10, "distance": step / 10, "size": size} for step, size in enumerate(sizes)]
     balance = {
-        "made": target if sizes else None,
+        "target": target if sizes else None,
         "edges": np.linspace(-1, 1, 11).tolist(),
         "before": [9] * 10,
         "after": after,

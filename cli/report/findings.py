@@ -42,10 +42,10 @@ def facts(record: Mapping[str, Any], scores: ScoreTable) -> Numbers:
         "fingerprint": record["fingerprint"],
         "seed": record["seed"],
         "counts": record["counts"],
-        "classes": record["classes"],
-        "groups": record["groups"],
+        "num_classes": record["num_classes"],
+        "num_groups": record["num_groups"],
         "group_column": record["columns"].get("group"),
-        "folds": record["folds"],
+        "num_folds": record["num_folds"],
         "repeats": probe["repeats"],
         "learn_from": probe["learn_from"],
         "task": record["config"]["data"]["task"],
@@ -53,7 +53,7 @@ def facts(record: Mapping[str, Any], scores: ScoreTable) -> Numbers:
             {key: modality.get(key) for key in ("name", "kind", "column", "length", "encoder")}
             for modality in record["modalities"]
         ],
-        "within": BALANCED_WITHIN,
+        "balanced_margin": BALANCED_WITHIN,
         "median_sd": None if spread is None else finite(np.nanmedian(spread)),
     }
 
@@ -255,12 +255,12 @@ def _discrepancy(
     counts = np.bincount(assign_bins(values, num_bins=DISCREPANCY_BINS), minlength=DISCREPANCY_BINS)
     return {
         "between": between,
-        "right": positive_side,
-        "left": negative_side,
+        "positive_side": positive_side,
+        "negative_side": negative_side,
         "edges": np.linspace(-1, 1, DISCREPANCY_BINS + 1).round(4).tolist(),
         "counts": counts.tolist(),
-        "share_right": share_interval(is_ahead, groups),
-        "share_left": share_interval(is_behind, groups),
+        "share_ahead": share_interval(is_ahead, groups),
+        "share_behind": share_interval(is_behind, groups),
         "share_level": share_interval(~is_ahead & ~is_behind, groups),
         "positive": share_interval(values > 0, groups),
         "mean": mean_interval(values.astype(np.float64), groups),

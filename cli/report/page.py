@@ -208,7 +208,7 @@ def small(p: float) -> str:
 
 def _headline(numbers: Section) -> str:
     """Return which of two modalities carries more samples, if the interval of the difference excludes 0."""
-    lean, positive_side, negative_side = numbers["lean"], numbers["right"], numbers["left"]
+    lean, positive_side, negative_side = numbers["lean"], numbers["positive_side"], numbers["negative_side"]
     if lean["low"] <= 0 <= lean["high"]:
         return f"No clear lean between {positive_side} and {negative_side}"
     stronger, weaker = (positive_side, negative_side) if lean["mean"] > 0 else (negative_side, positive_side)
@@ -218,24 +218,25 @@ def _headline(numbers: Section) -> str:
 
 
 def _shares(numbers: Section) -> str:
-    pair, margin = numbers["discrepancy"][0], numbers["facts"]["within"]
+    pair, margin = numbers["discrepancy"][0], numbers["facts"]["balanced_margin"]
+    ahead, behind = interval(pair["share_ahead"]), interval(pair["share_behind"])
     return (
-        f"Of the samples, {interval(pair['share_right'])} are carried by {pair['right']} alone or nearly so (the "
-        f"confidence of its probe in the true class is higher by at least {margin:g}), {interval(pair['share_left'])} "
-        f"by {pair['left']}. On the other {interval(pair['share_level'])} the two are about level."
+        f"Of the samples, {ahead} are carried by {pair['positive_side']} alone or nearly so (the confidence of its "
+        f"probe in the true class is higher by at least {margin:g}), {behind} by {pair['negative_side']}. On the other "
+        f"{interval(pair['share_level'])} the two are about level."
     )
 
 
 def _headline_of_many(numbers: Section) -> str:
     several = len(numbers["discrepancy"])
-    leading, trailing = _leading(numbers, "share_right"), _leading(numbers, "share_left")
-    if leading[0]["share_right"]["share"] < SLIGHT:
+    leading, trailing = _leading(numbers, "share_ahead"), _leading(numbers, "share_behind")
+    if leading[0]["share_ahead"]["share"] < SLIGHT:
         return f"None of {several} modalities stands out on more than a few samples"
-    names = [modality["right"] for modality in leading]
+    names = [modality["positive_side"] for modality in leading]
     if len(names) == several:
         return f"No clear order among {several} modalities"
     sentence = f"Of {several} modalities, {_listed(names)} {'stands' if len(names) == 1 else 'stand'} out most often"
-    return f"{sentence}; {trailing[0]['right']} falls behind most often" if len(trailing) == 1 else sentence
+    return f"{sentence}; {trailing[0]['positive_side']} falls behind most often" if len(trailing) == 1 else sentence
 
 
 def _leading(numbers: Section, key: str) -> list[Section]:
@@ -249,13 +250,13 @@ def _listed(names: list[str]) -> str:
 
 
 def _shares_of_many(numbers: Section) -> str:
-    margin = numbers["facts"]["within"]
-    leading, trailing = (_leading(numbers, key)[0] for key in ("share_right", "share_left"))
+    margin = numbers["facts"]["balanced_margin"]
+    leading, trailing = (_leading(numbers, key)[0] for key in ("share_ahead", "share_behind"))
     return (
-        f"On {interval(leading['share_right'])} of the samples, the confidence of {leading['right']} in the true class "
-        f"is at least {margin:g} above the mean of the others. On {interval(trailing['share_left'])}, that of "
-        f"{trailing['right']} is at least {margin:g} below it. On {interval(numbers['share_without_leader'])} "
-        f"no modality is that far ahead."
+        f"On {interval(leading['share_ahead'])} of the samples, the confidence of {leading['positive_side']} in the "
+        f"true class is at least {margin:g} above the mean of the others. On {interval(trailing['share_behind'])}, "
+        f"that of {trailing['positive_side']} is at least {margin:g} below it. On "
+        f"{interval(numbers['share_without_leader'])} no modality is that far ahead."
     )
 
 
@@ -328,7 +329,7 @@ def _leaks(numbers: Section) -> list[str]:
 
 def _groups(numbers: Section) -> list[str]:
     facts = numbers["facts"]
-    if facts["groups"] is None:
+    if facts["num_groups"] is None:
         return []
     return [
         f"The samples belong to {facts['groups']} groups ({facts['group_column']}), and no probe scored a group "
