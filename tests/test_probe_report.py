@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from probes import StoredProbe
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, r2_score
 
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.errors import MixtureError
-from mmaudit.audit.features.matrix import Inputs, MatrixInputs, RowIndex
+from mmaudit.audit.features.matrix import Inputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import NetworkConfig, ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
@@ -61,19 +62,6 @@ def cross(target: Target) -> CrossFit:
         assign_folds(ids, target.label, None, fits, num_folds=5, seed=0, purpose=purpose) for purpose in ("f", "i")
     )
     return CrossFit(fold=fold, inner=inner, fits=fits, key=hash_rank(ids, seed=0, purpose="key"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredProbe:
-    """A probe with stored outputs: by_repeat (r, n, k)."""
-
-    by_repeat: Floats
-
-    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> Floats:
-        return self.by_repeat[:, rows]
-
-    def logits_by_epoch(self, rows: RowIndex) -> Floats:
-        return self.by_repeat[:, rows]
 
 
 def peek(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:

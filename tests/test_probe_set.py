@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from probes import StoredProbe
 from scipy.special import softmax
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
@@ -19,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.features.matrix import Inputs, JointInputs, MatrixInputs, RowIndex
+from mmaudit.audit.features.matrix import Inputs, JointInputs, MatrixInputs
 from mmaudit.audit.hashing import hash_rank
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.audit.probes.cross_fit import CrossFit, assign_folds
@@ -39,22 +40,10 @@ Floats = NDArray[np.float32]
 N, FOLDS = 600, 5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredProbe:
-    """A probe with stored outputs: by_repeat (r, n, k)."""
-
-    by_repeat: Floats
-
-    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> Floats:
-        return self.by_repeat[:, rows]
-
-    def logits_by_epoch(self, rows: RowIndex) -> Floats:
-        return self.by_repeat[:1, rows] * np.array([0.5, 1], np.float32)[:, None, None]
-
-
 def fit_stored(by_repeat: Floats) -> Fit:
     def fit(inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit]) -> Probe:
-        return StoredProbe(by_repeat=by_repeat)
+        by_epoch = by_repeat[:1] * np.array([0.5, 1], np.float32)[:, None, None]
+        return StoredProbe(by_repeat=by_repeat, by_epoch=by_epoch)
 
     return fit
 
