@@ -331,7 +331,7 @@ class _Replacement:
         return replaced.reshape(array.shape), 8 + sum(size for _, size in items)
 
 
-_BROKEN = (zipfile.BadZipFile, *BROKEN)
+_BROKEN_NPZ = (zipfile.BadZipFile, *BROKEN)
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -344,7 +344,7 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             _check_expansion(archive, path.stat().st_size)
             return {info.filename.removesuffix(".npy"): _read_array(archive, info) for info in archive.infolist()}
-    except _BROKEN as error:
+    except _BROKEN_NPZ as error:
         reason = str(error)[:200] or type(error).__name__
         raise DatasetError(f"{path} cannot be read as .npz of plain arrays: {reason}") from error
     except OSError as error:

@@ -356,7 +356,7 @@ def _own_variance(loss: GlmLoss) -> Tensor:
     mean = weights.new_zeros(weights.shape[1], rows.shape[1])
     square = torch.zeros_like(mean)
     size = 4 * _MIN_CHUNK
-    for x, chunk_weights in zip(rows.split(size), weights.split(size), strict=True):
+    for x, chunk_weights in zip(torch.split(rows, size), torch.split(weights, size), strict=True):
         values = x.to(weights.dtype)
         mean.addmm_(chunk_weights.T, values)
         square.addmm_(chunk_weights.T, values.square())
