@@ -16,7 +16,7 @@ Legend: n and b rows, d features, q axes, k classes, p probes, f folds, c cells.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import isqrt
 
 import numpy as np
@@ -168,12 +168,9 @@ class ClassSums:
 
     def select(self, cells: Tensor) -> ClassSums:
         """Return the sums over the selected sets, cells (c,) of bools, without the axis c."""
-        selected = cells[None]
+        sums = {field.name: getattr(self, field.name) for field in fields(self)}
         return ClassSums(
-            count=_add(selected, self.count),
-            total=_add(selected, self.total),
-            square=_add(selected, self.square),
-            moments=_add(selected, self.moments),
+            **{name: (cells[None].to(x.dtype) @ x.flatten(1)).view(x.shape[1:]) for name, x in sums.items()}
         )
 
 
@@ -278,17 +275,15 @@ def _class_sums(
     """
     cell_of_row = cross_fit.fold[fit_rows.rows].astype(np.intp) * 2 + (cross_fit.inner[fit_rows.rows] == 0)
     fits = cross_fit.fits[fit_rows.rows]
-    count, total, square, moments = [], [], [], []
+    sums: dict[str, list[Tensor]] = {field.name: [] for field in fields(ClassSums)}
     for cell in range(2 * cross_fit.num_folds):
         rows = torch.from_numpy(np.flatnonzero((cell_of_row == cell) & fits)).to(z.device)
         x, one_hot = z[rows], functional.one_hot(label[rows], num_classes).to(z.dtype)
-        count.append(one_hot.sum(dim=0))
-        total.append(one_hot.T @ x)
-        square.append(x.T @ x)
-        moments.append(sum_moments(x @ axes, label[rows], num_classes=num_classes))
-    return ClassSums(
-        count=torch.stack(count), total=torch.stack(total), square=torch.stack(square), moments=torch.stack(moments)
-    )
+        sums["count"].append(one_hot.sum(dim=0))
+        sums["total"].append(one_hot.T @ x)
+        sums["square"].append(x.T @ x)
+        sums["moments"].append(sum_moments(x @ axes, label[rows], num_classes=num_classes))
+    return ClassSums(**{name: torch.stack(cells) for name, cells in sums.items()})
 
 
 def _training_cells(cross_fit: CrossFit, fold: int) -> tuple[Tensor, Tensor]:
@@ -296,10 +291,6 @@ def _training_cells(cross_fit: CrossFit, fold: int) -> tuple[Tensor, Tensor]:
     numbers = torch.arange(2 * cross_fit.num_folds)
     trains = numbers // 2 != fold
     return trains, trains & (numbers % 2 == 0)
-
-
-def _add(selected: Tensor, sums: Tensor) -> Tensor:
-    return (selected.to(sums.dtype) @ sums.flatten(1)).view(sums.shape[1:])
 
 
 def fit_gaussian(z: Tensor, label: Tensor, *, train_mask: Tensor, sums: ClassSums) -> Gaussian:

@@ -76,9 +76,8 @@ def training(scores: ScoreTable) -> list[Numbers] | None:
     groups, rows = group_codes(scores.group), []
     for index, name in enumerate(scores.modalities):
         confidence, variability = scores.training_confidence[:, index], scores.training_variability[:, index]
-        is_valid = ~np.isnan(confidence)
-        confidence, variability = confidence[is_valid], variability[is_valid]
-        groups_valid = None if groups is None else groups[is_valid]
+        variability = variability[~np.isnan(confidence)]
+        confidence, groups_valid = _valid(confidence, groups)
         counts, _, _ = np.histogram2d(confidence, variability, bins=TRAINING_BINS, range=((0, 1), (0, 0.5)))
         ambiguous = variability > AMBIGUOUS
         rows.append(
@@ -101,10 +100,7 @@ def values(scores: ScoreTable) -> list[Numbers] | None:
     groups, m = group_codes(scores.group), len(scores.modalities)
     rows = []
     for index, name in enumerate(scores.modalities):
-        phi = scores.shapley[:, index]
-        is_valid = ~np.isnan(phi)
-        groups_valid = None if groups is None else groups[is_valid]
-        phi = phi[is_valid].astype(np.float64)
+        phi, groups_valid = _valid(scores.shapley[:, index].astype(np.float64), groups)
         rows.append(
             {
                 "name": name,
@@ -246,11 +242,16 @@ def short(text: object, max_length: int = MAX_TEXT) -> str:
     return line if len(line) <= max_length else f"{line[: max_length // 3]}…{line[max_length // 3 + 1 - max_length :]}"
 
 
+def _valid(values: Array, groups: Groups) -> tuple[Array, Groups]:
+    """Return the values (n,) that are not NaN, and their groups."""
+    is_valid = ~np.isnan(values)
+    return values[is_valid], None if groups is None else groups[is_valid]
+
+
 def _discrepancy(
     discrepancy: Array, groups: Groups, *, between: str, positive_side: str, negative_side: str
 ) -> Numbers:
-    is_valid = ~np.isnan(discrepancy)
-    values, groups = discrepancy[is_valid], None if groups is None else groups[is_valid]
+    values, groups = _valid(discrepancy, groups)
     is_ahead, is_behind = values > BALANCED_WITHIN, values < -BALANCED_WITHIN
     counts = np.bincount(assign_bins(values, num_bins=DISCREPANCY_BINS), minlength=DISCREPANCY_BINS)
     return {

@@ -127,11 +127,7 @@ def _classes(classes: Sequence[Section]) -> Numbers:
 def _class(row: Section) -> Numbers:
     """Return the numbers of a class; without kept rows its distance afterwards is None."""
     after = ("distance_after", "ks_after")
-    return {
-        **row,
-        "name": short(row["name"], 80),
-        **{name: row[name] if row["after"] else None for name in after},
-    }
+    return {**row, "name": short(row["name"], 80), **{name: row[name] if row["after"] else None for name in after}}
 
 
 def _shortages(shortages: Sequence[Section], edges: Sequence[float]) -> list[Numbers]:
