@@ -22,9 +22,9 @@ from mmaudit.audit.probes.cross_fit import (
     first_rows,
     gather_fit_rows,
     in_single_fold,
+    plan_cross_fits,
     predict_out_of_fold,
 )
-from mmaudit.audit.scores.score_dataset import plan_cross_fits
 
 
 def draw(num_rows: int, *, seed: int, num_folds: int = 4) -> CrossFit:

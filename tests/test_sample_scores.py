@@ -111,6 +111,7 @@ def test_confidence_is_of_the_mean_and_spread_over_repeats() -> None:
     for member in probe_set.probes:
         probe = member.probe
         assert isinstance(probe, StoredProbe)
+        assert probe.by_epoch is not None
         logs = log_softmax(probe.by_repeat.astype(np.float64), axis=2)
         mean = softmax(logs.mean(axis=0) / member.scale[0], axis=1)
         np.testing.assert_allclose(sample_scores.confidence[:, int(member.name)], mean[np.arange(N), LABEL], atol=1e-5)
