@@ -332,7 +332,7 @@ def _groups(numbers: Section) -> list[str]:
     if facts["num_groups"] is None:
         return []
     return [
-        f"The samples belong to {facts['groups']} groups ({facts['group_column']}), and no probe scored a group "
+        f"The samples belong to {facts['num_groups']} groups ({facts['group_column']}), and no probe scored a group "
         f"that it was fitted on. The intervals account for the groups."
     ]
 
