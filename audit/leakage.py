@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dataset.columns import SPLITS
-from .dataset.modalities import kind_of_path
 from .dataset.samples import Samples
 from .features.encode import EncodeTask, Status
 from .features.matrix import FeatureMatrix, Inputs
+from .media.files import kind_of_path
 from .near_duplicates import MIN_FEATURES, MIN_ROWS, Links, SplitPair, is_present, search_near_duplicates
 from .parsing import check_ranges
 from .workers import Progress, fixed_threads, no_progress

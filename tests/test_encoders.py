@@ -28,9 +28,10 @@ from mmaudit.audit.features.encoders import (
     preprocessing,
 )
 from mmaudit.audit.hashing import digest
-from mmaudit.audit.media.audio import network_spectrogram
-from mmaudit.audit.media.decode import decode_audio, decode_folders, decode_frames, decode_image
+from mmaudit.audit.media.audio import decode_audio, network_spectrogram
 from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.media.image import decode_image
+from mmaudit.audit.media.video import decode_folders, decode_frames
 
 MEDIA = MediaConfig()
 TYPES = [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int64())]

@@ -20,8 +20,10 @@ from mmaudit.audit.errors import ConfigError, DatasetError, Reason, UnusableErro
 from mmaudit.audit.features.encode import encode_dataset, read_arrow, read_status
 from mmaudit.audit.features.encoders import call_function, check_encoder, encode_cell, preprocessing
 from mmaudit.audit.features.matrix import FeatureMatrix
-from mmaudit.audit.media.decode import decode_audio, decode_folders, decode_frames, decode_image
+from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.media.image import decode_image
+from mmaudit.audit.media.video import decode_folders, decode_frames
 from mmaudit.audit.workers import no_progress
 
 MEDIA = MediaConfig(image_size=8)
