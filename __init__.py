@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .audit.downloads.ingest import Ingested
     from .audit.errors import MmauditError
     from .audit.scores.mixture import Mixture, fit_mixture
-    from .audit.scores.probabilities import score_probabilities
+    from .audit.scores.sample_scores import score_probabilities
     from .audit.scores.table import ScoreTable, read_scores, write_scores
     from .cli.checking import CheckResult, check, ingest
     from .cli.config import RunConfig, load_config
@@ -31,7 +31,7 @@ _NAMES = {
     "audit.downloads.ingest": ["Ingested"],
     "audit.errors": ["MmauditError"],
     "audit.scores.mixture": ["Mixture", "fit_mixture"],
-    "audit.scores.probabilities": ["score_probabilities"],
+    "audit.scores.sample_scores": ["score_probabilities"],
     "audit.scores.table": ["ScoreTable", "read_scores", "write_scores"],
     "cli.checking": ["CheckResult", "check", "ingest"],
     "cli.config": ["RunConfig", "load_config"],

@@ -26,7 +26,18 @@ if TYPE_CHECKING:
 
 
 class MmauditError(Exception):
-    """Base of all errors that the user can fix. The message states what, where, what was found, and what to do."""
+    """Base of all errors that the user can fix; the message states what, where, what was found, and what to do.
+
+    The command line prints the message in one line and exits with 2, or 3 for a GateError.
+
+    Example:
+        >>> import mmaudit
+        >>> try:
+        ...     mmaudit.read_scores("missing.parquet")
+        ... except mmaudit.MmauditError as error:
+        ...     print(error)
+        no such file: missing.parquet
+    """
 
 
 class ConfigError(MmauditError):

@@ -16,19 +16,17 @@ from numpy.typing import NDArray
 
 from .dataset.columns import SPLITS
 from .dataset.samples import Samples
-from .errors import ConfigError
 from .features.encode import EncodeTask, Status
-from .features.matrix import FeatureMatrix, Inputs, RowIndex
-from .hashing import hash_rank
+from .features.matrix import FeatureMatrix, Inputs
 from .media.files import kind_of_path
-from .near_duplicates import MIN_FEATURES, Links, near_links
+from .near_duplicates import MIN_FEATURES, MIN_ROWS, Links, SplitPair, is_present, search_near_duplicates
+from .parsing import check_ranges
 from .workers import Progress, fixed_threads, no_progress
 
 GROUP_NAMES = (
     *("actor", "speaker", "subject", "participant", "person", "identity", "user", "patient", "session", "recording"),
     *("video", "video_id", "movie", "source", "song", "group"),
 )
-MIN_ROWS = 20  # fewer rows do not suffice to estimate the dimension of the features
 EXAMPLES = 5
 
 _PAIRS = (("train", "test"), ("train", "validation"), ("validation", "test"))
@@ -59,21 +57,9 @@ class LeakageConfig:
     max_test: int = 20_000
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1 or not 0 < self.false_alarms < 1:
-            raise ConfigError(
-                f"leakage.ratio is {self.ratio}, leakage.false_alarms {self.false_alarms}; "
-                "both must lie between 0 and 1"
-            )
-        if self.neighbours < 3 or self.max_partners < 1:
-            raise ConfigError(
-                f"leakage.neighbours is {self.neighbours}, leakage.max_partners {self.max_partners}; "
-                "they must be at least 3 and 1"
-            )
-        if min(self.max_train, self.max_test) < MIN_ROWS:
-            raise ConfigError(
-                f"leakage.max_train is {self.max_train}, leakage.max_test {self.max_test}; "
-                f"both must be at least {MIN_ROWS}"
-            )
+        check_ranges("leakage", self, ratio="(0, 1)", neighbours="[3, inf)", false_alarms="(0, 1)")
+        at_least_min_rows = f"[{MIN_ROWS}, inf)"
+        check_ranges("leakage", self, max_partners="[1, inf)", max_train=at_least_min_rows, max_test=at_least_min_rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,16 +126,6 @@ class Leakage:
 Messages = list[Finding | str]  # findings, and notes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pair:
-    """Rows of a reference split and of the split held out from it, both sorted by id."""
-
-    between: tuple[str, str]
-    reference_rows: RowIndex
-    heldout_rows: RowIndex
-    sample_id: NDArray[np.object_]
-
-
 @fixed_threads()
 def find_leakage(
     samples: Samples,
@@ -202,11 +178,11 @@ def group_columns(names: Sequence[str]) -> list[str]:
     return [name for name in names if {folded[name], folded[name].removesuffix("_id")} & set(GROUP_NAMES)]
 
 
-def _pair_splits(samples: Samples) -> tuple[list[_Pair], Messages]:
+def _pair_splits(samples: Samples) -> tuple[list[SplitPair], Messages]:
     order = np.array(sorted(range(len(samples)), key=samples.sample_id.__getitem__), dtype=np.intp)
     rows = {name: order[samples.split[order] == name] for name in SPLITS}
     pairs = [
-        _Pair(
+        SplitPair(
             between=(first, second), reference_rows=rows[first], heldout_rows=rows[second], sample_id=samples.sample_id
         )
         for first, second in _PAIRS
@@ -216,7 +192,7 @@ def _pair_splits(samples: Samples) -> tuple[list[_Pair], Messages]:
     return pairs, [f"no {name} split: {consequence}" for name in ("train", "test") if not len(rows[name])]
 
 
-def _finding(pair: _Pair, kind: str, name: str, links: Links, *, of: int, description: str) -> Messages:
+def _finding(pair: SplitPair, kind: str, name: str, links: Links, *, of: int, description: str) -> Messages:
     """Return a list of one finding with examples, or an empty list without links."""
     if not links:
         return []
@@ -237,7 +213,7 @@ def _finding(pair: _Pair, kind: str, name: str, links: Links, *, of: int, descri
     ]
 
 
-def _shared_ids(pair: _Pair) -> Messages:
+def _shared_ids(pair: SplitPair) -> Messages:
     """Find ids that are equal except for case, extension or leading folders; differing folders are only noted."""
     row_of_full_id: dict[str, int] = {}
     row_of_ending: dict[str, int] = {}
@@ -281,45 +257,44 @@ def _recurring(messages: Messages) -> Messages:
     return [f"{note}; not a leak by itself: such contents recur by chance" for note in _as_notes(messages)]
 
 
-def _is_present(values: NDArray[np.object_]) -> NDArray[np.bool_]:
-    return np.array([value is not None for value in values.tolist()], dtype=bool)
-
-
 def _joint_keys(modality_contents: Sequence[ModalityContent]) -> NDArray[np.object_]:
     """Return one key for each sample (n,), from the contents of all modalities, missing ones included."""
     parts = zip(*(modality_content.content.tolist() for modality_content in modality_contents), strict=True)
     return np.array(["\0".join(part or "" for part in row) for row in parts], dtype=object)
 
 
+def _link_equal(pair: SplitPair, keys: NDArray[np.object_]) -> tuple[Links, int]:
+    """Link held-out rows to the first reference row of equal key (n,), None where missing; count those with a key."""
+    first_row = {keys[row]: row for row in reversed(pair.reference_rows.tolist()) if keys[row] is not None}
+    present_rows = [row for row in pair.heldout_rows.tolist() if keys[row] is not None]
+    return {row: first_row[keys[row]] for row in present_rows if keys[row] in first_row}, len(present_rows)
+
+
 def _same_samples(
-    pair: _Pair, modality_contents: Sequence[ModalityContent], joint_keys: NDArray[np.object_]
+    pair: SplitPair, modality_contents: Sequence[ModalityContent], joint_keys: NDArray[np.object_]
 ) -> Messages:
     """Find samples that are equal in every modality."""
     if len(modality_contents) < 2:
         return []  # `_same_contents` finds the same
-    is_complete = np.logical_and.reduce([_is_present(modality.content) for modality in modality_contents])
-    first_row = {joint_keys[row]: row for row in reversed(pair.reference_rows.tolist()) if is_complete[row]}
-    complete_rows = [row for row in pair.heldout_rows.tolist() if is_complete[row]]
-    links = {row: first_row[joint_keys[row]] for row in complete_rows if joint_keys[row] in first_row}
+    is_complete = np.logical_and.reduce([is_present(modality.content) for modality in modality_contents])
+    links, num_complete = _link_equal(pair, np.where(is_complete, joint_keys, np.array(None)))
     description = f"{pair.between[1]} samples also in {pair.between[0]}, equal in every modality"
-    messages = _finding(pair, "content", "sample", links, of=len(complete_rows), description=description)
+    messages = _finding(pair, "content", "sample", links, of=num_complete, description=description)
     return _recurring(messages) if all(modality.recurs for modality in modality_contents) else messages
 
 
 def _same_contents(
-    pair: _Pair, modality_content: ModalityContent, joint_keys: NDArray[np.object_], *, max_partners: int
+    pair: SplitPair, modality_content: ModalityContent, joint_keys: NDArray[np.object_], *, max_partners: int
 ) -> Messages:
     """Find contents of one modality in both splits; one with many different partners is a placeholder, and a note."""
     content, modality = modality_content.content, modality_content.modality
-    first_row = {content[row]: row for row in reversed(pair.reference_rows.tolist()) if content[row] is not None}
+    shared, num_present = _link_equal(pair, content)
     partners: dict[str, set[str]] = {}
     for row in pair.reference_rows.tolist():
         partners.setdefault(content[row], set()).add(joint_keys[row])
-    present_rows = [row for row in pair.heldout_rows.tolist() if content[row] is not None]
-    shared = [row for row in present_rows if content[row] in first_row]
-    links = {row: first_row[content[row]] for row in shared if len(partners[content[row]]) <= max_partners}
+    links = {row: match for row, match in shared.items() if len(partners[content[row]]) <= max_partners}
     description = f"{pair.between[1]} samples with the same {modality} as a {pair.between[0]} sample"
-    messages = _finding(pair, "content", modality, links, of=len(present_rows), description=description)
+    messages = _finding(pair, "content", modality, links, of=num_present, description=description)
     messages = _recurring(messages) if modality_content.recurs else messages
     if len(shared) > len(links):
         messages.append(
@@ -329,7 +304,7 @@ def _same_contents(
     return messages
 
 
-def _shared_groups(pair: _Pair, name: str, column: NDArray[np.object_]) -> Finding | None:
+def _shared_groups(pair: SplitPair, name: str, column: NDArray[np.object_]) -> Finding | None:
     """Find groups that occur in both splits."""
     reference_groups = {value for value in column[pair.reference_rows] if value is not None}
     heldout_groups = {value for value in column[pair.heldout_rows] if value is not None}
@@ -373,7 +348,7 @@ def _group_columns(
         column = np.array([None if value is None or value != value else str(value) for value in values], dtype=object)
         code_of_value = {value: index for index, value in enumerate(dict.fromkeys(column.tolist()))}
         partition = np.array([-1 if value is None else code_of_value[value] for value in column]).tobytes()
-        num_distinct, num_present = len(code_of_value.keys() - {None}), int(_is_present(column).sum())
+        num_distinct, num_present = len(code_of_value.keys() - {None}), int(is_present(column).sum())
         if num_distinct < 2 or num_distinct == num_present:
             reason = "has a different value in every row" if num_distinct > 1 else f"has {num_distinct} distinct values"
             messages.append(f"column {name!r} {reason}: not used as groups")
@@ -383,48 +358,26 @@ def _group_columns(
     return group_columns, messages
 
 
-def _near_duplicates(pair: _Pair, modality_content: ModalityContent, *, config: LeakageConfig, seed: int) -> Messages:
+def _near_duplicates(
+    pair: SplitPair, modality_content: ModalityContent, *, config: LeakageConfig, seed: int
+) -> Messages:
     """Find held-out samples nearer to a reference sample than by chance; those of equal content are left out."""
+    content, modality = modality_content.content, modality_content.modality
     if modality_content.inputs is None:
         return []
-    content, modality = modality_content.content, modality_content.modality
-    is_present = _is_present(content)
-    reference_rows = pair.reference_rows[is_present[pair.reference_rows]]
-    heldout_rows = pair.heldout_rows[is_present[pair.heldout_rows]]
-    heldout_rows = heldout_rows[~np.isin(content[heldout_rows].astype(str), content[reference_rows].astype(str))]
-    searched = _draw(pair, reference_rows, max_rows=config.max_train, seed=seed)
-    tested = _draw(pair, heldout_rows, max_rows=config.max_test, seed=seed)
-    if not len(tested):
+    search = search_near_duplicates(pair, content, modality_content.inputs, config=config, seed=seed)
+    if search is None:
         return []
     reference, heldout = pair.between
     prefix = f"{modality}, near duplicates of {heldout} in {reference}"
-    min_rows = max(MIN_ROWS, config.neighbours + 1)
-    if len(searched) < min_rows:
-        return [f"{prefix}: not tested: {len(searched)} samples, at least {min_rows} needed"]
-    links = near_links(
-        modality_content.inputs,
-        searched,
-        tested,
-        ratio=config.ratio,
-        neighbours=config.neighbours,
-        false_alarms=config.false_alarms,
-        seed=seed,
-    )
-    if isinstance(links, str):
-        return [f"{prefix}: not tested: {links}"]
-    links = {row: links[row] for row in pair.heldout_rows.tolist() if row in links}
+    if isinstance(search, str):
+        return [f"{prefix}: not tested: {search}"]
     description = f"{heldout} samples with nearly the same {modality} as a {reference} sample"
-    messages = _finding(pair, "near duplicates", modality, links, of=len(tested), description=description)
+    messages = _finding(pair, "near duplicates", modality, search.links, of=search.num_tested, description=description)
     messages = _recurring(messages) if modality_content.recurs else messages
-    if len(searched) < len(reference_rows) or len(tested) < len(heldout_rows):
+    if search.num_searched < search.num_reference or search.num_tested < search.num_heldout:
         messages.append(
-            f"{prefix}: {len(tested)} of {len(heldout_rows)} {heldout} samples were compared with "
-            f"{len(searched)} of {len(reference_rows)} {reference} samples"
+            f"{prefix}: {search.num_tested} of {search.num_heldout} {heldout} samples were compared with "
+            f"{search.num_searched} of {search.num_reference} {reference} samples"
         )
     return messages
-
-
-def _draw(pair: _Pair, rows: RowIndex, *, max_rows: int, seed: int) -> RowIndex:
-    """Return the first `max_rows` rows in the order of hash(seed, id)."""
-    hashes = hash_rank(pair.sample_id[rows], seed=seed, purpose="near duplicates")
-    return rows[np.argsort(hashes, kind="stable")][:max_rows]

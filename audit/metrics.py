@@ -17,6 +17,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from .errors import ConfigError, choices
+
 Floats = NDArray[np.float32]
 MIN_PROBABILITY = 1e-12  # lower bound of probabilities, which keeps every loss finite (27.6 at most)
 
@@ -39,6 +41,24 @@ def discrepancy(confidence: Floats) -> Floats:
     total = np.where(present, confidence, 0).sum(axis=1, keepdims=True)
     num_others = present.sum(axis=1, keepdims=True) - 1
     return np.asarray(confidence - (total - confidence) / np.maximum(num_others, 1), dtype=confidence.dtype)
+
+
+def discrepancy_between(confidence: Floats, modalities: Sequence[str], between: str) -> Floats:
+    """Compute the signed discrepancy (n,) in [-1, 1] of confidence (n, m): `A:B` is c^A - c^B, `A` is A minus the mean.
+
+    The mean is that of the other modalities. Raises ConfigError for an unknown modality.
+    """
+    first, _, second = between.partition(":")
+    for name in [first, second] if second else [first]:
+        if name not in modalities:
+            raise ConfigError(f"--between {between}: no modality {name!r}; {choices(name, modalities)}")
+    if first == second:
+        raise ConfigError(f"--between {between}: the two modalities must differ; pass two names, or one")
+    if not second and len(modalities) == 2:
+        second = next(name for name in modalities if name != first)
+    if second:
+        return discrepancy(confidence[:, [modalities.index(first), modalities.index(second)]])
+    return np.asarray(discrepancy(confidence)[:, modalities.index(first)])
 
 
 def gap(confidence: Floats) -> Floats:

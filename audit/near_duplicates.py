@@ -7,14 +7,20 @@ d features, p features after projection, k neighbours, q queries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .features.matrix import Inputs, RowIndex, chunks
+from .hashing import hash_rank
 from .workers import parallel_map
 
+if TYPE_CHECKING:
+    from .leakage import LeakageConfig
+
 MIN_FEATURES = 8  # shorter vectors are near, or equal, by chance
+MIN_ROWS = 20  # fewer rows do not suffice to estimate the dimension of the features
 PROJECTED_DIM = 64  # dimensions of the projection: it keeps distances to 9% (Johnson and Lindenstrauss, 1984)
 REFERENCE_ROWS = 2048  # rows from which scale and dimension are estimated
 DIMENSION_QUANTILE = 0.2  # share of rows that may be copies of copies before the dimension is underestimated
@@ -24,20 +30,75 @@ Matrix = NDArray[np.float32]
 Links = dict[int, int]  # tested row -> reference row that it repeats
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitPair:
+    """Rows of a reference split and of the split held out from it, both sorted by id."""
+
+    between: tuple[str, str]
+    reference_rows: RowIndex
+    heldout_rows: RowIndex
+    sample_id: NDArray[np.object_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearSearch:
+    """Near duplicates between two splits, in the order of the held-out rows, and the numbers of rows compared."""
+
+    links: Links
+    num_tested: int
+    num_heldout: int
+    num_searched: int
+    num_reference: int
+
+
+def search_near_duplicates(
+    pair: SplitPair, content: NDArray[np.object_], inputs: Inputs, *, config: LeakageConfig, seed: int
+) -> NearSearch | str | None:
+    """Search the near duplicates of held-out rows, without those of equal content (n,), None where missing.
+
+    Returns the reason if the search is not possible, and None if there is nothing to search.
+    """
+    present = is_present(content)
+    reference_rows = pair.reference_rows[present[pair.reference_rows]]
+    heldout_rows = pair.heldout_rows[present[pair.heldout_rows]]
+    heldout_rows = heldout_rows[~np.isin(content[heldout_rows].astype(str), content[reference_rows].astype(str))]
+    searched = _draw(pair, reference_rows, max_rows=config.max_train, seed=seed)
+    tested = _draw(pair, heldout_rows, max_rows=config.max_test, seed=seed)
+    if not len(tested):
+        return None
+    min_rows = max(MIN_ROWS, config.neighbours + 1)
+    if len(searched) < min_rows:
+        return f"{len(searched)} samples, at least {min_rows} needed"
+    links = near_links(inputs, searched, tested, config=config, seed=seed)
+    if isinstance(links, str):
+        return links
+    return NearSearch(
+        links={row: links[row] for row in pair.heldout_rows.tolist() if row in links},
+        num_tested=len(tested),
+        num_heldout=len(heldout_rows),
+        num_searched=len(searched),
+        num_reference=len(reference_rows),
+    )
+
+
+def _draw(pair: SplitPair, rows: RowIndex, *, max_rows: int, seed: int) -> RowIndex:
+    """Return the first `max_rows` rows in the order of hash(seed, id)."""
+    hashes = hash_rank(pair.sample_id[rows], seed=seed, purpose="near duplicates")
+    return rows[np.argsort(hashes, kind="stable")][:max_rows]
+
+
+def is_present(values: NDArray[np.object_]) -> NDArray[np.bool_]:
+    """Return which values (n,) are not None."""
+    return np.array([value is not None for value in values.tolist()], dtype=bool)
+
+
 def near_links(
-    inputs: Inputs,
-    reference: RowIndex,
-    tested: RowIndex,
-    *,
-    ratio: float,
-    neighbours: int,
-    false_alarms: float,
-    seed: int,
+    inputs: Inputs, reference: RowIndex, tested: RowIndex, *, config: LeakageConfig, seed: int
 ) -> Links | str:
     """Link `tested` rows to the `reference` rows that they nearly repeat, or return the reason why that is undecidable.
 
-    A near duplicate is nearer than `ratio` times the distance to the `neighbours`-th reference row, and than the limit
-    that chance passes `false_alarms` times in all of `tested`. The rule is mmaudit's.
+    A near duplicate is nearer than config.ratio times the distance to the config.neighbours-th reference row, and than
+    the limit that chance passes config.false_alarms times in all of `tested`. The rule is mmaudit's.
 
     Distances are computed in the features' own units and in units of each feature's spread; either may be small. Of
     pictures saved again as JPEG the first finds .94 and the second .01, of sounds shifted by 5 ms .21 and .93.
@@ -49,11 +110,13 @@ def near_links(
     limits = []
     for projection in projections:
         reference_features = projection.read(inputs, reference)
-        row_false_alarms = false_alarms / len(projections) / len(tested)
-        limit, typical = _near_ratio(reference_features, chance=row_false_alarms, max_ratio=ratio, k=neighbours)
+        row_false_alarms = config.false_alarms / len(projections) / len(tested)
+        limit, typical = _near_ratio(
+            reference_features, chance=row_false_alarms, max_ratio=config.ratio, k=config.neighbours
+        )
         limits.append(limit)
         if limit > 0:
-            distance, nearest = _nearest(projection.read(inputs, tested), reference_features, k=neighbours)
+            distance, nearest = _nearest(projection.read(inputs, tested), reference_features, k=config.neighbours)
             is_near = distance[:, 0] < limit * np.minimum(distance[:, -1], typical)
             links |= dict(zip(tested[is_near].tolist(), reference[nearest[is_near, 0]].tolist(), strict=True))
     return links if any(limits) else "many feature vectors are equal, or all lie on a line"

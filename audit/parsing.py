@@ -1,14 +1,22 @@
-"""Parsing of JSON within limits, checks of its structure, and configs built from plain values."""
+"""Parsing within limits: JSON and its structure, configs from plain values, and .npy arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import operator
+import struct
+import tokenize
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, TypeAlias, TypeVar
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, NoReturn, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
 
 from .errors import ConfigError, choices
 
@@ -135,6 +143,34 @@ def build_config(type_: type[Config], content: Mapping[str, Any], *, where: str)
     return type_(**values)
 
 
+def check_ranges(section: str, config: object, **intervals: str) -> None:
+    """Raise ConfigError for a field outside its interval, such as "[1, inf)" or "(0, 1]".
+
+    A tuple needs one or more entries, all of them inside. Names of fields are keywords: `lr="(0, inf)"`.
+    """
+    for name, interval in intervals.items():
+        value = getattr(config, name)
+        low, high = (float(bound) for bound in interval[1:-1].split(","))
+        above = operator.ge if interval[0] == "[" else operator.gt
+        below = operator.le if interval[-1] == "]" else operator.lt
+        entries = value if isinstance(value, tuple) else (value,)
+        if entries and all(above(entry, low) and below(entry, high) for entry in entries):
+            continue
+        bound = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
+        needs = f"must lie in {interval}" if high < math.inf else f"must be {bound}"
+        if isinstance(value, tuple):
+            value, needs = list(value), f"needs one or more values {bound}"
+        raise ConfigError(f"{section}.{name} is {value}; it {needs}")
+
+
+def check_choices(section: str, config: object, **names: Sequence[str]) -> None:
+    """Raise ConfigError for a field that is not one of the names for it."""
+    for name, allowed in names.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ConfigError(f"{section}.{name} is {value!r}; {choices(value, allowed)}")
+
+
 def _convert(value: Any, hint: Any, *, name: str) -> Any:
     """Convert a plain value to the type of a field: an integer to a float, a list to a tuple, an object to a config."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -201,3 +237,36 @@ def _shown(value: Any) -> str:
         return f"an integer of {value.bit_length():,} bits"
     text = repr(value) if not isinstance(value, (list, dict)) else f"a {'list' if isinstance(value, list) else 'table'}"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+# Errors that NumPy raises for a damaged header or body, and zlib for a damaged member of an archive.
+BROKEN = (
+    tokenize.TokenError,
+    zlib.error,
+    struct.error,
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def check_header(stream: IO[bytes], *, num_bytes: int) -> None:
+    """Raise one of BROKEN if the header states objects, or more bytes than the `num_bytes` of header and body."""
+    version = npy.read_magic(stream)
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    stated_bytes = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or stated_bytes > num_bytes:
+        stated = "objects" if dtype.hasobject else f"{stated_bytes:,} bytes"
+        raise ValueError(f"its header states {stated}, and it has {num_bytes:,} bytes")
+
+
+def read_array(stream: IO[bytes]) -> NDArray[Any]:
+    """Read the array of a stream whose header was checked; raise one of BROKEN if the body is damaged."""
+    return np.asarray(npy.read_array(stream, allow_pickle=False))

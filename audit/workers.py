@@ -178,17 +178,25 @@ def prefetch_map(work: Callable[[Task], Result], tasks: Iterable[Task], *, num_t
     if num_threads < 1:
         yield from map(work, tasks)
         return
-    pool = ThreadPoolExecutor(num_threads)
+    with ThreadPoolExecutor(num_threads) as pool:
+        yield from _map_window(pool, work, tasks, size=_TASKS_PER_THREAD * num_threads)
+
+
+def _map_window(
+    pool: ThreadPoolExecutor, work: Callable[[Task], Result], tasks: Iterable[Task], *, size: int
+) -> Iterator[Result]:
+    """Yield work(task) for each task, in order, with at most `size` tasks submitted; cancel them at the end."""
     window: deque[Future[Result]] = deque()
     try:
         for task in tasks:
             window.append(pool.submit(work, task))
-            if len(window) >= _TASKS_PER_THREAD * num_threads:
+            if len(window) >= size:
                 yield window.popleft().result()
         while window:
             yield window.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in window:
+            future.cancel()
 
 
 def end_with_parent() -> None:
@@ -216,8 +224,6 @@ def _prepare_worker() -> None:
 
 
 log = logging.getLogger("mmaudit")
-
-Item = TypeVar("Item")
 
 NUM_THREADS = 1  # the environment cannot lower it; concurrent parts replace threads within a matrix product
 NETWORK_THREADS = 2  # of a network on pictures or sound: its steps are sequential, and its matrix products are large
@@ -265,7 +271,7 @@ def fixed_threads(num_threads: int = NUM_THREADS) -> Iterator[None]:
         torch.set_num_threads(caller_threads)
 
 
-def parallel_map(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def parallel_map(work: Callable[[Task], Result], items: Iterable[Task]) -> Iterator[Result]:
     """Yield work(item) for each item, in order; within `fixed_threads` several run at the same time.
 
     At most two items per thread are started before they are consumed. Nested calls within a part run sequentially.
@@ -274,17 +280,7 @@ def parallel_map(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     if executor is None:
         yield from map(work, items)
         return
-    window: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            window.append(executor.submit(work, item))
-            if len(window) >= 2 * _LOCAL.pool.num_workers:
-                yield window.popleft().result()
-        while window:
-            yield window.popleft().result()
-    finally:
-        for future in window:
-            future.cancel()
+    yield from _map_window(executor, work, items, size=2 * _LOCAL.pool.num_workers)
 
 
 def _open_executor() -> ThreadPoolExecutor | None:

@@ -141,8 +141,8 @@ def print_score(record: dict[str, Any]) -> None:
     strata = "classes" if record["config"]["data"]["task"] == "classification" else "strata"
     print_line(
         f"scored {counts['scored']} of {counts['input']} samples, {counts['quarantined']} quarantined; "
-        f"{record['classes']} {strata}, {record['folds']} folds"
-        + (f" over {record['groups']} groups" if record["groups"] else "")
+        f"{record['num_classes']} {strata}, {record['num_folds']} folds"
+        + (f" over {record['num_groups']} groups" if record["num_groups"] else "")
     )
     for reason, number in record["quarantine"].items():
         print_line(f"  quarantined: {number} x {reason}")
@@ -161,7 +161,7 @@ def print_score(record: dict[str, Any]) -> None:
                 f"  warning: probe of {entry['name']} on shuffled labels reaches {entry['value']:.3f}, above chance "
                 f"({entry['chance']:.3f}): the labels leak into its features or folds"
             )
-    print_line(f"  gap mixture: {record['verdict']}")
+    print_line(f"  gap mixture: {record['gap_verdict']}")
     print_line(f"report: {record['report']}")
 
 
@@ -197,8 +197,8 @@ def print_split(summary: dict[str, Any]) -> None:
     if len(summary["splits"]) > 1:
         counts = sorted(summary["splits"].items(), key=lambda pair: _SPLIT_ORDER.index(pair[0]))
         print_line(f"  {', '.join(f'{name} {count}' for name, count in counts)}")
-    if "verdict" in summary:
-        print_line(f"  the gap is {summary['verdict']}")
+    if "gap_verdict" in summary:
+        print_line(f"  the gap is {summary['gap_verdict']}")
     if summary["reasons"]:
         print_line(f"  dropped: {', '.join(f'{number} {reason}' for reason, number in summary['reasons'].items())}")
     before, after = summary["before"], summary["after"]

@@ -23,7 +23,7 @@ from ..audit.scores.table import RANGES, SCHEMA_VERSION
 from ..audit.storage import read_json, write_json
 from ..rebalance.manifest import Digests, Manifest, balance_path, provenance_section, read_stated_digests
 from .config import RunConfig, without_none
-from .run import Run
+from .run import RUN_SCHEMA, Run
 
 if TYPE_CHECKING:
     from ..audit.dataset.dataset import DataConfig, Dataset
@@ -211,7 +211,7 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
 
     num_quarantined = len({row.sample_id for row in audit.quarantined})
     return {
-        "schema": "mmaudit.run/1",
+        "schema": RUN_SCHEMA,
         "version": __version__,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
         "source": _absolute_source(dataset.source),
@@ -223,11 +223,11 @@ def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dic
         "code": {modality.encoder: encoder_location(modality.encoder) for modality in dataset.modalities},
         "counts": {"input": dataset.num_rows, "scored": len(audit.scores), "quarantined": num_quarantined},
         "quarantine": dict(Counter(row.reason.value for row in audit.quarantined).most_common()),
-        "classes": len(set(audit.scores.label.tolist())),
-        "groups": None if audit.scores.group is None else len(set(audit.scores.group.tolist())),
-        "folds": int(audit.scores.fold.max()) + 1 if audit.scores.fold is not None else None,
+        "num_classes": len(set(audit.scores.label.tolist())),
+        "num_groups": None if audit.scores.group is None else len(set(audit.scores.group.tolist())),
+        "num_folds": int(audit.scores.fold.max()) + 1 if audit.scores.fold is not None else None,
         "probe_report": audit.probe_report.to_json(),
-        "verdict": _verdict(audit.mixture),
+        "gap_verdict": _verdict(audit.mixture),
         "class_check": audit.class_check.to_json(),
         "seconds": seconds,
     }

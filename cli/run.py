@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..audit.errors import ConfigError, RunError, choices
+from ..audit.errors import ConfigError, RunError, choices, printable
 from ..audit.locks import Lock, find_holders, write_lock
 from ..audit.parsing import RequiredKeys, Shape
 from ..audit.scores.table import ScoreTable, read_scores
@@ -22,6 +22,7 @@ from ..audit.storage import flush, read_json, write_json
 
 _STAGED, _COMMITTED, _CLEARED = ".overwrite-new", ".overwrite-committed", ".overwrite-cleared"
 _JOURNAL = "swap.json"
+RUN_SCHEMA = "mmaudit.run/2"  # of run.json; another number means other keys
 _WAIT_SECONDS = 60.0
 
 
@@ -236,6 +237,13 @@ class Run:
             raise RunError(
                 f"{self.folder} holds no finished run; create one with: mmaudit score DATA --run {self.folder}"
             )
+        stated = read_json(self.record_file, error=RunError)
+        if stated.get("schema") != RUN_SCHEMA and str(stated.get("schema")).startswith("mmaudit.run/"):
+            raise RunError(
+                f"{self.record_file} was written by mmaudit {printable(stated.get('version'))}, as "
+                f"{printable(stated['schema'])} in place of {RUN_SCHEMA}; score it again with: mmaudit score DATA "
+                f"--run {self.folder} --overwrite"
+            )
         record = read_json(self.record_file, error=RunError, shape=_RECORD)
         _check_record(record, self.record_file)
         return record
@@ -379,11 +387,11 @@ _RECORD: Shape = RequiredKeys(
     code={},
     counts=RequiredKeys(input=int, scored=int, quarantined=int),
     quarantine={"*": int},
-    classes=int,
-    groups=(int, _NULL),
-    folds=(int, _NULL),
+    num_classes=int,
+    num_groups=(int, _NULL),
+    num_folds=(int, _NULL),
     probe_report=_PROBE_REPORT,
-    verdict=str,
+    gap_verdict=str,
     class_check=RequiredKeys(verdict=str),
     seconds={},
 )

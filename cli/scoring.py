@@ -208,7 +208,7 @@ def _score_result(run_dir: Run) -> ScoreResult:
         num_samples=counts["input"],
         num_scored=counts["scored"],
         num_quarantined=counts["quarantined"],
-        gap_verdict=record["verdict"],
+        gap_verdict=record["gap_verdict"],
         record=record,
     )
 

@@ -195,7 +195,7 @@ def split(
             len(shards.modalities),
             result.numbers["between"],
         )
-    verdict = {"verdict": run_dir.record()["verdict"]} if gmm is not None and run_dir.is_scored() else {}
+    verdict = {"gap_verdict": run_dir.record()["gap_verdict"]} if gmm is not None and run_dir.is_scored() else {}
     return SplitSummary(
         manifest=result.path,
         name=result.numbers["name"],

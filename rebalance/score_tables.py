@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError, ScoreError
 from ..audit.hashing import hash_ids
-from ..audit.metrics import Floats, gap
-from ..audit.scores.table import PROVENANCE, ScoreTable, check_score_schema, discrepancy_between, score_modalities
+from ..audit.metrics import Floats, discrepancy_between, gap
+from ..audit.scores.table import PROVENANCE, ScoreTable, check_score_schema, score_modalities
 from ..audit.storage import parse_provenance
 from .score_files import (
     LOWER_BOUNDS,

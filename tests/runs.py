@@ -9,7 +9,7 @@ from typing import Any
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.storage import read_json, write_json
 from mmaudit.cli.provenance import sign_manifest, signed_record
-from mmaudit.cli.run import Run
+from mmaudit.cli.run import RUN_SCHEMA, Run
 
 
 def copy_run(source: Path, target: Path) -> Path:
@@ -39,7 +39,7 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         for name in ("audio", "visual", "fused")
     ]
     record = {
-        "schema": "mmaudit.run/1",
+        "schema": RUN_SCHEMA,
         "version": "0.1.0",
         "source": "data.parquet",
         "fingerprint": "f" * 32,
@@ -53,9 +53,9 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
         "code": {},
         "counts": {"input": 0, "scored": 0, "quarantined": 0},
         "quarantine": {},
-        "classes": 0,
-        "groups": None,
-        "folds": 5,
+        "num_classes": 0,
+        "num_groups": None,
+        "num_folds": 5,
         "probe_report": {
             "metric": "accuracy",
             "chance": 0.5,
@@ -64,7 +64,7 @@ def run_record(*, config: dict[str, Any] | None = None, **changes: Any) -> dict[
             "gains": gains,
             "controls": [],
         },
-        "verdict": "",
+        "gap_verdict": "",
         "class_check": {"verdict": ""},
         "seconds": {},
     }

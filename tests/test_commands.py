@@ -127,7 +127,7 @@ def test_score(command: Command, demo_folder: Path) -> None:
         command,
         ["score", demo_folder / "data", "--run", demo_folder / "run", "--learn-from", "train", "--num-workers", "0"],
         text=["scored 120 of 120 samples, 0 quarantined", "chance", "gap mixture", "report: "],
-        keys=["counts", "probe_report", "verdict", "report"],
+        keys=["counts", "probe_report", "gap_verdict", "report"],
     )
     assert record["counts"]["scored"] == 120
 

@@ -184,6 +184,6 @@ def test_readme_python_example_runs(data: Path, tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(code.replace('"DATA"', repr(str(data / "spoken.csv"))), encoding="utf-8")
     subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=one_thread(), capture_output=True, check=True)
     record = json.loads((tmp_path / "my-run" / "run.json").read_text())
-    assert record["groups"] == 12
+    assert record["num_groups"] == 12
     assert record["config"]["probe"]["learn_from"] == "train"
     assert (tmp_path / "my-run" / "finetune" / "balanced-concat-bss-h" / "metrics.json").exists()

@@ -12,9 +12,8 @@ from PIL import Image
 
 from mmaudit.audit.scores.mixture import MixtureConfig, fit_mixture
 from mmaudit.audit.scores.table import ScoreTable
-from mmaudit.cli.report.canvas import COLOURS, DPI, INK, WIDTH, canvas, draw_manifest, palette, png
 from mmaudit.cli.report.examples import class_numbers
-from mmaudit.cli.report.figures import draw
+from mmaudit.cli.report.figures import COLOURS, DPI, INK, WIDTH, canvas, draw, draw_manifest, palette, png
 from mmaudit.cli.report.findings import discrepancies, gaps, maps, training
 
 
@@ -52,7 +51,7 @@ def manifest_of(after: list[float], *, between: str = "audio:visual", sizes: tup
     target = {"grid": False, "weighted": False}
     curve = [{"tolerance": step / 10, "distance": step / 10, "size": size} for step, size in enumerate(sizes)]
     balance = {
-        "made": target if sizes else None,
+        "target": target if sizes else None,
         "edges": np.linspace(-1, 1, 11).tolist(),
         "before": [9] * 10,
         "after": after,

@@ -413,10 +413,10 @@ def test_rows_beyond_maximum_are_sampled_and_noted() -> None:
     ("options", "words"),
     [
         ({"ratio": 1.0}, "leakage.ratio is 1.0"),
-        ({"false_alarms": 0.0}, "leakage.false_alarms 0.0; both must lie between 0 and 1"),
+        ({"false_alarms": 0.0}, r"leakage.false_alarms is 0.0; it must lie in \(0, 1\)"),
         ({"neighbours": 2}, "leakage.neighbours is 2"),
-        ({"max_partners": 0}, "leakage.max_partners 0; they must be at least 3 and 1"),
-        ({"max_test": 19}, "leakage.max_test 19; both must be at least 20"),
+        ({"max_partners": 0}, "leakage.max_partners is 0; it must be at least 1"),
+        ({"max_test": 19}, "leakage.max_test is 19; it must be at least 20"),
     ],
 )
 def test_config_out_of_range_raises_error(options: dict[str, Any], words: str) -> None:

@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss
 
 from mmaudit.audit import metrics
 from mmaudit.audit.errors import ConfigError, MmauditError, ScoreError
-from mmaudit.audit.scores.probabilities import score_probabilities
+from mmaudit.audit.scores.sample_scores import score_probabilities
 from mmaudit.audit.scores.table import ScoreTable, read_scores, write_scores
 from mmaudit.cli.splitting import split as write_split
 

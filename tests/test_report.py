@@ -112,8 +112,8 @@ def run_of(
             ],
             columns={"group": None if scores.group is None else "speaker"},
             counts={"input": len(scores) + out, "scored": len(scores), "quarantined": out},
-            classes=len(set(scores.label.tolist())),
-            groups=None if scores.group is None else len(set(scores.group)),
+            num_classes=len(set(scores.label.tolist())),
+            num_groups=None if scores.group is None else len(set(scores.group)),
             probe_report=probe_report(scores.modalities).to_json(),
             class_check=check.to_json(),
             seconds={"probe": 1.0},
@@ -300,8 +300,8 @@ def test_histograms_match_the_score_table(reported: Run) -> None:
     signed, gap = scores.confidence[:, 0] - scores.confidence[:, 1], np.ptp(scores.confidence, axis=1)
     pair = numbers["discrepancy"][0]
     assert pair["counts"] == np.histogram(signed.astype(float), bins=40, range=(-1, 1))[0].tolist()
-    assert pair["share_right"]["n"] == int((signed > 0.2).sum())
-    assert pair["share_left"]["n"] == int((signed < -0.2).sum())
+    assert pair["share_ahead"]["n"] == int((signed > 0.2).sum())
+    assert pair["share_behind"]["n"] == int((signed < -0.2).sum())
     assert pair["mean"]["mean"] == pytest.approx(signed.mean(), abs=1e-6)
     assert numbers["gap"]["counts"] == np.histogram(gap.astype(float), bins=50, range=(0, 1))[0].tolist()
     assert sum(numbers["gap"]["fitted"]) == int((scores.split != "test").sum()) if scores.split is not None else False
@@ -346,7 +346,7 @@ def test_larger_tolerance_is_read_from_the_curve(reported: Run) -> None:
     curve = {point["tolerance"]: point["size"] for point in manifest["balance"]["curve"]}
     assert tuple(curve) == CURVE_TOLERANCES
     assert curve[0.05] == manifest["kept"]
-    next_point = manifest["balance"]["more"]
+    next_point = manifest["balance"]["next_point"]
     assert next_point["size"] == min(size for size in curve.values() if size > manifest["kept"])
     tolerance, size = next_point["tolerance"], next_point["size"]
     sentence = f"A tolerance of {tolerance:g} would keep {size} samples in place of {manifest['kept']}"
@@ -356,7 +356,7 @@ def test_larger_tolerance_is_read_from_the_curve(reported: Run) -> None:
 def test_subset_has_histograms_but_no_uniformity_target(reported: Run) -> None:
     balance = manifest_of(reported, "audio-dominated-0.2")["balance"]
     assert len(balance["before"]) == len(balance["after"]) == 20
-    assert (balance["made"], balance["curve"], balance["classes"], balance["shortages"]) == (None, [], None, [])
+    assert (balance["target"], balance["curve"], balance["classes"], balance["shortages"]) == (None, [], None, [])
     assert (reported.figures / "manifest-audio-dominated-0.2.png").exists()
 
 
@@ -414,15 +414,15 @@ def test_finetune_is_current_if_its_manifest_is_unchanged(full: Run) -> None:
     file = full.finetune("balanced-concat") / "metrics.json"
     metrics = read_json(file, error=RunError)
     path = full.manifest("balanced")
-    assert not report_numbers(full)["finetunes"][0]["current"]
+    assert not report_numbers(full)["finetunes"][0]["manifest_is_unchanged"]
     write_json({**metrics, "manifest_digest": read_manifest(path).digest()}, file)
-    assert report_numbers(full)["finetunes"][0]["current"]
+    assert report_numbers(full)["finetunes"][0]["manifest_is_unchanged"]
     rows = pq.read_table(path)
     # Rewritten by another tool, without the recorded digest.
     pq.write_table(rows.replace_schema_metadata({b"mmaudit": b"{}"}), path)
-    assert report_numbers(full)["finetunes"][0]["current"]
+    assert report_numbers(full)["finetunes"][0]["manifest_is_unchanged"]
     pq.write_table(rows.slice(1), path)  # keeps the recorded digest of the old rows
-    assert not report_numbers(full)["finetunes"][0]["current"]
+    assert not report_numbers(full)["finetunes"][0]["manifest_is_unchanged"]
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -469,12 +469,12 @@ def test_classes_without_kept_rows_come_first_without_distance(tmp_path: Path) -
     classes_kept = set(read_manifest(run.manifest("balanced")).strings("label_name"))
     classes = manifest_of(run, "balanced")["balance"]["classes"]
     num_lost = 5 - len(classes_kept)
-    assert (classes["number"], classes["lost"]) == (5, num_lost)
-    assert {row["name"] for row in classes["worst"][num_lost:]} == classes_kept
-    assert [row["distance_after"] for row in classes["worst"][:num_lost]] == [None] * num_lost
-    distances = [row["distance_after"] for row in classes["worst"][num_lost:]]
+    assert (classes["num_classes"], classes["num_without_rows"]) == (5, num_lost)
+    assert {row["name"] for row in classes["least_uniform"][num_lost:]} == classes_kept
+    assert [row["distance_after"] for row in classes["least_uniform"][:num_lost]] == [None] * num_lost
+    distances = [row["distance_after"] for row in classes["least_uniform"][num_lost:]]
     assert distances == sorted(distances, reverse=True)
-    changes = [row["distance_after"] - row["distance_before"] for row in classes["worst"][num_lost:]]
+    changes = [row["distance_after"] - row["distance_before"] for row in classes["least_uniform"][num_lost:]]
     assert (classes["more_uniform"], classes["less_uniform"]) == (
         sum(x < 0 for x in changes),
         sum(x > 0 for x in changes),
@@ -604,7 +604,7 @@ def test_report_of_three_modalities(tmp_path: Path) -> None:
     split(run)
     numbers = report_numbers(run)
     expected = discrepancy(scores.confidence)
-    assert [row["right"] for row in numbers["discrepancy"]] == ["audio", "visual", "text"]
+    assert [row["positive_side"] for row in numbers["discrepancy"]] == ["audio", "visual", "text"]
     assert [sum(row["counts"]) for row in numbers["discrepancy"]] == [400, 400, 400]
     assert numbers["share_without_leader"]["n"] == int((expected <= 0.2).all(axis=1).sum())
     assert len(numbers["maps"]) == 3
@@ -620,8 +620,8 @@ def test_groups_widen_intervals(tmp_path: Path) -> None:
         0.5,
     ]
     alone = {**{name: getattr(scores, name) for name in ScoreTable.__slots__}, "group": None}
-    wide = report_numbers(run_of(tmp_path / "a", scores))["discrepancy"][0]["share_right"]
-    narrow = report_numbers(run_of(tmp_path / "b", ScoreTable(**alone)))["discrepancy"][0]["share_right"]
+    wide = report_numbers(run_of(tmp_path / "a", scores))["discrepancy"][0]["share_ahead"]
+    narrow = report_numbers(run_of(tmp_path / "b", ScoreTable(**alone)))["discrepancy"][0]["share_ahead"]
     assert wide["low"] < narrow["low"] < narrow["share"] == wide["share"] < narrow["high"] < wide["high"]
 
 

@@ -99,6 +99,14 @@ def test_record_without_a_key_is_refused(tmp_path: Path, key: str) -> None:
         run.record()
 
 
+def test_record_of_an_older_schema_names_both_versions(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    record = run_record(schema="mmaudit.run/1", version="0.0.9")
+    run.write_record({key: value for key, value in record.items() if key != "num_classes"})
+    with pytest.raises(RunError, match=r"was written by mmaudit 0\.0\.9, as mmaudit\.run/1 in place of mmaudit\.run/2"):
+        run.record()
+
+
 def test_scores_need_a_finished_run(tmp_path: Path) -> None:
     run = Run(tmp_path)
     scores = ScoreTable(

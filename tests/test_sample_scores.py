@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from probes import StoredProbe
 from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 
@@ -27,20 +28,6 @@ LABEL = (np.arange(N) % K).astype(np.int32)
 CLASSES = Target(task="classification", label=LABEL, num_outputs=K)
 NUMBERS = Target(task="regression", label=LABEL, num_outputs=1, values=RNG.normal(0, 1, (N, 1)).astype(np.float32))
 LABELS = Target(task="multilabel", label=LABEL, num_outputs=K, values=(RNG.random((N, K)) < 0.5).astype(np.float32))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredProbe:
-    """A probe with stored outputs: by_repeat (r, n, k), by_epoch (e, n, k)."""
-
-    by_repeat: Floats
-    by_epoch: Floats
-
-    def logits(self, rows: RowIndex, *, inputs: Inputs | None = None) -> Floats:
-        return self.by_repeat[:, rows]
-
-    def logits_by_epoch(self, rows: RowIndex) -> Floats:
-        return self.by_epoch[:, rows]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +111,7 @@ def test_confidence_is_of_the_mean_and_spread_over_repeats() -> None:
     for member in probe_set.probes:
         probe = member.probe
         assert isinstance(probe, StoredProbe)
+        assert probe.by_epoch is not None
         logs = log_softmax(probe.by_repeat.astype(np.float64), axis=2)
         mean = softmax(logs.mean(axis=0) / member.scale[0], axis=1)
         np.testing.assert_allclose(sample_scores.confidence[:, int(member.name)], mean[np.arange(N), LABEL], atol=1e-5)

@@ -13,9 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import DatasetError
-from ..numpy_files import read_npz
 from .clips import Listing, split_of, unexpected_folder
-from .unpickle import read_pickle
+from .unpickle import read_npz, read_pickle
 
 MODALITIES = ("text", "audio", "vision")
 _FIELDS = ("id", *MODALITIES)

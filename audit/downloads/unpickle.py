@@ -1,10 +1,11 @@
-"""Reading of pickled arrays without running any code that a pickle refers to."""
+"""Reading of arrays from pickles, without running any code, and from .npz files, within memory limits."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import struct
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -15,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DatasetError
-from ..numpy_files import FREE_BYTES, MAX_EXPANSION
+from ..parsing import BROKEN, check_header, read_array
 from ..storage import open_regular
 
+MAX_EXPANSION = 16  # bytes that may be read, or copied meanwhile, for each byte of the file
+FREE_BYTES = 1 << 26  # allowed in addition
 _KINDS = "biufSU"  # booleans, numbers, bytes, strings: types that are built from bytes alone
 _MAX_CODE = 32  # characters of a type code, such as <f4
 _MAX_KEY = 1 << 60  # larger integers can be chosen to have the same hash
@@ -326,3 +329,39 @@ class _Replacement:
         for index, (item, _) in enumerate(items):
             replaced[index] = item
         return replaced.reshape(array.shape), 8 + sum(size for _, size in items)
+
+
+_BROKEN_NPZ = (zipfile.BadZipFile, *BROKEN)
+
+
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """Read the arrays of an .npz file by name; arrays of objects are refused.
+
+    The sizes in its directory may sum to at most 16 times the size of the file, and each array must fit the size of
+    its member; both are checked before anything is read. Raises DatasetError for a file that cannot be read.
+    """
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            _check_expansion(archive, path.stat().st_size)
+            return {info.filename.removesuffix(".npy"): _read_array(archive, info) for info in archive.infolist()}
+    except _BROKEN_NPZ as error:
+        reason = str(error)[:200] or type(error).__name__
+        raise DatasetError(f"{path} cannot be read as .npz of plain arrays: {reason}") from error
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _check_expansion(archive: zipfile.ZipFile, size: int) -> None:
+    total, limit = sum(info.file_size for info in archive.infolist()), FREE_BYTES + MAX_EXPANSION * size
+    if total > limit:
+        raise ValueError(f"it expands to {total:,} bytes, the maximum is {limit:,}: write it with numpy.savez")
+
+
+def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(info) as member:
+        try:
+            check_header(member, num_bytes=info.file_size)
+        except ValueError as error:
+            raise ValueError(f"{info.filename}: {error}") from error
+    with archive.open(info) as member:
+        return read_array(member)

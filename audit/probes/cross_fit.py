@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ScoreError
+from ..dataset.samples import Samples
+from ..errors import Quarantined, Reason, ScoreError
 from ..features.matrix import RowIndex
 from ..hashing import hash_rank
+from .config import ProbeConfig
 
 
 def assign_folds(
@@ -185,3 +187,51 @@ def predict_out_of_fold(
         first += cross_fit.num_folds
     assert out is not None
     return out
+
+
+def plan_cross_fits(
+    samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int
+) -> tuple[NDArray[np.intp], list[CrossFit], list[Quarantined]]:
+    """Assign the rows to folds in each repeat, and drop classes that lie in a single fold in any of them.
+
+    Returns the remaining rows, one CrossFit per repeat, and the quarantined samples of rare classes. Strata that are
+    not classes, as those of a regression, are never dropped.
+    """
+    left_out: list[Quarantined] = []
+    while True:
+        cross_fits = [_cross_fit(samples, rows, config, seed=seed, repeat=repeat) for repeat in range(config.repeats)]
+        if samples.task != "classification":
+            return rows, cross_fits, left_out
+        label = samples.label[rows]
+        rare = np.logical_or.reduce([in_single_fold(label, cross_fit.fold, cross_fit.fits) for cross_fit in cross_fits])
+        if not rare.any():
+            return rows, cross_fits, left_out
+        left_out += [_quarantine_rare(samples, rows, row) for row in rows[rare]]
+        rows = rows[~rare]
+        if len(rows) == 0:
+            raise ScoreError(f"no class can be cross-fitted; the first of them: {left_out[0].detail}")
+
+
+def _cross_fit(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int, repeat: int) -> CrossFit:
+    train = samples.split[rows] != "test"
+    if not train.any():  # the mixture is never fitted to test samples either
+        raise ScoreError("every usable sample is in the test split: no samples to train probes on; pass --split none")
+    fits = train | (config.learn_from == "all")
+    group = None if samples.group is None else samples.group[rows]
+    ids, label = samples.sample_id[rows], samples.label[rows]
+    folds = [
+        assign_folds(ids, label, group, fits, num_folds=config.folds, seed=seed, purpose=f"{purpose} {repeat}")
+        for purpose in ("fold", "inner fold")
+    ]
+    key = hash_rank(ids, seed=seed, purpose="strength rows")
+    return CrossFit(fold=folds[0], inner=folds[1], fits=fits, key=key)
+
+
+def _quarantine_rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
+    class_rows = rows[samples.label[rows] == samples.label[row]]
+    detail = f"class {samples.class_names[samples.label[row]]!r} has {len(class_rows)} usable samples"
+    if samples.group is not None and len(class_rows):
+        detail += f", of {len(set(samples.group[class_rows]))} groups"
+    return Quarantined(
+        sample_id=samples.sample_id[row], modality=None, reason=Reason.RARE_CLASS, detail=f"{detail}, all in one fold"
+    )

@@ -1,4 +1,4 @@
-"""Generalised linear models, many fitted at once.
+"""Generalised linear models, many fitted at once by L-BFGS.
 
 Legend: n rows, d features, k outputs, q models, each with its own l2 and with the rows of one of p masks, which several
 models may share. Each task has its canonical link, so that the gradient of the loss by the logits is always mean - y:
@@ -13,19 +13,163 @@ rows; the bias is not penalised. In scikit-learn's terms C = 1 / (l2 * rows), al
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..workers import parallel_map
-from .cross_fit import FitRows
 from .design import Design, TorchTarget
-from .lbfgs import Minimum, SelectActive, minimize
+
+_MEMORY = 10  # pairs of steps and gradient changes that are remembered
+_HALVINGS = 20
+_MIN_LOSS_SCALE = 1e-2  # gains are relative to the loss, or to this where the loss is smaller
+_MAX_SNAPSHOTS = 8
+
+
+# Called after each step with the indices (c,) of the active losses and their theta; returns the mask (c,) to continue.
+SelectActive = Callable[[Tensor, Tensor], Tensor]
+
+
+class Problem(Protocol):
+    """p losses of parameters theta (p, a, b), each of its own slice."""
+
+    @property
+    def rounding(self) -> float:
+        """Relative increase of a loss that rounding alone may cause."""
+
+    def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the losses (p,) and their gradients (p, a, b)."""
+
+    def precondition(self, gradient: Tensor) -> Tensor:
+        """Apply the inverse of an initial estimate of the Hessians to p gradients."""
+
+    def take(self, which: Tensor) -> Problem:
+        """Return the problem of a subset of the losses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minimum:
+    """Final theta (p, a, b) of p losses, and snapshots of theta after steps 1, 2, 4, ... and the last."""
+
+    theta: Tensor
+    num_steps: int
+    snapshots: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A step, the change of the gradient over it, raw and preconditioned, and the curvature: step times change."""
+
+    step: Tensor
+    change: Tensor
+    conditioned: Tensor
+    curvature: Tensor
+
+    def take(self, which: Tensor) -> _Pair:
+        return _Pair(self.step[which], self.change[which], self.conditioned[which], self.curvature[which])
+
+
+def minimize(
+    problem: Problem,
+    start: Tensor,
+    *,
+    max_steps: int,
+    tolerance: float,
+    patience: int,
+    select_active: SelectActive | None = None,
+) -> Minimum:
+    """Minimise p losses from `start` (p, a, b) by batched L-BFGS.
+
+    A loss leaves the batch when `patience` consecutive steps, not counting the first, lower it by less than
+    `tolerance`, relatively, or when `select_active`, called with the indices (c,) of the active losses and their theta
+    (c, a, b), returns False for it.
+    """
+    final_theta, theta = start.clone(), start
+    active = torch.arange(len(start), device=start.device)
+    loss, gradient = problem.loss_and_gradient(theta)
+    conditioned = problem.precondition(gradient)
+    stalls = torch.full_like(active, -1)  # -1: the first step, whose length is a rough guess, does not count
+    history: list[_Pair] = []
+    snapshots: list[Tensor] = []
+    for step in range(1, max_steps + 1):
+        direction = -_two_loops(gradient, conditioned, history)
+        theta_next, loss_next, gradient_next = _search(problem, theta, loss, gradient, direction)
+        conditioned_next = problem.precondition(gradient_next)
+        step_taken, change = theta_next - theta, gradient_next - gradient
+        pair = _Pair(step_taken, change, conditioned_next - conditioned, _inner(step_taken, change))
+        history = [*history[1 - _MEMORY :], pair]
+        stalls = torch.where(loss - loss_next > tolerance * loss.abs().clamp_min(_MIN_LOSS_SCALE), 0, stalls + 1)
+        theta, loss, gradient, conditioned = theta_next, loss_next, gradient_next, conditioned_next
+        final_theta[active] = theta
+        running = stalls < patience
+        if select_active is not None:
+            running &= select_active(active, theta)
+        last = step == max_steps or not bool(running.any())
+        if last or step & (step - 1) == 0:
+            snapshots = [*snapshots[: _MAX_SNAPSHOTS - 1], final_theta.clone()]
+        if last:
+            break
+        if not bool(running.all()):
+            problem, active, history = problem.take(running), active[running], [pair.take(running) for pair in history]
+            theta, loss, stalls = theta[running], loss[running], stalls[running]
+            gradient, conditioned = gradient[running], conditioned[running]
+    return Minimum(theta=final_theta, num_steps=step, snapshots=tuple(snapshots))
+
+
+def _search(
+    problem: Problem, theta: Tensor, loss: Tensor, gradient: Tensor, direction: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step along each direction, halving the step until the Armijo condition holds; a step of 0 if it never does.
+
+    The loss may rise by `problem.rounding`, since rounding can hide a decrease.
+    """
+    slope = (gradient * direction).sum(dim=(1, 2))
+    length = torch.ones_like(loss)
+    for _ in range(_HALVINGS):
+        theta_next = theta + length[:, None, None] * direction
+        loss_next, gradient_next = problem.loss_and_gradient(theta_next)
+        sufficient = loss_next <= loss + 1e-4 * length * slope + problem.rounding * loss.abs()  # False for NaN
+        if bool(sufficient.all()):
+            return theta_next, loss_next, gradient_next
+        length = torch.where(sufficient, length, length / 2)
+    theta_next = theta + torch.where(sufficient, length, 0.0)[:, None, None] * direction
+    return theta_next, *problem.loss_and_gradient(theta_next)
+
+
+def _two_loops(gradient: Tensor, conditioned: Tensor, history: list[_Pair]) -> Tensor:
+    """Apply the L-BFGS inverse Hessian of the history to p gradients at once (Nocedal & Wright, algorithm 7.4).
+
+    The initial inverse Hessian is linear and costly, so that it is applied to each gradient once, outside the loops.
+    """
+    direction = gradient
+    alphas = []
+    for pair in reversed(history):
+        alpha = _ratio(_inner(pair.step, direction), pair.curvature)
+        direction = direction - alpha * pair.change
+        conditioned = conditioned - alpha * pair.conditioned
+        alphas.append(alpha)
+    if history:  # the initial estimate is too large where predictions are confident; rescale it by the last pair
+        last = history[-1]
+        rescale = last.curvature / _inner(last.change, last.conditioned)
+        conditioned = conditioned * torch.where(last.curvature > 0, rescale, 1.0)
+    for pair, alpha in zip(history, reversed(alphas), strict=True):
+        conditioned = conditioned + (alpha - _ratio(_inner(pair.change, conditioned), pair.curvature)) * pair.step
+    return conditioned
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=(1, 2), keepdim=True)
+
+
+def _ratio(numerator: Tensor, curvature: Tensor) -> Tensor:
+    """Divide by the curvature; 0 where it is not positive, as after a step of 0."""
+    return torch.where(curvature > 0, numerator / torch.where(curvature > 0, curvature, 1.0), 0.0)
+
 
 _CHUNK_LOGITS = 1 << 20  # 4 MiB of float32, still in the cache when the product reads them (1 MiB costs 15% more)
 _MIN_CHUNK = 512
@@ -34,165 +178,133 @@ _CHUNK_COLUMNS = 1_200  # of logits: their weights have to fit in the cache too 
 _ROWS_FOR_VARIANCE = 8_000
 _BFLOAT16_ROUNDING = 1e-4  # of a mean loss over a few thousand rows
 
+Run = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlmLoss:
+    """Mean losses, without penalty, over the rows of p masks; weights (n, p): the weight of each row in each mean."""
+
+    design: Design
+    torch_target: TorchTarget
+    weights: Tensor
+
+    @classmethod
+    def of(cls, design: Design, torch_target: TorchTarget, masks: Tensor) -> GlmLoss:
+        """Build the losses over the rows of masks (n, p)."""
+        return cls(design=design, torch_target=torch_target, weights=masks.to(design.dtype) / masks.sum(dim=0))
+
+    def compute(self, theta: Tensor, column: Tensor, *, with_gradient: bool = True) -> tuple[Tensor, Tensor]:
+        """Compute losses (q,) and gradients of models theta (q, d + 1, k), model i over the rows of mask column[i]."""
+        q, k, p = len(theta), theta.shape[2], self.weights.shape[1]
+        if q > p and not bool(theta.any()):  # at 0, models with the same rows have the same loss
+            columns_at_zero = torch.arange(p, device=column.device)
+            loss, gradient = self.compute(theta[:p], columns_at_zero, with_gradient=with_gradient)
+            return loss[column], gradient[column]
+        loss, gradient = theta.new_zeros(q), torch.zeros_like(theta)
+        max_size = max(_MIN_ROWS, _CHUNK_LOGITS // min(q * k, max(k, _CHUNK_COLUMNS)))
+        for run_columns, run in _runs(self.weights, max_size=max_size):
+            in_run = torch.isin(column, run_columns).nonzero().squeeze(1)
+            for models in torch.split(in_run, max(1, _CHUNK_COLUMNS // k)):
+                weights = self.weights[:, column[models]]
+                run_loss, run_gradient = self._sum_run(theta[models], weights, run, with_gradient=with_gradient)
+                loss[models] += run_loss
+                gradient.index_add_(0, models, run_gradient)
+        return loss, gradient
+
+    def _sum_run(self, theta: Tensor, weights: Tensor, run: Run, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        """Sum losses (c,) and gradients (c, d + 1, k) of c models over chunks of rows; weights (n, c) of each model."""
+        design, values, task = self.design, self.torch_target.values, self.torch_target.task
+        c, d, k = len(theta), theta.shape[1] - 1, theta.shape[2]
+        weight = theta[:, :-1].to(design.rows.dtype).transpose(0, 1).flatten(1)
+        is_zero = not bool(theta.any())  # skips a product of zeros, half of the cost of the first step
+        loss, by_weight, by_bias = theta.new_zeros(c), theta.new_zeros(d, c * k), theta.new_zeros(c, k)
+
+        def sum_chunk(chunk: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+            x, chunk_weights = design.rows[slice(*chunk)], weights[slice(*chunk)]
+            logits = theta.new_zeros(len(x), c, k) if is_zero else (x @ weight).to(theta.dtype).view(len(x), c, k)
+            losses, residual = loss_and_residual(logits.add_(theta[:, -1]), values[slice(*chunk)], task=task)
+            total = (losses * chunk_weights).sum(dim=0)
+            if not with_gradient:
+                return total, by_weight, by_bias
+            residual *= chunk_weights[:, :, None]
+            return total, x.T @ residual.flatten(1).to(x.dtype), residual.sum(dim=0)
+
+        # Chunks are added in order, so that the sum does not depend on the number of threads.
+        for chunk_loss, chunk_by_weight, chunk_by_bias in parallel_map(sum_chunk, run):
+            loss += chunk_loss
+            if with_gradient:
+                by_weight += chunk_by_weight
+                by_bias += chunk_by_bias
+        return loss, torch.cat([by_weight.view(d, c, k).transpose(0, 1), by_bias[:, None]], dim=1)
+
 
 def fit_glm(
-    design: Design,
-    torch_target: Tensor,
-    *,
-    task: str,
-    train_mask: Tensor,
+    loss: GlmLoss,
     l2: Tensor,
-    start: Tensor,
+    *,
     max_steps: int,
     tolerance: float,
     patience: int = 2,
     select_active: SelectActive | None = None,
 ) -> Minimum:
-    """Fit q models to label (n,) or values (n, k), model i on the rows of column i % p of train_mask (n, p).
+    """Fit q models from zero weights, model i with penalty l2[i] on the rows of mask i % p.
 
-    `start` and the fitted theta are (q, d + 1, k): weights of the design's features, then the bias. The initial Hessian
-    estimate is the Hessian at logits of 0, diagonal on the design's axes.
+    The fitted theta is (q, d + 1, k): weights of the design's features, then the bias.
     """
-    problem = GlmProblem(design, torch_target, task=task, rows=train_mask, l2=l2)
+    start = l2.new_zeros(len(l2), loss.design.rows.shape[1] + 1, loss.torch_target.num_outputs)
     return minimize(
-        problem, start, max_steps=max_steps, tolerance=tolerance, patience=patience, select_active=select_active
+        GlmProblem.of(loss, l2),
+        start,
+        max_steps=max_steps,
+        tolerance=tolerance,
+        patience=patience,
+        select_active=select_active,
     )
 
 
-def mean_loss(
-    design: Design, torch_target: Tensor, *, task: str, rows: Tensor, column: Tensor, theta: Tensor
-) -> Tensor:
-    """Compute the mean loss (q,) of models theta (q, d + 1, k), model i over the rows of column[i] of rows (n, p)."""
-    weights = rows.to(design.dtype) / rows.sum(dim=0)
-    return _loss_and_gradient(
-        design, torch_target, task=task, weights=weights, column=column, theta=theta, with_gradient=False
-    )[0]
-
-
-def evaluate_rows(
-    design: Design, torch_target: Tensor, *, task: str, train_mask: Tensor, theta: Tensor, num_rows: int
-) -> tuple[Tensor, Tensor]:
-    """Compute losses (p,) and gradients of models theta (p, d + 1, k), summed over the first num_rows rows only."""
-    weights = (train_mask.to(design.dtype) / train_mask.sum(dim=0))[:num_rows]
-    column = torch.arange(len(theta), device=theta.device)
-    loss, gradient = _loss_and_gradient(design, torch_target, task=task, weights=weights, column=column, theta=theta)
-    return loss.cpu(), gradient  # the copy synchronises with a GPU
-
-
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GlmProblem:
-    """The losses of q models as functions of theta (q, d + 1, k); several models may train on the same rows."""
+    """The penalised losses of q models; column (q,) is the mask of each, penalty (q, d) that of each weight."""
 
-    def __init__(self, design: Design, torch_target: Tensor, *, task: str, rows: Tensor, l2: Tensor) -> None:
-        self.design, self.torch_target, self.task, self.l2 = design, torch_target, task, l2
-        self.weights = rows.to(design.dtype) / rows.sum(dim=0)  # (n, p): weight of a row in each mean
-        self.column = torch.arange(len(l2), device=rows.device) % rows.shape[1]  # (q,): the column of each model
-        self.penalty = l2[:, None] * _own_variance(design, self.weights)[self.column]  # (q, d)
-        eps = 4 * torch.finfo(design.dtype).eps
-        self.rounding = _BFLOAT16_ROUNDING if design.rows.dtype == torch.bfloat16 else eps
+    loss: GlmLoss
+    l2: Tensor
+    column: Tensor
+    penalty: Tensor
+
+    @classmethod
+    def of(cls, loss: GlmLoss, l2: Tensor) -> GlmProblem:
+        """Build the problem in which model i has penalty l2[i] and the rows of mask i % p."""
+        column = torch.arange(len(l2), device=loss.weights.device) % loss.weights.shape[1]
+        return cls(loss=loss, l2=l2, column=column, penalty=l2[:, None] * _own_variance(loss)[column])
+
+    @property
+    def rounding(self) -> float:
+        """Relative increase of a loss that rounding alone may cause."""
+        design = self.loss.design
+        return _BFLOAT16_ROUNDING if design.rows.dtype == torch.bfloat16 else 4 * torch.finfo(design.dtype).eps
 
     def take(self, models: Tensor) -> GlmProblem:
         """Return the problem of a subset of the models."""
-        subset = object.__new__(GlmProblem)
-        subset.design, subset.torch_target, subset.task, subset.rounding = (
-            self.design,
-            self.torch_target,
-            self.task,
-            self.rounding,
-        )
-        columns, subset.column = torch.unique(self.column[models], return_inverse=True)
-        subset.weights, subset.l2, subset.penalty = (self.weights[:, columns], self.l2[models], self.penalty[models])
-        return subset
+        columns, column = torch.unique(self.column[models], return_inverse=True)
+        loss = replace(self.loss, weights=self.loss.weights[:, columns])
+        return GlmProblem(loss=loss, l2=self.l2[models], column=column, penalty=self.penalty[models])
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the losses (q,) and their gradients (q, d + 1, k)."""
-        loss, gradient = _loss_and_gradient(
-            self.design, self.torch_target, task=self.task, weights=self.weights, column=self.column, theta=theta
-        )
+        loss, gradient = self.loss.compute(theta, self.column)
         penalty_gradient = self.penalty[:, :, None] * theta[:, :-1]
         gradient[:, :-1] += penalty_gradient
         return loss + (penalty_gradient * theta[:, :-1]).sum(dim=(1, 2)) / 2, gradient
 
     def precondition(self, gradient: Tensor) -> Tensor:
-        """Apply the inverse of the Hessian at logits of 0, as if all models had the same rows."""
+        """Apply the inverse of the Hessian at logits of 0, diagonal on the axes, as if all models had the same rows."""
         # At 0 the covariance of the one-hot target is 1/k of the identity, up to a common shift of all logits.
-        curvature = {"classification": 1 / gradient.shape[2], "multilabel": 1 / 4, "regression": 1.0}[self.task]
-        metric = curvature * self.design.curvature + self.l2[:, None]
-        weight = self.design.from_axes(self.design.to_axes(gradient[:, :-1]) / metric[:, :, None])
+        by_task = {"classification": 1 / gradient.shape[2], "multilabel": 1 / 4, "regression": 1.0}
+        curvature, design = by_task[self.loss.torch_target.task], self.loss.design
+        metric = curvature * design.curvature + self.l2[:, None]
+        weight = design.from_axes(design.to_axes(gradient[:, :-1]) / metric[:, :, None])
         return torch.cat([weight, gradient[:, -1:] / curvature], dim=1)
-
-
-def _loss_and_gradient(
-    design: Design,
-    torch_target: Tensor,
-    *,
-    task: str,
-    weights: Tensor,
-    column: Tensor,
-    theta: Tensor,
-    with_gradient: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Compute the losses (q,) without penalty, and their gradients (q, d + 1, k)."""
-    q, k, p = len(theta), theta.shape[2], weights.shape[1]
-    if q > p and not bool(theta.any()):  # at 0, models with the same rows have the same loss
-        zero_theta = theta.new_zeros(p, *theta.shape[1:])
-        columns_at_zero = torch.arange(p, device=column.device)
-        loss, gradient = _loss_and_gradient(
-            design,
-            torch_target,
-            task=task,
-            weights=weights,
-            column=columns_at_zero,
-            theta=zero_theta,
-            with_gradient=with_gradient,
-        )
-        return loss[column], gradient[column]
-    loss, gradient = theta.new_zeros(q), torch.zeros_like(theta)
-    max_size = max(_MIN_ROWS, _CHUNK_LOGITS // min(q * k, max(k, _CHUNK_COLUMNS)))
-    for run_columns, run in _runs(weights, max_size=max_size):
-        for models in torch.split(torch.isin(column, run_columns).nonzero().squeeze(1), max(1, _CHUNK_COLUMNS // k)):
-            run_loss, run_gradient = _sum_run(
-                design,
-                torch_target,
-                task=task,
-                weights=weights[:, column[models]],
-                theta=theta[models],
-                run=run,
-                with_gradient=with_gradient,
-            )
-            loss[models] += run_loss
-            gradient.index_add_(0, models, run_gradient)
-    return loss, gradient
-
-
-Run = list[tuple[int, int]]
-
-
-def _sum_run(
-    design: Design, torch_target: Tensor, *, task: str, weights: Tensor, theta: Tensor, run: Run, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Sum losses (c,) and gradients (c, d + 1, k) of c models over chunks of rows; weights (n, c) of each model."""
-    c, d, k = len(theta), theta.shape[1] - 1, theta.shape[2]
-    weight = theta[:, :-1].to(design.rows.dtype).transpose(0, 1).flatten(1)
-    is_zero = not bool(theta.any())  # skips a product of zeros, half of the cost of the first step
-    loss, by_weight, by_bias = theta.new_zeros(c), theta.new_zeros(d, c * k), theta.new_zeros(c, k)
-
-    def sum_chunk(chunk: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        x, chunk_weights = design.rows[slice(*chunk)], weights[slice(*chunk)]
-        logits = theta.new_zeros(len(x), c, k) if is_zero else (x @ weight).to(theta.dtype).view(len(x), c, k)
-        losses, residual = loss_and_residual(logits.add_(theta[:, -1]), torch_target[slice(*chunk)], task=task)
-        total = (losses * chunk_weights).sum(dim=0)
-        if not with_gradient:
-            return total, by_weight, by_bias
-        residual *= chunk_weights[:, :, None]
-        return total, x.T @ residual.flatten(1).to(x.dtype), residual.sum(dim=0)
-
-    # Chunks are added in order, so that the sum does not depend on the number of threads.
-    for chunk_loss, chunk_by_weight, chunk_by_bias in parallel_map(sum_chunk, run):
-        loss += chunk_loss
-        if with_gradient:
-            by_weight += chunk_by_weight
-            by_bias += chunk_by_bias
-    return loss, torch.cat([by_weight.view(d, c, k).transpose(0, 1), by_bias[:, None]], dim=1)
 
 
 def _runs(weights: Tensor, *, max_size: int) -> Iterator[tuple[Tensor, Run]]:
@@ -231,80 +343,22 @@ def loss_and_residual(logits: Tensor, torch_target: Tensor, *, task: str) -> tup
     return residual.square().sum(dim=2) / 2, residual
 
 
-def _own_variance(design: Design, weights: Tensor) -> Tensor:
+def _own_variance(loss: GlmLoss) -> Tensor:
     """Compute the variance (p, d) of each standardised feature over the rows of each mask; 1 where it is constant.
 
     Of more than twice _ROWS_FOR_VARIANCE rows an evenly spaced sample is used, which gives it to 2%. Rounding leaves
     3e-4 of the overall spread in float32; below 1e-3 a feature counts as constant on those rows.
     """
-    stride = max(1, len(weights) // _ROWS_FOR_VARIANCE)
-    rows, weights = design.rows[::stride], weights[::stride]
+    stride = max(1, len(loss.weights) // _ROWS_FOR_VARIANCE)
+    rows, weights = loss.design.rows[::stride], loss.weights[::stride]
     if stride > 1:
         weights = weights / weights.sum(dim=0)
     mean = weights.new_zeros(weights.shape[1], rows.shape[1])
     square = torch.zeros_like(mean)
-    for start in range(0, len(weights), 4 * _MIN_CHUNK):
-        x, chunk_weights = (
-            rows[start : start + 4 * _MIN_CHUNK].to(weights.dtype),
-            weights[start : start + 4 * _MIN_CHUNK],
-        )
-        mean.addmm_(chunk_weights.T, x)
-        square.addmm_(chunk_weights.T, x.square())
+    size = 4 * _MIN_CHUNK
+    for x, chunk_weights in zip(torch.split(rows, size), torch.split(weights, size), strict=True):
+        values = x.to(weights.dtype)
+        mean.addmm_(chunk_weights.T, values)
+        square.addmm_(chunk_weights.T, values.square())
     variance = square - mean.square()
     return torch.where(variance > 1e-6, variance, 1.0)
-
-
-log = logging.getLogger("mmaudit")
-
-_TYPICAL_STEPS = 10  # of the fits measured; a hard one takes a few hundred
-_MAX_SECONDS = 60.0  # a fit whose typical number of steps takes longer is logged
-_MIN_LOGITS = 1 << 26  # rows x probes x outputs; below, ten steps take a few seconds, and nothing is measured
-_TIMED_LOGITS = 1 << 23  # a few hundredths of a second, unless _MIN_TIMED_ROWS rows have more
-_MIN_TIMED_ROWS = 128
-
-
-def log_estimate(design: Design, torch_target: TorchTarget, fit_rows: FitRows, *, max_steps: int) -> None:
-    """Log the seconds per step, the number of steps and the settings that reduce them, if a fit may take long."""
-    num_rows, num_probes = len(fit_rows.rows), int(fit_rows.train_mask.shape[1])
-    if num_rows * num_probes * torch_target.num_outputs < _MIN_LOGITS:
-        return
-    seconds = step_seconds(design, torch_target, fit_rows)
-    steps = min(_TYPICAL_STEPS, max_steps)
-    if seconds * steps > _MAX_SECONDS:
-        log.info(
-            "fitting %d probes to %d rows, %d outputs and %d features: %.1f s per step, %d steps %s, at most %d steps "
-            "%s; limit it with --set probe.max_steps=N, or shorten it with --repeats 1, --set probe.folds=2, "
-            "--set probe.max_rows=N, --set probe.joint=false or --set probe.control=false",
-            num_probes,
-            num_rows,
-            torch_target.num_outputs,
-            design.rows.shape[1],
-            seconds,
-            steps,
-            _duration(steps * seconds),
-            max_steps,
-            _duration(max_steps * seconds),
-        )
-
-
-def step_seconds(design: Design, torch_target: TorchTarget, fit_rows: FitRows) -> float:
-    """Measure the seconds of one loss and gradient of all probes: the faster of two runs over a few rows, scaled up."""
-    num_rows, num_probes = len(fit_rows.rows), int(fit_rows.train_mask.shape[1])
-    num_timed = min(num_rows, max(_MIN_TIMED_ROWS, _TIMED_LOGITS // (num_probes * torch_target.num_outputs)))
-    train_mask = torch.from_numpy(fit_rows.train_mask).to(design.rows.device)
-    theta = design.curvature.new_full((num_probes, design.rows.shape[1] + 1, torch_target.num_outputs), 1e-3)
-    seconds = list[float]()
-    for _ in range(2):
-        start = time.perf_counter()
-        evaluate_rows(
-            design, torch_target.values, task=torch_target.task, train_mask=train_mask, theta=theta, num_rows=num_timed
-        )
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) * (num_rows / num_timed)
-
-
-def _duration(seconds: float) -> str:
-    """Format a duration: `40 s`, `12 min` or `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"

@@ -6,6 +6,8 @@ one covariance per class, which makes it quadratic in the features.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,16 +22,25 @@ from ..features.matrix import Inputs, RowIndex
 from .cross_fit import CrossFit, FitRows, predict_out_of_fold
 from .design import Design, TorchTarget, Units, choose_outputs, read_design
 from .gaussian import MAX_FEATURES, MAX_ROWS, Curve, MixedModels, mix_in_gaussian
-from .glm import fit_glm, log_estimate, mean_loss
-from .lbfgs import Minimum
+from .glm import GlmLoss, Minimum, fit_glm
 
 if TYPE_CHECKING:
     from .config import ProbeConfig
+
+log = logging.getLogger("mmaudit")
 
 _MAX_LOSS_RATIO = 2.0  # a trial goes on while its excess loss is at most this many times the gain of its last step
 _TOLERANCE = 4e-2  # enough to rank the penalties; with few rows, a tighter tolerance fits noise
 _MAX_STEPS = 10
 _MARGIN = 1e-5  # ten times the rounding error of a mean loss: of two losses this close, the larger l2 is chosen
+# Tolerance with bfloat16 products: a step that gains less is not worth its time (at 5e-4 the loss is .004 better).
+_BFLOAT16_TOLERANCE = 2e-3
+_MIN_BFLOAT16_SIZE = 1 << 22  # rows times features, below which bfloat16 saves too little time for its rounding
+_TYPICAL_STEPS = 10  # of the fits measured; a hard one takes a few hundred
+_MAX_SECONDS = 60.0  # a fit whose typical number of steps takes longer is logged
+_MIN_LOGITS = 1 << 26  # rows x probes x outputs; below, ten steps take a few seconds, and nothing is measured
+_TIMED_LOGITS = 1 << 23  # a few hundredths of a second, unless _MIN_TIMED_ROWS rows have more
+_MIN_TIMED_ROWS = 128
 
 
 def choose_l2(
@@ -47,13 +58,10 @@ def choose_l2(
     if len(path) == 1 or not choice_rows.can_choose:
         return design.curvature.new_full((fit_rows.train_mask.shape[1],), path[len(path) // 2])
     train_only = choice_rows.train_mask & ~choice_rows.holdout_mask
-    l2 = _compare_l2(
-        _part(design, torch_target, is_chosen, train_only),
-        _part(design, torch_target, is_chosen, choice_rows.holdout_mask),
-        path,
-        task=torch_target.task,
-        num_outputs=torch_target.num_outputs,
+    train_loss, holdout_loss = (
+        _loss_over(design, torch_target, is_chosen, mask) for mask in (train_only, choice_rows.holdout_mask)
     )
+    l2 = _compare_l2(train_loss, holdout_loss, design.curvature.new_tensor(path))
     return l2 * torch.from_numpy(train_only.sum(axis=0) / fit_rows.train_mask.sum(axis=0)).to(l2)
 
 
@@ -71,47 +79,39 @@ def _choice_data(
     return replace(torch_target, values=label, num_outputs=len(outputs)), mask
 
 
-Part = tuple[Design, Tensor, Tensor]
-
-
-def _part(design: Design, torch_target: TorchTarget, is_chosen: NDArray[np.bool_], mask: NDArray[np.bool_]) -> Part:
-    """Return design, target and mask of the chosen rows that are in the mask (s, p) of at least one probe."""
+def _loss_over(
+    design: Design, torch_target: TorchTarget, is_chosen: NDArray[np.bool_], mask: NDArray[np.bool_]
+) -> GlmLoss:
+    """Return the losses over the masks (s, p) of the chosen rows, without the rows that are in no mask."""
     used = mask.any(axis=1)
     rows = torch.from_numpy(np.flatnonzero(is_chosen)[used]).to(design.rows.device)
-    return design.take(rows), torch_target.values[rows], torch.from_numpy(mask[used]).to(rows.device)
+    torch_target = replace(torch_target, values=torch_target.values[rows])
+    return GlmLoss.of(design.take(rows), torch_target, torch.from_numpy(mask[used]).to(rows.device))
 
 
-def _compare_l2(train_part: Part, holdout_part: Part, path: list[float], *, task: str, num_outputs: int) -> Tensor:
+def _compare_l2(train_loss: GlmLoss, holdout_loss: GlmLoss, path: Tensor) -> Tensor:
     """Fit all probes with all penalties as one stacked parameter, and return the best l2 of each probe: (p,).
 
     Model s * p + j is probe j with penalty s, on the rows of probe j: one mask per probe serves all penalties.
     """
-    design, torch_target, train_mask = train_part
-    l2_penalties = design.curvature.new_tensor(path)
-    trial = _L2Trial(
-        holdout_part=holdout_part, task=task, losses=l2_penalties.new_full((len(path), train_mask.shape[1]), torch.inf)
-    )
+    num_probes = train_loss.weights.shape[1]
+    trial = _L2Trial(holdout_loss=holdout_loss, losses=path.new_full((len(path), num_probes), torch.inf))
     fit_glm(
-        design,
-        torch_target,
-        task=task,
-        train_mask=train_mask,
-        l2=l2_penalties.repeat_interleave(train_mask.shape[1]),
-        start=l2_penalties.new_zeros(trial.losses.numel(), design.rows.shape[1] + 1, num_outputs),
+        train_loss,
+        path.repeat_interleave(num_probes),
         max_steps=_MAX_STEPS,
         tolerance=_TOLERANCE,
         patience=1,
         select_active=trial.select_active,
     )
-    return _interpolate_l2(trial.losses, l2_penalties)
+    return _interpolate_l2(trial.losses, path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _L2Trial:
     """Losses (s, p) on the held-out rows after the last step, largest l2 first; infinite once a trial is stopped."""
 
-    holdout_part: Part
-    task: str
+    holdout_loss: GlmLoss
     losses: Tensor
 
     def select_active(self, alive: Tensor, theta: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ class _L2Trial:
         near, since held-out rows favour weak penalties until a fit has converged; so does the next weaker one, which
         the parabola needs.
         """
-        design, torch_target, rows = self.holdout_part
-        l2_index, probe = alive // rows.shape[1], alive % rows.shape[1]
-        loss = mean_loss(design, torch_target, task=self.task, rows=rows, column=probe, theta=theta)
+        num_probes = self.losses.shape[1]
+        l2_index, probe = alive // num_probes, alive % num_probes
+        loss, _ = self.holdout_loss.compute(theta, probe, with_gradient=False)
         gain = self.losses[l2_index, probe] - loss
         self.losses[l2_index, probe] = loss
         best = _first_minimum(self.losses)
@@ -159,11 +159,6 @@ def _interpolate_l2(losses: Tensor, path: Tensor) -> Tensor:
     l2 = path[best].clone()
     l2[inside] = torch.where((curvature > 0) & vertex.isfinite(), vertex.exp(), l2[inside])
     return l2
-
-
-# Tolerance with bfloat16 products: a step that gains less is not worth its time (at 5e-4 the loss is .004 better).
-_BFLOAT16_TOLERANCE = 2e-3
-_MIN_BFLOAT16_SIZE = 1 << 22  # rows times features, below which bfloat16 saves too little time for its rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +221,7 @@ def fit_linear(
     if _uses_gaussian(design, torch_target, fit_rows, config):
         mixed = mix_in_gaussian(
             design,
-            torch_target.values,
+            torch_target,
             fit_rows,
             cross_fits,
             theta=fitted.theta,
@@ -251,15 +246,10 @@ def fit_linear(
 
 def _fit(design: Design, torch_target: TorchTarget, fit_rows: FitRows, l2: Tensor, config: ProbeConfig) -> Minimum:
     """Fit every probe from zero weights, so that the snapshots cover the whole fit."""
-    train_mask = torch.from_numpy(fit_rows.train_mask).to(l2.device)
     coarse = design.rows.dtype == torch.bfloat16
     return fit_glm(
-        design,
-        torch_target.values,
-        task=torch_target.task,
-        train_mask=train_mask,
-        l2=l2,
-        start=l2.new_zeros(len(l2), design.rows.shape[1] + 1, torch_target.num_outputs),
+        GlmLoss.of(design, torch_target, torch.from_numpy(fit_rows.train_mask).to(l2.device)),
+        l2,
         max_steps=config.max_steps,
         tolerance=max(config.tolerance, _BFLOAT16_TOLERANCE if coarse else 0.0),
         patience=1 if coarse else 2,
@@ -295,3 +285,50 @@ def _in_units(theta: Tensor, torch_target: TorchTarget) -> Tensor:
     scaled = theta * torch_target.scale
     scaled[:, -1] += torch_target.centre
     return scaled
+
+
+def log_estimate(design: Design, torch_target: TorchTarget, fit_rows: FitRows, *, max_steps: int) -> None:
+    """Log the seconds per step, the number of steps and the settings that reduce them, if a fit may take long."""
+    num_rows, num_probes = len(fit_rows.rows), int(fit_rows.train_mask.shape[1])
+    if num_rows * num_probes * torch_target.num_outputs < _MIN_LOGITS:
+        return
+    seconds = step_seconds(design, torch_target, fit_rows)
+    steps = min(_TYPICAL_STEPS, max_steps)
+    if seconds * steps > _MAX_SECONDS:
+        log.info(
+            "fitting %d probes to %d rows, %d outputs and %d features: %.1f s per step, %d steps %s, at most %d steps "
+            "%s; limit it with --set probe.max_steps=N, or shorten it with --repeats 1, --set probe.folds=2, "
+            "--set probe.max_rows=N, --set probe.joint=false or --set probe.control=false",
+            num_probes,
+            num_rows,
+            torch_target.num_outputs,
+            design.rows.shape[1],
+            seconds,
+            steps,
+            _duration(steps * seconds),
+            max_steps,
+            _duration(max_steps * seconds),
+        )
+
+
+def step_seconds(design: Design, torch_target: TorchTarget, fit_rows: FitRows) -> float:
+    """Measure the seconds of one loss and gradient of all probes: the faster of two runs over a few rows, scaled up."""
+    num_rows, num_probes = len(fit_rows.rows), int(fit_rows.train_mask.shape[1])
+    num_timed = min(num_rows, max(_MIN_TIMED_ROWS, _TIMED_LOGITS // (num_probes * torch_target.num_outputs)))
+    loss = GlmLoss.of(design, torch_target, torch.from_numpy(fit_rows.train_mask).to(design.rows.device))
+    loss = replace(loss, weights=loss.weights[:num_timed])
+    theta = design.curvature.new_full((num_probes, design.rows.shape[1] + 1, torch_target.num_outputs), 1e-3)
+    column = torch.arange(num_probes, device=theta.device)
+    seconds = list[float]()
+    for _ in range(2):
+        start = time.perf_counter()
+        loss.compute(theta, column)[0].cpu()  # the copy synchronises with a GPU
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) * (num_rows / num_timed)
+
+
+def _duration(seconds: float) -> str:
+    """Format a duration: `40 s`, `12 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"

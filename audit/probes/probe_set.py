@@ -153,13 +153,7 @@ def fit_in_parallel(inputs: Sequence[Inputs]) -> bool:
 
 
 def fit_calibrated_probe(
-    name: str,
-    inputs: Inputs,
-    target: Target,
-    cross_fits: Sequence[CrossFit],
-    *,
-    present: NDArray[np.bool_],
-    fit: Fit,
+    name: str, inputs: Inputs, target: Target, cross_fits: Sequence[CrossFit], *, present: NDArray[np.bool_], fit: Fit
 ) -> CalibratedProbe:
     """Fit a modality's probes on the samples that have it, and calibrate them on their own out-of-fold outputs."""
     own_cross_fits = [replace(cross_fit, fits=cross_fit.fits & present) for cross_fit in cross_fits]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError, MixtureError
-from ..parsing import RequiredKeys, Shape, check_shape
+from ..errors import MixtureError
+from ..parsing import RequiredKeys, Shape, check_ranges, check_shape
 from . import em
 from .em import Component, Floats, Gap, Pair
 
@@ -126,21 +126,40 @@ CHUNK = em.CHUNK
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureConfig:
-    """How the mixture is fitted, and the criteria for a bimodal gap. All defaults are ours."""
+    """How the mixture is fitted, and the criteria for a bimodal gap. All defaults are ours.
 
-    num_bins: int = 4096  # bins of 0.00024: parameters differ by at most 5e-5 from a fit to the values themselves
-    tolerance: float = 1e-8  # EM stops when a step raises the mean log-likelihood by less than this
-    max_steps: int = 1000  # the slowest distribution tested, a single normal, stops earlier
-    min_sd: float = 0.01  # the resolution of a probe; keeps a component from collapsing onto gaps of exactly 0
-    min_sd_ratio: float = 0.1  # lower bound of sd of balanced / sd of imbalanced
-    max_sd_ratio: float = 1.0  # upper bound of it, see em._maximise; 0 and 1e9 give the paper's unbounded fit
-    min_samples: int = 10  # with fewer, no mixture of five parameters is fitted
-    dip_rows: int = 10_000  # size of the dip's seeded subsample, so that its p is comparable at any n; takes 15 ms
-    dip_level: float = 0.01  # significance level of the dip test
-    min_dip: float = 0.01  # effect size: the ECDF is at least 1% of the samples away from any unimodal one
-    min_ashman_d: float = 2.0  # the usual bound for a clean separation (Ashman, Bird & Zepf 1994)
-    min_weight: float = 0.05  # a component with less is a tail, not a group
-    threshold: float = 0.2  # if the gap is not bimodal, balanced means gap <= 0.2
+    Args:
+        num_bins: Bins of the gap: with 4096 of 0.00024, parameters differ by at most 5e-5 from a fit to the values.
+        tolerance: EM stops when a step raises the mean log-likelihood by less than this.
+        max_steps: Largest number of EM steps; the slowest distribution tested, a single normal, stops before 1000.
+        min_sd: Lower bound of each sd, the resolution of a probe; keeps a component from collapsing onto gaps of 0.
+        min_sd_ratio: Lower bound of sd of balanced / sd of imbalanced.
+        max_sd_ratio: Upper bound of it; 0 and 1e9 give the paper's unbounded fit.
+        min_samples: With fewer samples, no mixture of five parameters is fitted.
+        dip_rows: Size of the dip's seeded subsample, so that its p is comparable at any n; 10,000 take 15 ms.
+        dip_level: Significance level of the dip test.
+        min_dip: Effect size: the ECDF is at least this share of the samples away from any unimodal one.
+        min_ashman_d: Smallest Ashman's D; 2 is the usual bound for a clean separation (Ashman, Bird & Zepf 1994).
+        min_weight: A component with less weight is a tail, not a group.
+        threshold: If the gap is not bimodal, a sample is balanced if its gap is at most this.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    num_bins: int = 4096
+    tolerance: float = 1e-8
+    max_steps: int = 1000
+    min_sd: float = 0.01
+    min_sd_ratio: float = 0.1
+    max_sd_ratio: float = 1.0
+    min_samples: int = 10
+    dip_rows: int = 10_000
+    dip_level: float = 0.01
+    min_dip: float = 0.01
+    min_ashman_d: float = 2.0
+    min_weight: float = 0.05
+    threshold: float = 0.2
 
     @property
     def bounds(self) -> em.Bounds:
@@ -148,21 +167,10 @@ class MixtureConfig:
         return em.Bounds(**{name: getattr(self, name) for name in em.Bounds.__dataclass_fields__})
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for values out of range."""
-        if self.num_bins < 16:
-            raise ConfigError(f"mixture.num_bins = {self.num_bins}: must be at least 16; the default is 4096")
-        if self.max_steps < 1 or self.min_samples < 2 or self.dip_rows < 10:
-            raise ConfigError("mixture: max_steps must be at least 1, min_samples at least 2, dip_rows at least 10")
-        if not 0.0 <= self.min_sd_ratio <= 1.0 <= self.max_sd_ratio:
-            raise ConfigError("mixture: min_sd_ratio must lie in [0, 1] and max_sd_ratio must be at least 1")
-        if not 0.001 < self.dip_level < 1.0:
-            raise ConfigError(f"mixture.dip_level = {self.dip_level}: must lie in (0.001, 1), the range of the table")
-        for name in ("tolerance", "min_sd"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise ConfigError(f"mixture.{name} = {getattr(self, name)}: must lie in (0, 1)")
-        for name in ("min_dip", "min_weight", "threshold"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"mixture.{name} = {getattr(self, name)}: must lie in [0, 1]")
+        check_ranges("mixture", self, num_bins="[16, inf)", max_steps="[1, inf)", min_samples="[2, inf)")
+        check_ranges("mixture", self, dip_rows="[10, inf)", tolerance="(0, 1)", min_sd="(0, 1)")
+        check_ranges("mixture", self, min_sd_ratio="[0, 1]", max_sd_ratio="[1, inf]")
+        check_ranges("mixture", self, dip_level="(0.001, 1)", min_dip="[0, 1]", min_weight="[0, 1]", threshold="[0, 1]")
 
 
 _MAYBE_NUMBER = (float, type(None))
@@ -179,15 +187,37 @@ _COMPONENTS: Shape = [RequiredKeys(weight=float, mean=float, sd=float)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """Two components, balanced (mean nearest 0) first, and the verdict whether the gap is bimodal.
+    """Two components of the gap, and the verdict whether the gap is bimodal.
 
     If no mixture was fitted (constant gap, too few samples), components and the fields that derive from them are None.
-    The log-likelihood is the mean per sample; a lower BIC is better; dip in [0, 1/4], high = far from unimodal.
+
+    Args:
+        num_samples: Number of gaps that it was fitted to.
+        threshold: Largest gap of a balanced sample, used if the gap is not bimodal.
+        reasons: Each failed criterion of bimodality with its number; empty if the gap is bimodal.
+        dip: Dip statistic in [0, 1/4]; high = far from unimodal.
+        dip_p: Its p value, in [0.001, 1].
+        components: The balanced component, of the lower mean, and the imbalanced one.
+        log_likelihood: Mean log-likelihood per sample.
+        bic_one: BIC of a single Gaussian; lower is better.
+        bic_two: BIC of the two components.
+        ashman_d: Distance of the means over the root mean square of the sds; from 2 on the components are separate.
+
+    Raises:
+        MixtureError: Neither components nor reasons.
+
+    Example:
+        >>> import mmaudit, numpy as np
+        >>> mixture = mmaudit.fit_mixture(np.linspace(0, 1, 200) ** 2)
+        >>> mixture.bimodal, mixture.rule
+        (False, 'threshold')
+        >>> mixture.posterior(np.array([0.1, 0.9])).tolist()
+        [1.0, 0.0]
     """
 
     num_samples: int
     threshold: float
-    reasons: tuple[str, ...]  # each failed criterion with its number; empty = bimodal
+    reasons: tuple[str, ...]
     dip: float
     dip_p: float
     components: Pair | None = None
@@ -197,7 +227,6 @@ class Mixture:
     ashman_d: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise MixtureError for a mixture with neither components nor reasons."""
         if self.components is None and not self.reasons:
             raise MixtureError("a mixture without components needs reasons, but reasons is empty")
 
@@ -254,8 +283,29 @@ class Mixture:
             ) from error
 
 
-def fit_mixture(gap: Gap, *, config: MixtureConfig, seed: int) -> Mixture:
-    """Fit a mixture to gap (n,) in [0, 1], independent of row order; the seed is that of the dip's subsample."""
+def fit_mixture(gap: Gap, *, config: MixtureConfig | None = None, seed: int = 0) -> Mixture:
+    """Fit a mixture of two Gaussians to the modality gap, and test whether the gap is bimodal.
+
+    Args:
+        gap: (n,) gaps in [0, 1], in any order.
+        config: Settings of the fit and criteria of bimodality.
+        seed: Seed of the dip test's subsample.
+
+    Returns:
+        The mixture; without components if the gap is constant or there are too few samples.
+
+    Raises:
+        MixtureError: No gap, or one outside [0, 1].
+
+    Example:
+        >>> import mmaudit, numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> gap = np.concatenate([rng.normal(0.2, 0.05, 500), rng.normal(0.8, 0.05, 500)])
+        >>> mixture = mmaudit.fit_mixture(gap)
+        >>> mixture.bimodal, [round(component.mean, 1) for component in mixture.components]
+        (True, [0.2, 0.8])
+    """
+    config = config or MixtureConfig()
     return fit_counts(histogram(gap, num_bins=config.num_bins), config=config, seed=seed)
 
 

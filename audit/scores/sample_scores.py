@@ -1,25 +1,31 @@
-"""Out-of-fold predictions of all modalities for all samples."""
+"""Scores of samples: from out-of-fold predictions of probes, or from probabilities computed elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .. import metrics as measures
 from ..dataset.labels import Target
+from ..dataset.modalities import Modality, check_modalities
+from ..errors import ScoreError, choices
 from ..features.matrix import RowIndex, chunks
 from ..metrics import Floats
-from ..probes.prediction import Prediction, fuse_predictions
+from ..probes.prediction import Prediction, fuse_predictions, predict
 from ..probes.probe_set import CalibratedProbe, ProbeSet
 from ..workers import Progress, parallel_map
+from .mixture import Mixture, MixtureConfig, fit_mixture
+from .table import ScoreTable, check_splits
 
 _CHUNK_BYTES = 256 << 20  # large, since consecutive rows are scattered over the files of the cache
 _CHUNK_LOGITS = 1 << 20  # of a repeat or epoch, for the rows of one piece
 _MIN_ROWS, _MAX_ROWS = 256, 8_192
+_MAX_SUM_ERROR = 1e-2  # of a row of probabilities: softmax in float16 stays below
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,28 +78,39 @@ def _pieces(probe_set: ProbeSet, rows: RowIndex) -> list[RowIndex]:
 def _score_rows(probe_set: ProbeSet, rows: RowIndex, *, seed: int) -> SampleScores:
     target, probes, min_scale = probe_set.target.take(rows), probe_set.probes, probe_set.min_scale
     predictions = [_predict_present(calibrated, rows, target, min_scale=min_scale) for calibrated in probes]
-    by_repeat = np.stack([prediction.by_repeat for prediction in predictions], axis=2)  # (r, b, m)
     by_epoch = [_training_confidence(calibrated, rows, target, min_scale=min_scale) for calibrated in probes]
-    fused = fuse_predictions(predictions, target, min_scale=min_scale)
     joint = None if probe_set.joint is None else probe_set.joint.predict(rows, target, min_scale=min_scale)
-    missing = np.full(len(rows), np.nan, np.float32)
-    return SampleScores(
-        confidence=_by_modality(predictions, "confidence"),
-        spread=_spread(by_repeat),
-        entropy=_by_modality(predictions, "entropy"),
-        margin=_by_modality(predictions, "margin"),
-        predicted=_by_modality(predictions, "predicted"),
-        correct=_by_modality(predictions, "correct"),
+    scores = replace(
+        _combine(predictions, target, min_scale=min_scale),
         training_confidence=np.stack([confidence.mean(axis=0) for confidence in by_epoch], axis=1),
         training_variability=np.stack([confidence.std(axis=0) for confidence in by_epoch], axis=1),
         shapley=_shapley(probe_set, rows, target, joint, seed=seed),
+        without_correct=_without(predictions, target, min_scale=min_scale),
+    )
+    return scores if joint is None else replace(scores, joint_confidence=joint.confidence, joint_correct=joint.correct)
+
+
+def _combine(predictions: Sequence[Prediction], target: Target, *, min_scale: float = 1.0) -> SampleScores:
+    """Compute what follows from the predictions of each modality alone; the other fields are NaN."""
+    fused = fuse_predictions(list(predictions), target, min_scale=min_scale)
+    by_modality = ("confidence", "entropy", "margin", "predicted", "correct")
+    missing = np.full((len(target), len(predictions)), np.nan, np.float32)
+    return SampleScores(
+        **{
+            name: np.stack([getattr(prediction, name) for prediction in predictions], axis=1).astype(np.float32)
+            for name in by_modality
+        },
+        spread=_spread(np.stack([prediction.by_repeat for prediction in predictions], axis=2)),
+        training_confidence=missing,
+        training_variability=missing,
+        shapley=missing,
         similarity=_similarity(predictions),
         fused_confidence=fused.confidence,
         fused_predicted=fused.predicted,
         fused_correct=fused.correct,
-        without_correct=_without(predictions, target, min_scale=min_scale),
-        joint_confidence=missing if joint is None else joint.confidence,
-        joint_correct=missing if joint is None else joint.correct,
+        without_correct=missing,
+        joint_confidence=missing[:, 0],
+        joint_correct=missing[:, 0],
     )
 
 
@@ -126,10 +143,6 @@ def _expand(values: Floats, present: NDArray[np.bool_]) -> Floats:
     out = np.full((len(present), *values.shape[1:]), np.nan, np.float32)
     out[present] = values
     return out
-
-
-def _by_modality(predictions: Sequence[Prediction], name: str) -> Floats:
-    return np.stack([getattr(prediction, name) for prediction in predictions], axis=1).astype(np.float32)
 
 
 def _spread(by_repeat: Floats) -> Floats:
@@ -175,3 +188,184 @@ def _shapley(probe_set: ProbeSet, rows: RowIndex, target: Target, full: Predicti
 
     values = measures.shapley(value, m, seed=seed)
     return np.where(present, values, np.nan).astype(np.float32)
+
+
+def score_columns(sample_scores: SampleScores, *, task: str, classes: NDArray[np.int32]) -> dict[str, Any]:
+    """Return the columns of a ScoreTable that follow from predictions; one without any value is None.
+
+    classes (k,) holds the source's label of each class.
+    """
+    to_source_labels = partial(_source_labels, task=task, classes=classes)
+    return {
+        "confidence": sample_scores.confidence,
+        "prediction": to_source_labels(sample_scores.predicted),
+        "loss": measures.cross_entropy(sample_scores.confidence),
+        "entropy": sample_scores.entropy,
+        "margin": _or_none(sample_scores.margin),
+        "training_confidence": _or_none(sample_scores.training_confidence),
+        "training_variability": _or_none(sample_scores.training_variability),
+        "shapley": _or_none(sample_scores.shapley),
+        "confidence_fused": sample_scores.fused_confidence,
+        "prediction_fused": to_source_labels(sample_scores.fused_predicted),
+        "loss_fused": measures.cross_entropy(sample_scores.fused_confidence),
+        "discrepancy_sd": _or_none(sample_scores.spread),
+        "similarity": sample_scores.similarity,
+    }
+
+
+def add_balance(scores: ScoreTable, *, config: MixtureConfig, seed: int) -> tuple[ScoreTable, Mixture]:
+    """Add the balance score and p_balanced to a table with losses; return it with the mixture of the gap.
+
+    Both are fitted to the rows outside the test split.
+    """
+    assert scores.similarity is not None
+    assert scores.loss is not None
+    assert scores.loss_fused is not None
+    # Missing modalities of a sample count with the mean loss of those that it has.
+    total = scores.loss_fused + len(scores.modalities) * np.nanmean(scores.loss, axis=1)
+    mixture = fit_mixture(scores.gap[scores.not_test], config=config, seed=seed)
+    balance = measures.balance(scores.similarity, total, fits=scores.not_test)
+    return replace(scores, balance=balance, p_balanced=mixture.posterior(scores.gap)), mixture
+
+
+def _or_none(values: Floats) -> Floats | None:
+    return None if np.isnan(values).all() else values
+
+
+def _source_labels(predicted: Floats, *, task: str, classes: NDArray[np.int32]) -> NDArray[np.int32] | Floats | None:
+    """Map predicted classes to the source's labels, -1 where missing; keep a regression; None for multilabel."""
+    if task != "classification":
+        return None if task == "multilabel" else predicted
+    missing = np.isnan(predicted)
+    return np.where(missing, -1, classes[np.where(missing, 0, predicted).astype(np.intp)]).astype(np.int32)
+
+
+def score_probabilities(
+    probabilities: Mapping[str, ArrayLike],
+    labels: ArrayLike,
+    *,
+    ids: Sequence[str] | None = None,
+    groups: Sequence[str] | None = None,
+    splits: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    mixture: MixtureConfig | None = None,
+    seed: int = 0,
+) -> ScoreTable:
+    """Score samples by class probabilities of your own models, one model per modality.
+
+    The probabilities must be out of fold: no model may have seen the samples (nor their groups) that it predicts, or
+    every score claims too much. Discrepancy, gap, similarity, balance score and the gap mixture are computed as
+    `mmaudit score` computes them; the fused probability is the normalised geometric mean of the modalities.
+
+    Args:
+        probabilities: (n, k) for each of two or more modalities, rows that sum to 1. A row of NaN is a sample that
+            lacks this modality; a sample needs two.
+        labels: (n,) class numbers 0 to k - 1, or names out of `classes`.
+        ids: (n,) unique names of the samples; by default "0" to "n - 1".
+        groups: (n,) names of what must not be parted, such as speakers. Kept for `split --resplit`.
+        splits: (n,) train, validation or test. Test samples have no part in the mixture and the balance score's range.
+        classes: k names, in the order of the columns; by default "0" to "k - 1".
+        mixture: settings of the gap mixture.
+        seed: of the subsample of the dip test.
+
+    Returns:
+        A ScoreTable of n rows in the given order, which `mmaudit.split` takes and `write_scores` writes.
+
+    Raises:
+        ScoreError: shapes disagree, a value is no probability, a label is no class, an id stands twice.
+
+    Example:
+        >>> import mmaudit
+        >>> audio = [[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]
+        >>> video = [[0.6, 0.4], [0.7, 0.3], [0.5, 0.5]]
+        >>> scores = mmaudit.score_probabilities({"audio": audio, "video": video}, [0, 1, 0])
+        >>> scores.discrepancy().round(2).tolist()
+        [0.3, 0.5, 0.1]
+    """
+    arrays = _checked(probabilities)
+    names, (n, k) = tuple(arrays), next(iter(arrays.values())).shape
+    class_names = _strings("classes", range(k) if classes is None else classes, length=k)
+    if len(set(class_names)) < k:
+        repeated = next(name for name in class_names if (class_names == name).sum() > 1)
+        raise ScoreError(f"two classes are called {repeated}: give each class a name of its own")
+    label = _class_numbers(labels, class_names, length=n)
+    split = None if splits is None else _strings("splits", splits, length=n)
+    check_splits(() if split is None else set(split))
+    target = Target(task="classification", label=label, num_outputs=k)
+    with np.errstate(divide="ignore"):
+        predictions = [predict(np.log(values)[None], np.ones(n, np.float32), target) for values in arrays.values()]
+    confidence = measures.confidence(list(arrays.values()), label)
+    combined = _combine(predictions, target)  # of logarithms: the given probabilities are exact
+    sample_scores = replace(
+        combined,
+        confidence=confidence,
+        similarity=measures.similarity(list(arrays.values())),
+        predicted=np.where(np.isnan(confidence), np.float32(np.nan), combined.predicted),
+    )
+    scores = ScoreTable(
+        sample_id=_strings("ids", range(n) if ids is None else ids, length=n),
+        label=label,
+        label_name=class_names[label],
+        modalities=names,
+        split=split,
+        group=None if groups is None else _strings("groups", groups, length=n),
+        **score_columns(sample_scores, task=target.task, classes=np.arange(k, dtype=np.int32)),
+    )
+    return add_balance(scores, config=mixture or MixtureConfig(), seed=seed)[0]
+
+
+def _checked(probabilities: Mapping[str, ArrayLike]) -> dict[str, Floats]:
+    """Return the probabilities (n, k) of each modality, with rows that sum to 1; ScoreError if they are invalid."""
+    names = tuple(probabilities)
+    check_modalities([Modality(name=name, column=name, kind="features") for name in names], names)
+    arrays = {name: np.asarray(values, dtype=np.float32) for name, values in probabilities.items()}
+    shape = arrays[names[0]].shape
+    if len(shape) != 2 or shape[0] == 0 or shape[1] < 2:
+        raise ScoreError(f"probabilities of {names[0]} have shape {shape}; (n, k) with two or more classes needed")
+    return {name: _normalised(name, values, shape=shape) for name, values in arrays.items()}
+
+
+def _normalised(name: str, values: Floats, *, shape: tuple[int, ...]) -> Floats:
+    """Check the probabilities (n, k) of one modality, and divide each row by its sum, which is near 1."""
+    if values.shape != shape:
+        raise ScoreError(f"probabilities of {name} have shape {values.shape}, those of the first modality {shape}")
+    missing = np.isnan(values)
+    partly = missing.any(axis=1) & ~missing.all(axis=1)
+    if partly.any():
+        raise ScoreError(f"probabilities of {name}: row {partly.argmax()} is NaN in part; NaN throughout means missing")
+    total = values.sum(axis=1)
+    invalid = (values < 0).any(axis=1) | (np.abs(total - 1) > _MAX_SUM_ERROR) | np.isinf(total)
+    if invalid.any():
+        row = int(invalid.argmax())
+        raise ScoreError(
+            f"probabilities of {name}: row {row} has the least value {values[row].min():g} and the sum {total[row]:g}; "
+            "probabilities are at least 0 and sum to 1 (apply softmax to logits)"
+        )
+    return np.asarray(values / total[:, None])
+
+
+def _class_numbers(labels: ArrayLike, class_names: NDArray[np.object_], *, length: int) -> NDArray[np.int32]:
+    """Return the labels (n,) as class numbers, from numbers or from names."""
+    values = np.asarray(labels)
+    if values.shape != (length,):
+        raise ScoreError(f"labels have shape {values.shape}; ({length},) needed, one for each row of probabilities")
+    if values.dtype.kind in "iu":
+        if values.min() < 0 or values.max() >= len(class_names):
+            wrong = values[(values < 0) | (values >= len(class_names))][0]
+            raise ScoreError(
+                f"label {wrong} is no class; the probabilities have the classes 0 to {len(class_names) - 1}"
+            )
+        return values.astype(np.int32)
+    numbers = {name: number for number, name in enumerate(class_names)}
+    unknown = sorted({str(value) for value in values.tolist()} - set(numbers))
+    if unknown:
+        raise ScoreError(f"label {unknown[0]!r} is no class; {choices(unknown[0], list(numbers))}")
+    return np.array([numbers[str(value)] for value in values.tolist()], dtype=np.int32)
+
+
+def _strings(name: str, values: Iterable[object], *, length: int) -> NDArray[np.object_]:
+    """Return names as strings; ScoreError unless there are `length` of them."""
+    strings = np.array([str(value) for value in values], dtype=object)
+    if len(strings) != length:
+        raise ScoreError(f"{name} has {len(strings)} entries; {length} needed")
+    return strings

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -12,19 +11,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .. import metrics as measures
 from ..dataset.labels import Target
 from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
-from ..errors import Quarantined, Reason, ScoreError
+from ..errors import Quarantined, ScoreError
 from ..features.encode import EncodeTask
 from ..features.encoded_samples import EncodedSamples, select_usable, sort_quarantined
 from ..features.encoders import input_shape, is_network
 from ..features.matrix import FeatureMatrix, Inputs, RowIndex
-from ..hashing import canonical_order, hash_rank
+from ..hashing import canonical_order
 from ..media.files import MediaConfig
 from ..probes.config import NetworkConfig, ProbeConfig
-from ..probes.cross_fit import CrossFit, assign_folds, in_single_fold
+from ..probes.cross_fit import CrossFit, plan_cross_fits
 from ..probes.network_probe import fit_network
 from ..probes.probe_set import (
     CalibratedProbe,
@@ -36,58 +34,10 @@ from ..probes.probe_set import (
     fit_probe,
 )
 from ..workers import Progress, fixed_threads, parallel_map
-from .mixture import Mixture, MixtureConfig, fit_mixture
+from .mixture import Mixture, MixtureConfig
 from .probe_report import ClassCheck, ProbeReport, compute_probe_report, fit_by_class
-from .sample_scores import SampleScores, compute_sample_scores
+from .sample_scores import SampleScores, add_balance, compute_sample_scores, score_columns
 from .table import ScoreTable
-
-
-def plan_cross_fits(
-    samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int
-) -> tuple[NDArray[np.intp], list[CrossFit], list[Quarantined]]:
-    """Assign the rows to folds in each repeat, and drop classes that lie in a single fold in any of them.
-
-    Returns the remaining rows, one CrossFit per repeat, and the quarantined samples of rare classes. Strata that are
-    not classes, as those of a regression, are never dropped.
-    """
-    left_out: list[Quarantined] = []
-    while True:
-        cross_fits = [_cross_fit(samples, rows, config, seed=seed, repeat=repeat) for repeat in range(config.repeats)]
-        if samples.task != "classification":
-            return rows, cross_fits, left_out
-        label = samples.label[rows]
-        rare = np.logical_or.reduce([in_single_fold(label, cross_fit.fold, cross_fit.fits) for cross_fit in cross_fits])
-        if not rare.any():
-            return rows, cross_fits, left_out
-        left_out += [_quarantine_rare(samples, rows, row) for row in rows[rare]]
-        rows = rows[~rare]
-        if len(rows) == 0:
-            raise ScoreError(f"no class can be cross-fitted; the first of them: {left_out[0].detail}")
-
-
-def _cross_fit(samples: Samples, rows: NDArray[np.intp], config: ProbeConfig, *, seed: int, repeat: int) -> CrossFit:
-    train = samples.split[rows] != "test"
-    if not train.any():  # the mixture is never fitted to test samples either
-        raise ScoreError("every usable sample is in the test split: no samples to train probes on; pass --split none")
-    fits = train | (config.learn_from == "all")
-    group = None if samples.group is None else samples.group[rows]
-    ids, label = samples.sample_id[rows], samples.label[rows]
-    folds = [
-        assign_folds(ids, label, group, fits, num_folds=config.folds, seed=seed, purpose=f"{purpose} {repeat}")
-        for purpose in ("fold", "inner fold")
-    ]
-    key = hash_rank(ids, seed=seed, purpose="strength rows")
-    return CrossFit(fold=folds[0], inner=folds[1], fits=fits, key=key)
-
-
-def _quarantine_rare(samples: Samples, rows: NDArray[np.intp], row: int) -> Quarantined:
-    class_rows = rows[samples.label[rows] == samples.label[row]]
-    detail = f"class {samples.class_names[samples.label[row]]!r} has {len(class_rows)} usable samples"
-    if samples.group is not None and len(class_rows):
-        detail += f", of {len(set(samples.group[class_rows]))} groups"
-    return Quarantined(
-        sample_id=samples.sample_id[row], modality=None, reason=Reason.RARE_CLASS, detail=f"{detail}, all in one fold"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +95,10 @@ def audit_dataset(
         seed=seed,
     )
     scores = _score_table(encoded, rows, sample_scores, target=target, classes=classes, fold=cross_fits[0].fold)
-    chooses = encoded.samples.split[rows] != "test"
-    fitted = fit_mixture(scores.gap[chooses], config=mixture, seed=seed)
+    scores, fitted = add_balance(scores, config=mixture, seed=seed)
+    chooses = scores.not_test
     return Audit(
-        scores=replace(scores, p_balanced=fitted.posterior(scores.gap)).take(np.argsort(rows)),
+        scores=scores.take(np.argsort(rows)),
         mixture=fitted,
         class_check=fit_by_class(scores.gap[chooses], scores.label[chooses], config=mixture, seed=seed),
         probe_report=probe_report,
@@ -262,49 +212,15 @@ def _score_table(
     fold: NDArray[np.int16],
 ) -> ScoreTable:
     samples = encoded.samples
-    loss, fused_loss = (
-        measures.cross_entropy(sample_scores.confidence),
-        measures.cross_entropy(sample_scores.fused_confidence),
-    )
-    # Missing modalities of a sample count with the mean loss of those that it has.
-    total = fused_loss + loss.shape[1] * np.nanmean(loss, axis=1)
-    to_source_labels = partial(_source_labels, task=target.task, classes=classes)
     return ScoreTable(
         sample_id=samples.sample_id[rows],
         label=samples.label[rows],
         label_name=np.array(samples.class_names, dtype=object)[samples.label[rows]],
         modalities=tuple(status.modality.name for status in encoded.statuses),
-        confidence=sample_scores.confidence,
         split=samples.split[rows],
         group=None if samples.group is None else samples.group[rows],
         fold=fold,
-        prediction=to_source_labels(sample_scores.predicted),
-        loss=loss,
-        entropy=sample_scores.entropy,
-        margin=_or_none(sample_scores.margin),
-        training_confidence=_or_none(sample_scores.training_confidence),
-        training_variability=_or_none(sample_scores.training_variability),
-        shapley=_or_none(sample_scores.shapley),
-        confidence_fused=sample_scores.fused_confidence,
-        prediction_fused=to_source_labels(sample_scores.fused_predicted),
-        loss_fused=fused_loss,
-        discrepancy_sd=_or_none(sample_scores.spread),
-        similarity=sample_scores.similarity,
-        balance=measures.balance(sample_scores.similarity, total, fits=samples.split[rows] != "test"),
         content=encoded.content[rows],
         paths=samples.paths.take(pa.array(rows)),
+        **score_columns(sample_scores, task=target.task, classes=classes),
     )
-
-
-def _or_none(values: measures.Floats) -> measures.Floats | None:
-    return None if np.isnan(values).all() else values
-
-
-def _source_labels(
-    predicted: measures.Floats, *, task: str, classes: NDArray[np.int32]
-) -> NDArray[np.int32] | measures.Floats | None:
-    """Map predicted classes to the source's labels, -1 where missing; keep a regression; None for multilabel."""
-    if task != "classification":
-        return None if task == "multilabel" else predicted
-    missing = np.isnan(predicted)
-    return np.where(missing, -1, classes[np.where(missing, 0, predicted).astype(np.intp)]).astype(np.int32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ..dataset.columns import SPLITS
 from ..dataset.modalities import RESERVED
-from ..errors import ConfigError, ScoreError, choices
-from ..metrics import Floats, discrepancy, dominant_modality, gap
+from ..errors import ScoreError
+from ..metrics import Floats, discrepancy, discrepancy_between, dominant_modality, gap
 from ..parsing import Shape
 from ..storage import read_parquet, write_parquet
 
@@ -36,16 +36,95 @@ PROVENANCE: Shape = {
     "paths": [str],
     "ranges": {},
 }
-_SCALAR_COLUMNS = ("sample_id", "label", "label_name", "split", "group", "content")  # one string or number per row
+SCHEMA_VERSION = 1
+STRING, FLOAT = pa.string(), pa.float32()
 
 
-def check_score_schema(schema: pa.Schema, *, where: str, paths: tuple[str, ...] = ()) -> None:
-    """Raise ScoreError for names, ids, labels and paths that are neither strings nor numbers."""
-    for name in (*_SCALAR_COLUMNS, *paths):
+class Column(NamedTuple):
+    """One column of scores.parquet: what it means, its range as text, its type, and bounds that are checked."""
+
+    meaning: str
+    range: str = ""
+    type: pa.DataType = FLOAT
+    bounds: tuple[float, float] | None = None
+
+
+# All columns but the source's own of file names. M stands for a modality; of a discrepancy there is one per modality if
+# there are more than two. Required are sample_id, label or label_name, and confidence_M of two modalities.
+COLUMNS = {
+    "sample_id": Column("id of the sample, unique", type=STRING),
+    "label": Column("number of the class", type=pa.int32()),
+    "label_name": Column("name of the class", type=STRING),
+    "split": Column("train, validation or test", type=STRING),
+    "group": Column("group that no probe both trains on and scores", type=STRING),
+    "fold": Column("fold of the first repeat", type=pa.int16()),
+    "confidence_M": Column(
+        "probability of the true class by a probe not trained on the sample or its group", "[0, 1]", bounds=(0, 1)
+    ),
+    "prediction_M": Column(
+        "class that the probe predicts; the number, of a regression; null for multilabel", "[0, k)", pa.int32()
+    ),
+    "loss_M": Column("-log confidence_M", "[0, 27.7]"),
+    "entropy_M": Column(
+        "entropy of the probe's class probabilities, in nats; 0 = certain, correct or not", "[0, log k]"
+    ),
+    "margin_M": Column(
+        "difference of the two highest class probabilities; 0 = undecided; null for a regression", "[0, 1]"
+    ),
+    "training_confidence_M": Column("mean confidence over the probe's training, out of fold; high = easy", "[0, 1]"),
+    "training_variability_M": Column("standard deviation of the same; high = ambiguous", "[0, 0.5]"),
+    "shapley_M": Column("contribution of M: SMV's Shapley value phi on the joint probe", "[(1 - m) / 2, (1 + m) / 2]"),
+    "discrepancy": Column(
+        "+1: only the first modality predicts the class, -1: the second, 0: both or neither", "[-1, 1]"
+    ),
+    "discrepancy_M": Column("more than two modalities: confidence_M minus the mean of the others", "[-1, 1]"),
+    "discrepancy_sd": Column("standard deviation over repeats; null for one repeat", "[0, 1.42]"),
+    "gap": Column("largest minus smallest confidence; 0 = balanced", "[0, 1]"),
+    "dominant": Column("modality of the highest confidence; null if two are equal", type=STRING),
+    "similarity": Column("cosine of the modalities' class probabilities; 1 = equal", "[0, 1]", bounds=(-1, 1)),
+    "confidence_fused": Column("probability of the true class by all modalities together, out of fold", "[0, 1]"),
+    "prediction_fused": Column("class that all modalities together predict", "[0, k)", pa.int32()),
+    "loss_fused": Column("-log confidence_fused", "[0, 27.7]"),
+    "balance": Column("BSS measure, high = balanced", "[-1, 1]", bounds=(-1, 1)),
+    "p_balanced": Column(
+        "posterior of the gap mixture's balanced component, or the threshold rule", "[0, 1]", bounds=(0, 1)
+    ),
+    "content": Column("digest of the sample's media", type=STRING),
+}
+# Range and meaning of the columns of numbers, written to the file's metadata.
+RANGES = {name: (column.range, column.meaning) for name, column in COLUMNS.items() if column.range}
+# Columns of which there is one per modality, besides confidence.
+BY_MODALITY = ("prediction", "loss", "entropy", "margin", "training_confidence", "training_variability", "shapley")
+_SCALARS = ("sample_id", "label", "label_name", "split", "group", "content")  # one string or number per row
+_FUSED = ("confidence_fused", "prediction_fused", "loss_fused")
+_CHECKED = ("similarity", "balance", "p_balanced")
+
+
+def check_score_schema(schema: pa.Schema, *, where: str, paths: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the modalities of a score table with this schema; `paths` are its columns of file names.
+
+    Raises ScoreError if a required column is missing, or a column of ids, labels, groups or paths holds neither strings
+    nor numbers.
+    """
+    modalities = score_modalities(schema.names, where=where)
+    for name in (*_SCALARS, *paths):
         type_ = schema.field(name).type if name in schema.names else pa.null()
         dated = name == "label" and pa.types.is_temporal(type_)
         if dated or not _is_text_or_number(type_):
             raise ScoreError(f"{where}: column {name} holds {type_}; it must hold one string or number per row")
+    return modalities
+
+
+def score_modalities(names: Sequence[str], *, where: str) -> tuple[str, ...]:
+    """Return the modalities of a score table with these columns; raise ScoreError if it is not a score table."""
+    scored = [name.removeprefix("confidence_") for name in names if name.startswith("confidence_")]
+    modalities = tuple(name for name in scored if name not in RESERVED)
+    if "sample_id" not in names or not {"label", "label_name"} & set(names) or len(modalities) < 2:
+        raise ScoreError(
+            f"{where} is not a score table: it needs sample_id, label (or label_name) and two or more confidence_M; "
+            f"it has {', '.join(names)}"
+        )
+    return modalities
 
 
 def check_splits(names: Iterable[object]) -> None:
@@ -61,54 +140,59 @@ def check_splits(names: Iterable[object]) -> None:
 def _is_text_or_number(type_: pa.DataType) -> bool:
     if pa.types.is_dictionary(type_):
         return _is_text_or_number(type_.value_type)
-    tests = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_date,
-        pa.types.is_timestamp,
-        pa.types.is_null,
-    )
-    return any(test(type_) for test in tests)
-
-
-SCHEMA_VERSION = 1
-
-# Columns of scores.parquet as {name: (range, meaning)}, written to the file's metadata.
-RANGES = {
-    "confidence_M": ("[0, 1]", "probability of the true class by a probe not trained on the sample or its group"),
-    "prediction_M": ("[0, k)", "class that the probe predicts; the number, of a regression; null for multilabel"),
-    "loss_M": ("[0, 27.7]", "-log confidence_M"),
-    "entropy_M": ("[0, log k]", "entropy of the probe's class probabilities, in nats; 0 = certain, correct or not"),
-    "margin_M": ("[0, 1]", "difference of the two highest class probabilities; 0 = undecided; null for a regression"),
-    "training_confidence_M": ("[0, 1]", "mean confidence over the probe's training, out of fold; high = easy"),
-    "training_variability_M": ("[0, 0.5]", "standard deviation of the same; high = ambiguous"),
-    "shapley_M": ("[(1 - m) / 2, (1 + m) / 2]", "contribution of M: SMV's Shapley value phi on the joint probe"),
-    "discrepancy": ("[-1, 1]", "+1: only the first modality predicts the class, -1: the second, 0: both or neither"),
-    "discrepancy_M": ("[-1, 1]", "more than two modalities: confidence_M minus the mean of the others"),
-    "discrepancy_sd": ("[0, 1.42]", "standard deviation over repeats; null for one repeat"),
-    "gap": ("[0, 1]", "largest minus smallest confidence; 0 = balanced"),
-    "similarity": ("[0, 1]", "cosine of the modalities' class probabilities; 1 = equal"),
-    "confidence_fused": ("[0, 1]", "probability of the true class by all modalities together, out of fold"),
-    "prediction_fused": ("[0, k)", "class that all modalities together predict"),
-    "loss_fused": ("[0, 27.7]", "-log confidence_fused"),
-    "balance": ("[-1, 1]", "BSS measure, high = balanced"),
-    "p_balanced": ("[0, 1]", "posterior of the gap mixture's balanced component, or the threshold rule"),
-}
-
-
-# Columns of which there is one per modality, besides confidence.
-BY_MODALITY = ("prediction", "loss", "entropy", "margin", "training_confidence", "training_variability", "shapley")
+    is_text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    is_date = pa.types.is_date(type_) or pa.types.is_timestamp(type_)
+    return bool(is_text or is_date or _is_number(type_) or pa.types.is_null(type_))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreTable:
-    """Scores of n samples with m modalities. Strings are numpy object arrays; columns that are not available are None.
+    """Scores of n samples with m modalities, the content of scores.parquet.
 
-    confidence (n, m) is required, with NaN where a sample lacks a modality and at least two values per row. Columns by
-    modality are (n, m), discrepancy_sd is (n, 1), or (n, m) where m > 2. `paths` holds the source's columns of file
-    names, `provenance` the file's metadata.
+    Strings are object arrays; a column that is not available is None. In columns by modality, (n, m), a value is NaN
+    where the sample lacks the modality. `RANGES` has the range and the meaning of each column.
+
+    Args:
+        sample_id: (n,) unique ids.
+        label: (n,) class numbers.
+        label_name: (n,) class names.
+        modalities: m names, two or more.
+        confidence: (n, m) out-of-fold probability of the true class, in [0, 1]; at least two values per row.
+        split: (n,) train, validation, test, or None.
+        group: (n,) groups that no probe both trains on and scores.
+        fold: (n,) fold of the first repeat.
+        prediction: (n, m) predicted class, -1 where the modality is missing; the number, of a regression.
+        loss: (n, m) cross entropy, -log confidence.
+        entropy: (n, m) entropy of the class probabilities, in nats.
+        margin: (n, m) difference of the two highest class probabilities.
+        training_confidence: (n, m) mean confidence over the training of the probe; high = easy.
+        training_variability: (n, m) standard deviation of the same; high = ambiguous.
+        shapley: (n, m) Shapley value of each modality on the joint probe.
+        confidence_fused: (n,) probability of the true class by all modalities together.
+        prediction_fused: (n,) class that all modalities together predict.
+        loss_fused: (n,) -log confidence_fused.
+        discrepancy_sd: (n, 1), or (n, m) where m > 2: standard deviation of the discrepancy over repeats.
+        similarity: (n,) mean cosine of the modalities' class probabilities; 1 = equal.
+        balance: (n,) balance score of BSS in [-1, 1]; high = balanced.
+        p_balanced: (n,) probability of the balanced component of the gap mixture, or the threshold rule.
+        content: (n,) digests of the media.
+        paths: The source's columns of file names.
+        provenance: Metadata of the file: config, fingerprint, versions.
+
+    Raises:
+        ScoreError: No rows, duplicate ids, fewer than two modalities or confidences per row, values out of range.
+
+    Example:
+        >>> import mmaudit, numpy as np
+        >>> scores = mmaudit.ScoreTable(
+        ...     sample_id=np.array(["a", "b"], dtype=object),
+        ...     label=np.array([0, 1], dtype=np.int32),
+        ...     label_name=np.array(["cat", "dog"], dtype=object),
+        ...     modalities=("audio", "video"),
+        ...     confidence=np.array([[0.75, 0.25], [0.5, 0.5]], dtype=np.float32),
+        ... )
+        >>> scores.discrepancy().tolist(), scores.gap.tolist()
+        ([0.5, 0.0], [0.5, 0.0])
     """
 
     sample_id: NDArray[np.object_]
@@ -119,7 +203,7 @@ class ScoreTable:
     split: NDArray[np.object_] | None = None
     group: NDArray[np.object_] | None = None
     fold: NDArray[np.int16] | None = None
-    prediction: NDArray[np.int32] | Floats | None = None  # -1, or NaN, where the modality is missing
+    prediction: NDArray[np.int32] | Floats | None = None
     loss: Floats | None = None
     entropy: Floats | None = None
     margin: Floats | None = None
@@ -156,10 +240,10 @@ class ScoreTable:
                 f"{int((present.sum(axis=1) < 2).sum())} samples have fewer than two values of confidence "
                 f"(the first: {self.sample_id[row]}): a discrepancy needs two; rescore, or correct the table"
             )
-        _check_range("confidence", self.confidence[present], 0, 1)
-        for name, low in (("similarity", -1), ("balance", -1), ("p_balanced", 0)):
+        _check_values("confidence", self.confidence[present], COLUMNS["confidence_M"])
+        for name in _CHECKED:
             if getattr(self, name) is not None:
-                _check_range(name, getattr(self, name), low, 1)
+                _check_values(name, getattr(self, name), COLUMNS[name])
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -204,80 +288,51 @@ class ScoreTable:
 
     def to_arrow(self) -> pa.Table:
         """Return the columns of scores.parquet."""
-        columns: dict[str, pa.Array] = {
-            "sample_id": pa.array(self.sample_id, pa.string()),
-            "label": pa.array(self.label, pa.int32()),
-            "label_name": pa.array(self.label_name, pa.string()),
-            "split": _array(self.split, pa.string(), len(self)),
-            "group": _array(self.group, pa.string(), len(self)),
-            "fold": _array(self.fold, pa.int16(), len(self)),
+        values: dict[str, Any] = {
+            name: getattr(self, name) for name in ("sample_id", "label", "label_name", "split", "group", "fold")
         }
-        for column, name in enumerate(self.modalities):
+        for index, modality in enumerate(self.modalities):
             for kind in ("confidence", *BY_MODALITY):
-                if (values := getattr(self, kind)) is not None:
-                    columns[f"{kind}_{name}"] = _nullable(values[:, column])
-        for kind in ("confidence", "prediction", "loss"):
-            if (values := getattr(self, f"{kind}_fused")) is not None:
-                columns[f"{kind}_fused"] = _nullable(values)
-        columns |= self._discrepancy_columns()
-        dominant_index = dominant_modality(self.confidence)
-        columns["gap"] = pa.array(self.gap)
-        columns["dominant"] = pa.array(
-            [self.modalities[index] if index >= 0 else None for index in dominant_index], pa.string()
-        )
-        for name in ("similarity", "balance", "p_balanced"):
-            columns[name] = _array(getattr(self, name), pa.float32(), len(self))
-        columns["content"] = _array(self.content, pa.string(), len(self))
+                if (column := getattr(self, kind)) is not None:
+                    values[f"{kind}_{modality}"] = column[:, index]
+        values |= {name: column for name in _FUSED if (column := getattr(self, name)) is not None}
+        signed = discrepancy(self.confidence).reshape(len(self), -1)
+        suffixes = discrepancy_suffixes(self.modalities)
+        values |= {f"discrepancy{suffix}": signed[:, index] for index, suffix in enumerate(suffixes)}
+        deviation = self.discrepancy_sd
+        for index, suffix in enumerate(suffixes):
+            values[f"discrepancy_sd{suffix}"] = None if deviation is None else deviation[:, index]
+        names = np.array([*self.modalities, None], dtype=object)  # -1 where two are equal
+        values |= {"gap": self.gap, "dominant": names[dominant_modality(self.confidence)]}
+        values |= {name: getattr(self, name) for name in (*_CHECKED, "content")}
+        columns = {name: _to_arrow(name, column, length=len(self)) for name, column in values.items()}
         if self.paths is not None:
             for name in self.paths.column_names:
                 columns.setdefault(name, self.paths[name].combine_chunks())
         return pa.table(columns)
 
-    def _discrepancy_columns(self) -> dict[str, pa.Array]:
-        values = discrepancy(self.confidence).reshape(len(self), -1)
-        suffixes = [""] if values.shape[1] == 1 else [f"_{name}" for name in self.modalities]
-        columns = {f"discrepancy{suffix}": _nullable(values[:, index]) for index, suffix in enumerate(suffixes)}
-        deviation = self.discrepancy_sd
-        for index, suffix in enumerate(suffixes):
-            column = None if deviation is None else deviation[:, index]
-            columns[f"discrepancy_sd{suffix}"] = (
-                pa.nulls(len(self), pa.float32()) if column is None else _nullable(column)
-            )
-        return columns
 
-
-def discrepancy_between(confidence: Floats, modalities: Sequence[str], between: str) -> Floats:
-    """Compute the signed discrepancy (n,) in [-1, 1] of confidence (n, m): `A:B` is c^A - c^B, `A` is A minus the mean.
-
-    The mean is that of the other modalities. Raises ConfigError for an unknown modality.
-    """
-    first, _, second = between.partition(":")
-    for name in [first, second] if second else [first]:
-        if name not in modalities:
-            raise ConfigError(f"--between {between}: no modality {name!r}; {choices(name, modalities)}")
-    if first == second:
-        raise ConfigError(f"--between {between}: the two modalities must differ; pass two names, or one")
-    if not second and len(modalities) == 2:
-        second = next(name for name in modalities if name != first)
-    if second:
-        return discrepancy(confidence[:, [modalities.index(first), modalities.index(second)]])
-    return np.asarray(discrepancy(confidence)[:, modalities.index(first)])
-
-
-def score_modalities(names: Sequence[str], *, where: str) -> tuple[str, ...]:
-    """Return the modalities of a score table with these columns; raise ScoreError if it is not a score table."""
-    scored = [name.removeprefix("confidence_") for name in names if name.startswith("confidence_")]
-    modalities = tuple(name for name in scored if name not in RESERVED)
-    if "sample_id" not in names or not {"label", "label_name"} & set(names) or len(modalities) < 2:
-        raise ScoreError(
-            f"{where} is not a score table: it needs sample_id, label (or label_name) and two or more confidence_M; "
-            f"it has {', '.join(names)}"
-        )
-    return modalities
+def discrepancy_suffixes(modalities: Sequence[str]) -> list[str]:
+    """Return what follows `discrepancy` in column names: nothing for two modalities, else one suffix for each."""
+    return [""] if len(modalities) == 2 else [f"_{name}" for name in modalities]
 
 
 def write_scores(scores: ScoreTable, path: str | Path) -> None:
-    """Write a score table as Parquet, whole or not at all; an older file is replaced."""
+    """Write a score table as Parquet, atomically; an older file is replaced.
+
+    Args:
+        scores: The table.
+        path: The file to write; its folder is created.
+
+    Raises:
+        OSError: The file cannot be written.
+
+    Example:
+        >>> import mmaudit
+        >>> probabilities = {"audio": [[0.9, 0.1], [0.2, 0.8]], "video": [[0.6, 0.4], [0.7, 0.3]]}
+        >>> scores = mmaudit.score_probabilities(probabilities, [0, 1])
+        >>> mmaudit.write_scores(scores, "scores.parquet")
+    """
     paths = [] if scores.paths is None else scores.paths.column_names
     write_parquet(scores.to_arrow(), Path(path), provenance={**scores.provenance, "paths": paths})
 
@@ -286,50 +341,50 @@ def read_scores(path: str | Path) -> ScoreTable:
     """Read a score table, of mmaudit or any other with sample_id, a label and two or more columns confidence_M.
 
     Args:
-        path: a parquet file.
+        path: A Parquet file.
 
     Returns:
         The table, with `provenance` from the file's metadata.
 
     Raises:
-        ScoreError: missing columns, duplicate ids, or values that are null or out of range.
+        ScoreError: Missing columns, duplicate ids, or values that are null or out of range.
+
+    Example:
+        >>> import mmaudit
+        >>> scores = mmaudit.read_scores("mmaudit-run/scores.parquet")  # doctest: +SKIP
+        >>> scores.modalities  # doctest: +SKIP
+        ('audio', 'video')
     """
     table, provenance = read_parquet(Path(path), error=ScoreError, shape=PROVENANCE)
     path_columns = [name for name in provenance.pop("paths", []) if name in table.column_names]
-    check_score_schema(table.schema, where=str(path), paths=tuple(path_columns))
-    names = table.column_names
-    modalities = score_modalities(names, where=str(path))
+    modalities = check_score_schema(table.schema, where=str(path), paths=path_columns)
     label, label_name = _labels(table)
-    suffixes = [""] if len(modalities) == 2 else [f"_{name}" for name in modalities]
+    split = _strings(table, "split")
+    check_splits(() if split is None else set(split))
+    numbers = ("confidence_fused", "loss_fused", *_CHECKED)
     return ScoreTable(
         sample_id=_required(_strings(table, "sample_id")),
         label=label,
         label_name=label_name,
         modalities=modalities,
-        confidence=_required(_stack(table, [f"confidence_{name}" for name in modalities], np.float32)),
-        split=_splits(table),
+        confidence=_required(_stack(table, [f"confidence_{name}" for name in modalities])),
+        split=split,
         group=_strings(table, "group"),
         fold=_numbers(table, "fold", np.int16),
-        prediction=_predictions(table, modalities),
-        confidence_fused=_numbers(table, "confidence_fused", np.float32),
         prediction_fused=_prediction(table, "prediction_fused"),
-        loss_fused=_numbers(table, "loss_fused", np.float32),
-        **{
-            kind: _stack(table, [f"{kind}_{name}" for name in modalities], np.float32)
-            for kind in BY_MODALITY
-            if kind != "prediction"
-        },
-        discrepancy_sd=_stack(table, [f"discrepancy_sd{suffix}" for suffix in suffixes], np.float32),
-        similarity=_numbers(table, "similarity", np.float32),
-        balance=_numbers(table, "balance", np.float32),
-        p_balanced=_numbers(table, "p_balanced", np.float32),
+        **{kind: _stack(table, [f"{kind}_{name}" for name in modalities]) for kind in BY_MODALITY},
+        **{name: _numbers(table, name, np.float32) for name in numbers},
+        discrepancy_sd=_stack(table, [f"discrepancy_sd{suffix}" for suffix in discrepancy_suffixes(modalities)]),
         content=_strings(table, "content"),
         paths=table.select(path_columns) if path_columns else None,
         provenance=provenance,
     )
 
 
-def _check_range(name: str, values: NDArray[np.generic], low: float, high: float) -> None:
+def _check_values(name: str, values: NDArray[np.generic], column: Column) -> None:
+    """Raise ScoreError for values that are null or out of the bounds of their column."""
+    assert column.bounds is not None
+    low, high = column.bounds
     numbers = np.asarray(values, dtype=np.float64)
     invalid = ~((numbers >= low - 1e-6) & (numbers <= high + 1e-6))  # also catches NaN
     if invalid.any():
@@ -355,8 +410,16 @@ def _is_number(type_: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_))
 
 
-def _array(values: Any, type_: pa.DataType, length: int) -> pa.Array:
-    return pa.nulls(length, type_) if values is None else pa.array(values, type_)
+def _to_arrow(name: str, values: NDArray[Any] | None, *, length: int) -> pa.Array:
+    """Return a column of the file: null where values are NaN, or a predicted class is -1; all null without values."""
+    is_class = name.startswith("prediction_")
+    type_ = None if is_class else COLUMNS[name].type if name in COLUMNS else FLOAT
+    if values is None:
+        return pa.nulls(length, type_)
+    missing = None
+    if values.dtype.kind == "f" or is_class:
+        missing = np.isnan(values) if values.dtype.kind == "f" else values < 0
+    return pa.array(values, type_, mask=missing if missing is not None and missing.any() else None)
 
 
 def _strings(table: pa.Table, name: str) -> NDArray[np.object_] | None:
@@ -364,12 +427,6 @@ def _strings(table: pa.Table, name: str) -> NDArray[np.object_] | None:
     if name not in table.column_names or table[name].null_count == len(table):
         return None
     return np.array([None if value is None else str(value) for value in table[name].to_pylist()], dtype=object)
-
-
-def _splits(table: pa.Table) -> NDArray[np.object_] | None:
-    split = _strings(table, "split")
-    check_splits(() if split is None else set(split))
-    return split
 
 
 def _numbers(table: pa.Table, name: str, dtype: type[np.generic]) -> NDArray[Any] | None:
@@ -385,13 +442,6 @@ def _numbers(table: pa.Table, name: str, dtype: type[np.generic]) -> NDArray[Any
     return np.array(column.to_numpy(), dtype=dtype)
 
 
-def _predictions(table: pa.Table, modalities: Sequence[str]) -> NDArray[Any] | None:
-    columns = [_prediction(table, f"prediction_{name}") for name in modalities]
-    if any(column is None for column in columns):
-        return None
-    return np.stack([column for column in columns if column is not None], axis=1)
-
-
 def _prediction(table: pa.Table, name: str) -> NDArray[Any] | None:
     """Read classes, null as -1, or the numbers of a regression, null as NaN."""
     if name not in table.column_names or table[name].null_count == len(table):
@@ -404,17 +454,14 @@ def _prediction(table: pa.Table, name: str) -> NDArray[Any] | None:
         raise ScoreError(f"column {name} does not hold classes: {str(cause).splitlines()[0]}") from cause
 
 
-def _nullable(values: NDArray[Any]) -> pa.Array:
-    """Return a column with nulls for missing values: NaN, or a class of -1."""
-    missing = np.isnan(values) if values.dtype.kind == "f" else values < 0
-    return pa.array(values, mask=missing) if missing.any() else pa.array(values)
-
-
-def _stack(table: pa.Table, names: Sequence[str], dtype: type[np.generic]) -> NDArray[Any] | None:
-    columns = [_numbers(table, name, dtype) for name in names]
-    return (
-        None if any(column is None for column in columns) else np.stack([c for c in columns if c is not None], axis=1)
-    )
+def _stack(table: pa.Table, names: Sequence[str]) -> NDArray[Any] | None:
+    """Read columns of numbers or predicted classes as (n, m); None if one of them is missing or all null."""
+    read = [
+        _prediction(table, name) if name.startswith("prediction_") else _numbers(table, name, np.float32)
+        for name in names
+    ]
+    columns = [column for column in read if column is not None]
+    return np.stack(columns, axis=1) if len(columns) == len(names) else None
 
 
 def _required(values: NDArray[Any] | None) -> NDArray[Any]:

@@ -2,18 +2,182 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from .canvas import INK, LEVEL, PALE, SOFT, WIDTH, Palette, canvas, draw_manifest, draw_sides, palette, png, side_colour
 from .findings import Numbers, short
-from .verdict import percent, signed
+from .page import percent, signed
+
+Palette = dict[str, str]
+
+WIDTH = 8.8  # inches; one inch is 100 CSS pixels on the page
+DPI = 200  # two dots per CSS pixel
+INK, SOFT, LEVEL, PALE = "#2b2b2b", "#8a8a8a", "#b4b4b4", "#d9d9d9"  # greys, for elements of no modality
+# Okabe & Ito's colour-blind safe colours, without the yellow that is invisible on paper; then two of Tol's.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#332288", "#999933")
+_FALLBACKS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai")
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "text.parse_math": False,  # print a dollar sign in a label as it is
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": SOFT,
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.constrained_layout.use": True,
+}
+
+
+def palette(modalities: Sequence[str]) -> Palette:
+    """Return the colour of each modality, and of "fused"; the eight colours repeat."""
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(modalities)}
+    return {**colours, "fused": INK}
+
+
+@contextmanager
+def canvas() -> Iterator[None]:
+    """Apply the report's style and ignore the user's matplotlibrc, so that the same numbers give the same bytes."""
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A label in a script that no installed font covers.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**_STYLE, "font.family": _fonts()})
+        yield
+
+
+def png(figure: Figure) -> bytes:
+    """Encode a figure as a PNG of 256 colours, a third of the size of full colour, without version metadata."""
+    from PIL import Image
+
+    figure.set_dpi(DPI)
+    surface: Any = FigureCanvasAgg(figure)  # untyped in matplotlib
+    surface.draw()
+    pixels = np.asarray(surface.buffer_rgba())[:, :, :3]
+    image = Image.fromarray(pixels).quantize(255, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    white = pixels.min(axis=2) == 255  # would be quantised to about 250, a grey box on the page
+    colour_indices = np.where(white, 255, np.asarray(image)).astype(np.uint8)
+    shades = (image.getpalette() or [])[: 3 * 255]
+    image, file = Image.frombytes("P", image.size, colour_indices.tobytes()), io.BytesIO()
+    image.putpalette(shades + [255] * (3 * 256 - len(shades)))
+    image.save(file, "png", optimize=True)
+    return file.getvalue()
+
+
+def draw_sides(axes: Axes, sides: Numbers, colours: Palette, *, counts: Sequence[float]) -> None:
+    """Draw a histogram over [-1, 1] with bars in the colour of their side, grey within 0.2 of 0."""
+    edges = np.array(sides["edges"])
+    shades = [side_colour(middle, sides, colours) for middle in (edges[1:] + edges[:-1]) / 2]
+    axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=shades, edgecolor="white", linewidth=0.4)
+    axes.axvline(0, color=INK, linewidth=0.8, zorder=0.5)
+    axes.set_xlim(-1, 1)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=all(isinstance(count, int) for count in counts)))
+
+
+def side_colour(discrepancy: float, sides: Numbers, colours: Palette) -> str:
+    """Return the colour of the modality on the side of a discrepancy, grey within 0.2 of 0."""
+    if abs(discrepancy) < 0.2:
+        return LEVEL
+    return colours.get(sides["positive_side"] if discrepancy > 0 else sides["negative_side"], "#7a7a7a")
+
+
+def _fonts() -> list[str]:
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in _FALLBACKS if name in installed)]
+
+
+def draw_manifest(manifest: Numbers, colours: Palette) -> Figure:
+    """Draw the discrepancy before and after a split, and size against uniformity if the split was made uniform."""
+    balance = manifest["balance"]
+    figure = Figure(figsize=(WIDTH, 3.1 if balance["target"] else 2.7))
+    if balance["curve"]:
+        histogram_axes, curve_axes = figure.subplots(1, 2, width_ratios=(5, 3))
+        _curve(curve_axes, balance, num_kept=manifest["kept"])
+    else:
+        histogram_axes = figure.subplots()
+    _before_and_after(histogram_axes, manifest, colours)
+    figure.legend(*histogram_axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    return figure
+
+
+def _before_and_after(axes: Axes, manifest: Numbers, colours: Palette) -> None:
+    """Draw shares by bin: after as bars in the colours of the sides, before as a line."""
+    balance = manifest["balance"]
+    first, _, second = manifest["between"].partition(":")
+    before, after = (_shares(balance[key]) for key in ("before", "after"))
+    sides = {"edges": balance["edges"], "positive_side": first, "negative_side": second or "the others"}
+    draw_sides(axes, sides, colours, counts=after.tolist())
+    axes.stairs(before, sides["edges"], color=INK, linewidth=1.1, label=f"before ({sum(balance['before']):,})")
+    target = balance["target"]
+    if target and not target["grid"]:
+        uniform_share = 1 / max(int((before > 0).sum()), 1)
+        axes.axhline(uniform_share, color=INK, linewidth=0.9, linestyle="--", label="exactly uniform")
+    suffix = ", weighted" if target and target["weighted"] else ""
+    axes.bar(0, 0, color=LEVEL, label=f"after ({manifest['kept']:,}{suffix}), coloured by side")
+    axes.set_ylim(0, 1.1 * max(before.max(), after.max(), 1e-9))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+    axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["−1", "−0.5", "0", "0.5", "1"])
+    axes.set(
+        xlabel=f"discrepancy: {short(first, 24)} minus {short(sides['negative_side'], 24)}", ylabel="share of the set"
+    )
+
+
+def _shares(counts: list[float]) -> NDArray[np.float64]:
+    return np.array(counts, dtype=np.float64) / max(sum(counts), 1)
+
+
+def _curve(axes: Axes, balance: Numbers, *, num_kept: int) -> None:
+    """Draw the largest set at each distance to uniform, and mark this split.
+
+    The curve of a grid is in distances over the grid, not of the discrepancy, so only the split's size is marked.
+    """
+    target = balance["target"]
+    distances = [point["distance"] for point in balance["curve"]]
+    sizes = [point["size"] for point in balance["curve"]]
+    axes.plot(distances, sizes, color=SOFT, linewidth=1.2, marker="o", markersize=3)
+    size = balance["effective_size"] if target["weighted"] else num_kept
+    name = f"weighted: effective size {size:,.0f}" if target["weighted"] else f"kept: {num_kept:,}"
+    if target["grid"]:
+        axes.axhline(size, color=INK, linewidth=0.9, linestyle=":", label=name)
+    else:
+        axes.plot([balance["distance_after"]], [size], color=INK, marker="D", markersize=6, linestyle="", label=name)
+    _scale(axes, [*sizes, size])
+    axes.set_xlim(left=0)
+    over = " over both confidences" if target["grid"] else ""
+    axes.set(xlabel=f"distance to uniform{over}", ylabel="samples kept by dropping")
+    axes.legend(loc="lower right")
+
+
+def _scale(axes: Axes, sizes: list[float]) -> None:
+    """Set a log scale if sizes differ by more than a factor of 20, else a linear one from 0."""
+    if max(sizes) > 20 * max(min(sizes), 1):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(0, 1.08 * max(sizes))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def draw(numbers: Numbers) -> dict[str, bytes]:
@@ -30,7 +194,7 @@ def draw(numbers: Numbers) -> dict[str, bytes]:
         if numbers["training"]:
             figures["training"] = _training(numbers["training"], colours)
         manifests = [row for row in numbers["manifests"] if row["balance"] is not None]
-        manifests.sort(key=lambda row: row["balance"]["made"] is None)  # manifests that were made uniform come first
+        manifests.sort(key=lambda row: row["balance"]["target"] is None)  # manifests that were made uniform come first
         figures |= {f"manifest-{row['name']}": draw_manifest(row, colours) for row in manifests[:max_detailed]}
         figures |= {f"finetune-{row['name']}": _finetune(row, colours) for row in numbers["finetunes"][:max_detailed]}
         return {name: png(figure) for name, figure in figures.items()}
@@ -42,19 +206,17 @@ def _discrepancy(discrepancies: list[Numbers], colours: Palette) -> Figure:
         figure = Figure(figsize=(WIDTH, 3.3))
         axes = figure.subplots()
         draw_sides(axes, discrepancies[0], colours, counts=discrepancies[0]["counts"])
-        axes.set_xlabel(f"discrepancy: {discrepancies[0]['right']} minus {discrepancies[0]['left']}")
+        axes.set_xlabel(f"discrepancy: {discrepancies[0]['positive_side']} minus {discrepancies[0]['negative_side']}")
         axes.set_ylabel("samples")
         _name_sides(axes, discrepancies[0], colours)
         return figure
     rows = -(-len(discrepancies) // 3)
     figure = Figure(figsize=(WIDTH, 2.15 * rows + 0.3))
-    panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, numbers in zip(panels, discrepancies, strict=False):
+    panels = _panels(figure, len(discrepancies), columns=3, shared=True)
+    for axes, numbers in zip(panels, discrepancies, strict=True):
         draw_sides(axes, numbers, colours, counts=numbers["counts"])
-        shares = f"{percent(numbers['share_left']['share'])} behind, {percent(numbers['share_right']['share'])} ahead"
-        axes.set_title(f"{short(numbers['right'], 24)}\n{shares}", color=colours[numbers["right"]])
-    for axes in panels[len(discrepancies) :]:
-        axes.set_visible(False)
+        shares = f"{percent(numbers['share_behind']['share'])} behind, {percent(numbers['share_ahead']['share'])} ahead"
+        axes.set_title(f"{short(numbers['positive_side'], 24)}\n{shares}", color=colours[numbers["positive_side"]])
     figure.supxlabel("discrepancy: modality minus the mean of the others", fontsize=9, color=INK)
     figure.supylabel("samples", fontsize=9, color=INK)
     return figure
@@ -63,13 +225,13 @@ def _discrepancy(discrepancies: list[Numbers], colours: Palette) -> Figure:
 def _name_sides(axes: Axes, numbers: Numbers, colours: Palette) -> None:
     """Label the sides of a histogram with their modality and share."""
     axes.set_ylim(0, 1.28 * max(*numbers["counts"], 1))
-    level_share, right_share, left_share = (
-        percent(numbers[f"share_{side}"]["share"]) for side in ("level", "right", "left")
+    level_share, ahead_share, behind_share = (
+        percent(numbers[f"share_{side}"]["share"]) for side in ("level", "ahead", "behind")
     )
     for x, name, text in (
-        (-0.6, numbers["left"], f"← {short(numbers['left'], 24)} alone: {left_share}"),
+        (-0.6, numbers["negative_side"], f"← {short(numbers['negative_side'], 24)} alone: {behind_share}"),
         (0.0, None, f"about level: {level_share}"),
-        (0.6, numbers["right"], f"{short(numbers['right'], 24)} alone: {right_share} →"),
+        (0.6, numbers["positive_side"], f"{short(numbers['positive_side'], 24)} alone: {ahead_share} →"),
     ):
         shade = colours.get(name, INK) if name is not None else SOFT
         box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
@@ -96,7 +258,7 @@ def _class_histograms(axes: Axes, classes: Numbers, colours: Palette) -> None:
     depth = _depth(counts, max_count=counts.max(axis=1, keepdims=True))
     edges = np.array(classes["edges"])
     first, second = classes["names"][0], next(name for name in colours if name not in (classes["names"][0], "fused"))
-    sides = {"right": first, "left": second}
+    sides = {"positive_side": first, "negative_side": second}
     shades = np.array([to_rgb(side_colour(centre, sides, colours)) for centre in (edges[1:] + edges[:-1]) / 2])
     axes.imshow(1 - (1 - shades[None]) * depth[:, :, None], aspect="auto", interpolation="nearest")
     centre = len(edges) // 2
@@ -105,6 +267,23 @@ def _class_histograms(axes: Axes, classes: Numbers, colours: Palette) -> None:
     axes.set_xlabel(f"discrepancy: {first} minus {second}        (right end: mean of the class)")
     for row_index, row in enumerate(classes["rows"]):
         axes.text(len(edges) - 1.3, row_index, signed(row["discrepancy"][0]), va="center", fontsize=8, color=INK)
+
+
+def _panels(figure: Figure, number: int, *, columns: int, shared: bool) -> list[Axes]:
+    """Return a number of axes in rows of `columns`; `shared` axes have common ticks."""
+    rows = -(-number // columns)
+    panels = figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False).ravel()
+    for axes in panels[number:]:
+        axes.set_visible(False)
+    return list(panels[:number])
+
+
+def _histogram_2d(axes: Axes, counts: list[list[int]], *, max_x: float) -> None:
+    """Draw counts over [0, max_x] x [0, 1] as a square, darker where there are more."""
+    cells = np.array(counts)
+    style: dict[str, Any] = {"cmap": "Greys", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    depth = _depth(cells, max_count=cells.max())
+    axes.imshow(depth, origin="lower", extent=(0, max_x, 0, 1), aspect=max_x, **style)
 
 
 def _depth(counts: NDArray[Any], *, max_count: NDArray[Any]) -> NDArray[np.float64]:
@@ -159,18 +338,13 @@ def _maps(maps: list[Numbers], colours: Palette) -> Figure:
     rows = -(-len(maps) // columns)
     size = (6.6, 4.5) if len(maps) == 1 else (WIDTH * columns / 3, (WIDTH / 3 + 0.15) * rows)
     figure = Figure(figsize=size)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, numbers in zip(panels, maps, strict=False):
+    for axes, numbers in zip(_panels(figure, len(maps), columns=columns, shared=False), maps, strict=True):
         _map(axes, numbers, colours, has_corner_names=len(maps) == 1)
-    for axes in panels[len(maps) :]:
-        axes.set_visible(False)
     return figure
 
 
 def _map(axes: Axes, numbers: Numbers, colours: Palette, *, has_corner_names: bool) -> None:
-    counts = np.array(numbers["counts"])
-    depth = _depth(counts, max_count=counts.max())
-    axes.imshow(depth, origin="lower", extent=(0, 1, 0, 1), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+    _histogram_2d(axes, numbers["counts"], max_x=1)
     for shift in (-0.2, 0.2):
         line = [max(0.0, -shift), min(1.0, 1 - shift)]
         shifted = [value + shift for value in line]
@@ -189,24 +363,11 @@ def _training(modalities: list[Numbers], colours: Palette) -> Figure:
     columns = min(len(modalities), 3)
     rows = -(-len(modalities) // columns)
     figure = Figure(figsize=(WIDTH * columns / 3 if columns > 1 else 4, (WIDTH / 3 + 0.1) * rows + 0.35))
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for axes, numbers in zip(panels, modalities, strict=False):
-        counts = np.array(numbers["counts"])
-        depth = _depth(counts, max_count=counts.max())
-        axes.imshow(
-            depth,
-            origin="lower",
-            extent=(0, 0.5, 0, 1),
-            aspect=0.5,
-            cmap="Greys",
-            vmin=0,
-            vmax=1,
-            interpolation="nearest",
-        )
+    panels = _panels(figure, len(modalities), columns=columns, shared=True)
+    for axes, numbers in zip(panels, modalities, strict=True):
+        _histogram_2d(axes, numbers["counts"], max_x=0.5)
         axes.axvline(numbers["border"], color=INK, linewidth=0.8, linestyle="--")
         axes.set_title(short(numbers["name"], 24), color=colours[numbers["name"]])
-    for axes in panels[len(modalities) :]:
-        axes.set_visible(False)
     figure.supxlabel("standard deviation over training", fontsize=9, color=INK)
     figure.supylabel("mean confidence", fontsize=9, color=INK)
     return figure
@@ -236,16 +397,8 @@ def _finetune(finetune: Numbers, colours: Palette) -> Figure:
             [metrics["accuracy_high"] - metrics["accuracy"] for metrics in measured],
         ]
         shade = colours.get(branch, LEVEL)
-        accuracy_axes.errorbar(
-            values,
-            heights,
-            xerr=np.abs(errors),
-            fmt="o",
-            color=shade,
-            markersize=4,
-            linewidth=1,
-            label=short(branch, 14),
-        )
+        style: dict[str, Any] = {"fmt": "o", "color": shade, "markersize": 4, "linewidth": 1}
+        accuracy_axes.errorbar(values, heights, xerr=np.abs(errors), label=short(branch, 14), **style)
     accuracy_axes.axvline(finetune["chance"], color=SOFT, linewidth=0.8, linestyle="--", label="most common class")
     accuracy_axes.set_yticks(
         range(len(subsets)), [f"{short(subset['name'], 26)} ({subset['n']:,})" for subset in subsets]

@@ -42,10 +42,10 @@ def facts(record: Mapping[str, Any], scores: ScoreTable) -> Numbers:
         "fingerprint": record["fingerprint"],
         "seed": record["seed"],
         "counts": record["counts"],
-        "classes": record["classes"],
-        "groups": record["groups"],
+        "num_classes": record["num_classes"],
+        "num_groups": record["num_groups"],
         "group_column": record["columns"].get("group"),
-        "folds": record["folds"],
+        "num_folds": record["num_folds"],
         "repeats": probe["repeats"],
         "learn_from": probe["learn_from"],
         "task": record["config"]["data"]["task"],
@@ -53,7 +53,7 @@ def facts(record: Mapping[str, Any], scores: ScoreTable) -> Numbers:
             {key: modality.get(key) for key in ("name", "kind", "column", "length", "encoder")}
             for modality in record["modalities"]
         ],
-        "within": BALANCED_WITHIN,
+        "balanced_margin": BALANCED_WITHIN,
         "median_sd": None if spread is None else finite(np.nanmedian(spread)),
     }
 
@@ -76,9 +76,8 @@ def training(scores: ScoreTable) -> list[Numbers] | None:
     groups, rows = group_codes(scores.group), []
     for index, name in enumerate(scores.modalities):
         confidence, variability = scores.training_confidence[:, index], scores.training_variability[:, index]
-        is_valid = ~np.isnan(confidence)
-        confidence, variability = confidence[is_valid], variability[is_valid]
-        groups_valid = None if groups is None else groups[is_valid]
+        variability = variability[~np.isnan(confidence)]
+        confidence, groups_valid = _valid(confidence, groups)
         counts, _, _ = np.histogram2d(confidence, variability, bins=TRAINING_BINS, range=((0, 1), (0, 0.5)))
         ambiguous = variability > AMBIGUOUS
         rows.append(
@@ -101,10 +100,7 @@ def values(scores: ScoreTable) -> list[Numbers] | None:
     groups, m = group_codes(scores.group), len(scores.modalities)
     rows = []
     for index, name in enumerate(scores.modalities):
-        phi = scores.shapley[:, index]
-        is_valid = ~np.isnan(phi)
-        groups_valid = None if groups is None else groups[is_valid]
-        phi = phi[is_valid].astype(np.float64)
+        phi, groups_valid = _valid(scores.shapley[:, index].astype(np.float64), groups)
         rows.append(
             {
                 "name": name,
@@ -246,21 +242,26 @@ def short(text: object, max_length: int = MAX_TEXT) -> str:
     return line if len(line) <= max_length else f"{line[: max_length // 3]}…{line[max_length // 3 + 1 - max_length :]}"
 
 
+def _valid(values: Array, groups: Groups) -> tuple[Array, Groups]:
+    """Return the values (n,) that are not NaN, and their groups."""
+    is_valid = ~np.isnan(values)
+    return values[is_valid], None if groups is None else groups[is_valid]
+
+
 def _discrepancy(
     discrepancy: Array, groups: Groups, *, between: str, positive_side: str, negative_side: str
 ) -> Numbers:
-    is_valid = ~np.isnan(discrepancy)
-    values, groups = discrepancy[is_valid], None if groups is None else groups[is_valid]
+    values, groups = _valid(discrepancy, groups)
     is_ahead, is_behind = is_dominated(values, BALANCED_WITHIN), is_dominated(-values, BALANCED_WITHIN)
     counts = np.bincount(assign_bins(values, num_bins=DISCREPANCY_BINS), minlength=DISCREPANCY_BINS)
     return {
         "between": between,
-        "right": positive_side,
-        "left": negative_side,
+        "positive_side": positive_side,
+        "negative_side": negative_side,
         "edges": np.linspace(-1, 1, DISCREPANCY_BINS + 1).round(4).tolist(),
         "counts": counts.tolist(),
-        "share_right": share_interval(is_ahead, groups),
-        "share_left": share_interval(is_behind, groups),
+        "share_ahead": share_interval(is_ahead, groups),
+        "share_behind": share_interval(is_behind, groups),
         "share_level": share_interval(~is_ahead & ~is_behind, groups),
         "positive": share_interval(values > 0, groups),
         "mean": mean_interval(values.astype(np.float64), groups),

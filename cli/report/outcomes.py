@@ -43,14 +43,14 @@ _MIN_CHANGE = 5e-4  # distances are shown with three decimals
 def uniformity(numbers: Section, splits: Mapping[str, int]) -> Numbers:
     """Return the uniformity of a manifest from its statistics; `splits` are the kept samples by split.
 
-    `made` is None if the split was not made uniform; then curve, classes and shortages are empty.
+    `target` is None if the split was not made uniform; then curve, classes and shortages are empty.
     """
     recipe = numbers["recipe"].get("balanced")
     config = None if recipe is None else build_config(BalancedConfig, recipe, where="recipe.balanced.")
     edges = np.linspace(-1, 1, numbers["bins"] + 1).round(6).tolist()
     ranges, measures = _ranges(numbers["empty_bins"], edges), ("distance", "ks", "positive")
     return {
-        "made": None if config is None else _target_of(config, bins=numbers["bins"]),
+        "target": None if config is None else _target_of(config, bins=numbers["bins"]),
         "edges": edges,
         "before": numbers["counts_before"],
         "after": numbers["counts_after"],
@@ -64,7 +64,7 @@ def uniformity(numbers: Section, splits: Mapping[str, int]) -> Numbers:
             for name, distance in sorted(numbers["distances"].items(), key=lambda pair: split_order(pair[0]))
         ],
         "curve": [] if config is None else numbers.get("curve", []),
-        "more": None if config is None else _larger_size(numbers, config),
+        "next_point": None if config is None else _larger_size(numbers, config),
         "classes": None if config is None else _classes(numbers["classes"]),
         "shortages": _shortages(numbers["shortages"], edges) if _cuts_bins(config) else [],
     }
@@ -114,24 +114,20 @@ def _classes(classes: Sequence[Section]) -> Numbers:
     changes = [row["distance_after"] - row["distance_before"] for row in with_rows]
     least_uniform = sorted(nonempty, key=lambda row: (bool(row["after"]), -row["distance_after"], row["name"]))
     return {
-        "number": len(nonempty),
-        "lost": len(nonempty) - len(with_rows),
+        "num_classes": len(nonempty),
+        "num_without_rows": len(nonempty) - len(with_rows),
         "more_uniform": sum(change < -_MIN_CHANGE for change in changes),
         "less_uniform": sum(change > _MIN_CHANGE for change in changes),
         "median_before": median(row["distance_before"] for row in nonempty) if nonempty else 0.0,
         "median_after": median(row["distance_after"] for row in with_rows) if with_rows else 0.0,
-        "worst": [_class(row) for row in least_uniform[:MAX_CLASSES]],
+        "least_uniform": [_class(row) for row in least_uniform[:MAX_CLASSES]],
     }
 
 
 def _class(row: Section) -> Numbers:
     """Return the numbers of a class; without kept rows its distance afterwards is None."""
     after = ("distance_after", "ks_after")
-    return {
-        **row,
-        "name": short(row["name"], 80),
-        **{name: row[name] if row["after"] else None for name in after},
-    }
+    return {**row, "name": short(row["name"], 80), **{name: row[name] if row["after"] else None for name in after}}
 
 
 def _shortages(shortages: Sequence[Section], edges: Sequence[float]) -> list[Numbers]:
@@ -187,7 +183,7 @@ def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
 def finetune_numbers(folder: Path, run: Run) -> Numbers:
     """Return the numbers of a finished fine-tuning, read from metrics.json and history.jsonl.
 
-    `current` is whether the manifest of that name in the run is still the one that was trained on.
+    `manifest_is_unchanged` is whether the manifest of that name in the run is still the one that was trained on.
     """
     metrics = read_metrics(folder)
     manifest = run.manifest(metrics["manifest"])
@@ -197,7 +193,7 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
     return {
         "name": folder.name,
         "manifest": metrics["manifest"],
-        "current": not manifest.exists() or _digest(manifest) == metrics["manifest_digest"],
+        "manifest_is_unchanged": not manifest.exists() or _digest(manifest) == metrics["manifest_digest"],
         "test_labels_in_scores": metrics["test_labels_in_scores"],
         "settings": {key: settings.get(key) for key in SETTINGS},
         "seed": metrics["config"].get("seed"),

@@ -19,10 +19,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ... import numpy_files as npy
 from ...errors import DatasetError
 from ...media.files import kind_of_path
-from ...parsing import parse_data_json
+from ...parsing import BROKEN, check_header, parse_data_json, read_array
 from ...storage import open_regular
 from ..columns import SPLIT, split_of_file, split_of_folder
 from ..modalities import KINDS
@@ -323,9 +322,9 @@ def _is_vector(name: str) -> bool:
 
 def _parse_vector(data: bytes, where: str) -> NDArray[np.float32]:
     try:
-        npy.check_header(io.BytesIO(data), num_bytes=len(data))
-        array = npy.read_array(io.BytesIO(data))
-    except npy.BROKEN as error:
+        check_header(io.BytesIO(data), num_bytes=len(data))
+        array = read_array(io.BytesIO(data))
+    except BROKEN as error:
         raise DatasetError(f"{where} cannot be read: {str(error)[:200]}") from error
     if array.ndim != 1 or array.dtype.kind not in "fiub":
         raise DatasetError(
