@@ -18,7 +18,8 @@ from .dataset.columns import SPLITS
 from .dataset.modalities import kind_of_path
 from .dataset.samples import Samples
 from .errors import ConfigError
-from .features.encode import EncodeTask, Status
+from .features.encode import EncodeTask
+from .features.encoded_samples import Status
 from .features.matrix import FeatureMatrix, Inputs, RowIndex
 from .hashing import hash_rank
 from .near_duplicates import MIN_FEATURES, Links, near_links

@@ -19,7 +19,7 @@ from .. import __version__
 from ..audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from ..audit.dataset.formats.saved import looks_like_hub_name
 from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices, printable
-from ..audit.features.encoders import BUILTIN_ENCODERS, check_encoder, encoder_location, preprocessing
+from ..audit.features.encoders import ENCODERS, check_encoder, encoder_location, preprocessing
 from ..audit.hashing import file_digest, is_signed, sign
 from ..audit.parsing import build_config
 from ..audit.scores.mixture import Mixture
@@ -343,7 +343,7 @@ def _scored_encoders(origin: Origin, options: SourceOptions) -> dict[str, str]:
 
 def _doubt(encoder: str, origin: Origin) -> str:
     """Return why an encoder that is code or a model must be passed by the user; "" if it need not be."""
-    if encoder in BUILTIN_ENCODERS:
+    if encoder in ENCODERS:
         return ""
     if origin.record is None:
         return origin.doubt

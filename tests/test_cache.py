@@ -17,11 +17,10 @@ from mmaudit.audit.features.encode import (
     combine_results,
     content_of,
     encoded_table,
-    lengths_of,
-    problems_of,
     read_arrow,
     write_arrow,
 )
+from mmaudit.audit.features.encoded_samples import lengths_of, problems_of
 from mmaudit.audit.hashing import digest
 
 
@@ -45,7 +44,8 @@ def test_written_results_are_read_back(
     results, content = results_of(usable, dtype), digests(len(usable))
     ids = [f"s{row}" for row in range(len(usable))]
     encoded = combine_results(content, results, encoder="e")
-    write_arrow(encoded_table(ids, encoded), path)
+    stamps = [None if row % 3 == 2 else f"stamp {row}" for row in range(len(usable))]
+    write_arrow(encoded_table(ids, stamps, encoded), path)
     table = read_arrow(path)
     assert content_of(table).tolist() == content
     assert table["vector"].type == pa.large_list(pa.from_numpy_dtype(encoded.vector.dtype))
@@ -53,7 +53,7 @@ def test_written_results_are_read_back(
     assert lengths_of(table) == ({3} if any(usable) else set())
     cached = CachedVectors.of(path)
     for key, expected in zip(content, results, strict=True):
-        cached_result = cached.find(key)
+        cached_result = cached.result(key)
         if isinstance(expected, UnusableError):
             assert isinstance(cached_result, UnusableError)
             assert (cached_result.reason, cached_result.detail) == (expected.reason, expected.detail)
@@ -61,19 +61,21 @@ def test_written_results_are_read_back(
             assert isinstance(cached_result, np.ndarray)
             assert cached_result.dtype == dtype
             np.testing.assert_array_equal(cached_result, expected)
-    assert cached.find(b"0" * 32) is None
-    assert cached.is_current(ids, encoded.content)
+    assert b"0" * 32 not in cached.row
+    assert cached.content_of_stamp == {stamp: key for stamp, key in zip(stamps, content, strict=True) if stamp}
+    assert cached.is_current(ids, stamps, encoded.content)
     if ids:
-        assert not cached.is_current([*ids[1:], "other"], encoded.content)
-        assert not cached.is_current(ids, np.array([*content[1:], b"0" * 32], dtype="S32"))
-        assert not cached.is_current(ids[1:], encoded.content[1:])
+        assert not cached.is_current([*ids[1:], "other"], stamps, encoded.content)
+        assert not cached.is_current(ids, [*stamps[1:], "other"], encoded.content)
+        assert not cached.is_current(ids, stamps, np.array([*content[1:], b"0" * 32], dtype="S32"))
+        assert not cached.is_current(ids[1:], stamps[1:], encoded.content[1:])
 
 
 def test_missing_or_damaged_file_is_empty(tmp_path: Path) -> None:
     path = tmp_path / "0.arrow"
-    assert CachedVectors.of(path).find(digests(1)[0]) is None
+    assert CachedVectors.of(path).row == {}
     path.write_bytes(b"ARROW1 damaged")
-    assert not CachedVectors.of(path).is_current([], np.zeros(0, "S32"))
+    assert not CachedVectors.of(path).is_current([], [], np.zeros(0, "S32"))
 
 
 def test_vectors_of_different_lengths_are_rejected() -> None:

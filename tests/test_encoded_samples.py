@@ -19,8 +19,14 @@ from mmaudit.audit.dataset.labels import NO_LABEL, UNKNOWN_LABEL
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import Samples, read_samples
 from mmaudit.audit.errors import Quarantined, Reason, ScoreError
-from mmaudit.audit.features.encode import Status, encode_dataset
-from mmaudit.audit.features.encoded_samples import EncodedSamples, collect_encoded, missing_in_source, select_usable
+from mmaudit.audit.features.encode import encode_dataset
+from mmaudit.audit.features.encoded_samples import (
+    EncodedSamples,
+    Status,
+    collect_encoded,
+    missing_in_source,
+    select_usable,
+)
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress
 

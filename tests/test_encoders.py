@@ -18,8 +18,8 @@ from mmaudit.audit.errors import ConfigError, Reason, UnusableError
 from mmaudit.audit.features import encoders
 from mmaudit.audit.features.descriptors import video_statistics
 from mmaudit.audit.features.encoders import (
-    ENCODERS,
-    NETWORK_INPUTS,
+    RESNET18,
+    STATISTICS,
     EncodedRows,
     check_encoder,
     encode_cell,
@@ -47,7 +47,7 @@ def rows_of(encoded: EncodedRows) -> list[list[float] | None]:
 
 
 def test_every_kind_has_an_encoder() -> None:
-    assert {*ENCODERS, "features"} == set(KINDS)
+    assert {*STATISTICS, "features"} == set(KINDS)
 
 
 @pytest.mark.parametrize("type_", TYPES)
@@ -116,13 +116,14 @@ def test_every_relevant_setting_changes_the_fingerprint(kind: str, monkeypatch: 
     settings: dict[str, Any]
     for settings in ({"max_seconds": 2.0}, {"image_size": 32}, {"text_buckets": 64}):
         fingerprints.add(preprocessing(modality, MediaConfig(**settings)))
-    monkeypatch.setitem(encoders.ENCODERS, kind, replace(ENCODERS[kind], version=99))
+    changed = {kind: replace(STATISTICS[kind], version=99)}
+    monkeypatch.setattr(encoders, "_encoders_by_kind", lambda name: changed)
     fingerprints.add(preprocessing(modality, MEDIA))
     assert len(fingerprints) == 5
 
 
 def test_kinds_and_lengths_have_distinct_fingerprints() -> None:
-    kinds = [Modality(name="m", column="c", kind=kind) for kind in ENCODERS] + [vectors(2), vectors(3)]
+    kinds = [Modality(name="m", column="c", kind=kind) for kind in STATISTICS] + [vectors(2), vectors(3)]
     assert len({preprocessing(modality, MEDIA) for modality in kinds}) == len(kinds)
     assert preprocessing(vectors(2), MEDIA) == preprocessing(vectors(2), MediaConfig(image_size=8))
 
@@ -130,10 +131,10 @@ def test_kinds_and_lengths_have_distinct_fingerprints() -> None:
 def test_encoders_have_distinct_fingerprints() -> None:
     fingerprints = {
         preprocessing(Modality(name="m", column="c", kind=kind, encoder=encoder), MEDIA)
-        for kind in NETWORK_INPUTS
+        for kind in RESNET18
         for encoder in ("statistics", "resnet18", "os.path:basename")
     }
-    assert len(fingerprints) == 3 * len(NETWORK_INPUTS)
+    assert len(fingerprints) == 3 * len(RESNET18)
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def loaded(clip_source: Path, film: Callable[[bool], bytes]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("media", [MEDIA, MediaConfig(network_seconds=0.15, network_size=20, sample_rate=11_025)])
-@pytest.mark.parametrize("kind", NETWORK_INPUTS)
+@pytest.mark.parametrize("kind", RESNET18)
 def test_network_inputs_have_the_declared_shape(kind: str, media: MediaConfig, loaded: dict[str, Any]) -> None:
     modality = Modality(name="m", column="c", kind=kind, encoder="resnet18")
     vector = encode_cell(loaded[kind], modality, media)

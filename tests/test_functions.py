@@ -17,8 +17,9 @@ from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, DatasetError, Reason, UnusableError
-from mmaudit.audit.features.encode import encode_dataset, read_arrow, read_status
-from mmaudit.audit.features.encoders import call_function, check_encoder, encode_cell, preprocessing
+from mmaudit.audit.features.encode import encode_dataset, read_arrow
+from mmaudit.audit.features.encoded_samples import read_status
+from mmaudit.audit.features.encoders import call_function, check_encoder, encode_cell, load_function, preprocessing
 from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.media.decode import decode_audio, decode_folders, decode_frames, decode_image
 from mmaudit.audit.media.files import MediaConfig
@@ -119,16 +120,17 @@ def test_module_that_cannot_be_imported_is_rejected(module: str, tmp_path: Path)
     ],
 )
 def test_result_that_is_not_a_vector_is_rejected(module: str, function: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{module}:{function} {message}"):
-        call_function(f"{module}:{function}", np.zeros((2, 2, 3)), MEDIA)
+    name = f"{module}:{function}"
+    with pytest.raises(ConfigError, match=rf"{name} {message}"):
+        call_function(name, load_function(name), np.zeros((2, 2, 3)), MEDIA)
 
 
 def test_sample_on_which_function_fails_is_unusable(module: str) -> None:
     with pytest.raises(UnusableError, match=rf"{module}:fails raised KeyError: 'gone'") as failed:
-        call_function(f"{module}:fails", np.zeros(2), MEDIA)
+        call_function(f"{module}:fails", load_function(f"{module}:fails"), np.zeros(2), MEDIA)
     assert failed.value.reason is Reason.FAILED
     with pytest.raises(UnusableError, match=r"2 of the 3 numbers of .*:infinite are not finite") as not_finite:
-        call_function(f"{module}:infinite", np.zeros(2), MEDIA)
+        call_function(f"{module}:infinite", load_function(f"{module}:infinite"), np.zeros(2), MEDIA)
     assert not_finite.value.reason is Reason.NOT_FINITE
 
 
@@ -184,4 +186,4 @@ def test_workers_import_function_from_current_folder(module: str, clip_source: P
 def test_readme_states_the_signature_of_functions() -> None:
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     (signature,) = re.findall(r"`function\((.*)\) -> \(d,\)`", readme)
-    assert signature.split(", ") == list(inspect.signature(call_function).parameters)[1:]
+    assert signature.split(", ") == list(inspect.signature(call_function).parameters)[2:]

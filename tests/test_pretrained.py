@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, Reason, UnusableError
-from mmaudit.audit.features import pretrained
-from mmaudit.audit.features.encode import encode_dataset, encode_shard, read_arrow, read_status
+from mmaudit.audit.features import encode, pretrained
+from mmaudit.audit.features.encode import encode_dataset, read_arrow
+from mmaudit.audit.features.encoded_samples import read_status
 from mmaudit.audit.features.encoders import check_encoder, encode_cell, preprocessing
 from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.features.pretrained import encode_inputs, model_version, open_model
@@ -215,7 +216,9 @@ def test_unusable_samples_have_a_reason(models: Path, inputs: dict[str, list[Any
     ]
 
 
-def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path, tmp_path: Path) -> None:
+def test_vectors_are_cached_by_shard_and_computed_once(
+    clips: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (clips / "7.wav").write_bytes(b"no sound")
     encoders = (f"audio=hf:{models / 'wav2vec2'}", f"image=hf:{models / 'dinov2'}")
     dataset = open_dataset(clips, DataConfig(shard_rows=10, encoder=encoders))
@@ -231,7 +234,9 @@ def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path
         for threads in (0, 3)
     }
     assert steps == [("encode", done, 6) for done in range(1, 7)]
-    assert [encode_shard(task) for task in tasks_of[0]] == [0, 0, 0]
+    before = {path: path.stat().st_ino for path in (tmp_path / "0").rglob("*.arrow")}
+    encode_dataset(dataset, tmp_path / "0", media=MEDIA, num_workers=0, progress=no_progress)
+    assert {path: path.stat().st_ino for path in before} == before  # nothing was written again
     ids = read_samples(dataset, seed=0, test_fraction=0.5).sample_id
     for modality_ in dataset.modalities:
         matrices = []
@@ -244,7 +249,16 @@ def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path
     path = tasks_of[0][1].file(dataset.modalities[0])
     path.unlink()
     (clips / "23.wav").write_bytes((clips / "7.png").read_bytes())
-    assert [encode_shard(task) for task in tasks_of[0]] == [0, 10, 0]  # a damaged file needs no forward pass
+    computed: list[int] = []
+
+    def record(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for row, encoded in encode_inputs(*arguments, **options):
+            computed.append(row)
+            yield row, encoded
+
+    monkeypatch.setattr(encode, "encode_inputs", record)
+    encode_dataset(dataset, tmp_path / "0", media=MEDIA, num_workers=0, progress=no_progress)
+    assert computed == list(range(10))  # a damaged file needs no forward pass
     assert read_arrow(tasks_of[0][2].file(dataset.modalities[0]))["reason"].to_pylist() == [None] * 3 + ["corrupt"]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,20 @@ import pyarrow.compute as pc
 
 from ..errors import ConfigError, DatasetError, UnusableError, choices
 from ..media.decode import has_sound
-from .columns import Columns, find_columns, holds_pictures, load_cell
+from .columns import Columns, find_columns, holds_pictures, load_cell, stamp_cell
 from .formats.readers import plan_source
 from .formats.tables import Plan, Shard
 from .labels import TASKS
-from .modalities import Modality, check_modalities, choose_encoders, infer_modalities, is_text, parse_modality
+from .modalities import (
+    Modality,
+    check_modalities,
+    choose_encoders,
+    holds_bytes,
+    infer_modalities,
+    is_text,
+    is_vector,
+    parse_modality,
+)
 
 log = logging.getLogger("mmaudit")
 
@@ -108,11 +118,19 @@ class Dataset:
         columns = {m.column for m in self.modalities if m.kind != "text" and is_text(self.schema.field(m.column).type)}
         return [name for name in self.schema.names if name in columns]
 
-    def read(self, shard: Shard, *, modalities: bool = True) -> pa.Table:
-        """Read the rows of a shard: id, label, group, split and path columns, and the modalities if `modalities`."""
+    def holds_data(self, column: str) -> bool:
+        """Return whether the cells of a column are media or vectors themselves, not paths or texts."""
+        type_ = self.schema.field(column).type
+        return holds_bytes(type_) or is_vector(type_)
+
+    def read(self, shard: Shard, *, modalities: bool = True, data: bool = True) -> pa.Table:
+        """Read the rows of a shard: id, label, group, split and path columns, and the modalities if `modalities`.
+
+        Without `data`, modalities whose cells are media or vectors themselves are left out.
+        """
         columns = set(self.columns.names) | set(self.path_columns)
         if modalities:
-            columns |= {modality.column for modality in self.modalities}
+            columns |= {m.column for m in self.modalities if data or not self.holds_data(m.column)}
         return shard.read([name for name in self.schema.names if name in columns])
 
     def sample_ids(self, rows: pa.Table, shard: Shard) -> list[str]:
@@ -139,8 +157,18 @@ class Dataset:
             UnusableError: if the medium is missing.
             DatasetError: if a path leads outside the dataset's folder, unless `allow_outside`.
         """
-        try:
+        with self._naming_source():
             return load_cell(cell, modality, root=self.root, allow_outside=self.allow_outside)
+
+    def stamp(self, cell: Any, modality: Modality, source_stamp: str | None) -> str | None:
+        """Return a digest of the paths, sizes and times of the files that a cell names; see columns.stamp_cell."""
+        with self._naming_source():
+            return stamp_cell(cell, modality, source_stamp, root=self.root, allow_outside=self.allow_outside)
+
+    @contextmanager
+    def _naming_source(self) -> Iterator[None]:
+        try:
+            yield
         except DatasetError as error:
             raise DatasetError(f"{self.source}: {error}") from error
 

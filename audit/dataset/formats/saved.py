@@ -45,6 +45,11 @@ class ArrowShard:
     skip: int
     split: str | None = None
 
+    @property
+    def location(self) -> tuple[str, int, int]:
+        """The file, the offset of a record batch, and the first row after it."""
+        return self.path, self.offset, self.skip
+
     def read(self, columns: list[str]) -> pa.Table:
         """Map these columns of the rows into memory."""
         try:

@@ -45,6 +45,10 @@ class Shard(Protocol):
     def num_rows(self) -> int:
         """Number of rows."""
 
+    @property
+    def location(self) -> tuple[str, int, int] | None:
+        """The file that the rows are read from, and two numbers for their position in it; None for rows in memory."""
+
     def read(self, columns: list[str]) -> pa.Table:
         """Read these columns of the rows."""
 
@@ -57,6 +61,7 @@ class MemoryShard:
     first: int
     num_rows: int
     rows: pa.Table
+    location: None = None
 
     def read(self, columns: list[str]) -> pa.Table:
         """Return these columns of the rows."""
