@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,7 +29,13 @@ from mmaudit.audit.features.encode import encode_dataset, read_arrow
 from mmaudit.audit.features.encoded_samples import read_status
 from mmaudit.audit.features.encoders import check_encoder, encode_cell, preprocessing
 from mmaudit.audit.features.matrix import FeatureMatrix
-from mmaudit.audit.features.pretrained import encode_inputs, model_version, open_model
+from mmaudit.audit.features.pretrained import (
+    encode_inputs,
+    find_model_folder,
+    folder_version,
+    model_version,
+    open_model,
+)
 from mmaudit.audit.media.decode import decode_audio
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.media.image import read_picture
@@ -392,3 +399,52 @@ def test_code_in_a_model_folder_is_never_run(
         with pytest.raises(ConfigError, match=r"^[^\n]*cannot be (loaded|read): [^\n]*$"):
             open_model(str(folder), "image")
     assert not mark.exists()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def write_model(folder: Path, *, weights: bytes = b"weights") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_version_of_a_folder_depends_only_on_content(tmp_path: Path) -> None:
+    original, same, changed = (
+        write_model(tmp_path / "one"),
+        write_model(tmp_path / "same"),
+        write_model(tmp_path / "other", weights=b"weightz"),
+    )
+    (same / "README.md").write_text("no part of the model")
+    os.utime(same / "config.json", (0, 0))
+    assert folder_version(original) == folder_version(same)
+    assert folder_version(original) != folder_version(changed)
+    before = folder_version(original)
+    (original / "config.json").write_text("{ }")
+    assert folder_version(original) != before
+
+
+def test_version_of_a_hub_model_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "models--owner--name"
+    folder = write_model(cache / "snapshots" / COMMIT)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("owner/name", f"owner/name@{COMMIT}", "owner/name@main"):
+        for with_weights in (False, True):
+            assert find_model_folder(name, with_weights=with_weights) == folder
+    assert folder_version(folder) == COMMIT
+    with pytest.raises(ConfigError, match="no local folder 'owner/name@v2', and the hub has no such model"):
+        find_model_folder("owner/name@v2", with_weights=False)
+
+
+def test_local_folder_precedes_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "owner" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert find_model_folder("owner/name", with_weights=True) == Path("owner/name")
+    (tmp_path / "owner" / "name" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"folder owner/name has no config\.json"):
+        find_model_folder("owner/name", with_weights=True)

@@ -250,8 +250,8 @@ class _Column:
         return content if content is not None and all(content in cache.row for cache in self.cached) else None
 
     def cells(self, rows: pa.Table) -> Sequence[pa.Scalar | None]:
-        """Return the cells of the rows that were read; None for each if the column was not."""
-        return rows[self.name] if self.name in rows.column_names else [None] * rows.num_rows
+        """Return the cells of the rows, None for each if they need not be read."""
+        return [None] * rows.num_rows if self.is_unchanged else rows[self.name]
 
     def identify(self, row: int, cell: pa.Scalar | None) -> tuple[bytes, str | None, Any]:
         """Return content digest and stamp of a row, and the loaded cell, which is None if the stamp is trusted."""
@@ -293,7 +293,7 @@ def _encode_without_model(task: EncodeTask) -> None:
     columns = [_Column.of(task, modalities) for modalities in shared.values()]
     rows, ids = _read_rows(task, columns)
     for column in columns:
-        if column.modalities[0].kind == "features" and column.name in rows.column_names:
+        if column.modalities[0].kind == "features" and not column.is_unchanged:
             _encode_vectors(column, rows[column.name], ids)
         else:
             _encode_cells(column, column.cells(rows), ids)

@@ -124,13 +124,15 @@ def load_encoder(modality: Modality) -> Encoder:
     return _encoders_by_kind(name)[kind]
 
 
-@lru_cache(maxsize=16)
 def _encoders_by_kind(name: str) -> Mapping[str, Encoder]:
-    """Return the encoders of a built-in or installed name; those of packages with checked results and full versions."""
-    loaded = ENCODERS.load(name)
-    if name in ENCODERS:
-        return dict(loaded)
-    point = ENCODERS.installed()[name]
+    """Return the encoders of a built-in or installed name; ConfigError if there are none."""
+    return ENCODERS.load(name) if name in ENCODERS else load_installed(name)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=16)
+def load_installed(name: str) -> Mapping[str, Encoder]:
+    """Import the encoders of an installed package, and add checks of their results and the package's version."""
+    loaded, point = ENCODERS.load(name), ENCODERS.installed()[name]
     if not isinstance(loaded, Mapping) or not all(isinstance(encoder, Encoder) for encoder in loaded.values()):
         raise ConfigError(f"{point.value} must be a dictionary of an Encoder for each kind that it reads")
     package = "" if point.dist is None else f"{point.dist.name} {point.dist.version}"
