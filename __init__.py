@@ -7,57 +7,66 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .audit.dataset.dataset import Dataset, open_dataset
+    from .audit.downloads import Ingested
     from .audit.errors import MmauditError
     from .audit.scores.mixture import Mixture, fit_mixture
     from .audit.scores.probabilities import score_probabilities
     from .audit.scores.table import ScoreTable, read_scores, write_scores
-    from .cli.config import RunConfig
-    from .cli.demo import demo
-    from .cli.manifests import card, diff, export, order, replay, split
-    from .cli.stages import check, ingest, report, score
-    from .cli.training import evaluate, finetune
-    from .cli.verification import verify
+    from .cli.checking import CheckResult, check, ingest
+    from .cli.config import RunConfig, load_config
+    from .cli.demo import DemoResult, demo
+    from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order, verify
+    from .cli.scoring import ReportResult, ScoreResult, report, score
+    from .cli.splitting import ReplayResult, SplitSummary, replay, split
+    from .cli.training import EvaluationResult, FinetuneResult, evaluate, finetune
+    from .rebalance.diff import ManifestDiff
     from .rebalance.manifest import Manifest, read_manifest
+    from .rebalance.verify import Verification
 
 __version__ = "0.1.0"
 
-# The module of each public name. It is imported at the first access, because torch and scikit-learn take seconds.
-_MODULE_OF_NAME = {
-    "Dataset": "audit.dataset.dataset",
-    "open_dataset": "audit.dataset.dataset",
-    "MmauditError": "audit.errors",
-    "Mixture": "audit.scores.mixture",
-    "fit_mixture": "audit.scores.mixture",
-    "score_probabilities": "audit.scores.probabilities",
-    "ScoreTable": "audit.scores.table",
-    "read_scores": "audit.scores.table",
-    "write_scores": "audit.scores.table",
-    "Manifest": "rebalance.manifest",
-    "read_manifest": "rebalance.manifest",
-    "RunConfig": "cli.config",
-    "ingest": "cli.stages",
-    "check": "cli.stages",
-    "score": "cli.stages",
-    "split": "cli.manifests",
-    "verify": "cli.verification",
-    "diff": "cli.manifests",
-    "replay": "cli.manifests",
-    "card": "cli.manifests",
-    "export": "cli.manifests",
-    "order": "cli.manifests",
-    "finetune": "cli.training",
-    "evaluate": "cli.training",
-    "report": "cli.stages",
-    "demo": "cli.demo",
+# The public names by module. A module is imported at the first access, because torch and scikit-learn take seconds.
+_NAMES = {
+    "audit.dataset.dataset": ["Dataset", "open_dataset"],
+    "audit.downloads": ["Ingested"],
+    "audit.errors": ["MmauditError"],
+    "audit.scores.mixture": ["Mixture", "fit_mixture"],
+    "audit.scores.probabilities": ["score_probabilities"],
+    "audit.scores.table": ["ScoreTable", "read_scores", "write_scores"],
+    "cli.checking": ["CheckResult", "check", "ingest"],
+    "cli.config": ["RunConfig", "load_config"],
+    "cli.demo": ["DemoResult", "demo"],
+    "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order", "verify"],
+    "cli.scoring": ["ReportResult", "ScoreResult", "report", "score"],
+    "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
+    "cli.training": ["EvaluationResult", "FinetuneResult", "evaluate", "finetune"],
+    "rebalance.diff": ["ManifestDiff"],
+    "rebalance.manifest": ["Manifest", "read_manifest"],
+    "rebalance.verify": ["Verification"],
 }
+_MODULE_OF_NAME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Card",
+    "CheckResult",
     "Dataset",
+    "DemoResult",
+    "Epoch",
+    "EvaluationResult",
+    "ExportResult",
+    "FinetuneResult",
+    "Ingested",
     "Manifest",
+    "ManifestDiff",
     "Mixture",
     "MmauditError",
+    "ReplayResult",
+    "ReportResult",
     "RunConfig",
+    "ScoreResult",
     "ScoreTable",
+    "SplitSummary",
+    "Verification",
     "__version__",
     "card",
     "check",
@@ -68,6 +77,7 @@ __all__ = [
     "finetune",
     "fit_mixture",
     "ingest",
+    "load_config",
     "open_dataset",
     "order",
     "read_manifest",
@@ -86,3 +96,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULE_OF_NAME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -109,7 +109,7 @@ def prepare(case: Case, data: Path, scratch: Path) -> tuple[Examples, TrainConfi
     config: RunConfig = load_config(settings=[*words, *SETTINGS])
     run = scratch / case.name
     mmaudit.score(str(data / case.data), run=run, config=config)
-    mmaudit.split(run=run, subset="most-balanced:100%", name="everything")
+    mmaudit.split(run=run, subset="most-balanced:100%", name="everything", overwrite=True)
     return read_examples("everything", run=run, config=config), config.training()
 
 

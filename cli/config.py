@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 import re
 import sys
-import typing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..audit.dataset.dataset import DataConfig
 from ..audit.errors import ConfigError
@@ -29,7 +31,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Config = TypeVar("Config")
+log = logging.getLogger("mmaudit")
+
+_PREFIX = "MMAUDIT_"
+_OTHER_VARIABLES = {"MMAUDIT_DEBUG", "MMAUDIT_RUN", "MMAUDIT_DEVICE", "MMAUDIT_NUM_WORKERS"}  # of the command line
 _DEEP_KEY = re.compile(r"""(?:["'\w-]{1,100}[ \t]{0,9}\.[ \t]{0,9}){64}""")
 
 
@@ -86,16 +91,70 @@ class RunConfig:
         return TrainConfig(**sections, width=self.network.width)
 
 
-def load_config(path: str | Path | None = None, settings: typing.Sequence[str] = ()) -> RunConfig:
-    """Load a TOML file, overridden by `SECTION.KEY=VALUE` settings. Errors on unknown keys suggest the nearest one."""
+def load_config(
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    keywords: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Load the settings of a command. Of a setting that is made in several ways the last of these counts.
+
+    Args:
+        config: A TOML file, or a RunConfig. Without a RunConfig, environment variables such as MMAUDIT_PROBE_FOLDS=10
+            override the file.
+        settings: Settings by key, {"probe.folds": 10}, or as texts, ["probe.folds=10"].
+        keywords: Settings by key, from a function's own parameters; those that are None are not made.
+
+    Returns:
+        The settings of all stages.
+
+    Raises:
+        ConfigError: The file cannot be read, a key is unknown (the message names the nearest), or a value is invalid.
+
+    Example:
+        >>> load_config(settings={"probe.folds": 10}).probe.folds
+        10
+    """
+    made = {key: value for key, value in (keywords or {}).items() if value is not None}
+    if isinstance(config, RunConfig) and not settings and not made:
+        return config
     content: dict[str, Any] = {}
-    if path is not None:
-        if not Path(path).exists():
-            raise ConfigError(f"config file not found: {path}")
-        content = _read_toml(Path(path))
-    for setting in settings:
-        _apply(content, setting)
+    if isinstance(config, RunConfig):
+        content = without_none(plain(config))
+    else:
+        if config is not None:
+            if not Path(config).exists():
+                raise ConfigError(f"config file not found: {config}")
+            content = _read_toml(Path(config))
+        for key, text in _environment_settings().items():
+            _set(content, key, _parse_value(key, text), source=f"{_variable(key)}={text}")
+    pairs = settings.items() if isinstance(settings, Mapping) else map(_parse_setting, settings)
+    for key, value in (*pairs, *made.items()):
+        _set(content, key, list(value) if isinstance(value, tuple) else value, source=f"--set {key}")
     return build_config(RunConfig, content, where="")
+
+
+def _environment_settings() -> dict[str, str]:
+    """Return the settings made by environment variables, by key; log those that look like one and are none."""
+    variables = {name: text for name, text in os.environ.items() if name.startswith(_PREFIX)}
+    keys = {_variable(key): key for key in config_keys()} if variables else {}
+    for name in sorted(variables.keys() - keys.keys() - _OTHER_VARIABLES):
+        log.warning("%s is not a setting and has no effect", name)
+    return {keys[name]: text for name, text in variables.items() if name in keys}
+
+
+def config_keys(config: Any = None, prefix: str = "") -> Iterator[str]:
+    """Yield every key of a config, such as "probe.folds"."""
+    for item in dataclasses.fields(RunConfig() if config is None else config):
+        value = getattr(RunConfig() if config is None else config, item.name)
+        key = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            yield from config_keys(value, f"{key}.")
+        else:
+            yield key
+
+
+def _variable(key: str) -> str:
+    return _PREFIX + key.replace(".", "_").upper()
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -117,12 +176,6 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     return "it is nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
-
-
-def override(config: Config, **values: Any) -> Config:
-    """Replace the fields of a config whose value is not None."""
-    requested = {name: value for name, value in values.items() if value is not None}
-    return dataclasses.replace(config, **requested)  # type: ignore[type-var]
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -149,19 +202,26 @@ def without_none(content: dict[str, Any]) -> dict[str, Any]:
     return {key: without_none(value) if isinstance(value, dict) else value for key, value in with_values.items()}
 
 
-def _apply(content: dict[str, Any], setting: str) -> None:
+def _parse_setting(setting: str) -> tuple[str, Any]:
     key, equals, text = setting.partition("=")
     if not equals:
         raise ConfigError(f"--set {setting}: not of the form SECTION.KEY=VALUE, such as probe.folds=10")
+    return key, _parse_value(f"--set {key}", text)
+
+
+def _parse_value(name: str, text: str) -> Any:
     try:
-        value = _parse_toml(f"value = {text}")["value"]
+        return _parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
+        return text  # a bare word is a string
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--set {key}: its value cannot be read: {_reason(error)}") from error
+        raise ConfigError(f"{name}: its value cannot be read: {_reason(error)}") from error
+
+
+def _set(content: dict[str, Any], key: str, value: Any, *, source: str) -> None:
     *sections, last = key.strip().split(".")
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise ConfigError(f"--set {setting}: {section} is not a section")
+            raise ConfigError(f"{source}: {section} is not a section")
     content[last] = value

@@ -15,6 +15,8 @@ from ..audit.errors import printable
 
 if TYPE_CHECKING:
     from ..audit.workers import Progress
+    from ..rebalance.diff import ManifestDiff
+    from ..rebalance.verify import Verification
     from .manifests import Epoch
 
 _BALANCED_SHARE = (0.4, 0.6)  # share of samples with D > 0; outside this range a balanced split gets a warning
@@ -40,60 +42,83 @@ def print_text(text: str) -> None:
 class _OneLine(logging.Formatter):
     """Formatter of one line per message, without control characters; a traceback keeps its lines."""
 
+    def __init__(self, *, with_seconds: bool) -> None:
+        super().__init__()
+        self._with_seconds = with_seconds
+
     def format(self, record: logging.LogRecord) -> str:
         """Format one record."""
-        lines = [printable(record.getMessage())]
+        seconds = f"[{record.relativeCreated / 1000:6.1f} s] " if self._with_seconds else ""
+        lines = [seconds + printable(record.getMessage())]
         if record.exc_info:
             lines += [printable(line) for line in self.formatException(record.exc_info).split("\n")]
         return "\n".join(lines)
 
 
-def configure_logging() -> None:
-    """Send the log of the stages to stderr, one line per message."""
+def configure_logging(level: int = logging.INFO, *, with_seconds: bool = False) -> None:
+    """Send the log of the stages to stderr, one line per message, on request with the seconds since the start."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine())
+    handler.setFormatter(_OneLine(with_seconds=with_seconds))
     logger = logging.getLogger("mmaudit")
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
     logging.raiseExceptions = False  # a closed terminal or a full disk for the log does not fail the command
 
 
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """Yield a progress callback that draws bars on a terminal, and otherwise prints a line every ten seconds."""
+def progress_bars(shown: bool = True) -> Iterator[Progress]:
+    """Yield a progress callback that draws bars in a terminal or notebook, and else prints a line every ten seconds.
+
+    If it is not `shown` it prints nothing. An interrupt is raised at the next call.
+    """
     from .failures import begin_stage, raise_if_interrupted
 
-    if not sys.stderr.isatty():
-        lines = _Lines()
-
-        def print_progress(stage: str, done: int, total: int) -> None:
-            raise_if_interrupted()
-            begin_stage(stage)
-            lines(stage, done, total)
-
-        yield print_progress
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description:>8}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
+    with _drawing(shown) as draw:
 
         def progress(stage: str, done: int, total: int) -> None:
             raise_if_interrupted()
             begin_stage(stage)
-            if stage not in tasks or bars.tasks[tasks[stage]].finished:
-                tasks[stage] = bars.add_task(printable(stage), total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+            draw(stage, done, total)
 
         yield progress
+
+
+@contextmanager
+def _drawing(shown: bool) -> Iterator[Progress]:
+    """Yield a function that shows the progress of a stage."""
+    if not shown:
+        yield lambda stage, done, total: None
+    elif "ipykernel" in sys.modules:
+        yield _draw_in_notebook
+    elif not sys.stderr.isatty():
+        yield _Lines()
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:>8}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            tasks: dict[str, Any] = {}
+
+            def draw(stage: str, done: int, total: int) -> None:
+                if stage not in tasks or bars.tasks[tasks[stage]].finished:
+                    tasks[stage] = bars.add_task(printable(stage), total=total)
+                bars.update(tasks[stage], completed=done, total=total)
+
+            yield draw
+
+
+def _draw_in_notebook(stage: str, done: int, total: int) -> None:
+    """Draw a bar of 40 characters on one line of the cell's output; rich's bars need ipywidgets there."""
+    filled = 40 * done // max(total, 1)
+    end = "\n" if done >= total else ""
+    print(f"\r{printable(stage):>8} {'#' * filled}{'.' * (40 - filled)} {done}/{total}", end=end, file=sys.stderr)
 
 
 class _Lines:
@@ -223,15 +248,9 @@ def dump_order(epoch: Epoch) -> None:
         rows.writerows([step, printable(name) if to_terminal else name] for name in ids)
 
 
-def print_verify(summary: dict[str, Any]) -> None:
-    """Print one line per check."""
-    for line in summary["lines"]:
-        print_line(line)
-
-
-def print_diff(summary: dict[str, Any]) -> None:
-    """Print the differences of two manifests."""
-    for line in summary["lines"]:
+def print_lines(result: Verification | ManifestDiff) -> None:
+    """Print the checks of a manifest, or the differences of two, one per line."""
+    for line in result.lines():
         print_line(line)
 
 

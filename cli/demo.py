@@ -20,15 +20,13 @@ from ..audit.hashing import hash_rank
 
 if TYPE_CHECKING:
     from ..audit.scores.table import ScoreTable
-from dataclasses import replace
 
 from ..audit.locks import write_lock
 from ..audit.storage import write_json
-from ..audit.workers import Progress, no_progress
-from .config import RunConfig
-from .manifests import split
+from .config import load_config
 from .run import Run
-from .stages import report, score
+from .scoring import report, score
+from .splitting import split
 from .training import finetune
 
 Floats = NDArray[np.float64]
@@ -268,22 +266,44 @@ def _interval(spearman: float, num_samples: int) -> tuple[float, float]:
     return math.tanh(centre - half_width), math.tanh(centre + half_width)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoResult:
+    """Result of `demo`.
+
+    Attributes:
+        recovery: How well the scores recovered the planted discrepancy.
+        num_kept: Samples in the balanced split.
+        distance: Its distance to uniform, in [0, 1].
+        report: The report, an HTML page.
+    """
+
+    recovery: Recovery
+    num_kept: int
+    distance: float
+    report: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return {
+            "recovery": asdict(self.recovery),
+            "kept": self.num_kept,
+            "distance": self.distance,
+            "report": str(self.report),
+        }
+
+
 def demo(
-    folder: str | Path = "mmaudit-demo",
-    *,
-    num_samples: int | None = None,
-    seed: int = 0,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """Write the synthetic dataset into `folder`, and run all stages on it in folder/run.
+    folder: str | Path = "mmaudit-demo", *, num_samples: int | None = None, seed: int = 0, progress: bool = True
+) -> DemoResult:
+    """Generate a dataset with known imbalance, run all stages on it, and report how well it was recovered.
 
     No probe is fitted on a test sample, so that the fine-tunings can be compared.
 
     Args:
-        folder: the folder to write.
-        num_samples: number of samples; None: all 1,797.
-        seed: seed of the data and of all stages.
-        progress: progress callback.
+        folder: Folder to write; the run is folder/run.
+        num_samples: Number of samples, at least 20; by default all 1797.
+        seed: Random seed.
+        progress: Show a progress bar in a terminal or notebook.
 
     Returns:
         The recovery of the planted discrepancy, the size and distance to uniform of the balanced split, and the path
@@ -291,25 +311,22 @@ def demo(
 
     Raises:
         ConfigError: num_samples is outside 20 .. 1,797.
-        RunError: the folder holds other data.
+        RunError: The folder holds other data.
+
+    Example:
+        >>> mmaudit.demo().recovery.spearman
     """
     with write_lock(Path(folder), command="mmaudit demo"):
-        return _demo(Path(folder), num_samples=num_samples, seed=seed, progress=progress)
-
-
-def _demo(folder: Path, *, num_samples: int | None, seed: int, progress: Progress) -> dict[str, Any]:
-    run_dir = Run.open(folder / "run")
-    config = RunConfig(seed=seed)
-    config = replace(config, probe=replace(config.probe, learn_from="train"))
-    data = write_keypad(folder, config=KeypadConfig(num_samples=num_samples), seed=seed)
-    score(data, run=run_dir.folder, config=config, progress=progress)
-    recovered = asdict(recovery(folder / "truth.parquet", run_dir.scores()))
-    write_json({**recovered, "interval": list(recovered["interval"])}, run_dir.recovery_file)
-    summary = split(run=run_dir.folder, config=config, balanced=True)
-    split(run=run_dir.folder, config=config, gmm="balanced")
-    for sampling in ("uniform", "bss-h"):
-        finetune_config = replace(config, finetune=replace(config.finetune, sampling=sampling))
-        finetune("balanced", run=run_dir.folder, config=finetune_config, progress=progress)
-    page = report(run=run_dir.folder)
-    distance = summary["after"]["distance"]
-    return {"recovery": recovered, "kept": summary["kept"], "distance": distance, "report": str(page)}
+        run_dir = Run.open(Path(folder) / "run")
+        config = load_config(settings={"seed": seed, "probe.learn_from": "train"})
+        data = write_keypad(Path(folder), config=KeypadConfig(num_samples=num_samples), seed=seed)
+        score(data, run=run_dir.folder, config=config, progress=progress)
+        recovered = recovery(Path(folder) / "truth.parquet", run_dir.scores())
+        numbers = asdict(recovered)
+        write_json({**numbers, "interval": list(numbers["interval"])}, run_dir.recovery_file)
+        balanced = split(run=run_dir.folder, config=config, balanced=True, overwrite=True)
+        split(run=run_dir.folder, config=config, gmm="balanced", overwrite=True)
+        for sampling in ("uniform", "bss-h"):
+            finetune("balanced", run=run_dir.folder, config=config, sampling=sampling, progress=progress)
+        page = report(run=run_dir.folder).page
+    return DemoResult(recovery=recovered, num_kept=balanced.num_kept, distance=balanced.distance, report=page)

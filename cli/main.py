@@ -1,373 +1,347 @@
-"""Commands of the audit and of training."""
+"""The command line. Each command is one public function: its options are the signature, their help is the docstring.
+
+Signatures and docstrings are read from the source text, so that `--help` takes 0.2 s: importing the functions takes
+seconds, because they need torch, scikit-learn and pyarrow. Positional parameters become arguments, keyword-only ones
+options; `progress` is replaced by --quiet.
+"""
 
 from __future__ import annotations
 
+import ast
+import inspect
+import io
+import json
+import logging
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from . import manifest_commands
-from .app import (
-    ConfigOption,
-    DataArgument,
-    DeviceOption,
-    EncoderOption,
-    GroupOption,
-    IdOption,
-    JsonOption,
-    LabelOption,
-    ModalityOption,
-    NamedDataOption,
-    NamedEncoderOption,
-    NamedOutsideOption,
-    OutsideOption,
-    OverwriteOption,
-    RunOption,
-    SeedOption,
-    SetOption,
-    SplitOption,
-    TaskOption,
-    WorkersOption,
-    app,
-    command,
-    finish,
-    load_settings,
+from .. import __version__
+from .console import configure_logging, print_status
+from .failures import begin_stage, describe, interrupts_recorded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A command: its public function, the function of `console` that prints its result, and that of --dump if any."""
+
+    name: str
+    module: str
+    printer: str
+    dump: str | None = None
+
+
+COMMANDS = (  # in the order of the pipeline
+    Command(name="demo", module="demo", printer="print_demo"),
+    Command(name="ingest", module="checking", printer="print_ingest"),
+    Command(name="check", module="checking", printer="print_check"),
+    Command(name="score", module="scoring", printer="print_score"),
+    Command(name="split", module="splitting", printer="print_split"),
+    Command(name="verify", module="manifests", printer="print_lines"),
+    Command(name="diff", module="manifests", printer="print_lines"),
+    Command(name="replay", module="splitting", printer="print_replay"),
+    Command(name="card", module="manifests", printer="print_card"),
+    Command(name="export", module="manifests", printer="print_export"),
+    Command(name="order", module="manifests", printer="print_order", dump="dump_order"),
+    Command(name="finetune", module="training", printer="print_finetune"),
+    Command(name="evaluate", module="training", printer="print_evaluate"),
+    Command(name="report", module="scoring", printer="print_report"),
 )
 
-if TYPE_CHECKING:
-    from .config import RunConfig
+_SELECTION, _RULE = "Selection of samples", "Options of the selection"
+_UNTRUSTED = "For a manifest that was not made by you on this machine"
+_TRAINING, _SETTINGS, _EXECUTION = "Training", "Settings", "Execution"
+# Panels of the options that are not in the first one, which holds at most a dozen.
+_PANELS: dict[str | tuple[str, str], str] = {
+    **dict.fromkeys(("config", "settings", "seed", "learn_from", "repeats"), _SETTINGS),
+    **dict.fromkeys(("device", "num_workers", "json", "dump"), _EXECUTION),
+    **dict.fromkeys(("balanced", "subset", "dominated", "gmm", "like", "intersect", "exclude"), _SELECTION),
+    **dict.fromkeys(("tolerance", "size", "bins", "by", "grid", "between", "resplit"), _RULE),
+    **dict.fromkeys(("only", "init", "keep_posterior", "epochs", "batch_size", "lr"), _TRAINING),
+    **{(command, name): _UNTRUSTED for command in ("verify", "export") for name in ("data", "allow_outside")},
+    **{
+        (command, name): _UNTRUSTED
+        for command in ("finetune", "evaluate")
+        for name in ("data", "encoder", "allow_outside")
+    },
+    ("order", "batch_size"): "",
+}
+_FLAGS: dict[str | tuple[str, str], tuple[str, ...]] = {
+    **{(command, "manifest"): ("--manifest", "-m") for command in ("finetune", "evaluate")},
+    "settings": ("--set",),
+    "lists": ("--list",),
+}
+_METAVARS = {
+    "modality": "NAME=COLUMN[:KIND]",
+    "encoder": "NAME=ENCODER",
+    "settings": "SECTION.KEY=VALUE",
+    "dominated": "MODALITY:T",
+    "between": "A[:B]",
+    "resplit": "80/8/12",
+    "subset": "RULE",
+    **dict.fromkeys(("like", "intersect", "exclude"), "MANIFEST"),
+}
+_PRINTERS_OF_RESULTS = ("print_lines", "dump_order")  # the other printers take the result as JSON values
+_VARIABLES = {name: f"MMAUDIT_{name.upper()}" for name in ("run", "device", "num_workers")}
+_shows_traceback = _is_quiet = False  # set by --debug and --quiet
 
-__all__ = ["app", "main", "manifest_commands"]
+
+class _Commands(typer.core.TyperGroup):
+    """The group of commands; accepts the general options before or after a command's name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments after moving general options to the front."""
+        end = args.index("--") if "--" in args else len(args)
+        general = ("--debug", "--quiet", "--verbose")
+        moved = [arg for arg in args[:end] if arg in general]
+        return super().parse_args(ctx, [*moved, *(arg for arg in args[:end] if arg not in general), *args[end:]])
 
 
-@command
-def demo(
-    folder: Annotated[str, typer.Argument(metavar="[DIR]", help="Folder to write.")] = "mmaudit-demo",
-    num_samples: Annotated[
-        int | None,
-        typer.Option("--num-samples", min=100, help="Number of samples. \\[default: all 1797]"),
-    ] = None,
-    seed: SeedOption = None,
-    json_: JsonOption = False,
+app = typer.Typer(name="mmaudit", cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(f"mmaudit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _general_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print results, warnings and errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print more on stderr, with the seconds so far.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="MMAUDIT_DEBUG", help="Print the traceback of any error.")
+    ] = False,
 ) -> None:
-    """Generate a dataset with known imbalance, run all stages on it, and report how well it was recovered."""
-    from .console import print_demo, progress_bars
-    from .demo import demo as run_demo
-
-    with progress_bars() as progress:
-        result = run_demo(folder, num_samples=num_samples, seed=seed or 0, progress=progress)
-    finish(result, json_, print_demo)
+    """Audit multimodal datasets for modality imbalance, sample by sample, and rebalance them."""
+    global _shows_traceback, _is_quiet
+    _shows_traceback, _is_quiet = debug, quiet
+    configure_logging(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO, with_seconds=verbose)
 
 
-@command
-def ingest(
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME",
-            help="cremad, ave, kinetics-sounds, vggsound, ucf101, mosei, image-text or ogm-ge.",
-        ),
-    ],
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of the unpacked download.")],
-    list_: Annotated[
-        list[str] | None,
-        typer.Option("--list", help="List of clips or splits to use in place of the download's own. Repeatable."),
-    ] = None,
-    out: Annotated[str | None, typer.Option("--out", help="Table to write. \\[default: DIR/metadata.parquet]")] = None,
-    json_: JsonOption = False,
-) -> None:
-    """Convert an official download into metadata.parquet, and list the missing clips."""
-    from .console import print_ingest
-    from .stages import ingest as run_ingest
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parameter:
+    """A parameter of a public function, as its source text states it; `default` is ... where it is required."""
 
-    finish(run_ingest(name, folder, lists=list_ or [], out=out), json_, print_ingest)
+    name: str
+    annotation: str
+    default: Any
+    is_positional: bool
+    help: str
+
+    @property
+    def cli_type(self) -> Any:
+        """The type that the option's text is converted to."""
+        if self.annotation == "bool":
+            return bool
+        if "Sequence" in self.annotation or "Mapping" in self.annotation:
+            return list[str] | None
+        if self.annotation in ("int", "int | None", "float | None"):
+            return {"int": int, "int | None": int | None, "float | None": float | None}[self.annotation]
+        return str if self.default is ... or isinstance(self.default, str) else str | None
+
+    @property
+    def cli_default(self) -> Any:
+        """What typer passes if the option is absent: lists are None, and --no-NAME is a flag that is off."""
+        if self.default is ...:
+            return inspect.Parameter.empty
+        if self.default is True:
+            return False
+        return None if self.cli_type == list[str] | None else self.default
+
+    def value(self, passed: Any) -> Any:
+        """Return the value of the parameter for what typer passed."""
+        if passed is None or passed == []:
+            return self.default
+        return not passed if self.default is True else passed
+
+    def option(self, command: str) -> Any:
+        """Return typer's description of the argument or option."""
+        panel = _PANELS.get((command, self.name), _PANELS.get(self.name)) or None
+        metavar = _METAVARS.get(self.name)
+        flags = _FLAGS.get((command, self.name), _FLAGS.get(self.name))
+        if self.is_positional and flags is None:
+            shown = self.name.upper() if self.default is ... else f"[{self.name.upper()}]"
+            return typer.Argument(metavar=shown, help=self.help, rich_help_panel=panel, show_default=False)
+        flags = flags or (("--no-" if self.default is True else "--") + self.name.replace("_", "-"),)
+        return typer.Option(
+            *flags,
+            metavar=metavar,
+            help=self.help + (" Repeatable." if self.cli_type == list[str] | None else ""),
+            envvar=_VARIABLES.get(self.name),
+            rich_help_panel=panel,
+            show_default=isinstance(self.default, str),
+            min=0 if self.name == "num_workers" else None,
+        )
 
 
-@command
-def check(
-    data: DataArgument,
-    run: RunOption = "mmaudit-run",
-    modality: ModalityOption = None,
-    encoder: EncoderOption = None,
-    task: TaskOption = None,
-    label: LabelOption = None,
-    id_: IdOption = None,
-    group: GroupOption = None,
-    split: SplitOption = None,
-    allow_outside: OutsideOption = False,
-    device: DeviceOption = "auto",
-    num_workers: WorkersOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    json_: JsonOption = False,
-) -> None:
-    """Check the data: usable and unusable samples, and leaks between train and test; exit 3 on a leak."""
-    from ..audit.errors import GateError
-    from .console import print_check, progress_bars
-    from .stages import check as run_check
+@cache
+def _functions(module: str) -> dict[str, ast.FunctionDef]:
+    """Parse the top-level functions of a module of this package without importing it."""
+    spec = find_spec(f".{module}", __package__)
+    source = spec.loader.get_source(spec.name)  # type: ignore[union-attr]
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
 
-    settings = _with_data(
-        load_settings(config, set_, None),
-        modality=modality,
-        encoder=encoder,
-        task=task,
-        label=label,
-        id_=id_,
-        group=group,
-        split=split,
-        allow_outside=allow_outside,
+
+def _summary_and_arguments(docstring: str) -> tuple[str, dict[str, str]]:
+    """Return the first paragraph of a Google-style docstring, and the description of each argument."""
+    text = inspect.cleandoc(docstring)
+    section = re.search(r"^Args:\n((?:(?: .*)?\n)*)", text + "\n", re.MULTILINE)
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section[1] if section else "", re.MULTILINE)
+    return _flow(text.split("\n\n")[0]), {name: _flow(description) for name, description in entries}
+
+
+def _flow(text: str) -> str:
+    """Return text as one line for the terminal, without what holds in Python only."""
+    line = " ".join(text.replace("`", "").split())
+    return escape(re.sub(r"; in Python .*(?=\.$)", "", line))
+
+
+def _parameters(function: ast.FunctionDef, help_of: dict[str, str]) -> Iterator[_Parameter]:
+    arguments = function.args
+    positional_defaults = [None] * (len(arguments.args) - len(arguments.defaults)) + list(arguments.defaults)
+    nodes = [(node, default, True) for node, default in zip(arguments.args, positional_defaults, strict=True)]
+    nodes += [(node, default, False) for node, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    for node, default, is_positional in nodes:
+        if node.arg == "progress":
+            continue
+        yield _Parameter(
+            name=node.arg,
+            annotation=ast.unparse(node.annotation) if node.annotation is not None else "str",
+            default=... if default is None else ast.literal_eval(default),
+            is_positional=is_positional,
+            help=help_of[node.arg],
+        )
+
+
+def _register(command: Command) -> None:
+    """Add a command to the app."""
+    function = _functions(command.module)[command.name]
+    summary, help_of = _summary_and_arguments(ast.get_docstring(function) or "")
+    parameters = list(_parameters(function, help_of))
+    accepts_progress = any(node.arg == "progress" for node in function.args.kwonlyargs)
+
+    def callback(**values: Any) -> None:
+        as_json, dump = values.pop("json"), values.pop("dump", False)
+        values = {parameter.name: parameter.value(values[parameter.name]) for parameter in parameters}
+        with _reported(command.name, values):
+            if accepts_progress:
+                values["progress"] = not _is_quiet
+            result = getattr(import_module(f".{command.module}", __package__), command.name)(**values)
+            _finish(result, "json" if as_json else (dump and command.dump) or command.printer)
+
+    json_option = typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=_PANELS["json"])
+    dump_option = typer.Option(
+        "--dump", help="Print every step and id as CSV for programs, with unchanged ids.", rich_help_panel=_EXECUTION
     )
-    with progress_bars() as progress:
-        summary = run_check(
-            data,
-            run=run,
-            config=settings,
-            device=device,
-            num_workers=num_workers,
-            progress=progress,
+    signature = [
+        inspect.Parameter(
+            parameter.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=parameter.cli_default,
+            annotation=Annotated[parameter.cli_type, parameter.option(command.name)],
         )
-    finish(summary, json_, print_check)
-    if summary["leakage"]["leaks"]:
-        raise GateError(f"train and test overlap: {len(summary['leakage']['findings'])} leaks found, listed above")
+        for parameter in sorted(parameters, key=lambda parameter: parameter.default is not ...)
+    ]
+    flags = {"json": json_option} | ({"dump": dump_option} if command.dump else {})
+    signature += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+        for name, option in flags.items()
+    ]
+    callback.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    callback.__annotations__ = {parameter.name: parameter.annotation for parameter in signature}
+    app.command(command.name, help=summary)(callback)
 
 
-@command
-def score(
-    data: DataArgument,
-    run: RunOption = "mmaudit-run",
-    modality: ModalityOption = None,
-    encoder: EncoderOption = None,
-    task: TaskOption = None,
-    label: LabelOption = None,
-    id_: IdOption = None,
-    group: GroupOption = None,
-    split: SplitOption = None,
-    learn_from: Annotated[
-        str | None,
-        typer.Option("--learn-from", help="all, or train to keep test labels out of the probes. \\[default: all]"),
-    ] = None,
-    repeats: Annotated[
-        int | None,
-        typer.Option("--repeats", help="Repeats of cross-fitting. \\[default: 3]"),
-    ] = None,
-    allow_outside: OutsideOption = False,
-    seed: SeedOption = None,
-    device: DeviceOption = "auto",
-    num_workers: WorkersOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    overwrite: OverwriteOption = False,
-    json_: JsonOption = False,
-) -> None:
-    """Fit a probe per modality and score every sample out of fold."""
-    from dataclasses import replace
-
-    from .config import override
-    from .console import print_score, progress_bars
-    from .run import Run
-    from .stages import score as run_score
-
-    settings = _with_data(
-        load_settings(config, set_, seed),
-        modality=modality,
-        encoder=encoder,
-        task=task,
-        label=label,
-        id_=id_,
-        group=group,
-        split=split,
-        allow_outside=allow_outside,
-    )
-    probe = override(settings.probe, learn_from=learn_from, repeats=repeats)
-    settings = replace(settings, probe=probe)
-    with progress_bars() as progress:
-        record = run_score(
-            data,
-            run=run,
-            config=settings,
-            device=device,
-            num_workers=num_workers,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    finish({**record, "report": str(Run(Path(run)).report_file)}, json_, print_score)
-
-
-@command
-def finetune(
-    manifest: Annotated[str, typer.Option("--manifest", "-m", help="Manifest file, or its name in the run.")],
-    run: RunOption = "mmaudit-run",
-    data: NamedDataOption = None,
-    encoder: NamedEncoderOption = None,
-    allow_outside: NamedOutsideOption = False,
-    sampling: Annotated[
-        str | None,
-        typer.Option(
-            "--sampling",
-            help="uniform, bss-h, anti-curriculum, bss-l, dus-h, dus-rl, smv, class-balanced or posterior. "
-            "\\[default: uniform]",
-        ),
-    ] = None,
-    balancing: Annotated[
-        str | None,
-        typer.Option(
-            "--balancing",
-            help="joint, sum, modality-dropout, gmm, ogm, ogm-ge, gblend, greedy, pmr, agm, mmpareto, mses, mslr or "
-            "mla. \\[default: joint]",
-        ),
-    ] = None,
-    fusion: Annotated[
-        str | None,
-        typer.Option(
-            "--fusion",
-            help="concat, late, gated, film, mmtm or shared. \\[default: concat, or as the balancing needs]",
-        ),
-    ] = None,
-    only: Annotated[str | None, typer.Option("--only", help="Train on one modality only.")] = None,
-    init: Annotated[
-        str | None,
-        typer.Option("--init", help="Initial weights: a fine-tuning's name in the run, or a file."),
-    ] = None,
-    keep_posterior: Annotated[
-        float | None,
-        typer.Option("--keep-posterior", help="Train only on samples with P(balanced) of at least this."),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Number of epochs. \\[default: 60]")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Samples per step. \\[default: 64]")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate. \\[default: 0.001]")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of this fine-tuning.")] = None,
-    report_to: Annotated[
-        str | None, typer.Option("--report-to", help="tensorboard, wandb or mlflow; separate several with commas.")
-    ] = None,
-    seed: SeedOption = None,
-    device: DeviceOption = "auto",
-    num_workers: WorkersOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    overwrite: OverwriteOption = False,
-    json_: JsonOption = False,
-) -> None:
-    """Train a network on a manifest, and test it overall and by subset. Works under torchrun -m -- mmaudit."""
-    from dataclasses import replace
-
-    from .config import override
-    from .console import print_finetune, progress_bars
-    from .training import finetune as run_finetune
-
-    settings = load_settings(config, set_, seed)
-    finetune_config = override(
-        settings.finetune,
-        sampling=sampling,
-        balancing=balancing,
-        fusion=fusion,
-        only=only,
-        init=init,
-        keep_posterior=keep_posterior,
-        epochs=epochs,
-        batch_size=batch_size,
-        report_to=None if report_to is None else tuple(report_to.split(",")),
-    )
-    with progress_bars() as progress:
-        metrics = run_finetune(
-            manifest,
-            run=run,
-            data=data,
-            encoder=encoder or (),
-            allow_outside=allow_outside,
-            config=replace(settings, finetune=finetune_config, optim=override(settings.optim, lr=lr)),
-            name=name,
-            device=device,
-            num_workers=num_workers,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if os.environ.get("RANK", "0") == "0":
-        finish(metrics, json_, print_finetune)
-
-
-@command
-def evaluate(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a finished fine-tuning in the run.")],
-    run: RunOption = "mmaudit-run",
-    manifest: Annotated[
-        str | None,
-        typer.Option("--manifest", "-m", help="Manifest to test on. \\[default: its training manifest]"),
-    ] = None,
-    data: NamedDataOption = None,
-    encoder: NamedEncoderOption = None,
-    allow_outside: NamedOutsideOption = False,
-    split: Annotated[str, typer.Option("--split", help="test, validation or train.")] = "test",
-    device: DeviceOption = "auto",
-    num_workers: WorkersOption = None,
-    json_: JsonOption = False,
-) -> None:
-    """Test a finished fine-tuning: metrics by subset and class, and the contribution of each modality."""
-    from .console import print_evaluate, progress_bars
-    from .training import evaluate as run_evaluate
-
-    with progress_bars() as progress:
-        evaluation = run_evaluate(
-            name,
-            run=run,
-            manifest=manifest,
-            data=data,
-            encoder=encoder or (),
-            allow_outside=allow_outside,
-            split=split,
-            device=device,
-            num_workers=num_workers,
-            progress=progress,
-        )
-    finish(evaluation, json_, print_evaluate)
-
-
-@command
-def report(run: RunOption = "mmaudit-run", json_: JsonOption = False) -> None:
-    """Write report.html, report.json and the figures from the files of the run folder."""
-    from .console import print_report
-    from .stages import report as write_report
-
-    page = write_report(run=run)
-    finish({"report": str(page)}, json_, print_report)
+for _command in COMMANDS:
+    _register(_command)
 
 
 def main() -> None:
     """Run the command line."""
-    from .console import configure_logging
-
     # Threads that spin while they wait take CPU time from other jobs: with another job running, a small training on two
     # cores took 33 s, and 4 s with threads that sleep. It must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    configure_logging()
     app()
 
 
-def _with_data(
-    settings: RunConfig,
-    *,
-    modality: list[str] | None,
-    encoder: list[str] | None,
-    task: str | None,
-    label: str | None,
-    id_: str | None,
-    group: str | None,
-    split: str | None,
-    allow_outside: bool,
-) -> RunConfig:
-    """Override the data section of the settings with the options that were passed."""
-    from .config import override
+@contextmanager
+def _reported(command: str, parameters: dict[str, Any]) -> Iterator[None]:
+    """Print an error inside the block as one line, and exit with its code."""
+    begin_stage("")
+    for stream in (sys.stdout, sys.stderr):  # bytes of names that are not UTF-8 are printed as escape sequences
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with interrupts_recorded():
+            yield
+            _flush_output()
+    except (typer.Exit, typer.Abort):
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        failure = describe(error, command=command, parameters=parameters)
+        with suppress(OSError):  # of a closed terminal
+            if _shows_traceback:
+                traceback.print_exception(error)
+            if failure.line is not None:
+                print_status(failure.line)
+        with suppress(OSError):
+            _flush_output()
+        raise typer.Exit(failure.code) from None
 
-    data = override(
-        settings.data,
-        modality=tuple(modality) if modality else None,
-        encoder=tuple(encoder) if encoder else None,
-        task=task,
-        label=label,
-        id=id_,
-        group=group,
-        split=split,
-        allow_outside=True if allow_outside else None,
-    )
-    return override(settings, data=data)
+
+def _finish(result: Any, printer: str) -> None:
+    """Print a result on stdout, as JSON or by a function of `console`; raise GateError if it is a failed check.
+
+    Of the processes of a distributed training only the first prints.
+    """
+    from ..audit.errors import GateError
+
+    if os.environ.get("RANK", "0") == "0":
+        with _named_output():
+            if printer == "json":
+                print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
+            else:
+                print_result: Callable[[Any], None] = getattr(import_module(".console", __package__), printer)
+                print_result(result if printer in _PRINTERS_OF_RESULTS else result.to_dict())
+    if failed := getattr(result, "failed_gate", ""):
+        raise GateError(failed)
+
+
+@contextmanager
+def _named_output() -> Iterator[None]:
+    """Set the file name of an OSError raised while printing to "standard output"."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = "standard output"
+        raise
+
+
+def _flush_output() -> None:
+    """Flush stdout while errors can still be reported."""
+    if sys.stdout is None:
+        return
+    try:
+        with _named_output():
+            sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):  # the unwritten rest would be reported again when Python exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise

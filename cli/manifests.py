@@ -1,296 +1,92 @@
-"""Python interface of manifests: split, diff, replay, card, export, order.
-
-Each public function implements the command of the same name and can be called from a notebook.
-"""
+"""The commands that read manifests: verify, diff, card, export, order."""
 
 from __future__ import annotations
 
-import logging
-import secrets
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..audit.errors import ConfigError, ManifestError, RunError, printable
-from ..audit.locks import WAIT_SECONDS, Lock, write_lock
-from ..rebalance.card import dataset_card as write_card
+from ..audit.errors import ConfigError, ManifestError
+from ..audit.locks import WAIT_SECONDS, write_lock
+from ..audit.storage import write_text
+from ..rebalance.card import dataset_card
 from ..rebalance.curriculum import batch_rows, epoch_order, id_keys, num_steps
-from ..rebalance.diff import diff_manifests as compare
-from ..rebalance.manifest import Manifest, compute_digests, dropped_path, read_manifest, read_provenance
-from ..rebalance.recipe import Recipe, SplitResult, make_split, recipe_from_record
-from ..rebalance.score_tables import ScoreFiles, open_scores
-from .config import RunConfig
-from .provenance import origin_of, sign_manifest, trusted_folder
-from .run import Run, replacing_manifest
+from ..rebalance.diff import ManifestDiff, diff_manifests
+from ..rebalance.manifest import Manifest, compute_digests, read_manifest, read_provenance
+from .config import RunConfig, load_config
+from .console import progress_bars
+from .provenance import Origin, SourceOptions, open_source, origin_of
+from .run import Run
+
+if TYPE_CHECKING:
+    from ..audit.features.encoded_samples import ContentHashes
+    from ..audit.workers import Progress
+    from ..rebalance.checks import Check
+    from ..rebalance.verify import Verification
 
 # Packages that decode media or train are imported inside functions: a split of 10^8 rows has no memory to spare.
 
-log = logging.getLogger("mmaudit")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """Dataset card section of a manifest in Markdown, and the file it was written to, if any; notebooks render it."""
+
+    manifest: str
+    text: str
+    file: Path | None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_markdown_(self) -> str:
+        return self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return {
+            "manifest": self.manifest,
+            "file": None if self.file is None else str(self.file),
+            "card": self.text,
+        }
 
 
-def split(
-    *,
-    run: str | Path = "mmaudit-run",
-    scores: str | Path | Sequence[str | Path] | None = None,
-    config: RunConfig | None = None,
-    balanced: bool = False,
-    subset: str | None = None,
-    dominated: str | None = None,
-    gmm: str | None = None,
-    like: str | None = None,
-    intersect: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    resplit: str | None = None,
-    between: str | None = None,
-    name: str | None = None,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Write a manifest and the table of its dropped rows, from the run's scores or from the score table `scores`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportResult:
+    """Result of `export`.
 
-    At most one of balanced, subset, dominated and gmm selects the samples.
-
-    Args:
-        run: the run folder.
-        scores: score table of any tool in place of the run's: a file, folder or glob of shards, of any size.
-        config: settings of the split.
-        balanced: select a subset with uniformly distributed discrepancy.
-        subset: `audio-preferred`, `balanced:0.2`, `most-balanced:20%`, `least-balanced:20%` or `random:500`.
-        dominated: `visual:0.2`, the samples with discrepancy above 0.2.
-        gmm: `balanced` or `imbalanced`, by the gap mixture.
-        like: with subset `random`, a manifest whose counts by split and class are matched.
-        intersect: manifests that must contain a sample; by file or by name in the run, as are like and exclude.
-        exclude: manifests that must not contain a sample.
-        resplit: shares of new splits, such as `80/8/12`.
-        between: modalities of the discrepancy, `A:B`, or `A` against the rest.
-        name: name of the manifest.
-        dry_run: write nothing.
-
-    Returns:
-        A summary: file, counts, and the uniformity of the discrepancy before and after.
+    Attributes:
+        format: The format.
+        num_samples: Exported samples.
+        files: The written files.
+        details: Other counts of the format, such as missing media that were skipped.
     """
-    config = config or RunConfig()
-    run_dir = Run.open(run)
-    recipe = Recipe(
-        seed=config.seed,
-        balanced=config.split if balanced else None,
-        subset=subset,
-        dominated=dominated,
-        gmm=gmm,
-        posterior=config.posterior,
-        between=between,
-        like=None if like is None else str(run_dir.find_manifest(like)),
-        intersect=tuple(str(run_dir.find_manifest(reference)) for reference in intersect),
-        exclude=tuple(str(run_dir.find_manifest(reference)) for reference in exclude),
-        resplit=resplit,
-    )
-    if scores is None:
-        run_dir.record()
-        scores = run_dir.scores_file
-    shards = open_scores(scores, seed=config.seed)
-    single_table = scores if isinstance(scores, (str, Path)) else None
-    with _staged_manifest(run_dir, dry_run=dry_run) as path_of:
-        result = make_split(
-            shards,
-            recipe,
-            path_of,
-            scratch=run_dir.folder,
-            name=name,
-            scores=single_table,
-            relative_to=run_dir.manifests_folder,
-            dry_run=dry_run,
-        )
-        if result.path is not None:
-            path = run_dir.manifest(result.path.stem)
-            table = None if single_table is None else Path(single_table)
-            sign_manifest(result.path, path, run=run_dir.folder, scores=table)
-            result = replace(result, path=path)
-    if balanced and between is None and len(shards.modalities) > 2:
-        log.info(
-            "of %d modalities, %s is the pair with the largest balanced split; select another with --between",
-            len(shards.modalities),
-            result.numbers["between"],
-        )
-    verdict = {"verdict": run_dir.record()["verdict"]} if gmm is not None and run_dir.is_scored() else {}
-    return {**_summary(result), **verdict}
 
+    format: str
+    num_samples: int
+    files: tuple[str, ...]
+    details: dict[str, Any]
 
-@contextmanager
-def _staged_manifest(run_dir: Run, *, dry_run: bool) -> Iterator[Callable[[str], Path]]:
-    """Yield a function from a manifest's name to the path to write; it locks the name.
-
-    At the end the new manifest replaces an older one of that name. The run's scores are locked meanwhile.
-    """
-    with ExitStack() as stack:
-
-        def lock(scope: str) -> Lock:
-            return stack.enter_context(
-                write_lock(run_dir.folder, scope, command="mmaudit split", wait_seconds=WAIT_SECONDS)
-            )
-
-        def path_of(name: str) -> Path:
-            path = run_dir.manifest(name)
-            if dry_run:
-                return path
-            name_lock = lock(f"manifests/{name}")
-            if path.exists():
-                log.info("replacing %s", path)
-            return stack.enter_context(replacing_manifest(run_dir.folder, name, lock=name_lock)) / path.name
-
-        if not dry_run:
-            lock(f"manifests/.{secrets.token_hex(4)}")  # excludes a lock on the whole run, and no other split
-        yield path_of
-
-
-def diff(first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run") -> dict[str, Any]:
-    """Compare two manifests, each by file or by name in the run; returns plain values, and text in `lines`."""
-    run_dir = Run.open(run)
-    difference = compare(run_dir.find_manifest(str(first)), run_dir.find_manifest(str(second)))
-    return {**difference.to_dict(), "lines": difference.lines()}
-
-
-def card(manifest: str | Path, *, run: str | Path = "mmaudit-run") -> str:
-    """Return the dataset card section of a manifest as Markdown."""
-    return write_card(Run.open(run).find_manifest(str(manifest)))
-
-
-def export(
-    manifest: str | Path,
-    *,
-    out: str | Path,
-    format: str,
-    run: str | Path = "mmaudit-run",
-    data: str | Path | None = None,
-    allow_outside: bool = False,
-    skip_missing: bool = False,
-    escape_formulas: bool = True,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Write a manifest in another format.
-
-    Only webdataset opens media: those of the manifest's source, or of `data`. A manifest that was not made by this user
-    on this machine needs `data` and `allow_outside`.
-
-    Args:
-        manifest: a manifest's file, or its name in the run.
-        out: the file or folder to write.
-        format: csv, jsonl, npy, ogm, webdataset or datasets.
-        run: the run folder.
-        data: the data, if they moved.
-        allow_outside: whether media paths may lead outside the data folder.
-        skip_missing: skip missing media.
-        escape_formulas: in csv, prefix text that a spreadsheet would evaluate with an apostrophe.
-        overwrite: replace an existing `out`.
-
-    Returns:
-        The files and counts.
-
-    Raises:
-        ConfigError: the format cannot hold the manifest.
-        RunError: `out` exists.
-        ManifestError: the manifest or its source was not found, or the source is named by an untrusted manifest only.
-    """
-    from ..rebalance.export import contains_media
-    from ..rebalance.export import export_manifest as write_export
-    from .provenance import SourceOptions, open_source
-
-    path, out = Run.open(run).find_manifest(str(manifest)), Path(out)
-    dataset = None
-    if contains_media(path, format):
-        origin = origin_of(path, read_provenance(path), compute_digests(path))
-        dataset, _ = open_source(origin, SourceOptions(data=data, allow_outside=allow_outside), encoders=False)
-    with write_lock(out.absolute().parent, out.name, command="mmaudit export", wait_seconds=WAIT_SECONDS):
-        return write_export(
-            path,
-            out,
-            format=format,
-            dataset=dataset,
-            skip_missing=skip_missing,
-            escape_formulas=escape_formulas,
-            overwrite=overwrite,
-        )
-
-
-def replay(
-    manifest: str | Path, *, run: str | Path = "mmaudit-run", scores: str | Path | None = None
-) -> dict[str, Any]:
-    """Rebuild a manifest from its score table and its recipe, and compare the files byte by byte.
-
-    Args:
-        manifest: a manifest's file, or its name in the run.
-        run: the run folder.
-        scores: the score table, if it moved.
-
-    Returns:
-        The file, its scores, whether the rebuilt files are `identical`, and the names of those that `differ`.
-
-    Raises:
-        ManifestError: the manifest or its scores were not found, or the scores are named by an untrusted manifest only.
-    """
-    path = Run.open(run).find_manifest(str(manifest))
-    record = read_provenance(path).get("recipe", {})
-    recipe = recipe_from_record(record, folder=path.parent)
-    outside = [file for file in (recipe.like, *recipe.intersect, *recipe.exclude) if file is not None]
-    outside += [] if scores is not None or record["scores"] is None else [str(path.parent / str(record["scores"]))]
-    _check_inside(path, outside)
-    before = None if record["scores"] is None else path.parent / str(record["scores"])
-    table = before if scores is None else Path(scores)
-    if table is None:
-        raise ManifestError(f"{path} does not name the score tables it was made from; pass them with --scores")
-    if scores is None and not (table.exists() or glob(str(table))):
-        raise ManifestError(f"score table {table} of the manifest not found; pass it with --scores")
-    shards = open_scores(table, seed=recipe.seed)
-    with tempfile.TemporaryDirectory(prefix="mmaudit-replay-") as scratch:
-        rebuilt = _rebuild(shards, recipe, path, Path(scratch), scores=before)
-        differ = [
-            old.name
-            for old, new in ((path, rebuilt), (dropped_path(path), dropped_path(rebuilt)))
-            if not old.exists() or old.read_bytes() != new.read_bytes()
-        ]
-    return {"file": str(path), "scores": str(table), "identical": not differ, "differ": differ}
-
-
-def _check_inside(path: Path, files: Sequence[str]) -> None:
-    """Raise ManifestError if an untrusted manifest names files outside its run, or outside its folder."""
-    root = trusted_folder(path)
-    files_named = [match for file in files for match in glob(file) or [file]]
-    outside = [file for file in files_named if not Path(file).resolve().is_relative_to(root)]
-    if not outside:
-        return
-    origin = origin_of(path, read_provenance(path), compute_digests(path))
-    if not origin.is_own:
-        doubt = origin.doubt or "it was not made by you on this machine"
-        raise ManifestError(
-            f"{path} is not trusted to name files, since {doubt}; it was made from {printable(outside[0])}: "
-            "pass the scores with --scores, or copy the manifests it was made from into its folder"
-        )
-
-
-def _rebuild(shards: ScoreFiles, recipe: Recipe, path: Path, scratch: Path, *, scores: Path | None) -> Path:
-    """Write the manifest of a recipe into `scratch`; its source files are named relative to the folder of `path`."""
-    rebuilt = make_split(
-        shards,
-        recipe,
-        lambda name: scratch / f"{name}.parquet",
-        scratch=scratch,
-        name=read_provenance(path)["subset"],
-        scores=scores,
-        relative_to=path.parent,
-    )
-    if rebuilt.path is None:
-        raise RunError(f"{path} could not be rebuilt")
-    return rebuilt.path
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return {"format": self.format, "rows": self.num_samples, **self.details, "files": list(self.files)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoch:
-    """Training samples of one epoch: ids (n',) in order, which are `share` of all `total` training samples."""
+    """Training samples of one epoch.
 
+    Attributes:
+        epoch: Number of the epoch, from 1.
+        ids: Ids (n',) in order.
+        share: Share of the training samples, in (0, 1].
+        total: Number of all training samples.
+        batch_size: Samples per step.
+    """
+
+    epoch: int
     ids: np.ndarray[Any, Any]
     share: float
     total: int
@@ -302,23 +98,214 @@ class Epoch:
         for step in range(num_steps(rows, batch_size=self.batch_size)):
             yield step, self.ids[batch_rows(rows, step=step, batch_size=self.batch_size)].tolist()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts and the first ids as JSON values."""
+        return {
+            "epoch": self.epoch,
+            "samples": len(self.ids),
+            "total": self.total,
+            "share": self.share,
+            "first": self.ids[:5].tolist(),
+        }
 
-def order(
-    manifest: str | Path, *, run: str | Path = "mmaudit-run", epoch: int, config: RunConfig | None = None
-) -> Epoch:
-    """Return the training samples of a manifest in the order of an epoch of fine-tuning.
+
+def verify(
+    manifest: str | Path,
+    *,
+    run: str | Path = "mmaudit-run",
+    media: bool = True,
+    data: str | Path | None = None,
+    allow_outside: bool = False,
+    progress: bool = True,
+) -> Verification:
+    """Check that a manifest and its data are unchanged since they were written and scored; exit 3 on a change.
+
+    Checked are schema, ids, digests, ranges, dropped rows and media. Nothing that the metadata name is imported. A
+    manifest that was not made by this user on this machine needs `data` and `allow_outside`.
 
     Args:
-        manifest: a manifest's file, or its name in the run.
-        run: the run folder.
-        epoch: the epoch, from 1.
-        config: settings of the order and of fine-tuning.
+        manifest: Manifest file, or its name in the run.
+        run: Run folder.
+        media: Check the media files; --no-media skips them.
+        data: The data; also if your own data moved.
+        allow_outside: Allow paths outside the data folder.
+        progress: Show a progress bar in a terminal or notebook.
+
+    Returns:
+        The checks, and whether all passed.
 
     Raises:
-        ConfigError: the epoch is below 1.
-        ManifestError: the manifest holds no training rows.
+        ManifestError: The manifest or its source was not found, or the source is named by an untrusted manifest only.
+
+    Example:
+        >>> mmaudit.verify("balanced").lines()
     """
-    config = config or RunConfig()
+    from ..rebalance.verify import check_media, verify_rows
+
+    path = Run.open(run).find_manifest(str(manifest))
+    checked, provenance = verify_rows(path), read_provenance(path)
+    origin = origin_of(path, provenance, checked.digests)
+    checks = [*checked.checks, _signature_check(origin)]
+    has_failed = not checked.held or bool(origin.changed)
+    if not media or (data is None and "modalities" not in origin.scores):
+        checks += check_media(path)
+    elif has_failed and data is None and origin.record is None:  # the failed checks are more useful than an error
+        checks += check_media(path, unopened=f"data not opened, since {origin.doubt}: pass them with --data")
+    else:
+        options = SourceOptions(data=data, allow_outside=allow_outside)
+        with progress_bars(progress) as report_progress:
+            contents, fingerprint = _contents_of_source(origin, options, report_progress)
+        checks += check_media(path, contents=contents, fingerprint=fingerprint)
+    return replace(checked, checks=tuple(checks))
+
+
+def diff(first: str | Path, second: str | Path, *, run: str | Path = "mmaudit-run") -> ManifestDiff:
+    """Compare two manifests: ids in only one of them, moved bins, changed scores, and their recipes.
+
+    Args:
+        first: Manifest file, or its name in the run.
+        second: Manifest to compare with.
+        run: Run folder.
+
+    Returns:
+        The differences.
+
+    Raises:
+        RunError: A manifest was not found.
+        ManifestError: A manifest is malformed.
+
+    Example:
+        >>> mmaudit.diff("balanced", "random").lines()
+    """
+    run_dir = Run.open(run)
+    return diff_manifests(run_dir.find_manifest(str(first)), run_dir.find_manifest(str(second)))
+
+
+def card(manifest: str | Path, *, run: str | Path = "mmaudit-run", out: str | Path | None = None) -> Card:
+    """Write a dataset card section on a manifest: modality balance, recipe, and how to load it.
+
+    Args:
+        manifest: Manifest file, or its name in the run.
+        run: Run folder.
+        out: File to write; by default none.
+
+    Returns:
+        The section in Markdown.
+
+    Raises:
+        RunError: The manifest was not found.
+        ManifestError: The manifest is malformed.
+
+    Example:
+        >>> print(mmaudit.card("balanced"))
+    """
+    text = dataset_card(Run.open(run).find_manifest(str(manifest)))
+    if out is not None:
+        write_text(text, Path(out))
+    return Card(manifest=str(manifest), text=text, file=None if out is None else Path(out))
+
+
+def export(
+    manifest: str | Path,
+    *,
+    format: str,
+    out: str | Path,
+    run: str | Path = "mmaudit-run",
+    skip_missing: bool = False,
+    escape_formulas: bool = True,
+    overwrite: bool = False,
+    data: str | Path | None = None,
+    allow_outside: bool = False,
+) -> ExportResult:
+    """Write a manifest in another format; webdataset contains the media, the others list their paths.
+
+    Only webdataset opens media: those of the manifest's source, or of `data`. A manifest that was not made by this user
+    on this machine needs `data` and `allow_outside`.
+
+    Args:
+        manifest: Manifest file, or its name in the run.
+        format: Name of the format.
+        out: File or folder to write.
+        run: Run folder.
+        skip_missing: Skip and count missing media.
+        escape_formulas: csv: put an apostrophe before text that a spreadsheet would evaluate (= + - @);
+            --no-escape-formulas leaves it as it is.
+        overwrite: Replace existing output.
+        data: The data; also if your own data moved.
+        allow_outside: Allow paths outside the data folder.
+
+    Returns:
+        The files and counts.
+
+    Raises:
+        ConfigError: The format cannot hold the manifest.
+        RunError: `out` exists.
+        ManifestError: The manifest or its source was not found, or the source is named by an untrusted manifest only.
+
+    Example:
+        >>> mmaudit.export("balanced", format="csv", out="balanced.csv").files
+        ('balanced.csv',)
+    """
+    from ..rebalance.export import contains_media, export_manifest
+
+    path, out = Run.open(run).find_manifest(str(manifest)), Path(out)
+    dataset = None
+    if contains_media(path, format):
+        origin = origin_of(path, read_provenance(path), compute_digests(path))
+        dataset, _ = open_source(origin, SourceOptions(data=data, allow_outside=allow_outside), encoders=False)
+    with write_lock(out.absolute().parent, out.name, command="mmaudit export", wait_seconds=WAIT_SECONDS):
+        summary = export_manifest(
+            path,
+            out,
+            format=format,
+            dataset=dataset,
+            skip_missing=skip_missing,
+            escape_formulas=escape_formulas,
+            overwrite=overwrite,
+        )
+    details = {key: value for key, value in summary.items() if key not in ("format", "rows", "files")}
+    return ExportResult(
+        format=summary["format"], num_samples=summary["rows"], files=tuple(summary["files"]), details=details
+    )
+
+
+def order(
+    manifest: str | Path,
+    *,
+    epoch: int = 1,
+    run: str | Path = "mmaudit-run",
+    order: str | None = None,
+    pacing: str | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+) -> Epoch:
+    """Print the training samples of an epoch of a curriculum, in order.
+
+    Args:
+        manifest: Manifest file, or its name in the run.
+        epoch: Epoch, counted from 1.
+        run: Run folder.
+        order: curriculum, anti-curriculum, shuffled or weighted; by default curriculum.
+        pacing: root, linear, step, geometric or exponential; by default root.
+        batch_size: Samples per step; by default 64.
+        seed: Random seed; by default 0.
+        config: TOML file with settings; in Python also a RunConfig.
+        settings: One setting, such as order.grow_epochs=10; in Python also {"order.grow_epochs": 10}.
+
+    Returns:
+        The ids of the epoch in order; `.steps()` yields those of each step.
+
+    Raises:
+        ConfigError: The epoch is below 1.
+        ManifestError: The manifest holds no training rows.
+
+    Example:
+        >>> for step, ids in mmaudit.order("balanced", epoch=3).steps(): ...
+    """
+    keywords = {"seed": seed, "order.order": order, "order.pacing": pacing, "finetune.batch_size": batch_size}
+    config = load_config(config, settings, keywords)
     if epoch < 1:
         raise ConfigError(f"--epoch {epoch}: epochs are counted from 1")
     opened = read_manifest(Run.open(run).find_manifest(str(manifest)))
@@ -333,11 +320,40 @@ def order(
         epoch=epoch,
     )
     return Epoch(
+        epoch=epoch,
         ids=np.asarray(ids.take(order_rows).to_pylist(), dtype=object),
         share=len(order_rows) / len(rows),
         total=len(rows),
         batch_size=config.finetune.batch_size,
     )
+
+
+def _signature_check(origin: Origin) -> Check:
+    """Check a manifest against this user's signature; without a signature the check has no result."""
+    from ..rebalance.checks import Check
+
+    if origin.is_own:
+        return Check(name="signature", held=True, detail="made by you on this machine")
+    if origin.changed:
+        return Check(name="signature", held=False, detail=f"its {origin.changed} changed since it was made")
+    return Check(name="signature", held=None, detail=origin.doubt or "not made by you on this machine")
+
+
+def _contents_of_source(
+    origin: Origin, options: SourceOptions, progress: Progress
+) -> tuple[dict[str, ContentHashes], str]:
+    """Hash the media of a manifest's source; return the hashes by sample id, and the dataset's fingerprint."""
+    from ..audit.dataset.samples import read_samples
+    from ..audit.features.encoded_samples import content_hashes, dataset_fingerprint
+
+    dataset, scored_config = open_source(origin, options, encoders=False)
+    samples = read_samples(dataset, seed=scored_config.seed, test_fraction=scored_config.data.test_fraction)
+    contents = {}
+    for number, content in enumerate(content_hashes(dataset), start=1):
+        contents[content.sample_id] = content
+        progress("hash", number, len(samples))
+    digests = [contents[name].content for name in samples.sample_id]
+    return contents, dataset_fingerprint(samples, np.array(digests, dtype=object))
 
 
 def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.dtype[np.intp]]:
@@ -357,15 +373,3 @@ def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.
     if not train.any():
         raise ManifestError("the manifest holds no rows of the training split: nothing to order")
     return np.flatnonzero(train)
-
-
-def _summary(result: SplitResult) -> dict[str, Any]:
-    numbers = {
-        key: value for key, value in result.numbers.items() if key not in ("classes", "counts_before", "counts_after")
-    }
-    least_uniform = sorted(result.numbers["classes"], key=lambda row: -row["distance_after"])[:5]
-    return {
-        "file": None if result.path is None else str(result.path),
-        **numbers,
-        "least_uniform_classes": least_uniform,
-    }

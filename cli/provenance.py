@@ -13,17 +13,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..audit.dataset.dataset import DataConfig, Dataset, open_dataset
-from ..audit.dataset.formats.saved import looks_like_hub_name
 from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices, printable
-from ..audit.features.encoders import ENCODERS, check_encoder, encoder_location, preprocessing
 from ..audit.hashing import file_digest, is_signed, sign
 from ..audit.parsing import build_config
-from ..audit.scores.mixture import Mixture
-from ..audit.scores.score_dataset import Audit
 from ..audit.scores.table import RANGES, SCHEMA_VERSION
 from ..audit.storage import read_json, write_json
 from ..rebalance.checks import provenance_section
@@ -32,6 +27,12 @@ from ..rebalance.recipe import balance_path
 from .config import RunConfig, without_none
 from .run import Run
 
+if TYPE_CHECKING:
+    from ..audit.dataset.dataset import DataConfig, Dataset
+    from ..audit.scores.mixture import Mixture
+    from ..audit.scores.score_dataset import Audit
+
+# What opens data or encodes is imported inside functions: a split needs signatures only, and no memory for torch.
 log = logging.getLogger("mmaudit")
 
 _SCORE_KEYS = ("version", "fingerprint", "config", "modalities", "columns")  # of run.json, repeated in manifests
@@ -208,6 +209,8 @@ def check_config(run_dir: Run, record: dict[str, Any], dataset: Dataset, config:
 
 def record_of(dataset: Dataset, audit: Audit, config: RunConfig, *, seconds: dict[str, float]) -> dict[str, Any]:
     """Return the content of run.json."""
+    from ..audit.features.encoders import encoder_location
+
     num_quarantined = len({row.sample_id for row in audit.quarantined})
     return {
         "schema": "mmaudit.run/1",
@@ -257,6 +260,9 @@ class SourceOptions:
 
 def open_encodable(data: str | Path, config: DataConfig) -> Dataset:
     """Open a dataset, and check that the encoder of each modality exists and reads the modality's kind."""
+    from ..audit.dataset.dataset import open_dataset
+    from ..audit.features.encoders import check_encoder
+
     dataset = open_dataset(data, config)
     for modality in dataset.modalities:
         check_encoder(modality)
@@ -343,6 +349,8 @@ def _scored_encoders(origin: Origin, options: SourceOptions) -> dict[str, str]:
 
 def _doubt(encoder: str, origin: Origin) -> str:
     """Return why an encoder that is code or a model must be passed by the user; "" if it need not be."""
+    from ..audit.features.encoders import ENCODERS, encoder_location
+
     if encoder in ENCODERS:
         return ""
     if origin.record is None:
@@ -360,6 +368,8 @@ def saw_test_labels(manifest: Manifest) -> bool:
 
 
 def _modalities(dataset: Dataset, config: RunConfig) -> list[dict[str, Any]]:
+    from ..audit.features.encoders import preprocessing
+
     return [{**asdict(item), "preprocessing": preprocessing(item, config.media)} for item in dataset.modalities]
 
 
@@ -376,5 +386,7 @@ def _verdict(mixture: Mixture) -> str:
 
 def _absolute_source(source: str) -> str:
     """Return the absolute path of a source on disk; the name of a Hugging Face dataset is returned unchanged."""
+    from ..audit.dataset.formats.saved import looks_like_hub_name
+
     on_disk = Path(source).exists() or not looks_like_hub_name(source)
     return str(Path(source).absolute()) if on_disk else source

@@ -1,14 +1,11 @@
-"""Python interface of training: finetune, evaluate.
-
-Each public function implements the command of the same name and can be called from a notebook.
-"""
+"""The commands of training: finetune, evaluate, methods."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,77 +24,166 @@ from ..train.evaluate import evaluate_file
 from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
 from ..train.tracking import check_trackers
-from .config import RunConfig, plain, to_toml, without_none
+from .checking import pairs, pick_device
+from .config import RunConfig, load_config, plain, to_toml, without_none
+from .console import progress_bars
 from .provenance import SourceOptions, open_source, origin_of, own_record, saw_test_labels
 from .run import Run, new_finetune, read_metrics, swap_finetune
-from .stages import pick_device
 
 log = logging.getLogger("mmaudit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneResult:
+    """Result of `finetune`.
+
+    Attributes:
+        name: Name of the fine-tuning in the run.
+        folder: Its folder, which holds the weights, config.toml and history.jsonl.
+        accuracy: Accuracy of the fused prediction on the test samples, in [0, 1].
+        metrics: Content of metrics.json.
+    """
+
+    name: str
+    folder: Path
+    accuracy: float
+    metrics: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of metrics.json."""
+        return self.metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationResult:
+    """Result of `evaluate`.
+
+    Attributes:
+        name: Name of the fine-tuning.
+        file: The file with the results.
+        accuracy: Accuracy of the fused prediction, in [0, 1].
+        metrics: Content of the file.
+    """
+
+    name: str
+    file: Path
+    accuracy: float
+    metrics: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of the file, and its path."""
+        return {**self.metrics, "file": str(self.file)}
 
 
 def finetune(
     manifest: str | Path,
     *,
     run: str | Path = "mmaudit-run",
-    data: str | Path | None = None,
-    encoder: Sequence[str] = (),
-    allow_outside: bool = False,
-    config: RunConfig | None = None,
+    sampling: str | None = None,
+    balancing: str | None = None,
+    fusion: str | None = None,
     name: str | None = None,
+    report_to: str | None = None,
+    overwrite: bool = False,
+    only: str | None = None,
+    init: str | None = None,
+    keep_posterior: float | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    data: str | Path | None = None,
+    encoder: Mapping[str, str] | Sequence[str] | None = None,
+    allow_outside: bool = False,
+    seed: int | None = None,
     device: str = "auto",
     num_workers: int | None = None,
-    overwrite: bool = False,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """Fine-tune a fusion network on a manifest.
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    progress: bool = True,
+) -> FinetuneResult:
+    """Train a network on a manifest, and test it overall and by subset. Works under torchrun -m -- mmaudit.
 
     A finished fine-tuning of the same settings is not changed, an interrupted one is resumed. Under torchrun its
     processes train together, and rank 0 writes. A manifest that was not made by this user on this machine needs `data`,
     `encoder` and `allow_outside`.
 
     Args:
-        manifest: a manifest's file, or its name in the run.
-        run: the run folder.
-        data: the data, if the manifest's source moved.
-        encoder: MODALITY=NAME of each encoder that is code or a model.
-        allow_outside: whether media paths may lead outside the data folder.
-        config: settings of the run.
-        name: name of the fine-tuning.
+        manifest: Manifest file, or its name in the run.
+        run: Run folder.
+        sampling: Which samples each step uses, in which order; by default uniform.
+        balancing: Loss, and what is done to its gradients; by default joint, or as the sampling needs.
+        fusion: Fusion of the features; by default concat, or as the balancing needs.
+        name: Name of this fine-tuning; by default made of the manifest and the methods.
+        report_to: tensorboard, wandb or mlflow; separate several with commas.
+        overwrite: Replace a finished fine-tuning of that name.
+        only: Train on one modality only.
+        init: Initial weights: a fine-tuning's name in the run, or a file.
+        keep_posterior: Train only on samples with P(balanced) of at least this.
+        epochs: Number of epochs; by default 60.
+        batch_size: Samples per step; by default 64.
+        lr: Learning rate; by default 0.001.
+        data: The data; also if your own data moved.
+        encoder: Confirm the encoder (code or model) of a modality.
+        allow_outside: Allow paths outside the data folder.
+        seed: Random seed; by default 0.
         device: auto, cpu or cuda.
-        num_workers: processes that decode media; None: one per CPU.
-        overwrite: replace a finished fine-tuning of that name.
-        progress: progress callback.
+        num_workers: Processes that decode media; 0: none; by default one per CPU.
+        config: TOML file with settings; in Python also a RunConfig.
+        settings: One setting, such as optim.ema=0.99; in Python also {"optim.ema": 0.99}.
+        progress: Show a progress bar in a terminal or notebook.
 
     Returns:
-        The content of metrics.json.
+        The folder of the fine-tuning and the content of metrics.json.
 
     Raises:
-        ManifestError: the manifest or its source was not found, or has changed.
-        ConfigError: the settings do not fit the manifest.
-        RunError: the folder holds a fine-tuning of other settings and `overwrite` is False.
-        TrainError: training diverged.
+        ManifestError: The manifest or its source was not found, or has changed.
+        ConfigError: The settings do not fit the manifest, or contradict each other.
+        RunError: The folder holds a fine-tuning of other settings and `overwrite` is False.
+        TrainError: Training diverged.
+
+    Example:
+        >>> mmaudit.finetune("balanced", sampling="bss-h", epochs=20).accuracy
     """
-    config = config or RunConfig()
-    options = SourceOptions(data=data, encoder=encoder, allow_outside=allow_outside)
+    keywords = {
+        "seed": seed,
+        "finetune.sampling": sampling,
+        "finetune.balancing": balancing,
+        "finetune.fusion": fusion,
+        "finetune.only": only,
+        "finetune.init": init,
+        "finetune.keep_posterior": keep_posterior,
+        "finetune.epochs": epochs,
+        "finetune.batch_size": batch_size,
+        "finetune.report_to": None if report_to is None else report_to.split(","),
+        "optim.lr": lr,
+    }
+    config = load_config(config, settings, keywords)
+    options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
     run_dir = Run.open(run)
     path = run_dir.find_manifest(str(manifest))
     opened = read_manifest(path)
     folder = run_dir.finetune(name or _finetune_name(path.stem, config))
-    settings = {**_settings(config), "manifest": path.stem}
+    resolved = {**_settings(config), "manifest": path.stem}
     if (folder / "metrics.json").exists() and not overwrite:
-        return _finished(folder, settings, opened)
-    init = None if config.finetune.init is None else _find_model(run_dir, config.finetune.init)
-    if overwrite and init is not None and folder.resolve() in init.resolve().parents:
-        raise ConfigError(f"--overwrite would delete {init}, which --init loads: pass another --name")
+        return _result(folder, _finished(folder, resolved, opened))
+    weights = None if config.finetune.init is None else _find_model(run_dir, config.finetune.init)
+    if overwrite and weights is not None and folder.resolve() in weights.resolve().parents:
+        raise ConfigError(f"--overwrite would delete {weights}, which --init loads: pass another --name")
     check_trackers(config.finetune.report_to)
     device = local_device(pick_device(device))
     target = new_finetune(run_dir.folder, folder.name) if overwrite else folder  # moved to `folder` when finished
-    with open_distributed(device) as distributed, _writer(run_dir, folder.name, distributed) as lock:
+    with (
+        progress_bars(progress) as report_progress,
+        open_distributed(device) as distributed,
+        _writer(run_dir, folder.name, distributed) as lock,
+    ):
         if not distributed.is_first:
-            progress = no_progress
+            report_progress = no_progress
         with _first_rank_first(distributed):
             workers = default_workers() if num_workers is None else num_workers
-            examples = _examples_of(opened, path, run_dir, options, config, num_workers=workers, progress=progress)
+            examples = _examples_of(
+                opened, path, run_dir, options, config, num_workers=workers, progress=report_progress
+            )
         only = config.finetune.only
         result = finetune_on(
             examples if only is None else examples.only(only),
@@ -106,25 +192,25 @@ def finetune(
             between=_between(opened, examples),
             seed=config.seed,
             device=device,
-            progress=progress,
+            progress=report_progress,
             distributed=distributed,
-            init=init,
+            init=weights,
         )
         metrics = {
             "manifest": path.stem,
             "manifest_digest": opened.digest(),
             "test_labels_in_scores": saw_test_labels(opened),
-            "config": settings,
+            "config": resolved,
             "made_from": opened.provenance,
             **result.metrics,
         }
         if lock is not None:
-            training_settings = {key: value for key, value in settings.items() if key != "manifest"}
+            training_settings = {key: value for key, value in resolved.items() if key != "manifest"}
             lock.check()
             write_text(to_toml(training_settings), target / "config.toml")
             write_json(metrics, target / "metrics.json")  # written last: it marks a finished fine-tuning
             swap_finetune(run_dir.folder, folder.name)
-    return metrics
+    return _result(folder, metrics)
 
 
 def evaluate(
@@ -132,40 +218,43 @@ def evaluate(
     *,
     run: str | Path = "mmaudit-run",
     manifest: str | Path | None = None,
-    data: str | Path | None = None,
-    encoder: Sequence[str] = (),
-    allow_outside: bool = False,
     split: str = "test",
+    data: str | Path | None = None,
+    encoder: Mapping[str, str] | Sequence[str] | None = None,
+    allow_outside: bool = False,
     device: str = "auto",
     num_workers: int | None = None,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """Evaluate a finished fine-tuning of the run, and write evaluation.json to its folder.
+    progress: bool = True,
+) -> EvaluationResult:
+    """Test a finished fine-tuning: metrics by subset and class, and the contribution of each modality.
 
     Measured are accuracy, MAP, macro-F1 and ECE of the fused prediction and of each modality alone, overall, by subset
     and by class; the contribution of each modality; and the samples that are predicted correctly by one modality alone
-    but not by all together. Other splits are written to evaluation-SPLIT.json, other manifests to
-    evaluation-SPLIT-MANIFEST.json.
+    but not by all together. They are written to evaluation.json in its folder; of other splits to
+    evaluation-SPLIT.json, of other manifests to evaluation-SPLIT-MANIFEST.json.
 
     Args:
-        name: name of the fine-tuning in the run, or its folder.
-        run: the run folder.
-        manifest: manifest to evaluate on; by default the one it was trained on.
-        data: the data, if the manifest's source moved.
-        encoder: MODALITY=NAME of each encoder that is code or a model.
-        allow_outside: whether media paths may lead outside the data folder.
+        name: Name of a finished fine-tuning in the run, or its folder.
+        run: Run folder.
+        manifest: Manifest to test on; by default its training manifest.
         split: test, validation or train.
+        data: The data; also if your own data moved.
+        encoder: Confirm the encoder (code or model) of a modality.
+        allow_outside: Allow paths outside the data folder.
         device: auto, cpu or cuda.
-        num_workers: processes that decode media; None: one per CPU.
-        progress: progress callback.
+        num_workers: Processes that decode media; 0: none; by default one per CPU.
+        progress: Show a progress bar in a terminal or notebook.
 
     Returns:
-        The content of the file, and its path. With `manifest`, `num_trained_on` counts the samples that were used in
+        The results and their file. With `manifest`, `metrics["num_trained_on"]` counts the samples that were used in
         training or validation; None if unknown.
 
     Raises:
-        RunError: the fine-tuning was not found, or its manifest has changed.
-        ManifestError: the manifest or the data were not found, or have changed.
+        RunError: The fine-tuning was not found, or its manifest has changed.
+        ManifestError: The manifest or the data were not found, or have changed.
+
+    Example:
+        >>> mmaudit.evaluate("balanced-concat-bss-h").metrics["contribution"]
     """
     run_dir = Run.open(run)
     folder = _find_finetune(run_dir, name)
@@ -178,11 +267,11 @@ def evaluate(
     if manifest is None and opened.digest() != metrics["manifest_digest"]:
         raise RunError(f"{path} has changed since {folder.name} was trained on it; pass a manifest with --manifest")
     workers = default_workers() if num_workers is None else num_workers
-    options = SourceOptions(data=data, encoder=encoder, allow_outside=allow_outside)
+    options = SourceOptions(data=data, encoder=pairs(encoder) or (), allow_outside=allow_outside)
     own = manifest is None and split == "test"
     file = folder / ("-".join(["evaluation"] + ([] if own else [split]) + ([path.stem] if manifest else [])) + ".json")
-    with _evaluation_lock(run_dir, file):
-        examples = _examples_of(opened, path, run_dir, options, config, num_workers=workers, progress=progress)
+    with progress_bars(progress) as report_progress, _evaluation_lock(run_dir, file):
+        examples = _examples_of(opened, path, run_dir, options, config, num_workers=workers, progress=report_progress)
         if config.finetune.only is not None:
             examples = examples.only(config.finetune.only)
         measured = evaluate_file(
@@ -198,7 +287,13 @@ def evaluate(
         if manifest is not None:
             result["num_trained_on"] = _count_learned(run_dir, metrics, examples.sample_id[examples.rows(split)])
         write_json(result, file)
-    return {**result, "file": str(file)}
+    accuracy = result["test"]["all"]["branches"]["fused"]["accuracy"]
+    return EvaluationResult(name=folder.name, file=file, accuracy=accuracy, metrics=result)
+
+
+def _result(folder: Path, metrics: dict[str, Any]) -> FinetuneResult:
+    accuracy = metrics["test"]["all"]["branches"]["fused"]["accuracy"]
+    return FinetuneResult(name=folder.name, folder=folder, accuracy=accuracy, metrics=metrics)
 
 
 def read_examples(

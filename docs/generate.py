@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_ORDER = " demo ingest check score split verify diff replay card export order finetune evaluate compare report "
-_DEFAULT = re.compile(r"\s*\\?\[default: (.*?)\]\s*$")
+GENERAL = {"--help", "--debug", "--quiet", "--verbose", "--version", "--install-completion"}
+_DEFAULT = re.compile(r"[;:,] by default ([^;.]*(?:\.\d+)?)")
 
 
 def write_pages(folder: Path) -> None:
@@ -52,45 +52,60 @@ class Command:
 
     @property
     def options(self) -> set[str]:
-        """Every option, such as --run; --help and --debug are of all commands."""
-        return {name for parameter in self.parameters for name in parameter.names} | {"--help", "--debug"}
+        """Every option, such as --run; the general options are of all commands."""
+        return {name for parameter in self.parameters for name in parameter.names} | {
+            "--help",
+            "--debug",
+            "--quiet",
+            "--verbose",
+            "--version",
+            "--install-completion",
+        }
 
 
 def commands() -> dict[str, Command]:
     """Return the commands of mmaudit by name, in the order of the pipeline."""
     from mmaudit.cli.main import app
 
-    found = {}
+    result = {}
     for registered in app.registered_commands:
-        function = registered.callback
+        function, name = registered.callback, registered.name
         assert function is not None
-        name = registered.name or function.__name__
-        hints = typing.get_type_hints(function, include_extras=True)
-        parameters = [_parameter(one, hints[one.name]) for one in inspect.signature(function).parameters.values()]
-        found[name] = Command(name=name, help=inspect.getdoc(function) or "", parameters=tuple(parameters))
-    return dict(sorted(found.items(), key=lambda item: (_ORDER.find(f" {item[0]} ") % len(_ORDER), item[0])))
+        assert name is not None
+        parameters = inspect.signature(function).parameters.values()
+        result[name] = Command(
+            name=name,
+            help=_plain(registered.help or ""),
+            parameters=tuple(_parameter(parameter) for parameter in parameters),
+        )
+    return result
 
 
-def _parameter(parameter: inspect.Parameter, hint: Any) -> Parameter:
-    info = hint.__metadata__[0]
-    text = (info.help or "").replace("\\[", "[")
-    default = ""
-    if match := _DEFAULT.search(text):
-        text, default = text[: match.start()], match.group(1)
-    elif parameter.default is inspect.Parameter.empty:
+def _parameter(parameter: inspect.Parameter) -> Parameter:
+    """Return a parameter as its annotation, Annotated[type, option or argument of typer], describes it."""
+    type_, info = typing.get_args(parameter.annotation)
+    text, default = _plain(info.help or ""), ""
+    if parameter.default is inspect.Parameter.empty:
         default = "required"
-    elif parameter.default not in (None, False):
+    elif parameter.default is not None and parameter.default is not False:
         default = f"`{parameter.default}`"
+    elif match := _DEFAULT.search(text):
+        text, default = text[: match.start()] + text[match.end() :], match[1]
     # Within Annotated the first name of an option stands where its default would.
     declared = [info.default, *(info.param_decls or ())]
-    names = tuple(name for one in declared if isinstance(one, str) and one[:1] == "-" for name in one.split("/"))
+    names = tuple(name for option in declared if isinstance(option, str) for name in option.split("/"))
     return Parameter(
         names=names,
-        metavar=info.metavar or (_kind(hint.__origin__) if names else parameter.name.upper()),
+        metavar=info.metavar or _kind(type_),
         help=text,
         default=default,
         panel=info.rich_help_panel or "",
     )
+
+
+def _plain(text: str) -> str:
+    """Return help text without the escapes that keep rich from reading markup."""
+    return text.replace("\\[", "[")
 
 
 def _kind(annotation: Any) -> str:

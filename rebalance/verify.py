@@ -54,6 +54,13 @@ class Verification:
         """The checks that failed."""
         return tuple(check for check in self.checks if check.held is False)
 
+    @property
+    def failed_gate(self) -> str:
+        """Why the verification failed, "" if no check failed."""
+        if not self.failed:
+            return ""
+        return f"{self.manifest} or its data have changed since it was written: see the checks above"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the results as JSON values."""
         return {"manifest": str(self.manifest), "held": self.held, "checks": [asdict(check) for check in self.checks]}

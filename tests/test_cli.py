@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
+from mmaudit.audit.dataset.dataset import DataConfig
 from mmaudit.audit.errors import ConfigError
-from mmaudit.cli.config import RunConfig
 from mmaudit.cli.demo import KeypadConfig, write_keypad
 from mmaudit.cli.main import app
 
@@ -292,7 +292,7 @@ def test_score_table_of_another_tool_can_be_split(tmp_path: Path) -> None:
 
 def test_split_prints_number_of_kept_samples(scored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(scored, tmp_path / "run"))
-    result = mmaudit("split", "--balanced", "--run", run)
+    result = mmaudit("split", "--balanced", "--overwrite", "--run", run)
     num_kept = len(pq.read_table(run / "manifests" / "balanced.parquet"))
     assert f"balanced: kept {num_kept} of 120 samples (audio:image)" in output_of(result)
     assert "samples kept by tolerance 0: " in output_of(result)
@@ -484,9 +484,9 @@ def test_unknown_choices_suggest_the_nearest(keypad: Path, tmp_path: Path, words
 
 def test_check_and_score_share_data_options(keypad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Options override settings; options that are not passed do not change them."""
-    configs: list[RunConfig] = []
+    configs: list[DataConfig] = []
 
-    def stop(data: str, *, config: RunConfig, **rest: object) -> None:
+    def stop(data: str, config: DataConfig) -> None:
         configs.append(config)
         raise ConfigError("stopped")
 
@@ -494,14 +494,14 @@ def test_check_and_score_share_data_options(keypad: Path, tmp_path: Path, monkey
     options_of_values = [word for name, value in values.items() for word in (f"--{name}", value)]
     lists = ["--modality", "a=x", "--modality", "b=z", "--encoder", "a=resnet18", "--allow-outside"]
     settings = ["--set", "data.label='l'", "--set", "data.encoder=['b=resnet18']", "--set", "data.allow_outside=true"]
-    for name in ("check", "score"):
-        monkeypatch.setattr(f"mmaudit.cli.stages.{name}", stop)
+    for name, module in (("check", "checking"), ("score", "scoring")):
+        monkeypatch.setattr(f"mmaudit.cli.{module}.open_encodable", stop)
         for options in (["--set", "data.label='l'", *options_of_values, *lists], settings, []):
             assert output_of(mmaudit(name, keypad, *options)).strip() == "error: stopped"
     checked, scored = configs[:3], configs[3:]
-    assert [config.data for config in checked] == [config.data for config in scored]
-    first, second, third = (config.data for config in checked)
+    assert checked == scored
+    first, second, third = checked
     assert {name: getattr(first, name) for name in values} == values
     assert (first.modality, first.encoder, first.allow_outside) == (("a=x", "b=z"), ("a=resnet18",), True)
     assert second == replace(third, label="l", encoder=("b=resnet18",), allow_outside=True)
-    assert third == RunConfig().data
+    assert third == DataConfig()

@@ -1,4 +1,4 @@
-"""Tests of the config: TOML round trip, overrides, and errors that suggest the right key or value."""
+"""Tests of the config: TOML round trips, and errors that suggest the right key or value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmaudit.audit.dataset.dataset import DataConfig
 from mmaudit.audit.errors import ConfigError
 from mmaudit.audit.parsing import build_config
 from mmaudit.audit.probes.config import ProbeConfig
-from mmaudit.cli.config import RunConfig, load_config, override, plain, to_toml
+from mmaudit.cli.config import RunConfig, load_config, plain, to_toml
 from mmaudit.rebalance.balanced import BalancedConfig
 from mmaudit.train.balancing.config import BALANCERS, MSLR_MODES, BalancingConfig, MslrConfig
 from mmaudit.train.config import FinetuneConfig, OptimConfig
@@ -186,7 +186,7 @@ def test_invalid_setting_is_refused(setting: str, words: str) -> None:
 
 @pytest.mark.parametrize("first", ["seed=1", "seed='x'"])
 def test_value_cannot_be_used_as_section(first: str) -> None:
-    with pytest.raises(ConfigError, match=r"--set seed\.x=2: seed is not a section"):
+    with pytest.raises(ConfigError, match=r"--set seed\.x: seed is not a section"):
         load_config(None, [first, "seed.x=2"])
 
 
@@ -213,12 +213,33 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
             load_config(path)
 
 
-def test_override_replaces_only_given_fields() -> None:
-    config = FinetuneConfig(epochs=9, hidden=5)
-    assert override(config, epochs=3, hidden=None, dropout=0.0) == replace(config, epochs=3, dropout=0.0)
-    assert override(config) == config
-    with pytest.raises(ConfigError, match=r"finetune\.epochs is 0"):  # 0 is an override, unlike None
-        override(config, epochs=0)
+def test_keywords_override_settings_and_these_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMAUDIT_PROBE_FOLDS", "3")
+    monkeypatch.setenv("MMAUDIT_FINETUNE_EPOCHS", "7")
+    monkeypatch.setenv("MMAUDIT_DATA_ENCODER", "['a=resnet18']")
+    config = load_config(settings={"probe.folds": 4}, keywords={"finetune.hidden": 9, "finetune.epochs": None})
+    assert (config.probe.folds, config.finetune.epochs, config.finetune.hidden) == (4, 7, 9)
+    assert config.data.encoder == ("a=resnet18",)
+    assert load_config(None, ["probe.folds=5"], {"probe.folds": 6}).probe.folds == 6
+
+
+def test_a_given_config_is_not_changed_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMAUDIT_PROBE_FOLDS", "3")
+    config = RunConfig(data=DataConfig(modality=("a", "b")))
+    assert load_config(config) is config
+    assert load_config(config, keywords={"finetune.epochs": 3}) == replace(config, finetune=FinetuneConfig(epochs=3))
+
+
+def test_unknown_variable_is_warned_about_and_a_wrong_value_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MMAUDIT_PROBE_FOLD", "3")
+    with caplog.at_level("WARNING", "mmaudit"):
+        assert load_config() == RunConfig()
+    assert "MMAUDIT_PROBE_FOLD is not a setting" in caplog.text
+    monkeypatch.setenv("MMAUDIT_PROBE_FOLDS", "many")
+    with pytest.raises(ConfigError, match=r"probe\.folds is 'many'; it must be of type int"):
+        load_config()
 
 
 def test_plain_returns_json_values() -> None:

@@ -186,4 +186,4 @@ def test_readme_python_example_runs(data: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "my-run" / "run.json").read_text())
     assert record["groups"] == 12
     assert record["config"]["probe"]["learn_from"] == "train"
-    assert (tmp_path / "my-run" / "finetune" / "balanced-concat-uniform" / "metrics.json").exists()
+    assert (tmp_path / "my-run" / "finetune" / "balanced-concat-bss-h" / "metrics.json").exists()

@@ -22,7 +22,7 @@ from mmaudit.audit.errors import GateError, RunError, attach_file_name, file_of
 from mmaudit.audit.features.encode import write_arrow
 from mmaudit.audit.storage import write_parquet, write_text
 from mmaudit.audit.workers import prefetch_map
-from mmaudit.cli import stages
+from mmaudit.cli import scoring
 from mmaudit.cli.console import progress_bars
 from mmaudit.cli.failures import Failure, begin_stage, describe
 from mmaudit.cli.main import app
@@ -50,7 +50,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Callab
                 progress("draw", 1, 2)
             raise error
 
-        monkeypatch.setattr(stages, "report", report)
+        monkeypatch.setattr(scoring, "report", report)
         return mmaudit
 
     return install
@@ -191,7 +191,7 @@ def test_closed_pipe_ends_quietly_and_full_stdout_fails(tmp_path: Path) -> None:
     for name in ("confidence_a", "confidence_b"):
         table = table.append_column(name, pa.array(rng.random(200, dtype=np.float32)))
     pq.write_table(table, tmp_path / "scores.parquet")
-    words = ["split", "--balanced", "--scores", tmp_path / "scores.parquet", "--run", tmp_path / "run"]
+    words = ["split", "--balanced", "--scores", tmp_path / "scores.parquet", "--run", tmp_path / "run", "--overwrite"]
     line = f"{sys.executable} -m mmaudit {' '.join(map(str, words))} | true; exit ${{PIPESTATUS[0]}}"
     closed = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, check=False)
     assert "Traceback" not in closed.stderr

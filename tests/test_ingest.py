@@ -303,7 +303,7 @@ def test_printed_notes_are_not_repeated(tree: Callable[[str], Path], capsys: pyt
     root = tree("cremad")
     write_files(root, "AudioWAV/1001_DFA_ANG_XX.wav", content=b"")
     write_files(root, "metadata.csv")
-    summary = mmaudit.ingest("cremad", root)
+    summary = mmaudit.ingest("cremad", root).to_dict()
     print_ingest(summary)
     printed = capsys.readouterr().out
     assert len(summary["notes"]) == 2

@@ -26,7 +26,7 @@ def report(*, run):
         exec("time.sleep(60)") if run == "in exec" else time.sleep(60)  # as imports of scipy do
     except KeyboardInterrupt:
         if run == "swallowed":
-            return run
+            return types.SimpleNamespace(to_dict=lambda: {"report": run})
         if run == "cleaning":
             print("cleaning", flush=True)
             time.sleep(60)
@@ -34,9 +34,9 @@ def report(*, run):
             raise ValueError("a worker was stopped, too")
         raise
 
-stages = types.ModuleType("mmaudit.cli.stages")  # the real one takes seconds to import
-stages.report = report
-sys.modules[stages.__name__] = stages
+scoring = types.ModuleType("mmaudit.cli.scoring")  # the real one takes seconds to import
+scoring.report = report
+sys.modules[scoring.__name__] = scoring
 main()
 """
 

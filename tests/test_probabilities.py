@@ -16,7 +16,7 @@ from mmaudit.audit import metrics
 from mmaudit.audit.errors import ConfigError, MmauditError, ScoreError
 from mmaudit.audit.scores.probabilities import score_probabilities
 from mmaudit.audit.scores.table import ScoreTable, read_scores, write_scores
-from mmaudit.cli.manifests import split as write_split
+from mmaudit.cli.splitting import split as write_split
 
 NUM_ROWS, NUM_CLASSES = 200, 3
 
@@ -112,10 +112,11 @@ def test_the_table_can_be_written_and_split(tmp_path: Path) -> None:
     write_scores(scores, tmp_path / "scores.parquet")
     assert read_scores(tmp_path / "scores.parquet").to_arrow().equals(scores.to_arrow())
     for options in ({"balanced": True}, {"subset": "most-balanced:10%"}, {"gmm": "balanced"}):
-        summary: dict[str, Any] = write_split(
+        summary = write_split(
             run=tmp_path / "run", scores=tmp_path / "scores.parquet", name=next(iter(options)), **options
         )
-        assert summary["kept"] + summary["dropped"] == NUM_ROWS
+        assert summary.num_scored == NUM_ROWS
+        assert summary.num_kept + summary.numbers["dropped"] == NUM_ROWS
 
 
 def _with(**changes: Any) -> ScoreTable:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ConfigError, GateError, ManifestError, ScoreError
 from mmaudit.audit.scores.table import ScoreTable, read_scores, write_scores
 from mmaudit.audit.storage import write_json
-from mmaudit.cli.manifests import replay
+from mmaudit.cli.splitting import replay
 from mmaudit.rebalance.balanced import BalancedConfig
 from mmaudit.rebalance.manifest import dropped_path, read_dropped, read_manifest, read_provenance
 from mmaudit.rebalance.recipe import Recipe, SplitResult, balance_path, make_split, recipe_from_record
@@ -324,9 +324,9 @@ def test_replay_is_identical_after_moving_the_run(run_folder: RunFolder, tmp_pat
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for name in splits:
             replayed = replay(name, run=folder)
-            assert replayed["identical"], name
-            assert replayed["differ"] == []
-            assert Path(replayed["scores"]).resolve() == (folder / "scores.parquet").resolve()
+            assert replayed.identical, name
+            assert replayed.differ == ()
+            assert Path(replayed.scores).resolve() == (folder / "scores.parquet").resolve()
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
         assert not [path for path in folder.rglob(".*")]
 
@@ -339,9 +339,9 @@ def test_replay_detects_a_changed_score(run_folder: RunFolder, name: str) -> Non
     confidence[0, 0] = 1 - confidence[0, 0]
     write_scores(replace(scores, confidence=confidence), run_folder.scores)
     replayed = replay(path)
-    assert not replayed["identical"]
+    assert not replayed.identical
     is_kept = scores.sample_id[0] in ids(str(path))
-    assert (f"{name}.parquet" if is_kept else f"{name}.dropped.parquet") in replayed["differ"]
+    assert (f"{name}.parquet" if is_kept else f"{name}.dropped.parquet") in replayed.differ
 
 
 def only(run_folder: RunFolder, name: str) -> SplitResult:
@@ -359,9 +359,9 @@ def only(run_folder: RunFolder, name: str) -> SplitResult:
 def test_replay_detects_a_changed_input_manifest(run_folder: RunFolder) -> None:
     a = run_folder.of("a", subset="random:300")
     path = path_of(run_folder.split(name="m", exclude=(a,)))
-    assert replay(path)["identical"]
+    assert replay(path).identical
     run_folder.of("a", subset="random:299")
-    assert replay(path)["differ"] == ["m.parquet", "m.dropped.parquet"]
+    assert replay(path).differ == ("m.parquet", "m.dropped.parquet")
     dropped_path(Path(a)).unlink()
     Path(a).unlink()
     with pytest.raises(ManifestError, match=r"no such file: .*a\.parquet"):
@@ -379,9 +379,9 @@ def test_replay_needs_the_scores(run_folder: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match=r"score table .*nowhere\.parquet not found"):
         replay(path, scores=tmp_path / "nowhere.parquet")
     replayed = replay(path, scores=moved)
-    assert (replayed["identical"], replayed["scores"]) == (True, str(moved))
+    assert (replayed.identical, replayed.scores) == (True, moved)
     dropped_path(path).unlink()
-    assert replay(path, scores=moved)["differ"] == [dropped_path(path).name]
+    assert replay(path, scores=moved).differ == (dropped_path(path).name,)
 
 
 @pytest.mark.parametrize("how", ["folder", "glob", "files"])
@@ -396,9 +396,9 @@ def test_shards_are_replayed_from_their_recorded_path(run_folder: RunFolder, how
     if how == "files":
         with pytest.raises(ManifestError, match=r"does not name the score tables .*; pass them with --scores"):
             replay(path_of(split))
-        assert replay(path_of(split), scores=folder)["identical"]
+        assert replay(path_of(split), scores=folder).identical
     else:
-        assert replay(path_of(split))["identical"]
+        assert replay(path_of(split)).identical
 
 
 def test_manifest_without_recipe_raises(run_folder: RunFolder) -> None:

@@ -121,7 +121,7 @@ def test_evaluate_counts_samples_used_in_training(run: Path) -> None:
     number = len(tested & set(own[own["split"] != "test"]["sample_id"]))
     assert number > 0
     assert f"{number} of them were used in training or validation" in output_of(mmaudit(*words, "anew"))
-    run_json("split", "--subset", "visual-preferred", "--name", "all", "--run", run)
+    run_json("split", "--subset", "visual-preferred", "--name", "all", "--overwrite", "--run", run)
     assert "overlap with its training samples unknown" in output_of(mmaudit(*words, "anew"))
 
 
@@ -174,7 +174,7 @@ def test_frozen_encoder_is_unchanged(run: Path) -> None:
         (["--set", "optim.schedule=linear"], "optim.schedule is linear"),
         (["--set", "optim.modality_lr=['audio']"], "not of the form NAME=FACTOR"),
         (["--set", "optim.freeze=['sound']"], "no modality sound; the modalities are audio, visual"),
-        (["--seed", "99999999999999999999"], "seed is 99999999999999999999; it must be at least 0 and below 2^63"),
+        (["--seed", "99999999999999999999"], "config key seed has 67 bits; it must have at most 64"),
         (["--set", "sampling.dus.kappa=inf"], "sampling.dus.kappa is inf; it must be a finite number"),
         (["--set", "sampling.bss.alpha=inf"], "sampling.bss.alpha is inf"),
         (["--report-to", "mlflow,wandb"], "mlflow is not installed: pip install mlflow"),
@@ -208,7 +208,7 @@ def test_evaluate_errors_are_one_line(finished_run: Path, words: list[str], line
 
 
 def test_evaluate_refuses_changed_manifest_and_model(run: Path) -> None:
-    run_json("split", "--subset", "visual-preferred", "--name", "all", "--run", run)
+    run_json("split", "--subset", "visual-preferred", "--name", "all", "--overwrite", "--run", run)
     result = mmaudit("evaluate", "plain", "--run", run)
     assert result.exit_code == 2
     assert "has changed since plain was trained on it; pass a manifest with --manifest" in output_of(result)

@@ -177,11 +177,11 @@ def test_reading_commands_import_no_encoder(home: Path, tmp_path: Path) -> None:
     """Not even the user's own encoder; checked in a separate process."""
     program = f"""
 import sys
-from mmaudit.cli import manifests, verification
-assert verification.verify("all", run="run")["held"]
+from mmaudit.cli import manifests, splitting
+assert manifests.verify("all", run="run").failed_gate == ""
 manifests.diff("all", "all", run="run")
 manifests.card("all", run="run")
-assert manifests.replay("all", run="run")["identical"]
+assert splitting.replay("all", run="run").identical
 manifests.export("all", run="run", format="webdataset", out={str(tmp_path / "tars")!r})
 assert "encoder_of_trust" not in sys.modules
 """
@@ -353,7 +353,7 @@ def test_edited_run_json_is_not_trusted(home: Path, key: str) -> None:
 def test_manifest_of_another_table_is_bound_to_no_source(home: Path, tmp_path: Path) -> None:
     """Even if the table is a copy of the run's own."""
     shutil.copy(home / "run" / "scores.parquet", tmp_path / "scores.parquet")
-    words = ("--subset", "most-balanced:100%", "--name", "others", "--run", "run")
+    words = ("--subset", "most-balanced:100%", "--name", "others", "--overwrite", "--run", "run")
     assert mmaudit("split", "--scores", tmp_path / "scores.parquet", *words)[0] == 0
     code, printed = mmaudit("export", "others", "--run", "run", "--format", "webdataset", "--out", tmp_path / "tars")
     assert code == 2

@@ -6,7 +6,7 @@ import importlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,10 @@ class Ingested:
         if self.unlisted:
             parts.append(f"{self.unlisted:,} media are in no list and have no row")
         return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        return {**asdict(self), "path": str(self.path), "message": self.message}
 
 
 def ingest(

@@ -126,7 +126,7 @@ def load_encoder(modality: Modality) -> Encoder:
 
 def _encoders_by_kind(name: str) -> Mapping[str, Encoder]:
     """Return the encoders of a built-in or installed name; ConfigError if there are none."""
-    return ENCODERS.load(name) if name in ENCODERS else load_installed(name)  # type: ignore[no-any-return]
+    return ENCODERS.load(name) if name in ENCODERS else load_installed(name)
 
 
 @lru_cache(maxsize=16)

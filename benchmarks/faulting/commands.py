@@ -12,9 +12,9 @@ SCORE_CLIPS: Arguments = ("score", "../data/clips", *_RUN, "--repeats", "1", *_D
 SCORE_FEATURES: Arguments = ("score", "../data/features.parquet", *_RUN, "--repeats", "1")
 SCORE_AGAIN: Arguments = (*SCORE_FEATURES, "--seed", "1", "--overwrite")
 CHECK_CLIPS: Arguments = ("check", "../data/clips", *_RUN, *_DECODE)
-SPLIT: Arguments = ("split", "--balanced", *_RUN)
+SPLIT: Arguments = ("split", "--balanced", "--overwrite", *_RUN)
 SPLIT_WIDE: Arguments = (*SPLIT, "--tolerance", "0.2")
-SPLIT_RANDOM: Arguments = ("split", "--subset", "random:50%", "--name", "random", *_RUN)
+SPLIT_RANDOM: Arguments = ("split", "--subset", "random:50%", "--name", "random", "--overwrite", *_RUN)
 FINETUNE: Arguments = (
     *("finetune", "--manifest", "balanced", *_RUN, "--name", "tuned"),
     *("--epochs", "6", "--set", "finetune.save_steps=4"),

@@ -26,8 +26,8 @@ def refusals(run: Path) -> list[str]:
         except Exception as error:
             refused.append(f"{path.name} is refused: {error}")
             continue
-        if not checked["held"]:
-            refused.append(f"{path.name} is refused by verify: {checked['lines']}")
+        if not checked.held:
+            refused.append(f"{path.name} is refused by verify: {checked.lines()}")
     return refused
 
 

@@ -1,4 +1,4 @@
-"""Tests of the stages: repeated commands finish interrupted work, and conflicting writers are refused."""
+"""Tests of the commands as functions: repetition finishes interrupted work, and conflicting writers are refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from runs import copy_run
 
 from mmaudit.audit.errors import RunError
 from mmaudit.audit.locks import write_lock
-from mmaudit.cli import stages, training
+from mmaudit.cli import scoring, training
+from mmaudit.cli.checking import check
 from mmaudit.cli.config import RunConfig
-from mmaudit.cli.manifests import export, replay, split
+from mmaudit.cli.manifests import export
 from mmaudit.cli.run import Run
-from mmaudit.cli.stages import check, report, score
+from mmaudit.cli.scoring import report, score
+from mmaudit.cli.splitting import replay, split
 from mmaudit.cli.training import evaluate, finetune
 
 QUICK = replace(
@@ -79,7 +81,7 @@ def kill_in(monkeypatch: pytest.MonkeyPatch, module: object, name: str, command:
 
 def test_missing_report_is_written_by_the_next_score(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(run)
-    kill_in(monkeypatch, stages, "_write_report", lambda: score(data, run=run, config=QUICK, num_workers=0))
+    kill_in(monkeypatch, scoring, "_write_report", lambda: score(data, run=run, config=QUICK, num_workers=0))
     assert Run(run).is_scored()
     assert not Run(run).report_file.exists()
     score(data, run=run, config=QUICK, num_workers=0)
@@ -96,7 +98,7 @@ def test_killed_overwrite_keeps_the_old_run_and_can_be_repeated(
         score(data, run=run, config=replace(QUICK, seed=1), num_workers=0, overwrite=True)
 
     for name in ("audit_dataset", "write_parquet", "write_json"):
-        kill_in(monkeypatch, stages, name, overwrite)
+        kill_in(monkeypatch, scoring, name, overwrite)
         assert files(run) == before
     overwrite()
     assert Run(run).record()["seed"] == 1
@@ -141,8 +143,8 @@ def test_conflicting_writers_are_refused(data: Path, run: Path, monkeypatch: pyt
         with pytest.raises(RunError, match=r"finetune/other is being written by mmaudit finetune"):
             finetune("even", run=run, config=QUICK, name="other", num_workers=0)
     with write_lock(run, command="mmaudit score"):
-        monkeypatch.setattr("mmaudit.cli.manifests.WAIT_SECONDS", 0.0)
-        monkeypatch.setattr("mmaudit.cli.stages.WAIT_SECONDS", 0.0)
+        monkeypatch.setattr("mmaudit.cli.splitting.WAIT_SECONDS", 0.0)
+        monkeypatch.setattr("mmaudit.cli.scoring.WAIT_SECONDS", 0.0)
         monkeypatch.setattr("mmaudit.cli.training.WAIT_SECONDS", 0.0)
         for command in (
             lambda: split(run=run, config=QUICK, subset="balanced:0.9", name="second"),
@@ -154,8 +156,8 @@ def test_conflicting_writers_are_refused(data: Path, run: Path, monkeypatch: pyt
             with pytest.raises(RunError, match="is being written by mmaudit score"):
                 command()
         out = run.parent / "out.csv"
-        assert export("even", run=run, out=out, format="csv")["files"] == [str(out)]  # written outside the run
-        assert split(run=run, config=QUICK, subset="balanced:0.9", dry_run=True)["file"] is None
+        assert export("even", run=run, out=out, format="csv").files == (str(out),)  # written outside the run
+        assert split(run=run, config=QUICK, subset="balanced:0.9", dry_run=True).manifest is None
     assert {name for name in files(run) if "beside" not in name} == set(before)
     assert hidden(run) == []
 
@@ -164,6 +166,6 @@ def test_replay_writes_nothing_to_the_run(run: Path) -> None:
     before = files(run)
     manifests = run / "manifests"
     stamp = manifests.stat().st_mtime_ns
-    assert replay("even", run=run)["identical"]
+    assert replay("even", run=run).identical
     assert manifests.stat().st_mtime_ns == stamp  # no file was created or removed in it
     assert files(run) == before

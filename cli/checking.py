@@ -1,0 +1,264 @@
+"""The commands that read data and train nothing: ingest, check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..audit.dataset.dataset import Dataset
+from ..audit.dataset.samples import read_samples
+from ..audit.downloads import Ingested
+from ..audit.downloads import ingest as ingest_download
+from ..audit.errors import ConfigError, Quarantined
+from ..audit.features.encode import EncodeTask, encode_dataset
+from ..audit.features.encoded_samples import collect_encoded, select_usable
+from ..audit.leakage import Leakage, ModalityContent, find_leakage, group_columns
+from ..audit.locks import write_lock
+from ..audit.workers import Progress, default_workers
+from .config import RunConfig, load_config
+from .console import progress_bars
+from .provenance import open_encodable
+from .run import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckResult:
+    """Result of `check`.
+
+    Attributes:
+        source: The data.
+        num_samples: Samples in the data.
+        num_usable: Samples that can be scored.
+        modalities: The modalities, each as NAME=COLUMN:KIND and its encoder.
+        unusable: Counts of unusable samples by reason and modality, each with an example.
+        leakage: What train and test share.
+    """
+
+    source: str
+    num_samples: int
+    num_usable: int
+    modalities: tuple[str, ...]
+    unusable: tuple[dict[str, Any], ...]
+    leakage: Leakage
+
+    @property
+    def failed_gate(self) -> str:
+        """Why the check failed, "" if there is no leak."""
+        findings = self.leakage.findings
+        return f"train and test overlap: {len(findings)} leaks found, listed above" if self.leakage.leaks else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return {
+            "source": self.source,
+            "input": self.num_samples,
+            "usable": self.num_usable,
+            "modalities": list(self.modalities),
+            "unusable": list(self.unusable),
+            "leakage": self.leakage.to_json(),
+        }
+
+
+def ingest(
+    name: str, folder: str | Path, *, lists: Sequence[str | Path] = (), out: str | Path | None = None
+) -> Ingested:
+    """Convert an official download into metadata.parquet, and list the missing clips.
+
+    Args:
+        name: Name of the dataset.
+        folder: Folder of the unpacked download.
+        lists: List of clips or splits to use in place of the download's own.
+        out: Table to write; by default metadata.parquet in the folder.
+
+    Returns:
+        The path of the table, and the counts of listed and missing clips.
+
+    Raises:
+        ConfigError: The name is unknown.
+        DatasetError: The folder is not that download.
+
+    Example:
+        >>> mmaudit.ingest("cremad", "CREMA-D").path
+        PosixPath('CREMA-D/metadata.parquet')
+    """
+    return ingest_download(name, folder, lists=lists, out=out)
+
+
+def check(
+    data: str | Path,
+    *,
+    run: str | Path = "mmaudit-run",
+    modality: Mapping[str, str] | Sequence[str] | None = None,
+    encoder: Mapping[str, str] | Sequence[str] | None = None,
+    task: str | None = None,
+    label: str | None = None,
+    id: str | None = None,
+    group: str | None = None,
+    split: str | None = None,
+    allow_outside: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    progress: bool = True,
+) -> CheckResult:
+    """Check the data: usable and unusable samples, and leaks between train and test; exit 3 on a leak.
+
+    Nothing is trained. Encoded features are cached in the run folder, for use by `score`. Without a split column, the
+    split that `score` would cut is checked.
+
+    Args:
+        data: Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
+        run: Run folder.
+        modality: Modality, its column and kind; in Python also {"audio": "mfcc"}.
+        encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
+        task: classification, multilabel or regression; by default classification.
+        label: Label column.
+        id: Id column.
+        group: Group column: samples of one group always share a fold.
+        split: Split column; none: ignore it and cut a test split.
+        allow_outside: Allow paths outside the metadata's folder.
+        seed: Random seed; by default 0.
+        device: auto, cpu or cuda.
+        num_workers: Processes that decode media; 0: none; by default one per CPU.
+        config: TOML file with settings; in Python also a RunConfig.
+        settings: One setting, such as probe.folds=10; in Python also {"probe.folds": 10}.
+        progress: Show a progress bar in a terminal or notebook.
+
+    Returns:
+        The counts, modalities, unusable samples by reason, and the leakage report.
+
+    Raises:
+        DatasetError: The data cannot be read.
+        ConfigError: A setting does not fit the data.
+        RunError: The run folder holds something other than a run.
+
+    Example:
+        >>> result = mmaudit.check("clips", group="actor")
+        >>> result.leakage.leaks
+        False
+    """
+    keywords = data_settings(
+        modality=modality,
+        encoder=encoder,
+        task=task,
+        label=label,
+        id=id,
+        group=group,
+        split=split,
+        allow_outside=allow_outside,
+    )
+    config = load_config(config, settings, {**keywords, "seed": seed})
+    run_dir = Run.open(run)
+    dataset = open_encodable(data, config.data)
+    run_dir.check_folder()
+    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+    with progress_bars(progress) as report_progress:
+        with write_lock(run_dir.folder, "features", command="mmaudit check"):
+            tasks = encode_missing(
+                run_dir, dataset, config, device=pick_device(device), num_workers=num_workers, progress=report_progress
+            )
+        encoded = collect_encoded(dataset, samples, tasks)
+        rows, left_out = select_usable(encoded, keep_duplicates=config.data.keep_duplicates)
+        leakage = find_leakage(
+            samples,
+            [ModalityContent.of(status, tasks) for status in encoded.statuses],
+            groups={name: _column(dataset, name) for name in _group_columns(dataset)},
+            config=config.leakage,
+            seed=config.seed,
+            progress=report_progress,
+        )
+    return CheckResult(
+        source=str(data),
+        num_samples=len(samples),
+        num_usable=len(rows),
+        modalities=tuple(str(modality) for modality in dataset.modalities),
+        unusable=tuple(_by_reason(left_out)),
+        leakage=leakage,
+    )
+
+
+def data_settings(
+    *,
+    modality: Mapping[str, str] | Sequence[str] | None,
+    encoder: Mapping[str, str] | Sequence[str] | None,
+    allow_outside: bool,
+    **columns: str | None,
+) -> dict[str, Any]:
+    """Return the settings of the section `data`; `columns` are the task and the columns by role."""
+    return {
+        "data.modality": pairs(modality),
+        "data.encoder": pairs(encoder),
+        "data.allow_outside": allow_outside or None,
+        **{f"data.{name}": value for name, value in columns.items()},
+    }
+
+
+def pairs(values: Mapping[str, str] | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return NAME=VALUE texts, of a mapping or as they are; None if there are none."""
+    if isinstance(values, Mapping):
+        values = [f"{name}={value}" for name, value in values.items()]
+    return tuple(values) if values else None
+
+
+def pick_device(name: str) -> str:
+    """Resolve `auto` to cuda if available, else cpu; raise ConfigError if the device is not available."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    has_cuda = kind == "cuda" and torch.cuda.is_available() and (number or "0").isdecimal()
+    if name != "cpu" and not (has_cuda and int(number or 0) < torch.cuda.device_count()):
+        raise ConfigError(f"--device {name}: not available; use auto, cpu" + ", cuda" * torch.cuda.is_available())
+    return name
+
+
+def encode_missing(
+    run_dir: Run, dataset: Dataset, config: RunConfig, *, device: str, num_workers: int | None, progress: Progress
+) -> list[EncodeTask]:
+    """Encode the features that are missing from the run's feature cache."""
+    workers = default_workers() if num_workers is None else num_workers
+    return encode_dataset(
+        dataset, run_dir.features, media=config.media, num_workers=workers, device=device, progress=progress
+    )
+
+
+def _group_columns(dataset: Dataset) -> list[str]:
+    """Return the columns that may hold groups, the group column among them."""
+    used_columns = {modality.column for modality in dataset.modalities} | {dataset.columns.id, dataset.columns.label}
+    columns = group_columns([name for name in dataset.schema.names if name not in used_columns])
+    if dataset.columns.group and dataset.columns.group not in columns:
+        columns = [dataset.columns.group, *columns]
+    return columns
+
+
+def _by_reason(left_out: Sequence[Quarantined]) -> list[dict[str, Any]]:
+    """Count unusable samples by reason and modality, most frequent first, with an example of each."""
+    cells: dict[tuple[str, str | None], list[Quarantined]] = {}
+    for row in left_out:
+        cells.setdefault((row.reason.value, row.modality), []).append(row)
+    return [
+        {
+            "reason": reason,
+            "modality": modality,
+            "count": len(rows),
+            "example": f"{example.sample_id} ({example.detail})",
+        }
+        for (reason, modality), rows in sorted(
+            cells.items(), key=lambda cell: (-len(cell[1]), cell[0][0], str(cell[0][1]))
+        )
+        for example in [min(rows, key=lambda row: (row.sample_id, row.detail))]
+    ]
+
+
+def _column(dataset: Dataset, name: str) -> NDArray[np.object_]:
+    """Read a column as strings (n,), null as None."""
+    cells = [cell for shard in dataset.shards for cell in shard.read([name])[name].to_pylist()]
+    return np.array([None if cell is None else str(cell) for cell in cells], dtype=object)

@@ -1,0 +1,285 @@
+"""The commands of scores: score, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..audit.dataset.dataset import Dataset
+from ..audit.dataset.samples import read_samples
+from ..audit.errors import RunError, quarantine_table
+from ..audit.features.encode import EncodeTask
+from ..audit.features.encoded_samples import collect_encoded
+from ..audit.locks import WAIT_SECONDS, Lock, write_lock
+from ..audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
+from ..audit.scores.table import ScoreTable, write_scores
+from ..audit.storage import write_json, write_parquet
+from ..audit.workers import Progress
+from .checking import data_settings, encode_missing, pick_device
+from .config import RunConfig, load_config
+from .console import progress_bars
+from .provenance import check_config, open_encodable, own_record, record_of, score_provenance, signed_record
+from .run import MADE_FROM_SCORES, REPORT_FILES, SCORE_FILES, Run, replacing
+
+log = logging.getLogger("mmaudit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreResult:
+    """Result of `score`.
+
+    Attributes:
+        run: The run folder.
+        report: The report, an HTML page.
+        num_samples: Samples in the data: those scored and those quarantined.
+        num_scored: Samples with a score.
+        num_quarantined: Samples without a score; quarantine.parquet states the reasons.
+        gap_verdict: Whether the modality gap is bimodal, and why.
+        record: Content of run.json.
+    """
+
+    run: Path
+    report: Path
+    num_samples: int
+    num_scored: int
+    num_quarantined: int
+    gap_verdict: str
+    record: dict[str, Any]
+
+    @property
+    def scores(self) -> ScoreTable:
+        """The score table, one row per scored sample."""
+        return Run(self.run).scores()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of run.json, and the path of the report."""
+        return {**self.record, "report": str(self.report)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportResult:
+    """Files of a report: the HTML page, its numbers as JSON, and the figures as PNG."""
+
+    page: Path
+    numbers: Path
+    figures: tuple[Path, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the paths as texts."""
+        return {"report": str(self.page), "numbers": str(self.numbers), "figures": [str(path) for path in self.figures]}
+
+
+def score(
+    data: str | Path,
+    *,
+    run: str | Path = "mmaudit-run",
+    modality: Mapping[str, str] | Sequence[str] | None = None,
+    encoder: Mapping[str, str] | Sequence[str] | None = None,
+    task: str | None = None,
+    label: str | None = None,
+    id: str | None = None,
+    group: str | None = None,
+    split: str | None = None,
+    allow_outside: bool = False,
+    learn_from: str | None = None,
+    repeats: int | None = None,
+    overwrite: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    config: RunConfig | str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    progress: bool = True,
+) -> ScoreResult:
+    """Fit a probe per modality, score every sample out of fold, and write the report.
+
+    A finished run of the same data and config is not changed; cached features are reused.
+
+    Args:
+        data: Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
+        run: Run folder.
+        modality: Modality, its column and kind; in Python also {"audio": "mfcc"}.
+        encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
+        task: classification, multilabel or regression; by default classification.
+        label: Label column.
+        id: Id column.
+        group: Group column: samples of one group always share a fold.
+        split: Split column; none: ignore it and cut a test split.
+        allow_outside: Allow paths outside the metadata's folder.
+        learn_from: all, or train to keep test labels out of the probes; by default all.
+        repeats: Repeats of cross-fitting; by default 3.
+        overwrite: Replace a finished run, and remove the manifests and fine-tunings of its scores.
+        seed: Random seed; by default 0.
+        device: auto, cpu or cuda.
+        num_workers: Processes that decode media; 0: none; by default one per CPU.
+        config: TOML file with settings; in Python also a RunConfig.
+        settings: One setting, such as probe.folds=10; in Python also {"probe.folds": 10}.
+        progress: Show a progress bar in a terminal or notebook.
+
+    Returns:
+        The run folder, the counts and the content of run.json; `.scores` reads the score table.
+
+    Raises:
+        RunError: The folder holds a run of other data or config and `overwrite` is False.
+        DatasetError: The data cannot be read.
+        ConfigError: A setting does not fit the data.
+        ScoreError: The samples cannot be scored.
+
+    Example:
+        >>> result = mmaudit.score("features.parquet", modality={"audio": "mfcc", "visual": "resnet"}, group="actor")
+        >>> result.scores.gap.mean()
+    """
+    keywords = data_settings(
+        modality=modality,
+        encoder=encoder,
+        task=task,
+        label=label,
+        id=id,
+        group=group,
+        split=split,
+        allow_outside=allow_outside,
+    )
+    keywords |= {"seed": seed, "probe.learn_from": learn_from, "probe.repeats": repeats}
+    config = load_config(config, settings, keywords)
+    device = pick_device(device)
+    dataset = open_encodable(data, config.data)
+    run_dir = Run.open(run)
+    run_dir.check_folder()
+    with progress_bars(progress) as report_progress:
+        encode = partial(
+            encode_missing, run_dir, dataset, config, device=device, num_workers=num_workers, progress=report_progress
+        )
+        if overwrite or not run_dir.is_scored():
+            with write_lock(run_dir.folder, command="mmaudit score") as lock:
+                if overwrite or not run_dir.is_scored():  # another process may have finished it meanwhile
+                    audit, record = _score(run_dir, dataset, config, encode, device=device, progress=report_progress)
+                    _write_audit(run_dir, audit, record, overwrite=overwrite, lock=lock)
+                    _write_report(run_dir)
+                    return _score_result(run_dir)
+        _check_unchanged(run_dir, dataset, config, encode)
+    if not run_dir.report_file.exists():
+        report(run=run_dir.folder)
+    return _score_result(run_dir)
+
+
+def report(*, run: str | Path = "mmaudit-run") -> ReportResult:
+    """Write report.html, report.json and the figures from the files of the run folder.
+
+    Args:
+        run: Run folder.
+
+    Returns:
+        The paths of the page, of its numbers and of the figures.
+
+    Raises:
+        RunError: The run is not scored, or one of its files is damaged.
+
+    Example:
+        >>> mmaudit.report(run="mmaudit-run").page
+        PosixPath('mmaudit-run/report.html')
+    """
+    run_dir = Run.open(run)
+    run_dir.record()
+    with write_lock(run_dir.folder, "report.html", command="mmaudit report", wait_seconds=WAIT_SECONDS):
+        page = _write_report(run_dir)
+    return ReportResult(
+        page=page, numbers=page.with_suffix(".json"), figures=tuple(sorted(run_dir.figures.glob("*.png")))
+    )
+
+
+def _write_report(run_dir: Run) -> Path:
+    from .report import write_report  # takes a second for matplotlib, which no other command needs
+
+    return write_report(run_dir)
+
+
+def _score_result(run_dir: Run) -> ScoreResult:
+    record = run_dir.record()
+    counts = record["counts"]
+    return ScoreResult(
+        run=run_dir.folder,
+        report=run_dir.report_file,
+        num_samples=counts["input"],
+        num_scored=counts["scored"],
+        num_quarantined=counts["quarantined"],
+        gap_verdict=record["verdict"],
+        record=record,
+    )
+
+
+def _score(
+    run_dir: Run,
+    dataset: Dataset,
+    config: RunConfig,
+    encode: Callable[[], list[EncodeTask]],
+    *,
+    device: str,
+    progress: Progress,
+) -> tuple[Audit, dict[str, Any]]:
+    """Score every sample; return the scores and the content of run.json."""
+    seconds: dict[str, float] = {}
+    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+    if dataset.columns.split is None:
+        num_test = int((samples.split == "test").sum())
+        log.info("no split column: %d of %d samples are held out as test", num_test, len(samples))
+    with _timed(seconds, "encode"):
+        tasks = encode()
+    encoded = collect_encoded(dataset, samples, tasks)
+    with _timed(seconds, "probe"):
+        audit = audit_dataset(
+            encoded,
+            tasks,
+            probe=config.probe,
+            networks=NetworkSettings(config=config.network, media=config.media, folder=run_dir.features / "networks"),
+            mixture=config.mixture,
+            seed=config.seed,
+            device=device,
+            progress=progress,
+            keep_duplicates=config.data.keep_duplicates,
+        )
+    return audit, record_of(dataset, audit, config, seconds=seconds)
+
+
+def _check_unchanged(run_dir: Run, dataset: Dataset, config: RunConfig, encode: Callable[[], list[EncodeTask]]) -> None:
+    """Raise RunError if a finished run was made from other data or another config."""
+    record = run_dir.record()
+    check_config(run_dir, record, dataset, config)
+    samples = read_samples(dataset, seed=config.seed, test_fraction=config.data.test_fraction)
+    fingerprint = collect_encoded(dataset, samples, encode()).fingerprint
+    if record["fingerprint"] != fingerprint:
+        raise RunError(
+            f"{run_dir.folder} was made from other data (fingerprint {record['fingerprint'][:8]}, now "
+            f"{fingerprint[:8]}); pass another folder with --run, or --overwrite"
+        )
+    log.info("%s is already scored with these data and this config: nothing to do", run_dir.folder)
+    if doubt := own_record(run_dir.folder)[1]:
+        log.info("its manifests are not trusted to name data or code, since %s; --overwrite scores it again", doubt)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[stage] = round(time.monotonic() - start, 3)
+    log.debug("%s took %.1f s", stage, seconds[stage])
+
+
+def _write_audit(run_dir: Run, audit: Audit, record: dict[str, Any], *, overwrite: bool, lock: Lock) -> None:
+    """Replace the files of the run at once; without `overwrite`, manifests from other score tables are kept."""
+    manifests, finetunes = run_dir.manifests(), run_dir.finetunes()
+    if overwrite and (manifests or finetunes):
+        log.info("removing %d manifests and %d fine-tunings of the old scores", len(manifests), len(finetunes))
+    replaced = (*SCORE_FILES, *REPORT_FILES, *(MADE_FROM_SCORES if overwrite else ()))
+    provenance = score_provenance(record)
+    with replacing(run_dir.folder, replaced, lock=lock) as folder:
+        staged_run = Run(folder)
+        write_scores(replace(audit.scores, provenance=provenance), staged_run.scores_file)
+        write_parquet(quarantine_table(audit.quarantined), staged_run.quarantine_file, provenance=provenance)
+        write_json(dict(audit.mixture.to_json()), staged_run.mixture_file)
+        staged_run.write_record(signed_record(record, folder=run_dir.folder, scores=staged_run.scores_file))
