@@ -20,7 +20,7 @@ import transformers as typed
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
+from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, Reason, UnusableError
@@ -221,6 +221,34 @@ def test_unusable_samples_have_a_reason(models: Path, inputs: dict[str, list[Any
         Reason.NO_TRACK,
         Reason.EMPTY,
     ]
+
+
+def test_media_in_an_unchanged_table_are_not_loaded(
+    clip_source: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media = [(clip_source / f"{number}.png").read_bytes() for number in range(5)]
+    pq.write_table(
+        pa.table({"label": [0, 1, 0, 1, 0], "image": media, "text": ["a dog"] * 5}),
+        tmp_path / "d.parquet",
+        row_group_size=2,
+    )
+    dataset = open_dataset(tmp_path / "d.parquet", DataConfig(encoder=(f"image=hf:{models / 'dinov2'}",)))
+    encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=0, progress=no_progress)
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.arrow")}
+    kinds: list[str] = []
+    load = encode.load_cell_content
+
+    def record(dataset: Dataset, modality: Modality, value: Any) -> Any:
+        kinds.append(modality.kind)
+        return load(dataset, modality, value)
+
+    monkeypatch.setattr(encode, "load_cell_content", record)
+    for threads in (0, 2):
+        encode_dataset(
+            dataset, tmp_path / "cache", media=MEDIA, num_workers=threads, progress=no_progress, trust_unchanged=True
+        )
+    assert set(kinds) == {"text"}
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_vectors_are_cached_by_shard_and_computed_once(

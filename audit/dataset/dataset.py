@@ -41,7 +41,8 @@ class DataConfig:
 
     Attributes:
         modality: NAME=COLUMN[:KIND] of each modality; (): inferred from the columns.
-        encoder: MODALITY=ENCODER for each modality that does not use the default, `statistics`.
+        encoder: MODALITY=ENCODER for each modality that does not use the default, `statistics`; others are `resnet18`,
+            `hf:MODEL`, `package.module:function` and the encoders of installed packages.
         task: classification, multilabel or regression; see labels.py.
         id: column of sample ids; None: found by name.
         label: column of labels; None: found by name.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,11 @@ def write_arrow(table: pa.Table, path: Path) -> None:
         file.write_table(table)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CachedVectors:
-    """The existing cache file of a shard and modality, if there is one.
-
-    `row` maps a content digest to its row, `content_of_stamp` a stamp to its content digest.
-    """
+    """The existing cache file of a shard and modality, if there is one."""
 
     table: pa.Table | None
-    row: dict[bytes, int] = field(default_factory=dict)
-    content_of_stamp: dict[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: Path) -> CachedVectors:
@@ -70,15 +66,21 @@ class CachedVectors:
             table = read_arrow(path) if path.exists() else None
         except DatasetError:
             table = None
-        if table is None or "stamp" not in table.column_names:  # files from before 2026-11-29 have no stamps
-            return cls(table=None)
-        content = content_of(table).tolist()
-        stamps = zip(table["stamp"].to_pylist(), content, strict=True)
-        return cls(
-            table=table,
-            row={digest_: row for row, digest_ in enumerate(content)},
-            content_of_stamp={stamp: digest_ for stamp, digest_ in stamps if stamp is not None},
-        )
+        # Files from before 2026-11-29 have no stamps.
+        return cls(table=None if table is None or "stamp" not in table.column_names else table)
+
+    @cached_property
+    def row(self) -> dict[bytes, int]:
+        """The row of each content digest."""
+        return {} if self.table is None else {key: row for row, key in enumerate(content_of(self.table).tolist())}
+
+    @cached_property
+    def content_of_stamp(self) -> dict[str | None, bytes]:
+        """The content digest that each stamp was recorded with."""
+        if self.table is None:
+            return {}
+        pairs = zip(self.table["stamp"].to_pylist(), content_of(self.table).tolist(), strict=True)
+        return {stamp: content for stamp, content in pairs if stamp is not None}
 
     def result(self, content: bytes) -> EncodeResult:
         """Return the vector or the error of a content in `row`."""
@@ -90,13 +92,16 @@ class CachedVectors:
             return np.asarray(vector.values[start:end].to_numpy())
         return UnusableError(Reason(self.table["reason"][row].as_py()), self.table["detail"][row].as_py())
 
+    def matches(self, **columns: Sequence[str | None] | None) -> bool:
+        """Return whether the file's columns of these names hold these strings, row by row."""
+        return self.table is not None and all(
+            values is not None and column_of(self.table, name).equals(pa.array(values, pa.string()))
+            for name, values in columns.items()
+        )
+
     def is_current(self, ids: Sequence[str], stamps: Stamps, content: NDArray[np.bytes_]) -> bool:
         """Return whether the file contains exactly these rows, in this order."""
-        if self.table is None or self.table.num_rows != len(content):
-            return False
-        columns = {"sample_id": ids, "stamp": stamps}
-        is_same = all(column_of(self.table, name).equals(pa.array(columns[name], pa.string())) for name in columns)
-        return bool(is_same and (content_of(self.table) == content).all())
+        return self.matches(sample_id=ids, stamp=stamps) and bool((content_of(self.table) == content).all())
 
 
 def column_of(table: pa.Table, name: str) -> pa.Array:
@@ -177,7 +182,8 @@ class EncodeTask:
         file, *position = self.shard.location
         if (stamp := file_stamp(file)) is None:
             return None
-        return [digest(repr((stamp, position, column, row)).encode()) for row in range(self.shard.num_rows)]
+        shard_stamp = digest(repr((stamp, position, column)).encode("utf-8", "surrogatepass"))
+        return [f"{shard_stamp} {row}" for row in range(self.shard.num_rows)]
 
 
 @fixed_threads()
@@ -239,27 +245,20 @@ class _Column:
         """Name of the column."""
         return self.modalities[0].column
 
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether the cells need not be read: all of the shard's file is known by its stamp."""
-        return self.row_stamps is not None and None not in map(self.trusted_content, self.row_stamps)
+    def is_unchanged(self, **columns: Sequence[str]) -> bool:
+        """Return whether the cells need not be read: the shard's file is that of the cache, by its stamp."""
+        return self.task.trust_unchanged and all(
+            cache.matches(stamp=self.row_stamps, **columns) for cache in self.cached
+        )
 
-    def trusted_content(self, stamp: str | None) -> bytes | None:
-        """Return the digest of the content that a stamp was recorded with, if it may be trusted and is cached."""
-        content = self.cached[0].content_of_stamp.get(stamp or "") if self.task.trust_unchanged else None
-        return content if content is not None and all(content in cache.row for cache in self.cached) else None
-
-    def cells(self, rows: pa.Table) -> Sequence[pa.Scalar | None]:
-        """Return the cells of the rows, None for each if they need not be read."""
-        return [None] * rows.num_rows if self.is_unchanged else rows[self.name]
-
-    def identify(self, row: int, cell: pa.Scalar | None) -> tuple[bytes, str | None, Any]:
-        """Return content digest and stamp of a row, and the loaded cell, which is None if the stamp is trusted."""
+    def identify(self, row: int, cell: pa.Scalar) -> tuple[bytes, str | None, Any]:
+        """Return content digest and stamp of a row, and the loaded cell, or None if its stamp is known and trusted."""
         row_stamp = None if self.row_stamps is None else self.row_stamps[row]
-        value = None if cell is None else cell.as_py()
+        value = cell.as_py()
         stamp = self.task.dataset.stamp(value, self.modalities[0], row_stamp)
-        if (content := self.trusted_content(stamp)) is not None:
-            return content, stamp, None
+        known = self.cached[0].content_of_stamp.get(stamp) if self.task.trust_unchanged else None
+        if known is not None and all(known in cache.row for cache in self.cached):
+            return known, stamp, None
         # The stamp was made before the file is read: a change in between is noticed by the next command.
         loaded, content = load_cell_content(self.task.dataset, self.modalities[0], value)
         return content, None if isinstance(loaded, UnusableError) and stamp != row_stamp else stamp, loaded
@@ -279,7 +278,12 @@ class _Column:
 def _read_rows(task: EncodeTask, columns: Sequence[_Column]) -> tuple[pa.Table, list[str]]:
     """Read a shard's rows and ids; media and vectors within the rows only if one of these columns needs them."""
     with_data = [column for column in columns if task.dataset.holds_data(column.name)]
-    rows = task.dataset.read(task.shard, data=not all(column.is_unchanged for column in with_data))
+    if with_data and all(column.is_unchanged() for column in with_data):
+        rows = task.dataset.read(task.shard, data=False)
+        ids = task.dataset.sample_ids(rows, task.shard)
+        if all(column.is_unchanged(sample_id=ids) for column in with_data):
+            return rows, ids
+    rows = task.dataset.read(task.shard)
     return rows, task.dataset.sample_ids(rows, task.shard)
 
 
@@ -293,10 +297,9 @@ def _encode_without_model(task: EncodeTask) -> None:
     columns = [_Column.of(task, modalities) for modalities in shared.values()]
     rows, ids = _read_rows(task, columns)
     for column in columns:
-        if column.modalities[0].kind == "features" and not column.is_unchanged:
-            _encode_vectors(column, rows[column.name], ids)
-        else:
-            _encode_cells(column, column.cells(rows), ids)
+        if not column.is_unchanged(sample_id=ids):
+            encode_column = _encode_vectors if column.modalities[0].kind == "features" else _encode_cells
+            encode_column(column, rows[column.name], ids)
 
 
 def _encode_vectors(column: _Column, cells: pa.ChunkedArray, ids: Sequence[str]) -> None:
@@ -307,7 +310,7 @@ def _encode_vectors(column: _Column, cells: pa.ChunkedArray, ids: Sequence[str])
             write_arrow(encoded_table(ids, stamps, encoded), column.task.file(modality))
 
 
-def _encode_cells(column: _Column, cells: Sequence[pa.Scalar | None], ids: Sequence[str]) -> None:
+def _encode_cells(column: _Column, cells: pa.ChunkedArray, ids: Sequence[str]) -> None:
     content: list[bytes] = []
     stamps: list[str | None] = []
     new: list[dict[int, EncodeResult]] = [{} for _ in column.modalities]
@@ -353,14 +356,21 @@ def _run_model(tasks: Sequence[EncodeTask], modality: Modality, *, num_threads: 
             column = _Column.of(task, [modality])
             rows, ids = _read_rows(task, [column])
             shards.append((column, ids))
-            for row, cell in enumerate(column.cells(rows)):
-                yield column, row, cell
+            unchanged = column.is_unchanged(sample_id=ids)
+            for row in range(rows.num_rows):
+                yield column, row, None if unchanged else rows[column.name][row]
 
     def prepare(request: tuple[_Column, int, pa.Scalar | None]) -> _Prepared:
         column, row, cell = request
+        cache = column.cached[0]
+        if cell is None:
+            assert cache.table is not None
+            return content_of(cache.table)[row], cache.table["stamp"][row].as_py(), None
         content, stamp, loaded = column.identify(row, cell)
-        if content in column.cached[0].row or isinstance(loaded, UnusableError):
-            return content, stamp, loaded if content not in column.cached[0].row else None
+        if content in cache.row:
+            return content, stamp, None
+        if isinstance(loaded, UnusableError):
+            return content, stamp, loaded
         try:
             return content, stamp, open_model(name, modality.kind, device).prepare(loaded, column.task.media)
         except UnusableError as error:
