@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test test-all check bench methods real docs docs-serve clean
+.PHONY: install demo test test-all test-oldest check bench methods real docs docs-serve clean
 
 install: $(READY)
 
@@ -22,6 +22,15 @@ test: $(READY)
 # What `make test` has no time for as well: a few minutes more.
 test-all: $(READY)
 	$(BIN)/pytest -n 2
+
+# The same as `make test`, with the lower bounds of pyproject.toml.
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/pytest -n 2 -m "not slow"
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -59,4 +68,4 @@ docs-serve: docs
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
 
 clean:
-	rm -rf docs/_build docs/reference/_generated .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf docs/_build docs/reference/_generated .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

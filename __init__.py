@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .audit.dataset.dataset import Dataset, open_dataset
-    from .audit.downloads import Ingested
+    from .audit.downloads.ingest import Ingested
     from .audit.errors import MmauditError
     from .audit.scores.mixture import Mixture, fit_mixture
     from .audit.scores.probabilities import score_probabilities
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 # The public names by module. A module is imported at the first access, because torch and scikit-learn take seconds.
 _NAMES = {
     "audit.dataset.dataset": ["Dataset", "open_dataset"],
-    "audit.downloads": ["Ingested"],
+    "audit.downloads.ingest": ["Ingested"],
     "audit.errors": ["MmauditError"],
     "audit.scores.mixture": ["Mixture", "fit_mixture"],
     "audit.scores.probabilities": ["score_probabilities"],

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dataset.columns import SPLITS
-from .dataset.modalities import kind_of_path
 from .dataset.samples import Samples
 from .errors import ConfigError
 from .features.encode import EncodeTask
 from .features.encoded_samples import Status
 from .features.matrix import FeatureMatrix, Inputs, RowIndex
 from .hashing import hash_rank
+from .media.files import kind_of_path
 from .near_duplicates import MIN_FEATURES, Links, near_links
 from .workers import Progress, fixed_threads, no_progress
 

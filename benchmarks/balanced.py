@@ -79,7 +79,7 @@ def run_polars(scores: Path, out: Path) -> dict[str, Any]:
     """
     import run_polars as pl  # type: ignore[import-not-found, unused-ignore]
 
-    from mmaudit.rebalance.binning import largest_level, share_among_classes
+    from mmaudit.rebalance.balanced import largest_level, share_among_classes
 
     rows = (
         pl.scan_parquet(scores / "*.parquet")

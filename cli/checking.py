@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.samples import read_samples
-from ..audit.downloads import Ingested
-from ..audit.downloads import ingest as ingest_download
+from ..audit.downloads.ingest import Ingested
+from ..audit.downloads.ingest import ingest as ingest_download
 from ..audit.errors import ConfigError, Quarantined
 from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.features.encoded_samples import collect_encoded, select_usable

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .manifests import Epoch
 
 _BALANCED_SHARE = (0.4, 0.6)  # share of samples with D > 0; outside this range a balanced split gets a warning
+_SPLIT_ORDER = ("train", "validation", "test", "all")
 _LINE_SECONDS = 10.0  # between two lines of progress if stderr is not a terminal
 
 
@@ -193,12 +194,19 @@ def print_split(summary: dict[str, Any]) -> None:
     """Print a split: rows kept, uniformity, and for a balanced split its shortages and its size at other tolerances."""
     verb = "kept" if summary["file"] or not summary["kept"] else "would keep"
     print_line(f"{summary['name']}: {verb} {summary['kept']} of {summary['scored']} samples ({summary['between']})")
+    if len(summary["splits"]) > 1:
+        counts = sorted(summary["splits"].items(), key=lambda pair: _SPLIT_ORDER.index(pair[0]))
+        print_line(f"  {', '.join(f'{name} {count}' for name, count in counts)}")
     if "verdict" in summary:
         print_line(f"  the gap is {summary['verdict']}")
     if summary["reasons"]:
         print_line(f"  dropped: {', '.join(f'{number} {reason}' for reason, number in summary['reasons'].items())}")
     before, after = summary["before"], summary["after"]
-    print_line(f"  distance to uniform {before['distance']:.3f} before, {after['distance']:.3f} after")
+    pooled = "distance to uniform"
+    if "curve" in summary and (len(summary["distances"]) > 1 or "grid_distances" in summary):
+        _print_distances_by_split(summary)
+        pooled += " of all splits together"
+    print_line(f"  {pooled} {before['distance']:.3f} before, {after['distance']:.3f} after")
     print_line(f"  KS to uniform       {before['ks']:.3f} before, {after['ks']:.3f} after")
     print_line(f"  share with D > 0    {before['positive']:.3f} before, {after['positive']:.3f} after")
     if "curve" in summary:
@@ -206,14 +214,18 @@ def print_split(summary: dict[str, Any]) -> None:
     print_line(f"manifest: {summary['file'] or 'not written (dry run)'}")
 
 
+def _print_distances_by_split(summary: dict[str, Any]) -> None:
+    """Print the distance to uniform of each split by itself; the tolerance constrains the largest, which is first."""
+    over = " over the grid of both confidences" if "grid_distances" in summary else ""
+    distances = summary.get("grid_distances", summary["distances"])
+    worst, *others = sorted(distances.items(), key=lambda pair: -pair[1])
+    marks = [f"{worst[0]} {worst[1]:.3f} (the worst split)" if others else f"{worst[0]} {worst[1]:.3f}"]
+    marks += [f"{name} {distance:.3f}" for name, distance in others]
+    print_line(f"  distance to uniform{over}: {', '.join(marks)}")
+
+
 def _print_balance(summary: dict[str, Any]) -> None:
     after = summary["after"]
-    if "grid_distances" in summary:
-        parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["grid_distances"].items())
-        print_line(f"  distance to uniform over the grid of both confidences: {parts}")
-    elif len(summary["distances"]) > 1:
-        parts = ", ".join(f"{name} {distance:.3f}" for name, distance in summary["distances"].items())
-        print_line(f"  distance to uniform by split: {parts}")
     if round(summary["effective_size"]) < summary["kept"]:
         print_line(f"  effective sample size with weights: {summary['effective_size']:.0f} of {summary['kept']}")
     worst = ", ".join(f"{row['name']} {row['distance_after']:.2f}" for row in summary["least_uniform_classes"])
@@ -222,7 +234,7 @@ def _print_balance(summary: dict[str, Any]) -> None:
         print_line(f"  empty bins: {', '.join(map(str, summary['empty_bins']))}; uniform over the other bins")
     for row in summary["shortages"][:3]:
         cell = f"class {row['class']}, bin {row['bin']} [{row['low']:.2f}, {row['high']:.2f})"
-        print_line(f"  shortage: {cell}: {row['has']} samples, even share {row['even']:,.1f}")
+        print_line(f"  shortage: {cell}: {row['has']} samples, even share {row['even_share']:,.1f}")
     if not _BALANCED_SHARE[0] <= after["positive"] <= _BALANCED_SHARE[1]:
         print_line("  warning: uniform only over the non-empty bins; one side has too few samples for a balanced split")
     sizes = ", ".join(f"{point['tolerance']:g}: {point['size']}" for point in summary["curve"])

@@ -13,7 +13,7 @@ from ..audit.errors import ConfigError, ManifestError
 from ..audit.locks import WAIT_SECONDS, write_lock
 from ..audit.storage import write_text
 from ..rebalance.card import dataset_card
-from ..rebalance.curriculum import batch_rows, epoch_order, id_keys, num_steps
+from ..rebalance.curriculum import batch_rows, epoch_order, id_keys, num_steps, training_rows, with_validation
 from ..rebalance.diff import ManifestDiff, diff_manifests
 from ..rebalance.manifest import Manifest, compute_digests, read_manifest, read_provenance
 from .config import RunConfig, load_config
@@ -24,8 +24,7 @@ from .run import Run
 if TYPE_CHECKING:
     from ..audit.features.encoded_samples import ContentHashes
     from ..audit.workers import Progress
-    from ..rebalance.checks import Check
-    from ..rebalance.verify import Verification
+    from ..rebalance.verify import Check, Verification
 
 # Packages that decode media or train are imported inside functions: a split of 10^8 rows has no memory to spare.
 
@@ -146,7 +145,7 @@ def verify(
     checked, provenance = verify_rows(path), read_provenance(path)
     origin = origin_of(path, provenance, checked.digests)
     checks = [*checked.checks, _signature_check(origin)]
-    has_failed = not checked.held or bool(origin.changed)
+    has_failed = not checked.passed or bool(origin.changed)
     if not media or (data is None and "modalities" not in origin.scores):
         checks += check_media(path)
     elif has_failed and data is None and origin.record is None:  # the failed checks are more useful than an error
@@ -330,13 +329,13 @@ def order(
 
 def _signature_check(origin: Origin) -> Check:
     """Check a manifest against this user's signature; without a signature the check has no result."""
-    from ..rebalance.checks import Check
+    from ..rebalance.verify import Check
 
     if origin.is_own:
-        return Check(name="signature", held=True, detail="made by you on this machine")
+        return Check("signature", passed=True, detail="made by you on this machine")
     if origin.changed:
-        return Check(name="signature", held=False, detail=f"its {origin.changed} changed since it was made")
-    return Check(name="signature", held=None, detail=origin.doubt or "not made by you on this machine")
+        return Check("signature", passed=False, detail=f"its {origin.changed} changed since it was made")
+    return Check("signature", passed=None, detail=origin.doubt or "not made by you on this machine")
 
 
 def _contents_of_source(
@@ -358,8 +357,6 @@ def _contents_of_source(
 
 def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.dtype[np.intp]]:
     """Return the rows that fine-tuning trains on: without validation rows and those that keep_posterior excludes."""
-    from ..train.examples import with_validation
-
     split = with_validation(
         manifest.table,
         manifest.strings("sample_id"),
@@ -367,9 +364,7 @@ def _training_rows(manifest: Manifest, config: RunConfig) -> np.ndarray[Any, np.
         fraction=config.finetune.validation_fraction,
         seed=config.seed,
     )
-    train = split == "train"
-    if config.finetune.keep_posterior is not None:
-        train &= manifest.numbers("p_balanced") >= config.finetune.keep_posterior
-    if not train.any():
+    rows = training_rows(split, manifest.numbers("p_balanced"), keep_posterior=config.finetune.keep_posterior)
+    if len(rows) == 0:
         raise ManifestError("the manifest holds no rows of the training split: nothing to order")
-    return np.flatnonzero(train)
+    return rows

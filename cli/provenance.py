@@ -21,9 +21,7 @@ from ..audit.hashing import file_digest, is_signed, sign
 from ..audit.parsing import build_config
 from ..audit.scores.table import RANGES, SCHEMA_VERSION
 from ..audit.storage import read_json, write_json
-from ..rebalance.checks import provenance_section
-from ..rebalance.manifest import Digests, Manifest, read_stated_digests
-from ..rebalance.recipe import balance_path
+from ..rebalance.manifest import Digests, Manifest, balance_path, provenance_section, read_stated_digests
 from .config import RunConfig, without_none
 from .run import Run
 
@@ -191,7 +189,7 @@ _LIBRARIES = ("numpy", "scipy", "torch", "scikit-learn", "pyarrow", "av", "pillo
 def check_config(run_dir: Run, record: dict[str, Any], dataset: Dataset, config: RunConfig) -> None:
     """Raise RunError if the run was made with another config; the message names the first key that differs."""
     differing = [
-        f"{section}.{key} is {record['config'][provenance_section].get(key)!r} in the run and {value!r} now"
+        f"{section}.{key} is {record['config'][section].get(key)!r} in the run and {value!r} now"
         for section, content in config.scoring_config().items()
         if isinstance(content, dict)
         for key, value in content.items()
@@ -285,6 +283,7 @@ def open_source(origin: Origin, options: SourceOptions, *, encoders: bool = True
     scored_config = build_config(RunConfig, without_none(provenance_section(scores, "config")), where="")
     encoder_names = _scored_encoders(origin, options) if encoders else {}
     _check_named(origin, options, encoder_names)
+    _check_reader(origin, scored_config.data.reader)
     source = options.data if options.data is not None or origin.record is None else origin.record["source"]
     config = replace(
         scored_config.data,
@@ -326,6 +325,17 @@ def _check_named(origin: Origin, options: SourceOptions, encoders: dict[str, str
         f"{origin.path} is not trusted to name data or code, since {doubt}; "
         f"{source}pass {' '.join(unnamed + refused)}{trust}"
     )
+
+
+def _check_reader(origin: Origin, reader: str) -> None:
+    """Raise ManifestError if metadata that are not this user's name the reader of an installed package."""
+    from ..audit.dataset.formats import READERS
+
+    if origin.record is None and reader not in ("auto", *READERS):
+        raise ManifestError(
+            f"{origin.path} is not trusted to name the reader {printable(reader)} of an installed package, since "
+            f"{origin.doubt}: score the data again, and split that run"
+        )
 
 
 def _named_encoders(options: SourceOptions) -> dict[str, str]:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..audit.errors import ConfigError, ManifestError, RunError, printable
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
@@ -20,9 +20,6 @@ from ..rebalance.score_tables import ScoreFiles, open_scores
 from .config import RunConfig, load_config
 from .provenance import origin_of, sign_manifest, trusted_folder
 from .run import Run, replacing_manifest
-
-if TYPE_CHECKING:
-    pass
 
 # Packages that decode media or train are imported inside functions: a split of 10^8 rows has no memory to spare.
 
@@ -38,6 +35,7 @@ class SplitSummary:
         name: Its name.
         num_scored: Samples that were scored.
         num_kept: Samples in the manifest.
+        splits: Their number by split.
         distance: Distance of the discrepancy of the kept samples to uniform, in [0, 1]; 0 is uniform.
         numbers: All numbers of the split, as in NAME.balance.json.
     """
@@ -46,6 +44,7 @@ class SplitSummary:
     name: str
     num_scored: int
     num_kept: int
+    splits: dict[str, int]
     distance: float
     numbers: dict[str, Any]
 
@@ -202,6 +201,7 @@ def split(
         name=result.numbers["name"],
         num_scored=result.numbers["scored"],
         num_kept=result.numbers["kept"],
+        splits=result.numbers["splits"],
         distance=result.numbers["after"]["distance"],
         numbers={**_printed_numbers(result.numbers), **verdict},
     )

@@ -16,47 +16,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ScoreError, choices
-from .binning import (
-    CURVE_TOLERANCES,
-    Counts,
-    CurvePoint,
-    assign_bins,
-    balancing_weights,
-    choose_num_bins,
-    distance_to_uniform,
-    largest_level,
-    share_among_classes,
-    share_total,
-    size_curve,
-    water_fill,
-)
 from .score_tables import ScoreBatch, ScoreFiles
-from .selection import RowOutcome
+from .selection import Counts, RowOutcome, share_total
+from .split_stats import assign_bins, distance_to_uniform, distances_by_split
 
 AUTO = 0  # number of bins chosen from the data
 TOLERANCE = 0.05  # mmaudit's default
 METHODS = ("dropping", "weight")
+CURVE_TOLERANCES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # tolerances whose sizes are always reported
+
+
 _MAX_BINS = np.iinfo(np.int16).max
 _FINE_BINS = 4_096  # bins of the histogram from which the number of bins is chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BalancedConfig:
-    """How the balanced split is built.
+    """Settings of the balanced split, section `split` of a config.
 
     Args:
-        bins: number of bins over [-1, 1]; with `grid`, of each confidence over [0, 1]. At least 2; 0 chooses it by the
+        bins: Number of bins over [-1, 1]; with `grid`, of each confidence over [0, 1]. At least 2; 0 chooses it by the
             rule of Freedman & Diaconis.
-        tolerance: largest total-variation distance to uniform, in [0, 1], over the bins that hold samples; None is
-            0.05. With a size, or weights, a split that misses a tolerance given here is refused: see `allowed`.
-        size: number of samples to keep; None keeps as many as the tolerance allows.
+        tolerance: Largest total-variation distance to uniform, in [0, 1], of each split over the bins in which it has
+            samples; None is 0.05. With a size, or weights, a split that misses a tolerance given here is refused.
+        size: Number of samples to keep, at least 1; None keeps as many as the tolerance allows.
         by: "dropping", or "weight": keep all samples, with weights that make the discrepancy uniform.
-        max_weight: largest weight of a sample, at least 1, where the mean is 1; the default is mmaudit's.
-        grid: uniform over both confidences instead of their difference.
-        per_class: every class uniform by itself.
+        max_weight: Largest weight of a sample, at least 1, where the mean is 1; the default is mmaudit's.
+        grid: Uniform over both confidences instead of their difference.
+        per_class: Every class uniform by itself.
 
     Raises:
-        ConfigError: a value is out of range, or options exclude each other.
+        ConfigError: A value is out of range, or options exclude each other.
+
+    Example:
+        >>> mmaudit.split(balanced=True, config=mmaudit.RunConfig(split=BalancedConfig(bins=10, tolerance=0.1)))
     """
 
     bins: int = 20
@@ -183,13 +176,7 @@ class BalancedRule:
     def distances(self, counts: Counts, quota: Counts) -> dict[str, float]:
         """Compute the distance to uniform of each split, over the bins, or grid cells, in which it has samples."""
         available, num_kept = (cell_counts.reshape(self.shape).sum(axis=2) for cell_counts in (counts, quota))  # (s, b)
-        return {
-            name: distance_to_uniform(
-                num_kept[split_index] * self.weight[split_index], available=available[split_index]
-            )
-            for split_index, name in enumerate(self.splits)
-            if available[split_index].any()
-        }
+        return distances_by_split(num_kept * self.weight, available=available, splits=self.splits)
 
 
 def plan_balanced(scores: ScoreFiles, config: BalancedConfig, *, between: str | None = None) -> BalancedRule:
@@ -281,3 +268,91 @@ def _sizes_by_split(counts: Counts, size: int | None, splits: Sequence[str]) -> 
     if size > total:
         raise ConfigError(f"--size: requested {size} samples, available {total}")
     return [int(split_size) for split_size in share_total(size, counts)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvePoint:
+    """One point of the size curve: the largest set within a tolerance, and its distance to uniform."""
+
+    tolerance: float
+    size: int
+    distance: float
+
+
+def size_curve(available: Sequence[Counts], tolerances: tuple[float, ...]) -> tuple[CurvePoint, ...]:
+    """Compute the largest set within each tolerance from the samples available by bin (b,) in each split."""
+    points = []
+    for tolerance in tolerances:
+        kept_by_split = [np.minimum(counts, largest_level(counts, tolerance=tolerance)) for counts in available]
+        kept = np.sum(kept_by_split, axis=0)
+        distance = distance_to_uniform(kept, available=np.sum(available, axis=0))
+        points.append(CurvePoint(tolerance=tolerance, size=int(kept.sum()), distance=distance))
+    return tuple(points)
+
+
+def largest_level(available: Counts, *, tolerance: float) -> int:
+    """Compute the largest level L at which cutting every bin (b,) to L stays within the tolerance of uniform.
+
+    The distance never decreases as L grows: only bins above L still grow, and each of them already holds more than
+    its share. So the level is found by bisection.
+    """
+    low, high = 1, int(available.max())
+    while low < high:
+        level = (low + high + 1) // 2
+        if distance_to_uniform(np.minimum(available, level), available=available) <= tolerance + 1e-12:
+            low = level
+        else:
+            high = level - 1
+    return low
+
+
+def water_fill(capacity: Counts, total: int, order: NDArray[np.intp]) -> Counts:
+    """Share `total` as evenly as the capacities (v,) allow; the remainder is given one each in `order`.
+
+    If the total exceeds the sum of capacities, every one is filled.
+    """
+    total = min(total, int(capacity.sum()))
+    sorted_capacity = np.sort(capacity)
+    # With the i smallest capacities filled, the others are at level (total - sum of the filled) / (v - i).
+    full_total = np.concatenate([[0], np.cumsum(sorted_capacity)[:-1]])
+    level = (total - full_total) // np.arange(len(sorted_capacity), 0, -1)
+    first = int(np.argmax(level < sorted_capacity)) if (level < sorted_capacity).any() else len(sorted_capacity)
+    height = int(level[first]) if first < len(sorted_capacity) else int(sorted_capacity[-1])
+    filled = np.minimum(capacity, height)
+    incremented = order[capacity[order] > height][: total - int(filled.sum())]
+    filled[incremented] += 1
+    return filled
+
+
+def share_among_classes(available: Counts, quota: Counts) -> Counts:
+    """Share each bin's quota (b,) among its classes, (b, k); remainders go to the classes with the fewest so far."""
+    quotas = np.zeros_like(available)
+    # Smallest bins first: they leave the fewest alternatives.
+    for row in np.argsort(available.sum(axis=1), kind="stable"):
+        quotas[row] = water_fill(available[row], int(quota[row]), np.argsort(quotas.sum(axis=0), kind="stable"))
+    return quotas
+
+
+def balancing_weights(available: Counts, *, max_weight: float) -> NDArray[np.float64]:
+    """Compute the weight (b,) of a sample of each bin so that all bins weigh the same; 0 for an empty bin.
+
+    Weights are scaled to a mean of 1 over the samples, then capped at `max_weight`.
+    """
+    filled = available > 0
+    if not filled.any():
+        return np.zeros(len(available))
+    share = available.sum() / filled.sum()
+    return np.where(filled, np.minimum(share / np.maximum(available, 1), max_weight), 0.0)
+
+
+def choose_num_bins(values: NDArray[np.float64], counts: Counts) -> int:
+    """Compute the number of equal bins over [-1, 1] by the rule of Freedman & Diaconis (1981), from 4 to 100.
+
+    The bin width is 2 IQR n^(-1/3); `values` (f,) are the centres of a fine histogram with these counts.
+    """
+    n = int(counts.sum())
+    if n == 0:
+        return 4
+    low, high = (values[np.searchsorted(np.cumsum(counts), fraction * n)] for fraction in (0.25, 0.75))
+    width = 2 * (high - low) * n ** (-1 / 3)
+    return int(np.clip(np.ceil(2 / max(width, 1e-9)), 4, 100))

@@ -13,7 +13,15 @@ from typing import Any
 import pyarrow.compute as pc
 
 from ..audit.errors import ManifestError, printable
-from .manifest import dropped_path, read_batches_of_manifest, read_num_rows, read_provenance, read_stated_digests
+from .manifest import (
+    balance_path,
+    check_dropped_from,
+    dropped_path,
+    read_batches_of_manifest,
+    read_num_rows,
+    read_provenance,
+    read_stated_digests,
+)
 from .split_stats import read_numbers
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
@@ -45,33 +53,29 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 MAX_SHORTAGES = 5  # listed in a card
 _BAR_WIDTH = 24  # characters of the longest bar
 _PROBE_KEYS = ("kind", "folds", "repeats", "learn_from")  # settings with the largest influence on a confidence
-_REQUIRED_KEYS = ("between", "kept", "scored", "before", "after", "bins", "counts_before", "counts_after", "classes")
 _PAPER = "Xia et al., Balanced Audiovisual Dataset for Imbalance Analysis, arXiv 2302.10912"
 
 
-def dataset_card(manifest: Path, *, balance: dict[str, Any] | None = None, file_name: str | None = None) -> str:
+def dataset_card(manifest: Path) -> str:
     """Return the dataset-card section on a manifest, as Markdown that begins with `## Modality balance`.
 
-    Args:
-        manifest: path of the manifest; dropped rows are counted in NAME.dropped.parquet if it is in the same folder.
-        balance: SplitStats.numbers with name, recipe and, for a balanced split, curve; None reads NAME.balance.json
-            from the same folder, or leaves these sections out if there is none.
-        file_name: name of the manifest in the text; None is its file name.
+    Numbers of the split are those of NAME.balance.json in the same folder, dropped rows are counted in
+    NAME.dropped.parquet; without these files the card has no such sections.
 
     Raises:
-        ManifestError: the file is not a manifest, or the numbers or dropped rows belong to another manifest.
+        ManifestError: The file is not a manifest, or the numbers or dropped rows belong to another manifest.
     """
-    manifest = Path(manifest)
     provenance, record = read_provenance(manifest), read_stated_digests(manifest)
-    rows = read_num_rows(manifest)
-    balance_file = manifest.with_name(f"{manifest.stem}.balance.json")
-    if balance is None and balance_file.is_file():
-        balance = read_numbers(balance_file, error=ManifestError)
-    name = file_name or manifest.name
+    rows, numbers_file = read_num_rows(manifest), balance_path(manifest)
+    balance = read_numbers(numbers_file, error=ManifestError) if numbers_file.is_file() else None
     between = str((balance or provenance).get("between", ""))
-    sections = [["## Modality balance"], [_introduction(name, rows, between, balance, provenance)]]
+    sections = [["## Modality balance"], [_introduction(manifest.name, rows, between, balance, provenance)]]
     if balance is not None:
-        _check_numbers(balance, rows, record.get("digest"), manifest)
+        if (balance["kept"], balance["digest"]) != (rows, record.get("digest", balance["digest"])):
+            raise ManifestError(
+                f"the numbers of {manifest} belong to another manifest of {balance['kept']:,} rows; it holds {rows:,}: "
+                "run mmaudit split again"
+            )
         sections += [
             _before_after(balance, between),
             _histogram(balance, between),
@@ -80,32 +84,15 @@ def dataset_card(manifest: Path, *, balance: dict[str, Any] | None = None, file_
             _shortages(balance),
             _curve(balance),
         ]
-    sections += [
-        _dropped(manifest, record),
-        _how_made(provenance, record, balance),
-        _caveats(between, provenance),
-    ]
-    sections += [_loading(name), _citation()]
+    sections += [_dropped(manifest, record), _how_made(provenance, record, balance), _caveats(between, provenance)]
+    sections += [_loading(manifest.name), _citation()]
     return "\n\n".join("\n".join(section_lines) for section_lines in sections if section_lines) + "\n"
-
-
-def _check_numbers(balance: dict[str, Any], rows: int, digest: object, manifest: Path) -> None:
-    missing = [key for key in _REQUIRED_KEYS if key not in balance]
-    if missing:
-        raise ManifestError(f"the numbers of {manifest} lack {', '.join(missing)}: run mmaudit split again")
-    if not len(balance["counts_before"]) == len(balance["counts_after"]) == balance["bins"]:
-        raise ManifestError(f"the numbers of {manifest} do not have {balance['bins']} bins: run mmaudit split again")
-    if balance["kept"] != rows or balance.get("digest", digest) != digest:
-        raise ManifestError(
-            f"the numbers of {manifest} belong to another manifest of {balance['kept']:,} rows; it holds {rows:,}: "
-            "run mmaudit split again"
-        )
 
 
 def _introduction(
     name: str, rows: int, between: str, balance: dict[str, Any] | None, provenance: dict[str, Any]
 ) -> str:
-    scored = None if balance is None else int(balance.get("scored", 0))
+    scored = None if balance is None else balance["scored"]
     share_text = f" of {scored:,} scored samples ({_percent(rows / scored)})" if scored else " samples"
     subset = provenance.get("subset")
     subset_text = f"the subset **{escape_markdown(subset)}**" if subset else "a subset"
@@ -141,16 +128,16 @@ def _before_after(balance: dict[str, Any], between: str) -> list[str]:
         ),
         (f"remaining share: {second}-preferred, or neither", *not_positive),
     ]
-    effective = balance.get("effective_size")
-    if effective is not None and abs(effective - balance["kept"]) > 0.5:
+    effective = balance["effective_size"]
+    if abs(effective - balance["kept"]) > 0.5:
         rows.append(("effective size of the weighted samples", "", f"{effective:,.0f}"))
     return markdown_table(("", "all scored", "kept"), rows)
 
 
 def _histogram(balance: dict[str, Any], between: str) -> list[str]:
     """Return a table of samples by bin, with bars of at most 24 characters for the kept ones."""
-    num_bins = int(balance["bins"])
-    largest_count = max([float(count) for count in balance["counts_after"]] or [0]) or 1.0
+    num_bins = balance["bins"]
+    largest_count = max(balance["counts_after"], default=0) or 1
     first, second = _side_names(between)
     counts = zip(balance["counts_before"], balance["counts_after"], strict=True)
     edges = [2 * bin_index / num_bins - 1 for bin_index in range(num_bins + 1)]
@@ -168,7 +155,7 @@ def _histogram(balance: dict[str, Any], between: str) -> list[str]:
 
 
 def _splits(balance: dict[str, Any]) -> list[str]:
-    distances = balance.get("distances", {})
+    distances = balance["distances"]
     if len(distances) < 2:
         return []
     distances_text = ", ".join(f"{escape_markdown(name)} {_number(value)}" for name, value in distances.items())
@@ -195,12 +182,12 @@ def _worst_class(balance: dict[str, Any]) -> list[str]:
 
 
 def _shortages(balance: dict[str, Any]) -> list[str]:
-    shortages = balance.get("shortages", [])[:MAX_SHORTAGES]
+    shortages = balance["shortages"][:MAX_SHORTAGES]
     if not shortages:
         return []
     bullets = [
         f"- {escape_markdown(shortage['class'])} has {shortage['has']:,} samples in "
-        f"[{shortage['low']:+.2f}, {shortage['high']:+.2f}), where a uniform share is {shortage['even']:,.1f}"
+        f"[{shortage['low']:+.2f}, {shortage['high']:+.2f}), where a uniform share is {shortage['even_share']:,.1f}"
         for shortage in shortages
     ]
     return ["Bins short of samples, largest shortage first:", "", *bullets]
@@ -219,8 +206,7 @@ def _dropped(manifest: Path, record: dict[str, Any]) -> list[str]:
     dropped_file = dropped_path(manifest)
     if not dropped_file.is_file():
         return []
-    if read_stated_digests(dropped_file).get("dropped_from") != record.get("digest"):
-        raise ManifestError(f"{dropped_file} holds the rows dropped from another manifest: run mmaudit split again")
+    check_dropped_from(dropped_file, record.get("digest"))
     counts: Counter[str] = Counter()
     for table in read_batches_of_manifest(dropped_file, columns=["reason"]):
         for value_count in pc.value_counts(table["reason"]).to_pylist():

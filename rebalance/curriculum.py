@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..audit.dataset.columns import SPLITS
+from ..audit.dataset.samples import stratified_cut
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.hashing import hash_ids, hash_rank, splitmix64
 
@@ -90,22 +92,28 @@ WEIGHTS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderConfig:
-    """Order of the samples in training. The defaults are those of BSS-H and of BSS-L's code (arXiv 2501.01470).
+    """Order of the samples in training, section `order` of a config.
+
+    The defaults are those of BSS-H and of BSS-L's code (arXiv 2501.01470).
 
     Args:
         order: "curriculum", a shuffled pass over the most balanced share, which grows by `pacing`; "anti-curriculum",
             over the least balanced share; "shuffled", over all samples; "weighted", balanced samples tend to come
             earlier or more often, see `draw`.
-        pacing: name of the pacing function, a key of PACINGS.
-        start: share of the samples at epoch 0, in (0, 1].
-        grow_epochs: epoch from which all samples are used, at least 1.
-        steps: number of steps of the step pacing, at least 1.
-        draw: of the weighted order: "order", without replacement, every sample once; "replacement", as many draws as
+        pacing: Growth of the share: "root", "linear", "step", "geometric" or "exponential".
+        start: Share of the samples at epoch 0, in (0, 1].
+        grow_epochs: Epoch from which all samples are used, at least 1.
+        steps: Number of steps of the step pacing, at least 1.
+        draw: Of the weighted order: "order", without replacement, every sample once; "replacement", as many draws as
             samples.
-        weight: of the weighted order: how weights follow from balance scores, a key of WEIGHTS.
+        weight: Of the weighted order: how weights follow from balance scores, "linear" or "softmax".
 
     Raises:
-        ConfigError: a name is unknown or a number out of range.
+        ConfigError: A name is unknown or a number out of range.
+
+    Example:
+        >>> OrderConfig(pacing="linear", grow_epochs=10).share(5)
+        0.55
     """
 
     order: str = "curriculum"
@@ -161,6 +169,38 @@ class _Epoch:
                 f"{balance[invalid_rows[0]]}), and a weighted order needs them: remove those samples, or rescore"
             )
         return WEIGHTS[self.config.weight](balance)
+
+
+def with_validation(
+    table: pa.Table, ids: NDArray[np.object_], label: NDArray[np.int32], *, fraction: float, seed: int
+) -> NDArray[np.object_]:
+    """Return the split of each row (n,), with a validation split cut from the training rows where there is none."""
+    split = np.array(table["split"].to_pylist(), dtype=object)
+    unknown = {str(name) for name in split} - set(SPLITS)
+    if unknown:
+        raise ManifestError(
+            f"column split of the manifest has {sorted(unknown)[0]!r}, must be one of train, validation, test"
+        )
+    if "validation" in split:
+        return split
+    train = np.flatnonzero(split == "train")
+    groups = table["group"].to_pylist() if "group" in table.column_names else [None]
+    group = None if None in groups else np.array(groups, dtype=object)[train]
+    selected = stratified_cut(ids[train], label[train], group, fraction=fraction, seed=seed, purpose="validation split")
+    split[train[selected]] = "validation"
+    return split
+
+
+def training_rows(
+    split: NDArray[np.object_], p_balanced: NDArray[np.float64], *, keep_posterior: float | None = None
+) -> RowIndex:
+    """Return the rows of the training split, only those with P(balanced) >= `keep_posterior` if it is set."""
+    train = np.flatnonzero(split == "train")
+    if keep_posterior is None:
+        return train
+    if np.isnan(p_balanced[train]).any():
+        raise ManifestError("--keep-posterior: the manifest has no p_balanced; rescore with mmaudit score, split again")
+    return train[p_balanced[train] >= keep_posterior]
 
 
 def epoch_order(
@@ -233,22 +273,14 @@ def num_steps(order: RowIndex, *, batch_size: int) -> int:
     return -(-len(order) // batch_size)
 
 
-def batch_rows(order: RowIndex, *, step: int, batch_size: int, num_ranks: int = 1, rank: int = 0) -> RowIndex:
-    """Return the rows of step 0, 1, ... of an epoch that belong to the process `rank` in [0, num_ranks).
-
-    `batch_size` counts the samples of a step over all processes. The shares of all ranks, concatenated, are the step,
-    for any number of processes; their sizes differ by at most one, and a share is empty if the last step has fewer
-    samples than processes. Raises ConfigError for a step or rank that does not exist.
-    """
+def batch_rows(order: RowIndex, *, step: int, batch_size: int) -> RowIndex:
+    """Return the rows of step 0, 1, ... of an epoch. Raises ConfigError for a step that does not exist."""
     if batch_size < 1 or not 0 <= step < num_steps(order, batch_size=batch_size):
         raise ConfigError(
             f"step {step} of {len(order)} samples in batches of {batch_size}: batch_size must be at least 1, "
             f"and step between 0 and {num_steps(order, batch_size=max(1, batch_size)) - 1}"
         )
-    if not 0 <= rank < num_ranks:
-        raise ConfigError(f"rank {rank} of {num_ranks} processes: rank must be between 0 and {num_ranks - 1}")
-    step_rows = order[step * batch_size : (step + 1) * batch_size]
-    return step_rows[rank * len(step_rows) // num_ranks : (rank + 1) * len(step_rows) // num_ranks]
+    return order[step * batch_size : (step + 1) * batch_size]
 
 
 def _paced_order(epoch: _Epoch, rank: NDArray[np.integer]) -> RowIndex:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
-from .manifest import check_types, manifest_schema, read_batches_of_manifest, read_provenance
+from .manifest import (
+    check_types,
+    is_text,
+    manifest_schema,
+    provenance_section,
+    read_batches_of_manifest,
+    read_provenance,
+)
 from .score_tables import hash_keys
 
 _BLOCK_ROWS = 1 << 20  # rows sorted at a time
@@ -115,27 +122,19 @@ def _check_unique(path: Path, codes: NDArray[np.int32], names: pa.Array) -> None
 
 def column_keys(path: Path, name: str, num_rows: int) -> NDArray[np.uint64]:
     """Return 64 bits for each value of a column, (n,); strings are hashed: a change is missed once in 2^64."""
-    return _join_values(
-        [
-            np.zeros(0, np.uint64),
-            *(_value_keys(table[name]) for table in read_batches_of_manifest(path, columns=[name])),
-        ],
-        path,
-        num_rows,
-    )
+    return _read_column(path, name, num_rows, _value_keys)
 
 
 def column_numbers(path: Path, name: str, num_rows: int) -> NDArray[np.float64]:
     """Read a column of numbers, (n,), null as NaN."""
-    return _join_values(
-        [np.zeros(0), *(_floats(table[name]) for table in read_batches_of_manifest(path, columns=[name]))],
-        path,
-        num_rows,
-    )
+    return _read_column(path, name, num_rows, _floats)
 
 
-def _join_values(parts: Sequence[NDArray[Any]], path: Path, num_rows: int) -> NDArray[Any]:
-    values = np.concatenate(parts)
+def _read_column(
+    path: Path, name: str, num_rows: int, convert: Callable[[pa.ChunkedArray], NDArray[Any]]
+) -> NDArray[Any]:
+    parts = [convert(table[name]) for table in read_batches_of_manifest(path, columns=[name])]
+    values = np.concatenate(parts) if parts else convert(pa.chunked_array([], pa.float64()))
     if len(values) != num_rows:
         raise ManifestError(
             f"{path} is damaged: a column has {len(values)} values, expected {num_rows} as there are ids"
@@ -144,7 +143,7 @@ def _join_values(parts: Sequence[NDArray[Any]], path: Path, num_rows: int) -> ND
 
 
 def _value_keys(column: pa.ChunkedArray) -> NDArray[np.uint64]:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not is_text(column.type):
         return _floats(column).view(np.uint64)
     keys = hash_keys(column.fill_null(""), seed=0)
     keys[column.is_null().to_numpy()] = 0
@@ -258,7 +257,7 @@ class ManifestDiff:
 
 
 def diff_manifests(a: Path, b: Path, *, tolerance: float = 1e-6, limit: int = 20) -> ManifestDiff:
-    """Compare two manifests by id, listing the first `max_listed` differences of each kind.
+    """Compare two manifests by id, listing the first `limit` differences of each kind.
 
     Numbers that differ by at most `tolerance` count as equal. Two manifests of 10^7 rows take 2.1 GB of memory. Raises
     ManifestError if one of the files is not a manifest, or repeats an id.
@@ -267,7 +266,7 @@ def diff_manifests(a: Path, b: Path, *, tolerance: float = 1e-6, limit: int = 20
     for path in (a, b):
         check_types(manifest_schema(path), where=str(path))
     join = ManifestJoin.of(a, b)
-    fingerprints = [_fingerprint(provenance) for provenance in provenances]
+    fingerprints = [provenance_section(provenance, "scores").get("fingerprint") for provenance in provenances]
     return ManifestDiff(
         a=str(a),
         b=str(b),
@@ -355,12 +354,6 @@ def _correlation(values_a: NDArray[np.float64], values_b: NDArray[np.float64]) -
     values_a, values_b = values_a - values_a.mean(), values_b - values_b.mean()
     correlation = float((values_a @ values_b) / np.sqrt((values_a @ values_a) * (values_b @ values_b)))
     return correlation if np.isfinite(correlation) else None
-
-
-def _fingerprint(provenance: dict[str, Any]) -> str | None:
-    scores = provenance.get("scores")
-    fingerprint = scores.get("fingerprint") if isinstance(scores, dict) else None
-    return None if fingerprint is None else str(fingerprint)
 
 
 def _changed_provenance(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

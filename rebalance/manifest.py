@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,14 +25,35 @@ ROWS_KEY = "mmaudit.rows"  # key in the file metadata, written last: number of r
 _NOT_DIGESTED = (ROWS_KEY.encode(), b"ARROW:schema")  # the digests themselves, and Arrow's copy of the schema
 GROUP_ROWS = 131_072  # rows per row group, and per update of the digest
 
-RANGES = {
-    "bin": ("[0, bins)", "bin of the discrepancy over [-1, 1]; null where the subset was not made by bins"),
-    "rank": ("[0, n)", "kept samples that are more balanced, by the balance score; equals share a rank"),
-    "weight": ("> 0", "weight in the loss; 1 unless the subset was made by weights"),
-    "discrepancy": ("[-1, 1]", "that of provenance.between: +1 its first modality alone, -1 the other side"),
-    "gap": ("[0, 1]", "largest minus least confidence; 0 = balanced"),
-    "balance": ("[-1, 1]", "as in the score table, high = balanced; null where that has none"),
-    "p_balanced": ("[0, 1]", "as in the score table; null where that has none"),
+
+class ColumnRange(NamedTuple):
+    """Values of a column: as text and meaning in the metadata, and as inclusive bounds."""
+
+    text: str
+    meaning: str
+    low: float
+    high: float
+
+
+RANGES = {  # the largest bin and rank depend on the manifest
+    "bin": ColumnRange(
+        "[0, bins)", "bin of the discrepancy over [-1, 1]; null where the subset was not made by bins", 0, np.inf
+    ),
+    "rank": ColumnRange(
+        "[0, n)", "kept samples that are more balanced, by the balance score; equals share a rank", 0, np.inf
+    ),
+    "weight": ColumnRange(
+        "> 0",
+        "weight in the loss; 1 unless the subset was made by weights",
+        float(np.finfo(np.float64).smallest_subnormal),
+        float(np.finfo(np.float32).max),
+    ),
+    "discrepancy": ColumnRange(
+        "[-1, 1]", "that of provenance.between: +1 its first modality alone, -1 the other side", -1, 1
+    ),
+    "gap": ColumnRange("[0, 1]", "largest minus least confidence; 0 = balanced", 0, 1),
+    "balance": ColumnRange("[-1, 1]", "as in the score table, high = balanced; null where that has none", -1, 1),
+    "p_balanced": ColumnRange("[0, 1]", "as in the score table; null where that has none", 0, 1),
 }
 
 COLUMNS: dict[str, pa.DataType] = {
@@ -87,14 +108,19 @@ class Digests:
 
 @dataclass(frozen=True, kw_only=True)  # no slots, so that digests can be cached
 class Manifest:
-    """A manifest in memory.
+    """A manifest in memory: the n samples of a subset, with how it was made.
 
     Args:
-        table: rows with the columns of COLUMNS, plus the path columns of the source.
-        provenance: metadata of how the manifest was made.
+        table: One row per sample, with the columns of COLUMNS, and the source's columns of file names.
+        provenance: Metadata: schema, subset, between (the modalities of the discrepancy), recipe (all settings of the
+            split), ranges (of the columns) and scores (the metadata of the score table).
 
     Raises:
-        ManifestError: a column is missing, sample_id, label or rank holds nulls, or ids are not unique.
+        ManifestError: A column is missing, sample_id, label or rank holds nulls, or ids are not unique.
+
+    Example:
+        >>> manifest = mmaudit.read_manifest("mmaudit-run/manifests/balanced.parquet")
+        >>> len(manifest), manifest.provenance["between"], manifest.numbers("discrepancy").mean()
     """
 
     table: pa.Table
@@ -143,13 +169,16 @@ def read_manifest(path: str | Path) -> Manifest:
     """Read a manifest.
 
     Args:
-        path: file that mmaudit split wrote.
+        path: File that `mmaudit split` wrote, also if another tool rewrote it.
 
     Returns:
-        Rows and provenance, columns cast to the types of COLUMNS.
+        Rows and provenance; columns have the types of COLUMNS.
 
     Raises:
-        ManifestError: the file is not a manifest, or of another version.
+        ManifestError: The file is not a manifest, or of another version.
+
+    Example:
+        >>> mmaudit.read_manifest("mmaudit-run/manifests/balanced.parquet").table.to_pandas().head()
     """
     table, provenance = read_parquet(Path(path), error=ManifestError, shape=PROVENANCE)
     _check_version(provenance, where=str(path))
@@ -175,10 +204,15 @@ def read_dropped(path: Path, manifest: Manifest) -> pa.Table | None:
     if not file.exists():
         return None
     table, _ = read_parquet(file, error=ManifestError, shape=PROVENANCE)
-    if read_stated_digests(file).get("dropped_from") != manifest.digest():
-        raise ManifestError(f"{file} holds the rows dropped from another manifest: run mmaudit split again")
+    check_dropped_from(file, manifest.digest())
     check_types(table.schema, where=str(file), columns=DROPPED_COLUMNS)
     return cast_columns(table, where=str(file))
+
+
+def check_dropped_from(dropped_file: Path, digest: object) -> None:
+    """Raise ManifestError for rows dropped from a manifest of another digest, as an interrupted split leaves them."""
+    if read_stated_digests(dropped_file).get("dropped_from") != digest:
+        raise ManifestError(f"{dropped_file} holds the rows dropped from another manifest: run mmaudit split again")
 
 
 def dropped_path(path: Path) -> Path:
@@ -186,10 +220,21 @@ def dropped_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.dropped.parquet")
 
 
+def balance_path(path: Path) -> Path:
+    """Return the path of a manifest's file of numbers."""
+    return path.with_name(f"{path.stem}.balance.json")
+
+
 def read_provenance(path: Path) -> dict[str, Any]:
     """Read the provenance of a manifest, without its rows."""
     metadata = manifest_schema(path).metadata or {}
     return parse_provenance(metadata, error=ManifestError, where=str(path), shape=PROVENANCE)
+
+
+def provenance_section(provenance: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a section of a manifest's provenance, or {} if there is none of that name."""
+    value = provenance.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def manifest_schema(path: Path) -> pa.Schema:
@@ -238,10 +283,19 @@ def check_types(schema: pa.Schema, *, where: str, columns: Mapping[str, pa.DataT
     for name, expected in columns.items():
         type_ = schema.field(name).type
         value_type = type_.value_type if pa.types.is_dictionary(type_) else type_
-        texts = pa.types.is_string(value_type) or pa.types.is_large_string(value_type)
-        numbers = pa.types.is_integer(value_type) or pa.types.is_floating(value_type)
-        if not (texts if expected == pa.string() else numbers) and not pa.types.is_null(type_):
+        matches = is_text(value_type) if expected == pa.string() else is_number(value_type)
+        if not matches and not pa.types.is_null(type_):
             raise ManifestError(f"{where} is not a manifest: its {name} is {type_}, not {expected}")
+
+
+def is_text(type_: pa.DataType) -> bool:
+    """Return whether a column holds strings."""
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
+
+
+def is_number(type_: pa.DataType) -> bool:
+    """Return whether a column holds numbers."""
+    return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_))
 
 
 def cast_columns(table: pa.Table, *, where: str) -> pa.Table:
@@ -322,10 +376,10 @@ def _value_bytes(column: pa.Array) -> Iterator[bytes | memoryview]:
     """Yield the values of a column as bytes that depend on the values only; null as 0, or as an empty string."""
     if pa.types.is_dictionary(column.type):
         yield from _dictionary_bytes(column)
-    elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+    elif is_number(column.type):
         filled = column.fill_null(0) if column.null_count else column
         yield np.ascontiguousarray(filled.to_numpy(zero_copy_only=False)).data.cast("B")
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    elif is_text(column.type):
         filled = column.fill_null("") if column.null_count else column
         _, offsets, data = filled.buffers()
         wide = pa.types.is_large_string(filled.type)

@@ -15,11 +15,10 @@ from ..audit.errors import ConfigError, GateError, ManifestError
 from ..audit.parsing import build_config
 from ..audit.storage import write_json
 from .balanced import BalancedConfig, BalancedRule, plan_balanced
-from .binning import Counts
-from .manifest import read_batches_of_manifest, read_provenance, read_stated_digests
+from .manifest import balance_path, read_batches_of_manifest, read_provenance, read_stated_digests
 from .resplit import parse_shares, resplit
 from .score_tables import ManifestMembers, ScoreFiles, check_same_dataset, hash_keys
-from .selection import Selection, SelectionRule, select_rows
+from .selection import Counts, Selection, SelectionRule, select_rows
 from .split import write_split
 from .subsets import all_samples, by_mixture, parse_dominated, parse_subset
 
@@ -129,11 +128,6 @@ def make_split(
     return SplitResult(path=None if dry_run else path, numbers=numbers)
 
 
-def balance_path(path: Path) -> Path:
-    """Return the path of a manifest's file of numbers."""
-    return path.with_name(f"{path.stem}.balance.json")
-
-
 def recipe_from_record(record: dict[str, Any], *, folder: Path) -> Recipe:
     """Build the recipe recorded in a manifest in `folder`; raises ManifestError if there is none."""
     if "seed" not in record or "scores" not in record:
@@ -200,7 +194,6 @@ def _check_members_scored(score_files: ScoreFiles) -> None:
 
 def _count_split_classes(score_files: ScoreFiles, path: Path) -> Counts:
     """Count a manifest's samples by split and class, (s * k,)."""
-    check_same_dataset(score_files.provenance, read_provenance(path).get("scores", {}), name=str(path))
     members = _read_members(score_files, path, include=True)
     like = replace(score_files, members=(members,))
     _check_members_scored(like)

@@ -55,21 +55,17 @@ def _check_regular(path: Path) -> None:
 
 
 def read_score_schema(file: ScoreFile) -> pa.Schema:
-    """Read the schema of a file; raises ScoreError if it is not Parquet."""
-    return file.schema if isinstance(file, pa.Table) else read_schema(file, error=ScoreError)
+    """Read the schema of a file; raises ScoreError if it is not Parquet, or repeats a column."""
+    schema = file.schema if isinstance(file, pa.Table) else read_schema(file, error=ScoreError)
+    for name in schema.names:
+        if (count := len(schema.get_all_field_indices(name))) > 1:
+            raise ScoreError(f"{display_name(file)} has {count} columns named {name}: column names must be unique")
+    return schema
 
 
 def display_name(file: ScoreFile) -> str:
     """Return the name of a file in error messages."""
     return str(file) if isinstance(file, Path) else "the score table"
-
-
-def check_schema(schema: pa.Schema, file: ScoreFile) -> None:
-    """Raise ScoreError for repeated columns."""
-    where = display_name(file)
-    for name in schema.names:
-        if len(positions := schema.get_all_field_indices(name)) > 1:
-            raise ScoreError(f"{where} has {len(positions)} columns named {name}: column names must be unique")
 
 
 def read_tables(file: ScoreFile, columns: Iterable[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.Table]:

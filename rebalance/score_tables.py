@@ -25,7 +25,6 @@ from .score_files import (
     LOWER_BOUNDS,
     ScoreFile,
     check_no_nulls,
-    check_schema,
     class_values,
     decode_dictionary,
     display_name,
@@ -186,8 +185,6 @@ def open_scores(source: str | Path | Sequence[str | Path] | ScoreTable, *, seed:
     """
     files: list[ScoreFile] = [source.to_arrow()] if isinstance(source, ScoreTable) else find_score_files(source)
     schemas = [read_score_schema(file) for file in files]
-    for file, schema in zip(files, schemas, strict=True):
-        check_schema(schema, file)
     columns = tuple(schemas[0].names)
     for file, schema in zip(files, schemas, strict=True):
         if set(schema.names) != set(columns):

@@ -24,8 +24,10 @@ from numpy.typing import NDArray
 from ..audit.errors import ManifestError, ScoreError
 from ..audit.metrics import Floats
 from ..audit.storage import scratch_folder
-from .binning import Counts
 from .score_tables import ScoreBatch, ScoreFiles
+
+Counts = NDArray[np.int64]
+
 
 RECORD = np.dtype([("key", "<u8"), ("cell", "<i4"), ("imbalance", "<u4")])
 _PART_ROWS = 1 << 20  # 16 MB of records
@@ -294,3 +296,12 @@ def check_unique(scores: ScoreFiles, repeated: NDArray[np.uint64]) -> None:
             f"{sum(count_of_id[sample_id] - 1 for sample_id in repeated_ids)} ids occur more than once in the score "
             f"table (the first: {repeated_ids[0]}): ids must be unique"
         )
+
+
+def share_total(total: int, counts: Counts) -> Counts:
+    """Share a total among cells (c,) in proportion to counts, by largest remainders; no cell exceeds its count."""
+    exact = total * counts / max(int(counts.sum()), 1)
+    shares: Counts = np.minimum(np.floor(exact).astype(np.int64), counts)
+    extra = np.argsort(np.where(shares < counts, shares - exact, np.inf), kind="stable")[: total - int(shares.sum())]
+    shares[extra] += 1
+    return shares

@@ -240,6 +240,6 @@ def _provenance(selection: Selection, *, name: str, recipe: dict[str, Any]) -> d
         "subset": name,
         "between": selection.rule.between,
         "recipe": recipe,
-        "ranges": {name: {"range": value_range, "meaning": meaning} for name, (value_range, meaning) in RANGES.items()},
+        "ranges": {name: {"range": entry.text, "meaning": entry.meaning} for name, entry in RANGES.items()},
         "scores": {key: value for key, value in scores.items() if key not in _NOT_REPEATED},
     }

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from ..audit.errors import MmauditError
 from ..audit.parsing import RequiredKeys
 from ..audit.storage import read_json
-from .binning import distance_to_uniform
 from .score_tables import ScoreBatch, ScoreFiles
 from .selection import Decision
 
@@ -32,6 +31,7 @@ _SHAPE = RequiredKeys(  # of NAME.balance.json, which also has the recipe
         "kept": int,
         "dropped": int,
         "scored": int,
+        "splits": {"*": int},
         "reasons": {"*": int},
         "effective_size": float,
         "before": _UNIFORMITY,
@@ -52,13 +52,38 @@ _SHAPE = RequiredKeys(  # of NAME.balance.json, which also has the recipe
                 empty_bins=int,
             )
         ],
-        "shortages": [RequiredKeys({"class": str, "bin": int, "low": float, "high": float, "has": int, "even": float})],
+        "shortages": [
+            RequiredKeys({"class": str, "bin": int, "low": float, "high": float, "has": int, "even_share": float})
+        ],
         "curve?": [RequiredKeys(tolerance=float, size=int, distance=float)],
         "grid?": bool,
         "recipe": {"balanced": (dict, type(None))},
         "digest": str,
     }
 )
+
+
+def assign_bins(discrepancy: NDArray[np.float32], *, num_bins: int) -> NDArray[np.int16]:
+    """Return the bin (n,) of each discrepancy among `num_bins` equal bins over [-1, 1]; +1 is in the last bin."""
+    return np.clip((discrepancy.astype(np.float64) + 1) / 2 * num_bins, 0, num_bins - 1).astype(np.int16)
+
+
+def distance_to_uniform(mass: NDArray[Any], *, available: NDArray[Any]) -> float:
+    """Compute the total-variation distance, in [0, 1], of a mass by bin (b,) to uniform over the non-empty bins."""
+    filled = available > 0
+    if not filled.any():
+        return 0.0
+    share = mass[filled] / (mass.sum() or 1)
+    return float(np.abs(share - 1 / filled.sum()).sum() / 2)
+
+
+def distances_by_split(mass: NDArray[Any], *, available: NDArray[Any], splits: tuple[str, ...]) -> dict[str, float]:
+    """Compute the distance to uniform of each split with samples, from its mass by bin (s, b)."""
+    return {
+        name: distance_to_uniform(split_mass, available=split_available)
+        for name, split_mass, split_available in zip(splits, mass, available, strict=True)
+        if split_available.any()
+    }
 
 
 def read_numbers(path: Path, *, error: type[MmauditError]) -> dict[str, Any]:
@@ -87,6 +112,7 @@ class SplitStats:
         self._positive = [0.0, 0.0]
         self._squares = 0.0  # sum of squared weights of the kept rows
         self.num_kept = self.num_dropped = 0
+        self._kept_by_split = np.zeros(len(scores.splits), dtype=np.int64)
         self.reasons: dict[str, int] = {}
 
     def add(self, batch: ScoreBatch, decision: Decision, reasons: tuple[str, ...]) -> None:
@@ -94,6 +120,7 @@ class SplitStats:
         keep, values, weight = decision.keep, decision.discrepancy, decision.outcome.weight
         num_kept = int(np.count_nonzero(keep))
         self.num_kept += num_kept
+        self._kept_by_split += np.bincount(batch.split[keep], minlength=len(self.scores.splits))
         self.num_dropped += len(batch) - num_kept
         self._count_reasons(decision.reason[~keep] if decision.reason.any() else None, len(batch) - num_kept, reasons)
         valid = ~np.isnan(values)
@@ -135,6 +162,7 @@ class SplitStats:
     def numbers(self) -> dict[str, Any]:
         """Return all statistics of the split as JSON values."""
         before, after = (mass.sum(axis=(0, 3)).T for mass in self._masses)  # (b, k)
+        available, kept = (mass.sum(axis=(1, 3)) for mass in self._masses)  # (s, b)
         total = float(after.sum())
         return {
             "between": self.between,
@@ -142,11 +170,12 @@ class SplitStats:
             "kept": self.num_kept,
             "dropped": self.num_dropped,
             "scored": self.num_kept + self.num_dropped,
+            "splits": dict(zip(self.scores.splits, self._kept_by_split.tolist(), strict=True)),
             "reasons": dict(sorted(self.reasons.items())),
             "effective_size": total**2 / self._squares if self._squares else 0.0,
             "before": self._uniformity(0),
             "after": self._uniformity(1),
-            "distances": self._by_split(),
+            "distances": distances_by_split(kept, available=available, splits=self.scores.splits),
             "counts_before": [int(mass) for mass in before.sum(axis=1)],
             "counts_after": [float(mass) for mass in after.sum(axis=1)],
             "empty_bins": np.flatnonzero(before.sum(axis=1) == 0).tolist(),
@@ -161,15 +190,6 @@ class SplitStats:
             "distance": distance_to_uniform(by_bin, available=self._masses[0].sum(axis=(0, 1, 3))),
             "ks": _ks_distance(self._masses[index].sum(axis=(0, 1)).reshape(-1)),
             "positive": float(self._positive[index] / mass) if mass else 0.0,
-        }
-
-    def _by_split(self) -> dict[str, float]:
-        """Compute the distance to uniform of each split, over the bins in which it has samples."""
-        before, after = (mass.sum(axis=(1, 3)) for mass in self._masses)  # (s, b)
-        return {
-            name: distance_to_uniform(after[split_index], available=before[split_index])
-            for split_index, name in enumerate(self.scores.splits)
-            if before[split_index].any()
         }
 
     def _by_class(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> list[dict[str, Any]]:
@@ -206,7 +226,7 @@ class SplitStats:
                 "low": -1 + width * int(bin_index),
                 "high": -1 + width * (int(bin_index) + 1),
                 "has": int(before[bin_index, class_index]),
-                "even": float(uniform_share[bin_index, 0]),
+                "even_share": float(uniform_share[bin_index, 0]),
             }
             for bin_index, class_index in zip(bins, classes, strict=True)
             if shortage[bin_index, class_index] > 0

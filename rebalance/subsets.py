@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.hashing import splitmix64
-from .binning import Counts, share_total
 from .score_tables import ScoreBatch, ScoreFiles
-from .selection import RowOutcome, SelectionRule
+from .selection import Counts, RowOutcome, SelectionRule, share_total
 
 BALANCED_WITHIN = 0.2  # largest |D| of a balanced sample: mmaudit's default
+DOMINATED_THRESHOLDS = (0.2, 0.4)  # of Xia et al., arXiv 2302.10912, besides 0
 _REASONS = {
     "above": "discrepancy-too-low",
     "within": "discrepancy-too-large",
     "balanced": "posterior-too-low",
     "imbalanced": "posterior-too-high",
 }
+
+
+def is_dominated(discrepancy: NDArray[np.floating[Any]], threshold: float) -> NDArray[np.bool_]:
+    """Return which samples (n,) the first side of the discrepancy dominates: D > T; T = 0 is "preferred"."""
+    return np.asarray(discrepancy > threshold)
+
+
+def is_balanced(discrepancy: NDArray[np.floating[Any]], threshold: float = BALANCED_WITHIN) -> NDArray[np.bool_]:
+    """Return which samples (n,) have nearly equal confidence on both sides of the discrepancy: |D| <= T."""
+    return np.asarray(np.abs(discrepancy) <= threshold)
+
+
+def dominated_name(side: str, threshold: float) -> str:
+    """Return the name of the subset that one side of the discrepancy dominates."""
+    return f"{side}-preferred" if threshold == 0 else f"{side}-dominated-{threshold:g}"
+
+
+def balanced_name(threshold: float = BALANCED_WITHIN) -> str:
+    """Return the name of the subset of nearly equal confidence on both sides."""
+    return f"balanced-within-{threshold:g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +74,8 @@ class ThresholdRule:
         """Return 0 for rows that pass, 1 for others, -1 for missing values, (n,)."""
         score = self.score(batch)
         passes = {
-            "above": score > self.threshold,
-            "within": score <= self.threshold,
+            "above": is_dominated(score, self.threshold),
+            "within": is_balanced(score, self.threshold),
             "balanced": score >= self.threshold,
             "imbalanced": score < self.threshold,
         }[self.kind]
@@ -185,7 +206,7 @@ def prefer_modality(
         raise ConfigError(f"modality {modality!r} not found; {choices(modality, between_of)}")
     if not 0 <= threshold < 1:
         raise ConfigError(f"the threshold of a dominated subset is {threshold}; it lies in [0, 1)")
-    name = f"{modality}-preferred" if threshold == 0 else f"{modality}-dominated-{threshold:g}"
+    name = dominated_name(modality, threshold)
     return ThresholdRule(name=name, between=between_of[modality], kind="above", threshold=threshold)
 
 
@@ -193,7 +214,7 @@ def within_threshold(between: str, *, threshold: float = BALANCED_WITHIN) -> Thr
     """Select the samples with |D| <= T: nearly equal confidence on both sides. The class is mmaudit's."""
     if not 0 <= threshold <= 1:
         raise ConfigError(f"the threshold of the balanced subset is {threshold}; it lies in [0, 1]")
-    return ThresholdRule(name=f"balanced-within-{threshold:g}", between=between, kind="within", threshold=threshold)
+    return ThresholdRule(name=balanced_name(threshold), between=between, kind="within", threshold=threshold)
 
 
 def by_mixture(scores: ScoreFiles, side: str, *, between: str, posterior: float = 0.5) -> ThresholdRule:

@@ -1,100 +1,60 @@
-"""Export as WebDataset tar files, and the settings and rows shared by all export formats."""
+"""Export as WebDataset tar files, with the media."""
 
 from __future__ import annotations
 
 import json
 import re
 import tarfile
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
-
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..audit.dataset.columns import load_cell
 from ..audit.dataset.modalities import Modality
 from ..audit.errors import ConfigError, ManifestError, UnusableError
 from ..audit.hashing import digest
 from ..audit.media.files import Medium, open_stream
-from .manifest import read_batches_of_manifest
-from .score_files import NO_SPLIT
+from .export import Exporter, ExportJob, plain_rows, split_name
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportJob:
-    """Settings of one export. `root` is the folder of the media, None if unknown."""
-
-    manifest: Path
-    schema: pa.Schema  # without metadata
-    paths: tuple[str, ...]
-    provenance: dict[str, Any]
-    root: Path | None
-    allow_outside: bool
-    samples_per_shard: int
-    skip_missing: bool
-    clip: str | None
-    escape_formulas: bool = True
-
-
-def plain_rows(job: ExportJob, *columns: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows as Python values; float32 by its shortest decimal form, non-finite numbers as None."""
-    names = list(dict.fromkeys(columns or job.schema.names))
-    for table in read_batches_of_manifest(job.manifest, columns=names):
-        yield from pa.table({name: _shortest_digits(table[name]) for name in names}).to_pylist()
-
-
-def _shortest_digits(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if not pa.types.is_floating(column.type):
-        return column
-    finite = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
-    return finite if column.type == pa.float64() else finite.cast(pa.string()).cast(pa.float64())
-
-
-def split_name(split: str | None) -> str:
-    """Return the name of a split in file names."""
-    if split is None:
-        return NO_SPLIT
-    if not re.fullmatch(r"\w+", split):
-        raise ConfigError(f"split {split!r} is not usable in file names: use letters, digits and _, or export as csv")
-    return split
-
-
-SAMPLES_PER_SHARD = 1_000
+SAMPLES_PER_TAR = 1_000
 _MAX_KEY_LENGTH = 180  # of the 255 bytes of a file name, leaving room for modality and extension
 _FILE_SUFFIXES = ("_file_name", "_filename", "_filepath", "_file", "_path", "_frames")
 _GENERIC_COLUMNS = ("file_name", "path", "file", "filename", "filepath")
 
 
-def write_webdataset(job: ExportJob, folder: Path) -> dict[str, Any]:
-    """Write SPLIT-000000.tar, ...: for each sample KEY.json, and KEY.NAME.EXT for each path column.
+class WebDataset(Exporter):
+    """A folder of tars by split, SPLIT-000000.tar, ...: each sample with its row and its media."""
 
-    The .json has the row without nulls, and under `files` the original paths of the media.
-    """
-    if not job.paths:
-        raise ConfigError(
-            f"{job.manifest} has no path columns: its media are vectors, texts or bytes inside the source, and a "
-            "WebDataset would contain rows only; export as jsonl or datasets"
-        )
-    if job.root is None:
-        raise ManifestError(f"{job.manifest}: the folder of its media is unknown; pass --data")
-    modalities = {name: _modality_of(name, job) for name in job.paths}
-    scored_columns = {modality.get("column") for modality in job.provenance.get("scores", {}).get("modalities", [])}
-    skipped = 0
-    with ExitStack() as stack:
-        tars: dict[str, _TarWriter] = {}
-        for row in plain_rows(job):
-            split = split_name(row["split"])
-            if split not in tars:
-                tars[split] = _TarWriter(folder, split, job.samples_per_shard)
-                stack.callback(tars[split].close)
-            members, num_missing = _sample_members(row, modalities, job)
-            skipped += num_missing
-            tars[split].add(webdataset_key(row["sample_id"]), members)
-    return {"skipped": skipped, "left_out": sorted(scored_columns - {*job.paths, None})}
+    files = re.compile(r"\w+-\d{6}\.tar")
+    contains_media = True
+
+    def write(self, job: ExportJob, out: Path) -> dict[str, Any]:
+        """Write SPLIT-000000.tar, ...: for each sample KEY.json, and KEY.NAME.EXT for each path column.
+
+        The .json has the row without nulls, and under `files` the original paths of the media.
+        """
+        if not job.paths:
+            raise ConfigError(
+                f"{job.manifest} has no path columns: its media are vectors, texts or bytes inside the source, and a "
+                "WebDataset would contain rows only; export as jsonl or datasets"
+            )
+        if job.root is None:
+            raise ManifestError(f"{job.manifest}: the folder of its media is unknown; pass --data")
+        modalities = {name: _modality_of(name, job) for name in job.paths}
+        scored_columns = {modality.get("column") for modality in job.provenance.get("scores", {}).get("modalities", [])}
+        skipped = 0
+        with ExitStack() as stack:
+            tars: dict[str, _TarWriter] = {}
+            for row in plain_rows(job):
+                split = split_name(row["split"])
+                if split not in tars:
+                    tars[split] = _TarWriter(out, split)
+                    stack.callback(tars[split].close)
+                members, num_missing = _sample_members(row, modalities, job)
+                skipped += num_missing
+                tars[split].add(webdataset_key(row["sample_id"]), members)
+        return {"skipped": skipped, "left_out": sorted(scored_columns - {*job.paths, None})}
 
 
 def webdataset_key(sample_id: str) -> str:
@@ -154,16 +114,16 @@ def _sample_members(
 class _TarWriter:
     """Writer of the tars of one split, of equal numbers of samples; headers do not depend on machine or time."""
 
-    def __init__(self, folder: Path, split: str, samples_per_tar: int) -> None:
-        self._folder, self._split, self._samples_per_tar = folder, split, samples_per_tar
+    def __init__(self, folder: Path, split: str) -> None:
+        self._folder, self._split = folder, split
         self._tar: tarfile.TarFile | None = None
         self._samples = 0
 
     def add(self, key: str, members: dict[str, Medium]) -> None:
         """Write a sample, starting a new tar when the last one is full."""
-        if self._samples % self._samples_per_tar == 0:
+        if self._samples % SAMPLES_PER_TAR == 0:
             self.close()
-            path = self._folder / f"{self._split}-{self._samples // self._samples_per_tar:06d}.tar"
+            path = self._folder / f"{self._split}-{self._samples // SAMPLES_PER_TAR:06d}.tar"
             self._tar = tarfile.TarFile(path, "w", format=tarfile.PAX_FORMAT)
         assert self._tar is not None
         for name in sorted(members):

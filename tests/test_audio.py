@@ -16,8 +16,7 @@ from scipy.signal import resample_poly
 
 from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.media import audio as sound
-from mmaudit.audit.media.audio import clipped_share, decode_native, resample
-from mmaudit.audit.media.decode import decode_audio
+from mmaudit.audit.media.audio import clipped_share, decode_audio, decode_native, resample
 from mmaudit.audit.media.files import MediaConfig
 
 RATE = 8_000
@@ -54,7 +53,9 @@ def test_fast_wav_reader_equals_pyav(values: list[int], channels: int, seconds: 
     if chunk:  # a chunk with another name and an odd length before the samples
         data = data[:36] + b"junk" + struct.pack("<I", 3) + b"abc\0" + data[36:]
     data = data[: len(data) - lost]
-    expected, rate = sound._decoded_wave(data, MediaConfig(max_seconds=seconds))
+    # PyAV is given whole frames: FFmpeg 6.1 to 8.0, of PyAV 13 to 16.0, decodes nothing of a packet with an odd length.
+    num_extra = (len(data) - data.index(b"data") - 8) % (2 * channels)
+    expected, rate = sound._decoded_wave(data[: len(data) - num_extra], MediaConfig(max_seconds=seconds))
     wave, wave_rate = decode_native(data, MediaConfig(max_seconds=seconds))
     assert wave_rate == rate
     np.testing.assert_allclose(wave, expected, atol=1e-7)

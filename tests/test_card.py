@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.errors import ManifestError
+from mmaudit.audit.errors import ManifestError, printable
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.card import MAX_SHORTAGES, dataset_card
-from mmaudit.rebalance.manifest import dropped_path, read_stated_digests
+from mmaudit.rebalance.card import MAX_SHORTAGES, code_span, dataset_card, escape_markdown, markdown_table
+from mmaudit.rebalance.manifest import balance_path, dropped_path, read_stated_digests
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
@@ -60,7 +60,15 @@ def make(
 def write_numbers(path: Path, numbers: dict[str, Any]) -> None:
     """Write NAME.balance.json of a manifest, as `mmaudit split` does."""
     text = json.dumps({"digest": read_stated_digests(path)["digest"], **numbers})
-    path.with_name(f"{path.stem}.balance.json").write_text(text, encoding="utf-8")
+    balance_path(path).write_text(text, encoding="utf-8")
+
+
+def card_of(path: Path, numbers: dict[str, Any], *, file_name: str | None = None) -> str:
+    """Return the card of a manifest with these numbers, of a copy if a file name is given."""
+    if file_name is not None:
+        path = Path(shutil.copy(path, path.with_name(file_name)))
+    write_numbers(path, numbers)
+    return dataset_card(path)
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -77,7 +85,7 @@ def tables(text: str) -> list[list[list[str]]]:
 
 def test_numbers_match_the_split_stats(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
-    text = dataset_card(path, balance=numbers)
+    text = card_of(path, numbers)
     measures, bins, curve = tables(text)
     measure = {row[0]: row[1:] for row in measures[1:]}
     assert measure["samples"] == [str(numbers["scored"]), str(numbers["kept"])]
@@ -102,7 +110,7 @@ def test_numbers_match_the_split_stats(tmp_path: Path) -> None:
 
 def test_worst_class_and_shortages_are_listed(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
-    text = dataset_card(path, balance=numbers)
+    text = card_of(path, numbers)
     worst = max(numbers["classes"], key=lambda entry: float(entry["distance_after"]))
     assert f"Of 3 classes, **{worst['name']}** is the least uniform: distance {worst['distance_after']:.3f}" in text
     lines = [line for line in text.splitlines() if "where a uniform share is" in line]
@@ -112,7 +120,7 @@ def test_worst_class_and_shortages_are_listed(tmp_path: Path) -> None:
 
 def test_recipe_and_provenance_are_listed(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
-    text = dataset_card(path, balance=numbers)
+    text = card_of(path, numbers)
     record = read_stated_digests(path)
     for line in (
         "- mmaudit: `9.8.7`",
@@ -132,13 +140,13 @@ def test_recipe_and_provenance_are_listed(tmp_path: Path) -> None:
 def test_dropped_rows_are_counted_if_their_file_exists(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     (reason, count), = numbers["reasons"].items()  # fmt: skip
-    assert f"Dropped: {count} `{reason}`. `even.dropped.parquet` lists each with" in dataset_card(path, balance=numbers)
+    assert f"Dropped: {count} `{reason}`. `even.dropped.parquet` lists each with" in card_of(path, numbers)
     other_manifest, _ = make(tmp_path / "other", n=200)
     shutil.copy(dropped_path(other_manifest), dropped_path(path))
     with pytest.raises(ManifestError, match="holds the rows dropped from another manifest: run mmaudit split again"):
-        dataset_card(path, balance=numbers)
+        card_of(path, numbers)
     dropped_path(path).unlink()
-    assert "Dropped" not in dataset_card(path, balance=numbers)
+    assert "Dropped" not in card_of(path, numbers)
 
 
 def test_numbers_are_read_from_the_same_folder(tmp_path: Path) -> None:
@@ -148,7 +156,7 @@ def test_numbers_are_read_from_the_same_folder(tmp_path: Path) -> None:
     assert "Its balance numbers were not found" in without
     assert "### How it was made" in without
     write_numbers(path, numbers)
-    assert dataset_card(path) == dataset_card(path, balance=numbers)
+    assert len(tables(dataset_card(path))) == 3
     assert "No numbers" not in dataset_card(path)
 
 
@@ -174,21 +182,19 @@ def test_invalid_numbers_raise_and_name_the_key(tmp_path: Path, key: str, value:
 def test_numbers_of_another_manifest_raise(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
     with pytest.raises(ManifestError, match="run mmaudit split again"):
-        dataset_card(path, balance={**numbers, "kept": numbers["kept"] + 1})
+        card_of(path, {**numbers, "kept": numbers["kept"] + 1})
     with pytest.raises(ManifestError, match="run mmaudit split again"):
-        dataset_card(path, balance={**numbers, "digest": "another"})
-    assert dataset_card(path, balance={**numbers, "digest": read_stated_digests(path)["digest"]}) == dataset_card(
-        path, balance=numbers
-    )
-    with pytest.raises(ManifestError, match="lack after, classes: run mmaudit split again"):
-        dataset_card(path, balance={name: value for name, value in numbers.items() if name not in ("after", "classes")})
+        card_of(path, {**numbers, "digest": "another"})
+    assert card_of(path, {**numbers, "digest": read_stated_digests(path)["digest"]}) == card_of(path, numbers)
+    with pytest.raises(ManifestError, match="lacks after, classes"):
+        card_of(path, {name: value for name, value in numbers.items() if name not in ("after", "classes")})
     with pytest.raises(ManifestError, match="no such file"):
         dataset_card(tmp_path / "none.parquet")
 
 
 def test_loading_code_of_the_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, numbers = make(tmp_path)
-    text = dataset_card(path, balance=numbers)
+    text = card_of(path, numbers)
     code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -198,13 +204,13 @@ def test_loading_code_of_the_card_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(names["frame"]) == numbers["kept"]
     assert 'load_dataset("parquet", data_files="even.parquet")' in code
     assert "mmaudit verify even.parquet " in text
-    assert "mmaudit replay 'my set.parquet' " in dataset_card(path, balance=numbers, file_name="my set.parquet")
+    assert "mmaudit replay 'my set.parquet' " in card_of(path, numbers, file_name="my set.parquet")
 
 
-@pytest.mark.parametrize("name", ["\x85|", "a\x1b[31m.parquet", "a\u2028b.parquet"])
+@pytest.mark.parametrize("name", ["\x85|.parquet", "a\x1b[31m.parquet", "a\u2028b.parquet"])
 def test_file_name_is_written_on_one_line(tmp_path: Path, name: str) -> None:
     path, numbers = make(tmp_path)
-    text = dataset_card(path, balance=numbers, file_name=name)
+    text = card_of(path, numbers, file_name=name)
     assert not set(text) & {"\x85", "\x1b", "\u2028"}
     loads = next(line for line in text.split("\n") if line.startswith("frame = "))
     assert json.loads(loads.removeprefix("frame = pd.read_parquet(").removesuffix(")")) == name
@@ -212,7 +218,7 @@ def test_file_name_is_written_on_one_line(tmp_path: Path, name: str) -> None:
 
 def test_card_has_one_section_and_no_front_matter(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
-    lines = dataset_card(path, balance=numbers).splitlines()
+    lines = card_of(path, numbers).splitlines()
     assert lines[0] == "## Modality balance"
     assert [line for line in lines if line.startswith("## ")] == ["## Modality balance"]
     assert "---" not in lines
@@ -222,20 +228,54 @@ def test_card_has_one_section_and_no_front_matter(tmp_path: Path) -> None:
 
 def test_effective_size_is_shown_for_weights(tmp_path: Path) -> None:
     path, numbers = make(tmp_path)
-    assert "effective size" not in dataset_card(path, balance={**numbers, "effective_size": float(numbers["kept"])})
-    measure = {row[0]: row[2] for row in tables(dataset_card(path, balance={**numbers, "effective_size": 12.4}))[0]}
+    assert "effective size" not in card_of(path, {**numbers, "effective_size": float(numbers["kept"])})
+    measure = {row[0]: row[2] for row in tables(card_of(path, {**numbers, "effective_size": 12.4}))[0]}
     assert measure["effective size of the weighted samples"] == "12"
 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(texts, min_size=2, max_size=4, unique=True), texts)
+@given(st.lists(texts, min_size=2, max_size=4, unique=True), texts.filter(lambda text: "/" not in text))
 def test_any_names_keep_tables_and_fences_intact(tmp_path: Path, classes: list[str], file_name: str) -> None:
     path, numbers = make(tmp_path, tuple(classes), n=80)
     numbers["distances"] = {**numbers["distances"], "a|b": 0.5}
-    text = dataset_card(path, balance=numbers, file_name=file_name)
-    plain = dataset_card(path, balance={**numbers, "classes": [{**entry, "name": "x"} for entry in numbers["classes"]]})
+    text = card_of(path, numbers, file_name=f"{file_name}.parquet")
+    plain = card_of(path, {**numbers, "classes": [{**entry, "name": "x"} for entry in numbers["classes"]]})
     assert [[len(row) for row in table] for table in tables(text)] == [
         [len(row) for row in table] for table in tables(plain)
     ]
     assert len([line for line in text.split("\n") if line.startswith("```")]) == 6
     assert r"a\|b" in text
+
+
+# Markdown.
+
+
+@given(texts)
+def test_escaped_names_read_as_they_are(name: str) -> None:
+    text = escape_markdown(name)
+    assert len(text.splitlines()) <= 1
+    assert not re.search(r"(?<!\\)(?:\\\\)*[|<*`_]", text)
+    assert re.sub(r"\\(.)", r"\1", text) == printable(" ".join(name.split()))
+
+
+@given(st.text("` ab\n", max_size=12))
+def test_a_code_span_ends_only_where_it_ends(text: str) -> None:
+    written, unescaped = code_span(text), " ".join(text.split())
+    (fence,) = re.findall("^`+", written)
+    inner = written[len(fence) :].removesuffix(fence)
+    assert fence not in re.findall("`+", inner)
+    assert inner.removeprefix(" ").removesuffix(" ") == unescaped
+
+
+@pytest.mark.parametrize("name", ["a|b", "`x`", "# head", "<script>", "$x$", "a\x1b[31mb", "\u202eb", "a\n- forged"])
+def test_a_name_stays_one_cell_of_a_table(name: str) -> None:
+    (row,) = markdown_table(("what", "n"), [(escape_markdown(name), "1")])[2:]
+    assert len(row.splitlines()) == 1
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert not set(row) & set("\x1b\u202e")
+    assert "<script>" not in row
+
+
+def test_a_table_has_its_numbers_on_the_right() -> None:
+    written = markdown_table(("what", "n", ""), [("a", "1", "x")])
+    assert written == ["| what | n |  |", "| --- | ---: | --- |", "| a | 1 | x |"]

@@ -226,6 +226,9 @@ def test_run_of_another_config_is_refused(keypad: Path, scored: Path) -> None:
     result = mmaudit("score", keypad, "--run", scored, *QUICK, "--seed", "7")
     assert result.exit_code == 2
     assert "seed is 0 in the run and 7 now; pass another --run, or --overwrite" in output_of(result)
+    result = mmaudit("score", keypad, "--run", scored, *QUICK, "--set", "data.keep_duplicates=true")
+    assert result.exit_code == 2
+    assert "data.keep_duplicates is False in the run and True now; pass another --run" in output_of(result)
 
 
 def test_run_of_other_data_requires_overwrite(data: Path, scored: Path, tmp_path: Path) -> None:
@@ -292,7 +295,14 @@ def test_score_table_of_another_tool_can_be_split(tmp_path: Path) -> None:
 
 def test_split_prints_number_of_kept_samples(scored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(scored, tmp_path / "run"))
-    result = mmaudit("split", "--balanced", "--overwrite", "--run", run)
+    path = run / "manifests" / "balanced.parquet"
+    before = path.read_bytes()
+    refused = mmaudit("split", "--balanced", "--run", run)
+    assert refused.exit_code == 2
+    assert f"{path} exists: pass another --name, or --overwrite" in output_of(refused)
+    assert path.read_bytes() == before
+    assert mmaudit("split", "--balanced", "--run", run, "--dry-run").exit_code == 0
+    result = mmaudit("split", "--balanced", "--run", run, "--overwrite")
     num_kept = len(pq.read_table(run / "manifests" / "balanced.parquet"))
     assert f"balanced: kept {num_kept} of 120 samples (audio:image)" in output_of(result)
     assert "samples kept by tolerance 0: " in output_of(result)

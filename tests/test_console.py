@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import unicodedata
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmaudit.audit.errors import printable
-from mmaudit.cli.console import configure_logging, print_line, print_status, print_text
+from mmaudit.cli.console import configure_logging, print_line, print_split, print_status, print_text
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\rname\nerror: forged\x9b31m\u202egnp.exe\u2028next\x00\ud800"
 
@@ -58,3 +59,22 @@ def test_all_output_functions_print_one_line(capsys: pytest.CaptureFixture[str])
 def test_print_text_keeps_line_feeds(capsys: pytest.CaptureFixture[str]) -> None:
     print_text("one\n\ntwo \x1b[1m")
     assert capsys.readouterr().out == "one\n\ntwo \\x1b[1m\n"
+
+
+def test_split_prints_the_distance_that_the_tolerance_constrains_first(capsys: pytest.CaptureFixture[str]) -> None:
+    uniformity = {"distance": 0.065, "ks": 0.1, "positive": 0.5}
+    summary: dict[str, Any] = {
+        **{"file": None, "name": "balanced", "kept": 130, "scored": 600, "between": "audio:visual", "reasons": {}},
+        **{"before": uniformity, "after": uniformity, "effective_size": 130.0, "least_uniform_classes": []},
+        **{"empty_bins": [], "shortages": [], "curve": [], "splits": {"test": 35, "train": 95}},
+        "distances": {"test": 0.027, "train": 0.047},
+    }
+    print_split(summary)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:4] == [
+        "  train 95, test 35",
+        "  distance to uniform: train 0.047 (the worst split), test 0.027",
+        "  distance to uniform of all splits together 0.065 before, 0.065 after",
+    ]
+    print_split({**summary, "splits": {"all": 130}, "distances": {"all": 0.065}})
+    assert capsys.readouterr().out.splitlines()[1] == "  distance to uniform 0.065 before, 0.065 after"

@@ -9,7 +9,7 @@ import pytest
 
 from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.dataset.samples import read_samples
-from mmaudit.audit.downloads import ingest
+from mmaudit.audit.downloads.ingest import ingest
 
 
 @pytest.mark.parametrize("sound", [False, True])

@@ -26,6 +26,7 @@ from mmaudit.rebalance.curriculum import (
     id_keys,
     num_steps,
     root_pacing,
+    step_pacing,
 )
 
 START = st.floats(0.01, 1)
@@ -260,11 +261,11 @@ def test_more_than_2_to_the_24_rows_are_all_drawn_once() -> None:
     assert (order[: n // 2] >= n // 2).mean() == pytest.approx(0.5, abs=0.001)
 
 
-# --- steps and processes
+# --- steps
 
 
-@given(st.integers(1, 80), st.integers(1, 90), st.integers(1, 9))
-def test_steps_partition_the_order_and_ranks_partition_the_step(n: int, batch_size: int, num_ranks: int) -> None:
+@given(st.integers(1, 80), st.integers(1, 90))
+def test_steps_partition_the_order(n: int, batch_size: int) -> None:
     order = np.random.default_rng(n).permutation(n)
     steps = [
         batch_rows(order, step=step, batch_size=batch_size) for step in range(num_steps(order, batch_size=batch_size))
@@ -272,13 +273,6 @@ def test_steps_partition_the_order_and_ranks_partition_the_step(n: int, batch_si
     assert np.concatenate(steps).tolist() == order.tolist()
     assert {len(step) for step in steps[:-1]} <= {batch_size}
     assert 0 < len(steps[-1]) <= batch_size
-    for step_number, step_rows in enumerate(steps):
-        shares = [
-            batch_rows(order, step=step_number, batch_size=batch_size, num_ranks=num_ranks, rank=rank)
-            for rank in range(num_ranks)
-        ]
-        assert np.concatenate(shares).tolist() == step_rows.tolist()
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 # --- errors
@@ -340,10 +334,55 @@ def test_invalid_epochs_and_columns_raise() -> None:
         ({"step": 3}, "step 3 of 10 samples in batches of 4: .* between 0 and 2"),
         ({"step": -1}, "step -1 of 10 samples"),
         ({"batch_size": 0}, "batches of 0"),
-        ({"num_ranks": 2, "rank": 2}, "rank 2 of 2 processes: rank must be between 0 and 1"),
-        ({"rank": -1}, "rank -1 of 1 processes"),
     ],
 )
-def test_invalid_step_or_rank_raises(options: dict[str, int], message: str) -> None:
+def test_invalid_step_raises(options: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         batch_rows(np.arange(10), **{"step": 0, "batch_size": 4, **options})
+
+
+# Pacing functions.
+
+
+@pytest.mark.parametrize(
+    ("epoch", "share"),
+    # lambda0 = 0.1, T_grow = 40: lambda(t)^2 = 0.99 t / 40 + 0.01, by hand
+    [(0, 0.1), (1, math.sqrt(0.03475)), (10, math.sqrt(0.2575)), (20, math.sqrt(0.505)), (40, 1.0), (41, 1.0)],
+)
+def test_root_pacing_matches_the_paper(epoch: int, share: float) -> None:
+    assert root_pacing(epoch, start=0.1, grow_epochs=40) == pytest.approx(share, rel=1e-12)
+
+
+@pytest.mark.parametrize("pacing", PACINGS)
+@given(START, GROW)
+def test_pacing_is_monotone_and_ends_at_one(pacing: str, start: float, grow_epochs: int) -> None:
+    shares = [PACINGS[pacing](epoch, start=start, grow_epochs=grow_epochs) for epoch in range(grow_epochs + 3)]
+    assert shares == sorted(shares)
+    assert shares[0] == pytest.approx(start)
+    assert shares[grow_epochs:] == [1.0, 1.0, 1.0]  # exactly: 0.9999 of n samples would be n - 1
+    assert 0 < shares[0] <= shares[-2]
+
+
+@given(START, st.integers(1, 20), st.integers(1, 10))
+def test_step_pacing_has_equal_steps(start: float, width: int, steps: int) -> None:
+    shares = [step_pacing(t, start=start, grow_epochs=width * steps, steps=steps) for t in range(width * steps + 1)]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0  # exactly: 0.9999 of n samples would be n - 1
+    rises = [after - before for before, after in pairwise(shares)]
+    assert rises == pytest.approx(([0] * (width - 1) + [(1 - start) / steps]) * steps, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("pacing", "shares"),
+    # At t = 1, 5, 10, 15 and 19 of T = 20, from lambda0 = 0.04, by the published formulas with a calculator.
+    [
+        ("linear", [0.088, 0.28, 0.52, 0.76, 0.952]),
+        ("geometric", [0.0469848, 0.0894427, 0.2, 0.4472136, 0.8513399]),
+        ("exponential", [0.0400283, 0.0404873, 0.0464250, 0.1187616, 0.6222523]),
+        ("step", [0.04, 0.232, 0.424, 0.616, 0.808]),
+    ],
+)
+def test_other_pacings_match_hand_calculation(pacing: str, shares: list[float]) -> None:
+    assert [PACINGS[pacing](epoch, start=0.04, grow_epochs=20) for epoch in (1, 5, 10, 15, 19)] == pytest.approx(
+        shares, rel=1e-5
+    )

@@ -13,7 +13,6 @@ from processes import run_in_processes
 from torch import distributed
 
 from mmaudit.audit.errors import ConfigError
-from mmaudit.rebalance.curriculum import batch_rows
 from mmaudit.train.distributed import SINGLE_PROCESS, DistributedContext, local_device, open_distributed
 
 torch.set_num_threads(1)
@@ -103,17 +102,6 @@ def test_slices_of_all_ranks_join_to_the_whole(length: int, size: int) -> None:
     assert [element for part in slices for element in part] == elements
     lengths = [len(part) for part in slices]
     assert max(lengths) - min(lengths) <= 1
-
-
-@settings(deadline=None)
-@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 9), st.data())
-def test_slices_equal_the_cut_of_batch_of(length: int, batch_size: int, size: int, data: st.DataObject) -> None:
-    order = np.random.default_rng(0).permutation(length)
-    step = data.draw(st.integers(0, (length - 1) // batch_size))
-    batch = batch_rows(order, step=step, batch_size=batch_size)
-    for rank in range(size):
-        local = batch_rows(order, step=step, batch_size=batch_size, num_ranks=size, rank=rank)
-        assert local.tolist() == batch[DistributedContext(rank=rank, world_size=size).slice(len(batch))].tolist()
 
 
 @pytest.fixture

@@ -159,7 +159,10 @@ def test_unknown_label_and_missing_label_have_different_reasons() -> None:
 
 
 def test_no_scorable_sample_is_rejected_with_first_reason() -> None:
-    with pytest.raises(ScoreError, match=r"no sample is usable in every modality; the first problem: .*a is null"):
+    with pytest.raises(
+        ScoreError,
+        match=r"at least two usable modalities and no damaged one; the first problem: .*a is null",
+    ):
         select_usable(encoded_of([None, None], "xy"), keep_duplicates=False)
 
 
@@ -193,7 +196,7 @@ def test_samples_are_scored_or_excluded_independent_of_order(
             unknown=tuple((row, "odd") for row, cells in enumerate(reordered) if cells[3] == UNKNOWN_LABEL),
         )
         if not expected:
-            with pytest.raises(ScoreError, match="no sample is usable"):
+            with pytest.raises(ScoreError, match="no sample has a label, at least two usable modalities"):
                 select_usable(encoded, keep_duplicates=keep_duplicates)
             continue
         scored, quarantined = select_usable(encoded, keep_duplicates=keep_duplicates)

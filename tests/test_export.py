@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +24,18 @@ from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.downloads.ingest import ingest
 from mmaudit.audit.errors import ConfigError, ManifestError, RunError
 from mmaudit.audit.scores.table import ScoreTable
+from mmaudit.rebalance import EXPORTERS, saved_dataset
 from mmaudit.rebalance import export as export_file
-from mmaudit.rebalance import webdataset
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
-from mmaudit.rebalance.export import FORMATS, escape_formula
+from mmaudit.rebalance.export import Exporter, ExportJob, contains_media, escape_formula, plain_rows, split_name
 from mmaudit.rebalance.export import export_manifest as write_export
 from mmaudit.rebalance.manifest import read_batches_of_manifest
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.rebalance.selection import select_rows
 from mmaudit.rebalance.split import write_split
 
-FOLDERS = ("ogm", "webdataset", "datasets")
+FOLDERS = [name for name in EXPORTERS if EXPORTERS.load(name).files is not None]
+ROOT = Path(__file__).parent.parent
 NUMBER = 24
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40)
 odd_names = st.one_of(
@@ -108,7 +112,7 @@ def as_manifest(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
     return pa.table({field.name: pa.array(columns[field.name]).cast(field.type) for field in schema}, schema=schema)
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", EXPORTERS)
 def test_export_is_deterministic_and_lists_its_files(manifest: Path, tmp_path: Path, format_: str) -> None:
     first = export(manifest, tmp_path / "one" / "out", format=format_)
     export(manifest, tmp_path / "two" / "out", format=format_)
@@ -119,6 +123,94 @@ def test_export_is_deterministic_and_lists_its_files(manifest: Path, tmp_path: P
     assert [file.name for file in (tmp_path / "one").iterdir()] == ["out"]  # no temporary files
 
 
+def ids_of(out: Path, format_: str) -> list[str]:
+    """Return the ids of an export, in its order."""
+    if format_ == "csv":
+        return [str(name) for name in pd.read_csv(out)["sample_id"]]
+    if format_ == "jsonl":
+        return [json.loads(line)["sample_id"] for line in out.read_text().splitlines()]
+    if format_ == "npy":
+        return [str(name) for name in np.load(out)]
+    if format_ == "ogm":
+        return [
+            f"s{row[0]}"  # clips are named after their files
+            for path in [*out.glob("t*.csv"), out / "val.csv"]
+            for row in csv.reader(path.read_text().splitlines())
+        ]
+    if format_ == "webdataset":
+        members = [member for path in sorted(out.iterdir()) for member in read_members(path)]
+        return [json.loads(content)["sample_id"] for name, content in members if name.endswith(".json")]
+    assert format_ == "datasets"
+    import datasets
+
+    return [name for split in datasets.load_from_disk(str(out)).values() for name in split["sample_id"]]
+
+
+def read_members(path: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            assert content is not None
+            yield member.name, content.read()
+
+
+@pytest.mark.parametrize("format_", EXPORTERS)
+def test_export_holds_every_sample_once(manifest: Path, tmp_path: Path, format_: str) -> None:
+    summary = export(manifest, tmp_path / "out", format=format_)
+    expected = rows_of(manifest)["sample_id"].to_pylist()
+    exported = ids_of(tmp_path / "out", format_)
+    assert sorted(exported) == sorted(expected)
+    assert summary["rows"] == len(expected)
+    if format_ not in FOLDERS:
+        assert exported == expected
+
+
+@pytest.mark.parametrize("format_", EXPORTERS)
+def test_interrupted_export_leaves_what_was_there(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: str
+) -> None:
+    folder = tmp_path / "exports"
+    export(manifest, folder / "old", format=format_)
+    before = tree(folder)
+    write = EXPORTERS.load(format_).write
+
+    def interrupted(self: Exporter, job: ExportJob, out: Path) -> dict[str, Any]:
+        write(self, job, out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EXPORTERS.load(format_), "write", interrupted)
+    for name in ("old", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            export(manifest, folder / name, format=format_, overwrite=True)
+    assert tree(folder) == before
+
+
+def test_exporter_of_an_installed_package(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/howto/manifests.md").read_text(), flags=re.DOTALL)[-1]
+    (tmp_path / "my_package.py").write_text(code)
+    info = tmp_path / "my_package-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[mmaudit.exporters]\nids = my_package:Ids\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert export(manifest, tmp_path / "ids.txt", format="ids")["rows"] == NUMBER
+    lines = (tmp_path / "ids.txt").read_text().splitlines()
+    assert lines == [f"{name} 1.0" for name in rows_of(manifest)["sample_id"].to_pylist()]
+    with pytest.raises(RunError, match="pass --overwrite"):
+        export(manifest, tmp_path / "ids.txt", format="ids")
+
+
+@pytest.mark.parametrize("format_", EXPORTERS)
+def test_only_a_format_with_media_needs_them(manifest: Path, tmp_path: Path, format_: str) -> None:
+    has_media = contains_media(manifest, format_)
+    assert has_media == EXPORTERS.load(format_).contains_media
+    if has_media:
+        with pytest.raises(ManifestError, match="the folder of its media is unknown; pass --data"):
+            export(manifest, tmp_path / "out", format=format_, root=None)
+    else:
+        assert export(manifest, tmp_path / "out", format=format_, root=None)["rows"] == NUMBER
+
+
 def test_score_table_is_not_overwritten(manifest: Path, tmp_path: Path) -> None:
     scores = tmp_path / "scores.parquet"
     scores.write_bytes(b"scores")
@@ -127,7 +219,7 @@ def test_score_table_is_not_overwritten(manifest: Path, tmp_path: Path) -> None:
     assert scores.read_bytes() == b"scores"
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", EXPORTERS)
 def test_existing_export_is_overwritten_only_on_request(manifest: Path, tmp_path: Path, format_: str) -> None:
     out = tmp_path / "out"
     export(manifest, out, format=format_)
@@ -151,12 +243,10 @@ def test_folder_of_other_files_is_never_overwritten(manifest: Path, tmp_path: Pa
 
 
 def test_invalid_arguments_raise(manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--format cvs: unknown format; did you mean csv\? \(available: csv, jsonl"):
+    with pytest.raises(ConfigError, match=r"--format cvs: did you mean csv\? \(available: csv, jsonl"):
         export(manifest, tmp_path / "x", format="cvs")
     with pytest.raises(ConfigError, match="is the manifest itself"):
         export(manifest, manifest, format="csv", overwrite=True)
-    with pytest.raises(ConfigError, match="samples per shard is 0; it must be at least 1"):
-        export(manifest, tmp_path / "x", format="webdataset", samples_per_shard=0)
     with pytest.raises(ManifestError, match="no such file"):
         export(tmp_path / "none.parquet", tmp_path / "x", format="csv")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "no.parquet")
@@ -256,13 +346,14 @@ def test_ogm_lists_are_read_by_the_adapter(tmp_path: Path) -> None:
 @relaxed
 @given(many_names)
 def test_ogm_lists_hold_any_valid_name(tmp_path: Path, ids: list[str]) -> None:
-    manifest = make(tmp_path, ids, label_name=np.array(ids, dtype=object), label=np.arange(len(ids), dtype=np.int32))
+    classes = {"label_name": np.array(ids, dtype=object), "label": np.arange(len(ids), dtype=np.int32)}
+    manifest = make(tmp_path, ids, **classes, paths=None)  # clips without files are named by id
     is_invalid = any(name != name.strip() or len(name.splitlines()) != 1 or "/" in name for name in ids)
     if is_invalid:
         with pytest.raises(ConfigError, match=r"OGM list cannot hold|is not a file name"):
-            export(manifest, tmp_path / "lists", format="ogm", clip="sample_id", overwrite=True)
+            export(manifest, tmp_path / "lists", format="ogm", overwrite=True)
         return
-    export(manifest, tmp_path / "lists", format="ogm", clip="sample_id", overwrite=True)
+    export(manifest, tmp_path / "lists", format="ogm", overwrite=True)
     lines = []
     for name in ("train", "val", "test"):
         if (path := tmp_path / "lists" / f"{name}.csv").exists():
@@ -272,23 +363,19 @@ def test_ogm_lists_hold_any_valid_name(tmp_path: Path, ids: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "options", "message"),
+    ("changes", "message"),
     [
-        ({"split": None}, {}, "is in split None"),
-        ({}, {"clip": "sound"}, "clip column 'sound' not found; did you mean"),
+        ({"split": None}, "is in split None"),
         (
             {"paths": pa.table({"wav": ["x.wav"] * NUMBER}), "label": np.zeros(NUMBER, dtype=np.int32),
              "label_name": np.array(["c"] * NUMBER, dtype=object)},
-            {},
             "another sample has the same clip 'x' and class 'c'",
         ),
     ],
 )  # fmt: skip
-def test_rows_that_ogm_lists_cannot_hold_raise(
-    tmp_path: Path, changes: dict[str, Any], options: dict[str, Any], message: str
-) -> None:
+def test_rows_that_ogm_lists_cannot_hold_raise(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        export(make(tmp_path, **changes), tmp_path / "lists", format="ogm", **options)
+        export(make(tmp_path, **changes), tmp_path / "lists", format="ogm")
     assert not (tmp_path / "lists").exists()
 
 
@@ -332,10 +419,58 @@ def test_export_in_batches_gives_the_same_bytes(tmp_path: Path, monkeypatch: pyt
             for first in range(0, len(table), 5):
                 yield table.slice(first, 5)
 
-    for module in (export_file, webdataset):
+    for module in (export_file, saved_dataset):
         monkeypatch.setattr(module, "read_batches_of_manifest", in_fives)
     for format_, out in whole_tables.items():
         export(manifest, tmp_path / "again" / format_, format=format_)
         assert tree(tmp_path / "again" / format_) == tree(out)
     export(manifest, tmp_path / "saved", format="datasets")
     assert rows_of(manifest).num_rows == open_dataset(tmp_path / "saved").num_rows
+
+
+# The rows of an export.
+
+
+def job_of(path: Path, table: pa.Table) -> ExportJob:
+    pq.write_table(table, path)
+    return ExportJob(
+        manifest=path,
+        schema=table.schema,
+        paths=(),
+        provenance={},
+        root=None,
+        allow_outside=False,
+        skip_missing=False,
+        escape_formulas=True,
+    )
+
+
+def num_digits(value: float) -> int:
+    return len(Decimal(repr(value)).normalize().as_tuple().digits)
+
+
+@given(st.lists(st.none() | st.floats(width=32), max_size=9))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_have_the_shortest_digits(tmp_path: Path, values: list[float | None]) -> None:
+    table = pa.table({"gap": pa.array(values, pa.float32()), "score": pa.array(values, pa.float64())})
+    rows = [json.loads(json.dumps(row, allow_nan=False)) for row in plain_rows(job_of(tmp_path / "m.parquet", table))]
+    assert len(rows) == len(values)
+    for row, value in zip(rows, values, strict=True):
+        if value is None or not math.isfinite(value):
+            assert row == {"gap": None, "score": None}
+        else:
+            assert (np.float32(row["gap"]), row["score"]) == (np.float32(value), value)
+            assert num_digits(row["gap"]) <= num_digits(value)
+
+
+def test_only_requested_columns_are_read(tmp_path: Path) -> None:
+    job = job_of(tmp_path / "m.parquet", pa.table({"a": ["x"], "b": [1], "c": [0.5]}))
+    assert list(plain_rows(job, "c", "a", "c")) == [{"c": 0.5, "a": "x"}]
+    assert list(plain_rows(job)) == [{"a": "x", "b": 1, "c": 0.5}]
+
+
+def test_split_name_must_be_usable_in_file_names() -> None:
+    assert (split_name(None), split_name("train_2")) == ("all", "train_2")
+    for name in ("a/b", "", "..", "a b"):
+        with pytest.raises(ConfigError, match="is not usable in file names: use letters, digits and _"):
+            split_name(name)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
-from mmaudit.audit.dataset.formats.folders import find_split_tables, plan_layout, plan_split_tables
-from mmaudit.audit.dataset.formats.tables import OTHER_FORMS, Plan
+from mmaudit.audit.dataset.formats import Plan
+from mmaudit.audit.dataset.formats.folders import plan_folders
+from mmaudit.audit.dataset.formats.tables import OTHER_FORMS
 from mmaudit.audit.errors import DatasetError
 
 
@@ -26,7 +27,7 @@ def rows_of(plan: Plan | None) -> list[dict[str, object]]:
 
 
 def read_layout(root: Path, *paths: str) -> list[dict[str, object]]:
-    return rows_of(plan_layout(write_files(root, *paths), shard_rows=2, allow_outside=False))
+    return rows_of(plan_folders(str(write_files(root, *paths)), shard_rows=2, allow_outside=False))
 
 
 def test_files_with_one_stem_are_one_sample(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_skipped_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_folder_without_layout_is_rejected(tmp_path: Path) -> None:
-    assert plan_layout(write_files(tmp_path / "empty", "a/.hidden"), shard_rows=2, allow_outside=False) is None
+    assert plan_folders(str(write_files(tmp_path / "empty", "a/.hidden")), shard_rows=2, allow_outside=False) is None
     with pytest.raises(DatasetError, match=r"empty has none of metadata\.csv"):
         open_dataset(tmp_path / "empty")
     with pytest.raises(DatasetError, match=r"has 2 files, such as a/1\.docx, but no audio, image or video: .* write"):
@@ -129,41 +130,3 @@ def test_circular_links_are_rejected(tmp_path: Path) -> None:
     (data / "cat" / "again").symlink_to(data)
     with pytest.raises(DatasetError, match="links to one of its parents: remove this link"):
         open_dataset(data)
-
-
-def metadata(root: Path, **texts: str) -> Path:
-    for name, text in texts.items():
-        (root / name).mkdir(parents=True)
-        suffix = "jsonl" if text.startswith("{") else "csv"
-        (root / name / f"metadata.{suffix}").write_text(text)
-    return root
-
-
-def test_tables_of_split_folders_are_concatenated(tmp_path: Path) -> None:
-    root = metadata(
-        tmp_path,
-        test="file_name,sound_path,label,note\na.png,/abs/a.wav,x,a.b\n",
-        train='{"file_name": "a.png", "sound_path": "w/a.wav", "label": "y", "age": 3, "f_frames": ["u/a", "v/a"]}\n',
-    )
-    concatenated = rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=1))
-    assert concatenated == [
-        {"file_name": "test/a.png", "sound_path": "/abs/a.wav", "label": "x", "note": "a.b", "split": "test",
-         "age": None, "f_frames": None},
-        {"file_name": "train/a.png", "sound_path": "train/w/a.wav", "label": "y", "note": None, "split": "train",
-         "age": 3, "f_frames": ["train/u/a", "train/v/a"]},
-    ]  # fmt: skip
-
-
-def test_other_folders_add_no_split_and_existing_split_is_kept(tmp_path: Path) -> None:
-    root = metadata(tmp_path / "a", train="file_name,label\na.png,x\n", speaker="file_name,label\nb.png,y\n")
-    assert rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=9)) == [
-        {"file_name": "speaker/b.png", "label": "y"}, {"file_name": "train/a.png", "label": "x"}
-    ]  # fmt: skip
-    root = metadata(tmp_path / "b", train="file_name,label,split\na.png,x,dev\n")
-    assert [row["split"] for row in rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=9))] == ["dev"]
-
-
-def test_tables_with_different_types_are_rejected(tmp_path: Path) -> None:
-    root = metadata(tmp_path, test="label\nx\n", train='{"label": 3}\n')
-    with pytest.raises(DatasetError, match="the parts have columns of different types"):
-        open_dataset(root)

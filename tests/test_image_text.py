@@ -12,7 +12,7 @@ import pytest
 
 from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.dataset.samples import read_samples
-from mmaudit.audit.downloads import Ingested, ingest
+from mmaudit.audit.downloads.ingest import Ingested, ingest
 from mmaudit.audit.errors import DatasetError
 
 

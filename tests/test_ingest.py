@@ -14,7 +14,8 @@ import pytest
 
 import mmaudit
 from mmaudit.audit.dataset.dataset import open_dataset
-from mmaudit.audit.downloads import ADAPTERS, Ingested, ingest
+from mmaudit.audit.downloads import DOWNLOADS
+from mmaudit.audit.downloads.ingest import Ingested, ingest
 from mmaudit.audit.errors import ConfigError, DatasetError
 from mmaudit.audit.storage import read_parquet
 from mmaudit.cli.console import print_ingest
@@ -157,10 +158,10 @@ def replace_text(path: Path, old: str, new: str) -> None:
 
 
 def test_all_adapters_are_covered() -> None:
-    assert set(WRITERS) == set(MODALITIES) == set(ADAPTERS)
+    assert set(WRITERS) == set(MODALITIES) == set(DOWNLOADS)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", DOWNLOADS)
 def test_every_listed_clip_is_a_row(tree: Callable[[str], Path], name: str) -> None:
     root = tree(name)
     ingested = ingest(name, root)
@@ -182,7 +183,7 @@ def test_every_listed_clip_is_a_row(tree: Callable[[str], Path], name: str) -> N
     }
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", DOWNLOADS)
 def test_columns_are_inferred_as_intended_modalities(tree: Callable[[str], Path], name: str) -> None:
     dataset = open_dataset(ingest(name, tree(name)).path)
     assert [str(modality) for modality in dataset.modalities] == MODALITIES[name]
@@ -192,7 +193,7 @@ def test_columns_are_inferred_as_intended_modalities(tree: Callable[[str], Path]
     )
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", DOWNLOADS)
 def test_same_files_give_same_bytes(tree: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     first = ingest(name, tree(name)).path.read_bytes()
     root = tmp_path / "elsewhere"
@@ -234,7 +235,7 @@ def test_paths_are_relative_to_the_table(tree: Callable[[str], Path], tmp_path: 
             assert all((start / path).exists() for path in paths)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", DOWNLOADS)
 def test_other_folder_raises_error_naming_missing_files(tmp_path: Path, name: str) -> None:
     write_files(tmp_path, "holiday.doc", "pictures/me.jpg")
     with pytest.raises(DatasetError, match=r"as unpacked: it has no .*; it contains holiday\.doc, pictures/$"):
@@ -244,15 +245,25 @@ def test_other_folder_raises_error_naming_missing_files(tmp_path: Path, name: st
         ingest(name, tmp_path / "none")
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", DOWNLOADS)
 def test_missing_list_raises_error(tree: Callable[[str], Path], name: str) -> None:
     with pytest.raises(DatasetError, match=r"no such list: .*none\.csv"):
         ingest(name, tree(name), lists=["none.csv"])
 
 
 def test_unknown_adapter_suggests_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no adapter 'crema-d'; did you mean cremad\? \(available: cremad, ave, "):
+    with pytest.raises(ConfigError, match=r"ingest crema-d: did you mean cremad\? \(available: cremad, ave, "):
         ingest("crema-d", tmp_path)
+
+
+def test_installed_adapter_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cremad_twin-1.dist-info").mkdir()
+    (tmp_path / "cremad_twin-1.dist-info" / "METADATA").write_text("Name: cremad-twin\nVersion: 1\n")
+    entry_points = "[mmaudit.downloads]\ntwin = mmaudit.audit.downloads.cremad:read_cremad\n"
+    (tmp_path / "cremad_twin-1.dist-info" / "entry_points.txt").write_text(entry_points)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_cremad(tmp_path / "data")
+    assert ingest("twin", tmp_path / "data").message == "you have 3 of 7,442; 7,439 have no files and no row"
 
 
 def test_output_must_be_in_or_above_the_folder(tree: Callable[[str], Path], tmp_path: Path) -> None:

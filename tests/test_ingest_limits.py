@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from numpy.lib import format as npy
 
-from mmaudit.audit.downloads import ingest, unpickle
+from mmaudit.audit.downloads import unpickle
+from mmaudit.audit.downloads.ingest import ingest
 from mmaudit.audit.downloads.unpickle import read_pickle
 from mmaudit.audit.errors import DatasetError
 

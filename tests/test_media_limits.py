@@ -20,9 +20,11 @@ from PIL import Image
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.errors import Reason, UnusableError
 from mmaudit.audit.features.encoders import preprocessing
+from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.container import missing_bytes
-from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image
 from mmaudit.audit.media.files import BUDGETS, MediaConfig
+from mmaudit.audit.media.image import decode_image
+from mmaudit.audit.media.video import decode_frames
 
 Decode = Callable[[bytes, MediaConfig], Any]
 
@@ -124,7 +126,7 @@ def test_first_frame_is_decoded_and_metadata_chunks_are_ignored() -> None:
 
 MEMORY = """
 import resource, sys
-from mmaudit.audit.media.decode import decode_image
+from mmaudit.audit.media.image import decode_image
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.errors import UnusableError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,10 +14,10 @@ from mmaudit.audit.dataset.modalities import (
     holds_files,
     holds_folders,
     infer_modalities,
-    kind_of_path,
 )
 from mmaudit.audit.dataset.modalities import parse_modality as parse
 from mmaudit.audit.errors import ConfigError, DatasetError
+from mmaudit.audit.media.files import kind_of_path
 
 HEAD = pa.table(
     {

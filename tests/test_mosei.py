@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.dataset.dataset import open_dataset
-from mmaudit.audit.downloads import Ingested, ingest
+from mmaudit.audit.downloads.ingest import Ingested, ingest
 from mmaudit.audit.downloads.mosei import pool_series
 from mmaudit.audit.errors import DatasetError
 

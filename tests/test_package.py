@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import mmaudit
 
@@ -32,6 +34,23 @@ def test_packages_match_the_folders() -> None:
 def test_version_matches_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == mmaudit.__version__
+
+
+def test_oldest_constraints_are_the_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pins = versions([line for line in lines if not line.startswith("#")])
+    bounds = versions(project["dependencies"])
+    assert bounds.keys() <= pins.keys()
+    bounds |= versions(project["optional-dependencies"]["dev"])
+    bounds["torch"] = pins["torch"]  # older releases bring gigabytes of CUDA
+    assert pins.items() <= bounds.items()
+
+
+def versions(requirements: list[str]) -> dict[str, Version | None]:
+    """Return the version that each requirement names, by package."""
+    parsed = map(Requirement, requirements)
+    return {line.name: next((Version(bound.version) for bound in line.specifier), None) for line in parsed}
 
 
 @pytest.mark.parametrize("name", mmaudit.__all__)

@@ -21,8 +21,8 @@ from mmaudit.audit.scores.table import ScoreTable, read_scores, write_scores
 from mmaudit.audit.storage import write_json
 from mmaudit.cli.splitting import replay
 from mmaudit.rebalance.balanced import BalancedConfig
-from mmaudit.rebalance.manifest import dropped_path, read_dropped, read_manifest, read_provenance
-from mmaudit.rebalance.recipe import Recipe, SplitResult, balance_path, make_split, recipe_from_record
+from mmaudit.rebalance.manifest import balance_path, dropped_path, read_dropped, read_manifest, read_provenance
+from mmaudit.rebalance.recipe import Recipe, SplitResult, make_split, recipe_from_record
 from mmaudit.rebalance.score_tables import open_scores
 
 N = 400

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mmaudit.audit.dataset.dataset import open_dataset
-from mmaudit.audit.downloads import ingest
+from mmaudit.audit.downloads.ingest import ingest
 from mmaudit.audit.downloads.unpickle import read_pickle
 from mmaudit.audit.errors import MmauditError, RunError
 from mmaudit.audit.storage import check_regular, open_regular, read_footer, read_json

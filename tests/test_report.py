@@ -28,10 +28,9 @@ from mmaudit.audit.scores.table import ScoreTable, write_scores
 from mmaudit.audit.storage import read_json, write_json, write_parquet, write_text
 from mmaudit.cli.report.page import report_numbers, write_report
 from mmaudit.cli.run import Run
-from mmaudit.rebalance.balanced import BalancedConfig
-from mmaudit.rebalance.binning import CURVE_TOLERANCES
-from mmaudit.rebalance.manifest import dropped_path, read_dropped, read_manifest
-from mmaudit.rebalance.recipe import Recipe, balance_path, make_split
+from mmaudit.rebalance.balanced import CURVE_TOLERANCES, BalancedConfig
+from mmaudit.rebalance.manifest import balance_path, dropped_path, read_dropped, read_manifest
+from mmaudit.rebalance.recipe import Recipe, make_split
 from mmaudit.rebalance.score_tables import open_scores
 from mmaudit.train.contribution import measure_contribution
 from mmaudit.train.evaluate import evaluate, subsets

@@ -15,7 +15,7 @@ from datasets.table import InMemoryTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmaudit.audit.dataset.formats.saved import SplitFiles, is_saved, looks_like_hub_name, plan_parts, plan_saved
+from mmaudit.audit.dataset.formats.saved import SplitFiles, looks_like_hub_name, plan_parts, plan_saved
 from mmaudit.audit.errors import DatasetError
 
 
@@ -60,6 +60,15 @@ def test_rows_without_media_form_large_shards(tmp_path: Path) -> None:
     assert [shard.num_rows for shard in plan.shards] == [8_192, 1_808]
 
 
+def test_file_with_fewer_rows_than_planned_is_reported(tmp_path: Path) -> None:
+    write_arrow(tmp_path / "1.arrow", [3, 3])
+    plan = plan_parts(tmp_path, [SplitFiles(split=None, paths=(tmp_path / "1.arrow",))], shard_rows=4)
+    write_arrow(tmp_path / "1.arrow", [5])
+    assert plan.shards[0].read(["id"]).num_rows == 4
+    with pytest.raises(DatasetError, match=r"1\.arrow cannot be read: it has fewer rows than when it was opened"):
+        plan.shards[1].read(["id"])
+
+
 def save_splits(folder: Path, **splits: dict[str, list[Any]]) -> Path:
     parts = {name: datasets.Dataset.from_dict(columns) for name, columns in splits.items()}
     datasets.DatasetDict(parts).save_to_disk(folder)
@@ -67,17 +76,16 @@ def save_splits(folder: Path, **splits: dict[str, list[Any]]) -> Path:
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
-    plan = plan_saved(folder, shard_rows=2)
+    plan = plan_saved(str(folder), shard_rows=2, allow_outside=False)
+    assert plan is not None
     return [row for shard in plan.shards for row in shard.read(plan.head.column_names).to_pylist()]
 
 
 def test_names_of_saved_splits_become_the_split_column(tmp_path: Path) -> None:
     folder = save_splits(tmp_path / "d", train={"label": [1, 2]}, test={"label": [3]})
-    assert is_saved(folder)
     assert read_all(folder) == [{"label": n, "split": s} for n, s in ((1, "train"), (2, "train"), (3, "test"))]
-    assert is_saved(folder / "test")
     assert read_all(folder / "test") == [{"label": 3}]
-    assert not is_saved(tmp_path)
+    assert plan_saved(str(tmp_path), shard_rows=2, allow_outside=False) is None
 
 
 def test_existing_split_column_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,7 +132,7 @@ def test_damaged_files_are_reported(tmp_path: Path) -> None:
 def test_invalid_state_is_rejected(tmp_path: Path, state: object, words: str) -> None:
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(DatasetError, match=words):
-        plan_saved(tmp_path, shard_rows=2)
+        plan_saved(str(tmp_path), shard_rows=2, allow_outside=False)
 
 
 def test_splits_with_different_columns_or_classes_are_rejected(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,13 +18,22 @@ from hypothesis import strategies as st
 from mmaudit.audit.errors import ScoreError
 from mmaudit.rebalance import score_files
 from mmaudit.rebalance.score_files import (
-    check_schema,
+    check_no_nulls,
+    class_values,
+    decode_dictionary,
     display_name,
+    encode_dictionary,
     find_score_files,
+    float_column,
+    indices_among,
+    label_column,
+    name_column,
     prefetch,
     read_score_schema,
     read_tables,
     sort_by_first_id,
+    split_indices,
+    survey_table,
 )
 
 
@@ -80,9 +91,10 @@ def test_file_that_is_not_parquet_raises(tmp_path: Path) -> None:
 
 
 def test_repeated_columns_raise(tmp_path: Path) -> None:
-    check_schema(pa.schema([("sample_id", pa.string()), ("extra", pa.list_(pa.int8()))]), tmp_path)
+    pq.write_table(pa.table({"sample_id": ["a"], "extra": [[1]]}), tmp_path / "good.parquet")
+    assert read_score_schema(tmp_path / "good.parquet").names == ["sample_id", "extra"]
     with pytest.raises(ScoreError, match="has 2 columns named label: column names must be unique"):
-        check_schema(pa.schema([("label", pa.int32()), ("label", pa.int32())]), tmp_path)
+        read_score_schema(pa.table([[1], [2]], names=["label", "label"]))
     assert display_name(tmp_path) == str(tmp_path)
 
 
@@ -133,3 +145,123 @@ def test_thread_ends_when_the_iterator_is_closed(num_read: int) -> None:
     while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not set(threading.enumerate()) - before
+
+
+# The columns of a score table.
+
+WORDS = st.lists(st.none() | st.sampled_from(["train", "test", "b"]), max_size=9)
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(0, 9), min_size=1, max_size=9))
+def test_indices_among_sorted_labels(labels: list[int]) -> None:
+    sorted_labels = sorted(set(labels))
+    indices = indices_among(pa.chunked_array([labels]), pa.array(sorted_labels), np.int32)
+    assert indices.dtype == np.int32
+    assert [sorted_labels[index] for index in indices] == labels
+    names = [str(label) for label in labels]
+    coded = pa.chunked_array([pa.array(names).dictionary_encode()])
+    assert [
+        sorted(set(names))[index] for index in indices_among(coded, pa.array(sorted(set(names))), np.int32)
+    ] == names
+
+
+@given(WORDS, WORDS)
+def test_dictionary_covers_all_chunks(first: list[str | None], second: list[str | None]) -> None:
+    words = pa.chunked_array([pa.array(chunk, pa.string()).dictionary_encode() for chunk in (first, second)])
+    for column in (words, decode_dictionary(words)):
+        coded = encode_dictionary(column)
+        assert coded.to_pylist() == first + second
+        assert len(set(coded.dictionary.to_pylist())) == len(coded.dictionary)
+
+
+@given(WORDS)
+def test_row_without_split_is_in_all(words: list[str | None]) -> None:
+    names = sorted({word or "all" for word in words} | {"z"})
+    indices = split_indices(pa.table({"split": pa.array(words, pa.string())}), names)
+    assert [names[index] for index in indices] == [word or "all" for word in words]
+    assert split_indices(pa.table({"x": words}), ("all",)).tolist() == [0] * len(words)
+
+
+def test_class_column_is_label_if_present() -> None:
+    table = pa.table({"label": [1.0, 0.0], "label_name": ["b", "a"]})
+    assert (label_column(table), name_column(table), class_values(table).to_pylist()) == ("label", "label_name", [1, 0])
+    names = table.select(["label_name"])
+    assert (label_column(names), name_column(names), class_values(names).to_pylist()) == (
+        *["label_name"] * 2,
+        ["b", "a"],
+    )
+    assert name_column(table.select(["label"])) == "label"
+    with pytest.raises(ScoreError, match="column label does not hold classes"):
+        class_values(pa.table({"label": [0.5]}))
+
+
+def test_float_column_reads_null_as_nan() -> None:
+    table = pa.table({"x": [1, None, 3], "word": ["a", "b", "c"]})
+    np.testing.assert_array_equal(float_column(table, "x"), np.array([1, np.nan, 3], np.float32))
+    with pytest.raises(ScoreError, match="column word does not hold numbers"):
+        float_column(table, "word")
+    check_no_nulls(table, ["word"], table)
+    with pytest.raises(ScoreError, match="the score table: column x holds nulls"):
+        check_no_nulls(table, ["word", "x"], table)
+
+
+# The survey of a score table.
+
+ROW = st.tuples(
+    st.integers(-2, 3),
+    st.sampled_from(["a", "b", None]),
+    st.sampled_from(["train", "test", None]),
+    st.none() | st.just(0.5),
+)
+TYPES = {"label": pa.int32(), "label_name": pa.string(), "split": pa.string(), "balance": pa.float32()}
+
+
+def table(rows: list[tuple[Any, ...]]) -> pa.Table:
+    return pa.table(
+        {name: pa.array([row[index] for row in rows], type_) for index, (name, type_) in enumerate(TYPES.items())}
+    )
+
+
+@given(st.lists(ROW, min_size=1, max_size=12), st.integers(0, 12), st.booleans())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_survey_matches_python(tmp_path: Path, rows: list[tuple[Any, ...]], cut: int, statistics: bool) -> None:
+    paths = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
+    for path, part in zip(paths, (rows[:cut], rows[cut:]), strict=True):
+        pq.write_table(table(part), path, write_statistics=statistics)
+    names_of_label: dict[int, set[str]] = {}
+    for label, name, _, _ in rows:
+        names_of_label.setdefault(label, set()).add(name or "")
+    for files in (paths, [table(rows)]):
+        if any(len(names) > 1 for names in names_of_label.values()):
+            with pytest.raises(ScoreError, match="more than one label_name"):
+                survey_table(files, list(TYPES))
+            continue
+        survey = survey_table(files, list(TYPES))
+        assert survey.num_rows == len(rows)
+        assert survey.classes.to_pylist() == sorted(names_of_label)
+        assert list(survey.class_names) == [min(names_of_label[label]) for label in sorted(names_of_label)]
+        assert list(survey.splits) == sorted({split or "all" for _, _, split, _ in rows})
+        assert survey.every_row_has_split == all(split for _, _, split, _ in rows)
+        assert survey.one_name_per_class == all(
+            len(names) == 1 and "" not in names for names in names_of_label.values()
+        )
+        assert survey.empty_columns == ({"balance"} if all(value is None for *_, value in rows) else set())
+
+
+def test_labels_are_names_if_there_are_no_names() -> None:
+    survey = survey_table([pa.table({"label": [2, 1, 1]})], ["label"])
+    assert (survey.classes.to_pylist(), survey.class_names, survey.splits) == ([1, 2], ("1", "2"), ("all",))
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([[1], ["one"]], "column label is int in one shard and str in another"),
+        ([[1, 2**31]], "label 2147483648 has more than 32 bits"),
+        ([[1, None]], "column label holds nulls"),
+        ([[0.5]], "column label does not hold classes"),
+    ],
+)
+def test_invalid_labels_raise(labels: list[list[Any]], words: str) -> None:
+    with pytest.raises(ScoreError, match=words):
+        survey_table([pa.table({"label": pa.array(values)}) for values in labels], ["label"])

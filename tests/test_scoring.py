@@ -169,3 +169,9 @@ def test_replay_writes_nothing_to_the_run(run: Path) -> None:
     assert replay("even", run=run).identical
     assert manifests.stat().st_mtime_ns == stamp  # no file was created or removed in it
     assert files(run) == before
+
+
+def test_run_of_another_config_raises_and_names_the_setting(data: Path, run: Path) -> None:
+    other = replace(QUICK, probe=replace(QUICK.probe, repeats=2))
+    with pytest.raises(RunError, match=r"probe\.repeats is 1 in the run and 2 now; pass another --run, or --overwrite"):
+        score(data, run=run, config=other, num_workers=0)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
+from math import floor
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import kstest
 
 from mmaudit.audit.scores.table import ScoreTable
-from mmaudit.rebalance.binning import distance_to_uniform
 from mmaudit.rebalance.score_tables import ScoreBatch, ScoreFiles, open_scores
 from mmaudit.rebalance.selection import Decision, RowOutcome
-from mmaudit.rebalance.split_stats import MAX_SHORTAGES, SplitStats
+from mmaudit.rebalance.split_stats import MAX_SHORTAGES, SplitStats, assign_bins, distance_to_uniform
 
 Array = NDArray[Any]
 REASONS = ("out", "missing-modality", "in-other")
@@ -174,7 +175,7 @@ def check_shortages(
             has = int((valid & (bin_index == bin_number) & (batch.label == label)).sum())
             if share - has > 1e-9:
                 expected[(bin_number, label)] = share - has
-    shortages = [(entry["bin"], entry["class"], entry["even"] - entry["has"]) for entry in numbers["shortages"]]
+    shortages = [(entry["bin"], entry["class"], entry["even_share"] - entry["has"]) for entry in numbers["shortages"]]
     assert len(shortages) == min(len(expected), MAX_SHORTAGES)
     amounts = [amount for _, _, amount in shortages]
     assert amounts == sorted(amounts, reverse=True)
@@ -211,3 +212,24 @@ def test_numbers_without_rows_are_zero() -> None:
     assert numbers["before"] == {"distance": 0.0, "ks": 0.0, "positive": 0.0}
     assert numbers["empty_bins"] == [0, 1, 2, 3]
     assert numbers["counts_after"] == [0.0] * 4
+
+
+@pytest.mark.parametrize("num_bins", [2, 5, 20])
+def test_bins_of_ends_and_middle(num_bins: int) -> None:
+    bins = assign_bins(np.array([-1, 0, 1], np.float32), num_bins=num_bins)
+    assert bins.tolist() == [0, num_bins // 2, num_bins - 1]
+
+
+@given(st.floats(-1, 1, width=32), st.integers(2, 50))
+def test_bins_have_equal_width(value: float, num_bins: int) -> None:
+    assume(value == 0 or abs(value) > 1e-6)  # 1 + value is then exact
+    expected = min(num_bins - 1, floor((Fraction(value) + 1) / 2 * num_bins))
+    assert assign_bins(np.array([value], np.float32), num_bins=num_bins).tolist() == [expected]
+
+
+def test_distance_ignores_empty_bins() -> None:
+    available = np.array([0, 5, 5, 0])
+    assert distance_to_uniform(np.array([0, 2, 2, 0]), available=available) == 0
+    assert distance_to_uniform(np.array([0, 3, 1, 0]), available=available) == 0.25
+    assert distance_to_uniform(np.array([0, 4, 0, 0]), available=available) == 0.5
+    assert distance_to_uniform(np.zeros(4), available=np.zeros(4)) == 0

@@ -11,14 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmaudit.audit.dataset.dataset import open_dataset
+from mmaudit.audit.dataset.formats import Plan
 from mmaudit.audit.dataset.formats.tables import (
     METADATA_NAMES,
     OTHER_FORMS,
     concat_rows,
     find_parquets,
+    find_split_tables,
     find_tables,
     memory_shards,
-    plan_tables,
+    plan_files,
+    plan_split_tables,
     read_rows,
     read_tables,
     splits_of,
@@ -36,6 +40,10 @@ JSONL = (
     '{"id": "08", "label": "2", "text": "ünïcode 狗"}\n'
     '{"id": "2020-01-01", "label": "2", "text": "12:30:00"}\n'
 )
+
+
+def rows_of(plan: Plan) -> list[dict[str, object]]:
+    return [row for shard in plan.shards for row in shard.read(plan.head.column_names).to_pylist()]
 
 
 def write_file(path: Path, text: str | bytes) -> Path:
@@ -146,7 +154,7 @@ def test_files_of_one_format_are_concatenated(tmp_path: Path) -> None:
     assert find_tables(f"{tmp_path}/*.jsonl") == (tmp_path, paths)
     assert read_tables(paths).to_pylist() == [{"id": "a", "n": 1, "x": None}, {"id": "b", "n": 2, "x": "word"}]
     halves = [write_file(tmp_path / "1.csv", "id,n\na,1\n"), write_file(tmp_path / "2.csv", "id,n\nb,2\n")]
-    plan = plan_tables(tmp_path, halves, shard_rows=1)
+    plan = plan_files(tmp_path, halves, shard_rows=1)
     assert [shard.read(["id"])["id"].to_pylist() for shard in plan.shards] == [["a"], ["b"]]
     assert plan.folders == (tmp_path,)
 
@@ -158,7 +166,7 @@ def test_files_of_one_format_are_concatenated(tmp_path: Path) -> None:
 def test_files_with_different_columns_are_rejected(tmp_path: Path, name: str, first: str, second: str) -> None:
     paths = [write_file(tmp_path / f"1{name}", first), write_file(tmp_path / f"2{name}", second)]
     with pytest.raises(DatasetError, match=f"2{name} has different columns from .*1{name}"):
-        plan_tables(tmp_path, paths, shard_rows=9)
+        plan_files(tmp_path, paths, shard_rows=9)
 
 
 def test_tables_are_concatenated_by_column_name() -> None:
@@ -178,7 +186,7 @@ def test_splits_are_inferred_from_parquet_file_names(tmp_path: Path, caplog: pyt
             pq.write_table(rows, tmp_path / f"{name}.parquet")
         paths = find_parquets(tmp_path)
         assert splits_of(paths) == ["test", "train"]
-        plan = plan_tables(tmp_path, paths, shard_rows=1, splits=splits_of(paths))
+        plan = plan_files(tmp_path, paths, shard_rows=1, splits=splits_of(paths))
         assert plan.head.column_names == [*rows.column_names, "split"]
         assert [shard.read(["split", "id"]).to_pylist() for shard in plan.shards] == [
             [{"split": "test", "id": "a"}], [{"split": "train", "id": "a"}]
@@ -191,5 +199,43 @@ def test_splits_are_inferred_from_parquet_file_names(tmp_path: Path, caplog: pyt
 def test_split_column_overrides_file_name(tmp_path: Path) -> None:
     for rows in (pa.table({"split": ["dev"]}), pa.table({"split": ["dev"], "x": [[0.5]]})):
         pq.write_table(rows, tmp_path / "train.parquet")
-        plan = plan_tables(tmp_path, find_parquets(tmp_path), shard_rows=1, splits=["train"])
+        plan = plan_files(tmp_path, find_parquets(tmp_path), shard_rows=1, splits=["train"])
         assert plan.shards[0].read(["split"])["split"].to_pylist() == ["dev"]
+
+
+def metadata(root: Path, **texts: str) -> Path:
+    for name, text in texts.items():
+        (root / name).mkdir(parents=True)
+        suffix = "jsonl" if text.startswith("{") else "csv"
+        (root / name / f"metadata.{suffix}").write_text(text)
+    return root
+
+
+def test_tables_of_split_folders_are_concatenated(tmp_path: Path) -> None:
+    root = metadata(
+        tmp_path,
+        test="file_name,sound_path,label,note\na.png,/abs/a.wav,x,a.b\n",
+        train='{"file_name": "a.png", "sound_path": "w/a.wav", "label": "y", "age": 3, "f_frames": ["u/a", "v/a"]}\n',
+    )
+    concatenated = rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=1))
+    assert concatenated == [
+        {"file_name": "test/a.png", "sound_path": "/abs/a.wav", "label": "x", "note": "a.b", "split": "test",
+         "age": None, "f_frames": None},
+        {"file_name": "train/a.png", "sound_path": "train/w/a.wav", "label": "y", "note": None, "split": "train",
+         "age": 3, "f_frames": ["train/u/a", "train/v/a"]},
+    ]  # fmt: skip
+
+
+def test_other_folders_add_no_split_and_existing_split_is_kept(tmp_path: Path) -> None:
+    root = metadata(tmp_path / "a", train="file_name,label\na.png,x\n", speaker="file_name,label\nb.png,y\n")
+    assert rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=9)) == [
+        {"file_name": "speaker/b.png", "label": "y"}, {"file_name": "train/a.png", "label": "x"}
+    ]  # fmt: skip
+    root = metadata(tmp_path / "b", train="file_name,label,split\na.png,x,dev\n")
+    assert [row["split"] for row in rows_of(plan_split_tables(root, find_split_tables(root), shard_rows=9))] == ["dev"]
+
+
+def test_tables_with_different_types_are_rejected(tmp_path: Path) -> None:
+    root = metadata(tmp_path, test="label\nx\n", train='{"label": 3}\n')
+    with pytest.raises(DatasetError, match="the parts have columns of different types"):
+        open_dataset(root)

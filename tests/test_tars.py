@@ -18,9 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
-from mmaudit.audit.dataset.formats import tars
-from mmaudit.audit.dataset.formats.tables import Plan
-from mmaudit.audit.dataset.formats.tars import find_tars, plan_tars
+from mmaudit.audit.dataset.formats import Plan, tars
+from mmaudit.audit.dataset.formats.tars import find_tars, plan_tar_files
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import DatasetError
@@ -61,7 +60,7 @@ def test_members_are_read_by_extension(tmp_path: Path) -> None:
         ("a/.hidden", b"x"),
         ("README", b"x"),
     ]
-    assert read_rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=1)) == [
+    assert read_rows(plan_tar_files([pack(tmp_path / "x.tar", members)], shard_rows=1)) == [
         {"__key__": "a/1", "age": 4, "cls": 3, "tags": ["u"], "txt": "a dog\n", "who": "x",
          "left.png": b"sight", "npy": [1.5, 2.0]},
         {"__key__": "a/2", "age": None, "cls": -1, "tags": None, "txt": None, "who": None,
@@ -84,7 +83,7 @@ def test_every_member_is_read_back(
     members = [
         (f"{folder}/{number}.{name}", data) for number, sample in enumerate(samples) for name, data in sample.items()
     ]
-    plan = plan_tars([pack(tmp_path / "x.tar", members, format_=format_)], shard_rows=shard_rows)
+    plan = plan_tar_files([pack(tmp_path / "x.tar", members, format_=format_)], shard_rows=shard_rows)
     names = {name for sample in samples for name in sample}
     assert read_rows(plan) == [
         {"__key__": f"{folder}/{number}", **{name: sample.get(name) for name in names}}
@@ -96,7 +95,7 @@ def test_every_member_is_read_back(
 
 def test_only_requested_members_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     members = [(f"{number}.{name}", b"x" * 2_000) for number in range(3) for name in ("png", "wav")]
-    [shard] = plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9).shards
+    [shard] = plan_tar_files([pack(tmp_path / "x.tar", members)], shard_rows=9).shards
     counted = []
 
     class Counting(io.FileIO):
@@ -115,7 +114,7 @@ def test_only_requested_members_are_read(tmp_path: Path, monkeypatch: pytest.Mon
 def test_bytes_of_media_per_shard_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tars, "_SHARD_BYTES", 250)
     members = [(f"{number}.wav", b"x" * size) for number, size in enumerate((100, 100, 100, 900, 1, 1))]
-    plan = plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9)
+    plan = plan_tar_files([pack(tmp_path / "x.tar", members)], shard_rows=9)
     assert [shard.num_rows for shard in plan.shards] == [2, 1, 1, 2]
 
 
@@ -149,7 +148,7 @@ def test_splits_are_inferred_from_names_and_logged(
 ) -> None:
     caplog.set_level(logging.INFO, "mmaudit")
     paths = [pack(tmp_path / "d" / name, clips(f"k{number}")) for number, name in enumerate(names)]
-    split_of_row = [row.get("split") for row in read_rows(plan_tars(paths, shard_rows=9))]
+    split_of_row = [row.get("split") for row in read_rows(plan_tar_files(paths, shard_rows=9))]
     expected = {"train": "train", "val": "validation", "test": "test"}
     assert split_of_row == ([None] * len(names) if splits is None else [expected[split] for split in splits])
     assert ("split by the names of the tars" in caplog.text) == (splits is not None)
@@ -157,13 +156,13 @@ def test_splits_are_inferred_from_names_and_logged(
 
 def test_existing_split_field_is_kept(tmp_path: Path) -> None:
     members = [*clips("a"), ("a.json", b'{"split": "test"}')]
-    assert read_rows(plan_tars([pack(tmp_path / "train.tar", members)], shard_rows=9))[0]["split"] == "test"
+    assert read_rows(plan_tar_files([pack(tmp_path / "train.tar", members)], shard_rows=9))[0]["split"] == "test"
 
 
 def test_tars_with_different_columns_are_concatenated(tmp_path: Path) -> None:
     first = pack(tmp_path / "1.tar", [("a.wav", b"1"), ("a.json", b'{"n": 1}')])
     second = pack(tmp_path / "2.tar", [("b.png", b"2"), ("b.json", b'{"n": 2.5, "word": "x"}')])
-    assert read_rows(plan_tars([first, second], shard_rows=9)) == [
+    assert read_rows(plan_tar_files([first, second], shard_rows=9)) == [
         {"__key__": "a", "n": 1.0, "word": None, "wav": b"1", "png": None},
         {"__key__": "b", "n": 2.5, "word": "x", "wav": None, "png": b"2"},
     ]
@@ -189,27 +188,27 @@ def test_tars_with_different_columns_are_concatenated(tmp_path: Path) -> None:
 )
 def test_invalid_samples_are_rejected(tmp_path: Path, members: Members, words: str) -> None:
     with pytest.raises(DatasetError, match=words):
-        plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9)
+        plan_tar_files([pack(tmp_path / "x.tar", members)], shard_rows=9)
 
 
 def test_key_in_two_tars_is_rejected(tmp_path: Path) -> None:
     paths = [pack(tmp_path / name, clips("0001")) for name in ("1.tar", "2.tar")]
     with pytest.raises(DatasetError, match=r"the key 0001 is repeated in .*2\.tar, after .*1\.tar"):
-        plan_tars(paths, shard_rows=9)
+        plan_tar_files(paths, shard_rows=9)
 
 
 @pytest.mark.parametrize("array", [[[1.0, 2.0]], 3.0, ["word"]])
 def test_array_that_is_not_a_vector_is_rejected(tmp_path: Path, array: Any) -> None:
     path = pack(tmp_path / "x.tar", [("a.npy", npy(array))])
     with pytest.raises(DatasetError, match=r"a\.npy is of shape .*; features must be a vector of numbers"):
-        plan_tars([path], shard_rows=9)
+        plan_tar_files([path], shard_rows=9)
 
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     file = io.BytesIO()
     np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(DatasetError, match=r"a\.npy cannot be read: .*header states objects"):
-        plan_tars([pack(tmp_path / "x.tar", [("a.npy", file.getvalue())])], shard_rows=9)
+        plan_tar_files([pack(tmp_path / "x.tar", [("a.npy", file.getvalue())])], shard_rows=9)
 
 
 def announcing(shape: bytes) -> bytes:
@@ -229,7 +228,7 @@ def announcing(shape: bytes) -> bytes:
 )
 def test_damaged_vector_is_reported(tmp_path: Path, data: bytes, words: str) -> None:
     with pytest.raises(DatasetError, match=words):
-        plan_tars([pack(tmp_path / "x.tar", [("a.npy", data)])], shard_rows=9)
+        plan_tar_files([pack(tmp_path / "x.tar", [("a.npy", data)])], shard_rows=9)
 
 
 def test_link_is_rejected(tmp_path: Path) -> None:
@@ -238,7 +237,7 @@ def test_link_is_rejected(tmp_path: Path) -> None:
         member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(member)
     with pytest.raises(DatasetError, match=r"a\.wav is a link or sparse: pack the files themselves"):
-        plan_tars([tmp_path / "x.tar"], shard_rows=9)
+        plan_tar_files([tmp_path / "x.tar"], shard_rows=9)
 
 
 def test_truncated_tar_gives_complete_members_or_is_rejected(tmp_path: Path) -> None:
@@ -248,10 +247,10 @@ def test_truncated_tar_gives_complete_members_or_is_rejected(tmp_path: Path) -> 
     for end in (0, 100, 512, 900, 1_300, 1_536, 1_800, 2_048, 2_050, 2_100, 2_560, 3_000):
         (tmp_path / "cut.tar").write_bytes(content[:end])
         if end in (1_536, 2_560, 3_000):
-            assert len(read_rows(plan_tars([tmp_path / "cut.tar"], shard_rows=9))) == (1 if end < 2_000 else 2)
+            assert len(read_rows(plan_tar_files([tmp_path / "cut.tar"], shard_rows=9))) == (1 if end < 2_000 else 2)
         else:
             with pytest.raises(DatasetError, match=r"cut\.tar.*(truncated|header at byte \d+ cannot be read)"):
-                plan_tars([tmp_path / "cut.tar"], shard_rows=9)
+                plan_tar_files([tmp_path / "cut.tar"], shard_rows=9)
 
 
 def test_damaged_header_is_reported(tmp_path: Path) -> None:
@@ -260,12 +259,12 @@ def test_damaged_header_is_reported(tmp_path: Path) -> None:
     content[3 * 1_024 + 148] ^= 0xFF  # in the checksum of the fourth member
     path.write_bytes(content)
     with pytest.raises(DatasetError, match=r"x\.tar: the header at byte 3072 cannot be read"):
-        plan_tars([path], shard_rows=9)
+        plan_tar_files([path], shard_rows=9)
 
 
 def test_tar_truncated_after_opening_is_reported(tmp_path: Path) -> None:
     path = pack(tmp_path / "x.tar", [("a.wav", b"x" * 5_000)])
-    [shard] = plan_tars([path], shard_rows=9).shards
+    [shard] = plan_tar_files([path], shard_rows=9).shards
     path.write_bytes(path.read_bytes()[:1_000])
     with pytest.raises(DatasetError, match="was truncated after it was opened"):
         shard.read(["wav"])
@@ -285,5 +284,5 @@ def test_modalities_of_tars_are_named_by_kind(tmp_path: Path) -> None:
 
 def test_only_canonical_integers_are_numbers(tmp_path: Path) -> None:
     members = [("a.cls", b"1"), ("a.json", b'{"id": "007"}'), ("b.cls", b"01"), ("b.json", b'{"id": "8"}')]
-    read_back = read_rows(plan_tars([pack(tmp_path / "x.tar", members)], shard_rows=9))
+    read_back = read_rows(plan_tar_files([pack(tmp_path / "x.tar", members)], shard_rows=9))
     assert [(row["cls"], row["id"]) for row in read_back] == [("1", "007"), ("01", "8")]

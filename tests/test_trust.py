@@ -21,16 +21,16 @@ from mmaudit.audit.errors import RunError
 from mmaudit.audit.features import encoders as functions
 from mmaudit.audit.storage import PROVENANCE_KEY, read_json, write_json
 from mmaudit.cli.main import app
-from mmaudit.rebalance.export import FORMATS
+from mmaudit.rebalance import EXPORTERS
 from mmaudit.rebalance.manifest import (
     ROWS_KEY,
+    balance_path,
     dropped_path,
     metadata_digest,
     read_provenance,
     read_stated_digests,
     table_digest,
 )
-from mmaudit.rebalance.recipe import balance_path
 
 CANARY = "a private file of the user"
 ENCODER = "import numpy as np\n\ndef mean(decoded, media):\n    return np.asarray(decoded, float).mean(axis=(0, 1))\n"
@@ -136,7 +136,7 @@ def commands(manifest: Path, out: Path) -> list[list[str | Path]]:
     """Return every command that reads a manifest."""
     run: list[str | Path] = ["--run", out / "run"]
     exports: list[list[str | Path]] = [
-        ["export", manifest, "--format", name, "--out", out / f"out.{name}", "--json", *run] for name in FORMATS
+        ["export", manifest, "--format", name, "--out", out / f"out.{name}", "--json", *run] for name in EXPORTERS
     ]
     return [
         ["verify", manifest, *run],
@@ -213,6 +213,24 @@ def test_hostile_manifest_runs_and_opens_nothing(home: Path, tmp_path: Path, enc
     for path in home.glob("hostile*.py"):
         path.unlink()
     (home / "hf.py").unlink(missing_ok=True)
+
+
+def test_hostile_manifest_imports_no_reader(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hostile_reader-1.dist-info").mkdir()
+    (tmp_path / "hostile_reader-1.dist-info" / "METADATA").write_text("Name: hostile-reader\nVersion: 1\n")
+    entry_points = "[mmaudit.readers]\nhostile = hostile_reader:run\n"
+    (tmp_path / "hostile_reader-1.dist-info" / "entry_points.txt").write_text(entry_points)
+    (tmp_path / "hostile_reader.py").write_text(HOSTILE.format(mark=str(home / "ran")))
+    monkeypatch.syspath_prepend(tmp_path)
+    manifest = foreign_manifest(home, tmp_path / "foreign", "statistics", str(home / "canary.wav"))
+    rewrite(
+        manifest,
+        lambda provenance: provenance["scores"]["config"]["data"].update(reader="hostile"),
+        lambda table: table,
+    )
+    code, printed = mmaudit("verify", manifest, "--data", home / "data")
+    assert code == 2
+    assert "is not trusted to name the reader hostile of an installed package" in printed
 
 
 def test_text_of_data_is_not_executed_by_a_function_in_metadata(home: Path, tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmaudit.audit.errors import Reason, UnusableError
-from mmaudit.audit.media.decode import decode_folders, decode_frames
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.video import read_frames, segment_middles
+from mmaudit.audit.media.video import decode_folders, decode_frames, read_frames, segment_middles
 
 MEDIA = MediaConfig()
 

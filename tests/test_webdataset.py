@@ -20,6 +20,7 @@ from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError
 from mmaudit.audit.storage import PROVENANCE_KEY
+from mmaudit.rebalance import webdataset
 from mmaudit.rebalance.export import export_manifest as write_export
 from mmaudit.rebalance.manifest import COLUMNS
 from mmaudit.rebalance.webdataset import webdataset_key
@@ -92,8 +93,9 @@ def tree(path: Path) -> dict[str, bytes]:
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def test_tars_are_read_back(manifest: Path, tmp_path: Path) -> None:
-    out = export(manifest, tmp_path / "tars", format="webdataset", samples_per_shard=5)
+def test_tars_are_read_back(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "SAMPLES_PER_TAR", 5)
+    out = export(manifest, tmp_path / "tars", format="webdataset")
     assert (out["skipped"], out["left_out"]) == (0, [])
     assert {Path(entry).name for entry in out["files"]} >= {"train-000000.tar", "train-000001.tar", "test-000000.tar"}
     dataset = open_dataset(tmp_path / "tars")
@@ -112,8 +114,11 @@ def test_tars_are_read_back(manifest: Path, tmp_path: Path) -> None:
     assert media == {name: (b"sound %d" % entry, b"sight %d" % entry) for name, entry in numbers.items()}
 
 
-def test_tar_headers_are_independent_of_the_machine(manifest: Path, tmp_path: Path) -> None:
-    out = export(manifest, tmp_path / "tars", format="webdataset", samples_per_shard=5)
+def test_tar_headers_are_independent_of_the_machine(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webdataset, "SAMPLES_PER_TAR", 5)
+    out = export(manifest, tmp_path / "tars", format="webdataset")
     num_members = 0
     for path in out["files"]:
         with tarfile.open(path) as archive:

@@ -15,6 +15,7 @@ from ..audit.errors import ManifestError, RunError, choices
 from ..audit.metrics import wilson_interval
 from ..audit.probes.prediction import expected_calibration_error
 from ..audit.workers import NETWORK_THREADS, fixed_threads
+from ..rebalance.subsets import DOMINATED_THRESHOLDS, balanced_name, dominated_name, is_balanced, is_dominated
 from .checkpoint import load_model, read_model_config
 from .config import TrainConfig
 from .contribution import correct_by_set, measure_contribution, shapley_sets
@@ -25,7 +26,6 @@ from .training_data import NetworkReader, TrainingData
 
 Probabilities = NDArray[np.float32]
 Labels = NDArray[np.integer[Any]]
-DOMINATED_THRESHOLDS = (0.2, 0.4)  # thresholds of Xia et al., arXiv 2302.10912, in addition to 0
 
 
 def subsets(discrepancy: NDArray[np.floating[Any]], *, first: str, second: str) -> dict[str, NDArray[np.bool_]]:
@@ -34,10 +34,11 @@ def subsets(discrepancy: NDArray[np.floating[Any]], *, first: str, second: str) 
     `first` is the side where D > 0. `balanced` is |D| <= 0.2, mmaudit's own.
     """
     masks = {"all": np.ones(len(discrepancy), dtype=bool)}
-    for name, signed in ((first, discrepancy), (second, -discrepancy)):
-        masks[f"{name}-preferred"] = signed > 0
-        masks |= {f"{name}-dominated-{threshold:g}": signed > threshold for threshold in DOMINATED_THRESHOLDS}
-    masks["balanced-within-0.2"] = np.abs(discrepancy) <= DOMINATED_THRESHOLDS[0]
+    for side, signed in ((first, discrepancy), (second, -discrepancy)):
+        masks |= {
+            dominated_name(side, threshold): is_dominated(signed, threshold) for threshold in (0, *DOMINATED_THRESHOLDS)
+        }
+    masks[balanced_name()] = is_balanced(discrepancy)
     return masks
 
 

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..audit.dataset.columns import SPLITS
-from ..audit.dataset.samples import Samples, stratified_cut
+from ..audit.dataset.samples import Samples
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.features.encode import EncodeTask
 from ..audit.features.encoded_samples import Status, missing_in_source, row_content
@@ -21,6 +20,7 @@ from ..audit.features.encoders import input_shape, is_network
 from ..audit.features.matrix import FeatureMatrix, Inputs, chunks
 from ..audit.hashing import canonical_order
 from ..audit.workers import prefetch_map
+from ..rebalance.curriculum import with_validation
 from ..rebalance.manifest import Manifest
 
 RowIndex = NDArray[np.int64]
@@ -268,23 +268,3 @@ def _check_usable(ids: NDArray[np.object_], rows: NDArray[np.intp], statuses: Se
                 f"{len(unusable)} samples of the manifest have no usable {status.modality.name} "
                 f"(the first: {unusable[0]})"
             )
-
-
-def with_validation(
-    table: pa.Table, ids: NDArray[np.object_], label: NDArray[np.int32], *, fraction: float, seed: int
-) -> NDArray[np.object_]:
-    """Return the split of each row (n,), with a validation split cut from the training rows where there is none."""
-    split = np.array(table["split"].to_pylist(), dtype=object)
-    unknown = {str(name) for name in split} - set(SPLITS)
-    if unknown:
-        raise ManifestError(
-            f"column split of the manifest has {sorted(unknown)[0]!r}, must be one of train, validation, test"
-        )
-    if "validation" in split:
-        return split
-    train = np.flatnonzero(split == "train")
-    groups = table["group"].to_pylist() if "group" in table.column_names else [None]
-    group = None if None in groups else np.array(groups, dtype=object)[train]
-    selected = stratified_cut(ids[train], label[train], group, fraction=fraction, seed=seed, purpose="validation split")
-    split[train[selected]] = "validation"
-    return split

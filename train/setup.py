@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ManifestError
 from ..audit.hashing import digest
+from ..rebalance.curriculum import training_rows
 from .balancing.config import BALANCERS
 from .checkpoint import load_state
 from .config import FinetuneConfig, TrainConfig, check_schedule
@@ -81,14 +82,10 @@ def build_model_config(examples: Examples, config: TrainConfig) -> ModelConfig:
 
 
 def _training_rows(examples: Examples, config: FinetuneConfig) -> NDArray[np.int64]:
-    train = examples.rows("train")
-    if config.keep_posterior is None:
-        return train
-    posterior = examples.p_balanced[train]
-    if np.isnan(posterior).any():
-        raise ManifestError("--keep-posterior: the manifest has no p_balanced; rescore with mmaudit score, split again")
-    selected = train[posterior >= config.keep_posterior]
-    log.info("P(balanced) >= %g keeps %d of %d training samples", config.keep_posterior, len(selected), len(train))
+    selected = training_rows(examples.split, examples.p_balanced, keep_posterior=config.keep_posterior)
+    if config.keep_posterior is not None:
+        num_train = len(examples.rows("train"))
+        log.info("P(balanced) >= %g keeps %d of %d training samples", config.keep_posterior, len(selected), num_train)
     return selected
 
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from ..errors import ConfigError, DatasetError, Reason, UnusableError, choices
 from ..hashing import digest
-from ..media.files import MAX_IN_MEMORY, MediaFile, Medium
+from ..media.files import MAX_IN_MEMORY, MediaFile, Medium, kind_of_path
 from ..storage import file_stamp, open_regular
-from .modalities import Modality, kind_of_path
+from .modalities import Modality
 
 _ROLE_NAMES = {
     "id": ("sample_id", "id", "uid", "key", "clip_id", "video_id", "__key__"),

@@ -14,10 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ConfigError, DatasetError, UnusableError, choices
-from ..media.decode import has_sound
 from .columns import Columns, find_columns, holds_pictures, load_cell, stamp_cell
-from .formats.readers import plan_source
-from .formats.tables import Plan, Shard
+from .formats import Plan, Shard, plan_source
 from .labels import TASKS
 from .modalities import (
     Modality,
@@ -37,27 +35,37 @@ _NUM_SOUND_CHECKS = 8  # clips that are opened to check whether a video column h
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Roles of the columns and options of reading.
+    """How a dataset is read: the roles of its columns, its modalities, and options of reading.
 
-    Attributes:
-        modality: NAME=COLUMN[:KIND] of each modality; (): inferred from the columns.
-        encoder: MODALITY=ENCODER for each modality that does not use the default, `statistics`; others are `resnet18`,
-            `hf:MODEL`, `package.module:function` and the encoders of installed packages.
-        task: classification, multilabel or regression; see labels.py.
-        id: column of sample ids; None: found by name.
-        label: column of labels; None: found by name.
-        group: column of groups; None: found by name, "none": not used.
-        split: column of splits; None: found by name, "none": not used.
-        classes: all classes; a label outside is quarantined. (): the source's own list, if it has one.
-        allow_outside: allow paths that lead outside the dataset's folder.
-        keep_duplicates: score samples that equal another sample in every modality.
-        shard_rows: rows of media per shard, the unit that is encoded at once and lost on Ctrl-C.
-        test_fraction: fraction of samples in the test split if the dataset has no split, in (0, 1).
+    Args:
+        reader: Source format, one of `READERS` or of an installed package; "auto": the built-in readers are asked.
+        modality: Modalities as NAME=COLUMN[:KIND], such as audio=wav_path:audio; [] infers them from the columns. Kinds
+            are audio, image, video, frames (folders of pictures), features (vectors) and text.
+        encoder: Encoders as MODALITY=ENCODER, such as image=resnet18; a modality without one uses `statistics`. Others
+            are `hf:MODEL`, `package.module:function` and the encoders of installed packages.
+        task: What the label is: classification (one class), multilabel (a set of labels) or regression (a number).
+        id: Column of unique sample ids. Not set: sample_id, id, uid, key, clip_id, video_id or __key__, else the first
+            column of paths, else row numbers.
+        label: Column of labels. Not set: label, class, category, target, y, label_name, labels or cls.
+        group: Column of groups, such as speakers or source videos, which folds and splits keep together. Not set: the
+            column `group` if there is one; "none": no groups.
+        split: Column of train, validation and test. Not set: the column `split` if there is one; "none", or no such
+            column: a test split is cut.
+        classes: All classes, by name or number; samples of other classes are quarantined. []: those that the source
+            declares, else all labels that occur.
+        allow_outside: Whether paths may lead outside the dataset's folder.
+        keep_duplicates: Whether to score samples that equal another sample in every modality.
+        shard_rows: Rows per shard of media; a shard is encoded at once, and lost if the run is interrupted.
+        test_fraction: Share of the samples in the test split that is cut if the dataset has no splits, in (0, 1).
 
     Raises:
-        ConfigError: if a value is out of range or a class is repeated.
+        ConfigError: A value is out of range, or a class is repeated.
+
+    Example:
+        >>> config = DataConfig(label="emotion", group="speaker", modality=("voice=wav_path:audio", "words=transcript"))
     """
 
+    reader: str = "auto"
     modality: tuple[str, ...] = ()
     encoder: tuple[str, ...] = ()
     task: str = "classification"
@@ -84,18 +92,30 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A schema and the shards of a source. Media stay on disk; `read` returns the rows of one shard.
+    """The rows of a source, their modalities and the roles of their columns; returned by `open_dataset`.
 
-    Attributes:
-        source: the path, glob or hub name that was opened.
-        root: folder that relative paths start from.
-        modalities: the modalities, at least two.
-        columns: names of the id, label, group and split columns.
+    Media stay on disk: `read` returns the rows of one shard, with paths as stored, and `load` the medium of one
+    cell. A shard can be sent to another process.
+
+    Args:
+        source: The path, glob or hub name that was opened.
+        root: Folder that relative paths start from.
+        modalities: The modalities, at least two, each with its name, column, kind and encoder.
+        columns: Names of the id, label, group and split columns.
         schema: Arrow schema of the rows.
-        shards: units of reading, in dataset order.
-        allow_outside: whether paths may lead outside `root`.
+        shards: Units of reading, in dataset order.
+        allow_outside: Whether paths may lead outside `root`.
         task: classification, multilabel or regression.
-        classes: requested classes; (): those of the source.
+        classes: Requested classes; (): those of the source.
+
+    Example:
+        >>> dataset = open_dataset("clips")
+        >>> for shard in dataset.shards:
+        ...     rows = dataset.read(shard)
+        ...     ids = dataset.sample_ids(rows, shard)
+        ...     for modality in dataset.modalities:
+        ...         cells = rows[modality.column].to_pylist()
+        ...         media = [dataset.load(cell, modality) for cell in cells]
     """
 
     source: str
@@ -125,9 +145,18 @@ class Dataset:
         return holds_bytes(type_) or is_vector(type_)
 
     def read(self, shard: Shard, *, modalities: bool = True, data: bool = True) -> pa.Table:
-        """Read the rows of a shard: id, label, group, split and path columns, and the modalities if `modalities`.
+        """Read the rows of a shard.
 
-        Without `data`, modalities whose cells are media or vectors themselves are left out.
+        Args:
+            shard: One of `shards`.
+            modalities: Whether to read the columns of the modalities, too.
+            data: Whether to read those of them whose cells are media or vectors themselves.
+
+        Returns:
+            The columns of id, label, group, split and paths, and those of the modalities if `modalities`, as stored.
+
+        Raises:
+            DatasetError: The rows cannot be read, or have changed since the dataset was opened.
         """
         columns = set(self.columns.names) | set(self.path_columns)
         if modalities:
@@ -147,16 +176,16 @@ class Dataset:
         """Load a cell of a modality.
 
         Args:
-            cell: value of the modality's column: a path, bytes, a struct of both, a text, a vector, or folder names.
-            modality: the modality that the cell belongs to.
+            cell: Value of the modality's column: a path, bytes, a struct of both, a text, a vector, or folder names.
+            modality: The modality that the cell belongs to.
 
         Returns:
             A medium (bytes, or a MediaFile if it is large), a text, a vector, or for frames one tuple of images, in
             order, for each folder.
 
         Raises:
-            UnusableError: if the medium is missing.
-            DatasetError: if a path leads outside the dataset's folder, unless `allow_outside`.
+            UnusableError: The medium is missing.
+            DatasetError: A path leads outside the dataset's folder, unless `allow_outside`.
         """
         with self._naming_source():
             return load_cell(cell, modality, root=self.root, allow_outside=self.allow_outside)
@@ -175,27 +204,36 @@ class Dataset:
 
 
 def open_dataset(data: str | Path, config: DataConfig | None = None) -> Dataset:
-    """Open a dataset.
+    """Open a dataset: find its rows, the roles of its columns and its modalities; no medium is decoded.
 
     Args:
-        data: a folder with a metadata file, or with one in each folder of a split; a csv, jsonl or Parquet file or a
+        data: A folder with a metadata file, or with one in each folder of a split; a csv, jsonl or Parquet file or a
             glob of such; a folder saved by `datasets`; a name on the Hugging Face hub; a folder
-            ROOT[/split]/class/file; WebDataset tars.
-        config: roles of the columns; by default they are inferred. Inferred modalities are logged.
+            ROOT[/split]/class/file; WebDataset tars; or a source that the reader of an installed package recognises,
+            if `config.reader` names it.
+        config: Roles of the columns and options of reading; by default they are inferred. Inferred modalities are
+            logged.
 
     Returns:
-        The dataset; media are not read yet.
+        The dataset, with at least one row and two modalities.
 
     Raises:
-        DatasetError: if `data` is not a readable dataset.
-        ConfigError: if the config names a column, modality or encoder that does not exist.
+        DatasetError: `data` is not a readable dataset, has no label column, or fewer than two modalities.
+        ConfigError: The config names a reader, column or modality that does not exist.
 
     Example:
+        A folder `clips` with metadata.csv, whose columns are audio_file_name, image_file_name and emotion:
+
         >>> dataset = open_dataset("clips", DataConfig(label="emotion"))
-        >>> print(dataset.num_rows, dataset.modalities)
+        >>> dataset.num_rows
+        7442
+        >>> [str(modality) for modality in dataset.modalities]
+        ['audio=audio_file_name:audio', 'image=image_file_name:image']
     """
     config = config or DataConfig()
-    plan = plan_source(str(data), shard_rows=config.shard_rows, allow_outside=config.allow_outside)
+    plan = plan_source(
+        str(data), reader=config.reader, shard_rows=config.shard_rows, allow_outside=config.allow_outside
+    )
     if not plan.shards or not plan.head.num_rows:
         raise DatasetError(f"{data} holds no rows")
     roles = {"id": config.id, "label": config.label, "group": config.group, "split": config.split}
@@ -254,6 +292,8 @@ def _drop_silent_audio(dataset: Dataset, head: pa.Table) -> list[Modality]:
 
 
 def _has_any_sound(dataset: Dataset, head: pa.Table, modality: Modality) -> bool:
+    from ..media.audio import has_sound  # imported here: PyAV takes 0.1 s, and every command imports DataConfig
+
     num_readable = 0
     for cell in head[modality.column].to_pylist()[:_NUM_SOUND_CHECKS]:
         try:

@@ -6,76 +6,22 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ConfigError, DatasetError, choices
+from ..media.files import EXTENSIONS, kind_of_bytes, kind_of_path
 from .labels import declared_kind
-
-# (offset, magic bytes, kind); the first match wins
-_SIGNATURES = (
-    (0, b"fLaC", "audio"),
-    (0, b"ID3", "audio"),
-    (0, b"caff", "audio"),
-    (0, b".snd", "audio"),
-    (0, b"\x89PNG\r\n\x1a\n", "image"),
-    (0, b"\xff\xd8\xff", "image"),
-    (0, b"GIF87a", "image"),
-    (0, b"GIF89a", "image"),
-    (0, b"II*\0", "image"),
-    (0, b"MM\0*", "image"),
-    (0, b"\x1a\x45\xdf\xa3", "video"),  # matroska, webm
-    (0, b"FLV\x01", "video"),
-    (0, b"\x30\x26\xb2\x75", "video"),  # asf
-    (0, b"\0\0\x01\xba", "video"),  # mpeg
-    (0, b"\0\0\x01\xb3", "video"),
-)
-_RIFF = {b"WAVE": "audio", b"AVI ": "video", b"WEBP": "image"}
-_IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # images in an mp4 container
-NUM_BYTES = 64  # leading bytes that are enough to recognise a kind
-
-
-def kind_of_bytes(data: bytes) -> str | None:
-    """Return audio, image or video by the first bytes of a medium; None if they match no signature."""
-    if data[:4] in (b"RIFF", b"RF64"):
-        return _RIFF.get(data[8:12])
-    if data[:4] == b"FORM":
-        return "audio" if data[8:12] in (b"AIFF", b"AIFC") else None
-    if data[:4] == b"OggS":
-        return "video" if b"\x80theora" in data[:NUM_BYTES] else "audio"
-    if data[4:8] == b"ftyp":
-        return _kind_of_brand(data[8:12])
-    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":  # bmp: the four reserved bytes exclude text that begins with BM
-        return "image"
-    if data[:2] in (b"P5", b"P6") and data[2:3].isspace():
-        return "image"
-    if data[:1] == b"\xff" and len(data) > 2 and data[1] & 0xE0 == 0xE0 and data[1] & 0x18 != 0x08:
-        # Sync word of an mp3 or aac frame without a preceding tag; FF FE (layer I) is the byte order mark of UTF-16.
-        return "audio" if data[1] & 0x06 != 0x06 else None
-    return next((kind for offset, magic, kind in _SIGNATURES if data[offset : offset + len(magic)] == magic), None)
-
-
-def _kind_of_brand(brand: bytes) -> str | None:
-    if brand in _IMAGE_BRANDS:
-        return None  # these are not decoded
-    return "audio" if brand in (b"M4A ", b"M4B ", b"M4P ") else "video"
-
 
 log = logging.getLogger("mmaudit")
 
 KINDS = ("audio", "image", "video", "frames", "features", "text")
 
-_EXTENSIONS = {
-    "audio": {".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac"},
-    "image": {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"},
-    "video": {".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".flv", ".m4v"},
-}
 _PATH_SUFFIXES = ("_file_name", "_filepath", "_file", "_path", "_filename")
 _FRAMES_SUFFIX = "_frames"
-_MEMBER_EXTENSIONS = {".npy", ".txt"}.union(*_EXTENSIONS.values())
+_MEMBER_EXTENSIONS = {".npy", ".txt"}.union(*EXTENSIONS.values())
 _NUM_MEDIA_CHECKS = 8  # cells whose content is inspected to infer a kind
 _MAX_NAME_BYTES = 100  # of a modality's name, which is part of file and folder names
 RESERVED = ("all", "chance", "fused", "joint", "rest")
@@ -104,12 +50,6 @@ class Modality:
     def __str__(self) -> str:
         """Return the modality in the format of `--modality`."""
         return f"{self.name}={self.column}:{self.kind}"
-
-
-def kind_of_path(path: str) -> str | None:
-    """Return the kind of medium by a file name's extension: audio, image, video, or None."""
-    extension = PurePosixPath(path.lower()).suffix
-    return next((kind for kind, extensions in _EXTENSIONS.items() if extension in extensions), None)
 
 
 def is_vector(type_: pa.DataType) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from .clips import (
     Clip,
     Line,
     Listing,
+    event_ids,
     find_lists,
     index_by_stem,
     list_clips,
@@ -34,6 +34,11 @@ class _Event:
     quality: str
     start: int
     end: int
+
+    @property
+    def text(self) -> str:
+        """Category and time, by which the events of a video differ."""
+        return f"{self.category}:{self.start}-{self.end}"
 
 
 def read_ave(folder: Path, lists: Sequence[Path]) -> Listing:
@@ -58,13 +63,22 @@ def read_ave(folder: Path, lists: Sequence[Path]) -> Listing:
     lines = [(line, _event(line)) for path in list_paths for line in read_lines(path, "&") if not _is_header(line)]
     files = list_media(folder, f"{prefix}AVE", kind="video")
     path_of_video = index_by_stem(files)
-    events = {event for _, event in lines}
-    num_events = Counter(event.video for event in events)
-    clips = []
-    for line, event in lines:
-        path = path_of_video.get(event.video, f"{prefix}AVE/{event.video}.mp4")
-        clips.append(_clip(line, event, path=path, is_only_event=num_events[event.video] == 1))
-    return list_clips(clips, media_files=files, notes=_unlisted_notes(dataset_folder, events) if split_lists else ())
+    events = [event for _, event in lines]
+    ids = event_ids([event.video for event in events], [event.text for event in events])
+    clips = [
+        Clip(
+            id=id_,
+            label=event.category,
+            group=event.video,
+            split=None if line.path.name == _ALL else split_of(line.path),
+            extra_columns={"start_seconds": event.start, "end_seconds": event.end, "quality": event.quality},
+            media={"video_file_name": path_of_video.get(event.video, f"{prefix}AVE/{event.video}.mp4")},
+            where=line.where,
+        )
+        for (line, event), id_ in zip(lines, ids, strict=True)
+    ]
+    notes = _unlisted_notes(dataset_folder, set(events)) if split_lists else ()
+    return list_clips(clips, media_files=files, notes=notes)
 
 
 def _is_header(line: Line) -> bool:
@@ -77,18 +91,6 @@ def _event(line: Line) -> _Event:
     category, video, quality = line.fields[:3]
     start, end = line.read_int(3, expected=_LINE), line.read_int(4, expected=_LINE)
     return _Event(category=category, video=video, quality=quality, start=start, end=end)
-
-
-def _clip(line: Line, event: _Event, *, path: str, is_only_event: bool) -> Clip:
-    return Clip(
-        id=event.video if is_only_event else f"{event.video}:{event.category}:{event.start}-{event.end}",
-        label=event.category,
-        group=event.video,
-        split=None if line.path.name == _ALL else split_of(line.path),
-        extra_columns={"start_seconds": event.start, "end_seconds": event.end, "quality": event.quality},
-        media={"video_file_name": path},
-        where=line.where,
-    )
 
 
 def _unlisted_notes(dataset_folder: Path, listed: set[_Event]) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import pyarrow as pa
 
-from ..dataset.modalities import kind_of_path
 from ..errors import DatasetError
+from ..media.files import kind_of_path
 
 _SHOWN = 120  # characters of a line that a message repeats
 _SPLITS = (("train", "train"), ("val", "validation"), ("dev", "validation"), ("test", "test"))
@@ -123,6 +125,12 @@ def index_by_stem(paths: Iterable[str]) -> dict[str, str]:
     return path_of_stem
 
 
+def event_ids(clips: Sequence[str], events: Sequence[str]) -> list[str]:
+    """Return an id for each event of a clip: the clip's name, or CLIP:EVENT if the clip has several different ones."""
+    num_events = Counter(clip for clip, _ in set(zip(clips, events, strict=True)))
+    return [clip if num_events[clip] == 1 else f"{clip}:{event}" for clip, event in zip(clips, events, strict=True)]
+
+
 def absence_of_file(path: Path) -> str | None:
     """Return the reason why a file cannot be read as a medium, checked without decoding it; None if it can."""
     try:
@@ -192,6 +200,21 @@ class Listing:
     notes: tuple[str, ...] = ()
 
 
+class Adapter(Protocol):
+    """A function that reads the download of one dataset as unpacked; packages add one by `mmaudit.downloads`.
+
+    Args:
+        folder: Folder of the download.
+        lists: Lists to read instead of those in the folder; () reads those.
+
+    Raises:
+        DatasetError: The folder is not that dataset, or a list cannot be read.
+    """
+
+    def __call__(self, folder: Path, lists: Sequence[Path]) -> Listing:
+        """Read the download."""
+
+
 def list_clips(
     clips: Iterable[Clip], *, media_files: Iterable[str], official: int | None = None, notes: Sequence[str] = ()
 ) -> Listing:
@@ -217,10 +240,15 @@ def list_clips(
     )
 
 
+def cell_paths(cell: str | Sequence[str] | None) -> Sequence[str]:
+    """Return the paths in a cell of a media column."""
+    return [cell] if isinstance(cell, str) else cell or ()
+
+
 def _check_inside(clip: Clip) -> None:
     """Raise DatasetError for a path that leads outside the download's folder."""
     for column, cell in clip.media.items():
-        paths = [cell] if isinstance(cell, str) else cell or ()
+        paths = cell_paths(cell)
         if column.endswith(PATH_SUFFIXES) and any(path.startswith("/") or ".." in path.split("/") for path in paths):
             raise DatasetError(f"{clip.where}: {paths[0]!r} leads outside the folder: correct the path in the list")
 

@@ -13,16 +13,10 @@ from typing import Any
 import pyarrow as pa
 
 from ..dataset.formats.tables import METADATA_NAMES
-from ..errors import ConfigError, DatasetError, choices
+from ..errors import ConfigError, DatasetError
 from ..storage import write_parquet
-from .ave import read_ave
-from .clips import PATH_SUFFIXES, Cell, Listing, absence_of_file, absence_of_frames
-from .cremad import read_cremad
-from .image_text import read_image_text
-from .mosei import read_mosei
-from .ogm_ge import read_ogm_ge
-from .ucf101 import read_ucf101
-from .youtube import read_kinetics_sounds, read_vggsound
+from . import DOWNLOADS
+from .clips import PATH_SUFFIXES, Adapter, Cell, Listing, absence_of_file, absence_of_frames, cell_paths
 
 _EXAMPLES = 3  # ids in the message for each modality
 
@@ -83,7 +77,7 @@ def ingest(
     The same tree gives the same bytes.
 
     Args:
-        name: Name of the adapter, one of ADAPTERS.
+        name: Name of the dataset, one of DOWNLOADS or of an installed package.
         folder: Folder of the download.
         lists: Lists to read instead of those in the folder.
         out: File to write, in the folder or above it; FOLDER/metadata.parquet by default.
@@ -92,16 +86,19 @@ def ingest(
         Summary of the rows and of missing media.
 
     Raises:
-        ConfigError: The adapter is unknown, or `out` is not a .parquet file.
+        ConfigError: The dataset is unknown, or `out` is not a .parquet file.
         DatasetError: The folder is not that dataset, or a list cannot be read.
+
+    Example:
+        >>> print(ingest("cremad", "CREMA-D").message)
+        you have 7,442 of 7,442
     """
-    if name not in ADAPTERS:
-        raise ConfigError(f"no adapter {name!r}; {choices(name, ADAPTERS)}")
+    read: Adapter = DOWNLOADS.load(name)
     root = Path(folder)
     if not root.is_dir():
         raise DatasetError(f"no such folder: {root}")
     path = _check_output(Path(out) if out is not None else root / "metadata.parquet", root)
-    listing = ADAPTERS[name].read(root, tuple(_check_list(list_path) for list_path in lists))
+    listing = read(root, tuple(_check_list(list_path) for list_path in lists))
     if not listing.rows.num_rows:
         raise DatasetError(f"{root}: the lists of {name} contain no clip")
     rows = listing.rows.sort_by("id")
@@ -178,7 +175,7 @@ def _presence(rows: pa.Table, media: Sequence[str], root: Path) -> tuple[dict[st
 
 
 def _absence(cell: str | list[str] | None, root: Path, find_absence: Callable[[Path], str | None]) -> str | None:
-    names = [cell] if isinstance(cell, str) else cell or []
+    names = cell_paths(cell)
     reasons = [reason for name in names if (reason := find_absence(root / name)) is not None]
     return next(iter(reasons), None) if names else "not found"
 
@@ -204,7 +201,7 @@ def _modality(column: str) -> str:
 
 def _paths(rows: pa.Table, media: Sequence[str]) -> list[str]:
     cells: list[Any] = [cell for name in media if name.endswith(PATH_SUFFIXES) for cell in rows[name].to_pylist()]
-    return [path for cell in cells for path in ([cell] if isinstance(cell, str) else cell or [])]
+    return [path for cell in cells for path in cell_paths(cell)]
 
 
 def _rebase_paths(rows: pa.Table, media: Sequence[str], *, root: Path, start: Path) -> pa.Table:
@@ -225,33 +222,3 @@ def _add_prefix(cell: Any, prefix: str) -> Cell:
     if cell is None or isinstance(cell, str):
         return cell and f"{prefix}/{cell}"
     return tuple(f"{prefix}/{path}" for path in cell)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
-    """One download: its expected layout, for help texts, and the function of (folder, lists) that reads it."""
-
-    expects: str
-    read: Callable[[Path, Sequence[Path]], Listing]
-
-
-ADAPTERS: dict[str, Adapter] = {
-    "cremad": Adapter(expects="CREMA-D: AudioWAV/*.wav, VideoFlash/*.flv", read=read_cremad),
-    "ave": Adapter(expects="AVE: AVE/*.mp4, trainSet.txt, valSet.txt, testSet.txt", read=read_ave),
-    "kinetics-sounds": Adapter(
-        expects="Kinetics-Sounds: lists with label,youtube_id,time_start,time_end,split and clips anywhere below",
-        read=read_kinetics_sounds,
-    ),
-    "vggsound": Adapter(expects="VGGSound: vggsound.csv and clips anywhere below", read=read_vggsound),
-    "ucf101": Adapter(
-        expects="UCF-101 as frames: ucfTrainTestlist/, jpegs_256/, tvl1_flow/u/, tvl1_flow/v/", read=read_ucf101
-    ),
-    "mosei": Adapter(expects="CMU-MOSEI or CMU-MOSI features: one .pkl, or .npz files", read=read_mosei),
-    "image-text": Adapter(
-        expects="pictures with texts: csv, tsv or jsonl with columns for image, text and label", read=read_image_text
-    ),
-    "ogm-ge": Adapter(
-        expects="the lists of the OGM-GE code: train.csv, test.csv, AudioWAV/ or audio/, Image-01-FPS/ or visual/",
-        read=read_ogm_ge,
-    ),
-}

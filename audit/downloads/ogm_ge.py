@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -12,6 +11,7 @@ from .clips import (
     Clip,
     Line,
     Listing,
+    event_ids,
     find_lists,
     index_by_stem,
     list_clips,
@@ -52,7 +52,8 @@ def read_ogm_ge(folder: Path, lists: Sequence[Path]) -> Listing:
     audio_of_clip = index_by_stem(audio)
     frames_of_clip = {PurePosixPath(path).name.removesuffix(".mp4"): path for path in frames}
     pairs = [_parse_line(line, classes) for line in lines]
-    ids, groups = _ids_and_groups(pairs)
+    ids = event_ids([name for name, _ in pairs], [label for _, label in pairs])
+    groups = _groups([name for name, _ in pairs], ids)
     clips = [
         Clip(
             id=id_,
@@ -107,14 +108,11 @@ def _parse_line(line: Line, classes: set[str]) -> tuple[str, str]:
     return name, label
 
 
-def _ids_and_groups(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str] | list[None]]:
-    """Return ids, and groups by actor, by video, or by clip if one has several labels; None where there are none."""
-    num_labels = Counter(name for name, _ in set(pairs))
-    ids = [name if num_labels[name] == 1 else f"{name}:{label}" for name, label in pairs]
-    names = [name for name, _ in pairs]
+def _groups(names: Sequence[str], ids: Sequence[str]) -> list[str] | list[None]:
+    """Return groups by actor, by video, or by clip if one has several labels; None where there are none."""
     if all(parse_clip(name) for name in names):
-        return ids, [actor_of(name) for name in names]
+        return [actor_of(name) for name in names]
     matches = [_YOUTUBE.fullmatch(name) for name in names]
     if all(matches):
-        return ids, [match[1] for match in matches if match]
-    return ids, (names if max(num_labels.values(), default=0) > 1 else [None] * len(names))
+        return [match[1] for match in matches if match]
+    return list(names) if list(ids) != list(names) else [None] * len(names)

@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..dataset.dataset import Dataset
-from ..dataset.formats.tables import Shard
+from ..dataset.formats import Shard
 from ..dataset.modalities import Modality
 from ..errors import DatasetError, Reason, UnusableError, attach_file_name
 from ..hashing import digest

@@ -161,7 +161,10 @@ def select_usable(encoded: EncodedSamples, *, keep_duplicates: bool) -> tuple[ND
         rows, copies = _drop_duplicates(encoded, rows)
         quarantined += copies
     if len(rows) == 0:
-        raise ScoreError(f"no sample is usable in every modality; the first problem: {quarantined[0]}")
+        raise ScoreError(
+            "no sample has a label, at least two usable modalities and no damaged one; "
+            f"the first problem: {quarantined[0]}"
+        )
     return rows, quarantined
 
 

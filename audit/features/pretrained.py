@@ -23,11 +23,11 @@ from PIL import Image
 
 from ..errors import ConfigError
 from ..hashing import digest
+from ..media.audio import decode_audio
 from ..media.container import reading_container
-from ..media.decode import decode_audio, decode_folders
 from ..media.files import MediaConfig
 from ..media.image import check_not_constant, read_picture
-from ..media.video import read_frames
+from ..media.video import decode_folders, read_frames
 from ..storage import file_stamp
 from ..workers import parallel_map
 from .descriptors import text_words

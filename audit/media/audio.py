@@ -1,4 +1,4 @@
-"""Decoding and resampling of sound, and log-mel spectrograms."""
+"""Decoding and resampling of sound to a waveform (t,), and log-mel spectrograms."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .container import (
     count_packets,
     decode_packets,
     open_container,
+    reading_container,
     select_stream,
 )
 from .files import MediaConfig, Medium
@@ -33,6 +34,32 @@ MIN_RATE, MAX_RATE = 1_000, 1_000_000  # Hz
 _SAMPLE_TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
 STEP = 1 / 32_768  # one level of 16-bit sound; samples that differ by less count as equal
 _PART_SAMPLES = 16  # output samples of one matrix product of `_filtered`, for each block
+
+
+def decode_audio(data: Medium, config: MediaConfig) -> NDArray[np.float32]:
+    """Decode a mono waveform (t,), the mean of the channels, in [-1, 1], at config.sample_rate.
+
+    Reads at most config.max_seconds of sound files, or of the first audio track of videos.
+    """
+    with reading_container(data):
+        wave, rate = decode_native(data, config)
+        peak = float(np.abs(wave).max())
+        if not math.isfinite(peak):
+            raise UnusableError(Reason.NOT_FINITE, f"{int((~np.isfinite(wave)).sum())} samples are not finite")
+        if peak < SILENT_PEAK:
+            raise UnusableError(Reason.SILENT, f"peak {peak:.1g} of 1 in {len(wave) / rate:.2f} s")
+        clipped_fraction = clipped_share(wave)
+        if clipped_fraction > config.max_clipped:
+            raise UnusableError(
+                Reason.CLIPPED, f"{clipped_fraction:.0%} of {len(wave) / rate:.2f} s are at the peak {peak:.2f}"
+            )
+        return resample(wave, rate, config.sample_rate)[: max(1, round(config.max_seconds * config.sample_rate))]
+
+
+def has_sound(data: Medium) -> bool:
+    """Return whether a video has an audio track."""
+    with reading_container(data), open_container(data, MediaConfig()) as container:
+        return len(container.streams.audio) > 0
 
 
 def decode_native(data: Medium, config: MediaConfig) -> tuple[NDArray[np.float32], int]:

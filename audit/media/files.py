@@ -1,4 +1,4 @@
-"""Decoding settings and limits of media files, and reading of large files in ranges."""
+"""Kinds of media, decoding settings and limits, and reading of large files in ranges."""
 
 from __future__ import annotations
 
@@ -6,11 +6,59 @@ import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, overload
 
 from ..errors import ConfigError, Reason, UnusableError
 from ..storage import open_regular
+
+EXTENSIONS = {
+    "audio": {".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac"},
+    "image": {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"},
+    "video": {".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".flv", ".m4v"},
+}
+_SIGNATURES = {
+    "audio": (b"fLaC", b"ID3", b"caff", b".snd"),
+    "image": (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"),
+    # matroska and webm, flv, asf, mpeg (two)
+    "video": (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75", b"\0\0\x01\xba", b"\0\0\x01\xb3"),
+}
+_RIFF = {b"WAVE": "audio", b"AVI ": "video", b"WEBP": "image"}
+_IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # images in an mp4 container
+NUM_BYTES = 64  # leading bytes that are enough to recognise a kind
+
+
+def kind_of_bytes(data: bytes) -> str | None:
+    """Return audio, image or video by the first bytes of a medium; None if they match no signature."""
+    if data[:4] in (b"RIFF", b"RF64"):
+        return _RIFF.get(data[8:12])
+    if data[:4] == b"FORM":
+        return "audio" if data[8:12] in (b"AIFF", b"AIFC") else None
+    if data[:4] == b"OggS":
+        return "video" if b"\x80theora" in data[:NUM_BYTES] else "audio"
+    if data[4:8] == b"ftyp":
+        return _kind_of_brand(data[8:12])
+    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":  # bmp: the four reserved bytes exclude text that begins with BM
+        return "image"
+    if data[:2] in (b"P5", b"P6") and data[2:3].isspace():
+        return "image"
+    if data[:1] == b"\xff" and len(data) > 2 and data[1] & 0xE0 == 0xE0 and data[1] & 0x18 != 0x08:
+        # Sync word of an mp3 or aac frame without a preceding tag; FF FE (layer I) is the byte order mark of UTF-16.
+        return "audio" if data[1] & 0x06 != 0x06 else None
+    return next((kind for kind, signatures in _SIGNATURES.items() if data.startswith(signatures)), None)
+
+
+def _kind_of_brand(brand: bytes) -> str | None:
+    if brand in _IMAGE_BRANDS:
+        return None  # these are not decoded
+    return "audio" if brand in (b"M4A ", b"M4B ", b"M4P ") else "video"
+
+
+def kind_of_path(path: str) -> str | None:
+    """Return the kind of medium by a file name's extension: audio, image, video, or None."""
+    extension = PurePosixPath(path.lower()).suffix
+    return next((kind for kind, extensions in EXTENSIONS.items() if extension in extensions), None)
+
 
 MAX_FRAME_PIXELS = 2_147_483_647  # FFmpeg uses 32-bit integers
 _MAX_PIXELS = 178_956_970  # of a picture that Pillow opens: twice its own MAX_IMAGE_PIXELS

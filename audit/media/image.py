@@ -1,4 +1,4 @@
-"""Decoding of images to upright RGB within limits."""
+"""Decoding of images to upright RGB (h, w, 3), within limits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ..errors import Reason, UnusableError
+from .container import reading_container
 from .files import MediaConfig, Medium, open_stream
 
 CONSTANT_SPREAD = 2  # levels of 255 between darkest and brightest pixel that a lossy codec makes of one colour
@@ -23,6 +24,16 @@ _BAND_PIXELS = 1 << 20
 PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by name: Pillow would run Ghostscript on an EPS
 Image.init()  # Pillow does not load plug-ins by itself when formats are given
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler, damaged tiffs print to the terminal
+
+
+def decode_image(data: Medium, config: MediaConfig) -> NDArray[np.uint8]:
+    """Decode a picture (h, w, 3), RGB, rotated by its EXIF data, h = w = config.image_size.
+
+    The full picture is stretched to the square: a crop could lose the object, and padding would add edges. Of 16 bits
+    the upper 8 are kept; transparent pixels become white, as in a viewer; of an animation the first frame is read.
+    """
+    with reading_container(data):
+        return check_not_constant(read_picture(data, size=config.image_size, config=config))
 
 
 def read_picture(data: Medium, *, size: int | None, config: MediaConfig) -> NDArray[np.uint8]:

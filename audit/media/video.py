@@ -1,4 +1,4 @@
-"""Decoding of video frames, evenly spaced over the duration of a file."""
+"""Decoding of frames (f, h, w, 3), evenly spaced over a video or a folder of pictures."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Reason, UnusableError
-from .container import MIN_PRESENT, count_packets, decode_packets, open_container, select_stream
+from .container import MIN_PRESENT, count_packets, decode_packets, open_container, reading_container, select_stream
 from .files import MediaConfig, Medium
+from .image import check_not_constant, read_picture
+
+Folders = tuple[tuple[Medium, ...], ...]  # folders of a sample, each with its pictures in temporal order
 
 STILL_SECONDS = 0.5  # shorter clips may show a single picture
 # Levels of 255 by which frames of a still video may differ. x264 gives a difference of 0 at its default, 19 at CRF 35,
@@ -21,6 +24,47 @@ STILL_SPREAD = 8
 
 # From 17.0 on PyAV starts new threads to scale each frame: 14 frames of 128 x 96 take 14 ms, with one thread 0.3 ms.
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+
+
+def decode_frames(data: Medium, config: MediaConfig) -> NDArray[np.uint8]:
+    """Decode frames (f, h, w, 3), RGB, f = config.num_frames, h = w = config.frame_size, stretched as pictures are.
+
+    The clip, or its first config.max_seconds, is divided into f equal parts, and the middle frame of each is decoded;
+    a clip of fewer frames yields some of them more than once.
+    """
+    with reading_container(data):
+        frames = read_frames(data, num_frames=config.num_frames, size=config.frame_size, config=config)
+        return check_not_constant(frames)
+
+
+def decode_folders(folders: Folders, config: MediaConfig) -> NDArray[np.uint8]:
+    """Decode frames (f, h, w, 3) from folders of pictures in temporal order, sampled and stretched like a video.
+
+    One folder gives RGB. Two or three, such as optical flow in x and y, are read as grey and become the colour
+    channels; with two, the third channel is 128. Raises UnusableError if a required picture cannot be decoded.
+    """
+    if not 1 <= len(folders) <= 3:
+        raise UnusableError(
+            Reason.CORRUPT,
+            f"{len(folders)} folders of frames; expected one of RGB, or two or three of grey pictures",
+        )
+    folder_frames = [_read_folder(folder, config) for folder in folders]
+    if len(folder_frames) == 1:
+        return check_not_constant(folder_frames[0])
+    grey = [np.rint(frames.mean(axis=-1)).astype(np.uint8) for frames in folder_frames]
+    grey += [np.full_like(grey[0], 128)] * (3 - len(grey))
+    return check_not_constant(np.stack(grey, axis=-1))
+
+
+def _read_folder(pictures: tuple[Medium, ...], config: MediaConfig) -> NDArray[np.uint8]:
+    if not pictures:
+        raise UnusableError(Reason.EMPTY, "a folder without pictures")
+    frames: dict[int, NDArray[np.uint8]] = {}
+    frame_indices = segment_middles(len(pictures), config.num_frames)
+    for index in set(frame_indices):
+        with reading_container(pictures[index]):
+            frames[index] = read_picture(pictures[index], size=config.frame_size, config=config)
+    return np.stack([frames[index] for index in frame_indices])
 
 
 def segment_middles(count: int, num_parts: int) -> list[int]:

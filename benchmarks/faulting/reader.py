@@ -26,7 +26,7 @@ def refusals(run: Path) -> list[str]:
         except Exception as error:
             refused.append(f"{path.name} is refused: {error}")
             continue
-        if not checked.held:
+        if not checked.passed:
             refused.append(f"{path.name} is refused by verify: {checked.lines()}")
     return refused
 

@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmaudit.rebalance import EXPORTERS
+
 from .arrow import write_table
 from .mutate import mutate_json
 from .scores import change_table, json_bytes, odd_metadata
 from .seeds import Seeds
-
-FORMATS = ("csv", "jsonl", "npy", "ogm", "webdataset", "datasets")
 
 
 def manifests(rng: Random, seeds: Seeds) -> list[str]:
@@ -99,8 +99,8 @@ def manifest_command(rng: Random, path: str, *, data: str, run: str) -> list[str
             ["replay", path, *json_],
             ["replay", path, "--scores", "scores.parquet", *json_],
             ["order", path, *rng.choice(([], ["--dump"], ["--order", "weighted"], ["--epoch", "3"]))],
-            ["export", path, "--format", rng.choice(FORMATS), "--out", "out", *moved, *json_],
-            ["export", path, "--format", rng.choice(FORMATS), "--out", "out", "--skip-missing", *moved],
+            ["export", path, "--format", rng.choice(list(EXPORTERS)), "--out", "out", *moved, *json_],
+            ["export", path, "--format", rng.choice(list(EXPORTERS)), "--out", "out", "--skip-missing", *moved],
             ["split", "--scores", "scores.parquet", "--intersect", path, *json_],
             ["split", "--scores", "scores.parquet", "--subset", "random:5", "--exclude", path],
             ["split", "--scores", "scores.parquet", "--subset", "random", "--like", path],

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...audit.metrics import discrepancy
 from ...audit.scores.table import ScoreTable
-from ...rebalance.binning import assign_bins
+from ...rebalance.split_stats import assign_bins
 from .findings import Numbers, finite, short, sides
 
 Array = NDArray[Any]

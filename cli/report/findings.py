@@ -15,8 +15,8 @@ from ...audit.metrics import Groups, group_codes, mean_interval, share_interval
 from ...audit.metrics import discrepancy as all_discrepancies
 from ...audit.scores.mixture import Mixture
 from ...audit.scores.table import ScoreTable
-from ...rebalance.binning import assign_bins
-from ...rebalance.subsets import BALANCED_WITHIN
+from ...rebalance.split_stats import assign_bins
+from ...rebalance.subsets import BALANCED_WITHIN, is_dominated
 
 Numbers = dict[str, Any]
 Array = NDArray[Any]
@@ -251,7 +251,7 @@ def _discrepancy(
 ) -> Numbers:
     is_valid = ~np.isnan(discrepancy)
     values, groups = discrepancy[is_valid], None if groups is None else groups[is_valid]
-    is_ahead, is_behind = values > BALANCED_WITHIN, values < -BALANCED_WITHIN
+    is_ahead, is_behind = is_dominated(values, BALANCED_WITHIN), is_dominated(-values, BALANCED_WITHIN)
     counts = np.bincount(assign_bins(values, num_bins=DISCREPANCY_BINS), minlength=DISCREPANCY_BINS)
     return {
         "between": between,

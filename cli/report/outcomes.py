@@ -18,6 +18,7 @@ from ...audit.errors import RunError
 from ...audit.parsing import build_config, check_shape, parse_data_json
 from ...rebalance.balanced import BalancedConfig
 from ...rebalance.manifest import (
+    balance_path,
     compute_digests,
     dropped_path,
     read_batches_of_manifest,
@@ -25,7 +26,6 @@ from ...rebalance.manifest import (
     read_provenance,
     read_stated_digests,
 )
-from ...rebalance.recipe import balance_path
 from ...rebalance.score_files import NO_SPLIT
 from ...rebalance.split_stats import read_numbers
 from ..run import Run, read_metrics
@@ -143,10 +143,10 @@ def _shortages(shortages: Sequence[Section], edges: Sequence[float]) -> list[Num
             "low": edges[row["bin"]],
             "high": edges[row["bin"] + 1],
             "has": row["has"],
-            "even": row["even"],
+            "even": row["even_share"],
         }
         for row in shortages[:MAX_SHORTAGES]
-        if round(row["even"]) > row["has"]  # shortages below half a sample are omitted
+        if round(row["even_share"]) > row["has"]  # shortages below half a sample are omitted
     ]
 
 

@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 
 from ...errors import DatasetError
-from ..columns import SPLIT, split_of_folder, with_split
-from ..modalities import holds_files, kind_of_path
-from .tables import METADATA_NAMES, OTHER_FORMS, Plan, concat_rows, find_tables, plan_rows, read_rows
+from ...media.files import kind_of_path
+from ..columns import SPLIT, split_of_folder
+from . import Plan
+from .tables import OTHER_FORMS, plan_rows
 
 log = logging.getLogger("mmaudit")
 
@@ -40,34 +41,14 @@ class LayoutFile:
         return f"{self.split}/{self.class_path}" if self.split else self.class_path
 
 
-def find_split_tables(folder: Path) -> list[Path]:
-    """Return the metadata files in the direct subfolders of a folder, such as train/metadata.csv, sorted."""
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    with_metadata = [path for path in subfolders if any((path / name).is_file() for name in METADATA_NAMES)]
-    return [table for path in with_metadata for table in find_tables(str(path))[1]]
-
-
-def plan_split_tables(root: Path, tables: Sequence[Path], *, shard_rows: int) -> Plan:
-    """Plan the rows of one metadata file per folder; folders that are named after splits become the column `split`.
-
-    Paths become relative to `root`. A column that a file does not have is null there.
-    """
-    splits = [split_of_folder(table.parent.name) for table in tables]
-    are_splits = all(splits)
-    parts = []
-    for table in tables:
-        rows = _prefix_paths(read_rows(table), table.parent.name)
-        parts.append(with_split(rows, table.parent.name if are_splits and SPLIT not in rows.column_names else None))
-    return plan_rows(root, concat_rows(parts, source=str(root)), shard_rows=shard_rows)
-
-
-def plan_layout(root: Path, *, shard_rows: int, allow_outside: bool) -> Plan | None:
+def plan_folders(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
     """Plan a folder ROOT[/split]/class/file, one sample per file stem; None if it is empty, DatasetError without media.
 
     Files whose paths differ only in the extension are one sample: train/dog/1.wav and train/dog/1.png. If the first
     folders are named after modalities, so are audio/dog/1.wav and image/dog/1.png.
     """
-    paths = list(_iter_files(root, allow_outside=allow_outside))
+    root = Path(data)
+    paths = list(_iter_files(root, allow_outside=allow_outside)) if root.is_dir() else []
     media = [path for path in paths if kind_of_path(path) is not None]
     if not media:
         if paths:
@@ -175,20 +156,3 @@ def _column_names(files: Sequence[LayoutFile]) -> dict[tuple[str | None, str], s
         (folder, kind): f"{kind if folder is None or kinds.count(kind) == 1 else folder}_file_name"
         for folder, kind in modalities
     }
-
-
-def _prefix_paths(rows: pa.Table, folder: str) -> pa.Table:
-    """Prefix the paths in a folder's table with the folder, so that they are relative to its parent."""
-    for index, field in enumerate(rows.schema):
-        if holds_files(rows, field):
-            prefixed = [_prefix_path(cell, folder) for cell in rows[field.name].to_pylist()]
-            rows = rows.set_column(index, field.name, pa.array(prefixed, field.type))
-    return rows
-
-
-def _prefix_path(cell: object, folder: str) -> object:
-    if isinstance(cell, list):
-        return [_prefix_path(path, folder) for path in cell]
-    if not isinstance(cell, str) or cell.startswith("/") or "://" in cell:
-        return cell
-    return f"{folder}/{cell}"

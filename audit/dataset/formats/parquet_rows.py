@@ -16,9 +16,9 @@ from ..columns import SPLIT, with_split
 from ..modalities import holds_bytes
 
 _SHARD_BYTES = 1 << 26  # a row group of up to 64 MiB uncompressed is one shard; a larger one is divided
-_MAX_VECTOR_ROWS = 8_192  # in a shard of a divided row group without media
+_MAX_VECTOR_ROWS = 8_192  # in a shard without media
 _BUFFER_BYTES = 1 << 20  # buffer of each column; without it, or with pre_buffer, the whole row group is in memory
-_HEAD_ROWS, _HEAD_MEDIA = 64, 16  # rows from which kinds are inferred: without media, and with
+HEAD_ROWS, _HEAD_MEDIA = 64, 16  # rows from which kinds are inferred: without media, and with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ def row_group_shards(
     first = 0
     for path, split in zip(paths, splits or [None] * len(paths), strict=True):
         footer, schema = read_footer(path, error=DatasetError), read_schema(path, error=DatasetError)
-        max_rows = media_rows if any(map(holds_bytes, schema.types)) else _MAX_VECTOR_ROWS
+        max_rows = max_shard_rows(schema, media_rows=media_rows)
         for group in range(footer.num_row_groups):
             group_metadata = footer.row_group(group)
             part_rows = _part_rows(group_metadata.num_rows, group_metadata.total_byte_size, max_rows=max_rows)
@@ -98,10 +98,15 @@ def row_group_shards(
     return shards
 
 
+def max_shard_rows(schema: pa.Schema, *, media_rows: int) -> int:
+    """Return the most rows of a shard: `media_rows` if they hold media, else 8,192."""
+    return media_rows if any(map(holds_bytes, schema.types)) else _MAX_VECTOR_ROWS
+
+
 def parquet_head(path: Path) -> pa.Table:
     """Read the first rows of a Parquet file; for an empty file a table without rows, with all columns."""
     schema = read_schema(path, error=DatasetError)
-    rows = _HEAD_MEDIA if any(map(holds_bytes, schema.types)) else _HEAD_ROWS
+    rows = _HEAD_MEDIA if any(map(holds_bytes, schema.types)) else HEAD_ROWS
     batches = read_batches(path, error=DatasetError, rows=rows, buffer_bytes=_BUFFER_BYTES)
     with closing(batches):
         first = next(batches, None)

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from ...parsing import check_shape, parse_data_json
 from ...storage import check_regular
 from ..columns import SPLIT, with_split
 from ..labels import declared_classes
-from ..modalities import holds_bytes
-from .tables import HEAD_ROWS, TABLE_SUFFIXES, Plan, concat_rows, plan_rows
+from . import Plan
+from .parquet_rows import HEAD_ROWS, max_shard_rows
+from .tables import SAVED_NAMES, TABLE_SUFFIXES, concat_rows, plan_rows
 
 log = logging.getLogger("mmaudit")
 
-_MAX_VECTOR_ROWS = 8_192  # in a shard without media
 _ARROW_MAGIC = b"ARROW1\0\0"  # an Arrow file is these bytes, a stream, and a footer
 _SAVE_AGAIN = "save the dataset again with save_to_disk"
 _READ_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, LookupError, TypeError, MemoryError, OverflowError)
@@ -32,7 +32,7 @@ _READ_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, LookupError, T
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrowShard:
-    """`num_rows` rows of an Arrow file, from row `skip` of the record batch at byte `offset`.
+    """`num_rows` rows of an Arrow file, from row `start`.
 
     split: value of the column `split` that the rows get; None: the file's own columns are returned unchanged.
     """
@@ -41,23 +41,25 @@ class ArrowShard:
     first: int
     num_rows: int
     path: str
-    offset: int
-    skip: int
+    start: int
     split: str | None = None
 
     @property
     def location(self) -> tuple[str, int, int]:
-        """The file, the offset of a record batch, and the first row after it."""
-        return self.path, self.offset, self.skip
+        """The file, and the first row in it."""
+        return self.path, 0, self.start
 
     def read(self, columns: list[str]) -> pa.Table:
         """Map these columns of the rows into memory."""
         try:
-            with pa.memory_map(self.path) as source:
-                rows = _read_batches(source, self.offset, self.skip + self.num_rows).slice(self.skip, self.num_rows)
+            rows = _map_rows(Path(self.path)).slice(self.start, self.num_rows)
+            if rows.num_rows < self.num_rows:
+                raise ValueError("it has fewer rows than when it was opened")
+            rows = with_split(rows, self.split).select(columns)
+            rows.validate(full=True)
         except _READ_ERRORS as error:
-            raise DatasetError(f"{self.path} cannot be read: {_first_line(error)}; {_SAVE_AGAIN}") from error
-        return with_split(rows, self.split).select(columns)
+            raise _read_error(Path(self.path), error) from error
+        return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,18 +70,17 @@ class SplitFiles:
     paths: tuple[Path, ...]
 
 
-def is_saved(folder: Path) -> bool:
-    """Return whether a folder was written by save_to_disk."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-
-
-def plan_saved(folder: Path, *, shard_rows: int) -> Plan:
+def plan_saved(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
     """Plan a folder written by Dataset.save_to_disk or DatasetDict.save_to_disk; names of the latter are the splits."""
-    if not (folder / "dataset_dict.json").is_file():
+    folder = Path(data)
+    dict_path, state_path = (folder / name for name in SAVED_NAMES)
+    if dict_path.is_file():
+        names = _read_state(dict_path).get("splits", [])
+        parts = [SplitFiles(split=str(name), paths=_data_files(folder / str(name))) for name in names]
+    elif state_path.is_file():
         parts = [SplitFiles(split=None, paths=_data_files(folder))]
     else:
-        names = _read_state(folder / "dataset_dict.json").get("splits", [])
-        parts = [SplitFiles(split=str(name), paths=_data_files(folder / str(name))) for name in names]
+        return None
     return plan_parts(folder, parts, shard_rows=shard_rows)
 
 
@@ -88,98 +89,55 @@ def plan_parts(root: Path, parts: Sequence[SplitFiles], *, shard_rows: int) -> P
     files = [(path, part.split) for part in parts for path in part.paths]
     if not files:
         raise DatasetError(f"{root} names no Arrow file: {_SAVE_AGAIN}")
-    schemas = [_read_schema(path) for path, _ in files]
-    for (path, _), schema in zip(files, schemas, strict=True):
-        _check_same_columns(path, schema, files[0][0], schemas[0])
-    if SPLIT in schemas[0].names and files[0][1] is not None:
+    outlines = [_read_outline(path) for path, _ in files]
+    schema = outlines[0][0]
+    for (path, _), (other, _) in zip(files, outlines, strict=True):
+        _check_same_columns(path, other, files[0][0], schema)
+    if SPLIT in schema.names and files[0][1] is not None:
         log.info("%s: splits are read from the column split, not from the names of the parts", root)
         files = [(path, None) for path, _ in files]
-    rows = shard_rows if any(map(holds_bytes, schemas[0].types)) else _MAX_VECTOR_ROWS
+    max_rows = max_shard_rows(schema, media_rows=shard_rows)
     shards: list[ArrowShard] = []
-    for path, split in files:
-        shards += _iter_shards(path, split, index=len(shards), first=_num_planned(shards), rows=rows)
-    first_shard = shards[0] if shards else None
-    schema = with_split(schemas[0].empty_table(), files[0][1]).schema
-    head = first_shard.read(schema.names).slice(0, HEAD_ROWS) if first_shard else schema.empty_table()
+    first = 0
+    for (path, split), (_, num_rows) in zip(files, outlines, strict=True):
+        for start in range(0, num_rows, max_rows):
+            shard = ArrowShard(
+                index=len(shards),
+                first=first + start,
+                num_rows=min(max_rows, num_rows - start),
+                path=str(path),
+                start=start,
+                split=split,
+            )
+            shards.append(shard)
+        first += num_rows
+    schema = with_split(schema.empty_table(), files[0][1]).schema
+    head = shards[0].read(schema.names).slice(0, HEAD_ROWS) if shards else schema.empty_table()
     return Plan(root=root, head=head, shards=tuple(shards))
 
 
-def _iter_shards(path: Path, split: str | None, *, index: int, first: int, rows: int) -> Iterator[ArrowShard]:
-    """Yield the shards of one file, each with the byte offset of its first batch, so that reading starts there."""
-    positions = _batch_positions(path)
-    total = positions[-1][1] + positions[-1][2] if positions else 0
-    batch = 0
-    for number, start in enumerate(range(0, total, rows)):
-        while positions[batch][1] + positions[batch][2] <= start:
-            batch += 1
-        offset, batch_first, _ = positions[batch]
-        yield ArrowShard(
-            index=index + number,
-            first=first + start,
-            num_rows=min(rows, total - start),
-            path=str(path),
-            offset=offset,
-            skip=start - batch_first,
-            split=split,
-        )
+def _map_rows(path: Path) -> pa.Table:
+    """Map the rows of an Arrow file into memory; only the headers of its record batches are read.
+
+    `datasets` maps files by the same call. `load_from_disk` is not used, since each worker process would import
+    `datasets`: 0.6 s and 50 MB more in each. It also waits for a FIFO, follows names out of the folder, and ignores the
+    indices that old versions store separately.
+    """
+    check_regular(path)
+    with pa.memory_map(str(path)) as source:
+        source.seek(len(_ARROW_MAGIC) if source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC else 0)
+        return pa.ipc.open_stream(source).read_all()
 
 
-def _batch_positions(path: Path) -> list[tuple[int, int, int]]:
-    """Return (offset in bytes, index of the first row, number of rows) of each record batch of a file."""
-    positions: list[tuple[int, int, int]] = []
-    first = 0
+def _read_outline(path: Path) -> tuple[pa.Schema, int]:
+    """Return the schema and the number of rows of an Arrow file."""
     try:
-        with pa.memory_map(str(path)) as source:
-            schema = _skip_to_schema(source)
-            while (message := _next_message(source)) is not None:
-                offset, content = message
-                rows = pa.ipc.read_record_batch(content, schema).num_rows
-                if rows:
-                    positions.append((offset, first, rows))
-                first += rows
-    except _READ_ERRORS as error:
-        raise DatasetError(f"{path} cannot be read: {_first_line(error)}; {_SAVE_AGAIN}") from error
-    return positions
-
-
-def _read_batches(source: Any, offset: int, num_rows: int) -> pa.Table:
-    schema = _skip_to_schema(source)
-    source.seek(offset)
-    batches: list[pa.RecordBatch] = []
-    while sum(batch.num_rows for batch in batches) < num_rows:
-        batches.append(pa.ipc.read_record_batch(pa.ipc.read_message(source), schema))
-    rows = pa.Table.from_batches(batches, schema=schema)
-    rows.validate(full=True)
-    return rows
-
-
-def _next_message(source: Any) -> tuple[int, Any] | None:
-    offset = source.tell()
-    if offset == source.size():  # the stream has no end marker if its writer was not closed
-        return None
-    try:
-        return offset, pa.ipc.read_message(source)
-    except EOFError:
-        return None
-
-
-def _skip_to_schema(source: Any) -> pa.Schema:
-    source.seek(len(_ARROW_MAGIC) if source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC else 0)
-    schema = pa.ipc.read_schema(source)
-    if any(pa.types.is_dictionary(type_) for type_ in schema.types):
-        raise pa.ArrowInvalid("it has columns of dictionaries, which `datasets` does not write")
-    return schema
-
-
-def _read_schema(path: Path) -> pa.Schema:
-    try:
-        check_regular(path)
-        with pa.memory_map(str(path)) as source:
-            return _skip_to_schema(source)
+        rows = _map_rows(path)
     except FileNotFoundError as error:
         raise DatasetError(f"{path} is missing: {_SAVE_AGAIN}") from error
     except _READ_ERRORS as error:
-        raise DatasetError(f"{path} cannot be read: {_first_line(error)}; {_SAVE_AGAIN}") from error
+        raise _read_error(path, error) from error
+    return rows.schema, rows.num_rows
 
 
 def _check_same_columns(path: Path, schema: pa.Schema, reference_path: Path, reference: pa.Schema) -> None:
@@ -188,6 +146,11 @@ def _check_same_columns(path: Path, schema: pa.Schema, reference_path: Path, ref
     for name in schema.names:
         if declared_classes(schema, name) != declared_classes(reference, name):
             raise DatasetError(f"{path} has different classes in {name!r} from {reference_path}")
+
+
+def _read_error(path: Path, error: BaseException) -> DatasetError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return DatasetError(f"{path} cannot be read: {reason}; {_SAVE_AGAIN}")
 
 
 def _data_files(folder: Path) -> tuple[Path, ...]:
@@ -212,14 +175,6 @@ def _read_state(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _num_planned(shards: Sequence[ArrowShard]) -> int:
-    return shards[-1].first + shards[-1].num_rows if shards else 0
-
-
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.+-]+))?")
 _NO_CHECK_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 _CONNECT_SECONDS = 3.0  # without a network `datasets` retries for 24 s
@@ -230,13 +185,14 @@ def looks_like_hub_name(data: str) -> bool:
     return _HUB_NAME.fullmatch(data) is not None and not data.endswith((*TABLE_SUFFIXES, ".tar"))
 
 
-def plan_hub(data: str, *, shard_rows: int) -> Plan:
+def plan_hub(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
     """Load a dataset from the hub or its cache and plan its rows; its splits become the column `split`.
 
     Raises DatasetError if the dataset does not exist, or the hub cannot be reached.
     """
-    match = _HUB_NAME.fullmatch(data)
-    assert match is not None, "the caller checks looks_like_hub_name"
+    match = _HUB_NAME.fullmatch(data) if looks_like_hub_name(data) and not Path(data).exists() else None
+    if match is None:
+        return None
     loaded = _load_from_hub(data, match["name"], match["config"])
     rows_of = {str(split): _apply_indices(rows) for split, rows in loaded.items()}
     files = [SplitFiles(split=split, paths=_cache_files(rows)) for split, rows in rows_of.items() if len(rows)]
@@ -284,14 +240,9 @@ def _apply_indices(split_dataset: Any) -> Any:
 def _cache_files(split_dataset: Any) -> tuple[Path, ...]:
     """Return the Arrow files with exactly these rows and columns; () if rows are in memory or part of a file."""
     paths = tuple(Path(entry["filename"]) for entry in split_dataset.cache_files)
-    num_rows = 0
-    for path in paths:
-        with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_stream(source)
-            if reader.schema.names != split_dataset.column_names:
-                return ()
-            num_rows += sum(batch.num_rows for batch in reader)
-    return paths if num_rows == len(split_dataset) else ()
+    tables = [_map_rows(path) for path in paths]
+    has_all_columns = all(rows.column_names == split_dataset.column_names for rows in tables)
+    return paths if has_all_columns and sum(map(len, tables)) == len(split_dataset) else ()
 
 
 def _read_split(split_dataset: Any, split: str) -> pa.Table:

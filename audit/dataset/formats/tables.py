@@ -8,49 +8,26 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import pyarrow as pa
 
 from ...errors import DatasetError
 from ...storage import check_regular, read_table
-from ..columns import SPLIT, split_of_file, with_split
-from ..modalities import holds_bytes
-from .parquet_rows import parquet_head, row_group_shards
+from ..columns import SPLIT, split_of_file, split_of_folder, with_split
+from ..modalities import holds_bytes, holds_files
+from . import Plan
+from .parquet_rows import HEAD_ROWS, parquet_head, row_group_shards
 from .text_rows import read_csv_rows, read_json_lines
 
 log = logging.getLogger("mmaudit")
 
+SAVED_NAMES = ("dataset_dict.json", "state.json")  # written by save_to_disk of `datasets`; see saved.py
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TABLE_SUFFIXES = (".parquet", ".csv", ".jsonl")
 OTHER_FORMS = (
     "DATA may also be folders named by class, a Parquet file or glob, a dataset saved by `datasets`, WebDataset tars, "
     "or a name on the Hugging Face hub"
 )
-HEAD_ROWS = 64  # rows from which kinds are inferred
-
-
-class Shard(Protocol):
-    """A unit of work: some consecutive rows of a dataset; small enough to be sent to another process."""
-
-    @property
-    def index(self) -> int:
-        """Position among the shards of the dataset."""
-
-    @property
-    def first(self) -> int:
-        """Index of the first row in the dataset."""
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows."""
-
-    @property
-    def location(self) -> tuple[str, int, int] | None:
-        """The file that the rows are read from, and two numbers for their position in it; None for rows in memory."""
-
-    def read(self, columns: list[str]) -> pa.Table:
-        """Read these columns of the rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,18 +45,26 @@ class MemoryShard:
         return self.rows.select(columns)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """How a source is read.
+def plan_tables(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
+    """Plan a csv, jsonl or Parquet file, a glob of such, or the metadata of a folder or of its subfolders."""
+    folder = Path(data)
+    if not folder.is_dir():
+        paths = [folder] if folder.is_file() else [Path(match) for match in _matches(data)]
+        if not any(path.suffix in TABLE_SUFFIXES for path in paths):
+            return None
+    elif any((folder / name).is_file() for name in SAVED_NAMES):
+        return None
+    elif not any((folder / name).is_file() for name in METADATA_NAMES):
+        tables = find_split_tables(folder)
+        return plan_split_tables(folder, tables, shard_rows=shard_rows) if tables else None
+    root, paths = find_tables(data)
+    return plan_files(root, paths, shard_rows=shard_rows)
 
-    root: folder that relative paths start from. head: the first rows, with the full schema. shards: all rows.
-    folders: those that contain the files of rows.
-    """
 
-    root: Path
-    head: pa.Table
-    shards: tuple[Shard, ...]
-    folders: tuple[Path, ...] = ()
+def plan_parquet_folder(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
+    """Plan a folder of Parquet files, or of a subfolder `data`; names that begin with a split give the splits."""
+    paths = find_parquets(Path(data))
+    return plan_files(Path(data), paths, shard_rows=shard_rows, splits=splits_of(paths)) if paths else None
 
 
 def find_tables(data: str) -> tuple[Path, list[Path]]:
@@ -95,7 +80,7 @@ def find_tables(data: str) -> tuple[Path, list[Path]]:
         if path.suffix not in TABLE_SUFFIXES:
             raise DatasetError(f"{data} is neither a folder nor a .parquet, .csv, .jsonl or .tar file")
         return path.parent, [path]
-    matches = [Path(match) for match in sorted(glob.glob(data))] if glob.has_magic(data) else []
+    matches = _matches(data)
     if path.exists():
         raise DatasetError(f"{data} is neither a folder nor a regular file")
     if not matches:
@@ -110,6 +95,11 @@ def find_tables(data: str) -> tuple[Path, list[Path]]:
     return matches[0].parent, matches
 
 
+def _matches(data: str) -> list[Path]:
+    """Return the sorted files that a glob matches, [] for a path that is not a glob."""
+    return [Path(match) for match in sorted(glob.glob(data))] if glob.has_magic(data) else []
+
+
 def find_parquets(folder: Path) -> list[Path]:
     """Return the Parquet files of a folder, or of its subfolder `data` (the layout of hub downloads), sorted."""
     return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
@@ -117,15 +107,19 @@ def find_parquets(folder: Path) -> list[Path]:
 
 def splits_of(paths: Sequence[Path]) -> list[str | None]:
     """Return the split that each file name begins with, None for every file unless all have one."""
-    splits = [split_of_file(path.name) for path in paths]
+    return common_splits([split_of_file(path.name) for path in paths], source="files")
+
+
+def common_splits(splits: list[str | None], *, source: str) -> list[str | None]:
+    """Return the splits that names of files stand for, None for every file unless all have one; log their numbers."""
     if not all(splits):
-        return [None] * len(paths)
-    counts = Counter(str(name) for name in splits)
-    log.info("split by the names of the files: %s", ", ".join(f"{n} {name}" for name, n in counts.items()))
+        return [None] * len(splits)
+    counts = ", ".join(f"{number} {name}" for name, number in Counter(splits).items())
+    log.info("split by the names of the %s: %s", source, counts)
     return splits
 
 
-def plan_tables(
+def plan_files(
     root: Path, paths: Sequence[Path], *, shard_rows: int, splits: Sequence[str | None] | None = None
 ) -> Plan:
     """Plan the rows of these files; Parquet files with media or vectors are read by shard, all others at once.
@@ -143,6 +137,27 @@ def plan_tables(
             first = with_split(head, splits[0] if splits else None)
             return Plan(root=root, head=first, shards=tuple(shards), folders=folders)
     return plan_rows(root, read_tables(paths, splits=splits), shard_rows=shard_rows, folders=folders)
+
+
+def find_split_tables(folder: Path) -> list[Path]:
+    """Return the metadata files in the direct subfolders of a folder, such as train/metadata.csv, sorted."""
+    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    with_metadata = [path for path in subfolders if any((path / name).is_file() for name in METADATA_NAMES)]
+    return [table for path in with_metadata for table in find_tables(str(path))[1]]
+
+
+def plan_split_tables(root: Path, tables: Sequence[Path], *, shard_rows: int) -> Plan:
+    """Plan the rows of one metadata file per folder; folders that are named after splits become the column `split`.
+
+    Paths become relative to `root`. A column that a file does not have is null there.
+    """
+    splits = [split_of_folder(table.parent.name) for table in tables]
+    are_splits = all(splits)
+    parts = []
+    for table in tables:
+        rows = _prefix_paths(read_rows(table), table.parent.name)
+        parts.append(with_split(rows, table.parent.name if are_splits and SPLIT not in rows.column_names else None))
+    return plan_rows(root, concat_rows(parts, source=str(root)), shard_rows=shard_rows)
 
 
 def plan_rows(root: Path, rows: pa.Table, *, shard_rows: int, folders: tuple[Path, ...] = ()) -> Plan:
@@ -217,3 +232,20 @@ def _find_metadata(folder: Path) -> Path:
     if len(paths) > 1:
         raise DatasetError(f"{folder} has both {paths[0].name} and {paths[1].name}: pass the path of one of them")
     return paths[0]
+
+
+def _prefix_paths(rows: pa.Table, folder: str) -> pa.Table:
+    """Prefix the paths in a folder's table with the folder, so that they are relative to its parent."""
+    for index, field in enumerate(rows.schema):
+        if holds_files(rows, field):
+            prefixed = [_prefix_path(cell, folder) for cell in rows[field.name].to_pylist()]
+            rows = rows.set_column(index, field.name, pa.array(prefixed, field.type))
+    return rows
+
+
+def _prefix_path(cell: object, folder: str) -> object:
+    if isinstance(cell, list):
+        return [_prefix_path(path, folder) for path in cell]
+    if not isinstance(cell, str) or cell.startswith("/") or "://" in cell:
+        return cell
+    return f"{folder}/{cell}"

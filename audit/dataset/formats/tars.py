@@ -10,7 +10,6 @@ import glob
 import io
 import logging
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,14 @@ from numpy.typing import NDArray
 
 from ... import numpy_files as npy
 from ...errors import DatasetError
+from ...media.files import kind_of_path
 from ...parsing import parse_data_json
 from ...storage import open_regular
 from ..columns import SPLIT, split_of_file, split_of_folder
-from ..modalities import KINDS, kind_of_path
-from .tables import HEAD_ROWS, Plan, concat_rows
+from ..modalities import KINDS
+from . import Plan
+from .parquet_rows import HEAD_ROWS
+from .tables import common_splits, concat_rows
 
 log = logging.getLogger("mmaudit")
 
@@ -113,14 +115,22 @@ def find_tars(data: str) -> list[Path]:
     return matches if matches and all(match.suffix == ".tar" for match in matches) else []
 
 
-def plan_tars(paths: Sequence[Path], *, shard_rows: int) -> Plan:
+def plan_tars(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
+    """Plan the samples of a tar, a glob of tars, or a folder of tars with subfolders named after splits."""
+    paths = find_tars(data)
+    return plan_tar_files(paths, shard_rows=shard_rows) if paths else None
+
+
+def plan_tar_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
     """Index tars and plan their samples; a column that a sample does not have is null there.
 
     Raises DatasetError for a tar without samples, a truncated or damaged tar, and a repeated key.
     """
     samples_of_tar = [_index_tar(path) for path in paths]
     _check_keys(paths, samples_of_tar)
-    splits = _tar_splits(paths)
+    splits = common_splits(
+        [split_of_file(path.name) or split_of_folder(path.absolute().parent.name) for path in paths], source="tars"
+    )
     tables = [_value_table(samples, split) for samples, split in zip(samples_of_tar, splits, strict=True)]
     schema = concat_rows([table.slice(0, 0) for table in tables], source=str(paths[0].parent)).schema
     member_names = sorted(
@@ -255,15 +265,6 @@ def _check_keys(paths: Sequence[Path], samples_of_tar: Sequence[Sequence[TarSamp
                     "the members of a sample must be consecutive, and keys must be unique"
                 )
             tar_of_key[sample.key] = path
-
-
-def _tar_splits(paths: Sequence[Path]) -> list[str | None]:
-    """Return the split of each tar by its name or its folder's name, None for every tar unless all have one."""
-    splits = [split_of_file(path.name) or split_of_folder(path.absolute().parent.name) for path in paths]
-    if not all(splits):
-        return [None] * len(paths)
-    log.info("split by the names of the tars: %s", ", ".join(f"{n} {name}" for name, n in Counter(splits).items()))
-    return splits
 
 
 def _value_table(samples: Sequence[TarSample], split: str | None) -> pa.Table:

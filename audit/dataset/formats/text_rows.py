@@ -100,7 +100,7 @@ def _check_records(lines: Iterator[str]) -> None:
 JSON_BLOCK_BYTES = 1 << 26  # parsed at once; the limit of a line
 _CHECK_BYTES = 1 << 22  # checked at once: blocks that fit into the CPU cache take half the time
 _QUOTE, _NEWLINE = ord('"'), ord("\n")
-_IS_STRUCTURAL = bytes(byte in b'"{}[]\n' for byte in range(256))
+_IS_STRUCTURAL = bytes(map(b'"{}[]\n'.__contains__, range(256)))
 _DEPTH_CHANGE = np.zeros(256, dtype=np.int8)
 _DEPTH_CHANGE[list(b"{[")], _DEPTH_CHANGE[list(b"}]")] = 1, -1
 

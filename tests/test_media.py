@@ -20,11 +20,11 @@ from PIL import Image
 from scipy.signal import resample_poly
 
 from mmaudit.audit.errors import ConfigError, Reason, UnusableError
-from mmaudit.audit.media.audio import resample
+from mmaudit.audit.media.audio import decode_audio, has_sound, resample
 from mmaudit.audit.media.container import open_container
-from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image, has_sound
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.video import segment_middles
+from mmaudit.audit.media.image import decode_image
+from mmaudit.audit.media.video import decode_frames, segment_middles
 
 CONFIG = MediaConfig()
 

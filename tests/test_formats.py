@@ -1,4 +1,4 @@
-"""Source formats: the same clips give the same samples in every format."""
+"""Source formats: every reader gives the same samples of the same clips, and packages add readers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,9 @@ import pytest
 from datasets.table import InMemoryTable
 
 from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.dataset.formats import READERS, plan_source
 from mmaudit.audit.dataset.samples import read_samples
-from mmaudit.audit.errors import DatasetError
+from mmaudit.audit.errors import ConfigError, DatasetError
 
 CLASSES = ["class-0", "class-1", "class-2"]
 FEATURES = datasets.Features(
@@ -165,33 +167,6 @@ def expected(clip_source: Path) -> set[tuple[object, ...]]:
     }
 
 
-WRITERS: dict[str, Callable[[Path, Path], Path | str]] = {
-    "saved": write_saved,
-    "parquet": write_parquet,
-    "bytes alone": write_raw_parquet,
-    "folder of the hub": write_hub_folder,
-    "together": lambda source, folder: write_layout(source, folder, "together"),
-    "by modality": lambda source, folder: write_layout(source, folder, "by modality"),
-    "by split": lambda source, folder: write_layout(source, folder, "by split"),
-    "split tables": write_split_tables,
-    "tars": lambda source, folder: write_tars(source, folder, "json"),
-    "glob of tars": lambda source, folder: f"{write_tars(source, folder, 'json')}/*.tar",
-}
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_every_source_format_gives_equal_samples(
-    clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]], kind: str
-) -> None:
-    data = WRITERS[kind](clip_source, tmp_path / "data")
-    assert samples_of(data, DataConfig(shard_rows=4)) == expected
-
-
-def test_numeric_labels_of_tars_are_read(clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]]) -> None:
-    data = write_tars(clip_source, tmp_path / "data", "cls")
-    assert samples_of(data) == {(number, f"{str(label)[-1]}", *rest) for number, label, *rest in expected}
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
     """Replace datasets.load_dataset by a fixed response, and record the requests."""
@@ -210,6 +185,71 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
         return requests
 
     return put
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path, Path], Path | str]]] = {
+    "saved": ("saved", write_saved),
+    "parquet": ("tables", write_parquet),
+    "bytes alone": ("tables", write_raw_parquet),
+    "folder of the hub": ("parquet-folder", write_hub_folder),
+    "together": ("folders", lambda source, folder: write_layout(source, folder, "together")),
+    "by modality": ("folders", lambda source, folder: write_layout(source, folder, "by modality")),
+    "by split": ("folders", lambda source, folder: write_layout(source, folder, "by split")),
+    "split tables": ("tables", write_split_tables),
+    "tars": ("tars", lambda source, folder: write_tars(source, folder, "json")),
+    "glob of tars": ("tars", lambda source, folder: f"{write_tars(source, folder, 'json')}/*.tar"),
+    "hub": ("hub", lambda source, folder: "user/clips"),
+}
+
+
+def test_every_reader_has_a_source() -> None:
+    assert {reader for reader, _ in WRITERS.values()} == set(READERS)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_reader_gives_equal_samples(
+    clip_source: Path,
+    tmp_path: Path,
+    expected: set[tuple[object, ...]],
+    hub: Callable[[Any], list[Any]],
+    kind: str,
+) -> None:
+    hub(hub_parts(clip_source))
+    reader, write = WRITERS[kind]
+    data = write(clip_source, tmp_path / "data")
+    assert samples_of(data, DataConfig(shard_rows=4)) == expected
+    assert samples_of(data, DataConfig(reader=reader, shard_rows=4)) == expected
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_reader_plans_all_rows_in_order(
+    clip_source: Path, tmp_path: Path, hub: Callable[[Any], list[Any]], kind: str
+) -> None:
+    hub(hub_parts(clip_source))
+    reader, write = WRITERS[kind]
+    data = str(write(clip_source, tmp_path / "data"))
+    plan = plan_source(data, reader=reader, shard_rows=4, allow_outside=False)
+    names = plan.head.column_names
+    parts = [pickle.loads(pickle.dumps(shard)).read(names) for shard in plan.shards]
+    assert [shard.index for shard in plan.shards] == list(range(len(parts)))
+    assert [shard.num_rows for shard in plan.shards] == [len(part) for part in parts]
+    assert [shard.first for shard in plan.shards] == [sum(map(len, parts[:index])) for index in range(len(parts))]
+    assert all(part.schema.equals(plan.head.schema) for part in parts)
+    assert 0 < len(plan.head) <= 64
+    assert plan.head.equals(pa.concat_tables(parts).slice(0, len(plan.head)))
+    assert all(shard.read(names[::-1]).column_names == names[::-1] for shard in plan.shards[::-1])
+    # The reader of class folders accepts any folder of media, and is therefore asked last.
+    recognised = {name for name in READERS if name != "folders" and is_planned(name, data)}
+    assert recognised == {reader} - {"folders"}
+
+
+def is_planned(reader: str, data: str) -> bool:
+    return READERS.load(reader)(data, shard_rows=4, allow_outside=False) is not None
+
+
+def test_numeric_labels_of_tars_are_read(clip_source: Path, tmp_path: Path, expected: set[tuple[object, ...]]) -> None:
+    data = write_tars(clip_source, tmp_path / "data", "cls")
+    assert samples_of(data) == {(number, f"{str(label)[-1]}", *rest) for number, label, *rest in expected}
 
 
 def test_hub_dataset_gives_equal_samples(
@@ -283,3 +323,58 @@ def test_existing_folder_is_not_loaded_from_hub(
     monkeypatch.chdir(clip_source.parent)
     assert open_dataset(clip_source.name).num_rows == 24
     assert requests == []
+
+
+READER_MODULE = """
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+from mmaudit.audit.dataset.formats import Plan
+from mmaudit.audit.dataset.formats.tables import plan_rows
+
+
+def plan_json_array(data: str, *, shard_rows: int, allow_outside: bool) -> Plan | None:
+    if not data.endswith(".json"):
+        return None
+    rows = pa.Table.from_pylist(json.loads(Path(data).read_text()))
+    return plan_rows(Path(data).parent, rows, shard_rows=shard_rows)
+"""
+
+
+@pytest.fixture
+def json_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Install a package with a reader of JSON arrays, and write such an array."""
+    site = tmp_path / "site"
+    (site / "json_array-1.0.dist-info").mkdir(parents=True)
+    (site / "json_array-1.0.dist-info" / "METADATA").write_text("Name: json-array\nVersion: 1.0\n")
+    (site / "json_array-1.0.dist-info" / "entry_points.txt").write_text(
+        "[mmaudit.readers]\njson-array = json_array:plan_json_array\nbroken = json_array:plan_none\n"
+    )
+    (site / "json_array.py").write_text(READER_MODULE)
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.delitem(sys.modules, "json_array", raising=False)
+    rows = [{"id": f"n{row}", "label": row % 2, "u": [row, 1.0], "v": [2.0, row]} for row in range(5)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return tmp_path / "rows.json"
+
+
+def test_installed_reader_is_used_and_imported_only_by_name(json_array: Path) -> None:
+    with pytest.raises(DatasetError, match=r"rows\.json is neither a folder nor a \.parquet"):
+        open_dataset(json_array)
+    assert "json_array" not in sys.modules
+    dataset = open_dataset(json_array, DataConfig(reader="json-array", shard_rows=2))
+    assert "json_array" in sys.modules
+    assert [shard.num_rows for shard in dataset.shards] == [2, 2, 1]
+    assert read_samples(dataset, seed=0, test_fraction=0.2).sample_id.tolist() == [f"n{row}" for row in range(5)]
+
+
+def test_named_reader_that_does_not_fit_is_reported(json_array: Path) -> None:
+    for reader in ("json-array", "tars"):
+        with pytest.raises(DatasetError, match=f"is not of the format that data.reader = '{reader}' reads"):
+            open_dataset(json_array.parent, DataConfig(reader=reader))
+    with pytest.raises(ConfigError, match=r"data\.reader json-aray: did you mean json-array\?"):
+        open_dataset(json_array, DataConfig(reader="json-aray"))
+    with pytest.raises(ConfigError, match=r"data\.reader broken: json_array:plan_none cannot be loaded"):
+        open_dataset(json_array, DataConfig(reader="broken"))

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmaudit.audit.errors import Reason, UnusableError
+from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.container import EBML, MP4_BOXES, SEGMENT, missing_bytes
-from mmaudit.audit.media.decode import decode_audio, decode_frames, decode_image
 from mmaudit.audit.media.files import MediaConfig
+from mmaudit.audit.media.image import decode_image
+from mmaudit.audit.media.video import decode_frames
 
 SECONDS = 2
 # Hypothesis draws constants of the source.
