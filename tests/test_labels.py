@@ -10,7 +10,8 @@ from random import Random
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Audio, ClassLabel, Features, Image, Sequence, Value, Video
+from datasets import Audio, ClassLabel, Features, Image, Value, Video
+from datasets import Sequence as ListFeature
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -257,7 +258,7 @@ FEATURES = Features(
         "sight": Image(),
         "film": Video(),
         "label": ClassLabel(names=["cat", "dog"]),
-        "labels": Sequence(ClassLabel(names=["a", "b", "c"])),  # from datasets 4 on this is a List
+        "labels": ListFeature(ClassLabel(names=["a", "b", "c"])),  # from datasets 4 on this is a List
         "text": Value("string"),
     }
 )
