@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from .dataset.columns import SPLITS
 from .dataset.samples import Samples
-from .features.encode import EncodeTask, Status
+from .features.encode import EncodeTask
+from .features.encoded_samples import Status
 from .features.matrix import FeatureMatrix, Inputs
 from .media.files import kind_of_path
 from .near_duplicates import MIN_FEATURES, MIN_ROWS, Links, SplitPair, is_present, search_near_duplicates

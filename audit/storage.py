@@ -39,6 +39,19 @@ _KINDS = {
 }
 
 
+def file_stamp(path: str | Path) -> tuple[str, int, int, int] | None:
+    """Return path, size, and times of modification and status change in ns; None if there is no file.
+
+    The status change notices a file that was rewritten with its old size and modification time.
+    """
+    try:
+        path = os.path.realpath(path)
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file to read its bytes; raise OSError for anything else, without waiting for another process.
 

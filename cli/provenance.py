@@ -359,9 +359,9 @@ def _scored_encoders(origin: Origin, options: SourceOptions) -> dict[str, str]:
 
 def _doubt(encoder: str, origin: Origin) -> str:
     """Return why an encoder that is code or a model must be passed by the user; "" if it need not be."""
-    from ..audit.features.encoders import BUILTIN_ENCODERS, encoder_location
+    from ..audit.features.encoders import ENCODERS, encoder_location
 
-    if encoder in BUILTIN_ENCODERS:
+    if encoder in ENCODERS:
         return ""
     if origin.record is None:
         return origin.doubt

@@ -28,7 +28,7 @@ from ..train.tracking import load_trackers
 from .checking import pairs, pick_device
 from .config import RunConfig, load_config, to_toml, without_none
 from .console import progress_bars
-from .provenance import SourceOptions, open_source, origin_of, saw_test_labels
+from .provenance import SourceOptions, open_source, origin_of, own_record, saw_test_labels
 from .run import Run, new_finetune, read_metrics, swap_finetune
 
 log = logging.getLogger("mmaudit")
@@ -375,12 +375,20 @@ def _examples_of(
     num_workers: int,
     progress: Progress,
 ) -> Examples:
-    """Open and encode a manifest's source, and load its training and test examples."""
+    """Open a manifest's source, encode what the run's cache lacks, and load the training and test examples.
+
+    Media that are unchanged since the run cached their vectors, by path, size and times, are not opened.
+    """
     origin = origin_of(path, manifest.provenance, manifest.digests)
     dataset, scored_config = open_source(origin, options)
     _check_trainable(scored_config)
     tasks = encode_dataset(
-        dataset, run_dir.features, media=scored_config.media, num_workers=num_workers, progress=progress
+        dataset,
+        run_dir.features,
+        media=scored_config.media,
+        num_workers=num_workers,
+        progress=progress,
+        trust_unchanged=own_record(run_dir.folder)[0] is not None,  # others could have planted vectors in the cache
     )
     samples = read_samples(dataset, seed=scored_config.seed, test_fraction=scored_config.data.test_fraction)
     dropped = read_dropped(path, manifest)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
+import tarfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
+from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
-from mmaudit.audit.errors import DatasetError, Reason
+from mmaudit.audit.errors import DatasetError, Reason, UnusableError
 from mmaudit.audit.features import encode, encoders
 from mmaudit.audit.features.descriptors import text_counts
-from mmaudit.audit.features.encode import EncodeTask, encode_dataset, encode_shard, read_arrow, read_status, write_arrow
+from mmaudit.audit.features.encode import (
+    CachedVectors,
+    EncodeResult,
+    EncodeTask,
+    combine_results,
+    content_of,
+    encode_dataset,
+    encoded_table,
+    load_cell_content,
+    read_arrow,
+    write_arrow,
+)
+from mmaudit.audit.features.encoded_samples import lengths_of, problems_of, read_status
+from mmaudit.audit.features.encoders import encode_vectors
 from mmaudit.audit.features.matrix import FeatureMatrix
+from mmaudit.audit.hashing import digest
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.workers import no_progress
 
@@ -38,10 +57,18 @@ def encode_all(dataset: Dataset, cache: Path, *, num_workers: int = 0, media: Me
 
 def num_computed(dataset: Dataset, cache: Path, media: MediaConfig = MEDIA) -> int:
     """Encode what is missing and return the number of computed vectors."""
-    unsharded = replace(dataset, shards=())
-    return sum(
-        encode_shard(EncodeTask(dataset=unsharded, shard=shard, media=media, folder=cache)) for shard in dataset.shards
-    )
+    calls = 0
+    encode_cell = encoders.encode_cell
+
+    def count(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return encode_cell(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "encode_cell", count)
+        encode_all(dataset, cache, media=media)
+    return calls
 
 
 def matrices(dataset: Dataset, tasks: list[EncodeTask]) -> list[NDArray[np.float32]]:
@@ -226,7 +253,9 @@ def test_problems_of_vectors_are_reported_by_row(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         FeatureMatrix.of(tasks, status, np.array([0, 4])).read_all(), np.array([[1, 2], [0, 0]], dtype=np.float32)
     )
-    assert num_computed(dataset, tmp_path / "cache") == 0
+    before = tasks[0].file(dataset.modalities[0]).stat().st_ino
+    encode_all(dataset, tmp_path / "cache")
+    assert tasks[0].file(dataset.modalities[0]).stat().st_ino == before  # not written again
 
 
 def test_video_is_encoded_as_audio_and_visual(tmp_path: Path, film: Callable[[bool], bytes]) -> None:
@@ -277,3 +306,159 @@ def test_mapped_file_can_be_replaced(clip_source: Path, tmp_path: Path) -> None:
     assert before.num_rows == 24
     assert before["vector"][23].is_valid
     assert read_arrow(path).num_rows == 1
+
+
+def write_sources(folder: Path, clips: Path) -> dict[str, Path]:
+    """Write the same four samples of images and one more modality in every form of a source."""
+    names = [f"{number}.png" for number in range(4)]
+    media = {name: (clips / name).read_bytes() for name in names}
+    for path in (folder / "files", folder / "frames" / "one", folder / "frames" / "two"):
+        path.mkdir(parents=True)
+    for name in names:
+        (folder / "files" / name).write_bytes(media[name])
+        (folder / "frames" / ("one" if name < "2" else "two") / name).write_bytes(media[name])
+    table = "file_name,text,label\n" + "".join(f"{name},word {n},{n % 2}\n" for n, name in enumerate(names))
+    (folder / "files" / "metadata.csv").write_text(table)
+    (folder / "frames" / "metadata.csv").write_text("a_frames,text,label\none,a word,0\ntwo,words,1\n")
+    columns = {"label": [0, 1, 0, 1], "v": pa.array([[1.0, n] for n in range(4)], pa.list_(pa.float32(), 2))}
+    bytes_ = pa.table({**columns, "image": [media[name] for name in names]})
+    pq.write_table(bytes_, folder / "rows.parquet", row_group_size=2)
+    structs = [{"bytes": None, "path": f"files/{name}"} for name in names]
+    type_ = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({**columns, "image": pa.array(structs, type_)}), folder / "paths.parquet")
+    with tarfile.open(folder / "x.tar", "w") as file:
+        for number, name in enumerate(names):
+            for member, data in (("png", media[name]), ("txt", b"a word"), ("cls", b"%d" % (number % 2))):
+                header = tarfile.TarInfo(f"{number}.{member}")
+                header.size = len(data)
+                file.addfile(header, io.BytesIO(data))
+    return {"files": folder / "files", "frames": folder / "frames"} | {
+        name: folder / name for name in ("rows.parquet", "paths.parquet", "x.tar")
+    }
+
+
+@pytest.mark.parametrize("form", ["files", "frames", "rows.parquet", "paths.parquet", "x.tar"])
+def test_unchanged_source_is_not_read_again(
+    form: str, clip_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was touched is hashed, and its new times are recorded; its vectors are kept."""
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    source = write_sources(data, clip_source)[form]
+    dataset = open_dataset(source, DataConfig(shard_rows=2))
+    expected = matrices(dataset, encode_all(dataset, cache))
+    before = files(cache)
+    read: list[str] = []
+
+    def record(dataset: Dataset, modality: Modality, value: Any) -> Any:
+        if modality.kind != "text":
+            read.append(modality.name)
+        return load_cell_content(dataset, modality, value)
+
+    def record_vectors(cells: Any, modality: Modality) -> Any:
+        read.append(modality.name)
+        return encode_vectors(cells, modality)
+
+    monkeypatch.setattr(encode, "load_cell_content", record)
+    monkeypatch.setattr(encode, "encode_vectors", record_vectors)
+
+    def num_read(*, trust_unchanged: bool = True) -> int:
+        read.clear()
+        tasks = encode_dataset(
+            dataset, cache, media=MEDIA, num_workers=0, progress=no_progress, trust_unchanged=trust_unchanged
+        )
+        for matrix, original in zip(matrices(dataset, tasks), expected, strict=True):
+            np.testing.assert_array_equal(matrix, original)
+        return len(read)
+
+    assert num_read() == 0
+    assert files(cache) == before
+    touched = {"files": source / "0.png", "frames": source / "one" / "0.png", "paths.parquet": data / "files" / "0.png"}
+    os.utime(touched.get(form, source), ns=(0, 0))
+    assert num_read() == {"files": 1, "frames": 1, "paths.parquet": 1, "rows.parquet": 6, "x.tar": 4}[form]
+    assert files(cache) != before
+    assert num_read() == 0
+    assert num_read(trust_unchanged=False) > 1
+
+
+def test_rewritten_file_is_encoded_again(clips: Path, tmp_path: Path) -> None:
+    """A rewritten file of the same size and modification time has another time of status change."""
+    dataset, cache = open_dataset(clips, SHARDS), tmp_path / "cache"
+    encode_all(dataset, cache)
+    path = clips / "3.wav"
+    status, data = path.stat(), path.read_bytes()
+    path.write_bytes(data[:-2] + bytes(2))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    tasks = encode_dataset(dataset, cache, media=MEDIA, num_workers=0, progress=no_progress, trust_unchanged=True)
+    rows = np.concatenate([read_arrow(task.file(dataset.modalities[0]))["content"].to_pylist() for task in tasks])
+    assert rows[3] == digest(path.read_bytes()).encode()
+
+
+def test_path_outside_the_folder_is_rejected_when_unchanged(clips: Path, tmp_path: Path) -> None:
+    (clips / "0.wav").rename(tmp_path / "0.wav")
+    metadata = clips / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace(",0.wav,", ",../0.wav,"))
+    allowed, cache = open_dataset(clips, DataConfig(allow_outside=True)), tmp_path / "cache"
+    encode_all(allowed, cache)
+    with pytest.raises(DatasetError, match=r"'\.\./0\.wav' leads outside"):
+        encode_dataset(
+            open_dataset(clips), cache, media=MEDIA, num_workers=0, progress=no_progress, trust_unchanged=True
+        )
+
+
+def digests(count: int) -> list[bytes]:
+    return [digest(str(row).encode()).encode() for row in range(count)]
+
+
+def results_of(usable: list[bool], dtype: type) -> list[EncodeResult]:
+    return [
+        np.arange(row, row + 3, dtype=dtype) if is_usable else UnusableError(Reason.EMPTY, f"row {row}")
+        for row, is_usable in enumerate(usable)
+    ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(usable=st.lists(st.booleans(), max_size=9), dtype=st.sampled_from([np.float32, np.uint8]))
+def test_written_results_are_read_back(
+    usable: list[bool], dtype: type, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("cache") / "0.arrow"
+    results, content = results_of(usable, dtype), digests(len(usable))
+    ids = [f"s{row}" for row in range(len(usable))]
+    encoded = combine_results(content, results, encoder="e")
+    stamps = [None if row % 3 == 2 else f"stamp {row}" for row in range(len(usable))]
+    write_arrow(encoded_table(ids, stamps, encoded), path)
+    table = read_arrow(path)
+    assert content_of(table).tolist() == content
+    assert table["vector"].type == pa.large_list(pa.from_numpy_dtype(encoded.vector.dtype))
+    assert [row for row, _, _ in problems_of(table)] == [row for row, is_usable in enumerate(usable) if not is_usable]
+    assert lengths_of(table) == ({3} if any(usable) else set())
+    cached = CachedVectors.of(path)
+    for key, expected in zip(content, results, strict=True):
+        cached_result = cached.result(key)
+        if isinstance(expected, UnusableError):
+            assert isinstance(cached_result, UnusableError)
+            assert (cached_result.reason, cached_result.detail) == (expected.reason, expected.detail)
+        else:
+            assert isinstance(cached_result, np.ndarray)
+            assert cached_result.dtype == dtype
+            np.testing.assert_array_equal(cached_result, expected)
+    assert b"0" * 32 not in cached.row
+    assert cached.content_of_stamp == {stamp: key for stamp, key in zip(stamps, content, strict=True) if stamp}
+    assert cached.is_current(ids, stamps, encoded.content)
+    if ids:
+        assert not cached.is_current([*ids[1:], "other"], stamps, encoded.content)
+        assert not cached.is_current(ids, [*stamps[1:], "other"], encoded.content)
+        assert not cached.is_current(ids, stamps, np.array([*content[1:], b"0" * 32], dtype="S32"))
+        assert not cached.is_current(ids[1:], stamps[1:], encoded.content[1:])
+
+
+def test_missing_or_damaged_file_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "0.arrow"
+    assert CachedVectors.of(path).row == {}
+    path.write_bytes(b"ARROW1 damaged")
+    assert not CachedVectors.of(path).is_current([], [], np.zeros(0, "S32"))
+
+
+def test_vectors_of_different_lengths_are_rejected() -> None:
+    with pytest.raises(DatasetError, match="e returns vectors of 2 and of 3 numbers; vectors of a modality must have"):
+        combine_results(digests(2), [np.zeros(3, np.float32), np.zeros(2, np.float32)], encoder="e")

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from mmaudit.audit.dataset.dataset import open_dataset
 from mmaudit.audit.dataset.samples import Samples, read_samples
 from mmaudit.audit.errors import ConfigError
-from mmaudit.audit.features.encode import encode_dataset, read_status
+from mmaudit.audit.features.encode import encode_dataset
+from mmaudit.audit.features.encoded_samples import read_status
 from mmaudit.audit.features.matrix import MatrixInputs
 from mmaudit.audit.leakage import (
     GROUP_NAMES,

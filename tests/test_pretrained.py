@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,22 @@ import transformers as typed
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmaudit.audit.dataset.dataset import DataConfig, open_dataset
+from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.modalities import Modality
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ConfigError, Reason, UnusableError
-from mmaudit.audit.features import pretrained
-from mmaudit.audit.features.encode import encode_dataset, encode_shard, read_arrow, read_status
+from mmaudit.audit.features import encode, pretrained
+from mmaudit.audit.features.encode import encode_dataset, read_arrow
+from mmaudit.audit.features.encoded_samples import read_status
 from mmaudit.audit.features.encoders import check_encoder, encode_cell, preprocessing
 from mmaudit.audit.features.matrix import FeatureMatrix
-from mmaudit.audit.features.pretrained import encode_inputs, model_version, open_model
+from mmaudit.audit.features.pretrained import (
+    encode_inputs,
+    find_model_folder,
+    folder_version,
+    model_version,
+    open_model,
+)
 from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.files import MediaConfig
 from mmaudit.audit.media.image import read_picture
@@ -217,7 +225,37 @@ def test_unusable_samples_have_a_reason(models: Path, inputs: dict[str, list[Any
     ]
 
 
-def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path, tmp_path: Path) -> None:
+def test_media_in_an_unchanged_table_are_not_loaded(
+    clip_source: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media = [(clip_source / f"{number}.png").read_bytes() for number in range(5)]
+    pq.write_table(
+        pa.table({"label": [0, 1, 0, 1, 0], "image": media, "text": ["a dog"] * 5}),
+        tmp_path / "d.parquet",
+        row_group_size=2,
+    )
+    dataset = open_dataset(tmp_path / "d.parquet", DataConfig(encoder=(f"image=hf:{models / 'dinov2'}",)))
+    encode_dataset(dataset, tmp_path / "cache", media=MEDIA, num_workers=0, progress=no_progress)
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.arrow")}
+    kinds: list[str] = []
+    load = encode.load_cell_content
+
+    def record(dataset: Dataset, modality: Modality, value: Any) -> Any:
+        kinds.append(modality.kind)
+        return load(dataset, modality, value)
+
+    monkeypatch.setattr(encode, "load_cell_content", record)
+    for threads in (0, 2):
+        encode_dataset(
+            dataset, tmp_path / "cache", media=MEDIA, num_workers=threads, progress=no_progress, trust_unchanged=True
+        )
+    assert set(kinds) == {"text"}
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_vectors_are_cached_by_shard_and_computed_once(
+    clips: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (clips / "7.wav").write_bytes(b"no sound")
     encoders = (f"audio=hf:{models / 'wav2vec2'}", f"image=hf:{models / 'dinov2'}")
     dataset = open_dataset(clips, DataConfig(shard_rows=10, encoder=encoders))
@@ -233,7 +271,9 @@ def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path
         for threads in (0, 3)
     }
     assert steps == [("encode", done, 6) for done in range(1, 7)]
-    assert [encode_shard(task) for task in tasks_of[0]] == [0, 0, 0]
+    before = {path: path.stat().st_ino for path in (tmp_path / "0").rglob("*.arrow")}
+    encode_dataset(dataset, tmp_path / "0", media=MEDIA, num_workers=0, progress=no_progress)
+    assert {path: path.stat().st_ino for path in before} == before  # nothing was written again
     ids = read_samples(dataset, seed=0, test_fraction=0.5).sample_id
     for modality_ in dataset.modalities:
         matrices = []
@@ -246,7 +286,16 @@ def test_vectors_are_cached_by_shard_and_computed_once(clips: Path, models: Path
     path = tasks_of[0][1].file(dataset.modalities[0])
     path.unlink()
     (clips / "23.wav").write_bytes((clips / "7.png").read_bytes())
-    assert [encode_shard(task) for task in tasks_of[0]] == [0, 10, 0]  # a damaged file needs no forward pass
+    computed: list[int] = []
+
+    def record(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for row, encoded in encode_inputs(*arguments, **options):
+            computed.append(row)
+            yield row, encoded
+
+    monkeypatch.setattr(encode, "encode_inputs", record)
+    encode_dataset(dataset, tmp_path / "0", media=MEDIA, num_workers=0, progress=no_progress)
+    assert computed == list(range(10))  # a damaged file needs no forward pass
     assert read_arrow(tasks_of[0][2].file(dataset.modalities[0]))["reason"].to_pylist() == [None] * 3 + ["corrupt"]
 
 
@@ -380,3 +429,52 @@ def test_code_in_a_model_folder_is_never_run(
         with pytest.raises(ConfigError, match=r"^[^\n]*cannot be (loaded|read): [^\n]*$"):
             open_model(str(folder), "image")
     assert not mark.exists()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def write_model(folder: Path, *, weights: bytes = b"weights") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_version_of_a_folder_depends_only_on_content(tmp_path: Path) -> None:
+    original, same, changed = (
+        write_model(tmp_path / "one"),
+        write_model(tmp_path / "same"),
+        write_model(tmp_path / "other", weights=b"weightz"),
+    )
+    (same / "README.md").write_text("no part of the model")
+    os.utime(same / "config.json", (0, 0))
+    assert folder_version(original) == folder_version(same)
+    assert folder_version(original) != folder_version(changed)
+    before = folder_version(original)
+    (original / "config.json").write_text("{ }")
+    assert folder_version(original) != before
+
+
+def test_version_of_a_hub_model_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "models--owner--name"
+    folder = write_model(cache / "snapshots" / COMMIT)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("owner/name", f"owner/name@{COMMIT}", "owner/name@main"):
+        for with_weights in (False, True):
+            assert find_model_folder(name, with_weights=with_weights) == folder
+    assert folder_version(folder) == COMMIT
+    with pytest.raises(ConfigError, match="no local folder 'owner/name@v2', and the hub has no such model"):
+        find_model_folder("owner/name@v2", with_weights=False)
+
+
+def test_local_folder_precedes_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "owner" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert find_model_folder("owner/name", with_weights=True) == Path("owner/name")
+    (tmp_path / "owner" / "name" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"folder owner/name has no config\.json"):
+        find_model_folder("owner/name", with_weights=True)

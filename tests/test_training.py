@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -471,3 +473,93 @@ def test_foreign_checkpoint_is_not_resumed(run: Path) -> None:
     run_json(*TUNE, "--run", run, "--name", "other")
     first, second = weights(run, "plain"), weights(run, "other")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.fixture(scope="module")
+def opened_names() -> Iterator[list[str]]:
+    """Names of the media files that this process opens."""
+    names: list[str] = []
+    is_finished = False
+
+    def record(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and not is_finished and str(arguments[0]).endswith((".wav", ".png")):
+            names.append(Path(arguments[0]).name)
+
+    sys.addaudithook(record)  # hooks cannot be removed
+    yield names
+    is_finished = True
+
+
+@pytest.fixture
+def media_opened(opened_names: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Result, list[str]]]:
+    """A function that runs a command, and returns its result and the names of the media files that it opened."""
+    monkeypatch.setattr("mmaudit.audit.workers.ProcessPoolExecutor", None)  # of processes the hook would see nothing
+
+    def run(*words: str | Path) -> tuple[Result, list[str]]:
+        opened_names.clear()
+        result = mmaudit(*words)
+        return result, sorted(set(opened_names))
+
+    return run
+
+
+@pytest.fixture
+def scored_clips(clips: Path, tmp_path: Path) -> Path:
+    """A run of the clips with a manifest of all samples."""
+    run = tmp_path / "run"
+    few = ["--set", "probe.folds=2", "--repeats", "1", "--num-workers", "0", "--set", "data.test_fraction=0.25"]
+    run_json("score", clips, "--run", run, "--id", "id", *few)
+    run_json("split", "--subset", "most-balanced:100%", "--name", "all", "--run", run)
+    return run
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_unchanged_media_are_not_opened(
+    scored_clips: Path, clips: Path, tmp_path: Path, workers: str, media_opened: Callable[..., tuple[Result, list[str]]]
+) -> None:
+    """Only a touched file is hashed; then its new times are known. Exports of rows open nothing at all."""
+    tune = [*TUNE, "--run", scored_clips, "--num-workers", workers]
+    evaluate = ["evaluate", "one", "--run", scored_clips, "--num-workers", workers]
+    result, opened = media_opened(*tune, "--name", "one")
+    assert (result.exit_code, opened) == (0, [])
+    result, opened = media_opened(*evaluate)
+    assert (result.exit_code, opened) == (0, [])
+    for format_ in ("csv", "jsonl", "npy", "ogm", "datasets"):
+        result, opened = media_opened(
+            "export", "all", "--run", scored_clips, "--format", format_, "--out", tmp_path / format_
+        )
+        assert (result.exit_code, opened) == (0, []), result.output
+    os.utime(clips / "3.wav", ns=(0, 0))
+    assert media_opened(*evaluate)[1] == ["3.wav"]
+    assert media_opened(*evaluate)[1] == []
+    result, opened = media_opened(*tune, "--name", "two")
+    assert (result.exit_code, opened) == (0, [])
+    first, second = weights(scored_clips, "one"), weights(scored_clips, "two")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert len(media_opened("verify", "all", "--run", scored_clips)[1]) == 48
+
+
+def test_changed_media_are_refused(
+    scored_clips: Path, clips: Path, media_opened: Callable[..., tuple[Result, list[str]]]
+) -> None:
+    """Also when size and modification time are as before, since the time of the status change is not."""
+    status = (clips / "5.png").stat()
+    (clips / "5.png").write_bytes((clips / "5.png").read_bytes()[:-1] + b"!")
+    os.utime(clips / "5.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    result, opened = media_opened(*TUNE, "--run", scored_clips)
+    assert result.exit_code == 2
+    assert "1 of 24 samples have changed their content since the manifest was made (the first: 005)" in output_of(
+        result
+    )
+    assert opened == ["5.png"]
+
+
+def test_cache_of_a_run_that_is_not_signed_is_hashed(
+    scored_clips: Path, clips: Path, tmp_path: Path, media_opened: Callable[..., tuple[Result, list[str]]]
+) -> None:
+    foreign = Path(shutil.copytree(scored_clips, tmp_path / "foreign"))
+    result, opened = media_opened(*TUNE, "--run", foreign, "--data", clips)
+    assert (result.exit_code, len(opened)) == (0, 48)
+    shutil.rmtree(scored_clips / "features")
+    result, opened = media_opened(*TUNE, "--run", scored_clips)
+    assert (result.exit_code, len(opened)) == (0, 48)

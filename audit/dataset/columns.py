@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import ConfigError, DatasetError, Reason, UnusableError, choices
+from ..hashing import digest
 from ..media.files import MAX_IN_MEMORY, MediaFile, Medium, kind_of_path
-from ..storage import open_regular
+from ..storage import file_stamp, open_regular
 from .modalities import Modality
 
 _ROLE_NAMES = {
@@ -102,6 +103,11 @@ MAX_FOLDER_ENTRIES = 100_000  # files in a folder of frames: an hour at 25 frame
 _DIGITS = re.compile(r"(\d+)")
 
 
+def null_error(column: str) -> UnusableError:
+    """Return the error of a cell that is null: the only one for which a modality counts as missing in the source."""
+    return UnusableError(Reason.MISSING, f"{column} is null")
+
+
 def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> Any:
     """Load a cell: a medium, a text, a vector, or tuple[tuple[Medium, ...], ...] for frames.
 
@@ -110,7 +116,7 @@ def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool)
     `allow_outside`.
     """
     if cell is None:
-        raise UnusableError(Reason.MISSING, f"{modality.column} is null")
+        raise null_error(modality.column)
     if modality.kind in ("features", "text"):
         return cell
     if modality.kind == "frames":
@@ -124,6 +130,30 @@ def load_cell(cell: Any, modality: Modality, *, root: Path, allow_outside: bool)
     return _read_medium(_resolve(str(cell), root=root, allow_outside=allow_outside), str(cell))
 
 
+def stamp_cell(
+    cell: Any, modality: Modality, source_stamp: str | None, *, root: Path, allow_outside: bool
+) -> str | None:
+    """Return a digest of the paths, sizes and times of the files that a cell names; no file is opened.
+
+    It changes when one of the files does. A cell without a path has the stamp of its source. None if a file is missing.
+    Raises DatasetError as load_cell does.
+    """
+    if isinstance(cell, dict) and cell["bytes"] is None:
+        cell = cell.get("path")
+    if modality.kind in ("features", "text") or not isinstance(cell, str | list):
+        return source_stamp
+    try:
+        if modality.kind == "frames":
+            folders = _folder_names(cell, modality.column)
+            names = [path for name in folders for path in _picture_paths(name, root=root, allow_outside=allow_outside)]
+        else:
+            names = [str(cell)]
+        stamps = [file_stamp(_resolve(name, root=root, allow_outside=allow_outside)) for name in names]
+    except UnusableError:
+        return None
+    return None if None in stamps else digest(repr((cell, stamps)).encode("utf-8", "surrogatepass"))
+
+
 def holds_pictures(folder: str, *, root: Path) -> bool:
     """Return whether `folder` is a folder below `root` that contains images."""
     try:
@@ -134,15 +164,22 @@ def holds_pictures(folder: str, *, root: Path) -> bool:
 
 
 def _load_frames(cell: Any, modality: Modality, *, root: Path, allow_outside: bool) -> tuple[tuple[Medium, ...], ...]:
-    folders = [cell] if isinstance(cell, str) else list(cell)
-    if not folders:
-        raise UnusableError(Reason.MISSING, f"{modality.column} names no folder")
-    if any(folder is None for folder in folders):
-        raise UnusableError(Reason.MISSING, f"{modality.column} names a folder that is null")
+    folders = _folder_names(cell, modality.column)
     return tuple(_load_folder(folder, root=root, allow_outside=allow_outside) for folder in folders)
 
 
-def _load_folder(name: str, *, root: Path, allow_outside: bool) -> tuple[Medium, ...]:
+def _folder_names(cell: str | list[str | None], column: str) -> list[str]:
+    """Return the folders of frames that a cell names; UnusableError if there is none, or a null."""
+    folders = [cell] if isinstance(cell, str) else cell
+    if not folders:
+        raise UnusableError(Reason.MISSING, f"{column} names no folder")
+    if None in folders:
+        raise UnusableError(Reason.MISSING, f"{column} names a folder that is null")
+    return folders  # type: ignore[return-value]
+
+
+def _picture_paths(name: str, *, root: Path, allow_outside: bool) -> list[str]:
+    """Return the paths of the images of a folder, in natural order; UnusableError if there is none."""
     folder = _resolve(name, root=root, allow_outside=allow_outside)
     if not folder.is_dir():
         raise UnusableError(Reason.MISSING, f"no folder {name}")
@@ -152,10 +189,13 @@ def _load_folder(name: str, *, root: Path, allow_outside: bool) -> tuple[Medium,
         raise UnusableError(Reason.CORRUPT, f"{name}: {error.strerror}") from error
     if not pictures:
         raise UnusableError(Reason.EMPTY, f"no picture in the folder {name}")
-    paths = [f"{name}/{picture}" for picture in pictures]
+    return [f"{name}/{picture}" for picture in pictures]
+
+
+def _load_folder(name: str, *, root: Path, allow_outside: bool) -> tuple[Medium, ...]:
     media: list[Medium] = []
     max_bytes = MAX_IN_MEMORY  # for all images of a folder together: of a long folder only a few frames are decoded
-    for path in paths:
+    for path in _picture_paths(name, root=root, allow_outside=allow_outside):
         media.append(_read_medium(_resolve(path, root=root, allow_outside=allow_outside), path, max_bytes=max_bytes))
         max_bytes -= len(media[-1]) if isinstance(media[-1], bytes) else 0
     return tuple(media)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ConfigError, DatasetError, UnusableError, choices
-from .columns import Columns, find_columns, holds_pictures, load_cell
+from .columns import Columns, find_columns, holds_pictures, load_cell, stamp_cell
 from .formats import Plan, Shard, plan_source
 from .labels import TASKS
-from .modalities import Modality, check_modalities, choose_encoders, infer_modalities, is_text, parse_modality
+from .modalities import (
+    Modality,
+    check_modalities,
+    choose_encoders,
+    holds_bytes,
+    infer_modalities,
+    is_text,
+    is_vector,
+    parse_modality,
+)
 
 log = logging.getLogger("mmaudit")
 
@@ -31,7 +41,8 @@ class DataConfig:
         reader: Source format, one of `READERS` or of an installed package; "auto": the built-in readers are asked.
         modality: Modalities as NAME=COLUMN[:KIND], such as audio=wav_path:audio; [] infers them from the columns. Kinds
             are audio, image, video, frames (folders of pictures), features (vectors) and text.
-        encoder: Encoders as MODALITY=ENCODER, such as image=resnet18; a modality without one uses `statistics`.
+        encoder: Encoders as MODALITY=ENCODER, such as image=resnet18; a modality without one uses `statistics`. Others
+            are `hf:MODEL`, `package.module:function` and the encoders of installed packages.
         task: What the label is: classification (one class), multilabel (a set of labels) or regression (a number).
         id: Column of unique sample ids. Not set: sample_id, id, uid, key, clip_id, video_id or __key__, else the first
             column of paths, else row numbers.
@@ -128,12 +139,18 @@ class Dataset:
         columns = {m.column for m in self.modalities if m.kind != "text" and is_text(self.schema.field(m.column).type)}
         return [name for name in self.schema.names if name in columns]
 
-    def read(self, shard: Shard, *, modalities: bool = True) -> pa.Table:
+    def holds_data(self, column: str) -> bool:
+        """Return whether the cells of a column are media or vectors themselves, not paths or texts."""
+        type_ = self.schema.field(column).type
+        return holds_bytes(type_) or is_vector(type_)
+
+    def read(self, shard: Shard, *, modalities: bool = True, data: bool = True) -> pa.Table:
         """Read the rows of a shard.
 
         Args:
             shard: One of `shards`.
             modalities: Whether to read the columns of the modalities, too.
+            data: Whether to read those of them whose cells are media or vectors themselves.
 
         Returns:
             The columns of id, label, group, split and paths, and those of the modalities if `modalities`, as stored.
@@ -143,7 +160,7 @@ class Dataset:
         """
         columns = set(self.columns.names) | set(self.path_columns)
         if modalities:
-            columns |= {modality.column for modality in self.modalities}
+            columns |= {m.column for m in self.modalities if data or not self.holds_data(m.column)}
         return shard.read([name for name in self.schema.names if name in columns])
 
     def sample_ids(self, rows: pa.Table, shard: Shard) -> list[str]:
@@ -170,8 +187,18 @@ class Dataset:
             UnusableError: The medium is missing.
             DatasetError: A path leads outside the dataset's folder, unless `allow_outside`.
         """
-        try:
+        with self._naming_source():
             return load_cell(cell, modality, root=self.root, allow_outside=self.allow_outside)
+
+    def stamp(self, cell: Any, modality: Modality, source_stamp: str | None) -> str | None:
+        """Return a digest of the paths, sizes and times of the files that a cell names; see columns.stamp_cell."""
+        with self._naming_source():
+            return stamp_cell(cell, modality, source_stamp, root=self.root, allow_outside=self.allow_outside)
+
+    @contextmanager
+    def _naming_source(self) -> Iterator[None]:
+        try:
+            yield
         except DatasetError as error:
             raise DatasetError(f"{self.source}: {error}") from error
 

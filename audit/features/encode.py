@@ -1,10 +1,16 @@
-"""Encoding of a dataset into the feature cache: one Arrow file per shard and modality."""
+"""Encoding of a dataset into the feature cache: one Arrow file per shard and modality.
+
+A row of a file holds the digest of the content that its vector was computed from, and a stamp of the files that hold
+the content: their paths, sizes and times. Content is hashed to find its vector; with `trust_unchanged` only where the
+stamp has changed.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,12 +25,13 @@ from ..dataset.modalities import Modality
 from ..errors import DatasetError, Reason, UnusableError, attach_file_name
 from ..hashing import digest
 from ..media.files import MediaConfig, MediaFile, Medium
-from ..storage import atomic_write
+from ..storage import atomic_write, file_stamp
 from ..workers import Progress, fixed_threads, prefetch_map, run_tasks
 from .encoders import EncodedRows, Vector, encode_cell, encode_vectors, is_pretrained, preprocessing
 from .pretrained import ModelInputs, encode_inputs, open_model
 
 EncodeResult = Vector | UnusableError
+Stamps = Sequence[str | None]
 
 
 def read_arrow(path: Path) -> pa.Table:
@@ -46,12 +53,11 @@ def write_arrow(table: pa.Table, path: Path) -> None:
         file.write_table(table)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CachedVectors:
-    """The existing cache file of a shard and modality, if there is one; `row` maps a content digest to its row."""
+    """The existing cache file of a shard and modality, if there is one."""
 
     table: pa.Table | None
-    row: dict[bytes, int]
 
     @classmethod
     def of(cls, path: Path) -> CachedVectors:
@@ -60,15 +66,25 @@ class CachedVectors:
             table = read_arrow(path) if path.exists() else None
         except DatasetError:
             table = None
-        return cls(
-            table=table,
-            row={} if table is None else {digest_: n for n, digest_ in enumerate(content_of(table).tolist())},
-        )
+        # Files from before 2026-11-29 have no stamps.
+        return cls(table=None if table is None or "stamp" not in table.column_names else table)
 
-    def find(self, content: bytes) -> EncodeResult | None:
-        """Return the vector or the error of this content, None if it is not in the file."""
-        if self.table is None or content not in self.row:
-            return None
+    @cached_property
+    def row(self) -> dict[bytes, int]:
+        """The row of each content digest."""
+        return {} if self.table is None else {key: row for row, key in enumerate(content_of(self.table).tolist())}
+
+    @cached_property
+    def content_of_stamp(self) -> dict[str | None, bytes]:
+        """The content digest that each stamp was recorded with."""
+        if self.table is None:
+            return {}
+        pairs = zip(self.table["stamp"].to_pylist(), content_of(self.table).tolist(), strict=True)
+        return {stamp: content for stamp, content in pairs if stamp is not None}
+
+    def result(self, content: bytes) -> EncodeResult:
+        """Return the vector or the error of a content in `row`."""
+        assert self.table is not None
         row = self.row[content]
         vector = column_of(self.table, "vector")
         if vector[row].is_valid:
@@ -76,12 +92,16 @@ class CachedVectors:
             return np.asarray(vector.values[start:end].to_numpy())
         return UnusableError(Reason(self.table["reason"][row].as_py()), self.table["detail"][row].as_py())
 
-    def is_current(self, ids: Sequence[str], content: NDArray[np.bytes_]) -> bool:
+    def matches(self, **columns: Sequence[str | None] | None) -> bool:
+        """Return whether the file's columns of these names hold these strings, row by row."""
+        return self.table is not None and all(
+            values is not None and column_of(self.table, name).equals(pa.array(values, pa.string()))
+            for name, values in columns.items()
+        )
+
+    def is_current(self, ids: Sequence[str], stamps: Stamps, content: NDArray[np.bytes_]) -> bool:
         """Return whether the file contains exactly these rows, in this order."""
-        if self.table is None or self.table.num_rows != len(content):
-            return False
-        same_ids = column_of(self.table, "sample_id").equals(pa.array(ids, pa.string()))
-        return bool(same_ids and (content_of(self.table) == content).all())
+        return self.matches(sample_id=ids, stamp=stamps) and bool((content_of(self.table) == content).all())
 
 
 def column_of(table: pa.Table, name: str) -> pa.Array:
@@ -94,23 +114,6 @@ def content_of(table: pa.Table) -> NDArray[np.bytes_]:
     """Return the content digests of the rows (n,), dtype S32."""
     column = column_of(table, "content")
     return np.frombuffer(column.buffers()[1], dtype="S32", count=len(column), offset=32 * column.offset)
-
-
-def problems_of(table: pa.Table) -> Iterator[tuple[int, Reason, str]]:
-    """Yield row, reason and detail of each unusable row."""
-    rows = np.flatnonzero(column_of(table, "reason").is_valid().to_numpy(zero_copy_only=False))
-    unusable = table.select(["reason", "detail"]).take(pa.array(rows))
-    for row, reason, detail in zip(
-        rows.tolist(), unusable["reason"].to_pylist(), unusable["detail"].to_pylist(), strict=True
-    ):
-        yield row, Reason(reason), detail
-
-
-def lengths_of(table: pa.Table) -> set[int]:
-    """Return the distinct lengths of the usable vectors."""
-    vector = column_of(table, "vector")
-    valid = vector.is_valid().to_numpy(zero_copy_only=False)
-    return set(np.unique(np.diff(vector.offsets.to_numpy())[valid]).tolist())
 
 
 def combine_results(content: Sequence[bytes], results: Sequence[EncodeResult], *, encoder: str) -> EncodedRows:
@@ -134,8 +137,8 @@ def check_lengths(lengths: set[int], encoder: str) -> None:
         )
 
 
-def encoded_table(ids: Sequence[str], encoded: EncodedRows) -> pa.Table:
-    """Return the table of a cache file: sample_id, content, reason, detail (null if usable) and vector (else null)."""
+def encoded_table(ids: Sequence[str], stamps: Stamps, encoded: EncodedRows) -> pa.Table:
+    """Return the table of a cache file: sample_id, stamp, content, reason, detail, and vector (null if unusable)."""
     lengths = np.where(encoded.usable, encoded.vector.shape[1], 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     vector = pa.LargeListArray.from_arrays(offsets, pa.array(encoded.vector.ravel()), mask=pa.array(~encoded.usable))
@@ -148,15 +151,13 @@ def encoded_table(ids: Sequence[str], encoded: EncodedRows) -> pa.Table:
     return pa.table(
         {
             "sample_id": pa.array(ids, pa.string()),
+            "stamp": pa.array(stamps, pa.string()),
             "content": content,
             "reason": pa.array(reason, pa.string()),
             "detail": pa.array(detail, pa.string()),
             "vector": vector,
         }
     )
-
-
-_DATA_CHANGED = "the data changed while they were read: run the command again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,37 +168,46 @@ class EncodeTask:
     shard: Shard
     media: MediaConfig
     folder: Path
+    trust_unchanged: bool = False
 
     def file(self, modality: Modality) -> Path:
         """Return the cache file of this shard's vectors of one modality."""
         version = f"{modality.name}-{preprocessing(modality, self.media)}"
         return self.folder / version / f"{self.shard.index:06d}.arrow"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """Encoding status of n samples in one modality.
-
-    usable: bool (n,). content: digests of the input (n,), dtype S32. problem: (row, reason, detail) of each unusable
-    sample.
-    """
-
-    modality: Modality
-    usable: NDArray[np.bool_]
-    content: NDArray[np.bytes_]
-    problem: tuple[tuple[int, Reason, str], ...]
+    def row_stamps(self, column: str) -> list[str] | None:
+        """Return a stamp of each row of a column that holds media or vectors, by the shard's file; else None."""
+        if self.shard.location is None or not self.dataset.holds_data(column):
+            return None
+        file, *position = self.shard.location
+        if (stamp := file_stamp(file)) is None:
+            return None
+        shard_stamp = digest(repr((stamp, position, column)).encode("utf-8", "surrogatepass"))
+        return [f"{shard_stamp} {row}" for row in range(self.shard.num_rows)]
 
 
 @fixed_threads()
 def encode_dataset(
-    dataset: Dataset, folder: Path, *, media: MediaConfig, num_workers: int, progress: Progress, device: str = "cpu"
+    dataset: Dataset,
+    folder: Path,
+    *,
+    media: MediaConfig,
+    num_workers: int,
+    progress: Progress,
+    device: str = "cpu",
+    trust_unchanged: bool = False,
 ) -> list[EncodeTask]:
     """Encode what the cache in `folder` does not contain yet, in `num_workers` processes (0: in this process).
 
-    A pretrained network runs in this process, on `device`, with `num_workers` threads that decode in advance.
+    A pretrained network runs in this process, on `device`, with `num_workers` threads that decode in advance. Every
+    byte of the media is hashed, unless `trust_unchanged`: then files whose path, size and times are those of a cached
+    vector are not opened; other files are hashed, and the vectors of known content are kept.
     """
     without_shards = replace(dataset, shards=())
-    tasks = [EncodeTask(dataset=without_shards, shard=shard, media=media, folder=folder) for shard in dataset.shards]
+    tasks = [
+        EncodeTask(dataset=without_shards, shard=shard, media=media, folder=folder, trust_unchanged=trust_unchanged)
+        for shard in dataset.shards
+    ]
     models = [modality for modality in dataset.modalities if is_pretrained(modality)]
     modalities = [modality for modality in dataset.modalities if not is_pretrained(modality)]
     opens_media = any(modality.kind not in ("features", "text") for modality in modalities)
@@ -211,110 +221,112 @@ def encode_dataset(
     return tasks
 
 
-@fixed_threads()
-def encode_shard(task: EncodeTask, *, device: str = "cpu") -> int:
-    """Encode every modality of a shard into its file; return the number of computed vectors, 0 if all were cached.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Column:
+    """One column of a shard, with the cached vectors of the modalities that are read from it."""
 
-    A row whose content is already in the file is not encoded again.
-    """
-    models = [modality for modality in task.dataset.modalities if is_pretrained(modality)]
-    num_by_model = [sum(_run_model([task], modality, num_threads=0, device=device)) for modality in models]
-    return _encode_without_model(task) + sum(num_by_model)
+    task: EncodeTask
+    modalities: tuple[Modality, ...]
+    cached: tuple[CachedVectors, ...]
+    row_stamps: list[str] | None
+
+    @classmethod
+    def of(cls, task: EncodeTask, modalities: Sequence[Modality]) -> _Column:
+        """Open the cache files of modalities that are read from the same column."""
+        return cls(
+            task=task,
+            modalities=tuple(modalities),
+            cached=tuple(CachedVectors.of(task.file(modality)) for modality in modalities),
+            row_stamps=task.row_stamps(modalities[0].column),
+        )
+
+    @property
+    def name(self) -> str:
+        """Name of the column."""
+        return self.modalities[0].column
+
+    def is_unchanged(self, **columns: Sequence[str]) -> bool:
+        """Return whether the cells need not be read: the shard's file is that of the cache, by its stamp."""
+        return self.task.trust_unchanged and all(
+            cache.matches(stamp=self.row_stamps, **columns) for cache in self.cached
+        )
+
+    def identify(self, row: int, cell: pa.Scalar) -> tuple[bytes, str | None, Any]:
+        """Return content digest and stamp of a row, and the loaded cell, or None if its stamp is known and trusted."""
+        row_stamp = None if self.row_stamps is None else self.row_stamps[row]
+        value = cell.as_py()
+        stamp = self.task.dataset.stamp(value, self.modalities[0], row_stamp)
+        known = self.cached[0].content_of_stamp.get(stamp) if self.task.trust_unchanged else None
+        if known is not None and all(known in cache.row for cache in self.cached):
+            return known, stamp, None
+        # The stamp was made before the file is read: a change in between is noticed by the next command.
+        loaded, content = load_cell_content(self.task.dataset, self.modalities[0], value)
+        return content, None if isinstance(loaded, UnusableError) and stamp != row_stamp else stamp, loaded
+
+    def write(
+        self, ids: Sequence[str], stamps: Stamps, content: Sequence[bytes], new: Sequence[dict[int, EncodeResult]]
+    ) -> None:
+        """Write the files of the modalities, with the new result of each row, else the cached one, unless identical."""
+        digests = np.array(content, dtype="S32")
+        for modality, cache, results in zip(self.modalities, self.cached, new, strict=True):
+            if not cache.is_current(ids, stamps, digests):
+                row_results = [results[n] if n in results else cache.result(key) for n, key in enumerate(content)]
+                encoded = combine_results(content, row_results, encoder=f"{modality.name}: {modality.encoder}")
+                write_arrow(encoded_table(ids, stamps, encoded), self.task.file(modality))
 
 
-def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDArray[np.object_]) -> Status:
-    """Read the status of all samples of a dataset, in dataset order, in one modality from the cache.
-
-    A million samples take 33 MB. Raises DatasetError if no sample is usable, or vectors differ in length.
-    """
-    num_rows = len(sample_id)
-    usable, content = np.zeros(num_rows, dtype=bool), np.zeros(num_rows, dtype="S32")
-    problem: list[tuple[int, Reason, str]] = []
-    lengths: set[int] = set()
-    start = 0
-    for task in tasks:
-        table = read_arrow(task.file(modality))
-        rows = slice(start, start + table.num_rows)
-        if not column_of(table, "sample_id").equals(pa.array(sample_id[rows], pa.string())):
-            raise DatasetError(_DATA_CHANGED)
-        usable[rows] = column_of(table, "reason").is_null().to_numpy(zero_copy_only=False)
-        content[rows] = content_of(table)
-        problem += [(start + row, reason, detail) for row, reason, detail in problems_of(table)]
-        lengths |= lengths_of(table)
-        start = rows.stop
-    if start != num_rows:
-        raise DatasetError(_DATA_CHANGED)
-    if not usable.any():
-        first = problem[0]
-        raise DatasetError(f"no sample has a usable {modality.name}; the first: {first[1].value}, {first[2]}")
-    check_lengths(lengths, f"{modality.name}: {modality.encoder}")
-    return Status(modality=modality, usable=usable, content=content, problem=tuple(problem))
-
-
-def _encode_without_model(task: EncodeTask) -> int:
-    """Encode all modalities without a pretrained network; a file that several modalities share is read once."""
+def _read_rows(task: EncodeTask, columns: Sequence[_Column]) -> tuple[pa.Table, list[str]]:
+    """Read a shard's rows and ids; media and vectors within the rows only if one of these columns needs them."""
+    with_data = [column for column in columns if task.dataset.holds_data(column.name)]
+    if with_data and all(column.is_unchanged() for column in with_data):
+        rows = task.dataset.read(task.shard, data=False)
+        ids = task.dataset.sample_ids(rows, task.shard)
+        if all(column.is_unchanged(sample_id=ids) for column in with_data):
+            return rows, ids
     rows = task.dataset.read(task.shard)
-    ids = task.dataset.sample_ids(rows, task.shard)
+    return rows, task.dataset.sample_ids(rows, task.shard)
+
+
+def _encode_without_model(task: EncodeTask) -> None:
+    """Encode all modalities without a pretrained network; a file that several modalities share is read once."""
     shared: dict[tuple[str, str], list[Modality]] = {}
     for modality in task.dataset.modalities:
         if not is_pretrained(modality):
             form = "file" if modality.kind in ("audio", "image", "video") else modality.kind
             shared.setdefault((modality.column, form), []).append(modality)
-    computed = 0
-    for (column, form), modalities in shared.items():
-        if form == "features":
-            computed += sum(_encode_vectors(task, modality, rows[column], ids) for modality in modalities)
-        else:
-            computed += _encode_cells(task, modalities, rows[column], ids)
-    return computed
+    columns = [_Column.of(task, modalities) for modalities in shared.values()]
+    rows, ids = _read_rows(task, columns)
+    for column in columns:
+        if not column.is_unchanged(sample_id=ids):
+            encode_column = _encode_vectors if column.modalities[0].kind == "features" else _encode_cells
+            encode_column(column, rows[column.name], ids)
 
 
-def _encode_vectors(task: EncodeTask, modality: Modality, cells: pa.ChunkedArray, ids: Sequence[str]) -> int:
-    encoded = encode_vectors(cells, modality)
-    path = task.file(modality)
-    if CachedVectors.of(path).is_current(ids, encoded.content):
-        return 0
-    write_arrow(encoded_table(ids, encoded), path)
-    return len(ids)
+def _encode_vectors(column: _Column, cells: pa.ChunkedArray, ids: Sequence[str]) -> None:
+    for modality, cache in zip(column.modalities, column.cached, strict=True):
+        encoded = encode_vectors(cells, modality)
+        stamps: Stamps = column.row_stamps or [None] * len(ids)
+        if not cache.is_current(ids, stamps, encoded.content):
+            write_arrow(encoded_table(ids, stamps, encoded), column.task.file(modality))
 
 
-def _encode_cells(task: EncodeTask, modalities: Sequence[Modality], cells: pa.ChunkedArray, ids: Sequence[str]) -> int:
-    cached = [CachedVectors.of(task.file(modality)) for modality in modalities]
+def _encode_cells(column: _Column, cells: pa.ChunkedArray, ids: Sequence[str]) -> None:
     content: list[bytes] = []
-    results_by_modality: list[list[EncodeResult]] = [[] for _ in modalities]
-    computed = 0
-    for cell in cells:
-        loaded, digest_ = load_cell_content(task.dataset, modalities[0], cell)
+    stamps: list[str | None] = []
+    new: list[dict[int, EncodeResult]] = [{} for _ in column.modalities]
+    for row, cell in enumerate(cells):
+        digest_, stamp, loaded = column.identify(row, cell)
         content.append(digest_)
-        for modality, cache, results in zip(modalities, cached, results_by_modality, strict=True):
-            result = cache.find(digest_)
-            if result is None:
-                result = encode_cell(loaded, modality, task.media)
-                computed += 1
-            results.append(result)
-    for modality, cache, results in zip(modalities, cached, results_by_modality, strict=True):
-        _write_if_changed(task, modality, cache, ids, content, results)
-    return computed
+        stamps.append(stamp)
+        for modality, cache, results in zip(column.modalities, column.cached, new, strict=True):
+            if digest_ not in cache.row:
+                results[row] = encode_cell(loaded, modality, column.task.media)
+    column.write(ids, stamps, content, new)
 
 
-def _write_if_changed(
-    task: EncodeTask,
-    modality: Modality,
-    cached: CachedVectors,
-    ids: Sequence[str],
-    content: Sequence[bytes],
-    results: Sequence[EncodeResult],
-) -> None:
-    """Write a shard's file, unless the existing one is identical."""
-    encoded = combine_results(content, results, encoder=f"{modality.name}: {modality.encoder}")
-    if not cached.is_current(ids, encoded.content):
-        write_arrow(encoded_table(ids, encoded), task.file(modality))
-
-
-def load_cell_content(dataset: Dataset, modality: Modality, cell: pa.Scalar) -> tuple[Any, bytes]:
-    """Return the loaded cell, or the UnusableError raised by loading it, and the digest of its content."""
+def load_cell_content(dataset: Dataset, modality: Modality, value: Any) -> tuple[Any, bytes]:
+    """Return a cell's loaded value, or the UnusableError raised by loading it, and the digest of its content."""
     try:
-        value = cell.as_py()
         is_name = isinstance(value, str) and modality.kind != "text"
         with attach_file_name(value if is_name else f"column {modality.column}"):
             loaded = dataset.load(value, modality)
@@ -331,59 +343,63 @@ def _content_digest(loaded: str | Medium | Sequence[Sequence[Medium]]) -> str:
     return digest(*(digest(*folder).encode() for folder in loaded))
 
 
-def _run_model(tasks: Sequence[EncodeTask], modality: Modality, *, num_threads: int, device: str) -> Iterator[int]:
-    """Encode a modality by a pretrained network; yields the number of computed vectors of each shard.
+def _run_model(tasks: Sequence[EncodeTask], modality: Modality, *, num_threads: int, device: str) -> Iterator[None]:
+    """Encode a modality by a pretrained network, one shard per step.
 
     While the network runs, threads read, decode and prepare the next samples, also those of the next shards.
     """
     name = modality.encoder.removeprefix("hf:")
-    shards: deque[tuple[EncodeTask, CachedVectors, list[str]]] = deque()
+    shards: deque[tuple[_Column, list[str]]] = deque()
 
-    def cells() -> Iterator[tuple[EncodeTask, CachedVectors, pa.Scalar]]:
+    def cells() -> Iterator[tuple[_Column, int, pa.Scalar | None]]:
         for task in tasks:
-            rows = task.dataset.read(task.shard)
-            cached = CachedVectors.of(task.file(modality))
-            shards.append((task, cached, task.dataset.sample_ids(rows, task.shard)))
-            for cell in rows[modality.column]:
-                yield task, cached, cell
+            column = _Column.of(task, [modality])
+            rows, ids = _read_rows(task, [column])
+            shards.append((column, ids))
+            unchanged = column.is_unchanged(sample_id=ids)
+            for row in range(rows.num_rows):
+                yield column, row, None if unchanged else rows[column.name][row]
 
-    def prepare(request: tuple[EncodeTask, CachedVectors, pa.Scalar]) -> tuple[bytes, EncodeResult | ModelInputs]:
-        task, cached, cell = request
-        loaded, content = load_cell_content(task.dataset, modality, cell)
-        outcome: EncodeResult | ModelInputs | None = cached.find(content)
-        if outcome is None and isinstance(loaded, UnusableError):
-            outcome = loaded
-        elif outcome is None:
-            try:
-                outcome = open_model(name, modality.kind, device).prepare(loaded, task.media)
-            except UnusableError as error:
-                outcome = error
-        return content, outcome
+    def prepare(request: tuple[_Column, int, pa.Scalar | None]) -> _Prepared:
+        column, row, cell = request
+        cache = column.cached[0]
+        if cell is None:
+            assert cache.table is not None
+            return content_of(cache.table)[row], cache.table["stamp"][row].as_py(), None
+        content, stamp, loaded = column.identify(row, cell)
+        if content in cache.row:
+            return content, stamp, None
+        if isinstance(loaded, UnusableError):
+            return content, stamp, loaded
+        try:
+            return content, stamp, open_model(name, modality.kind, device).prepare(loaded, column.task.media)
+        except UnusableError as error:
+            return content, stamp, error
 
     prepared = prefetch_map(prepare, cells(), num_threads=num_threads)
     for task in tasks:
         content: list[bytes] = []
-        results: dict[int, EncodeResult] = {}
-        new_inputs = _iter_new_inputs(prepared, task.shard.num_rows, content, results)
-        computed = 0
-        for row, vector in encode_inputs(name, modality.kind, new_inputs, media=task.media, device=device):
-            results[row] = vector
-            computed += 1
-        _, cached, ids = shards.popleft()
-        _write_if_changed(task, modality, cached, ids, content, [results[row] for row in range(len(content))])
-        yield computed
+        stamps: list[str | None] = []
+        new: dict[int, EncodeResult] = {}
+        inputs = _iter_new_inputs(islice(prepared, task.shard.num_rows), content, stamps, new)
+        for row, vector in encode_inputs(name, modality.kind, inputs, media=task.media, device=device):
+            new[row] = vector
+        column, ids = shards.popleft()
+        column.write(ids, stamps, content, [new])
+        yield
+
+
+_Prepared = tuple[bytes, str | None, ModelInputs | UnusableError | None]  # content, stamp; None: the vector is cached
 
 
 def _iter_new_inputs(
-    prepared: Iterator[tuple[bytes, EncodeResult | ModelInputs]],
-    num_rows: int,
-    content: list[bytes],
-    results: dict[int, EncodeResult],
+    prepared: Iterator[_Prepared], content: list[bytes], stamps: list[str | None], new: dict[int, EncodeResult]
 ) -> Iterator[tuple[int, ModelInputs]]:
-    """Yield (row, inputs) of the uncached rows of a shard; append to `content` and write cached `results`."""
-    for row, (digest_, result) in enumerate(islice(prepared, num_rows)):
+    """Yield (row, inputs) of the uncached rows of a shard; fill `content` and `stamps`, and `new` with errors."""
+    for row, (digest_, stamp, outcome) in enumerate(prepared):
         content.append(digest_)
-        if isinstance(result, dict):
-            yield row, result
-        else:
-            results[row] = result
+        stamps.append(stamp)
+        if isinstance(outcome, UnusableError):
+            new[row] = outcome
+        elif outcome is not None:
+            yield row, outcome

@@ -10,15 +10,39 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..dataset.columns import null_error
 from ..dataset.dataset import Dataset
 from ..dataset.labels import MAX_NUMBER
 from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
-from ..errors import Quarantined, Reason, ScoreError, UnusableError
+from ..errors import DatasetError, Quarantined, Reason, ScoreError, UnusableError
 from ..hashing import digest
 from ..workers import prefetch_map
-from .encode import EncodeTask, Status, load_cell_content, read_status
+from .encode import (
+    EncodeTask,
+    check_lengths,
+    column_of,
+    content_of,
+    load_cell_content,
+    read_arrow,
+)
 from .encoders import encode_vectors
+
+_DATA_CHANGED = "the data changed while they were read: run the command again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """Encoding status of n samples in one modality.
+
+    usable: bool (n,). content: digests of the input (n,), dtype S32. problem: (row, reason, detail) of each unusable
+    sample.
+    """
+
+    modality: Modality
+    usable: NDArray[np.bool_]
+    content: NDArray[np.bytes_]
+    problem: tuple[tuple[int, Reason, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +78,52 @@ def collect_encoded(dataset: Dataset, samples: Samples, tasks: Sequence[EncodeTa
     return EncodedSamples(samples=samples, statuses=statuses)
 
 
+def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDArray[np.object_]) -> Status:
+    """Read the status of all samples of a dataset, in dataset order, in one modality from the cache.
+
+    A million samples take 33 MB. Raises DatasetError if no sample is usable, or vectors differ in length.
+    """
+    num_rows = len(sample_id)
+    usable, content = np.zeros(num_rows, dtype=bool), np.zeros(num_rows, dtype="S32")
+    problem: list[tuple[int, Reason, str]] = []
+    lengths: set[int] = set()
+    start = 0
+    for task in tasks:
+        table = read_arrow(task.file(modality))
+        rows = slice(start, start + table.num_rows)
+        if not column_of(table, "sample_id").equals(pa.array(sample_id[rows], pa.string())):
+            raise DatasetError(_DATA_CHANGED)
+        usable[rows] = column_of(table, "reason").is_null().to_numpy(zero_copy_only=False)
+        content[rows] = content_of(table)
+        problem += [(start + row, reason, detail) for row, reason, detail in problems_of(table)]
+        lengths |= lengths_of(table)
+        start = rows.stop
+    if start != num_rows:
+        raise DatasetError(_DATA_CHANGED)
+    if not usable.any():
+        first = problem[0]
+        raise DatasetError(f"no sample has a usable {modality.name}; the first: {first[1].value}, {first[2]}")
+    check_lengths(lengths, f"{modality.name}: {modality.encoder}")
+    return Status(modality=modality, usable=usable, content=content, problem=tuple(problem))
+
+
+def problems_of(table: pa.Table) -> Iterator[tuple[int, Reason, str]]:
+    """Yield row, reason and detail of each unusable row."""
+    rows = np.flatnonzero(column_of(table, "reason").is_valid().to_numpy(zero_copy_only=False))
+    unusable = table.select(["reason", "detail"]).take(pa.array(rows))
+    for row, reason, detail in zip(
+        rows.tolist(), unusable["reason"].to_pylist(), unusable["detail"].to_pylist(), strict=True
+    ):
+        yield row, Reason(reason), detail
+
+
+def lengths_of(table: pa.Table) -> set[int]:
+    """Return the distinct lengths of the usable vectors."""
+    vector = column_of(table, "vector")
+    valid = vector.is_valid().to_numpy(zero_copy_only=False)
+    return set(np.unique(np.diff(vector.offsets.to_numpy())[valid]).tolist())
+
+
 def row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
     """Return one digest per sample (n,) over all its modalities."""
     parts = zip(*(status.content.tolist() for status in statuses), strict=True)
@@ -62,10 +132,10 @@ def row_content(statuses: Sequence[Status]) -> NDArray[np.object_]:
 
 def missing_in_source(status: Status) -> NDArray[np.bool_]:
     """Return a mask (n,) of the samples whose cell of this modality is null in the source."""
-    empty = np.zeros(len(status.usable), dtype=bool)
-    null = f"{status.modality.column} is null"
-    empty[[row for row, reason, detail in status.problem if reason is Reason.MISSING and detail == null]] = True
-    return empty
+    missing = np.zeros(len(status.usable), dtype=bool)
+    null = null_error(status.modality.column)
+    missing[[row for row, *problem in status.problem if problem == [null.reason, null.detail]]] = True
+    return missing
 
 
 def select_usable(encoded: EncodedSamples, *, keep_duplicates: bool) -> tuple[NDArray[np.intp], list[Quarantined]]:
@@ -215,5 +285,5 @@ def _hash_cells(
 
 
 def _hash_cell(dataset: Dataset, modality: Modality, cell: pa.Scalar) -> tuple[bytes, str | None]:
-    loaded, content = load_cell_content(dataset, modality, cell)
+    loaded, content = load_cell_content(dataset, modality, cell.as_py())
     return content, loaded.detail if isinstance(loaded, UnusableError) else None

@@ -1,7 +1,8 @@
-"""Encoders by name, built in and user-defined: one modality of one sample becomes a feature vector.
+"""Encoders by name: one modality of one sample becomes a feature vector.
 
 `statistics` computes hand-made descriptors; `resnet18` prepares the inputs of a network that the probe trains;
-`hf:MODEL` is a frozen pretrained network; `package.module:function` is a user-defined function.
+`hf:MODEL` is a frozen pretrained network; `package.module:function` is a user-defined function; all other names are
+encoders of installed packages, which add them by entry points of the group `mmaudit.encoders`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.machinery import PathFinder
@@ -23,17 +24,184 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ..dataset.columns import null_error
 from ..dataset.modalities import Modality
 from ..errors import ConfigError, Reason, UnusableError, choices
 from ..hashing import digest
 from ..media.audio import decode_audio, network_spectrogram, network_steps
-from ..media.files import MediaConfig, Medium
+from ..media.files import MediaConfig
 from ..media.image import decode_image
-from ..media.video import Folders, decode_folders, decode_frames
+from ..media.video import decode_folders, decode_frames
+from ..registry import Entry, Registry
 from .descriptors import audio_statistics, image_statistics, text_counts, video_statistics
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers
 
+Vector = NDArray[Any]  # float32, or uint8 for the pixels of a network's input
 EncodeFunction = Callable[[Any, MediaConfig], Any]
+
+ENCODERS = Registry(
+    {
+        "statistics": Entry("encoders:STATISTICS", "fixed descriptors of sound, pictures, frames and text"),
+        "resnet18": Entry("encoders:RESNET18", "inputs of a ResNet-18, which the probe trains for every fold"),
+    },
+    package="mmaudit.audit.features",
+    group="mmaudit.encoders",
+    option="--encoder",
+)
+_OTHER_FORMS = ("hf:MODEL", "PACKAGE.MODULE:FUNCTION")
+_DECODERS: dict[str, EncodeFunction] = {
+    "audio": decode_audio,
+    "image": decode_image,
+    "video": decode_frames,
+    "frames": decode_folders,
+    "text": lambda text, media: text,
+}
+_CHECK_NUMBERS = 1 << 24  # numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoder:
+    """How an encoder reads one kind of modality. An entry of ENCODERS names a dictionary of these by kind.
+
+    A package adds an encoder by an entry point of the group `mmaudit.encoders`, whose name is the encoder's and whose
+    value is `package.module:DICTIONARY`. It is imported only when it is named, as `--encoder MODALITY=NAME`. The
+    versions of package and encoder, and the module's source file, are part of the fingerprint of its vectors.
+
+    Args:
+        encode: Function of the decoded sample and the media settings that returns a vector (d,) of numbers, of the same
+            length for all samples. It depends on nothing else, runs in several processes, and may raise UnusableError.
+            Decoded are: audio, a waveform (t,) float32 in [-1, 1] at `media.sample_rate`; image, pixels (h, w, 3)
+            uint8; video and frames, (f, h, w, 3) uint8; text, a string.
+        version: Changes whenever the same input would give another vector.
+        name: Name in the fingerprint; "": that of the encoder.
+        decode: Function of the loaded cell (see Dataset.load) and the media settings that replaces the kind's decoder.
+
+    Example:
+        >>> def loudness(wave, media):
+        ...     return [abs(wave).mean(), abs(wave).max()]
+        >>> LOUDNESS = {"audio": Encoder(encode=loudness)}
+    """
+
+    encode: EncodeFunction
+    version: int | str = 1
+    name: str = ""
+    decode: EncodeFunction | None = None
+
+
+def check_encoder(modality: Modality) -> None:
+    """Raise ConfigError if the modality's encoder does not exist, or cannot read its kind."""
+    name, kind = modality.encoder, modality.kind
+    try:
+        if kind == "features":
+            if name != "statistics":
+                raise ConfigError("vectors are read as they are; the only encoder of kind features is statistics")
+        elif is_pretrained(modality):
+            check_model(name[3:], kind)
+        elif all(name.partition(":")):
+            load_function(name)
+        elif name not in ENCODERS.names():
+            raise ConfigError(f"no such encoder; {choices(name, (*ENCODERS.names(), *_OTHER_FORMS))}")
+        elif kind not in _encoders_by_kind(name):
+            raise ConfigError(f"it does not read {kind}; {choices(kind, _encoders_by_kind(name))}")
+        elif is_network(modality):
+            require_transformers()
+    except ConfigError as error:
+        raise ConfigError(f"--encoder {modality.name}={name}: {error}") from error
+
+
+def load_encoder(modality: Modality) -> Encoder:
+    """Return the encoder of a modality; ConfigError if it cannot be loaded."""
+    name, kind = modality.encoder, modality.kind
+    if is_pretrained(modality):
+        return Encoder(
+            name="hf",
+            version=model_version(name[3:]),
+            decode=lambda loaded, media: open_model(name[3:], kind).prepare(loaded, media),
+            encode=lambda inputs, media: open_model(name[3:], kind).encode([inputs])[0],
+        )
+    if ":" in name:
+        function = load_function(name)
+        return Encoder(name=name, version=function_version(name), encode=partial(call_function, name, function))
+    return _encoders_by_kind(name)[kind]
+
+
+def _encoders_by_kind(name: str) -> Mapping[str, Encoder]:
+    """Return the encoders of a built-in or installed name; ConfigError if there are none."""
+    return ENCODERS.load(name) if name in ENCODERS else load_installed(name)
+
+
+@lru_cache(maxsize=16)
+def load_installed(name: str) -> Mapping[str, Encoder]:
+    """Import the encoders of an installed package, and add checks of their results and the package's version."""
+    loaded, point = ENCODERS.load(name), ENCODERS.installed()[name]
+    if not isinstance(loaded, Mapping) or not all(isinstance(encoder, Encoder) for encoder in loaded.values()):
+        raise ConfigError(f"{point.value} must be a dictionary of an Encoder for each kind that it reads")
+    package = "" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+    source = digest(_source_file(sys.modules[point.module]).read_bytes())
+    return {
+        kind: replace(
+            encoder,
+            name=encoder.name or name,
+            version=f"{package} {source} {encoder.version}",
+            encode=partial(call_function, name, encoder.encode),
+        )
+        for kind, encoder in loaded.items()
+    }
+
+
+def encoder_location(name: str) -> str | None:
+    """Return the source file of code, or the local folder of a model, without importing it; None for built-in ones."""
+    if name in ENCODERS:
+        return None
+    installed = ENCODERS.installed()
+    path = (
+        local_folder(name[3:])
+        if name.startswith("hf:")
+        else function_file(installed[name].value if name in installed else name)
+    )
+    return None if path is None else str(path.resolve())
+
+
+def is_pretrained(modality: Modality) -> bool:
+    """Return whether a modality is encoded by a pretrained network: in batches, on a device."""
+    return modality.encoder.startswith("hf:")
+
+
+def is_network(modality: Modality) -> bool:
+    """Return whether the probe of a modality trains a network; its feature vectors are then the network's inputs."""
+    return modality.encoder == "resnet18"
+
+
+def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
+    """Return the input shape of `resnet18` for a sample: (mel bands, time steps), (h, w, 3) or (f, h, w, 3).
+
+    The cache holds the inputs flattened: float32 natural logarithms of power, or uint8 pixels.
+    """
+    size = media.network_size
+    if modality.kind == "audio":
+        return (media.network_mel_bins, network_steps(media))
+    return (size, size, 3) if modality.kind == "image" else (media.network_frames, size, size, 3)
+
+
+def preprocessing(modality: Modality, media: MediaConfig) -> str:
+    """Return the fingerprint, 16 hexadecimal digits, of all settings that determine a modality's vectors."""
+    if modality.kind == "features":
+        return digest(f"vector 2 {modality.length}".encode())[:16]
+    encoder = load_encoder(modality)
+    settings = (modality.kind, encoder.name, encoder.version, media.to_fingerprint())
+    return digest(repr(settings).encode())[:16]
+
+
+def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Vector | UnusableError:
+    """Encode a loaded cell (see Dataset.load); an UnusableError is returned instead of the vector, not raised."""
+    if isinstance(loaded, UnusableError):
+        return loaded
+    encoder = load_encoder(modality)
+    try:
+        decoded = (encoder.decode or _DECODERS[modality.kind])(loaded, media)
+        return np.asarray(encoder.encode(decoded, media))
+    except UnusableError as error:
+        return error
 
 
 @lru_cache(maxsize=16)
@@ -71,14 +239,14 @@ def function_file(name: str) -> Path | None:
     return None if spec is None or not spec.has_location or spec.origin is None else Path(spec.origin)
 
 
-def call_function(name: str, decoded: Any, media: MediaConfig) -> NDArray[np.float32]:
-    """Return the function's vector of a decoded sample, float32 (d,).
+def call_function(name: str, function: EncodeFunction, decoded: Any, media: MediaConfig) -> NDArray[np.float32]:
+    """Return the vector that code of others computes of a decoded sample, float32 (d,).
 
     Raises ConfigError if the result is not a vector of numbers, UnusableError if the function raises or the vector is
     not finite.
     """
     try:
-        output = load_function(name)(decoded, media)
+        output = function(decoded, media)
     except (UnusableError, ConfigError):
         raise
     except Exception as error:
@@ -121,24 +289,6 @@ def _source_file(module: ModuleType) -> Path:
     return Path(source)
 
 
-Vector = NDArray[Any]  # float32, or uint8 for the pixels of a network's input
-ENCODER_NAMES = ("statistics", "resnet18", "hf:MODEL", "PACKAGE.MODULE:FUNCTION")
-BUILTIN_ENCODERS = ("statistics", "resnet18")  # built-in encoders: they load no code and no files of others
-_CHECK_NUMBERS = 1 << 24  # numbers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Encoder:
-    """A function from a loaded cell (see Dataset.load) to a vector, which depends on that sample only.
-
-    `version` changes whenever the same input would produce another vector.
-    """
-
-    name: str
-    version: int | str
-    encode: Callable[[Any, MediaConfig], Vector]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedRows:
     """Encoded rows of one modality.
@@ -151,84 +301,6 @@ class EncodedRows:
     usable: NDArray[np.bool_]
     vector: Vector
     problem: dict[int, UnusableError]
-
-
-def check_encoder(modality: Modality) -> None:
-    """Raise ConfigError if the modality's encoder does not exist, or cannot read its kind."""
-    try:
-        _check_encoder(modality.encoder, modality.kind)
-    except ConfigError as error:
-        raise ConfigError(f"--encoder {modality.name}={modality.encoder}: {error}") from error
-
-
-def _check_encoder(name: str, kind: str) -> None:
-    if name == "statistics":
-        return
-    if kind == "features":
-        raise ConfigError("vectors are read as they are; the only encoder of kind features is statistics")
-    if name == "resnet18":
-        if kind not in NETWORK_INPUTS:
-            raise ConfigError(
-                f"a network for images and audio, which does not read {kind}; {choices(kind, NETWORK_INPUTS)}"
-            )
-        require_transformers()
-    elif name.startswith("hf:"):
-        check_model(name[3:], kind)
-    elif all(name.partition(":")):
-        load_function(name)
-    else:
-        raise ConfigError(f"no such encoder; {choices(name, ENCODER_NAMES)}")
-
-
-def encoder_location(name: str) -> str | None:
-    """Return the source file of a function, or the local folder of a model, without importing it; else None."""
-    if name in BUILTIN_ENCODERS:
-        return None
-    path = local_folder(name[3:]) if name.startswith("hf:") else function_file(name)
-    return None if path is None else str(path.resolve())
-
-
-def is_pretrained(modality: Modality) -> bool:
-    """Return whether a modality is encoded by a pretrained network: in batches, on a device."""
-    return modality.encoder.startswith("hf:")
-
-
-def load_encoder(modality: Modality) -> Encoder:
-    """Return the encoder of a modality; ConfigError if it cannot be loaded."""
-    name, kind = modality.encoder, modality.kind
-    if name == "statistics":
-        return ENCODERS[kind]
-    if name == "resnet18":
-        return NETWORK_INPUTS[kind]
-    if is_pretrained(modality):
-        return Encoder(name="hf", version=model_version(name[3:]), encode=partial(_encode_by_model, name[3:], kind))
-    return Encoder(name=name, version=function_version(name), encode=partial(_encode_by_function, name, kind))
-
-
-def is_network(modality: Modality) -> bool:
-    """Return whether the probe of a modality trains a network; its feature vectors are then the network's inputs."""
-    return modality.encoder == "resnet18"
-
-
-def input_shape(modality: Modality, media: MediaConfig) -> tuple[int, ...]:
-    """Return the input shape of `resnet18` for a sample: (mel bands, time steps), (h, w, 3) or (f, h, w, 3).
-
-    The cache holds the inputs flattened: float32 natural logarithms of power, or uint8 pixels.
-    """
-    size = media.network_size
-    if modality.kind == "audio":
-        return (media.network_mel_bins, network_steps(media))
-    return (size, size, 3) if modality.kind == "image" else (media.network_frames, size, size, 3)
-
-
-def encode_cell(loaded: Any, modality: Modality, media: MediaConfig) -> Vector | UnusableError:
-    """Encode a loaded cell (see Dataset.load); an UnusableError is returned instead of the vector, not raised."""
-    if isinstance(loaded, UnusableError):
-        return loaded
-    try:
-        return load_encoder(modality).encode(loaded, media)
-    except UnusableError as error:
-        return error
 
 
 def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:
@@ -246,7 +318,7 @@ def encode_vectors(column: pa.ChunkedArray, modality: Modality) -> EncodedRows:
     problem = {}
     for row in np.flatnonzero(~usable).tolist():
         if not valid[row]:
-            problem[row] = UnusableError(Reason.MISSING, f"{modality.column} is null")
+            problem[row] = null_error(modality.column)
         elif not fits[row]:
             detail = f"{end[row] - start[row]} numbers; most rows have {modality.length}"
             problem[row] = UnusableError(Reason.WRONG_LENGTH, detail)
@@ -285,77 +357,36 @@ def _usable_vectors(
     return np.asarray(flat[positions], dtype=np.float32)
 
 
-def preprocessing(modality: Modality, media: MediaConfig) -> str:
-    """Return the fingerprint, 16 hexadecimal digits, of all settings that determine a modality's vectors."""
-    if modality.kind == "features":
-        return digest(f"vector 2 {modality.length}".encode())[:16]
-    encoder = load_encoder(modality)
-    settings = (modality.kind, encoder.name, encoder.version, media.to_fingerprint())
-    return digest(repr(settings).encode())[:16]
+def _network_decoder(decode: EncodeFunction) -> EncodeFunction:
+    """Return a decoder to the sizes of a network's input."""
+
+    def decode_for_network(loaded: Any, media: MediaConfig) -> NDArray[np.uint8]:
+        size = media.network_size
+        return np.asarray(
+            decode(loaded, replace(media, image_size=size, num_frames=media.network_frames, frame_size=size))
+        )
+
+    return decode_for_network
 
 
-def _encode_audio(data: Medium, media: MediaConfig) -> Vector:
-    return audio_statistics(decode_audio(data, media), media)
+def _flat_pixels(pixels: NDArray[np.uint8], media: MediaConfig) -> Vector:
+    return pixels.ravel()
 
 
-def _encode_image(data: Medium, media: MediaConfig) -> Vector:
-    return image_statistics(decode_image(data, media), media)
+def _flat_spectrogram(wave: NDArray[np.float32], media: MediaConfig) -> Vector:
+    return network_spectrogram(wave, media).ravel()
 
 
-def _encode_video(data: Medium, media: MediaConfig) -> Vector:
-    return video_statistics(decode_frames(data, media), media)
-
-
-def _encode_folders(folders: Folders, media: MediaConfig) -> Vector:
-    return video_statistics(decode_folders(folders, media), media)
-
-
-def _network_audio(data: Medium, media: MediaConfig) -> Vector:
-    return network_spectrogram(decode_audio(data, media), media).ravel()
-
-
-def _network_image(data: Medium, media: MediaConfig) -> Vector:
-    return decode_image(data, replace(media, image_size=media.network_size)).ravel()
-
-
-def _network_video(data: Medium, media: MediaConfig) -> Vector:
-    return decode_frames(data, _network_media(media)).ravel()
-
-
-def _network_folders(folders: Folders, media: MediaConfig) -> Vector:
-    return decode_folders(folders, _network_media(media)).ravel()
-
-
-def _network_media(media: MediaConfig) -> MediaConfig:
-    return replace(media, num_frames=media.network_frames, frame_size=media.network_size)
-
-
-def _encode_by_model(name: str, kind: str, loaded: Any, media: MediaConfig) -> Vector:
-    model = open_model(name, kind)
-    return np.asarray(model.encode([model.prepare(loaded, media)])[0])
-
-
-def _encode_by_function(name: str, kind: str, loaded: Any, media: MediaConfig) -> Vector:
-    decode: Callable[[Any, MediaConfig], Any] | None = _DECODERS.get(kind)
-    return call_function(name, loaded if decode is None else decode(loaded, media), media)
-
-
-_DECODERS: dict[str, Callable[[Any, MediaConfig], Any]] = {
-    "audio": decode_audio,
-    "image": decode_image,
-    "video": decode_frames,
-    "frames": decode_folders,
-}
-ENCODERS: dict[str, Encoder] = {
-    "audio": Encoder(name="sound-statistics", version=3, encode=_encode_audio),
-    "image": Encoder(name="image-statistics", version=1, encode=_encode_image),
-    "video": Encoder(name="video-statistics", version=3, encode=_encode_video),
-    "frames": Encoder(name="frames-statistics", version=1, encode=_encode_folders),
+STATISTICS = {
+    "audio": Encoder(name="sound-statistics", version=3, encode=audio_statistics),
+    "image": Encoder(name="image-statistics", version=1, encode=image_statistics),
+    "video": Encoder(name="video-statistics", version=3, encode=video_statistics),
+    "frames": Encoder(name="frames-statistics", version=1, encode=video_statistics),
     "text": Encoder(name="text-counts", version=2, encode=text_counts),
 }
-NETWORK_INPUTS: dict[str, Encoder] = {
-    "audio": Encoder(name="network-sound", version=2, encode=_network_audio),
-    "image": Encoder(name="network-image", version=1, encode=_network_image),
-    "video": Encoder(name="network-video", version=2, encode=_network_video),
-    "frames": Encoder(name="network-frames", version=1, encode=_network_folders),
+RESNET18 = {
+    "audio": Encoder(name="network-sound", version=2, encode=_flat_spectrogram),
+    "image": Encoder(name="network-image", version=1, encode=_flat_pixels, decode=_network_decoder(decode_image)),
+    "video": Encoder(name="network-video", version=2, encode=_flat_pixels, decode=_network_decoder(decode_frames)),
+    "frames": Encoder(name="network-frames", version=1, encode=_flat_pixels, decode=_network_decoder(decode_folders)),
 }

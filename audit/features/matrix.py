@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .encode import EncodeTask, Status, column_of, read_arrow
+from .encode import EncodeTask, column_of, read_arrow
+from .encoded_samples import Status
 
 RowIndex = NDArray[np.intp]
 CHUNK_BYTES = 32 << 20  # read at once: large enough for efficient matrix products

@@ -28,6 +28,7 @@ from ..media.container import reading_container
 from ..media.files import MediaConfig
 from ..media.image import check_not_constant, read_picture
 from ..media.video import decode_folders, read_frames
+from ..storage import file_stamp
 from ..workers import parallel_map
 from .descriptors import text_words
 
@@ -69,18 +70,16 @@ def _hub_folder(name: str, with_weights: bool) -> Path:
 
 def folder_version(folder: Path) -> str:
     """Return the version of a model: its commit on the hub, else the digest of its files, independent of the path."""
-    return folder.name if folder.parent.name == "snapshots" else _folder_digest(_file_stamps(folder))
-
-
-def _file_stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    if folder.parent.name == "snapshots":
+        return folder.name
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model", ".safetensors"))
-    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return _files_digest(tuple((path, file_stamp(path)) for path in files))
 
 
 @lru_cache(maxsize=16)
-def _folder_digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """Return the digest of these files, cached until one changes: 350 MB of weights take half a second."""
-    return digest(*(part for name, _, _ in stamps for part in (Path(name).name.encode(), Path(name).read_bytes())))
+def _files_digest(files: tuple[tuple[Path, object], ...]) -> str:
+    """Return the digest of these files, cached until a stamp changes: 350 MB of weights take half a second."""
+    return digest(*(part for path, _ in files for part in (path.name.encode(), path.read_bytes())))
 
 
 log = logging.getLogger("mmaudit")
@@ -254,22 +253,21 @@ def encode_inputs(
         shapes = () if kind == "text" else tuple(value.shape for value in sample.values())
         batch = batches.setdefault(shapes, [])
         batch.append((row, sample))
-        if len(batch) >= open_model(name, kind, device).batch_size(media):
-            yield from _encode_batch(name, kind, batches.pop(shapes), device)
+        model = open_model(name, kind, device)
+        if len(batch) >= model.batch_size(media):
+            yield from _encode_batch(model, batches.pop(shapes))
     for batch in batches.values():
-        yield from _encode_batch(name, kind, batch, device)
+        yield from _encode_batch(open_model(name, kind, device), batch)
 
 
 def _encode_batch(
-    name: str, kind: str, batch: list[tuple[int, ModelInputs]], device: str
+    model: Pretrained, batch: Sequence[tuple[int, ModelInputs]]
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    model, inputs = open_model(name, kind, device), [sample for _, sample in batch]
-    if device == "cpu":
-        vectors = [vector[0] for vector in parallel_map(lambda sample: model.encode([sample]), inputs)]
-    else:
-        vectors = list(model.encode(inputs))
-    for (row, _), vector in zip(batch, vectors, strict=True):
-        yield row, vector
+    rows, inputs = zip(*batch, strict=True)
+    if model.device == "cpu":
+        vectors = (vector[0] for vector in parallel_map(lambda sample: model.encode([sample]), inputs))
+        return zip(rows, vectors, strict=True)
+    return zip(rows, model.encode(inputs), strict=True)
 
 
 def _readable_kinds(config: Any) -> tuple[str, ...]:

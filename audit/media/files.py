@@ -91,18 +91,18 @@ class MediaConfig:
     decoded.
 
     Args:
-        sample_rate: Rate of sound in Hz.
+        sample_rate: Rate of sound in Hz; pretrained networks state their own.
         max_seconds: Duration of sound and video that is read; the rest of a longer clip is ignored.
-        mel_bins: Mel bands of a spectrogram.
-        image_size: Side of a picture in pixels; pictures are stretched to squares.
-        num_frames: Frames of a video, evenly spaced over the clip.
+        mel_bins: Mel bands of the spectrograms of `statistics`.
+        image_size: Side of a picture in pixels; pictures are stretched to squares. Not of pretrained networks.
+        num_frames: Frames of a video, evenly spaced over the clip; pretrained networks of clips state their own number.
         frame_size: Side of a video frame in pixels; frames are stretched to squares.
-        text_buckets: Buckets of hashed words and word pairs.
+        text_buckets: Buckets of hashed words and word pairs of `statistics`.
         max_clipped: Share of the samples of a sound that may be at full scale; 1 allows all of them.
-        network_seconds: Duration of sound for a network; clips of CREMA-D last 2 to 3 s.
-        network_mel_bins: Mel bands for a network.
-        network_frames: Frames of a clip for a network, as in the papers.
-        network_size: Side of pictures for a network in pixels; the papers use 224, which takes four times as long.
+        network_seconds: Duration of sound for `resnet18`; clips of CREMA-D last 2 to 3 s.
+        network_mel_bins: Mel bands for `resnet18`.
+        network_frames: Frames of a clip for `resnet18`, as in the papers.
+        network_size: Side of pictures and frames for `resnet18` in pixels; the papers use 224, in four times the time.
         max_image_pixels: Pixels of a picture; 8,192 x 8,192 take 256 MiB as RGB.
         max_image_bytes: Bytes of a picture file.
         max_frame_pixels: Pixels of a video frame; 5.3K of action cameras has 15.9 million.

@@ -31,6 +31,10 @@ class Shard(Protocol):
     def num_rows(self) -> int:
         """Number of rows, at least 1."""
 
+    @property
+    def location(self) -> tuple[str, int, int] | None:
+        """The file that `read` opens, and two numbers for the position of the rows in it; None for rows in memory."""
+
     def read(self, columns: list[str]) -> pa.Table:
         """Read these columns of the rows, in this order, with the types of `Plan.head`.
 

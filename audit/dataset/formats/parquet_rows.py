@@ -38,6 +38,11 @@ class ParquetShard:
     part_rows: int | None = None
     split: str | None = None
 
+    @property
+    def location(self) -> tuple[str, int, int]:
+        """The file, the row group, and the first row in it."""
+        return self.path, self.row_group, self.start
+
     def read(self, columns: list[str]) -> pa.Table:
         """Read these columns. Reading the shards of a row group in order is fast: each continues after the last."""
         if self.split is None:

@@ -44,6 +44,11 @@ class ArrowShard:
     start: int
     split: str | None = None
 
+    @property
+    def location(self) -> tuple[str, int, int]:
+        """The file, and the first row in it."""
+        return self.path, 0, self.start
+
     def read(self, columns: list[str]) -> pa.Table:
         """Map these columns of the rows into memory."""
         try:

@@ -38,6 +38,7 @@ class MemoryShard:
     first: int
     num_rows: int
     rows: pa.Table
+    location: None = None
 
     def read(self, columns: list[str]) -> pa.Table:
         """Return these columns of the rows."""

@@ -44,6 +44,7 @@ class TarShard:
     """Some samples of a tar: `rows` holds the columns read while indexing, `positions` locates the other members.
 
     `positions` has int64 columns `offset:NAME` and `size:NAME` in bytes, null where a sample has no such member.
+    `start` is the number of samples before them in the tar.
     """
 
     index: int
@@ -53,6 +54,12 @@ class TarShard:
     rows: pa.Table
     positions: pa.Table
     schema: pa.Schema
+    start: int
+
+    @property
+    def location(self) -> tuple[str, int, int]:
+        """The file, and the first sample in it."""
+        return self.path, 0, self.start
 
     def read(self, columns: list[str]) -> pa.Table:
         """Read only the members of these columns, in file order."""
@@ -144,6 +151,7 @@ def plan_tar_files(paths: Sequence[Path], *, shard_rows: int) -> Plan:
                 rows=_align_columns(table, schema, member_names).take(pa.array(range(start, end), pa.int64())),
                 positions=_position_table(samples[start:end]),
                 schema=schema,
+                start=start,
             )
             shards.append(shard)
         first += len(samples)
