@@ -47,8 +47,7 @@ from mmaudit.audit.features.matrix import FeatureMatrix
 from mmaudit.audit.hashing import digest
 from mmaudit.audit.media.audio import decode_audio, network_spectrogram
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.image import decode_image
-from mmaudit.audit.media.video import decode_folders, decode_frames
+from mmaudit.audit.media.pictures import decode_folders, decode_frames, decode_image
 from mmaudit.audit.workers import no_progress
 from mmaudit.cli.main import app
 

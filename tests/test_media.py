@@ -23,8 +23,7 @@ from mmaudit.audit.errors import ConfigError, Reason, UnusableError
 from mmaudit.audit.media.audio import decode_audio, has_sound, resample
 from mmaudit.audit.media.container import open_container
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.image import decode_image
-from mmaudit.audit.media.video import decode_frames, segment_middles
+from mmaudit.audit.media.pictures import decode_frames, decode_image, segment_middles
 
 CONFIG = MediaConfig()
 

@@ -38,8 +38,7 @@ from mmaudit.audit.features.pretrained import (
 )
 from mmaudit.audit.media.audio import decode_audio
 from mmaudit.audit.media.files import MediaConfig
-from mmaudit.audit.media.image import read_picture
-from mmaudit.audit.media.video import read_frames
+from mmaudit.audit.media.pictures import read_frames, read_picture
 from mmaudit.audit.workers import no_progress
 
 transformers: Any = typed  # incomplete type annotations

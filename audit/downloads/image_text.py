@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..dataset.formats.text_rows import numbered_lines, parse_line
+from ..dataset.formats.rows import numbered_lines, parse_line
 from ..errors import DatasetError, choices
 from .clips import Clip, Listing, list_clips, list_media, read_csv, split_of, unexpected_folder
 

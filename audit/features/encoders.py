@@ -30,8 +30,7 @@ from ..errors import ConfigError, Reason, UnusableError, choices
 from ..hashing import digest
 from ..media.audio import decode_audio, network_spectrogram, network_steps
 from ..media.files import MediaConfig
-from ..media.image import decode_image
-from ..media.video import decode_folders, decode_frames
+from ..media.pictures import decode_folders, decode_frames, decode_image
 from ..registry import Entry, Registry
 from .descriptors import audio_statistics, image_statistics, text_counts, video_statistics
 from .pretrained import check_model, local_folder, model_version, open_model, require_transformers

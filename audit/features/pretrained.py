@@ -26,8 +26,7 @@ from ..hashing import digest
 from ..media.audio import decode_audio
 from ..media.container import reading_container
 from ..media.files import MediaConfig
-from ..media.image import check_not_constant, read_picture
-from ..media.video import decode_folders, read_frames
+from ..media.pictures import check_not_constant, decode_folders, read_frames, read_picture
 from ..storage import file_stamp
 from ..workers import parallel_map
 from .descriptors import text_words

@@ -29,8 +29,7 @@ from ...rebalance.manifest import (
 from ...rebalance.score_files import NO_SPLIT
 from ...rebalance.split_stats import read_numbers
 from ..run import Run, read_metrics
-from .examples import split_order
-from .findings import Numbers, finite, short
+from .findings import Numbers, finite, short, split_order
 
 Section = Mapping[str, Any]
 
@@ -233,20 +232,15 @@ def _is_dropped_from(dropped: Path, path: Path) -> bool:
 
 def _count_rows(path: Path, *, by: str) -> list[Numbers]:
     """Count the rows by a column of strings and sum their gaps; most frequent first."""
-    parts = [
-        batch.group_by(by).aggregate([("gap", "sum"), ("gap", "count"), ([], "count_all")]) for batch in _gaps(path, by)
-    ]
+    counted = [("gap", "sum"), ("gap", "count"), ([], "count_all")]
+    parts = [batch.group_by(by).aggregate(counted) for batch in _gaps(path, by)]
     if not parts:
         return []
     combined = pa.concat_tables(parts).group_by(by)
     summed = combined.aggregate([(name, "sum") for name in ("gap_sum", "gap_count", "count_all")])
+    sums = {"n": "count_all_sum", "gap": "gap_sum_sum", "of": "gap_count_sum"}
     rows = [
-        {
-            "name": str(row[by] or NO_SPLIT),
-            "n": row["count_all_sum"],
-            "gap": row["gap_sum_sum"],
-            "of": row["gap_count_sum"],
-        }
+        {"name": str(row[by] or NO_SPLIT), **{name: row[column] for name, column in sums.items()}}
         for row in summed.to_pylist()
     ]
     return sorted(rows, key=lambda row: (-row["n"], row["name"]))
@@ -275,11 +269,8 @@ def _subset_order(subset: str) -> tuple[int, str]:
 def _subset(name: str, subset: Mapping[str, Any], branches: list[str]) -> Numbers:
     """Return n and the metrics of each branch in order; None if the subset holds no test samples."""
     measured = subset.get("branches")
-    return {
-        "name": name,
-        "n": subset["n"],
-        "branches": None if measured is None else [measured[branch] for branch in branches],
-    }
+    branch_metrics = None if measured is None else [measured[branch] for branch in branches]
+    return {"name": name, "n": subset["n"], "branches": branch_metrics}
 
 
 def _epoch(path: Path, number: int, line: str) -> dict[str, Any]:

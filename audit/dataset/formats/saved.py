@@ -20,7 +20,7 @@ from ...storage import check_regular
 from ..columns import SPLIT, with_split
 from ..labels import declared_classes
 from . import Plan
-from .parquet_rows import HEAD_ROWS, max_shard_rows
+from .rows import HEAD_ROWS, max_shard_rows
 from .tables import SAVED_NAMES, TABLE_SUFFIXES, concat_rows, plan_rows
 
 log = logging.getLogger("mmaudit")

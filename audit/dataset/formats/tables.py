@@ -16,8 +16,7 @@ from ...storage import check_regular, read_table
 from ..columns import SPLIT, split_of_file, split_of_folder, with_split
 from ..modalities import holds_bytes, holds_files
 from . import Plan
-from .parquet_rows import HEAD_ROWS, parquet_head, row_group_shards
-from .text_rows import read_csv_rows, read_json_lines
+from .rows import HEAD_ROWS, parquet_head, read_csv_rows, read_json_lines, row_group_shards
 
 log = logging.getLogger("mmaudit")
 

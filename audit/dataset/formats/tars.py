@@ -26,7 +26,7 @@ from ...storage import open_regular
 from ..columns import SPLIT, split_of_file, split_of_folder
 from ..modalities import KINDS
 from . import Plan
-from .parquet_rows import HEAD_ROWS
+from .rows import HEAD_ROWS
 from .tables import common_splits, concat_rows
 
 log = logging.getLogger("mmaudit")
