@@ -404,7 +404,7 @@ def test_frames_stop_at_max_seconds() -> None:
     ("name", "value"), [("sample_rate", 10), ("max_seconds", 0.0), ("max_seconds", float("nan")), ("num_frames", 0)]
 )
 def test_config_out_of_range_raises_error(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is .*; it must be between"):
+    with pytest.raises(ConfigError, match=rf"media\.{name} is .*; it must lie in \["):
         MediaConfig(**{name: value})
 
 

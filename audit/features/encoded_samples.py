@@ -110,10 +110,8 @@ def read_status(tasks: Sequence[EncodeTask], modality: Modality, sample_id: NDAr
 def problems_of(table: pa.Table) -> Iterator[tuple[int, Reason, str]]:
     """Yield row, reason and detail of each unusable row."""
     rows = np.flatnonzero(column_of(table, "reason").is_valid().to_numpy(zero_copy_only=False))
-    unusable = table.select(["reason", "detail"]).take(pa.array(rows))
-    for row, reason, detail in zip(
-        rows.tolist(), unusable["reason"].to_pylist(), unusable["detail"].to_pylist(), strict=True
-    ):
+    unusable = table.select(["reason", "detail"]).take(pa.array(rows)).to_pydict()
+    for row, reason, detail in zip(rows.tolist(), unusable["reason"], unusable["detail"], strict=True):
         yield row, Reason(reason), detail
 
 
@@ -161,10 +159,8 @@ def select_usable(encoded: EncodedSamples, *, keep_duplicates: bool) -> tuple[ND
         rows, copies = _drop_duplicates(encoded, rows)
         quarantined += copies
     if len(rows) == 0:
-        raise ScoreError(
-            "no sample has a label, at least two usable modalities and no damaged one; "
-            f"the first problem: {quarantined[0]}"
-        )
+        requirement = "a label, at least two usable modalities and no damaged one"
+        raise ScoreError(f"no sample has {requirement}; the first problem: {quarantined[0]}")
     return rows, quarantined
 
 
@@ -176,26 +172,15 @@ def sort_quarantined(quarantined: Sequence[Quarantined], sample_id: NDArray[np.o
 
 def _without_label(samples: Samples) -> list[Quarantined]:
     """Return an entry for each sample without a label, or with an unknown one."""
-    unknown = dict(samples.unknown)
-    return [
-        Quarantined(
-            sample_id=samples.sample_id[row],
-            modality=None,
-            reason=Reason.UNKNOWN_LABEL if row in unknown else Reason.NO_LABEL,
-            detail=_label_problem(unknown.get(row), classes=bool(samples.class_names)),
-        )
-        for row in np.flatnonzero(samples.label < 0).tolist()
-    ]
-
-
-def _label_problem(unknown_label: str | None, *, classes: bool) -> str:
-    if unknown_label is None:
-        return "the label is null"
-    return (
-        f"{unknown_label!r} is not among the classes"
-        if classes
-        else f"{unknown_label} is not a number of at most {MAX_NUMBER:g}"
-    )
+    unknown, quarantined = dict(samples.unknown), []
+    for row in np.flatnonzero(samples.label < 0).tolist():
+        reason, detail = Reason.NO_LABEL, "the label is null"
+        if row in unknown and samples.class_names:
+            reason, detail = Reason.UNKNOWN_LABEL, f"{unknown[row]!r} is not among the classes"
+        elif row in unknown:
+            reason, detail = Reason.UNKNOWN_LABEL, f"{unknown[row]} is not a number of at most {MAX_NUMBER:g}"
+        quarantined.append(Quarantined(sample_id=samples.sample_id[row], reason=reason, detail=detail))
+    return quarantined
 
 
 def _drop_duplicates(encoded: EncodedSamples, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], list[Quarantined]]:
@@ -210,14 +195,8 @@ def _drop_duplicates(encoded: EncodedSamples, rows: NDArray[np.intp]) -> tuple[N
     for position in np.flatnonzero(is_copy):
         row, original = rows[order[position]], rows[first[position]]
         note = "" if samples.label[row] == samples.label[original] else ", which has another label"
-        copies.append(
-            Quarantined(
-                sample_id=samples.sample_id[row],
-                modality=None,
-                reason=Reason.DUPLICATE,
-                detail=f"the same content as {samples.sample_id[original]}{note}",
-            )
-        )
+        detail = f"the same content as {samples.sample_id[original]}{note}"
+        copies.append(Quarantined(sample_id=samples.sample_id[row], reason=Reason.DUPLICATE, detail=detail))
     keep = np.ones(len(rows), dtype=bool)
     keep[order[is_copy]] = False
     return rows[keep], copies
@@ -275,9 +254,8 @@ def _hash_cells(
         return encode_vectors(cells.take(pa.array(positions)), modality).content
     digests = []
     selected_cells = (cells[position] for position in positions)
-    for row, (content, problem) in enumerate(
-        prefetch_map(partial(_hash_cell, dataset, modality), selected_cells, num_threads=num_threads)
-    ):
+    hashed = prefetch_map(partial(_hash_cell, dataset, modality), selected_cells, num_threads=num_threads)
+    for row, (content, problem) in enumerate(hashed):
         digests.append(content)
         if problem is not None:
             problems.setdefault(row, problem)

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dataset.labels import Target
-from ..errors import ConfigError, choices
 from ..features.encoders import is_network
 from ..features.matrix import FeatureMatrix, Inputs, JointInputs, RowIndex, WindowInputs
 from ..metrics import Floats
+from ..parsing import check_choices
 from ..workers import fixed_threads
 from .config import ProbeConfig
 from .cross_fit import CrossFit, first_rows, gather_fit_rows
@@ -60,8 +60,7 @@ def fit_probe(
     Rows outside a repeat's `fits`, and those beyond `max_rows`, are not trained on. Raises ConfigError for an unknown
     kind of probe.
     """
-    if config.kind not in KINDS:
-        raise ConfigError(f"probe.kind is {config.kind!r}; {choices(config.kind, KINDS)}")
+    check_choices("probe", config, kind=KINDS)
     fit_rows = gather_fit_rows(cross_fits, max_rows=config.max_rows)
     fit = fit_mlp if config.kind == "mlp" else fit_linear
     probe: Probe = fit(inputs, target, cross_fits, fit_rows, config=config, device=device)
