@@ -244,12 +244,10 @@ def _train(network_fit: NetworkFit, fold: Fold, tick: Callable[[int], None]) -> 
 
 
 def _new_network(network_fit: NetworkFit, fold: Fold) -> Network:
-    network: Any = build_network(  # torch's type stubs lack the memory_format of Module.to
-        network_fit.shape,
-        num_outputs=network_fit.target.num_outputs,
-        width=network_fit.config.width,
-        seed=network_fit.derive_seed("weights", fold),
-    )
+    num_outputs, width = network_fit.target.num_outputs, network_fit.config.width
+    seed = network_fit.derive_seed("weights", fold)
+    # Any, since torch's type stubs lack the memory_format of Module.to.
+    network: Any = build_network(network_fit.shape, num_outputs=num_outputs, width=width, seed=seed)
     network.trunk.standardise_by(*network_fit.statistics.channel_moments(fold.train_rows))
     on_device: Network = network.to(network_fit.device, memory_format=torch.channels_last)
     return on_device

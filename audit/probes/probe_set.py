@@ -167,10 +167,8 @@ def fit_calibrated_probe(
     scale = np.append(by_fold, np.full(num_missing, by_fold.mean(), np.float32))[first.fold]
     calibration = Calibration(num_rows=len(rows), temperature=float(by_fold.mean()), ece_before=None, ece_after=None)
     if target.task != "regression":
-        before, after = (
-            _error(target_probability(logits, temperature, labels), labels)
-            for temperature in (np.ones(len(rows), np.float32), scale[rows])
-        )
+        scales = (np.ones(len(rows), np.float32), scale[rows])
+        before, after = (_error(target_probability(logits, values, labels), labels) for values in scales)
         calibration = replace(calibration, ece_before=before, ece_after=after)
     return CalibratedProbe(name=name, inputs=inputs, present=present, probe=probe, scale=scale, calibration=calibration)
 

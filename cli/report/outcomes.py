@@ -16,16 +16,8 @@ import pyarrow.compute as pc
 
 from ...audit.errors import RunError
 from ...audit.parsing import build_config, check_shape, parse_data_json
+from ...rebalance import manifest
 from ...rebalance.balanced import BalancedConfig
-from ...rebalance.manifest import (
-    balance_path,
-    compute_digests,
-    dropped_path,
-    read_batches_of_manifest,
-    read_num_rows,
-    read_provenance,
-    read_stated_digests,
-)
 from ...rebalance.score_files import NO_SPLIT
 from ...rebalance.split_stats import read_numbers
 from ..run import Run, read_metrics
@@ -155,10 +147,10 @@ def manifest_numbers(path: Path, *, fingerprint: str) -> Numbers:
 
     `balance` is None if NAME.balance.json is missing, or belongs to another manifest; `balance_problem` is the reason.
     """
-    about = read_provenance(path)
+    about, dropped_file = manifest.read_provenance(path), manifest.dropped_path(path)
     numbers, problem = _numbers_of(path)
     kept_rows = _count_rows(path, by="split")
-    dropped = _count_rows(dropped_path(path), by="reason") if _is_dropped_from(dropped_path(path), path) else None
+    dropped = _count_rows(dropped_file, by="reason") if _is_dropped_from(dropped_file, path) else None
     reasons = numbers["reasons"] if numbers else {row["name"]: row["n"] for row in dropped or ()}
     splits = {row["name"]: row["n"] for row in kept_rows}
     return {
@@ -185,14 +177,14 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
     `manifest_is_unchanged` is whether the manifest of that name in the run is still the one that was trained on.
     """
     metrics = read_metrics(folder)
-    manifest = run.manifest(metrics["manifest"])
+    path = run.manifest(metrics["manifest"])
     settings = metrics["config"].get("finetune", {})
     measured, contribution = metrics["test"]["all"].get("branches", {}), metrics.get("contribution")
     branches = sorted(measured, key=lambda name: (name == "fused", name))
     return {
         "name": folder.name,
         "manifest": metrics["manifest"],
-        "manifest_is_unchanged": not manifest.exists() or _digest(manifest) == metrics["manifest_digest"],
+        "manifest_is_unchanged": not path.exists() or _digest(path) == metrics["manifest_digest"],
         "test_labels_in_scores": metrics["test_labels_in_scores"],
         "settings": {key: settings.get(key) for key in SETTINGS},
         "seed": metrics["config"].get("seed"),
@@ -210,7 +202,7 @@ def finetune_numbers(folder: Path, run: Run) -> Numbers:
 
 def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:
     """Read NAME.balance.json of a manifest; else return None and the reason, "missing" or "another"."""
-    file = balance_path(path)
+    file = manifest.balance_path(path)
     if not file.exists():
         return None, "missing"
     numbers = read_numbers(file, error=RunError)
@@ -219,15 +211,15 @@ def _numbers_of(path: Path) -> tuple[Numbers | None, str | None]:
 
 def _digest(path: Path) -> str:
     """Return Manifest.digest() of a file: the recorded one if the row count matches, else computed."""
-    recorded = read_stated_digests(path)
-    if recorded.get("rows") == read_num_rows(path):
+    recorded = manifest.read_stated_digests(path)
+    if recorded.get("rows") == manifest.read_num_rows(path):
         return str(recorded["digest"])
-    return compute_digests(path).rows
+    return manifest.compute_digests(path).rows
 
 
 def _is_dropped_from(dropped: Path, path: Path) -> bool:
     """Return whether the dropped rows belong to this manifest: a killed split leaves those of an older one."""
-    return dropped.exists() and read_stated_digests(dropped).get("dropped_from") == _digest(path)
+    return dropped.exists() and manifest.read_stated_digests(dropped).get("dropped_from") == _digest(path)
 
 
 def _count_rows(path: Path, *, by: str) -> list[Numbers]:
@@ -247,7 +239,7 @@ def _count_rows(path: Path, *, by: str) -> list[Numbers]:
 
 
 def _gaps(path: Path, by: str) -> Iterator[pa.Table]:
-    for batch in read_batches_of_manifest(path, columns=[by, "gap"]):
+    for batch in manifest.read_batches_of_manifest(path, columns=[by, "gap"]):
         yield pa.table({by: batch[by].cast(pa.string()), "gap": pc.cast(batch["gap"], pa.float64())})
 
 

@@ -87,18 +87,9 @@ def render(numbers: Numbers, figures: dict[str, bytes]) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters |= {
-        "percent": percent,
-        "interval": interval,
-        "accuracy": _accuracy,
-        "probe_metric": _probe_metric,
-        "gain": _format_gain,
-        "signed": signed,
-        "small": small,
-        "thousands": "{:,}".format,
-        "amount": _amount,
-        "edge": _edge,
-    }
+    environment.filters |= {"percent": percent, "interval": interval, "signed": signed, "small": small}
+    environment.filters |= {"accuracy": _accuracy, "probe_metric": _probe_metric, "gain": _format_gain}
+    environment.filters |= {"thousands": "{:,}".format, "amount": _amount, "edge": _edge}
     modalities = [modality["name"] for modality in numbers["facts"]["modalities"]]
     images = {name: _image(image) for name, image in figures.items()}
     page = environment.get_template(_TEMPLATE).render(**numbers, images=images, colours=palette(modalities))

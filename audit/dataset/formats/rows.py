@@ -301,12 +301,11 @@ def row_group_shards(
         footer, schema = read_footer(path, error=DatasetError), read_schema(path, error=DatasetError)
         max_rows = max_shard_rows(schema, media_rows=media_rows)
         for group in range(footer.num_row_groups):
-            group_metadata = footer.row_group(group)
-            part_rows = _part_rows(group_metadata.num_rows, group_metadata.total_byte_size, max_rows=max_rows)
-            for start in range(
-                0, group_metadata.num_rows, part_rows
-            ):  # no shard for an empty row group, which Spark writes
-                num_rows = min(part_rows, group_metadata.num_rows - start)
+            group_rows, num_bytes = footer.row_group(group).num_rows, footer.row_group(group).total_byte_size
+            is_large = num_bytes > _SHARD_BYTES
+            part_rows = max(1, min(max_rows, group_rows * _SHARD_BYTES // num_bytes) if is_large else group_rows)
+            for start in range(0, group_rows, part_rows):  # no shard for an empty row group, which Spark writes
+                num_rows = min(part_rows, group_rows - start)
                 shard = ParquetShard(
                     index=len(shards),
                     first=first + start,
@@ -314,11 +313,11 @@ def row_group_shards(
                     path=str(path),
                     row_group=group,
                     start=start,
-                    part_rows=None if num_rows == group_metadata.num_rows else part_rows,
+                    part_rows=None if num_rows == group_rows else part_rows,
                     split=split,
                 )
                 shards.append(shard)
-            first += group_metadata.num_rows
+            first += group_rows
     return shards
 
 
@@ -337,12 +336,6 @@ def parquet_head(path: Path) -> pa.Table:
     return schema.empty_table() if first is None else first.replace_schema_metadata(schema.metadata)
 
 
-def _part_rows(num_rows: int, num_bytes: int, *, max_rows: int) -> int:
-    if num_bytes <= _SHARD_BYTES:
-        return max(1, num_rows)
-    return max(1, min(max_rows, num_rows * _SHARD_BYTES // num_bytes))
-
-
 class _RowGroupReader:
     """One sequential pass over a row group: earlier rows are decoded and dropped, since Parquet cannot skip rows.
 
@@ -350,10 +343,8 @@ class _RowGroupReader:
     """
 
     def __init__(self, path: str, row_group: int, columns: Sequence[str], batch_rows: int) -> None:
-        footer = read_footer(path, error=DatasetError)
-        self.num_rows: int = footer.row_group(row_group).num_rows
-        self.position = 0
-        self._path = path
+        self.num_rows: int = read_footer(path, error=DatasetError).row_group(row_group).num_rows
+        self.position, self._path = 0, path
         self._remainder: pa.Table | None = None
         self._batches = read_batches(
             path,
