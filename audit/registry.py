@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -15,6 +17,13 @@ class Entry(NamedTuple):
 
     location: str
     help: str
+
+
+def read_arguments(docstring: str) -> dict[str, str]:
+    """Return the entries of the section Args of a Google-style docstring, each on one line."""
+    section = re.search(r"^Args:\n((?:(?: .*)?\n)*)", inspect.cleandoc(docstring) + "\n", re.MULTILINE)
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section[1] if section else "", re.MULTILINE)
+    return {name: " ".join(meaning.split()) for name, meaning in entries}
 
 
 class Registry(Mapping[str, Entry]):
