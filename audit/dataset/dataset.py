@@ -84,8 +84,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_choices("data", self, task=TASKS)
         check_ranges("data", self, shard_rows="[1, inf)", test_fraction="(0, 1)")
-        if repeated_classes := [name for name in self.classes if self.classes.count(name) > 1]:
-            raise ConfigError(f"data.classes names {repeated_classes[0]!r} more than once")
+        if len(set(self.classes)) < len(self.classes):
+            repeated = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise ConfigError(f"data.classes names {repeated!r} more than once")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
