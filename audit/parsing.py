@@ -143,10 +143,11 @@ def build_config(type_: type[Config], content: Mapping[str, Any], *, where: str)
 def check_ranges(section: str, config: object, **intervals: str) -> None:
     """Raise ConfigError for a field outside its interval, such as "[1, inf)" or "(0, 1]".
 
-    A tuple needs one or more entries, all of them inside. Names of fields are keywords: `lr="(0, inf)"`.
+    A tuple needs one or more entries, all of them inside; None passes. Names of fields are keywords: `lr="(0, inf)"`.
     """
     for name, interval in intervals.items():
-        value = getattr(config, name)
+        if (value := getattr(config, name)) is None:
+            continue
         low, high = (float(bound) for bound in interval[1:-1].split(","))
         above = operator.ge if interval[0] == "[" else operator.gt
         below = operator.le if interval[-1] == "]" else operator.lt

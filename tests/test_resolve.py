@@ -239,7 +239,7 @@ def test_resolved_sections_have_all_constants_of_the_methods_in_use_only() -> No
         ("balancing", {"pmr": {"alpha": "x"}}, "config key balancing.pmr.alpha is 'x'; it must be of type float"),
         ("balancing", {"gmm": {"fit_rows": 3}}, r"balancing.gmm.fit_rows is 3; it must lie in \[10, 1e\+12\]"),
         ("sampling", {"bbs": {}}, r"no config key sampling.bbs; did you mean sampling.bss\?"),
-        ("sampling", {"dus": {"kappa": -1.0}}, "sampling.dus.kappa is -1.0; it must be a number of at least 0"),
+        ("sampling", {"dus": {"kappa": -1.0}}, "sampling.dus.kappa is -1.0; it must be at least 0"),
         ("sampling", {"smv": {"every_epochs": 0}}, "sampling.smv.every_epochs is 0; it must be at least 1"),
         ("sampling", {"bss": {"beta": 0.0}}, r"sampling.bss.beta is 0.0; it must lie in \(0, 1\]"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, ClassVar
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...audit.errors import ConfigError, ManifestError, choices
+from ...audit.errors import ManifestError
 from ...audit.metrics import balance
+from ...audit.parsing import check_choices, check_ranges
 from ...rebalance.curriculum import RowIndex
 from ..batches import ModelReader
 from ..network import Outputs, cross_entropies
@@ -42,16 +42,8 @@ class BssConfig:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.score_source not in SCORE_SOURCES:
-            raise ConfigError(
-                f"sampling.bss.score_source is {self.score_source}: {choices(self.score_source, SCORE_SOURCES)}"
-            )
-        if self.every_epochs < 1:
-            raise ConfigError(f"sampling.bss.every_epochs is {self.every_epochs}; it must be at least 1")
-        if not 0 < self.beta <= 1:
-            raise ConfigError(f"sampling.bss.beta is {self.beta}; it must lie in (0, 1]")
-        if not 0 <= self.alpha < math.inf:
-            raise ConfigError(f"sampling.bss.alpha is {self.alpha}; it must be at least 0")
+        check_choices(self.section, self, score_source=SCORE_SOURCES)
+        check_ranges(self.section, self, every_epochs="[1, inf)", beta="(0, 1]", alpha="[0, inf)")
 
 
 class BssL(Ordered):

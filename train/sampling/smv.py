@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...audit.errors import ConfigError
 from ...audit.hashing import hash_rank
 from ...audit.metrics import Floats, shapley
+from ...audit.parsing import check_ranges
 from ...rebalance.curriculum import OrderConfig, RowIndex, epoch_order
 from ..batches import ModelReader, Step, split_order, start_warning
 from ..config import TrainConfig
@@ -41,9 +41,7 @@ class SmvConfig:
     max_copies: int = 3
 
     def __post_init__(self) -> None:
-        for name, minimum in (("every_epochs", 1), ("warmup_epochs", 0), ("max_copies", 1)):
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"sampling.smv.{name} is {getattr(self, name)}; it must be at least {minimum}")
+        check_ranges(self.section, self, every_epochs="[1, inf)", warmup_epochs="[0, inf)", max_copies="[1, inf)")
 
 
 class Smv(Sampler):
