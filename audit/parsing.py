@@ -11,7 +11,7 @@ import tokenize
 import types
 import typing
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import IO, Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
@@ -161,7 +161,7 @@ def check_ranges(section: str, config: object, **intervals: str) -> None:
         raise ConfigError(f"{section}.{name} is {value}; it {needs}")
 
 
-def check_choices(section: str, config: object, **names: Sequence[str]) -> None:
+def check_choices(section: str, config: object, **names: Collection[str]) -> None:
     """Raise ConfigError for a field that is not one of the names for it."""
     for name, allowed in names.items():
         value = getattr(config, name)

@@ -126,7 +126,7 @@ class OrderConfig:
     weight: str = "linear"
 
     def __post_init__(self) -> None:
-        check_choices("order", self, order=tuple(ORDERS), pacing=tuple(PACINGS), draw=tuple(DRAWS), weight=WEIGHTS)
+        check_choices("order", self, order=ORDERS, pacing=PACINGS, draw=DRAWS, weight=WEIGHTS)
         check_ranges("order", self, start="(0, 1]", grow_epochs="[1, inf)", steps="[1, inf)")
 
     def share(self, epoch: int) -> float:

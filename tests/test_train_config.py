@@ -25,7 +25,7 @@ from mmaudit.train.config import AugmentConfig, FinetuneConfig, OptimConfig
         ({"dropout": math.nan}, "finetune.dropout is nan"),
         ({"validation_fraction": -0.1}, "finetune.validation_fraction is -0.1"),
         ({"keep_posterior": 1.5}, r"finetune.keep_posterior is 1.5; it must lie in \[0, 1\]"),
-        ({"keep_posterior": math.nan}, "--keep-posterior nan"),
+        ({"keep_posterior": math.nan}, "finetune.keep_posterior is nan"),
     ],
 )
 def test_invalid_finetune_settings_raise(options: dict[str, Any], words: str) -> None:
