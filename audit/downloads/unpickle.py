@@ -147,7 +147,8 @@ _BROKEN_NPZ = (zipfile.BadZipFile, *BROKEN)
 def read_pickle(path: Path) -> Any:
     """Read numpy arrays and plain containers from a pickle; nothing else in it is imported, called or built.
 
-    The names that numpy writes are mapped to stand-ins, so that the bytes never reach numpy's own unpickling. Raises DatasetError, naming the reason, for any other name and beyond the limits above.
+    The names that numpy writes are mapped to stand-ins, so that the bytes never reach numpy's own unpickling.
+    Raises DatasetError, naming the reason, for any other name and beyond the limits above.
     """
     try:
         with open_regular(path) as file:

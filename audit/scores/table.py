@@ -19,12 +19,12 @@ from ..parsing import Shape
 from ..storage import read_parquet, write_parquet
 
 _MODALITY: Shape = {"name": str, "column": str, "kind": str, "encoder": str, "length": (int, type(None))}
-_CONFIG = {"seed": int, "data": {"allow_outside": bool}, "probe": {"learn_from": str}, "network": {"width": float}}
+_PROBES: dict[str, Shape] = {"probe": {"learn_from": str}, "network": {"width": float}}
 PROVENANCE: Shape = {
     "schema": str,
     "version": str,
     "fingerprint": (str, type(None)),
-    "config": {**_CONFIG, "media": {}, "mixture": {}},
+    "config": {"seed": int, "data": {"allow_outside": bool}, **_PROBES, "media": {}, "mixture": {}},
     "modalities": [_MODALITY],
     "columns": {},
     "paths": [str],
