@@ -376,7 +376,7 @@ def test_workers_import_function_from_current_folder(module: str, clip_source: P
     dataset = open_dataset(clip_source, DataConfig(encoder=(f"image={module}:mean",), shard_rows=8))
     tasks = encode_dataset(dataset, tmp_path / "cache", media=SMALL, num_workers=0, progress=no_progress)
     status = read_status(tasks, dataset.modalities[1], read_samples(dataset, seed=0, test_fraction=0.5).sample_id)
-    matrix = FeatureMatrix.of(tasks, status, np.arange(24)).read_all()
+    matrix = FeatureMatrix.of(tasks, status, np.arange(24)).read(np.arange(24))
     picture = decode_image((clip_source / "5.png").read_bytes(), SMALL)
     np.testing.assert_allclose(matrix[5], picture.mean(axis=0).ravel()[:3], rtol=1e-6)
     assert read_arrow(tasks[0].file(dataset.modalities[1])).num_rows == 8
