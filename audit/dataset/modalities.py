@@ -47,6 +47,11 @@ class Modality:
     length: int | None = None
     encoder: str = "statistics"
 
+    @property
+    def content_key(self) -> tuple[str, str]:
+        """Column and form of the cells, equal for the audio and the frames of a video: they have the same content."""
+        return self.column, "file" if self.kind in ("audio", "image", "video") else self.kind
+
     def __str__(self) -> str:
         """Return the modality in the format of `--modality`."""
         return f"{self.name}={self.column}:{self.kind}"

@@ -288,8 +288,7 @@ def _encode_without_model(task: EncodeTask) -> None:
     shared: dict[tuple[str, str], list[Modality]] = {}
     for modality in task.dataset.modalities:
         if not is_pretrained(modality):
-            form = "file" if modality.kind in ("audio", "image", "video") else modality.kind
-            shared.setdefault((modality.column, form), []).append(modality)
+            shared.setdefault(modality.content_key, []).append(modality)
     columns = [_Column.of(task, modalities) for modalities in shared.values()]
     rows, ids = _read_rows(task, columns)
     for column in columns:

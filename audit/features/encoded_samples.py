@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,6 @@ from ..dataset.modalities import Modality
 from ..dataset.samples import Samples
 from ..errors import DatasetError, Quarantined, Reason, ScoreError, UnusableError
 from ..hashing import digest
-from ..workers import prefetch_map
 from .encode import (
     EncodeTask,
     check_lengths,
@@ -211,57 +209,36 @@ class ContentHashes:
     problem: str | None = None
 
 
-def content_hashes(
-    dataset: Dataset, *, only: Container[str] | None = None, num_threads: int = 0
-) -> Iterator[ContentHashes]:
-    """Yield the content hashes of all samples, or of the ids in `only`, in dataset order, without encoding.
+def content_hashes(dataset: Dataset) -> Iterator[ContentHashes]:
+    """Yield the content hashes of all samples, in dataset order, without encoding.
 
-    `num_threads` threads read in advance. Raises DatasetError for a path outside the dataset's folder, unless allowed.
+    Raises DatasetError for a path outside the dataset's folder, unless allowed.
     """
     for shard in dataset.shards:
-        ids = dataset.sample_ids(dataset.read(shard, modalities=False), shard)
-        positions = [row for row, name in enumerate(ids) if only is None or name in only]
-        if not positions:
-            continue
         rows = dataset.read(shard)
+        ids = dataset.sample_ids(rows, shard)
         problems: dict[int, str] = {}
-        hashed: dict[tuple[str, str], NDArray[np.bytes_]] = {}  # audio and frames of a video are one file
-        statuses = []
+        hashed: dict[tuple[str, str], NDArray[np.bytes_]] = {}
+        statuses, usable = [], np.ones(len(ids), dtype=bool)
         for modality in dataset.modalities:
-            form = "file" if modality.kind in ("audio", "image", "video") else modality.kind
-            key = (modality.column, form)
-            if key not in hashed:
-                hashed[key] = _hash_cells(
-                    dataset, modality, rows[modality.column], positions, problems, num_threads=num_threads
-                )
-            usable = np.ones(len(positions), dtype=bool)
-            statuses.append(Status(modality=modality, usable=usable, content=hashed[key], problem=()))
-        for row, content in enumerate(row_content(statuses)):
-            yield ContentHashes(sample_id=ids[positions[row]], content=content, problem=problems.get(row))
+            if modality.content_key not in hashed:
+                hashed[modality.content_key] = _hash_cells(dataset, modality, rows[modality.column], problems)
+            content = hashed[modality.content_key]
+            statuses.append(Status(modality=modality, usable=usable, content=content, problem=()))
+        for row, row_digest in enumerate(row_content(statuses)):
+            yield ContentHashes(sample_id=ids[row], content=row_digest, problem=problems.get(row))
 
 
 def _hash_cells(
-    dataset: Dataset,
-    modality: Modality,
-    cells: pa.ChunkedArray,
-    positions: Sequence[int],
-    problems: dict[int, str],
-    *,
-    num_threads: int,
+    dataset: Dataset, modality: Modality, cells: pa.ChunkedArray, problems: dict[int, str]
 ) -> NDArray[np.bytes_]:
     """Return the same digests of these cells as encoding computes; unreadable cells are added to `problems`."""
     if modality.kind == "features":
-        return encode_vectors(cells.take(pa.array(positions)), modality).content
+        return encode_vectors(cells, modality).content
     digests = []
-    selected_cells = (cells[position] for position in positions)
-    hashed = prefetch_map(partial(_hash_cell, dataset, modality), selected_cells, num_threads=num_threads)
-    for row, (content, problem) in enumerate(hashed):
+    for row, cell in enumerate(cells):
+        loaded, content = load_cell_content(dataset, modality, cell.as_py())
         digests.append(content)
-        if problem is not None:
-            problems.setdefault(row, problem)
+        if isinstance(loaded, UnusableError):
+            problems.setdefault(row, loaded.detail)
     return np.array(digests, dtype="S32")
-
-
-def _hash_cell(dataset: Dataset, modality: Modality, cell: pa.Scalar) -> tuple[bytes, str | None]:
-    loaded, content = load_cell_content(dataset, modality, cell.as_py())
-    return content, loaded.detail if isinstance(loaded, UnusableError) else None

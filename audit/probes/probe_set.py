@@ -53,7 +53,6 @@ def fit_probe(
     *,
     config: ProbeConfig,
     device: str = "cpu",
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Probe:
     """Fit the probes of all folds of all repeats at once. NaN features are set to the feature's centre.
 
@@ -63,9 +62,7 @@ def fit_probe(
     check_choices("probe", config, kind=KINDS)
     fit_rows = gather_fit_rows(cross_fits, max_rows=config.max_rows)
     fit = fit_mlp if config.kind == "mlp" else fit_linear
-    probe: Probe = fit(inputs, target, cross_fits, fit_rows, config=config, device=device)
-    progress("probe", 1, 1)
-    return probe
+    return fit(inputs, target, cross_fits, fit_rows, config=config, device=device)
 
 
 CALIBRATION_ROWS = 20_000  # by hash of the id; enough for one number per probe
@@ -124,12 +121,9 @@ class CalibratedProbe:
         assert isinstance(self.probe, LinearProbe | MlpProbe)
         return replace(self, inputs=inputs, probe=replace(self.probe, inputs=inputs))
 
-    def predict(
-        self, rows: RowIndex, target: Target, *, min_scale: float = 1.0, inputs: Inputs | None = None
-    ) -> Prediction:
-        """Predict these samples, whose targets are given; `inputs` replaces the features, e.g. by masked ones."""
-        logits = self.probe.logits(rows, inputs=inputs)
-        return predict(logits, self.scale[rows], target, min_scale=min_scale)
+    def predict(self, rows: RowIndex, target: Target, *, min_scale: float = 1.0) -> Prediction:
+        """Predict these samples, whose targets are given."""
+        return predict(self.probe.logits(rows), self.scale[rows], target, min_scale=min_scale)
 
     def confidence_by_epoch(self, rows: RowIndex, target: Target, *, min_scale: float = 1.0) -> Floats:
         """Compute the confidence (e, b) in the target after each recorded epoch of training, in the first repeat."""

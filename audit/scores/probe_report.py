@@ -5,7 +5,6 @@ Two classes, each with one mode at a different gap, make a bimodal gap too. This
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -53,17 +52,6 @@ class ClassCheck:
     def to_json(self) -> dict[str, object]:
         """Return the check as JSON values."""
         return {**asdict(self), "tested": list(self.tested), "bimodal": list(self.bimodal)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ClassCheck:
-        """Build a check from the values of to_json, of which it is the exact inverse."""
-        try:
-            fields = {name: values[name] for name in cls.__dataclass_fields__}
-            return cls(**{**fields, "tested": tuple(fields["tested"]), "bimodal": tuple(fields["bimodal"])})
-        except (KeyError, TypeError) as error:
-            raise MixtureError(
-                f"not a class check: {error!r} is missing or malformed; rescore with: mmaudit score DATA"
-            ) from error
 
 
 def fit_by_class(gap: Gap, label: NDArray[np.integer], *, config: MixtureConfig, seed: int) -> ClassCheck:
