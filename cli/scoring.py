@@ -64,7 +64,13 @@ class ScoreResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportResult:
-    """Files of a report: the HTML page, its numbers as JSON, and the figures as PNG."""
+    """Files of a report.
+
+    Attributes:
+        page: The HTML page.
+        numbers: Its numbers as JSON.
+        figures: Its figures as PNG.
+    """
 
     page: Path
     numbers: Path
@@ -105,7 +111,8 @@ def score(
         data: Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
         run: Run folder.
         modality: Modality, its column and kind; in Python also {"audio": "mfcc"}.
-        encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
+        encoder: Encoder of a modality: statistics, resnet18, hf:MODEL, package.module:function, or a name
+            that an installed package adds.
         task: classification, multilabel or regression; by default classification.
         label: Label column.
         id: Id column.

@@ -1,4 +1,4 @@
-"""The commands of training: finetune, evaluate, methods."""
+"""The commands of training: finetune, evaluate."""
 
 from __future__ import annotations
 
