@@ -165,6 +165,21 @@ def test_links_lead_to_files(page: Path) -> None:
     assert not [target for target in local if not (page.parent / target).exists()]
 
 
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_headings(page: Path) -> None:
+    text = _CODE.sub("", _BLOCK.sub("", page.read_text(encoding="utf-8")))
+    targets = [target.partition("#") for target in _LINK.findall(text) if not re.match(r"[a-z]+:", target)]
+    missing = []
+    for name, _, fragment in targets:
+        if fragment:
+            content = _BLOCK.sub("", (page.parent / name if name else page).read_text(encoding="utf-8"))
+            headings = re.findall(r"^#+ (.*)$", content, flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            if fragment not in anchors | set(re.findall(r"^\((\S+)\)=$", content, flags=re.MULTILINE)):
+                missing.append(f"{name}#{fragment}")
+    assert not missing
+
+
 def test_every_page_is_in_a_table_of_contents() -> None:
     listed = set()
     for page in PAGES:
@@ -203,6 +218,9 @@ def test_generated_pages_have_every_command_and_every_key() -> None:
     sections = {key.rpartition(".")[0] for key in KEYS}
     assert not [key for key in KEYS - sections if f"| `{key}` |" not in config]
     assert not [line for line in config.splitlines() if re.search(r"\|\s*\|$", line)]  # a key without a meaning
+    assert not re.findall(r"\b(?:[Oo]ne|[Aa]ny) of `?[A-Z_]{4,}", config)  # a constant in place of its values
+    assert "| Table to write. | metadata.parquet in the folder |" in cli
+    assert "| Allowed distance to uniform; 0: exact. With --size or weights: exit 3 above it. | 0.05 |" in cli
 
 
 def test_architecture_names_every_module_and_no_other() -> None:
