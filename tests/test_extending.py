@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,6 @@ import mmaudit
 from mmaudit.audit.dataset.formats import READERS
 from mmaudit.audit.errors import ConfigError, DatasetError, ManifestError, RunError
 from mmaudit.audit.features.encoders import ENCODERS, load_installed
-from mmaudit.audit.registry import Entry, Registry
 from mmaudit.rebalance import EXPORTERS
 from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.sampling import SAMPLERS
@@ -33,14 +35,20 @@ MODULES = dict(re.findall(r"```python\n# my_package/(\w+\.py)\n(.*?)```", PAGE, 
 ENTRY_POINTS: dict[str, dict[str, str]] = {}
 for block in re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL):
     ENTRY_POINTS |= tomllib.loads(block)["project"]["entry-points"]
-REGISTRIES = {
-    "mmaudit.samplers": (SAMPLERS, "train/sampling/__init__.py"),
-    "mmaudit.balancers": (BALANCERS, "train/balancing/__init__.py"),
-    "mmaudit.encoders": (ENCODERS, "audit/features/encoders.py"),
-    "mmaudit.readers": (READERS, "audit/dataset/formats/__init__.py"),
-    "mmaudit.exporters": (EXPORTERS, "rebalance/__init__.py"),
-}
 QUICK: dict[str, Any] = {"num_workers": 0, "progress": False}
+USE = """
+import json, sys
+import mmaudit
+
+quick = {"run": "run", "num_workers": 0, "progress": False}
+scored = mmaudit.score(sys.argv[1], encoder={"text": "style"}, repeats=1, settings={"probe.folds": 2}, **quick)
+mmaudit.split(run="run", subset="most-balanced:100%", name="all")
+tuned = mmaudit.finetune("all", sampling="small-discrepancy", balancing="lagging", epochs=1, **quick)
+mmaudit.export("all", run="run", format="ids", out="ids.txt")
+config, encoders = tuned.metrics["config"], sorted(entry["encoder"] for entry in scored.record["modalities"])
+used = {"scored": scored.num_scored, "encoders": encoders, "exported": len(open("ids.txt").readlines())}
+print(json.dumps({**used, "sampling": [*config["sampling"]], "balancing": [*config["balancing"]]}))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -112,29 +120,41 @@ def tuned(scored: mmaudit.ScoreResult) -> mmaudit.FinetuneResult:
 
 
 def test_page_has_a_module_for_every_entry_point() -> None:
-    assert ENTRY_POINTS.keys() == REGISTRIES.keys()
+    groups = (registry.group for registry in (SAMPLERS, BALANCERS, ENCODERS, READERS, EXPORTERS))
+    assert ENTRY_POINTS.keys() == {*groups}
     values = [value for names in ENTRY_POINTS.values() for value in names.values()]
     assert sorted(MODULES) == sorted(value.partition(":")[0].removeprefix("my_package.") + ".py" for value in values)
 
 
-@pytest.mark.parametrize("group", REGISTRIES)
-def test_line_of_the_registry_leads_to_the_same_code(group: str, package: Path) -> None:
-    registry, file = REGISTRIES[group]
-    [(name, value)] = ENTRY_POINTS[group].items()
-    match = re.search(rf'^"{name}": Entry\("([^"]+)", "([^"]+)"\),$', PAGE, flags=re.MULTILINE)
-    assert match is not None
-    own = Registry({name: Entry(match[1], match[2])}, package="my_package", option=registry.option)
-    assert own.load(name) is registry.load(name)
-    folder = "/".join(Path(file).parts[:-1])
-    module = value.partition(":")[0].rpartition(".")[2]
-    assert f"the file is `{folder}/{module}.py`, the line in `{file}` is" in PAGE
-    assert "= Registry(" in (ROOT / file).read_text(encoding="utf-8")
-    assert registry.group == group
+def test_a_file_and_a_line_add_each_to_mmaudit_itself(samples: Path, tmp_path: Path) -> None:
+    """The same code in a copy of the source, without a package."""
+    for folder in ("audit", "rebalance", "train", "cli"):
+        shutil.copytree(ROOT / folder, tmp_path / "mmaudit" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "__main__.py"):
+        shutil.copy(ROOT / name, tmp_path / "mmaudit" / name)
+    recipes = re.findall(r"the file is `([^`]+)`, the line in `([^`]+)` is\n\n```\n(.*)\n```", PAGE)
+    assert sorted(Path(file).name for file, _, _ in recipes) == sorted(MODULES)
+    for file, registry, line in recipes:
+        (tmp_path / "mmaudit" / file).write_text(MODULES[Path(file).name], encoding="utf-8")
+        text = (tmp_path / "mmaudit" / registry).read_text(encoding="utf-8")
+        head, opening, entries = re.split(r"(= Registry\(\n    \{.*\n)", text, maxsplit=1)
+        (tmp_path / "mmaudit" / registry).write_text(f"{head}{opening}        {line}\n{entries}", encoding="utf-8")
+    (tmp_path / "use.py").write_text(USE, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "use.py", str(samples)]
+    used = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(used.stdout) == {
+        "scored": 96,
+        "encoders": ["statistics", "style"],
+        "sampling": ["small-discrepancy"],
+        "balancing": ["lagging"],
+        "exported": 96,
+    }
 
 
 def test_table_of_contracts_names_what_exists() -> None:
     rows = re.findall(r"^\| [\w ]+ \| `(\w+)` in `([\w/.]+)` \| `(\w+)` in `([\w/.]+)` \| `([\w.]+)` \|$", PAGE, re.M)
-    assert len(rows) == len(REGISTRIES) + 1  # and downloads
+    assert len(rows) == len(ENTRY_POINTS) + 1  # and downloads
     for contract, file, registry, registry_file, group in rows:
         assert re.search(rf"^class {contract}\b", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
         text = (ROOT / registry_file).read_text(encoding="utf-8")
@@ -163,6 +183,8 @@ def test_reader_reports_other_files(package: Path, samples: Path, tmp_path: Path
 def test_encoder_makes_the_vectors(scored: mmaudit.ScoreResult, package: Path) -> None:
     assert {entry["name"]: entry["encoder"] for entry in scored.record["modalities"]}["text"] == "style"
     assert scored.record["code"]["style"] == str((package / "my_package" / "style.py").resolve())
+    module = sys.modules["my_package.style"]
+    assert module.STYLE["text"].encode("Two words.", None).dtype == np.float32  # what mmaudit's own must return
     metrics = {metric["name"]: metric["value"] for metric in scored.record["probe_report"]["probe_metrics"]}
     assert metrics["text"] > 0.95  # capitals give the class away
 
