@@ -111,8 +111,7 @@ def score(
         data: Folder, table file or glob, saved dataset, tar shards, or a Hugging Face dataset name.
         run: Run folder.
         modality: Modality, its column and kind; in Python also {"audio": "mfcc"}.
-        encoder: Encoder of a modality: statistics, resnet18, hf:MODEL, package.module:function, or a name
-            that an installed package adds.
+        encoder: Encoder of a modality: a name listed by `mmaudit methods`, hf:MODEL or package.module:function.
         task: classification, multilabel or regression; by default classification.
         label: Label column.
         id: Id column.

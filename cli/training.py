@@ -1,4 +1,4 @@
-"""The commands of training: finetune, evaluate."""
+"""The commands of training: finetune, evaluate, methods."""
 
 from __future__ import annotations
 

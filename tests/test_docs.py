@@ -273,6 +273,16 @@ def test_use_in_the_readme_ends_within_two_screens() -> None:
     assert lines.index("## Documentation") <= 56
 
 
+def test_properties_in_the_reference_have_no_colon() -> None:
+    """Sphinx reads what stands before a colon in the first line as the type."""
+    names = re.findall(r"autoclass:: mmaudit\.(\S+)", (DOCS / "reference" / "api.md").read_text(encoding="utf-8"))
+    for name in names:
+        module, _, attribute = f"mmaudit.{name}".rpartition(".")
+        members = vars(getattr(importlib.import_module(module), attribute)).values()
+        lines = [(member.__doc__ or "").partition("\n")[0] for member in members if isinstance(member, property)]
+        assert not [line for line in lines if ": " in line], name
+
+
 @pytest.mark.parametrize("name", sorted({*mmaudit.__all__} - {"__version__"}))
 def test_docstrings_of_public_names_are_complete(name: str) -> None:
     public = getattr(mmaudit, name)
