@@ -126,6 +126,12 @@ def test_page_has_a_module_for_every_entry_point() -> None:
     assert sorted(MODULES) == sorted(value.partition(":")[0].removeprefix("my_package.") + ".py" for value in values)
 
 
+def test_methods_lists_every_name_without_importing_it(package: Path) -> None:
+    names = {row.name for row in mmaudit.methods().rows}
+    assert {name for names_of_group in ENTRY_POINTS.values() for name in names_of_group} <= names
+    assert "my_package" not in sys.modules
+
+
 def test_a_file_and_a_line_add_each_to_mmaudit_itself(samples: Path, tmp_path: Path) -> None:
     """The same code in a copy of the source, without a package."""
     for folder in ("audit", "rebalance", "train", "cli"):
