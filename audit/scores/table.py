@@ -258,7 +258,7 @@ class ScoreTable:
 
     @property
     def not_test(self) -> NDArray[np.bool_]:
-        """Mask (n,) of the rows that choices may depend on: all but the test split; all if there is no other split."""
+        """Mask (n,) of the rows that choices may depend on, all but the test split; all if there is no other split."""
         not_test = np.ones(len(self), dtype=bool) if self.split is None else self.split != "test"
         return not_test if not_test.any() else ~not_test
 

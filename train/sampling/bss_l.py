@@ -27,8 +27,8 @@ class BssConfig:
     """Balance scores of BSS (arXiv 2501.01470). Orders and draws are set by `order.*`.
 
     Args:
-        score_source: Scores that bss-l draws by, one of SCORE_SOURCES: those of the model in training, or the
-            manifest's probe scores, read once.
+        score_source: Scores that bss-l draws by, one of SCORE_SOURCES: the manifest's probe scores, read once, or
+            those of the model in training.
         every_epochs: E, epochs between two evaluations of the model. 8 is ours, so that scoring takes a twentieth of
             the time; the authors' code has 1, with beta = 1.
         beta: Weight of new scores in the running score, s_hat <- (1 - beta) s_hat + beta s; the paper's value.
