@@ -13,10 +13,11 @@ import pytest
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.rebalance.curriculum import OrderConfig
+from mmaudit.train import FUSIONS
 from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.balancing.balancer import Balancer
 from mmaudit.train.balancing.ogm import OgmConfig
-from mmaudit.train.config import FUSIONS, FinetuneConfig, OptimConfig, TrainConfig
+from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
 from mmaudit.train.fusion import Fusion
 from mmaudit.train.methods import check_schedule, list_methods, resolve
 from mmaudit.train.sampling import SAMPLERS

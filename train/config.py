@@ -8,30 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..audit.errors import ConfigError, choices
-from ..audit.registry import Entry, Registry
 from ..rebalance.curriculum import OrderConfig
+from . import TRACKERS
 
-FUSIONS = Registry(
-    {
-        "concat": Entry("fusion:Concat", "one linear classifier over the joined features"),
-        "late": Entry("fusion:Late", "a classifier per modality, logits summed"),
-        "gated": Entry("fusion:Gated", "gated multimodal unit"),
-        "film": Entry("fusion:Film", "the first modality scales and shifts the others"),
-        "mmtm": Entry("fusion:Mmtm", "cross-modal squeeze, and a classifier per modality, logits summed"),
-        "shared": Entry("fusion:Shared", "one classifier for all modalities, weighted by entropy"),
-    },
-    package="mmaudit.train",
-    option="--fusion",
-)
-TRACKERS = Registry(
-    {
-        "tensorboard": Entry("tracking:TensorBoard", "event files in the folder of the fine-tuning"),
-        "wandb": Entry("tracking:Wandb", "Weights & Biases"),
-        "mlflow": Entry("tracking:Mlflow", "MLflow"),
-    },
-    package="mmaudit.train",
-    option="--report-to",
-)
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")

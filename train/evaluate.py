@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..audit.errors import ManifestError, RunError, choices
-from ..audit.metrics import Groups, mean_interval, shapley, share_interval, wilson_interval
-from ..audit.probes.prediction import expected_calibration_error
+from ..audit.metrics import Groups, expected_calibration_error, mean_interval, shapley, share_interval, wilson_interval
 from ..audit.workers import NETWORK_THREADS, fixed_threads
 from ..rebalance.curriculum import RowIndex
 from ..rebalance.subsets import DOMINATED_THRESHOLDS, balanced_name, dominated_name, is_balanced, is_dominated

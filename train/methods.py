@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ..audit.errors import ConfigError, RunError, choices
 from ..audit.parsing import build_config, plain
 from ..audit.registry import Registry
+from . import FUSIONS
 from .balancing import BALANCERS
-from .config import FUSIONS, FinetuneConfig, TrainConfig
+from .config import FinetuneConfig, TrainConfig
 from .sampling import SAMPLERS
 
 if TYPE_CHECKING:

@@ -143,6 +143,7 @@ class Optimization:
         precision = config.precision
         if precision == "auto":
             precision = "bfloat16" if self.device_type == "cuda" else "float32"
+        self._parameters = list(net.parameters())
         self.dtype = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
         self._scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "float16")
         self.optimizer = self._build(by_modality=by_modality or bool(config.modality_lr))
@@ -192,7 +193,8 @@ class Optimization:
 
     def backward(self, loss: Tensor) -> None:
         """Replace all gradients by those of the loss."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:  # not zero_grad, whose profiling hook takes 3% of a small step
+            parameter.grad = None
         torch.autograd.backward(self._scaler.scale(loss))
         self._clear_frozen_gradients()
         self._sum_gradients()  # before the scaler looks for inf and NaN: all processes must find the same
@@ -214,7 +216,7 @@ class Optimization:
     def apply(self) -> None:
         """Clip the gradients and step."""
         if self.config.clip_norm > 0:
-            self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip_norm)
+            self.grad_norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
 
@@ -222,7 +224,7 @@ class Optimization:
         """Sum the gradients over all processes. One that no process has stays None: the parameter is not updated."""
         if self.distributed.world_size == 1:
             return
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        parameters = [p for p in self._parameters if p.requires_grad]
         has_gradient = torch.tensor(
             [p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device
         )

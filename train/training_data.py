@@ -22,8 +22,7 @@ from .examples import NUM_READERS, Examples, Store
 from .methods import Methods, check_schedule
 from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder
 from .optimizer import DistributedContext, Optimization
-from .sampling.ordered import Uniform
-from .sampling.sampler import Pool
+from .sampling.sampler import Pool, Uniform
 
 log = logging.getLogger("mmaudit")
 
@@ -111,6 +110,8 @@ class TrainingData:
 
         def rows_of(step: Step) -> list[RowIndex]:
             local_step = step.shard(self.distributed)
+            if local_step.present is None:
+                return [self.train[local_step.rows]] * len(self.shapes)
             return [self.train[local_step.rows_of(j)] for j in range(len(self.shapes))]
 
         stream = self.store.stream(steps, rows_of, num_threads=NUM_READERS if prefetch else 0)

@@ -13,7 +13,7 @@ from ..dataset.labels import Target
 from ..errors import ConfigError, choices
 from ..features.encoders import is_network
 from ..features.matrix import FeatureMatrix, Inputs, JointInputs, RowIndex, WindowInputs
-from ..metrics import Floats
+from ..metrics import Floats, expected_calibration_error
 from ..workers import fixed_threads
 from .config import ProbeConfig
 from .cross_fit import CrossFit, first_rows, gather_fit_rows
@@ -22,7 +22,6 @@ from .mlp import MlpProbe, fit_mlp
 from .prediction import (
     Prediction,
     correctness,
-    expected_calibration_error,
     fit_temperature,
     likelihoods,
     predict,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ...audit.errors import ConfigError
@@ -143,9 +144,9 @@ class Balancer(Method):
     def scale_gradients(self, coefficients: Sequence[float] | Tensor) -> None:
         """Multiply the gradients of each modality's encoder by its coefficient (m,)."""
         for encoder, coefficient in zip(self.net.encoders, coefficients, strict=True):
-            for parameter in encoder.parameters():
-                if parameter.grad is not None:
-                    parameter.grad *= coefficient
+            gradients = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, coefficient)
 
 
 class Joint(Balancer):

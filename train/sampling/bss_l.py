@@ -17,7 +17,7 @@ from ...audit.metrics import balance
 from ...rebalance.curriculum import RowIndex
 from ..batches import ModelReader
 from ..network import Outputs, cross_entropies
-from .ordered import Ordered
+from .sampler import Ordered
 
 SCORE_SOURCES = ("manifest", "model")
 
