@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..audit.errors import ConfigError, choices
+from ..audit.errors import ConfigError
+from ..audit.parsing import check_choices, check_ranges
 from ..rebalance.curriculum import OrderConfig
 from . import TRACKERS
 
@@ -65,16 +66,11 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in self.report_to:
             TRACKERS.check(name)
-        for name, minimum in (("epochs", 1), ("batch_size", 1), ("hidden", 1), ("patience", 0), ("save_steps", 0)):
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"finetune.{name} is {getattr(self, name)}; it must be at least {minimum}")
-        if self.resident_mib < 0:
-            raise ConfigError(f"finetune.resident_mib is {self.resident_mib}; it must be at least 0")
-        for name in ("dropout", "validation_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"finetune.{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        if self.keep_posterior is not None and not 0 <= self.keep_posterior <= 1:
-            raise ConfigError(f"--keep-posterior {self.keep_posterior}: a probability lies in [0, 1]")
+        check_ranges("finetune", self, **dict.fromkeys(("epochs", "batch_size", "hidden"), "[1, inf)"))
+        check_ranges("finetune", self, **dict.fromkeys(("patience", "save_steps", "resident_mib"), "[0, inf)"))
+        check_ranges("finetune", self, **dict.fromkeys(("dropout", "validation_fraction"), "[0, 1)"))
+        if self.keep_posterior is not None:
+            check_ranges("finetune", self, keep_posterior="[0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,19 +108,12 @@ class OptimConfig:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"optim.{name} is {getattr(self, name)}: {choices(getattr(self, name), allowed)}")
-        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
-            raise ConfigError("optim.lr must be a number above 0, and optim.weight_decay a number of at least 0")
-        for name in ("momentum", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        if self.warmup_epochs < 0 or self.lr_step < 1 or not 0 < self.lr_fall <= 1:
-            raise ConfigError("optim: warmup_epochs must be at least 0, lr_step at least 1, lr_fall in (0, 1]")
-        if not 0 <= self.clip_norm < math.inf:
-            raise ConfigError(f"optim.clip_norm is {self.clip_norm}; it must be a number of at least 0")
-        self.modality_lr_factors()
+        check_choices("optim", self, optimizer=OPTIMIZERS, schedule=SCHEDULES, precision=PRECISIONS)
+        check_ranges("optim", self, momentum="[0, 1)", ema="[0, 1)")
+        check_ranges("optim", self, lr="(0, inf)", lr_step="[1, inf)", lr_fall="(0, 1]")
+        check_ranges("optim", self, **dict.fromkeys(("weight_decay", "warmup_epochs", "clip_norm"), "[0, inf)"))
+        if self.modality_lr:
+            self.modality_lr_factors()
 
     def modality_lr_factors(self) -> dict[str, float]:
         """Return the factors of `modality_lr` by modality name."""
@@ -187,14 +176,8 @@ class AugmentConfig:
     band_share: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_crop <= 1:
-            raise ConfigError(f"augment.min_crop is {self.min_crop}; it must be above 0 and at most 1")
-        for name in ("time_masks", "band_masks"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"augment.{name} is {getattr(self, name)}; it must be at least 0")
-        for name in ("time_share", "band_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"augment.{name} is {getattr(self, name)}; a share lies in [0, 1]")
+        check_ranges("augment", self, min_crop="(0, 1]", time_share="[0, 1]", band_share="[0, 1]")
+        check_ranges("augment", self, time_masks="[0, inf)", band_masks="[0, inf)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

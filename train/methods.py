@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -116,13 +117,15 @@ def check_schedule(methods: Methods) -> list[str]:
 
 def _usual_balancing(settings: FinetuneConfig, sampler: type[Sampler]) -> str:
     """Return the balancer of `--balancing auto`, and log the reason where it is not joint."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.DEBUG  # torchrun: by the first process only
     fusion: type[Fusion] | None = None if settings.fusion == "auto" else FUSIONS.load(settings.fusion)
     if fusion is not None and fusion.usual_balancing != "joint":
         name, reason = fusion.usual_balancing, fusion.balancing_reason
-        log.info("--fusion %s takes --balancing %s: %s", settings.fusion, name, reason)
+        log.log(level, "--fusion %s takes --balancing %s: %s", settings.fusion, name, reason)
         return name
     if sampler.usual_balancing != "joint":
-        log.info(
+        log.log(
+            level,
             "--sampling %s takes --balancing %s: it selects samples per modality, which only unimodal losses train on",
             settings.sampling,
             sampler.usual_balancing,

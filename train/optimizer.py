@@ -76,13 +76,11 @@ SINGLE_PROCESS = DistributedContext()
 def open_distributed(device: str) -> Iterator[DistributedContext]:
     """Join the process group that torchrun has started, if any: nccl on CUDA, gloo on a CPU."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1 or distributed.is_initialized():
-        is_initialized = distributed.is_initialized()
-        yield (
-            DistributedContext(rank=distributed.get_rank(), world_size=distributed.get_world_size())
-            if is_initialized
-            else SINGLE_PROCESS
-        )
+    if distributed.is_initialized():
+        yield DistributedContext(rank=distributed.get_rank(), world_size=distributed.get_world_size())
+        return
+    if world_size == 1:
+        yield SINGLE_PROCESS
         return
     cuda = device.startswith("cuda")
     if cuda:

@@ -13,11 +13,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...audit.errors import ConfigError, choices
+from ...audit.errors import ConfigError
+from ...audit.parsing import check_choices, check_ranges
 from ..batches import Batch, ModelReader
 from ..config import TrainConfig
 from ..network import Outputs, cross_entropies
-from .balancer import Balancer, Validation, check_ranges
+from .balancer import Balancer, Validation
 
 MSLR_MODES = ("keep", "smooth", "dynamic")
 
@@ -67,9 +68,8 @@ class MslrConfig:
     max_factor: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.mode not in MSLR_MODES:
-            raise ConfigError(f"balancing.mslr.mode is {self.mode}: {choices(self.mode, MSLR_MODES)}")
-        check_ranges(self, strength=(0, 1e3), min_factor=(1e-9, 1), max_factor=(1, 1e9))
+        check_choices("balancing.mslr", self, mode=MSLR_MODES)
+        check_ranges("balancing.mslr", self, strength="[0, 1000]", min_factor="[1e-9, 1]", max_factor="[1, 1e9]")
 
 
 class Mslr(Balancer):
@@ -84,10 +84,7 @@ class Mslr(Balancer):
     paper = "Yao and Mihalcea, Findings of ACL 2022"
     has_unimodal_loss = True
     sets_rates = True
-    state_fields = (
-        "initial_loss",
-        "lowest_loss",
-    )
+    state_fields = ("initial_loss", "lowest_loss")
     config: MslrConfig
 
     @classmethod
@@ -137,5 +134,5 @@ class Mslr(Balancer):
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return each modality's factor on the common learning rate."""
-        factors = zip(self.net.config.modalities, self.initial_factors, self.optimization.lr_factors, strict=True)
-        return {f"rate_{name}": initial * rate for name, initial, rate in factors}
+        factors = zip(self.initial_factors, self.optimization.lr_factors, strict=True)
+        return self.by_modality("rate", [initial * rate for initial, rate in factors])

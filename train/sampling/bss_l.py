@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...audit.errors import ConfigError, ManifestError, choices
+from ...audit.errors import ManifestError
 from ...audit.metrics import balance
+from ...audit.parsing import check_choices, check_ranges
 from ...rebalance.curriculum import RowIndex
 from ..batches import ModelReader
 from ..network import Outputs, cross_entropies
@@ -42,16 +42,8 @@ class BssConfig:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.score_source not in SCORE_SOURCES:
-            raise ConfigError(
-                f"sampling.bss.score_source is {self.score_source}: {choices(self.score_source, SCORE_SOURCES)}"
-            )
-        if self.every_epochs < 1:
-            raise ConfigError(f"sampling.bss.every_epochs is {self.every_epochs}; it must be at least 1")
-        if not 0 < self.beta <= 1:
-            raise ConfigError(f"sampling.bss.beta is {self.beta}; it must lie in (0, 1]")
-        if not 0 <= self.alpha < math.inf:
-            raise ConfigError(f"sampling.bss.alpha is {self.alpha}; it must be at least 0")
+        check_choices("sampling.bss", self, score_source=SCORE_SOURCES)
+        check_ranges("sampling.bss", self, every_epochs="[1, inf)", beta="(0, 1]", alpha="[0, inf)")
 
 
 class BssL(Ordered):
@@ -66,6 +58,7 @@ class BssL(Ordered):
     config_type = BssConfig
     paper = "Guan et al., arXiv 2501.01470"
     order_fields = ("draw", "weight")
+    state_fields = ("balance",)
     config: BssConfig
 
     def initialize(self) -> None:
@@ -95,16 +88,6 @@ class BssL(Ordered):
         """Draw an epoch by s_hat."""
         assert self.balance is not None, "begin_epoch comes first"
         return self.in_order("weighted", epoch, balance=self.balance)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return s_hat, where it is the model's."""
-        has_model_scores = self.reads_model and self.balance is not None
-        return {"balance": torch.from_numpy(self.balance) if has_model_scores else None}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        if self.reads_model:
-            self.balance = None if state["balance"] is None else state["balance"].cpu().numpy()
 
 
 def _criteria(outputs: Outputs, label: Tensor, *, alpha: float) -> Tensor:

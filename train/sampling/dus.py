@@ -15,8 +15,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...audit.errors import ConfigError, choices
+from ...audit.errors import ConfigError
 from ...audit.hashing import hash_rank
+from ...audit.parsing import check_choices, check_ranges
 from ...rebalance.curriculum import OrderConfig, RowIndex, epoch_order
 from ..batches import Batch, ModelReader, Step
 from ..network import FusionNet, Outputs
@@ -67,25 +68,11 @@ class DusConfig:
     multipliers: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ConfigError(f"sampling.dus.policy is {self.policy}: {choices(self.policy, POLICIES)}")
-        if not 0 < self.min_share <= 1 <= self.max_share < math.inf:
-            raise ConfigError(
-                "sampling.dus: min_share must lie in (0, 1], and max_share must be a number of at least 1"
-            )
-        if not self.multipliers or not all(0 < multiplier < math.inf for multiplier in self.multipliers):
-            raise ConfigError(f"sampling.dus.multipliers are {list(self.multipliers)}; give one or more, all above 0")
-        for name in ("hidden", "every_steps", "horizon", "passes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("kappa", "dead_zone", "eta"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be a number of at least 0")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"sampling.dus.{name} is {getattr(self, name)}; it must be a number above 0")
-        if not 0 <= self.baseline < 1:
-            raise ConfigError(f"sampling.dus.baseline is {self.baseline}; it must lie in [0, 1)")
+        check_choices(self.section, self, policy=POLICIES)
+        check_ranges(self.section, self, min_share="(0, 1]", max_share="[1, inf)", baseline="[0, 1)")
+        check_ranges(self.section, self, **dict.fromkeys(("hidden", "every_steps", "horizon", "passes"), "[1, inf)"))
+        check_ranges(self.section, self, **dict.fromkeys(("kappa", "dead_zone", "eta"), "[0, inf)"))
+        check_ranges(self.section, self, **dict.fromkeys(("lr", "clip", "multipliers"), "(0, inf)"))
 
 
 def cumulative_discrepancy(confidence: Sequence[float]) -> list[float]:
@@ -134,15 +121,8 @@ class Dus(Sampler):
     selects_per_modality = True
     usual_balancing = "sum"
     state_fields: ClassVar[tuple[str, ...]] = (
-        "num_observed",
-        "confidence",
-        "fused",
-        "quantities",
-        "_names",
-        "_epoch",
-        "_num_steps",
-        "_positions",
-        "_sampled",
+        *("num_observed", "confidence", "fused", "quantities"),
+        *("_names", "_epoch", "_num_steps", "_positions", "_sampled"),
     )
     config: DusConfig
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ...audit.errors import ManifestError
 from ...rebalance.curriculum import OrderConfig, RowIndex, draw_rows, epoch_order
@@ -89,6 +90,11 @@ class Sampler(Method):
 
     def initialize(self) -> None:
         """Check that the pool has the columns it draws by (ManifestError), and set up the state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a state; tensors become arrays on the CPU."""
+        arrays = {name: value.cpu().numpy() for name, value in state.items() if isinstance(value, Tensor)}
+        super().load_state_dict(state | arrays)
 
     @abstractmethod
     def steps(self, epoch: int, *, after: int = 0) -> Iterator[Step]:
