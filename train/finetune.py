@@ -134,18 +134,12 @@ def finetune_on(
         distributed.sum_([summed_loss := total.clone()])
         _share_buffers((net, tested), distributed)
         if distributed.is_first:
-            position = {
-                "identity": identity,
-                "epoch": epoch,
-                "step": step,
-                "seen": num_seen,
-                "total": float(summed_loss),
-            }
+            position = {"identity": identity, "epoch": epoch, "step": step, "seen": num_seen}
             states = {name: component.state_dict() for name, component in components.items()}
             # If the current weights are the best ones they are not written twice.
             weights = None if averaged is None and step == 0 and best[2] == epoch - 1 else best_weights
-            selection = {"history": history, "best": best, "best_weights": weights}
-            save_state({**position, **states, **selection}, state_file)
+            results = {"total": float(summed_loss), "history": history, "best": best, "best_weights": weights}
+            save_state({**position, **states, **results}, state_file)
 
     selects_best = len(training_data.validation) >= MIN_VALIDATION_SAMPLES
     if not selects_best:

@@ -142,16 +142,14 @@ def _check_single_modality(
     settings: FinetuneConfig, sampler: type[Sampler], balancer: type[Balancer], fusion: type[Fusion]
 ) -> None:
     """Raise ConfigError for a method that needs more than the modality of --only."""
-    if balancer.min_modalities > 1:
-        raise ConfigError(
-            f"--only {settings.only} leaves one modality, and --balancing {settings.balancing} needs at least "
-            f"{balancer.min_modalities}; use --balancing joint"
-        )
-    if sampler.min_modalities > 1:
-        raise ConfigError(
-            f"--only {settings.only} leaves one modality, and --sampling {settings.sampling} needs at least "
-            f"{sampler.min_modalities}"
-        )
+    for option, method, advice in (
+        (f"--balancing {settings.balancing}", balancer, "; use --balancing joint"),
+        (f"--sampling {settings.sampling}", sampler, ""),
+    ):
+        if (minimum := method.min_modalities) > 1:
+            raise ConfigError(
+                f"--only {settings.only} leaves one modality, and {option} needs at least {minimum}{advice}"
+            )
     if fusion.min_modalities > 1:
         raise ConfigError(f"--only {settings.only} leaves nothing to fuse: remove --fusion {settings.fusion}")
 

@@ -148,14 +148,13 @@ class Optimization:
         self.grad_norm: Tensor | None = None
 
     def _build(self, *, by_modality: bool) -> torch.optim.Optimizer:
-        modality_indices = range(self.net.num_modalities if by_modality else 0)
-        modality_parameters: list[list[nn.Parameter]] = [list(self.net.parameters_of(j)) for j in modality_indices]
-        assigned = {id(parameter) for group in modality_parameters for parameter in group}
-        shared_parameters = [parameter for parameter in self.net.parameters() if id(parameter) not in assigned]
-        groups = [
-            {"params": group, "modality": j}
-            for j, group in zip([*modality_indices, None], [*modality_parameters, shared_parameters], strict=True)
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.net.parameters_of(j)), "modality": j}
+            for j in range(self.net.num_modalities if by_modality else 0)
         ]
+        assigned = {id(parameter) for group in groups for parameter in group["params"]}
+        shared_parameters = [parameter for parameter in self._parameters if id(parameter) not in assigned]
+        groups.append({"params": shared_parameters, "modality": None})
         config = self.config
         # A fused SGD whose first step the scaler skips starts with uninitialised memory as its momentum.
         fused = not self._scaler.is_enabled()

@@ -141,18 +141,14 @@ class Gmm(Balancer):
         super().begin_epoch(epoch, model_reader)
         if epoch <= self.config.warmup_epochs:
             return
-        gap = (
-            model_reader.read(modality_gap, rows=sample_rows(model_reader, self.config.fit_rows)).double().cpu().numpy()
-        )
-        self._gap_mixture = fit_gap_mixture(gap, device=self.device)
+        gap = model_reader.read(modality_gap, rows=sample_rows(model_reader, self.config.fit_rows))
+        self._gap_mixture = fit_gap_mixture(gap.double().cpu().numpy(), device=self.device)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute the loss of the stage."""
-        return (
-            self.summed_losses(outputs, batch)
-            if self._gap_mixture is None
-            else self._adaptive(outputs, batch, self._gap_mixture)
-        )
+        if self._gap_mixture is None:
+            return self.summed_losses(outputs, batch)
+        return self._adaptive(outputs, batch, self._gap_mixture)
 
     def _adaptive(self, outputs: Outputs, batch: Batch, mixture: GapMixture) -> Tensor:
         config = self.config
