@@ -170,7 +170,8 @@ def finetune(
     weights = None if config.finetune.init is None else _find_model(run_dir, config.finetune.init)
     if overwrite and weights is not None and folder.resolve() in weights.resolve().parents:
         raise ConfigError(f"--overwrite would delete {weights}, which --init loads: pass another --name")
-    load_trackers(config.finetune.report_to)  # before any data is read
+    if config.finetune.report_to:
+        load_trackers(config.finetune.report_to)  # before any data is read
     device = local_device(pick_device(device))
     target = new_finetune(run_dir.folder, folder.name) if overwrite else folder  # moved to `folder` when finished
     with (

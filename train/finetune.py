@@ -123,10 +123,7 @@ def finetune_on(
             component.load_state_dict(state[name])
         epoch, step, num_seen, history = state["epoch"], state["step"], state["seen"], state["history"]
         best = state["best"]
-        if state["best_weights"] is not None:
-            best_weights = state["best_weights"]
-        else:
-            best_weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        best_weights = {name: tensor.clone() for name, tensor in (state["best_weights"] or net.state_dict()).items()}
         total.fill_(state["total"] if distributed.is_first else 0.0)  # summed over the processes
         log.info("resumed in epoch %d after %d steps", epoch, step)
 
@@ -146,7 +143,8 @@ def finetune_on(
         num_validation = len(training_data.validation)
         log.info("%d validation samples are too few to select an epoch or stop early: using the last", num_validation)
     with ExitStack() as stack:
-        trackers = open_trackers(settings.report_to if distributed.is_first else (), folder, stack=stack)
+        tracked = settings.report_to and distributed.is_first
+        trackers = open_trackers(settings.report_to, folder, stack=stack) if tracked else []
         while epoch <= settings.epochs and not _is_over(history, best, settings):
             if step == 0:
                 sampler.begin_epoch(epoch, reader)

@@ -117,20 +117,14 @@ def check_schedule(methods: Methods) -> list[str]:
 
 def _usual_balancing(settings: FinetuneConfig, sampler: type[Sampler]) -> str:
     """Return the balancer of `--balancing auto`, and log the reason where it is not joint."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.DEBUG  # torchrun: by the first process only
+    option, name = f"--sampling {settings.sampling}", sampler.usual_balancing
+    reason = "it selects samples per modality, which only unimodal losses train on"
     fusion: type[Fusion] | None = None if settings.fusion == "auto" else FUSIONS.load(settings.fusion)
     if fusion is not None and fusion.usual_balancing != "joint":
-        name, reason = fusion.usual_balancing, fusion.balancing_reason
-        log.log(level, "--fusion %s takes --balancing %s: %s", settings.fusion, name, reason)
-        return name
-    if sampler.usual_balancing != "joint":
-        log.log(
-            level,
-            "--sampling %s takes --balancing %s: it selects samples per modality, which only unimodal losses train on",
-            settings.sampling,
-            sampler.usual_balancing,
-        )
-    return sampler.usual_balancing
+        option, name, reason = f"--fusion {settings.fusion}", fusion.usual_balancing, fusion.balancing_reason
+    if name != "joint" and os.environ.get("RANK", "0") == "0":  # torchrun: the first process only
+        log.info("%s takes --balancing %s: %s", option, name, reason)
+    return name
 
 
 def _fusion_names(balancing: str, balancer: type[Balancer]) -> tuple[str, ...]:

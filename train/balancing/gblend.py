@@ -109,13 +109,9 @@ class Gblend(Balancer):
         self, model_reader: ModelReader, rows: RowIndex, net: FusionNet | None
     ) -> tuple[list[float], list[float]]:
         """Compute mean losses (1 + m,) on training rows and on validation."""
-        cross_entropy = Outputs.cross_entropy
-        losses = (
-            model_reader.read(cross_entropy, rows=rows, net=net),
-            model_reader.read_validation(cross_entropy, net=net),
-        )
-        train, validation = (loss.double().mean(dim=1).tolist() for loss in losses)
-        return train, validation
+        train = model_reader.read(Outputs.cross_entropy, rows=rows, net=net)
+        validation = model_reader.read_validation(Outputs.cross_entropy, net=net)
+        return train.double().mean(dim=1).tolist(), validation.double().mean(dim=1).tolist()
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute the weighted sum of losses."""

@@ -99,7 +99,3 @@ class MmPareto(Balancer):
         for parameter, grad, _ in pairs:
             start, end = end, end + grad.numel()
             parameter.grad = combined[start:end].view_as(grad)
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the sum of the losses."""
-        return self.summed_losses(outputs, batch)

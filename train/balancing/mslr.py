@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ...audit.errors import ConfigError
 from ...audit.parsing import check_choices, check_ranges
-from ..batches import Batch, ModelReader
+from ..batches import ModelReader
 from ..config import TrainConfig
 from ..network import Outputs, cross_entropies
-from .balancer import Balancer, Validation
+from .balancer import Sum, Validation
 
 MSLR_MODES = ("keep", "smooth", "dynamic")
 
@@ -72,7 +72,7 @@ class MslrConfig:
         check_ranges("balancing.mslr", self, strength="[0, 1000]", min_factor="[1e-9, 1]", max_factor="[1, 1e9]")
 
 
-class Mslr(Balancer):
+class Mslr(Sum):
     """L = CE(fused) + sum_j CE(z^j); the rates of the encoders and of separate heads differ.
 
     keep: the factors of optim.modality_lr throughout. smooth: from those to the common rate, see smooth_factor.
@@ -82,7 +82,7 @@ class Mslr(Balancer):
 
     config_type = MslrConfig
     paper = "Yao and Mihalcea, Findings of ACL 2022"
-    has_unimodal_loss = True
+    min_modalities = 2
     sets_rates = True
     state_fields = ("initial_loss", "lowest_loss")
     config: MslrConfig
@@ -121,10 +121,6 @@ class Mslr(Balancer):
             self.optimization.lr_factors = dynamic_factors(
                 remaining, strength=config.strength, min_factor=config.min_factor, max_factor=config.max_factor
             )
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the sum of the losses."""
-        return self.summed_losses(outputs, batch)
 
     def end_epoch(self, epoch: int, validation: Validation) -> None:
         """Update the lowest losses."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import ClassVar
 
@@ -78,9 +79,8 @@ class BssL(Ordered):
         bss = self.config
         if not self.reads_model or (epoch - 1) % bss.every_epochs:
             return
-        similarity, loss = (
-            model_reader.read(lambda outputs, label: _criteria(outputs, label, alpha=bss.alpha)).cpu().numpy()
-        )
+        criteria = model_reader.read(partial(_criteria, alpha=bss.alpha))
+        similarity, loss = criteria.cpu().numpy()
         scores = balance(similarity, loss, fits=np.ones(len(loss), dtype=np.bool_)).astype(np.float64)
         self.balance = scores if self.balance is None else (1 - bss.beta) * self.balance + bss.beta * scores
 
