@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .cli.manifests import Card, Epoch, ExportResult, card, diff, export, order, verify
     from .cli.scoring import ReportResult, ScoreResult, report, score
     from .cli.splitting import ReplayResult, SplitSummary, replay, split
-    from .cli.training import EvaluationResult, FinetuneResult, evaluate, finetune
+    from .cli.training import EvaluationResult, FinetuneResult, MethodTable, evaluate, finetune, methods
     from .rebalance.diff import ManifestDiff
     from .rebalance.manifest import Manifest, read_manifest
     from .rebalance.verify import Verification
@@ -39,7 +39,7 @@ _NAMES = {
     "cli.manifests": ["Card", "Epoch", "ExportResult", "card", "diff", "export", "order", "verify"],
     "cli.scoring": ["ReportResult", "ScoreResult", "report", "score"],
     "cli.splitting": ["ReplayResult", "SplitSummary", "replay", "split"],
-    "cli.training": ["EvaluationResult", "FinetuneResult", "evaluate", "finetune"],
+    "cli.training": ["EvaluationResult", "FinetuneResult", "MethodTable", "evaluate", "finetune", "methods"],
     "rebalance.diff": ["ManifestDiff"],
     "rebalance.manifest": ["Manifest", "read_manifest"],
     "rebalance.verify": ["Verification"],
@@ -58,6 +58,7 @@ __all__ = [
     "Ingested",
     "Manifest",
     "ManifestDiff",
+    "MethodTable",
     "Mixture",
     "MmauditError",
     "ReplayResult",
@@ -78,6 +79,7 @@ __all__ = [
     "fit_mixture",
     "ingest",
     "load_config",
+    "methods",
     "open_dataset",
     "order",
     "read_manifest",

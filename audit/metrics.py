@@ -22,6 +22,9 @@ from .errors import ConfigError, choices
 Floats = NDArray[np.float32]
 MIN_PROBABILITY = 1e-12  # lower bound of probabilities, which keeps every loss finite (27.6 at most)
 
+BALANCED_WITHIN = 0.2  # largest |D| of a balanced sample: mmaudit's default
+DOMINATED_THRESHOLDS = (0.2, 0.4)  # of Xia et al., arXiv 2302.10912, besides 0
+
 
 def confidence(probabilities: Sequence[Floats], label: NDArray[np.int32]) -> Floats:
     """Return each modality's probability of the true class, (n, m) in [0, 1], from m arrays (n, k)."""
@@ -243,3 +246,28 @@ def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tupl
     low, high = float((centre - half_width) / scale), float((centre + half_width) / scale)
     # Rounding may exclude a share of exactly 0 or 1.
     return max(0.0, min(low, observed_share)), min(1.0, max(high, observed_share))
+
+
+def is_dominated(discrepancy: NDArray[np.floating[Any]], threshold: float) -> NDArray[np.bool_]:
+    """Return which samples (n,) the first side of the discrepancy dominates: D > T; T = 0 is "preferred"."""
+    return np.asarray(discrepancy > threshold)
+
+
+def is_balanced(discrepancy: NDArray[np.floating[Any]], threshold: float = BALANCED_WITHIN) -> NDArray[np.bool_]:
+    """Return which samples (n,) have nearly equal confidence on both sides of the discrepancy: |D| <= T."""
+    return np.asarray(np.abs(discrepancy) <= threshold)
+
+
+def dominated_name(side: str, threshold: float) -> str:
+    """Return the name of the subset that one side of the discrepancy dominates."""
+    return f"{side}-preferred" if threshold == 0 else f"{side}-dominated-{threshold:g}"
+
+
+def balanced_name(threshold: float = BALANCED_WITHIN) -> str:
+    """Return the name of the subset of nearly equal confidence on both sides."""
+    return f"balanced-within-{threshold:g}"
+
+
+def assign_bins(discrepancy: NDArray[np.float32], *, num_bins: int) -> NDArray[np.int16]:
+    """Return the bin (n,) of each discrepancy among `num_bins` equal bins over [-1, 1]; +1 is in the last bin."""
+    return np.clip((discrepancy.astype(np.float64) + 1) / 2 * num_bins, 0, num_bins - 1).astype(np.int16)

@@ -270,3 +270,9 @@ def check_header(stream: IO[bytes], *, num_bytes: int) -> None:
 def read_array(stream: IO[bytes]) -> NDArray[Any]:
     """Read the array of a stream whose header was checked; raise one of BROKEN if the body is damaged."""
     return np.asarray(npy.read_array(stream, allow_pickle=False))
+
+
+def provenance_section(provenance: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a section of a manifest's provenance, or {} if there is none of that name."""
+    value = provenance.get(name)
+    return value if isinstance(value, dict) else {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
@@ -17,6 +20,14 @@ class Entry(NamedTuple):
     help: str
 
 
+def read_arguments(docstring: str) -> dict[str, str]:
+    """Return the entries of the section Args of a Google-style docstring, each on one line."""
+    section = re.search(r"^Args:\n((?:(?: .*)?\n)*)", inspect.cleandoc(docstring) + "\n", re.MULTILINE)
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section[1] if section else "", re.MULTILINE)
+    return {name: " ".join(meaning.split()) for name, meaning in entries}
+
+
+@dataclass(frozen=True, eq=False)
 class Registry(Mapping[str, Entry]):
     """Built-in methods by name; `load` also finds those that installed packages add by entry points.
 
@@ -37,34 +48,35 @@ class Registry(Mapping[str, Entry]):
         'Uniform'
     """
 
-    def __init__(self, entries: Mapping[str, Entry], *, package: str, option: str, group: str | None = None) -> None:
-        self._entries = dict(entries)
-        self._package, self.option, self.group = package, option, group
+    entries: Mapping[str, Entry]
+    package: str
+    option: str
+    group: str | None = None
 
     def __getitem__(self, name: str) -> Entry:
         """Return the entry of a built-in method."""
-        return self._entries[name]
+        return self.entries[name]
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the built-in methods."""
-        return iter(self._entries)
+        return iter(self.entries)
 
     def __len__(self) -> int:
         """Return the number of built-in methods."""
-        return len(self._entries)
+        return len(self.entries)
 
     def installed(self) -> dict[str, EntryPoint]:
         """Return the entry points of installed packages by name, without those that a built-in method precedes."""
         points = () if self.group is None else entry_points(group=self.group)
-        return {point.name: point for point in points if point.name not in self._entries}
+        return {point.name: point for point in points if point.name not in self.entries}
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all methods, built in and installed."""
-        return (*self._entries, *sorted(self.installed()))
+        return (*self.entries, *sorted(self.installed()))
 
     def check(self, name: str) -> None:
         """Raise ConfigError for an unknown name, with the nearest one; nothing is imported."""
-        if name not in self._entries and name not in (names := self.names()):
+        if name not in self.entries and name not in (names := self.names()):
             raise ConfigError(f"{self.option} {name}: {choices(name, names)}")
 
     def load(self, name: str) -> Any:
@@ -73,9 +85,9 @@ class Registry(Mapping[str, Entry]):
         Raises:
             ConfigError: The name is unknown, or the package that provides it cannot be imported.
         """
-        if name in self._entries:
-            module, _, attribute = self._entries[name].location.partition(":")
-            return getattr(import_module(f"{self._package}.{module}"), attribute)
+        if name in self.entries:
+            module, _, attribute = self.entries[name].location.partition(":")
+            return getattr(import_module(f"{self.package}.{module}"), attribute)
         self.check(name)
         point = self.installed()[name]
         try:

@@ -14,16 +14,15 @@ from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.samples import read_samples
 from ..audit.downloads.ingest import Ingested
 from ..audit.downloads.ingest import ingest as ingest_download
-from ..audit.errors import ConfigError, Quarantined
-from ..audit.features.encode import EncodeTask, encode_dataset
+from ..audit.errors import Quarantined
 from ..audit.features.encoded_samples import collect_encoded, select_usable
 from ..audit.leakage import Leakage, ModalityContent, find_leakage, group_columns
 from ..audit.locks import write_lock
-from ..audit.workers import Progress, default_workers
 from .config import RunConfig, load_config
 from .console import progress_bars
 from .provenance import open_encodable
 from .run import Run
+from .scoring import data_settings, encode_missing, pick_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,52 +180,6 @@ def check(
         modalities=tuple(str(modality) for modality in dataset.modalities),
         unusable=tuple(_by_reason(left_out)),
         leakage=leakage,
-    )
-
-
-def data_settings(
-    *,
-    modality: Mapping[str, str] | Sequence[str] | None,
-    encoder: Mapping[str, str] | Sequence[str] | None,
-    allow_outside: bool,
-    **columns: str | None,
-) -> dict[str, Any]:
-    """Return the settings of the section `data`; `columns` are the task and the columns by role."""
-    return {
-        "data.modality": pairs(modality),
-        "data.encoder": pairs(encoder),
-        "data.allow_outside": allow_outside or None,
-        **{f"data.{name}": value for name, value in columns.items()},
-    }
-
-
-def pairs(values: Mapping[str, str] | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return NAME=VALUE texts, of a mapping or as they are; None if there are none."""
-    if isinstance(values, Mapping):
-        values = [f"{name}={value}" for name, value in values.items()]
-    return tuple(values) if values else None
-
-
-def pick_device(name: str) -> str:
-    """Resolve `auto` to cuda if available, else cpu; raise ConfigError if the device is not available."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    has_cuda = kind == "cuda" and torch.cuda.is_available() and (number or "0").isdecimal()
-    if name != "cpu" and not (has_cuda and int(number or 0) < torch.cuda.device_count()):
-        raise ConfigError(f"--device {name}: not available; use auto, cpu" + ", cuda" * torch.cuda.is_available())
-    return name
-
-
-def encode_missing(
-    run_dir: Run, dataset: Dataset, config: RunConfig, *, device: str, num_workers: int | None, progress: Progress
-) -> list[EncodeTask]:
-    """Encode the features that are missing from the run's feature cache."""
-    workers = default_workers() if num_workers is None else num_workers
-    return encode_dataset(
-        dataset, run_dir.features, media=config.media, num_workers=workers, device=device, progress=progress
     )
 
 

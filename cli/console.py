@@ -351,6 +351,17 @@ def _print_contribution(analysis: dict[str, Any]) -> None:
     )
 
 
+def print_methods(summary: dict[str, Any]) -> None:
+    """Print one line per method, and below it what it needs."""
+    rows = summary["methods"]
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        paper = f" ({row['paper']})" if row["paper"] else ""
+        print_line(f"{row['kind']:<9} {row['name']:<{width}}  {row['help']}{paper}")
+        if row["needs"]:
+            print_line(f"{'':<9} {'':<{width}}  needs {'; '.join(row['needs'])}")
+
+
 def print_report(summary: dict[str, Any]) -> None:
     """Print the path of the report."""
     print_line(f"report: {summary['report']}")

@@ -28,6 +28,7 @@ import typer
 from rich.markup import escape
 
 from .. import __version__
+from ..audit.registry import read_arguments
 from .console import configure_logging, print_status
 from .failures import begin_stage, describe, interrupts_recorded
 
@@ -57,6 +58,7 @@ COMMANDS = (  # in the order of the pipeline
     Command(name="finetune", module="training", printer="print_finetune"),
     Command(name="evaluate", module="training", printer="print_evaluate"),
     Command(name="report", module="scoring", printer="print_report"),
+    Command(name="methods", module="training", printer="print_methods"),
 )
 
 _SELECTION, _RULE = "Selection of samples", "Options of the selection"
@@ -91,6 +93,12 @@ _METAVARS = {
     "resplit": "80/8/12",
     "subset": "RULE",
     **dict.fromkeys(("like", "intersect", "exclude"), "MANIFEST"),
+}
+_REGISTRIES = {  # whose names complete the help of a parameter
+    ("ingest", "name"): ("audit.downloads", "DOWNLOADS"),
+    ("export", "format"): ("rebalance", "EXPORTERS"),
+    ("finetune", "sampling"): ("train.sampling", "SAMPLERS"),
+    ("finetune", "balancing"): ("train.balancing", "BALANCERS"),
 }
 _PRINTERS_OF_RESULTS = ("print_lines", "dump_order")  # the other printers take the result as JSON values
 _VARIABLES = {name: f"MMAUDIT_{name.upper()}" for name in ("run", "device", "num_workers")}
@@ -172,22 +180,34 @@ class _Parameter:
 
     def option(self, command: str) -> Any:
         """Return typer's description of the argument or option."""
+        help_text = self.help
+        if names := _names_of(command, self.name):
+            meaning, default, rest = self.help.removesuffix(".").partition("; by default")
+            help_text = f"{meaning}: {names}{default}{rest}."
         panel = _PANELS.get((command, self.name), _PANELS.get(self.name)) or None
         metavar = _METAVARS.get(self.name)
         flags = _FLAGS.get((command, self.name), _FLAGS.get(self.name))
         if self.is_positional and flags is None:
             shown = self.name.upper() if self.default is ... else f"[{self.name.upper()}]"
-            return typer.Argument(metavar=shown, help=self.help, rich_help_panel=panel, show_default=False)
+            return typer.Argument(metavar=shown, help=help_text, rich_help_panel=panel, show_default=False)
         flags = flags or (("--no-" if self.default is True else "--") + self.name.replace("_", "-"),)
         return typer.Option(
             *flags,
             metavar=metavar,
-            help=self.help + (" Repeatable." if self.cli_type == list[str] | None else ""),
+            help=help_text + (" Repeatable." if self.cli_type == list[str] | None else ""),
             envvar=_VARIABLES.get(self.name),
             rich_help_panel=panel,
             show_default=isinstance(self.default, str),
             min=0 if self.name == "num_workers" else None,
         )
+
+
+def _names_of(command: str, parameter: str) -> str:
+    """Return the names that a parameter may have, from the registry of the methods; "" if it has none."""
+    if (command, parameter) not in _REGISTRIES:
+        return ""
+    module, registry = _REGISTRIES[command, parameter]
+    return ", ".join(getattr(import_module(f"...{module}", __name__), registry))
 
 
 @cache
@@ -200,10 +220,8 @@ def _functions(module: str) -> dict[str, ast.FunctionDef]:
 
 def _summary_and_arguments(docstring: str) -> tuple[str, dict[str, str]]:
     """Return the first paragraph of a Google-style docstring, and the description of each argument."""
-    text = inspect.cleandoc(docstring)
-    section = re.search(r"^Args:\n((?:(?: .*)?\n)*)", text + "\n", re.MULTILINE)
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section[1] if section else "", re.MULTILINE)
-    return _flow(text.split("\n\n")[0]), {name: _flow(description) for name, description in entries}
+    summary = inspect.cleandoc(docstring).split("\n\n")[0]
+    return _flow(summary), {name: _flow(meaning) for name, meaning in read_arguments(docstring).items()}
 
 
 def _flow(text: str) -> str:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..audit.errors import ConfigError, ManifestError, MmauditError, RunError, choices, printable
 from ..audit.hashing import file_digest, is_signed, sign
-from ..audit.parsing import build_config
+from ..audit.parsing import build_config, provenance_section
 from ..audit.scores.table import RANGES, SCHEMA_VERSION
 from ..audit.storage import read_json, write_json
-from ..rebalance.manifest import Digests, Manifest, balance_path, provenance_section, read_stated_digests
+from ..rebalance.manifest import Digests, Manifest, balance_path, read_stated_digests
 from .config import RunConfig, without_none
 from .run import RUN_SCHEMA, Run
 

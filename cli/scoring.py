@@ -13,15 +13,14 @@ from typing import Any
 
 from ..audit.dataset.dataset import Dataset
 from ..audit.dataset.samples import read_samples
-from ..audit.errors import RunError, quarantine_table
-from ..audit.features.encode import EncodeTask
+from ..audit.errors import ConfigError, RunError, quarantine_table
+from ..audit.features.encode import EncodeTask, encode_dataset
 from ..audit.features.encoded_samples import collect_encoded
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.scores.score_dataset import Audit, NetworkSettings, audit_dataset
 from ..audit.scores.table import ScoreTable, write_scores
 from ..audit.storage import write_json, write_parquet
-from ..audit.workers import Progress
-from .checking import data_settings, encode_missing, pick_device
+from ..audit.workers import Progress, default_workers
 from .config import RunConfig, load_config
 from .console import progress_bars
 from .provenance import check_config, open_encodable, own_record, record_of, score_provenance, signed_record
@@ -283,3 +282,49 @@ def _write_audit(run_dir: Run, audit: Audit, record: dict[str, Any], *, overwrit
         write_parquet(quarantine_table(audit.quarantined), staged_run.quarantine_file, provenance=provenance)
         write_json(dict(audit.mixture.to_json()), staged_run.mixture_file)
         staged_run.write_record(signed_record(record, folder=run_dir.folder, scores=staged_run.scores_file))
+
+
+def data_settings(
+    *,
+    modality: Mapping[str, str] | Sequence[str] | None,
+    encoder: Mapping[str, str] | Sequence[str] | None,
+    allow_outside: bool,
+    **columns: str | None,
+) -> dict[str, Any]:
+    """Return the settings of the section `data`; `columns` are the task and the columns by role."""
+    return {
+        "data.modality": pairs(modality),
+        "data.encoder": pairs(encoder),
+        "data.allow_outside": allow_outside or None,
+        **{f"data.{name}": value for name, value in columns.items()},
+    }
+
+
+def pairs(values: Mapping[str, str] | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return NAME=VALUE texts, of a mapping or as they are; None if there are none."""
+    if isinstance(values, Mapping):
+        values = [f"{name}={value}" for name, value in values.items()]
+    return tuple(values) if values else None
+
+
+def pick_device(name: str) -> str:
+    """Resolve `auto` to cuda if available, else cpu; raise ConfigError if the device is not available."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    has_cuda = kind == "cuda" and torch.cuda.is_available() and (number or "0").isdecimal()
+    if name != "cpu" and not (has_cuda and int(number or 0) < torch.cuda.device_count()):
+        raise ConfigError(f"--device {name}: not available; use auto, cpu" + ", cuda" * torch.cuda.is_available())
+    return name
+
+
+def encode_missing(
+    run_dir: Run, dataset: Dataset, config: RunConfig, *, device: str, num_workers: int | None, progress: Progress
+) -> list[EncodeTask]:
+    """Encode the features that are missing from the run's feature cache."""
+    workers = default_workers() if num_workers is None else num_workers
+    return encode_dataset(
+        dataset, run_dir.features, media=config.media, num_workers=workers, device=device, progress=progress
+    )

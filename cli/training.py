@@ -5,33 +5,50 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..audit.dataset.formats import READERS
 from ..audit.dataset.samples import read_samples
+from ..audit.downloads import DOWNLOADS
 from ..audit.errors import ConfigError, ManifestError, RunError, choices
 from ..audit.features.encode import encode_dataset
 from ..audit.features.encoded_samples import collect_encoded
+from ..audit.features.encoders import ENCODERS
 from ..audit.locks import WAIT_SECONDS, Lock, write_lock
 from ..audit.parsing import build_config, plain
 from ..audit.storage import write_json, write_text
 from ..audit.workers import Progress, default_workers, no_progress
+from ..rebalance import EXPORTERS
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
-from ..train.config import TrainConfig
+from ..train.balancing import BALANCERS
+from ..train.config import FUSIONS, TRACKERS, TrainConfig
 from ..train.evaluate import evaluate_file
 from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
-from ..train.methods import resolve
+from ..train.methods import MethodRow, list_methods, resolve
 from ..train.optimizer import DistributedContext, local_device, open_distributed
+from ..train.sampling import SAMPLERS
 from ..train.tracking import load_trackers
-from .checking import pairs, pick_device
 from .config import RunConfig, load_config, to_toml, without_none
 from .console import progress_bars
 from .provenance import SourceOptions, open_source, origin_of, own_record, saw_test_labels
 from .run import Run, new_finetune, read_metrics, swap_finetune
+from .scoring import pairs, pick_device
 
 log = logging.getLogger("mmaudit")
+
+_REGISTRIES = {
+    "download": DOWNLOADS,
+    "reader": READERS,
+    "encoder": ENCODERS,
+    "exporter": EXPORTERS,
+    "sampler": SAMPLERS,
+    "balancer": BALANCERS,
+    "fusion": FUSIONS,
+    "tracker": TRACKERS,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,6 +308,39 @@ def evaluate(
         write_json(result, file)
     accuracy = result["test"]["all"]["branches"]["fused"]["accuracy"]
     return EvaluationResult(name=folder.name, file=file, accuracy=accuracy, metrics=result)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodTable:
+    """Result of `methods`: one row for each method, in the order of the pipeline."""
+
+    rows: tuple[MethodRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rows as JSON values."""
+        return {"methods": [asdict(row) for row in self.rows]}
+
+
+def methods(*, kind: str | None = None) -> MethodTable:
+    """List the methods by name, built in and installed, with what they need and their settings.
+
+    Args:
+        kind: Only methods of this kind: download, reader, encoder, exporter, sampler, balancer, fusion or tracker.
+
+    Returns:
+        The methods; installed ones are not imported.
+
+    Raises:
+        ConfigError: There is no such kind.
+
+    Example:
+        >>> [row.name for row in mmaudit.methods(kind="sampler").rows][:2]
+        ['uniform', 'bss-h']
+    """
+    if kind is not None and kind not in _REGISTRIES:
+        raise ConfigError(f"--kind {kind}: {choices(kind, _REGISTRIES)}")
+    registries = _REGISTRIES if kind is None else {kind: _REGISTRIES[kind]}
+    return MethodTable(rows=tuple(list_methods(registries)))
 
 
 def _result(folder: Path, metrics: dict[str, Any]) -> FinetuneResult:

@@ -23,9 +23,9 @@ _DEFAULT = re.compile(r"[;:,] by default ([^;.]*(?:\.\d+)?)")
 
 
 def write_pages(folder: Path) -> None:
-    """Write cli.md and config.md into a folder, each only where its text changed."""
+    """Write cli.md, config.md and methods.md into a folder, each only where its text changed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("cli.md", cli_page()), ("config.md", config_page())):
+    for name, text in (("cli.md", cli_page()), ("config.md", config_page()), ("methods.md", methods_page())):
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
@@ -135,6 +135,25 @@ def _command(command: Command) -> Iterator[str]:
             shown = ", ".join(names) or f"`{parameter.metavar}`"
             yield f"| {_cell(shown)} | {_cell(parameter.help)} | {_cell(parameter.default)} |"
     yield ""
+
+
+def methods_page() -> str:
+    """Write a table for each kind of method: name, meaning, and where there are any paper, needs and settings."""
+    from mmaudit.cli.training import methods
+
+    cells_of_kind: dict[str, list[dict[str, str]]] = {}
+    for row in methods().rows:
+        sections = dict.fromkeys(f"`{key.key.rpartition('.')[0]}.*`" for key in row.keys)
+        cells = {"name": f"`{row.name}`", "meaning": row.help.replace("*", "\\*"), "paper": row.paper}
+        cells |= {"needs": "; ".join(row.needs), "settings": ", ".join(sections)}
+        cells_of_kind.setdefault(row.kind, []).append(cells)
+    lines: list[str] = []
+    for kind, rows in cells_of_kind.items():
+        columns = [name for name in rows[0] if any(cells[name] for cells in rows)]
+        lines += [f"## {kind.capitalize()}s", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(_cell(cells[name]) for name in columns)} |" for cells in rows]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def config_page() -> str:

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ScoreError, choices
+from ..audit.metrics import assign_bins
 from .score_tables import ScoreBatch, ScoreFiles
 from .selection import Counts, RowOutcome, share_total
-from .split_stats import assign_bins, distance_to_uniform, distances_by_split
+from .split_stats import distance_to_uniform, distances_by_split
 
 AUTO = 0  # number of bins chosen from the data
 TOLERANCE = 0.05  # mmaudit's default

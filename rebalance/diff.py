@@ -16,14 +16,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
-from .manifest import (
-    check_types,
-    is_text,
-    manifest_schema,
-    provenance_section,
-    read_batches_of_manifest,
-    read_provenance,
-)
+from ..audit.parsing import provenance_section
+from .manifest import check_types, is_text, manifest_schema, read_batches_of_manifest, read_provenance
 from .score_tables import hash_keys
 
 _BLOCK_ROWS = 1 << 20  # rows sorted at a time

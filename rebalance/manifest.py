@@ -56,15 +56,15 @@ RANGES = {  # the largest bin and rank depend on the manifest
     "p_balanced": ColumnRange("[0, 1]", "as in the score table; null where that has none", 0, 1),
 }
 
-COLUMNS: dict[str, pa.DataType] = {
+_SAMPLE = {
     "sample_id": pa.string(),
     "label": pa.int32(),
     "label_name": pa.string(),
     "split": pa.string(),
     "subset": pa.string(),
     "bin": pa.int16(),
-    "rank": pa.int32(),
-    "weight": pa.float32(),
+}
+_SCORES = {
     "discrepancy": pa.float32(),
     "gap": pa.float32(),
     "balance": pa.float32(),
@@ -72,8 +72,10 @@ COLUMNS: dict[str, pa.DataType] = {
     "group": pa.string(),
     "content": pa.string(),
 }
+COLUMNS: dict[str, pa.DataType] = {**_SAMPLE, "rank": pa.int32(), "weight": pa.float32(), **_SCORES}
 DROPPED_COLUMNS = {
-    **{name: type_ for name, type_ in COLUMNS.items() if name not in ("rank", "weight")},
+    **_SAMPLE,
+    **_SCORES,
     "reason": pa.string(),
     "score": pa.float64(),
     "threshold": pa.float64(),
@@ -229,12 +231,6 @@ def read_provenance(path: Path) -> dict[str, Any]:
     """Read the provenance of a manifest, without its rows."""
     metadata = manifest_schema(path).metadata or {}
     return parse_provenance(metadata, error=ManifestError, where=str(path), shape=PROVENANCE)
-
-
-def provenance_section(provenance: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a section of a manifest's provenance, or {} if there is none of that name."""
-    value = provenance.get(name)
-    return value if isinstance(value, dict) else {}
 
 
 def manifest_schema(path: Path) -> pa.Schema:

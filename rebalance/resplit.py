@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ScoreError
 from ..audit.hashing import hash_ids, splitmix64
+from ..audit.metrics import assign_bins
 from .score_tables import ScoreBatch, ScoreFiles
 from .selection import Counts, ExternalSort
-from .split_stats import assign_bins
 
 SPLITS_BY_COUNT = {2: ("train", "test"), 3: ("train", "validation", "test")}
 _BINS = 20

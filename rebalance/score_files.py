@@ -136,7 +136,7 @@ def prefetch(*sources: Iterable[Item], depth: int = 1) -> Iterator[Item]:
 
 
 NO_SPLIT = "all"  # name of the only split of a table without splits
-LOWER_BOUNDS = {"balance": -1.0, "p_balanced": 0.0}  # lower bound of each column; the upper bound is 1
+MEASURES = ("balance", "p_balanced")  # that rules use if a table has them
 _MAX_LOOKUP_SIZE = 1 << 16
 
 
@@ -241,7 +241,7 @@ def survey_table(files: Sequence[ScoreFile], columns: Sequence[str]) -> TableSur
         names_of_label.setdefault(label, set()).add(name)
     splits = {split for _, file_splits, _ in surveys for split in file_splits}
     check_splits(splits)
-    number_columns = {name for name in LOWER_BOUNDS if name in columns}
+    number_columns = {name for name in MEASURES if name in columns}
     classes = _sort_labels(names_of_label)
     _check_names(names_of_label)
     return TableSurvey(

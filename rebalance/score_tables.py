@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from ..audit.errors import ManifestError, ScoreError
 from ..audit.hashing import hash_ids
 from ..audit.metrics import Floats, discrepancy_between, gap
-from ..audit.scores.table import PROVENANCE, ScoreTable, check_score_schema, score_modalities
+from ..audit.scores.table import COLUMNS, PROVENANCE, Column, ScoreTable, check_score_schema, score_modalities
 from ..audit.storage import parse_provenance
 from .score_files import (
-    LOWER_BOUNDS,
+    MEASURES,
     ScoreFile,
     check_no_nulls,
     class_values,
@@ -42,7 +42,7 @@ from .score_files import (
 
 _ONLY_WRITTEN = ("label_name", "content")
 _CODED = ("split", "label_name")  # columns of few distinct values
-_USED = ("sample_id", "label", "split", "group", *_ONLY_WRITTEN, *LOWER_BOUNDS)
+_USED = ("sample_id", "label", "split", "group", *_ONLY_WRITTEN, *MEASURES)
 _SLACK = 1e-6
 
 
@@ -236,26 +236,28 @@ def _check_rows(table: pa.Table, modalities: Sequence[str], file: ScoreFile) -> 
     check_no_nulls(table, ["sample_id", label_column(table)], file)
     num_confidences = np.zeros(len(table), dtype=np.int16)
     for name in modalities:
-        num_confidences += _check_range(table, f"confidence_{name}", 0.0, where)
+        num_confidences += _check_range(table, f"confidence_{name}", COLUMNS["confidence_M"], where)
     if (num_confidences < 2).any():
         raise ScoreError(
             f"{where}: sample {_first_id(table, num_confidences < 2)} has fewer than two values of confidence; "
             "a discrepancy needs two"
         )
-    for name, low in LOWER_BOUNDS.items():
+    for name in MEASURES:
         if name in table.column_names:
-            _check_range(table, name, low, where)
+            _check_range(table, name, COLUMNS[name], where)
 
 
-def _check_range(table: pa.Table, name: str, low: float, where: object) -> NDArray[np.bool_]:
+def _check_range(table: pa.Table, name: str, column: Column, where: object) -> NDArray[np.bool_]:
     """Return which rows (n,) have a value; only null is missing, NaN is out of range."""
+    assert column.bounds is not None
+    low, high = column.bounds
     values = float_column(table, name)
     valid = pc.is_valid(table[name].combine_chunks()).to_numpy(zero_copy_only=False)
-    out_of_range = valid & ~((values >= low - _SLACK) & (values <= 1 + _SLACK))
+    out_of_range = valid & ~((values >= low - _SLACK) & (values <= high + _SLACK))
     if out_of_range.any():
         raise ScoreError(
             f"{where}: {name} of sample {_first_id(table, out_of_range)} is {values[out_of_range][0]:g}, "
-            f"outside [{low:g}, 1]: rescore, or correct the table"
+            f"outside [{low:g}, {high:g}]: rescore, or correct the table"
         )
     return np.asarray(valid)
 

@@ -63,11 +63,6 @@ _SHAPE = RequiredKeys(  # of NAME.balance.json, which also has the recipe
 )
 
 
-def assign_bins(discrepancy: NDArray[np.float32], *, num_bins: int) -> NDArray[np.int16]:
-    """Return the bin (n,) of each discrepancy among `num_bins` equal bins over [-1, 1]; +1 is in the last bin."""
-    return np.clip((discrepancy.astype(np.float64) + 1) / 2 * num_bins, 0, num_bins - 1).astype(np.int16)
-
-
 def distance_to_uniform(mass: NDArray[Any], *, available: NDArray[Any]) -> float:
     """Compute the total-variation distance, in [0, 1], of a mass by bin (b,) to uniform over the non-empty bins."""
     filled = available > 0

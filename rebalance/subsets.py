@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..audit.errors import ConfigError, ManifestError, choices
 from ..audit.hashing import splitmix64
+from ..audit.metrics import BALANCED_WITHIN, balanced_name, dominated_name, is_balanced, is_dominated
 from .score_tables import ScoreBatch, ScoreFiles
 from .selection import Counts, RowOutcome, SelectionRule, share_total
 
-BALANCED_WITHIN = 0.2  # largest |D| of a balanced sample: mmaudit's default
-DOMINATED_THRESHOLDS = (0.2, 0.4)  # of Xia et al., arXiv 2302.10912, besides 0
 _REASONS = {
     "above": "discrepancy-too-low",
     "within": "discrepancy-too-large",
     "balanced": "posterior-too-low",
     "imbalanced": "posterior-too-high",
 }
-
-
-def is_dominated(discrepancy: NDArray[np.floating[Any]], threshold: float) -> NDArray[np.bool_]:
-    """Return which samples (n,) the first side of the discrepancy dominates: D > T; T = 0 is "preferred"."""
-    return np.asarray(discrepancy > threshold)
-
-
-def is_balanced(discrepancy: NDArray[np.floating[Any]], threshold: float = BALANCED_WITHIN) -> NDArray[np.bool_]:
-    """Return which samples (n,) have nearly equal confidence on both sides of the discrepancy: |D| <= T."""
-    return np.asarray(np.abs(discrepancy) <= threshold)
-
-
-def dominated_name(side: str, threshold: float) -> str:
-    """Return the name of the subset that one side of the discrepancy dominates."""
-    return f"{side}-preferred" if threshold == 0 else f"{side}-dominated-{threshold:g}"
-
-
-def balanced_name(threshold: float = BALANCED_WITHIN) -> str:
-    """Return the name of the subset of nearly equal confidence on both sides."""
-    return f"balanced-within-{threshold:g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..audit.errors import ManifestError
 from ..audit.features.encoded_samples import ContentHashes
+from ..audit.parsing import provenance_section
 from .manifest import (
     COLUMNS,
     DROPPED_COLUMNS,
@@ -31,7 +32,6 @@ from .manifest import (
     is_text,
     manifest_schema,
     metadata_digest,
-    provenance_section,
     read_batches_of_manifest,
     read_num_rows,
     read_provenance,

@@ -193,6 +193,8 @@ def test_generated_pages_have_every_command_and_every_key() -> None:
     for name, options in COMMANDS.items():
         assert f"## mmaudit {name}\n" in cli
         assert all(f"`{option}" in cli for option in options - _generate().GENERAL)
+    methods = _generate().methods_page()
+    assert not [row.name for row in mmaudit.methods().rows if f"| `{row.name}` |" not in methods]
     sections = {key.rpartition(".")[0] for key in KEYS}
     assert not [key for key in KEYS - sections if f"| `{key}` |" not in config]
 

@@ -15,8 +15,13 @@ from conftest import gaussian_table
 from typer.testing import CliRunner, Result
 
 import mmaudit
+from mmaudit.audit.downloads import DOWNLOADS
+from mmaudit.audit.registry import Registry
 from mmaudit.cli.console import progress_bars
 from mmaudit.cli.main import COMMANDS, app
+from mmaudit.rebalance import EXPORTERS
+from mmaudit.train.balancing import BALANCERS
+from mmaudit.train.sampling import SAMPLERS
 
 QUICK = ("--repeats", "1", "--num-workers", "0", "--set", "probe.folds=2")
 
@@ -139,6 +144,28 @@ def test_progress_is_shown_unless_it_is_switched_off(
         drawn = capsys.readouterr().err
         assert ("encode " + "#" * 40 + " 2/2\n" in drawn) == shown
         assert ("encode " + "#" * 20 + "." * 20 + " 1/2" in drawn) == shown
+
+
+def test_methods_are_listed_with_needs_and_settings() -> None:
+    printed = run_command("methods", "--kind", "sampler").stdout
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("sampler")] == list(SAMPLERS)
+    assert "needs 2 modalities; unimodal losses, such as --balancing sum" in printed
+    table = json.loads(run_command("methods", "--json").stdout)["methods"]
+    kinds = list(dict.fromkeys(row["kind"] for row in table))
+    assert kinds == ["download", "reader", "encoder", "exporter", "sampler", "balancer", "fusion", "tracker"]
+    (ogm,) = (row for row in table if row["name"] == "ogm" and row["kind"] == "balancer")
+    assert {key["key"] for key in ogm["keys"]} >= {"balancing.ogm.alpha", "balancing.ogm.first_epoch"}
+    assert all(row["help"] for row in table)
+    refused = run_command("methods", "--kind", "samplers")
+    assert (refused.exit_code, "did you mean sampler?" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("command", "registry"), [("ingest", DOWNLOADS), ("export", EXPORTERS), ("finetune", BALANCERS)]
+)
+def test_help_lists_the_names_of_the_registry(command: str, registry: Registry) -> None:
+    words = set(re.findall(r"[\w-]+", run_command(command, "--help").output))
+    assert set(registry) <= words
 
 
 def test_public_names_are_listed() -> None:

@@ -261,7 +261,7 @@ def test_recorded_epochs_are_spread_from_first_to_last(epochs: int) -> None:
         ({"lr": float("nan")}, r"network\.lr is nan; it must be above 0"),
         ({"width": -1.0}, r"network\.width is -1\.0; it must be above 0"),
         ({"weight_decay": -0.1}, r"network\.weight_decay is -0\.1; it must be at least 0"),
-        ({"min_crop": 0.0}, r"network\.min_crop is 0\.0; it must be above 0 and at most 1"),
+        ({"min_crop": 0.0}, r"network\.min_crop is 0\.0; it must lie in \(0, 1\]"),
         ({"precision": "bf16"}, r"network\.precision is 'bf16'; did you mean bfloat16\? .*auto, float32, bfloat16"),
     ],
 )

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmaudit.audit.errors import ConfigError, ScoreError
+from mmaudit.audit.metrics import assign_bins
 from mmaudit.audit.scores.table import ScoreTable, read_scores
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
 from mmaudit.rebalance.resplit import SPLITS_BY_COUNT, ClassBins, group_keys, parse_shares, resplit
 from mmaudit.rebalance.score_tables import ManifestMembers, ScoreFiles, hash_keys, open_scores
 from mmaudit.rebalance.selection import SelectionRule, select_rows
-from mmaudit.rebalance.split_stats import assign_bins
 from mmaudit.rebalance.subsets import parse_subset
 
 AV = "audio:visual"

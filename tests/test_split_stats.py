@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import kstest
 
+from mmaudit.audit.metrics import assign_bins
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.rebalance.score_tables import ScoreBatch, ScoreFiles, open_scores
 from mmaudit.rebalance.selection import Decision, RowOutcome
-from mmaudit.rebalance.split_stats import MAX_SHORTAGES, SplitStats, assign_bins, distance_to_uniform
+from mmaudit.rebalance.split_stats import MAX_SHORTAGES, SplitStats, distance_to_uniform
 
 Array = NDArray[Any]
 REASONS = ("out", "missing-modality", "in-other")

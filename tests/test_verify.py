@@ -21,6 +21,7 @@ from mmaudit.audit.dataset.dataset import DataConfig, Dataset, open_dataset
 from mmaudit.audit.dataset.samples import read_samples
 from mmaudit.audit.errors import ManifestError
 from mmaudit.audit.features.encoded_samples import ContentHashes, content_hashes
+from mmaudit.audit.parsing import provenance_section
 from mmaudit.audit.scores.table import ScoreTable
 from mmaudit.audit.storage import PROVENANCE_KEY, write_json
 from mmaudit.rebalance.balanced import BalancedConfig, plan_balanced
@@ -32,7 +33,6 @@ from mmaudit.rebalance.manifest import (
     balance_path,
     dropped_path,
     metadata_digest,
-    provenance_section,
     read_provenance,
     read_stated_digests,
     table_digest,

@@ -16,10 +16,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..audit.errors import ManifestError, RunError, choices
-from ..audit.metrics import Groups, expected_calibration_error, mean_interval, shapley, share_interval, wilson_interval
+from ..audit.metrics import (
+    DOMINATED_THRESHOLDS,
+    Groups,
+    balanced_name,
+    dominated_name,
+    expected_calibration_error,
+    is_balanced,
+    is_dominated,
+    mean_interval,
+    shapley,
+    share_interval,
+    wilson_interval,
+)
 from ..audit.workers import NETWORK_THREADS, fixed_threads
 from ..rebalance.curriculum import RowIndex
-from ..rebalance.subsets import DOMINATED_THRESHOLDS, balanced_name, dominated_name, is_balanced, is_dominated
 from .checkpoint import load_model, read_model_config
 from .config import TrainConfig
 from .examples import Examples, Store

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..audit.errors import ConfigError, RunError, choices
 from ..audit.parsing import build_config, plain
-from ..audit.registry import Registry
+from ..audit.registry import Registry, read_arguments
 from . import FUSIONS
 from .balancing import BALANCERS
 from .config import FinetuneConfig, TrainConfig
@@ -227,16 +226,8 @@ def _with_details(row: MethodRow, method: Any) -> MethodRow:
 
 def _config_keys(config_type: type[Any], *, section: str) -> list[ConfigKey]:
     """Return the fields of a config, with their meaning from the section Args of its docstring."""
-    meaning, defaults = _read_args(config_type.__doc__ or ""), config_type()
+    meaning, defaults = read_arguments(config_type.__doc__ or ""), config_type()
     return [
         ConfigKey(key=f"{section}.{field.name}", default=getattr(defaults, field.name), meaning=meaning[field.name])
         for field in fields(config_type)
     ]
-
-
-def _read_args(docstring: str) -> dict[str, str]:
-    """Return the entries of a Google-style section Args, each on one line."""
-    _, _, args = docstring.partition("Args:\n")
-    section = re.split(r"\n\s*\n", args)[0]
-    entries = re.findall(r"(?m)^ {8}(\w+): (.*(?:\n {9,}.*)*)", section)
-    return {name: " ".join(text.split()) for name, text in entries}

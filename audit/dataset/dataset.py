@@ -82,8 +82,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ConfigError(f"data.task is {self.task!r}; {choices(self.task, TASKS)}")
-        if repeated_classes := [name for name in self.classes if self.classes.count(name) > 1]:
-            raise ConfigError(f"data.classes names {repeated_classes[0]!r} more than once")
+        if len(set(self.classes)) < len(self.classes):
+            repeated = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise ConfigError(f"data.classes names {repeated!r} more than once")
         if self.shard_rows < 1:
             raise ConfigError(f"data.shard_rows is {self.shard_rows}; it must be at least 1")
         if not 0 < self.test_fraction < 1:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...audit.metrics import discrepancy
+from ...audit.metrics import assign_bins, discrepancy
 from ...audit.scores.table import ScoreTable
-from ...rebalance.split_stats import assign_bins
 from .findings import Numbers, finite, short, sides
 
 Array = NDArray[Any]

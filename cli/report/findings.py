@@ -11,12 +11,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ...audit.metrics import Groups, group_codes, mean_interval, share_interval
+from ...audit.metrics import (
+    BALANCED_WITHIN,
+    Groups,
+    assign_bins,
+    group_codes,
+    is_dominated,
+    mean_interval,
+    share_interval,
+)
 from ...audit.metrics import discrepancy as all_discrepancies
 from ...audit.scores.mixture import Mixture
 from ...audit.scores.table import ScoreTable
-from ...rebalance.split_stats import assign_bins
-from ...rebalance.subsets import BALANCED_WITHIN, is_dominated
 
 Numbers = dict[str, Any]
 Array = NDArray[Any]
