@@ -22,8 +22,9 @@ from ..audit.storage import write_json, write_text
 from ..audit.workers import Progress, default_workers, no_progress
 from ..rebalance import EXPORTERS
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
+from ..train import FUSIONS, TRACKERS
 from ..train.balancing import BALANCERS
-from ..train.config import FUSIONS, TRACKERS, TrainConfig
+from ..train.config import TrainConfig
 from ..train.evaluate import evaluate_file
 from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
