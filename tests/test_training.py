@@ -279,7 +279,7 @@ def test_frozen_encoder_is_unchanged(run: Path) -> None:
         (["--only", "audoi"], "--only audoi: did you mean audio?"),
         (["--init", "plan"], "no finished fine-tuning plan"),
         (["--report-to", "tensorbord"], "--report-to tensorbord: did you mean tensorboard?"),
-        (["--set", "optim.schedule=linear"], "optim.schedule is linear"),
+        (["--set", "optim.schedule=linear"], "optim.schedule is 'linear'"),
         (["--set", "optim.modality_lr=['audio']"], "not of the form NAME=FACTOR"),
         (["--set", "optim.freeze=['sound']"], "no modality sound; the modalities are audio, visual"),
         (["--seed", "99999999999999999999"], "config key seed has 67 bits; it must have at most 64"),
