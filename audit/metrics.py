@@ -137,6 +137,26 @@ def minmax(values: Floats, *, fits: NDArray[np.bool_]) -> Floats:
     return np.asarray((np.clip(values, low, high) - low) / (high - low))
 
 
+def expected_calibration_error(
+    probability: NDArray[np.floating[Any]], label: NDArray[np.integer[Any]], *, num_bins: int = 15
+) -> float:
+    """Compute the expected calibration error in [0, 1], 0 is best (Guo et al. 2017).
+
+    probability (n, k) with label (n,): the confidence of the most probable class, in bins (0, 1/15], ... of equal
+    width. With labels (n, k) of 0 and 1: every label is a binary decision with the confidence of its outcome.
+    """
+    if label.ndim == 2:
+        decision = probability >= 0.5
+        confidence = np.where(decision, probability, 1 - probability).ravel()
+        correct = (decision == (label > 0.5)).ravel()
+    else:
+        predicted = probability.argmax(axis=1)
+        confidence, correct = probability[np.arange(len(predicted)), predicted], predicted == label
+    bins = np.clip(np.ceil(confidence.astype(np.float64) * num_bins).astype(np.intp) - 1, 0, num_bins - 1)
+    gap = np.bincount(bins, weights=confidence - correct.astype(np.float64), minlength=num_bins)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
 def shapley(value: Callable[[frozenset[int]], Floats], num_modalities: int, *, seed: int = 0) -> Floats:
     """Compute the Shapley value phi^j of each modality for each sample, (n, m).
 

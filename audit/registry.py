@@ -41,7 +41,7 @@ class Registry(Mapping[str, Entry]):
 
     Example:
         >>> SAMPLERS = Registry(
-        ...     {"uniform": Entry("ordered:Uniform", "every sample once per epoch, in random order")},
+        ...     {"uniform": Entry("sampler:Uniform", "every sample once per epoch, in random order")},
         ...     package="mmaudit.train.sampling", group="mmaudit.samplers", option="--sampling",
         ... )
         >>> SAMPLERS.load("uniform").__name__

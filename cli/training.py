@@ -22,8 +22,9 @@ from ..audit.storage import write_json, write_text
 from ..audit.workers import Progress, default_workers, no_progress
 from ..rebalance import EXPORTERS
 from ..rebalance.manifest import Manifest, read_dropped, read_manifest
+from ..train import FUSIONS, TRACKERS
 from ..train.balancing import BALANCERS
-from ..train.config import FUSIONS, TRACKERS, TrainConfig
+from ..train.config import TrainConfig
 from ..train.evaluate import evaluate_file
 from ..train.examples import Examples, load_examples
 from ..train.finetune import finetune_on
@@ -187,7 +188,8 @@ def finetune(
     weights = None if config.finetune.init is None else _find_model(run_dir, config.finetune.init)
     if overwrite and weights is not None and folder.resolve() in weights.resolve().parents:
         raise ConfigError(f"--overwrite would delete {weights}, which --init loads: pass another --name")
-    load_trackers(config.finetune.report_to)  # before any data is read
+    if config.finetune.report_to:
+        load_trackers(config.finetune.report_to)  # before any data is read
     device = local_device(pick_device(device))
     target = new_finetune(run_dir.folder, folder.name) if overwrite else folder  # moved to `folder` when finished
     with (

@@ -18,8 +18,9 @@ from mmaudit.audit.parsing import build_config, plain
 from mmaudit.audit.probes.config import ProbeConfig
 from mmaudit.cli.config import RunConfig, load_config, to_toml
 from mmaudit.rebalance.balanced import BalancedConfig
+from mmaudit.train import FUSIONS
 from mmaudit.train.balancing.mslr import MSLR_MODES
-from mmaudit.train.config import FUSIONS, FinetuneConfig, OptimConfig
+from mmaudit.train.config import FinetuneConfig, OptimConfig
 from mmaudit.train.sampling import SAMPLERS
 
 if sys.version_info >= (3, 11):

@@ -18,8 +18,8 @@ import pytest
 import mmaudit
 from mmaudit.audit.scores.table import RANGES as SCORE_RANGES
 from mmaudit.rebalance.manifest import COLUMNS, DROPPED_COLUMNS
+from mmaudit.train import FUSIONS
 from mmaudit.train.balancing import BALANCERS
-from mmaudit.train.config import FUSIONS
 from mmaudit.train.sampling import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]

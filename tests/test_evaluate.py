@@ -28,7 +28,6 @@ from mmaudit.train.evaluate import (
     confusion,
     contribution,
     evaluate,
-    evaluate_branches,
     evaluate_classes,
     evaluate_file,
     evaluate_network,
@@ -204,19 +203,6 @@ def test_every_branch_has_metrics_on_every_class() -> None:
         "fused": compute_class_metrics(fused, label)[1],
         "audio": compute_class_metrics(audio, label)[1],
     }
-
-
-def test_evaluate_branches_has_subsets_and_classes() -> None:
-    fused, label = random_predictions(60, 3, 0)
-    label[label == 2] = 0  # a class that does not occur, and an empty subset
-    masks = {"all": np.ones(60, bool), "none": np.zeros(60, bool)}
-    names = ["a", "b", "c"]
-    report = evaluate_branches({"fused": fused}, label, subset_masks=masks, class_names=names)
-    assert report == {
-        "test": evaluate({"fused": fused}, label, masks),
-        "test_by_class": evaluate_classes({"fused": fused}, label, names),
-    }
-    assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
 def reader_of(examples: Examples, folder: Path) -> NetworkReader:

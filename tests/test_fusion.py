@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmaudit.train.config import FUSIONS
+from mmaudit.train import FUSIONS
 from mmaudit.train.fusion import Fusion, Mmtm, Shared
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from math import factorial
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.integrate import trapezoid
@@ -17,7 +17,14 @@ from sklearn.metrics import log_loss
 from sklearn.metrics.pairwise import cosine_similarity
 
 from mmaudit.audit import metrics
-from mmaudit.audit.metrics import Floats, group_codes, mean_interval, share_interval, wilson_interval
+from mmaudit.audit.metrics import (
+    Floats,
+    expected_calibration_error,
+    group_codes,
+    mean_interval,
+    share_interval,
+    wilson_interval,
+)
 
 # A saturated float32 softmax gives exactly 0 and 1.
 SHARES = st.one_of(st.sampled_from([0.0, 1.0, 0.5, 1e-30]), st.floats(0, 1, width=32))
@@ -373,3 +380,30 @@ def test_group_codes_are_equal_within_a_group() -> None:
     assert codes[0] == codes[2] != codes[1]
     assert codes[3] == codes[4]
     assert len(set(codes.tolist())) == 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), k=st.integers(2, 5), num_bins=st.integers(1, 20))
+def test_calibration_error_equals_a_plain_loop(seed: int, k: int, num_bins: int) -> None:
+    rng = np.random.default_rng(seed)
+    probability, label = rng.dirichlet(np.ones(k), 60), rng.integers(0, k, 60)
+    expected = 0.0
+    for index in range(num_bins):
+        low, high = index / num_bins, (index + 1) / num_bins
+        rows = [row for row in range(60) if low < probability[row].max() <= high]
+        if rows:
+            accuracy = np.mean([probability[row].argmax() == label[row] for row in rows])
+            expected += len(rows) / 60 * abs(np.mean([probability[row].max() for row in rows]) - accuracy)
+    assert expected_calibration_error(probability, label, num_bins=num_bins) == pytest.approx(expected)
+
+
+def test_calibration_error_is_0_if_certain_and_correct_and_1_if_certain_and_wrong() -> None:
+    sure = np.eye(3)[[0, 1, 2, 2]]
+    assert expected_calibration_error(sure, np.array([0, 1, 2, 2])) == 0
+    assert expected_calibration_error(sure, np.array([1, 2, 0, 0])) == 1
+
+
+def test_multilabel_calibration_error_counts_every_label() -> None:
+    probability = np.array([[0.9, 0.2], [0.6, 0.4]])
+    label = np.array([[1, 0], [1, 0]])
+    assert expected_calibration_error(probability, label) == pytest.approx((0.1 + 0.2 + 2 * 0.4) / 4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from training import select_rows
 
-from mmaudit.train.config import FUSIONS
+from mmaudit.train import FUSIONS
 from mmaudit.train.network import FusionNet, ModelConfig, Outputs, cross_entropies, cross_entropy
 
 torch.set_num_threads(1)

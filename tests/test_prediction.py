@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -19,7 +19,6 @@ from torch.nn import functional
 from mmaudit.audit.dataset.labels import Target
 from mmaudit.audit.probes.prediction import (
     correctness,
-    expected_calibration_error,
     fit_temperature,
     fuse_predictions,
     likelihoods,
@@ -236,33 +235,6 @@ def test_single_fold_has_temperature_one() -> None:
     raw, target = drawn("classification")
     temperature = fit_temperature(raw[None] * 9, target, np.zeros((1, NUM_ROWS), np.int16), EVERYONE)
     assert temperature.tolist() == [[1.0]]
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), k=st.integers(2, 5), num_bins=st.integers(1, 20))
-def test_calibration_error_equals_a_plain_loop(seed: int, k: int, num_bins: int) -> None:
-    rng = np.random.default_rng(seed)
-    probability, label = rng.dirichlet(np.ones(k), 60), rng.integers(0, k, 60)
-    expected = 0.0
-    for index in range(num_bins):
-        low, high = index / num_bins, (index + 1) / num_bins
-        rows = [row for row in range(60) if low < probability[row].max() <= high]
-        if rows:
-            accuracy = np.mean([probability[row].argmax() == label[row] for row in rows])
-            expected += len(rows) / 60 * abs(np.mean([probability[row].max() for row in rows]) - accuracy)
-    assert expected_calibration_error(probability, label, num_bins=num_bins) == pytest.approx(expected)
-
-
-def test_calibration_error_is_0_if_certain_and_correct_and_1_if_certain_and_wrong() -> None:
-    sure = np.eye(3)[[0, 1, 2, 2]]
-    assert expected_calibration_error(sure, np.array([0, 1, 2, 2])) == 0
-    assert expected_calibration_error(sure, np.array([1, 2, 0, 0])) == 1
-
-
-def test_multilabel_calibration_error_counts_every_label() -> None:
-    probability = np.array([[0.9, 0.2], [0.6, 0.4]])
-    label = np.array([[1, 0], [1, 0]])
-    assert expected_calibration_error(probability, label) == pytest.approx((0.1 + 0.2 + 2 * 0.4) / 4)
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel"])

@@ -13,10 +13,11 @@ import pytest
 
 from mmaudit.audit.errors import ConfigError
 from mmaudit.rebalance.curriculum import OrderConfig
+from mmaudit.train import FUSIONS
 from mmaudit.train.balancing import BALANCERS
 from mmaudit.train.balancing.balancer import Balancer
 from mmaudit.train.balancing.ogm import OgmConfig
-from mmaudit.train.config import FUSIONS, FinetuneConfig, OptimConfig, TrainConfig
+from mmaudit.train.config import FinetuneConfig, OptimConfig, TrainConfig
 from mmaudit.train.fusion import Fusion
 from mmaudit.train.methods import check_schedule, list_methods, resolve
 from mmaudit.train.sampling import SAMPLERS
@@ -209,6 +210,16 @@ def test_auto_balancing_is_the_fitting_one_and_logged(
     assert len(caplog.messages) == (words is not None)
 
 
+def test_only_the_first_process_of_torchrun_logs_the_choice(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, num_messages in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        with caplog.at_level(logging.INFO, logger="mmaudit"):
+            assert resolve(TrainConfig(finetune=FinetuneConfig(sampling="dus-h"))).config.finetune.balancing == "sum"
+        assert len(caplog.messages) == num_messages
+
+
 @pytest.mark.parametrize("sampling", SAMPLERS)
 @pytest.mark.parametrize("balancing", ["auto", "sum", "mla"])
 def test_resolved_config_resolves_to_itself(sampling: str, balancing: str) -> None:
@@ -237,7 +248,7 @@ def test_resolved_sections_have_all_constants_of_the_methods_in_use_only() -> No
         ("balancing", {"ogm": {"section": "x"}}, "no config key balancing.ogm.section"),
         ("balancing", {"ogm": 3}, r"config key balancing.ogm is a section; set balancing.ogm.KEY"),
         ("balancing", {"pmr": {"alpha": "x"}}, "config key balancing.pmr.alpha is 'x'; it must be of type float"),
-        ("balancing", {"gmm": {"fit_rows": 3}}, r"balancing.gmm.fit_rows is 3; it must lie in \[10, 1e\+12\]"),
+        ("balancing", {"gmm": {"fit_rows": 3}}, r"balancing.gmm.fit_rows is 3; it must lie in \[10, 1e12\]"),
         ("sampling", {"bbs": {}}, r"no config key sampling.bbs; did you mean sampling.bss\?"),
         ("sampling", {"dus": {"kappa": -1.0}}, "sampling.dus.kappa is -1.0; it must be at least 0"),
         ("sampling", {"smv": {"every_epochs": 0}}, "sampling.smv.every_epochs is 0; it must be at least 1"),

@@ -62,7 +62,7 @@ def test_invalid_optim_settings_raise(options: dict[str, Any], words: str) -> No
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"min_crop": 0.0}, "augment.min_crop is 0.0; it must lie in"),
+        ({"min_crop": 0.0}, r"augment.min_crop is 0.0; it must lie in \(0, 1\]"),
         ({"min_crop": math.nan}, "augment.min_crop is nan"),
         ({"time_masks": -1}, "augment.time_masks is -1; it must be at least 0"),
         ({"band_masks": -1}, "augment.band_masks is -1"),

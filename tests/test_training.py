@@ -109,7 +109,7 @@ import numpy as np
 
 from mmaudit.train.balancing.balancer import Balancer
 from mmaudit.train.fusion import Late
-from mmaudit.train.sampling.ordered import Ordered
+from mmaudit.train.sampling.sampler import Ordered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

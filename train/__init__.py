@@ -1,1 +1,27 @@
-"""Fine-tuning on manifests."""
+"""Fine-tuning on manifests; FUSIONS and TRACKERS by name, without an import of torch."""
+
+from __future__ import annotations
+
+from ..audit.registry import Entry, Registry
+
+FUSIONS = Registry(
+    {
+        "concat": Entry("fusion:Concat", "one linear classifier over the joined features"),
+        "late": Entry("fusion:Late", "a classifier per modality, logits summed"),
+        "gated": Entry("fusion:Gated", "gated multimodal unit"),
+        "film": Entry("fusion:Film", "the first modality scales and shifts the others"),
+        "mmtm": Entry("fusion:Mmtm", "cross-modal squeeze, and a classifier per modality, logits summed"),
+        "shared": Entry("fusion:Shared", "one classifier for all modalities, weighted by entropy"),
+    },
+    package=__name__,
+    option="--fusion",
+)
+TRACKERS = Registry(
+    {
+        "tensorboard": Entry("tracking:TensorBoard", "event files in the folder of the fine-tuning"),
+        "wandb": Entry("tracking:Wandb", "Weights & Biases"),
+        "mlflow": Entry("tracking:Mlflow", "MLflow"),
+    },
+    package=__name__,
+    option="--report-to",
+)

@@ -234,7 +234,8 @@ class Method(ABC):
             every field, and `__post_init__` raises ConfigError for values out of range.
         paper: Reference; empty where the method is mmaudit's own or too common for one.
         min_modalities: Fewest modalities that it works with.
-        state_fields: Attributes that the next steps depend on, tensors and plain values: what checkpoints save.
+        state_fields: Attributes that the next steps depend on, saved in checkpoints: plain values, and tensors of a
+            balancer or arrays of a sampler.
         config: The constants, an instance of `config_type`.
 
     Example:
@@ -280,7 +281,9 @@ class Method(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that the next steps depend on: tensors and plain values."""
-        return {name.lstrip("_"): copy.deepcopy(getattr(self, name)) for name in self.state_fields}
+        values = {name.lstrip("_"): copy.deepcopy(getattr(self, name)) for name in self.state_fields}
+        arrays = {name: torch.from_numpy(value) for name, value in values.items() if isinstance(value, np.ndarray)}
+        return values | arrays
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a state."""
@@ -288,11 +291,12 @@ class Method(ABC):
             setattr(self, name, state[name.lstrip("_")])
 
 
-def start_warning(name: str, *, first_epoch: int, setting: str, epochs: int, fallback: str) -> str | None:
-    """Return the warning of a method that is another one until a first epoch, if that comes after the last."""
-    if epochs >= first_epoch:
+def start_warning(key: str, first_epoch: int, settings: TrainConfig, *, fallback: str) -> str | None:
+    """Return the warning of a method that is another one until its first epoch, set by a key, if there are fewer."""
+    if settings.finetune.epochs >= first_epoch:
         return None
-    return f"{name} starts in epoch {first_epoch} ({setting}); until then it is {fallback}"
+    name = settings.finetune.sampling if key.startswith("sampling.") else settings.finetune.balancing
+    return f"{name} starts in epoch {first_epoch} ({key}); until then it is {fallback}"
 
 
 def sample_rows(model_reader: ModelReader, num_rows: int) -> RowIndex:

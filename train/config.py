@@ -9,30 +9,9 @@ from typing import Any
 
 from ..audit.errors import ConfigError
 from ..audit.parsing import check_choices, check_ranges
-from ..audit.registry import Entry, Registry
 from ..rebalance.curriculum import OrderConfig
+from . import TRACKERS
 
-FUSIONS = Registry(
-    {
-        "concat": Entry("fusion:Concat", "one linear classifier over the joined features"),
-        "late": Entry("fusion:Late", "a classifier per modality, logits summed"),
-        "gated": Entry("fusion:Gated", "gated multimodal unit"),
-        "film": Entry("fusion:Film", "the first modality scales and shifts the others"),
-        "mmtm": Entry("fusion:Mmtm", "cross-modal squeeze, and a classifier per modality, logits summed"),
-        "shared": Entry("fusion:Shared", "one classifier for all modalities, weighted by entropy"),
-    },
-    package="mmaudit.train",
-    option="--fusion",
-)
-TRACKERS = Registry(
-    {
-        "tensorboard": Entry("tracking:TensorBoard", "event files in the folder of the fine-tuning"),
-        "wandb": Entry("tracking:Wandb", "Weights & Biases"),
-        "mlflow": Entry("tracking:Mlflow", "MLflow"),
-    },
-    package="mmaudit.train",
-    option="--report-to",
-)
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -131,7 +110,8 @@ class OptimConfig:
         check_ranges("optim", self, lr="(0, inf)", weight_decay="[0, inf)", momentum="[0, 1)", ema="[0, 1)")
         check_ranges("optim", self, warmup_epochs="[0, inf)", lr_step="[1, inf)", lr_fall="(0, 1]")
         check_ranges("optim", self, clip_norm="[0, inf)")
-        self.modality_lr_factors()
+        if self.modality_lr:
+            self.modality_lr_factors()
 
     def modality_lr_factors(self) -> dict[str, float]:
         """Return the factors of `modality_lr` by modality name."""

@@ -21,6 +21,7 @@ from ..audit.metrics import (
     Groups,
     balanced_name,
     dominated_name,
+    expected_calibration_error,
     is_balanced,
     is_dominated,
     mean_interval,
@@ -28,7 +29,6 @@ from ..audit.metrics import (
     share_interval,
     wilson_interval,
 )
-from ..audit.probes.prediction import expected_calibration_error
 from ..audit.workers import NETWORK_THREADS, fixed_threads
 from ..rebalance.curriculum import RowIndex
 from .checkpoint import load_model, read_model_config
@@ -132,24 +132,6 @@ def subsets(discrepancy: NDArray[np.floating[Any]], *, first: str, second: str) 
     return masks
 
 
-def evaluate_branches(
-    probabilities: Mapping[str, Probabilities],
-    label: Labels,
-    *,
-    subset_masks: Mapping[str, NDArray[np.bool_]],
-    class_names: Sequence[str],
-) -> dict[str, Any]:
-    """Compute each branch's metrics from class probabilities (n, k) and label (n,): {test, test_by_class}.
-
-    test is by subset, test_by_class by class. Both are {name: {n, branches: {branch: metrics}}}, without `branches`
-    where n = 0.
-    """
-    return {
-        "test": evaluate(probabilities, label, subset_masks),
-        "test_by_class": evaluate_classes(probabilities, label, class_names),
-    }
-
-
 def evaluate(
     probabilities: Mapping[str, Probabilities], label: Labels, subset_masks: Mapping[str, NDArray[np.bool_]]
 ) -> dict[str, Any]:
@@ -244,8 +226,8 @@ def evaluate_network(
 ) -> dict[str, Any]:
     """Evaluate the reader's network on some rows: {test, test_by_class, contribution}.
 
-    The fused prediction and each modality alone, overall, by subset and by class, see `evaluate_branches`; each
-    modality's contribution and the confused samples, see `measure_contribution`.
+    The fused prediction and each modality alone, overall, by subset and by class, see `evaluate` and
+    `evaluate_classes`; each modality's contribution and the confused samples, see `measure_contribution`.
     """
     label = examples.label[rows]
     first, _, second = between.partition(":")
@@ -257,13 +239,12 @@ def evaluate_network(
     unimodal_correct = np.stack(
         [branch_probabilities[name].argmax(axis=1) == label for name in examples.modalities], axis=1
     )
-    contribution = measure_contribution(
-        dict(zip(sets, correct, strict=True)), unimodal_correct, examples.modalities, seed=seed
-    )
-    by_branch = evaluate_branches(
-        branch_probabilities, label, subset_masks=subset_masks, class_names=examples.class_names
-    )
-    return {**by_branch, "contribution": contribution}
+    correct_by_modalities = dict(zip(sets, correct, strict=True))
+    return {
+        "test": evaluate(branch_probabilities, label, subset_masks),
+        "test_by_class": evaluate_classes(branch_probabilities, label, examples.class_names),
+        "contribution": measure_contribution(correct_by_modalities, unimodal_correct, examples.modalities, seed=seed),
+    }
 
 
 @fixed_threads(NETWORK_THREADS)

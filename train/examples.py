@@ -59,39 +59,33 @@ class Store:
         Threads read ahead, unless all inputs are on the device.
         """
 
-        def read(item: Item) -> tuple[Item, Sequence[RowIndex], list[Tensor | None]]:
-            rows = rows_of(item)
-            return item, rows, self._read(rows)
+        def read(item: Item) -> tuple[Item, list[Tensor]]:
+            return item, self._read(rows_of(item))
 
-        for item, rows, loaded in prefetch_map(read, items, num_threads=0 if self.is_resident else num_threads):
-            yield item, self._to_device(rows, loaded)
+        for item, tensors in prefetch_map(read, items, num_threads=0 if self.is_resident else num_threads):
+            yield item, self._to_device(tensors)
 
     def _load(self, inputs: Inputs) -> Tensor:
         parts = [_tensor(inputs.read(rows)) for rows in chunks(inputs)]
         return torch.cat(parts).to(self.device)
 
-    def _read(self, rows: Sequence[RowIndex]) -> list[Tensor | None]:
-        """Read the rows of matrices that are not on the device."""
-        tensors = [
-            _tensor(matrix.read(row_index)) if resident is None else None
-            for matrix, row_index, resident in zip(self.inputs, rows, self.resident, strict=True)
-        ]
-        if self.device.type == "cuda":
-            return [None if tensor is None else tensor.pin_memory() for tensor in tensors]
+    def _read(self, rows: Sequence[RowIndex]) -> list[Tensor]:
+        """Read the rows of matrices that are not on the device; of the others return the row indices."""
+        tensors = []
+        for matrix, row_index, resident in zip(self.inputs, rows, self.resident, strict=True):
+            if resident is not None:
+                tensors.append(torch.from_numpy(row_index))
+                continue
+            tensor = _tensor(matrix.read(row_index))
+            tensors.append(tensor.pin_memory() if self.device.type == "cuda" else tensor)
         return tensors
 
-    def _to_device(self, rows: Sequence[RowIndex], loaded: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def _to_device(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        moved = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
         return tuple(
-            _require(tensor).to(self.device, non_blocking=True)
-            if resident is None
-            else resident.index_select(0, torch.from_numpy(row_index).to(self.device, non_blocking=True))
-            for resident, row_index, tensor in zip(self.resident, rows, loaded, strict=True)
+            tensor if resident is None else resident.index_select(0, tensor)
+            for resident, tensor in zip(self.resident, moved, strict=True)
         )
-
-
-def _require(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
@@ -185,13 +179,8 @@ def load_examples(
         _check_same(field_name, ids, np.array(table[column].to_pylist(), dtype=object), current)
     _check_usable(ids, rows, statuses)
     order = canonical_order(ids)  # the order of the manifest does not change a training
-    table, in_manifest, ids, rows, content = (
-        table.take(order),
-        in_manifest[order],
-        ids[order],
-        rows[order],
-        content[order],
-    )
+    table, in_manifest = table.take(order), in_manifest[order]
+    ids, rows, content = ids[order], rows[order], content[order]
     codes, label = np.unique(table["label"].to_numpy(), return_inverse=True)
     inputs = [FeatureMatrix.of(tasks, status, rows) for status in statuses]
     class_names = dict(zip(table["label"].to_pylist(), table["label_name"].to_pylist(), strict=True))

@@ -123,10 +123,7 @@ def finetune_on(
             component.load_state_dict(state[name])
         epoch, step, num_seen, history = state["epoch"], state["step"], state["seen"], state["history"]
         best = state["best"]
-        if state["best_weights"] is not None:
-            best_weights = state["best_weights"]
-        else:
-            best_weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        best_weights = {name: tensor.clone() for name, tensor in (state["best_weights"] or net.state_dict()).items()}
         total.fill_(state["total"] if distributed.is_first else 0.0)  # summed over the processes
         log.info("resumed in epoch %d after %d steps", epoch, step)
 
@@ -134,25 +131,20 @@ def finetune_on(
         distributed.sum_([summed_loss := total.clone()])
         _share_buffers((net, tested), distributed)
         if distributed.is_first:
-            position = {
-                "identity": identity,
-                "epoch": epoch,
-                "step": step,
-                "seen": num_seen,
-                "total": float(summed_loss),
-            }
+            position = {"identity": identity, "epoch": epoch, "step": step, "seen": num_seen}
             states = {name: component.state_dict() for name, component in components.items()}
             # If the current weights are the best ones they are not written twice.
             weights = None if averaged is None and step == 0 and best[2] == epoch - 1 else best_weights
-            selection = {"history": history, "best": best, "best_weights": weights}
-            save_state({**position, **states, **selection}, state_file)
+            results = {"total": float(summed_loss), "history": history, "best": best, "best_weights": weights}
+            save_state({**position, **states, **results}, state_file)
 
     selects_best = len(training_data.validation) >= MIN_VALIDATION_SAMPLES
     if not selects_best:
         num_validation = len(training_data.validation)
         log.info("%d validation samples are too few to select an epoch or stop early: using the last", num_validation)
     with ExitStack() as stack:
-        trackers = open_trackers(settings.report_to if distributed.is_first else (), folder, stack=stack)
+        tracked = settings.report_to and distributed.is_first
+        trackers = open_trackers(settings.report_to, folder, stack=stack) if tracked else []
         while epoch <= settings.epochs and not _is_over(history, best, settings):
             if step == 0:
                 sampler.begin_epoch(epoch, reader)

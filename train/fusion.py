@@ -60,16 +60,30 @@ class Fusion(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} has no unimodal logits")
 
 
+class Summed(Fusion):
+    """A fusion whose logits are the sum of the unimodal ones."""
+
+    decomposes = True
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Sum the unimodal logits."""
+        return self.unimodal_logits(features).sum(dim=0)
+
+    def fused_and_unimodal_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum the unimodal logits."""
+        logits = self.unimodal_logits(features)
+        return logits.sum(dim=0), logits
+
+
 def _joint_weight(heads: Iterable[nn.Linear]) -> Tensor:
     """Return the weight (k, sum of d_j) of one classifier on the joined features: one product, not m and a sum."""
     return torch.cat([head.weight for head in heads], dim=1)
 
 
-class Concat(Fusion):
+class Concat(Summed):
     """One linear classifier W, b over the joined features; unimodal logits are W_j f_j + b / m, as in OGM-GE."""
 
     min_modalities = 1
-    decomposes = True
 
     def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
         super().__init__(num_features, num_classes=num_classes, hidden=hidden)
@@ -81,22 +95,16 @@ class Concat(Fusion):
         heads = cast("Iterable[nn.Linear]", self.heads)
         return functional.linear(torch.cat(list(features), dim=1), _joint_weight(heads), self.bias)
 
-    def fused_and_unimodal_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Sum the unimodal logits."""
-        logits = self.unimodal_logits(features)
-        return logits.sum(dim=0), logits
-
     def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
         """Compute W_j f_j + b / m: the bias is shared evenly."""
         bias, heads = self.bias / len(self.heads), cast("Iterable[nn.Linear]", self.heads)
         return torch.stack([functional.linear(f, head.weight, bias) for head, f in zip(heads, features, strict=True)])
 
 
-class Late(Fusion):
+class Late(Summed):
     """A classifier on each modality; the fused logits are their sum: the papers' "sum"."""
 
     min_modalities = 1
-    decomposes = True
 
     def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
         super().__init__(num_features, num_classes=num_classes, hidden=hidden)
@@ -107,11 +115,6 @@ class Late(Fusion):
         heads = list(cast("Iterable[nn.Linear]", self.heads))
         bias = torch.stack([head.bias for head in heads]).sum(dim=0)
         return functional.linear(torch.cat(list(features), dim=1), _joint_weight(heads), bias)
-
-    def fused_and_unimodal_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Sum the unimodal logits."""
-        logits = self.unimodal_logits(features)
-        return logits.sum(dim=0), logits
 
     def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
         """Compute each classifier's logits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ..audit.errors import ConfigError, RunError, choices
 from ..audit.parsing import build_config, plain
 from ..audit.registry import Registry, read_arguments
+from . import FUSIONS
 from .balancing import BALANCERS
-from .config import FUSIONS, FinetuneConfig, TrainConfig
+from .config import FinetuneConfig, TrainConfig
 from .sampling import SAMPLERS
 
 if TYPE_CHECKING:
@@ -114,18 +116,14 @@ def check_schedule(methods: Methods) -> list[str]:
 
 def _usual_balancing(settings: FinetuneConfig, sampler: type[Sampler]) -> str:
     """Return the balancer of `--balancing auto`, and log the reason where it is not joint."""
+    option, name = f"--sampling {settings.sampling}", sampler.usual_balancing
+    reason = "it selects samples per modality, which only unimodal losses train on"
     fusion: type[Fusion] | None = None if settings.fusion == "auto" else FUSIONS.load(settings.fusion)
     if fusion is not None and fusion.usual_balancing != "joint":
-        name, reason = fusion.usual_balancing, fusion.balancing_reason
-        log.info("--fusion %s takes --balancing %s: %s", settings.fusion, name, reason)
-        return name
-    if sampler.usual_balancing != "joint":
-        log.info(
-            "--sampling %s takes --balancing %s: it selects samples per modality, which only unimodal losses train on",
-            settings.sampling,
-            sampler.usual_balancing,
-        )
-    return sampler.usual_balancing
+        option, name, reason = f"--fusion {settings.fusion}", fusion.usual_balancing, fusion.balancing_reason
+    if name != "joint" and os.environ.get("RANK", "0") == "0":  # torchrun: the first process only
+        log.info("%s takes --balancing %s: %s", option, name, reason)
+    return name
 
 
 def _fusion_names(balancing: str, balancer: type[Balancer]) -> tuple[str, ...]:
@@ -137,16 +135,14 @@ def _check_single_modality(
     settings: FinetuneConfig, sampler: type[Sampler], balancer: type[Balancer], fusion: type[Fusion]
 ) -> None:
     """Raise ConfigError for a method that needs more than the modality of --only."""
-    if balancer.min_modalities > 1:
-        raise ConfigError(
-            f"--only {settings.only} leaves one modality, and --balancing {settings.balancing} needs at least "
-            f"{balancer.min_modalities}; use --balancing joint"
-        )
-    if sampler.min_modalities > 1:
-        raise ConfigError(
-            f"--only {settings.only} leaves one modality, and --sampling {settings.sampling} needs at least "
-            f"{sampler.min_modalities}"
-        )
+    for option, method, advice in (
+        (f"--balancing {settings.balancing}", balancer, "; use --balancing joint"),
+        (f"--sampling {settings.sampling}", sampler, ""),
+    ):
+        if (minimum := method.min_modalities) > 1:
+            raise ConfigError(
+                f"--only {settings.only} leaves one modality, and {option} needs at least {minimum}{advice}"
+            )
     if fusion.min_modalities > 1:
         raise ConfigError(f"--only {settings.only} leaves nothing to fuse: remove --fusion {settings.fusion}")
 

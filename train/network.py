@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..audit.metrics import Floats, shapley
 from ..audit.probes.network import build_trunk, to_pictures
-from .config import FUSIONS
+from . import FUSIONS
 from .fusion import Fusion
 
 ModalitySet = frozenset[int]  # of indices; a modality outside the set is absent: its features are 0
@@ -249,8 +250,10 @@ class FusionNet(nn.Module):
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """Compute the cross entropy (..., b) of each sample in float32, of logits (..., b, k) and one label (b,) for all.
 
-    From the log probabilities: on a CPU, torch's function takes three times as long per sample.
+    Of logits (m, b, k) from the log probabilities: torch's function needs the label m times.
     """
+    if logits.ndim == 2:
+        return functional.cross_entropy(logits.float(), label, reduction="none")
     log_p = logits.float().log_softmax(dim=-1)
     return -log_p.gather(-1, label.expand(logits.shape[:-1])[..., None]).squeeze(-1)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..audit.errors import ConfigError
-from .config import TRACKERS
+from . import TRACKERS
 
 RecordLogger = Callable[[Mapping[str, float]], None]  # of a history record: numbers by name, with "epoch"
 

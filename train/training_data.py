@@ -22,8 +22,7 @@ from .examples import NUM_READERS, Examples, Store
 from .methods import Methods, check_schedule
 from .network import FusionNet, ModelConfig, Outputs, PictureEncoder, VectorEncoder
 from .optimizer import DistributedContext, Optimization
-from .sampling.ordered import Uniform
-from .sampling.sampler import Pool
+from .sampling.sampler import Pool, Uniform
 
 log = logging.getLogger("mmaudit")
 
@@ -111,6 +110,8 @@ class TrainingData:
 
         def rows_of(step: Step) -> list[RowIndex]:
             local_step = step.shard(self.distributed)
+            if local_step.present is None:
+                return [self.train[local_step.rows]] * len(self.shapes)
             return [self.train[local_step.rows_of(j)] for j in range(len(self.shapes))]
 
         stream = self.store.stream(steps, rows_of, num_threads=NUM_READERS if prefetch else 0)
@@ -189,57 +190,43 @@ class NetworkReader:
     @torch.no_grad()
     def read_samples(self, function: OutputFunction, rows: RowIndex, *, net: FusionNet | None = None) -> Tensor:
         """Evaluate the function on any samples, by their row in the store."""
-        training_data, network = self.training_data, self.net if net is None else net
-        vectors = all(len(shape) == 1 for shape in training_data.shapes)
-        size = _READ_BATCH_SIZE if vectors else training_data.config.finetune.batch_size
-        local_rows, all_present = (
-            rows[training_data.distributed.slice(len(rows))],
-            bool(training_data.present[rows].all()),
-        )
+        data, network = self.training_data, self.net if net is None else net
+        vectors = all(len(shape) == 1 for shape in data.shapes)
+        size = _READ_BATCH_SIZE if vectors else data.config.finetune.batch_size
+        local_rows, all_present = rows[data.distributed.slice(len(rows))], bool(data.present[rows].all())
 
         def rows_of(batch_rows: RowIndex) -> list[RowIndex]:
             return [
-                batch_rows if all_present else batch_rows[training_data.present[batch_rows, j]]
-                for j in range(len(training_data.shapes))
+                batch_rows if all_present else batch_rows[data.present[batch_rows, j]] for j in range(len(data.shapes))
             ]
 
         batches = [local_rows[start : start + size] for start in range(0, len(local_rows), size)] or [local_rows]
         training = network.training
         network.eval()
         values = []
-        for batch_rows, inputs in training_data.store.stream(batches, rows_of):
-            label = training_data.label[torch.from_numpy(batch_rows).to(training_data.device)]
-            modality_mask = (
-                None if all_present else torch.from_numpy(training_data.present[batch_rows]).to(training_data.device)
-            )
+        for batch_rows, inputs in data.store.stream(batches, rows_of):
+            label = data.label[torch.from_numpy(batch_rows).to(data.device)]
+            modality_mask = None if all_present else torch.from_numpy(data.present[batch_rows]).to(data.device)
             values.append(function(network(inputs, modality_mask), label).float())
         network.train(training)
-        return training_data.distributed.gather(torch.cat(values, dim=-1))
+        return data.distributed.gather(torch.cat(values, dim=-1))
 
     def train_copy(self, loss: Loss, *, epochs: int) -> FusionNet:
         """See ModelReader.train_copy. The copy starts with a new optimiser at the rate of a first epoch."""
-        training_data = self.training_data
-        net = copy.deepcopy(self.net)
+        data, net = self.training_data, copy.deepcopy(self.net)
+        finetune, distributed = data.config.finetune, data.distributed
         optimization = Optimization(
-            net,
-            training_data.config.optim,
-            device=training_data.device,
-            distributed=training_data.distributed,
-            by_modality=False,
+            net, data.config.optim, device=data.device, distributed=distributed, by_modality=False
         )
-        finetune = training_data.config.finetune
+        seed = data.derive_seed("copy")
         sampler = Uniform(
-            training_data.pool,
-            training_data.config.order,
-            batch_size=finetune.batch_size,
-            seed=training_data.derive_seed("copy"),
-            distributed=training_data.distributed,
+            data.pool, data.config.order, batch_size=finetune.batch_size, seed=seed, distributed=distributed
         )
         net.train()
         for epoch in range(1, epochs + 1):
             optimization.begin_epoch(epoch, epochs=finetune.epochs)
-            for step_number, batch in enumerate(training_data.batches(sampler.steps(epoch), epoch=epoch), start=1):
-                optimization.begin_step(training_data.derive_seed("copy", epoch, step_number))
+            for step_number, batch in enumerate(data.batches(sampler.steps(epoch), epoch=epoch), start=1):
+                optimization.begin_step(data.derive_seed("copy", epoch, step_number))
                 with optimization.autocast():
                     outputs = net(batch.inputs, batch.present)
                 optimization.backward(loss(outputs, batch))

@@ -234,21 +234,3 @@ def _derivatives(scaled: Tensor, logits: Tensor, torch_target: Tensor) -> tuple[
     probability = scaled.sigmoid()
     curvature = (probability * (1 - probability) * logits.square()).sum(dim=1)
     return ((probability - torch_target) * logits).sum(dim=1), curvature
-
-
-def expected_calibration_error(probability: AnyFloats, label: NDArray[np.integer[Any]], *, num_bins: int = 15) -> float:
-    """Compute the expected calibration error in [0, 1], 0 is best (Guo et al. 2017).
-
-    probability (n, k) with label (n,): the confidence of the most probable class, in bins (0, 1/15], ... of equal
-    width. With labels (n, k) of 0 and 1: every label is a binary decision with the confidence of its outcome.
-    """
-    if label.ndim == 2:
-        decision = probability >= 0.5
-        confidence = np.where(decision, probability, 1 - probability).ravel()
-        correct = (decision == (label > 0.5)).ravel()
-    else:
-        predicted = probability.argmax(axis=1)
-        confidence, correct = probability[np.arange(len(predicted)), predicted], predicted == label
-    bins = np.clip(np.ceil(confidence.astype(np.float64) * num_bins).astype(np.intp) - 1, 0, num_bins - 1)
-    gap = np.bincount(bins, weights=confidence - correct.astype(np.float64), minlength=num_bins)
-    return float(np.abs(gap).sum() / len(confidence))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..dataset.labels import Target
 from ..features.encoders import is_network
 from ..features.matrix import FeatureMatrix, Inputs, JointInputs, RowIndex, WindowInputs
-from ..metrics import Floats
+from ..metrics import Floats, expected_calibration_error
 from ..parsing import check_choices
 from ..workers import fixed_threads
 from .config import ProbeConfig
@@ -22,7 +22,6 @@ from .mlp import MlpProbe, fit_mlp
 from .prediction import (
     Prediction,
     correctness,
-    expected_calibration_error,
     fit_temperature,
     likelihoods,
     predict,

@@ -28,9 +28,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...audit.parsing import check_ranges
 from ..batches import Batch
 from ..network import Outputs, cross_entropy
-from .balancer import Balancer, check_ranges
+from .balancer import Balancer
 from .ogm import mean_of_others
 
 _MAX_SCORE = -math.log(1e-8)
@@ -68,7 +69,7 @@ class AgmConfig:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        check_ranges(self, alpha=(0, 1e3))
+        check_ranges("balancing.agm", self, alpha="[0, 1000]")
 
 
 class Agm(Balancer):
@@ -76,25 +77,17 @@ class Agm(Balancer):
 
     config_type = AgmConfig
     paper = "Li et al., ICCV 2023"
-    state_fields = (
-        "_mean",
-        "_steps",
-        "_coefficient",
-    )
+    state_fields = ("_mean", "_steps", "_coefficient")
     config: AgmConfig
     needs_unimodal_logits = False
 
     def initialize(self) -> None:
         """Set up the state."""
-        device, m = self.optimization.generator.device, self.net.num_modalities
+        device, m = self.device, self.net.num_modalities
         sets, weights = shapley_weights(m)
         self._sets, self._weights = sets[:-1], weights.to(device)
         self._mean, self._steps = torch.zeros(m, device=device), torch.zeros(m, device=device)
         self._coefficient = torch.ones(m, device=device)
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the mean cross entropy of the fused logits."""
-        return self.fused_loss(outputs, batch)
 
     @torch.no_grad()
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
@@ -125,5 +118,4 @@ class Agm(Balancer):
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return the coefficients of the last step by modality."""
-        coefficients = zip(self.net.config.modalities, self._coefficient.tolist(), strict=True)
-        return {f"coefficient_{name}": value for name, value in coefficients}
+        return self.by_modality("coefficient", self._coefficient)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from ...audit.errors import ConfigError
 from ..batches import Batch, Method, ModelReader
 from ..fusion import Fusion
 from ..network import FusionNet, Outputs, cross_entropy
@@ -26,19 +25,11 @@ class Validation:
     unimodal_accuracy: tuple[float, ...]
 
 
-def check_ranges(config: Any, **bounds: tuple[float, float]) -> None:
-    """Raise ConfigError for a number of a balancer's config outside [low, high] (NaN is outside)."""
-    for name, (low, high) in bounds.items():
-        value = getattr(config, name)
-        if not low <= value <= high:
-            raise ConfigError(f"{config.section}.{name} is {value}; it must lie in [{low:g}, {high:g}]")
-
-
 class Balancer(Method):
     """One method: a loss and what is done to its gradients. Its state is saved in checkpoints.
 
-    Order of calls: begin_epoch; for every step prepare and step; end_epoch. The same in all processes. A method must
-    define `loss`; the other hooks change the batch, the step, the gradients, or follow the validation results.
+    Order of calls: begin_epoch; for every step prepare and step; end_epoch. The same in all processes. The hooks of a
+    method change the loss, the batch, the step or the gradients, or follow the validation results.
 
     A method that changes the network brings a fusion of its own, in its file: the fusion's logits are those of training
     and of inference, and its parameters and buffers, such as a constant that the balancer sets, are saved with the
@@ -73,7 +64,7 @@ class Balancer(Method):
     def __init__(self, net: FusionNet, optimization: Optimization, config: Any = None, *, epochs: int) -> None:
         self.net, self.optimization, self.epochs = net, optimization, epochs
         self.config = self.default_config() if config is None else config
-        self.distributed = optimization.distributed
+        self.distributed, self.device = optimization.distributed, optimization.generator.device
         self.initialize()
 
     def initialize(self) -> None:
@@ -105,9 +96,9 @@ class Balancer(Method):
         self.optimization.apply()
         return outputs, loss.detach()
 
-    @abstractmethod
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute this process's part of the step's mean loss."""
+        """Compute this process's part of the step's mean loss; by default the cross entropy of the fused logits."""
+        return self.fused_loss(outputs, batch)
 
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
         """Change the gradients, already summed over processes, before the optimiser step."""
@@ -140,12 +131,18 @@ class Balancer(Method):
         self.distributed.sum_([mean])
         return mean
 
+    def by_modality(self, prefix: str, values: Tensor | Iterable[float]) -> dict[str, float]:
+        """Return columns of history.jsonl, one for each modality, from values (m,)."""
+        numbers = values.tolist() if isinstance(values, Tensor) else values
+        names = self.net.config.modalities
+        return {f"{prefix}_{name}": float(value) for name, value in zip(names, numbers, strict=True)}
+
     def scale_gradients(self, coefficients: Sequence[float] | Tensor) -> None:
         """Multiply the gradients of each modality's encoder by its coefficient (m,)."""
         for encoder, coefficient in zip(self.net.encoders, coefficients, strict=True):
-            for parameter in encoder.parameters():
-                if parameter.grad is not None:
-                    parameter.grad *= coefficient
+            gradients = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, coefficient)
 
 
 class Joint(Balancer):
@@ -153,10 +150,6 @@ class Joint(Balancer):
 
     min_modalities = 1
     needs_unimodal_logits = False
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the mean cross entropy of the fused logits."""
-        return self.fused_loss(outputs, batch)
 
 
 class Sum(Balancer):

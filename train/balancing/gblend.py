@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...audit.parsing import check_ranges
 from ...rebalance.curriculum import RowIndex
 from ..batches import Batch, ModelReader, sample_rows
 from ..network import FusionNet, Outputs
-from .balancer import Balancer, check_ranges
+from .balancer import Balancer
 
 # All three are ours.
 NUM_TRAIN_ROWS = 2_048  # training samples that the training losses are computed on, the same ones every time
@@ -66,7 +67,7 @@ class GblendConfig:
     trial_epochs: int = 1
 
     def __post_init__(self) -> None:
-        check_ranges(self, super_epoch=(1, 1e9), trial_epochs=(1, 1e9))
+        check_ranges("balancing.gblend", self, super_epoch="[1, 1e9]", trial_epochs="[1, 1e9]")
 
 
 class Gblend(Balancer):
@@ -85,7 +86,7 @@ class Gblend(Balancer):
     def initialize(self) -> None:
         """Set up the state."""
         num = 1 + self.net.num_modalities
-        self.weights = torch.full((num,), 1 / num, device=next(self.net.parameters()).device)
+        self.weights = torch.full((num,), 1 / num, device=self.device)
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Measure the weights once per super-epoch."""
@@ -108,13 +109,9 @@ class Gblend(Balancer):
         self, model_reader: ModelReader, rows: RowIndex, net: FusionNet | None
     ) -> tuple[list[float], list[float]]:
         """Compute mean losses (1 + m,) on training rows and on validation."""
-        cross_entropy = Outputs.cross_entropy
-        losses = (
-            model_reader.read(cross_entropy, rows=rows, net=net),
-            model_reader.read_validation(cross_entropy, net=net),
-        )
-        train, validation = (loss.double().mean(dim=1).tolist() for loss in losses)
-        return train, validation
+        train = model_reader.read(Outputs.cross_entropy, rows=rows, net=net)
+        validation = model_reader.read_validation(Outputs.cross_entropy, net=net)
+        return train.double().mean(dim=1).tolist(), validation.double().mean(dim=1).tolist()
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute the weighted sum of losses."""

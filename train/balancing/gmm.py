@@ -28,11 +28,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...audit.parsing import check_ranges
 from ...audit.scores.mixture import Mixture, MixtureConfig, fit_mixture
 from ..batches import Batch, ModelReader, sample_rows, start_warning
 from ..config import TrainConfig
 from ..network import Outputs, cross_entropies
-from .balancer import Balancer, check_ranges
+from .balancer import Balancer
 
 _NUM_BINS = 4096  # of the table over [0, 1]: a gap is rounded by 0.00012 at most
 _MIN_SD = 0.1  # of the balanced side in A: with a component's minimum, 0.01, A would be 1,800 at a gap of 0.6
@@ -108,7 +109,14 @@ class GmmConfig:
     fit_rows: int = 1_024
 
     def __post_init__(self) -> None:
-        check_ranges(self, warmup_epochs=(0, 1e9), lam_gap=(0, 1e9), lam_align=(0, 1e9), fit_rows=(10, 1e12))
+        check_ranges(
+            "balancing.gmm",
+            self,
+            warmup_epochs="[0, 1e9]",
+            lam_gap="[0, 1e9]",
+            lam_align="[0, 1e9]",
+            fit_rows="[10, 1e12]",
+        )
 
 
 class Gmm(Balancer):
@@ -122,9 +130,7 @@ class Gmm(Balancer):
     @classmethod
     def late_start(cls, config: GmmConfig, settings: TrainConfig) -> str | None:
         """Return a warning where the method starts after the last epoch."""
-        name, epochs = settings.finetune.balancing, settings.finetune.epochs
-        first_epoch, setting = config.warmup_epochs + 1, "balancing.gmm.warmup_epochs"
-        return start_warning(name, first_epoch=first_epoch, setting=setting, epochs=epochs, fallback="sum")
+        return start_warning("balancing.gmm.warmup_epochs", config.warmup_epochs + 1, settings, fallback="sum")
 
     def initialize(self) -> None:
         """Set up the state."""
@@ -135,18 +141,14 @@ class Gmm(Balancer):
         super().begin_epoch(epoch, model_reader)
         if epoch <= self.config.warmup_epochs:
             return
-        gap = (
-            model_reader.read(modality_gap, rows=sample_rows(model_reader, self.config.fit_rows)).double().cpu().numpy()
-        )
-        self._gap_mixture = fit_gap_mixture(gap, device=self.optimization.generator.device)
+        gap = model_reader.read(modality_gap, rows=sample_rows(model_reader, self.config.fit_rows))
+        self._gap_mixture = fit_gap_mixture(gap.double().cpu().numpy(), device=self.device)
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute the loss of the stage."""
-        return (
-            self.summed_losses(outputs, batch)
-            if self._gap_mixture is None
-            else self._adaptive(outputs, batch, self._gap_mixture)
-        )
+        if self._gap_mixture is None:
+            return self.summed_losses(outputs, batch)
+        return self._adaptive(outputs, batch, self._gap_mixture)
 
     def _adaptive(self, outputs: Outputs, batch: Batch, mixture: GapMixture) -> Tensor:
         config = self.config

@@ -13,10 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...audit.parsing import check_ranges
 from ..batches import Batch
 from ..fusion import Mmtm
 from ..network import Outputs
-from .balancer import Balancer, check_ranges
+from .balancer import Balancer
 
 _MIN_SPEED = 1e-30  # replaces a speed of 0, as of a modality whose parameters are all frozen
 
@@ -53,7 +54,7 @@ class GreedyConfig:
     rest: int = 3
 
     def __post_init__(self) -> None:
-        check_ranges(self, alpha=(0, 1e3), window=(1, 1e9), rest=(0, 1e9))
+        check_ranges("balancing.greedy", self, alpha="[0, 1000]", window="[1, 1e9]", rest="[0, 1e9]")
 
 
 class Greedy(Balancer):
@@ -69,13 +70,7 @@ class Greedy(Balancer):
     paper = "Wu et al., ICML 2022"
     fusions = ("mmtm",)
     fusion_reason = "it measures and cuts the cross-modal path, which no other fusion has"
-    state_fields = (
-        "total",
-        "ordinary",
-        "slow",
-        "steps_left",
-        "rebalanced",
-    )
+    state_fields = ("total", "ordinary", "slow", "steps_left", "rebalanced")
     config: GreedyConfig
     needs_unimodal_logits = False
 
@@ -83,14 +78,15 @@ class Greedy(Balancer):
         """Set up the state."""
         assert isinstance(self.net.fusion, Mmtm)  # checked by methods.resolve
         self.fusion = self.net.fusion
-        device = next(self.net.parameters()).device
-        self.total = torch.zeros(2, self.net.num_modalities, device=device)  # of mu over the steps: cross-modal, own
+        self.total = torch.zeros(
+            2, self.net.num_modalities, device=self.device
+        )  # of mu over the steps: cross-modal, own
         self.ordinary = 0  # steps since the last comparison or rebalancing
         self.slow, self.steps_left = 0, 0  # the modality that is rebalanced, for how many more steps
         self.rebalanced = 0  # steps in all
-        self._gather_paths(device)
+        self._gather_paths()
 
-    def _gather_paths(self, device: torch.device) -> None:
+    def _gather_paths(self) -> None:
         """List the measured parameters, and which of them belong to which path (2m, number of parameters)."""
         fusion, paths = self.fusion, []
         for excite in fusion.excite:
@@ -102,9 +98,9 @@ class Greedy(Balancer):
         membership = torch.zeros(len(paths), len(self._measured))
         for row, path in enumerate(paths):
             membership[row, [index_of[id(p)] for p in path]] = 1
-        self._path_membership = membership.to(device)
+        self._path_membership = membership.to(self.device)
         self._own = [{id(p) for p in path} for path in paths[self.net.num_modalities :]]
-        self._nothing = torch.zeros((), device=device)
+        self._nothing = torch.zeros((), device=self.device)
 
     def step(self, batch: Batch) -> tuple[Outputs, Tensor]:
         """Train on one batch; the path is cut in rebalancing steps only, and never in evaluation between epochs."""
@@ -118,10 +114,6 @@ class Greedy(Balancer):
             self.distributed.sum_([self.fusion.mean])
             self.fusion.mean /= self.distributed.world_size
         return outputs_and_loss
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the fused loss."""
-        return self.fused_loss(outputs, batch)
 
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
         """Clear the gradients that do not take part, update the speeds, and set the kind of the next step."""
@@ -159,6 +151,5 @@ class Greedy(Balancer):
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return the conditional speeds, high for a modality that is learned slowly, and the rebalancing steps."""
-        speeds = conditional_speeds(*self.total.tolist())
-        speed_by_name = {f"speed_{name}": s for name, s in zip(self.net.config.modalities, speeds, strict=True)}
-        return {**speed_by_name, "rebalanced": float(self.rebalanced)}
+        speeds = self.by_modality("speed", conditional_speeds(*self.total.tolist()))
+        return {**speeds, "rebalanced": float(self.rebalanced)}

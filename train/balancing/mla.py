@@ -11,10 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...audit.parsing import check_ranges
 from ..batches import Batch
 from ..fusion import Shared
 from ..network import Outputs, cross_entropies, cross_entropy
-from .balancer import Balancer, check_ranges
+from .balancer import Balancer
 
 
 def project_out(projection: Tensor, direction: Tensor, *, ridge: float) -> Tensor:
@@ -53,7 +54,7 @@ class MlaConfig:
     ridge: float = 1e-3
 
     def __post_init__(self) -> None:
-        check_ranges(self, ridge=(1e-12, 1e3))
+        check_ranges("balancing.mla", self, ridge="[1e-12, 1000]")
 
 
 class Mla(Balancer):
@@ -64,10 +65,7 @@ class Mla(Balancer):
     fusions = ("shared",)
     fusion_reason = "it trains one classifier that all modalities share, one modality after another"
     has_unimodal_loss = True
-    state_fields = (
-        "projection",
-        "last_feature",
-    )
+    state_fields = ("projection", "last_feature")
     config: MlaConfig
 
     def initialize(self) -> None:

@@ -18,31 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..batches import Batch
-from ..fusion import Fusion
-from ..network import Outputs
-from .balancer import Balancer, check_ranges
+from ...audit.parsing import check_ranges
+from ..fusion import Summed
+from .balancer import Balancer
 
 
-class CosineFusion(Fusion):
+class CosineFusion(Summed):
     """Unimodal logits s cos(f_j, W_j), without bias; the fused logits are their sum. The balancer sets s."""
 
-    decomposes = True
     scale: Tensor
 
     def __init__(self, num_features: Sequence[int], *, num_classes: int, hidden: int) -> None:
         super().__init__(num_features, num_classes=num_classes, hidden=hidden)
         self.heads = nn.ModuleList(nn.Linear(d, num_classes, bias=False) for d in num_features)
         self.register_buffer("scale", torch.ones(()))
-
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Sum the unimodal logits."""
-        return self.unimodal_logits(features).sum(dim=0)
-
-    def fused_and_unimodal_logits(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Sum the unimodal logits."""
-        logits = self.unimodal_logits(features)
-        return logits.sum(dim=0), logits
 
     def unimodal_logits(self, features: Sequence[Tensor]) -> Tensor:
         """Compute the scaled cosines."""
@@ -65,7 +54,7 @@ class MmCosineConfig:
     scale: float = 10.0
 
     def __post_init__(self) -> None:
-        check_ranges(self, scale=(1e-3, 1e3))
+        check_ranges("balancing.mmcosine", self, scale="[0.001, 1000]")
 
 
 class MmCosine(Balancer):
@@ -83,7 +72,3 @@ class MmCosine(Balancer):
         """Set the scale of the fusion, which is saved with its weights."""
         assert isinstance(self.net.fusion, CosineFusion)  # checked by methods.resolve
         self.net.fusion.scale.fill_(self.config.scale)
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the mean cross entropy of the fused logits."""
-        return self.fused_loss(outputs, batch)

@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...audit.parsing import check_ranges
 from ..batches import Batch
 from ..network import Outputs, cross_entropies
-from .balancer import Balancer, check_ranges
+from .balancer import Balancer
 
 # Ours: of the angle; closer to opposite directions, the vanishing min-norm vector is not scaled up.
 MIN_SQUARED_SINE = 1e-6
@@ -52,7 +53,7 @@ class MmParetoConfig:
     gamma: float = 1.5
 
     def __post_init__(self) -> None:
-        check_ranges(self, gamma=(0, 1e3))
+        check_ranges("balancing.mmpareto", self, gamma="[0, 1000]")
 
 
 class MmPareto(Balancer):
@@ -98,7 +99,3 @@ class MmPareto(Balancer):
         for parameter, grad, _ in pairs:
             start, end = end, end + grad.numel()
             parameter.grad = combined[start:end].view_as(grad)
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the sum of the losses."""
-        return self.summed_losses(outputs, batch)

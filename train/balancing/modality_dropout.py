@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from ...audit.parsing import check_ranges
 from ..batches import Batch
-from ..network import Outputs
-from .balancer import Balancer, check_ranges
+from .balancer import Balancer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +29,7 @@ class DropoutConfig:
     probability: float = 0.2
 
     def __post_init__(self) -> None:
-        check_ranges(self, probability=(0, 1))
+        check_ranges("balancing.dropout", self, probability="[0, 1]")
 
 
 class ModalityDropout(Balancer):
@@ -61,7 +60,3 @@ class ModalityDropout(Balancer):
         return replace(
             batch.with_modality_mask(modality_mask), loss_weight=torch.cat([batch.loss_weight[:1], unimodal_weight])
         )
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the mean cross entropy of the fused logits."""
-        return self.fused_loss(outputs, batch)

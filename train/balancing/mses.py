@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...audit.parsing import check_ranges
 from ..batches import Batch
 from ..network import Outputs, cross_entropies
-from .balancer import Balancer, Validation, check_ranges
+from .balancer import Balancer, Validation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class MsesConfig:
     patience: int = 5
 
     def __post_init__(self) -> None:
-        check_ranges(self, patience=(1, 1e9))
+        check_ranges("balancing.mses", self, patience="[1, 1e9]")
 
 
 class Mses(Balancer):
@@ -51,7 +52,7 @@ class Mses(Balancer):
         """Set up the state."""
         self.lowest_loss = [math.inf] * self.net.num_modalities
         self.epochs_without_improvement = [0] * self.net.num_modalities
-        self.loss_mask = torch.ones(self.net.num_modalities, device=next(self.net.parameters()).device)  # 0: frozen
+        self.loss_mask = torch.ones(self.net.num_modalities, device=self.device)  # 0: frozen
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of the losses that are still trained."""
@@ -82,8 +83,7 @@ class Mses(Balancer):
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return which modalities are frozen: 1, or 0."""
-        names = self.net.config.modalities
-        return {f"frozen_{name}": float(frozen) for name, frozen in zip(names, self.optimization.frozen, strict=True)}
+        return self.by_modality("frozen", self.optimization.frozen)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the lowest losses, the epochs since, and which modalities are frozen."""

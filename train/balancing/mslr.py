@@ -13,11 +13,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...audit.errors import ConfigError, choices
-from ..batches import Batch, ModelReader
+from ...audit.errors import ConfigError
+from ...audit.parsing import check_choices, check_ranges
+from ..batches import ModelReader
 from ..config import TrainConfig
 from ..network import Outputs, cross_entropies
-from .balancer import Balancer, Validation, check_ranges
+from .balancer import Sum, Validation
 
 MSLR_MODES = ("keep", "smooth", "dynamic")
 
@@ -67,12 +68,11 @@ class MslrConfig:
     max_factor: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.mode not in MSLR_MODES:
-            raise ConfigError(f"balancing.mslr.mode is {self.mode}: {choices(self.mode, MSLR_MODES)}")
-        check_ranges(self, strength=(0, 1e3), min_factor=(1e-9, 1), max_factor=(1, 1e9))
+        check_choices("balancing.mslr", self, mode=MSLR_MODES)
+        check_ranges("balancing.mslr", self, strength="[0, 1000]", min_factor="[1e-9, 1]", max_factor="[1, 1e9]")
 
 
-class Mslr(Balancer):
+class Mslr(Sum):
     """L = CE(fused) + sum_j CE(z^j); the rates of the encoders and of separate heads differ.
 
     keep: the factors of optim.modality_lr throughout. smooth: from those to the common rate, see smooth_factor.
@@ -82,12 +82,9 @@ class Mslr(Balancer):
 
     config_type = MslrConfig
     paper = "Yao and Mihalcea, Findings of ACL 2022"
-    has_unimodal_loss = True
+    min_modalities = 2
     sets_rates = True
-    state_fields = (
-        "initial_loss",
-        "lowest_loss",
-    )
+    state_fields = ("initial_loss", "lowest_loss")
     config: MslrConfig
 
     @classmethod
@@ -125,10 +122,6 @@ class Mslr(Balancer):
                 remaining, strength=config.strength, min_factor=config.min_factor, max_factor=config.max_factor
             )
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the sum of the losses."""
-        return self.summed_losses(outputs, batch)
-
     def end_epoch(self, epoch: int, validation: Validation) -> None:
         """Update the lowest losses."""
         self.lowest_loss = [
@@ -137,5 +130,5 @@ class Mslr(Balancer):
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return each modality's factor on the common learning rate."""
-        factors = zip(self.net.config.modalities, self.initial_factors, self.optimization.lr_factors, strict=True)
-        return {f"rate_{name}": initial * rate for name, initial, rate in factors}
+        factors = zip(self.initial_factors, self.optimization.lr_factors, strict=True)
+        return self.by_modality("rate", [initial * rate for initial, rate in factors])

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from ...audit.errors import ConfigError
+from ...audit.parsing import check_ranges
 from ..batches import Batch, ModelReader, start_warning
 from ..config import TrainConfig
 from ..network import Outputs
-from .balancer import Balancer, check_ranges
+from .balancer import Balancer
 
 _NUM_OFFSETS = 1 << 20  # offsets of a window of noise: two windows are the same with a probability of one in a million
 _RATIO_TOLERANCE = 1e-6  # a lead that rounding can cause among equal modalities, where k would jump
@@ -66,7 +67,7 @@ class OgmConfig:
     last_epoch: int = 50
 
     def __post_init__(self) -> None:
-        check_ranges(self, alpha=(0, 1e3), first_epoch=(1, 1e9), last_epoch=(1, 1e9))
+        check_ranges("balancing.ogm", self, alpha="[0, 1000]", first_epoch="[1, 1e9]", last_epoch="[1, 1e9]")
         if self.last_epoch < self.first_epoch:
             raise ConfigError(
                 f"balancing.ogm.first_epoch is {self.first_epoch}, after last_epoch {self.last_epoch}: "
@@ -79,32 +80,23 @@ class Ogm(Balancer):
 
     config_type = OgmConfig
     paper = "Peng et al., CVPR 2022"
-    state_fields = (
-        "epoch",
-        "_coefficient",
-    )
+    state_fields = ("epoch", "_coefficient")
     config: OgmConfig
 
     @classmethod
     def late_start(cls, config: OgmConfig, settings: TrainConfig) -> str | None:
         """Return a warning where the method starts after the last epoch."""
-        name, epochs = settings.finetune.balancing, settings.finetune.epochs
-        first_epoch, setting = config.first_epoch, "balancing.ogm.first_epoch"
-        return start_warning(name, first_epoch=first_epoch, setting=setting, epochs=epochs, fallback="joint")
+        return start_warning("balancing.ogm.first_epoch", config.first_epoch, settings, fallback="joint")
 
     def initialize(self) -> None:
         """Set up the state."""
         self.epoch = 0
-        self._coefficient = torch.ones(self.net.num_modalities, device=self.optimization.generator.device)
+        self._coefficient = torch.ones(self.net.num_modalities, device=self.device)
 
     def begin_epoch(self, epoch: int, model_reader: ModelReader) -> None:
         """Reset the coefficients."""
         super().begin_epoch(epoch, model_reader)
         self._coefficient = torch.ones_like(self._coefficient)
-
-    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Compute the mean cross entropy of the fused logits."""
-        return self.fused_loss(outputs, batch)
 
     def modulate(self, outputs: Outputs, batch: Batch) -> None:
         """Scale down the gradients of the encoder that is ahead."""
@@ -115,8 +107,7 @@ class Ogm(Balancer):
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return the coefficients of the last step by modality."""
-        coefficients = zip(self.net.config.modalities, self._coefficient.tolist(), strict=True)
-        return {f"coefficient_{name}": value for name, value in coefficients}
+        return self.by_modality("coefficient", self._coefficient)
 
 
 class OgmGe(Ogm):
@@ -131,7 +122,7 @@ class OgmGe(Ogm):
     def initialize(self) -> None:
         """Set up the state."""
         super().initialize()
-        device = self.optimization.generator.device
+        device = self.device
         largest = max(weight.numel() for weight in self.net.encoders.parameters())
         self._row = torch.empty(largest + _NUM_OFFSETS, device=device)
         self._row.normal_(generator=torch.Generator(device).manual_seed(0))

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...audit.parsing import check_ranges
 from ..batches import Batch, ModelReader, sample_rows
 from ..network import Outputs, cross_entropy
-from .balancer import Balancer, check_ranges
+from .balancer import Balancer
 from .ogm import mean_of_others
 
 _MIN_ROWS, _ROWS_PER_CLASS = 2_048, 16
@@ -63,7 +64,7 @@ class PmrConfig:
     last_epoch: int = 50
 
     def __post_init__(self) -> None:
-        check_ranges(self, alpha=(0, 1e3), momentum=(0, 1), last_epoch=(0, 1e9))
+        check_ranges("balancing.pmr", self, alpha="[0, 1000]", momentum="[0, 1]", last_epoch="[0, 1e9]")
 
 
 class Pmr(Balancer):
@@ -72,17 +73,12 @@ class Pmr(Balancer):
     config_type = PmrConfig
     paper = "Fan et al., CVPR 2023"
     has_unimodal_loss = True
-    state_fields = (
-        "epoch",
-        "_weight",
-        "_prototypes",
-        "_seen",
-    )
+    state_fields = ("epoch", "_weight", "_prototypes", "_seen")
     config: PmrConfig
 
     def initialize(self) -> None:
         """Set up the state."""
-        device, k = self.optimization.generator.device, len(self.net.config.classes)
+        device, k = self.device, len(self.net.config.classes)
         self.epoch = 0
         self._sizes = [int(encoder.num_features) for encoder in self.net.encoders]  # type: ignore[arg-type]
         self._prototypes = [torch.zeros(k, size, device=device) for size in self._sizes]
@@ -129,8 +125,7 @@ class Pmr(Balancer):
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return the weights of the last step by modality."""
-        weights = zip(self.net.config.modalities, self._weight.tolist(), strict=True)
-        return {f"lag_{name}": value for name, value in weights}
+        return self.by_modality("lag", self._weight)
 
 
 def _features_and_label(outputs: Outputs, label: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ...audit.errors import ManifestError
 from ...rebalance.curriculum import RowIndex
-from .ordered import Paced
+from .sampler import Paced
 
 
 class BalancedFirst(Paced):

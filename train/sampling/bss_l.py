@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ...audit.parsing import check_choices, check_ranges
 from ...rebalance.curriculum import RowIndex
 from ..batches import ModelReader
 from ..network import Outputs, cross_entropies
-from .ordered import Ordered
+from .sampler import Ordered
 
 SCORE_SOURCES = ("manifest", "model")
 
@@ -58,6 +59,7 @@ class BssL(Ordered):
     config_type = BssConfig
     paper = "Guan et al., arXiv 2501.01470"
     order_fields = ("draw", "weight")
+    state_fields = ("balance",)
     config: BssConfig
 
     def initialize(self) -> None:
@@ -77,9 +79,8 @@ class BssL(Ordered):
         bss = self.config
         if not self.reads_model or (epoch - 1) % bss.every_epochs:
             return
-        similarity, loss = (
-            model_reader.read(lambda outputs, label: _criteria(outputs, label, alpha=bss.alpha)).cpu().numpy()
-        )
+        criteria = model_reader.read(partial(_criteria, alpha=bss.alpha))
+        similarity, loss = criteria.cpu().numpy()
         scores = balance(similarity, loss, fits=np.ones(len(loss), dtype=np.bool_)).astype(np.float64)
         self.balance = scores if self.balance is None else (1 - bss.beta) * self.balance + bss.beta * scores
 
@@ -87,16 +88,6 @@ class BssL(Ordered):
         """Draw an epoch by s_hat."""
         assert self.balance is not None, "begin_epoch comes first"
         return self.in_order("weighted", epoch, balance=self.balance)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return s_hat, where it is the model's."""
-        has_model_scores = self.reads_model and self.balance is not None
-        return {"balance": torch.from_numpy(self.balance) if has_model_scores else None}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        if self.reads_model:
-            self.balance = None if state["balance"] is None else state["balance"].cpu().numpy()
 
 
 def _criteria(outputs: Outputs, label: Tensor, *, alpha: float) -> Tensor:

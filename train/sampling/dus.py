@@ -122,15 +122,8 @@ class Dus(Sampler):
     selects_per_modality = True
     usual_balancing = "sum"
     state_fields: ClassVar[tuple[str, ...]] = (
-        "num_observed",
-        "confidence",
-        "fused",
-        "quantities",
-        "_names",
-        "_epoch",
-        "_num_steps",
-        "_positions",
-        "_sampled",
+        *("num_observed", "confidence", "fused", "quantities"),
+        *("_names", "_epoch", "_num_steps", "_positions", "_sampled"),
     )
     config: DusConfig
 

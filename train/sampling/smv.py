@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ...audit.hashing import hash_rank
@@ -57,15 +56,13 @@ class Smv(Sampler):
     config_type = SmvConfig
     paper = "Wei et al., CVPR 2024"
     min_modalities = 2
-    state_fields = ("_values", "_names")
+    state_fields = ("_values", "_names", "copies")
     config: SmvConfig
 
     @classmethod
     def late_start(cls, config: SmvConfig, settings: TrainConfig) -> str | None:
         """Return a warning where the warm-up lasts to the last epoch."""
-        name, epochs = settings.finetune.sampling, settings.finetune.epochs
-        first_epoch, setting = config.warmup_epochs + 1, "sampling.smv.warmup_epochs"
-        return start_warning(name, first_epoch=first_epoch, setting=setting, epochs=epochs, fallback="uniform")
+        return start_warning("sampling.smv.warmup_epochs", config.warmup_epochs + 1, settings, fallback="uniform")
 
     def initialize(self) -> None:
         """Start without copies."""
@@ -115,15 +112,6 @@ class Smv(Sampler):
         copies = self.copies.mean(axis=1).tolist()
         values = {f"shapley_{name}": value for name, value in zip(self._names, self._values, strict=False)}
         return {**values, **{f"copies_{name}": mean for name, mean in zip(self._names, copies, strict=True)}}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the results of the last evaluation."""
-        return {**super().state_dict(), "copies": torch.from_numpy(self.copies)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state."""
-        super().load_state_dict(state)
-        self.copies = state["copies"].cpu().numpy()
 
 
 def num_copies(value: Floats, *, max_copies: int) -> Copies:
