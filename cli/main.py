@@ -99,6 +99,8 @@ _REGISTRIES = {  # whose names complete the help of a parameter
     ("export", "format"): ("rebalance", "EXPORTERS"),
     ("finetune", "sampling"): ("train.sampling", "SAMPLERS"),
     ("finetune", "balancing"): ("train.balancing", "BALANCERS"),
+    ("finetune", "fusion"): ("train", "FUSIONS"),
+    ("finetune", "report_to"): ("train", "TRACKERS"),
 }
 _PRINTERS_OF_RESULTS = ("print_lines", "dump_order")  # the other printers take the result as JSON values
 _VARIABLES = {name: f"MMAUDIT_{name.upper()}" for name in ("run", "device", "num_workers")}

@@ -133,7 +133,7 @@ def finetune(
         balancing: Loss, and what is done to its gradients; by default joint, or as the sampling needs.
         fusion: Fusion of the features; by default concat, or as the balancing needs.
         name: Name of this fine-tuning; by default made of the manifest and the methods.
-        report_to: tensorboard, wandb or mlflow; separate several with commas.
+        report_to: Experiment trackers, separated by commas; by default none.
         overwrite: Replace a finished fine-tuning of that name.
         only: Train on one modality only.
         init: Initial weights: a fine-tuning's name in the run, or a file.
